@@ -1,0 +1,190 @@
+"""Load a vision-language backbone: weights complete, ids and patch geometry read from its config."""
+
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+    Qwen2VLForConditionalGeneration,
+)
+
+from cocoa_embed.attention import make_bidirectional
+from cocoa_embed.errors import CocoaError, UsageError
+from cocoa_embed.template import CHAT_TEMPLATE
+
+MASK_TOKEN = "<|mask|>"
+"""Stands for a hidden text token; added to tokenizers that have no mask token, as Qwen's have none."""
+
+SUPPORTED: dict[str, type[PreTrainedModel]] = {"qwen2_vl": Qwen2VLForConditionalGeneration}
+"""Model type to the stock transformers class that runs it."""
+
+
+@dataclass(frozen=True)
+class PatchGeometry:
+    """How an image becomes rows of ``pixel_values`` and visual tokens, from a vision config."""
+
+    channels: int
+    temporal_patch_size: int
+    patch_size: int
+    merge_size: int
+
+    @classmethod
+    def from_config(cls, config: PreTrainedConfig) -> "PatchGeometry":
+        """Read the geometry from a model's config."""
+        vision = config.vision_config
+        return cls(
+            channels=vision.in_channels,
+            temporal_patch_size=vision.temporal_patch_size,
+            patch_size=vision.patch_size,
+            merge_size=vision.spatial_merge_size,
+        )
+
+    @property
+    def patch_width(self) -> int:
+        """Values in one raw patch, a row of ``pixel_values`` (1176 for Qwen2-VL)."""
+        return self.channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def patches_per_token(self) -> int:
+        """Raw patches behind one visual token (4 for Qwen2-VL)."""
+        return self.merge_size**2
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A bidirectional vision-language model and the processor that renders its inputs."""
+
+    model: PreTrainedModel
+    processor: ProcessorMixin
+
+    @property
+    def geometry(self) -> PatchGeometry:
+        """The patch geometry of the model's vision encoder."""
+        return PatchGeometry.from_config(self.model.config)
+
+    def save(self, folder: Path) -> None:
+        """Write weights, config and processor to ``folder``."""
+        self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+
+def builtin_backbones() -> list[str]:
+    """Return the names of the backbones that ship with the package."""
+    return sorted(entry.name for entry in (files("cocoa_embed") / "backbones").iterdir() if entry.is_dir())
+
+
+def resolve_backbone(name_or_path: str) -> str:
+    """Return what transformers loads for ``name_or_path``: a folder, a backbone of this package, or a hub name."""
+    if Path(name_or_path).is_dir():
+        return name_or_path
+    if name_or_path in builtin_backbones():
+        return str(files("cocoa_embed") / "backbones" / name_or_path)
+    if name_or_path.startswith((".", "/", "~")) or "/" not in name_or_path:
+        raise CocoaError(
+            f"No backbone {name_or_path!r}: it is no folder and none of this package's "
+            f"({', '.join(builtin_backbones())}); give a folder, one of those, or a hub name such as "
+            "Qwen/Qwen2-VL-2B-Instruct."
+        )
+    return name_or_path
+
+
+def load_backbone(
+    name_or_path: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str = "sdpa",
+    max_length: int | None = None,
+    max_pixels: int | None = None,
+) -> Backbone:
+    """Load a backbone by folder, by the name of one of this package's, or by hub name, and make it bidirectional.
+
+    :param max_length: Tokens a sequence may have, stored in the tokenizer; by default what the tokenizer says.
+    :raises CocoaError: If the backbone is not there, or weights are missing, unexpected or of another shape.
+    :raises UsageError: If its model type is not in :data:`SUPPORTED`.
+    """
+    location = resolve_backbone(name_or_path)
+    try:
+        config = AutoConfig.from_pretrained(location)
+    except (OSError, ValueError) as error:
+        raise CocoaError(f"Cannot read a model config from {name_or_path}: {str(error).splitlines()[0]}") from error
+    if config.model_type not in SUPPORTED:
+        raise UsageError(
+            f"{name_or_path} is a {config.model_type!r} model; supported are {', '.join(sorted(SUPPORTED))}."
+        )
+    try:
+        model, info = SUPPORTED[config.model_type].from_pretrained(
+            location, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
+        )
+    except OSError as error:
+        raise CocoaError(f"Cannot load weights from {name_or_path}: {str(error).splitlines()[0]}") from error
+    _refuse_incomplete_weights(name_or_path, info)
+    processor = AutoProcessor.from_pretrained(location)
+    prepare_processor(processor, max_length=max_length, max_pixels=max_pixels)
+    fit_embeddings(model, processor)
+    make_bidirectional(model)
+    return Backbone(model=model, processor=processor)
+
+
+def prepare_processor(
+    processor: ProcessorMixin, *, max_length: int | None = None, max_pixels: int | None = None
+) -> None:
+    """Give a processor the one rendering ``[vision][text]<EOS>``, a mask token, and right padding, in place.
+
+    ``<EOS>`` is appended by the tokenizer's post-processor, which runs after truncation: however long a text is, and
+    with or without an image, its sequence ends in ``<EOS>``.
+
+    :raises UsageError: If the largest image would not fit into ``max_length`` tokens.
+    """
+    tokenizer = processor.tokenizer
+    if tokenizer.mask_token is None:
+        tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
+    eos = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {eos}", pair=f"$A $B:1 {eos}:1", special_tokens=[(eos, tokenizer.eos_token_id)]
+    )
+    tokenizer.padding_side = "right"
+    if max_length is not None:
+        tokenizer.model_max_length = max_length
+    if max_pixels is not None:
+        processor.image_processor.size["longest_edge"] = max_pixels
+    processor.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = None
+    _check_room_for_images(processor)
+
+
+def _check_room_for_images(processor: ProcessorMixin) -> None:
+    image_processor = processor.image_processor
+    largest = image_processor.size["longest_edge"]
+    tokens = largest // (image_processor.patch_size * image_processor.merge_size) ** 2
+    room = processor.tokenizer.model_max_length - 8
+    if tokens > room:
+        raise UsageError(
+            f"An image of up to {largest} pixels takes {tokens} visual tokens, more than the {room} that a sequence of "
+            f"{room + 8} has room for; lower max_pixels or raise max_length."
+        )
+
+
+def fit_embeddings(model: PreTrainedModel, processor: ProcessorMixin) -> None:
+    """Widen the token embeddings if the tokenizer has outgrown them (Qwen's matrix has room to spare)."""
+    if len(processor.tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(processor.tokenizer))
+
+
+def _refuse_incomplete_weights(name_or_path: str, info: dict[str, object]) -> None:
+    faults = [
+        f"{kind.replace('_keys', '')}: {', '.join(sorted(map(str, keys)))}"
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if (keys := info.get(kind))
+    ]
+    if faults:
+        raise CocoaError(
+            f"The weights of {name_or_path} do not fit the model ({'; '.join(faults)}). The checkpoint is "
+            "incomplete or was written by an incompatible version; download or convert it again."
+        )

@@ -1,0 +1,312 @@
+"""The command line. Results for programs go to standard output as JSON, everything for people to standard error."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cocoa_embed.errors import CocoaError, UsageError, require
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from cocoa_embed.integrations.qdrant import Hit, IndexSummary, QdrantIndexer
+
+DEFAULT_INDEX = Path("cocoa-index")
+THUMBNAIL_SIZE = (320, 320)
+
+ModelOption = Annotated[
+    str, typer.Option("--model", help="A SentenceTransformer folder, or owner/name on the Hugging Face hub.")
+]
+CollectionOption = Annotated[str, typer.Option("--collection", help="The Qdrant collection.")]
+PathOption = Annotated[
+    Path | None, typer.Option("--path", help=f"The folder of a local index [default: {DEFAULT_INDEX}].")
+]
+UrlOption = Annotated[str | None, typer.Option("--url", help="The address of a Qdrant server, instead of --path.")]
+ApiKeyOption = Annotated[
+    str | None, typer.Option("--api-key", envvar="QDRANT_API_KEY", help="What the server wants to see, if anything.")
+]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="The torch device [default: the fastest].")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
+
+app = typer.Typer(
+    name="cocoa-embed",
+    help="Train, export and use CoCoA multimodal embedding models.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command and exit: 0 done, 1 failed, 2 wrong usage. A failure is one sentence on standard error.
+
+    :param arguments: The words after ``cocoa-embed``; those of this process if None.
+    :raises SystemExit: Always.
+    """
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="cocoa-embed")
+    except CocoaError as error:
+        typer.echo(f"cocoa-embed: {error}", err=True)
+        raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
+
+
+@app.command()
+def index(
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH", help="Folders of images, and image files.")],
+    model: ModelOption,
+    collection: CollectionOption = "images",
+    path: PathOption = None,
+    url: UrlOption = None,
+    api_key: ApiKeyOption = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images to embed at once.")] = 32,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Embed images and store them in Qdrant. What is stored already is not embedded again."""
+    with (
+        working() as console,
+        open_indexer(model, collection, path, url, api_key, batch_size=batch_size, device=device) as indexer,
+    ):
+        summary = indexer.index(paths, progress=console.is_terminal)
+        report_summary(summary, console)
+    if as_json:
+        print_json(dataclasses.asdict(summary))
+    if summary.failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def search(
+    model: ModelOption,
+    text: Annotated[str | None, typer.Argument(help="What to look for; always taken as text.")] = None,
+    image: Annotated[Path | None, typer.Option("--image", help="An image to look for, alone or with the text.")] = None,
+    collection: CollectionOption = "images",
+    path: PathOption = None,
+    url: UrlOption = None,
+    api_key: ApiKeyOption = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="The most images to return.")] = 10,
+    device: DeviceOption = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a gallery of the images to this file.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the images nearest to a text, to an image, or to both."""
+    if not text and image is None:
+        raise UsageError("nothing to search for; give a text, --image FILE, or both")
+    with working() as console, open_indexer(model, collection, path, url, api_key, device=device) as indexer:
+        hits = indexer.search(text, image, limit=limit)
+        if html is not None:
+            write_gallery(html, gallery_title(text, image), hits)
+            console.print(f"wrote {html}", soft_wrap=True, markup=False, highlight=False)
+        report_hits(hits, console)
+    if as_json:
+        print_json({"hits": [hit_document(hit) for hit in hits]})
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Where the exported model goes.")] = Path("cocoa-qwen2vl"),
+    work: Annotated[Path, typer.Option("--work", help="Where everything else goes.")] = Path("cocoa-demo"),
+    seed: Annotated[int, typer.Option("--seed", help="The seed of data, initial weights and training.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Train, export, index and search a tiny model on this machine: the whole story, on a CPU too."""
+    with working():
+        from cocoa_embed.demo.story import run_demo
+
+        results = run_demo(out, work, seed)
+    if as_json:
+        print_json(results)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="The name of a recipe, or a YAML file.")],
+    out: Annotated[Path, typer.Option("--out", help="The folder for checkpoints and the exported model.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY.SUB=VALUE", help="Values to change in the recipe.")
+    ] = None,
+) -> None:
+    """Train a model as a recipe says: warm-up, bridge, contrastive."""
+    with working():
+        from cocoa_embed.train import Recipe, run
+
+        run(Recipe.load(recipe, overrides or []), out)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint of the training.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of the model to write.")],
+) -> None:
+    """Write a checkpoint as a SentenceTransformer folder, which needs nothing of this package."""
+    with working() as console:
+        from cocoa_embed.export import export_model
+
+        written = export_model(checkpoint, out)
+        console.print(f"wrote {written}", soft_wrap=True, markup=False, highlight=False)
+
+
+@contextlib.contextmanager
+def working() -> Iterator[Console]:
+    """Keep standard output for the result: what anything prints meanwhile goes to standard error."""
+    from rich.console import Console
+
+    with contextlib.redirect_stdout(sys.stderr):
+        yield Console(stderr=True)
+
+
+@contextlib.contextmanager
+def open_indexer(
+    model: str,
+    collection: str,
+    path: Path | None,
+    url: str | None,
+    api_key: str | None,
+    batch_size: int = 32,
+    device: str | None = None,
+) -> Iterator[QdrantIndexer]:
+    """Open the collection that the options name, and close it at the end.
+
+    :raises UsageError: If both ``--path`` and ``--url`` are given.
+    """
+    if path is not None and url is not None:
+        raise UsageError("--path and --url were both given; give the one that holds the index")
+    silence_libraries()
+    require("qdrant_client", "qdrant")
+    from cocoa_embed.integrations.qdrant import QdrantIndexer
+
+    with QdrantIndexer(
+        model,
+        path=(path or DEFAULT_INDEX) if url is None else None,
+        url=url,
+        api_key=api_key,
+        collection=collection,
+        batch_size=batch_size,
+        device=device,
+    ) as indexer:
+        yield indexer
+
+
+def silence_libraries() -> None:
+    """Turn off the loading bars and informal messages of other libraries."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    for name in ("sentence_transformers", "httpx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """Print one JSON document on standard output, in ASCII, so that no terminal's encoding can spoil it."""
+    typer.echo(json.dumps(document, indent=2))
+
+
+def report_summary(summary: IndexSummary, console: Console) -> None:
+    """Tell people what an indexing run did, naming the files left out."""
+    from cocoa_embed.images import printable
+
+    counts = f"{summary.indexed} indexed, {summary.unchanged} unchanged, {summary.replaced} replaced"
+    rate = f"{summary.seconds:.1f} s, {summary.images_per_second:.1f} images/s"
+    lines = [f"{summary.collection}: {counts}, {len(summary.failed)} left out ({rate})"]
+    lines += [f"left out: {printable(failure['path'])}: {failure['reason']}" for failure in summary.failed]
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def report_hits(hits: Sequence[Hit], console: Console) -> None:
+    """Tell people what a search found, best first."""
+    for hit in hits:
+        caption = hit.payload.get("caption")
+        line = f"{hit.score:.4f}  {hit.path}" + (f"  {' '.join(caption.split())}" if caption else "")
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+    if not hits:
+        console.print("nothing found")
+
+
+def hit_document(hit: Hit) -> dict[str, Any]:
+    """Return a hit as programs read it, without what is in the payload for LlamaIndex alone."""
+    from cocoa_embed.integrations.points import plain_payload
+
+    return {**dataclasses.asdict(hit), "payload": plain_payload(hit.payload)}
+
+
+def gallery_title(text: str | None, image: Path | None) -> str:
+    """Return the query as people read it."""
+    return " + ".join(part for part in (text, image and image.name) if part)
+
+
+def write_gallery(file: Path, title: str, hits: Sequence[Hit]) -> None:
+    """Write a page that shows the images found, with thumbnails inside: it needs no other file.
+
+    :raises CocoaError: If Jinja2 is missing or the file cannot be written.
+    """
+    environment = require("jinja2", "report").Environment(autoescape=True)
+    cards = [
+        {"path": hit.path, "score": hit.score, "caption": hit.payload.get("caption"), "thumbnail": thumbnail(hit.path)}
+        for hit in hits
+    ]
+    page = environment.from_string(GALLERY).render(title=title, cards=cards)
+    try:
+        file.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise CocoaError(f"{file} cannot be written ({error.strerror})") from error
+
+
+def thumbnail(path: str) -> str | None:
+    """Return a small JPEG of an image file as a ``data:`` address; None if the file cannot be used any more."""
+    from cocoa_embed.images import ImageError, load_image
+
+    try:
+        image = load_image(path)
+    except ImageError:
+        return None
+    image.thumbnail(THUMBNAIL_SIZE)
+    buffer = BytesIO()
+    image.save(buffer, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+GALLERY = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<style>
+body { font: 16px/1.4 system-ui, sans-serif; margin: 2rem; }
+main { display: grid; grid-template-columns: repeat(auto-fill, minmax(16rem, 1fr)); gap: 1.5rem; }
+figure { margin: 0; }
+img { width: 100%; height: 14rem; object-fit: contain; background: #8882; }
+figcaption { overflow-wrap: anywhere; font-size: 0.85rem; }
+</style>
+</head>
+<body>
+<h1>{{ title }}</h1>
+<main>
+{%- for card in cards %}
+<figure>
+{%- if card.thumbnail %}<img src="{{ card.thumbnail }}" alt="{{ card.caption or card.path }}">
+{%- else %}<p>The image cannot be read any more.</p>{% endif %}
+<figcaption><strong>{{ "%.4f" | format(card.score) }}</strong> {{ card.caption or "" }}<br>{{ card.path }}</figcaption>
+</figure>
+{%- else %}
+<p>Nothing found.</p>
+{%- endfor %}
+</main>
+</body>
+</html>
+"""

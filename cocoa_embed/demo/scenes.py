@@ -1,0 +1,194 @@
+"""Scenes of coloured shapes, drawn and described: the demo's images and captions.
+
+A scene is a background and two or three objects, each in a cell of its own of a 2 x 2 grid. Shape, colour, size and
+place of every object and the background make 6 096 384 possible contents. A caption describes its scene completely,
+in one of :data:`WORDINGS`.
+
+Which side of the split a scene falls on is a property of its content alone (:func:`split_of`), so that no training
+set of any seed ever shares a content with a held-out set of any other.
+"""
+
+import hashlib
+import json
+import random
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from PIL import Image, ImageDraw
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+Split = Literal["train", "held-out"]
+Point = tuple[float, float]
+
+IMAGE_SIZE = 56
+"""Side of a drawn scene in pixels: 2 x 2 cells of 28, each one visual token of Qwen2-VL."""
+
+HELD_OUT_SHARE = 16
+"""One content in this many is held out."""
+
+BACKGROUNDS = {"white": (246, 246, 242), "gray": (150, 152, 156), "black": (24, 24, 28), "pink": (246, 190, 205)}
+COLOURS = {
+    "red": (214, 40, 40),
+    "green": (40, 160, 70),
+    "blue": (45, 90, 220),
+    "yellow": (245, 205, 45),
+    "purple": (130, 55, 170),
+    "orange": (245, 130, 30),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+RADII = {"small": 6.0, "large": 11.0}
+PLACES = ("top left", "top right", "bottom left", "bottom right")
+
+_CELL = IMAGE_SIZE / 2
+_JITTER = 1.5
+_SUPERSAMPLING = 4
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One object: keys of :data:`SHAPES`, :data:`COLOURS`, :data:`RADII` and :data:`PLACES`."""
+
+    size: str
+    colour: str
+    shape: str
+    place: str
+
+    def __str__(self) -> str:
+        return f"{self.size} {self.colour} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A background and its objects in reading order."""
+
+    background: str
+    objects: tuple[SceneObject, ...]
+
+
+def sample_scene(generator: random.Random, split: Split) -> Scene:
+    """Draw a scene of two or three objects that belongs to ``split``."""
+    while True:
+        places = sorted(generator.sample(range(len(PLACES)), k=generator.choice((2, 3))))
+        objects = tuple(
+            SceneObject(
+                size=generator.choice(tuple(RADII)),
+                colour=generator.choice(tuple(COLOURS)),
+                shape=generator.choice(SHAPES),
+                place=PLACES[place],
+            )
+            for place in places
+        )
+        scene = Scene(background=generator.choice(tuple(BACKGROUNDS)), objects=objects)
+        if split_of(scene) == split:
+            return scene
+
+
+def distinct_scenes(generator: random.Random, split: Split) -> "Iterator[Scene]":
+    """Yield scenes of ``split`` for ever, no content twice."""
+    seen: set[Scene] = set()
+    while True:
+        scene = sample_scene(generator, split)
+        if scene not in seen:
+            seen.add(scene)
+            yield scene
+
+
+def split_of(scene: Scene) -> Split:
+    """Return the side of the split that the content of ``scene`` belongs to, by its hash."""
+    content = json.dumps(asdict(scene), sort_keys=True).encode()
+    held_out = int.from_bytes(hashlib.sha256(content).digest()[:8], "big") % HELD_OUT_SHARE == 0
+    return "held-out" if held_out else "train"
+
+
+def draw(scene: Scene, generator: random.Random) -> Image.Image:
+    """Draw ``scene`` as an RGB image of 56 x 56 pixels; ``generator`` moves each object a little inside its cell."""
+    scale = _SUPERSAMPLING
+    canvas = Image.new("RGB", (IMAGE_SIZE * scale, IMAGE_SIZE * scale), BACKGROUNDS[scene.background])
+    pen = ImageDraw.Draw(canvas)
+    for item in scene.objects:
+        row, column = divmod(PLACES.index(item.place), 2)
+        x = (column + 0.5) * _CELL + generator.uniform(-_JITTER, _JITTER)
+        y = (row + 0.5) * _CELL + generator.uniform(-_JITTER, _JITTER)
+        _draw_shape(pen, item.shape, (x * scale, y * scale), RADII[item.size] * scale, COLOURS[item.colour])
+    return canvas.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
+
+
+def _draw_shape(
+    pen: ImageDraw.ImageDraw, shape: str, centre: Point, radius: float, colour: tuple[int, int, int]
+) -> None:
+    x, y = centre
+    box = (x - radius, y - radius, x + radius, y + radius)
+    if shape == "circle":
+        pen.ellipse(box, fill=colour)
+    elif shape == "ring":
+        pen.ellipse(box, outline=colour, width=round(radius * 0.4))
+    elif shape == "square":
+        side = radius * 0.86
+        pen.rectangle((x - side, y - side, x + side, y + side), fill=colour)
+    elif shape == "cross":
+        arm = radius * 0.34
+        pen.rectangle((x - arm, y - radius, x + arm, y + radius), fill=colour)
+        pen.rectangle((x - radius, y - arm, x + radius, y + arm), fill=colour)
+    elif shape in _CORNERS:
+        pen.polygon([(x + radius * dx, y + radius * dy) for dx, dy in _CORNERS[shape]], fill=colour)
+    else:
+        raise ValueError(f"No way to draw a {shape!r}; the shapes are {', '.join(SHAPES)}.")
+
+
+_CORNERS: dict[str, list[Point]] = {
+    "triangle": [(0.0, -1.0), (0.95, 0.8), (-0.95, 0.8)],
+    "star": [
+        (0.0, -1.0), (0.26, -0.36), (0.95, -0.31), (0.43, 0.14), (0.59, 0.81),
+        (0.0, 0.45), (-0.59, 0.81), (-0.43, 0.14), (-0.95, -0.31), (-0.26, -0.36),
+    ],
+}  # fmt: skip
+
+
+def _listing(scene: Scene) -> str:
+    objects = ", ".join(f"{item} {item.place}" for item in scene.objects)
+    return f"{objects}, {scene.background} background"
+
+
+def _sentence(scene: Scene) -> str:
+    objects = " and ".join(f"{item} at {item.place}" for item in scene.objects)
+    return f"{objects} on {scene.background}"
+
+
+def _background_first(scene: Scene) -> str:
+    objects = ", ".join(f"{item} in {item.place}" for item in scene.objects)
+    return f"on {scene.background}: {objects}"
+
+
+def _place_first(scene: Scene) -> str:
+    objects = "; ".join(f"{item.place}: {item}" for item in scene.objects)
+    return f"{scene.background} picture; {objects}"
+
+
+WORDINGS: "tuple[Callable[[Scene], str], ...]" = (_listing, _sentence, _background_first, _place_first)
+"""The ways to say what a scene shows, each complete: scene to caption."""
+
+
+def captions(scene: Scene) -> list[str]:
+    """Return the caption of ``scene`` in each of :data:`WORDINGS`, in their order."""
+    return [wording(scene) for wording in WORDINGS]
+
+
+def write_image_folder(folder: Path, split: Split, count: int, seed: int) -> None:
+    """Write ``count`` distinct scenes as an image folder: ``00000.png``, ... and ``metadata.jsonl``.
+
+    Each line of ``metadata.jsonl`` holds ``file_name``, ``text`` (one caption, the wording drawn at random) and
+    ``captions`` (all of them). The same arguments give the same bytes.
+    """
+    generator = random.Random(f"{seed}/{split}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "metadata.jsonl").open("w", encoding="utf-8") as metadata:
+        for index, scene in enumerate(islice(distinct_scenes(generator, split), count)):
+            file_name = f"{index:05d}.png"
+            draw(scene, generator).save(folder / file_name)
+            wordings = captions(scene)
+            row = {"file_name": file_name, "text": generator.choice(wordings), "captions": wordings}
+            metadata.write(json.dumps(row) + "\n")

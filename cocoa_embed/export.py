@@ -1,0 +1,69 @@
+"""Turn a checkpoint into a plain SentenceTransformer folder with a model card."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+
+from cocoa_embed.attention import assert_bidirectional
+from cocoa_embed.errors import CocoaError
+from cocoa_embed.folders import claim_folder
+from cocoa_embed.model_card import model_card
+
+TRAINING_FILE = "cocoa_training.json"
+"""In every checkpoint and export: the recipe, the stages run, the results measured. What makes a folder ours."""
+
+
+def build_sentence_transformer(checkpoint: Path, *, prompts: dict[str, str]) -> SentenceTransformer:
+    """Return ``normalize(hidden[<EOS>])`` over the backbone in ``checkpoint`` as a SentenceTransformer.
+
+    :param prompts: Instructions for ``query`` and ``document``, stored with the model.
+    :raises RuntimeError: If the loaded model's attention is not bidirectional.
+    """
+    transformer = Transformer(str(checkpoint))
+    assert_bidirectional(transformer.auto_model)
+    pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="lasttoken")
+    return SentenceTransformer(
+        modules=[transformer, pooling, Normalize()], prompts=prompts, similarity_fn_name="cosine"
+    )
+
+
+def read_training(checkpoint: Path) -> dict[str, Any]:
+    """Read what is known of a checkpoint's training.
+
+    :raises CocoaError: If the folder is no checkpoint of this project.
+    """
+    path = checkpoint / TRAINING_FILE
+    if not path.is_file() or not list(checkpoint.glob("*.safetensors")):
+        raise CocoaError(
+            f"{checkpoint} is no checkpoint: it needs {TRAINING_FILE} and *.safetensors. Give the folder of a stage "
+            "that `cocoa-embed train` has written."
+        )
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def save_sentence_transformer(model: SentenceTransformer, out: Path, training: dict[str, Any]) -> Path:
+    """Write ``model`` to ``out`` with its model card.
+
+    :param training: What :data:`TRAINING_FILE` is to hold; the model card is made from it.
+    :raises CocoaError: If ``out`` holds something else.
+    """
+    claim_folder(out, marker=TRAINING_FILE)
+    model.save(str(out), create_model_card=False)
+    (out / TRAINING_FILE).write_text(json.dumps(training, indent=2) + "\n", encoding="utf-8")
+    (out / "README.md").write_text(model_card(out.name, model, training), encoding="utf-8")
+    return out
+
+
+def export_model(checkpoint: Path, out: Path) -> Path:
+    """Export the checkpoint of any stage to ``out``, a folder that plain sentence-transformers loads.
+
+    :raises CocoaError: If ``checkpoint`` is none, or ``out`` holds something else.
+    """
+    training = read_training(checkpoint)
+    if checkpoint.resolve() == out.resolve():
+        raise CocoaError(f"{out} is the checkpoint itself; give another folder to export to.")
+    model = build_sentence_transformer(checkpoint, prompts=training["recipe"]["prompts"])
+    return save_sentence_transformer(model, out, training)

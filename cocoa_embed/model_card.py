@@ -1,0 +1,109 @@
+"""The model card: how a model was trained, on what, what was measured, how to use it."""
+
+from typing import Any
+
+from sentence_transformers import SentenceTransformer
+
+_CARD = """\
+---
+library_name: sentence-transformers
+pipeline_tag: sentence-similarity
+license: apache-2.0
+tags:
+- sentence-transformers
+- multimodal
+- feature-extraction
+- cocoa
+base_model: {backbone}
+---
+
+# {name}
+
+A multimodal embedding model: texts, images, and images with text become unit vectors of {dimension} dimensions in one
+space; cosine similarity compares them. It was made with [CoCoA](https://arxiv.org/abs/2603.01471): a vision-language
+model ({backbone}) made bidirectional and trained so that the last hidden state of `{eos}` holds the content.
+
+## Use
+
+```python
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("{name}")
+queries = model.encode_query([{{"text": "what to look for"}}])
+documents = model.encode_document([
+    {{"image": Image.open("photo.jpg")}},
+    {{"text": "a text"}},
+    {{"image": Image.open("photo.jpg"), "text": "an image with a text"}},
+])
+print(model.similarity(queries, documents))
+```
+
+Prompts are stored with the model: `encode_query` puts {query_prompt} before a query, `encode_document` puts
+{document_prompt} before a document. Sequences are cut at {max_length} tokens, `{eos}` never; larger images are scaled
+down to {max_pixels} pixels.
+
+## Training
+
+{stages}
+
+Data: {data}. Seed {seed}. The whole recipe is in `cocoa_training.json`.
+
+## Results
+
+{results}
+"""
+
+_METRICS = ("recall@1", "recall@5", "recall@10", "mrr")
+
+
+def model_card(name: str, model: SentenceTransformer, training: dict[str, Any]) -> str:
+    """Return the README of an exported model, in Markdown.
+
+    :param training: ``recipe`` (as saved), ``stages`` (list of ``stage``, ``steps``, ``seconds``, ``final``), and
+        ``results`` (name of the evaluation to its metrics) where something was measured.
+    """
+    recipe = training["recipe"]
+    image_processor = model[0].processor.image_processor
+    return _CARD.format(
+        name=name,
+        backbone=recipe["backbone"],
+        dimension=model.get_embedding_dimension(),
+        eos=model.tokenizer.eos_token,
+        query_prompt=_quoted(model.prompts.get("query")),
+        document_prompt=_quoted(model.prompts.get("document")),
+        max_length=model.max_seq_length,
+        max_pixels=image_processor.size["longest_edge"],
+        stages=_stage_table(recipe, training["stages"]),
+        data=training.get("data", "not recorded"),
+        seed=recipe["seed"],
+        results=_result_table(training.get("results", {})),
+    )
+
+
+def _quoted(prompt: str | None) -> str:
+    return f'"{prompt}"' if prompt else "nothing"
+
+
+def _stage_table(recipe: dict[str, Any], stages: list[dict[str, Any]]) -> str:
+    if not stages:
+        return "No stage was run: these are the backbone's weights."
+    lines = ["| stage | steps | batch | learning rate | loss at its end |", "|---|---|---|---|---|"]
+    for stage in stages:
+        settings = recipe[stage["stage"]]
+        lines.append(
+            f"| {stage['stage']} | {settings['steps']} | {settings['batch_size']} | {settings['learning_rate']:g} "
+            f"| {stage['final']['loss']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def _result_table(results: dict[str, dict[str, float]]) -> str:
+    if not results:
+        return "Nothing was measured when this model was exported."
+    lines = [f"| evaluation | {' | '.join(_METRICS)} |", f"|---|{'---|' * len(_METRICS)}"]
+    lines += [
+        f"| {name} | {' | '.join(f'{metrics[metric]:.3f}' for metric in _METRICS)} |"
+        for name, metrics in results.items()
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Adapters that put an embedding model into a retrieval stack."""

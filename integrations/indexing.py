@@ -1,0 +1,211 @@
+"""One pass over image files on their way to a store: find, read, embed in batches, note what cannot be used.
+
+What holds the points is a :class:`Store`; nothing here knows of Qdrant.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from PIL import Image
+
+from cocoa_embed.encoder import Encoder
+from cocoa_embed.errors import CocoaError
+from cocoa_embed.images import (
+    METADATA_FILE,
+    ImageError,
+    decode_image,
+    find_images,
+    one_line,
+    printable,
+    read_image_bytes,
+    read_image_folder_metadata,
+)
+from cocoa_embed.integrations.points import ImageRecord, Payload, payload, point_id, storable
+
+
+class Point(NamedTuple):
+    """What is stored of an image."""
+
+    id: str
+    vector: list[float]
+    payload: Payload
+
+
+class Store(Protocol):
+    """A collection of points that can be written to."""
+
+    def upsert(self, points: Sequence[Point]) -> None:
+        """Store points, and wait until they are."""
+
+    def delete(self, ids: Sequence[str]) -> None:
+        """Remove points, and wait until they are gone."""
+
+    def move(self, id_: str, path: Path, relative_path: str) -> None:
+        """Give a stored point the path of another file of the same content."""
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """A file to index: where it is, and what ``metadata.jsonl`` says of it."""
+
+    path: Path
+    """Absolute."""
+    relative_path: str
+    caption: str | None
+    metadata: Mapping[str, Any]
+
+
+@dataclass
+class IndexRun:
+    """One pass over files: what is waiting to be embedded, what was seen, and the counts."""
+
+    store: Store
+    encoder: Encoder
+    batch_size: int
+    stored: Mapping[str, str]
+    """The path of every point that was there before, by id."""
+    indexed: int = 0
+    replaced: int = 0
+    failed: list[dict[str, str]] = field(default_factory=list)
+    _waiting: dict[str, tuple[ImageRecord, Image.Image]] = field(default_factory=dict)
+    _files: dict[str, list[ImageFile]] = field(default_factory=dict)
+    """The files of this run by the id of their content."""
+    _stored_paths: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._stored_paths.update(self.stored.values())
+
+    def add(self, file: ImageFile) -> None:
+        """Read a file and put its image in line, unless its content is a point already."""
+        try:
+            data = read_image_bytes(file.path)
+            sha256 = hashlib.sha256(data).hexdigest()
+            id_ = point_id(sha256)
+            if id_ not in self.stored and id_ not in self._files:
+                image, mime = decode_image(data, printable(file.path))
+                self._waiting[id_] = (image_record(file, sha256, len(data), image, mime), image)
+        except ImageError as error:
+            self._fail(file, error.reason)
+            return
+        self._files.setdefault(id_, []).append(file)
+        if len(self._waiting) == self.batch_size:
+            self._flush()
+
+    def finish(self) -> None:
+        """Store what still waits; then remove or move the points whose files hold something else now."""
+        self._flush()
+        current = {storable(str(file.path)): id_ for id_, files in self._files.items() for file in files}
+        stale = [id_ for id_, path in self.stored.items() if current.get(path, id_) != id_]
+        gone = [
+            id_
+            for id_, path in self.stored.items()
+            if id_ in self._files and path not in current and not os.path.exists(path)
+        ]
+        for id_ in stale + gone:
+            if id_ in self._files:
+                file = self._files[id_][0]
+                self.store.move(id_, file.path, file.relative_path)
+        if replaced := [id_ for id_ in stale if id_ not in self._files]:
+            self.store.delete(replaced)
+
+    def _flush(self) -> None:
+        waiting, self._waiting = self._waiting, {}
+        vectors = self._embed({id_: image for id_, (_, image) in waiting.items()})
+        points = [Point(id_, vector.tolist(), payload(waiting[id_][0])) for id_, vector in vectors.items()]
+        if not points:
+            return
+        self.store.upsert(points)
+        replaced = sum(storable(str(waiting[id_][0].path)) in self._stored_paths for id_ in vectors)
+        self.replaced += replaced
+        self.indexed += len(points) - replaced
+
+    def _embed(self, images: Mapping[str, Image.Image]) -> dict[str, np.ndarray]:
+        """Return the vectors of images by id, and note the images that the model refuses."""
+        if not images:
+            return {}
+        try:
+            embeddings = self.encoder.embed_documents(
+                [{"image": image} for image in images.values()], batch_size=self.batch_size
+            )
+        except (ValueError, RuntimeError) as error:
+            if len(images) > 1:  # one image spoils a batch: find out which
+                return {id_: vector for one in images.items() for id_, vector in self._embed(dict([one])).items()}
+            self._fail_content(next(iter(images)), f"cannot be embedded ({one_line(error)})")
+            return {}
+        vectors = dict(zip(images, embeddings, strict=True))
+        for id_ in [id_ for id_, vector in vectors.items() if not np.isfinite(vector).all()]:
+            self._fail_content(id_, "has an embedding that is not finite")
+            del vectors[id_]
+        return vectors
+
+    def _fail_content(self, id_: str, reason: str) -> None:
+        for file in self._files.pop(id_):
+            self._fail(file, reason)
+
+    def _fail(self, file: ImageFile, reason: str) -> None:
+        self.failed.append({"path": str(file.path), "reason": reason})
+
+
+def find_image_files(paths: Iterable[str | Path]) -> list[ImageFile]:
+    """Return the images among and below ``paths``, each once, with what ``metadata.jsonl`` files say of them.
+
+    :raises CocoaError: If a path does not exist, none holds an image, or a ``metadata.jsonl`` is malformed.
+    """
+    roots = [Path(os.path.abspath(path)) for path in paths]
+    files: dict[Path, ImageFile] = {}
+    for root in roots:
+        folder = root if root.is_dir() else root.parent
+        images = [path for path in find_images([root]) if path not in files]
+        rows = read_metadata_below(folder, images)
+        for path in images:
+            row = rows.get(path, {})
+            caption = row.pop("text", None)
+            files[path] = ImageFile(path, str(path.relative_to(folder)), caption, row)
+    if not files:
+        names = ", ".join(printable(root) for root in roots) or "nothing"
+        raise CocoaError(f"there are no images in {names}; name a folder that holds some (jpg, png, webp, ...)")
+    return list(files.values())
+
+
+def read_metadata_below(folder: Path, images: Iterable[Path]) -> dict[Path, dict[str, Any]]:
+    """Return the metadata columns of images by path, from the ``metadata.jsonl`` files in ``folder`` and below.
+
+    Several lines for one image are one: their texts as lines of one text, of other columns the first.
+
+    :raises CocoaError: If a ``metadata.jsonl`` is malformed.
+    """
+    folders = {parent for image in images for parent in image.parents if parent.is_relative_to(folder)}
+    columns: dict[Path, dict[str, Any]] = {}
+    for parent in sorted(folders):
+        if not (parent / METADATA_FILE).exists():
+            continue
+        for row in read_image_folder_metadata(parent):
+            path = Path(os.path.abspath(row["path"]))
+            text = row.get("text")
+            known = columns.setdefault(path, {})
+            if isinstance(text, str):
+                known["text"] = f"{known['text']}\n{text}" if "text" in known else text
+            for name, value in row.items():
+                if name not in ("path", "file_name", "text"):
+                    known.setdefault(name, value)
+    return columns
+
+
+def image_record(file: ImageFile, sha256: str, size: int, image: Image.Image, mime: str) -> ImageRecord:
+    """Return what the payload holds of a decoded file."""
+    return ImageRecord(
+        path=file.path,
+        relative_path=file.relative_path,
+        sha256=sha256,
+        bytes=size,
+        width=image.width,
+        height=image.height,
+        mime=mime,
+        caption=file.caption,
+        metadata=file.metadata,
+    )

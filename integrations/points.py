@@ -1,0 +1,138 @@
+"""An image file as a Qdrant point: its id, and a payload that LlamaIndex reads back as an ``ImageNode``. Pure."""
+
+import json
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Payload = dict[str, Any]
+
+NAMESPACE = uuid.UUID("6f1d3c52-8f0e-5f57-9a3c-0c0a1e3b7d11")
+"""The UUID namespace of point ids. Changing it would index everything a second time."""
+
+NODE_KEYS = frozenset({"_node_content", "_node_type", "document_id", "doc_id", "ref_doc_id"})
+"""The payload keys that are there for LlamaIndex alone."""
+
+MODEL_KEYS = frozenset({"relative_path", "metadata"})
+"""The payload keys that LlamaIndex shows to a language model beside the node's text, which is the caption."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRecord:
+    """What is known of one indexed image file."""
+
+    path: Path
+    """Absolute."""
+    relative_path: str
+    """Relative to the folder that was indexed."""
+    sha256: str
+    """Of the file's bytes, in hexadecimal."""
+    bytes: int
+    width: int
+    """In pixels, upright."""
+    height: int
+    mime: str
+    caption: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """The other columns of ``metadata.jsonl``."""
+
+
+def point_id(sha256: str) -> str:
+    """Return the id of the point that holds the content of this hash: a UUID, the same on every machine.
+
+    :param sha256: 64 hexadecimal digits.
+    :raises ValueError: If it is anything else.
+    """
+    if len(sha256) != 64 or len(bytes.fromhex(sha256)) != 32:
+        raise ValueError(f"expected 64 hexadecimal digits of a SHA-256, got {len(sha256)} characters: {sha256!r}")
+    return str(uuid.uuid5(NAMESPACE, sha256.lower()))
+
+
+def payload(record: ImageRecord) -> Payload:
+    """Return a point's payload: the record's fields, and the same as a LlamaIndex node. Never the image itself."""
+    fields: Payload = {
+        "path": storable(str(record.path)),
+        "relative_path": storable(record.relative_path),
+        "sha256": record.sha256,
+        "bytes": record.bytes,
+        "width": record.width,
+        "height": record.height,
+        "mime": record.mime,
+        "caption": None if record.caption is None else storable(record.caption),
+        "metadata": storable(dict(record.metadata)),
+    }
+    return {**fields, **node_fields(point_id(record.sha256), fields)}
+
+
+def node_fields(node_id: str, fields: Payload) -> Payload:
+    """Return what ``llama_index.core.vector_stores.utils.node_to_metadata_dict`` adds to a node's metadata.
+
+    Written by hand, so that the indexer needs no LlamaIndex; a test holds the two together. The node's source document
+    is the point itself, so that deleting by document id deletes the point.
+
+    :param node_id: The point's id.
+    :param fields: The node's metadata: the payload without these fields.
+    """
+    hidden_keys = sorted(key for key, value in fields.items() if key not in MODEL_KEYS or not value)
+    source: Payload = {
+        "node_id": node_id,
+        "node_type": "4",
+        "metadata": {},
+        "hash": None,
+        "class_name": "RelatedNodeInfo",
+    }
+    node = {
+        "id_": node_id,
+        "embedding": None,
+        "metadata": fields,
+        "excluded_embed_metadata_keys": sorted(fields),
+        "excluded_llm_metadata_keys": hidden_keys,
+        "relationships": {"1": source},
+        "metadata_template": "{key}: {value}",
+        "metadata_separator": "\n",
+        "text": fields["caption"] or "",
+        "mimetype": "text/plain",
+        "start_char_idx": None,
+        "end_char_idx": None,
+        "text_template": "{metadata_str}\n\n{content}",
+        "image": None,
+        "image_path": fields["path"],
+        "image_url": None,
+        "image_mimetype": fields["mime"],
+        "text_embedding": None,
+        "class_name": "ImageNode",
+    }
+    return {
+        "_node_content": json.dumps(node, ensure_ascii=False),
+        "_node_type": "ImageNode",
+        "document_id": node_id,
+        "doc_id": node_id,
+        "ref_doc_id": node_id,
+    }
+
+
+def plain_payload(stored: Mapping[str, Any]) -> Payload:
+    """Return a payload without the fields that are there for LlamaIndex alone."""
+    return {key: value for key, value in stored.items() if key not in NODE_KEYS}
+
+
+def moved_payload(stored: Mapping[str, Any], path: Path, relative_path: str) -> Payload:
+    """Return a stored payload for the same content at another path."""
+    fields = {**plain_payload(stored), "path": storable(str(path)), "relative_path": storable(relative_path)}
+    return {**fields, **node_fields(str(stored["doc_id"]), fields)}
+
+
+def storable(value: Any) -> Any:  # noqa: ANN401 - any JSON value
+    r"""Return a JSON value whose strings are valid Unicode, as a server demands.
+
+    The undecodable bytes of a file's name, which Python holds as lone surrogates, become ``\udcNN``.
+    """
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode("utf-8")
+    if isinstance(value, dict):
+        return {storable(key): storable(element) for key, element in value.items()}
+    if isinstance(value, list):
+        return [storable(element) for element in value]
+    return value

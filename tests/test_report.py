@@ -1,0 +1,357 @@
+"""The demo's report is one safe, complete file, and says what its data say."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cocoa_embed.demo import figures
+from cocoa_embed.demo.report import (
+    BridgeMask,
+    Curve,
+    DemoReport,
+    Hit,
+    PatchReconstruction,
+    QueryResult,
+    RetrievalRow,
+    TokenReconstruction,
+    render_report,
+    write_report,
+)
+
+pytest.importorskip("jinja2")
+pytest.importorskip("matplotlib")
+
+HOSTILE = "<script>alert('caption')</script>"
+SECTIONS = ("results", "searches", "curves", "patches", "words", "bridge", "plateau", "notes", "run")
+VOID = {"meta", "img", "br", "hr", "input", "link"}
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+class Page(HTMLParser):
+    """The elements of a page as (tag, attributes), the text inside each, and whether every tag is closed."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None], list[str]]] = []
+        self._open: list[int] = []
+        self.feed(page)
+        self.close()
+        self.unclosed = [self.elements[index][0] for index in self._open]
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs), []))
+        if tag not in VOID:
+            self._open.append(len(self.elements) - 1)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs), []))
+
+    def handle_endtag(self, tag: str) -> None:
+        opened = self.elements[self._open.pop()][0]
+        assert opened == tag, f"</{tag}> closes <{opened}>"
+
+    def handle_data(self, data: str) -> None:
+        for index in self._open:
+            self.elements[index][2].append(data)
+
+    def find(self, tag: str, css_class: str | None = None) -> list[tuple[dict[str, str | None], str]]:
+        """Return (attributes, text) of the elements ``tag`` that have ``css_class``."""
+        return [
+            (attributes, " ".join("".join(text).split()))
+            for name, attributes, text in self.elements
+            if name == tag and (css_class is None or css_class in (attributes.get("class") or "").split())
+        ]
+
+
+def image(colour: str = "red") -> Image.Image:
+    return Image.new("RGB", (56, 56), colour)
+
+
+def curve(stage: str, *names: str) -> Curve:
+    rise = [(step, 0.5 + step / 1000) for step in range(0, 500, 5)]
+    return Curve(
+        stage, {name: [(step, value / (index + 1)) for step, value in rise] for index, name in enumerate(names)}, 75
+    )
+
+
+def mask(length_a: int = 3, length_b: int = 4) -> BridgeMask:
+    blocks = np.array(["A"] * length_a + ["EOS"] + ["B"] * length_b)
+    allowed = (blocks[:, None] == blocks) | (blocks == "EOS")[:, None] | (blocks == "EOS")
+    return BridgeMask(allowed, [f"t{index}" for index in range(len(blocks))], blocks.tolist())
+
+
+@pytest.fixture
+def report() -> DemoReport:
+    hits = [Hit(image("blue"), 0.91, "a wrong one", False), Hit(image(), 0.42, "the right one", True)]
+    return DemoReport(
+        title="A demo",
+        subtitle="of everything",
+        facts=[("Seed", "17")],
+        table=[
+            RetrievalRow("all three stages", "text → image", 0.9, 0.95, 0.99, 0.93),
+            RetrievalRow("contrastive only", "text → image", 0.8, 0.97, 0.99, 0.86),
+            RetrievalRow("chance", "text → image", 0.01, 0.05, 0.1, float("nan")),
+        ],
+        curves=[
+            curve("warm-up", "loss", "mntp_loss", "mae_loss"),
+            curve("bridge", "loss", *figures.PLATEAU),
+            curve("contrastive", "loss"),
+            curve("contrastive only", "loss"),
+        ],
+        patches=[PatchReconstruction(image(), image("gray"), image("blue"), "a red picture")],
+        tokens=[
+            TokenReconstruction(["one", "two", "six"], [False, True, True], ["one", "two", "ten"], "warm-up", image())
+        ],
+        bridge_mask=mask(),
+        queries=[QueryResult("text → image", "the right one", None, hits, "the right one")],
+        notes=["One seed."],
+    )
+
+
+def sections(page: Page) -> list[str]:
+    return [str(attributes["id"]) for attributes, _ in page.find("section")]
+
+
+def test_page_is_well_formed_and_has_every_section(report: DemoReport) -> None:
+    page = Page(render_report(report))
+    assert page.unclosed == []
+    assert sorted(sections(page)) == sorted(SECTIONS)
+    links = [attributes["href"] for attributes, _ in page.find("a")]
+    assert links == [f"#{section}" for section in sections(page)]
+    identifiers = [attributes["id"] for _, attributes, _ in page.elements if "id" in attributes]
+    assert len(identifiers) == len(set(identifiers))
+    assert all(attributes["alt"] for attributes, _ in page.find("img"))
+    assert len(page.find("h1")) == 1
+    assert len(page.find("h2")) == len(SECTIONS)
+
+
+def test_page_loads_nothing(report: DemoReport) -> None:
+    text = render_report(report)
+    addresses = set(re.findall(r"https?://[^\s\"'<>)]*", text))
+    assert addresses <= {"http://www.w3.org/2000/svg"}
+    page = Page(text)
+    references = [
+        str(value)
+        for _, attributes, _ in page.elements
+        for name, value in attributes.items()
+        if name in ("src", "href", "xlink:href", "srcset", "data")
+    ]
+    assert any(reference.startswith("data:image/png;base64,") for reference in references)
+    assert all(reference.startswith(("data:image/png;base64,", "#")) for reference in references)
+    assert not page.find("script")
+    assert not page.find("link")
+    assert "@import" not in text
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", text))
+
+
+def test_references_inside_charts_resolve(report: DemoReport) -> None:
+    text = render_report(report)
+    identifiers = set(re.findall(r'\bid="([^"]*)"', text))
+    targets = set(re.findall(r'(?:url\(|href=")#([^")]*)', text))
+    assert any(target.startswith("stage-0-") for target in targets)
+    assert targets <= identifiers
+
+
+def test_hostile_texts_are_escaped_wherever_they_stand(report: DemoReport) -> None:
+    hit, query, tokens, bridge = report.queries[0].hits[0], report.queries[0], report.tokens[0], mask()
+    hostile = DemoReport(
+        title=HOSTILE,
+        subtitle=HOSTILE,
+        facts=[(HOSTILE, HOSTILE)],
+        table=[replace(report.table[0], name=HOSTILE, direction=HOSTILE)],
+        curves=[Curve(HOSTILE, {HOSTILE: [(0, 1.0), (1, 2.0)], f"{HOSTILE} $x loss": [(0, 1.0)]}, 1)],
+        patches=[replace(report.patches[0], caption=HOSTILE)],
+        tokens=[replace(tokens, tokens=[HOSTILE] * 3, predicted=[HOSTILE, '"><img src=x>', HOSTILE], stage=HOSTILE)],
+        bridge_mask=replace(bridge, labels=["<script>"] * len(bridge.labels)),
+        queries=[
+            replace(query, title=HOSTILE, text=HOSTILE, expected=HOSTILE + "!", hits=[replace(hit, caption=HOSTILE)])
+        ],
+        notes=[HOSTILE],
+    )
+    text = render_report(hostile)
+    page = Page(text)
+    assert text.count("&lt;script&gt;") > 15
+    assert "<script" not in text
+    assert not [attributes for attributes, _ in page.find("img") if attributes["src"] == "x"]
+    assert page.find("h1")[0][1] == HOSTILE
+
+
+def test_right_hit_is_marked_and_wrong_ones_are_not(report: DemoReport) -> None:
+    hits = Page(render_report(report)).find("li", "hit")
+    assert [("correct" in str(attributes["class"]).split()) for attributes, _ in hits] == [False, True]
+    assert "right answer" not in hits[0][1]
+    assert "right answer" in hits[1][1]
+    assert "0.910" in hits[0][1]
+    assert "0.420" in hits[1][1]
+
+
+def test_query_without_its_right_answer_says_so(report: DemoReport) -> None:
+    query = report.queries[0]
+    missed = replace(report, queries=[replace(query, hits=query.hits[:1])])
+    words = "The right answer is not among these."
+    assert words not in render_report(report)
+    assert words in render_report(missed)
+
+
+def test_empty_sections_are_left_out(report: DemoReport) -> None:
+    full = Page(render_report(report))
+    assert {"patches", "bridge"} <= set(sections(full))
+    assert set(sections(Page(render_report(replace(report, patches=[]))))) == set(SECTIONS) - {"patches"}
+    assert set(sections(Page(render_report(replace(report, bridge_mask=None))))) == set(SECTIONS) - {"bridge"}
+    without_plateau = replace(report, curves=[curve("bridge", "loss", "accuracy_right_image")])
+    assert set(sections(Page(render_report(without_plateau)))) == set(SECTIONS) - {"plateau"}
+    bare = Page(render_report(DemoReport("Nothing", "yet")))
+    assert sections(bare) == []
+    assert bare.find("a") == []
+
+
+def test_best_values_are_bold_whoever_has_them(report: DemoReport) -> None:
+    page = Page(render_report(report))
+    table = next(text for attributes, text in page.find("table") if attributes["class"] == "results")
+    assert "–" in table
+    rows = re.findall(r'<th scope="row">(.*?)</th>(.*?)</tr>', render_report(report), flags=re.DOTALL)
+    bold = {html.unescape(name): re.findall(r"<strong>(.*?)</strong>", cells) for name, cells in rows}
+    assert bold["all three stages"] == ["90.0 %", "99.0 %", "0.930"]
+    assert bold["contrastive only"] == ["97.0 %", "99.0 %"]
+    assert bold["chance"] == []
+    assert page.find("span", "value") == [({"class": "value"}, "90.0 %")]
+
+
+def test_best_values_are_chosen_within_a_direction(report: DemoReport) -> None:
+    other = [replace(row, direction="image → text", recall_at_1=row.recall_at_1 / 2) for row in report.table]
+    mixed = [row for pair in zip(report.table, other, strict=True) for row in pair]
+    text = render_report(replace(report, table=mixed))
+    assert "<strong>90.0 %</strong>" in text
+    assert "<strong>45.0 %</strong>" in text
+    assert text.count('scope="rowgroup"') == 2
+
+
+def test_hidden_words_show_prediction_and_truth(report: DemoReport) -> None:
+    page = Page(render_report(report))
+    chips = [text for attributes, text in page.find("span", "chip")]
+    assert "one" in chips
+    assert "two (predicted, right)" in chips
+    assert "ten (predicted, wrong; truth:)six" in chips
+    assert "1 of 2 hidden words right" in render_report(report)
+
+
+def test_bridge_mask_shows_what_is_allowed_and_what_leaks(report: DemoReport) -> None:
+    sound = mask()
+    runs = figures.mask_runs(sound)
+    assert sum(run.length for run in runs) == sound.allowed.sum()
+    assert {run.kind for run in runs} == {"a", "eos", "b"}
+    assert figures.block_table(sound) == {
+        "A": {"A": "yes", "EOS": "yes", "B": "no"},
+        "EOS": {"A": "yes", "EOS": "yes", "B": "yes"},
+        "B": {"A": "no", "EOS": "yes", "B": "yes"},
+    }
+    leaking = sound.allowed.copy()
+    leaking[-1, 0] = True
+    leak = replace(sound, allowed=leaking)
+    found = [run for run in figures.mask_runs(leak) if run.kind == "leak"]
+    assert found == [figures.Run(len(leaking) - 1, 0, 1, "leak")]
+    assert figures.block_table(leak)["B"]["A"] == "partly"
+    assert "should not allow" in render_report(replace(report, bridge_mask=leak))
+    assert "should not allow" not in render_report(report)
+
+
+def test_stages_have_a_panel_each_and_the_comparison_shares_one(report: DemoReport) -> None:
+    panels = figures.stage_panels(report.curves)
+    assert [(panel.title, panel.quantity) for panel in panels] == [
+        ("warm-up", "loss"),
+        ("bridge", "loss"),
+        ("contrastive", "loss"),
+    ]
+    assert [line.label for line in panels[2].lines] == ["after warm-up and bridge", "contrastive only"]
+    plateau = figures.plateau_panel(report.curves)
+    assert plateau is not None
+    assert len(plateau.lines) == 2
+    assert [panel.title for panel in figures.stage_panels(report.curves[3:])] == ["contrastive only"]
+
+
+def test_values_that_are_not_numbers_leave_a_gap() -> None:
+    broken = Curve("warm-up", {"loss": [(0, 2.0), (1, float("nan")), (2, 1.0)], "mae_loss": [(0, float("inf"))]}, 1)
+    (panel,) = figures.stage_panels([broken])
+    assert [line.points for line in panel.lines] == [[(0, 2.0), (2, 1.0)]]
+
+
+def test_running_mean_keeps_a_constant_and_damps_noise() -> None:
+    constant = [(step, 3.0) for step in range(100)]
+    assert np.allclose(figures.smoothed(constant), constant)
+    noisy = [(step, float(step % 2)) for step in range(100)]
+    assert np.std([value for _, value in figures.smoothed(noisy)]) < 0.3 * np.std([value for _, value in noisy])
+    assert figures.smoothed(noisy[:20]) == noisy[:20]
+
+
+def test_large_images_are_scaled_down_and_other_modes_become_rgb() -> None:
+    large = Image.new("CMYK", (2000, 500))
+    uri = figures.data_uri(large)
+    assert uri.startswith("data:image/png;base64,")
+    assert len(uri) < 20_000
+    assert large.size == (2000, 500)
+
+
+@pytest.mark.parametrize("changes", [{"labels": ["a"]}, {"blocks": ["A"]}, {"blocks": ["?"] * 8}])
+def test_mask_of_other_sizes_or_blocks_is_refused(changes: dict[str, Any]) -> None:
+    sound = mask()
+    assert len(sound.labels) == 8
+    with pytest.raises(ValueError, match=r"8|\?"):
+        replace(sound, **changes)
+
+
+def test_token_lists_of_other_lengths_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 tokens, 1 hidden, 2 predicted"):
+        TokenReconstruction(["a", "b"], [True], ["a", "b"], "bridge")
+
+
+def test_same_report_gives_the_same_bytes(report: DemoReport, tmp_path: Path) -> None:
+    write_report(report, tmp_path / "report.html")
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == render_report(report)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on the PATH")
+def test_page_fits_phone_and_desktop(report: DemoReport, tmp_path: Path) -> None:
+    long = replace(report, bridge_mask=mask(8, 40), notes=["w" * 300], facts=[("Machine", "x" * 200)])
+    page = render_report(long)
+    too_wide = page.replace("<main>", '<main><div style="width: 3000px">wide</div>')
+    widths = _page_widths({"phone": (390, page), "desktop": (1280, page), "too wide": (390, too_wide)}, tmp_path)
+    assert widths["too wide"] > 3000
+    assert widths["phone"] <= 390
+    assert widths["desktop"] <= 1280
+
+
+def _page_widths(pages: dict[str, tuple[int, str]], folder: Path) -> dict[str, int]:
+    """Return how wide each page is when it is shown in a frame as wide as asked, in pixels."""
+    frames = "".join(
+        f'<iframe id="{name}" style="width: {width}px; height: 900px; border: 0" srcdoc="{html.escape(page)}"></iframe>'
+        for name, (width, page) in pages.items()
+    )
+    script = """<pre id="widths"></pre><script>onload = () => {
+      const widths = [...document.querySelectorAll("iframe")].map(
+        frame => [frame.id, frame.contentDocument.documentElement.scrollWidth]);
+      document.getElementById("widths").textContent = JSON.stringify(Object.fromEntries(widths));
+    }</script>"""
+    wrapper = folder / "frames.html"
+    wrapper.write_text(f'<!DOCTYPE html><meta charset="utf-8">{frames}{script}', encoding="utf-8")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+    options += [
+        "--disable-background-networking",
+        "--disable-component-update",
+        f"--user-data-dir={folder / 'profile'}",
+    ]
+    command = [str(CHROMIUM), *options, "--dump-dom", wrapper.as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    found = re.search(r'<pre id="widths">(\{.*?\})</pre>', dom)
+    assert found, "the page's script did not run"
+    widths: dict[str, int] = json.loads(found[1])
+    return widths

@@ -1,0 +1,81 @@
+"""Stage 2, bridge: block B reconstructed through ``<EOS>`` alone (METHOD.md)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainingArguments
+
+from cocoa_embed.attention import bridge_mask
+from cocoa_embed.backbone import Backbone
+from cocoa_embed.train.collators import Batch, BridgeCollator
+from cocoa_embed.train.data import Row, Rows
+from cocoa_embed.train.losses import accuracy, mntp_loss
+from cocoa_embed.train.probe import EosProbe, hold_out_rows
+from cocoa_embed.train.recipe import BridgeSection
+from cocoa_embed.train.reconstruction import (
+    StageTrainer,
+    hidden_token_logits,
+    last_hidden_states,
+    model_mask,
+    position_ids,
+)
+
+
+class BridgeModel(nn.Module):
+    """The backbone under the bridge mask."""
+
+    def __init__(self, model: PreTrainedModel, *, eos_attends_to_b: bool = True) -> None:
+        super().__init__()
+        self.backbone = model
+        self.eos_attends_to_b = eos_attends_to_b
+
+    def predict(self, batch: Batch) -> Tensor:
+        """Predict block B's hidden tokens in a batch of the bridge collator: logits ``[hidden tokens, V]``."""
+        mask = model_mask(self.backbone, bridge_mask(batch["blocks"], eos_attends_to_b=self.eos_attends_to_b))
+        hidden_states = last_hidden_states(self.backbone, batch, mask, position_ids(self.backbone, batch))
+        return hidden_token_logits(self.backbone, hidden_states, batch["hidden_tokens"])
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        mm_token_type_ids: Tensor,
+        blocks: Tensor,
+        hidden_tokens: Tensor,
+        target_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Return ``loss`` and ``hidden_token_accuracy``, scalars."""
+        logits = self.predict(
+            {
+                "input_ids": input_ids,
+                "attention_mask": attention_mask,
+                "mm_token_type_ids": mm_token_type_ids,
+                "blocks": blocks,
+                "hidden_tokens": hidden_tokens,
+                "pixel_values": pixel_values,
+                "image_grid_thw": image_grid_thw,
+            }
+        )
+        return {"loss": mntp_loss(logits, target_ids), "hidden_token_accuracy": accuracy(logits, target_ids)}
+
+
+def bridge_trainer(
+    backbone: Backbone, rows: Sequence[Row], section: BridgeSection, *, seed: int, arguments: dict[str, Any]
+) -> StageTrainer:
+    """Return the trainer of stage 2; the backbone's weights change in place.
+
+    The first ``section.probe_rows`` rows with an image are kept out of training, for the probe.
+    """
+    collator = BridgeCollator(backbone.processor, seed=seed, mask_ratio=section.mask_ratio)
+    probe_rows, training_rows = hold_out_rows(rows, section.probe_rows)
+    return StageTrainer(
+        model=BridgeModel(backbone.model, eos_attends_to_b=section.eos_attends_to_b),
+        args=TrainingArguments(**arguments),
+        train_dataset=Rows(training_rows),
+        data_collator=collator,
+        probe=EosProbe(collator(list(enumerate(probe_rows)))) if probe_rows else None,
+        probe_steps=section.probe_steps,
+    )

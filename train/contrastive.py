@@ -1,0 +1,93 @@
+"""Stage 3, contrastive learning on ``normalize(hidden[<EOS>])`` (METHOD.md), by sentence-transformers."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset, DatasetDict
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
+from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.training_args import BatchSamplers, MultiDatasetBatchSamplers
+
+from cocoa_embed.images import load_image
+from cocoa_embed.train.data import Item, Row
+from cocoa_embed.train.recipe import ContrastiveSection
+
+
+class ItemPreprocessor:
+    """Turn stored items into what the model's own ``preprocess`` takes; images are read here, batch by batch."""
+
+    def __init__(self, model: SentenceTransformer) -> None:
+        self.model = model
+
+    def __call__(self, items: Sequence[dict[str, str | None]], **kwargs: Any) -> dict[str, Any]:
+        """Preprocess items of the form :func:`as_record` makes."""
+        return self.model.preprocess([_as_input(item) for item in items], **kwargs)
+
+
+def as_record(item: Item) -> dict[str, str | None]:
+    """Return an item as plain values for a :class:`datasets.Dataset`."""
+    return {"text": item.text, "image": None if item.image is None else str(item.image)}
+
+
+def _as_input(record: dict[str, str | None]) -> dict[str, Any]:
+    given: dict[str, Any] = {}
+    if record["image"] is not None:
+        given["image"] = load_image(record["image"])
+    if record["text"] is not None:
+        given["text"] = record["text"]
+    return given
+
+
+def pair_datasets(rows: Sequence[Row], *, both_directions: bool) -> DatasetDict:
+    """Return the rows as pairs ``anchor``, ``positive``: a subset, and another with the sides exchanged if asked for.
+
+    A batch is drawn from one subset, so that all its candidates are of one kind.
+    """
+    subsets = {"forward": rows}
+    if both_directions:
+        subsets["backward"] = [row.reversed() for row in rows]
+    return DatasetDict(
+        {
+            name: Dataset.from_dict(
+                {
+                    "anchor": [as_record(row.query) for row in subset],
+                    "positive": [as_record(row.positive) for row in subset],
+                }
+            )
+            for name, subset in subsets.items()
+        }
+    )
+
+
+def contrastive_loss(model: SentenceTransformer, section: ContrastiveSection) -> CachedMultipleNegativesRankingLoss:
+    """Return InfoNCE with in-batch negatives, gradient-cached and gathered across devices."""
+    symmetric = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
+    return CachedMultipleNegativesRankingLoss(
+        model,
+        scale=1 / section.temperature,
+        mini_batch_size=section.cache_chunk,
+        gather_across_devices=PartialState().num_processes > 1,
+        **(symmetric if section.symmetric else {}),
+    )
+
+
+def contrastive_trainer(
+    model: SentenceTransformer, rows: Sequence[Row], section: ContrastiveSection, *, arguments: dict[str, Any]
+) -> SentenceTransformerTrainer:
+    """Return the trainer of stage 3; the model's weights change in place."""
+    prompts = {"anchor": model.prompts.get("query") or "", "positive": model.prompts.get("document") or ""}
+    return SentenceTransformerTrainer(
+        model=model,
+        args=SentenceTransformerTrainingArguments(
+            batch_sampler=BatchSamplers.NO_DUPLICATES,
+            multi_dataset_batch_sampler=MultiDatasetBatchSamplers.PROPORTIONAL,
+            **arguments,
+        ),
+        train_dataset=pair_datasets(rows, both_directions=section.both_directions),
+        loss=contrastive_loss(model, section),
+        data_collator=SentenceTransformerDataCollator(
+            preprocess_fn=ItemPreprocessor(model), prompts={name: text for name, text in prompts.items() if text}
+        ),
+    )

@@ -1,0 +1,80 @@
+"""Training rows, and the readers that make them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch.utils.data import Dataset
+
+from cocoa_embed.errors import CocoaError
+from cocoa_embed.images import read_image_folder_metadata
+
+CaptionChoice = Literal["text", "captions"]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One side of a pair: a text, an image, or both."""
+
+    text: str | None = None
+    image: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.text is None and self.image is None:
+            raise ValueError("an item needs a text, an image, or both")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A pair of items that belong together.
+
+    :param source: Where the row comes from (file and line), for errors.
+    """
+
+    query: Item
+    positive: Item
+    source: str
+
+    @property
+    def image(self) -> Path | None:
+        """The row's image, from whichever side has one."""
+        return self.query.image or self.positive.image
+
+    def reversed(self) -> "Row":
+        """Return the row with its sides exchanged."""
+        return Row(query=self.positive, positive=self.query, source=self.source)
+
+
+class Rows(Dataset[tuple[int, Row]]):
+    """Rows with their index, which seeds their corruption whatever worker draws them."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[int, Row]:
+        return index, self.rows[index]
+
+
+def read_image_folder(folder: Path, *, captions: CaptionChoice = "text", limit: int | None = None) -> list[Row]:
+    """Read an image folder with ``metadata.jsonl`` (``file_name`` and ``text`` in each line) as image-caption rows.
+
+    :param captions: ``text``: a row for each image. ``captions``: a row for each entry of the line's list
+        ``captions``, or for its ``text`` where there is none.
+    :param limit: Read the first ``limit`` images.
+    :raises CocoaError: If the folder holds no row, names an image that is not there, or has a row without text.
+    """
+    rows = []
+    for line in read_image_folder_metadata(folder)[:limit]:
+        source = f"{folder / 'metadata.jsonl'}, {line['file_name']}"
+        texts = line.get("captions") if captions == "captions" else None
+        for text in texts or [line.get("text")]:
+            if not isinstance(text, str) or not text.strip():
+                raise CocoaError(f"{source}: the row has no text; give it a non-empty 'text' or remove the line.")
+            rows.append(Row(query=Item(image=Path(line["path"])), positive=Item(text=text), source=source))
+    if not rows:
+        raise CocoaError(f"{folder / 'metadata.jsonl'} has no rows; one line of JSON per image is expected.")
+    return rows

@@ -1,0 +1,52 @@
+"""The progress bar of a stage, with its losses beside it."""
+
+from typing import Any
+
+from transformers import ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+SHOWN = ("loss", "mntp_loss", "mae_loss", "hidden_token_accuracy", "accuracy_right_image", "accuracy_shuffled_image")
+_SHORT = {
+    "mntp_loss": "text",
+    "mae_loss": "pixels",
+    "hidden_token_accuracy": "accuracy",
+    "accuracy_right_image": "right image",
+    "accuracy_shuffled_image": "shuffled",
+}
+
+
+class LiveLossCallback(ProgressCallback):
+    """Show a stage's name, its losses and the time left in one line."""
+
+    def __init__(self, stage: str) -> None:
+        super().__init__()
+        self.stage = stage
+        self._shown: dict[str, str] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Name the bar."""
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.stage)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Put the newest figures beside the bar instead of printing them."""
+        self._shown |= {_SHORT.get(name, name): f"{logs[name]:.3f}" for name in SHOWN if logs and name in logs}
+        if self.training_bar is not None:
+            self.training_bar.set_postfix(self._shown)
+
+
+def show_live_losses(trainer: Trainer, stage: str) -> None:
+    """Replace a trainer's progress output by :class:`LiveLossCallback`."""
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(LiveLossCallback(stage))

@@ -1,0 +1,1 @@
+"""Recipes: YAML files, one a run. ``cocoa-embed train NAME`` looks here first."""

@@ -1,0 +1,92 @@
+"""What the two reconstruction stages share: the forward pass, the head on hidden tokens alone, the trainer."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+
+from cocoa_embed.attention import as_model_mask
+from cocoa_embed.train.losses import predicting_states
+
+
+def position_ids(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """Return the multimodal rotary positions of a right-padded batch, int64 ``[3, B, L]``.
+
+    A prepared 4-D mask tells a model nothing of padding, so positions are passed with it.
+    """
+    if batch.get("image_grid_thw") is None:
+        rows, length = batch["input_ids"].shape
+        return torch.arange(length, device=batch["input_ids"].device).expand(3, rows, length)
+    positions, _ = model.base_model.get_rope_index(
+        batch["input_ids"],
+        mm_token_type_ids=batch["mm_token_type_ids"],
+        image_grid_thw=batch["image_grid_thw"],
+        attention_mask=batch["attention_mask"],
+    )
+    return positions
+
+
+def last_hidden_states(
+    model: PreTrainedModel, batch: dict[str, Tensor], attention_mask: Tensor, positions: Tensor
+) -> Tensor:
+    """Run the backbone without its head under a 4-D attention mask: ``[B, L, D]``."""
+    return model.base_model(
+        input_ids=batch["input_ids"],
+        attention_mask=attention_mask,
+        position_ids=positions,
+        pixel_values=batch.get("pixel_values"),
+        image_grid_thw=batch.get("image_grid_thw"),
+        mm_token_type_ids=batch["mm_token_type_ids"],
+        use_cache=False,
+    ).last_hidden_state
+
+
+def model_mask(model: PreTrainedModel, allowed: Tensor) -> Tensor:
+    """Return ``allowed`` (bool ``[B, L, L]``) in the form that the model's attention implementation takes."""
+    return as_model_mask(allowed, attn_implementation=model.config._attn_implementation, dtype=model.dtype)
+
+
+def hidden_token_logits(model: PreTrainedModel, hidden_states: Tensor, hidden: Tensor) -> Tensor:
+    """Apply the language-model head where a hidden token is predicted, and nowhere else: ``[hidden tokens, V]``."""
+    return model.get_output_embeddings()(predicting_states(hidden_states, hidden))
+
+
+Probe = Callable[[nn.Module], dict[str, float]]
+
+
+class StageTrainer(Trainer):
+    """A :class:`~transformers.Trainer` that also logs the parts that a stage's model returns beside its loss.
+
+    The model returns a dictionary of scalars with ``loss`` among them; each log line holds the mean of the others since
+    the line before.
+
+    :param probe: Measures the model for the log, every ``probe_steps`` steps.
+    """
+
+    def __init__(self, *args: Any, probe: Probe | None = None, probe_steps: int = 1, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._parts: dict[str, list[Tensor]] = defaultdict(list)
+        self._probe = probe
+        self._probe_steps = probe_steps
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """Return the model's loss and keep its other parts for the log."""
+        outputs = model(**inputs)
+        for name, value in outputs.items():
+            if name != "loss":
+                self._parts[name].append(value.detach())
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the parts' means to ``logs``."""
+        if "loss" in logs:
+            logs |= {name: torch.stack(values).mean().item() for name, values in self._parts.items()}
+            self._parts.clear()
+            if self._probe is not None and self.state.global_step % self._probe_steps == 0:
+                logs |= self._probe(self.accelerator.unwrap_model(self.model))
+        super().log(logs, *args, **kwargs)

@@ -1,0 +1,109 @@
+"""Stage 1, warm-up: bidirectional attention by joint reconstruction of text and pixels (METHOD.md)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainingArguments
+
+from cocoa_embed.attention import bidirectional_mask
+from cocoa_embed.backbone import Backbone, PatchGeometry
+from cocoa_embed.train.collators import Batch, WarmupCollator
+from cocoa_embed.train.data import Row, Rows
+from cocoa_embed.train.losses import accuracy, mae_loss, mntp_loss
+from cocoa_embed.train.pixel_decoder import PixelDecoder
+from cocoa_embed.train.recipe import WarmupSection
+from cocoa_embed.train.reconstruction import (
+    StageTrainer,
+    hidden_token_logits,
+    last_hidden_states,
+    model_mask,
+    position_ids,
+)
+
+
+class WarmupModel(nn.Module):
+    """The backbone with a pixel decoder beside it: ``loss = mntp + mae_weight * mae``."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        geometry: PatchGeometry,
+        *,
+        mae_weight: float = 0.5,
+        normalise_targets: bool = False,
+    ) -> None:
+        super().__init__()
+        self.backbone = model
+        self.pixel_decoder = PixelDecoder(model, geometry)
+        self.mae_weight = mae_weight
+        self.normalise_targets = normalise_targets
+
+    def predict(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Predict what is hidden in a batch of :class:`~cocoa_embed.train.collators.WarmupCollator`.
+
+        :returns: Logits ``[hidden tokens, V]``, and the patches ``[hidden patches, patch_width]`` where it has images.
+        """
+        positions = position_ids(self.backbone, batch)
+        mask = model_mask(self.backbone, bidirectional_mask(batch["attention_mask"]))
+        hidden_states = last_hidden_states(self.backbone, batch, mask, positions)
+        logits = hidden_token_logits(self.backbone, hidden_states, batch["hidden_tokens"])
+        if batch.get("hidden_patches") is None:
+            return logits, None
+        visual = batch["mm_token_type_ids"] == 1
+        return logits, self.pixel_decoder(hidden_states, visual, mask, positions)[batch["hidden_patches"]]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        mm_token_type_ids: Tensor,
+        hidden_tokens: Tensor,
+        target_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        hidden_patches: Tensor | None = None,
+        target_patches: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Return ``loss`` and its parts, scalars."""
+        logits, patches = self.predict(
+            {
+                "input_ids": input_ids,
+                "attention_mask": attention_mask,
+                "mm_token_type_ids": mm_token_type_ids,
+                "hidden_tokens": hidden_tokens,
+                "pixel_values": pixel_values,
+                "image_grid_thw": image_grid_thw,
+                "hidden_patches": hidden_patches,
+            }
+        )
+        mntp = mntp_loss(logits, target_ids)
+        parts = {"loss": mntp, "mntp_loss": mntp, "hidden_token_accuracy": accuracy(logits, target_ids)}
+        if patches is not None:
+            mae = mae_loss(patches, target_patches, normalise_targets=self.normalise_targets)
+            parts |= {"loss": mntp + self.mae_weight * mae, "mae_loss": mae}
+        return parts
+
+
+def warmup_trainer(
+    backbone: Backbone, rows: Sequence[Row], section: WarmupSection, *, seed: int, arguments: dict[str, Any]
+) -> StageTrainer:
+    """Return the trainer of stage 1; the backbone's weights change in place, the pixel decoder is thrown away."""
+    return StageTrainer(
+        model=WarmupModel(
+            backbone.model,
+            backbone.geometry,
+            mae_weight=section.mae_weight,
+            normalise_targets=section.normalise_targets,
+        ),
+        args=TrainingArguments(**arguments),
+        train_dataset=Rows(rows),
+        data_collator=WarmupCollator(
+            backbone.processor,
+            backbone.geometry,
+            seed=seed,
+            text_mask_ratio=section.text_mask_ratio,
+            image_mask_ratio=section.image_mask_ratio,
+            patch_fill=section.patch_fill,
+        ),
+    )
