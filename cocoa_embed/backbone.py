@@ -177,7 +177,7 @@ def fit_embeddings(model: PreTrainedModel, processor: ProcessorMixin) -> None:
         model.resize_token_embeddings(len(processor.tokenizer))
 
 
-def _refuse_incomplete_weights(name_or_path: str, info: dict[str, object]) -> None:
+def _refuse_incomplete_weights(name_or_path: str, info: dict[str, list[str]]) -> None:
     faults = [
         f"{kind.replace('_keys', '')}: {', '.join(sorted(map(str, keys)))}"
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")

@@ -3,6 +3,7 @@
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
+from transformers import ProcessorMixin
 
 _CARD = """\
 ---
@@ -28,6 +29,7 @@ model ({backbone}) made bidirectional and trained so that the last hidden state 
 ```python
 from PIL import Image
 from sentence_transformers import SentenceTransformer
+from transformers import ProcessorMixin
 
 model = SentenceTransformer("{name}")
 queries = model.encode_query([{{"text": "what to look for"}}])
@@ -64,16 +66,16 @@ def model_card(name: str, model: SentenceTransformer, training: dict[str, Any]) 
         ``results`` (name of the evaluation to its metrics) where something was measured.
     """
     recipe = training["recipe"]
-    image_processor = model[0].processor.image_processor
+    processor: ProcessorMixin = model.processor
     return _CARD.format(
         name=name,
         backbone=recipe["backbone"],
         dimension=model.get_embedding_dimension(),
-        eos=model.tokenizer.eos_token,
-        query_prompt=_quoted(model.prompts.get("query")),
-        document_prompt=_quoted(model.prompts.get("document")),
+        eos=processor.tokenizer.eos_token,
+        query_prompt=_quoted(recipe["prompts"]["query"]),
+        document_prompt=_quoted(recipe["prompts"]["document"]),
         max_length=model.max_seq_length,
-        max_pixels=image_processor.size["longest_edge"],
+        max_pixels=processor.image_processor.size["longest_edge"],
         stages=_stage_table(recipe, training["stages"]),
         data=training.get("data", "not recorded"),
         seed=recipe["seed"],
@@ -81,7 +83,7 @@ def model_card(name: str, model: SentenceTransformer, training: dict[str, Any]) 
     )
 
 
-def _quoted(prompt: str | None) -> str:
+def _quoted(prompt: str) -> str:
     return f'"{prompt}"' if prompt else "nothing"
 
 

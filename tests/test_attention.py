@@ -44,7 +44,7 @@ def make_causal_on(model: PreTrainedModel, *, padded: bool, monkeypatch: pytest.
     forward = decoder.forward
     was_causal = []
 
-    def forward_sometimes_causal(*args: Any, attention_mask: Tensor, **kwargs: Any) -> Any:
+    def forward_sometimes_causal(*args: Any, attention_mask: Tensor, **kwargs: Any) -> object:
         was_causal.append(bool((attention_mask == 0).any()) == padded)
         decoder.config.is_causal = was_causal[-1]
         try:
@@ -86,7 +86,8 @@ def test_the_probe_sees_causality_in_one_case_alone(
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_make_bidirectional_satisfies_the_probe(tiny_backbone_path: Path, implementation: str) -> None:
     model = causal_model(tiny_backbone_path, implementation)
-    assert model.config.get_text_config().is_causal is not False
+    with pytest.raises(RuntimeError):
+        assert_bidirectional(model)
     make_bidirectional(model)
     assert model.config.get_text_config().is_causal is False
     assert_bidirectional(model)

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 from typing import get_args
 
 import pytest
@@ -44,7 +45,7 @@ def test_hide_each_hides_with_the_probability() -> None:
 
 
 @pytest.mark.parametrize("hide", [hide_each, hide_share])
-def test_the_generator_alone_decides_what_is_hidden(hide: type[hide_each]) -> None:
+def test_the_generator_alone_decides_what_is_hidden(hide: Callable[[Tensor, float, Generator], Tensor]) -> None:
     eligible = torch.ones(4, 50, dtype=torch.bool)
     torch.manual_seed(1)
     first = hide(eligible, 0.5, seeded(7))

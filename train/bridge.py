@@ -25,6 +25,8 @@ from cocoa_embed.train.reconstruction import (
 class BridgeModel(nn.Module):
     """The backbone under the bridge mask."""
 
+    accepts_loss_kwargs = False
+
     def __init__(self, model: PreTrainedModel, *, eos_attends_to_b: bool = True) -> None:
         super().__init__()
         self.backbone = model
@@ -36,30 +38,11 @@ class BridgeModel(nn.Module):
         hidden_states = last_hidden_states(self.backbone, batch, mask, position_ids(self.backbone, batch))
         return hidden_token_logits(self.backbone, hidden_states, batch["hidden_tokens"])
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        mm_token_type_ids: Tensor,
-        blocks: Tensor,
-        hidden_tokens: Tensor,
-        target_ids: Tensor,
-        pixel_values: Tensor | None = None,
-        image_grid_thw: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """Return ``loss`` and ``hidden_token_accuracy``, scalars."""
-        logits = self.predict(
-            {
-                "input_ids": input_ids,
-                "attention_mask": attention_mask,
-                "mm_token_type_ids": mm_token_type_ids,
-                "blocks": blocks,
-                "hidden_tokens": hidden_tokens,
-                "pixel_values": pixel_values,
-                "image_grid_thw": image_grid_thw,
-            }
-        )
-        return {"loss": mntp_loss(logits, target_ids), "hidden_token_accuracy": accuracy(logits, target_ids)}
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        """Return ``loss`` and ``hidden_token_accuracy``, scalars, for a batch of the collator."""
+        logits = self.predict(batch)
+        targets = batch["target_ids"]
+        return {"loss": mntp_loss(logits, targets), "hidden_token_accuracy": accuracy(logits, targets)}
 
 
 def bridge_trainer(

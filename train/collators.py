@@ -17,6 +17,7 @@ from cocoa_embed.train.corruption import PatchFill, fill_patches, hide_each, hid
 from cocoa_embed.train.data import Item, Row
 
 Batch = dict[str, Tensor]
+"""Named model inputs and targets; what a batch does not have (images, say) is left out."""
 
 
 def batch_generator(seed: int, indices: Sequence[int]) -> Generator:

@@ -63,13 +63,13 @@ def pair_datasets(rows: Sequence[Row], *, both_directions: bool) -> DatasetDict:
 
 def contrastive_loss(model: SentenceTransformer, section: ContrastiveSection) -> CachedMultipleNegativesRankingLoss:
     """Return InfoNCE with in-batch negatives, gradient-cached and gathered across devices."""
-    symmetric = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
     return CachedMultipleNegativesRankingLoss(
         model,
         scale=1 / section.temperature,
         mini_batch_size=section.cache_chunk,
         gather_across_devices=PartialState().num_processes > 1,
-        **(symmetric if section.symmetric else {}),
+        directions=("query_to_doc", "doc_to_query") if section.symmetric else ("query_to_doc",),
+        partition_mode="per_direction" if section.symmetric else "joint",
     )
 
 

@@ -59,22 +59,34 @@ class Rows(Dataset[tuple[int, Row]]):
         return index, self.rows[index]
 
 
-def read_image_folder(folder: Path, *, captions: CaptionChoice = "text", limit: int | None = None) -> list[Row]:
+def read_image_folder(
+    folder: Path, *, captions: CaptionChoice = "text", paraphrases: bool = False, limit: int | None = None
+) -> list[Row]:
     """Read an image folder with ``metadata.jsonl`` (``file_name`` and ``text`` in each line) as image-caption rows.
 
     :param captions: ``text``: a row for each image. ``captions``: a row for each entry of the line's list
         ``captions``, or for its ``text`` where there is none.
+    :param paraphrases: Also a text-only row from each entry of ``captions`` to the next, of lines that have several.
     :param limit: Read the first ``limit`` images.
     :raises CocoaError: If the folder holds no row, names an image that is not there, or has a row without text.
     """
     rows = []
     for line in read_image_folder_metadata(folder)[:limit]:
         source = f"{folder / 'metadata.jsonl'}, {line['file_name']}"
-        texts = line.get("captions") if captions == "captions" else None
-        for text in texts or [line.get("text")]:
-            if not isinstance(text, str) or not text.strip():
-                raise CocoaError(f"{source}: the row has no text; give it a non-empty 'text' or remove the line.")
-            rows.append(Row(query=Item(image=Path(line["path"])), positive=Item(text=text), source=source))
+        wordings = _texts(line.get("captions") or [], source)
+        texts = wordings if captions == "captions" and wordings else _texts([line.get("text")], source)
+        image = Item(image=Path(line["path"]))
+        rows += [Row(query=image, positive=Item(text=text), source=source) for text in texts]
+        if paraphrases and len(wordings) > 1:
+            pairs = zip(wordings, wordings[1:] + wordings[:1], strict=True)
+            rows += [Row(query=Item(text=one), positive=Item(text=other), source=source) for one, other in pairs]
     if not rows:
         raise CocoaError(f"{folder / 'metadata.jsonl'} has no rows; one line of JSON per image is expected.")
     return rows
+
+
+def _texts(texts: Sequence[object], source: str) -> list[str]:
+    for text in texts:
+        if not isinstance(text, str) or not text.strip():
+            raise CocoaError(f"{source}: the row has no text; give it a non-empty 'text' or remove the line.")
+    return [str(text) for text in texts]

@@ -20,7 +20,7 @@ from cocoa_embed.train.bridge import bridge_trainer
 from cocoa_embed.train.contrastive import contrastive_trainer
 from cocoa_embed.train.data import Row, read_image_folder
 from cocoa_embed.train.progress import show_live_losses
-from cocoa_embed.train.recipe import ContrastiveSection, Recipe, StageSection, WarmupSection
+from cocoa_embed.train.recipe import BridgeSection, ContrastiveSection, Recipe, StageSection, WarmupSection
 from cocoa_embed.train.warmup import warmup_trainer
 
 STAGES = ("warmup", "bridge", "contrastive")
@@ -78,7 +78,7 @@ def _run_stage(
     recipe: Recipe, stage: str, start: str, rows: list[Row], folder: Path, inspect: Inspect | None
 ) -> StageResult:
     set_seed(recipe.seed)
-    section: StageSection = getattr(recipe, stage)
+    section: WarmupSection | BridgeSection | ContrastiveSection = getattr(recipe, stage)
     arguments = _training_arguments(recipe, section, folder)
     folder.mkdir()
     if isinstance(section, ContrastiveSection):
@@ -87,10 +87,10 @@ def _run_stage(
         save = partial(model.save, str(folder), create_model_card=False)
     else:
         backbone = _load(recipe, start)
-        if isinstance(section, WarmupSection):
-            trainer = warmup_trainer(backbone, rows, section, seed=recipe.seed, arguments=arguments)
-        else:
+        if isinstance(section, BridgeSection):
             trainer = bridge_trainer(backbone, rows, section, seed=recipe.seed, arguments=arguments)
+        else:
+            trainer = warmup_trainer(backbone, rows, section, seed=recipe.seed, arguments=arguments)
         save = partial(backbone.save, folder)
     show_live_losses(trainer, stage)
     started = time.perf_counter()
@@ -141,7 +141,7 @@ def _read_rows(recipe: Recipe, stage: str, section: StageSection) -> list[Row]:
     data = section.data or recipe.data
     if data is None:
         raise UsageError(f"Recipe {recipe.name!r}: stage {stage} has no data; give {stage}.data.folder or data.folder.")
-    return read_image_folder(data.folder, captions=data.captions, limit=data.limit)
+    return read_image_folder(data.folder, captions=data.captions, paraphrases=data.paraphrases, limit=data.limit)
 
 
 def _write_training(recipe: Recipe, results: list[StageResult], rows: dict[str, list[Row]]) -> None:

@@ -28,11 +28,13 @@ class DataSection(Section):
     """Which rows a stage sees: an image folder with ``metadata.jsonl``.
 
     :param captions: A row for each image's ``text``, or for each entry of its ``captions``.
+    :param paraphrases: Also a text-only row from each entry of ``captions`` to the next.
     :param limit: The first so many images; all by default.
     """
 
     folder: Path
     captions: CaptionChoice = "text"
+    paraphrases: bool = False
     limit: Positive | None = None
 
 

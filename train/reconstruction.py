@@ -17,7 +17,7 @@ def position_ids(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 
     A prepared 4-D mask tells a model nothing of padding, so positions are passed with it.
     """
-    if batch.get("image_grid_thw") is None:
+    if "image_grid_thw" not in batch:
         rows, length = batch["input_ids"].shape
         return torch.arange(length, device=batch["input_ids"].device).expand(3, rows, length)
     positions, _ = model.base_model.get_rope_index(

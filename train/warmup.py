@@ -25,6 +25,8 @@ from cocoa_embed.train.reconstruction import (
 class WarmupModel(nn.Module):
     """The backbone with a pixel decoder beside it: ``loss = mntp + mae_weight * mae``."""
 
+    accepts_loss_kwargs = False
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -48,39 +50,18 @@ class WarmupModel(nn.Module):
         mask = model_mask(self.backbone, bidirectional_mask(batch["attention_mask"]))
         hidden_states = last_hidden_states(self.backbone, batch, mask, positions)
         logits = hidden_token_logits(self.backbone, hidden_states, batch["hidden_tokens"])
-        if batch.get("hidden_patches") is None:
+        if "hidden_patches" not in batch:
             return logits, None
         visual = batch["mm_token_type_ids"] == 1
         return logits, self.pixel_decoder(hidden_states, visual, mask, positions)[batch["hidden_patches"]]
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        mm_token_type_ids: Tensor,
-        hidden_tokens: Tensor,
-        target_ids: Tensor,
-        pixel_values: Tensor | None = None,
-        image_grid_thw: Tensor | None = None,
-        hidden_patches: Tensor | None = None,
-        target_patches: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """Return ``loss`` and its parts, scalars."""
-        logits, patches = self.predict(
-            {
-                "input_ids": input_ids,
-                "attention_mask": attention_mask,
-                "mm_token_type_ids": mm_token_type_ids,
-                "hidden_tokens": hidden_tokens,
-                "pixel_values": pixel_values,
-                "image_grid_thw": image_grid_thw,
-                "hidden_patches": hidden_patches,
-            }
-        )
-        mntp = mntp_loss(logits, target_ids)
-        parts = {"loss": mntp, "mntp_loss": mntp, "hidden_token_accuracy": accuracy(logits, target_ids)}
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        """Return ``loss`` and its parts, scalars, for a batch of the collator."""
+        logits, patches = self.predict(batch)
+        mntp = mntp_loss(logits, batch["target_ids"])
+        parts = {"loss": mntp, "mntp_loss": mntp, "hidden_token_accuracy": accuracy(logits, batch["target_ids"])}
         if patches is not None:
-            mae = mae_loss(patches, target_patches, normalise_targets=self.normalise_targets)
+            mae = mae_loss(patches, batch["target_patches"], normalise_targets=self.normalise_targets)
             parts |= {"loss": mntp + self.mae_weight * mae, "mae_loss": mae}
         return parts
 

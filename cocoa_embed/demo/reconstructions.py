@@ -47,6 +47,8 @@ def warmup_reconstructions(
     batch = collator(list(enumerate(rows)))
     model.eval()
     logits, predicted = model.predict(batch)
+    if predicted is None:
+        raise ValueError("the rows have no images to reconstruct")
     masked, hidden = batch["pixel_values"], batch["hidden_patches"]
     original, reconstructed = masked.clone(), masked.clone()
     original[hidden] = batch["target_patches"]
@@ -60,7 +62,8 @@ def warmup_reconstructions(
         for grid, *three in triplets
     ]
     patches = [
-        PatchReconstruction(*three, caption=row.positive.text or "") for three, row in zip(images, rows, strict=True)
+        PatchReconstruction(before, hidden_away, filled_in, row.positive.text or "")
+        for (before, hidden_away, filled_in), row in zip(images, rows, strict=True)
     ]
     tokens = _token_reconstructions(batch, logits, collator.processor, stage="warm-up", images=[i[0] for i in images])
     return patches, tokens

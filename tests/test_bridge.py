@@ -1,0 +1,220 @@
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cocoa_embed.attention import Block
+from cocoa_embed.backbone import Backbone
+from cocoa_embed.train.bridge import BridgeModel, bridge_trainer
+from cocoa_embed.train.collators import Batch, BridgeCollator
+from cocoa_embed.train.data import Item, Row
+from cocoa_embed.train.losses import mntp_loss
+from cocoa_embed.train.probe import shuffle_images
+from cocoa_embed.train.recipe import BridgeSection
+
+Change = Callable[[Batch], Batch]
+
+UNUSUAL_TOKEN = 100
+"""An ordinary token's id, neither padding nor special."""
+
+
+@pytest.fixture
+def batch(tiny_backbone: Backbone, scene_rows: list[Row]) -> Batch:
+    """Rows with an image and an instruction in block A, one with texts alone; of different lengths."""
+    pictured = [
+        Row(query=Item(text="find it: ", image=row.image), positive=row.positive, source="") for row in scene_rows[:3]
+    ]
+    text = Row(query=Item(text="white picture; blue cross"), positive=Item(text="blue cross on white"), source="")
+    batch = BridgeCollator(tiny_backbone.processor, seed=0)(list(enumerate([*pictured, text])))
+    assert (batch["blocks"] == Block.PAD).any()
+    return batch
+
+
+@pytest.fixture
+def model(tiny_backbone: Backbone) -> BridgeModel:
+    return BridgeModel(tiny_backbone.model).eval()
+
+
+def another_image(batch: Batch) -> Batch:
+    return shuffle_images(batch)
+
+
+def another_text(batch: Batch) -> Batch:
+    """Exchange the ordinary tokens of block A for others; block B and every position stay."""
+    input_ids = batch["input_ids"]
+    is_text = (batch["blocks"] == Block.A) & (batch["mm_token_type_ids"] == 0) & (input_ids > 20)
+    changed = torch.where(is_text, UNUSUAL_TOKEN + (input_ids * 7) % 200, input_ids)
+    return {**batch, "input_ids": changed}
+
+
+CHANGES = [another_image, another_text]
+
+
+def bridge(backbone: Backbone, *, eos_attends_to_b: bool = True) -> BridgeModel:
+    return BridgeModel(backbone.model, eos_attends_to_b=eos_attends_to_b).eval()
+
+
+@contextmanager
+def eos_states(model: BridgeModel, batch: Batch, held: list[Tensor] | None = None) -> Iterator[list[Tensor]]:
+    """Record what the ``<EOS>`` positions hold before each layer and before the last norm; or hold them at ``held``."""
+    eos = batch["blocks"] == Block.EOS
+    recorded: list[Tensor] = []
+
+    def before(depth: int, _: nn.Module, inputs: tuple[Tensor, ...], others: dict[str, Any]) -> tuple[Any, Any]:
+        hidden_states, *rest = inputs
+        if held is not None:
+            hidden_states = hidden_states.clone()
+            hidden_states[eos] = held[depth]
+        recorded.append(hidden_states[eos].clone())
+        return (hidden_states, *rest), others
+
+    decoder = model.backbone.get_decoder()
+    handles = [
+        module.register_forward_pre_hook(partial(before, depth), with_kwargs=True)
+        for depth, module in enumerate([*decoder.layers, decoder.norm])
+    ]
+    try:
+        yield recorded
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def block_b_logits(model: BridgeModel, batch: Batch) -> Tensor:
+    """Return the logits that predict each token of block B, hidden or not."""
+    return model.predict({**batch, "hidden_tokens": batch["blocks"] == Block.B})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("eos_attends_to_b", [True, False])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_nothing_of_block_a_reaches_block_b_but_through_eos(
+    load_tiny: Callable[[str], Backbone], batch: Batch, change: Change, implementation: str, eos_attends_to_b: bool
+) -> None:
+    model = bridge(load_tiny(implementation), eos_attends_to_b=eos_attends_to_b)
+    changed = change(batch)
+    in_b = batch["blocks"] == Block.B
+    assert torch.equal(changed["input_ids"][in_b], batch["input_ids"][in_b])
+    assert not all(torch.equal(changed[key], batch[key]) for key in ("input_ids", "pixel_values"))
+
+    with eos_states(model, batch) as reference:
+        original_logits = block_b_logits(model, batch)
+    with eos_states(model, batch) as free:
+        changed_logits = block_b_logits(model, changed)
+    with eos_states(model, batch, held=reference) as fixed:
+        held_logits = block_b_logits(model, changed)
+
+    assert len(reference) == len(model.backbone.get_decoder().layers) + 1
+    assert not torch.allclose(free[-1], reference[-1], atol=1e-3)
+    assert all(torch.equal(*pair) for pair in zip(fixed, reference, strict=True))
+    assert not torch.allclose(changed_logits, original_logits, atol=1e-3), "through <EOS>, block A does reach B"
+    assert torch.equal(held_logits, original_logits)
+
+
+@torch.no_grad()
+def test_block_a_reads_nothing_of_block_b_but_through_eos(model: BridgeModel, batch: Batch) -> None:
+    blocks = batch["blocks"]
+    changed = {**batch, "input_ids": batch["input_ids"].masked_fill(blocks == Block.B, UNUSUAL_TOKEN)}
+    in_a = {"hidden_tokens": (blocks == Block.A).index_fill(1, torch.tensor([0]), False)}
+    with eos_states(model, batch) as reference:
+        original_logits = model.predict({**batch, **in_a})
+    assert not torch.allclose(model.predict({**changed, **in_a}), original_logits, atol=1e-3)
+    with eos_states(model, batch, held=reference):
+        assert torch.equal(model.predict({**changed, **in_a}), original_logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("eos_attends_to_b", [True, False])
+def test_the_option_decides_whether_eos_sees_block_b(
+    tiny_backbone: Backbone, batch: Batch, eos_attends_to_b: bool
+) -> None:
+    model = bridge(tiny_backbone, eos_attends_to_b=eos_attends_to_b)
+    in_b = batch["blocks"] == Block.B
+    with eos_states(model, batch) as reference:
+        model.predict(batch)
+    with eos_states(model, batch) as changed:
+        model.predict({**batch, "input_ids": batch["input_ids"].masked_fill(in_b, UNUSUAL_TOKEN)})
+    assert torch.equal(changed[-1], reference[-1]) is not eos_attends_to_b
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_what_stands_in_the_padding_changes_no_logit(
+    load_tiny: Callable[[str], Backbone], batch: Batch, implementation: str
+) -> None:
+    model = bridge(load_tiny(implementation))
+    padding = batch["blocks"] == Block.PAD
+    sentinel = {**batch, "input_ids": batch["input_ids"].masked_fill(padding, UNUSUAL_TOKEN)}
+    assert not torch.equal(sentinel["input_ids"], batch["input_ids"])
+    assert torch.equal(block_b_logits(model, sentinel), block_b_logits(model, batch))
+
+
+@torch.no_grad()
+def test_a_row_is_predicted_alone_as_in_a_padded_batch(model: BridgeModel, batch: Batch) -> None:
+    together = block_b_logits(model, batch).split((batch["blocks"] == Block.B).sum(dim=1).tolist())
+    lengths = batch["attention_mask"].sum(dim=1).tolist()
+    pixels = iter(batch["pixel_values"].split(batch["image_grid_thw"].prod(dim=1).tolist()))
+    has_image = (batch["mm_token_type_ids"] == 1).any(dim=1).tolist()
+    assert set(has_image) == {True, False}
+    for row, expected in enumerate(together):
+        names = ("input_ids", "attention_mask", "mm_token_type_ids", "blocks")
+        alone = {name: batch[name][row : row + 1, : lengths[row]] for name in names}
+        if has_image[row]:
+            alone |= {"pixel_values": next(pixels), "image_grid_thw": batch["image_grid_thw"][:1]}
+        torch.testing.assert_close(block_b_logits(model, alone), expected, atol=1e-4, rtol=0)
+
+
+def test_the_loss_is_mntp_over_block_bs_hidden_tokens(model: BridgeModel, batch: Batch) -> None:
+    outputs = model(**batch)
+    logits = model.predict(batch)
+    assert logits.shape[0] == len(batch["target_ids"]) == batch["hidden_tokens"].sum()
+    assert not batch["hidden_tokens"][batch["blocks"] != Block.B].any()
+    assert outputs["loss"].item() == mntp_loss(logits, batch["target_ids"]).item()
+    right = logits.argmax(dim=1) == batch["target_ids"]
+    assert outputs["hidden_token_accuracy"].item() == pytest.approx(right.float().mean().item())
+
+
+def test_gradients_reach_the_vision_encoder_through_eos_alone(model: BridgeModel, batch: Batch) -> None:
+    vision = list(model.backbone.base_model.visual.parameters())
+    loss = model(**batch)["loss"]
+    with eos_states(model, batch) as states:
+        held_later = block_b_logits(model, batch)
+    assert held_later.requires_grad
+    gradients = torch.autograd.grad(loss, vision, allow_unused=True)
+    assert any(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
+
+    with eos_states(model, batch, held=[state.detach() for state in states]):
+        cut_loss = model(**batch)["loss"]
+    assert cut_loss.item() == pytest.approx(loss.item())
+    cut = torch.autograd.grad(cut_loss, vision, allow_unused=True)
+    assert all(gradient is None or not gradient.any() for gradient in cut)
+
+
+def test_logits_are_made_for_hidden_tokens_alone(model: BridgeModel, batch: Batch) -> None:
+    shapes: list[torch.Size] = []
+    head = model.backbone.get_output_embeddings()
+    head.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
+    model(**batch)
+    hidden = int(batch["hidden_tokens"].sum())
+    assert 0 < hidden < batch["attention_mask"].sum()
+    assert shapes == [(hidden, model.backbone.config.get_text_config().hidden_size)]
+
+
+@pytest.mark.parametrize("probe_rows", [0, 4])
+def test_the_trainer_is_what_its_section_says(
+    tiny_backbone: Backbone, scene_rows: list[Row], tmp_path: Path, probe_rows: int
+) -> None:
+    section = BridgeSection(steps=1, batch_size=2, mask_ratio=0.4, eos_attends_to_b=False, probe_rows=probe_rows)
+    arguments = {"output_dir": str(tmp_path), "max_steps": 1, "report_to": "none", "gradient_accumulation_steps": 2}
+    trainer = bridge_trainer(tiny_backbone, scene_rows, section, seed=5, arguments=arguments)
+    assert (trainer.data_collator.seed, trainer.data_collator.mask_ratio) == (5, 0.4)
+    assert trainer.model.eos_attends_to_b is False
+    assert trainer.train_dataset.rows == scene_rows[probe_rows:]
+    # Else transformers takes the loss for one that is already divided by the number of accumulated batches.
+    assert trainer.model_accepts_loss_kwargs is False
