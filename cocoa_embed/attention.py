@@ -56,6 +56,8 @@ def _last_token_reaches_first(model: PreTrainedModel, *, padded: bool) -> bool:
         for ids in (input_ids, changed_ids)
     )
     model.train(was_training)
+    if not torch.isfinite(changed).all():
+        raise RuntimeError(f"the hidden states of {type(model).__name__} are not finite; its weights are broken")
     return not torch.equal(first, changed)
 
 

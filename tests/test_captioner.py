@@ -131,7 +131,7 @@ def small_captioner(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pretraining_writes_a_folder_that_is_a_backbone(tmp_path: Path) -> None:
     pretrain(tmp_path / "captioner", steps=3, batch_size=4, learning_rate=1e-2, seed=0)
     with safe_open(tmp_path / "captioner" / "model.safetensors", framework="pt") as weights:
-        assert {weights.get_tensor(name).dtype for name in weights.keys()} == {torch.bfloat16}  # noqa: SIM118
+        assert {weights.get_tensor(name).dtype for name in weights.keys()} == {torch.bfloat16}
     backbone = load_backbone(str(tmp_path / "captioner"), max_length=64)
     assert backbone.model.dtype == torch.float32
     batch = CaptionCollator(backbone.processor)(first_rows(0, 2))

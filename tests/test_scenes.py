@@ -187,9 +187,7 @@ def test_large_covers_more_than_small(shape: str) -> None:
 
 
 def test_shapes_look_different() -> None:
-    silhouettes = [
-        coloured(draw(one_object(shape), random.Random(0)), COLOURS["blue"]).astype(int) for shape in SHAPES
-    ]
+    silhouettes = [coloured(draw(one_object(shape), random.Random(0)), COLOURS["blue"]).astype(int) for shape in SHAPES]
     assert min(abs(first - second).sum() for first, second in combinations(silhouettes, 2)) >= 15
 
 

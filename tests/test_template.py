@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jinja2 import Template
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import ProcessorMixin
 
@@ -25,7 +26,7 @@ texts = st.text(max_size=30) | st.sampled_from(AWKWARD)
 image_part = {"type": "image"}
 
 
-def compiled() -> Any:
+def compiled() -> Template:
     """Compile the template with the settings of transformers, which the test through a processor checks."""
     return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(CHAT_TEMPLATE)
 
@@ -60,7 +61,9 @@ def test_an_item_renders_as_vision_prompt_text_whatever_the_order_of_its_parts(
         assert rendered == render(text=text, has_image=has_image, prompt=prompt or "")
 
 
-@given(prompt=texts, parts=st.lists(st.just(image_part) | st.builds(lambda text: {"type": "text", "text": text}, texts)))
+@given(
+    prompt=texts, parts=st.lists(st.just(image_part) | st.builds(lambda text: {"type": "text", "text": text}, texts))
+)
 def test_parts_in_any_order_and_number_render_images_first_then_prompt_then_texts(
     prompt: str, parts: list[dict[str, str]]
 ) -> None:

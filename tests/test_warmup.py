@@ -167,6 +167,20 @@ def test_logits_are_made_for_hidden_tokens_alone(model: WarmupModel, batch: Batc
     assert shapes == [(hidden, model.backbone.config.get_text_config().hidden_size)]
 
 
+@torch.no_grad()
+def test_a_hidden_token_is_predicted_from_the_state_before_it(model: WarmupModel, batch: Batch) -> None:
+    kept: list[Tensor] = []
+    head = model.backbone.get_output_embeddings()
+    model.backbone.get_decoder().norm.register_forward_hook(lambda _, inputs, output: kept.append(output))
+    head.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
+    model(**batch)
+    last_hidden_states, seen_by_head = kept
+    places = batch["hidden_tokens"].nonzero().tolist()
+    assert len(places) > len(batch["input_ids"])
+    expected = torch.stack([last_hidden_states[row, position - 1] for row, position in places])
+    assert torch.equal(seen_by_head, expected)
+
+
 def test_it_overfits_one_batch(model: WarmupModel, batch: Batch) -> None:
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

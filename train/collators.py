@@ -130,13 +130,33 @@ class BridgeCollator:
         """
         generator = batch_generator(self.seed, [index for index, _ in examples])
         tokenizer = self.processor.tokenizer
-        pairs = [split_blocks(row) for _, row in examples]
-        tails = [tokenizer(text, add_special_tokens=False)["input_ids"] for _, text in pairs]
         max_length = tokenizer.model_max_length
-        room_for_b = min(max(map(len, tails)), max_length // 4)
-        block_a = render_items(self.processor, [item for item, _ in pairs], max_length=max_length - room_for_b)
-        batch = append_block_b(block_a, tails, pad_token_id=tokenizer.pad_token_id, max_length=max_length)
-        hidden = hide_share(batch["blocks"] == Block.B, self.mask_ratio, generator)
+        pairs = [split_blocks(row) for _, row in examples]
+        block_a = render_items(self.processor, [item for item, _ in pairs])
+        block_b = tokenizer(
+            [text for _, text in pairs], add_special_tokens=False, truncation=True, max_length=max_length
+        )
+        joined_blocks = [
+            join_blocks(ids[keep], kinds[keep], is_text[keep], torch.tensor(tail, dtype=torch.long), max_length)
+            for ids, kinds, is_text, keep, tail in zip(
+                block_a["input_ids"],
+                block_a["mm_token_type_ids"],
+                text_tokens(block_a, self.processor),
+                block_a["attention_mask"].bool(),
+                block_b["input_ids"],
+                strict=True,
+            )
+        ]
+        ids, kinds, blocks = zip(*joined_blocks, strict=True)
+        padded_blocks = _pad(blocks, Block.PAD)
+        batch = {
+            **block_a,
+            "input_ids": _pad(ids, tokenizer.pad_token_id),
+            "mm_token_type_ids": _pad(kinds, 0),
+            "attention_mask": (padded_blocks != Block.PAD).long(),
+            "blocks": padded_blocks,
+        }
+        hidden = hide_share(padded_blocks == Block.B, self.mask_ratio, generator)
         return mask_tokens(batch, hidden, tokenizer.mask_token_id)
 
 
@@ -153,28 +173,29 @@ def split_blocks(row: Row) -> tuple[Item, str]:
     )
 
 
-def append_block_b(block_a: Batch, tails: Sequence[Sequence[int]], *, pad_token_id: int, max_length: int) -> Batch:
-    """Append block B's tokens after each row's ``<EOS>`` and pad on the right.
+def join_blocks(
+    input_ids: Tensor, token_types: Tensor, is_text: Tensor, tail: Tensor, max_length: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Append block B's tokens after a row's ``<EOS>``, within ``max_length`` tokens.
 
-    :param block_a: As :func:`render_items` returns, every row ending in ``<EOS>``.
-    :param tails: Token ids of block B of each row, cut to what ``max_length`` leaves.
+    Where both do not fit, block A's text gives way until block B has a quarter of the length; visual tokens and
+    ``<EOS>`` stay. Block B is cut to what is left.
+
+    :param input_ids: Block A and ``<EOS>``, int64 ``[length]``.
+    :param token_types: Its ``mm_token_type_ids``, int64 ``[length]``.
+    :param is_text: Its ordinary text tokens, bool ``[length]``.
+    :param tail: Block B, int64 ``[tokens]``.
+    :returns: ids, token types and :class:`~cocoa_embed.attention.Block` of every position, int64 ``[joined length]``.
     """
-    ids, kinds, blocks = [], [], []
-    for row, tail in enumerate(tails):
-        length = int(block_a["attention_mask"][row].sum())
-        tail_ids = torch.tensor(tail[: max_length - length], dtype=torch.long)
-        ids.append(torch.cat([block_a["input_ids"][row, :length], tail_ids]))
-        kinds.append(torch.cat([block_a["mm_token_type_ids"][row, :length], torch.zeros_like(tail_ids)]))
-        blocks.append(torch.tensor([Block.A] * (length - 1) + [Block.EOS] + [Block.B] * len(tail_ids)))
-    padded_blocks = _pad(blocks, Block.PAD)
-    return {
-        **block_a,
-        "input_ids": _pad(ids, pad_token_id),
-        "mm_token_type_ids": _pad(kinds, 0),
-        "attention_mask": (padded_blocks != Block.PAD).long(),
-        "blocks": padded_blocks,
-    }
+    excess = len(input_ids) + min(len(tail), max_length // 4) - max_length
+    text_positions = is_text.nonzero().flatten()
+    keep = torch.ones_like(is_text)
+    keep[text_positions[len(text_positions) - max(0, min(excess, len(text_positions))) :]] = False
+    input_ids, token_types = input_ids[keep], token_types[keep]
+    tail = tail[: max_length - len(input_ids)]
+    blocks = torch.tensor([Block.A] * (len(input_ids) - 1) + [Block.EOS] + [Block.B] * len(tail))
+    return torch.cat([input_ids, tail]), torch.cat([token_types, torch.zeros_like(tail)]), blocks
 
 
-def _pad(rows: list[Tensor], value: int) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+def _pad(rows: Sequence[Tensor], value: int) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)

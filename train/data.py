@@ -60,33 +60,47 @@ class Rows(Dataset[tuple[int, Row]]):
 
 
 def read_image_folder(
-    folder: Path, *, captions: CaptionChoice = "text", paraphrases: bool = False, limit: int | None = None
+    folder: Path, *, captions: CaptionChoice = "text", paraphrases: int = 0, limit: int | None = None
 ) -> list[Row]:
     """Read an image folder with ``metadata.jsonl`` (``file_name`` and ``text`` in each line) as image-caption rows.
 
     :param captions: ``text``: a row for each image. ``captions``: a row for each entry of the line's list
         ``captions``, or for its ``text`` where there is none.
-    :param paraphrases: Also a text-only row from each entry of ``captions`` to the next, of lines that have several.
+    :param paraphrases: Text-only rows to add for each image that has several ``captions``, from one wording to the
+        next; which wording comes first changes from image to image.
     :param limit: Read the first ``limit`` images.
     :raises CocoaError: If the folder holds no row, names an image that is not there, or has a row without text.
     """
     rows = []
-    for line in read_image_folder_metadata(folder)[:limit]:
+    for number, line in enumerate(read_image_folder_metadata(folder)[:limit]):
         source = f"{folder / 'metadata.jsonl'}, {line['file_name']}"
-        wordings = _texts(line.get("captions") or [], source)
-        texts = wordings if captions == "captions" and wordings else _texts([line.get("text")], source)
+        wordings = _wordings(line.get("captions"), source)
+        texts = wordings if captions == "captions" and wordings else [_text(line.get("text"), source)]
         image = Item(image=Path(line["path"]))
         rows += [Row(query=image, positive=Item(text=text), source=source) for text in texts]
-        if paraphrases and len(wordings) > 1:
-            pairs = zip(wordings, wordings[1:] + wordings[:1], strict=True)
-            rows += [Row(query=Item(text=one), positive=Item(text=other), source=source) for one, other in pairs]
+        if len(wordings) > 1:
+            rows += [
+                Row(
+                    query=Item(text=wordings[start % len(wordings)]),
+                    positive=Item(text=wordings[(start + 1) % len(wordings)]),
+                    source=source,
+                )
+                for start in range(number, number + paraphrases)
+            ]
     if not rows:
         raise CocoaError(f"{folder / 'metadata.jsonl'} has no rows; one line of JSON per image is expected.")
     return rows
 
 
-def _texts(texts: Sequence[object], source: str) -> list[str]:
-    for text in texts:
-        if not isinstance(text, str) or not text.strip():
-            raise CocoaError(f"{source}: the row has no text; give it a non-empty 'text' or remove the line.")
-    return [str(text) for text in texts]
+def _wordings(captions: object, source: str) -> list[str]:
+    if captions is None:
+        return []
+    if not isinstance(captions, list):
+        raise CocoaError(f"{source}: 'captions' is {captions!r}; expected a list of texts.")
+    return [_text(caption, source) for caption in captions]
+
+
+def _text(text: object, source: str) -> str:
+    if not isinstance(text, str) or not text.strip():
+        raise CocoaError(f"{source}: the row has no text; give it a non-empty 'text' or remove the line.")
+    return text

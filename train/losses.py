@@ -19,7 +19,7 @@ def predicting_states(hidden_states: Tensor, hidden: Tensor) -> Tensor:
 
 
 def mntp_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean cross-entropy in nats over hidden tokens, in float32.
+    """Return the mean cross-entropy in nats over hidden tokens, in float32; zero where none is hidden.
 
     :param logits: ``[hidden tokens, V]``, made from :func:`predicting_states` alone.
     :param targets: Ids of the hidden tokens, int64 ``[hidden tokens]``.
@@ -27,7 +27,7 @@ def mntp_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """
     if len(logits) != len(targets):
         raise ValueError(f"{len(logits)} rows of logits for {len(targets)} hidden tokens")
-    return F.cross_entropy(logits.float(), targets)
+    return F.cross_entropy(logits.float(), targets, reduction="sum") / max(len(targets), 1)
 
 
 def mae_loss(predictions: Tensor, patches: Tensor, *, normalise_targets: bool = False) -> Tensor:
@@ -48,5 +48,5 @@ def mae_loss(predictions: Tensor, patches: Tensor, *, normalise_targets: bool = 
 
 @torch.no_grad()
 def accuracy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the share of hidden tokens whose most likely prediction is right."""
-    return (logits.argmax(dim=-1) == targets).float().mean()
+    """Return the share of hidden tokens whose most likely prediction is right; zero where none is hidden."""
+    return (logits.argmax(dim=-1) == targets).sum() / max(len(targets), 1)

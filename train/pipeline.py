@@ -25,6 +25,9 @@ from cocoa_embed.train.warmup import warmup_trainer
 
 STAGES = ("warmup", "bridge", "contrastive")
 
+DECAY_SHARE = 0.3
+"""Part of the steps over which ``warmup_stable_decay`` lets the learning rate fall."""
+
 Inspect = Callable[[str, Trainer], None]
 
 
@@ -124,6 +127,7 @@ def _training_arguments(recipe: Recipe, section: StageSection, folder: Path) -> 
         "per_device_train_batch_size": section.batch_size,
         "learning_rate": section.learning_rate,
         "lr_scheduler_type": section.schedule,
+        "lr_scheduler_kwargs": _schedule_arguments(section),
         "warmup_steps": section.warmup_steps,
         "weight_decay": section.weight_decay,
         "adam_beta2": section.adam_beta2,
@@ -135,6 +139,12 @@ def _training_arguments(recipe: Recipe, section: StageSection, folder: Path) -> 
         "dataloader_pin_memory": torch.cuda.is_available(),
         "seed": recipe.seed,
     }
+
+
+def _schedule_arguments(section: StageSection) -> dict[str, Any]:
+    if section.schedule != "warmup_stable_decay":
+        return {}
+    return {"num_decay_steps": max(1, round(section.steps * DECAY_SHARE))}
 
 
 def _read_rows(recipe: Recipe, stage: str, section: StageSection) -> list[Row]:

@@ -37,10 +37,10 @@ class EosProbe:
 def hold_out_rows(rows: Sequence[Row], count: int) -> tuple[list[Row], list[Row]]:
     """Take ``count`` rows with different images from ``rows``; return them and the rows of all other images.
 
-    Nothing is taken where fewer images would be left than are taken.
+    Nothing is taken where fewer images would be left than are taken, nor for a count of one, which cannot be exchanged.
     """
     images = list(dict.fromkeys(row.image for row in rows if row.image is not None))
-    if len(images) < 2 * count:
+    if count < 2 or len(images) < 2 * count:
         return [], list(rows)
     kept = set(images[:count])
     probe_rows = list({row.image: row for row in rows if row.image in kept}.values())

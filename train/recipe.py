@@ -28,18 +28,22 @@ class DataSection(Section):
     """Which rows a stage sees: an image folder with ``metadata.jsonl``.
 
     :param captions: A row for each image's ``text``, or for each entry of its ``captions``.
-    :param paraphrases: Also a text-only row from each entry of ``captions`` to the next.
+    :param paraphrases: Text-only rows for each image, from one of its ``captions`` to the next.
     :param limit: The first so many images; all by default.
     """
 
     folder: Path
     captions: CaptionChoice = "text"
-    paraphrases: bool = False
+    paraphrases: Annotated[int, Field(ge=0)] = 0
     limit: Positive | None = None
 
 
 class StageSection(Section):
-    """What every stage has: its data and its optimisation. Rates per step, lengths in steps."""
+    """What every stage has: its data and its optimisation. Lengths in steps.
+
+    :param schedule: Of the learning rate after ``warmup_steps``; ``warmup_stable_decay`` holds it and lets it fall to
+        zero over the last 30 % of the steps.
+    """
 
     data: DataSection | None = None
     steps: Positive
@@ -48,7 +52,7 @@ class StageSection(Section):
     warmup_steps: Annotated[int, Field(ge=0)] = 100
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     adam_beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
-    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
+    schedule: Literal["linear", "cosine", "constant_with_warmup", "warmup_stable_decay"] = "linear"
     logging_steps: Positive = 10
 
 
@@ -119,7 +123,7 @@ class Recipe(Section):
         path = _find_recipe(str(name_or_path))
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
         if not isinstance(values, dict):
             raise UsageError(f"{path} holds no recipe; expected keys such as {', '.join(cls.model_fields)}.")

@@ -1,0 +1,297 @@
+import math
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+
+from cocoa_embed.backbone import load_backbone
+from cocoa_embed.errors import CocoaError
+from cocoa_embed.export import build_sentence_transformer
+from cocoa_embed.images import load_image
+from cocoa_embed.train.contrastive import (
+    ItemPreprocessor,
+    as_record,
+    contrastive_loss,
+    contrastive_trainer,
+    pair_datasets,
+)
+from cocoa_embed.train.data import Item, Row
+from cocoa_embed.train.recipe import ContrastiveSection
+from conftest import TINY_MAX_LENGTH
+from exported import PROMPTS, write_checkpoint
+
+Features = dict[str, Any]
+BATCH = 8
+
+
+def section(**values: Any) -> ContrastiveSection:
+    return ContrastiveSection(steps=2, batch_size=BATCH, **values)
+
+
+def arguments(folder: Path, **values: Any) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder),
+        "max_steps": 2,
+        "per_device_train_batch_size": BATCH,
+        "learning_rate": 1e-3,
+        "save_strategy": "no",
+        "report_to": "none",
+        "remove_unused_columns": False,
+        "logging_steps": 1,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 0,
+        **values,
+    }
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_backbone_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    backbone = load_backbone(str(tiny_backbone_path), max_length=TINY_MAX_LENGTH)
+    return write_checkpoint(backbone, tmp_path_factory.mktemp("run") / "bridge")
+
+
+@pytest.fixture
+def model(checkpoint: Path) -> SentenceTransformer:
+    return build_sentence_transformer(checkpoint, prompts=PROMPTS).to("cpu")
+
+
+@pytest.fixture
+def mixed_rows(scene_rows: list[Row]) -> list[Row]:
+    """Eight pairs whose queries are an image, an image with a text, or a text."""
+    rows = []
+    for number, row in enumerate(scene_rows[:BATCH]):
+        query = (row.query, Item(text="what is here?", image=row.image), Item(text=f"scene {number}"))[number % 3]
+        rows.append(Row(query=query, positive=row.positive, source=row.source))
+    return rows
+
+
+def features(model: SentenceTransformer, rows: list[Row]) -> list[Features]:
+    preprocess = ItemPreprocessor(model)
+    return [
+        preprocess([as_record(row.query) for row in rows]),
+        preprocess([as_record(row.positive) for row in rows]),
+    ]
+
+
+def gradients(model: SentenceTransformer) -> Tensor:
+    found = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
+    return torch.cat(found)
+
+
+def info_nce(model: SentenceTransformer, rows: list[Row], temperature: float) -> Tensor:
+    """The closed form, on embeddings that the model's own ``forward`` gives without any cache."""
+    queries, documents = (model(batch)["sentence_embedding"] for batch in features(model, rows))
+    scores = queries @ documents.T / temperature
+    return torch.nn.functional.cross_entropy(scores, torch.arange(len(rows)))
+
+
+# Pairs
+
+
+def test_pairs_are_the_rows_and_their_exchange(scene_rows: list[Row]) -> None:
+    pairs = pair_datasets(scene_rows, both_directions=True)
+    assert list(pairs) == ["forward", "backward"]
+    forward, backward = pairs["forward"], pairs["backward"]
+    assert len(forward) == len(backward) == len(scene_rows)
+    assert forward.column_names == backward.column_names == ["anchor", "positive"]
+    for row, there, back in zip(scene_rows, forward, backward, strict=True):
+        assert there["anchor"] == {"text": None, "image": str(row.image)}
+        assert there["positive"] == {"text": row.positive.text, "image": None}
+        assert (back["anchor"], back["positive"]) == (there["positive"], there["anchor"])
+
+
+def test_one_direction_is_the_rows_alone(scene_rows: list[Row]) -> None:
+    pairs = pair_datasets(scene_rows, both_directions=False)
+    assert list(pairs) == ["forward"]
+    assert len(pairs["forward"]) == len(scene_rows)
+
+
+def test_items_of_every_kind_keep_their_parts(mixed_rows: list[Row]) -> None:
+    stored = pair_datasets(mixed_rows, both_directions=False)["forward"]["anchor"]
+    assert stored[0] == {"text": None, "image": str(mixed_rows[0].image)}
+    assert stored[1] == {"text": "what is here?", "image": str(mixed_rows[1].query.image)}
+    assert stored[2] == {"text": "scene 2", "image": None}
+
+
+# Preprocessing
+
+
+def test_the_preprocessor_reads_images_and_gives_the_models_own_inputs(
+    model: SentenceTransformer, mixed_rows: list[Row]
+) -> None:
+    items = [row.query for row in mixed_rows[:3]]
+    as_inputs: list[dict[str, Any]] = [
+        {"image": load_image(items[0].image)},  # type: ignore[arg-type]
+        {"image": load_image(items[1].image), "text": items[1].text},  # type: ignore[arg-type]
+        {"text": items[2].text},
+    ]
+    for prompt in (None, PROMPTS["query"]):
+        found = ItemPreprocessor(model)([as_record(item) for item in items], prompt=prompt)
+        expected = model.preprocess(as_inputs, prompt=prompt)
+        assert found["pixel_values"].shape == (2 * 16, 1176)
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert torch.equal(found[key], value) if isinstance(value, Tensor) else found[key] == value
+
+
+def test_a_broken_image_is_named_where_it_is_read(model: SentenceTransformer, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    with pytest.raises(CocoaError, match=r"broken\.png"):
+        ItemPreprocessor(model)([as_record(Item(image=tmp_path / "broken.png"))])
+
+
+# The loss
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_embeddings_without_information_give_log_b(
+    model: SentenceTransformer, scene_rows: list[Row], symmetric: bool
+) -> None:
+    same = Row(query=scene_rows[0].query, positive=scene_rows[0].positive, source="")
+    loss = contrastive_loss(model, section(symmetric=symmetric, cache_chunk=4))
+    assert loss(features(model, [same] * BATCH), None).item() == pytest.approx(math.log(BATCH), abs=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0.02, 0.5])
+def test_the_loss_is_info_nce_of_the_embeddings(
+    model: SentenceTransformer, mixed_rows: list[Row], temperature: float
+) -> None:
+    loss = contrastive_loss(model, section(temperature=temperature, cache_chunk=3))
+    with torch.no_grad():
+        expected = info_nce(model, mixed_rows, temperature).item()
+    assert abs(expected - math.log(BATCH)) > 1e-2, "the embeddings say something"
+    assert loss(features(model, mixed_rows), None).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_symmetric_loss_is_the_mean_of_both_directions(model: SentenceTransformer, mixed_rows: list[Row]) -> None:
+    with torch.no_grad():
+        there = info_nce(model, mixed_rows, 0.1).item()
+        back = info_nce(model, [row.reversed() for row in mixed_rows], 0.1).item()
+    assert there != pytest.approx(back, abs=1e-3)
+    loss = contrastive_loss(model, section(temperature=0.1, symmetric=True))
+    assert loss(features(model, mixed_rows), None).item() == pytest.approx((there + back) / 2, rel=1e-4)
+
+
+def test_the_cache_changes_neither_loss_nor_gradients(model: SentenceTransformer, mixed_rows: list[Row]) -> None:
+    """Against the slow path, one graph over the whole batch: pixels are cut at the right images."""
+    model.eval()
+    info_nce(model, mixed_rows, 0.02).backward()
+    slow = gradients(model)
+    assert slow.abs().max() > 1e-2
+    losses = []
+    for chunk in (2, 3, BATCH):
+        model.zero_grad()
+        loss = contrastive_loss(model, section(cache_chunk=chunk))
+        value = loss(features(model, mixed_rows), None)
+        value.backward()
+        losses.append(value.item())
+        fast = gradients(model)
+        assert fast.shape == slow.shape
+        assert (fast - slow).abs().max() < 1e-4 * slow.abs().max()
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+
+
+def test_the_section_sets_the_losses_temperature_and_chunk(model: SentenceTransformer) -> None:
+    loss = contrastive_loss(model, section(temperature=0.05, cache_chunk=6))
+    assert loss.scale == pytest.approx(20)
+    assert loss.mini_batch_size == 6
+
+
+# The trainer
+
+
+def batches(
+    model: SentenceTransformer, rows: list[Row], folder: Path, *, both_directions: bool, **values: Any
+) -> Iterator[Features]:
+    trainer = contrastive_trainer(
+        model, rows, section(both_directions=both_directions), arguments=arguments(folder, **values)
+    )
+    return iter(trainer.get_train_dataloader())
+
+
+def test_a_batch_is_of_one_subset_and_anchors_get_the_query_prompt(
+    model: SentenceTransformer, scene_rows: list[Row], tmp_path: Path
+) -> None:
+    vision_end = model.tokenizer.convert_tokens_to_ids("<|vision_end|>")
+    seen = []
+    for batch in batches(model, scene_rows, tmp_path, both_directions=True):
+        with_images = [side for side in ("anchor", "positive") if f"{side}_pixel_values" in batch]
+        assert len(with_images) == 1, "all candidates are of one kind"
+        seen.append(with_images[0])
+        assert len(batch[f"{with_images[0]}_image_grid_thw"]) == len(batch["anchor_input_ids"])
+        for side, name in (("anchor", "query"), ("positive", "document")):
+            for ids in batch[f"{side}_input_ids"].tolist():
+                after_image = ids[ids.index(vision_end) + 1 :] if side in with_images else ids
+                assert model.tokenizer.decode(after_image).startswith(PROMPTS[name])
+    assert seen.count("anchor") == seen.count("positive") == len(scene_rows) // BATCH
+
+
+def test_training_sees_the_token_ids_of_encode_query(
+    model: SentenceTransformer, scene_rows: list[Row], tmp_path: Path
+) -> None:
+    captions = [{"text": row.positive.text} for row in scene_rows]
+    inference = model.preprocess(captions, prompt=PROMPTS["query"])
+    expected = {
+        tuple(ids[mask.bool()].tolist())
+        for ids, mask in zip(inference["input_ids"], inference["attention_mask"], strict=True)
+    }
+    assert len(expected) == len(scene_rows)
+    found = set()
+    for batch in batches(model, scene_rows, tmp_path, both_directions=True):
+        if "anchor_pixel_values" not in batch:
+            for ids, mask in zip(batch["anchor_input_ids"], batch["anchor_attention_mask"], strict=True):
+                found.add(tuple(ids[mask.bool()].tolist()))
+    assert found == expected
+
+
+def test_no_batch_holds_a_duplicate(model: SentenceTransformer, scene_rows: list[Row], tmp_path: Path) -> None:
+    """Two rows with one caption would be each other's negatives."""
+    rows = [*scene_rows[:12], *scene_rows[:12]]
+    found = [
+        [tuple(ids) for ids in batch["positive_input_ids"].tolist()]
+        for batch in batches(model, rows, tmp_path, both_directions=False, per_device_train_batch_size=4)
+    ]
+    assert sum(map(len, found)) == 24
+    assert all(len(set(batch)) == len(batch) for batch in found)
+
+
+def test_both_directions_double_the_pairs(model: SentenceTransformer, scene_rows: list[Row], tmp_path: Path) -> None:
+    one, both = (
+        sum(len(batch["anchor_input_ids"]) for batch in batches(model, scene_rows, tmp_path, both_directions=choice))
+        for choice in (False, True)
+    )
+    assert (one, both) == (len(scene_rows), 2 * len(scene_rows))
+
+
+def test_a_few_steps_lower_the_loss(
+    model: SentenceTransformer, scene_rows: list[Row], tmp_path: Path, tiny_loss: Callable[[], float]
+) -> None:
+    before = tiny_loss()
+    trainer = contrastive_trainer(
+        model,
+        scene_rows,
+        section(temperature=0.1, cache_chunk=8),
+        arguments=arguments(tmp_path, max_steps=30, learning_rate=3e-3, logging_steps=30),
+    )
+    trainer.train()
+    assert tiny_loss() < before - 0.3
+
+
+@pytest.fixture
+def tiny_loss(model: SentenceTransformer, scene_rows: list[Row]) -> Callable[[], float]:
+    @torch.no_grad()
+    def measure() -> float:
+        model.eval()
+        queries = model.encode_query([{"text": row.positive.text} for row in scene_rows], convert_to_tensor=True)
+        images = [{"image": load_image(row.image)} for row in islice(scene_rows, None)]  # type: ignore[arg-type]
+        documents = model.encode_document(images, convert_to_tensor=True)
+        scores = queries @ documents.T / 0.1
+        return torch.nn.functional.cross_entropy(scores, torch.arange(len(scene_rows))).item()
+
+    return measure
