@@ -1,10 +1,13 @@
 """Load a vision-language backbone: weights complete, ids and patch geometry read from its config."""
 
+import math
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoConfig,
@@ -21,6 +24,9 @@ from cocoa_embed.template import CHAT_TEMPLATE
 
 MASK_TOKEN = "<|mask|>"
 """Stands for a hidden text token; added to tokenizers that have no mask token, as Qwen's have none."""
+
+MAX_ASPECT_RATIO = 200
+"""Images of a greater ratio of their sides are refused by Qwen's image processors."""
 
 SUPPORTED: dict[str, type[PreTrainedModel]] = {"qwen2_vl": Qwen2VLForConditionalGeneration}
 """Model type to the stock transformers class that runs it."""
@@ -113,19 +119,26 @@ def load_backbone(
     try:
         config = AutoConfig.from_pretrained(location)
     except (OSError, ValueError) as error:
-        raise CocoaError(f"Cannot read a model config from {name_or_path}: {str(error).splitlines()[0]}") from error
+        raise CocoaError(f"Cannot read a model config from {name_or_path}: {_first_line(error)}") from error
     if config.model_type not in SUPPORTED:
         raise UsageError(
             f"{name_or_path} is a {config.model_type!r} model; supported are {', '.join(sorted(SUPPORTED))}."
         )
     try:
         model, info = SUPPORTED[config.model_type].from_pretrained(
-            location, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
+            location,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
         )
-    except OSError as error:
-        raise CocoaError(f"Cannot load weights from {name_or_path}: {str(error).splitlines()[0]}") from error
+    except (OSError, SafetensorError) as error:
+        raise CocoaError(f"Cannot load weights from {name_or_path}: {_first_line(error)}") from error
     _refuse_incomplete_weights(name_or_path, info)
-    processor = AutoProcessor.from_pretrained(location)
+    try:
+        processor = AutoProcessor.from_pretrained(location)
+    except (OSError, ValueError) as error:
+        raise CocoaError(f"Cannot load the processor of {name_or_path}: {_first_line(error)}") from error
     prepare_processor(processor, max_length=max_length, max_pixels=max_pixels)
     fit_embeddings(model, processor)
     make_bidirectional(model)
@@ -163,6 +176,8 @@ def _check_room_for_images(processor: ProcessorMixin) -> None:
     image_processor = processor.image_processor
     largest = image_processor.size["longest_edge"]
     tokens = largest // (image_processor.patch_size * image_processor.merge_size) ** 2
+    # The short side of a long image is rounded up to one token, and sides may differ by a factor of 200.
+    tokens = max(tokens, math.isqrt(MAX_ASPECT_RATIO * tokens))
     room = processor.tokenizer.model_max_length - 8
     if tokens > room:
         raise UsageError(
@@ -177,9 +192,13 @@ def fit_embeddings(model: PreTrainedModel, processor: ProcessorMixin) -> None:
         model.resize_token_embeddings(len(processor.tokenizer))
 
 
-def _refuse_incomplete_weights(name_or_path: str, info: dict[str, list[str]]) -> None:
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def _refuse_incomplete_weights(name_or_path: str, info: dict[str, Any]) -> None:
     faults = [
-        f"{kind.replace('_keys', '')}: {', '.join(sorted(map(str, keys)))}"
+        f"{kind.replace('_keys', '')}: {', '.join(sorted(map(_describe_key, keys)))}"
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
         if (keys := info.get(kind))
     ]
@@ -188,3 +207,10 @@ def _refuse_incomplete_weights(name_or_path: str, info: dict[str, list[str]]) ->
             f"The weights of {name_or_path} do not fit the model ({'; '.join(faults)}). The checkpoint is "
             "incomplete or was written by an incompatible version; download or convert it again."
         )
+
+
+def _describe_key(key: str | tuple[str, tuple[int, ...], tuple[int, ...]]) -> str:
+    if isinstance(key, str):
+        return key
+    name, found, expected = key
+    return f"{name} is {tuple(found)}, not {tuple(expected)}"

@@ -23,6 +23,15 @@ if TYPE_CHECKING:
     from cocoa_embed.integrations.qdrant import Hit, IndexSummary, QdrantIndexer
 
 DEFAULT_INDEX = Path("cocoa-index")
+DEMO_NEEDS = (
+    ("accelerate", "all"),
+    ("datasets", "all"),
+    ("qdrant_client", "all"),
+    ("llama_index.core", "all"),
+    ("jinja2", "all"),
+    ("matplotlib", "all"),
+)
+"""The modules of the optional packages that the demo uses, and the extra that installs each."""
 THUMBNAIL_SIZE = (320, 320)
 
 ModelOption = Annotated[
@@ -124,6 +133,9 @@ def demo(
 ) -> None:
     """Train, export, index and search a tiny model on this machine: the whole story, on a CPU too."""
     with working():
+        for module, extra in DEMO_NEEDS:
+            require(module, extra)
+        silence_libraries()
         from cocoa_embed.demo.story import run_demo
 
         results = run_demo(out, work, seed)
@@ -134,16 +146,25 @@ def demo(
 @app.command()
 def train(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="The name of a recipe, or a YAML file.")],
-    out: Annotated[Path, typer.Option("--out", help="The folder for checkpoints and the exported model.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY.SUB=VALUE", help="Values to change in the recipe.")
     ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The folder for checkpoints [default: runs/ and the recipe's name].")
+    ] = None,
 ) -> None:
-    """Train a model as a recipe says: warm-up, bridge, contrastive."""
-    with working():
+    """Train a model as a recipe says: warm-up, bridge, contrastive. Each stage leaves a checkpoint."""
+    with working() as console:
+        require("accelerate", "train")
+        silence_libraries()
         from cocoa_embed.train import Recipe, run
 
-        run(Recipe.load(recipe, overrides or []), out)
+        loaded = Recipe.load(recipe, overrides or [])
+        results = run(loaded, out or Path("runs") / loaded.name)
+        for result in results:
+            line = f"{result.stage}: {result.steps} steps, {result.seconds:.0f} s, loss {result.final['loss']:.3f}"
+            console.print(line, soft_wrap=True, markup=False, highlight=False)
+        console.print(f"checkpoint {results[-1].folder}", soft_wrap=True, markup=False, highlight=False)
 
 
 @app.command()
@@ -153,6 +174,7 @@ def export(
 ) -> None:
     """Write a checkpoint as a SentenceTransformer folder, which needs nothing of this package."""
     with working() as console:
+        silence_libraries()
         from cocoa_embed.export import export_model
 
         written = export_model(checkpoint, out)

@@ -13,10 +13,12 @@ def ranks(similarities: NDArray[np.floating], relevant: NDArray[np.integer]) -> 
 
     :param similarities: float ``[queries, documents]``.
     :param relevant: Column of each query's relevant document, int ``[queries]``.
-    :raises ValueError: If the shapes do not fit.
+    :raises ValueError: If the shapes do not fit, or a similarity is not finite.
     """
     if similarities.ndim != 2 or len(similarities) != len(relevant):
         raise ValueError(f"similarities {similarities.shape} for {len(relevant)} relevant documents")
+    if not np.isfinite(similarities).all():
+        raise ValueError("similarities are not finite; the model that made them is broken")
     scores = similarities[np.arange(len(relevant)), relevant]
     return (similarities >= scores[:, None]).sum(axis=1)
 

@@ -16,13 +16,15 @@ TRAINING_FILE = "cocoa_training.json"
 """In every checkpoint and export: the recipe, the stages run, the results measured. What makes a folder ours."""
 
 
-def build_sentence_transformer(checkpoint: Path, *, prompts: dict[str, str]) -> SentenceTransformer:
+def build_sentence_transformer(
+    checkpoint: Path, *, prompts: dict[str, str], attn_implementation: str = "sdpa"
+) -> SentenceTransformer:
     """Return ``normalize(hidden[<EOS>])`` over the backbone in ``checkpoint`` as a SentenceTransformer.
 
     :param prompts: Instructions for ``query`` and ``document``, stored with the model.
     :raises RuntimeError: If the loaded model's attention is not bidirectional.
     """
-    transformer = Transformer(str(checkpoint))
+    transformer = Transformer(str(checkpoint), model_kwargs={"attn_implementation": attn_implementation})
     assert_bidirectional(transformer.auto_model)
     pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="lasttoken")
     return SentenceTransformer(
@@ -36,12 +38,16 @@ def read_training(checkpoint: Path) -> dict[str, Any]:
     :raises CocoaError: If the folder is no checkpoint of this project.
     """
     path = checkpoint / TRAINING_FILE
+    remedy = "Give the folder of a stage that `cocoa-embed train` has written."
     if not path.is_file() or not list(checkpoint.glob("*.safetensors")):
-        raise CocoaError(
-            f"{checkpoint} is no checkpoint: it needs {TRAINING_FILE} and *.safetensors. Give the folder of a stage "
-            "that `cocoa-embed train` has written."
-        )
-    return dict(json.loads(path.read_text(encoding="utf-8")))
+        raise CocoaError(f"{checkpoint} is no checkpoint: it needs {TRAINING_FILE} and *.safetensors. {remedy}")
+    try:
+        training = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CocoaError(f"{path} is not JSON ({error}): the checkpoint is incomplete. {remedy}") from error
+    if not isinstance(training, dict) or not {"recipe", "stages"} <= training.keys():
+        raise CocoaError(f"{path} lacks recipe and stages: the checkpoint is incomplete. {remedy}")
+    return training
 
 
 def save_sentence_transformer(model: SentenceTransformer, out: Path, training: dict[str, Any]) -> Path:

@@ -6,19 +6,33 @@ from pathlib import Path
 from cocoa_embed.errors import CocoaError
 
 
-def claim_folder(folder: Path, *, marker: str) -> None:
-    """Make ``folder`` empty for writing; what an earlier run left there, known by its ``marker`` file, is removed.
+def refuse_foreign_folder(folder: Path, *, marker: str) -> None:
+    """Check that ``folder`` may be written: not there, empty, or with the ``marker`` file of an earlier run.
 
     :raises CocoaError: If it is a file, or a folder that holds something else.
     """
     if folder.exists() and not folder.is_dir():
         raise CocoaError(f"{folder} is a file; give the name of a folder to write to.")
-    if folder.is_dir() and any(folder.iterdir()):
-        if not (folder / marker).is_file():
-            raise CocoaError(
-                f"{folder} holds something else (it has no {marker}); nothing was written. Give another folder, or "
-                "empty this one."
-            )
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / marker).touch()
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():
+        raise CocoaError(
+            f"{folder} holds something else (it has no {marker}); nothing was written. Give another folder, or "
+            "empty this one."
+        )
+
+
+def claim_folder(folder: Path, *, marker: str) -> None:
+    """Make ``folder`` empty for writing, with its ``marker`` file; what an earlier run left there is removed.
+
+    :raises CocoaError: If it is a file, a folder that holds something else, or cannot be written.
+    """
+    refuse_foreign_folder(folder, marker=marker)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for entry in folder.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+        (folder / marker).touch()
+    except OSError as error:
+        raise CocoaError(f"{folder} cannot be written ({error.strerror}); give another folder.") from error

@@ -1,5 +1,7 @@
 """The model card: how a model was trained, on what, what was measured, how to use it."""
 
+import json
+import re
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
@@ -15,8 +17,7 @@ tags:
 - multimodal
 - feature-extraction
 - cocoa
-base_model: {backbone}
----
+{base_model}---
 
 # {name}
 
@@ -29,7 +30,6 @@ model ({backbone}) made bidirectional and trained so that the last hidden state 
 ```python
 from PIL import Image
 from sentence_transformers import SentenceTransformer
-from transformers import ProcessorMixin
 
 model = SentenceTransformer("{name}")
 queries = model.encode_query([{{"text": "what to look for"}}])
@@ -70,6 +70,7 @@ def model_card(name: str, model: SentenceTransformer, training: dict[str, Any]) 
     return _CARD.format(
         name=name,
         backbone=recipe["backbone"],
+        base_model=_base_model(recipe["backbone"]),
         dimension=model.get_embedding_dimension(),
         eos=processor.tokenizer.eos_token,
         query_prompt=_quoted(recipe["prompts"]["query"]),
@@ -81,6 +82,12 @@ def model_card(name: str, model: SentenceTransformer, training: dict[str, Any]) 
         seed=recipe["seed"],
         results=_result_table(training.get("results", {})),
     )
+
+
+def _base_model(backbone: str) -> str:
+    """Return the front matter's line for a backbone on the hub; a folder or a built-in one has no page to link to."""
+    is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", backbone) is not None
+    return f"base_model: {json.dumps(backbone)}\n" if is_hub_name else ""
 
 
 def _quoted(prompt: str) -> str:

@@ -12,7 +12,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from transformers import Trainer, set_seed
 
-from cocoa_embed.backbone import Backbone, load_backbone
+from cocoa_embed.backbone import Backbone, load_backbone, resolve_backbone
 from cocoa_embed.errors import UsageError
 from cocoa_embed.export import TRAINING_FILE, build_sentence_transformer
 from cocoa_embed.folders import claim_folder
@@ -66,6 +66,7 @@ def run(recipe: Recipe, out: Path, *, inspect: Inspect | None = None) -> list[St
     if not sections:
         raise UsageError(f"Recipe {recipe.name!r} has no stage; give at least one of {', '.join(STAGES)}.")
     rows = {stage: _read_rows(recipe, stage, section) for stage, section in sections.items()}
+    _refuse_to_overwrite_inputs(recipe, sections, out)
     claim_folder(out, marker="recipe.json")
     (out / "recipe.json").write_text(recipe.model_dump_json(indent=2) + "\n", encoding="utf-8")
     results: list[StageResult] = []
@@ -75,6 +76,15 @@ def run(recipe: Recipe, out: Path, *, inspect: Inspect | None = None) -> list[St
         _write_training(recipe, results, rows)
         start = str(out / stage)
     return results
+
+
+def _refuse_to_overwrite_inputs(recipe: Recipe, sections: dict[str, StageSection], out: Path) -> None:
+    backbone = resolve_backbone(recipe.backbone)
+    read = [Path(backbone)] if Path(backbone).is_dir() else []
+    read += [data.folder for section in sections.values() if (data := section.data or recipe.data) is not None]
+    for folder in read:
+        if folder.resolve().is_relative_to(out.resolve()):
+            raise UsageError(f"{out} holds {folder}, which the run reads; give another output folder.")
 
 
 def _run_stage(
@@ -117,7 +127,9 @@ def _load(recipe: Recipe, start: str) -> Backbone:
 
 def _embedding_model(recipe: Recipe, start: str, folder: Path) -> SentenceTransformer:
     _load(recipe, start).save(folder)
-    return build_sentence_transformer(folder, prompts=recipe.prompts.model_dump())
+    return build_sentence_transformer(
+        folder, prompts=recipe.prompts.model_dump(), attn_implementation=recipe.attn_implementation
+    )
 
 
 def _training_arguments(recipe: Recipe, section: StageSection, folder: Path) -> dict[str, Any]:

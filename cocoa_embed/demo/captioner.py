@@ -144,6 +144,7 @@ def pretrain(out: Path, *, steps: int, batch_size: int, learning_rate: float, se
             save_strategy="no",
             report_to="none",
             remove_unused_columns=False,
+            dataloader_pin_memory=torch.cuda.is_available(),
             # The dispatcher would cut pixel_values, which has a row a patch, to the number of rows.
             accelerator_config={"dispatch_batches": False},
             seed=seed,

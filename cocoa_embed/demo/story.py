@@ -33,8 +33,8 @@ from cocoa_embed.demo.scenes import write_image_folder
 from cocoa_embed.demo.table import retrieval_table
 from cocoa_embed.encoder import Encoder
 from cocoa_embed.evaluation import ranks, retrieval_metrics
-from cocoa_embed.export import build_sentence_transformer, read_training, save_sentence_transformer
-from cocoa_embed.folders import claim_folder
+from cocoa_embed.export import TRAINING_FILE, build_sentence_transformer, read_training, save_sentence_transformer
+from cocoa_embed.folders import claim_folder, refuse_foreign_folder
 from cocoa_embed.images import load_image
 from cocoa_embed.integrations.qdrant import QdrantIndexer
 from cocoa_embed.train import Recipe, StageResult, run
@@ -105,6 +105,7 @@ def run_demo(out: Path, work: Path, seed: int = 0, recipe: str = "tiny") -> dict
     """
     started = time.perf_counter()
     console, meter = Console(stderr=True), Meter()
+    refuse_foreign_folder(out, marker=TRAINING_FILE)
     claim_folder(work, marker=MARKER)
     with meter.part("data", console):
         write_image_folder(work / "data" / "train", "train", TRAINING_SCENES, seed)
@@ -148,10 +149,14 @@ def run_demo(out: Path, work: Path, seed: int = 0, recipe: str = "tiny") -> dict
     (work / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     write_report(build_report(results, [*stages, comparison], shown, queries), work / "report.html")
     console.print(retrieval_table(metrics, alone_metrics, HELD_OUT_SCENES))
-    console.print(
-        f"model {out}   report {work / 'report.html'}   results {work / 'results.json'}   "
-        f"{meter.seconds['total'] / 60:.1f} min, {meter.peak_memory_bytes['total'] / 2**30:.1f} GiB"
-    )
+    for label, written in (
+        ("model", out),
+        ("report", work / "report.html"),
+        ("results", work / "results.json"),
+    ):
+        console.print(f"{label:8} {written}", soft_wrap=True)
+    minutes, memory = meter.seconds["total"] / 60, meter.peak_memory_bytes["total"] / 2**30
+    console.print(f"{minutes:.1f} minutes, at most {memory:.1f} GiB of memory")
     return results
 
 
