@@ -1,7 +1,9 @@
 """Training rows, and the readers that make them."""
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 from typing import Literal
 
@@ -66,8 +68,8 @@ def read_image_folder(
 
     :param captions: ``text``: a row for each image. ``captions``: a row for each entry of the line's list
         ``captions``, or for its ``text`` where there is none.
-    :param paraphrases: Text-only rows to add for each image that has several ``captions``, from one wording to the
-        next; which wording comes first changes from image to image.
+    :param paraphrases: Text-only rows to add for each image that has several ``captions``, from one of them to
+        another, drawn by the image's number in the file; all there are where there are fewer.
     :param limit: Read the first ``limit`` images.
     :raises CocoaError: If the folder holds no row, names an image that is not there, or has a row without text.
     """
@@ -79,14 +81,9 @@ def read_image_folder(
         image = Item(image=Path(line["path"]))
         rows += [Row(query=image, positive=Item(text=text), source=source) for text in texts]
         if len(wordings) > 1:
-            rows += [
-                Row(
-                    query=Item(text=wordings[start % len(wordings)]),
-                    positive=Item(text=wordings[(start + 1) % len(wordings)]),
-                    source=source,
-                )
-                for start in range(number, number + paraphrases)
-            ]
+            ordered = list(permutations(wordings, 2))
+            pairs = random.Random(number).sample(ordered, k=min(paraphrases, len(ordered)))
+            rows += [Row(query=Item(text=one), positive=Item(text=other), source=source) for one, other in pairs]
     if not rows:
         raise CocoaError(f"{folder / 'metadata.jsonl'} has no rows; one line of JSON per image is expected.")
     return rows
