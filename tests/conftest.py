@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from cocoa_embed.backbone import Backbone, load_backbone
@@ -12,6 +13,10 @@ from cocoa_embed.demo.captioner import build_processor, build_tokenizer
 from cocoa_embed.demo.scenes import write_image_folder
 from cocoa_embed.template import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
 from cocoa_embed.train.data import Row, read_image_folder
+
+# A shared machine may stall any example; what a test shows does not depend on its time.
+settings.register_profile("cocoa-embed", deadline=None)
+settings.load_profile("cocoa-embed")
 
 TINY_MAX_LENGTH = 128
 SCENES = 24

@@ -303,23 +303,23 @@ def test_max_pixels_is_applied_and_saved(
 
 
 def test_max_length_is_applied_and_saved(tiny_backbone_path: Path, tmp_path: Path) -> None:
-    load_backbone(str(tiny_backbone_path), max_length=40).save(tmp_path)
+    load_backbone(str(tiny_backbone_path), max_length=80).save(tmp_path)
     loaded = load_backbone(str(tmp_path))
-    assert loaded.processor.tokenizer.model_max_length == 40
-    assert render_items(loaded.processor, [Item(text=LONG_TEXT)])["input_ids"].shape == (1, 40)
+    assert loaded.processor.tokenizer.model_max_length == 80
+    assert render_items(loaded.processor, [Item(text=LONG_TEXT)])["input_ids"].shape == (1, 80)
 
 
 def test_an_image_limit_too_large_for_the_sequence_is_refused_with_both_numbers(tiny_backbone_path: Path) -> None:
     assert MAX_PIXELS // PIXELS_PER_TOKEN == 16
     load_backbone(str(tiny_backbone_path), max_length=64)
-    with pytest.raises(UsageError, match=r"100352 pixels takes 128 visual tokens.* 120 .*128 has room") as error:
+    with pytest.raises(UsageError, match=r"100352 pixels takes 160 visual tokens.* 120 .*128 has room") as error:
         load_backbone(str(tiny_backbone_path), max_length=128, max_pixels=128 * PIXELS_PER_TOKEN)
     assert "lower max_pixels or raise max_length" in str(error.value)
     assert_one_line(error)
 
 
 def test_what_cannot_hold_its_own_images_is_refused_before_the_weights_are_used(tiny_backbone_path: Path) -> None:
-    with pytest.raises(UsageError, match="16 visual tokens"):
+    with pytest.raises(UsageError, match="56 visual tokens"):
         load_backbone(str(tiny_backbone_path), max_length=20)
 
 
@@ -350,9 +350,9 @@ def test_every_sequence_ends_in_eos_and_keeps_its_visual_tokens(
 def test_a_text_gives_way_to_the_visual_tokens(
     tiny_backbone_path: Path, make_image: Callable[[int, int], Path], room: int
 ) -> None:
-    backbone = load_backbone(str(tiny_backbone_path), max_length=24 + room)
+    backbone = load_backbone(str(tiny_backbone_path), max_length=64 + room)
     batch = render_items(backbone.processor, [Item(text=LONG_TEXT, image=make_image(112, 112))])
-    assert batch["input_ids"].shape == (1, 24 + room)
+    assert batch["input_ids"].shape == (1, 64 + room)
     assert batch["input_ids"][0, -1] == backbone.processor.tokenizer.eos_token_id
     assert visual_tokens(backbone, batch["input_ids"]) == 16
 

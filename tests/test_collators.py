@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
@@ -252,7 +253,8 @@ def test_a_long_block_b_leaves_the_largest_allowed_image_whole(
     tiny_backbone_path: Path, sized_rows: list[Row], room: int
 ) -> None:
     largest = 24
-    max_length = largest + room
+    longest_panorama = math.isqrt(200 * largest)
+    max_length = longest_panorama + room
     processor = load_backbone(str(tiny_backbone_path), max_length=max_length, max_pixels=largest * 28**2).processor
     image = Item(image=sized_rows[-1].image)
     batch = BridgeCollator(processor, seed=0)(numbered([Row(query=image, positive=Item(text=LONG_TEXT), source="")]))
