@@ -42,8 +42,8 @@ print(model.similarity(queries, documents))
 ```
 
 Prompts are stored with the model: `encode_query` puts {query_prompt} before a query, `encode_document` puts
-{document_prompt} before a document. Sequences are cut at {max_length} tokens, `{eos}` never; larger images are scaled
-down to {max_pixels} pixels.
+{document_prompt} before a document. Sequences are cut at {max_length} tokens, but never their images or their `{eos}`;
+larger images are scaled down to {max_pixels} pixels.
 
 ## Training
 

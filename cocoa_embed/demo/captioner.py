@@ -3,7 +3,7 @@
 CoCoA starts from a vision-language model that can already read an image; the package ships one of 3 million
 parameters, made by this module::
 
-    python -m cocoa_embed.demo.captioner --out cocoa_embed/backbones/scene-captioner
+    python -m cocoa_embed.demo.captioner --out cocoa_embed/backbones/scene-captioner --seed 0
 
 Its tokenizer is trained on captions of training scenes and names its special tokens as Qwen2-VL's does. Only training
 scenes are ever drawn, so nothing of a held-out scene's content is in the weights.
@@ -161,7 +161,7 @@ def main() -> None:
     """Parse the command line and pretrain."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write the captioner to")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
