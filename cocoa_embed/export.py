@@ -69,7 +69,7 @@ def export_model(checkpoint: Path, out: Path) -> Path:
     :raises CocoaError: If ``checkpoint`` is none, or ``out`` holds something else.
     """
     training = read_training(checkpoint)
-    if checkpoint.resolve() == out.resolve():
-        raise CocoaError(f"{out} is the checkpoint itself; give another folder to export to.")
+    if checkpoint.resolve().is_relative_to(out.resolve()):
+        raise CocoaError(f"{out} is or holds the checkpoint itself; give another folder to export to.")
     model = build_sentence_transformer(checkpoint, prompts=training["recipe"]["prompts"])
     return save_sentence_transformer(model, out, training)

@@ -15,7 +15,7 @@ from cocoa_embed.train import Recipe, run
 
 
 def main(folder: str, out: str) -> None:
-    recipe = Recipe.load("tiny", [f"data.folder={folder}", f"contrastive.data.folder={folder}"])
+    recipe = Recipe.load("tiny", [f"data.folder={folder}", "contrastive.data.limit=null"])
     stages = run(recipe, Path("runs") / Path(out).name)
     for stage in stages:
         print(f"{stage.stage}: {stage.steps} steps in {stage.seconds:.0f} s, loss {stage.final['loss']:.3f}")

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from cocoa_embed.encoder import Encoder, load_model, make_item
 from cocoa_embed.errors import CocoaError, UsageError, require
+from cocoa_embed.folders import refuse_foreign_folder
 from cocoa_embed.images import ImageSource, one_line, printable
 from cocoa_embed.integrations.indexing import IndexRun, Point, find_image_files
 from cocoa_embed.integrations.points import moved_payload
@@ -246,22 +247,25 @@ class QdrantIndexer:
                 raise CocoaError(f"Qdrant at {self.place} did not do what was asked: {one_line(error)}") from error
 
     def _open(self) -> QdrantClient:
-        if self._client is None and self._url is not None:
-            self._client = QdrantClient(
-                url=self._url, api_key=self._api_key, timeout=SERVER_TIMEOUT, check_compatibility=False
-            )
         if self._client is None:
-            try:
-                # The lock of this class is what SQLite's own check stands for: one thread at a time.
-                self._client = QdrantClient(path=str(self._path), force_disable_check_same_thread=True)
-            except RuntimeError as error:
-                raise CocoaError(
-                    f"the index {self.place} is in use by another process;"
-                    " wait for it, or run a Qdrant server and give its --url"
-                ) from error
-            except (OSError, ValueError, KeyError, sqlite3.Error) as error:
-                raise CocoaError(f"the index {self.place} cannot be opened ({one_line(error)})") from error
+            self._client = self._open_server() if self._path is None else self._open_folder(self._path)
         return self._client
+
+    def _open_server(self) -> QdrantClient:
+        return QdrantClient(url=self._url, api_key=self._api_key, timeout=SERVER_TIMEOUT, check_compatibility=False)
+
+    def _open_folder(self, path: Path) -> QdrantClient:
+        refuse_foreign_folder(path, marker="meta.json")
+        try:
+            # The lock of this class is what SQLite's own check stands for: one thread at a time.
+            return QdrantClient(path=str(path), force_disable_check_same_thread=True)
+        except RuntimeError as error:
+            raise CocoaError(
+                f"the index {self.place} is in use by another process;"
+                " wait for it, or run a Qdrant server and give its --url"
+            ) from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, sqlite3.Error) as error:
+            raise CocoaError(f"the index {self.place} cannot be opened ({one_line(error)})") from error
 
     def _ensure_collection(self) -> None:
         vectors = models.VectorParams(size=self.encoder.dimension, distance=models.Distance.COSINE)

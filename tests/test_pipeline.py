@@ -208,7 +208,7 @@ def test_a_recipe_without_a_stage_is_refused(tiny_backbone_path: Path, scene_fol
 
 def test_a_stage_without_data_is_refused_by_name(tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path) -> None:
     stages = {"warmup": {**STAGE, "data": {"folder": str(scene_folder)}}, "bridge": STAGE}
-    with pytest.raises(UsageError, match=r"stage bridge has no data; give bridge\.data\.folder or data\.folder"):
+    with pytest.raises(UsageError, match=r"stage bridge has no data; give data\.folder or bridge\.data\.folder"):
         run(recipe(tiny_backbone_path, None, **stages), tmp_path / "out")
     assert not (tmp_path / "out").exists(), "no stage has run before the fault is told"
 

@@ -307,14 +307,22 @@ def test_a_search_creates_no_store_and_names_what_is_missing(tmp_path: Path, fol
             index.search("red")
 
 
-def test_a_store_that_cannot_be_opened_is_named(tmp_path: Path, folder: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(CocoaError, match="file cannot be opened"):
-        QdrantIndexer(FakeModel(), path=tmp_path / "file").index(folder, progress=False)
+@pytest.mark.parametrize("meta", ["{", "[]", "{}", '{"collections": null}'])
+def test_a_broken_store_is_named(tmp_path: Path, folder: Path, meta: str) -> None:
     (tmp_path / "store").mkdir()
-    (tmp_path / "store" / "meta.json").write_text("{")
+    (tmp_path / "store" / "meta.json").write_text(meta)
     with pytest.raises(CocoaError, match="store cannot be opened"):
         QdrantIndexer(FakeModel(), path=tmp_path / "store").index(folder, progress=False)
+
+
+def test_a_path_that_holds_something_else_is_refused_and_left_as_it_is(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CocoaError, match="file is a file"):
+        QdrantIndexer(FakeModel(), path=tmp_path / "file").index(folder, progress=False)
+    before = sorted(path.name for path in folder.iterdir())
+    with pytest.raises(CocoaError, match="holds something else"):
+        QdrantIndexer(FakeModel(), path=folder).index(folder, progress=False)
+    assert sorted(path.name for path in folder.iterdir()) == before
 
 
 def test_a_server_that_does_not_answer_is_named(folder: Path) -> None:

@@ -1,6 +1,11 @@
 """The three stages of CoCoA: warm-up, bridge, contrastive."""
 
-from cocoa_embed.train.pipeline import StageResult, run
-from cocoa_embed.train.recipe import Recipe
+from cocoa_embed.errors import require
+
+require("accelerate", "train")
+require("datasets", "train")
+
+from cocoa_embed.train.pipeline import StageResult, run  # noqa: E402 - after the errors that name the extra
+from cocoa_embed.train.recipe import Recipe  # noqa: E402
 
 __all__ = ["Recipe", "StageResult", "run"]

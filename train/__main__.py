@@ -1,4 +1,4 @@
-"""``python -m cocoa_embed.train RECIPE``: what ``accelerate launch -m`` and ``torchrun -m`` start."""
+"""``python -m cocoa_embed.train RECIPE``: the command ``cocoa-embed train``."""
 
 import sys
 

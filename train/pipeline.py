@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from sentence_transformers import SentenceTransformer
 from transformers import Trainer, set_seed
 
@@ -65,8 +66,9 @@ def run(recipe: Recipe, out: Path, *, inspect: Inspect | None = None) -> list[St
     sections = {stage: getattr(recipe, stage) for stage in STAGES if getattr(recipe, stage) is not None}
     if not sections:
         raise UsageError(f"Recipe {recipe.name!r} has no stage; give at least one of {', '.join(STAGES)}.")
-    rows = {stage: _read_rows(recipe, stage, section) for stage, section in sections.items()}
-    _refuse_to_overwrite_inputs(recipe, sections, out)
+    _refuse_several_devices()
+    rows = {stage: _read_rows(recipe, stage) for stage in sections}
+    _refuse_to_overwrite_inputs(recipe, list(sections), out)
     claim_folder(out, marker="recipe.json")
     (out / "recipe.json").write_text(recipe.model_dump_json(indent=2) + "\n", encoding="utf-8")
     results: list[StageResult] = []
@@ -78,10 +80,15 @@ def run(recipe: Recipe, out: Path, *, inspect: Inspect | None = None) -> list[St
     return results
 
 
-def _refuse_to_overwrite_inputs(recipe: Recipe, sections: dict[str, StageSection], out: Path) -> None:
+def _refuse_several_devices() -> None:
+    if PartialState().num_processes > 1 or torch.cuda.device_count() > 1:
+        raise UsageError("Training runs on one device as yet; start one process and set CUDA_VISIBLE_DEVICES=0.")
+
+
+def _refuse_to_overwrite_inputs(recipe: Recipe, stages: list[str], out: Path) -> None:
     backbone = resolve_backbone(recipe.backbone)
     read = [Path(backbone)] if Path(backbone).is_dir() else []
-    read += [data.folder for section in sections.values() if (data := section.data or recipe.data) is not None]
+    read += [folder for stage in stages if (folder := recipe.data_of(stage).folder) is not None]
     for folder in read:
         if folder.resolve().is_relative_to(out.resolve()):
             raise UsageError(f"{out} holds {folder}, which the run reads; give another output folder.")
@@ -143,7 +150,7 @@ def _training_arguments(recipe: Recipe, section: StageSection, folder: Path) -> 
         "warmup_steps": section.warmup_steps,
         "weight_decay": section.weight_decay,
         "adam_beta2": section.adam_beta2,
-        "logging_steps": section.logging_steps,
+        "logging_steps": min(section.logging_steps, section.steps),
         "bf16": recipe.mixed_precision == "bf16",
         "save_strategy": "no",
         "report_to": "none",
@@ -159,10 +166,10 @@ def _schedule_arguments(section: StageSection) -> dict[str, Any]:
     return {"num_decay_steps": max(1, round(section.steps * DECAY_SHARE))}
 
 
-def _read_rows(recipe: Recipe, stage: str, section: StageSection) -> list[Row]:
-    data = section.data or recipe.data
-    if data is None:
-        raise UsageError(f"Recipe {recipe.name!r}: stage {stage} has no data; give {stage}.data.folder or data.folder.")
+def _read_rows(recipe: Recipe, stage: str) -> list[Row]:
+    data = recipe.data_of(stage)
+    if data.folder is None:
+        raise UsageError(f"Recipe {recipe.name!r}: stage {stage} has no data; give data.folder or {stage}.data.folder.")
     return read_image_folder(data.folder, captions=data.captions, paraphrases=data.paraphrases, limit=data.limit)
 
 
@@ -179,6 +186,7 @@ def _write_training(recipe: Recipe, results: list[StageResult], rows: dict[str, 
             }
             for result in results
         ],
+        "data": "; ".join(f"{r.stage}: {len(rows[r.stage])} rows of {recipe.data_of(r.stage).folder}" for r in results),
     }
     folder = results[-1].folder
     (folder / TRAINING_FILE).write_text(json.dumps(training, indent=2) + "\n", encoding="utf-8")

@@ -27,12 +27,14 @@ class Section(BaseModel):
 class DataSection(Section):
     """Which rows a stage sees: an image folder with ``metadata.jsonl``.
 
+    What a stage's section leaves out is taken from the recipe's own.
+
     :param captions: A row for each image's ``text``, or for each entry of its ``captions``.
-    :param paraphrases: Text-only rows for each image, from one of its ``captions`` to the next.
+    :param paraphrases: Text-only rows for each image, from one of its ``captions`` to another.
     :param limit: The first so many images; all by default.
     """
 
-    folder: Path
+    folder: Path | None = None
     captions: CaptionChoice = "text"
     paraphrases: Annotated[int, Field(ge=0)] = 0
     limit: Positive | None = None
@@ -95,7 +97,7 @@ class Recipe(Section):
     """A whole run. A stage that is left out is not run.
 
     :param backbone: A folder, the name of one of this package's backbones, or a hub name.
-    :param data: The rows of every stage that names none of its own.
+    :param data: The rows of every stage, as far as its own section does not say otherwise.
     :param mixed_precision: ``bf16`` runs forward and backward passes under bfloat16 autocast; weights stay float32.
     :param max_length: Tokens of the longest sequence.
     :param max_pixels: Larger images are scaled down to this many pixels; the backbone's own limit by default.
@@ -113,6 +115,12 @@ class Recipe(Section):
     warmup: WarmupSection | None = None
     bridge: BridgeSection | None = None
     contrastive: ContrastiveSection | None = None
+
+    def data_of(self, stage: str) -> DataSection:
+        """Return the data of a stage: its own section's values over the recipe's."""
+        section: StageSection = getattr(self, stage)
+        given = [data.model_dump(exclude_unset=True) for data in (self.data, section.data) if data is not None]
+        return DataSection(**{key: value for values in given for key, value in values.items()})
 
     @classmethod
     def load(cls, name_or_path: str | Path, overrides: list[str] | None = None) -> "Recipe":

@@ -17,16 +17,19 @@ QUERIES_OF_A_KIND = 3
 
 
 def answer_queries(indexer: QdrantIndexer, rows: Sequence[Row]) -> list[QueryResult]:
-    """Ask three questions of each kind about ``rows``, images with captions that ``indexer`` holds."""
+    """Ask three questions of each kind about ``rows``, images with captions that ``indexer`` holds.
+
+    LlamaIndex is asked the same as the text search.
+    """
     kinds = iter(
-        [rows[start : start + QUERIES_OF_A_KIND] for start in range(0, 4 * QUERIES_OF_A_KIND, QUERIES_OF_A_KIND)]
+        [rows[start : start + QUERIES_OF_A_KIND] for start in range(0, 3 * QUERIES_OF_A_KIND, QUERIES_OF_A_KIND)]
     )
     retriever = CocoaRetriever(indexer, similarity_top_k=SHOWN_HITS)
     return [
         *(_by_text(indexer, row) for row in next(kinds)),
         *(_by_image(indexer, row) for row in next(kinds)),
         *(_by_both(indexer, row) for row in next(kinds)),
-        *(_through_llama_index(retriever, row) for row in next(kinds)),
+        *(_through_llama_index(retriever, row) for row in rows[:QUERIES_OF_A_KIND]),
     ]
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import ProcessorMixin
 
 from cocoa_embed.attention import Block, bridge_mask
@@ -46,9 +46,10 @@ def warmup_reconstructions(
     """
     batch = collator(list(enumerate(rows)))
     model.eval()
-    logits, predicted = model.predict(batch)
+    logits, predicted = model.predict(_on_device_of(model, batch))
     if predicted is None:
         raise ValueError("the rows have no images to reconstruct")
+    logits, predicted = logits.cpu(), predicted.cpu()
     masked, hidden = batch["pixel_values"], batch["hidden_patches"]
     original, reconstructed = masked.clone(), masked.clone()
     original[hidden] = batch["target_patches"]
@@ -76,10 +77,15 @@ def bridge_reconstructions(
     """Hide most of each row's block B, let the stage-2 model fill it in, and draw the first row's mask."""
     batch = collator(list(enumerate(rows)))
     model.eval()
-    logits = model.predict(batch)
+    logits = model.predict(_on_device_of(model, batch)).cpu()
     images = [Image.open(row.image).convert("RGB") for row in rows if row.image is not None]
     tokens = _token_reconstructions(batch, logits, collator.processor, stage="bridge", images=images)
     return tokens, _mask_of_first_row(batch, model, collator.processor)
+
+
+def _on_device_of(model: nn.Module, batch: Batch) -> Batch:
+    device = next(model.parameters()).device
+    return {name: values.to(device) for name, values in batch.items()}
 
 
 def _token_reconstructions(

@@ -32,6 +32,7 @@ from cocoa_embed.demo.report import (
 from cocoa_embed.demo.scenes import write_image_folder
 from cocoa_embed.demo.table import retrieval_table
 from cocoa_embed.encoder import Encoder
+from cocoa_embed.errors import UsageError
 from cocoa_embed.evaluation import ranks, retrieval_metrics
 from cocoa_embed.export import TRAINING_FILE, build_sentence_transformer, read_training, save_sentence_transformer
 from cocoa_embed.folders import claim_folder, refuse_foreign_folder
@@ -105,6 +106,8 @@ def run_demo(out: Path, work: Path, seed: int = 0, recipe: str = "tiny") -> dict
     """
     started = time.perf_counter()
     console, meter = Console(stderr=True), Meter()
+    if work.resolve().is_relative_to(out.resolve()) or out.resolve().is_relative_to(work.resolve()):
+        raise UsageError(f"{out} and {work} lie inside each other; give --out and --work folders apart.")
     refuse_foreign_folder(out, marker=TRAINING_FILE)
     claim_folder(work, marker=MARKER)
     with meter.part("data", console):
@@ -115,9 +118,13 @@ def run_demo(out: Path, work: Path, seed: int = 0, recipe: str = "tiny") -> dict
     whole = demo_recipe(recipe, work / "data" / "train", seed)
     alone = whole.model_copy(update={"name": "contrastive only", "warmup": None, "bridge": None})
     shown = Reconstructions(held_out[:SHOWN_RECONSTRUCTIONS])
-    stages = run(whole, work / "runs" / "three-stages", inspect=shown.inspect)
-    for stage in stages:
-        meter.record(stage.stage, stage.seconds)
+
+    def inspect(stage: str, trainer: Trainer) -> None:
+        meter.peak_memory_bytes[stage] = peak_memory_bytes()
+        shown.inspect(stage, trainer)
+
+    stages = run(whole, work / "runs" / "three-stages", inspect=inspect)
+    meter.seconds |= {stage.stage: round(stage.seconds, 2) for stage in stages}
     (comparison,) = run(alone, work / "runs" / "contrastive-only")
     meter.record("contrastive_only", comparison.seconds)
 
@@ -126,7 +133,7 @@ def run_demo(out: Path, work: Path, seed: int = 0, recipe: str = "tiny") -> dict
         _, alone_metrics = evaluate(comparison.folder, held_out, alone)
     training = read_training(stages[-1].folder) | {
         "data": f"{TRAINING_SCENES} drawn scenes, of which the contrastive stage saw the first "
-        f"{whole.contrastive.data.limit if whole.contrastive and whole.contrastive.data else TRAINING_SCENES} as pairs",
+        f"{whole.data_of('contrastive').limit or TRAINING_SCENES} as pairs",
         "results": {f"{HELD_OUT_SCENES} held-out scenes, {name.replace('_', ' ')}": m for name, m in metrics.items()},
     }
     save_sentence_transformer(model, out, training)
@@ -162,13 +169,7 @@ def run_demo(out: Path, work: Path, seed: int = 0, recipe: str = "tiny") -> dict
 
 def demo_recipe(name: str, folder: Path, seed: int) -> Recipe:
     """Return a recipe with every stage's data taken from ``folder``."""
-    recipe = Recipe.load(name)
-    values = recipe.model_dump()
-    values["seed"] = seed
-    for section in (values, *(values[stage] for stage in ("warmup", "bridge", "contrastive") if values[stage])):
-        if section["data"] is not None:
-            section["data"]["folder"] = folder
-    return Recipe.parse(values, source=name)
+    return Recipe.load(name, [f"data.folder={json.dumps(str(folder))}", f"seed={seed}"])
 
 
 def evaluate(checkpoint: Path, rows: list[Row], recipe: Recipe) -> tuple[SentenceTransformer, Metrics]:
