@@ -136,9 +136,9 @@ def demo(
         for module, extra in DEMO_NEEDS:
             require(module, extra)
         silence_libraries()
-        from cocoa_embed.demo.story import run_demo
+        from cocoa_embed.demo.story import Demo
 
-        results = run_demo(out, work, seed)
+        results = Demo(out, work, seed).run()
     if as_json:
         print_json(results)
 
