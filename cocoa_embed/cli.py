@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import dataclasses
 import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,7 +30,6 @@ DEMO_NEEDS = (
     ("matplotlib", "all"),
 )
 """The modules of the optional packages that the demo uses, and the extra that installs each."""
-THUMBNAIL_SIZE = (320, 320)
 
 ModelOption = Annotated[
     str, typer.Option("--model", help="A SentenceTransformer folder, or owner/name on the Hugging Face hub.")
@@ -117,7 +114,10 @@ def search(
     with working() as console, open_indexer(model, collection, path, url, api_key, device=device) as indexer:
         hits = indexer.search(text, image, limit=limit)
         if html is not None:
-            write_gallery(html, gallery_title(text, image), hits)
+            from cocoa_embed.integrations.hits_page import write_hits_page
+
+            title = " + ".join(part for part in (text, image and image.name) if part)
+            write_hits_page(html, title, hits)
             console.print(f"wrote {html}", soft_wrap=True, markup=False, highlight=False)
         report_hits(hits, console)
     if as_json:
@@ -264,71 +264,3 @@ def hit_document(hit: Hit) -> dict[str, Any]:
     from cocoa_embed.integrations.points import plain_payload
 
     return {**dataclasses.asdict(hit), "payload": plain_payload(hit.payload)}
-
-
-def gallery_title(text: str | None, image: Path | None) -> str:
-    """Return the query as people read it."""
-    return " + ".join(part for part in (text, image and image.name) if part)
-
-
-def write_gallery(file: Path, title: str, hits: Sequence[Hit]) -> None:
-    """Write a page that shows the images found, with thumbnails inside: it needs no other file.
-
-    :raises CocoaError: If Jinja2 is missing or the file cannot be written.
-    """
-    environment = require("jinja2", "report").Environment(autoescape=True)
-    cards = [
-        {"path": hit.path, "score": hit.score, "caption": hit.payload.get("caption"), "thumbnail": thumbnail(hit.path)}
-        for hit in hits
-    ]
-    page = environment.from_string(GALLERY).render(title=title, cards=cards)
-    try:
-        file.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise CocoaError(f"{file} cannot be written ({error.strerror})") from error
-
-
-def thumbnail(path: str) -> str | None:
-    """Return a small JPEG of an image file as a ``data:`` address; None if the file cannot be used any more."""
-    from cocoa_embed.images import ImageError, load_image
-
-    try:
-        image = load_image(path)
-    except ImageError:
-        return None
-    image.thumbnail(THUMBNAIL_SIZE)
-    buffer = BytesIO()
-    image.save(buffer, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-GALLERY = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
-body { font: 16px/1.4 system-ui, sans-serif; margin: 2rem; }
-main { display: grid; grid-template-columns: repeat(auto-fill, minmax(16rem, 1fr)); gap: 1.5rem; }
-figure { margin: 0; }
-img { width: 100%; height: 14rem; object-fit: contain; background: #8882; }
-figcaption { overflow-wrap: anywhere; font-size: 0.85rem; }
-</style>
-</head>
-<body>
-<h1>{{ title }}</h1>
-<main>
-{%- for card in cards %}
-<figure>
-{%- if card.thumbnail %}<img src="{{ card.thumbnail }}" alt="{{ card.caption or card.path }}">
-{%- else %}<p>The image cannot be read any more.</p>{% endif %}
-<figcaption><strong>{{ "%.4f" | format(card.score) }}</strong> {{ card.caption or "" }}<br>{{ card.path }}</figcaption>
-</figure>
-{%- else %}
-<p>Nothing found.</p>
-{%- endfor %}
-</main>
-</body>
-</html>
-"""

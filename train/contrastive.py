@@ -77,6 +77,8 @@ def contrastive_trainer(
     model: SentenceTransformer, rows: Sequence[Row], section: ContrastiveSection, *, arguments: dict[str, Any]
 ) -> SentenceTransformerTrainer:
     """Return the trainer of stage 3; the model's weights change in place."""
+    # The card is written at the export; examples from the rows are neither wanted in it nor worth decoding images for.
+    model.model_card_data.generate_widget_examples = False
     prompts = {"anchor": model.prompts.get("query") or "", "positive": model.prompts.get("document") or ""}
     return SentenceTransformerTrainer(
         model=model,
