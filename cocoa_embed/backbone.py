@@ -15,7 +15,9 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2VLForConditionalGeneration,
+    Qwen3VLForConditionalGeneration,
 )
 
 from cocoa_embed.attention import make_bidirectional
@@ -28,7 +30,11 @@ MASK_TOKEN = "<|mask|>"
 MAX_ASPECT_RATIO = 200
 """Images of a greater ratio of their sides are refused by Qwen's image processors."""
 
-SUPPORTED: dict[str, type[PreTrainedModel]] = {"qwen2_vl": Qwen2VLForConditionalGeneration}
+SUPPORTED: dict[str, type[PreTrainedModel]] = {
+    "qwen2_vl": Qwen2VLForConditionalGeneration,
+    "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
+    "qwen3_vl": Qwen3VLForConditionalGeneration,
+}
 """Model type to the stock transformers class that runs it."""
 
 

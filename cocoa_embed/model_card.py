@@ -7,17 +7,18 @@ from typing import Any
 from sentence_transformers import SentenceTransformer
 from transformers import ProcessorMixin
 
+from cocoa_embed.backbone import builtin_backbones
+
 _CARD = """\
 ---
 library_name: sentence-transformers
 pipeline_tag: sentence-similarity
-license: apache-2.0
 tags:
 - sentence-transformers
 - multimodal
 - feature-extraction
 - cocoa
-{base_model}---
+{origin}---
 
 # {name}
 
@@ -70,7 +71,7 @@ def model_card(name: str, model: SentenceTransformer, training: dict[str, Any]) 
     return _CARD.format(
         name=name,
         backbone=recipe["backbone"],
-        base_model=_base_model(recipe["backbone"]),
+        origin=_origin(recipe["backbone"]),
         dimension=model.get_embedding_dimension(),
         eos=processor.tokenizer.eos_token,
         query_prompt=_quoted(recipe["prompts"]["query"]),
@@ -84,8 +85,13 @@ def model_card(name: str, model: SentenceTransformer, training: dict[str, Any]) 
     )
 
 
-def _base_model(backbone: str) -> str:
-    """Return the front matter's line for a backbone on the hub; a folder or a built-in one has no page to link to."""
+def _origin(backbone: str) -> str:
+    """Return the front matter's line for a backbone on the hub, or the licence of one that ships with this package.
+
+    A trained model's licence is its backbone's: of one from elsewhere it is not known here.
+    """
+    if backbone in builtin_backbones():
+        return "license: apache-2.0\n"
     is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", backbone) is not None
     return f"base_model: {json.dumps(backbone)}\n" if is_hub_name else ""
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import PreTrainedModel, Qwen2VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from cocoa_embed.attention import (
     Block,
@@ -21,6 +21,7 @@ from cocoa_embed.backbone import Backbone
 from cocoa_embed.train.collators import BridgeCollator, render_items
 from cocoa_embed.train.data import Item, Row
 from cocoa_embed.train.reconstruction import last_hidden_states, position_ids
+from tiny_backbones import every_family
 
 IMPLEMENTATIONS = ("eager", "sdpa")
 
@@ -33,7 +34,7 @@ SEES = {
 
 
 def causal_model(path: Path, implementation: str) -> PreTrainedModel:
-    model = Qwen2VLForConditionalGeneration.from_pretrained(path, attn_implementation=implementation)
+    model = AutoModelForImageTextToText.from_pretrained(path, attn_implementation=implementation)
     assert model.config._attn_implementation == implementation
     return model
 
@@ -65,6 +66,7 @@ def padded_batch(backbone: Backbone, rows: list[Row]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@every_family
 def test_the_probe_refuses_a_causal_model(tiny_backbone_path: Path, implementation: str) -> None:
     with pytest.raises(RuntimeError, match=f"'{implementation}' is causal without padding"):
         assert_bidirectional(causal_model(tiny_backbone_path, implementation))
@@ -72,6 +74,7 @@ def test_the_probe_refuses_a_causal_model(tiny_backbone_path: Path, implementati
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("padded", [False, True])
+@every_family
 def test_the_probe_sees_causality_in_one_case_alone(
     load_tiny: Callable[[str], Backbone], implementation: str, padded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,6 +87,7 @@ def test_the_probe_sees_causality_in_one_case_alone(
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@every_family
 def test_make_bidirectional_satisfies_the_probe(tiny_backbone_path: Path, implementation: str) -> None:
     model = causal_model(tiny_backbone_path, implementation)
     with pytest.raises(RuntimeError):
@@ -101,6 +105,7 @@ def test_the_probe_restores_the_training_mode(tiny_backbone: Backbone) -> None:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@every_family
 def test_a_saved_model_stays_bidirectional_in_plain_transformers(
     tiny_backbone: Backbone, tmp_path: Path, implementation: str
 ) -> None:
@@ -169,6 +174,7 @@ def test_padding_is_seen_by_nobody_but_itself(lengths: list[int], left: bool) ->
 
 @torch.no_grad()
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@every_family
 def test_the_dense_mask_is_the_models_own_handling_of_padding(
     load_tiny: Callable[[str], Backbone], scene_rows: list[Row], implementation: str
 ) -> None:
@@ -191,6 +197,7 @@ def test_the_dense_mask_is_the_models_own_handling_of_padding(
 
 @torch.no_grad()
 @pytest.mark.parametrize("eos_attends_to_b", [True, False])
+@every_family
 def test_eager_and_sdpa_agree_under_the_bridge_mask(
     load_tiny: Callable[[str], Backbone], scene_rows: list[Row], eos_attends_to_b: bool
 ) -> None:

@@ -26,7 +26,8 @@ from cocoa_embed.demo.captioner import MAX_PIXELS, QWEN_SPECIAL_TOKENS, build_pr
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.train.collators import render_items
 from cocoa_embed.train.data import Item
-from conftest import TINY_MAX_LENGTH, tiny_config
+from conftest import TINY_MAX_LENGTH
+from tiny_backbones import qwen2_vl
 
 LONG_TEXT = "large red circle at top left and small blue ring at bottom right on white " * 40
 PIXELS_PER_TOKEN = 28 * 28
@@ -129,7 +130,7 @@ def test_a_hub_name_is_left_to_transformers_and_a_folder_comes_first(
 
 def test_a_model_of_another_type_is_refused_with_the_supported(tmp_path: Path) -> None:
     BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8).save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match=r"is a 'bert' model; supported are qwen2_vl") as error:
+    with pytest.raises(UsageError, match=r"is a 'bert' model; supported are qwen2_5_vl, qwen2_vl, qwen3_vl\.") as error:
         load_backbone(str(tmp_path))
     assert_one_line(error)
 
@@ -214,8 +215,8 @@ def test_whole_weights_are_not_refused(broken: Callable[[Callable[[Weights], Non
 
 def save_with_rows(folder: Path, rows: int) -> torch.Tensor:
     """Save a tiny backbone whose embedding matrix has ``rows`` rows, and return that matrix."""
-    processor = build_processor(build_tokenizer(0))
-    config = tiny_config(processor.tokenizer)
+    model, processor = qwen2_vl(build_tokenizer(0))
+    config = model.config
     config.text_config.vocab_size = rows
     torch.manual_seed(0)
     model = Qwen2VLForConditionalGeneration(config)

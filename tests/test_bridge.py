@@ -16,6 +16,9 @@ from cocoa_embed.train.data import Item, Row
 from cocoa_embed.train.losses import mntp_loss
 from cocoa_embed.train.probe import shuffle_images
 from cocoa_embed.train.recipe import BridgeSection
+from tiny_backbones import every_family
+
+pytestmark = every_family
 
 Change = Callable[[Batch], Batch]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from transformers import Qwen2Tokenizer, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+from transformers import Qwen2Tokenizer, Qwen2VLProcessor
 
 from cocoa_embed.backbone import load_backbone
 from cocoa_embed.demo import captioner
@@ -20,9 +20,9 @@ from cocoa_embed.demo.captioner import (
     pretrain,
 )
 from cocoa_embed.demo.scenes import captions, split_of
-from conftest import tiny_config
 from exported import contents
 from scene_captions import parse_caption
+from tiny_backbones import qwen2_vl
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_a_batch_of_the_collator_is_what_the_model_takes(processor: Qwen2VLProce
     batch = CaptionCollator(processor)(rows)
     assert len(batch["image_grid_thw"]) == 3
     torch.manual_seed(0)
-    model = Qwen2VLForConditionalGeneration(tiny_config(processor.tokenizer))
+    model, _ = qwen2_vl(processor.tokenizer)
     loss = model(**batch).loss
     assert loss > 0
     assert torch.isfinite(loss)
@@ -122,9 +122,7 @@ def test_the_captioner_has_two_to_four_million_parameters(tokenizer: Qwen2Tokeni
 
 @pytest.fixture
 def small_captioner(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        captioner, "build_model", lambda tokenizer: Qwen2VLForConditionalGeneration(tiny_config(tokenizer))
-    )
+    monkeypatch.setattr(captioner, "build_model", lambda tokenizer: qwen2_vl(tokenizer)[0])
 
 
 @pytest.mark.usefixtures("small_captioner")

@@ -13,9 +13,9 @@ from cocoa_embed.train.data import Item, Row
 from cocoa_embed.train.losses import mae_loss, mntp_loss
 from cocoa_embed.train.recipe import WarmupSection
 from cocoa_embed.train.warmup import WarmupModel, warmup_trainer
+from tiny_backbones import every_family
 
-TOKEN_SIDE = 28
-"""Pixels on a side of a visual token."""
+pytestmark = every_family
 
 
 @pytest.fixture
@@ -93,7 +93,8 @@ def test_each_loss_alone_trains_the_language_model_and_the_vision_encoder(
 def test_a_hidden_tokens_pixels_never_reach_the_model(
     model: WarmupModel, collator: WarmupCollator, tmp_path: Path
 ) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (2 * TOKEN_SIDE, 2 * TOKEN_SIDE, 3), dtype=np.uint8)
+    side = collator.geometry.patch_size * collator.geometry.merge_size
+    pixels = np.random.default_rng(0).integers(0, 256, (2 * side, 2 * side, 3), dtype=np.uint8)
     path = tmp_path / "image.png"
     row = Row(query=Item(image=path), positive=Item(text="blue cross on white"), source="")
 
@@ -106,8 +107,8 @@ def test_a_hidden_tokens_pixels_never_reach_the_model(
     assert hidden.sum() == 2
     for hidden_or_seen, is_same in ((hidden, True), (~hidden, False)):
         changed_pixels = pixels.copy()
-        top, left = (TOKEN_SIDE * place for place in divmod(int(hidden_or_seen.nonzero()[0]), 2))
-        changed_pixels[top : top + TOKEN_SIDE, left : left + TOKEN_SIDE] //= 2
+        top, left = (side * place for place in divmod(int(hidden_or_seen.nonzero()[0]), 2))
+        changed_pixels[top : top + side, left : left + side] //= 2
         changed = batch_of(changed_pixels)
         assert torch.equal(changed["target_patches"], original["target_patches"]) is not is_same
         assert torch.equal(changed["pixel_values"], original["pixel_values"]) is is_same
