@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cocoa_embed.errors import CocoaError
+
 
 class Block(IntEnum):
     """What a position of a bridge sequence ``[block A] <EOS> [block B]`` belongs to."""
@@ -19,7 +21,7 @@ class Block(IntEnum):
 def make_bidirectional(model: PreTrainedModel) -> None:
     """Let every token of the language model attend to every other, in place; saved with the model's config.
 
-    :raises RuntimeError: If the model stays causal, as it does with transformers before 5.2.
+    :raises CocoaError: If the model stays causal, as it does with transformers before 5.2, or is broken.
     """
     model.config.get_text_config().is_causal = False
     assert_bidirectional(model)
@@ -29,11 +31,11 @@ def make_bidirectional(model: PreTrainedModel) -> None:
 def assert_bidirectional(model: PreTrainedModel) -> None:
     """Check that the last token reaches the first token's hidden state, with and without padding.
 
-    :raises RuntimeError: If it does not, naming the attention implementation.
+    :raises CocoaError: If it does not, naming the attention implementation, or the hidden states are not finite.
     """
     for padded in (False, True):
         if not _last_token_reaches_first(model, padded=padded):
-            raise RuntimeError(
+            raise CocoaError(
                 f"{type(model).__name__} with attn_implementation={model.config._attn_implementation!r} is causal "
                 f"{'with' if padded else 'without'} padding although is_causal is False: its first hidden state does "
                 "not depend on its last token. Use transformers 5.2 or newer and one of eager, sdpa."
@@ -57,7 +59,7 @@ def _last_token_reaches_first(model: PreTrainedModel, *, padded: bool) -> bool:
     )
     model.train(was_training)
     if not torch.isfinite(changed).all():
-        raise RuntimeError(f"the hidden states of {type(model).__name__} are not finite; its weights are broken")
+        raise CocoaError(f"The hidden states of {type(model).__name__} are not finite: its weights are broken.")
     return not torch.equal(first, changed)
 
 

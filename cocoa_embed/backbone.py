@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -36,6 +36,10 @@ SUPPORTED: dict[str, type[PreTrainedModel]] = {
     "qwen3_vl": Qwen3VLForConditionalGeneration,
 }
 """Model type to the stock transformers class that runs it."""
+
+
+Origin = Literal["folder", "built-in", "hub"]
+"""Where a backbone is from."""
 
 
 @dataclass(frozen=True)
@@ -92,18 +96,28 @@ def builtin_backbones() -> list[str]:
     return sorted(entry.name for entry in (files("cocoa_embed") / "backbones").iterdir() if entry.is_dir())
 
 
-def resolve_backbone(name_or_path: str) -> str:
-    """Return what transformers loads for ``name_or_path``: a folder, a backbone of this package, or a hub name."""
+def origin(name_or_path: str) -> Origin:
+    """Tell what ``name_or_path`` means: a folder that is there comes first, then a backbone of this package.
+
+    :raises CocoaError: If it can be none of the three.
+    """
     if Path(name_or_path).is_dir():
-        return name_or_path
+        return "folder"
     if name_or_path in builtin_backbones():
-        return str(files("cocoa_embed") / "backbones" / name_or_path)
+        return "built-in"
     if name_or_path.startswith((".", "/", "~")) or "/" not in name_or_path:
         raise CocoaError(
             f"No backbone {name_or_path!r}: it is no folder and none of this package's "
             f"({', '.join(builtin_backbones())}); give a folder, one of those, or a hub name such as "
             "Qwen/Qwen2-VL-2B-Instruct."
         )
+    return "hub"
+
+
+def resolve_backbone(name_or_path: str) -> str:
+    """Return what transformers loads for ``name_or_path``: a folder, a backbone of this package, or a hub name."""
+    if origin(name_or_path) == "built-in":
+        return str(files("cocoa_embed") / "backbones" / name_or_path)
     return name_or_path
 
 

@@ -128,7 +128,9 @@ def search(
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Where the exported model goes.")] = Path("cocoa-qwen2vl"),
     work: Annotated[Path, typer.Option("--work", help="Where everything else goes.")] = Path("cocoa-demo"),
-    seed: Annotated[int, typer.Option("--seed", help="The seed of data, initial weights and training.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=2**32 - 1, help="The seed of data, initial weights and training.")
+    ] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Train, export, index and search a tiny model on this machine: the whole story, on a CPU too."""
@@ -241,7 +243,8 @@ def report_summary(summary: IndexSummary, console: Console) -> None:
     """Tell people what an indexing run did, naming the files left out."""
     from cocoa_embed.images import printable
 
-    counts = f"{summary.indexed} indexed, {summary.unchanged} unchanged, {summary.replaced} replaced"
+    figures = dataclasses.asdict(summary)
+    counts = ", ".join(f"{figures[name]} {name}" for name in ("indexed", "unchanged", "updated", "replaced"))
     rate = f"{summary.seconds:.1f} s, {summary.images_per_second:.1f} images/s"
     lines = [f"{summary.collection}: {counts}, {len(summary.failed)} left out ({rate})"]
     lines += [f"left out: {printable(failure['path'])}: {failure['reason']}" for failure in summary.failed]

@@ -89,17 +89,30 @@ def is_hub_name(name: str) -> bool:
 def make_item(text: str | None = None, image: ImageSource | None = None) -> Item:
     """Return the input that stands for a text, an image, or both as one.
 
-    :raises UsageError: If there is neither; an empty text is none.
+    :raises UsageError: If there is neither; an empty text is none. If the text is no valid Unicode.
     :raises ImageError: If the image cannot be used.
     """
     if not text and image is None:
         raise UsageError("neither a text nor an image was given; give one of them, or both")
+    if text:
+        require_unicode(text)
     item: dict[str, str | Image.Image] = {}
     if image is not None:
         item["image"] = load_image(image)
     if text:
         item["text"] = text
     return item
+
+
+def require_unicode(text: str) -> None:
+    """Refuse a text that cannot be encoded; Python holds a command line's undecodable bytes as lone surrogates.
+
+    :raises UsageError: If it cannot.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"the text {text!a} is not valid Unicode; give it in UTF-8") from None
 
 
 class Encoder:
@@ -132,11 +145,15 @@ class Encoder:
         """Embed what is asked, with the model's query prompt.
 
         :return: Array of shape ``(len(items), dimension)``, float32.
-        :raises CocoaError: If the model does not take such items.
+        :raises CocoaError: If the model does not take such items, or one of them.
         """
         self._check(items)
-        with self._lock:
-            embeddings = self.model.encode_query(list(items), batch_size=batch_size, show_progress_bar=False)
+        try:
+            with self._lock:
+                embeddings = self.model.encode_query(list(items), batch_size=batch_size, show_progress_bar=False)
+        except ValueError as error:
+            # What a processor refuses: an image much longer than wide, a text with the token that stands for an image.
+            raise CocoaError(f"{self.name} does not take the query ({one_line(error)})") from error
         return np.asarray(embeddings, dtype=np.float32)
 
     def embed_documents(self, items: Sequence[Item], batch_size: int = 32) -> np.ndarray:
@@ -151,6 +168,9 @@ class Encoder:
         return np.asarray(embeddings, dtype=np.float32)
 
     def _check(self, items: Sequence[Item]) -> None:
+        for item in items:
+            if isinstance(text := item.get("text"), str):
+                require_unicode(text)
         for keys in {frozenset(item) for item in items}:
             if not self.model.supports(MODALITIES[keys]):
                 together = " together" if len(keys) > 1 else ""

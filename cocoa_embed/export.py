@@ -9,7 +9,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 
 from cocoa_embed.attention import assert_bidirectional
 from cocoa_embed.errors import CocoaError
-from cocoa_embed.folders import claim_folder
+from cocoa_embed.folders import RUN_MARKER, claim_folder
 from cocoa_embed.model_card import model_card
 
 TRAINING_FILE = "cocoa_training.json"
@@ -22,7 +22,7 @@ def build_sentence_transformer(
     """Return ``normalize(hidden[<EOS>])`` over the backbone in ``checkpoint`` as a SentenceTransformer.
 
     :param prompts: Instructions for ``query`` and ``document``, stored with the model.
-    :raises RuntimeError: If the loaded model's attention is not bidirectional.
+    :raises CocoaError: If the loaded model's attention is not bidirectional.
     """
     transformer = Transformer(str(checkpoint), model_kwargs={"attn_implementation": attn_implementation})
     assert_bidirectional(transformer.auto_model)
@@ -39,23 +39,34 @@ def read_training(checkpoint: Path) -> dict[str, Any]:
     """
     path = checkpoint / TRAINING_FILE
     remedy = "Give the folder of a stage that `cocoa-embed train` has written."
+    keys = {"backbone", "origin", "recipe", "stages"}
     if not path.is_file() or not list(checkpoint.glob("*.safetensors")):
         raise CocoaError(f"{checkpoint} is no checkpoint: it needs {TRAINING_FILE} and *.safetensors. {remedy}")
     try:
         training = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CocoaError(f"{path} is not JSON ({error}): the checkpoint is incomplete. {remedy}") from error
-    if not isinstance(training, dict) or not {"recipe", "stages"} <= training.keys():
-        raise CocoaError(f"{path} lacks recipe and stages: the checkpoint is incomplete. {remedy}")
+    if not isinstance(training, dict) or not keys <= training.keys():
+        raise CocoaError(f"{path} lacks one of {', '.join(sorted(keys))}: the checkpoint is incomplete. {remedy}")
     return training
+
+
+def refuse_checkpoint(out: Path) -> None:
+    """Check that ``out`` is no stage's checkpoint, which looks much like an earlier export.
+
+    :raises CocoaError: If it is one.
+    """
+    if (out.resolve().parent / RUN_MARKER).is_file():
+        raise CocoaError(f"{out} is in the folder of a training run; give a folder outside of it.")
 
 
 def save_sentence_transformer(model: SentenceTransformer, out: Path, training: dict[str, Any]) -> Path:
     """Write ``model`` to ``out`` with its model card.
 
     :param training: What :data:`TRAINING_FILE` is to hold; the model card is made from it.
-    :raises CocoaError: If ``out`` holds something else.
+    :raises CocoaError: If ``out`` holds something else, or is a checkpoint of a run.
     """
+    refuse_checkpoint(out)
     claim_folder(out, marker=TRAINING_FILE)
     model.save(str(out), create_model_card=False)
     (out / TRAINING_FILE).write_text(json.dumps(training, indent=2) + "\n", encoding="utf-8")

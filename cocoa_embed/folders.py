@@ -5,6 +5,9 @@ from pathlib import Path
 
 from cocoa_embed.errors import CocoaError
 
+RUN_MARKER = ".cocoa-run"
+"""What makes a folder the output of a training run; its checkpoints are in it."""
+
 
 def refuse_foreign_folder(folder: Path, *, marker: str) -> None:
     """Check that ``folder`` may be written: not there, empty, or with the ``marker`` file of an earlier run.

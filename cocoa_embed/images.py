@@ -125,7 +125,7 @@ def decode_image(data: bytes, name: str) -> tuple[Image.Image, str]:
         raise ImageError(name, "is not an image that can be read (unknown format or broken header)") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(name, f"is too large ({one_line(error)})") from error
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, MemoryError, RuntimeError) as error:
         raise ImageError(name, f"cannot be decoded ({one_line(error)})") from error
 
 
@@ -143,7 +143,7 @@ def to_upright_rgb(image: Image.Image, name: str) -> Image.Image:
         image.load()
         transpose = UPRIGHT.get(read_orientation(image))
         rgb = to_rgb(image)
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, MemoryError, RuntimeError) as error:
         truncated = "truncated" in str(error).lower()
         reason = "is truncated (its data end early)" if truncated else f"cannot be decoded ({one_line(error)})"
         raise ImageError(name, reason) from error

@@ -1,13 +1,12 @@
 """The model card: how a model was trained, on what, what was measured, how to use it."""
 
 import json
-import re
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
 from transformers import ProcessorMixin
 
-from cocoa_embed.backbone import builtin_backbones
+from cocoa_embed.backbone import Origin
 
 _CARD = """\
 ---
@@ -63,53 +62,51 @@ _METRICS = ("recall@1", "recall@5", "recall@10", "mrr")
 def model_card(name: str, model: SentenceTransformer, training: dict[str, Any]) -> str:
     """Return the README of an exported model, in Markdown.
 
-    :param training: ``recipe`` (as saved), ``stages`` (list of ``stage``, ``steps``, ``seconds``, ``final``), and
-        ``results`` (name of the evaluation to its metrics) where something was measured.
+    :param training: ``backbone`` and its ``origin``, ``recipe`` (as saved), ``stages`` (list of ``stage``, ``steps``,
+        ``batch_size``, ``learning_rate``, ``final``), and ``results`` (name of the evaluation to its metrics) where
+        something was measured.
     """
     recipe = training["recipe"]
     processor: ProcessorMixin = model.processor
     return _CARD.format(
         name=name,
-        backbone=recipe["backbone"],
-        origin=_origin(recipe["backbone"]),
+        backbone=training["backbone"],
+        origin=_origin_line(training["backbone"], training["origin"]),
         dimension=model.get_embedding_dimension(),
         eos=processor.tokenizer.eos_token,
         query_prompt=_quoted(recipe["prompts"]["query"]),
         document_prompt=_quoted(recipe["prompts"]["document"]),
         max_length=model.max_seq_length,
         max_pixels=processor.image_processor.size["longest_edge"],
-        stages=_stage_table(recipe, training["stages"]),
+        stages=_stage_table(training["stages"]),
         data=training.get("data", "not recorded"),
         seed=recipe["seed"],
         results=_result_table(training.get("results", {})),
     )
 
 
-def _origin(backbone: str) -> str:
+def _origin_line(backbone: str, origin: Origin) -> str:
     """Return the front matter's line for a backbone on the hub, or the licence of one that ships with this package.
 
     A trained model's licence is its backbone's: of one from elsewhere it is not known here.
     """
-    if backbone in builtin_backbones():
-        return "license: apache-2.0\n"
-    is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", backbone) is not None
-    return f"base_model: {json.dumps(backbone)}\n" if is_hub_name else ""
+    lines = {"hub": f"base_model: {json.dumps(backbone)}\n", "built-in": "license: apache-2.0\n", "folder": ""}
+    return lines[origin]
 
 
 def _quoted(prompt: str) -> str:
     return f'"{prompt}"' if prompt else "nothing"
 
 
-def _stage_table(recipe: dict[str, Any], stages: list[dict[str, Any]]) -> str:
+def _stage_table(stages: list[dict[str, Any]]) -> str:
     if not stages:
         return "No stage was run: these are the backbone's weights."
     lines = ["| stage | steps | batch | learning rate | loss at its end |", "|---|---|---|---|---|"]
-    for stage in stages:
-        settings = recipe[stage["stage"]]
-        lines.append(
-            f"| {stage['stage']} | {settings['steps']} | {settings['batch_size']} | {settings['learning_rate']:g} "
-            f"| {stage['final']['loss']:.3f} |"
-        )
+    lines += [
+        f"| {stage['stage']} | {stage['steps']} | {stage['batch_size']} | {stage['learning_rate']:g} "
+        f"| {stage['final']['loss']:.3f} |"
+        for stage in stages
+    ]
     return "\n".join(lines)
 
 

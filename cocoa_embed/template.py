@@ -10,6 +10,9 @@ VISION_END = "<|vision_end|>"
 IMAGE_PAD = "<|image_pad|>"
 VIDEO_PAD = "<|video_pad|>"
 
+RESERVED_TOKENS = (VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)
+"""What stands for an image or a video in a rendered sequence; a text that holds one would be taken for a picture."""
+
 CHAT_TEMPLATE = f"""\
 {{%- for message in messages if message.content is not string -%}}
 {{%- for part in message.content -%}}

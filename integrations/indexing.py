@@ -4,6 +4,7 @@ What holds the points is a :class:`Store`; nothing here knows of Qdrant.
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from cocoa_embed.images import (
     read_image_bytes,
     read_image_folder_metadata,
 )
-from cocoa_embed.integrations.points import ImageRecord, Payload, payload, point_id, storable
+from cocoa_embed.integrations.points import Description, ImageRecord, Payload, payload, point_id, storable
 
 
 class Point(NamedTuple):
@@ -45,19 +46,16 @@ class Store(Protocol):
     def delete(self, ids: Sequence[str]) -> None:
         """Remove points, and wait until they are gone."""
 
-    def move(self, id_: str, path: Path, relative_path: str) -> None:
-        """Give a stored point the path of another file of the same content."""
+    def describe(self, id_: str, description: Description) -> None:
+        """Give a stored point the path of another file of the same content, or other words about it."""
 
 
-@dataclass(frozen=True)
-class ImageFile:
-    """A file to index: where it is, and what ``metadata.jsonl`` says of it."""
+class StoredPoint(NamedTuple):
+    """What was in the store of a point before the run."""
 
-    path: Path
-    """Absolute."""
-    relative_path: str
-    caption: str | None
-    metadata: Mapping[str, Any]
+    path: str
+    words: Payload
+    """Its ``caption`` and ``metadata``."""
 
 
 @dataclass
@@ -67,20 +65,21 @@ class IndexRun:
     store: Store
     encoder: Encoder
     batch_size: int
-    stored: Mapping[str, str]
-    """The path of every point that was there before, by id."""
+    stored: Mapping[str, StoredPoint]
+    """Every point that was there before, by id."""
     indexed: int = 0
+    updated: int = 0
     replaced: int = 0
     failed: list[dict[str, str]] = field(default_factory=list)
     _waiting: dict[str, tuple[ImageRecord, Image.Image]] = field(default_factory=dict)
-    _files: dict[str, list[ImageFile]] = field(default_factory=dict)
+    _files: dict[str, list[Description]] = field(default_factory=dict)
     """The files of this run by the id of their content."""
     _stored_paths: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self._stored_paths.update(self.stored.values())
+        self._stored_paths.update(point.path for point in self.stored.values())
 
-    def add(self, file: ImageFile) -> None:
+    def add(self, file: Description) -> None:
         """Read a file and put its image in line, unless its content is a point already."""
         try:
             data = read_image_bytes(file.path)
@@ -97,21 +96,32 @@ class IndexRun:
             self._flush()
 
     def finish(self) -> None:
-        """Store what still waits; then remove or move the points whose files hold something else now."""
+        """Store what still waits; then bring the points up to date that were there before.
+
+        A point whose file holds something else now, or is gone, is given another file of its content, or is removed if
+        this run has seen none and the file's new content has taken its place. A point whose file is where it was is
+        given the new words about it.
+        """
         self._flush()
         current = {storable(str(file.path)): id_ for id_, files in self._files.items() for file in files}
-        stale = [id_ for id_, path in self.stored.items() if current.get(path, id_) != id_]
-        gone = [
-            id_
-            for id_, path in self.stored.items()
-            if id_ in self._files and path not in current and not os.path.exists(path)
-        ]
-        for id_ in stale + gone:
-            if id_ in self._files:
-                file = self._files[id_][0]
-                self.store.move(id_, file.path, file.relative_path)
-        if replaced := [id_ for id_ in stale if id_ not in self._files]:
+        stale = {id_ for id_, point in self.stored.items() if current.get(point.path, id_) != id_}
+        for id_ in self.stored:
+            file = self._described_anew(id_, lost=id_ in stale)
+            if file is not None:
+                self.store.describe(id_, file)
+                self.updated += 1
+        if replaced := sorted(stale - self._files.keys()):
             self.store.delete(replaced)
+
+    def _described_anew(self, id_: str, *, lost: bool) -> Description | None:
+        """Return the file that a stored point is to be described by, or None if it is described well already."""
+        stored, files = self.stored[id_], self._files.get(id_, [])
+        if not files:
+            return None
+        here = [file for file in files if storable(str(file.path)) == stored.path]
+        if here and not lost:
+            return here[0] if here[0].has_words and as_json(here[0].words) != as_json(stored.words) else None
+        return files[0] if lost or not os.path.exists(stored.path) else None
 
     def _flush(self) -> None:
         waiting, self._waiting = self._waiting, {}
@@ -120,7 +130,7 @@ class IndexRun:
         if not points:
             return
         self.store.upsert(points)
-        replaced = sum(storable(str(waiting[id_][0].path)) in self._stored_paths for id_ in vectors)
+        replaced = sum(storable(str(waiting[id_][0].description.path)) in self._stored_paths for id_ in vectors)
         self.replaced += replaced
         self.indexed += len(points) - replaced
 
@@ -147,17 +157,22 @@ class IndexRun:
         for file in self._files.pop(id_):
             self._fail(file, reason)
 
-    def _fail(self, file: ImageFile, reason: str) -> None:
+    def _fail(self, file: Description, reason: str) -> None:
         self.failed.append({"path": str(file.path), "reason": reason})
 
 
-def find_image_files(paths: Iterable[str | Path]) -> list[ImageFile]:
+def as_json(words: Payload) -> str:
+    """Return words in a form in which 1 and true differ."""
+    return json.dumps(words, sort_keys=True)
+
+
+def find_image_files(paths: Iterable[str | Path]) -> list[Description]:
     """Return the images among and below ``paths``, each once, with what ``metadata.jsonl`` files say of them.
 
     :raises CocoaError: If a path does not exist, none holds an image, or a ``metadata.jsonl`` is malformed.
     """
     roots = [Path(os.path.abspath(path)) for path in paths]
-    files: dict[Path, ImageFile] = {}
+    files: dict[Path, Description] = {}
     for root in roots:
         folder = root if root.is_dir() else root.parent
         images = [path for path in find_images([root]) if path not in files]
@@ -165,7 +180,7 @@ def find_image_files(paths: Iterable[str | Path]) -> list[ImageFile]:
         for path in images:
             row = rows.get(path, {})
             caption = row.pop("text", None)
-            files[path] = ImageFile(path, str(path.relative_to(folder)), caption, row)
+            files[path] = Description(path, str(path.relative_to(folder)), caption, row)
     if not files:
         names = ", ".join(printable(root) for root in roots) or "nothing"
         raise CocoaError(f"there are no images in {names}; name a folder that holds some (jpg, png, webp, ...)")
@@ -196,16 +211,13 @@ def read_metadata_below(folder: Path, images: Iterable[Path]) -> dict[Path, dict
     return columns
 
 
-def image_record(file: ImageFile, sha256: str, size: int, image: Image.Image, mime: str) -> ImageRecord:
+def image_record(file: Description, sha256: str, size: int, image: Image.Image, mime: str) -> ImageRecord:
     """Return what the payload holds of a decoded file."""
     return ImageRecord(
-        path=file.path,
-        relative_path=file.relative_path,
+        description=file,
         sha256=sha256,
         bytes=size,
         width=image.width,
         height=image.height,
         mime=mime,
-        caption=file.caption,
-        metadata=file.metadata,
     )

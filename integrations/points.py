@@ -19,14 +19,35 @@ MODEL_KEYS = frozenset({"relative_path", "metadata"})
 """The payload keys that LlamaIndex shows to a language model beside the node's text, which is the caption."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImageRecord:
-    """What is known of one indexed image file."""
+@dataclass(frozen=True)
+class Description:
+    """Where an image file is, and what ``metadata.jsonl`` says of it."""
 
     path: Path
     """Absolute."""
     relative_path: str
     """Relative to the folder that was indexed."""
+    caption: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """The other columns of ``metadata.jsonl``."""
+
+    @property
+    def has_words(self) -> bool:
+        """Whether ``metadata.jsonl`` says anything of the file."""
+        return self.caption is not None or bool(self.metadata)
+
+    @property
+    def words(self) -> Payload:
+        """The part of a payload that is not of the file itself: ``caption`` and ``metadata``."""
+        caption = None if self.caption is None else storable(self.caption)
+        return {"caption": caption, "metadata": storable(dict(self.metadata))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRecord:
+    """What is known of one indexed image file."""
+
+    description: Description
     sha256: str
     """Of the file's bytes, in hexadecimal."""
     bytes: int
@@ -34,9 +55,6 @@ class ImageRecord:
     """In pixels, upright."""
     height: int
     mime: str
-    caption: str | None = None
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    """The other columns of ``metadata.jsonl``."""
 
 
 def point_id(sha256: str) -> str:
@@ -53,15 +71,14 @@ def point_id(sha256: str) -> str:
 def payload(record: ImageRecord) -> Payload:
     """Return a point's payload: the record's fields, and the same as a LlamaIndex node. Never the image itself."""
     fields: Payload = {
-        "path": storable(str(record.path)),
-        "relative_path": storable(record.relative_path),
+        "path": storable(str(record.description.path)),
+        "relative_path": storable(record.description.relative_path),
         "sha256": record.sha256,
         "bytes": record.bytes,
         "width": record.width,
         "height": record.height,
         "mime": record.mime,
-        "caption": None if record.caption is None else storable(record.caption),
-        "metadata": storable(dict(record.metadata)),
+        **record.description.words,
     }
     return {**fields, **node_fields(point_id(record.sha256), fields)}
 
@@ -118,9 +135,18 @@ def plain_payload(stored: Mapping[str, Any]) -> Payload:
     return {key: value for key, value in stored.items() if key not in NODE_KEYS}
 
 
-def moved_payload(stored: Mapping[str, Any], path: Path, relative_path: str) -> Payload:
-    """Return a stored payload for the same content at another path."""
-    fields = {**plain_payload(stored), "path": storable(str(path)), "relative_path": storable(relative_path)}
+def described_payload(stored: Mapping[str, Any], description: Description) -> Payload:
+    """Return a stored payload for the same content, at another path or with other words about it.
+
+    A description without words leaves those that are stored.
+    """
+    fields = {
+        **plain_payload(stored),
+        "path": storable(str(description.path)),
+        "relative_path": storable(description.relative_path),
+    }
+    if description.has_words:
+        fields |= description.words
     return {**fields, **node_fields(str(stored["doc_id"]), fields)}
 
 

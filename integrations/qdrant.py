@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from tqdm.auto import tqdm
 
@@ -17,8 +18,8 @@ from cocoa_embed.encoder import Encoder, load_model, make_item
 from cocoa_embed.errors import CocoaError, UsageError, require
 from cocoa_embed.folders import refuse_foreign_folder
 from cocoa_embed.images import ImageSource, one_line, printable
-from cocoa_embed.integrations.indexing import IndexRun, Point, find_image_files
-from cocoa_embed.integrations.points import moved_payload
+from cocoa_embed.integrations.indexing import IndexRun, Point, StoredPoint, find_image_files
+from cocoa_embed.integrations.points import Description, described_payload
 
 require("qdrant_client", "qdrant")
 
@@ -31,19 +32,23 @@ if TYPE_CHECKING:
 DEFAULT_PATH = "cocoa-index"
 SERVER_TIMEOUT = 60
 """Seconds to wait for a server's answer; Qdrant's own default of 5 is short for a batch of large vectors."""
+MAX_COLLECTION_NAME = 255
+"""Bytes in the name of a collection, which is a folder's name in a local store."""
 SCROLL_LIMIT = 1000
 """Points asked for at once when the collection's contents are listed."""
 
 
 @dataclass(frozen=True)
 class IndexSummary:
-    """What an indexing run did. Every file counts once: indexed, unchanged, replaced or failed."""
+    """What an indexing run did. Every file counts once: indexed, unchanged, updated, replaced or failed."""
 
     collection: str
     indexed: int
     """Files with new content, now points."""
     unchanged: int
     """Files whose content was a point already, from an earlier run or from another file of this one."""
+    updated: int
+    """Files whose content was a point already, which now has their path, or their new caption and metadata."""
     replaced: int
     """Files whose content had changed: the new content is a point, the old is none."""
     pruned: int
@@ -94,13 +99,16 @@ class QdrantIndexer:
         :param collection: Created at the first indexing.
         :param batch_size: Images to embed and to store at once.
         :param device: The torch device, for a model that is to be loaded.
-        :raises UsageError: If more than one of ``client``, ``path`` and ``url`` is given, or ``batch_size`` is not
-            positive.
+        :raises UsageError: If more than one of ``client``, ``path`` and ``url`` is given, ``batch_size`` is not
+            positive, ``collection`` is no name for one, or ``url`` no address.
         """
         if sum(place is not None for place in (client, path, url)) > 1:
             raise UsageError("more than one place to store points was given; give one of client, path and url")
         if batch_size < 1:
             raise UsageError(f"batch_size is {batch_size}; it must be 1 or more")
+        check_collection_name(collection)
+        if url is not None:
+            check_url(url)
         self.collection = collection
         self.batch_size = batch_size
         self._model = model
@@ -150,7 +158,7 @@ class QdrantIndexer:
         files = find_image_files([paths] if isinstance(paths, (str, Path)) else paths)
         self._ensure_collection()
         started = time.perf_counter()
-        run = IndexRun(self, self.encoder, self.batch_size, self._stored_paths())
+        run = IndexRun(self, self.encoder, self.batch_size, self._stored_points())
         for file in tqdm(files, desc=f"indexing into {self.collection}", unit="image", disable=not progress):
             run.add(file)
         run.finish()
@@ -158,7 +166,8 @@ class QdrantIndexer:
         return IndexSummary(
             collection=self.collection,
             indexed=run.indexed,
-            unchanged=len(files) - run.indexed - run.replaced - len(run.failed),
+            unchanged=len(files) - run.indexed - run.updated - run.replaced - len(run.failed),
+            updated=run.updated,
             replaced=run.replaced,
             pruned=0,
             failed=run.failed,
@@ -216,12 +225,12 @@ class QdrantIndexer:
         with self._session() as client:
             client.delete(self.collection, points_selector=models.PointIdsList(points=list(ids)), wait=True)
 
-    def move(self, id_: str, path: Path, relative_path: str) -> None:
-        """Give a stored point the path of another file of the same content."""
+    def describe(self, id_: str, description: Description) -> None:
+        """Give a stored point the path of another file of the same content, or other words about it."""
         with self._session() as client:
             (point,) = client.retrieve(self.collection, [id_], with_payload=True)
-            moved = moved_payload(point.payload or {}, path, relative_path)
-            client.overwrite_payload(self.collection, payload=moved, points=[id_], wait=True)
+            described = described_payload(point.payload or {}, description)
+            client.overwrite_payload(self.collection, payload=described, points=[id_], wait=True)
 
     def close(self) -> None:
         """Close the client, unless it was given; the next use opens it again."""
@@ -252,7 +261,10 @@ class QdrantIndexer:
         return self._client
 
     def _open_server(self) -> QdrantClient:
-        return QdrantClient(url=self._url, api_key=self._api_key, timeout=SERVER_TIMEOUT, check_compatibility=False)
+        try:
+            return QdrantClient(url=self._url, api_key=self._api_key, timeout=SERVER_TIMEOUT, check_compatibility=False)
+        except ValueError as error:
+            raise UsageError(f"{self._url!a} is no address of a Qdrant server ({one_line(error)})") from error
 
     def _open_folder(self, path: Path) -> QdrantClient:
         refuse_foreign_folder(path, marker="meta.json")
@@ -299,18 +311,55 @@ class QdrantIndexer:
                 " choose another collection, or the model that it was made with"
             )
 
-    def _stored_paths(self) -> dict[str, str]:
-        """Return the path of every point in the collection by its id."""
-        paths: dict[str, str] = {}
+    def _stored_points(self) -> dict[str, StoredPoint]:
+        """Return where every point in the collection has its file, and the words about it, by id."""
+        stored: dict[str, StoredPoint] = {}
         offset = None
         while True:
             with self._session() as client:
                 points, offset = client.scroll(
-                    self.collection, limit=SCROLL_LIMIT, offset=offset, with_payload=["path"], with_vectors=False
+                    self.collection,
+                    limit=SCROLL_LIMIT,
+                    offset=offset,
+                    with_payload=["path", "caption", "metadata"],
+                    with_vectors=False,
                 )
-            paths.update({str(point.id): str((point.payload or {}).get("path", "")) for point in points})
+            stored.update({str(point.id): stored_point(point.payload or {}) for point in points})
             if offset is None:
-                return paths
+                return stored
+
+
+def check_collection_name(name: str) -> None:
+    """Refuse a name that Qdrant refuses, or that would be a path of its own in a local store.
+
+    :raises UsageError: If it is one.
+    """
+    length = len(name.encode(errors="replace"))
+    if not name.strip(".") or length > MAX_COLLECTION_NAME or not name.isprintable() or set(name) & set('<>:"/\\|?*'):
+        raise UsageError(
+            f"{name!a} is no name for a collection; use 1 to {MAX_COLLECTION_NAME} bytes, printable, and none of"
+            ' < > : " / \\ | ? *'
+        )
+
+
+def check_url(url: str) -> None:
+    """Refuse an address that is not of the form ``http://host:port``.
+
+    :raises UsageError: If it is one.
+    """
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_address = False
+    if not is_address:
+        raise UsageError(f"{url!r} is no address of a Qdrant server; give one such as http://localhost:6333")
+
+
+def stored_point(payload: dict[str, Any]) -> StoredPoint:
+    """Return what an indexing run has to know of a point that is there already."""
+    words = {"caption": payload.get("caption"), "metadata": payload.get("metadata") or {}}
+    return StoredPoint(path=str(payload.get("path", "")), words=words)
 
 
 def hit(point: models.ScoredPoint) -> Hit:

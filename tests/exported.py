@@ -12,6 +12,8 @@ PROMPTS = {"query": "large red circle: ", "document": "on white: "}
 """Words that the tiny tokenizer knows; both are set, so that neither is taken for the other or for nothing."""
 
 TRAINING: dict[str, Any] = {
+    "backbone": "a-tiny-backbone",
+    "origin": "folder",
     "recipe": Recipe.parse(
         {
             "name": "tiny-test",
@@ -23,8 +25,8 @@ TRAINING: dict[str, Any] = {
         }
     ).model_dump(mode="json"),
     "stages": [
-        {"stage": "warmup", "steps": 11, "seconds": 1.0, "rows": 24, "final": {"loss": 1.234}},
-        {"stage": "contrastive", "steps": 13, "seconds": 2.0, "rows": 24, "final": {"loss": 0.567}},
+        {"stage": stage, "steps": steps, "batch_size": size, "learning_rate": rate, "rows": 24, "final": {"loss": loss}}
+        for stage, steps, size, rate, loss in (("warmup", 11, 4, 3e-4, 1.234), ("contrastive", 13, 8, 5e-4, 0.567))
     ],
 }
 

@@ -10,12 +10,14 @@ from PIL import Image
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 160, 0), "blue": (0, 0, 255), "yellow": (255, 255, 0)}
 LARGEST_ASPECT_RATIO = 200
+IMAGE_TOKEN = "<|image_pad|>"
 
 
 class FakeModel:
     """Stands for a SentenceTransformer: a 4 x 4 picture of the input is its embedding, of unit length.
 
-    A text is the picture of the colours it names. Anything but a dictionary of text and image is refused.
+    A text is the picture of the colours it names. Anything but a dictionary of text and image is refused, and as real
+    processors do, an image much longer than wide and a text with the token that stands for an image.
     """
 
     def __init__(self, dimension: int = 48, modalities: Sequence[str] = ("text", "image", "message")) -> None:
@@ -65,6 +67,8 @@ class FakeModel:
             parts.append(np.asarray(image.resize((4, 4), Image.Resampling.BOX), dtype=np.float64).ravel())
         if "text" in item:
             assert isinstance(item["text"], str)
+            if IMAGE_TOKEN in item["text"]:
+                raise ValueError("image features and image tokens do not match")
             colours = [COLOURS[word] for word in item["text"].split() if word in COLOURS] or [(90, 80, 70)]
             parts.append(np.tile(np.mean(colours, axis=0), 16))
         vector = np.resize(np.mean(parts, axis=0) + 1, self.dimension)

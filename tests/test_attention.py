@@ -18,6 +18,7 @@ from cocoa_embed.attention import (
     make_bidirectional,
 )
 from cocoa_embed.backbone import Backbone
+from cocoa_embed.errors import CocoaError
 from cocoa_embed.train.collators import BridgeCollator, render_items
 from cocoa_embed.train.data import Item, Row
 from cocoa_embed.train.reconstruction import last_hidden_states, position_ids
@@ -68,7 +69,7 @@ def padded_batch(backbone: Backbone, rows: list[Row]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @every_family
 def test_the_probe_refuses_a_causal_model(tiny_backbone_path: Path, implementation: str) -> None:
-    with pytest.raises(RuntimeError, match=f"'{implementation}' is causal without padding"):
+    with pytest.raises(CocoaError, match=f"'{implementation}' is causal without padding"):
         assert_bidirectional(causal_model(tiny_backbone_path, implementation))
 
 
@@ -80,7 +81,7 @@ def test_the_probe_sees_causality_in_one_case_alone(
 ) -> None:
     model = load_tiny(implementation).model
     was_causal = make_causal_on(model, padded=padded, monkeypatch=monkeypatch)
-    with pytest.raises(RuntimeError, match=f"causal {'with' if padded else 'without'} padding"):
+    with pytest.raises(CocoaError, match=f"causal {'with' if padded else 'without'} padding"):
         assert_bidirectional(model)
     assert True in was_causal
     assert (False in was_causal) == padded, "the probe tries the case without padding first"
@@ -90,7 +91,7 @@ def test_the_probe_sees_causality_in_one_case_alone(
 @every_family
 def test_make_bidirectional_satisfies_the_probe(tiny_backbone_path: Path, implementation: str) -> None:
     model = causal_model(tiny_backbone_path, implementation)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(CocoaError):
         assert_bidirectional(model)
     make_bidirectional(model)
     assert model.config.get_text_config().is_causal is False

@@ -1,3 +1,4 @@
+import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -8,7 +9,7 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import Qwen2Tokenizer, Qwen2VLProcessor
 
-from cocoa_embed.backbone import load_backbone
+from cocoa_embed.backbone import load_backbone, resolve_backbone
 from cocoa_embed.demo import captioner
 from cocoa_embed.demo.captioner import (
     QWEN_SPECIAL_TOKENS,
@@ -156,3 +157,12 @@ def test_pretraining_changes_weights_as_far_as_it_is_told(tmp_path: Path) -> Non
         with torch.no_grad():
             losses.append(backbone.model(**CaptionCollator(backbone.processor)(first_rows(9, 16))).loss.item())
     assert losses[1] < losses[0] - 1
+
+
+def test_the_shipped_processor_is_the_one_that_the_command_writes(tmp_path: Path) -> None:
+    build_processor(build_tokenizer(0)).save_pretrained(tmp_path)
+    shipped = Path(resolve_backbone("scene-captioner"))
+    for name in ("chat_template.jinja", "processor_config.json", "tokenizer_config.json"):
+        assert (shipped / name).read_bytes() == (tmp_path / name).read_bytes(), name
+    written, ours = (json.loads((folder / "tokenizer.json").read_text()) for folder in (tmp_path, shipped))
+    assert {**written, "padding": None} == {**ours, "padding": None}, "padding is the trace of the last batch"

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from fake_model import FakeModel, colour_image
+from fake_model import IMAGE_TOKEN, FakeModel, colour_image
 
 pytest.importorskip("qdrant_client")
 
 from cocoa_embed import cli
-from cocoa_embed.encoder import check_model_folder, is_hub_name, load_model, make_item
-from cocoa_embed.errors import CocoaError, UsageError
+from cocoa_embed.encoder import check_model_folder, is_hub_name, load_model
+from cocoa_embed.errors import CocoaError
 from cocoa_embed.integrations import qdrant
 
 Result = tuple[int, str, str]
@@ -67,10 +67,10 @@ def test_index_then_search_as_json(command: Command, model: FakeModel, pictures:
     assert code == 0
     summary = json.loads(out)
     assert list(summary) == [
-        "collection", "indexed", "unchanged", "replaced", "pruned", "failed", "seconds", "images_per_second"
+        "collection", "indexed", "unchanged", "updated", "replaced", "pruned", "failed", "seconds", "images_per_second"
     ]  # fmt: skip
-    assert (summary["indexed"], summary["unchanged"], summary["failed"]) == (3, 0, [])
-    assert "3 indexed, 0 unchanged" in err
+    assert (summary["indexed"], summary["unchanged"], summary["updated"], summary["failed"]) == (3, 0, 0, [])
+    assert "3 indexed, 0 unchanged, 0 updated, 0 replaced, 0 left out" in err
     assert Path("cocoa-index").is_dir()
 
     code, out, err = command("search", "blue", "--model", "fake", "--limit", 2, "--json")
@@ -81,6 +81,18 @@ def test_index_then_search_as_json(command: Command, model: FakeModel, pictures:
     assert hits[0]["score"] > hits[1]["score"]
     assert "_node_content" not in hits[0]["payload"]
     assert hits[0]["payload"]["width"] == 24
+
+
+def test_a_new_caption_is_counted_as_updated_and_found(command: Command, model: FakeModel, pictures: Path) -> None:
+    command("index", pictures, "--model", "fake")
+    (pictures / "metadata.jsonl").write_text(json.dumps({"file_name": "red.png", "text": "a rose"}))
+    code, out, err = command("index", pictures, "--model", "fake", "--json")
+    summary = json.loads(out)
+    assert code == 0
+    assert (summary["indexed"], summary["unchanged"], summary["updated"], summary["failed"]) == (0, 2, 1, [])
+    assert "0 indexed, 2 unchanged, 1 updated" in err
+    _, _, err = command("search", "red", "--model", "fake", "--limit", 1)
+    assert err.endswith("red.png  a rose\n")
 
 
 def test_without_json_standard_output_is_empty(command: Command, model: FakeModel, pictures: Path) -> None:
@@ -147,6 +159,11 @@ def test_a_gallery_that_cannot_be_written_is_one_sentence(command: Command, mode
         (["search", "--model", "fake"], 2, "nothing to search for"),
         (["search", "red", "--model", "fake", "--path", "a", "--url", "b"], 2, "--path and --url were both given"),
         (["search", "--image", "gone.png", "--model", "fake"], 1, "gone.png: does not exist"),
+        (["search", "caf\udce9", "--model", "fake"], 2, r"'caf\udce9' is not valid Unicode"),
+        (["index", "empty", "--model", "fake", "--collection", "a/b"], 2, "'a/b' is no name for a collection"),
+        (["search", "red", "--model", "fake", "--collection", ""], 2, "'' is no name for a collection"),
+        (["index", "empty", "--model", "fake", "--url", "localhost:6333"], 2, "'localhost:6333' is no address of"),
+        (["search", "red", "--model", "fake", "--url", "http://localhost:port"], 2, "is no address of"),
     ],
 )
 def test_wrong_input_is_one_sentence(
@@ -156,6 +173,17 @@ def test_wrong_input_is_one_sentence(
     result = command(*arguments)
     assert message in sentence(result)
     assert result[0] == code
+
+
+def test_a_query_that_the_model_refuses_is_one_sentence(command: Command, model: FakeModel, pictures: Path) -> None:
+    command("index", pictures, "--model", "fake")
+    colour_image("red", (1, 20_000)).save("thin.png")
+    for query, reason in ((["--image", "thin.png"], "aspect ratio"), ([f"red {IMAGE_TOKEN}"], "image tokens")):
+        result = command("search", *query, "--model", "fake", "--json")
+        line = sentence(result)
+        assert result[0] == 1
+        assert line.startswith("cocoa-embed: fake does not take the query (")
+        assert reason in line
 
 
 def test_a_collection_of_another_dimension_is_one_sentence(
@@ -234,11 +262,3 @@ def test_a_model_folder_needs_modules_and_weights() -> None:
     check_model_folder(Path("good"))
     with pytest.raises(CocoaError, match="cannot be loaded as a SentenceTransformer"):
         load_model("good")
-
-
-def test_an_item_is_a_text_an_image_or_both() -> None:
-    assert make_item("red") == {"text": "red"}
-    assert make_item("red", colour_image("red")).keys() == {"text", "image"}
-    assert make_item("", colour_image("red")).keys() == {"image"}
-    with pytest.raises(UsageError):
-        make_item("")

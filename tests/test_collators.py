@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -293,6 +294,27 @@ def test_block_b_is_the_side_that_is_text_alone(scene_rows: list[Row], image_sid
 
 def test_of_two_texts_the_positive_is_block_b() -> None:
     assert split_blocks(text_row("a question", "an answer")) == (Item(text="a question"), "an answer")
+
+
+@pytest.mark.parametrize("image_side", ["query", "positive"])
+def test_a_text_beside_an_image_is_split_where_no_side_is_text_alone(scene_rows: list[Row], image_side: str) -> None:
+    first, second = (row.image for row in scene_rows[:2])
+    row = Row(query=Item(image=first), positive=Item(text="red ring on white", image=second), source="")
+    block_a, block_b = split_blocks(row if image_side == "query" else row.reversed())
+    assert (block_a, block_b) == (Item(text="red ring", image=second), "on white")
+
+
+def test_special_tokens_of_block_b_are_never_hidden(
+    bridge_collator: BridgeCollator, processor: ProcessorMixin, scene_rows: list[Row]
+) -> None:
+    text = "red <|im_end|> ring <|mask|> on white"
+    row = Row(query=Item(image=scene_rows[0].image), positive=Item(text=text), source="")
+    batch = replace(bridge_collator, mask_ratio=1.0)(numbered([row]))
+    special = torch.isin(batch["input_ids"], torch.tensor(sorted(processor.tokenizer.added_tokens_decoder)))
+    in_b = batch["blocks"] == Block.B
+    kept = originals(batch)[in_b & ~batch["hidden_tokens"]]
+    assert processor.tokenizer.convert_ids_to_tokens(kept) == ["<|im_end|>", "<|mask|>"]
+    assert special[in_b].all(), "everything else is behind the mask token"
 
 
 @pytest.mark.parametrize("text", [None, "red", " "])

@@ -295,3 +295,14 @@ def tiny_loss(model: SentenceTransformer, scene_rows: list[Row]) -> Callable[[],
         return torch.nn.functional.cross_entropy(scores, torch.arange(len(scene_rows))).item()
 
     return measure
+
+
+def test_no_examples_are_picked_for_a_card_that_is_not_written(
+    model: SentenceTransformer, scene_rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picked = []
+    monkeypatch.setattr(
+        type(model.model_card_data), "set_widget_examples", lambda self, dataset: picked.append(dataset), raising=True
+    )
+    contrastive_trainer(model, scene_rows, section(), arguments=arguments(tmp_path))
+    assert not picked

@@ -6,7 +6,9 @@ import pytest
 from PIL import Image
 
 from cocoa_embed.errors import CocoaError
-from cocoa_embed.train.data import Item, Row, Rows, read_image_folder
+from cocoa_embed.images import ImageError
+from cocoa_embed.template import RESERVED_TOKENS
+from cocoa_embed.train.data import Item, Row, Rows, load_row_image, read_image_folder
 
 LINES: list[dict[str, object]] = [
     {"file_name": "b.png", "text": "a red ring", "captions": ["a red ring", "ring, red"]},
@@ -118,3 +120,28 @@ def test_rows_come_with_their_index(scene_rows: list[Row]) -> None:
     rows = Rows(scene_rows)
     assert len(rows) == len(scene_rows)
     assert rows[3] == (3, scene_rows[3])
+
+
+@pytest.mark.parametrize("token", RESERVED_TOKENS)
+@pytest.mark.parametrize("column", ["text", "captions"])
+def test_a_text_that_would_be_taken_for_an_image_is_an_error_that_names_the_row(
+    tmp_path: Path, token: str, column: str
+) -> None:
+    text = f"a ring {token} on white"
+    line = {"file_name": "0.png", "text": "a ring", column: text if column == "text" else [text]}
+    Image.new("RGB", (56, 56)).save(tmp_path / "0.png")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(line))
+    with pytest.raises(CocoaError, match=r"0\.png: the text holds ") as error:
+        read_image_folder(tmp_path, captions="captions" if column == "captions" else "text")
+    assert token in str(error.value)
+
+
+@pytest.mark.parametrize(("size", "usable"), [((200, 1), True), ((201, 1), False), ((1, 201), False)])
+def test_an_image_too_long_for_the_processor_is_named(tmp_path: Path, size: tuple[int, int], usable: bool) -> None:
+    path = tmp_path / "long.png"
+    Image.new("RGB", size).save(path)
+    if usable:
+        assert load_row_image(path).size == size
+        return
+    with pytest.raises(ImageError, match=rf"long\.png: is {size[0]} x {size[1]}: one side is more than 200 times"):
+        load_row_image(path)

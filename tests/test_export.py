@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
@@ -19,6 +20,7 @@ from cocoa_embed.attention import assert_bidirectional
 from cocoa_embed.backbone import Backbone, load_backbone
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.export import TRAINING_FILE, build_sentence_transformer, export_model, save_sentence_transformer
+from cocoa_embed.folders import RUN_MARKER
 from cocoa_embed.images import load_image
 from cocoa_embed.model_card import model_card
 from cocoa_embed.train.collators import render_items
@@ -265,7 +267,7 @@ def test_attention_is_bidirectional_after_loading(
     assert_bidirectional(backbone)
     np.testing.assert_allclose(loaded.encode(inputs), model.encode(inputs), **SAME)
     backbone.config.get_text_config().is_causal = True
-    with pytest.raises(RuntimeError):
+    with pytest.raises(CocoaError):
         assert_bidirectional(backbone)
 
 
@@ -377,7 +379,7 @@ def test_a_causal_model_is_not_exported(tiny_backbone_path: Path, tmp_path: Path
     checkpoint = tmp_path / "causal"
     shutil.copytree(tiny_backbone_path, checkpoint)
     assert "is_causal" not in (checkpoint / "config.json").read_text()
-    with pytest.raises(RuntimeError, match="is causal"):
+    with pytest.raises(CocoaError, match="is causal"):
         build_sentence_transformer(checkpoint, prompts=PROMPTS)
 
 
@@ -463,6 +465,7 @@ def test_the_card_says_how_the_model_was_made_and_is_used(tiny_export: Path) -> 
     front_matter, body = split_card((tiny_export / "README.md").read_text())
     assert front_matter["library_name"] == "sentence-transformers"
     assert "base_model" not in front_matter, "only a hub name has a page to link to"
+    assert "license" not in front_matter, "of a backbone from elsewhere it is not known"
     assert "a-tiny-backbone" in body
     assert "32 dimensions" in body
     assert f'"{PROMPTS["query"]}"' in body
@@ -490,17 +493,44 @@ def test_the_card_tells_results_and_data(model: SentenceTransformer, tmp_path: P
 
 def test_the_card_of_a_model_without_stages_or_prompts_says_so(model: SentenceTransformer) -> None:
     recipe = {**TRAINING["recipe"], "prompts": {"query": "", "document": ""}}
-    _, body = split_card(model_card("bare", model, {"recipe": recipe, "stages": []}))
+    _, body = split_card(model_card("bare", model, {**TRAINING, "recipe": recipe, "stages": []}))
     assert "No stage was run" in body
     assert "`encode_query` puts nothing before a query" in body
 
 
 @pytest.mark.parametrize("backbone", ["Qwen/Qwen2-VL-2B-Instruct", "./my: models/#1", "[a] & *b", "@home", "007"])
 def test_the_cards_front_matter_survives_any_backbones_name(model: SentenceTransformer, backbone: str) -> None:
-    training = {**TRAINING, "recipe": {**TRAINING["recipe"], "backbone": backbone}}
-    front_matter, _ = split_card(model_card("model", model, training))
-    is_hub_name = backbone.startswith("Qwen/")
-    assert front_matter.get("base_model") == (backbone if is_hub_name else None)
+    training = {**TRAINING, "backbone": backbone}
+    from_hub, _ = split_card(model_card("model", model, {**training, "origin": "hub"}))
+    assert from_hub["base_model"] == backbone
+    from_folder, _ = split_card(model_card("model", model, {**training, "origin": "folder"}))
+    assert "base_model" not in from_folder, "a folder may be named as a model on the hub is"
+
+
+def test_what_comes_of_the_packages_own_backbone_has_the_packages_licence(model: SentenceTransformer) -> None:
+    front_matter, _ = split_card(model_card("model", model, {**TRAINING, "origin": "built-in"}))
+    assert front_matter["license"] == "apache-2.0"
+
+
+def test_an_export_over_a_stages_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    """It looks like an earlier export, but hours of training are in it."""
+    for stage in ("bridge", "contrastive"):
+        shutil.copytree(checkpoint, tmp_path / "run" / stage)
+    (tmp_path / "run" / RUN_MARKER).touch()
+    before = contents(tmp_path / "run")
+    with pytest.raises(CocoaError, match="bridge is in the folder of a training run"):
+        export_model(tmp_path / "run" / "contrastive", tmp_path / "run" / "bridge")
+    assert contents(tmp_path / "run") == before
+
+
+def test_broken_weights_are_refused_in_one_sentence(checkpoint: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoint, broken)
+    file = broken / "model.safetensors"
+    weights = {name: torch.full_like(value, torch.nan) for name, value in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(CocoaError, match="not finite"):
+        export_model(broken, tmp_path / "out")
 
 
 def test_the_cards_code_runs_and_imports_only_what_it_uses(

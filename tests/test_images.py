@@ -183,6 +183,29 @@ def test_a_truncated_jpeg_is_named_with_its_reason(tmp_path: Path) -> None:
     assert caught.value.reason.startswith("is truncated")
 
 
+def damaged_avif(part: str) -> bytes:
+    """Return an AVIF at which Pillow's decoder raises a RuntimeError: at opening (header) or at loading (pixels)."""
+    data = encoded(noise((64, 64)), "AVIF")
+    pixels = data.index(b"mdat") + len(b"mdat")
+    return {"header": data.replace(b"iloc", b"free"), "pixels": data[:pixels].ljust(len(data), b"\0")}[part]
+
+
+@pytest.mark.parametrize("part", ["header", "pixels"])
+def test_an_avif_at_which_its_decoder_raises_an_error_of_its_own_is_an_image_error(tmp_path: Path, part: str) -> None:
+    (tmp_path / "photo.avif").write_bytes(damaged_avif(part))
+    with pytest.raises(RuntimeError), Image.open(tmp_path / "photo.avif") as image:
+        image.load()
+    with pytest.raises(ImageError, match=r"photo\.avif: cannot be decoded \(Failed to decode"):
+        load_image(tmp_path / "photo.avif")
+
+
+def test_a_pil_image_whose_pixels_cannot_be_decoded_is_an_image_error() -> None:
+    opened = Image.open(BytesIO(damaged_avif("pixels")))
+    assert opened.size == (64, 64)
+    with pytest.raises(ImageError, match=r"PIL image: cannot be decoded \(Failed to decode"):
+        load_image(opened)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [

@@ -1,4 +1,5 @@
 import asyncio
+import json
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -13,7 +14,7 @@ pytest.importorskip("qdrant_client")
 
 from llama_index.core.callbacks import CallbackManager, CBEventType, LlamaDebugHandler
 from llama_index.core.embeddings import MultiModalEmbedding
-from llama_index.core.schema import ImageNode, NodeWithScore, QueryBundle
+from llama_index.core.schema import ImageNode, MetadataMode, NodeWithScore, QueryBundle
 from llama_index.core.vector_stores import VectorStoreQuery
 from qdrant_client import QdrantClient
 
@@ -168,6 +169,24 @@ def test_the_retriever_takes_text_images_and_both(indexed: tuple, files: list[st
         ["image", "text"],
         ["text"],
     ]
+
+
+def test_a_node_shows_the_caption_that_metadata_hold_now(indexed: tuple, files: list[str]) -> None:
+    index, _ = indexed
+    retriever = CocoaRetriever(index, similarity_top_k=1)
+    assert retriever.retrieve("green")[0].node.text == ""
+    row = {"file_name": "green.png", "text": "a lawn", "licence": "CC0"}
+    (Path(files[1]).parent / "metadata.jsonl").write_text(json.dumps(row))
+    embedded = len(index.encoder.model.documents)
+    assert index.index(files, progress=False).updated == 1
+    assert len(index.encoder.model.documents) == embedded
+    (found,) = retriever.retrieve("green")
+    assert isinstance(found.node, ImageNode)
+    assert found.node.image_path == files[1]
+    assert found.node.text == found.node.metadata["caption"] == "a lawn"
+    shown = found.node.get_content(MetadataMode.LLM)
+    assert "a lawn" in shown
+    assert "CC0" in shown
 
 
 def test_the_retriever_keeps_to_its_threshold(indexed: tuple) -> None:

@@ -8,12 +8,14 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
-from transformers import Qwen2VLForConditionalGeneration, Trainer
+from transformers import Qwen2VLForConditionalGeneration, Trainer, TrainingArguments
 
 from cocoa_embed.attention import assert_bidirectional
 from cocoa_embed.backbone import load_backbone
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.export import TRAINING_FILE, export_model, read_training
+from cocoa_embed.folders import RUN_MARKER
+from cocoa_embed.train import pipeline
 from cocoa_embed.train.data import read_image_folder
 from cocoa_embed.train.pipeline import STAGES, StageResult, run
 from cocoa_embed.train.recipe import Recipe
@@ -76,7 +78,7 @@ def test_the_stages_run_in_order_and_leave_their_checkpoints(finished: Run) -> N
     assert [result.stage for result in finished.results] == list(STAGES) == ["warmup", "bridge", "contrastive"]
     assert [result.folder for result in finished.results] == [finished.out / stage for stage in STAGES]
     assert [result.steps for result in finished.results] == [2, 2, 2]
-    assert sorted(path.name for path in finished.out.iterdir()) == sorted(["recipe.json", *STAGES])
+    assert sorted(path.name for path in finished.out.iterdir()) == sorted([RUN_MARKER, "recipe.json", *STAGES])
     for stage in STAGES:
         assert {"model.safetensors", "config.json", "tokenizer.json", TRAINING_FILE, "log.json"} <= {
             path.name for path in (finished.out / stage).iterdir()
@@ -171,7 +173,7 @@ def test_a_stage_left_out_is_not_run(tiny_backbone_path: Path, scene_folder: Pat
     given = recipe(tiny_backbone_path, scene_folder, contrastive=FROZEN)
     results = run(given, tmp_path / "out", inspect=lambda stage, trainer: seen.append(stage))
     assert seen == [result.stage for result in results] == ["contrastive"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["contrastive", "recipe.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [RUN_MARKER, "contrastive", "recipe.json"]
     assert equal(weights(tiny_backbone_path), weights(tmp_path / "out" / "contrastive"))
 
 
@@ -234,7 +236,7 @@ def test_a_folder_that_holds_something_else_is_refused_and_left_as_it_is(
 
 def earlier_run(out: Path) -> Path:
     out.mkdir()
-    (out / "recipe.json").write_text("{}")
+    (out / RUN_MARKER).write_text("{}")
     (out / "warmup").mkdir()
     (out / "warmup" / "stale.txt").write_text("of the earlier run")
     return out
@@ -247,13 +249,107 @@ def test_an_earlier_run_is_replaced(tiny_backbone_path: Path, scene_folder: Path
     assert read_training(out / "warmup")["stages"][0]["stage"] == "warmup"
 
 
-def test_a_backbone_that_is_not_there_leaves_the_earlier_run_as_it_is(scene_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("backbone", "values", "message"),
+    [
+        ("scene-captoner", {}, "scene-captoner"),
+        ("empty", {}, "empty"),
+        ("scene-captioner", {"max_length": 16}, "raise max_length"),
+        ("scene-captioner", {"mixed_precision": "bf16"}, "stage warmup: no bf16 here"),
+    ],
+)
+def test_a_run_that_cannot_start_leaves_the_earlier_run_as_it_is(
+    scene_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    backbone: str,
+    values: Values,
+    message: str,
+) -> None:
     """Hours of training must not be lost to a misspelt name."""
+
+    def without_bf16(**arguments: Any) -> TrainingArguments:
+        if arguments["bf16"]:
+            raise ValueError("no bf16 here")
+        return TrainingArguments(**arguments)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pipeline, "TrainingArguments", without_bf16)
+    (tmp_path / "empty").mkdir()
     out = earlier_run(tmp_path / "out")
     before = contents(out)
-    with pytest.raises(CocoaError, match="scene-captoner"):
-        run(recipe("scene-captoner", scene_folder, warmup=STAGE), out)
+    given = {"backbone": backbone, "max_length": TINY_MAX_LENGTH, "data": {"folder": str(scene_folder)}, **values}
+    with pytest.raises(CocoaError, match=message):
+        run(Recipe.parse({"name": "test", "warmup": STAGE, **given}), out)
     assert contents(out) == before
+
+
+def test_a_folder_with_a_recipe_of_someone_elses_is_no_earlier_run(
+    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "recipe.json").write_text('{"flour": "500 g"}')
+    before = contents(tmp_path / "out")
+    with pytest.raises(CocoaError, match="holds something else"):
+        run(recipe(tiny_backbone_path, scene_folder, warmup=STAGE), tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_loss_that_is_not_finite_stops_the_stage_at_its_step(
+    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path, stage: str
+) -> None:
+    diverging = {**STAGE, "steps": 6, "learning_rate": 1e30, "logging_steps": 6}
+    with pytest.raises(CocoaError, match=r"loss of step [2-6] is (nan|inf); lower learning_rate \(1e\+30\)"):
+        run(recipe(tiny_backbone_path, scene_folder, **{stage: diverging}), tmp_path / "out")
+    assert not (tmp_path / "out" / stage / TRAINING_FILE).exists()
+
+
+def test_a_run_that_goes_on_from_a_checkpoint_tells_all_stages(
+    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path
+) -> None:
+    first = {**STAGE, "steps": 1, "learning_rate": 0.25, "warmup_steps": 1}
+    run(recipe(tiny_backbone_path, scene_folder, warmup=first), tmp_path / "first")
+    run(recipe(tmp_path / "first" / "warmup", scene_folder, contrastive=STAGE), tmp_path / "second")
+    training = read_training(tmp_path / "second" / "contrastive")
+    assert (training["backbone"], training["origin"]) == (str(tiny_backbone_path), "folder")
+    assert [(entry["stage"], entry["steps"], entry["learning_rate"]) for entry in training["stages"]] == [
+        ("warmup", 1, 0.25),
+        ("contrastive", 2, 1e-3),
+    ]
+    assert training["data"].count(f"{SCENES} rows") == 2
+
+
+@pytest.mark.parametrize("steps", [4, 5, 7])
+def test_the_last_step_is_logged_and_probed_whatever_the_intervals(
+    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path, steps: int
+) -> None:
+    bridge = {**STAGE, "steps": steps, "logging_steps": 2, "probe_rows": 4, "probe_steps": 3}
+    (result,) = run(recipe(tiny_backbone_path, scene_folder, bridge=bridge), tmp_path / "out")
+    probed = [line["step"] for line in result.log if "accuracy_shuffled_image" in line]
+    assert probed == {4: [4], 5: [4, 5], 7: [4, 7]}[steps]
+
+
+@pytest.mark.parametrize(("probe_rows", "warns"), [(12, False), (13, True), (0, False)])
+def test_too_few_images_for_the_probe_are_told(
+    tiny_backbone_path: Path,
+    scene_folder: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    probe_rows: int,
+    warns: bool,
+) -> None:
+    bridge = {**STAGE, "steps": 1, "probe_rows": probe_rows}
+    (result,) = run(recipe(tiny_backbone_path, scene_folder, bridge=bridge), tmp_path / "out")
+    assert ("Lower bridge.probe_rows" in caplog.text) is warns
+    assert ("accuracy_shuffled_image" in result.final) is (probe_rows == 12)
+
+
+def test_bf16_trains_on_this_machine(tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path) -> None:
+    given = recipe(tiny_backbone_path, scene_folder, mixed_precision="bf16", **dict.fromkeys(STAGES, STAGE))
+    for result in run(given, tmp_path / "out"):
+        assert all(value.dtype == torch.float32 for value in weights(result.folder).values())
+        assert result.final["loss"] > 0
 
 
 def test_an_output_folder_that_holds_the_backbone_is_refused(

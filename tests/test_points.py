@@ -1,11 +1,14 @@
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cocoa_embed.integrations.points import (
+    Description,
     ImageRecord,
-    moved_payload,
+    described_payload,
     payload,
     plain_payload,
     point_id,
@@ -15,19 +18,15 @@ from cocoa_embed.integrations.points import (
 SHA256 = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
 
 
-def record(**changes: object) -> ImageRecord:
-    values = {
-        "path": Path("/data/zoo/zebra ünï.jpg"),
-        "relative_path": "zebra ünï.jpg",
-        "sha256": SHA256,
-        "bytes": 1234,
-        "width": 640,
-        "height": 480,
-        "mime": "image/jpeg",
-        "caption": "a zebra at dusk",
-        "metadata": {"licence": "CC0", "tags": ["striped"]},
-    }
-    return ImageRecord(**{**values, **changes})
+ZEBRA = Description(
+    Path("/data/zoo/zebra ünï.jpg"), "zebra ünï.jpg", "a zebra at dusk", {"licence": "CC0", "tags": ["striped"]}
+)
+
+
+def record(**changes: Any) -> ImageRecord:
+    return ImageRecord(
+        description=replace(ZEBRA, **changes), sha256=SHA256, bytes=1234, width=640, height=480, mime="image/jpeg"
+    )
 
 
 def test_the_id_depends_on_the_content_alone_and_never_changes() -> None:
@@ -84,10 +83,47 @@ def test_llama_index_shows_a_language_model_the_caption_and_where_the_image_is_f
     assert SHA256 not in shown
 
 
-def test_a_moved_file_changes_the_paths_and_nothing_else() -> None:
-    assert moved_payload(payload(record()), Path("/new/z.jpg"), "z.jpg") == payload(
+def test_a_description_without_words_changes_the_paths_and_nothing_else() -> None:
+    moved = Description(Path("/new/z.jpg"), "z.jpg")
+    assert not moved.has_words
+    assert described_payload(payload(record()), moved) == payload(
         record(path=Path("/new/z.jpg"), relative_path="z.jpg")
     )
+
+
+def test_a_description_with_words_changes_caption_metadata_and_node() -> None:
+    described = replace(ZEBRA, caption="two zebras", metadata={"licence": "MIT"})
+    before = payload(record())
+    after = described_payload(before, described)
+    assert after == payload(record(caption="two zebras", metadata={"licence": "MIT"}))
+    assert (after["caption"], after["metadata"]) == ("two zebras", {"licence": "MIT"})
+    assert json.loads(before["_node_content"])["text"] == "a zebra at dusk"
+    node = json.loads(after["_node_content"])
+    assert node["text"] == node["metadata"]["caption"] == "two zebras"
+    assert node["metadata"]["metadata"] == {"licence": "MIT"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"caption": "two zebras", "metadata": {}}, {"caption": "two zebras", "metadata": {}}),
+        ({"caption": "", "metadata": {}}, {"caption": "", "metadata": {}}),
+        ({"caption": None, "metadata": {"licence": "MIT"}}, {"caption": None, "metadata": {"licence": "MIT"}}),
+    ],
+)
+def test_words_are_a_caption_or_metadata_and_replace_both(changes: dict[str, Any], words: dict[str, Any]) -> None:
+    described = replace(ZEBRA, **changes)
+    assert described.has_words
+    assert described.words == words
+    after = described_payload(payload(record()), described)
+    assert {key: after[key] for key in words} == words
+
+
+def test_a_payload_holds_the_words_that_its_description_is_compared_by() -> None:
+    described = replace(ZEBRA, caption="n\udcff", metadata={"n\udcff": 1})
+    stored = payload(record(caption="n\udcff", metadata={"n\udcff": 1}))
+    assert described.words == {"caption": stored["caption"], "metadata": stored["metadata"]}
+    assert described.words["caption"] == r"n\udcff"
 
 
 def test_undecodable_names_become_valid_unicode() -> None:

@@ -4,46 +4,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor
 
+from cocoa_embed.attention import Block
 from cocoa_embed.backbone import Backbone
 from cocoa_embed.train.bridge import BridgeModel
 from cocoa_embed.train.collators import Batch, BridgeCollator
 from cocoa_embed.train.data import Item, Row
-from cocoa_embed.train.probe import EosProbe, hold_out_rows, shuffle_images
-
-GRIDS = ([1, 2, 2], [1, 4, 2], [1, 2, 4], [1, 4, 4])
-"""Sizes in raw patches; the second and third have as many, and are yet not of one size."""
-
-
-def numbered_images(grids: list[list[int]]) -> Batch:
-    """Return images whose every patch holds the image's number and its own."""
-    patches = [
-        torch.tensor([[image, patch] for patch in range(height * width)], dtype=torch.float32)
-        for image, (_, height, width) in enumerate(grids)
-    ]
-    return {"pixel_values": torch.cat(patches), "image_grid_thw": torch.tensor(grids)}
-
-
-def split_images(batch: Batch) -> list[Tensor]:
-    return list(batch["pixel_values"].split(batch["image_grid_thw"].prod(dim=1).tolist()))
-
-
-@settings(deadline=None, max_examples=60)
-@given(grids=st.lists(st.sampled_from(GRIDS), min_size=1, max_size=8))
-def test_images_are_exchanged_within_their_size_alone(grids: list[list[int]]) -> None:
-    batch = numbered_images(grids)
-    before = batch["pixel_values"].clone()
-    shuffled = shuffle_images(batch)
-    assert torch.equal(batch["pixel_values"], before)
-    sources = []
-    for image, patches in enumerate(split_images(shuffled)):
-        source = int(patches[0, 0])
-        assert torch.equal(patches, split_images(batch)[source]), "an image moves as a whole"
-        assert grids[source] == grids[image]
-        assert (source != image) == (grids.count(grids[image]) > 1)
-        sources.append(source)
-    assert sorted(sources) == list(range(len(grids)))
+from cocoa_embed.train.probe import EosProbe, exchange_images, hold_out_rows
 
 
 def image_rows(images: list[int]) -> list[Row]:
@@ -73,21 +42,62 @@ def test_too_few_images_are_all_kept_for_training() -> None:
     assert hold_out_rows(rows, 1) == ([], rows), "one image cannot be exchanged for another"
 
 
+@settings(deadline=None, max_examples=60)
+@given(count=st.integers(2, 9), reverse=st.lists(st.booleans(), min_size=9, max_size=9))
+def test_every_row_gets_another_rows_image_and_keeps_its_text(count: int, reverse: list[bool]) -> None:
+    rows = [
+        row.reversed() if turned else row for row, turned in zip(image_rows(list(range(count))), reverse, strict=False)
+    ]
+    exchanged = exchange_images(rows)
+    assert sorted(str(row.image) for row in exchanged) == sorted(str(row.image) for row in rows)
+    for before, after in zip(rows, exchanged, strict=True):
+        assert after.image != before.image
+        assert after.with_image(before.image) == before
+
+
 @pytest.fixture
-def batch(tiny_backbone: Backbone, scene_rows: list[Row]) -> Batch:
-    return BridgeCollator(tiny_backbone.processor, seed=0)(list(enumerate(scene_rows[:8])))
+def collator(tiny_backbone: Backbone) -> BridgeCollator:
+    return BridgeCollator(tiny_backbone.processor, seed=0)
+
+
+@pytest.fixture
+def sized_rows(scene_rows: list[Row], tmp_path: Path) -> list[Row]:
+    """Rows whose images all differ in size, as photographs may."""
+    sizes = [(56, 56), (84, 56), (56, 84), (84, 84), (112, 56)]
+    rows = []
+    for row, size in zip(scene_rows, sizes, strict=False):
+        path = tmp_path / f"{size[0]}x{size[1]}.png"
+        Image.open(row.image).resize(size).save(path)
+        rows.append(row.with_image(path))
+    return rows
+
+
+def test_the_same_tokens_are_hidden_before_the_right_image_and_before_another(
+    collator: BridgeCollator, sized_rows: list[Row]
+) -> None:
+    probe = EosProbe(collator, sized_rows, batch_size=2)
+    right, shuffled = probe.batches["accuracy_right_image"], probe.batches["accuracy_shuffled_image"]
+    assert [len(batch["blocks"]) for batch in right] == [2, 2, 1]
+    for one, other in zip(right, shuffled, strict=True):
+        assert torch.equal(one["target_ids"], other["target_ids"])
+        for row in range(len(one["blocks"])):
+            of_b = [batch["hidden_tokens"][row][batch["blocks"][row] == Block.B] for batch in (one, other)]
+            assert torch.equal(*of_b)
+    grids = [torch.cat([batch["image_grid_thw"] for batch in batches]) for batches in (right, shuffled)]
+    assert torch.equal(grids[0].roll(-1, dims=0), grids[1]), "no image is in its own place"
+    assert (grids[0] != grids[1]).any()
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_probe_restores_the_training_mode_and_takes_no_gradient(
-    tiny_backbone: Backbone, batch: Batch, training: bool
+    tiny_backbone: Backbone, collator: BridgeCollator, scene_rows: list[Row], training: bool
 ) -> None:
     model = BridgeModel(tiny_backbone.model).train(training)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     modes = []
     model.register_forward_pre_hook(lambda module, _: modes.append((module.training, torch.is_grad_enabled())))
-    figures = EosProbe(batch)(model)
-    assert modes == [(False, False)] * 2
+    figures = EosProbe(collator, scene_rows[:8], batch_size=4)(model)
+    assert modes == [(False, False)] * 4
     assert all(module.training is training for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -95,20 +105,34 @@ def test_the_probe_restores_the_training_mode_and_takes_no_gradient(
     assert all(isinstance(figure, float) for figure in figures.values())
 
 
-class ReadsTheImage(torch.nn.Module):
-    """Is right on as many hidden tokens as there are images in their own places."""
+def test_the_accuracy_is_that_of_all_rows_at_once(
+    tiny_backbone: Backbone, collator: BridgeCollator, scene_rows: list[Row]
+) -> None:
+    model = BridgeModel(tiny_backbone.model).eval()
+    rows = scene_rows[:7]
+    for name, figure in EosProbe(collator, rows, batch_size=3)(model).items():
+        probe = EosProbe(collator, rows, batch_size=3)
+        hidden = sum(len(batch["target_ids"]) for batch in probe.batches[name])
+        right = sum(
+            int((model.predict(batch).argmax(dim=1) == batch["target_ids"]).sum()) for batch in probe.batches[name]
+        )
+        assert figure == pytest.approx(right / hidden)
 
-    def __init__(self, right: Tensor) -> None:
+
+class ReadsTheImage(torch.nn.Module):
+    """Is right on the hidden tokens of rows whose image is one it knows with their text."""
+
+    def __init__(self, known: list[Batch]) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.right = right
+        self.known = {batch["pixel_values"].sum().item(): batch["target_ids"] for batch in known}
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
-        places = batch["pixel_values"].view_as(self.right) == self.right
-        return {"hidden_token_accuracy": places.flatten(1).all(dim=1).float().mean()}
+        known = self.known[batch["pixel_values"].sum().item()]
+        return {"hidden_token_accuracy": torch.tensor(float(torch.equal(known, batch["target_ids"])))}
 
 
-def test_the_probe_tells_the_right_image_from_another() -> None:
-    batch = numbered_images([GRIDS[0]] * 4)
-    figures = EosProbe(batch)(ReadsTheImage(batch["pixel_values"].view(4, -1, 2)))
+def test_the_probe_tells_the_right_image_from_another(collator: BridgeCollator, scene_rows: list[Row]) -> None:
+    probe = EosProbe(collator, scene_rows[:6], batch_size=1)
+    figures = probe(ReadsTheImage(probe.batches["accuracy_right_image"]))
     assert figures == {"accuracy_right_image": 1.0, "accuracy_shuffled_image": 0.0}

@@ -187,3 +187,27 @@ def test_every_recipe_of_the_package_is_valid(name: str) -> None:
     recipe = Recipe.load(name)
     assert recipe.name == name
     assert recipe.warmup or recipe.bridge or recipe.contrastive
+
+
+@pytest.mark.parametrize("folder", ["2024", "2024-01-31", "my: folder", "no", "[a]", "# b", "a b", "~user"])
+def test_a_path_or_a_text_is_taken_as_it_is_written(recipe_file: Path, folder: str) -> None:
+    recipe = Recipe.load(recipe_file, [f"data.folder={folder}", f"prompts.query={folder}: ", f"name={folder}"])
+    assert recipe.data_of("bridge").folder == Path(folder)
+    assert (recipe.prompts.query, recipe.name) == (f"{folder}: ", folder)
+
+
+def test_a_quoted_text_loses_its_quotes_and_null_is_none(recipe_file: Path) -> None:
+    recipe = Recipe.load(recipe_file, ['prompts.query="a: "', "prompts.document='b'", "data.folder=null"])
+    assert (recipe.prompts.query, recipe.prompts.document) == ("a: ", "b")
+    assert recipe.data is not None
+    assert recipe.data.folder is None
+
+
+def test_no_mixed_precision_can_be_asked_for_by_its_name(recipe_file: Path) -> None:
+    assert Recipe.load(recipe_file, ["mixed_precision=no"]).mixed_precision == "no"
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_numpy_refuses_is_refused(recipe_file: Path, seed: int) -> None:
+    with pytest.raises(UsageError, match=f"seed = {seed}"):
+        Recipe.load(recipe_file, [f"seed={seed}"])

@@ -1,5 +1,6 @@
 """Stage 2, bridge: block B reconstructed through ``<EOS>`` alone (METHOD.md)."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ from cocoa_embed.train.reconstruction import (
     model_mask,
     position_ids,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class BridgeModel(nn.Module):
@@ -54,11 +57,18 @@ def bridge_trainer(
     """
     collator = BridgeCollator(backbone.processor, seed=seed, mask_ratio=section.mask_ratio)
     probe_rows, training_rows = hold_out_rows(rows, section.probe_rows)
+    if section.probe_rows and not probe_rows:
+        logger.warning(
+            "Too few images to keep %d of them out of training (at least %d are needed): what <EOS> carries is not "
+            "measured. Lower bridge.probe_rows.",
+            section.probe_rows,
+            max(4, 2 * section.probe_rows),
+        )
     return StageTrainer(
         model=BridgeModel(backbone.model, eos_attends_to_b=section.eos_attends_to_b),
         args=TrainingArguments(**arguments),
         train_dataset=Rows(training_rows),
         data_collator=collator,
-        probe=EosProbe(collator(list(enumerate(probe_rows)))) if probe_rows else None,
+        probe=EosProbe(collator, probe_rows, section.batch_size) if probe_rows else None,
         probe_steps=section.probe_steps,
     )

@@ -11,10 +11,9 @@ from transformers import ProcessorMixin
 from cocoa_embed.attention import Block
 from cocoa_embed.backbone import PatchGeometry
 from cocoa_embed.errors import CocoaError
-from cocoa_embed.images import load_image
 from cocoa_embed.template import render
 from cocoa_embed.train.corruption import PatchFill, fill_patches, hide_each, hide_share, hide_visual_tokens
-from cocoa_embed.train.data import Item, Row
+from cocoa_embed.train.data import Item, Row, load_row_image
 
 Batch = dict[str, Tensor]
 """Named model inputs and targets; what a batch does not have (images, say) is left out."""
@@ -32,7 +31,7 @@ def render_items(processor: ProcessorMixin, items: Sequence[Item], *, max_length
     :returns: ``input_ids``, ``attention_mask``, ``mm_token_type_ids`` (int64 ``[B, L]``) and, where there are images,
         ``pixel_values`` (float ``[patches, patch_width]``) and ``image_grid_thw`` (int64 ``[images, 3]``).
     """
-    images = [load_image(item.image) for item in items if item.image is not None]
+    images = [load_row_image(item.image) for item in items if item.image is not None]
     return dict(
         processor(
             images=images or None,
@@ -50,11 +49,15 @@ def text_tokens(batch: Batch, processor: ProcessorMixin) -> Tensor:
 
     A row's first position is left out too: masked next-token prediction has no state before it.
     """
-    special = torch.tensor(sorted(processor.tokenizer.added_tokens_decoder))
     is_text = batch["attention_mask"].bool() & (batch["mm_token_type_ids"] == 0)
-    is_text &= ~torch.isin(batch["input_ids"], special)
+    is_text &= ~is_special(batch["input_ids"], processor)
     is_text[:, 0] = False
     return is_text
+
+
+def is_special(input_ids: Tensor, processor: ProcessorMixin) -> Tensor:
+    """Return which tokens are none of the text's own (padding, ``<EOS>``, visual tokens), bool of the same shape."""
+    return torch.isin(input_ids, torch.tensor(sorted(processor.tokenizer.added_tokens_decoder)))
 
 
 def mask_tokens(batch: Batch, hidden: Tensor, mask_token_id: int) -> Batch:
@@ -156,20 +159,38 @@ class BridgeCollator:
             "attention_mask": (padded_blocks != Block.PAD).long(),
             "blocks": padded_blocks,
         }
-        hidden = hide_share(padded_blocks == Block.B, self.mask_ratio, generator)
+        hidden = self._hide_in_block_b(batch, generator)
         return mask_tokens(batch, hidden, tokenizer.mask_token_id)
+
+    def _hide_in_block_b(self, batch: Batch, generator: Generator) -> Tensor:
+        """Hide a share of each block B, whatever block A is: bool ``[B, L]``."""
+        in_b = batch["blocks"] == Block.B
+        ordinary = in_b & ~is_special(batch["input_ids"], self.processor)
+        tails = [row[of_b] for row, of_b in zip(ordinary, in_b, strict=True)]
+        exists = _pad([torch.ones_like(tail) for tail in tails], False)
+        hidden = torch.zeros_like(in_b)
+        hidden[in_b] = hide_share(_pad(tails, False), self.mask_ratio, generator)[exists]
+        return hidden
 
 
 def split_blocks(row: Row) -> tuple[Item, str]:
     """Return what goes into block A and the text of block B: the side that is text alone, the positive first.
 
-    :raises CocoaError: If neither side is text alone, naming the row.
+    Where neither side is, block B is the second half of the words that stand beside an image, the positive's first.
+
+    :raises CocoaError: If there is no text to split, naming the row.
     """
     for block_a, block_b in ((row.query, row.positive), (row.positive, row.query)):
         if block_b.image is None and block_b.text and block_b.text.strip():
             return block_a, block_b.text
+    for item in (row.positive, row.query):
+        words = (item.text or "").split()
+        if len(words) > 1:
+            middle = len(words) // 2
+            return Item(text=" ".join(words[:middle]), image=item.image), " ".join(words[middle:])
     raise CocoaError(
-        f"{row.source}: the row has no block B for the bridge stage; one of its sides must be a text without image."
+        f"{row.source}: the row has no block B for the bridge stage; one of its sides must be a text without image, or "
+        "have a text of two words or more."
     )
 
 
@@ -197,5 +218,5 @@ def join_blocks(
     return torch.cat([input_ids, tail]), torch.cat([token_types, torch.zeros_like(tail)]), blocks
 
 
-def _pad(rows: Sequence[Tensor], value: int) -> Tensor:
+def _pad(rows: Sequence[Tensor], value: float) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)

@@ -1,6 +1,7 @@
 """Stage 3, contrastive learning on ``normalize(hidden[<EOS>])`` (METHOD.md), by sentence-transformers."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
@@ -10,8 +11,8 @@ from sentence_transformers.sentence_transformer.data_collator import SentenceTra
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.training_args import BatchSamplers, MultiDatasetBatchSamplers
 
-from cocoa_embed.images import load_image
-from cocoa_embed.train.data import Item, Row
+from cocoa_embed.train.data import Item, Row, load_row_image
+from cocoa_embed.train.finite import FiniteLossTrainer
 from cocoa_embed.train.recipe import ContrastiveSection
 
 
@@ -34,7 +35,7 @@ def as_record(item: Item) -> dict[str, str | None]:
 def _as_input(record: dict[str, str | None]) -> dict[str, Any]:
     given: dict[str, Any] = {}
     if record["image"] is not None:
-        given["image"] = load_image(record["image"])
+        given["image"] = load_row_image(Path(record["image"]))
     if record["text"] is not None:
         given["text"] = record["text"]
     return given
@@ -73,14 +74,18 @@ def contrastive_loss(model: SentenceTransformer, section: ContrastiveSection) ->
     )
 
 
+class ContrastiveTrainer(FiniteLossTrainer, SentenceTransformerTrainer):
+    """The trainer of sentence-transformers, stopped by a loss that is not finite."""
+
+
 def contrastive_trainer(
     model: SentenceTransformer, rows: Sequence[Row], section: ContrastiveSection, *, arguments: dict[str, Any]
-) -> SentenceTransformerTrainer:
+) -> ContrastiveTrainer:
     """Return the trainer of stage 3; the model's weights change in place."""
-    # The card is written at the export; examples from the rows are neither wanted in it nor worth decoding images for.
-    model.model_card_data.generate_widget_examples = False
+    # Without examples of its own the trainer would pick some, for a card that is not written.
+    model.model_card_data.widget = [{}]
     prompts = {"anchor": model.prompts.get("query") or "", "positive": model.prompts.get("document") or ""}
-    return SentenceTransformerTrainer(
+    return ContrastiveTrainer(
         model=model,
         args=SentenceTransformerTrainingArguments(
             batch_sampler=BatchSamplers.NO_DUPLICATES,

@@ -2,15 +2,18 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 from pathlib import Path
 from typing import Literal
 
+from PIL import Image
 from torch.utils.data import Dataset
 
+from cocoa_embed.backbone import MAX_ASPECT_RATIO
 from cocoa_embed.errors import CocoaError
-from cocoa_embed.images import read_image_folder_metadata
+from cocoa_embed.images import ImageError, load_image, printable, read_image_folder_metadata
+from cocoa_embed.template import RESERVED_TOKENS
 
 CaptionChoice = Literal["text", "captions"]
 
@@ -43,9 +46,27 @@ class Row:
         """The row's image, from whichever side has one."""
         return self.query.image or self.positive.image
 
+    def with_image(self, image: Path | None) -> "Row":
+        """Return the row with another image in the place of its own."""
+        if self.query.image is not None:
+            return replace(self, query=replace(self.query, image=image))
+        return replace(self, positive=replace(self.positive, image=image))
+
     def reversed(self) -> "Row":
         """Return the row with its sides exchanged."""
         return Row(query=self.positive, positive=self.query, source=self.source)
+
+
+def load_row_image(path: Path) -> Image.Image:
+    """Load a row's image for training.
+
+    :raises ImageError: If it cannot be used, or one side is more than 200 times the other, which processors refuse.
+    """
+    image = load_image(path)
+    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+        size = f"{image.width} x {image.height}"
+        raise ImageError(printable(path), f"is {size}: one side is more than {MAX_ASPECT_RATIO} times the other")
+    return image
 
 
 class Rows(Dataset[tuple[int, Row]]):
@@ -100,4 +121,6 @@ def _wordings(captions: object, source: str) -> list[str]:
 def _text(text: object, source: str) -> str:
     if not isinstance(text, str) or not text.strip():
         raise CocoaError(f"{source}: the row has no text; give it a non-empty 'text' or remove the line.")
+    if reserved := [token for token in RESERVED_TOKENS if token in text]:
+        raise CocoaError(f"{source}: the text holds {', '.join(reserved)}, which stands for an image; take it out.")
     return text

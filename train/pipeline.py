@@ -1,9 +1,7 @@
 """The stages of a recipe in a row: each starts from the weights that the one before it wrote."""
 
-import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,17 +9,19 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from sentence_transformers import SentenceTransformer
-from transformers import Trainer, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 
 from cocoa_embed.backbone import Backbone, load_backbone, resolve_backbone
 from cocoa_embed.errors import UsageError
-from cocoa_embed.export import TRAINING_FILE, build_sentence_transformer
-from cocoa_embed.folders import claim_folder
+from cocoa_embed.export import build_sentence_transformer
+from cocoa_embed.folders import RUN_MARKER, claim_folder
+from cocoa_embed.images import one_line
 from cocoa_embed.train.bridge import bridge_trainer
 from cocoa_embed.train.contrastive import contrastive_trainer
 from cocoa_embed.train.data import Row, read_image_folder
 from cocoa_embed.train.progress import show_live_losses
 from cocoa_embed.train.recipe import BridgeSection, ContrastiveSection, Recipe, StageSection, WarmupSection
+from cocoa_embed.train.record import StageResult, read_start, write_record
 from cocoa_embed.train.warmup import warmup_trainer
 
 STAGES = ("warmup", "bridge", "contrastive")
@@ -32,57 +32,49 @@ DECAY_SHARE = 0.3
 Inspect = Callable[[str, Trainer], None]
 
 
-@dataclass(frozen=True)
-class StageResult:
-    """What a stage left behind.
-
-    :param folder: Its checkpoint.
-    :param seconds: Wall-clock time of its training loop.
-    :param log: Its log lines: ``step`` and the figures of that step.
-    """
-
-    stage: str
-    folder: Path
-    steps: int
-    seconds: float
-    log: list[dict[str, float]]
-
-    @property
-    def final(self) -> dict[str, float]:
-        """The last logged figure of each name."""
-        return {name: value for line in self.log for name, value in line.items()}
-
-
 def run(recipe: Recipe, out: Path, *, inspect: Inspect | None = None) -> list[StageResult]:
     """Run the stages of ``recipe`` in order; each writes a checkpoint to ``out/<stage>``.
+
+    What an earlier run left in ``out`` is removed, once data, settings and backbone have proved usable.
 
     :param inspect: Called with the stage's name and its trainer when it has ended, before what the stage throws away
         (the pixel decoder) is gone.
 
     :returns: The stages' results; the last one's folder is what :func:`cocoa_embed.export.export_model` takes.
-    :raises UsageError: If the recipe has no stage, or a stage has no data.
-    :raises CocoaError: If data, backbone or output folder cannot be used.
+    :raises UsageError: If the recipe has no stage, a stage has no data, or this machine cannot do what it asks for.
+    :raises CocoaError: If data, backbone or output folder cannot be used, or a loss is not finite.
     """
-    sections = {stage: getattr(recipe, stage) for stage in STAGES if getattr(recipe, stage) is not None}
-    if not sections:
+    stages = [stage for stage in STAGES if getattr(recipe, stage) is not None]
+    if not stages:
         raise UsageError(f"Recipe {recipe.name!r} has no stage; give at least one of {', '.join(STAGES)}.")
     _refuse_several_devices()
-    rows = {stage: _read_rows(recipe, stage) for stage in sections}
-    _refuse_to_overwrite_inputs(recipe, list(sections), out)
-    claim_folder(out, marker="recipe.json")
+    _refuse_impossible_arguments(recipe, stages, out)
+    rows = {stage: _read_rows(recipe, stage) for stage in stages}
+    _refuse_to_overwrite_inputs(recipe, stages, out)
+    start = read_start(recipe.backbone)
+    # In a list, so that the stage can let go of it.
+    loaded = [_load(recipe, recipe.backbone)]
+    claim_folder(out, marker=RUN_MARKER)
     (out / "recipe.json").write_text(recipe.model_dump_json(indent=2) + "\n", encoding="utf-8")
     results: list[StageResult] = []
-    start = recipe.backbone
-    for stage in sections:
-        results.append(_run_stage(recipe, stage, start, rows[stage], out / stage, inspect))
-        _write_training(recipe, results, rows)
-        start = str(out / stage)
+    for stage in stages:
+        backbone = loaded.pop if loaded else partial(_load, recipe, str(results[-1].folder))
+        results.append(_run_stage(recipe, stage, backbone, rows[stage], out / stage, inspect))
+        write_record(recipe, start, results)
     return results
 
 
 def _refuse_several_devices() -> None:
     if PartialState().num_processes > 1 or torch.cuda.device_count() > 1:
         raise UsageError("Training runs on one device as yet; start one process and set CUDA_VISIBLE_DEVICES=0.")
+
+
+def _refuse_impossible_arguments(recipe: Recipe, stages: list[str], out: Path) -> None:
+    for stage in stages:
+        try:
+            TrainingArguments(**_training_arguments(recipe, getattr(recipe, stage), out / stage))
+        except ValueError as error:
+            raise UsageError(f"Recipe {recipe.name!r}, stage {stage}: {one_line(error)}") from error
 
 
 def _refuse_to_overwrite_inputs(recipe: Recipe, stages: list[str], out: Path) -> None:
@@ -95,23 +87,12 @@ def _refuse_to_overwrite_inputs(recipe: Recipe, stages: list[str], out: Path) ->
 
 
 def _run_stage(
-    recipe: Recipe, stage: str, start: str, rows: list[Row], folder: Path, inspect: Inspect | None
+    recipe: Recipe, stage: str, backbone: Callable[[], Backbone], rows: list[Row], folder: Path, inspect: Inspect | None
 ) -> StageResult:
-    set_seed(recipe.seed)
-    section: WarmupSection | BridgeSection | ContrastiveSection = getattr(recipe, stage)
-    arguments = _training_arguments(recipe, section, folder)
+    section: StageSection = getattr(recipe, stage)
     folder.mkdir()
-    if isinstance(section, ContrastiveSection):
-        model = _embedding_model(recipe, start, folder)
-        trainer: Trainer = contrastive_trainer(model, rows, section, arguments=arguments)
-        save = partial(model.save, str(folder), create_model_card=False)
-    else:
-        backbone = _load(recipe, start)
-        if isinstance(section, BridgeSection):
-            trainer = bridge_trainer(backbone, rows, section, seed=recipe.seed, arguments=arguments)
-        else:
-            trainer = warmup_trainer(backbone, rows, section, seed=recipe.seed, arguments=arguments)
-        save = partial(backbone.save, folder)
+    set_seed(recipe.seed)
+    trainer, save = _trainer(recipe, section, backbone, rows, folder)
     show_live_losses(trainer, stage)
     started = time.perf_counter()
     trainer.train()
@@ -120,10 +101,30 @@ def _run_stage(
         save()
     if inspect is not None:
         inspect(stage, trainer)
-    return StageResult(stage, folder, section.steps, seconds, list(trainer.state.log_history))
+    return StageResult(stage, folder, section.steps, len(rows), seconds, list(trainer.state.log_history))
+
+
+def _trainer(
+    recipe: Recipe, section: StageSection, load: Callable[[], Backbone], rows: list[Row], folder: Path
+) -> tuple[Trainer, Callable[[], None]]:
+    """Return a stage's trainer, and what writes the trained model to ``folder``."""
+    arguments = _training_arguments(recipe, section, folder)
+    if isinstance(section, ContrastiveSection):
+        model = _embedding_model(recipe, load, folder)
+        trainer = contrastive_trainer(model, rows, section, arguments=arguments)
+        return trainer, partial(model.save, str(folder), create_model_card=False)
+    backbone = load()
+    if isinstance(section, BridgeSection):
+        stage_trainer = bridge_trainer(backbone, rows, section, seed=recipe.seed, arguments=arguments)
+    elif isinstance(section, WarmupSection):
+        stage_trainer = warmup_trainer(backbone, rows, section, seed=recipe.seed, arguments=arguments)
+    else:
+        raise TypeError(f"no trainer for a {type(section).__name__}")
+    return stage_trainer, partial(backbone.save, folder)
 
 
 def _load(recipe: Recipe, start: str) -> Backbone:
+    set_seed(recipe.seed)  # a mask token that needs a wider embedding matrix is drawn
     return load_backbone(
         start,
         attn_implementation=recipe.attn_implementation,
@@ -132,8 +133,8 @@ def _load(recipe: Recipe, start: str) -> Backbone:
     )
 
 
-def _embedding_model(recipe: Recipe, start: str, folder: Path) -> SentenceTransformer:
-    _load(recipe, start).save(folder)
+def _embedding_model(recipe: Recipe, load: Callable[[], Backbone], folder: Path) -> SentenceTransformer:
+    load().save(folder)
     return build_sentence_transformer(
         folder, prompts=recipe.prompts.model_dump(), attn_implementation=recipe.attn_implementation
     )
@@ -151,7 +152,9 @@ def _training_arguments(recipe: Recipe, section: StageSection, folder: Path) -> 
         "weight_decay": section.weight_decay,
         "adam_beta2": section.adam_beta2,
         "logging_steps": min(section.logging_steps, section.steps),
+        "logging_nan_inf_filter": False,
         "bf16": recipe.mixed_precision == "bf16",
+        "use_cpu": not torch.accelerator.is_available(),
         "save_strategy": "no",
         "report_to": "none",
         "remove_unused_columns": False,
@@ -171,23 +174,3 @@ def _read_rows(recipe: Recipe, stage: str) -> list[Row]:
     if data.folder is None:
         raise UsageError(f"Recipe {recipe.name!r}: stage {stage} has no data; give data.folder or {stage}.data.folder.")
     return read_image_folder(data.folder, captions=data.captions, paraphrases=data.paraphrases, limit=data.limit)
-
-
-def _write_training(recipe: Recipe, results: list[StageResult], rows: dict[str, list[Row]]) -> None:
-    training = {
-        "recipe": recipe.model_dump(mode="json"),
-        "stages": [
-            {
-                "stage": result.stage,
-                "steps": result.steps,
-                "seconds": round(result.seconds, 1),
-                "rows": len(rows[result.stage]),
-                "final": result.final,
-            }
-            for result in results
-        ],
-        "data": "; ".join(f"{r.stage}: {len(rows[r.stage])} rows of {recipe.data_of(r.stage).folder}" for r in results),
-    }
-    folder = results[-1].folder
-    (folder / TRAINING_FILE).write_text(json.dumps(training, indent=2) + "\n", encoding="utf-8")
-    (folder / "log.json").write_text(json.dumps(results[-1].log, indent=2) + "\n", encoding="utf-8")

@@ -1,37 +1,61 @@
 """What ``<EOS>`` carries: accuracy on hidden tokens with the right image against another one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from cocoa_embed.train.data import Row
 
+Batch = dict[str, Tensor]
+Collate = Callable[[list[tuple[int, Row]]], Batch]
+
 
 class EosProbe:
-    """Measures a bridge model on one fixed batch, with each image in its place and with the images exchanged.
+    """Measures a bridge model on fixed rows, with each image in its place and with the images exchanged.
 
     Block B sees block A through ``<EOS>`` alone, so the difference of the two accuracies is what ``<EOS>`` carries. It
     stays near zero on the stage's plateau and grows once the bridge is learned.
 
-    :param batch: A batch of the bridge collator with at least two images of one size.
+    :param collate: The bridge collator. It hides the same tokens of a block B whatever image stands before it.
+    :param rows: Rows with an image each, all different.
+    :param batch_size: Rows to run at once.
     """
 
-    def __init__(self, batch: dict[str, Tensor]) -> None:
-        self.batches = {"accuracy_right_image": batch, "accuracy_shuffled_image": shuffle_images(batch)}
+    def __init__(self, collate: Collate, rows: Sequence[Row], batch_size: int) -> None:
+        def batches(rows: Sequence[Row]) -> list[Batch]:
+            numbered = list(enumerate(rows))
+            return [collate(numbered[start : start + batch_size]) for start in range(0, len(numbered), batch_size)]
+
+        self.batches = {
+            "accuracy_right_image": batches(rows),
+            "accuracy_shuffled_image": batches(exchange_images(rows)),
+        }
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """Return ``accuracy_right_image`` and ``accuracy_shuffled_image``."""
-        device = next(model.parameters()).device
         was_training = model.training
         model.eval()
-        accuracies = {
-            name: model(**{key: value.to(device) for key, value in batch.items()})["hidden_token_accuracy"].item()
-            for name, batch in self.batches.items()
-        }
+        accuracies = {name: _accuracy(model, batches) for name, batches in self.batches.items()}
         model.train(was_training)
         return accuracies
+
+
+def _accuracy(model: nn.Module, batches: Sequence[Batch]) -> float:
+    device = next(model.parameters()).device
+    right = total = 0.0
+    for batch in batches:
+        outputs = model(**{name: values.to(device) for name, values in batch.items()})
+        right += outputs["hidden_token_accuracy"].item() * len(batch["target_ids"])
+        total += len(batch["target_ids"])
+    return right / total
+
+
+def exchange_images(rows: Sequence[Row]) -> list[Row]:
+    """Give each row the image of the next one, and the last row that of the first."""
+    images = [row.image for row in rows]
+    return [row.with_image(image) for row, image in zip(rows, images[1:] + images[:1], strict=True)]
 
 
 def hold_out_rows(rows: Sequence[Row], count: int) -> tuple[list[Row], list[Row]]:
@@ -45,19 +69,3 @@ def hold_out_rows(rows: Sequence[Row], count: int) -> tuple[list[Row], list[Row]
     kept = set(images[:count])
     probe_rows = list({row.image: row for row in rows if row.image in kept}.values())
     return probe_rows, [row for row in rows if row.image not in kept]
-
-
-def shuffle_images(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give each image's place to another image of the same size, by a rotation of one within each size.
-
-    :param batch: With ``pixel_values`` ``[patches, patch_width]`` and ``image_grid_thw`` ``[images, 3]``.
-    :returns: A shallow copy with other ``pixel_values``.
-    """
-    grids = batch["image_grid_thw"]
-    images = list(batch["pixel_values"].split(grids.prod(dim=1).tolist()))
-    shuffled = list(images)
-    for grid in grids.unique(dim=0):
-        same = (grids == grid).all(dim=1).nonzero().flatten().tolist()
-        for target, source in zip(same, same[1:] + same[:1], strict=True):
-            shuffled[target] = images[source]
-    return {**batch, "pixel_values": torch.cat(shuffled)}

@@ -2,7 +2,14 @@
 
 from typing import Any
 
-from transformers import ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_callback import PrinterCallback
 
 SHOWN = ("loss", "mntp_loss", "mae_loss", "hidden_token_accuracy", "accuracy_right_image", "accuracy_shuffled_image")
@@ -45,8 +52,17 @@ class LiveLossCallback(ProgressCallback):
             self.training_bar.set_postfix(self._shown)
 
 
+class LogLastStep(TrainerCallback):
+    """Log the last step too, where it is no multiple of ``logging_steps``."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask for a log line."""
+        control.should_log |= state.global_step >= state.max_steps
+
+
 def show_live_losses(trainer: Trainer, stage: str) -> None:
     """Replace a trainer's progress output by :class:`LiveLossCallback`."""
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(LogLastStep())
     trainer.add_callback(LiveLossCallback(stage))

@@ -3,7 +3,7 @@
 import difflib
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -16,6 +16,8 @@ from cocoa_embed.train.data import CaptionChoice
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0)]
+
+YAML_NULLS = ("", "~", "null")
 
 
 class Section(BaseModel):
@@ -110,7 +112,7 @@ class Recipe(Section):
     attn_implementation: Literal["sdpa", "eager"] = "sdpa"
     max_length: Positive = 512
     max_pixels: Positive | None = None
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     prompts: PromptsSection = PromptsSection()
     warmup: WarmupSection | None = None
     bridge: BridgeSection | None = None
@@ -176,6 +178,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise UsageError(f"Override {override!r} is not of the form key.sub=value.")
     *parents, last = key.split(".")
+    if _takes_text(parents, last) and text not in YAML_NULLS and text[0] not in "\"'":
+        text = yaml.safe_dump(text)
     for parent in parents:
         if values.get(parent) is None:
             values[parent] = {}
@@ -186,6 +190,14 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         values[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UsageError(f"Override {override!r}: {text!r} is not a YAML value.") from error
+
+
+def _takes_text(parents: list[str], last: str) -> bool:
+    """Tell whether a key holds words or a path, which YAML would take for a number, a date or a mapping."""
+    section = _SECTION_OF_KEY.get(parents[-1]) if parents else Recipe
+    annotation = section.model_fields[last].annotation if section and last in section.model_fields else None
+    alternatives = get_args(annotation) or (annotation,)
+    return any(alternative in (str, Path) or isinstance(alternative, str) for alternative in alternatives)
 
 
 def _describe(fault: ErrorDetails) -> str:
@@ -201,7 +213,7 @@ def _describe(fault: ErrorDetails) -> str:
     return f"{name} = {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
 
 
-_SECTIONS: dict[str, type[Section]] = {
+_SECTION_OF_KEY: dict[str, type[Section]] = {
     "data": DataSection,
     "warmup": WarmupSection,
     "bridge": BridgeSection,
@@ -211,4 +223,4 @@ _SECTIONS: dict[str, type[Section]] = {
 
 
 def _section_at(location: list[str]) -> type[Section]:
-    return _SECTIONS[location[-1]] if location else Recipe
+    return _SECTION_OF_KEY[location[-1]] if location else Recipe

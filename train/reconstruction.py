@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
 from cocoa_embed.attention import as_model_mask
+from cocoa_embed.train.finite import FiniteLossTrainer
 from cocoa_embed.train.losses import predicting_states
 
 
@@ -57,13 +58,13 @@ def hidden_token_logits(model: PreTrainedModel, hidden_states: Tensor, hidden: T
 Probe = Callable[[nn.Module], dict[str, float]]
 
 
-class StageTrainer(Trainer):
+class StageTrainer(FiniteLossTrainer):
     """A :class:`~transformers.Trainer` that also logs the parts that a stage's model returns beside its loss.
 
     The model returns a dictionary of scalars with ``loss`` among them; each log line holds the mean of the others since
     the line before.
 
-    :param probe: Measures the model for the log, every ``probe_steps`` steps.
+    :param probe: Measures the model for the log: at the first line after every ``probe_steps`` steps, and at the last.
     """
 
     def __init__(self, *args: Any, probe: Probe | None = None, probe_steps: int = 1, **kwargs: Any) -> None:
@@ -71,6 +72,7 @@ class StageTrainer(Trainer):
         self._parts: dict[str, list[Tensor]] = defaultdict(list)
         self._probe = probe
         self._probe_steps = probe_steps
+        self._probed_at = 0
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
@@ -87,6 +89,11 @@ class StageTrainer(Trainer):
         if "loss" in logs:
             logs |= {name: torch.stack(values).mean().item() for name, values in self._parts.items()}
             self._parts.clear()
-            if self._probe is not None and self.state.global_step % self._probe_steps == 0:
+            if self._probe is not None and self._is_probe_due():
                 logs |= self._probe(self.accelerator.unwrap_model(self.model))
+                self._probed_at = self.state.global_step
         super().log(logs, *args, **kwargs)
+
+    def _is_probe_due(self) -> bool:
+        step = self.state.global_step
+        return step - self._probed_at >= self._probe_steps or step == self.state.max_steps

@@ -29,7 +29,13 @@ from cocoa_embed.demo.table import retrieval_table
 from cocoa_embed.encoder import Encoder
 from cocoa_embed.errors import UsageError
 from cocoa_embed.evaluation import ranks, retrieval_metrics
-from cocoa_embed.export import TRAINING_FILE, build_sentence_transformer, read_training, save_sentence_transformer
+from cocoa_embed.export import (
+    TRAINING_FILE,
+    build_sentence_transformer,
+    read_training,
+    refuse_checkpoint,
+    save_sentence_transformer,
+)
 from cocoa_embed.folders import claim_folder, refuse_foreign_folder
 from cocoa_embed.images import load_image
 from cocoa_embed.integrations.qdrant import QdrantIndexer
@@ -122,6 +128,7 @@ class Demo:
         out, work = self.out.resolve(), self.work.resolve()
         if work.is_relative_to(out) or out.is_relative_to(work):
             raise UsageError(f"{self.out} and {self.work} lie inside each other; give --out and --work folders apart.")
+        refuse_checkpoint(self.out)
         refuse_foreign_folder(self.out, marker=TRAINING_FILE)
         claim_folder(self.work, marker=MARKER)
 

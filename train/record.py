@@ -1,0 +1,85 @@
+"""What a checkpoint knows of its making: the recipe, and every stage that its weights have been through."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cocoa_embed.backbone import Origin, origin
+from cocoa_embed.export import TRAINING_FILE, read_training
+from cocoa_embed.train.recipe import Recipe, StageSection
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage left behind.
+
+    :param folder: Its checkpoint.
+    :param rows: How many rows it drew from.
+    :param seconds: Wall-clock time of its training loop.
+    :param log: Its log lines: ``step`` and the figures of that step.
+    """
+
+    stage: str
+    folder: Path
+    steps: int
+    rows: int
+    seconds: float
+    log: list[dict[str, float]]
+
+    @property
+    def final(self) -> dict[str, float]:
+        """The last logged figure of each name."""
+        return {name: value for line in self.log for name, value in line.items()}
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: the backbone that its weights are from, and the stages they have been through already."""
+
+    backbone: str
+    origin: Origin
+    stages: list[dict[str, Any]]
+    data: list[str]
+
+
+def read_start(name_or_path: str) -> Start:
+    """Read where the recipe's ``backbone`` is from; a checkpoint of an earlier run knows its own.
+
+    :raises CocoaError: If its record is broken.
+    """
+    if (Path(name_or_path) / TRAINING_FILE).is_file():
+        earlier = read_training(Path(name_or_path))
+        data = [earlier["data"]] if "data" in earlier else []
+        return Start(earlier["backbone"], earlier["origin"], earlier["stages"], data)
+    return Start(name_or_path, origin(name_or_path), [], [])
+
+
+def write_record(recipe: Recipe, start: Start, results: Sequence[StageResult]) -> None:
+    """Write the record and the log of the last stage into its checkpoint."""
+    record = {
+        "backbone": start.backbone,
+        "origin": start.origin,
+        "recipe": recipe.model_dump(mode="json"),
+        "stages": start.stages + [_stage_record(recipe, result) for result in results],
+        "data": "; ".join(
+            start.data + [f"{r.stage}: {r.rows} rows of {recipe.data_of(r.stage).folder}" for r in results]
+        ),
+    }
+    folder = results[-1].folder
+    (folder / TRAINING_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (folder / "log.json").write_text(json.dumps(results[-1].log, indent=2) + "\n", encoding="utf-8")
+
+
+def _stage_record(recipe: Recipe, result: StageResult) -> dict[str, Any]:
+    section: StageSection = getattr(recipe, result.stage)
+    return {
+        "stage": result.stage,
+        "steps": result.steps,
+        "batch_size": section.batch_size,
+        "learning_rate": section.learning_rate,
+        "rows": result.rows,
+        "seconds": round(result.seconds, 1),
+        "final": result.final,
+    }
