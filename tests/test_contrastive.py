@@ -198,9 +198,13 @@ def test_the_cache_changes_neither_loss_nor_gradients(model: SentenceTransformer
 
 
 def test_the_section_sets_the_losses_temperature_and_chunk(model: SentenceTransformer) -> None:
-    loss = contrastive_loss(model, section(temperature=0.05, cache_chunk=6))
-    assert loss.scale == pytest.approx(20)
-    assert loss.mini_batch_size == 6
+    for chunk in (6, BATCH, BATCH + 1):
+        loss = contrastive_loss(model, section(temperature=0.05, cache_chunk=chunk))
+        assert loss.scale == pytest.approx(20)
+        is_cached = isinstance(loss, CachedMultipleNegativesRankingLoss)
+        assert is_cached is (chunk < BATCH), "a batch that fits into a chunk needs no second forward pass"
+        if is_cached:
+            assert loss.mini_batch_size == chunk
 
 
 # The trainer

@@ -8,7 +8,10 @@ from accelerate import PartialState
 from datasets import Dataset, DatasetDict
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
-from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.losses import (
+    CachedMultipleNegativesRankingLoss,
+    MultipleNegativesRankingLoss,
+)
 from sentence_transformers.sentence_transformer.training_args import BatchSamplers, MultiDatasetBatchSamplers
 
 from cocoa_embed.train.data import Item, Row, load_row_image
@@ -62,16 +65,23 @@ def pair_datasets(rows: Sequence[Row], *, both_directions: bool) -> DatasetDict:
     )
 
 
-def contrastive_loss(model: SentenceTransformer, section: ContrastiveSection) -> CachedMultipleNegativesRankingLoss:
-    """Return InfoNCE with in-batch negatives, gradient-cached and gathered across devices."""
-    return CachedMultipleNegativesRankingLoss(
-        model,
-        scale=1 / section.temperature,
-        mini_batch_size=section.cache_chunk,
-        gather_across_devices=PartialState().num_processes > 1,
-        directions=("query_to_doc", "doc_to_query") if section.symmetric else ("query_to_doc",),
-        partition_mode="per_direction" if section.symmetric else "joint",
-    )
+def contrastive_loss(
+    model: SentenceTransformer, section: ContrastiveSection
+) -> MultipleNegativesRankingLoss | CachedMultipleNegativesRankingLoss:
+    """Return InfoNCE with in-batch negatives, gathered across devices.
+
+    Gradients are cached where a batch is larger than ``cache_chunk``. Otherwise the cache would give the same loss and
+    the same gradients, and run every batch forward twice for them.
+    """
+    settings: dict[str, Any] = {
+        "scale": 1 / section.temperature,
+        "gather_across_devices": PartialState().num_processes > 1,
+        "directions": ("query_to_doc", "doc_to_query") if section.symmetric else ("query_to_doc",),
+        "partition_mode": "per_direction" if section.symmetric else "joint",
+    }
+    if section.batch_size <= section.cache_chunk:
+        return MultipleNegativesRankingLoss(model, **settings)
+    return CachedMultipleNegativesRankingLoss(model, mini_batch_size=section.cache_chunk, **settings)
 
 
 class ContrastiveTrainer(FiniteLossTrainer, SentenceTransformerTrainer):
