@@ -254,9 +254,11 @@ def report_summary(summary: IndexSummary, console: Console) -> None:
 
 def report_hits(hits: Sequence[Hit], console: Console) -> None:
     """Tell people what a search found, best first."""
+    from cocoa_embed.images import printable
+
     for hit in hits:
         caption = hit.payload.get("caption")
-        line = f"{hit.score:.4f}  {hit.path}" + (f"  {' '.join(caption.split())}" if caption else "")
+        line = f"{hit.score:.4f}  {printable(hit.path)}" + (f"  {' '.join(caption.split())}" if caption else "")
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     if not hits:
         console.print("nothing found")

@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
 from cocoa_embed.attention import assert_bidirectional
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.folders import RUN_MARKER, claim_folder
+from cocoa_embed.images import one_line
 from cocoa_embed.model_card import model_card
 
 TRAINING_FILE = "cocoa_training.json"
@@ -22,9 +24,12 @@ def build_sentence_transformer(
     """Return ``normalize(hidden[<EOS>])`` over the backbone in ``checkpoint`` as a SentenceTransformer.
 
     :param prompts: Instructions for ``query`` and ``document``, stored with the model.
-    :raises CocoaError: If the loaded model's attention is not bidirectional.
+    :raises CocoaError: If it cannot be loaded, or its attention is not bidirectional.
     """
-    transformer = Transformer(str(checkpoint), model_kwargs={"attn_implementation": attn_implementation})
+    try:
+        transformer = Transformer(str(checkpoint), model_kwargs={"attn_implementation": attn_implementation})
+    except (OSError, SafetensorError) as error:
+        raise CocoaError(f"{checkpoint} cannot be loaded ({one_line(error)}): the checkpoint is incomplete.") from error
     assert_bidirectional(transformer.auto_model)
     pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="lasttoken")
     return SentenceTransformer(
@@ -52,11 +57,11 @@ def read_training(checkpoint: Path) -> dict[str, Any]:
 
 
 def refuse_checkpoint(out: Path) -> None:
-    """Check that ``out`` is no stage's checkpoint, which looks much like an earlier export.
+    """Check that ``out`` is no stage's checkpoint, which looks much like an earlier export, and not inside of one.
 
-    :raises CocoaError: If it is one.
+    :raises CocoaError: If it is.
     """
-    if (out.resolve().parent / RUN_MARKER).is_file():
+    if any((parent / RUN_MARKER).is_file() for parent in out.resolve().parents):
         raise CocoaError(f"{out} is in the folder of a training run; give a folder outside of it.")
 
 

@@ -518,8 +518,9 @@ def test_an_export_over_a_stages_checkpoint_is_refused(checkpoint: Path, tmp_pat
         shutil.copytree(checkpoint, tmp_path / "run" / stage)
     (tmp_path / "run" / RUN_MARKER).touch()
     before = contents(tmp_path / "run")
-    with pytest.raises(CocoaError, match="bridge is in the folder of a training run"):
-        export_model(tmp_path / "run" / "contrastive", tmp_path / "run" / "bridge")
+    for out in ("bridge", "bridge/model", "contrastive/model"):
+        with pytest.raises(CocoaError, match=f"{out} is in the folder of a training run"):
+            export_model(tmp_path / "run" / "contrastive", tmp_path / "run" / out)
     assert contents(tmp_path / "run") == before
 
 
@@ -551,3 +552,13 @@ def test_the_cards_code_runs_and_imports_only_what_it_uses(
     }
     used = code.split("\n\n", maxsplit=1)[1]
     assert {name for name in imported if name not in used} == set()
+
+
+def test_truncated_weights_are_refused_in_one_sentence(checkpoint: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoint, broken)
+    whole = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CocoaError, match="broken cannot be loaded") as error:
+        export_model(broken, tmp_path / "out")
+    assert "\n" not in str(error.value)

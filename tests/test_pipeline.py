@@ -380,3 +380,12 @@ def test_missing_data_is_told_before_the_output_folder_is_touched(tiny_backbone_
     with pytest.raises(CocoaError, match="nowhere"):
         run(recipe(tiny_backbone_path, tmp_path / "nowhere", warmup=STAGE), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_contrastive_learning_from_one_row_is_refused(
+    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path
+) -> None:
+    one_row = {**STAGE, "data": {"limit": 1}}
+    with pytest.raises(UsageError, match="has one row"):
+        run(recipe(tiny_backbone_path, scene_folder, contrastive=one_row), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -173,4 +173,7 @@ def _read_rows(recipe: Recipe, stage: str) -> list[Row]:
     data = recipe.data_of(stage)
     if data.folder is None:
         raise UsageError(f"Recipe {recipe.name!r}: stage {stage} has no data; give data.folder or {stage}.data.folder.")
-    return read_image_folder(data.folder, captions=data.captions, paraphrases=data.paraphrases, limit=data.limit)
+    rows = read_image_folder(data.folder, captions=data.captions, paraphrases=data.paraphrases, limit=data.limit)
+    if stage == "contrastive" and len(rows) < 2:
+        raise UsageError(f"{data.folder} has one row; contrastive learning tells rows apart, give it two or more.")
+    return rows
