@@ -21,15 +21,8 @@ if TYPE_CHECKING:
     from cocoa_embed.integrations.qdrant import Hit, IndexSummary, QdrantIndexer
 
 DEFAULT_INDEX = Path("cocoa-index")
-DEMO_NEEDS = (
-    ("accelerate", "all"),
-    ("datasets", "all"),
-    ("qdrant_client", "all"),
-    ("llama_index.core", "all"),
-    ("jinja2", "all"),
-    ("matplotlib", "all"),
-)
-"""The modules of the optional packages that the demo uses, and the extra that installs each."""
+DEMO_NEEDS = ("accelerate", "datasets", "qdrant_client", "llama_index.core", "jinja2", "matplotlib")
+"""The modules of the optional packages that the demo uses; the extra ``all`` installs them."""
 
 ModelOption = Annotated[
     str, typer.Option("--model", help="A SentenceTransformer folder, or owner/name on the Hugging Face hub.")
@@ -135,8 +128,8 @@ def demo(
 ) -> None:
     """Train, export, index and search a tiny model on this machine: the whole story, on a CPU too."""
     with working():
-        for module, extra in DEMO_NEEDS:
-            require(module, extra)
+        for module in DEMO_NEEDS:
+            require(module, "all")
         silence_libraries()
         from cocoa_embed.demo.story import Demo
 

@@ -16,15 +16,13 @@ from transformers import (
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessor,
-    Qwen2VLProcessor,
-    Qwen2VLVideoProcessor,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
 )
 
-from cocoa_embed.demo.captioner import build_tokenizer
+from cocoa_embed.demo.captioner import build_processor, build_tokenizer
 from cocoa_embed.template import CHAT_TEMPLATE, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
 
 WIDTH = 32
@@ -62,24 +60,13 @@ def special_ids(tokenizer: Qwen2Tokenizer) -> dict[str, Any]:
     }
 
 
-def pixel_bounds(token_side: int) -> dict[str, int]:
-    """Return bounds within which an image has 1 to 16 visual tokens."""
-    return {"shortest_edge": token_side**2, "longest_edge": 16 * token_side**2}
-
-
 def qwen2_vl(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMixin]:
     config = Qwen2VLConfig(
         text_config=text_config(tokenizer),
         vision_config={"depth": 2, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 2, "hidden_size": WIDTH},
         **special_ids(tokenizer),
     )
-    processor = Qwen2VLProcessor(
-        image_processor=Qwen2VLImageProcessor(size=pixel_bounds(28)),
-        tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(size=pixel_bounds(28)),
-        chat_template=CHAT_TEMPLATE,
-    )
-    return Qwen2VLForConditionalGeneration(config), processor
+    return Qwen2VLForConditionalGeneration(config), build_processor(tokenizer)
 
 
 def qwen2_5_vl(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -97,10 +84,11 @@ def qwen2_5_vl(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMix
         },
         **special_ids(tokenizer),
     )
+    parts = build_processor(tokenizer)
     processor = Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(size=pixel_bounds(28)),
+        image_processor=parts.image_processor,
         tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(size=pixel_bounds(28)),
+        video_processor=parts.video_processor,
         chat_template=CHAT_TEMPLATE,
     )
     return Qwen2_5_VLForConditionalGeneration(config), processor
@@ -122,10 +110,11 @@ def qwen3_vl(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMixin
         },
         **special_ids(tokenizer),
     )
+    one_to_sixteen_tokens = {"shortest_edge": 32**2, "longest_edge": 16 * 32**2}
     processor = Qwen3VLProcessor(
-        image_processor=Qwen2VLImageProcessor(size=pixel_bounds(32), patch_size=16),
+        image_processor=Qwen2VLImageProcessor(size=one_to_sixteen_tokens, patch_size=16),
         tokenizer=tokenizer,
-        video_processor=Qwen3VLVideoProcessor(size=pixel_bounds(32)),
+        video_processor=Qwen3VLVideoProcessor(size=one_to_sixteen_tokens),
         chat_template=CHAT_TEMPLATE,
     )
     return Qwen3VLForConditionalGeneration(config), processor

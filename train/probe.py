@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from cocoa_embed.train.collators import Batch
 from cocoa_embed.train.data import Row
 
-Batch = dict[str, Tensor]
 Collate = Callable[[list[tuple[int, Row]]], Batch]
 
 
