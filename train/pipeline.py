@@ -151,7 +151,7 @@ def _training_arguments(recipe: Recipe, section: StageSection, folder: Path) -> 
         "warmup_steps": section.warmup_steps,
         "weight_decay": section.weight_decay,
         "adam_beta2": section.adam_beta2,
-        "logging_steps": min(section.logging_steps, section.steps),
+        "logging_steps": section.logging_steps,
         "logging_nan_inf_filter": False,
         "bf16": recipe.mixed_precision == "bf16",
         "use_cpu": not torch.accelerator.is_available(),
