@@ -14,7 +14,7 @@ from cocoa_embed.train.bridge import BridgeModel, bridge_trainer
 from cocoa_embed.train.collators import Batch, BridgeCollator
 from cocoa_embed.train.data import Item, Row
 from cocoa_embed.train.losses import mntp_loss
-from cocoa_embed.train.recipe import BridgeSection
+from cocoa_embed.train.sections import BridgeSection
 from tiny_backbones import every_family
 
 pytestmark = every_family

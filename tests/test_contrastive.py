@@ -22,7 +22,7 @@ from cocoa_embed.train.contrastive import (
     pair_datasets,
 )
 from cocoa_embed.train.data import Item, Row
-from cocoa_embed.train.recipe import ContrastiveSection
+from cocoa_embed.train.sections import ContrastiveSection
 from conftest import TINY_MAX_LENGTH
 from exported import PROMPTS, write_checkpoint
 

@@ -71,7 +71,7 @@ def test_an_unknown_key_is_refused_and_the_nearest_named(tmp_path: Path, added: 
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize(("line", "key"), [("name: small", "name"), ("  steps: 3", "bridge.steps")])
+@pytest.mark.parametrize(("line", "key"), [("name: small", "name"), ("  batch_size: 2", "bridge.batch_size")])
 def test_a_missing_key_is_named(tmp_path: Path, line: str, key: str) -> None:
     assert line in MINIMAL
     with pytest.raises(UsageError, match=f"key '{re.escape(key)}' is missing"):

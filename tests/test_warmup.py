@@ -11,7 +11,7 @@ from cocoa_embed.backbone import Backbone
 from cocoa_embed.train.collators import Batch, WarmupCollator
 from cocoa_embed.train.data import Item, Row
 from cocoa_embed.train.losses import mae_loss, mntp_loss
-from cocoa_embed.train.recipe import WarmupSection
+from cocoa_embed.train.sections import WarmupSection
 from cocoa_embed.train.warmup import WarmupModel, warmup_trainer
 from tiny_backbones import every_family
 

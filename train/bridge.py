@@ -13,7 +13,6 @@ from cocoa_embed.train.collators import Batch, BridgeCollator
 from cocoa_embed.train.data import Row, Rows
 from cocoa_embed.train.losses import accuracy, mntp_loss
 from cocoa_embed.train.probe import EosProbe, hold_out_rows
-from cocoa_embed.train.recipe import BridgeSection
 from cocoa_embed.train.reconstruction import (
     StageTrainer,
     hidden_token_logits,
@@ -21,6 +20,7 @@ from cocoa_embed.train.reconstruction import (
     model_mask,
     position_ids,
 )
+from cocoa_embed.train.sections import BridgeSection
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from sentence_transformers.sentence_transformer.training_args import BatchSample
 
 from cocoa_embed.train.data import Item, Row, load_row_image
 from cocoa_embed.train.finite import FiniteLossTrainer
-from cocoa_embed.train.recipe import ContrastiveSection
+from cocoa_embed.train.sections import ContrastiveSection
 
 
 class ItemPreprocessor:

@@ -35,11 +35,15 @@ class Row:
     """A pair of items that belong together.
 
     :param source: Where the row comes from (file and line), for errors.
+    :param negatives: Items that look like the positive and are wrong.
+    :param subset: The subset of the data that the row is from.
     """
 
     query: Item
     positive: Item
     source: str
+    negatives: tuple[Item, ...] = ()
+    subset: str = "data"
 
     @property
     def image(self) -> Path | None:
@@ -53,8 +57,8 @@ class Row:
         return replace(self, positive=replace(self.positive, image=image))
 
     def reversed(self) -> "Row":
-        """Return the row with its sides exchanged."""
-        return Row(query=self.positive, positive=self.query, source=self.source)
+        """Return the row with its sides exchanged; its negatives, which are the query's, are left out."""
+        return replace(self, query=self.positive, positive=self.query, negatives=())
 
 
 def load_row_image(path: Path) -> Image.Image:

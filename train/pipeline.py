@@ -20,8 +20,9 @@ from cocoa_embed.train.bridge import bridge_trainer
 from cocoa_embed.train.contrastive import contrastive_trainer
 from cocoa_embed.train.data import Row, read_image_folder
 from cocoa_embed.train.progress import show_live_losses
-from cocoa_embed.train.recipe import BridgeSection, ContrastiveSection, Recipe, StageSection, WarmupSection
+from cocoa_embed.train.recipe import Recipe
 from cocoa_embed.train.record import StageResult, read_start, write_record
+from cocoa_embed.train.sections import BridgeSection, ContrastiveSection, StageSection, WarmupSection
 from cocoa_embed.train.warmup import warmup_trainer
 
 STAGES = ("warmup", "bridge", "contrastive")
@@ -127,16 +128,22 @@ def _load(recipe: Recipe, start: str) -> Backbone:
     set_seed(recipe.seed)  # a mask token that needs a wider embedding matrix is drawn
     return load_backbone(
         start,
-        attn_implementation=recipe.attn_implementation,
+        attn_implementation=_attention(recipe),
         max_length=recipe.max_length,
         max_pixels=recipe.max_pixels,
     )
 
 
+def _attention(recipe: Recipe) -> str:
+    return "sdpa" if recipe.attn_implementation == "auto" else recipe.attn_implementation
+
+
 def _embedding_model(recipe: Recipe, load: Callable[[], Backbone], folder: Path) -> SentenceTransformer:
     load().save(folder)
     return build_sentence_transformer(
-        folder, prompts=recipe.prompts.model_dump(), attn_implementation=recipe.attn_implementation
+        folder,
+        prompts=recipe.prompts.model_dump(),
+        attn_implementation=_attention(recipe),
     )
 
 

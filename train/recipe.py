@@ -3,96 +3,45 @@
 import difflib
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from cocoa_embed.errors import UsageError
-from cocoa_embed.train.corruption import PatchFill
-from cocoa_embed.train.data import CaptionChoice
-
-Share = Annotated[float, Field(gt=0, le=1)]
-Positive = Annotated[int, Field(gt=0)]
-Rate = Annotated[float, Field(gt=0)]
+from cocoa_embed.train.sections import (
+    BridgeSection,
+    ContrastiveSection,
+    Count,
+    DataSection,
+    Positive,
+    PromptsSection,
+    Section,
+    SourceSection,
+    StageSection,
+    WarmupSection,
+)
 
 YAML_NULLS = ("", "~", "null")
 
 
-class Section(BaseModel):
-    """A part of a recipe: unknown keys are refused, values do not change."""
+STAGES = ("warmup", "bridge", "contrastive")
+"""The stages in their order, as recipes name them."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+SOURCE_KINDS = ("folder", "file", "mmeb", "hub")
+"""The keys of :class:`SourceSection` that each say by themselves where rows are."""
 
-
-class DataSection(Section):
-    """Which rows a stage sees: an image folder with ``metadata.jsonl``.
-
-    What a stage's section leaves out is taken from the recipe's own.
-
-    :param captions: A row for each image's ``text``, or for each entry of its ``captions``.
-    :param paraphrases: Text-only rows for each image, from one of its ``captions`` to another.
-    :param limit: The first so many images; all by default.
-    """
-
-    folder: Path | None = None
-    captions: CaptionChoice = "text"
-    paraphrases: Annotated[int, Field(ge=0)] = 0
-    limit: Positive | None = None
+_OF_ONE_SOURCE = {*SOURCE_KINDS, "subsets", "config", "split", "images", "columns", "captions", "paraphrases"}
+"""What says nothing of another source than its own."""
 
 
-class StageSection(Section):
-    """What every stage has: its data and its optimisation. Lengths in steps.
-
-    :param schedule: Of the learning rate after ``warmup_steps``; ``warmup_stable_decay`` holds it and lets it fall to
-        zero over the last 30 % of the steps.
-    """
-
-    data: DataSection | None = None
-    steps: Positive
-    batch_size: Positive
-    learning_rate: Rate = 2e-5
-    warmup_steps: Annotated[int, Field(ge=0)] = 100
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    adam_beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
-    schedule: Literal["linear", "cosine", "constant_with_warmup", "warmup_stable_decay"] = "linear"
-    logging_steps: Positive = 10
-
-
-class WarmupSection(StageSection):
-    """Stage 1."""
-
-    text_mask_ratio: Share = 0.2
-    image_mask_ratio: Share = 0.5
-    patch_fill: PatchFill = "noise"
-    mae_weight: Annotated[float, Field(ge=0)] = 0.5
-    normalise_targets: bool = False
-
-
-class BridgeSection(StageSection):
-    """Stage 2. ``probe_rows``: rows kept to measure what ``<EOS>`` carries, every ``probe_steps`` steps."""
-
-    mask_ratio: Share = 0.7
-    eos_attends_to_b: bool = True
-    probe_rows: Annotated[int, Field(ge=0)] = 64
-    probe_steps: Positive = 50
-
-
-class ContrastiveSection(StageSection):
-    """Stage 3. ``both_directions`` trains each pair from either side, as two subsets."""
-
-    temperature: Rate = 0.02
-    cache_chunk: Positive = 8
-    both_directions: bool = True
-    symmetric: bool = False
-
-
-class PromptsSection(Section):
-    """Instructions put before the text of queries and of documents."""
-
-    query: str = ""
-    document: str = ""
+def _merged(outer: SourceSection | None, inner: SourceSection | None) -> dict[str, Any]:
+    """Return the keys given in ``inner`` over those in ``outer``; a source in ``inner`` replaces the outer whole."""
+    over, under = ({} if section is None else section.model_dump(exclude_unset=True) for section in (inner, outer))
+    if all(any(given.get(kind) is not None for kind in (*SOURCE_KINDS, "subsets")) for given in (over, under)):
+        under = {key: value for key, value in under.items() if key not in _OF_ONE_SOURCE}
+    return {**under, **over}
 
 
 class Recipe(Section):
@@ -101,6 +50,12 @@ class Recipe(Section):
     :param backbone: A folder, the name of one of this package's backbones, or a hub name.
     :param data: The rows of every stage, as far as its own section does not say otherwise.
     :param mixed_precision: ``bf16`` runs forward and backward passes under bfloat16 autocast; weights stay float32.
+    :param attn_implementation: ``auto`` is FlexAttention for the bridge's mask on CUDA, and sdpa anywhere else.
+    :param gradient_checkpointing: Compute activations anew in the backward pass instead of keeping them.
+    :param sharding: ``fsdp2`` spreads weights, gradients and optimiser states of the first two stages over the devices.
+    :param workers: Processes that read and preprocess rows, for each device; by default the cores to spare, at most 8,
+        and none without an accelerator.
+    :param report_to: Where log lines go beside ``log.json``.
     :param max_length: Tokens of the longest sequence.
     :param max_pixels: Larger images are scaled down to this many pixels; the backbone's own limit by default.
     """
@@ -109,7 +64,11 @@ class Recipe(Section):
     backbone: str
     data: DataSection | None = None
     mixed_precision: Literal["no", "bf16"] = "no"
-    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+    attn_implementation: Literal["auto", "sdpa", "eager", "flex_attention"] = "auto"
+    gradient_checkpointing: bool = False
+    sharding: Literal["none", "fsdp2"] = "none"
+    workers: Count | None = None
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     max_length: Positive = 512
     max_pixels: Positive | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -120,9 +79,38 @@ class Recipe(Section):
 
     def data_of(self, stage: str) -> DataSection:
         """Return the data of a stage: its own section's values over the recipe's."""
+        return DataSection(**_merged(self.data, self.section(stage).data))
+
+    def sources_of(self, stage: str) -> dict[str, SourceSection]:
+        """Return the sources of a stage's rows by the names of its subsets; one source alone has the name ``data``.
+
+        :raises UsageError: If a source names nothing to read, or several things.
+        """
+        data = self.data_of(stage)
+        whole = SourceSection(**data.model_dump(exclude_unset=True, include=set(SourceSection.model_fields)))
+        if data.subsets is None:
+            sources = {"data": whole}
+        else:
+            sources = {name: SourceSection(**_merged(whole, subset)) for name, subset in data.subsets.items()}
+        for name, source in sources.items():
+            given = [kind for kind in SOURCE_KINDS if getattr(source, kind) is not None]
+            if len(given) != 1:
+                raise UsageError(
+                    f"Recipe {self.name!r}, stage {stage}, {name}: "
+                    + (f"{' and '.join(given)} are both given" if given else "no data")
+                    + f"; give one of {', '.join(f'data.{kind}' for kind in SOURCE_KINDS)}."
+                )
+        return sources
+
+    @property
+    def stages(self) -> list[str]:
+        """The stages that the recipe runs, in their order."""
+        return [stage for stage in STAGES if getattr(self, stage) is not None]
+
+    def section(self, stage: str) -> StageSection:
+        """Return the section of a stage that the recipe runs."""
         section: StageSection = getattr(self, stage)
-        given = [data.model_dump(exclude_unset=True) for data in (self.data, section.data) if data is not None]
-        return DataSection(**{key: value for values in given for key, value in values.items()})
+        return section
 
     @classmethod
     def load(cls, name_or_path: str | Path, overrides: list[str] | None = None) -> "Recipe":
@@ -178,7 +166,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise UsageError(f"Override {override!r} is not of the form key.sub=value.")
     *parents, last = key.split(".")
-    if _takes_text(parents, last) and text not in YAML_NULLS and text[0] not in "\"'":
+    if _takes_text([*parents, last]) and text not in YAML_NULLS and text[0] not in "\"'":
         text = yaml.safe_dump(text)
     for parent in parents:
         if values.get(parent) is None:
@@ -192,35 +180,51 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise UsageError(f"Override {override!r}: {text!r} is not a YAML value.") from error
 
 
-def _takes_text(parents: list[str], last: str) -> bool:
+def _takes_text(location: list[str]) -> bool:
     """Tell whether a key holds words or a path, which YAML would take for a number, a date or a mapping."""
-    section = _SECTION_OF_KEY.get(parents[-1]) if parents else Recipe
-    annotation = section.model_fields[last].annotation if section and last in section.model_fields else None
-    alternatives = get_args(annotation) or (annotation,)
+    section = _section_at(location[:-1])
+    field = section.model_fields.get(location[-1]) if section else None
+    if field is None:
+        return False
+    alternatives = get_args(field.annotation) or (field.annotation,)
     return any(alternative in (str, Path) or isinstance(alternative, str) for alternative in alternatives)
+
+
+def _section_at(location: list[str]) -> type[Section] | None:
+    """Return the section that stands at a place of a recipe; None where there is none."""
+    section: type[Section] = Recipe
+    keys = iter(location)
+    for key in keys:
+        field = section.model_fields.get(key)
+        inner = _section_within(field.annotation) if field else None
+        if inner is None:
+            return None
+        section, is_named = inner
+        if is_named:
+            next(keys, None)
+    return section
+
+
+def _section_within(annotation: object) -> tuple[type[Section], bool] | None:
+    """Return the section that a field's annotation holds, and whether it holds several, by name."""
+    if isinstance(annotation, type) and get_origin(annotation) is None:
+        return (annotation, False) if issubclass(annotation, Section) else None
+    is_mapping = get_origin(annotation) is dict
+    found = [inner for argument in get_args(annotation) if (inner := _section_within(argument))]
+    return (found[0][0], is_mapping or found[0][1]) if found else None
 
 
 def _describe(fault: ErrorDetails) -> str:
     location = [str(part) for part in fault["loc"]]
     name = ".".join(location)
     if fault["type"] == "extra_forbidden":
-        known = list(_section_at(location[:-1]).model_fields)
+        section = _section_at(location[:-1])
+        known = list(section.model_fields) if section else []
         nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(known)}"
         return f"unknown key {name!r} ({hint})"
     if fault["type"] == "missing":
         return f"key {name!r} is missing"
+    if fault["type"] == "value_error":
+        return f"{name}: {fault['msg'].removeprefix('Value error, ')}"
     return f"{name} = {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
-
-
-_SECTION_OF_KEY: dict[str, type[Section]] = {
-    "data": DataSection,
-    "warmup": WarmupSection,
-    "bridge": BridgeSection,
-    "contrastive": ContrastiveSection,
-    "prompts": PromptsSection,
-}
-
-
-def _section_at(location: list[str]) -> type[Section]:
-    return _SECTION_OF_KEY[location[-1]] if location else Recipe

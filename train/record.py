@@ -8,7 +8,8 @@ from typing import Any
 
 from cocoa_embed.backbone import Origin, origin
 from cocoa_embed.export import TRAINING_FILE, read_training
-from cocoa_embed.train.recipe import Recipe, StageSection
+from cocoa_embed.train.recipe import Recipe
+from cocoa_embed.train.sections import StageSection
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from cocoa_embed.train.collators import Batch, WarmupCollator
 from cocoa_embed.train.data import Row, Rows
 from cocoa_embed.train.losses import accuracy, mae_loss, mntp_loss
 from cocoa_embed.train.pixel_decoder import PixelDecoder
-from cocoa_embed.train.recipe import WarmupSection
 from cocoa_embed.train.reconstruction import (
     StageTrainer,
     hidden_token_logits,
@@ -20,6 +19,7 @@ from cocoa_embed.train.reconstruction import (
     model_mask,
     position_ids,
 )
+from cocoa_embed.train.sections import WarmupSection
 
 
 class WarmupModel(nn.Module):
