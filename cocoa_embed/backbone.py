@@ -135,15 +135,8 @@ def load_backbone(
     :raises CocoaError: If the backbone is not there, or weights are missing, unexpected or of another shape.
     :raises UsageError: If its model type is not in :data:`SUPPORTED`.
     """
+    config = read_config(name_or_path)
     location = resolve_backbone(name_or_path)
-    try:
-        config = AutoConfig.from_pretrained(location)
-    except (OSError, ValueError) as error:
-        raise CocoaError(f"Cannot read a model config from {name_or_path}: {_first_line(error)}") from error
-    if config.model_type not in SUPPORTED:
-        raise UsageError(
-            f"{name_or_path} is a {config.model_type!r} model; supported are {', '.join(sorted(SUPPORTED))}."
-        )
     try:
         model, info = SUPPORTED[config.model_type].from_pretrained(
             location,
@@ -155,14 +148,42 @@ def load_backbone(
     except (OSError, SafetensorError) as error:
         raise CocoaError(f"Cannot load weights from {name_or_path}: {_first_line(error)}") from error
     _refuse_incomplete_weights(name_or_path, info)
-    try:
-        processor = AutoProcessor.from_pretrained(location)
-    except (OSError, ValueError) as error:
-        raise CocoaError(f"Cannot load the processor of {name_or_path}: {_first_line(error)}") from error
-    prepare_processor(processor, max_length=max_length, max_pixels=max_pixels)
+    processor = load_processor(name_or_path, max_length=max_length, max_pixels=max_pixels)
     fit_embeddings(model, processor)
     make_bidirectional(model)
     return Backbone(model=model, processor=processor)
+
+
+def read_config(name_or_path: str) -> PreTrainedConfig:
+    """Read a backbone's config.
+
+    :raises CocoaError: If it is not there.
+    :raises UsageError: If its model type is not in :data:`SUPPORTED`.
+    """
+    try:
+        config = AutoConfig.from_pretrained(resolve_backbone(name_or_path))
+    except (OSError, ValueError) as error:
+        raise CocoaError(f"Cannot read a model config from {name_or_path}: {_first_line(error)}") from error
+    if config.model_type not in SUPPORTED:
+        raise UsageError(
+            f"{name_or_path} is a {config.model_type!r} model; supported are {', '.join(sorted(SUPPORTED))}."
+        )
+    return config
+
+
+def load_processor(
+    name_or_path: str, *, max_length: int | None = None, max_pixels: int | None = None
+) -> ProcessorMixin:
+    """Load a backbone's processor and prepare it (:func:`prepare_processor`).
+
+    :raises CocoaError: If it is not there.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(resolve_backbone(name_or_path))
+    except (OSError, ValueError) as error:
+        raise CocoaError(f"Cannot load the processor of {name_or_path}: {_first_line(error)}") from error
+    prepare_processor(processor, max_length=max_length, max_pixels=max_pixels)
+    return processor
 
 
 def prepare_processor(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from cocoa_embed.integrations.qdrant import Hit, IndexSummary, QdrantIndexer
+    from cocoa_embed.train import StageResult
 
 DEFAULT_INDEX = Path("cocoa-index")
 DEMO_NEEDS = ("accelerate", "datasets", "qdrant_client", "llama_index.core", "jinja2", "matplotlib")
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app(args=None if arguments is None else list(arguments), prog_name="cocoa-embed")
     except CocoaError as error:
         typer.echo(f"cocoa-embed: {error}", err=True)
-        raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
+        raise SystemExit(error.exit_status) from None
 
 
 @app.command()
@@ -147,19 +148,20 @@ def train(
     out: Annotated[
         Path | None, typer.Option("--out", help="The folder for checkpoints [default: runs/ and the recipe's name].")
     ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, where one was begun.")] = False,
 ) -> None:
     """Train a model as a recipe says: warm-up, bridge, contrastive. Each stage leaves a checkpoint."""
     with working() as console:
         require("accelerate", "train")
         silence_libraries()
         from cocoa_embed.train import Recipe, run
+        from cocoa_embed.train.processes import by_first_process, hush_others, is_first_process
 
-        loaded = Recipe.load(recipe, overrides or [])
-        results = run(loaded, out or Path("runs") / loaded.name)
-        for result in results:
-            line = f"{result.stage}: {result.steps} steps, {result.seconds:.0f} s, loss {result.final['loss']:.3f}"
-            console.print(line, soft_wrap=True, markup=False, highlight=False)
-        console.print(f"checkpoint {results[-1].folder}", soft_wrap=True, markup=False, highlight=False)
+        hush_others()
+        loaded = by_first_process(lambda: Recipe.load(recipe, overrides or []))
+        results = run(loaded, out or Path("runs") / loaded.name, resume=resume)
+        if is_first_process():
+            report_stages(results, console)
 
 
 @app.command()
@@ -230,6 +232,23 @@ def silence_libraries() -> None:
 def print_json(document: dict[str, Any]) -> None:
     """Print one JSON document on standard output, in ASCII, so that no terminal's encoding can spoil it."""
     typer.echo(json.dumps(document, indent=2))
+
+
+def report_stages(results: Sequence[StageResult], console: Console) -> None:
+    """Tell people what a training run did, and how long each stage took."""
+    for result in results:
+        line = f"{result.stage}: {result.steps} steps, {clock(result.seconds)}, loss {result.final['loss']:.3f}"
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+    total = clock(sum(result.seconds for result in results))
+    console.print(f"{total} in all; checkpoint {results[-1].folder}", soft_wrap=True, markup=False, highlight=False)
+
+
+def clock(seconds: float) -> str:
+    """Return a duration as people read it: seconds, or hours, minutes and seconds."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def report_summary(summary: IndexSummary, console: Console) -> None:

@@ -7,9 +7,13 @@ from types import ModuleType
 class CocoaError(Exception):
     """Something failed in a way the user can act on. The command line prints it alone and exits with 1."""
 
+    exit_status = 1
+
 
 class UsageError(CocoaError):
     """The command or the recipe asks for something that cannot be. The command line exits with 2."""
+
+    exit_status = 2
 
 
 class MissingExtraError(CocoaError):

@@ -20,7 +20,7 @@ from cocoa_embed.attention import (
 from cocoa_embed.backbone import Backbone
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.train.collators import BridgeCollator, render_items
-from cocoa_embed.train.data import Item, Row
+from cocoa_embed.train.data import Item, Row, numbered
 from cocoa_embed.train.reconstruction import last_hidden_states, position_ids
 from tiny_backbones import every_family
 
@@ -205,7 +205,7 @@ def test_eager_and_sdpa_agree_under_the_bridge_mask(
     hidden_states = []
     for implementation in IMPLEMENTATIONS:
         backbone = load_tiny(implementation)
-        batch = BridgeCollator(backbone.processor, seed=0)(list(enumerate(scene_rows[:3])))
+        batch = BridgeCollator(backbone.processor, seed=0)(numbered(scene_rows[:3]))
         allowed = bridge_mask(batch["blocks"], eos_attends_to_b=eos_attends_to_b)
         mask = as_model_mask(allowed, attn_implementation=implementation, dtype=torch.float32)
         positions = position_ids(backbone.model, batch)

@@ -12,8 +12,9 @@ from cocoa_embed.attention import Block
 from cocoa_embed.backbone import Backbone
 from cocoa_embed.train.bridge import BridgeModel, bridge_trainer
 from cocoa_embed.train.collators import Batch, BridgeCollator
-from cocoa_embed.train.data import Item, Row
+from cocoa_embed.train.data import Item, Row, numbered
 from cocoa_embed.train.losses import mntp_loss
+from cocoa_embed.train.reconstruction import StageContext
 from cocoa_embed.train.sections import BridgeSection
 from tiny_backbones import every_family
 
@@ -32,7 +33,7 @@ def batch(tiny_backbone: Backbone, scene_rows: list[Row]) -> Batch:
         Row(query=Item(text="find it: ", image=row.image), positive=row.positive, source="") for row in scene_rows[:3]
     ]
     text = Row(query=Item(text="white picture; blue cross"), positive=Item(text="blue cross on white"), source="")
-    batch = BridgeCollator(tiny_backbone.processor, seed=0)(list(enumerate([*pictured, text])))
+    batch = BridgeCollator(tiny_backbone.processor, seed=0)(numbered([*pictured, text]))
     assert (batch["blocks"] == Block.PAD).any()
     return batch
 
@@ -231,9 +232,9 @@ def test_the_trainer_is_what_its_section_says(
 ) -> None:
     section = BridgeSection(steps=1, batch_size=2, mask_ratio=0.4, eos_attends_to_b=False, probe_rows=probe_rows)
     arguments = {"output_dir": str(tmp_path), "max_steps": 1, "report_to": "none", "gradient_accumulation_steps": 2}
-    trainer = bridge_trainer(tiny_backbone, scene_rows, section, seed=5, arguments=arguments)
-    assert (trainer.data_collator.seed, trainer.data_collator.mask_ratio) == (5, 0.4)
+    trainer = bridge_trainer(tiny_backbone, scene_rows, section, StageContext(arguments, seed=5))
+    assert (trainer.data_collator.collate.seed, trainer.data_collator.collate.mask_ratio) == (5, 0.4)
     assert trainer.model.eos_attends_to_b is False
     assert trainer.train_dataset.rows == scene_rows[probe_rows:]
-    # Else transformers takes the loss for one that is already divided by the number of accumulated batches.
-    assert trainer.model_accepts_loss_kwargs is False
+    # Else transformers divides the loss by the micro-batches of a step; it is a mean over the step already.
+    assert trainer.model_accepts_loss_kwargs is True

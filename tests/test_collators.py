@@ -19,13 +19,13 @@ from cocoa_embed.train.collators import (
     Batch,
     BridgeCollator,
     WarmupCollator,
-    batch_generator,
     joined,
     render_items,
+    row_generators,
     split_blocks,
     text_tokens,
 )
-from cocoa_embed.train.data import Item, Row, Rows
+from cocoa_embed.train.data import Draw, Item, Row, Rows, numbered
 from cocoa_embed.train.reconstruction import position_ids
 from cocoa_embed.train.warmup import WarmupModel
 
@@ -70,10 +70,6 @@ def image_row(image: Path, caption: str, instruction: str | None = None) -> Row:
 
 def text_row(query: str, positive: str) -> Row:
     return Row(query=Item(text=query), positive=Item(text=positive), source="rows.jsonl, line 2")
-
-
-def numbered(rows: list[Row]) -> list[tuple[int, Row]]:
-    return list(enumerate(rows))
 
 
 def same(first: Batch, second: Batch) -> bool:
@@ -160,7 +156,7 @@ def test_corruption_depends_on_the_rows_and_the_seed_alone(
     first = collator(examples)
     torch.manual_seed(2)
     assert same(first, collator(examples))
-    renumbered = collator([(index + 100, row) for index, row in examples])
+    renumbered = collator([(Draw(draw.index + 100), row) for draw, row in examples])
     assert not torch.equal(first["hidden_tokens"], renumbered["hidden_tokens"])
     object.__setattr__(collator, "seed", 1)
     assert not torch.equal(first["hidden_tokens"], collator(examples)["hidden_tokens"])
@@ -169,21 +165,42 @@ def test_corruption_depends_on_the_rows_and_the_seed_alone(
 def test_a_worker_makes_the_same_batches_as_the_main_process(
     warmup_collator: WarmupCollator, scene_rows: list[Row]
 ) -> None:
+    draws = [Draw(index) for index in range(8)]
     batches = [
-        list(DataLoader(Rows(scene_rows[:8]), batch_size=4, collate_fn=warmup_collator, num_workers=workers))
+        list(DataLoader(Rows(scene_rows), 4, sampler=draws, collate_fn=warmup_collator, num_workers=workers))
         for workers in (0, 2)
     ]
     assert len(batches[0]) == 2
     assert all(same(*pair) for pair in zip(*batches, strict=True))
 
 
-def test_the_batch_generator_tells_seeds_and_rows_apart() -> None:
-    draws = [
-        torch.rand(4, generator=batch_generator(seed, rows)).tolist()
-        for seed, rows in ((0, [1, 2]), (1, [1, 2]), (0, [2, 1]), (0, [1, 2, 3]), (1, [0, 2]))
-    ]
-    assert len({tuple(draw) for draw in draws}) == len(draws)
-    assert torch.rand(4, generator=batch_generator(0, [1, 2])).tolist() == draws[0]
+def test_a_rows_generator_tells_seeds_rows_and_epochs_apart() -> None:
+    def first_draws(seed: int, draw: Draw) -> tuple[float, ...]:
+        (generator,) = row_generators(seed, [draw])
+        return tuple(torch.rand(4, generator=generator).tolist())
+
+    drawn = [first_draws(*of) for of in ((0, Draw(1)), (1, Draw(1)), (0, Draw(2)), (0, Draw(1, 1)), (1, Draw(0)))]
+    assert len(set(drawn)) == len(drawn)
+    assert first_draws(0, Draw(1)) == drawn[0]
+
+
+@pytest.mark.parametrize("stage", ["warmup", "bridge"])
+def test_what_is_hidden_of_a_row_depends_on_no_other_row(
+    stage: str, warmup_collator: WarmupCollator, bridge_collator: BridgeCollator, sized_rows: list[Row]
+) -> None:
+    collator = warmup_collator if stage == "warmup" else bridge_collator
+    rows = numbered([row for row in sized_rows if row.positive.text])
+    together = collator(rows)
+    assert not together["attention_mask"].all(), "the rows differ in length, so that some are padded"
+    targets, patches = [], []
+    for number, example in enumerate(rows):
+        alone = collator([example])
+        length = alone["input_ids"].shape[1]
+        assert torch.equal(alone["hidden_tokens"][0], together["hidden_tokens"][number, :length])
+        targets.append(alone["target_ids"])
+        patches.append(alone.get("pixel_values", torch.empty(0)))
+    assert torch.equal(torch.cat(targets), together["target_ids"])
+    assert torch.equal(torch.cat([patch for patch in patches if len(patch)]), together["pixel_values"])
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 0.7, 1.0])
@@ -346,7 +363,8 @@ def test_rows_without_an_image_go_through_both_stages(
         assert ("pixel_values" in batch) is not text_only
         outputs = model(**batch)
         assert outputs["loss"].isfinite()
-        assert ("mae_loss" in outputs) == ("pixel_values" in batch and isinstance(model, WarmupModel))
+        if isinstance(model, WarmupModel):
+            assert (outputs["mae_loss"] == 0) == text_only
 
 
 def test_a_batch_of_images_without_text_trains_on_pixels_alone(

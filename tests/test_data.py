@@ -8,7 +8,7 @@ from PIL import Image
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.images import ImageError
 from cocoa_embed.template import RESERVED_TOKENS
-from cocoa_embed.train.data import Item, Row, Rows, load_row_image, read_image_folder
+from cocoa_embed.train.data import Draw, Item, Row, Rows, load_row_image, read_image_folder
 
 LINES: list[dict[str, object]] = [
     {"file_name": "b.png", "text": "a red ring", "captions": ["a red ring", "ring, red"]},
@@ -116,10 +116,10 @@ def test_an_item_of_nothing_is_refused() -> None:
         Item()
 
 
-def test_rows_come_with_their_index(scene_rows: list[Row]) -> None:
+def test_rows_come_with_their_draw(scene_rows: list[Row]) -> None:
     rows = Rows(scene_rows)
     assert len(rows) == len(scene_rows)
-    assert rows[3] == (3, scene_rows[3])
+    assert rows[Draw(3, epoch=2)] == (Draw(3, 2), scene_rows[3])
 
 
 @pytest.mark.parametrize("token", RESERVED_TOKENS)

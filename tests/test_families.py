@@ -14,8 +14,9 @@ from cocoa_embed.backbone import SUPPORTED, load_backbone
 from cocoa_embed.export import export_model
 from cocoa_embed.train.collators import render_items
 from cocoa_embed.train.data import Item, Row
-from cocoa_embed.train.pipeline import StageResult, run
+from cocoa_embed.train.pipeline import run
 from cocoa_embed.train.recipe import Recipe
+from cocoa_embed.train.record import StageResult
 from conftest import TINY_MAX_LENGTH
 from exported import PROMPTS
 from tiny_backbones import FAMILIES, every_family

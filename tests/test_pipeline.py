@@ -15,10 +15,11 @@ from cocoa_embed.backbone import load_backbone
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.export import TRAINING_FILE, export_model, read_training
 from cocoa_embed.folders import RUN_MARKER
-from cocoa_embed.train import pipeline
+from cocoa_embed.train import preparation
 from cocoa_embed.train.data import read_image_folder
-from cocoa_embed.train.pipeline import STAGES, StageResult, run
-from cocoa_embed.train.recipe import Recipe
+from cocoa_embed.train.pipeline import run
+from cocoa_embed.train.recipe import STAGES, Recipe
+from cocoa_embed.train.record import StageResult
 from conftest import SCENES, TINY_MAX_LENGTH
 from exported import PROMPTS, contents
 
@@ -78,7 +79,9 @@ def test_the_stages_run_in_order_and_leave_their_checkpoints(finished: Run) -> N
     assert [result.stage for result in finished.results] == list(STAGES) == ["warmup", "bridge", "contrastive"]
     assert [result.folder for result in finished.results] == [finished.out / stage for stage in STAGES]
     assert [result.steps for result in finished.results] == [2, 2, 2]
-    assert sorted(path.name for path in finished.out.iterdir()) == sorted([RUN_MARKER, "recipe.json", *STAGES])
+    assert sorted(path.name for path in finished.out.iterdir()) == sorted(
+        [RUN_MARKER, "data.json", "recipe.json", *STAGES]
+    )
     for stage in STAGES:
         assert {"model.safetensors", "config.json", "tokenizer.json", TRAINING_FILE, "log.json"} <= {
             path.name for path in (finished.out / stage).iterdir()
@@ -173,7 +176,12 @@ def test_a_stage_left_out_is_not_run(tiny_backbone_path: Path, scene_folder: Pat
     given = recipe(tiny_backbone_path, scene_folder, contrastive=FROZEN)
     results = run(given, tmp_path / "out", inspect=lambda stage, trainer: seen.append(stage))
     assert seen == [result.stage for result in results] == ["contrastive"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [RUN_MARKER, "contrastive", "recipe.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        RUN_MARKER,
+        "contrastive",
+        "data.json",
+        "recipe.json",
+    ]
     assert equal(weights(tiny_backbone_path), weights(tmp_path / "out" / "contrastive"))
 
 
@@ -210,7 +218,7 @@ def test_a_recipe_without_a_stage_is_refused(tiny_backbone_path: Path, scene_fol
 
 def test_a_stage_without_data_is_refused_by_name(tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path) -> None:
     stages = {"warmup": {**STAGE, "data": {"folder": str(scene_folder)}}, "bridge": STAGE}
-    with pytest.raises(UsageError, match=r"stage bridge has no data; give data\.folder or bridge\.data\.folder"):
+    with pytest.raises(UsageError, match=r"stage bridge, data: no data; give one of data\.folder, data\.file"):
         run(recipe(tiny_backbone_path, None, **stages), tmp_path / "out")
     assert not (tmp_path / "out").exists(), "no stage has run before the fault is told"
 
@@ -274,7 +282,7 @@ def test_a_run_that_cannot_start_leaves_the_earlier_run_as_it_is(
         return TrainingArguments(**arguments)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pipeline, "TrainingArguments", without_bf16)
+    monkeypatch.setattr(preparation, "TrainingArguments", without_bf16)
     (tmp_path / "empty").mkdir()
     out = earlier_run(tmp_path / "out")
     before = contents(out)

@@ -5,7 +5,7 @@ from torch import Tensor
 from cocoa_embed.attention import as_model_mask, bidirectional_mask
 from cocoa_embed.backbone import Backbone
 from cocoa_embed.train.collators import WarmupCollator
-from cocoa_embed.train.data import Row
+from cocoa_embed.train.data import Row, numbered
 from cocoa_embed.train.pixel_decoder import PixelDecoder
 from cocoa_embed.train.reconstruction import position_ids
 
@@ -21,7 +21,7 @@ def decoder(tiny_backbone: Backbone) -> PixelDecoder:
 def inputs(tiny_backbone: Backbone, scene_rows: list[Row]) -> Inputs:
     """Hidden states of two rows, their visual positions, the full mask and the positions."""
     collator = WarmupCollator(tiny_backbone.processor, tiny_backbone.geometry, seed=0)
-    batch = collator(list(enumerate(scene_rows[:2])))
+    batch = collator(numbered(scene_rows[:2]))
     width = tiny_backbone.model.config.get_text_config().hidden_size
     generator = torch.Generator().manual_seed(0)
     return (

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from cocoa_embed.backbone import Backbone
 from cocoa_embed.train.collators import Batch, WarmupCollator
-from cocoa_embed.train.data import Item, Row
+from cocoa_embed.train.data import Item, Row, numbered
 from cocoa_embed.train.losses import mae_loss, mntp_loss
+from cocoa_embed.train.reconstruction import StageContext
 from cocoa_embed.train.sections import WarmupSection
 from cocoa_embed.train.warmup import WarmupModel, warmup_trainer
 from tiny_backbones import every_family
@@ -30,7 +31,7 @@ def model(tiny_backbone: Backbone) -> WarmupModel:
 
 @pytest.fixture
 def batch(collator: WarmupCollator, scene_rows: list[Row]) -> Batch:
-    return collator(list(enumerate(scene_rows[:4])))
+    return collator(numbered(scene_rows[:4]))
 
 
 def parts_with_weights(model: WarmupModel) -> Iterator[tuple[str, nn.Module]]:
@@ -59,9 +60,13 @@ def test_the_loss_is_mntp_plus_the_weighted_mae(
 
 def test_without_images_the_loss_is_mntp_alone(model: WarmupModel, collator: WarmupCollator) -> None:
     row = Row(query=Item(text="blue cross on white"), positive=Item(text="white picture; blue cross"), source="")
-    outputs = model(**collator([(0, row)]))
-    assert "mae_loss" not in outputs
+    outputs = model(**collator(numbered([row])))
+    assert outputs["mae_loss"].item() == 0
     assert outputs["loss"].item() == outputs["mntp_loss"].item() > 0
+    outputs["loss"].backward()
+    assert all(weight.grad is not None for weight in model.parameters()), "processes meet at every weight"
+    vision = model.backbone.base_model.visual
+    assert not any(weight.grad.any() for part in (vision, model.pixel_decoder) for weight in part.parameters())
 
 
 def test_gradients_reach_every_weight_of_the_three_parts(model: WarmupModel, batch: Batch) -> None:
@@ -100,7 +105,7 @@ def test_a_hidden_tokens_pixels_never_reach_the_model(
 
     def batch_of(image: np.ndarray) -> Batch:
         Image.fromarray(image).save(path)
-        return collator([(0, row)])
+        return collator(numbered([row]))
 
     original = batch_of(pixels)
     hidden = original["hidden_patches"].view(4, -1)[:, 0]
@@ -120,7 +125,7 @@ def test_a_hidden_tokens_pixels_never_reach_the_model(
 def test_a_hidden_tokens_id_never_reaches_the_model(model: WarmupModel, collator: WarmupCollator) -> None:
     def logits_and_batch(word: str) -> tuple[Tensor, Batch]:
         row = Row(query=Item(text="blue cross on"), positive=Item(text=word), source="")
-        batch = WarmupCollator(collator.processor, collator.geometry, seed=0, text_mask_ratio=1.0)([(0, row)])
+        batch = WarmupCollator(collator.processor, collator.geometry, seed=0, text_mask_ratio=1.0)(numbered([row]))
         return model.predict(batch)[0], batch
 
     (white, white_batch), (black, black_batch) = (logits_and_batch(word) for word in ("white", "black"))
@@ -209,11 +214,11 @@ def test_the_trainer_is_what_its_section_says(tiny_backbone: Backbone, scene_row
         normalise_targets=True,
     )
     arguments = {"output_dir": str(tmp_path), "max_steps": 1, "report_to": "none", "gradient_accumulation_steps": 2}
-    trainer = warmup_trainer(tiny_backbone, scene_rows, section, seed=5, arguments=arguments)
-    collator, model = trainer.data_collator, trainer.model
+    trainer = warmup_trainer(tiny_backbone, scene_rows, section, StageContext(arguments, seed=5))
+    collator, model = trainer.data_collator.collate, trainer.model
     assert (collator.seed, collator.text_mask_ratio, collator.image_mask_ratio) == (5, 0.3, 0.25)
     assert collator.patch_fill == "zero"
     assert (model.mae_weight, model.normalise_targets) == (2.0, True)
     assert len(trainer.train_dataset) == len(scene_rows)
-    # Else transformers takes the loss for one that is already divided by the number of accumulated batches.
-    assert trainer.model_accepts_loss_kwargs is False
+    # Else transformers divides the loss by the micro-batches of a step; it is a mean over the step already.
+    assert trainer.model_accepts_loss_kwargs is True

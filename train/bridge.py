@@ -2,23 +2,24 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel
 
 from cocoa_embed.attention import bridge_mask
 from cocoa_embed.backbone import Backbone
 from cocoa_embed.train.collators import Batch, BridgeCollator
-from cocoa_embed.train.data import Row, Rows
+from cocoa_embed.train.data import Row
 from cocoa_embed.train.losses import accuracy, mntp_loss
 from cocoa_embed.train.probe import EosProbe, hold_out_rows
 from cocoa_embed.train.reconstruction import (
+    StageContext,
     StageTrainer,
     hidden_token_logits,
     last_hidden_states,
     model_mask,
     position_ids,
+    reconstruction_trainer,
 )
 from cocoa_embed.train.sections import BridgeSection
 
@@ -28,7 +29,8 @@ logger = logging.getLogger(__name__)
 class BridgeModel(nn.Module):
     """The backbone under the bridge mask."""
 
-    accepts_loss_kwargs = False
+    accepts_loss_kwargs = True
+    """The loss is a mean over the whole step already; transformers is not to divide it by the micro-batches."""
 
     def __init__(self, model: PreTrainedModel, *, eos_attends_to_b: bool = True) -> None:
         super().__init__()
@@ -38,24 +40,34 @@ class BridgeModel(nn.Module):
     def predict(self, batch: Batch) -> Tensor:
         """Predict block B's hidden tokens in a batch of the bridge collator: logits ``[hidden tokens, V]``."""
         mask = model_mask(self.backbone, bridge_mask(batch["blocks"], eos_attends_to_b=self.eos_attends_to_b))
-        hidden_states = last_hidden_states(self.backbone, batch, mask, position_ids(self.backbone, batch))
+        positions = position_ids(self.backbone, batch)
+        hidden_states = last_hidden_states(self.backbone, batch, mask, positions)
         return hidden_token_logits(self.backbone, hidden_states, batch["hidden_tokens"])
 
-    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
-        """Return ``loss`` and ``hidden_token_accuracy``, scalars, for a batch of the collator."""
+    def forward(
+        self, *, hidden_token_total: float | None = None, hidden_patch_total: float | None = None, **batch: Tensor
+    ) -> dict[str, Tensor]:
+        """Return ``loss`` and ``hidden_token_accuracy``, scalars, for a batch of the collator.
+
+        :param hidden_token_total: Hidden tokens of the whole step, where the batch is a part of it.
+        :param hidden_patch_total: Of no meaning here: no patches are hidden.
+        """
         logits = self.predict(batch)
-        targets = batch["target_ids"]
-        return {"loss": mntp_loss(logits, targets), "hidden_token_accuracy": accuracy(logits, targets)}
+        targets, total = batch["target_ids"], hidden_token_total
+        return {
+            "loss": mntp_loss(logits, targets, total=total),
+            "hidden_token_accuracy": accuracy(logits, targets, total=total),
+        }
 
 
 def bridge_trainer(
-    backbone: Backbone, rows: Sequence[Row], section: BridgeSection, *, seed: int, arguments: dict[str, Any]
+    backbone: Backbone, rows: Sequence[Row], section: BridgeSection, context: StageContext
 ) -> StageTrainer:
     """Return the trainer of stage 2; the backbone's weights change in place.
 
     The first ``section.probe_rows`` rows with an image are kept out of training, for the probe.
     """
-    collator = BridgeCollator(backbone.processor, seed=seed, mask_ratio=section.mask_ratio)
+    collator = BridgeCollator(backbone.processor, seed=context.seed, mask_ratio=section.mask_ratio)
     probe_rows, training_rows = hold_out_rows(rows, section.probe_rows)
     if section.probe_rows and not probe_rows:
         logger.warning(
@@ -64,11 +76,14 @@ def bridge_trainer(
             section.probe_rows,
             max(4, 2 * section.probe_rows),
         )
-    return StageTrainer(
-        model=BridgeModel(backbone.model, eos_attends_to_b=section.eos_attends_to_b),
-        args=TrainingArguments(**arguments),
-        train_dataset=Rows(training_rows),
-        data_collator=collator,
-        probe=EosProbe(collator, probe_rows, section.batch_size) if probe_rows else None,
+    probe = EosProbe(collator, probe_rows, section.micro_batch_size or section.batch_size) if probe_rows else None
+    return reconstruction_trainer(
+        BridgeModel(backbone.model, eos_attends_to_b=section.eos_attends_to_b),
+        training_rows,
+        collator,
+        section,
+        context,
+        stage="bridge",
+        probe=probe,
         probe_steps=section.probe_steps,
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 
 import numpy as np
 import torch
@@ -13,16 +14,16 @@ from cocoa_embed.backbone import PatchGeometry
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.template import render
 from cocoa_embed.train.corruption import PatchFill, fill_patches, hide_each, hide_share, hide_visual_tokens
-from cocoa_embed.train.data import Item, Row, load_row_image
+from cocoa_embed.train.data import Draw, Item, Row, load_row_image
 
 Batch = dict[str, Tensor]
 """Named model inputs and targets; what a batch does not have (images, say) is left out."""
 
 
-def batch_generator(seed: int, indices: Sequence[int]) -> Generator:
-    """Return a generator that depends on the seed and the batch's rows alone, not on the worker that draws them."""
-    state = np.random.SeedSequence([seed, *indices]).generate_state(1, dtype=np.uint64)[0]
-    return torch.Generator().manual_seed(int(state) >> 1)
+def row_generators(seed: int, draws: Sequence[Draw]) -> list[Generator]:
+    """Return a generator for each row, of the seed and its draw alone: no batch, worker or device changes it."""
+    states = [np.random.SeedSequence([seed, *draw]).generate_state(1, dtype=np.uint64)[0] for draw in draws]
+    return [torch.Generator().manual_seed(int(state) >> 1) for state in states]
 
 
 def render_items(processor: ProcessorMixin, items: Sequence[Item], *, max_length: int | None = None) -> Batch:
@@ -85,24 +86,28 @@ class WarmupCollator:
     image_mask_ratio: float = 0.5
     patch_fill: PatchFill = "noise"
 
-    def __call__(self, examples: list[tuple[int, Row]]) -> Batch:
-        """Collate ``(index, row)`` examples."""
-        generator = batch_generator(self.seed, [index for index, _ in examples])
+    def __call__(self, examples: list[tuple[Draw, Row]]) -> Batch:
+        """Collate rows with their draws."""
+        generators = row_generators(self.seed, [draw for draw, _ in examples])
         batch = render_items(self.processor, [joined(row) for _, row in examples])
         eligible = text_tokens(batch, self.processor)
-        hidden = hide_each(eligible, self.text_mask_ratio, generator)
+        hidden = hide_each(eligible, self.text_mask_ratio, generators)
         batch = mask_tokens(batch, hidden, self.processor.tokenizer.mask_token_id)
-        if "pixel_values" in batch:
-            batch |= self._hide_patches(batch, generator)
-        return batch
+        if "pixel_values" not in batch:
+            no_patches = torch.empty(0, self.geometry.patch_width)
+            return {**batch, "hidden_patches": torch.empty(0, dtype=torch.bool), "target_patches": no_patches}
+        pictured = [row.image is not None for _, row in examples]
+        return {**batch, **self._hide_patches(batch, list(compress(generators, pictured)))}
 
-    def _hide_patches(self, batch: Batch, generator: Generator) -> Batch:
+    def _hide_patches(self, batch: Batch, generators: Sequence[Generator]) -> Batch:
         per_token = self.geometry.patches_per_token
-        tokens_per_image = batch["image_grid_thw"].prod(dim=1) // per_token
-        hidden_visual = hide_visual_tokens(tokens_per_image, self.image_mask_ratio, generator)
+        patches = batch["image_grid_thw"].prod(dim=1)
+        hidden_visual = hide_visual_tokens(patches // per_token, self.image_mask_ratio, generators)
         hidden_patches = hidden_visual.repeat_interleave(per_token)
         return {
-            "pixel_values": fill_patches(batch["pixel_values"], hidden_patches, self.patch_fill, generator),
+            "pixel_values": fill_patches(
+                batch["pixel_values"], hidden_patches, self.patch_fill, patches.tolist(), generators
+            ),
             "hidden_patches": hidden_patches,
             "target_patches": batch["pixel_values"][hidden_patches],
         }
@@ -126,12 +131,12 @@ class BridgeCollator:
     seed: int
     mask_ratio: float = 0.7
 
-    def __call__(self, examples: list[tuple[int, Row]]) -> Batch:
-        """Collate ``(index, row)`` examples.
+    def __call__(self, examples: list[tuple[Draw, Row]]) -> Batch:
+        """Collate rows with their draws.
 
         :raises CocoaError: For a row that has no text for block B, naming it.
         """
-        generator = batch_generator(self.seed, [index for index, _ in examples])
+        generators = row_generators(self.seed, [draw for draw, _ in examples])
         tokenizer = self.processor.tokenizer
         max_length = tokenizer.model_max_length
         pairs = [split_blocks(row) for _, row in examples]
@@ -159,18 +164,13 @@ class BridgeCollator:
             "attention_mask": (padded_blocks != Block.PAD).long(),
             "blocks": padded_blocks,
         }
-        hidden = self._hide_in_block_b(batch, generator)
+        hidden = self._hide_in_block_b(batch, generators)
         return mask_tokens(batch, hidden, tokenizer.mask_token_id)
 
-    def _hide_in_block_b(self, batch: Batch, generator: Generator) -> Tensor:
+    def _hide_in_block_b(self, batch: Batch, generators: Sequence[Generator]) -> Tensor:
         """Hide a share of each block B, whatever block A is: bool ``[B, L]``."""
         in_b = batch["blocks"] == Block.B
-        ordinary = in_b & ~is_special(batch["input_ids"], self.processor)
-        tails = [row[of_b] for row, of_b in zip(ordinary, in_b, strict=True)]
-        exists = _pad([torch.ones_like(tail) for tail in tails], False)
-        hidden = torch.zeros_like(in_b)
-        hidden[in_b] = hide_share(_pad(tails, False), self.mask_ratio, generator)[exists]
-        return hidden
+        return hide_share(in_b & ~is_special(batch["input_ids"], self.processor), self.mask_ratio, generators)
 
 
 def split_blocks(row: Row) -> tuple[Item, str]:

@@ -1,6 +1,7 @@
 """Stage 3, contrastive learning on ``normalize(hidden[<EOS>])`` (METHOD.md), by sentence-transformers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,13 @@ from sentence_transformers.sentence_transformer.losses import (
 )
 from sentence_transformers.sentence_transformer.training_args import BatchSamplers, MultiDatasetBatchSamplers
 
+from cocoa_embed.train.arguments import memory_remedy
+from cocoa_embed.train.batches import DescribedBatches
 from cocoa_embed.train.data import Item, Row, load_row_image
-from cocoa_embed.train.finite import FiniteLossTrainer
+from cocoa_embed.train.reconstruction import StageContext
 from cocoa_embed.train.sections import ContrastiveSection
+from cocoa_embed.train.throughput import Throughput
+from cocoa_embed.train.trainer import CocoaTrainer
 
 
 class ItemPreprocessor:
@@ -58,6 +63,7 @@ def pair_datasets(rows: Sequence[Row], *, both_directions: bool) -> DatasetDict:
                 {
                     "anchor": [as_record(row.query) for row in subset],
                     "positive": [as_record(row.positive) for row in subset],
+                    "label": list(range(len(subset))),
                 }
             )
             for name, subset in subsets.items()
@@ -84,12 +90,27 @@ def contrastive_loss(
     return CachedMultipleNegativesRankingLoss(model, mini_batch_size=section.cache_chunk, **settings)
 
 
-class ContrastiveTrainer(FiniteLossTrainer, SentenceTransformerTrainer):
-    """The trainer of sentence-transformers, stopped by a loss that is not finite."""
+class ContrastiveTrainer(CocoaTrainer, SentenceTransformerTrainer):
+    """The trainer of sentence-transformers, watched as those of the other stages are."""
+
+
+@dataclass
+class PairCollator(SentenceTransformerDataCollator):
+    """The collator of sentence-transformers, whose batches say what they hold."""
+
+    flops_of: Callable[[dict[str, Any]], float] | None = None
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        """Collate pairs."""
+        return DescribedBatches(super().__call__, _row_numbers, self.flops_of)(features)
+
+
+def _row_numbers(features: list[dict[str, Any]], batch: dict[str, Any]) -> list[int]:
+    return [feature["label"] for feature in features]
 
 
 def contrastive_trainer(
-    model: SentenceTransformer, rows: Sequence[Row], section: ContrastiveSection, *, arguments: dict[str, Any]
+    model: SentenceTransformer, rows: Sequence[Row], section: ContrastiveSection, context: StageContext
 ) -> ContrastiveTrainer:
     """Return the trainer of stage 3; the model's weights change in place."""
     # Without examples of its own the trainer would pick some, for a card that is not written.
@@ -100,11 +121,17 @@ def contrastive_trainer(
         args=SentenceTransformerTrainingArguments(
             batch_sampler=BatchSamplers.NO_DUPLICATES,
             multi_dataset_batch_sampler=MultiDatasetBatchSamplers.PROPORTIONAL,
-            **arguments,
+            **context.arguments,
         ),
         train_dataset=pair_datasets(rows, both_directions=section.both_directions),
         loss=contrastive_loss(model, section),
-        data_collator=SentenceTransformerDataCollator(
-            preprocess_fn=ItemPreprocessor(model), prompts={name: text for name, text in prompts.items() if text}
+        data_collator=PairCollator(
+            preprocess_fn=ItemPreprocessor(model),
+            prompts={name: text for name, text in prompts.items() if text},
+            flops_of=context.flops_of,
         ),
+        rows=rows,
+        memory_remedy=memory_remedy("contrastive", section),
+        known=context.known,
+        throughput=Throughput(context.peak_flops),
     )

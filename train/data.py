@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from PIL import Image
 from torch.utils.data import Dataset
@@ -73,8 +73,15 @@ def load_row_image(path: Path) -> Image.Image:
     return image
 
 
-class Rows(Dataset[tuple[int, Row]]):
-    """Rows with their index, which seeds their corruption whatever worker draws them."""
+class Draw(NamedTuple):
+    """A row's number, and how often it was drawn before: what seeds its corruption, in whatever batch or worker."""
+
+    index: int
+    epoch: int = 0
+
+
+class Rows(Dataset[tuple[Draw, Row]]):
+    """Rows by their draws."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = rows
@@ -82,8 +89,13 @@ class Rows(Dataset[tuple[int, Row]]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> tuple[int, Row]:
-        return index, self.rows[index]
+    def __getitem__(self, draw: Draw) -> tuple[Draw, Row]:
+        return draw, self.rows[draw.index]
+
+
+def numbered(rows: Sequence[Row]) -> list[tuple[Draw, Row]]:
+    """Return rows as a collator takes them, each drawn for the first time."""
+    return [(Draw(index), row) for index, row in enumerate(rows)]
 
 
 def read_image_folder(

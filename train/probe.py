@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from cocoa_embed.train.collators import Batch
-from cocoa_embed.train.data import Row
+from cocoa_embed.train.data import Draw, Row, numbered
 
-Collate = Callable[[list[tuple[int, Row]]], Batch]
+Collate = Callable[[list[tuple[Draw, Row]]], Batch]
 
 
 class EosProbe:
@@ -24,8 +24,8 @@ class EosProbe:
 
     def __init__(self, collate: Collate, rows: Sequence[Row], batch_size: int) -> None:
         def batches(rows: Sequence[Row]) -> list[Batch]:
-            numbered = list(enumerate(rows))
-            return [collate(numbered[start : start + batch_size]) for start in range(0, len(numbered), batch_size)]
+            drawn = numbered(rows)
+            return [collate(drawn[start : start + batch_size]) for start in range(0, len(drawn), batch_size)]
 
         self.batches = {
             "accuracy_right_image": batches(rows),

@@ -8,8 +8,10 @@ from typing import Any
 
 from cocoa_embed.backbone import Origin, origin
 from cocoa_embed.export import TRAINING_FILE, read_training
-from cocoa_embed.train.recipe import Recipe
-from cocoa_embed.train.sections import StageSection
+from cocoa_embed.train.checkpoints import write_json
+from cocoa_embed.train.recipe import SOURCE_KINDS, Recipe
+
+LOG_FILE = "log.json"
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,18 @@ class StageResult:
         return {name: value for line in self.log for name, value in line.items()}
 
 
+def read_result(stage: str, folder: Path) -> StageResult | None:
+    """Return the result of a finished stage from its checkpoint; None where it is not finished.
+
+    :raises CocoaError: If its record is broken.
+    """
+    if not (folder / TRAINING_FILE).is_file():
+        return None
+    record = read_training(folder)["stages"][-1]
+    log = json.loads((folder / LOG_FILE).read_text(encoding="utf-8"))
+    return StageResult(stage, folder, record["steps"], record["rows"], record["seconds"], log)
+
+
 @dataclass(frozen=True)
 class Start:
     """Where a run begins: the backbone that its weights are from, and the stages they have been through already."""
@@ -58,23 +72,30 @@ def read_start(name_or_path: str) -> Start:
 
 
 def write_record(recipe: Recipe, start: Start, results: Sequence[StageResult]) -> None:
-    """Write the record and the log of the last stage into its checkpoint."""
+    """Write log and record of the last stage into its checkpoint; the record comes last and says that all is there."""
     record = {
         "backbone": start.backbone,
         "origin": start.origin,
         "recipe": recipe.model_dump(mode="json"),
         "stages": start.stages + [_stage_record(recipe, result) for result in results],
-        "data": "; ".join(
-            start.data + [f"{r.stage}: {r.rows} rows of {recipe.data_of(r.stage).folder}" for r in results]
-        ),
+        "data": "; ".join(start.data + [f"{r.stage}: {r.rows} rows of {_sources(recipe, r.stage)}" for r in results]),
     }
     folder = results[-1].folder
-    (folder / TRAINING_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    (folder / "log.json").write_text(json.dumps(results[-1].log, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / LOG_FILE, results[-1].log)
+    write_json(folder / TRAINING_FILE, record)
+
+
+def _sources(recipe: Recipe, stage: str) -> str:
+    """Return the names of a stage's sources, each once, for the model card."""
+    named = [
+        next(str(given) for kind in SOURCE_KINDS if (given := getattr(source, kind)) is not None)
+        for source in recipe.sources_of(stage).values()
+    ]
+    return ", ".join(dict.fromkeys(named))
 
 
 def _stage_record(recipe: Recipe, result: StageResult) -> dict[str, Any]:
-    section: StageSection = getattr(recipe, result.stage)
+    section = recipe.section(result.stage)
     return {
         "stage": result.stage,
         "steps": result.steps,

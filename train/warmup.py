@@ -1,23 +1,24 @@
 """Stage 1, warm-up: bidirectional attention by joint reconstruction of text and pixels (METHOD.md)."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel
 
 from cocoa_embed.attention import bidirectional_mask
 from cocoa_embed.backbone import Backbone, PatchGeometry
 from cocoa_embed.train.collators import Batch, WarmupCollator
-from cocoa_embed.train.data import Row, Rows
+from cocoa_embed.train.data import Row
 from cocoa_embed.train.losses import accuracy, mae_loss, mntp_loss
 from cocoa_embed.train.pixel_decoder import PixelDecoder
 from cocoa_embed.train.reconstruction import (
+    StageContext,
     StageTrainer,
     hidden_token_logits,
     last_hidden_states,
     model_mask,
     position_ids,
+    reconstruction_trainer,
 )
 from cocoa_embed.train.sections import WarmupSection
 
@@ -25,7 +26,8 @@ from cocoa_embed.train.sections import WarmupSection
 class WarmupModel(nn.Module):
     """The backbone with a pixel decoder beside it: ``loss = mntp + mae_weight * mae``."""
 
-    accepts_loss_kwargs = False
+    accepts_loss_kwargs = True
+    """The loss is a mean over the whole step already; transformers is not to divide it by the micro-batches."""
 
     def __init__(
         self,
@@ -41,50 +43,56 @@ class WarmupModel(nn.Module):
         self.mae_weight = mae_weight
         self.normalise_targets = normalise_targets
 
-    def predict(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    def predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Predict what is hidden in a batch of :class:`~cocoa_embed.train.collators.WarmupCollator`.
 
-        :returns: Logits ``[hidden tokens, V]``, and the patches ``[hidden patches, patch_width]`` where it has images.
+        :returns: Logits ``[hidden tokens, V]`` and patches ``[hidden patches, patch_width]``.
         """
         positions = position_ids(self.backbone, batch)
         mask = model_mask(self.backbone, bidirectional_mask(batch["attention_mask"]))
         hidden_states = last_hidden_states(self.backbone, batch, mask, positions)
         logits = hidden_token_logits(self.backbone, hidden_states, batch["hidden_tokens"])
-        if "hidden_patches" not in batch:
-            return logits, None
         visual = batch["mm_token_type_ids"] == 1
         return logits, self.pixel_decoder(hidden_states, visual, mask, positions)[batch["hidden_patches"]]
 
-    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
-        """Return ``loss`` and its parts, scalars, for a batch of the collator."""
+    def forward(
+        self, *, hidden_token_total: float | None = None, hidden_patch_total: float | None = None, **batch: Tensor
+    ) -> dict[str, Tensor]:
+        """Return ``loss`` and its parts, scalars, for a batch of the collator.
+
+        :param hidden_token_total: Hidden tokens of the whole step, where the batch is a part of it.
+        :param hidden_patch_total: Hidden patches of the whole step.
+        """
         logits, patches = self.predict(batch)
-        mntp = mntp_loss(logits, batch["target_ids"])
-        parts = {"loss": mntp, "mntp_loss": mntp, "hidden_token_accuracy": accuracy(logits, batch["target_ids"])}
-        if patches is not None:
-            mae = mae_loss(patches, batch["target_patches"], normalise_targets=self.normalise_targets)
-            parts |= {"loss": mntp + self.mae_weight * mae, "mae_loss": mae}
-        return parts
+        targets, total = batch["target_ids"], hidden_token_total
+        mntp = mntp_loss(logits, targets, total=total)
+        mae = mae_loss(
+            patches, batch["target_patches"], normalise_targets=self.normalise_targets, total=hidden_patch_total
+        )
+        return {
+            "loss": mntp + self.mae_weight * mae,
+            "mntp_loss": mntp,
+            "mae_loss": mae,
+            "hidden_token_accuracy": accuracy(logits, targets, total=total),
+        }
 
 
 def warmup_trainer(
-    backbone: Backbone, rows: Sequence[Row], section: WarmupSection, *, seed: int, arguments: dict[str, Any]
+    backbone: Backbone, rows: Sequence[Row], section: WarmupSection, context: StageContext
 ) -> StageTrainer:
     """Return the trainer of stage 1; the backbone's weights change in place, the pixel decoder is thrown away."""
-    return StageTrainer(
-        model=WarmupModel(
-            backbone.model,
-            backbone.geometry,
-            mae_weight=section.mae_weight,
-            normalise_targets=section.normalise_targets,
-        ),
-        args=TrainingArguments(**arguments),
-        train_dataset=Rows(rows),
-        data_collator=WarmupCollator(
-            backbone.processor,
-            backbone.geometry,
-            seed=seed,
-            text_mask_ratio=section.text_mask_ratio,
-            image_mask_ratio=section.image_mask_ratio,
-            patch_fill=section.patch_fill,
-        ),
+    model = WarmupModel(
+        backbone.model,
+        backbone.geometry,
+        mae_weight=section.mae_weight,
+        normalise_targets=section.normalise_targets,
     )
+    collator = WarmupCollator(
+        backbone.processor,
+        backbone.geometry,
+        seed=context.seed,
+        text_mask_ratio=section.text_mask_ratio,
+        image_mask_ratio=section.image_mask_ratio,
+        patch_fill=section.patch_fill,
+    )
+    return reconstruction_trainer(model, rows, collator, section, context, stage="warmup")

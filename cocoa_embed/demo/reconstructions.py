@@ -13,7 +13,7 @@ from cocoa_embed.backbone import PatchGeometry
 from cocoa_embed.demo.report import BridgeMask, PatchReconstruction, TokenReconstruction
 from cocoa_embed.train.bridge import BridgeModel
 from cocoa_embed.train.collators import Batch, BridgeCollator, WarmupCollator
-from cocoa_embed.train.data import Row
+from cocoa_embed.train.data import Row, numbered
 from cocoa_embed.train.warmup import WarmupModel
 
 
@@ -44,7 +44,7 @@ def warmup_reconstructions(
 
     :param rows: Rows with an image each.
     """
-    batch = collator(list(enumerate(rows)))
+    batch = collator(numbered(rows))
     model.eval()
     logits, predicted = model.predict(_on_device_of(model, batch))
     if predicted is None:
@@ -75,7 +75,7 @@ def bridge_reconstructions(
     model: BridgeModel, collator: BridgeCollator, rows: Sequence[Row]
 ) -> tuple[list[TokenReconstruction], BridgeMask]:
     """Hide most of each row's block B, let the stage-2 model fill it in, and draw the first row's mask."""
-    batch = collator(list(enumerate(rows)))
+    batch = collator(numbered(rows))
     model.eval()
     logits = model.predict(_on_device_of(model, batch)).cpu()
     images = [Image.open(row.image).convert("RGB") for row in rows if row.image is not None]

@@ -62,9 +62,9 @@ class Watch:
         """Reconstruct with a stage's model, before its decoder is thrown away."""
         self.meter.peak_memory_bytes[stage] = peak_memory_bytes()
         if stage == "warmup":
-            self.patches, tokens = warmup_reconstructions(trainer.model, trainer.data_collator, self.rows)
+            self.patches, tokens = warmup_reconstructions(trainer.model, trainer.data_collator.collate, self.rows)
         elif stage == "bridge":
-            tokens, self.mask = bridge_reconstructions(trainer.model, trainer.data_collator, self.rows)
+            tokens, self.mask = bridge_reconstructions(trainer.model, trainer.data_collator.collate, self.rows)
         else:
             return
         self.tokens += tokens

@@ -1,0 +1,47 @@
+"""How long rows are as sequences, told before any of their images is preprocessed."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from transformers import ProcessorMixin
+
+from cocoa_embed.train.data import Item, Row
+
+
+def row_lengths(rows: Sequence[Row], processor: ProcessorMixin, sizes: Mapping[Any, tuple[int, int]]) -> np.ndarray:
+    """Return the tokens of each row when its query and positive stand in one sequence, int64 ``[rows]``.
+
+    :param sizes: Width and height of every image, in pixels.
+    :raises KeyError: If an image has no size.
+    """
+    items = [item for row in rows for item in (row.query, row.positive)]
+    longest = processor.tokenizer.model_max_length
+    return np.minimum(item_lengths(items, processor, sizes).reshape(len(rows), 2).sum(axis=1) + 1, longest)
+
+
+def item_lengths(items: Sequence[Item], processor: ProcessorMixin, sizes: Mapping[Any, tuple[int, int]]) -> np.ndarray:
+    """Return the tokens of each item without ``<EOS>``, int64 ``[items]``; truncation is left out.
+
+    :raises KeyError: If an image has no size.
+    """
+    texts = list({item.text for item in items if item.text is not None})
+    encoded = processor.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    of_text = dict(zip(texts, map(len, encoded), strict=True))
+    of_size = {size: visual_tokens(processor, *size) for size in {sizes[i.image] for i in items if i.image is not None}}
+    return np.array(
+        [
+            (of_text[item.text] if item.text is not None else 0)
+            # An image stands between two tokens that mark its start and its end.
+            + (of_size[sizes[item.image]] + 2 if item.image is not None else 0)
+            for item in items
+        ],
+        dtype=np.int64,
+    )
+
+
+def visual_tokens(processor: ProcessorMixin, width: int, height: int) -> int:
+    """Return how many visual tokens an image takes, after the resizing to the processor's limits."""
+    image_processor = processor.image_processor
+    patches = image_processor.get_number_of_image_patches(height, width, {})
+    return int(patches) // image_processor.merge_size**2

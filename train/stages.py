@@ -1,0 +1,137 @@
+"""Build a stage: its weights, what of them is trained, its trainer, and what is kept of it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from accelerate import PartialState
+from sentence_transformers import SentenceTransformer
+from transformers import PreTrainedModel, set_seed
+
+from cocoa_embed.backbone import Backbone, load_backbone
+from cocoa_embed.export import build_sentence_transformer
+from cocoa_embed.train.arguments import training_arguments
+from cocoa_embed.train.bridge import bridge_trainer
+from cocoa_embed.train.contrastive import contrastive_trainer
+from cocoa_embed.train.lengths import row_lengths
+from cocoa_embed.train.preparation import Prepared
+from cocoa_embed.train.recipe import Recipe
+from cocoa_embed.train.reconstruction import StageContext
+from cocoa_embed.train.sections import BridgeSection, ContrastiveSection, WarmupSection
+from cocoa_embed.train.trainer import CocoaTrainer
+from cocoa_embed.train.warmup import warmup_trainer
+
+
+@dataclass(frozen=True)
+class BuiltStage:
+    """A stage that is ready to train.
+
+    :param save: Writes the trained weights to a folder; every process calls it, the first one writes.
+    """
+
+    trainer: CocoaTrainer
+    save: Callable[[Path], None]
+
+
+def build_stage(recipe: Recipe, stage: str, prepared: Prepared, *, start: Path | None, checkpoints: Path) -> BuiltStage:
+    """Build a stage from the weights of the stage before it.
+
+    :param start: The folder of the stage before; None for the recipe's backbone.
+    :param checkpoints: Where the stage's checkpoints go.
+    :raises CocoaError: If the weights cannot be loaded.
+    """
+    section = recipe.section(stage)
+    if isinstance(section, ContrastiveSection):
+        return _contrastive_stage(recipe, section, prepared, start, checkpoints)
+    backbone = load(recipe, str(start or recipe.backbone), stage)
+    rows = prepared.rows[stage]
+    context = _context(recipe, stage, prepared, backbone.model, checkpoints)
+    if rows.sizes:
+        context = replace(context, lengths_of=partial(row_lengths, processor=backbone.processor, sizes=rows.sizes))
+    if isinstance(section, BridgeSection):
+        trainer = bridge_trainer(backbone, rows.rows, section, context)
+    elif isinstance(section, WarmupSection):
+        trainer = warmup_trainer(backbone, rows.rows, section, context)
+    else:
+        raise TypeError(f"no trainer for a {type(section).__name__}")
+    return BuiltStage(trainer, partial(_save_backbone, trainer, backbone))
+
+
+def load(recipe: Recipe, start: str, stage: str) -> Backbone:
+    """Load the weights that a stage starts from.
+
+    :raises CocoaError: If they cannot be used.
+    """
+    set_seed(recipe.seed)  # a mask token that needs a wider embedding matrix is drawn
+    with PartialState().main_process_first():  # others find what the first has downloaded
+        backbone = load_backbone(
+            start,
+            attn_implementation=attention(recipe, stage),
+            max_length=recipe.max_length,
+            max_pixels=recipe.max_pixels,
+        )
+    _checkpoint_gradients(recipe, backbone.model)
+    return backbone
+
+
+def attention(recipe: Recipe, stage: str) -> str:
+    """Return the attention implementation of a stage on this machine."""
+    return "sdpa" if recipe.attn_implementation == "auto" else recipe.attn_implementation
+
+
+def _contrastive_stage(
+    recipe: Recipe, section: ContrastiveSection, prepared: Prepared, start: Path | None, checkpoints: Path
+) -> BuiltStage:
+    if start is None:
+        start = checkpoints / "start"
+        backbone = load(recipe, recipe.backbone, "contrastive")
+        if PartialState().is_main_process:
+            backbone.save(start)
+        PartialState().wait_for_everyone()
+    set_seed(recipe.seed)
+    model = build_sentence_transformer(
+        start, prompts=recipe.prompts.model_dump(), attn_implementation=attention(recipe, "contrastive")
+    )
+    backbone_model = model[0].auto_model
+    _checkpoint_gradients(recipe, backbone_model)
+    context = _context(recipe, "contrastive", prepared, backbone_model, checkpoints)
+    trainer = contrastive_trainer(model, prepared.rows["contrastive"].rows, section, context)
+    return BuiltStage(trainer, partial(_save_sentence_transformer, trainer, model))
+
+
+def _context(recipe: Recipe, stage: str, prepared: Prepared, model: PreTrainedModel, checkpoints: Path) -> StageContext:
+    return StageContext(
+        arguments=training_arguments(
+            recipe,
+            stage,
+            steps=prepared.steps[stage],
+            folder=checkpoints,
+            layers=sorted(model._no_split_modules),
+            # The contrastive stage embeds texts and images in passes of their own.
+            finds_unused=stage == "contrastive",
+        ),
+        seed=recipe.seed,
+        known={"stage": stage, "recipe": recipe.model_dump(mode="json")},
+    )
+
+
+def _checkpoint_gradients(recipe: Recipe, model: PreTrainedModel) -> None:
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def _save_backbone(trainer: CocoaTrainer, backbone: Backbone, folder: Path) -> None:
+    state = trainer.full_state()
+    if trainer.is_world_process_zero():
+        if state is not None:
+            state = {
+                name.removeprefix("backbone."): value for name, value in state.items() if "pixel_decoder." not in name
+            }
+        backbone.model.save_pretrained(folder, state_dict=state)
+        backbone.processor.save_pretrained(folder)
+
+
+def _save_sentence_transformer(trainer: CocoaTrainer, model: SentenceTransformer, folder: Path) -> None:
+    if trainer.is_world_process_zero():
+        model.save(str(folder), create_model_card=False)

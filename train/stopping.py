@@ -1,0 +1,54 @@
+"""Stop when asked to: SIGTERM saves a checkpoint, then ends the run."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from cocoa_embed.errors import CocoaError
+
+
+class Stopped(CocoaError):
+    """The run was asked to stop; it has saved what it takes to go on."""
+
+    exit_status = 128 + signal.SIGTERM
+
+
+class StopOnSigterm(TrainerCallback):
+    """Save and stop at the end of the step in which SIGTERM arrives, at any of the processes."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.requested = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take note of SIGTERM, instead of ending the process, until the block ends."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # Python gives signals to the main thread alone
+            return
+        before = signal.signal(signal.SIGTERM, self._request)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Save and stop if any process was asked to, so that all do so at the same step."""
+        if self._any_requested():
+            control.should_save = control.should_training_stop = True
+
+    def _any_requested(self) -> bool:
+        accelerator = self.trainer.accelerator
+        if accelerator.num_processes > 1:
+            requested = torch.tensor([int(self.requested)], device=accelerator.device)
+            self.requested = bool(accelerator.reduce(requested, reduction="sum").item())
+        return self.requested
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True

@@ -1,0 +1,152 @@
+"""What the trainers of all stages do beside what transformers does: watch each step, save whole checkpoints."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+from transformers import Trainer
+
+from cocoa_embed.errors import CocoaError
+from cocoa_embed.train.batches import FACTS, BatchFacts
+from cocoa_embed.train.checkpoints import mark_complete, write_json
+from cocoa_embed.train.data import Row
+from cocoa_embed.train.throughput import Throughput
+
+WEIGHTS = "model.safetensors"
+NAMED_ROWS = 16
+"""The most rows that an error names; a file holds them all."""
+
+
+class CocoaTrainer(Trainer):
+    """The :class:`~transformers.Trainer` of a stage, over :class:`~cocoa_embed.train.batches.DescribedBatches`.
+
+    - A step whose loss is not finite ends the run before the weights change, and its rows are named.
+    - A device without memory for a step ends the run with the settings to lower.
+    - Log lines say how fast the stage is (:class:`~cocoa_embed.train.throughput.Throughput`).
+    - Checkpoints hold the model's state as it is, adapters and pixel decoder included, and are marked when whole.
+
+    :param rows: What the batches' row numbers mean.
+    :param memory_remedy: What to change in the recipe where memory does not suffice.
+    :param known: What each checkpoint is to know of the run, as JSON takes it.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        rows: Sequence[Row],
+        memory_remedy: str,
+        known: Mapping[str, Any] | None = None,
+        throughput: Throughput | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._rows = rows
+        self._memory_remedy = memory_remedy
+        self._known = dict(known or {})
+        self.throughput = throughput or Throughput()
+        self._clock = time.perf_counter()
+        super().__init__(*args, **kwargs)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], Any]:
+        """Return the batches of a step.
+
+        :raises CocoaError: If one could not be made.
+        """
+        with self.throughput.waiting():
+            batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        facts: list[BatchFacts] = [batch[FACTS] for batch in batches]
+        for failure in (fact.failure for fact in facts if fact.failure is not None):
+            raise CocoaError(failure)
+        self.throughput.saw(facts)
+        return batches, count
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Run a step.
+
+        :raises CocoaError: If its loss is not finite, or memory does not suffice.
+        """
+        facts: BatchFacts = inputs[FACTS]
+        tensors = {name: value for name, value in inputs.items() if name != FACTS}
+        try:
+            loss = super().training_step(model, tensors, *args, **kwargs)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise CocoaError(
+                f"Step {self.state.global_step + 1} does not fit into memory ({facts.padded_tokens} tokens at once); "
+                f"{self._memory_remedy}."
+            ) from error
+        self._refuse_infinite(loss, facts)
+        return loss
+
+    def _refuse_infinite(self, loss: Tensor, facts: BatchFacts) -> None:
+        losses: Tensor = self.accelerator.gather(loss.reshape(1)) if self.args.world_size > 1 else loss.reshape(1)
+        if torch.isfinite(losses).all():
+            return
+        sources = [self._rows[number].source for number in facts.rows]
+        if self.args.world_size > 1:
+            sources = gather_object(sources)
+        sources = list(dict.fromkeys(sources))
+        step, record = self.state.global_step + 1, Path(self.args.output_dir).parent / "failed_step.json"
+        if self.is_world_process_zero():
+            record.parent.mkdir(parents=True, exist_ok=True)
+            write_json(record, {"step": step, "losses": [str(value) for value in losses.tolist()], "rows": sources})
+        more = f" and {len(sources) - NAMED_ROWS} more, all in {record}" if len(sources) > NAMED_ROWS else ""
+        raise CocoaError(
+            f"The loss of step {step} is {losses[~torch.isfinite(losses)][0].item()}; lower learning_rate "
+            f"({self.args.learning_rate:g}), raise warmup_steps, or look at the rows of its batch: "
+            f"{'; '.join(sources[:NAMED_ROWS])}{more}. The weights are left as they were."
+        )
+
+    def resume_clock(self, seconds: float) -> None:
+        """Say how long the stage has trained before its run was ended."""
+        self._clock -= seconds
+
+    def seconds(self) -> float:
+        """Return how long the stage has trained, what it is resumed from included."""
+        return time.perf_counter() - self._clock
+
+    def full_state(self) -> dict[str, Tensor] | None:
+        """Return the gathered weights of a sharded model, whole in the first process; None where nothing is sharded."""
+        if not self.is_fsdp_enabled:
+            return None
+        state: dict[str, Tensor] = self.accelerator.get_state_dict(self.model_wrapped)
+        return state
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add how fast the stage is to each line of losses."""
+        if "loss" in logs:
+            logs |= self.throughput.figures(self.accelerator)
+            self.throughput.restart()
+        super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self.throughput.paused():
+            super()._save_checkpoint(*args, **kwargs)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+                mark_complete(folder, seconds=self.seconds(), **self._known)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_model(self.accelerator.unwrap_model(self.model), str(folder / WEIGHTS))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            Trainer._load_from_checkpoint(self, resume_from_checkpoint, model)
+        else:
+            load_model(model or self.model, str(Path(resume_from_checkpoint) / WEIGHTS))
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # Where the CPU has none left, torch raises a plain RuntimeError.
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
