@@ -1,6 +1,6 @@
 """Stage 3, contrastive learning on ``normalize(hidden[<EOS>])`` (METHOD.md), by sentence-transformers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,25 @@ from sentence_transformers.sentence_transformer.losses import (
 )
 from sentence_transformers.sentence_transformer.training_args import BatchSamplers, MultiDatasetBatchSamplers
 
-from cocoa_embed.train.data import Item, Row, load_row_image
+from cocoa_embed.train.data import Item, Row, load_row_image, stored_images
 from cocoa_embed.train.finite import FiniteLossTrainer
 from cocoa_embed.train.sections import ContrastiveSection
+from cocoa_embed.train.stored import StoredImage
 
 
 class ItemPreprocessor:
-    """Turn stored items into what the model's own ``preprocess`` takes; images are read here, batch by batch."""
+    """Turn stored items into what the model's own ``preprocess`` takes; images are read here, batch by batch.
 
-    def __init__(self, model: SentenceTransformer) -> None:
+    :param stored: Those images that are kept inside tables, by their names; any other name is a path.
+    """
+
+    def __init__(self, model: SentenceTransformer, stored: Mapping[str, StoredImage] | None = None) -> None:
         self.model = model
+        self.stored = stored or {}
 
     def __call__(self, items: Sequence[dict[str, str | None]], **kwargs: Any) -> dict[str, Any]:
         """Preprocess items of the form :func:`as_record` makes."""
-        return self.model.preprocess([_as_input(item) for item in items], **kwargs)
+        return self.model.preprocess([_as_input(item, self.stored) for item in items], **kwargs)
 
 
 def as_record(item: Item) -> dict[str, str | None]:
@@ -35,10 +40,10 @@ def as_record(item: Item) -> dict[str, str | None]:
     return {"text": item.text, "image": None if item.image is None else str(item.image)}
 
 
-def _as_input(record: dict[str, str | None]) -> dict[str, Any]:
+def _as_input(record: dict[str, str | None], stored: Mapping[str, StoredImage]) -> dict[str, Any]:
     given: dict[str, Any] = {}
     if record["image"] is not None:
-        given["image"] = load_row_image(Path(record["image"]))
+        given["image"] = load_row_image(stored.get(record["image"]) or Path(record["image"]))
     if record["text"] is not None:
         given["text"] = record["text"]
     return given
@@ -105,6 +110,7 @@ def contrastive_trainer(
         train_dataset=pair_datasets(rows, both_directions=section.both_directions),
         loss=contrastive_loss(model, section),
         data_collator=SentenceTransformerDataCollator(
-            preprocess_fn=ItemPreprocessor(model), prompts={name: text for name, text in prompts.items() if text}
+            preprocess_fn=ItemPreprocessor(model, stored_images(rows)),
+            prompts={name: text for name, text in prompts.items() if text},
         ),
     )
