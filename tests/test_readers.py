@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 from datasets import Dataset, DatasetDict, Features, List, Value
 
@@ -119,7 +121,7 @@ def test_a_glob_reads_its_files_in_order_up_to_the_limit(tmp_path: Path) -> None
     ("name", "message"),
     [
         ("gone.jsonl", r"gone\.jsonl does not exist"),
-        ("*.parquet", r"No file matches .*\*\.parquet"),
+        ("gone-*.parquet", r"No file matches .*\*\.parquet; give"),
         ("", r"is a folder; give a \.jsonl, \.csv or \.parquet file"),
         ("rows.txt", r"rows\.txt is not a table"),
         ("broken.parquet", r"broken\.parquet cannot be read"),
@@ -127,6 +129,7 @@ def test_a_glob_reads_its_files_in_order_up_to_the_limit(tmp_path: Path) -> None
         ("twice.csv", r"twice\.csv cannot be read \(its header has the column 'query_text' twice\)"),
         ("empty.jsonl", r"empty\.jsonl: no column holds the query"),
         ("header.csv", r"header\.csv has no rows"),
+        ("none.parquet", r"none\.parquet has no rows"),
     ],
 )
 def test_a_file_that_is_no_table_is_an_error_of_the_whole(tmp_path: Path, name: str, message: str) -> None:
@@ -135,6 +138,8 @@ def test_a_file_that_is_no_table_is_an_error_of_the_whole(tmp_path: Path, name: 
     (tmp_path / "latin.csv").write_bytes(b"query_text,positive_text\n\xe9t\xe9,x\n")
     (tmp_path / "twice.csv").write_text("query_text,query_text\na,b\n")
     (tmp_path / "empty.jsonl").write_text("\n")
+    texts = pa.array([], pa.string())
+    parquet.write_table(pa.table({"query_text": texts, "positive_text": texts}), tmp_path / "none.parquet")
     (tmp_path / "header.csv").write_text("query_text,positive_text\n")
     with pytest.raises(CocoaError, match=message):
         read(file=str(tmp_path / name))

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 import datasets
 import pyarrow as pa
-from datasets.exceptions import DatasetsError
+import pyarrow.parquet as parquet
+from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.images import MetadataError, one_line, parse_json_line, printable
@@ -114,7 +115,13 @@ def open_table(path: Path) -> Table:
     try:
         return opener(path)
     except UNREADABLE as error:
-        raise CocoaError(f"{printable(path)} cannot be read ({one_line(error)}).") from error
+        raise CocoaError(f"{printable(path)} cannot be read ({_cause(error)}).") from error
+
+
+def _cause(error: BaseException) -> str:
+    if isinstance(error, DatasetGenerationError) and error.__cause__ is not None:
+        error = error.__cause__  # the error itself does not say
+    return one_line(error).rstrip(".")
 
 
 def _open_jsonl(path: Path) -> JsonTable:
@@ -154,7 +161,10 @@ def _read_cells(place: str, header: Sequence[str], cells: Sequence[str]) -> Entr
 
 
 def _open_parquet(path: Path) -> StoredTable:
-    dataset = datasets.load_dataset("parquet", data_files=[str(path.absolute())], split="train")
+    if parquet.read_metadata(path).num_rows:
+        dataset = datasets.load_dataset("parquet", data_files=[str(path.absolute())], split="train")
+    else:  # which load_dataset refuses
+        dataset = datasets.Dataset(parquet.read_table(path))
     return StoredTable(printable(path), dataset.with_format("arrow"))
 
 
@@ -176,7 +186,7 @@ def open_data_set(name: str, config: str | None, splits: Sequence[str]) -> Store
             return StoredTable(", ".join(filter(None, (name, config, split))), dataset.with_format("arrow"))
     what = printable(", ".join(filter(None, (name, config))))
     raise CocoaError(
-        f"The data set {what} cannot be loaded ({one_line(faults[0])}); check its name, config and split, and the way "
+        f"The data set {what} cannot be loaded ({_cause(faults[0])}); check its name, config and split, and the way "
         "to the hub if it is not a folder."
     ) from faults[0]
 
