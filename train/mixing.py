@@ -68,10 +68,8 @@ def read_rows(
     weighted = {name: weigh(rows, sources[name].weight, seed=seed, subset=name) for name, rows in subsets.items()}
     for name, rows in weighted.items():
         if not rows:
-            weight = f", at the weight {sources[name].weight}," if subsets[name] else ""
-            raise CocoaError(
-                f"Subset {name!r} has {len(subsets[name])} usable rows, which{weight} leaves none to draw."
-            )
+            usable = f"{len(subsets[name])} usable rows"
+            raise CocoaError(f"Subset {name!r} has {usable}, and none to draw at the weight {sources[name].weight}.")
     rows = [row for of_subset in weighted.values() for row in of_subset]
     counts = {name: len(of_subset) for name, of_subset in weighted.items()}
     return ReadRows(rows, bad, sizes, counts, fingerprint(rows))
