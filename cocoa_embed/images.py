@@ -59,6 +59,16 @@ class ImageError(CocoaError):
         self.reason = reason
 
 
+class MetadataError(CocoaError):
+    """A row of a table cannot be used. ``source`` says which one, ``reason`` why."""
+
+    def __init__(self, source: str, reason: str) -> None:
+        """Keep both parts and join them to the message ``source reason``."""
+        super().__init__(f"{source} {reason}")
+        self.source = source
+        self.reason = reason
+
+
 def load_image(source: ImageSource) -> Image.Image:
     """Return the image as upright RGB: EXIF orientation applied, alpha over white, the first frame of an animation.
 
@@ -248,23 +258,42 @@ def read_image_folder_metadata(folder: str | Path) -> list[dict[str, Any]]:
 def read_metadata_line(metadata: Path, number: int, line: str) -> dict[str, Any]:
     """Return one row of a ``metadata.jsonl``, with the absolute ``path`` of its image.
 
-    :raises CocoaError: If the line is malformed or its image does not exist.
+    :raises MetadataError: If the line is malformed or its image does not exist.
     """
     place = f"{printable(metadata)}:{number}"
-    try:
-        row = json.loads(line, parse_constant=refuse_constant)
-    except ValueError as error:
-        raise CocoaError(f"{place} is not JSON ({one_line(error)})") from error
+    row = parse_json_line(place, line)
     if not isinstance(row, dict):
-        raise CocoaError(f"{place} is a JSON {type(row).__name__}; expected an object with file_name and text")
+        raise MetadataError(place, f"is a JSON {type(row).__name__}; expected an object with file_name and text")
+    return check_metadata_row(metadata, place, row)
+
+
+def parse_json_line(place: str, line: str) -> object:
+    """Return the value that a line of JSON holds.
+
+    :param place: What to call the line in errors.
+    :raises MetadataError: If it is not JSON.
+    """
+    try:
+        return json.loads(line, parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise MetadataError(place, f"is not JSON ({one_line(error)})") from error
+
+
+def check_metadata_row(metadata: Path, place: str, row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of an image folder's metadata, with the absolute ``path`` of its image.
+
+    :param metadata: The file; its folder is where the row's ``file_name`` starts.
+    :param place: What to call the row in errors.
+    :raises MetadataError: If it has no ``file_name``, a ``text`` that is no string, or an image that does not exist.
+    """
     file_name = row.get("file_name")
     if not isinstance(file_name, str) or not file_name:
-        raise CocoaError(f"{place} has no file_name; expected the image's name relative to the folder, as a string")
+        raise MetadataError(place, "has no file_name; expected the image's name relative to the folder, as a string")
     if not isinstance(row.get("text"), str | None):
-        raise CocoaError(f"{place} has a text that is a JSON {type(row['text']).__name__}; expected a string")
+        raise MetadataError(place, f"has a text that is a JSON {type(row['text']).__name__}; expected a string")
     image = (metadata.parent / file_name).absolute()
     if "\0" in file_name or not image.is_file():
-        raise CocoaError(f"{place} names {file_name!r}, which is not in {printable(metadata.parent)}")
+        raise MetadataError(place, f"names {file_name!r}, which is not in {printable(metadata.parent)}")
     return {**row, "path": image}
 
 

@@ -1,6 +1,6 @@
 """A random tiny backbone and a few drawn scenes, for every test that needs a model or data."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,14 @@ TINY_MAX_LENGTH = 128
 SCENES = 24
 
 LoadTiny = Callable[[str], Backbone]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def data_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let ``datasets`` keep its copies of Parquet files with the tests' own files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -156,7 +156,7 @@ def test_corruption_depends_on_the_rows_and_the_seed_alone(
     first = collator(examples)
     torch.manual_seed(2)
     assert same(first, collator(examples))
-    renumbered = collator([(Draw(draw.index + 100), row) for draw, row in examples])
+    renumbered = collator([(Draw(draw.row + 100), row) for draw, row in examples])
     assert not torch.equal(first["hidden_tokens"], renumbered["hidden_tokens"])
     object.__setattr__(collator, "seed", 1)
     assert not torch.equal(first["hidden_tokens"], collator(examples)["hidden_tokens"])

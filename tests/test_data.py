@@ -111,6 +111,14 @@ def test_a_reversed_row_has_its_sides_exchanged_and_the_same_image_and_source() 
     assert turned.reversed() == row
 
 
+def test_a_row_has_the_images_of_its_negatives_too() -> None:
+    one, other, third = (Path(f"{name}.png") for name in "abc")
+    row = Row(Item("find", one), Item(image=other), "", negatives=(Item("a star"), Item("a ring", third)))
+    assert row.images() == (one, other, third)
+    assert [item.text for item in row.items()] == ["find", None, "a star", "a ring"]
+    assert Row(Item("a"), Item("b"), "").images() == ()
+
+
 def test_an_item_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="a text, an image, or both"):
         Item()

@@ -1,10 +1,12 @@
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from cocoa_embed.errors import UsageError
+from cocoa_embed.train.mmeb import MMEB_TRAIN_SUBSETS
 from cocoa_embed.train.recipe import Recipe, recipe_names
 
 MINIMAL = """
@@ -211,3 +213,26 @@ def test_no_mixed_precision_can_be_asked_for_by_its_name(recipe_file: Path) -> N
 def test_a_seed_that_numpy_refuses_is_refused(recipe_file: Path, seed: int) -> None:
     with pytest.raises(UsageError, match=f"seed = {seed}"):
         Recipe.load(recipe_file, [f"seed={seed}"])
+
+
+def mmeb_recipe(**data: Any) -> Recipe:
+    return Recipe.parse({"name": "r", "backbone": "b", "data": data, "bridge": {"epochs": 1, "batch_size": 2}})
+
+
+def test_the_mmeb_layout_alone_stands_for_its_in_domain_subsets(tmp_path: Path) -> None:
+    sources = mmeb_recipe(mmeb=str(tmp_path), limit=7).sources_of("bridge")
+    assert tuple(sources) == MMEB_TRAIN_SUBSETS
+    assert len(sources) == 20
+    assert {(source.mmeb, source.limit, source.config) for source in sources.values()} == {(str(tmp_path), 7, None)}
+
+
+def test_an_mmeb_source_that_names_its_subsets_is_left_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "train.parquet").touch()
+    assert list(mmeb_recipe(mmeb=str(tmp_path)).sources_of("bridge")) == ["data"]
+    assert list(mmeb_recipe(mmeb="some/set", config="CIRR").sources_of("bridge")) == ["data"]
+    subsets = {"CIRR": {"weight": 2}, "text": {"file": "rows.csv"}}
+    sources = mmeb_recipe(mmeb="some/set", subsets=subsets).sources_of("bridge")
+    assert {name: (source.mmeb, source.file) for name, source in sources.items()} == {
+        "CIRR": ("some/set", None),
+        "text": (None, "rows.csv"),
+    }

@@ -35,12 +35,12 @@ def test_the_seed_alone_decides_on_the_order() -> None:
     first, again, other = (list(RowStream(20, 40, batch_size=4, seed=seed)) for seed in (1, 1, 2))
     assert first == again
     assert first != other
-    assert [draw.index for draw in first[:20]] != [draw.index for draw in first[20:]], "epochs differ in their order"
+    assert [draw.row for draw in first[:20]] != [draw.row for draw in first[20:]], "epochs differ in their order"
 
 
 def test_a_batch_of_more_rows_than_there_are_goes_on_in_the_next_epoch() -> None:
     (batch,) = batches(RowStream(3, 8, batch_size=8, seed=0))
-    assert Counter(draw.index for draw in batch).keys() == {0, 1, 2}
+    assert Counter(draw.row for draw in batch).keys() == {0, 1, 2}
     assert Counter(draw.epoch for draw in batch) == {0: 3, 1: 3, 2: 2}
 
 
@@ -50,11 +50,11 @@ def test_rows_of_similar_length_come_together_in_random_order() -> None:
     plain = batches(RowStream(len(lengths), len(lengths), batch_size=8, seed=0))
 
     def padding(drawn: list[list[Draw]]) -> int:
-        of = [[lengths[draw.index] for draw in batch] for batch in drawn]
+        of = [[lengths[draw.row] for draw in batch] for batch in drawn]
         return sum(max(batch) * len(batch) - sum(batch) for batch in of)
 
     assert padding(plain) > 10 * padding(grouped)
-    longest = [max(lengths[draw.index] for draw in batch) for batch in grouped]
+    longest = [max(lengths[draw.row] for draw in batch) for batch in grouped]
     assert longest != sorted(longest), "short batches do not all come first"
 
 

@@ -1,6 +1,6 @@
 """Stage 3, contrastive learning on ``normalize(hidden[<EOS>])`` (METHOD.md), by sentence-transformers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,22 +17,27 @@ from sentence_transformers.sentence_transformer.training_args import BatchSample
 
 from cocoa_embed.train.arguments import memory_remedy
 from cocoa_embed.train.batches import DescribedBatches
-from cocoa_embed.train.data import Item, Row, load_row_image
+from cocoa_embed.train.data import Item, Row, load_row_image, stored_images
 from cocoa_embed.train.reconstruction import StageContext
 from cocoa_embed.train.sections import ContrastiveSection
+from cocoa_embed.train.stored import StoredImage
 from cocoa_embed.train.throughput import Throughput
 from cocoa_embed.train.trainer import CocoaTrainer
 
 
 class ItemPreprocessor:
-    """Turn stored items into what the model's own ``preprocess`` takes; images are read here, batch by batch."""
+    """Turn stored items into what the model's own ``preprocess`` takes; images are read here, batch by batch.
 
-    def __init__(self, model: SentenceTransformer) -> None:
+    :param stored: Those images that are kept inside tables, by their names; any other name is a path.
+    """
+
+    def __init__(self, model: SentenceTransformer, stored: Mapping[str, StoredImage] | None = None) -> None:
         self.model = model
+        self.stored = stored or {}
 
     def __call__(self, items: Sequence[dict[str, str | None]], **kwargs: Any) -> dict[str, Any]:
         """Preprocess items of the form :func:`as_record` makes."""
-        return self.model.preprocess([_as_input(item) for item in items], **kwargs)
+        return self.model.preprocess([_as_input(item, self.stored) for item in items], **kwargs)
 
 
 def as_record(item: Item) -> dict[str, str | None]:
@@ -40,10 +45,10 @@ def as_record(item: Item) -> dict[str, str | None]:
     return {"text": item.text, "image": None if item.image is None else str(item.image)}
 
 
-def _as_input(record: dict[str, str | None]) -> dict[str, Any]:
+def _as_input(record: dict[str, str | None], stored: Mapping[str, StoredImage]) -> dict[str, Any]:
     given: dict[str, Any] = {}
     if record["image"] is not None:
-        given["image"] = load_row_image(Path(record["image"]))
+        given["image"] = load_row_image(stored.get(record["image"]) or Path(record["image"]))
     if record["text"] is not None:
         given["text"] = record["text"]
     return given
@@ -126,7 +131,7 @@ def contrastive_trainer(
         train_dataset=pair_datasets(rows, both_directions=section.both_directions),
         loss=contrastive_loss(model, section),
         data_collator=PairCollator(
-            preprocess_fn=ItemPreprocessor(model),
+            preprocess_fn=ItemPreprocessor(model, stored_images(rows)),
             prompts={name: text for name, text in prompts.items() if text},
             flops_of=context.flops_of,
         ),

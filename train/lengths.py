@@ -1,26 +1,29 @@
 """How long rows are as sequences, told before any of their images is preprocessed."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from transformers import ProcessorMixin
 
-from cocoa_embed.train.data import Item, Row
+from cocoa_embed.train.data import Item, Row, RowImage
 
 
-def row_lengths(rows: Sequence[Row], processor: ProcessorMixin, sizes: Mapping[Any, tuple[int, int]]) -> np.ndarray:
-    """Return the tokens of each row when its query and positive stand in one sequence, int64 ``[rows]``.
+def row_lengths(rows: Sequence[Row], processor: ProcessorMixin, sizes: Mapping[RowImage, tuple[int, int]]) -> list[int]:
+    """Return the tokens of each row when its query and positive stand in one sequence.
 
     :param sizes: Width and height of every image, in pixels.
     :raises KeyError: If an image has no size.
     """
     items = [item for row in rows for item in (row.query, row.positive)]
     longest = processor.tokenizer.model_max_length
-    return np.minimum(item_lengths(items, processor, sizes).reshape(len(rows), 2).sum(axis=1) + 1, longest)
+    whole = item_lengths(items, processor, sizes).reshape(len(rows), 2).sum(axis=1) + 1
+    lengths: list[int] = np.minimum(whole, longest).tolist()
+    return lengths
 
 
-def item_lengths(items: Sequence[Item], processor: ProcessorMixin, sizes: Mapping[Any, tuple[int, int]]) -> np.ndarray:
+def item_lengths(
+    items: Sequence[Item], processor: ProcessorMixin, sizes: Mapping[RowImage, tuple[int, int]]
+) -> np.ndarray:
     """Return the tokens of each item without ``<EOS>``, int64 ``[items]``; truncation is left out.
 
     :raises KeyError: If an image has no size.

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from cocoa_embed.errors import UsageError
+from cocoa_embed.train.mmeb import default_subsets
 from cocoa_embed.train.sections import (
     BridgeSection,
     ContrastiveSection,
@@ -84,12 +85,15 @@ class Recipe(Section):
     def sources_of(self, stage: str) -> dict[str, SourceSection]:
         """Return the sources of a stage's rows by the names of its subsets; one source alone has the name ``data``.
 
+        The ``mmeb`` layout without ``subsets`` or ``config`` stands for its in-domain subsets, by their own names.
+
         :raises UsageError: If a source names nothing to read, or several things.
         """
         data = self.data_of(stage)
         whole = SourceSection(**data.model_dump(exclude_unset=True, include=set(SourceSection.model_fields)))
         if data.subsets is None:
-            sources = {"data": whole}
+            names = default_subsets(whole.mmeb) if whole.mmeb is not None and whole.config is None else ()
+            sources = dict.fromkeys(names or ("data",), whole)
         else:
             sources = {name: SourceSection(**_merged(whole, subset)) for name, subset in data.subsets.items()}
         for name, source in sources.items():

@@ -149,7 +149,7 @@ def reconstruction_trainer(
 
 def draw_indices(examples: Sequence[tuple[Draw, Row]], batch: dict[str, Any]) -> list[int]:
     """Return the numbers of the rows in a batch."""
-    return [draw.index for draw, _ in examples]
+    return [draw.row for draw, _ in examples]
 
 
 class StageTrainer(CocoaTrainer):

@@ -53,7 +53,7 @@ class RowStream(Sampler[Draw]):
     def _grouped(self, draws: Iterator[Draw], lengths: Sequence[int]) -> Iterator[Draw]:
         generator = np.random.default_rng([self.seed, self.rows, self.draws])
         while window := list(islice(draws, WINDOW * self.batch_size)):
-            window.sort(key=lambda draw: lengths[draw.index])
+            window.sort(key=lambda draw: lengths[draw.row])
             starts = np.arange(0, len(window), self.batch_size)
             for start in generator.permutation(starts):
                 yield from window[start : start + self.batch_size]

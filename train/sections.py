@@ -21,9 +21,10 @@ class Section(BaseModel):
 
 
 class ColumnsSection(Section):
-    """Which column of a file holds which part of a row; a part without a column is not there.
+    """Which column of a table holds which part of a row; a part without a column is not there.
 
-    A negative's column may hold one value or a list of them.
+    A negative's column may hold one value or a list of them, in a CSV file as JSON. An image is a path, or the bytes of
+    a file inside the table.
     """
 
     query_text: str | None = None
@@ -39,11 +40,13 @@ class SourceSection(Section):
 
     :param folder: An image folder with ``metadata.jsonl``, ``metadata.csv`` or ``metadata.parquet``.
     :param file: A ``.jsonl``, ``.csv`` or ``.parquet`` file, or a glob of such files; ``columns`` says what is in it.
-    :param mmeb: The MMEB-train layout: a folder, or a name on the hub.
-    :param hub: A data set on the hub, or a folder that ``datasets.load_dataset`` reads; ``columns`` says what is in it.
+    :param mmeb: The MMEB-train layout: a folder, or a name on the hub. Without ``subsets``, its 20 in-domain subsets.
+    :param hub: A data set on the hub, or a folder that ``datasets`` reads or wrote; ``columns`` says what is in it.
+    :param columns: By default, the columns that are called as the keys of :class:`ColumnsSection`.
     :param config: The configuration of a ``hub`` or ``mmeb`` data set; for a subset of ``mmeb``, its name by default.
-    :param split: The split of a ``hub`` or ``mmeb`` data set.
-    :param images: The folder that relative image paths start from; by default that of the file itself.
+    :param split: The split of a ``hub`` or ``mmeb`` data set; ``train`` also stands for MMEB-train's ``original``.
+    :param images: The folder that relative image paths start from; by default that of the file, or of the data set. On
+        the hub, ``mmeb`` needs it: its images are not part of the data set.
     :param captions: For image folders: a row for each image's ``text``, or for each entry of its ``captions``.
     :param paraphrases: For image folders: text-only rows for each image, from one of its ``captions`` to another.
     :param limit: The first so many entries (images of a folder, rows of anything else); all by default.

@@ -39,13 +39,20 @@ def _by_text(indexer: QdrantIndexer, row: Row) -> QueryResult:
 
 
 def _by_image(indexer: QdrantIndexer, row: Row) -> QueryResult:
-    found = indexer.search(image=row.image, limit=SHOWN_HITS)
-    return _result("image → image", row, found, image=row.image)
+    image = _file(row)
+    found = indexer.search(image=image, limit=SHOWN_HITS)
+    return _result("image → image", row, found, image=image)
 
 
 def _by_both(indexer: QdrantIndexer, row: Row) -> QueryResult:
-    found = indexer.search(row.positive.text, image=row.image, limit=SHOWN_HITS)
-    return _result("image + text → image", row, found, text=row.positive.text, image=row.image)
+    image = _file(row)
+    found = indexer.search(row.positive.text, image=image, limit=SHOWN_HITS)
+    return _result("image + text → image", row, found, text=row.positive.text, image=image)
+
+
+def _file(row: Row) -> Path | None:
+    """Return a row's image; the demo's are files."""
+    return row.image if isinstance(row.image, Path) else None
 
 
 def _through_llama_index(retriever: CocoaRetriever, row: Row) -> QueryResult:
@@ -62,12 +69,13 @@ def _as_found(scored: NodeWithScore) -> Found:
 def _result(
     title: str, row: Row, found: Sequence[Found], *, text: str | None = None, image: Path | None = None
 ) -> QueryResult:
+    right = _file(row)
     hits = [
         Hit(
             image=load_image(hit.path),
             score=hit.score,
             caption=str(hit.payload.get("caption") or ""),
-            correct=row.image is not None and Path(hit.path).samefile(row.image),
+            correct=right is not None and Path(hit.path).samefile(right),
         )
         for hit in found
     ]

@@ -13,7 +13,7 @@ from cocoa_embed.backbone import PatchGeometry
 from cocoa_embed.demo.report import BridgeMask, PatchReconstruction, TokenReconstruction
 from cocoa_embed.train.bridge import BridgeModel
 from cocoa_embed.train.collators import Batch, BridgeCollator, WarmupCollator
-from cocoa_embed.train.data import Row, numbered
+from cocoa_embed.train.data import Row, load_row_image, numbered
 from cocoa_embed.train.warmup import WarmupModel
 
 
@@ -78,7 +78,7 @@ def bridge_reconstructions(
     batch = collator(numbered(rows))
     model.eval()
     logits = model.predict(_on_device_of(model, batch)).cpu()
-    images = [Image.open(row.image).convert("RGB") for row in rows if row.image is not None]
+    images = [load_row_image(row.image) for row in rows if row.image is not None]
     tokens = _token_reconstructions(batch, logits, collator.processor, stage="bridge", images=images)
     return tokens, _mask_of_first_row(batch, model, collator.processor)
 

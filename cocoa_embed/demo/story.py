@@ -37,10 +37,9 @@ from cocoa_embed.export import (
     save_sentence_transformer,
 )
 from cocoa_embed.folders import claim_folder, refuse_foreign_folder
-from cocoa_embed.images import load_image
 from cocoa_embed.integrations.qdrant import QdrantIndexer
 from cocoa_embed.train import Recipe, StageResult, run
-from cocoa_embed.train.data import Row, read_image_folder
+from cocoa_embed.train.data import Row, load_row_image, read_image_folder
 
 MARKER = ".cocoa-demo"
 SHOWN_RECONSTRUCTIONS = 8
@@ -202,7 +201,7 @@ def evaluate(checkpoint: Path, rows: list[Row]) -> tuple[SentenceTransformer, Me
     model = build_sentence_transformer(checkpoint, prompts=read_training(checkpoint)["recipe"]["prompts"])
     encoder = Encoder(model)
     texts = [{"text": row.positive.text or ""} for row in rows]
-    images = [{"image": load_image(row.image)} for row in rows if row.image is not None]
+    images = [{"image": load_row_image(row.image)} for row in rows if row.image is not None]
     own = np.arange(len(rows))
     metrics = {}
     for name, queries, candidates in (("text_to_image", texts, images), ("image_to_text", images, texts)):
