@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 
 from cocoa_embed.backbone import load_backbone, load_processor, read_config, resolve_backbone
@@ -26,6 +28,8 @@ DATA_FILE = "data.json"
 
 NOT_LEARNED = frozenset({"workers", "report_to", "micro_batch_size", "cache_chunk", "gradient_checkpointing"})
 """What may change between the parts of a run: how it fits a machine, not what it learns."""
+
+_CANNOT_SHARD = (DistributedType.NO, DistributedType.MULTI_CPU)
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,9 @@ def check_stages(recipe: Recipe) -> None:
         raise UsageError(f"Recipe {recipe.name!r} has no stage; give at least one of warmup, bridge, contrastive.")
     for stage in recipe.stages:
         recipe.sources_of(stage)
+    if recipe.sharding != "none" and PartialState().distributed_type in _CANNOT_SHARD:
+        # transformers would leave the weights whole without a word.
+        raise UsageError(f"sharding={recipe.sharding} needs several accelerators, with a process each.")
     if recipe.sharding != "none" and recipe.contrastive is not None:
         raise UsageError(
             f"sharding={recipe.sharding} is for the first two stages; run them with contrastive=null, then the "
