@@ -84,7 +84,7 @@ class DataSection(SourceSection):
 class AdapterSection(Section):
     """Train low-rank matrices beside the weights, merged into them at the stage's end.
 
-    :param vision: Adapt the vision encoder too, not the language model alone.
+    :param vision: Adapt the vision encoder too, not the language model alone; by default, unless ``freeze_vision``.
     """
 
     kind: Literal["lora", "dora"] = "dora"
@@ -92,7 +92,7 @@ class AdapterSection(Section):
     alpha: Positive = 64
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     init: Literal["gaussian", "kaiming"] = "gaussian"
-    vision: bool = True
+    vision: bool | None = None
 
 
 class StageSection(Section):
@@ -126,6 +126,12 @@ class StageSection(Section):
     def _has_a_length(self) -> "StageSection":
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give steps or epochs, one of the two")
+        return self
+
+    @model_validator(mode="after")
+    def _freezes_or_adapts_vision(self) -> "StageSection":
+        if self.freeze_vision and self.adapter is not None and self.adapter.vision:
+            raise ValueError("freeze_vision and adapter.vision are both true; set one of them to false")
         return self
 
 
