@@ -171,9 +171,12 @@ class ContrastiveSection(StageSection):
     :param cache_chunk: Items that a device runs at once; gradients are cached, so that the batch may be larger.
     :param both_directions: Train each pair from either side, as two subsets.
     :param symmetric: Let each positive look for its query too, in the same loss.
-    :param hard_negatives: How many of a row's own negatives to use, at most.
-    :param matryoshka_dims: Lengths at which the first values of an embedding are embeddings themselves.
-    :param one_subset_a_batch: Draw each batch from one subset, so that its negatives are of one kind.
+    :param hard_negatives: How many of a row's own negatives to use, at most. They are candidates of every query of the
+        batch, and rows that share one do not meet in a batch.
+    :param matryoshka_dims: Lengths at which the first values of an embedding are embeddings themselves; the whole is
+        always among them.
+    :param one_subset_a_batch: Draw each batch from one subset, so that its negatives are of one kind; otherwise from
+        all rows, both directions mixed.
     """
 
     temperature: Rate = 0.02
