@@ -100,7 +100,7 @@ def _quoted(prompt: str) -> str:
     return f'"{prompt}"' if prompt else "nothing"
 
 
-def _training_parts(name: str, training: dict[str, Any], dimension: int) -> list[str]:
+def _training_parts(name: str, training: dict[str, Any], dimension: int | None) -> list[str]:
     stages, recipe = training["stages"], training["recipe"]
     parts = [_stage_table(stages), _adapter_text(stages, recipe)]
     if recipe.get("contrastive") and any(stage["stage"] == "contrastive" for stage in stages):
@@ -152,8 +152,8 @@ def _contrastive_text(section: dict[str, Any]) -> str:
     return " ".join(sentences)
 
 
-def _matryoshka_text(name: str, section: dict[str, Any], dimension: int) -> str:
-    dims = [f"{dim}" for dim in sorted(section.get("matryoshka_dims") or [], reverse=True) if dim < dimension]
+def _matryoshka_text(name: str, section: dict[str, Any], dimension: int | None) -> str:
+    dims = [f"{dim}" for dim in sorted(section.get("matryoshka_dims") or [], reverse=True) if dim != dimension]
     if not dims:
         return ""
     return (

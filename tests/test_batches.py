@@ -1,5 +1,3 @@
-from collections.abc import Iterator
-
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
@@ -57,22 +55,9 @@ def test_without_it_devices_get_rows_of_several_subsets() -> None:
 
 
 def test_another_epoch_draws_other_batches() -> None:
-    class Epochs(BatchSampler):
-        epoch = 0
-
-        def __init__(self) -> None:
-            pass
-
-        def __iter__(self) -> Iterator[list[int]]:
-            yield [self.epoch, self.epoch + 1]
-
-        def __len__(self) -> int:
-            return 1
-
-        def set_epoch(self, epoch: int) -> None:
-            self.epoch = epoch
-
-    sampler = SharedBatchSampler(Epochs(), 2)
-    assert (list(sampler), len(sampler)) == ([[0], [1]], 2)
-    sampler.set_epoch(5)
-    assert list(sampler) == [[5], [6]]
+    sampler = SharedBatchSampler(proportional(2), 2)
+    first, again = list(sampler), list(sampler)
+    assert first == again
+    assert len(first) <= len(sampler) == 2 * (5 + 2 + 1)
+    sampler.set_epoch(1)
+    assert list(sampler) != first

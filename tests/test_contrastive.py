@@ -3,6 +3,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from cocoa_embed.backbone import load_backbone
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.export import build_sentence_transformer
 from cocoa_embed.images import load_image
+from cocoa_embed.train import contrastive
 from cocoa_embed.train.contrastive import (
     ItemPreprocessor,
     as_record,
@@ -263,6 +265,16 @@ def test_the_section_sets_the_losses_temperature_and_chunk(model: SentenceTransf
         assert is_cached is (chunk < BATCH), "a batch that fits into a chunk needs no second forward pass"
         if is_cached:
             assert loss.mini_batch_size == chunk
+
+
+def test_on_several_devices_gradients_are_cached_and_candidates_gathered(
+    model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not contrastive_loss(model, section(cache_chunk=BATCH)).gather_across_devices
+    monkeypatch.setattr(contrastive, "PartialState", lambda: SimpleNamespace(num_processes=2))
+    loss = contrastive_loss(model, section(cache_chunk=BATCH))
+    assert isinstance(loss, CachedMultipleNegativesRankingLoss)
+    assert loss.gather_across_devices
 
 
 # Hard negatives and Matryoshka dimensions

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from sentence_transformers.base.sampler import SetEpochMixin
 from torch.utils.data import BatchSampler
 
 
@@ -16,21 +17,22 @@ class SharedBatchSampler(BatchSampler):
     """
 
     def __init__(self, sampler: BatchSampler, devices: int) -> None:
-        self.sampler = sampler
+        self.batches = sampler
         self.devices = devices
-        # None tells accelerate that batches differ in size and that each is to be used.
+        # Tells accelerate that batches differ in size, and that each is to be used.
         self.batch_size = None  # type: ignore[assignment]
         self.drop_last = False
 
     def __iter__(self) -> Iterator[list[int]]:
-        for batch in self.sampler:
+        for batch in self.batches:
             size = len(batch) // self.devices
             if size:
                 yield from (batch[part * size : (part + 1) * size] for part in range(self.devices))
 
     def __len__(self) -> int:
-        return len(self.sampler) * self.devices
+        return len(self.batches) * self.devices
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the batches of another epoch."""
-        self.sampler.set_epoch(epoch)
+        if isinstance(self.batches, SetEpochMixin):
+            self.batches.set_epoch(epoch)

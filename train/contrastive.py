@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict
@@ -121,8 +121,9 @@ def contrastive_loss(
     of that and of each positive's search for its query among the batch's queries; hard negatives search for nothing.
     With ``matryoshka_dims`` it is the sum over the lengths, of embeddings cut and normalised again.
 
-    Gradients are cached where a device's batch is larger than ``cache_chunk``. Otherwise the cache would give the same
-    loss and the same gradients, and run every batch forward twice for them.
+    Gradients are cached where a batch is larger than ``cache_chunk``. Otherwise the cache would give the same loss and
+    the same gradients, and run every batch forward twice for them. On several devices they always are: without the
+    cache a step runs the model forward once for each column, and DistributedDataParallel expects it once.
 
     :raises UsageError: If ``matryoshka_dims`` are more than the model has.
     """
@@ -134,20 +135,22 @@ def contrastive_loss(
         "partition_mode": "per_direction" if section.symmetric else "joint",
     }
     loss: MultipleNegativesRankingLoss | CachedMultipleNegativesRankingLoss
-    if section.batch_size <= section.cache_chunk * devices:
+    if devices == 1 and section.batch_size <= section.cache_chunk:
         loss = MultipleNegativesRankingLoss(model, **settings)
     else:
         loss = CachedMultipleNegativesRankingLoss(model, mini_batch_size=section.cache_chunk, **settings)
-    dims = matryoshka_dims(section, model.get_embedding_dimension())
+    dims = matryoshka_dims(section, cast(int, model.get_embedding_dimension()))
     return loss if len(dims) == 1 else MatryoshkaLoss(model, loss, dims)
 
 
 class ContrastiveTrainer(FiniteLossTrainer, SentenceTransformerTrainer):
     """The trainer of sentence-transformers, stopped by a loss that is not finite; a step is of one data set."""
 
-    def get_batch_sampler(self, dataset: Dataset, batch_size: int, drop_last: bool, **kwargs: Any) -> BatchSampler:
+    def get_batch_sampler(
+        self, dataset: Dataset, batch_size: int, drop_last: bool, *args: Any, **kwargs: Any
+    ) -> BatchSampler | None:
         """Draw batches for all devices together; the last of a data set may be smaller."""
-        return super().get_batch_sampler(dataset, batch_size * self.args.world_size, drop_last=False, **kwargs)
+        return super().get_batch_sampler(dataset, batch_size * self.args.world_size, False, *args, **kwargs)
 
     def get_multi_dataset_batch_sampler(self, *args: Any, **kwargs: Any) -> BatchSampler:
         """Give each device its part of them."""
