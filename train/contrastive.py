@@ -19,10 +19,10 @@ from sentence_transformers.sentence_transformer.training_args import BatchSample
 from torch.utils.data import BatchSampler
 
 from cocoa_embed.errors import UsageError
-from cocoa_embed.train.batches import SharedBatchSampler
 from cocoa_embed.train.data import Item, Row, load_row_image
 from cocoa_embed.train.finite import FiniteLossTrainer
 from cocoa_embed.train.sections import ContrastiveSection
+from cocoa_embed.train.shared_batches import SharedBatchSampler
 
 
 class ItemPreprocessor:
