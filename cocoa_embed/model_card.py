@@ -47,7 +47,7 @@ larger images are scaled down to {max_pixels} pixels.
 
 ## Training
 
-{stages}
+{training}
 
 Data: {data}. Seed {seed}. The whole recipe is in `cocoa_training.json`.
 
@@ -56,15 +56,17 @@ Data: {data}. Seed {seed}. The whole recipe is in `cocoa_training.json`.
 {results}
 """
 
+_KINDS = {"lora": "LoRA", "dora": "DoRA"}
+
 _METRICS = ("recall@1", "recall@5", "recall@10", "mrr")
 
 
 def model_card(name: str, model: SentenceTransformer, training: dict[str, Any]) -> str:
     """Return the README of an exported model, in Markdown.
 
-    :param training: ``backbone`` and its ``origin``, ``recipe`` (as saved), ``stages`` (list of ``stage``, ``steps``,
-        ``batch_size``, ``learning_rate``, ``final``), and ``results`` (name of the evaluation to its metrics) where
-        something was measured.
+    :param training: ``backbone`` and its ``origin``, ``recipe`` (as saved, by this version or an earlier one),
+        ``stages`` (list of ``stage``, ``steps``, ``batch_size``, ``learning_rate``, ``final`` and, since there are
+        some, ``adapter``), and ``results`` (name of the evaluation to its metrics) where something was measured.
     """
     recipe = training["recipe"]
     processor: ProcessorMixin = model.processor
@@ -78,7 +80,7 @@ def model_card(name: str, model: SentenceTransformer, training: dict[str, Any]) 
         document_prompt=_quoted(recipe["prompts"]["document"]),
         max_length=model.max_seq_length,
         max_pixels=processor.image_processor.size["longest_edge"],
-        stages=_stage_table(training["stages"]),
+        training="\n\n".join(_training_parts(name, training, model.get_embedding_dimension())),
         data=training.get("data", "not recorded"),
         seed=recipe["seed"],
         results=_result_table(training.get("results", {})),
@@ -98,6 +100,14 @@ def _quoted(prompt: str) -> str:
     return f'"{prompt}"' if prompt else "nothing"
 
 
+def _training_parts(name: str, training: dict[str, Any], dimension: int | None) -> list[str]:
+    stages, recipe = training["stages"], training["recipe"]
+    parts = [_stage_table(stages), _adapter_text(stages, recipe)]
+    if recipe.get("contrastive") and any(stage["stage"] == "contrastive" for stage in stages):
+        parts += [_contrastive_text(recipe["contrastive"]), _matryoshka_text(name, recipe["contrastive"], dimension)]
+    return [part for part in parts if part]
+
+
 def _stage_table(stages: list[dict[str, Any]]) -> str:
     if not stages:
         return "No stage was run: these are the backbone's weights."
@@ -108,6 +118,49 @@ def _stage_table(stages: list[dict[str, Any]]) -> str:
         for stage in stages
     ]
     return "\n".join(lines)
+
+
+def _adapter_text(stages: list[dict[str, Any]], recipe: dict[str, Any]) -> str:
+    """Return which stages trained adapters; a stage's own record comes before the recipe, which is the last run's."""
+    adapters = [
+        f"{stage['stage']} {_KINDS[adapter['kind']]} (r {adapter['r']}, alpha {adapter['alpha']})"
+        for stage in stages
+        if (adapter := stage.get("adapter", (recipe.get(stage["stage"]) or {}).get("adapter")))
+    ]
+    if not adapters:
+        return ""
+    return f"Adapters, merged into the weights at the end of their stage: {', '.join(adapters)}."
+
+
+def _contrastive_text(section: dict[str, Any]) -> str:
+    hard_negatives = section.get("hard_negatives", 0)
+    negatives = "no hard negatives"
+    if hard_negatives:
+        negatives = f"up to {hard_negatives} hard negative{'s' * (hard_negatives > 1)} of each of its rows"
+    sentences = [
+        f"Contrastive learning: InfoNCE at temperature {section.get('temperature', 0.02):g}, with in-batch negatives "
+        f"and {negatives}."
+    ]
+    if section.get("one_subset_a_batch", True):
+        sentences.append("A batch is drawn from one subset.")
+    else:
+        sentences.append("A batch is drawn from all subsets.")
+    if section.get("both_directions", True):
+        sentences.append("Each pair is trained in both directions, as two rows.")
+    if section.get("symmetric", False):
+        sentences.append("Each positive looks for its query too, in the same loss.")
+    return " ".join(sentences)
+
+
+def _matryoshka_text(name: str, section: dict[str, Any], dimension: int | None) -> str:
+    dims = [f"{dim}" for dim in sorted(section.get("matryoshka_dims") or [], reverse=True) if dim != dimension]
+    if not dims:
+        return ""
+    return (
+        f"The first {' or '.join(dims)} values of an embedding, normalised again, are an embedding too: load the model "
+        f'with `SentenceTransformer("{name}", truncate_dim={dims[0]})` and give `normalize_embeddings=True` where you '
+        "encode."
+    )
 
 
 def _result_table(results: dict[str, dict[str, float]]) -> str:

@@ -1,7 +1,9 @@
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,17 +13,14 @@ from sentence_transformers.sentence_transformer.losses import CachedMultipleNega
 from torch import Tensor
 
 from cocoa_embed.backbone import load_backbone
-from cocoa_embed.errors import CocoaError
+from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.export import build_sentence_transformer
 from cocoa_embed.images import load_image
-from cocoa_embed.train.contrastive import (
-    ItemPreprocessor,
-    as_record,
-    contrastive_loss,
-    contrastive_trainer,
-    pair_datasets,
-)
+from cocoa_embed.train import contrastive
+from cocoa_embed.train.contrastive import contrastive_loss, contrastive_trainer, matryoshka_dims
 from cocoa_embed.train.data import Item, Row
+from cocoa_embed.train.pairs import ItemPreprocessor, as_record, pair_datasets
+from cocoa_embed.train.reconstruction import StageContext
 from cocoa_embed.train.sections import ContrastiveSection
 from conftest import TINY_MAX_LENGTH
 from exported import PROMPTS, write_checkpoint
@@ -96,28 +95,83 @@ def info_nce(model: SentenceTransformer, rows: list[Row], temperature: float) ->
 
 
 def test_pairs_are_the_rows_and_their_exchange(scene_rows: list[Row]) -> None:
-    pairs = pair_datasets(scene_rows, both_directions=True)
-    assert list(pairs) == ["forward", "backward"]
-    forward, backward = pairs["forward"], pairs["backward"]
+    pairs = pair_datasets(scene_rows, section())
+    assert list(pairs) == ["data", "data, reversed"]
+    forward, backward = pairs.values()
     assert len(forward) == len(backward) == len(scene_rows)
-    assert forward.column_names == backward.column_names == ["anchor", "positive"]
-    for row, there, back in zip(scene_rows, forward, backward, strict=True):
+    assert forward.column_names == backward.column_names == ["anchor", "positive", "label"]
+    for number, (row, there, back) in enumerate(zip(scene_rows, forward, backward, strict=True)):
         assert there["anchor"] == {"text": None, "image": str(row.image)}
         assert there["positive"] == {"text": row.positive.text, "image": None}
         assert (back["anchor"], back["positive"]) == (there["positive"], there["anchor"])
+        assert there["label"] == back["label"] == number
 
 
 def test_one_direction_is_the_rows_alone(scene_rows: list[Row]) -> None:
-    pairs = pair_datasets(scene_rows, both_directions=False)
-    assert list(pairs) == ["forward"]
-    assert len(pairs["forward"]) == len(scene_rows)
+    pairs = pair_datasets(scene_rows, section(both_directions=False))
+    assert list(pairs) == ["data"]
+    assert len(pairs["data"]) == len(scene_rows)
 
 
 def test_items_of_every_kind_keep_their_parts(mixed_rows: list[Row]) -> None:
-    stored = pair_datasets(mixed_rows, both_directions=False)["forward"]["anchor"]
+    stored = pair_datasets(mixed_rows, section(both_directions=False))["data"]["anchor"]
     assert stored[0] == {"text": None, "image": str(mixed_rows[0].image)}
     assert stored[1] == {"text": "what is here?", "image": str(mixed_rows[1].query.image)}
     assert stored[2] == {"text": "scene 2", "image": None}
+
+
+@pytest.fixture
+def subset_rows(scene_rows: list[Row]) -> list[Row]:
+    """Twenty-four rows of two subsets by turns; the first has two hard negatives a row, or one, or none."""
+    rows = []
+    for number, row in enumerate(scene_rows):
+        negatives = tuple(Item(text=f"{row.positive.text} {number} {place}") for place in range(number // 2 % 3))
+        rows.append(replace(row, subset="many", negatives=negatives) if number % 2 else replace(row, subset="none"))
+    return rows
+
+
+def test_rows_with_fewer_negatives_than_their_subset_are_apart(subset_rows: list[Row]) -> None:
+    pairs = pair_datasets(subset_rows, section(hard_negatives=2))
+    expected = {"none": 0, "many": 2, "many, 1 negative": 1, "many, no negatives": 0}
+    expected |= {"none, reversed": 0, "many, reversed": 0}
+    assert {name: len(data.column_names) - 3 for name, data in pairs.items()} == expected
+    numbers = [number for name, data in pairs.items() if "reversed" not in name for number in data["label"]]
+    assert sorted(numbers) == list(range(len(subset_rows))), "no row is lost or doubled"
+    for name, data in pairs.items():
+        for record in data:
+            row = subset_rows[record["label"]]
+            assert row.subset == name.split(",")[0]
+            if "reversed" not in name:
+                found = [record[f"negative_{place + 1}"]["text"] for place in range(expected[name])]
+                assert found == [item.text for item in row.negatives]
+
+
+@pytest.mark.parametrize(
+    ("hard_negatives", "names"), [(0, {"many": 2}), (1, {"many": 3, "many, no negatives": 2}), (5, {"many": 4})]
+)
+def test_at_most_so_many_negatives_are_used_as_asked_for(
+    subset_rows: list[Row], hard_negatives: int, names: dict[str, int]
+) -> None:
+    pairs = pair_datasets(subset_rows, section(hard_negatives=hard_negatives, both_directions=False))
+    for name, columns in names.items():
+        assert pairs[name].column_names[:-1] == ["anchor", "positive", "negative_1", "negative_2"][:columns]
+    assert sum(map(len, pairs.values())) == len(subset_rows)
+
+
+def test_without_subsets_all_rows_are_in_one_data_set(subset_rows: list[Row]) -> None:
+    mixed = pair_datasets(subset_rows, section(one_subset_a_batch=False))
+    assert list(mixed) == ["mixed"]
+    assert sorted(mixed["mixed"]["label"]) == sorted([*range(24)] * 2)
+    apart = pair_datasets(subset_rows, section(one_subset_a_batch=False, hard_negatives=2))
+    assert sorted(apart) == ["mixed", "mixed, 1 negative", "mixed, no negatives"]
+    assert sum(map(len, apart.values())) == 48
+
+
+def test_a_subset_named_as_a_part_of_another_is_refused(subset_rows: list[Row]) -> None:
+    rows = [*subset_rows, replace(subset_rows[0], subset="many, 1 negative")]
+    for given in (rows, rows[::-1]):
+        with pytest.raises(UsageError, match="name 'many, 1 negative', as has a part of 'many'; rename"):
+            pair_datasets(given, section(hard_negatives=2))
 
 
 # Preprocessing
@@ -208,15 +262,114 @@ def test_the_section_sets_the_losses_temperature_and_chunk(model: SentenceTransf
             assert loss.mini_batch_size == chunk
 
 
+def test_on_several_devices_gradients_are_cached_and_candidates_gathered(
+    model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not contrastive_loss(model, section(cache_chunk=BATCH)).gather_across_devices
+    monkeypatch.setattr(contrastive, "PartialState", lambda: SimpleNamespace(num_processes=2))
+    loss = contrastive_loss(model, section(cache_chunk=BATCH))
+    assert isinstance(loss, CachedMultipleNegativesRankingLoss)
+    assert loss.gather_across_devices
+
+
+# Hard negatives and Matryoshka dimensions
+
+CHUNKS = pytest.mark.parametrize("chunk", [3, BATCH])
+"""With cached gradients, and without."""
+
+
+@pytest.fixture
+def negative_rows(mixed_rows: list[Row], scene_rows: list[Row]) -> list[Row]:
+    """Eight pairs with two hard negatives each: a text, and an image."""
+    return [
+        replace(row, negatives=(Item(text=f"scene {number} without it"), scene_rows[BATCH + number].query))
+        for number, row in enumerate(mixed_rows)
+    ]
+
+
+def with_negatives(model: SentenceTransformer, rows: list[Row]) -> list[Features]:
+    columns = zip(*(row.negatives for row in rows), strict=True)
+    return features(model, rows) + [ItemPreprocessor(model)([as_record(item) for item in column]) for column in columns]
+
+
+def slow_loss(model: SentenceTransformer, rows: list[Row], asked: ContrastiveSection, dims: list[int]) -> Tensor:
+    """The closed form, written out: a sum over lengths of the mean over directions."""
+    embeddings = [model(batch)["sentence_embedding"] for batch in with_negatives(model, rows)]
+    rights = torch.arange(len(rows))
+    total = torch.zeros(())
+    for dim in dims:
+        cut = [torch.nn.functional.normalize(column[:, :dim], dim=1) for column in embeddings]
+        losses = [torch.nn.functional.cross_entropy(cut[0] @ torch.cat(cut[1:]).T / asked.temperature, rights)]
+        if asked.symmetric:
+            losses.append(torch.nn.functional.cross_entropy(cut[1] @ cut[0].T / asked.temperature, rights))
+        total = total + torch.stack(losses).mean()
+    return total
+
+
+@CHUNKS
+@pytest.mark.parametrize(("symmetric", "candidates"), [(False, [3 * BATCH]), (True, [3 * BATCH, BATCH])])
+def test_embeddings_without_information_give_the_log_of_the_number_of_candidates(
+    model: SentenceTransformer, negative_rows: list[Row], symmetric: bool, candidates: list[int], chunk: int
+) -> None:
+    """A query's candidates are positives and hard negatives; a positive's are the queries."""
+    same = replace(negative_rows[0], query=negative_rows[0].positive, negatives=(negative_rows[0].positive,) * 2)
+    loss = contrastive_loss(model, section(symmetric=symmetric, cache_chunk=chunk, hard_negatives=2))
+    expected = sum(map(math.log, candidates)) / len(candidates)
+    assert loss(with_negatives(model, [same] * BATCH), None).item() == pytest.approx(expected, abs=1e-4)
+
+
+@CHUNKS
+@pytest.mark.parametrize("dims", [None, [8, 16]])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("temperature", [0.05, 0.5])
+def test_the_losses_of_every_option_and_their_gradients_are_the_closed_form(
+    model: SentenceTransformer,
+    negative_rows: list[Row],
+    chunk: int,
+    dims: list[int] | None,
+    symmetric: bool,
+    temperature: float,
+) -> None:
+    model.eval()
+    asked = section(temperature=temperature, symmetric=symmetric, matryoshka_dims=dims, cache_chunk=chunk)
+    expected = slow_loss(model, negative_rows, asked, [32, *sorted(dims or [], reverse=True)])
+    expected.backward()
+    slow = gradients(model)
+    assert slow.abs().max() > 1e-2
+    model.zero_grad()
+    # Whatever a row's number is, the loss does not look at it.
+    value = contrastive_loss(model, asked)(with_negatives(model, negative_rows), torch.arange(BATCH) * 3)
+    value.backward()
+    assert value.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert (gradients(model) - slow).abs().max() < 1e-4 * slow.abs().max()
+
+
+def test_a_lengths_own_loss_is_part_of_the_sum(model: SentenceTransformer, negative_rows: list[Row]) -> None:
+    """The premise of the test above: each length counts."""
+    with torch.no_grad():
+        parts = [slow_loss(model, negative_rows, section(), [dim]).item() for dim in (8, 16, 32)]
+    assert len({round(part, 3) for part in parts}) == 3
+    assert min(parts) > 0.1
+
+
+def test_the_whole_length_is_always_trained_and_comes_first() -> None:
+    assert matryoshka_dims(section(matryoshka_dims=[8, 16]), 32) == [32, 16, 8]
+    assert matryoshka_dims(section(matryoshka_dims=[8, 32, 8]), 32) == [32, 8]
+    assert matryoshka_dims(section(), 32) == [32]
+
+
+def test_more_dimensions_than_the_model_has_are_refused(model: SentenceTransformer) -> None:
+    with pytest.raises(UsageError, match="asks for 64 values, but this backbone's embeddings have 32; give lengths"):
+        contrastive_loss(model, section(matryoshka_dims=[16, 64]))
+
+
 # The trainer
 
 
 def batches(
-    model: SentenceTransformer, rows: list[Row], folder: Path, *, both_directions: bool, **values: Any
+    model: SentenceTransformer, rows: list[Row], folder: Path, *, asked: ContrastiveSection, **values: Any
 ) -> Iterator[Features]:
-    trainer = contrastive_trainer(
-        model, rows, section(both_directions=both_directions), arguments=arguments(folder, **values)
-    )
+    trainer = contrastive_trainer(model, rows, asked, StageContext(arguments(folder, **values)))
     return iter(trainer.get_train_dataloader())
 
 
@@ -225,7 +378,7 @@ def test_a_batch_is_of_one_subset_and_anchors_get_the_query_prompt(
 ) -> None:
     vision_end = model.tokenizer.convert_tokens_to_ids("<|vision_end|>")
     seen = []
-    for batch in batches(model, scene_rows, tmp_path, both_directions=True):
+    for batch in batches(model, scene_rows, tmp_path, asked=section()):
         with_images = [side for side in ("anchor", "positive") if f"{side}_pixel_values" in batch]
         assert len(with_images) == 1, "all candidates are of one kind"
         seen.append(with_images[0])
@@ -248,7 +401,7 @@ def test_training_sees_the_token_ids_of_encode_query(
     }
     assert len(expected) == len(scene_rows)
     found = set()
-    for batch in batches(model, scene_rows, tmp_path, both_directions=True):
+    for batch in batches(model, scene_rows, tmp_path, asked=section()):
         if "anchor_pixel_values" not in batch:
             for ids, mask in zip(batch["anchor_input_ids"], batch["anchor_attention_mask"], strict=True):
                 found.add(tuple(ids[mask.bool()].tolist()))
@@ -260,15 +413,80 @@ def test_no_batch_holds_a_duplicate(model: SentenceTransformer, scene_rows: list
     rows = [*scene_rows[:12], *scene_rows[:12]]
     found = [
         [tuple(ids) for ids in batch["positive_input_ids"].tolist()]
-        for batch in batches(model, rows, tmp_path, both_directions=False, per_device_train_batch_size=4)
+        for batch in batches(model, rows, tmp_path, asked=section(both_directions=False), per_device_train_batch_size=4)
     ]
     assert sum(map(len, found)) == 24
     assert all(len(set(batch)) == len(batch) for batch in found)
 
 
+@pytest.mark.parametrize("hard_negatives", [0, 2])
+def test_every_batch_is_of_one_subset_and_its_labels_name_its_rows(
+    model: SentenceTransformer, subset_rows: list[Row], tmp_path: Path, hard_negatives: int
+) -> None:
+    """A subset that does not fill a batch gives a smaller one; every row is seen from either side."""
+    asked = section(hard_negatives=hard_negatives)
+    seen: list[int] = []
+    for batch in batches(model, subset_rows, tmp_path, asked=asked):
+        rows = [subset_rows[number] for number in batch["label"].tolist()]
+        assert len({row.subset for row in rows}) == 1
+        side = "positive" if "anchor_pixel_values" in batch else "anchor"
+        captions = model.tokenizer.batch_decode(batch[f"{side}_input_ids"], skip_special_tokens=True)
+        prompt = PROMPTS["document" if side == "positive" else "query"]
+        assert captions == [f"{prompt}{row.positive.text}" for row in rows]
+        negatives = [key for key in batch if key.startswith("negative") and key.endswith("_input_ids")]
+        counts = {len(row.negatives[:hard_negatives]) for row in rows} if side == "positive" else {0}
+        assert counts == {len(negatives)}
+        for key in negatives:
+            texts = model.tokenizer.batch_decode(batch[key], skip_special_tokens=True)
+            assert all(text.startswith(PROMPTS["document"]) for text in texts)
+        seen += batch["label"].tolist()
+    assert sorted(seen) == sorted([*range(len(subset_rows))] * 2)
+
+
+def test_without_subsets_a_batch_mixes_them_and_the_directions(
+    model: SentenceTransformer, subset_rows: list[Row], tmp_path: Path
+) -> None:
+    labels = [
+        batch["label"].tolist()
+        for batch in batches(model, subset_rows, tmp_path, asked=section(one_subset_a_batch=False))
+    ]
+    assert any(len({subset_rows[number].subset for number in batch}) == 2 for batch in labels)
+    assert all(len(set(batch)) == len(batch) for batch in labels), "a row and its exchange are no negatives"
+    assert len(labels) == 6
+    assert {number for batch in labels for number in batch} == set(range(24))
+
+
+def test_rows_that_share_a_negative_do_not_meet(
+    model: SentenceTransformer, scene_rows: list[Row], tmp_path: Path
+) -> None:
+    shared = Item(text="an empty scene")
+    rows = [replace(row, negatives=(shared,)) if number < 3 else row for number, row in enumerate(scene_rows)]
+    asked = section(hard_negatives=1, both_directions=False)
+    found = [batch["label"].tolist() for batch in batches(model, rows, tmp_path, asked=asked)]
+    assert sum(bool(set(batch) & {0, 1, 2}) for batch in found) >= 1
+    assert all(len(set(batch) & {0, 1, 2}) <= 1 for batch in found)
+
+
+@pytest.mark.parametrize("cache_chunk", [4, BATCH])
+def test_training_goes_on_with_subsets_that_do_not_fill_a_batch(
+    model: SentenceTransformer, subset_rows: list[Row], tmp_path: Path, cache_chunk: int
+) -> None:
+    rows = [*subset_rows[:3], replace(subset_rows[3], subset="alone")]
+    asked = section(hard_negatives=2, matryoshka_dims=[8], symmetric=True, cache_chunk=cache_chunk)
+    trainer = contrastive_trainer(model, rows, asked, StageContext(arguments(tmp_path, max_steps=9, seed=1)))
+    trainer.train()
+    assert trainer.state.global_step == 9
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert len(losses) == 9
+    assert max(losses) > 0
+
+
 def test_both_directions_double_the_pairs(model: SentenceTransformer, scene_rows: list[Row], tmp_path: Path) -> None:
     one, both = (
-        sum(len(batch["anchor_input_ids"]) for batch in batches(model, scene_rows, tmp_path, both_directions=choice))
+        sum(
+            len(batch["anchor_input_ids"])
+            for batch in batches(model, scene_rows, tmp_path, asked=section(both_directions=choice))
+        )
         for choice in (False, True)
     )
     assert (one, both) == (len(scene_rows), 2 * len(scene_rows))
@@ -282,7 +500,7 @@ def test_a_few_steps_lower_the_loss(
         model,
         scene_rows,
         section(temperature=0.1, cache_chunk=8),
-        arguments=arguments(tmp_path, max_steps=30, learning_rate=3e-3, logging_steps=30),
+        StageContext(arguments(tmp_path, max_steps=30, learning_rate=3e-3, logging_steps=30)),
     )
     trainer.train()
     assert tiny_loss() < before - 0.3
@@ -309,5 +527,5 @@ def test_no_examples_are_picked_for_a_card_that_is_not_written(
     monkeypatch.setattr(
         type(model.model_card_data), "set_widget_examples", lambda self, dataset: picked.append(dataset), raising=True
     )
-    contrastive_trainer(model, scene_rows, section(), arguments=arguments(tmp_path))
+    contrastive_trainer(model, scene_rows, section(), StageContext(arguments(tmp_path)))
     assert not picked

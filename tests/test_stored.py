@@ -12,8 +12,8 @@ from cocoa_embed.backbone import Backbone
 from cocoa_embed.export import build_sentence_transformer
 from cocoa_embed.images import ImageError
 from cocoa_embed.train.collators import WarmupCollator
-from cocoa_embed.train.contrastive import ItemPreprocessor, as_record
-from cocoa_embed.train.data import Row, load_row_image, stored_images
+from cocoa_embed.train.data import Row, load_row_image, numbered, stored_images
+from cocoa_embed.train.pairs import ItemPreprocessor, as_record
 from cocoa_embed.train.readers import read_source
 from cocoa_embed.train.sections import SourceSection
 from cocoa_embed.train.stored import StoredImage, StoredTable
@@ -85,7 +85,7 @@ def test_a_stored_image_is_collated_like_the_same_image_in_a_file(
     tiny_backbone: Backbone, pairs: tuple[list[Row], list[Row]]
 ) -> None:
     collate = WarmupCollator(tiny_backbone.processor, tiny_backbone.geometry, seed=0)
-    files, stored = (collate(list(enumerate(rows))) for rows in pairs)
+    files, stored = (collate(numbered(rows)) for rows in pairs)
     assert files.keys() == stored.keys()
     assert "pixel_values" in files
     assert all(torch.equal(files[name], stored[name]) for name in files)

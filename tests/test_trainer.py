@@ -61,7 +61,8 @@ def trainer(folder: Path, rows: list[Row] = ROWS, collator: Collate = collate, *
         "save_strategy": "no",
         "remove_unused_columns": False,
     }
-    return reconstruction_trainer(Line(), rows, collator, section, StageContext(arguments), stage="bridge")
+    model = Line()
+    return reconstruction_trainer(model, model, rows, collator, section, StageContext(arguments), stage="bridge")
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4])

@@ -52,9 +52,7 @@ def training_arguments(
     return {
         "output_dir": str(folder),
         "max_steps": steps,
-        # All devices draw from one global batch, and take their parts of it.
-        "per_device_train_batch_size": at_once,
-        "accelerator_config": {"split_batches": True},
+        **_sharing(section, at_once, devices),
         "gradient_accumulation_steps": accumulated,
         "learning_rate": section.learning_rate,
         "lr_scheduler_type": section.schedule,
@@ -115,6 +113,14 @@ def _schedule_arguments(section: StageSection, steps: int) -> dict[str, Any]:
     if section.schedule != "warmup_stable_decay":
         return {}
     return {"num_decay_steps": max(1, round(steps * DECAY_SHARE))}
+
+
+def _sharing(section: StageSection, at_once: int, devices: int) -> dict[str, Any]:
+    """Say how devices come by their parts of one global batch."""
+    if isinstance(section, ContrastiveSection):
+        # Its batch sampler shares batches out itself (shared_batches.py).
+        return {"per_device_train_batch_size": at_once // devices}
+    return {"per_device_train_batch_size": at_once, "accelerator_config": {"split_batches": True}}
 
 
 def _sharding(recipe: Recipe, layers: Sequence[str]) -> dict[str, Any]:

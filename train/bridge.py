@@ -79,6 +79,7 @@ def bridge_trainer(
     probe = EosProbe(collator, probe_rows, section.micro_batch_size or section.batch_size) if probe_rows else None
     return reconstruction_trainer(
         BridgeModel(backbone.model, eos_attends_to_b=section.eos_attends_to_b),
+        backbone.model,
         training_rows,
         collator,
         section,

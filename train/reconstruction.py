@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from cocoa_embed.attention import as_model_mask
 from cocoa_embed.backbone import PatchGeometry
+from cocoa_embed.train.adapters import prepare_trainable
 from cocoa_embed.train.arguments import memory_remedy
 from cocoa_embed.train.batches import FACTS, BatchFacts, DescribedBatches
 from cocoa_embed.train.collators import Batch
@@ -113,6 +114,7 @@ class StageContext:
 
 def reconstruction_trainer(
     model: nn.Module,
+    backbone: PreTrainedModel,
     rows: Sequence[Row],
     collator: Callable[[list[tuple[Draw, Row]]], Batch],
     section: ReconstructionSection,
@@ -123,6 +125,7 @@ def reconstruction_trainer(
 ) -> "StageTrainer":
     """Return the trainer of a reconstruction stage.
 
+    :param model: The stage's model, with all that it copies from ``backbone``, which is in it.
     :param probing: What :class:`StageTrainer` takes of a probe.
     """
     arguments = TrainingArguments(**context.arguments)
@@ -143,6 +146,7 @@ def reconstruction_trainer(
         memory_remedy=memory_remedy(stage, section),
         known=context.known,
         throughput=Throughput(context.peak_flops),
+        adapter=prepare_trainable(backbone, section),
         **probing,
     )
 

@@ -101,6 +101,7 @@ def _stage_record(recipe: Recipe, result: StageResult) -> dict[str, Any]:
         "steps": result.steps,
         "batch_size": section.batch_size,
         "learning_rate": section.learning_rate,
+        "adapter": None if section.adapter is None else section.adapter.model_dump(mode="json"),
         "rows": result.rows,
         "seconds": round(result.seconds, 1),
         "final": result.final,

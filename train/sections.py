@@ -87,7 +87,7 @@ class DataSection(SourceSection):
 class AdapterSection(Section):
     """Train low-rank matrices beside the weights, merged into them at the stage's end.
 
-    :param vision: Adapt the vision encoder too, not the language model alone.
+    :param vision: Adapt the vision encoder too, not the language model alone; by default, unless ``freeze_vision``.
     """
 
     kind: Literal["lora", "dora"] = "dora"
@@ -95,7 +95,7 @@ class AdapterSection(Section):
     alpha: Positive = 64
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     init: Literal["gaussian", "kaiming"] = "gaussian"
-    vision: bool = True
+    vision: bool | None = None
 
 
 class StageSection(Section):
@@ -129,6 +129,12 @@ class StageSection(Section):
     def _has_a_length(self) -> "StageSection":
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give steps or epochs, one of the two")
+        return self
+
+    @model_validator(mode="after")
+    def _freezes_or_adapts_vision(self) -> "StageSection":
+        if self.freeze_vision and self.adapter is not None and self.adapter.vision:
+            raise ValueError("freeze_vision and adapter.vision are both true; set one of them to false")
         return self
 
 
@@ -168,9 +174,12 @@ class ContrastiveSection(StageSection):
     :param cache_chunk: Items that a device runs at once; gradients are cached, so that the batch may be larger.
     :param both_directions: Train each pair from either side, as two subsets.
     :param symmetric: Let each positive look for its query too, in the same loss.
-    :param hard_negatives: How many of a row's own negatives to use, at most.
-    :param matryoshka_dims: Lengths at which the first values of an embedding are embeddings themselves.
-    :param one_subset_a_batch: Draw each batch from one subset, so that its negatives are of one kind.
+    :param hard_negatives: How many of a row's own negatives to use, at most. They are candidates of every query of the
+        batch, and rows that share one do not meet in a batch.
+    :param matryoshka_dims: Lengths at which the first values of an embedding are embeddings themselves; the whole is
+        always among them.
+    :param one_subset_a_batch: Draw each batch from one subset, so that its negatives are of one kind; otherwise from
+        all rows, both directions mixed.
     """
 
     temperature: Rate = 0.02

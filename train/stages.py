@@ -1,19 +1,21 @@
 """Build a stage: its weights, what of them is trained, its trainer, and what is kept of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from accelerate import PartialState
 from sentence_transformers import SentenceTransformer
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
 from cocoa_embed.backbone import Backbone, load_backbone
 from cocoa_embed.export import build_sentence_transformer
 from cocoa_embed.train.arguments import training_arguments
 from cocoa_embed.train.bridge import bridge_trainer
+from cocoa_embed.train.collators import joined, render_items
 from cocoa_embed.train.contrastive import contrastive_trainer
+from cocoa_embed.train.data import Row
 from cocoa_embed.train.lengths import row_lengths
 from cocoa_embed.train.preparation import Prepared
 from cocoa_embed.train.recipe import Recipe
@@ -55,7 +57,7 @@ def build_stage(recipe: Recipe, stage: str, prepared: Prepared, *, start: Path |
         trainer = warmup_trainer(backbone, rows.rows, section, context)
     else:
         raise TypeError(f"no trainer for a {type(section).__name__}")
-    return BuiltStage(trainer, partial(_save_backbone, trainer, backbone))
+    return BuiltStage(trainer, partial(_save_backbone, trainer, backbone, rows.rows))
 
 
 def load(recipe: Recipe, start: str, stage: str) -> Backbone:
@@ -97,7 +99,7 @@ def _contrastive_stage(
     _checkpoint_gradients(recipe, backbone_model)
     context = _context(recipe, "contrastive", prepared, backbone_model, checkpoints)
     trainer = contrastive_trainer(model, prepared.rows["contrastive"].rows, section, context)
-    return BuiltStage(trainer, partial(_save_sentence_transformer, trainer, model))
+    return BuiltStage(trainer, partial(_save_sentence_transformer, trainer, model, prepared.rows["contrastive"].rows))
 
 
 def _context(recipe: Recipe, stage: str, prepared: Prepared, model: PreTrainedModel, checkpoints: Path) -> StageContext:
@@ -121,7 +123,8 @@ def _checkpoint_gradients(recipe: Recipe, model: PreTrainedModel) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def _save_backbone(trainer: CocoaTrainer, backbone: Backbone, folder: Path) -> None:
+def _save_backbone(trainer: CocoaTrainer, backbone: Backbone, rows: Sequence[Row], folder: Path) -> None:
+    _merge_adapter(trainer, backbone.processor, rows)
     state = trainer.full_state()
     if trainer.is_world_process_zero():
         if state is not None:
@@ -132,6 +135,18 @@ def _save_backbone(trainer: CocoaTrainer, backbone: Backbone, folder: Path) -> N
         backbone.processor.save_pretrained(folder)
 
 
-def _save_sentence_transformer(trainer: CocoaTrainer, model: SentenceTransformer, folder: Path) -> None:
+def _save_sentence_transformer(
+    trainer: CocoaTrainer, model: SentenceTransformer, rows: Sequence[Row], folder: Path
+) -> None:
+    _merge_adapter(trainer, model.processor, rows)
     if trainer.is_world_process_zero():
         model.save(str(folder), create_model_card=False)
+
+
+def _merge_adapter(trainer: CocoaTrainer, processor: ProcessorMixin, rows: Sequence[Row]) -> None:
+    """Merge a stage's adapter, where it has one; the merge is checked on a row, with an image if any has one."""
+    if trainer.adapter is None:
+        return
+    row = next((row for row in rows if row.image is not None), rows[0])
+    batch = render_items(processor, [joined(row)])
+    trainer.adapter.merge({name: values.to(trainer.adapter.model.device) for name, values in batch.items()})

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from cocoa_embed.errors import CocoaError
+from cocoa_embed.train.adapters import Adapter
 from cocoa_embed.train.batches import FACTS, BatchFacts
 from cocoa_embed.train.checkpoints import mark_complete, write_json
 from cocoa_embed.train.data import Row
@@ -33,6 +34,7 @@ class CocoaTrainer(Trainer):
     :param rows: What the batches' row numbers mean.
     :param memory_remedy: What to change in the recipe where memory does not suffice.
     :param known: What each checkpoint is to know of the run, as JSON takes it.
+    :param adapter: What is trained beside the weights, to be merged into them when the stage has ended.
     """
 
     def __init__(
@@ -42,12 +44,14 @@ class CocoaTrainer(Trainer):
         memory_remedy: str,
         known: Mapping[str, Any] | None = None,
         throughput: Throughput | None = None,
+        adapter: Adapter | None = None,
         **kwargs: Any,
     ) -> None:
         self._rows = rows
         self._memory_remedy = memory_remedy
         self._known = dict(known or {})
         self.throughput = throughput or Throughput()
+        self.adapter = adapter
         self._clock = time.perf_counter()
         super().__init__(*args, **kwargs)
 

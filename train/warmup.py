@@ -95,4 +95,4 @@ def warmup_trainer(
         image_mask_ratio=section.image_mask_ratio,
         patch_fill=section.patch_fill,
     )
-    return reconstruction_trainer(model, rows, collator, section, context, stage="warmup")
+    return reconstruction_trainer(model, backbone.model, rows, collator, section, context, stage="warmup")
