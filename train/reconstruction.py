@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 
-from cocoa_embed.attention import as_model_mask
+from cocoa_embed.attention import as_model_mask, bidirectional_mask, bridge_mask
+from cocoa_embed.flex import bidirectional_block_mask, bridge_block_mask, uses_flex_attention
 from cocoa_embed.train.finite import FiniteLossTrainer
 from cocoa_embed.train.losses import predicting_states
 
@@ -31,9 +33,9 @@ def position_ids(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 
 
 def last_hidden_states(
-    model: PreTrainedModel, batch: dict[str, Tensor], attention_mask: Tensor, positions: Tensor
+    model: PreTrainedModel, batch: dict[str, Tensor], attention_mask: Tensor | BlockMask, positions: Tensor
 ) -> Tensor:
-    """Run the backbone without its head under a 4-D attention mask: ``[B, L, D]``."""
+    """Run the backbone without its head under a prepared attention mask: ``[B, L, D]``."""
     return model.base_model(
         input_ids=batch["input_ids"],
         attention_mask=attention_mask,
@@ -47,7 +49,22 @@ def last_hidden_states(
 
 def model_mask(model: PreTrainedModel, allowed: Tensor) -> Tensor:
     """Return ``allowed`` (bool ``[B, L, L]``) in the form that the model's attention implementation takes."""
-    return as_model_mask(allowed, attn_implementation=model.config._attn_implementation, dtype=model.dtype)
+    implementation = "sdpa" if uses_flex_attention(model) else model.config._attn_implementation
+    return as_model_mask(allowed, attn_implementation=implementation, dtype=model.dtype)
+
+
+def bidirectional_model_mask(model: PreTrainedModel, attention_mask: Tensor) -> Tensor | BlockMask:
+    """Return full attention under padding (int64 ``[B, L]``) in the form that the model takes: ``[B, 1, L, L]``."""
+    if uses_flex_attention(model):
+        return bidirectional_block_mask(attention_mask)
+    return model_mask(model, bidirectional_mask(attention_mask))
+
+
+def bridge_model_mask(model: PreTrainedModel, blocks: Tensor, *, eos_attends_to_b: bool = True) -> Tensor | BlockMask:
+    """Return the bridge mask of ``blocks`` (int64 ``[B, L]``) in the form that the model takes: ``[B, 1, L, L]``."""
+    if uses_flex_attention(model):
+        return bridge_block_mask(blocks, eos_attends_to_b=eos_attends_to_b)
+    return model_mask(model, bridge_mask(blocks, eos_attends_to_b=eos_attends_to_b))
 
 
 def hidden_token_logits(model: PreTrainedModel, hidden_states: Tensor, hidden: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
-from cocoa_embed.attention import bidirectional_mask
 from cocoa_embed.backbone import Backbone, PatchGeometry
 from cocoa_embed.train.collators import Batch, WarmupCollator
 from cocoa_embed.train.data import Row, Rows
@@ -14,9 +13,9 @@ from cocoa_embed.train.losses import accuracy, mae_loss, mntp_loss
 from cocoa_embed.train.pixel_decoder import PixelDecoder
 from cocoa_embed.train.reconstruction import (
     StageTrainer,
+    bidirectional_model_mask,
     hidden_token_logits,
     last_hidden_states,
-    model_mask,
     position_ids,
 )
 from cocoa_embed.train.sections import WarmupSection
@@ -47,7 +46,7 @@ class WarmupModel(nn.Module):
         :returns: Logits ``[hidden tokens, V]``, and the patches ``[hidden patches, patch_width]`` where it has images.
         """
         positions = position_ids(self.backbone, batch)
-        mask = model_mask(self.backbone, bidirectional_mask(batch["attention_mask"]))
+        mask = bidirectional_model_mask(self.backbone, batch["attention_mask"])
         hidden_states = last_hidden_states(self.backbone, batch, mask, positions)
         logits = hidden_token_logits(self.backbone, hidden_states, batch["hidden_tokens"])
         if "hidden_patches" not in batch:
