@@ -34,7 +34,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", choices=MODELS, default="small")
     parser.add_argument("--stage", choices=("warmup", "bridge", "contrastive"), default="warmup")
     parser.add_argument("--random-weights", action="store_true", help="always so: nothing is downloaded")
-    parser.add_argument("--batch-size", type=int, default=8, help="rows of a step, or pairs")
+    parser.add_argument("--batch-size", type=int, help="rows of a step (8), or pairs (64)")
     parser.add_argument("--steps", type=int, default=4, help="steps of a pass over the rows")
     parser.add_argument("--passes", type=int, default=2, help="measured passes")
     parser.add_argument("--chunk", type=int, default=8, help="items at once under the gradient cache")
@@ -47,6 +47,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--side", choices=("ours", "plain"), help=argparse.SUPPRESS)
     parser.add_argument("--same-length", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.batch_size = options.batch_size or (64 if options.stage == "contrastive" else 8)
     options.image_sides = tuple(options.image_sides or ((2, 4) if options.model == "small" else (8, 16)))
     return options
 
@@ -105,6 +106,8 @@ def sweep(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
         size = ["--batch-size", str(factor * options.batch_size), "--same-length", "96"]
         side = run_side("ours", [*arguments, *size])
         print(f"{factor} times the rows: {time.perf_counter() - started:.0f} s", file=sys.stderr)
+        if "failed" in side:
+            raise SystemExit(f"{factor} times {options.batch_size} rows: {side['failed']}; lower --batch-size")
         points.append({"tokens_per_step": side["tokens_per_step"], "seconds_per_step": side["seconds_per_step"]})
     slope = statistics.linear_regression(
         [math.log(point["tokens_per_step"]) for point in points],
