@@ -80,17 +80,24 @@ def bridge_mask(blocks: Tensor, *, eos_attends_to_b: bool = True) -> Tensor:
     if not (eos_counts == 1).all():
         raise ValueError(f"each row needs exactly one <EOS> position, got {eos_counts.tolist()}")
     rows, columns = blocks[:, :, None], blocks[:, None, :]
-    sees_a = (rows == Block.A) | (rows == Block.EOS)
-    sees_b = rows == Block.B
-    if eos_attends_to_b:
-        sees_b = sees_b | (rows == Block.EOS)
-    allowed = (
-        (sees_a & (columns == Block.A))
-        | ((rows != Block.PAD) & (columns == Block.EOS))
-        | (sees_b & (columns == Block.B))
-    )
     itself = torch.eye(blocks.shape[1], dtype=torch.bool, device=blocks.device)
-    return allowed | (itself & (rows == Block.PAD))
+    return sees(rows, columns, eos_attends_to_b=eos_attends_to_b) | (itself & (rows == Block.PAD))
+
+
+def sees(rows: Tensor, columns: Tensor, *, eos_attends_to_b: bool) -> Tensor:
+    """Return which rows attend to which columns, by the :class:`Block` of each; padding is left to the caller.
+
+    :param rows: int64, of any shape that goes with that of ``columns``.
+    :returns: bool, of the shape of both together.
+    """
+    # Plain integers: a compiled mask of FlexAttention is made of these lines too.
+    block_a, eos, block_b = int(Block.A), int(Block.EOS), int(Block.B)
+    sees_b = (rows == block_b) | (rows == eos) if eos_attends_to_b else rows == block_b
+    return (
+        (((rows == block_a) | (rows == eos)) & (columns == block_a))
+        | ((rows != int(Block.PAD)) & (columns == eos))
+        | (sees_b & (columns == block_b))
+    )
 
 
 def bidirectional_mask(attention_mask: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from transformers import (
 
 from cocoa_embed.attention import make_bidirectional
 from cocoa_embed.errors import CocoaError, UsageError
+from cocoa_embed.flex import FLEX, use_flex_attention
 from cocoa_embed.template import CHAT_TEMPLATE
 
 MASK_TOKEN = "<|mask|>"
@@ -131,6 +132,7 @@ def load_backbone(
 ) -> Backbone:
     """Load a backbone by folder, by the name of one of this package's, or by hub name, and make it bidirectional.
 
+    :param attn_implementation: ``sdpa``, ``eager``, or ``flex_attention`` for the language model under a ``BlockMask``.
     :param max_length: Tokens a sequence may have, stored in the tokenizer; by default what the tokenizer says.
     :raises CocoaError: If the backbone is not there, or weights are missing, unexpected or of another shape.
     :raises UsageError: If its model type is not in :data:`SUPPORTED`.
@@ -141,7 +143,7 @@ def load_backbone(
         model, info = SUPPORTED[config.model_type].from_pretrained(
             location,
             dtype=dtype,
-            attn_implementation=attn_implementation,
+            attn_implementation="sdpa" if attn_implementation == FLEX else attn_implementation,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
         )
@@ -151,6 +153,8 @@ def load_backbone(
     processor = load_processor(name_or_path, max_length=max_length, max_pixels=max_pixels)
     fit_embeddings(model, processor)
     make_bidirectional(model)
+    if attn_implementation == FLEX:
+        use_flex_attention(model)
     return Backbone(model=model, processor=processor)
 
 

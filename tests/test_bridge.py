@@ -14,8 +14,8 @@ from cocoa_embed.train.bridge import BridgeModel, bridge_trainer
 from cocoa_embed.train.collators import Batch, BridgeCollator
 from cocoa_embed.train.data import Item, Row, numbered
 from cocoa_embed.train.losses import mntp_loss
-from cocoa_embed.train.reconstruction import StageContext
 from cocoa_embed.train.sections import BridgeSection
+from cocoa_embed.train.stage_trainer import StageContext
 from tiny_backbones import every_family
 
 pytestmark = every_family

@@ -20,8 +20,8 @@ from cocoa_embed.train import contrastive
 from cocoa_embed.train.contrastive import contrastive_loss, contrastive_trainer, matryoshka_dims
 from cocoa_embed.train.data import Item, Row
 from cocoa_embed.train.pairs import ItemPreprocessor, as_record, pair_datasets
-from cocoa_embed.train.reconstruction import StageContext
 from cocoa_embed.train.sections import ContrastiveSection
+from cocoa_embed.train.stage_trainer import StageContext
 from conftest import TINY_MAX_LENGTH
 from exported import PROMPTS, write_checkpoint
 

@@ -12,8 +12,8 @@ from torch import nn
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.train.batches import FACTS, BatchFacts, DescribedBatches
 from cocoa_embed.train.data import Draw, Item, Row, Rows
-from cocoa_embed.train.reconstruction import StageContext, StageTrainer, reconstruction_trainer
 from cocoa_embed.train.sections import BridgeSection
+from cocoa_embed.train.stage_trainer import StageContext, StageTrainer, reconstruction_trainer
 
 ROWS = [Row(query=Item(text="a"), positive=Item(text="b"), source=f"pairs.csv, row {number}") for number in range(40)]
 

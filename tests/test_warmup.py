@@ -11,8 +11,8 @@ from cocoa_embed.backbone import Backbone
 from cocoa_embed.train.collators import Batch, WarmupCollator
 from cocoa_embed.train.data import Item, Row, numbered
 from cocoa_embed.train.losses import mae_loss, mntp_loss
-from cocoa_embed.train.reconstruction import StageContext
 from cocoa_embed.train.sections import WarmupSection
+from cocoa_embed.train.stage_trainer import StageContext
 from cocoa_embed.train.warmup import WarmupModel, warmup_trainer
 from tiny_backbones import every_family
 

@@ -6,22 +6,14 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cocoa_embed.attention import bridge_mask
 from cocoa_embed.backbone import Backbone
 from cocoa_embed.train.collators import Batch, BridgeCollator
 from cocoa_embed.train.data import Row
 from cocoa_embed.train.losses import accuracy, mntp_loss
 from cocoa_embed.train.probe import EosProbe, hold_out_rows
-from cocoa_embed.train.reconstruction import (
-    StageContext,
-    StageTrainer,
-    hidden_token_logits,
-    last_hidden_states,
-    model_mask,
-    position_ids,
-    reconstruction_trainer,
-)
+from cocoa_embed.train.reconstruction import bridge_model_mask, hidden_token_logits, last_hidden_states, position_ids
 from cocoa_embed.train.sections import BridgeSection
+from cocoa_embed.train.stage_trainer import StageContext, StageTrainer, reconstruction_trainer
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +31,8 @@ class BridgeModel(nn.Module):
 
     def predict(self, batch: Batch) -> Tensor:
         """Predict block B's hidden tokens in a batch of the bridge collator: logits ``[hidden tokens, V]``."""
-        mask = model_mask(self.backbone, bridge_mask(batch["blocks"], eos_attends_to_b=self.eos_attends_to_b))
-        positions = position_ids(self.backbone, batch)
-        hidden_states = last_hidden_states(self.backbone, batch, mask, positions)
+        mask = bridge_model_mask(self.backbone, batch["blocks"], eos_attends_to_b=self.eos_attends_to_b)
+        hidden_states = last_hidden_states(self.backbone, batch, mask, position_ids(self.backbone, batch))
         return hidden_token_logits(self.backbone, hidden_states, batch["hidden_tokens"])
 
     def forward(

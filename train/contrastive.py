@@ -19,9 +19,9 @@ from cocoa_embed.train.adapters import prepare_trainable
 from cocoa_embed.train.arguments import memory_remedy
 from cocoa_embed.train.data import Row, stored_images
 from cocoa_embed.train.pairs import ItemPreprocessor, PairCollator, pair_datasets
-from cocoa_embed.train.reconstruction import StageContext
 from cocoa_embed.train.sections import ContrastiveSection
 from cocoa_embed.train.shared_batches import SharedBatchSampler
+from cocoa_embed.train.stage_trainer import StageContext
 from cocoa_embed.train.throughput import Throughput
 from cocoa_embed.train.trainer import CocoaTrainer
 

@@ -4,6 +4,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 
 from cocoa_embed.backbone import PatchGeometry
@@ -31,12 +32,14 @@ class PixelDecoder(nn.Module):
         nn.init.normal_(self.projection.weight, std=decoder.config.initializer_range)
         nn.init.zeros_(self.projection.bias)
 
-    def forward(self, hidden_states: Tensor, visual: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, visual: Tensor, attention_mask: Tensor | BlockMask, position_ids: Tensor
+    ) -> Tensor:
         """Predict the raw patches behind every visual token.
 
         :param hidden_states: Last hidden states of the language model, ``[B, L, D]``.
         :param visual: Positions of the visual tokens, bool ``[B, L]``.
-        :param attention_mask: 4-D mask of the model's attention implementation, ``[B, 1, L, L]``.
+        :param attention_mask: In the form of the model's attention implementation, ``[B, 1, L, L]``.
         :param position_ids: ``[3, B, L]``.
         :returns: ``[visual tokens * patches_per_token, patch_width]``, in the order of ``pixel_values``.
         """

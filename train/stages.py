@@ -19,8 +19,8 @@ from cocoa_embed.train.data import Row
 from cocoa_embed.train.lengths import row_lengths
 from cocoa_embed.train.preparation import Prepared
 from cocoa_embed.train.recipe import Recipe
-from cocoa_embed.train.reconstruction import StageContext
 from cocoa_embed.train.sections import BridgeSection, ContrastiveSection, WarmupSection
+from cocoa_embed.train.stage_trainer import StageContext
 from cocoa_embed.train.trainer import CocoaTrainer
 from cocoa_embed.train.warmup import warmup_trainer
 

@@ -5,22 +5,19 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cocoa_embed.attention import bidirectional_mask
 from cocoa_embed.backbone import Backbone, PatchGeometry
 from cocoa_embed.train.collators import Batch, WarmupCollator
 from cocoa_embed.train.data import Row
 from cocoa_embed.train.losses import accuracy, mae_loss, mntp_loss
 from cocoa_embed.train.pixel_decoder import PixelDecoder
 from cocoa_embed.train.reconstruction import (
-    StageContext,
-    StageTrainer,
+    bidirectional_model_mask,
     hidden_token_logits,
     last_hidden_states,
-    model_mask,
     position_ids,
-    reconstruction_trainer,
 )
 from cocoa_embed.train.sections import WarmupSection
+from cocoa_embed.train.stage_trainer import StageContext, StageTrainer, reconstruction_trainer
 
 
 class WarmupModel(nn.Module):
@@ -49,7 +46,7 @@ class WarmupModel(nn.Module):
         :returns: Logits ``[hidden tokens, V]`` and patches ``[hidden patches, patch_width]``.
         """
         positions = position_ids(self.backbone, batch)
-        mask = model_mask(self.backbone, bidirectional_mask(batch["attention_mask"]))
+        mask = bidirectional_model_mask(self.backbone, batch["attention_mask"])
         hidden_states = last_hidden_states(self.backbone, batch, mask, positions)
         logits = hidden_token_logits(self.backbone, hidden_states, batch["hidden_tokens"])
         visual = batch["mm_token_type_ids"] == 1
