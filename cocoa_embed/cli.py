@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from cocoa_embed.integrations.qdrant import Hit, IndexSummary, QdrantIndexer
     from cocoa_embed.train import StageResult
+    from cocoa_embed.train.plan import RunPlan
 
 DEFAULT_INDEX = Path("cocoa-index")
 DEMO_NEEDS = ("accelerate", "datasets", "qdrant_client", "llama_index.core", "jinja2", "matplotlib")
@@ -149,19 +150,34 @@ def train(
         Path | None, typer.Option("--out", help="The folder for checkpoints [default: runs/ and the recipe's name].")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, where one was begun.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, tell what the run would do and cost, and stop.")
+    ] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Train a model as a recipe says: warm-up, bridge, contrastive. Each stage leaves a checkpoint."""
     with working() as console:
         require("accelerate", "train")
         silence_libraries()
         from cocoa_embed.train import Recipe, run
+        from cocoa_embed.train.plan import plan
         from cocoa_embed.train.processes import by_first_process, hush_others, is_first_process
 
         hush_others()
         loaded = by_first_process(lambda: Recipe.load(recipe, overrides or []))
-        results = run(loaded, out or Path("runs") / loaded.name, resume=resume)
-        if is_first_process():
-            report_stages(results, console)
+        folder = out or Path("runs") / loaded.name
+        if dry_run:
+            planned = by_first_process(lambda: plan(loaded, folder, resume=resume))
+            document = dataclasses.asdict(planned)
+            if is_first_process():
+                report_plan(planned, console)
+        else:
+            results = run(loaded, folder, resume=resume)
+            document = {"stages": [stage_document(result) for result in results]}
+            if is_first_process():
+                report_stages(results, console)
+    if as_json and is_first_process():
+        print_json(document)
 
 
 @app.command()
@@ -241,6 +257,46 @@ def report_stages(results: Sequence[StageResult], console: Console) -> None:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     total = clock(sum(result.seconds for result in results))
     console.print(f"{total} in all; checkpoint {results[-1].folder}", soft_wrap=True, markup=False, highlight=False)
+
+
+def stage_document(result: StageResult) -> dict[str, Any]:
+    """Return a stage's result as programs read it."""
+    return {
+        "stage": result.stage,
+        "checkpoint": str(result.folder),
+        "steps": result.steps,
+        "rows": result.rows,
+        "seconds": round(result.seconds, 1),
+        "final": result.final,
+    }
+
+
+def report_plan(planned: RunPlan, console: Console) -> None:
+    """Tell people what a run would do and cost."""
+    lines = [f"{planned.recipe}: {planned.backbone}, {planned.devices} device{'s' * (planned.devices > 1)}"]
+    lines += [f"{stage}: finished already" for stage in planned.finished]
+    for stage in planned.stages:
+        share = stage.trainable_parameters / stage.parameters
+        rows = ", ".join(f"{name} {count}" for name, count in stage.rows.items())
+        kept = ", ".join(f"{name} {binary_size(held)}" for name, held in stage.memory_bytes.items() if name != "total")
+        lines += [
+            f"{stage.stage}: writes {stage.folder}",
+            f"  parameters  {stage.parameters:,}, of them trained {stage.trainable_parameters:,} ({share:.1%})",
+            f"  rows        {sum(stage.rows.values()):,} ({rows})",
+            f"  steps       {stage.steps:,} of {stage.batch_size} rows, {stage.rows_at_once} at once on a device",
+            f"  tokens      about {stage.tokens_per_step:,.0f} a step",
+            f"  memory      about {binary_size(stage.memory_bytes['total'])} a device ({kept})",
+            f"  compute     about {stage.flops:.2g} FLOP in all",
+        ]
+    lines += [f"would be left out: {row['source']}: {row['reason']}" for row in planned.bad_rows]
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def binary_size(count: float) -> str:
+    """Return a number of bytes as people read it."""
+    unit, size = ("GiB", count / 2**30) if count >= 2**30 else ("MiB", count / 2**20)
+    return f"{size:.1f} {unit}"
 
 
 def clock(seconds: float) -> str:

@@ -25,7 +25,7 @@ from cocoa_embed.flex import (
 )
 from cocoa_embed.train.bridge import BridgeModel
 from cocoa_embed.train.collators import BridgeCollator, WarmupCollator
-from cocoa_embed.train.data import Row
+from cocoa_embed.train.data import Row, numbered
 from cocoa_embed.train.reconstruction import bridge_model_mask
 from cocoa_embed.train.warmup import WarmupModel
 from tiny_backbones import every_family
@@ -115,7 +115,7 @@ def test_flex_and_sdpa_agree_in_logits_and_gradients(
     results = []
     for implementation in ("sdpa", FLEX):
         backbone = load_tiny(implementation)
-        batch = BridgeCollator(backbone.processor, seed=0)(list(enumerate(scene_rows[:3])))
+        batch = BridgeCollator(backbone.processor, seed=0)(numbered(scene_rows[:3]))
         model = BridgeModel(backbone.model, eos_attends_to_b=eos_attends_to_b)
         logits = model.predict(batch)
         torch.nn.functional.cross_entropy(logits, batch["target_ids"]).backward()
@@ -141,7 +141,7 @@ def test_the_warmup_stage_runs_under_flex_with_its_pixel_decoder(
         backbone = load_tiny(implementation)
         torch.manual_seed(0)
         model = WarmupModel(backbone.model, backbone.geometry)
-        batch = WarmupCollator(backbone.processor, backbone.geometry, seed=0)(list(enumerate(scene_rows[:3])))
+        batch = WarmupCollator(backbone.processor, backbone.geometry, seed=0)(numbered(scene_rows[:3]))
         losses.append(model(**batch)["loss"])
     layers = backbone.model.config.get_text_config().num_hidden_layers
     assert len(flex_calls) == layers + 1, "the pixel decoder's layer too"
@@ -152,7 +152,7 @@ def test_flex_runs_under_autocast(load_tiny: LoadTiny, scene_rows: list[Row], fl
     losses = []
     for implementation in ("sdpa", FLEX):
         backbone = load_tiny(implementation)
-        batch = BridgeCollator(backbone.processor, seed=0)(list(enumerate(scene_rows[:3])))
+        batch = BridgeCollator(backbone.processor, seed=0)(numbered(scene_rows[:3]))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             losses.append(BridgeModel(backbone.model)(**batch)["loss"])
     assert flex_calls
@@ -224,7 +224,7 @@ def test_the_compiled_kernel_agrees_on_the_cpu(load_tiny: LoadTiny, scene_rows: 
         backbone = load_tiny(implementation)
         backbone.model.eval()
         model = BridgeModel(backbone.model)
-        batch = BridgeCollator(backbone.processor, seed=0)(list(enumerate(scene_rows[:3])))
+        batch = BridgeCollator(backbone.processor, seed=0)(numbered(scene_rows[:3]))
         logits.append(model.predict(batch))
     torch.testing.assert_close(*logits, atol=1e-4, rtol=0)
 
@@ -236,7 +236,7 @@ def test_flex_and_sdpa_agree_on_the_gpu(load_tiny: LoadTiny, scene_rows: list[Ro
         model = BridgeModel(load_tiny(implementation).model.cuda()).train()
         collator = BridgeCollator(load_tiny("sdpa").processor, seed=0)
         for rows in (scene_rows[:3], scene_rows[3:8]):
-            batch = {name: value.cuda() for name, value in collator(list(enumerate(rows))).items()}
+            batch = {name: value.cuda() for name, value in collator(numbered(rows)).items()}
             model.zero_grad()
             loss = model(**batch)["loss"]
             loss.backward()

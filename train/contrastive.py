@@ -110,6 +110,7 @@ def contrastive_trainer(
             preprocess_fn=ItemPreprocessor(model, stored_images(rows)),
             prompts={name: text for name, text in prompts.items() if text},
             flops_of=context.flops_of,
+            lengths=None if context.lengths_of is None else context.lengths_of(rows),
         ),
         rows=rows,
         memory_remedy=memory_remedy("contrastive", section),

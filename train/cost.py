@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from cocoa_embed.backbone import SUPPORTED, PatchGeometry
+from cocoa_embed.train.sections import StageSection
 
 MULTIPLY_ADD = 2
 """Operations that one weight costs a token."""
@@ -297,3 +298,38 @@ def _synchronise(device: torch.device) -> None:
 def total_training_flops(size: ModelSize, shapes: Sequence[BatchShape], **what_is_trained: bool) -> int:
     """Return :func:`training_flops` of several parts together."""
     return sum(training_flops(size, shape, **what_is_trained) for shape in shapes)
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What a batch of a stage takes to train on; a worker may call it."""
+
+    size: ModelSize
+    adapter: bool
+    vision_adapter: bool
+    freeze_vision: bool
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig, section: StageSection) -> "StepCost":
+        """Read a backbone's size from its config, and what is trained of it from a stage's section."""
+        adapter = section.adapter
+        return cls(
+            model_size(config),
+            adapter=adapter is not None,
+            vision_adapter=adapter is not None and adapter.vision is not False and not section.freeze_vision,
+            freeze_vision=section.freeze_vision,
+        )
+
+    def __call__(self, batch: Mapping[str, Tensor]) -> float:
+        """Return the operations of forward and backward pass."""
+        return float(sum(self.of_shape(shape) for shape in batch_shapes(batch)))
+
+    def of_shape(self, shape: BatchShape) -> int:
+        """Return the operations of forward and backward pass for a batch of a shape."""
+        return training_flops(
+            self.size,
+            shape,
+            adapter=self.adapter,
+            vision_adapter=self.vision_adapter,
+            freeze_vision=self.freeze_vision,
+        )

@@ -34,16 +34,23 @@ class _Sizes(Dataset[tuple[int, ImageSize | str]]):
 
 
 def check_images(
-    images: Iterable[RowImage], workers: int = 0, *, progress: bool = False
+    images: Iterable[RowImage],
+    workers: int = 0,
+    *,
+    progress: bool = False,
+    known: Mapping[RowImage, ImageSize | str] | None = None,
 ) -> dict[RowImage, ImageSize | str]:
     """Decode each image once, whatever the number of rows that hold it; only its size is kept.
 
     :param workers: Processes to decode in; 0 is this one.
     :param progress: Show a progress bar on standard error.
+    :param known: What an earlier check has found; those images are not decoded again.
     :returns: In the order of ``images``: width and height in pixels with the EXIF orientation applied, or why the image
         cannot be used.
     """
-    distinct = list(dict.fromkeys(images))
+    asked = list(dict.fromkeys(images))
+    found = {image: known[image] for image in asked if image in known} if known else {}
+    distinct = [image for image in asked if image not in found]
     loader = DataLoader(
         _Sizes(distinct),
         batch_size=IMAGES_AT_ONCE,
@@ -51,12 +58,11 @@ def check_images(
         collate_fn=list,
         generator=torch.Generator(),  # its own: the run's random numbers do not depend on the check
     )
-    found: dict[RowImage, ImageSize | str] = {}
-    with tqdm(total=len(distinct), desc="checking images", unit="image", disable=not progress) as bar:
+    with tqdm(total=len(distinct), desc="checking images", unit="image", disable=not progress or not distinct) as bar:
         for batch in loader:
             found.update({distinct[index]: result for index, result in batch})
             bar.update(len(batch))
-    return found
+    return {image: found[image] for image in asked}
 
 
 def known_sizes(found: Mapping[RowImage, ImageSize | str]) -> dict[RowImage, ImageSize]:

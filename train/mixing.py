@@ -48,6 +48,7 @@ def read_rows(
     seed: int,
     workers: int = 0,
     progress: bool = False,
+    checked: dict[RowImage, ImageSize | str] | None = None,
 ) -> ReadRows:
     """Read the rows of several sources, by the names of the subsets that they are.
 
@@ -56,6 +57,7 @@ def read_rows(
     :param seed: Decides with a subset's name which rows a weight draws.
     :param workers: Processes to decode images in; 0 is this one.
     :param progress: Show a progress bar on standard error.
+    :param checked: What earlier calls have found of images, which need no second look; what this one finds is added.
     :raises CocoaError: If a source cannot be read, too many rows cannot be used, or a subset is left without rows.
     """
     bad: list[BadRow] = []
@@ -63,7 +65,7 @@ def read_rows(
     _refuse_bad_rows(bad, sum(map(len, subsets.values())), on_bad_row)
     sizes: dict[RowImage, ImageSize] = {}
     if check_images:
-        subsets, sizes = _without_bad_images(subsets, bad, workers, progress)
+        subsets, sizes = _without_bad_images(subsets, bad, workers, progress, {} if checked is None else checked)
         _refuse_bad_rows(bad, sum(map(len, subsets.values())), on_bad_row)
     weighted = {name: weigh(rows, sources[name].weight, seed=seed, subset=name) for name, rows in subsets.items()}
     for name, rows in weighted.items():
@@ -76,11 +78,16 @@ def read_rows(
 
 
 def _without_bad_images(
-    subsets: Mapping[str, Sequence[Row]], bad: list[BadRow], workers: int, progress: bool
+    subsets: Mapping[str, Sequence[Row]],
+    bad: list[BadRow],
+    workers: int,
+    progress: bool,
+    checked: dict[RowImage, ImageSize | str],
 ) -> tuple[dict[str, list[Row]], dict[RowImage, ImageSize]]:
     """Return the rows whose images can all be used, and the images' sizes; the other rows go to ``bad``."""
     images = (image for rows in subsets.values() for row in rows for image in row.images())
-    found = check_images(images, workers, progress=progress)
+    found = check_images(images, workers, progress=progress, known=checked)
+    checked.update(found)
     kept: dict[str, list[Row]] = {name: [] for name in subsets}
     for name, rows in subsets.items():
         for row in rows:

@@ -48,12 +48,21 @@ def _as_input(record: dict[str, str | None], stored: Mapping[str, StoredImage]) 
 
 @dataclass
 class PairCollator(SentenceTransformerDataCollator):
-    """The collator of sentence-transformers, whose batches say what they hold."""
+    """The collator of sentence-transformers, whose batches say what they hold.
+
+    :param flops_of: Tells what a batch takes to train on.
+    :param lengths: Tokens of each row, by its number. Pairs are put in their order within a batch, so that what runs at
+        once is of similar length; in-batch losses do not know an order.
+    """
 
     flops_of: Callable[[dict[str, Any]], float] | None = None
+    lengths: Sequence[int] | None = None
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate pairs."""
+        lengths = self.lengths
+        if lengths is not None:
+            features = sorted(features, key=lambda feature: lengths[feature["label"]])
         return DescribedBatches(super().__call__, _row_numbers, self.flops_of)(features)
 
 

@@ -6,17 +6,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 
 from cocoa_embed.backbone import load_backbone, load_processor, read_config, resolve_backbone
 from cocoa_embed.errors import UsageError
+from cocoa_embed.flex import resolve_attention
 from cocoa_embed.folders import RUN_MARKER, claim_folder, refuse_foreign_folder
 from cocoa_embed.images import one_line
 from cocoa_embed.train.arguments import step_count, training_arguments, worker_count
 from cocoa_embed.train.checkpoints import write_json
+from cocoa_embed.train.contrastive import matryoshka_dims
+from cocoa_embed.train.data import RowImage
+from cocoa_embed.train.image_check import ImageSize
 from cocoa_embed.train.mixing import ReadRows, read_rows, write_bad_rows
+from cocoa_embed.train.processes import meet
 from cocoa_embed.train.recipe import Recipe
 from cocoa_embed.train.record import StageResult, Start, read_result, read_start
 
@@ -40,18 +44,42 @@ class Prepared:
     :param rows: The rows of each stage that is still to be run.
     :param steps: Its optimisation steps.
     :param results: Of the stages that are finished already.
+    :param is_resumed: It goes on with a run that was ended.
     """
 
     start: Start
     rows: dict[str, ReadRows]
     steps: dict[str, int]
     results: list[StageResult] = field(default_factory=list)
+    is_resumed: bool = False
 
 
 def prepare(recipe: Recipe, out: Path, *, resume: bool, progress: bool = True) -> Prepared:
     """Check a recipe against data, machine and output folder, and make the folder ready.
 
     :param resume: Go on with the run in ``out``, where there is one.
+    :raises UsageError: As :func:`examine` does.
+    :raises CocoaError: As :func:`examine` does, or if the folder cannot be written.
+    """
+    prepared = examine(recipe, out, resume=resume, progress=progress)
+    if prepared.is_resumed:
+        for stage in prepared.rows:  # what was being written when the run was ended
+            shutil.rmtree(out / stage, ignore_errors=True)
+    else:
+        if out.is_dir() and any(out.iterdir()):
+            load_backbone(recipe.backbone)  # weights that cannot be used are not worth the loss of an earlier run
+        claim_folder(out, marker=RUN_MARKER)
+        write_json(out / DATA_FILE, _told_rows(prepared.rows))
+        write_json(out / RECIPE_FILE, recipe.model_dump(mode="json"))
+    write_bad_rows(
+        out / "bad_rows.jsonl", list(dict.fromkeys(row for read in prepared.rows.values() for row in read.bad))
+    )
+    return prepared
+
+
+def examine(recipe: Recipe, out: Path, *, resume: bool = False, progress: bool = True) -> Prepared:
+    """Check a recipe against data, machine and output folder, and change nothing.
+
     :raises UsageError: If the recipe has no stage, a stage has no data, this machine cannot do what it asks for, or the
         run to be resumed had another recipe or other rows.
     :raises CocoaError: If data, backbone or output folder cannot be used.
@@ -69,30 +97,27 @@ def prepare(recipe: Recipe, out: Path, *, resume: bool, progress: bool = True) -
     rows = read_stages(recipe, left, progress=progress)
     steps = {stage: step_count(recipe.section(stage), len(rows[stage].rows)) for stage in left}
     _refuse_impossible_arguments(recipe, steps, out)
-    data = {stage: {"fingerprint": read.fingerprint, "rows": read.counts} for stage, read in rows.items()}
     if resume:
-        _refuse_other_rows(data, out)
-        _remove_what_is_unfinished(left, out)
-    else:
-        if out.is_dir() and any(out.iterdir()):
-            load_backbone(recipe.backbone)  # weights that cannot be used are not worth the loss of an earlier run
-        claim_folder(out, marker=RUN_MARKER)
-        write_json(out / DATA_FILE, data)
-        write_json(out / RECIPE_FILE, recipe.model_dump(mode="json"))
-    write_bad_rows(out / "bad_rows.jsonl", list(dict.fromkeys(row for read in rows.values() for row in read.bad)))
-    return Prepared(start, rows, steps, results)
+        _refuse_other_rows(_told_rows(rows), out)
+    return Prepared(start, rows, steps, results, is_resumed=resume)
+
+
+def _told_rows(rows: dict[str, ReadRows]) -> dict[str, Any]:
+    return {stage: {"fingerprint": read.fingerprint, "rows": read.counts} for stage, read in rows.items()}
 
 
 def check_stages(recipe: Recipe) -> None:
-    """Check that a recipe has stages, and that each says where its rows are.
+    """Check that a recipe has stages, that each says where its rows are, and that this machine can run it.
 
     :raises UsageError: If not.
     """
+    state = meet()
     if not recipe.stages:
         raise UsageError(f"Recipe {recipe.name!r} has no stage; give at least one of warmup, bridge, contrastive.")
     for stage in recipe.stages:
         recipe.sources_of(stage)
-    if recipe.sharding != "none" and PartialState().distributed_type in _CANNOT_SHARD:
+        resolve_attention(recipe.attn_implementation, stage=stage, device_type=state.device.type)
+    if recipe.sharding != "none" and state.distributed_type in _CANNOT_SHARD:
         # transformers would leave the weights whole without a word.
         raise UsageError(f"sharding={recipe.sharding} needs several accelerators, with a process each.")
     if recipe.sharding != "none" and recipe.contrastive is not None:
@@ -110,7 +135,9 @@ def check_backbone(recipe: Recipe) -> None:
 
     :raises CocoaError: If not.
     """
-    read_config(recipe.backbone)
+    config = read_config(recipe.backbone)
+    if recipe.contrastive is not None:
+        matryoshka_dims(recipe.contrastive, config.get_text_config().hidden_size)
     load_processor(recipe.backbone, max_length=recipe.max_length, max_pixels=recipe.max_pixels)
 
 
@@ -120,6 +147,7 @@ def read_stages(recipe: Recipe, stages: list[str], *, progress: bool) -> dict[st
     :raises CocoaError: If the data cannot be used.
     """
     read: dict[str, ReadRows] = {}
+    checked: dict[RowImage, ImageSize | str] = {}
     rows = {}
     for stage in stages:
         data = recipe.data_of(stage)
@@ -132,6 +160,7 @@ def read_stages(recipe: Recipe, stages: list[str], *, progress: bool) -> dict[st
                 seed=recipe.seed,
                 workers=worker_count(recipe),
                 progress=progress,
+                checked=checked,
             )
         rows[stage] = read[key]
         if stage == "contrastive" and len(rows[stage].rows) < 2:
@@ -187,12 +216,6 @@ def _refuse_other_rows(data: dict[str, Any], out: Path) -> None:
                 f"The rows of stage {stage} have changed since the run in {out} began (then {before[stage]['rows']}, "
                 f"now {now['rows']}); restore them, or start anew in another folder."
             )
-
-
-def _remove_what_is_unfinished(left: list[str], out: Path) -> None:
-    """Remove what a stage was writing when its run was killed; what it can resume from stays."""
-    for stage in left:
-        shutil.rmtree(out / stage, ignore_errors=True)
 
 
 def _refuse_impossible_arguments(recipe: Recipe, steps: dict[str, int], out: Path) -> None:

@@ -8,6 +8,8 @@ from torch import nn
 from cocoa_embed.train.collators import Batch
 from cocoa_embed.train.data import Draw, Row, numbered
 
+RIGHT_IMAGE = "accuracy_right_image"
+
 Collate = Callable[[list[tuple[Draw, Row]]], Batch]
 
 
@@ -27,10 +29,7 @@ class EosProbe:
             drawn = numbered(rows)
             return [collate(drawn[start : start + batch_size]) for start in range(0, len(drawn), batch_size)]
 
-        self.batches = {
-            "accuracy_right_image": batches(rows),
-            "accuracy_shuffled_image": batches(exchange_images(rows)),
-        }
+        self.batches = {RIGHT_IMAGE: batches(rows), "accuracy_shuffled_image": batches(exchange_images(rows))}
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> dict[str, float]:

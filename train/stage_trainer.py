@@ -15,6 +15,7 @@ from cocoa_embed.train.arguments import memory_remedy
 from cocoa_embed.train.batches import FACTS, BatchFacts, DescribedBatches
 from cocoa_embed.train.collators import Batch
 from cocoa_embed.train.data import Draw, Row, Rows
+from cocoa_embed.train.probe import RIGHT_IMAGE
 from cocoa_embed.train.sampling import RowStream
 from cocoa_embed.train.sections import ReconstructionSection
 from cocoa_embed.train.throughput import Throughput
@@ -106,7 +107,6 @@ class StageTrainer(CocoaTrainer):
         self._totals: dict[str, float] = {}
         self._probe = probe
         self._probe_steps = probe_steps
-        self._probed_at = 0
         super().__init__(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> RowStream:
@@ -148,7 +148,6 @@ class StageTrainer(CocoaTrainer):
             if self._probe is not None and self._is_probe_due():
                 with self.throughput.paused():
                     logs |= self._probe(self.accelerator.unwrap_model(self.model))
-                self._probed_at = self.state.global_step
         super().log(logs, *args, **kwargs)
 
     def _mean_parts(self) -> dict[str, float]:
@@ -160,4 +159,6 @@ class StageTrainer(CocoaTrainer):
 
     def _is_probe_due(self) -> bool:
         step = self.state.global_step
-        return step - self._probed_at >= self._probe_steps or step == self.state.max_steps
+        # From the log, which a resumed run has from the one that was ended.
+        probed_at = next((line["step"] for line in reversed(self.state.log_history) if RIGHT_IMAGE in line), 0)
+        return step - probed_at >= self._probe_steps or step == self.state.max_steps

@@ -1,20 +1,23 @@
 """Build a stage: its weights, what of them is trained, its trainer, and what is kept of it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from sentence_transformers import SentenceTransformer
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
 from cocoa_embed.backbone import Backbone, load_backbone
 from cocoa_embed.export import build_sentence_transformer
+from cocoa_embed.flex import resolve_attention
 from cocoa_embed.train.arguments import training_arguments
 from cocoa_embed.train.bridge import bridge_trainer
 from cocoa_embed.train.collators import joined, render_items
 from cocoa_embed.train.contrastive import contrastive_trainer
+from cocoa_embed.train.cost import StepCost, measure_matmul_flops
 from cocoa_embed.train.data import Row
 from cocoa_embed.train.lengths import row_lengths
 from cocoa_embed.train.preparation import Prepared
@@ -48,9 +51,7 @@ def build_stage(recipe: Recipe, stage: str, prepared: Prepared, *, start: Path |
         return _contrastive_stage(recipe, section, prepared, start, checkpoints)
     backbone = load(recipe, str(start or recipe.backbone), stage)
     rows = prepared.rows[stage]
-    context = _context(recipe, stage, prepared, backbone.model, checkpoints)
-    if rows.sizes:
-        context = replace(context, lengths_of=partial(row_lengths, processor=backbone.processor, sizes=rows.sizes))
+    context = _context(recipe, stage, prepared, backbone.model, backbone.processor, checkpoints)
     if isinstance(section, BridgeSection):
         trainer = bridge_trainer(backbone, rows.rows, section, context)
     elif isinstance(section, WarmupSection):
@@ -79,7 +80,7 @@ def load(recipe: Recipe, start: str, stage: str) -> Backbone:
 
 def attention(recipe: Recipe, stage: str) -> str:
     """Return the attention implementation of a stage on this machine."""
-    return "sdpa" if recipe.attn_implementation == "auto" else recipe.attn_implementation
+    return resolve_attention(recipe.attn_implementation, stage=stage, device_type=PartialState().device.type)
 
 
 def _contrastive_stage(
@@ -97,12 +98,21 @@ def _contrastive_stage(
     )
     backbone_model = model[0].auto_model
     _checkpoint_gradients(recipe, backbone_model)
-    context = _context(recipe, "contrastive", prepared, backbone_model, checkpoints)
+    context = _context(recipe, "contrastive", prepared, backbone_model, model.processor, checkpoints)
     trainer = contrastive_trainer(model, prepared.rows["contrastive"].rows, section, context)
     return BuiltStage(trainer, partial(_save_sentence_transformer, trainer, model, prepared.rows["contrastive"].rows))
 
 
-def _context(recipe: Recipe, stage: str, prepared: Prepared, model: PreTrainedModel, checkpoints: Path) -> StageContext:
+def _context(
+    recipe: Recipe,
+    stage: str,
+    prepared: Prepared,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    checkpoints: Path,
+) -> StageContext:
+    sizes = prepared.rows[stage].sizes
+    dtype = torch.bfloat16 if recipe.mixed_precision == "bf16" else torch.float32
     return StageContext(
         arguments=training_arguments(
             recipe,
@@ -114,6 +124,9 @@ def _context(recipe: Recipe, stage: str, prepared: Prepared, model: PreTrainedMo
             finds_unused=stage == "contrastive",
         ),
         seed=recipe.seed,
+        lengths_of=partial(row_lengths, processor=processor, sizes=sizes) if sizes else None,
+        flops_of=StepCost.of(model.config, recipe.section(stage)),
+        peak_flops=measure_matmul_flops(PartialState().device, dtype),
         known={"stage": stage, "recipe": recipe.model_dump(mode="json")},
     )
 
@@ -126,13 +139,15 @@ def _checkpoint_gradients(recipe: Recipe, model: PreTrainedModel) -> None:
 def _save_backbone(trainer: CocoaTrainer, backbone: Backbone, rows: Sequence[Row], folder: Path) -> None:
     _merge_adapter(trainer, backbone.processor, rows)
     state = trainer.full_state()
-    if trainer.is_world_process_zero():
-        if state is not None:
-            state = {
-                name.removeprefix("backbone."): value for name, value in state.items() if "pixel_decoder." not in name
-            }
-        backbone.model.save_pretrained(folder, state_dict=state)
-        backbone.processor.save_pretrained(folder)
+    if not trainer.is_world_process_zero():
+        return
+    if state is not None:
+        # Of tied weights the first name alone, as a model that is not sharded is saved.
+        own = {name for name, _ in [*backbone.model.named_parameters(), *backbone.model.named_buffers()]}
+        whole = {name.removeprefix("backbone."): value for name, value in state.items()}
+        state = {name: value for name, value in whole.items() if name in own}
+    backbone.model.save_pretrained(folder, state_dict=state)
+    backbone.processor.save_pretrained(folder)
 
 
 def _save_sentence_transformer(
