@@ -25,8 +25,8 @@ from typing import Any
 import torch
 import transformers
 
-from real_configs import MODELS
-from sides import measure
+from steps.real_configs import MODELS
+from steps.sides import measure
 
 
 def parse() -> argparse.Namespace:

@@ -19,7 +19,7 @@ from cocoa_embed.train.cost import (
     total_training_flops,
     training_flops,
 )
-from cocoa_embed.train.data import Item, Row
+from cocoa_embed.train.data import Item, Row, numbered
 from cocoa_embed.train.memory import activation_bytes, logit_bytes, parameters, training_memory
 from cocoa_embed.train.sections import AdapterSection
 from cocoa_embed.train.warmup import WarmupModel
@@ -32,7 +32,7 @@ def warmup_case(backbone: Backbone, rows: list[Row], *, images: bool) -> tuple[W
     if not images:
         rows = [replace(row, query=Item(text=row.positive.text)) for row in rows]
     collator = WarmupCollator(backbone.processor, backbone.geometry, seed=0)
-    batch = collator(list(enumerate(rows)))
+    batch = collator(numbered(rows))
     assert ("pixel_values" in batch) == images
     return WarmupModel(backbone.model, backbone.geometry).train(), batch
 
@@ -59,7 +59,7 @@ def test_the_operations_are_those_that_torch_counts(
 
 def test_frozen_weights_save_their_own_gradients_alone(load_tiny: LoadTiny, scene_rows: list[Row]) -> None:
     backbone = load_tiny("eager")
-    batch = BridgeCollator(backbone.processor, seed=0)(list(enumerate(scene_rows[:4])))
+    batch = BridgeCollator(backbone.processor, seed=0)(numbered(scene_rows[:4]))
     size, shape = model_size(backbone.model.config), batch_shape(batch)
     everything = training_flops(size, shape)
     adapted = training_flops(size, shape, adapter=True, vision_adapter=True)

@@ -1,5 +1,6 @@
 import json
 import shutil
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from transformers import Qwen2VLForConditionalGeneration, Trainer, TrainingArguments
 
@@ -397,3 +399,48 @@ def test_contrastive_learning_from_one_row_is_refused(
     with pytest.raises(UsageError, match="has one row"):
         run(recipe(tiny_backbone_path, scene_folder, contrastive=one_row), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_log_lines_go_to_tensorboard_too(tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path) -> None:
+    given = recipe(tiny_backbone_path, scene_folder, report_to=["tensorboard"], warmup=STAGE, contrastive=STAGE)
+    run(given, tmp_path / "out")
+    for stage in ("warmup", "contrastive"):
+        events = EventAccumulator(str(tmp_path / "out" / "tensorboard" / stage)).Reload()
+        assert {"train/loss", "train/grad_norm", "train/tokens_per_second", "train/mfu"} <= set(
+            events.Tags()["scalars"]
+        )
+        assert [event.step for event in events.Scalars("train/loss")] == [1, 2]
+
+
+def test_where_log_lines_cannot_go_is_told_before_the_run(
+    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path
+) -> None:
+    assert find_spec("trackio") is None
+    given = recipe(tiny_backbone_path, scene_folder, report_to=["trackio"], warmup=STAGE)
+    with pytest.raises(UsageError, match="trackio, which is not installed; run: pip install trackio"):
+        run(given, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_adapters_are_trained_and_merged(
+    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path, stage: str, kind: str
+) -> None:
+    adapted = {**STAGE, "adapter": {"kind": kind, "r": 2, "alpha": 4}, "freeze_vision": True}
+    run(recipe(tiny_backbone_path, scene_folder, **{stage: adapted}), tmp_path / "out")
+    before, after = weights(tiny_backbone_path), weights(tmp_path / "out" / stage)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(".layers." in name and "visual" not in name for name in changed)
+
+
+def test_gradients_checkpointed_are_those_kept(tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path) -> None:
+    outcomes = []
+    for checkpointed in (False, True):
+        out = tmp_path / str(checkpointed)
+        stages = {"warmup": STAGE, "bridge": STAGE, "contrastive": {**STAGE, "cache_chunk": 2}}
+        run(recipe(tiny_backbone_path, scene_folder, gradient_checkpointing=checkpointed, **stages), out)
+        outcomes.append([weights(out / stage) for stage in STAGES])
+    for kept, anew in zip(*outcomes, strict=True):
+        assert all(torch.allclose(kept[name], anew[name], atol=1e-6) for name in kept)

@@ -10,6 +10,7 @@ import torch
 from accelerate import PartialState
 
 from cocoa_embed.errors import UsageError
+from cocoa_embed.train.progress import TENSORBOARD
 from cocoa_embed.train.recipe import Recipe
 from cocoa_embed.train.sections import ContrastiveSection, ReconstructionSection, StageSection
 
@@ -69,7 +70,8 @@ def training_arguments(
         "save_strategy": "steps",
         "save_steps": section.save_steps,
         "save_total_limit": 2,  # the one before stays until the newest is whole
-        "report_to": list(recipe.report_to) or "none",
+        # TensorBoard's writer gets a folder of the run (progress.py): transformers' own is gone with the checkpoints.
+        "report_to": [name for name in recipe.report_to if name != TENSORBOARD] or "none",
         "run_name": f"{recipe.name}-{stage}",
         "remove_unused_columns": False,
         "dataloader_pin_memory": torch.cuda.is_available(),

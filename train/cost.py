@@ -279,7 +279,8 @@ def _squares(length: int, window: int) -> int:
 def measure_matmul_flops(device: torch.device, dtype: torch.dtype = torch.bfloat16, *, repeats: int = 5) -> float:
     """Return the operations a second of a large matrix product on a device, timed now: the median of a few."""
     side = 1024 if device.type == "cpu" else 8192
-    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    own = torch.Generator(device).manual_seed(0)  # the run's random numbers do not depend on the measurement
+    left, right = (torch.randn(side, side, device=device, dtype=dtype, generator=own) for _ in range(2))
     seconds = []
     for _ in range(repeats + 2):
         _synchronise(device)

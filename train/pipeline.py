@@ -11,7 +11,7 @@ from transformers import Trainer, set_seed
 from cocoa_embed.train.checkpoints import newest_complete, read_complete
 from cocoa_embed.train.preparation import CHECKPOINTS, Prepared, prepare
 from cocoa_embed.train.processes import by_first_process
-from cocoa_embed.train.progress import show_live_losses
+from cocoa_embed.train.progress import TENSORBOARD, show_live_losses, write_tensorboard
 from cocoa_embed.train.recipe import Recipe
 from cocoa_embed.train.record import StageResult, write_record
 from cocoa_embed.train.stages import build_stage
@@ -57,6 +57,8 @@ def _run_stage(
     stop = StopOnSigterm(trainer)
     trainer.add_callback(stop)
     show_live_losses(trainer, stage)
+    if TENSORBOARD in recipe.report_to:
+        write_tensorboard(trainer, out / TENSORBOARD / stage)
     with stop.listening():
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if stop.requested and trainer.state.global_step < trainer.state.max_steps:

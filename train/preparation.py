@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,9 @@ def check_stages(recipe: Recipe) -> None:
     state = meet()
     if not recipe.stages:
         raise UsageError(f"Recipe {recipe.name!r} has no stage; give at least one of warmup, bridge, contrastive.")
+    for name in recipe.report_to:
+        if find_spec(name) is None:
+            raise UsageError(f"report_to names {name}, which is not installed; run: pip install {name}")
     for stage in recipe.stages:
         recipe.sources_of(stage)
         resolve_attention(recipe.attn_implementation, stage=stage, device_type=state.device.type)

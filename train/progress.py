@@ -1,5 +1,6 @@
 """The progress bar of a stage, with its losses beside it."""
 
+from pathlib import Path
 from typing import Any
 
 from transformers import (
@@ -10,6 +11,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
 SHOWN = ("loss", "mntp_loss", "mae_loss", "hidden_token_accuracy", "accuracy_right_image", "accuracy_shuffled_image")
@@ -20,6 +22,9 @@ _SHORT = {
     "accuracy_right_image": "right image",
     "accuracy_shuffled_image": "shuffled",
 }
+
+
+TENSORBOARD = "tensorboard"
 
 
 class LiveLossCallback(ProgressCallback):
@@ -66,3 +71,11 @@ def show_live_losses(trainer: Trainer, stage: str) -> None:
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(LogLastStep())
     trainer.add_callback(LiveLossCallback(stage))
+
+
+def write_tensorboard(trainer: Trainer, folder: Path) -> None:
+    """Let a trainer's log lines go to ``folder`` for TensorBoard too."""
+    if trainer.is_world_process_zero():
+        from torch.utils.tensorboard import SummaryWriter
+
+        trainer.add_callback(TensorBoardCallback(SummaryWriter(str(folder))))

@@ -45,10 +45,10 @@ def warmup_reconstructions(
     :param rows: Rows with an image each.
     """
     batch = collator(numbered(rows))
+    if "pixel_values" not in batch:
+        raise ValueError("the rows have no images to reconstruct")
     model.eval()
     logits, predicted = model.predict(_on_device_of(model, batch))
-    if predicted is None:
-        raise ValueError("the rows have no images to reconstruct")
     logits, predicted = logits.cpu(), predicted.cpu()
     masked, hidden = batch["pixel_values"], batch["hidden_patches"]
     original, reconstructed = masked.clone(), masked.clone()

@@ -24,8 +24,8 @@ from cocoa_embed.train.cost import measure_matmul_flops, model_size, total_train
 from cocoa_embed.train.losses import mae_loss
 from cocoa_embed.train.reconstruction import model_mask, position_ids
 from cocoa_embed.train.warmup import WarmupModel
-from real_configs import real_config
-from synthetic_rows import SyntheticRow, draw_rows, make_batch, useful_shapes
+from steps.real_configs import real_config
+from steps.synthetic_rows import SyntheticRow, draw_rows, make_batch, useful_shapes
 
 SCALE = 50.0
 MAE_WEIGHT = 0.5
