@@ -211,7 +211,8 @@ def training_flops(
     """Return the operations of a step: forward, gradients of activations, and of weights where those are trained.
 
     What is run again to save memory (checkpoints, the gradient cache's first pass) is not counted, as is usual for the
-    share of a device's speed that is put to use; neither are adapters' own matrices.
+    share of a device's speed that is put to use; neither are adapters' own matrices, nor what the parts for images do
+    for nothing in a batch without any.
 
     :param adapter: The language model's weights are frozen beside adapters.
     :param vision_adapter: The vision encoder's too.
