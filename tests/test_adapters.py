@@ -14,9 +14,10 @@ from cocoa_embed.attention import assert_bidirectional
 from cocoa_embed.backbone import SUPPORTED, Backbone, load_backbone
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.export import build_sentence_transformer
-from cocoa_embed.train.adapters import Adapter, add_adapter, count_parameters, freeze_vision, prepare_trainable
+from cocoa_embed.train.adapters import Adapter, add_adapter, freeze_vision, prepare_trainable
 from cocoa_embed.train.collators import WarmupCollator, render_items
 from cocoa_embed.train.data import Item, Row, numbered
+from cocoa_embed.train.memory import Parameters, count_parameters
 from cocoa_embed.train.recipe import Recipe
 from cocoa_embed.train.sections import AdapterSection, StageSection
 from cocoa_embed.train.warmup import WarmupModel
@@ -80,7 +81,7 @@ def test_the_projections_of_layers_and_blocks_are_adapted_and_nothing_else(
     family: str, tiny_backbone: Backbone, vision: bool
 ) -> None:
     model = tiny_backbone.model
-    add_adapter(model, AdapterSection(vision=vision))
+    add_adapter(model, AdapterSection(), vision=vision)
     assert adapted(model) == expected_targets(family, vision=vision)
     assert type(model) is SUPPORTED[family]
 
@@ -130,7 +131,7 @@ def test_a_model_without_such_projections_is_refused(tiny_backbone: Backbone) ->
     assert not adapted(model)
     model.base_model.language_model.layers = nn.ModuleList()
     with pytest.raises(CocoaError, match=r"the language model's layers have no linear layer .* but none at all"):
-        add_adapter(model, AdapterSection(vision=False))
+        add_adapter(model, AdapterSection(), vision=False)
 
 
 @pytest.mark.parametrize("init", ["gaussian", "kaiming"])
@@ -156,7 +157,7 @@ def test_the_section_sets_rank_scale_dropout_and_kind(tiny_backbone: Backbone) -
 @pytest.mark.parametrize(("init", "spread"), [("gaussian", 1 / 8), ("kaiming", 32**-0.5 / 3**0.5)])
 def test_the_recipes_name_chooses_how_an_adapter_is_drawn(tiny_backbone: Backbone, init: str, spread: float) -> None:
     torch.manual_seed(0)
-    add_adapter(tiny_backbone.model, AdapterSection.model_validate({"init": init, "r": 8, "vision": False}))
+    add_adapter(tiny_backbone.model, AdapterSection.model_validate({"init": init, "r": 8}), vision=False)
     drawn = [value.flatten() for name, value in trained(tiny_backbone.model).items() if "q_proj.lora_A" in name]
     assert torch.cat(drawn).std().item() == pytest.approx(spread, rel=0.15)
 
@@ -196,7 +197,7 @@ def test_after_a_merge_the_weights_can_be_trained_as_before(tiny_backbone: Backb
     model = tiny_backbone.model
     freeze_vision(model)
     before = set(trained(model))
-    add_adapter(model, AdapterSection(vision=False)).merge(batch)
+    add_adapter(model, AdapterSection(), vision=False).merge(batch)
     assert set(trained(model)) == before
     assert before == {name for name, _ in model.named_parameters() if "visual" not in name}
 
@@ -354,10 +355,10 @@ def test_a_vision_encoder_both_frozen_and_adapted_is_refused() -> None:
 def test_tied_parameters_count_once_and_only_the_trained_ones_as_such(tiny_backbone: Backbone) -> None:
     model = tiny_backbone.model
     total = sum(value.numel() for name, value in model.state_dict().items() if name != "lm_head.weight")
-    assert count_parameters(model) == (total, total)
+    assert count_parameters(model) == Parameters(total, total)
     freeze_vision(model)
     vision = sum(value.numel() for value in model.base_model.visual.parameters())
-    assert count_parameters(model) == (total, total - vision)
-    add_adapter(model, AdapterSection(r=2, vision=False))
+    assert count_parameters(model) == Parameters(total, total - vision)
+    add_adapter(model, AdapterSection(r=2), vision=False)
     added = sum(value.numel() for name, value in model.named_parameters() if "lora_" in name)
-    assert count_parameters(model) == (total + added, added)
+    assert count_parameters(model) == Parameters(total + added, added)

@@ -46,8 +46,15 @@ def test_a_checkpoint_that_lost_something_is_none(tmp_path: Path, fault: str) ->
     assert not is_complete(path)
 
 
-def test_a_json_file_is_replaced_whole(tmp_path: Path) -> None:
+def write_half(path: Path, text: str, **_: object) -> None:
+    path.write_bytes(text[: len(text) // 2].encode())
+    raise KeyboardInterrupt
+
+
+def test_a_json_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_json(tmp_path / "a.json", {"value": 1})
-    with pytest.raises(TypeError):
-        write_json(tmp_path / "a.json", {"value": object()})
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", write_half)
+        with pytest.raises(KeyboardInterrupt):
+            write_json(tmp_path / "a.json", {"value": 2})
     assert (tmp_path / "a.json").read_text() == '{\n  "value": 1\n}\n'

@@ -157,8 +157,8 @@ def test_bad_rows_are_written_a_line_each_and_only_where_there_are_any(tmp_path:
     assert list(tmp_path.iterdir()) == []
     write_bad_rows(path, [BadRow("a", "rows.csv, row 2", "the text “x”\nis bad"), BadRow("b", "c", "d")])
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        {"subset": "a", "row": "rows.csv, row 2", "reason": "the text “x”\nis bad"},
-        {"subset": "b", "row": "c", "reason": "d"},
+        {"subset": "a", "source": "rows.csv, row 2", "reason": "the text “x”\nis bad"},
+        {"subset": "b", "source": "c", "reason": "d"},
     ]
     assert list(tmp_path.iterdir()) == [path]
     write_bad_rows(path, [])

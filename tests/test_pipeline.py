@@ -1,5 +1,6 @@
 import json
 import shutil
+from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -435,12 +436,19 @@ def test_adapters_are_trained_and_merged(
     assert all(".layers." in name and "visual" not in name for name in changed)
 
 
+def assert_checkpointing(expected: bool, stage: str, trainer: Trainer) -> None:
+    model = trainer.model
+    backbone = model[0].auto_model if isinstance(model, SentenceTransformer) else model.backbone
+    assert backbone.is_gradient_checkpointing is expected, stage
+
+
 def test_gradients_checkpointed_are_those_kept(tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path) -> None:
     outcomes = []
     for checkpointed in (False, True):
         out = tmp_path / str(checkpointed)
         stages = {"warmup": STAGE, "bridge": STAGE, "contrastive": {**STAGE, "cache_chunk": 2}}
-        run(recipe(tiny_backbone_path, scene_folder, gradient_checkpointing=checkpointed, **stages), out)
+        given = recipe(tiny_backbone_path, scene_folder, gradient_checkpointing=checkpointed, **stages)
+        run(given, out, inspect=partial(assert_checkpointing, checkpointed))
         outcomes.append([weights(out / stage) for stage in STAGES])
     for kept, anew in zip(*outcomes, strict=True):
         assert all(torch.allclose(kept[name], anew[name], atol=1e-6) for name in kept)

@@ -196,6 +196,33 @@ def test_sigterm_saves_and_stops_and_the_run_goes_on(recipe: Recipe, uninterrupt
     assert_same(out, uninterrupted)
 
 
+def test_sigterm_in_a_stages_last_step_stops_before_the_next(
+    recipe: Recipe, uninterrupted: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        act_at(patch, "warmup", STEPS, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Stopped, match="at the end of stage warmup"):
+            run(recipe, out)
+    assert (out / "warmup").is_dir()
+    assert not (out / "bridge").exists()
+    run(recipe, out, resume=True)
+    assert_same(out, uninterrupted)
+
+
+def test_how_a_run_fits_a_machine_may_change_on_the_way(recipe: Recipe, uninterrupted: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        act_at(patch, "bridge", 3, die)
+        with pytest.raises(Killed):
+            run(recipe, out)
+    assert recipe.bridge is not None
+    fitted = {"bridge": recipe.bridge.model_copy(update={"micro_batch_size": 4}), "gradient_checkpointing": True}
+    run(recipe.model_copy(update=fitted), out, resume=True)
+    found, expected = (load_file(folder / "bridge" / "model.safetensors") for folder in (out, uninterrupted))
+    assert all(torch.allclose(found[name], expected[name], atol=1e-5) for name in found)
+
+
 def test_every_checkpoint_knows_its_recipe(recipe: Recipe, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:

@@ -78,11 +78,7 @@ def prepare_trainable(model: PreTrainedModel, section: StageSection) -> Adapter 
     """
     if section.freeze_vision:
         freeze_vision(model)
-    if section.adapter is None:
-        return None
-    if section.adapter.vision is None:
-        return add_adapter(model, section.adapter.model_copy(update={"vision": not section.freeze_vision}))
-    return add_adapter(model, section.adapter)
+    return None if section.adapter is None else add_adapter(model, section.adapter, vision=section.adapts_vision)
 
 
 def freeze_vision(model: PreTrainedModel) -> None:
@@ -90,11 +86,11 @@ def freeze_vision(model: PreTrainedModel) -> None:
     model.base_model.visual.requires_grad_(False)
 
 
-def add_adapter(model: PreTrainedModel, section: AdapterSection) -> Adapter:
+def add_adapter(model: PreTrainedModel, section: AdapterSection, *, vision: bool = True) -> Adapter:
     """Put an adapter into ``model``, in place, and freeze everything else in it.
 
-    Adapted are the projections of the language model's layers (:data:`LANGUAGE_LINEARS`) and, unless ``section.vision``
-    is false, those of the vision encoder's blocks (:data:`VISION_LINEARS`); never the embeddings, the head, the
+    Adapted are the projections of the language model's layers (:data:`LANGUAGE_LINEARS`) and, with ``vision``, those of
+    the vision encoder's blocks (:data:`VISION_LINEARS`); never the embeddings, the head, the
     patches' embedding or the merger. The adapter's weights are float32, whatever the model's are.
 
     :param model: A supported model, with its head or without (``Qwen2VLForConditionalGeneration``, ``Qwen2VLModel``).
@@ -108,7 +104,7 @@ def add_adapter(model: PreTrainedModel, section: AdapterSection) -> Adapter:
         lora_dropout=section.dropout,
         init_lora_weights=INITS[section.init],
         use_dora=section.kind == "dora",
-        target_modules=target_names(model, vision=section.vision is not False),
+        target_modules=target_names(model, vision=vision),
     )
     adapter = Adapter(model, peft.LoraModel(model, config, "default"), trainable)
     for parameter in model.parameters():
@@ -127,13 +123,6 @@ def target_names(model: PreTrainedModel, *, vision: bool) -> list[str]:
     if vision:
         names += _linears(model, base.visual.blocks, VISION_LINEARS, "the vision encoder's blocks")
     return names
-
-
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Return how many parameters a model has, and how many of them are trained; tied ones count once."""
-    parameters = list(model.parameters())
-    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    return sum(parameter.numel() for parameter in parameters), trained
 
 
 def _linears(model: nn.Module, part: nn.Module, known: frozenset[str], place: str) -> list[str]:

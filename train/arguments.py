@@ -10,6 +10,7 @@ import torch
 from accelerate import PartialState
 
 from cocoa_embed.errors import UsageError
+from cocoa_embed.flex import resolve_attention
 from cocoa_embed.train.progress import TENSORBOARD
 from cocoa_embed.train.recipe import Recipe
 from cocoa_embed.train.sections import ContrastiveSection, ReconstructionSection, StageSection
@@ -109,6 +110,14 @@ def worker_count(recipe: Recipe) -> int:
         return 0  # they would take the cores that the model runs on
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(MOST_WORKERS, cores // torch.accelerator.device_count() - 1))
+
+
+def stage_attention(recipe: Recipe, stage: str) -> str:
+    """Return the attention implementation of a stage on this machine.
+
+    :raises UsageError: If the recipe asks for one that cannot be trained here.
+    """
+    return resolve_attention(recipe.attn_implementation, stage=stage, device_type=PartialState().device.type)
 
 
 def _schedule_arguments(section: StageSection, steps: int) -> dict[str, Any]:

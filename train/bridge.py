@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cocoa_embed.backbone import Backbone
-from cocoa_embed.train.collators import Batch, BridgeCollator
+from cocoa_embed.train.collators import Batch, reconstruction_collator
 from cocoa_embed.train.data import Row
 from cocoa_embed.train.losses import accuracy, mntp_loss
 from cocoa_embed.train.probe import EosProbe, hold_out_rows
@@ -58,7 +58,7 @@ def bridge_trainer(
 
     The first ``section.probe_rows`` rows with an image are kept out of training, for the probe.
     """
-    collator = BridgeCollator(backbone.processor, seed=context.seed, mask_ratio=section.mask_ratio)
+    collator = reconstruction_collator(section, backbone.processor, backbone.geometry, seed=context.seed)
     probe_rows, training_rows = hold_out_rows(rows, section.probe_rows)
     if section.probe_rows and not probe_rows:
         logger.warning(

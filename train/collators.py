@@ -15,6 +15,12 @@ from cocoa_embed.errors import CocoaError
 from cocoa_embed.template import render
 from cocoa_embed.train.corruption import PatchFill, fill_patches, hide_each, hide_share, hide_visual_tokens
 from cocoa_embed.train.data import Draw, Item, Row, load_row_image
+from cocoa_embed.train.sections import BridgeSection, StageSection, WarmupSection
+
+NO_BLOCK_B = (
+    "the row has no block B for the bridge stage; one of its sides must be a text without image, or have a text of two "
+    "words or more."
+)
 
 Batch = dict[str, Tensor]
 """Named model inputs and targets; what a batch does not have (images, say) is left out."""
@@ -188,10 +194,16 @@ def split_blocks(row: Row) -> tuple[Item, str]:
         if len(words) > 1:
             middle = len(words) // 2
             return Item(text=" ".join(words[:middle]), image=item.image), " ".join(words[middle:])
-    raise CocoaError(
-        f"{row.source}: the row has no block B for the bridge stage; one of its sides must be a text without image, or "
-        "have a text of two words or more."
-    )
+    raise CocoaError(f"{row.source}: {NO_BLOCK_B}")
+
+
+def lacks_block_b(row: Row) -> str | None:
+    """Say why a row is of no use to the bridge stage; None where it is."""
+    try:
+        split_blocks(row)
+    except CocoaError:
+        return NO_BLOCK_B
+    return None
 
 
 def join_blocks(
@@ -220,3 +232,24 @@ def join_blocks(
 
 def _pad(rows: Sequence[Tensor], value: float) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
+
+
+def reconstruction_collator(
+    section: StageSection, processor: ProcessorMixin, geometry: PatchGeometry, *, seed: int
+) -> WarmupCollator | BridgeCollator:
+    """Return the collator of a reconstruction stage, by its section of a recipe.
+
+    :raises TypeError: For another stage's section.
+    """
+    if isinstance(section, WarmupSection):
+        return WarmupCollator(
+            processor,
+            geometry,
+            seed=seed,
+            text_mask_ratio=section.text_mask_ratio,
+            image_mask_ratio=section.image_mask_ratio,
+            patch_fill=section.patch_fill,
+        )
+    if isinstance(section, BridgeSection):
+        return BridgeCollator(processor, seed=seed, mask_ratio=section.mask_ratio)
+    raise TypeError(f"no reconstruction is asked for by a {type(section).__name__}")

@@ -314,11 +314,10 @@ class StepCost:
     @classmethod
     def of(cls, config: PreTrainedConfig, section: StageSection) -> "StepCost":
         """Read a backbone's size from its config, and what is trained of it from a stage's section."""
-        adapter = section.adapter
         return cls(
             model_size(config),
-            adapter=adapter is not None,
-            vision_adapter=adapter is not None and adapter.vision is not False and not section.freeze_vision,
+            adapter=section.adapter is not None,
+            vision_adapter=section.adapts_vision,
             freeze_vision=section.freeze_vision,
         )
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedConfig
 
+from cocoa_embed.train.adapters import freeze_vision, target_names
 from cocoa_embed.train.cost import BatchShape, ModelSize, meta_model
-from cocoa_embed.train.sections import AdapterSection
+from cocoa_embed.train.sections import StageSection
 
 FULL, HALF = 4, 2
 """Bytes of float32, and of bfloat16."""
@@ -22,38 +23,30 @@ class Parameters:
     trainable: int
 
 
-def parameters(
-    config: PreTrainedConfig, *, adapter: AdapterSection | None = None, freeze_vision: bool = False
-) -> Parameters:
-    """Count the parameters of a stock model, from its config alone; adapters beside it count in both figures.
+def count_parameters(model: nn.Module) -> Parameters:
+    """Count a model's parameters as they stand."""
+    every = list(model.parameters())
+    trainable = sum(parameter.numel() for parameter in every if parameter.requires_grad)
+    return Parameters(total=sum(parameter.numel() for parameter in every), trainable=trainable)
+
+
+def stage_parameters(config: PreTrainedConfig, section: StageSection) -> Parameters:
+    """Count the parameters that a stage runs and trains, from the backbone's config alone.
 
     An adapter has ``r`` rows and columns for each matrix that it stands beside, and in DoRA a magnitude for each of its
-    outputs. It stands beside all matrices of the language model's layers and, with ``adapter.vision``, beside those of
-    the vision encoder's blocks but for the attention's output.
+    outputs; it counts in both figures.
     """
     model = meta_model(config)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    visual = model.base_model.visual
+    if section.freeze_vision:
+        freeze_vision(model)
+    adapter = section.adapter
     if adapter is None:
-        frozen = sum(parameter.numel() for parameter in visual.parameters()) if freeze_vision else 0
-        return Parameters(total=total, trainable=total - frozen)
-    adapted = _matrices(model.get_decoder().layers)
-    if adapter.vision and not freeze_vision:
-        adapted += [matrix for name, matrix in _named_matrices(visual.blocks) if name.rpartition(".")[2] != "proj"]
+        return count_parameters(model)
+    adapted = [model.get_submodule(name) for name in target_names(model, vision=section.adapts_vision)]
+    shapes = [matrix.weight.shape for matrix in adapted]
     has_magnitudes = adapter.kind == "dora"
-    added = sum(
-        adapter.r * (matrix.in_features + matrix.out_features) + has_magnitudes * matrix.out_features
-        for matrix in adapted
-    )
-    return Parameters(total=total + added, trainable=added)
-
-
-def _named_matrices(module: nn.Module) -> list[tuple[str, nn.Linear]]:
-    return [(name, part) for name, part in module.named_modules() if isinstance(part, nn.Linear)]
-
-
-def _matrices(module: nn.Module) -> list[nn.Linear]:
-    return [matrix for _, matrix in _named_matrices(module)]
+    added = sum(adapter.r * (width + height) + has_magnitudes * height for height, width in shapes)
+    return Parameters(total=count_parameters(model).total + added, trainable=added)
 
 
 @dataclass(frozen=True)
@@ -90,7 +83,7 @@ def training_memory(
     own, the gathered weights of the layer that FSDP is at, and adapters' activations. Where weights are frozen the
     activations are as good as those of full training, since gradients pass through them.
 
-    :param counts: From :func:`parameters`.
+    :param counts: From :func:`stage_parameters`.
     :param size: From :func:`~cocoa_embed.train.cost.model_size`.
     :param shape: What a device runs at once: a micro-batch, or a chunk of a gradient-cached batch.
     :param world_size: Devices that weights, gradients and moments are sharded over (FSDP2); 1 without sharding.

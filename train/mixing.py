@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -49,6 +49,7 @@ def read_rows(
     workers: int = 0,
     progress: bool = False,
     checked: dict[RowImage, ImageSize | str] | None = None,
+    refuse: Callable[[Row], str | None] | None = None,
 ) -> ReadRows:
     """Read the rows of several sources, by the names of the subsets that they are.
 
@@ -57,11 +58,14 @@ def read_rows(
     :param seed: Decides with a subset's name which rows a weight draws.
     :param workers: Processes to decode images in; 0 is this one.
     :param progress: Show a progress bar on standard error.
+    :param refuse: Says why a row is of no use to a stage, None where it is.
     :param checked: What earlier calls have found of images, which need no second look; what this one finds is added.
     :raises CocoaError: If a source cannot be read, too many rows cannot be used, or a subset is left without rows.
     """
     bad: list[BadRow] = []
     subsets = {name: read_source(name, source, bad) for name, source in sources.items()}
+    if refuse is not None:
+        subsets = {name: _without_refused(rows, bad, refuse) for name, rows in subsets.items()}
     _refuse_bad_rows(bad, sum(map(len, subsets.values())), on_bad_row)
     sizes: dict[RowImage, ImageSize] = {}
     if check_images:
@@ -75,6 +79,12 @@ def read_rows(
     rows = [row for of_subset in weighted.values() for row in of_subset]
     counts = {name: len(of_subset) for name, of_subset in weighted.items()}
     return ReadRows(rows, bad, sizes, counts, fingerprint(rows))
+
+
+def _without_refused(rows: Sequence[Row], bad: list[BadRow], refuse: Callable[[Row], str | None]) -> list[Row]:
+    reasons = [refuse(row) for row in rows]
+    bad += [BadRow(row.subset, row.source, why) for row, why in zip(rows, reasons, strict=True) if why is not None]
+    return [row for row, why in zip(rows, reasons, strict=True) if why is None]
 
 
 def _without_bad_images(
@@ -138,14 +148,14 @@ def fingerprint(rows: Iterable[Row]) -> str:
 
 
 def write_bad_rows(path: Path, bad: Sequence[BadRow]) -> None:
-    """Write a line of JSON (``subset``, ``row``, ``reason``) for each row left out; no file where there is none.
+    """Write a line of JSON (``subset``, ``source``, ``reason``) for each row left out; no file where there is none.
 
     The file is there whole or not at all.
     """
     if not bad:
         path.unlink(missing_ok=True)
         return
-    lines = [json.dumps({"subset": row.subset, "row": row.source, "reason": row.reason}) + "\n" for row in bad]
+    lines = [json.dumps({"subset": row.subset, "source": row.source, "reason": row.reason}) + "\n" for row in bad]
     unfinished = path.with_name(f".{path.name}.tmp")
     unfinished.write_text("".join(lines), encoding="utf-8")
     os.replace(unfinished, path)

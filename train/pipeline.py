@@ -82,4 +82,6 @@ def _run_stage(
         write_record(recipe, prepared.start, [*before, result])
         shutil.rmtree(checkpoints, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
+    if stage != recipe.stages[-1] and stop.any_requested():
+        raise Stopped(f"Stopped by SIGTERM at the end of stage {stage}; the same command with --resume goes on.")
     return result

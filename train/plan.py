@@ -1,28 +1,28 @@
 """What a run would do and cost, told without loading weights: ``cocoa-embed train RECIPE --dry-run``."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from accelerate import PartialState
 from transformers import ProcessorMixin
 
 from cocoa_embed.backbone import PatchGeometry, load_processor, read_config
-from cocoa_embed.flex import FLEX, resolve_attention
-from cocoa_embed.train.arguments import micro_batches
-from cocoa_embed.train.collators import Batch, BridgeCollator, WarmupCollator, render_items
+from cocoa_embed.flex import FLEX
+from cocoa_embed.train.arguments import micro_batches, stage_attention
+from cocoa_embed.train.collators import reconstruction_collator, render_items
 from cocoa_embed.train.cost import BatchShape, StepCost, batch_shape
 from cocoa_embed.train.data import Row, numbered
-from cocoa_embed.train.memory import Memory, Parameters, parameters, training_memory
-from cocoa_embed.train.preparation import examine
+from cocoa_embed.train.memory import stage_parameters, training_memory
+from cocoa_embed.train.mixing import ReadRows
+from cocoa_embed.train.preparation import bad_rows, examine
 from cocoa_embed.train.recipe import Recipe
-from cocoa_embed.train.sections import BridgeSection, ContrastiveSection, WarmupSection
+from cocoa_embed.train.sections import ContrastiveSection
 
 SAMPLE = 64
-"""Rows that are made into sequences to tell how long all are."""
+"""Rows of a stage that are made into sequences, to tell how long all are."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class StagePlan:
     :param rows: Rows by subset, after caps and weights.
     :param tokens_per_step: Without padding, from a sample of the rows.
     :param flops: Of all steps, forward and backward, from the same sample.
-    :param memory_bytes: Of one device by what they hold, when it runs its longest rows.
+    :param memory_bytes: Of one device by what they hold, when all that it runs at once is as long as the longest row of
+        the sample.
     :param folder: Where the stage's weights would be written.
     """
 
@@ -74,76 +75,52 @@ def plan(recipe: Recipe, out: Path, *, resume: bool = False, progress: bool = Tr
     """
     prepared = examine(recipe, out, resume=resume, progress=progress)
     processor = load_processor(recipe.backbone, max_length=recipe.max_length, max_pixels=recipe.max_pixels)
-    bad = dict.fromkeys(row for read in prepared.rows.values() for row in read.bad)
     return RunPlan(
         recipe=recipe.name,
         backbone=recipe.backbone,
         devices=PartialState().num_processes,
         stages=[
-            _plan_stage(recipe, stage, read.rows, read.counts, prepared.steps[stage], processor, out / stage)
+            _plan_stage(recipe, stage, read, processor, steps=prepared.steps[stage], folder=out / stage)
             for stage, read in prepared.rows.items()
         ],
-        bad_rows=[dataclasses.asdict(row) for row in bad],
+        bad_rows=[dataclasses.asdict(row) for row in bad_rows(prepared)],
         finished=[result.stage for result in prepared.results],
     )
 
 
 def _plan_stage(
-    recipe: Recipe,
-    stage: str,
-    rows: Sequence[Row],
-    counts: dict[str, int],
-    steps: int,
-    processor: ProcessorMixin,
-    folder: Path,
+    recipe: Recipe, stage: str, read: ReadRows, processor: ProcessorMixin, *, steps: int, folder: Path
 ) -> StagePlan:
     section, config = recipe.section(stage), read_config(recipe.backbone)
     devices = PartialState().num_processes
     together, _ = micro_batches(stage, section, devices)
     at_once = section.cache_chunk if isinstance(section, ContrastiveSection) else together // devices
-    shapes = sample_shapes(recipe, stage, rows, processor)
-    cost = StepCost.of(config, section)
-    known = parameters(config, adapter=section.adapter, freeze_vision=section.freeze_vision)
-    return StagePlan(
-        stage=stage,
-        parameters=known.total,
-        trainable_parameters=known.trainable,
-        rows=counts,
-        steps=steps,
-        batch_size=section.batch_size,
-        rows_at_once=at_once,
-        tokens_per_step=section.batch_size * fmean(sum(shape.tokens for shape in of_row) for of_row in shapes),
-        flops=steps * section.batch_size * fmean(sum(map(cost.of_shape, of_row)) for of_row in shapes),
-        memory_bytes=_memory_bytes(_memory(recipe, stage, known, cost, shapes, at_once, devices)),
-        folder=str(folder),
-    )
-
-
-def _memory(
-    recipe: Recipe,
-    stage: str,
-    known: Parameters,
-    cost: StepCost,
-    shapes: Sequence[Sequence[BatchShape]],
-    at_once: int,
-    devices: int,
-) -> Memory:
+    shapes = sample_shapes(recipe, stage, read.rows, processor)
     longest = max((shape for of_row in shapes for shape in of_row), key=lambda shape: shape.length)
-    implementation = resolve_attention(recipe.attn_implementation, stage=stage, device_type=PartialState().device.type)
-    return training_memory(
-        known,
+    cost, counts = StepCost.of(config, section), stage_parameters(config, section)
+    memory = training_memory(
+        counts,
         cost.size,
         _repeated(longest, at_once),
         world_size=devices if recipe.sharding != "none" else 1,
         autocast=recipe.mixed_precision == "bf16",
         gradient_checkpointing=recipe.gradient_checkpointing,
-        freeze_vision=recipe.section(stage).freeze_vision,
-        dense_mask=implementation != FLEX,
+        freeze_vision=section.freeze_vision,
+        dense_mask=stage_attention(recipe, stage) != FLEX,
     )
-
-
-def _memory_bytes(memory: Memory) -> dict[str, int]:
-    return {"total": memory.total, **dataclasses.asdict(memory)}
+    return StagePlan(
+        stage=stage,
+        parameters=counts.total,
+        trainable_parameters=counts.trainable,
+        rows=read.counts,
+        steps=steps,
+        batch_size=section.batch_size,
+        rows_at_once=at_once,
+        tokens_per_step=section.batch_size * fmean(sum(shape.tokens for shape in of_row) for of_row in shapes),
+        flops=steps * section.batch_size * fmean(sum(map(cost.of_shape, of_row)) for of_row in shapes),
+        memory_bytes={"total": memory.total, **dataclasses.asdict(memory)},
+        folder=str(folder),
+    )
 
 
 def _repeated(shape: BatchShape, times: int) -> BatchShape:
@@ -173,16 +150,6 @@ def sample_shapes(recipe: Recipe, stage: str, rows: Sequence[Row], processor: Pr
             ]
             for row in sample
         ]
-    collate: Callable[[list[Any]], Batch]
-    if isinstance(section, WarmupSection):
-        collate = WarmupCollator(
-            processor,
-            PatchGeometry.from_config(read_config(recipe.backbone)),
-            seed=recipe.seed,
-            text_mask_ratio=section.text_mask_ratio,
-            image_mask_ratio=section.image_mask_ratio,
-        )
-    else:
-        assert isinstance(section, BridgeSection)
-        collate = BridgeCollator(processor, seed=recipe.seed, mask_ratio=section.mask_ratio)
+    geometry = PatchGeometry.from_config(read_config(recipe.backbone))
+    collate = reconstruction_collator(section, processor, geometry, seed=recipe.seed)
     return [[batch_shape(collate([example]))] for example in numbered(sample)]

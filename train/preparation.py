@@ -12,13 +12,13 @@ from transformers import TrainingArguments
 
 from cocoa_embed.backbone import load_backbone, load_processor, read_config, resolve_backbone
 from cocoa_embed.errors import UsageError
-from cocoa_embed.flex import resolve_attention
 from cocoa_embed.folders import RUN_MARKER, claim_folder, refuse_foreign_folder
 from cocoa_embed.images import one_line
-from cocoa_embed.train.arguments import step_count, training_arguments, worker_count
+from cocoa_embed.train.arguments import stage_attention, step_count, training_arguments, worker_count
 from cocoa_embed.train.checkpoints import write_json
+from cocoa_embed.train.collators import lacks_block_b
 from cocoa_embed.train.contrastive import matryoshka_dims
-from cocoa_embed.train.data import RowImage
+from cocoa_embed.train.data import BadRow, RowImage
 from cocoa_embed.train.image_check import ImageSize
 from cocoa_embed.train.mixing import ReadRows, read_rows, write_bad_rows
 from cocoa_embed.train.processes import meet
@@ -70,12 +70,15 @@ def prepare(recipe: Recipe, out: Path, *, resume: bool, progress: bool = True) -
         if out.is_dir() and any(out.iterdir()):
             load_backbone(recipe.backbone)  # weights that cannot be used are not worth the loss of an earlier run
         claim_folder(out, marker=RUN_MARKER)
+        write_bad_rows(out / "bad_rows.jsonl", bad_rows(prepared))
         write_json(out / DATA_FILE, _told_rows(prepared.rows))
         write_json(out / RECIPE_FILE, recipe.model_dump(mode="json"))
-    write_bad_rows(
-        out / "bad_rows.jsonl", list(dict.fromkeys(row for read in prepared.rows.values() for row in read.bad))
-    )
     return prepared
+
+
+def bad_rows(prepared: Prepared) -> list[BadRow]:
+    """Return the rows that all stages leave out, each once."""
+    return list(dict.fromkeys(row for read in prepared.rows.values() for row in read.bad))
 
 
 def examine(recipe: Recipe, out: Path, *, resume: bool = False, progress: bool = True) -> Prepared:
@@ -120,7 +123,7 @@ def check_stages(recipe: Recipe) -> None:
             raise UsageError(f"report_to names {name}, which is not installed; run: pip install {name}")
     for stage in recipe.stages:
         recipe.sources_of(stage)
-        resolve_attention(recipe.attn_implementation, stage=stage, device_type=state.device.type)
+        stage_attention(recipe, stage)
     if recipe.sharding != "none" and state.distributed_type in _CANNOT_SHARD:
         # transformers would leave the weights whole without a word.
         raise UsageError(f"sharding={recipe.sharding} needs several accelerators, with a process each.")
@@ -155,7 +158,7 @@ def read_stages(recipe: Recipe, stages: list[str], *, progress: bool) -> dict[st
     rows = {}
     for stage in stages:
         data = recipe.data_of(stage)
-        key = data.model_dump_json()
+        key = data.model_dump_json() + stage * (stage == "bridge")
         if key not in read:
             read[key] = read_rows(
                 recipe.sources_of(stage),
@@ -165,6 +168,7 @@ def read_stages(recipe: Recipe, stages: list[str], *, progress: bool) -> dict[st
                 workers=worker_count(recipe),
                 progress=progress,
                 checked=checked,
+                refuse=lacks_block_b if stage == "bridge" else None,
             )
         rows[stage] = read[key]
         if stage == "contrastive" and len(rows[stage].rows) < 2:

@@ -4,6 +4,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -14,6 +15,9 @@ from cocoa_embed.errors import CocoaError, UsageError
 
 Result = TypeVar("Result")
 
+PATIENCE = timedelta(hours=3)
+"""How long processes wait for the first one, which decodes every image before training."""
+
 
 def is_first_process() -> bool:
     """Tell whether this is the only process of a run or the first of several, before they have met."""
@@ -23,6 +27,7 @@ def is_first_process() -> bool:
 def hush_others() -> None:
     """Silence warnings and log lines of all processes but the first, and of torch's own code below Python in all."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it cannot go on in forked workers, and says so
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"accelerate|sentence_transformers|transformers")
     if not is_first_process():
         warnings.simplefilter("ignore")
@@ -36,7 +41,7 @@ def meet() -> PartialState:
     """
     has_accelerator = torch.accelerator.is_available()
     # cpu=None leaves the choice of a device and of its backend to accelerate.
-    state = PartialState(cpu=None if has_accelerator else True)
+    state = PartialState(cpu=None if has_accelerator else True, timeout=PATIENCE)
     if state.num_processes == 1 and has_accelerator and torch.accelerator.device_count() > 1:
         raise UsageError(
             f"This machine has {torch.accelerator.device_count()} accelerators and one process was started; run "

@@ -125,6 +125,13 @@ class StageSection(Section):
     logging_steps: Positive = 10
     save_steps: Positive = 500
 
+    @property
+    def adapts_vision(self) -> bool:
+        """Whether the stage's adapter, if it has one, is in the vision encoder too."""
+        if self.adapter is None:
+            return False
+        return not self.freeze_vision if self.adapter.vision is None else self.adapter.vision
+
     @model_validator(mode="after")
     def _has_a_length(self) -> "StageSection":
         if (self.steps is None) == (self.epochs is None):

@@ -12,8 +12,7 @@ from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
 from cocoa_embed.backbone import Backbone, load_backbone
 from cocoa_embed.export import build_sentence_transformer
-from cocoa_embed.flex import resolve_attention
-from cocoa_embed.train.arguments import training_arguments
+from cocoa_embed.train.arguments import stage_attention, training_arguments
 from cocoa_embed.train.bridge import bridge_trainer
 from cocoa_embed.train.collators import joined, render_items
 from cocoa_embed.train.contrastive import contrastive_trainer
@@ -49,7 +48,7 @@ def build_stage(recipe: Recipe, stage: str, prepared: Prepared, *, start: Path |
     section = recipe.section(stage)
     if isinstance(section, ContrastiveSection):
         return _contrastive_stage(recipe, section, prepared, start, checkpoints)
-    backbone = load(recipe, str(start or recipe.backbone), stage)
+    backbone = load_stage_backbone(recipe, str(start or recipe.backbone), stage)
     rows = prepared.rows[stage]
     context = _context(recipe, stage, prepared, backbone.model, backbone.processor, checkpoints)
     if isinstance(section, BridgeSection):
@@ -61,7 +60,7 @@ def build_stage(recipe: Recipe, stage: str, prepared: Prepared, *, start: Path |
     return BuiltStage(trainer, partial(_save_backbone, trainer, backbone, rows.rows))
 
 
-def load(recipe: Recipe, start: str, stage: str) -> Backbone:
+def load_stage_backbone(recipe: Recipe, start: str, stage: str) -> Backbone:
     """Load the weights that a stage starts from.
 
     :raises CocoaError: If they cannot be used.
@@ -70,7 +69,7 @@ def load(recipe: Recipe, start: str, stage: str) -> Backbone:
     with PartialState().main_process_first():  # others find what the first has downloaded
         backbone = load_backbone(
             start,
-            attn_implementation=attention(recipe, stage),
+            attn_implementation=stage_attention(recipe, stage),
             max_length=recipe.max_length,
             max_pixels=recipe.max_pixels,
         )
@@ -78,23 +77,18 @@ def load(recipe: Recipe, start: str, stage: str) -> Backbone:
     return backbone
 
 
-def attention(recipe: Recipe, stage: str) -> str:
-    """Return the attention implementation of a stage on this machine."""
-    return resolve_attention(recipe.attn_implementation, stage=stage, device_type=PartialState().device.type)
-
-
 def _contrastive_stage(
     recipe: Recipe, section: ContrastiveSection, prepared: Prepared, start: Path | None, checkpoints: Path
 ) -> BuiltStage:
     if start is None:
         start = checkpoints / "start"
-        backbone = load(recipe, recipe.backbone, "contrastive")
+        backbone = load_stage_backbone(recipe, recipe.backbone, "contrastive")
         if PartialState().is_main_process:
             backbone.save(start)
         PartialState().wait_for_everyone()
     set_seed(recipe.seed)
     model = build_sentence_transformer(
-        start, prompts=recipe.prompts.model_dump(), attn_implementation=attention(recipe, "contrastive")
+        start, prompts=recipe.prompts.model_dump(), attn_implementation=stage_attention(recipe, "contrastive")
     )
     backbone_model = model[0].auto_model
     _checkpoint_gradients(recipe, backbone_model)

@@ -40,10 +40,11 @@ class StopOnSigterm(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save and stop if any process was asked to, so that all do so at the same step."""
-        if self._any_requested():
+        if self.any_requested() and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 
-    def _any_requested(self) -> bool:
+    def any_requested(self) -> bool:
+        """Tell whether any process was asked to stop; all of them have to ask."""
         accelerator = self.trainer.accelerator
         if accelerator.num_processes > 1:
             requested = torch.tensor([int(self.requested)], device=accelerator.device)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cocoa_embed.backbone import Backbone, PatchGeometry
-from cocoa_embed.train.collators import Batch, WarmupCollator
+from cocoa_embed.train.collators import Batch, reconstruction_collator
 from cocoa_embed.train.data import Row
 from cocoa_embed.train.losses import accuracy, mae_loss, mntp_loss
 from cocoa_embed.train.pixel_decoder import PixelDecoder
@@ -84,12 +84,5 @@ def warmup_trainer(
         mae_weight=section.mae_weight,
         normalise_targets=section.normalise_targets,
     )
-    collator = WarmupCollator(
-        backbone.processor,
-        backbone.geometry,
-        seed=context.seed,
-        text_mask_ratio=section.text_mask_ratio,
-        image_mask_ratio=section.image_mask_ratio,
-        patch_fill=section.patch_fill,
-    )
+    collator = reconstruction_collator(section, backbone.processor, backbone.geometry, seed=context.seed)
     return reconstruction_trainer(model, backbone.model, rows, collator, section, context, stage="warmup")
