@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -60,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(args=None if arguments is None else list(arguments), prog_name="cocoa-embed")
     except CocoaError as error:
-        typer.echo(f"cocoa-embed: {error}", err=True)
+        if not error.is_raised_by_all or os.environ.get("RANK", "0") == "0":
+            typer.echo(f"cocoa-embed: {error}", err=True)
         raise SystemExit(error.exit_status) from None
 
 
@@ -133,6 +135,7 @@ def demo(
         for module in DEMO_NEEDS:
             require(module, "all")
         silence_libraries()
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one device does; training would ask for a launcher
         from cocoa_embed.demo.story import Demo
 
         results = Demo(out, work, seed).run()
@@ -286,6 +289,7 @@ def report_plan(planned: RunPlan, console: Console) -> None:
             f"  steps       {stage.steps:,} of {stage.batch_size} rows, {stage.rows_at_once} at once on a device",
             f"  tokens      about {stage.tokens_per_step:,.0f} a step",
             f"  memory      about {binary_size(stage.memory_bytes['total'])} a device ({kept})",
+            f"  disk        up to three checkpoints of {binary_size(stage.checkpoint_bytes)} while it runs",
             f"  compute     about {stage.flops:.2g} FLOP in all",
         ]
     lines += [f"would be left out: {row['source']}: {row['reason']}" for row in planned.bad_rows]

@@ -8,6 +8,8 @@ class CocoaError(Exception):
     """Something failed in a way the user can act on. The command line prints it alone and exits with 1."""
 
     exit_status = 1
+    is_raised_by_all = False
+    """Every process of a run raises it, so that the first can tell it for all."""
 
 
 class UsageError(CocoaError):

@@ -17,9 +17,10 @@ from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.export import build_sentence_transformer
 from cocoa_embed.images import load_image
 from cocoa_embed.train import contrastive
+from cocoa_embed.train import pairs as pairs_module
 from cocoa_embed.train.contrastive import contrastive_loss, contrastive_trainer, matryoshka_dims
 from cocoa_embed.train.data import Item, Row
-from cocoa_embed.train.pairs import ItemPreprocessor, as_record, pair_datasets
+from cocoa_embed.train.pairs import ItemPreprocessor, as_record, distinct_enough, pair_datasets
 from cocoa_embed.train.sections import ContrastiveSection
 from cocoa_embed.train.stage_trainer import StageContext
 from conftest import TINY_MAX_LENGTH
@@ -529,3 +530,37 @@ def test_no_examples_are_picked_for_a_card_that_is_not_written(
     )
     contrastive_trainer(model, scene_rows, section(), StageContext(arguments(tmp_path)))
     assert not picked
+
+
+def test_few_different_values_are_told(scene_rows: list[Row], caplog: pytest.LogCaptureFixture) -> None:
+    """Yes-or-no answers, say: a batch that holds nothing twice is of two rows then."""
+    answers = [replace(row, positive=Item(text="yes" if n % 2 else "no")) for n, row in enumerate(scene_rows)]
+    pairs = pair_datasets(answers, section(both_directions=False))
+    assert distinct_enough(pairs, BATCH) is pairs
+    assert f"2 different positive in {len(scene_rows)} rows" in caplog.text
+    caplog.clear()
+    distinct_enough(pair_datasets(scene_rows, section(both_directions=False)), BATCH)
+    assert not caplog.text
+
+
+def test_a_subset_that_leaves_a_device_without_a_row_is_refused(
+    scene_rows: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pairs_module, "PartialState", lambda: SimpleNamespace(num_processes=8))
+    answers = [replace(row, positive=Item(text="yes")) for row in scene_rows]
+    with pytest.raises(UsageError, match=r"1 different positive in 24 rows.*each of the 8 devices"):
+        distinct_enough(pair_datasets(answers, section(both_directions=False)), BATCH)
+
+
+def test_every_epoch_has_an_order_of_its_own(
+    model: SentenceTransformer, scene_rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, ...]] = []
+    asked = section(both_directions=False)
+    trainer = contrastive_trainer(model, scene_rows, asked, StageContext(arguments(tmp_path, max_steps=9)))
+    monkeypatch.setattr(trainer.throughput, "saw", lambda facts: seen.extend(fact.rows for fact in facts))
+    trainer.train()
+    assert len(trainer.drawn) == 3
+    epochs = [seen[start : start + 3] for start in (0, 3, 6)]
+    assert all(sorted(row for batch in epoch for row in batch) == list(range(len(scene_rows))) for epoch in epochs)
+    assert len({str(epoch) for epoch in epochs}) == 3

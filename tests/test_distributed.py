@@ -76,7 +76,14 @@ def recipe(tiny_backbone_path: Path, scene_folder: Path) -> Recipe:
             "data": {"folder": str(scene_folder), "paraphrases": 1},
             "warmup": {**STAGE, "micro_batch_size": 2},
             "bridge": {**STAGE, "probe_rows": 4, "probe_steps": 2},
-            "contrastive": {**STAGE, "data": {"paraphrases": 0}, "cache_chunk": 2, "symmetric": True},
+            # Two steps make an epoch.
+            "contrastive": {
+                **STAGE,
+                "data": {"paraphrases": 0, "limit": 16},
+                "both_directions": False,
+                "cache_chunk": 2,
+                "symmetric": True,
+            },
         }
     )
 
@@ -136,6 +143,12 @@ def test_a_fault_is_told_once(recipe: Recipe, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_loss_that_is_no_number_is_told_once(recipe: Recipe, tmp_path: Path) -> None:
+    launched = launch(recipe, tmp_path, "bridge=null", "contrastive=null", "warmup.learning_rate=1e30")
+    assert launched.returncode != 0
+    assert launched.stderr.count("cocoa-embed: The loss of step") == 1
+
+
 def test_sharding_without_accelerators_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     launched = launch(recipe, tmp_path, "contrastive=null", "sharding=fsdp2")
     assert launched.returncode != 0
@@ -149,14 +162,14 @@ def test_weights_shared_by_fsdp2_learn_what_one_process_does(recipe: Recipe, alo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharding", ["none", "fsdp2"])
-def test_two_killed_processes_go_on(recipe: Recipe, alone: Path, tmp_path: Path, sharding: str) -> None:
-    options = ("contrastive=null", f"sharding={sharding}")
+@pytest.mark.parametrize(("sharding", "stage"), [("none", "contrastive"), ("fsdp2", "bridge")])
+def test_two_killed_processes_go_on(recipe: Recipe, alone: Path, tmp_path: Path, sharding: str, stage: str) -> None:
+    options = () if stage == "contrastive" else ("contrastive=null", f"sharding={sharding}")
     environment = {"SHARD_ON_CPU": "1"} if sharding == "fsdp2" else {}
-    killed = launch(recipe, tmp_path, *options, KILL_IN="bridge", **environment)
+    killed = launch(recipe, tmp_path, *options, KILL_IN=stage, **environment)
     assert killed.returncode != 0
     assert str(signal.SIGKILL.value) in killed.stderr
-    assert (tmp_path / "out" / "checkpoints" / "bridge" / "checkpoint-2" / "complete.json").is_file()
+    assert (tmp_path / "out" / "checkpoints" / stage / "checkpoint-2" / "complete.json").is_file()
     launched = launch(recipe, tmp_path, *options, "--resume", **environment)
     assert launched.returncode == 0, launched.stderr[-3000:]
-    assert_same(tmp_path / "out", alone, ("warmup", "bridge"))
+    assert_same(tmp_path / "out", alone, STAGES if stage == "contrastive" else ("warmup", "bridge"))

@@ -11,7 +11,7 @@ from cocoa_embed import cli
 from cocoa_embed.backbone import load_backbone, load_processor
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.train import Recipe, run
-from cocoa_embed.train.memory import Parameters, count_parameters
+from cocoa_embed.train.memory import count_parameters
 from cocoa_embed.train.plan import plan
 from cocoa_embed.train.recipe import STAGES
 from conftest import SCENES, TINY_MAX_LENGTH
@@ -46,7 +46,9 @@ def test_a_plan_tells_what_the_run_then_does(tiny_backbone_path: Path, scene_fol
         assert Path(stage.folder) == result.folder
         assert stage.steps == result.steps
         assert sum(stage.rows.values()) == result.rows
-        assert Parameters(stage.parameters, stage.trainable_parameters) == count_parameters(backbone.model)
+        counted = count_parameters(backbone.model).total
+        assert stage.parameters == stage.trainable_parameters
+        assert (stage.parameters > counted) if stage.stage == "warmup" else (stage.parameters == counted)
     assert [stage.rows for stage in planned.stages] == [{"data": SCENES}, {"data": SCENES}, {"data": 10}]
     assert [stage.steps for stage in planned.stages] == [3, 2 * SCENES // 8, 3]
     assert [stage.rows_at_once for stage in planned.stages] == [4, 4, 2]
@@ -63,9 +65,7 @@ def test_tokens_and_flops_are_those_of_the_batches(
     run(given, tmp_path / "out", inspect=lambda name, trainer: seen.extend(trainer.get_train_dataloader()))
     (batch,) = seen
     assert stage.tokens_per_step == pytest.approx(batch["facts"].tokens)
-    # The batch is padded, the plan's rows are not.
-    assert stage.flops == pytest.approx(batch["facts"].flops, rel=0.2)
-    assert stage.flops < batch["facts"].flops
+    assert stage.flops == pytest.approx(batch["facts"].flops)
 
 
 def test_a_plan_needs_no_weights(tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_a_plan_needs_no_weights(tiny_backbone_path: Path, scene_folder: Path, t
     adapted, whole, _ = plan(given, tmp_path / "out").stages
     assert 2.1e9 < whole.parameters < 2.3e9
     assert whole.trainable_parameters == whole.parameters
-    assert adapted.trainable_parameters < 0.01 * adapted.parameters
+    assert adapted.trainable_parameters < 0.05 * adapted.parameters, "adapters, and the pixel decoder"
     sixteen_bytes_each = 16 * whole.parameters
     assert sixteen_bytes_each < whole.memory_bytes["total"] < 1.2 * sixteen_bytes_each
     assert adapted.memory_bytes["total"] < whole.memory_bytes["total"] / 3

@@ -236,3 +236,41 @@ def test_an_mmeb_source_that_names_its_subsets_is_left_as_it_is(tmp_path: Path) 
         "CIRR": ("some/set", None),
         "text": (None, "rows.csv"),
     }
+
+
+@pytest.mark.parametrize("name", ["qwen2-vl-2b", "qwen2.5-vl-3b", "qwen2.5-vl-7b", "qwen3-vl-2b"])
+def test_the_packages_recipes_have_the_papers_settings(name: str) -> None:
+    recipe = Recipe.load(name, ["data.folder=my-folder"])
+    assert recipe.warmup is not None
+    assert recipe.bridge is not None
+    assert recipe.contrastive is not None
+    warmup, bridge, contrastive = recipe.warmup, recipe.bridge, recipe.contrastive
+    assert (warmup.steps, warmup.batch_size, warmup.warmup_steps, recipe.data_of("warmup").limit) == (
+        3000,
+        128,
+        100,
+        20_000,
+    )
+    assert (bridge.epochs, bridge.batch_size, bridge.warmup_steps, bridge.mask_ratio) == (2, 64, 100, 0.7)
+    assert (contrastive.steps, contrastive.batch_size, contrastive.warmup_steps) == (2000, 1024, 200)
+    assert (contrastive.cache_chunk, contrastive.temperature) == (8, 0.02)
+    assert recipe.data_of("contrastive").limit == 100_000
+    for section in (warmup, bridge, contrastive):
+        assert (section.learning_rate, section.schedule) == (2e-5, "linear")
+        assert section.adapter is not None
+        adapter = section.adapter
+        assert (adapter.kind, adapter.r, adapter.alpha, adapter.dropout, adapter.init, section.adapts_vision) == (
+            "dora",
+            8,
+            64,
+            0.1,
+            "gaussian",
+            True,
+        )
+
+
+def test_an_override_changes_its_own_stage_alone() -> None:
+    """The recipes say an adapter once, by a YAML alias."""
+    recipe = Recipe.load("qwen2-vl-2b", ["bridge.adapter.r=16"])
+    sections = (recipe.warmup, recipe.bridge, recipe.contrastive)
+    assert [section.adapter.r for section in sections if section and section.adapter] == [8, 16, 8]

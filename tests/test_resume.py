@@ -52,8 +52,14 @@ def recipe(tiny_backbone_path: Path, scene_folder: Path) -> Recipe:
             "data": {"folder": str(scene_folder)},
             "warmup": STAGE,
             "bridge": {**STAGE, "data": {"paraphrases": 1}, "probe_rows": 4, "probe_steps": 1, "micro_batch_size": 2},
-            # Dropout draws from the state that a checkpoint must restore.
-            "contrastive": {**STAGE, "cache_chunk": 2, "adapter": adapter},
+            # Dropout draws from the state that a checkpoint must restore; two steps make an epoch.
+            "contrastive": {
+                **STAGE,
+                "data": {"limit": 8},
+                "both_directions": False,
+                "cache_chunk": 2,
+                "adapter": adapter,
+            },
         }
     )
 
@@ -164,6 +170,31 @@ def test_a_run_killed_between_two_writes_ends_as_one_that_was_not(
     assert out.is_dir()
     run(recipe, out, resume=True)
     assert_same(out, uninterrupted)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_killed_after_its_last_checkpoint_is_not_trained_on(
+    recipe: Recipe, uninterrupted: Path, tmp_path: Path, stage: str
+) -> None:
+    write = pipeline.write_record
+
+    def die_in_the_stage(*args: Any) -> None:
+        if args[2][-1].stage == stage:
+            raise Killed
+        write(*args)
+
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "write_record", die_in_the_stage)
+        with pytest.raises(Killed):
+            run(recipe, out)
+    newest = newest_complete(out / "checkpoints" / stage)
+    assert newest is not None
+    assert newest.name == f"checkpoint-{STEPS}"
+    run(recipe, out, resume=True)
+    assert_same(out, uninterrupted)
+    steps = [line["step"] for line in json.loads((out / stage / "log.json").read_text())]
+    assert max(steps) == STEPS
 
 
 def test_a_run_killed_again_and_again_ends_as_one_that_was_not(

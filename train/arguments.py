@@ -10,7 +10,7 @@ import torch
 from accelerate import PartialState
 
 from cocoa_embed.errors import UsageError
-from cocoa_embed.flex import resolve_attention
+from cocoa_embed.flex import FLEX, resolve_attention
 from cocoa_embed.train.progress import TENSORBOARD
 from cocoa_embed.train.recipe import Recipe
 from cocoa_embed.train.sections import ContrastiveSection, ReconstructionSection, StageSection
@@ -23,10 +23,12 @@ MOST_WORKERS = 8
 
 
 def step_count(section: StageSection, rows: int) -> int:
-    """Return a stage's optimisation steps over ``rows`` rows."""
+    """Return a stage's optimisation steps over ``rows`` rows; an epoch is each row once, or once in each direction."""
     if section.steps is not None:
         return section.steps
     assert section.epochs is not None  # the section's own validation
+    if isinstance(section, ContrastiveSection) and section.both_directions:
+        rows *= 2
     return max(1, math.ceil(section.epochs * rows / section.batch_size))
 
 
@@ -78,7 +80,8 @@ def training_arguments(
         "dataloader_pin_memory": torch.cuda.is_available(),
         "dataloader_num_workers": workers,
         "dataloader_persistent_workers": workers > 0,
-        "dataloader_prefetch_factor": 4 if workers else None,
+        # A contrastive batch is large, and every worker holds so many of them.
+        "dataloader_prefetch_factor": (1 if isinstance(section, ContrastiveSection) else 4) if workers else None,
         "seed": recipe.seed,
         **_sharding(recipe, layers),
     }
@@ -108,8 +111,16 @@ def worker_count(recipe: Recipe) -> int:
         return recipe.workers
     if not torch.accelerator.is_available():
         return 0  # they would take the cores that the model runs on
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(MOST_WORKERS, cores // torch.accelerator.device_count() - 1))
+    return max(1, min(MOST_WORKERS, _cores() // torch.accelerator.device_count() - 1))
+
+
+def checking_worker_count(recipe: Recipe) -> int:
+    """Return the processes that decode all images before training, when the machine has nothing else to do."""
+    return _cores() - 1 if recipe.workers is None and torch.accelerator.is_available() else worker_count(recipe)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def stage_attention(recipe: Recipe, stage: str) -> str:
@@ -117,7 +128,10 @@ def stage_attention(recipe: Recipe, stage: str) -> str:
 
     :raises UsageError: If the recipe asks for one that cannot be trained here.
     """
-    return resolve_attention(recipe.attn_implementation, stage=stage, device_type=PartialState().device.type)
+    asked = recipe.attn_implementation
+    if stage == "contrastive" and asked == FLEX:
+        asked = "auto"  # sentence-transformers makes its masks, and has no tiles
+    return resolve_attention(asked, stage=stage, device_type=PartialState().device.type)
 
 
 def _schedule_arguments(section: StageSection, steps: int) -> dict[str, Any]:
@@ -138,20 +152,11 @@ def _sharding(recipe: Recipe, layers: Sequence[str]) -> dict[str, Any]:
     if recipe.sharding == "none":
         return {}
     return {
-        "fsdp": True,
+        "fsdp": "full_shard auto_wrap",
         "fsdp_config": {
             "version": 2,
+            "reshard_after_forward": True,
             "transformer_layer_cls_to_wrap": list(layers),
             "state_dict_type": "SHARDED_STATE_DICT",
         },
     }
-
-
-def memory_remedy(stage: str, section: StageSection) -> str:
-    """Return what to change in a recipe when a step of a stage does not fit into memory."""
-    if isinstance(section, ContrastiveSection):
-        chunk = f"contrastive.cache_chunk ({section.cache_chunk})"
-    else:
-        assert isinstance(section, ReconstructionSection)
-        chunk = f"{stage}.micro_batch_size ({section.micro_batch_size or section.batch_size})"
-    return f"lower {chunk} or max_pixels, or set gradient_checkpointing=true"

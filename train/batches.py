@@ -1,10 +1,12 @@
 """What is known of a batch beside its tensors, gathered in the worker that makes it."""
 
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from cocoa_embed.errors import CocoaError
 
@@ -49,6 +51,9 @@ class DescribedBatches:
 
     def __call__(self, examples: list[Any]) -> dict[str, Any]:
         """Collate, and add the batch's :class:`BatchFacts`."""
+        if get_worker_info() is not None:
+            # A signal to all processes of a run is for the first of them, which ends the others when it has saved.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         try:
             batch = self.collate(examples)
         except CocoaError as error:

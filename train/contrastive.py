@@ -13,14 +13,15 @@ from sentence_transformers.sentence_transformer.losses import (
 )
 from sentence_transformers.sentence_transformer.training_args import BatchSamplers, MultiDatasetBatchSamplers
 from torch.utils.data import BatchSampler
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from cocoa_embed.errors import UsageError
 from cocoa_embed.train.adapters import prepare_trainable
-from cocoa_embed.train.arguments import memory_remedy
 from cocoa_embed.train.data import Row, stored_images
-from cocoa_embed.train.pairs import ItemPreprocessor, PairCollator, pair_datasets
+from cocoa_embed.train.pairs import ItemPreprocessor, PairCollator, distinct_enough, pair_datasets
 from cocoa_embed.train.sections import ContrastiveSection
 from cocoa_embed.train.shared_batches import SharedBatchSampler
+from cocoa_embed.train.shortage import memory_remedy
 from cocoa_embed.train.stage_trainer import StageContext
 from cocoa_embed.train.throughput import Throughput
 from cocoa_embed.train.trainer import CocoaTrainer
@@ -75,6 +76,10 @@ def contrastive_loss(
 class ContrastiveTrainer(CocoaTrainer, SentenceTransformerTrainer):
     """The trainer of sentence-transformers, watched as those of the other stages are; a step is of one data set."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(NextEpoch(self))
+
     def get_batch_sampler(
         self, dataset: Dataset, batch_size: int, drop_last: bool, *args: Any, **kwargs: Any
     ) -> BatchSampler | None:
@@ -83,8 +88,23 @@ class ContrastiveTrainer(CocoaTrainer, SentenceTransformerTrainer):
 
     def get_multi_dataset_batch_sampler(self, *args: Any, **kwargs: Any) -> BatchSampler:
         """Give each device its part of them."""
-        sampler = super().get_multi_dataset_batch_sampler(*args, **kwargs)
+        sampler: Any = super().get_multi_dataset_batch_sampler(*args, **kwargs)
+        self.drawn = sampler
         return sampler if self.args.world_size == 1 else SharedBatchSampler(sampler, self.args.world_size)
+
+
+class NextEpoch(TrainerCallback):
+    """Tell the sampler which epoch it is: what is wrapped round it does not, in a resumed run or on several devices."""
+
+    def __init__(self, trainer: ContrastiveTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set the epoch that the next step is of."""
+        drawn = self.trainer.drawn
+        drawn.set_epoch(state.global_step // len(drawn))
 
 
 def contrastive_trainer(
@@ -104,7 +124,7 @@ def contrastive_trainer(
             multi_dataset_batch_sampler=MultiDatasetBatchSamplers.PROPORTIONAL,
             **context.arguments,
         ),
-        train_dataset=pair_datasets(rows, section),
+        train_dataset=distinct_enough(pair_datasets(rows, section), section.batch_size),
         loss=contrastive_loss(model, section),
         data_collator=PairCollator(
             preprocess_fn=ItemPreprocessor(model, stored_images(rows)),

@@ -4,7 +4,7 @@ import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -76,8 +76,27 @@ def batch_shape(batch: Mapping[str, Tensor], prefix: str = "") -> BatchShape:
 
 def batch_shapes(batch: Mapping[str, Tensor]) -> list[BatchShape]:
     """Return the shape of every part of a batch: one part, or in the contrastive stage anchor, positive and so on."""
-    prefixes = [key.removesuffix(ATTENTION_MASK) for key in batch if key.endswith(ATTENTION_MASK)]
-    return [batch_shape(batch, prefix) for prefix in prefixes]
+    return [batch_shape(batch, prefix) for prefix in _prefixes(batch)]
+
+
+def unpadded_shapes(batch: Mapping[str, Tensor]) -> list[BatchShape]:
+    """Return the shapes of a batch's rows, those of one length together: what it would be without padding."""
+    shapes = []
+    for prefix in _prefixes(batch):
+        whole = batch_shape(batch, prefix)
+        lengths, counts = batch[f"{prefix}{ATTENTION_MASK}"].sum(dim=1).unique(return_counts=True)
+        rows = [
+            BatchShape(rows=count, length=length, tokens=count * length, hidden_patches=whole.hidden_patches)
+            for length, count in zip(lengths.tolist(), counts.tolist(), strict=True)
+        ]
+        # Images and the head do not depend on the length of a row: any of the shapes may have them.
+        rows[0] = replace(rows[0], image_grids=whole.image_grids, hidden_tokens=whole.hidden_tokens)
+        shapes += rows
+    return shapes
+
+
+def _prefixes(batch: Mapping[str, Tensor]) -> list[str]:
+    return [key.removesuffix(ATTENTION_MASK) for key in batch if key.endswith(ATTENTION_MASK)]
 
 
 def _length(batch: Mapping[str, Tensor], key: str) -> int:
@@ -322,8 +341,8 @@ class StepCost:
         )
 
     def __call__(self, batch: Mapping[str, Tensor]) -> float:
-        """Return the operations of forward and backward pass."""
-        return float(sum(self.of_shape(shape) for shape in batch_shapes(batch)))
+        """Return the operations that forward and backward pass need: padding is none of them."""
+        return float(sum(self.of_shape(shape) for shape in unpadded_shapes(batch)))
 
     def of_shape(self, shape: BatchShape) -> int:
         """Return the operations of forward and backward pass for a batch of a shape."""

@@ -48,7 +48,7 @@ class BadRow:
         return f"{self.source}: {self.reason}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Item:
     """One side of a pair: a text, an image, or both."""
 
@@ -60,7 +60,7 @@ class Item:
             raise ValueError("an item needs a text, an image, or both")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """A pair of items that belong together.
 

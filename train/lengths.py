@@ -7,6 +7,9 @@ from transformers import ProcessorMixin
 
 from cocoa_embed.train.data import Item, Row, RowImage
 
+TEXTS_AT_ONCE = 10_000
+"""Texts whose tokens are in memory together; only their number is kept."""
+
 
 def row_lengths(rows: Sequence[Row], processor: ProcessorMixin, sizes: Mapping[RowImage, tuple[int, int]]) -> list[int]:
     """Return the tokens of each row when its query and positive stand in one sequence.
@@ -29,8 +32,11 @@ def item_lengths(
     :raises KeyError: If an image has no size.
     """
     texts = list({item.text for item in items if item.text is not None})
-    encoded = processor.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-    of_text = dict(zip(texts, map(len, encoded), strict=True))
+    of_text: dict[str, int] = {}
+    for start in range(0, len(texts), TEXTS_AT_ONCE):
+        some = texts[start : start + TEXTS_AT_ONCE]
+        encoded = processor.tokenizer(some, add_special_tokens=False)["input_ids"]
+        of_text.update(zip(some, map(len, encoded), strict=True))
     of_size = {size: visual_tokens(processor, *size) for size in {sizes[i.image] for i in items if i.image is not None}}
     return np.array(
         [

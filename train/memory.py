@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from cocoa_embed.backbone import PatchGeometry
 from cocoa_embed.train.adapters import freeze_vision, target_names
 from cocoa_embed.train.cost import BatchShape, ModelSize, meta_model
-from cocoa_embed.train.sections import StageSection
+from cocoa_embed.train.pixel_decoder import PixelDecoder
+from cocoa_embed.train.sections import StageSection, WarmupSection
 
 FULL, HALF = 4, 2
 """Bytes of float32, and of bfloat16."""
@@ -33,20 +36,25 @@ def count_parameters(model: nn.Module) -> Parameters:
 def stage_parameters(config: PreTrainedConfig, section: StageSection) -> Parameters:
     """Count the parameters that a stage runs and trains, from the backbone's config alone.
 
+    The warm-up's pixel decoder is among them; it is trained whole, beside adapters too.
     An adapter has ``r`` rows and columns for each matrix that it stands beside, and in DoRA a magnitude for each of its
     outputs; it counts in both figures.
     """
     model = meta_model(config)
+    decoder = 0
+    if isinstance(section, WarmupSection):
+        with torch.device("meta"):
+            decoder = count_parameters(PixelDecoder(model, PatchGeometry.from_config(config))).total
     if section.freeze_vision:
         freeze_vision(model)
-    adapter = section.adapter
+    adapter, counted = section.adapter, count_parameters(model)
     if adapter is None:
-        return count_parameters(model)
+        return Parameters(total=counted.total + decoder, trainable=counted.trainable + decoder)
     adapted = [model.get_submodule(name) for name in target_names(model, vision=section.adapts_vision)]
     shapes = [matrix.weight.shape for matrix in adapted]
     has_magnitudes = adapter.kind == "dora"
     added = sum(adapter.r * (width + height) + has_magnitudes * height for height, width in shapes)
-    return Parameters(total=count_parameters(model).total + added, trainable=added)
+    return Parameters(total=counted.total + added + decoder, trainable=added + decoder)
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,7 @@ def training_memory(
 ) -> Memory:
     """Estimate a device's memory at the end of a forward pass, with float32 weights and Adam.
 
-    Left out: the pixel decoder's weights, what a kernel needs while it runs, the allocator's fragments, the framework's
+    Left out: what a kernel needs while it runs, the allocator's fragments, the framework's
     own, the gathered weights of the layer that FSDP is at, and adapters' activations. Where weights are frozen the
     activations are as good as those of full training, since gradients pass through them.
 

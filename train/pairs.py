@@ -1,11 +1,13 @@
 """Rows as the pairs that sentence-transformers trains on: plain records in data sets, read batch by batch."""
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from datasets import Dataset, DatasetDict
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
@@ -15,6 +17,8 @@ from cocoa_embed.train.batches import DescribedBatches
 from cocoa_embed.train.data import Item, Row, load_row_image
 from cocoa_embed.train.sections import ContrastiveSection
 from cocoa_embed.train.stored import StoredImage
+
+logger = logging.getLogger(__name__)
 
 
 class ItemPreprocessor:
@@ -99,6 +103,35 @@ def pair_datasets(rows: Sequence[Row], section: ContrastiveSection) -> DatasetDi
             raise UsageError(f"A subset has the name {key!r}, as has a part of {name!r}; rename one of the two.")
         datasets[key] = _columns(members, count)
     return DatasetDict(datasets)
+
+
+def distinct_enough(datasets: DatasetDict, batch_size: int) -> DatasetDict:
+    """Return the data sets; a batch holds nothing twice, so few different values make small batches, and that is told.
+
+    :raises UsageError: If a data set cannot give every device a row.
+    """
+    devices = PartialState().num_processes
+    for name, dataset in datasets.items():
+        columns = [column for column in dataset.column_names if column != "label"]
+        distinct = {column: len({str(value) for value in dataset[column]}) for column in columns}
+        rarest = min(distinct, key=lambda column: distinct[column])
+        if distinct[rarest] < devices:
+            raise UsageError(
+                f"Subset {name!r} has {distinct[rarest]} different {rarest} in {len(dataset)} rows; a batch holds none "
+                f"twice and needs one for each of the {devices} devices. Leave the subset out of the contrastive stage."
+            )
+        if distinct[rarest] < min(batch_size, len(dataset)):
+            logger.warning(
+                "Subset %r has %d different %s in %d rows: its batches hold none twice, and so are of %d rows at most, "
+                "not of %d.",
+                name,
+                distinct[rarest],
+                rarest,
+                len(dataset),
+                distinct[rarest],
+                batch_size,
+            )
+    return datasets
 
 
 def _group(row: Row, section: ContrastiveSection, *, is_reversed: bool) -> tuple[str, int]:

@@ -1,19 +1,23 @@
 """The stages of a recipe in a row: each starts from the weights that the one before it wrote."""
 
+import gc
 import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from accelerate import PartialState
+from accelerate.utils.memory import clear_device_cache
 from transformers import Trainer, set_seed
 
-from cocoa_embed.train.checkpoints import newest_complete, read_complete
+from cocoa_embed.errors import CocoaError
+from cocoa_embed.train.checkpoints import newest_complete, read_complete, step_of
 from cocoa_embed.train.preparation import CHECKPOINTS, Prepared, prepare
-from cocoa_embed.train.processes import by_first_process
-from cocoa_embed.train.progress import TENSORBOARD, show_live_losses, write_tensorboard
+from cocoa_embed.train.processes import by_first_process, refuse_idle_accelerators
+from cocoa_embed.train.progress import TENSORBOARD, end_reports, show_live_losses, write_tensorboard
 from cocoa_embed.train.recipe import Recipe
 from cocoa_embed.train.record import StageResult, write_record
+from cocoa_embed.train.shortage import explained_shortage
 from cocoa_embed.train.stages import build_stage
 from cocoa_embed.train.stopping import StopOnSigterm, Stopped
 
@@ -35,10 +39,14 @@ def run(recipe: Recipe, out: Path, *, resume: bool = False, inspect: Inspect | N
     :raises Stopped: If SIGTERM has ended the run; it can be resumed.
     :raises CocoaError: If data, backbone or output folder cannot be used, or a loss is not finite.
     """
+    refuse_idle_accelerators()
     prepared = by_first_process(partial(prepare, recipe, out, resume=resume))
     results = list(prepared.results)
     for stage in recipe.stages[len(results) :]:
-        results.append(_run_stage(recipe, stage, prepared, results, out, inspect))
+        with explained_shortage(stage, recipe.section(stage)):
+            results.append(_run_stage(recipe, stage, prepared, results, out, inspect))
+        gc.collect()  # trainers and their callbacks hold each other, and the model with them
+        clear_device_cache()
     if PartialState().is_main_process:
         shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
     return results
@@ -59,12 +67,20 @@ def _run_stage(
     show_live_losses(trainer, stage)
     if TENSORBOARD in recipe.report_to:
         write_tensorboard(trainer, out / TENSORBOARD / stage)
-    with stop.listening():
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if checkpoint is not None and step_of(checkpoint) >= prepared.steps[stage] and not trainer.is_fsdp_enabled:
+        trainer.load_finished(checkpoint)  # killed after its last step, before its weights were written
+    else:
+        with stop.listening():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if stop.requested and trainer.state.global_step < trainer.state.max_steps:
         raise Stopped(
             f"Stopped by SIGTERM at step {trainer.state.global_step} of {trainer.state.max_steps} of stage {stage}; "
             "the same command with --resume goes on from there."
+        )
+    if trainer.state.global_step < prepared.steps[stage]:
+        raise CocoaError(
+            f"Stage {stage} ended at step {trainer.state.global_step} of {prepared.steps[stage]}, as no more batches "
+            "could be drawn; lower its batch_size, or give it more different rows."
         )
     if inspect is not None:
         inspect(stage, trainer)
@@ -81,6 +97,7 @@ def _run_stage(
     if trainer.is_world_process_zero():
         write_record(recipe, prepared.start, [*before, result])
         shutil.rmtree(checkpoints, ignore_errors=True)
+        end_reports(recipe.report_to)
     trainer.accelerator.wait_for_everyone()
     if stage != recipe.stages[-1] and stop.any_requested():
         raise Stopped(f"Stopped by SIGTERM at the end of stage {stage}; the same command with --resume goes on.")

@@ -15,7 +15,8 @@ from cocoa_embed.train.arguments import micro_batches, stage_attention
 from cocoa_embed.train.collators import reconstruction_collator, render_items
 from cocoa_embed.train.cost import BatchShape, StepCost, batch_shape
 from cocoa_embed.train.data import Row, numbered
-from cocoa_embed.train.memory import stage_parameters, training_memory
+from cocoa_embed.train.lengths import row_lengths
+from cocoa_embed.train.memory import ADAM_MOMENTS, FULL, stage_parameters, training_memory
 from cocoa_embed.train.mixing import ReadRows
 from cocoa_embed.train.preparation import bad_rows, examine
 from cocoa_embed.train.recipe import Recipe
@@ -32,8 +33,10 @@ class StagePlan:
     :param rows: Rows by subset, after caps and weights.
     :param tokens_per_step: Without padding, from a sample of the rows.
     :param flops: Of all steps, forward and backward, from the same sample.
-    :param memory_bytes: Of one device by what they hold, when all that it runs at once is as long as the longest row of
-        the sample.
+    :param memory_bytes: Of one device by what they hold, when all that it runs at once is as long as the longest row;
+        of the longest of a sample where the sizes of images are not known.
+    :param checkpoint_bytes: Of one checkpoint to resume from; there are up to three at a time, in ``checkpoints``
+        beside ``folder``, while the stage runs.
     :param folder: Where the stage's weights would be written.
     """
 
@@ -47,6 +50,7 @@ class StagePlan:
     tokens_per_step: float
     flops: float
     memory_bytes: dict[str, int]
+    checkpoint_bytes: int
     folder: str
 
 
@@ -96,7 +100,10 @@ def _plan_stage(
     together, _ = micro_batches(stage, section, devices)
     at_once = section.cache_chunk if isinstance(section, ContrastiveSection) else together // devices
     shapes = sample_shapes(recipe, stage, read.rows, processor)
-    longest = max((shape for of_row in shapes for shape in of_row), key=lambda shape: shape.length)
+    longest = max(
+        (shape for of_row in [*shapes, *_shapes_of_longest(recipe, stage, read, processor)] for shape in of_row),
+        key=lambda shape: shape.length,
+    )
     cost, counts = StepCost.of(config, section), stage_parameters(config, section)
     memory = training_memory(
         counts,
@@ -108,6 +115,9 @@ def _plan_stage(
         freeze_vision=section.freeze_vision,
         dense_mask=stage_attention(recipe, stage) != FLEX,
     )
+    patches = fmean(sum(shape.patches for shape in of_row) for of_row in shapes)
+    on_device = section.batch_size // devices if isinstance(section, ContrastiveSection) else at_once
+    inputs = round(on_device * patches * cost.size.geometry.patch_width * FULL)
     return StagePlan(
         stage=stage,
         parameters=counts.total,
@@ -118,9 +128,18 @@ def _plan_stage(
         rows_at_once=at_once,
         tokens_per_step=section.batch_size * fmean(sum(shape.tokens for shape in of_row) for of_row in shapes),
         flops=steps * section.batch_size * fmean(sum(map(cost.of_shape, of_row)) for of_row in shapes),
-        memory_bytes={"total": memory.total, **dataclasses.asdict(memory)},
+        memory_bytes={"total": memory.total + inputs, **dataclasses.asdict(memory), "inputs": inputs},
+        checkpoint_bytes=FULL * counts.total + ADAM_MOMENTS * FULL * counts.trainable,
         folder=str(folder),
     )
+
+
+def _shapes_of_longest(recipe: Recipe, stage: str, read: ReadRows, processor: ProcessorMixin) -> list[list[BatchShape]]:
+    """Return the shapes of the longest row, where the images' sizes are known."""
+    if not all(image in read.sizes for row in read.rows for image in row.images()):
+        return []
+    lengths = row_lengths(read.rows, processor, read.sizes)
+    return sample_shapes(recipe, stage, [read.rows[lengths.index(max(lengths))]], processor)
 
 
 def _repeated(shape: BatchShape, times: int) -> BatchShape:
@@ -140,7 +159,7 @@ def sample_shapes(recipe: Recipe, stage: str, rows: Sequence[Row], processor: Pr
 
     :returns: One shape for a row, or in the contrastive stage one for each of its items.
     """
-    sample = rows[:: max(1, len(rows) // SAMPLE)][:SAMPLE]
+    sample = list(rows[:: max(1, len(rows) // SAMPLE)][:SAMPLE])
     section = recipe.section(stage)
     if isinstance(section, ContrastiveSection):
         return [

@@ -14,7 +14,7 @@ from cocoa_embed.backbone import load_backbone, load_processor, read_config, res
 from cocoa_embed.errors import UsageError
 from cocoa_embed.folders import RUN_MARKER, claim_folder, refuse_foreign_folder
 from cocoa_embed.images import one_line
-from cocoa_embed.train.arguments import stage_attention, step_count, training_arguments, worker_count
+from cocoa_embed.train.arguments import checking_worker_count, stage_attention, step_count, training_arguments
 from cocoa_embed.train.checkpoints import write_json
 from cocoa_embed.train.collators import lacks_block_b
 from cocoa_embed.train.contrastive import matryoshka_dims
@@ -165,7 +165,7 @@ def read_stages(recipe: Recipe, stages: list[str], *, progress: bool) -> dict[st
                 on_bad_row=data.on_bad_row,
                 check_images=data.check_images,
                 seed=recipe.seed,
-                workers=worker_count(recipe),
+                workers=checking_worker_count(recipe),
                 progress=progress,
                 checked=checked,
                 refuse=lacks_block_b if stage == "bridge" else None,

@@ -5,7 +5,7 @@ import os
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from accelerate import PartialState
@@ -35,19 +35,22 @@ def hush_others() -> None:
 
 
 def meet() -> PartialState:
-    """Join the run's other processes, where a launcher has started any.
-
-    :raises UsageError: If one process would have several accelerators to itself.
-    """
-    has_accelerator = torch.accelerator.is_available()
+    """Join the run's other processes, where a launcher has started any."""
     # cpu=None leaves the choice of a device and of its backend to accelerate.
-    state = PartialState(cpu=None if has_accelerator else True, timeout=PATIENCE)
-    if state.num_processes == 1 and has_accelerator and torch.accelerator.device_count() > 1:
+    return PartialState(cpu=None if torch.accelerator.is_available() else True, timeout=PATIENCE)
+
+
+def refuse_idle_accelerators() -> None:
+    """Check that each accelerator has a process.
+
+    :raises UsageError: If one process would have several to itself.
+    """
+    count = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    if meet().num_processes == 1 and count > 1:
         raise UsageError(
-            f"This machine has {torch.accelerator.device_count()} accelerators and one process was started; run "
+            f"This machine has {count} accelerators and one process was started; run "
             "`accelerate launch -m cocoa_embed.train RECIPE` to use all, or set CUDA_VISIBLE_DEVICES=0."
         )
-    return state
 
 
 def by_first_process(function: Callable[[], Result]) -> Result:
@@ -58,16 +61,18 @@ def by_first_process(function: Callable[[], Result]) -> Result:
     state = meet()
     if state.num_processes == 1:
         return function()
-    answer: list[Result | CocoaError | None] = [None]
+    answer: list[tuple[int, Result | None]] = [(0, None)]
+    failure: CocoaError | None = None
     if state.is_main_process:
         try:
-            answer[0] = function()
+            answer[0] = (0, function())
         except CocoaError as error:
-            answer[0] = error
+            failure = error
+            answer[0] = (error.exit_status, None)
     broadcast_object_list(answer)
-    (result,) = answer
-    if isinstance(result, CocoaError):
-        if state.is_main_process:
-            raise result
-        raise SystemExit(result.exit_status)
-    return result  # type: ignore[return-value]
+    status, result = answer[0]
+    if failure is not None:
+        raise failure
+    if status:
+        raise SystemExit(status)
+    return cast(Result, result)

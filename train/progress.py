@@ -1,5 +1,7 @@
 """The progress bar of a stage, with its losses beside it."""
 
+from collections.abc import Iterable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,13 @@ def show_live_losses(trainer: Trainer, stage: str) -> None:
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(LogLastStep())
     trainer.add_callback(LiveLossCallback(stage))
+
+
+def end_reports(report_to: Iterable[str]) -> None:
+    """End a stage's run of services that keep one open, or the next stage's lines would go into it."""
+    for name in report_to:
+        if name != TENSORBOARD:
+            import_module(name).finish()
 
 
 def write_tensorboard(trainer: Trainer, folder: Path) -> None:

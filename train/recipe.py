@@ -1,6 +1,7 @@
 """What a run is: a recipe, validated, from YAML and the command line's overrides."""
 
 import difflib
+import json
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -127,6 +128,8 @@ class Recipe(Section):
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        # What stands at several places by a YAML alias is one object until here.
+        values = json.loads(json.dumps(values, default=str))
         if not isinstance(values, dict):
             raise UsageError(f"{path} holds no recipe; expected keys such as {', '.join(cls.model_fields)}.")
         for override in overrides or []:

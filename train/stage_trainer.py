@@ -11,13 +11,13 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainingArguments
 
 from cocoa_embed.train.adapters import prepare_trainable
-from cocoa_embed.train.arguments import memory_remedy
 from cocoa_embed.train.batches import FACTS, BatchFacts, DescribedBatches
 from cocoa_embed.train.collators import Batch
 from cocoa_embed.train.data import Draw, Row, Rows
 from cocoa_embed.train.probe import RIGHT_IMAGE
 from cocoa_embed.train.sampling import RowStream
 from cocoa_embed.train.sections import ReconstructionSection
+from cocoa_embed.train.shortage import memory_remedy
 from cocoa_embed.train.throughput import Throughput
 from cocoa_embed.train.trainer import CocoaTrainer
 

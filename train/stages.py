@@ -105,7 +105,8 @@ def _context(
     processor: ProcessorMixin,
     checkpoints: Path,
 ) -> StageContext:
-    sizes = prepared.rows[stage].sizes
+    rows, sizes = prepared.rows[stage].rows, prepared.rows[stage].sizes
+    is_measured = all(image in sizes for row in rows for image in row.images())
     dtype = torch.bfloat16 if recipe.mixed_precision == "bf16" else torch.float32
     return StageContext(
         arguments=training_arguments(
@@ -118,7 +119,7 @@ def _context(
             finds_unused=stage == "contrastive",
         ),
         seed=recipe.seed,
-        lengths_of=partial(row_lengths, processor=processor, sizes=sizes) if sizes else None,
+        lengths_of=partial(row_lengths, processor=processor, sizes=sizes) if is_measured else None,
         flops_of=StepCost.of(model.config, recipe.section(stage)),
         peak_flops=measure_matmul_flops(PartialState().device, dtype),
         known={"stage": stage, "recipe": recipe.model_dump(mode="json")},

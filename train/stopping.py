@@ -17,6 +17,7 @@ class Stopped(CocoaError):
     """The run was asked to stop; it has saved what it takes to go on."""
 
     exit_status = 128 + signal.SIGTERM
+    is_raised_by_all = True
 
 
 class StopOnSigterm(TrainerCallback):

@@ -7,20 +7,30 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from cocoa_embed.errors import CocoaError
+from cocoa_embed.images import one_line
 from cocoa_embed.train.adapters import Adapter
 from cocoa_embed.train.batches import FACTS, BatchFacts
 from cocoa_embed.train.checkpoints import mark_complete, write_json
 from cocoa_embed.train.data import Row
+from cocoa_embed.train.shortage import is_out_of_memory
 from cocoa_embed.train.throughput import Throughput
 
 WEIGHTS = "model.safetensors"
 NAMED_ROWS = 16
 """The most rows that an error names; a file holds them all."""
+
+
+class LossError(CocoaError):
+    """The loss of a step is NaN or infinite."""
+
+    is_raised_by_all = True
 
 
 class CocoaTrainer(Trainer):
@@ -80,7 +90,7 @@ class CocoaTrainer(Trainer):
         try:
             loss = super().training_step(model, tensors, *args, **kwargs)
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             raise CocoaError(
                 f"Step {self.state.global_step + 1} does not fit into memory ({facts.padded_tokens} tokens at once); "
@@ -102,10 +112,10 @@ class CocoaTrainer(Trainer):
             record.parent.mkdir(parents=True, exist_ok=True)
             write_json(record, {"step": step, "losses": [str(value) for value in losses.tolist()], "rows": sources})
         more = f" and {len(sources) - NAMED_ROWS} more, all in {record}" if len(sources) > NAMED_ROWS else ""
-        raise CocoaError(
+        raise LossError(
             f"The loss of step {step} is {losses[~torch.isfinite(losses)][0].item()}; lower learning_rate "
             f"({self.args.learning_rate:g}), raise warmup_steps, or look at the rows of its batch: "
-            f"{'; '.join(sources[:NAMED_ROWS])}{more}. The weights are left as they were."
+            f"{'; '.join(sources[:NAMED_ROWS])}{more}. No checkpoint is written after it."
         )
 
     def resume_clock(self, seconds: float) -> None:
@@ -115,6 +125,11 @@ class CocoaTrainer(Trainer):
     def seconds(self) -> float:
         """Return how long the stage has trained, what it is resumed from included."""
         return time.perf_counter() - self._clock
+
+    def load_finished(self, checkpoint: Path) -> None:
+        """Take weights and log of a checkpoint whose stage has no step left."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
     def full_state(self) -> dict[str, Tensor] | None:
         """Return the gathered weights of a sharded model, whole in the first process; None where nothing is sharded."""
@@ -132,7 +147,13 @@ class CocoaTrainer(Trainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self.throughput.paused():
-            super()._save_checkpoint(*args, **kwargs)
+            try:
+                super()._save_checkpoint(*args, **kwargs)
+            except (OSError, SafetensorError) as error:
+                raise CocoaError(
+                    f"The checkpoint of step {self.state.global_step} cannot be written ({one_line(error)}); make room "
+                    "or give another --out, then go on with --resume."
+                ) from error
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -149,8 +170,3 @@ class CocoaTrainer(Trainer):
             Trainer._load_from_checkpoint(self, resume_from_checkpoint, model)
         else:
             load_model(model or self.model, str(Path(resume_from_checkpoint) / WEIGHTS))
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    # Where the CPU has none left, torch raises a plain RuntimeError.
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
