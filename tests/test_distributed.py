@@ -135,6 +135,7 @@ def test_two_processes_learn_what_one_does(recipe: Recipe, alone: Path, tmp_path
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(path.name for path in alone.iterdir())
 
 
+@pytest.mark.slow
 def test_a_fault_is_told_once(recipe: Recipe, tmp_path: Path) -> None:
     launched = launch(recipe, tmp_path, "data.folder=nowhere")
     assert launched.returncode != 0
@@ -143,12 +144,14 @@ def test_a_fault_is_told_once(recipe: Recipe, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_is_told_once(recipe: Recipe, tmp_path: Path) -> None:
     launched = launch(recipe, tmp_path, "bridge=null", "contrastive=null", "warmup.learning_rate=1e30")
     assert launched.returncode != 0
     assert launched.stderr.count("cocoa-embed: The loss of step") == 1
 
 
+@pytest.mark.slow
 def test_sharding_without_accelerators_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     launched = launch(recipe, tmp_path, "contrastive=null", "sharding=fsdp2")
     assert launched.returncode != 0

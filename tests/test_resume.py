@@ -117,7 +117,7 @@ def act_at(patch: pytest.MonkeyPatch, stage: str, step: int, act: Callable[[], N
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("step", [1, 3, 5])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_run_killed_at_a_step_ends_as_one_that_was_not(
     recipe: Recipe, uninterrupted: Path, tmp_path: Path, stage: str, step: int
 ) -> None:
@@ -133,7 +133,7 @@ def test_a_run_killed_at_a_step_ends_as_one_that_was_not(
     assert_same(out, uninterrupted)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [pytest.param("warmup", marks=pytest.mark.slow), "bridge", "contrastive"])
 def test_a_half_written_checkpoint_is_never_taken_for_a_whole_one(
     recipe: Recipe, uninterrupted: Path, tmp_path: Path, stage: str
 ) -> None:
@@ -172,7 +172,7 @@ def test_a_run_killed_between_two_writes_ends_as_one_that_was_not(
     assert_same(out, uninterrupted)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [pytest.param("warmup", marks=pytest.mark.slow), "bridge", "contrastive"])
 def test_a_stage_killed_after_its_last_checkpoint_is_not_trained_on(
     recipe: Recipe, uninterrupted: Path, tmp_path: Path, stage: str
 ) -> None:
