@@ -158,6 +158,7 @@ def test_sharding_without_accelerators_is_refused(recipe: Recipe, tmp_path: Path
     assert launched.stderr.count("cocoa-embed: sharding=fsdp2 needs several accelerators") == 1
 
 
+@pytest.mark.slow
 def test_weights_shared_by_fsdp2_learn_what_one_process_does(recipe: Recipe, alone: Path, tmp_path: Path) -> None:
     launched = launch(recipe, tmp_path, "contrastive=null", "sharding=fsdp2", SHARD_ON_CPU="1")
     assert launched.returncode == 0, launched.stderr[-3000:]

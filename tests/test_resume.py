@@ -133,7 +133,10 @@ def test_a_run_killed_at_a_step_ends_as_one_that_was_not(
     assert_same(out, uninterrupted)
 
 
-@pytest.mark.parametrize("stage", [pytest.param("warmup", marks=pytest.mark.slow), "bridge", "contrastive"])
+@pytest.mark.parametrize(
+    "stage",
+    [pytest.param("warmup", marks=pytest.mark.slow), "bridge", pytest.param("contrastive", marks=pytest.mark.slow)],
+)
 def test_a_half_written_checkpoint_is_never_taken_for_a_whole_one(
     recipe: Recipe, uninterrupted: Path, tmp_path: Path, stage: str
 ) -> None:
@@ -157,7 +160,14 @@ def test_a_half_written_checkpoint_is_never_taken_for_a_whole_one(
     assert_same(out, uninterrupted)
 
 
-@pytest.mark.parametrize("place", ["mark_complete", "write_record", "rmtree"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        pytest.param("mark_complete", marks=pytest.mark.slow),
+        "write_record",
+        pytest.param("rmtree", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_killed_between_two_writes_ends_as_one_that_was_not(
     recipe: Recipe, uninterrupted: Path, tmp_path: Path, place: str
 ) -> None:
@@ -172,7 +182,9 @@ def test_a_run_killed_between_two_writes_ends_as_one_that_was_not(
     assert_same(out, uninterrupted)
 
 
-@pytest.mark.parametrize("stage", [pytest.param("warmup", marks=pytest.mark.slow), "bridge", "contrastive"])
+@pytest.mark.parametrize(
+    "stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in STAGES[:2]), "contrastive"]
+)
 def test_a_stage_killed_after_its_last_checkpoint_is_not_trained_on(
     recipe: Recipe, uninterrupted: Path, tmp_path: Path, stage: str
 ) -> None:
@@ -197,6 +209,7 @@ def test_a_stage_killed_after_its_last_checkpoint_is_not_trained_on(
     assert max(steps) == STEPS
 
 
+@pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_as_one_that_was_not(
     recipe: Recipe, uninterrupted: Path, tmp_path: Path
 ) -> None:
@@ -241,6 +254,7 @@ def test_sigterm_in_a_stages_last_step_stops_before_the_next(
     assert_same(out, uninterrupted)
 
 
+@pytest.mark.slow
 def test_how_a_run_fits_a_machine_may_change_on_the_way(recipe: Recipe, uninterrupted: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
@@ -275,6 +289,7 @@ def test_a_finished_run_is_not_run_again(recipe: Recipe, uninterrupted: Path, tm
     assert_same(out, uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_run_that_has_not_begun_is_begun(recipe: Recipe, uninterrupted: Path, tmp_path: Path) -> None:
     run(recipe, tmp_path / "out", resume=True)
     assert_same(tmp_path / "out", uninterrupted)
