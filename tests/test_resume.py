@@ -37,6 +37,10 @@ STAGE: dict[str, Any] = {
 Kill = Callable[[str, str, int], pytest.MonkeyPatch]
 
 
+def slow(*values: str) -> list[Any]:
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 class Killed(BaseException):
     """What no code of ours may catch: the process is gone."""
 
@@ -135,7 +139,7 @@ def test_a_run_killed_at_a_step_ends_as_one_that_was_not(
 
 @pytest.mark.parametrize(
     "stage",
-    [pytest.param("warmup", marks=pytest.mark.slow), "bridge", pytest.param("contrastive", marks=pytest.mark.slow)],
+    ["bridge", *slow("warmup", "contrastive")],
 )
 def test_a_half_written_checkpoint_is_never_taken_for_a_whole_one(
     recipe: Recipe, uninterrupted: Path, tmp_path: Path, stage: str
@@ -162,11 +166,7 @@ def test_a_half_written_checkpoint_is_never_taken_for_a_whole_one(
 
 @pytest.mark.parametrize(
     "place",
-    [
-        pytest.param("mark_complete", marks=pytest.mark.slow),
-        "write_record",
-        pytest.param("rmtree", marks=pytest.mark.slow),
-    ],
+    ["write_record", *slow("mark_complete", "rmtree")],
 )
 def test_a_run_killed_between_two_writes_ends_as_one_that_was_not(
     recipe: Recipe, uninterrupted: Path, tmp_path: Path, place: str
@@ -182,9 +182,7 @@ def test_a_run_killed_between_two_writes_ends_as_one_that_was_not(
     assert_same(out, uninterrupted)
 
 
-@pytest.mark.parametrize(
-    "stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in STAGES[:2]), "contrastive"]
-)
+@pytest.mark.parametrize("stage", ["contrastive", *slow("warmup", "bridge")])
 def test_a_stage_killed_after_its_last_checkpoint_is_not_trained_on(
     recipe: Recipe, uninterrupted: Path, tmp_path: Path, stage: str
 ) -> None:
