@@ -9,11 +9,16 @@ COMPLETE = "complete.json"
 """Written last into a checkpoint: the names and sizes of its files, and what the run was at that point."""
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that it is there whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
 def write_json(path: Path, document: dict[str, Any] | list[Any]) -> None:
     """Write a JSON file so that it is there whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, json.dumps(document, indent=2) + "\n")
 
 
 def mark_complete(checkpoint: Path, **known: Any) -> None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Literal
 
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.images import printable
+from cocoa_embed.train.checkpoints import write_whole
 from cocoa_embed.train.data import BadRow, Row, RowImage
 from cocoa_embed.train.image_check import ImageSize, check_images, known_sizes
 from cocoa_embed.train.readers import read_source
@@ -156,6 +156,4 @@ def write_bad_rows(path: Path, bad: Sequence[BadRow]) -> None:
         path.unlink(missing_ok=True)
         return
     lines = [json.dumps({"subset": row.subset, "source": row.source, "reason": row.reason}) + "\n" for row in bad]
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_text("".join(lines), encoding="utf-8")
-    os.replace(unfinished, path)
+    write_whole(path, "".join(lines))
