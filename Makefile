@@ -22,7 +22,7 @@ $(UV_READY):
 	touch $@
 
 $(INSTALLED): $(UV_READY) pyproject.toml constraints.txt
-	$(BIN)/uv pip install --python $(BIN)/python --constraints constraints.txt --build-constraints constraints.txt --editable '.[dev]'
+	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python --constraints constraints.txt --build-constraints constraints.txt --editable '.[dev]'
 	touch $@
 
 test: $(INSTALLED)  ## Run the tests, without those marked slow or gpu
