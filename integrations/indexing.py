@@ -1,223 +1,249 @@
-"""One pass over image files on their way to a store: find, read, embed in batches, note what cannot be used.
+"""One pass over image files on their way to a store.
 
-What holds the points is a :class:`Store`; nothing here knows of Qdrant.
+Files that are as they were are passed over; others are read; content that is stored already is not embedded again. At
+the end the points are brought up to date whose files have changed, moved or gone. What holds the points is a
+:class:`~cocoa_embed.integrations.stores.Store`; nothing here knows of Qdrant.
+
+A run may be ended at any moment: what it has stored is right, and the next run does the rest. A file's new content is
+stored before its old content is removed; a file that two contents name is read again.
 """
 
-import hashlib
-import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from itertools import islice
+from typing import NamedTuple
 
-import numpy as np
-from PIL import Image
-
-from cocoa_embed.encoder import Encoder
-from cocoa_embed.errors import CocoaError
-from cocoa_embed.images import (
-    METADATA_FILE,
-    ImageError,
-    decode_image,
-    find_images,
-    one_line,
-    printable,
-    read_image_bytes,
-    read_image_folder_metadata,
+from cocoa_embed.encoder import EmbeddedImage, Encoder
+from cocoa_embed.images import ImageError, decode_image, printable, thumbnail_jpeg
+from cocoa_embed.integrations.image_files import ImageFiles
+from cocoa_embed.integrations.ledger import Content, Ledger, words_digest
+from cocoa_embed.integrations.points import (
+    Description,
+    ImageRecord,
+    Payload,
+    Place,
+    changed_payload,
+    payload,
+    storable,
 )
-from cocoa_embed.integrations.points import Description, ImageRecord, Payload, payload, point_id, storable
+from cocoa_embed.integrations.reading import ReadFile, ahead, read_file
+from cocoa_embed.integrations.stores import Point, Store
+from cocoa_embed.integrations.thumbnails import THUMBNAIL_SIZE, ThumbnailFolder
+from cocoa_embed.integrations.writer import Writer
+
+PAYLOADS_AT_ONCE = 256
 
 
-class Point(NamedTuple):
-    """What is stored of an image."""
+class NewContent(NamedTuple):
+    """A content on its way through the model."""
 
     id: str
-    vector: list[float]
-    payload: Payload
+    sha256: str
+    bytes: int
 
 
-class Store(Protocol):
-    """A collection of points that can be written to."""
+@dataclass
+class Counts:
+    """What became of the files. Each counts once: as one of these, or as unchanged."""
 
-    def upsert(self, points: Sequence[Point]) -> None:
-        """Store points, and wait until they are."""
-
-    def delete(self, ids: Sequence[str]) -> None:
-        """Remove points, and wait until they are gone."""
-
-    def describe(self, id_: str, description: Description) -> None:
-        """Give a stored point the path of another file of the same content, or other words about it."""
-
-
-class StoredPoint(NamedTuple):
-    """What was in the store of a point before the run."""
-
-    path: str
-    words: Payload
-    """Its ``caption`` and ``metadata``."""
+    indexed: int = 0
+    """Files with content that was not stored."""
+    updated: set[str] = field(default_factory=set)
+    """The paths of files whose content was stored, and which say something new of it: where it is, or words."""
+    replaced: set[str] = field(default_factory=set)
+    """The paths of files that hold something else than when they were indexed."""
+    pruned: int = 0
+    """Files that are gone, and were forgotten."""
+    embedded: int = 0
+    """Contents that have gone through the model."""
+    failed: list[dict[str, str]] = field(default_factory=list)
 
 
 @dataclass
 class IndexRun:
-    """One pass over files: what is waiting to be embedded, what was seen, and the counts."""
+    """One pass over files."""
 
     store: Store
     encoder: Encoder
+    ledger: Ledger
     batch_size: int
-    stored: Mapping[str, StoredPoint]
-    """Every point that was there before, by id."""
-    indexed: int = 0
-    updated: int = 0
-    replaced: int = 0
-    failed: list[dict[str, str]] = field(default_factory=list)
-    _waiting: dict[str, tuple[ImageRecord, Image.Image]] = field(default_factory=dict)
-    _files: dict[str, list[Description]] = field(default_factory=dict)
-    """The files of this run by the id of their content."""
-    _stored_paths: set[str] = field(default_factory=set)
+    thumbnails: ThumbnailFolder | None = None
+    tick: Callable[[], object] = lambda: None
+    """Called once for each file that is done."""
+    counts: Counts = field(default_factory=Counts)
+    _waiting: dict[str, list[tuple[Description, float]]] = field(default_factory=dict)
+    """The files, with their times, that hold a content which the model has not yet embedded."""
 
-    def __post_init__(self) -> None:
-        self._stored_paths.update(point.path for point in self.stored.values())
+    def add(self, files: Iterable[Description]) -> None:
+        """Store what the files hold, as far as it is new.
 
-    def add(self, file: Description) -> None:
-        """Read a file and put its image in line, unless its content is a point already."""
-        try:
-            data = read_image_bytes(file.path)
-            sha256 = hashlib.sha256(data).hexdigest()
-            id_ = point_id(sha256)
-            if id_ not in self.stored and id_ not in self._files:
-                image, mime = decode_image(data, printable(file.path))
-                self._waiting[id_] = (image_record(file, sha256, len(data), image, mime), image)
-        except ImageError as error:
-            self._fail(file, error.reason)
-            return
-        self._files.setdefault(id_, []).append(file)
-        if len(self._waiting) == self.batch_size:
-            self._flush()
-
-    def finish(self) -> None:
-        """Store what still waits; then bring the points up to date that were there before.
-
-        A point whose file holds something else now, or is gone, is given another file of its content, or is removed if
-        this run has seen none and the file's new content has taken its place. A point whose file is where it was is
-        given the new words about it.
+        :raises CocoaError: If it cannot be stored.
         """
-        self._flush()
-        current = {storable(str(file.path)): id_ for id_, files in self._files.items() for file in files}
-        stale = {id_ for id_, point in self.stored.items() if current.get(point.path, id_) != id_}
-        for id_ in self.stored:
-            file = self._described_anew(id_, lost=id_ in stale)
-            if file is not None:
-                self.store.describe(id_, file)
-                self.updated += 1
-        if replaced := sorted(stale - self._files.keys()):
-            self.store.delete(replaced)
+        size = None if self.thumbnails is None else THUMBNAIL_SIZE
+        new = self.encoder.stream_images(self._new_contents(files), batch_size=self.batch_size, thumbnail_size=size)
+        with Writer(self.store) as writer:
+            for content, embedded in new:
+                holders = len(self._waiting[content.id])
+                if isinstance(embedded, ImageError):
+                    for file, _ in self._waiting.pop(content.id):
+                        self._fail(file, embedded.reason)
+                else:
+                    writer.add(self._point(content, embedded))
+                for _ in range(holders):
+                    self.tick()
 
-    def _described_anew(self, id_: str, *, lost: bool) -> Description | None:
-        """Return the file that a stored point is to be described by, or None if it is described well already."""
-        stored, files = self.stored[id_], self._files.get(id_, [])
-        if not files:
-            return None
-        here = [file for file in files if storable(str(file.path)) == stored.path]
-        if here and not lost:
-            return here[0] if here[0].has_words and as_json(here[0].words) != as_json(stored.words) else None
-        return files[0] if lost or not os.path.exists(stored.path) else None
+    def settle(self, files: ImageFiles, *, prune: bool) -> None:
+        """Bring the stored points up to date: who holds them, and the words about them.
 
-    def _flush(self) -> None:
-        waiting, self._waiting = self._waiting, {}
-        vectors = self._embed({id_: image for id_, (_, image) in waiting.items()})
-        points = [Point(id_, vector.tolist(), payload(waiting[id_][0])) for id_, vector in vectors.items()]
-        if not points:
-            return
-        self.store.upsert(points)
-        replaced = sum(storable(str(waiting[id_][0].description.path)) in self._stored_paths for id_ in vectors)
-        self.replaced += replaced
-        self.indexed += len(points) - replaced
+        :param files: The files of the run.
+        :param prune: Whether to forget files that are gone; a content that no file holds is removed then.
+        :raises CocoaError: If it cannot be stored.
+        """
+        if prune:
+            self._prune(files)
+        self._pass_on(files)
+        words = self._new_words(files)
+        changed = dict(self.ledger.changes())
+        abandoned = {id_ for id_, content in changed.items() if not content.places}
+        self._overwrite([id_ for id_ in {**changed, **words} if id_ not in abandoned], words)
+        self._delete(sorted(abandoned))
 
-    def _embed(self, images: Mapping[str, Image.Image]) -> dict[str, np.ndarray]:
-        """Return the vectors of images by id, and note the images that the model refuses."""
-        if not images:
-            return {}
-        try:
-            embeddings = self.encoder.embed_documents(
-                [{"image": image} for image in images.values()], batch_size=self.batch_size
-            )
-        except (ValueError, RuntimeError) as error:
-            if len(images) > 1:  # one image spoils a batch: find out which
-                return {id_: vector for one in images.items() for id_, vector in self._embed(dict([one])).items()}
-            self._fail_content(next(iter(images)), f"cannot be embedded ({one_line(error)})")
-            return {}
-        vectors = dict(zip(images, embeddings, strict=True))
-        for id_ in [id_ for id_, vector in vectors.items() if not np.isfinite(vector).all()]:
-            self._fail_content(id_, "has an embedding that is not finite")
-            del vectors[id_]
-        return vectors
+    def _overwrite(self, ids: Iterable[str], words: Mapping[str, Payload]) -> None:
+        """Store who holds contents now, with new words where there are some."""
+        for some in chunks(ids, PAYLOADS_AT_ONCE):
+            for id_, stored in self.store.retrieve(some).items():
+                content = self.ledger.contents[id_]
+                described = changed_payload(
+                    stored, places=content.places, words=words.get(id_), thumbnail=content.thumbnail
+                )
+                self.store.overwrite_payload(id_, described)
 
-    def _fail_content(self, id_: str, reason: str) -> None:
-        for file in self._files.pop(id_):
-            self._fail(file, reason)
+    def _delete(self, ids: Iterable[str]) -> None:
+        """Remove contents that no file holds."""
+        for some in chunks(ids, PAYLOADS_AT_ONCE):
+            self.store.delete(some)
+            if self.thumbnails is not None:
+                for id_ in some:
+                    self.thumbnails.remove(id_)
+
+    def _new_contents(self, files: Iterable[Description]) -> Iterator[tuple[NewContent, bytes]]:
+        """Yield the contents that are not stored, once each; deal with every other file on the way."""
+        for file, read in ahead(read_file, self._changed(files)):
+            if isinstance(read, ImageError):
+                self._fail(file, read.reason)
+            elif read.id in self.ledger:
+                self._hold(file, read)
+            elif read.id in self._waiting:
+                self._waiting[read.id].append((file, read.mtime))
+                continue  # it is done when its content is
+            else:
+                self._waiting[read.id] = [(file, read.mtime)]
+                yield NewContent(read.id, read.sha256, len(read.data)), read.data
+                continue
+            self.tick()
+
+    def _changed(self, files: Iterable[Description]) -> Iterator[Description]:
+        """Yield the files that are not as they were when they were indexed, and those that lack a thumbnail."""
+        for file in files:
+            path = storable(str(file.path))
+            try:
+                status = os.stat(file.path)
+            except OSError:
+                yield file  # reading it will say what is wrong
+                continue
+            is_known = self.ledger.is_unchanged(path, status.st_mtime, status.st_size)
+            if is_known and (self.thumbnails is None or self.thumbnails.has(str(self.ledger.owner(path)))):
+                self.tick()
+            else:
+                yield file
+
+    def _hold(self, file: Description, read: ReadFile) -> None:
+        """Note that a file holds a content that is stored."""
+        place = place_of(file, read.mtime)
+        before = self.ledger.owner(place.path)
+        content = self.ledger.contents[read.id]
+        is_new_holder = all(other.path != place.path for other in content.places)
+        self.ledger.forget(read.id, is_gone)
+        self.ledger.hold(read.id, place)
+        if self.thumbnails is not None and not self.thumbnails.has(read.id):
+            image, _ = decode_image(read.data, printable(file.path))
+            content.thumbnail = self.thumbnails.write(read.id, thumbnail_jpeg(image, THUMBNAIL_SIZE))
+        if before not in (None, read.id):
+            self.counts.replaced.add(place.path)
+        elif is_new_holder and not content.is_new:
+            self.counts.updated.add(place.path)
+
+    def _point(self, content: NewContent, embedded: EmbeddedImage) -> Point:
+        """Return the point of a new content, and note the files that hold it."""
+        holders = self._waiting.pop(content.id)
+        places = [place_of(file, mtime) for file, mtime in holders]
+        changed = {place.path for place in places if self.ledger.owner(place.path) is not None}
+        self.counts.replaced |= changed
+        self.counts.indexed += not changed
+        self.counts.embedded += 1
+        words = holders[0][0].words
+        self.ledger.add(content.id, Content(content.bytes, places, words_digest(words), is_new=True))
+        thumbnail = None
+        if self.thumbnails is not None and embedded.thumbnail is not None:
+            thumbnail = self.thumbnails.write(content.id, embedded.thumbnail)
+        record = ImageRecord(
+            places=places,
+            words=words,
+            sha256=content.sha256,
+            bytes=content.bytes,
+            width=embedded.width,
+            height=embedded.height,
+            mime=embedded.mime,
+            thumbnail=thumbnail,
+        )
+        return Point(content.id, embedded.vector, payload(record))
+
+    def _prune(self, files: ImageFiles) -> None:
+        """Forget the files that are gone of those that the run is about."""
+        for id_ in self.ledger.contents:
+            self.counts.pruned += self.ledger.forget(id_, lambda path: files.covers(path) and is_gone(path))
+
+    def _pass_on(self, files: ImageFiles) -> None:
+        """Where the first of several files that hold a content is gone, let the next one speak for it."""
+        for id_, content in self.ledger.contents.items():
+            first, *others = content.places or [None]
+            if others and is_gone(first.path) and not all(is_gone(other.path) for other in others):
+                self.ledger.forget(id_, is_gone)
+                if files.covers(content.places[0].path):
+                    self.counts.updated.add(content.places[0].path)
+
+    def _new_words(self, files: ImageFiles) -> dict[str, Payload]:
+        """Return what ``metadata.jsonl`` files say of stored contents, by id, where something else is stored."""
+        words: dict[str, Payload] = {}
+        for file in files:
+            id_ = self.ledger.owner(path := storable(str(file.path))) if file.has_words else None
+            if id_ is None or self.ledger.contents[id_].places[0].path != path:
+                continue
+            if words_digest(file.words) != self.ledger.contents[id_].words:
+                words[id_] = file.words
+                if not self.ledger.contents[id_].is_new and path not in self.counts.replaced:
+                    self.counts.updated.add(path)
+        return words
 
     def _fail(self, file: Description, reason: str) -> None:
-        self.failed.append({"path": str(file.path), "reason": reason})
+        self.counts.failed.append({"path": str(file.path), "reason": reason})
 
 
-def as_json(words: Payload) -> str:
-    """Return words in a form in which 1 and true differ."""
-    return json.dumps(words, sort_keys=True)
+def place_of(file: Description, mtime: float) -> Place:
+    """Return a file as a payload names it."""
+    return Place(storable(str(file.path)), storable(file.relative_path), mtime)
 
 
-def find_image_files(paths: Iterable[str | Path]) -> list[Description]:
-    """Return the images among and below ``paths``, each once, with what ``metadata.jsonl`` files say of them.
-
-    :raises CocoaError: If a path does not exist, none holds an image, or a ``metadata.jsonl`` is malformed.
-    """
-    roots = [Path(os.path.abspath(path)) for path in paths]
-    files: dict[Path, Description] = {}
-    for root in roots:
-        folder = root if root.is_dir() else root.parent
-        images = [path for path in find_images([root]) if path not in files]
-        rows = read_metadata_below(folder, images)
-        for path in images:
-            row = rows.get(path, {})
-            caption = row.pop("text", None)
-            files[path] = Description(path, str(path.relative_to(folder)), caption, row)
-    if not files:
-        names = ", ".join(printable(root) for root in roots) or "nothing"
-        raise CocoaError(f"there are no images in {names}; name a folder that holds some (jpg, png, webp, ...)")
-    return list(files.values())
+def is_gone(path: str) -> bool:
+    r"""Tell whether there is nothing at a path, given as a payload names it: with ``\udcNN`` for undecodable bytes."""
+    undecoded = re.sub(r"\\udc([89a-f][0-9a-f])", lambda match: chr(0xDC00 + int(match[1], 16)), path)
+    return not os.path.lexists(path) and not os.path.lexists(undecoded)
 
 
-def read_metadata_below(folder: Path, images: Iterable[Path]) -> dict[Path, dict[str, Any]]:
-    """Return the metadata columns of images by path, from the ``metadata.jsonl`` files in ``folder`` and below.
-
-    Several lines for one image are one: their texts as lines of one text, of other columns the first.
-
-    :raises CocoaError: If a ``metadata.jsonl`` is malformed.
-    """
-    folders = {parent for image in images for parent in image.parents if parent.is_relative_to(folder)}
-    columns: dict[Path, dict[str, Any]] = {}
-    for parent in sorted(folders):
-        if not (parent / METADATA_FILE).exists():
-            continue
-        for row in read_image_folder_metadata(parent):
-            path = Path(os.path.abspath(row["path"]))
-            text = row.get("text")
-            known = columns.setdefault(path, {})
-            if isinstance(text, str):
-                known["text"] = f"{known['text']}\n{text}" if "text" in known else text
-            for name, value in row.items():
-                if name not in ("path", "file_name", "text"):
-                    known.setdefault(name, value)
-    return columns
-
-
-def image_record(file: Description, sha256: str, size: int, image: Image.Image, mime: str) -> ImageRecord:
-    """Return what the payload holds of a decoded file."""
-    return ImageRecord(
-        description=file,
-        sha256=sha256,
-        bytes=size,
-        width=image.width,
-        height=image.height,
-        mime=mime,
-    )
+def chunks(ids: Iterable[str], size: int) -> Iterator[list[str]]:
+    """Yield ids in lists of ``size``; the last may be shorter."""
+    rest = iter(ids)
+    while chunk := list(islice(rest, size)):
+        yield chunk

@@ -1,11 +1,11 @@
-"""An image file as a Qdrant point: its id, and a payload that LlamaIndex reads back as an ``ImageNode``. Pure."""
+"""An image's content as a Qdrant point: its id, and a payload that LlamaIndex reads back as an ``ImageNode``. Pure."""
 
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 Payload = dict[str, Any]
 
@@ -17,6 +17,8 @@ NODE_KEYS = frozenset({"_node_content", "_node_type", "document_id", "doc_id", "
 
 MODEL_KEYS = frozenset({"relative_path", "metadata"})
 """The payload keys that LlamaIndex shows to a language model beside the node's text, which is the caption."""
+
+NO_WORDS: Payload = {"caption": None, "metadata": {}}
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,8 @@ class Description:
     caption: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """The other columns of ``metadata.jsonl``."""
-
-    @property
-    def has_words(self) -> bool:
-        """Whether ``metadata.jsonl`` says anything of the file."""
-        return self.caption is not None or bool(self.metadata)
+    has_words: bool = False
+    """Whether a ``metadata.jsonl`` above the file was read; if it says nothing of the file, there is nothing to say."""
 
     @property
     def words(self) -> Payload:
@@ -43,11 +42,23 @@ class Description:
         return {"caption": caption, "metadata": storable(dict(self.metadata))}
 
 
+class Place(NamedTuple):
+    """A file that holds a content, as a payload names it."""
+
+    path: str
+    """Absolute."""
+    relative_path: str
+    mtime: float
+    """When the file was last changed, in seconds since 1970."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageRecord:
-    """What is known of one indexed image file."""
+    """What is known of one image content, and of the files that hold it."""
 
-    description: Description
+    places: Sequence[Place]
+    """At least one; the first gives the payload its ``path``."""
+    words: Payload
     sha256: str
     """Of the file's bytes, in hexadecimal."""
     bytes: int
@@ -55,6 +66,8 @@ class ImageRecord:
     """In pixels, upright."""
     height: int
     mime: str
+    thumbnail: str | None = None
+    """The path of a small copy."""
 
 
 def point_id(sha256: str) -> str:
@@ -71,16 +84,36 @@ def point_id(sha256: str) -> str:
 def payload(record: ImageRecord) -> Payload:
     """Return a point's payload: the record's fields, and the same as a LlamaIndex node. Never the image itself."""
     fields: Payload = {
-        "path": storable(str(record.description.path)),
-        "relative_path": storable(record.description.relative_path),
+        **place_fields(record.places),
         "sha256": record.sha256,
         "bytes": record.bytes,
         "width": record.width,
         "height": record.height,
         "mime": record.mime,
-        **record.description.words,
+        **record.words,
     }
+    if record.thumbnail is not None:
+        fields["thumbnail"] = record.thumbnail
     return {**fields, **node_fields(point_id(record.sha256), fields)}
+
+
+def place_fields(places: Sequence[Place]) -> Payload:
+    """Return the fields of a payload that say where the content is: the first file, then all of them, side by side."""
+    first = places[0]
+    return {
+        "path": first.path,
+        "relative_path": first.relative_path,
+        "mtime": first.mtime,
+        "paths": [place.path for place in places],
+        "relative_paths": [place.relative_path for place in places],
+        "mtimes": [place.mtime for place in places],
+    }
+
+
+def stored_places(stored: Mapping[str, Any]) -> list[Place]:
+    """Return the files that a payload names; none, if others wrote it."""
+    columns = [stored.get(key) or [] for key in ("paths", "relative_paths", "mtimes")]
+    return [Place(*place) for place in zip(*columns, strict=False)]
 
 
 def node_fields(node_id: str, fields: Payload) -> Payload:
@@ -135,18 +168,23 @@ def plain_payload(stored: Mapping[str, Any]) -> Payload:
     return {key: value for key, value in stored.items() if key not in NODE_KEYS}
 
 
-def described_payload(stored: Mapping[str, Any], description: Description) -> Payload:
-    """Return a stored payload for the same content, at another path or with other words about it.
+def changed_payload(
+    stored: Mapping[str, Any],
+    *,
+    places: Sequence[Place],
+    words: Payload | None = None,
+    thumbnail: str | None = None,
+) -> Payload:
+    """Return a stored payload for the same content, held by other files, with other words or another thumbnail.
 
-    A description without words leaves those that are stored.
+    :param stored: The payload as it is.
+    :param places: The files that hold the content now; at least one.
+    :param words: ``caption`` and ``metadata``; None leaves those that are stored.
+    :param thumbnail: The path of a small copy; None leaves what is stored.
     """
-    fields = {
-        **plain_payload(stored),
-        "path": storable(str(description.path)),
-        "relative_path": storable(description.relative_path),
-    }
-    if description.has_words:
-        fields |= description.words
+    fields = {**plain_payload(stored), **place_fields(places), **(words or {})}
+    if thumbnail is not None:
+        fields["thumbnail"] = thumbnail
     return {**fields, **node_fields(str(stored["doc_id"]), fields)}
 
 

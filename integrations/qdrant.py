@@ -2,40 +2,35 @@
 
 from __future__ import annotations
 
-import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
-from cocoa_embed.encoder import Encoder, load_model, make_item
-from cocoa_embed.errors import CocoaError, UsageError, require
-from cocoa_embed.folders import refuse_foreign_folder
-from cocoa_embed.images import ImageSource, one_line, printable
-from cocoa_embed.integrations.indexing import IndexRun, Point, StoredPoint, find_image_files
-from cocoa_embed.integrations.points import Description, described_payload
-
-require("qdrant_client", "qdrant")
-
-from qdrant_client import QdrantClient, models  # noqa: E402 - after the error that names the extra
-from qdrant_client.http.exceptions import ApiException  # noqa: E402
+from cocoa_embed.encoder import Encoder, make_item
+from cocoa_embed.errors import CocoaError, UsageError
+from cocoa_embed.images import ImageSource, printable
+from cocoa_embed.integrations.filters import parse_filters
+from cocoa_embed.integrations.image_files import ImageFiles, find_image_files
+from cocoa_embed.integrations.indexing import Counts, IndexRun
+from cocoa_embed.integrations.ledger import LEDGER_KEYS, Ledger
+from cocoa_embed.integrations.stores import Hit, Signature, Store, StoreOptions
+from cocoa_embed.integrations.thumbnails import ThumbnailFolder
+from cocoa_embed.loading import load_model
 
 if TYPE_CHECKING:
+    from qdrant_client import QdrantClient, models
     from sentence_transformers import SentenceTransformer
 
+    from cocoa_embed.integrations.stores import Quantization
+
 DEFAULT_PATH = "cocoa-index"
-SERVER_TIMEOUT = 60
-"""Seconds to wait for a server's answer; Qdrant's own default of 5 is short for a batch of large vectors."""
-MAX_COLLECTION_NAME = 255
-"""Bytes in the name of a collection, which is a folder's name in a local store."""
-SCROLL_LIMIT = 1000
-"""Points asked for at once when the collection's contents are listed."""
+SHOWN_DIGITS = 12
+"""Hexadecimal digits of a fingerprint that people are shown."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +41,13 @@ class IndexSummary:
     indexed: int
     """Files with new content, now points."""
     unchanged: int
-    """Files whose content was a point already, from an earlier run or from another file of this one."""
+    """Files that are as they were, or hold what another new file of this run holds."""
     updated: int
     """Files whose content was a point already, which now has their path, or their new caption and metadata."""
     replaced: int
-    """Files whose content had changed: the new content is a point, the old is none."""
+    """Files whose content had changed: the new content is a point, the old is none unless another file holds it."""
     pruned: int
-    """Points removed because their files are gone; 0 as yet, nothing is removed unasked."""
+    """Files that are gone and were taken out, and their points, where no other file holds the same content."""
     failed: list[dict[str, str]]
     """The files left out, as ``{"path", "reason"}``."""
     seconds: float
@@ -61,20 +56,12 @@ class IndexSummary:
     """Images embedded and stored, by ``seconds``."""
 
 
-@dataclass(frozen=True)
-class Hit:
-    """A point that a search found, with the cosine of its vector and the query's as ``score``."""
-
-    id: str
-    score: float
-    path: str
-    payload: dict[str, Any]
-
-
 class QdrantIndexer:
     """A collection of images in Qdrant, and the multimodal model that embeds what goes in and what is asked.
 
-    The client and the model are opened at first use. Threads may share an indexer. It is a context manager.
+    The collection is on a Qdrant server, in a local folder, or in a folder of Qdrant Edge. It carries the fingerprint
+    of the model that made it, and another model is refused. The store and the model are opened at first use. Threads
+    may share an indexer. It is a context manager.
     """
 
     def __init__(
@@ -84,8 +71,12 @@ class QdrantIndexer:
         client: QdrantClient | None = None,
         path: str | Path | None = None,
         url: str | None = None,
+        edge: str | Path | None = None,
         api_key: str | None = None,
         collection: str = "images",
+        dimension: int | None = None,
+        quantization: Quantization | None = None,
+        on_disk: bool = False,
         batch_size: int = 32,
         device: str | None = None,
     ) -> None:
@@ -95,36 +86,55 @@ class QdrantIndexer:
         :param client: A client to use as it is; closing it remains the caller's.
         :param path: The folder of a local store, created if needed; ``cocoa-index`` if no other place is given.
         :param url: The address of a Qdrant server.
+        :param edge: The folder of a Qdrant Edge store, created if needed; needs the extra ``edge``.
         :param api_key: What the server wants to see, if anything.
         :param collection: Created at the first indexing.
-        :param batch_size: Images to embed and to store at once.
+        :param dimension: The first so many values of an embedding are kept (Matryoshka); None for all, or for what the
+            collection has.
+        :param quantization: What a new collection on a server or in Qdrant Edge compares vectors by first: ``"scalar"``
+            (a byte a value) or ``"binary"`` (a bit).
+        :param on_disk: Whether a new collection on a server or in Qdrant Edge keeps its vectors on disk.
+        :param batch_size: The most images to embed at once.
         :param device: The torch device, for a model that is to be loaded.
-        :raises UsageError: If more than one of ``client``, ``path`` and ``url`` is given, ``batch_size`` is not
-            positive, ``collection`` is no name for one, or ``url`` no address.
+        :raises UsageError: If more than one of ``client``, ``path``, ``url`` and ``edge`` is given, ``batch_size`` is
+            not positive, ``collection`` is no name for one, or ``url`` no address.
+        :raises MissingExtraError: If the package for the place is not installed.
         """
-        if sum(place is not None for place in (client, path, url)) > 1:
-            raise UsageError("more than one place to store points was given; give one of client, path and url")
+        from cocoa_embed.integrations.homes import open_store
+
         if batch_size < 1:
             raise UsageError(f"batch_size is {batch_size}; it must be 1 or more")
-        check_collection_name(collection)
-        if url is not None:
-            check_url(url)
-        self.collection = collection
+        if dimension is not None and dimension < 1:
+            raise UsageError(f"dimension is {dimension}; it must be 1 or more")
+        if client is None and url is None and edge is None:
+            path = path or DEFAULT_PATH
+        self._store: Store = open_store(
+            client=client,
+            path=path,
+            url=url,
+            edge=edge,
+            api_key=api_key,
+            collection=collection,
+            options=StoreOptions(quantization=quantization, on_disk=on_disk),
+        )
         self.batch_size = batch_size
         self._model = model
+        self._dimension = dimension
         self._device = device
-        self._client = client
-        self._owns_client = client is None
-        self._path = None if client is not None or url is not None else Path(path or DEFAULT_PATH)
-        self._url = url
-        self._api_key = api_key
-        self._encoder: Encoder | None = None
+        self._whole: Encoder | None = None
+        self._short: Encoder | None = None
         self._lock = threading.RLock()
+        self._indexing = threading.Lock()
+
+    @property
+    def collection(self) -> str:
+        """The name of the collection."""
+        return self._store.collection
 
     @property
     def place(self) -> str:
         """Where the points are, for people to read."""
-        return self._url or (printable(self._path) if self._path is not None else "the given client")
+        return self._store.place
 
     @property
     def encoder(self) -> Encoder:
@@ -132,48 +142,47 @@ class QdrantIndexer:
 
         :raises CocoaError: If it cannot be loaded, or embeds no images.
         """
-        with self._lock:
-            if self._encoder is None:
-                if isinstance(self._model, Encoder):
-                    encoder = self._model
-                elif isinstance(self._model, (str, Path)):
-                    encoder = Encoder(load_model(self._model, self._device), printable(self._model))
-                else:
-                    encoder = Encoder(self._model)
-                encoder.require_images()
-                self._encoder = encoder
-            return self._encoder
+        return self._cut(self._whole_encoder(), self._dimension)
 
-    def index(self, paths: str | Path | Iterable[str | Path], *, progress: bool = True) -> IndexSummary:
-        """Embed the images among and below ``paths`` and store them; what is stored already is not embedded again.
+    def index(
+        self,
+        paths: str | Path | Iterable[str | Path] = (),
+        *,
+        file_list: str | Path | None = None,
+        prune: bool = False,
+        thumbnails: str | Path | None = None,
+        progress: bool = True,
+    ) -> IndexSummary:
+        """Embed the images among and below ``paths`` and store them; a file that is as it was costs a look at its date.
 
         Captions and other columns of a folder's ``metadata.jsonl`` go into the payload, not into the embedding. A file
-        that cannot be used is left out and listed in the summary.
+        that cannot be used is left out and listed in the summary. Files of the same content are one point.
 
-        :param paths: A folder or a file, or several.
+        :param paths: A folder, a file or a glob pattern, or several.
+        :param file_list: A file with the path of an image or a folder in each line.
+        :param prune: Whether to take out the files below ``paths`` that are gone.
+        :param thumbnails: A folder for small copies of the images, named in the payload; made if needed.
         :param progress: Whether to draw a progress bar on standard error.
         :raises CocoaError: If there is no image at all, a ``metadata.jsonl`` is malformed, the model embeds no images,
-            or the collection cannot hold its embeddings.
+            or the collection cannot hold its embeddings or is another model's.
         """
-        files = find_image_files([paths] if isinstance(paths, (str, Path)) else paths)
-        self._ensure_collection()
-        started = time.perf_counter()
-        run = IndexRun(self, self.encoder, self.batch_size, self._stored_points())
-        for file in tqdm(files, desc=f"indexing into {self.collection}", unit="image", disable=not progress):
-            run.add(file)
-        run.finish()
-        seconds = time.perf_counter() - started
-        return IndexSummary(
-            collection=self.collection,
-            indexed=run.indexed,
-            unchanged=len(files) - run.indexed - run.updated - run.replaced - len(run.failed),
-            updated=run.updated,
-            replaced=run.replaced,
-            pruned=0,
-            failed=run.failed,
-            seconds=seconds,
-            images_per_second=(run.indexed + run.replaced) / seconds,
-        )
+        files = find_image_files([paths] if isinstance(paths, (str, Path)) else paths, file_list)
+        if not len(files) and not files.unlisted and not prune:
+            names = ", ".join(files.covered) or "nothing"
+            raise CocoaError(f"there are no images in {names}; name a folder that holds some (jpg, png, webp, ...)")
+        with self._indexing:
+            encoder = self._prepare_collection()
+            started = time.perf_counter()
+            ledger = Ledger.read(self._store.scan(LEDGER_KEYS))
+            folder = None if thumbnails is None else ThumbnailFolder(thumbnails)
+            bar = tqdm(total=len(files), desc=f"indexing into {self.collection}", unit="image", disable=not progress)
+            with bar:
+                run = IndexRun(self._store, encoder, ledger, self.batch_size, folder, bar.update)
+                run.counts.failed += files.unlisted
+                run.add(files)
+                run.settle(files, prune=prune)
+            self._store.finish()
+        return self._summary(files, run.counts, time.perf_counter() - started)
 
     def search(
         self,
@@ -183,186 +192,136 @@ class QdrantIndexer:
         limit: int = 10,
         offset: int = 0,
         score_threshold: float | None = None,
-        query_filter: models.Filter | None = None,
+        query_filter: models.Filter | Sequence[str] | None = None,
     ) -> list[Hit]:
         """Return the images nearest to a text, to an image, or to both taken as one query, best first.
 
         :param text: Always taken as text, even if it is the name of a file or an address.
-        :param image: A path, bytes, a ``BytesIO`` or a PIL image.
+        :param image: A path, bytes, a ``BytesIO``, a ``data:`` address or a PIL image.
         :param limit: The most hits to return.
         :param offset: How many of the best to leave out.
         :param score_threshold: The least cosine of a hit.
-        :param query_filter: A Qdrant filter on the payload.
-        :raises UsageError: If neither text nor image is given, or ``limit`` or ``offset`` make no sense.
-        :raises CocoaError: If there is no such collection, or it holds another model's kind of vectors.
+        :param query_filter: Conditions on the payload that must all hold, such as ``["mime=image/png", "width>=800"]``
+            (:func:`~cocoa_embed.integrations.filters.parse_filters`), or a Qdrant filter.
+        :raises UsageError: If neither text nor image is given, or ``limit``, ``offset`` or a condition make no sense.
+        :raises CocoaError: If there is no such collection, or another model made it.
         """
         if limit < 1 or offset < 0:
             raise UsageError(f"limit is {limit} and offset {offset}; limit must be 1 or more, offset 0 or more")
         item = make_item(text, image)
-        self._require_collection()
-        (vector,) = self.encoder.embed_queries([item])
-        with self._session() as client:
-            self._check_collection(client)
-            points = client.query_points(
-                self.collection,
-                query=vector.tolist(),
-                query_filter=query_filter,
-                limit=limit,
-                offset=offset,
-                score_threshold=score_threshold,
-                with_payload=True,
-            ).points
-        return [hit(point) for point in points]
-
-    def upsert(self, points: Sequence[Point]) -> None:
-        """Store points, and wait until they are."""
-        structs = [models.PointStruct(id=point.id, vector=point.vector, payload=point.payload) for point in points]
-        with self._session() as client:
-            client.upsert(self.collection, points=structs, wait=True)
-
-    def delete(self, ids: Sequence[str]) -> None:
-        """Remove points, and wait until they are gone."""
-        with self._session() as client:
-            client.delete(self.collection, points_selector=models.PointIdsList(points=list(ids)), wait=True)
-
-    def describe(self, id_: str, description: Description) -> None:
-        """Give a stored point the path of another file of the same content, or other words about it."""
-        with self._session() as client:
-            (point,) = client.retrieve(self.collection, [id_], with_payload=True)
-            described = described_payload(point.payload or {}, description)
-            client.overwrite_payload(self.collection, payload=described, points=[id_], wait=True)
+        if isinstance(query_filter, (list, tuple)):
+            query_filter = parse_filters(query_filter)
+        encoder = self._open_collection()
+        (vector,) = encoder.embed_queries([item])
+        return self._store.search(
+            vector, limit=limit, offset=offset, score_threshold=score_threshold, query_filter=query_filter
+        )
 
     def close(self) -> None:
-        """Close the client, unless it was given; the next use opens it again."""
+        """Close the store, unless its client was given; the next use opens it again."""
         with self._lock:
-            if self._owns_client and self._client is not None:
-                self._client.close()
-                self._client = None
+            self._store.close()
 
     def __enter__(self) -> QdrantIndexer:
         """Return the indexer."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close the client."""
+        """Close the store."""
         self.close()
 
-    @contextmanager
-    def _session(self) -> Iterator[QdrantClient]:
-        with self._lock:
-            try:
-                yield self._open()
-            except (ApiException, sqlite3.Error) as error:
-                raise CocoaError(f"Qdrant at {self.place} did not do what was asked: {one_line(error)}") from error
+    def _prepare_collection(self) -> Encoder:
+        """Open the collection for writing, make and sign it if need be, and return the model for it."""
+        signature = self._store.signature()
+        if signature is None:
+            encoder = self.encoder
+            self._store.create(self._signature_of(encoder))
+            return encoder
+        encoder = self._encoder_for(signature)
+        if signature.fingerprint is None:
+            if self._store.count():
+                raise CocoaError(
+                    f"{self._name()} was not made by cocoa-embed index, and what it holds may be another model's;"
+                    " choose another collection"
+                )
+            self._store.sign(self._signature_of(encoder))
+        return encoder
 
-    def _open(self) -> QdrantClient:
-        if self._client is None:
-            self._client = self._open_server() if self._path is None else self._open_folder(self._path)
-        return self._client
-
-    def _open_server(self) -> QdrantClient:
-        try:
-            return QdrantClient(url=self._url, api_key=self._api_key, timeout=SERVER_TIMEOUT, check_compatibility=False)
-        except ValueError as error:
-            raise UsageError(f"{self._url!a} is no address of a Qdrant server ({one_line(error)})") from error
-
-    def _open_folder(self, path: Path) -> QdrantClient:
-        refuse_foreign_folder(path, marker="meta.json")
-        try:
-            # The lock of this class is what SQLite's own check stands for: one thread at a time.
-            return QdrantClient(path=str(path), force_disable_check_same_thread=True)
-        except RuntimeError as error:
+    def _open_collection(self) -> Encoder:
+        """Return the model for a collection that is there."""
+        signature = self._store.signature()
+        if signature is None:
+            names = self._store.collections()
+            there = f"it holds {', '.join(names)}" if names else "it is empty"
             raise CocoaError(
-                f"the index {self.place} is in use by another process;"
-                " wait for it, or run a Qdrant server and give its --url"
-            ) from error
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, sqlite3.Error) as error:
-            raise CocoaError(f"the index {self.place} cannot be opened ({one_line(error)})") from error
-
-    def _ensure_collection(self) -> None:
-        vectors = models.VectorParams(size=self.encoder.dimension, distance=models.Distance.COSINE)
-        with self._session() as client:
-            if not client.collection_exists(self.collection):
-                client.create_collection(self.collection, vectors_config=vectors)
-            self._check_collection(client)
-
-    def _require_collection(self) -> None:
-        remedy = "run cocoa-embed index first, or name another place"
-        if self._path is not None and not self._path.is_dir():
-            raise CocoaError(f"there is no index in {self.place}; {remedy}")
-        with self._session() as client:
-            if not client.collection_exists(self.collection):
-                names = sorted(collection.name for collection in client.get_collections().collections)
-                there = f"it holds {', '.join(names)}" if names else "it is empty"
-                raise CocoaError(f"there is no collection {self.collection!r} in {self.place} ({there}); {remedy}")
-
-    def _check_collection(self, client: QdrantClient) -> None:
-        found = client.get_collection(self.collection).config.params.vectors
-        if not isinstance(found, models.VectorParams):
-            raise CocoaError(
-                f"collection {self.collection!r} in {self.place} holds named vectors ({', '.join(found or {})}),"
-                " not the one unnamed vector that this indexer writes; choose another collection"
+                f"there is no collection {self.collection!r} in {self.place} ({there});"
+                " run cocoa-embed index first, or name another place"
             )
-        dimension = self.encoder.dimension
-        if found.size != dimension or found.distance != models.Distance.COSINE:
+        return self._encoder_for(signature)
+
+    def _encoder_for(self, signature: Signature) -> Encoder:
+        """Return the model, cut to the dimension of a collection that it made.
+
+        :raises CocoaError: If another model made the collection, or its dimension is another.
+        """
+        encoder = self._whole_encoder()
+        if signature.fingerprint not in (None, encoder.fingerprint):
             raise CocoaError(
-                f"collection {self.collection!r} in {self.place} holds vectors of {found.size} dimensions"
-                f" ({found.distance.value}), {self.encoder.name} makes {dimension} (Cosine);"
+                f"{self._name()} was made with {signature.model} (fingerprint {signature.fingerprint[:SHOWN_DIGITS]}),"
+                f" not with {encoder.name} (fingerprint {encoder.fingerprint[:SHOWN_DIGITS]});"
                 " choose another collection, or the model that it was made with"
             )
+        dimension = self._dimension or (signature.dimension if signature.fingerprint else None)
+        encoder = self._cut(encoder, dimension)
+        if signature.dimension != encoder.dimension:
+            raise CocoaError(
+                f"{self._name()} holds vectors of {signature.dimension} dimensions, {encoder.name} makes"
+                f" {encoder.dimension}; choose another collection, or the model that it was made with"
+            )
+        return encoder
 
-    def _stored_points(self) -> dict[str, StoredPoint]:
-        """Return where every point in the collection has its file, and the words about it, by id."""
-        stored: dict[str, StoredPoint] = {}
-        offset = None
-        while True:
-            with self._session() as client:
-                points, offset = client.scroll(
-                    self.collection,
-                    limit=SCROLL_LIMIT,
-                    offset=offset,
-                    with_payload=["path", "caption", "metadata"],
-                    with_vectors=False,
-                )
-            stored.update({str(point.id): stored_point(point.payload or {}) for point in points})
-            if offset is None:
-                return stored
+    def _signature_of(self, encoder: Encoder) -> Signature:
+        return Signature(model=encoder.name, fingerprint=encoder.fingerprint, dimension=encoder.dimension)
 
+    def _name(self) -> str:
+        return f"collection {self.collection!r} in {self.place}"
 
-def check_collection_name(name: str) -> None:
-    """Refuse a name that Qdrant refuses, or that would be a path of its own in a local store.
+    def _whole_encoder(self) -> Encoder:
+        """Return the model with all its dimensions, loaded at first use.
 
-    :raises UsageError: If it is one.
-    """
-    length = len(name.encode(errors="replace"))
-    if not name.strip(".") or length > MAX_COLLECTION_NAME or not name.isprintable() or set(name) & set('<>:"/\\|?*'):
-        raise UsageError(
-            f"{name!a} is no name for a collection; use 1 to {MAX_COLLECTION_NAME} bytes, printable, and none of"
-            ' < > : " / \\ | ? *'
+        :raises CocoaError: If it cannot be loaded, or embeds no images.
+        """
+        with self._lock:
+            if self._whole is None:
+                if isinstance(self._model, Encoder):
+                    whole = self._model
+                elif isinstance(self._model, (str, Path)):
+                    whole = Encoder(load_model(self._model, self._device), printable(self._model))
+                else:
+                    whole = Encoder(self._model)
+                whole.require_images()
+                self._whole = whole
+            return self._whole
+
+    def _cut(self, whole: Encoder, dimension: int | None) -> Encoder:
+        """Return the model with the first dimensions alone; the same object for the same dimension."""
+        if dimension in (None, whole.dimension):
+            return whole
+        with self._lock:
+            if self._short is None or self._short.dimension != dimension:
+                self._short = Encoder(whole.model, whole.name, dimension)
+            return self._short
+
+    def _summary(self, files: ImageFiles, counts: Counts, seconds: float) -> IndexSummary:
+        failed = len(counts.failed) - len(files.unlisted)
+        return IndexSummary(
+            collection=self.collection,
+            indexed=counts.indexed,
+            unchanged=len(files) - counts.indexed - len(counts.updated) - len(counts.replaced) - failed,
+            updated=len(counts.updated),
+            replaced=len(counts.replaced),
+            pruned=counts.pruned,
+            failed=counts.failed,
+            seconds=seconds,
+            images_per_second=counts.embedded / seconds,
         )
-
-
-def check_url(url: str) -> None:
-    """Refuse an address that is not of the form ``http://host:port``.
-
-    :raises UsageError: If it is one.
-    """
-    try:
-        parts = urlsplit(url)
-        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        is_address = False
-    if not is_address:
-        raise UsageError(f"{url!r} is no address of a Qdrant server; give one such as http://localhost:6333")
-
-
-def stored_point(payload: dict[str, Any]) -> StoredPoint:
-    """Return what an indexing run has to know of a point that is there already."""
-    words = {"caption": payload.get("caption"), "metadata": payload.get("metadata") or {}}
-    return StoredPoint(path=str(payload.get("path", "")), words=words)
-
-
-def hit(point: models.ScoredPoint) -> Hit:
-    """Return a scored point as a :class:`Hit`."""
-    stored = point.payload or {}
-    return Hit(id=str(point.id), score=point.score, path=str(stored.get("path", "")), payload=stored)

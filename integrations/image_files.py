@@ -1,0 +1,112 @@
+"""The image files that a run is about: found, put in order, and described by the ``metadata.jsonl`` files above them."""
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cocoa_embed.image_files import METADATA_FILE, find_images, read_file_list, read_image_folder_metadata
+from cocoa_embed.integrations.points import Description, storable
+
+
+@dataclass
+class ImageFiles:
+    """Image files in the order in which a run takes them, each once."""
+
+    roots: list[tuple[Path, list[Path]]]
+    """Folders, and the files found by each; paths are relative to these folders."""
+    covered: list[str]
+    """What the run is about: folders and files, as payloads would name them."""
+    unlisted: list[dict[str, str]]
+    """Folders that could not be listed, as ``{"path", "reason"}``."""
+    _columns: dict[Path, dict[str, Any]] = field(default_factory=dict)
+    _folders_with_words: set[Path] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        for root, files in self.roots:
+            self._read_metadata(root, {file.parent for file in files})
+
+    def __len__(self) -> int:
+        """Return how many files there are."""
+        return sum(len(files) for _, files in self.roots)
+
+    def __iter__(self) -> Iterator[Description]:
+        """Yield the files with what is said of them."""
+        for root, files in self.roots:
+            yield from (self._describe(root, file) for file in files)
+
+    def covers(self, path: str) -> bool:
+        """Tell whether a file of this path, as a payload names it, would have been found were it there."""
+        return any(path == place or path.startswith(place.rstrip(os.sep) + os.sep) for place in self.covered)
+
+    def _describe(self, root: Path, file: Path) -> Description:
+        columns = dict(self._columns.get(file, {}))
+        return Description(
+            file,
+            str(file.relative_to(root)) if file.is_relative_to(root) else file.name,
+            columns.pop("text", None),
+            columns,
+            has_words=file.parent in self._folders_with_words,
+        )
+
+    def _read_metadata(self, root: Path, folders: set[Path]) -> None:
+        """Read the ``metadata.jsonl`` files in folders, and above them up to ``root``.
+
+        Several lines for one image are one: their texts as lines of one text, of other columns the first.
+
+        :raises CocoaError: If a ``metadata.jsonl`` is malformed.
+        """
+        above = {folder: [folder, *(up for up in folder.parents if up.is_relative_to(root))] for folder in folders}
+        speaking = {up for ups in above.values() for up in ups if (up / METADATA_FILE).exists()}
+        self._folders_with_words |= {folder for folder, ups in above.items() if not speaking.isdisjoint(ups)}
+        for folder in sorted(speaking):
+            for row in read_image_folder_metadata(folder):
+                known = self._columns.setdefault(Path(os.path.abspath(row["path"])), {})
+                text = row.get("text")
+                if isinstance(text, str):
+                    known["text"] = f"{known['text']}\n{text}" if "text" in known else text
+                for name in row.keys() - {"path", "file_name", "text"}:
+                    known.setdefault(name, row[name])
+
+
+def find_image_files(paths: Iterable[str | Path], file_list: str | Path | None = None) -> ImageFiles:
+    """Return the images among and below ``paths`` and in a list, each once, with what ``metadata.jsonl`` files say.
+
+    A folder that cannot be listed is noted, and the others are done.
+
+    :param paths: Folders, files, and glob patterns.
+    :param file_list: A file that names images and folders, a path a line; one that is missing is kept, for the run to
+        report.
+    :raises CocoaError: If one of ``paths`` does not exist, or a ``metadata.jsonl`` is malformed.
+    """
+    roots: list[tuple[Path, list[Path]]] = []
+    covered: list[Path] = []
+    unlisted: list[dict[str, str]] = []
+    seen: set[Path] = set()
+
+    def take(root: Path, found: Iterable[Path]) -> None:
+        new = [file for file in found if file not in seen]
+        seen.update(new)
+        roots.append((root, new))
+
+    def note(folder: Path, reason: str) -> None:
+        unlisted.append({"path": str(folder), "reason": reason})
+
+    for path in (Path(os.path.abspath(path)) for path in paths):
+        root = glob_root(path)
+        covered.append(root)
+        take(root if root.is_dir() else root.parent, find_images([path], on_error=note))
+    if file_list is not None:
+        entries = [Path(os.path.abspath(entry)) for entry in read_file_list(file_list)]
+        folders = [entry for entry in entries if entry.is_dir()]
+        listed = set(entries).difference(folders).union(find_images(folders, on_error=note))
+        covered += entries
+        take(Path(os.path.abspath(file_list)).parent, sorted(listed))
+    return ImageFiles(roots, [storable(str(place)) for place in covered], unlisted)
+
+
+def glob_root(path: Path) -> Path:
+    """Return the folder below which a glob pattern finds files; a path that exists is returned as it is."""
+    plain = [up for up in (path, *path.parents) if not set(str(up)) & set("*?[") or up.exists()]
+    return path if os.path.lexists(path) else plain[0]

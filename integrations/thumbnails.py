@@ -1,0 +1,51 @@
+"""Small copies of images in a folder beside, named by point."""
+
+import os
+from pathlib import Path
+
+from cocoa_embed.errors import CocoaError
+from cocoa_embed.images import one_line, printable
+
+THUMBNAIL_SIZE = 320
+"""The longer side of a thumbnail in pixels, at most."""
+
+
+class ThumbnailFolder:
+    """A folder of JPEG files, one for each point."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Make the folder if it is not there.
+
+        :raises CocoaError: If it cannot be made.
+        """
+        self.folder = Path(os.path.abspath(folder))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CocoaError(f"the folder for thumbnails {printable(folder)} cannot be made ({one_line(error)})") from error
+
+    def path(self, id_: str) -> Path:
+        """Return where the thumbnail of a point is, or would be."""
+        return self.folder / f"{id_}.jpg"
+
+    def has(self, id_: str) -> bool:
+        """Tell whether a point has a thumbnail."""
+        return self.path(id_).exists()
+
+    def write(self, id_: str, jpeg: bytes) -> str:
+        """Write the thumbnail of a point, whole or not at all, and return its path.
+
+        :raises CocoaError: If it cannot be written.
+        """
+        path = self.path(id_)
+        partial = path.with_suffix(".partial")
+        try:
+            partial.write_bytes(jpeg)
+            os.replace(partial, path)
+        except OSError as error:
+            raise CocoaError(f"the thumbnail {printable(path)} cannot be written ({one_line(error)})") from error
+        return str(path)
+
+    def remove(self, id_: str) -> None:
+        """Remove the thumbnail of a point that is no more."""
+        self.path(id_).unlink(missing_ok=True)
