@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,13 +18,21 @@ import typer
 from cocoa_embed.errors import CocoaError, UsageError, require
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from rich.console import Console
 
-    from cocoa_embed.integrations.qdrant import Hit, IndexSummary, QdrantIndexer
-    from cocoa_embed.train import StageResult
-    from cocoa_embed.train.plan import RunPlan
+    from cocoa_embed.integrations.qdrant import QdrantIndexer
 
 DEFAULT_INDEX = Path("cocoa-index")
+
+
+class Quantization(str, Enum):
+    """What vectors are compared by first."""
+
+    scalar = "scalar"
+    binary = "binary"
+
+
 DEMO_NEEDS = ("accelerate", "datasets", "qdrant_client", "llama_index.core", "jinja2", "matplotlib")
 """The modules of the optional packages that the demo uses; the extra ``all`` installs them."""
 
@@ -35,6 +44,13 @@ PathOption = Annotated[
     Path | None, typer.Option("--path", help=f"The folder of a local index [default: {DEFAULT_INDEX}].")
 ]
 UrlOption = Annotated[str | None, typer.Option("--url", help="The address of a Qdrant server, instead of --path.")]
+EdgeOption = Annotated[
+    Path | None, typer.Option("--edge", help="The folder of a Qdrant Edge index, instead of --path; for many images.")
+]
+DimensionOption = Annotated[
+    int | None,
+    typer.Option("--dimension", min=1, help="Keep the first so many values of an embedding [default: all]."),
+]
 ApiKeyOption = Annotated[
     str | None, typer.Option("--api-key", envvar="QDRANT_API_KEY", help="What the server wants to see, if anything.")
 ]
@@ -68,22 +84,48 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @app.command()
 def index(
-    paths: Annotated[list[Path], typer.Argument(metavar="PATH", help="Folders of images, and image files.")],
     model: ModelOption,
+    paths: Annotated[
+        list[Path] | None, typer.Argument(metavar="[PATH]...", help="Folders of images, image files, glob patterns.")
+    ] = None,
+    files_from: Annotated[
+        Path | None, typer.Option("--files-from", help="A file with the path of an image or folder in each line.")
+    ] = None,
     collection: CollectionOption = "images",
     path: PathOption = None,
     url: UrlOption = None,
+    edge: EdgeOption = None,
     api_key: ApiKeyOption = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images to embed at once.")] = 32,
+    prune: Annotated[bool, typer.Option("--prune", help="Take out the files below PATH that are gone.")] = False,
+    thumbnails: Annotated[
+        Path | None, typer.Option("--thumbnails", help="A folder for small copies of the images.")
+    ] = None,
+    dimension: DimensionOption = None,
+    quantization: Annotated[
+        Quantization | None,
+        typer.Option("--quantization", help="What a new collection (--url, --edge) compares vectors by first."),
+    ] = None,
+    on_disk: Annotated[
+        bool, typer.Option("--on-disk", help="Keep the vectors of a new collection (--url, --edge) on disk.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="The most images to embed at once.")] = 32,
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Embed images and store them in Qdrant. What is stored already is not embedded again."""
+    """Embed images and store them in Qdrant. A file that is as it was costs a look at its date."""
+    if not paths and files_from is None:
+        raise UsageError("nothing to index; name folders or files of images, or give --files-from FILE")
+    from cocoa_embed.cli_reports import report_summary
+
+    options = {"dimension": dimension, "quantization": quantization and quantization.value, "on_disk": on_disk}
+    home = Home(path, url, edge, api_key)
     with (
         working() as console,
-        open_indexer(model, collection, path, url, api_key, batch_size=batch_size, device=device) as indexer,
+        open_indexer(model, collection, home, batch_size=batch_size, device=device, **options) as indexer,
     ):
-        summary = indexer.index(paths, progress=console.is_terminal)
+        summary = indexer.index(
+            paths or [], file_list=files_from, prune=prune, thumbnails=thumbnails, progress=console.is_terminal
+        )
         report_summary(summary, console)
     if as_json:
         print_json(dataclasses.asdict(summary))
@@ -95,25 +137,60 @@ def index(
 def search(
     model: ModelOption,
     text: Annotated[str | None, typer.Argument(help="What to look for; always taken as text.")] = None,
-    image: Annotated[Path | None, typer.Option("--image", help="An image to look for, alone or with the text.")] = None,
+    image: Annotated[
+        str | None,
+        typer.Option("--image", help="An image to look for, alone or with the text: a file, or a data: address."),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-host", help="A host that --image may be fetched from, by http or https; may be repeated."
+        ),
+    ] = None,
+    filters: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--filter",
+            help="A condition such as mime=image/png, width>=800, mtime<2026-01-01, caption~beach; all must hold.",
+        ),
+    ] = None,
     collection: CollectionOption = "images",
     path: PathOption = None,
     url: UrlOption = None,
+    edge: EdgeOption = None,
     api_key: ApiKeyOption = None,
     limit: Annotated[int, typer.Option("--limit", min=1, help="The most images to return.")] = 10,
+    offset: Annotated[int, typer.Option("--offset", min=0, help="How many of the best to leave out.")] = 0,
+    score_threshold: Annotated[
+        float | None, typer.Option("--score-threshold", help="The least cosine of a hit, between -1 and 1.")
+    ] = None,
+    dimension: DimensionOption = None,
     device: DeviceOption = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write a gallery of the images to this file.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Find the images nearest to a text, to an image, or to both."""
-    if not text and image is None:
+    if not (text and text.strip()) and image is None:
         raise UsageError("nothing to search for; give a text, --image FILE, or both")
-    with working() as console, open_indexer(model, collection, path, url, api_key, device=device) as indexer:
-        hits = indexer.search(text, image, limit=limit)
+    from cocoa_embed.cli_reports import hit_document, report_hits
+
+    home = Home(path, url, edge, api_key)
+    with (
+        working() as console,
+        open_indexer(model, collection, home, dimension=dimension, device=device) as indexer,
+    ):
+        hits = indexer.search(
+            text,
+            None if image is None else query_image(image, allow_host or []),
+            limit=limit,
+            offset=offset,
+            score_threshold=score_threshold,
+            query_filter=filters,
+        )
         if html is not None:
             from cocoa_embed.integrations.hits_page import write_hits_page
 
-            title = " + ".join(part for part in (text, image and image.name) if part)
+            title = " + ".join(part for part in (text, image and image_title(image)) if part)
             write_hits_page(html, title, hits)
             console.print(f"wrote {html}", soft_wrap=True, markup=False, highlight=False)
         report_hits(hits, console)
@@ -162,6 +239,7 @@ def train(
     with working() as console:
         require("accelerate", "train")
         silence_libraries()
+        from cocoa_embed.cli_reports import report_plan, report_stages, stage_document
         from cocoa_embed.train import Recipe, run
         from cocoa_embed.train.plan import plan
         from cocoa_embed.train.processes import by_first_process, hush_others, is_first_process
@@ -206,36 +284,58 @@ def working() -> Iterator[Console]:
         yield Console(stderr=True)
 
 
-@contextlib.contextmanager
-def open_indexer(
-    model: str,
-    collection: str,
-    path: Path | None,
-    url: str | None,
-    api_key: str | None,
-    batch_size: int = 32,
-    device: str | None = None,
-) -> Iterator[QdrantIndexer]:
-    """Open the collection that the options name, and close it at the end.
+@dataclasses.dataclass(frozen=True)
+class Home:
+    """Where the options of a command say that the points are.
 
-    :raises UsageError: If both ``--path`` and ``--url`` are given.
+    :raises UsageError: If they name more than one place.
     """
-    if path is not None and url is not None:
-        raise UsageError("--path and --url were both given; give the one that holds the index")
+
+    path: Path | None
+    url: str | None
+    edge: Path | None
+    api_key: str | None
+
+    def __post_init__(self) -> None:
+        options = {"--path": self.path, "--url": self.url, "--edge": self.edge}
+        given = [option for option, value in options.items() if value is not None]
+        if len(given) > 1:
+            raise UsageError(f"{' and '.join(given)} were given; give the one that holds the index")
+
+
+@contextlib.contextmanager
+def open_indexer(model: str, collection: str, home: Home, **options: Any) -> Iterator[QdrantIndexer]:  # noqa: ANN401
+    """Open the collection that the options name, and close it at the end."""
     silence_libraries()
-    require("qdrant_client", "qdrant")
     from cocoa_embed.integrations.qdrant import QdrantIndexer
 
+    is_default = home.url is None and home.edge is None
     with QdrantIndexer(
         model,
-        path=(path or DEFAULT_INDEX) if url is None else None,
-        url=url,
-        api_key=api_key,
+        path=(home.path or DEFAULT_INDEX) if is_default else None,
+        url=home.url,
+        edge=home.edge,
+        api_key=home.api_key,
         collection=collection,
-        batch_size=batch_size,
-        device=device,
+        **options,
     ) as indexer:
         yield indexer
+
+
+def query_image(image: str, allowed_hosts: Sequence[str]) -> Image:
+    """Return the image that a query names: a file, a ``data:`` address, or an address on an allowed host.
+
+    :raises ImageError: If it cannot be used.
+    """
+    from cocoa_embed.images import load_image
+    from cocoa_embed.remote import Fetcher
+
+    return load_image(image, fetcher=Fetcher(allowed_hosts) if allowed_hosts else None)
+
+
+def image_title(image: str) -> str:
+    """Return what a page calls a query's image: its file name, or an address without its data."""
+    return "an image" if image.startswith("data:") else image.rstrip("/").rsplit("/", 1)[-1]
 
 
 def silence_libraries() -> None:
@@ -251,93 +351,3 @@ def silence_libraries() -> None:
 def print_json(document: dict[str, Any]) -> None:
     """Print one JSON document on standard output, in ASCII, so that no terminal's encoding can spoil it."""
     typer.echo(json.dumps(document, indent=2))
-
-
-def report_stages(results: Sequence[StageResult], console: Console) -> None:
-    """Tell people what a training run did, and how long each stage took."""
-    for result in results:
-        line = f"{result.stage}: {result.steps} steps, {clock(result.seconds)}, loss {result.final['loss']:.3f}"
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
-    total = clock(sum(result.seconds for result in results))
-    console.print(f"{total} in all; checkpoint {results[-1].folder}", soft_wrap=True, markup=False, highlight=False)
-
-
-def stage_document(result: StageResult) -> dict[str, Any]:
-    """Return a stage's result as programs read it."""
-    return {
-        "stage": result.stage,
-        "checkpoint": str(result.folder),
-        "steps": result.steps,
-        "rows": result.rows,
-        "seconds": round(result.seconds, 1),
-        "final": result.final,
-    }
-
-
-def report_plan(planned: RunPlan, console: Console) -> None:
-    """Tell people what a run would do and cost."""
-    lines = [f"{planned.recipe}: {planned.backbone}, {planned.devices} device{'s' * (planned.devices > 1)}"]
-    lines += [f"{stage}: finished already" for stage in planned.finished]
-    for stage in planned.stages:
-        share = stage.trainable_parameters / stage.parameters
-        rows = ", ".join(f"{name} {count}" for name, count in stage.rows.items())
-        kept = ", ".join(f"{name} {binary_size(held)}" for name, held in stage.memory_bytes.items() if name != "total")
-        lines += [
-            f"{stage.stage}: writes {stage.folder}",
-            f"  parameters  {stage.parameters:,}, of them trained {stage.trainable_parameters:,} ({share:.1%})",
-            f"  rows        {sum(stage.rows.values()):,} ({rows})",
-            f"  steps       {stage.steps:,} of {stage.batch_size} rows, {stage.rows_at_once} at once on a device",
-            f"  tokens      about {stage.tokens_per_step:,.0f} a step",
-            f"  memory      about {binary_size(stage.memory_bytes['total'])} a device ({kept})",
-            f"  disk        up to three checkpoints of {binary_size(stage.checkpoint_bytes)} while it runs",
-            f"  compute     about {stage.flops:.2g} FLOP in all",
-        ]
-    lines += [f"would be left out: {row['source']}: {row['reason']}" for row in planned.bad_rows]
-    for line in lines:
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
-
-
-def binary_size(count: float) -> str:
-    """Return a number of bytes as people read it."""
-    unit, size = ("GiB", count / 2**30) if count >= 2**30 else ("MiB", count / 2**20)
-    return f"{size:.1f} {unit}"
-
-
-def clock(seconds: float) -> str:
-    """Return a duration as people read it: seconds, or hours, minutes and seconds."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
-
-
-def report_summary(summary: IndexSummary, console: Console) -> None:
-    """Tell people what an indexing run did, naming the files left out."""
-    from cocoa_embed.images import printable
-
-    figures = dataclasses.asdict(summary)
-    counts = ", ".join(f"{figures[name]} {name}" for name in ("indexed", "unchanged", "updated", "replaced"))
-    rate = f"{summary.seconds:.1f} s, {summary.images_per_second:.1f} images/s"
-    lines = [f"{summary.collection}: {counts}, {len(summary.failed)} left out ({rate})"]
-    lines += [f"left out: {printable(failure['path'])}: {failure['reason']}" for failure in summary.failed]
-    for line in lines:
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
-
-
-def report_hits(hits: Sequence[Hit], console: Console) -> None:
-    """Tell people what a search found, best first."""
-    from cocoa_embed.images import printable
-
-    for hit in hits:
-        caption = hit.payload.get("caption")
-        line = f"{hit.score:.4f}  {printable(hit.path)}" + (f"  {' '.join(caption.split())}" if caption else "")
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
-    if not hits:
-        console.print("nothing found")
-
-
-def hit_document(hit: Hit) -> dict[str, Any]:
-    """Return a hit as programs read it, without what is in the payload for LlamaIndex alone."""
-    from cocoa_embed.integrations.points import plain_payload
-
-    return {**dataclasses.asdict(hit), "payload": plain_payload(hit.payload)}

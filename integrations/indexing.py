@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from cocoa_embed.encoder import EmbeddedImage, Encoder
 from cocoa_embed.images import ImageError, decode_image, printable, thumbnail_jpeg
-from cocoa_embed.integrations.image_files import ImageFiles
+from cocoa_embed.integrations.described_files import ImageFiles
 from cocoa_embed.integrations.ledger import Content, Ledger, words_digest
 from cocoa_embed.integrations.points import (
     Description,

@@ -36,7 +36,9 @@ def read_file(file: Description) -> ReadFile | ImageError:
     return ReadFile(point_id(sha256), sha256, content.data, content.mtime)
 
 
-def ahead(make: Callable[[Given], Made], given: Iterable[Given], workers: int = READERS) -> Iterator[tuple[Given, Made]]:
+def ahead(
+    make: Callable[[Given], Made], given: Iterable[Given], workers: int = READERS
+) -> Iterator[tuple[Given, Made]]:
     """Yield each given thing with what ``make`` makes of it, in order; a few are made ahead, in threads.
 
     What is given is asked for in the calling thread, at most ``2 * workers`` ahead.

@@ -22,7 +22,9 @@ class ThumbnailFolder:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise CocoaError(f"the folder for thumbnails {printable(folder)} cannot be made ({one_line(error)})") from error
+            raise CocoaError(
+                f"the folder for thumbnails {printable(folder)} cannot be made ({one_line(error)})"
+            ) from error
 
     def path(self, id_: str) -> Path:
         """Return where the thumbnail of a point is, or would be."""

@@ -6,27 +6,30 @@ from typing import Any
 import pytest
 
 from cocoa_embed.integrations.points import (
+    NO_WORDS,
     Description,
     ImageRecord,
-    described_payload,
+    Place,
+    changed_payload,
     payload,
     plain_payload,
     point_id,
     storable,
+    stored_places,
 )
 
 SHA256 = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
 
-
-ZEBRA = Description(
-    Path("/data/zoo/zebra ünï.jpg"), "zebra ünï.jpg", "a zebra at dusk", {"licence": "CC0", "tags": ["striped"]}
-)
+ZEBRA = Place("/data/zoo/zebra ünï.jpg", "zebra ünï.jpg", 1_700_000_000.25)
+AGAIN = Place("/data/again.jpg", "again.jpg", 1_700_000_001.5)
+WORDS = {"caption": "a zebra at dusk", "metadata": {"licence": "CC0", "tags": ["striped"]}}
 
 
 def record(**changes: Any) -> ImageRecord:
-    return ImageRecord(
-        description=replace(ZEBRA, **changes), sha256=SHA256, bytes=1234, width=640, height=480, mime="image/jpeg"
+    whole = ImageRecord(
+        places=[ZEBRA], words=WORDS, sha256=SHA256, bytes=1234, width=640, height=480, mime="image/jpeg"
     )
+    return replace(whole, **changes)
 
 
 def test_the_id_depends_on_the_content_alone_and_never_changes() -> None:
@@ -46,6 +49,10 @@ def test_the_payload_holds_the_record_and_no_image() -> None:
     assert plain_payload(stored) == {
         "path": "/data/zoo/zebra ünï.jpg",
         "relative_path": "zebra ünï.jpg",
+        "mtime": 1_700_000_000.25,
+        "paths": ["/data/zoo/zebra ünï.jpg"],
+        "relative_paths": ["zebra ünï.jpg"],
+        "mtimes": [1_700_000_000.25],
         "sha256": SHA256,
         "bytes": 1234,
         "width": 640,
@@ -57,7 +64,7 @@ def test_the_payload_holds_the_record_and_no_image() -> None:
     assert json.loads(stored["_node_content"])["image"] is None
 
 
-@pytest.mark.parametrize("changes", [{}, {"caption": None, "metadata": {}}])
+@pytest.mark.parametrize("changes", [{}, {"words": NO_WORDS}, {"places": [ZEBRA, AGAIN], "thumbnail": "/t/1.jpg"}])
 def test_the_payload_is_what_llama_index_itself_would_write(changes: dict[str, object]) -> None:
     utils = pytest.importorskip("llama_index.core.vector_stores.utils")
     schema = pytest.importorskip("llama_index.core.schema")
@@ -83,51 +90,47 @@ def test_llama_index_shows_a_language_model_the_caption_and_where_the_image_is_f
     assert SHA256 not in shown
 
 
-def test_a_description_without_words_changes_the_paths_and_nothing_else() -> None:
-    moved = Description(Path("/new/z.jpg"), "z.jpg")
-    assert not moved.has_words
-    assert described_payload(payload(record()), moved) == payload(
-        record(path=Path("/new/z.jpg"), relative_path="z.jpg")
-    )
+def test_files_of_the_same_content_stand_side_by_side_and_come_back() -> None:
+    stored = payload(record(places=[ZEBRA, AGAIN]))
+    assert (stored["path"], stored["mtime"]) == (ZEBRA.path, ZEBRA.mtime)
+    assert stored["paths"] == [ZEBRA.path, AGAIN.path]
+    assert stored_places(json.loads(json.dumps(stored))) == [ZEBRA, AGAIN]
 
 
-def test_a_description_with_words_changes_caption_metadata_and_node() -> None:
-    described = replace(ZEBRA, caption="two zebras", metadata={"licence": "MIT"})
-    before = payload(record())
-    after = described_payload(before, described)
-    assert after == payload(record(caption="two zebras", metadata={"licence": "MIT"}))
-    assert (after["caption"], after["metadata"]) == ("two zebras", {"licence": "MIT"})
-    assert json.loads(before["_node_content"])["text"] == "a zebra at dusk"
-    node = json.loads(after["_node_content"])
-    assert node["text"] == node["metadata"]["caption"] == "two zebras"
-    assert node["metadata"]["metadata"] == {"licence": "MIT"}
+@pytest.mark.parametrize("foreign", [{}, {"paths": None}, {"path": "/a.jpg"}, {"paths": ["/a.jpg"]}])
+def test_a_payload_that_others_wrote_names_no_files(foreign: dict[str, Any]) -> None:
+    assert stored_places(foreign) == []
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    "changes",
     [
-        ({"caption": "two zebras", "metadata": {}}, {"caption": "two zebras", "metadata": {}}),
-        ({"caption": "", "metadata": {}}, {"caption": "", "metadata": {}}),
-        ({"caption": None, "metadata": {"licence": "MIT"}}, {"caption": None, "metadata": {"licence": "MIT"}}),
+        {"places": [AGAIN]},
+        {"places": [AGAIN, ZEBRA], "words": {"caption": "two zebras", "metadata": {}}},
+        {"places": [ZEBRA], "words": NO_WORDS},
+        {"places": [ZEBRA], "thumbnail": "/t/1.jpg"},
     ],
 )
-def test_words_are_a_caption_or_metadata_and_replace_both(changes: dict[str, Any], words: dict[str, Any]) -> None:
-    described = replace(ZEBRA, **changes)
-    assert described.has_words
-    assert described.words == words
-    after = described_payload(payload(record()), described)
-    assert {key: after[key] for key in words} == words
+def test_a_changed_payload_is_that_of_a_record_changed_likewise(changes: dict[str, Any]) -> None:
+    before = payload(record())
+    kept = dict(before)
+    after = changed_payload(before, **changes)
+    assert after == payload(record(**changes)) != before
+    assert before == kept
+    node = json.loads(after["_node_content"])
+    assert (node["image_path"], node["text"]) == (after["path"], after["caption"] or "")
 
 
 def test_a_payload_holds_the_words_that_its_description_is_compared_by() -> None:
-    described = replace(ZEBRA, caption="n\udcff", metadata={"n\udcff": 1})
-    stored = payload(record(caption="n\udcff", metadata={"n\udcff": 1}))
+    described = Description(Path("/z.jpg"), "z.jpg", "n\udcff", {"n\udcff": 1}, has_words=True)
+    stored = payload(record(words=described.words))
     assert described.words == {"caption": stored["caption"], "metadata": stored["metadata"]}
     assert described.words["caption"] == r"n\udcff"
 
 
-def test_undecodable_names_become_valid_unicode() -> None:
-    stored = payload(record(path=Path("/data/\udcff.jpg"), metadata={"n\udcff": ["\udcfe", 1, None]}))
+def test_undecodable_bytes_become_valid_unicode() -> None:
+    words = storable({"caption": None, "metadata": {"n\udcff": ["\udcfe", 1, None]}})
+    stored = payload(record(places=[ZEBRA._replace(path=storable("/data/\udcff.jpg"))], words=words))
     json.dumps(stored, ensure_ascii=False).encode("utf-8")
     assert stored["path"] == r"/data/\udcff.jpg"
     assert stored["metadata"] == {r"n\udcff": [r"\udcfe", 1, None]}

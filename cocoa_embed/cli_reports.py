@@ -1,0 +1,103 @@
+"""What the commands tell people on standard error, and the documents that programs read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from cocoa_embed.images import printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from cocoa_embed.integrations.qdrant import IndexSummary
+    from cocoa_embed.integrations.stores import Hit
+    from cocoa_embed.train import StageResult
+    from cocoa_embed.train.plan import RunPlan
+
+
+def report_stages(results: Sequence[StageResult], console: Console) -> None:
+    """Tell people what a training run did, and how long each stage took."""
+    for result in results:
+        line = f"{result.stage}: {result.steps} steps, {clock(result.seconds)}, loss {result.final['loss']:.3f}"
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+    total = clock(sum(result.seconds for result in results))
+    console.print(f"{total} in all; checkpoint {results[-1].folder}", soft_wrap=True, markup=False, highlight=False)
+
+
+def stage_document(result: StageResult) -> dict[str, Any]:
+    """Return a stage's result as programs read it."""
+    return {
+        "stage": result.stage,
+        "checkpoint": str(result.folder),
+        "steps": result.steps,
+        "rows": result.rows,
+        "seconds": round(result.seconds, 1),
+        "final": result.final,
+    }
+
+
+def report_plan(planned: RunPlan, console: Console) -> None:
+    """Tell people what a run would do and cost."""
+    lines = [f"{planned.recipe}: {planned.backbone}, {planned.devices} device{'s' * (planned.devices > 1)}"]
+    lines += [f"{stage}: finished already" for stage in planned.finished]
+    for stage in planned.stages:
+        share = stage.trainable_parameters / stage.parameters
+        rows = ", ".join(f"{name} {count}" for name, count in stage.rows.items())
+        kept = ", ".join(f"{name} {binary_size(held)}" for name, held in stage.memory_bytes.items() if name != "total")
+        lines += [
+            f"{stage.stage}: writes {stage.folder}",
+            f"  parameters  {stage.parameters:,}, of them trained {stage.trainable_parameters:,} ({share:.1%})",
+            f"  rows        {sum(stage.rows.values()):,} ({rows})",
+            f"  steps       {stage.steps:,} of {stage.batch_size} rows, {stage.rows_at_once} at once on a device",
+            f"  tokens      about {stage.tokens_per_step:,.0f} a step",
+            f"  memory      about {binary_size(stage.memory_bytes['total'])} a device ({kept})",
+            f"  disk        up to three checkpoints of {binary_size(stage.checkpoint_bytes)} while it runs",
+            f"  compute     about {stage.flops:.2g} FLOP in all",
+        ]
+    lines += [f"would be left out: {row['source']}: {row['reason']}" for row in planned.bad_rows]
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def binary_size(count: float) -> str:
+    """Return a number of bytes as people read it."""
+    unit, size = ("GiB", count / 2**30) if count >= 2**30 else ("MiB", count / 2**20)
+    return f"{size:.1f} {unit}"
+
+
+def clock(seconds: float) -> str:
+    """Return a duration as people read it: seconds, or hours, minutes and seconds."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+def report_summary(summary: IndexSummary, console: Console) -> None:
+    """Tell people what an indexing run did, naming the files left out."""
+    figures = dataclasses.asdict(summary)
+    counts = ", ".join(f"{figures[name]} {name}" for name in ("indexed", "unchanged", "updated", "replaced", "pruned"))
+    rate = f"{summary.seconds:.1f} s, {summary.images_per_second:.1f} images/s"
+    lines = [f"{summary.collection}: {counts}, {len(summary.failed)} left out ({rate})"]
+    lines += [f"left out: {printable(failure['path'])}: {failure['reason']}" for failure in summary.failed]
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def report_hits(hits: Sequence[Hit], console: Console) -> None:
+    """Tell people what a search found, best first."""
+    for hit in hits:
+        caption = hit.payload.get("caption")
+        line = f"{hit.score:.4f}  {printable(hit.path)}" + (f"  {' '.join(caption.split())}" if caption else "")
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+    if not hits:
+        console.print("nothing found")
+
+
+def hit_document(hit: Hit) -> dict[str, Any]:
+    """Return a hit as programs read it, without what is in the payload for LlamaIndex alone."""
+    from cocoa_embed.integrations.points import plain_payload
+
+    return {**dataclasses.asdict(hit), "payload": plain_payload(hit.payload)}
