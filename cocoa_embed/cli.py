@@ -304,7 +304,7 @@ class Home:
 
 
 @contextlib.contextmanager
-def open_indexer(model: str, collection: str, home: Home, **options: Any) -> Iterator[QdrantIndexer]:  # noqa: ANN401
+def open_indexer(model: str, collection: str, home: Home, **options: Any) -> Iterator[QdrantIndexer]:
     """Open the collection that the options name, and close it at the end."""
     silence_libraries()
     from cocoa_embed.integrations.qdrant import QdrantIndexer
