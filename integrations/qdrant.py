@@ -108,7 +108,7 @@ class QdrantIndexer:
             raise UsageError(f"dimension is {dimension}; it must be 1 or more")
         if client is None and url is None and edge is None:
             path = path or DEFAULT_PATH
-        self._store: Store = open_store(
+        self.store: Store = open_store(
             client=client,
             path=path,
             url=url,
@@ -117,6 +117,7 @@ class QdrantIndexer:
             collection=collection,
             options=StoreOptions(quantization=quantization, on_disk=on_disk),
         )
+        """What holds the points."""
         self.batch_size = batch_size
         self._model = model
         self._dimension = dimension
@@ -129,12 +130,12 @@ class QdrantIndexer:
     @property
     def collection(self) -> str:
         """The name of the collection."""
-        return self._store.collection
+        return self.store.collection
 
     @property
     def place(self) -> str:
         """Where the points are, for people to read."""
-        return self._store.place
+        return self.store.place
 
     @property
     def encoder(self) -> Encoder:
@@ -173,15 +174,15 @@ class QdrantIndexer:
         with self._indexing:
             encoder = self._prepare_collection()
             started = time.perf_counter()
-            ledger = Ledger.read(self._store.scan(LEDGER_KEYS))
+            ledger = Ledger.read(self.store.scan(LEDGER_KEYS))
             folder = None if thumbnails is None else ThumbnailFolder(thumbnails)
             bar = tqdm(total=len(files), desc=f"indexing into {self.collection}", unit="image", disable=not progress)
             with bar:
-                run = IndexRun(self._store, encoder, ledger, self.batch_size, folder, bar.update)
+                run = IndexRun(self.store, encoder, ledger, self.batch_size, folder, bar.update)
                 run.counts.failed += files.unlisted
                 run.add(files)
                 run.settle(files, prune=prune)
-            self._store.finish()
+            self.store.finish()
         return self._summary(files, run.counts, time.perf_counter() - started)
 
     def search(
@@ -213,14 +214,14 @@ class QdrantIndexer:
             query_filter = parse_filters(query_filter)
         encoder = self._open_collection()
         (vector,) = encoder.embed_queries([item])
-        return self._store.search(
+        return self.store.search(
             vector, limit=limit, offset=offset, score_threshold=score_threshold, query_filter=query_filter
         )
 
     def close(self) -> None:
         """Close the store, unless its client was given; the next use opens it again."""
         with self._lock:
-            self._store.close()
+            self.store.close()
 
     def __enter__(self) -> QdrantIndexer:
         """Return the indexer."""
@@ -232,26 +233,26 @@ class QdrantIndexer:
 
     def _prepare_collection(self) -> Encoder:
         """Open the collection for writing, make and sign it if need be, and return the model for it."""
-        signature = self._store.signature()
+        signature = self.store.signature()
         if signature is None:
             encoder = self.encoder
-            self._store.create(self._signature_of(encoder))
+            self.store.create(self._signature_of(encoder))
             return encoder
         encoder = self._encoder_for(signature)
         if signature.fingerprint is None:
-            if self._store.count():
+            if self.store.count():
                 raise CocoaError(
                     f"{self._name()} was not made by cocoa-embed index, and what it holds may be another model's;"
                     " choose another collection"
                 )
-            self._store.sign(self._signature_of(encoder))
+            self.store.sign(self._signature_of(encoder))
         return encoder
 
     def _open_collection(self) -> Encoder:
         """Return the model for a collection that is there."""
-        signature = self._store.signature()
+        signature = self.store.signature()
         if signature is None:
-            names = self._store.collections()
+            names = self.store.collections()
             there = f"it holds {', '.join(names)}" if names else "it is empty"
             raise CocoaError(
                 f"there is no collection {self.collection!r} in {self.place} ({there});"

@@ -17,10 +17,10 @@ class Writer:
     A context manager: leaving it waits until everything is stored, unless an error is on its way.
     """
 
-    def __init__(self, store: Store, points_at_once: int = POINTS_AT_ONCE) -> None:
-        """Write groups of ``points_at_once`` points."""
+    def __init__(self, store: Store, points_at_once: int | None = None) -> None:
+        """Write groups of ``points_at_once`` points; of :data:`POINTS_AT_ONCE` if None."""
         self._store = store
-        self._points_at_once = points_at_once
+        self._points_at_once = points_at_once or POINTS_AT_ONCE
         self._collected: list[Point] = []
         self._pool = ThreadPoolExecutor(store.parallel, thread_name_prefix="cocoa-embed-writer")
         self._at_work: deque[Future[None]] = deque()
