@@ -24,8 +24,9 @@ class ImageFiles:
     _folders_with_words: set[Path] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        for root, files in self.roots:
-            self._read_metadata(root, {file.parent for file in files})
+        speaking = {folder for root, files in self.roots for folder in self._note_speaking(root, files)}
+        for folder in sorted(speaking):
+            self._read_metadata(folder)
 
     def __len__(self) -> int:
         """Return how many files there are."""
@@ -50,24 +51,34 @@ class ImageFiles:
             has_words=file.parent in self._folders_with_words,
         )
 
-    def _read_metadata(self, root: Path, folders: set[Path]) -> None:
-        """Read the ``metadata.jsonl`` files in folders, and above them up to ``root``.
+    def _note_speaking(self, root: Path, files: Iterable[Path]) -> set[Path]:
+        """Note the folders of files that a ``metadata.jsonl`` speaks of, and return those that hold one.
+
+        It may lie beside a file, or in a folder above it up to ``root``.
+        """
+        speaking: set[Path] = set()
+        for folder in {file.parent for file in files}:
+            above = [folder, *(up for up in folder.parents if up.is_relative_to(root))]
+            holding = {up for up in above if (up / METADATA_FILE).exists()}
+            speaking |= holding
+            if holding:
+                self._folders_with_words.add(folder)
+        return speaking
+
+    def _read_metadata(self, folder: Path) -> None:
+        """Read the ``metadata.jsonl`` of a folder.
 
         Several lines for one image are one: their texts as lines of one text, of other columns the first.
 
-        :raises CocoaError: If a ``metadata.jsonl`` is malformed.
+        :raises CocoaError: If it is malformed.
         """
-        above = {folder: [folder, *(up for up in folder.parents if up.is_relative_to(root))] for folder in folders}
-        speaking = {up for ups in above.values() for up in ups if (up / METADATA_FILE).exists()}
-        self._folders_with_words |= {folder for folder, ups in above.items() if not speaking.isdisjoint(ups)}
-        for folder in sorted(speaking):
-            for row in read_image_folder_metadata(folder):
-                known = self._columns.setdefault(Path(os.path.abspath(row["path"])), {})
-                text = row.get("text")
-                if isinstance(text, str):
-                    known["text"] = f"{known['text']}\n{text}" if "text" in known else text
-                for name in row.keys() - {"path", "file_name", "text"}:
-                    known.setdefault(name, row[name])
+        for row in read_image_folder_metadata(folder):
+            known = self._columns.setdefault(Path(os.path.abspath(row["path"])), {})
+            text = row.get("text")
+            if isinstance(text, str):
+                known["text"] = f"{known['text']}\n{text}" if "text" in known else text
+            for name in row.keys() - {"path", "file_name", "text"}:
+                known.setdefault(name, row[name])
 
 
 def find_image_files(paths: Iterable[str | Path], file_list: str | Path | None = None) -> ImageFiles:

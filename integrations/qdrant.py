@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from tqdm.auto import tqdm
 
@@ -18,15 +18,13 @@ from cocoa_embed.integrations.filters import parse_filters
 from cocoa_embed.integrations.described_files import ImageFiles, find_image_files
 from cocoa_embed.integrations.indexing import Counts, IndexRun
 from cocoa_embed.integrations.ledger import LEDGER_KEYS, Ledger
-from cocoa_embed.integrations.stores import Hit, Signature, Store, StoreOptions
+from cocoa_embed.integrations.stores import Hit, Signature, Store, StoreOptions, open_store, require_signature
 from cocoa_embed.integrations.thumbnails import ThumbnailFolder
 from cocoa_embed.loading import load_model
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient, models
     from sentence_transformers import SentenceTransformer
-
-    from cocoa_embed.integrations.stores import Quantization
 
 DEFAULT_PATH = "cocoa-index"
 SHOWN_DIGITS = 12
@@ -75,7 +73,7 @@ class QdrantIndexer:
         api_key: str | None = None,
         collection: str = "images",
         dimension: int | None = None,
-        quantization: Quantization | None = None,
+        quantization: Literal["scalar", "binary"] | None = None,
         on_disk: bool = False,
         batch_size: int = 32,
         device: str | None = None,
@@ -100,8 +98,6 @@ class QdrantIndexer:
             not positive, ``collection`` is no name for one, or ``url`` no address.
         :raises MissingExtraError: If the package for the place is not installed.
         """
-        from cocoa_embed.integrations.homes import open_store
-
         if batch_size < 1:
             raise UsageError(f"batch_size is {batch_size}; it must be 1 or more")
         if dimension is not None and dimension < 1:
@@ -212,7 +208,7 @@ class QdrantIndexer:
         item = make_item(text, image)
         if isinstance(query_filter, (list, tuple)):
             query_filter = parse_filters(query_filter)
-        encoder = self._open_collection()
+        encoder = self._encoder_for(require_signature(self.store))
         (vector,) = encoder.embed_queries([item])
         return self.store.search(
             vector, limit=limit, offset=offset, score_threshold=score_threshold, query_filter=query_filter
@@ -247,18 +243,6 @@ class QdrantIndexer:
                 )
             self.store.sign(self._signature_of(encoder))
         return encoder
-
-    def _open_collection(self) -> Encoder:
-        """Return the model for a collection that is there."""
-        signature = self.store.signature()
-        if signature is None:
-            names = self.store.collections()
-            there = f"it holds {', '.join(names)}" if names else "it is empty"
-            raise CocoaError(
-                f"there is no collection {self.collection!r} in {self.place} ({there});"
-                " run cocoa-embed index first, or name another place"
-            )
-        return self._encoder_for(signature)
 
     def _encoder_for(self, signature: Signature) -> Encoder:
         """Return the model, cut to the dimension of a collection that it made.
@@ -322,7 +306,7 @@ class QdrantIndexer:
             updated=len(counts.updated),
             replaced=len(counts.replaced),
             pruned=counts.pruned,
-            failed=counts.failed,
+            failed=sorted(counts.failed, key=lambda failure: failure["path"]),
             seconds=seconds,
             images_per_second=counts.embedded / seconds,
         )
