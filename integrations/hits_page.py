@@ -2,14 +2,13 @@
 
 import base64
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 
 from cocoa_embed.errors import CocoaError, require
-from cocoa_embed.images import ImageError, load_image
-from cocoa_embed.integrations.qdrant import Hit
+from cocoa_embed.images import ImageError, load_image, thumbnail_jpeg
+from cocoa_embed.integrations.stores import Hit
+from cocoa_embed.integrations.thumbnails import THUMBNAIL_SIZE
 
-THUMBNAIL_SIZE = (320, 320)
 _TEMPLATE = Path(__file__).with_name("hits.html.jinja")
 
 
@@ -20,7 +19,7 @@ def write_hits_page(file: Path, title: str, hits: Sequence[Hit]) -> None:
     """
     environment = require("jinja2", "report").Environment(autoescape=True)
     cards = [
-        {"path": hit.path, "score": hit.score, "caption": hit.payload.get("caption"), "thumbnail": thumbnail(hit.path)}
+        {"path": hit.path, "score": hit.score, "caption": hit.payload.get("caption"), "thumbnail": thumbnail(hit)}
         for hit in hits
     ]
     page = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(title=title, cards=cards)
@@ -30,13 +29,17 @@ def write_hits_page(file: Path, title: str, hits: Sequence[Hit]) -> None:
         raise CocoaError(f"{file} cannot be written ({error.strerror})") from error
 
 
-def thumbnail(path: str) -> str | None:
-    """Return a small JPEG of an image file as a ``data:`` address; None if the file cannot be used any more."""
-    try:
-        image = load_image(path)
-    except ImageError:
-        return None
-    image.thumbnail(THUMBNAIL_SIZE)
-    buffer = BytesIO()
-    image.save(buffer, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+def thumbnail(hit: Hit) -> str | None:
+    """Return a small JPEG of a hit as a ``data:`` address; None if neither its thumbnail nor a file of it can be used.
+
+    The thumbnail that was made when the image was indexed comes first: it shows what was embedded.
+    """
+    for path in (hit.payload.get("thumbnail"), hit.path, *hit.payload.get("paths", [])):
+        if path is None:
+            continue
+        try:
+            image = load_image(path)
+        except ImageError:
+            continue
+        return "data:image/jpeg;base64," + base64.b64encode(thumbnail_jpeg(image, THUMBNAIL_SIZE)).decode("ascii")
+    return None

@@ -14,8 +14,8 @@ from tqdm.auto import tqdm
 from cocoa_embed.encoder import Encoder, make_item
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.images import ImageSource, printable
-from cocoa_embed.integrations.filters import parse_filters
 from cocoa_embed.integrations.described_files import ImageFiles, find_image_files
+from cocoa_embed.integrations.filters import parse_filters
 from cocoa_embed.integrations.indexing import Counts, IndexRun
 from cocoa_embed.integrations.ledger import LEDGER_KEYS, Ledger
 from cocoa_embed.integrations.stores import Hit, Signature, Store, StoreOptions, open_store, require_signature
