@@ -1,0 +1,312 @@
+"""A loopback server with Qdrant's REST API, and a client, that fail on cue as real ones do."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import httpx
+from qdrant_client import QdrantClient, models
+from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
+from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
+
+MAX_BODY = 32 * 2**20
+
+
+def time_out() -> Exception:
+    return ResponseHandlingException(httpx.ReadTimeout("timed out"))
+
+
+def refusal() -> Exception:
+    return ResponseHandlingException(httpx.ConnectError("[Errno 111] Connection refused"))
+
+
+def status(code: int, message: str = "no") -> Exception:
+    content = json.dumps({"status": {"error": message}}).encode()
+    return UnexpectedResponse(code, "Reason", content, httpx.Headers())
+
+
+def too_many(seconds: int) -> Exception:
+    return ResourceExhaustedResponse("slow down", seconds)
+
+
+class FaultyClient:
+    """A client that raises what it is told to, call by call, before or after doing what it was asked.
+
+    ``faults[method]`` lists for the next calls of a method an error to raise instead, a function to call with the
+    client and the arguments, or None for nothing. The last entry stays if it is an ellipsis after it: for ever.
+    """
+
+    def __init__(self, client: QdrantClient) -> None:
+        self.client = client
+        self.faults: dict[str, list[Any]] = {}
+        self.calls: list[str] = []
+        self._lock = threading.Lock()
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*arguments: object, **options: object) -> object:
+            with self._lock:
+                self.calls.append(name)
+                faults = self.faults.get(name, [])
+                fault = None
+                if faults:
+                    fault = faults[0]
+                    if len(faults) < 2 or faults[1] is not ...:
+                        faults.pop(0)
+                if isinstance(fault, Exception):
+                    raise fault
+                if fault is not None:
+                    return fault(self.client, *arguments, **options)
+                return getattr(self.client, name)(*arguments, **options)
+
+        return call
+
+
+def store_then(share: float, error: Exception) -> Callable[..., None]:
+    """Return a fault of an upsert that stores a share of the points, and then fails."""
+
+    def fault(client: QdrantClient, collection: str, *, points: list[models.PointStruct], wait: bool) -> None:
+        some = points[: int(len(points) * share)]
+        if some:
+            client.upsert(collection, points=some, wait=wait)
+        raise error
+
+    return fault
+
+
+def do_then(method: str, error: Exception) -> Callable[..., None]:
+    """Return a fault of a call that does what it was asked, and whose answer is lost."""
+
+    def fault(client: QdrantClient, *arguments: object, **options: object) -> None:
+        getattr(client, method)(*arguments, **options)
+        raise error
+
+    return fault
+
+
+@dataclass
+class Request:
+    method: str
+    path: str
+    size: int
+    body: Any
+    headers: dict[str, str]
+
+
+@dataclass
+class FakeServer:
+    """What a Qdrant server does of its REST API that a store uses, strictly, in memory."""
+
+    url: str = ""
+    version: str = "1.16.2"
+    keeps_metadata: bool = True
+    max_body: int = MAX_BODY
+    requests: list[Request] = field(default_factory=list)
+    faults: list[tuple[str, Callable[["Handler"], bool]]] = field(default_factory=list)
+    """For the next request whose "METHOD path" ends in the text: a function that answers it, or lets it pass."""
+    client: QdrantClient = field(default_factory=lambda: QdrantClient(":memory:"))
+    indexes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def bodies(self, method: str, end: str) -> list[Any]:
+        return [request.body for request in self.requests if request.method == method and request.path.endswith(end)]
+
+    def fail(self, end: str, *faults: Callable[["Handler"], bool]) -> None:
+        self.faults += [(end, fault) for fault in faults]
+
+
+def answer_status(code: int, **headers: str) -> Callable[["Handler"], bool]:
+    def fault(handler: "Handler") -> bool:
+        names = {name.replace("_", "-"): value for name, value in headers.items()}
+        handler.answer(code, {"status": {"error": f"status {code}"}}, names)
+        return True
+
+    return fault
+
+
+def answer_bytes(content: bytes) -> Callable[["Handler"], bool]:
+    def fault(handler: "Handler") -> bool:
+        handler.send(200, content, {})
+        return True
+
+    return fault
+
+
+def drop(handler: "Handler") -> bool:
+    """Close the connection without an answer."""
+    handler.close_connection = True
+    handler.connection.close()
+    return True
+
+
+def drop_after(handler: "Handler") -> bool:
+    """Do what was asked, and lose the answer."""
+    handler.server.fake.lock.release()
+    try:
+        handler.work()
+    finally:
+        handler.server.fake.lock.acquire()
+    return drop(handler)
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: "Server"
+
+    def handle_one(self) -> None:
+        fake = self.server.fake
+        size = int(self.headers.get("Content-Length", 0))
+        content = self.rfile.read(size)
+        self.path_only = unquote(urlsplit(self.path).path)
+        self.body = json.loads(content, parse_constant=refuse_constant) if content else None
+        fake.requests.append(Request(self.command, self.path_only, size, self.body, dict(self.headers)))
+        with fake.lock:
+            for index, (end, fault) in enumerate(fake.faults):
+                if f"{self.command} {self.path_only}".endswith(end):
+                    del fake.faults[index]
+                    if fault(self):
+                        return
+                    break
+        if size > fake.max_body:
+            self.answer(413, {"status": {"error": "Payload too large"}}, {})
+            return
+        code, result = self.work()
+        self.answer(code, result, {})
+
+    do_GET = do_PUT = do_POST = do_PATCH = do_DELETE = handle_one
+
+    def work(self) -> tuple[int, object]:
+        fake = self.server.fake
+        with fake.lock:
+            try:
+                return 200, {
+                    "result": respond(fake, self.command, self.path_only, self.body),
+                    "status": "ok",
+                    "time": 0,
+                }
+            except (KeyError, LookupError) as error:
+                return 404, {"status": {"error": f"Not found: {error}"}}
+            except ValueError as error:
+                code = 404 if "not found" in str(error) else 409 if "already exists" in str(error) else 400
+                return code, {"status": {"error": str(error)}}
+
+    def answer(self, code: int, value: object, headers: dict[str, str]) -> None:
+        if code == 200 and self.path_only == "/":
+            value = {"title": "qdrant", "version": self.server.fake.version}
+        self.send(code, json.dumps(value, allow_nan=False).encode(), {"Content-Type": "application/json", **headers})
+
+    def send(self, code: int, content: bytes, headers: dict[str, str]) -> None:
+        self.send_response(code)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def respond(fake: FakeServer, method: str, path: str, body: dict[str, Any]) -> object:
+    """Return the result of one request."""
+    if path == "/":
+        return {"title": "qdrant", "version": fake.version}
+    if path == "/collections":
+        return fake.client.get_collections().model_dump(mode="json")
+    name, _, action = path.removeprefix("/collections/").partition("/")
+    if action == "exists":
+        return {"exists": fake.client.collection_exists(name)}
+    if action == "":
+        return respond_collection(fake, method, name, body)
+    if action == "index":
+        models.CreateFieldIndex.model_validate(body)
+        schema = body["field_schema"]
+        kind = schema if isinstance(schema, str) else schema["type"]
+        fake.client.get_collection(name)
+        fake.indexes.setdefault(name, {})[body["field_name"]] = {"data_type": kind, "points": 0}
+        return {"operation_id": 0, "status": "completed"}
+    return respond_points(fake.client, method, name, action, body)
+
+
+def respond_collection(fake: FakeServer, method: str, name: str, body: dict[str, Any]) -> object:
+    if method == "GET":
+        info = fake.client.get_collection(name).model_dump(mode="json")
+        return {**info, "payload_schema": fake.indexes.get(name, {})}
+    metadata = body.get("metadata") if fake.keeps_metadata else None
+    if method == "PUT":
+        request = models.CreateCollection.model_validate(body)
+        return fake.client.create_collection(name, vectors_config=request.vectors, metadata=metadata)
+    assert method == "PATCH"
+    fake.client.update_collection(name, metadata=metadata)
+    return True
+
+
+def respond_points(client: QdrantClient, method: str, name: str, action: str, body: dict[str, Any]) -> object:
+    done = {"operation_id": 0, "status": "completed"}
+    if (method, action) == ("PUT", "points"):
+        client.upsert(name, points=[models.PointStruct.model_validate(point) for point in body["points"]])
+        return done
+    if action == "points/payload":
+        assert method == "PUT"
+        client.overwrite_payload(name, payload=body["payload"], points=body["points"])
+        return done
+    if action == "points/delete":
+        client.delete(name, points_selector=models.PointIdsList(points=body["points"]))
+        return done
+    condition = models.Filter.model_validate(body["filter"]) if body.get("filter") else None
+    if action == "points":
+        records = client.retrieve(name, body["ids"], with_payload=body["with_payload"])
+        return [record.model_dump(mode="json") for record in records]
+    if action == "points/count":
+        return {"count": client.count(name, count_filter=condition, exact=True).count}
+    if action == "points/scroll":
+        records, offset = client.scroll(
+            name,
+            limit=body["limit"],
+            offset=body.get("offset"),
+            with_payload=body["with_payload"],
+            scroll_filter=condition,
+        )
+        return {"points": [record.model_dump(mode="json") for record in records], "next_page_offset": offset}
+    assert action == "points/query", action
+    return client.query_points(
+        name,
+        query=body["query"]["nearest"],
+        query_filter=condition,
+        limit=body["limit"],
+        offset=body.get("offset"),
+        score_threshold=body.get("score_threshold"),
+        with_payload=body["with_payload"],
+    ).model_dump(mode="json")
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, fake: FakeServer) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.fake = fake
+
+
+@contextmanager
+def fake_server(**options: Any) -> Iterator[FakeServer]:
+    fake = FakeServer(**options)
+    server = Server(fake)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    fake.url = f"http://127.0.0.1:{server.server_port}"
+    try:
+        yield fake
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+        fake.client.close()
