@@ -15,17 +15,9 @@ import numpy as np
 from PIL import Image
 
 from cocoa_embed.encoder import Encoder
-from cocoa_embed.errors import CocoaError
-from cocoa_embed.images import (
-    METADATA_FILE,
-    ImageError,
-    decode_image,
-    find_images,
-    one_line,
-    printable,
-    read_image_bytes,
-    read_image_folder_metadata,
-)
+from cocoa_embed.errors import CocoaError, ImageError, one_line, printable
+from cocoa_embed.image_files import METADATA_FILE, find_images, read_image_folder_metadata
+from cocoa_embed.images import decode_image, read_image_bytes
 from cocoa_embed.integrations.points import Description, ImageRecord, Payload, payload, point_id, storable
 
 
