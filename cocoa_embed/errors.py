@@ -1,6 +1,7 @@
 """The errors that people are meant to read: one sentence that says what, where, and what to do."""
 
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
 
@@ -22,6 +23,16 @@ class MissingExtraError(CocoaError):
     """A package is not installed that an optional part of the project needs."""
 
 
+class ImageError(CocoaError):
+    """An image cannot be used. ``source`` says which one, ``reason`` why."""
+
+    def __init__(self, source: str, reason: str) -> None:
+        """Keep both parts and join them to the message ``source: reason``."""
+        super().__init__(f"{source}: {reason}")
+        self.source = source
+        self.reason = reason
+
+
 def require(module: str, extra: str) -> ModuleType:
     """Import ``module``, which the optional dependencies ``extra`` install.
 
@@ -35,3 +46,15 @@ def require(module: str, extra: str) -> ModuleType:
         raise MissingExtraError(
             f"{module.split('.')[0]} is not installed; run: pip install 'cocoa-embed[{extra}]'"
         ) from error
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's message on one printable line, or its name where it has none."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
+def printable(path: str | Path) -> str:
+    """Return a path as it is shown to people: quoted and escaped only where it holds what cannot be printed."""
+    text = str(path)
+    return text if text.isprintable() else ascii(text)

@@ -9,9 +9,8 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
 from cocoa_embed.attention import assert_bidirectional
-from cocoa_embed.errors import CocoaError
+from cocoa_embed.errors import CocoaError, one_line
 from cocoa_embed.folders import RUN_MARKER, claim_folder
-from cocoa_embed.images import one_line
 from cocoa_embed.model_card import model_card
 
 TRAINING_FILE = "cocoa_training.json"

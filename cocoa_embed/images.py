@@ -1,23 +1,33 @@
-"""One door for every image: a file, bytes or a PIL image goes in, upright RGB or an :class:`ImageError` comes out.
+"""One door for every image: a file, bytes, an address or a PIL image goes in, upright RGB or an error comes out."""
 
-Files are found here too, and the ``metadata.jsonl`` of an image folder is read here, so that training and indexing see
-the same pictures and the same texts.
-"""
+from __future__ import annotations
 
-import json
+import base64
+import errno
 import os
+import re
 import stat
-from collections.abc import Iterable, Iterator
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypeVar
+from urllib.parse import unquote_to_bytes
 
-import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
-from cocoa_embed.errors import CocoaError
+from cocoa_embed.containers import icon_sizes, media_type, open_image, png_without_metadata, upright_size
+from cocoa_embed.errors import ImageError, MissingExtraError, one_line, printable
+from cocoa_embed.pixels import upright_rgb
+
+if TYPE_CHECKING:
+    from cocoa_embed.remote import Fetcher
 
 ImageSource: TypeAlias = str | Path | bytes | BytesIO | Image.Image
+"""A string is a path, a ``data:`` URI or, with a :class:`~cocoa_embed.remote.Fetcher`, an http or https address."""
+
+Result = TypeVar("Result")
 
 MAX_IMAGE_BYTES = 256 * 2**20
 """Files of more bytes than this are refused before they are read (256 MiB)."""
@@ -25,88 +35,145 @@ MAX_IMAGE_BYTES = 256 * 2**20
 MAX_IMAGE_PIXELS = 2**30 // 12
 """Images of more pixels than this (width x height) are refused before they are decoded: 89 megapixels, Pillow's own."""
 
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO")
-"""The Pillow decoders that are tried. EPS and WMF, which start other programs, are not among them."""
+TRUNCATED = re.compile("truncated|end of file|but only got", re.IGNORECASE)
+"""How decoders say that they miss data."""
 
-IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .apng .webp .gif .bmp .dib .tif .tiff .avif"
-    " .jp2 .j2k .jpx .jpc .ppm .pgm .pbm .pnm .tga .ico".split()
-)
-"""The suffixes, in lower case, by which images are found in a folder."""
-
-METADATA_FILE = "metadata.jsonl"
-"""The file of an image folder that holds a JSON object a line: ``file_name``, usually ``text``, and other columns."""
-
-ORIENTATION_TAG = 0x0112
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+READS = 2
+"""How often a file is read that changes meanwhile, before it is given up."""
 
 
-class ImageError(CocoaError):
-    """An image cannot be used. ``source`` says which one, ``reason`` why."""
+class FileContent(NamedTuple):
+    """What a file held at one moment: its bytes, its modification time (seconds), and its size."""
 
-    def __init__(self, source: str, reason: str) -> None:
-        """Keep both parts and join them to the message ``source: reason``."""
-        super().__init__(f"{source}: {reason}")
-        self.source = source
-        self.reason = reason
+    data: bytes
+    mtime: float
+    size: int
 
 
-class MetadataError(CocoaError):
-    """A row of a table cannot be used. ``source`` says which one, ``reason`` why."""
-
-    def __init__(self, source: str, reason: str) -> None:
-        """Keep both parts and join them to the message ``source reason``."""
-        super().__init__(f"{source} {reason}")
-        self.source = source
-        self.reason = reason
-
-
-def load_image(source: ImageSource) -> Image.Image:
+def load_image(source: ImageSource, *, fetcher: Fetcher | None = None) -> Image.Image:
     """Return the image as upright RGB: EXIF orientation applied, alpha over white, the first frame of an animation.
 
-    :param source: A path (a string is a path, never a URL), the bytes of a file, a ``BytesIO``, or a PIL image.
+    :param source: A path, the bytes of a file, a ``BytesIO``, or a PIL image. A string is a path, unless it begins
+        with ``data:``, ``http://`` or ``https://``.
+    :param fetcher: What gets images from the web; without it, addresses are refused.
     :raises ImageError: If it is missing, unreadable, no image, truncated, or above ``MAX_IMAGE_BYTES`` or
         ``MAX_IMAGE_PIXELS``.
     """
     if isinstance(source, Image.Image):
-        return to_upright_rgb(source, "PIL image")
+        with image_errors("PIL image"):
+            check_pixels(source.width, source.height, "PIL image")
+            return upright_rgb(source)
+    data, name = read_source(source, fetcher)
+    return decode_image(data, name)[0]
+
+
+def read_source(source: str | Path | bytes | BytesIO, fetcher: Fetcher | None) -> tuple[bytes, str]:
+    """Return the bytes of an image's file, and what to call it in errors.
+
+    :raises ImageError: If they cannot be had.
+    """
     if isinstance(source, BytesIO):
         source = source.getvalue()
     if isinstance(source, bytes):
-        return decode_image(source, f"{len(source)} bytes")[0]
-    return decode_image(read_image_bytes(source), printable(source))[0]
+        return source, f"{len(source)} bytes"
+    if isinstance(source, str) and source[:5].lower() == "data:":
+        name = f"data: URI of {len(source)} characters"
+        return read_data_uri(source, name), name
+    if isinstance(source, str) and source[:8].lower().startswith(("http://", "https://")):
+        from cocoa_embed.remote import shown_address
+
+        name = shown_address(source)
+        if fetcher is None:
+            raise ImageError(
+                name, "is a web address; give load_image a cocoa_embed.remote.Fetcher that allows its host"
+            )
+        return fetcher.fetch(source), name
+    return read_image_bytes(source), printable(source)
+
+
+def read_data_uri(uri: str, name: str) -> bytes:
+    """Return the bytes that a ``data:`` URI holds, in base64 or percent-encoded.
+
+    :param name: What to call it in errors, which never quote it.
+    :raises ImageError: If it is malformed, holds nothing, or holds more than ``MAX_IMAGE_BYTES``.
+    """
+    header, comma, payload = uri.partition(",")
+    if not comma:
+        raise ImageError(name, "has no comma; a data: URI is data:image/png;base64,... or data:image/png,...")
+    is_base64 = header.lower().rstrip().endswith(";base64")
+    size = len(payload) - 2 * payload.count("%")
+    check_size(size * 3 // 4 if is_base64 else size, name)
+    try:
+        data = unquote_to_bytes(payload)
+        if is_base64:
+            text = b"".join(data.split()).rstrip(b"=")
+            data = base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
+    except ValueError:
+        raise ImageError(name, f"is not valid {'base64' if is_base64 else 'percent-encoding'}") from None
+    check_size(len(data), name)
+    return data
 
 
 def read_image_bytes(path: str | Path) -> bytes:
     """Read a file that should hold an image.
 
-    :raises ImageError: If it is not a readable regular file, is empty, or is larger than ``MAX_IMAGE_BYTES``.
+    :raises ImageError: As :func:`read_stable_file` does.
+    """
+    return read_stable_file(path).data
+
+
+def read_stable_file(path: str | Path) -> FileContent:
+    """Read a file that should hold an image, and make sure that it is one state of the file that was read.
+
+    :raises ImageError: If it is not a readable regular file, is empty, is larger than ``MAX_IMAGE_BYTES``, or changes
+        whenever it is read.
     """
     name = printable(path)
     try:
-        status = os.stat(path)
-        if stat.S_ISDIR(status.st_mode):
-            raise ImageError(name, "is a folder, not an image")
-        if not stat.S_ISREG(status.st_mode):
-            raise ImageError(name, "is not a regular file")
-        check_size(status.st_size, name)
-        with open(path, "rb") as file:
-            data = file.read(MAX_IMAGE_BYTES + 1)
+        # A device is not even opened: some do things when they are.
+        check_is_file(os.stat(path).st_mode, name)
+        for _ in range(READS):
+            if (content := read_once(path, name)) is not None:
+                return content
     except FileNotFoundError:
         reason = "is a link to a file that does not exist" if os.path.islink(path) else "does not exist"
         raise ImageError(name, reason) from None
     except (OSError, ValueError) as error:
-        raise ImageError(name, f"cannot be read ({one_line(error)})") from error
-    check_size(len(data), name)
-    return data
+        if isinstance(error, OSError) and error.errno == errno.ELOOP:
+            raise ImageError(name, "is a link that leads back to itself") from None
+        cause = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
+        raise ImageError(name, f"cannot be read ({cause})") from error
+    raise ImageError(name, "changed while it was being read")
+
+
+def read_once(path: str | Path, name: str) -> FileContent | None:
+    """Return what a file holds, or None if it changed while it was read.
+
+    :raises ImageError: If it is no regular file, empty, or too large.
+    :raises OSError: If it cannot be read.
+    """
+    # Without O_NONBLOCK, what has become a pipe since it was looked at would wait here for a writer.
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        before = os.fstat(file.fileno())
+        check_is_file(before.st_mode, name)
+        check_size(before.st_size, name)
+        data = file.read(before.st_size + 1)
+        after = os.fstat(file.fileno())
+    is_one_state = (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns)
+    if not is_one_state or len(data) != before.st_size:
+        return None
+    return FileContent(data, before.st_mtime, before.st_size)
+
+
+def check_is_file(mode: int, name: str) -> None:
+    """Refuse what is no regular file.
+
+    :raises ImageError: If it is a folder, a pipe, a device, ...
+    """
+    if stat.S_ISDIR(mode):
+        raise ImageError(name, "is a folder, not an image")
+    if not stat.S_ISREG(mode):
+        raise ImageError(name, "is not a regular file")
 
 
 def check_size(size: int, name: str) -> None:
@@ -120,6 +187,18 @@ def check_size(size: int, name: str) -> None:
         raise ImageError(name, f"is too large: {size} bytes, the limit is {MAX_IMAGE_BYTES}")
 
 
+def check_pixels(width: int, height: int, name: str) -> None:
+    """Refuse an image of no pixels, or of more than ``MAX_IMAGE_PIXELS``.
+
+    :raises ImageError: If it is.
+    """
+    if width * height > MAX_IMAGE_PIXELS:
+        size = f"{width} x {height} = {width * height}"
+        raise ImageError(name, f"is too large: {size} pixels, the limit is {MAX_IMAGE_PIXELS}")
+    if width == 0 or height == 0:
+        raise ImageError(name, f"has no pixels ({width} x {height})")
+
+
 def decode_image(data: bytes, name: str) -> tuple[Image.Image, str]:
     """Decode the bytes of an image file to an upright RGB image, and tell its media type (``image/jpeg``).
 
@@ -127,190 +206,61 @@ def decode_image(data: bytes, name: str) -> tuple[Image.Image, str]:
     :param name: What to call it in errors.
     :raises ImageError: If it is no image, is truncated, or is above the limits.
     """
-    check_size(len(data), name)
-    try:
-        with Image.open(BytesIO(data), formats=IMAGE_FORMATS) as image:
-            return to_upright_rgb(image, name), Image.MIME.get(str(image.format), "application/octet-stream")
-    except UnidentifiedImageError:
-        raise ImageError(name, "is not an image that can be read (unknown format or broken header)") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(name, f"is too large ({one_line(error)})") from error
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError, RuntimeError) as error:
-        raise ImageError(name, f"cannot be decoded ({one_line(error)})") from error
+    return use_image(lambda image, _: (upright_rgb(image), media_type(image)), data, name)
 
 
-def to_upright_rgb(image: Image.Image, name: str) -> Image.Image:
-    """Return a new RGB image, turned as its EXIF orientation says; the given one is left as it is.
+def image_size(data: bytes, name: str) -> tuple[int, int]:
+    """Return the upright width and height of an image, from the header of its file.
 
-    :raises ImageError: If it has more than ``MAX_IMAGE_PIXELS`` pixels, or its data end early or cannot be converted.
+    :param data: The whole file.
+    :param name: What to call it in errors.
+    :raises ImageError: If it is no image, or is above the limits; a file whose pixels are broken may pass.
     """
-    if image.width * image.height > MAX_IMAGE_PIXELS:
-        size = f"{image.width} x {image.height} = {image.width * image.height}"
-        raise ImageError(name, f"is too large: {size} pixels, the limit is {MAX_IMAGE_PIXELS}")
-    if image.width == 0 or image.height == 0:
-        raise ImageError(name, f"has no pixels ({image.width} x {image.height})")
+    return use_image(upright_size, data, name)
+
+
+def use_image(use: Callable[[ImageFile.ImageFile, bytes], Result], data: bytes, name: str) -> Result:
+    """Return what ``use`` makes of the image that a file's bytes hold, opened but not decoded.
+
+    :raises ImageError: If there is none, it is above the limits, or ``use`` finds it broken.
+    """
+    check_size(len(data), name)
+
+    def attempt(data: bytes) -> Result:
+        with image_errors(name):
+            for size in icon_sizes(data):
+                check_pixels(*size, name)
+            with open_image(data) as image:
+                check_pixels(*image.size, name)
+                return use(image, data)
+
     try:
-        image.load()
-        transpose = UPRIGHT.get(read_orientation(image))
-        rgb = to_rgb(image)
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError, RuntimeError) as error:
-        truncated = "truncated" in str(error).lower()
+        return attempt(data)
+    except ImageError:
+        picture = png_without_metadata(data)
+        if picture is data:
+            raise
+    return attempt(picture)
+
+
+@contextmanager
+def image_errors(name: str) -> Iterator[None]:
+    """Turn whatever goes wrong with an image into an :class:`ImageError` that names it.
+
+    :raises ImageError: If anything does.
+    """
+    try:
+        yield
+    except ImageError:
+        raise
+    except MissingExtraError as error:
+        raise ImageError(name, f"is a HEIC image, and {error}") from error
+    except UnidentifiedImageError:
+        reason = "is not an image that can be read (its format is unknown, or its beginning broken or incomplete)"
+        raise ImageError(name, reason) from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(name, f"is too large: more pixels than the limit of {MAX_IMAGE_PIXELS}") from error
+    except Exception as error:  # decoders raise nearly anything at a broken file
+        truncated = isinstance(error, struct.error) or TRUNCATED.search(str(error))
         reason = "is truncated (its data end early)" if truncated else f"cannot be decoded ({one_line(error)})"
         raise ImageError(name, reason) from error
-    return rgb if transpose is None else rgb.transpose(transpose)
-
-
-def read_orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8; 1, upright, where the EXIF data are missing or broken."""
-    try:
-        orientation = image.getexif().get(ORIENTATION_TAG, 1)
-    except Exception:  # noqa: BLE001 - a broken EXIF block raises nearly anything, and is no reason to lose the picture
-        return 1
-    return orientation if isinstance(orientation, int) else 1
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Return a new RGB image of any mode: 16-bit and float grey scaled to 8 bits, transparency laid over white."""
-    if image.mode == "F" or image.mode.startswith("I"):
-        return Image.fromarray(grey_to_8_bit(np.asarray(image))).convert("RGB")
-    if not image.has_transparency_data:
-        return image.copy() if image.mode == "RGB" else image.convert("RGB")
-    # Pillow knows no way from La (premultiplied grey) to RGBA but through LA.
-    rgba = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-
-
-def grey_to_8_bit(pixels: np.ndarray) -> np.ndarray:
-    """Scale grey values of 16 bits (0 to 65535) or floats (0 to 1, to 255 or to 65535, as the largest says) to 8 bits.
-
-    :param pixels: Array of shape ``(height, width)``.
-    :return: Array of the same shape, uint8.
-    :raises ValueError: If a value is not finite.
-    """
-    if np.issubdtype(pixels.dtype, np.integer):
-        return (np.clip(pixels, 0, 65535) // 257).astype(np.uint8)
-    if not np.isfinite(pixels).all():
-        raise ValueError("a pixel value is not finite")
-    largest = float(pixels.max())
-    scale = 255 if largest <= 1 else 1 if largest <= 255 else 255 / 65535
-    return np.clip(pixels * scale, 0, 255).astype(np.uint8)
-
-
-def find_images(paths: Iterable[str | Path]) -> list[Path]:
-    """Return the image files among ``paths`` and below the folders among them, sorted, each once.
-
-    A file named by itself is taken whatever its suffix; in folders the suffix decides (``IMAGE_SUFFIXES``, in either
-    case). Links to folders are followed, each folder once, so that loops end.
-
-    :raises CocoaError: If a path does not exist, or a folder cannot be listed.
-    """
-    found: set[Path] = set()
-    for path in map(Path, paths):
-        if path.is_dir():
-            found.update(images_below(path))
-        elif path.exists() or path.is_symlink():
-            found.add(path)
-        else:
-            raise CocoaError(f"{printable(path)} does not exist; name a folder of images or an image file")
-    return sorted(found)
-
-
-def images_below(folder: Path) -> Iterator[Path]:
-    """Yield the files below ``folder`` that have an image's suffix.
-
-    :raises CocoaError: If a folder cannot be listed.
-    """
-
-    def refuse(error: OSError) -> None:
-        raise CocoaError(f"{printable(error.filename)} cannot be listed ({error.strerror})") from error
-
-    seen: set[tuple[int, int]] = set()
-    for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        status = os.stat(parent)
-        if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders.sort()
-        yield from (Path(parent, file) for file in files if Path(file).suffix.lower() in IMAGE_SUFFIXES)
-
-
-def read_image_folder_metadata(folder: str | Path) -> list[dict[str, Any]]:
-    """Read ``metadata.jsonl`` of an image folder: a JSON object a line, with ``file_name`` relative to the folder.
-
-    :return: The rows in the file's order, all columns kept; each has the absolute path of its image, a ``Path``,
-        added as ``path``.
-    :raises CocoaError: If the file is missing or unreadable, or a line is no JSON object, has no ``file_name``, has a
-        ``text`` that is no string, or names an image that does not exist; the message says which line.
-    """
-    metadata = Path(folder) / METADATA_FILE
-    try:
-        lines = metadata.read_text(encoding="utf-8-sig").split("\n")
-    except FileNotFoundError:
-        raise CocoaError(
-            f"{printable(folder)} has no {METADATA_FILE}; write one JSON object a line, with file_name and text"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CocoaError(f"{printable(metadata)} cannot be read ({one_line(error)})") from error
-    return [read_metadata_line(metadata, number, line) for number, line in enumerate(lines, 1) if line.strip()]
-
-
-def read_metadata_line(metadata: Path, number: int, line: str) -> dict[str, Any]:
-    """Return one row of a ``metadata.jsonl``, with the absolute ``path`` of its image.
-
-    :raises MetadataError: If the line is malformed or its image does not exist.
-    """
-    place = f"{printable(metadata)}:{number}"
-    row = parse_json_line(place, line)
-    if not isinstance(row, dict):
-        raise MetadataError(place, f"is a JSON {type(row).__name__}; expected an object with file_name and text")
-    return check_metadata_row(metadata, place, row)
-
-
-def parse_json_line(place: str, line: str) -> object:
-    """Return the value that a line of JSON holds.
-
-    :param place: What to call the line in errors.
-    :raises MetadataError: If it is not JSON.
-    """
-    try:
-        return json.loads(line, parse_constant=refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise MetadataError(place, f"is not JSON ({one_line(error)})") from error
-
-
-def check_metadata_row(metadata: Path, place: str, row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row of an image folder's metadata, with the absolute ``path`` of its image.
-
-    :param metadata: The file; its folder is where the row's ``file_name`` starts.
-    :param place: What to call the row in errors.
-    :raises MetadataError: If it has no ``file_name``, a ``text`` that is no string, or an image that does not exist.
-    """
-    file_name = row.get("file_name")
-    if not isinstance(file_name, str) or not file_name:
-        raise MetadataError(place, "has no file_name; expected the image's name relative to the folder, as a string")
-    if not isinstance(row.get("text"), str | None):
-        raise MetadataError(place, f"has a text that is a JSON {type(row['text']).__name__}; expected a string")
-    image = (metadata.parent / file_name).absolute()
-    if "\0" in file_name or not image.is_file():
-        raise MetadataError(place, f"names {file_name!r}, which is not in {printable(metadata.parent)}")
-    return {**row, "path": image}
-
-
-def refuse_constant(constant: str) -> float:
-    """Refuse NaN and the infinities, which Python reads but JSON does not have.
-
-    :raises ValueError: Always.
-    """
-    raise ValueError(f"{constant} is no JSON value")
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error's message on one line, or its name where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def printable(path: str | Path) -> str:
-    """Return a path as it is shown to people: quoted and escaped only where it holds what cannot be printed."""
-    text = str(path)
-    return text if text.isprintable() else ascii(text)

@@ -8,7 +8,7 @@ The images must have been indexed into ./cocoa-index (cocoa-embed index path/to/
 import sys
 from pathlib import Path
 
-from cocoa_embed.images import find_images
+from cocoa_embed.image_files import find_images
 from cocoa_embed.integrations.qdrant import QdrantIndexer
 
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Literal
 from tqdm.auto import tqdm
 
 from cocoa_embed.encoder import Encoder, make_item
-from cocoa_embed.errors import CocoaError, UsageError
-from cocoa_embed.images import ImageSource, printable
+from cocoa_embed.errors import CocoaError, UsageError, printable
+from cocoa_embed.images import ImageSource
 from cocoa_embed.integrations.described_files import ImageFiles, find_image_files
 from cocoa_embed.integrations.filters import parse_filters
 from cocoa_embed.integrations.indexing import Counts, IndexRun

@@ -3,8 +3,7 @@
 import os
 from pathlib import Path
 
-from cocoa_embed.errors import CocoaError
-from cocoa_embed.images import one_line, printable
+from cocoa_embed.errors import CocoaError, one_line, printable
 
 THUMBNAIL_SIZE = 320
 """The longer side of a thumbnail in pixels, at most."""

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cocoa_embed.errors import CocoaError
-from cocoa_embed.images import ImageError
+from cocoa_embed.errors import CocoaError, ImageError
 from cocoa_embed.template import RESERVED_TOKENS
 from cocoa_embed.train.data import Draw, Item, Row, Rows, load_row_image, read_image_folder
 

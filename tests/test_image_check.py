@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cocoa_embed.images import ORIENTATION_TAG
+from cocoa_embed.pixels import ORIENTATION_TAG
 from cocoa_embed.train.data import RowImage
 from cocoa_embed.train.image_check import check_images, known_sizes
 from cocoa_embed.train.readers import read_source

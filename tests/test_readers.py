@@ -9,8 +9,7 @@ import pyarrow.parquet as parquet
 import pytest
 from datasets import Dataset, DatasetDict, Features, List, Value
 
-from cocoa_embed.errors import CocoaError
-from cocoa_embed.images import ImageError
+from cocoa_embed.errors import CocoaError, ImageError
 from cocoa_embed.template import RESERVED_TOKENS
 from cocoa_embed.train.data import BadRow, Item, Row, read_image_folder
 from cocoa_embed.train.readers import read_source

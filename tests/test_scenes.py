@@ -28,7 +28,7 @@ from cocoa_embed.demo.scenes import (
     split_of,
     write_image_folder,
 )
-from cocoa_embed.images import read_image_folder_metadata
+from cocoa_embed.image_files import read_image_folder_metadata
 from exported import contents
 from scene_captions import parse_caption
 

@@ -9,8 +9,8 @@ import torch
 from datasets import Dataset, Features
 
 from cocoa_embed.backbone import Backbone
+from cocoa_embed.errors import ImageError
 from cocoa_embed.export import build_sentence_transformer
-from cocoa_embed.images import ImageError
 from cocoa_embed.train.collators import WarmupCollator
 from cocoa_embed.train.data import Row, load_row_image, numbered, stored_images
 from cocoa_embed.train.pairs import ItemPreprocessor, as_record

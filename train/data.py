@@ -11,8 +11,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from cocoa_embed.backbone import MAX_ASPECT_RATIO
-from cocoa_embed.errors import CocoaError
-from cocoa_embed.images import ImageError, MetadataError, check_metadata_row, decode_image, load_image, printable
+from cocoa_embed.errors import CocoaError, ImageError, printable
+from cocoa_embed.image_files import MetadataError, check_metadata_row
+from cocoa_embed.images import decode_image, load_image
 from cocoa_embed.template import RESERVED_TOKENS
 from cocoa_embed.train.stored import StoredImage
 from cocoa_embed.train.tables import open_table

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from cocoa_embed.images import ImageError
+from cocoa_embed.errors import ImageError
 from cocoa_embed.train.data import RowImage, load_row_image
 
 ImageSize: TypeAlias = tuple[int, int]

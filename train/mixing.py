@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cocoa_embed.errors import CocoaError
-from cocoa_embed.images import printable
+from cocoa_embed.errors import CocoaError, printable
 from cocoa_embed.train.checkpoints import write_whole
 from cocoa_embed.train.data import BadRow, Row, RowImage
 from cocoa_embed.train.image_check import ImageSize, check_images, known_sizes

@@ -5,8 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from cocoa_embed.errors import CocoaError
-from cocoa_embed.images import printable
+from cocoa_embed.errors import CocoaError, printable
 from cocoa_embed.train.data import RowError
 from cocoa_embed.train.sections import ColumnsSection
 

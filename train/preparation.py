@@ -11,9 +11,8 @@ from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 
 from cocoa_embed.backbone import load_backbone, load_processor, read_config, resolve_backbone
-from cocoa_embed.errors import UsageError
+from cocoa_embed.errors import UsageError, one_line
 from cocoa_embed.folders import RUN_MARKER, claim_folder, refuse_foreign_folder
-from cocoa_embed.images import one_line
 from cocoa_embed.train.arguments import checking_worker_count, stage_attention, step_count, training_arguments
 from cocoa_embed.train.checkpoints import write_json
 from cocoa_embed.train.collators import lacks_block_b

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from itertools import chain, islice
 from pathlib import Path
 
-from cocoa_embed.errors import CocoaError
-from cocoa_embed.images import printable
+from cocoa_embed.errors import CocoaError, printable
 from cocoa_embed.train.columns import RowReader, Tidy, columns_of, map_columns
 from cocoa_embed.train.data import BadRow, Row, read_image_folder
 from cocoa_embed.train.mmeb import (

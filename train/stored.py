@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from cocoa_embed.images import ImageError, check_size, one_line, printable
+from cocoa_embed.errors import ImageError, one_line, printable
+from cocoa_embed.images import check_size
 
 ROWS_AT_ONCE = 256
 """Rows whose values are read together."""

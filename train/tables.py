@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
-from cocoa_embed.errors import CocoaError
-from cocoa_embed.images import MetadataError, one_line, parse_json_line, printable
+from cocoa_embed.errors import CocoaError, one_line, printable
+from cocoa_embed.image_files import MetadataError, parse_json_line
 from cocoa_embed.train.stored import StoredTable
 
 Entry = tuple[str, dict[str, Any] | MetadataError]

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from cocoa_embed.errors import CocoaError
-from cocoa_embed.images import one_line
+from cocoa_embed.errors import CocoaError, one_line
 from cocoa_embed.train.adapters import Adapter
 from cocoa_embed.train.batches import FACTS, BatchFacts
 from cocoa_embed.train.checkpoints import mark_complete, write_json

@@ -1,0 +1,109 @@
+"""From the pixels of any mode that Pillow knows to upright 8-bit RGB."""
+
+import numpy as np
+from PIL import Image, ImageCms
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
+
+ORIENTATION_TAG = 0x0112
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns a picture of each EXIF orientation upright; those from 5 on exchange width and height."""
+
+PIXELS_AT_ONCE = 2**20
+"""Pixels that are laid over white together: whole pictures of 89 megapixels would need a gibibyte beside themselves."""
+
+
+def read_orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 to 8; 1, upright, where the EXIF data are missing or broken."""
+    try:
+        # Not the method of the image's own class: that of PNG would decode the picture, even for its size alone.
+        orientation = Image.Image.getexif(image).get(ORIENTATION_TAG, 1)
+    except Exception:  # noqa: BLE001 - a broken EXIF block raises nearly anything, and is no reason to lose the picture
+        return 1
+    return orientation if isinstance(orientation, int) and orientation in UPRIGHT else 1
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Return the picture as a new RGB image, turned as its EXIF orientation says, without any metadata.
+
+    What stays of the metadata would be applied again by whoever gets the picture next.
+    """
+    image.load()
+    transpose = UPRIGHT.get(read_orientation(image))
+    rgb = to_rgb(image)
+    if transpose is not None:
+        rgb = rgb.transpose(transpose)
+    rgb.info = {}
+    return rgb
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return a new RGB image of any mode: 16-bit and float grey scaled to 8 bits, transparency laid over white."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        return Image.fromarray(grey_levels(image)).convert("RGB")
+    if image.mode == "LAB":
+        return lab_to_rgb(image)
+    return over_white(image) if image.has_transparency_data else image.convert("RGB")
+
+
+def lab_to_rgb(image: Image.Image) -> Image.Image:
+    """Return an image of mode LAB, which Pillow converts with a colour profile only, as RGB."""
+    lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    rgb = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+    assert rgb is not None
+    return rgb
+
+
+def over_white(image: Image.Image) -> Image.Image:
+    """Return an image with transparency as it looks on white paper."""
+    rgb = Image.new("RGB", image.size)
+    rows = max(1, PIXELS_AT_ONCE // image.width)
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(top + rows, image.height)))
+        # Pillow knows no way from La (premultiplied grey) to RGBA but through LA.
+        rgba = band.convert("LA").convert("RGBA") if band.mode == "La" else band.convert("RGBA")
+        rgb.paste(Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB"), (0, top))
+    return rgb
+
+
+def grey_levels(image: Image.Image) -> np.ndarray:
+    """Return the 8-bit grey levels of an image of 16-bit, 32-bit or float grey; its transparent colour is white.
+
+    :return: Array of shape ``(height, width)``, uint8.
+    :raises ValueError: If a value is not finite.
+    """
+    pixels = np.asarray(image)
+    levels = grey_to_8_bit(pixels)
+    if isinstance(image, TiffImageFile):
+        # What Pillow leaves as the file has it: 12 bits at the lower end of 16, and white as 0.
+        if image.tag_v2.get(BITSPERSAMPLE) == (12,):
+            levels = grey_to_8_bit(pixels << 4)
+        if image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0:
+            levels = 255 - levels
+    transparent = image.info.get("transparency")
+    return levels if transparent is None else np.where(pixels == transparent, np.uint8(255), levels)
+
+
+def grey_to_8_bit(pixels: np.ndarray) -> np.ndarray:
+    """Scale grey values of 16 bits (0 to 65535) or floats (0 to 1, to 255 or to 65535, as the largest says) to 8 bits.
+
+    Of 16 bits the upper 8 are kept, as Pillow does with the 16-bit channels of colours.
+
+    :param pixels: Array of shape ``(height, width)``.
+    :return: Array of the same shape, uint8.
+    :raises ValueError: If a value is not finite.
+    """
+    if np.issubdtype(pixels.dtype, np.integer):
+        return (np.clip(pixels, 0, 65535) >> 8).astype(np.uint8)
+    if not np.isfinite(pixels).all():
+        raise ValueError("a pixel value is not finite")
+    largest = float(pixels.max())
+    scale = 255 if largest <= 1 else 1 if largest <= 255 else 255 / 65535
+    return np.clip(pixels * scale, 0, 255).astype(np.uint8)
