@@ -84,13 +84,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @app.command()
 def index(
-    model: ModelOption,
     paths: Annotated[
-        list[Path] | None, typer.Argument(metavar="[PATH]...", help="Folders of images, image files, glob patterns.")
-    ] = None,
-    files_from: Annotated[
-        Path | None, typer.Option("--files-from", help="A file with the path of an image or folder in each line.")
-    ] = None,
+        list[Path],
+        typer.Argument(metavar="PATH...", help="Folders, image files, quoted patterns, .txt files with a path a line."),
+    ],
+    model: ModelOption,
     collection: CollectionOption = "images",
     path: PathOption = None,
     url: UrlOption = None,
@@ -113,8 +111,6 @@ def index(
     as_json: JsonOption = False,
 ) -> None:
     """Embed images and store them in Qdrant. A file that is as it was costs a look at its date."""
-    if not paths and files_from is None:
-        raise UsageError("nothing to index; name folders or files of images, or give --files-from FILE")
     from cocoa_embed.cli_reports import report_summary
 
     options = {"dimension": dimension, "quantization": quantization and quantization.value, "on_disk": on_disk}
@@ -123,9 +119,7 @@ def index(
         working() as console,
         open_indexer(model, collection, home, batch_size=batch_size, device=device, **options) as indexer,
     ):
-        summary = indexer.index(
-            paths or [], file_list=files_from, prune=prune, thumbnails=thumbnails, progress=console.is_terminal
-        )
+        summary = indexer.index(paths, prune=prune, thumbnails=thumbnails, progress=console.is_terminal)
         report_summary(summary, console)
     if as_json:
         print_json(dataclasses.asdict(summary))

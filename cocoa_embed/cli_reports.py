@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from cocoa_embed.images import printable
+from cocoa_embed.errors import printable
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 from PIL import Image
 
-from cocoa_embed.errors import CocoaError, UsageError
-from cocoa_embed.images import ImageSource, load_image, one_line, printable
+from cocoa_embed.errors import CocoaError, UsageError, one_line, printable
+from cocoa_embed.images import ImageSource, load_image
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

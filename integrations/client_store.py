@@ -8,8 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from cocoa_embed.errors import CocoaError, require
-from cocoa_embed.images import one_line
+from cocoa_embed.errors import CocoaError, one_line, require
 from cocoa_embed.integrations.store_checks import (
     check_may_sign,
     check_points,

@@ -1,4 +1,4 @@
-"""The image files that a run is about: found, put in order, and described by the ``metadata.jsonl`` files above them."""
+"""The image files that a run is about: found, in order, and described by the ``metadata.jsonl`` files above them."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -6,7 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cocoa_embed.image_files import METADATA_FILE, find_images, read_file_list, read_image_folder_metadata
+from cocoa_embed.image_files import (
+    LIST_SUFFIX,
+    METADATA_FILE,
+    find_images,
+    read_file_list,
+    read_image_folder_metadata,
+    search_folder,
+)
 from cocoa_embed.integrations.points import Description, storable
 
 
@@ -81,43 +88,36 @@ class ImageFiles:
                 known.setdefault(name, row[name])
 
 
-def find_image_files(paths: Iterable[str | Path], file_list: str | Path | None = None) -> ImageFiles:
-    """Return the images among and below ``paths`` and in a list, each once, with what ``metadata.jsonl`` files say.
+def find_image_files(paths: Iterable[str | Path]) -> ImageFiles:
+    """Return the images that ``paths`` name, each once, with what ``metadata.jsonl`` files say of them.
 
-    A folder that cannot be listed is noted, and the others are done.
+    A folder that cannot be listed is noted, and the others are done. A file of a list that is missing is kept, for the
+    run to report.
 
-    :param paths: Folders, files, and glob patterns.
-    :param file_list: A file that names images and folders, a path a line; one that is missing is kept, for the run to
-        report.
-    :raises CocoaError: If one of ``paths`` does not exist, or a ``metadata.jsonl`` is malformed.
+    :param paths: As :func:`~cocoa_embed.image_files.find_images` takes them: folders, files, lists and patterns.
+    :raises CocoaError: If a path does not exist, a pattern matches nothing, or a ``metadata.jsonl`` is malformed.
     """
     roots: list[tuple[Path, list[Path]]] = []
-    covered: list[Path] = []
+    covered: list[str] = []
     unlisted: list[dict[str, str]] = []
     seen: set[Path] = set()
-
-    def take(root: Path, found: Iterable[Path]) -> None:
-        new = [file for file in found if file not in seen]
-        seen.update(new)
-        roots.append((root, new))
 
     def note(folder: Path, reason: str) -> None:
         unlisted.append({"path": str(folder), "reason": reason})
 
     for path in (Path(os.path.abspath(path)) for path in paths):
-        root = glob_root(path)
-        covered.append(root)
-        take(root if root.is_dir() else root.parent, find_images([path], on_error=note))
-    if file_list is not None:
-        entries = [Path(os.path.abspath(entry)) for entry in read_file_list(file_list)]
-        folders = [entry for entry in entries if entry.is_dir()]
-        listed = set(entries).difference(folders).union(find_images(folders, on_error=note))
-        covered += entries
-        take(Path(os.path.abspath(file_list)).parent, sorted(listed))
-    return ImageFiles(roots, [storable(str(place)) for place in covered], unlisted)
+        found = (Path(os.path.abspath(file)) for file in find_images([path], on_error=note))
+        new = [file for file in found if file not in seen]
+        seen.update(new)
+        roots.append((search_folder(path), new))
+        covered += [storable(os.path.abspath(place)) for place in places_covered(path)]
+    return ImageFiles(roots, covered, unlisted)
 
 
-def glob_root(path: Path) -> Path:
-    """Return the folder below which a glob pattern finds files; a path that exists is returned as it is."""
-    plain = [up for up in (path, *path.parents) if not set(str(up)) & set("*?[") or up.exists()]
-    return path if os.path.lexists(path) else plain[0]
+def places_covered(path: Path) -> list[Path]:
+    """Return the folders and files that a path stands for, whether they are there or not."""
+    if path.is_dir():
+        return [path]
+    if path.suffix.lower() == LIST_SUFFIX and path.is_file():
+        return read_file_list(path)
+    return [path] if os.path.lexists(path) else [search_folder(path)]

@@ -12,9 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from cocoa_embed.errors import CocoaError, require
+from cocoa_embed.errors import CocoaError, one_line, printable, require
 from cocoa_embed.folders import refuse_foreign_folder
-from cocoa_embed.images import one_line, printable
 from cocoa_embed.integrations.store_checks import (
     check_may_sign,
     check_points,

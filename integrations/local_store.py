@@ -13,9 +13,8 @@ from typing import IO
 
 from qdrant_client import QdrantClient
 
-from cocoa_embed.errors import CocoaError
+from cocoa_embed.errors import CocoaError, one_line, printable
 from cocoa_embed.folders import refuse_foreign_folder
-from cocoa_embed.images import one_line, printable
 from cocoa_embed.integrations.client_store import ClientStore
 from cocoa_embed.integrations.store_files import in_use, lock_file, write_whole
 from cocoa_embed.integrations.stores import Point, Signature, StoreOptions

@@ -143,9 +143,8 @@ class QdrantIndexer:
 
     def index(
         self,
-        paths: str | Path | Iterable[str | Path] = (),
+        paths: str | Path | Iterable[str | Path],
         *,
-        file_list: str | Path | None = None,
         prune: bool = False,
         thumbnails: str | Path | None = None,
         progress: bool = True,
@@ -155,15 +154,15 @@ class QdrantIndexer:
         Captions and other columns of a folder's ``metadata.jsonl`` go into the payload, not into the embedding. A file
         that cannot be used is left out and listed in the summary. Files of the same content are one point.
 
-        :param paths: A folder, a file or a glob pattern, or several.
-        :param file_list: A file with the path of an image or a folder in each line.
+        :param paths: A folder, a file, a pattern such as ``photos/**/*.png``, a ``.txt`` file with a path in each line,
+            or several of them.
         :param prune: Whether to take out the files below ``paths`` that are gone.
         :param thumbnails: A folder for small copies of the images, named in the payload; made if needed.
         :param progress: Whether to draw a progress bar on standard error.
         :raises CocoaError: If there is no image at all, a ``metadata.jsonl`` is malformed, the model embeds no images,
             or the collection cannot hold its embeddings or is another model's.
         """
-        files = find_image_files([paths] if isinstance(paths, (str, Path)) else paths, file_list)
+        files = find_image_files([paths] if isinstance(paths, (str, Path)) else paths)
         if not len(files) and not files.unlisted and not prune:
             names = ", ".join(files.covered) or "nothing"
             raise CocoaError(f"there are no images in {names}; name a folder that holds some (jpg, png, webp, ...)")

@@ -7,8 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from cocoa_embed.errors import CocoaError, UsageError, require
-from cocoa_embed.images import one_line
+from cocoa_embed.errors import CocoaError, UsageError, one_line, require
 from cocoa_embed.integrations.client_store import FAILURES, Answer, ClientStore
 from cocoa_embed.integrations.store_checks import check_points
 from cocoa_embed.integrations.stores import (

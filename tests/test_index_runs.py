@@ -184,7 +184,7 @@ def test_a_list_names_files_and_folders_and_what_is_missing_is_reported(
 ) -> None:
     file_list = tmp_path / "list.txt"
     file_list.write_text("pictures/red.png\n\n# not this\npictures/gone.png\npictures/sub\n")
-    summary = indexer(client).index(file_list=file_list, progress=False)
+    summary = indexer(client).index(file_list, progress=False)
     assert summary.indexed == 2
     assert [(Path(failure["path"]).name, failure["reason"]) for failure in summary.failed] == [
         ("gone.png", "does not exist")
