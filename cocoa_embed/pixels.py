@@ -1,5 +1,7 @@
 """From the pixels of any mode that Pillow knows to upright 8-bit RGB."""
 
+from io import BytesIO
+
 import numpy as np
 from PIL import Image, ImageCms
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
@@ -15,6 +17,9 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """What turns a picture of each EXIF orientation upright; those from 5 on exchange width and height."""
+
+THUMBNAIL_QUALITY = 80
+"""Of JPEG, as Pillow counts it."""
 
 PIXELS_AT_ONCE = 2**20
 """Pixels that are laid over white together: whole pictures of 89 megapixels would need a gibibyte beside themselves."""
@@ -107,3 +112,12 @@ def grey_to_8_bit(pixels: np.ndarray) -> np.ndarray:
     largest = float(pixels.max())
     scale = 255 if largest <= 1 else 1 if largest <= 255 else 255 / 65535
     return np.clip(pixels * scale, 0, 255).astype(np.uint8)
+
+
+def draw_thumbnail(image: Image.Image, size: int) -> bytes:
+    """Return a JPEG of an RGB image, its longer side at most ``size`` pixels; smaller images are not enlarged."""
+    small = image.copy()
+    small.thumbnail((size, size))
+    buffer = BytesIO()
+    small.save(buffer, "JPEG", quality=THUMBNAIL_QUALITY)
+    return buffer.getvalue()

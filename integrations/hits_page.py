@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cocoa_embed.errors import CocoaError, require
-from cocoa_embed.images import ImageError, load_image, thumbnail_jpeg
+from cocoa_embed.images import ImageError, load_image
 from cocoa_embed.integrations.stores import Hit
 from cocoa_embed.integrations.thumbnails import THUMBNAIL_SIZE
+from cocoa_embed.pixels import draw_thumbnail
 
 _TEMPLATE = Path(__file__).with_name("hits.html.jinja")
 
@@ -41,5 +42,5 @@ def thumbnail(hit: Hit) -> str | None:
             image = load_image(path)
         except ImageError:
             continue
-        return "data:image/jpeg;base64," + base64.b64encode(thumbnail_jpeg(image, THUMBNAIL_SIZE)).decode("ascii")
+        return "data:image/jpeg;base64," + base64.b64encode(draw_thumbnail(image, THUMBNAIL_SIZE)).decode("ascii")
     return None

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from cocoa_embed.encoder import EmbeddedImage, Encoder
 from cocoa_embed.errors import printable
-from cocoa_embed.images import ImageError, decode_image, thumbnail_jpeg
+from cocoa_embed.images import ImageError, decode_image
 from cocoa_embed.integrations.described_files import ImageFiles
 from cocoa_embed.integrations.ledger import Content, Ledger, words_digest
 from cocoa_embed.integrations.points import (
@@ -33,6 +33,7 @@ from cocoa_embed.integrations.reading import ReadFile, ahead, read_file
 from cocoa_embed.integrations.stores import Point, Store
 from cocoa_embed.integrations.thumbnails import THUMBNAIL_SIZE, ThumbnailFolder
 from cocoa_embed.integrations.writer import Writer
+from cocoa_embed.pixels import draw_thumbnail
 
 PAYLOADS_AT_ONCE = 256
 
@@ -170,7 +171,7 @@ class IndexRun:
         self.ledger.hold(read.id, place)
         if self.thumbnails is not None and not self.thumbnails.has(read.id):
             image, _ = decode_image(read.data, printable(file.path))
-            content.thumbnail = self.thumbnails.write(read.id, thumbnail_jpeg(image, THUMBNAIL_SIZE))
+            content.thumbnail = self.thumbnails.write(read.id, draw_thumbnail(image, THUMBNAIL_SIZE))
         if before not in (None, read.id):
             self.counts.replaced.add(place.path)
         elif is_new_holder and not content.is_new:

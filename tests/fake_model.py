@@ -2,10 +2,12 @@
 
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 160, 0), "blue": (0, 0, 255), "yellow": (255, 255, 0)}
@@ -20,8 +22,15 @@ class FakeModel:
     processors do, an image much longer than wide and a text with the token that stands for an image.
     """
 
-    def __init__(self, dimension: int = 48, modalities: Sequence[str] = ("text", "image", "message")) -> None:
+    def __init__(
+        self, dimension: int = 48, modalities: Sequence[str] = ("text", "image", "message"), seed: int = 0
+    ) -> None:
         self.dimension = dimension
+        self.device = torch.device("cpu")
+        self.prompts: dict[str, str] = {}
+        self.default_prompt_name = None
+        self.truncate_dim = None
+        self._seed = seed
         self.modalities = modalities
         self.queries: list[Mapping[str, Any]] = []
         self.documents: list[Mapping[str, Any]] = []
@@ -31,6 +40,27 @@ class FakeModel:
 
     def get_embedding_dimension(self) -> int:
         return self.dimension
+
+    def eval(self) -> "FakeModel":
+        return self
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Weights that differ from seed to seed, for those who tell models by them."""
+        return {"weight": torch.full((self.dimension,), float(self._seed))}
+
+    def __iter__(self) -> Iterator[torch.nn.Module]:
+        return iter(())
+
+    def preprocess(self, inputs: list[Any], prompt: str | None, task: str) -> dict[str, torch.Tensor]:
+        """Do in a worker what the model is spared; what a processor refuses is refused here."""
+        assert task == "document"
+        self.documents += inputs
+        return {"vectors": torch.from_numpy(np.stack([self._embed(item) for item in inputs]))}
+
+    def __call__(self, features: Mapping[str, torch.Tensor], task: str) -> dict[str, torch.Tensor]:
+        self.batches.append(len(features["vectors"]))
+        with self._alone():
+            return {"sentence_embedding": features["vectors"]}
 
     def supports(self, modality: str | tuple[str, ...]) -> bool:
         parts = (modality,) if isinstance(modality, str) else modality
@@ -46,11 +76,16 @@ class FakeModel:
         return self._encode(inputs)
 
     def _encode(self, inputs: list[Any]) -> np.ndarray:
+        with self._alone():
+            return np.stack([self._embed(item) for item in inputs])
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
         self._active += 1
         assert self._active == 1, "two threads are in the model at once"
         self.threads.add(threading.get_ident())
         try:
-            return np.stack([self._embed(item) for item in inputs])
+            yield
         finally:
             self._active -= 1
 

@@ -11,7 +11,7 @@ from fake_model import IMAGE_TOKEN, FakeModel, colour_image
 pytest.importorskip("qdrant_client")
 
 from cocoa_embed import cli
-from cocoa_embed.encoder import check_model_folder, is_hub_name, load_model
+from cocoa_embed.loading import check_model_folder, is_hub_name, load_model
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.integrations import qdrant
 
