@@ -294,12 +294,13 @@ class Home:
         options = {"--path": self.path, "--url": self.url, "--edge": self.edge}
         given = [option for option, value in options.items() if value is not None]
         if len(given) > 1:
-            raise UsageError(f"{' and '.join(given)} were given; give the one that holds the index")
+            raise UsageError(f"{' and '.join(given)} were given together; give the one that holds the index")
 
 
 @contextlib.contextmanager
 def open_indexer(model: str, collection: str, home: Home, **options: Any) -> Iterator[QdrantIndexer]:
     """Open the collection that the options name, and close it at the end."""
+    require("qdrant_client", "qdrant")
     silence_libraries()
     from cocoa_embed.integrations.qdrant import QdrantIndexer
 

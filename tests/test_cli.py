@@ -1,3 +1,4 @@
+import base64
 import json
 import subprocess
 import sys
@@ -5,15 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from fake_model import IMAGE_TOKEN, FakeModel, colour_image
 
 pytest.importorskip("qdrant_client")
 
 from cocoa_embed import cli
-from cocoa_embed.loading import check_model_folder, is_hub_name, load_model
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.integrations import qdrant
+from cocoa_embed.loading import check_model_folder, is_hub_name, load_model
 
 Result = tuple[int, str, str]
 Command = Callable[..., Result]
@@ -70,7 +72,7 @@ def test_index_then_search_as_json(command: Command, model: FakeModel, pictures:
         "collection", "indexed", "unchanged", "updated", "replaced", "pruned", "failed", "seconds", "images_per_second"
     ]  # fmt: skip
     assert (summary["indexed"], summary["unchanged"], summary["updated"], summary["failed"]) == (3, 0, 0, [])
-    assert "3 indexed, 0 unchanged, 0 updated, 0 replaced, 0 left out" in err
+    assert "3 indexed, 0 unchanged, 0 updated, 0 replaced, 0 pruned, 0 left out" in err
     assert Path("cocoa-index").is_dir()
 
     code, out, err = command("search", "blue", "--model", "fake", "--limit", 2, "--json")
@@ -157,7 +159,7 @@ def test_a_gallery_that_cannot_be_written_is_one_sentence(command: Command, mode
         (["index", "missing", "--model", "fake"], 1, "missing does not exist"),
         (["search", "red", "--model", "fake"], 1, "there is no index in cocoa-index"),
         (["search", "--model", "fake"], 2, "nothing to search for"),
-        (["search", "red", "--model", "fake", "--path", "a", "--url", "b"], 2, "--path and --url were both given"),
+        (["search", "red", "--model", "fake", "--path", "a", "--url", "b"], 2, "--path and --url were given together"),
         (["search", "--image", "gone.png", "--model", "fake"], 1, "gone.png: does not exist"),
         (["search", "caf\udce9", "--model", "fake"], 2, r"'caf\udce9' is not valid Unicode"),
         (["index", "empty", "--model", "fake", "--collection", "a/b"], 2, "'a/b' is no name for a collection"),
@@ -186,13 +188,15 @@ def test_a_query_that_the_model_refuses_is_one_sentence(command: Command, model:
         assert reason in line
 
 
-def test_a_collection_of_another_dimension_is_one_sentence(
+def test_a_collection_of_another_model_is_one_sentence(
     command: Command, model: FakeModel, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command("index", pictures, "--model", "fake")
-    monkeypatch.setattr(qdrant, "load_model", lambda name, device: FakeModel(dimension=32))
-    assert "48 dimensions" in sentence(command("index", pictures, "--model", "fake"))
-    assert "makes 32" in sentence(command("search", "red", "--model", "fake"))
+    monkeypatch.setattr(qdrant, "load_model", lambda name, device: FakeModel(seed=1))
+    for arguments in (("index", pictures), ("search", "red")):
+        line = sentence(command(*arguments, "--model", "other"))
+        assert "was made with fake" in line
+        assert "not with other" in line
 
 
 def test_a_model_that_cannot_be_used_is_one_sentence(command: Command, pictures: Path) -> None:
@@ -262,3 +266,57 @@ def test_a_model_folder_needs_modules_and_weights() -> None:
     check_model_folder(Path("good"))
     with pytest.raises(CocoaError, match="cannot be loaded as a SentenceTransformer"):
         load_model("good")
+
+
+def test_a_search_is_narrowed_by_filters_threshold_limit_and_offset(
+    command: Command, model: FakeModel, pictures: Path
+) -> None:
+    Image.new("RGB", (100, 50), "red").save(pictures / "wide.png")
+    command("index", pictures, "--model", "fake")
+
+    def found(*options: object) -> list[str]:
+        code, out, _ = command("search", "red", "--model", "fake", "--json", *options)
+        assert code == 0
+        return [Path(hit["path"]).name for hit in json.loads(out)["hits"]]
+
+    everything = found()
+    assert len(everything) == 4
+    assert found("--filter", "width>=100") == ["wide.png"]
+    assert found("--filter", "width<100", "--filter", "caption~script") == ["red.png"]
+    assert found("--limit", 2) == everything[:2]
+    assert found("--limit", 2, "--offset", 2) == everything[2:]
+    assert set(found("--score-threshold", 0.99)) == {"red.png", "wide.png"}
+    assert "KEY>=VALUE" in sentence(command("search", "red", "--model", "fake", "--filter", "width>"))
+
+
+def test_a_query_image_may_be_a_data_address_and_comes_from_allowed_hosts_alone(
+    command: Command, model: FakeModel, pictures: Path
+) -> None:
+    command("index", pictures, "--model", "fake")
+    address = "data:image/png;base64," + base64.b64encode((pictures / "blue.png").read_bytes()).decode()
+    code, out, _ = command("search", "--image", address, "--model", "fake", "--limit", 1, "--json")
+    assert (code, Path(json.loads(out)["hits"][0]["path"]).name) == (0, "blue.png")
+    for options in ((), ("--allow-host", "other.example")):
+        line = sentence(command("search", "--image", "http://127.0.0.1/a.png", "--model", "fake", *options))
+        assert "127.0.0.1" in line
+
+
+def test_a_gallery_is_titled_by_what_was_asked(command: Command, model: FakeModel, pictures: Path) -> None:
+    command("index", pictures, "--model", "fake")
+    command("search", "red", "--image", pictures / "blue.png", "--model", "fake", "--html", "hits.html")
+    assert "<title>red + blue.png</title>" in Path("hits.html").read_text()
+
+
+def test_pruning_and_thumbnails_are_options(command: Command, model: FakeModel, pictures: Path) -> None:
+    command("index", pictures, "--model", "fake", "--thumbnails", "small")
+    assert len(list(Path("small").glob("*.jpg"))) == 3
+    (pictures / "metadata.jsonl").unlink()
+    (pictures / "red.png").unlink()
+    _, out, _ = command("index", pictures, "--model", "fake", "--prune", "--thumbnails", "small", "--json")
+    assert json.loads(out)["pruned"] == 1
+    assert len(list(Path("small").glob("*.jpg"))) == 2
+
+
+def test_a_blank_text_is_nothing_to_search_for(command: Command, model: FakeModel, pictures: Path) -> None:
+    command("index", pictures, "--model", "fake")
+    assert "nothing to search for" in sentence(command("search", "  ", "--model", "fake"))

@@ -232,7 +232,7 @@ def test_embeddings_are_cut_and_a_search_knows_how_far(client: QdrantClient, fol
     assert {len(point.vector) for point in points} == {12}
     assert all(np.isclose(np.linalg.norm(point.vector), 1) for point in points)
     assert indexer(client).search(image=folder / "red.png", limit=1)[0].score == pytest.approx(1)
-    with pytest.raises(CocoaError, match="12 dimensions.* makes 24"):
+    with pytest.raises(CocoaError, match=r"12 dimensions.* makes 24"):
         indexer(client, dimension=24).search("red")
     with pytest.raises(UsageError, match="dimension is 0"):
         indexer(client, dimension=0)

@@ -58,9 +58,14 @@ def test_a_store_that_is_slower_than_the_model_holds_it_up() -> None:
 
 def test_a_failure_stops_the_writing_and_is_raised() -> None:
     store = SlowStore(fails_at=2)
-    with pytest.raises(CocoaError, match="disk is full"), Writer(store, points_at_once=1) as writer:
-        for point in points(50):
-            writer.add(point)
+
+    def write() -> None:
+        with Writer(store, points_at_once=1) as writer:
+            for point in points(50):
+                writer.add(point)
+
+    with pytest.raises(CocoaError, match="disk is full"):
+        write()
     assert 2 <= len(store.groups) <= 6
 
 
@@ -71,8 +76,13 @@ def test_a_failure_of_the_last_group_is_raised_on_leaving() -> None:
 
 def test_an_error_on_its_way_is_not_hidden_and_nothing_more_is_stored() -> None:
     store = SlowStore()
-    with pytest.raises(RuntimeError, match="the model broke"), Writer(store) as writer:
-        writer.add(points(1)[0])
-        raise RuntimeError("the model broke")
+
+    def write() -> None:
+        with Writer(store) as writer:
+            writer.add(points(1)[0])
+            raise RuntimeError("the model broke")
+
+    with pytest.raises(RuntimeError, match="the model broke"):
+        write()
     assert store.groups == []
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("cocoa-embed-writer")]
