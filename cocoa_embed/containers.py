@@ -5,9 +5,9 @@ Nothing is decoded here: an opened image has its size, and its pixels come when 
 
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from io import BytesIO
-from itertools import islice
+from itertools import islice, takewhile
 
 from PIL import Image, ImageFile, TiffImagePlugin
 
@@ -26,7 +26,9 @@ CONTAINER_BRANDS = frozenset({b"mif1", b"mif2", b"msf1"})
 AVIF_BRANDS = frozenset({b"avif", b"avis"})
 
 JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd8])", re.DOTALL)
-"""A marker that a segment follows, or the end (D9). Inside a scan, FF is followed by 00 or D0 to D7."""
+"""A marker that a segment follows, or the end. Inside a scan, FF is followed by 00 or D0 to D7."""
+
+START_OF_SCAN, END_OF_PICTURE = b"\xda", b"\xd9"
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -36,6 +38,10 @@ PNG_ORIENTATION_KEYWORDS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.x
 MAX_JPEG_SCANS = 256
 """JPEG files of more scans are refused. Encoders write about ten; each scan goes over the whole picture again, so that
 20 bytes can cost a tenth of a second."""
+
+MAX_JPEG_SEGMENTS = 5000
+"""JPEG files with more segments before their pixels are refused: a hundred megabytes of metadata have 1600. Pillow puts
+those of EXIF together one by one, in a time that grows with the square of their number."""
 
 
 def open_image(data: bytes) -> ImageFile.ImageFile:
@@ -77,15 +83,24 @@ def is_heif(data: bytes) -> bool:
 
 
 def refuse_endless_jpeg(data: bytes) -> None:
-    """Refuse a JPEG file of more than ``MAX_JPEG_SCANS`` scans.
+    """Refuse a JPEG file of more than ``MAX_JPEG_SCANS`` scans, or ``MAX_JPEG_SEGMENTS`` segments before them.
 
     :raises ValueError: If it is one.
     """
-    # Counting the marker wherever it stands is quick, and enough for nearly all. A film behind the picture has it too.
-    if not data.startswith(b"\xff\xd8") or data.count(b"\xff\xda") <= MAX_JPEG_SCANS:
+    if not data.startswith(b"\xff\xd8"):
         return
-    if sum(1 for _ in islice(jpeg_scans(data), MAX_JPEG_SCANS + 1)) > MAX_JPEG_SCANS:
+    if exceeds(takewhile(START_OF_SCAN.__ne__, jpeg_markers(data)), MAX_JPEG_SEGMENTS):
+        raise ValueError(f"it has more than {MAX_JPEG_SEGMENTS} segments before its pixels")
+    # Counting the marker wherever it stands is quick, and enough for nearly all. A film behind the picture has it too.
+    if data.count(b"\xff" + START_OF_SCAN) <= MAX_JPEG_SCANS:
+        return
+    if exceeds(filter(START_OF_SCAN.__eq__, jpeg_markers(data)), MAX_JPEG_SCANS):
         raise ValueError(f"it has more than {MAX_JPEG_SCANS} scans")
+
+
+def exceeds(items: Iterable[object], limit: int) -> bool:
+    """Tell whether there are more items than the limit, looking at no more than that."""
+    return sum(1 for _ in islice(items, limit + 1)) > limit
 
 
 def refuse_short_webp(data: bytes) -> None:
@@ -97,14 +112,11 @@ def refuse_short_webp(data: bytes) -> None:
         raise ValueError("the file is truncated")
 
 
-def jpeg_scans(data: bytes) -> Iterator[int]:
-    """Yield where each scan of a JPEG file's first picture begins; what its other segments hold is passed over."""
+def jpeg_markers(data: bytes) -> Iterator[bytes]:
+    """Yield the markers of a JPEG file's first picture; what stands inside its segments is passed over."""
     position = 2
-    while match := JPEG_MARKER.search(data, position):
-        if match[1] == b"\xd9":
-            return
-        if match[1] == b"\xda":
-            yield match.start()
+    while (match := JPEG_MARKER.search(data, position)) and match[1] != END_OF_PICTURE:
+        yield match[1]
         position = match.end() + int.from_bytes(data[match.end() : match.end() + 2], "big")
 
 

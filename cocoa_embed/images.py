@@ -228,10 +228,10 @@ def use_image(use: Callable[[ImageFile.ImageFile, bytes], Result], data: bytes, 
 
     def attempt(data: bytes) -> Result:
         with image_errors(name):
-            for size in icon_sizes(data):
-                check_pixels(*size, name)
+            for width, height in icon_sizes(data):
+                check_pixels(width, height, name)
             with open_image(data) as image:
-                check_pixels(*image.size, name)
+                check_pixels(image.width, image.height, name)
                 return use(image, data)
 
     try:

@@ -264,6 +264,9 @@ def bombs() -> Iterator[Made]:
     )
     yield Made("webp, 268 megapixels", "bomb.webp", webp_canvas(16_383, 16_383), "is too large")
     yield Made("jpeg, a thousand scans", "scans.jpg", jpeg_of_scans(1000), "scans")
+    metadata = b"\xff\xe1\0\x09Exif\0\0x" * 500_000
+    jpeg = encoded(grain(1), "JPEG")
+    yield Made("jpeg, half a million segments", "segments.jpg", jpeg[:2] + metadata + jpeg[2:], "segments")
     yield Made("ico, a huge picture in it", "bomb.ico", icon_of(png_file(60_000, 60_000, 8, 6)), "is too large")
     heif = bytearray(heic(grain(1)))
     at = heif.index(b"ispe") + 8

@@ -52,7 +52,7 @@ LOSSLESS: dict[str, Callable[[np.ndarray], bytes]] = {
         f"tiff {compression}": lambda samples, compression=compression: encoded(
             image_of(samples), "TIFF", compression=compression
         )
-        for compression in ("tiff_lzw", "tiff_adobe_deflate", "packbits", "zstd", "tiff_lzma")
+        for compression in ("tiff_lzw", "tiff_adobe_deflate", "packbits", "tiff_lzma")
     },
 }
 
