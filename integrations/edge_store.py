@@ -62,9 +62,11 @@ SIGNATURE_FILE = "signature.json"
 SCRATCH = "creating:"
 """A shard that is not whole yet; no collection can have this name."""
 SCROLL_LIMIT = 1000
-RESERVE = 64 * 2**20
+RESERVE = 128 * 2**20
 """Bytes that have to be free on the disk before the engine is let write: where its mapped files find no room, the
-kernel ends the whole process."""
+kernel ends the whole process. An empty shard is 200 MB of holes, 100 of which some file systems fill."""
+READING_RESERVE = 32 * 2**20
+"""Bytes that have to be free before a shard is opened."""
 ROOM = 4
 """Times the bytes of points that the engine may take for them: log, payloads, vectors, indexes."""
 
@@ -119,7 +121,7 @@ class EdgeStore:
                 if (self._shard_folder / CONFIG_FILE).exists():
                     self.sign(signature)
                     return
-                self._require_room(0)
+                self._require_room(RESERVE)
                 self._build(self._folder / SCRATCH, signature)
                 os.replace(self._folder / SCRATCH, self._shard_folder)
         self._dimension = signature.dimension
@@ -209,7 +211,7 @@ class EdgeStore:
             info = shard.info()
             if info.indexed_vectors_count < info.points_count:
                 # Segments are written anew beside the old ones, which go at the next flush.
-                self._require_room(allocated_bytes(self._shard_folder / "segments") // ROOM)
+                self._require_room(RESERVE + allocated_bytes(self._shard_folder / "segments"))
             shard.optimize()
             shard.flush()
 
@@ -239,7 +241,7 @@ class EdgeStore:
 
     def _update(self, operation: edge.UpdateOperation, size: int) -> None:
         with self._engine(writes=True) as shard:
-            self._require_room(size)
+            self._require_room(RESERVE + ROOM * size)
             shard.update(operation)
             shard.flush()
 
@@ -263,12 +265,12 @@ class EdgeStore:
         refuse_foreign_folder(self._folder, marker=MARKER)
         refuse_foreign_folder(self._shard_folder, marker=CONFIG_FILE)
 
-    def _require_room(self, size: int) -> None:
-        """Check that the disk has room for ``size`` bytes of points.
+    def _require_room(self, needed: int) -> None:
+        """Check that the disk has so many free bytes.
 
         :raises CocoaError: If it has not.
         """
-        needed, free = RESERVE + ROOM * size, shutil.disk_usage(self._folder).free
+        free = shutil.disk_usage(self._folder).free
         if free < needed:
             raise CocoaError(
                 f"the disk of {self.place} is full: {free // 2**20} MiB are free, Qdrant Edge needs"
@@ -312,7 +314,7 @@ class EdgeStore:
                 raise self._missing()
             self._lock_handle = lock_file(self._shard_folder / LOCK_FILE, self.place)
             try:
-                self._require_room(0)
+                self._require_room(READING_RESERVE)
                 self._shard = edge.EdgeShard.load(str(self._shard_folder))
             except BaseException:
                 self.close()

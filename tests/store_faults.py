@@ -38,7 +38,7 @@ class FaultyClient:
     """A client that raises what it is told to, call by call, before or after doing what it was asked.
 
     ``faults[method]`` lists for the next calls of a method an error to raise instead, a function to call with the
-    client and the arguments, or None for nothing. The last entry stays if it is an ellipsis after it: for ever.
+    client and the arguments, or None for nothing. An ellipsis after an entry: for ever.
     """
 
     def __init__(self, client: QdrantClient) -> None:
@@ -57,11 +57,11 @@ class FaultyClient:
                     fault = faults[0]
                     if len(faults) < 2 or faults[1] is not ...:
                         faults.pop(0)
-                if isinstance(fault, Exception):
-                    raise fault
-                if fault is not None:
-                    return fault(self.client, *arguments, **options)
-                return getattr(self.client, name)(*arguments, **options)
+            if isinstance(fault, Exception):
+                raise fault
+            if fault is not None:
+                return fault(self.client, *arguments, **options)
+            return getattr(self.client, name)(*arguments, **options)
 
         return call
 
