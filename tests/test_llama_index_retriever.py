@@ -212,3 +212,22 @@ def test_a_query_engine_shows_the_images_to_a_language_model(indexed: tuple, fil
     (image,) = [block for block in blocks if isinstance(block, ImageBlock)]
     assert Image.open(image.resolve_image()).getpixel((0, 0)) == (255, 0, 0)
     assert str(asyncio.run(engine.aquery("red"))) == "a red picture"
+
+
+@pytest.mark.parametrize("home", ["path", "edge"])
+def test_every_home_is_retrieved_from(home: str, files: list[str], tmp_path: Path) -> None:
+    if home == "edge":
+        pytest.importorskip("qdrant_edge")
+        pytest.importorskip("cocoa_embed.integrations.edge_store")
+    wide = MetadataFilters(filters=[MetadataFilter(key="width", value=24), MetadataFilter(key="author", value="Ann")])
+    narrow = MetadataFilters(filters=[MetadataFilter(key="width", value=24, operator=FilterOperator.LT), wide])
+    rows = [{"file_name": Path(file).name, "author": "Ann"} for file in files[:3]]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    with QdrantIndexer(FakeModel(), **{home: tmp_path / "store"}) as index:
+        index.index(files, progress=False)
+        retriever = CocoaRetriever(index, similarity_top_k=2, filters=wide)
+        check(retriever.retrieve("green"), files[1])
+        check(retriever.retrieve(QueryBundle("", image_path=files[2])), files[2])
+        assert asyncio.run(retriever.aretrieve("green")) == retriever.retrieve("green")
+        assert CocoaRetriever(index, filters=narrow).retrieve("green") == []
+        assert len(CocoaRetriever(index, filters=wide).retrieve("green")) == 3
