@@ -45,7 +45,7 @@ def find_images(paths: Iterable[str | Path], *, on_error: OnError | None = None)
     """Return the image files that ``paths`` name, sorted, each once. None is opened, so broken ones are among them.
 
     - A file stands for itself, whatever its suffix; one that ends in ``.txt`` for the files that it lists, as
-      :func:`read_file_list` reads it.
+      :func:`read_file_list` reads it: whether they exist or not, and never for what is in a folder that it names.
     - A folder stands for the files below it that have an image's suffix (``IMAGE_SUFFIXES``, in either case). Links to
       folders are followed, each folder once, so that loops end; what can be reached without a link is.
     - What does not exist is a pattern if it has ``*``, ``?`` or ``[``: as in a shell, with ``**`` for folders of any
@@ -61,7 +61,7 @@ def find_images(paths: Iterable[str | Path], *, on_error: OnError | None = None)
         if os.path.isdir(path):
             search.add_folder(str(path))
         elif path.suffix.lower() == LIST_SUFFIX and os.path.isfile(path):
-            search.add_listed(read_file_list(path))
+            search.found.update(map(str, read_file_list(path)))
         elif os.path.lexists(path):
             search.found.add(str(path))
         else:
@@ -162,14 +162,6 @@ class FolderSearch:
             links, self._links = sorted(self._links), []
             for link in links:
                 self.add_folder(link)
-
-    def add_listed(self, paths: Iterable[Path]) -> None:
-        """Take the entries of a list: folders are searched, and everything else is taken as it is, existing or not."""
-        for path in paths:
-            if os.path.isdir(path):
-                self.add_folder(str(path))
-            else:
-                self.found.add(str(path))
 
     def add_pattern(self, pattern: Path) -> None:
         """Take what matches a pattern: folders are searched, files need an image's suffix or that of the pattern.

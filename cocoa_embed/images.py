@@ -17,6 +17,7 @@ from urllib.parse import unquote_to_bytes
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from cocoa_embed.addresses import shown_address
 from cocoa_embed.containers import icon_sizes, media_type, open_image, png_without_metadata, upright_size
 from cocoa_embed.errors import ImageError, MissingExtraError, one_line, printable
 from cocoa_embed.pixels import upright_rgb
@@ -80,8 +81,6 @@ def read_source(source: str | Path | bytes | BytesIO, fetcher: Fetcher | None) -
         name = f"data: URI of {len(source)} characters"
         return read_data_uri(source, name), name
     if isinstance(source, str) and source[:8].lower().startswith(("http://", "https://")):
-        from cocoa_embed.remote import shown_address
-
         name = shown_address(source)
         if fetcher is None:
             raise ImageError(

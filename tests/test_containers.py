@@ -152,6 +152,9 @@ def test_an_icon_is_as_large_as_the_picture_in_it() -> None:
     assert image_size(data, "icon") == load_image(data).size == (300, 200)
     old = encoded(Image.new("RGB", (32, 32), RED), "ICO", bitmap_format="bmp", sizes=[(32, 32)])
     assert list(icon_sizes(old)) == [(32, 32)]
+    at = old.index(struct.pack("<III", 40, 32, 64))
+    oldest = old[:at] + struct.pack("<IHH", 12, 32, 64) + old[at + 8 :]
+    assert list(icon_sizes(oldest)) == [(32, 32)]
     assert list(icon_sizes(encoded(corners(), "PNG"))) == []
 
 

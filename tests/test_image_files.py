@@ -186,7 +186,7 @@ def test_a_pattern_ends_among_loops_of_links(tmp_path: Path) -> None:
 
 
 def test_a_list_names_files_from_its_own_folder_on(tmp_path: Path) -> None:
-    make(tmp_path, "lists/a.jpg", "b c.png", "folder/d.gif", "folder/notes.doc", "#e.png")
+    make(tmp_path, "lists/a.jpg", "b c.png", "folder/not listed.gif", "#e.png")
     lines = ["a.jpg", "", "# a comment", "../b c.png\r", "missing.jpg", str(tmp_path / "folder"), "../#e.png", "  "]
     (tmp_path / "lists" / "photos.txt").write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())
     listed = read_file_list(tmp_path / "lists" / "photos.txt")
@@ -197,7 +197,7 @@ def test_a_list_names_files_from_its_own_folder_on(tmp_path: Path) -> None:
         folder / "../#e.png",
     ]
     found = find_images([tmp_path / "lists" / "photos.txt"])
-    assert found == sorted([*listed[:3], tmp_path / "folder" / "d.gif", listed[4]])
+    assert found == sorted(listed)
 
 
 def test_a_list_with_nul_has_names_with_newlines(tmp_path: Path) -> None:
