@@ -210,8 +210,9 @@ class IndexRun:
     def _pass_on(self, files: ImageFiles) -> None:
         """Where the first of several files that hold a content is gone, let the next one speak for it."""
         for id_, content in self.ledger.contents.items():
-            first, *others = content.places or [None]
-            if others and is_gone(first.path) and not all(is_gone(other.path) for other in others):
+            if len(content.places) < 2 or not is_gone(content.places[0].path):
+                continue
+            if not all(is_gone(other.path) for other in content.places[1:]):
                 self.ledger.forget(id_, is_gone)
                 if files.covers(content.places[0].path):
                     self.counts.updated.add(content.places[0].path)

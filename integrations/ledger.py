@@ -22,7 +22,8 @@ MTIME_RESOLUTION = 1e-6
 class Content:
     """What is known of one content."""
 
-    bytes: int
+    size: int
+    """In bytes."""
     places: list[Place]
     words: bytes
     """A digest of what is stored as its caption and metadata."""
@@ -70,7 +71,7 @@ class Ledger:
     def is_unchanged(self, path: str, mtime: float, size: int) -> bool:
         """Tell whether a file is as it was when it was indexed, by its time and size."""
         id_ = self._owners.get(path)
-        if id_ is None or path in self._rivals or self.contents[id_].bytes != size:
+        if id_ is None or path in self._rivals or self.contents[id_].size != size:
             return False
         return any(
             place.path == path and abs(place.mtime - mtime) < MTIME_RESOLUTION for place in self.contents[id_].places

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from tqdm.auto import tqdm
 
 from cocoa_embed.encoder import Encoder, make_item
-from cocoa_embed.errors import CocoaError, UsageError, printable
+from cocoa_embed.errors import CocoaError, UsageError, printable, require
 from cocoa_embed.images import ImageSource
 from cocoa_embed.integrations.described_files import ImageFiles, find_image_files
 from cocoa_embed.integrations.filters import parse_filters
@@ -22,8 +22,11 @@ from cocoa_embed.integrations.stores import Hit, Signature, Store, StoreOptions,
 from cocoa_embed.integrations.thumbnails import ThumbnailFolder
 from cocoa_embed.loading import load_model
 
+require("qdrant_client", "qdrant")
+
+from qdrant_client import QdrantClient, models  # noqa: E402 - after the error that names the extra
+
 if TYPE_CHECKING:
-    from qdrant_client import QdrantClient, models
     from sentence_transformers import SentenceTransformer
 
 DEFAULT_PATH = "cocoa-index"
@@ -205,7 +208,7 @@ class QdrantIndexer:
         if limit < 1 or offset < 0:
             raise UsageError(f"limit is {limit} and offset {offset}; limit must be 1 or more, offset 0 or more")
         item = make_item(text, image)
-        if isinstance(query_filter, (list, tuple)):
+        if query_filter is not None and not isinstance(query_filter, models.Filter):
             query_filter = parse_filters(query_filter)
         encoder = self._encoder_for(require_signature(self.store))
         (vector,) = encoder.embed_queries([item])
