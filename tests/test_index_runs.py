@@ -179,15 +179,16 @@ def test_thumbnails_stand_beside_and_follow_their_points(client: QdrantClient, f
     assert sorted(thumbnails.iterdir()) == sorted(Path(payload["thumbnail"]) for payload in payloads(client).values())
 
 
-def test_a_list_names_files_and_folders_and_what_is_missing_is_reported(
+def test_a_list_names_files_and_what_is_no_image_file_is_reported(
     client: QdrantClient, folder: Path, tmp_path: Path
 ) -> None:
     file_list = tmp_path / "list.txt"
-    file_list.write_text("pictures/red.png\n\n# not this\npictures/gone.png\npictures/sub\n")
+    file_list.write_text("pictures/red.png\n\n# not this\npictures/gone.png\npictures/sub\npictures/sub/yellow.jpg\n")
     summary = indexer(client).index(file_list, progress=False)
     assert summary.indexed == 2
     assert [(Path(failure["path"]).name, failure["reason"]) for failure in summary.failed] == [
-        ("gone.png", "does not exist")
+        ("gone.png", "does not exist"),
+        ("sub", "is a folder, not an image"),
     ]
     assert payloads(client)["yellow.jpg"]["relative_path"] == "pictures/sub/yellow.jpg"
 
