@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from cocoa_embed.evaluation import ranks, retrieval_metrics
+from cocoa_embed.evaluation.metrics import ranks, retrieval_metrics
 
 
 def rank_by_sorting(scores: list[float], relevant: int) -> int:
