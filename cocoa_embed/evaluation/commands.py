@@ -144,8 +144,8 @@ def run_mmeb(
         )
     except KeyboardInterrupt:
         raise CocoaError(
-            f"interrupted; {len(done)} of {len(checked)} subsets are finished in {results}; the same command goes on from"
-            " there"
+            f"interrupted; {len(done)} of {len(checked)} subsets are finished in {results}; the same command goes on"
+            " from there"
         ) from None
     say(console, averages_line(document))
     say(console, f"wrote {results / 'mmeb'}.json, .md and .html")

@@ -29,8 +29,8 @@ def _averages(document: Mapping[str, Any]) -> Table:
     notes = ["Precision@1 in per cent, plain means over subsets. Published: as CoCoA (arXiv 2603.01471) reports them."]
     if not all(each["complete"] for each in document["coverage"].values()):
         notes.append(
-            "* incomplete: the mean over the subsets that were run, how many of how many in brackets, some of them perhaps"
-            " on a part of their rows only. Not to be compared with the published numbers."
+            "* incomplete: the mean over the subsets that were run, how many of how many in brackets, some of them"
+            " perhaps on a part of their rows only. Not to be compared with the published numbers."
         )
     return Table("Averages", ("model", *AVERAGES), [(document["model"], *own), *published], own=(0,), notes=notes)
 

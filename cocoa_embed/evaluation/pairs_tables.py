@@ -35,8 +35,8 @@ def _scores(document: Mapping[str, Any], direction: str) -> Table:
         f"{counts['queries']} queries in {counts['groups']} groups, {counts['documents']} documents;"
         f" {document['level']:.0%} bootstrap intervals over groups ({document['resamples']} draws, seed"
         f" {document['seed']}).",
-        "recall@k: the share of a query's relevant documents among the first k. hit@k: whether any of them is, which COCO"
-        " and Flickr30k call R@k.",
+        "recall@k: the share of a query's relevant documents among the first k. hit@k: whether any of them is, which"
+        " COCO and Flickr30k call R@k.",
     ]
     return Table(title_of(direction), ("model", *METRICS), rows, own=(0,), notes=notes)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from cocoa_embed.errors import require
 
 _TEMPLATE = Path(__file__).with_name("tables.html.jinja")
-_MARKDOWN = re.compile(r"[\\`*\[\]|]")
+_MARKDOWN = re.compile(r"[\\`*~\[\]|]|\b_|_\b")
 
 
 @dataclass(frozen=True)
@@ -32,19 +32,16 @@ class Table:
 
 def to_markdown(title: str, tables: Sequence[Table]) -> str:
     """Return the tables as GitHub's Markdown."""
-    lines = [f"# {_escape(title)}"]
-    for table in tables:
-        cells = [table.header, *table.rows]
-        bold = [f"**{_escape(cell)}**" if cell else "" for number in table.own for cell in table.rows[number]]
-        written = [" | ".join(map(_escape, row)) for row in cells]
-        for place, number in enumerate(table.own):
-            width = len(table.header)
-            written[number + 1] = " | ".join(bold[place * width : (place + 1) * width])
-        rule = "|".join(["---", *["---:"] * (len(table.header) - 1)])
-        lines += ["", f"## {_escape(table.title)}", "", f"| {written[0]} |", f"|{rule}|"]
-        lines += [f"| {row} |" for row in written[1:]]
-        lines += [line for note in table.notes for line in ("", _escape(note))]
-    return "\n".join(lines) + "\n"
+    return "\n\n".join([f"# {_escape(title)}", *(_markdown_table(table) for table in tables)]) + "\n"
+
+
+def _markdown_table(table: Table) -> str:
+    rows = [[_escape(cell) for cell in row] for row in table.rows]
+    for number in table.own:
+        rows[number] = [f"**{cell}**" if cell else "" for cell in rows[number]]
+    rule = ["---", *["---:"] * (len(table.header) - 1)]
+    lines = [f"| {' | '.join(row)} |" for row in ([_escape(name) for name in table.header], rule, *rows)]
+    return "\n\n".join([f"## {_escape(table.title)}", "\n".join(lines), *map(_escape, table.notes)])
 
 
 def _escape(text: str) -> str:
