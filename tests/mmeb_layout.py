@@ -49,7 +49,10 @@ def classification(images: Path, rows: int) -> list[Values]:
         {
             "qry_text": "<|image_1|>\nRepresent the given image for classification\n",
             "qry_img_path": path,
-            "tgt_text": [labels[number % len(NAMES)], *(each for each in labels if each != labels[number % len(NAMES)])],
+            "tgt_text": [
+                labels[number % len(NAMES)],
+                *(each for each in labels if each != labels[number % len(NAMES)]),
+            ],
             "tgt_img_path": [""] * len(labels),
         }
         for number, path in enumerate(paths)

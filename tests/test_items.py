@@ -9,7 +9,7 @@ from PIL import Image
 from cocoa_embed.encoder import Encoder
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.evaluation import items as items_module
-from cocoa_embed.evaluation.items import MAX_BATCH_ITEMS, Item, embed_items, estimated_tokens
+from cocoa_embed.evaluation.items import MAX_BATCH_ITEMS, Item, Role, embed_items, estimated_tokens
 from cocoa_embed.images import ImageError
 from fake_model import IMAGE_TOKEN, FakeModel, colour_image
 from scored_model import ScoredModel, mosaic
@@ -95,9 +95,9 @@ def test_a_broken_image_is_an_error_or_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("role", ["query", "document"])
-def test_an_item_that_the_model_refuses_is_named(role: Any) -> None:
+def test_an_item_that_the_model_refuses_is_named(role: Role) -> None:
     items = [Item("red"), Item(f"{IMAGE_TOKEN} blue"), Item("green")]
-    with pytest.raises(CocoaError, match=rf"fake cannot embed the text '<\|image_pad\|> blue' \(.*image tokens do not"):
+    with pytest.raises(CocoaError, match=r"fake cannot embed the text '<\|image_pad\|> blue' \(.*image tokens do not"):
         embed_items(Encoder(FakeModel(), "fake"), items, role)
 
 

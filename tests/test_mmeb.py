@@ -36,7 +36,9 @@ def benchmark_folder(tmp_path: Path) -> MmebFolder:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    def run(model: ScoredModel, folder: MmebFolder, *asked: str, fingerprint: str = FINGERPRINT, **options: Any) -> Any:
+    def run(
+        model: ScoredModel, folder: MmebFolder, *asked: str, fingerprint: str = FINGERPRINT, **options: Any
+    ) -> dict[str, Any]:
         finished = FinishedParts(tmp_path / "finished")
         checked = check_subsets(folder, asked)
         return evaluate_mmeb(Encoder(model, "scored"), fingerprint, folder, checked, finished, **options)
@@ -132,9 +134,7 @@ def test_a_finished_subset_is_not_done_again(run: Run, benchmark_folder: MmebFol
     assert model.calls == 0
 
 
-def test_another_model_or_other_data_are_scored_anew(
-    run: Run, benchmark_folder: MmebFolder, tmp_path: Path
-) -> None:
+def test_another_model_or_other_data_are_scored_anew(run: Run, benchmark_folder: MmebFolder, tmp_path: Path) -> None:
     def calls(fingerprint: str = FINGERPRINT, limit: int | None = None) -> int:
         model = ScoredModel()
         folder = MmebFolder(benchmark_folder.data, benchmark_folder.images, limit)

@@ -36,7 +36,12 @@ def test_published_averages_agree_with_each_other() -> None:
 
 @pytest.mark.parametrize(
     ("name", "meant"),
-    [("ImageNet_1K", "ImageNet-1K"), ("mscoco_t2i", "MSCOCO_t2i"), ("RefCoco-Match", "RefCOCO-Matching"), ("xyz", None)],
+    [
+        ("ImageNet_1K", "ImageNet-1K"),
+        ("mscoco_t2i", "MSCOCO_t2i"),
+        ("RefCoco-Match", "RefCOCO-Matching"),
+        ("xyz", None),
+    ],
 )
 def test_an_unknown_subset_is_refused_with_the_nearest_name(name: str, meant: str | None) -> None:
     with pytest.raises(UsageError) as caught:
