@@ -13,6 +13,7 @@ from PIL import Image
 
 from cocoa_embed.encoder import Encoder
 from cocoa_embed.errors import CocoaError, UsageError
+from cocoa_embed.evaluation import pairs as pairs_module
 from cocoa_embed.evaluation.items import Item
 from cocoa_embed.evaluation.pairs import METRICS, Pair, directions, evaluate_pairs
 from cocoa_embed.evaluation.pairs_reader import PairColumns, read_pairs
@@ -73,8 +74,11 @@ def by_brute_force(model: ScoredModel, folder: Path) -> dict[str, dict[str, floa
     return measured
 
 
-@pytest.mark.parametrize("noise", [30.0, 200.0])
-def test_both_directions_are_those_of_brute_force(captioned: Path, noise: float) -> None:
+@pytest.mark.parametrize(("noise", "at_once"), [(30.0, 512), (200.0, 7)])
+def test_both_directions_are_those_of_brute_force(
+    captioned: Path, noise: float, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pairs_module, "QUERIES_AT_ONCE", at_once)
     document = evaluate_pairs([Encoder(ScoredModel(noise=noise), "one")], read_pairs(captioned), resamples=50)
     expected = by_brute_force(ScoredModel(noise=noise), captioned)
     assert document["subsets"].keys() == expected.keys() == {"text_to_image", "image_to_text"}
