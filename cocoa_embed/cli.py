@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cocoa_embed.errors import CocoaError, UsageError, require
+from cocoa_embed.evaluation.commands import evaluation
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -66,6 +67,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(evaluation, name="eval", help="Measure a model: on MMEB-V1, or on pairs of your own.")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -28,7 +28,7 @@ SOURCE_TREES = {
     "cocoa_embed/integrations": ROOT / "integrations",
 }
 PROJECT_FILES = ("pyproject.toml", "README.md", "LICENSE")
-EXTRAS = {"train", "llama-index", "qdrant", "edge", "heic", "report", "all", "dev"}
+EXTRAS = {"train", "llama-index", "qdrant", "edge", "heic", "report", "eval", "all", "dev"}
 
 
 class Built(NamedTuple):

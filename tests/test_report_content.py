@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cocoa_embed.demo.report_content import chance_metrics, curves, retrieval_rows
-from cocoa_embed.evaluation import retrieval_metrics
+from cocoa_embed.evaluation.metrics import retrieval_metrics
 from cocoa_embed.train import StageResult
 
 

@@ -28,7 +28,7 @@ from cocoa_embed.demo.scenes import write_image_folder
 from cocoa_embed.demo.table import retrieval_table
 from cocoa_embed.encoder import Encoder
 from cocoa_embed.errors import UsageError
-from cocoa_embed.evaluation import ranks, retrieval_metrics
+from cocoa_embed.evaluation.metrics import ranks, retrieval_metrics
 from cocoa_embed.export import (
     TRAINING_FILE,
     build_sentence_transformer,

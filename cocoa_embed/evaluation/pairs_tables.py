@@ -1,0 +1,68 @@
+"""The results on pairs of one's own as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cocoa_embed.evaluation.pairs import METRICS
+from cocoa_embed.evaluation.tables import Table
+
+
+def pairs_tables(document: Mapping[str, Any]) -> list[Table]:
+    """Return a table for each direction, and one for each comparison of two models.
+
+    :param document: From :func:`cocoa_embed.evaluation.pairs.evaluate_pairs`.
+    """
+    scores = [_scores(document, direction) for direction in document["subsets"]]
+    return scores + [_comparison(document, direction) for direction in document.get("comparison", ())]
+
+
+def _scores(document: Mapping[str, Any], direction: str) -> Table:
+    models = [document, document["other"]] if "other" in document else [document]
+    rows = [
+        (
+            model["model"],
+            *(
+                _with_interval(model["subsets"][direction][name], *model["intervals"][direction][name])
+                for name in METRICS
+            ),
+        )
+        for model in models
+    ]
+    counts = document["counts"][direction]
+    notes = [
+        f"{counts['queries']} queries in {counts['groups']} groups, {counts['documents']} documents;"
+        f" {document['level']:.0%} bootstrap intervals over groups ({document['resamples']} draws, seed"
+        f" {document['seed']}).",
+        "recall@k: the share of a query's relevant documents among the first k. hit@k: whether any of them is, which"
+        " COCO and Flickr30k call R@k.",
+    ]
+    return Table(title_of(direction), ("model", *METRICS), rows, own=(0,), notes=notes)
+
+
+def _with_interval(value: float, low: float, high: float) -> str:
+    return f"{value:.3f} ({low:.3f}–{high:.3f})"
+
+
+def _comparison(document: Mapping[str, Any], direction: str) -> Table:
+    rows = [
+        (
+            name,
+            f"{found['difference']:+.3f}",
+            f"{found['low']:+.3f} to {found['high']:+.3f}",
+            f"{found['p']:.4f}",
+        )
+        for name, found in document["comparison"][direction].items()
+    ]
+    notes = [
+        f"{document['model']} less {document['other']['model']}, on the same queries. p: two-sided, by random signs of"
+        " the groups' differences. The metrics are of the same queries: several small p are not several findings."
+    ]
+    header = ("metric", "difference", f"{document['level']:.0%} interval", "p")
+    return Table(f"{title_of(direction)}: the models compared", header, rows, notes=notes)
+
+
+def title_of(direction: str) -> str:
+    """Return a direction as people read it."""
+    return direction.replace("_", " ").capitalize()
