@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from enum import Enum
 from pathlib import Path
@@ -336,11 +337,12 @@ def image_title(image: str) -> str:
 
 
 def silence_libraries() -> None:
-    """Turn off the loading bars and informal messages of other libraries."""
+    """Turn off the loading bars, the warnings and the informal messages of other libraries."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", module="PIL")  # of broken files, which are reported by name
     for name in ("sentence_transformers", "httpx"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

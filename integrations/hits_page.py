@@ -4,8 +4,8 @@ import base64
 from collections.abc import Sequence
 from pathlib import Path
 
-from cocoa_embed.errors import CocoaError, require
-from cocoa_embed.images import ImageError, load_image
+from cocoa_embed.errors import CocoaError, ImageError, require
+from cocoa_embed.images import load_image
 from cocoa_embed.integrations.stores import Hit
 from cocoa_embed.integrations.thumbnails import THUMBNAIL_SIZE
 from cocoa_embed.pixels import draw_thumbnail

@@ -16,8 +16,8 @@ from itertools import islice
 from typing import NamedTuple
 
 from cocoa_embed.encoder import EmbeddedImage, Encoder
-from cocoa_embed.errors import printable
-from cocoa_embed.images import ImageError, decode_image
+from cocoa_embed.errors import ImageError, printable
+from cocoa_embed.images import decode_image
 from cocoa_embed.integrations.described_files import ImageFiles
 from cocoa_embed.integrations.ledger import Content, Ledger, words_digest
 from cocoa_embed.integrations.points import (

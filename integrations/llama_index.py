@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from cocoa_embed.encoder import Encoder, Item, make_item
-from cocoa_embed.errors import CocoaError, UsageError, one_line, printable, require
-from cocoa_embed.images import ImageError, ImageSource
+from cocoa_embed.errors import CocoaError, ImageError, UsageError, one_line, printable, require
+from cocoa_embed.images import ImageSource
 from cocoa_embed.integrations.nodes import split_by_image, to_node
 from cocoa_embed.loading import is_hub_name, load_model
 

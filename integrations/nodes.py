@@ -10,8 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
-from cocoa_embed.errors import require
-from cocoa_embed.images import ImageError
+from cocoa_embed.errors import ImageError, require
 from cocoa_embed.integrations.points import plain_payload
 
 require("llama_index.core", "llama-index")

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
-from cocoa_embed.images import ImageError, read_stable_file
+from cocoa_embed.errors import ImageError
+from cocoa_embed.images import read_stable_file
 from cocoa_embed.integrations.points import Description, point_id
 
 READERS = 4

@@ -7,10 +7,9 @@ import torch
 from PIL import Image
 
 from cocoa_embed.encoder import Encoder
-from cocoa_embed.errors import CocoaError
+from cocoa_embed.errors import CocoaError, ImageError
 from cocoa_embed.evaluation import items as items_module
 from cocoa_embed.evaluation.items import MAX_BATCH_ITEMS, Item, Role, embed_items, estimated_tokens
-from cocoa_embed.images import ImageError
 from fake_model import IMAGE_TOKEN, FakeModel, colour_image
 from scored_model import ScoredModel, mosaic
 

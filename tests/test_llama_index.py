@@ -36,9 +36,8 @@ from llama_index.core.storage.kvstore import SimpleKVStore
 
 from cocoa_embed.backbone import load_backbone
 from cocoa_embed.encoder import Encoder
-from cocoa_embed.errors import CocoaError, UsageError
+from cocoa_embed.errors import CocoaError, ImageError, UsageError
 from cocoa_embed.export import export_model
-from cocoa_embed.images import ImageError
 from cocoa_embed.integrations.llama_index import CocoaEmbedding
 from cocoa_embed.loading import load_model
 from exported import write_checkpoint

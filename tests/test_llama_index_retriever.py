@@ -29,8 +29,7 @@ from llama_index.core.tools import RetrieverTool
 from llama_index.core.vector_stores import FilterOperator, MetadataFilter, MetadataFilters
 from qdrant_client import QdrantClient, models
 
-from cocoa_embed.errors import UsageError
-from cocoa_embed.images import ImageError
+from cocoa_embed.errors import ImageError, UsageError
 from cocoa_embed.integrations.llama_index import CocoaEmbedding, CocoaRetriever
 from cocoa_embed.integrations.qdrant import QdrantIndexer
 from fake_llm import FakeLLM

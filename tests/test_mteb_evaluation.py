@@ -9,10 +9,11 @@ import pytest
 pytest.importorskip("mteb", minversion="2")
 
 from cocoa_embed.backbone import Backbone
-from cocoa_embed.encoder import Encoder, load_model
+from cocoa_embed.encoder import Encoder
 from cocoa_embed.evaluation.pairs import evaluate_pairs
 from cocoa_embed.evaluation.pairs_reader import read_pairs
 from cocoa_embed.export import export_model
+from cocoa_embed.loading import load_model
 from exported import write_checkpoint
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "mteb_evaluation.py"

@@ -26,7 +26,7 @@ from llama_index.core.schema import (
 )
 from llama_index.core.vector_stores.utils import node_to_metadata_dict
 
-from cocoa_embed.images import ImageError
+from cocoa_embed.errors import ImageError
 from cocoa_embed.integrations.nodes import image_of, split_by_image, to_node
 from cocoa_embed.integrations.qdrant import Hit
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cocoa_embed.images import ImageError
+from cocoa_embed.errors import ImageError
 from cocoa_embed.integrations.points import Description, point_id
 from cocoa_embed.integrations.reading import ReadFile, ahead, read_file
 

@@ -266,7 +266,8 @@ def load_encoder(model: str, device: str | None) -> Encoder:
     :raises CocoaError: If it cannot be loaded.
     """
     from cocoa_embed.cli import silence_libraries
-    from cocoa_embed.encoder import Encoder, load_model
+    from cocoa_embed.encoder import Encoder
+    from cocoa_embed.loading import load_model
 
     silence_libraries()
     return Encoder(load_model(model, device), model)

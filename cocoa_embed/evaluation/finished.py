@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cocoa_embed.errors import CocoaError
-from cocoa_embed.images import one_line, printable
+from cocoa_embed.errors import CocoaError, one_line, printable
 
 NAME_DIGITS = 12
 """Hexadecimal digits of a key's digest in a file's name; the whole key is in the file."""

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from cocoa_embed.encoder import MODALITIES, Encoder, require_unicode
 from cocoa_embed.encoder import Item as LoadedItem
-from cocoa_embed.errors import CocoaError
-from cocoa_embed.images import ImageError, load_image, one_line, printable
+from cocoa_embed.errors import CocoaError, ImageError, one_line, printable
+from cocoa_embed.images import load_image
 
 Role = Literal["query", "document"]
 

@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 
 from cocoa_embed.encoder import Encoder
-from cocoa_embed.errors import CocoaError
+from cocoa_embed.errors import CocoaError, ImageError
 from cocoa_embed.evaluation.finished import FinishedParts
 from cocoa_embed.evaluation.items import BATCH_TOKENS, Embedded, Item, Role, embed_items, unsupported
 from cocoa_embed.evaluation.metrics import cosine_similarities, query_metrics, ranks_of_relevant
 from cocoa_embed.evaluation.mmeb_reader import MmebFolder, Row, SubsetData
 from cocoa_embed.evaluation.mmeb_subsets import AVERAGES, SUBSETS
-from cocoa_embed.images import ImageError
 
 SCORING = 1
 """Goes up when what is computed from embeddings changes, so that finished subsets are scored again."""

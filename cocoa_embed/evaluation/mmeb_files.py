@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cocoa_embed.errors import CocoaError, require
-from cocoa_embed.images import one_line, printable
+from cocoa_embed.errors import CocoaError, one_line, printable, require
 
 COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
 LISTS = ("tgt_text", "tgt_img_path")

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from cocoa_embed.encoder import require_unicode
-from cocoa_embed.errors import CocoaError, UsageError, require
+from cocoa_embed.errors import CocoaError, UsageError, one_line, printable, require
 from cocoa_embed.evaluation.items import Item
 from cocoa_embed.evaluation.pairs import Pair
-from cocoa_embed.images import METADATA_FILE, one_line, parse_json_line, printable, read_image_folder_metadata
+from cocoa_embed.image_files import METADATA_FILE, parse_json_line, read_image_folder_metadata
 
 Entry = tuple[str, dict[str, Any]]
 """A row's place, for errors, and its values by column."""
