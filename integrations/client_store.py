@@ -137,7 +137,7 @@ class ClientStore:
 
     def upsert(self, points: Sequence[Point]) -> None:
         """Store points, and wait until they are there."""
-        check_points(points, self._dimension)
+        check_points(points, self._known_dimension())
         if points:
             self._send(points)
 
@@ -165,7 +165,7 @@ class ClientStore:
         query_filter: models.Filter | None = None,
     ) -> list[Hit]:
         """Return the points whose vectors are nearest to ``vector`` by the cosine, best first."""
-        query = query_values(vector, self._dimension)
+        query = query_values(vector, self._known_dimension())
         answer = self._ask(
             lambda client: client.query_points(
                 self.collection,
@@ -189,6 +189,12 @@ class ClientStore:
     def _parameters(self, dimension: int) -> dict[str, Any]:
         """Return what a new collection is created with, besides its metadata."""
         return {"vectors_config": models.VectorParams(size=dimension, distance=models.Distance.COSINE)}
+
+    def _known_dimension(self) -> int | None:
+        """Return the dimension of the collection's vectors, asking for it if need be; None if there is none."""
+        if self._dimension is None:
+            self.signature()
+        return self._dimension
 
     def _checked_dimension(self, vectors: models.VectorsConfig | None) -> int:
         """Return the dimension of a collection's vectors.

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import threading
+import time
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -65,6 +66,9 @@ SCROLL_LIMIT = 1000
 RESERVE = 128 * 2**20
 """Bytes that have to be free on the disk before the engine is let write: where its mapped files find no room, the
 kernel ends the whole process. An empty shard is 200 MB of holes, 100 of which some file systems fill."""
+FLUSH_SECONDS = 5.0
+"""Between two flushes, as in a server. The engine's log keeps what a kill would lose; a flush is for power failures,
+takes up to a second on a busy disk, and lets no other thread of the process run meanwhile."""
 READING_RESERVE = 32 * 2**20
 """Bytes that have to be free before a shard is opened."""
 ROOM = 4
@@ -87,6 +91,7 @@ class EdgeStore:
         self._dimension: int | None = None
         self._lock_handle: IO[str] | None = None
         self._closing: weakref.finalize | None = None
+        self._flushed = 0.0
         self._lock = threading.RLock()
 
     def collections(self) -> list[str] | None:
@@ -160,7 +165,7 @@ class EdgeStore:
             return shard.count(edge.CountRequest(exact=True))
 
     def upsert(self, points: Sequence[Point]) -> None:
-        """Store points, and wait until they are on the disk."""
+        """Store points, and wait until they are in the engine's log."""
         # The engine, unlike a server, takes vectors that are not finite, and half of a batch with a wrong dimension.
         sizes = check_points(points, self._required_dimension())
         if points:
@@ -235,15 +240,16 @@ class EdgeStore:
         shard = edge.EdgeShard.create(str(scratch), shard_config(signature.dimension, self.options))
         for field, kind in PAYLOAD_INDEXES.items():
             shard.update(edge.UpdateOperation.create_field_index(field, FIELD_INDEXES[kind]))
-        shard.flush()
-        shard.close()
+        flush_and_close(shard)
         write_whole(scratch / SIGNATURE_FILE, json.dumps(signature_fields(signature)))
 
     def _update(self, operation: edge.UpdateOperation, size: int) -> None:
         with self._engine(writes=True) as shard:
             self._require_room(RESERVE + ROOM * size)
             shard.update(operation)
-            shard.flush()
+            if time.monotonic() - self._flushed > FLUSH_SECONDS:
+                shard.flush()
+                self._flushed = time.monotonic()
 
     def _required_dimension(self) -> int:
         if self._dimension is None and self.signature() is None:
@@ -319,7 +325,8 @@ class EdgeStore:
             except BaseException:
                 self.close()
                 raise
-            self._closing = weakref.finalize(self, self._shard.close)
+            self._flushed = time.monotonic()
+            self._closing = weakref.finalize(self, flush_and_close, self._shard)
         return self._shard
 
 
@@ -329,6 +336,12 @@ FIELD_INDEXES: dict[str, Any] = {
     FLOAT: edge.PayloadSchemaType.Float,
     TEXT: edge.TextIndexParams(tokenizer=edge.TokenizerType.Word, lowercase=True, phrase_matching=True),
 }
+
+
+def flush_and_close(shard: edge.EdgeShard) -> None:
+    """Write out what a shard has in memory, and release it."""
+    shard.flush()
+    shard.close()
 
 
 def shard_config(dimension: int, options: StoreOptions) -> edge.EdgeConfig:

@@ -88,7 +88,7 @@ class ServerStore(ClientStore):
 
     def upsert(self, points: Sequence[Point]) -> None:
         """Store points, and wait until they are there; several requests, if they take more bytes than one should."""
-        sizes = check_points(points, self._dimension)
+        sizes = check_points(points, self._known_dimension())
         # Whoever created the collection may have been killed before the last index.
         self._index_payloads()
         for batch in batches_by_bytes(points, sizes):

@@ -26,7 +26,7 @@ from qdrant_client.http.exceptions import ResponseHandlingException
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.integrations import local_store
 from cocoa_embed.integrations.client_store import ClientStore
-from cocoa_embed.integrations.local_store import write_ahead
+from cocoa_embed.integrations.local_store import LocalStore, write_ahead
 from cocoa_embed.integrations.server_store import (
     ATTEMPTS,
     BATCH_BYTES,
@@ -309,7 +309,7 @@ class TestRequests:
         assert writes[-2:] == ["points", "points"]
         asked = len(server.requests)
         remote(server, sleeper).upsert(make_points(2, 3))
-        assert [request.method for request in server.requests[asked:]] == ["GET", "PUT"]
+        assert [request.method for request in server.requests[asked:]] == ["GET", "GET", "GET", "PUT"]
         second.close()
 
     def test_batches_are_bounded_in_points_and_in_bytes(self, server: FakeServer, sleeper: Sleeper) -> None:
@@ -638,11 +638,24 @@ class TestFolders:
         assert plain.count("images").count == 50
         plain.close()
 
-    def test_where_there_can_be_no_log_points_are_stored_all_the_same(self, tmp_path: Path) -> None:
-        write_ahead(tmp_path / "none" / "storage.sqlite")
-        (tmp_path / "broken").write_bytes(b"x" * 5000)
-        write_ahead(tmp_path / "broken")
-        assert sorted(entry.name for entry in tmp_path.iterdir()) == ["broken"]
+    def test_a_commit_does_not_wait_for_the_disk(self, tmp_path: Path) -> None:
+        store = LocalStore(tmp_path, "images")
+        store.create(SIGNATURE)
+        for _ in range(2):
+            client = store._connected()
+            connection = client._client.collections["images"].storage.storage
+            assert connection.execute("PRAGMA synchronous").fetchone() == (1,)
+            assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+            store.close()
+
+    def test_a_client_that_cannot_have_a_log_is_left_alone(self) -> None:
+        client = QdrantClient(":memory:")
+        write_ahead(client, "none")
+        write_ahead(FaultyClient(client), "none")  # type: ignore[arg-type]
+        client.close()
+        remote = QdrantClient(url="http://127.0.0.1:9", check_compatibility=False)
+        write_ahead(remote, "none")
+        remote.close()
 
     def test_a_store_that_nobody_closed_says_nothing_at_the_end(self, tmp_path: Path) -> None:
         run = run_process("path", tmp_path / "store", CREATE + "store.upsert(make_points(0, 7)); print(store.count())")
