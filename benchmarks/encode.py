@@ -217,9 +217,8 @@ def show(document: dict[str, Any]) -> None:
     print(f"{document['model']}, {document['images']} images, on {machine}, {document['workers']} workers")
     for name, title in {"encode": "encode", "stream": "ours", "model_alone": "model alone"}.items():
         times = document[f"{name}_seconds"]
-        print(
-            f"{title:12} {document[f'{name}_images_per_second']:8.1f} images/s  ({min(times):.2f} to {max(times):.2f} s)"
-        )
+        rate = document[f"{name}_images_per_second"]
+        print(f"{title:12} {rate:8.1f} images/s  ({min(times):.2f} to {max(times):.2f} s)")
     ratio = document["ratio"]
     print(f"ours: {ratio['encode']:.2f} times encode, {ratio['model_alone']:.2f} of the model alone")
 

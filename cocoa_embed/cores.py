@@ -12,10 +12,12 @@ from statistics import median
 
 import torch
 
-WARM_UP = 1
-"""Batches whose time is not counted: the first forward pass allocates and compiles."""
 TIMES_KEPT = 5
-BATCHES_TO_RECHECK = 32
+BATCHES_TO_RECHECK = 64
+CONSIDERABLE = 0.1
+"""Preparing that takes this share of the model's time, by all cores, is worth doing beside it."""
+BATCHES_TO_TRY = 8
+"""Beside is tried after so many batches even if it is not."""
 
 
 def available_cores() -> int:
@@ -48,7 +50,7 @@ def start_workers(count: int, name: str) -> ThreadPoolExecutor:
     all_here = threading.Barrier(count + 1)
 
     def begin() -> None:
-        torch.get_num_threads()  # a thread takes over the common setting when it is first asked; not after it has its own
+        torch.get_num_threads()  # takes over the common setting, which would else happen after the next line
         torch.set_num_threads(1)
         all_here.wait()
 
@@ -67,59 +69,73 @@ def start_workers(count: int, name: str) -> ThreadPoolExecutor:
 
 
 class CoreShare:
-    """Decides for every batch whether a model on the CPU runs beside the workers, or in turn with them.
+    """Decides for every batch whether a model on the CPU runs in turn with the workers, or beside them.
 
-    Beside: the workers have some cores and the model the others, at the same time. In turn: the workers have all cores
-    while the model waits, then the model has all while the workers wait. A model of large operations gains from every
-    core, and is faster in turn; one of small operations does not, and is faster beside. So both ways are timed on the
-    first batches, the better is taken, and the other is tried again now and then.
+    In turn: the workers have all cores while the model waits, then the model has all while they wait. Beside: the
+    workers have some cores and the model the others, at the same time. A model of large operations gains from every
+    core and is faster in turn. One of small operations does not, and is as fast beside; many times faster on a machine
+    with other things to do, where the threads that share an operation wait for the last of them. So the model starts in
+    turn, beside is tried soon, the faster is taken, and the other is tried again now and then.
     """
 
     def __init__(self, *, workers: int, cores: int, threads: int) -> None:
         """Share ``cores`` between ``workers`` and a model.
 
-        :param threads: The torch threads that the model may have at most.
+        :param threads: The torch threads that the model has by itself.
         """
         self.workers = workers
         self.cores = max(cores, workers)
         self.threads_beside = max(1, min(threads, cores - workers))
         self.threads_in_turn = threads
-        self._model_times: dict[bool, deque[float]] = {way: deque(maxlen=TIMES_KEPT) for way in (False, True)}
-        self._preparation_times: deque[float] = deque(maxlen=TIMES_KEPT)
+        self._alone: deque[float] = deque(maxlen=TIMES_KEPT)
+        """Seconds of the model by itself for a unit of work."""
+        self._beside: deque[float] = deque(maxlen=TIMES_KEPT)
+        """Seconds of the model beside the workers for a unit of work, with those of waiting for them."""
+        self._preparing: deque[float] = deque(maxlen=TIMES_KEPT)
+        """Seconds of one core for a unit of work."""
         self._batches = 0
+        self._was_in_turn = True
 
     @property
     def has_choice(self) -> bool:
         """Whether the model would have more threads in turn."""
         return self.threads_in_turn > self.threads_beside
 
-    def is_in_turn(self) -> bool:
-        """Tell how the next batch is to run."""
+    def is_in_turn(self, *, is_all_prepared: bool) -> bool:
+        """Tell how the next batch is to run.
+
+        :param is_all_prepared: There is nothing left to prepare beside the model.
+        """
         if not self.has_choice:
             return False
-        if self._batches <= WARM_UP or not self._model_times[True]:
+        if not self._alone:
             return True
-        if not self._model_times[False]:
-            return False
-        return self._is_faster_in_turn() != (self._batches % BATCHES_TO_RECHECK == 0)
+        alone, preparing = median(self._alone), median(self._preparing) / self.cores
+        if not self._beside:
+            return is_all_prepared or (preparing < CONSIDERABLE * alone and self._batches < BATCHES_TO_TRY)
+        return alone + (0 if is_all_prepared else preparing) <= median(self._beside)
 
     def threads(self, in_turn: bool) -> int:
         """Return the torch threads that the model may use."""
         return self.threads_in_turn if in_turn else self.threads_beside
 
-    def note(self, in_turn: bool, *, work: int, model_seconds: float, preparation_seconds: float) -> None:
+    def note(self, in_turn: bool, *, work: int, model: float, waiting: float, preparing: float) -> None:
         """Keep what a batch took.
 
         :param work: Its visual tokens.
-        :param model_seconds: The time of the forward pass.
-        :param preparation_seconds: The time of one core that decoding and preprocessing took.
+        :param model: The seconds of the forward pass.
+        :param waiting: The seconds that the model waited for the batch.
+        :param preparing: The seconds of one core that decoding and preprocessing took.
         """
         self._batches += 1
-        if self._batches > WARM_UP:
-            self._model_times[in_turn].append(model_seconds / work)
-            self._preparation_times.append(preparation_seconds / work)
-
-    def _is_faster_in_turn(self) -> bool:
-        preparation = median(self._preparation_times)
-        beside, in_turn = (median(self._model_times[way]) for way in (False, True))
-        return in_turn + preparation / self.cores < max(beside, preparation / self.workers)
+        if self._batches == 1:
+            return  # the first pass allocates and compiles
+        if self._batches % BATCHES_TO_RECHECK == 0:
+            (self._beside if in_turn else self._alone).clear()
+        self._preparing.append(preparing / work)
+        if in_turn:
+            self._alone.append(model / work)
+        else:
+            # The first beside was prepared in turn, or waited for because nothing was ready.
+            self._beside.append((model + (0 if self._was_in_turn else waiting)) / work)
+        self._was_in_turn = in_turn

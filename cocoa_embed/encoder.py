@@ -103,6 +103,15 @@ class Encoder:
             self._model_dimension = self.model.get_embedding_dimension() or self._measure_dimension()
         return self._model_dimension
 
+    def cut_to(self, dimension: int) -> Encoder:
+        """Return this model with shorter embeddings; the two still take turns.
+
+        :raises UsageError: If the model's embeddings have fewer dimensions.
+        """
+        shorter = Encoder(self.model, self.name, dimension)
+        shorter._queue, shorter._lock, shorter._processor = self._queue, self._lock, self._processor
+        return shorter
+
     @property
     def fingerprint(self) -> str:
         """A digest of the model by which another one is told from it."""

@@ -32,6 +32,10 @@ class ImageError(CocoaError):
         self.source = source
         self.reason = reason
 
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        """Let the error cross from one process to another."""
+        return type(self), (self.source, self.reason)
+
 
 def require(module: str, extra: str) -> ModuleType:
     """Import ``module``, which the optional dependencies ``extra`` install.

@@ -40,6 +40,10 @@ class MetadataError(CocoaError):
         self.source = source
         self.reason = reason
 
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        """Let the error cross from one process to another."""
+        return type(self), (self.source, self.reason)
+
 
 def find_images(paths: Iterable[str | Path], *, on_error: OnError | None = None) -> list[Path]:
     """Return the image files that ``paths`` name, sorted, each once. None is opened, so broken ones are among them.

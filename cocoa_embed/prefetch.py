@@ -160,6 +160,11 @@ class Prefetcher:
         """Whether every image of the input has been given out."""
         return self._is_at_end and not self._line
 
+    @property
+    def is_all_prepared(self) -> bool:
+        """Whether every image of the input is in a batch that is ready."""
+        return self._is_at_end and not self._examining and not self._window and all(map(Future.done, self.ahead))
+
     def close(self) -> None:
         """End the readers."""
         self._readers.shutdown(wait=True, cancel_futures=True)
@@ -168,19 +173,19 @@ class Prefetcher:
         """Read and plan until ``batches_ahead`` batches are on their way.
 
         :param workers: What decodes and preprocesses them.
-        :param wait: Wait for files that are being read even if a batch is on its way already.
+        :param wait: Wait for files that are being read even if a batch is on its way already. The batches are then
+            prepared so that all are ready soonest, otherwise so that the first is.
         """
+        self._gather()
         while len(self.ahead) < self.batches_ahead:
-            self._read()
-            if self._examining:
-                if self.ahead and not wait and not self._examining[0][1].done():
-                    return
+            is_last_window = not self._examining and (self._is_at_end or not self.ahead)
+            if self._is_window_full() or (self._window and is_last_window):
+                self._plan(workers, all_at_once=wait)
+            elif self._examining and (wait or not self.ahead):
                 self._collect(*self._examining.popleft())
-                if not self._is_window_full():
-                    continue
-            elif not self._window or (self.ahead and not self._is_at_end):
+            else:
                 return
-            self._plan(workers)
+            self._gather()
 
     def settle(self, passenger: Passenger, outcome: EmbeddedImage | ImageError) -> None:
         """Set what becomes of an image, and let go of its bytes."""
@@ -215,6 +220,13 @@ class Prefetcher:
         passenger.bytes_held += change
         self._bytes_held += change
 
+    def _gather(self) -> None:
+        """Read, and collect images into the window whose sizes are known by now."""
+        self._read()
+        while self._examining and self._examining[0][1].done() and not self._is_window_full():
+            self._collect(*self._examining.popleft())
+            self._read()
+
     def _collect(self, passenger: Passenger, examining: Future[Examined]) -> None:
         """Put an image whose size is known into the window; wait for the size, if need be."""
         try:
@@ -234,18 +246,19 @@ class Prefetcher:
         held = sum(passenger.bytes_held for passenger, _ in self._window)
         return len(self._window) >= self._window_size or held >= MAX_BYTES_OF_BATCH
 
-    def _plan(self, workers: Executor) -> None:
+    def _plan(self, workers: Executor, *, all_at_once: bool) -> None:
         """Cut the window into batches and have them decoded and preprocessed."""
         window, self._window = self._window, []
         limits = BatchLimits(self._batch_size, self.batch_tokens, MAX_BYTES_OF_BATCH)
         plan = plan_batches([cost(*waiting) for waiting in window], limits)
-        decoding = [
-            [workers.submit(decode, window[place][1], window[place][0].name, self._thumbnail_size) for place in batch]
-            for batch in plan
-        ]
-        for batch, images in zip(plan, decoding, strict=True):
-            passengers = [window[place][0] for place in batch]
+        batches = [[window[place] for place in places] for places in plan]
+        decoding = ([self._decode(workers, *waiting) for waiting in batch] for batch in batches)
+        for batch, images in zip(batches, list(decoding) if all_at_once else decoding, strict=True):
+            passengers = [passenger for passenger, _ in batch]
             self.ahead.append(workers.submit(prepare_batch, passengers, images, self._prepare))
+
+    def _decode(self, workers: Executor, passenger: Passenger, examined: Examined) -> Future[Decoded | ImageError]:
+        return workers.submit(decode, examined, passenger.name, self._thumbnail_size)
 
 
 def cost(passenger: Passenger, examined: Examined) -> ImageCost:

@@ -80,10 +80,12 @@ class ImageStream:
             stack.callback(self._prefetcher.close)
             pools = self._start_workers(stack)
             while not self._prefetcher.is_exhausted:
-                in_turn = self._share is not None and self._share.is_in_turn()
+                in_turn = self._is_in_turn()
                 self._advance(pools[in_turn], in_turn)
                 if self._prefetcher.ahead:
-                    self._embed(self._prefetcher.ahead.popleft().result(), in_turn)
+                    started = perf_counter()
+                    batch = self._prefetcher.ahead.popleft().result()
+                    self._embed(batch, in_turn, waited=perf_counter() - started)
                 else:
                     self._fetch(0)
                 yield from self._prefetcher.finished()
@@ -101,6 +103,10 @@ class ImageStream:
             stack.callback(pools[in_turn].shutdown, wait=True, cancel_futures=True)
         return pools
 
+    def _is_in_turn(self) -> bool:
+        """Tell whether the workers are to wait while the model runs on the next batch."""
+        return self._share is not None and self._share.is_in_turn(is_all_prepared=self._prefetcher.is_all_prepared)
+
     def _advance(self, workers: ThreadPoolExecutor, in_turn: bool) -> None:
         """Have further batches prepared; in turn only when the last is used up, and all of them before any runs."""
         if not in_turn:
@@ -110,13 +116,13 @@ class ImageStream:
             self._prefetcher.advance(workers, wait=True)
         wait(self._prefetcher.ahead)
 
-    def _embed(self, batch: Batch, in_turn: bool) -> None:
+    def _embed(self, batch: Batch, in_turn: bool, *, waited: float = 0.0) -> None:
         for passenger, error in batch.refused:
             self._prefetcher.settle(passenger, error)
         for piece in batch.pieces:
             seconds = self._run_piece(piece, in_turn)
             if self._share is not None and seconds is not None and len(batch.pieces) == 1:
-                self._share.note(in_turn, work=piece.tokens, model_seconds=seconds, preparation_seconds=batch.seconds)
+                self._share.note(in_turn, work=piece.tokens, model=seconds, waiting=waited, preparing=batch.seconds)
 
     def _run_piece(self, piece: Piece, in_turn: bool) -> float | None:
         """Run the model on a piece; on its halves, if it does not take the whole.

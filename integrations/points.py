@@ -1,6 +1,7 @@
 """An image's content as a Qdrant point: its id, and a payload that LlamaIndex reads back as an ``ImageNode``. Pure."""
 
 import json
+import math
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -189,12 +190,15 @@ def changed_payload(
 
 
 def storable(value: Any) -> Any:  # noqa: ANN401 - any JSON value
-    r"""Return a JSON value whose strings are valid Unicode, as a server demands.
+    r"""Return a JSON value whose strings are valid Unicode and whose numbers are finite, as a server demands.
 
-    The undecodable bytes of a file's name, which Python holds as lone surrogates, become ``\udcNN``.
+    The undecodable bytes of a file's name, which Python holds as lone surrogates, become ``\udcNN``; a number such as
+    1e999, which is infinite to Python, becomes null.
     """
     if isinstance(value, str):
         return value.encode("utf-8", "backslashreplace").decode("utf-8")
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     if isinstance(value, dict):
         return {storable(key): storable(element) for key, element in value.items()}
     if isinstance(value, list):

@@ -296,7 +296,7 @@ class QdrantIndexer:
             return whole
         with self._lock:
             if self._short is None or self._short.dimension != dimension:
-                self._short = Encoder(whole.model, whole.name, dimension)
+                self._short = whole.cut_to(dimension)
             return self._short
 
     def _summary(self, files: ImageFiles, counts: Counts, seconds: float) -> IndexSummary:

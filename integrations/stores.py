@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -258,7 +259,17 @@ def oversampling(limit: int) -> float:
 def hit(id_: object, score: float, payload: Payload | None) -> Hit:
     """Return a :class:`Hit` of what a search has given."""
     stored = payload or {}
-    return Hit(id=str(id_), score=float(score), path=str(stored.get("path", "")), payload=stored)
+    return Hit(id=str(id_), score=float(score), path=image_path(stored), payload=stored)
+
+
+def image_path(payload: Payload) -> str:
+    """Return the path of a point's image; that of a node which LlamaIndex wrote, if need be; empty if there is none."""
+    if "path" in payload or "_node_content" not in payload:
+        return str(payload.get("path", ""))
+    try:
+        return str(json.loads(payload["_node_content"]).get("image_path") or "")
+    except (ValueError, TypeError, AttributeError):  # what others wrote may be anything
+        return ""
 
 
 def signature_fields(signature: Signature) -> Payload:

@@ -236,7 +236,6 @@ def test_an_embedding_of_a_loaded_model_without_a_name_stays_in_its_process(mode
     assert pickle.loads(pickle.dumps(embedding)).get_query_embedding("red") == embedding.get_query_embedding("red")
 
 
-@pytest.mark.xfail(raises=TypeError, reason="ImageError takes two arguments and is pickled with one")
 def test_an_error_crosses_processes() -> None:
     """A pool of processes waits for ever for an error that cannot be unpickled."""
     for error in (ImageError("red.png", "does not exist"), UsageError("no"), CocoaError("no")):

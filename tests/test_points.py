@@ -135,3 +135,7 @@ def test_undecodable_bytes_become_valid_unicode() -> None:
     assert stored["path"] == r"/data/\udcff.jpg"
     assert stored["metadata"] == {r"n\udcff": [r"\udcfe", 1, None]}
     assert storable("ünï 🦓") == "ünï 🦓"
+
+
+def test_numbers_that_json_does_not_have_become_null() -> None:
+    assert storable({"a": [1e999, -1e999, float("nan"), 1.5, 7, True]}) == {"a": [None, None, None, 1.5, 7, True]}
