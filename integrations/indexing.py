@@ -163,15 +163,20 @@ class IndexRun:
 
     def _hold(self, file: Description, read: ReadFile) -> None:
         """Note that a file holds a content that is stored."""
+        if self.thumbnails is not None and not self.thumbnails.has(read.id):
+            try:
+                image, _ = decode_image(read.data, printable(file.path))
+            except ImageError as error:
+                self._fail(file, error.reason)
+                return
+            jpeg = draw_thumbnail(image, THUMBNAIL_SIZE)
+            self.ledger.contents[read.id].thumbnail = self.thumbnails.write(read.id, jpeg)
         place = place_of(file, read.mtime)
         before = self.ledger.owner(place.path)
         content = self.ledger.contents[read.id]
         is_new_holder = all(other.path != place.path for other in content.places)
         self.ledger.forget(read.id, is_gone)
         self.ledger.hold(read.id, place)
-        if self.thumbnails is not None and not self.thumbnails.has(read.id):
-            image, _ = decode_image(read.data, printable(file.path))
-            content.thumbnail = self.thumbnails.write(read.id, draw_thumbnail(image, THUMBNAIL_SIZE))
         if before not in (None, read.id):
             self.counts.replaced.add(place.path)
         elif is_new_holder and not content.is_new:
