@@ -26,6 +26,10 @@ from cocoa_embed.integrations.stores import Point, Signature, Store, open_store
 HOMES = ("path", "edge")
 POINTS_AT_ONCE = 64
 QUERIES = 20
+LINE = (
+    "{points:7} points in --{home:5} {upsert_points_per_second:6.0f} a second, finish {finish_seconds:5.1f} s,"
+    " open {open_seconds:5.2f} s, query {query_milliseconds:6.1f} ms, filtered {filtered_query_milliseconds:6.1f} ms"
+)
 
 
 def parse() -> argparse.Namespace:
@@ -100,11 +104,7 @@ def main() -> None:
         return
     print(f"{os.cpu_count()} cores, vectors of {options.dimension} dimensions")
     for figures in found:
-        print(
-            f"{figures['points']:7} points in --{figures['home']:5}"
-            f" {figures['upsert_points_per_second']:6.0f} a second, finish {figures['finish_seconds']:5.1f} s, open {figures['open_seconds']:5.2f} s,"
-            f" query {figures['query_milliseconds']:6.1f} ms, filtered {figures['filtered_query_milliseconds']:6.1f} ms"
-        )
+        print(LINE.format(**figures))
 
 
 if __name__ == "__main__":
