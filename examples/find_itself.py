@@ -1,4 +1,4 @@
-"""Search an index with each image of a folder: how many find themselves first?
+"""Search an index with each image of a folder, and with altered copies of it: how many find the image first?
 
     python examples/find_itself.py cocoa-qwen2vl path/to/images
 
@@ -6,23 +6,53 @@ The images must have been indexed into ./cocoa-index (cocoa-embed index path/to/
 """
 
 import sys
+from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 
+from PIL import Image
+
+from cocoa_embed.errors import CocoaError
 from cocoa_embed.image_files import find_images
+from cocoa_embed.images import load_image
 from cocoa_embed.integrations.qdrant import QdrantIndexer
 
 
+def compressed(image: Image.Image) -> Image.Image:
+    buffer = BytesIO()
+    image.save(buffer, "JPEG", quality=30)
+    return load_image(buffer)
+
+
+def cropped(image: Image.Image) -> Image.Image:
+    return image.crop((image.width // 20, image.height // 20, image.width * 19 // 20, image.height * 19 // 20))
+
+
+ALTERED: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "itself": lambda image: image,
+    "JPEG of quality 30": compressed,
+    "half its size": lambda image: image.reduce(2),
+    "cropped by 5 % a side": cropped,
+    "turned by 2 degrees": lambda image: image.rotate(2, Image.Resampling.BICUBIC),
+    "turned by 90 degrees": lambda image: image.transpose(Image.Transpose.ROTATE_90),
+}
+
+
 def main(model: str, folder: str) -> None:
-    images = find_images([folder])
+    paths = find_images([folder])
     with QdrantIndexer(model, path=Path("cocoa-index")) as indexer:
-        pairs = [(image, indexer.search(image=image, limit=2)) for image in images]
-    itself = sum(Path(hits[0].path).samefile(image) for image, hits in pairs)
-    margins = sorted(hits[0].score - hits[1].score for _, hits in pairs)
-    print(f"{itself} of {len(images)} images find themselves first;")
-    print(f"the next best is behind by {margins[0]:.4f} at least, by {margins[len(margins) // 2]:.4f} in the median")
+        for name, alter in ALTERED.items():
+            searches = [(path, indexer.search(image=alter(load_image(path)), limit=2)) for path in paths]
+            found = [hits for path, hits in searches if Path(hits[0].path).samefile(path)]
+            margins = sorted(hits[0].score - hits[1].score for hits in found)
+            margin = f", ahead of the next by {margins[len(margins) // 2]:.3f} in the median" if found else ""
+            print(f"{name:22} {len(found)} of {len(paths)} find the image first{margin}")
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit(__doc__)
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except CocoaError as error:
+        sys.exit(str(error))

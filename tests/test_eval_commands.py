@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cocoa_embed import cli, encoder
+from cocoa_embed import cli, loading
 from cocoa_embed.backbone import Backbone
 from cocoa_embed.export import export_model
 from exported import write_checkpoint
@@ -25,7 +25,7 @@ ROWS = 8
 def models(monkeypatch: pytest.MonkeyPatch) -> dict[str, ScoredModel]:
     """The models that can be loaded, by name."""
     found = {"ours": ScoredModel(0, noise=10.0), "theirs": ScoredModel(1, noise=400.0)}
-    monkeypatch.setattr(encoder, "load_model", lambda name, device=None: found[name])
+    monkeypatch.setattr(loading, "load_model", lambda name, device=None: found[name])
     return found
 
 
@@ -127,12 +127,12 @@ def test_a_run_that_is_killed_goes_on(tmp_path: Path) -> None:
     write_benchmark(tmp_path, ROWS)
     script = (
         "import os, sys\nsys.path.insert(0, sys.argv[1])\nfrom scored_model import ScoredModel\n"
-        "from cocoa_embed import cli, encoder\n"
+        "from cocoa_embed import cli, loading\n"
         "class Model(ScoredModel):\n"
         "    def encode_document(self, *args, **options):\n"
         "        if sys.argv[2] == 'die' and len(self.queries) > 8: os._exit(9)\n"
         "        return super().encode_document(*args, **options)\n"
-        "encoder.load_model = lambda name, device=None: Model()\n"
+        "loading.load_model = lambda name, device=None: Model()\n"
         "cli.main(['eval', 'mmeb', 'MMEB-eval', '--images', 'eval_images', '--model', 'm', '--out', 'out'])\n"
     )
     done = [
