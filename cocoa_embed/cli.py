@@ -161,6 +161,9 @@ def search(
     score_threshold: Annotated[
         float | None, typer.Option("--score-threshold", help="The least cosine of a hit, between -1 and 1.")
     ] = None,
+    any_orientation: Annotated[
+        bool, typer.Option("--any-orientation", help="Look for the image turned and mirrored too.")
+    ] = False,
     dimension: DimensionOption = None,
     device: DeviceOption = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write a gallery of the images to this file.")] = None,
@@ -183,6 +186,7 @@ def search(
             offset=offset,
             score_threshold=score_threshold,
             query_filter=filters,
+            any_orientation=any_orientation,
         )
         if html is not None:
             from cocoa_embed.integrations.hits_page import write_hits_page

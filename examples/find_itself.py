@@ -7,6 +7,7 @@ The images must have been indexed into ./cocoa-index (cocoa-embed index path/to/
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -28,21 +29,27 @@ def cropped(image: Image.Image) -> Image.Image:
     return image.crop((image.width // 20, image.height // 20, image.width * 19 // 20, image.height * 19 // 20))
 
 
-ALTERED: dict[str, Callable[[Image.Image], Image.Image]] = {
-    "itself": lambda image: image,
-    "JPEG of quality 30": compressed,
-    "half its size": lambda image: image.reduce(2),
-    "cropped by 5 % a side": cropped,
-    "turned by 2 degrees": lambda image: image.rotate(2, Image.Resampling.BICUBIC),
-    "turned by 90 degrees": lambda image: image.transpose(Image.Transpose.ROTATE_90),
-}
+def turned(image: Image.Image) -> Image.Image:
+    return image.transpose(Image.Transpose.ROTATE_90)
+
+
+LOOKS: list[tuple[str, Callable[[Image.Image], Image.Image], bool]] = [
+    ("itself", lambda image: image, False),
+    ("JPEG of quality 30", compressed, False),
+    ("half its size", lambda image: image.reduce(2), False),
+    ("cropped by 5 % a side", cropped, False),
+    ("turned by 2 degrees", lambda image: image.rotate(2, Image.Resampling.BICUBIC), False),
+    ("turned by 90 degrees", turned, False),
+    ("... any_orientation", turned, True),
+]
 
 
 def main(model: str, folder: str) -> None:
     paths = find_images([folder])
     with QdrantIndexer(model, path=Path("cocoa-index")) as indexer:
-        for name, alter in ALTERED.items():
-            searches = [(path, indexer.search(image=alter(load_image(path)), limit=2)) for path in paths]
+        for name, alter, any_orientation in LOOKS:
+            search = partial(indexer.search, limit=2, any_orientation=any_orientation)
+            searches = [(path, search(image=alter(load_image(path)))) for path in paths]
             found = [hits for path, hits in searches if Path(hits[0].path).samefile(path)]
             margins = sorted(hits[0].score - hits[1].score for hits in found)
             margin = f", ahead of the next by {margins[len(margins) // 2]:.3f} in the median" if found else ""

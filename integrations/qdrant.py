@@ -6,12 +6,14 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from PIL import Image
 from tqdm.auto import tqdm
 
-from cocoa_embed.encoder import Encoder, make_item
+from cocoa_embed.encoder import Encoder, Item, make_item
 from cocoa_embed.errors import CocoaError, UsageError, printable, require
 from cocoa_embed.images import ImageSource
 from cocoa_embed.integrations.described_files import ImageFiles, find_image_files
@@ -192,6 +194,7 @@ class QdrantIndexer:
         offset: int = 0,
         score_threshold: float | None = None,
         query_filter: models.Filter | Sequence[str] | None = None,
+        any_orientation: bool = False,
     ) -> list[Hit]:
         """Return the images nearest to a text, to an image, or to both taken as one query, best first.
 
@@ -202,6 +205,8 @@ class QdrantIndexer:
         :param score_threshold: The least cosine of a hit.
         :param query_filter: Conditions on the payload that must all hold, such as ``["mime=image/png", "width>=800"]``
             (:func:`~cocoa_embed.integrations.filters.parse_filters`), or a Qdrant filter.
+        :param any_orientation: Whether to look for the image turned and mirrored too, eight queries in all; a hit's
+            score is then the best of them.
         :raises UsageError: If neither text nor image is given, or ``limit``, ``offset`` or a condition make no sense.
         :raises CocoaError: If there is no such collection, or another model made it.
         """
@@ -210,11 +215,13 @@ class QdrantIndexer:
         item = make_item(text, image)
         if query_filter is not None and not isinstance(query_filter, models.Filter):
             query_filter = parse_filters(query_filter)
+        views = views_of(item) if any_orientation else [item]
         encoder = self._encoder_for(require_signature(self.store))
-        (vector,) = encoder.embed_queries([item])
-        return self.store.search(
-            vector, limit=limit, offset=offset, score_threshold=score_threshold, query_filter=query_filter
-        )
+        vectors = encoder.embed_queries(views)
+        search = partial(self.store.search, score_threshold=score_threshold, query_filter=query_filter)
+        if not any_orientation:
+            return search(vectors[0], limit=limit, offset=offset)
+        return best_hits(search(vector, limit=offset + limit) for vector in vectors)[offset : offset + limit]
 
     def close(self) -> None:
         """Close the store, unless its client was given; the next use opens it again."""
@@ -312,3 +319,23 @@ class QdrantIndexer:
             seconds=seconds,
             images_per_second=counts.embedded / seconds,
         )
+
+
+def views_of(item: Item) -> list[Item]:
+    """Return a query with its image in each of the eight orientations.
+
+    :raises UsageError: If it has no image.
+    """
+    image = item.get("image")
+    if not isinstance(image, Image.Image):
+        raise UsageError("any_orientation turns the image of a query, and this one has none; give an image")
+    return [item, *({**item, "image": image.transpose(turn)} for turn in Image.Transpose)]
+
+
+def best_hits(searches: Iterable[list[Hit]]) -> list[Hit]:
+    """Return what several searches have found, each point once and by its best score, best first."""
+    best: dict[str, Hit] = {}
+    for hit in (hit for hits in searches for hit in hits):
+        if hit.id not in best or hit.score > best[hit.id].score:
+            best[hit.id] = hit
+    return sorted(best.values(), key=lambda hit: -hit.score)

@@ -17,7 +17,7 @@ from qdrant_client import QdrantClient, models
 
 from cocoa_embed.encoder import Encoder
 from cocoa_embed.errors import CocoaError, UsageError
-from cocoa_embed.images import FileContent
+from cocoa_embed.images import FileContent, load_image
 from cocoa_embed.integrations import reading
 from cocoa_embed.integrations.qdrant import QdrantIndexer
 
@@ -251,3 +251,23 @@ def test_every_failure_is_told_in_the_order_of_the_paths(client: QdrantClient, f
     summary = indexer(client).index(folder, progress=False)
     assert [Path(failure["path"]).name for failure in summary.failed] == ["a.png", "b.png", "c.png"]
     assert summary.indexed == 4
+
+
+@pytest.mark.parametrize("turn", list(Image.Transpose))
+def test_an_image_turned_or_mirrored_is_found_where_that_is_asked_for(
+    client: QdrantClient, folder: Path, turn: Image.Transpose
+) -> None:
+    generator = np.random.default_rng(0)
+    for number in range(5):
+        pixels = generator.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((40, 40), Image.Resampling.NEAREST).save(folder / f"{number}.png")
+    index = indexer(client)
+    index.index(folder, progress=False)
+    turned = load_image(folder / "3.png").transpose(turn)
+    assert index.search(image=turned, limit=1)[0].score < 0.999
+    best, second = index.search(image=turned, limit=2, any_orientation=True)
+    assert (Path(best.path).name, best.score) == ("3.png", pytest.approx(1))
+    assert index.search(image=turned, limit=1, offset=1, any_orientation=True) == [second]
+    assert [hit.id for hit in index.search(image=turned, score_threshold=0.999, any_orientation=True)] == [best.id]
+    with pytest.raises(UsageError, match="give an image"):
+        index.search("red", any_orientation=True)
