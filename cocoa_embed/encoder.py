@@ -1,4 +1,4 @@
-"""Any multimodal SentenceTransformer, loaded with clear errors and asked for embeddings in one way.
+"""Any multimodal SentenceTransformer, asked for embeddings in one way.
 
 Inputs are always dictionaries, ``{"text": ...}``, ``{"image": ...}`` or both: sentence-transformers guesses what a bare
 string is, and takes a query that is the name of a file for an image. Queries get the model's query prompt, everything
@@ -7,23 +7,28 @@ that is stored its document prompt, here and nowhere else.
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from cocoa_embed.errors import CocoaError, UsageError
-from cocoa_embed.images import ImageSource, load_image, one_line, printable
+from cocoa_embed.forward import DocumentModel, Features, ProcessorLock
+from cocoa_embed.images import ImageError, ImageSource, load_image, one_line
+from cocoa_embed.prefetch import Prefetcher
+from cocoa_embed.preparation import EmbeddedImage, StreamSource
+from cocoa_embed.stream import ImageStream, default_workers
+from cocoa_embed.visual_tokens import token_counter
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modality import Modality
 
 Item: TypeAlias = Mapping[str, "str | Image.Image"]
+Key = TypeVar("Key")
 
 MODALITIES: dict[frozenset[str], Modality] = {
     frozenset({"text"}): "text",
@@ -31,59 +36,6 @@ MODALITIES: dict[frozenset[str], Modality] = {
     frozenset({"image", "text"}): ("image", "text"),
 }
 """What sentence-transformers calls an item of these keys."""
-
-WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
-
-
-def load_model(model: str | Path, device: str | None = None) -> SentenceTransformer:
-    """Load a SentenceTransformer from a folder, or by its name (``owner/name``) from the Hugging Face hub.
-
-    :param model: A folder; where there is none of that name, a name on the hub.
-    :param device: The torch device; None takes the fastest there is.
-    :raises CocoaError: If the folder is missing, is no SentenceTransformer, has no weights, or cannot be loaded.
-    """
-    folder = Path(model).expanduser()
-    if folder.exists():
-        check_model_folder(folder)
-    elif not is_hub_name(str(model)):
-        raise CocoaError(
-            f"{printable(model)}: there is no such model folder; name a folder that cocoa-embed export wrote,"
-            " or a model on the Hugging Face hub as owner/name"
-        )
-    from sentence_transformers import SentenceTransformer
-
-    is_local = folder.exists()
-    try:
-        return SentenceTransformer(str(folder if is_local else model), device=device, local_files_only=is_local)
-    except Exception as error:  # loading runs code of four libraries, each with errors of its own
-        raise CocoaError(
-            f"{printable(model)} cannot be loaded as a SentenceTransformer ({type(error).__name__}: {one_line(error)})"
-        ) from error
-
-
-def check_model_folder(folder: Path) -> None:
-    """Refuse a folder that is no SentenceTransformer or holds no weights.
-
-    :raises CocoaError: If it is.
-    """
-    name = printable(folder)
-    if not folder.is_dir():
-        raise CocoaError(f"{name} is a file; a model is a folder, as cocoa-embed export writes it")
-    if not (folder / "modules.json").is_file():
-        raise CocoaError(
-            f"{name} is no SentenceTransformer (it has no modules.json); name a folder that cocoa-embed export wrote"
-        )
-    if not any(True for pattern in WEIGHT_FILES for _ in folder.rglob(pattern)):
-        raise CocoaError(
-            f"{name} has no weights (no *.safetensors in it); copy them there or run cocoa-embed export again"
-        )
-
-
-def is_hub_name(name: str) -> bool:
-    """Tell whether a name can only mean a model on the hub: ``owner/name``, where ``owner`` is no folder here."""
-    owner, slash, rest = name.partition("/")
-    is_path = name.startswith((".", "~", os.sep)) or "/" in rest or "\\" in name
-    return bool(owner and slash and rest) and not is_path and not Path(owner).exists()
 
 
 def make_item(text: str | None = None, image: ImageSource | None = None) -> Item:
@@ -116,22 +68,39 @@ def require_unicode(text: str) -> None:
 
 
 class Encoder:
-    """A model behind a lock, which several threads may ask for embeddings."""
+    """A model that several threads may ask for embeddings, one batch at a time."""
 
-    def __init__(self, model: SentenceTransformer, name: str = "the model") -> None:
-        """Wrap a loaded model; ``name`` is what errors call it."""
+    def __init__(self, model: SentenceTransformer, name: str = "the model", dimension: int | None = None) -> None:
+        """Wrap a loaded model.
+
+        :param name: What errors call it.
+        :param dimension: Cut every embedding to so many dimensions and normalise it, as Matryoshka models allow.
+        :raises UsageError: If the model's embeddings have fewer dimensions.
+        """
         self.model = model
         self.name = name
+        # Who waits for the model holds the queue, so that a stream's next batch cannot overtake a query.
+        self._queue = threading.Lock()
         self._lock = threading.Lock()
+        self._processor = ProcessorLock()
+        self._model_dimension: int | None = None
         self._dimension: int | None = None
+        if dimension is not None:
+            if not 1 <= dimension <= self.dimension:
+                raise UsageError(
+                    f"{name} makes embeddings of {self.dimension} dimensions; {dimension} were asked for,"
+                    f" give 1 to {self.dimension}"
+                )
+            self._dimension = dimension
 
     @property
     def dimension(self) -> int:
         """The length of an embedding; measured, where the model does not know."""
-        if self._dimension is None:
-            dimension = self.model.get_embedding_dimension()
-            self._dimension = dimension or self.embed_queries([{"text": "dimension"}]).shape[1]
-        return self._dimension
+        if self._dimension is not None:
+            return self._dimension
+        if self._model_dimension is None:
+            self._model_dimension = self.model.get_embedding_dimension() or self._measure_dimension()
+        return self._model_dimension
 
     def require_images(self) -> None:
         """Refuse a model that knows only text.
@@ -149,12 +118,12 @@ class Encoder:
         """
         self._check(items)
         try:
-            with self._lock:
+            with self._turn(), self._processor.alone():
                 embeddings = self.model.encode_query(list(items), batch_size=batch_size, show_progress_bar=False)
         except ValueError as error:
             # What a processor refuses: an image much longer than wide, a text with the token that stands for an image.
             raise CocoaError(f"{self.name} does not take the query ({one_line(error)})") from error
-        return np.asarray(embeddings, dtype=np.float32)
+        return self._finish(np.asarray(embeddings))
 
     def embed_documents(self, items: Sequence[Item], batch_size: int = 32) -> np.ndarray:
         """Embed what is stored, with the model's document prompt.
@@ -163,9 +132,93 @@ class Encoder:
         :raises CocoaError: If the model does not take such items.
         """
         self._check(items)
-        with self._lock:
+        with self._turn(), self._processor.alone():
             embeddings = self.model.encode_document(list(items), batch_size=batch_size, show_progress_bar=False)
-        return np.asarray(embeddings, dtype=np.float32)
+        return self._finish(np.asarray(embeddings))
+
+    def stream_images(
+        self,
+        images: Iterable[tuple[Key, StreamSource]],
+        *,
+        workers: int | None = None,
+        batch_size: int = 32,
+        batch_tokens: int = 8192,
+        thumbnail_size: int | None = None,
+    ) -> Iterator[tuple[Key, EmbeddedImage | ImageError]]:
+        """Embed any number of images as documents, in the order given, while others are read and prepared.
+
+        The input is read as it is needed, some batches ahead. An image that cannot be used is an ``ImageError`` in its
+        place and spoils nothing else. The embeddings are those of :meth:`embed_documents`. Several threads may stream,
+        and ask for other embeddings meanwhile; one stream belongs to one thread.
+
+        :param images: Pairs of a key and an image: a path, the bytes of a file, or a PIL image.
+        :param workers: Threads that prepare images while the model runs; by default as the device and the cores allow.
+        :param batch_size: The most images in a batch.
+        :param batch_tokens: The most visual tokens in a batch, with those that pad images to the longest.
+        :param thumbnail_size: Draw thumbnails, their longest side so many pixels.
+        :raises CocoaError: If the model does not embed images.
+        :raises UsageError: If a number is not positive.
+        """
+        self.require_images()
+        numbers = {"workers": workers, "batch_size": batch_size, "batch_tokens": batch_tokens}
+        for name, number in {**numbers, "thumbnail_size": thumbnail_size}.items():
+            if number is not None and number < 1:
+                raise UsageError(f"{name} is {number}; it must be 1 or more")
+        return self._stream(images, workers, batch_size, batch_tokens, thumbnail_size)
+
+    def _stream(
+        self,
+        images: Iterable[tuple[Key, StreamSource]],
+        workers: int | None,
+        batch_size: int,
+        batch_tokens: int,
+        thumbnail_size: int | None,
+    ) -> Iterator[tuple[Key, EmbeddedImage | ImageError]]:
+        model = DocumentModel(self.model)
+        workers = workers or default_workers(is_on_cpu=model.is_on_cpu)
+
+        def prepare(pictures: Sequence[Image.Image]) -> Features:
+            with self._processor.for_documents():
+                return model.prepare(pictures)
+
+        prefetcher = Prefetcher(
+            images,
+            prepare,
+            token_counter(self.model),
+            batches_ahead=workers + 2,
+            batch_size=batch_size,
+            batch_tokens=batch_tokens,
+            thumbnail_size=thumbnail_size,
+        )
+        stream = ImageStream(model, prefetcher, workers=workers, turn=self._turn, finish=self._finish)
+        return stream.run()
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Wait for the model, in the order of asking, and have it alone."""
+        with self._queue:
+            self._lock.acquire()
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def _finish(self, embeddings: np.ndarray) -> np.ndarray:
+        """Return embeddings as float32, cut and normalised if a dimension was asked for.
+
+        :param embeddings: Array of shape ``(items, the model's dimension)``.
+        :return: Array of shape ``(items, dimension)``.
+        """
+        embeddings = embeddings.astype(np.float32, copy=False)
+        if self._dimension is None or self._dimension == embeddings.shape[-1]:
+            return embeddings
+        cut = embeddings[..., : self._dimension]
+        lengths = np.linalg.norm(cut, axis=-1, keepdims=True)
+        return cut / np.where(lengths == 0, 1, lengths)
+
+    def _measure_dimension(self) -> int:
+        item: Item = {"text": "dimension"} if self.model.supports("text") else {"image": Image.new("RGB", (56, 56))}
+        return self.embed_queries([item]).shape[1]
 
     def _check(self, items: Sequence[Item]) -> None:
         for item in items:

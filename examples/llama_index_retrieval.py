@@ -11,9 +11,10 @@ from llama_index.core.schema import NodeWithScore, QueryBundle
 from llama_index.vector_stores.qdrant import QdrantVectorStore
 from qdrant_client import QdrantClient
 
-from cocoa_embed.encoder import Encoder, load_model
+from cocoa_embed.encoder import Encoder
 from cocoa_embed.integrations.llama_index import CocoaEmbedding, CocoaRetriever
 from cocoa_embed.integrations.qdrant import QdrantIndexer
+from cocoa_embed.loading import load_model
 
 
 def show(title: str, nodes: list[NodeWithScore]) -> None:

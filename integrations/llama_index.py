@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from cocoa_embed.encoder import Encoder, Item, load_model, make_item
+from cocoa_embed.encoder import Encoder, Item, make_item
 from cocoa_embed.errors import CocoaError, require
 from cocoa_embed.images import ImageSource
+from cocoa_embed.loading import load_model
 
 require("llama_index.core", "llama-index")
 

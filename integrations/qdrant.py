@@ -14,12 +14,13 @@ from urllib.parse import urlsplit
 
 from tqdm.auto import tqdm
 
-from cocoa_embed.encoder import Encoder, load_model, make_item
+from cocoa_embed.encoder import Encoder, make_item
 from cocoa_embed.errors import CocoaError, UsageError, require
 from cocoa_embed.folders import refuse_foreign_folder
 from cocoa_embed.images import ImageSource, one_line, printable
 from cocoa_embed.integrations.indexing import IndexRun, Point, StoredPoint, find_image_files
 from cocoa_embed.integrations.points import Description, described_payload
+from cocoa_embed.loading import load_model
 
 require("qdrant_client", "qdrant")
 
