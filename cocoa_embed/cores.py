@@ -16,6 +16,8 @@ TIMES_KEPT = 5
 BATCHES_TO_RECHECK = 64
 CONSIDERABLE = 0.1
 """Preparing that takes this share of the model's time, by all cores, is worth doing beside it."""
+CLEARLY_FASTER = 0.9
+"""In turn is taken if it needs less than this share of the time: others on the machine disturb beside less."""
 BATCHES_TO_TRY = 8
 """Beside is tried after so many batches even if it is not."""
 
@@ -113,7 +115,7 @@ class CoreShare:
         alone, preparing = median(self._alone), median(self._preparing) / self.cores
         if not self._beside:
             return is_all_prepared or (preparing < CONSIDERABLE * alone and self._batches < BATCHES_TO_TRY)
-        return alone + (0 if is_all_prepared else preparing) <= median(self._beside)
+        return alone + (0 if is_all_prepared else preparing) < CLEARLY_FASTER * median(self._beside)
 
     def threads(self, in_turn: bool) -> int:
         """Return the torch threads that the model may use."""

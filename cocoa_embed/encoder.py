@@ -19,7 +19,8 @@ from cocoa_embed.errors import CocoaError, ImageError, UsageError, one_line
 from cocoa_embed.fingerprint import model_fingerprint
 from cocoa_embed.forward import DocumentModel, Features, ProcessorLock
 from cocoa_embed.images import ImageSource, load_image
-from cocoa_embed.prefetch import EmbeddedImage, Prefetcher, StreamSource
+from cocoa_embed.prefetch import Prefetcher
+from cocoa_embed.preparation import EmbeddedImage, StreamSource
 from cocoa_embed.stream import ImageStream, default_workers
 from cocoa_embed.visual_tokens import token_counter
 
@@ -202,12 +203,12 @@ class Encoder:
             images,
             prepare,
             token_counter(self.model),
-            batches_ahead=workers // 2 + 2,
+            batches_ahead=workers + 2,
             batch_size=batch_size,
             batch_tokens=batch_tokens,
             thumbnail_size=thumbnail_size,
         )
-        stream = ImageStream(model, prefetcher, workers=workers, prepare=prepare, turn=self._turn, finish=self._finish)
+        stream = ImageStream(model, prefetcher, workers=workers, turn=self._turn, finish=self._finish)
         return stream.run()
 
     @contextmanager

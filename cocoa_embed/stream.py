@@ -15,17 +15,8 @@ import torch
 from cocoa_embed.cores import CoreShare, available_cores, start_workers, torch_threads
 from cocoa_embed.errors import CocoaError, ImageError, one_line
 from cocoa_embed.forward import DocumentModel, Launched
-from cocoa_embed.prefetch import (
-    REFUSALS,
-    Batch,
-    EmbeddedImage,
-    Piece,
-    Prefetcher,
-    Prepare,
-    halves,
-    prepare_members,
-    refusal,
-)
+from cocoa_embed.prefetch import Prefetcher
+from cocoa_embed.preparation import REFUSALS, Batch, EmbeddedImage, Piece, prepare_batch, refusal
 
 MAX_WORKERS = 16
 CORES_A_WORKER = 4
@@ -47,21 +38,18 @@ class ImageStream:
         prefetcher: Prefetcher,
         *,
         workers: int,
-        prepare: Prepare,
         turn: Callable[[], AbstractContextManager[None]],
         finish: Callable[[np.ndarray], np.ndarray],
     ) -> None:
         """Start nothing yet.
 
         :param workers: The threads that prepare images while the model runs.
-        :param prepare: Makes the model's inputs of images.
         :param turn: Held while the model runs on a batch.
         :param finish: Makes of the model's embeddings what is given out.
         """
         self._model = model
         self._prefetcher = prefetcher
         self._workers = workers
-        self._prepare = prepare
         self._turn = turn
         self._finish = finish
         self._share: CoreShare | None = None
@@ -112,7 +100,9 @@ class ImageStream:
         if not in_turn:
             self._prefetcher.advance(workers, wait=False)
             return
-        if not self._prefetcher.ahead:
+        if self._prefetcher.ahead:
+            self._prefetcher.gather()
+        else:
             self._prefetcher.advance(workers, wait=True)
         wait(self._prefetcher.ahead)
 
@@ -129,22 +119,22 @@ class ImageStream:
 
         :return: The seconds that the model took; None if it did not take the whole.
         """
-        passenger = piece.members[0][0]
+        passenger = piece.passengers[0]
         try:
             launched, seconds = self._launch(piece, in_turn)
         except torch.OutOfMemoryError as error:
-            refused = refusal(passenger.name, error)
+            refused = refusal(passenger, error)
             # What is planned from now on is to fit at once.
             self._prefetcher.batch_tokens = max(1, min(self._prefetcher.batch_tokens, piece.tokens // 2))
         except REFUSALS as error:
             if "CUDA error" in str(error):  # the device is lost, and every image would be blamed for it
                 raise CocoaError(f"the device cannot go on; start again ({one_line(error)})") from error
-            refused = refusal(passenger.name, error)
+            refused = refusal(passenger, error)
         else:
             self._launched.append((piece, launched))
             self._fetch(self._most_launched)
             return seconds
-        if len(piece.members) == 1:
+        if len(piece.passengers) == 1:
             self._prefetcher.settle(passenger, refused)
         else:
             self._run_halves(piece, in_turn)
@@ -153,10 +143,9 @@ class ImageStream:
     def _run_halves(self, piece: Piece, in_turn: bool) -> None:
         if self._model.is_on_cuda:
             torch.cuda.empty_cache()
-        for half in halves(piece.members):
-            batch = Batch()
-            prepare_members(half, self._prepare, batch)
-            self._embed(batch, in_turn)
+        middle = len(piece.passengers) // 2
+        for half in piece.passengers[:middle], piece.passengers[middle:]:
+            self._embed(prepare_batch(half, self._prefetcher.prepare, self._prefetcher.thumbnail_size), in_turn)
 
     def _launch(self, piece: Piece, in_turn: bool) -> tuple[Launched, float]:
         share = self._share
@@ -170,11 +159,12 @@ class ImageStream:
         while len(self._launched) > most_launched:
             piece, launched = self._launched.popleft()
             vectors = self._finish(launched.fetch())
-            for (passenger, decoded), vector in zip(piece.members, vectors, strict=True):
+            for passenger, vector in zip(piece.passengers, vectors, strict=True):
                 outcome: EmbeddedImage | ImageError
                 if np.isfinite(vector).all():
-                    width, height = decoded.image.size
-                    outcome = EmbeddedImage(vector.copy(), width, height, decoded.mime, decoded.thumbnail)
+                    outcome = EmbeddedImage(
+                        vector.copy(), passenger.width, passenger.height, passenger.mime, passenger.thumbnail
+                    )
                 else:
                     outcome = ImageError(passenger.name, "has an embedding that is not finite")
                 self._prefetcher.settle(passenger, outcome)

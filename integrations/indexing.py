@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
 
-from cocoa_embed.encoder import EmbeddedImage, Encoder
+from cocoa_embed.encoder import Encoder
 from cocoa_embed.errors import ImageError, printable
 from cocoa_embed.images import decode_image
 from cocoa_embed.integrations.described_files import ImageFiles
@@ -34,6 +34,7 @@ from cocoa_embed.integrations.stores import Point, Store
 from cocoa_embed.integrations.thumbnails import THUMBNAIL_SIZE, ThumbnailFolder
 from cocoa_embed.integrations.writer import Writer
 from cocoa_embed.pixels import draw_thumbnail
+from cocoa_embed.preparation import EmbeddedImage
 
 PAYLOADS_AT_ONCE = 256
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from fake_model import FakeModel
@@ -60,9 +60,9 @@ class WatchedModel(FakeModel):
         self.seen = 0
         self.memory: list[tuple[int, int]] = []
 
-    def __call__(self, features: Mapping[str, torch.Tensor], task: str) -> dict[str, torch.Tensor]:
+    def __call__(self, features: Mapping[str, Any], task: str | None = None) -> dict[str, Any]:
         self.documents.clear()
-        self.seen += len(features["vectors"])
+        self.seen += len(features["items"])
         self.memory.append((self.seen, resident_bytes()))
         return super().__call__(features, task)
 

@@ -13,10 +13,11 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 
 from cocoa_embed.backbone import load_backbone
-from cocoa_embed.encoder import EmbeddedImage, Encoder
+from cocoa_embed.encoder import Encoder
 from cocoa_embed.errors import CocoaError, ImageError, UsageError
 from cocoa_embed.export import export_model
 from cocoa_embed.images import load_image
+from cocoa_embed.preparation import EmbeddedImage
 from conftest import TINY_MAX_LENGTH
 from exported import write_checkpoint
 from fake_model import FakeModel, colour_image
@@ -133,8 +134,8 @@ def test_a_vector_that_is_not_finite_is_an_error() -> None:
 
 def test_a_batch_that_does_not_fit_into_memory_is_halved() -> None:
     class Small(FakeModel):
-        def __call__(self, features: Mapping[str, torch.Tensor], task: str) -> dict[str, torch.Tensor]:
-            if len(features["vectors"]) > 3:
+        def __call__(self, features: Mapping[str, Any], task: str | None = None) -> dict[str, Any]:
+            if len(features["items"]) > 3:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return super().__call__(features, task)
 
