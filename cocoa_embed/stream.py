@@ -18,7 +18,7 @@ from cocoa_embed.forward import DocumentModel, Launched
 from cocoa_embed.prefetch import Prefetcher
 from cocoa_embed.preparation import REFUSALS, Batch, EmbeddedImage, Piece, prepare_batch, refusal
 
-MAX_WORKERS = 16
+MAX_WORKERS = 12
 CORES_A_WORKER = 4
 """On a CPU, one core in so many prepares what the model on the others needs."""
 
