@@ -13,9 +13,7 @@ from fake_model import IMAGE_TOKEN, FakeModel, colour_image
 pytest.importorskip("qdrant_client")
 
 from cocoa_embed import cli
-from cocoa_embed.errors import CocoaError
 from cocoa_embed.integrations import qdrant
-from cocoa_embed.loading import check_model_folder, is_hub_name, load_model
 
 Result = tuple[int, str, str]
 Command = Callable[..., Result]
@@ -250,22 +248,6 @@ def test_help_is_quick_it_imports_neither_torch_nor_pillow() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "--collection" in done.stdout
-
-
-def test_a_name_is_a_hub_name_only_if_it_cannot_be_a_folder() -> None:
-    assert is_hub_name("sentence-transformers/clip-ViT-B-32")
-    Path("models").mkdir()
-    for name in ("cocoa-qwen2vl", "./a/b", "../a", "/abs/path", "~/m", "a/b/c", "a/", "/a", "models/mine", "a\\b/c"):
-        assert not is_hub_name(name), name
-
-
-def test_a_model_folder_needs_modules_and_weights() -> None:
-    Path("good/0").mkdir(parents=True)
-    Path("good/modules.json").write_text("[]")
-    Path("good/0/model-00001-of-00002.safetensors").touch()
-    check_model_folder(Path("good"))
-    with pytest.raises(CocoaError, match="cannot be loaded as a SentenceTransformer"):
-        load_model("good")
 
 
 def test_a_search_is_narrowed_by_filters_threshold_limit_and_offset(

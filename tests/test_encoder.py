@@ -295,3 +295,19 @@ def test_a_model_that_begins_with_words_is_refused() -> None:
     for ask in (encoder.require_images, lambda: encoder.stream_images([])):
         with pytest.raises(CocoaError, match="cocoa-words does not embed images; use a multimodal model"):
             ask()
+
+
+def test_a_model_cut_shorter_takes_turns_with_the_whole_one() -> None:
+    whole = Encoder(FakeModel(), "fake")
+    short = whole.cut_to(12)
+    assert (whole.dimension, short.dimension, short.name) == (48, 12, "fake")
+    assert short.fingerprint == whole.fingerprint
+    threads = [
+        threading.Thread(target=encoder.embed_documents, args=([{"image": colour_image("red")}] * 50,))
+        for encoder in (whole, short) * 4
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(whole.model.batches) == 8, "the model refuses two at once"
