@@ -36,7 +36,8 @@ from cocoa_embed.demo.scenes import write_image_folder
 from cocoa_embed.encoder import Encoder
 from cocoa_embed.export import build_sentence_transformer
 from cocoa_embed.forward import DocumentModel, Features
-from cocoa_embed.images import find_images, load_image
+from cocoa_embed.image_files import find_images
+from cocoa_embed.images import load_image
 from cocoa_embed.loading import load_model
 from cocoa_embed.stream import default_workers
 from cocoa_embed.template import CHAT_TEMPLATE, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START

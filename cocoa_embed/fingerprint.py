@@ -5,11 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
     from sentence_transformers import SentenceTransformer
+
+IMAGE_SETTINGS = (
+    *("size", "crop_size", "do_resize", "do_center_crop", "do_rescale", "do_normalize", "resample"),
+    *("rescale_factor", "image_mean", "image_std", "patch_size", "temporal_patch_size", "merge_size"),
+)
+"""What of an image processor's settings decides about the embedding."""
 
 SAMPLED_VALUES = 4096
 """The values of each tensor that are looked at, evenly spread."""
@@ -28,21 +34,47 @@ def model_fingerprint(model: SentenceTransformer) -> str:
     parts = {
         "modules": [describe_module(module) for module in model],
         "prompts": {name: prompt for name, prompt in sorted(model.prompts.items()) if prompt},
+        "default_prompt": model.default_prompt_name,
         "weights": weights_digest(model.state_dict()),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def describe_module(module: torch.nn.Module) -> dict[str, str | None]:
-    """Return what of a module besides its weights decides about the embedding: its kind, template and pooling."""
+def describe_module(module: torch.nn.Module) -> dict[str, Any]:
+    """Return what of a module besides its weights decides about the embedding: its kind, template, pooling and so on.
+
+    Settings are picked by name: a whole configuration would differ from one version of transformers to the next.
+    """
     from sentence_transformers.base.modules import Transformer
     from sentence_transformers.sentence_transformer.modules import Pooling
 
-    return {
-        "kind": type(module).__name__,
-        "template": module.processor.chat_template if isinstance(module, Transformer) else None,
-        "pooling": str(module.get_config_dict()["pooling_mode"]) if isinstance(module, Pooling) else None,
-    }
+    described: dict[str, Any] = {"kind": type(module).__name__}
+    if isinstance(module, Pooling):
+        described["pooling"] = str(module.get_config_dict()["pooling_mode"])
+    if isinstance(module, Transformer):
+        described |= {
+            "template": module.processor.chat_template,
+            "is_bidirectional": holds_false(module.config.to_dict(), "is_causal"),
+            "max_seq_length": module.max_seq_length,
+            "images": image_settings(module.processor),
+        }
+    return described
+
+
+def image_settings(processor: object) -> dict[str, Any]:
+    """Return the settings that decide what a processor makes of an image; none, if it takes no images."""
+    from transformers import ProcessorMixin
+
+    if not isinstance(processor, ProcessorMixin) or "image_processor" not in processor.get_attributes():
+        return {}
+    settings = json.loads(processor.image_processor.to_json_string())
+    return {name: settings[name] for name in IMAGE_SETTINGS if settings.get(name) is not None}
+
+
+def holds_false(config: Mapping[str, Any], name: str) -> bool:
+    """Tell whether a setting is false in a configuration or in one inside of it."""
+    inner = (value for value in config.values() if isinstance(value, dict))
+    return config.get(name) is False or any(holds_false(value, name) for value in inner)
 
 
 def weights_digest(state: Mapping[str, torch.Tensor]) -> str:

@@ -10,6 +10,7 @@ stored before its old content is removed; a file that two contents name is read 
 
 import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -31,7 +32,7 @@ from cocoa_embed.integrations.points import (
 )
 from cocoa_embed.integrations.reading import ReadFile, ahead, read_file
 from cocoa_embed.integrations.stores import Point, Store
-from cocoa_embed.integrations.thumbnails import THUMBNAIL_SIZE, ThumbnailFolder
+from cocoa_embed.integrations.thumbnails import THUMBNAIL_SIZE, ThumbnailFolder, remove_thumbnail
 from cocoa_embed.integrations.writer import Writer
 from cocoa_embed.pixels import draw_thumbnail
 from cocoa_embed.preparation import EmbeddedImage
@@ -68,6 +69,7 @@ class Counts:
 class IndexRun:
     """One pass over files."""
 
+    files: ImageFiles
     store: Store
     encoder: Encoder
     ledger: Ledger
@@ -79,35 +81,35 @@ class IndexRun:
     _waiting: dict[str, list[tuple[Description, float]]] = field(default_factory=dict)
     """The files, with their times, that hold a content which the model has not yet embedded."""
 
-    def add(self, files: Iterable[Description]) -> None:
+    def add(self) -> None:
         """Store what the files hold, as far as it is new.
 
         :raises CocoaError: If it cannot be stored.
         """
         size = None if self.thumbnails is None else THUMBNAIL_SIZE
-        new = self.encoder.stream_images(self._new_contents(files), batch_size=self.batch_size, thumbnail_size=size)
+        new = self.encoder.stream_images(self._new_contents(), batch_size=self.batch_size, thumbnail_size=size)
         with Writer(self.store) as writer:
             for content, embedded in new:
                 holders = len(self._waiting[content.id])
                 if isinstance(embedded, ImageError):
                     for file, _ in self._waiting.pop(content.id):
                         self._fail(file, embedded.reason)
+                        self.ledger.release(storable(str(file.path)))
                 else:
                     writer.add(self._point(content, embedded))
                 for _ in range(holders):
                     self.tick()
 
-    def settle(self, files: ImageFiles, *, prune: bool) -> None:
+    def settle(self, *, prune: bool) -> None:
         """Bring the stored points up to date: who holds them, and the words about them.
 
-        :param files: The files of the run.
         :param prune: Whether to forget files that are gone; a content that no file holds is removed then.
         :raises CocoaError: If it cannot be stored.
         """
         if prune:
-            self._prune(files)
-        self._pass_on(files)
-        words = self._new_words(files)
+            self._prune()
+        self._pass_on()
+        words = self._new_words()
         changed = dict(self.ledger.changes())
         abandoned = {id_ for id_, content in changed.items() if not content.places}
         self._overwrite([id_ for id_ in {**changed, **words} if id_ not in abandoned], words)
@@ -127,13 +129,12 @@ class IndexRun:
         """Remove contents that no file holds."""
         for some in chunks(ids, PAYLOADS_AT_ONCE):
             self.store.delete(some)
-            if self.thumbnails is not None:
-                for id_ in some:
-                    self.thumbnails.remove(id_)
+            for id_ in some:
+                remove_thumbnail(id_, self.ledger.contents[id_].thumbnail)
 
-    def _new_contents(self, files: Iterable[Description]) -> Iterator[tuple[NewContent, bytes]]:
+    def _new_contents(self) -> Iterator[tuple[NewContent, bytes]]:
         """Yield the contents that are not stored, once each; deal with every other file on the way."""
-        for file, read in ahead(read_file, self._changed(files)):
+        for file, read in ahead(read_file, self._changed()):
             if isinstance(read, ImageError):
                 self._fail(file, read.reason)
             elif read.id in self.ledger:
@@ -147,9 +148,9 @@ class IndexRun:
                 continue
             self.tick()
 
-    def _changed(self, files: Iterable[Description]) -> Iterator[Description]:
+    def _changed(self) -> Iterator[Description]:
         """Yield the files that are not as they were when they were indexed, and those that lack a thumbnail."""
-        for file in files:
+        for file in self.files:
             path = storable(str(file.path))
             try:
                 status = os.stat(file.path)
@@ -157,26 +158,26 @@ class IndexRun:
                 yield file  # reading it will say what is wrong
                 continue
             is_known = self.ledger.is_unchanged(path, status.st_mtime, status.st_size)
-            if is_known and (self.thumbnails is None or self.thumbnails.has(str(self.ledger.owner(path)))):
+            if is_known and not self._lacks_thumbnail(str(self.ledger.owner(path))):
                 self.tick()
             else:
                 yield file
 
     def _hold(self, file: Description, read: ReadFile) -> None:
         """Note that a file holds a content that is stored."""
-        if self.thumbnails is not None and not self.thumbnails.has(read.id):
+        if self.thumbnails is not None and self._lacks_thumbnail(read.id):
             try:
                 image, _ = decode_image(read.data, printable(file.path))
             except ImageError as error:
                 self._fail(file, error.reason)
                 return
             jpeg = draw_thumbnail(image, THUMBNAIL_SIZE)
-            self.ledger.contents[read.id].thumbnail = self.thumbnails.write(read.id, jpeg)
+            self.ledger.show_by(read.id, self.thumbnails.write(read.id, jpeg))
         place = place_of(file, read.mtime)
         before = self.ledger.owner(place.path)
         content = self.ledger.contents[read.id]
         is_new_holder = all(other.path != place.path for other in content.places)
-        self.ledger.forget(read.id, is_gone)
+        self.ledger.forget(read.id, self._is_missing)
         self.ledger.hold(read.id, place)
         if before not in (None, read.id):
             self.counts.replaced.add(place.path)
@@ -192,10 +193,10 @@ class IndexRun:
         self.counts.indexed += not changed
         self.counts.embedded += 1
         words = holders[0][0].words
-        self.ledger.add(content.id, Content(content.bytes, places, words_digest(words), is_new=True))
         thumbnail = None
         if self.thumbnails is not None and embedded.thumbnail is not None:
             thumbnail = self.thumbnails.write(content.id, embedded.thumbnail)
+        self.ledger.add(content.id, Content(content.bytes, places, words_digest(words), thumbnail, is_new=True))
         record = ImageRecord(
             places=places,
             words=words,
@@ -208,26 +209,36 @@ class IndexRun:
         )
         return Point(content.id, embedded.vector, payload(record))
 
-    def _prune(self, files: ImageFiles) -> None:
+    def _prune(self) -> None:
         """Forget the files that are gone of those that the run is about."""
         for id_ in self.ledger.contents:
-            self.counts.pruned += self.ledger.forget(id_, lambda path: files.covers(path) and is_gone(path))
+            self.counts.pruned += self.ledger.forget(id_, self._is_missing)
 
-    def _pass_on(self, files: ImageFiles) -> None:
-        """Where the first of several files that hold a content is gone, let the next one speak for it."""
+    def _pass_on(self) -> None:
+        """Where the first of several files that hold a content is gone, forget it, so that the next speaks for it."""
         for id_, content in self.ledger.contents.items():
-            if len(content.places) < 2 or not is_gone(content.places[0].path):
-                continue
-            if not all(is_gone(other.path) for other in content.places[1:]):
-                self.ledger.forget(id_, is_gone)
-                if files.covers(content.places[0].path):
-                    self.counts.updated.add(content.places[0].path)
+            if len(content.places) > 1 and self._is_missing(content.places[0].path):
+                if not all(is_gone(other.path) for other in content.places[1:]):
+                    self.ledger.forget(id_, self._is_missing)
 
-    def _new_words(self, files: ImageFiles) -> dict[str, Payload]:
+    def _is_missing(self, path: str) -> bool:
+        """Tell whether a file is gone that would be among those of the run."""
+        return self.files.covers(path) and is_gone(path)
+
+    def _lacks_thumbnail(self, id_: str) -> bool:
+        """Tell whether a thumbnail is asked for that is not there, or that the payload does not name."""
+        if self.thumbnails is None:
+            return False
+        named = self.ledger.contents[id_].thumbnail == str(self.thumbnails.path(id_))
+        return not named or not self.thumbnails.has(id_)
+
+    def _new_words(self) -> dict[str, Payload]:
         """Return what ``metadata.jsonl`` files say of stored contents, by id, where something else is stored."""
         words: dict[str, Payload] = {}
-        for file in files:
-            id_ = self.ledger.owner(path := storable(str(file.path))) if file.has_words else None
+        failed = {failure["path"] for failure in self.counts.failed}
+        for file in (file for file in self.files if file.has_words and str(file.path) not in failed):
+            path = storable(str(file.path))
+            id_ = self.ledger.owner(path)
             if id_ is None or self.ledger.contents[id_].places[0].path != path:
                 continue
             if words_digest(file.words) != self.ledger.contents[id_].words:
@@ -246,9 +257,22 @@ def place_of(file: Description, mtime: float) -> Place:
 
 
 def is_gone(path: str) -> bool:
-    r"""Tell whether there is nothing at a path, given as a payload names it: with ``\udcNN`` for undecodable bytes."""
+    r"""Tell whether there is no file at a path, given as a payload names it: with ``\udcNN`` for undecodable bytes.
+
+    What cannot be looked at, for want of permission or of a network, is not gone.
+    """
     undecoded = re.sub(r"\\udc([89a-f][0-9a-f])", lambda match: chr(0xDC00 + int(match[1], 16)), path)
-    return not os.path.lexists(path) and not os.path.lexists(undecoded)
+    return all(is_no_file(spelling) for spelling in {path, undecoded})
+
+
+def is_no_file(path: str) -> bool:
+    """Tell whether it is certain that there is no file at a path."""
+    try:
+        return not stat.S_ISREG(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
 
 
 def chunks(ids: Iterable[str], size: int) -> Iterator[list[str]]:

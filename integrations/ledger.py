@@ -11,7 +11,7 @@ from typing import Any
 
 from cocoa_embed.integrations.points import Payload, Place, stored_places
 
-LEDGER_KEYS = ("sha256", "bytes", "paths", "relative_paths", "mtimes", "caption", "metadata")
+LEDGER_KEYS = ("sha256", "bytes", "paths", "relative_paths", "mtimes", "caption", "metadata", "thumbnail")
 """The payload keys that a ledger is read from."""
 
 MTIME_RESOLUTION = 1e-6
@@ -27,12 +27,12 @@ class Content:
     places: list[Place]
     words: bytes
     """A digest of what is stored as its caption and metadata."""
+    thumbnail: str | None = None
+    """The path of a small copy."""
     has_changed: bool = False
-    """Whether other files hold it than those that are stored with it."""
+    """Whether its payload says something else than what is stored: other files, or another thumbnail."""
     is_new: bool = False
     """Whether this run has stored it."""
-    thumbnail: str | None = None
-    """A thumbnail that this run has made."""
 
 
 @dataclass
@@ -54,7 +54,9 @@ class Ledger:
                 continue
             words = {"caption": payload.get("caption"), "metadata": payload.get("metadata") or {}}
             places = stored_places(payload)
-            ledger.contents[id_] = Content(int(payload.get("bytes") or 0), places, words_digest(words))
+            ledger.contents[id_] = Content(
+                int(payload.get("bytes") or 0), places, words_digest(words), payload.get("thumbnail")
+            )
             for place in places:
                 if ledger._owners.setdefault(place.path, id_) != id_:
                     ledger._rivals.setdefault(place.path, set()).add(id_)
@@ -96,6 +98,16 @@ class Ledger:
             return
         content.has_changed = True
 
+    def show_by(self, id_: str, thumbnail: str) -> None:
+        """Note that a content has a new thumbnail."""
+        self.contents[id_].thumbnail = thumbnail
+        self.contents[id_].has_changed = True
+
+    def release(self, path: str) -> None:
+        """Note that a file holds nothing that is stored."""
+        self._take_from_others(path, None)
+        self._owners.pop(path, None)
+
     def forget(self, id_: str, is_gone: Callable[[str], bool]) -> int:
         """Forget those files of a content that are gone, and return how many they were."""
         content = self.contents[id_]
@@ -108,15 +120,14 @@ class Ledger:
 
     def changes(self) -> Iterator[tuple[str, Content]]:
         """Yield the contents whose payloads say something else; where no file is left, that is a point too many."""
-        yield from (
-            (id_, content) for id_, content in self.contents.items() if content.has_changed or content.thumbnail
-        )
+        yield from ((id_, content) for id_, content in self.contents.items() if content.has_changed)
 
-    def _take_from_others(self, path: str, id_: str) -> None:
+    def _take_from_others(self, path: str, id_: str | None) -> None:
         others = {self._owners.get(path), *self._rivals.pop(path, ())} - {None, id_}
         for other in others:
             self._remove(path, str(other))
-        self._owners[path] = id_
+        if id_ is not None:
+            self._owners[path] = id_
 
     def _remove(self, path: str, id_: str) -> None:
         content = self.contents[id_]

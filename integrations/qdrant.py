@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -20,6 +21,7 @@ from cocoa_embed.integrations.described_files import ImageFiles, find_image_file
 from cocoa_embed.integrations.filters import parse_filters
 from cocoa_embed.integrations.indexing import Counts, IndexRun
 from cocoa_embed.integrations.ledger import LEDGER_KEYS, Ledger
+from cocoa_embed.integrations.points import storable
 from cocoa_embed.integrations.stores import Hit, Signature, Store, StoreOptions, open_store, require_signature
 from cocoa_embed.integrations.thumbnails import ThumbnailFolder
 from cocoa_embed.loading import load_model
@@ -171,17 +173,21 @@ class QdrantIndexer:
         if not len(files) and not files.unlisted and not prune:
             names = ", ".join(files.covered) or "nothing"
             raise CocoaError(f"there are no images in {names}; name a folder that holds some (jpg, png, webp, ...)")
+        if thumbnails is not None and files.covers(storable(os.path.abspath(thumbnails))):
+            raise UsageError(
+                f"the thumbnails in {printable(thumbnails)} would be indexed with the images; give a folder elsewhere"
+            )
         with self._indexing:
+            folder = None if thumbnails is None else ThumbnailFolder(thumbnails)
             encoder = self._prepare_collection()
             started = time.perf_counter()
             ledger = Ledger.read(self.store.scan(LEDGER_KEYS))
-            folder = None if thumbnails is None else ThumbnailFolder(thumbnails)
             bar = tqdm(total=len(files), desc=f"indexing into {self.collection}", unit="image", disable=not progress)
             with bar:
-                run = IndexRun(self.store, encoder, ledger, self.batch_size, folder, bar.update)
+                run = IndexRun(files, self.store, encoder, ledger, self.batch_size, folder, bar.update)
                 run.counts.failed += files.unlisted
-                run.add(files)
-                run.settle(files, prune=prune)
+                run.add()
+                run.settle(prune=prune)
             self.store.finish()
         return self._summary(files, run.counts, time.perf_counter() - started)
 
@@ -193,7 +199,7 @@ class QdrantIndexer:
         limit: int = 10,
         offset: int = 0,
         score_threshold: float | None = None,
-        query_filter: models.Filter | Sequence[str] | None = None,
+        query_filter: models.Filter | Sequence[str] | str | None = None,
         any_orientation: bool = False,
     ) -> list[Hit]:
         """Return the images nearest to a text, to an image, or to both taken as one query, best first.
@@ -213,6 +219,8 @@ class QdrantIndexer:
         if limit < 1 or offset < 0:
             raise UsageError(f"limit is {limit} and offset {offset}; limit must be 1 or more, offset 0 or more")
         item = make_item(text, image)
+        if isinstance(query_filter, str):
+            query_filter = [query_filter]
         if query_filter is not None and not isinstance(query_filter, models.Filter):
             query_filter = parse_filters(query_filter)
         views = views_of(item) if any_orientation else [item]

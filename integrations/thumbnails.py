@@ -47,6 +47,15 @@ class ThumbnailFolder:
             raise CocoaError(f"the thumbnail {printable(path)} cannot be written ({one_line(error)})") from error
         return str(path)
 
-    def remove(self, id_: str) -> None:
-        """Remove the thumbnail of a point that is no more."""
-        self.path(id_).unlink(missing_ok=True)
+
+def remove_thumbnail(id_: str, path: str | None) -> None:
+    """Remove the thumbnail of a point that is no more; what is no thumbnail of it by name is left alone.
+
+    :raises CocoaError: If it cannot be removed.
+    """
+    if not isinstance(path, str) or Path(path).name != f"{id_}.jpg":
+        return
+    try:
+        Path(path).unlink(missing_ok=True)
+    except OSError as error:
+        raise CocoaError(f"the thumbnail {printable(path)} cannot be removed ({one_line(error)})") from error
