@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 @app.command()
 def index(
     paths: Annotated[
-        list[Path],
+        list[str],
         typer.Argument(metavar="PATH...", help="Folders, image files, quoted patterns, .txt files with a path a line."),
     ],
     model: ModelOption,

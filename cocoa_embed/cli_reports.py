@@ -89,8 +89,7 @@ def report_summary(summary: IndexSummary, console: Console) -> None:
 def report_hits(hits: Sequence[Hit], console: Console) -> None:
     """Tell people what a search found, best first."""
     for hit in hits:
-        caption = hit.payload.get("caption")
-        line = f"{hit.score:.4f}  {printable(hit.path)}" + (f"  {' '.join(caption.split())}" if caption else "")
+        line = f"{hit.score:.4f}  {printable(hit.path)}" + (f"  {' '.join(hit.caption.split())}" if hit.caption else "")
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     if not hits:
         console.print("nothing found")

@@ -235,13 +235,16 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def read_image_folder_metadata(folder: str | Path) -> list[dict[str, Any]]:
+def read_image_folder_metadata(
+    folder: str | Path, *, on_error: Callable[[MetadataError], None] | None = None
+) -> list[dict[str, Any]]:
     """Read ``metadata.jsonl`` of an image folder: a JSON object a line, with ``file_name`` relative to the folder.
 
+    :param on_error: Called for each line that cannot be used, which is left out then.
     :return: The rows in the file's order, all columns kept; each has the absolute path of its image, a ``Path``,
         added as ``path``.
-    :raises CocoaError: If the file is missing or unreadable, or a line is no JSON object, has no ``file_name``, has a
-        ``text`` that is no string, or names an image that does not exist; the message says which line.
+    :raises CocoaError: If the file is missing or unreadable or, without ``on_error``, a line is no JSON object, has no
+        ``file_name``, has a ``text`` that is no string, or names an image that does not exist; the message says which.
     """
     metadata = Path(folder) / METADATA_FILE
     try:
@@ -252,7 +255,17 @@ def read_image_folder_metadata(folder: str | Path) -> list[dict[str, Any]]:
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise CocoaError(f"{printable(metadata)} cannot be read ({one_line(error)})") from error
-    return [read_metadata_line(metadata, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(read_metadata_line(metadata, number, line))
+        except MetadataError as error:
+            if on_error is None:
+                raise
+            on_error(error)
+    return rows
 
 
 def read_metadata_line(metadata: Path, number: int, line: str) -> dict[str, Any]:

@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.image_files import (
     LIST_SUFFIX,
     METADATA_FILE,
+    MetadataError,
     find_images,
     read_file_list,
     read_image_folder_metadata,
@@ -26,14 +28,19 @@ class ImageFiles:
     covered: list[str]
     """What the run is about: folders and files, as payloads would name them."""
     unlisted: list[dict[str, str]]
-    """Folders that could not be listed, as ``{"path", "reason"}``."""
+    """What could not be read besides images, as ``{"path", "reason"}``: folders, and lines of ``metadata.jsonl``."""
     _columns: dict[Path, dict[str, Any]] = field(default_factory=dict)
-    _folders_with_words: set[Path] = field(default_factory=set)
+    _words_from: dict[Path, str] = field(default_factory=dict)
+    """The ``metadata.jsonl`` that says something of a file."""
+    _sources: dict[Path, frozenset[str]] = field(default_factory=dict)
+    """The ``metadata.jsonl`` files that might say something of the files of a folder."""
 
     def __post_init__(self) -> None:
-        speaking = {folder for root, files in self.roots for folder in self._note_speaking(root, files)}
-        for folder in sorted(speaking):
-            self._read_metadata(folder)
+        whole = {}
+        for folder in sorted({folder for root, files in self.roots for folder in self._find_sources(root, files)}):
+            whole[folder] = self._read_metadata(folder)
+        broken = {storable(str(folder / METADATA_FILE)) for folder, is_whole in whole.items() if not is_whole}
+        self._sources = {folder: sources - broken for folder, sources in self._sources.items()}
 
     def __len__(self) -> int:
         """Return how many files there are."""
@@ -55,37 +62,47 @@ class ImageFiles:
             str(file.relative_to(root)) if file.is_relative_to(root) else file.name,
             columns.pop("text", None),
             columns,
-            has_words=file.parent in self._folders_with_words,
+            words_from=self._words_from.get(file),
+            silent=self._sources.get(file.parent, frozenset()),
         )
 
-    def _note_speaking(self, root: Path, files: Iterable[Path]) -> set[Path]:
-        """Note the folders of files that a ``metadata.jsonl`` speaks of, and return those that hold one.
+    def _find_sources(self, root: Path, files: Iterable[Path]) -> set[Path]:
+        """Note and return the folders of the ``metadata.jsonl`` files that may speak of files.
 
-        It may lie beside a file, or in a folder above it up to ``root``.
+        They lie beside a file, or in a folder above it up to ``root``.
         """
-        speaking: set[Path] = set()
+        found: set[Path] = set()
         for folder in {file.parent for file in files}:
             above = [folder, *(up for up in folder.parents if up.is_relative_to(root))]
             holding = {up for up in above if (up / METADATA_FILE).exists()}
-            speaking |= holding
-            if holding:
-                self._folders_with_words.add(folder)
-        return speaking
+            self._sources[folder] = frozenset(storable(str(up / METADATA_FILE)) for up in holding)
+            found |= holding
+        return found
 
-    def _read_metadata(self, folder: Path) -> None:
-        """Read the ``metadata.jsonl`` of a folder.
+    def _read_metadata(self, folder: Path) -> bool:
+        """Read the ``metadata.jsonl`` of a folder, and tell whether every line could be used.
 
         Several lines for one image are one: their texts as lines of one text, of other columns the first.
-
-        :raises CocoaError: If it is malformed.
         """
-        for row in read_image_folder_metadata(folder):
-            known = self._columns.setdefault(Path(os.path.abspath(row["path"])), {})
+        problems = len(self.unlisted)
+        try:
+            rows = read_image_folder_metadata(folder, on_error=self._note_line)
+        except CocoaError as error:
+            self.unlisted.append({"path": str(folder / METADATA_FILE), "reason": str(error)})
+            return False
+        for row in rows:
+            path = Path(os.path.abspath(row["path"]))
+            self._words_from.setdefault(path, storable(str(folder / METADATA_FILE)))
+            known = self._columns.setdefault(path, {})
             text = row.get("text")
             if isinstance(text, str):
                 known["text"] = f"{known['text']}\n{text}" if "text" in known else text
             for name in row.keys() - {"path", "file_name", "text"}:
                 known.setdefault(name, row[name])
+        return len(self.unlisted) == problems
+
+    def _note_line(self, error: MetadataError) -> None:
+        self.unlisted.append({"path": error.source, "reason": error.reason})
 
 
 def find_image_files(paths: Iterable[str | Path]) -> ImageFiles:
@@ -95,7 +112,8 @@ def find_image_files(paths: Iterable[str | Path]) -> ImageFiles:
     run to report.
 
     :param paths: As :func:`~cocoa_embed.image_files.find_images` takes them: folders, files, lists and patterns.
-    :raises CocoaError: If a path does not exist, a pattern matches nothing, or a ``metadata.jsonl`` is malformed.
+    :raises CocoaError: If a path does not exist, or a pattern matches nothing.
+    :raises UsageError: If a path is empty.
     """
     roots: list[tuple[Path, list[Path]]] = []
     covered: list[str] = []
@@ -105,13 +123,26 @@ def find_image_files(paths: Iterable[str | Path]) -> ImageFiles:
     def note(folder: Path, reason: str) -> None:
         unlisted.append({"path": str(folder), "reason": reason})
 
-    for path in (Path(os.path.abspath(path)) for path in paths):
+    for path in outermost(paths):
         found = (Path(os.path.abspath(file)) for file in find_images([path], on_error=note))
         new = [file for file in found if file not in seen]
         seen.update(new)
         roots.append((search_folder(path), new))
         covered += [storable(os.path.abspath(place)) for place in places_covered(path)]
     return ImageFiles(roots, covered, unlisted)
+
+
+def outermost(paths: Iterable[str | Path]) -> list[Path]:
+    """Return absolute paths, each once, without those inside of a folder that is named too.
+
+    :raises UsageError: If one is empty.
+    """
+    given = list(paths)
+    if "" in given:
+        raise UsageError("a path is empty; name a folder of images or an image file")
+    named = list(dict.fromkeys(Path(os.path.abspath(path)) for path in given))
+    folders = {path for path in named if path.is_dir()}
+    return [path for path in named if folders.isdisjoint(path.parents)]
 
 
 def places_covered(path: Path) -> list[Path]:

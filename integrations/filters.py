@@ -16,7 +16,9 @@ require("qdrant_client", "qdrant")
 
 from qdrant_client import models  # noqa: E402 - after the error that names the extra
 
-TEXT_KEYS = frozenset({"path", "relative_path", "paths", "relative_paths", "sha256", "mime", "caption", "thumbnail"})
+TEXT_KEYS = frozenset(
+    {"path", "relative_path", "paths", "relative_paths", "sha256", "mime", "caption", "words_from", "thumbnail"}
+)
 TIME_KEYS = frozenset({"mtime", "mtimes"})
 NUMBER_KEYS = frozenset({"width", "height", "bytes"}) | TIME_KEYS
 NODE_KEYS = frozenset({"_node_content", "_node_type", "document_id", "doc_id", "ref_doc_id"})

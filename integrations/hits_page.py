@@ -4,8 +4,9 @@ import base64
 from collections.abc import Sequence
 from pathlib import Path
 
-from cocoa_embed.errors import CocoaError, ImageError, require
+from cocoa_embed.errors import CocoaError, ImageError, printable, require
 from cocoa_embed.images import load_image
+from cocoa_embed.integrations.points import stored_places
 from cocoa_embed.integrations.stores import Hit
 from cocoa_embed.integrations.thumbnails import THUMBNAIL_SIZE
 from cocoa_embed.pixels import draw_thumbnail
@@ -20,14 +21,13 @@ def write_hits_page(file: Path, title: str, hits: Sequence[Hit]) -> None:
     """
     environment = require("jinja2", "report").Environment(autoescape=True)
     cards = [
-        {"path": hit.path, "score": hit.score, "caption": hit.payload.get("caption"), "thumbnail": thumbnail(hit)}
-        for hit in hits
+        {"path": hit.path, "score": hit.score, "caption": hit.caption, "thumbnail": thumbnail(hit)} for hit in hits
     ]
-    page = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(title=title, cards=cards)
+    page = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(title=printable(title), cards=cards)
     try:
         file.write_text(page, encoding="utf-8")
     except OSError as error:
-        raise CocoaError(f"{file} cannot be written ({error.strerror})") from error
+        raise CocoaError(f"{printable(file)} cannot be written ({error.strerror})") from error
 
 
 def thumbnail(hit: Hit) -> str | None:
@@ -35,8 +35,8 @@ def thumbnail(hit: Hit) -> str | None:
 
     The thumbnail that was made when the image was indexed comes first: it shows what was embedded.
     """
-    for path in (hit.payload.get("thumbnail"), hit.path, *hit.payload.get("paths", [])):
-        if path is None:
+    for path in (hit.payload.get("thumbnail"), hit.path, *(place.path for place in stored_places(hit.payload))):
+        if not path or not isinstance(path, str):
             continue
         try:
             image = load_image(path)

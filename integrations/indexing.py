@@ -196,7 +196,9 @@ class IndexRun:
         thumbnail = None
         if self.thumbnails is not None and embedded.thumbnail is not None:
             thumbnail = self.thumbnails.write(content.id, embedded.thumbnail)
-        self.ledger.add(content.id, Content(content.bytes, places, words_digest(words), thumbnail, is_new=True))
+        self.ledger.add(
+            content.id, Content(content.bytes, places, words_digest(words), words["words_from"], thumbnail, is_new=True)
+        )
         record = ImageRecord(
             places=places,
             words=words,
@@ -236,16 +238,26 @@ class IndexRun:
         """Return what ``metadata.jsonl`` files say of stored contents, by id, where something else is stored."""
         words: dict[str, Payload] = {}
         failed = {failure["path"] for failure in self.counts.failed}
-        for file in (file for file in self.files if file.has_words and str(file.path) not in failed):
+        for file in (file for file in self.files if str(file.path) not in failed):
             path = storable(str(file.path))
             id_ = self.ledger.owner(path)
             if id_ is None or self.ledger.contents[id_].places[0].path != path:
                 continue
-            if words_digest(file.words) != self.ledger.contents[id_].words:
+            if self._says_something_new(file, self.ledger.contents[id_]):
                 words[id_] = file.words
                 if not self.ledger.contents[id_].is_new and path not in self.counts.replaced:
                     self.counts.updated.add(path)
         return words
+
+    def _says_something_new(self, file: Description, content: Content) -> bool:
+        """Tell whether the words about a file are others than those stored with its content.
+
+        No words are something new where the file that gave those stored has none now, or is gone.
+        """
+        if file.words_from is None:
+            source = content.words_from
+            return source is not None and (source in file.silent or self._is_missing(source))
+        return words_digest(file.words) != content.words
 
     def _fail(self, file: Description, reason: str) -> None:
         self.counts.failed.append({"path": str(file.path), "reason": reason})

@@ -11,7 +11,7 @@ from typing import Any
 
 from cocoa_embed.integrations.points import Payload, Place, stored_places
 
-LEDGER_KEYS = ("sha256", "bytes", "paths", "relative_paths", "mtimes", "caption", "metadata", "thumbnail")
+LEDGER_KEYS = ("sha256", "bytes", "paths", "relative_paths", "mtimes", "caption", "metadata", "words_from", "thumbnail")
 """The payload keys that a ledger is read from."""
 
 MTIME_RESOLUTION = 1e-6
@@ -27,6 +27,8 @@ class Content:
     places: list[Place]
     words: bytes
     """A digest of what is stored as its caption and metadata."""
+    words_from: str | None = None
+    """The ``metadata.jsonl`` that they are from."""
     thumbnail: str | None = None
     """The path of a small copy."""
     has_changed: bool = False
@@ -52,10 +54,15 @@ class Ledger:
         for id_, payload in points:
             if not payload.get("sha256"):
                 continue
-            words = {"caption": payload.get("caption"), "metadata": payload.get("metadata") or {}}
+            words_from = payload.get("words_from")
+            words = {
+                "caption": payload.get("caption"),
+                "metadata": payload.get("metadata") or {},
+                "words_from": words_from,
+            }
             places = stored_places(payload)
             ledger.contents[id_] = Content(
-                int(payload.get("bytes") or 0), places, words_digest(words), payload.get("thumbnail")
+                int(payload.get("bytes") or 0), places, words_digest(words), words_from, payload.get("thumbnail")
             )
             for place in places:
                 if ledger._owners.setdefault(place.path, id_) != id_:

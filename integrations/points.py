@@ -19,7 +19,7 @@ NODE_KEYS = frozenset({"_node_content", "_node_type", "document_id", "doc_id", "
 MODEL_KEYS = frozenset({"relative_path", "metadata"})
 """The payload keys that LlamaIndex shows to a language model beside the node's text, which is the caption."""
 
-NO_WORDS: Payload = {"caption": None, "metadata": {}}
+NO_WORDS: Payload = {"caption": None, "metadata": {}, "words_from": None}
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,16 @@ class Description:
     caption: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """The other columns of ``metadata.jsonl``."""
-    has_words: bool = False
-    """Whether a ``metadata.jsonl`` above the file was read; if it says nothing of the file, there is nothing to say."""
+    words_from: str | None = None
+    """The ``metadata.jsonl`` that says something of the file, as a payload names it."""
+    silent: frozenset[str] = frozenset()
+    """Those that were read and might have said something."""
 
     @property
     def words(self) -> Payload:
-        """The part of a payload that is not of the file itself: ``caption`` and ``metadata``."""
+        """The part of a payload that is not of the file itself: ``caption``, ``metadata`` and where they are from."""
         caption = None if self.caption is None else storable(self.caption)
-        return {"caption": caption, "metadata": storable(dict(self.metadata))}
+        return {"caption": caption, "metadata": storable(dict(self.metadata)), "words_from": self.words_from}
 
 
 class Place(NamedTuple):
@@ -60,6 +62,7 @@ class ImageRecord:
     places: Sequence[Place]
     """At least one; the first gives the payload its ``path``."""
     words: Payload
+    """``caption``, ``metadata`` and ``words_from``."""
     sha256: str
     """Of the file's bytes, in hexadecimal."""
     bytes: int

@@ -62,6 +62,12 @@ class Hit:
     path: str
     payload: Payload
 
+    @property
+    def caption(self) -> str:
+        """The words about the image; empty, if there are none, or if what others wrote there is no text."""
+        caption = self.payload.get("caption")
+        return caption if isinstance(caption, str) else ""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Signature:

@@ -39,7 +39,7 @@ def test_a_small_step_of_training_makes_another_model(model: SentenceTransformer
     assert model_fingerprint(model) != before
 
 
-def test_template_prompts_and_pooling_make_another_model(model: SentenceTransformer) -> None:
+def test_settings_that_change_embeddings_make_another_model(model: SentenceTransformer) -> None:
     seen = {model_fingerprint(model)}
     model.prompts["query"] = "another prompt: "
     seen.add(model_fingerprint(model))
@@ -47,7 +47,13 @@ def test_template_prompts_and_pooling_make_another_model(model: SentenceTransfor
     seen.add(model_fingerprint(model))
     model[1].pooling_mode = "mean"
     seen.add(model_fingerprint(model))
-    assert len(seen) == 4
+    model.config.get_text_config().is_causal = True
+    seen.add(model_fingerprint(model))
+    model.max_seq_length = 7
+    seen.add(model_fingerprint(model))
+    model[0].processor.image_processor.image_mean = [0.0, 0.0, 0.0]
+    seen.add(model_fingerprint(model))
+    assert len(seen) == 7
 
 
 def test_a_prompt_that_is_empty_is_none(model: SentenceTransformer) -> None:

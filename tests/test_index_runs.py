@@ -14,11 +14,14 @@ from fake_model import FakeModel, colour_image
 pytest.importorskip("qdrant_client")
 
 from qdrant_client import QdrantClient, models
+from rich.console import Console
 
+from cocoa_embed.cli_reports import report_hits
 from cocoa_embed.encoder import Encoder
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.images import FileContent, load_image
 from cocoa_embed.integrations import reading
+from cocoa_embed.integrations.hits_page import write_hits_page
 from cocoa_embed.integrations.qdrant import QdrantIndexer
 
 
@@ -271,3 +274,97 @@ def test_an_image_turned_or_mirrored_is_found_where_that_is_asked_for(
     assert [hit.id for hit in index.search(image=turned, score_threshold=0.999, any_orientation=True)] == [best.id]
     with pytest.raises(UsageError, match="give an image"):
         index.search("red", any_orientation=True)
+
+
+def test_words_from_above_are_not_lost_when_a_part_is_indexed(client: QdrantClient, folder: Path) -> None:
+    (folder / "metadata.jsonl").write_text('{"file_name": "sub/yellow.jpg", "text": "a lemon"}')
+    colour_image("green", (9, 9)).save(folder / "sub" / "other.png")
+    (folder / "sub" / "metadata.jsonl").write_text('{"file_name": "other.png", "text": "a lime"}')
+    index = indexer(client)
+    for paths in ([folder], [folder / "sub"], [folder / "sub", folder], [folder / "sub" / "yellow.jpg"]):
+        index.index(paths, progress=False)
+        assert payloads(client)["yellow.jpg"]["caption"] == "a lemon"
+        assert payloads(client)["other.png"]["caption"] == "a lime"
+    assert payloads(client)["yellow.jpg"]["relative_path"] == "sub/yellow.jpg"
+
+
+def test_a_file_that_becomes_unusable_gives_up_its_point(client: QdrantClient, folder: Path) -> None:
+    index = indexer(client)
+    index.index(folder, progress=False)
+    (folder / "red.png").write_bytes(b"no image any more")
+    summary = index.index(folder, progress=False)
+    assert [failure["path"] for failure in summary.failed] == [str(folder / "red.png")]
+    assert payloads(client).keys() == {"green.png", "blue.png", "yellow.jpg"}
+    for make in (lambda path: path.symlink_to("nowhere"), lambda path: path.mkdir()):
+        (folder / "blue.png").unlink(missing_ok=True)
+        make(folder / "blue.png")
+        index.index(folder, prune=True, progress=False)
+        assert "blue.png" not in payloads(client)
+
+
+def test_what_cannot_be_looked_at_is_not_gone(
+    client: QdrantClient, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = indexer(client)
+    index.index(folder, progress=False)
+    look, walk = os.stat, os.scandir
+
+    def refuse_to_look(path: str | Path, **options: object) -> os.stat_result:
+        if "/sub/" in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return look(path, **options)
+
+    def refuse_to_walk(path: str | Path) -> object:
+        if str(path).endswith("/sub"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return walk(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", refuse_to_look)
+        patch.setattr(os, "scandir", refuse_to_walk)
+        summary = index.index(folder, prune=True, progress=False)
+    assert (summary.pruned, summary.unchanged) == (0, 3)
+    assert "sub" in summary.failed[0]["path"]
+    assert "yellow.jpg" in payloads(client)
+
+
+def test_a_place_outside_of_the_run_is_not_forgotten(client: QdrantClient, folder: Path, tmp_path: Path) -> None:
+    stick = tmp_path / "stick"
+    stick.mkdir()
+    shutil.copy(folder / "red.png", stick / "a.png")
+    index = indexer(client)
+    index.index([stick, folder], progress=False)
+    stick.rename(tmp_path / "unplugged")
+    (folder / "red.png").rename(folder / "crimson.png")
+    index.index(folder, prune=True, progress=False)
+    (point,) = (each for each in payloads(client).values() if len(each["paths"]) == 2)
+    assert set(point["paths"]) == {str(stick / "a.png"), str(folder / "crimson.png")}
+
+
+def test_thumbnails_follow_the_folder_that_is_asked_for_and_never_become_images(
+    client: QdrantClient, folder: Path, tmp_path: Path
+) -> None:
+    index = indexer(client)
+    for name in ("one", "other"):
+        index.index(folder, thumbnails=tmp_path / name, progress=False)
+        assert {Path(payload["thumbnail"]).parent.name for payload in payloads(client).values()} == {name}
+    with pytest.raises(UsageError, match="would be indexed with the images"):
+        index.index(folder, thumbnails=folder / "small", progress=False)
+    assert not (folder / "small").exists()
+
+
+def test_an_empty_path_is_wrong_usage_and_not_the_current_folder(client: QdrantClient) -> None:
+    for paths in ("", ["a", ""]):
+        with pytest.raises(UsageError, match="a path is empty"):
+            indexer(client).index(paths, progress=False)
+
+
+def test_points_of_others_are_shown_whatever_they_hold(client: QdrantClient, folder: Path, tmp_path: Path) -> None:
+    index = indexer(client)
+    index.index(folder, progress=False)
+    strange = {"caption": ["x"], "paths": None, "thumbnail": 5, "path": "/a.png"}
+    client.upsert("images", [models.PointStruct(id=1, vector=[1.0] * 48, payload=strange)])
+    hits = index.search("red")
+    write_hits_page(tmp_path / "hits.html", "red", hits)
+    report_hits(hits, Console(stderr=True))
+    assert "The image cannot be read any more" in (tmp_path / "hits.html").read_text()

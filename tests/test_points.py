@@ -122,9 +122,9 @@ def test_a_changed_payload_is_that_of_a_record_changed_likewise(changes: dict[st
 
 
 def test_a_payload_holds_the_words_that_its_description_is_compared_by() -> None:
-    described = Description(Path("/z.jpg"), "z.jpg", "n\udcff", {"n\udcff": 1}, has_words=True)
+    described = Description(Path("/z.jpg"), "z.jpg", "n\udcff", {"n\udcff": 1}, "/metadata.jsonl")
     stored = payload(record(words=described.words))
-    assert described.words == {"caption": stored["caption"], "metadata": stored["metadata"]}
+    assert described.words == {key: stored[key] for key in ("caption", "metadata", "words_from")}
     assert described.words["caption"] == r"n\udcff"
 
 

@@ -195,16 +195,22 @@ def test_a_renamed_file_is_not_embedded_again_and_keeps_one_point(client: Qdrant
     assert counts(index.index(folder, progress=False)) == (0, 4, 0, 0, 0)
 
 
-def test_a_moved_file_keeps_its_caption_where_the_new_place_has_none(client: QdrantClient, folder: Path) -> None:
+def test_a_moved_file_keeps_its_caption_while_the_line_that_gave_it_is_there(
+    client: QdrantClient, folder: Path
+) -> None:
     write_captions(folder, {"red.png": "a red thing"}, licence="CC0")
     index = indexer(client)
     index.index(folder, progress=False)
-    (folder / "metadata.jsonl").unlink()
     (folder / "red.png").rename(folder / "sub" / "crimson.png")
-    assert counts(index.index(folder, progress=False)) == (0, 3, 1, 0, 0)
+    summary = index.index(folder, progress=False)
+    assert counts(summary) == (0, 3, 1, 0, 1)
+    assert "names 'red.png', which is not in" in summary.failed[0]["reason"]
     assert stored_captions(client) == {"sub/crimson.png": "a red thing"}
     assert index.search("red", limit=1)[0].payload["metadata"] == {"licence": "CC0"}
     assert client.count("images").count == len(model_of(index).documents) == 4
+    (folder / "metadata.jsonl").unlink()
+    assert counts(index.index(folder, progress=False)) == (0, 3, 1, 0, 0)
+    assert stored_captions(client) == {}
 
 
 def test_a_moved_file_takes_the_caption_of_its_new_place(client: QdrantClient, folder: Path) -> None:
@@ -359,11 +365,18 @@ def test_the_id_is_made_of_the_content(client: QdrantClient, folder: Path) -> No
     assert not any(isinstance(value, bytes) or len(str(value)) > 2000 for hit in hits for value in hit.payload.values())
 
 
-def test_a_malformed_metadata_line_stops_before_anything_is_written(client: QdrantClient, folder: Path) -> None:
-    (folder / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": ""}')
-    with pytest.raises(CocoaError, match=r"metadata\.jsonl:1 names 'gone\.png'"):
-        indexer(client).index(folder, progress=False)
-    assert not client.collection_exists("images")
+@pytest.mark.parametrize("line", ['{"file_name": "gone.png", "text": ""}', "{", '{"text": "no name"}'])
+def test_a_line_of_metadata_that_cannot_be_used_is_reported_and_the_rest_is_done(
+    client: QdrantClient, folder: Path, line: str
+) -> None:
+    write_captions(folder, {"red.png": "a red thing", "blue.png": "the sea"})
+    index = indexer(client)
+    index.index(folder, progress=False)
+    (folder / "metadata.jsonl").write_text(f'{{"file_name": "blue.png", "text": "a lake"}}\n{line}')
+    summary = index.index(folder, progress=False)
+    assert [failure["path"] for failure in summary.failed] == [f"{folder / 'metadata.jsonl'}:2"]
+    assert counts(summary) == (0, 3, 1, 0, 1)
+    assert stored_captions(client) == {"red.png": "a red thing", "blue.png": "a lake"}, "a broken file takes no words"
 
 
 def test_a_folder_without_images_is_an_error(client: QdrantClient, tmp_path: Path) -> None:
