@@ -104,45 +104,37 @@ class ProcessorLock:
     """
 
     def __init__(self) -> None:
+        # Who comes next holds the queue while it waits, so that neither kind overtakes the other for ever.
+        self._queue = threading.Lock()
         self._changed = threading.Condition()
         self._users = 0
-        self._is_alone = False
-        self._waiting_to_be_alone = 0
         self._is_set_for_documents = False
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Wait until nobody prepares documents, and let nobody begin."""
-        with self._changed:
-            self._waiting_to_be_alone += 1
+        """Wait until nobody uses the processor, and let nobody begin."""
+        with self._queue, self._changed:
             self._changed.wait_for(lambda: self._users == 0)
-            self._waiting_to_be_alone -= 1
-            self._users, self._is_alone, self._is_set_for_documents = 1, True, False
-        try:
+            self._users = 1
+            self._is_set_for_documents = False
+        with self._leaving():
             yield
-        finally:
-            self._leave()
 
     @contextmanager
     def for_documents(self) -> Iterator[None]:
-        """Wait until nobody else is alone with the processor, or waits to be."""
-        with self._changed:
-            self._changed.wait_for(self._may_prepare)
+        """Wait until the processor is set for documents, or unused."""
+        with self._queue, self._changed:
+            self._changed.wait_for(lambda: self._is_set_for_documents or self._users == 0)
             self._users += 1
-            self._is_alone = not self._is_set_for_documents
-        try:
+        with self._leaving():
             yield
             self._is_set_for_documents = True
+
+    @contextmanager
+    def _leaving(self) -> Iterator[None]:
+        try:
+            yield
         finally:
-            self._leave()
-
-    def _may_prepare(self) -> bool:
-        if self._is_alone or self._waiting_to_be_alone:
-            return False
-        return self._is_set_for_documents or self._users == 0
-
-    def _leave(self) -> None:
-        with self._changed:
-            self._users -= 1
-            self._is_alone = False
-            self._changed.notify_all()
+            with self._changed:
+                self._users -= 1
+                self._changed.notify_all()

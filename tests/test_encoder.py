@@ -1,8 +1,11 @@
 import random
 import sys
 import threading
+import time
+from functools import partial
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -263,12 +266,25 @@ def test_a_vector_of_nothing_stays_finite_when_it_is_cut() -> None:
     assert not Encoder(Sparse(), dimension=8).embed_queries([{"text": "red"}]).any()
 
 
-def test_long_queries_among_streamed_images_change_neither(
-    qwen: SentenceTransformer, scenes: list[Image.Image]
+def test_queries_that_are_cut_shorter_change_no_streamed_image(
+    qwen: SentenceTransformer, scenes: list[Image.Image], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A query that is cut sets the tokenizer otherwise for a moment; see tests/test_forward.py."""
+    """They set the one tokenizer otherwise than documents need it."""
+    short = partial(qwen.encode_query, processing_kwargs={"text": {"max_length": 8}})
+    monkeypatch.setattr(qwen, "encode_query", short)
+    refused: list[str] = []
+    preprocess = qwen.preprocess
+
+    def watched(*arguments: Any, **settings: Any) -> dict[str, Any]:
+        try:
+            return preprocess(*arguments, **settings)
+        except (ValueError, RuntimeError) as error:
+            refused.append(str(error))
+            raise
+
+    monkeypatch.setattr(qwen, "preprocess", watched)
     encoder = Encoder(qwen)
-    item: Item = {"text": "large red circle " * 60}
+    item: Item = {"text": "large red circle " * 9}
     expected, answer = documents(encoder, scenes), encoder.embed_queries([item])
     done, answers = threading.Event(), []
 
@@ -280,7 +296,7 @@ def test_long_queries_among_streamed_images_change_neither(
     sys.setswitchinterval(1e-6)
     thread.start()
     try:
-        found = [streamed(encoder, scenes, batch_size=4, workers=3) for _ in range(5)]
+        found = [streamed(encoder, scenes, batch_size=4, workers=3) for _ in range(15)]
     finally:
         sys.setswitchinterval(interval)
         done.set()
@@ -288,6 +304,30 @@ def test_long_queries_among_streamed_images_change_neither(
     assert max(distance(each, expected) for each in found) < TOLERANCE
     assert len(answers) > 5
     assert max(distance(each, answer) for each in answers) < TOLERANCE
+    assert not refused  # a batch that was cut is refused, and would have been saved in halves
+
+
+def test_who_waits_for_the_model_is_not_overtaken_by_who_has_it() -> None:
+    encoder, done, turns = Encoder(FakeModel()), threading.Event(), []
+
+    def ask_again_and_again() -> None:
+        while not done.is_set():
+            with encoder._turn():
+                turns.append(None)
+                time.sleep(0.001)
+
+    thread = threading.Thread(target=ask_again_and_again)
+    thread.start()
+    overtaken = []
+    try:
+        for _ in range(30):
+            before = len(turns)
+            with encoder._turn():
+                overtaken.append(len(turns) - before)
+    finally:
+        done.set()
+        thread.join()
+    assert max(overtaken) <= 2, overtaken
 
 
 def test_a_model_that_begins_with_words_is_refused() -> None:

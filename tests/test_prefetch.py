@@ -1,4 +1,5 @@
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -216,6 +217,51 @@ def test_files_are_not_waited_for_while_a_batch_is_ready(workers: Executor, monk
     slow.set()
     ahead.advance(workers, wait=True)
     assert len(ahead.ahead) >= 3
+    ahead.close()
+
+
+def test_a_window_that_is_slow_to_fill_is_planned_only_when_the_workers_would_idle(
+    workers: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, examine, go = threading.Event(), prefetch.examine, threading.Event()
+
+    def examine_slowly(passenger: Passenger) -> None:
+        assert passenger.key < 26 or slow.wait(10)
+        examine(passenger)
+
+    def prepare_slowly(images: Sequence[Image.Image]) -> dict[str, Any]:
+        assert go.wait(10)
+        return prepare(images)
+
+    monkeypatch.setattr(prefetch, "examine", examine_slowly)
+    ahead = prefetcher(Counted(), batches_ahead=9)
+    ahead.prepare = prepare_slowly
+    for _ in range(20):
+        ahead.advance(workers, wait=False)
+        time.sleep(0.01)
+    assert len(ahead.ahead) == 4  # two windows of two batches; the third, of four, has ten images of sixteen
+    go.set()
+    wait(ahead.ahead)
+    ahead.advance(workers, wait=False)
+    assert len(ahead.ahead) == 4 + 3
+    slow.set()
+    ahead.close()
+
+
+def test_images_that_are_all_broken_are_not_read_without_end(workers: Executor) -> None:
+    read = []
+
+    def images() -> Iterator[tuple[int, StreamSource]]:
+        yield from ((number, colour_image("red")) for number in range(8))
+        for number in range(100_000):
+            read.append(number)
+            yield number, b"no image"
+
+    ahead = prefetcher(images())
+    for _ in range(20):
+        ahead.advance(workers, wait=False)
+        time.sleep(0.01)
+    assert len(read) < 100
     ahead.close()
 
 
