@@ -220,6 +220,7 @@ def test_gradients_reach_every_adapter_under_bf16_autocast(
             assert parameter.grad.abs().max() > 0, name
 
 
+@pytest.mark.slow
 @every_family
 @KINDS
 def test_a_state_saved_amid_training_is_loaded_into_another_adapted_model(

@@ -102,7 +102,7 @@ def test_an_item_that_the_model_refuses_is_named(role: Role) -> None:
 
 def test_too_little_memory_says_what_to_lower() -> None:
     class Small(FakeModel):
-        def _encode(self, inputs: list[Any]) -> np.ndarray:
+        def _encode(self, inputs: list[Any], prompt: str | None, task: str) -> np.ndarray:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(CocoaError, match=r"too little memory for 2 at once, the text 'a' .* smaller --batch-tokens"):

@@ -423,6 +423,7 @@ def test_where_log_lines_cannot_go_is_told_before_the_run(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_adapters_are_trained_and_merged(

@@ -158,6 +158,7 @@ def test_the_report_shows_every_part_and_loads_nothing(told: Told) -> None:
     assert all(source.startswith("data:") for source in page.loaded)
 
 
+@pytest.mark.slow
 def test_a_second_run_with_the_same_seed_replaces_the_first_and_gives_the_same(told: Told) -> None:
     stale = told.demo.work / "runs" / "stale.txt"
     stale.touch()
