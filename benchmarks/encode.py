@@ -26,12 +26,11 @@ import torch
 import transformers
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modality import infer_modality
-from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
+from transformers import Qwen2VLImageProcessor
 
 from cocoa_embed.attention import make_bidirectional
-from cocoa_embed.backbone import SUPPORTED, Backbone, builtin_backbones, load_backbone, prepare_processor
+from cocoa_embed.backbone import SUPPORTED, Backbone, builtin_backbones, load_backbone, load_processor
 from cocoa_embed.cores import available_cores
-from cocoa_embed.demo.captioner import build_tokenizer
 from cocoa_embed.demo.scenes import write_image_folder
 from cocoa_embed.encoder import Encoder
 from cocoa_embed.export import build_sentence_transformer
@@ -40,13 +39,14 @@ from cocoa_embed.image_files import find_images
 from cocoa_embed.images import load_image
 from cocoa_embed.loading import load_model
 from cocoa_embed.stream import default_workers
-from cocoa_embed.template import CHAT_TEMPLATE, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
+from cocoa_embed.template import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
 from cocoa_embed.visual_tokens import BatchLimits, ImageCost, plan_batches, token_counter
 from steps.real_configs import real_config
 
 SIZES = {"small": "small", "2b": "qwen2-vl-2b"}
 NO_PROMPTS = {"query": "", "document": ""}
 DRAWN_SCENES = 200
+MAX_LENGTH = 32_768
 LEAST_COSINE = 0.99
 """Of one file's embeddings by the two ways, which decode JPEGs with different libraries."""
 
@@ -70,24 +70,17 @@ def parse() -> argparse.Namespace:
 
 def random_backbone(name: str, device: torch.device) -> Backbone:
     """Return a model of a real size under the demo's tokenizer, whose ids its config then names."""
-    tokenizer = build_tokenizer(0)
+    processor = load_processor(builtin_backbones()[0], max_length=MAX_LENGTH)
+    processor.image_processor = Qwen2VLImageProcessor()
     config = real_config(name)
-    ids = {"image_token_id": IMAGE_PAD, "video_token_id": VIDEO_PAD}
-    ids |= {"vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
-    for key, token in ids.items():
-        setattr(config, key, tokenizer.convert_tokens_to_ids(token))
+    config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id = (
+        processor.tokenizer.convert_tokens_to_ids([IMAGE_PAD, VIDEO_PAD, VISION_START, VISION_END])
+    )
     torch.manual_seed(0)
     with device:
         model = SUPPORTED[config.model_type](config)
     model.to(torch.bfloat16 if device.type == "cuda" else torch.float32)
     make_bidirectional(model)
-    processor = Qwen2VLProcessor(
-        image_processor=Qwen2VLImageProcessor(),
-        tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(),
-        chat_template=CHAT_TEMPLATE,
-    )
-    prepare_processor(processor, max_length=32_768)
     return Backbone(model=model, processor=processor)
 
 
@@ -99,11 +92,11 @@ def open_model(options: argparse.Namespace, device: torch.device) -> SentenceTra
             if options.size:
                 random_backbone(SIZES[options.size], device).save(Path(folder))
             else:
-                load_backbone(builtin_backbones()[0], max_length=32_768).save(Path(folder))
+                load_backbone(builtin_backbones()[0], max_length=MAX_LENGTH).save(Path(folder))
             model = build_sentence_transformer(Path(folder), prompts=NO_PROMPTS).to(device)
     if options.max_pixels:
         model.processor.image_processor.size["longest_edge"] = options.max_pixels
-        model.max_seq_length = 32_768
+        model.max_seq_length = MAX_LENGTH
     return model
 
 

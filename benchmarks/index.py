@@ -1,6 +1,7 @@
 """Indexing end to end against embedding alone, in each home that needs no server, and what a second run costs.
 
     python benchmarks/index.py path/to/photos --model cocoa-qwen2vl [--json]
+    python benchmarks/index.py               # the demo's images and model, after make demo
 
 Embedding alone is the same stream of the same files through the same model, stored nowhere. Every round does each way
 once, in turn; rates are medians over rounds. Stores are made anew for each round. The model is loaded once.
@@ -29,7 +30,9 @@ HOMES = ("path", "edge")
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", metavar="DIR", help="a folder of images")
+    parser.add_argument(
+        "folder", metavar="DIR", nargs="?", default="cocoa-demo/data/held-out", help="a folder of images"
+    )
     parser.add_argument("--model", default="cocoa-qwen2vl", help="a SentenceTransformer folder or hub name")
     parser.add_argument("--home", choices=HOMES, action="append", help="the homes to measure [both]")
     parser.add_argument("--rounds", type=int, default=5)
