@@ -299,7 +299,7 @@ CONTROLS = {number: f"\\u{number:04x}" for number in range(32) if number != 10}
 
 @given(column=NAMES, value=SCALARS)
 def test_any_column_is_found_by_its_value_and_by_no_other(column: str, value: str | int | float | bool) -> None:
-    assume(f'"{column}"'.strip('"').strip())
+    assume(column not in PAYLOAD_KEYS)
     payloads = [{"metadata": {column: value}}, {"metadata": {column: [None, value]}}, {"metadata": {column: "other"}}]
     assume(value != "other")
     matching = evaluate(payloads, f'"{column}"={as_value(value)}')
