@@ -1,5 +1,6 @@
-"""Output folders: made where there is room, refused where something else lives."""
+"""Output folders: made where there is room, refused where something else lives; and files that are written whole."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -39,3 +40,15 @@ def claim_folder(folder: Path, *, marker: str) -> None:
         (folder / marker).touch()
     except OSError as error:
         raise CocoaError(f"{folder} cannot be written ({error.strerror}); give another folder.") from error
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file so that whoever looks, and whenever the process is killed, finds all of it or what was before.
+
+    :raises OSError: If it cannot be written.
+    """
+    scratch = file.with_name(file.name + ".new")
+    scratch.write_text(text, encoding="utf-8")
+    with scratch.open("r+b") as written:
+        os.fsync(written.fileno())
+    os.replace(scratch, file)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from cocoa_embed.errors import CocoaError, one_line, printable, require
-from cocoa_embed.folders import refuse_foreign_folder
+from cocoa_embed.folders import refuse_foreign_folder, write_whole
 from cocoa_embed.integrations.store_checks import (
     check_may_sign,
     check_points,
@@ -22,7 +22,7 @@ from cocoa_embed.integrations.store_checks import (
     payload_size,
     query_values,
 )
-from cocoa_embed.integrations.store_files import in_use, lock_file, write_whole
+from cocoa_embed.integrations.store_files import in_use, lock_file
 from cocoa_embed.integrations.stores import (
     FLOAT,
     ID_BATCH,

@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from typing import NamedTuple
 
 from cocoa_embed.errors import UsageError, require
-from cocoa_embed.integrations.points import storable
+from cocoa_embed.integrations.points import NODE_KEYS, storable
 
 require("qdrant_client", "qdrant")
 
@@ -21,7 +21,6 @@ TEXT_KEYS = frozenset(
 )
 TIME_KEYS = frozenset({"mtime", "mtimes"})
 NUMBER_KEYS = frozenset({"width", "height", "bytes"}) | TIME_KEYS
-NODE_KEYS = frozenset({"_node_content", "_node_type", "document_id", "doc_id", "ref_doc_id"})
 PAYLOAD_KEYS = TEXT_KEYS | NUMBER_KEYS | NODE_KEYS | {"metadata"}
 """The top level of a payload; any other key is a column of ``metadata.jsonl``."""
 

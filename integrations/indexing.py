@@ -11,9 +11,8 @@ stored before its old content is removed; a file that two contents name is read 
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import NamedTuple
 
 from cocoa_embed.encoder import Encoder
@@ -31,7 +30,7 @@ from cocoa_embed.integrations.points import (
     storable,
 )
 from cocoa_embed.integrations.reading import ReadFile, ahead, read_file
-from cocoa_embed.integrations.stores import Point, Store
+from cocoa_embed.integrations.stores import Point, Store, batches
 from cocoa_embed.integrations.thumbnails import THUMBNAIL_SIZE, ThumbnailFolder, remove_thumbnail
 from cocoa_embed.integrations.writer import Writer
 from cocoa_embed.pixels import draw_thumbnail
@@ -115,9 +114,9 @@ class IndexRun:
         self._overwrite([id_ for id_ in {**changed, **words} if id_ not in abandoned], words)
         self._delete(sorted(abandoned))
 
-    def _overwrite(self, ids: Iterable[str], words: Mapping[str, Payload]) -> None:
+    def _overwrite(self, ids: Sequence[str], words: Mapping[str, Payload]) -> None:
         """Store who holds contents now, with new words where there are some."""
-        for some in chunks(ids, PAYLOADS_AT_ONCE):
+        for some in batches(ids, PAYLOADS_AT_ONCE):
             for id_, stored in self.store.retrieve(some).items():
                 content = self.ledger.contents[id_]
                 described = changed_payload(
@@ -125,9 +124,9 @@ class IndexRun:
                 )
                 self.store.overwrite_payload(id_, described)
 
-    def _delete(self, ids: Iterable[str]) -> None:
+    def _delete(self, ids: Sequence[str]) -> None:
         """Remove contents that no file holds."""
-        for some in chunks(ids, PAYLOADS_AT_ONCE):
+        for some in batches(ids, PAYLOADS_AT_ONCE):
             self.store.delete(some)
             for id_ in some:
                 remove_thumbnail(id_, self.ledger.contents[id_].thumbnail)
@@ -285,10 +284,3 @@ def is_no_file(path: str) -> bool:
         return True
     except OSError:
         return False
-
-
-def chunks(ids: Iterable[str], size: int) -> Iterator[list[str]]:
-    """Yield ids in lists of ``size``; the last may be shorter."""
-    rest = iter(ids)
-    while chunk := list(islice(rest, size)):
-        yield chunk

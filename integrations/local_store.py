@@ -14,9 +14,9 @@ from qdrant_client import QdrantClient
 from qdrant_client.local.qdrant_local import QdrantLocal
 
 from cocoa_embed.errors import CocoaError, one_line, printable
-from cocoa_embed.folders import refuse_foreign_folder
+from cocoa_embed.folders import refuse_foreign_folder, write_whole
 from cocoa_embed.integrations.client_store import ClientStore
-from cocoa_embed.integrations.store_files import in_use, lock_file, write_whole
+from cocoa_embed.integrations.store_files import in_use, lock_file
 from cocoa_embed.integrations.stores import Signature, StoreOptions
 
 META_FILE = "meta.json"

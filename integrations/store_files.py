@@ -1,7 +1,6 @@
-"""Files of a store that others may open, or that a kill may leave half-way: locks, and files written whole."""
+"""Locks on the files of a store that other processes may open."""
 
 import fcntl
-import os
 from pathlib import Path
 from typing import IO
 
@@ -31,16 +30,3 @@ def lock_file(file: Path, place: str) -> IO[str]:
         handle.close()
         raise
     return handle
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a file so that whoever looks, and whenever the process is killed, finds all of it or what was before.
-
-    :raises OSError: If it cannot be written.
-    """
-    scratch = file.with_name(file.name + ".new")
-    with scratch.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(scratch, file)

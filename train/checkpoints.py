@@ -1,19 +1,13 @@
 """Checkpoints to resume from: whole, or not there."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from cocoa_embed.folders import write_whole
+
 COMPLETE = "complete.json"
 """Written last into a checkpoint: the names and sizes of its files, and what the run was at that point."""
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that it is there whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def write_json(path: Path, document: dict[str, Any] | list[Any]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from cocoa_embed.errors import CocoaError, printable
-from cocoa_embed.train.checkpoints import write_whole
+from cocoa_embed.folders import write_whole
 from cocoa_embed.train.data import BadRow, Row, RowImage
 from cocoa_embed.train.image_check import ImageSize, check_images, known_sizes
 from cocoa_embed.train.readers import read_source

@@ -118,11 +118,10 @@ def run_mmeb(
     from cocoa_embed.evaluation.items import BATCH_TOKENS
     from cocoa_embed.evaluation.mmeb import check_subsets, evaluate_mmeb
     from cocoa_embed.evaluation.mmeb_tables import mmeb_tables
-    from cocoa_embed.fingerprint import model_fingerprint
 
     checked = check_subsets(folder, asked)
     encoder = load_encoder(model, device)
-    fingerprint = model_fingerprint(encoder.model)
+    fingerprint = encoder.fingerprint
     results = out or DEFAULT_OUT / f"{plain_name(model)}-{fingerprint[:SHOWN_DIGITS]}"
     done: list[str] = []
 
