@@ -256,8 +256,8 @@ def lower_bound(score_threshold: float | None) -> float | None:
 def oversampling(limit: int) -> float:
     """Return how many candidates a search for ``limit`` quantized vectors takes for each to look at closer.
 
-    On random clusters with vectors of a bit a dimension, twice the ten asked for held 0.45 of the ten nearest and
-    ten times all of them; comparing a few hundred more vectors costs nothing that can be measured.
+    With vectors of a bit a dimension, twice as many as are asked for do not hold the nearest; comparing a few hundred
+    vectors more costs little.
     """
     return max(OVERSAMPLING, CANDIDATES / limit)
 
