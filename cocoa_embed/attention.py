@@ -27,6 +27,19 @@ def make_bidirectional(model: PreTrainedModel) -> None:
     assert_bidirectional(model)
 
 
+def make_causal(model: PreTrainedModel) -> None:
+    """Let every token of the language model attend to itself and to those before it, in place; saved with the config.
+
+    It is what the backbones come with, said aloud: :func:`is_causal` can tell it.
+    """
+    model.config.get_text_config().is_causal = True
+
+
+def is_causal(model: PreTrainedModel) -> bool:
+    """Tell which of :func:`make_bidirectional` and :func:`make_causal` was called on a model last."""
+    return bool(model.config.get_text_config().is_causal)
+
+
 @torch.no_grad()
 def assert_bidirectional(model: PreTrainedModel) -> None:
     """Check that the last token reaches the first token's hidden state, with and without padding.
@@ -105,6 +118,11 @@ def bidirectional_mask(attention_mask: Tensor) -> Tensor:
     keep = attention_mask.bool()
     itself = torch.eye(keep.shape[1], dtype=torch.bool, device=keep.device)
     return (keep[:, :, None] & keep[:, None, :]) | (itself & ~keep[:, :, None])
+
+
+def before_or_itself(allowed: Tensor) -> Tensor:
+    """Take from a bool ``[B, L, L]`` mask what a causal model may not see: for each position, those after it."""
+    return allowed & torch.ones(allowed.shape[-2:], dtype=torch.bool, device=allowed.device).tril()
 
 
 def as_model_mask(allowed: Tensor, *, attn_implementation: str, dtype: torch.dtype) -> Tensor:

@@ -20,7 +20,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from cocoa_embed.attention import make_bidirectional
+from cocoa_embed.attention import make_bidirectional, make_causal
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.flex import FLEX, use_flex_attention
 from cocoa_embed.template import CHAT_TEMPLATE
@@ -129,11 +129,13 @@ def load_backbone(
     attn_implementation: str = "sdpa",
     max_length: int | None = None,
     max_pixels: int | None = None,
+    bidirectional: bool = True,
 ) -> Backbone:
     """Load a backbone by folder, by the name of one of this package's, or by hub name, and make it bidirectional.
 
     :param attn_implementation: ``sdpa``, ``eager``, or ``flex_attention`` for the language model under a ``BlockMask``.
     :param max_length: Tokens a sequence may have, stored in the tokenizer; by default what the tokenizer says.
+    :param bidirectional: False leaves it causal, to be compared with.
     :raises CocoaError: If the backbone is not there, or weights are missing, unexpected or of another shape.
     :raises UsageError: If its model type is not in :data:`SUPPORTED`.
     """
@@ -152,7 +154,7 @@ def load_backbone(
     _refuse_incomplete_weights(name_or_path, info)
     processor = load_processor(name_or_path, max_length=max_length, max_pixels=max_pixels)
     fit_embeddings(model, processor)
-    make_bidirectional(model)
+    (make_bidirectional if bidirectional else make_causal)(model)
     if attn_implementation == FLEX:
         use_flex_attention(model)
     return Backbone(model=model, processor=processor)

@@ -18,18 +18,20 @@ TRAINING_FILE = "cocoa_training.json"
 
 
 def build_sentence_transformer(
-    checkpoint: Path, *, prompts: dict[str, str], attn_implementation: str = "sdpa"
+    checkpoint: Path, *, prompts: dict[str, str], attn_implementation: str = "sdpa", bidirectional: bool = True
 ) -> SentenceTransformer:
     """Return ``normalize(hidden[<EOS>])`` over the backbone in ``checkpoint`` as a SentenceTransformer.
 
     :param prompts: Instructions for ``query`` and ``document``, stored with the model.
-    :raises CocoaError: If it cannot be loaded, or its attention is not bidirectional.
+    :param bidirectional: False for a checkpoint that was trained causal, to be compared with.
+    :raises CocoaError: If it cannot be loaded, or its attention is not bidirectional though it should be.
     """
     try:
         transformer = Transformer(str(checkpoint), model_kwargs={"attn_implementation": attn_implementation})
     except (OSError, SafetensorError) as error:
         raise CocoaError(f"{checkpoint} cannot be loaded ({one_line(error)}): the checkpoint is incomplete.") from error
-    assert_bidirectional(transformer.auto_model)
+    if bidirectional:
+        assert_bidirectional(transformer.auto_model)
     pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="lasttoken")
     return SentenceTransformer(
         modules=[transformer, pooling, Normalize()], prompts=prompts, similarity_fn_name="cosine"
@@ -53,6 +55,12 @@ def read_training(checkpoint: Path) -> dict[str, Any]:
     if not isinstance(training, dict) or not keys <= training.keys():
         raise CocoaError(f"{path} lacks one of {', '.join(sorted(keys))}: the checkpoint is incomplete. {remedy}")
     return training
+
+
+def is_bidirectional(training: dict[str, Any]) -> bool:
+    """Tell from a checkpoint's record (:func:`read_training`) whether it was made bidirectional."""
+    # Recipes written before there was a choice say nothing of it.
+    return bool(training["recipe"].get("bidirectional", True))
 
 
 def refuse_checkpoint(out: Path) -> None:
@@ -86,5 +94,7 @@ def export_model(checkpoint: Path, out: Path) -> Path:
     training = read_training(checkpoint)
     if checkpoint.resolve().is_relative_to(out.resolve()):
         raise CocoaError(f"{out} is or holds the checkpoint itself; give another folder to export to.")
-    model = build_sentence_transformer(checkpoint, prompts=training["recipe"]["prompts"])
+    model = build_sentence_transformer(
+        checkpoint, prompts=training["recipe"]["prompts"], bidirectional=is_bidirectional(training)
+    )
     return save_sentence_transformer(model, out, training)

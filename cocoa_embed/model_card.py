@@ -23,7 +23,7 @@ tags:
 
 A multimodal embedding model: texts, images, and images with text become unit vectors of {dimension} dimensions in one
 space; cosine similarity compares them. It was made with [CoCoA](https://arxiv.org/abs/2603.01471): a vision-language
-model ({backbone}) made bidirectional and trained so that the last hidden state of `{eos}` holds the content.
+model ({backbone}) {attention} and trained so that the last hidden state of `{eos}` holds the content.
 
 ## Use
 
@@ -73,6 +73,7 @@ def model_card(name: str, model: SentenceTransformer, training: dict[str, Any]) 
     return _CARD.format(
         name=name,
         backbone=training["backbone"],
+        attention="made bidirectional" if recipe.get("bidirectional", True) else "left causal, for comparison,",
         origin=_origin_line(training["backbone"], training["origin"]),
         dimension=model.get_embedding_dimension(),
         eos=processor.tokenizer.eos_token,
@@ -114,10 +115,15 @@ def _stage_table(stages: list[dict[str, Any]]) -> str:
     lines = ["| stage | steps | batch | learning rate | loss at its end |", "|---|---|---|---|---|"]
     lines += [
         f"| {stage['stage']} | {stage['steps']} | {stage['batch_size']} | {stage['learning_rate']:g} "
-        f"| {stage['final']['loss']:.3f} |"
+        f"| {_loss(stage['final'])} |"
         for stage in stages
     ]
     return "\n".join(lines)
+
+
+def _loss(final: dict[str, float]) -> str:
+    """Return the last loss that was logged; weights kept before the first line have none."""
+    return f"{final['loss']:.3f}" if "loss" in final else "–"
 
 
 def _adapter_text(stages: list[dict[str, Any]], recipe: dict[str, Any]) -> str:

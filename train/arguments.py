@@ -129,6 +129,10 @@ def stage_attention(recipe: Recipe, stage: str) -> str:
     :raises UsageError: If the recipe asks for one that cannot be trained here.
     """
     asked = recipe.attn_implementation
+    if not recipe.bidirectional:
+        if asked == FLEX:
+            raise UsageError(f"bidirectional=false goes with attn_implementation sdpa or eager, not with {FLEX}.")
+        return "sdpa" if asked == "auto" else asked
     if stage == "contrastive" and asked == FLEX:
         asked = "auto"  # sentence-transformers makes its masks, and has no tiles
     return resolve_attention(asked, stage=stage, device_type=PartialState().device.type)

@@ -12,13 +12,14 @@ from transformers import Trainer, set_seed
 
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.train.checkpoints import newest_complete, read_complete, step_of
+from cocoa_embed.train.kept_steps import KeepSteps, kept_folder
 from cocoa_embed.train.preparation import CHECKPOINTS, Prepared, prepare
 from cocoa_embed.train.processes import by_first_process, refuse_idle_accelerators
 from cocoa_embed.train.progress import TENSORBOARD, end_reports, show_live_losses, write_tensorboard
 from cocoa_embed.train.recipe import Recipe
 from cocoa_embed.train.record import StageResult, write_record
 from cocoa_embed.train.shortage import explained_shortage
-from cocoa_embed.train.stages import build_stage
+from cocoa_embed.train.stages import BuiltStage, build_stage
 from cocoa_embed.train.stopping import StopOnSigterm, Stopped
 
 Inspect = Callable[[str, Trainer], None]
@@ -62,6 +63,9 @@ def _run_stage(
     built = build_stage(recipe, stage, prepared, start=before[-1].folder if before else None, checkpoints=checkpoints)
     trainer = built.trainer
     trainer.resume_clock(spent)
+    save = partial(_save, recipe, stage, prepared, before, built)
+    kept = recipe.section(stage).keep_steps
+    trainer.add_callback(KeepSteps(kept, lambda step: save(kept_folder(out / stage, step))))
     stop = StopOnSigterm(trainer)
     trainer.add_callback(stop)
     show_live_losses(trainer, stage)
@@ -84,21 +88,25 @@ def _run_stage(
         )
     if inspect is not None:
         inspect(stage, trainer)
-    folder = out / stage
-    built.save(folder)
-    result = StageResult(
-        stage,
-        folder,
-        prepared.steps[stage],
-        len(prepared.rows[stage].rows),
-        trainer.seconds(),
-        list(trainer.state.log_history),
-    )
+    result = save(out / stage)
     if trainer.is_world_process_zero():
-        write_record(recipe, prepared.start, [*before, result])
         shutil.rmtree(checkpoints, ignore_errors=True)
         end_reports(recipe.report_to)
     trainer.accelerator.wait_for_everyone()
     if stage != recipe.stages[-1] and stop.any_requested():
         raise Stopped(f"Stopped by SIGTERM at the end of stage {stage}; the same command with --resume goes on.")
+    return result
+
+
+def _save(
+    recipe: Recipe, stage: str, prepared: Prepared, before: list[StageResult], built: BuiltStage, folder: Path
+) -> StageResult:
+    """Write a stage's weights as they are, with the record of how they came about, which comes last."""
+    trainer, rows = built.trainer, len(prepared.rows[stage].rows)
+    with trainer.throughput.paused():
+        built.save(folder)
+        state = trainer.state
+        result = StageResult(stage, folder, state.global_step, rows, trainer.seconds(), list(state.log_history))
+        if trainer.is_world_process_zero():
+            write_record(recipe, prepared.start, [*before, result])
     return result

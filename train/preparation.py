@@ -1,7 +1,6 @@
 """What can go wrong before the first step, found before weights are loaded and before anything is removed."""
 
 import json
-import shutil
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +18,7 @@ from cocoa_embed.train.collators import lacks_block_b
 from cocoa_embed.train.contrastive import matryoshka_dims
 from cocoa_embed.train.data import BadRow, RowImage
 from cocoa_embed.train.image_check import ImageSize
+from cocoa_embed.train.kept_steps import refuse_steps_past_the_end, remove_unfinished
 from cocoa_embed.train.mixing import ReadRows, read_rows, write_bad_rows
 from cocoa_embed.train.processes import meet
 from cocoa_embed.train.recipe import Recipe
@@ -30,8 +30,10 @@ CHECKPOINTS = "checkpoints"
 RECIPE_FILE = "recipe.json"
 DATA_FILE = "data.json"
 
-NOT_LEARNED = frozenset({"workers", "report_to", "micro_batch_size", "cache_chunk", "gradient_checkpointing"})
-"""What may change between the parts of a run: how it fits a machine, not what it learns."""
+NOT_LEARNED = frozenset(
+    {"workers", "report_to", "micro_batch_size", "cache_chunk", "gradient_checkpointing", "keep_steps"}
+)
+"""What may change between the parts of a run: how it fits a machine and what is kept of it, not what it learns."""
 
 _CANNOT_SHARD = (DistributedType.NO, DistributedType.MULTI_CPU)
 
@@ -63,8 +65,8 @@ def prepare(recipe: Recipe, out: Path, *, resume: bool, progress: bool = True) -
     """
     prepared = examine(recipe, out, resume=resume, progress=progress)
     if prepared.is_resumed:
-        for stage in prepared.rows:  # what was being written when the run was ended
-            shutil.rmtree(out / stage, ignore_errors=True)
+        for stage in prepared.rows:
+            remove_unfinished(out / stage)
     else:
         if out.is_dir() and any(out.iterdir()):
             load_backbone(recipe.backbone)  # weights that cannot be used are not worth the loss of an earlier run
@@ -100,6 +102,7 @@ def examine(recipe: Recipe, out: Path, *, resume: bool = False, progress: bool =
     rows = read_stages(recipe, left, progress=progress)
     steps = {stage: step_count(recipe.section(stage), len(rows[stage].rows)) for stage in left}
     _refuse_impossible_arguments(recipe, steps, out)
+    refuse_steps_past_the_end(recipe, steps)
     if resume:
         _refuse_other_rows(_told_rows(rows), out)
     return Prepared(start, rows, steps, results, is_resumed=resume)

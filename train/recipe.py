@@ -53,6 +53,8 @@ class Recipe(Section):
     :param data: The rows of every stage, as far as its own section does not say otherwise.
     :param mixed_precision: ``bf16`` runs forward and backward passes under bfloat16 autocast; weights stay float32.
     :param attn_implementation: ``auto`` is FlexAttention for the bridge's mask on CUDA, and sdpa anywhere else.
+    :param bidirectional: False leaves the language model causal in every stage, to measure what its being bidirectional
+        is worth.
     :param gradient_checkpointing: Compute activations anew in the backward pass instead of keeping them.
     :param sharding: ``fsdp2`` spreads weights, gradients and optimiser states of the first two stages over the devices.
     :param workers: Processes that read and preprocess rows, for each device; by default the cores to spare, at most 8,
@@ -67,6 +69,7 @@ class Recipe(Section):
     data: DataSection | None = None
     mixed_precision: Literal["no", "bf16"] = "no"
     attn_implementation: Literal["auto", "sdpa", "eager", "flex_attention"] = "auto"
+    bidirectional: bool = True
     gradient_checkpointing: bool = False
     sharding: Literal["none", "fsdp2"] = "none"
     workers: Count | None = None

@@ -6,7 +6,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from cocoa_embed.attention import as_model_mask, bidirectional_mask, bridge_mask
+from cocoa_embed.attention import as_model_mask, before_or_itself, bidirectional_mask, bridge_mask, is_causal
 from cocoa_embed.backbone import PatchGeometry
 from cocoa_embed.flex import bidirectional_block_mask, bridge_block_mask, uses_flex_attention
 from cocoa_embed.train.losses import predicting_states
@@ -76,8 +76,23 @@ def bidirectional_model_mask(model: PreTrainedModel, attention_mask: Tensor) -> 
     return model_mask(model, bidirectional_mask(attention_mask))
 
 
+def full_model_mask(model: PreTrainedModel, attention_mask: Tensor) -> Tensor | BlockMask:
+    """Return who attends to whom in sequences without blocks (int64 ``[B, L]``), as the model takes it.
+
+    Every token attends to every other, or, in a model that was left causal, to those before it.
+    """
+    if is_causal(model):
+        return model_mask(model, before_or_itself(bidirectional_mask(attention_mask)))
+    return bidirectional_model_mask(model, attention_mask)
+
+
 def bridge_model_mask(model: PreTrainedModel, blocks: Tensor, *, eos_attends_to_b: bool = True) -> Tensor | BlockMask:
-    """Return the bridge mask of ``blocks`` (int64 ``[B, L]``) in the form that the model takes: ``[B, 1, L, L]``."""
+    """Return the bridge mask of ``blocks`` (int64 ``[B, L]``) in the form that the model takes: ``[B, 1, L, L]``.
+
+    A model that was left causal sees of it what is not ahead.
+    """
+    if is_causal(model):
+        return model_mask(model, before_or_itself(bridge_mask(blocks, eos_attends_to_b=eos_attends_to_b)))
     if uses_flex_attention(model):
         return bridge_block_mask(blocks, eos_attends_to_b=eos_attends_to_b)
     return model_mask(model, bridge_mask(blocks, eos_attends_to_b=eos_attends_to_b))

@@ -109,6 +109,9 @@ class StageSection(Section):
     :param schedule: Of the learning rate after ``warmup_steps``; ``warmup_stable_decay`` holds it and lets it fall to
         zero over the last 30 % of the steps.
     :param save_steps: Steps between two checkpoints to resume from.
+    :param keep_steps: Steps after which the weights are kept too, each in ``step-N`` of the stage's folder: checkpoints
+        to export, or to start another stage from. Under a learning rate that is held, and without ``group_by_length``,
+        they are what a stage of N steps would leave. Not with an adapter, which is merged at the end alone.
     """
 
     data: DataSection | None = None
@@ -124,6 +127,7 @@ class StageSection(Section):
     schedule: Literal["linear", "cosine", "constant_with_warmup", "warmup_stable_decay"] = "linear"
     logging_steps: Positive = 10
     save_steps: Positive = 500
+    keep_steps: tuple[Positive, ...] = ()
 
     @property
     def adapts_vision(self) -> bool:
@@ -136,6 +140,12 @@ class StageSection(Section):
     def _has_a_length(self) -> "StageSection":
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give steps or epochs, one of the two")
+        return self
+
+    @model_validator(mode="after")
+    def _keeps_what_it_can(self) -> "StageSection":
+        if self.keep_steps and self.adapter is not None:
+            raise ValueError("keep_steps and an adapter do not go together; leave one of them out")
         return self
 
     @model_validator(mode="after")

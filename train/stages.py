@@ -72,6 +72,7 @@ def load_stage_backbone(recipe: Recipe, start: str, stage: str) -> Backbone:
             attn_implementation=stage_attention(recipe, stage),
             max_length=recipe.max_length,
             max_pixels=recipe.max_pixels,
+            bidirectional=recipe.bidirectional,
         )
     _checkpoint_gradients(recipe, backbone.model)
     return backbone
@@ -88,7 +89,10 @@ def _contrastive_stage(
         PartialState().wait_for_everyone()
     set_seed(recipe.seed)
     model = build_sentence_transformer(
-        start, prompts=recipe.prompts.model_dump(), attn_implementation=stage_attention(recipe, "contrastive")
+        start,
+        prompts=recipe.prompts.model_dump(),
+        attn_implementation=stage_attention(recipe, "contrastive"),
+        bidirectional=recipe.bidirectional,
     )
     backbone_model = model[0].auto_model
     _checkpoint_gradients(recipe, backbone_model)

@@ -12,6 +12,7 @@ from cocoa_embed.train.losses import accuracy, mae_loss, mntp_loss
 from cocoa_embed.train.pixel_decoder import PixelDecoder
 from cocoa_embed.train.reconstruction import (
     bidirectional_model_mask,
+    full_model_mask,
     hidden_token_logits,
     last_hidden_states,
     position_ids,
@@ -46,10 +47,12 @@ class WarmupModel(nn.Module):
         :returns: Logits ``[hidden tokens, V]`` and patches ``[hidden patches, patch_width]``.
         """
         positions = position_ids(self.backbone, batch)
-        mask = bidirectional_model_mask(self.backbone, batch["attention_mask"])
-        hidden_states = last_hidden_states(self.backbone, batch, mask, positions)
+        hidden_states = last_hidden_states(
+            self.backbone, batch, full_model_mask(self.backbone, batch["attention_mask"]), positions
+        )
         logits = hidden_token_logits(self.backbone, hidden_states, batch["hidden_tokens"])
         visual = batch["mm_token_type_ids"] == 1
+        mask = bidirectional_model_mask(self.backbone, batch["attention_mask"])
         return logits, self.pixel_decoder(hidden_states, visual, mask, positions)[batch["hidden_patches"]]
 
     def forward(
