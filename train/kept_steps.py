@@ -15,7 +15,7 @@ from cocoa_embed.train.recipe import Recipe
 class KeepSteps(TrainerCallback):
     """Calls ``keep`` with the step after each of ``steps``, in every process."""
 
-    def __init__(self, steps: Collection[int], keep: Callable[[int], None]) -> None:
+    def __init__(self, steps: Collection[int], keep: Callable[[int], object]) -> None:
         self.steps = frozenset(steps)
         self.keep = keep
 
