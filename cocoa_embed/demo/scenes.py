@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 from PIL import Image, ImageDraw
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 Split = Literal["train", "held-out"]
 Point = tuple[float, float]
@@ -178,15 +178,23 @@ def captions(scene: Scene) -> list[str]:
 
 
 def write_image_folder(folder: Path, split: Split, count: int, seed: int) -> None:
-    """Write ``count`` distinct scenes as an image folder: ``00000.png``, ... and ``metadata.jsonl``.
+    """Write ``count`` distinct scenes as an image folder (:func:`write_scenes`).
 
-    Each line of ``metadata.jsonl`` holds ``file_name``, ``text`` (one caption, the wording drawn at random) and
-    ``captions`` (all of them). The same arguments give the same bytes.
+    The same arguments give the same bytes.
     """
     generator = random.Random(f"{seed}/{split}")
+    write_scenes(folder, islice(distinct_scenes(generator, split), count), generator)
+
+
+def write_scenes(folder: Path, scenes: "Iterable[Scene]", generator: random.Random) -> None:
+    """Write ``scenes`` as an image folder: ``00000.png``, ... and ``metadata.jsonl``.
+
+    Each line of ``metadata.jsonl`` holds ``file_name``, ``text`` (one caption, the wording drawn at random) and
+    ``captions`` (all of them).
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "metadata.jsonl").open("w", encoding="utf-8") as metadata:
-        for index, scene in enumerate(islice(distinct_scenes(generator, split), count)):
+        for index, scene in enumerate(scenes):
             file_name = f"{index:05d}.png"
             draw(scene, generator).save(folder / file_name)
             wordings = captions(scene)

@@ -1,0 +1,203 @@
+"""What is compared: the arms of the ablation, each a chain of stages. Chains share their first stages."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Group = Literal["stages", "variants", "mask ratio", "pairs", "length"]
+
+SHARES = (0.1, 0.3, 1.0)
+MASK_RATIOS = (0.3, 0.5, 0.7, 0.9)
+LENGTHS = (0.125, 0.25, 0.5, 1.0)
+"""Parts of the bridge's steps after which a contrastive stage is tried."""
+
+ALONE, EQUAL, ALL_THREE = "contrastive only", "contrastive only, compute of all three", "all three"
+CAPTIONS_AS_PAIRS = "contrastive only, compute of all three, every captioned image a pair"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is drawn and trained.
+
+    :param training: Captioned images that warm-up and bridge see.
+    :param held_out: Images, and as many captions, that retrieval is measured among.
+    :param pairs: What contrastive learning sees of the captioned images where all pairs are used.
+    :param compared_part: The part of the bridge's steps that variants of it are compared after, one of :data:`LENGTHS`.
+    :param equal_shares: The shares of the pairs that contrastive learning alone gets all the compute with.
+    :param mask_ratio: Of the bridge, where it is not what is compared.
+    :param settings: What else is set in the base recipe, as ``key.sub=value``.
+    """
+
+    training: int
+    held_out: int
+    pairs: int
+    warmup_steps: int
+    bridge_steps: int
+    contrastive_steps: int
+    compared_part: float = 1.0
+    equal_shares: tuple[float, ...] = SHARES
+    mask_ratio: float = 0.5
+    settings: tuple[str, ...] = ()
+
+    @property
+    def kept_steps(self) -> dict[float, int]:
+        """The steps of the bridge after which its weights are kept, by the part of it that they are."""
+        return {part: round(self.bridge_steps * part) for part in LENGTHS}
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """One stage, from the backbone or from the weights that another left.
+
+    :param settings: What is changed in the base recipe.
+    :param at_step: Start from what ``start`` kept after that step; from its end if None.
+    """
+
+    stage: str
+    steps: int
+    settings: tuple[str, ...] = ()
+    start: "StageRun | None" = None
+    at_step: int | None = None
+
+    @property
+    def chain(self) -> "list[tuple[StageRun, int]]":
+        """The stages from the backbone to this one, and how many steps of each it has been through."""
+        if self.start is None:
+            return [(self, self.steps)]
+        *before, (last, steps) = self.start.chain
+        return [*before, (last, self.at_step or steps), (self, self.steps)]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A model that is scored.
+
+    :param x: What the group's figure is drawn over: the share of the pairs, the mask ratio, the part of the bridge.
+    :param at_step: Score what the last stage kept after that step; its end if None.
+    """
+
+    group: Group
+    name: str
+    last: StageRun
+    share: float = 1.0
+    x: float | None = None
+    at_step: int | None = None
+
+    def steps(self) -> list[tuple[StageRun, int]]:
+        """The stages that the scored weights have been through, and how many steps of each."""
+        *before, (last, steps) = self.last.chain
+        return [*before, (last, self.at_step or steps)]
+
+    def flops(self, per_step: Mapping[str, float]) -> float:
+        """What training it takes, in floating-point operations, by those of a step of each stage."""
+        return sum(steps * per_step[run.stage] for run, steps in self.steps())
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All arms of one profile.
+
+    :param per_step: Floating-point operations of a step of each stage.
+    """
+
+    sizes: Sizes
+    per_step: Mapping[str, float]
+
+    @property
+    def arms(self) -> list[Arm]:
+        """All of them, group after group."""
+        return [*self._stages(), *self._variants(), *self._mask_ratios(), *self._pairs(), *self._lengths()]
+
+    def compute_in_contrastive_steps(self, bridge_steps: int) -> int:
+        """Return the contrastive steps that take the compute of warm-up, so much of the bridge, and stage 3."""
+        sizes = self.sizes
+        before = sizes.warmup_steps * self.per_step["warmup"] + bridge_steps * self.per_step["bridge"]
+        return sizes.contrastive_steps + round(before / self.per_step["contrastive"])
+
+    def warmup(self, *settings: str) -> StageRun:
+        """Stage 1."""
+        return StageRun("warmup", self.sizes.warmup_steps, settings)
+
+    def bridge(self, start: StageRun | None, *settings: str) -> StageRun:
+        """Stage 2, with its weights kept on the way."""
+        steps = sorted(set(self.sizes.kept_steps.values()) - {self.sizes.bridge_steps})
+        return StageRun("bridge", self.sizes.bridge_steps, (*settings, f"bridge.keep_steps={steps}"), start)
+
+    def variant(self, *settings: str, start: StageRun | None) -> StageRun:
+        """Another stage 2, as long as variants are."""
+        return StageRun("bridge", self.sizes.kept_steps[self.sizes.compared_part], settings, start)
+
+    def contrastive(
+        self, start: StageRun | None, share: float, *settings: str, at_step: int | None = None, steps: int | None = None
+    ) -> StageRun:
+        """Stage 3 on a share of the pairs."""
+        limit = f"contrastive.data.limit={round(self.sizes.pairs * share)}"
+        return StageRun("contrastive", steps or self.sizes.contrastive_steps, (limit, *settings), start, at_step)
+
+    def all_three(self, share: float = 1.0, part: float = 1.0) -> StageRun:
+        """The whole chain, the contrastive stage from some part of the bridge."""
+        whole = self.bridge(self.warmup())
+        step = self.sizes.kept_steps[part]
+        return self.contrastive(whole, share, at_step=None if step == whole.steps else step)
+
+    def equal(self, share: float, *, captions: bool = False) -> StageRun:
+        """Contrastive learning alone for the compute of all three, kept where a shorter bridge would have ended."""
+        ends = {self.compute_in_contrastive_steps(steps) for steps in self.sizes.kept_steps.values()}
+        last = max(ends)
+        kept = () if captions else (f"contrastive.keep_steps={sorted(ends - {last})}",)
+        if captions:
+            share = self.sizes.training / self.sizes.pairs
+        return self.contrastive(None, share, *kept, steps=last)
+
+    def _stages(self) -> list[Arm]:
+        chains = {
+            ALONE: self.contrastive(None, 1.0),
+            EQUAL: self.equal(1.0),
+            "warm-up, contrastive": self.contrastive(self.warmup(), 1.0),
+            "bridge, contrastive": self.contrastive(self.bridge(None), 1.0),
+            ALL_THREE: self.all_three(),
+        }
+        return [Arm("stages", name, last) for name, last in chains.items()]
+
+    def _variants(self) -> list[Arm]:
+        causal = "bidirectional=false"
+        unseen = self.variant("bridge.eos_attends_to_b=false", start=self.warmup())
+        chains = {
+            ALL_THREE: self.all_three(part=self.sizes.compared_part),
+            "all three, <EOS> does not see B": self.contrastive(unseen, 1.0),
+            "all three, causal": self.contrastive(self.variant(causal, start=self.warmup(causal)), 1.0, causal),
+            ALONE: self.contrastive(None, 1.0),
+            "contrastive only, causal": self.contrastive(None, 1.0, causal),
+        }
+        return [Arm("variants", name, last) for name, last in chains.items()]
+
+    def _mask_ratios(self) -> list[Arm]:
+        arms = []
+        for ratio in MASK_RATIOS:
+            if ratio == self.sizes.mask_ratio:
+                last = self.all_three(part=self.sizes.compared_part)
+            else:
+                last = self.contrastive(self.variant(f"bridge.mask_ratio={ratio}", start=self.warmup()), 1.0)
+            arms.append(Arm("mask ratio", f"mask ratio {ratio}", last, x=ratio))
+        return arms
+
+    def _pairs(self) -> list[Arm]:
+        arms = []
+        for share in SHARES:
+            chains = {ALONE: self.contrastive(None, share), ALL_THREE: self.all_three(share)}
+            chains |= {EQUAL: self.equal(share)} if share in self.sizes.equal_shares else {}
+            arms += [Arm("pairs", name, last, share, x=share) for name, last in chains.items()]
+        every = self.equal(1.0, captions=True)
+        return [*arms, Arm("pairs", CAPTIONS_AS_PAIRS, every, self.sizes.training / self.sizes.pairs)]
+
+    def _lengths(self) -> list[Arm]:
+        arms = []
+        for share in (SHARES[0], SHARES[-1]):
+            for part, steps in self.sizes.kept_steps.items():
+                equal, end = self.equal(share), self.compute_in_contrastive_steps(steps)
+                at_step = None if end == equal.steps else end
+                arms += [
+                    Arm("length", ALL_THREE, self.all_three(share, part), share, part),
+                    Arm("length", EQUAL, equal, share, part, at_step),
+                ]
+        return arms
