@@ -1,5 +1,8 @@
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,10 +12,13 @@ from torch import Tensor
 
 from cocoa_embed.attention import Block
 from cocoa_embed.backbone import Backbone
+from cocoa_embed.evaluation.geometry import geometry
 from cocoa_embed.train.bridge import BridgeModel
-from cocoa_embed.train.collators import Batch, BridgeCollator
+from cocoa_embed.train.collators import Batch, BridgeCollator, split_blocks
 from cocoa_embed.train.data import Item, Row
-from cocoa_embed.train.probe import EosProbe, exchange_images, hold_out_rows
+from cocoa_embed.train.probe import EosProbe, GeometryProbe, exchange_images, hold_out_rows, pictured_rows
+
+NAMES = ["accuracy_right_image", "accuracy_shuffled_image", "accuracy_no_image"]
 
 
 def image_rows(images: list[int]) -> list[Row]:
@@ -97,11 +103,11 @@ def test_the_probe_restores_the_training_mode_and_takes_no_gradient(
     modes = []
     model.register_forward_pre_hook(lambda module, _: modes.append((module.training, torch.is_grad_enabled())))
     figures = EosProbe(collator, scene_rows[:8], batch_size=4)(model)
-    assert modes == [(False, False)] * 4
+    assert modes == [(False, False)] * 6
     assert all(module.training is training for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert figures.keys() == {"accuracy_right_image", "accuracy_shuffled_image"}
+    assert list(figures) == NAMES
     assert all(isinstance(figure, float) for figure in figures.values())
 
 
@@ -135,4 +141,107 @@ class ReadsTheImage(torch.nn.Module):
 def test_the_probe_tells_the_right_image_from_another(collator: BridgeCollator, scene_rows: list[Row]) -> None:
     probe = EosProbe(collator, scene_rows[:6], batch_size=1)
     figures = probe(ReadsTheImage(probe.batches["accuracy_right_image"]))
-    assert figures == {"accuracy_right_image": 1.0, "accuracy_shuffled_image": 0.0}
+    assert figures == {"accuracy_right_image": 1.0, "accuracy_shuffled_image": 0.0, "accuracy_no_image": 1.0}
+
+
+def test_no_image_is_the_right_batch_but_for_who_sees_the_visual_tokens(
+    collator: BridgeCollator, sized_rows: list[Row]
+) -> None:
+    probe = EosProbe(collator, sized_rows, batch_size=2)
+    for right, cut in zip(probe.batches["accuracy_right_image"], probe.batches["accuracy_no_image"], strict=True):
+        assert cut.keys() == right.keys()
+        assert [name for name in right if not torch.equal(cut[name], right[name])] == ["blocks"]
+        changed = cut["blocks"] != right["blocks"]
+        assert torch.equal(changed, right["mm_token_type_ids"] == 1), "all visual tokens, and nothing else"
+        assert (changed.sum(dim=1) > 1).all()
+        assert (cut["blocks"][changed] == Block.PAD).all()
+
+
+def test_a_row_with_an_image_on_either_side_gets_another_in_block_a(
+    collator: BridgeCollator, scene_rows: list[Row]
+) -> None:
+    """Block A is made of the positive there, and :attr:`Row.image` is the query's."""
+    rows = [
+        Row(
+            query=Item(image=row.image),
+            positive=Item(text=row.positive.text, image=scene_rows[-1 - n].image),
+            source="",
+        )
+        for n, row in enumerate(scene_rows[:4])
+    ]
+    assert {split_blocks(row)[0].image for row in rows}.isdisjoint(row.image for row in rows)
+    for before, after in zip(rows, exchange_images(rows), strict=True):
+        assert split_blocks(after)[0].image != split_blocks(before)[0].image
+        assert split_blocks(after)[1] == split_blocks(before)[1]
+
+
+# Geometry
+
+
+@settings(max_examples=60)
+@given(images=st.lists(st.integers(0, 9), max_size=20), count=st.integers(0, 6), texts=st.integers(0, 3))
+def test_the_first_rows_with_different_images_are_looked_at(images: list[int], count: int, texts: int) -> None:
+    text = Row(query=Item(text="a"), positive=Item(text="b"), source="text")
+    rows = [text] * texts + image_rows(images)
+    found = pictured_rows(rows, count)
+    firsts = [row for n, row in enumerate(image_rows(images)) if images[n] not in images[:n]][:count]
+    assert found == (firsts if len(firsts) > 1 else [])
+
+
+class Points(torch.nn.Module):
+    """Looks embeddings up by the numbers that stand for items; they come at any length."""
+
+    def __init__(self, vectors: Tensor) -> None:
+        super().__init__()
+        self.vectors = torch.nn.Parameter(vectors)
+
+
+def geometry_probe(rows: list[Row], batch_size: int, seen: list[Any] | None = None) -> GeometryProbe:
+    """Embed the n-th query as vector n, and the n-th positive as vector n + 10."""
+    numbers = {id(item): n + 10 * side for side in (0, 1) for n, row in enumerate(rows)
+               for item in ((row.query, row.positive)[side],)}  # fmt: skip
+
+    def collate(items: Sequence[Item], is_document: bool) -> dict[str, Any]:
+        return {"numbers": torch.tensor([numbers[id(item)] for item in items]), "documents": is_document}
+
+    def embed(model: torch.nn.Module, batch: dict[str, Any]) -> Tensor:
+        if seen is not None:
+            seen.append((len(batch["numbers"]), batch["documents"], model.training, torch.is_grad_enabled()))
+        assert isinstance(model, Points)
+        return model.vectors[batch["numbers"]]
+
+    return GeometryProbe(collate, embed, rows, batch_size)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_geometry_is_that_of_all_pairs_at_once(training: bool) -> None:
+    rows = image_rows(list(range(5)))
+    rows[4] = Row(query=Item(text="a query of text"), positive=Item(text="its answer"), source="")
+    vectors = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
+    seen: list[Any] = []
+    model = Points(vectors).train(training)
+    found = geometry_probe(rows, 2, seen)(model)
+    unit = torch.nn.functional.normalize(vectors.double(), dim=1).numpy()
+    has_image = np.array([True] * 4 + [False])
+    expected = geometry(unit[:5], unit[10:15], first_has_image=has_image, second_has_image=has_image & False)
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert list(found) == ["alignment", "uniformity", "modality_gap", "effective_rank"]
+    assert seen == [(n, document, False, False) for document in (False, True) for n in (2, 2, 1)]
+    assert model.training is training
+
+
+def test_embeddings_that_are_not_finite_have_no_geometry() -> None:
+    vectors = torch.ones(20, 6)
+    rows = image_rows(list(range(3)))
+    assert geometry_probe(rows, 2)(Points(vectors.clone()))
+    vectors[11, 0] = torch.inf
+    assert geometry_probe(rows, 2)(Points(vectors)) == {}
+
+
+def test_the_mode_is_restored_where_a_measurement_fails(collator: BridgeCollator, scene_rows: list[Row]) -> None:
+    model = ReadsTheImage([])
+    assert model.training
+    with pytest.raises(KeyError):
+        EosProbe(collator, scene_rows[:2], batch_size=2)(model)
+    assert model.training
+    assert torch.is_grad_enabled()

@@ -1,17 +1,25 @@
 """Stage 2, bridge: block B reconstructed through ``<EOS>`` alone (METHOD.md)."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cocoa_embed.backbone import Backbone
-from cocoa_embed.train.collators import Batch, reconstruction_collator
-from cocoa_embed.train.data import Row
+from cocoa_embed.train.collators import Batch, reconstruction_collator, render_items
+from cocoa_embed.train.data import Item, Row
 from cocoa_embed.train.losses import accuracy, mntp_loss
-from cocoa_embed.train.probe import EosProbe, hold_out_rows
-from cocoa_embed.train.reconstruction import bridge_model_mask, hidden_token_logits, last_hidden_states, position_ids
+from cocoa_embed.train.probe import EosProbe, GeometryProbe, Probe, hold_out_rows, together
+from cocoa_embed.train.reconstruction import (
+    bidirectional_model_mask,
+    bridge_model_mask,
+    hidden_token_logits,
+    last_hidden_states,
+    position_ids,
+)
 from cocoa_embed.train.sections import BridgeSection
 from cocoa_embed.train.stage_trainer import StageContext, StageTrainer, reconstruction_trainer
 
@@ -35,20 +43,67 @@ class BridgeModel(nn.Module):
         hidden_states = last_hidden_states(self.backbone, batch, mask, position_ids(self.backbone, batch))
         return hidden_token_logits(self.backbone, hidden_states, batch["hidden_tokens"])
 
+    def embed(self, batch: Batch) -> Tensor:
+        """Embed items that :func:`~cocoa_embed.train.collators.render_items` has rendered, as at inference: ``[B, D]``.
+
+        Every token sees every other; the embedding is the normalised last hidden state of ``<EOS>``.
+        """
+        mask = bidirectional_model_mask(self.backbone, batch["attention_mask"])
+        hidden_states = last_hidden_states(self.backbone, batch, mask, position_ids(self.backbone, batch))
+        eos = batch["attention_mask"].sum(dim=1) - 1
+        rows = torch.arange(len(eos), device=eos.device)
+        return nn.functional.normalize(hidden_states[rows, eos].float(), dim=1)
+
     def forward(
-        self, *, hidden_token_total: float | None = None, hidden_patch_total: float | None = None, **batch: Tensor
+        self,
+        *,
+        hidden_token_total: float | None = None,
+        hidden_patch_total: float | None = None,
+        embeds: bool = False,
+        **batch: Tensor,
     ) -> dict[str, Tensor]:
         """Return ``loss`` and ``hidden_token_accuracy``, scalars, for a batch of the collator.
 
+        :param embeds: Return ``embeddings`` instead, for a batch of items. It is asked for here, since weights that
+            several devices share are whole in a forward pass alone.
         :param hidden_token_total: Hidden tokens of the whole step, where the batch is a part of it.
         :param hidden_patch_total: Of no meaning here: no patches are hidden.
         """
+        if embeds:
+            return {"embeddings": self.embed(batch)}
         logits = self.predict(batch)
         targets, total = batch["target_ids"], hidden_token_total
         return {
             "loss": mntp_loss(logits, targets, total=total),
             "hidden_token_accuracy": accuracy(logits, targets, total=total),
         }
+
+
+def bridge_probe(
+    backbone: Backbone,
+    rows: Sequence[Row],
+    section: BridgeSection,
+    *,
+    seed: int,
+    prompts: Mapping[str, str],
+    batch_size: int,
+) -> Probe:
+    """Return what measures a :class:`BridgeModel` on rows with different images: hidden tokens, and the geometry.
+
+    :param seed: Of what is hidden.
+    :param prompts: Instructions for ``query`` and ``document``, as the exported model has them.
+    :param batch_size: Rows to run at once.
+    """
+
+    def collate(items: Sequence[Item], is_document: bool) -> Batch:
+        return render_items(backbone.processor, items, prompt=prompts.get("document" if is_document else "query", ""))
+
+    def embed(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        embeddings: Tensor = model(**batch, embeds=True)["embeddings"]
+        return embeddings
+
+    collator = reconstruction_collator(section, backbone.processor, backbone.geometry, seed=seed)
+    return together(EosProbe(collator, rows, batch_size), GeometryProbe(collate, embed, rows, batch_size))
 
 
 def bridge_trainer(
@@ -67,7 +122,18 @@ def bridge_trainer(
             section.probe_rows,
             max(4, 2 * section.probe_rows),
         )
-    probe = EosProbe(collator, probe_rows, section.micro_batch_size or section.batch_size) if probe_rows else None
+    probe = (
+        bridge_probe(
+            backbone,
+            probe_rows,
+            section,
+            seed=context.seed,
+            prompts=context.prompts,
+            batch_size=section.micro_batch_size or section.batch_size,
+        )
+        if probe_rows
+        else None
+    )
     return reconstruction_trainer(
         BridgeModel(backbone.model, eos_attends_to_b=section.eos_attends_to_b),
         backbone.model,

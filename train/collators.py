@@ -32,8 +32,10 @@ def row_generators(seed: int, draws: Sequence[Draw]) -> list[Generator]:
     return [torch.Generator().manual_seed(int(state) >> 1) for state in states]
 
 
-def render_items(processor: ProcessorMixin, items: Sequence[Item], *, max_length: int | None = None) -> Batch:
-    """Turn items into model inputs ``[vision][text]<EOS>``, right-padded, texts truncated to ``max_length`` tokens.
+def render_items(
+    processor: ProcessorMixin, items: Sequence[Item], *, prompt: str = "", max_length: int | None = None
+) -> Batch:
+    """Turn items into model inputs ``[vision][prompt][text]<EOS>``, right-padded, cut to ``max_length`` tokens.
 
     :returns: ``input_ids``, ``attention_mask``, ``mm_token_type_ids`` (int64 ``[B, L]``) and, where there are images,
         ``pixel_values`` (float ``[patches, patch_width]``) and ``image_grid_thw`` (int64 ``[images, 3]``).
@@ -42,7 +44,7 @@ def render_items(processor: ProcessorMixin, items: Sequence[Item], *, max_length
     return dict(
         processor(
             images=images or None,
-            text=[render(text=item.text, has_image=item.image is not None) for item in items],
+            text=[render(text=item.text, has_image=item.image is not None, prompt=prompt) for item in items],
             padding=True,
             truncation=True,
             max_length=max_length or processor.tokenizer.model_max_length,

@@ -12,13 +12,15 @@ from sentence_transformers.sentence_transformer.losses import (
     MultipleNegativesRankingLoss,
 )
 from sentence_transformers.sentence_transformer.training_args import BatchSamplers, MultiDatasetBatchSamplers
+from torch import Tensor, nn
 from torch.utils.data import BatchSampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from cocoa_embed.errors import UsageError
 from cocoa_embed.train.adapters import prepare_trainable
-from cocoa_embed.train.data import Row, stored_images
-from cocoa_embed.train.pairs import ItemPreprocessor, PairCollator, distinct_enough, pair_datasets
+from cocoa_embed.train.data import Item, Row, stored_images
+from cocoa_embed.train.pairs import ItemPreprocessor, PairCollator, as_record, distinct_enough, pair_datasets
+from cocoa_embed.train.probe import GeometryProbe, pictured_rows
 from cocoa_embed.train.sections import ContrastiveSection
 from cocoa_embed.train.shared_batches import SharedBatchSampler
 from cocoa_embed.train.shortage import memory_remedy
@@ -107,6 +109,24 @@ class NextEpoch(TrainerCallback):
         drawn.set_epoch(state.global_step // len(drawn))
 
 
+def embedding_probe(model: SentenceTransformer, rows: Sequence[Row], batch_size: int) -> GeometryProbe:
+    """Return what measures a SentenceTransformer on two rows or more, with its own prompts.
+
+    :param batch_size: Items to run at once.
+    """
+    preprocess = ItemPreprocessor(model, stored_images(rows))
+
+    def collate(items: Sequence[Item], is_document: bool) -> dict[str, Any]:
+        prompt = model.prompts.get("document" if is_document else "query") or None
+        return preprocess([as_record(item) for item in items], prompt=prompt)
+
+    def embed(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        embeddings: Tensor = model(batch)["sentence_embedding"]
+        return embeddings
+
+    return GeometryProbe(collate, embed, rows, batch_size)
+
+
 def contrastive_trainer(
     model: SentenceTransformer, rows: Sequence[Row], section: ContrastiveSection, context: StageContext
 ) -> ContrastiveTrainer:
@@ -117,6 +137,7 @@ def contrastive_trainer(
     prompts = {"anchor": model.prompts.get("query") or "", "positive": document}
     prompts |= {f"negative_{place + 1}": document for place in range(section.hard_negatives)}
     adapter = prepare_trainable(model[0].auto_model, section)
+    probe_rows = pictured_rows(rows, section.probe_rows)
     return ContrastiveTrainer(
         model=model,
         args=SentenceTransformerTrainingArguments(
@@ -137,4 +158,6 @@ def contrastive_trainer(
         known=context.known,
         throughput=Throughput(context.peak_flops),
         adapter=adapter,
+        probe=embedding_probe(model, probe_rows, section.cache_chunk) if probe_rows else None,
+        probe_steps=section.probe_steps,
     )

@@ -16,13 +16,16 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
-SHOWN = ("loss", "mntp_loss", "mae_loss", "hidden_token_accuracy", "accuracy_right_image", "accuracy_shuffled_image")
+from cocoa_embed.train.probe import NO_IMAGE, RIGHT_IMAGE, SHUFFLED_IMAGE
+
+SHOWN = ("loss", "mntp_loss", "mae_loss", "hidden_token_accuracy", RIGHT_IMAGE, SHUFFLED_IMAGE, NO_IMAGE)
 _SHORT = {
     "mntp_loss": "text",
     "mae_loss": "pixels",
     "hidden_token_accuracy": "accuracy",
-    "accuracy_right_image": "right image",
-    "accuracy_shuffled_image": "shuffled",
+    RIGHT_IMAGE: "right image",
+    SHUFFLED_IMAGE: "shuffled",
+    NO_IMAGE: "no image",
 }
 
 
@@ -56,7 +59,10 @@ class LiveLossCallback(ProgressCallback):
         """Put the newest figures beside the bar instead of printing them."""
         self._shown |= {_SHORT.get(name, name): f"{logs[name]:.3f}" for name in SHOWN if logs and name in logs}
         if self.training_bar is not None:
-            self.training_bar.set_postfix(self._shown)
+            # What kept rows tell says more than the batch's own accuracy, and a line has room for one of the two.
+            is_probed = _SHORT[RIGHT_IMAGE] in self._shown
+            hidden = {_SHORT["hidden_token_accuracy"]} if is_probed else set()
+            self.training_bar.set_postfix({name: told for name, told in self._shown.items() if name not in hidden})
 
 
 class LogLastStep(TrainerCallback):

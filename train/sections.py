@@ -177,7 +177,11 @@ class WarmupSection(ReconstructionSection):
 
 
 class BridgeSection(ReconstructionSection):
-    """Stage 2. ``probe_rows``: rows kept to measure what ``<EOS>`` carries, every ``probe_steps`` steps."""
+    """Stage 2.
+
+    :param probe_rows: Rows kept out of training to measure, every ``probe_steps`` steps, what ``<EOS>`` carries and how
+        the embeddings lie.
+    """
 
     mask_ratio: Share = 0.7
     eos_attends_to_b: bool = True
@@ -195,6 +199,9 @@ class ContrastiveSection(StageSection):
         batch, and rows that share one do not meet in a batch.
     :param matryoshka_dims: Lengths at which the first values of an embedding are embeddings themselves; the whole is
         always among them.
+    :param probe_rows: How many pairs to measure the embeddings' geometry on, every ``probe_steps`` steps: the first
+        with an image, one for each image. They are trained on, so the figures tell how training goes and are no
+        scores. 0 turns it off, and so do fewer than two images.
     :param one_subset_a_batch: Draw each batch from one subset, so that its negatives are of one kind; otherwise from
         all rows, both directions mixed.
     """
@@ -206,6 +213,8 @@ class ContrastiveSection(StageSection):
     hard_negatives: Count = 0
     matryoshka_dims: list[Positive] | None = None
     one_subset_a_batch: bool = True
+    probe_rows: Count = 64
+    probe_steps: Positive = 50
 
 
 class PromptsSection(Section):

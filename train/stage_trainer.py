@@ -1,7 +1,7 @@
-"""The trainer of the two reconstruction stages: losses over the whole step, their parts in the log, a probe."""
+"""The trainer of the two reconstruction stages: losses over the whole step, their parts in the log."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,14 +14,11 @@ from cocoa_embed.train.adapters import prepare_trainable
 from cocoa_embed.train.batches import FACTS, BatchFacts, DescribedBatches
 from cocoa_embed.train.collators import Batch
 from cocoa_embed.train.data import Draw, Row, Rows
-from cocoa_embed.train.probe import RIGHT_IMAGE
 from cocoa_embed.train.sampling import RowStream
 from cocoa_embed.train.sections import ReconstructionSection
 from cocoa_embed.train.shortage import memory_remedy
 from cocoa_embed.train.throughput import Throughput
 from cocoa_embed.train.trainer import CocoaTrainer
-
-Probe = Callable[[nn.Module], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -33,6 +30,7 @@ class StageContext:
     :param lengths_of: Tells the tokens of rows; without it, rows are not grouped by length.
     :param flops_of: Tells what a batch takes to train on.
     :param peak_flops: FLOP/s of a matrix product, what the stage's speed is compared to.
+    :param prompts: Instructions for ``query`` and ``document`` that the model is used with.
     :param known: What each checkpoint is to know of the run.
     """
 
@@ -41,6 +39,7 @@ class StageContext:
     lengths_of: Callable[[Sequence[Row]], Sequence[int]] | None = None
     flops_of: Callable[[dict[str, Any]], float] | None = None
     peak_flops: float | None = None
+    prompts: Mapping[str, str] = field(default_factory=dict)
     known: dict[str, Any] = field(default_factory=dict)
 
 
@@ -58,7 +57,7 @@ def reconstruction_trainer(
     """Return the trainer of a reconstruction stage.
 
     :param model: The stage's model, with all that it copies from ``backbone``, which is in it.
-    :param probing: What :class:`StageTrainer` takes of a probe.
+    :param probing: What :class:`~cocoa_embed.train.trainer.CocoaTrainer` takes of a probe.
     """
     arguments = TrainingArguments(**context.arguments)
     lengths = context.lengths_of(rows) if section.group_by_length and context.lengths_of is not None else None
@@ -95,18 +94,13 @@ class StageTrainer(CocoaTrainer):
     devices and micro-batches share it, each hidden token counts the same.
 
     :param stream: The order of the rows.
-    :param probe: Measures the model for the log: at the first line after every ``probe_steps`` steps, and at the last.
     """
 
-    def __init__(
-        self, *args: Any, stream: RowStream, probe: Probe | None = None, probe_steps: int = 1, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, stream: RowStream, **kwargs: Any) -> None:
         self._stream = stream
         self._parts: dict[str, list[Tensor]] = defaultdict(list)
         self._steps = 0
         self._totals: dict[str, float] = {}
-        self._probe = probe
-        self._probe_steps = probe_steps
         super().__init__(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> RowStream:
@@ -145,9 +139,6 @@ class StageTrainer(CocoaTrainer):
         """Add the parts' means to ``logs``."""
         if "loss" in logs:
             logs |= self._mean_parts()
-            if self._probe is not None and self._is_probe_due():
-                with self.throughput.paused():
-                    logs |= self._probe(self.accelerator.unwrap_model(self.model))
         super().log(logs, *args, **kwargs)
 
     def _mean_parts(self) -> dict[str, float]:
@@ -156,9 +147,3 @@ class StageTrainer(CocoaTrainer):
         self._parts.clear()
         self._steps = 0
         return {name: self.accelerator.reduce(value, reduction="mean").item() for name, value in sums.items()}
-
-    def _is_probe_due(self) -> bool:
-        step = self.state.global_step
-        # From the log, which a resumed run has from the one that was ended.
-        probed_at = next((line["step"] for line in reversed(self.state.log_history) if RIGHT_IMAGE in line), 0)
-        return step - probed_at >= self._probe_steps or step == self.state.max_steps

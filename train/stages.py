@@ -126,6 +126,7 @@ def _context(
         lengths_of=partial(row_lengths, processor=processor, sizes=sizes) if is_measured else None,
         flops_of=StepCost.of(model.config, recipe.section(stage)),
         peak_flops=measure_matmul_flops(PartialState().device, dtype),
+        prompts=recipe.prompts.model_dump(),
         known={"stage": stage, "recipe": recipe.model_dump(mode="json")},
     )
 

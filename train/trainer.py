@@ -18,6 +18,7 @@ from cocoa_embed.train.adapters import Adapter
 from cocoa_embed.train.batches import FACTS, BatchFacts
 from cocoa_embed.train.checkpoints import mark_complete, write_json
 from cocoa_embed.train.data import Row
+from cocoa_embed.train.probe import PROBED, Probe
 from cocoa_embed.train.shortage import is_out_of_memory
 from cocoa_embed.train.throughput import Throughput
 
@@ -37,13 +38,14 @@ class CocoaTrainer(Trainer):
 
     - A step whose loss is not finite ends the run before the weights change, and its rows are named.
     - A device without memory for a step ends the run with the settings to lower.
-    - Log lines say how fast the stage is (:class:`~cocoa_embed.train.throughput.Throughput`).
+    - Log lines say how fast the stage is (:class:`~cocoa_embed.train.throughput.Throughput`), probes left out.
     - Checkpoints hold the model's state as it is, adapters and pixel decoder included, and are marked when whole.
 
     :param rows: What the batches' row numbers mean.
     :param memory_remedy: What to change in the recipe where memory does not suffice.
     :param known: What each checkpoint is to know of the run, as JSON takes it.
     :param adapter: What is trained beside the weights, to be merged into them when the stage has ended.
+    :param probe: Measures the model for the log: at the first line after every ``probe_steps`` steps, and at the last.
     """
 
     def __init__(
@@ -54,6 +56,8 @@ class CocoaTrainer(Trainer):
         known: Mapping[str, Any] | None = None,
         throughput: Throughput | None = None,
         adapter: Adapter | None = None,
+        probe: Probe | None = None,
+        probe_steps: int = 1,
         **kwargs: Any,
     ) -> None:
         self._rows = rows
@@ -61,6 +65,8 @@ class CocoaTrainer(Trainer):
         self._known = dict(known or {})
         self.throughput = throughput or Throughput()
         self.adapter = adapter
+        self._probe = probe
+        self._probe_steps = probe_steps
         self._clock = time.perf_counter()
         super().__init__(*args, **kwargs)
 
@@ -138,11 +144,20 @@ class CocoaTrainer(Trainer):
         return state
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add how fast the stage is to each line of losses."""
+        """Add to each line of losses how fast the stage is and, where it is due, what the probe finds."""
         if "loss" in logs:
+            if self._probe is not None and self._is_probe_due():
+                with self.throughput.paused():
+                    logs |= self._probe(self.accelerator.unwrap_model(self.model))
             logs |= self.throughput.figures(self.accelerator)
             self.throughput.restart()
         super().log(logs, *args, **kwargs)
+
+    def _is_probe_due(self) -> bool:
+        step = self.state.global_step
+        # From the log, which a resumed run has from the one that was ended.
+        probed_at = next((line["step"] for line in reversed(self.state.log_history) if PROBED & line.keys()), 0)
+        return step - probed_at >= self._probe_steps or step == self.state.max_steps
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self.throughput.paused():

@@ -1,0 +1,129 @@
+import math
+from itertools import combinations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from cocoa_embed.evaluation import geometry as module
+from cocoa_embed.evaluation.geometry import alignment, effective_rank, geometry, modality_gap, uniformity
+
+Floats = NDArray[np.float64]
+BASIS = np.eye(6)
+
+
+def on_the_sphere(count: int, width: int = 8, seed: int = 0) -> Floats:
+    points = np.random.default_rng(seed).normal(size=(count, width))
+    return points / np.linalg.norm(points, axis=1, keepdims=True)
+
+
+def test_alignment_of_known_pairs() -> None:
+    assert alignment(BASIS, BASIS) == 0
+    assert alignment(BASIS, -BASIS) == pytest.approx(4)
+    assert alignment(BASIS, np.roll(BASIS, 1, axis=0)) == pytest.approx(2)
+    assert alignment(BASIS[:2], np.stack([BASIS[0], -BASIS[1]])) == pytest.approx(2), "a mean over the pairs"
+
+
+def test_uniformity_of_known_sets() -> None:
+    assert uniformity(np.repeat(BASIS[:1], 5, axis=0)) == 0
+    assert uniformity(BASIS) == pytest.approx(-4)
+    assert uniformity(np.stack([BASIS[0], -BASIS[0]])) == pytest.approx(-8)
+    # One pair of equals among three pairs, the others orthogonal.
+    assert uniformity(BASIS[[0, 0, 1]]) == pytest.approx(math.log((1 + 2 * math.exp(-4)) / 3))
+
+
+@pytest.mark.parametrize("count", [2, 3, 7, 8, 9, 20])
+def test_uniformity_is_the_mean_over_each_pair_once_whatever_the_blocks(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = on_the_sphere(count)
+    kernels = [math.exp(-2 * float(((one - other) ** 2).sum())) for one, other in combinations(points, 2)]
+    expected = math.log(sum(kernels) / len(kernels))
+    for rows_at_once in (1, 4, 512):
+        monkeypatch.setattr(module, "ROWS_AT_ONCE", rows_at_once)
+        assert uniformity(points) == pytest.approx(expected, abs=1e-12)
+
+
+def test_uniformity_stays_finite_where_every_kernel_underflows() -> None:
+    far = 100 * BASIS
+    assert math.exp(-2 * 2 * 100**2) == 0
+    assert uniformity(far) == pytest.approx(-2 * 2 * 100**2)
+
+
+def test_uniformity_is_exact_for_half_precision_inputs() -> None:
+    points = on_the_sphere(16).astype(np.float16)
+    assert uniformity(points) == pytest.approx(uniformity(points.astype(np.float64)), abs=1e-12)
+
+
+def test_the_gap_is_the_distance_of_the_centroids() -> None:
+    assert modality_gap(BASIS, BASIS[::-1]) == pytest.approx(0)
+    assert modality_gap(BASIS[:1], -BASIS[:1]) == pytest.approx(2)
+    assert modality_gap(BASIS[:2], BASIS[2:3]) == pytest.approx(math.sqrt(0.25 + 0.25 + 1))
+
+
+@pytest.mark.parametrize("count", [1, 2, 6])
+def test_the_effective_rank_of_a_basis_is_its_size_and_of_one_direction_1(count: int) -> None:
+    assert effective_rank(BASIS[:count]) == pytest.approx(count)
+    assert effective_rank(np.repeat(on_the_sphere(1), count, axis=0)) == pytest.approx(1)
+
+
+def test_the_effective_rank_of_two_known_singular_values() -> None:
+    """Three rows on one axis and one on another: singular values sqrt(3) and 1."""
+    share = math.sqrt(3) / (math.sqrt(3) + 1)
+    entropy = -share * math.log(share) - (1 - share) * math.log(1 - share)
+    assert effective_rank(BASIS[[0, 0, 0, 1]]) == pytest.approx(math.exp(entropy))
+    assert 1 < math.exp(entropy) < 2
+
+
+def test_turning_the_sphere_changes_no_figure() -> None:
+    first, second = on_the_sphere(12, seed=1), on_the_sphere(12, seed=2)
+    turn = np.linalg.qr(np.random.default_rng(3).normal(size=(8, 8)))[0]
+    has_image = np.ones(12, dtype=bool)
+    before, after = (
+        geometry(one, other, first_has_image=has_image, second_has_image=~has_image)
+        for one, other in ((first, second), (first @ turn, second @ turn))
+    )
+    assert not np.allclose(first, first @ turn)
+    assert after == pytest.approx(before)
+
+
+def test_geometry_puts_the_parts_together() -> None:
+    first, second = on_the_sphere(9, seed=1), on_the_sphere(9, seed=2)
+    pictures = np.arange(9) < 6  # the last three queries are texts
+    none = np.zeros(9, dtype=bool)
+    found = geometry(first, second, first_has_image=pictures, second_has_image=none)
+    assert list(found) == ["alignment", "uniformity", "modality_gap", "effective_rank"]
+    assert found == {
+        "alignment": alignment(first, second),
+        "uniformity": (uniformity(first) + uniformity(second)) / 2,
+        "modality_gap": modality_gap(first[:6], np.concatenate([first[6:], second])),
+        "effective_rank": effective_rank(np.concatenate([first, second])),
+    }
+    assert all(isinstance(figure, float) for figure in found.values())
+
+
+@pytest.mark.parametrize("kind", [True, False])
+def test_without_two_kinds_there_is_no_gap(kind: bool) -> None:
+    same = np.full(6, kind)
+    found = geometry(BASIS, BASIS, first_has_image=same, second_has_image=same)
+    assert list(found) == ["alignment", "uniformity", "effective_rank"]
+
+
+def test_what_has_no_figure_is_refused() -> None:
+    broken = BASIS.copy()
+    broken[2, 3] = np.nan
+    for function in (uniformity, effective_rank):
+        with pytest.raises(ValueError, match="not finite"):
+            function(broken)
+    with pytest.raises(ValueError, match=r"n of 2 or more, got \(1, 6\)"):
+        uniformity(BASIS[:1])
+    with pytest.raises(ValueError, match=r"\(6, 6\) and \(5, 6\)"):
+        alignment(BASIS, BASIS[:5])
+    with pytest.raises(ValueError, match="6 dimensions and texts 8"):
+        modality_gap(BASIS, on_the_sphere(3))
+    with pytest.raises(ValueError, match="n of 1 or more"):
+        modality_gap(BASIS, BASIS[:0])
+    with pytest.raises(ValueError, match="all zero"):
+        effective_rank(np.zeros((3, 3)))
+    with pytest.raises(ValueError, match=r"7 items .* 12"):
+        geometry(BASIS, BASIS, first_has_image=np.ones(6, dtype=bool), second_has_image=np.ones(1, dtype=bool))
