@@ -14,8 +14,8 @@ from cocoa_embed.train.data import Item, Row
 from cocoa_embed.train.losses import accuracy, mntp_loss
 from cocoa_embed.train.probe import EosProbe, GeometryProbe, Probe, hold_out_rows, together
 from cocoa_embed.train.reconstruction import (
-    bidirectional_model_mask,
     bridge_model_mask,
+    full_model_mask,
     hidden_token_logits,
     last_hidden_states,
     position_ids,
@@ -48,7 +48,7 @@ class BridgeModel(nn.Module):
 
         Every token sees every other; the embedding is the normalised last hidden state of ``<EOS>``.
         """
-        mask = bidirectional_model_mask(self.backbone, batch["attention_mask"])
+        mask = full_model_mask(self.backbone, batch["attention_mask"])
         hidden_states = last_hidden_states(self.backbone, batch, mask, position_ids(self.backbone, batch))
         eos = batch["attention_mask"].sum(dim=1) - 1
         rows = torch.arange(len(eos), device=eos.device)

@@ -34,6 +34,18 @@ SCORES = "scores.json"
 END = "end"
 DIGITS = 10
 
+LEARNED = (
+    "loss",
+    "accuracy_right_image",
+    "accuracy_shuffled_image",
+    "accuracy_no_image",
+    "alignment",
+    "uniformity",
+    "modality_gap",
+    "effective_rank",
+)
+"""What the log of a bridge tells of the model that it leaves."""
+
 
 @dataclass(frozen=True)
 class Data:
@@ -248,5 +260,4 @@ def outcome(laboratory: Laboratory, arm: Arm, seed: int) -> dict[str, Any]:
 
 
 def _at_step(log: list[dict[str, float]], step: int) -> dict[str, float]:
-    names = ("loss", "accuracy_right_image", "accuracy_shuffled_image", "accuracy_no_image")
-    return {name: line[name] for line in log if line["step"] <= step for name in names if name in line}
+    return {name: line[name] for line in log if line["step"] <= step for name in LEARNED if name in line}

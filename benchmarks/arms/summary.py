@@ -91,7 +91,7 @@ def _table(document: Mapping[str, Any], group: str, title: str) -> Table:
             row.append("" if arm["name"] == ALONE else f"{gained.mean:+.3f} ± {gained.half_width or 0:.3f}")
         rows.append([*row, *_bridge_cells(arm)])
     notes = [
-        f"recall@1: mean of both directions, then mean over {len(document['seeds'])} seeds with its {LEVEL:.0%} interval"
+        f"recall@1: mean of both directions, then over {len(document['seeds'])} seeds with its {LEVEL:.0%} interval"
         " (Student's t); each seed has its own data, order and hidden tokens. steps: of the stages in their order."
     ]
     if differs:
