@@ -27,7 +27,7 @@ import sentence_transformers
 import torch
 import transformers
 
-from arms.figure import draw
+from arms.figure import write_figure
 from arms.grid import Grid, Sizes
 from arms.runner import Data, Laboratory, jobs_of, outcome, run_jobs
 from arms.summary import arm_document, tables
@@ -109,7 +109,7 @@ def write(document: dict[str, Any], out: Path) -> None:
     (out / "ablation.json").write_text(json.dumps(document, indent=1) + "\n")
     (out / "ablation.md").write_text(to_markdown(TITLE, tables(document)))
     (out / "ablation.html").write_text(to_html(TITLE, tables(document)))
-    draw(document, out / "ablation.svg")
+    write_figure(document, out / "ablation.svg")
 
 
 def main() -> None:

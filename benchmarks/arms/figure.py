@@ -16,37 +16,53 @@ INK = "#2b211b"
 GRID = "#e6ddd4"
 
 
-def draw(document: Mapping[str, Any], path: Path) -> None:
+def write_figure(document: Mapping[str, Any], path: Path) -> None:
     """Draw all groups of arms into one file."""
+    draw(document).savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def draw(document: Mapping[str, Any]) -> Figure:
+    """Draw all groups of arms."""
     figure = Figure(figsize=(12, 13), layout="constrained")
-    axes = figure.subplot_mosaic([["stages", "pairs"], ["few", "many"], ["bridge", "mask"]])
-    _stages(axes["stages"], _arms(document, "stages"))
+    axes = figure.subplot_mosaic([["stages", "variants"], ["pairs", "bridge"], ["few", "many"], ["mask", "."]])
+    _bars(axes["stages"], _arms(document, "stages"), "The stages, all pairs")
+    _bars(axes["variants"], _arms(document, "variants"), f"Variants, all pairs{_bridge_text(document)}")
     _pairs(axes["pairs"], document)
     shares = sorted({arm["share_of_pairs"] for arm in _arms(document, "length")})
     for name, share in zip(("few", "many"), (shares[0], shares[-1]), strict=True):
         _lengths(axes[name], document, share)
     _bridge(axes["bridge"], document, shares[-1])
-    _mask_ratios(axes["mask"], _arms(document, "mask ratio"))
+    _mask_ratios(axes["mask"], _arms(document, "mask ratio"), _bridge_text(document))
     for each in axes.values():
         _style(each)
     seeds = len(document["seeds"])
     figure.suptitle(
         f"What each stage is worth: {seeds} seeds, means with 95 % intervals, each seed a dot", fontsize=14, color=INK
     )
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    return figure
 
 
 def _arms(document: Mapping[str, Any], group: str) -> list[Mapping[str, Any]]:
     return [arm for arm in document["arms"] if arm["group"] == group]
 
 
-def _stages(axes: Axes, arms: Sequence[Mapping[str, Any]]) -> None:
+def _bridge_text(document: Mapping[str, Any]) -> str:
+    """Say how long the bridges of variants are."""
+    arm = next(arm for arm in _arms(document, "variants") if arm["name"] == ALL_THREE)
+    return f", {_bridge_steps(arm)} bridge steps"
+
+
+def _bridge_steps(arm: Mapping[str, Any]) -> int:
+    return next(stage["steps"] for stage in arm["stages"] if stage["stage"] == "bridge")
+
+
+def _bars(axes: Axes, arms: Sequence[Mapping[str, Any]], title: str) -> None:
     for place, arm in enumerate(reversed(arms)):
         _bar(axes, place, values(arm), COLOURS.get(arm["name"], "#57493f"))
     axes.set_yticks(range(len(arms)), [arm["name"] for arm in reversed(arms)])
     axes.set_xlabel("recall@1")
     axes.set_xlim(left=0)
-    axes.set_title("The stages, all pairs")
+    axes.set_title(title)
 
 
 def _bar(axes: Axes, place: float, seeds: Sequence[float], colour: str) -> None:
@@ -110,7 +126,7 @@ def _pairs_text(document: Mapping[str, Any], share: float) -> str:
 
 def _bridge(axes: Axes, document: Mapping[str, Any], share: float) -> None:
     arms = [arm for arm in _arms(document, "length") if arm["share_of_pairs"] == share and arm["name"] == ALL_THREE]
-    steps = [next(stage["steps"] for stage in arm["stages"] if stage["stage"] == "bridge") for arm in arms]
+    steps = [_bridge_steps(arm) for arm in arms]
     drawn = {
         "loss on hidden words": ("loss", "#57493f"),
         "hidden words right: right image": ("accuracy_right_image", "#1d8a4a"),
@@ -130,13 +146,13 @@ def _bridge(axes: Axes, document: Mapping[str, Any], share: float) -> None:
     axes.legend(fontsize=8.5, frameon=False)
 
 
-def _mask_ratios(axes: Axes, arms: Sequence[Mapping[str, Any]]) -> None:
+def _mask_ratios(axes: Axes, arms: Sequence[Mapping[str, Any]], bridge: str) -> None:
     _line(axes, [(arm["x"], values(arm)) for arm in arms], ALL_THREE)
     axes.set_xticks([arm["x"] for arm in arms])
     axes.set_ylim(bottom=0)
     axes.set_xlabel("share of block B's words that is hidden")
     axes.set_ylabel("recall@1")
-    axes.set_title("The bridge's mask ratio, all pairs")
+    axes.set_title(f"The bridge's mask ratio, all pairs{bridge}")
 
 
 def _style(axes: Axes) -> None:
