@@ -3,15 +3,19 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
+from textwrap import fill
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from arms.grid import ALL_THREE, ALONE, CAPTIONS_AS_PAIRS, EQUAL
 from arms.summary import bridge_values, estimate, values
 
 COLOURS = {ALL_THREE: "#1d8a4a", EQUAL: "#c8690f", ALONE: "#8d837b", CAPTIONS_AS_PAIRS: "#8447a8"}
+LINES = (ALL_THREE, EQUAL, ALONE, CAPTIONS_AS_PAIRS)
+LABEL_WIDTH = 22
 INK = "#2b211b"
 GRID = "#e6ddd4"
 
@@ -23,7 +27,7 @@ def write_figure(document: Mapping[str, Any], path: Path) -> None:
 
 def draw(document: Mapping[str, Any]) -> Figure:
     """Draw all groups of arms."""
-    figure = Figure(figsize=(12, 13), layout="constrained")
+    figure = Figure(figsize=(11, 14.5), layout="constrained")
     axes = figure.subplot_mosaic([["stages", "variants"], ["pairs", "bridge"], ["few", "many"], ["mask", "."]])
     _bars(axes["stages"], _arms(document, "stages"), "The stages, all pairs")
     _bars(axes["variants"], _arms(document, "variants"), f"Variants, all pairs{_bridge_text(document)}")
@@ -36,6 +40,8 @@ def draw(document: Mapping[str, Any]) -> Figure:
     for each in axes.values():
         _style(each)
     seeds = len(document["seeds"])
+    lines = [Line2D([], [], color=COLOURS[name], linewidth=3, label=name) for name in LINES]
+    figure.legend(handles=lines, loc="outside lower center", ncols=2, frameon=False, fontsize=10)
     figure.suptitle(
         f"What each stage is worth: {seeds} seeds, means with 95 % intervals, each seed a dot", fontsize=14, color=INK
     )
@@ -59,9 +65,9 @@ def _bridge_steps(arm: Mapping[str, Any]) -> int:
 def _bars(axes: Axes, arms: Sequence[Mapping[str, Any]], title: str) -> None:
     for place, arm in enumerate(reversed(arms)):
         _bar(axes, place, values(arm), COLOURS.get(arm["name"], "#57493f"))
-    axes.set_yticks(range(len(arms)), [arm["name"] for arm in reversed(arms)])
+    axes.set_yticks(range(len(arms)), [fill(arm["name"], LABEL_WIDTH) for arm in reversed(arms)])
     axes.set_xlabel("recall@1")
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1)
     axes.set_title(title)
 
 
@@ -92,7 +98,7 @@ def _line(axes: Axes, points: Sequence[tuple[float, Sequence[float]]], name: str
 
 def _pairs(axes: Axes, document: Mapping[str, Any]) -> None:
     total = document["sizes"]["pairs"]
-    for name in (ALL_THREE, EQUAL, ALONE, CAPTIONS_AS_PAIRS):
+    for name in LINES:
         arms = [arm for arm in _arms(document, "pairs") if arm["name"] == name]
         if arms:
             _line(axes, [(arm["share_of_pairs"] * total, values(arm)) for arm in arms], name)
@@ -101,9 +107,8 @@ def _pairs(axes: Axes, document: Mapping[str, Any]) -> None:
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel("contrastive pairs")
-    axes.set_ylabel("recall@1")
+    _recall_axis(axes)
     axes.set_title("Fewer pairs")
-    axes.legend(fontsize=8.5, frameon=False)
 
 
 def _lengths(axes: Axes, document: Mapping[str, Any], share: float) -> None:
@@ -115,9 +120,8 @@ def _lengths(axes: Axes, document: Mapping[str, Any], share: float) -> None:
     _line(axes, [(alone["flops"] / 1e12, values(alone))], ALONE)
     axes.set_xlim(left=0)
     axes.set_xlabel("compute of the whole training (TFLOP)")
-    axes.set_ylabel("recall@1")
-    axes.set_title(f"The bridge's length, or the same compute in contrastive steps: {_pairs_text(document, share)}")
-    axes.legend(fontsize=8.5, frameon=False)
+    _recall_axis(axes)
+    axes.set_title(f"{_pairs_text(document, share)}: a longer bridge, or contrastive steps")
 
 
 def _pairs_text(document: Mapping[str, Any], share: float) -> str:
@@ -129,9 +133,9 @@ def _bridge(axes: Axes, document: Mapping[str, Any], share: float) -> None:
     steps = [_bridge_steps(arm) for arm in arms]
     drawn = {
         "loss on hidden words": ("loss", "#57493f"),
-        "hidden words right: right image": ("accuracy_right_image", "#1d8a4a"),
-        "hidden words right: another image": ("accuracy_shuffled_image", "#8d837b"),
-        "hidden words right: no image": ("accuracy_no_image", "#c8690f"),
+        "words right, right image": ("accuracy_right_image", "#1d8a4a"),
+        "words right, another image": ("accuracy_shuffled_image", "#8d837b"),
+        "words right, no image": ("accuracy_no_image", "#c8690f"),
     }
     for label, (name, colour) in drawn.items():
         if all(bridge_values(arm, name) for arm in arms):
@@ -142,17 +146,21 @@ def _bridge(axes: Axes, document: Mapping[str, Any], share: float) -> None:
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("bridge steps")
-    axes.set_title(f"What the bridge has learned, and what is made of it: {_pairs_text(document, share)}")
-    axes.legend(fontsize=8.5, frameon=False)
+    axes.set_title(f"What the bridge has learned ({_pairs_text(document, share)})")
+    axes.legend(fontsize=8.5, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=2)
 
 
 def _mask_ratios(axes: Axes, arms: Sequence[Mapping[str, Any]], bridge: str) -> None:
     _line(axes, [(arm["x"], values(arm)) for arm in arms], ALL_THREE)
     axes.set_xticks([arm["x"] for arm in arms])
-    axes.set_ylim(bottom=0)
+    _recall_axis(axes)
     axes.set_xlabel("share of block B's words that is hidden")
-    axes.set_ylabel("recall@1")
     axes.set_title(f"The bridge's mask ratio, all pairs{bridge}")
+
+
+def _recall_axis(axes: Axes) -> None:
+    axes.set_ylim(0, 1)
+    axes.set_ylabel("recall@1")
 
 
 def _style(axes: Axes) -> None:
