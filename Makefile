@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 TYPED_TREE := build/mypy
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-all lint typecheck format demo bench constraints clean
+.PHONY: help setup test test-all lint typecheck format demo bench ablation constraints clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 14
@@ -49,15 +49,18 @@ format: $(INSTALLED)  ## Fix what ruff can fix, and format
 demo: $(INSTALLED)  ## Train, export and search on this machine, start to finish
 	$(BIN)/cocoa-embed demo
 
-bench: $(INSTALLED)  ## Run every script in benchmarks/
+bench: $(INSTALLED)  ## Run every script in benchmarks/, but for the ablation
 	@set -e; found=; \
 	for script in benchmarks/*.py; do \
-		test -f "$$script" || continue; \
+		test -f "$$script" -a "$$script" != benchmarks/ablation.py || continue; \
 		found=yes; \
 		echo "== $$script"; \
 		$(BIN)/python "$$script"; \
 	done; \
 	test -n "$$found" || echo "nothing to run: benchmarks/ holds no .py file"
+
+ablation: $(INSTALLED)  ## Train and compare what each stage is worth
+	$(BIN)/python benchmarks/ablation.py
 
 constraints: $(UV_READY)  ## Resolve constraints.txt again; UV_FLAGS=--upgrade moves the pins to the newest versions
 	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.10 \
