@@ -51,6 +51,7 @@ def finished(tiny_backbone_path: Path, scene_folder: Path, tmp_path_factory: pyt
             **STAGE,
             "steps": 24,
             "batch_size": 8,
+            "logging_steps": 24,
             "probe_rows": KEPT,
             "eos_attends_to_b": False,
             "mask_ratio": 0.4,
@@ -80,7 +81,7 @@ def test_a_bridge_is_measured_as_it_was_when_its_training_ended(finished: Run, o
     last = finished.results["bridge"].final
     assert of_bridge.hidden_tokens == pytest.approx({name: last[name] for name in ACCURACIES}, abs=1e-6)
     assert of_bridge.geometry == pytest.approx({name: last[name] for name in GEOMETRY}, rel=1e-4)
-    assert len({*of_bridge.hidden_tokens.values(), 0.0, 1.0}) > 3, "the figures tell something"
+    assert all(0 < share < 1 for share in of_bridge.hidden_tokens.values()), "they could be others"
 
 
 @pytest.mark.parametrize(
