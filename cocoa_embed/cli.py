@@ -276,6 +276,34 @@ def export(
         console.print(f"wrote {written}", soft_wrap=True, markup=False, highlight=False)
 
 
+@app.command()
+def diagnose(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint of the training, or an exported model.")
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="An image folder with texts [default: the rows that the bridge keeps out]."),
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option("--rows", min=2, help="The most rows to measure [default: all kept out, or 64].")
+    ] = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure what a checkpoint's <EOS> carries of an image, and how its embeddings lie."""
+    with working() as console:
+        require("accelerate", "train")
+        silence_libraries()
+        from cocoa_embed.cli_reports import report_diagnosis
+        from cocoa_embed.train.diagnosis import diagnose as measure
+
+        diagnosis = measure(checkpoint, data=data, rows=rows, device=device)
+        report_diagnosis(diagnosis, console)
+    if as_json:
+        print_json(diagnosis.document())
+
+
 @contextlib.contextmanager
 def working() -> Iterator[Console]:
     """Keep standard output for the result: what anything prints meanwhile goes to standard error."""

@@ -14,7 +14,16 @@ if TYPE_CHECKING:
     from cocoa_embed.integrations.qdrant import IndexSummary
     from cocoa_embed.integrations.stores import Hit
     from cocoa_embed.train import StageResult
+    from cocoa_embed.train.diagnosis import ChosenRows, Diagnosis
     from cocoa_embed.train.plan import RunPlan
+
+GEOMETRY_MEANINGS = {
+    "alignment": "mean squared distance of a pair; 0 is the same",
+    "uniformity": "0 all in one place, -4 all orthogonal",
+    "modality_gap": "distance of the centres of images and of texts",
+    "effective_rank": "directions that are used",
+}
+"""What the figures of :func:`~cocoa_embed.evaluation.geometry.geometry` mean, in a few words."""
 
 
 def report_stages(results: Sequence[StageResult], console: Console) -> None:
@@ -73,6 +82,33 @@ def clock(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+def report_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
+    """Tell people what was measured of a checkpoint, on which rows, and how to read it."""
+    chosen = diagnosis.chosen
+    lines = [f"{printable(diagnosis.checkpoint)}: {len(chosen.rows)} {chosen.place}", f"  {trained_on_line(chosen)}"]
+    if diagnosis.hidden_tokens is None:
+        lines.append("  hidden tokens   not measured: the checkpoint has no language-model head, as after stage 3")
+    else:
+        right, shuffled, none = (f"{share:.1%}" for share in diagnosis.hidden_tokens.values())
+        lines.append(f"  hidden tokens   {right} told with the right image, {shuffled} with another, {none} with none")
+    lines += [
+        f"  {name.replace('_', ' '):<14}  {figure:.3f} ({GEOMETRY_MEANINGS[name]})"
+        for name, figure in diagnosis.geometry.items()
+    ]
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def trained_on_line(chosen: ChosenRows) -> str:
+    """Say which stages were trained on the rows that a checkpoint was measured on."""
+    seen = [f"{stage} ({count} of them)" for stage, count in chosen.trained_on.items() if count]
+    unknown = [stage for stage, count in chosen.trained_on.items() if count is None]
+    told = (
+        f"trained on by {', '.join(seen)}" if seen else "trained on by no stage" + " that can be told" * bool(unknown)
+    )
+    return told + (f"; cannot be told of {', '.join(unknown)}" if unknown else "")
 
 
 def report_summary(summary: IndexSummary, console: Console) -> None:

@@ -7,15 +7,24 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import flex_attention as torch_flex
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import set_seed
+from transformers.integrations import flex_attention as transformers_flex
 
 from cocoa_embed.attention import Block
 from cocoa_embed.backbone import Backbone
-from cocoa_embed.train.bridge import BridgeModel, bridge_trainer
+from cocoa_embed.export import build_sentence_transformer
+from cocoa_embed.flex import FLEX, uses_flex_attention
+from cocoa_embed.images import load_image
+from cocoa_embed.train.bridge import BridgeModel, bridge_probe, bridge_trainer
 from cocoa_embed.train.collators import Batch, BridgeCollator
 from cocoa_embed.train.data import Item, Row, numbered
 from cocoa_embed.train.losses import mntp_loss
-from cocoa_embed.train.sections import BridgeSection
+from cocoa_embed.train.probe import Probe, cut_off_images
+from cocoa_embed.train.sections import AdapterSection, BridgeSection
 from cocoa_embed.train.stage_trainer import StageContext
+from exported import PROMPTS, write_checkpoint
 from tiny_backbones import every_family
 
 pytestmark = every_family
@@ -176,6 +185,37 @@ def test_a_row_is_predicted_alone_as_in_a_padded_batch(model: BridgeModel, batch
         torch.testing.assert_close(block_b_logits(model, alone), expected, atol=1e-4, rtol=0)
 
 
+def uncompiled_flex(
+    query: Tensor, key: Tensor, value: Tensor, *, training: bool, block_mask: BlockMask, **kwargs: object
+) -> Tensor:
+    """Run FlexAttention without its compiler, which takes a minute: it reads the same mask."""
+    found: Tensor = torch_flex.flex_attention(query, key, value, block_mask=block_mask, **kwargs)
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", FLEX])
+def test_without_the_image_no_pixel_reaches_block_b_and_everything_else_does(
+    load_tiny: Callable[[str], Backbone], batch: Batch, implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transformers_flex, "compile_friendly_flex_attention", uncompiled_flex)
+    model = bridge(load_tiny(implementation))
+    assert uses_flex_attention(model.backbone) is (implementation == FLEX)
+    has_image = (batch["mm_token_type_ids"] == 1).any(dim=1)
+    assert set(has_image.tolist()) == {True, False}
+    pictured = has_image.repeat_interleave((batch["blocks"] == Block.B).sum(dim=1))
+    cut = cut_off_images(batch)
+    original_logits, cut_logits = block_b_logits(model, batch), block_b_logits(model, cut)
+    changed_logits = block_b_logits(model, another_image(batch))
+
+    assert not torch.allclose(changed_logits[pictured], original_logits[pictured], atol=1e-3)
+    assert not torch.allclose(cut_logits[pictured], original_logits[pictured], atol=1e-3)
+    assert torch.equal(block_b_logits(model, another_image(cut)), cut_logits)
+    assert torch.equal(cut_logits[~pictured], original_logits[~pictured]), "a row of texts stays as it is"
+    instructed = block_b_logits(model, another_text(cut))
+    assert not torch.allclose(instructed[pictured], cut_logits[pictured], atol=1e-3), "the text of A is still seen"
+
+
 def test_the_loss_is_mntp_over_block_bs_hidden_tokens(model: BridgeModel, batch: Batch) -> None:
     outputs = model(**batch)
     logits = model.predict(batch)
@@ -238,3 +278,62 @@ def test_the_trainer_is_what_its_section_says(
     assert trainer.train_dataset.rows == scene_rows[probe_rows:]
     # Else transformers divides the loss by the micro-batches of a step; it is a mean over the step already.
     assert trainer.model_accepts_loss_kwargs is True
+
+
+# What is measured beside the training
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, {}])
+def test_items_are_embedded_as_by_the_exported_model(
+    tiny_backbone: Backbone, scene_rows: list[Row], tmp_path: Path, prompts: dict[str, str]
+) -> None:
+    """Under the bridge's weights, but not under its mask."""
+    queries = [Item(image=scene_rows[0].image), Item(text="find it: ", image=scene_rows[1].image)]
+    rows = [Row(query=item, positive=row.positive, source="") for item, row in zip(queries, scene_rows, strict=False)]
+    model, found = BridgeModel(tiny_backbone.model).train(), []
+    model.register_forward_hook(lambda _, inputs, outputs: found.append(outputs.get("embeddings")))
+    section = BridgeSection(steps=1, batch_size=2)
+    figures = bridge_probe(tiny_backbone, rows, section, seed=0, prompts=prompts, batch_size=2)(model)
+    assert list(figures)[3:] == ["alignment", "uniformity", "modality_gap", "effective_rank"]
+
+    exported = build_sentence_transformer(write_checkpoint(tiny_backbone, tmp_path / "bridge"), prompts=prompts)
+    images = [load_image(item.image) for item in queries]  # type: ignore[arg-type]
+    inputs = [{"image": images[0]}, {"image": images[1], "text": queries[1].text}]
+    expected = [exported.encode_query(inputs), exported.encode_document([{"text": row.positive.text} for row in rows])]
+    for ours, theirs in zip(found[-2:], expected, strict=True):
+        assert abs(theirs[0] - theirs[1]).max() > 1e-2
+        torch.testing.assert_close(ours.cpu(), torch.from_numpy(theirs), atol=1e-4, rtol=0)
+
+
+def draw_at_random(model: nn.Module) -> dict[str, float]:
+    """Do what no probe may."""
+    return {"accuracy_right_image": torch.rand(1).item()}
+
+
+def test_the_probe_changes_neither_weights_nor_draws(
+    load_tiny: Callable[[str], Backbone], scene_rows: list[Row], tmp_path: Path
+) -> None:
+    """The adapter's dropout draws at every step, so that a draw between two steps would show in the weights."""
+    adapter = AdapterSection(kind="lora", r=2, alpha=4, dropout=0.3)
+    section = BridgeSection(steps=3, batch_size=4, probe_rows=4, probe_steps=1, adapter=adapter)
+    arguments = {"output_dir": str(tmp_path), "max_steps": 3, "report_to": "none", "logging_steps": 1, "use_cpu": True}
+    arguments |= {"learning_rate": 1e-2, "save_strategy": "no", "disable_tqdm": True, "remove_unused_columns": False}
+
+    def trained(change: Callable[[Probe | None], Probe | None]) -> tuple[dict[str, Tensor], list[set[str]]]:
+        backbone = load_tiny("sdpa")
+        set_seed(0)
+        trainer = bridge_trainer(backbone, scene_rows, section, StageContext(arguments, seed=5, prompts=PROMPTS))
+        trainer._probe = change(trainer._probe)
+        trainer.train()
+        logged = [set(line) for line in trainer.state.log_history if "loss" in line]
+        return {name: value.clone() for name, value in trainer.model.state_dict().items()}, logged
+
+    with_probe, logged = trained(lambda probe: probe)
+    without, unprobed = trained(lambda _: None)
+    drawn, _ = trained(lambda _: draw_at_random)
+    figures = {"accuracy_right_image", "accuracy_shuffled_image", "accuracy_no_image"}
+    figures |= {"alignment", "uniformity", "modality_gap", "effective_rank"}
+    assert [figures <= line for line in logged] == [True] * 3
+    assert not any(figures & line for line in unprobed)
+    assert all(torch.equal(value, without[name]) for name, value in with_probe.items())
+    assert not all(torch.equal(value, without[name]) for name, value in drawn.items()), "a draw does show"

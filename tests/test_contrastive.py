@@ -1,27 +1,34 @@
 import math
+import random
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 from torch import Tensor
+from transformers import set_seed
 
 from cocoa_embed.backbone import load_backbone
 from cocoa_embed.errors import CocoaError, UsageError
+from cocoa_embed.evaluation.geometry import geometry
 from cocoa_embed.export import build_sentence_transformer
 from cocoa_embed.images import load_image
 from cocoa_embed.train import contrastive
 from cocoa_embed.train import pairs as pairs_module
-from cocoa_embed.train.contrastive import contrastive_loss, contrastive_trainer, matryoshka_dims
+from cocoa_embed.train.contrastive import contrastive_loss, contrastive_trainer, embedding_probe, matryoshka_dims
 from cocoa_embed.train.data import Item, Row
 from cocoa_embed.train.pairs import ItemPreprocessor, as_record, distinct_enough, pair_datasets
-from cocoa_embed.train.sections import ContrastiveSection
+from cocoa_embed.train.probe import Probe
+from cocoa_embed.train.progress import LogLastStep
+from cocoa_embed.train.sections import AdapterSection, ContrastiveSection
 from cocoa_embed.train.stage_trainer import StageContext
 from conftest import TINY_MAX_LENGTH
 from exported import PROMPTS, write_checkpoint
@@ -519,6 +526,112 @@ def tiny_loss(model: SentenceTransformer, scene_rows: list[Row]) -> Callable[[],
         return torch.nn.functional.cross_entropy(scores, torch.arange(len(scene_rows))).item()
 
     return measure
+
+
+# What is measured beside the training
+
+FIGURES = {"alignment", "uniformity", "modality_gap", "effective_rank"}
+
+
+def draw_at_random(model: torch.nn.Module) -> dict[str, float]:
+    """Do what no probe may."""
+    return {"alignment": torch.rand(1).item()}
+
+
+@pytest.mark.parametrize("cache_chunk", [4, BATCH])
+def test_the_probe_changes_neither_weights_nor_draws(
+    checkpoint: Path, scene_rows: list[Row], tmp_path: Path, cache_chunk: int
+) -> None:
+    """The adapter's dropout draws at every step, so that a draw between two steps would show in the weights."""
+    adapter = AdapterSection(kind="lora", r=2, alpha=4, dropout=0.3)
+
+    def trained(probe_rows: int, probe: Probe | None = None) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+        asked = section(cache_chunk=cache_chunk, adapter=adapter, probe_rows=probe_rows, probe_steps=1)
+        model = build_sentence_transformer(checkpoint, prompts=PROMPTS).to("cpu")
+        set_seed(0)
+        context = StageContext(arguments(tmp_path, max_steps=4, learning_rate=1e-2), prompts=PROMPTS)
+        trainer = contrastive_trainer(model, scene_rows, asked, context)
+        trainer._probe = probe or trainer._probe
+        trainer.train()
+        return model.state_dict(), [line for line in trainer.state.log_history if "loss" in line]
+
+    with_probe, logged = trained(probe_rows=6)
+    without, unprobed = trained(probe_rows=0)
+    drawn, _ = trained(probe_rows=0, probe=draw_at_random)
+    assert [FIGURES <= line.keys() for line in logged] == [True] * 4
+    assert not any(FIGURES & line.keys() for line in unprobed)
+    assert [line["loss"] for line in logged] == [line["loss"] for line in unprobed]
+    assert with_probe.keys() == without.keys()
+    assert all(torch.equal(value, without[name]) for name, value in with_probe.items())
+    assert not all(torch.equal(value, without[name]) for name, value in drawn.items()), "a draw does show"
+
+
+def test_neither_making_nor_asking_the_probe_draws_at_random(model: SentenceTransformer, scene_rows: list[Row]) -> None:
+    def states() -> tuple[Any, ...]:
+        name, keys, *rest = np.random.get_state()  # noqa: NPY002 - what a library may draw from
+        return random.getstate(), name, keys.tolist(), rest, torch.get_rng_state().tolist()  # type: ignore[union-attr]
+
+    before = states()
+    assert embedding_probe(model, scene_rows[:5], batch_size=2)(model)
+    assert states() == before
+    torch.rand(1)
+    assert states() != before
+
+
+def test_the_geometry_is_that_of_the_models_own_embeddings(model: SentenceTransformer, mixed_rows: list[Row]) -> None:
+    """Queries with their prompt, documents with theirs, as :meth:`encode_query` and :meth:`encode_document`."""
+    inputs = [
+        {"image": load_image(row.query.image)} if row.query.text is None  # type: ignore[arg-type]
+        else {"text": row.query.text} if row.query.image is None
+        else {"image": load_image(row.query.image), "text": row.query.text}  # type: ignore[arg-type]
+        for row in mixed_rows
+    ]  # fmt: skip
+    queries = [model.encode_query([each])[0] for each in inputs]
+    documents = model.encode_document([{"text": row.positive.text} for row in mixed_rows])
+    has_image = np.array([row.query.image is not None for row in mixed_rows])
+    assert {*has_image} == {True, False}
+    expected = geometry(np.stack(queries), documents, first_has_image=has_image, second_has_image=has_image & False)
+    found = embedding_probe(model.train(), mixed_rows, batch_size=3)(model)
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert model.training
+    model.prompts = {}
+    assert embedding_probe(model, mixed_rows, batch_size=3)(model) != pytest.approx(expected, rel=1e-3)
+
+
+def test_texts_alone_are_trained_without_a_probe(
+    model: SentenceTransformer, scene_rows: list[Row], tmp_path: Path
+) -> None:
+    texts = [Row(query=Item(text=f"scene {n}"), positive=row.positive, source="") for n, row in enumerate(scene_rows)]
+    for rows, is_measured in ((texts, False), ([*texts, scene_rows[0]], False), ([*texts, *scene_rows[:2]], True)):
+        trainer = contrastive_trainer(model, rows, section(), StageContext(arguments(tmp_path)))
+        assert (trainer._probe is not None) is is_measured
+
+
+def test_the_probe_is_asked_when_it_is_due_while_the_stop_watch_stands(
+    model: SentenceTransformer, scene_rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = StageContext(arguments(tmp_path, max_steps=7, logging_steps=2))
+    trainer = contrastive_trainer(model, scene_rows, section(probe_steps=3), context)
+    trainer.add_callback(LogLastStep())
+    stands: list[bool] = [False]
+
+    @contextmanager
+    def paused() -> Iterator[None]:
+        stands.append(True)
+        yield
+        stands.append(False)
+
+    def probe(measured: torch.nn.Module) -> dict[str, float]:
+        assert measured is model
+        return {"alignment": float(stands[-1])}
+
+    monkeypatch.setattr(trainer.throughput, "paused", paused)
+    trainer._probe = probe
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert [line["step"] for line in lines] == [2, 4, 6, 7]
+    assert {line["step"]: line["alignment"] for line in lines if "alignment" in line} == {4: 1.0, 7: 1.0}
+    assert stands[-1] is False
 
 
 def test_no_examples_are_picked_for_a_card_that_is_not_written(

@@ -24,10 +24,15 @@ STAGE: dict[str, Any] = {
     "save_steps": 2,
 }
 
+GEOMETRY = ("alignment", "uniformity", "modality_gap", "effective_rank")
+
 FIGURES = {
     "warmup": ("loss", "grad_norm", "mntp_loss", "mae_loss", "hidden_token_accuracy"),
-    "bridge": ("loss", "grad_norm", "hidden_token_accuracy", "accuracy_right_image", "accuracy_shuffled_image"),
-    "contrastive": ("loss", "grad_norm"),
+    "bridge": (
+        *("loss", "grad_norm", "hidden_token_accuracy"),
+        *("accuracy_right_image", "accuracy_shuffled_image", "accuracy_no_image", *GEOMETRY),
+    ),
+    "contrastive": ("loss", "grad_norm", *GEOMETRY),
 }
 
 SHARD_ON_CPU = """
@@ -83,6 +88,8 @@ def recipe(tiny_backbone_path: Path, scene_folder: Path) -> Recipe:
                 "both_directions": False,
                 "cache_chunk": 2,
                 "symmetric": True,
+                "probe_rows": 6,
+                "probe_steps": 2,
             },
         }
     )

@@ -184,6 +184,35 @@ def test_a_recipe_survives_the_way_through_json(recipe_file: Path) -> None:
     assert Recipe.parse(yaml.safe_load(recipe.model_dump_json())) == recipe
 
 
+def test_the_way_through_json_leaves_every_stage_its_data() -> None:
+    """What a section does not say it still takes from the one around it, as a checkpoint's record is read again."""
+    recipe = Recipe.parse(
+        {
+            "name": "parts",
+            "backbone": "scene-captioner",
+            "data": {"folder": "data/train", "captions": "captions", "paraphrases": 2, "on_bad_row": "skip"},
+            "warmup": {"steps": 1, "batch_size": 2},
+            "bridge": {"steps": 1, "batch_size": 2, "data": {"limit": 7}},
+            "contrastive": {
+                "steps": 1,
+                "batch_size": 2,
+                "data": {
+                    "images": "pictures",
+                    "limit": 9,
+                    "subsets": {"a": {"file": "a.csv"}, "b": {"file": "b.csv", "limit": 3}},
+                },
+            },
+        }
+    )
+    again = Recipe.parse(yaml.safe_load(recipe.model_dump_json()))
+    for stage in recipe.stages:
+        assert again.sources_of(stage) == recipe.sources_of(stage)
+        assert again.data_of(stage) == recipe.data_of(stage)
+    assert again.sources_of("bridge")["data"].folder == Path("data/train")
+    assert [source.limit for source in again.sources_of("contrastive").values()] == [9, 3]
+    assert {source.images for source in again.sources_of("contrastive").values()} == {Path("pictures")}
+
+
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_of_the_package_is_valid(name: str) -> None:
     recipe = Recipe.load(name)

@@ -1,9 +1,9 @@
 """The parts of a recipe: what may be written in one, and what it means."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from cocoa_embed.train.corruption import PatchFill
 from cocoa_embed.train.data import CaptionChoice
@@ -66,6 +66,11 @@ class SourceSection(Section):
     paraphrases: Count = 0
     limit: Positive | None = None
     weight: Rate = 1.0
+
+    @model_serializer(mode="wrap")
+    def _as_given(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what was not given: it is taken from the section around, and a default would stand in its way."""
+        return {key: value for key, value in serialise(self).items() if key in self.model_fields_set}
 
 
 class DataSection(SourceSection):
