@@ -309,6 +309,19 @@ def test_what_only_fits_a_run_to_a_machine_may_change(recipe: Recipe) -> None:
     assert recipe_changes(before, after) == [f"max_length: {TINY_MAX_LENGTH} -> 99"]
 
 
+def test_a_run_begun_before_a_key_was_there_goes_on_with_its_default(
+    recipe: Recipe, uninterrupted: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(uninterrupted, out)
+    recorded = json.loads((out / "recipe.json").read_text())
+    assert recorded.pop("bidirectional") is True
+    (out / "recipe.json").write_text(json.dumps(recorded))
+    assert [result.stage for result in run(recipe, out, resume=True)] == list(STAGES)
+    with pytest.raises(UsageError, match="bidirectional: true -> false"):
+        run(recipe.model_copy(update={"bidirectional": False}), out, resume=True)
+
+
 def test_other_rows_are_refused(recipe: Recipe, scene_folder: Path, tmp_path: Path) -> None:
     data = tmp_path / "scenes"
     shutil.copytree(scene_folder, data)

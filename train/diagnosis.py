@@ -242,7 +242,7 @@ def _figures(checkpoint: Path, recipe: Recipe, rows: Sequence[Row], device: str)
     if not has_language_head(checkpoint):
         model = load_model(checkpoint, device).eval()
         return embedding_probe(model, rows, ROWS_AT_ONCE)(model)
-    backbone = load_backbone(str(checkpoint))
+    backbone = load_backbone(str(checkpoint), bidirectional=recipe.bidirectional)
     backbone.model.to(device)
     section = recipe.bridge or BridgeSection(steps=1, batch_size=ROWS_AT_ONCE)
     probe = bridge_probe(

@@ -31,7 +31,7 @@ RECIPE_FILE = "recipe.json"
 DATA_FILE = "data.json"
 
 NOT_LEARNED = frozenset(
-    {"workers", "report_to", "micro_batch_size", "cache_chunk", "gradient_checkpointing", "keep_steps"}
+    {"workers", "report_to", "micro_batch_size", "cache_chunk", "gradient_checkpointing", "keep_steps", "probe_steps"}
 )
 """What may change between the parts of a run: how it fits a machine and what is kept of it, not what it learns."""
 
@@ -209,8 +209,9 @@ def _is_started(out: Path) -> bool:
 
 
 def _refuse_another_recipe(recipe: Recipe, out: Path) -> None:
-    before = json.loads((out / RECIPE_FILE).read_text(encoding="utf-8"))
-    changes = recipe_changes(before, recipe.model_dump(mode="json"))
+    # Parsed, so that a key which has come since is what it means by default.
+    before = Recipe.parse(json.loads((out / RECIPE_FILE).read_text(encoding="utf-8")), source=str(out / RECIPE_FILE))
+    changes = recipe_changes(before.model_dump(mode="json"), recipe.model_dump(mode="json"))
     if changes:
         raise UsageError(
             f"The recipe has changed since the run in {out} began ({'; '.join(changes)}); resume it with the recipe as "
