@@ -274,7 +274,9 @@ def test_a_run_that_is_ended_goes_on_where_it_was(tiny: Sizes, tmp_path: Path, m
     assert read_scores(last).keys() == {"end"}
 
 
-def test_a_folder_to_train_on_without_one_to_measure_on_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_to_train_on_without_one_to_measure_on_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     import ablation
 
     monkeypatch.setattr(sys, "argv", ["ablation.py", "--training", "mine"])

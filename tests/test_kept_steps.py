@@ -1,5 +1,6 @@
 """Weights kept on the way through a stage are checkpoints like any other."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
+from transformers import PreTrainedModel
 
 from cocoa_embed.errors import UsageError
 from cocoa_embed.export import TRAINING_FILE, export_model, read_training
@@ -66,6 +68,16 @@ def test_kept_weights_are_those_of_a_run_that_ends_there_where_the_learning_rate
     assert not same_weights(whole / "bridge" / "step-3", tmp_path / "short" / "bridge")
 
 
+def test_so_are_those_of_a_contrastive_stage_past_an_epochs_end(
+    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path
+) -> None:
+    few = {"data": {"limit": 8}, "both_directions": False}  # two steps an epoch
+    long, short = ({**few, "steps": steps} for steps in (5, 3))
+    run(recipe(tiny_backbone_path, scene_folder, contrastive={**long, "keep_steps": [3]}), tmp_path / "long")
+    run(recipe(tiny_backbone_path, scene_folder, contrastive=short), tmp_path / "short")
+    assert same_weights(tmp_path / "long" / "contrastive" / "step-3", tmp_path / "short" / "contrastive")
+
+
 def test_keeping_weights_changes_nothing_of_what_is_learned(
     whole: Path, tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path
 ) -> None:
@@ -78,6 +90,27 @@ def test_keeping_weights_changes_nothing_of_what_is_learned(
 def test_kept_weights_know_their_making(whole: Path) -> None:
     kept = read_training(whole / "contrastive" / "step-1")
     assert [(stage["stage"], stage["steps"]) for stage in kept["stages"]] == [("bridge", 4), ("contrastive", 1)]
+    log = json.loads((whole / "bridge" / "step-2" / "log.json").read_text())
+    assert [line["step"] for line in log] == [1, 2], "the line of its own step is there"
+
+
+def test_weights_that_are_written_again_count_only_when_they_are_whole_again(
+    whole: Path, tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = recipe(tiny_backbone_path, scene_folder, bridge={**LENGTHS_MIXED, "steps": 4, "keep_steps": [2, 3]})
+    out = tmp_path / "out"
+
+    def fail(self: PreTrainedModel, folder: Path, **options: object) -> None:
+        raise OSError("the disk is full")
+
+    run(given, out)
+    (out / "bridge" / TRAINING_FILE).unlink()  # as if it had been killed at the end, and its checkpoints lost
+    assert (out / "bridge" / "step-2" / TRAINING_FILE).is_file()
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedModel, "save_pretrained", fail)
+        with pytest.raises(OSError, match="the disk is full"):
+            run(given, out, resume=True)
+    assert not (out / "bridge" / "step-2" / TRAINING_FILE).exists()
 
 
 def test_kept_weights_export_and_start_another_stage(whole: Path, scene_folder: Path, tmp_path: Path) -> None:

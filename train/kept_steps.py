@@ -13,15 +13,26 @@ from cocoa_embed.train.recipe import Recipe
 
 
 class KeepSteps(TrainerCallback):
-    """Calls ``keep`` with the step after each of ``steps``, in every process."""
+    """Calls ``keep`` with the step after each of ``steps``, in every process, when the log has a line of it."""
 
     def __init__(self, steps: Collection[int], keep: Callable[[int], object]) -> None:
         self.steps = frozenset(steps)
         self.keep = keep
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask for a log line."""
+        control.should_log |= state.global_step in self.steps
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Keep the weights that the step has left."""
-        if state.global_step in self.steps:
+        if state.global_step in self.steps and logs and "loss" in logs:
             self.keep(state.global_step)
 
 

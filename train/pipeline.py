@@ -11,6 +11,7 @@ from accelerate.utils.memory import clear_device_cache
 from transformers import Trainer, set_seed
 
 from cocoa_embed.errors import CocoaError
+from cocoa_embed.export import TRAINING_FILE
 from cocoa_embed.train.checkpoints import newest_complete, read_complete, step_of
 from cocoa_embed.train.kept_steps import KeepSteps, kept_folder
 from cocoa_embed.train.preparation import CHECKPOINTS, Prepared, prepare
@@ -104,6 +105,8 @@ def _save(
     """Write a stage's weights as they are, with the record of how they came about, which comes last."""
     trainer, rows = built.trainer, len(prepared.rows[stage].rows)
     with trainer.throughput.paused():
+        if trainer.is_world_process_zero():
+            (folder / TRAINING_FILE).unlink(missing_ok=True)  # of an earlier try: it would vouch for half a file
         built.save(folder)
         state = trainer.state
         result = StageResult(stage, folder, state.global_step, rows, trainer.seconds(), list(state.log_history))

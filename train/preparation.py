@@ -31,9 +31,9 @@ RECIPE_FILE = "recipe.json"
 DATA_FILE = "data.json"
 
 NOT_LEARNED = frozenset(
-    {"workers", "report_to", "micro_batch_size", "cache_chunk", "gradient_checkpointing", "keep_steps", "probe_steps"}
+    {"workers", "report_to", "micro_batch_size", "cache_chunk", "gradient_checkpointing", "probe_steps"}
 )
-"""What may change between the parts of a run: how it fits a machine and what is kept of it, not what it learns."""
+"""What may change between the parts of a run: how it fits a machine and how often it is measured."""
 
 _CANNOT_SHARD = (DistributedType.NO, DistributedType.MULTI_CPU)
 

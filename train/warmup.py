@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from cocoa_embed.attention import is_causal
 from cocoa_embed.backbone import Backbone, PatchGeometry
 from cocoa_embed.train.collators import Batch, reconstruction_collator
 from cocoa_embed.train.data import Row
@@ -47,12 +48,11 @@ class WarmupModel(nn.Module):
         :returns: Logits ``[hidden tokens, V]`` and patches ``[hidden patches, patch_width]``.
         """
         positions = position_ids(self.backbone, batch)
-        hidden_states = last_hidden_states(
-            self.backbone, batch, full_model_mask(self.backbone, batch["attention_mask"]), positions
-        )
+        mask = bidirectional_model_mask(self.backbone, batch["attention_mask"])  # of the pixel decoder in any case
+        own_mask = full_model_mask(self.backbone, batch["attention_mask"]) if is_causal(self.backbone) else mask
+        hidden_states = last_hidden_states(self.backbone, batch, own_mask, positions)
         logits = hidden_token_logits(self.backbone, hidden_states, batch["hidden_tokens"])
         visual = batch["mm_token_type_ids"] == 1
-        mask = bidirectional_model_mask(self.backbone, batch["attention_mask"])
         return logits, self.pixel_decoder(hidden_states, visual, mask, positions)[batch["hidden_patches"]]
 
     def forward(
