@@ -3,113 +3,157 @@
     python benchmarks/ablation.py                       # reduced: under an hour on two cores
     python benchmarks/ablation.py --profile full        # on a GPU
     python benchmarks/ablation.py --training FOLDER --held-out FOLDER --base my-recipe.yaml --pairs 5000
+    python benchmarks/ablation.py --draw ablation.json  # the figure alone, from a results' file
 
 The arms: contrastive learning only, and with the compute of all three stages; with warm-up, with the bridge, with
 both; causal instead of bidirectional; ``<EOS>`` kept from seeing block B; the bridge's mask ratio and its length; fewer
-pairs. Every arm is trained from each seed with other data, another order and other hidden tokens. Learning rates are
-held after their warm-up, so that weights kept on the way are those of a shorter training. Compute is counted in
+pairs. Every arm is trained from each seed with other scenes, another order and other hidden tokens; folders of your own
+are the same for all seeds. In the bridge and the contrastive stage learning rates are held, and rows come in the same
+order however long they last, so that weights kept on the way are those of a shorter training. Compute is counted in
 floating-point operations of the training steps, and the time is told beside it.
 
+Of a recipe given by ``--base``, each stage's settings are used as they are, but for what is compared; the weights
+themselves are trained (no adapters), and every stage's rows come from ``--training``.
+
 Writes ``ablation.json`` (every seed's numbers), ``ablation.md``, ``ablation.html`` and ``ablation.svg`` to ``--out``. A
-run that was ended goes on where it was.
+run that was ended goes on where it was. Weights stay in ``--work``, some 12 MB a stage with the package's captioner.
 """
 
 import argparse
-import dataclasses
 import json
+import math
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import sentence_transformers
 import torch
-import transformers
 
 from arms.figure import write_figure
-from arms.grid import Grid, Sizes
-from arms.runner import Data, Laboratory, jobs_of, outcome, run_jobs
-from arms.summary import arm_document, tables
+from arms.grid import SHARES, Grid, Sizes
+from arms.place import Data, Place
+from arms.runner import circumstances, jobs_of, outcome, run_jobs
+from arms.summary import results_document, tables
 from cocoa_embed.cli import silence_libraries
-from cocoa_embed.errors import CocoaError
+from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.evaluation.tables import to_html, to_markdown
+from cocoa_embed.folders import write_whole
+from cocoa_embed.train.data import read_image_folder
 
-SETTINGS = (
-    "warmup.schedule=constant_with_warmup",
-    "bridge.schedule=constant_with_warmup",
-    "contrastive.schedule=constant_with_warmup",
+TINY = "tiny"
+TINY_SETTINGS = (
+    # At 1e-3 and 3e-4 contrastive learning alone came less far in 150 steps (docs/experiments.md).
     "contrastive.learning_rate=6.0e-4",
-    "contrastive.batch_size=64",
-    "contrastive.cache_chunk=64",
+    # Divides every number of pairs, so that no batch is smaller than the others.
+    "contrastive.batch_size=50",
+    "contrastive.cache_chunk=50",
 )
-PROFILES = {
-    "reduced": Sizes(8000, 500, 1000, 200, 640, 50, compared_part=0.5, equal_shares=(0.1, 1.0), settings=SETTINGS),
-    "full": Sizes(40_000, 2000, 1000, 300, 4000, 200, settings=SETTINGS),
-}
+REDUCED = Sizes(8000, 320, 1000, 300, 480, 40, compared_part=0.5, equal_shares=(0.1, 1.0), captions_as_pairs=False)
+PROFILES = {"reduced": REDUCED, "full": Sizes(40_000, 2000, 1000, 300, 3000, 150)}
+SIZES = ("pairs", "warmup_steps", "bridge_steps", "contrastive_steps")
 TITLE = "What each stage is worth"
+ON_ACCELERATOR = 4
+"""Processes that share an accelerator, which one process with so small a model leaves idle most of the time."""
 
 
 def parse() -> argparse.Namespace:
+    has_accelerator = torch.accelerator.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--profile", choices=PROFILES, default="reduced")
-    parser.add_argument("--base", default="tiny", help="the recipe that settings are taken from [tiny]")
+    parser.add_argument("--base", default=TINY, help="the recipe that settings are taken from [tiny]")
     parser.add_argument("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="changed in that recipe")
     parser.add_argument("--training", type=Path, help="an image folder to train on [drawn scenes]")
     parser.add_argument("--held-out", type=Path, help="an image folder to measure on, with --training")
-    for name in ("pairs", "warmup-steps", "bridge-steps", "contrastive-steps"):
-        parser.add_argument(f"--{name}", type=int, help="instead of the profile's")
-    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on")
+    for name in SIZES:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="instead of the profile's")
+    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on [3]")
+    parser.add_argument("--group", action="append", help="stages, variants, mask ratio, pairs or length [all]")
     parser.add_argument(
-        "--processes", type=int, default=max(1, os.cpu_count() or 1), help="stages trained side by side"
+        "--processes",
+        type=int,
+        default=ON_ACCELERATOR if has_accelerator else os.cpu_count() or 1,
+        help="stages trained side by side",
     )
     parser.add_argument("--work", type=Path, default=Path("cocoa-ablation"), help="where weights and data go")
     parser.add_argument("--out", type=Path, help="where results go [--work]")
-    parser.add_argument("--redraw", type=Path, metavar="FILE", help="draw the figure of a results' file, train nothing")
+    parser.add_argument("--draw", type=Path, metavar="FILE", help="draw the figure of a results' file, train nothing")
     parser.add_argument("--json", action="store_true", help="print the results' document")
     options = parser.parse_args()
     if (options.training is None) != (options.held_out is None):
         parser.error("--training and --held-out go together")
+    if options.seeds < 1 or options.processes < 1:
+        parser.error("--seeds and --processes are 1 or more")
     return options
 
 
-def laboratory(options: argparse.Namespace) -> Laboratory:
-    names = ("pairs", "warmup_steps", "bridge_steps", "contrastive_steps")
-    changed = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    profile = PROFILES[options.profile]
-    sizes = dataclasses.replace(profile, settings=(*profile.settings, *options.set), **changed)
-    given = None if options.training is None else Data(options.training, options.held_out)
-    return Laboratory(options.work, sizes, options.base, given)
+def place_of(options: argparse.Namespace) -> Place:
+    """Return where the ablation is made, and from what.
+
+    :raises CocoaError: If the folders or sizes cannot be used.
+    """
+    changed = {name: getattr(options, name) for name in SIZES if getattr(options, name) is not None}
+    sizes, given = replace(PROFILES[options.profile], **changed), None
+    if options.training is not None:
+        if options.training.resolve() == options.held_out.resolve():
+            raise UsageError(f"--training and --held-out are both {options.training}; measure on other images")
+        given = Data(options.training, options.training, options.held_out)
+        rows = len(read_image_folder(options.training))
+        sizes = replace(sizes, training=rows, held_out=len(read_image_folder(options.held_out)))
+    if sizes.pairs > sizes.training:
+        raise UsageError(f"--pairs {sizes.pairs} are more than the {sizes.training} images to train on")
+    if min(SHARES) * sizes.pairs < 2 or sizes.bridge_steps < 8 or min(sizes.warmup_steps, sizes.contrastive_steps) < 1:
+        raise UsageError("give 20 pairs or more, 8 bridge steps or more, and a step or more of the other stages")
+    settings = (*(TINY_SETTINGS if options.base == TINY else ()), *options.set)
+    if torch.accelerator.is_available():
+        settings = (f"workers={max(1, (os.cpu_count() or 1) // options.processes - 1)}", *settings)
+    return Place(options.work, sizes, options.base, settings, given)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    place = laboratory(options)
-    place.open()
-    grid = Grid(place.sizes, place.flops_per_step())
+    """Train and score all arms.
+
+    :raises CocoaError: If the folders, the recipe or a stage cannot be used, or the run is interrupted.
+    """
+    place = place_of(options)
     seeds = list(range(options.seeds))
     started = time.perf_counter()
-    run_jobs(jobs_of(place, grid.arms, seeds), options.processes, max(1, torch.get_num_threads() // options.processes))
-    has_gpu = torch.cuda.is_available()
+    with place.open():
+        grid = Grid(place.sizes, place.flops_per_row(), place.batch_sizes(), place.mask_ratio(), options.group)
+        threads = max(1, math.floor(torch.get_num_threads() / options.processes))
+        run_jobs(jobs_of(place, grid.arms, seeds), options.processes, threads)
+        outcomes = [[outcome(place, arm, seed) for seed in seeds] for arm in grid.arms]
     return {
         "profile": options.profile,
-        "sizes": dataclasses.asdict(place.sizes),
         "base": place.base,
+        "settings": list(place.settings),
         "seeds": seeds,
-        "flops_per_step": dict(grid.per_step),
-        "seconds_of_this_call": round(time.perf_counter() - started, 1),
         "processes": options.processes,
-        "device": torch.cuda.get_device_name() if has_gpu else "cpu",
-        "versions": {module.__name__: module.__version__ for module in (torch, transformers, sentence_transformers)},
-        "arms": [arm_document(grid, arm, [outcome(place, arm, seed) for seed in seeds]) for arm in grid.arms],
+        "seconds_of_this_call": round(time.perf_counter() - started, 1),
+        **circumstances(place.given),
+        **results_document(grid, outcomes),
     }
 
 
 def write(document: dict[str, Any], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    (out / "ablation.json").write_text(json.dumps(document, indent=1) + "\n")
-    (out / "ablation.md").write_text(to_markdown(TITLE, tables(document)))
-    (out / "ablation.html").write_text(to_html(TITLE, tables(document)))
-    write_figure(document, out / "ablation.svg")
+    write_whole(out / "ablation.json", json.dumps(document, indent=1) + "\n")
+    write_whole(out / "ablation.md", to_markdown(TITLE, tables(document)))
+    write_whole(out / "ablation.html", to_html(TITLE, tables(document)))
+    if not document["groups_left_out"]:
+        write_figure(document, out / "ablation.svg")
+
+
+def draw_again(results: Path, out: Path | None) -> None:
+    """Draw the figure of a results' file beside it.
+
+    :raises CocoaError: If it is none.
+    """
+    try:
+        write_figure(json.loads(results.read_text(encoding="utf-8")), (out or results.parent) / "ablation.svg")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CocoaError(f"{results} is no whole results' file of this benchmark ({error})") from error
 
 
 def main() -> None:
@@ -117,14 +161,14 @@ def main() -> None:
     silence_libraries()
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # several processes share one device, not one process several
     try:
-        document = json.loads(options.redraw.read_text()) if options.redraw else run(options)
+        if options.draw is not None:
+            draw_again(options.draw, options.out)
+            return
+        document = run(options)
         write(document, options.out or options.work)
     except CocoaError as error:
         sys.exit(f"ablation: {error}")
-    if options.json:
-        print(json.dumps(document, indent=1))
-    else:
-        print(to_markdown(TITLE, tables(document)))
+    print(json.dumps(document, indent=1) if options.json else to_markdown(TITLE, tables(document)))
 
 
 if __name__ == "__main__":

@@ -6,82 +6,89 @@ from statistics import fmean
 from textwrap import fill
 from typing import Any
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from arms.grid import ALL_THREE, ALONE, CAPTIONS_AS_PAIRS, EQUAL
+from arms.grid import ALL_THREE, ALONE, CAPTIONS_AS_PAIRS, EQUAL, NO_BRIDGE
 from arms.summary import bridge_values, estimate, values
 
-COLOURS = {ALL_THREE: "#1d8a4a", EQUAL: "#c8690f", ALONE: "#8d837b", CAPTIONS_AS_PAIRS: "#8447a8"}
-LINES = (ALL_THREE, EQUAL, ALONE, CAPTIONS_AS_PAIRS)
+COLOURS = {ALL_THREE: "#1d8a4a", EQUAL: "#c8690f", ALONE: "#8d837b", CAPTIONS_AS_PAIRS: "#8447a8", NO_BRIDGE: "#2c66c4"}
+LEARNED = {
+    "loss": ("loss on hidden words", "#57493f"),
+    "accuracy_right_image": ("words right, right image", "#1d8a4a"),
+    "accuracy_shuffled_image": ("words right, another image", "#8d837b"),
+    "accuracy_no_image": ("words right, no image", "#c8690f"),
+}
+FEW, MANY = "#b3261e", "#2c66c4"
+OTHER = "#57493f"
 LABEL_WIDTH = 22
 INK = "#2b211b"
 GRID = "#e6ddd4"
+SMALL = 8.5
+
+Document = Mapping[str, Any]
 
 
-def write_figure(document: Mapping[str, Any], path: Path) -> None:
-    """Draw all groups of arms into one file."""
-    draw(document).savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+def write_figure(document: Document, path: Path) -> None:
+    """Draw all groups of arms into an SVG file; the same results give the same bytes."""
+    with matplotlib.rc_context({"svg.hashsalt": "ablation"}):
+        draw(document).savefig(path, metadata={"Date": None, "Creator": None})
 
 
-def draw(document: Mapping[str, Any]) -> Figure:
+def draw(document: Document) -> Figure:
     """Draw all groups of arms."""
     figure = Figure(figsize=(11, 14.5), layout="constrained")
-    axes = figure.subplot_mosaic([["stages", "variants"], ["pairs", "bridge"], ["few", "many"], ["mask", "."]])
-    _bars(axes["stages"], _arms(document, "stages"), "The stages, all pairs")
-    _bars(axes["variants"], _arms(document, "variants"), f"Variants, all pairs{_bridge_text(document)}")
+    axes = figure.subplot_mosaic([["stages", "variants"], ["pairs", "learned"], ["few", "many"], ["loss", "mask"]])
+    few, *_, many = sorted({arm["pairs"] for arm in _arms(document, "length")})
+    bridge = _bridge_steps(_arms(document, "variants", ALL_THREE)[0])
+    _bars(axes["stages"], _arms(document, "stages"), f"The stages, {many} pairs")
+    _bars(axes["variants"], _arms(document, "variants"), f"Variants, {many} pairs, {bridge} bridge steps")
     _pairs(axes["pairs"], document)
-    shares = sorted({arm["share_of_pairs"] for arm in _arms(document, "length")})
-    for name, share in zip(("few", "many"), (shares[0], shares[-1]), strict=True):
-        _lengths(axes[name], document, share)
-    _bridge(axes["bridge"], document, shares[-1])
-    _mask_ratios(axes["mask"], _arms(document, "mask ratio"), _bridge_text(document))
+    _learned(axes["learned"], _lengths_of(document, many))
+    _lengths(axes["few"], document, few)
+    _lengths(axes["many"], document, many)
+    _losses(axes["loss"], document, few, many)
+    _mask_ratios(axes["mask"], _arms(document, "mask ratio"), f"{many} pairs, {bridge} bridge steps")
     for each in axes.values():
         _style(each)
-    seeds = len(document["seeds"])
-    lines = [Line2D([], [], color=COLOURS[name], linewidth=3, label=name) for name in LINES]
+    drawn = [name for name in COLOURS if any(arm["name"] == name for arm in document["arms"])]
+    lines = [Line2D([], [], color=COLOURS[name], linewidth=3, label=name) for name in drawn]
     figure.legend(handles=lines, loc="outside lower center", ncols=2, frameon=False, fontsize=10)
-    figure.suptitle(
-        f"What each stage is worth: {seeds} seeds, means with 95 % intervals, each seed a dot", fontsize=14, color=INK
-    )
+    title = f"What each stage is worth: {len(document['seeds'])} seeds, means with 95 % intervals, each seed a dot"
+    figure.suptitle(title, fontsize=14, color=INK)
     return figure
 
 
-def _arms(document: Mapping[str, Any], group: str) -> list[Mapping[str, Any]]:
-    return [arm for arm in document["arms"] if arm["group"] == group]
+def _arms(document: Document, group: str, name: str | None = None) -> list[Document]:
+    return [arm for arm in document["arms"] if arm["group"] == group and name in (None, arm["name"])]
 
 
-def _bridge_text(document: Mapping[str, Any]) -> str:
-    """Say how long the bridges of variants are."""
-    arm = next(arm for arm in _arms(document, "variants") if arm["name"] == ALL_THREE)
-    return f", {_bridge_steps(arm)} bridge steps"
+def _lengths_of(document: Document, pairs: int) -> list[Document]:
+    """Return the arms that have been through all three stages, by the length of their bridges."""
+    return [arm for arm in _arms(document, "length", ALL_THREE) if arm["pairs"] == pairs]
 
 
-def _bridge_steps(arm: Mapping[str, Any]) -> int:
+def _bridge_steps(arm: Document) -> int:
     return next(stage["steps"] for stage in arm["stages"] if stage["stage"] == "bridge")
 
 
-def _bars(axes: Axes, arms: Sequence[Mapping[str, Any]], title: str) -> None:
+def _bars(axes: Axes, arms: Sequence[Document], title: str) -> None:
     for place, arm in enumerate(reversed(arms)):
-        _bar(axes, place, values(arm), COLOURS.get(arm["name"], "#57493f"))
+        colour, found = COLOURS.get(arm["name"], OTHER), estimate(values(arm))
+        axes.barh(place, found.mean, color=colour, alpha=0.35, height=0.62)
+        axes.errorbar(found.mean, place, xerr=found.half_width or 0, color=colour, capsize=4, linewidth=1.6)
+        axes.plot(values(arm), [place] * len(values(arm)), "o", color=colour, markersize=4, clip_on=False)
     axes.set_yticks(range(len(arms)), [fill(arm["name"], LABEL_WIDTH) for arm in reversed(arms)])
     axes.set_xlabel("recall@1")
     axes.set_xlim(0, 1)
     axes.set_title(title)
 
 
-def _bar(axes: Axes, place: float, seeds: Sequence[float], colour: str) -> None:
-    found = estimate(seeds)
-    axes.barh(place, found.mean, color=colour, alpha=0.35, height=0.62)
-    axes.errorbar(found.mean, place, xerr=found.half_width or 0, color=colour, capsize=4, linewidth=1.6)
-    axes.plot(seeds, [place] * len(seeds), "o", color=colour, markersize=4, clip_on=False)
-
-
 def _line(axes: Axes, points: Sequence[tuple[float, Sequence[float]]], name: str) -> None:
     """Draw means over x with their intervals, and each seed as a dot."""
-    colour = COLOURS[name]
-    found = [estimate(seeds) for _, seeds in points]
+    colour, found = COLOURS[name], [estimate(seeds) for _, seeds in points]
     axes.errorbar(
         [x for x, _ in points],
         [each.mean for each in found],
@@ -96,14 +103,13 @@ def _line(axes: Axes, points: Sequence[tuple[float, Sequence[float]]], name: str
         axes.plot([x] * len(seeds), seeds, "o", color=colour, markersize=3.5, alpha=0.7)
 
 
-def _pairs(axes: Axes, document: Mapping[str, Any]) -> None:
-    total = document["sizes"]["pairs"]
-    for name in LINES:
-        arms = [arm for arm in _arms(document, "pairs") if arm["name"] == name]
+def _pairs(axes: Axes, document: Document) -> None:
+    for name in COLOURS:
+        arms = _arms(document, "pairs", name)
         if arms:
-            _line(axes, [(arm["share_of_pairs"] * total, values(arm)) for arm in arms], name)
+            _line(axes, [(arm["pairs"], values(arm)) for arm in arms], name)
     axes.set_xscale("log")
-    ticks = sorted({round(arm["share_of_pairs"] * total) for arm in _arms(document, "pairs")})
+    ticks = sorted({arm["pairs"] for arm in _arms(document, "pairs")})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel("contrastive pairs")
@@ -111,51 +117,52 @@ def _pairs(axes: Axes, document: Mapping[str, Any]) -> None:
     axes.set_title("Fewer pairs")
 
 
-def _lengths(axes: Axes, document: Mapping[str, Any], share: float) -> None:
-    arms = [arm for arm in _arms(document, "length") if arm["share_of_pairs"] == share]
-    for name in (ALL_THREE, EQUAL):
-        points = sorted((arm["flops"] / 1e12, values(arm)) for arm in arms if arm["name"] == name)
-        _line(axes, points, name)
-    alone = next(arm for arm in _arms(document, "pairs") if arm["name"] == ALONE and arm["share_of_pairs"] == share)
-    _line(axes, [(alone["flops"] / 1e12, values(alone))], ALONE)
-    axes.set_xlim(left=0)
-    axes.set_xlabel("compute of the whole training (TFLOP)")
-    _recall_axis(axes)
-    axes.set_title(f"{_pairs_text(document, share)}: a longer bridge, or contrastive steps")
-
-
-def _pairs_text(document: Mapping[str, Any], share: float) -> str:
-    return f"{round(share * document['sizes']['pairs'])} pairs"
-
-
-def _bridge(axes: Axes, document: Mapping[str, Any], share: float) -> None:
-    arms = [arm for arm in _arms(document, "length") if arm["share_of_pairs"] == share and arm["name"] == ALL_THREE]
+def _learned(axes: Axes, arms: Sequence[Document]) -> None:
     steps = [_bridge_steps(arm) for arm in arms]
-    drawn = {
-        "loss on hidden words": ("loss", "#57493f"),
-        "words right, right image": ("accuracy_right_image", "#1d8a4a"),
-        "words right, another image": ("accuracy_shuffled_image", "#8d837b"),
-        "words right, no image": ("accuracy_no_image", "#c8690f"),
-    }
-    for label, (name, colour) in drawn.items():
+    for name, (label, colour) in LEARNED.items():
         if all(bridge_values(arm, name) for arm in arms):
             axes.plot(steps, [fmean(bridge_values(arm, name)) for arm in arms], color=colour, linewidth=2, label=label)
-    axes.plot(
-        steps, [fmean(values(arm)) for arm in arms], "--", color="#b3261e", linewidth=2, label="recall@1 from there"
-    )
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("bridge steps")
-    axes.set_title(f"What the bridge has learned ({_pairs_text(document, share)})")
-    axes.legend(fontsize=8.5, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=2)
+    axes.set_title("What the bridge has learned")
+    axes.legend(fontsize=SMALL, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=2)
 
 
-def _mask_ratios(axes: Axes, arms: Sequence[Mapping[str, Any]], bridge: str) -> None:
+def _lengths(axes: Axes, document: Document, pairs: int) -> None:
+    """Draw recall over compute: a longer and longer bridge, and contrastive steps instead."""
+    arms = [arm for arm in _arms(document, "length") if arm["pairs"] == pairs]
+    alone = [arm for arm in _arms(document, "pairs", ALONE) if arm["pairs"] == pairs]
+    for name in (ALL_THREE, EQUAL, NO_BRIDGE, ALONE):
+        points = sorted((arm["flops"] / 1e12, values(arm)) for arm in (*arms, *alone) if arm["name"] == name)
+        if points:
+            _line(axes, points, name)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("compute of the whole training (TFLOP)")
+    _recall_axis(axes)
+    axes.set_title(f"{pairs} pairs: a longer bridge, or contrastive steps")
+
+
+def _losses(axes: Axes, document: Document, few: int, many: int) -> None:
+    """Draw recall over the loss that the bridge has come to, each seed and length a dot."""
+    for pairs, colour in ((few, FEW), (many, MANY)):
+        arms = _lengths_of(document, pairs)
+        losses = [loss for arm in arms for loss in bridge_values(arm, "loss")]
+        recalls = [recall for arm in arms for recall in values(arm)]
+        axes.plot(losses, recalls, "o", color=colour, markersize=5, alpha=0.75, label=f"{pairs} pairs")
+    axes.invert_xaxis()
+    axes.set_xlabel("the bridge's loss where it ended")
+    _recall_axis(axes)
+    axes.set_title("Recall after the contrastive stage, by the bridge's loss")
+    axes.legend(fontsize=SMALL, frameon=False)
+
+
+def _mask_ratios(axes: Axes, arms: Sequence[Document], detail: str) -> None:
     _line(axes, [(arm["x"], values(arm)) for arm in arms], ALL_THREE)
     axes.set_xticks([arm["x"] for arm in arms])
     _recall_axis(axes)
     axes.set_xlabel("share of block B's words that is hidden")
-    axes.set_title(f"The bridge's mask ratio, all pairs{bridge}")
+    axes.set_title(f"The bridge's mask ratio, {detail}")
 
 
 def _recall_axis(axes: Axes) -> None:

@@ -1,8 +1,11 @@
 """What is compared: the arms of the ablation, each a chain of stages. Chains share their first stages."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from math import ceil
+from typing import Literal, get_args
+
+from cocoa_embed.errors import UsageError
 
 Group = Literal["stages", "variants", "mask ratio", "pairs", "length"]
 
@@ -12,6 +15,7 @@ LENGTHS = (0.125, 0.25, 0.5, 1.0)
 """Parts of the bridge's steps after which a contrastive stage is tried."""
 
 ALONE, EQUAL, ALL_THREE = "contrastive only", "contrastive only, compute of all three", "all three"
+NO_BRIDGE = "warm-up, contrastive"
 CAPTIONS_AS_PAIRS = "contrastive only, compute of all three, every captioned image a pair"
 
 
@@ -24,8 +28,7 @@ class Sizes:
     :param pairs: What contrastive learning sees of the captioned images where all pairs are used.
     :param compared_part: The part of the bridge's steps that variants of it are compared after, one of :data:`LENGTHS`.
     :param equal_shares: The shares of the pairs that contrastive learning alone gets all the compute with.
-    :param mask_ratio: Of the bridge, where it is not what is compared.
-    :param settings: What else is set in the base recipe, as ``key.sub=value``.
+    :param captions_as_pairs: Give it every captioned image as a pair too, in every wording.
     """
 
     training: int
@@ -36,8 +39,7 @@ class Sizes:
     contrastive_steps: int
     compared_part: float = 1.0
     equal_shares: tuple[float, ...] = SHARES
-    mask_ratio: float = 0.5
-    settings: tuple[str, ...] = ()
+    captions_as_pairs: bool = True
 
     @property
     def kept_steps(self) -> dict[float, int]:
@@ -88,31 +90,63 @@ class Arm:
         *before, (last, steps) = self.last.chain
         return [*before, (last, self.at_step or steps)]
 
-    def flops(self, per_step: Mapping[str, float]) -> float:
-        """What training it takes, in floating-point operations, by those of a step of each stage."""
-        return sum(steps * per_step[run.stage] for run, steps in self.steps())
-
 
 @dataclass(frozen=True)
 class Grid:
     """All arms of one profile.
 
-    :param per_step: Floating-point operations of a step of each stage.
+    :param per_row: Floating-point operations of a row of each stage, or of a pair of the contrastive stage.
+    :param batch_sizes: Of each stage.
+    :param mask_ratio: Of the bridge, where it is not what is compared.
+    :param groups: The groups that are asked for; all if None.
     """
 
     sizes: Sizes
-    per_step: Mapping[str, float]
+    per_row: Mapping[str, float]
+    batch_sizes: Mapping[str, int]
+    mask_ratio: float
+    groups: Sequence[Group] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the groups.
+
+        :raises UsageError: If one is not known.
+        """
+        for group in self.groups or ():
+            if group not in get_args(Group):
+                raise UsageError(f"no group {group!r} of arms; there are {', '.join(get_args(Group))}")
 
     @property
     def arms(self) -> list[Arm]:
         """All of them, group after group."""
-        return [*self._stages(), *self._variants(), *self._mask_ratios(), *self._pairs(), *self._lengths()]
+        laid_out = [*self._stages(), *self._variants(), *self._mask_ratios(), *self._pairs(), *self._lengths()]
+        return [arm for arm in laid_out if self.groups is None or arm.group in self.groups]
 
-    def compute_in_contrastive_steps(self, bridge_steps: int) -> int:
+    def pairs(self, share: float) -> int:
+        """Return how many pairs a share of them is."""
+        return round(self.sizes.pairs * share)
+
+    def flops_per_step(self, stage: str, share: float) -> float:
+        """Return what a step of a stage takes, in floating-point operations.
+
+        An epoch's last contrastive batch holds what is left of the pairs, so a step has fewer than a batch on average.
+        """
+        rows: float = self.batch_sizes[stage]
+        if stage == "contrastive":
+            pairs = self.pairs(share)
+            rows = pairs / ceil(pairs / self.batch_sizes[stage])
+        return rows * self.per_row[stage]
+
+    def flops(self, arm: Arm) -> float:
+        """Return what the training of an arm takes, in floating-point operations."""
+        return sum(steps * self.flops_per_step(run.stage, arm.share) for run, steps in arm.steps())
+
+    def compute_in_contrastive_steps(self, bridge_steps: int, share: float) -> int:
         """Return the contrastive steps that take the compute of warm-up, so much of the bridge, and stage 3."""
         sizes = self.sizes
-        before = sizes.warmup_steps * self.per_step["warmup"] + bridge_steps * self.per_step["bridge"]
-        return sizes.contrastive_steps + round(before / self.per_step["contrastive"])
+        before = sizes.warmup_steps * self.flops_per_step("warmup", share)
+        before += bridge_steps * self.flops_per_step("bridge", share)
+        return sizes.contrastive_steps + round(before / self.flops_per_step("contrastive", share))
 
     def warmup(self, *settings: str) -> StageRun:
         """Stage 1."""
@@ -131,7 +165,7 @@ class Grid:
         self, start: StageRun | None, share: float, *settings: str, at_step: int | None = None, steps: int | None = None
     ) -> StageRun:
         """Stage 3 on a share of the pairs."""
-        limit = f"contrastive.data.limit={round(self.sizes.pairs * share)}"
+        limit = f"contrastive.data.limit={self.pairs(share)}"
         return StageRun("contrastive", steps or self.sizes.contrastive_steps, (limit, *settings), start, at_step)
 
     def all_three(self, share: float = 1.0, part: float = 1.0) -> StageRun:
@@ -142,18 +176,15 @@ class Grid:
 
     def equal(self, share: float, *, captions: bool = False) -> StageRun:
         """Contrastive learning alone for the compute of all three, kept where a shorter bridge would have ended."""
-        ends = {self.compute_in_contrastive_steps(steps) for steps in self.sizes.kept_steps.values()}
-        last = max(ends)
-        kept = () if captions else (f"contrastive.keep_steps={sorted(ends - {last})}",)
-        if captions:
-            share = self.sizes.training / self.sizes.pairs
-        return self.contrastive(None, share, *kept, steps=last)
+        ends = {self.compute_in_contrastive_steps(steps, share) for steps in self.sizes.kept_steps.values()}
+        setting = "data.captions=captions" if captions else f"keep_steps={sorted(ends - {max(ends)})}"
+        return self.contrastive(None, share, f"contrastive.{setting}", steps=max(ends))
 
     def _stages(self) -> list[Arm]:
         chains = {
             ALONE: self.contrastive(None, 1.0),
             EQUAL: self.equal(1.0),
-            "warm-up, contrastive": self.contrastive(self.warmup(), 1.0),
+            NO_BRIDGE: self.contrastive(self.warmup(), 1.0),
             "bridge, contrastive": self.contrastive(self.bridge(None), 1.0),
             ALL_THREE: self.all_three(),
         }
@@ -174,7 +205,7 @@ class Grid:
     def _mask_ratios(self) -> list[Arm]:
         arms = []
         for ratio in MASK_RATIOS:
-            if ratio == self.sizes.mask_ratio:
+            if ratio == self.mask_ratio:
                 last = self.all_three(part=self.sizes.compared_part)
             else:
                 last = self.contrastive(self.variant(f"bridge.mask_ratio={ratio}", start=self.warmup()), 1.0)
@@ -187,17 +218,33 @@ class Grid:
             chains = {ALONE: self.contrastive(None, share), ALL_THREE: self.all_three(share)}
             chains |= {EQUAL: self.equal(share)} if share in self.sizes.equal_shares else {}
             arms += [Arm("pairs", name, last, share, x=share) for name, last in chains.items()]
-        every = self.equal(1.0, captions=True)
-        return [*arms, Arm("pairs", CAPTIONS_AS_PAIRS, every, self.sizes.training / self.sizes.pairs)]
+        if self.sizes.captions_as_pairs:
+            share = self.sizes.training / self.sizes.pairs
+            arms.append(Arm("pairs", CAPTIONS_AS_PAIRS, self.equal(share, captions=True), share, x=share))
+        return arms
 
     def _lengths(self) -> list[Arm]:
         arms = []
         for share in (SHARES[0], SHARES[-1]):
+            arms.append(Arm("length", NO_BRIDGE, self.contrastive(self.warmup(), share), share, x=0.0))
             for part, steps in self.sizes.kept_steps.items():
-                equal, end = self.equal(share), self.compute_in_contrastive_steps(steps)
+                equal, end = self.equal(share), self.compute_in_contrastive_steps(steps, share)
                 at_step = None if end == equal.steps else end
                 arms += [
                     Arm("length", ALL_THREE, self.all_three(share, part), share, part),
                     Arm("length", EQUAL, equal, share, part, at_step),
                 ]
         return arms
+
+    def references(self, arm: Arm) -> list[Arm]:
+        """Return the arms of its group that an arm is held against."""
+        others = [other for other in self.arms if other.group == arm.group]
+        if arm.group == "stages":
+            names = (ALONE, EQUAL, NO_BRIDGE)
+            return [other for other in others if other.name in names and other != arm]
+        if arm.group == "variants":
+            return [others[0]] if arm != others[0] else []
+        if arm.group == "mask ratio":
+            return [other for other in others if other.x == self.mask_ratio and other != arm]
+        same = [other for other in others if (other.share, other.x) == (arm.share, arm.x)]
+        return [other for other in same if arm.name == ALL_THREE and other.name in (ALONE, EQUAL)]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from scipy.stats import t
 
-from arms.grid import ALONE, Arm, Grid
+from arms.grid import ALL_THREE, ALONE, EQUAL, NO_BRIDGE, Arm, Grid
 from cocoa_embed.evaluation.tables import Table
 
 LEVEL = 0.95
@@ -18,6 +18,7 @@ TITLES = {
     "pairs": "Fewer pairs",
     "length": "The bridge's length, and the same compute spent on contrastive steps",
 }
+SHORT = {ALONE: "alone", EQUAL: "equal compute", NO_BRIDGE: "no bridge", ALL_THREE: "all three"}
 
 
 class Estimate(NamedTuple):
@@ -26,8 +27,9 @@ class Estimate(NamedTuple):
     mean: float
     half_width: float | None
 
-    def __str__(self) -> str:
-        return f"{self.mean:.3f}" + ("" if self.half_width is None else f" ± {self.half_width:.3f}")
+    def told(self, sign: str = "") -> str:
+        """Return it for people."""
+        return f"{self.mean:{sign}.3f}" + ("" if self.half_width is None else f" ± {self.half_width:.3f}")
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -38,70 +40,99 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(fmean(values), float(width))
 
 
-def arm_document(grid: Grid, arm: Arm, outcomes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return an arm as the results' file holds it: what it is, each seed's outcome, and their mean."""
-    recall = estimate([outcome["recall@1"] for outcome in outcomes])
+def results_document(grid: Grid, outcomes: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """Return the results of all arms: what each is, each seed's outcome, their mean, and paired differences.
+
+    :param outcomes: Of each arm of the grid, one a seed.
+    """
+    of_arm = dict(zip(grid.arms, outcomes, strict=True))
+    return {
+        "sizes": {"pairs": grid.sizes.pairs, "training": grid.sizes.training, "held_out": grid.sizes.held_out},
+        "flops_per_row": dict(grid.per_row),
+        "batch_sizes": dict(grid.batch_sizes),
+        "mask_ratio": grid.mask_ratio,
+        "level": LEVEL,
+        "groups_left_out": sorted(set(TITLES) - {arm.group for arm in grid.arms}),
+        "arms": [_arm_document(grid, arm, of_arm) for arm in grid.arms],
+    }
+
+
+def _arm_document(grid: Grid, arm: Arm, outcomes: Mapping[Arm, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    recalls = {each: [outcome["recall@1"] for outcome in outcomes[each]] for each in (arm, *grid.references(arm))}
+    own = recalls[arm]
+    less = {
+        other.name: estimate([ours - theirs for ours, theirs in zip(own, recalls[other], strict=True)])._asdict()
+        for other in grid.references(arm)
+    }
     return {
         "group": arm.group,
         "name": arm.name,
-        "share_of_pairs": arm.share,
+        "pairs": grid.pairs(arm.share),
         "x": arm.x,
         "stages": [{"stage": run.stage, "steps": steps, "settings": list(run.settings)} for run, steps in arm.steps()],
-        "flops": arm.flops(grid.per_step),
-        "recall@1": {"mean": recall.mean, "half_width": recall.half_width, "level": LEVEL},
-        "seeds": list(outcomes),
+        "flops": grid.flops(arm),
+        "recall@1": estimate(own)._asdict(),
+        "less": less,
+        "outcomes": list(outcomes[arm]),
     }
 
 
 def values(arm: Mapping[str, Any], name: str = "recall@1") -> list[float]:
     """Return a metric of an arm, a value for each seed."""
-    return [outcome[name] for outcome in arm["seeds"]]
+    return [outcome[name] for outcome in arm["outcomes"]]
 
 
 def bridge_values(arm: Mapping[str, Any], name: str) -> list[float]:
     """Return a figure of the bridge that an arm went through, a value for each seed; none where it has no bridge."""
-    return [outcome["bridge"][name] for outcome in arm["seeds"] if name in outcome["bridge"]]
+    return [outcome["bridge"][name] for outcome in arm["outcomes"] if name in outcome["bridge"]]
+
+
+def carried(arm: Mapping[str, Any]) -> list[float]:
+    """Return how many more of the hidden words the right image tells than another, for each seed; see METHOD.md."""
+    right, other = (bridge_values(arm, f"accuracy_{which}_image") for which in ("right", "shuffled"))
+    return [ours - theirs for ours, theirs in zip(right, other, strict=True)]
 
 
 def tables(document: Mapping[str, Any]) -> list[Table]:
     """Return a table for each group of arms."""
-    return [_table(document, group, title) for group, title in TITLES.items()]
+    found = {arm["group"] for arm in document["arms"]}
+    return [_table(document, group, title) for group, title in TITLES.items() if group in found]
 
 
 def _table(document: Mapping[str, Any], group: str, title: str) -> Table:
     arms = [arm for arm in document["arms"] if arm["group"] == group]
-    alone = next(arm for arm in document["arms"] if arm["group"] == "stages" and arm["name"] == ALONE)
+    references = list(dict.fromkeys(name for arm in arms for name in arm["less"]))
     header = ["arm", "pairs", "steps", "TFLOP", "minutes", "recall@1", "mrr"]
-    differs = group in ("stages", "variants", "mask ratio")
-    header += ["against contrastive only"] if differs else []
-    header += ["bridge: loss", "right image less another"]
+    header += [f"less {SHORT.get(name, name)}" for name in references]
+    header += ["bridge: loss", "right less another image"]
     rows = []
     for arm in arms:
-        row = [
-            arm["name"],
-            str(round(arm["share_of_pairs"] * document["sizes"]["pairs"])),
-            " + ".join(f"{stage['steps']}" for stage in arm["stages"]),
-            f"{arm['flops'] / 1e12:.1f}",
-            f"{fmean(values(arm, 'seconds')) / 60:.1f}",
-            str(estimate(values(arm))),
-            str(estimate(values(arm, "mrr"))),
-        ]
-        if differs:
-            gained = estimate([ours - theirs for ours, theirs in zip(values(arm), values(alone), strict=True)])
-            row.append("" if arm["name"] == ALONE else f"{gained.mean:+.3f} ± {gained.half_width or 0:.3f}")
-        rows.append([*row, *_bridge_cells(arm)])
+        less = {name: Estimate(**found).told("+") for name, found in arm["less"].items()}
+        rows.append(
+            [
+                arm["name"],
+                str(arm["pairs"]),
+                " + ".join(f"{stage['steps']}" for stage in arm["stages"]),
+                f"{arm['flops'] / 1e12:.1f}",
+                f"{fmean(values(arm, 'seconds')) / 60:.1f}",
+                estimate(values(arm)).told(),
+                estimate(values(arm, "mrr")).told(),
+                *(less.get(name, "") for name in references),
+                f"{fmean(bridge_values(arm, 'loss')):.3f}" if bridge_values(arm, "loss") else "",
+                estimate(carried(arm)).told("+") if carried(arm) else "",
+            ]
+        )
+    return Table(title, header, rows, notes=_notes(document, references))
+
+
+def _notes(document: Mapping[str, Any], references: Sequence[str]) -> list[str]:
+    seeds = len(document["seeds"])
+    of_own = "data, order and hidden tokens" if isinstance(document["data"], str) else "order and hidden tokens"
     notes = [
-        f"recall@1: mean of both directions, then over {len(document['seeds'])} seeds with its {LEVEL:.0%} interval"
-        " (Student's t); each seed has its own data, order and hidden tokens. steps: of the stages in their order."
+        f"recall@1: mean of both directions, then over {seeds} seeds with its {LEVEL:.0%} interval (Student's t); each"
+        f" seed has its own {of_own}. steps: of the stages in their order. minutes: of training, beside"
+        f" {document['processes'] - 1} other processes, probes included."
     ]
-    if differs:
-        notes.append("against contrastive only: the mean of the differences seed by seed, with its own interval.")
-    return Table(title, header, rows, notes=notes)
-
-
-def _bridge_cells(arm: Mapping[str, Any]) -> list[str]:
-    loss = bridge_values(arm, "loss")
-    right, other = (bridge_values(arm, f"accuracy_{which}_image") for which in ("right", "shuffled"))
-    if not right:
-        return [f"{fmean(loss):.3f}" if loss else "", ""]
-    return [f"{fmean(loss):.3f}", f"{fmean(right) - fmean(other):+.3f}"]
+    if references:
+        notes.append("less ...: the mean of the differences seed by seed, with its own interval.")
+    return notes

@@ -1,0 +1,177 @@
+"""Where the ablation's data and weights are, and what its arms have in common."""
+
+import hashlib
+import json
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from arms.families import families
+from arms.grid import Sizes, StageRun
+from cocoa_embed.demo.scenes import write_image_folder, write_scenes
+from cocoa_embed.errors import CocoaError, UsageError
+from cocoa_embed.folders import claim_folder
+from cocoa_embed.image_files import METADATA_FILE
+from cocoa_embed.train import Recipe
+from cocoa_embed.train.kept_steps import kept_folder
+from cocoa_embed.train.plan import plan
+from cocoa_embed.train.recipe import STAGES
+
+try:
+    from fcntl import LOCK_EX, LOCK_NB, flock
+except ImportError:  # Windows has no such lock
+    flock = None
+
+MARKER = ".cocoa-ablation"
+DIGITS = 10
+PROBE_ROWS = 256
+"""Images that the bridge keeps out of its training, to measure what <EOS> carries. They are no contrastive pairs."""
+
+OWN_KEYS = ("seed", "name", "backbone", "data.folder", "contrastive.data", "bridge.probe")
+"""What the ablation sets itself, beside each stage's steps and schedules."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Image folders: what warm-up and bridge see, where contrastive pairs are from, and what is measured on."""
+
+    training: Path
+    pairs: Path
+    held_out: Path
+
+    def digest(self) -> str:
+        """Return what tells these data from others: the captions and names of all images, by their digest."""
+        content = hashlib.sha256()
+        for folder in (self.training, self.pairs, self.held_out):
+            content.update((folder / METADATA_FILE).read_bytes())
+        return content.hexdigest()
+
+
+@dataclass(frozen=True)
+class Place:
+    """The folder of an ablation.
+
+    :param base: The recipe that all stages are taken from, a name or a file.
+    :param settings: What is changed in it for all arms, as ``key.sub=value``.
+    :param given: Image folders of the user's own; drawn scenes if None, others for each seed.
+    """
+
+    work: Path
+    sizes: Sizes
+    base: str
+    settings: tuple[str, ...] = ()
+    given: Data | None = None
+
+    def __post_init__(self) -> None:
+        """Check that nothing is set that the ablation sets itself.
+
+        :raises UsageError: If it is.
+        """
+        for setting in self.settings:
+            key = setting.partition("=")[0]
+            if key.startswith(OWN_KEYS) or key.endswith((".steps", ".epochs", ".keep_steps", ".group_by_length")):
+                raise UsageError(f"--set {setting}: the ablation sets {key} itself; leave it out.")
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Make the folder, or go on in it, as the only one.
+
+        :raises CocoaError: If it holds something else, or another ablation is at work in it.
+        """
+        if not (self.work / MARKER).is_file():
+            claim_folder(self.work, marker=MARKER)
+        with (self.work / MARKER).open("a") as lock:
+            try:
+                if flock is not None:
+                    flock(lock, LOCK_EX | LOCK_NB)
+            except OSError as error:
+                raise CocoaError(f"another ablation is at work in {self.work}; wait for it or give --work") from error
+            yield
+
+    def data(self, seed: int) -> Data:
+        """Return the data of a seed; scenes are drawn where they are not there yet."""
+        if self.given is not None:
+            return self.given
+        folder = self.work / "data" / f"scenes-{self.sizes.training}-{self.sizes.held_out}-seed-{seed}"
+        data = Data(folder / "train", folder / "pairs", folder / "held-out")
+        if not (folder / "drawn").is_file():
+            write_image_folder(data.training, "train", PROBE_ROWS + self.sizes.training, seed)
+            _link_all_but_the_first(data.training, data.pairs, PROBE_ROWS)
+            generator = random.Random(f"{seed}/families")
+            write_scenes(data.held_out, islice(families(generator), self.sizes.held_out), generator)
+            (folder / "drawn").touch()
+        return data
+
+    def key(self, stage_run: StageRun, seed: int) -> str:
+        """Return a name for a stage: another wherever anything is different that leads to it."""
+        start = None if stage_run.start is None else f"{self.key(stage_run.start, seed)} {stage_run.at_step}"
+        content = [self.recipe(stage_run, seed, backbone=start).model_dump_json(), self.data(seed).digest()]
+        return f"{stage_run.stage}-{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:DIGITS]}"
+
+    def folder(self, stage_run: StageRun, seed: int) -> Path:
+        """Return where a stage is trained."""
+        return self.work / f"seed-{seed}" / self.key(stage_run, seed)
+
+    def start_folder(self, stage_run: StageRun, seed: int) -> str | None:
+        """Return the weights that a stage starts from; None for the recipe's backbone."""
+        if stage_run.start is None:
+            return None
+        folder = self.folder(stage_run.start, seed) / stage_run.start.stage
+        return str(folder if stage_run.at_step is None else kept_folder(folder, stage_run.at_step))
+
+    def recipe(self, stage_run: StageRun, seed: int, *, backbone: str | None) -> Recipe:
+        """Return the recipe of one stage alone.
+
+        :param backbone: Where it starts; None for the recipe's own.
+        """
+        data = self.data(seed)
+        common = [
+            f"data.folder={json.dumps(str(data.training))}",
+            f"contrastive.data.folder={json.dumps(str(data.pairs))}",
+            f"seed={seed}",
+            f"bridge.probe_rows={PROBE_ROWS}",
+            f"bridge.probe_steps={min(self.sizes.kept_steps.values())}",
+            # So that weights kept on the way are those of a shorter stage.
+            *(f"{stage}.schedule=constant_with_warmup" for stage in ("bridge", "contrastive")),
+            *(f"{stage}.group_by_length=false" for stage in ("warmup", "bridge")),
+            *(f"{stage}=null" for stage in STAGES if stage != stage_run.stage),
+            f"{stage_run.stage}.epochs=null",
+            f"{stage_run.stage}.steps={stage_run.steps}",
+        ]
+        start = [] if backbone is None else [f"backbone={json.dumps(backbone)}"]
+        return Recipe.load(self.base, [*self.settings, *common, *stage_run.settings, *start])
+
+    def recipe_of(self, stage: str) -> Recipe:
+        """Return the recipe of a stage as all arms have it."""
+        limit = (f"contrastive.data.limit={self.sizes.pairs}",) if stage == "contrastive" else ()
+        return self.recipe(StageRun(stage, 1, limit), 0, backbone=None)
+
+    def batch_sizes(self) -> dict[str, int]:
+        """Return the rows of a step of each stage."""
+        return {stage: self.recipe_of(stage).section(stage).batch_size for stage in STAGES}
+
+    def mask_ratio(self) -> float:
+        """Return the bridge's mask ratio where it is not what is compared."""
+        bridge = self.recipe_of("bridge").bridge
+        assert bridge is not None
+        return bridge.mask_ratio
+
+    def flops_per_row(self) -> dict[str, float]:
+        """Return the floating-point operations of a row of each stage, as a run with ``--dry-run`` tells them."""
+        planned = [plan(self.recipe_of(stage), self.work / "plan", progress=False).stages[0] for stage in STAGES]
+        return {stage.stage: stage.flops / stage.steps / stage.batch_size for stage in planned}
+
+
+def _link_all_but_the_first(source: Path, target: Path, count: int) -> None:
+    """Make an image folder of all images but the first ``count``, the files being the same."""
+    target.mkdir(parents=True, exist_ok=True)
+    lines = (source / METADATA_FILE).read_text(encoding="utf-8").splitlines(keepends=True)[count:]
+    for line in lines:
+        name = json.loads(line)["file_name"]
+        if not (target / name).exists():
+            os.link(source / name, target / name)
+    (target / METADATA_FILE).write_text("".join(lines), encoding="utf-8")
