@@ -5,10 +5,10 @@ from PIL import Image
 
 from cocoa_embed.attention import Block, bridge_mask
 from cocoa_embed.backbone import Backbone
-from cocoa_embed.demo.reconstructions import bridge_reconstructions, patches_to_image, warmup_reconstructions
 from cocoa_embed.train.bridge import BridgeModel
 from cocoa_embed.train.collators import BridgeCollator, WarmupCollator
 from cocoa_embed.train.data import Item, Row, numbered
+from cocoa_embed.train.reconstructions import bridge_reconstructions, patches_to_image, warmup_reconstructions
 from cocoa_embed.train.warmup import WarmupModel
 
 

@@ -14,19 +14,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cocoa_embed.demo import figures
-from cocoa_embed.demo.report import (
+from cocoa_embed.report import figures
+from cocoa_embed.report.content import (
     BridgeMask,
     Curve,
-    DemoReport,
     Hit,
     PatchReconstruction,
     QueryResult,
     RetrievalRow,
+    RunReport,
     TokenReconstruction,
-    render_report,
-    write_report,
 )
+from cocoa_embed.report.page import render_report, write_report
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
@@ -91,9 +90,9 @@ def mask(length_a: int = 3, length_b: int = 4) -> BridgeMask:
 
 
 @pytest.fixture
-def report() -> DemoReport:
+def report() -> RunReport:
     hits = [Hit(image("blue"), 0.91, "a wrong one", False), Hit(image(), 0.42, "the right one", True)]
-    return DemoReport(
+    return RunReport(
         title="A demo",
         subtitle="of everything",
         facts=[("Seed", "17")],
@@ -122,7 +121,7 @@ def sections(page: Page) -> list[str]:
     return [str(attributes["id"]) for attributes, _ in page.find("section")]
 
 
-def test_page_is_well_formed_and_has_every_section(report: DemoReport) -> None:
+def test_page_is_well_formed_and_has_every_section(report: RunReport) -> None:
     page = Page(render_report(report))
     assert page.unclosed == []
     assert sorted(sections(page)) == sorted(SECTIONS)
@@ -135,7 +134,7 @@ def test_page_is_well_formed_and_has_every_section(report: DemoReport) -> None:
     assert len(page.find("h2")) == len(SECTIONS)
 
 
-def test_page_loads_nothing(report: DemoReport) -> None:
+def test_page_loads_nothing(report: RunReport) -> None:
     text = render_report(report)
     addresses = set(re.findall(r"https?://[^\s\"'<>)]*", text))
     assert addresses <= {"http://www.w3.org/2000/svg"}
@@ -154,7 +153,7 @@ def test_page_loads_nothing(report: DemoReport) -> None:
     assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", text))
 
 
-def test_references_inside_charts_resolve(report: DemoReport) -> None:
+def test_references_inside_charts_resolve(report: RunReport) -> None:
     text = render_report(report)
     identifiers = set(re.findall(r'\bid="([^"]*)"', text))
     targets = set(re.findall(r'(?:url\(|href=")#([^")]*)', text))
@@ -162,9 +161,9 @@ def test_references_inside_charts_resolve(report: DemoReport) -> None:
     assert targets <= identifiers
 
 
-def test_hostile_texts_are_escaped_wherever_they_stand(report: DemoReport) -> None:
+def test_hostile_texts_are_escaped_wherever_they_stand(report: RunReport) -> None:
     hit, query, tokens, bridge = report.queries[0].hits[0], report.queries[0], report.tokens[0], mask()
-    hostile = DemoReport(
+    hostile = RunReport(
         title=HOSTILE,
         subtitle=HOSTILE,
         facts=[(HOSTILE, HOSTILE)],
@@ -186,7 +185,7 @@ def test_hostile_texts_are_escaped_wherever_they_stand(report: DemoReport) -> No
     assert page.find("h1")[0][1] == HOSTILE
 
 
-def test_right_hit_is_marked_and_wrong_ones_are_not(report: DemoReport) -> None:
+def test_right_hit_is_marked_and_wrong_ones_are_not(report: RunReport) -> None:
     hits = Page(render_report(report)).find("li", "hit")
     assert [("correct" in str(attributes["class"]).split()) for attributes, _ in hits] == [False, True]
     assert "right answer" not in hits[0][1]
@@ -195,7 +194,7 @@ def test_right_hit_is_marked_and_wrong_ones_are_not(report: DemoReport) -> None:
     assert "0.420" in hits[1][1]
 
 
-def test_query_without_its_right_answer_says_so(report: DemoReport) -> None:
+def test_query_without_its_right_answer_says_so(report: RunReport) -> None:
     query = report.queries[0]
     missed = replace(report, queries=[replace(query, hits=query.hits[:1])])
     words = "The right answer is not among these."
@@ -203,19 +202,19 @@ def test_query_without_its_right_answer_says_so(report: DemoReport) -> None:
     assert words in render_report(missed)
 
 
-def test_empty_sections_are_left_out(report: DemoReport) -> None:
+def test_empty_sections_are_left_out(report: RunReport) -> None:
     full = Page(render_report(report))
     assert {"patches", "bridge"} <= set(sections(full))
     assert set(sections(Page(render_report(replace(report, patches=[]))))) == set(SECTIONS) - {"patches"}
     assert set(sections(Page(render_report(replace(report, bridge_mask=None))))) == set(SECTIONS) - {"bridge"}
     without_plateau = replace(report, curves=[curve("bridge", "loss", "accuracy_right_image")])
     assert set(sections(Page(render_report(without_plateau)))) == set(SECTIONS) - {"plateau"}
-    bare = Page(render_report(DemoReport("Nothing", "yet")))
+    bare = Page(render_report(RunReport("Nothing", "yet")))
     assert sections(bare) == []
     assert bare.find("a") == []
 
 
-def test_best_values_are_bold_whoever_has_them(report: DemoReport) -> None:
+def test_best_values_are_bold_whoever_has_them(report: RunReport) -> None:
     page = Page(render_report(report))
     table = next(text for attributes, text in page.find("table") if attributes["class"] == "results")
     assert "–" in table
@@ -227,7 +226,7 @@ def test_best_values_are_bold_whoever_has_them(report: DemoReport) -> None:
     assert page.find("span", "value") == [({"class": "value"}, "90.0 %")]
 
 
-def test_best_values_are_chosen_within_a_direction(report: DemoReport) -> None:
+def test_best_values_are_chosen_within_a_direction(report: RunReport) -> None:
     other = [replace(row, direction="image → text", recall_at_1=row.recall_at_1 / 2) for row in report.table]
     mixed = [row for pair in zip(report.table, other, strict=True) for row in pair]
     text = render_report(replace(report, table=mixed))
@@ -236,7 +235,7 @@ def test_best_values_are_chosen_within_a_direction(report: DemoReport) -> None:
     assert text.count('scope="rowgroup"') == 2
 
 
-def test_hidden_words_show_prediction_and_truth(report: DemoReport) -> None:
+def test_hidden_words_show_prediction_and_truth(report: RunReport) -> None:
     page = Page(render_report(report))
     chips = [text for attributes, text in page.find("span", "chip")]
     assert "one" in chips
@@ -245,7 +244,7 @@ def test_hidden_words_show_prediction_and_truth(report: DemoReport) -> None:
     assert "1 of 2 hidden words right" in render_report(report)
 
 
-def test_bridge_mask_shows_what_is_allowed_and_what_leaks(report: DemoReport) -> None:
+def test_bridge_mask_shows_what_is_allowed_and_what_leaks(report: RunReport) -> None:
     sound = mask()
     runs = figures.mask_runs(sound)
     assert sum(run.length for run in runs) == sound.allowed.sum()
@@ -265,7 +264,7 @@ def test_bridge_mask_shows_what_is_allowed_and_what_leaks(report: DemoReport) ->
     assert "should not allow" not in render_report(report)
 
 
-def test_stages_have_a_panel_each_and_the_comparison_shares_one(report: DemoReport) -> None:
+def test_stages_have_a_panel_each_and_the_comparison_shares_one(report: RunReport) -> None:
     panels = figures.stage_panels(report.curves)
     assert [(panel.title, panel.quantity) for panel in panels] == [
         ("warm-up", "loss"),
@@ -314,13 +313,13 @@ def test_token_lists_of_other_lengths_are_refused() -> None:
         TokenReconstruction(["a", "b"], [True], ["a", "b"], "bridge")
 
 
-def test_same_report_gives_the_same_bytes(report: DemoReport, tmp_path: Path) -> None:
+def test_same_report_gives_the_same_bytes(report: RunReport, tmp_path: Path) -> None:
     write_report(report, tmp_path / "report.html")
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == render_report(report)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on the PATH")
-def test_page_fits_phone_and_desktop(report: DemoReport, tmp_path: Path) -> None:
+def test_page_fits_phone_and_desktop(report: RunReport, tmp_path: Path) -> None:
     long = replace(report, bridge_mask=mask(8, 40), notes=["w" * 300], facts=[("Machine", "x" * 200)])
     page = render_report(long)
     too_wide = page.replace("<main>", '<main><div style="width: 3000px">wide</div>')

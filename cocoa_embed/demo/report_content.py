@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
-from cocoa_embed.demo.report import Curve, RetrievalRow
+from cocoa_embed.report.content import Curve, RetrievalRow
 from cocoa_embed.train import StageResult
 
 STAGE_TITLES = {"warmup": "warm-up", "bridge": "bridge", "contrastive": "contrastive"}

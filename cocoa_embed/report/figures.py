@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
-    from cocoa_embed.demo.report import BridgeMask, Curve
+    from cocoa_embed.report.content import BridgeMask, Curve
 
 Points = list[tuple[int, float]]
 

@@ -10,7 +10,7 @@ from transformers import ProcessorMixin
 
 from cocoa_embed.attention import Block, bridge_mask
 from cocoa_embed.backbone import PatchGeometry
-from cocoa_embed.demo.report import BridgeMask, PatchReconstruction, TokenReconstruction
+from cocoa_embed.report.content import BridgeMask, PatchReconstruction, TokenReconstruction
 from cocoa_embed.train.bridge import BridgeModel
 from cocoa_embed.train.collators import Batch, BridgeCollator, WarmupCollator
 from cocoa_embed.train.data import Row, load_row_image, numbered
