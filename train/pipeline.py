@@ -17,6 +17,7 @@ from cocoa_embed.train.processes import by_first_process, refuse_idle_accelerato
 from cocoa_embed.train.progress import TENSORBOARD, end_reports, show_live_losses, write_tensorboard
 from cocoa_embed.train.recipe import Recipe
 from cocoa_embed.train.record import StageResult, write_record
+from cocoa_embed.train.samples import leave_samples
 from cocoa_embed.train.shortage import explained_shortage
 from cocoa_embed.train.stages import build_stage
 from cocoa_embed.train.stopping import StopOnSigterm, Stopped
@@ -86,6 +87,7 @@ def _run_stage(
         inspect(stage, trainer)
     folder = out / stage
     built.save(folder)
+    leave_samples(trainer, recipe.section(stage), prepared.rows[stage].rows, folder)
     result = StageResult(
         stage,
         folder,

@@ -179,13 +179,14 @@ class Evaluation:
 class RecipeTable:
     """A recipe: (key, value) pairs of the whole run, and a row (key, a value for each of ``stages``) of the stages'.
 
-    ``yaml`` is the recipe as a file.
+    ``defaults`` are the rows whose values nobody has chosen; ``yaml`` is the recipe as a file.
     """
 
     whole: list[tuple[str, str]]
     stages: list[str]
     rows: list[tuple[str, list[str]]]
-    yaml: str
+    defaults: list[tuple[str, list[str]]] = field(default_factory=list)
+    yaml: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,14 @@
 """A report as one HTML file that needs no network."""
 
 import math
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from cocoa_embed.errors import require
 from cocoa_embed.report import figures
-from cocoa_embed.report.content import OURS, RetrievalRow, RunReport
+from cocoa_embed.report.content import OURS, Headline, RetrievalRow, RunReport
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
@@ -29,32 +30,57 @@ def render_report(report: RunReport) -> str:
     environment.filters |= {"data_uri": figures.data_uri, "token": token_text}
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     page: str = template.render(**_content(report))
-    return page
+    return page.encode("utf-8", errors="backslashreplace").decode("utf-8")  # names of files need not be Unicode
 
 
 def token_text(token: str) -> str:
-    """Return ``token`` as people read it: without its leading space, white space alone made visible."""
-    text = token.replace("Ġ", " ").replace("Ċ", "\n")
+    """Return ``token`` as people read it: without its leading space, white space alone made visible.
+
+    Byte-level tokenizers spell each byte as a character of its own; a token that is spelt so is decoded, half a
+    character as �.
+    """
+    spelt = _bytes_by_character()
+    text = token
+    if token and all(character in spelt for character in token):
+        text = bytes(spelt[character] for character in token).decode("utf-8", errors="replace")
     return text.strip() or {"": "∅"}.get(text, "⏎" if "\n" in text else "␣")
+
+
+@cache
+def _bytes_by_character() -> dict[str, int]:
+    """Return the byte that each character of a byte-level token stands for.
+
+    Printable bytes of Latin-1 stand for themselves, the others in their order for the characters from 256 on, as GPT-2
+    introduced it.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = (byte for byte in range(256) if byte not in set(printable))
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
 
 
 def _content(report: RunReport) -> dict[str, Any]:
     """Return the template's variables."""
-    mask = report.bridge_mask
+    mask = report.bridge_mask and figures.condensed(report.bridge_mask)
     panels, plateau = figures.stage_panels(report.curves), figures.plateau_panel(report.curves)
     content = {
         "results": _results(report.table),
+        "evaluations": report.evaluations,
         "searches": _grouped(report.queries, "title"),
+        "galleries": report.galleries,
         "curves": panels,
         "patches": report.patches,
-        "words": _grouped(report.tokens, "stage"),
         "bridge": mask and {"mask": mask, "runs": figures.mask_runs(mask), "spans": figures.block_spans(mask.blocks),
                             "table": figures.block_table(mask)},
         "plateau": plateau,
+        "words": _grouped(report.tokens, "stage"),
+        "diagnostics": figures.measures(report.curves),
+        "recipe": report.recipe,
+        "data": report.data,
         "notes": report.notes,
         "run": report.facts,
     }  # fmt: skip
-    return content | {"report": report, "headlines": _headlines(report.table), "ours": OURS}
+    headlines = [*_headlines(report.table), *report.headlines]
+    return content | {"report": report, "headlines": headlines, "ours": OURS}
 
 
 def _grouped(items: list[Any], attribute: str) -> dict[str, list[Any]]:
@@ -88,18 +114,19 @@ def _results(table: list[RetrievalRow]) -> list[dict[str, Any]]:
     return groups
 
 
-def _headlines(table: list[RetrievalRow]) -> list[dict[str, Any]]:
+def _headlines(table: list[RetrievalRow]) -> list[Headline]:
     """Return our recall@1 of each direction, with that of the others beside it."""
     return [
-        {
-            "direction": ours.direction,
-            "value": _percent(ours.recall_at_1),
-            "others": [
-                (row.name, _percent(row.recall_at_1))
+        Headline(
+            ours.direction,
+            _percent(ours.recall_at_1),
+            "of searches have the right answer in first place",
+            " · ".join(
+                f"{row.name}: {_percent(row.recall_at_1)}"
                 for row in table
                 if row.direction == ours.direction and row.name != OURS
-            ],
-        }
+            ),
+        )
         for ours in table
         if ours.name == OURS
     ]
