@@ -60,6 +60,7 @@ def score_run(run: FinishedRun, scored: ScoredPairs, device: str | None = None, 
     """
     last = run.results[-1]
     encoder = load_checkpoint(last.folder, device)
+    encoder.name = f"{run.folder.name}/{last.stage}"
     gallery = QueryGallery()
     document = evaluate_pairs([encoder], scored.pairs, progress=progress, observe=gallery.observe)
     return RunScores(scored, last.stage, document, gallery.galleries())

@@ -95,7 +95,9 @@ def _galleries(direction: Direction, outcomes: list[Outcome], worst: int, best: 
         f"{failed} of {len(outcomes)} queries do not have a right answer in first place; the farthest off come first."
         if failed
         else f"All {len(outcomes)} queries have a right answer in first place; these were the closest calls.",
-        "The right answer is first, and farthest ahead of the best wrong one.",
+        "The right answer is in first place, and farthest ahead of the best wrong one."
+        if all(outcomes[number].rank == 1 for number in shown[1])
+        else "Even among the best, not every right answer is in first place.",
     ]
     titles = [f"{title}: the worst queries", f"{title}: the best queries"]
     return [

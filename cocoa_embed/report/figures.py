@@ -84,6 +84,9 @@ _SMOOTHED_FROM = 60
 SMALL = (3.6, 1.9)
 """Width and height of a small chart, in inches of 72 units."""
 
+SHOWN_WHOLE = 40
+"""Positions of a mask that is shown as it is."""
+
 SHOWN_POSITIONS = 12
 """Positions of a block that a picture of a mask shows one by one, where the block has many."""
 
@@ -332,9 +335,12 @@ def _for_the_page(document: str, key: str) -> str:
 def condensed(mask: BridgeMask) -> BridgeMask:
     """Return ``mask`` with fewer positions, so that it can be seen, where that leaves out nothing of what it allows.
 
-    Neighbours that see, and are seen by, the same positions are put together: those with one label ("256 ×
-    <|image_pad|>"), and of longer rows of them all but the first :data:`SHOWN_POSITIONS` ("… 40 more").
+    Up to :data:`SHOWN_WHOLE` positions stay as they are. Of more, neighbours that see, and are seen by, the same
+    positions are put together: those with one label ("256 × <|image_pad|>"), and of longer rows of them all but the
+    first :data:`SHOWN_POSITIONS` ("… 40 more").
     """
+    if len(mask.labels) <= SHOWN_WHOLE:
+        return mask
     allowed = mask.allowed
     patterns = [
         (block, row.tobytes(), column.tobytes())
