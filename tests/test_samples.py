@@ -102,7 +102,7 @@ def test_samples_that_cannot_be_made_cost_the_run_nothing_and_say_why(
 def test_a_full_disk_takes_the_samples_alone(
     tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(path: Path, document: Any) -> None:
+    def full(path: Path, document: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(samples, "write_json", full)

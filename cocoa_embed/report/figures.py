@@ -81,8 +81,8 @@ _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 _AXES = {"accuracy": "hidden words right (%)", "loss": "loss"}
 _SMOOTHED_FROM = 60
 
-SMALL = (3.6, 1.9)
-"""Width and height of a small chart, in inches of 72 units."""
+LARGE, SMALL = (4.6, 2.9), (3.4, 2.1)
+"""Width and height of charts, in inches of 72 units."""
 
 SHOWN_WHOLE = 40
 """Positions of a mask that is shown as it is."""
@@ -221,7 +221,7 @@ def measures(curves: "Sequence[Curve]") -> list[Measure]:
         if not measured:
             continue
         panels = [
-            Panel(curve.stage, "", title.lower(), lines, _chart(f"{name}-{number}", title.lower(), lines, size=SMALL))
+            Panel(curve.stage, "", title.lower(), lines, _chart(f"{name}-{number}", title.lower(), lines, small=True))
             for number, (curve, points) in enumerate(measured)
             for lines in [[Line(curve.stage, "text" if curve.stage == "bridge" else "image", points)]]
             if len(points) > 1
@@ -261,15 +261,13 @@ def _same(left: Points, right: Points) -> bool:
     return len(left) == len(right) and bool(np.allclose(left, right, rtol=1e-3, equal_nan=True))
 
 
-def _chart(
-    key: str, quantity: str, lines: list[Line], *, band: bool = False, size: tuple[float, float] = (4.6, 2.9)
-) -> str:
+def _chart(key: str, quantity: str, lines: list[Line], *, band: bool = False, small: bool = False) -> str:
     """Draw ``lines`` over the steps and return an SVG element whose ids begin with ``key``.
 
-    With ``band``, the area between the first two lines is tinted.
+    With ``band``, the area between the first two lines is tinted. A ``small`` chart leaves its axis to the heading.
     """
     matplotlib = require("matplotlib", "report")
-    figure = require("matplotlib.figure", "report").Figure(figsize=size, layout="constrained")
+    figure = require("matplotlib.figure", "report").Figure(figsize=SMALL if small else LARGE, layout="constrained")
     axes = figure.add_subplot()
     for line in lines:
         _draw_line(axes, line)
@@ -280,6 +278,8 @@ def _chart(
     if quantity in _AXES and min(value for line in lines for _, value in line.points) >= 0:
         axes.set_ylim(bottom=0)
     _style(axes, quantity)
+    if small:
+        axes.set_ylabel("")
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": key}):
         figure.savefig(buffer, format="svg", transparent=True, metadata=_NO_METADATA)
