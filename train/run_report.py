@@ -66,7 +66,7 @@ def write_run_report(folder: Path, asked: Asked, out: Path | None = None) -> Pat
     page = out or folder / REPORT_FILE
     if page.is_dir():
         raise UsageError(f"{printable(page)} is a folder; give --out the name of a file")
-    make_folder(page.parent)
+    make_folder(page.parent)  # first, as scoring takes a while
     write_whole(page, render_report(run_report(run, asked)))
     return page
 

@@ -111,6 +111,7 @@ def _collated(
 def _made(trainer: CocoaTrainer, batches: Sequence[tuple[list[Row], Batch]], kept_out: bool) -> Samples:
     described, model = trainer.data_collator, trainer.accelerator.unwrap_model(trainer.model)
     assert isinstance(described, DescribedBatches)
+    collate: Any = described.collate
     was_training = model.training
     register_fsdp_forward_method(model, "predict")  # gathers the weights as a forward pass would; else does nothing
     patches: list[PatchReconstruction] = []
@@ -119,10 +120,10 @@ def _made(trainer: CocoaTrainer, batches: Sequence[tuple[list[Row], Batch]], kep
     with trainer.accelerator.autocast():
         for rows, batch in batches:
             if isinstance(model, WarmupModel):
-                pictures, words = warmup_reconstructions(model, described.collate, rows, batch)
+                pictures, words = warmup_reconstructions(model, collate, rows, batch)
                 patches += pictures
             else:
-                words, mask = bridge_reconstructions(model, described.collate, rows, batch)
+                words, mask = bridge_reconstructions(model, collate, rows, batch)
                 masks.append(mask)
             tokens += words
     model.train(was_training)
