@@ -128,8 +128,11 @@ def _pair(row: data.Row) -> Pair:
 
 
 def _item(item: data.Item) -> Item:
-    image: str | bytes | None
-    image = item.image.read() if isinstance(item.image, StoredImage) else item.image and str(item.image.absolute())
+    image: str | bytes | None = None
+    if isinstance(item.image, StoredImage):
+        image = item.image.read()
+    elif item.image is not None:
+        image = str(item.image.absolute())
     return Item(item.text or None, image)
 
 
