@@ -40,7 +40,7 @@ SECTIONS = (
     *("results", "evaluations", "searches", "curves", "patches", "bridge", "plateau", "words", "diagnostics"),
     *("galleries", "recipe", "data", "notes", "run"),
 )
-VOID = {"meta", "img", "br", "hr", "input", "link"}
+VOID = {"meta", "img", "br", "hr", "input", "link", "wbr"}
 
 
 class Page(HTMLParser):

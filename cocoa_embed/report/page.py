@@ -27,7 +27,7 @@ def render_report(report: RunReport) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"data_uri": figures.data_uri, "token": token_text}
+    environment.filters |= {"data_uri": figures.data_uri, "token": token_text, "breakable": _breakable}
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     page: str = template.render(**_content(report))
     return page.encode("utf-8", errors="backslashreplace").decode("utf-8")  # names of files need not be Unicode
@@ -56,6 +56,12 @@ def _bytes_by_character() -> dict[str, int]:
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = (byte for byte in range(256) if byte not in set(printable))
     return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+def _breakable(text: str) -> Any:  # noqa: ANN401  markup of a library that is optional
+    """Return ``text`` escaped, with its underscores as places where a line may break."""
+    markupsafe = require("markupsafe", "report")
+    return markupsafe.escape(text).replace("_", markupsafe.Markup("_<wbr>"))
 
 
 def _content(report: RunReport) -> dict[str, Any]:
