@@ -14,6 +14,8 @@ import yaml
 from browser import needs_chromium, requested, seen
 from cocoa_embed import cli
 from cocoa_embed.errors import CocoaError, UsageError
+from cocoa_embed.evaluation.mmeb import TOLD, summary
+from cocoa_embed.evaluation.mmeb_subsets import SUBSETS
 from cocoa_embed.evaluation.pairs_tables import directions_table
 from cocoa_embed.export import TRAINING_FILE
 from cocoa_embed.report.content import RunReport
@@ -260,6 +262,28 @@ def test_results_in_the_runs_folder_are_taken_without_asking_and_others_when_ask
     shown = run_report(read_run(copy), Asked(evaluations=asked))
     assert [evaluation.title for evaluation in shown.evaluations] == ["Pairs: given", "Pairs: inside"], "each once"
     assert [alert for alert in shown.alerts if "other.json is no result of cocoa-embed eval" in alert]
+
+
+def test_mmeb_is_shown_with_what_was_not_run_marked_as_such(tmp_path: Path) -> None:
+    metrics = dict.fromkeys(("precision@1", "hit@5", "hit@10", "mrr", "ndcg@10"), 0.25)
+    result = {"metrics": metrics, **dict.fromkeys(TOLD, 0), "rows": 8, "rows_in_data": 8, "partial": False}
+    documents = {
+        "none": summary("ours", "f", {}, dict.fromkeys(SUBSETS, "not asked for")),
+        "one": summary("ours", "f", {"GQA": result}, dict.fromkeys(set(SUBSETS) - {"GQA"}, "not asked for")),
+    }
+    found = {}
+    for name, document in documents.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(document))
+        found[name] = read_evaluation(tmp_path / f"{name}.json")
+    evaluation, headlines = found["one"]
+    assert evaluation.title == "MMEB-V1: ours"
+    assert [table.title for table in evaluation.tables] == ["Averages", "Subsets"]
+    assert [(headline.value, headline.detail) for headline in headlines] == [
+        ("25.0 %", "ours. Not complete: 1 of 36 subsets.")
+    ]
+    assert found["none"][1] == []
+    page = render_report(RunReport("mmeb", "", evaluations=[evaluation]))
+    assert page.count("not run: not asked for") == 35
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"benchmark": "pairs"}', '{"benchmark": ["x"]}', '{"benchmark": 3}'])
