@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cocoa_embed.errors import CocoaError, UsageError, require
+from cocoa_embed.errors import CocoaError, UsageError, printable, require
 from cocoa_embed.evaluation.commands import evaluation
 
 if TYPE_CHECKING:
@@ -302,6 +302,36 @@ def diagnose(
         report_diagnosis(diagnosis, console)
     if as_json:
         print_json(diagnosis.document())
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a training run, finished or not.")],
+    pairs: Annotated[
+        Path | None,
+        typer.Option("--pairs", help="Pairs to score the model on, as eval pairs reads them [default: 200 own rows]."),
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option("--images", help="Where the paths of a table of pairs start [default: its folder].")
+    ] = None,
+    evaluations: Annotated[
+        list[Path] | None,
+        typer.Option("--eval", help="A pairs.json or mmeb.json of eval; may be repeated. Those in RUN/eval are taken."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The page [default: report.html in RUN].")] = None,
+    device: DeviceOption = None,
+) -> None:
+    """Write a page about a training run: recipe, data, curves, reconstructions, scores. It needs no network."""
+    with working() as console:
+        require("accelerate", "train")
+        silence_libraries()
+        from cocoa_embed.train.run_report import Asked, write_run_report
+
+        def say(line: str) -> None:
+            console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+        asked = Asked(pairs, images, evaluations or (), device, progress=console.is_terminal, tell=say)
+        say(f"wrote {printable(write_run_report(run, asked, out))}")
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from cocoa_embed.train import Recipe, run
 from cocoa_embed.train.recipe import STAGES
+from cocoa_embed.train.samples import read_samples
 from conftest import TINY_MAX_LENGTH
 
 STAGE: dict[str, Any] = {
@@ -133,11 +134,35 @@ def assert_same(found: Path, expected: Path, stages: tuple[str, ...]) -> None:
             assert (value - weights_alone[name]).abs().mean() < moved / 400, (stage, name)
 
 
+def assert_same_samples(found: Path, expected: Path) -> None:
+    for stage in ("warmup", "bridge"):
+        ours, theirs = (read_samples(out / stage) for out in (found, expected))
+        assert ours is not None
+        assert theirs is not None
+        assert (ours.failure, theirs.failure) == (None, None)
+        assert ours.kept_out == theirs.kept_out == (stage == "bridge")
+        assert len(ours.patches) == len(theirs.patches)
+        assert [shown.tokens for shown in ours.tokens] == [shown.tokens for shown in theirs.tokens] != []
+        # Weights differ by rounding, so a guess that is nearly a tie may come out otherwise.
+        guesses = [
+            [
+                word
+                for shown in each.tokens
+                for word, hidden in zip(shown.predicted, shown.hidden, strict=True)
+                if hidden
+            ]
+            for each in (ours, theirs)
+        ]
+        same = [one == other for one, other in zip(*guesses, strict=True)]
+        assert sum(same) > 0.8 * len(same)
+
+
 def test_two_processes_learn_what_one_does(recipe: Recipe, alone: Path, tmp_path: Path) -> None:
     """The contrastive loss too: it would be lower without the other process's negatives."""
     launched = launch(recipe, tmp_path)
     assert launched.returncode == 0, launched.stderr[-3000:]
     assert_same(tmp_path / "out", alone, STAGES)
+    assert_same_samples(tmp_path / "out", alone)
     assert launched.stderr.count("contrastive: 4 steps") == 1, "one process speaks"
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(path.name for path in alone.iterdir())
 
@@ -170,6 +195,7 @@ def test_weights_shared_by_fsdp2_learn_what_one_process_does(recipe: Recipe, alo
     launched = launch(recipe, tmp_path, "contrastive=null", "sharding=fsdp2", SHARD_ON_CPU="1")
     assert launched.returncode == 0, launched.stderr[-3000:]
     assert_same(tmp_path / "out", alone, ("warmup", "bridge"))
+    assert_same_samples(tmp_path / "out", alone)
 
 
 @pytest.mark.slow

@@ -5,10 +5,10 @@ from PIL import Image
 
 from cocoa_embed.attention import Block, bridge_mask
 from cocoa_embed.backbone import Backbone
-from cocoa_embed.demo.reconstructions import bridge_reconstructions, patches_to_image, warmup_reconstructions
 from cocoa_embed.train.bridge import BridgeModel
 from cocoa_embed.train.collators import BridgeCollator, WarmupCollator
 from cocoa_embed.train.data import Item, Row, numbered
+from cocoa_embed.train.reconstructions import bridge_reconstructions, patches_to_image, warmup_reconstructions
 from cocoa_embed.train.warmup import WarmupModel
 
 
@@ -76,8 +76,34 @@ def test_the_pictured_mask_is_the_one_that_was_trained_with(tiny_backbone: Backb
         assert set(mask.blocks) == {"A", "EOS", "B"}
 
 
-def test_rows_without_an_image_have_nothing_to_picture(tiny_backbone: Backbone) -> None:
-    row = Row(query=Item(text="blue cross on white"), positive=Item(text="white picture; blue cross"), source="")
-    collator = WarmupCollator(tiny_backbone.processor, tiny_backbone.geometry, seed=0)
-    with pytest.raises(ValueError, match="no images"):
-        warmup_reconstructions(WarmupModel(tiny_backbone.model, tiny_backbone.geometry), collator, [row])
+def test_rows_without_an_image_have_words_and_no_pictures(tiny_backbone: Backbone, scene_rows: list[Row]) -> None:
+    text = Row(query=Item(text="blue cross on white"), positive=Item(text="white picture; blue cross"), source="")
+    warmup = WarmupCollator(tiny_backbone.processor, tiny_backbone.geometry, seed=0)
+    bridge = BridgeCollator(tiny_backbone.processor, mask_ratio=0.5, seed=0)
+    models = WarmupModel(tiny_backbone.model, tiny_backbone.geometry), BridgeModel(tiny_backbone.model)
+    for rows, pictured in (([text], [False]), ([text, scene_rows[0], text], [False, True, False])):
+        patches, words = warmup_reconstructions(models[0], warmup, rows)
+        through_eos, _ = bridge_reconstructions(models[1], bridge, rows)
+        assert len(patches) == sum(pictured)
+        for shown in (words, through_eos):
+            assert [each.image is not None for each in shown] == pictured
+    assert patches[0].caption == scene_rows[0].positive.text
+    assert words[1].image is not None
+    assert np.array_equal(pixels(words[1].image), pixels(patches[0].original))
+
+
+def test_a_prediction_that_the_tokenizer_does_not_have_is_an_empty_word(
+    tiny_backbone: Backbone, scene_rows: list[Row]
+) -> None:
+    beyond = len(tiny_backbone.processor.tokenizer)
+
+    class Beyond(BridgeModel):
+        """Has a head that is wider than the tokenizer, as those of Qwen are."""
+
+        def predict(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+            logits = super().predict(batch)
+            return torch.nn.functional.one_hot(torch.full(logits.shape[:1], beyond)).float()
+
+    collator = BridgeCollator(tiny_backbone.processor, mask_ratio=0.5, seed=0)
+    (shown,), _ = bridge_reconstructions(Beyond(tiny_backbone.model), collator, scene_rows[:1])
+    assert {word for word, hidden in zip(shown.predicted, shown.hidden, strict=True) if hidden} == {""}

@@ -1,10 +1,7 @@
 """The demo's report is one safe, complete file, and says what its data say."""
 
 import html
-import json
 import re
-import shutil
-import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,27 +11,36 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cocoa_embed.demo import figures
-from cocoa_embed.demo.report import (
+from browser import needs_chromium, requested, seen
+from cocoa_embed.evaluation.tables import Table
+from cocoa_embed.report import figures
+from cocoa_embed.report.content import (
     BridgeMask,
     Curve,
-    DemoReport,
+    DataUsed,
+    Evaluation,
+    Gallery,
+    Headline,
     Hit,
     PatchReconstruction,
     QueryResult,
+    RecipeTable,
     RetrievalRow,
+    RunReport,
+    StageData,
     TokenReconstruction,
-    render_report,
-    write_report,
 )
+from cocoa_embed.report.page import render_report, token_text, write_report
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
 HOSTILE = "<script>alert('caption')</script>"
-SECTIONS = ("results", "searches", "curves", "patches", "words", "bridge", "plateau", "notes", "run")
-VOID = {"meta", "img", "br", "hr", "input", "link"}
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+SECTIONS = (
+    *("results", "evaluations", "searches", "curves", "patches", "bridge", "plateau", "words", "diagnostics"),
+    *("galleries", "recipe", "data", "notes", "run"),
+)
+VOID = {"meta", "img", "br", "hr", "input", "link", "wbr"}
 
 
 class Page(HTMLParser):
@@ -91,9 +97,9 @@ def mask(length_a: int = 3, length_b: int = 4) -> BridgeMask:
 
 
 @pytest.fixture
-def report() -> DemoReport:
+def report() -> RunReport:
     hits = [Hit(image("blue"), 0.91, "a wrong one", False), Hit(image(), 0.42, "the right one", True)]
-    return DemoReport(
+    return RunReport(
         title="A demo",
         subtitle="of everything",
         facts=[("Seed", "17")],
@@ -104,8 +110,8 @@ def report() -> DemoReport:
         ],
         curves=[
             curve("warm-up", "loss", "mntp_loss", "mae_loss"),
-            curve("bridge", "loss", *figures.PLATEAU),
-            curve("contrastive", "loss"),
+            curve("bridge", "loss", *figures.PLATEAU, *figures.GEOMETRY),
+            curve("contrastive", "loss", "alignment"),
             curve("contrastive only", "loss"),
         ],
         patches=[PatchReconstruction(image(), image("gray"), image("blue"), "a red picture")],
@@ -115,6 +121,23 @@ def report() -> DemoReport:
         bridge_mask=mask(),
         queries=[QueryResult("text → image", "the right one", None, hits, "the right one")],
         notes=["One seed."],
+        alerts=["Not finished."],
+        headlines=[Headline("Image to text", "12.5 %", "of right answers are first", "of 8")],
+        evaluations=[
+            Evaluation("Pairs", "Of a folder.", [Table("Scores", ["model", "mrr"], [["ours", "0.5"]], own=[0])])
+        ],
+        galleries=[
+            Gallery(
+                "The worst",
+                "Far off.",
+                [QueryResult("a", "b", None, [Hit(None, 0.3, "words", True, 7)], None, 7, -0.1)],
+            )
+        ],
+        recipe=RecipeTable([("seed", "17")], ["bridge"], [("steps", ["9"])], [("weight_decay", ["0"])], "seed: 17"),
+        data=DataUsed(
+            [StageData("bridge", [("data", "folder scenes", 1200)], "0123456789abcdef")], 1, [("data", "x", "y")]
+        ),
+        sample_notes={"warm-up": "Trained on these."},
     )
 
 
@@ -122,7 +145,7 @@ def sections(page: Page) -> list[str]:
     return [str(attributes["id"]) for attributes, _ in page.find("section")]
 
 
-def test_page_is_well_formed_and_has_every_section(report: DemoReport) -> None:
+def test_page_is_well_formed_and_has_every_section(report: RunReport) -> None:
     page = Page(render_report(report))
     assert page.unclosed == []
     assert sorted(sections(page)) == sorted(SECTIONS)
@@ -135,7 +158,7 @@ def test_page_is_well_formed_and_has_every_section(report: DemoReport) -> None:
     assert len(page.find("h2")) == len(SECTIONS)
 
 
-def test_page_loads_nothing(report: DemoReport) -> None:
+def test_page_loads_nothing(report: RunReport) -> None:
     text = render_report(report)
     addresses = set(re.findall(r"https?://[^\s\"'<>)]*", text))
     assert addresses <= {"http://www.w3.org/2000/svg"}
@@ -154,7 +177,7 @@ def test_page_loads_nothing(report: DemoReport) -> None:
     assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", text))
 
 
-def test_references_inside_charts_resolve(report: DemoReport) -> None:
+def test_references_inside_charts_resolve(report: RunReport) -> None:
     text = render_report(report)
     identifiers = set(re.findall(r'\bid="([^"]*)"', text))
     targets = set(re.findall(r'(?:url\(|href=")#([^")]*)', text))
@@ -162,9 +185,9 @@ def test_references_inside_charts_resolve(report: DemoReport) -> None:
     assert targets <= identifiers
 
 
-def test_hostile_texts_are_escaped_wherever_they_stand(report: DemoReport) -> None:
+def test_hostile_texts_are_escaped_wherever_they_stand(report: RunReport) -> None:
     hit, query, tokens, bridge = report.queries[0].hits[0], report.queries[0], report.tokens[0], mask()
-    hostile = DemoReport(
+    hostile = RunReport(
         title=HOSTILE,
         subtitle=HOSTILE,
         facts=[(HOSTILE, HOSTILE)],
@@ -177,17 +200,29 @@ def test_hostile_texts_are_escaped_wherever_they_stand(report: DemoReport) -> No
             replace(query, title=HOSTILE, text=HOSTILE, expected=HOSTILE + "!", hits=[replace(hit, caption=HOSTILE)])
         ],
         notes=[HOSTILE],
+        alerts=[HOSTILE],
+        headlines=[Headline(HOSTILE, HOSTILE, HOSTILE, HOSTILE)],
+        evaluations=[
+            Evaluation(HOSTILE, HOSTILE, [Table(HOSTILE, [HOSTILE], [[HOSTILE], [HOSTILE]], notes=[HOSTILE])])
+        ],
+        galleries=[
+            Gallery(HOSTILE, HOSTILE, [replace(query, text=HOSTILE, hits=[replace(hit, image=None, caption=HOSTILE)])])
+        ],
+        recipe=RecipeTable([(HOSTILE, HOSTILE)], [HOSTILE], [(HOSTILE, [HOSTILE])], [(HOSTILE, [HOSTILE])], HOSTILE),
+        data=DataUsed([StageData(HOSTILE, [(HOSTILE, HOSTILE, 1)] * 2, HOSTILE)], 1, [(HOSTILE, HOSTILE, HOSTILE)]),
+        sample_notes={HOSTILE: HOSTILE, "warm-up": HOSTILE},
+        command=HOSTILE,
     )
     text = render_report(hostile)
     page = Page(text)
-    assert text.count("&lt;script&gt;") > 15
+    assert text.count("&lt;script&gt;") > 45
     assert "<script" not in text
     assert not [attributes for attributes, _ in page.find("img") if attributes["src"] == "x"]
     assert page.find("h1")[0][1] == HOSTILE
 
 
-def test_right_hit_is_marked_and_wrong_ones_are_not(report: DemoReport) -> None:
-    hits = Page(render_report(report)).find("li", "hit")
+def test_right_hit_is_marked_and_wrong_ones_are_not(report: RunReport) -> None:
+    hits = Page(render_report(replace(report, galleries=[]))).find("li", "hit")
     assert [("correct" in str(attributes["class"]).split()) for attributes, _ in hits] == [False, True]
     assert "right answer" not in hits[0][1]
     assert "right answer" in hits[1][1]
@@ -195,7 +230,7 @@ def test_right_hit_is_marked_and_wrong_ones_are_not(report: DemoReport) -> None:
     assert "0.420" in hits[1][1]
 
 
-def test_query_without_its_right_answer_says_so(report: DemoReport) -> None:
+def test_query_without_its_right_answer_says_so(report: RunReport) -> None:
     query = report.queries[0]
     missed = replace(report, queries=[replace(query, hits=query.hits[:1])])
     words = "The right answer is not among these."
@@ -203,19 +238,22 @@ def test_query_without_its_right_answer_says_so(report: DemoReport) -> None:
     assert words in render_report(missed)
 
 
-def test_empty_sections_are_left_out(report: DemoReport) -> None:
+def test_empty_sections_are_left_out(report: RunReport) -> None:
     full = Page(render_report(report))
     assert {"patches", "bridge"} <= set(sections(full))
     assert set(sections(Page(render_report(replace(report, patches=[]))))) == set(SECTIONS) - {"patches"}
     assert set(sections(Page(render_report(replace(report, bridge_mask=None))))) == set(SECTIONS) - {"bridge"}
     without_plateau = replace(report, curves=[curve("bridge", "loss", "accuracy_right_image")])
-    assert set(sections(Page(render_report(without_plateau)))) == set(SECTIONS) - {"plateau"}
-    bare = Page(render_report(DemoReport("Nothing", "yet")))
+    assert set(sections(Page(render_report(without_plateau)))) == set(SECTIONS) - {"plateau", "diagnostics"}
+    for name in ("evaluations", "galleries", "recipe", "data"):
+        without = replace(report, **{name: None if name in ("recipe", "data") else []})
+        assert set(sections(Page(render_report(without)))) == set(SECTIONS) - {name}
+    bare = Page(render_report(RunReport("Nothing", "yet")))
     assert sections(bare) == []
     assert bare.find("a") == []
 
 
-def test_best_values_are_bold_whoever_has_them(report: DemoReport) -> None:
+def test_best_values_are_bold_whoever_has_them(report: RunReport) -> None:
     page = Page(render_report(report))
     table = next(text for attributes, text in page.find("table") if attributes["class"] == "results")
     assert "–" in table
@@ -224,10 +262,10 @@ def test_best_values_are_bold_whoever_has_them(report: DemoReport) -> None:
     assert bold["all three stages"] == ["90.0 %", "99.0 %", "0.930"]
     assert bold["contrastive only"] == ["97.0 %", "99.0 %"]
     assert bold["chance"] == []
-    assert page.find("span", "value") == [({"class": "value"}, "90.0 %")]
+    assert [text for _, text in page.find("span", "value")][:2] == ["90.0 %", "12.5 %"]
 
 
-def test_best_values_are_chosen_within_a_direction(report: DemoReport) -> None:
+def test_best_values_are_chosen_within_a_direction(report: RunReport) -> None:
     other = [replace(row, direction="image → text", recall_at_1=row.recall_at_1 / 2) for row in report.table]
     mixed = [row for pair in zip(report.table, other, strict=True) for row in pair]
     text = render_report(replace(report, table=mixed))
@@ -236,7 +274,7 @@ def test_best_values_are_chosen_within_a_direction(report: DemoReport) -> None:
     assert text.count('scope="rowgroup"') == 2
 
 
-def test_hidden_words_show_prediction_and_truth(report: DemoReport) -> None:
+def test_hidden_words_show_prediction_and_truth(report: RunReport) -> None:
     page = Page(render_report(report))
     chips = [text for attributes, text in page.find("span", "chip")]
     assert "one" in chips
@@ -245,7 +283,7 @@ def test_hidden_words_show_prediction_and_truth(report: DemoReport) -> None:
     assert "1 of 2 hidden words right" in render_report(report)
 
 
-def test_bridge_mask_shows_what_is_allowed_and_what_leaks(report: DemoReport) -> None:
+def test_bridge_mask_shows_what_is_allowed_and_what_leaks(report: RunReport) -> None:
     sound = mask()
     runs = figures.mask_runs(sound)
     assert sum(run.length for run in runs) == sound.allowed.sum()
@@ -265,7 +303,7 @@ def test_bridge_mask_shows_what_is_allowed_and_what_leaks(report: DemoReport) ->
     assert "should not allow" not in render_report(report)
 
 
-def test_stages_have_a_panel_each_and_the_comparison_shares_one(report: DemoReport) -> None:
+def test_stages_have_a_panel_each_and_the_comparison_shares_one(report: RunReport) -> None:
     panels = figures.stage_panels(report.curves)
     assert [(panel.title, panel.quantity) for panel in panels] == [
         ("warm-up", "loss"),
@@ -314,44 +352,120 @@ def test_token_lists_of_other_lengths_are_refused() -> None:
         TokenReconstruction(["a", "b"], [True], ["a", "b"], "bridge")
 
 
-def test_same_report_gives_the_same_bytes(report: DemoReport, tmp_path: Path) -> None:
+def test_same_report_gives_the_same_bytes(report: RunReport, tmp_path: Path) -> None:
     write_report(report, tmp_path / "report.html")
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == render_report(report)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on the PATH")
-def test_page_fits_phone_and_desktop(report: DemoReport, tmp_path: Path) -> None:
-    long = replace(report, bridge_mask=mask(8, 40), notes=["w" * 300], facts=[("Machine", "x" * 200)])
+@needs_chromium
+def test_page_fits_phone_and_desktop(report: RunReport, tmp_path: Path) -> None:
+    assert report.recipe is not None
+    long = replace(
+        report,
+        bridge_mask=mask(8, 30),
+        notes=["w" * 300],
+        facts=[("Machine", "x" * 200)],
+        alerts=["a" * 300],
+        evaluations=[Evaluation("e" * 200, "n" * 200, [Table("t" * 100, ["c" * 20] * 12, [["v" * 20] * 12])])],
+        galleries=[replace(report.galleries[0], title="g" * 200, note="n" * 300)],
+        recipe=replace(report.recipe, rows=[("k" * 60, ["v" * 60] * 3)], yaml="y" * 400),
+        data=DataUsed([StageData("bridge", [("s" * 100, "o" * 300, 7)], "f" * 64)], 1, [("s", "r" * 300, "w" * 300)]),
+    )
     page = render_report(long)
     too_wide = page.replace("<main>", '<main><div style="width: 3000px">wide</div>')
-    widths = _page_widths({"phone": (390, page), "desktop": (1280, page), "too wide": (390, too_wide)}, tmp_path)
-    assert widths["too wide"] > 3000
-    assert widths["phone"] <= 390
-    assert widths["desktop"] <= 1280
+    shown = seen({"phone": (390, page), "desktop": (1280, page), "too wide": (390, too_wide)}, tmp_path)
+    assert shown["too wide"]["width"] > 3000
+    assert shown["phone"]["width"] <= 390
+    assert shown["desktop"]["width"] <= 1280
+    for name in ("phone", "desktop"):
+        assert sorted(shown[name]["sections"]) == sorted(SECTIONS)
+        assert shown[name]["decoded"] == shown[name]["images"] == page.count("<img ") > 0
 
 
-def _page_widths(pages: dict[str, tuple[int, str]], folder: Path) -> dict[str, int]:
-    """Return how wide each page is when it is shown in a frame as wide as asked, in pixels."""
-    frames = "".join(
-        f'<iframe id="{name}" style="width: {width}px; height: 900px; border: 0" srcdoc="{html.escape(page)}"></iframe>'
-        for name, (width, page) in pages.items()
-    )
-    script = """<pre id="widths"></pre><script>onload = () => {
-      const widths = [...document.querySelectorAll("iframe")].map(
-        frame => [frame.id, frame.contentDocument.documentElement.scrollWidth]);
-      document.getElementById("widths").textContent = JSON.stringify(Object.fromEntries(widths));
-    }</script>"""
-    wrapper = folder / "frames.html"
-    wrapper.write_text(f'<!DOCTYPE html><meta charset="utf-8">{frames}{script}', encoding="utf-8")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-    options += [
-        "--disable-background-networking",
-        "--disable-component-update",
-        f"--user-data-dir={folder / 'profile'}",
-    ]
-    command = [str(CHROMIUM), *options, "--dump-dom", wrapper.as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-    found = re.search(r'<pre id="widths">(\{.*?\})</pre>', dom)
-    assert found, "the page's script did not run"
-    widths: dict[str, int] = json.loads(found[1])
-    return widths
+@needs_chromium
+def test_a_browser_asks_the_network_for_nothing(report: RunReport, tmp_path: Path) -> None:
+    asking = '<img src="http://127.0.0.1:9/asked.png">'
+    for name, page in {"own": render_report(report), "asking": asking, "refused": render_report(report)}.items():
+        refused = page.replace("<main>", f"<main>{asking}") if name == "refused" else page
+        (tmp_path / f"{name}.html").write_text(refused, encoding="utf-8")
+    assert requested(tmp_path / "asking.html", tmp_path) == {"http://127.0.0.1:9/asked.png"}
+    assert requested(tmp_path / "own.html", tmp_path) == set()
+    assert requested(tmp_path / "refused.html", tmp_path) == set(), "the page's policy holds whatever comes into it"
+
+
+def test_a_table_is_shown_with_its_own_row_and_its_notes_in_this_pages_style(report: RunReport) -> None:
+    table = Table("Scores", ["model", "mrr"], [["ours", "0.5"], ["theirs", "0.4"]], own=[0], notes=["Of 12 queries."])
+    page = Page(render_report(replace(report, evaluations=[Evaluation("Pairs", "", [table])])))
+    (shown,) = [text for _, text in page.find("figure", "scores")]
+    assert shown == "Scores modelmrr ours0.5 theirs0.4 Of 12 queries."
+    assert [text for _, text in page.find("tr", "ours")] == ["all three stages 90.0 % 95.0 % 99.0 % 0.930", "ours0.5"]
+
+
+def test_a_query_far_off_says_how_far_and_its_answer_has_its_own_place(report: RunReport) -> None:
+    page = Page(render_report(report))
+    (verdict,) = [text for _, text in page.find("p", "verdict")]
+    assert verdict == "Right answer in place 70.100 behind the best wrong one"
+    assert [text for _, text in page.find("ol", "texts")] == ["7. ✓ right answer0.300 words"]
+    first = replace(report.galleries[0].queries[0], rank=1, margin=0.25)
+    found = render_report(replace(report, galleries=[Gallery("The best", "", [first])]))
+    assert [text for _, text in Page(found).find("p", "verdict")] == ["Found first0.250 ahead of the best wrong one"]
+
+
+def test_the_embeddings_measures_have_a_chart_a_stage_and_their_last_values() -> None:
+    bridge = Curve("bridge", {"alignment": [(0, 1.5), (50, 1.25)], "uniformity": [(50, -2.0)]}, 1)
+    contrastive = Curve("contrastive", {"alignment": [(0, 1.0), (5, float("nan")), (9, 0.5)]}, 1)
+    alignment, uniformity = figures.measures([bridge, contrastive])
+    assert alignment.title == "Alignment"
+    assert alignment.lasts == [("bridge", "1.25"), ("contrastive", "0.5")]
+    assert [panel.title for panel in alignment.panels] == ["bridge", "contrastive"]
+    assert alignment.panels[1].lines[0].points == [(0, 1.0), (9, 0.5)]
+    assert uniformity.lasts == [("bridge", "−2")]
+    assert uniformity.panels == [], "one point is a number, and no course"
+    assert figures.measures([Curve("bridge", {"loss": [(0, 1.0)]}, 1)]) == []
+    assert figures.stage_panels([bridge]) == [], "they are in a section of their own"
+
+
+def test_the_plateau_shows_accuracy_without_an_image_where_it_was_measured(report: RunReport) -> None:
+    with_it = figures.plateau_panel([curve("bridge", *figures.PLATEAU, figures.NO_IMAGE)])
+    assert with_it is not None
+    assert [line.label for line in with_it.lines][2] == "without an image"
+    words = "Without any image it is"
+    assert words not in render_report(report)
+    assert words in render_report(replace(report, curves=[curve("bridge", *figures.PLATEAU, figures.NO_IMAGE)]))
+
+
+@pytest.mark.parametrize(
+    ("token", "shown"),
+    [("Ġred", "red"), ("Ã¼ber", "über"), ("Ġä½ł", "你"), ("Ã", "�"), ("Ċ", "⏎"), ("Ġ", "␣"), ("", "∅"), ("a b", "a b")],
+)
+def test_tokens_are_shown_as_the_text_that_they_stand_for(token: str, shown: str) -> None:
+    assert token_text(token) == shown
+
+
+def test_a_large_mask_is_condensed_and_still_says_who_sees_whom() -> None:
+    large = mask(300, 100)
+    large = replace(large, labels=["image"] * 300 + large.labels[300:])
+    small = figures.condensed(large)
+    assert small.labels[0] == "300 × image"
+    assert small.labels[1] == "t300"
+    assert small.labels[-1] == "… 88 more"
+    assert len(small.labels) == 1 + 1 + figures.SHOWN_POSITIONS + 1
+    assert figures.block_table(small) == figures.block_table(large)
+    as_it_is = mask(3, 20)
+    assert figures.condensed(as_it_is) is as_it_is
+    leaking = large.allowed.copy()
+    leaking[310, 5] = True
+    found = figures.condensed(replace(large, allowed=leaking))
+    assert sum(run.length for run in figures.mask_runs(found) if run.kind == "leak") == 1
+
+
+def test_photographs_become_jpegs_and_drawings_stay_as_they_are() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
+    assert figures.data_uri(Image.fromarray(noise)).startswith("data:image/jpeg;base64,")
+    assert figures.data_uri(Image.fromarray(noise[:100, :100])).startswith("data:image/png;base64,")
+    assert figures.data_uri(Image.new("RGB", (300, 300))).startswith("data:image/png;base64,")
+
+
+def test_names_that_are_no_unicode_do_not_keep_the_page_from_being_written(report: RunReport, tmp_path: Path) -> None:
+    write_report(replace(report, notes=["caf\udce9.png"]), tmp_path / "report.html")
+    assert "caf\\udce9.png" in (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -19,6 +19,7 @@ from cocoa_embed.train.processes import by_first_process, refuse_idle_accelerato
 from cocoa_embed.train.progress import TENSORBOARD, end_reports, show_live_losses, write_tensorboard
 from cocoa_embed.train.recipe import Recipe
 from cocoa_embed.train.record import StageResult, write_record
+from cocoa_embed.train.samples import leave_samples
 from cocoa_embed.train.shortage import explained_shortage
 from cocoa_embed.train.stages import BuiltStage, build_stage
 from cocoa_embed.train.stopping import StopOnSigterm, Stopped
@@ -108,6 +109,7 @@ def _save(
         if trainer.is_world_process_zero():
             (folder / TRAINING_FILE).unlink(missing_ok=True)  # of an earlier try: it would vouch for half a file
         built.save(folder)
+        leave_samples(trainer, recipe.section(stage), prepared.rows[stage].rows, folder)
         state = trainer.state
         result = StageResult(stage, folder, state.global_step, rows, trainer.seconds(), list(state.log_history))
         if trainer.is_world_process_zero():

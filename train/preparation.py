@@ -29,6 +29,7 @@ CHECKPOINTS = "checkpoints"
 
 RECIPE_FILE = "recipe.json"
 DATA_FILE = "data.json"
+BAD_ROWS_FILE = "bad_rows.jsonl"
 
 NOT_LEARNED = frozenset(
     {"workers", "report_to", "micro_batch_size", "cache_chunk", "gradient_checkpointing", "probe_steps"}
@@ -71,8 +72,8 @@ def prepare(recipe: Recipe, out: Path, *, resume: bool, progress: bool = True) -
         if out.is_dir() and any(out.iterdir()):
             load_backbone(recipe.backbone)  # weights that cannot be used are not worth the loss of an earlier run
         claim_folder(out, marker=RUN_MARKER)
-        write_bad_rows(out / "bad_rows.jsonl", bad_rows(prepared))
-        write_json(out / DATA_FILE, _told_rows(prepared.rows))
+        write_bad_rows(out / BAD_ROWS_FILE, bad_rows(prepared))
+        write_json(out / DATA_FILE, _told_rows(recipe, prepared.rows))
         write_json(out / RECIPE_FILE, recipe.model_dump(mode="json"))
     return prepared
 
@@ -104,12 +105,26 @@ def examine(recipe: Recipe, out: Path, *, resume: bool = False, progress: bool =
     _refuse_impossible_arguments(recipe, steps, out)
     refuse_steps_past_the_end(recipe, steps)
     if resume:
-        _refuse_other_rows(_told_rows(rows), out)
+        _refuse_other_rows(_told_rows(recipe, rows), out)
     return Prepared(start, rows, steps, results, is_resumed=resume)
 
 
-def _told_rows(rows: dict[str, ReadRows]) -> dict[str, Any]:
-    return {stage: {"fingerprint": read.fingerprint, "rows": read.counts} for stage, read in rows.items()}
+def _told_rows(recipe: Recipe, rows: dict[str, ReadRows]) -> dict[str, Any]:
+    """Return what is known of each stage's rows: their sources too, which a recipe does not tell once it is written.
+
+    There a key that a stage's section left out, to take the recipe's own, looks as one that was given its default.
+    """
+    return {
+        stage: {
+            "fingerprint": read.fingerprint,
+            "rows": read.counts,
+            "sources": {
+                name: source.model_dump(mode="json", exclude_defaults=True)
+                for name, source in recipe.sources_of(stage).items()
+            },
+        }
+        for stage, read in rows.items()
+    }
 
 
 def check_stages(recipe: Recipe) -> None:

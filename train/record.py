@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cocoa_embed.backbone import Origin, origin
+from cocoa_embed.errors import CocoaError, one_line, printable
 from cocoa_embed.export import TRAINING_FILE, read_training
 from cocoa_embed.train.checkpoints import write_json
 from cocoa_embed.train.recipe import SOURCE_KINDS, Recipe
@@ -40,13 +41,34 @@ class StageResult:
 def read_result(stage: str, folder: Path) -> StageResult | None:
     """Return the result of a finished stage from its checkpoint; None where it is not finished.
 
-    :raises CocoaError: If its record is broken.
+    :raises CocoaError: If its record or its log is broken.
     """
     if not (folder / TRAINING_FILE).is_file():
         return None
-    record = read_training(folder)["stages"][-1]
-    log = json.loads((folder / LOG_FILE).read_text(encoding="utf-8"))
-    return StageResult(stage, folder, record["steps"], record["rows"], record["seconds"], log)
+    training = read_training(folder)
+    try:
+        record = training["stages"][-1]
+        return StageResult(
+            stage, folder, record["steps"], record["rows"], record["seconds"], _read_log(folder / LOG_FILE)
+        )
+    except (LookupError, TypeError) as error:
+        raise CocoaError(
+            f"{printable(folder / TRAINING_FILE)} says nothing of the stage's steps, rows and seconds; it is broken"
+        ) from error
+
+
+def _read_log(file: Path) -> list[dict[str, float]]:
+    """Read a stage's log.
+
+    :raises CocoaError: If it is missing or broken.
+    """
+    try:
+        lines = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CocoaError(f"{printable(file)} cannot be read ({one_line(error)}); the stage's log is broken") from error
+    if not isinstance(lines, list) or not all(isinstance(line, dict) and "step" in line for line in lines):
+        raise CocoaError(f"{printable(file)} is no list of log lines, each with its step; the stage's log is broken")
+    return lines
 
 
 @dataclass(frozen=True)

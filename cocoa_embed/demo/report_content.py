@@ -5,23 +5,16 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
-from cocoa_embed.demo.report import Curve, RetrievalRow
+from cocoa_embed.report.content import Curve, RetrievalRow
 from cocoa_embed.train import StageResult
+from cocoa_embed.train.run_report import stage_curve, stage_curves
 
-STAGE_TITLES = {"warmup": "warm-up", "bridge": "bridge", "contrastive": "contrastive"}
-_LOGGED = ("loss", "mntp_loss", "mae_loss", "hidden_token_accuracy", "accuracy_right_image", "accuracy_shuffled_image")
 _PACKAGES = ("torch", "transformers", "sentence-transformers", "qdrant-client", "llama-index-core")
 
 
 def curves(stages: Sequence[StageResult], comparison: StageResult) -> list[Curve]:
     """Return the loss curves of each stage, and of contrastive learning alone."""
-    titled = [(STAGE_TITLES[stage.stage], stage) for stage in stages]
-    return [_curve(title, stage) for title, stage in [*titled, ("contrastive only", comparison)]]
-
-
-def _curve(title: str, stage: StageResult) -> Curve:
-    series = {key: [(int(line["step"]), line[key]) for line in stage.log if key in line] for key in _LOGGED}
-    return Curve(title, {key: points for key, points in series.items() if points}, stage.seconds)
+    return [*stage_curves(stages), stage_curve("contrastive only", comparison)]
 
 
 def retrieval_rows(results: dict[str, Any], candidates: int) -> list[RetrievalRow]:

@@ -13,16 +13,6 @@ from transformers import Trainer
 
 from cocoa_embed.demo.gallery import answer_queries
 from cocoa_embed.demo.meter import Meter, peak_memory_bytes
-from cocoa_embed.demo.reconstructions import bridge_reconstructions, warmup_reconstructions
-from cocoa_embed.demo.report import (
-    BridgeMask,
-    Curve,
-    DemoReport,
-    PatchReconstruction,
-    QueryResult,
-    TokenReconstruction,
-    write_report,
-)
 from cocoa_embed.demo.report_content import curves, facts, retrieval_rows
 from cocoa_embed.demo.scenes import write_image_folder
 from cocoa_embed.demo.table import retrieval_table
@@ -38,8 +28,18 @@ from cocoa_embed.export import (
 )
 from cocoa_embed.folders import claim_folder, refuse_foreign_folder
 from cocoa_embed.integrations.qdrant import QdrantIndexer
+from cocoa_embed.report.content import (
+    BridgeMask,
+    Curve,
+    PatchReconstruction,
+    QueryResult,
+    RunReport,
+    TokenReconstruction,
+)
+from cocoa_embed.report.page import write_report
 from cocoa_embed.train import Recipe, StageResult, run
 from cocoa_embed.train.data import Row, load_row_image, read_image_folder
+from cocoa_embed.train.reconstructions import bridge_reconstructions, warmup_reconstructions
 
 MARKER = ".cocoa-demo"
 SHOWN_RECONSTRUCTIONS = 8
@@ -165,8 +165,8 @@ class Demo:
 
     def _report(
         self, results: dict[str, Any], learned: list[Curve], watch: Watch, queries: list[QueryResult]
-    ) -> DemoReport:
-        return DemoReport(
+    ) -> RunReport:
+        return RunReport(
             title="CoCoA on drawn scenes",
             subtitle="A small vision-language model made bidirectional, taught to reconstruct through <EOS>, and "
             f"trained to retrieve. Measured on {self.held_out_scenes} scenes that no stage has seen.",

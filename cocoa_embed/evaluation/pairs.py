@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -90,13 +90,22 @@ def _groups(relevant: Sequence[np.ndarray], documents: int) -> np.ndarray:
     return np.array([lead(int(each[0])) for each in relevant])
 
 
+Observe = Callable[[Direction, int, np.ndarray], None]
+"""Is shown similarities as they are made: float64 ``[some queries, documents]``, and the number of the first query."""
+
+
 def score_queries(
-    encoder: Encoder, direction: Direction, batch_tokens: int = BATCH_TOKENS, progress: bool = False
+    encoder: Encoder,
+    direction: Direction,
+    batch_tokens: int = BATCH_TOKENS,
+    progress: bool = False,
+    observe: Observe | None = None,
 ) -> np.ndarray:
     """Return the metrics of each query, float64 ``[queries, METRICS]``, in [0, 1].
 
     Queries get the model's query prompt, documents its document prompt.
 
+    :param observe: Is shown all similarities, some queries at a time.
     :raises CocoaError: If an item cannot be embedded.
     """
     label = f"{encoder.name}, {direction.name}" if progress else None
@@ -106,6 +115,8 @@ def score_queries(
     for start in range(0, len(queries), QUERIES_AT_ONCE):
         similarities = cosine_similarities(queries[start : start + QUERIES_AT_ONCE], documents)
         relevant = direction.relevant[start : start + QUERIES_AT_ONCE]
+        if observe is not None:
+            observe(direction, start, similarities)
         found += [ranks_of_relevant(row, own) for row, own in zip(similarities, relevant, strict=True)]
     metrics = query_metrics(found)
     return np.stack([metrics[name] for name in METRICS], axis=1)
@@ -119,10 +130,12 @@ def evaluate_pairs(
     resamples: int = RESAMPLES,
     batch_tokens: int = BATCH_TOKENS,
     progress: bool = False,
+    observe: Observe | None = None,
 ) -> dict[str, Any]:
     """Score one model, or compare two on the same queries.
 
     :param encoders: One or two; an iterator may load the second when the first is done.
+    :param observe: Is shown the similarities of each model in each direction.
     :return: ``subsets`` (metrics by direction, of the first model), ``averages`` (over both directions), ``intervals``
         (the two ends by direction and metric), ``counts`` (queries, documents and groups by direction). With a second
         model also ``other``, its part of the same, and ``comparison``: by direction and metric ``difference`` (the
@@ -136,7 +149,7 @@ def evaluate_pairs(
         if reason := unsupported(encoder, parts):
             raise CocoaError(f"{reason}; these pairs need a model that does")
         names.append(encoder.name)
-        scores.append([score_queries(encoder, each, batch_tokens, progress) for each in both])
+        scores.append([score_queries(encoder, each, batch_tokens, progress, observe) for each in both])
         del encoder  # so that it is gone when the next is loaded
     first, *others = (_model_scores(name, both, of, seed, resamples) for name, of in zip(names, scores, strict=True))
     counts = {

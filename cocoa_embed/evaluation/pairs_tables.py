@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cocoa_embed.evaluation.pairs import METRICS
 from cocoa_embed.evaluation.tables import Table
+
+SHOWN_METRICS = ("recall@1", "recall@5", "recall@10", "mrr", "ndcg@10")
 
 
 def pairs_tables(document: Mapping[str, Any]) -> list[Table]:
@@ -39,6 +41,28 @@ def _scores(document: Mapping[str, Any], direction: str) -> Table:
         " COCO and Flickr30k call R@k.",
     ]
     return Table(title_of(direction), ("model", *METRICS), rows, own=(0,), notes=notes)
+
+
+def directions_table(document: Mapping[str, Any], metrics: Sequence[str] = SHOWN_METRICS) -> Table:
+    """Return one model's scores as one narrow table: a row for each metric, a column for each direction.
+
+    :param document: From :func:`cocoa_embed.evaluation.pairs.evaluate_pairs`, of one model.
+    """
+    ways = list(document["subsets"])
+    rows = [
+        (name, *(_with_interval(document["subsets"][way][name], *document["intervals"][way][name]) for way in ways))
+        for name in metrics
+    ]
+    counts = document["counts"]
+    searched = "; ".join(
+        f"{title_of(way)}: {counts[way]['queries']} queries, {counts[way]['documents']} documents" for way in ways
+    )
+    notes = [
+        f"{searched}. In brackets {document['level']:.0%} bootstrap intervals.",
+        "recall@k: the share of a query's right answers among the first k. mrr: the mean of 1 / the place of the first"
+        " right answer.",
+    ]
+    return Table(document["model"], ("metric", *(title_of(way) for way in ways)), rows, notes=notes)
 
 
 def _with_interval(value: float, low: float, high: float) -> str:

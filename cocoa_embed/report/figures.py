@@ -14,18 +14,24 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from cocoa_embed.errors import require
+from cocoa_embed.report.content import BridgeMask
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from PIL import Image
 
-    from cocoa_embed.demo.report import BridgeMask, Curve
+    from cocoa_embed.report.content import Curve
 
 Points = list[tuple[int, float]]
 
 LARGEST_SIDE = 384
 """Longest side in pixels of an image in the page; larger ones are scaled down."""
+
+EXACT_PIXELS = 128 * 128
+"""Images of no more pixels are shown as they are."""
+
+JPEG_QUALITY = 88
 
 SERIES = {
     "loss": ("total loss", "total"),
@@ -34,16 +40,55 @@ SERIES = {
     "hidden_token_accuracy": ("hidden words predicted right", "text"),
     "accuracy_right_image": ("with its own image", "right"),
     "accuracy_shuffled_image": ("with another image", "shuffled"),
+    "accuracy_no_image": ("without an image", "other"),
 }
 """Name of a series to its label and its colour, a CSS variable of the page."""
 
 PLATEAU = ("accuracy_right_image", "accuracy_shuffled_image")
+NO_IMAGE = "accuracy_no_image"
+
+GEOMETRY = {
+    "alignment": (
+        "Alignment",
+        "The mean squared distance between the two embeddings of a pair. 0 is one point, 2 is what directions have "
+        "that know nothing of each other. Lower is better, as long as the embeddings stay spread out.",
+    ),
+    "uniformity": (
+        "Uniformity",
+        "How evenly the embeddings are spread over the sphere. 0 is all in one place, about −4 an even spread. Lower "
+        "is better, as long as pairs stay close.",
+    ),
+    "modality_gap": (
+        "Modality gap",
+        "The distance between the centre of the images and the centre of the texts. 0 means that both live in one "
+        "region; what stands apart by a gap is far for a reason that is not its content.",
+    ),
+    "effective_rank": (
+        "Effective rank",
+        "How many directions the embeddings really use. More is better: a small number says that they have collapsed "
+        "onto few. It cannot exceed their dimensions, nor how many were measured.",
+    ),
+}
+"""What the log says of the embeddings' shape: its name for people, and what it means.
+
+Alignment and uniformity are those of Wang and Isola (2020), the gap that of Liang et al. (2022), the rank that of Roy
+and Vetterli (2007).
+"""
 
 _COLOURS = ("ink", "grid", "total", "text", "image", "right", "shuffled", "other")
 _STAND_INS = {colour: f"#0102{index:02x}" for index, colour in enumerate(_COLOURS)}
 _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 _AXES = {"accuracy": "hidden words right (%)", "loss": "loss"}
 _SMOOTHED_FROM = 60
+
+LARGE, SMALL = (4.6, 2.9), (3.4, 2.1)
+"""Width and height of charts, in inches of 72 units."""
+
+SHOWN_WHOLE = 40
+"""Positions of a mask that is shown as it is."""
+
+SHOWN_POSITIONS = 12
+"""Positions of a block that a picture of a mask shows one by one, where the block has many."""
 
 
 class Line(NamedTuple):
@@ -52,6 +97,16 @@ class Line(NamedTuple):
     label: str
     colour: str
     points: Points
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One measure of the embeddings: what it means, its last value in each stage, and its charts."""
+
+    title: str
+    meaning: str
+    lasts: list[tuple[str, str]]
+    panels: "list[Panel]"
 
 
 @dataclass(frozen=True)
@@ -82,13 +137,24 @@ class Span(NamedTuple):
     length: int
 
 
-def data_uri(image: "Image.Image") -> str:
-    """Return ``image`` as a PNG data URI, scaled down to :data:`LARGEST_SIDE` if it is larger."""
+def data_uri(image: "Image.Image", largest_side: int = LARGEST_SIDE) -> str:
+    """Return ``image`` as a data URI, scaled down to ``largest_side`` pixels if it is larger.
+
+    It is a PNG, or where that is the smaller of the two, as of photographs, and pixels are many, a JPEG.
+    """
     image = image.convert("RGB")
-    image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+    image.thumbnail((largest_side, largest_side))
+    found = {"png": _encoded(image, "PNG", optimize=True)}
+    if image.width * image.height > EXACT_PIXELS:
+        found["jpeg"] = _encoded(image, "JPEG", quality=JPEG_QUALITY, optimize=True)
+    kind = min(found, key=lambda each: len(found[each]))
+    return f"data:image/{kind};base64," + base64.b64encode(found[kind]).decode("ascii")
+
+
+def _encoded(image: "Image.Image", kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    image.save(buffer, format=kind, **options)
+    return buffer.getvalue()
 
 
 def duration(seconds: float) -> str:
@@ -140,8 +206,33 @@ def plateau_panel(curves: "Sequence[Curve]") -> Panel | None:
         points = [_finite(curve.series.get(name, [])) for name in PLATEAU]
         if curve.stage == "bridge" and all(points):
             lines = [Line(*SERIES[name], values) for name, values in zip(PLATEAU, points, strict=True)]
+            if without := _finite(curve.series.get(NO_IMAGE, [])):
+                lines.append(Line(*SERIES[NO_IMAGE], without))
             return Panel(curve.stage, _pace(curve), "accuracy", lines, _chart("plateau", "accuracy", lines, band=True))
     return None
+
+
+def measures(curves: "Sequence[Curve]") -> list[Measure]:
+    """Return what the stages logged of their embeddings' shape; a chart for each stage that measured more than once."""
+    found = []
+    for name, (title, meaning) in GEOMETRY.items():
+        measured = [(curve, _finite(curve.series.get(name, []))) for curve in curves]
+        measured = [(curve, points) for curve, points in measured if points]
+        if not measured:
+            continue
+        panels = [
+            Panel(curve.stage, "", title.lower(), lines, _chart(f"{name}-{number}", title.lower(), lines, small=True))
+            for number, (curve, points) in enumerate(measured)
+            for lines in [[Line(curve.stage, "text" if curve.stage == "bridge" else "image", points)]]
+            if len(points) > 1
+        ]
+        lasts = [(curve.stage, _shown(points[-1][1])) for curve, points in measured]
+        found.append(Measure(title, meaning, lasts, panels))
+    return found
+
+
+def _shown(value: float) -> str:
+    return f"{value:.3g}".replace("-", "−")
 
 
 def _pace(curve: "Curve") -> str:
@@ -158,7 +249,7 @@ def _by_quantity(series: "Mapping[str, Points]") -> dict[str, list[Line]]:
     groups: dict[str, list[Line]] = {}
     for name, points in series.items():
         repeats = name == "loss" and any(_same(points, series[other]) for other in series if other.endswith("_loss"))
-        if name in PLATEAU or repeats or not _finite(points):
+        if name in (*PLATEAU, NO_IMAGE, *GEOMETRY) or repeats or not _finite(points):
             continue
         quantity = next((known for known in ("loss", "accuracy") if known in name), name.replace("_", " "))
         label, colour = SERIES.get(name, (name.replace("_", " "), "other"))
@@ -170,13 +261,13 @@ def _same(left: Points, right: Points) -> bool:
     return len(left) == len(right) and bool(np.allclose(left, right, rtol=1e-3, equal_nan=True))
 
 
-def _chart(key: str, quantity: str, lines: list[Line], band: bool = False) -> str:
+def _chart(key: str, quantity: str, lines: list[Line], *, band: bool = False, small: bool = False) -> str:
     """Draw ``lines`` over the steps and return an SVG element whose ids begin with ``key``.
 
-    With ``band``, the area between the first two lines is tinted.
+    With ``band``, the area between the first two lines is tinted. A ``small`` chart leaves its axis to the heading.
     """
     matplotlib = require("matplotlib", "report")
-    figure = require("matplotlib.figure", "report").Figure(figsize=(4.6, 2.9), layout="constrained")
+    figure = require("matplotlib.figure", "report").Figure(figsize=SMALL if small else LARGE, layout="constrained")
     axes = figure.add_subplot()
     for line in lines:
         _draw_line(axes, line)
@@ -187,6 +278,8 @@ def _chart(key: str, quantity: str, lines: list[Line], band: bool = False) -> st
     if quantity in _AXES and min(value for line in lines for _, value in line.points) >= 0:
         axes.set_ylim(bottom=0)
     _style(axes, quantity)
+    if small:
+        axes.set_ylabel("")
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": key}):
         figure.savefig(buffer, format="svg", transparent=True, metadata=_NO_METADATA)
@@ -239,7 +332,42 @@ def _for_the_page(document: str, key: str) -> str:
     return svg
 
 
-def mask_runs(mask: "BridgeMask") -> list[Run]:
+def condensed(mask: BridgeMask) -> BridgeMask:
+    """Return ``mask`` with fewer positions, so that it can be seen, where that leaves out nothing of what it allows.
+
+    Up to :data:`SHOWN_WHOLE` positions stay as they are. Of more, neighbours that see, and are seen by, the same
+    positions are put together: those with one label ("256 × <|image_pad|>"), and of longer rows of them all but the
+    first :data:`SHOWN_POSITIONS` ("… 40 more").
+    """
+    if len(mask.labels) <= SHOWN_WHOLE:
+        return mask
+    allowed = mask.allowed
+    patterns = [
+        (block, row.tobytes(), column.tobytes())
+        for block, row, column in zip(mask.blocks, allowed, allowed.T, strict=True)
+    ]
+    kept, labels = [], []
+    start = 0
+    for _, alike in groupby(patterns):
+        length = len(list(alike))
+        shown = _labelled(mask.labels[start : start + length])
+        if len(shown) > 2 * SHOWN_POSITIONS:
+            rest = length - shown[SHOWN_POSITIONS][0]
+            shown = [*shown[:SHOWN_POSITIONS], (shown[SHOWN_POSITIONS][0], f"… {rest} more")]
+        kept += [start + offset for offset, _ in shown]
+        labels += [label for _, label in shown]
+        start += length
+    return BridgeMask(allowed[np.ix_(kept, kept)], labels, [mask.blocks[position] for position in kept])
+
+
+def _labelled(labels: "Sequence[str]") -> list[tuple[int, str]]:
+    """Return the first position of each run of one label, and what the run is called."""
+    return [
+        (span.start, span.block if span.length == 1 else f"{span.length} × {span.block}") for span in _spans(labels)
+    ]
+
+
+def mask_runs(mask: BridgeMask) -> list[Run]:
     """Return the allowed cells of ``mask`` as horizontal runs of one kind, row by row."""
     runs = []
     for row, allowed in enumerate(mask.allowed):
@@ -253,7 +381,7 @@ def block_spans(blocks: "Sequence[str]") -> list[Span]:
     return _spans(blocks)
 
 
-def block_table(mask: "BridgeMask") -> dict[str, dict[str, str]]:
+def block_table(mask: BridgeMask) -> dict[str, dict[str, str]]:
     """Return, for each reading block and each block read: "yes", "no" or "partly", as the mask has it."""
     blocks = np.array(mask.blocks)
     names = [name for name in ("A", "EOS", "B") if name in mask.blocks]

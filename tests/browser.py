@@ -1,0 +1,72 @@
+"""Pages as a real browser shows them: Chromium without a window, where it is installed."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on the PATH")
+
+BROWSERS_OWN = (".google.com", ".googleapis.com", ".gvt1.com")
+
+OPTIONS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-sync",
+    "--disable-background-networking",
+    "--disable-component-update",
+)
+
+LOOK = """<pre id="seen"></pre><script>onload = () => {
+  const seen = [...document.querySelectorAll("iframe")].map(frame => {
+    const page = frame.contentDocument;
+    return [frame.id, {
+      width: page.documentElement.scrollWidth,
+      sections: [...page.querySelectorAll("section")].filter(each => each.offsetHeight > 0).map(each => each.id),
+      images: page.images.length,
+      decoded: [...page.images].filter(each => each.complete && each.naturalWidth > 0).length,
+    }];
+  });
+  document.getElementById("seen").textContent = JSON.stringify(Object.fromEntries(seen));
+}</script>"""
+
+
+def seen(pages: dict[str, tuple[int, str]], folder: Path) -> dict[str, dict[str, Any]]:
+    """Show each page in a frame as wide as asked, in pixels.
+
+    :returns: By page: how wide it has become, the ids of its sections, its images, and how many of them are decoded.
+    """
+    frames = "".join(
+        f'<iframe id="{name}" style="width: {width}px; height: 900px; border: 0" srcdoc="{html.escape(page)}"></iframe>'
+        for name, (width, page) in pages.items()
+    )
+    wrapper = folder / "frames.html"
+    wrapper.write_text(f'<!DOCTYPE html><meta charset="utf-8">{frames}{LOOK}', encoding="utf-8")
+    found = re.search(r'<pre id="seen">(\{.*?\})</pre>', _dom(wrapper, folder / "profile"))
+    assert found, "the page's script did not run"
+    documents: dict[str, dict[str, Any]] = json.loads(html.unescape(found[1]))
+    return documents
+
+
+def requested(page: Path, folder: Path) -> set[str]:
+    """Open a page by itself and return the web addresses that were asked for, but for those of the browser's maker."""
+    log = folder / f"{page.stem}-net.json"
+    _dom(page, folder / f"profile-{page.stem}", f"--log-net-log={log}", "--net-log-capture-mode=Everything")
+    found = re.findall(r'"url":"(https?://[^"]*)"', log.read_text(encoding="utf-8", errors="replace"))
+    return {address for address in found if not (urlsplit(address).hostname or "").endswith(BROWSERS_OWN)}
+
+
+def _dom(page: Path, profile: Path, *options: str) -> str:
+    command = [str(CHROMIUM), *OPTIONS, f"--user-data-dir={profile}", *options, "--dump-dom", page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout

@@ -1,0 +1,149 @@
+"""What a stage leaves to be looked at: of which rows, and at no cost to its training."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from cocoa_embed.errors import CocoaError
+from cocoa_embed.train import Recipe, pipeline, run, samples
+from cocoa_embed.train.data import Item, Row, read_image_folder
+from cocoa_embed.train.probe import hold_out_rows
+from cocoa_embed.train.samples import SAMPLE_ROWS, SAMPLES_FILE, Samples, choose_rows, read_samples, write_samples
+from cocoa_embed.train.sections import BridgeSection, WarmupSection
+from conftest import TINY_MAX_LENGTH
+
+STAGE: dict[str, Any] = {
+    "steps": 2,
+    "batch_size": 4,
+    "micro_batch_size": 2,
+    "learning_rate": 1e-3,
+    "warmup_steps": 0,
+    "logging_steps": 1,
+}
+BRIDGE = {**STAGE, "probe_rows": 10, "probe_steps": 1}
+ADAPTER = {"kind": "dora", "r": 2, "alpha": 4}
+
+
+def recipe(backbone: Path, folder: Path, **stages: Any) -> Recipe:
+    return Recipe.parse(
+        {
+            "name": "test",
+            "backbone": str(backbone),
+            "max_length": TINY_MAX_LENGTH,
+            "data": {"folder": str(folder)},
+            **stages,
+        }
+    )
+
+
+def test_both_stages_leave_samples_of_the_rows_that_the_bridge_keeps_out(
+    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path
+) -> None:
+    stages = {"warmup": {**STAGE, "adapter": ADAPTER}, "bridge": {**BRIDGE, "adapter": ADAPTER}}
+    run(recipe(tiny_backbone_path, scene_folder, **stages), tmp_path / "out")
+    warmup, bridge = (read_samples(tmp_path / "out" / stage) for stage in ("warmup", "bridge"))
+    assert warmup is not None
+    assert bridge is not None
+    assert (warmup.failure, bridge.failure) == (None, None)
+    assert (warmup.kept_out, bridge.kept_out) == (False, True)
+    kept_out, _ = hold_out_rows(read_image_folder(scene_folder), 10)
+    captions = [row.positive.text for row in kept_out[:SAMPLE_ROWS]]
+    assert [picture.caption for picture in warmup.patches] == captions
+    for found in (warmup, bridge):
+        assert len(found.tokens) == SAMPLE_ROWS
+        spelt = ["".join(shown.tokens).replace("Ġ", " ").strip() for shown in found.tokens]
+        assert spelt == captions
+        assert all(any(shown.hidden) and shown.image is not None for shown in found.tokens)
+    assert warmup.mask is None
+    assert bridge.mask is not None
+    assert set(bridge.mask.blocks) == {"A", "EOS", "B"}
+
+
+def test_samples_change_no_weight_of_any_stage(
+    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = {"warmup": STAGE, "bridge": BRIDGE, "contrastive": {"steps": 2, "batch_size": 4, "warmup_steps": 0}}
+    given = recipe(tiny_backbone_path, scene_folder, **stages)
+    run(given, tmp_path / "with")
+    monkeypatch.setattr(pipeline, "leave_samples", lambda *_: None)
+    run(given, tmp_path / "without")
+    assert (tmp_path / "with" / "bridge" / SAMPLES_FILE).is_file()
+    assert not (tmp_path / "without" / "bridge" / SAMPLES_FILE).exists(), "the premise: one run has none"
+    assert not (tmp_path / "with" / "contrastive" / SAMPLES_FILE).exists()
+    for stage in stages:
+        ours, theirs = (load_file(tmp_path / name / stage / "model.safetensors") for name in ("with", "without"))
+        assert all((ours[name] == theirs[name]).all() for name in theirs)
+
+
+def test_samples_that_cannot_be_made_cost_the_run_nothing_and_say_why(
+    tiny_backbone_path: Path,
+    scene_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no memory\nis left")
+
+    monkeypatch.setattr(samples, "bridge_reconstructions", fail)
+    with caplog.at_level(logging.WARNING, logger="cocoa_embed.train.samples"):
+        (result,) = run(recipe(tiny_backbone_path, scene_folder, bridge=BRIDGE), tmp_path / "out")
+    assert result.steps == 2
+    assert (result.folder / "model.safetensors").is_file()
+    found = read_samples(result.folder)
+    assert found == Samples(failure="RuntimeError: no memory is left")
+    assert "no memory is left" in caplog.text
+
+
+def test_a_full_disk_takes_the_samples_alone(
+    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, document: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(samples, "write_json", full)
+    (result,) = run(recipe(tiny_backbone_path, scene_folder, warmup=STAGE), tmp_path / "out")
+    assert (result.folder / "model.safetensors").is_file()
+    assert read_samples(result.folder) is None
+
+
+def test_rows_without_images_are_shown_where_there_are_no_others(scene_rows: list[Row]) -> None:
+    warmup = WarmupSection(steps=1, batch_size=4)
+    bridge = BridgeSection(steps=1, batch_size=4, probe_rows=4)
+    texts = [Row(Item(text=f"one {number}"), Item(text=f"two {number}"), source="") for number in range(20)]
+    assert choose_rows(warmup, texts) == (texts[:SAMPLE_ROWS], False)
+    assert choose_rows(warmup, [*texts, *scene_rows]) == (scene_rows[:SAMPLE_ROWS], False)
+    assert choose_rows(bridge, [*texts, *scene_rows]) == (scene_rows[:4], True)
+    assert choose_rows(bridge, [*texts, *scene_rows[:5]]) == (scene_rows[:5], False), "too few to keep any out"
+    twice = [row for row in scene_rows for _ in range(2)]
+    assert choose_rows(warmup, twice) == (scene_rows[:SAMPLE_ROWS], False)
+
+
+def test_what_is_written_is_read_back(tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path) -> None:
+    (result,) = run(recipe(tiny_backbone_path, scene_folder, warmup=STAGE), tmp_path / "out")
+    first = read_samples(result.folder)
+    assert first is not None
+    (tmp_path / "again").mkdir()
+    write_samples(tmp_path / "again", first)
+    again = read_samples(tmp_path / "again")
+    assert again is not None
+    for one, other in zip(first.patches, again.patches, strict=True):
+        assert np.array_equal(np.asarray(one.reconstructed), np.asarray(other.reconstructed))
+    assert [each.predicted for each in first.tokens] == [each.predicted for each in again.tokens]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"kept_out": true, "failure": null, "patches": [{}]}', '{"mask": 1}']
+)
+def test_broken_samples_are_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / SAMPLES_FILE).write_text(text)
+    with pytest.raises(CocoaError, match=r"samples\.json is broken"):
+        read_samples(tmp_path)
+
+
+def test_a_folder_of_an_earlier_version_has_none(tmp_path: Path) -> None:
+    assert read_samples(tmp_path) is None

@@ -1,0 +1,236 @@
+"""What a reconstruction stage leaves beside its weights to be looked at: a few rows, and what it made of them."""
+
+import base64
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from accelerate.utils import gather_object
+from PIL import Image
+from torch.distributed.fsdp import register_fsdp_forward_method
+
+from cocoa_embed.errors import CocoaError, one_line, printable
+from cocoa_embed.images import decode_image
+from cocoa_embed.report.content import BridgeMask, PatchReconstruction, TokenReconstruction
+from cocoa_embed.report.figures import data_uri
+from cocoa_embed.train.batches import DescribedBatches
+from cocoa_embed.train.checkpoints import write_json
+from cocoa_embed.train.collators import Batch
+from cocoa_embed.train.data import Row, numbered
+from cocoa_embed.train.probe import hold_out_rows
+from cocoa_embed.train.reconstructions import bridge_reconstructions, warmup_reconstructions
+from cocoa_embed.train.sections import BridgeSection, ReconstructionSection, StageSection
+from cocoa_embed.train.trainer import CocoaTrainer
+from cocoa_embed.train.warmup import WarmupModel
+
+SAMPLES_FILE = "samples.json"
+"""In the folder of a reconstruction stage: its samples, the images inside as data URIs."""
+
+SAMPLE_ROWS = 8
+
+Result = TypeVar("Result")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a stage has made of some rows.
+
+    :param kept_out: The stage was not trained on these rows.
+    :param failure: Why there are none, where there should be some.
+    """
+
+    kept_out: bool = False
+    patches: list[PatchReconstruction] = field(default_factory=list)
+    tokens: list[TokenReconstruction] = field(default_factory=list)
+    mask: BridgeMask | None = None
+    failure: str | None = None
+
+
+def leave_samples(trainer: CocoaTrainer, section: StageSection, rows: Sequence[Row], folder: Path) -> None:
+    """Write a reconstruction stage's :data:`SAMPLES_FILE` into its folder; other stages have none.
+
+    Every process calls it when the stage's weights are saved. The first makes the samples and writes them; where the
+    weights are sharded, all run the model. Nothing is drawn from a generator that training uses. Samples that cannot be
+    made (an image has gone, memory or disk is full) cost the run nothing: a warning says so, and the file says why, so
+    that the report can. Only a failure inside a sharded model ends the run, as the other processes would wait for this
+    one for ever; it can be resumed.
+
+    :param rows: All rows of the stage.
+    """
+    if not isinstance(section, ReconstructionSection):
+        return
+    is_writer, is_sharded = trainer.is_world_process_zero(), trainer.is_fsdp_enabled
+    if not (is_writer or is_sharded):
+        return
+    chosen, kept_out = choose_rows(section, rows)
+    batches, failure = _attempt(lambda: _collated(trainer, section, chosen))
+    if is_sharded:
+        failure = next(filter(None, gather_object([failure])), None)
+    samples: Samples | None = None
+    if failure is None and batches is not None:
+        if is_sharded:
+            samples = _made(trainer, batches, kept_out)
+        else:
+            samples, failure = _attempt(lambda: _made(trainer, batches, kept_out))
+    if not is_writer:
+        return
+    if samples is not None:
+        _, failure = _attempt(lambda: write_samples(folder, samples))
+    if failure is not None:
+        logger.warning("Samples for the report of %s cannot be made (%s).", printable(folder), failure)
+        _attempt(lambda: write_samples(folder, Samples(failure=failure)))
+
+
+def _attempt(work: Callable[[], Result]) -> tuple[Result | None, str | None]:
+    """Return what ``work`` returns, or why it failed."""
+    try:
+        return work(), None
+    except CocoaError as error:
+        return None, one_line(error)
+    except Exception as error:  # noqa: BLE001  whatever is wrong with pictures, the weights took hours
+        return None, f"{type(error).__name__}: {one_line(error)}"
+
+
+def _collated(
+    trainer: CocoaTrainer, section: ReconstructionSection, rows: Sequence[Row]
+) -> list[tuple[list[Row], Batch]]:
+    """Return the rows in batches as large as training's: what fits there fits here."""
+    described = trainer.data_collator
+    assert isinstance(described, DescribedBatches)
+    examples, size = numbered(rows), section.micro_batch_size or section.batch_size
+    parts = [examples[start : start + size] for start in range(0, len(examples), size)]
+    return [([row for _, row in part], described.collate(part)) for part in parts]
+
+
+def _made(trainer: CocoaTrainer, batches: Sequence[tuple[list[Row], Batch]], kept_out: bool) -> Samples:
+    described, model = trainer.data_collator, trainer.accelerator.unwrap_model(trainer.model)
+    assert isinstance(described, DescribedBatches)
+    collate: Any = described.collate
+    was_training = model.training
+    register_fsdp_forward_method(model, "predict")  # gathers the weights as a forward pass would; else does nothing
+    patches: list[PatchReconstruction] = []
+    tokens: list[TokenReconstruction] = []
+    masks: list[BridgeMask] = []
+    with trainer.accelerator.autocast():
+        for rows, batch in batches:
+            if isinstance(model, WarmupModel):
+                pictures, words = warmup_reconstructions(model, collate, rows, batch)
+                patches += pictures
+            else:
+                words, mask = bridge_reconstructions(model, collate, rows, batch)
+                masks.append(mask)
+            tokens += words
+    model.train(was_training)
+    return Samples(kept_out, patches, tokens, masks[0] if masks else None)
+
+
+def choose_rows(section: ReconstructionSection, rows: Sequence[Row]) -> tuple[list[Row], bool]:
+    """Return the rows to show, and whether the stage was not trained on them.
+
+    Of the bridge they are rows that it keeps out for its probe, where it does; otherwise the first with different
+    images, or without any where no row has one.
+    """
+    if isinstance(section, BridgeSection):
+        kept_out, _ = hold_out_rows(rows, section.probe_rows)
+        if kept_out:
+            return kept_out[:SAMPLE_ROWS], True
+    by_image: dict[object, Row] = {}
+    for row in rows:
+        if row.image is not None:
+            by_image.setdefault(row.image, row)
+        if len(by_image) == SAMPLE_ROWS:
+            break
+    return list(by_image.values()) or list(rows[:SAMPLE_ROWS]), False
+
+
+def write_samples(folder: Path, samples: Samples) -> None:
+    """Write :data:`SAMPLES_FILE`, whole or not at all.
+
+    :raises OSError: If it cannot be written.
+    """
+    mask = samples.mask
+    write_json(
+        folder / SAMPLES_FILE,
+        {
+            "kept_out": samples.kept_out,
+            "failure": samples.failure,
+            "patches": [
+                {
+                    "caption": each.caption,
+                    "original": data_uri(each.original),
+                    "masked": data_uri(each.masked),
+                    "reconstructed": data_uri(each.reconstructed),
+                }
+                for each in samples.patches
+            ],
+            "tokens": [
+                {
+                    "stage": each.stage,
+                    "tokens": each.tokens,
+                    "hidden": each.hidden,
+                    "predicted": each.predicted,
+                    "image": None if each.image is None else data_uri(each.image),
+                }
+                for each in samples.tokens
+            ],
+            "mask": mask
+            and {
+                "allowed": ["".join(map(str, row)) for row in mask.allowed.astype(int).tolist()],
+                "labels": mask.labels,
+                "blocks": mask.blocks,
+            },
+        },
+    )
+
+
+def read_samples(folder: Path) -> Samples | None:
+    """Read what :func:`write_samples` wrote; None where nothing was, as in the folders of earlier versions.
+
+    :raises CocoaError: If the file is broken.
+    """
+    file = folder / SAMPLES_FILE
+    if not file.is_file():
+        return None
+    try:
+        return _parsed(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CocoaError(f"{printable(file)} is broken ({one_line(error)}); remove it to go on without it") from error
+
+
+def _parsed(document: dict[str, Any]) -> Samples:
+    mask = document["mask"]
+    return Samples(
+        bool(document["kept_out"]),
+        [
+            PatchReconstruction(
+                _image(each["original"]), _image(each["masked"]), _image(each["reconstructed"]), str(each["caption"])
+            )
+            for each in document["patches"]
+        ],
+        [
+            TokenReconstruction(
+                each["tokens"],
+                each["hidden"],
+                each["predicted"],
+                str(each["stage"]),
+                None if each["image"] is None else _image(each["image"]),
+            )
+            for each in document["tokens"]
+        ],
+        mask
+        and BridgeMask(
+            np.array([[cell == "1" for cell in row] for row in mask["allowed"]]), mask["labels"], mask["blocks"]
+        ),
+        document["failure"],
+    )
+
+
+def _image(uri: str) -> Image.Image:
+    """Return the image of a data URI; it was written by us, and is decoded as any other image is."""
+    return decode_image(base64.b64decode(uri.partition(",")[2], validate=True), SAMPLES_FILE)[0]
