@@ -28,6 +28,8 @@ class Sizes:
     :param pairs: What contrastive learning sees of the captioned images where all pairs are used.
     :param compared_part: The part of the bridge's steps that variants of it are compared after, one of :data:`LENGTHS`.
     :param equal_shares: The shares of the pairs that contrastive learning alone gets all the compute with.
+    :param kept_out: More images, which the bridge keeps out of its training to measure what ``<EOS>`` carries, and which
+        are no contrastive pairs.
     :param captions_as_pairs: Give it every captioned image as a pair too, in every wording.
     """
 
@@ -39,6 +41,7 @@ class Sizes:
     contrastive_steps: int
     compared_part: float = 1.0
     equal_shares: tuple[float, ...] = SHARES
+    kept_out: int = 256
     captions_as_pairs: bool = True
 
     @property

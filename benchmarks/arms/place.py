@@ -28,9 +28,6 @@ except ImportError:  # Windows has no such lock
 
 MARKER = ".cocoa-ablation"
 DIGITS = 10
-PROBE_ROWS = 256
-"""Images that the bridge keeps out of its training, to measure what <EOS> carries. They are no contrastive pairs."""
-
 OWN_KEYS = ("seed", "name", "backbone", "data.folder", "contrastive.data", "bridge.probe")
 """What the ablation sets itself, beside each stage's steps and schedules."""
 
@@ -99,8 +96,8 @@ class Place:
         folder = self.work / "data" / f"scenes-{self.sizes.training}-{self.sizes.held_out}-seed-{seed}"
         data = Data(folder / "train", folder / "pairs", folder / "held-out")
         if not (folder / "drawn").is_file():
-            write_image_folder(data.training, "train", PROBE_ROWS + self.sizes.training, seed)
-            _link_all_but_the_first(data.training, data.pairs, PROBE_ROWS)
+            write_image_folder(data.training, "train", self.sizes.kept_out + self.sizes.training, seed)
+            _link_all_but_the_first(data.training, data.pairs, self.sizes.kept_out)
             generator = random.Random(f"{seed}/families")
             write_scenes(data.held_out, islice(families(generator), self.sizes.held_out), generator)
             (folder / "drawn").touch()
@@ -133,7 +130,7 @@ class Place:
             f"data.folder={json.dumps(str(data.training))}",
             f"contrastive.data.folder={json.dumps(str(data.pairs))}",
             f"seed={seed}",
-            f"bridge.probe_rows={PROBE_ROWS}",
+            f"bridge.probe_rows={self.sizes.kept_out}",
             f"bridge.probe_steps={min(self.sizes.kept_steps.values())}",
             # So that weights kept on the way are those of a shorter stage.
             *(f"{stage}.schedule=constant_with_warmup" for stage in ("bridge", "contrastive")),
