@@ -30,7 +30,7 @@ from arms.grid import (
     Sizes,
     StageRun,
 )
-from arms.place import PROBE_ROWS, Place
+from arms.place import Place
 from arms.runner import jobs_of, outcome, read_scores, run_jobs
 from arms.summary import estimate, results_document, tables
 from cocoa_embed.demo.scenes import Scene, SceneObject, split_of
@@ -58,7 +58,7 @@ def grid() -> Grid:
 
 @pytest.fixture(scope="module")
 def tiny() -> Sizes:
-    return Sizes(40, 8, 20, 1, 8, 1)
+    return Sizes(40, 8, 20, 1, 8, 1, kept_out=8)
 
 
 @pytest.fixture
@@ -215,9 +215,9 @@ def test_other_data_at_the_same_place_are_trained_and_scored_anew(place: Place) 
 def test_contrastive_pairs_are_none_of_the_rows_that_the_bridge_keeps_out(place: Place) -> None:
     data = place.data(0)
     training, pairs = (read_image_folder(folder) for folder in (data.training, data.pairs))
-    kept_out, _ = hold_out_rows(training, PROBE_ROWS)
-    assert len(kept_out) == PROBE_ROWS
-    assert len(pairs) == len(training) - PROBE_ROWS
+    kept_out, _ = hold_out_rows(training, place.sizes.kept_out)
+    assert len(kept_out) == place.sizes.kept_out
+    assert len(pairs) == len(training) - place.sizes.kept_out
     own = {Path(str(row.image)).name for row in pairs}
     assert not own & {Path(str(row.image)).name for row in kept_out}
 

@@ -28,7 +28,7 @@ class Sizes:
     :param pairs: What contrastive learning sees of the captioned images where all pairs are used.
     :param compared_part: The part of the bridge's steps that variants of it are compared after, one of :data:`LENGTHS`.
     :param equal_shares: The shares of the pairs that contrastive learning alone gets all the compute with.
-    :param kept_out: More images, which the bridge keeps out of its training to measure what ``<EOS>`` carries, and which
+    :param kept_out: More images: the bridge keeps them out of its training to measure what ``<EOS>`` carries, and they
         are no contrastive pairs.
     :param captions_as_pairs: Give it every captioned image as a pair too, in every wording.
     """
