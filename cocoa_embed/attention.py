@@ -8,6 +8,10 @@ from transformers import PreTrainedModel
 
 from cocoa_embed.errors import CocoaError
 
+TRANSFORMERS_FLOOR = "5.5.4"
+"""The oldest transformers that embeds rightly: 5.2 and 5.3 leave Qwen2-VL and Qwen2.5-VL causal, and 5.4 to 5.5.3 scale
+the positions after an image as those after a video in Qwen2.5-VL."""
+
 
 class Block(IntEnum):
     """What a position of a bridge sequence ``[block A] <EOS> [block B]`` belongs to."""
@@ -21,7 +25,7 @@ class Block(IntEnum):
 def make_bidirectional(model: PreTrainedModel) -> None:
     """Let every token of the language model attend to every other, in place; saved with the model's config.
 
-    :raises CocoaError: If the model stays causal, as it does with transformers before 5.2, or is broken.
+    :raises CocoaError: If the model stays causal, as it does with transformers before 5.4, or is broken.
     """
     model.config.get_text_config().is_causal = False
     assert_bidirectional(model)
@@ -51,7 +55,7 @@ def assert_bidirectional(model: PreTrainedModel) -> None:
             raise CocoaError(
                 f"{type(model).__name__} with attn_implementation={model.config._attn_implementation!r} is causal "
                 f"{'with' if padded else 'without'} padding although is_causal is False: its first hidden state does "
-                "not depend on its last token. Use transformers 5.2 or newer and one of eager, sdpa."
+                f"not depend on its last token. Use transformers {TRANSFORMERS_FLOOR} or newer and one of eager, sdpa."
             )
 
 

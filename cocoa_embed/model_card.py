@@ -6,6 +6,7 @@ from typing import Any
 from sentence_transformers import SentenceTransformer
 from transformers import ProcessorMixin
 
+from cocoa_embed.attention import TRANSFORMERS_FLOOR
 from cocoa_embed.backbone import Origin
 
 _CARD = """\
@@ -41,6 +42,8 @@ documents = model.encode_document([
 print(model.similarity(queries, documents))
 ```
 
+It needs transformers {transformers_floor} or newer: earlier ones load it without a word and may embed wrongly.
+
 Prompts are stored with the model: `encode_query` puts {query_prompt} before a query, `encode_document` puts
 {document_prompt} before a document. Sequences are cut at {max_length} tokens, but never their images or their `{eos}`;
 larger images are scaled down to {max_pixels} pixels.
@@ -74,6 +77,7 @@ def model_card(name: str, model: SentenceTransformer, training: dict[str, Any]) 
         name=name,
         backbone=training["backbone"],
         attention="made bidirectional" if recipe.get("bidirectional", True) else "left causal, for comparison,",
+        transformers_floor=TRANSFORMERS_FLOOR,
         origin=_origin_line(training["backbone"], training["origin"]),
         dimension=model.get_embedding_dimension(),
         eos=processor.tokenizer.eos_token,

@@ -15,6 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import cocoa_embed
+from cocoa_embed.attention import TRANSFORMERS_FLOOR
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -125,6 +126,17 @@ def test_base_install_has_none_of_the_extras(project: dict) -> None:
     }
     assert optional
     assert not base & optional
+
+
+def test_the_floor_of_transformers_is_the_one_that_people_are_told(project: dict) -> None:
+    requirements = {(parsed := Requirement(line)).name: parsed.specifier for line in project["dependencies"]}
+    assert str(requirements["transformers"]) == f">={TRANSFORMERS_FLOOR}"
+    assert f"transformers {TRANSFORMERS_FLOOR} or newer" in (ROOT / "README.md").read_text(encoding="utf-8")
+    pins = [parsed for line in constraint_lines() if (parsed := Requirement(line)).name == "transformers"]
+    assert pins
+    for pin in pins:
+        (pinned,) = pin.specifier
+        assert pinned.version in requirements["transformers"], "what is pinned is older than what is needed"
 
 
 def test_version_is_the_same_everywhere(built: Built, project: dict) -> None:
