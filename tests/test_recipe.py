@@ -100,6 +100,13 @@ def test_a_wrong_value_is_refused_with_its_key_and_itself(recipe_file: Path, ove
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["../esc", "a/b", "/tmp/a", "..", ".", "", "a\\b", "a\0b"])
+def test_a_name_that_leads_out_of_runs_is_refused(recipe_file: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(f"recipe: name: {name!r} cannot name a folder in runs/; leave out")):
+        Recipe.parse({**yaml.safe_load(MINIMAL), "name": name})
+    assert Recipe.load(recipe_file, ["name=..a b.c"]).name == "..a b.c"
+
+
 def test_every_fault_is_told_at_once(recipe_file: Path) -> None:
     with pytest.raises(UsageError) as caught:
         Recipe.load(recipe_file, ["bridge.steps=0", "max_length=-1", "nmae=x"])

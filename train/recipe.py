@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
 from cocoa_embed.errors import UsageError
@@ -49,6 +49,7 @@ def _merged(outer: SourceSection | None, inner: SourceSection | None) -> dict[st
 class Recipe(Section):
     """A whole run. A stage that is left out is not run.
 
+    :param name: The name of the run and, inside of ``runs/``, of its folder where no other is given.
     :param backbone: A folder, the name of one of this package's backbones, or a hub name.
     :param data: The rows of every stage, as far as its own section does not say otherwise.
     :param mixed_precision: ``bf16`` runs forward and backward passes under bfloat16 autocast; weights stay float32.
@@ -81,6 +82,13 @@ class Recipe(Section):
     warmup: WarmupSection | None = None
     bridge: BridgeSection | None = None
     contrastive: ContrastiveSection | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _is_the_name_of_a_folder(cls, name: str) -> str:
+        if name in ("", ".", "..") or any(character in name for character in "/\\\0"):
+            raise ValueError(f"{name!r} cannot name a folder in runs/; leave out slashes, and do not take . or ..")
+        return name
 
     def data_of(self, stage: str) -> DataSection:
         """Return the data of a stage: its own section's values over the recipe's."""
