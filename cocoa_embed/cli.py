@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cocoa_embed import __version__
 from cocoa_embed.errors import CocoaError, UsageError, printable, require
 from cocoa_embed.evaluation.commands import evaluation
 
@@ -83,6 +84,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not error.is_raised_by_all or os.environ.get("RANK", "0") == "0":
             typer.echo(f"cocoa-embed: {error}", err=True)
         raise SystemExit(error.exit_status) from None
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"cocoa-embed {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Tell the version and stop.")
+    ] = False,
+) -> None:
+    """Train, export and use CoCoA multimodal embedding models."""
 
 
 @app.command()

@@ -12,6 +12,7 @@ from fake_model import IMAGE_TOKEN, FakeModel, colour_image
 
 pytest.importorskip("qdrant_client")
 
+import cocoa_embed
 from cocoa_embed import cli
 from cocoa_embed.integrations import qdrant
 
@@ -237,6 +238,10 @@ def test_a_missing_extra_is_named_with_the_command(
     monkeypatch.setitem(sys.modules, "qdrant_client", None)
     line = sentence(command("index", pictures, "--model", "fake"))
     assert "pip install 'cocoa-embed[qdrant]'" in line
+
+
+def test_the_version_is_one_line(command: Command) -> None:
+    assert command("--version") == (0, f"cocoa-embed {cocoa_embed.__version__}\n", "")
 
 
 def test_help_is_quick_it_imports_neither_torch_nor_pillow() -> None:
