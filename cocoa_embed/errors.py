@@ -37,6 +37,20 @@ class ImageError(CocoaError):
         return type(self), (self.source, self.reason)
 
 
+class RowError(CocoaError):
+    """A row cannot be used. ``source`` says which one, ``reason`` why."""
+
+    def __init__(self, source: str, reason: str) -> None:
+        """Keep both parts and join them to the message ``source: reason``."""
+        super().__init__(f"{source}: {reason}")
+        self.source = source
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        """Let the error cross from one process to another."""
+        return type(self), (self.source, self.reason)
+
+
 def require(module: str, extra: str) -> ModuleType:
     """Import ``module``, which the optional dependencies ``extra`` install.
 

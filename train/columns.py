@@ -7,9 +7,9 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from cocoa_embed.errors import CocoaError, printable
+from cocoa_embed.errors import CocoaError, RowError, printable
 from cocoa_embed.image_files import MetadataError
-from cocoa_embed.train.data import BadRow, Item, Row, RowError, RowImage, checked_text
+from cocoa_embed.train.data import BadRow, Item, Row, RowImage, checked_text
 from cocoa_embed.train.sections import ColumnsSection
 from cocoa_embed.train.stored import StoredImage
 from cocoa_embed.train.tables import Table

@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from cocoa_embed.backbone import MAX_ASPECT_RATIO
-from cocoa_embed.errors import CocoaError, ImageError, printable
+from cocoa_embed.errors import CocoaError, ImageError, RowError, printable
 from cocoa_embed.image_files import MetadataError, check_metadata_row
 from cocoa_embed.images import decode_image, load_image
 from cocoa_embed.template import RESERVED_TOKENS
@@ -25,16 +25,6 @@ RowImage: TypeAlias = Path | StoredImage
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 """What an image folder may keep its texts in, one of these."""
-
-
-class RowError(CocoaError):
-    """A row cannot be used. ``source`` says which one, ``reason`` why."""
-
-    def __init__(self, source: str, reason: str) -> None:
-        """Keep both parts and join them to the message ``source: reason``."""
-        super().__init__(f"{source}: {reason}")
-        self.source = source
-        self.reason = reason
 
 
 @dataclass(frozen=True)

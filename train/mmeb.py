@@ -1,12 +1,10 @@
-"""The layout of MMEB-train: its subsets, its columns, its files, and the token that stands for an image in a text."""
+"""The layout of MMEB-train: its subsets, its columns and its files."""
 
 import difflib
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from cocoa_embed.errors import CocoaError, printable
-from cocoa_embed.train.data import RowError
 from cocoa_embed.train.sections import ColumnsSection
 
 MMEB_TRAIN_SUBSETS = (
@@ -44,9 +42,6 @@ MMEB_COLUMNS = ColumnsSection(
 
 OPTIONAL_COLUMNS = ("neg_text", "neg_image_path")
 
-IMAGE_TOKEN = re.compile(r"\s*<\|image_1\|>\s*")
-"""What stands where the image does; our template puts images first, so it goes, with the space around it."""
-
 UNSPLIT, ORIGINAL = "train", "original"
 """The split that a recipe has by default, and what MMEB-train calls the one that it means."""
 
@@ -67,16 +62,6 @@ def columns_found(found: Sequence[str]) -> ColumnsSection:
     return ColumnsSection(
         **{part: name for part, name in given.items() if name in found or name not in OPTIONAL_COLUMNS}
     )
-
-
-def without_image_token(text: str, has_image: bool, place: str) -> str:
-    """Return a text without the token that stands for its image, and without the space at its ends.
-
-    :raises RowError: If the text has the token and there is no image.
-    """
-    if not has_image and IMAGE_TOKEN.search(text):
-        raise RowError(place, "the text holds <|image_1|>, and there is no path of an image")
-    return IMAGE_TOKEN.sub(" ", text).strip()
 
 
 def find_subset_files(folder: Path, subset: str, split: str) -> list[Path]:

@@ -5,6 +5,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 from cocoa_embed.errors import CocoaError, printable
+from cocoa_embed.image_token import without_image_token
 from cocoa_embed.train.columns import RowReader, Tidy, columns_of, map_columns
 from cocoa_embed.train.data import BadRow, Row, read_image_folder
 from cocoa_embed.train.mmeb import (
@@ -13,7 +14,6 @@ from cocoa_embed.train.mmeb import (
     find_subset_files,
     nearest_subset,
     splits_of,
-    without_image_token,
 )
 from cocoa_embed.train.sections import ColumnsSection, SourceSection
 from cocoa_embed.train.tables import Table, find_tables, open_data_set, open_table

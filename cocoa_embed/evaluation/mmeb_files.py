@@ -12,15 +12,11 @@ from cocoa_embed.errors import CocoaError, one_line, printable, require
 COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
 LISTS = ("tgt_text", "tgt_img_path")
 
-IMAGE_TOKEN = re.compile(r"\s*<\|image_1\|>\s*")
-"""What stands where the image does; the model's own template puts images first, so it goes, with the space around."""
-
 SHARD = re.compile(r"[^-]+-\d+-of-(?P<count>\d+)")
 """The name of a file that is one of several, such as ``test-00000-of-00002``."""
 
 SPLIT = "test"
 ROWS_AT_ONCE = 64
-SHOWN_CHARACTERS = 60
 
 
 def subset_files(folder: Path) -> list[Path]:
@@ -104,13 +100,3 @@ def check_row(place: str, cells: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     if texts == 0:
         raise CocoaError(f"{place}: the list of candidates is empty; expected at least one, the first of them right")
     return place, cells
-
-
-def without_image_token(text: str, has_image: bool, place: str) -> str:
-    """Return a text without the token that stands for its image, and without the space at its ends.
-
-    :raises CocoaError: If the text has the token and there is no image.
-    """
-    if not has_image and IMAGE_TOKEN.search(text):
-        raise CocoaError(f"{place}: {text[:SHOWN_CHARACTERS]!r} holds <|image_1|>, and there is no path of an image")
-    return IMAGE_TOKEN.sub(" ", text).strip()
