@@ -10,6 +10,9 @@ RUN_MARKER = ".cocoa-run"
 """What makes a folder the output of a training run; its checkpoints are in it."""
 
 
+SCRATCH_SUFFIX = ".new"
+
+
 def refuse_foreign_folder(folder: Path, *, marker: str) -> None:
     """Check that ``folder`` may be written: not there, empty, or with the ``marker`` file of an earlier run.
 
@@ -45,10 +48,21 @@ def claim_folder(folder: Path, *, marker: str) -> None:
 def write_whole(file: Path, text: str) -> None:
     """Write a file so that whoever looks, and whenever the process is killed, finds all of it or what was before.
 
+    Several processes may write the same file: each has a scratch file of its own beside it, which a kill leaves there.
+
     :raises OSError: If it cannot be written.
     """
-    scratch = file.with_name(file.name + ".new")
-    scratch.write_text(text, encoding="utf-8")
-    with scratch.open("r+b") as written:
-        os.fsync(written.fileno())
-    os.replace(scratch, file)
+    scratch = file.with_name(f"{file.name}.{os.getpid()}{SCRATCH_SUFFIX}")
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        with scratch.open("r+b") as written:
+            os.fsync(written.fileno())
+        os.replace(scratch, file)
+    except OSError:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+def is_scratch_of(name: str, file_name: str) -> bool:
+    """Tell whether a file of that name is what :func:`write_whole` leaves of another when it is killed."""
+    return name.startswith(f"{file_name}.") and name.endswith(SCRATCH_SUFFIX)

@@ -14,7 +14,7 @@ from qdrant_client import QdrantClient
 from qdrant_client.local.qdrant_local import QdrantLocal
 
 from cocoa_embed.errors import CocoaError, one_line, printable
-from cocoa_embed.folders import refuse_foreign_folder, write_whole
+from cocoa_embed.folders import is_scratch_of, refuse_foreign_folder, write_whole
 from cocoa_embed.integrations.client_store import ClientStore
 from cocoa_embed.integrations.store_files import in_use, lock_file
 from cocoa_embed.integrations.stores import Signature, StoreOptions
@@ -23,8 +23,6 @@ META_FILE = "meta.json"
 """Where the client lists its collections; what makes a folder a local store."""
 LOCK_FILE = ".cocoa-lock"
 """The client's own lock is taken only after it has read everything, which another process may be writing."""
-FOUNDATIONS = {LOCK_FILE, META_FILE + ".new"}
-"""What a process that was killed early may leave in a new store's folder."""
 UNOPENABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, sqlite3.Error, pickle.PickleError)
 """What the client raises over files that are not, or not wholly, its own."""
 
@@ -107,7 +105,9 @@ def refuse_foreign_store(path: Path) -> None:
 
     :raises CocoaError: If it is one.
     """
-    if path.is_dir() and {entry.name for entry in path.iterdir()} <= FOUNDATIONS | {META_FILE}:
+    if path.is_dir() and all(
+        entry.name in (LOCK_FILE, META_FILE) or is_scratch_of(entry.name, META_FILE) for entry in path.iterdir()
+    ):
         return
     refuse_foreign_folder(path, marker=META_FILE)
 

@@ -543,7 +543,7 @@ class TestFolders:
                     call()
         assert [entry.name for entry in (tmp_path / "folder").iterdir()] == ["a.png"]
 
-    @pytest.mark.parametrize("left", [[], [".cocoa-lock"], [".cocoa-lock", "meta.json.new"], ["meta.json", ".lock"]])
+    @pytest.mark.parametrize("left", [[], [".cocoa-lock"], [".cocoa-lock", "meta.json.7.new"], ["meta.json", ".lock"]])
     def test_the_beginnings_of_a_store_are_gone_on_with(self, tmp_path: Path, left: list[str]) -> None:
         for file in left:
             (tmp_path / file).touch()

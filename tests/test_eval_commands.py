@@ -84,7 +84,7 @@ def test_mmeb_prints_json_tells_people_and_writes_three_files(mmeb: Command) -> 
     assert json.loads((folder / "mmeb.json").read_text()) == document
     assert "| **ours** |" in (folder / "mmeb.md").read_text()
     assert "CoCoA (Qwen2-VL-2B)" in (folder / "mmeb.html").read_text()
-    assert not list(folder.rglob("*.partial"))
+    assert not list(folder.rglob("*.new"))
     (finished,) = (folder / "finished").glob("OK-VQA-*.json")
     ranks = json.loads(finished.read_text())["ranks"]
     assert document["subsets"]["OK-VQA"]["precision@1"] == sum(rank == 1 for rank in ranks) / ROWS

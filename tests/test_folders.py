@@ -1,9 +1,10 @@
+import os
 from pathlib import Path
 
 import pytest
 
 from cocoa_embed.errors import CocoaError
-from cocoa_embed.folders import claim_folder
+from cocoa_embed.folders import claim_folder, is_scratch_of, write_whole
 from exported import contents
 
 MARKER = "marker.json"
@@ -78,3 +79,30 @@ def test_a_link_to_an_earlier_run_is_claimed_or_refused_in_a_sentence(tmp_path: 
         assert (run / "stage" / "weights").exists()
     else:
         assert_claimed(tmp_path / "link")
+
+
+def test_what_could_not_be_put_in_place_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OSError, match="taken"):
+        write_whole(tmp_path / "taken", "text")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["taken"]
+
+
+def test_each_process_has_a_scratch_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Kill(BaseException):
+        pass
+
+    def kill(*_: object) -> None:
+        raise Kill
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cocoa_embed.folders.os.replace", kill)
+        for process in (7, 8):
+            patch.setattr("cocoa_embed.folders.os.getpid", lambda process=process: process)
+            with pytest.raises(Kill):
+                write_whole(tmp_path / "a.json", "text")
+    assert contents(tmp_path) == {"a.json.7.new": b"text", "a.json.8.new": b"text"}
+    assert all(is_scratch_of(name, "a.json") for name in os.listdir(tmp_path))
+    assert not is_scratch_of("a.json", "a.json")
+    write_whole(tmp_path / "a.json", "other")
+    assert (tmp_path / "a.json").read_text() == "other"

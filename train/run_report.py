@@ -8,7 +8,7 @@ from typing import Any
 
 from cocoa_embed import __version__
 from cocoa_embed.errors import CocoaError, UsageError, one_line, printable, require
-from cocoa_embed.evaluation.finished import make_folder, write_whole
+from cocoa_embed.evaluation.finished import make_folder, write_result
 from cocoa_embed.evaluation.mmeb_tables import mmeb_tables
 from cocoa_embed.evaluation.pairs_tables import directions_table, pairs_tables, title_of
 from cocoa_embed.evaluation.tables import Table
@@ -67,7 +67,7 @@ def write_run_report(folder: Path, asked: Asked, out: Path | None = None) -> Pat
     if page.is_dir():
         raise UsageError(f"{printable(page)} is a folder; give --out the name of a file")
     make_folder(page.parent)  # first, as scoring takes a while
-    write_whole(page, render_report(run_report(run, asked)))
+    write_result(page, render_report(run_report(run, asked)))
     return page
 
 

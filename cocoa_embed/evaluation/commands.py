@@ -278,7 +278,7 @@ def write_results(stem: Path, title: str, document: Mapping[str, Any], tables: S
     :param stem: The path of the files without their suffixes.
     :raises CocoaError: If the folder cannot be made or a file cannot be written.
     """
-    from cocoa_embed.evaluation.finished import make_folder, write_whole
+    from cocoa_embed.evaluation.finished import make_folder, write_result
     from cocoa_embed.evaluation.tables import to_html, to_markdown
 
     make_folder(stem.parent)
@@ -288,7 +288,7 @@ def write_results(stem: Path, title: str, document: Mapping[str, Any], tables: S
         "html": to_html(title, tables),
     }
     for suffix, text in texts.items():
-        write_whole(stem.with_name(f"{stem.name}.{suffix}"), text)
+        write_result(stem.with_name(f"{stem.name}.{suffix}"), text)
 
 
 def plain_name(model: str) -> str:

@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cocoa_embed.errors import CocoaError, one_line, printable
+from cocoa_embed.folders import write_whole
 
 NAME_DIGITS = 12
 """Hexadecimal digits of a key's digest in a file's name; the whole key is in the file."""
@@ -43,7 +43,7 @@ class FinishedParts:
         :raises CocoaError: If it cannot be written.
         """
         document = {**result, "key": dict(key)}
-        write_whole(self.path(name, key), json.dumps(document) + "\n")
+        write_result(self.path(name, key), json.dumps(document) + "\n")
         return document
 
 
@@ -60,15 +60,12 @@ def make_folder(folder: Path) -> None:
         ) from error
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that it is there whole or not at all, whatever other processes write.
+def write_result(path: Path, text: str) -> None:
+    """Write a text file so that it is there whole or not at all.
 
     :raises CocoaError: If it cannot be written.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        write_whole(path, text)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise CocoaError(f"{printable(path)} cannot be written ({one_line(error)})") from error
