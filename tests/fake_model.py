@@ -3,6 +3,7 @@
 import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -126,3 +127,12 @@ class FakeModel:
 def colour_image(colour: str, size: tuple[int, int] = (24, 16)) -> Image.Image:
     """Return an image of one of the colours that the model knows."""
     return Image.new("RGB", size, COLOURS[colour])
+
+
+def write_colours(folder: Path, *colours: str) -> list[str]:
+    """Write ``red.png`` and so on, and return their paths; the folder is made if it is not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{colour}.png" for colour in colours]
+    for colour, file in zip(colours, files, strict=True):
+        colour_image(colour).save(file)
+    return [str(file) for file in files]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fake_model import IMAGE_TOKEN, FakeModel, colour_image
+from fake_model import IMAGE_TOKEN, FakeModel, colour_image, write_colours
 
 pytest.importorskip("qdrant_client")
 
@@ -28,9 +28,7 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     folder = tmp_path / "pictures"
-    folder.mkdir()
-    for colour in ("red", "green", "blue"):
-        colour_image(colour).save(folder / f"{colour}.png")
+    write_colours(folder, "red", "green", "blue")
     (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "red.png", "text": "<script>alert(1)</script>"}))
     return folder
 

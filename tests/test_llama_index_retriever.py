@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fake_model import FakeModel, colour_image
+from fake_model import FakeModel, colour_image, write_colours
 
 pytest.importorskip("llama_index.core")
 pytest.importorskip("qdrant_client")
@@ -39,10 +39,7 @@ COLOURS = ("red", "green", "blue", "yellow")
 
 @pytest.fixture
 def files(tmp_path: Path) -> list[str]:
-    files = [str(tmp_path / f"{colour}.png") for colour in COLOURS]
-    for colour, file in zip(COLOURS, files, strict=True):
-        colour_image(colour).save(file)
-    return files
+    return write_colours(tmp_path, *COLOURS)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fake_model import FakeModel, colour_image
+from fake_model import FakeModel, colour_image, write_colours
 
 pytest.importorskip("llama_index.vector_stores.qdrant")
 
@@ -35,11 +35,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:Payload indexes have no effect i
 def folder(tmp_path: Path) -> Path:
     """Four images, each with a caption and two columns."""
     folder = tmp_path / "pictures"
-    folder.mkdir()
-    rows = []
-    for number, colour in enumerate(COLOURS):
-        colour_image(colour).save(folder / f"{colour}.png")
-        rows.append({"file_name": f"{colour}.png", "text": f"a {colour} field", "author": colour[0], "n": number})
+    write_colours(folder, *COLOURS)
+    rows = [
+        {"file_name": f"{colour}.png", "text": f"a {colour} field", "author": colour[0], "n": number}
+        for number, colour in enumerate(COLOURS)
+    ]
     (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     return folder
 

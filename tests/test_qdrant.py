@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fake_model import FakeModel, colour_image
+from fake_model import FakeModel, colour_image, write_colours
 
 pytest.importorskip("qdrant_client")
 
@@ -35,9 +35,8 @@ def client() -> Iterator[QdrantClient]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "pictures"
-    (folder / "sub").mkdir(parents=True)
-    for colour in ("red", "green", "blue"):
-        colour_image(colour).save(folder / f"{colour}.png")
+    write_colours(folder, "red", "green", "blue")
+    (folder / "sub").mkdir()
     colour_image("yellow").save(folder / "sub" / "yellow.jpg")
     return folder
 
