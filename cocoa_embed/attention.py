@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 from cocoa_embed.errors import CocoaError
 
 TRANSFORMERS_FLOOR = "5.5.4"
-"""The oldest transformers that embeds rightly: 5.2 and 5.3 leave Qwen2-VL and Qwen2.5-VL causal, and 5.4 to 5.5.3 scale
-the positions after an image as those after a video in Qwen2.5-VL."""
+"""The oldest transformers that embeds rightly: 5.2 and 5.3 leave Qwen2-VL and Qwen2.5-VL causal; 5.4 to 5.5.3 multiply
+the moments of Qwen2.5-VL's images as if they were videos, and stop where a batch has more images than tokens a row."""
 
 
 class Block(IntEnum):

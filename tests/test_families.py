@@ -10,12 +10,13 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 
 from cocoa_embed.attention import assert_bidirectional
-from cocoa_embed.backbone import SUPPORTED, load_backbone
+from cocoa_embed.backbone import SUPPORTED, Backbone, load_backbone
 from cocoa_embed.export import export_model
 from cocoa_embed.train.collators import render_items
 from cocoa_embed.train.data import Item, Row
 from cocoa_embed.train.pipeline import run
 from cocoa_embed.train.recipe import Recipe
+from cocoa_embed.train.reconstruction import position_ids
 from cocoa_embed.train.record import StageResult
 from conftest import TINY_MAX_LENGTH
 from exported import PROMPTS
@@ -86,6 +87,18 @@ def test_the_export_encodes_any_item_into_one_space(trained: Trained, scene_rows
     alone = np.concatenate([trained.model.encode([item]) for item in items])
     np.testing.assert_allclose(together, alone, atol=1e-5)
     assert np.abs(together[0] - together[1]).max() > 1e-3
+
+
+@every_family
+def test_an_image_stands_at_the_moment_after_its_marker(tiny_backbone: Backbone, scene_rows: list[Row]) -> None:
+    """Qwen2.5-VL's moments are multiplied in videos; in transformers 5.4 to 5.5.3 they are in images too."""
+    batch = render_items(tiny_backbone.processor, [Item(text="a red ring", image=row.image) for row in scene_rows[:2]])
+    positions = position_ids(tiny_backbone.model, batch)
+    is_image = batch["input_ids"] == tiny_backbone.model.config.image_token_id
+    first = is_image.int().argmax(dim=1)
+    assert (first > 0).all(), "moment 0 is 0 however often it is multiplied"
+    for row, start in enumerate(first.tolist()):
+        assert set(positions[0, row, is_image[row]].tolist()) == {start}
 
 
 @every_family
