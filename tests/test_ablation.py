@@ -15,6 +15,7 @@ from datasets import Dataset
 from matplotlib.axes import Axes
 from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 
+import ablation
 from arms.families import FAMILY, families, variations
 from arms.figure import draw, write_figure
 from arms.grid import (
@@ -38,6 +39,7 @@ from cocoa_embed.encoder import Encoder
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.evaluation.pairs import evaluate_pairs
 from cocoa_embed.evaluation.pairs_reader import read_pairs
+from cocoa_embed.evaluation.tables import to_markdown
 from cocoa_embed.export import build_sentence_transformer
 from cocoa_embed.train.data import read_image_folder
 from cocoa_embed.train.probe import hold_out_rows
@@ -379,10 +381,15 @@ def test_a_run_that_is_ended_goes_on_where_it_was(place: Place, tiny: Sizes, mon
 def test_a_folder_to_train_on_without_one_to_measure_on_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import ablation
-
     monkeypatch.setattr(sys, "argv", ["ablation.py", "--training", "mine"])
     with pytest.raises(SystemExit) as ended:
         ablation.parse()
     assert ended.value.code == 2
     assert "--training and --held-out go together" in capsys.readouterr().err
+
+
+def test_the_documented_tables_are_those_of_the_documented_numbers() -> None:
+    folder = Path(__file__).parents[1] / "docs" / "ablation"
+    document = json.loads((folder / "ablation.json").read_text(encoding="utf-8"))
+    assert len(document["seeds"]) >= 3
+    assert (folder / "ablation.md").read_text(encoding="utf-8") == to_markdown(ablation.TITLE, tables(document))
