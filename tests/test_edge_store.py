@@ -419,7 +419,9 @@ except CocoaError as error:
 class TestKills:
     def test_a_store_that_is_killed_has_what_it_said(self, folder: Path) -> None:
         stored = 0
-        for seconds in (0.0, 0.02, 0.1, 0.5):
+        for seconds in (0.0, 0.02, 0.1, 0.5, 2.0, 8.0):
+            if seconds > 0.5 and stored:
+                break  # longer lives are for a machine so busy that it has stored nothing yet
             stored = run_and_kill("edge", folder, stored, seconds)
             stored = check_after_kill("edge", folder, stored)
         assert stored > 0

@@ -142,7 +142,7 @@ def test_the_recipe_is_told_and_its_file_runs_the_same_again(report: RunReport, 
     assert table is not None
     assert table.stages == ["warmup", "bridge", "contrastive"]
     rows, defaults = dict(table.rows), dict(table.defaults)
-    assert rows["probe_rows"] == ["–", "4", "–"]
+    assert rows["probe_rows"] == ["–", "4", "64"]
     assert rows["learning_rate"] == ["0.001", "0.001", "2e-05"]
     assert defaults["mask_ratio"] == ["–", "0.7", "–"]
     assert ("prompts.query", "find: ") in table.whole
