@@ -1,19 +1,26 @@
 """What a stage leaves to be looked at: of which rows, and at no cost to its training."""
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.torch import load_file
 
+from cocoa_embed.backbone import Backbone
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.train import Recipe, pipeline, run, samples
+from cocoa_embed.train.batches import DescribedBatches
+from cocoa_embed.train.bridge import BridgeModel
+from cocoa_embed.train.collators import BridgeCollator
 from cocoa_embed.train.data import Item, Row, read_image_folder
 from cocoa_embed.train.probe import hold_out_rows
 from cocoa_embed.train.samples import SAMPLE_ROWS, SAMPLES_FILE, Samples, choose_rows, read_samples, write_samples
 from cocoa_embed.train.sections import BridgeSection, WarmupSection
+from cocoa_embed.train.stage_trainer import draw_indices
 from conftest import TINY_MAX_LENGTH
 
 STAGE: dict[str, Any] = {
@@ -97,6 +104,45 @@ def test_samples_that_cannot_be_made_cost_the_run_nothing_and_say_why(
     found = read_samples(result.folder)
     assert found == Samples(failure="RuntimeError: no memory is left")
     assert "no memory is left" in caplog.text
+
+
+def trainer_of(backbone: Backbone, devices: int) -> Any:
+    """Stand for a bridge's trainer on so many devices, as far as samples look at one."""
+    return SimpleNamespace(
+        model=BridgeModel(backbone.model).train(),
+        data_collator=DescribedBatches(BridgeCollator(backbone.processor, seed=0), draw_indices, None),
+        accelerator=SimpleNamespace(num_processes=devices, unwrap_model=lambda model: model, autocast=nullcontext),
+    )
+
+
+@pytest.mark.parametrize(
+    ("devices", "micro_batch_size", "expected"),
+    [(1, None, [4, 2]), (2, None, [2, 2, 2]), (4, None, [1] * 6), (1, 2, [2, 2, 2]), (2, 8, [2, 2, 2])],
+)
+def test_no_more_rows_run_at_once_than_a_device_trains_on(
+    tiny_backbone: Backbone, scene_rows: list[Row], devices: int, micro_batch_size: int | None, expected: list[int]
+) -> None:
+    section = BridgeSection(steps=1, batch_size=4, micro_batch_size=micro_batch_size)
+    parts = samples._collated(trainer_of(tiny_backbone, devices), section, scene_rows[:6])
+    assert [len(batch["input_ids"]) for _, batch in parts] == [len(rows) for rows, _ in parts] == expected
+
+
+def test_a_model_goes_on_training_though_its_samples_fail(
+    tiny_backbone: Backbone, scene_rows: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(tiny_backbone, 1)
+    batches = samples._collated(trainer, BridgeSection(steps=1, batch_size=4), scene_rows[:2])
+    modes = []
+
+    def fail(batch: object) -> None:
+        modes.append(trainer.model.training)
+        raise RuntimeError("no memory is left")
+
+    monkeypatch.setattr(trainer.model, "predict", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        samples._made(trainer, batches, True)
+    assert modes == [False], "the premise: it failed in another mode"
+    assert all(module.training for module in trainer.model.modules())
 
 
 def test_a_full_disk_takes_the_samples_alone(

@@ -100,10 +100,11 @@ def _attempt(work: Callable[[], Result]) -> tuple[Result | None, str | None]:
 def _collated(
     trainer: CocoaTrainer, section: ReconstructionSection, rows: Sequence[Row]
 ) -> list[tuple[list[Row], Batch]]:
-    """Return the rows in batches as large as training's: what fits there fits here."""
+    """Return the rows in batches as large as those that a device trains on at once: what fits there fits here."""
     described = trainer.data_collator
     assert isinstance(described, DescribedBatches)
-    examples, size = numbered(rows), section.micro_batch_size or section.batch_size
+    of_device = max(1, section.batch_size // trainer.accelerator.num_processes)
+    examples, size = numbered(rows), min(section.micro_batch_size or of_device, of_device)
     parts = [examples[start : start + size] for start in range(0, len(examples), size)]
     return [([row for _, row in part], described.collate(part)) for part in parts]
 
@@ -117,16 +118,18 @@ def _made(trainer: CocoaTrainer, batches: Sequence[tuple[list[Row], Batch]], kep
     patches: list[PatchReconstruction] = []
     tokens: list[TokenReconstruction] = []
     masks: list[BridgeMask] = []
-    with trainer.accelerator.autocast():
-        for rows, batch in batches:
-            if isinstance(model, WarmupModel):
-                pictures, words = warmup_reconstructions(model, collate, rows, batch)
-                patches += pictures
-            else:
-                words, mask = bridge_reconstructions(model, collate, rows, batch)
-                masks.append(mask)
-            tokens += words
-    model.train(was_training)
+    try:
+        with trainer.accelerator.autocast():
+            for rows, batch in batches:
+                if isinstance(model, WarmupModel):
+                    pictures, words = warmup_reconstructions(model, collate, rows, batch)
+                    patches += pictures
+                else:
+                    words, mask = bridge_reconstructions(model, collate, rows, batch)
+                    masks.append(mask)
+                tokens += words
+    finally:
+        model.train(was_training)
     return Samples(kept_out, patches, tokens, masks[0] if masks else None)
 
 
