@@ -1,5 +1,6 @@
 """What a stage leaves to be looked at: of which rows, and at no cost to its training."""
 
+import json
 import logging
 from contextlib import nullcontext
 from pathlib import Path
@@ -8,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 
 from cocoa_embed.backbone import Backbone
 from cocoa_embed.errors import CocoaError
+from cocoa_embed.report.figures import data_uri
 from cocoa_embed.train import Recipe, pipeline, run, samples
 from cocoa_embed.train.batches import DescribedBatches
 from cocoa_embed.train.bridge import BridgeModel
@@ -106,7 +109,7 @@ def test_samples_that_cannot_be_made_cost_the_run_nothing_and_say_why(
     assert "no memory is left" in caplog.text
 
 
-def trainer_of(backbone: Backbone, devices: int) -> Any:
+def trainer_of(backbone: Backbone, devices: int) -> Any:  # noqa: ANN401  it stands for a trainer
     """Stand for a bridge's trainer on so many devices, as far as samples look at one."""
     return SimpleNamespace(
         model=BridgeModel(backbone.model).train(),
@@ -180,6 +183,52 @@ def test_what_is_written_is_read_back(tiny_backbone_path: Path, scene_folder: Pa
     for one, other in zip(first.patches, again.patches, strict=True):
         assert np.array_equal(np.asarray(one.reconstructed), np.asarray(other.reconstructed))
     assert [each.predicted for each in first.tokens] == [each.predicted for each in again.tokens]
+
+
+PICTURE = data_uri(Image.new("RGB", (8, 8)))
+TOKENS = {"stage": "bridge", "tokens": ["a"], "hidden": [True], "predicted": ["b"], "image": PICTURE}
+MASK = {"allowed": ["1"], "labels": ["a"], "blocks": ["EOS"]}
+WHOLE: dict[str, Any] = {
+    "kept_out": True,
+    "failure": None,
+    "patches": [{"caption": "a", "original": PICTURE, "masked": PICTURE, "reconstructed": PICTURE}],
+    "tokens": [TOKENS],
+    "mask": MASK,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"kept_out": None}, "kept_out is null, a bool is expected"),
+        ({"failure": 3}, "failure is 3, a str"),
+        ({"patches": None}, "not iterable"),
+        ({"patches": [{**WHOLE["patches"][0], "masked": None}]}, "patches[0].masked is null, a str"),
+        ({"patches": [{**WHOLE["patches"][0], "masked": "data:image/png;base64,AAAA"}]}, "patches[0].masked: is not"),
+        ({"patches": [{**WHOLE["patches"][0], "masked": PICTURE[:70]}]}, "patches[0].masked: "),
+        ({"patches": [{**WHOLE["patches"][0], "masked": "data:,?"}]}, "patches[0].masked: "),
+        ({"patches": [{**WHOLE["patches"][0], "caption": None}]}, "patches[0].caption is null"),
+        ({"tokens": [{**TOKENS, "tokens": None}]}, "tokens[0].tokens is null, a list"),
+        ({"tokens": [{**TOKENS, "predicted": [None]}]}, "tokens[0].predicted[0] is null, a str"),
+        ({"tokens": [{**TOKENS, "hidden": ["x"]}]}, 'tokens[0].hidden[0] is "x", a bool'),
+        ({"tokens": [{**TOKENS, "hidden": []}]}, "needs one entry a token"),
+        ({"tokens": [{**TOKENS, "image": "nothing"}]}, "tokens[0].image: "),
+        ({"mask": {**MASK, "labels": [None]}}, "mask.labels[0] is null"),
+        ({"mask": {**MASK, "allowed": None}}, "mask.allowed is null"),
+        ({"mask": {**MASK, "blocks": ["C"]}}, "Unknown blocks"),
+    ],
+)
+def test_each_part_that_is_broken_is_told_with_the_way_out(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    (tmp_path / SAMPLES_FILE).write_text(json.dumps(WHOLE))
+    assert read_samples(tmp_path) is not None, "the premise: it is whole without the change"
+    (tmp_path / SAMPLES_FILE).write_text(json.dumps({**WHOLE, **changes}))
+    with pytest.raises(CocoaError) as caught:
+        read_samples(tmp_path)
+    assert type(caught.value) is CocoaError
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / SAMPLES_FILE} is broken (")
+    assert words in message
+    assert message.endswith("; remove it to go on without the samples of the stage")
 
 
 @pytest.mark.parametrize(
