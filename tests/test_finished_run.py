@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.export import TRAINING_FILE
@@ -16,7 +17,9 @@ from cocoa_embed.train.finished_run import read_run, run_of
 from cocoa_embed.train.mixing import ReadRows, write_bad_rows
 from cocoa_embed.train.preparation import BAD_ROWS_FILE, CHECKPOINTS, DATA_FILE, RECIPE_FILE, Prepared, bad_rows
 from cocoa_embed.train.recipe import STAGES, Recipe
+from cocoa_embed.train.recipe_table import recipe_yaml
 from cocoa_embed.train.record import Start
+from cocoa_embed.train.sections import DataSection
 
 STEPS = {"warmup": 3, "bridge": 4, "contrastive": 5}
 LOG = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
@@ -264,3 +267,49 @@ def test_what_the_way_out_says_is_one(whole: Path) -> None:
     found = read_run(whole)
     assert found.rows == {}
     assert found.results[1].log == []
+
+
+# The recipe, to be run again
+
+
+def again(run: Path) -> Recipe:
+    return Recipe.parse(yaml.safe_load(recipe_yaml(read_run(run))))
+
+
+def test_what_a_stage_was_given_over_the_recipes_own_stays_though_it_is_the_default(whole: Path) -> None:
+    values = written_recipe(data={"on_bad_row": "skip", "check_images": False}, bridge={"data": {"on_bad_row": "stop"}})
+    write(whole / RECIPE_FILE, values)
+    found = again(whole)
+    assert {stage: found.data_of(stage).on_bad_row for stage in STAGES} == {
+        "warmup": "skip",
+        "bridge": "stop",
+        "contrastive": "skip",
+    }
+    assert not any(found.data_of(stage).check_images for stage in STAGES)
+
+
+def test_a_stage_may_take_back_what_the_recipe_says_of_all(whole: Path) -> None:
+    """Of a run that does not tell its sources, they are those that its recipe names."""
+    values = written_recipe(data={"limit": 9, "captions": "captions"}, bridge={"data": {"limit": None}})
+    write(whole / RECIPE_FILE, values)
+    write(whole / DATA_FILE, dict.fromkeys(STEPS, KNOWN))
+    found = again(whole)
+    limits = {stage: found.sources_of(stage)["data"].limit for stage in STAGES}
+    assert limits == {"warmup": 9, "bridge": None, "contrastive": 9}
+
+
+def test_a_recipe_of_an_earlier_version_has_every_key_and_so_tells_what_is_not_as_by_default(whole: Path) -> None:
+    every_key = {name: known.default for name, known in DataSection.model_fields.items()}
+    values = written_recipe()
+    values["data"] = {**every_key, "folder": "scenes", "captions": "captions", "on_bad_row": "skip"}
+    values["bridge"]["data"] = {**every_key, "paraphrases": 1}
+    write(whole / RECIPE_FILE, values)
+    write(whole / DATA_FILE, dict.fromkeys(STEPS, KNOWN))
+    bridge = again(whole).sources_of("bridge")["data"]
+    assert (bridge.captions, bridge.paraphrases) == ("captions", 1)
+    assert again(whole).data_of("bridge").on_bad_row == "skip"
+
+
+def test_a_recipe_that_this_version_does_not_know_is_no_file_to_run_again(whole: Path) -> None:
+    write(whole / RECIPE_FILE, {**written_recipe(), "of_another_version": 1})
+    assert recipe_yaml(read_run(whole)) == ""

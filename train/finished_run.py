@@ -14,7 +14,7 @@ from cocoa_embed.folders import RUN_MARKER
 from cocoa_embed.train.checkpoints import newest_complete, read_complete, step_of
 from cocoa_embed.train.data import BadRow
 from cocoa_embed.train.preparation import BAD_ROWS_FILE, CHECKPOINTS, DATA_FILE, RECIPE_FILE
-from cocoa_embed.train.recipe import STAGES, Recipe
+from cocoa_embed.train.recipe import SOURCE_KINDS, STAGES, Recipe
 from cocoa_embed.train.record import StageResult, checked_log, read_result, recorded_result
 from cocoa_embed.train.sections import DataSection, SourceSection
 
@@ -238,14 +238,16 @@ def _sources(known: Mapping[str, Any], recipe: Mapping[str, Any], stage: str) ->
 
 
 def without_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a written recipe's values without those of its data sections that are as by default.
+    """Return a written recipe's values, without those that nobody has given to its data sections.
 
-    In a written recipe every key is given, and in a data section what is given replaces what the recipe's own says.
-    What was given its default on purpose is lost.
+    Earlier versions wrote every key of a data section down, and in one what is given replaces what the recipe's own
+    says: of such sections the values that are as by default are left out, those that were given on purpose too.
     """
-    defaults = DataSection().model_dump(mode="json")
+    defaults = {name: known.default for name, known in DataSection.model_fields.items()}
 
     def given(data: Mapping[str, Any]) -> dict[str, Any]:
+        if not all(kind in data for kind in SOURCE_KINDS):
+            return dict(data)  # as it was given: nobody names every kind of source
         return {key: value for key, value in data.items() if value != defaults.get(key)}
 
     pruned = dict(recipe)
