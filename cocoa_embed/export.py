@@ -38,20 +38,21 @@ def build_sentence_transformer(
     )
 
 
-def read_training(checkpoint: Path) -> dict[str, Any]:
+def read_training(checkpoint: Path, *, needs_weights: bool = True) -> dict[str, Any]:
     """Read what is known of a checkpoint's training.
 
+    :param needs_weights: The weights are to be there too; without, they may have been removed to save disk.
     :raises CocoaError: If the folder is no checkpoint of this project.
     """
     path = checkpoint / TRAINING_FILE
     remedy = "Give the folder of a stage that `cocoa-embed train` has written."
     keys = {"backbone", "origin", "recipe", "stages"}
-    if not path.is_file() or not list(checkpoint.glob("*.safetensors")):
+    if not path.is_file() or (needs_weights and not list(checkpoint.glob("*.safetensors"))):
         raise CocoaError(f"{checkpoint} is no checkpoint: it needs {TRAINING_FILE} and *.safetensors. {remedy}")
     try:
         training = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CocoaError(f"{path} is not JSON ({error}): the checkpoint is incomplete. {remedy}") from error
+    except (OSError, ValueError) as error:
+        raise CocoaError(f"{path} is not JSON ({one_line(error)}): the checkpoint is incomplete. {remedy}") from error
     if not isinstance(training, dict) or not keys <= training.keys():
         raise CocoaError(f"{path} lacks one of {', '.join(sorted(keys))}: the checkpoint is incomplete. {remedy}")
     return training

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cocoa_embed.encoder import Encoder
-from cocoa_embed.evaluation.galleries import SHOWN_HITS, QueryGallery
+from cocoa_embed.evaluation.galleries import SHOWN_CHARACTERS, SHOWN_HITS, QueryGallery, _first
 from cocoa_embed.evaluation.items import Item
 from cocoa_embed.evaluation.pairs import Direction, Pair, evaluate_pairs
 from scored_model import ScoredModel, mosaic
@@ -47,6 +49,49 @@ def test_ranks_margins_and_hits_are_those_of_a_sorted_list() -> None:
             assert query.hits[-1].rank == query.rank
             assert query.rank is not None
             assert query.rank > SHOWN_HITS
+
+
+@given(
+    scores=st.lists(st.tuples(st.integers(-2, 2), st.booleans()), min_size=1, max_size=40),
+    count=st.integers(1, 12),
+)
+def test_the_first_documents_are_those_of_the_whole_list_sorted_however_many_are_equal(
+    scores: list[tuple[int, bool]], count: int
+) -> None:
+    similarities = np.array([score / 2 for score, _ in scores])
+    is_wrong = np.array([wrong for _, wrong in scores])
+    expected = sorted(range(len(scores)), key=lambda number: (-similarities[number], not is_wrong[number]))
+    assert _first(similarities, is_wrong, count) == expected[:count]
+
+
+def test_no_more_is_sorted_than_may_be_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    sorted_at_once, sort = [], np.lexsort
+
+    def watched(keys: tuple[np.ndarray, ...]) -> np.ndarray:
+        sorted_at_once.append(len(keys[0]))
+        return np.asarray(sort(keys))
+
+    monkeypatch.setattr(np, "lexsort", watched)
+    asked, gallery = direction([[7], [9]], 5000), QueryGallery()
+    gallery.observe(asked, 0, np.random.default_rng(0).permutation(10000).reshape(2, 5000) / 10000)
+    assert sorted_at_once == [SHOWN_HITS, SHOWN_HITS]
+
+
+def test_long_texts_are_shortened() -> None:
+    def long(name: str) -> Item:
+        return Item(text=f"{name} " + "word " * 200)
+
+    documents = [long("right"), Item(text="x" * SHOWN_CHARACTERS)]
+    asked = Direction("text_to_text", [long("query")], documents, [np.array([0])], np.array([0]))
+    gallery = QueryGallery()
+    gallery.observe(asked, 0, np.array([[0.5, 0.25]]))
+    (shown,) = gallery.galleries()[0].queries
+    assert shown.text is not None
+    for text, name in ((shown.text, "query"), (shown.hits[0].caption, "right")):
+        assert text.startswith(f"{name} word")
+        assert SHOWN_CHARACTERS - 5 <= len(text) <= SHOWN_CHARACTERS
+        assert text.endswith("…")
+    assert shown.hits[1].caption == "x" * SHOWN_CHARACTERS, "no longer than what is shown"
 
 
 def test_no_query_is_among_the_best_and_the_worst() -> None:

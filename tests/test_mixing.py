@@ -142,6 +142,48 @@ def test_a_broken_image_stops_and_is_not_seen_where_images_are_not_checked(
     assert (len(found.rows), found.sizes, found.bad) == (200, {}, [])
 
 
+def test_rows_known_to_be_bad_are_left_out_before_a_weight_draws(with_images: dict[str, SourceSection]) -> None:
+    halves = {name: source.model_copy(update={"weight": 0.5}) for name, source in with_images.items()}
+    before = read(halves, on_bad_row="skip")
+    again = read(halves, on_bad_row="skip", check_images=False, known_bad=before.bad)
+    assert again.fingerprint == before.fingerprint
+    assert again.counts == before.counts
+    assert again.bad == before.bad
+    unaware = read(halves, on_bad_row="skip", check_images=False)
+    left_out = {(row.subset, row.source) for row in before.bad}
+    rows = [row for row in unaware.rows if (row.subset, row.source) not in left_out]
+    assert fingerprint(rows) != before.fingerprint, "the premise: another draw"
+
+
+def test_of_one_source_the_rows_that_could_be_used_stay(tmp_path: Path) -> None:
+    """A broken image takes its captions along, and not what its captions say of each other."""
+    for number in range(200):
+        (tmp_path / f"{number}.png").write_bytes(png())
+    lines = [
+        {"file_name": f"{number}.png", "text": "x", "captions": [f"one {number}", f"two {number}"]}
+        for number in range(200)
+    ]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "7.png").write_bytes(b"no image")
+    sources = {"data": SourceSection(folder=tmp_path, captions="captions", paraphrases=1)}
+    before = read(sources, on_bad_row="skip")
+    assert len(before.bad) == 2
+    assert [row.image for row in before.rows if row.source.endswith(" 7.png")] == [None]
+    again = read(sources, on_bad_row="skip", check_images=False, known_bad=before.bad)
+    assert again.fingerprint == before.fingerprint
+
+
+def test_what_is_refused_anew_takes_nothing_else_of_its_source_along(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "rows.jsonl", 200)
+
+    def refuse(row: Row) -> str | None:
+        return "of no use" if row.query.text == "rows 3" else None
+
+    before = read({"data": source}, on_bad_row="skip", refuse=refuse)
+    again = read({"data": source}, on_bad_row="skip", refuse=refuse, known_bad=before.bad)
+    assert (len(before.bad), again.bad, again.fingerprint) == (1, before.bad, before.fingerprint)
+
+
 def test_a_weight_that_leaves_no_row_is_named(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "rows.csv", 4).model_copy(update={"weight": 0.1})
     with pytest.raises(CocoaError, match=r"Subset 'few' has 4 usable rows.* 0\.1"):
@@ -161,5 +203,12 @@ def test_bad_rows_are_written_a_line_each_and_only_where_there_are_any(tmp_path:
         {"subset": "b", "source": "c", "reason": "d"},
     ]
     assert list(tmp_path.iterdir()) == [path]
+    write_bad_rows(path, [BadRow("a", "b", "c", ("warmup", "bridge"))])
+    assert json.loads(path.read_text()) == {
+        "subset": "a",
+        "source": "b",
+        "reason": "c",
+        "stages": ["warmup", "bridge"],
+    }
     write_bad_rows(path, [])
     assert not path.exists()

@@ -3,11 +3,12 @@ import pytest
 import torch
 from PIL import Image
 
-from cocoa_embed.attention import Block, bridge_mask
+from cocoa_embed.attention import Block, bridge_mask, make_causal
 from cocoa_embed.backbone import Backbone
 from cocoa_embed.train.bridge import BridgeModel
 from cocoa_embed.train.collators import BridgeCollator, WarmupCollator
 from cocoa_embed.train.data import Item, Row, numbered
+from cocoa_embed.train.reconstruction import bridge_model_mask
 from cocoa_embed.train.reconstructions import bridge_reconstructions, patches_to_image, warmup_reconstructions
 from cocoa_embed.train.warmup import WarmupModel
 
@@ -74,6 +75,18 @@ def test_the_pictured_mask_is_the_one_that_was_trained_with(tiny_backbone: Backb
         expected = bridge_mask(blocks, eos_attends_to_b=eos_attends_to_b)[0, :length, :length]
         assert np.array_equal(mask.allowed, expected.numpy())
         assert set(mask.blocks) == {"A", "EOS", "B"}
+
+
+def test_so_is_that_of_a_model_that_was_left_causal(tiny_backbone: Backbone, scene_rows: list[Row]) -> None:
+    make_causal(tiny_backbone.model)
+    collator = BridgeCollator(tiny_backbone.processor, mask_ratio=0.5, seed=0)
+    _, mask = bridge_reconstructions(BridgeModel(tiny_backbone.model), collator, scene_rows[:2])
+    used = bridge_model_mask(tiny_backbone.model, collator(numbered(scene_rows[:2]))["blocks"])
+    assert isinstance(used, torch.Tensor)
+    assert used.dtype == torch.bool, "the premise: sdpa's, who attends to whom"
+    length = len(mask.labels)
+    assert np.array_equal(mask.allowed, used[0, 0, :length, :length].numpy())
+    assert not np.triu(mask.allowed, 1).any()
 
 
 def test_rows_without_an_image_have_words_and_no_pictures(tiny_backbone: Backbone, scene_rows: list[Row]) -> None:

@@ -1,19 +1,29 @@
 """What a stage leaves to be looked at: of which rows, and at no cost to its training."""
 
+import json
 import logging
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 
+from cocoa_embed.backbone import Backbone
 from cocoa_embed.errors import CocoaError
+from cocoa_embed.report.figures import data_uri
 from cocoa_embed.train import Recipe, pipeline, run, samples
+from cocoa_embed.train.batches import DescribedBatches
+from cocoa_embed.train.bridge import BridgeModel
+from cocoa_embed.train.collators import BridgeCollator
 from cocoa_embed.train.data import Item, Row, read_image_folder
 from cocoa_embed.train.probe import hold_out_rows
 from cocoa_embed.train.samples import SAMPLE_ROWS, SAMPLES_FILE, Samples, choose_rows, read_samples, write_samples
 from cocoa_embed.train.sections import BridgeSection, WarmupSection
+from cocoa_embed.train.stage_trainer import draw_indices
 from conftest import TINY_MAX_LENGTH
 
 STAGE: dict[str, Any] = {
@@ -99,6 +109,45 @@ def test_samples_that_cannot_be_made_cost_the_run_nothing_and_say_why(
     assert "no memory is left" in caplog.text
 
 
+def trainer_of(backbone: Backbone, devices: int) -> Any:  # noqa: ANN401  it stands for a trainer
+    """Stand for a bridge's trainer on so many devices, as far as samples look at one."""
+    return SimpleNamespace(
+        model=BridgeModel(backbone.model).train(),
+        data_collator=DescribedBatches(BridgeCollator(backbone.processor, seed=0), draw_indices, None),
+        accelerator=SimpleNamespace(num_processes=devices, unwrap_model=lambda model: model, autocast=nullcontext),
+    )
+
+
+@pytest.mark.parametrize(
+    ("devices", "micro_batch_size", "expected"),
+    [(1, None, [4, 2]), (2, None, [2, 2, 2]), (4, None, [1] * 6), (1, 2, [2, 2, 2]), (2, 8, [2, 2, 2])],
+)
+def test_no_more_rows_run_at_once_than_a_device_trains_on(
+    tiny_backbone: Backbone, scene_rows: list[Row], devices: int, micro_batch_size: int | None, expected: list[int]
+) -> None:
+    section = BridgeSection(steps=1, batch_size=4, micro_batch_size=micro_batch_size)
+    parts = samples._collated(trainer_of(tiny_backbone, devices), section, scene_rows[:6])
+    assert [len(batch["input_ids"]) for _, batch in parts] == [len(rows) for rows, _ in parts] == expected
+
+
+def test_a_model_goes_on_training_though_its_samples_fail(
+    tiny_backbone: Backbone, scene_rows: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(tiny_backbone, 1)
+    batches = samples._collated(trainer, BridgeSection(steps=1, batch_size=4), scene_rows[:2])
+    modes = []
+
+    def fail(batch: object) -> None:
+        modes.append(trainer.model.training)
+        raise RuntimeError("no memory is left")
+
+    monkeypatch.setattr(trainer.model, "predict", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        samples._made(trainer, batches, True)
+    assert modes == [False], "the premise: it failed in another mode"
+    assert all(module.training for module in trainer.model.modules())
+
+
 def test_a_full_disk_takes_the_samples_alone(
     tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,6 +183,52 @@ def test_what_is_written_is_read_back(tiny_backbone_path: Path, scene_folder: Pa
     for one, other in zip(first.patches, again.patches, strict=True):
         assert np.array_equal(np.asarray(one.reconstructed), np.asarray(other.reconstructed))
     assert [each.predicted for each in first.tokens] == [each.predicted for each in again.tokens]
+
+
+PICTURE = data_uri(Image.new("RGB", (8, 8)))
+TOKENS = {"stage": "bridge", "tokens": ["a"], "hidden": [True], "predicted": ["b"], "image": PICTURE}
+MASK = {"allowed": ["1"], "labels": ["a"], "blocks": ["EOS"]}
+WHOLE: dict[str, Any] = {
+    "kept_out": True,
+    "failure": None,
+    "patches": [{"caption": "a", "original": PICTURE, "masked": PICTURE, "reconstructed": PICTURE}],
+    "tokens": [TOKENS],
+    "mask": MASK,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"kept_out": None}, "kept_out is null, a bool is expected"),
+        ({"failure": 3}, "failure is 3, a str"),
+        ({"patches": None}, "not iterable"),
+        ({"patches": [{**WHOLE["patches"][0], "masked": None}]}, "patches[0].masked is null, a str"),
+        ({"patches": [{**WHOLE["patches"][0], "masked": "data:image/png;base64,AAAA"}]}, "patches[0].masked: is not"),
+        ({"patches": [{**WHOLE["patches"][0], "masked": PICTURE[:70]}]}, "patches[0].masked: "),
+        ({"patches": [{**WHOLE["patches"][0], "masked": "data:,?"}]}, "patches[0].masked: "),
+        ({"patches": [{**WHOLE["patches"][0], "caption": None}]}, "patches[0].caption is null"),
+        ({"tokens": [{**TOKENS, "tokens": None}]}, "tokens[0].tokens is null, a list"),
+        ({"tokens": [{**TOKENS, "predicted": [None]}]}, "tokens[0].predicted[0] is null, a str"),
+        ({"tokens": [{**TOKENS, "hidden": ["x"]}]}, 'tokens[0].hidden[0] is "x", a bool'),
+        ({"tokens": [{**TOKENS, "hidden": []}]}, "needs one entry a token"),
+        ({"tokens": [{**TOKENS, "image": "nothing"}]}, "tokens[0].image: "),
+        ({"mask": {**MASK, "labels": [None]}}, "mask.labels[0] is null"),
+        ({"mask": {**MASK, "allowed": None}}, "mask.allowed is null"),
+        ({"mask": {**MASK, "blocks": ["C"]}}, "Unknown blocks"),
+    ],
+)
+def test_each_part_that_is_broken_is_told_with_the_way_out(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    (tmp_path / SAMPLES_FILE).write_text(json.dumps(WHOLE))
+    assert read_samples(tmp_path) is not None, "the premise: it is whole without the change"
+    (tmp_path / SAMPLES_FILE).write_text(json.dumps({**WHOLE, **changes}))
+    with pytest.raises(CocoaError) as caught:
+        read_samples(tmp_path)
+    assert type(caught.value) is CocoaError
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / SAMPLES_FILE} is broken (")
+    assert words in message
+    assert message.endswith("; remove it to go on without the samples of the stage")
 
 
 @pytest.mark.parametrize(

@@ -29,11 +29,15 @@ METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that was left out: its subset, where it comes from, and why it cannot be used."""
+    """A row that was left out: its subset, where it comes from, why it cannot be used, and by which stages.
+
+    :param stages: Empty where that is not told.
+    """
 
     subset: str
     source: str
     reason: str
+    stages: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.source}: {self.reason}"

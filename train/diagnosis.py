@@ -1,6 +1,5 @@
 """What a checkpoint's ``<EOS>`` carries and how its embeddings lie, measured outside of training."""
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +12,12 @@ from sentence_transformers.util import get_device_name
 from cocoa_embed.backbone import SUPPORTED, load_backbone, read_config
 from cocoa_embed.errors import CocoaError, UsageError, one_line, printable
 from cocoa_embed.export import read_training
-from cocoa_embed.folders import RUN_MARKER
 from cocoa_embed.loading import load_model
 from cocoa_embed.train.bridge import BridgeModel, bridge_probe
 from cocoa_embed.train.collators import lacks_block_b
 from cocoa_embed.train.contrastive import embedding_probe
 from cocoa_embed.train.data import Row, RowImage, read_image_folder
+from cocoa_embed.train.finished_run import read_stage_rows, run_of
 from cocoa_embed.train.mixing import ReadRows, read_rows
 from cocoa_embed.train.preparation import DATA_FILE
 from cocoa_embed.train.probe import NO_IMAGE, RIGHT_IMAGE, SHUFFLED_IMAGE, hold_out_rows, pictured_rows
@@ -207,13 +206,13 @@ def _kept_out_rows(checkpoint: Path, of_recipe: RecipeRows) -> list[Row]:
 
 def _refuse_other_rows(checkpoint: Path, read: ReadRows) -> None:
     """Check that a run's rows are still those that it was trained on; an exported model does not know them."""
-    run = checkpoint.resolve().parent
-    if not (run / RUN_MARKER).is_file() or not (run / DATA_FILE).is_file():
+    run = run_of(checkpoint)
+    if run is None or not (run / DATA_FILE).is_file():
         return
-    before = json.loads((run / DATA_FILE).read_text(encoding="utf-8")).get("bridge")
-    if before is not None and before["fingerprint"] != read.fingerprint:
+    before = read_stage_rows(run).get("bridge")
+    if before is not None and before.fingerprint != read.fingerprint:
         raise CocoaError(
-            f"The bridge's rows have changed since the run of {printable(checkpoint)} (then {before['rows']}, now "
+            f"The bridge's rows have changed since the run of {printable(checkpoint)} (then {before.counts}, now "
             f"{read.counts}), so that the rows it kept out cannot be told; give --data FOLDER."
         )
 

@@ -3,10 +3,10 @@
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from cocoa_embed.errors import CocoaError, printable
 from cocoa_embed.folders import write_whole
@@ -49,6 +49,7 @@ def read_rows(
     progress: bool = False,
     checked: dict[RowImage, ImageSize | str] | None = None,
     refuse: Callable[[Row], str | None] | None = None,
+    known_bad: Collection[BadRow] = (),
 ) -> ReadRows:
     """Read the rows of several sources, by the names of the subsets that they are.
 
@@ -59,6 +60,8 @@ def read_rows(
     :param progress: Show a progress bar on standard error.
     :param refuse: Says why a row is of no use to a stage, None where it is.
     :param checked: What earlier calls have found of images, which need no second look; what this one finds is added.
+    :param known_bad: What an earlier reading of the same sources has left out. Rows whose images it could not use are
+        left out again, before a weight draws, though images are not checked.
     :raises CocoaError: If a source cannot be read, too many rows cannot be used, or a subset is left without rows.
     """
     bad: list[BadRow] = []
@@ -70,6 +73,7 @@ def read_rows(
     if check_images:
         subsets, sizes = _without_bad_images(subsets, bad, workers, progress, {} if checked is None else checked)
         _refuse_bad_rows(bad, sum(map(len, subsets.values())), on_bad_row)
+    subsets = {name: _without_known(rows, bad, known_bad) for name, rows in subsets.items()}
     weighted = {name: weigh(rows, sources[name].weight, seed=seed, subset=name) for name, rows in subsets.items()}
     for name, rows in weighted.items():
         if not rows:
@@ -106,6 +110,24 @@ def _without_bad_images(
             else:
                 bad.append(BadRow(name, row.source, f"the image {printable(str(broken))} {found[broken]}"))
     return kept, known_sizes(found)
+
+
+def _without_known(rows: Sequence[Row], bad: list[BadRow], known_bad: Collection[BadRow]) -> list[Row]:
+    """Return the rows but those that are known to be bad; they go to ``bad``.
+
+    A source may have several rows, as an image with several captions has. What is found bad anew is out already; what
+    is not was bad for its image, which rows of text alone do not have.
+    """
+    found = {(row.subset, row.source, row.reason) for row in bad}
+    known = {(row.subset, row.source): row for row in known_bad if (row.subset, row.source, row.reason) not in found}
+    kept: list[Row] = []
+    for row in rows:
+        before = known.get((row.subset, row.source)) if row.images() else None
+        if before is None:
+            kept.append(row)
+        else:
+            bad.append(before)
+    return kept
 
 
 def _refuse_bad_rows(bad: Sequence[BadRow], usable: int, on_bad_row: Literal["stop", "skip"]) -> None:
@@ -147,12 +169,16 @@ def fingerprint(rows: Iterable[Row]) -> str:
 
 
 def write_bad_rows(path: Path, bad: Sequence[BadRow]) -> None:
-    """Write a line of JSON (``subset``, ``source``, ``reason``) for each row left out; no file where there is none.
+    """Write a line of JSON (``subset``, ``source``, ``reason``, ``stages``) for each row left out; no file without any.
 
     The file is there whole or not at all.
     """
     if not bad:
         path.unlink(missing_ok=True)
         return
-    lines = [json.dumps({"subset": row.subset, "source": row.source, "reason": row.reason}) + "\n" for row in bad]
-    write_whole(path, "".join(lines))
+    write_whole(path, "".join(f"{json.dumps(_told(row))}\n" for row in bad))
+
+
+def _told(row: BadRow) -> dict[str, Any]:
+    told: dict[str, Any] = {"subset": row.subset, "source": row.source, "reason": row.reason}
+    return {**told, "stages": list(row.stages)} if row.stages else told

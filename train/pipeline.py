@@ -90,7 +90,7 @@ def _run_stage(
         )
     if inspect is not None:
         inspect(stage, trainer)
-    result = save(out / stage)
+    result = save(out / stage, shows_samples=True)
     if trainer.is_world_process_zero():
         shutil.rmtree(checkpoints, ignore_errors=True)
         end_reports(recipe.report_to)
@@ -101,15 +101,26 @@ def _run_stage(
 
 
 def _save(
-    recipe: Recipe, stage: str, prepared: Prepared, before: list[StageResult], built: BuiltStage, folder: Path
+    recipe: Recipe,
+    stage: str,
+    prepared: Prepared,
+    before: list[StageResult],
+    built: BuiltStage,
+    folder: Path,
+    *,
+    shows_samples: bool = False,
 ) -> StageResult:
-    """Write a stage's weights as they are, with the record of how they came about, which comes last."""
+    """Write a stage's weights as they are, with the record of how they came about, which comes last.
+
+    :param shows_samples: Leave samples beside them; nothing reads those of weights kept on the way.
+    """
     trainer, rows = built.trainer, len(prepared.rows[stage].rows)
     with trainer.throughput.paused():
         if trainer.is_world_process_zero():
             (folder / TRAINING_FILE).unlink(missing_ok=True)  # of an earlier try: it would vouch for half a file
         built.save(folder)
-        leave_samples(trainer, recipe.section(stage), prepared.rows[stage].rows, folder)
+        if shows_samples:
+            leave_samples(trainer, recipe.section(stage), prepared.rows[stage].rows, folder)
         state = trainer.state
         result = StageResult(stage, folder, state.global_step, rows, trainer.seconds(), list(state.log_history))
         if trainer.is_world_process_zero():

@@ -1,7 +1,7 @@
 """What can go wrong before the first step, found before weights are loaded and before anything is removed."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -79,8 +79,12 @@ def prepare(recipe: Recipe, out: Path, *, resume: bool, progress: bool = True) -
 
 
 def bad_rows(prepared: Prepared) -> list[BadRow]:
-    """Return the rows that all stages leave out, each once."""
-    return list(dict.fromkeys(row for read in prepared.rows.values() for row in read.bad))
+    """Return the rows that stages leave out, each once, with the stages that do."""
+    stages: dict[BadRow, list[str]] = {}
+    for stage, read in prepared.rows.items():
+        for row in dict.fromkeys(read.bad):
+            stages.setdefault(row, []).append(stage)
+    return [replace(row, stages=tuple(those)) for row, those in stages.items()]
 
 
 def examine(recipe: Recipe, out: Path, *, resume: bool = False, progress: bool = True) -> Prepared:

@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+from cocoa_embed.errors import UsageError
 from cocoa_embed.report.content import RecipeTable
 from cocoa_embed.train.finished_run import FinishedRun, without_defaults
 from cocoa_embed.train.recipe import SOURCE_KINDS, Recipe
@@ -73,12 +74,17 @@ def recipe_yaml(run: FinishedRun) -> str:
     """Return the recipe as a file that runs again what was run, without what is as by default.
 
     Each stage has its own data, as it was written down with its rows: a recipe once written does not tell what a stage
-    took from the recipe's own. Nothing where a run of an earlier version does not tell it either.
+    took from the recipe's own. Nothing where a run of an earlier version does not tell it either, or has a recipe that
+    this version does not know.
     """
     if any(run.rows.get(stage) is None or run.rows[stage].sources is None for stage in run.stages):
         return ""
     recipe = without_defaults(run.recipe)
-    data = {stage: _stage_data(run, stage, recipe) for stage in run.stages}
+    try:
+        parsed = Recipe.parse(recipe)
+    except UsageError:
+        return ""
+    data = {stage: _stage_data(run, stage, parsed) for stage in run.stages}
     values: dict[str, Any] = {
         key: value for key, value in recipe.items() if key not in {*SECTIONS, "data"} and value != _recipe_default(key)
     }
@@ -97,11 +103,10 @@ def _recipe_default(key: str) -> Any:  # noqa: ANN401  a recipe's value, of any 
     return list(default) if isinstance(default, tuple) else default
 
 
-def _stage_data(run: FinishedRun, stage: str, recipe: Mapping[str, Any]) -> dict[str, Any]:
+def _stage_data(run: FinishedRun, stage: str, recipe: Recipe) -> dict[str, Any]:
     sources = {
         name: source.model_dump(mode="json", exclude_defaults=True)
         for name, source in (run.rows[stage].sources or {}).items()
     }
-    own = {**(recipe.get("data") or {}), **(recipe[stage].get("data") or {})}
-    how = {key: own[key] for key in ("on_bad_row", "check_images") if key in own}
+    how = recipe.data_of(stage).model_dump(mode="json", include={"on_bad_row", "check_images"})
     return {**how, **(sources["data"] if set(sources) == {"data"} else {"subsets": sources})}

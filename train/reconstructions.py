@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import ProcessorMixin
 
-from cocoa_embed.attention import Block, bridge_mask
+from cocoa_embed.attention import Block, before_or_itself, bridge_mask, is_causal
 from cocoa_embed.backbone import PatchGeometry
 from cocoa_embed.report.content import BridgeMask, PatchReconstruction, TokenReconstruction
 from cocoa_embed.train.bridge import BridgeModel
@@ -148,7 +148,10 @@ def _words(processor: ProcessorMixin, ids: Tensor) -> list[str]:
 
 def _mask_of_first_row(batch: Batch, model: BridgeModel, processor: ProcessorMixin) -> BridgeMask:
     length = int(batch["attention_mask"][0].sum())
-    allowed = bridge_mask(batch["blocks"], eos_attends_to_b=model.eos_attends_to_b)[0, :length, :length]
+    allowed = bridge_mask(batch["blocks"], eos_attends_to_b=model.eos_attends_to_b)
+    if is_causal(model.backbone):
+        allowed = before_or_itself(allowed)
+    allowed = allowed[0, :length, :length]
     names = {Block.A: "A", Block.EOS: "EOS", Block.B: "B"}
     return BridgeMask(
         allowed=allowed.numpy(),

@@ -1,7 +1,7 @@
 """What a checkpoint knows of its making: the recipe, and every stage that its weights have been through."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,37 +38,86 @@ class StageResult:
         return {name: value for line in self.log for name, value in line.items()}
 
 
-def read_result(stage: str, folder: Path) -> StageResult | None:
+def read_result(stage: str, folder: Path, *, needs_weights: bool = True) -> StageResult | None:
     """Return the result of a finished stage from its checkpoint; None where it is not finished.
 
-    :raises CocoaError: If its record or its log is broken.
+    :param needs_weights: Its weights are to be there too.
+    :raises CocoaError: If its record or its log is broken, or its weights are not there.
     """
     if not (folder / TRAINING_FILE).is_file():
         return None
-    training = read_training(folder)
+    training = read_training(folder, needs_weights=needs_weights)
     try:
         record = training["stages"][-1]
-        return StageResult(
-            stage, folder, record["steps"], record["rows"], record["seconds"], _read_log(folder / LOG_FILE)
-        )
+        return recorded_result(stage, folder, record, read_log(folder / LOG_FILE, stage))
     except (LookupError, TypeError) as error:
         raise CocoaError(
-            f"{printable(folder / TRAINING_FILE)} says nothing of the stage's steps, rows and seconds; it is broken"
+            f"{printable(folder / TRAINING_FILE)} says nothing of the stage's steps, rows and seconds; it is broken, "
+            "restore it"
         ) from error
 
 
-def _read_log(file: Path) -> list[dict[str, float]]:
+def recorded_result(
+    stage: str, folder: Path, record: Mapping[str, Any], log: list[dict[str, float]] | None = None
+) -> StageResult:
+    """Return the result of a stage from what a record says of it.
+
+    :param log: Its log lines, where there are any left.
+    :raises LookupError: If the record does not say it.
+    :raises TypeError: If what it says is no number.
+    """
+    steps, rows, seconds = (record[name] for name in ("steps", "rows", "seconds"))
+    if not (_is_whole(steps) and _is_whole(rows) and _is_number(seconds)):
+        raise TypeError(f"steps {steps!r}, rows {rows!r} and seconds {seconds!r} are to be numbers")
+    return StageResult(stage, folder, int(steps), int(rows), seconds, log or [])
+
+
+def read_log(file: Path, stage: str) -> list[dict[str, float]]:
     """Read a stage's log.
 
     :raises CocoaError: If it is missing or broken.
     """
+    name = printable(file)
     try:
         lines = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CocoaError(f"{printable(file)} cannot be read ({one_line(error)}); the stage's log is broken") from error
+        raise CocoaError(
+            f"{name} cannot be read ({one_line(error)}); the log of stage {stage} is broken. {_WITHOUT_LOG}"
+        ) from error
+    return checked_log(lines, name, stage, _WITHOUT_LOG)
+
+
+_WITHOUT_LOG = "Restore it, or write [] into it to go on without the stage's curves."
+
+
+def checked_log(lines: object, name: str, stage: str, remedy: str) -> list[dict[str, float]]:
+    """Return log lines as they are.
+
+    :param name: What they are read from, for errors.
+    :param remedy: What to do about it.
+    :raises CocoaError: If they are no list of objects, each with its step, whose values are numbers.
+    """
     if not isinstance(lines, list) or not all(isinstance(line, dict) and "step" in line for line in lines):
-        raise CocoaError(f"{printable(file)} is no list of log lines, each with its step; the stage's log is broken")
+        raise CocoaError(
+            f"{name} is no list of log lines, each with its step; the log of stage {stage} is broken. {remedy}"
+        )
+    for number, line in enumerate(lines, 1):
+        for key, value in line.items():
+            if not (_is_whole(value) if key == "step" else _is_number(value)):
+                kind = "a whole number" if key == "step" else "a number"
+                raise CocoaError(
+                    f"{name}, line {number} of stage {stage}: {key} is {json.dumps(value)[:40]}, {kind} is expected; "
+                    f"the log is broken. {remedy}"
+                )
     return lines
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_whole(value: object) -> bool:
+    return (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and value.is_integer())
 
 
 @dataclass(frozen=True)

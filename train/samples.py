@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 from torch.distributed.fsdp import register_fsdp_forward_method
 
-from cocoa_embed.errors import CocoaError, one_line, printable
+from cocoa_embed.errors import CocoaError, ImageError, one_line, printable
 from cocoa_embed.images import decode_image
 from cocoa_embed.report.content import BridgeMask, PatchReconstruction, TokenReconstruction
 from cocoa_embed.report.figures import data_uri
@@ -33,6 +33,7 @@ SAMPLES_FILE = "samples.json"
 SAMPLE_ROWS = 8
 
 Result = TypeVar("Result")
+Value = TypeVar("Value")
 
 logger = logging.getLogger(__name__)
 
@@ -100,10 +101,11 @@ def _attempt(work: Callable[[], Result]) -> tuple[Result | None, str | None]:
 def _collated(
     trainer: CocoaTrainer, section: ReconstructionSection, rows: Sequence[Row]
 ) -> list[tuple[list[Row], Batch]]:
-    """Return the rows in batches as large as training's: what fits there fits here."""
+    """Return the rows in batches as large as those that a device trains on at once: what fits there fits here."""
     described = trainer.data_collator
     assert isinstance(described, DescribedBatches)
-    examples, size = numbered(rows), section.micro_batch_size or section.batch_size
+    of_device = max(1, section.batch_size // trainer.accelerator.num_processes)
+    examples, size = numbered(rows), min(section.micro_batch_size or of_device, of_device)
     parts = [examples[start : start + size] for start in range(0, len(examples), size)]
     return [([row for _, row in part], described.collate(part)) for part in parts]
 
@@ -117,16 +119,18 @@ def _made(trainer: CocoaTrainer, batches: Sequence[tuple[list[Row], Batch]], kep
     patches: list[PatchReconstruction] = []
     tokens: list[TokenReconstruction] = []
     masks: list[BridgeMask] = []
-    with trainer.accelerator.autocast():
-        for rows, batch in batches:
-            if isinstance(model, WarmupModel):
-                pictures, words = warmup_reconstructions(model, collate, rows, batch)
-                patches += pictures
-            else:
-                words, mask = bridge_reconstructions(model, collate, rows, batch)
-                masks.append(mask)
-            tokens += words
-    model.train(was_training)
+    try:
+        with trainer.accelerator.autocast():
+            for rows, batch in batches:
+                if isinstance(model, WarmupModel):
+                    pictures, words = warmup_reconstructions(model, collate, rows, batch)
+                    patches += pictures
+                else:
+                    words, mask = bridge_reconstructions(model, collate, rows, batch)
+                    masks.append(mask)
+                tokens += words
+    finally:
+        model.train(was_training)
     return Samples(kept_out, patches, tokens, masks[0] if masks else None)
 
 
@@ -199,38 +203,64 @@ def read_samples(folder: Path) -> Samples | None:
         return None
     try:
         return _parsed(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CocoaError(f"{printable(file)} is broken ({one_line(error)}); remove it to go on without it") from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ImageError) as error:
+        raise CocoaError(
+            f"{printable(file)} is broken ({one_line(error)}); remove it to go on without the samples of the stage"
+        ) from error
 
 
 def _parsed(document: dict[str, Any]) -> Samples:
-    mask = document["mask"]
+    mask, failure = document["mask"], document["failure"]
     return Samples(
-        bool(document["kept_out"]),
+        _of_type(bool, document["kept_out"], "kept_out"),
         [
             PatchReconstruction(
-                _image(each["original"]), _image(each["masked"]), _image(each["reconstructed"]), str(each["caption"])
+                original=_image(each["original"], f"patches[{number}].original"),
+                masked=_image(each["masked"], f"patches[{number}].masked"),
+                reconstructed=_image(each["reconstructed"], f"patches[{number}].reconstructed"),
+                caption=_of_type(str, each["caption"], f"patches[{number}].caption"),
             )
-            for each in document["patches"]
+            for number, each in enumerate(document["patches"])
         ],
-        [
-            TokenReconstruction(
-                each["tokens"],
-                each["hidden"],
-                each["predicted"],
-                str(each["stage"]),
-                None if each["image"] is None else _image(each["image"]),
-            )
-            for each in document["tokens"]
-        ],
-        mask
-        and BridgeMask(
-            np.array([[cell == "1" for cell in row] for row in mask["allowed"]]), mask["labels"], mask["blocks"]
-        ),
-        document["failure"],
+        [_tokens(each, f"tokens[{number}]") for number, each in enumerate(document["tokens"])],
+        None if mask is None else _mask(mask),
+        None if failure is None else _of_type(str, failure, "failure"),
     )
 
 
-def _image(uri: str) -> Image.Image:
+def _tokens(each: dict[str, Any], place: str) -> TokenReconstruction:
+    return TokenReconstruction(
+        tokens=_list_of(str, each["tokens"], f"{place}.tokens"),
+        hidden=_list_of(bool, each["hidden"], f"{place}.hidden"),
+        predicted=_list_of(str, each["predicted"], f"{place}.predicted"),
+        stage=_of_type(str, each["stage"], f"{place}.stage"),
+        image=None if each["image"] is None else _image(each["image"], f"{place}.image"),
+    )
+
+
+def _mask(mask: dict[str, Any]) -> BridgeMask:
+    rows = _list_of(str, mask["allowed"], "mask.allowed")
+    return BridgeMask(
+        np.array([[cell == "1" for cell in row] for row in rows]),
+        _list_of(str, mask["labels"], "mask.labels"),
+        _list_of(str, mask["blocks"], "mask.blocks"),
+    )
+
+
+def _of_type(kind: type[Value], value: object, place: str) -> Value:
+    if not isinstance(value, kind):
+        raise TypeError(f"{place} is {json.dumps(value)[:40]}, a {kind.__name__} is expected")
+    return value
+
+
+def _list_of(kind: type[Value], values: object, place: str) -> list[Value]:
+    return [_of_type(kind, value, f"{place}[{number}]") for number, value in enumerate(_of_type(list, values, place))]
+
+
+def _image(uri: object, place: str) -> Image.Image:
     """Return the image of a data URI; it was written by us, and is decoded as any other image is."""
-    return decode_image(base64.b64decode(uri.partition(",")[2], validate=True), SAMPLES_FILE)[0]
+    try:
+        data = base64.b64decode(_of_type(str, uri, place).partition(",")[2], validate=True)
+    except ValueError as error:
+        raise ValueError(f"{place}: {one_line(error)}") from error
+    return decode_image(data, place)[0]

@@ -26,6 +26,9 @@ SHOWN_HITS = 5
 THUMBNAIL = 256
 """Longest side in pixels of an image that is kept for a gallery."""
 
+SHOWN_CHARACTERS = 300
+"""Of a text that is longer, so many are shown, the last of them an ellipsis."""
+
 
 class Outcome(NamedTuple):
     """How one query went.
@@ -77,12 +80,24 @@ def _outcome(similarities: np.ndarray, relevant: np.ndarray) -> Outcome:
     is_wrong = np.ones(len(similarities), dtype=bool)
     is_wrong[relevant] = False
     margin = float(similarities[right] - similarities[is_wrong].max()) if is_wrong.any() else float("inf")
-    # What scores as the right answer does counts as before it, and is shown there.
-    order = np.lexsort((~is_wrong, -similarities))
-    found = [int(number) for number in order[:SHOWN_HITS]]
+    found = _first(similarities, is_wrong, SHOWN_HITS)
     if right not in found:
         found.append(right)
     return Outcome(rank, margin, found, [float(similarities[number]) for number in found])
+
+
+def _first(similarities: np.ndarray, is_wrong: np.ndarray, count: int) -> list[int]:
+    """Return the numbers of the best ``count`` documents, best first.
+
+    What scores as a right answer does counts as before it, and is shown there; what is equal otherwise stays in its
+    order. Only what scores as well as the last of them is sorted, as a query may search many documents.
+    """
+    candidates = np.arange(len(similarities))
+    if count < len(similarities):
+        last = np.partition(similarities, len(similarities) - count)[len(similarities) - count]
+        candidates = np.flatnonzero(similarities >= last)
+    order = np.lexsort((~is_wrong[candidates], -similarities[candidates]))
+    return [int(number) for number in candidates[order[:count]]]
 
 
 def _galleries(direction: Direction, outcomes: list[Outcome], worst: int, best: int) -> list[Gallery]:
@@ -113,15 +128,19 @@ def _result(direction: Direction, number: int, outcome: Outcome, title: str) -> 
     for place, (found, score) in enumerate(zip(outcome.found, outcome.scores, strict=True), 1):
         document = direction.documents[found]
         rank = outcome.rank if place > SHOWN_HITS else place
-        hits.append(Hit(_thumbnail(document), score, document.text or "", found in relevant, rank))
+        hits.append(Hit(_thumbnail(document), score, _shortened(document.text or ""), found in relevant, rank))
     return QueryResult(
         title=title,
-        text=query.text,
+        text=None if query.text is None else _shortened(query.text),
         image=_thumbnail(query),
         hits=hits,
         rank=outcome.rank,
         margin=outcome.margin if np.isfinite(outcome.margin) else None,
     )
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 1].rstrip()}…"
 
 
 def _thumbnail(item: Item) -> Image.Image | None:
