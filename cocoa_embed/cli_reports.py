@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from cocoa_embed.errors import printable
+from cocoa_embed.report.series import GEOMETRY
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,14 +17,6 @@ if TYPE_CHECKING:
     from cocoa_embed.train import StageResult
     from cocoa_embed.train.diagnosis import ChosenRows, Diagnosis
     from cocoa_embed.train.plan import RunPlan
-
-GEOMETRY_MEANINGS = {
-    "alignment": "mean squared distance of a pair; 0 is the same",
-    "uniformity": "0 all in one place, -4 all orthogonal",
-    "modality_gap": "distance of the centres of images and of texts",
-    "effective_rank": "directions that are used",
-}
-"""What the figures of :func:`~cocoa_embed.evaluation.geometry.geometry` mean, in a few words."""
 
 
 def report_stages(results: Sequence[StageResult], console: Console) -> None:
@@ -94,7 +87,7 @@ def report_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
         right, shuffled, none = (f"{share:.1%}" for share in diagnosis.hidden_tokens.values())
         lines.append(f"  hidden tokens   {right} told with the right image, {shuffled} with another, {none} with none")
     lines += [
-        f"  {name.replace('_', ' '):<14}  {figure:.3f} ({GEOMETRY_MEANINGS[name]})"
+        f"  {name.replace('_', ' '):<14}  {figure:.3f} ({GEOMETRY[name].short})"
         for name, figure in diagnosis.geometry.items()
     ]
     for line in lines:

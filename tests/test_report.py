@@ -13,7 +13,7 @@ from PIL import Image
 
 from browser import needs_chromium, requested, seen
 from cocoa_embed.evaluation.tables import Table
-from cocoa_embed.report import figures
+from cocoa_embed.report import figures, masks, series
 from cocoa_embed.report.content import (
     BridgeMask,
     Curve,
@@ -110,7 +110,7 @@ def report() -> RunReport:
         ],
         curves=[
             curve("warm-up", "loss", "mntp_loss", "mae_loss"),
-            curve("bridge", "loss", *figures.PLATEAU, *figures.GEOMETRY),
+            curve("bridge", "loss", *series.PLATEAU, *series.GEOMETRY),
             curve("contrastive", "loss", "alignment"),
             curve("contrastive only", "loss"),
         ],
@@ -285,10 +285,10 @@ def test_hidden_words_show_prediction_and_truth(report: RunReport) -> None:
 
 def test_bridge_mask_shows_what_is_allowed_and_what_leaks(report: RunReport) -> None:
     sound = mask()
-    runs = figures.mask_runs(sound)
+    runs = masks.mask_runs(sound)
     assert sum(run.length for run in runs) == sound.allowed.sum()
     assert {run.kind for run in runs} == {"a", "eos", "b"}
-    assert figures.block_table(sound) == {
+    assert masks.block_table(sound) == {
         "A": {"A": "yes", "EOS": "yes", "B": "no"},
         "EOS": {"A": "yes", "EOS": "yes", "B": "yes"},
         "B": {"A": "no", "EOS": "yes", "B": "yes"},
@@ -296,11 +296,49 @@ def test_bridge_mask_shows_what_is_allowed_and_what_leaks(report: RunReport) -> 
     leaking = sound.allowed.copy()
     leaking[-1, 0] = True
     leak = replace(sound, allowed=leaking)
-    found = [run for run in figures.mask_runs(leak) if run.kind == "leak"]
-    assert found == [figures.Run(len(leaking) - 1, 0, 1, "leak")]
-    assert figures.block_table(leak)["B"]["A"] == "partly"
+    found = [run for run in masks.mask_runs(leak) if run.kind == "leak"]
+    assert found == [masks.Run(len(leaking) - 1, 0, 1, "leak")]
+    assert masks.block_table(leak)["B"]["A"] == "partly"
+    assert 'class="leak"' in render_report(replace(report, bridge_mask=leak))
     assert "should not allow" in render_report(replace(report, bridge_mask=leak))
     assert "should not allow" not in render_report(report)
+
+
+def test_a_causal_mask_is_no_fault(report: RunReport) -> None:
+    sound = mask()
+    causal = replace(sound, allowed=np.tril(sound.allowed))
+    assert masks.is_causal(causal)
+    assert not masks.is_causal(sound)
+    page = render_report(replace(report, bridge_mask=causal))
+    assert 'class="partly"' in page
+    assert 'class="leak"' not in page
+    assert "left causal" in page
+    assert "left causal" not in render_report(report)
+
+
+def test_only_the_stages_that_ran_are_told_of(report: RunReport) -> None:
+    bridge = render_report(replace(report, curves=[curve("bridge", "loss")]))
+    assert "<strong>bridge</strong>" in bridge
+    for saying in ("<strong>warm-up</strong>", "<strong>contrastive</strong>", "learns in stages"):
+        assert saying not in bridge
+        assert saying in render_report(report)
+    after = figures.stage_panels([curve(stage, "loss") for stage in ("bridge", "contrastive", "contrastive only")])
+    assert after[-1].lines[0].label == "after bridge"
+
+
+def test_text_and_its_reconstructions_are_not_said_to_have_images(report: RunReport) -> None:
+    words = [replace(report.tokens[0], image=None, stage=stage) for stage in ("warm-up", "bridge")]
+    page = render_report(
+        replace(report, pictures=False, tokens=words, patches=[], queries=[], curves=report.curves[:1], galleries=[])
+    )
+    for saying in ("the image", "the caption"):
+        assert saying in render_report(report)
+        assert saying not in page[page.index("<main>") :]
+
+
+def test_who_wrote_the_page_is_what_the_caller_says(report: RunReport) -> None:
+    assert "Written by <code>cocoa-embed report</code>" in render_report(replace(report, command="cocoa-embed report"))
+    assert "cocoa-embed demo" not in render_report(report)
 
 
 def test_stages_have_a_panel_each_and_the_comparison_shares_one(report: RunReport) -> None:
@@ -426,12 +464,12 @@ def test_the_embeddings_measures_have_a_chart_a_stage_and_their_last_values() ->
 
 
 def test_the_plateau_shows_accuracy_without_an_image_where_it_was_measured(report: RunReport) -> None:
-    with_it = figures.plateau_panel([curve("bridge", *figures.PLATEAU, figures.NO_IMAGE)])
+    with_it = figures.plateau_panel([curve("bridge", *series.PLATEAU, series.NO_IMAGE)])
     assert with_it is not None
     assert [line.label for line in with_it.lines][2] == "without an image"
     words = "Without any image it is"
     assert words not in render_report(report)
-    assert words in render_report(replace(report, curves=[curve("bridge", *figures.PLATEAU, figures.NO_IMAGE)]))
+    assert words in render_report(replace(report, curves=[curve("bridge", *series.PLATEAU, series.NO_IMAGE)]))
 
 
 @pytest.mark.parametrize(
@@ -445,18 +483,18 @@ def test_tokens_are_shown_as_the_text_that_they_stand_for(token: str, shown: str
 def test_a_large_mask_is_condensed_and_still_says_who_sees_whom() -> None:
     large = mask(300, 100)
     large = replace(large, labels=["image"] * 300 + large.labels[300:])
-    small = figures.condensed(large)
+    small = masks.condensed(large)
     assert small.labels[0] == "300 × image"
     assert small.labels[1] == "t300"
     assert small.labels[-1] == "… 88 more"
-    assert len(small.labels) == 1 + 1 + figures.SHOWN_POSITIONS + 1
-    assert figures.block_table(small) == figures.block_table(large)
+    assert len(small.labels) == 1 + 1 + masks.SHOWN_POSITIONS + 1
+    assert masks.block_table(small) == masks.block_table(large)
     as_it_is = mask(3, 20)
-    assert figures.condensed(as_it_is) is as_it_is
+    assert masks.condensed(as_it_is) is as_it_is
     leaking = large.allowed.copy()
     leaking[310, 5] = True
-    found = figures.condensed(replace(large, allowed=leaking))
-    assert sum(run.length for run in figures.mask_runs(found) if run.kind == "leak") == 1
+    found = masks.condensed(replace(large, allowed=leaking))
+    assert sum(run.length for run in masks.mask_runs(found) if run.kind == "leak") == 1
 
 
 def test_photographs_become_jpegs_and_drawings_stay_as_they_are() -> None:

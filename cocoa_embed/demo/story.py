@@ -177,6 +177,7 @@ class Demo:
             tokens=watch.tokens,
             bridge_mask=watch.mask,
             queries=queries,
+            command="cocoa-embed demo",
             notes=[
                 "Contrastive only: the same backbone, the same pairs, the same number of contrastive steps, without "
                 "the two reconstruction stages. It spent less compute: what it would make of more is not shown here.",

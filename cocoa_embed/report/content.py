@@ -191,11 +191,16 @@ class RecipeTable:
 
 @dataclass(frozen=True)
 class StageData:
-    """What a stage was trained on: ``sources`` are (subset, where from, rows), ``fingerprint`` tells the rows."""
+    """What a stage was trained on: ``sources`` are (subset, where from, rows), ``fingerprint`` tells the rows.
+
+    ``kept_out`` counts the images whose rows it was not trained on; ``notes`` are sentences about the rows.
+    """
 
     stage: str
     sources: list[tuple[str, str, int]]
     fingerprint: str
+    kept_out: int = 0
+    notes: list[str] = field(default_factory=list)
 
     @property
     def rows(self) -> int:
@@ -220,6 +225,8 @@ class RunReport:
     :param alerts: What is to be known before anything else, such as stages that are missing.
     :param sample_notes: Which rows the reconstructions of a stage are of.
     :param command: What has written the page.
+    :param pictures: There are images among the data; else nothing is said of any.
+    :param bidirectional: The model was made to look both ways.
     """
 
     title: str
@@ -239,4 +246,6 @@ class RunReport:
     recipe: RecipeTable | None = None
     data: DataUsed | None = None
     sample_notes: dict[str, str] = field(default_factory=dict)
-    command: str = "cocoa-embed demo"
+    command: str = "cocoa-embed"
+    pictures: bool = True
+    bidirectional: bool = True

@@ -1,4 +1,4 @@
-"""The report's pictures: images as data URIs, training curves as SVG, the bridge mask as coloured runs.
+"""The report's pictures: images as data URIs, and training curves as SVG.
 
 Curves are drawn in stand-in colours that become CSS variables, so that one drawing serves light and dark pages.
 """
@@ -8,13 +8,12 @@ import io
 import math
 import re
 from dataclasses import dataclass
-from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from cocoa_embed.errors import require
-from cocoa_embed.report.content import BridgeMask
+from cocoa_embed.report.series import GEOMETRY, NO_IMAGE, PLATEAU, SERIES, STAGE_TITLES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -33,48 +32,6 @@ EXACT_PIXELS = 128 * 128
 
 JPEG_QUALITY = 88
 
-SERIES = {
-    "loss": ("total loss", "total"),
-    "mntp_loss": ("hidden words: cross-entropy", "text"),
-    "mae_loss": ("hidden patches: mean squared error", "image"),
-    "hidden_token_accuracy": ("hidden words predicted right", "text"),
-    "accuracy_right_image": ("with its own image", "right"),
-    "accuracy_shuffled_image": ("with another image", "shuffled"),
-    "accuracy_no_image": ("without an image", "other"),
-}
-"""Name of a series to its label and its colour, a CSS variable of the page."""
-
-PLATEAU = ("accuracy_right_image", "accuracy_shuffled_image")
-NO_IMAGE = "accuracy_no_image"
-
-GEOMETRY = {
-    "alignment": (
-        "Alignment",
-        "The mean squared distance between the two embeddings of a pair. 0 is one point, 2 is what directions have "
-        "that know nothing of each other. Lower is better, as long as the embeddings stay spread out.",
-    ),
-    "uniformity": (
-        "Uniformity",
-        "How evenly the embeddings are spread over the sphere. 0 is all in one place, about −4 an even spread. Lower "
-        "is better, as long as pairs stay close.",
-    ),
-    "modality_gap": (
-        "Modality gap",
-        "The distance between the centre of the images and the centre of the texts. 0 means that both live in one "
-        "region; what stands apart by a gap is far for a reason that is not its content.",
-    ),
-    "effective_rank": (
-        "Effective rank",
-        "How many directions the embeddings really use. More is better: a small number says that they have collapsed "
-        "onto few. It cannot exceed their dimensions, nor how many were measured.",
-    ),
-}
-"""What the log says of the embeddings' shape: its name for people, and what it means.
-
-Alignment and uniformity are those of Wang and Isola (2020), the gap that of Liang et al. (2022), the rank that of Roy
-and Vetterli (2007).
-"""
-
 _COLOURS = ("ink", "grid", "total", "text", "image", "right", "shuffled", "other")
 _STAND_INS = {colour: f"#0102{index:02x}" for index, colour in enumerate(_COLOURS)}
 _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -83,12 +40,6 @@ _SMOOTHED_FROM = 60
 
 LARGE, SMALL = (4.6, 2.9), (3.4, 2.1)
 """Width and height of charts, in inches of 72 units."""
-
-SHOWN_WHOLE = 40
-"""Positions of a mask that is shown as it is."""
-
-SHOWN_POSITIONS = 12
-"""Positions of a block that a picture of a mask shows one by one, where the block has many."""
 
 
 class Line(NamedTuple):
@@ -118,23 +69,6 @@ class Panel:
     quantity: str
     lines: list[Line]
     svg: str
-
-
-class Run(NamedTuple):
-    """``length`` equal cells of a mask's row from ``column`` on; ``kind`` is "a", "eos", "b", "leak" or "pad"."""
-
-    row: int
-    column: int
-    length: int
-    kind: str
-
-
-class Span(NamedTuple):
-    """``length`` neighbouring positions from ``start`` on that belong to one block."""
-
-    block: str
-    start: int
-    length: int
 
 
 def data_uri(image: "Image.Image", largest_side: int = LARGEST_SIDE) -> str:
@@ -181,17 +115,18 @@ def stage_panels(curves: "Sequence[Curve]") -> list[Panel]:
         for quantity, lines in _by_quantity(curve.series).items():
             key = f"stage-{len(panels)}"
             if rival and quantity == "loss":
-                panels.append(_comparison(key, curve, rival))
+                panels.append(_comparison(key, curve, rival, list(stages)))
             else:
                 panels.append(Panel(curve.stage, _pace(curve), quantity, lines, _chart(key, quantity, lines)))
     return panels
 
 
-def _comparison(key: str, curve: "Curve", rival: "Curve") -> Panel:
+def _comparison(key: str, curve: "Curve", rival: "Curve", stages: "Sequence[str]") -> Panel:
+    before = [stage for stage in list(STAGE_TITLES.values())[:2] if stage in stages]
     lines = [
         Line(label, colour, line.points)
         for label, colour, stage in (
-            ("after warm-up and bridge", "right", curve),
+            (f"after {' and '.join(before)}" if before else curve.stage, "right", curve),
             ("contrastive only", "shuffled", rival),
         )
         for line in _by_quantity(stage.series).get("loss", [])[:1]
@@ -215,7 +150,7 @@ def plateau_panel(curves: "Sequence[Curve]") -> Panel | None:
 def measures(curves: "Sequence[Curve]") -> list[Measure]:
     """Return what the stages logged of their embeddings' shape; a chart for each stage that measured more than once."""
     found = []
-    for name, (title, meaning) in GEOMETRY.items():
+    for name, (title, _, meaning) in GEOMETRY.items():
         measured = [(curve, _finite(curve.series.get(name, []))) for curve in curves]
         measured = [(curve, points) for curve, points in measured if points]
         if not measured:
@@ -330,83 +265,3 @@ def _for_the_page(document: str, key: str) -> str:
     for colour, stand_in in _STAND_INS.items():
         svg = svg.replace(stand_in, f"var(--{colour})")
     return svg
-
-
-def condensed(mask: BridgeMask) -> BridgeMask:
-    """Return ``mask`` with fewer positions, so that it can be seen, where that leaves out nothing of what it allows.
-
-    Up to :data:`SHOWN_WHOLE` positions stay as they are. Of more, neighbours that see, and are seen by, the same
-    positions are put together: those with one label ("256 × <|image_pad|>"), and of longer rows of them all but the
-    first :data:`SHOWN_POSITIONS` ("… 40 more").
-    """
-    if len(mask.labels) <= SHOWN_WHOLE:
-        return mask
-    allowed = mask.allowed
-    patterns = [
-        (block, row.tobytes(), column.tobytes())
-        for block, row, column in zip(mask.blocks, allowed, allowed.T, strict=True)
-    ]
-    kept, labels = [], []
-    start = 0
-    for _, alike in groupby(patterns):
-        length = len(list(alike))
-        shown = _labelled(mask.labels[start : start + length])
-        if len(shown) > 2 * SHOWN_POSITIONS:
-            rest = length - shown[SHOWN_POSITIONS][0]
-            shown = [*shown[:SHOWN_POSITIONS], (shown[SHOWN_POSITIONS][0], f"… {rest} more")]
-        kept += [start + offset for offset, _ in shown]
-        labels += [label for _, label in shown]
-        start += length
-    return BridgeMask(allowed[np.ix_(kept, kept)], labels, [mask.blocks[position] for position in kept])
-
-
-def _labelled(labels: "Sequence[str]") -> list[tuple[int, str]]:
-    """Return the first position of each run of one label, and what the run is called."""
-    return [
-        (span.start, span.block if span.length == 1 else f"{span.length} × {span.block}") for span in _spans(labels)
-    ]
-
-
-def mask_runs(mask: BridgeMask) -> list[Run]:
-    """Return the allowed cells of ``mask`` as horizontal runs of one kind, row by row."""
-    runs = []
-    for row, allowed in enumerate(mask.allowed):
-        kinds = [_kind(mask.blocks[row], block) if yes else "" for block, yes in zip(mask.blocks, allowed, strict=True)]
-        runs += [Run(row, start, length, kind) for kind, start, length in _spans(kinds) if kind]
-    return runs
-
-
-def block_spans(blocks: "Sequence[str]") -> list[Span]:
-    """Return the neighbouring positions of one block, in order."""
-    return _spans(blocks)
-
-
-def block_table(mask: BridgeMask) -> dict[str, dict[str, str]]:
-    """Return, for each reading block and each block read: "yes", "no" or "partly", as the mask has it."""
-    blocks = np.array(mask.blocks)
-    names = [name for name in ("A", "EOS", "B") if name in mask.blocks]
-    words = {(True, True): "yes", (False, False): "no", (False, True): "partly"}
-
-    def view(reader: str, read: str) -> str:
-        cells = mask.allowed[np.ix_(blocks == reader, blocks == read)]
-        return words[bool(cells.all()), bool(cells.any())]
-
-    return {reader: {read: view(reader, read) for read in names} for reader in names}
-
-
-def _kind(reader: str, read: str) -> str:
-    pair = {reader, read}
-    if "pad" in pair:
-        return "pad"
-    if "EOS" in pair:
-        return "eos"
-    return "leak" if len(pair) == 2 else reader.lower()
-
-
-def _spans(values: "Sequence[str]") -> list[Span]:
-    spans, start = [], 0
-    for value, group in groupby(values):
-        length = len(list(group))
-        spans.append(Span(value, start, length))
-        start += length
-    return spans

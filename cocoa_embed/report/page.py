@@ -7,8 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from cocoa_embed.errors import require
-from cocoa_embed.report import figures
+from cocoa_embed.report import figures, masks
 from cocoa_embed.report.content import OURS, Headline, RetrievalRow, RunReport
+
+SHOWN_CHARACTERS = 300
+"""Of a longer text, so many are shown, the last of them an ellipsis."""
+
+SHOWN_TOKENS = 300
+"""Of a longer sequence, so many tokens are shown."""
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
@@ -27,7 +33,7 @@ def render_report(report: RunReport) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"data_uri": figures.data_uri, "token": token_text, "breakable": _breakable}
+    environment.filters |= {"data_uri": figures.data_uri, "token": token_text, "breakable": _breakable, "cut": cut}
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     page: str = template.render(**_content(report))
     return page.encode("utf-8", errors="backslashreplace").decode("utf-8")  # names of files need not be Unicode
@@ -58,6 +64,11 @@ def _bytes_by_character() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
 
 
+def cut(text: str) -> str:
+    """Return ``text``, of a longer one than :data:`SHOWN_CHARACTERS` the beginning."""
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 1].rstrip()}…"
+
+
 def _breakable(text: str) -> Any:  # noqa: ANN401  markup of a library that is optional
     """Return ``text`` escaped, with its underscores as places where a line may break."""
     markupsafe = require("markupsafe", "report")
@@ -66,7 +77,7 @@ def _breakable(text: str) -> Any:  # noqa: ANN401  markup of a library that is o
 
 def _content(report: RunReport) -> dict[str, Any]:
     """Return the template's variables."""
-    mask = report.bridge_mask and figures.condensed(report.bridge_mask)
+    mask = report.bridge_mask and masks.condensed(report.bridge_mask)
     panels, plateau = figures.stage_panels(report.curves), figures.plateau_panel(report.curves)
     content = {
         "results": _results(report.table),
@@ -75,8 +86,8 @@ def _content(report: RunReport) -> dict[str, Any]:
         "galleries": report.galleries,
         "curves": panels,
         "patches": report.patches,
-        "bridge": mask and {"mask": mask, "runs": figures.mask_runs(mask), "spans": figures.block_spans(mask.blocks),
-                            "table": figures.block_table(mask)},
+        "bridge": mask and {"mask": mask, "runs": masks.mask_runs(mask), "spans": masks.block_spans(mask.blocks),
+                            "table": masks.block_table(mask), "is_causal": masks.is_causal(mask)},
         "plateau": plateau,
         "words": _grouped(report.tokens, "stage"),
         "diagnostics": figures.measures(report.curves),
@@ -86,7 +97,14 @@ def _content(report: RunReport) -> dict[str, Any]:
         "run": report.facts,
     }  # fmt: skip
     headlines = [*_headlines(report.table), *report.headlines]
-    return content | {"report": report, "headlines": headlines, "ours": OURS}
+    stages = {curve.stage for curve in report.curves}
+    return content | {
+        "report": report,
+        "headlines": headlines,
+        "ours": OURS,
+        "stages": stages,
+        "shown_tokens": SHOWN_TOKENS,
+    }
 
 
 def _grouped(items: list[Any], attribute: str) -> dict[str, list[Any]]:
