@@ -8,7 +8,7 @@ from typing import Any
 from cocoa_embed.evaluation.pairs import METRICS
 from cocoa_embed.evaluation.tables import Table
 
-SHOWN_METRICS = ("recall@1", "recall@5", "recall@10", "mrr", "ndcg@10")
+SHOWN_METRICS = ("hit@1", "recall@1", "recall@5", "recall@10", "mrr", "ndcg@10")
 
 
 def pairs_tables(document: Mapping[str, Any]) -> list[Table]:
@@ -59,8 +59,8 @@ def directions_table(document: Mapping[str, Any], metrics: Sequence[str] = SHOWN
     )
     notes = [
         f"{searched}. In brackets {document['level']:.0%} bootstrap intervals.",
-        "recall@k: the share of a query's right answers among the first k. mrr: the mean of 1 / the place of the first"
-        " right answer.",
+        "hit@1: a right answer is in first place. recall@k: the share of a query's right answers among the first k."
+        " mrr: the mean of 1 / the place of the first right answer.",
     ]
     return Table(document["model"], ("metric", *(title_of(way) for way in ways)), rows, notes=notes)
 
