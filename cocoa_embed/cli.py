@@ -325,7 +325,7 @@ def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a training run, finished or not.")],
     pairs: Annotated[
         Path | None,
-        typer.Option("--pairs", help="Pairs to score the model on, as eval pairs reads them [default: 200 own rows]."),
+        typer.Option("--pairs", help="Pairs to score the model on, as eval pairs reads them [default: own rows]."),
     ] = None,
     images: Annotated[
         Path | None, typer.Option("--images", help="Where the paths of a table of pairs start [default: its folder].")
@@ -335,6 +335,10 @@ def report(
         typer.Option("--eval", help="A pairs.json or mmeb.json of eval; may be repeated. Those in RUN/eval are taken."),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="The page [default: report.html in RUN].")] = None,
+    scores: Annotated[bool, typer.Option("--scores/--no-scores", help="Score the model, once it is finished.")] = True,
+    batch_tokens: Annotated[
+        int | None, typer.Option("--batch-tokens", min=1, help="About the most tokens to embed at once.")
+    ] = None,
     device: DeviceOption = None,
 ) -> None:
     """Write a page about a training run: recipe, data, curves, reconstructions, scores. It needs no network."""
@@ -346,7 +350,16 @@ def report(
         def say(line: str) -> None:
             console.print(line, soft_wrap=True, markup=False, highlight=False)
 
-        asked = Asked(pairs, images, evaluations or (), device, progress=console.is_terminal, tell=say)
+        asked = Asked(
+            pairs,
+            images,
+            evaluations or (),
+            device,
+            scores=scores,
+            batch_tokens=batch_tokens,
+            progress=console.is_terminal,
+            tell=say,
+        )
         say(f"wrote {printable(write_run_report(run, asked, out))}")
 
 

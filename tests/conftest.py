@@ -1,13 +1,16 @@
 """A random tiny backbone and a few drawn scenes, for every test that needs a model or data."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
 
 from cocoa_embed.backbone import Backbone, load_backbone
 from cocoa_embed.demo.scenes import write_image_folder
+from cocoa_embed.train import Recipe, run
 from cocoa_embed.train.data import Row, read_image_folder
 from tiny_backbones import write_tiny_backbone
 
@@ -75,3 +78,51 @@ def scene_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scene_rows(scene_folder: Path) -> list[Row]:
     """The scenes as image-caption rows, one for each image."""
     return read_image_folder(scene_folder)
+
+
+STAGE: dict[str, Any] = {
+    "steps": 2,
+    "batch_size": 4,
+    "micro_batch_size": 2,
+    "learning_rate": 1e-3,
+    "warmup_steps": 0,
+    "logging_steps": 1,
+}
+"""A stage of a tiny run."""
+
+
+@pytest.fixture(scope="session")
+def small_recipe(tiny_backbone_path: Path, scene_folder: Path) -> Recipe:
+    """All three stages, two steps each."""
+    return Recipe.parse(
+        {
+            "name": "small",
+            "backbone": str(tiny_backbone_path),
+            "max_length": TINY_MAX_LENGTH,
+            "data": {"folder": str(scene_folder), "captions": "captions"},
+            "prompts": {"query": "find: "},
+            "warmup": STAGE,
+            "bridge": {**STAGE, "probe_rows": 4, "probe_steps": 1, "data": {"paraphrases": 1}},
+            "contrastive": {
+                "steps": 2,
+                "batch_size": 4,
+                "warmup_steps": 0,
+                "logging_steps": 1,
+                "data": {"captions": "text", "limit": 9},
+            },
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def finished(small_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of :func:`small_recipe`."""
+    out = tmp_path_factory.mktemp("runs") / "small"
+    run(small_recipe, out)
+    return out
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    """The finished run, for a test that changes it."""
+    return Path(shutil.copytree(finished, tmp_path / "small"))

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -14,67 +13,20 @@ import yaml
 from browser import needs_chromium, requested, seen
 from cocoa_embed import cli
 from cocoa_embed.errors import CocoaError, UsageError
-from cocoa_embed.evaluation.mmeb import TOLD, summary
-from cocoa_embed.evaluation.mmeb_subsets import SUBSETS
-from cocoa_embed.evaluation.pairs_tables import directions_table
+from cocoa_embed.evaluation.tables import Table
 from cocoa_embed.export import TRAINING_FILE
-from cocoa_embed.report.content import RunReport
+from cocoa_embed.report.content import Evaluation, Gallery, Hit, QueryResult, RunReport, TokenReconstruction
 from cocoa_embed.report.page import render_report
 from cocoa_embed.train import Recipe, run
 from cocoa_embed.train.finished_run import read_run
-from cocoa_embed.train.run_report import Asked, read_evaluation, run_report, write_run_report
+from cocoa_embed.train.run_report import Asked, run_report, write_run_report
 from cocoa_embed.train.samples import SAMPLES_FILE
-from conftest import TINY_MAX_LENGTH
-
-STAGE: dict[str, Any] = {
-    "steps": 2,
-    "batch_size": 4,
-    "micro_batch_size": 2,
-    "learning_rate": 1e-3,
-    "warmup_steps": 0,
-    "logging_steps": 1,
-}
-ALERT_OF_OWN_ROWS = "rows that the model has been trained on"
-
-
-@pytest.fixture(scope="module")
-def recipe(tiny_backbone_path: Path, scene_folder: Path) -> Recipe:
-    return Recipe.parse(
-        {
-            "name": "small",
-            "backbone": str(tiny_backbone_path),
-            "max_length": TINY_MAX_LENGTH,
-            "data": {"folder": str(scene_folder), "captions": "captions"},
-            "prompts": {"query": "find: "},
-            "warmup": STAGE,
-            "bridge": {**STAGE, "probe_rows": 4, "probe_steps": 1, "data": {"paraphrases": 1}},
-            "contrastive": {
-                "steps": 2,
-                "batch_size": 4,
-                "warmup_steps": 0,
-                "logging_steps": 1,
-                "data": {"captions": "text", "limit": 9},
-            },
-        }
-    )
-
-
-@pytest.fixture(scope="module")
-def finished(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "small"
-    run(recipe, out)
-    return out
+from conftest import STAGE, TINY_MAX_LENGTH
 
 
 @pytest.fixture(scope="module")
 def report(finished: Path) -> RunReport:
     return run_report(read_run(finished), Asked())
-
-
-@pytest.fixture
-def copy(finished: Path, tmp_path: Path) -> Path:
-    """The run, for a test that changes it."""
-    return Path(shutil.copytree(finished, tmp_path / "small"))
 
 
 @pytest.fixture
@@ -105,7 +57,8 @@ def test_the_page_has_every_part_of_the_run(report: RunReport, finished: Path) -
     assert len(report.patches) == 8
     assert [shown.stage for shown in report.tokens] == ["warm-up"] * 8 + ["bridge"] * 4
     assert "kept out" in report.sample_notes["bridge"]
-    assert "trained on these rows" in report.sample_notes["warm-up"]
+    assert "only the bridge was not" in report.sample_notes["bridge"], "the warm-up was trained on them"
+    assert "draws its training from these rows" in report.sample_notes["warm-up"], "8 of many rows were drawn"
     assert report.bridge_mask is not None
     assert [gallery.title for gallery in report.galleries] == [
         f"{way}: the {which} queries" for way in ("Image to text", "Text to image") for which in ("worst", "best")
@@ -113,34 +66,11 @@ def test_the_page_has_every_part_of_the_run(report: RunReport, finished: Path) -
     assert dict(report.facts)["backbone"] == json.loads((finished / "recipe.json").read_text())["backbone"]
 
 
-def test_rows_of_the_runs_own_are_those_it_was_trained_on_and_are_called_so(report: RunReport) -> None:
-    (scored,) = report.evaluations
-    assert scored.title == "The first 9 rows that the contrastive stage was trained on"
-    assert ALERT_OF_OWN_ROWS in scored.note
-    assert "no longer" not in scored.note
-    assert all("trained on" in headline.detail for headline in report.headlines)
-    assert {len(table.rows) for table in scored.tables} == {5}
-
-
-def test_pairs_are_scored_as_eval_pairs_scores_them(finished: Path, scene_folder: Path, tmp_path: Path) -> None:
-    shown = run_report(read_run(finished), Asked(pairs=scene_folder))
-    arguments = ["eval", "pairs", str(scene_folder), "--model", str(finished / "contrastive"), "--out", str(tmp_path)]
-    with pytest.raises(SystemExit):
-        cli.main(arguments)
-    document = json.loads((tmp_path / "pairs.json").read_text())
-    (scored,) = shown.evaluations
-    assert scored.tables[0].rows == directions_table(document).rows
-    assert scored.title.startswith("24 pairs of ")
-    assert scored.note == ""
-    for headline, way in zip(shown.headlines, document["subsets"], strict=True):
-        assert headline.value == f"{100 * document['subsets'][way]['recall@1']:.1f} %"
-        assert "trained on" not in headline.detail
-
-
-def test_the_recipe_is_told_and_its_file_runs_the_same_again(report: RunReport, recipe: Recipe) -> None:
+def test_the_recipe_is_told_and_its_file_runs_the_same_again(report: RunReport, small_recipe: Recipe) -> None:
+    recipe = small_recipe
     table = report.recipe
     assert table is not None
-    assert table.stages == ["warmup", "bridge", "contrastive"]
+    assert table.stages == ["warm-up", "bridge", "contrastive"]
     rows, defaults = dict(table.rows), dict(table.defaults)
     assert rows["probe_rows"] == ["–", "4", "64"]
     assert rows["learning_rate"] == ["0.001", "0.001", "2e-05"]
@@ -181,8 +111,8 @@ def test_a_run_in_progress_shows_what_is_finished_and_names_what_is_not(copy: Pa
     shown = run_report(read_run(copy), Asked())
     assert any("contrastive stage is not finished" in alert for alert in shown.alerts)
     assert [curve.stage for curve in shown.curves] == ["warm-up", "bridge"]
-    assert "no finished contrastive stage" in shown.evaluations[0].note
-    assert "bridge" in shown.evaluations[0].title
+    assert shown.evaluations == shown.galleries == [], "it may be using the machine"
+    assert any("--pairs" in alert for alert in shown.alerts)
     shutil.rmtree(copy / "bridge")
     shutil.rmtree(copy / "warmup")
     bare = run_report(read_run(copy), Asked())
@@ -192,27 +122,6 @@ def test_a_run_in_progress_shows_what_is_finished_and_names_what_is_not(copy: Pa
     assert "not finished" in render_report(bare)
     with pytest.raises(UsageError, match="no finished stage"):
         run_report(read_run(copy), Asked(pairs=copy))
-
-
-def test_data_that_have_gone_leave_out_the_scores_and_say_so(copy: Path) -> None:
-    known = json.loads((copy / "data.json").read_text())
-    known["contrastive"]["sources"]["data"]["folder"] = "gone/for/good"
-    (copy / "data.json").write_text(json.dumps(known))
-    shown = run_report(read_run(copy), Asked())
-    assert shown.evaluations == shown.galleries == shown.headlines == []
-    (alert,) = shown.alerts
-    assert "gone/for/good does not exist" in alert
-    assert "--pairs" in alert
-    assert "galleries" not in re.findall(r'<section id="(\w+)"', render_report(shown))
-
-
-def test_data_that_have_changed_are_not_called_those_that_were_trained_on(copy: Path) -> None:
-    known = json.loads((copy / "data.json").read_text())
-    known["contrastive"]["sources"]["data"]["limit"] = 8
-    (copy / "data.json").write_text(json.dumps(known))
-    (scored,) = run_report(read_run(copy), Asked()).evaluations
-    assert scored.title == "The first 8 rows of what the contrastive stage's data are now"
-    assert "no longer as they were" in scored.note
 
 
 def test_a_run_of_an_earlier_version_is_shown_as_far_as_it_tells(copy: Path, unscored: None) -> None:
@@ -235,65 +144,6 @@ def test_samples_that_could_not_be_made_are_told(copy: Path, unscored: None) -> 
     (copy / "warmup" / SAMPLES_FILE).write_text(json.dumps(document))
     shown = run_report(read_run(copy), Asked())
     assert shown.alerts == ["The warm-up stage could not leave samples behind: an image has gone."]
-
-
-def pairs_document(name: str = "ours") -> dict[str, Any]:
-    metrics = dict.fromkeys(("recall@1", "recall@5", "recall@10", "hit@1", "hit@5", "hit@10", "mrr", "ndcg@10"), 0.5)
-    return {
-        "benchmark": "pairs",
-        "model": name,
-        "subsets": {"text_to_image": metrics},
-        "intervals": {"text_to_image": {metric: [0.4, 0.6] for metric in metrics}},
-        "counts": {"text_to_image": {"queries": 3, "documents": 4, "groups": 3}},
-        "level": 0.95,
-        "resamples": 10,
-        "seed": 0,
-    }
-
-
-def test_results_in_the_runs_folder_are_taken_without_asking_and_others_when_asked(
-    copy: Path, tmp_path: Path, unscored: None
-) -> None:
-    (copy / "eval").mkdir()
-    (copy / "eval" / "pairs.json").write_text(json.dumps(pairs_document("inside")))
-    (copy / "eval" / "other.json").write_text("{}")
-    (tmp_path / "given.json").write_text(json.dumps(pairs_document("given")))
-    asked = [tmp_path / "given.json", copy / "eval" / "pairs.json"]
-    shown = run_report(read_run(copy), Asked(evaluations=asked))
-    assert [evaluation.title for evaluation in shown.evaluations] == ["Pairs: given", "Pairs: inside"], "each once"
-    assert [alert for alert in shown.alerts if "other.json is no result of cocoa-embed eval" in alert]
-
-
-def test_mmeb_is_shown_with_what_was_not_run_marked_as_such(tmp_path: Path) -> None:
-    metrics = dict.fromkeys(("precision@1", "hit@5", "hit@10", "mrr", "ndcg@10"), 0.25)
-    result = {"metrics": metrics, **dict.fromkeys(TOLD, 0), "rows": 8, "rows_in_data": 8, "partial": False}
-    documents = {
-        "none": summary("ours", "f", {}, dict.fromkeys(SUBSETS, "not asked for")),
-        "one": summary("ours", "f", {"GQA": result}, dict.fromkeys(set(SUBSETS) - {"GQA"}, "not asked for")),
-    }
-    found = {}
-    for name, document in documents.items():
-        (tmp_path / f"{name}.json").write_text(json.dumps(document))
-        found[name] = read_evaluation(tmp_path / f"{name}.json")
-    evaluation, headlines = found["one"]
-    assert evaluation.title == "MMEB-V1: ours"
-    assert [table.title for table in evaluation.tables] == ["Averages", "Subsets"]
-    assert [(headline.value, headline.detail) for headline in headlines] == [
-        ("25.0 %", "ours. Not complete: 1 of 36 subsets.")
-    ]
-    assert found["none"][1] == []
-    page = render_report(RunReport("mmeb", "", evaluations=[evaluation]))
-    assert page.count("not run: not asked for") == 35
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"benchmark": "pairs"}', '{"benchmark": ["x"]}', '{"benchmark": 3}'])
-def test_a_file_that_is_no_result_is_refused(tmp_path: Path, text: str) -> None:
-    file = tmp_path / "pairs.json"
-    file.write_text(text)
-    with pytest.raises(CocoaError, match=r"pairs\.json is no result of cocoa-embed eval"):
-        read_evaluation(file)
-    with pytest.raises(CocoaError, match="cannot be read"):
-        read_evaluation(tmp_path / "missing.json")
 
 
 def wrong_folders(finished: Path, tmp_path: Path) -> dict[str, tuple[Path, str]]:
@@ -354,22 +204,108 @@ def test_where_the_page_cannot_go_is_told_before_anything_is_scored(copy: Path, 
     assert "cannot be made" in err
 
 
-def test_images_without_pairs_are_refused(copy: Path, command: Command) -> None:
-    code, _, err = command(copy, "--images", copy)
-    assert code == 2
-    assert "give --pairs too" in err
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--images", "."), "give --pairs too"),
+        (("--no-scores", "--pairs", "."), "--no-scores and --pairs do not go together"),
+        (("--device", "nonsense"), "--device nonsense cannot be used"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_one_sentence(
+    finished: Path, tmp_path: Path, command: Command, options: tuple[str, ...], words: str
+) -> None:
+    code, out, err = command(finished, "--out", tmp_path / "page.html", *options)
+    assert (code, out) == (2, "")
+    (line,) = [line for line in err.splitlines() if line.startswith("cocoa-embed: ")]
+    assert words in line
+    assert "Traceback" not in err
+
+
+def test_without_scores_no_model_is_loaded(copy: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cocoa_embed.train.run_report.score_run", lambda *_, **__: pytest.fail("it was scored"))
+    code, _, _ = command(copy, "--no-scores", "--device", "nonsense")
+    assert code == 0
+    assert "galleries" not in re.findall(r'<section id="(\w+)"', (copy / "report.html").read_text(encoding="utf-8"))
+
+
+def test_a_run_is_called_by_its_folders_own_name(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, scene_folder: Path
+) -> None:
+    monkeypatch.chdir(copy)
+    shown = run_report(read_run(Path()), Asked())
+    assert [table.title for table in shown.evaluations[0].tables] == ["small/contrastive"]
+    assert dict(shown.facts)["run"] == str(copy)
+
+
+def test_the_data_tell_how_much_was_drawn_and_what_was_kept_out(report: RunReport) -> None:
+    assert report.data is not None
+    stages = {stage.stage: stage for stage in report.data.stages}
+    assert {name: stage.kept_out for name, stage in stages.items()} == {"warm-up": 0, "bridge": 4, "contrastive": 0}
+    assert stages["bridge"].notes == ["8 drawn: 2 steps of 4, too few to be sure of each row"]
+    assert re.search(r"rows, 4 images of them kept out", render_report(report))
+
+
+def test_a_run_on_text_alone_that_was_left_causal_is_told_as_such(tiny_backbone_path: Path, tmp_path: Path) -> None:
+    pairs = [{"query_text": f"what is {number}", "positive_text": f"{number} is a number"} for number in range(8)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    recipe = Recipe.parse(
+        {
+            "name": "words",
+            "backbone": str(tiny_backbone_path),
+            "max_length": TINY_MAX_LENGTH,
+            "bidirectional": False,
+            "data": {"file": str(tmp_path / "pairs.jsonl")},
+            "warmup": {**STAGE, "steps": 1},
+            "bridge": {**STAGE, "probe_rows": 0},
+        }
+    )
+    run(recipe, tmp_path / "run")
+    shown = run_report(read_run(tmp_path / "run"), Asked())
+    assert shown.alerts == []
+    assert not shown.pictures
+    assert shown.headlines == []
+    assert shown.evaluations[0].title == "The first 8 rows that the bridge stage was trained on", "8 were drawn of 8"
+    assert "not part of this run" in shown.evaluations[0].note
+    page = render_report(shown)
+    words = re.sub(r"<(?!EOS)[^>]*>|\s+", " ", page[page.index("<main>") :])
+    for saying in ("the image", "an image", "caption", "looking both ways", "contrastive stage pulls"):
+        assert saying not in words
+    assert 'class="leak"' not in page
+
+
+def test_long_texts_are_cut_in_the_page(report: RunReport) -> None:
+    long = "word " * 10_000
+    query = QueryResult(long, long, None, [Hit(None, 0.5, long, False)], expected=f"not {long}")
+    page = render_report(replace(report, galleries=[Gallery("worst", "", [query])], evaluations=[]))
+    assert "word " * 40 in page
+    assert "word " * 80 not in page
+    assert "title=" not in page
 
 
 @needs_chromium
 def test_a_browser_shows_the_page_whole_at_the_width_of_a_phone(
     report: RunReport, finished: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "pairs.json").write_text(json.dumps(pairs_document("a/model/with/a/long/name" * 4)))
-    evaluation, _ = read_evaluation(tmp_path / "pairs.json")
+    long = "x" * 400
+    table = Table("a/model/with/a/long/name" * 4, ("metric", "text to image"), [(long, "0.5")], notes=[long])
+    evaluation = Evaluation(long, long, [table])
     geometry = {name: [(1, 0.5), (2, 0.25)] for name in ("alignment", "uniformity", "modality_gap", "effective_rank")}
     curves = [replace(curve, series={**curve.series, **geometry}) for curve in report.curves]
     alerts = ["The contrastive stage is not finished."]
-    full = replace(report, evaluations=[*report.evaluations, evaluation], curves=curves, alerts=alerts)
+    query = QueryResult(long, long, None, [Hit(None, 0.5, long, False)], expected=f"not {long}")
+    words = TokenReconstruction([long] * 2, [False, True], [long, f"{long}y"], "bridge")
+    assert report.data is not None
+    full = replace(
+        report,
+        facts=[*report.facts, (long, long), ("short", long)],
+        evaluations=[*report.evaluations, evaluation],
+        galleries=[*report.galleries, Gallery(long, long, [query, replace(query, hits=[])])],
+        tokens=[*report.tokens, words],
+        data=replace(report.data, bad=1, shown_bad=[(long, long, long)]),
+        curves=curves,
+        alerts=[*alerts, long],
+    )
     page = render_report(full)
     (tmp_path / "report.html").write_text(page, encoding="utf-8")
     shown = seen({"phone": (390, page), "desktop": (1280, page)}, tmp_path)

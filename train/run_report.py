@@ -1,7 +1,6 @@
 """What the report of a training run shows: everything in its folder, and the scores of its model."""
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -9,47 +8,45 @@ from typing import Any
 from cocoa_embed import __version__
 from cocoa_embed.errors import CocoaError, UsageError, one_line, printable, require
 from cocoa_embed.evaluation.finished import make_folder, write_result
-from cocoa_embed.evaluation.mmeb_tables import mmeb_tables
-from cocoa_embed.evaluation.pairs_tables import directions_table, pairs_tables, title_of
-from cocoa_embed.evaluation.tables import Table
-from cocoa_embed.export import read_training
-from cocoa_embed.report.content import Curve, DataUsed, Evaluation, Headline, RunReport, StageData
-from cocoa_embed.report.figures import GEOMETRY, NO_IMAGE, PLATEAU, duration
+from cocoa_embed.evaluation.pairs_tables import directions_table
+from cocoa_embed.export import is_bidirectional, read_training
+from cocoa_embed.report.content import Curve, DataUsed, Evaluation, RunReport, StageData
+from cocoa_embed.report.figures import duration
 from cocoa_embed.report.page import render_report
+from cocoa_embed.report.series import GEOMETRY, NO_IMAGE, PLATEAU, STAGE_TITLES
+from cocoa_embed.train.diagnosis import find_device
 from cocoa_embed.train.finished_run import FinishedRun, read_run
 from cocoa_embed.train.recipe_table import recipe_table, source_words
 from cocoa_embed.train.record import StageResult
-from cocoa_embed.train.run_scores import RunScores, direction_headlines, given_pairs, own_pairs, score_run
+from cocoa_embed.train.run_evaluations import given_evaluations
+from cocoa_embed.train.run_rows import before_the_bridge, draws, earlier_stages, kept_out_images
+from cocoa_embed.train.run_scores import RunScores, given_pairs, own_pairs, score_headlines, score_run, stage_note
 from cocoa_embed.train.samples import Samples, read_samples
-
-STAGE_TITLES = {"warmup": "warm-up", "bridge": "bridge", "contrastive": "contrastive"}
 
 DRAWN = ("loss", "mntp_loss", "mae_loss", "hidden_token_accuracy", *PLATEAU, NO_IMAGE, *GEOMETRY)
 """What is drawn of a stage's log."""
 
-EVALUATIONS = "eval"
-"""The folder of a run whose results of ``cocoa-embed eval`` are shown without asking."""
-
 REPORT_FILE = "report.html"
 SHOWN_BAD_ROWS = 12
-
-KEPT_OUT = "These rows were kept out of the stage: it was not trained on them."
-TRAINED_ON = "The stage was trained on these rows, so they show what it has learned, and not how it does on others."
 
 
 @dataclass(frozen=True)
 class Asked:
     """What is to be in a report beside the run's own folder.
 
-    :param pairs: What to score the model on; by default rows that it was trained on.
+    :param pairs: What to score the model on; by default rows of the run, where it is finished.
     :param images: Where the paths of a table of pairs start.
     :param evaluations: Results of ``cocoa-embed eval``, beside those in the run's folder.
+    :param scores: Score the model.
+    :param batch_tokens: About the most tokens to embed at once.
     """
 
     pairs: Path | None = None
     images: Path | None = None
     evaluations: Sequence[Path] = ()
     device: str | None = None
+    scores: bool = True
+    batch_tokens: int | None = None
     progress: bool = False
     tell: Callable[[str], None] | None = field(default=None)
 
@@ -80,24 +77,32 @@ def run_report(run: FinishedRun, asked: Asked) -> RunReport:
     :raises CocoaError: If a file of the run is broken, or what was asked for cannot be used.
     """
     alerts = _missing_stages(run)
-    evaluations, headlines = _given_evaluations(run, asked, alerts)
+    given = given_evaluations(run, asked.evaluations)
+    alerts += given.alerts
     samples = {result.stage: read_samples(result.folder) for result in run.results}
     report = RunReport(
-        title=str(run.recipe.get("name") or run.folder.name),
+        title=str(run.recipe.get("name") or run.folder.resolve().name),
         subtitle=_subtitle(run),
         facts=_facts(run),
         curves=stage_curves(run.results),
-        recipe=recipe_table(run),
+        recipe=replace(recipe_table(run), stages=[STAGE_TITLES[stage] for stage in run.stages]),
         data=_data(run),
+        evaluations=given.evaluations,
+        headlines=given.headlines,
         command="cocoa-embed report",
+        pictures=_has_pictures(samples.values()),
+        bidirectional=is_bidirectional({"recipe": run.recipe}),
         **_samples(run, samples, alerts),
     )
     scores = _scores(run, asked, alerts)
     if scores is not None:
-        evaluations = [_scored(scores), *evaluations]
-        headlines = [*_scored_headlines(scores), *headlines]
-        report = replace(report, galleries=scores.galleries)
-    return replace(report, evaluations=evaluations, headlines=headlines, alerts=alerts)
+        report = replace(
+            report,
+            evaluations=[_scored(run, scores), *given.evaluations],
+            headlines=[*score_headlines(scores), *given.headlines],
+            galleries=scores.galleries,
+        )
+    return replace(report, alerts=alerts)
 
 
 def stage_curves(results: Sequence[StageResult]) -> list[Curve]:
@@ -129,14 +134,13 @@ def _missing_stages(run: FinishedRun) -> list[str]:
 
 
 def _facts(run: FinishedRun) -> list[tuple[str, str]]:
-    facts = [("run", printable(run.folder))]
+    facts = [("run", printable(run.folder.resolve()))]
     if run.results:
         training = read_training(run.results[-1].folder)
         facts += [("backbone", str(training["backbone"])), ("origin", str(training["origin"]))]
-        before = training["stages"][: -len(run.results)]
+        before = [STAGE_TITLES.get(stage, stage) for stage in earlier_stages(run)]
         if before:
-            named = [f"{STAGE_TITLES.get(stage['stage'], stage['stage'])} ({stage['steps']} steps)" for stage in before]
-            facts.append(("trained before this run", ", ".join(named)))
+            facts.append(("trained before this run", ", ".join(before)))
     for result in run.results:
         facts.append((f"{STAGE_TITLES[result.stage]}", f"{result.steps:,} steps in {duration(result.seconds)}"))
     for result in run.results:
@@ -157,12 +161,37 @@ def _data(run: FinishedRun) -> DataUsed | None:
                 for name, count in known.counts.items()
             ],
             known.fingerprint,
+            kept_out_images(run, stage),
+            _draw_notes(run, stage),
         )
         for stage, known in run.rows.items()
         if stage in STAGE_TITLES
     ]
     shown = [(row.subset, printable(row.source), row.reason) for row in run.bad[:SHOWN_BAD_ROWS]]
     return DataUsed(stages, len(run.bad), shown) if stages else None
+
+
+def _draw_notes(run: FinishedRun, stage: str) -> list[str]:
+    result = next((result for result in run.results if result.stage == stage), None)
+    if result is None:
+        return []
+    drawn, is_whole = draws(run, stage)
+    size = run.recipe[stage]["batch_size"]
+    some = "" if is_whole else ", too few to be sure of each row"
+    return [f"{drawn:,} drawn: {result.steps:,} steps of {size:,}{some}"]
+
+
+def _has_pictures(samples: Iterable[Samples | None]) -> bool:
+    """Tell whether a run has images, as far as its samples show."""
+    made = [each for each in samples if each is not None and each.failure is None]
+    return not made or any(each.patches or any(words.image is not None for words in each.tokens) for each in made)
+
+
+def _rows_note(run: FinishedRun, stage: str, *, kept_out: bool) -> str:
+    if kept_out:
+        return f"These rows were kept out of the stage: it was not trained on them. {before_the_bridge(run)}".rstrip()
+    drew = "was trained on these rows" if draws(run, stage)[1] else "draws its training from these rows"
+    return f"The stage {drew}, so they show what it has learned, and not how it does on others."
 
 
 def _samples(run: FinishedRun, samples: Mapping[str, Samples | None], alerts: list[str]) -> dict[str, Any]:
@@ -179,106 +208,36 @@ def _samples(run: FinishedRun, samples: Mapping[str, Samples | None], alerts: li
         found["patches"] += of_stage.patches
         found["tokens"] += of_stage.tokens
         found["bridge_mask"] = found["bridge_mask"] or of_stage.mask
-        found["sample_notes"][title] = KEPT_OUT if of_stage.kept_out else TRAINED_ON
+        found["sample_notes"][title] = _rows_note(run, stage, kept_out=of_stage.kept_out)
     return found
 
 
 def _scores(run: FinishedRun, asked: Asked, alerts: list[str]) -> RunScores | None:
-    if not run.results:
-        if asked.pairs is not None:
-            raise UsageError(f"{printable(run.folder)} has no finished stage, so there is no model to score on --pairs")
-        return None
-    if asked.pairs is not None:
-        return score_run(run, given_pairs(asked.pairs, asked.images), asked.device, progress=asked.progress)
-    if asked.images is not None:
+    if asked.images is not None and asked.pairs is None:
         raise UsageError("--images says where the images of --pairs are; give --pairs too, or leave it out")
+    if not asked.scores and asked.pairs is not None:
+        raise UsageError("--no-scores and --pairs do not go together; leave one of them out")
+    if asked.pairs is not None and not run.results:
+        raise UsageError(f"{printable(run.folder)} has no finished stage, so there is no model to score on --pairs")
+    if not asked.scores or not run.results:
+        return None
+    if asked.pairs is None and run.missing:
+        alerts.append("A run that is not finished is not scored without being asked; --pairs scores what there is.")
+        return None
+    device = find_device(asked.device)
+    how: dict[str, Any] = {"batch_tokens": asked.batch_tokens, "progress": asked.progress}
+    if asked.pairs is not None:
+        return score_run(run, given_pairs(run, asked.pairs, asked.images), device, **how)
     try:
-        scored = own_pairs(run, asked.tell)
-        return score_run(run, scored, asked.device, progress=asked.progress)
+        return score_run(run, own_pairs(run, asked.tell), device, **how)
     except CocoaError as error:
         alerts.append(
-            f"The model could not be scored on rows of its own training ({one_line(error).rstrip('.')}); there are no"
-            " galleries. Give other rows with --pairs."
+            f"The model could not be scored on rows of its own ({one_line(error).rstrip('.')}); there are no galleries."
+            " Give other rows with --pairs."
         )
         return None
 
 
-def _stage_note(scores: RunScores) -> str:
-    if scores.stage == "contrastive":
-        return ""
-    return (
-        f"There is no finished contrastive stage: this is the {STAGE_TITLES[scores.stage]} stage's model, which has not"
-        " been trained to retrieve."
-    )
-
-
-def _scored(scores: RunScores) -> Evaluation:
-    table = directions_table(scores.document)
-    note = " ".join(filter(None, [_stage_note(scores), scores.scored.note]))
-    return Evaluation(scores.scored.title, note, [table])
-
-
-def _scored_headlines(scores: RunScores) -> list[Headline]:
-    of_rows = " Rows that it was trained on." if scores.scored.trained_on else ""
-    by_stage = "" if scores.stage == "contrastive" else f" After the {STAGE_TITLES[scores.stage]} stage alone."
-    return [
-        Headline(
-            title_of(way),
-            f"{100 * recall:.1f} %",
-            "of right answers are in first place",
-            f"recall@1 among {documents:,}; {100 * low:.1f} to {100 * high:.1f} %.{of_rows}{by_stage}",
-        )
-        for way, recall, (low, high), documents in direction_headlines(scores.document)
-    ]
-
-
-def _given_evaluations(run: FinishedRun, asked: Asked, alerts: list[str]) -> tuple[list[Evaluation], list[Headline]]:
-    read = [read_evaluation(file) for file in asked.evaluations]
-    named = {file.resolve() for file in asked.evaluations}
-    for file in sorted((run.folder / EVALUATIONS).glob("*.json")):
-        if file.resolve() in named:
-            continue
-        try:
-            read.append(read_evaluation(file))
-        except CocoaError as error:
-            alerts.append(f"Left out: {error}.")
-    return [evaluation for evaluation, _ in read], [headline for _, each in read for headline in each]
-
-
-def read_evaluation(file: Path) -> tuple[Evaluation, list[Headline]]:
-    """Read what ``cocoa-embed eval mmeb`` or ``eval pairs`` has written as JSON.
-
-    :raises CocoaError: If it is something else.
-    """
-    name = printable(file)
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-        kind = document["benchmark"]
-        tables = _TABLES[kind](document)
-        headlines = _mmeb_headlines(document) if kind == MMEB else []
-        title = f"{kind}: {document['model']}" if kind == MMEB else f"Pairs: {document['model']}"
-    except OSError as error:
-        raise CocoaError(f"{name} cannot be read ({one_line(error)})") from error
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CocoaError(
-            f"{name} is no result of cocoa-embed eval; give a pairs.json or mmeb.json that it has written"
-        ) from error
-    return Evaluation(title, f"From {name}.", tables), headlines
-
-
-MMEB = "MMEB-V1"
-
-
-def _pairs(document: Mapping[str, Any]) -> list[Table]:
-    return pairs_tables(document) if "other" in document else [directions_table(document)]
-
-
-_TABLES: dict[str, Callable[[Mapping[str, Any]], list[Table]]] = {MMEB: mmeb_tables, "pairs": _pairs}
-
-
-def _mmeb_headlines(document: Mapping[str, Any]) -> list[Headline]:
-    covered, mean = document["coverage"]["overall"], document["averages"]["overall"]
-    if mean is None:
-        return []
-    part = "" if covered["complete"] else f" Not complete: {covered['run']} of {covered['of']} subsets."
-    return [Headline(MMEB, f"{100 * mean:.1f} %", "precision@1, the mean over subsets", f"{document['model']}.{part}")]
+def _scored(run: FinishedRun, scores: RunScores) -> Evaluation:
+    note = " ".join(filter(None, [stage_note(run, scores.stage), scores.scored.note]))
+    return Evaluation(scores.scored.title, note, [directions_table(scores.document)])

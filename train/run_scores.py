@@ -1,27 +1,29 @@
-"""Score the model of a run for its report, on pairs of one's own or on rows that it was trained on."""
+"""Score the model of a run for its report, on pairs of one's own or on rows of the run."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cocoa_embed.encoder import Encoder
-from cocoa_embed.errors import CocoaError, printable
+from cocoa_embed.errors import CocoaError, one_line, printable
 from cocoa_embed.evaluation.galleries import QueryGallery
-from cocoa_embed.evaluation.items import Item
+from cocoa_embed.evaluation.items import BATCH_TOKENS, Item
 from cocoa_embed.evaluation.pairs import Pair, evaluate_pairs
 from cocoa_embed.evaluation.pairs_reader import read_pairs
-from cocoa_embed.export import build_sentence_transformer, read_training
+from cocoa_embed.evaluation.pairs_tables import title_of
+from cocoa_embed.export import build_sentence_transformer, is_bidirectional, read_training
 from cocoa_embed.loading import load_model
-from cocoa_embed.report.content import Gallery
+from cocoa_embed.report.content import Gallery, Headline
+from cocoa_embed.report.series import STAGE_TITLES
 from cocoa_embed.train import data
-from cocoa_embed.train.collators import lacks_block_b
 from cocoa_embed.train.finished_run import FinishedRun
-from cocoa_embed.train.mixing import fingerprint, read_rows
+from cocoa_embed.train.run_rows import OwnRows, before_the_bridge, draws, earlier_stages, overlap, read_own_rows
+from cocoa_embed.train.shortage import is_out_of_memory
 from cocoa_embed.train.stored import StoredImage
 
-OWN_ROWS = 200
-"""Rows of a run's own data that its model is scored on where no other pairs are given."""
+FIRST = "hit@1"
 
 
 @dataclass(frozen=True)
@@ -30,13 +32,13 @@ class ScoredPairs:
 
     :param title: What they are.
     :param note: Sentences about them.
-    :param trained_on: The model was trained on them, or on rows like them.
+    :param held_out: The model was trained on none of them; None where that cannot be told.
     """
 
     pairs: list[Pair]
     title: str
     note: str
-    trained_on: bool
+    held_out: bool | None
 
 
 @dataclass(frozen=True)
@@ -52,75 +54,124 @@ class RunScores:
     galleries: list[Gallery]
 
 
-def score_run(run: FinishedRun, scored: ScoredPairs, device: str | None = None, *, progress: bool = False) -> RunScores:
+def score_run(
+    run: FinishedRun,
+    scored: ScoredPairs,
+    device: str,
+    *,
+    batch_tokens: int | None = None,
+    progress: bool = False,
+) -> RunScores:
     """Score the run's last checkpoint in both directions.
 
-    :param device: The torch device; the fastest by default.
-    :raises CocoaError: If the checkpoint cannot be loaded, or an item cannot be embedded.
+    :param device: The torch device.
+    :param batch_tokens: About the most tokens to embed at once.
+    :raises CocoaError: If the checkpoint cannot be loaded, an item cannot be embedded, or memory does not suffice.
     """
     last = run.results[-1]
-    encoder = load_checkpoint(last.folder, device)
-    encoder.name = f"{run.folder.name}/{last.stage}"
+    name = f"{run.folder.resolve().name}/{last.stage}"
     gallery = QueryGallery()
-    document = evaluate_pairs([encoder], scored.pairs, progress=progress, observe=gallery.observe)
+    with _explained_shortage(name, device):
+        encoder = load_checkpoint(last.folder, device)
+        encoder.name = name
+        document = evaluate_pairs(
+            [encoder],
+            scored.pairs,
+            batch_tokens=batch_tokens or BATCH_TOKENS,
+            progress=progress,
+            observe=gallery.observe,
+        )
     return RunScores(scored, last.stage, document, gallery.galleries())
 
 
-def load_checkpoint(folder: Path, device: str | None = None) -> Encoder:
+@contextmanager
+def _explained_shortage(name: str, device: str) -> Iterator[None]:
+    try:
+        yield
+    except (CocoaError, RuntimeError) as error:
+        cause = error if isinstance(error, RuntimeError) else error.__cause__
+        if not (isinstance(cause, RuntimeError) and is_out_of_memory(cause)):
+            raise
+        raise CocoaError(
+            f"{name} does not fit into the memory of {device} ({one_line(cause).split('. ')[0]}); give a smaller"
+            " --batch-tokens, another --device, or --no-scores"
+        ) from error
+
+
+def load_checkpoint(folder: Path, device: str) -> Encoder:
     """Load the checkpoint of any stage for encoding.
 
     :raises CocoaError: If it cannot be loaded.
     """
     if (folder / "modules.json").is_file():
         return Encoder(load_model(folder, device), str(folder))
-    model = build_sentence_transformer(folder, prompts=read_training(folder)["recipe"]["prompts"])
-    try:
-        return Encoder(model if device is None else model.to(device), str(folder))
-    except RuntimeError as error:
-        raise CocoaError(f"the device {device!r} cannot be used ({error})") from error
+    training = read_training(folder)
+    model = build_sentence_transformer(
+        folder, prompts=training["recipe"]["prompts"], bidirectional=is_bidirectional(training)
+    )
+    return Encoder(model.to(device), str(folder))
 
 
-def given_pairs(path: Path, images: Path | None) -> ScoredPairs:
-    """Read pairs as ``cocoa-embed eval pairs`` does.
+def given_pairs(run: FinishedRun, path: Path, images: Path | None) -> ScoredPairs:
+    """Read pairs as ``cocoa-embed eval pairs`` does, and see which of them the run was trained on.
 
     :raises CocoaError: If they cannot be read.
     """
     pairs = read_pairs(path, images)
-    return ScoredPairs(pairs, f"{len(pairs):,} pairs of {printable(path)}", "", trained_on=False)
+    title = f"{len(pairs):,} pairs of {printable(path)}"
+    found = overlap(run, pairs)
+    notes = []
+    if found.pairs:
+        drew = all(draws(run, result.stage)[1] for result in run.results)
+        verb = "was trained on" if drew else "draws its training from"
+        notes.append(
+            f"{found.pairs:,} of {len(pairs):,} are among the rows that the run {verb}, so the scores say less of how"
+            " the model does on others."
+        )
+    elif not found.unknown:
+        notes.append("None of them is among the rows that the run draws from.")
+    if found.unknown:
+        notes.append(f"Whether they are among the rows of {', '.join(found.unknown)} cannot be told.")
+    held_out = False if found.pairs else None if found.unknown else True
+    return ScoredPairs(pairs, title, " ".join(notes), held_out)
 
 
 def own_pairs(run: FinishedRun, tell: Callable[[str], None] | None = None) -> ScoredPairs:
-    """Read the first :data:`OWN_ROWS` rows that the run's last stage was trained on.
+    """Return the first rows of the run's last stage as pairs; of a bridge those that it kept out, if it did.
 
     :param tell: Is told that rows are read, which takes a while where there are many.
-    :raises CocoaError: If they cannot be read any more, or there are too few to tell apart.
+    :raises CocoaError: If they cannot be read any more, or not without the network.
     """
-    stage = run.results[-1].stage
-    known = run.rows.get(stage)
-    if known is None or known.sources is None:
-        raise CocoaError("the run does not tell where its rows are from")
-    if tell is not None:
-        tell(f"reading the rows of the {stage} stage; --pairs would give others")
-    read = read_rows(
-        known.sources,
-        on_bad_row="skip",
-        check_images=False,
-        seed=run.recipe.get("seed", 0),
-        refuse=lacks_block_b if stage == "bridge" else None,
-    )
-    left_out = {(row.subset, row.source) for row in run.bad}
-    rows = [row for row in read.rows if (row.subset, row.source) not in left_out]
-    is_same = fingerprint(rows) == known.fingerprint
-    first = rows[:OWN_ROWS]
-    title = f"The first {len(first)} rows that the {stage} stage was trained on"
-    note = (
-        "No other pairs were given, so these are rows that the model has been trained on: they show whether it has"
-        " learned them, and say nothing of how it does on others. For that, write the report with --pairs."
-    )
-    if not is_same:
-        title = f"The first {len(first)} rows of what the {stage} stage's data are now"
-        note += " The data are no longer as they were when the run began: some of these rows may be others."
-    return ScoredPairs([_pair(row) for row in first], title, note, trained_on=True)
+    own = read_own_rows(run, tell)
+    title = _own_title(run, own)
+    notes = ["No other pairs were given."]
+    if own.kept_out:
+        before = before_the_bridge(run)
+        notes.append(f"The {STAGE_TITLES[own.stage]} stage was not trained on these rows. {before}".rstrip())
+        held_out = None if before else True
+    else:
+        held_out = False
+        told = "has been trained on" if draws(run, own.stage)[1] else "draws its training from"
+        notes.append(
+            f"These are rows that the model {told}: they show whether it has learned them, and say nothing of how it"
+            " does on others. For that, write the report with --pairs."
+        )
+    if own.is_same is None:
+        notes.append("Whether the data are as they were when the run began was not checked.")
+    elif not own.is_same:
+        held_out = False
+        notes.append("The data are no longer as they were when the run began: some of these rows may be others.")
+    return ScoredPairs([_pair(row) for row in own.rows], title, " ".join(notes), held_out)
+
+
+def _own_title(run: FinishedRun, own: OwnRows) -> str:
+    stage, count = STAGE_TITLES[own.stage], len(own.rows)
+    if own.is_same is False:
+        return f"The first {count} rows of what the {stage} stage's data are now"
+    if own.kept_out:
+        return f"The {count} rows that the {stage} stage kept out of its training"
+    how = "was trained on" if draws(run, own.stage)[1] else "draws from"
+    return f"The first {count} rows that the {stage} stage {how}"
 
 
 def _pair(row: data.Row) -> Pair:
@@ -136,9 +187,42 @@ def _item(item: data.Item) -> Item:
     return Item(item.text or None, image)
 
 
-def direction_headlines(document: dict[str, Any]) -> Sequence[tuple[str, float, list[float], int]]:
-    """Return each direction with its recall@1, that figure's interval, and how many documents were searched."""
-    return [
-        (way, document["subsets"][way]["recall@1"], document["intervals"][way]["recall@1"], counts["documents"])
-        for way, counts in document["counts"].items()
-    ]
+def stage_note(run: FinishedRun, stage: str) -> str:
+    """Return what to know of a model that is not a contrastive stage's."""
+    if stage == "contrastive":
+        return ""
+    why = "is not finished" if "contrastive" in run.missing else "is not part of this run"
+    title = STAGE_TITLES[stage]
+    if "contrastive" in earlier_stages(run):
+        return f"A contrastive stage came before this run: this is the {title} stage's model, trained on from there."
+    return (
+        f"The contrastive stage {why}: this is the {title} stage's model, which has not been trained to retrieve here."
+    )
+
+
+def score_headlines(scores: RunScores) -> list[Headline]:
+    """Return the first numbers of the page; none of rows that the model was trained on."""
+    if scores.scored.held_out is False:
+        return []
+    untold = "" if scores.scored.held_out else " Whether the model has seen them in training is not known for certain."
+    by_stage = "" if scores.stage == "contrastive" else f" After the {STAGE_TITLES[scores.stage]} stage alone."
+    return direction_headlines(scores.document, f"{scores.scored.title}.{untold}{by_stage}")
+
+
+def direction_headlines(document: dict[str, Any], remark: str) -> list[Headline]:
+    """Return for each direction of a document of pairs how often a right answer comes first.
+
+    A query may have several right answers, which cap its recall@1; whether one of them is first has no such cap.
+    """
+    found = []
+    for way, counts in document["counts"].items():
+        low, high = document["intervals"][way][FIRST]
+        found.append(
+            Headline(
+                title_of(way),
+                f"{100 * document['subsets'][way][FIRST]:.1f} %",
+                "of queries have a right answer in first place",
+                f"{FIRST} among {counts['documents']:,}; {100 * low:.1f} to {100 * high:.1f} %. {remark}",
+            )
+        )
+    return found
