@@ -104,7 +104,10 @@ def before_the_bridge(run: FinishedRun) -> str:
         if first is None or second is None or first.sources is None or second.sources is None:
             return "The warm-up before it may have been trained on them."
         if _places(first.sources) & _places(second.sources):
-            return "The warm-up before it was trained on the same data, these rows among them: only the bridge was not."
+            drew = "was trained on" if draws(run, "warmup")[1] else "draws its training from"
+            return (
+                f"The warm-up before it {drew} the same data, these rows among them: only the bridge leaves them out."
+            )
         if not earlier:
             return "The warm-up before it was trained on other data."
     if earlier:
