@@ -21,7 +21,6 @@ run that was ended goes on where it was. Weights stay in ``--work``, some 12 MB 
 
 import argparse
 import json
-import math
 import os
 import sys
 import time
@@ -121,7 +120,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     started = time.perf_counter()
     with place.open():
         grid = Grid(place.sizes, place.flops_per_row(), place.batch_sizes(), place.mask_ratio(), options.group)
-        threads = max(1, math.floor(torch.get_num_threads() / options.processes))
+        threads = max(1, torch.get_num_threads() // options.processes)
         run_jobs(jobs_of(place, grid.arms, seeds), options.processes, threads)
         outcomes = [[outcome(place, arm, seed) for seed in seeds] for arm in grid.arms]
     return {

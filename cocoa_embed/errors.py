@@ -23,12 +23,15 @@ class MissingExtraError(CocoaError):
     """A package is not installed that an optional part of the project needs."""
 
 
-class ImageError(CocoaError):
-    """An image cannot be used. ``source`` says which one, ``reason`` why."""
+class SourceError(CocoaError):
+    """Something of the user's cannot be used. ``source`` says which one, ``reason`` why."""
+
+    separator = ": "
+    """What stands between the two in the message."""
 
     def __init__(self, source: str, reason: str) -> None:
-        """Keep both parts and join them to the message ``source: reason``."""
-        super().__init__(f"{source}: {reason}")
+        """Keep both parts and join them to the message."""
+        super().__init__(f"{source}{self.separator}{reason}")
         self.source = source
         self.reason = reason
 
@@ -37,18 +40,12 @@ class ImageError(CocoaError):
         return type(self), (self.source, self.reason)
 
 
-class RowError(CocoaError):
-    """A row cannot be used. ``source`` says which one, ``reason`` why."""
+class ImageError(SourceError):
+    """An image cannot be used."""
 
-    def __init__(self, source: str, reason: str) -> None:
-        """Keep both parts and join them to the message ``source: reason``."""
-        super().__init__(f"{source}: {reason}")
-        self.source = source
-        self.reason = reason
 
-    def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        """Let the error cross from one process to another."""
-        return type(self), (self.source, self.reason)
+class RowError(SourceError):
+    """A row cannot be used."""
 
 
 def require(module: str, extra: str) -> ModuleType:

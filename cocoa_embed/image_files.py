@@ -11,7 +11,7 @@ from fnmatch import translate
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from cocoa_embed.errors import CocoaError, one_line, printable
+from cocoa_embed.errors import CocoaError, SourceError, one_line, printable
 
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .apng .webp .gif .bmp .dib .tif .tiff .avif .heic .heif .hif"
@@ -31,18 +31,10 @@ OnError: TypeAlias = Callable[[Path, str], None]
 WILDCARD = re.compile(r"[*?[]")
 
 
-class MetadataError(CocoaError):
-    """A row of a table cannot be used. ``source`` says which one, ``reason`` why."""
+class MetadataError(SourceError):
+    """A row of a table cannot be used."""
 
-    def __init__(self, source: str, reason: str) -> None:
-        """Keep both parts and join them to the message ``source reason``."""
-        super().__init__(f"{source} {reason}")
-        self.source = source
-        self.reason = reason
-
-    def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        """Let the error cross from one process to another."""
-        return type(self), (self.source, self.reason)
+    separator = " "
 
 
 def find_images(paths: Iterable[str | Path], *, on_error: OnError | None = None) -> list[Path]:

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cocoa_embed.encoder import Encoder
-from cocoa_embed.evaluation.galleries import SHOWN_CHARACTERS, SHOWN_HITS, QueryGallery, _first
+from cocoa_embed.evaluation.galleries import SHOWN_HITS, QueryGallery, _first
 from cocoa_embed.evaluation.items import Item
 from cocoa_embed.evaluation.pairs import Direction, Pair, evaluate_pairs
+from cocoa_embed.report.page import SHOWN_CHARACTERS
 from scored_model import ScoredModel, mosaic
 
 

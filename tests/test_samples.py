@@ -24,16 +24,8 @@ from cocoa_embed.train.probe import hold_out_rows
 from cocoa_embed.train.samples import SAMPLE_ROWS, SAMPLES_FILE, Samples, choose_rows, read_samples, write_samples
 from cocoa_embed.train.sections import BridgeSection, WarmupSection
 from cocoa_embed.train.stage_trainer import draw_indices
-from conftest import TINY_MAX_LENGTH
+from conftest import STAGE, TINY_MAX_LENGTH
 
-STAGE: dict[str, Any] = {
-    "steps": 2,
-    "batch_size": 4,
-    "micro_batch_size": 2,
-    "learning_rate": 1e-3,
-    "warmup_steps": 0,
-    "logging_steps": 1,
-}
 BRIDGE = {**STAGE, "probe_rows": 10, "probe_steps": 1}
 ADAPTER = {"kind": "dora", "r": 2, "alpha": 4}
 

@@ -157,13 +157,19 @@ def _with_image(row: Row, image: RowImage | None) -> Row:
 
 def pictured_rows(rows: Sequence[Row], count: int) -> list[Row]:
     """Return the first rows with an image, one for each image, at most ``count``; none for fewer than two."""
+    found = first_of_images(rows, count)
+    return found if len(found) > 1 else []
+
+
+def first_of_images(rows: Sequence[Row], count: int) -> list[Row]:
+    """Return the first row of each of the first ``count`` images."""
     of_image: dict[RowImage, Row] = {}
     for row in rows:
         if len(of_image) == count:
             break
         if row.image is not None:
             of_image.setdefault(row.image, row)
-    return list(of_image.values()) if len(of_image) > 1 else []
+    return list(of_image.values())
 
 
 def hold_out_rows(rows: Sequence[Row], count: int) -> tuple[list[Row], list[Row]]:

@@ -178,33 +178,31 @@ def _read_whole(run: FinishedRun, stage: str, sources: Mapping[str, SourceSectio
         check_images=False,
         seed=run.recipe.get("seed", 0),
         refuse=lacks_block_b if stage == "bridge" else None,
+        known_bad=run.bad_of(stage),
     )
-    return _without_left_out(run, read.rows)
+    return read.rows
 
 
 def _first_rows(run: FinishedRun, stage: str, sources: Mapping[str, SourceSection]) -> list[Row]:
     bad: list[BadRow] = []
+    known_bad = run.bad_of(stage)
+    left_out = {(row.subset, row.source) for row in known_bad}
 
     def of_source(name: str, source: SourceSection) -> list[Row]:
         if source.weight < 1:
             rows = weigh(read_source(name, source, bad), source.weight, seed=run.recipe.get("seed", 0), subset=name)
         else:
-            limit = min(OWN_ROWS + len(run.bad), source.limit or OWN_ROWS + len(run.bad))
+            limit = min(OWN_ROWS + len(known_bad), source.limit or OWN_ROWS + len(known_bad))
             rows = read_source(name, source.model_copy(update={"limit": limit}), bad)
         if stage == "bridge":
             rows = [row for row in rows if lacks_block_b(row) is None]
-        return _without_left_out(run, rows)
+        return [row for row in rows if (row.subset, row.source) not in left_out]
 
     found: list[Row] = []
     for name, source in sources.items():
         if len(found) < OWN_ROWS:
             found += of_source(name, source)
     return found[:OWN_ROWS]
-
-
-def _without_left_out(run: FinishedRun, rows: Sequence[Row]) -> list[Row]:
-    left_out = {(row.subset, row.source) for row in run.bad}
-    return [row for row in rows if (row.subset, row.source) not in left_out]
 
 
 def _places(sources: Mapping[str, SourceSection]) -> set[tuple[str | None, str | None]]:

@@ -21,7 +21,7 @@ from cocoa_embed.train.batches import DescribedBatches
 from cocoa_embed.train.checkpoints import write_json
 from cocoa_embed.train.collators import Batch
 from cocoa_embed.train.data import Row, numbered
-from cocoa_embed.train.probe import hold_out_rows
+from cocoa_embed.train.probe import first_of_images, hold_out_rows
 from cocoa_embed.train.reconstructions import bridge_reconstructions, warmup_reconstructions
 from cocoa_embed.train.sections import BridgeSection, ReconstructionSection, StageSection
 from cocoa_embed.train.trainer import CocoaTrainer
@@ -144,13 +144,7 @@ def choose_rows(section: ReconstructionSection, rows: Sequence[Row]) -> tuple[li
         kept_out, _ = hold_out_rows(rows, section.probe_rows)
         if kept_out:
             return kept_out[:SAMPLE_ROWS], True
-    by_image: dict[object, Row] = {}
-    for row in rows:
-        if row.image is not None:
-            by_image.setdefault(row.image, row)
-        if len(by_image) == SAMPLE_ROWS:
-            break
-    return list(by_image.values()) or list(rows[:SAMPLE_ROWS]), False
+    return first_of_images(rows, SAMPLE_ROWS) or list(rows[:SAMPLE_ROWS]), False
 
 
 def write_samples(folder: Path, samples: Samples) -> None:

@@ -58,11 +58,12 @@ def results_document(grid: Grid, outcomes: Sequence[Sequence[Mapping[str, Any]]]
 
 
 def _arm_document(grid: Grid, arm: Arm, outcomes: Mapping[Arm, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    recalls = {each: [outcome["recall@1"] for outcome in outcomes[each]] for each in (arm, *grid.references(arm))}
+    references = grid.references(arm)
+    recalls = {each: [outcome["recall@1"] for outcome in outcomes[each]] for each in (arm, *references)}
     own = recalls[arm]
     less = {
         other.name: estimate([ours - theirs for ours, theirs in zip(own, recalls[other], strict=True)])._asdict()
-        for other in grid.references(arm)
+        for other in references
     }
     return {
         "group": arm.group,

@@ -12,6 +12,7 @@ from cocoa_embed.evaluation.pairs import Direction
 from cocoa_embed.evaluation.pairs_tables import title_of
 from cocoa_embed.images import load_image
 from cocoa_embed.report.content import Gallery, Hit, QueryResult
+from cocoa_embed.report.page import cut
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -25,9 +26,6 @@ SHOWN_HITS = 5
 
 THUMBNAIL = 256
 """Longest side in pixels of an image that is kept for a gallery."""
-
-SHOWN_CHARACTERS = 300
-"""Of a text that is longer, so many are shown, the last of them an ellipsis."""
 
 
 class Outcome(NamedTuple):
@@ -128,19 +126,15 @@ def _result(direction: Direction, number: int, outcome: Outcome, title: str) -> 
     for place, (found, score) in enumerate(zip(outcome.found, outcome.scores, strict=True), 1):
         document = direction.documents[found]
         rank = outcome.rank if place > SHOWN_HITS else place
-        hits.append(Hit(_thumbnail(document), score, _shortened(document.text or ""), found in relevant, rank))
+        hits.append(Hit(_thumbnail(document), score, cut(document.text or ""), found in relevant, rank))
     return QueryResult(
         title=title,
-        text=None if query.text is None else _shortened(query.text),
+        text=None if query.text is None else cut(query.text),
         image=_thumbnail(query),
         hits=hits,
         rank=outcome.rank,
         margin=outcome.margin if np.isfinite(outcome.margin) else None,
     )
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 1].rstrip()}…"
 
 
 def _thumbnail(item: Item) -> Image.Image | None:
