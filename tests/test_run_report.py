@@ -124,6 +124,23 @@ def test_a_run_in_progress_shows_what_is_finished_and_names_what_is_not(copy: Pa
         run_report(read_run(copy), Asked(pairs=copy))
 
 
+def test_a_stage_in_progress_shows_its_curves_as_far_as_its_checkpoint(copy: Path) -> None:
+    run = read_run(copy)
+    *finished, last = run.results
+    under_way = replace(run, results=finished, missing={last.stage: 1}, unfinished=[replace(last, log=last.log[:1])])
+    shown = run_report(under_way, Asked())
+    assert [curve.stage for curve in shown.curves] == ["warm-up", "bridge", "contrastive"]
+    assert [len(points) for points in shown.curves[-1].series.values()] == [1] * len(shown.curves[-1].series)
+    assert any("checkpoint is of step 1, as far as its curves go" in alert for alert in shown.alerts)
+
+
+def test_a_stage_whose_folder_was_removed_is_told_as_finished(copy: Path, unscored: None) -> None:
+    shutil.rmtree(copy / "warmup")
+    shown = run_report(read_run(copy), Asked())
+    assert any("warm-up stage is finished, but its folder has gone" in alert for alert in shown.alerts)
+    assert not any("warm-up" in alert and ("not finished" in alert or "samples" in alert) for alert in shown.alerts)
+
+
 def test_a_run_of_an_earlier_version_is_shown_as_far_as_it_tells(copy: Path, unscored: None) -> None:
     known = json.loads((copy / "data.json").read_text())
     for stage in known.values():

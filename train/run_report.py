@@ -84,7 +84,7 @@ def run_report(run: FinishedRun, asked: Asked) -> RunReport:
         title=str(run.recipe.get("name") or run.folder.resolve().name),
         subtitle=_subtitle(run),
         facts=_facts(run),
-        curves=stage_curves(run.results),
+        curves=stage_curves([*run.results, *run.unfinished]),
         recipe=replace(recipe_table(run), stages=[STAGE_TITLES[stage] for stage in run.stages]),
         data=_data(run),
         evaluations=given.evaluations,
@@ -128,15 +128,23 @@ def _subtitle(run: FinishedRun) -> str:
 def _missing_stages(run: FinishedRun) -> list[str]:
     alerts = []
     for stage, step in run.missing.items():
-        reached = f"; its newest checkpoint is of step {step:,}" if step else ""
-        alerts.append(f"The {STAGE_TITLES[stage]} stage is not finished{reached}. What it would show is missing here.")
+        reached = f"; its newest checkpoint is of step {step:,}, as far as its curves go" if step else ""
+        alerts.append(
+            f"The {STAGE_TITLES[stage]} stage is not finished{reached}. What {'else ' * bool(step)}it would show is "
+            "missing here."
+        )
+    alerts += [
+        f"The {STAGE_TITLES[stage]} stage is finished, but its folder has gone: only the last figures of its log are "
+        "left."
+        for stage in run.gone
+    ]
     return alerts
 
 
 def _facts(run: FinishedRun) -> list[tuple[str, str]]:
     facts = [("run", printable(run.folder.resolve()))]
     if run.results:
-        training = read_training(run.results[-1].folder)
+        training = read_training(run.results[-1].folder, needs_weights=False)
         facts += [("backbone", str(training["backbone"])), ("origin", str(training["origin"]))]
         before = [STAGE_TITLES.get(stage, stage) for stage in earlier_stages(run)]
         if before:
@@ -199,7 +207,7 @@ def _samples(run: FinishedRun, samples: Mapping[str, Samples | None], alerts: li
     for stage in ("warmup", "bridge"):
         of_stage, title = samples.get(stage), STAGE_TITLES[stage]
         if of_stage is None:
-            if stage in samples:
+            if stage in samples and stage not in run.gone:
                 alerts.append(f"The {title} stage left no samples behind; runs begun with this version do.")
             continue
         if of_stage.failure is not None:

@@ -92,7 +92,7 @@ def earlier_stages(run: FinishedRun) -> list[str]:
     """Return the stages that the run's weights had been through before it began; none where no stage is finished."""
     if not run.results:
         return []
-    stages = read_training(run.results[-1].folder)["stages"]
+    stages = read_training(run.results[-1].folder, needs_weights=False)["stages"]
     return [str(each["stage"]) for each in stages[: -len(run.results)]]
 
 
