@@ -1,3 +1,4 @@
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from cocoa_embed.backbone import Backbone
 from cocoa_embed.evaluation.geometry import geometry
 from cocoa_embed.train.bridge import BridgeModel
 from cocoa_embed.train.collators import Batch, BridgeCollator, split_blocks
-from cocoa_embed.train.data import Item, Row
+from cocoa_embed.train.data import CaptionChoice, Item, Row, read_image_folder
 from cocoa_embed.train.probe import EosProbe, GeometryProbe, exchange_images, hold_out_rows, pictured_rows
 
 NAMES = ["accuracy_right_image", "accuracy_shuffled_image", "accuracy_no_image"]
@@ -39,7 +40,50 @@ def test_held_out_rows_share_no_image_with_the_others(images: list[int], count: 
     assert len({row.image for row in held_out}) == len(held_out) == (count if is_enough else 0)
     assert all(row in rows for row in held_out)
     held_images = {row.image for row in held_out}
-    assert kept == [row for row in rows if row.image not in held_images]
+    assert kept == [row for row in rows if row.image not in held_images], "what shares nothing with them stays"
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    images=st.lists(st.none() | st.integers(0, 5), max_size=20),
+    count=st.integers(0, 3),
+    shared=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=20, max_size=20),
+)
+def test_no_text_row_with_a_source_or_a_text_of_a_held_out_image_is_trained_on(
+    images: list[int | None], count: int, shared: list[tuple[int, int]]
+) -> None:
+    rows = [
+        Row(
+            query=Item(text=f"caption {text}") if image is None else Item(image=Path(f"{image}.png")),
+            positive=Item(text=f"another {number}") if image is None else Item(text=f"caption {text}"),
+            source=f"place {place}",
+        )
+        for number, (image, (place, text)) in enumerate(zip(images, shared, strict=False))
+    ]
+    held_out, kept = hold_out_rows(rows, count)
+    of_images = [row for row in rows if row.image is not None and row.image in {row.image for row in held_out}]
+    sources, texts = {row.source for row in of_images}, {row.positive.text for row in of_images}
+    for row in rows:
+        tells = row.image is None and (row.source in sources or row.query.text in texts)
+        assert (row in kept) is not (row in of_images or tells)
+
+
+@pytest.mark.parametrize("choice", ["text", "captions"])
+def test_no_text_of_a_held_out_image_is_trained_on_as_a_paraphrase(tmp_path: Path, choice: CaptionChoice) -> None:
+    lines = []
+    for number in range(8):
+        Image.new("RGB", (56, 56), (number, 0, 0)).save(tmp_path / f"{number}.png")
+        captions = [f"the {way} words of {number}" for way in ("first", "second", "third")]
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": captions[0], "captions": captions}))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    rows = read_image_folder(tmp_path, captions=choice, paraphrases=2)
+    assert sum(row.image is None for row in rows) == 16, "the premise"
+    held_out, kept = hold_out_rows(rows, 3)
+    names = {row.image.name.removesuffix(".png") for row in held_out if isinstance(row.image, Path)}
+    assert names == {"0", "1", "2"}
+    trained_on = {item.text for row in kept for item in (row.query, row.positive) if item.text is not None}
+    assert {text.split()[-1] for text in trained_on} == {"3", "4", "5", "6", "7"}
+    assert sum(row.image is None for row in kept) == 10, "those of the other images stay"
 
 
 def test_too_few_images_are_all_kept_for_training() -> None:
