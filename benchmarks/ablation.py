@@ -140,8 +140,7 @@ def write(document: dict[str, Any], out: Path) -> None:
     write_whole(out / "ablation.json", json.dumps(document, indent=1) + "\n")
     write_whole(out / "ablation.md", to_markdown(TITLE, tables(document)))
     write_whole(out / "ablation.html", to_html(TITLE, tables(document)))
-    if not document["groups_left_out"]:
-        write_figure(document, out / "ablation.svg")
+    write_figure(document, out / "ablation.svg")
 
 
 def draw_again(results: Path, out: Path | None) -> None:

@@ -314,6 +314,14 @@ def test_dots_are_recall_over_the_bridges_loss(grid: Grid) -> None:
     assert {tuple(point) for line in axes.lines for point in line.get_xydata()} == expected
 
 
+def test_the_figure_of_some_groups_has_their_panels_alone(grid: Grid) -> None:
+    whole = by_title(results(grid))
+    some = by_title(results(replace(grid, groups=["length", "variants"])))
+    panels_of_others = {"The stages, 1000 pairs", "Fewer pairs", *(title for title in whole if "mask ratio" in title)}
+    assert len(whole) == 8
+    assert set(some) == set(whole) - panels_of_others
+
+
 def test_a_figure_drawn_again_is_the_same_file(grid: Grid, tmp_path: Path) -> None:
     document = results(grid)
     for name in ("a.svg", "b.svg"):

@@ -15,6 +15,7 @@ from cocoa_embed.report.page import render_report
 from cocoa_embed.train.finished_run import read_run
 from cocoa_embed.train.run_evaluations import read_evaluation
 from cocoa_embed.train.run_report import Asked, run_report
+from cocoa_embed.train.run_scores import UNTOLD
 
 
 def pairs_document(model: str) -> dict[str, Any]:
@@ -67,6 +68,33 @@ def test_only_a_model_of_the_run_makes_a_headline(finished: Path, tmp_path: Path
         assert all("40.0 to 80.0 %" in headline.detail for headline in headlines)
     shown = run_report(run, Asked(evaluations=[tmp_path / "pairs.json"], scores=False))
     assert shown.headlines == []
+
+
+def test_pairs_that_the_run_was_trained_on_make_no_headline(finished: Path, scene_folder: Path, tmp_path: Path) -> None:
+    run, file = read_run(finished), tmp_path / "pairs.json"
+    others = tmp_path / "others.jsonl"
+    others.write_text("\n".join(json.dumps({"left": f"query {row}", "right": f"answer {row}"}) for row in range(3)))
+    columns = {"query_text": "left", "query_image": None, "positive_text": "right", "positive_image": None}
+
+    def read(path: Path, columns: dict[str, str | None]) -> tuple[str, list[str]]:
+        data = {"path": str(path), "images": None, "columns": columns}
+        file.write_text(json.dumps(pairs_document(str(finished / "contrastive")) | {"data": data}))
+        evaluation, headlines = read_evaluation(file, run)
+        return evaluation.note, [headline.detail for headline in headlines]
+
+    note, headlines = read(scene_folder, dict.fromkeys(columns))
+    assert "24 of 24 are among the rows that the run" in note
+    assert headlines == []
+    note, headlines = read(others, columns)
+    assert "None of them is among the rows" in note
+    assert [UNTOLD in headline for headline in headlines] == [False]
+    note, headlines = read(tmp_path / "gone.jsonl", columns)
+    assert "They cannot be read any more" in note
+    assert [UNTOLD in headline for headline in headlines] == [True]
+    file.write_text(json.dumps(pairs_document(str(finished / "contrastive"))))
+    evaluation, (headline,) = read_evaluation(file, run)
+    assert "Which pairs these are, the file does not tell" in evaluation.note
+    assert UNTOLD in headline.detail
 
 
 def test_mmeb_is_shown_with_what_was_not_run_marked_as_such(finished: Path, tmp_path: Path) -> None:

@@ -2,23 +2,30 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cocoa_embed.errors import CocoaError, one_line, printable
 from cocoa_embed.evaluation.mmeb_tables import mmeb_tables
+from cocoa_embed.evaluation.pairs_reader import PairColumns, read_pairs
 from cocoa_embed.evaluation.pairs_tables import directions_table, pairs_tables
 from cocoa_embed.evaluation.tables import Table
 from cocoa_embed.export import TRAINING_FILE, read_training
 from cocoa_embed.report.content import Evaluation, Headline
 from cocoa_embed.train.finished_run import FinishedRun
-from cocoa_embed.train.run_scores import direction_headlines
+from cocoa_embed.train.run_scores import UNTOLD, direction_headlines, seen_in_training
 
 EVALUATIONS = "eval"
 """The folder of a run whose results of ``cocoa-embed eval`` are shown without asking."""
 
 MMEB = "MMEB-V1"
+
+
+class _PairsData(NamedTuple):
+    path: Path
+    images: Path | None
+    columns: PairColumns
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,9 @@ def given_evaluations(run: FinishedRun, files: Sequence[Path]) -> GivenEvaluatio
 
 
 def read_evaluation(file: Path, run: FinishedRun) -> tuple[Evaluation, list[Headline]]:
-    """Read what ``cocoa-embed eval mmeb`` or ``eval pairs`` has written as JSON; headlines of the run's models alone.
+    """Read what ``cocoa-embed eval mmeb`` or ``eval pairs`` has written as JSON.
+
+    There are headlines of the run's models alone, and of pairs only where none is known to have been trained on.
 
     :raises CocoaError: If it is something else.
     """
@@ -60,9 +69,8 @@ def read_evaluation(file: Path, run: FinishedRun) -> tuple[Evaluation, list[Head
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
         kind, model = document["benchmark"], str(document["model"])
-        tables = _TABLES[kind](document)
-        is_own = is_of_run(model, run)
-        headlines = _HEADLINES[kind](document) if is_own else []
+        tables, headlines = _TABLES[kind](document), _HEADLINES[kind](document)
+        data = _pairs_data(document)
     except OSError as error:
         raise CocoaError(f"{name} cannot be read ({one_line(error)})") from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -70,10 +78,15 @@ def read_evaluation(file: Path, run: FinishedRun) -> tuple[Evaluation, list[Head
             f"{name} is no result of cocoa-embed eval; give a pairs.json or mmeb.json that it has written"
         ) from error
     what = MMEB if kind == MMEB else "Pairs"
-    if is_own:
-        return Evaluation(f"{what}: {model}", f"From {name}.", tables), headlines
-    note = f"{what}, from {name}. That this model is of this run cannot be told from its name."
-    return Evaluation(f"Another model: {model}", note, tables), []
+    if not is_of_run(model, run):
+        note = f"{what}, from {name}. That this model is of this run cannot be told from its name."
+        return Evaluation(f"Another model: {model}", note, tables), []
+    remark, held_out = ("", True) if kind == MMEB else _seen_in_training(data, run)
+    if held_out is False:
+        headlines = []
+    elif held_out is None:
+        headlines = [replace(headline, detail=f"{headline.detail} {UNTOLD}") for headline in headlines]
+    return Evaluation(f"{what}: {model}", f"From {name}. {remark}".rstrip(), tables), headlines
 
 
 def is_of_run(model: str, run: FinishedRun) -> bool:
@@ -96,9 +109,7 @@ def _pairs_tables(document: Mapping[str, Any]) -> list[Table]:
 
 
 def _pairs_headlines(document: dict[str, Any]) -> list[Headline]:
-    return direction_headlines(
-        document, f"{document['model']}. Whether it was trained on these pairs, the file does not tell."
-    )
+    return direction_headlines(document, f"{document['model']}.")
 
 
 def _mmeb_headlines(document: dict[str, Any]) -> list[Headline]:
@@ -111,3 +122,24 @@ def _mmeb_headlines(document: dict[str, Any]) -> list[Headline]:
 
 _TABLES: dict[str, Callable[[Mapping[str, Any]], list[Table]]] = {MMEB: mmeb_tables, "pairs": _pairs_tables}
 _HEADLINES: dict[str, Callable[[dict[str, Any]], list[Headline]]] = {MMEB: _mmeb_headlines, "pairs": _pairs_headlines}
+
+
+def _pairs_data(document: Mapping[str, Any]) -> _PairsData | None:
+    """Return where the pairs of a result are from; None of one that does not tell it."""
+    if "data" not in document:
+        return None
+    data = document["data"]
+    return _PairsData(Path(data["path"]), data["images"] and Path(data["images"]), PairColumns(**data["columns"]))
+
+
+def _seen_in_training(data: _PairsData | None, run: FinishedRun) -> tuple[str, bool | None]:
+    """Return what to say of the pairs of a result, and whether the run was trained on none; None if unknown."""
+    if data is None:
+        return "Which pairs these are, the file does not tell.", None
+    what = f"The pairs are those of {printable(data.path)}."
+    try:
+        pairs = read_pairs(data.path, data.images, data.columns if data.columns.names else None)
+    except CocoaError as error:
+        return f"{what} They cannot be read any more ({one_line(error).rstrip('.')}).", None
+    note, held_out = seen_in_training(run, pairs)
+    return f"{what} {note}", held_out

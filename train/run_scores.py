@@ -1,6 +1,6 @@
 """Score the model of a run for its report, on pairs of one's own or on rows of the run."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from cocoa_embed.train.shortage import is_out_of_memory
 from cocoa_embed.train.stored import StoredImage
 
 FIRST = "hit@1"
+UNTOLD = "Whether the model has seen them in training is not known for certain."
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,15 @@ def given_pairs(run: FinishedRun, path: Path, images: Path | None) -> ScoredPair
     :raises CocoaError: If they cannot be read.
     """
     pairs = read_pairs(path, images)
-    title = f"{len(pairs):,} pairs of {printable(path)}"
+    note, held_out = seen_in_training(run, pairs)
+    return ScoredPairs(pairs, f"{len(pairs):,} pairs of {printable(path)}", note, held_out)
+
+
+def seen_in_training(run: FinishedRun, pairs: Sequence[Pair]) -> tuple[str, bool | None]:
+    """Return what to say of pairs that a run's model is scored on, and whether it was trained on none of them.
+
+    The second is None where that cannot be told.
+    """
     found = overlap(run, pairs)
     notes = []
     if found.pairs:
@@ -132,8 +141,7 @@ def given_pairs(run: FinishedRun, path: Path, images: Path | None) -> ScoredPair
         notes.append("None of them is among the rows that the run draws from.")
     if found.unknown:
         notes.append(f"Whether they are among the rows of {', '.join(found.unknown)} cannot be told.")
-    held_out = False if found.pairs else None if found.unknown else True
-    return ScoredPairs(pairs, title, " ".join(notes), held_out)
+    return " ".join(notes), False if found.pairs else None if found.unknown else True
 
 
 def own_pairs(run: FinishedRun, tell: Callable[[str], None] | None = None) -> ScoredPairs:
@@ -204,7 +212,7 @@ def score_headlines(scores: RunScores) -> list[Headline]:
     """Return the first numbers of the page; none of rows that the model was trained on."""
     if scores.scored.held_out is False:
         return []
-    untold = "" if scores.scored.held_out else " Whether the model has seen them in training is not known for certain."
+    untold = "" if scores.scored.held_out else f" {UNTOLD}"
     by_stage = "" if scores.stage == "contrastive" else f" After the {STAGE_TITLES[scores.stage]} stage alone."
     return direction_headlines(scores.document, f"{scores.scored.title}.{untold}{by_stage}")
 

@@ -1,6 +1,8 @@
 """The ablation's figure, from the results' file alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from math import ceil
 from pathlib import Path
 from statistics import fmean
 from textwrap import fill
@@ -12,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from arms.grid import ALL_THREE, ALONE, CAPTIONS_AS_PAIRS, EQUAL, NO_BRIDGE
-from arms.summary import bridge_values, estimate, values
+from arms.summary import TITLES, bridge_values, estimate, values
 
 COLOURS = {ALL_THREE: "#1d8a4a", EQUAL: "#c8690f", ALONE: "#8d837b", CAPTIONS_AS_PAIRS: "#8447a8", NO_BRIDGE: "#2c66c4"}
 LEARNED = {
@@ -32,33 +34,50 @@ Document = Mapping[str, Any]
 
 
 def write_figure(document: Document, path: Path) -> None:
-    """Draw all groups of arms into an SVG file; the same results give the same bytes."""
+    """Draw the groups of arms that there are into an SVG file; the same results give the same bytes."""
     with matplotlib.rc_context({"svg.hashsalt": "ablation"}):
         draw(document).savefig(path, metadata={"Date": None, "Creator": None})
 
 
 def draw(document: Document) -> Figure:
-    """Draw all groups of arms."""
-    figure = Figure(figsize=(11, 14.5), layout="constrained")
-    axes = figure.subplot_mosaic([["stages", "variants"], ["pairs", "learned"], ["few", "many"], ["loss", "mask"]])
-    few, *_, many = sorted({arm["pairs"] for arm in _arms(document, "length")})
-    bridge = _bridge_steps(_arms(document, "variants", ALL_THREE)[0])
-    _bars(axes["stages"], _arms(document, "stages"), f"The stages, {many} pairs")
-    _bars(axes["variants"], _arms(document, "variants"), f"Variants, {many} pairs, {bridge} bridge steps")
-    _pairs(axes["pairs"], document)
-    _learned(axes["learned"], _lengths_of(document, many))
-    _lengths(axes["few"], document, few)
-    _lengths(axes["many"], document, many)
-    _losses(axes["loss"], document, few, many)
-    _mask_ratios(axes["mask"], _arms(document, "mask ratio"), f"{many} pairs, {bridge} bridge steps")
-    for each in axes.values():
-        _style(each)
+    """Draw the groups of arms that there are, two panels a row."""
+    panels = _panels(document)
+    rows = ceil(len(panels) / 2)
+    figure = Figure(figsize=(11, 3.5 * rows + 0.5), layout="constrained")
+    for place, panel in enumerate(panels, start=1):
+        axes = figure.add_subplot(rows, 2, place)
+        panel(axes)
+        _style(axes)
     drawn = [name for name in COLOURS if any(arm["name"] == name for arm in document["arms"])]
     lines = [Line2D([], [], color=COLOURS[name], linewidth=3, label=name) for name in drawn]
     figure.legend(handles=lines, loc="outside lower center", ncols=2, frameon=False, fontsize=10)
     title = f"What each stage is worth: {len(document['seeds'])} seeds, means with 95 % intervals, each seed a dot"
     figure.suptitle(title, fontsize=14, color=INK)
     return figure
+
+
+def _panels(document: Document) -> list[Callable[[Axes], None]]:
+    groups = {group: _arms(document, group) for group in TITLES}
+    many = document["sizes"]["pairs"]
+    panels: list[Callable[[Axes], None]] = []
+    if groups["stages"]:
+        panels.append(partial(_bars, arms=groups["stages"], title=f"The stages, {many} pairs"))
+    if arms := groups["variants"]:
+        title = f"Variants, {many} pairs, {_bridge_steps(arms[0])} bridge steps"
+        panels.append(partial(_bars, arms=arms, title=title))
+    if groups["pairs"]:
+        panels.append(partial(_pairs, document=document))
+    if arms := groups["length"]:
+        few = min(arm["pairs"] for arm in arms)
+        panels += [
+            partial(_learned, arms=_lengths_of(document, many)),
+            partial(_lengths, document=document, pairs=few),
+            partial(_lengths, document=document, pairs=many),
+            partial(_losses, document=document, few=few, many=many),
+        ]
+    if arms := groups["mask ratio"]:
+        panels.append(partial(_mask_ratios, arms=arms, detail=f"{many} pairs, {_bridge_steps(arms[0])} bridge steps"))
+    return panels
 
 
 def _arms(document: Document, group: str, name: str | None = None) -> list[Document]:

@@ -52,7 +52,6 @@ def results_document(grid: Grid, outcomes: Sequence[Sequence[Mapping[str, Any]]]
         "batch_sizes": dict(grid.batch_sizes),
         "mask_ratio": grid.mask_ratio,
         "level": LEVEL,
-        "groups_left_out": sorted(set(TITLES) - {arm.group for arm in grid.arms}),
         "arms": [_arm_document(grid, arm, of_arm) for arm in grid.arms],
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -214,6 +215,8 @@ def run_pairs(
 ) -> dict[str, Any]:
     """Read the pairs, score one model after the other, and tell and write what came out.
 
+    :return: As :func:`cocoa_embed.evaluation.pairs.evaluate_pairs`, and ``data``: the ``path`` of the pairs, the
+        ``images`` folder and the ``columns`` that were asked for.
     :raises CocoaError: If something is wrong with data or models, or the results cannot be written.
     """
     from cocoa_embed.evaluation.items import BATCH_TOKENS
@@ -228,6 +231,11 @@ def run_pairs(
         batch_tokens=batch_tokens or BATCH_TOKENS,
         progress=console.is_terminal,
     )
+    document["data"] = {
+        "path": str(data.absolute()),
+        "images": None if images is None else str(images.absolute()),
+        "columns": asdict(columns),
+    }
     for line in pairs_lines(document):
         say(console, line)
     if out is not None:
