@@ -8,6 +8,7 @@ from transformers import ProcessorMixin
 
 from cocoa_embed.attention import TRANSFORMERS_FLOOR
 from cocoa_embed.backbone import Origin
+from cocoa_embed.training_record import is_bidirectional
 
 _CARD = """\
 ---
@@ -76,7 +77,7 @@ def model_card(name: str, model: SentenceTransformer, training: dict[str, Any]) 
     return _CARD.format(
         name=name,
         backbone=training["backbone"],
-        attention="made bidirectional" if recipe.get("bidirectional", True) else "left causal, for comparison,",
+        attention="made bidirectional" if is_bidirectional(training) else "left causal, for comparison,",
         transformers_floor=TRANSFORMERS_FLOOR,
         origin=_origin_line(training["backbone"], training["origin"]),
         dimension=model.get_embedding_dimension(),

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from cocoa_embed.backbone import Backbone
-from cocoa_embed.export import TRAINING_FILE
 from cocoa_embed.train.recipe import Recipe
+from cocoa_embed.training_record import TRAINING_FILE
 
 PROMPTS = {"query": "large red circle: ", "document": "on white: "}
 """Words that the tiny tokenizer knows; both are set, so that neither is taken for the other or for nothing."""

@@ -19,12 +19,13 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from cocoa_embed.attention import assert_bidirectional
 from cocoa_embed.backbone import Backbone, load_backbone
 from cocoa_embed.errors import CocoaError
-from cocoa_embed.export import TRAINING_FILE, build_sentence_transformer, export_model, save_sentence_transformer
+from cocoa_embed.export import build_sentence_transformer, export_model, save_sentence_transformer
 from cocoa_embed.folders import RUN_MARKER
 from cocoa_embed.images import load_image
 from cocoa_embed.model_card import model_card
 from cocoa_embed.train.collators import render_items
 from cocoa_embed.train.data import Item, Row
+from cocoa_embed.training_record import TRAINING_FILE
 from conftest import TINY_MAX_LENGTH
 from exported import PROMPTS, TRAINING, contents, write_checkpoint
 

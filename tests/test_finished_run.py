@@ -9,7 +9,6 @@ import pytest
 import yaml
 
 from cocoa_embed.errors import CocoaError, UsageError
-from cocoa_embed.export import TRAINING_FILE
 from cocoa_embed.folders import RUN_MARKER
 from cocoa_embed.train.checkpoints import COMPLETE, mark_complete
 from cocoa_embed.train.data import BadRow
@@ -20,6 +19,7 @@ from cocoa_embed.train.recipe import STAGES, Recipe
 from cocoa_embed.train.recipe_table import recipe_yaml
 from cocoa_embed.train.record import Start
 from cocoa_embed.train.sections import DataSection
+from cocoa_embed.training_record import TRAINING_FILE
 
 STEPS = {"warmup": 3, "bridge": 4, "contrastive": 5}
 LOG = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]

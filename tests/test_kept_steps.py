@@ -11,13 +11,14 @@ from sentence_transformers import SentenceTransformer
 from transformers import PreTrainedModel
 
 from cocoa_embed.errors import UsageError
-from cocoa_embed.export import TRAINING_FILE, export_model, read_training
+from cocoa_embed.export import export_model
 from cocoa_embed.train import pipeline
 from cocoa_embed.train.kept_steps import remove_unfinished
 from cocoa_embed.train.pipeline import run
 from cocoa_embed.train.recipe import Recipe
 from cocoa_embed.train.record import StageResult, Start
 from cocoa_embed.train.samples import SAMPLES_FILE
+from cocoa_embed.training_record import TRAINING_FILE, read_training
 from conftest import TINY_MAX_LENGTH
 
 STAGE: dict[str, Any] = {

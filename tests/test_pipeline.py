@@ -16,13 +16,14 @@ from transformers import Qwen2VLForConditionalGeneration, Trainer, TrainingArgum
 from cocoa_embed.attention import assert_bidirectional
 from cocoa_embed.backbone import load_backbone
 from cocoa_embed.errors import CocoaError, UsageError
-from cocoa_embed.export import TRAINING_FILE, export_model, read_training
+from cocoa_embed.export import export_model
 from cocoa_embed.folders import RUN_MARKER
 from cocoa_embed.train import preparation
 from cocoa_embed.train.data import read_image_folder
 from cocoa_embed.train.pipeline import run
 from cocoa_embed.train.recipe import STAGES, Recipe
 from cocoa_embed.train.record import StageResult
+from cocoa_embed.training_record import TRAINING_FILE, read_training
 from conftest import SCENES, TINY_MAX_LENGTH
 from exported import PROMPTS, contents
 

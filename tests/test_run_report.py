@@ -14,13 +14,13 @@ from browser import needs_chromium, requested, seen
 from cocoa_embed import cli
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.evaluation.tables import Table
-from cocoa_embed.export import TRAINING_FILE
 from cocoa_embed.report.content import Evaluation, Gallery, Hit, QueryResult, RunReport, TokenReconstruction
 from cocoa_embed.report.page import render_report
 from cocoa_embed.train import Recipe, run
 from cocoa_embed.train.finished_run import read_run
 from cocoa_embed.train.run_report import Asked, run_report, write_run_report
 from cocoa_embed.train.samples import SAMPLES_FILE
+from cocoa_embed.training_record import TRAINING_FILE
 from conftest import STAGE, TINY_MAX_LENGTH
 
 

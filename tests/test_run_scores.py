@@ -20,13 +20,13 @@ from cocoa_embed.errors import CocoaError
 from cocoa_embed.evaluation.items import Item
 from cocoa_embed.evaluation.pairs import Pair, evaluate_pairs
 from cocoa_embed.evaluation.pairs_tables import directions_table
-from cocoa_embed.export import TRAINING_FILE
 from cocoa_embed.report.page import render_report
 from cocoa_embed.train import Recipe, run
 from cocoa_embed.train.finished_run import read_run
 from cocoa_embed.train.run_report import Asked, run_report
 from cocoa_embed.train.run_rows import read_own_rows
 from cocoa_embed.train.run_scores import direction_headlines, stage_note
+from cocoa_embed.training_record import TRAINING_FILE
 from conftest import STAGE, TINY_MAX_LENGTH
 from fake_model import COLOURS, FakeModel
 

@@ -11,7 +11,6 @@ from sentence_transformers.util import get_device_name
 
 from cocoa_embed.backbone import SUPPORTED, load_backbone, read_config
 from cocoa_embed.errors import CocoaError, UsageError, one_line, printable
-from cocoa_embed.export import read_training
 from cocoa_embed.loading import load_model
 from cocoa_embed.train.bridge import BridgeModel, bridge_probe
 from cocoa_embed.train.collators import lacks_block_b
@@ -24,6 +23,7 @@ from cocoa_embed.train.probe import NO_IMAGE, RIGHT_IMAGE, SHUFFLED_IMAGE, hold_
 from cocoa_embed.train.recipe import Recipe
 from cocoa_embed.train.sections import BridgeSection
 from cocoa_embed.train.shortage import is_out_of_memory
+from cocoa_embed.training_record import read_training
 
 ROWS = 64
 """How many rows are measured where nothing else is asked for."""
@@ -166,7 +166,7 @@ def choose_rows(
 ) -> ChosenRows:
     """Choose the rows to measure a checkpoint on.
 
-    :param training: What :func:`~cocoa_embed.export.read_training` has read of the checkpoint.
+    :param training: What :func:`~cocoa_embed.training_record.read_training` has read of the checkpoint.
     :param data: An image folder, instead of the bridge's own data.
     :param count: The most rows.
     :raises CocoaError: If the data cannot be read, or there are not two images in it.

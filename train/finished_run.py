@@ -9,7 +9,6 @@ from typing import Any
 from transformers.trainer import TRAINER_STATE_NAME
 
 from cocoa_embed.errors import CocoaError, UsageError, one_line, printable
-from cocoa_embed.export import TRAINING_FILE, read_training
 from cocoa_embed.folders import RUN_MARKER
 from cocoa_embed.train.checkpoints import newest_complete, read_complete, step_of
 from cocoa_embed.train.data import BadRow
@@ -17,6 +16,7 @@ from cocoa_embed.train.preparation import BAD_ROWS_FILE, CHECKPOINTS, DATA_FILE,
 from cocoa_embed.train.recipe import SOURCE_KINDS, STAGES, Recipe
 from cocoa_embed.train.record import StageResult, checked_log, read_result, recorded_result
 from cocoa_embed.train.sections import DataSection, SourceSection
+from cocoa_embed.training_record import TRAINING_FILE, read_training
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from cocoa_embed.errors import UsageError
-from cocoa_embed.export import TRAINING_FILE
 from cocoa_embed.train.recipe import Recipe
+from cocoa_embed.training_record import TRAINING_FILE
 
 
 class KeepSteps(TrainerCallback):

@@ -11,7 +11,6 @@ from accelerate.utils.memory import clear_device_cache
 from transformers import Trainer, set_seed
 
 from cocoa_embed.errors import CocoaError
-from cocoa_embed.export import TRAINING_FILE
 from cocoa_embed.train.checkpoints import newest_complete, read_complete, step_of
 from cocoa_embed.train.kept_steps import KeepSteps, kept_folder
 from cocoa_embed.train.preparation import CHECKPOINTS, Prepared, prepare
@@ -23,6 +22,7 @@ from cocoa_embed.train.samples import leave_samples
 from cocoa_embed.train.shortage import explained_shortage
 from cocoa_embed.train.stages import BuiltStage, build_stage
 from cocoa_embed.train.stopping import StopOnSigterm, Stopped
+from cocoa_embed.training_record import TRAINING_FILE
 
 Inspect = Callable[[str, Trainer], None]
 

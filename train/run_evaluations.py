@@ -11,10 +11,10 @@ from cocoa_embed.evaluation.mmeb_tables import mmeb_tables
 from cocoa_embed.evaluation.pairs_reader import PairColumns, read_pairs
 from cocoa_embed.evaluation.pairs_tables import directions_table, pairs_tables
 from cocoa_embed.evaluation.tables import Table
-from cocoa_embed.export import TRAINING_FILE, read_training
 from cocoa_embed.report.content import Evaluation, Headline
 from cocoa_embed.train.finished_run import FinishedRun
 from cocoa_embed.train.run_scores import UNTOLD, direction_headlines, seen_in_training
+from cocoa_embed.training_record import TRAINING_FILE, read_training
 
 EVALUATIONS = "eval"
 """The folder of a run whose results of ``cocoa-embed eval`` are shown without asking."""

@@ -9,7 +9,6 @@ from cocoa_embed import __version__
 from cocoa_embed.errors import CocoaError, UsageError, one_line, printable, require
 from cocoa_embed.evaluation.finished import make_folder, write_result
 from cocoa_embed.evaluation.pairs_tables import directions_table
-from cocoa_embed.export import is_bidirectional, read_training
 from cocoa_embed.report.content import Curve, DataUsed, Evaluation, RunReport, StageData
 from cocoa_embed.report.figures import duration
 from cocoa_embed.report.page import render_report
@@ -22,6 +21,7 @@ from cocoa_embed.train.run_evaluations import given_evaluations
 from cocoa_embed.train.run_rows import before_the_bridge, draws, earlier_stages, kept_out_images
 from cocoa_embed.train.run_scores import RunScores, given_pairs, own_pairs, score_headlines, score_run, stage_note
 from cocoa_embed.train.samples import Samples, read_samples
+from cocoa_embed.training_record import is_bidirectional, read_training
 
 DRAWN = ("loss", "mntp_loss", "mae_loss", "hidden_token_accuracy", *PLATEAU, NO_IMAGE, *GEOMETRY)
 """What is drawn of a stage's log."""

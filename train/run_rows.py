@@ -7,7 +7,6 @@ from pathlib import Path
 
 from cocoa_embed.errors import CocoaError, one_line, printable
 from cocoa_embed.evaluation.pairs import Pair
-from cocoa_embed.export import read_training
 from cocoa_embed.report.series import PLATEAU, STAGE_TITLES
 from cocoa_embed.train.collators import lacks_block_b
 from cocoa_embed.train.data import BadRow, Row
@@ -16,6 +15,7 @@ from cocoa_embed.train.mixing import fingerprint, read_rows, weigh
 from cocoa_embed.train.probe import hold_out_rows
 from cocoa_embed.train.readers import read_source
 from cocoa_embed.train.sections import SourceSection
+from cocoa_embed.training_record import read_training
 
 OWN_ROWS = 200
 """Rows of a run's own data that its model is scored on where no other pairs are given."""

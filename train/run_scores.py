@@ -13,7 +13,7 @@ from cocoa_embed.evaluation.items import BATCH_TOKENS, Item
 from cocoa_embed.evaluation.pairs import Pair, evaluate_pairs
 from cocoa_embed.evaluation.pairs_reader import read_pairs
 from cocoa_embed.evaluation.pairs_tables import title_of
-from cocoa_embed.export import build_sentence_transformer, is_bidirectional, read_training
+from cocoa_embed.export import build_sentence_transformer
 from cocoa_embed.loading import load_model
 from cocoa_embed.report.content import Gallery, Headline
 from cocoa_embed.report.series import STAGE_TITLES
@@ -22,6 +22,7 @@ from cocoa_embed.train.finished_run import FinishedRun
 from cocoa_embed.train.run_rows import OwnRows, before_the_bridge, draws, earlier_stages, overlap, read_own_rows
 from cocoa_embed.train.shortage import is_out_of_memory
 from cocoa_embed.train.stored import StoredImage
+from cocoa_embed.training_record import is_bidirectional, read_training
 
 FIRST = "hit@1"
 UNTOLD = "Whether the model has seen them in training is not known for certain."

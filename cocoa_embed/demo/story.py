@@ -19,13 +19,7 @@ from cocoa_embed.demo.table import retrieval_table
 from cocoa_embed.encoder import Encoder
 from cocoa_embed.errors import UsageError
 from cocoa_embed.evaluation.metrics import ranks, retrieval_metrics
-from cocoa_embed.export import (
-    TRAINING_FILE,
-    build_sentence_transformer,
-    read_training,
-    refuse_checkpoint,
-    save_sentence_transformer,
-)
+from cocoa_embed.export import build_sentence_transformer, refuse_checkpoint, save_sentence_transformer
 from cocoa_embed.folders import claim_folder, refuse_foreign_folder
 from cocoa_embed.integrations.qdrant import QdrantIndexer
 from cocoa_embed.report.content import (
@@ -40,6 +34,7 @@ from cocoa_embed.report.page import write_report
 from cocoa_embed.train import Recipe, StageResult, run
 from cocoa_embed.train.data import Row, load_row_image, read_image_folder
 from cocoa_embed.train.reconstructions import bridge_reconstructions, warmup_reconstructions
+from cocoa_embed.training_record import TRAINING_FILE, read_training
 
 MARKER = ".cocoa-demo"
 SHOWN_RECONSTRUCTIONS = 8
