@@ -144,10 +144,20 @@ def test_arms_are_held_against_those_that_differ_in_one_thing(grid: Grid) -> Non
         ]
 
     assert names("stages", ALL_THREE) == [[ALONE, EQUAL, NO_BRIDGE]]
+    assert names("stages", EQUAL) == names("stages", NO_BRIDGE) == names("stages", "bridge, contrastive") == [[ALONE]]
     assert names("variants", "all three, causal") == [[ALL_THREE]]
+    assert names("variants", "contrastive only, causal") == [[ALONE]]
+    assert names("stages", ALONE) == names("variants", ALONE) == names("variants", ALL_THREE) == [[]]
     assert names("mask ratio", "mask ratio 0.9") == [["mask ratio 0.5"]]
     assert names("pairs", ALL_THREE) == [[ALONE, EQUAL]] * len(SHARES)
     assert names("length", ALL_THREE) == [[EQUAL]] * 2 * len(LENGTHS)
+
+
+def test_only_arms_of_the_same_compute_are_held_against_contrastive_learning_with_all_of_it(grid: Grid) -> None:
+    compared = [(arm, other) for arm in grid.arms for other in grid.references(arm) if other.name == EQUAL]
+    assert {arm.group for arm, _ in compared} == {"stages", "pairs", "length"}, "the premise"
+    for arm, other in compared:
+        assert grid.flops(arm) == pytest.approx(grid.flops(other), rel=0.01)
 
 
 def test_weights_that_are_scored_or_started_from_on_the_way_are_kept(grid: Grid) -> None:

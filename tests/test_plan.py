@@ -11,8 +11,9 @@ from cocoa_embed import cli
 from cocoa_embed.backbone import load_backbone, load_processor
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.train import Recipe, run
+from cocoa_embed.train.data import Item, Row
 from cocoa_embed.train.memory import count_parameters
-from cocoa_embed.train.plan import plan
+from cocoa_embed.train.plan import SAMPLE, plan, sample_shapes
 from cocoa_embed.train.recipe import STAGES
 from conftest import SCENES, TINY_MAX_LENGTH
 from exported import contents
@@ -66,6 +67,19 @@ def test_tokens_and_flops_are_those_of_the_batches(
     (batch,) = seen
     assert stage.tokens_per_step == pytest.approx(batch["facts"].tokens)
     assert stage.flops == pytest.approx(batch["facts"].flops)
+
+
+def test_rows_that_take_turns_are_sampled_as_often_as_they_are_there(
+    tiny_backbone_path: Path, scene_folder: Path, scene_rows: list[Row]
+) -> None:
+    """Six rows of each image, one of them with the image: every n-th row of many would be the same one of each."""
+    told = Row(query=Item(text="a caption of some words"), positive=Item(text="another one"), source="a row")
+    rows = [row for _ in range(SAMPLE) for row in (scene_rows[0], *[told] * 5)]
+    given = recipe(tiny_backbone_path, scene_folder)
+    shapes = sample_shapes(given, "bridge", rows, load_processor(str(tiny_backbone_path), max_length=TINY_MAX_LENGTH))
+    assert len(shapes) == SAMPLE
+    with_image = sum(bool(shape.image_grids) for (shape,) in shapes)
+    assert with_image == pytest.approx(SAMPLE / 6, abs=3 * (SAMPLE * 5 / 36) ** 0.5), "within three standard deviations"
 
 
 def test_a_plan_needs_no_weights(tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path) -> None:

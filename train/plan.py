@@ -1,6 +1,7 @@
 """What a run would do and cost, told without loading weights: ``cocoa-embed train RECIPE --dry-run``."""
 
 import dataclasses
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from cocoa_embed.train.preparation import bad_rows, examine
 from cocoa_embed.train.recipe import Recipe
 from cocoa_embed.train.sections import ContrastiveSection
 
-SAMPLE = 64
+SAMPLE = 256
 """Rows of a stage that are made into sequences, to tell how long all are."""
 
 
@@ -159,7 +160,10 @@ def sample_shapes(recipe: Recipe, stage: str, rows: Sequence[Row], processor: Pr
 
     :returns: One shape for a row, or in the contrastive stage one for each of its items.
     """
-    sample = list(rows[:: max(1, len(rows) // SAMPLE)][:SAMPLE])
+    sample = list(rows)
+    if len(rows) > SAMPLE:
+        # At random: rows of an image follow each other, and every n-th may be the same one of each image.
+        sample = random.Random(recipe.seed).sample(sample, SAMPLE)
     section = recipe.section(stage)
     if isinstance(section, ContrastiveSection):
         return [

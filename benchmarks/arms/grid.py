@@ -15,6 +15,7 @@ LENGTHS = (0.125, 0.25, 0.5, 1.0)
 """Parts of the bridge's steps after which a contrastive stage is tried."""
 
 ALONE, EQUAL, ALL_THREE = "contrastive only", "contrastive only, compute of all three", "all three"
+ALONE_CAUSAL = "contrastive only, causal"
 NO_BRIDGE = "warm-up, contrastive"
 CAPTIONS_AS_PAIRS = "contrastive only, compute of all three, every captioned image a pair"
 
@@ -201,7 +202,7 @@ class Grid:
             "all three, <EOS> does not see B": self.contrastive(unseen, 1.0),
             "all three, causal": self.contrastive(self.variant(causal, start=self.warmup(causal)), 1.0, causal),
             ALONE: self.contrastive(None, 1.0),
-            "contrastive only, causal": self.contrastive(None, 1.0, causal),
+            ALONE_CAUSAL: self.contrastive(None, 1.0, causal),
         }
         return [Arm("variants", name, last) for name, last in chains.items()]
 
@@ -243,10 +244,11 @@ class Grid:
         """Return the arms of its group that an arm is held against."""
         others = [other for other in self.arms if other.group == arm.group]
         if arm.group == "stages":
-            names = (ALONE, EQUAL, NO_BRIDGE)
-            return [other for other in others if other.name in names and other != arm]
+            names = {ALONE: (), ALL_THREE: (ALONE, EQUAL, NO_BRIDGE)}.get(arm.name, (ALONE,))
+            return [other for other in others if other.name in names]
         if arm.group == "variants":
-            return [others[0]] if arm != others[0] else []
+            names = {ALONE: (), ALL_THREE: (), ALONE_CAUSAL: (ALONE,)}.get(arm.name, (ALL_THREE,))
+            return [other for other in others if other.name in names]
         if arm.group == "mask ratio":
             return [other for other in others if other.x == self.mask_ratio and other != arm]
         same = [other for other in others if (other.share, other.x) == (arm.share, arm.x)]
