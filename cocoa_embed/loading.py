@@ -21,6 +21,24 @@ def load_model(model: str | Path, device: str | None = None) -> SentenceTransfor
     :param device: The torch device; None takes the fastest there is.
     :raises CocoaError: If the folder is missing, is no SentenceTransformer, has no weights, or cannot be loaded.
     """
+    check_model(model)
+    from sentence_transformers import SentenceTransformer
+
+    folder = Path(model).expanduser()
+    is_local = folder.exists()
+    try:
+        return SentenceTransformer(str(folder if is_local else model), device=device, local_files_only=is_local)
+    except Exception as error:  # loading runs code of four libraries, each with errors of its own
+        raise CocoaError(
+            f"{printable(model)} cannot be loaded as a SentenceTransformer ({type(error).__name__}: {one_line(error)})"
+        ) from error
+
+
+def check_model(model: str | Path) -> None:
+    """Refuse what cannot be a model, without loading it.
+
+    :raises CocoaError: If it is no folder of a SentenceTransformer and cannot be the name of a model on the hub.
+    """
     folder = Path(model).expanduser()
     if folder.exists():
         check_model_folder(folder)
@@ -29,15 +47,6 @@ def load_model(model: str | Path, device: str | None = None) -> SentenceTransfor
             f"{printable(model)}: there is no such model folder; name a folder that cocoa-embed export wrote,"
             " or a model on the Hugging Face hub as owner/name"
         )
-    from sentence_transformers import SentenceTransformer
-
-    is_local = folder.exists()
-    try:
-        return SentenceTransformer(str(folder if is_local else model), device=device, local_files_only=is_local)
-    except Exception as error:  # loading runs code of four libraries, each with errors of its own
-        raise CocoaError(
-            f"{printable(model)} cannot be loaded as a SentenceTransformer ({type(error).__name__}: {one_line(error)})"
-        ) from error
 
 
 def check_model_folder(folder: Path) -> None:

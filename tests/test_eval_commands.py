@@ -12,6 +12,7 @@ import pytest
 
 from cocoa_embed import cli, loading
 from cocoa_embed.backbone import Backbone
+from cocoa_embed.errors import CocoaError
 from cocoa_embed.export import export_model
 from exported import write_checkpoint
 from mmeb_layout import retrieval, write_benchmark, write_subset
@@ -25,7 +26,14 @@ ROWS = 8
 def models(monkeypatch: pytest.MonkeyPatch) -> dict[str, ScoredModel]:
     """The models that can be loaded, by name."""
     found = {"ours": ScoredModel(0, noise=10.0), "theirs": ScoredModel(1, noise=400.0)}
-    monkeypatch.setattr(loading, "load_model", lambda name, device=None: found[name])
+
+    def load(name: str, device: str | None = None) -> ScoredModel:
+        if name not in found:
+            raise CocoaError(f"{name} cannot be loaded")
+        return found[name]
+
+    monkeypatch.setattr(loading, "load_model", load)
+    monkeypatch.setattr(loading, "check_model", lambda name: None)
     return found
 
 
@@ -223,6 +231,33 @@ def test_pairs_of_a_table_with_named_columns(
     assert document.pop("data") == {"path": str(table), "images": str(scenes), "columns": columns}
     assert expected.pop("data") == {"path": str(scenes), "images": None, "columns": dict.fromkeys(columns)}
     assert document == expected
+
+
+def test_what_the_first_model_came_to_is_kept_where_the_second_fails(
+    command: Command, models: dict[str, ScoredModel], scenes: Path
+) -> None:
+    alone = json.loads(command("pairs", scenes, "--model", "ours", "--json")[1])
+    result = command("pairs", scenes, "--model", "ours", "--model", "broken", "--out", "results", "--json")
+    assert "broken cannot be loaded" in sentence(result)
+    assert result[2].count("ours: recall@1") == 2
+    assert json.loads(Path("results/pairs.json").read_text()) == alone
+
+
+def test_pairs_are_not_scored_where_a_model_or_a_folder_cannot_be_right(
+    command: Command, models: dict[str, ScoredModel], scenes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("taken").write_text("a file")
+    assert "taken cannot be made" in sentence(command("pairs", scenes, "--model", "ours", "--out", "taken"))
+    monkeypatch.undo()
+    monkeypatch.chdir(scenes.parent)
+    monkeypatch.setattr(loading, "load_model", lambda name, device=None: models[name])
+    Path("ours").mkdir()
+    (Path("ours") / "modules.json").touch()
+    (Path("ours") / "model.safetensors").touch()
+    assert "nowhere: there is no such model" in sentence(
+        command("pairs", scenes, "--model", "ours", "--model", "nowhere")
+    )
+    assert models["ours"].calls == 0
 
 
 def test_wrong_input_of_pairs_is_one_sentence(command: Command, models: dict[str, ScoredModel], scenes: Path) -> None:

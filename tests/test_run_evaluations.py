@@ -1,6 +1,7 @@
 """Results of ``cocoa-embed eval`` in the report of a run: whose they are, and what becomes of them."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from cocoa_embed.export import export_model
 from cocoa_embed.report.content import RunReport
 from cocoa_embed.report.page import render_report
 from cocoa_embed.train.finished_run import read_run
-from cocoa_embed.train.run_evaluations import read_evaluation
+from cocoa_embed.train.run_evaluations import is_of_run, read_evaluation
 from cocoa_embed.train.run_report import Asked, run_report
 from cocoa_embed.train.run_scores import UNTOLD
 
@@ -68,6 +69,13 @@ def test_only_a_model_of_the_run_makes_a_headline(finished: Path, tmp_path: Path
         assert all("40.0 to 80.0 %" in headline.detail for headline in headlines)
     shown = run_report(run, Asked(evaluations=[tmp_path / "pairs.json"], scores=False))
     assert shown.headlines == []
+
+
+def test_an_export_is_known_also_where_weights_of_earlier_stages_are_gone(copy: Path, tmp_path: Path) -> None:
+    export_model(copy / "contrastive", tmp_path / "exported")
+    (copy / "bridge" / "model.safetensors").unlink()
+    shutil.rmtree(copy / "warmup")
+    assert is_of_run(str(tmp_path / "exported"), read_run(copy))
 
 
 def test_pairs_that_the_run_was_trained_on_make_no_headline(finished: Path, scene_folder: Path, tmp_path: Path) -> None:

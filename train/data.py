@@ -83,12 +83,6 @@ class Row:
         """Return the images of all items, negatives included."""
         return tuple(item.image for item in self.items() if item.image is not None)
 
-    def with_image(self, image: RowImage | None) -> "Row":
-        """Return the row with another image in the place of its own."""
-        if self.query.image is not None:
-            return replace(self, query=replace(self.query, image=image))
-        return replace(self, positive=replace(self.positive, image=image))
-
     def reversed(self) -> "Row":
         """Return the row with its sides exchanged; its negatives, which are the query's, are left out."""
         return replace(self, query=self.positive, positive=self.query, negatives=())

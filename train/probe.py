@@ -175,25 +175,31 @@ def first_of_images(rows: Sequence[Row], count: int) -> list[Row]:
 def hold_out_rows(rows: Sequence[Row], count: int) -> tuple[list[Row], list[Row]]:
     """Take ``count`` rows with different images from ``rows``; return them and the rows that tell nothing of them.
 
-    These are the rows of all other images, and the rows of text alone that share neither a source nor a text with a row
-    of an image that is kept out: what the captions of an image say of each other would tell what is hidden of them.
-    Another image may have the same caption, and stays.
+    These are the rows of all other images, on either side, and the rows of text alone that share neither a source nor a
+    text with a row of an image that is kept out: what the captions of an image say of each other would tell what is
+    hidden of them. Another image may have the same caption, and stays.
 
     Nothing is taken where fewer images would be left than are taken, nor for a count of one, which cannot be exchanged.
     """
-    images = list(dict.fromkeys(row.image for row in rows if row.image is not None))
-    if count < 2 or len(images) < 2 * count:
-        return [], list(rows)
-    kept = set(images[:count])
-    held_out = [row for row in rows if row.image in kept]
+    probe_rows = first_of_images(rows, count)
+    chosen = {row.image for row in probe_rows}
+    held_out = [row for row in rows if row.image in chosen]
+    images = {image for row in held_out for image in _images(row)}
     sources, texts = {row.source for row in held_out}, {text for row in held_out for text in _texts(row)}
     training_rows = [
         row
         for row in rows
-        if row.image not in kept
+        if images.isdisjoint(_images(row))
         and (row.image is not None or (row.source not in sources and texts.isdisjoint(_texts(row))))
     ]
-    return list({row.image: row for row in held_out}.values()), training_rows
+    left = {image for row in training_rows for image in _images(row)}
+    if count < 2 or len(probe_rows) < count or len(left) < count:
+        return [], list(rows)
+    return probe_rows, training_rows
+
+
+def _images(row: Row) -> list[RowImage]:
+    return [item.image for item in (row.query, row.positive) if item.image is not None]
 
 
 def _texts(row: Row) -> list[str]:

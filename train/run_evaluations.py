@@ -98,9 +98,11 @@ def is_of_run(model: str, run: FinishedRun) -> bool:
         if not (folder / TRAINING_FILE).is_file():
             return False
         exported = read_training(folder)
-        checkpoints = [read_training(result.folder) for result in run.results]
     except (CocoaError, OSError, RuntimeError, ValueError):  # a name need not be a path
         return False
+    # Weights of earlier stages may have been removed to save disk, records too.
+    there = [result.folder for result in run.results if (result.folder / TRAINING_FILE).is_file()]
+    checkpoints = [read_training(each, needs_weights=False) for each in there]
     return any(all(each[key] == exported[key] for key in ("recipe", "stages")) for each in checkpoints)
 
 

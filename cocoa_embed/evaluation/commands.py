@@ -213,37 +213,53 @@ def run_pairs(
     batch_tokens: int | None,
     console: Console,
 ) -> dict[str, Any]:
-    """Read the pairs, score one model after the other, and tell and write what came out.
+    """Read the pairs, score one model after the other, and tell and write what came out, of one too if two were asked.
 
     :return: As :func:`cocoa_embed.evaluation.pairs.evaluate_pairs`, and ``data``: the ``path`` of the pairs, the
         ``images`` folder and the ``columns`` that were asked for.
     :raises CocoaError: If something is wrong with data or models, or the results cannot be written.
     """
+    from cocoa_embed.evaluation.finished import make_folder
     from cocoa_embed.evaluation.items import BATCH_TOKENS
     from cocoa_embed.evaluation.pairs import evaluate_pairs
     from cocoa_embed.evaluation.pairs_reader import read_pairs
+    from cocoa_embed.evaluation.pairs_tables import pairs_tables
+    from cocoa_embed.loading import check_model
 
     found = read_pairs(data, images, columns if columns.names else None)
-    document = evaluate_pairs(
-        (load_encoder(name, device) for name in models),
-        found,
-        seed=seed,
-        batch_tokens=batch_tokens or BATCH_TOKENS,
-        progress=console.is_terminal,
-    )
-    document["data"] = {
-        "path": str(data.absolute()),
-        "images": None if images is None else str(images.absolute()),
-        "columns": asdict(columns),
-    }
-    for line in pairs_lines(document):
-        say(console, line)
+    for name in models:
+        check_model(name)
     if out is not None:
-        from cocoa_embed.evaluation.pairs_tables import pairs_tables
+        make_folder(out)
+    done: dict[str, Any] = {}
 
-        write_results(out / "pairs", f"Pairs of {data.name}: {' and '.join(models)}", document, pairs_tables(document))
-        say(console, f"wrote {out / 'pairs'}.json, .md and .html")
-    return document
+    def publish(document: dict[str, Any]) -> None:
+        done.update(document)
+        done["data"] = {
+            "path": str(data.absolute()),
+            "images": None if images is None else str(images.absolute()),
+            "columns": asdict(columns),
+        }
+        if out is not None:
+            scored = models if "other" in done else models[:1]
+            write_results(out / "pairs", f"Pairs of {data.name}: {' and '.join(scored)}", done, pairs_tables(done))
+
+    try:
+        evaluate_pairs(
+            (load_encoder(name, device) for name in models),
+            found,
+            seed=seed,
+            batch_tokens=batch_tokens or BATCH_TOKENS,
+            progress=console.is_terminal,
+            publish=publish,
+        )
+    finally:
+        if done:
+            for line in pairs_lines(done):
+                say(console, line)
+            if out is not None:
+                say(console, f"wrote {out / 'pairs'}.json, .md and .html")
+    return done
 
 
 def pairs_lines(document: Mapping[str, Any]) -> list[str]:

@@ -131,11 +131,13 @@ def evaluate_pairs(
     batch_tokens: int = BATCH_TOKENS,
     progress: bool = False,
     observe: Observe | None = None,
+    publish: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Score one model, or compare two on the same queries.
 
     :param encoders: One or two; an iterator may load the second when the first is done.
     :param observe: Is shown the similarities of each model in each direction.
+    :param publish: Is shown what is returned, after each model as far as it goes.
     :return: ``subsets`` (metrics by direction, of the first model), ``averages`` (over both directions), ``intervals``
         (the two ends by direction and metric), ``counts`` (queries, documents and groups by direction). With a second
         model also ``other``, its part of the same, and ``comparison``: by direction and metric ``difference`` (the
@@ -144,14 +146,6 @@ def evaluate_pairs(
     """
     both = directions(pairs)
     parts = {item.parts for item in (*both[0].queries, *both[0].documents)}
-    names, scores = [], []
-    for encoder in encoders:
-        if reason := unsupported(encoder, parts):
-            raise CocoaError(f"{reason}; these pairs need a model that does")
-        names.append(encoder.name)
-        scores.append([score_queries(encoder, each, batch_tokens, progress, observe) for each in both])
-        del encoder  # so that it is gone when the next is loaded
-    first, *others = (_model_scores(name, both, of, seed, resamples) for name, of in zip(names, scores, strict=True))
     counts = {
         each.name: {
             "queries": len(each.queries),
@@ -161,13 +155,24 @@ def evaluate_pairs(
         for each in both
     }
     settings = {"benchmark": "pairs", "pairs": len(pairs), "seed": seed, "resamples": resamples, "level": LEVEL}
-    document = {**settings, "counts": counts, **first}
-    if others:
-        document["other"] = others[0]
-        document["comparison"] = {
-            each.name: _compared(ours, theirs, each, seed, resamples)
-            for each, ours, theirs in zip(both, *scores, strict=True)
-        }
+    document: dict[str, Any] = {**settings, "counts": counts}
+    scores: list[list[np.ndarray]] = []
+    for encoder in encoders:
+        if reason := unsupported(encoder, parts):
+            raise CocoaError(f"{reason}; these pairs need a model that does")
+        scores.append([score_queries(encoder, each, batch_tokens, progress, observe) for each in both])
+        found = _model_scores(encoder.name, both, scores[-1], seed, resamples)
+        del encoder  # so that it is gone when the next is loaded
+        if len(scores) == 1:
+            document |= found
+        else:
+            document["other"] = found
+            document["comparison"] = {
+                each.name: _compared(ours, theirs, each, seed, resamples)
+                for each, ours, theirs in zip(both, *scores, strict=True)
+            }
+        if publish is not None:
+            publish(document)
     return document
 
 
