@@ -30,15 +30,16 @@ from typing import Any
 
 import torch
 
-from arms.figure import write_figure
+from arms.figure import figure_svg
 from arms.grid import SHARES, Grid, Sizes
-from arms.place import Data, Place
+from arms.place import Given, Place
 from arms.runner import circumstances, jobs_of, outcome, run_jobs
 from arms.summary import results_document, tables
 from cocoa_embed.cli import silence_libraries
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.evaluation.tables import to_html, to_markdown
 from cocoa_embed.folders import write_whole
+from cocoa_embed.image_files import METADATA_FILE
 from cocoa_embed.train.data import read_image_folder
 
 TINY = "tiny"
@@ -53,6 +54,7 @@ REDUCED = Sizes(8000, 320, 1000, 300, 480, 40, compared_part=0.5, equal_shares=(
 PROFILES = {"reduced": REDUCED, "full": Sizes(40_000, 2000, 1000, 300, 3000, 150)}
 SIZES = ("pairs", "warmup_steps", "bridge_steps", "contrastive_steps")
 TITLE = "What each stage is worth"
+FIGURE = "ablation.svg"
 ON_ACCELERATOR = 4
 """Processes that share an accelerator, which one process with so small a model leaves idle most of the time."""
 
@@ -95,19 +97,35 @@ def place_of(options: argparse.Namespace) -> Place:
     changed = {name: getattr(options, name) for name in SIZES if getattr(options, name) is not None}
     sizes, given = replace(PROFILES[options.profile], **changed), None
     if options.training is not None:
-        if options.training.resolve() == options.held_out.resolve():
-            raise UsageError(f"--training and --held-out are both {options.training}; measure on other images")
-        given = Data(options.training, options.training, options.held_out)
-        rows = len(read_image_folder(options.training))
-        sizes = replace(sizes, training=rows, held_out=len(read_image_folder(options.held_out)))
+        given = given_folders(options.training, options.held_out)
+        images = {row.image for row in read_image_folder(given.training)}
+        kept_out = min(sizes.kept_out, len(images) // 4)
+        held_out = len(read_image_folder(given.held_out))
+        sizes = replace(sizes, training=len(images) - kept_out, kept_out=kept_out, held_out=held_out)
     if sizes.pairs > sizes.training:
-        raise UsageError(f"--pairs {sizes.pairs} are more than the {sizes.training} images to train on")
+        raise UsageError(
+            f"--pairs {sizes.pairs} are more than the {sizes.training} images to train on, without the {sizes.kept_out}"
+            " that the bridge keeps out"
+        )
     if min(SHARES) * sizes.pairs < 2 or sizes.bridge_steps < 8 or min(sizes.warmup_steps, sizes.contrastive_steps) < 1:
         raise UsageError("give 20 pairs or more, 8 bridge steps or more, and a step or more of the other stages")
     settings = (*(TINY_SETTINGS if options.base == TINY else ()), *options.set)
     if torch.accelerator.is_available():
         settings = (f"workers={max(1, (os.cpu_count() or 1) // options.processes - 1)}", *settings)
     return Place(options.work, sizes, options.base, settings, given)
+
+
+def given_folders(training: Path, held_out: Path) -> Given:
+    """Check image folders of the user's own.
+
+    :raises UsageError: If they are the same, or have no ``metadata.jsonl``.
+    """
+    if training.resolve() == held_out.resolve():
+        raise UsageError(f"--training and --held-out are both {training}; measure on other images")
+    for folder in (training, held_out):
+        if not (folder / METADATA_FILE).is_file():
+            raise UsageError(f"{folder} has no {METADATA_FILE}, which the ablation reads; write a line for each image")
+    return Given(training, held_out)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -140,7 +158,7 @@ def write(document: dict[str, Any], out: Path) -> None:
     write_whole(out / "ablation.json", json.dumps(document, indent=1) + "\n")
     write_whole(out / "ablation.md", to_markdown(TITLE, tables(document)))
     write_whole(out / "ablation.html", to_html(TITLE, tables(document)))
-    write_figure(document, out / "ablation.svg")
+    write_whole(out / FIGURE, figure_svg(document))
 
 
 def draw_again(results: Path, out: Path | None) -> None:
@@ -148,10 +166,13 @@ def draw_again(results: Path, out: Path | None) -> None:
 
     :raises CocoaError: If it is none.
     """
+    folder = out or results.parent
     try:
-        write_figure(json.loads(results.read_text(encoding="utf-8")), (out or results.parent) / "ablation.svg")
+        figure = figure_svg(json.loads(results.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CocoaError(f"{results} is no whole results' file of this benchmark ({error})") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / FIGURE, figure)
 
 
 def main() -> None:

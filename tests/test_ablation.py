@@ -17,7 +17,7 @@ from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 
 import ablation
 from arms.families import FAMILY, families, variations
-from arms.figure import draw, write_figure
+from arms.figure import draw, figure_svg
 from arms.grid import (
     ALL_THREE,
     ALONE,
@@ -31,7 +31,7 @@ from arms.grid import (
     Sizes,
     StageRun,
 )
-from arms.place import Place
+from arms.place import Given, Place
 from arms.runner import jobs_of, outcome, read_scores, run_jobs
 from arms.summary import estimate, results_document, tables
 from cocoa_embed.demo.scenes import Scene, SceneObject, split_of
@@ -224,14 +224,53 @@ def test_other_data_at_the_same_place_are_trained_and_scored_anew(place: Place) 
     assert place.key(stage_run, 0) != before
 
 
-def test_contrastive_pairs_are_none_of_the_rows_that_the_bridge_keeps_out(place: Place) -> None:
+@pytest.mark.parametrize("is_given", [False, True], ids=["drawn", "given"])
+def test_contrastive_pairs_are_none_of_the_rows_that_the_bridge_keeps_out(place: Place, is_given: bool) -> None:
     data = place.data(0)
+    if is_given:
+        place = replace(place, given=Given(data.training, data.held_out))
+        data = place.data(0)
     training, pairs = (read_image_folder(folder) for folder in (data.training, data.pairs))
     kept_out, _ = hold_out_rows(training, place.sizes.kept_out)
     assert len(kept_out) == place.sizes.kept_out
     assert len(pairs) == len(training) - place.sizes.kept_out
     own = {Path(str(row.image)).name for row in pairs}
     assert not own & {Path(str(row.image)).name for row in kept_out}
+
+
+def test_what_differs_between_machines_trains_nothing_anew(place: Place) -> None:
+    stage_run = StageRun("bridge", 4, start=StageRun("warmup", 2))
+    other = replace(place, settings=(*place.settings, "workers=3", "bridge.micro_batch_size=2"))
+    assert other.key(stage_run, 0) == place.key(stage_run, 0)
+
+
+def test_a_recipes_adapters_are_left_out(place: Place) -> None:
+    adapted = replace(place, settings=(*place.settings, "bridge.adapter={kind: dora}"))
+    recipe = adapted.recipe(StageRun("bridge", 8, ("bridge.keep_steps=[2]",)), 0, backbone=None)
+    assert recipe.bridge is not None
+    assert recipe.bridge.adapter is None
+
+
+def test_the_users_folders_are_checked_before_anything_is_trained(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = place.data(0)
+
+    def planned(*arguments: object) -> Place:
+        monkeypatch.setattr(sys, "argv", ["ablation.py", "--work", str(tmp_path / "own"), *map(str, arguments)])
+        return ablation.place_of(ablation.parse())
+
+    own = planned("--training", data.training, "--held-out", data.held_out, "--pairs", 30)
+    images = len(read_image_folder(data.training))
+    assert (own.sizes.training, own.sizes.kept_out, own.sizes.held_out) == (images - images // 4, images // 4, 8)
+    with pytest.raises(UsageError, match=f"--pairs 37 are more than the {images - images // 4} images"):
+        planned("--training", data.training, "--held-out", data.held_out, "--pairs", 37)
+    with pytest.raises(UsageError, match="are both"):
+        planned("--training", data.training, "--held-out", data.training)
+    (tmp_path / "table").mkdir()
+    (tmp_path / "table" / "metadata.csv").write_text("file_name,text\n")
+    with pytest.raises(UsageError, match=r"table has no metadata\.jsonl"):
+        planned("--training", data.training, "--held-out", tmp_path / "table")
 
 
 @pytest.mark.parametrize(
@@ -332,11 +371,27 @@ def test_the_figure_of_some_groups_has_their_panels_alone(grid: Grid) -> None:
     assert set(some) == set(whole) - panels_of_others
 
 
-def test_a_figure_drawn_again_is_the_same_file(grid: Grid, tmp_path: Path) -> None:
+def test_a_figure_drawn_again_is_the_same(grid: Grid) -> None:
     document = results(grid)
-    for name in ("a.svg", "b.svg"):
-        write_figure(document, tmp_path / name)
-    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    assert figure_svg(document) == figure_svg(document)
+
+
+def test_a_figure_is_drawn_again_of_a_results_file_into_a_folder_that_is_not_there(
+    grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "results.json").write_text(json.dumps(results(grid)))
+    draw = ["ablation.py", "--draw", str(tmp_path / "results.json"), "--out", str(tmp_path / "new" / "folder")]
+    monkeypatch.setattr(sys, "argv", draw)
+    ablation.main()
+    assert (tmp_path / "new" / "folder" / "ablation.svg").read_text() == figure_svg(results(grid))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"arms": []}'])
+def test_another_file_is_no_results_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    (tmp_path / "other.json").write_text(text)
+    monkeypatch.setattr(sys, "argv", ["ablation.py", "--draw", str(tmp_path / "other.json")])
+    with pytest.raises(SystemExit, match=r"other\.json is no whole results' file"):
+        ablation.main()
 
 
 def test_the_tables_show_the_numbers_of_the_file(grid: Grid) -> None:

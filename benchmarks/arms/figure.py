@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from io import StringIO
 from math import ceil
-from pathlib import Path
 from statistics import fmean
 from textwrap import fill
 from typing import Any
@@ -33,10 +33,12 @@ SMALL = 8.5
 Document = Mapping[str, Any]
 
 
-def write_figure(document: Document, path: Path) -> None:
-    """Draw the groups of arms that there are into an SVG file; the same results give the same bytes."""
+def figure_svg(document: Document) -> str:
+    """Draw the groups of arms that there are as SVG; the same results give the same text."""
+    svg = StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "ablation"}):
-        draw(document).savefig(path, metadata={"Date": None, "Creator": None})
+        draw(document).savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+    return svg.getvalue()
 
 
 def draw(document: Document) -> Figure:
@@ -151,7 +153,7 @@ def _learned(axes: Axes, arms: Sequence[Document]) -> None:
 def _lengths(axes: Axes, document: Document, pairs: int) -> None:
     """Draw recall over compute: a longer and longer bridge, and contrastive steps instead."""
     arms = [arm for arm in _arms(document, "length") if arm["pairs"] == pairs]
-    alone = [arm for arm in _arms(document, "pairs", ALONE) if arm["pairs"] == pairs]
+    alone = [arm for arm in document["arms"] if (arm["name"], arm["pairs"]) == (ALONE, pairs)][:1]
     for name in (ALL_THREE, EQUAL, NO_BRIDGE, ALONE):
         points = sorted((arm["flops"] / 1e12, values(arm)) for arm in (*arms, *alone) if arm["name"] == name)
         if points:

@@ -24,7 +24,7 @@ CAPTIONS_AS_PAIRS = "contrastive only, compute of all three, every captioned ima
 class Sizes:
     """How much is drawn and trained.
 
-    :param training: Captioned images that warm-up and bridge see.
+    :param training: Captioned images that the bridge is trained on; the warm-up sees those that are kept out too.
     :param held_out: Images, and as many captions, that retrieval is measured among.
     :param pairs: What contrastive learning sees of the captioned images where all pairs are used.
     :param compared_part: The part of the bridge's steps that variants of it are compared after, one of :data:`LENGTHS`.

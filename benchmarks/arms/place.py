@@ -4,21 +4,24 @@ import hashlib
 import json
 import os
 import random
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from arms.families import families
 from arms.grid import Sizes, StageRun
 from cocoa_embed.demo.scenes import write_image_folder, write_scenes
 from cocoa_embed.errors import CocoaError, UsageError
-from cocoa_embed.folders import claim_folder
+from cocoa_embed.folders import claim_folder, write_whole
 from cocoa_embed.image_files import METADATA_FILE
 from cocoa_embed.train import Recipe
 from cocoa_embed.train.kept_steps import kept_folder
 from cocoa_embed.train.plan import plan
+from cocoa_embed.train.preparation import NOT_LEARNED
 from cocoa_embed.train.recipe import STAGES
 
 try:
@@ -28,6 +31,9 @@ except ImportError:  # Windows has no such lock
 
 MARKER = ".cocoa-ablation"
 DIGITS = 10
+LEARNING = 1
+"""To be raised where the code changes what a stage learns: weights of before are not taken for those of after."""
+
 OWN_KEYS = ("seed", "name", "backbone", "data.folder", "contrastive.data", "bridge.probe")
 """What the ablation sets itself, beside each stage's steps and schedules."""
 
@@ -49,6 +55,14 @@ class Data:
 
 
 @dataclass(frozen=True)
+class Given:
+    """Image folders of the user's own, with ``metadata.jsonl``: to train on, and to measure on."""
+
+    training: Path
+    held_out: Path
+
+
+@dataclass(frozen=True)
 class Place:
     """The folder of an ablation.
 
@@ -61,7 +75,7 @@ class Place:
     sizes: Sizes
     base: str
     settings: tuple[str, ...] = ()
-    given: Data | None = None
+    given: Given | None = None
 
     def __post_init__(self) -> None:
         """Check that nothing is set that the ablation sets itself.
@@ -92,7 +106,7 @@ class Place:
     def data(self, seed: int) -> Data:
         """Return the data of a seed; scenes are drawn where they are not there yet."""
         if self.given is not None:
-            return self.given
+            return self._given_data(self.given)
         folder = self.work / "data" / f"scenes-{self.sizes.training}-{self.sizes.held_out}-seed-{seed}"
         data = Data(folder / "train", folder / "pairs", folder / "held-out")
         if not (folder / "drawn").is_file():
@@ -103,10 +117,18 @@ class Place:
             (folder / "drawn").touch()
         return data
 
+    def _given_data(self, given: Given) -> Data:
+        metadata = (given.training / METADATA_FILE).read_bytes()
+        pairs = self.work / "data" / f"pairs-{self.sizes.kept_out}-{hashlib.sha256(metadata).hexdigest()[:DIGITS]}"
+        if not (pairs / METADATA_FILE).is_file():
+            _link_all_but_the_first(given.training, pairs, self.sizes.kept_out)
+        return Data(given.training, pairs, given.held_out)
+
     def key(self, stage_run: StageRun, seed: int) -> str:
         """Return a name for a stage: another wherever anything is different that leads to it."""
         start = None if stage_run.start is None else f"{self.key(stage_run.start, seed)} {stage_run.at_step}"
-        content = [self.recipe(stage_run, seed, backbone=start).model_dump_json(), self.data(seed).digest()]
+        recipe = _learned(self.recipe(stage_run, seed, backbone=start).model_dump(mode="json"))
+        content = [recipe, self.data(seed).digest(), LEARNING]
         return f"{stage_run.stage}-{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:DIGITS]}"
 
     def folder(self, stage_run: StageRun, seed: int) -> Path:
@@ -137,6 +159,7 @@ class Place:
             *(f"{stage}.group_by_length=false" for stage in ("warmup", "bridge")),
             *(f"{stage}=null" for stage in STAGES if stage != stage_run.stage),
             f"{stage_run.stage}.epochs=null",
+            f"{stage_run.stage}.adapter=null",
             f"{stage_run.stage}.steps={stage_run.steps}",
         ]
         start = [] if backbone is None else [f"backbone={json.dumps(backbone)}"]
@@ -163,12 +186,26 @@ class Place:
         return {stage.stage: stage.flops / stage.steps / stage.batch_size for stage in planned}
 
 
+def _learned(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe without what may differ between two machines that learn the same."""
+    return {
+        key: _learned(value) if isinstance(value, dict) else value
+        for key, value in recipe.items()
+        if key not in NOT_LEARNED
+    }
+
+
 def _link_all_but_the_first(source: Path, target: Path, count: int) -> None:
-    """Make an image folder of all images but the first ``count``, the files being the same."""
-    target.mkdir(parents=True, exist_ok=True)
-    lines = (source / METADATA_FILE).read_text(encoding="utf-8").splitlines(keepends=True)[count:]
-    for line in lines:
-        name = json.loads(line)["file_name"]
+    """Make an image folder of all images but the first ``count``, the files being the same where that is possible."""
+    lines = (source / METADATA_FILE).read_text(encoding="utf-8").splitlines()
+    named = [(json.loads(line)["file_name"], line) for line in lines if line.strip()]
+    names = list(dict.fromkeys(name for name, _ in named))
+    first, others = set(names[:count]), names[count:]
+    for name in others:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
         if not (target / name).exists():
-            os.link(source / name, target / name)
-    (target / METADATA_FILE).write_text("".join(lines), encoding="utf-8")
+            try:
+                os.link(source / name, target / name)
+            except OSError:  # on another disk
+                shutil.copyfile(source / name, target / name)
+    write_whole(target / METADATA_FILE, "".join(f"{line}\n" for name, line in named if name not in first))

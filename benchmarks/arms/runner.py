@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from arms.grid import Arm, StageRun
-from arms.place import Data, Place
+from arms.place import Given, Place
 from cocoa_embed.cli import silence_libraries
 from cocoa_embed.encoder import Encoder
 from cocoa_embed.errors import CocoaError
@@ -210,11 +210,11 @@ def _at_step(log: list[dict[str, float]], step: int) -> dict[str, float]:
     return {name: line[name] for line in log if line["step"] <= step for name in LEARNED if name in line}
 
 
-def circumstances(data: Data | None) -> dict[str, Any]:
+def circumstances(given: Given | None) -> dict[str, Any]:
     """Return where and with what an ablation was run, and on which data if they were not drawn."""
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {platform.machine()}",
         "python": platform.python_version(),
         "versions": {package: version(package) for package in PACKAGES},
-        "data": "scenes, drawn for each seed" if data is None else [str(data.training), str(data.held_out)],
+        "data": "scenes, drawn for each seed" if given is None else [str(given.training), str(given.held_out)],
     }
