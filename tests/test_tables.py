@@ -82,6 +82,7 @@ def test_a_partial_run_is_marked_as_such_beside_the_published_numbers(partly_run
     assert rows["CoCoA (Qwen2-VL-2B)"] == ["63.0", "57.4", "69.6", "85.8", "70.2", "60.7", "66.0"]
     assert rows["GME (Qwen2-VL-2B)"] == ["56.9", "41.2", "67.8", "53.4", "–", "–", "55.8"]
     assert "* incomplete" in page
+    assert "1 of the subsets that were run do not have the 1000 rows of the public data" in page
     assert rows["ImageNet-1K"] == ["classification", "IND", *["50.0"] * 5, "1000", ""]
     assert rows["N24News"][-1] == "partial: 90 of 1000 rows; 10 rows without their images left out; 3 ties"
     assert rows["MSCOCO"][-1] == "the public data have 1000 rows; 4 rows list a target twice"
@@ -96,6 +97,7 @@ def test_a_whole_run_has_no_marks() -> None:
     page = to_html("MMEB-V1", mmeb_tables(document))
     assert cells(page)["m"] == ["25.0"] * 7
     assert "incomplete" not in page
+    assert "public data" not in page
     assert "not run" not in page
 
 

@@ -32,6 +32,12 @@ def _averages(document: Mapping[str, Any]) -> Table:
             "* incomplete: the mean over the subsets that were run, how many of how many in brackets, some of them"
             " perhaps on a part of their rows only. Not to be compared with the published numbers."
         )
+    others = sum(map(_has_other_rows, document["subsets"].values()))
+    if others:
+        notes.append(
+            f"{others} of the subsets that were run do not have the {ROWS_OF_A_SUBSET} rows of the public data: see their"
+            " remarks. Means over them are not to be compared with the published numbers."
+        )
     return Table("Averages", ("model", *AVERAGES), [(document["model"], *own), *published], own=(0,), notes=notes)
 
 
@@ -62,11 +68,15 @@ def _subsets(document: Mapping[str, Any]) -> Table:
     )
 
 
+def _has_other_rows(result: Mapping[str, Any]) -> bool:
+    return not result["partial"] and result["rows"] != ROWS_OF_A_SUBSET
+
+
 def _remarks(result: Mapping[str, Any]) -> str:
     remarks = []
     if result["partial"]:
         remarks.append(f"partial: {result['rows']} of {result['rows_in_data']} rows")
-    elif result["rows"] != ROWS_OF_A_SUBSET:
+    elif _has_other_rows(result):
         remarks.append(f"the public data have {ROWS_OF_A_SUBSET} rows")
     if result["rows_without_image"]:
         remarks.append(f"{result['rows_without_image']} rows without their images left out")
