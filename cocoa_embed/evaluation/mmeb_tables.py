@@ -35,7 +35,7 @@ def _averages(document: Mapping[str, Any]) -> Table:
     others = sum(map(_has_other_rows, document["subsets"].values()))
     if others:
         notes.append(
-            f"{others} of the subsets that were run do not have the {ROWS_OF_A_SUBSET} rows of the public data: see their"
+            f"{others} of the subsets that were run do not have the {ROWS_OF_A_SUBSET} rows of the public data: see the"
             " remarks. Means over them are not to be compared with the published numbers."
         )
     return Table("Averages", ("model", *AVERAGES), [(document["model"], *own), *published], own=(0,), notes=notes)
