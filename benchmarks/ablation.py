@@ -10,7 +10,8 @@ both; causal instead of bidirectional; ``<EOS>`` kept from seeing block B; the b
 pairs. Every arm is trained from each seed with other scenes, another order and other hidden tokens; folders of your own
 are the same for all seeds. In the bridge and the contrastive stage learning rates are held, and rows come in the same
 order however long they last, so that weights kept on the way are those of a shorter training. Compute is counted in
-floating-point operations of the training steps, and the time is told beside it.
+floating-point operations of the training steps, without what is computed again to save memory; the time is told beside
+it.
 
 Of a recipe given by ``--base``, each stage's settings are used as they are, but for what is compared; the weights
 themselves are trained (no adapters), and every stage's rows come from ``--training``.
@@ -35,11 +36,11 @@ from arms.grid import SHARES, Grid, Sizes
 from arms.place import Given, Place
 from arms.runner import circumstances, jobs_of, outcome, run_jobs
 from arms.summary import results_document, tables
-from cocoa_embed.cli import silence_libraries
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.evaluation.tables import to_html, to_markdown
 from cocoa_embed.folders import write_whole
 from cocoa_embed.image_files import METADATA_FILE
+from cocoa_embed.terminal import silence_libraries
 from cocoa_embed.train.data import read_image_folder
 
 TINY = "tiny"

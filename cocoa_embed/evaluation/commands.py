@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cocoa_embed.errors import CocoaError, UsageError, require
+from cocoa_embed.terminal import DeviceOption, JsonOption, print_json, silence_libraries, working
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,12 +48,10 @@ class RepeatedTargets(str, Enum):
     merge = "merge"
 
 
-DeviceOption = Annotated[str | None, typer.Option("--device", help="The torch device [default: the fastest].")]
 BatchTokensOption = Annotated[
     int | None,
     typer.Option("--batch-tokens", min=1, help="About the most tokens to embed at once [default: 16384]."),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 OutOption = Annotated[
     Path | None, typer.Option("--out", help=f"The folder for results [default: one in {DEFAULT_OUT} for the model].")
 ]
@@ -83,8 +82,6 @@ def mmeb(
     as_json: JsonOption = False,
 ) -> None:
     """Score a model on MMEB-V1. A subset that is finished is not done again."""
-    from cocoa_embed.cli import print_json, working
-
     with working() as console:
         from cocoa_embed.evaluation.mmeb_reader import MmebFolder
 
@@ -189,8 +186,6 @@ def pairs(
     as_json: JsonOption = False,
 ) -> None:
     """Score a model on pairs, in both directions, or compare two models on the same queries."""
-    from cocoa_embed.cli import print_json, working
-
     if len(model) > 2:
         raise UsageError(f"--model was given {len(model)} times; give one, or two to compare")
     with working() as console:
@@ -288,7 +283,6 @@ def load_encoder(model: str, device: str | None) -> Encoder:
 
     :raises CocoaError: If it cannot be loaded.
     """
-    from cocoa_embed.cli import silence_libraries
     from cocoa_embed.encoder import Encoder
     from cocoa_embed.loading import load_model
 
