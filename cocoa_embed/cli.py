@@ -11,9 +11,9 @@ from typing import Annotated
 import typer
 
 from cocoa_embed import __version__
+from cocoa_embed.cli_index import index, search
 from cocoa_embed.errors import CocoaError, printable, require
 from cocoa_embed.evaluation.commands import evaluation
-from cocoa_embed.integrations.commands import index, search
 from cocoa_embed.terminal import DeviceOption, JsonOption, print_json, silence_libraries, working
 
 DEMO_NEEDS = ("accelerate", "datasets", "qdrant_client", "llama_index.core", "jinja2", "matplotlib")

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TRAIN, INTEGRATIONS, DEMO = "cocoa_embed.train", "cocoa_embed.integrations", "cocoa_embed.demo"
 SOURCE_TREES = {"cocoa_embed": ROOT / "cocoa_embed", TRAIN: ROOT / "train", INTEGRATIONS: ROOT / "integrations"}
-COMMAND_LINE = ("cocoa_embed.cli", "cocoa_embed.cli_reports")
+COMMAND_LINE = ("cocoa_embed.cli", "cocoa_embed.cli_index", "cocoa_embed.cli_reports")
 IMPORTING_CALLS = {"import_module", "require"}
 
 
