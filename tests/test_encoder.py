@@ -12,8 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import BoW, Transformer
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+from sentence_transformers.sentence_transformer.modules import BoW
 
 from cocoa_embed.backbone import load_backbone
 from cocoa_embed.cores import CoreShare
@@ -26,6 +25,7 @@ from conftest import TINY_MAX_LENGTH
 from exported import PROMPTS, write_checkpoint
 from fake_model import IMAGE_TOKEN, FakeModel, colour_image
 from tiny_backbones import every_family
+from tiny_clip import tiny_clip_model
 
 TOLERANCE = 1e-5
 
@@ -84,24 +84,6 @@ def test_the_encoder_goes_on_after_a_query_it_refused() -> None:
     assert encoder.embed_queries([{"text": "red"}, {"text": "blue"}]).shape == (2, 48)
 
 
-def clip(folder: Path) -> SentenceTransformer:
-    """Return a random tiny CLIP, whose texts are spelt letter by letter."""
-    letters = [*"abcdefghijklmnopqrstuvwxyz"]
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={token: place for place, token in enumerate(tokens)}, merges=[])
-    size = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4}
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = CLIPConfig(
-        text_config={**size, **ids, "vocab_size": len(tokens), "max_position_embeddings": 16},
-        vision_config={**size, "image_size": 32, "patch_size": 8},
-        projection_dim=24,
-    )
-    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    CLIPModel(config).save_pretrained(folder)
-    CLIPProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(folder)
-    return SentenceTransformer(modules=[Transformer(str(folder))], device="cpu")
-
-
 @pytest.fixture(scope="module")
 def qwen(tiny_backbone_path: Path, tmp_path_factory: pytest.TempPathFactory) -> SentenceTransformer:
     """An exported tiny model with a document prompt."""
@@ -114,7 +96,7 @@ def qwen(tiny_backbone_path: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> SentenceTransformer:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return clip(tmp_path_factory.mktemp("clip"))
+        return tiny_clip_model(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from cocoa_embed import cli, loading
 from cocoa_embed.backbone import Backbone
@@ -17,6 +18,7 @@ from cocoa_embed.export import export_model
 from exported import write_checkpoint
 from mmeb_layout import retrieval, write_benchmark, write_subset
 from scored_model import ScoredModel, mosaic
+from tiny_clip import tiny_clip_model
 
 Command = Callable[..., tuple[int, str, str]]
 ROWS = 8
@@ -231,6 +233,19 @@ def test_pairs_of_a_table_with_named_columns(
     assert document.pop("data") == {"path": str(table), "images": str(scenes), "columns": columns}
     assert expected.pop("data") == {"path": str(scenes), "images": None, "columns": dict.fromkeys(columns)}
     assert document == expected
+
+
+def test_a_model_that_is_none_of_ours_is_scored_by_the_same_command(command: Command, scenes: Path) -> None:
+    model = tiny_clip_model(scenes.parent / "weights")
+    model.save(str(scenes.parent / "clip"))
+    code, out, _ = command("pairs", scenes, "--model", "clip", "--json")
+    assert code == 0
+    rows = [json.loads(line) for line in (scenes / "metadata.jsonl").read_text().splitlines()]
+    texts = model.encode_query([{"text": row["text"]} for row in rows], normalize_embeddings=True)
+    pictures = [{"image": Image.open(scenes / row["file_name"])} for row in rows]
+    similarities = texts.astype(float) @ model.encode_document(pictures, normalize_embeddings=True).astype(float).T
+    first = float((similarities.argmax(axis=1) == np.arange(len(rows))).mean())
+    assert json.loads(out)["subsets"]["text_to_image"]["hit@1"] == pytest.approx(first)
 
 
 def test_what_the_first_model_came_to_is_kept_where_the_second_fails(
