@@ -134,10 +134,10 @@ def _learned(arm: Mapping[str, Any]) -> tuple[str, str]:
 def _notes(document: Mapping[str, Any], references: Sequence[str]) -> list[str]:
     seeds = len(document["seeds"])
     of_own = "data, order and hidden tokens" if isinstance(document["data"], str) else "order and hidden tokens"
+    over = f"over {seeds} seeds with its {LEVEL:.0%} interval (Student's t)" if seeds > 1 else "of one seed"
     notes = [
-        f"recall@1: mean of both directions, then over {seeds} seeds with its {LEVEL:.0%} interval (Student's t); each"
-        f" seed has its own {of_own}. steps: of the stages in their order. minutes: of training, beside"
-        f" {document['processes'] - 1} other processes, probes included."
+        f"recall@1: mean of both directions, then {over}; each seed has its own {of_own}. steps: of the stages in their"
+        f" order. minutes: of training, beside {document['processes'] - 1} other processes, probes included."
     ]
     if references:
         notes.append("less ...: the mean of the differences seed by seed, with its own interval.")
