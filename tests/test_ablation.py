@@ -461,8 +461,9 @@ def test_a_folder_to_train_on_without_one_to_measure_on_is_refused(
     assert "--training and --held-out go together" in capsys.readouterr().err
 
 
-def test_the_documented_tables_are_those_of_the_documented_numbers() -> None:
-    folder = Path(__file__).parents[1] / "docs" / "ablation"
+@pytest.mark.parametrize("name", ["ablation", "ablation/longer-bridge"])
+def test_the_documented_tables_are_those_of_the_documented_numbers(name: str) -> None:
+    folder = Path(__file__).parents[1] / "docs" / name
     document = json.loads((folder / "ablation.json").read_text(encoding="utf-8"))
     assert len(document["seeds"]) >= 3
     assert (folder / "ablation.md").read_text(encoding="utf-8") == to_markdown(ablation.TITLE, tables(document))
