@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 from matplotlib.axes import Axes
+from PIL import Image
 from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 
 import ablation
@@ -238,6 +239,23 @@ def test_contrastive_pairs_are_none_of_the_rows_that_the_bridge_keeps_out(place:
     assert not own & {Path(str(row.image)).name for row in kept_out}
 
 
+def test_an_image_folders_lines_are_those_that_training_reads(place: Place, tmp_path: Path) -> None:
+    """A caption may hold a line separator, and a file may begin with a byte order mark."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    lines = []
+    for number in range(6):
+        Image.new("RGB", (28, 28)).save(folder / f"{number}.png")
+        row = {"file_name": f"{number}.png", "text": f"over\u2028two lines, {number}"}
+        lines.append(json.dumps(row, ensure_ascii=False))
+    (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8-sig")
+    sizes = replace(place.sizes, kept_out=2)
+    data = replace(place, sizes=sizes, given=Given(folder, folder)).data(0)
+    assert [row.positive for row in read_image_folder(data.pairs)] == [
+        row.positive for row in read_image_folder(folder)[2:]
+    ]
+
+
 def test_what_differs_between_machines_trains_nothing_anew(place: Place) -> None:
     stage_run = StageRun("bridge", 4, start=StageRun("warmup", 2))
     other = replace(place, settings=(*place.settings, "workers=3", "bridge.micro_batch_size=2"))
@@ -384,6 +402,13 @@ def test_a_figure_is_drawn_again_of_a_results_file_into_a_folder_that_is_not_the
     monkeypatch.setattr(sys, "argv", draw)
     ablation.main()
     assert (tmp_path / "new" / "folder" / "ablation.svg").read_text() == figure_svg(results(grid))
+
+
+@pytest.mark.parametrize(("seeds", "told"), [(1, "of one seed"), (3, "over 3 seeds with its 95% interval")])
+def test_notes_speak_of_intervals_where_there_are_some(grid: Grid, seeds: int, told: str) -> None:
+    for table in tables(results(grid, seeds)):
+        assert told in table.notes[0]
+        assert ("interval" in " ".join(table.notes)) is (seeds > 1)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"arms": []}'])

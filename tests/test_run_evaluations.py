@@ -96,9 +96,10 @@ def test_pairs_that_the_run_was_trained_on_make_no_headline(finished: Path, scen
     note, headlines = read(others, columns)
     assert "None of them is among the rows" in note
     assert [UNTOLD in headline for headline in headlines] == [False]
-    note, headlines = read(tmp_path / "gone.jsonl", columns)
-    assert "They cannot be read any more" in note
-    assert [UNTOLD in headline for headline in headlines] == [True]
+    for path in (tmp_path / "gone.jsonl", tmp_path / ("too long a name " * 20)):
+        note, headlines = read(path, columns)
+        assert "They cannot be read any more" in note
+        assert [UNTOLD in headline for headline in headlines] == [True]
     file.write_text(json.dumps(pairs_document(str(finished / "contrastive"))))
     evaluation, (headline,) = read_evaluation(file, run)
     assert "Which pairs these are, the file does not tell" in evaluation.note

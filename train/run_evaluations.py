@@ -141,7 +141,7 @@ def _seen_in_training(data: _PairsData | None, run: FinishedRun) -> tuple[str, b
     what = f"The pairs are those of {printable(data.path)}."
     try:
         pairs = read_pairs(data.path, data.images, data.columns if data.columns.names else None)
-    except CocoaError as error:
+    except (CocoaError, OSError, ValueError) as error:  # the path may be another machine's
         return f"{what} They cannot be read any more ({one_line(error).rstrip('.')}).", None
     note, held_out = seen_in_training(run, pairs)
     return f"{what} {note}", held_out

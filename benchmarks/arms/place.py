@@ -118,8 +118,9 @@ class Place:
         return data
 
     def _given_data(self, given: Given) -> Data:
-        metadata = (given.training / METADATA_FILE).read_bytes()
-        pairs = self.work / "data" / f"pairs-{self.sizes.kept_out}-{hashlib.sha256(metadata).hexdigest()[:DIGITS]}"
+        content = hashlib.sha256(str(given.training.resolve()).encode())
+        content.update((given.training / METADATA_FILE).read_bytes())
+        pairs = self.work / "data" / f"pairs-{self.sizes.kept_out}-{content.hexdigest()[:DIGITS]}"
         if not (pairs / METADATA_FILE).is_file():
             _link_all_but_the_first(given.training, pairs, self.sizes.kept_out)
         return Data(given.training, pairs, given.held_out)
@@ -197,7 +198,7 @@ def _learned(recipe: dict[str, Any]) -> dict[str, Any]:
 
 def _link_all_but_the_first(source: Path, target: Path, count: int) -> None:
     """Make an image folder of all images but the first ``count``, the files being the same where that is possible."""
-    lines = (source / METADATA_FILE).read_text(encoding="utf-8").splitlines()
+    lines = (source / METADATA_FILE).read_text(encoding="utf-8-sig").split("\n")
     named = [(json.loads(line)["file_name"], line) for line in lines if line.strip()]
     names = list(dict.fromkeys(name for name, _ in named))
     first, others = set(names[:count]), names[count:]

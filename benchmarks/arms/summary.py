@@ -132,13 +132,17 @@ def _learned(arm: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _notes(document: Mapping[str, Any], references: Sequence[str]) -> list[str]:
-    seeds = len(document["seeds"])
+    seeds, others = len(document["seeds"]), document["processes"] - 1
+    minutes = "minutes: of training, " + (f"beside {others} other{'s' * (others > 1)}, " if others else "")
+    told = f"steps: of the stages in their order. {minutes}probes included."
+    if seeds == 1:
+        notes = [f"recall@1: mean of both directions, of one seed. {told}"]
+        return notes + (["less ...: the difference."] if references else [])
     of_own = "data, order and hidden tokens" if isinstance(document["data"], str) else "order and hidden tokens"
-    over = f"over {seeds} seeds with its {LEVEL:.0%} interval (Student's t)" if seeds > 1 else "of one seed"
     notes = [
-        f"recall@1: mean of both directions, then {over}; each seed has its own {of_own}. steps: of the stages in their"
-        f" order. minutes: of training, beside {document['processes'] - 1} other processes, probes included."
+        f"recall@1: mean of both directions, then over {seeds} seeds with its {LEVEL:.0%} interval (Student's t); each"
+        f" seed has its own {of_own}. {told}"
     ]
-    if references:
-        notes.append("less ...: the mean of the differences seed by seed, with its own interval.")
-    return notes
+    return notes + (
+        ["less ...: the mean of the differences seed by seed, with its own interval."] if references else []
+    )

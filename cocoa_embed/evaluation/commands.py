@@ -227,8 +227,10 @@ def run_pairs(
     if out is not None:
         make_folder(out)
     done: dict[str, Any] = {}
+    is_written = False
 
     def publish(document: dict[str, Any]) -> None:
+        nonlocal is_written
         done.update(document)
         done["data"] = {
             "path": str(data.absolute()),
@@ -237,7 +239,9 @@ def run_pairs(
         }
         if out is not None:
             scored = models if "other" in done else models[:1]
+            is_written = False
             write_results(out / "pairs", f"Pairs of {data.name}: {' and '.join(scored)}", done, pairs_tables(done))
+            is_written = True
 
     try:
         evaluate_pairs(
@@ -252,7 +256,7 @@ def run_pairs(
         if done:
             for line in pairs_lines(done):
                 say(console, line)
-            if out is not None:
+            if is_written:
                 say(console, f"wrote {out / 'pairs'}.json, .md and .html")
     return done
 
