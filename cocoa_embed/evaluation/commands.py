@@ -227,10 +227,9 @@ def run_pairs(
     if out is not None:
         make_folder(out)
     done: dict[str, Any] = {}
-    is_written = False
+    written: list[Path] = []
 
     def publish(document: dict[str, Any]) -> None:
-        nonlocal is_written
         done.update(document)
         done["data"] = {
             "path": str(data.absolute()),
@@ -239,9 +238,9 @@ def run_pairs(
         }
         if out is not None:
             scored = models if "other" in done else models[:1]
-            is_written = False
+            written.clear()
             write_results(out / "pairs", f"Pairs of {data.name}: {' and '.join(scored)}", done, pairs_tables(done))
-            is_written = True
+            written.append(out / "pairs")
 
     try:
         evaluate_pairs(
@@ -256,8 +255,8 @@ def run_pairs(
         if done:
             for line in pairs_lines(done):
                 say(console, line)
-            if is_written:
-                say(console, f"wrote {out / 'pairs'}.json, .md and .html")
+            for stem in written:
+                say(console, f"wrote {stem}.json, .md and .html")
     return done
 
 
