@@ -181,8 +181,7 @@ def hold_out_rows(rows: Sequence[Row], count: int) -> tuple[list[Row], list[Row]
 
     Nothing is taken where fewer images would be left than are taken, nor for a count of one, which cannot be exchanged.
     """
-    probe_rows = first_of_images(rows, count)
-    chosen = {row.image for row in probe_rows}
+    chosen = {row.image for row in first_of_images(rows, count)}
     held_out = [row for row in rows if row.image in chosen]
     images = {image for row in held_out for image in _images(row)}
     sources, texts = {row.source for row in held_out}, {text for row in held_out for text in _texts(row)}
@@ -193,9 +192,9 @@ def hold_out_rows(rows: Sequence[Row], count: int) -> tuple[list[Row], list[Row]
         and (row.image is not None or (row.source not in sources and texts.isdisjoint(_texts(row))))
     ]
     left = {image for row in training_rows for image in _images(row)}
-    if count < 2 or len(probe_rows) < count or len(left) < count:
+    if count < 2 or len(chosen) < count or len(left) < count:
         return [], list(rows)
-    return probe_rows, training_rows
+    return list({row.image: row for row in held_out}.values()), training_rows
 
 
 def _images(row: Row) -> list[RowImage]:
