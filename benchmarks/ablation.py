@@ -37,8 +37,8 @@ from arms.place import Given, Place
 from arms.runner import circumstances, jobs_of, outcome, run_jobs
 from arms.summary import results_document, tables
 from cocoa_embed.errors import CocoaError, UsageError
+from cocoa_embed.evaluation.finished import make_folder, write_result
 from cocoa_embed.evaluation.tables import to_html, to_markdown
-from cocoa_embed.folders import write_whole
 from cocoa_embed.image_files import METADATA_FILE
 from cocoa_embed.terminal import silence_libraries
 from cocoa_embed.train.data import read_image_folder
@@ -155,25 +155,26 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def write(document: dict[str, Any], out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "ablation.json", json.dumps(document, indent=1) + "\n")
-    write_whole(out / "ablation.md", to_markdown(TITLE, tables(document)))
-    write_whole(out / "ablation.html", to_html(TITLE, tables(document)))
-    write_whole(out / FIGURE, figure_svg(document))
+    found = tables(document)
+    make_folder(out)
+    write_result(out / "ablation.json", json.dumps(document, indent=1) + "\n")
+    write_result(out / "ablation.md", to_markdown(TITLE, found))
+    write_result(out / "ablation.html", to_html(TITLE, found))
+    write_result(out / FIGURE, figure_svg(document))
 
 
 def draw_again(results: Path, out: Path | None) -> None:
     """Draw the figure of a results' file beside it.
 
-    :raises CocoaError: If it is none.
+    :raises CocoaError: If it is none, or the figure cannot be written.
     """
     folder = out or results.parent
     try:
         figure = figure_svg(json.loads(results.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CocoaError(f"{results} is no whole results' file of this benchmark ({error})") from error
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / FIGURE, figure)
+    make_folder(folder)
+    write_result(folder / FIGURE, figure)
 
 
 def main() -> None:
