@@ -4,8 +4,6 @@ BIN := $(VENV)/bin
 UV_VERSION := 0.13.8
 UV_READY := $(VENV)/.uv-$(UV_VERSION)
 INSTALLED := $(VENV)/.installed
-# On disk `train` and `integrations` stand beside the core; mypy needs them where they install.
-TYPED_TREE := build/mypy
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test test-all lint typecheck format demo bench ablation constraints clean
@@ -36,11 +34,9 @@ lint: $(INSTALLED)  ## Check style, format and types
 	$(BIN)/ruff format --check .
 	@$(MAKE) --no-print-directory typecheck
 
-typecheck: $(INSTALLED)  ## Check types, over all three source trees
-	@rm -rf $(TYPED_TREE)
-	@mkdir -p $(TYPED_TREE)/cocoa_embed
-	@ln -s "$(CURDIR)"/cocoa_embed/* "$(CURDIR)/train" "$(CURDIR)/integrations" $(TYPED_TREE)/cocoa_embed/
-	$(BIN)/mypy $(TYPED_TREE)/cocoa_embed
+typecheck: $(INSTALLED)  ## Check types
+	$(BIN)/mypy
+	$(BIN)/pyright
 
 format: $(INSTALLED)  ## Fix what ruff can fix, and format
 	$(BIN)/ruff check --fix .

@@ -28,19 +28,19 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modality import infer_modality
 from transformers import Qwen2VLImageProcessor
 
-from cocoa_embed.attention import make_bidirectional
-from cocoa_embed.backbone import SUPPORTED, Backbone, builtin_backbones, load_backbone, load_processor
-from cocoa_embed.cores import available_cores
 from cocoa_embed.demo.scenes import write_image_folder
-from cocoa_embed.encoder import Encoder
-from cocoa_embed.export import build_sentence_transformer
-from cocoa_embed.forward import DocumentModel, Features
-from cocoa_embed.image_files import find_images
-from cocoa_embed.images import load_image
-from cocoa_embed.loading import load_model
-from cocoa_embed.stream import default_workers
-from cocoa_embed.template import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
-from cocoa_embed.visual_tokens import BatchLimits, ImageCost, plan_batches, token_counter
+from cocoa_embed.encode.batches import BatchLimits, ImageCost, plan_batches, token_counter
+from cocoa_embed.encode.cpu_threads import available_cores
+from cocoa_embed.encode.document_model import DocumentModel, Features
+from cocoa_embed.encode.encoder import Encoder
+from cocoa_embed.encode.stream import default_workers
+from cocoa_embed.images.find_files import find_images
+from cocoa_embed.images.load import load_image
+from cocoa_embed.model.attention import make_bidirectional
+from cocoa_embed.model.backbone import SUPPORTED, Backbone, builtin_backbones, load_backbone, load_processor
+from cocoa_embed.model.export import build_sentence_transformer
+from cocoa_embed.model.loading import load_model
+from cocoa_embed.model.template import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
 from steps.real_configs import real_config
 
 SIZES = {"small": "small", "2b": "qwen2-vl-2b"}

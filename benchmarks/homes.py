@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from qdrant_client import models
 
-from cocoa_embed.integrations.filters import parse_filters
-from cocoa_embed.integrations.points import ImageRecord, Place, payload, point_id
-from cocoa_embed.integrations.stores import Point, Signature, Store, open_store
+from cocoa_embed.integrations.qdrant.filters import parse_filters
+from cocoa_embed.integrations.qdrant.points import ImageRecord, Place, payload, point_id
+from cocoa_embed.integrations.qdrant.stores.base import Point, Signature, Store, open_store
 
 HOMES = ("path", "edge")
 POINTS_AT_ONCE = 64

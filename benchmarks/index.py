@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from cocoa_embed.encoder import Encoder
-from cocoa_embed.image_files import find_images
-from cocoa_embed.integrations.qdrant import QdrantIndexer
-from cocoa_embed.loading import load_model
+from cocoa_embed.encode.encoder import Encoder
+from cocoa_embed.images.find_files import find_images
+from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
+from cocoa_embed.model.loading import load_model
 
 HOMES = ("path", "edge")
 

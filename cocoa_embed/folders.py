@@ -64,5 +64,5 @@ def write_whole(file: Path, text: str) -> None:
 
 
 def is_scratch_of(name: str, file_name: str) -> bool:
-    """Tell whether a file of that name is what :func:`write_whole` leaves of another when it is killed."""
+    """Tell whether a file of that name is what ``write_whole`` leaves of another when it is killed."""
     return name.startswith(f"{file_name}.") and name.endswith(SCRATCH_SUFFIX)

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
-
-from cocoa_embed.backbone import Backbone, load_backbone
-from cocoa_embed.demo.scenes import write_image_folder
-from cocoa_embed.train import Recipe, run
-from cocoa_embed.train.data import Row, read_image_folder
 from tiny_backbones import write_tiny_backbone
+
+from cocoa_embed.demo.scenes import write_image_folder
+from cocoa_embed.model.backbone import Backbone, load_backbone
+from cocoa_embed.train import Recipe, run
+from cocoa_embed.train.data.rows import Row, read_image_folder
 
 # A shared machine may stall any example; what a test shows does not depend on its time.
 settings.register_profile("cocoa-embed", deadline=None)
@@ -34,7 +34,7 @@ def data_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def family(request: pytest.FixtureRequest) -> str:
-    """The family of the tiny backbone; :data:`tiny_backbones.every_family` asks for the others."""
+    """The family of the tiny backbone; ``tiny_backbones.every_family`` asks for the others."""
     return getattr(request, "param", "qwen2_vl")
 
 
@@ -116,7 +116,7 @@ def small_recipe(tiny_backbone_path: Path, scene_folder: Path) -> Recipe:
 
 @pytest.fixture(scope="session")
 def finished(small_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run of :func:`small_recipe`."""
+    """The folder of a finished run of ``small_recipe``."""
     out = tmp_path_factory.mktemp("runs") / "small"
     run(small_recipe, out)
     return out

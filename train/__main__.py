@@ -2,6 +2,6 @@
 
 import sys
 
-from cocoa_embed.cli import main
+from cocoa_embed.cli.main import main
 
 main(["train", *sys.argv[1:]])

@@ -9,21 +9,21 @@ from typing import Any
 import torch
 from sentence_transformers.util import get_device_name
 
-from cocoa_embed.backbone import SUPPORTED, load_backbone, read_config
 from cocoa_embed.errors import CocoaError, UsageError, one_line, printable
-from cocoa_embed.loading import load_model
-from cocoa_embed.train.bridge import BridgeModel, bridge_probe
-from cocoa_embed.train.collators import lacks_block_b
-from cocoa_embed.train.contrastive import embedding_probe
-from cocoa_embed.train.data import Row, RowImage, read_image_folder
-from cocoa_embed.train.finished_run import read_stage_rows, run_of
-from cocoa_embed.train.mixing import ReadRows, read_rows
-from cocoa_embed.train.preparation import DATA_FILE
-from cocoa_embed.train.probe import NO_IMAGE, RIGHT_IMAGE, SHUFFLED_IMAGE, hold_out_rows, pictured_rows
+from cocoa_embed.model.backbone import SUPPORTED, load_backbone, read_config
+from cocoa_embed.model.loading import load_model
+from cocoa_embed.model.training_record import read_training
+from cocoa_embed.train.data.mixture import ReadRows, read_rows
+from cocoa_embed.train.data.rows import Row, RowImage, read_image_folder
+from cocoa_embed.train.loop.oom import is_out_of_memory
+from cocoa_embed.train.plan.checks import DATA_FILE
 from cocoa_embed.train.recipe import Recipe
-from cocoa_embed.train.sections import BridgeSection
-from cocoa_embed.train.shortage import is_out_of_memory
-from cocoa_embed.training_record import read_training
+from cocoa_embed.train.run_report.finished_run import read_stage_rows, run_of
+from cocoa_embed.train.settings import BridgeSection
+from cocoa_embed.train.stages.bridge import BridgeModel, bridge_probe
+from cocoa_embed.train.stages.collators import lacks_block_b
+from cocoa_embed.train.stages.contrastive import embedding_probe
+from cocoa_embed.train.stages.probe import NO_IMAGE, RIGHT_IMAGE, SHUFFLED_IMAGE, hold_out_rows, pictured_rows
 
 ROWS = 64
 """How many rows are measured where nothing else is asked for."""
@@ -57,7 +57,7 @@ class Diagnosis:
     :param chosen: The rows that it was measured on.
     :param hidden_tokens: The shares of hidden tokens told right, by their names in the bridge's log; None where the
         checkpoint has no language-model head.
-    :param geometry: The figures of :func:`~cocoa_embed.evaluation.geometry.geometry`.
+    :param geometry: The figures of ``geometry``.
     """
 
     checkpoint: Path
@@ -85,7 +85,7 @@ def diagnose(
 
     :param data: An image folder; by default, the rows are those that the checkpoint's own recipe keeps out of its
         bridge.
-    :param rows: The most rows to measure; by default all that were kept out, or :data:`ROWS` of ``data``.
+    :param rows: The most rows to measure; by default all that were kept out, or ``ROWS`` of ``data``.
     :param device: The torch device; None takes the fastest there is.
     :raises UsageError: If there is no such device, or fewer than two rows are asked for.
     :raises CocoaError: If the folder is no checkpoint, there are not two images to measure it on, or it is broken.
@@ -166,7 +166,7 @@ def choose_rows(
 ) -> ChosenRows:
     """Choose the rows to measure a checkpoint on.
 
-    :param training: What :func:`~cocoa_embed.training_record.read_training` has read of the checkpoint.
+    :param training: What ``read_training`` has read of the checkpoint.
     :param data: An image folder, instead of the bridge's own data.
     :param count: The most rows.
     :raises CocoaError: If the data cannot be read, or there are not two images in it.

@@ -11,18 +11,18 @@ from accelerate.utils.memory import clear_device_cache
 from transformers import Trainer, set_seed
 
 from cocoa_embed.errors import CocoaError
-from cocoa_embed.train.checkpoints import newest_complete, read_complete, step_of
-from cocoa_embed.train.kept_steps import KeepSteps, kept_folder
-from cocoa_embed.train.preparation import CHECKPOINTS, Prepared, prepare
-from cocoa_embed.train.processes import by_first_process, refuse_idle_accelerators
-from cocoa_embed.train.progress import TENSORBOARD, end_reports, show_live_losses, write_tensorboard
+from cocoa_embed.model.training_record import TRAINING_FILE
+from cocoa_embed.train.loop.checkpoints import newest_complete, read_complete, step_of
+from cocoa_embed.train.loop.oom import explained_shortage
+from cocoa_embed.train.loop.processes import by_first_process, refuse_idle_accelerators
+from cocoa_embed.train.loop.progress import TENSORBOARD, end_reports, show_live_losses, write_tensorboard
+from cocoa_embed.train.loop.snapshots import KeepSteps, kept_folder
+from cocoa_embed.train.loop.stopping import StopOnSigterm, Stopped
+from cocoa_embed.train.plan.checks import CHECKPOINTS, Prepared, prepare
 from cocoa_embed.train.recipe import Recipe
 from cocoa_embed.train.record import StageResult, write_record
-from cocoa_embed.train.samples import leave_samples
-from cocoa_embed.train.shortage import explained_shortage
-from cocoa_embed.train.stages import BuiltStage, build_stage
-from cocoa_embed.train.stopping import StopOnSigterm, Stopped
-from cocoa_embed.training_record import TRAINING_FILE
+from cocoa_embed.train.stages.build import BuiltStage, build_stage
+from cocoa_embed.train.stages.samples import leave_samples
 
 Inspect = Callable[[str, Trainer], None]
 
@@ -36,7 +36,7 @@ def run(recipe: Recipe, out: Path, *, resume: bool = False, inspect: Inspect | N
     :param resume: Go on where the run in ``out`` was ended, whenever that was; a run that has not begun is begun.
     :param inspect: Called with the stage's name and its trainer when it has ended, before what the stage throws away
         (the pixel decoder) is gone.
-    :returns: The stages' results; the last one's folder is what :func:`cocoa_embed.export.export_model` takes.
+    :returns: The stages' results; the last one's folder is what ``export_model`` takes.
     :raises UsageError: If the recipe has no stage, a stage has no data, this machine cannot do what it asks for, or the
         run to be resumed had another recipe or other rows.
     :raises Stopped: If SIGTERM has ended the run; it can be resumed.

@@ -11,8 +11,8 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
 from cocoa_embed.errors import UsageError
-from cocoa_embed.train.mmeb import default_subsets
-from cocoa_embed.train.sections import (
+from cocoa_embed.train.data.mmeb import default_subsets
+from cocoa_embed.train.settings import (
     BridgeSection,
     ContrastiveSection,
     Count,
@@ -32,7 +32,7 @@ STAGES = ("warmup", "bridge", "contrastive")
 """The stages in their order, as recipes name them."""
 
 SOURCE_KINDS = ("folder", "file", "mmeb", "hub")
-"""The keys of :class:`SourceSection` that each say by themselves where rows are."""
+"""The keys of ``SourceSection`` that each say by themselves where rows are."""
 
 _OF_ONE_SOURCE = {*SOURCE_KINDS, "subsets", "config", "split", "images", "columns", "captions", "paraphrases"}
 """What says nothing of another source than its own."""

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cocoa_embed.backbone import Origin, origin
 from cocoa_embed.errors import CocoaError, one_line, printable
-from cocoa_embed.train.checkpoints import write_json
+from cocoa_embed.model.backbone import Origin, origin
+from cocoa_embed.model.training_record import TRAINING_FILE, read_training
+from cocoa_embed.train.loop.checkpoints import write_json
 from cocoa_embed.train.recipe import SOURCE_KINDS, Recipe
-from cocoa_embed.training_record import TRAINING_FILE, read_training
 
 LOG_FILE = "log.json"
 

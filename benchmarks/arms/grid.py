@@ -27,7 +27,7 @@ class Sizes:
     :param training: Captioned images that the bridge is trained on; the warm-up sees those that are kept out too.
     :param held_out: Images, and as many captions, that retrieval is measured among.
     :param pairs: What contrastive learning sees of the captioned images where all pairs are used.
-    :param compared_part: The part of the bridge's steps that variants of it are compared after, one of :data:`LENGTHS`.
+    :param compared_part: The part of the bridge's steps that variants of it are compared after, one of ``LENGTHS``.
     :param equal_shares: The shares of the pairs that contrastive learning alone gets all the compute with.
     :param kept_out: More images: the bridge keeps them out of its training to measure what ``<EOS>`` carries, and they
         are no contrastive pairs.

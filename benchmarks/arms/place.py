@@ -17,11 +17,11 @@ from arms.grid import Sizes, StageRun
 from cocoa_embed.demo.scenes import write_image_folder, write_scenes
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.folders import claim_folder, write_whole
-from cocoa_embed.image_files import METADATA_FILE
+from cocoa_embed.images.find_files import METADATA_FILE
 from cocoa_embed.train import Recipe
-from cocoa_embed.train.kept_steps import kept_folder
-from cocoa_embed.train.plan import plan
-from cocoa_embed.train.preparation import NOT_LEARNED
+from cocoa_embed.train.loop.snapshots import kept_folder
+from cocoa_embed.train.plan.checks import NOT_LEARNED
+from cocoa_embed.train.plan.dry_run import plan
 from cocoa_embed.train.recipe import STAGES
 
 try:

@@ -20,16 +20,16 @@ from tqdm import tqdm
 
 from arms.grid import Arm, StageRun
 from arms.place import Given, Place
-from cocoa_embed.encoder import Encoder
+from cocoa_embed.cli.terminal import silence_libraries
+from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.evaluation.pairs import METRICS, directions, score_queries
 from cocoa_embed.evaluation.pairs_reader import read_pairs
-from cocoa_embed.export import build_sentence_transformer
 from cocoa_embed.folders import write_whole
-from cocoa_embed.terminal import silence_libraries
+from cocoa_embed.model.export import build_sentence_transformer
+from cocoa_embed.model.training_record import is_bidirectional, read_training
 from cocoa_embed.train import Recipe, run
-from cocoa_embed.train.kept_steps import kept_folder
-from cocoa_embed.training_record import is_bidirectional, read_training
+from cocoa_embed.train.loop.snapshots import kept_folder
 
 SCORES = "scores.json"
 END = "end"

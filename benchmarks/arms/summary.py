@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from scipy.stats import t
 
 from arms.grid import ALL_THREE, ALONE, EQUAL, NO_BRIDGE, Arm, Grid
-from cocoa_embed.evaluation.tables import Table
+from cocoa_embed.report.tables import Table
 
 LEVEL = 0.95
 TITLES = {

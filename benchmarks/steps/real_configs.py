@@ -111,7 +111,7 @@ MODELS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any], dict[str, Any], 
 
 
 def real_config(name: str) -> PreTrainedConfig:
-    """Return the config of one of :data:`MODELS`."""
+    """Return the config of one of ``MODELS``."""
     config_class, text, vision, tied = MODELS[name]
     return config_class(
         text_config={**text, "tie_word_embeddings": tied}, vision_config=vision, tie_word_embeddings=tied

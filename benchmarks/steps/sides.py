@@ -16,14 +16,14 @@ from sentence_transformers.sentence_transformer.losses import (
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cocoa_embed.attention import bidirectional_mask, bridge_mask, make_bidirectional
-from cocoa_embed.backbone import SUPPORTED, PatchGeometry
-from cocoa_embed.flex import FLEX, resolve_attention, use_flex_attention
-from cocoa_embed.train.bridge import BridgeModel
-from cocoa_embed.train.cost import measure_matmul_flops, model_size, total_training_flops
-from cocoa_embed.train.losses import mae_loss
-from cocoa_embed.train.reconstruction import model_mask, position_ids
-from cocoa_embed.train.warmup import WarmupModel
+from cocoa_embed.model.attention import bidirectional_mask, bridge_mask, make_bidirectional
+from cocoa_embed.model.backbone import SUPPORTED, PatchGeometry
+from cocoa_embed.model.flex_attention import FLEX, resolve_attention, use_flex_attention
+from cocoa_embed.train.plan.cost import measure_matmul_flops, model_size, total_training_flops
+from cocoa_embed.train.stages.bridge import BridgeModel
+from cocoa_embed.train.stages.losses import mae_loss
+from cocoa_embed.train.stages.reconstruction import model_mask, position_ids
+from cocoa_embed.train.stages.warmup import WarmupModel
 from steps.real_configs import real_config
 from steps.synthetic_rows import SyntheticRow, draw_rows, make_batch, useful_shapes
 

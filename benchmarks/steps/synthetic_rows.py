@@ -8,9 +8,9 @@ from torch import Generator, Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig
 
-from cocoa_embed.attention import Block
-from cocoa_embed.backbone import PatchGeometry
-from cocoa_embed.train.cost import BatchShape
+from cocoa_embed.model.attention import Block
+from cocoa_embed.model.backbone import PatchGeometry
+from cocoa_embed.train.plan.cost import BatchShape
 
 ORDINARY_TOKENS = 150_000
 """Ids below this are no special tokens of Qwen's."""

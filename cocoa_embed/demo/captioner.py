@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from cocoa_embed.demo.scenes import captions, distinct_scenes, draw, sample_scene
-from cocoa_embed.template import CHAT_TEMPLATE, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
+from cocoa_embed.model.template import CHAT_TEMPLATE, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
 
 PAD = "<|endoftext|>"
 EOS = "<|im_end|>"
@@ -115,7 +115,7 @@ class CaptionCollator:
         self.processor = processor
 
     def __call__(self, rows: list[dict[str, object]]) -> dict[str, torch.Tensor]:
-        """Collate rows of :class:`CaptionedScenes`."""
+        """Collate rows of ``CaptionedScenes``."""
         texts = [f"{VISION_START}{IMAGE_PAD}{VISION_END}{row['text']}{EOS}" for row in rows]
         batch = self.processor(images=[row["image"] for row in rows], text=texts, padding=True, return_tensors="pt")
         after_image = batch["input_ids"] == self.processor.tokenizer.convert_tokens_to_ids(VISION_END)

@@ -7,7 +7,7 @@ from typing import Any
 
 from cocoa_embed.report.content import Curve, RetrievalRow
 from cocoa_embed.train import StageResult
-from cocoa_embed.train.run_report import stage_curve, stage_curves
+from cocoa_embed.train.run_report.content import stage_curve, stage_curves
 
 _PACKAGES = ("torch", "transformers", "sentence-transformers", "qdrant-client", "llama-index-core")
 

@@ -2,9 +2,9 @@
 
 A scene is a background and two or three objects, each in a cell of its own of a 2 x 2 grid. Shape, colour, size and
 place of every object and the background make 6 096 384 possible contents. A caption describes its scene completely,
-in one of :data:`WORDINGS`.
+in one of ``WORDINGS``.
 
-Which side of the split a scene falls on is a property of its content alone (:func:`split_of`), so that no training
+Which side of the split a scene falls on is a property of its content alone (``split_of``), so that no training
 set of any seed ever shares a content with a held-out set of any other.
 """
 
@@ -50,7 +50,7 @@ _SUPERSAMPLING = 4
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object: keys of :data:`SHAPES`, :data:`COLOURS`, :data:`RADII` and :data:`PLACES`."""
+    """One object: keys of ``SHAPES``, ``COLOURS``, ``RADII`` and ``PLACES``."""
 
     size: str
     colour: str
@@ -173,12 +173,12 @@ WORDINGS: "tuple[Callable[[Scene], str], ...]" = (_listing, _sentence, _backgrou
 
 
 def captions(scene: Scene) -> list[str]:
-    """Return the caption of ``scene`` in each of :data:`WORDINGS`, in their order."""
+    """Return the caption of ``scene`` in each of ``WORDINGS``, in their order."""
     return [wording(scene) for wording in WORDINGS]
 
 
 def write_image_folder(folder: Path, split: Split, count: int, seed: int) -> None:
-    """Write ``count`` distinct scenes as an image folder (:func:`write_scenes`).
+    """Write ``count`` distinct scenes as an image folder (``write_scenes``).
 
     The same arguments give the same bytes.
     """

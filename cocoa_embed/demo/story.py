@@ -16,12 +16,13 @@ from cocoa_embed.demo.meter import Meter, peak_memory_bytes
 from cocoa_embed.demo.report_content import curves, facts, retrieval_rows
 from cocoa_embed.demo.scenes import write_image_folder
 from cocoa_embed.demo.table import retrieval_table
-from cocoa_embed.encoder import Encoder
+from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import UsageError
 from cocoa_embed.evaluation.metrics import ranks, retrieval_metrics
-from cocoa_embed.export import build_sentence_transformer, refuse_checkpoint, save_sentence_transformer
 from cocoa_embed.folders import claim_folder, refuse_foreign_folder
-from cocoa_embed.integrations.qdrant import QdrantIndexer
+from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
+from cocoa_embed.model.export import build_sentence_transformer, refuse_checkpoint, save_sentence_transformer
+from cocoa_embed.model.training_record import TRAINING_FILE, read_training
 from cocoa_embed.report.content import (
     BridgeMask,
     Curve,
@@ -32,9 +33,8 @@ from cocoa_embed.report.content import (
 )
 from cocoa_embed.report.page import write_report
 from cocoa_embed.train import Recipe, StageResult, run
-from cocoa_embed.train.data import Row, load_row_image, read_image_folder
-from cocoa_embed.train.reconstructions import bridge_reconstructions, warmup_reconstructions
-from cocoa_embed.training_record import TRAINING_FILE, read_training
+from cocoa_embed.train.data.rows import Row, load_row_image, read_image_folder
+from cocoa_embed.train.stages.reconstructions import bridge_reconstructions, warmup_reconstructions
 
 MARKER = ".cocoa-demo"
 SHOWN_RECONSTRUCTIONS = 8

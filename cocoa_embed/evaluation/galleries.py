@@ -10,14 +10,14 @@ import numpy as np
 from cocoa_embed.evaluation.metrics import ranks_of_relevant
 from cocoa_embed.evaluation.pairs import Direction
 from cocoa_embed.evaluation.pairs_tables import title_of
-from cocoa_embed.images import load_image
+from cocoa_embed.images.load import load_image
 from cocoa_embed.report.content import Gallery, Hit, QueryResult
 from cocoa_embed.report.page import cut
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from cocoa_embed.evaluation.items import Item
+    from cocoa_embed.evaluation.embed import Item
 
 WORST, BEST = 6, 3
 """Queries of a direction that are shown."""
@@ -45,7 +45,7 @@ class Outcome(NamedTuple):
 
 @dataclass
 class QueryGallery:
-    """Watches an evaluation (:func:`cocoa_embed.evaluation.pairs.evaluate_pairs`), then shows the best and the worst.
+    """Watches an evaluation (``evaluate_pairs``), then shows the best and the worst.
 
     What is kept of a query is a few numbers; images are loaded for those that are shown alone.
     """

@@ -46,7 +46,7 @@ def ranks(similarities: NDArray[np.floating], relevant: NDArray[np.integer]) -> 
 def ranks_of_relevant(similarities: NDArray[np.floating], relevant: NDArray[np.integer]) -> NDArray[np.int64]:
     """Return the ranks of all documents that are relevant to one query, best first.
 
-    A document that is not relevant counts as before a relevant one that scores the same, as in :func:`ranks`.
+    A document that is not relevant counts as before a relevant one that scores the same, as in ``ranks``.
 
     :param similarities: Of the query with each document, float ``[documents]``.
     :param relevant: Columns of the relevant documents, distinct, at least one; int ``[relevant]``.
@@ -67,7 +67,7 @@ def _require_finite(similarities: NDArray[np.floating]) -> None:
 
 
 def retrieval_metrics(rank: NDArray[np.integer]) -> dict[str, float]:
-    """Return recall@1, recall@5, recall@10 and the mean reciprocal rank from :func:`ranks`, each in [0, 1]."""
+    """Return recall@1, recall@5, recall@10 and the mean reciprocal rank from ``ranks``, each in [0, 1]."""
     metrics = {f"recall@{cut_off}": float((rank <= cut_off).mean()) for cut_off in CUT_OFFS}
     return {**metrics, "mrr": float((1.0 / rank).mean())}
 
@@ -77,7 +77,7 @@ def hits(found: Sequence[NDArray[np.integer]], cut_off: int) -> NDArray[np.float
 
     It is what image retrieval (COCO, Flickr30k) calls R@k.
 
-    :param found: The ranks of each query's relevant documents, best first, from :func:`ranks_of_relevant`.
+    :param found: The ranks of each query's relevant documents, best first, from ``ranks_of_relevant``.
     """
     return np.array([float(each[0] <= cut_off) for each in found])
 
@@ -105,7 +105,7 @@ def ndcgs(found: Sequence[NDArray[np.integer]], cut_off: int) -> NDArray[np.floa
 
 
 def query_metrics(found: Sequence[NDArray[np.integer]]) -> dict[str, NDArray[np.float64]]:
-    """Return the metrics of each query by their names: recall@k, hit@k and ndcg@k at :data:`CUT_OFFS`, and mrr.
+    """Return the metrics of each query by their names: recall@k, hit@k and ndcg@k at ``CUT_OFFS``, and mrr.
 
     :param found: The ranks of each query's relevant documents, best first.
     :return: float ``[queries]`` each, in [0, 1]; their means are the metrics of all queries.

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from cocoa_embed.encoder import Encoder
+from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError, ImageError
-from cocoa_embed.evaluation.finished import FinishedParts
-from cocoa_embed.evaluation.items import BATCH_TOKENS, Embedded, Item, Role, embed_items, unsupported
+from cocoa_embed.evaluation.embed import BATCH_TOKENS, Embedded, Item, Role, embed_items, unsupported
 from cocoa_embed.evaluation.metrics import cosine_similarities, query_metrics, ranks_of_relevant
 from cocoa_embed.evaluation.mmeb_reader import MmebFolder, Row, SubsetData
 from cocoa_embed.evaluation.mmeb_subsets import AVERAGES, SUBSETS
+from cocoa_embed.evaluation.result_cache import FinishedParts
 
 SCORING = 1
 """Goes up when what is computed from embeddings changes, so that finished subsets are scored again."""
@@ -80,10 +80,10 @@ def evaluate_mmeb(
     """Score a model on subsets. Each is written to ``finished`` when it is done, and not done again.
 
     :param fingerprint: What tells the model from others.
-    :param checked: From :func:`check_subsets`.
+    :param checked: From ``check_subsets``.
     :param tell: Is called with a sentence for each subset.
     :param publish: Is called after each subset with what is returned in the end, as far as it goes.
-    :return: What :func:`summary` returns.
+    :return: What ``summary`` returns.
     :raises CocoaError: If an image cannot be used, the model fails, it can embed nothing, or a result cannot be
         written.
     """
@@ -129,7 +129,7 @@ def score_subset(
 
     Rows of images that cannot be read are left out where those of missing ones are.
 
-    :return: ``metrics`` (each in [0, 1]), counts, ``partial``, ``seconds``, and what :class:`RowScores` has.
+    :return: ``metrics`` (each in [0, 1]), counts, ``partial``, ``seconds``, and what ``RowScores`` has.
     :raises CocoaError: If an image cannot be used and is not left out, or the model fails.
     """
     started = time.perf_counter()
@@ -193,7 +193,7 @@ def score_rows(rows: Sequence[Row], queries: np.ndarray, targets: np.ndarray) ->
 
 
 def metrics_of_ranks(ranks: np.ndarray) -> dict[str, float]:
-    """Return precision@1 and :data:`METRICS` of the ranks of the right candidates."""
+    """Return precision@1 and ``METRICS`` of the ranks of the right candidates."""
     of_queries = query_metrics([np.array([rank]) for rank in ranks])
     return {"precision@1": float((ranks == 1).mean()), **{name: float(of_queries[name].mean()) for name in METRICS}}
 
@@ -208,10 +208,10 @@ def summary(
 ) -> dict[str, Any]:
     """Return what programs read.
 
-    :param results: From :func:`score_subset`, by subset.
+    :param results: From ``score_subset``, by subset.
     :param not_run: Why the other subsets were not run.
     :return: ``subsets``: metrics and counts by name. ``averages``: the mean precision@1 over the subsets that were run,
-        by :data:`AVERAGES`, None where none was. ``coverage``: for each average ``run``, ``of`` and ``complete``, which
+        by ``AVERAGES``, None where none was. ``coverage``: for each average ``run``, ``of`` and ``complete``, which
         is true if every subset of it was run on all its rows. ``not_run``: reasons by name.
     """
     averages: dict[str, float | None] = {}

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cocoa_embed.data.image_token import without_image_token
 from cocoa_embed.errors import CocoaError, printable
-from cocoa_embed.evaluation.items import Item
+from cocoa_embed.evaluation.embed import Item
 from cocoa_embed.evaluation.mmeb_files import ROWS_AT_ONCE, count_rows, read_rows, subset_files
 from cocoa_embed.evaluation.mmeb_subsets import SUBSETS, nearest, require_subset
-from cocoa_embed.image_token import without_image_token
 
 Status = tuple[int, int] | None
 """The size of a file in bytes and the time of its last change in nanoseconds; None where there is no file."""

@@ -28,13 +28,13 @@ class Subset:
 
     @property
     def averages(self) -> tuple[str, ...]:
-        """Those of :data:`AVERAGES` that the subset counts in."""
+        """Those of ``AVERAGES`` that the subset counts in."""
         return (self.meta_task, IN_DOMAIN if self.in_domain else OUT_OF_DOMAIN, OVERALL)
 
 
 @dataclass(frozen=True)
 class PublishedScores:
-    """What was published for a model: precision@1 in per cent, in the order of :data:`AVERAGES`; None: not told."""
+    """What was published for a model: precision@1 in per cent, in the order of ``AVERAGES``; None: not told."""
 
     model: str
     scores: tuple[float | None, ...]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cocoa_embed.evaluation.mmeb_subsets import AVERAGES, PUBLISHED, ROWS_OF_A_SUBSET, SUBSETS
-from cocoa_embed.evaluation.tables import Table
+from cocoa_embed.report.tables import Table
 
 COLUMNS = ("precision@1", "hit@5", "hit@10", "mrr", "ndcg@10")
 ABSENT = "–"
@@ -15,7 +15,7 @@ ABSENT = "–"
 def mmeb_tables(document: Mapping[str, Any]) -> list[Table]:
     """Return the averages beside the published ones, and the scores of every subset, in per cent.
 
-    :param document: From :func:`cocoa_embed.evaluation.mmeb.summary`.
+    :param document: From ``summary``.
     """
     return [_averages(document), _subsets(document)]
 

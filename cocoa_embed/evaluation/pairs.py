@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cocoa_embed.encoder import Encoder
+from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError
-from cocoa_embed.evaluation.bootstrap import LEVEL, RESAMPLES, mean_intervals, paired_differences
-from cocoa_embed.evaluation.items import BATCH_TOKENS, Item, embed_items, unsupported
+from cocoa_embed.evaluation.embed import BATCH_TOKENS, Item, embed_items, unsupported
 from cocoa_embed.evaluation.metrics import cosine_similarities, query_metrics, ranks_of_relevant
+from cocoa_embed.evaluation.significance import LEVEL, RESAMPLES, mean_intervals, paired_differences
 
 METRICS = ("recall@1", "recall@5", "recall@10", "hit@1", "hit@5", "hit@10", "mrr", "ndcg@10")
 

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cocoa_embed.encoder import require_unicode
+from cocoa_embed.encode.encoder import require_unicode
 from cocoa_embed.errors import CocoaError, UsageError, one_line, printable, require
-from cocoa_embed.evaluation.items import Item
+from cocoa_embed.evaluation.embed import Item
 from cocoa_embed.evaluation.pairs import Pair
-from cocoa_embed.image_files import METADATA_FILE, parse_json_line, read_image_folder_metadata
+from cocoa_embed.images.find_files import METADATA_FILE, parse_json_line, read_image_folder_metadata
 
 Entry = tuple[str, dict[str, Any]]
 """A row's place, for errors, and its values by column."""
@@ -42,7 +42,7 @@ KNOWN_COLUMNS = (
     PairColumns(query_text="text", positive_image="file_name"),
     PairColumns(query_text="caption", positive_image="image"),
 )
-"""What is looked for where no column is named and none is called as in :class:`PairColumns`."""
+"""What is looked for where no column is named and none is called as in ``PairColumns``."""
 
 ROWS_AT_ONCE = 256
 
@@ -52,8 +52,8 @@ def read_pairs(data: Path, images: Path | None = None, columns: PairColumns | No
 
     :param data: An image folder, or a ``.jsonl``, ``.csv`` or ``.parquet`` file.
     :param images: The folder that relative paths of images in a table start from; by default that of the table.
-    :param columns: Which columns of a table to use; by default those called as :class:`PairColumns` calls them, or else
-        the first of :data:`KNOWN_COLUMNS` that are there.
+    :param columns: Which columns of a table to use; by default those called as ``PairColumns`` calls them, or else
+        the first of ``KNOWN_COLUMNS`` that are there.
     :raises CocoaError: If there is no such file, it cannot be read, or a row is not as it should be.
     """
     if data.is_dir():

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cocoa_embed.evaluation.pairs import METRICS
-from cocoa_embed.evaluation.tables import Table
+from cocoa_embed.report.tables import Table
 
 SHOWN_METRICS = ("hit@1", "recall@1", "recall@5", "recall@10", "mrr", "ndcg@10")
 
@@ -14,7 +14,7 @@ SHOWN_METRICS = ("hit@1", "recall@1", "recall@5", "recall@10", "mrr", "ndcg@10")
 def pairs_tables(document: Mapping[str, Any]) -> list[Table]:
     """Return a table for each direction, and one for each comparison of two models.
 
-    :param document: From :func:`cocoa_embed.evaluation.pairs.evaluate_pairs`.
+    :param document: From ``evaluate_pairs``.
     """
     scores = [_scores(document, direction) for direction in document["subsets"]]
     return scores + [_comparison(document, direction) for direction in document.get("comparison", ())]
@@ -46,7 +46,7 @@ def _scores(document: Mapping[str, Any], direction: str) -> Table:
 def directions_table(document: Mapping[str, Any], metrics: Sequence[str] = SHOWN_METRICS) -> Table:
     """Return one model's scores as one narrow table: a row for each metric, a column for each direction.
 
-    :param document: From :func:`cocoa_embed.evaluation.pairs.evaluate_pairs`, of one model.
+    :param document: From ``evaluate_pairs``, of one model.
     """
     ways = list(document["subsets"])
     rows = [

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cocoa_embed.evaluation.tables import Table
+from cocoa_embed.report.tables import Table
 
 if TYPE_CHECKING:
     from PIL import Image
 
 OURS = "all three stages"
-"""The :attr:`RetrievalRow.name` that the page puts forward."""
+"""The ``RetrievalRow.name`` that the page puts forward."""
 
 BLOCKS = ("A", "EOS", "B", "pad")
 

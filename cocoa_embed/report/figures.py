@@ -104,7 +104,7 @@ def stage_panels(curves: "Sequence[Curve]") -> list[Panel]:
     """Return one panel for the losses of each stage, and one for each other quantity that a stage logs.
 
     "contrastive only" shares the panel of "contrastive" where both are there. The two accuracies of
-    :data:`PLATEAU` are left to :func:`plateau_panel`.
+    ``PLATEAU`` are left to ``plateau_panel``.
     """
     stages = {curve.stage: curve for curve in curves}
     panels: list[Panel] = []

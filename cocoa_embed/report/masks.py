@@ -35,9 +35,9 @@ class Span(NamedTuple):
 def condensed(mask: BridgeMask) -> BridgeMask:
     """Return ``mask`` with fewer positions, so that it can be seen, where that leaves out nothing of what it allows.
 
-    Up to :data:`SHOWN_WHOLE` positions stay as they are. Of more, neighbours that see, and are seen by, the same
+    Up to ``SHOWN_WHOLE`` positions stay as they are. Of more, neighbours that see, and are seen by, the same
     positions are put together: those with one label ("256 × <|image_pad|>"), and of longer rows of them all but the
-    first :data:`SHOWN_POSITIONS` ("… 40 more").
+    first ``SHOWN_POSITIONS`` ("… 40 more").
     """
     if len(mask.labels) <= SHOWN_WHOLE:
         return mask

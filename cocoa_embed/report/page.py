@@ -65,7 +65,7 @@ def _bytes_by_character() -> dict[str, int]:
 
 
 def cut(text: str) -> str:
-    """Return ``text``, of a longer one than :data:`SHOWN_CHARACTERS` the beginning."""
+    """Return ``text``, of a longer one than ``SHOWN_CHARACTERS`` the beginning."""
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 1].rstrip()}…"
 
 

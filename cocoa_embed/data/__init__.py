@@ -1,0 +1,1 @@
+"""Rows and tables that training, evaluation and indexing read alike."""

@@ -1,0 +1,1 @@
+"""Load any image source as upright RGB, and find image files."""

@@ -1,0 +1,194 @@
+"""Open the bytes of an image file: which decoder, what would make decoding endless, and what Pillow misreads.
+
+Nothing is decoded here: an opened image has its size, and its pixels come when it is loaded.
+"""
+
+import re
+import struct
+from collections.abc import Iterable, Iterator
+from io import BytesIO
+from itertools import islice, takewhile
+
+from PIL import Image, ImageFile, TiffImagePlugin
+
+from cocoa_embed.errors import require
+from cocoa_embed.images.to_rgb import ORIENTATION_TAG, read_orientation
+
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO")
+"""The Pillow decoders that are tried. EPS and WMF, which start other programs, are not among them."""
+
+HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"})
+"""What the first box of a HEIC file calls it."""
+
+CONTAINER_BRANDS = frozenset({b"mif1", b"mif2", b"msf1"})
+"""What the first box of a HEIC or an AVIF file may call it instead."""
+
+AVIF_BRANDS = frozenset({b"avif", b"avis"})
+
+JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd8])", re.DOTALL)
+"""A marker that a segment follows, or the end. Inside a scan, FF is followed by 00 or D0 to D7."""
+
+START_OF_SCAN, END_OF_PICTURE = b"\xda", b"\xd9"
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+PNG_ORIENTATION_KEYWORDS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
+"""Where a PNG may have its orientation; it may stand behind the pixels."""
+
+MAX_JPEG_SCANS = 256
+"""JPEG files of more scans are refused. Encoders write about ten; each scan goes over the whole picture again, so that
+20 bytes can cost a tenth of a second."""
+
+MAX_JPEG_SEGMENTS = 5000
+"""JPEG files with more segments before their pixels are refused: a hundred megabytes of metadata have 1600. Pillow puts
+those of EXIF together one by one, in a time that grows with the square of their number."""
+
+
+def open_image(data: bytes) -> ImageFile.ImageFile:
+    """Return the image in a file's bytes, its pixels not decoded yet.
+
+    :raises UnidentifiedImageError: If it is no image.
+    :raises ValueError: If it is made to be decoded for hours, or is a truncated WebP.
+    :raises MissingExtraError: If it is HEIC, which the extra ``heic`` reads.
+    :raises Exception: Whatever else a decoder raises at a broken header.
+    """
+    if is_heif(data):
+        # The class by itself: registering it with Pillow would change what other libraries of the process do.
+        return require("pillow_heif", "heic").HeifImageFile(BytesIO(data))
+    refuse_endless_jpeg(data)
+    refuse_short_webp(data)
+    image = Image.open(BytesIO(data), formats=IMAGE_FORMATS)
+    if image.format == "PNG":
+        scale_transparent_colour(image, bits=data[24])
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        unpack_planes_of_16_bits(image)
+    return image
+
+
+def media_type(image: ImageFile.ImageFile) -> str:
+    """Return the media type of an opened image, ``image/jpeg``."""
+    if image.format == "HEIF":
+        return image.get_format_mimetype() or "image/heif"
+    # A JPEG with further pictures behind the first, as cameras write them.
+    return Image.MIME.get("JPEG" if image.format == "MPO" else str(image.format), "application/octet-stream")
+
+
+def is_heif(data: bytes) -> bool:
+    """Tell whether the bytes are a HEIC or other HEIF file that is not AVIF."""
+    if data[4:8] != b"ftyp":
+        return False
+    end = min(int.from_bytes(data[:4], "big"), 1024)
+    major, compatible = data[8:12], {data[at : at + 4] for at in range(16, end, 4)}
+    return major in HEIF_BRANDS or (major in CONTAINER_BRANDS and not compatible & AVIF_BRANDS)
+
+
+def refuse_endless_jpeg(data: bytes) -> None:
+    """Refuse a JPEG file of more than ``MAX_JPEG_SCANS`` scans, or ``MAX_JPEG_SEGMENTS`` segments before them.
+
+    :raises ValueError: If it is one.
+    """
+    if not data.startswith(b"\xff\xd8"):
+        return
+    if exceeds(takewhile(START_OF_SCAN.__ne__, jpeg_markers(data)), MAX_JPEG_SEGMENTS):
+        raise ValueError(f"it has more than {MAX_JPEG_SEGMENTS} segments before its pixels")
+    # Counting the marker wherever it stands is quick, and enough for nearly all. A film behind the picture has it too.
+    if data.count(b"\xff" + START_OF_SCAN) <= MAX_JPEG_SCANS:
+        return
+    if exceeds(filter(START_OF_SCAN.__eq__, jpeg_markers(data)), MAX_JPEG_SCANS):
+        raise ValueError(f"it has more than {MAX_JPEG_SCANS} scans")
+
+
+def exceeds(items: Iterable[object], limit: int) -> bool:
+    """Tell whether there are more items than the limit, looking at no more than that."""
+    return sum(1 for _ in islice(items, limit + 1)) > limit
+
+
+def refuse_short_webp(data: bytes) -> None:
+    """Refuse a WebP file that ends before its header says; the decoder does too, but does not say why.
+
+    :raises ValueError: If it is one.
+    """
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP" and int.from_bytes(data[4:8], "little") + 8 > len(data):
+        raise ValueError("the file is truncated")
+
+
+def jpeg_markers(data: bytes) -> Iterator[bytes]:
+    """Yield the markers of a JPEG file's first picture; what stands inside its segments is passed over."""
+    position = 2
+    while (match := JPEG_MARKER.search(data, position)) and match[1] != END_OF_PICTURE:
+        yield match[1]
+        position = match.end() + int.from_bytes(data[match.end() : match.end() + 2], "big")
+
+
+def icon_sizes(data: bytes) -> Iterator[tuple[int, int]]:
+    """Yield width and height of each picture in an ``.ico`` file, and nothing for other files.
+
+    Pillow decodes an icon when it opens it, and the file's directory may say less than the pictures themselves.
+    """
+    if not data.startswith(b"\0\0\1\0"):
+        return
+    for entry in range(struct.unpack_from("<H", data, 4)[0]):
+        (start,) = struct.unpack_from("<I", data, 6 + 16 * entry + 12)
+        if data[start : start + 8] == PNG_SIGNATURE:
+            yield struct.unpack_from(">II", data, start + 16)
+        else:
+            is_oldest = data[start : start + 4] == b"\x0c\0\0\0"
+            width, height = struct.unpack_from("<HH" if is_oldest else "<ii", data, start + 4)
+            yield abs(width), abs(height) // 2  # below its colours stands the mask, of the same height
+
+
+def upright_size(image: ImageFile.ImageFile, data: bytes) -> tuple[int, int]:
+    """Return width and height that an opened image has when it stands upright, decoding it only where it must be."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and ORIENTATION_TAG in image.tag_v2:
+        return image.size  # Pillow turns it
+    behind_pixels = data[data.rfind(b"IDAT") :] if image.format == "PNG" else b""
+    if any(keyword in behind_pixels for keyword in PNG_ORIENTATION_KEYWORDS):
+        image.load()
+    turned = read_orientation(image) >= 5
+    return (image.height, image.width) if turned else image.size
+
+
+def scale_transparent_colour(image: Image.Image, *, bits: int) -> None:
+    """Bring the transparent colour of an opened PNG to the 8 bits that Pillow scales its pixels to, but not the colour.
+
+    :param bits: The bits of a sample in the file.
+    """
+    colour = image.info.get("transparency")
+    if image.mode == "L" and isinstance(colour, int) and bits < 8:
+        image.info["transparency"] = colour * 255 // (2**bits - 1)
+    if image.mode == "RGB" and isinstance(colour, tuple) and bits == 16:
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
+
+
+def unpack_planes_of_16_bits(image: TiffImagePlugin.TiffImageFile) -> None:
+    """Have the colour planes of an opened TIFF read as 16-bit samples where Pillow takes them for bytes."""
+    is_16_bit = set(image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, ())) == {16}
+    if image.tag_v2.get(TiffImagePlugin.PLANAR_CONFIGURATION) != 2 or not is_16_bit:
+        return
+    order = "L" if image.tag_v2.prefix == b"II" else "B"
+    image.tile = [
+        tile._replace(args=(f"{tile.args[0]};16{order}", *tile.args[1:]))
+        if tile.codec_name == "raw" and isinstance(tile.args, tuple) and len(str(tile.args[0])) == 1
+        else tile
+        for tile in image.tile
+    ]
+
+
+def png_without_metadata(data: bytes) -> bytes:
+    """Return a PNG file without the chunks that hold no picture; other files as they are.
+
+    Pillow gives up a picture for a text of more than a megabyte, for a profile or for a check sum that is wrong.
+    """
+    if not data.startswith(PNG_SIGNATURE):
+        return data
+    kept, position = [PNG_SIGNATURE], len(PNG_SIGNATURE)
+    while position + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, position)
+        # An upper-case letter begins the name of a chunk that a decoder must understand.
+        if kind[:1].isupper() or kind in (b"tRNS", b"eXIf"):
+            kept.append(data[position : position + length + 12])
+        position += length + 12
+        if kind == b"IEND":
+            break
+    picture = b"".join(kept)
+    return data if picture == data else picture

@@ -1,0 +1,99 @@
+"""What tells one embedding model from another: a digest of its weights, its template, its prompts and its pooling."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+IMAGE_SETTINGS = (
+    *("size", "crop_size", "do_resize", "do_center_crop", "do_rescale", "do_normalize", "resample"),
+    *("rescale_factor", "image_mean", "image_std", "patch_size", "temporal_patch_size", "merge_size"),
+)
+"""What of an image processor's settings decides about the embedding."""
+
+SAMPLED_VALUES = 4096
+"""The values of each tensor that are looked at, evenly spread."""
+
+
+def model_fingerprint(model: SentenceTransformer) -> str:
+    """Return a digest that two models share only if they embed the same things to the same vectors.
+
+    It is the same whatever the names of the weights (which change between versions of transformers), on every device,
+    and in float32 and bfloat16: values are rounded to bfloat16 first. A model in float16 has a fingerprint of its own,
+    as its values are rounded twice. Up to ``SAMPLED_VALUES`` values of each tensor are looked at: training changes
+    them all, changing one value by hand may go unseen.
+
+    :return: 64 hexadecimal digits.
+    """
+    parts = {
+        "modules": [describe_module(module) for module in model],
+        "prompts": {name: prompt for name, prompt in sorted(model.prompts.items()) if prompt},
+        "default_prompt": model.default_prompt_name,
+        "weights": weights_digest(model.state_dict()),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def describe_module(module: torch.nn.Module) -> dict[str, Any]:
+    """Return what of a module besides its weights decides about the embedding: its kind, template, pooling and so on.
+
+    Settings are picked by name: a whole configuration would differ from one version of transformers to the next.
+    """
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    described: dict[str, Any] = {"kind": type(module).__name__}
+    if isinstance(module, Pooling):
+        described["pooling"] = str(module.get_config_dict()["pooling_mode"])
+    if isinstance(module, Transformer):
+        described |= {
+            "template": module.processor.chat_template,
+            "is_bidirectional": holds_false(module.config.to_dict(), "is_causal"),
+            "max_seq_length": module.max_seq_length,
+            "images": image_settings(module.processor),
+        }
+    return described
+
+
+def image_settings(processor: object) -> dict[str, Any]:
+    """Return the settings that decide what a processor makes of an image; none, if it takes no images."""
+    from transformers import ProcessorMixin
+
+    if not isinstance(processor, ProcessorMixin) or "image_processor" not in processor.get_attributes():
+        return {}
+    settings = json.loads(processor.image_processor.to_json_string())
+    return {name: settings[name] for name in IMAGE_SETTINGS if settings.get(name) is not None}
+
+
+def holds_false(config: Mapping[str, Any], name: str) -> bool:
+    """Tell whether a setting is false in a configuration or in one inside of it."""
+    inner = (value for value in config.values() if isinstance(value, dict))
+    return config.get(name) is False or any(holds_false(value, name) for value in inner)
+
+
+def weights_digest(state: Mapping[str, torch.Tensor]) -> str:
+    """Return a digest of tensors, whatever their names and order.
+
+    :param state: Tensors of any shape, dtype and device, by name.
+    :return: 64 hexadecimal digits.
+    """
+    return hashlib.sha256(b"".join(sorted(tensor_digest(tensor) for tensor in state.values()))).hexdigest()
+
+
+def tensor_digest(tensor: torch.Tensor) -> bytes:
+    """Return a digest of a tensor's shape and of a sample of its values, in bfloat16.
+
+    :param tensor: Of any shape, dtype and device.
+    :return: 32 bytes.
+    """
+    import torch
+
+    step = max(1, -(-tensor.numel() // SAMPLED_VALUES))
+    sample = tensor.detach().reshape(-1)[::step].to("cpu", torch.bfloat16).contiguous()
+    return hashlib.sha256(repr(tuple(tensor.shape)).encode() + sample.view(torch.int16).numpy().tobytes()).digest()

@@ -1,0 +1,142 @@
+"""FlexAttention under the bridge mask: tiles of the score matrix that no position needs are never computed."""
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from cocoa_embed.errors import UsageError
+from cocoa_embed.model.attention import Block, sees
+
+FLEX = "flex_attention"
+"""What recipes and ``load_backbone`` call it."""
+
+REGISTERED = "cocoa_flex"
+"""What the language model's config calls it: the stock classes refuse transformers' own name for it."""
+
+TILE = 128
+"""Rows and columns of a tile: the size that FlexAttention's kernels take by default."""
+
+IMPLEMENTATIONS = ("sdpa", "eager", FLEX)
+
+FIRST_DYNAMIC_TORCH = "2.7"
+"""With torch 2.6, transformers compiles FlexAttention anew for every sequence length, and gives up after a few."""
+
+
+def resolve_attention(attn_implementation: str, *, stage: str, device_type: str) -> str:
+    """Return the attention implementation of a stage; ``auto`` is FlexAttention for the bridge on CUDA, else sdpa.
+
+    :param stage: ``warmup``, ``bridge`` or ``contrastive``.
+    :param device_type: As in ``torch.device(...).type``.
+    :raises UsageError: For an unknown implementation, or for FlexAttention without CUDA: it has no backward pass there.
+    """
+    if attn_implementation == "auto":
+        has_kernel = device_type == "cuda" and torch.__version__ >= FIRST_DYNAMIC_TORCH
+        return FLEX if stage == "bridge" and has_kernel else "sdpa"
+    if attn_implementation not in IMPLEMENTATIONS:
+        raise UsageError(
+            f"There is no attention implementation {attn_implementation!r}; use one of auto, "
+            f"{', '.join(IMPLEMENTATIONS)}."
+        )
+    if attn_implementation == FLEX and device_type != "cuda":
+        raise UsageError(f"{FLEX} cannot be trained on {device_type!r}, only on 'cuda'; use auto or sdpa.")
+    return attn_implementation
+
+
+def use_flex_attention(model: PreTrainedModel) -> None:
+    """Let the language model attend through FlexAttention wherever its mask is a ``BlockMask``, in place.
+
+    Any other mask goes through sdpa, and so does the vision encoder. A saved model does not remember this.
+    """
+    AttentionInterface.register(REGISTERED, flex_or_sdpa)
+    AttentionMaskInterface.register(REGISTERED, sdpa_mask)
+    model.set_attn_implementation({"text_config": REGISTERED, "vision_config": "sdpa"})
+
+
+def uses_flex_attention(model: PreTrainedModel) -> bool:
+    """Tell whether ``use_flex_attention`` was called on a model."""
+    return model.config.get_text_config()._attn_implementation == REGISTERED
+
+
+def flex_or_sdpa(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | BlockMask | None,
+    **kwargs: object,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend, as transformers' attention functions do: through FlexAttention under a ``BlockMask``, else through sdpa.
+
+    Under autocast the rotary embedding leaves queries and keys in float32 beside bfloat16 values. sdpa casts them by
+    itself, FlexAttention before torch 2.9 refuses them.
+
+    :param query: ``[B, heads, L, head width]``; ``key`` and ``value`` have as many heads as the model has for them.
+    :returns: ``[B, L, heads, head width]``, and the log-sum-exp or nothing.
+    """
+    if not isinstance(attention_mask, BlockMask):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    return flex_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def bridge_block_mask(blocks: Tensor, *, eos_attends_to_b: bool = True) -> BlockMask:
+    """Return ``bridge_mask`` in tiles, without making ``[B, L, L]`` of it.
+
+    A tile's kind follows from the blocks that are in its rows and in its columns: where all pairs of them are allowed,
+    no mask is read, and where none is, the tile is not computed.
+
+    :param blocks: ``Block`` of every position, int64 ``[B, L]``.
+    :returns: A ``BlockMask`` of shape ``[B, 1, L, L]``.
+    :raises ValueError: If ``blocks`` is not two-dimensional.
+    """
+    if blocks.ndim != 2:
+        raise ValueError(f"blocks must be [B, L], got {tuple(blocks.shape)}")
+    length = blocks.shape[1]
+    some, every = _tiles(blocks, eos_attends_to_b=eos_attends_to_b)
+
+    padding = int(Block.PAD)
+
+    def mask_mod(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        rows, columns = blocks[row, query], blocks[row, key]
+        allowed = sees(rows, columns, eos_attends_to_b=eos_attends_to_b)
+        return allowed | ((rows == padding) & (query == key))
+
+    return BlockMask.from_kv_blocks(
+        *_in_order(some & ~every),
+        *_in_order(every),
+        BLOCK_SIZE=TILE,
+        mask_mod=mask_mod,
+        seq_lengths=(length, length),
+    )
+
+
+def bidirectional_block_mask(attention_mask: Tensor) -> BlockMask:
+    """Return ``bidirectional_mask`` in tiles, from a ``[B, L]`` mask of 0 and 1."""
+    return bridge_block_mask(attention_mask.long() * int(Block.A))
+
+
+def _tiles(blocks: Tensor, *, eos_attends_to_b: bool) -> tuple[Tensor, Tensor]:
+    """Return where some pair of a tile's positions is, and where every one is: bool ``[B, 1, tiles, tiles]``."""
+    kinds = torch.arange(len(Block), device=blocks.device)
+    tiles = -(-blocks.shape[1] // TILE)
+    # Positions past the end repeat padding: they make no tile full and, off the diagonal, none visible.
+    padded = torch.nn.functional.pad(blocks, (0, tiles * TILE - blocks.shape[1]), value=int(Block.PAD))
+    present = (padded.view(-1, tiles, TILE, 1) == kinds).any(dim=2)
+    pairs = present[:, :, None, :, None] & present[:, None, :, None, :]
+    allowed = sees(kinds[:, None], kinds[None, :], eos_attends_to_b=eos_attends_to_b)
+    diagonal = torch.eye(tiles, dtype=torch.bool, device=blocks.device)
+    has_padding = present[:, :, None, int(Block.PAD)]
+    some = (pairs & allowed).flatten(3).any(dim=3) | (diagonal & has_padding)
+    every = ~(pairs & ~allowed).flatten(3).any(dim=3)
+    return some[:, None], every[:, None]
+
+
+def _in_order(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how many tiles each row of tiles has, and their columns, those first: int32."""
+    counts = tiles.sum(dim=-1, dtype=torch.int32)
+    columns = torch.argsort(tiles.int(), dim=-1, descending=True, stable=True)
+    return counts.contiguous(), columns.to(torch.int32).contiguous()

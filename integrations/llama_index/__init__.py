@@ -1,0 +1,5 @@
+"""LlamaIndex: a multimodal embedding, and a retriever over an indexed collection."""
+
+from cocoa_embed.integrations.llama_index.embedding import CocoaEmbedding, CocoaRetriever
+
+__all__ = ["CocoaEmbedding", "CocoaRetriever"]

@@ -1,0 +1,1 @@
+"""Storage backends of a collection: local mode, Qdrant Edge, a server."""

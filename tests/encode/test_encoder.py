@@ -1,0 +1,335 @@
+import random
+import sys
+import threading
+import time
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from exported import PROMPTS, write_checkpoint
+from fake_model import IMAGE_TOKEN, FakeModel, colour_image
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import BoW
+from tiny_backbones import every_family
+from tiny_clip import tiny_clip_model
+
+from cocoa_embed.demo.scenes import draw, sample_scene
+from cocoa_embed.encode.cpu_threads import CoreShare
+from cocoa_embed.encode.encoder import EmbeddedImage, Encoder, Item, make_item
+from cocoa_embed.errors import CocoaError, UsageError
+from cocoa_embed.images.load import ImageError
+from cocoa_embed.model.backbone import load_backbone
+from cocoa_embed.model.export import build_sentence_transformer
+from conftest import TINY_MAX_LENGTH
+
+TOLERANCE = 1e-5
+
+
+def test_an_item_is_a_text_an_image_or_both() -> None:
+    assert make_item("red") == {"text": "red"}
+    assert make_item("red", colour_image("red")).keys() == {"text", "image"}
+    assert make_item("", colour_image("red")).keys() == {"image"}
+    with pytest.raises(UsageError):
+        make_item("")
+
+
+@pytest.mark.parametrize("text", ["\ud83e", "\udd93\ud83e", "caf\udce9"])
+def test_a_text_that_is_no_valid_unicode_is_wrong_usage(text: str) -> None:
+    for image in (None, colour_image("red")):
+        with pytest.raises(UsageError, match="not valid Unicode") as caught:
+            make_item(text, image)
+        assert str(caught.value).isascii()
+
+
+@pytest.mark.parametrize("text", ["🦓", "café", "\0", "\ufffd"])
+def test_a_text_of_any_characters_is_an_item(text: str) -> None:
+    assert make_item(text) == {"text": text}
+
+
+@pytest.mark.parametrize(
+    ("item", "reason"),
+    [
+        ({"image": colour_image("red", (1, 20_000))}, "absolute aspect ratio must be smaller than 200"),
+        ({"text": f"red {IMAGE_TOKEN}"}, "image features and image tokens do not match"),
+    ],
+)
+def test_a_query_that_the_model_refuses_is_one_sentence_that_names_the_model(item: Item, reason: str) -> None:
+    model = FakeModel()
+    with pytest.raises(ValueError, match=reason):
+        model.encode_query([item], batch_size=1, show_progress_bar=False)
+    with pytest.raises(CocoaError, match=reason) as caught:
+        Encoder(model, "cocoa-tiny").embed_queries([item])
+    assert not isinstance(caught.value, UsageError)
+    assert str(caught.value) == f"cocoa-tiny does not take the query ({reason})"
+
+
+def test_a_reason_of_several_lines_becomes_one() -> None:
+    class Wordy(FakeModel):
+        def _embed(self, item: object) -> np.ndarray:
+            raise ValueError("too long:\n  9 tokens,\n  at most 8")
+
+    with pytest.raises(CocoaError, match=r"\(too long: 9 tokens, at most 8\)$"):
+        Encoder(Wordy()).embed_queries([{"text": "red"}])
+
+
+def test_the_encoder_goes_on_after_a_query_it_refused() -> None:
+    encoder = Encoder(FakeModel())
+    with pytest.raises(CocoaError):
+        encoder.embed_queries([{"text": IMAGE_TOKEN}])
+    assert encoder.embed_queries([{"text": "red"}, {"text": "blue"}]).shape == (2, 48)
+
+
+@pytest.fixture(scope="module")
+def qwen(tiny_backbone_path: Path, tmp_path_factory: pytest.TempPathFactory) -> SentenceTransformer:
+    """An exported tiny model with a document prompt."""
+    backbone = load_backbone(str(tiny_backbone_path), max_length=TINY_MAX_LENGTH)
+    checkpoint = write_checkpoint(backbone, tmp_path_factory.mktemp("checkpoint"))
+    return build_sentence_transformer(checkpoint, prompts=PROMPTS).to("cpu")
+
+
+@pytest.fixture(scope="module")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> SentenceTransformer:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return tiny_clip_model(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list[Image.Image]:
+    """Drawings of many sizes: their embeddings differ."""
+    generator = random.Random(0)
+    drawings = [draw(sample_scene(generator, "train"), generator) for _ in range(30)]
+    return [drawing.resize((40 + 11 * (i % 7), 36 + 13 * (i % 5))) for i, drawing in enumerate(drawings)]
+
+
+@pytest.fixture(params=[False, True], ids=["beside", "in turn"])
+def in_turn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    monkeypatch.setattr(CoreShare, "has_choice", request.param)
+    monkeypatch.setattr(CoreShare, "is_in_turn", lambda self, *, is_all_prepared: request.param)
+    return request.param
+
+
+def documents(encoder: Encoder, images: list[Image.Image]) -> np.ndarray:
+    """Return what encode_document makes of each image by itself."""
+    return np.concatenate([encoder.embed_documents([{"image": image}]) for image in images])
+
+
+def streamed(encoder: Encoder, images: list[Image.Image], **settings: int) -> np.ndarray:
+    outcomes = [outcome for _, outcome in encoder.stream_images(enumerate(images), **settings)]
+    assert all(isinstance(outcome, EmbeddedImage) for outcome in outcomes)
+    return np.stack([outcome.vector for outcome in outcomes])
+
+
+def distance(left: np.ndarray, right: np.ndarray) -> float:
+    assert left.shape == right.shape
+    return float(np.abs(left - right).max())
+
+
+@every_family
+@pytest.mark.parametrize("settings", [{}, {"batch_size": 4}, {"batch_tokens": 24, "workers": 3}])
+def test_a_streamed_image_is_embedded_as_encode_document_embeds_it(
+    qwen: SentenceTransformer, scenes: list[Image.Image], settings: dict[str, int], in_turn: bool
+) -> None:
+    encoder = Encoder(qwen)
+    expected = documents(encoder, scenes)
+    assert distance(expected[0], expected[1]) > 100 * TOLERANCE
+    assert distance(streamed(encoder, scenes, **settings), expected) < TOLERANCE
+
+
+def test_the_document_prompt_is_part_of_it(qwen: SentenceTransformer, scenes: list[Image.Image]) -> None:
+    encoder = Encoder(qwen)
+    queries = encoder.embed_queries([{"image": image} for image in scenes])
+    assert distance(streamed(encoder, scenes), queries) > 100 * TOLERANCE
+
+
+def test_files_are_embedded_as_encode_embeds_their_paths(
+    qwen: SentenceTransformer, scenes: list[Image.Image], tmp_path: Path
+) -> None:
+    paths = [tmp_path / f"{number}.png" for number in range(len(scenes))]
+    for scene, path in zip(scenes, paths, strict=True):
+        scene.save(path)
+    expected = qwen.encode_document([str(path) for path in paths])
+    assert distance(streamed(Encoder(qwen), paths), expected) < TOLERANCE
+
+
+def test_a_clip_model_streams_too(tiny_clip: SentenceTransformer, scenes: list[Image.Image], in_turn: bool) -> None:
+    encoder = Encoder(tiny_clip)
+    encoder.require_images()
+    assert encoder.dimension == 24
+    expected = documents(encoder, scenes)
+    assert distance(expected[0], expected[1]) > 100 * TOLERANCE
+    assert distance(streamed(encoder, scenes, batch_size=4), expected) < 10 * TOLERANCE
+
+
+def test_broken_and_refused_images_spoil_nothing_else(qwen: SentenceTransformer, scenes: list[Image.Image]) -> None:
+    buffer = BytesIO()
+    scenes[0].resize((300, 300)).save(buffer, "JPEG")
+    bad = {3: buffer.getvalue()[:-200], 7: Image.new("RGB", (1, 20_000)), 8: b"no image", 20: "no/such/file.png"}
+    images = [bad.get(number, scene) for number, scene in enumerate(scenes)]
+    encoder = Encoder(qwen)
+    outcomes = dict(encoder.stream_images(enumerate(images), batch_size=8))
+    assert list(outcomes) == list(range(len(scenes)))
+    assert {key for key, outcome in outcomes.items() if isinstance(outcome, ImageError)} == set(bad)
+    assert "truncated" in outcomes[3].reason
+    assert outcomes[7].reason.startswith("cannot be embedded (absolute aspect ratio must be smaller than 200")
+    good = [number for number in outcomes if number not in bad]
+    expected = documents(encoder, [scenes[number] for number in good])
+    assert distance(np.stack([outcomes[number].vector for number in good]), expected) < TOLERANCE
+
+
+def test_an_image_that_does_not_fit_into_the_sequence_is_refused_by_itself(
+    qwen: SentenceTransformer, scenes: list[Image.Image]
+) -> None:
+    """Its end would be cut off, and with it tokens that stand for parts of the image."""
+    encoder, longest = Encoder(qwen), qwen.max_seq_length
+    small, large = Image.new("RGB", (28, 28)), Image.new("RGB", (112, 112))
+    qwen.max_seq_length = 16
+    try:
+        outcomes = dict(encoder.stream_images(enumerate([small, large, small]), batch_size=8))
+    finally:
+        qwen.max_seq_length = longest
+    assert isinstance(outcomes[1], ImageError)
+    assert "cannot be embedded (" in outcomes[1].reason
+    assert np.allclose(outcomes[0].vector, outcomes[2].vector)
+
+
+@pytest.mark.parametrize("dimension", [8, 32])
+def test_a_dimension_cuts_and_normalises(qwen: SentenceTransformer, scenes: list[Image.Image], dimension: int) -> None:
+    whole, encoder = Encoder(qwen), Encoder(qwen, dimension=dimension)
+    assert (whole.dimension, encoder.dimension) == (32, dimension)
+    expected = documents(whole, scenes)[:, :dimension]
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    assert distance(streamed(encoder, scenes), expected) < TOLERANCE
+    assert distance(documents(encoder, scenes), expected) < TOLERANCE
+    query = encoder.embed_queries([{"text": "red"}])
+    assert query.shape == (1, dimension)
+    assert np.linalg.norm(query) == pytest.approx(1, abs=1e-6)
+
+
+def test_a_model_that_cuts_by_itself_is_left_to_it(qwen: SentenceTransformer, scenes: list[Image.Image]) -> None:
+    with qwen.truncate_embeddings(8):
+        encoder = Encoder(qwen)
+        assert encoder.dimension == 8
+        expected = documents(encoder, scenes)
+        assert distance(streamed(encoder, scenes), expected) < TOLERANCE
+        assert np.linalg.norm(expected[0]) < 0.99
+        normalised = expected[:, :4] / np.linalg.norm(expected[:, :4], axis=1, keepdims=True)
+        assert distance(streamed(Encoder(qwen, dimension=4), scenes), normalised) < TOLERANCE
+        with pytest.raises(UsageError, match="embeddings of 8 dimensions; 9 were asked for, give 1 to 8"):
+            Encoder(qwen, dimension=9)
+
+
+@pytest.mark.parametrize("dimension", [0, -1, 49])
+def test_a_dimension_that_the_model_does_not_have_is_wrong_usage(dimension: int) -> None:
+    with pytest.raises(UsageError, match=f"cocoa-tiny makes embeddings of 48 dimensions; {dimension} were asked for"):
+        Encoder(FakeModel(), "cocoa-tiny", dimension)
+
+
+@pytest.mark.parametrize("modalities", [("text",), ("image",), ("text", "image")])
+def test_a_dimension_that_the_model_does_not_know_is_measured(modalities: tuple[str, ...]) -> None:
+    class Unaware(FakeModel):
+        def get_embedding_dimension(self) -> None:
+            return None
+
+    assert Encoder(Unaware(modalities=modalities)).dimension == 48
+    assert Encoder(Unaware(modalities=modalities), dimension=40).dimension == 40
+
+
+def test_a_vector_of_nothing_stays_finite_when_it_is_cut() -> None:
+    class Sparse(FakeModel):
+        def _embed(self, item: Item) -> np.ndarray:
+            return np.eye(1, 48, 47, dtype=np.float32)[0]
+
+    assert not Encoder(Sparse(), dimension=8).embed_queries([{"text": "red"}]).any()
+
+
+def test_queries_that_are_cut_shorter_change_no_streamed_image(
+    qwen: SentenceTransformer, scenes: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They set the one tokenizer otherwise than documents need it."""
+    short = partial(qwen.encode_query, processing_kwargs={"text": {"max_length": 8}})
+    monkeypatch.setattr(qwen, "encode_query", short)
+    refused: list[str] = []
+    preprocess = qwen.preprocess
+
+    def watched(*arguments: Any, **settings: Any) -> dict[str, Any]:
+        try:
+            return preprocess(*arguments, **settings)
+        except (ValueError, RuntimeError) as error:
+            refused.append(str(error))
+            raise
+
+    monkeypatch.setattr(qwen, "preprocess", watched)
+    encoder = Encoder(qwen)
+    item: Item = {"text": "large red circle " * 9}
+    expected, answer = documents(encoder, scenes), encoder.embed_queries([item])
+    done, answers = threading.Event(), []
+
+    def ask() -> None:
+        while not done.is_set():
+            answers.append(encoder.embed_queries([item]))
+
+    interval, thread = sys.getswitchinterval(), threading.Thread(target=ask)
+    sys.setswitchinterval(1e-6)
+    thread.start()
+    try:
+        found = [streamed(encoder, scenes, batch_size=4, workers=3) for _ in range(15)]
+    finally:
+        sys.setswitchinterval(interval)
+        done.set()
+        thread.join()
+    assert max(distance(each, expected) for each in found) < TOLERANCE
+    assert len(answers) > 5
+    assert max(distance(each, answer) for each in answers) < TOLERANCE
+    assert not refused  # a batch that was cut is refused, and would have been saved in halves
+
+
+def test_who_waits_for_the_model_is_not_overtaken_by_who_has_it() -> None:
+    encoder, done, turns = Encoder(FakeModel()), threading.Event(), []
+
+    def ask_again_and_again() -> None:
+        while not done.is_set():
+            with encoder._turn():
+                turns.append(None)
+                time.sleep(0.001)
+
+    thread = threading.Thread(target=ask_again_and_again)
+    thread.start()
+    overtaken = []
+    try:
+        for _ in range(30):
+            before = len(turns)
+            with encoder._turn():
+                overtaken.append(len(turns) - before)
+    finally:
+        done.set()
+        thread.join()
+    assert max(overtaken) <= 2, overtaken
+
+
+def test_a_model_that_begins_with_words_is_refused() -> None:
+    encoder = Encoder(SentenceTransformer(modules=[BoW(vocab=["red", "green"])], device="cpu"), "cocoa-words")
+    for ask in (encoder.require_images, lambda: encoder.stream_images([])):
+        with pytest.raises(CocoaError, match="cocoa-words does not embed images; use a multimodal model"):
+            ask()
+
+
+def test_a_model_cut_shorter_takes_turns_with_the_whole_one() -> None:
+    whole = Encoder(FakeModel(), "fake")
+    short = whole.cut_to(12)
+    assert (whole.dimension, short.dimension, short.name) == (48, 12, "fake")
+    assert short.fingerprint == whole.fingerprint
+    threads = [
+        threading.Thread(target=encoder.embed_documents, args=([{"image": colour_image("red")}] * 50,))
+        for encoder in (whole, short) * 4
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(whole.model.batches) == 8, "the model refuses two at once"

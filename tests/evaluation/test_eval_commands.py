@@ -1,0 +1,321 @@
+"""``cocoa-embed eval`` from outside: standard output, files, sentences and exit codes."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from exported import write_checkpoint
+from mmeb_layout import retrieval, write_benchmark, write_subset
+from PIL import Image
+from scored_model import ScoredModel, mosaic
+from tiny_clip import tiny_clip_model
+
+from cocoa_embed.cli import main as cli
+from cocoa_embed.errors import CocoaError
+from cocoa_embed.model import loading
+from cocoa_embed.model.backbone import Backbone
+from cocoa_embed.model.export import export_model
+
+Command = Callable[..., tuple[int, str, str]]
+ROWS = 8
+
+
+@pytest.fixture
+def models(monkeypatch: pytest.MonkeyPatch) -> dict[str, ScoredModel]:
+    """The models that can be loaded, by name."""
+    found = {"ours": ScoredModel(0, noise=10.0), "theirs": ScoredModel(1, noise=400.0)}
+
+    def load(name: str, device: str | None = None) -> ScoredModel:
+        if name not in found:
+            raise CocoaError(f"{name} cannot be loaded")
+        return found[name]
+
+    monkeypatch.setattr(loading, "load_model", load)
+    monkeypatch.setattr(loading, "check_model", lambda name: None)
+    return found
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as caught:
+            cli.main(["eval", *map(str, arguments)])
+        captured = capsys.readouterr()
+        return int(caught.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+def sentence(result: tuple[int, str, str]) -> str:
+    code, out, err = result
+    assert code in (1, 2)
+    assert out == ""
+    line = err.splitlines()[-1]
+    assert line.startswith("cocoa-embed: ")
+    assert "Traceback" not in err
+    return line
+
+
+@pytest.fixture
+def mmeb(tmp_path: Path, command: Command, models: dict[str, ScoredModel]) -> Command:
+    data, images = write_benchmark(tmp_path, ROWS)
+    return lambda *arguments: command("mmeb", data, "--images", images, "--model", "ours", *arguments)
+
+
+@pytest.fixture
+def scenes(tmp_path: Path) -> Path:
+    folder = tmp_path / "scenes"
+    folder.mkdir()
+    names = ("red", "green", "blue", "yellow")
+    rows = [{"file_name": f"{number}.png", "text": f"{names[number % 4]} {number}"} for number in range(12)]
+    for number, row in enumerate(rows):
+        mosaic(number, names[number % 4]).save(folder / row["file_name"])
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def test_mmeb_prints_json_tells_people_and_writes_three_files(mmeb: Command) -> None:
+    code, out, err = mmeb("--json")
+    assert code == 0
+    document = json.loads(out)
+    assert document["subsets"].keys() == {"ImageNet-1K", "OK-VQA", "MSCOCO_t2i", "RefCOCO-Matching"}
+    assert {"classification", "VQA", "retrieval", "grounding", "IND", "OOD", "overall"} == document["averages"].keys()
+    assert "ImageNet-1K: precision@1" in err
+    assert "overall" in err
+    assert "(4/36)" in err
+    (folder,) = Path("cocoa-eval").iterdir()
+    assert folder.name == f"ours-{document['fingerprint'][:8]}"
+    assert json.loads((folder / "mmeb.json").read_text()) == document
+    assert "| **ours** |" in (folder / "mmeb.md").read_text()
+    assert "CoCoA (Qwen2-VL-2B)" in (folder / "mmeb.html").read_text()
+    assert not list(folder.rglob("*.new"))
+    (finished,) = (folder / "finished").glob("OK-VQA-*.json")
+    ranks = json.loads(finished.read_text())["ranks"]
+    assert document["subsets"]["OK-VQA"]["precision@1"] == sum(rank == 1 for rank in ranks) / ROWS
+
+
+def test_mmeb_takes_subsets_a_limit_and_a_folder(mmeb: Command, models: dict[str, ScoredModel]) -> None:
+    arguments = ("--subset", "MSCOCO_t2i", "--subset", "OK-VQA", "--limit", 3, "--out", "results", "--json")
+    code, out, _ = mmeb(*arguments)
+    document = json.loads(out)
+    assert code == 0
+    assert {name: each["rows"] for name, each in document["subsets"].items()} == {"OK-VQA": 3, "MSCOCO_t2i": 3}
+    assert all(each["partial"] for each in document["subsets"].values())
+    calls = models["ours"].calls
+    again = mmeb(*arguments)
+    assert json.loads(again[1]) == document
+    assert models["ours"].calls == calls
+    assert "finished before" in again[2]
+    assert Path("results/mmeb.html").is_file()
+
+
+def test_an_interrupted_run_says_what_is_kept(mmeb: Command, models: dict[str, ScoredModel]) -> None:
+    class Interrupted(ScoredModel):
+        def encode_document(self, *args: Any, **options: Any) -> np.ndarray:
+            if len(self.queries) > ROWS:
+                raise KeyboardInterrupt
+            return super().encode_document(*args, **options)
+
+    models["ours"] = Interrupted()
+    line = sentence(mmeb("--out", "results"))
+    assert "interrupted; 1 of 4 subsets are finished in results; the same command goes on from there" in line
+    assert list(json.loads(Path("results/mmeb.json").read_text())["subsets"]) == ["ImageNet-1K"]
+    models["ours"] = ScoredModel()
+    assert "ImageNet-1K: precision@1" in mmeb("--out", "results")[2]
+    assert not [item for item in models["ours"].queries if "classification" in item["text"]]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_goes_on(tmp_path: Path) -> None:
+    """A process that dies in its second subset leaves the first, and what it was writing does not count."""
+    write_benchmark(tmp_path, ROWS)
+    script = (
+        "import os, sys\nsys.path.insert(0, sys.argv[1])\nfrom scored_model import ScoredModel\n"
+        "from cocoa_embed.cli import main as cli\n"
+        "from cocoa_embed.model import loading\n"
+        "class Model(ScoredModel):\n"
+        "    def encode_document(self, *args, **options):\n"
+        "        if sys.argv[2] == 'die' and len(self.queries) > 8: os._exit(9)\n"
+        "        return super().encode_document(*args, **options)\n"
+        "loading.load_model = lambda name, device=None: Model()\n"
+        "cli.main(['eval', 'mmeb', 'MMEB-eval', '--images', 'eval_images', '--model', 'm', '--out', 'out'])\n"
+    )
+    done = [
+        subprocess.run(
+            [sys.executable, "-c", script, str(Path(__file__).parent), how],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+        )
+        for how in ("die", "live")
+    ]
+    assert [each.returncode for each in done] == [9, 0], done[1].stderr
+    assert done[1].stderr.count("finished before") == 1
+    assert len(list((tmp_path / "out/finished").glob("*.json"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--subset", "MSCOCO-t2i"], 2, "no subset 'MSCOCO-t2i'; did you mean 'MSCOCO_t2i'?"),
+        (["--subset", "GQA"], 1, "GQA holds no Parquet files"),
+        (["--images", "nowhere"], 1, "nowhere does not exist; name the folder that holds its images"),
+        (["--images", "."], 1, "did you mean --images"),
+    ],
+)
+def test_wrong_input_is_one_sentence_before_the_model_is_loaded(
+    mmeb: Command, models: dict[str, ScoredModel], arguments: list[str], code: int, message: str
+) -> None:
+    models.clear()
+    result = mmeb(*arguments)
+    assert message in sentence(result)
+    assert result[0] == code
+    assert not Path("cocoa-eval").exists()
+
+
+def test_images_and_targets_can_be_forgiven(mmeb: Command, tmp_path: Path) -> None:
+    rows = retrieval(tmp_path / "eval_images", ROWS)
+    rows[0]["tgt_img_path"][2] = rows[0]["tgt_img_path"][1]
+    write_subset(tmp_path / "MMEB-eval", "MSCOCO_t2i", rows)
+    (tmp_path / "eval_images/OK-VQA/0001.png").unlink()
+    assert "OK-VQA/0001.png" in sentence(mmeb("--subset", "OK-VQA"))
+    assert "row 1: candidates 2 and 3 are the same target" in sentence(mmeb("--subset", "MSCOCO_t2i"))
+    code, out, _ = mmeb("--missing-images", "skip", "--repeated-targets", "merge", "--json")
+    subsets = json.loads(out)["subsets"]
+    assert code == 0
+    assert (subsets["OK-VQA"]["rows_without_image"], subsets["OK-VQA"]["partial"]) == (2, True)
+    assert (subsets["MSCOCO_t2i"]["rows_merged"], subsets["MSCOCO_t2i"]["partial"]) == (1, False)
+
+
+def test_a_missing_extra_is_named_with_the_command(mmeb: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "pyarrow"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert "pip install 'cocoa-embed[eval]'" in sentence(mmeb())
+
+
+def test_pairs_prints_json_and_writes_files_only_where_asked(
+    command: Command, models: dict[str, ScoredModel], scenes: Path
+) -> None:
+    code, out, err = command("pairs", scenes, "--model", "ours", "--json")
+    document = json.loads(out)
+    assert code == 0
+    assert document["subsets"].keys() == {"text_to_image", "image_to_text"}
+    assert {"recall@1", "recall@5", "recall@10", "mrr", "ndcg@10"} <= document["subsets"]["text_to_image"].keys()
+    assert err.count("ours: recall@1") == 2
+    assert sorted(path.name for path in Path().iterdir()) == ["scenes"]
+    code, out, err = command("pairs", scenes, "--model", "ours", "--model", "theirs", "--out", "results", "--seed", 5)
+    assert (code, out) == (0, "")
+    assert "text_to_image, ours less theirs: recall@1 +" in err
+    written = json.loads(Path("results/pairs.json").read_text())
+    assert written["subsets"] == document["subsets"]
+    assert (written["seed"], written["other"]["model"]) == (5, "theirs")
+    assert "ours less theirs" in Path("results/pairs.md").read_text()
+    assert "ours less theirs" in Path("results/pairs.html").read_text()
+
+
+def test_pairs_of_a_table_with_named_columns(
+    command: Command, models: dict[str, ScoredModel], scenes: Path, tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in (scenes / "metadata.jsonl").read_text().splitlines()]
+    table = tmp_path / "rows.jsonl"
+    table.write_text("\n".join(json.dumps({"says": row["text"], "shows": row["file_name"]}) for row in rows))
+    named = ("--query-text", "says", "--positive-image", "shows", "--images", scenes)
+    code, out, _ = command("pairs", table, "--model", "ours", "--json", *named)
+    assert code == 0
+    document, expected = json.loads(out), json.loads(command("pairs", scenes, "--model", "ours", "--json")[1])
+    columns = {"query_text": "says", "query_image": None, "positive_text": None, "positive_image": "shows"}
+    assert document.pop("data") == {"path": str(table), "images": str(scenes), "columns": columns}
+    assert expected.pop("data") == {"path": str(scenes), "images": None, "columns": dict.fromkeys(columns)}
+    assert document == expected
+
+
+def test_a_model_that_is_none_of_ours_is_scored_by_the_same_command(command: Command, scenes: Path) -> None:
+    model = tiny_clip_model(scenes.parent / "weights")
+    model.save(str(scenes.parent / "clip"))
+    code, out, _ = command("pairs", scenes, "--model", "clip", "--json")
+    assert code == 0
+    rows = [json.loads(line) for line in (scenes / "metadata.jsonl").read_text().splitlines()]
+    texts = model.encode_query([{"text": row["text"]} for row in rows], normalize_embeddings=True)
+    pictures = [{"image": Image.open(scenes / row["file_name"])} for row in rows]
+    similarities = texts.astype(float) @ model.encode_document(pictures, normalize_embeddings=True).astype(float).T
+    first = float((similarities.argmax(axis=1) == np.arange(len(rows))).mean())
+    assert json.loads(out)["subsets"]["text_to_image"]["hit@1"] == pytest.approx(first)
+
+
+def test_what_the_first_model_came_to_is_kept_where_the_second_fails(
+    command: Command, models: dict[str, ScoredModel], scenes: Path
+) -> None:
+    alone = json.loads(command("pairs", scenes, "--model", "ours", "--json")[1])
+    result = command("pairs", scenes, "--model", "ours", "--model", "broken", "--out", "results", "--json")
+    assert "broken cannot be loaded" in sentence(result)
+    assert result[2].count("ours: recall@1") == 2
+    assert json.loads(Path("results/pairs.json").read_text()) == alone
+
+
+def test_pairs_are_not_scored_where_a_model_or_a_folder_cannot_be_right(
+    command: Command, models: dict[str, ScoredModel], scenes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("taken").write_text("a file")
+    assert "taken cannot be made" in sentence(command("pairs", scenes, "--model", "ours", "--out", "taken"))
+    monkeypatch.undo()
+    monkeypatch.chdir(scenes.parent)
+    monkeypatch.setattr(loading, "load_model", lambda name, device=None: models[name])
+    Path("ours").mkdir()
+    (Path("ours") / "modules.json").touch()
+    (Path("ours") / "model.safetensors").touch()
+    assert "nowhere: there is no such model" in sentence(
+        command("pairs", scenes, "--model", "ours", "--model", "nowhere")
+    )
+    assert models["ours"].calls == 0
+
+
+def test_wrong_input_of_pairs_is_one_sentence(command: Command, models: dict[str, ScoredModel], scenes: Path) -> None:
+    three = ("--model", "ours", "--model", "ours", "--model", "ours")
+    result = command("pairs", scenes, *three)
+    assert (result[0], "--model was given 3 times" in sentence(result)) == (2, True)
+    assert "nowhere does not exist" in sentence(command("pairs", "nowhere", "--model", "ours"))
+    (scenes / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "a"}\n')
+    assert "nothing to tell apart in 1 pairs" in sentence(command("pairs", scenes, "--model", "ours"))
+
+
+@pytest.mark.parametrize("arguments", [["mmeb"], ["mmeb", "x", "--model", "m"], ["pairs", "x"], ["nonsense"]])
+def test_wrong_usage_exits_with_2(command: Command, arguments: list[str]) -> None:
+    code, out, err = command(*arguments)
+    assert (code, out) == (2, "")
+    assert "Error: " in err
+    assert "Traceback" not in err
+
+
+def test_help_is_quick_it_imports_nothing_heavy() -> None:
+    heavy = "{'torch', 'transformers', 'PIL', 'numpy', 'pandas', 'pyarrow', 'jinja2'}"
+    code = (
+        "import sys\nfrom cocoa_embed.cli.main import main\n"
+        "for words in (['--help'], ['eval', '--help'], ['eval', 'mmeb', '--help']):\n"
+        "    try: main(words)\n    except SystemExit as end: assert not end.code\n"
+        f"assert not {heavy} & set(sys.modules), sorted(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--missing-images" in done.stdout
+
+
+def test_an_exported_model_is_scored_and_known_again(command: Command, tiny_backbone: Backbone, tmp_path: Path) -> None:
+    export_model(write_checkpoint(tiny_backbone, tmp_path / "checkpoint"), tmp_path / "exported")
+    write_benchmark(tmp_path, 3)
+    arguments = ("mmeb", "MMEB-eval", "--images", "eval_images", "--model", "exported", "--device", "cpu", "--json")
+    code, out, err = command(*arguments)
+    assert code == 0, err
+    document = json.loads(out)
+    assert all(each["rows"] == 3 for each in document["subsets"].values())
+    assert len(bytes.fromhex(document["fingerprint"])) == 32
+    again = command(*arguments)
+    assert json.loads(again[1]) == document
+    assert again[2].count("finished before") == 4

@@ -1,0 +1,301 @@
+"""MMEB-V1's scores against a computation of their own, and what a run keeps, skips and does again."""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from fake_model import colour_image
+from mmeb_layout import SUBSETS as WRITTEN
+from mmeb_layout import retrieval, write_benchmark, write_mosaics, write_subset
+from PIL import Image
+from scored_model import ScoredModel
+
+from cocoa_embed.encode.encoder import Encoder
+from cocoa_embed.errors import CocoaError
+from cocoa_embed.evaluation.mmeb import check_subsets, evaluate_mmeb
+from cocoa_embed.evaluation.mmeb_reader import MmebFolder
+from cocoa_embed.evaluation.mmeb_subsets import SUBSETS
+from cocoa_embed.evaluation.result_cache import FinishedParts
+
+ROWS = 12
+FINGERPRINT = "f0" * 32
+
+Run = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def benchmark_folder(tmp_path: Path) -> MmebFolder:
+    return MmebFolder(*write_benchmark(tmp_path, ROWS))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    def run(
+        model: ScoredModel, folder: MmebFolder, *asked: str, fingerprint: str = FINGERPRINT, **options: Any
+    ) -> dict[str, Any]:
+        finished = FinishedParts(tmp_path / "finished")
+        checked = check_subsets(folder, asked)
+        return evaluate_mmeb(Encoder(model, "scored"), fingerprint, folder, checked, finished, **options)
+
+    return run
+
+
+def by_brute_force(model: ScoredModel, data: Path, images: Path, name: str) -> dict[str, float]:
+    """Score a subset item by item, without anything of the package."""
+
+    def embed(text: str, path: str, encode: Callable[..., np.ndarray]) -> list[float]:
+        item: dict[str, Any] = {}
+        if path:
+            item["image"] = Image.open(images / path).convert("RGB")
+        text = text.replace("<|image_1|>", "").strip()
+        if text:
+            item["text"] = text
+        return encode([item], batch_size=1, show_progress_bar=False)[0].tolist()
+
+    def cosine(one: list[float], other: list[float]) -> float:
+        length = math.sqrt(math.fsum(x * x for x in one)) * math.sqrt(math.fsum(x * x for x in other))
+        return math.fsum(x * y for x, y in zip(one, other, strict=True)) / length
+
+    places = []
+    for row in pd.concat([pd.read_parquet(file) for file in sorted((data / name).iterdir())]).itertuples():
+        query = embed(row.qry_text, row.qry_img_path, model.encode_query)
+        scores = [
+            (cosine(query, embed(text, path, model.encode_document)), number)
+            for number, (text, path) in enumerate(zip(row.tgt_text, row.tgt_img_path, strict=True))
+        ]
+        places.append([number for _, number in sorted(scores, reverse=True)].index(0))
+    return {
+        "precision@1": sum(place == 0 for place in places) / len(places),
+        "hit@5": sum(place < 5 for place in places) / len(places),
+        "mrr": sum(1 / (place + 1) for place in places) / len(places),
+        "ndcg@10": sum(math.log(2) / math.log(place + 2) for place in places if place < 10) / len(places),
+    }
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_scores_of_all_meta_tasks_are_those_of_brute_force(run: Run, benchmark_folder: MmebFolder, seed: int) -> None:
+    document = run(ScoredModel(seed), benchmark_folder)
+    assert {SUBSETS[name].meta_task for name in document["subsets"]} == {
+        "classification", "VQA", "retrieval", "grounding"
+    }  # fmt: skip
+    for name, result in document["subsets"].items():
+        expected = by_brute_force(ScoredModel(seed), benchmark_folder.data, benchmark_folder.images, name)
+        assert {metric: result[metric] for metric in expected} == pytest.approx(expected), name
+        assert result["hit@1"] == result["precision@1"]
+        assert (result["rows"], result["partial"], result["tied_rows"]) == (ROWS, False, 0)
+    precisions = [result["precision@1"] for result in document["subsets"].values()]
+    assert len({round(each, 6) for each in precisions}) > 1, "the scores tell nothing apart"
+    assert 0 < document["averages"]["overall"] < 1
+
+
+def test_averages_are_plain_means_over_what_was_run_and_say_so(run: Run, benchmark_folder: MmebFolder) -> None:
+    document = run(ScoredModel(), benchmark_folder, "ImageNet-1K", "OK-VQA", "RefCOCO-Matching")
+    precision = {name: result["precision@1"] for name, result in document["subsets"].items()}
+    averages = document["averages"]
+    assert averages["classification"] == precision["ImageNet-1K"]
+    assert averages["retrieval"] is None
+    assert averages["IND"] == pytest.approx((precision["ImageNet-1K"] + precision["OK-VQA"]) / 2)
+    assert averages["OOD"] == precision["RefCOCO-Matching"]
+    assert averages["overall"] == pytest.approx(sum(precision.values()) / 3)
+    assert document["coverage"]["overall"] == {"run": 3, "of": 36, "complete": False}
+    assert document["not_run"]["MSCOCO_t2i"] == "not asked for"
+    assert document["not_run"]["GQA"] == "not in the data"
+    assert len(document["subsets"]) + len(document["not_run"]) == 36
+
+
+def test_each_distinct_query_and_target_is_embedded_once(run: Run, benchmark_folder: MmebFolder) -> None:
+    model = ScoredModel()
+    result = run(model, benchmark_folder, "ImageNet-1K")["subsets"]["ImageNet-1K"]
+    assert (result["queries"], result["targets"]) == (ROWS, 4)
+    assert (len(model.queries), len(model.documents)) == (ROWS, 4)
+    assert {item["text"] for item in model.queries} == {"find: Represent the given image for classification"}
+    model = ScoredModel()
+    result = run(model, benchmark_folder, "RefCOCO-Matching")["subsets"]["RefCOCO-Matching"]
+    assert result["targets"] == len(model.documents) < 4 * ROWS
+    assert all(item.keys() == {"text", "image"} for item in model.documents)
+
+
+def test_a_finished_subset_is_not_done_again(run: Run, benchmark_folder: MmebFolder) -> None:
+    first = run(ScoredModel(), benchmark_folder, "OK-VQA")
+    told: list[str] = []
+    model = ScoredModel()
+    both = run(model, benchmark_folder, "OK-VQA", "ImageNet-1K", tell=told.append)
+    assert both["subsets"]["OK-VQA"] == first["subsets"]["OK-VQA"]
+    assert len(model.queries) == ROWS, "only ImageNet-1K's"
+    assert ["finished before" in line for line in told] == [False, True]
+    model = ScoredModel()
+    assert run(model, benchmark_folder, "OK-VQA", "ImageNet-1K") == both
+    assert model.calls == 0
+
+
+def test_another_model_or_other_data_are_scored_anew(run: Run, benchmark_folder: MmebFolder, tmp_path: Path) -> None:
+    def calls(fingerprint: str = FINGERPRINT, limit: int | None = None) -> int:
+        model = ScoredModel()
+        folder = MmebFolder(benchmark_folder.data, benchmark_folder.images, limit)
+        run(model, folder, "MSCOCO_t2i", fingerprint=fingerprint)
+        return model.calls
+
+    assert calls() > 0
+    assert calls() == 0
+    assert calls(fingerprint="0f" * 32) > 0
+    assert calls(limit=5) > 0
+    assert calls(limit=ROWS + 5) == 0, "a limit above the rows is none"
+    image = benchmark_folder.images / "MSCOCO_t2i/0003.png"
+    status = image.stat()
+    colour_image("red", (32, 32)).save(image)
+    assert calls() > 0
+    assert image.stat().st_mtime_ns != status.st_mtime_ns
+    rows = retrieval(tmp_path / "elsewhere", ROWS)
+    rows[0]["qry_text"] += "!"
+    write_subset(benchmark_folder.data, "MSCOCO_t2i", rows)
+    assert calls() > 0
+    assert calls() == 0
+    assert calls(fingerprint="0f" * 32) > 0
+    assert len(list((tmp_path / "finished").glob("MSCOCO_t2i-*.json"))) >= 5, "what is finished stays"
+
+
+def test_an_interrupted_run_loses_no_finished_subset(run: Run, benchmark_folder: MmebFolder, tmp_path: Path) -> None:
+    class Interrupted(ScoredModel):
+        def encode_document(self, *args: Any, **options: Any) -> np.ndarray:
+            if self.documents and len(self.queries) > ROWS:
+                raise KeyboardInterrupt
+            return super().encode_document(*args, **options)
+
+    seen: list[dict[str, Any]] = []
+    with pytest.raises(KeyboardInterrupt):
+        run(Interrupted(), benchmark_folder, publish=seen.append)
+    assert [list(document["subsets"]) for document in seen] == [["ImageNet-1K"]]
+    assert seen[0]["not_run"]["OK-VQA"] == "not finished"
+    (file,) = (tmp_path / "finished").iterdir()
+    assert json.loads(file.read_text())["subset"] == "ImageNet-1K"
+    model = ScoredModel()
+    document = run(model, benchmark_folder)
+    assert list(document["subsets"]) == list(WRITTEN)
+    assert not [item for item in model.queries if "classification" in item["text"]]
+
+
+def test_a_result_cut_short_is_done_again(run: Run, benchmark_folder: MmebFolder, tmp_path: Path) -> None:
+    first = run(ScoredModel(), benchmark_folder, "OK-VQA")
+    (file,) = (tmp_path / "finished").iterdir()
+    file.write_bytes(file.read_bytes()[:100])
+    model = ScoredModel()
+    again = run(model, benchmark_folder, "OK-VQA")
+    assert model.calls > 0
+    assert again["subsets"]["OK-VQA"]["mrr"] == first["subsets"]["OK-VQA"]["mrr"]
+
+
+def test_a_limit_scores_the_first_rows_and_marks_them_as_partial(run: Run, benchmark_folder: MmebFolder) -> None:
+    folder = MmebFolder(benchmark_folder.data, benchmark_folder.images, limit=5)
+    result = run(ScoredModel(), folder, "MSCOCO_t2i")["subsets"]["MSCOCO_t2i"]
+    assert (result["rows"], result["rows_in_data"], result["partial"]) == (5, ROWS, True)
+
+
+def test_equal_candidates_count_against_the_right_one_and_are_told(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for name in ("query", "right", "copy"):
+        colour_image("red").save(tmp_path / "images" / f"{name}.png")
+    colour_image("blue").save(tmp_path / "images" / "other.png")
+    rows = [
+        {"qry_text": "", "qry_img_path": "query.png", "tgt_text": [""] * 2, "tgt_img_path": ["right.png", wrong]}
+        for wrong in ("copy.png", "other.png")
+    ]
+    write_subset(tmp_path / "data", "NIGHTS", rows)
+    result = run(ScoredModel(), MmebFolder(tmp_path / "data", tmp_path / "images"))["subsets"]["NIGHTS"]
+    assert (result["precision@1"], result["mrr"], result["tied_rows"]) == (0.5, 0.75, 1)
+
+
+def test_rows_whose_images_are_missing_are_left_out_and_counted_if_asked(
+    run: Run, benchmark_folder: MmebFolder
+) -> None:
+    data, images = benchmark_folder.data, benchmark_folder.images
+    (images / "ImageNet-1K/0002.png").unlink()
+    (images / "ImageNet-1K/0005.png").write_bytes(b"\x89PNG nothing more")
+    with pytest.raises(CocoaError, match=r"1 of the 12 images of ImageNet-1K .*'ImageNet-1K/0002.png'.*skip"):
+        run(ScoredModel(), benchmark_folder, "ImageNet-1K")
+    model = ScoredModel()
+    result = run(model, MmebFolder(data, images, skip_missing_images=True), "ImageNet-1K")["subsets"]["ImageNet-1K"]
+    assert (result["rows"], result["rows_without_image"], result["partial"]) == (ROWS - 2, 2, True)
+    assert len(model.queries) == ROWS - 2
+
+
+def test_a_row_is_left_out_when_one_of_its_candidates_is_missing(run: Run, benchmark_folder: MmebFolder) -> None:
+    data, images = benchmark_folder.data, benchmark_folder.images
+    frame = pd.read_parquet(data / "MSCOCO_t2i")
+    lacking = [any(path.endswith("0004.png") for path in paths) for paths in frame.tgt_img_path]
+    assert 0 < sum(lacking) < ROWS
+    (images / "MSCOCO_t2i/0004.png").unlink()
+    model = ScoredModel()
+    result = run(model, MmebFolder(data, images, skip_missing_images=True), "MSCOCO_t2i")["subsets"]["MSCOCO_t2i"]
+    assert result["rows_without_image"] == sum(lacking)
+    frame[[not each for each in lacking]].to_parquet(data / "MSCOCO_t2i/test-00000-of-00001.parquet")
+    expected = by_brute_force(ScoredModel(), data, images, "MSCOCO_t2i")
+    assert {metric: result[metric] for metric in expected} == pytest.approx(expected)
+
+
+def test_an_image_that_cannot_be_read_is_named_with_the_way_out(run: Run, benchmark_folder: MmebFolder) -> None:
+    (benchmark_folder.images / "OK-VQA/0001.png").write_bytes(b"GIF89a")
+    with pytest.raises(CocoaError, match=r"OK-VQA: .*0001\.png: .*--missing-images skip"):
+        run(ScoredModel(), benchmark_folder, "OK-VQA")
+
+
+def test_a_model_of_texts_alone_runs_nothing_and_one_of_single_parts_what_it_can(
+    run: Run, benchmark_folder: MmebFolder, tmp_path: Path
+) -> None:
+    with pytest.raises(CocoaError, match="nothing was run: scored does not embed image and text together; use a model"):
+        run(ScoredModel(modalities=("text",)), benchmark_folder)
+
+    class Apart(ScoredModel):
+        def supports(self, modality: str | tuple[str, ...]) -> bool:
+            return isinstance(modality, str)
+
+    paths = write_mosaics(benchmark_folder.images, "NIGHTS", 3, 9)
+    rows = [{"qry_text": "", "qry_img_path": path, "tgt_text": [""] * 3,
+             "tgt_img_path": [path, *(each for each in paths if each != path)]} for path in paths]  # fmt: skip
+    write_subset(benchmark_folder.data, "NIGHTS", rows)
+    document = run(Apart(), benchmark_folder)
+    assert list(document["subsets"]) == ["NIGHTS"]
+    assert document["subsets"]["NIGHTS"]["precision@1"] == 1.0
+    assert document["not_run"]["OK-VQA"] == "scored does not embed image and text together"
+
+
+def test_an_embedding_that_is_no_number_is_not_scored(run: Run, benchmark_folder: MmebFolder) -> None:
+    class Diverged(ScoredModel):
+        def _embed(self, item: dict[str, Any]) -> np.ndarray:
+            vector = super()._embed(item)
+            return vector * np.nan if "yellow" in item.get("text", "") else vector
+
+    with pytest.raises(CocoaError, match=r"scored makes of the text 'yellow.* not finite"):
+        run(Diverged(), benchmark_folder, "ImageNet-1K")
+
+
+def test_a_run_takes_no_more_images_at_once_than_the_batch_allows(run: Run, benchmark_folder: MmebFolder) -> None:
+    tokens = 2  # a picture of 32 x 32
+    model = ScoredModel()
+    run(model, benchmark_folder, "MSCOCO_t2i", batch_tokens=3 * (tokens + 9))
+    assert max(model.batches) == 3
+    assert sum(model.batches) == ROWS
+    whole = ScoredModel()
+    run(whole, benchmark_folder, "MSCOCO_t2i", fingerprint="other")
+    assert whole.batches == [ROWS]
+
+
+def test_subsets_come_in_the_benchmarks_order_whatever_was_asked_first(run: Run, benchmark_folder: MmebFolder) -> None:
+    assert list(run(ScoredModel(), benchmark_folder, "MSCOCO_t2i", "ImageNet-1K")["subsets"]) == [
+        "ImageNet-1K", "MSCOCO_t2i"
+    ]  # fmt: skip
+
+
+def test_results_that_cannot_be_written_are_one_sentence(benchmark_folder: MmebFolder, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CocoaError, match=r"finished cannot be made .*give another folder with --out"):
+        FinishedParts(tmp_path / "file" / "finished")
+    parts = FinishedParts(tmp_path / "parts")
+    os.rmdir(tmp_path / "parts")
+    with pytest.raises(CocoaError, match=r"OK-VQA-\w+\.json cannot be written"):
+        parts.write("OK-VQA", {"model": "m"}, {})

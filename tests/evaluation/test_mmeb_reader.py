@@ -1,0 +1,181 @@
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+from mmeb_layout import write_benchmark, write_mosaics, write_subset
+
+from cocoa_embed.errors import CocoaError, UsageError
+from cocoa_embed.evaluation.embed import Item
+from cocoa_embed.evaluation.mmeb_reader import MmebFolder, SubsetData
+
+NAME = "MSCOCO_i2t"
+
+
+def row(**changed: Any) -> dict[str, Any]:
+    return {"qry_text": "<|image_1|>\nFind it\n", "qry_img_path": "MSCOCO_i2t/0000.png", "tgt_text": ["a", "b"],
+            "tgt_img_path": ["", ""], **changed}  # fmt: skip
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    write_mosaics(tmp_path / "images", NAME, 3, 0)
+    return tmp_path / "images"
+
+
+def read(tmp_path: Path, rows: list[dict[str, Any]], shards: int = 1, **options: Any) -> SubsetData:
+    write_subset(tmp_path / "data", NAME, rows, shards)
+    return MmebFolder(tmp_path / "data", tmp_path / "images", **options).read(NAME)
+
+
+def test_a_row_becomes_items_without_the_image_token(tmp_path: Path, images: Path) -> None:
+    data = read(tmp_path, [
+        row(),
+        row(qry_text="Look at <|image_1|> here", qry_img_path="MSCOCO_i2t/0001.png", tgt_text=["c", "a", "b"],
+            tgt_img_path=["", None, ""]),
+        row(qry_text=None, tgt_text=["<|image_1|>\n", "with <|image_1|>"], tgt_img_path=["MSCOCO_i2t/0002.png"] * 2),
+        row(qry_img_path=None, qry_text="only text"),
+    ])  # fmt: skip
+    assert data.queries == [
+        Item("Find it", "MSCOCO_i2t/0000.png"),
+        Item("Look at here", "MSCOCO_i2t/0001.png"),
+        Item(None, "MSCOCO_i2t/0000.png"),
+        Item("only text"),
+    ]
+    image = "MSCOCO_i2t/0002.png"
+    assert data.targets == [Item("a"), Item("b"), Item("c"), Item(None, image), Item("with", image)]
+    assert [each.targets.tolist() for each in data.rows] == [[0, 1], [2, 0, 1], [3, 4], [0, 1]]
+    assert [each.query for each in data.rows] == [0, 1, 2, 3]
+    assert data.rows[1].place.endswith("test-00000-of-00001.parquet, row 2")
+
+
+def test_shards_are_read_in_order_and_rows_told_by_their_file(tmp_path: Path, images: Path) -> None:
+    rows = [row(tgt_text=[f"right {number}", "wrong"]) for number in range(7)]
+    data = read(tmp_path, rows, shards=3)
+    assert [data.targets[each.targets[0]].text for each in data.rows] == [f"right {number}" for number in range(7)]
+    assert data.rows[-1].place.endswith("test-00002-of-00003.parquet, row 3")
+    limited = MmebFolder(tmp_path / "data", images, limit=3).read(NAME)
+    assert ([each.place for each in limited.rows], limited.rows_in_data) == ([each.place for each in data.rows[:3]], 7)
+
+
+def test_a_download_cut_short_is_an_error(tmp_path: Path, images: Path) -> None:
+    write_subset(tmp_path / "data", NAME, [row()] * 3, shards=3)
+    (tmp_path / "data" / NAME / "test-00001-of-00003.parquet").unlink()
+    with pytest.raises(CocoaError, match=r"MSCOCO_i2t holds 2 of 3 Parquet files"):
+        MmebFolder(tmp_path / "data", images).read(NAME)
+
+
+def test_a_file_that_is_no_parquet_is_named(tmp_path: Path, images: Path) -> None:
+    folder = write_subset(tmp_path / "data", NAME, [row()])
+    (folder / "test-00000-of-00001.parquet").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(CocoaError, match=r"test-00000-of-00001\.parquet cannot be read"):
+        MmebFolder(tmp_path / "data", images).read(NAME)
+
+
+def test_missing_columns_are_named_with_the_file(tmp_path: Path, images: Path) -> None:
+    folder = tmp_path / "data" / NAME
+    folder.mkdir(parents=True)
+    table = pa.Table.from_pylist([{"qry_text": "a", "qry_img_path": "", "pos_text": ["b"]}])
+    parquet.write_table(table, folder / "test-00000-of-00001.parquet")
+    with pytest.raises(CocoaError) as caught:
+        MmebFolder(tmp_path / "data", images).read(NAME)
+    assert str(caught.value) == (
+        f"{folder / 'test-00000-of-00001.parquet'} has no column tgt_text and no tgt_img_path;"
+        " expected qry_text, qry_img_path, tgt_text, tgt_img_path, found qry_text, qry_img_path, pos_text"
+    )
+
+
+def test_columns_of_another_kind_are_refused(tmp_path: Path, images: Path) -> None:
+    folder = tmp_path / "data" / NAME
+    folder.mkdir(parents=True)
+    for changed, message in (
+        ({"tgt_text": "a"}, "tgt_text holds a str; expected a list of texts"),
+        ({"qry_text": 5}, "qry_text holds a int; expected text"),
+        ({"tgt_img_path": [1, 2]}, "tgt_img_path holds a int; expected text"),
+        ({"tgt_text": None}, "tgt_text holds a NoneType; expected a list of texts"),
+    ):
+        parquet.write_table(pa.Table.from_pylist([row(**changed)]), folder / "test.parquet")
+        with pytest.raises(CocoaError, match=rf"test\.parquet, row 1: {message}"):
+            MmebFolder(tmp_path / "data", images).read(NAME)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"tgt_text": [], "tgt_img_path": []}, "row 2: the list of candidates is empty"),
+        ({"tgt_img_path": [""]}, "row 2: tgt_text lists 2 candidates and tgt_img_path 1; expected as many"),
+        ({"tgt_text": ["a", ""]}, "row 2: candidate 2 has neither a text nor an image"),
+        (
+            {"tgt_text": ["a", "<|image_1|> x"]},
+            "row 2: candidate 2: '<|image_1|> x' holds <|image_1|>, and there is no",
+        ),
+        ({"qry_img_path": ""}, "row 2: the query: '<|image_1|>\\nFind it\\n' holds <|image_1|>, and there is no path"),
+        ({"qry_text": " ", "qry_img_path": ""}, "row 2: the query has neither a text nor an image"),
+        (
+            {"tgt_text": ["a", "b", "c", " b "], "tgt_img_path": [""] * 4},
+            "row 2: candidates 2 and 4 are the same target (the text 'b'); take one out, or count it once with",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_row_is_told_with_its_place(
+    tmp_path: Path, images: Path, changed: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CocoaError) as caught:
+        read(tmp_path, [row(), row(**changed)])
+    assert f"test-00000-of-00001.parquet, {message}" in str(caught.value)
+
+
+def test_a_target_listed_twice_counts_once_if_asked(tmp_path: Path, images: Path) -> None:
+    rows = [row(), row(tgt_text=["b", "a", "b", "a"], tgt_img_path=[""] * 4)]
+    data = read(tmp_path, rows, merge_repeated_targets=True)
+    assert [each.targets.tolist() for each in data.rows] == [[0, 1], [1, 0]], "the first stays the right one"
+    assert data.rows_merged == 1
+
+
+def test_no_images_are_found_says_where_they_should_be(tmp_path: Path, images: Path) -> None:
+    write_subset(tmp_path / "data", NAME, [row()])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CocoaError, match=r"none of the 1 images of MSCOCO_i2t is in .*empty; the first should be 'MSC"):
+        MmebFolder(tmp_path / "data", tmp_path / "empty", skip_missing_images=True).read(NAME)
+    for wrong in (tmp_path, images / NAME):
+        with pytest.raises(CocoaError) as caught:
+            MmebFolder(tmp_path / "data", wrong).read(NAME)
+        assert f"did you mean --images {images}?" in str(caught.value)
+
+
+def test_all_rows_left_out_is_an_error(tmp_path: Path, images: Path) -> None:
+    rows = [row(tgt_text=["", ""], tgt_img_path=["gone.png", "MSCOCO_i2t/0001.png"])]
+    with pytest.raises(CocoaError, match="MSCOCO_i2t: every one of its 1 rows has an image that is missing"):
+        read(tmp_path, rows, skip_missing_images=True)
+
+
+def test_a_subset_of_no_rows_is_an_error(tmp_path: Path, images: Path) -> None:
+    with pytest.raises(CocoaError, match="MSCOCO_i2t has no rows"):
+        read(tmp_path, [])
+
+
+def test_subsets_are_found_asked_for_and_missed(tmp_path: Path) -> None:
+    data, images = write_benchmark(tmp_path, 4)
+    (data / "notes").mkdir()
+    (data / "GQA").mkdir()
+    folder = MmebFolder(data, images)
+    assert folder.subsets() == ["ImageNet-1K", "OK-VQA", "MSCOCO_t2i", "RefCOCO-Matching"]
+    assert folder.subsets(["MSCOCO_t2i", "OK-VQA", "OK-VQA"]) == ["OK-VQA", "MSCOCO_t2i"]
+    with pytest.raises(UsageError, match=r"MMEB-V1 has no subset 'MSCOCO-t2i'; did you mean 'MSCOCO_t2i'\?"):
+        folder.subsets(["MSCOCO-t2i"])
+    with pytest.raises(CocoaError, match=r"GQA holds no Parquet files \(known are ImageNet-1K"):
+        folder.subsets(["GQA"])
+
+
+def test_folders_that_are_not_there_are_told_apart(tmp_path: Path) -> None:
+    data, images = write_benchmark(tmp_path, 4)
+    (tmp_path / "file").touch()
+    for folder, message in (
+        (MmebFolder(tmp_path / "no", images), "no does not exist; name the folder that holds the subsets of MMEB-V1"),
+        (MmebFolder(data, tmp_path / "no"), "no does not exist; name the folder that holds its images"),
+        (MmebFolder(data, tmp_path / "file"), "file is not a folder; name the folder that holds its images"),
+        (MmebFolder(images, images), "eval_images holds no subset of MMEB-V1; expected folders of Parquet files"),
+    ):
+        with pytest.raises(CocoaError, match=message):
+            folder.subsets()

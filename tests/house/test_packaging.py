@@ -1,0 +1,164 @@
+"""What a user installs: built from a copy of the sources, without the network."""
+
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from email.message import Message
+from email.parser import Parser
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from packaging.requirements import Requirement
+
+import cocoa_embed
+from cocoa_embed.model.attention import TRANSFORMERS_FLOOR
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[2]
+SOURCE_TREES = {
+    "cocoa_embed": ROOT / "cocoa_embed",
+    "cocoa_embed/train": ROOT / "train",
+    "cocoa_embed/integrations": ROOT / "integrations",
+}
+PROJECT_FILES = ("pyproject.toml", "README.md", "LICENSE")
+EXTRAS = {"train", "llama-index", "qdrant", "edge", "heic", "report", "eval", "all", "dev"}
+
+
+class Built(NamedTuple):
+    """The names in the source archive and in the wheel made from it, and the wheel's metadata."""
+
+    sdist: set[str]
+    wheel: set[str]
+    metadata: Message
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    for name in PROJECT_FILES:
+        shutil.copy(ROOT / name, source)
+    for tree in SOURCE_TREES.values():
+        shutil.copytree(tree, source / tree.name, ignore=shutil.ignore_patterns("__pycache__"))
+    # The wheel is made from the source archive, so what it holds the archive holds too.
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=source, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with tarfile.open(next(out.glob("*.tar.gz"))) as archive:
+        sdist = {name.partition("/")[2] for name in archive.getnames()}
+    with zipfile.ZipFile(next(out.glob("*.whl"))) as archive:
+        wheel = set(archive.namelist())
+        metadata_name = next(name for name in wheel if name.endswith(".dist-info/METADATA"))
+        metadata = Parser().parsestr(archive.read(metadata_name).decode("utf-8"))
+    return Built(sdist, wheel, metadata)
+
+
+@pytest.fixture(scope="module")
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def installed_names() -> set[str]:
+    """Return where every file of the three source trees belongs in the wheel."""
+    return {
+        f"{package}/{path.relative_to(tree).as_posix()}"
+        for package, tree in SOURCE_TREES.items()
+        for path in tree.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+def test_wheel_has_one_top_level_name(built: Built) -> None:
+    top_level = {name.split("/")[0] for name in built.wheel}
+    assert {name for name in top_level if not name.endswith(".dist-info")} == {"cocoa_embed"}
+
+
+def test_wheel_holds_every_module_and_data_file_and_nothing_else(built: Built) -> None:
+    expected = installed_names()
+    assert {"cocoa_embed/py.typed", *(f"{package}/__init__.py" for package in SOURCE_TREES)} <= expected
+    shipped = {name for name in built.wheel if name.startswith("cocoa_embed/")}
+    assert shipped - expected == set()
+    assert expected - shipped == set(), "list its package, or its pattern under package-data, in pyproject.toml"
+
+
+def test_source_archive_builds_alone(built: Built) -> None:
+    assert {*PROJECT_FILES, "train/__init__.py", "integrations/__init__.py", "cocoa_embed/py.typed"} <= built.sdist
+
+
+def test_git_ignores_nothing_that_is_shipped() -> None:
+    shipped = [
+        str(path.relative_to(ROOT))
+        for tree in SOURCE_TREES.values()
+        for path in tree.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    ]
+    assert shipped
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("not in a git checkout")
+    done = subprocess.run(["git", "check-ignore", "--no-index", *shipped], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1, f"ignored, or git failed: {done.stdout}{done.stderr}"
+
+
+def test_metadata_names_licence_python_and_extras(built: Built, project: dict) -> None:
+    assert built.metadata["Name"] == "cocoa-embed"
+    assert built.metadata["License-Expression"] == "Apache-2.0"
+    assert built.metadata.get_all("License-File") == ["LICENSE"]
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in built.wheel)
+    assert built.metadata["Requires-Python"] == project["requires-python"] == ">=3.10"
+    assert set(built.metadata.get_all("Provides-Extra") or []) == EXTRAS
+
+
+def test_base_install_has_none_of_the_extras(project: dict) -> None:
+    base = {Requirement(line).name for line in project["dependencies"]}
+    assert {"torch", "transformers", "sentence-transformers"} <= base
+    optional = {
+        Requirement(line).name
+        for extra, lines in project["optional-dependencies"].items()
+        if extra not in {"all", "dev"}
+        for line in lines
+    }
+    assert optional
+    assert not base & optional
+
+
+def test_the_floor_of_transformers_is_the_one_that_people_are_told(project: dict) -> None:
+    requirements = {(parsed := Requirement(line)).name: parsed.specifier for line in project["dependencies"]}
+    assert str(requirements["transformers"]) == f">={TRANSFORMERS_FLOOR}"
+    assert f"transformers {TRANSFORMERS_FLOOR} or newer" in (ROOT / "README.md").read_text(encoding="utf-8")
+    pins = [parsed for line in constraint_lines() if (parsed := Requirement(line)).name == "transformers"]
+    assert pins
+    for pin in pins:
+        (pinned,) = pin.specifier
+        assert pinned.version in requirements["transformers"], "what is pinned is older than what is needed"
+
+
+def test_version_is_the_same_everywhere(built: Built, project: dict) -> None:
+    assert built.metadata["Version"] == project["version"] == cocoa_embed.__version__
+    assert f"## [{project['version']}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def constraint_lines() -> list[str]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    assert lines
+    return lines
+
+
+def test_constraints_pin_by_version_alone() -> None:
+    lines = constraint_lines()
+    assert not [line for line in lines if "://" in line or "@" in line or line.startswith("-")]
+    specifiers = [Requirement(line).specifier for line in lines]
+    assert all(len(specifier) == 1 and str(specifier).startswith("==") for specifier in specifiers)
+
+
+def test_constraints_pin_every_direct_dependency(project: dict) -> None:
+    direct = chain(project["dependencies"], *project["optional-dependencies"].values())
+    names = {Requirement(line).name for line in direct} - {"cocoa-embed"}
+    assert {"torch", "setuptools"} <= names
+    assert names <= {Requirement(line).name for line in constraint_lines()}

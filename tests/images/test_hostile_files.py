@@ -1,0 +1,103 @@
+"""Every kind of hostile file through the door for images: in time, within memory, and with a reason."""
+
+import json
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hostile_files import HostileFile, write_hostile_files
+
+from cocoa_embed.errors import ImageError
+from cocoa_embed.images.find_files import find_images
+from cocoa_embed.images.load import image_size, load_image, read_image_bytes
+
+KINDS = 160
+"""There are at least so many."""
+
+SECONDS = 60
+"""More than all files take on a slow machine together; one second is usual."""
+
+MEBIBYTES = 150
+"""More memory than all files take, the modules included; sixty are usual."""
+
+LOAD_ALL = """
+import json, re, sys, warnings
+warnings.simplefilter("ignore")
+from cocoa_embed.images.load import ImageError, load_image
+results = {}
+for path in json.load(sys.stdin):
+    try:
+        results[path] = load_image(path).size
+    except ImageError as error:
+        results[path] = str(error)
+# Not ru_maxrss: that begins with what the parent process had.
+peak = re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())
+print(json.dumps({"results": results, "mebibytes": int(peak[1]) / 1024}))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("hostile")
+
+
+@pytest.fixture(scope="module")
+def files(folder: Path) -> list[HostileFile]:
+    return write_hostile_files(folder)
+
+
+@pytest.fixture(scope="module")
+def loaded(files: list[HostileFile]) -> dict[str, Any]:
+    """What a process of its own makes of all files, one after the other."""
+    paths = json.dumps([str(file.path) for file in files])
+    command = [sys.executable, "-c", LOAD_ALL]
+    done = subprocess.run(command, input=paths, capture_output=True, text=True, timeout=SECONDS, check=True)
+    return json.loads(done.stdout)
+
+
+def test_there_are_many_kinds_and_each_is_another(files: list[HostileFile]) -> None:
+    assert len({file.kind for file in files}) == len({file.path for file in files}) == len(files) >= KINDS
+
+
+def test_every_good_file_is_loaded_and_every_bad_one_has_its_reason(
+    files: list[HostileFile], loaded: dict[str, Any]
+) -> None:
+    wrong = {}
+    for file in files:
+        result = loaded["results"][str(file.path)]
+        if isinstance(result, str) == file.is_good or (isinstance(result, str) and file.reason_part not in result):
+            wrong[file.kind] = result
+    assert not wrong
+
+
+def test_every_reason_is_one_line_that_names_the_file(files: list[HostileFile], loaded: dict[str, Any]) -> None:
+    for file in files:
+        if isinstance(message := loaded["results"][str(file.path)], str):
+            assert message.isprintable()
+            assert file.path.name in message
+            assert len(message.partition(file.path.name)[2]) < 250
+
+
+def test_all_files_together_take_little_memory(loaded: dict[str, Any]) -> None:
+    assert loaded["mebibytes"] < MEBIBYTES
+
+
+def test_a_search_of_the_folder_finds_them_all_and_nothing_else(folder: Path, files: list[HostileFile]) -> None:
+    assert find_images([folder]) == sorted(file.path for file in files)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_size_from_the_header_is_that_of_the_picture(files: list[HostileFile]) -> None:
+    good = [file for file in files if file.is_good]
+    sizes = {file.kind: image_size(read_image_bytes(file.path), file.kind) for file in good}
+    assert sizes == {file.kind: load_image(file.path).size for file in good}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_broken_header_is_an_image_error_too(files: list[HostileFile]) -> None:
+    for file in files:
+        with suppress(ImageError):  # pixels that are broken may pass
+            assert min(image_size(read_image_bytes(file.path), file.kind)) > 0, file.kind

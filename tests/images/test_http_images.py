@@ -1,0 +1,502 @@
+"""Fetching from servers on this machine, which only these tests allow: they replace the check of addresses."""
+
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from raw_images import encoded
+
+from cocoa_embed.errors import ImageError, UsageError
+from cocoa_embed.images import http as remote
+from cocoa_embed.images.http import Fetcher
+from cocoa_embed.images.load import load_image
+from cocoa_embed.images.urls import is_public, shown_address
+
+PNG = encoded(Image.new("RGB", (9, 5), "red"), "PNG")
+
+Respond = Callable[[BaseHTTPRequestHandler], None]
+
+
+class Server(ThreadingHTTPServer):
+    """A server whose answer a test chooses, and which keeps what it was asked."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.respond: Respond = answer(PNG)
+        self.asked: list[tuple[str, dict[str, str]]] = []
+
+    def address(self, path: str = "/photo.png", host: str = "photos.test") -> str:
+        return f"http://{host}:{self.server_port}{path}"
+
+    def handle_error(self, *_: object) -> None:
+        """Say nothing: clients that go away are part of the tests."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        self.server.asked.append((self.path, dict(self.headers)))
+        self.server.respond(self)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+def answer(body: bytes, status: int = 200, **headers: str) -> Respond:
+    """Return what sends a body; its length is told unless it is among the headers."""
+
+    def respond(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(status)
+        for name, value in ({"Content_Length": str(len(body))} | headers).items():
+            handler.send_header(name.replace("_", "-"), value)
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    return respond
+
+
+def drip(handler: BaseHTTPRequestHandler) -> None:
+    """Send a byte every tenth of a second."""
+    handler.send_response(200)
+    handler.end_headers()
+    while True:
+        handler.wfile.write(b".")
+        time.sleep(0.1)
+
+
+def flood(handler: BaseHTTPRequestHandler) -> None:
+    """Send bytes as fast as they are taken."""
+    handler.send_response(200)
+    handler.end_headers()
+    while True:
+        handler.wfile.write(bytes(100_000))
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    running = Server()
+    thread = threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    yield running
+    running.shutdown()
+    running.server_close()
+
+
+class Names:
+    """What stands in for the look-up of names: addresses by name, and every look-up that was made."""
+
+    def __init__(self) -> None:
+        self.addresses: dict[str, list[str]] = {}
+        self.asked: list[str] = []
+        self._look_up = socket.getaddrinfo
+
+    def __call__(self, host: str, port: int, *args: object, **options: object) -> list:
+        self.asked.append(host)
+        found = self.addresses.get(host, [host])
+        return [info for address in found for info in self._look_up(address, port, *args, **options)]
+
+
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch) -> Names:
+    """Names of the tests' own; all others are looked up, if they are numbers."""
+    look_up = Names()
+    look_up.addresses = {"photos.test": ["127.0.0.1"], "other.test": ["127.0.0.1"], "empty.test": []}
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    return look_up
+
+
+@pytest.fixture
+def open_loopback(monkeypatch: pytest.MonkeyPatch, names: Names) -> None:
+    """Let 127.0.0.1 pass for a public address; all others are checked as ever."""
+    loopback = ip_address("127.0.0.1")
+    monkeypatch.setattr(remote, "is_public", lambda address: address == loopback or is_public(address))
+
+
+def fetcher_for(server: Server, **options: float) -> Fetcher:
+    return Fetcher([f"photos.test:{server.server_port}"], **options)
+
+
+def refusal(fetcher: Fetcher, address: str) -> str:
+    """Return why an address is not fetched."""
+    with pytest.raises(ImageError) as caught:
+        fetcher.fetch(address)
+    assert str(caught.value).isprintable()
+    assert caught.value.source == shown_address(address)
+    return caught.value.reason
+
+
+@pytest.mark.usefixtures("open_loopback")
+def test_an_image_is_fetched_from_an_allowed_host(server: Server, names: Names) -> None:
+    fetcher = fetcher_for(server)
+    assert fetcher.fetch(server.address("/a b.png".replace(" ", "%20") + "?größe=1&x=%41")) == PNG
+    assert load_image(server.address(), fetcher=fetcher).size == (9, 5)
+    path, headers = server.asked[0]
+    assert path == "/a%20b.png?gr%C3%B6%C3%9Fe=1&x=%41"
+    assert headers["Host"] == f"photos.test:{server.server_port}"
+    assert headers["Accept-Encoding"] == "identity"
+    assert names.asked == ["photos.test", "photos.test"]
+
+
+@pytest.mark.usefixtures("open_loopback")
+def test_a_host_may_be_written_in_other_ways(server: Server) -> None:
+    for host in ("PHOTOS.Test", "photos.test.", "ｐhotos.test", "photos。test"):
+        assert fetcher_for(server).fetch(server.address(host=host)) == PNG
+    assert {headers["Host"] for _, headers in server.asked} == {f"photos.test:{server.server_port}"}
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["127.0.0.1", "2130706433", "0x7f000001", "0x7f.1", "017700000001", "127.1", "0", "[::1]", "[::ffff:7f00:1]"],
+)
+def test_numbers_that_stand_for_this_machine_are_refused_though_they_are_allowed(host: str) -> None:
+    assert "is not a public one" in refusal(Fetcher([host]), f"http://{host}/photo.png")
+
+
+def test_the_names_of_this_machine_are_refused_though_they_are_allowed(names: Names) -> None:
+    names.addresses |= {"localhost": ["127.0.0.1", "::1"], "localhost.localdomain": ["127.0.0.1"]}
+    for host in ("localhost", "LOCALHOST", "localhost.", "localhost.localdomain"):
+        assert "is not a public one" in refusal(Fetcher([host]), f"http://{host}/")
+
+
+def test_a_host_with_one_address_that_is_not_public_is_refused(names: Names) -> None:
+    names.addresses["photos.test"] = ["8.8.8.8", "2606:2800:220:1::1", "10.1.2.3"]
+    reason = refusal(Fetcher(["photos.test"]), "http://photos.test/")
+    assert reason == "is on photos.test, whose address 10.1.2.3 is not a public one"
+
+
+@pytest.mark.usefixtures("open_loopback")
+def test_the_connection_goes_to_the_address_that_was_checked(
+    server: Server, names: Names, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DNS rebinding: the second look-up of the name would lead to another machine."""
+    connected: list[object] = []
+
+    class Socket(socket.socket):
+        def connect(self, place: object) -> None:
+            connected.append(place)
+            super().connect(place)
+
+    answers = iter([["127.0.0.1"], ["169.254.169.254"]])
+
+    class Rebinding(dict):
+        def get(self, host: str, default: object) -> list[str]:
+            return next(answers)
+
+    names.addresses = Rebinding()
+    monkeypatch.setattr(socket, "socket", Socket)
+    assert fetcher_for(server).fetch(server.address()) == PNG
+    assert names.asked == ["photos.test"]
+    assert connected == [("127.0.0.1", server.server_port)]
+
+
+@pytest.mark.usefixtures("open_loopback")
+def test_each_redirect_is_checked_as_the_first_address_is(server: Server, names: Names) -> None:
+    names.addresses["inner.test"] = ["10.0.0.1"]
+    fetcher = Fetcher([f"photos.test:{server.server_port}", "inner.test", "169.254.169.254"])
+    for location, reason in {
+        "http://inner.test/": "leads to http://inner.test/, which is on inner.test, whose address 10.0.0.1 is not",
+        "http://169.254.169.254/latest/": "whose address 169.254.169.254 is not a public one",
+        "//other.test/": "which is on other.test, which is not among the allowed hosts",
+        server.address(host="other.test"): f"other.test:{server.server_port}, which is not among the allowed hosts",
+        "file:///etc/passwd": "which is not an http or https address",
+        "ftp://photos.test/a.png": "which is not an http or https address",
+        "data:image/png;base64,AAAA": "which is not an http or https address",
+        "http://me:secret@photos.test/": "leads to http://photos.test/, which has a user name in it",
+        "http://photos.test/": "which is on photos.test, which is not among the allowed hosts",
+        "http://[bad": "leads to what is no valid address",
+        "": "leads on, but does not say where to",
+    }.items():
+        server.respond = answer(b"", 302, Location=location)
+        assert reason in refusal(fetcher, server.address())
+        assert "secret" not in refusal(fetcher, server.address())
+
+
+@pytest.mark.usefixtures("open_loopback")
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_redirects_on_the_host_are_followed(server: Server, status: int) -> None:
+    def respond(handler: BaseHTTPRequestHandler) -> None:
+        step = handler.path.strip("/")
+        following = {"": "one", "one": "/two", "two": server.address("/end")}
+        (answer(PNG) if step == "end" else answer(b"", status, Location=following[step]))(handler)
+
+    server.respond = respond
+    assert fetcher_for(server).fetch(server.address("/")) == PNG
+    assert [path for path, _ in server.asked] == ["/", "/one", "/two", "/end"]
+
+
+@pytest.mark.usefixtures("open_loopback")
+def test_a_circle_of_redirects_ends(server: Server) -> None:
+    server.respond = answer(b"", 302, Location="/photo.png")
+    assert "5 redirects are the limit" in refusal(fetcher_for(server), server.address())
+    assert len(server.asked) == 6
+    assert "0 redirects are the limit" in refusal(fetcher_for(server, max_redirects=0), server.address())
+
+
+@pytest.mark.usefixtures("open_loopback")
+@pytest.mark.parametrize("respond", [drip, lambda handler: time.sleep(30)])
+def test_a_server_that_is_slow_for_ever_is_given_up(server: Server, respond: Respond) -> None:
+    server.respond = respond
+    started = time.monotonic()
+    reason = refusal(fetcher_for(server, timeout=0.5, deadline=1), server.address())
+    assert reason == "takes too long (limits: 0.5 s a step, 1 s in all)"
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.usefixtures("open_loopback")
+def test_a_server_that_drips_its_headers_is_given_up(server: Server) -> None:
+    def respond(handler: BaseHTTPRequestHandler) -> None:
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Long: ")
+        while True:
+            handler.wfile.write(b".")
+            time.sleep(0.1)
+
+    server.respond = respond
+    started = time.monotonic()
+    assert "takes too long" in refusal(fetcher_for(server, timeout=0.5, deadline=1), server.address())
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.usefixtures("open_loopback")
+def test_the_deadline_holds_over_all_redirects(server: Server) -> None:
+    def respond(handler: BaseHTTPRequestHandler) -> None:
+        time.sleep(0.4)
+        answer(b"", 302, Location="/photo.png")(handler)
+
+    server.respond = respond
+    reason = refusal(fetcher_for(server, timeout=5, deadline=1, max_redirects=100), server.address())
+    assert "takes too long" in reason
+    assert len(server.asked) < 6
+
+
+def test_a_name_that_is_looked_up_for_ever_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(30))
+    started = time.monotonic()
+    assert "takes too long" in refusal(Fetcher(["photos.test"], timeout=0.5), "http://photos.test/")
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.usefixtures("open_loopback")
+def test_an_endless_body_is_cut_at_the_limit(server: Server) -> None:
+    server.respond = flood
+    assert refusal(fetcher_for(server, max_bytes=1_000_000), server.address()) == (
+        "is too large: the limit is 1000000 bytes"
+    )
+
+
+@pytest.mark.usefixtures("open_loopback")
+def test_an_endless_body_in_chunks_is_cut_at_the_limit(server: Server) -> None:
+    def respond(handler: BaseHTTPRequestHandler) -> None:
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        while True:
+            handler.wfile.write(b"1000\r\n" + bytes(0x1000) + b"\r\n")
+
+    server.respond = respond
+    assert "is too large" in refusal(fetcher_for(server, max_bytes=1_000_000), server.address())
+
+
+@pytest.mark.usefixtures("open_loopback")
+def test_a_lying_length_is_found_out(server: Server) -> None:
+    fetcher = fetcher_for(server, max_bytes=10_000)
+    server.respond = answer(PNG, Content_Length="10001")
+    assert refusal(fetcher, server.address()) == "is too large: 10001 bytes, the limit is 10000"
+    server.respond = answer(PNG, Content_Length="9999")
+    assert refusal(fetcher, server.address()) == f"ends early: {len(PNG)} of 9999 bytes came"
+    server.respond = answer(PNG, Content_Length="-5")
+    assert fetcher.fetch(server.address()) == PNG
+    server.respond = answer(PNG, Content_Length="20")
+    with pytest.raises(ImageError, match="truncated"):
+        load_image(server.address(), fetcher=fetcher)
+
+
+@pytest.mark.usefixtures("open_loopback")
+def test_chunks_are_put_together_and_broken_ones_refused(server: Server) -> None:
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    whole = b"%x\r\n%s\r\n%x\r\n%s\r\n0\r\n\r\n" % (20, PNG[:20], len(PNG) - 20, PNG[20:])
+    server.respond = lambda handler: handler.wfile.write(head + whole)
+    assert fetcher_for(server).fetch(server.address()) == PNG
+    server.respond = lambda handler: handler.wfile.write(head + whole[:40])
+    assert "cannot be fetched" in refusal(fetcher_for(server), server.address())
+    server.respond = lambda handler: handler.wfile.write(head + b"zzz\r\n")
+    assert "cannot be fetched" in refusal(fetcher_for(server), server.address())
+
+
+@pytest.mark.usefixtures("open_loopback")
+@pytest.mark.parametrize(
+    ("respond", "reason"),
+    [
+        (answer(b"gone", 404), "answers with the status 404"),
+        (answer(b"no", 403), "answers with the status 403"),
+        (answer(b"", 204), "answers with the status 204"),
+        (answer(PNG[:9], 206), "answers with the status 206"),
+        (answer(b"", 304), "answers with the status 304"),
+        (answer(b"", 500), "answers with the status 500"),
+        (answer(PNG, Content_Encoding="gzip"), "answers with the content encoding 'gzip', which was not asked for"),
+        (lambda handler: handler.wfile.write(b"SSH-2.0-OpenSSH_9.6\r\n"), "cannot be fetched"),
+        (lambda handler: handler.wfile.write(b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 5000), "cannot be fetched"),
+        (lambda handler: None, "cannot be fetched"),
+    ],
+)
+def test_other_answers_are_refused(server: Server, respond: Respond, reason: str) -> None:
+    server.respond = respond
+    assert refusal(fetcher_for(server), server.address()).startswith(reason)
+
+
+@pytest.mark.usefixtures("open_loopback")
+def test_a_page_is_no_image(server: Server) -> None:
+    server.respond = answer(b"<!doctype html><title>Please sign in</title>", Content_Type="image/png")
+    with pytest.raises(ImageError, match=r"^http://photos\.test:\d+/photo\.png: is not an image"):
+        load_image(server.address(), fetcher=fetcher_for(server))
+    server.respond = answer(b"")
+    with pytest.raises(ImageError, match="is empty"):
+        load_image(server.address(), fetcher=fetcher_for(server))
+
+
+@pytest.mark.usefixtures("open_loopback")
+def test_the_environment_names_no_proxy(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert fetcher_for(server).fetch(server.address()) == PNG
+
+
+@pytest.mark.usefixtures("open_loopback")
+def test_the_next_address_of_a_host_is_tried(server: Server, names: Names, monkeypatch: pytest.MonkeyPatch) -> None:
+    names.addresses["photos.test"] = ["127.0.0.2", "127.0.0.1"]
+    loopback = remote.is_public
+    monkeypatch.setattr(remote, "is_public", lambda address: str(address) == "127.0.0.2" or loopback(address))
+    assert fetcher_for(server).fetch(server.address()) == PNG
+    names.addresses["photos.test"] = ["127.0.0.2"]
+    assert "cannot be fetched (" in refusal(fetcher_for(server), server.address())
+    names.addresses["photos.test"] = []
+    assert "cannot be fetched (it has no network address)" in refusal(fetcher_for(server), server.address())
+
+
+def test_an_unknown_host_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    reason = refusal(Fetcher(["photos.test"]), "http://photos.test/")
+    assert reason == "is on photos.test, which cannot be found ([Errno -2] Name or service not known)"
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [
+        ("ftp://photos.test/", "is not an http or https address"),
+        ("photo.png", "is not an http or https address"),
+        ("http:photos.test/", "is no valid address"),
+        ("http:///photo.png", "is no valid address"),
+        ("http://me@photos.test/", "has a user name in it"),
+        ("http://me:secret@photos.test/", "has a user name in it"),
+        ("http://@photos.test/", "has a user name in it"),
+        ("http://other.test\\@photos.test/", "has spaces, control characters or backslashes"),
+        ("http://photos.test/a b.png", "has spaces, control characters or backslashes"),
+        ("http://photos.test/\r\nHost: other.test", "has spaces, control characters or backslashes"),
+        ("http://photos.test\t/", "has spaces, control characters or backslashes"),
+        ("http://photos.test:70000/", "is no valid address"),
+        ("http://photos.test:port/", "is no valid address"),
+        ("http://photos.test:8080/", "is on photos.test:8080, which is not among the allowed hosts"),
+        ("http://photos.test:443/", "is on photos.test:443, which is not among the allowed hosts"),
+        ("http://photos..test/", "is no valid address"),
+        ("http://photos.test%2eother.test/", "is no valid address"),
+        ("http://%70hotos.test/", "is no valid address"),
+        ("http://[::1", "is no valid address"),
+        ("http://[fe80::1%25eth0]/", ""),
+        ("http://other.test#@photos.test/", "is on other.test, which is not among the allowed hosts"),
+        ("http://other.test?@photos.test/", "is on other.test, which is not among the allowed hosts"),
+        ("http://photos.test.other.test/", "is on photos.test.other.test, which is not among the allowed hosts"),
+        ("http://" + "a" * 300 + ".test/", "is no valid address"),
+        ("http://photos.test/\udcff", "is no valid address"),
+    ],
+)
+def test_addresses_that_are_not_allowed_are_refused_before_a_name_is_looked_up(
+    names: Names, address: str, reason: str
+) -> None:
+    assert reason in refusal(Fetcher(["photos.test"]), address)
+    assert names.asked == []
+
+
+@pytest.mark.parametrize(
+    "rule",
+    ["", "*", "*.", "*.*.org", "a*.org", "http://example.org", "example.org/a", "me@a.org", "a b", "a.org:x", "."],
+)
+def test_what_is_no_host_cannot_be_allowed(rule: str) -> None:
+    with pytest.raises(UsageError, match=r"is no allowed host .* give example\.com"):
+        Fetcher([rule])
+
+
+def test_wrong_limits_are_refused() -> None:
+    for options in ({"timeout": 0}, {"max_bytes": -1}, {"deadline": 0}, {"max_redirects": -1}):
+        with pytest.raises(UsageError, match="must be above 0"):
+            Fetcher(["example.org"], **options)
+    with pytest.raises(UsageError, match=r"is the string 'example\.org'; give a list"):
+        Fetcher("example.org")
+
+
+def test_nothing_is_allowed_by_default() -> None:
+    assert "is not among the allowed hosts" in refusal(Fetcher([]), "https://example.org/")
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    """A certificate for photos.test, which signs itself, and its key, made for this test."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("there is no openssl to make a certificate with")
+    file = tmp_path / "server.pem"
+    command = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=photos.test"]
+    command += ["-addext", "subjectAltName=DNS:photos.test", "-keyout", str(file), "-out", str(tmp_path / "cert.pem")]
+    subprocess.run(command, check=True, capture_output=True)
+    with file.open("a") as joined:
+        joined.write((tmp_path / "cert.pem").read_text())
+    return file
+
+
+@pytest.mark.usefixtures("open_loopback")
+def test_https_checks_the_certificate_and_the_name(
+    server: Server, certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str | None] = []
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    context.sni_callback = lambda _socket, name, _context: asked.append(name)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    hosts = [f"{host}:{server.server_port}" for host in ("photos.test", "other.test")]
+    address = server.address().replace("http:", "https:")
+    assert "certificate verify failed" in refusal(Fetcher(hosts), address)
+    trusting = ssl.create_default_context(cafile=str(certificate))
+    monkeypatch.setattr(remote, "tls_context", lambda: trusting)
+    fetcher = Fetcher(hosts)
+    assert fetcher.fetch(address) == PNG
+    assert asked[-1] == "photos.test"
+    assert server.asked[-1][1]["Host"] == f"photos.test:{server.server_port}"
+    assert "Hostname mismatch" in refusal(fetcher, address.replace("photos.test", "other.test"))
+    assert "cannot be fetched" in refusal(fetcher, server.address())
+
+
+@pytest.mark.usefixtures("open_loopback")
+def test_a_handshake_that_never_ends_is_given_up() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        started = time.monotonic()
+        reason = refusal(Fetcher([f"photos.test:{port}"], timeout=0.5), f"https://photos.test:{port}/")
+        assert "takes too long" in reason
+        assert time.monotonic() - started < 5
+
+
+def test_the_usual_context_checks_names_and_certificates() -> None:
+    context = remote.tls_context()
+    assert context.check_hostname
+    assert context.verify_mode == ssl.CERT_REQUIRED

@@ -1,0 +1,204 @@
+"""The same pixels from every lossless container, and every mode as RGB."""
+
+import struct
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+from raw_images import encoded, exif, heic, png_chunk, png_of, tiff_file, tiff_of, tiles_of
+
+from cocoa_embed.errors import ImageError
+from cocoa_embed.images.load import load_image
+from cocoa_embed.images.to_rgb import grey_to_8_bit, over_white, upright_rgb
+
+RNG = np.random.default_rng(0)
+NOISE = RNG.integers(0, 256, (27, 21, 3), dtype=np.uint8)
+"""Odd sides, so that tiles and the passes of interlacing do not fit."""
+
+ALPHA = RNG.integers(0, 256, (27, 21, 4), dtype=np.uint8)
+GREY = NOISE[:, :, :1]
+
+
+def wide(samples: np.ndarray) -> np.ndarray:
+    """Return samples of 16 bits whose upper 8 are the given ones, and whose lower 8 are not."""
+    return (samples.astype(np.uint16) << 8) + RNG.integers(0, 256, samples.shape, dtype=np.uint16)
+
+
+def image_of(samples: np.ndarray) -> Image.Image:
+    return Image.fromarray(samples[:, :, 0] if samples.shape[2] == 1 else samples)
+
+
+LOSSLESS: dict[str, Callable[[np.ndarray], bytes]] = {
+    "png": lambda samples: encoded(image_of(samples), "PNG"),
+    "bmp": lambda samples: encoded(image_of(samples), "BMP"),
+    "webp": lambda samples: encoded(image_of(samples), "WEBP", lossless=True, exact=True),
+    "jp2": lambda samples: encoded(image_of(samples), "JPEG2000", irreversible=False),
+    "tga": lambda samples: encoded(image_of(samples), "TGA"),
+    "tga, packed": lambda samples: encoded(image_of(samples), "TGA", compression="tga_rle"),
+    "ico": lambda samples: encoded(image_of(samples), "ICO", sizes=[(21, 27)]),
+    "tiff": lambda samples: encoded(image_of(samples), "TIFF"),
+    "heic": lambda samples: heic(image_of(samples)),
+    "animated png": lambda samples: encoded(
+        image_of(samples), "PNG", save_all=True, append_images=[image_of(255 - samples)]
+    ),
+    "animated webp": lambda samples: encoded(
+        image_of(samples), "WEBP", lossless=True, save_all=True, append_images=[image_of(255 - samples)]
+    ),
+    "pages of tiff": lambda samples: encoded(
+        image_of(samples), "TIFF", save_all=True, append_images=[image_of(255 - samples)]
+    ),
+    **{
+        f"tiff {compression}": lambda samples, compression=compression: encoded(
+            image_of(samples), "TIFF", compression=compression
+        )
+        for compression in ("tiff_lzw", "tiff_adobe_deflate", "packbits", "tiff_lzma")
+    },
+}
+
+ONLY_RGB: dict[str, bytes] = {
+    "ppm": encoded(image_of(NOISE), "PPM"),
+    "png, interlaced": png_of(NOISE, colour=2, interlaced=True),
+    "png, 16 bits": png_of(wide(NOISE), colour=2),
+    "tiff, tiled": tiles_of(NOISE),
+    "tiff, tiles of the library": encoded(image_of(NOISE), "TIFF", compression="tiff_lzw", tiffinfo={322: 16, 323: 16}),
+    **{
+        f"tiff, order {order}, planes {planar}, {samples.itemsize} bytes": tiff_of(
+            samples, 2, order=order, planar=planar
+        )
+        for order in "<>"
+        for planar in (False, True)
+        for samples in (NOISE, wide(NOISE))
+    },
+}
+
+
+@pytest.mark.parametrize("container", LOSSLESS)
+def test_the_same_pixels_come_out_of_every_lossless_container(container: str) -> None:
+    np.testing.assert_array_equal(load_image(LOSSLESS[container](NOISE)), NOISE)
+
+
+@pytest.mark.parametrize("container", ONLY_RGB)
+def test_the_same_pixels_come_out_however_they_are_laid_out(container: str) -> None:
+    np.testing.assert_array_equal(load_image(ONLY_RGB[container]), NOISE)
+
+
+@pytest.mark.parametrize("container", sorted(LOSSLESS.keys() - {"bmp"}))  # Pillow writes BMP without transparency
+def test_transparency_looks_the_same_in_every_container(container: str) -> None:
+    np.testing.assert_array_equal(load_image(LOSSLESS[container](ALPHA)), over_white(image_of(ALPHA)))
+
+
+GREYS = {
+    "png": encoded(image_of(GREY), "PNG"),
+    "png, interlaced": png_of(GREY[:, :, 0], colour=0, interlaced=True),
+    "png, 16 bits": png_of(wide(GREY)[:, :, 0], colour=0),
+    "png, 16 bits and alpha": png_of(np.dstack([wide(GREY), np.full_like(GREY, 1, dtype=np.uint16) * 65535]), colour=4),
+    "png, 16 bits of RGB": png_of(np.repeat(wide(GREY), 3, axis=2), colour=2),
+    "tiff, 16 bits": tiff_of(wide(GREY), 1),
+    "tiff, 16 bits, big-endian": tiff_of(wide(GREY), 1, order=">"),
+    "tiff, 16 bits, white is 0": tiff_of(65535 - wide(GREY), 0),
+    "tiff, 8 bits, white is 0": tiff_of(255 - GREY, 0),
+    "tiff, floats to 1": tiff_of((GREY / 255).astype(np.float32), 1),
+    "pgm": encoded(image_of(GREY), "PPM"),
+    "tga": encoded(image_of(GREY), "TGA"),
+    "heic": heic(image_of(GREY), matrix_coefficients=1),
+    "gif": encoded(image_of(GREY), "GIF"),
+}
+
+
+@pytest.mark.parametrize("container", GREYS)
+def test_grey_levels_are_the_same_in_every_container(container: str) -> None:
+    loaded = np.asarray(load_image(GREYS[container]), dtype=int)
+    # Floats do not have every level exactly.
+    np.testing.assert_allclose(loaded, np.repeat(GREY.astype(int), 3, axis=2), atol=1 if "floats" in container else 0)
+
+
+def test_12_bits_fill_the_whole_range() -> None:
+    tags = {256: (3, [2]), 257: (3, [1]), 258: (3, [12]), 259: (3, [1]), 262: (3, [1]), 277: (3, [1])}
+    loaded = load_image(tiff_file(tags, [b"\xff\xf8\x00"]))
+    assert [loaded.getpixel((column, 0)) for column in (0, 1)] == [(255, 255, 255), (128, 128, 128)]
+
+
+def test_floats_must_be_finite() -> None:
+    with pytest.raises(ImageError, match="not finite"):
+        load_image(tiff_of(np.full((2, 2, 1), np.nan, dtype=np.float32), 1))
+
+
+@pytest.mark.parametrize(
+    ("samples", "colour", "depth", "transparent"),
+    [
+        (np.array([[0, 1]], dtype=np.uint8), 0, 1, struct.pack(">H", 1)),
+        (np.array([[0, 2]], dtype=np.uint8), 0, 2, struct.pack(">H", 2)),
+        (np.array([[0, 9]], dtype=np.uint8), 0, 4, struct.pack(">H", 9)),
+        (np.array([[0, 99]], dtype=np.uint8), 0, 0, struct.pack(">H", 99)),
+        (np.array([[0, 0x1234]], dtype=np.uint16), 0, 0, struct.pack(">H", 0x1234)),
+        (np.array([[[0, 0, 0], [1, 2, 3]]], dtype=np.uint8), 2, 0, struct.pack(">HHH", 1, 2, 3)),
+        (np.array([[[0, 0, 0], [257, 512, 769]]], dtype=np.uint16), 2, 0, struct.pack(">HHH", 257, 512, 769)),
+    ],
+)
+def test_the_transparent_colour_of_a_png_is_white_at_every_depth(
+    samples: np.ndarray, colour: int, depth: int, transparent: bytes
+) -> None:
+    loaded = load_image(png_of(samples, png_chunk(b"tRNS", transparent), colour=colour, depth=depth))
+    assert [loaded.getpixel((column, 0)) for column in (0, 1)] == [(0, 0, 0), (255, 255, 255)]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 0])
+def test_a_palette_shows_its_colours_and_white_where_they_are_transparent(depth: int) -> None:
+    colours = png_chunk(b"PLTE", bytes([200, 0, 0, 0, 200, 0]))
+    samples = np.array([[0, 1]], dtype=np.uint8)
+    loaded = load_image(png_of(samples, colours, png_chunk(b"tRNS", b"\x80\0"), colour=3, depth=depth))
+    assert [loaded.getpixel((column, 0)) for column in (0, 1)] == [(227, 127, 127), (255, 255, 255)]
+
+
+def test_premultiplied_alpha_gives_the_colours_that_were_multiplied() -> None:
+    plain = tiff_of(np.array([[[200, 100, 0, 128]]], dtype=np.uint8), 2, alpha=2)
+    premultiplied = tiff_of(np.array([[[100, 50, 0, 128]]], dtype=np.uint8), 2, alpha=1)
+    difference = np.subtract(load_image(plain).getpixel((0, 0)), load_image(premultiplied).getpixel((0, 0)))
+    assert np.abs(difference).max() <= 1
+    unknown = load_image(tiff_of(np.array([[[200, 100, 0, 128]]], dtype=np.uint8), 2, alpha=0))
+    assert unknown.getpixel((0, 0)) == (200, 100, 0)
+
+
+def test_the_inverted_cmyk_of_adobe_has_the_right_colours() -> None:
+    ink = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+    data = encoded(ink, "JPEG", quality=95)
+    assert b"Adobe" in data
+    assert np.abs(np.subtract(load_image(data).getpixel((8, 8)), (255, 0, 0))).max() < 8
+    assert load_image(encoded(ink, "TIFF")).getpixel((8, 8)) == (255, 0, 0)
+
+
+def test_lab_is_converted_by_its_definition() -> None:
+    red = load_image(tiff_of(np.array([[[136, 80, 67]]], dtype=np.uint8), 8)).getpixel((0, 0))
+    assert np.abs(np.subtract(red, (255, 0, 0))).max() < 16
+
+
+@pytest.mark.parametrize("mode", [*Image.MODES, "La", "PA", "RGBX", "RGBa", "LAB", "HSV", "I;16B", "I;16L"])
+def test_every_mode_becomes_rgb(mode: str) -> None:
+    loaded = upright_rgb(Image.new(mode, (3, 2)))
+    assert (loaded.mode, loaded.size) == ("RGB", (3, 2))
+
+
+def test_transparency_is_laid_over_white_in_bands_as_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once = over_white(image_of(ALPHA))
+    monkeypatch.setattr("cocoa_embed.images.to_rgb.PIXELS_AT_ONCE", 50)
+    np.testing.assert_array_equal(over_white(image_of(ALPHA)), at_once)
+    palette = image_of(NOISE).quantize(5)
+    palette.info["transparency"] = 2
+    np.testing.assert_array_equal(over_white(palette), over_white(palette.convert("RGBA")))
+
+
+def test_16_bits_are_scaled_as_pillow_scales_those_of_colours() -> None:
+    values = np.arange(0, 65536, 7, dtype=np.uint16)[None]
+    grey = grey_to_8_bit(values)
+    colours = load_image(png_of(np.repeat(values[:, :, None], 3, axis=2), colour=2))
+    np.testing.assert_array_equal(np.asarray(colours)[:, :, 0], grey)
+
+
+def test_nothing_of_the_metadata_is_left_to_be_applied_again() -> None:
+    data = encoded(image_of(NOISE), "JPEG", exif=exif(6), icc_profile=b"profile", dpi=(72, 72))
+    loaded = load_image(data)
+    assert loaded.size == (27, 21)
+    assert ImageOps.exif_transpose(loaded).size == (27, 21)
+    assert not loaded.info
+    assert type(loaded) is Image.Image

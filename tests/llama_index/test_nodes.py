@@ -1,0 +1,149 @@
+import json
+from base64 import b64encode
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_model import colour_image
+from PIL import Image
+
+pytest.importorskip("llama_index.core")
+pytest.importorskip("qdrant_client")
+
+from llama_index.core.schema import (
+    Document,
+    ImageDocument,
+    ImageNode,
+    IndexNode,
+    MediaResource,
+    MetadataMode,
+    Node,
+    NodeRelationship,
+    RelatedNodeInfo,
+    TextNode,
+)
+from llama_index.core.vector_stores.utils import node_to_metadata_dict
+
+from cocoa_embed.errors import ImageError
+from cocoa_embed.integrations.llama_index.nodes import image_of, split_by_image, to_node
+from cocoa_embed.integrations.qdrant.indexer import Hit
+
+
+def hit(payload: dict[str, Any], id_: str = "7") -> Hit:
+    return Hit(id=id_, score=0.5, path=str(payload.get("path", "")), payload=payload)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    colour_image("red").save(tmp_path / "red.png")
+    return str(tmp_path / "red.png")
+
+
+def test_every_kind_of_node_gives_its_image(file: str) -> None:
+    data = Path(file).read_bytes()
+    encoded = b64encode(data).decode()
+    assert image_of(ImageNode(image_path=file)) == image_of(ImageDocument(image_path=file)) == file
+    assert image_of(Node(image_resource=MediaResource(path=Path(file)))) == file
+    assert image_of(ImageNode(image_url="https://example.com/a.png")) == "https://example.com/a.png"
+    for node in (
+        ImageNode(image=encoded, image_path="/gone.png"),
+        ImageDocument(image=encoded),
+        Node(image_resource=MediaResource(data=data)),
+    ):
+        image = image_of(node)
+        assert isinstance(image, BytesIO)
+        assert Image.open(image).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_a_node_without_an_image_gives_none() -> None:
+    for node in (TextNode(text="red"), Document(text="red"), ImageNode(text="red"), Node(), IndexNode(index_id="i")):
+        assert image_of(node) is None
+    image, text = ImageNode(image_path="a.png"), TextNode(text="red")
+    assert split_by_image([text, image]) == ([(image, "a.png")], [text])
+
+
+def test_an_image_that_is_not_in_base64_is_named() -> None:
+    with pytest.raises(ImageError, match="node n7: holds an image that is not in base64"):
+        image_of(ImageNode(id_="n7", image="a"))
+
+
+def test_what_llama_index_stored_comes_back() -> None:
+    nodes = [
+        ImageNode(image_path="/a.png", text="a lawn", metadata={"author": "Ann"}),
+        TextNode(text="a text", metadata={"page": 3}),
+        IndexNode(index_id="i", text="a summary"),
+    ]
+    for node in nodes:
+        found = to_node(hit(node_to_metadata_dict(node)))
+        assert type(found.node) is type(node)
+        assert found.node == node
+        assert found.score == 0.5
+
+
+def test_other_stored_nodes_with_an_image_become_image_nodes(file: str) -> None:
+    source = RelatedNodeInfo(node_id="source")
+    stored = [
+        ImageDocument(image_path=file, metadata={"author": "Ann"}, id_="one"),
+        ImageDocument(image_path=file, metadata={"author": "Ann"}, id_="two", text="a red thing"),
+        Node(
+            id_="three",
+            image_resource=MediaResource(path=Path(file)),
+            text_resource=MediaResource(text="a red thing"),
+            metadata={"author": "Ann"},
+            excluded_llm_metadata_keys=["author"],
+            relationships={NodeRelationship.SOURCE: source},
+        ),
+    ]
+    nodes = [to_node(hit(node_to_metadata_dict(node))).node for node in stored]
+    assert [type(node) for node in nodes] == [ImageNode] * 3
+    assert [node.image_path for node in nodes] == [file] * 3
+    assert [node.image_mimetype for node in nodes] == ["image/png"] * 3
+    assert [node.text for node in nodes] == ["", "a red thing", "a red thing"]
+    assert [node.metadata for node in nodes] == [{"author": "Ann"}] * 3
+    assert [node.node_id for node in nodes] == ["one", "two", "three"]
+    assert nodes[2].source_node == source
+    assert nodes[2].get_content(MetadataMode.LLM).strip() == "a red thing"
+
+
+@pytest.mark.parametrize(
+    ("payload", "path", "text"),
+    [
+        ({"path": "/x.png", "caption": "a lawn"}, "/x.png", "a lawn"),
+        ({"path": "/x"}, "/x", ""),
+        ({"path": "/X.JPG", "caption": None, "text": "words"}, "/X.JPG", "words"),
+        ({"image_path": "x.webp", "page_content": "words"}, "x.webp", "words"),
+        ({"path": "/x.bin", "mime": "image/tiff"}, "/x.bin", ""),
+        ({"path": "/x.pdf", "text": "page one"}, None, "page one"),
+        ({"path": "/x.png", "mime": "text/plain", "text": "words"}, None, "words"),
+        ({"text": "words"}, None, "words"),
+        ({"path": 3, "text": ["words"]}, None, ""),
+        ({}, None, ""),
+    ],
+)
+def test_a_point_of_others_becomes_what_its_payload_says(payload: dict, path: str | None, text: str) -> None:
+    found = to_node(hit({**payload, "author": "Ann"}))
+    assert isinstance(found.node, TextNode)
+    assert isinstance(found.node, ImageNode) == (path is not None)
+    assert getattr(found.node, "image_path", None) == path
+    assert (found.node.text, found.node.node_id, found.score) == (text, "7", 0.5)
+    assert found.node.metadata["author"] == "Ann"
+    assert text not in found.node.metadata.values() or not text
+
+
+@pytest.mark.parametrize(
+    "content", [None, 3, "", "{", "[]", "null", '{"text": []}', json.dumps({"image_resource": "x"})]
+)
+def test_a_node_that_cannot_be_read_is_made_of_the_rest(content: object) -> None:
+    payload = {"path": "/x.png", "caption": "a lawn", "_node_content": content, "_node_type": "ImageNode"}
+    found = to_node(hit({**payload, "doc_id": "None"}))
+    assert isinstance(found.node, ImageNode)
+    assert (found.node.image_path, found.node.text, found.node.node_id) == ("/x.png", "a lawn", "7")
+    assert found.node.metadata == {"path": "/x.png"}
+
+
+def test_an_image_that_llama_index_did_not_store_leaves_a_text() -> None:
+    encoded = b64encode(b"any bytes").decode()
+    found = to_node(hit(node_to_metadata_dict(ImageDocument(image=encoded, text="a red thing"))))
+    assert type(found.node) is TextNode
+    assert found.node.text == "a red thing"

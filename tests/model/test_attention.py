@@ -1,0 +1,229 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_backbones import every_family
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+
+from cocoa_embed.errors import CocoaError
+from cocoa_embed.model.attention import (
+    Block,
+    as_model_mask,
+    assert_bidirectional,
+    bidirectional_mask,
+    bridge_mask,
+    make_bidirectional,
+)
+from cocoa_embed.model.backbone import Backbone
+from cocoa_embed.train.data.rows import Item, Row, numbered
+from cocoa_embed.train.stages.collators import BridgeCollator, render_items
+from cocoa_embed.train.stages.reconstruction import last_hidden_states, position_ids
+
+IMPLEMENTATIONS = ("eager", "sdpa")
+
+SEES = {
+    (Block.A, Block.A): True, (Block.A, Block.EOS): True, (Block.A, Block.B): False,
+    (Block.EOS, Block.A): True, (Block.EOS, Block.EOS): True, (Block.EOS, Block.B): True,
+    (Block.B, Block.A): False, (Block.B, Block.EOS): True, (Block.B, Block.B): True,
+}  # fmt: skip
+"""METHOD.md, stage 2: (row, column) to whether the row attends to the column."""
+
+
+def causal_model(path: Path, implementation: str) -> PreTrainedModel:
+    model = AutoModelForImageTextToText.from_pretrained(path, attn_implementation=implementation)
+    assert model.config._attn_implementation == implementation
+    return model
+
+
+def make_causal_on(model: PreTrainedModel, *, padded: bool, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Let a bidirectional model be causal on padded batches alone, or on the others; return what it was, per call."""
+    decoder = model.get_decoder()
+    forward = decoder.forward
+    was_causal = []
+
+    def forward_sometimes_causal(*args: Any, attention_mask: Tensor, **kwargs: Any) -> object:
+        was_causal.append(bool((attention_mask == 0).any()) == padded)
+        decoder.config.is_causal = was_causal[-1]
+        try:
+            return forward(*args, attention_mask=attention_mask, **kwargs)
+        finally:
+            decoder.config.is_causal = False
+
+    monkeypatch.setattr(decoder, "forward", forward_sometimes_causal)
+    return was_causal
+
+
+def padded_batch(backbone: Backbone, rows: list[Row]) -> dict[str, Tensor]:
+    items = [Item(text="a red ring"), Item(text=rows[0].positive.text, image=rows[0].image), Item(image=rows[1].image)]
+    batch = render_items(backbone.processor, items)
+    lengths = batch["attention_mask"].sum(dim=1)
+    assert len(lengths.unique()) == len(items)
+    return batch
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@every_family
+def test_the_probe_refuses_a_causal_model(tiny_backbone_path: Path, implementation: str) -> None:
+    with pytest.raises(CocoaError, match=f"'{implementation}' is causal without padding"):
+        assert_bidirectional(causal_model(tiny_backbone_path, implementation))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("padded", [False, True])
+@every_family
+def test_the_probe_sees_causality_in_one_case_alone(
+    load_tiny: Callable[[str], Backbone], implementation: str, padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_tiny(implementation).model
+    was_causal = make_causal_on(model, padded=padded, monkeypatch=monkeypatch)
+    with pytest.raises(CocoaError, match=f"causal {'with' if padded else 'without'} padding"):
+        assert_bidirectional(model)
+    assert True in was_causal
+    assert (False in was_causal) == padded, "the probe tries the case without padding first"
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@every_family
+def test_make_bidirectional_satisfies_the_probe(tiny_backbone_path: Path, implementation: str) -> None:
+    model = causal_model(tiny_backbone_path, implementation)
+    with pytest.raises(CocoaError):
+        assert_bidirectional(model)
+    make_bidirectional(model)
+    assert model.config.get_text_config().is_causal is False
+    assert_bidirectional(model)
+
+
+def test_the_probe_restores_the_training_mode(tiny_backbone: Backbone) -> None:
+    for training in (True, False):
+        tiny_backbone.model.train(training)
+        assert_bidirectional(tiny_backbone.model)
+        assert all(module.training is training for module in tiny_backbone.model.modules())
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@every_family
+def test_a_saved_model_stays_bidirectional_in_plain_transformers(
+    tiny_backbone: Backbone, tmp_path: Path, implementation: str
+) -> None:
+    tiny_backbone.save(tmp_path)
+    reloaded = causal_model(tmp_path, implementation)
+    assert reloaded.config.get_text_config().is_causal is False
+    assert_bidirectional(reloaded)
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> Tensor:
+    """Blocks of a batch, in any order at all, one <EOS> in each row."""
+    length = draw(st.integers(1, 9))
+    others = st.lists(st.sampled_from([Block.PAD, Block.A, Block.B]), min_size=length - 1, max_size=length - 1)
+    rows = [draw(st.permutations([*draw(others), Block.EOS])) for _ in range(draw(st.integers(1, 4)))]
+    return torch.tensor(rows)
+
+
+@settings(deadline=None, max_examples=60)
+@given(blocks=layouts(), eos_attends_to_b=st.booleans())
+def test_the_bridge_mask_is_the_table_of_the_method(blocks: Tensor, eos_attends_to_b: bool) -> None:
+    sees = SEES | {(Block.EOS, Block.B): eos_attends_to_b}
+    allowed = bridge_mask(blocks, eos_attends_to_b=eos_attends_to_b)
+    assert allowed.dtype == torch.bool
+    assert allowed.shape == (*blocks.shape, blocks.shape[1])
+    for row, kinds in enumerate(blocks.tolist()):
+        for i, attending in enumerate(kinds):
+            for j, attended in enumerate(kinds):
+                if Block.PAD in (attending, attended):
+                    expected = i == j
+                else:
+                    expected = sees[Block(attending), Block(attended)]
+                assert allowed[row, i, j].item() is expected, (Block(attending).name, Block(attended).name)
+
+
+@settings(deadline=None, max_examples=40)
+@given(blocks=layouts(), eos_attends_to_b=st.booleans())
+def test_no_row_of_the_bridge_mask_is_empty(blocks: Tensor, eos_attends_to_b: bool) -> None:
+    assert bridge_mask(blocks, eos_attends_to_b=eos_attends_to_b).any(dim=2).all()
+
+
+def test_the_bridge_mask_needs_a_batch() -> None:
+    with pytest.raises(ValueError, match=r"\[B, L\], got \(3,\)"):
+        bridge_mask(torch.tensor([Block.A, Block.EOS, Block.B]))
+
+
+@pytest.mark.parametrize(("row", "count"), [([1, 1, 3], 0), ([1, 2, 2], 2)])
+def test_the_bridge_mask_needs_exactly_one_eos_in_each_row(row: list[int], count: int) -> None:
+    with pytest.raises(ValueError, match=rf"exactly one <EOS> position, got \[1, {count}\]"):
+        bridge_mask(torch.tensor([[1, 2, 3], row]))
+
+
+@settings(deadline=None, max_examples=40)
+@given(lengths=st.lists(st.integers(1, 7), min_size=1, max_size=4), left=st.booleans())
+def test_padding_is_seen_by_nobody_but_itself(lengths: list[int], left: bool) -> None:
+    width = max(lengths)
+    keep = torch.tensor([[1] * length + [0] * (width - length) for length in lengths])
+    keep = keep.flip(1) if left else keep
+    allowed = bidirectional_mask(keep)
+    for row, real in zip(allowed, keep.bool(), strict=True):
+        assert row[real][:, real].all()
+        assert not row[real][:, ~real].any()
+        assert torch.equal(row[~real].nonzero()[:, 1], (~real).nonzero().flatten())
+    assert allowed.any(dim=2).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@every_family
+def test_the_dense_mask_is_the_models_own_handling_of_padding(
+    load_tiny: Callable[[str], Backbone], scene_rows: list[Row], implementation: str
+) -> None:
+    backbone = load_tiny(implementation)
+    batch = padded_batch(backbone, scene_rows)
+    positions = position_ids(backbone.model, batch)
+    dense = as_model_mask(
+        bidirectional_mask(batch["attention_mask"]), attn_implementation=implementation, dtype=torch.float32
+    )
+    own = last_hidden_states(backbone.model, batch, batch["attention_mask"], positions)
+    ours = last_hidden_states(backbone.model, batch, dense, positions)
+    unmasked = as_model_mask(
+        torch.ones_like(dense[:, 0], dtype=torch.bool), attn_implementation=implementation, dtype=torch.float32
+    )
+    everything = last_hidden_states(backbone.model, batch, unmasked, positions)
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(ours[real], own[real], atol=1e-5, rtol=0)
+    assert not torch.allclose(everything[real], own[real], atol=1e-3), "without a mask, padding makes no difference"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("eos_attends_to_b", [True, False])
+@every_family
+def test_eager_and_sdpa_agree_under_the_bridge_mask(
+    load_tiny: Callable[[str], Backbone], scene_rows: list[Row], eos_attends_to_b: bool
+) -> None:
+    hidden_states = []
+    for implementation in IMPLEMENTATIONS:
+        backbone = load_tiny(implementation)
+        batch = BridgeCollator(backbone.processor, seed=0)(numbered(scene_rows[:3]))
+        allowed = bridge_mask(batch["blocks"], eos_attends_to_b=eos_attends_to_b)
+        mask = as_model_mask(allowed, attn_implementation=implementation, dtype=torch.float32)
+        positions = position_ids(backbone.model, batch)
+        hidden_states.append(last_hidden_states(backbone.model, batch, mask, positions))
+    assert hidden_states[0].std() > 0.1
+    torch.testing.assert_close(*hidden_states, atol=1e-5, rtol=0)
+
+
+def test_an_implementation_without_a_dense_mask_is_refused() -> None:
+    allowed = torch.ones(1, 2, 2, dtype=torch.bool)
+    with pytest.raises(ValueError, match="'flash_attention_2'; use 'sdpa' or 'eager'"):
+        as_model_mask(allowed, attn_implementation="flash_attention_2", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_eager_mask_is_finite_in_the_models_dtype(dtype: torch.dtype) -> None:
+    mask = as_model_mask(torch.tensor([[[True, False], [True, True]]]), attn_implementation="eager", dtype=dtype)
+    assert mask.dtype == dtype
+    assert mask.shape == (1, 1, 2, 2)
+    assert mask.isfinite().all()
+    assert (mask == 0).flatten().tolist() == [True, False, True, True]

@@ -1,0 +1,414 @@
+import json
+import re
+import shutil
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny_backbones import qwen2_vl
+from transformers import BertConfig, ProcessorMixin, Qwen2VLForConditionalGeneration
+
+from cocoa_embed.demo.captioner import MAX_PIXELS, QWEN_SPECIAL_TOKENS, build_processor, build_tokenizer
+from cocoa_embed.errors import CocoaError, UsageError
+from cocoa_embed.model.attention import assert_bidirectional
+from cocoa_embed.model.backbone import (
+    MASK_TOKEN,
+    Backbone,
+    PatchGeometry,
+    builtin_backbones,
+    load_backbone,
+    prepare_processor,
+    resolve_backbone,
+)
+from cocoa_embed.train.data.rows import Item
+from cocoa_embed.train.stages.collators import render_items
+from conftest import TINY_MAX_LENGTH
+
+LONG_TEXT = "large red circle at top left and small blue ring at bottom right on white " * 40
+PIXELS_PER_TOKEN = 28 * 28
+
+Weights = dict[str, torch.Tensor]
+
+
+@pytest.fixture
+def broken(tiny_backbone_path: Path, tmp_path: Path) -> Callable[[Callable[[Weights], None]], Path]:
+    """Copy the tiny backbone and change the copy's weights."""
+
+    def copy_and_change(change: Callable[[Weights], None]) -> Path:
+        folder = tmp_path / "broken"
+        shutil.copytree(tiny_backbone_path, folder)
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    return copy_and_change
+
+
+@pytest.fixture
+def make_image(tmp_path: Path) -> Callable[[int, int], Path]:
+    def make(width: int, height: int) -> Path:
+        pixels = np.random.default_rng(width * 10_000 + height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        path = tmp_path / f"{width}x{height}.png"
+        Image.fromarray(pixels).save(path)
+        return path
+
+    return make
+
+
+def assert_one_line(error: pytest.ExceptionInfo[CocoaError]) -> None:
+    assert "\n" not in str(error.value).strip()
+
+
+def visual_tokens(backbone: Backbone, ids: torch.Tensor) -> int:
+    return int((ids == backbone.model.config.image_token_id).sum())
+
+
+# The backbone that ships with the package
+
+
+@pytest.fixture(scope="module")
+def scene_captioner() -> Backbone:
+    return load_backbone("scene-captioner")
+
+
+def test_the_packaged_backbone_loads_by_name_in_float32_and_bidirectional(scene_captioner: Backbone) -> None:
+    assert builtin_backbones() == ["scene-captioner"]
+    assert {parameter.dtype for parameter in scene_captioner.model.parameters()} == {torch.float32}
+    assert type(scene_captioner.model) is Qwen2VLForConditionalGeneration
+    assert_bidirectional(scene_captioner.model)
+
+
+def test_the_packaged_backbone_is_small(scene_captioner: Backbone) -> None:
+    assert 2_000_000 <= sum(parameter.numel() for parameter in scene_captioner.model.parameters()) <= 4_000_000
+    weights = files("cocoa_embed") / "backbones" / "scene-captioner" / "model.safetensors"
+    assert 2 * 2_000_000 < Path(str(weights)).stat().st_size <= 8 * 10**6
+
+
+def test_the_packaged_backbone_has_qwens_special_tokens_by_name(scene_captioner: Backbone) -> None:
+    tokenizer, config = scene_captioner.processor.tokenizer, scene_captioner.model.config
+    assert set(QWEN_SPECIAL_TOKENS) <= set(tokenizer.all_special_tokens)
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
+    assert tokenizer.eos_token_id != tokenizer.pad_token_id
+    for name in ("vision_start", "vision_end", "image", "video"):
+        token = f"<|{name}|>" if name.startswith("vision") else f"<|{name}_pad|>"
+        assert getattr(config, f"{name}_token_id") == tokenizer.convert_tokens_to_ids(token)
+    assert config.get_text_config().eos_token_id == tokenizer.eos_token_id
+    assert config.get_text_config().pad_token_id == tokenizer.pad_token_id
+
+
+# Names and folders
+
+
+def test_an_unknown_name_lists_the_known() -> None:
+    with pytest.raises(CocoaError, match=r"'scene-captoner'.*\(scene-captioner\)") as error:
+        load_backbone("scene-captoner")
+    assert_one_line(error)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/no/where", "~/nowhere"])
+def test_a_missing_folder_is_never_taken_for_a_hub_name(name: str) -> None:
+    with pytest.raises(CocoaError, match="it is no folder") as error:
+        load_backbone(name)
+    assert_one_line(error)
+
+
+def test_a_hub_name_is_left_to_transformers_and_a_folder_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert resolve_backbone("Qwen/Qwen2-VL-2B-Instruct") == "Qwen/Qwen2-VL-2B-Instruct"
+    assert Path(resolve_backbone("scene-captioner")).is_absolute()
+    (tmp_path / "scene-captioner").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert resolve_backbone("scene-captioner") == "scene-captioner"
+
+
+def test_a_model_of_another_type_is_refused_with_the_supported(tmp_path: Path) -> None:
+    BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=r"is a 'bert' model; supported are qwen2_5_vl, qwen2_vl, qwen3_vl\.") as error:
+        load_backbone(str(tmp_path))
+    assert_one_line(error)
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"no": "model type"}'])
+def test_a_folder_without_a_model_config_is_refused(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(CocoaError, match=re.escape(f"Cannot read a model config from {tmp_path}")) as error:
+        load_backbone(str(tmp_path))
+    assert_one_line(error)
+
+
+def test_a_folder_without_weights_is_refused(tiny_backbone_path: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_backbone_path, tmp_path / "empty", ignore=shutil.ignore_patterns("*.safetensors"))
+    assert (tmp_path / "empty" / "config.json").is_file()
+    with pytest.raises(CocoaError, match=re.escape(f"Cannot load weights from {tmp_path / 'empty'}")) as error:
+        load_backbone(str(tmp_path / "empty"))
+    assert_one_line(error)
+
+
+def test_weights_that_are_cut_short_are_refused(tiny_backbone_path: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_backbone_path, tmp_path / "short")
+    weights = tmp_path / "short" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(CocoaError, match="short") as error:
+        load_backbone(str(tmp_path / "short"))
+    assert_one_line(error)
+
+
+def test_a_folder_without_a_processor_is_refused(tiny_backbone_path: Path, tmp_path: Path) -> None:
+    ignored = shutil.ignore_patterns("*token*", "*processor*", "*.jinja")
+    shutil.copytree(tiny_backbone_path, tmp_path / "mute", ignore=ignored)
+    with pytest.raises(CocoaError, match="mute") as error:
+        load_backbone(str(tmp_path / "mute"))
+    assert_one_line(error)
+
+
+# Weights that do not fit
+
+
+def test_missing_weights_are_an_error_that_lists_them(broken: Callable[[Callable[[Weights], None]], Path]) -> None:
+    def drop(weights: Weights) -> None:
+        del weights["model.layers.1.mlp.up_proj.weight"]
+        (bias,) = (name for name in weights if name.endswith("visual.blocks.0.attn.qkv.bias"))
+        del weights[bias]
+
+    with pytest.raises(CocoaError, match="missing: ") as error:
+        load_backbone(str(broken(drop)))
+    assert "layers.1.mlp.up_proj.weight" in str(error.value)
+    assert "blocks.0.attn.qkv.bias" in str(error.value)
+    assert "layers.0" not in str(error.value)
+    assert_one_line(error)
+
+
+def test_unexpected_weights_are_an_error_that_lists_them(broken: Callable[[Callable[[Weights], None]], Path]) -> None:
+    def add(weights: Weights) -> None:
+        weights["model.layers.7.self_attn.extra.weight"] = torch.zeros(2)
+
+    with pytest.raises(CocoaError, match=r"unexpected: .*layers\.7\.self_attn\.extra\.weight") as error:
+        load_backbone(str(broken(add)))
+    assert_one_line(error)
+
+
+def test_weights_of_another_shape_are_an_error_that_names_them(
+    broken: Callable[[Callable[[Weights], None]], Path],
+) -> None:
+    def reshape(weights: Weights) -> None:
+        assert weights["model.norm.weight"].shape == (32,)
+        weights["model.norm.weight"] = torch.ones(33)
+
+    with pytest.raises(CocoaError, match=r"norm\.weight") as error:
+        load_backbone(str(broken(reshape)))
+    assert_one_line(error)
+
+
+def test_whole_weights_are_not_refused(broken: Callable[[Callable[[Weights], None]], Path]) -> None:
+    load_backbone(str(broken(lambda weights: None)), max_length=TINY_MAX_LENGTH)
+
+
+# The mask token
+
+
+def save_with_rows(folder: Path, rows: int) -> torch.Tensor:
+    """Save a tiny backbone whose embedding matrix has ``rows`` rows, and return that matrix."""
+    model, processor = qwen2_vl(build_tokenizer(0))
+    config = model.config
+    config.text_config.vocab_size = rows
+    torch.manual_seed(0)
+    model = Qwen2VLForConditionalGeneration(config)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model.get_input_embeddings().weight.detach().clone()
+
+
+def tokens_before_the_mask_token() -> int:
+    tokenizer = build_tokenizer(0)
+    assert tokenizer.mask_token is None
+    return len(tokenizer)
+
+
+def test_a_mask_token_is_added_without_a_resize_where_the_matrix_has_room(tmp_path: Path) -> None:
+    tokens = tokens_before_the_mask_token()
+    matrix = save_with_rows(tmp_path, tokens + 10)
+    backbone = load_backbone(str(tmp_path), max_length=TINY_MAX_LENGTH)
+    assert backbone.processor.tokenizer.mask_token == MASK_TOKEN
+    assert backbone.processor.tokenizer.mask_token_id == tokens
+    assert torch.equal(backbone.model.get_input_embeddings().weight, matrix)
+    assert backbone.model.config.get_text_config().vocab_size == tokens + 10
+
+
+def test_a_mask_token_is_added_with_a_resize_where_the_matrix_is_full(tmp_path: Path) -> None:
+    tokens = tokens_before_the_mask_token()
+    matrix = save_with_rows(tmp_path, tokens)
+    backbone = load_backbone(str(tmp_path), max_length=TINY_MAX_LENGTH)
+    widened = backbone.model.get_input_embeddings().weight
+    assert backbone.processor.tokenizer.mask_token_id == tokens
+    assert widened.shape == (tokens + 1, matrix.shape[1])
+    assert torch.equal(widened[:tokens], matrix)
+    assert backbone.model.config.get_text_config().vocab_size == tokens + 1
+    assert backbone.model.get_output_embeddings().weight.shape == widened.shape
+    backbone.save(tmp_path / "again")
+    again = load_backbone(str(tmp_path / "again"), max_length=TINY_MAX_LENGTH)
+    assert torch.equal(again.model.get_input_embeddings().weight, widened)
+    assert again.processor.tokenizer.mask_token_id == tokens
+
+
+def test_a_mask_token_that_is_there_is_kept() -> None:
+    processor = build_processor(build_tokenizer(0))
+    processor.tokenizer.add_special_tokens({"mask_token": "[HIDDEN]"})
+    size = len(processor.tokenizer)
+    prepare_processor(processor, max_length=TINY_MAX_LENGTH)
+    assert (processor.tokenizer.mask_token, len(processor.tokenizer)) == ("[HIDDEN]", size)
+
+
+# Patches and pixels
+
+
+@pytest.mark.parametrize("size", [(56, 56), (84, 28), (112, 84)])
+def test_the_patch_geometry_is_that_of_the_processors_rows(
+    tiny_backbone: Backbone, make_image: Callable[[int, int], Path], size: tuple[int, int]
+) -> None:
+    batch = render_items(tiny_backbone.processor, [Item(image=make_image(*size))])
+    geometry = tiny_backbone.geometry
+    patches, width = batch["pixel_values"].shape
+    assert width == geometry.patch_width == 1176
+    tokens = visual_tokens(tiny_backbone, batch["input_ids"])
+    assert patches == tokens * geometry.patches_per_token
+    assert tokens == size[0] * size[1] // (geometry.patch_size * geometry.merge_size) ** 2
+
+
+def test_the_patch_geometry_comes_from_the_config(tiny_backbone: Backbone) -> None:
+    config = tiny_backbone.model.config
+    config.vision_config.patch_size = 7
+    config.vision_config.in_channels = 1
+    config.vision_config.temporal_patch_size = 5
+    config.vision_config.spatial_merge_size = 3
+    geometry = PatchGeometry.from_config(config)
+    assert (geometry.patch_width, geometry.patches_per_token) == (1 * 5 * 7 * 7, 9)
+
+
+def test_max_pixels_is_applied_and_saved(
+    tiny_backbone_path: Path, tmp_path: Path, make_image: Callable[[int, int], Path]
+) -> None:
+    image = Item(image=make_image(112, 112))
+    for name, max_pixels, tokens in (("default", None, 16), ("smaller", 4 * PIXELS_PER_TOKEN, 4)):
+        backbone = load_backbone(str(tiny_backbone_path), max_length=TINY_MAX_LENGTH, max_pixels=max_pixels)
+        backbone.save(tmp_path / name)
+        for loaded in (backbone, load_backbone(str(tmp_path / name))):
+            assert loaded.processor.image_processor.size["longest_edge"] == (max_pixels or MAX_PIXELS)
+            assert visual_tokens(loaded, render_items(loaded.processor, [image])["input_ids"]) == tokens
+
+
+def test_max_length_is_applied_and_saved(tiny_backbone_path: Path, tmp_path: Path) -> None:
+    load_backbone(str(tiny_backbone_path), max_length=80).save(tmp_path)
+    loaded = load_backbone(str(tmp_path))
+    assert loaded.processor.tokenizer.model_max_length == 80
+    assert render_items(loaded.processor, [Item(text=LONG_TEXT)])["input_ids"].shape == (1, 80)
+
+
+def test_an_image_limit_too_large_for_the_sequence_is_refused_with_both_numbers(tiny_backbone_path: Path) -> None:
+    assert MAX_PIXELS // PIXELS_PER_TOKEN == 16
+    load_backbone(str(tiny_backbone_path), max_length=64)
+    with pytest.raises(UsageError, match=r"100352 pixels takes 160 visual tokens.* 120 .*128 has room") as error:
+        load_backbone(str(tiny_backbone_path), max_length=128, max_pixels=128 * PIXELS_PER_TOKEN)
+    assert "lower max_pixels or raise max_length" in str(error.value)
+    assert_one_line(error)
+
+
+def test_what_cannot_hold_its_own_images_is_refused_before_the_weights_are_used(tiny_backbone_path: Path) -> None:
+    with pytest.raises(UsageError, match="56 visual tokens"):
+        load_backbone(str(tiny_backbone_path), max_length=20)
+
+
+# Every sequence ends in <EOS>
+
+
+@pytest.mark.parametrize(
+    ("text", "has_image"),
+    [(text, has_image) for text in ("", "a red ring", LONG_TEXT) for has_image in (False, True)] + [(None, True)],
+)
+def test_every_sequence_ends_in_eos_and_keeps_its_visual_tokens(
+    tiny_backbone: Backbone, make_image: Callable[[int, int], Path], text: str | None, has_image: bool
+) -> None:
+    processor = tiny_backbone.processor
+    item = Item(text=text, image=make_image(112, 112) if has_image else None)
+    companion = Item(text="small blue ring " * 10)
+    batch = render_items(processor, [item, companion])
+    length = int(batch["attention_mask"][0].sum())
+    ids = batch["input_ids"][0, :length]
+    assert ids[-1] == processor.tokenizer.eos_token_id
+    assert (ids == processor.tokenizer.eos_token_id).sum() == 1
+    assert visual_tokens(tiny_backbone, ids) == (16 if has_image else 0)
+    assert (length == TINY_MAX_LENGTH) == (text == LONG_TEXT), "the long text, and no other, is truncated"
+    assert batch["attention_mask"][0].tolist() == [1] * length + [0] * (batch["input_ids"].shape[1] - length)
+
+
+@pytest.mark.parametrize("room", [0, 1, 7])
+def test_a_text_gives_way_to_the_visual_tokens(
+    tiny_backbone_path: Path, make_image: Callable[[int, int], Path], room: int
+) -> None:
+    backbone = load_backbone(str(tiny_backbone_path), max_length=64 + room)
+    batch = render_items(backbone.processor, [Item(text=LONG_TEXT, image=make_image(112, 112))])
+    assert batch["input_ids"].shape == (1, 64 + room)
+    assert batch["input_ids"][0, -1] == backbone.processor.tokenizer.eos_token_id
+    assert visual_tokens(backbone, batch["input_ids"]) == 16
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "max_length"), [(16, 24), (16, 40), (100, 108)], ids=["smallest", "small", "larger"]
+)
+@pytest.mark.parametrize("size", [(28 * 150, 28), (28, 28 * 150), (2000, 12), (1200, 40)])
+def test_a_panorama_takes_no_more_tokens_than_the_sequence_has_room_for(
+    tiny_backbone_path: Path,
+    make_image: Callable[[int, int], Path],
+    max_tokens: int,
+    max_length: int,
+    size: tuple[int, int],
+) -> None:
+    """The image processor rounds the short side up to one token, so that a long image exceeds its pixel limit."""
+    folder, max_pixels = str(tiny_backbone_path), max_tokens * PIXELS_PER_TOKEN
+    try:
+        backbone = load_backbone(folder, max_length=max_length, max_pixels=max_pixels)
+    except UsageError:
+        return
+    batch = render_items(backbone.processor, [Item(text="a red ring", image=make_image(*size))])
+    tokens = int(batch["image_grid_thw"].prod()) // 4
+    assert visual_tokens(backbone, batch["input_ids"]) == tokens
+    assert batch["input_ids"][0, -1] == backbone.processor.tokenizer.eos_token_id
+
+
+def test_saved_and_loaded_again_a_backbone_renders_the_same(
+    tiny_backbone: Backbone, tmp_path: Path, make_image: Callable[[int, int], Path]
+) -> None:
+    items = [Item(text=LONG_TEXT), Item(text="a red ring", image=make_image(56, 84)), Item(image=make_image(56, 56))]
+    tiny_backbone.save(tmp_path)
+    again = load_backbone(str(tmp_path)).processor
+    first, second = render_items(tiny_backbone.processor, items), render_items(again, items)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_no_second_chat_template_is_left_beside_the_one(tiny_backbone: Backbone, tmp_path: Path) -> None:
+    tiny_backbone.save(tmp_path)
+    assert (tmp_path / "chat_template.jinja").read_text() == tiny_backbone.processor.chat_template
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text()).get("chat_template") is None
+
+
+def test_the_processor_of_qwen_is_prepared_the_same_whatever_it_was_before() -> None:
+    def rendered(processor: ProcessorMixin) -> list[int]:
+        prepare_processor(processor, max_length=TINY_MAX_LENGTH)
+        return list(processor.tokenizer("a red ring")["input_ids"])
+
+    plain, other = (build_processor(build_tokenizer(0)) for _ in range(2))
+    other.tokenizer.padding_side = "left"
+    other.chat_template = "{{ 'something else' }}"
+    other.tokenizer.chat_template = "{{ 'yet another' }}"
+    assert rendered(plain) == rendered(other) == rendered(other), "twice prepared is prepared once"
+    assert other.tokenizer.padding_side == "right"
+    assert other.chat_template == plain.chat_template
+    assert other.tokenizer.chat_template is None

@@ -1,0 +1,109 @@
+"""``bidirectional: false`` leaves a backbone causal through every stage, for comparisons."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sentence_transformers import SentenceTransformer
+
+from cocoa_embed.errors import CocoaError, UsageError
+from cocoa_embed.model.attention import assert_bidirectional, before_or_itself, is_causal
+from cocoa_embed.model.backbone import Backbone, load_backbone
+from cocoa_embed.model.export import export_model
+from cocoa_embed.train.data.rows import Row, numbered
+from cocoa_embed.train.loop.arguments import stage_attention
+from cocoa_embed.train.pipeline import run
+from cocoa_embed.train.recipe import STAGES, Recipe
+from cocoa_embed.train.stages.bridge import BridgeModel
+from cocoa_embed.train.stages.collators import Batch, BridgeCollator, WarmupCollator
+from cocoa_embed.train.stages.reconstruction import full_model_mask, last_hidden_states, position_ids
+from conftest import TINY_MAX_LENGTH
+
+STAGE: dict[str, Any] = {"steps": 1, "batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 0}
+
+
+@pytest.fixture
+def causal(tiny_backbone_path: Path) -> Backbone:
+    return load_backbone(str(tiny_backbone_path), max_length=TINY_MAX_LENGTH, bidirectional=False)
+
+
+@given(st.integers(1, 9), st.integers(0, 2**32 - 1))
+def test_what_is_ahead_is_taken_from_a_mask_and_nothing_else(length: int, seed: int) -> None:
+    allowed = torch.rand(2, length, length, generator=torch.Generator().manual_seed(seed)) < 0.5
+    kept = before_or_itself(allowed)
+    for row in range(length):
+        assert torch.equal(kept[:, row, : row + 1], allowed[:, row, : row + 1])
+        assert not kept[:, row, row + 1 :].any()
+
+
+def test_a_causal_backbone_is_one(causal: Backbone, tiny_backbone: Backbone) -> None:
+    assert is_causal(causal.model)
+    assert not is_causal(tiny_backbone.model)
+    with pytest.raises(CocoaError, match="is causal"):
+        assert_bidirectional(causal.model)
+
+
+def changed_at_the_end(batch: Batch) -> Batch:
+    """Exchange the last token of every row."""
+    ids, last = batch["input_ids"].clone(), batch["attention_mask"].sum(dim=1) - 1
+    rows = torch.arange(len(ids))
+    ids[rows, last] = torch.where(ids[rows, last] == 100, 101, 100)
+    return {**batch, "input_ids": ids}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stage", ["warmup", "bridge"])
+def test_the_last_token_reaches_an_earlier_one_where_attention_is_bidirectional_and_else_not(
+    causal: Backbone, tiny_backbone: Backbone, scene_rows: list[Row], stage: str
+) -> None:
+    for backbone, reaches in ((tiny_backbone, True), (causal, False)):
+        model = backbone.model.eval()
+        if stage == "bridge":
+            batch = BridgeCollator(backbone.processor, seed=0)(numbered(scene_rows[:4]))
+            shown = BridgeModel(model)
+            first, second = (shown.predict(each) for each in (batch, changed_at_the_end(batch)))
+            last = batch["attention_mask"].sum(dim=1)[batch["hidden_tokens"].nonzero()[:, 0]] - 1
+            # A hidden token is predicted from the position before it.
+            earlier = batch["hidden_tokens"].nonzero()[:, 1] - 1 < last
+        else:
+            batch = WarmupCollator(backbone.processor, backbone.geometry, seed=0)(numbered(scene_rows[:4]))
+            mask, positions = full_model_mask(model, batch["attention_mask"]), position_ids(model, batch)
+            first, second = (
+                last_hidden_states(model, each, mask, positions) for each in (batch, changed_at_the_end(batch))
+            )
+            steps = torch.arange(first.shape[1])
+            earlier = steps[None, :] < batch["attention_mask"].sum(dim=1)[:, None] - 1
+        assert earlier.any()
+        assert torch.equal(first[earlier], second[earlier]) is not reaches
+
+
+def test_every_stage_stays_causal_and_so_does_the_export(
+    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path
+) -> None:
+    recipe = Recipe.parse(
+        {
+            "name": "causal",
+            "backbone": str(tiny_backbone_path),
+            "max_length": TINY_MAX_LENGTH,
+            "bidirectional": False,
+            "data": {"folder": str(scene_folder)},
+            **dict.fromkeys(STAGES, STAGE),
+        }
+    )
+    results = run(recipe, tmp_path / "out")
+    exported = export_model(results[-1].folder, tmp_path / "model")
+    model = SentenceTransformer(str(exported), device="cpu")
+    assert model.encode("a red ring").shape == (32,)
+    with pytest.raises(CocoaError, match="is causal"):
+        assert_bidirectional(model[0].auto_model)
+    assert "made bidirectional" not in (exported / "README.md").read_text()
+
+
+def test_flex_attention_has_no_causal_bridge() -> None:
+    values = {"name": "causal", "backbone": "x", "bidirectional": False, "bridge": STAGE}
+    assert stage_attention(Recipe.parse(values), "bridge") == "sdpa"
+    with pytest.raises(UsageError, match="bidirectional=false goes with attn_implementation sdpa or eager"):
+        stage_attention(Recipe.parse({**values, "attn_implementation": "flex_attention"}), "bridge")

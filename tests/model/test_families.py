@@ -1,0 +1,116 @@
+"""Every supported family through the three stages, the export, and a plain SentenceTransformer."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from exported import PROMPTS
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+from tiny_backbones import FAMILIES, every_family
+
+from cocoa_embed.model.attention import assert_bidirectional
+from cocoa_embed.model.backbone import SUPPORTED, Backbone, load_backbone
+from cocoa_embed.model.export import export_model
+from cocoa_embed.train.data.rows import Item, Row
+from cocoa_embed.train.pipeline import run
+from cocoa_embed.train.recipe import Recipe
+from cocoa_embed.train.record import StageResult
+from cocoa_embed.train.stages.collators import render_items
+from cocoa_embed.train.stages.reconstruction import position_ids
+from conftest import TINY_MAX_LENGTH
+
+STAGE = {"steps": 2, "batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 0, "logging_steps": 1}
+
+
+class Trained(NamedTuple):
+    family: str
+    backbone: Path
+    stages: list[StageResult]
+    model: SentenceTransformer
+
+
+@pytest.fixture(scope="module")
+def trained(
+    family: str, tiny_backbone_path: Path, scene_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Trained:
+    folder = tmp_path_factory.mktemp(f"trained-{family}")
+    recipe = Recipe.parse(
+        {
+            "name": family,
+            "backbone": str(tiny_backbone_path),
+            "max_length": TINY_MAX_LENGTH,
+            "prompts": PROMPTS,
+            "data": {"folder": str(scene_folder)},
+            "warmup": STAGE,
+            "bridge": {**STAGE, "data": {"paraphrases": 1}},
+            "contrastive": STAGE,
+        }
+    )
+    stages = run(recipe, folder / "run")
+    export_model(stages[-1].folder, folder / "cocoa-model")
+    return Trained(family, tiny_backbone_path, stages, SentenceTransformer(str(folder / "cocoa-model")))
+
+
+def test_the_tests_cover_what_is_supported() -> None:
+    assert FAMILIES.keys() == SUPPORTED.keys()
+
+
+@every_family
+def test_each_stage_learns_from_text_and_image(trained: Trained) -> None:
+    before = load_backbone(str(trained.backbone), max_length=TINY_MAX_LENGTH).model
+    assert type(before) is SUPPORTED[trained.family]
+    for stage in trained.stages:
+        after = load_backbone(str(stage.folder), max_length=TINY_MAX_LENGTH).model
+        for part in ("visual", "language_model"):
+            first, last = (getattr(model.model, part).state_dict() for model in (before, after))
+            assert any(not torch.equal(first[name], last[name]) for name in first), (stage.stage, part)
+        assert all(np.isfinite(line["loss"]) for line in stage.log if "loss" in line)
+        before = after
+
+
+@every_family
+def test_the_export_is_bidirectional_and_of_its_familys_own_class(trained: Trained) -> None:
+    backbone = trained.model[0].auto_model
+    assert backbone.config.model_type == trained.family
+    assert_bidirectional(backbone)
+
+
+@every_family
+def test_the_export_encodes_any_item_into_one_space(trained: Trained, scene_rows: list[Row]) -> None:
+    image = Image.open(scene_rows[0].image)
+    items = [{"text": "a red ring"}, {"image": image}, {"image": image, "text": "blue cross on white " * 200}]
+    together = trained.model.encode(items)
+    np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
+    alone = np.concatenate([trained.model.encode([item]) for item in items])
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    assert np.abs(together[0] - together[1]).max() > 1e-3
+
+
+@every_family
+def test_an_image_stands_at_the_moment_after_its_marker(tiny_backbone: Backbone, scene_rows: list[Row]) -> None:
+    """Qwen2.5-VL's moments are multiplied in videos; in transformers 5.4 to 5.5.3 they are in images too."""
+    batch = render_items(tiny_backbone.processor, [Item(text="a red ring", image=row.image) for row in scene_rows[:2]])
+    positions = position_ids(tiny_backbone.model, batch)
+    is_image = batch["input_ids"] == tiny_backbone.model.config.image_token_id
+    first = is_image.int().argmax(dim=1)
+    assert (first > 0).all(), "moment 0 is 0 however often it is multiplied"
+    for row, start in enumerate(first.tolist()):
+        assert set(positions[0, row, is_image[row]].tolist()) == {start}
+
+
+@every_family
+@pytest.mark.parametrize("text", [None, "a red ring", "blue cross on white " * 200])
+def test_token_ids_are_equal_in_training_and_in_inference(
+    trained: Trained, scene_rows: list[Row], text: str | None
+) -> None:
+    path = scene_rows[0].image
+    processor = load_backbone(str(trained.stages[0].folder), max_length=TINY_MAX_LENGTH).processor
+    in_training = render_items(processor, [Item(text=text, image=path)])
+    given = {"image": Image.open(path).convert("RGB")} | ({} if text is None else {"text": text})
+    in_inference = trained.model.preprocess([given])
+    assert in_training["input_ids"].tolist() == in_inference["input_ids"].tolist()
+    assert torch.equal(in_training["pixel_values"], in_inference["pixel_values"])
+    assert in_training["input_ids"][0, -1] == processor.tokenizer.eos_token_id

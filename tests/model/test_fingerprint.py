@@ -1,0 +1,86 @@
+from pathlib import Path
+
+import pytest
+import torch
+from exported import write_checkpoint
+from sentence_transformers import SentenceTransformer
+
+from cocoa_embed.model.backbone import load_backbone
+from cocoa_embed.model.export import export_model
+from cocoa_embed.model.fingerprint import SAMPLED_VALUES, model_fingerprint, tensor_digest, weights_digest
+from conftest import TINY_MAX_LENGTH
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_backbone_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    backbone = load_backbone(str(tiny_backbone_path), max_length=TINY_MAX_LENGTH)
+    run = tmp_path_factory.mktemp("run")
+    return export_model(write_checkpoint(backbone, run / "contrastive"), run / "model")
+
+
+@pytest.fixture
+def model(folder: Path) -> SentenceTransformer:
+    return SentenceTransformer(str(folder), device="cpu")
+
+
+def test_a_model_loaded_twice_is_the_same_in_float32_and_bfloat16(folder: Path, model: SentenceTransformer) -> None:
+    fingerprint = model_fingerprint(model)
+    assert len(bytes.fromhex(fingerprint)) == 32
+    half = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": torch.bfloat16})
+    assert (model.dtype, half.dtype) == (torch.float32, torch.bfloat16)
+    assert model_fingerprint(half) == fingerprint
+
+
+def test_a_small_step_of_training_makes_another_model(model: SentenceTransformer) -> None:
+    before = model_fingerprint(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + 1e-3)
+    assert model_fingerprint(model) != before
+
+
+def test_settings_that_change_embeddings_make_another_model(model: SentenceTransformer) -> None:
+    seen = {model_fingerprint(model)}
+    model.prompts["query"] = "another prompt: "
+    seen.add(model_fingerprint(model))
+    model[0].processor.chat_template += " "
+    seen.add(model_fingerprint(model))
+    model[1].pooling_mode = "mean"
+    seen.add(model_fingerprint(model))
+    model.config.get_text_config().is_causal = True
+    seen.add(model_fingerprint(model))
+    model.max_seq_length = 7
+    seen.add(model_fingerprint(model))
+    model[0].processor.image_processor.image_mean = [0.0, 0.0, 0.0]
+    seen.add(model_fingerprint(model))
+    assert len(seen) == 7
+
+
+def test_a_prompt_that_is_empty_is_none(model: SentenceTransformer) -> None:
+    model.prompts = {}
+    before = model_fingerprint(model)
+    model.prompts = {"query": "", "document": ""}
+    assert model_fingerprint(model) == before
+
+
+def test_the_names_and_the_order_of_weights_do_not_matter() -> None:
+    one, other = torch.randn(3, 4), torch.randn(5)
+    assert weights_digest({"a": one, "b": other}) == weights_digest({"x.b": other, "x.a": one})
+    assert weights_digest({"a": one, "b": other}) != weights_digest({"a": one, "b": one})
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (SAMPLED_VALUES + 1,), (7, 3 * SAMPLED_VALUES)])
+def test_a_digest_sees_the_shape_and_values_from_all_over_a_tensor(shape: tuple[int, ...]) -> None:
+    tensor = torch.randn(shape)
+    assert tensor_digest(tensor) == tensor_digest(tensor.clone())
+    assert tensor_digest(tensor) != tensor_digest(tensor[None])
+    if tensor.numel():
+        assert tensor_digest(tensor) != tensor_digest(tensor + 1)
+        last = tensor.clone().reshape(-1)
+        last[-len(last) // 4 :] += 1
+        assert tensor_digest(last.reshape(shape)) != tensor_digest(tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float16])
+def test_tensors_of_every_dtype_have_a_digest(dtype: torch.dtype) -> None:
+    assert len(tensor_digest(torch.ones(3, 5).to(dtype).t())) == 32

@@ -1,0 +1,245 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_backbones import every_family
+from torch import Tensor
+from torch.nn.attention import flex_attention as torch_flex
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
+from transformers.integrations import flex_attention as transformers_flex
+
+from cocoa_embed.errors import CocoaError, UsageError
+from cocoa_embed.model.attention import Block, assert_bidirectional, bidirectional_mask, bridge_mask
+from cocoa_embed.model.backbone import Backbone
+from cocoa_embed.model.flex_attention import (
+    FLEX,
+    REGISTERED,
+    TILE,
+    bidirectional_block_mask,
+    bridge_block_mask,
+    resolve_attention,
+    use_flex_attention,
+    uses_flex_attention,
+)
+from cocoa_embed.train.data.rows import Row, numbered
+from cocoa_embed.train.stages.bridge import BridgeModel
+from cocoa_embed.train.stages.collators import BridgeCollator, WarmupCollator
+from cocoa_embed.train.stages.reconstruction import bridge_model_mask
+from cocoa_embed.train.stages.warmup import WarmupModel
+
+LoadTiny = Callable[[str], Backbone]
+
+
+@pytest.fixture
+def flex_calls(monkeypatch: pytest.MonkeyPatch) -> list[BlockMask]:
+    """Run FlexAttention's own uncompiled form, which has gradients on the CPU too; return the masks that it was given.
+
+    Compiled, it has no backward pass without a GPU, and says so before it looks whether it is compiled.
+    """
+    calls: list[BlockMask] = []
+
+    def uncompiled(
+        query: Tensor, key: Tensor, value: Tensor, *, training: bool, block_mask: BlockMask, **kwargs: object
+    ) -> Tensor:
+        calls.append(block_mask)
+        return torch_flex.flex_attention(query, key, value, block_mask=block_mask, **kwargs)
+
+    monkeypatch.setattr(transformers_flex, "compile_friendly_flex_attention", uncompiled)
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
+    return calls
+
+
+@st.composite
+def long_layouts(draw: st.DrawFn) -> Tensor:
+    """Draw two rows of a bridge batch, of up to four tiles, padded on either side."""
+    left = draw(st.booleans())
+    rows = []
+    for _ in range(2):
+        block_a, block_b = draw(st.integers(0, 200)), draw(st.integers(1, 200))
+        rows.append([Block.A] * block_a + [Block.EOS] + [Block.B] * block_b)
+    width = max(map(len, rows)) + draw(st.integers(0, 150))
+    padded = [
+        [Block.PAD] * (width - len(row)) + row if left else row + [Block.PAD] * (width - len(row)) for row in rows
+    ]
+    return torch.tensor(padded)
+
+
+@settings(max_examples=15)
+@given(blocks=long_layouts(), eos_attends_to_b=st.booleans())
+def test_the_tiles_are_those_of_the_dense_mask(blocks: Tensor, eos_attends_to_b: bool) -> None:
+    rows, length = blocks.shape
+    ours = bridge_block_mask(blocks, eos_attends_to_b=eos_attends_to_b)
+    dense = bridge_mask(blocks, eos_attends_to_b=eos_attends_to_b)
+    made = create_mask(ours.mask_mod, rows, None, length, length, device="cpu")
+    assert torch.equal(made[:, 0], dense)
+    theirs = create_block_mask(ours.mask_mod, rows, None, length, length, device="cpu", BLOCK_SIZE=TILE)
+    assert ours.shape == theirs.shape == (rows, 1, length, length)
+    for mine, other in zip(tiles(ours), tiles(theirs), strict=True):
+        assert torch.equal(mine, other)
+
+
+def tiles(mask: BlockMask) -> list[Tensor]:
+    """Return the counts of partial and of full tiles, and which tiles are computed at all."""
+    return [mask.kv_num_blocks, mask.full_kv_num_blocks, mask.to_dense()]
+
+
+def test_the_tiles_of_block_a_under_block_b_are_left_out() -> None:
+    blocks = torch.tensor([[Block.A] * (2 * TILE - 1) + [Block.EOS] + [Block.B] * 2 * TILE])
+    mask = bridge_block_mask(blocks)
+    assert mask.to_dense()[0, 0].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [0, 1, 1, 1], [0, 1, 1, 1]]
+    assert mask.sparsity() == pytest.approx(25.0)
+
+
+def test_full_attention_in_tiles_is_the_dense_mask() -> None:
+    keep = torch.tensor([[1] * 300, [1] * 129 + [0] * 171])
+    mask = bidirectional_block_mask(keep)
+    made = create_mask(mask.mask_mod, 2, None, 300, 300, device="cpu")
+    assert torch.equal(made[:, 0], bidirectional_mask(keep))
+    assert mask.full_kv_num_blocks[0].sum() == 4, "the tiles without padding need no mask"
+    assert mask.to_dense()[1, 0].tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 1]]
+
+
+def test_blocks_of_another_shape_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"blocks must be \[B, L\], got \(3,\)"):
+        bridge_block_mask(torch.tensor([1, 2, 3]))
+
+
+@pytest.mark.parametrize("eos_attends_to_b", [True, False])
+@every_family
+def test_flex_and_sdpa_agree_in_logits_and_gradients(
+    load_tiny: LoadTiny, scene_rows: list[Row], flex_calls: list[BlockMask], eos_attends_to_b: bool
+) -> None:
+    results = []
+    for implementation in ("sdpa", FLEX):
+        backbone = load_tiny(implementation)
+        batch = BridgeCollator(backbone.processor, seed=0)(numbered(scene_rows[:3]))
+        model = BridgeModel(backbone.model, eos_attends_to_b=eos_attends_to_b)
+        logits = model.predict(batch)
+        torch.nn.functional.cross_entropy(logits, batch["target_ids"]).backward()
+        gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+        results.append((logits.detach(), gradients))
+        assert bool(flex_calls) == (implementation == FLEX)
+    assert len(flex_calls) == backbone.model.config.get_text_config().num_hidden_layers, "the vision encoder has sdpa"
+    (logits, gradients), (flex_logits, flex_gradients) = results
+    assert logits.std() > 0.1
+    torch.testing.assert_close(flex_logits, logits, atol=1e-4, rtol=0)
+    assert gradients.keys() == flex_gradients.keys()
+    assert any("visual" in name for name in gradients), "the gradient reaches the pixels' side"
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(flex_gradients[name], gradient, atol=1e-4, rtol=1e-3, msg=name)
+
+
+@every_family
+def test_the_warmup_stage_runs_under_flex_with_its_pixel_decoder(
+    load_tiny: LoadTiny, scene_rows: list[Row], flex_calls: list[BlockMask]
+) -> None:
+    losses = []
+    for implementation in ("sdpa", FLEX):
+        backbone = load_tiny(implementation)
+        torch.manual_seed(0)
+        model = WarmupModel(backbone.model, backbone.geometry)
+        batch = WarmupCollator(backbone.processor, backbone.geometry, seed=0)(numbered(scene_rows[:3]))
+        losses.append(model(**batch)["loss"])
+    layers = backbone.model.config.get_text_config().num_hidden_layers
+    assert len(flex_calls) == layers + 1, "the pixel decoder's layer too"
+    torch.testing.assert_close(*losses, atol=1e-4, rtol=0)
+
+
+def test_flex_runs_under_autocast(load_tiny: LoadTiny, scene_rows: list[Row], flex_calls: list[BlockMask]) -> None:
+    losses = []
+    for implementation in ("sdpa", FLEX):
+        backbone = load_tiny(implementation)
+        batch = BridgeCollator(backbone.processor, seed=0)(numbered(scene_rows[:3]))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            losses.append(BridgeModel(backbone.model)(**batch)["loss"])
+    assert flex_calls
+    torch.testing.assert_close(*losses, atol=0.05, rtol=0)
+
+
+@every_family
+def test_any_other_mask_still_goes_through_sdpa(load_tiny: LoadTiny, flex_calls: list[BlockMask]) -> None:
+    backbone = load_tiny(FLEX)
+    assert_bidirectional(backbone.model)
+    assert not flex_calls
+    backbone.model.config.get_text_config().is_causal = True
+    with pytest.raises(CocoaError, match="'sdpa' is causal without padding"):
+        assert_bidirectional(backbone.model)
+
+
+@every_family
+def test_only_the_language_model_is_switched(load_tiny: LoadTiny) -> None:
+    model = load_tiny("sdpa").model
+    blocks = torch.tensor([[Block.A, Block.EOS, Block.B]])
+    assert not uses_flex_attention(model)
+    assert isinstance(bridge_model_mask(model, blocks), Tensor)
+    use_flex_attention(model)
+    assert uses_flex_attention(model)
+    assert isinstance(bridge_model_mask(model, blocks), BlockMask)
+    assert model.config.vision_config._attn_implementation == "sdpa"
+    assert model.get_decoder().config._attn_implementation == REGISTERED
+
+
+@every_family
+def test_a_saved_model_forgets_it(load_tiny: LoadTiny, tmp_path: Path) -> None:
+    load_tiny(FLEX).save(tmp_path)
+    assert REGISTERED not in (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("asked", "stage", "device_type", "resolved"),
+    [
+        ("auto", "bridge", "cuda", FLEX),
+        ("auto", "bridge", "cpu", "sdpa"),
+        ("auto", "bridge", "mps", "sdpa"),
+        ("auto", "warmup", "cuda", "sdpa"),
+        ("auto", "contrastive", "cuda", "sdpa"),
+        ("eager", "bridge", "cuda", "eager"),
+        (FLEX, "warmup", "cuda", FLEX),
+    ],
+)
+def test_the_implementation_of_a_stage(asked: str, stage: str, device_type: str, resolved: str) -> None:
+    assert resolve_attention(asked, stage=stage, device_type=device_type) == resolved
+
+
+def test_auto_is_sdpa_where_flex_would_be_compiled_for_every_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.6.0"))
+    assert resolve_attention("auto", stage="bridge", device_type="cuda") == "sdpa"
+
+
+def test_what_cannot_be_resolved_is_refused() -> None:
+    with pytest.raises(UsageError, match="cannot be trained on 'cpu'"):
+        resolve_attention(FLEX, stage="bridge", device_type="cpu")
+    with pytest.raises(UsageError, match="no attention implementation 'flash'"):
+        resolve_attention("flash", stage="bridge", device_type="cuda")
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_compiled_kernel_agrees_on_the_cpu(load_tiny: LoadTiny, scene_rows: list[Row]) -> None:
+    logits = []
+    for implementation in ("sdpa", FLEX):
+        backbone = load_tiny(implementation)
+        backbone.model.eval()
+        model = BridgeModel(backbone.model)
+        batch = BridgeCollator(backbone.processor, seed=0)(numbered(scene_rows[:3]))
+        logits.append(model.predict(batch))
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.gpu
+def test_flex_and_sdpa_agree_on_the_gpu(load_tiny: LoadTiny, scene_rows: list[Row]) -> None:
+    results = []
+    for implementation in ("sdpa", FLEX):
+        model = BridgeModel(load_tiny(implementation).model.cuda()).train()
+        collator = BridgeCollator(load_tiny("sdpa").processor, seed=0)
+        for rows in (scene_rows[:3], scene_rows[3:8]):
+            batch = {name: value.cuda() for name, value in collator(numbered(rows)).items()}
+            model.zero_grad()
+            loss = model(**batch)["loss"]
+            loss.backward()
+            gradient = model.backbone.get_decoder().layers[0].self_attn.v_proj.weight.grad.clone()
+            results.append((loss.detach(), gradient))
+    torch.testing.assert_close(results[:2], results[2:], atol=2e-3, rtol=1e-2)

@@ -1,0 +1,360 @@
+"""Broken, odd and hostile files among good ones, as people's folders and strangers have them."""
+
+import os
+import socket
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from raw_images import (
+    encoded,
+    exif,
+    heic,
+    icon_of,
+    jpeg_of_scans,
+    png_chunk,
+    png_file,
+    png_of,
+    tiff_file,
+    tiles_of,
+    webp_canvas,
+)
+
+from cocoa_embed.images.load import MAX_IMAGE_BYTES
+
+SIZE = (48, 32)
+TINY = b"\0\0\0\0"
+
+
+@dataclass(frozen=True)
+class HostileFile:
+    """A file that a search of the folder finds.
+
+    :param kind: What is the matter with it; unique.
+    :param is_good: It can be loaded.
+    :param reason_part: Part of the reason why it cannot.
+    """
+
+    path: Path
+    kind: str
+    is_good: bool
+    reason_part: str
+
+
+class Made(NamedTuple):
+    """A file to be written: its reason is None where it is good."""
+
+    kind: str
+    name: str
+    data: bytes
+    reason: str | None = None
+
+
+def write_hostile_files(folder: Path) -> list[HostileFile]:
+    """Write one file of each kind to a folder, and return them all.
+
+    The good ones differ in their pixels, but for the kind ``link to a good file``, which is the file of the kind
+    ``jpeg`` once more. The kinds that begin with ``long`` are good, but too long for models. As root, the kind
+    ``unreadable`` is left out. There are links in the folder that lead round in circles, and files that are no images.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for made in (*good_files(), *odd_names(), *truncated_files(), *lying_files(), *bombs(), *other_formats(), *noise()):
+        path = Path(os.fsdecode(os.fsencode(folder) + b"/" + os.fsencode(made.name)))
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(made.data)
+        files.append(HostileFile(path, made.kind, made.reason is None, made.reason or ""))
+    (folder / "notes.txt").write_text("no image, and not looked for")
+    (folder / "round in circles").symlink_to(folder, target_is_directory=True)
+    return files + special_files(folder)
+
+
+def picture(number: int, size: tuple[int, int] = SIZE) -> Image.Image:
+    """Return a smooth picture that no other number has."""
+    colours = np.random.default_rng(number).integers(0, 256, (2, 3, 3), dtype=np.uint8)
+    return Image.fromarray(colours).resize(size, Image.Resampling.BICUBIC)
+
+
+def grain(number: int) -> Image.Image:
+    """Return a picture of random pixels, which no encoder makes small."""
+    return Image.fromarray(np.random.default_rng(number).integers(0, 256, (SIZE[1], SIZE[0], 3), dtype=np.uint8))
+
+
+def good_files() -> Iterator[Made]:
+    """Yield what is odd but can be loaded."""
+    for number, (suffix, image_format) in enumerate(
+        {
+            "jpg": "JPEG",
+            "png": "PNG",
+            "webp": "WEBP",
+            "gif": "GIF",
+            "bmp": "BMP",
+            "tif": "TIFF",
+            "avif": "AVIF",
+            "jp2": "JPEG2000",
+            "ppm": "PPM",
+            "tga": "TGA",
+            "ico": "ICO",
+        }.items()
+    ):
+        yield Made(image_format.lower(), f"good.{suffix}", encoded(picture(number), image_format))
+    yield Made("heic", "good.heic", heic(picture(20)))
+    yield Made("heic, turned", "turned.hif", heic(picture(21), orientation=6))
+    yield Made("jpeg, progressive", "progressive.jpg", encoded(picture(22), "JPEG", progressive=True))
+    arithmetic = encoded(picture(23).convert("L"), "JPEG").replace(b"\xff\xc0", b"\xff\xc9", 1)
+    yield Made("jpeg, arithmetic coding", "arithmetic.jpg", arithmetic)
+    yield Made("jpeg, CMYK", "cmyk.jpg", encoded(picture(24).convert("CMYK"), "JPEG"))
+    yield Made("jpeg, garbage behind it", "tail.jpg", encoded(picture(25), "JPEG") + bytes(range(256)) * 40)
+    yield Made("jpeg, turned", "turned.jpg", encoded(picture(26), "JPEG", exif=exif(6)))
+    yield Made("jpeg, orientation 0", "orientation0.jpg", encoded(picture(27), "JPEG", exif=exif(0)))
+    yield Made("jpeg, orientation 9", "orientation9.jpg", encoded(picture(28), "JPEG", exif=exif(9)))
+    broken_exif = b"Exif\0\0II*\0\xff\xff\xff\xffgarbage"
+    yield Made("jpeg, broken EXIF", "exif.jpg", encoded(picture(29), "JPEG", exif=broken_exif))
+    yield Made("jpeg, huge ICC", "icc.jpg", encoded(picture(30), "JPEG", icc_profile=bytes(4_000_000)))
+    yield Made("jpeg, wrong ICC", "wrongicc.jpg", encoded(picture(31), "JPEG", icc_profile=b"not a profile"))
+    several = {"mpo.jpg": "MPO", "some.gif": "GIF", "some.webp": "WEBP", "some.png": "PNG", "some.tif": "TIFF"}
+    for number, (name, image_format) in enumerate(several.items(), 32):
+        frames = [picture(number), picture(38), picture(39)]
+        data = encoded(frames[0], image_format, save_all=True, append_images=frames[1:])
+        yield Made(f"{image_format.lower()}, several pictures", name, data)
+    yield from good_pixels()
+    yield from good_chunks()
+
+
+def good_pixels() -> Iterator[Made]:
+    """Yield images of every kind of pixels and of extreme sizes."""
+    grey = np.asarray(picture(40).convert("L"))
+    yield Made("png, 16 bits", "grey16.png", encoded(Image.fromarray(grey.astype(np.uint16) * 257), "PNG"))
+    yield Made("tiff, 16 bits", "grey16.tif", encoded(Image.fromarray(grey.T.astype(np.uint16) * 257), "TIFF"))
+    yield Made("png, 16 bits of RGB", "rgb16.png", png_of(np.asarray(grain(41)).astype(np.uint16) * 257, colour=2))
+    yield Made("png, palette with transparency", "palette.png", encoded(grain(42).quantize(9), "PNG", transparency=3))
+    yield Made("png, grey and alpha", "la.png", encoded(picture(43).convert("LA"), "PNG"))
+    yield Made("png, black and white", "1.png", encoded(grain(44).convert("1"), "PNG"))
+    yield Made("png, interlaced", "interlaced.png", png_of(np.asarray(grain(45)), colour=2, interlaced=True))
+    yield Made("tiff, tiled", "tiles.tif", tiles_of(np.asarray(grain(46))))
+    yield Made("webp, transparent", "alpha.webp", encoded(picture(47).convert("RGBA"), "WEBP", lossless=True))
+    yield Made("one pixel", "pixel.png", encoded(Image.new("RGB", (1, 1), "red"), "PNG"))
+    yield Made("long: 1 x 20000", "high.png", encoded(picture(48, (1, 20_000)), "PNG"))
+    yield Made("long: 20000 x 1", "wide.jpg", encoded(picture(49, (20_000, 1)), "JPEG"))
+
+
+def good_chunks() -> Iterator[Made]:
+    """Yield PNG and TIFF files whose pictures are whole, and other parts are not."""
+    zipped = zlib.compress(bytes(50_000_000))
+    for number, (kind, chunk) in enumerate(
+        {
+            "text that unzips to 50 MB": png_chunk(b"zTXt", b"Comment\0\0" + zipped),
+            "profile that unzips to 50 MB": png_chunk(b"iCCP", b"icc\0\0" + zipped),
+            "wrong check sum of a text": png_chunk(b"tEXt", b"Comment\0hello")[:-1] + b"!",
+            "broken EXIF": png_chunk(b"eXIf", b"MM\0*\xff\xff\xff\xff"),
+            "unknown chunk": png_chunk(b"abCd", b"?" * 99),
+        }.items()
+    ):
+        pixels = png_chunk(
+            b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in np.asarray(grain(60 + number))))
+        )
+        yield Made(f"png, {kind}", f"chunk{number}.png", png_file(*SIZE, 8, 2, chunk, pixels))
+    loop = bytearray(encoded(grain(66), "TIFF"))
+    (start,) = struct.unpack_from("<I", loop, 4)
+    (entries,) = struct.unpack_from("<H", loop, start)
+    struct.pack_into("<I", loop, start + 2 + 12 * entries, start)
+    yield Made("tiff, directories in a circle", "loop.tif", bytes(loop))
+
+
+def odd_names() -> Iterator[Made]:
+    """Yield good files under names that are hard to handle."""
+    names = {
+        "suffix of another format": "really a png.jpg",
+        "suffix of HEIC": "really a jpeg.heic",
+        "suffix in upper case": "CAMERA.JPG",
+        "unicode": "ünï 写真 🌄.png",
+        "newline": "two\nlines.png",
+        "spaces": "  spaces  .png",
+        "leading dash": "--help.png",
+        "hidden": ".hidden.png",
+        "wildcards": "a[1]*?.png",
+        "percent and colon": "100%25:data.png",
+        "quotes": 'it\'s "quoted".png',
+        "very long": "n" * 251 + ".png",
+        "bytes that are no UTF-8": os.fsdecode(b"caf\xe9 \xff.png"),
+        "in a folder named x.png": "x.png/inside.png",
+    }
+    for number, (kind, name) in enumerate(names.items()):
+        image_format = "JPEG" if "JPG" in name or "jpeg" in name else "PNG"
+        yield Made(f"name: {kind}", name, encoded(grain(70 + number), image_format))
+
+
+def truncated_files() -> Iterator[Made]:
+    """Yield the beginnings of good files."""
+    whole = {
+        "jpg": encoded(grain(0), "JPEG"),
+        "progressive.jpg": encoded(grain(0), "JPEG", progressive=True),
+        "png": encoded(grain(0), "PNG"),
+        "webp": encoded(grain(0), "WEBP"),
+        "gif": encoded(grain(0), "GIF"),
+        "bmp": encoded(grain(0), "BMP"),
+        "tif": encoded(grain(0), "TIFF"),
+        "lzw.tif": encoded(grain(0), "TIFF", compression="tiff_lzw"),
+        "avif": encoded(grain(0), "AVIF"),
+        "heic": heic(grain(0)),
+        "jp2": encoded(grain(0), "JPEG2000"),
+        "ico": encoded(grain(0), "ICO"),
+    }
+    for suffix, data in whole.items():
+        for percent in (3, 40, 95):
+            kept = data[: len(data) * percent // 100]
+            yield Made(f"{suffix}, {percent} % of it", f"truncated{percent}.{suffix}", kept, "")
+        yield Made(f"{suffix}, the first 16 bytes", f"start.{suffix}", data[:16], "")
+    yield Made("empty", "empty.jpg", b"", "is empty")
+    yield Made("one byte", "byte.png", b"\x89", "is not an image")
+    yield Made("jpeg, only the header", "header.jpg", whole["jpg"][: whole["jpg"].index(b"\xff\xda")], "")
+
+
+def lying_files() -> Iterator[Made]:
+    """Yield files whose parts contradict each other."""
+    png, gif, bmp = (bytearray(encoded(grain(1), image_format)) for image_format in ("PNG", "GIF", "BMP"))
+    checksum, zlib_stream = bytearray(png), bytearray(png)
+    checksum[29] ^= 0xFF
+    yield Made("png, wrong check sum of the header", "crc.png", bytes(checksum), "is not an image")
+    start = png.index(b"IDAT") + 4
+    zlib_stream[start : start + 9] = b"not zlib!"
+    yield Made("png, no zlib stream", "zlib.png", bytes(zlib_stream), "cannot be decoded")
+    yield Made("png, no pixels", "noidat.png", png_file(*SIZE, 8, 2), "")
+    yield Made("png, no width", "nowidth.png", png_file(0, 9, 8, 2), "")
+    yield Made("png, pixels of another size", "short.png", png_file(900, 900, 8, 2, png_chunk(b"IDAT", b"")), "")
+    struct.pack_into("<HH", gif, 6, 65535, 65535)
+    yield Made("gif, lying about its size", "lying.gif", bytes(gif), "is too large")
+    struct.pack_into("<ii", bmp, 18, 2**30, 2**30)
+    yield Made("bmp, lying about its size", "lying.bmp", bytes(bmp), "is too large")
+    struct.pack_into("<ii", bmp, 18, 5000, 5000)
+    yield Made("bmp, less than it says", "less.bmp", bytes(bmp), "is truncated")
+    tags = {256: (4, [2**31]), 257: (4, [2**31]), 258: (3, [8]), 259: (3, [1]), 262: (3, [1]), 277: (3, [1])}
+    yield Made("tiff, lying about its size", "lying.tif", tiff_file(tags, [TINY]), "is too large")
+    tags |= {256: (4, [50]), 257: (4, [50])}
+    yield Made("tiff, less than it says", "less.tif", tiff_file(tags, [TINY]), "")
+    yield Made(
+        "tiff, tiles of gigabytes", "tile.tif", tiff_file(tags | {322: (4, [2**17]), 323: (4, [2**17])}, [TINY]), ""
+    )
+    strips = bytearray(tiff_file(tags, [TINY]))
+    struct.pack_into("<I", strips, strips.index(struct.pack("<HHI", 273, 4, 1)) + 4, 2**32 - 1)
+    yield Made("tiff, billions of strips", "strips.tif", bytes(strips), "")
+    yield Made("tiff, directory outside of the file", "outside.tif", b"II*\0" + struct.pack("<I", 2**31), "")
+    webp = bytearray(encoded(grain(1), "WEBP"))
+    webp[20:200] = bytes(180)
+    yield Made("webp, overwritten", "corrupt.webp", bytes(webp), "cannot be decoded")
+    avif = encoded(grain(1), "AVIF")
+    zeros = avif[: avif.index(b"mdat") + 4].ljust(len(avif), b"\0")
+    yield Made("avif, overwritten", "corrupt.avif", zeros, "cannot be decoded")
+
+
+def bombs() -> Iterator[Made]:
+    """Yield small files that would take much memory or time."""
+    yield Made(
+        "png, 10 gigapixels", "bomb.png", png_file(100_000, 100_000, 1, 0, png_chunk(b"IDAT", b"")), "is too large"
+    )
+    yield Made(
+        "png, 90 megapixels", "bomb90.png", png_file(10_000, 9_000, 1, 0, png_chunk(b"IDAT", b"")), "is too large"
+    )
+    yield Made("webp, 268 megapixels", "bomb.webp", webp_canvas(16_383, 16_383), "is too large")
+    yield Made("jpeg, a thousand scans", "scans.jpg", jpeg_of_scans(1000), "scans")
+    metadata = b"\xff\xe1\0\x09Exif\0\0x" * 500_000
+    jpeg = encoded(grain(1), "JPEG")
+    yield Made("jpeg, half a million segments", "segments.jpg", jpeg[:2] + metadata + jpeg[2:], "segments")
+    yield Made("ico, a huge picture in it", "bomb.ico", icon_of(png_file(60_000, 60_000, 8, 6)), "is too large")
+    heif = bytearray(heic(grain(1)))
+    at = heif.index(b"ispe") + 8
+    struct.pack_into(">II", heif, at, 60_000, 60_000)
+    yield Made("heic, lying about its size", "bomb.heic", bytes(heif), "")
+
+
+def other_formats() -> Iterator[Made]:
+    """Yield files that are no images, or none that are decoded."""
+    page = b"<!doctype html><html><title>404 Not Found</title></html>"
+    script = (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(%pipe%touch /tmp/run) (w) file\nshowpage\n"
+    )
+    buffer = BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("inner.zip", zlib.compress(bytes(1_000_000)))
+        archive.writestr("photo.png", encoded(grain(1), "PNG"))
+    contents = {
+        "html": page,
+        "json": b'{"error": "not found"}',
+        "text": b"kein Bild\n",
+        "svg": b'<svg xmlns="http://www.w3.org/2000/svg"><rect width="9" height="9"/></svg>',
+        "pdf": b"%PDF-1.7\n1 0 obj\n<<>>\nendobj\n%%EOF\n",
+        "postscript": script,
+        "eps with a preview": struct.pack("<IIIIIIIH", 0xC6D3D0C5, 30, len(script), 0, 0, 0, 0, 0xFFFF) + script,
+        "wmf": b"\xd7\xcd\xc6\x9a" + bytes(8) + b"\x10\0\x10\0" + bytes(30),
+        "emf": struct.pack("<II", 1, 88) + bytes(32) + b" EMF" + bytes(60),
+        "mp4": b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41\0\0\0\x08free\0\0\0\x08mdat",
+        "zip in a zip": buffer.getvalue(),
+        "xcf": b"gimp xcf v011\0" + struct.pack(">III", 48, 32, 0) + bytes(40),
+        "psd": b"8BPS\0\1" + bytes(6) + struct.pack(">HIIHH", 3, 32, 48, 8, 3) + bytes(40),
+        "zeros": bytes(5000),
+        "executable": b"\x7fELF" + bytes(200),
+    }
+    for number, (kind, data) in enumerate(contents.items()):
+        yield Made(kind, f"other{number}.{'jpg' if number % 2 else 'png'}", data, "is not an image")
+
+
+def noise() -> Iterator[Made]:
+    """Yield random bytes behind the first bytes of each format."""
+    starts = {
+        "nothing": b"",
+        "jpeg": b"\xff\xd8\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0",
+        "png": b"\x89PNG\r\n\x1a\n\0\0\0\x0dIHDR",
+        "gif": b"GIF89a",
+        "webp": b"RIFF\xf0\x03\0\0WEBPVP8 ",
+        "bmp": b"BM",
+        "tiff": b"II*\0\x08\0\0\0",
+        "big tiff": b"II+\0\x08\0\0\0\x10\0\0\0\0\0\0\0",
+        "avif": b"\0\0\0\x20ftypavif\0\0\0\0avifmif1miafMA1B",
+        "heic": b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf",
+        "jp2": b"\0\0\0\x0cjP  \r\n\x87\n",
+        "j2k": b"\xff\x4f\xff\x51",
+        "ppm": b"P6\n48 32\n255\n",
+        "ico": b"\0\0\1\0\1\0",
+    }
+    for number, (kind, start) in enumerate(starts.items()):
+        data = np.random.default_rng(number).bytes(1000)
+        yield Made(f"random bytes behind the start of {kind}", f"random{number}.jpg", start + data, "")
+
+
+def special_files(folder: Path) -> list[HostileFile]:
+    """Make what is no regular file, or cannot be read."""
+    made = []
+
+    def bad(name: str, kind: str, reason: str) -> Path:
+        made.append(HostileFile(folder / name, kind, False, reason))
+        return folder / name
+
+    os.mkfifo(bad("pipe.png", "pipe", "is not a regular file"))
+    with socket.socket(socket.AF_UNIX) as server:
+        # Its name may have about a hundred bytes: from within the folder, it is short.
+        here = Path.cwd()
+        os.chdir(folder)
+        server.bind("socket.png")
+        os.chdir(here)
+    bad("socket.png", "socket", "is not a regular file")
+    bad("zero.png", "endless device", "is not a regular file").symlink_to("/dev/zero")
+    bad("null.png", "empty device", "is not a regular file").symlink_to("/dev/null")
+    bad("dangling.png", "dangling link", "is a link to a file that does not exist").symlink_to("gone.png")
+    bad("itself.png", "link to itself", "is a link that leads back to itself").symlink_to("itself.png")
+    bad("there.png", "link to a link and back", "is a link that leads back to itself").symlink_to("back again")
+    (folder / "back again").symlink_to("there.png")
+    with open(bad("huge.png", "more bytes than the limit", "is too large"), "wb") as file:
+        file.truncate(MAX_IMAGE_BYTES + 1)
+    if os.geteuid() != 0:
+        unreadable = bad("unreadable.png", "unreadable", "cannot be read")
+        unreadable.write_bytes(encoded(grain(2), "PNG"))
+        unreadable.chmod(0)
+    (folder / "link.jpg").symlink_to("good.jpg")
+    return [*made, HostileFile(folder / "link.jpg", "link to a good file", True, "")]

@@ -1,0 +1,26 @@
+"""Points to store: each has a number, from which its id and its vector follow."""
+
+import uuid
+from typing import Any
+
+import numpy as np
+
+from cocoa_embed.integrations.qdrant.stores.base import Point, Signature
+
+DIMENSION = 8
+SIGNATURE = Signature(model="m", fingerprint="0f", dimension=DIMENSION)
+
+
+def name(number: int) -> str:
+    return str(uuid.uuid5(uuid.NAMESPACE_OID, str(number)))
+
+
+def make_vector(number: int, dimension: int = DIMENSION) -> np.ndarray:
+    return np.random.default_rng(number).normal(size=dimension).astype(np.float32)
+
+
+def make_points(start: int, stop: int, dimension: int = DIMENSION, **payload: Any) -> list[Point]:
+    return [
+        Point(name(number), make_vector(number, dimension), {"number": number, **payload})
+        for number in range(start, stop)
+    ]

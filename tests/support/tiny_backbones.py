@@ -1,0 +1,139 @@
+"""Random tiny backbones of every supported family, each with its own processor and its own way of seeing."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    PreTrainedModel,
+    ProcessorMixin,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2Tokenizer,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+)
+
+from cocoa_embed.demo.captioner import build_processor, build_tokenizer
+from cocoa_embed.model.template import CHAT_TEMPLATE, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
+
+WIDTH = 32
+
+
+def text_config(tokenizer: Qwen2Tokenizer, **changes: Any) -> dict[str, Any]:
+    """Return the smallest language model that still has several layers, heads and grouped keys."""
+    return {
+        "vocab_size": len(tokenizer) + 1,
+        "hidden_size": WIDTH,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+        # The standard 0.02 leaves so small a model nearly constant: nothing would reach anything.
+        "initializer_range": 0.2,
+        "bos_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "tie_word_embeddings": True,
+        **changes,
+    }
+
+
+def special_ids(tokenizer: Qwen2Tokenizer) -> dict[str, Any]:
+    """Return what ties a config to the tokenizer."""
+    return {
+        "image_token_id": tokenizer.convert_tokens_to_ids(IMAGE_PAD),
+        "video_token_id": tokenizer.convert_tokens_to_ids(VIDEO_PAD),
+        "vision_start_token_id": tokenizer.convert_tokens_to_ids(VISION_START),
+        "vision_end_token_id": tokenizer.convert_tokens_to_ids(VISION_END),
+        "tie_word_embeddings": True,
+    }
+
+
+def qwen2_vl(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMixin]:
+    config = Qwen2VLConfig(
+        text_config=text_config(tokenizer),
+        vision_config={"depth": 2, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 2, "hidden_size": WIDTH},
+        **special_ids(tokenizer),
+    )
+    return Qwen2VLForConditionalGeneration(config), build_processor(tokenizer)
+
+
+def qwen2_5_vl(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Attend in windows of 56 pixels in the first vision layer, over the whole image in the second."""
+    config = Qwen2_5_VLConfig(
+        text_config=text_config(tokenizer),
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "num_heads": 2,
+            "intermediate_size": 64,
+            "out_hidden_size": WIDTH,
+            "fullatt_block_indexes": [1],
+            "window_size": 56,
+        },
+        **special_ids(tokenizer),
+    )
+    parts = build_processor(tokenizer)
+    processor = Qwen2_5_VLProcessor(
+        image_processor=parts.image_processor,
+        tokenizer=tokenizer,
+        video_processor=parts.video_processor,
+        chat_template=CHAT_TEMPLATE,
+    )
+    return Qwen2_5_VLForConditionalGeneration(config), processor
+
+
+def qwen3_vl(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Patches of 16 pixels; the features of one vision layer enter the language model's first layer too."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    config = Qwen3VLConfig(
+        text_config=text_config(tokenizer, head_dim=8, rope_parameters=rope),
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "num_heads": 2,
+            "intermediate_size": 64,
+            "out_hidden_size": WIDTH,
+            "deepstack_visual_indexes": [0],
+            "num_position_embeddings": 64,
+        },
+        **special_ids(tokenizer),
+    )
+    one_to_sixteen_tokens = {"shortest_edge": 32**2, "longest_edge": 16 * 32**2}
+    processor = Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(size=one_to_sixteen_tokens, patch_size=16),
+        tokenizer=tokenizer,
+        video_processor=Qwen3VLVideoProcessor(size=one_to_sixteen_tokens),
+        chat_template=CHAT_TEMPLATE,
+    )
+    return Qwen3VLForConditionalGeneration(config), processor
+
+
+FAMILIES: dict[str, Callable[[Qwen2Tokenizer], tuple[PreTrainedModel, ProcessorMixin]]] = {
+    "qwen2_vl": qwen2_vl,
+    "qwen2_5_vl": qwen2_5_vl,
+    "qwen3_vl": qwen3_vl,
+}
+
+every_family = pytest.mark.parametrize("family", FAMILIES, indirect=True, scope="session")
+"""Runs a test, or a module as its ``pytestmark``, once for each family instead of for Qwen2-VL alone."""
+
+
+def write_tiny_backbone(family: str, folder: Path) -> None:
+    """Write a random backbone, causal as Qwen's are, with its processor."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, processor = FAMILIES[family](build_tokenizer(0))
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)

@@ -1,0 +1,59 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_backbones import every_family
+
+from cocoa_embed.model.backbone import Backbone
+from cocoa_embed.train.data.lengths import item_lengths, row_lengths, visual_tokens
+from cocoa_embed.train.data.rows import Item, Row, numbered
+from cocoa_embed.train.stages.collators import BridgeCollator, render_items
+
+SIZES = ((56, 56), (300, 40), (31, 500), (28, 28))
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> dict[Path, tuple[int, int]]:
+    sizes = {tmp_path / f"{width}x{height}.png": (width, height) for width, height in SIZES}
+    for path, size in sizes.items():
+        Image.new("RGB", size).save(path)
+    return sizes
+
+
+@every_family
+def test_lengths_are_those_of_the_rendered_sequences(
+    tiny_backbone: Backbone, pictures: dict[Path, tuple[int, int]]
+) -> None:
+    images = [Item(image=path) for path in pictures]
+    both = [Item(text="a red ring, top left", image=path) for path in pictures]
+    items = [*images, *both, Item(text="blue"), Item(text="a large green star and a cross")]
+    rendered = render_items(tiny_backbone.processor, items)["attention_mask"].sum(dim=1) - 1
+    told = item_lengths(items, tiny_backbone.processor, pictures)
+    assert len(set(told)) > 4
+    np.testing.assert_array_equal(told, rendered.numpy())
+
+
+def test_a_rows_length_is_that_of_its_bridge_sequence(
+    tiny_backbone: Backbone, pictures: dict[Path, tuple[int, int]]
+) -> None:
+    image = next(iter(pictures))
+    rows = [
+        Row(query=Item(image=image), positive=Item(text="a red ring"), source=""),
+        Row(query=Item(text="blue cross"), positive=Item(text="a cross, blue, on white"), source=""),
+        Row(query=Item(image=image), positive=Item(text="blue cross on white " * 200), source=""),
+    ]
+    told = row_lengths(rows, tiny_backbone.processor, pictures)
+    batch = BridgeCollator(tiny_backbone.processor, seed=0)(numbered(rows))
+    np.testing.assert_array_equal(told, batch["attention_mask"].sum(dim=1).numpy())
+    assert told[2] == tiny_backbone.processor.tokenizer.model_max_length
+
+
+def test_the_processors_pixel_limit_bounds_the_visual_tokens(tiny_backbone: Backbone) -> None:
+    processor = tiny_backbone.processor
+    largest = processor.image_processor.size["longest_edge"] // (14 * 2) ** 2
+    assert visual_tokens(processor, 3000, 3000) <= largest < visual_tokens_unlimited(3000, 3000)
+
+
+def visual_tokens_unlimited(width: int, height: int) -> int:
+    return (width // 28) * (height // 28)

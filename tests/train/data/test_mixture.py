@@ -1,0 +1,214 @@
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from table_files import png, write_images, write_table
+
+from cocoa_embed.errors import CocoaError
+from cocoa_embed.train.data.mixture import ReadRows, fingerprint, read_rows, weigh, write_bad_rows
+from cocoa_embed.train.data.rows import BadRow, Item, Row
+from cocoa_embed.train.settings import SourceSection
+
+
+def text_rows(count: int) -> list[Row]:
+    return [Row(Item(f"query {n}"), Item(f"positive {n}"), source=str(n)) for n in range(count)]
+
+
+def write_rows(path: Path, count: int, *, bad: int = 0) -> SourceSection:
+    rows: list[dict[str, Any]] = [{"query_text": f"{path.stem} {n}", "positive_text": "x"} for n in range(count)]
+    for row in rows[:bad]:
+        row["positive_text"] = ""
+    return SourceSection(file=str(write_table(path, rows)))
+
+
+def read(sources: dict[str, SourceSection], **values: Any) -> ReadRows:
+    return read_rows(sources, **{"on_bad_row": "stop", "check_images": True, "seed": 0, **values})
+
+
+# Weights
+
+
+@given(count=st.integers(1, 40), weight=st.floats(0.01, 5), seed=st.integers(0, 9))
+def test_a_weight_gives_every_row_its_share(count: int, weight: float, seed: int) -> None:
+    rows = text_rows(count)
+    weighed = weigh(rows, weight, seed=seed, subset="data")
+    times = Counter(row.source for row in weighed)
+    assert abs(len(weighed) - weight * count) <= 0.5 + 1e-9
+    assert set(weighed) <= set(rows)
+    assert all(times[row.source] in (int(weight), int(weight) + 1) for row in rows)
+    assert weighed[: int(weight) * count] == rows * int(weight)
+    tail = [int(row.source) for row in weighed[int(weight) * count :]]
+    assert tail == sorted(tail)
+    assert weighed == weigh(rows, weight, seed=seed, subset="data")
+
+
+@given(count=st.integers(0, 20), times=st.integers(1, 4))
+def test_a_whole_weight_repeats_the_rows_and_one_leaves_them_alone(count: int, times: int) -> None:
+    assert weigh(text_rows(count), times, seed=0, subset="data") == text_rows(count) * times
+
+
+def test_another_seed_or_subset_draws_other_rows() -> None:
+    rows = text_rows(200)
+    drawn = [weigh(rows, 0.5, seed=seed, subset=subset) for seed, subset in ((0, "a"), (1, "a"), (0, "b"))]
+    assert [len(half) for half in drawn] == [100] * 3
+    assert all(one != other for one, other in ((drawn[0], drawn[1]), (drawn[0], drawn[2])))
+
+
+# The fingerprint
+
+PARTS = st.tuples(st.none() | st.text(max_size=3), st.none() | st.sampled_from(["a.png", "b.png"]).map(Path))
+ITEMS = PARTS.filter(any).map(lambda parts: Item(*(part or None for part in parts)))
+ANY_ROWS = st.lists(
+    st.builds(Row, ITEMS, ITEMS, st.just("here"), st.lists(ITEMS, max_size=2).map(tuple), st.sampled_from("ab")),
+    max_size=3,
+)
+
+
+@given(one=ANY_ROWS, other=ANY_ROWS)
+def test_rows_of_the_same_content_and_no_others_have_the_same_fingerprint(one: list[Row], other: list[Row]) -> None:
+    assert (fingerprint(one) == fingerprint(other)) == (one == other)
+    assert fingerprint(one) == fingerprint([replace(row, source="there") for row in one])
+
+
+# Reading
+
+
+def test_rows_come_in_the_order_of_their_subsets_each_as_often_as_its_weight(tmp_path: Path) -> None:
+    sources = {
+        "b": write_rows(tmp_path / "b.csv", 4).model_copy(update={"weight": 2.5}),
+        "a": write_rows(tmp_path / "a.jsonl", 4),
+        "c": write_rows(tmp_path / "c.parquet", 4).model_copy(update={"weight": 0.5, "limit": 2}),
+    }
+    found = read(sources)
+    assert found.counts == {"b": 10, "a": 4, "c": 1} == Counter(row.subset for row in found.rows)
+    assert [row.subset for row in found.rows] == ["b"] * 10 + ["a"] * 4 + ["c"]
+    assert [row.query.text for row in found.rows[10:14]] == [f"a {n}" for n in range(4)]
+    assert found.fingerprint == fingerprint(found.rows) == read(sources).fingerprint
+    assert (found.bad, found.sizes) == ([], {})
+
+
+def test_a_row_that_cannot_be_used_stops_by_its_name(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "rows.jsonl", 9, bad=3)
+    message = r"rows\.jsonl:1: the positive is empty \(positive_text\)\. \(2 more rows .*\) .*data\.on_bad_row=skip"
+    with pytest.raises(CocoaError, match=message):
+        read({"data": source})
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_one_row_in_a_hundred_may_be_left_out_over_the_whole_stage(tmp_path: Path, check: bool) -> None:
+    bad, good = write_rows(tmp_path / "bad.jsonl", 40, bad=3), write_rows(tmp_path / "good.csv", 260)
+    found = read({"bad": bad, "good": good}, on_bad_row="skip", check_images=check)
+    assert (len(found.rows), len(found.bad), found.counts) == (297, 3, {"bad": 37, "good": 260})
+    assert {row.subset for row in found.bad} == {"bad"}
+    fewer = write_rows(tmp_path / "fewer.csv", 259)
+    with pytest.raises(CocoaError, match=r"3 of 299 rows cannot be used; at most 1% .*jsonl:1: .*jsonl:2: .*jsonl:3: "):
+        read({"bad": bad, "good": fewer}, on_bad_row="skip", check_images=check)
+
+
+@pytest.fixture
+def with_images(tmp_path: Path) -> dict[str, SourceSection]:
+    """A hundred rows of files and a hundred inside a table; one image of each cannot be decoded."""
+    write_images(tmp_path, "ab")
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    rows = [{"query_text": "q", "query_image": "a.png", "positive_image": "b.png"}] * 99
+    files = write_table(tmp_path / "files.jsonl", [*rows, {**rows[0], "negative_image": ["b.png", "bad.png"]}])
+    cells = [png(n) for n in range(99)] + [png()[:60]]
+    inside = write_table(tmp_path / "inside.parquet", [{"query_image": cell, "positive_text": "p"} for cell in cells])
+    return {"files": SourceSection(file=str(files)), "inside": SourceSection(file=str(inside))}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_rows_whose_images_cannot_be_decoded_are_left_out(with_images: dict[str, SourceSection], workers: int) -> None:
+    found = read(with_images, on_bad_row="skip", workers=workers)
+    assert found.counts == {"files": 99, "inside": 99}
+    assert [(row.subset, row.source[-4:]) for row in found.bad] == [("files", ":100"), ("inside", " 100")]
+    assert "bad.png is not an image" in found.bad[0].reason
+    assert "inside.parquet, row 100, query_image is truncated" in found.bad[1].reason
+    assert set(found.sizes.values()) == {(56, 56)}
+    assert set(found.sizes) == {image for row in found.rows for image in row.images()}
+
+
+def test_a_broken_image_stops_and_is_not_seen_where_images_are_not_checked(
+    with_images: dict[str, SourceSection],
+) -> None:
+    with pytest.raises(CocoaError, match=r"files\.jsonl:100: the image .*bad\.png is not an image"):
+        read(with_images)
+    found = read(with_images, check_images=False)
+    assert (len(found.rows), found.sizes, found.bad) == (200, {}, [])
+
+
+def test_rows_known_to_be_bad_are_left_out_before_a_weight_draws(with_images: dict[str, SourceSection]) -> None:
+    halves = {name: source.model_copy(update={"weight": 0.5}) for name, source in with_images.items()}
+    before = read(halves, on_bad_row="skip")
+    again = read(halves, on_bad_row="skip", check_images=False, known_bad=before.bad)
+    assert again.fingerprint == before.fingerprint
+    assert again.counts == before.counts
+    assert again.bad == before.bad
+    unaware = read(halves, on_bad_row="skip", check_images=False)
+    left_out = {(row.subset, row.source) for row in before.bad}
+    rows = [row for row in unaware.rows if (row.subset, row.source) not in left_out]
+    assert fingerprint(rows) != before.fingerprint, "the premise: another draw"
+
+
+def test_of_one_source_the_rows_that_could_be_used_stay(tmp_path: Path) -> None:
+    """A broken image takes its captions along, and not what its captions say of each other."""
+    for number in range(200):
+        (tmp_path / f"{number}.png").write_bytes(png())
+    lines = [
+        {"file_name": f"{number}.png", "text": "x", "captions": [f"one {number}", f"two {number}"]}
+        for number in range(200)
+    ]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "7.png").write_bytes(b"no image")
+    sources = {"data": SourceSection(folder=tmp_path, captions="captions", paraphrases=1)}
+    before = read(sources, on_bad_row="skip")
+    assert len(before.bad) == 2
+    assert [row.image for row in before.rows if row.source.endswith(" 7.png")] == [None]
+    again = read(sources, on_bad_row="skip", check_images=False, known_bad=before.bad)
+    assert again.fingerprint == before.fingerprint
+
+
+def test_what_is_refused_anew_takes_nothing_else_of_its_source_along(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "rows.jsonl", 200)
+
+    def refuse(row: Row) -> str | None:
+        return "of no use" if row.query.text == "rows 3" else None
+
+    before = read({"data": source}, on_bad_row="skip", refuse=refuse)
+    again = read({"data": source}, on_bad_row="skip", refuse=refuse, known_bad=before.bad)
+    assert (len(before.bad), again.bad, again.fingerprint) == (1, before.bad, before.fingerprint)
+
+
+def test_a_weight_that_leaves_no_row_is_named(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "rows.csv", 4).model_copy(update={"weight": 0.1})
+    with pytest.raises(CocoaError, match=r"Subset 'few' has 4 usable rows.* 0\.1"):
+        read({"few": source})
+
+
+# bad_rows.jsonl
+
+
+def test_bad_rows_are_written_a_line_each_and_only_where_there_are_any(tmp_path: Path) -> None:
+    path = tmp_path / "bad_rows.jsonl"
+    write_bad_rows(path, [])
+    assert list(tmp_path.iterdir()) == []
+    write_bad_rows(path, [BadRow("a", "rows.csv, row 2", "the text “x”\nis bad"), BadRow("b", "c", "d")])
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"subset": "a", "source": "rows.csv, row 2", "reason": "the text “x”\nis bad"},
+        {"subset": "b", "source": "c", "reason": "d"},
+    ]
+    assert list(tmp_path.iterdir()) == [path]
+    write_bad_rows(path, [BadRow("a", "b", "c", ("warmup", "bridge"))])
+    assert json.loads(path.read_text()) == {
+        "subset": "a",
+        "source": "b",
+        "reason": "c",
+        "stages": ["warmup", "bridge"],
+    }
+    write_bad_rows(path, [])
+    assert not path.exists()

@@ -1,0 +1,465 @@
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+from datasets import Dataset, DatasetDict, Features, List, Value
+from table_files import Values, png, write_images, write_table
+
+from cocoa_embed.errors import CocoaError, ImageError
+from cocoa_embed.model.template import RESERVED_TOKENS
+from cocoa_embed.train.data.arrow_images import StoredImage
+from cocoa_embed.train.data.readers import read_source
+from cocoa_embed.train.data.rows import BadRow, Item, Row, read_image_folder
+from cocoa_embed.train.settings import SourceSection
+
+FORMATS = ("jsonl", "csv", "parquet")
+
+ROWS: list[Values] = [
+    {
+        "query_text": "what is left of the ring?",
+        "query_image": "a.png",
+        "positive_text": 'a cross, "blue"\nand small',
+        "positive_image": None,
+        "negative_text": ["a star", "a ring"],
+        "negative_image": ["", "b.png"],
+    },
+    {
+        "query_text": "",
+        "query_image": "b.png",
+        "positive_text": "ein Würfel",
+        "positive_image": "c.png",
+        "negative_text": ["[1] is no list"],
+        "negative_image": [],
+    },
+]
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    write_images(tmp_path, "abc")
+    return tmp_path
+
+
+def read(bad: list[BadRow] | None = None, subset: str = "data", **source: Any) -> list[Row]:
+    found: list[BadRow] = []
+    rows = read_source(subset, SourceSection(**source), found if bad is None else bad)
+    assert bad is not None or not found
+    return rows
+
+
+def content(rows: list[Row]) -> list[tuple[Item, ...]]:
+    return [row.items() for row in rows]
+
+
+def reasons(path: Path, **source: Any) -> list[str]:
+    bad: list[BadRow] = []
+    read(bad, file=str(path), **source)
+    assert {row.subset for row in bad} <= {"data"}
+    return [row.reason for row in bad]
+
+
+# Files
+
+
+def test_the_same_rows_come_out_of_every_format(images: Path) -> None:
+    found = {kind: read(file=str(write_table(images / f"rows.{kind}", ROWS))) for kind in FORMATS}
+    one, other, third = (images.absolute() / f"{name}.png" for name in "abc")
+    expected = [
+        (
+            Item("what is left of the ring?", one),
+            Item('a cross, "blue"\nand small'),
+            Item("a star"),
+            Item("a ring", other),
+        ),
+        (Item(image=other), Item("ein Würfel", third), Item("[1] is no list")),
+    ]
+    assert {kind: content(rows) for kind, rows in found.items()} == dict.fromkeys(FORMATS, expected)
+
+
+@pytest.mark.parametrize(("kind", "second"), [("jsonl", ":2"), ("csv", ", row 2"), ("parquet", ", row 2")])
+def test_a_row_knows_its_file_and_its_subset(images: Path, kind: str, second: str) -> None:
+    path = write_table(images / f"rows.{kind}", ROWS)
+    row = read(subset="mine", file=str(path))[1]
+    assert (row.source, row.subset) == (f"{path}{second}", "mine")
+
+
+def test_columns_of_other_names_are_mapped(images: Path) -> None:
+    path = write_table(images / "rows.jsonl", [{"q": "find", "pic": "a.png", "hard": "a star", "query_text": "not me"}])
+    rows = read(file=str(path), columns={"query_text": "q", "positive_image": "pic", "negative_text": "hard"})
+    assert content(rows) == [(Item("find"), Item(image=images.absolute() / "a.png"), Item("a star"))]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_mapped_column_that_is_not_there_is_named_with_the_nearest(images: Path, kind: str) -> None:
+    path = write_table(images / f"rows.{kind}", [{"question": "x", "answer": "y"}])
+    expected = r"no column 'questions' for the query text \(did you mean 'question'\? found are 'question', 'answer'\)"
+    with pytest.raises(CocoaError, match=expected):
+        read(file=str(path), columns={"query_text": "questions", "positive_text": "answer"})
+
+
+@pytest.mark.parametrize("columns", [None, {"query_text": "question"}])
+def test_a_table_without_a_positive_says_what_it_has(images: Path, columns: dict[str, str] | None) -> None:
+    path = write_table(images / "rows.csv", [{"question": "x", "query_text": "y"}])
+    with pytest.raises(CocoaError, match=r"no column holds the positive; give columns\.positive_text .*'question'"):
+        read(file=str(path), columns=columns)
+
+
+def test_a_glob_reads_its_files_in_order_up_to_the_limit(tmp_path: Path) -> None:
+    for name in ("b", "a", "c"):
+        write_table(tmp_path / f"{name}.csv", [{"query_text": f"{name}{n}", "positive_text": "x"} for n in range(2)])
+    rows = read(file=str(tmp_path / "*.csv"), limit=5)
+    assert [row.query.text for row in rows] == ["a0", "a1", "b0", "b1", "c0"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gone.jsonl", r"gone\.jsonl does not exist"),
+        ("gone-*.parquet", r"No file matches .*\*\.parquet; give"),
+        ("", r"is a folder; give a \.jsonl, \.csv or \.parquet file"),
+        ("rows.txt", r"rows\.txt is not a table"),
+        ("broken.parquet", r"broken\.parquet cannot be read"),
+        ("latin.csv", r"latin\.csv cannot be read"),
+        ("twice.csv", r"twice\.csv cannot be read \(its header has the column 'query_text' twice\)"),
+        ("empty.jsonl", r"empty\.jsonl: no column holds the query"),
+        ("header.csv", r"header\.csv has no rows"),
+        ("none.parquet", r"none\.parquet has no rows"),
+    ],
+)
+def test_a_file_that_is_no_table_is_an_error_of_the_whole(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "rows.txt").write_text("x")
+    (tmp_path / "broken.parquet" if "broken" in name else tmp_path / "x").write_bytes(b"PAR1 no table")
+    (tmp_path / "latin.csv").write_bytes(b"query_text,positive_text\n\xe9t\xe9,x\n")
+    (tmp_path / "twice.csv").write_text("query_text,query_text\na,b\n")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    texts = pa.array([], pa.string())
+    parquet.write_table(pa.table({"query_text": texts, "positive_text": texts}), tmp_path / "none.parquet")
+    (tmp_path / "header.csv").write_text("query_text,positive_text\n")
+    with pytest.raises(CocoaError, match=message):
+        read(file=str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"query_text": "", "query_image": None}, "the query is empty (query_text and query_image)"),
+        ({"positive_text": " \n", "positive_image": ""}, "the positive is empty"),
+        ({"query_image": "gone.png"}, "gone.png does not exist"),
+        ({"query_image": "https://example.org/a.png"}, "is a URL; download it"),
+        ({"query_image": "data:image/png;base64,AAAA"}, "is a URL"),
+        ({"negative_text": ["a", "b", "c"]}, "it has 3 negative texts and 2 negative images"),
+        ({"query_text": f"a {RESERVED_TOKENS[2]}"}, "the text holds <|image_pad|>"),
+        ({"negative_text": ["a", RESERVED_TOKENS[0]]}, "the text holds <|vision_start|>"),
+    ],
+)
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_row_that_cannot_be_used_is_left_out_with_its_reason(
+    images: Path, kind: str, changes: Values, reason: str
+) -> None:
+    path = write_table(images / f"rows.{kind}", [ROWS[1], {**ROWS[0], **changes}, ROWS[0]])
+    bad: list[BadRow] = []
+    rows = read(bad, file=str(path))
+    assert content(rows) == content(read(file=str(write_table(images / "good.jsonl", [ROWS[1], ROWS[0]]))))
+    assert len(bad) == 1
+    assert bad[0].source == (f"{path}:2" if kind == "jsonl" else f"{path}, row 2")
+    assert reason in bad[0].reason
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"query_text": "a"', "is not JSON"),
+        ('["a"]', "is a JSON list"),
+        ('{"query_text": 7, "positive_text": "x"}', "7 stands where a text is expected"),
+        ('{"query_text": ["a"], "positive_text": "x"}', "['a'] stands where a text"),
+        ('{"query_image": {"path": "a.png"}, "positive_text": "x"}', "stands where the path of an image is expected"),
+        ('{"query_text": "\\ud800", "positive_text": "x"}', "half of a surrogate pair"),
+    ],
+)
+def test_a_malformed_line_is_a_bad_row(images: Path, line: str, reason: str) -> None:
+    path = images / "rows.jsonl"
+    path.write_text(line + '\n{"query_text": "a", "positive_text": "x", "query_image": null}\n')
+    found = reasons(path)
+    assert len(found) == 1
+    assert reason in found[0]
+
+
+def test_a_csv_row_of_another_length_is_a_bad_row(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("query_text,positive_text\na,b,c\nd\n\ne,f\n")
+    assert reasons(tmp_path / "rows.csv") == [
+        "has 3 cells; the header has 2 columns",
+        "has 1 cells; the header has 2 columns",
+    ]
+
+
+def test_images_start_from_the_given_folder_or_stand_where_they_say(images: Path, tmp_path: Path) -> None:
+    write_images(tmp_path / "pictures", "x")
+    path = write_table(
+        tmp_path / "tables" / "rows.jsonl",
+        [{"query_image": name, "positive_text": "t"} for name in ("x.png", str(images / "a.png"))],
+    )
+    rows = read(file=str(path), images=tmp_path / "pictures")
+    assert [row.image for row in rows] == [tmp_path / "pictures" / "x.png", images / "a.png"]
+    with pytest.raises(CocoaError, match=r"nowhere is not a folder; data\.images"):
+        read(file=str(path), images=tmp_path / "nowhere")
+
+
+# Image folders
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_an_image_folder_has_the_same_rows_whatever_its_metadata_are_written_as(tmp_path: Path, kind: str) -> None:
+    lines: list[Values] = [
+        {"file_name": "b.png", "text": "a ring", "captions": ["a ring", "ring, red", "[ring]"]},
+        {"file_name": "a.png", "text": "a star", "captions": None},
+    ]
+    folders = [tmp_path / "jsonl", tmp_path / kind]
+    for folder in folders:
+        write_images(folder, "ab")
+        write_table(folder / f"metadata.{folder.name}", lines)
+    for choice in ("text", "captions"):
+        found = [
+            [
+                (row.query.text, row.positive.text, row.image and Path(str(row.image)).name)
+                for row in read(folder=folder, captions=choice, paraphrases=2)
+            ]
+            for folder in folders
+        ]
+        assert found[0] == found[1]
+        assert len(found[0]) == {"text": 2 + 2, "captions": 4 + 2}[choice]
+
+
+def test_an_image_folder_leaves_bad_images_out_and_draws_for_the_others_as_before(tmp_path: Path) -> None:
+    captions = ["one", "two", "three"]
+    lines = [{"file_name": f"{name}.png", "text": name, "captions": captions} for name in "abcd"]
+    write_images(tmp_path, "abcd")
+    write_table(tmp_path / "metadata.jsonl", lines)
+    whole = read_image_folder(tmp_path, paraphrases=2)
+    (tmp_path / "b.png").unlink()
+    lines[2]["text"] = ""
+    write_table(tmp_path / "metadata.jsonl", lines)
+    bad: list[BadRow] = []
+    rows = read(bad, subset="mine", folder=tmp_path, paraphrases=2)
+    assert rows == [Row(*row.items(), source=row.source, subset="mine") for row in whole if "b.png" not in row.source
+                    and "c.png" not in row.source]  # fmt: skip
+    assert [row.source for row in bad] == [f"{tmp_path}/metadata.jsonl:2", f"{tmp_path}/metadata.jsonl, c.png"]
+    assert len(read(bad, folder=tmp_path, limit=1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (None, r"pictures does not exist; give a folder of images"),
+        ([], r"pictures has no metadata\.jsonl \(nor metadata\.csv or metadata\.parquet\)"),
+        (["csv", "jsonl"], r"pictures has metadata\.jsonl and metadata\.csv; keep one"),
+    ],
+)
+def test_a_folder_without_the_one_file_it_needs_is_told_as_such(
+    tmp_path: Path, files: list[str] | None, message: str
+) -> None:
+    folder = tmp_path / "pictures"
+    if files is not None:
+        write_images(folder, "a")
+        for kind in files:
+            write_table(folder / f"metadata.{kind}", [{"file_name": "a.png", "text": "x"}])
+    with pytest.raises(CocoaError, match=message):
+        read(folder=folder)
+
+
+# The MMEB layout
+
+IMAGE = "<|image_1|>"
+
+
+def mmeb_row(**values: str) -> Values:
+    empty = dict.fromkeys(("qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path"), "")
+    return {**empty, **values}
+
+
+@pytest.fixture
+def mmeb(tmp_path: Path) -> Path:
+    write_images(tmp_path / "images", "ab")
+    rows = [
+        mmeb_row(qry=f"{IMAGE}\nWhat is it?\n", qry_image_path="images/a.png", pos_text="a ring", neg_text="a star"),
+        mmeb_row(qry="Find a star.\n", pos_text=f"{IMAGE}\nRepresent it.\n", pos_image_path="images/b.png"),
+        mmeb_row(qry=f"{IMAGE}\n", qry_image_path="images/a.png", pos_text=f"Here {IMAGE} is.",
+                 pos_image_path="images/b.png", neg_text=f"{IMAGE}\n", neg_image_path="images/a.png"),
+        mmeb_row(qry="Like this", qry_image_path="images/a.png", pos_text="x", neg_image_path="images/b.png"),
+        mmeb_row(qry=f"{IMAGE}\nNo image", pos_text="x"),
+        mmeb_row(qry=f"{IMAGE}\nGone", qry_image_path="images/gone.png", pos_text="x"),
+        mmeb_row(qry=f"{RESERVED_TOKENS[2]} x", pos_text="x"),
+    ]  # fmt: skip
+    write_table(tmp_path / "OK-VQA" / "original-00000-of-00001.parquet", rows)
+    write_table(tmp_path / "OK-VQA" / "diverse_instruction-00000-of-00001.parquet", [mmeb_row(qry="q", pos_text="p")])
+    return tmp_path
+
+
+def test_the_mmeb_layout_gives_every_combination_of_text_and_image(mmeb: Path) -> None:
+    bad: list[BadRow] = []
+    rows = read(bad, subset="OK-VQA", mmeb=str(mmeb))
+    one, other = (mmeb.absolute() / "images" / f"{name}.png" for name in "ab")
+    assert content(rows) == [
+        (Item("What is it?", one), Item("a ring"), Item("a star")),
+        (Item("Find a star."), Item("Represent it.", other)),
+        (Item(image=one), Item("Here is.", other), Item(image=one)),
+        (Item("Like this", one), Item("x"), Item(image=other)),
+    ]
+    assert {row.subset for row in rows} == {"OK-VQA"}
+    assert [row.source.rpartition(", ")[2] for row in bad] == ["row 5", "row 6", "row 7"]
+    assert [row.reason.split()[-1] for row in bad] == ["image", "exist", "out."]
+
+
+def test_the_mmeb_split_is_the_files_prefix(mmeb: Path) -> None:
+    assert content(read(subset="OK-VQA", mmeb=str(mmeb), split="diverse_instruction")) == [(Item("q"), Item("p"))]
+    with pytest.raises(CocoaError, match=r"no files of the split 'test'; found are diverse_instruction, original"):
+        read(subset="OK-VQA", mmeb=str(mmeb), split="test")
+    write_table(mmeb / "OK-VQA" / "train.parquet", [mmeb_row(qry="first", pos_text="p")])
+    assert content(read(subset="OK-VQA", mmeb=str(mmeb))) == [(Item("first"), Item("p"))]
+
+
+def test_an_mmeb_subset_may_have_another_name_in_the_recipe_or_be_the_folder_itself(mmeb: Path) -> None:
+    expected = [(Item("q"), Item("p"))]
+    split = "diverse_instruction"
+    assert content(read(subset="mine", mmeb=str(mmeb), config="OK-VQA", split=split)) == expected
+    assert content(read(subset="mine", mmeb=str(mmeb / "OK-VQA"), images=mmeb, split=split)) == expected
+
+
+def test_an_mmeb_table_may_leave_negatives_out_and_nothing_else(tmp_path: Path) -> None:
+    row = mmeb_row(qry="q", pos_text="p")
+    del row["neg_text"], row["neg_image_path"]
+    write_table(tmp_path / "MSCOCO" / "original.parquet", [row])
+    assert content(read(subset="MSCOCO", mmeb=str(tmp_path))) == [(Item("q"), Item("p"))]
+    del row["pos_image_path"]
+    write_table(tmp_path / "CIRR" / "original.parquet", [row])
+    with pytest.raises(CocoaError, match="no column 'pos_image_path'"):
+        read(subset="CIRR", mmeb=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("subset", "source", "message"),
+    [
+        ("OKVQA", {}, r"no subset 'OKVQA'; did you mean 'OK-VQA'\? \(known are OK-VQA\)"),
+        ("OK-VQA", {"mmeb": "./gone"}, r"gone does not exist; give the folder of MMEB-train"),
+        ("ImageNet-1K", {"mmeb": "TIGER-Lab/MMEB-train"}, r"no subset 'ImageNet-1K'; did you mean 'ImageNet_1K'\?"),
+        ("OK-VQA", {"mmeb": "TIGER-Lab/MMEB-train"}, r"download them and give data\.images"),
+    ],
+)
+def test_an_mmeb_source_that_is_not_there_is_named(mmeb: Path, subset: str, source: Values, message: str) -> None:
+    with pytest.raises(CocoaError, match=message):
+        read(subset=subset, **{"mmeb": str(mmeb), **source})
+
+
+def test_mmeb_from_the_hub_falls_back_to_the_original_split(mmeb: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(name: str, config: str, *, split: str) -> Dataset:
+        asked.append((name, config, split))
+        if split == "train":
+            raise ValueError("Unknown split \"train\". Should be one of ['original', 'diverse_instruction'].")
+        return Dataset.from_list([mmeb_row(qry=f"{IMAGE}\nq", qry_image_path="images/a.png", pos_text="p")])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows = read(subset="VOC2007", mmeb="TIGER-Lab/MMEB-train", images=mmeb)
+    assert content(rows) == [(Item("q", mmeb.absolute() / "images" / "a.png"), Item("p"))]
+    assert asked == [("TIGER-Lab/MMEB-train", "VOC2007", split) for split in ("train", "original")]
+    assert rows[0].source == "TIGER-Lab/MMEB-train, VOC2007, original, row 1"
+
+
+# Data sets
+
+
+def image_data_set(count: int = 4) -> Dataset:
+    features = Features({"text": Value("string"), "picture": datasets.Image(), "others": List(datasets.Image())})
+    rows = [
+        {
+            "text": f"number {n}",
+            "picture": {"bytes": png(n), "path": f"{n}.png"},
+            "others": [{"bytes": png(100 + n), "path": None}, {"bytes": png(200 + n), "path": None}],
+        }
+        for n in range(count)
+    ]
+    return Dataset.from_list(rows, features=features)
+
+
+COLUMNS = {"query_image": "picture", "positive_text": "text", "negative_image": "others"}
+
+
+@pytest.mark.parametrize("kind", ["saved", "saved with splits", "files"])
+def test_a_data_set_in_a_folder_is_read_with_its_images_where_they_are(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "set"
+    if kind == "saved":
+        image_data_set().save_to_disk(folder)
+    elif kind == "files":
+        folder.mkdir()
+        image_data_set().to_parquet(folder / "train-00000.parquet")
+    else:
+        DatasetDict(train=image_data_set(), test=image_data_set(1)).save_to_disk(folder)
+    rows = read(hub=str(folder), columns=COLUMNS, limit=3)
+    assert [row.positive.text for row in rows] == ["number 0", "number 1", "number 2"]
+    for number, row in enumerate(rows):
+        stored = [image for image in row.images() if isinstance(image, StoredImage)]
+        assert [image.read() for image in stored] == [png(number), png(100 + number), png(200 + number)]
+        assert [str(image) for image in stored] == [
+            f"{folder}, train, row {number + 1}, {column}" for column in ("picture", "others[0]", "others[1]")
+        ]
+
+
+def test_a_data_set_that_cannot_be_loaded_is_told_in_one_sentence(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    DatasetDict(train=image_data_set(), test=image_data_set(1)).save_to_disk(folder)
+    with pytest.raises(CocoaError, match=re.escape(f"{folder} cannot be loaded (no split 'dev'; it has train, test)")):
+        read(hub=str(folder), split="dev", columns=COLUMNS)
+    with pytest.raises(CocoaError, match=r"The data set .*nowhere cannot be loaded"):
+        read(hub=str(tmp_path / "nowhere"), columns=COLUMNS)
+
+
+def test_a_hub_that_cannot_be_reached_is_told_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("Couldn't reach\n'some/set' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(CocoaError, match=r"some/set, en cannot be loaded \(Couldn't reach 'some/set' on the Hub\)"):
+        read(hub="some/set", config="en", columns=COLUMNS)
+
+
+def test_paths_in_a_set_that_has_no_folder_are_bad_rows(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = Dataset.from_list([{"query_image": "a.png", "positive_text": "x"}])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
+    bad: list[BadRow] = []
+    assert read(bad, hub="some/set") == []
+    assert "relative path; give the folder it starts from as data.images" in bad[0].reason
+    assert [row.image for row in read(hub="some/set", images=images)] == [images.absolute() / "a.png"]
+
+
+def test_an_empty_cell_of_images_is_absent_and_a_stored_path_is_a_path(images: Path) -> None:
+    path = images / "rows.parquet"
+    cells = [{"bytes": png(), "path": "x.png"}, {"bytes": None, "path": "a.png"}, {"bytes": b"", "path": None}, None]
+    write_table(path, [{"query_text": "q", "query_image": cell, "positive_text": "p"} for cell in cells])
+    rows = read(file=str(path))
+    assert isinstance(rows[0].query.image, StoredImage)
+    assert [row.query.image for row in rows[1:]] == [images.absolute() / "a.png", None, None]
+
+
+def test_a_stored_images_table_that_went_away_is_an_image_error(tmp_path: Path) -> None:
+    write_table(tmp_path / "rows.parquet", [{"query_image": png(), "positive_text": "p"}])
+    image = read(file=str(tmp_path / "rows.parquet"))[0].query.image
+    assert isinstance(image, StoredImage)
+    with pytest.raises(ImageError, match=r"rows\.parquet, row 9, query_image: cannot be read"):
+        StoredImage(image.table, 8, "query_image").read()
+
+
+def test_a_source_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="names nothing to read"):
+        read()
+
+
+def test_lines_of_json_count_blank_ones(tmp_path: Path) -> None:
+    line = json.dumps({"query_text": "a", "positive_text": "b"})
+    (tmp_path / "rows.jsonl").write_text(f"\ufeff{line}\r\n\n{line}\r\n")
+    rows = read(file=str(tmp_path / "rows.jsonl"))
+    assert [row.source.rpartition(":")[2] for row in rows] == ["1", "3"]

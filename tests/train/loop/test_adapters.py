@@ -1,0 +1,365 @@
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from exported import PROMPTS, write_checkpoint
+from peft import LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_model, save_model
+from tiny_backbones import every_family
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from cocoa_embed.errors import CocoaError, UsageError
+from cocoa_embed.model.attention import assert_bidirectional
+from cocoa_embed.model.backbone import SUPPORTED, Backbone, load_backbone
+from cocoa_embed.model.export import build_sentence_transformer
+from cocoa_embed.train.data.rows import Item, Row, numbered
+from cocoa_embed.train.loop.adapters import Adapter, add_adapter, freeze_vision, prepare_trainable
+from cocoa_embed.train.plan.memory import Parameters, count_parameters
+from cocoa_embed.train.recipe import Recipe
+from cocoa_embed.train.settings import AdapterSection, StageSection
+from cocoa_embed.train.stages.collators import WarmupCollator, render_items
+from cocoa_embed.train.stages.warmup import WarmupModel
+from conftest import TINY_MAX_LENGTH
+
+LANGUAGE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+LANGUAGE += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+VISION = {
+    "qwen2_vl": ("attn.qkv", "mlp.fc1", "mlp.fc2"),
+    "qwen2_5_vl": ("attn.qkv", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    "qwen3_vl": ("attn.qkv", "mlp.linear_fc1", "mlp.linear_fc2"),
+}
+KINDS = pytest.mark.parametrize("kind", ["lora", "dora"])
+
+
+def expected_targets(family: str, *, vision: bool, prefix: str = "model.") -> set[str]:
+    names = {f"{prefix}language_model.layers.{layer}.{name}" for layer in range(3) for name in LANGUAGE}
+    if vision:
+        names |= {f"{prefix}visual.blocks.{block}.{name}" for block in range(2) for name in VISION[family]}
+    return names
+
+
+def adapted(model: nn.Module) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.fixture
+def batch(tiny_backbone: Backbone, scene_rows: list[Row]) -> dict[str, Tensor]:
+    items = [Item(text="a red ring"), scene_rows[0].query, Item(text="what is here?", image=scene_rows[1].image)]
+    return dict(render_items(tiny_backbone.processor, items))
+
+
+@torch.no_grad()
+def hidden_states(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    model.eval()
+    return model.base_model(**batch).last_hidden_state
+
+
+def train(model: PreTrainedModel, batch: dict[str, Tensor], *, steps: int = 3) -> None:
+    """Move the last hidden states away from where they are."""
+    model.train()
+    optimizer = torch.optim.AdamW(trained(model).values(), lr=1e-2)
+    for _ in range(steps):
+        model.base_model(**batch).last_hidden_state[..., 0].square().mean().neg().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+# What is adapted
+
+
+@every_family
+@pytest.mark.parametrize("vision", [True, False])
+def test_the_projections_of_layers_and_blocks_are_adapted_and_nothing_else(
+    family: str, tiny_backbone: Backbone, vision: bool
+) -> None:
+    model = tiny_backbone.model
+    add_adapter(model, AdapterSection(), vision=vision)
+    assert adapted(model) == expected_targets(family, vision=vision)
+    assert type(model) is SUPPORTED[family]
+
+
+@every_family
+@KINDS
+def test_the_adapter_alone_is_trained_and_every_part_of_it_in_float32(
+    family: str, tiny_backbone: Backbone, batch: dict[str, Tensor], kind: str
+) -> None:
+    model = tiny_backbone.model.to(torch.bfloat16)
+    add_adapter(model, AdapterSection(kind=kind, r=2))
+    found = trained(model)
+    parts = ("lora_A", "lora_B") + (("lora_magnitude_vector",) if kind == "dora" else ())
+    assert len(found) == len(parts) * len(expected_targets(family, vision=True))
+    assert all(any(f".{part}." in name for part in parts) for name in found)
+    assert {parameter.dtype for parameter in found.values()} == {torch.float32}
+    assert model.dtype == torch.bfloat16
+    train(model, batch, steps=1)  # of both kinds of layers, whatever the dtype of what flows through them
+
+
+@every_family
+def test_a_model_without_its_head_is_adapted_too(
+    family: str, tiny_backbone: Backbone, batch: dict[str, Tensor], tmp_path: Path
+) -> None:
+    checkpoint = write_checkpoint(tiny_backbone, tmp_path / "bridge")
+    embedder = build_sentence_transformer(checkpoint, prompts=PROMPTS).to("cpu")
+    model = embedder[0].auto_model
+    stock, keys = type(model), list(model.state_dict())
+    adapter = add_adapter(model, AdapterSection())
+    assert adapted(model) == expected_targets(family, vision=True, prefix="")
+    train(model, batch)
+    expected = hidden_states(model, batch)
+    adapter.merge(batch)
+    torch.testing.assert_close(hidden_states(model, batch), expected, rtol=1e-4, atol=1e-4)
+    assert (type(embedder[0].auto_model), list(model.state_dict())) == (stock, keys)
+    embedder.save(str(tmp_path / "merged"), create_model_card=False)
+    again = load_backbone(str(tmp_path / "merged")).model
+    torch.testing.assert_close(hidden_states(again, batch), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_without_such_projections_is_refused(tiny_backbone: Backbone) -> None:
+    model = tiny_backbone.model
+    for block in model.base_model.visual.blocks:
+        block.attn, block.mlp = nn.Sequential(nn.Linear(2, 2)), nn.Identity()
+    with pytest.raises(CocoaError, match=r"Qwen2VLForConditionalGeneration: the vision encoder's blocks .* but 0\."):
+        add_adapter(model, AdapterSection())
+    assert not adapted(model)
+    model.base_model.language_model.layers = nn.ModuleList()
+    with pytest.raises(CocoaError, match=r"the language model's layers have no linear layer .* but none at all"):
+        add_adapter(model, AdapterSection(), vision=False)
+
+
+@pytest.mark.parametrize("init", ["gaussian", "kaiming"])
+def test_an_adapter_changes_nothing_before_its_first_step(
+    tiny_backbone: Backbone, batch: dict[str, Tensor], init: str
+) -> None:
+    model = tiny_backbone.model
+    before = hidden_states(model, batch)
+    add_adapter(model, AdapterSection.model_validate({"init": init}))
+    torch.testing.assert_close(hidden_states(model, batch), before, rtol=1e-5, atol=1e-5)
+
+
+def test_the_section_sets_rank_scale_dropout_and_kind(tiny_backbone: Backbone) -> None:
+    adapter = add_adapter(tiny_backbone.model, AdapterSection(kind="lora", r=4, alpha=12, dropout=0.25))
+    for layer in (module for module in tiny_backbone.model.modules() if isinstance(module, BaseTunerLayer)):
+        assert layer.lora_A["default"].out_features == layer.lora_B["default"].in_features == 4
+        assert layer.scaling["default"] == 3
+        assert layer.lora_dropout["default"].p == 0.25
+        assert not layer.lora_magnitude_vector
+    assert isinstance(adapter.layers, LoraModel)
+
+
+@pytest.mark.parametrize(("init", "spread"), [("gaussian", 1 / 8), ("kaiming", 32**-0.5 / 3**0.5)])
+def test_the_recipes_name_chooses_how_an_adapter_is_drawn(tiny_backbone: Backbone, init: str, spread: float) -> None:
+    torch.manual_seed(0)
+    add_adapter(tiny_backbone.model, AdapterSection.model_validate({"init": init, "r": 8}), vision=False)
+    drawn = [value.flatten() for name, value in trained(tiny_backbone.model).items() if "q_proj.lora_A" in name]
+    assert torch.cat(drawn).std().item() == pytest.approx(spread, rel=0.15)
+
+
+# Training
+
+
+@every_family
+@KINDS
+def test_a_merged_model_is_the_stock_one_and_computes_what_the_adapted_one_did(
+    family: str, tiny_backbone: Backbone, batch: dict[str, Tensor], tmp_path: Path, kind: str
+) -> None:
+    model = tiny_backbone.model
+    untrained, keys, config = hidden_states(model, batch), list(model.state_dict()), model.config.to_dict()
+    adapter = add_adapter(model, AdapterSection(kind=kind))
+    train(model, batch)
+    expected = hidden_states(model, batch)
+    assert (expected - untrained).abs().max() > 0.1, "the adapter has learned something"
+    model.train()
+    difference = adapter.merge(batch)
+    assert 0 < difference < 1e-4
+    assert model.training
+    assert not adapted(model)
+    assert not hasattr(model, "peft_config")
+    assert (type(model), list(model.state_dict()), model.config.to_dict()) == (SUPPORTED[family], keys, config)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    torch.testing.assert_close(hidden_states(model, batch), expected, rtol=1e-4, atol=1e-4)
+    tiny_backbone.save(tmp_path / "stage")
+    again = load_backbone(str(tmp_path / "stage"), max_length=TINY_MAX_LENGTH).model
+    torch.testing.assert_close(hidden_states(again, batch), expected, rtol=1e-4, atol=1e-4)
+    assert_bidirectional(again)
+    assert not any("adapter" in path.name for path in (tmp_path / "stage").iterdir())
+    assert "peft" not in json.dumps(json.loads((tmp_path / "stage" / "config.json").read_text()))
+
+
+def test_after_a_merge_the_weights_can_be_trained_as_before(tiny_backbone: Backbone, batch: dict[str, Tensor]) -> None:
+    model = tiny_backbone.model
+    freeze_vision(model)
+    before = set(trained(model))
+    add_adapter(model, AdapterSection(), vision=False).merge(batch)
+    assert set(trained(model)) == before
+    assert before == {name for name, _ in model.named_parameters() if "visual" not in name}
+
+
+@every_family
+@KINDS
+def test_gradients_reach_every_adapter_under_bf16_autocast(
+    tiny_backbone: Backbone, batch: dict[str, Tensor], kind: str
+) -> None:
+    model = tiny_backbone.model
+    add_adapter(model, AdapterSection(kind=kind, dropout=0.0))
+    model.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.base_model(**batch).last_hidden_state[..., 0].square().mean()
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        # A is behind B, which starts at zero.
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+        if "lora_B" in name:
+            assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.slow
+@every_family
+@KINDS
+def test_a_state_saved_amid_training_is_loaded_into_another_adapted_model(
+    tiny_backbone: Backbone, tiny_backbone_path: Path, batch: dict[str, Tensor], tmp_path: Path, kind: str
+) -> None:
+    model = tiny_backbone.model
+    add_adapter(model, AdapterSection(kind=kind))
+    train(model, batch)
+    save_model(model, str(tmp_path / "model.safetensors"))
+    other = load_backbone(str(tiny_backbone_path), max_length=TINY_MAX_LENGTH).model
+    adapter = add_adapter(other, AdapterSection(kind=kind))
+    expected = hidden_states(model, batch)
+    assert (hidden_states(other, batch) - expected).abs().max() > 0.1
+    assert load_model(other, str(tmp_path / "model.safetensors")) == (set(), [])
+    torch.testing.assert_close(hidden_states(other, batch), expected, rtol=0, atol=0)
+    adapter.merge(batch)
+    torch.testing.assert_close(hidden_states(other, batch), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_pixel_decoder_is_trained_whole_beside_an_adapter(tiny_backbone: Backbone, scene_rows: list[Row]) -> None:
+    stage = WarmupModel(tiny_backbone.model, tiny_backbone.geometry)
+    add_adapter(tiny_backbone.model, AdapterSection())
+    assert set(trained(stage.pixel_decoder)) == {name for name, _ in stage.pixel_decoder.named_parameters()}
+    assert not adapted(stage.pixel_decoder)
+    collator = WarmupCollator(tiny_backbone.processor, tiny_backbone.geometry, seed=0)
+    stage(**collator(numbered(scene_rows[:4])))["loss"].backward()
+    assert all(value.grad is not None for value in trained(stage).values())
+    assert tiny_backbone.model.lm_head.weight.grad is None
+
+
+# A merge that goes wrong
+
+
+@pytest.fixture
+def learned(tiny_backbone: Backbone, batch: dict[str, Tensor]) -> Adapter:
+    adapter = add_adapter(tiny_backbone.model, AdapterSection())
+    train(tiny_backbone.model, batch)
+    return adapter
+
+
+def test_a_merge_that_loses_the_adapter_is_refused_with_both_numbers(
+    learned: Adapter, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LoraModel, "merge_and_unload", lambda self, safe_merge: self.unload())
+    with pytest.raises(CocoaError, match=r"hidden states by \d\.\d+ of .* explains 0\.001 in torch\.float32"):
+        learned.merge(batch)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_merged_weight_that_is_no_number_is_refused(
+    learned: Adapter, batch: dict[str, Tensor], broken: float
+) -> None:
+    with torch.no_grad():
+        next(iter(trained(learned.model).values()))[0] = broken
+    with pytest.raises(CocoaError, match=r"cannot be merged: .* Lower learning_rate"):
+        learned.merge(batch)
+
+
+def test_hidden_states_that_are_no_numbers_are_refused(
+    learned: Adapter, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose(self: LoraModel, safe_merge: bool) -> None:
+        self.unload().get_decoder().norm.weight.data.fill_(float("nan"))
+
+    monkeypatch.setattr(LoraModel, "merge_and_unload", lose)
+    with pytest.raises(CocoaError, match="hidden states by nan"):
+        learned.merge(batch)
+
+
+# What a section asks for
+
+STAGE = {"steps": 1, "batch_size": 1}
+Prepare = Callable[..., tuple[Adapter | None, set[str]]]
+
+
+@pytest.fixture
+def prepare(tiny_backbone: Backbone) -> Iterator[Prepare]:
+    def prepared(**values: object) -> tuple[Adapter | None, set[str]]:
+        adapter = prepare_trainable(tiny_backbone.model, StageSection.model_validate({**STAGE, **values}))
+        return adapter, set(trained(tiny_backbone.model))
+
+    return prepared
+
+
+def test_without_an_adapter_all_weights_are_trained(prepare: Prepare, tiny_backbone: Backbone) -> None:
+    assert prepare() == (None, {name for name, _ in tiny_backbone.model.named_parameters()})
+
+
+def test_a_frozen_vision_encoder_stays_as_it_is_with_its_merger(
+    prepare: Prepare, tiny_backbone: Backbone, batch: dict[str, Tensor]
+) -> None:
+    adapter, names = prepare(freeze_vision=True)
+    assert adapter is None
+    assert names == {name for name, _ in tiny_backbone.model.named_parameters() if "visual" not in name}
+    assert any("merger" in name for name, _ in tiny_backbone.model.named_parameters())
+    before = {name: value.clone() for name, value in tiny_backbone.model.base_model.visual.state_dict().items()}
+    train(tiny_backbone.model, batch)
+    after = tiny_backbone.model.base_model.visual.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize(
+    ("values", "vision"),
+    [
+        ({"adapter": {}}, True),
+        ({"adapter": {"vision": False}}, False),
+        ({"adapter": {}, "freeze_vision": True}, False),
+        ({"adapter": {"vision": False}, "freeze_vision": True}, False),
+    ],
+)
+def test_an_adapter_is_in_the_vision_encoder_unless_that_is_frozen(
+    prepare: Prepare, values: dict[str, object], vision: bool
+) -> None:
+    adapter, names = prepare(**values)
+    assert adapter is not None
+    assert any("visual" in name for name in names) is vision
+    assert all("lora_" in name for name in names)
+
+
+def test_a_vision_encoder_both_frozen_and_adapted_is_refused() -> None:
+    values = {
+        "name": "a",
+        "backbone": "b",
+        "warmup": {**STAGE, "freeze_vision": True, "adapter": {"vision": True}},
+    }
+    with pytest.raises(UsageError, match=r"warmup: freeze_vision and adapter\.vision are both true; set one of them"):
+        Recipe.parse(values)
+
+
+# Counting
+
+
+def test_tied_parameters_count_once_and_only_the_trained_ones_as_such(tiny_backbone: Backbone) -> None:
+    model = tiny_backbone.model
+    total = sum(value.numel() for name, value in model.state_dict().items() if name != "lm_head.weight")
+    assert count_parameters(model) == Parameters(total, total)
+    freeze_vision(model)
+    vision = sum(value.numel() for value in model.base_model.visual.parameters())
+    assert count_parameters(model) == Parameters(total, total - vision)
+    add_adapter(model, AdapterSection(r=2), vision=False)
+    added = sum(value.numel() for name, value in model.named_parameters() if "lora_" in name)
+    assert count_parameters(model) == Parameters(total + added, added)

@@ -1,0 +1,212 @@
+"""Two processes over gloo learn what one process does at the same global batch."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from cocoa_embed.train import Recipe, run
+from cocoa_embed.train.recipe import STAGES
+from cocoa_embed.train.stages.samples import read_samples
+from conftest import TINY_MAX_LENGTH
+
+STAGE: dict[str, Any] = {
+    "steps": 4,
+    "batch_size": 8,
+    "learning_rate": 1e-3,
+    "warmup_steps": 0,
+    "logging_steps": 1,
+    "save_steps": 2,
+}
+
+GEOMETRY = ("alignment", "uniformity", "modality_gap", "effective_rank")
+
+FIGURES = {
+    "warmup": ("loss", "grad_norm", "mntp_loss", "mae_loss", "hidden_token_accuracy"),
+    "bridge": (
+        *("loss", "grad_norm", "hidden_token_accuracy"),
+        *("accuracy_right_image", "accuracy_shuffled_image", "accuracy_no_image", *GEOMETRY),
+    ),
+    "contrastive": ("loss", "grad_norm", *GEOMETRY),
+}
+
+SHARD_ON_CPU = """
+# accelerate shards on accelerators alone: let CPUs pass for some. Everything after that gate is as on GPUs.
+import os, signal, sys
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from transformers import TrainerCallback
+
+meet = PartialState.__init__
+def meet_as_accelerators(self, *args, **kwargs):
+    meet(self, *args, **kwargs)
+    if self.distributed_type == DistributedType.MULTI_CPU:
+        self.distributed_type = DistributedType.MULTI_GPU
+if os.environ.get("SHARD_ON_CPU"):
+    PartialState.__init__ = meet_as_accelerators
+
+from cocoa_embed.cli.main import main
+from cocoa_embed.train import pipeline
+
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+show = pipeline.show_live_losses
+def show_and_kill(trainer, stage):
+    show(trainer, stage)
+    if stage == os.environ["KILL_IN"]:
+        trainer.add_callback(Kill())
+if os.environ.get("KILL_IN"):
+    pipeline.show_live_losses = show_and_kill
+
+main(["train", *sys.argv[1:]])
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_backbone_path: Path, scene_folder: Path) -> Recipe:
+    return Recipe.parse(
+        {
+            "name": "many",
+            "backbone": str(tiny_backbone_path),
+            "max_length": TINY_MAX_LENGTH,
+            # Text-only rows: at some steps one process has images and the other has none.
+            "data": {"folder": str(scene_folder), "paraphrases": 1},
+            "warmup": {**STAGE, "micro_batch_size": 2},
+            "bridge": {**STAGE, "probe_rows": 4, "probe_steps": 2},
+            # Two steps make an epoch.
+            "contrastive": {
+                **STAGE,
+                "data": {"paraphrases": 0, "limit": 16},
+                "both_directions": False,
+                "cache_chunk": 2,
+                "symmetric": True,
+                "probe_rows": 6,
+                "probe_steps": 2,
+            },
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("alone") / "out"
+    run(recipe, out)
+    return out
+
+
+def launch(recipe: Recipe, folder: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    (folder / "recipe.yaml").write_text(recipe.model_dump_json(exclude_unset=True))
+    (folder / "run.py").write_text(SHARD_ON_CPU)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "run.py"]
+    return subprocess.run(
+        [*command, "recipe.yaml", "--out", "out", *options],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+
+
+def assert_same(found: Path, expected: Path, stages: tuple[str, ...]) -> None:
+    for stage in stages:
+        log, log_alone = (json.loads((out / stage / "log.json").read_text()) for out in (found, expected))
+        for name in FIGURES[stage]:
+            values, values_alone = ([line[name] for line in lines if name in line] for lines in (log, log_alone))
+            assert values, (stage, name)
+            assert values == pytest.approx(values_alone, rel=2e-3, abs=1e-5), (stage, name)
+        weights, weights_alone = (load_file(out / stage / "model.safetensors") for out in (found, expected))
+        assert weights.keys() == weights_alone.keys()
+        moved = STAGE["steps"] * STAGE["learning_rate"]
+        for name, value in weights.items():
+            # Where a gradient is nearly nothing, Adam makes much of the order of a sum.
+            assert (value - weights_alone[name]).abs().max() < moved / 4, (stage, name)
+            assert (value - weights_alone[name]).abs().mean() < moved / 400, (stage, name)
+
+
+def assert_same_samples(found: Path, expected: Path) -> None:
+    for stage in ("warmup", "bridge"):
+        ours, theirs = (read_samples(out / stage) for out in (found, expected))
+        assert ours is not None
+        assert theirs is not None
+        assert (ours.failure, theirs.failure) == (None, None)
+        assert ours.kept_out == theirs.kept_out == (stage == "bridge")
+        assert len(ours.patches) == len(theirs.patches)
+        assert [shown.tokens for shown in ours.tokens] == [shown.tokens for shown in theirs.tokens] != []
+        # Weights differ by rounding, so a guess that is nearly a tie may come out otherwise.
+        guesses = [
+            [
+                word
+                for shown in each.tokens
+                for word, hidden in zip(shown.predicted, shown.hidden, strict=True)
+                if hidden
+            ]
+            for each in (ours, theirs)
+        ]
+        same = [one == other for one, other in zip(*guesses, strict=True)]
+        assert sum(same) > 0.8 * len(same)
+
+
+def test_two_processes_learn_what_one_does(recipe: Recipe, alone: Path, tmp_path: Path) -> None:
+    """The contrastive loss too: it would be lower without the other process's negatives."""
+    launched = launch(recipe, tmp_path)
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    assert_same(tmp_path / "out", alone, STAGES)
+    assert_same_samples(tmp_path / "out", alone)
+    assert launched.stderr.count("contrastive: 4 steps") == 1, "one process speaks"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(path.name for path in alone.iterdir())
+
+
+@pytest.mark.slow
+def test_a_fault_is_told_once(recipe: Recipe, tmp_path: Path) -> None:
+    launched = launch(recipe, tmp_path, "data.folder=nowhere")
+    assert launched.returncode != 0
+    assert launched.stderr.count("cocoa-embed: ") == 1
+    assert "nowhere" in launched.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_is_told_once(recipe: Recipe, tmp_path: Path) -> None:
+    launched = launch(recipe, tmp_path, "bridge=null", "contrastive=null", "warmup.learning_rate=1e30")
+    assert launched.returncode != 0
+    assert launched.stderr.count("cocoa-embed: The loss of step") == 1
+
+
+@pytest.mark.slow
+def test_sharding_without_accelerators_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    launched = launch(recipe, tmp_path, "contrastive=null", "sharding=fsdp2")
+    assert launched.returncode != 0
+    assert launched.stderr.count("cocoa-embed: sharding=fsdp2 needs several accelerators") == 1
+
+
+@pytest.mark.slow
+def test_weights_shared_by_fsdp2_learn_what_one_process_does(recipe: Recipe, alone: Path, tmp_path: Path) -> None:
+    launched = launch(recipe, tmp_path, "contrastive=null", "sharding=fsdp2", SHARD_ON_CPU="1")
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    assert_same(tmp_path / "out", alone, ("warmup", "bridge"))
+    assert_same_samples(tmp_path / "out", alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sharding", "stage"), [("none", "contrastive"), ("fsdp2", "bridge")])
+def test_two_killed_processes_go_on(recipe: Recipe, alone: Path, tmp_path: Path, sharding: str, stage: str) -> None:
+    options = () if stage == "contrastive" else ("contrastive=null", f"sharding={sharding}")
+    environment = {"SHARD_ON_CPU": "1"} if sharding == "fsdp2" else {}
+    killed = launch(recipe, tmp_path, *options, KILL_IN=stage, **environment)
+    assert killed.returncode != 0
+    assert str(signal.SIGKILL.value) in killed.stderr
+    assert (tmp_path / "out" / "checkpoints" / stage / "checkpoint-2" / "complete.json").is_file()
+    launched = launch(recipe, tmp_path, *options, "--resume", **environment)
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    assert_same(tmp_path / "out", alone, STAGES if stage == "contrastive" else ("warmup", "bridge"))

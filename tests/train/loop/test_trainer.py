@@ -1,0 +1,179 @@
+"""What every stage's trainer watches for: losses, memory, rows that cannot be read, and time."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from cocoa_embed.errors import CocoaError
+from cocoa_embed.train.data.rows import Draw, Item, Row, Rows
+from cocoa_embed.train.loop.batch_facts import FACTS, BatchFacts, DescribedBatches
+from cocoa_embed.train.loop.stage_trainer import StageContext, StageTrainer, reconstruction_trainer
+from cocoa_embed.train.settings import BridgeSection
+
+ROWS = [Row(query=Item(text="a"), positive=Item(text="b"), source=f"pairs.csv, row {number}") for number in range(40)]
+
+
+class Line(nn.Module):
+    """One weight; its loss is a mean over the step's hidden tokens, as that of a stage is."""
+
+    accepts_loss_kwargs = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def forward(self, target_ids: torch.Tensor, hidden_token_total: float, **_: Any) -> dict[str, torch.Tensor]:
+        error = (self.weight - target_ids.float()).square().sum() / hidden_token_total
+        return {"loss": error, "distance": (self.weight - target_ids.float()).abs().sum() / hidden_token_total}
+
+
+def collate(examples: list[tuple[Draw, Row]]) -> dict[str, torch.Tensor]:
+    """Row n has n % 3 + 1 hidden tokens, each of value n."""
+    numbers = [draw.row for draw, _ in examples]
+    targets = torch.tensor([number for number in numbers for _ in range(number % 3 + 1)]).float()
+    return {"target_ids": targets, "attention_mask": torch.ones(len(numbers), 2)}
+
+
+Collate = Callable[[list[tuple[Draw, Row]]], dict[str, torch.Tensor]]
+
+
+def trainer(folder: Path, rows: list[Row] = ROWS, collator: Collate = collate, **values: Any) -> StageTrainer:
+    section = BridgeSection(**{"steps": 4, "batch_size": 4, "micro_batch_size": 2, **values})
+    size = section.micro_batch_size or section.batch_size
+    arguments = {
+        "output_dir": str(folder / "checkpoints"),
+        "max_steps": 4,
+        "per_device_train_batch_size": size,
+        "gradient_accumulation_steps": section.batch_size // size,
+        "learning_rate": 0.5,
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 2,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "remove_unused_columns": False,
+    }
+    model = Line()
+    return reconstruction_trainer(model, model, rows, collator, section, StageContext(arguments), stage="bridge")
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+def test_micro_batches_make_the_step_that_the_whole_batch_makes(tmp_path: Path, micro_batch_size: int) -> None:
+    """Rows with more hidden tokens count more, in whatever micro-batch they are."""
+    stage = trainer(tmp_path, micro_batch_size=micro_batch_size)
+    weight, losses = 0.0, []
+    draws = list(stage._stream)
+    for start in range(0, 16, 4):
+        targets = torch.tensor([draw.row for draw in draws[start : start + 4] for _ in range(draw.row % 3 + 1)]).float()
+        losses.append((weight - targets).square().mean().item())
+        weight -= 0.5 * (2 * (weight - targets)).mean().item()
+    stage.train()
+    assert stage.model.weight.item() == pytest.approx(weight, rel=1e-5)
+    logged = [line["loss"] for line in stage.state.log_history if "loss" in line]
+    assert logged == pytest.approx([sum(losses[:2]) / 2, sum(losses[2:]) / 2], rel=1e-4)
+
+
+def test_a_log_line_holds_what_one_wants_to_see(tmp_path: Path) -> None:
+    stage = trainer(tmp_path)
+    stage.train()
+    line = next(line for line in stage.state.log_history if "loss" in line)
+    assert {"loss", "distance", "grad_norm", "learning_rate", "tokens_per_second", "data_wait_share"} <= line.keys()
+    assert line["tokens_per_second"] > 0
+    assert 0 <= line["data_wait_share"] <= 1
+
+
+def test_utilisation_is_flops_over_time_and_peak(tmp_path: Path) -> None:
+    stage = trainer(tmp_path)
+    stage.throughput.peak_flops = 1e9
+    stage.data_collator = DescribedBatches(collate, stage.data_collator.rows_of, lambda batch: 5e5)
+    stage.train()
+    line = next(line for line in stage.state.log_history if "loss" in line)
+    batches = 2 * 2
+    tokens = batches * 2 * 2
+    seconds = tokens / line["tokens_per_second"]
+    assert line["mfu"] == pytest.approx(batches * 5e5 / seconds / 1e9)
+
+
+def test_a_loss_that_is_no_number_names_the_rows_of_its_batch(tmp_path: Path) -> None:
+    def poisoned(examples: list[tuple[Draw, Row]]) -> dict[str, torch.Tensor]:
+        batch = collate(examples)
+        if any(draw.row == bad for draw, _ in examples):
+            batch["target_ids"][:] = float("nan")
+        return batch
+
+    stage = trainer(tmp_path, collator=poisoned)
+    draws = list(stage._stream)
+    place = 9
+    bad = draws[place].row
+    in_batch = [draw.row for draw in draws[place // 2 * 2 : place // 2 * 2 + 2]]
+    with pytest.raises(CocoaError) as raised:
+        stage.train()
+    assert f"The loss of step {place // 4 + 1} is nan" in str(raised.value)
+    for number in in_batch:
+        assert f"pairs.csv, row {number}" in str(raised.value)
+    record = json.loads((tmp_path / "failed_step.json").read_text())
+    assert sorted(record["rows"]) == sorted(f"pairs.csv, row {number}" for number in in_batch)
+    assert stage.state.global_step == place // 4, "the weights were not changed by it"
+
+
+def test_many_rows_are_named_in_a_file(tmp_path: Path) -> None:
+    def poisoned(examples: list[tuple[Draw, Row]]) -> dict[str, torch.Tensor]:
+        batch = collate(examples)
+        batch["target_ids"][:] = float("inf")
+        return batch
+
+    stage = trainer(tmp_path, collator=poisoned, batch_size=30, micro_batch_size=30)
+    with pytest.raises(CocoaError, match=r"and 14 more, all in .*failed_step\.json"):
+        stage.train()
+    assert len(json.loads((tmp_path / "failed_step.json").read_text())["rows"]) == 30
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_where_memory_ends_the_setting_to_lower_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def exhausted(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    stage = trainer(tmp_path)
+    monkeypatch.setattr(Line, "forward", exhausted)
+    with pytest.raises(CocoaError, match=r"Step 1 does not fit .* lower bridge\.micro_batch_size \(2\)"):
+        stage.train()
+
+
+def test_any_other_error_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("shapes do not fit")
+
+    stage = trainer(tmp_path)
+    monkeypatch.setattr(Line, "forward", broken)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        stage.train()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_row_that_cannot_be_read_is_told_in_one_sentence_from_any_worker(tmp_path: Path, workers: int) -> None:
+    def unreadable(examples: list[tuple[Draw, Row]]) -> dict[str, torch.Tensor]:
+        raise CocoaError("photo.jpg: is truncated")
+
+    stage = trainer(tmp_path, collator=unreadable)
+    stage.args.dataloader_num_workers = workers
+    with pytest.raises(CocoaError, match=r"^photo\.jpg: is truncated$"):
+        stage.train()
+
+
+def test_facts_are_counted_from_the_batch() -> None:
+    batch = DescribedBatches(collate, lambda examples, batch: [draw.row for draw, _ in examples])(
+        [Rows(ROWS)[Draw(4)], Rows(ROWS)[Draw(2)]]
+    )
+    assert batch[FACTS] == BatchFacts(rows=(4, 2), tokens=4, padded_tokens=4, hidden_tokens=5)

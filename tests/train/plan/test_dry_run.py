@@ -1,0 +1,204 @@
+"""A dry run says what the run then does, and fails where it would."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from exported import contents
+from PIL import Image
+from tiny_backbones import every_family
+
+from cocoa_embed.cli import main as cli
+from cocoa_embed.errors import CocoaError, UsageError
+from cocoa_embed.model.backbone import load_backbone, load_processor
+from cocoa_embed.train import Recipe, run
+from cocoa_embed.train.data.rows import Item, Row
+from cocoa_embed.train.plan.dry_run import SAMPLE, plan, sample_shapes
+from cocoa_embed.train.plan.memory import count_parameters
+from cocoa_embed.train.recipe import STAGES
+from conftest import SCENES, TINY_MAX_LENGTH
+
+STAGE: dict[str, Any] = {"steps": 3, "batch_size": 4, "warmup_steps": 0, "logging_steps": 1}
+
+
+def recipe(from_backbone: Path, from_data: Path, **values: Any) -> Recipe:
+    given = {
+        "name": "planned",
+        "backbone": str(from_backbone),
+        "max_length": TINY_MAX_LENGTH,
+        "data": {"folder": str(from_data)},
+        "warmup": STAGE,
+        "bridge": {"epochs": 2, "batch_size": 8, "micro_batch_size": 4, "probe_rows": 0},
+        "contrastive": {**STAGE, "cache_chunk": 2, "data": {"folder": str(from_data), "limit": 10}},
+    }
+    return Recipe.parse({**given, **values})
+
+
+@every_family
+def test_a_plan_tells_what_the_run_then_does(tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path) -> None:
+    given = recipe(tiny_backbone_path, scene_folder)
+    planned = plan(given, tmp_path / "out")
+    assert not (tmp_path / "out").exists(), "a plan writes nothing"
+    results = run(given, tmp_path / "out")
+    backbone = load_backbone(str(tiny_backbone_path), max_length=TINY_MAX_LENGTH)
+    for stage, result in zip(planned.stages, results, strict=True):
+        assert stage.stage == result.stage
+        assert Path(stage.folder) == result.folder
+        assert stage.steps == result.steps
+        assert sum(stage.rows.values()) == result.rows
+        counted = count_parameters(backbone.model).total
+        assert stage.parameters == stage.trainable_parameters
+        assert (stage.parameters > counted) if stage.stage == "warmup" else (stage.parameters == counted)
+    assert [stage.rows for stage in planned.stages] == [{"data": SCENES}, {"data": SCENES}, {"data": 10}]
+    assert [stage.steps for stage in planned.stages] == [3, 2 * SCENES // 8, 3]
+    assert [stage.rows_at_once for stage in planned.stages] == [4, 4, 2]
+
+
+def test_tokens_and_flops_are_those_of_the_batches(
+    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path
+) -> None:
+    """With one batch of all rows a step, the sample is the data."""
+    whole = {"steps": 1, "batch_size": SCENES, "warmup_steps": 0, "logging_steps": 1}
+    given = recipe(tiny_backbone_path, scene_folder, bridge=None, contrastive=None, warmup=whole)
+    (stage,) = plan(given, tmp_path / "out").stages
+    seen: list[Any] = []
+    run(given, tmp_path / "out", inspect=lambda name, trainer: seen.extend(trainer.get_train_dataloader()))
+    (batch,) = seen
+    assert stage.tokens_per_step == pytest.approx(batch["facts"].tokens)
+    assert stage.flops == pytest.approx(batch["facts"].flops)
+
+
+def test_rows_that_take_turns_are_sampled_as_often_as_they_are_there(
+    tiny_backbone_path: Path, scene_folder: Path, scene_rows: list[Row]
+) -> None:
+    """Six rows of each image, one of them with the image: every n-th row of many would be the same one of each."""
+    told = Row(query=Item(text="a caption of some words"), positive=Item(text="another one"), source="a row")
+    rows = [row for _ in range(SAMPLE) for row in (scene_rows[0], *[told] * 5)]
+    given = recipe(tiny_backbone_path, scene_folder)
+    shapes = sample_shapes(given, "bridge", rows, load_processor(str(tiny_backbone_path), max_length=TINY_MAX_LENGTH))
+    assert len(shapes) == SAMPLE
+    with_image = sum(bool(shape.image_grids) for (shape,) in shapes)
+    assert with_image == pytest.approx(SAMPLE / 6, abs=3 * (SAMPLE * 5 / 36) ** 0.5), "within three standard deviations"
+
+
+def test_a_plan_needs_no_weights(tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path) -> None:
+    """And so it can be made for a backbone of billions of parameters on any machine."""
+    config = json.loads((tiny_backbone_path / "config.json").read_text())
+    del config["text_config"]["layer_types"]
+    config["text_config"] |= {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28}
+    config["text_config"] |= {"num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936}
+    config["text_config"]["rope_parameters"]["mrope_section"] = [16, 24, 24]
+    config["vision_config"] |= {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4, "hidden_size": 1536}
+    load_processor(str(tiny_backbone_path)).save_pretrained(tmp_path / "large")
+    (tmp_path / "large" / "config.json").write_text(json.dumps(config))
+    adapter = {"kind": "lora", "r": 8}
+    given = recipe(tmp_path / "large", scene_folder, warmup={**STAGE, "adapter": adapter}, bridge=STAGE)
+    adapted, whole, _ = plan(given, tmp_path / "out").stages
+    assert 2.1e9 < whole.parameters < 2.3e9
+    assert whole.trainable_parameters == whole.parameters
+    assert adapted.trainable_parameters < 0.05 * adapted.parameters, "adapters, and the pixel decoder"
+    sixteen_bytes_each = 16 * whole.parameters
+    assert sixteen_bytes_each < whole.memory_bytes["total"] < 1.2 * sixteen_bytes_each
+    assert adapted.memory_bytes["total"] < whole.memory_bytes["total"] / 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": {"folder": "nowhere"}}, "nowhere"),
+        ({"backbone": "no-such-backbone"}, "no-such-backbone"),
+        ({"max_length": 16}, "raise max_length"),
+        ({"warmup": {**STAGE, "batch_size": 6, "micro_batch_size": 4}}, "no multiple of 4"),
+        ({"attn_implementation": "flex_attention"}, "cannot be trained on 'cpu'"),
+        ({"contrastive": {**STAGE, "matryoshka_dims": [16, 4096]}}, "4096"),
+        ({"sharding": "fsdp2", "contrastive": None}, "needs several accelerators"),
+        ({"warmup": None, "bridge": None, "contrastive": None}, "has no stage"),
+    ],
+)
+def test_a_plan_fails_where_the_run_would(
+    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    given = recipe(tiny_backbone_path, scene_folder, **change)
+    for act in (plan, run):
+        with pytest.raises(CocoaError) as raised:
+            act(given, tmp_path / "out")
+        assert message in str(raised.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def broken_folder(tmp_path: Path) -> Path:
+    """200 images with captions; the last is broken off, the one before too long for any processor."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    lines = []
+    for number in range(200):
+        size = (28 * 201, 28) if number == 198 else (28, 28)
+        Image.new("RGB", size, (number, 0, 0)).save(folder / f"{number}.png")
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": f"picture {number}"}))
+    (folder / "199.png").write_bytes((folder / "199.png").read_bytes()[:50])
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def test_bad_rows_stop_a_run_or_are_left_out_and_listed(
+    tiny_backbone_path: Path, broken_folder: Path, tmp_path: Path
+) -> None:
+    stopping = recipe(tiny_backbone_path, broken_folder, bridge=None, contrastive=None)
+    with pytest.raises(CocoaError, match=r"198\.png.*one side is more than 200 times.*1 more"):
+        run(stopping, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    skipping = recipe(
+        tiny_backbone_path,
+        broken_folder,
+        data={"folder": str(broken_folder), "on_bad_row": "skip"},
+        bridge=None,
+        contrastive=None,
+    )
+    planned = plan(skipping, tmp_path / "out")
+    assert planned.stages[0].rows == {"data": 198}
+    (result,) = run(skipping, tmp_path / "out")
+    assert result.rows == 198
+    bad = [json.loads(line) for line in (tmp_path / "out" / "bad_rows.jsonl").read_text().splitlines()]
+    assert [(Path(row["source"]).name, row["reason"]) for row in bad] == [
+        (Path(row["source"]).name, row["reason"]) for row in planned.bad_rows
+    ]
+    assert ["198.png" in bad[0]["source"], "199.png" in bad[1]["source"]] == [True, True]
+
+
+def test_too_many_bad_rows_stop_the_run_anyway(tiny_backbone_path: Path, broken_folder: Path, tmp_path: Path) -> None:
+    (broken_folder / "7.png").write_bytes(b"")
+    given = recipe(tiny_backbone_path, broken_folder, data={"folder": str(broken_folder), "on_bad_row": "skip"})
+    with pytest.raises(CocoaError, match=r"3 of 200 rows cannot be used; at most 1% may be left out"):
+        run(given, tmp_path / "out")
+
+
+def test_a_changed_recipe_is_refused_by_the_dry_run_too(
+    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path
+) -> None:
+    first = recipe(tiny_backbone_path, scene_folder, bridge=None, contrastive=None)
+    run(first, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    assert plan(first, tmp_path / "out", resume=True).finished == ["warmup"]
+    with pytest.raises(UsageError, match="max_length"):
+        plan(first.model_copy(update={"max_length": 200}), tmp_path / "out", resume=True)
+    assert contents(tmp_path / "out") == before
+
+
+def test_the_command_prints_the_plan(
+    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "planned.yaml").write_text(recipe(tiny_backbone_path, scene_folder).model_dump_json())
+    arguments = ["train", str(tmp_path / "planned.yaml"), "--dry-run", "--json", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 0
+    told = capsys.readouterr()
+    document = json.loads(told.out)
+    assert [stage["stage"] for stage in document["stages"]] == list(STAGES)
+    for stage in document["stages"]:
+        assert {"parameters", "trainable_parameters", "rows", "tokens_per_step", "steps", "flops"} <= stage.keys()
+        assert stage["memory_bytes"]["total"] == sum(v for name, v in stage["memory_bytes"].items() if name != "total")
+        assert f"writes {stage['folder']}" in told.err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,339 @@
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from exported import PROMPTS, write_checkpoint
+from tiny_backbones import every_family
+from torch import Tensor, nn
+from torch.nn.attention import flex_attention as torch_flex
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import set_seed
+from transformers.integrations import flex_attention as transformers_flex
+
+from cocoa_embed.images.load import load_image
+from cocoa_embed.model.attention import Block
+from cocoa_embed.model.backbone import Backbone
+from cocoa_embed.model.export import build_sentence_transformer
+from cocoa_embed.model.flex_attention import FLEX, uses_flex_attention
+from cocoa_embed.train.data.rows import Item, Row, numbered
+from cocoa_embed.train.loop.stage_trainer import StageContext
+from cocoa_embed.train.settings import AdapterSection, BridgeSection
+from cocoa_embed.train.stages.bridge import BridgeModel, bridge_probe, bridge_trainer
+from cocoa_embed.train.stages.collators import Batch, BridgeCollator
+from cocoa_embed.train.stages.losses import mntp_loss
+from cocoa_embed.train.stages.probe import Probe, cut_off_images
+
+pytestmark = every_family
+
+Change = Callable[[Batch], Batch]
+
+UNUSUAL_TOKEN = 100
+"""An ordinary token's id, neither padding nor special."""
+
+
+@pytest.fixture
+def batch(tiny_backbone: Backbone, scene_rows: list[Row]) -> Batch:
+    """Rows with an image and an instruction in block A, one with texts alone; of different lengths."""
+    pictured = [
+        Row(query=Item(text="find it: ", image=row.image), positive=row.positive, source="") for row in scene_rows[:3]
+    ]
+    text = Row(query=Item(text="white picture; blue cross"), positive=Item(text="blue cross on white"), source="")
+    batch = BridgeCollator(tiny_backbone.processor, seed=0)(numbered([*pictured, text]))
+    assert (batch["blocks"] == Block.PAD).any()
+    return batch
+
+
+@pytest.fixture
+def model(tiny_backbone: Backbone) -> BridgeModel:
+    return BridgeModel(tiny_backbone.model).eval()
+
+
+def another_image(batch: Batch) -> Batch:
+    """Give each image the place of the next; all are of one size."""
+    assert len(batch["image_grid_thw"].unique(dim=0)) == 1
+    images = batch["pixel_values"].unflatten(0, (len(batch["image_grid_thw"]), -1))
+    return {**batch, "pixel_values": images.roll(1, dims=0).flatten(0, 1)}
+
+
+def another_text(batch: Batch) -> Batch:
+    """Exchange the ordinary tokens of block A for others; block B and every position stay."""
+    input_ids = batch["input_ids"]
+    is_text = (batch["blocks"] == Block.A) & (batch["mm_token_type_ids"] == 0) & (input_ids > 20)
+    changed = torch.where(is_text, UNUSUAL_TOKEN + (input_ids * 7) % 200, input_ids)
+    return {**batch, "input_ids": changed}
+
+
+CHANGES = [another_image, another_text]
+
+
+def bridge(backbone: Backbone, *, eos_attends_to_b: bool = True) -> BridgeModel:
+    return BridgeModel(backbone.model, eos_attends_to_b=eos_attends_to_b).eval()
+
+
+@contextmanager
+def eos_states(model: BridgeModel, batch: Batch, held: list[Tensor] | None = None) -> Iterator[list[Tensor]]:
+    """Record what the ``<EOS>`` positions hold before each layer and before the last norm; or hold them at ``held``."""
+    eos = batch["blocks"] == Block.EOS
+    recorded: list[Tensor] = []
+
+    def before(depth: int, _: nn.Module, inputs: tuple[Tensor, ...], others: dict[str, Any]) -> tuple[Any, Any]:
+        hidden_states, *rest = inputs
+        if held is not None:
+            hidden_states = hidden_states.clone()
+            hidden_states[eos] = held[depth]
+        recorded.append(hidden_states[eos].clone())
+        return (hidden_states, *rest), others
+
+    decoder = model.backbone.get_decoder()
+    handles = [
+        module.register_forward_pre_hook(partial(before, depth), with_kwargs=True)
+        for depth, module in enumerate([*decoder.layers, decoder.norm])
+    ]
+    try:
+        yield recorded
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def block_b_logits(model: BridgeModel, batch: Batch) -> Tensor:
+    """Return the logits that predict each token of block B, hidden or not."""
+    return model.predict({**batch, "hidden_tokens": batch["blocks"] == Block.B})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("eos_attends_to_b", [True, False])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_nothing_of_block_a_reaches_block_b_but_through_eos(
+    load_tiny: Callable[[str], Backbone], batch: Batch, change: Change, implementation: str, eos_attends_to_b: bool
+) -> None:
+    model = bridge(load_tiny(implementation), eos_attends_to_b=eos_attends_to_b)
+    changed = change(batch)
+    in_b = batch["blocks"] == Block.B
+    assert torch.equal(changed["input_ids"][in_b], batch["input_ids"][in_b])
+    assert not all(torch.equal(changed[key], batch[key]) for key in ("input_ids", "pixel_values"))
+
+    with eos_states(model, batch) as reference:
+        original_logits = block_b_logits(model, batch)
+    with eos_states(model, batch) as free:
+        changed_logits = block_b_logits(model, changed)
+    with eos_states(model, batch, held=reference) as fixed:
+        held_logits = block_b_logits(model, changed)
+
+    assert len(reference) == len(model.backbone.get_decoder().layers) + 1
+    assert not torch.allclose(free[-1], reference[-1], atol=1e-3)
+    assert all(torch.equal(*pair) for pair in zip(fixed, reference, strict=True))
+    assert not torch.allclose(changed_logits, original_logits, atol=1e-3), "through <EOS>, block A does reach B"
+    assert torch.equal(held_logits, original_logits)
+
+
+@torch.no_grad()
+def test_block_a_reads_nothing_of_block_b_but_through_eos(model: BridgeModel, batch: Batch) -> None:
+    blocks = batch["blocks"]
+    changed = {**batch, "input_ids": batch["input_ids"].masked_fill(blocks == Block.B, UNUSUAL_TOKEN)}
+    in_a = {"hidden_tokens": (blocks == Block.A).index_fill(1, torch.tensor([0]), False)}
+    with eos_states(model, batch) as reference:
+        original_logits = model.predict({**batch, **in_a})
+    assert not torch.allclose(model.predict({**changed, **in_a}), original_logits, atol=1e-3)
+    with eos_states(model, batch, held=reference):
+        assert torch.equal(model.predict({**changed, **in_a}), original_logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("eos_attends_to_b", [True, False])
+def test_the_option_decides_whether_eos_sees_block_b(
+    tiny_backbone: Backbone, batch: Batch, eos_attends_to_b: bool
+) -> None:
+    model = bridge(tiny_backbone, eos_attends_to_b=eos_attends_to_b)
+    in_b = batch["blocks"] == Block.B
+    with eos_states(model, batch) as reference:
+        model.predict(batch)
+    with eos_states(model, batch) as changed:
+        model.predict({**batch, "input_ids": batch["input_ids"].masked_fill(in_b, UNUSUAL_TOKEN)})
+    assert torch.equal(changed[-1], reference[-1]) is not eos_attends_to_b
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_what_stands_in_the_padding_changes_no_logit(
+    load_tiny: Callable[[str], Backbone], batch: Batch, implementation: str
+) -> None:
+    model = bridge(load_tiny(implementation))
+    padding = batch["blocks"] == Block.PAD
+    sentinel = {**batch, "input_ids": batch["input_ids"].masked_fill(padding, UNUSUAL_TOKEN)}
+    assert not torch.equal(sentinel["input_ids"], batch["input_ids"])
+    assert torch.equal(block_b_logits(model, sentinel), block_b_logits(model, batch))
+
+
+@torch.no_grad()
+def test_a_row_is_predicted_alone_as_in_a_padded_batch(model: BridgeModel, batch: Batch) -> None:
+    together = block_b_logits(model, batch).split((batch["blocks"] == Block.B).sum(dim=1).tolist())
+    lengths = batch["attention_mask"].sum(dim=1).tolist()
+    pixels = iter(batch["pixel_values"].split(batch["image_grid_thw"].prod(dim=1).tolist()))
+    has_image = (batch["mm_token_type_ids"] == 1).any(dim=1).tolist()
+    assert set(has_image) == {True, False}
+    for row, expected in enumerate(together):
+        names = ("input_ids", "attention_mask", "mm_token_type_ids", "blocks")
+        alone = {name: batch[name][row : row + 1, : lengths[row]] for name in names}
+        if has_image[row]:
+            alone |= {"pixel_values": next(pixels), "image_grid_thw": batch["image_grid_thw"][:1]}
+        torch.testing.assert_close(block_b_logits(model, alone), expected, atol=1e-4, rtol=0)
+
+
+def uncompiled_flex(
+    query: Tensor, key: Tensor, value: Tensor, *, training: bool, block_mask: BlockMask, **kwargs: object
+) -> Tensor:
+    """Run FlexAttention without its compiler, which takes a minute: it reads the same mask."""
+    found: Tensor = torch_flex.flex_attention(query, key, value, block_mask=block_mask, **kwargs)
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", FLEX])
+def test_without_the_image_no_pixel_reaches_block_b_and_everything_else_does(
+    load_tiny: Callable[[str], Backbone], batch: Batch, implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transformers_flex, "compile_friendly_flex_attention", uncompiled_flex)
+    model = bridge(load_tiny(implementation))
+    assert uses_flex_attention(model.backbone) is (implementation == FLEX)
+    has_image = (batch["mm_token_type_ids"] == 1).any(dim=1)
+    assert set(has_image.tolist()) == {True, False}
+    pictured = has_image.repeat_interleave((batch["blocks"] == Block.B).sum(dim=1))
+    cut = cut_off_images(batch)
+    original_logits, cut_logits = block_b_logits(model, batch), block_b_logits(model, cut)
+    changed_logits = block_b_logits(model, another_image(batch))
+
+    assert not torch.allclose(changed_logits[pictured], original_logits[pictured], atol=1e-3)
+    assert not torch.allclose(cut_logits[pictured], original_logits[pictured], atol=1e-3)
+    assert torch.equal(block_b_logits(model, another_image(cut)), cut_logits)
+    assert torch.equal(cut_logits[~pictured], original_logits[~pictured]), "a row of texts stays as it is"
+    instructed = block_b_logits(model, another_text(cut))
+    assert not torch.allclose(instructed[pictured], cut_logits[pictured], atol=1e-3), "the text of A is still seen"
+
+
+def test_the_loss_is_mntp_over_block_bs_hidden_tokens(model: BridgeModel, batch: Batch) -> None:
+    outputs = model(**batch)
+    logits = model.predict(batch)
+    assert logits.shape[0] == len(batch["target_ids"]) == batch["hidden_tokens"].sum()
+    assert not batch["hidden_tokens"][batch["blocks"] != Block.B].any()
+    assert outputs["loss"].item() == mntp_loss(logits, batch["target_ids"]).item()
+    right = logits.argmax(dim=1) == batch["target_ids"]
+    assert outputs["hidden_token_accuracy"].item() == pytest.approx(right.float().mean().item())
+
+
+def test_gradients_reach_the_vision_encoder_through_eos_alone(model: BridgeModel, batch: Batch) -> None:
+    vision = list(model.backbone.base_model.visual.parameters())
+    loss = model(**batch)["loss"]
+    with eos_states(model, batch) as states:
+        held_later = block_b_logits(model, batch)
+    assert held_later.requires_grad
+    gradients = torch.autograd.grad(loss, vision, allow_unused=True)
+    assert any(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
+
+    with eos_states(model, batch, held=[state.detach() for state in states]):
+        cut_loss = model(**batch)["loss"]
+    assert cut_loss.item() == pytest.approx(loss.item())
+    cut = torch.autograd.grad(cut_loss, vision, allow_unused=True)
+    assert all(gradient is None or not gradient.any() for gradient in cut)
+
+
+def test_logits_are_made_for_hidden_tokens_alone(model: BridgeModel, batch: Batch) -> None:
+    shapes: list[torch.Size] = []
+    head = model.backbone.get_output_embeddings()
+    head.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
+    model(**batch)
+    hidden = int(batch["hidden_tokens"].sum())
+    assert 0 < hidden < batch["attention_mask"].sum()
+    assert shapes == [(hidden, model.backbone.config.get_text_config().hidden_size)]
+
+
+@torch.no_grad()
+def test_a_hidden_token_is_predicted_from_the_state_before_it(model: BridgeModel, batch: Batch) -> None:
+    kept: list[Tensor] = []
+    head = model.backbone.get_output_embeddings()
+    model.backbone.get_decoder().norm.register_forward_hook(lambda _, inputs, output: kept.append(output))
+    head.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
+    model(**batch)
+    last_hidden_states, seen_by_head = kept
+    places = batch["hidden_tokens"].nonzero().tolist()
+    assert len(places) > len(batch["input_ids"])
+    expected = torch.stack([last_hidden_states[row, position - 1] for row, position in places])
+    assert torch.equal(seen_by_head, expected)
+
+
+@pytest.mark.parametrize("probe_rows", [0, 4])
+def test_the_trainer_is_what_its_section_says(
+    tiny_backbone: Backbone, scene_rows: list[Row], tmp_path: Path, probe_rows: int
+) -> None:
+    section = BridgeSection(steps=1, batch_size=2, mask_ratio=0.4, eos_attends_to_b=False, probe_rows=probe_rows)
+    arguments = {"output_dir": str(tmp_path), "max_steps": 1, "report_to": "none", "gradient_accumulation_steps": 2}
+    trainer = bridge_trainer(tiny_backbone, scene_rows, section, StageContext(arguments, seed=5))
+    assert (trainer.data_collator.collate.seed, trainer.data_collator.collate.mask_ratio) == (5, 0.4)
+    assert trainer.model.eos_attends_to_b is False
+    assert trainer.train_dataset.rows == scene_rows[probe_rows:]
+    # Else transformers divides the loss by the micro-batches of a step; it is a mean over the step already.
+    assert trainer.model_accepts_loss_kwargs is True
+
+
+# What is measured beside the training
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, {}])
+def test_items_are_embedded_as_by_the_exported_model(
+    tiny_backbone: Backbone, scene_rows: list[Row], tmp_path: Path, prompts: dict[str, str]
+) -> None:
+    """Under the bridge's weights, but not under its mask."""
+    queries = [Item(image=scene_rows[0].image), Item(text="find it: ", image=scene_rows[1].image)]
+    rows = [Row(query=item, positive=row.positive, source="") for item, row in zip(queries, scene_rows, strict=False)]
+    model, found = BridgeModel(tiny_backbone.model).train(), []
+    model.register_forward_hook(lambda _, inputs, outputs: found.append(outputs.get("embeddings")))
+    section = BridgeSection(steps=1, batch_size=2)
+    figures = bridge_probe(tiny_backbone, rows, section, seed=0, prompts=prompts, batch_size=2)(model)
+    assert list(figures)[3:] == ["alignment", "uniformity", "modality_gap", "effective_rank"]
+
+    exported = build_sentence_transformer(write_checkpoint(tiny_backbone, tmp_path / "bridge"), prompts=prompts)
+    images = [load_image(item.image) for item in queries]  # type: ignore[arg-type]
+    inputs = [{"image": images[0]}, {"image": images[1], "text": queries[1].text}]
+    expected = [exported.encode_query(inputs), exported.encode_document([{"text": row.positive.text} for row in rows])]
+    for ours, theirs in zip(found[-2:], expected, strict=True):
+        assert abs(theirs[0] - theirs[1]).max() > 1e-2
+        torch.testing.assert_close(ours.cpu(), torch.from_numpy(theirs), atol=1e-4, rtol=0)
+
+
+def draw_at_random(model: nn.Module) -> dict[str, float]:
+    """Do what no probe may."""
+    return {"accuracy_right_image": torch.rand(1).item()}
+
+
+def test_the_probe_changes_neither_weights_nor_draws(
+    load_tiny: Callable[[str], Backbone], scene_rows: list[Row], tmp_path: Path
+) -> None:
+    """The adapter's dropout draws at every step, so that a draw between two steps would show in the weights."""
+    adapter = AdapterSection(kind="lora", r=2, alpha=4, dropout=0.3)
+    section = BridgeSection(steps=3, batch_size=4, probe_rows=4, probe_steps=1, adapter=adapter)
+    arguments = {"output_dir": str(tmp_path), "max_steps": 3, "report_to": "none", "logging_steps": 1, "use_cpu": True}
+    arguments |= {"learning_rate": 1e-2, "save_strategy": "no", "disable_tqdm": True, "remove_unused_columns": False}
+
+    def trained(change: Callable[[Probe | None], Probe | None]) -> tuple[dict[str, Tensor], list[set[str]]]:
+        backbone = load_tiny("sdpa")
+        set_seed(0)
+        trainer = bridge_trainer(backbone, scene_rows, section, StageContext(arguments, seed=5, prompts=PROMPTS))
+        trainer._probe = change(trainer._probe)
+        trainer.train()
+        logged = [set(line) for line in trainer.state.log_history if "loss" in line]
+        return {name: value.clone() for name, value in trainer.model.state_dict().items()}, logged
+
+    with_probe, logged = trained(lambda probe: probe)
+    without, unprobed = trained(lambda _: None)
+    drawn, _ = trained(lambda _: draw_at_random)
+    figures = {"accuracy_right_image", "accuracy_shuffled_image", "accuracy_no_image"}
+    figures |= {"alignment", "uniformity", "modality_gap", "effective_rank"}
+    assert [figures <= line for line in logged] == [True] * 3
+    assert not any(figures & line for line in unprobed)
+    assert all(torch.equal(value, without[name]) for name, value in with_probe.items())
+    assert not all(torch.equal(value, without[name]) for name, value in drawn.items()), "a draw does show"

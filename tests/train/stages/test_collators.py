@@ -1,0 +1,398 @@
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeAlias
+
+import pytest
+import torch
+from PIL import Image
+from torch import BoolTensor
+from torch.utils.data import DataLoader
+from transformers import ProcessorMixin
+
+from cocoa_embed.errors import CocoaError
+from cocoa_embed.model.attention import Block
+from cocoa_embed.model.backbone import Backbone, load_backbone
+from cocoa_embed.train.data.rows import Draw, Item, Row, Rows, numbered
+from cocoa_embed.train.stages.bridge import BridgeModel
+from cocoa_embed.train.stages.collators import (
+    Batch,
+    BridgeCollator,
+    WarmupCollator,
+    joined,
+    render_items,
+    row_generators,
+    split_blocks,
+    text_tokens,
+)
+from cocoa_embed.train.stages.reconstruction import position_ids
+from cocoa_embed.train.stages.warmup import WarmupModel
+
+SIZES = ((56, 56), (84, 56), (112, 112), (28, 84), (168, 112))
+"""Image sizes of 4, 6, 16, 3 and 24 visual tokens of 28 x 28 pixels; the last is scaled down to MAX_PIXELS."""
+
+LONG_TEXT = "large red circle at top left and small blue ring at bottom right on white " * 20
+
+Collator: TypeAlias = Callable[[list[tuple[int, Row]]], Batch]
+
+
+@pytest.fixture
+def processor(tiny_backbone: Backbone) -> ProcessorMixin:
+    return tiny_backbone.processor
+
+
+@pytest.fixture
+def warmup_collator(tiny_backbone: Backbone) -> WarmupCollator:
+    return WarmupCollator(tiny_backbone.processor, tiny_backbone.geometry, seed=0)
+
+
+@pytest.fixture
+def bridge_collator(processor: ProcessorMixin) -> BridgeCollator:
+    return BridgeCollator(processor, seed=0)
+
+
+@pytest.fixture
+def sized_rows(tmp_path: Path) -> list[Row]:
+    """Rows with images of different sizes, all of noise, so that no two patches are alike."""
+    rows = []
+    for number, (width, height) in enumerate(SIZES):
+        pixels = torch.randint(0, 256, (height, width, 3), generator=torch.Generator().manual_seed(number))
+        path = tmp_path / f"{number}.png"
+        Image.fromarray(pixels.to(torch.uint8).numpy()).save(path)
+        rows.append(image_row(path, "small red ring at top left"))
+    return rows
+
+
+def image_row(image: Path, caption: str, instruction: str | None = None) -> Row:
+    return Row(query=Item(text=instruction, image=image), positive=Item(text=caption), source="rows.jsonl, line 1")
+
+
+def text_row(query: str, positive: str) -> Row:
+    return Row(query=Item(text=query), positive=Item(text=positive), source="rows.jsonl, line 2")
+
+
+def same(first: Batch, second: Batch) -> bool:
+    assert first.keys() == second.keys()
+    return all(torch.equal(first[key], second[key]) for key in first)
+
+
+def originals(batch: Batch) -> torch.Tensor:
+    """Return the token ids as they were before any was hidden."""
+    input_ids = batch["input_ids"].clone()
+    input_ids[batch["hidden_tokens"]] = batch["target_ids"]
+    return input_ids
+
+
+def assert_corruption_is_honest(batch: Batch, hidden_from: BoolTensor, processor: ProcessorMixin) -> None:
+    hidden = batch["hidden_tokens"]
+    assert hidden.any(dim=1).all()
+    assert not (hidden & ~hidden_from).any()
+    assert (batch["input_ids"][hidden] == processor.tokenizer.mask_token_id).all()
+    assert (batch["input_ids"][~hidden] != processor.tokenizer.mask_token_id).all()
+    assert len(batch["target_ids"]) == hidden.sum()
+
+
+def test_text_tokens_are_ordinary_words_alone(processor: ProcessorMixin, scene_rows: list[Row]) -> None:
+    rows = [Item(text="small red ring"), joined(scene_rows[0])]
+    batch = render_items(processor, rows)
+    found = text_tokens(batch, processor)
+    assert (batch["attention_mask"] == 0).any()
+    assert (batch["mm_token_type_ids"] == 1).any()
+    words = [processor.tokenizer.decode(ids[where]) for ids, where in zip(batch["input_ids"], found, strict=True)]
+    without_first = processor.tokenizer.decode(processor.tokenizer("small red ring")["input_ids"][1:-1])
+    assert words == [without_first, scene_rows[0].positive.text]
+
+
+def test_the_first_position_is_no_text_token_even_where_it_is_a_word(processor: ProcessorMixin) -> None:
+    batch = render_items(processor, [Item(text="small red ring")])
+    assert batch["input_ids"][0, 0] not in processor.tokenizer.all_special_ids
+    assert not text_tokens(batch, processor)[:, 0].any()
+
+
+def test_warmup_hides_text_behind_the_mask_token_and_keeps_it_as_targets(
+    warmup_collator: WarmupCollator, processor: ProcessorMixin, scene_rows: list[Row]
+) -> None:
+    batch = warmup_collator(numbered(scene_rows))
+    clean = render_items(processor, [joined(row) for row in scene_rows])
+    assert_corruption_is_honest(batch, text_tokens(clean, processor), processor)
+    assert torch.equal(originals(batch), clean["input_ids"])
+    assert not (batch["hidden_tokens"] & (clean["mm_token_type_ids"] != 0)).any()
+    share = batch["hidden_tokens"].sum() / text_tokens(clean, processor).sum()
+    assert 0.1 < share < 0.35
+
+
+def test_warmup_hides_whole_visual_tokens_a_share_of_each_image(
+    warmup_collator: WarmupCollator, tiny_backbone: Backbone, sized_rows: list[Row]
+) -> None:
+    per_token = tiny_backbone.geometry.patches_per_token
+    batch = warmup_collator(numbered(sized_rows[:-1]))
+    tokens_per_image = (batch["image_grid_thw"].prod(dim=1) // per_token).tolist()
+    assert tokens_per_image == [width * height // 28**2 for width, height in SIZES[:-1]]
+    hidden = batch["hidden_patches"].view(-1, per_token)
+    assert torch.equal(hidden.all(dim=1), hidden.any(dim=1))
+    counts = [image.sum().item() for image in hidden[:, 0].split(tokens_per_image)]
+    assert counts == [round(0.5 * count) for count in tokens_per_image]
+
+
+def test_the_target_patches_are_the_processors_own_pixel_rows(
+    warmup_collator: WarmupCollator, processor: ProcessorMixin, sized_rows: list[Row]
+) -> None:
+    batch = warmup_collator(numbered(sized_rows))
+    pixel_values = render_items(processor, [joined(row) for row in sized_rows])["pixel_values"]
+    hidden = batch["hidden_patches"]
+    assert torch.equal(batch["target_patches"], pixel_values[hidden])
+    assert torch.equal(batch["pixel_values"][~hidden], pixel_values[~hidden])
+    assert (batch["pixel_values"][hidden] != pixel_values[hidden]).any(dim=1).all()
+
+
+@pytest.mark.parametrize("stage", ["warmup_collator", "bridge_collator"])
+def test_corruption_depends_on_the_rows_and_the_seed_alone(
+    stage: str, scene_rows: list[Row], request: pytest.FixtureRequest
+) -> None:
+    collator: Collator = request.getfixturevalue(stage)
+    examples = numbered(scene_rows[:6])
+    torch.manual_seed(1)
+    first = collator(examples)
+    torch.manual_seed(2)
+    assert same(first, collator(examples))
+    renumbered = collator([(Draw(draw.row + 100), row) for draw, row in examples])
+    assert not torch.equal(first["hidden_tokens"], renumbered["hidden_tokens"])
+    object.__setattr__(collator, "seed", 1)
+    assert not torch.equal(first["hidden_tokens"], collator(examples)["hidden_tokens"])
+
+
+def test_a_worker_makes_the_same_batches_as_the_main_process(
+    warmup_collator: WarmupCollator, scene_rows: list[Row]
+) -> None:
+    draws = [Draw(index) for index in range(8)]
+    batches = [
+        list(DataLoader(Rows(scene_rows), 4, sampler=draws, collate_fn=warmup_collator, num_workers=workers))
+        for workers in (0, 2)
+    ]
+    assert len(batches[0]) == 2
+    assert all(same(*pair) for pair in zip(*batches, strict=True))
+
+
+def test_a_rows_generator_tells_seeds_rows_and_epochs_apart() -> None:
+    def first_draws(seed: int, draw: Draw) -> tuple[float, ...]:
+        (generator,) = row_generators(seed, [draw])
+        return tuple(torch.rand(4, generator=generator).tolist())
+
+    drawn = [first_draws(*of) for of in ((0, Draw(1)), (1, Draw(1)), (0, Draw(2)), (0, Draw(1, 1)), (1, Draw(0)))]
+    assert len(set(drawn)) == len(drawn)
+    assert first_draws(0, Draw(1)) == drawn[0]
+
+
+@pytest.mark.parametrize("stage", ["warmup", "bridge"])
+def test_what_is_hidden_of_a_row_depends_on_no_other_row(
+    stage: str, warmup_collator: WarmupCollator, bridge_collator: BridgeCollator, sized_rows: list[Row]
+) -> None:
+    collator = warmup_collator if stage == "warmup" else bridge_collator
+    rows = numbered([row for row in sized_rows if row.positive.text])
+    together = collator(rows)
+    assert not together["attention_mask"].all(), "the rows differ in length, so that some are padded"
+    targets, patches = [], []
+    for number, example in enumerate(rows):
+        alone = collator([example])
+        length = alone["input_ids"].shape[1]
+        assert torch.equal(alone["hidden_tokens"][0], together["hidden_tokens"][number, :length])
+        targets.append(alone["target_ids"])
+        patches.append(alone.get("pixel_values", torch.empty(0)))
+    assert torch.equal(torch.cat(targets), together["target_ids"])
+    assert torch.equal(torch.cat([patch for patch in patches if len(patch)]), together["pixel_values"])
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.5, 0.7, 1.0])
+def test_the_bridge_hides_exactly_its_share_of_block_b(
+    processor: ProcessorMixin, scene_rows: list[Row], ratio: float
+) -> None:
+    rows = [*scene_rows[:6], text_row("a small ring", "red"), text_row("a small ring", "a small red ring at")]
+    batch = BridgeCollator(processor, seed=0, mask_ratio=ratio)(numbered(rows))
+    is_b = batch["blocks"] == Block.B
+    assert_corruption_is_honest(batch, is_b, processor)
+    for hidden, of in zip(batch["hidden_tokens"].sum(1).tolist(), is_b.sum(1).tolist(), strict=True):
+        assert hidden == max(1, round(ratio * of))
+
+
+def test_a_bridge_row_is_block_a_one_eos_and_block_b(
+    bridge_collator: BridgeCollator, processor: ProcessorMixin, scene_rows: list[Row]
+) -> None:
+    instructed = image_row(scene_rows[0].query.image, "small red ring", instruction="find the image: ")
+    rows = [scene_rows[1], instructed, text_row("blue cross, white background", "a blue cross on white")]
+    batch = bridge_collator(numbered(rows))
+    input_ids = originals(batch)
+    assert len(batch["attention_mask"].sum(dim=1).unique()) > 1
+    for index, row in enumerate(rows):
+        block_a = render_items(processor, [row.query])
+        block_b = processor.tokenizer(row.positive.text, add_special_tokens=False)["input_ids"]
+        count_a = block_a["input_ids"].shape[1]
+        padding = input_ids.shape[1] - count_a - len(block_b)
+        layout = [Block.A] * (count_a - 1) + [Block.EOS] + [Block.B] * len(block_b) + [Block.PAD] * padding
+        assert batch["blocks"][index].tolist() == layout
+        assert input_ids[index, :count_a].tolist() == block_a["input_ids"][0].tolist()
+        assert input_ids[index, count_a : count_a + len(block_b)].tolist() == block_b
+        assert input_ids[index, count_a + len(block_b) :].eq(processor.tokenizer.pad_token_id).all()
+        assert batch["mm_token_type_ids"][index, :count_a].tolist() == block_a["mm_token_type_ids"][0].tolist()
+        assert not batch["mm_token_type_ids"][index, count_a:].any()
+    eos = input_ids == processor.tokenizer.eos_token_id
+    assert torch.equal(eos, batch["blocks"] == Block.EOS)
+    assert torch.equal(batch["attention_mask"].bool(), batch["blocks"] != Block.PAD)
+
+
+def visual_tokens(batch: Batch, processor: ProcessorMixin) -> int:
+    merged = batch["image_grid_thw"].prod() // processor.image_processor.merge_size**2
+    assert (batch["mm_token_type_ids"] == 1).sum() == merged
+    return int(merged)
+
+
+@pytest.mark.parametrize(("instruction", "caption"), [(LONG_TEXT, "red ring"), (None, LONG_TEXT), (LONG_TEXT,) * 2])
+def test_bridge_truncation_takes_text_and_never_eos_or_a_visual_token(
+    bridge_collator: BridgeCollator,
+    processor: ProcessorMixin,
+    sized_rows: list[Row],
+    instruction: str | None,
+    caption: str,
+) -> None:
+    max_length = processor.tokenizer.model_max_length
+    assert len(processor.tokenizer(LONG_TEXT)["input_ids"]) > max_length
+    row = image_row(sized_rows[2].query.image, caption, instruction)
+    batch = bridge_collator(numbered([row]))
+    assert batch["input_ids"].shape[1] == max_length
+    assert visual_tokens(batch, processor) == 16
+    blocks = batch["blocks"][0]
+    assert originals(batch)[0][blocks == Block.EOS].tolist() == [processor.tokenizer.eos_token_id]
+    assert (blocks == Block.B).any()
+    assert (blocks == Block.A).sum() > 16
+
+
+@pytest.mark.parametrize("room", [8, 12, 48])
+def test_a_long_block_b_leaves_the_largest_allowed_image_whole(
+    tiny_backbone_path: Path, sized_rows: list[Row], room: int
+) -> None:
+    largest = 24
+    longest_panorama = math.isqrt(200 * largest)
+    max_length = longest_panorama + room
+    processor = load_backbone(str(tiny_backbone_path), max_length=max_length, max_pixels=largest * 28**2).processor
+    image = Item(image=sized_rows[-1].image)
+    batch = BridgeCollator(processor, seed=0)(numbered([Row(query=image, positive=Item(text=LONG_TEXT), source="")]))
+    assert visual_tokens(batch, processor) == largest
+    in_block_a = torch.isin(batch["blocks"], torch.tensor([Block.A, Block.EOS]))
+    assert batch["input_ids"][in_block_a].tolist() == render_items(processor, [image])["input_ids"][0].tolist()
+    assert (batch["blocks"] == Block.B).any()
+    assert batch["input_ids"].shape[1] <= max_length
+
+
+def test_warmup_truncation_keeps_eos_and_every_visual_token(
+    warmup_collator: WarmupCollator, processor: ProcessorMixin, sized_rows: list[Row]
+) -> None:
+    batch = warmup_collator(numbered([image_row(sized_rows[2].query.image, LONG_TEXT)]))
+    assert batch["input_ids"].shape[1] == processor.tokenizer.model_max_length
+    assert visual_tokens(batch, processor) == 16
+    assert batch["input_ids"][0, -1] == processor.tokenizer.eos_token_id
+
+
+def test_padding_stands_on_the_right(
+    warmup_collator: WarmupCollator, bridge_collator: BridgeCollator, scene_rows: list[Row]
+) -> None:
+    rows = [text_row("red", "ring"), scene_rows[0]]
+    for collator in (warmup_collator, bridge_collator):
+        attention_mask = collator(numbered(rows))["attention_mask"]
+        assert (attention_mask == 0).any()
+        assert (attention_mask[:, 0] == 1).all()
+        assert (attention_mask.diff(dim=1) <= 0).all()
+
+
+@pytest.mark.parametrize("image_side", ["query", "positive"])
+def test_block_b_is_the_side_that_is_text_alone(scene_rows: list[Row], image_side: str) -> None:
+    row = scene_rows[0] if image_side == "query" else scene_rows[0].reversed()
+    assert split_blocks(row) == (Item(image=scene_rows[0].image), scene_rows[0].positive.text)
+
+
+def test_of_two_texts_the_positive_is_block_b() -> None:
+    assert split_blocks(text_row("a question", "an answer")) == (Item(text="a question"), "an answer")
+
+
+@pytest.mark.parametrize("image_side", ["query", "positive"])
+def test_a_text_beside_an_image_is_split_where_no_side_is_text_alone(scene_rows: list[Row], image_side: str) -> None:
+    first, second = (row.image for row in scene_rows[:2])
+    row = Row(query=Item(image=first), positive=Item(text="red ring on white", image=second), source="")
+    block_a, block_b = split_blocks(row if image_side == "query" else row.reversed())
+    assert (block_a, block_b) == (Item(text="red ring", image=second), "on white")
+
+
+def test_special_tokens_of_block_b_are_never_hidden(
+    bridge_collator: BridgeCollator, processor: ProcessorMixin, scene_rows: list[Row]
+) -> None:
+    text = "red <|im_end|> ring <|mask|> on white"
+    row = Row(query=Item(image=scene_rows[0].image), positive=Item(text=text), source="")
+    batch = replace(bridge_collator, mask_ratio=1.0)(numbered([row]))
+    special = torch.isin(batch["input_ids"], torch.tensor(sorted(processor.tokenizer.added_tokens_decoder)))
+    in_b = batch["blocks"] == Block.B
+    kept = originals(batch)[in_b & ~batch["hidden_tokens"]]
+    assert processor.tokenizer.convert_ids_to_tokens(kept) == ["<|im_end|>", "<|mask|>"]
+    assert special[in_b].all(), "everything else is behind the mask token"
+
+
+@pytest.mark.parametrize("text", [None, "red", " "])
+def test_a_row_without_a_block_b_is_an_error_that_names_it(
+    bridge_collator: BridgeCollator, scene_rows: list[Row], text: str | None
+) -> None:
+    image = scene_rows[0].image
+    sides = (Item(image=image), Item(text=text, image=image if text != " " else None))
+    row = Row(query=sides[0], positive=sides[1], source="pairs.jsonl, line 17")
+    with pytest.raises(CocoaError, match=r"pairs\.jsonl, line 17: the row has no block B"):
+        bridge_collator(numbered([scene_rows[1], row]))
+
+
+@pytest.mark.parametrize("text_only", [False, True])
+def test_rows_without_an_image_go_through_both_stages(
+    warmup_collator: WarmupCollator,
+    bridge_collator: BridgeCollator,
+    tiny_backbone: Backbone,
+    scene_rows: list[Row],
+    text_only: bool,
+) -> None:
+    rows = [text_row("blue cross, white background", "a blue cross on white"), text_row("red ring", "one red ring")]
+    rows += [] if text_only else scene_rows[:2]
+    for collator, model in (
+        (warmup_collator, WarmupModel(tiny_backbone.model, tiny_backbone.geometry)),
+        (bridge_collator, BridgeModel(tiny_backbone.model)),
+    ):
+        batch = collator(numbered(rows))
+        assert ("pixel_values" in batch) is not text_only
+        outputs = model(**batch)
+        assert outputs["loss"].isfinite()
+        if isinstance(model, WarmupModel):
+            assert (outputs["mae_loss"] == 0) == text_only
+
+
+def test_a_batch_of_images_without_text_trains_on_pixels_alone(
+    warmup_collator: WarmupCollator, tiny_backbone: Backbone, scene_rows: list[Row]
+) -> None:
+    image = Item(image=scene_rows[0].image)
+    batch = warmup_collator(numbered([Row(query=image, positive=image, source="rows.jsonl, line 1")]))
+    assert not batch["hidden_tokens"].any()
+    outputs = WarmupModel(tiny_backbone.model, tiny_backbone.geometry)(**batch)
+    assert outputs["loss"].isfinite()
+    torch.testing.assert_close(outputs["loss"], 0.5 * outputs["mae_loss"])
+
+
+def test_positions_of_a_text_are_the_same_with_and_without_images_beside_it(
+    tiny_backbone: Backbone, processor: ProcessorMixin, scene_rows: list[Row]
+) -> None:
+    text, pictured = Item(text="a blue cross on white"), joined(scene_rows[0])
+    alone = position_ids(tiny_backbone.model, render_items(processor, [text]))
+    beside = position_ids(tiny_backbone.model, render_items(processor, [text, pictured]))
+    assert beside.shape[2] > alone.shape[2]
+    assert torch.equal(alone[:, 0], beside[:, 0, : alone.shape[2]])
+
+
+def test_positions_of_an_image_are_its_rows_and_columns(
+    tiny_backbone: Backbone, processor: ProcessorMixin, sized_rows: list[Row]
+) -> None:
+    batch = render_items(processor, [Item(image=sized_rows[1].query.image)])
+    positions = position_ids(tiny_backbone.model, batch)[:, 0, 1:7]
+    assert positions[0].tolist() == [1] * 6
+    assert positions[1].tolist() == [1, 1, 1, 2, 2, 2]
+    assert positions[2].tolist() == [1, 2, 3, 1, 2, 3]

@@ -1,0 +1,679 @@
+import math
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from exported import PROMPTS, write_checkpoint
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+from torch import Tensor
+from transformers import set_seed
+
+from cocoa_embed.errors import CocoaError, UsageError
+from cocoa_embed.evaluation.geometry import geometry
+from cocoa_embed.images.load import load_image
+from cocoa_embed.model.backbone import load_backbone
+from cocoa_embed.model.export import build_sentence_transformer
+from cocoa_embed.train.data import pair_datasets as pairs_module
+from cocoa_embed.train.data.pair_datasets import ItemPreprocessor, as_record, distinct_enough, pair_datasets
+from cocoa_embed.train.data.rows import Item, Row
+from cocoa_embed.train.loop.progress import LogLastStep
+from cocoa_embed.train.loop.stage_trainer import StageContext
+from cocoa_embed.train.settings import AdapterSection, ContrastiveSection
+from cocoa_embed.train.stages import contrastive
+from cocoa_embed.train.stages.contrastive import contrastive_loss, contrastive_trainer, embedding_probe, matryoshka_dims
+from cocoa_embed.train.stages.probe import Probe
+from conftest import TINY_MAX_LENGTH
+
+Features = dict[str, Any]
+BATCH = 8
+
+
+def section(**values: Any) -> ContrastiveSection:
+    return ContrastiveSection(steps=2, batch_size=BATCH, **values)
+
+
+def arguments(folder: Path, **values: Any) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder),
+        "max_steps": 2,
+        "per_device_train_batch_size": BATCH,
+        "learning_rate": 1e-3,
+        "save_strategy": "no",
+        "report_to": "none",
+        "remove_unused_columns": False,
+        "logging_steps": 1,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 0,
+        **values,
+    }
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_backbone_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    backbone = load_backbone(str(tiny_backbone_path), max_length=TINY_MAX_LENGTH)
+    return write_checkpoint(backbone, tmp_path_factory.mktemp("run") / "bridge")
+
+
+@pytest.fixture
+def model(checkpoint: Path) -> SentenceTransformer:
+    return build_sentence_transformer(checkpoint, prompts=PROMPTS).to("cpu")
+
+
+@pytest.fixture
+def mixed_rows(scene_rows: list[Row]) -> list[Row]:
+    """Eight pairs whose queries are an image, an image with a text, or a text."""
+    rows = []
+    for number, row in enumerate(scene_rows[:BATCH]):
+        query = (row.query, Item(text="what is here?", image=row.image), Item(text=f"scene {number}"))[number % 3]
+        rows.append(Row(query=query, positive=row.positive, source=row.source))
+    return rows
+
+
+def features(model: SentenceTransformer, rows: list[Row]) -> list[Features]:
+    preprocess = ItemPreprocessor(model)
+    return [
+        preprocess([as_record(row.query) for row in rows]),
+        preprocess([as_record(row.positive) for row in rows]),
+    ]
+
+
+def gradients(model: SentenceTransformer) -> Tensor:
+    found = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
+    return torch.cat(found)
+
+
+def info_nce(model: SentenceTransformer, rows: list[Row], temperature: float) -> Tensor:
+    """The closed form, on embeddings that the model's own ``forward`` gives without any cache."""
+    queries, documents = (model(batch)["sentence_embedding"] for batch in features(model, rows))
+    scores = queries @ documents.T / temperature
+    return torch.nn.functional.cross_entropy(scores, torch.arange(len(rows)))
+
+
+# Pairs
+
+
+def test_pairs_are_the_rows_and_their_exchange(scene_rows: list[Row]) -> None:
+    pairs = pair_datasets(scene_rows, section())
+    assert list(pairs) == ["data", "data, reversed"]
+    forward, backward = pairs.values()
+    assert len(forward) == len(backward) == len(scene_rows)
+    assert forward.column_names == backward.column_names == ["anchor", "positive", "label"]
+    for number, (row, there, back) in enumerate(zip(scene_rows, forward, backward, strict=True)):
+        assert there["anchor"] == {"text": None, "image": str(row.image)}
+        assert there["positive"] == {"text": row.positive.text, "image": None}
+        assert (back["anchor"], back["positive"]) == (there["positive"], there["anchor"])
+        assert there["label"] == back["label"] == number
+
+
+def test_one_direction_is_the_rows_alone(scene_rows: list[Row]) -> None:
+    pairs = pair_datasets(scene_rows, section(both_directions=False))
+    assert list(pairs) == ["data"]
+    assert len(pairs["data"]) == len(scene_rows)
+
+
+def test_items_of_every_kind_keep_their_parts(mixed_rows: list[Row]) -> None:
+    stored = pair_datasets(mixed_rows, section(both_directions=False))["data"]["anchor"]
+    assert stored[0] == {"text": None, "image": str(mixed_rows[0].image)}
+    assert stored[1] == {"text": "what is here?", "image": str(mixed_rows[1].query.image)}
+    assert stored[2] == {"text": "scene 2", "image": None}
+
+
+@pytest.fixture
+def subset_rows(scene_rows: list[Row]) -> list[Row]:
+    """Twenty-four rows of two subsets by turns; the first has two hard negatives a row, or one, or none."""
+    rows = []
+    for number, row in enumerate(scene_rows):
+        negatives = tuple(Item(text=f"{row.positive.text} {number} {place}") for place in range(number // 2 % 3))
+        rows.append(replace(row, subset="many", negatives=negatives) if number % 2 else replace(row, subset="none"))
+    return rows
+
+
+def test_rows_with_fewer_negatives_than_their_subset_are_apart(subset_rows: list[Row]) -> None:
+    pairs = pair_datasets(subset_rows, section(hard_negatives=2))
+    expected = {"none": 0, "many": 2, "many, 1 negative": 1, "many, no negatives": 0}
+    expected |= {"none, reversed": 0, "many, reversed": 0}
+    assert {name: len(data.column_names) - 3 for name, data in pairs.items()} == expected
+    numbers = [number for name, data in pairs.items() if "reversed" not in name for number in data["label"]]
+    assert sorted(numbers) == list(range(len(subset_rows))), "no row is lost or doubled"
+    for name, data in pairs.items():
+        for record in data:
+            row = subset_rows[record["label"]]
+            assert row.subset == name.split(",")[0]
+            if "reversed" not in name:
+                found = [record[f"negative_{place + 1}"]["text"] for place in range(expected[name])]
+                assert found == [item.text for item in row.negatives]
+
+
+@pytest.mark.parametrize(
+    ("hard_negatives", "names"), [(0, {"many": 2}), (1, {"many": 3, "many, no negatives": 2}), (5, {"many": 4})]
+)
+def test_at_most_so_many_negatives_are_used_as_asked_for(
+    subset_rows: list[Row], hard_negatives: int, names: dict[str, int]
+) -> None:
+    pairs = pair_datasets(subset_rows, section(hard_negatives=hard_negatives, both_directions=False))
+    for name, columns in names.items():
+        assert pairs[name].column_names[:-1] == ["anchor", "positive", "negative_1", "negative_2"][:columns]
+    assert sum(map(len, pairs.values())) == len(subset_rows)
+
+
+def test_without_subsets_all_rows_are_in_one_data_set(subset_rows: list[Row]) -> None:
+    mixed = pair_datasets(subset_rows, section(one_subset_a_batch=False))
+    assert list(mixed) == ["mixed"]
+    assert sorted(mixed["mixed"]["label"]) == sorted([*range(24)] * 2)
+    apart = pair_datasets(subset_rows, section(one_subset_a_batch=False, hard_negatives=2))
+    assert sorted(apart) == ["mixed", "mixed, 1 negative", "mixed, no negatives"]
+    assert sum(map(len, apart.values())) == 48
+
+
+def test_a_subset_named_as_a_part_of_another_is_refused(subset_rows: list[Row]) -> None:
+    rows = [*subset_rows, replace(subset_rows[0], subset="many, 1 negative")]
+    for given in (rows, rows[::-1]):
+        with pytest.raises(UsageError, match="name 'many, 1 negative', as has a part of 'many'; rename"):
+            pair_datasets(given, section(hard_negatives=2))
+
+
+# Preprocessing
+
+
+def test_the_preprocessor_reads_images_and_gives_the_models_own_inputs(
+    model: SentenceTransformer, mixed_rows: list[Row]
+) -> None:
+    items = [row.query for row in mixed_rows[:3]]
+    as_inputs: list[dict[str, Any]] = [
+        {"image": load_image(items[0].image)},  # type: ignore[arg-type]
+        {"image": load_image(items[1].image), "text": items[1].text},  # type: ignore[arg-type]
+        {"text": items[2].text},
+    ]
+    for prompt in (None, PROMPTS["query"]):
+        found = ItemPreprocessor(model)([as_record(item) for item in items], prompt=prompt)
+        expected = model.preprocess(as_inputs, prompt=prompt)
+        assert found["pixel_values"].shape == (2 * 16, 1176)
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert torch.equal(found[key], value) if isinstance(value, Tensor) else found[key] == value
+
+
+def test_a_broken_image_is_named_where_it_is_read(model: SentenceTransformer, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    with pytest.raises(CocoaError, match=r"broken\.png"):
+        ItemPreprocessor(model)([as_record(Item(image=tmp_path / "broken.png"))])
+
+
+# The loss
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_embeddings_without_information_give_log_b(
+    model: SentenceTransformer, scene_rows: list[Row], symmetric: bool
+) -> None:
+    same = Row(query=scene_rows[0].query, positive=scene_rows[0].positive, source="")
+    loss = contrastive_loss(model, section(symmetric=symmetric, cache_chunk=4))
+    assert loss(features(model, [same] * BATCH), None).item() == pytest.approx(math.log(BATCH), abs=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0.02, 0.5])
+def test_the_loss_is_info_nce_of_the_embeddings(
+    model: SentenceTransformer, mixed_rows: list[Row], temperature: float
+) -> None:
+    loss = contrastive_loss(model, section(temperature=temperature, cache_chunk=3))
+    with torch.no_grad():
+        expected = info_nce(model, mixed_rows, temperature).item()
+    assert abs(expected - math.log(BATCH)) > 1e-2, "the embeddings say something"
+    assert loss(features(model, mixed_rows), None).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_symmetric_loss_is_the_mean_of_both_directions(model: SentenceTransformer, mixed_rows: list[Row]) -> None:
+    with torch.no_grad():
+        there = info_nce(model, mixed_rows, 0.1).item()
+        back = info_nce(model, [row.reversed() for row in mixed_rows], 0.1).item()
+    assert there != pytest.approx(back, abs=1e-3)
+    loss = contrastive_loss(model, section(temperature=0.1, symmetric=True))
+    assert loss(features(model, mixed_rows), None).item() == pytest.approx((there + back) / 2, rel=1e-4)
+
+
+def test_the_cache_changes_neither_loss_nor_gradients(model: SentenceTransformer, mixed_rows: list[Row]) -> None:
+    """Against the slow path, one graph over the whole batch: pixels are cut at the right images."""
+    model.eval()
+    info_nce(model, mixed_rows, 0.02).backward()
+    slow = gradients(model)
+    assert slow.abs().max() > 1e-2
+    losses = []
+    for chunk in (2, 3, BATCH):
+        model.zero_grad()
+        loss = contrastive_loss(model, section(cache_chunk=chunk))
+        value = loss(features(model, mixed_rows), None)
+        value.backward()
+        losses.append(value.item())
+        fast = gradients(model)
+        assert fast.shape == slow.shape
+        assert (fast - slow).abs().max() < 1e-4 * slow.abs().max()
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+
+
+def test_the_section_sets_the_losses_temperature_and_chunk(model: SentenceTransformer) -> None:
+    for chunk in (6, BATCH, BATCH + 1):
+        loss = contrastive_loss(model, section(temperature=0.05, cache_chunk=chunk))
+        assert loss.scale == pytest.approx(20)
+        is_cached = isinstance(loss, CachedMultipleNegativesRankingLoss)
+        assert is_cached is (chunk < BATCH), "a batch that fits into a chunk needs no second forward pass"
+        if is_cached:
+            assert loss.mini_batch_size == chunk
+
+
+def test_on_several_devices_gradients_are_cached_and_candidates_gathered(
+    model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not contrastive_loss(model, section(cache_chunk=BATCH)).gather_across_devices
+    monkeypatch.setattr(contrastive, "PartialState", lambda: SimpleNamespace(num_processes=2))
+    loss = contrastive_loss(model, section(cache_chunk=BATCH))
+    assert isinstance(loss, CachedMultipleNegativesRankingLoss)
+    assert loss.gather_across_devices
+
+
+# Hard negatives and Matryoshka dimensions
+
+CHUNKS = pytest.mark.parametrize("chunk", [3, BATCH])
+"""With cached gradients, and without."""
+
+
+@pytest.fixture
+def negative_rows(mixed_rows: list[Row], scene_rows: list[Row]) -> list[Row]:
+    """Eight pairs with two hard negatives each: a text, and an image."""
+    return [
+        replace(row, negatives=(Item(text=f"scene {number} without it"), scene_rows[BATCH + number].query))
+        for number, row in enumerate(mixed_rows)
+    ]
+
+
+def with_negatives(model: SentenceTransformer, rows: list[Row]) -> list[Features]:
+    columns = zip(*(row.negatives for row in rows), strict=True)
+    return features(model, rows) + [ItemPreprocessor(model)([as_record(item) for item in column]) for column in columns]
+
+
+def slow_loss(model: SentenceTransformer, rows: list[Row], asked: ContrastiveSection, dims: list[int]) -> Tensor:
+    """The closed form, written out: a sum over lengths of the mean over directions."""
+    embeddings = [model(batch)["sentence_embedding"] for batch in with_negatives(model, rows)]
+    rights = torch.arange(len(rows))
+    total = torch.zeros(())
+    for dim in dims:
+        cut = [torch.nn.functional.normalize(column[:, :dim], dim=1) for column in embeddings]
+        losses = [torch.nn.functional.cross_entropy(cut[0] @ torch.cat(cut[1:]).T / asked.temperature, rights)]
+        if asked.symmetric:
+            losses.append(torch.nn.functional.cross_entropy(cut[1] @ cut[0].T / asked.temperature, rights))
+        total = total + torch.stack(losses).mean()
+    return total
+
+
+@CHUNKS
+@pytest.mark.parametrize(("symmetric", "candidates"), [(False, [3 * BATCH]), (True, [3 * BATCH, BATCH])])
+def test_embeddings_without_information_give_the_log_of_the_number_of_candidates(
+    model: SentenceTransformer, negative_rows: list[Row], symmetric: bool, candidates: list[int], chunk: int
+) -> None:
+    """A query's candidates are positives and hard negatives; a positive's are the queries."""
+    same = replace(negative_rows[0], query=negative_rows[0].positive, negatives=(negative_rows[0].positive,) * 2)
+    loss = contrastive_loss(model, section(symmetric=symmetric, cache_chunk=chunk, hard_negatives=2))
+    expected = sum(map(math.log, candidates)) / len(candidates)
+    assert loss(with_negatives(model, [same] * BATCH), None).item() == pytest.approx(expected, abs=1e-4)
+
+
+@CHUNKS
+@pytest.mark.parametrize("dims", [None, [8, 16]])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("temperature", [0.05, 0.5])
+def test_the_losses_of_every_option_and_their_gradients_are_the_closed_form(
+    model: SentenceTransformer,
+    negative_rows: list[Row],
+    chunk: int,
+    dims: list[int] | None,
+    symmetric: bool,
+    temperature: float,
+) -> None:
+    model.eval()
+    asked = section(temperature=temperature, symmetric=symmetric, matryoshka_dims=dims, cache_chunk=chunk)
+    expected = slow_loss(model, negative_rows, asked, [32, *sorted(dims or [], reverse=True)])
+    expected.backward()
+    slow = gradients(model)
+    assert slow.abs().max() > 1e-2
+    model.zero_grad()
+    # Whatever a row's number is, the loss does not look at it.
+    value = contrastive_loss(model, asked)(with_negatives(model, negative_rows), torch.arange(BATCH) * 3)
+    value.backward()
+    assert value.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert (gradients(model) - slow).abs().max() < 1e-4 * slow.abs().max()
+
+
+def test_a_lengths_own_loss_is_part_of_the_sum(model: SentenceTransformer, negative_rows: list[Row]) -> None:
+    """The premise of the test above: each length counts."""
+    with torch.no_grad():
+        parts = [slow_loss(model, negative_rows, section(), [dim]).item() for dim in (8, 16, 32)]
+    assert len({round(part, 3) for part in parts}) == 3
+    assert min(parts) > 0.1
+
+
+def test_the_whole_length_is_always_trained_and_comes_first() -> None:
+    assert matryoshka_dims(section(matryoshka_dims=[8, 16]), 32) == [32, 16, 8]
+    assert matryoshka_dims(section(matryoshka_dims=[8, 32, 8]), 32) == [32, 8]
+    assert matryoshka_dims(section(), 32) == [32]
+
+
+def test_more_dimensions_than_the_model_has_are_refused(model: SentenceTransformer) -> None:
+    with pytest.raises(UsageError, match="asks for 64 values, but this backbone's embeddings have 32; give lengths"):
+        contrastive_loss(model, section(matryoshka_dims=[16, 64]))
+
+
+# The trainer
+
+
+def batches(
+    model: SentenceTransformer, rows: list[Row], folder: Path, *, asked: ContrastiveSection, **values: Any
+) -> Iterator[Features]:
+    trainer = contrastive_trainer(model, rows, asked, StageContext(arguments(folder, **values)))
+    return iter(trainer.get_train_dataloader())
+
+
+def test_a_batch_is_of_one_subset_and_anchors_get_the_query_prompt(
+    model: SentenceTransformer, scene_rows: list[Row], tmp_path: Path
+) -> None:
+    vision_end = model.tokenizer.convert_tokens_to_ids("<|vision_end|>")
+    seen = []
+    for batch in batches(model, scene_rows, tmp_path, asked=section()):
+        with_images = [side for side in ("anchor", "positive") if f"{side}_pixel_values" in batch]
+        assert len(with_images) == 1, "all candidates are of one kind"
+        seen.append(with_images[0])
+        assert len(batch[f"{with_images[0]}_image_grid_thw"]) == len(batch["anchor_input_ids"])
+        for side, name in (("anchor", "query"), ("positive", "document")):
+            for ids in batch[f"{side}_input_ids"].tolist():
+                after_image = ids[ids.index(vision_end) + 1 :] if side in with_images else ids
+                assert model.tokenizer.decode(after_image).startswith(PROMPTS[name])
+    assert seen.count("anchor") == seen.count("positive") == len(scene_rows) // BATCH
+
+
+def test_training_sees_the_token_ids_of_encode_query(
+    model: SentenceTransformer, scene_rows: list[Row], tmp_path: Path
+) -> None:
+    captions = [{"text": row.positive.text} for row in scene_rows]
+    inference = model.preprocess(captions, prompt=PROMPTS["query"])
+    expected = {
+        tuple(ids[mask.bool()].tolist())
+        for ids, mask in zip(inference["input_ids"], inference["attention_mask"], strict=True)
+    }
+    assert len(expected) == len(scene_rows)
+    found = set()
+    for batch in batches(model, scene_rows, tmp_path, asked=section()):
+        if "anchor_pixel_values" not in batch:
+            for ids, mask in zip(batch["anchor_input_ids"], batch["anchor_attention_mask"], strict=True):
+                found.add(tuple(ids[mask.bool()].tolist()))
+    assert found == expected
+
+
+def test_no_batch_holds_a_duplicate(model: SentenceTransformer, scene_rows: list[Row], tmp_path: Path) -> None:
+    """Two rows with one caption would be each other's negatives."""
+    rows = [*scene_rows[:12], *scene_rows[:12]]
+    found = [
+        [tuple(ids) for ids in batch["positive_input_ids"].tolist()]
+        for batch in batches(model, rows, tmp_path, asked=section(both_directions=False), per_device_train_batch_size=4)
+    ]
+    assert sum(map(len, found)) == 24
+    assert all(len(set(batch)) == len(batch) for batch in found)
+
+
+@pytest.mark.parametrize("hard_negatives", [0, 2])
+def test_every_batch_is_of_one_subset_and_its_labels_name_its_rows(
+    model: SentenceTransformer, subset_rows: list[Row], tmp_path: Path, hard_negatives: int
+) -> None:
+    """A subset that does not fill a batch gives a smaller one; every row is seen from either side."""
+    asked = section(hard_negatives=hard_negatives)
+    seen: list[int] = []
+    for batch in batches(model, subset_rows, tmp_path, asked=asked):
+        rows = [subset_rows[number] for number in batch["label"].tolist()]
+        assert len({row.subset for row in rows}) == 1
+        side = "positive" if "anchor_pixel_values" in batch else "anchor"
+        captions = model.tokenizer.batch_decode(batch[f"{side}_input_ids"], skip_special_tokens=True)
+        prompt = PROMPTS["document" if side == "positive" else "query"]
+        assert captions == [f"{prompt}{row.positive.text}" for row in rows]
+        negatives = [key for key in batch if key.startswith("negative") and key.endswith("_input_ids")]
+        counts = {len(row.negatives[:hard_negatives]) for row in rows} if side == "positive" else {0}
+        assert counts == {len(negatives)}
+        for key in negatives:
+            texts = model.tokenizer.batch_decode(batch[key], skip_special_tokens=True)
+            assert all(text.startswith(PROMPTS["document"]) for text in texts)
+        seen += batch["label"].tolist()
+    assert sorted(seen) == sorted([*range(len(subset_rows))] * 2)
+
+
+def test_without_subsets_a_batch_mixes_them_and_the_directions(
+    model: SentenceTransformer, subset_rows: list[Row], tmp_path: Path
+) -> None:
+    labels = [
+        batch["label"].tolist()
+        for batch in batches(model, subset_rows, tmp_path, asked=section(one_subset_a_batch=False))
+    ]
+    assert any(len({subset_rows[number].subset for number in batch}) == 2 for batch in labels)
+    assert all(len(set(batch)) == len(batch) for batch in labels), "a row and its exchange are no negatives"
+    assert len(labels) == 6
+    assert {number for batch in labels for number in batch} == set(range(24))
+
+
+def test_rows_that_share_a_negative_do_not_meet(
+    model: SentenceTransformer, scene_rows: list[Row], tmp_path: Path
+) -> None:
+    shared = Item(text="an empty scene")
+    rows = [replace(row, negatives=(shared,)) if number < 3 else row for number, row in enumerate(scene_rows)]
+    asked = section(hard_negatives=1, both_directions=False)
+    found = [batch["label"].tolist() for batch in batches(model, rows, tmp_path, asked=asked)]
+    assert sum(bool(set(batch) & {0, 1, 2}) for batch in found) >= 1
+    assert all(len(set(batch) & {0, 1, 2}) <= 1 for batch in found)
+
+
+@pytest.mark.parametrize("cache_chunk", [4, BATCH])
+def test_training_goes_on_with_subsets_that_do_not_fill_a_batch(
+    model: SentenceTransformer, subset_rows: list[Row], tmp_path: Path, cache_chunk: int
+) -> None:
+    rows = [*subset_rows[:3], replace(subset_rows[3], subset="alone")]
+    asked = section(hard_negatives=2, matryoshka_dims=[8], symmetric=True, cache_chunk=cache_chunk)
+    trainer = contrastive_trainer(model, rows, asked, StageContext(arguments(tmp_path, max_steps=9, seed=1)))
+    trainer.train()
+    assert trainer.state.global_step == 9
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert len(losses) == 9
+    assert max(losses) > 0
+
+
+def test_both_directions_double_the_pairs(model: SentenceTransformer, scene_rows: list[Row], tmp_path: Path) -> None:
+    one, both = (
+        sum(
+            len(batch["anchor_input_ids"])
+            for batch in batches(model, scene_rows, tmp_path, asked=section(both_directions=choice))
+        )
+        for choice in (False, True)
+    )
+    assert (one, both) == (len(scene_rows), 2 * len(scene_rows))
+
+
+def test_a_few_steps_lower_the_loss(
+    model: SentenceTransformer, scene_rows: list[Row], tmp_path: Path, tiny_loss: Callable[[], float]
+) -> None:
+    before = tiny_loss()
+    trainer = contrastive_trainer(
+        model,
+        scene_rows,
+        section(temperature=0.1, cache_chunk=8),
+        StageContext(arguments(tmp_path, max_steps=30, learning_rate=3e-3, logging_steps=30)),
+    )
+    trainer.train()
+    assert tiny_loss() < before - 0.3
+
+
+@pytest.fixture
+def tiny_loss(model: SentenceTransformer, scene_rows: list[Row]) -> Callable[[], float]:
+    @torch.no_grad()
+    def measure() -> float:
+        model.eval()
+        queries = model.encode_query([{"text": row.positive.text} for row in scene_rows], convert_to_tensor=True)
+        images = [{"image": load_image(row.image)} for row in islice(scene_rows, None)]  # type: ignore[arg-type]
+        documents = model.encode_document(images, convert_to_tensor=True)
+        scores = queries @ documents.T / 0.1
+        return torch.nn.functional.cross_entropy(scores, torch.arange(len(scene_rows))).item()
+
+    return measure
+
+
+# What is measured beside the training
+
+FIGURES = {"alignment", "uniformity", "modality_gap", "effective_rank"}
+
+
+def draw_at_random(model: torch.nn.Module) -> dict[str, float]:
+    """Do what no probe may."""
+    return {"alignment": torch.rand(1).item()}
+
+
+@pytest.mark.parametrize("cache_chunk", [4, BATCH])
+def test_the_probe_changes_neither_weights_nor_draws(
+    checkpoint: Path, scene_rows: list[Row], tmp_path: Path, cache_chunk: int
+) -> None:
+    """The adapter's dropout draws at every step, so that a draw between two steps would show in the weights."""
+    adapter = AdapterSection(kind="lora", r=2, alpha=4, dropout=0.3)
+
+    def trained(probe_rows: int, probe: Probe | None = None) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+        asked = section(cache_chunk=cache_chunk, adapter=adapter, probe_rows=probe_rows, probe_steps=1)
+        model = build_sentence_transformer(checkpoint, prompts=PROMPTS).to("cpu")
+        set_seed(0)
+        context = StageContext(arguments(tmp_path, max_steps=4, learning_rate=1e-2), prompts=PROMPTS)
+        trainer = contrastive_trainer(model, scene_rows, asked, context)
+        trainer._probe = probe or trainer._probe
+        trainer.train()
+        return model.state_dict(), [line for line in trainer.state.log_history if "loss" in line]
+
+    with_probe, logged = trained(probe_rows=6)
+    without, unprobed = trained(probe_rows=0)
+    drawn, _ = trained(probe_rows=0, probe=draw_at_random)
+    assert [FIGURES <= line.keys() for line in logged] == [True] * 4
+    assert not any(FIGURES & line.keys() for line in unprobed)
+    assert [line["loss"] for line in logged] == [line["loss"] for line in unprobed]
+    assert with_probe.keys() == without.keys()
+    assert all(torch.equal(value, without[name]) for name, value in with_probe.items())
+    assert not all(torch.equal(value, without[name]) for name, value in drawn.items()), "a draw does show"
+
+
+def test_neither_making_nor_asking_the_probe_draws_at_random(model: SentenceTransformer, scene_rows: list[Row]) -> None:
+    def states() -> tuple[Any, ...]:
+        name, keys, *rest = np.random.get_state()  # noqa: NPY002 - what a library may draw from
+        return random.getstate(), name, keys.tolist(), rest, torch.get_rng_state().tolist()  # type: ignore[union-attr]
+
+    before = states()
+    assert embedding_probe(model, scene_rows[:5], batch_size=2)(model)
+    assert states() == before
+    torch.rand(1)
+    assert states() != before
+
+
+def test_the_geometry_is_that_of_the_models_own_embeddings(model: SentenceTransformer, mixed_rows: list[Row]) -> None:
+    """Queries with their prompt, documents with theirs, as ``encode_query`` and ``encode_document``."""
+    inputs = [
+        {"image": load_image(row.query.image)} if row.query.text is None  # type: ignore[arg-type]
+        else {"text": row.query.text} if row.query.image is None
+        else {"image": load_image(row.query.image), "text": row.query.text}  # type: ignore[arg-type]
+        for row in mixed_rows
+    ]  # fmt: skip
+    queries = [model.encode_query([each])[0] for each in inputs]
+    documents = model.encode_document([{"text": row.positive.text} for row in mixed_rows])
+    has_image = np.array([row.query.image is not None for row in mixed_rows])
+    assert {*has_image} == {True, False}
+    expected = geometry(np.stack(queries), documents, first_has_image=has_image, second_has_image=has_image & False)
+    found = embedding_probe(model.train(), mixed_rows, batch_size=3)(model)
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert model.training
+    model.prompts = {}
+    assert embedding_probe(model, mixed_rows, batch_size=3)(model) != pytest.approx(expected, rel=1e-3)
+
+
+def test_texts_alone_are_trained_without_a_probe(
+    model: SentenceTransformer, scene_rows: list[Row], tmp_path: Path
+) -> None:
+    texts = [Row(query=Item(text=f"scene {n}"), positive=row.positive, source="") for n, row in enumerate(scene_rows)]
+    for rows, is_measured in ((texts, False), ([*texts, scene_rows[0]], False), ([*texts, *scene_rows[:2]], True)):
+        trainer = contrastive_trainer(model, rows, section(), StageContext(arguments(tmp_path)))
+        assert (trainer._probe is not None) is is_measured
+
+
+def test_the_probe_is_asked_when_it_is_due_while_the_stop_watch_stands(
+    model: SentenceTransformer, scene_rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = StageContext(arguments(tmp_path, max_steps=7, logging_steps=2))
+    trainer = contrastive_trainer(model, scene_rows, section(probe_steps=3), context)
+    trainer.add_callback(LogLastStep())
+    stands: list[bool] = [False]
+
+    @contextmanager
+    def paused() -> Iterator[None]:
+        stands.append(True)
+        yield
+        stands.append(False)
+
+    def probe(measured: torch.nn.Module) -> dict[str, float]:
+        assert measured is model
+        return {"alignment": float(stands[-1])}
+
+    monkeypatch.setattr(trainer.throughput, "paused", paused)
+    trainer._probe = probe
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert [line["step"] for line in lines] == [2, 4, 6, 7]
+    assert {line["step"]: line["alignment"] for line in lines if "alignment" in line} == {4: 1.0, 7: 1.0}
+    assert stands[-1] is False
+
+
+def test_no_examples_are_picked_for_a_card_that_is_not_written(
+    model: SentenceTransformer, scene_rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picked = []
+    monkeypatch.setattr(
+        type(model.model_card_data), "set_widget_examples", lambda self, dataset: picked.append(dataset), raising=True
+    )
+    contrastive_trainer(model, scene_rows, section(), StageContext(arguments(tmp_path)))
+    assert not picked
+
+
+def test_few_different_values_are_told(scene_rows: list[Row], caplog: pytest.LogCaptureFixture) -> None:
+    """Yes-or-no answers, say: a batch that holds nothing twice is of two rows then."""
+    answers = [replace(row, positive=Item(text="yes" if n % 2 else "no")) for n, row in enumerate(scene_rows)]
+    pairs = pair_datasets(answers, section(both_directions=False))
+    assert distinct_enough(pairs, BATCH) is pairs
+    assert f"2 different positive in {len(scene_rows)} rows" in caplog.text
+    caplog.clear()
+    distinct_enough(pair_datasets(scene_rows, section(both_directions=False)), BATCH)
+    assert not caplog.text
+
+
+def test_a_subset_that_leaves_a_device_without_a_row_is_refused(
+    scene_rows: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pairs_module, "PartialState", lambda: SimpleNamespace(num_processes=8))
+    answers = [replace(row, positive=Item(text="yes")) for row in scene_rows]
+    with pytest.raises(UsageError, match=r"1 different positive in 24 rows.*each of the 8 devices"):
+        distinct_enough(pair_datasets(answers, section(both_directions=False)), BATCH)
+
+
+def test_every_epoch_has_an_order_of_its_own(
+    model: SentenceTransformer, scene_rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, ...]] = []
+    asked = section(both_directions=False)
+    trainer = contrastive_trainer(model, scene_rows, asked, StageContext(arguments(tmp_path, max_steps=9)))
+    monkeypatch.setattr(trainer.throughput, "saw", lambda facts: seen.extend(fact.rows for fact in facts))
+    trainer.train()
+    assert len(trainer.drawn) == 3
+    epochs = [seen[start : start + 3] for start in (0, 3, 6)]
+    assert all(sorted(row for batch in epoch for row in batch) == list(range(len(scene_rows))) for epoch in epochs)
+    assert len({str(epoch) for epoch in epochs}) == 3

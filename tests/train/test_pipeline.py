@@ -1,0 +1,460 @@
+import json
+import shutil
+from functools import partial
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from exported import PROMPTS, contents
+from sentence_transformers import SentenceTransformer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+from transformers import Qwen2VLForConditionalGeneration, Trainer, TrainingArguments
+
+from cocoa_embed.errors import CocoaError, UsageError
+from cocoa_embed.folders import RUN_MARKER
+from cocoa_embed.model.attention import assert_bidirectional
+from cocoa_embed.model.backbone import load_backbone
+from cocoa_embed.model.export import export_model
+from cocoa_embed.model.training_record import TRAINING_FILE, read_training
+from cocoa_embed.train.data.rows import read_image_folder
+from cocoa_embed.train.pipeline import run
+from cocoa_embed.train.plan import checks as preparation
+from cocoa_embed.train.recipe import STAGES, Recipe
+from cocoa_embed.train.record import StageResult
+from conftest import SCENES, TINY_MAX_LENGTH
+
+Values = dict[str, Any]
+
+STAGE: Values = {"steps": 2, "batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 0, "logging_steps": 1}
+FROZEN: Values = {**STAGE, "steps": 1, "warmup_steps": 1}
+"""One step at the warm-up's first learning rate, which is 0: the stage ends with the weights it began with."""
+
+
+PROBED_ACCURACIES = ("accuracy_right_image", "accuracy_shuffled_image", "accuracy_no_image")
+GEOMETRY = ("alignment", "uniformity", "modality_gap", "effective_rank")
+
+
+def recipe(backbone: Path | str, data: Path | None, **values: Any) -> Recipe:
+    given = {"name": "test", "backbone": str(backbone), "max_length": TINY_MAX_LENGTH, "prompts": PROMPTS, **values}
+    return Recipe.parse(given if data is None else {**given, "data": {"folder": str(data)}})
+
+
+def weights(folder: Path | str) -> dict[str, Tensor]:
+    return load_backbone(str(folder), max_length=TINY_MAX_LENGTH).model.state_dict()
+
+
+def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    assert first.keys() == second.keys()
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+class Run(NamedTuple):
+    recipe: Recipe
+    out: Path
+    results: list[StageResult]
+    inspected: dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_backbone_path: Path, scene_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of all three stages, in eager attention, and what ``inspect`` saw of each trainer."""
+    inspected: dict[str, dict[str, Any]] = {}
+
+    def inspect(stage: str, trainer: Trainer) -> None:
+        model = trainer.model
+        backbone = model[0].auto_model if isinstance(model, SentenceTransformer) else model.backbone
+        inspected[stage] = {
+            "steps": trainer.state.global_step,
+            "has pixel decoder": hasattr(model, "pixel_decoder"),
+            "attention": backbone.config._attn_implementation,
+        }
+
+    stages = {
+        "warmup": STAGE,
+        "bridge": {**STAGE, "probe_rows": 4, "probe_steps": 1},
+        "contrastive": {**STAGE, "probe_steps": 1, "data": {"folder": str(scene_folder), "limit": 10}},
+    }
+    given = recipe(tiny_backbone_path, scene_folder, attn_implementation="eager", seed=3, **stages)
+    out = tmp_path_factory.mktemp("run") / "out"
+    return Run(given, out, run(given, out, inspect=inspect), inspected)
+
+
+def test_the_stages_run_in_order_and_leave_their_checkpoints(finished: Run) -> None:
+    assert [result.stage for result in finished.results] == list(STAGES) == ["warmup", "bridge", "contrastive"]
+    assert [result.folder for result in finished.results] == [finished.out / stage for stage in STAGES]
+    assert [result.steps for result in finished.results] == [2, 2, 2]
+    assert sorted(path.name for path in finished.out.iterdir()) == sorted(
+        [RUN_MARKER, "data.json", "recipe.json", *STAGES]
+    )
+    for stage in STAGES:
+        assert {"model.safetensors", "config.json", "tokenizer.json", TRAINING_FILE, "log.json"} <= {
+            path.name for path in (finished.out / stage).iterdir()
+        }
+
+
+def test_the_recipe_is_written_and_reads_back(finished: Run) -> None:
+    assert Recipe.model_validate_json((finished.out / "recipe.json").read_text()) == finished.recipe
+
+
+def test_each_checkpoint_tells_the_stages_up_to_it(finished: Run) -> None:
+    for number, stage in enumerate(STAGES, start=1):
+        training = read_training(finished.out / stage)
+        assert Recipe.parse(training["recipe"]) == finished.recipe
+        assert [entry["stage"] for entry in training["stages"]] == list(STAGES[:number])
+        assert [entry["steps"] for entry in training["stages"]] == [2] * number
+        assert [entry["rows"] for entry in training["stages"]] == [SCENES, SCENES, 10][:number]
+        for entry, result in zip(training["stages"], finished.results, strict=False):
+            assert entry["final"] == pytest.approx(result.final)
+
+
+def test_each_stage_logs_its_losses(finished: Run) -> None:
+    parts = {
+        "warmup": {"loss", "mntp_loss", "mae_loss", "hidden_token_accuracy"},
+        "bridge": {"loss", "hidden_token_accuracy", *PROBED_ACCURACIES, *GEOMETRY},
+        "contrastive": {"loss", *GEOMETRY},
+    }
+    for stage, names in parts.items():
+        lines = [line for line in json.loads((finished.out / stage / "log.json").read_text()) if "loss" in line]
+        assert [line["step"] for line in lines] == [1, 2]
+        assert all(names <= line.keys() for line in lines)
+        assert all(torch.isfinite(torch.tensor(line["loss"])) for line in lines)
+
+
+def test_inspect_sees_each_trainer_when_its_stage_has_ended(finished: Run) -> None:
+    assert list(finished.inspected) == list(STAGES)
+    assert [seen["steps"] for seen in finished.inspected.values()] == [2, 2, 2]
+    assert [seen["has pixel decoder"] for seen in finished.inspected.values()] == [True, False, False]
+
+
+def test_every_stage_runs_the_recipes_attention(finished: Run) -> None:
+    assert finished.recipe.attn_implementation == "eager"
+    assert {stage: seen["attention"] for stage, seen in finished.inspected.items()} == dict.fromkeys(STAGES, "eager")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_checkpoint_reloads_bidirectional_in_the_stock_class(finished: Run, stage: str) -> None:
+    for implementation in ("eager", "sdpa"):
+        model, info = Qwen2VLForConditionalGeneration.from_pretrained(
+            finished.out / stage, attn_implementation=implementation, output_loading_info=True
+        )
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"], "the pixel decoder is thrown away"
+        assert_bidirectional(model)
+
+
+def test_every_stage_changes_the_weights(finished: Run) -> None:
+    chain = [weights(finished.recipe.backbone), *(weights(finished.out / stage) for stage in STAGES)]
+    assert not any(equal(first, second) for first, second in pairwise(chain))
+
+
+def test_the_last_stage_exports(finished: Run, tmp_path: Path) -> None:
+    out = export_model(finished.results[-1].folder, tmp_path / "cocoa-qwen2vl")
+    model = SentenceTransformer(str(out), device="cpu")
+    assert model.prompts == PROMPTS
+    assert model.encode([{"text": "a red ring"}]).shape == (1, 32)
+    assert equal(weights(out), weights(finished.out / "contrastive"))
+
+
+@pytest.mark.parametrize("stage", ["warmup", "bridge"])
+def test_an_earlier_stage_exports_too(finished: Run, tmp_path: Path, stage: str) -> None:
+    out = export_model(finished.out / stage, tmp_path / stage)
+    assert SentenceTransformer(str(out), device="cpu").prompts == PROMPTS
+
+
+# From stage to stage
+
+
+@pytest.mark.parametrize(("first", "second"), [("warmup", "bridge"), ("bridge", "contrastive")])
+def test_a_stage_starts_from_the_weights_of_the_one_before(
+    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path, first: str, second: str
+) -> None:
+    results = run(recipe(tiny_backbone_path, scene_folder, **{first: STAGE, second: FROZEN}), tmp_path / "out")
+    assert [result.stage for result in results] == [first, second]
+    before, between, after = (weights(folder) for folder in (tiny_backbone_path, *(r.folder for r in results)))
+    assert not equal(before, between), "the first stage trains"
+    assert equal(between, after), "the second, at a learning rate of 0, ends where it began"
+
+
+def test_a_stage_left_out_is_not_run(tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path) -> None:
+    seen: list[str] = []
+    given = recipe(tiny_backbone_path, scene_folder, contrastive=FROZEN)
+    results = run(given, tmp_path / "out", inspect=lambda stage, trainer: seen.append(stage))
+    assert seen == [result.stage for result in results] == ["contrastive"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        RUN_MARKER,
+        "contrastive",
+        "data.json",
+        "recipe.json",
+    ]
+    assert equal(weights(tiny_backbone_path), weights(tmp_path / "out" / "contrastive"))
+
+
+def test_a_seed_gives_the_same_weights_twice_and_another_gives_others(
+    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path
+) -> None:
+    runs: dict[str, list[dict[str, Tensor]]] = {}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        given = recipe(tiny_backbone_path, scene_folder, seed=seed, **dict.fromkeys(STAGES, STAGE))
+        torch.rand(seed + len(runs))  # whatever was drawn before must not matter
+        runs[name] = [weights(result.folder) for result in run(given, tmp_path / name)]
+    for first, again, other in zip(runs["a"], runs["b"], runs["c"], strict=True):
+        assert equal(first, again)
+        assert not equal(first, other)
+
+
+def test_max_pixels_reaches_every_checkpoint(tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path) -> None:
+    stages = {stage: {**STAGE, "steps": 1} for stage in STAGES}
+    run(recipe(tiny_backbone_path, scene_folder, max_pixels=1568, **stages), tmp_path / "out")
+    for stage in STAGES:
+        processor = load_backbone(str(tmp_path / "out" / stage)).processor
+        assert processor.image_processor.size["longest_edge"] == 1568
+        assert processor.tokenizer.model_max_length == TINY_MAX_LENGTH
+
+
+# Wrong input
+
+
+def test_a_recipe_without_a_stage_is_refused(tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no stage; give at least one of warmup, bridge, contrastive"):
+        run(recipe(tiny_backbone_path, scene_folder), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_stage_without_data_is_refused_by_name(tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path) -> None:
+    stages = {"warmup": {**STAGE, "data": {"folder": str(scene_folder)}}, "bridge": STAGE}
+    with pytest.raises(UsageError, match=r"stage bridge, data: no data; give one of data\.folder, data\.file"):
+        run(recipe(tiny_backbone_path, None, **stages), tmp_path / "out")
+    assert not (tmp_path / "out").exists(), "no stage has run before the fault is told"
+
+
+def test_a_stages_own_data_comes_first(tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path) -> None:
+    given = recipe(
+        tiny_backbone_path,
+        tmp_path / "missing",
+        warmup={**STAGE, "steps": 1, "data": {"folder": str(scene_folder), "limit": 7, "captions": "captions"}},
+    )
+    run(given, tmp_path / "out")
+    assert read_training(tmp_path / "out" / "warmup")["stages"][0]["rows"] == 7 * 4
+
+
+def test_a_folder_that_holds_something_else_is_refused_and_left_as_it_is(
+    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(CocoaError, match="holds something else"):
+        run(recipe(tiny_backbone_path, scene_folder, warmup=STAGE), tmp_path)
+    assert contents(tmp_path) == {"thesis.txt": b"mine"}
+
+
+def earlier_run(out: Path) -> Path:
+    out.mkdir()
+    (out / RUN_MARKER).write_text("{}")
+    (out / "warmup").mkdir()
+    (out / "warmup" / "stale.txt").write_text("of the earlier run")
+    return out
+
+
+def test_an_earlier_run_is_replaced(tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path) -> None:
+    out = earlier_run(tmp_path / "out")
+    run(recipe(tiny_backbone_path, scene_folder, warmup={**STAGE, "steps": 1}), out)
+    assert not (out / "warmup" / "stale.txt").exists()
+    assert read_training(out / "warmup")["stages"][0]["stage"] == "warmup"
+
+
+@pytest.mark.parametrize(
+    ("backbone", "values", "message"),
+    [
+        ("scene-captoner", {}, "scene-captoner"),
+        ("empty", {}, "empty"),
+        ("scene-captioner", {"max_length": 16}, "raise max_length"),
+        ("scene-captioner", {"mixed_precision": "bf16"}, "stage warmup: no bf16 here"),
+    ],
+)
+def test_a_run_that_cannot_start_leaves_the_earlier_run_as_it_is(
+    scene_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    backbone: str,
+    values: Values,
+    message: str,
+) -> None:
+    """Hours of training must not be lost to a misspelt name."""
+
+    def without_bf16(**arguments: Any) -> TrainingArguments:
+        if arguments["bf16"]:
+            raise ValueError("no bf16 here")
+        return TrainingArguments(**arguments)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(preparation, "TrainingArguments", without_bf16)
+    (tmp_path / "empty").mkdir()
+    out = earlier_run(tmp_path / "out")
+    before = contents(out)
+    given = {"backbone": backbone, "max_length": TINY_MAX_LENGTH, "data": {"folder": str(scene_folder)}, **values}
+    with pytest.raises(CocoaError, match=message):
+        run(Recipe.parse({"name": "test", "warmup": STAGE, **given}), out)
+    assert contents(out) == before
+
+
+def test_a_folder_with_a_recipe_of_someone_elses_is_no_earlier_run(
+    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "recipe.json").write_text('{"flour": "500 g"}')
+    before = contents(tmp_path / "out")
+    with pytest.raises(CocoaError, match="holds something else"):
+        run(recipe(tiny_backbone_path, scene_folder, warmup=STAGE), tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_loss_that_is_not_finite_stops_the_stage_at_its_step(
+    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path, stage: str
+) -> None:
+    diverging = {**STAGE, "steps": 6, "learning_rate": 1e30, "logging_steps": 6}
+    with pytest.raises(CocoaError, match=r"loss of step [2-6] is (nan|inf); lower learning_rate \(1e\+30\)"):
+        run(recipe(tiny_backbone_path, scene_folder, **{stage: diverging}), tmp_path / "out")
+    assert not (tmp_path / "out" / stage / TRAINING_FILE).exists()
+
+
+def test_a_run_that_goes_on_from_a_checkpoint_tells_all_stages(
+    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path
+) -> None:
+    first = {**STAGE, "steps": 1, "learning_rate": 0.25, "warmup_steps": 1}
+    run(recipe(tiny_backbone_path, scene_folder, warmup=first), tmp_path / "first")
+    run(recipe(tmp_path / "first" / "warmup", scene_folder, contrastive=STAGE), tmp_path / "second")
+    training = read_training(tmp_path / "second" / "contrastive")
+    assert (training["backbone"], training["origin"]) == (str(tiny_backbone_path), "folder")
+    assert [(entry["stage"], entry["steps"], entry["learning_rate"]) for entry in training["stages"]] == [
+        ("warmup", 1, 0.25),
+        ("contrastive", 2, 1e-3),
+    ]
+    assert training["data"].count(f"{SCENES} rows") == 2
+
+
+@pytest.mark.parametrize("steps", [4, 5, 7])
+def test_the_last_step_is_logged_and_probed_whatever_the_intervals(
+    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path, steps: int
+) -> None:
+    bridge = {**STAGE, "steps": steps, "logging_steps": 2, "probe_rows": 4, "probe_steps": 3}
+    (result,) = run(recipe(tiny_backbone_path, scene_folder, bridge=bridge), tmp_path / "out")
+    probed = [line["step"] for line in result.log if "accuracy_shuffled_image" in line]
+    assert probed == {4: [4], 5: [4, 5], 7: [4, 7]}[steps]
+
+
+@pytest.mark.parametrize(("probe_rows", "warns"), [(12, False), (13, True), (0, False)])
+def test_too_few_images_for_the_probe_are_told(
+    tiny_backbone_path: Path,
+    scene_folder: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    probe_rows: int,
+    warns: bool,
+) -> None:
+    bridge = {**STAGE, "steps": 1, "probe_rows": probe_rows}
+    (result,) = run(recipe(tiny_backbone_path, scene_folder, bridge=bridge), tmp_path / "out")
+    assert ("Lower bridge.probe_rows" in caplog.text) is warns
+    assert ("accuracy_shuffled_image" in result.final) is (probe_rows == 12)
+
+
+def test_bf16_trains_on_this_machine(tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path) -> None:
+    given = recipe(tiny_backbone_path, scene_folder, mixed_precision="bf16", **dict.fromkeys(STAGES, STAGE))
+    for result in run(given, tmp_path / "out"):
+        assert all(value.dtype == torch.float32 for value in weights(result.folder).values())
+        assert result.final["loss"] > 0
+
+
+def test_an_output_folder_that_holds_the_backbone_is_refused(
+    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path
+) -> None:
+    """To go on from an earlier run's stage, into that run's folder, would delete what it starts from."""
+    out = earlier_run(tmp_path / "out")
+    shutil.copytree(tiny_backbone_path, out / "bridge")
+    before = contents(out)
+    with pytest.raises(CocoaError, match="out"):
+        run(recipe(out / "bridge", scene_folder, contrastive=STAGE), out)
+    assert contents(out) == before
+
+
+def test_an_output_folder_that_holds_the_data_is_refused(
+    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path
+) -> None:
+    out = earlier_run(tmp_path / "out")
+    shutil.copytree(scene_folder, out / "data")
+    before = contents(out)
+    assert read_image_folder(out / "data")
+    with pytest.raises(CocoaError, match="out"):
+        run(recipe(tiny_backbone_path, out / "data", warmup=STAGE), out)
+    assert contents(out) == before
+
+
+def test_missing_data_is_told_before_the_output_folder_is_touched(tiny_backbone_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(CocoaError, match="nowhere"):
+        run(recipe(tiny_backbone_path, tmp_path / "nowhere", warmup=STAGE), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_contrastive_learning_from_one_row_is_refused(
+    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path
+) -> None:
+    one_row = {**STAGE, "data": {"limit": 1}}
+    with pytest.raises(UsageError, match="has one row"):
+        run(recipe(tiny_backbone_path, scene_folder, contrastive=one_row), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_log_lines_go_to_tensorboard_too(tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path) -> None:
+    given = recipe(tiny_backbone_path, scene_folder, report_to=["tensorboard"], warmup=STAGE, contrastive=STAGE)
+    run(given, tmp_path / "out")
+    for stage in ("warmup", "contrastive"):
+        events = EventAccumulator(str(tmp_path / "out" / "tensorboard" / stage)).Reload()
+        assert {"train/loss", "train/grad_norm", "train/tokens_per_second", "train/mfu"} <= set(
+            events.Tags()["scalars"]
+        )
+        assert [event.step for event in events.Scalars("train/loss")] == [1, 2]
+
+
+def test_where_log_lines_cannot_go_is_told_before_the_run(
+    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path
+) -> None:
+    assert find_spec("trackio") is None
+    given = recipe(tiny_backbone_path, scene_folder, report_to=["trackio"], warmup=STAGE)
+    with pytest.raises(UsageError, match="trackio, which is not installed; run: pip install trackio"):
+        run(given, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_adapters_are_trained_and_merged(
+    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path, stage: str, kind: str
+) -> None:
+    adapted = {**STAGE, "adapter": {"kind": kind, "r": 2, "alpha": 4}, "freeze_vision": True}
+    run(recipe(tiny_backbone_path, scene_folder, **{stage: adapted}), tmp_path / "out")
+    before, after = weights(tiny_backbone_path), weights(tmp_path / "out" / stage)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(".layers." in name and "visual" not in name for name in changed)
+
+
+def assert_checkpointing(expected: bool, stage: str, trainer: Trainer) -> None:
+    model = trainer.model
+    backbone = model[0].auto_model if isinstance(model, SentenceTransformer) else model.backbone
+    assert backbone.is_gradient_checkpointing is expected, stage
+
+
+def test_gradients_checkpointed_are_those_kept(tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path) -> None:
+    outcomes = []
+    for checkpointed in (False, True):
+        out = tmp_path / str(checkpointed)
+        stages = {"warmup": STAGE, "bridge": STAGE, "contrastive": {**STAGE, "cache_chunk": 2}}
+        given = recipe(tiny_backbone_path, scene_folder, gradient_checkpointing=checkpointed, **stages)
+        run(given, out, inspect=partial(assert_checkpointing, checkpointed))
+        outcomes.append([weights(out / stage) for stage in STAGES])
+    for kept, anew in zip(*outcomes, strict=True):
+        assert all(torch.allclose(kept[name], anew[name], atol=1e-6) for name in kept)

@@ -1,0 +1,312 @@
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cocoa_embed.errors import UsageError
+from cocoa_embed.train.data.mmeb import MMEB_TRAIN_SUBSETS
+from cocoa_embed.train.recipe import Recipe, recipe_names
+
+MINIMAL = """
+name: small
+backbone: scene-captioner
+data: {folder: data/train}
+bridge:
+  steps: 3
+  batch_size: 2
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "small.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    return write(tmp_path, MINIMAL)
+
+
+def test_a_recipe_takes_the_rest_from_the_method(recipe_file: Path) -> None:
+    recipe = Recipe.load(recipe_file)
+    assert (recipe.name, recipe.backbone) == ("small", "scene-captioner")
+    assert recipe.data is not None
+    assert recipe.data.folder == Path("data/train")
+    assert recipe.warmup is recipe.contrastive is None
+    bridge = recipe.bridge
+    assert bridge is not None
+    assert (bridge.steps, bridge.batch_size) == (3, 2)
+    assert (bridge.mask_ratio, bridge.eos_attends_to_b, bridge.schedule) == (0.7, True, "linear")
+    assert (bridge.learning_rate, bridge.warmup_steps) == (2e-5, 100)
+
+
+def test_the_methods_figures_are_the_defaults_of_the_other_stages(recipe_file: Path) -> None:
+    stage = {"steps": 1, "batch_size": 1}
+    recipe = Recipe.parse({"name": "a", "backbone": "b", "warmup": stage, "contrastive": stage})
+    assert recipe.warmup is not None
+    assert recipe.contrastive is not None
+    warmup = recipe.warmup
+    assert (warmup.text_mask_ratio, warmup.image_mask_ratio, warmup.mae_weight) == (0.2, 0.5, 0.5)
+    assert (warmup.patch_fill, warmup.normalise_targets) == ("noise", False)
+    assert recipe.contrastive.temperature == 0.02
+
+
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        ("bakcbone: x", "unknown key 'bakcbone' (did you mean 'backbone'?)"),
+        ("warm_up: {}", "unknown key 'warm_up' (did you mean 'warmup'?)"),
+        ("zzzz: 1", "unknown key 'zzzz' (known are name, backbone, data"),
+        ("  mask_ration: 0.5", "unknown key 'bridge.mask_ration' (did you mean 'mask_ratio'?)"),
+        ("  data: {foldr: x, folder: x}", "unknown key 'bridge.data.foldr' (did you mean 'folder'?)"),
+        ("  text_mask_ratio: 0.5", "unknown key 'bridge.text_mask_ratio' (did you mean 'mask_ratio'?)"),
+    ],
+)
+def test_an_unknown_key_is_refused_and_the_nearest_named(tmp_path: Path, added: str, message: str) -> None:
+    path = write(tmp_path, MINIMAL + added + "\n")
+    with pytest.raises(UsageError) as caught:
+        Recipe.load(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(("line", "key"), [("name: small", "name"), ("  batch_size: 2", "bridge.batch_size")])
+def test_a_missing_key_is_named(tmp_path: Path, line: str, key: str) -> None:
+    assert line in MINIMAL
+    with pytest.raises(UsageError, match=f"key '{re.escape(key)}' is missing"):
+        Recipe.load(write(tmp_path, MINIMAL.replace(line + "\n", "")))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("bridge.steps=0", "bridge.steps = 0: input should be greater than 0"),
+        ("bridge.steps=2.5", "bridge.steps = 2.5: input should be a valid integer"),
+        ("bridge.mask_ratio=1.5", "bridge.mask_ratio = 1.5: input should be less than or equal to 1"),
+        ("bridge.mask_ratio=0", "bridge.mask_ratio = 0: input should be greater than 0"),
+        ("bridge.schedule=triangle", "bridge.schedule = 'triangle': input should be 'linear'"),
+        ("mixed_precision=fp16", "mixed_precision = 'fp16': input should be 'no' or 'bf16'"),
+        ("bridge=5", "bridge = 5: input should be a valid dictionary"),
+        ("seed.x=1", "seed = {'x': 1}: input should be a valid integer"),
+        ("bridge.stesp=1", "unknown key 'bridge.stesp' (did you mean 'steps'?)"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_key_and_itself(recipe_file: Path, override: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Recipe.load(recipe_file, [override])
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["../esc", "a/b", "/tmp/a", "..", ".", "", "a\\b", "a\0b"])
+def test_a_name_that_leads_out_of_runs_is_refused(recipe_file: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(f"recipe: name: {name!r} cannot name a folder in runs/; leave out")):
+        Recipe.parse({**yaml.safe_load(MINIMAL), "name": name})
+    assert Recipe.load(recipe_file, ["name=..a b.c"]).name == "..a b.c"
+
+
+def test_every_fault_is_told_at_once(recipe_file: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        Recipe.load(recipe_file, ["bridge.steps=0", "max_length=-1", "nmae=x"])
+    assert all(key in str(caught.value) for key in ("bridge.steps = 0", "max_length = -1", "'nmae'"))
+
+
+def test_overrides_change_the_recipe_in_their_order(recipe_file: Path) -> None:
+    overrides = ["bridge.steps=7", "bridge.learning_rate=3e-5", "bridge.steps=9", "prompts.query='find: '", "name=a=b"]
+    recipe = Recipe.load(recipe_file, overrides)
+    assert recipe.bridge is not None
+    assert (recipe.bridge.steps, recipe.bridge.learning_rate, recipe.bridge.batch_size) == (9, 3e-5, 2)
+    assert (recipe.name, recipe.prompts.query) == ("a=b", "find: ")
+    assert Recipe.load(recipe_file).bridge != recipe.bridge
+
+
+def test_null_leaves_a_stage_out_and_a_sub_key_brings_one_in(recipe_file: Path) -> None:
+    overrides = ["bridge=null", "warmup.steps=2", "warmup.batch_size=4"]
+    recipe = Recipe.load(recipe_file, overrides)
+    assert recipe.bridge is None
+    assert recipe.warmup is not None
+    assert (recipe.warmup.steps, recipe.warmup.batch_size) == (2, 4)
+
+
+@pytest.mark.parametrize("override", ["bridge.steps", "=7", "", "bridge"])
+def test_an_override_without_key_or_value_is_refused(recipe_file: Path, override: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(f"Override {override!r} is not of the form key.sub=value")):
+        Recipe.load(recipe_file, [override])
+
+
+@pytest.mark.parametrize("override", ["bridge..steps=7", "bridge.=7", ".steps=7"])
+def test_an_override_with_an_empty_part_is_refused(recipe_file: Path, override: str) -> None:
+    with pytest.raises(UsageError):
+        Recipe.load(recipe_file, [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("name.sub=1", "name is a value and has no keys of its own"), ("bridge.steps=[1", "'[1' is not a YAML value")],
+)
+def test_an_override_that_cannot_be_applied_is_refused(recipe_file: Path, override: str, message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(f"Override {override!r}: {message}")):
+        Recipe.load(recipe_file, [override])
+
+
+def test_an_unknown_recipe_is_refused_with_the_known_ones(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError) as caught:
+        Recipe.load("tinny")
+    assert "No recipe 'tinny'" in str(caught.value)
+    assert f"none of this package's ({', '.join(recipe_names())})" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "just words", "7"])
+def test_yaml_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(UsageError, match=rf"{re.escape(str(path))} holds no recipe; expected keys such as name"):
+        Recipe.load(path)
+
+
+def test_a_file_that_is_no_yaml_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = write(tmp_path, "name: [a\nbackbone: b")
+    with pytest.raises(UsageError, match="is not valid YAML") as caught:
+        Recipe.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "small.yaml"
+    path.write_bytes(b"name: caf\xe9\n")
+    with pytest.raises(UsageError, match=re.escape(str(path))):
+        Recipe.load(path)
+
+
+def test_a_recipe_does_not_change(recipe_file: Path) -> None:
+    recipe = Recipe.load(recipe_file)
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.seed = 5
+
+
+def test_a_recipe_survives_the_way_through_json(recipe_file: Path) -> None:
+    recipe = Recipe.load(recipe_file, ["bridge.probe_rows=0"])
+    assert Recipe.parse(yaml.safe_load(recipe.model_dump_json())) == recipe
+
+
+def test_the_way_through_json_leaves_every_stage_its_data() -> None:
+    """What a section does not say it still takes from the one around it, as a checkpoint's record is read again."""
+    recipe = Recipe.parse(
+        {
+            "name": "parts",
+            "backbone": "scene-captioner",
+            "data": {"folder": "data/train", "captions": "captions", "paraphrases": 2, "on_bad_row": "skip"},
+            "warmup": {"steps": 1, "batch_size": 2},
+            "bridge": {"steps": 1, "batch_size": 2, "data": {"limit": 7}},
+            "contrastive": {
+                "steps": 1,
+                "batch_size": 2,
+                "data": {
+                    "images": "pictures",
+                    "limit": 9,
+                    "subsets": {"a": {"file": "a.csv"}, "b": {"file": "b.csv", "limit": 3}},
+                },
+            },
+        }
+    )
+    again = Recipe.parse(yaml.safe_load(recipe.model_dump_json()))
+    for stage in recipe.stages:
+        assert again.sources_of(stage) == recipe.sources_of(stage)
+        assert again.data_of(stage) == recipe.data_of(stage)
+    assert again.sources_of("bridge")["data"].folder == Path("data/train")
+    assert [source.limit for source in again.sources_of("contrastive").values()] == [9, 3]
+    assert {source.images for source in again.sources_of("contrastive").values()} == {Path("pictures")}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_of_the_package_is_valid(name: str) -> None:
+    recipe = Recipe.load(name)
+    assert recipe.name == name
+    assert recipe.warmup or recipe.bridge or recipe.contrastive
+
+
+@pytest.mark.parametrize("folder", ["2024", "2024-01-31", "my: folder", "no", "[a]", "# b", "a b", "~user"])
+def test_a_path_or_a_text_is_taken_as_it_is_written(recipe_file: Path, folder: str) -> None:
+    recipe = Recipe.load(recipe_file, [f"data.folder={folder}", f"prompts.query={folder}: ", f"name={folder}"])
+    assert recipe.data_of("bridge").folder == Path(folder)
+    assert (recipe.prompts.query, recipe.name) == (f"{folder}: ", folder)
+
+
+def test_a_quoted_text_loses_its_quotes_and_null_is_none(recipe_file: Path) -> None:
+    recipe = Recipe.load(recipe_file, ['prompts.query="a: "', "prompts.document='b'", "data.folder=null"])
+    assert (recipe.prompts.query, recipe.prompts.document) == ("a: ", "b")
+    assert recipe.data is not None
+    assert recipe.data.folder is None
+
+
+def test_no_mixed_precision_can_be_asked_for_by_its_name(recipe_file: Path) -> None:
+    assert Recipe.load(recipe_file, ["mixed_precision=no"]).mixed_precision == "no"
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_numpy_refuses_is_refused(recipe_file: Path, seed: int) -> None:
+    with pytest.raises(UsageError, match=f"seed = {seed}"):
+        Recipe.load(recipe_file, [f"seed={seed}"])
+
+
+def mmeb_recipe(**data: Any) -> Recipe:
+    return Recipe.parse({"name": "r", "backbone": "b", "data": data, "bridge": {"epochs": 1, "batch_size": 2}})
+
+
+def test_the_mmeb_layout_alone_stands_for_its_in_domain_subsets(tmp_path: Path) -> None:
+    sources = mmeb_recipe(mmeb=str(tmp_path), limit=7).sources_of("bridge")
+    assert tuple(sources) == MMEB_TRAIN_SUBSETS
+    assert len(sources) == 20
+    assert {(source.mmeb, source.limit, source.config) for source in sources.values()} == {(str(tmp_path), 7, None)}
+
+
+def test_an_mmeb_source_that_names_its_subsets_is_left_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "train.parquet").touch()
+    assert list(mmeb_recipe(mmeb=str(tmp_path)).sources_of("bridge")) == ["data"]
+    assert list(mmeb_recipe(mmeb="some/set", config="CIRR").sources_of("bridge")) == ["data"]
+    subsets = {"CIRR": {"weight": 2}, "text": {"file": "rows.csv"}}
+    sources = mmeb_recipe(mmeb="some/set", subsets=subsets).sources_of("bridge")
+    assert {name: (source.mmeb, source.file) for name, source in sources.items()} == {
+        "CIRR": ("some/set", None),
+        "text": (None, "rows.csv"),
+    }
+
+
+@pytest.mark.parametrize("name", ["qwen2-vl-2b", "qwen2.5-vl-3b", "qwen2.5-vl-7b", "qwen3-vl-2b"])
+def test_the_packages_recipes_have_the_papers_settings(name: str) -> None:
+    recipe = Recipe.load(name, ["data.folder=my-folder"])
+    assert recipe.warmup is not None
+    assert recipe.bridge is not None
+    assert recipe.contrastive is not None
+    warmup, bridge, contrastive = recipe.warmup, recipe.bridge, recipe.contrastive
+    assert (warmup.steps, warmup.batch_size, warmup.warmup_steps, recipe.data_of("warmup").limit) == (
+        3000,
+        128,
+        100,
+        20_000,
+    )
+    assert (bridge.epochs, bridge.batch_size, bridge.warmup_steps, bridge.mask_ratio) == (2, 64, 100, 0.7)
+    assert (contrastive.steps, contrastive.batch_size, contrastive.warmup_steps) == (2000, 1024, 200)
+    assert (contrastive.cache_chunk, contrastive.temperature) == (8, 0.02)
+    assert recipe.data_of("contrastive").limit == 100_000
+    for section in (warmup, bridge, contrastive):
+        assert (section.learning_rate, section.schedule) == (2e-5, "linear")
+        assert section.adapter is not None
+        adapter = section.adapter
+        assert (adapter.kind, adapter.r, adapter.alpha, adapter.dropout, adapter.init, section.adapts_vision) == (
+            "dora",
+            8,
+            64,
+            0.1,
+            "gaussian",
+            True,
+        )
+
+
+def test_an_override_changes_its_own_stage_alone() -> None:
+    """The recipes say an adapter once, by a YAML alias."""
+    recipe = Recipe.load("qwen2-vl-2b", ["bridge.adapter.r=16"])
+    sections = (recipe.warmup, recipe.bridge, recipe.contrastive)
+    assert [section.adapter.r for section in sections if section and section.adapter] == [8, 16, 8]

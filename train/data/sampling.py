@@ -1,0 +1,59 @@
+"""In which order rows are drawn: a function of the seed, the same on one device and on many."""
+
+from collections.abc import Iterator, Sequence
+from itertools import count, islice
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from cocoa_embed.train.data.rows import Draw
+
+WINDOW = 32
+"""Batches that are sorted by length together: enough to find rows alike, few enough to stay random."""
+
+
+class RowStream(Sampler[Draw]):
+    """Every row once an epoch in a random order, epoch after epoch, as many draws as a stage takes.
+
+    An epoch's end does not cut a batch: the next epoch goes on in it.
+
+    :param rows: How many rows there are.
+    :param draws: How many to draw, a multiple of ``batch_size``.
+    :param batch_size: Rows of a step, over all devices.
+    :param lengths: Tokens of each row. Where they are given, rows of similar length come together: ``WINDOW``
+        batches are sorted by length, and come in random order.
+    :raises ValueError: If there are no rows, or ``lengths`` are of another count.
+    """
+
+    def __init__(
+        self, rows: int, draws: int, *, batch_size: int, seed: int, lengths: Sequence[int] | None = None
+    ) -> None:
+        if rows < 1:
+            raise ValueError("there are no rows to draw from")
+        if lengths is not None and len(lengths) != rows:
+            raise ValueError(f"{len(lengths)} lengths for {rows} rows")
+        self.rows = rows
+        self.draws = draws
+        self.batch_size = batch_size
+        self.seed = seed
+        self.lengths = lengths
+
+    def __len__(self) -> int:
+        return self.draws
+
+    def __iter__(self) -> Iterator[Draw]:
+        draws = islice(self._epochs(), self.draws)
+        return draws if self.lengths is None else self._grouped(draws, self.lengths)
+
+    def _epochs(self) -> Iterator[Draw]:
+        for epoch in count():
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.rows)
+            yield from (Draw(int(index), epoch) for index in order)
+
+    def _grouped(self, draws: Iterator[Draw], lengths: Sequence[int]) -> Iterator[Draw]:
+        generator = np.random.default_rng([self.seed, self.rows, self.draws])
+        while window := list(islice(draws, WINDOW * self.batch_size)):
+            window.sort(key=lambda draw: lengths[draw.row])
+            starts = np.arange(0, len(window), self.batch_size)
+            for start in generator.permutation(starts):
+                yield from window[start : start + self.batch_size]

@@ -1,0 +1,172 @@
+"""Low-rank adapters (LoRA, DoRA) inside of the stock model while a stage trains, merged into its weights at its end."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from cocoa_embed.errors import CocoaError, require
+from cocoa_embed.train.settings import AdapterSection, StageSection
+
+if TYPE_CHECKING:
+    from peft import LoraModel
+
+LANGUAGE_LINEARS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
+"""Adapted in the language model's layers."""
+
+VISION_LINEARS = frozenset({"qkv", "fc1", "fc2", "linear_fc1", "linear_fc2", "gate_proj", "up_proj", "down_proj"})
+"""Adapted in the vision encoder's blocks: ``qkv`` and the MLP, which each family names in its own way."""
+
+INITS: dict[str, str | bool] = {"gaussian": "gaussian", "kaiming": True}
+"""PEFT's ``init_lora_weights`` by the recipe's name; either way an adapter changes nothing before its first step."""
+
+MERGE_TOLERANCES = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+"""Largest relative difference of hidden states before and after a merge, by the dtype of the weights.
+
+A merge rounds each weight once and sums in another order. Through 28 random layers that makes 1e-5 in float32, with
+matrix products in full precision as is PyTorch's default, and 0.1 in bfloat16; float16 is eight times as fine as that.
+A merge that goes wrong loses what the adapter has learned, which is more.
+"""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The adapter inside of a model, which stays of its stock class.
+
+    :param model: The model, adapted in place.
+    :param layers: PEFT's handle on the adapted layers.
+    :param trainable: The parameters that could be trained before, and can again after ``merge``.
+    """
+
+    model: PreTrainedModel
+    layers: "LoraModel"
+    trainable: tuple[nn.Parameter, ...]
+
+    @torch.no_grad()
+    def merge(self, batch: Mapping[str, Tensor]) -> float:
+        """Add the adapter to the weights, in place; the model is then as if it had never had one.
+
+        :param batch: Inputs of ``model.base_model`` (``input_ids``, ``attention_mask``, ``pixel_values``...), on the
+            model's device; with an image, so that the vision encoder is compared too.
+        :returns: The relative difference that the merge has made to the last hidden states of ``batch``.
+        :raises CocoaError: If it is more than rounding explains, or a merged weight is not finite.
+        """
+        before = _last_hidden_states(self.model, batch)
+        try:
+            self.layers.merge_and_unload(safe_merge=True)
+        except ValueError as error:
+            raise CocoaError(
+                f"The adapter cannot be merged: {error} Lower learning_rate or raise warmup_steps."
+            ) from error
+        vars(self.model).pop("peft_config", None)  # older versions of peft leave it there
+        for parameter in self.trainable:
+            parameter.requires_grad_(True)
+        return _refuse_difference(before, _last_hidden_states(self.model, batch), self.model.dtype)
+
+
+def prepare_trainable(model: PreTrainedModel, section: StageSection) -> Adapter | None:
+    """Leave those parameters of ``model`` to be trained that the stage's section asks for, in place.
+
+    Call it when all that is copied from the model has been (``PixelDecoder``
+    copies a layer), or the copy has an adapter too and is frozen beside it.
+
+    :returns: The adapter, to be merged at the stage's end; None where the weights themselves are trained.
+    """
+    if section.freeze_vision:
+        freeze_vision(model)
+    return None if section.adapter is None else add_adapter(model, section.adapter, vision=section.adapts_vision)
+
+
+def freeze_vision(model: PreTrainedModel) -> None:
+    """Leave the vision encoder, its merger with it, as it is: none of its parameters requires a gradient."""
+    model.base_model.visual.requires_grad_(False)
+
+
+def add_adapter(model: PreTrainedModel, section: AdapterSection, *, vision: bool = True) -> Adapter:
+    """Put an adapter into ``model``, in place, and freeze everything else in it.
+
+    Adapted are the projections of the language model's layers (``LANGUAGE_LINEARS``) and, with ``vision``, those of
+    the vision encoder's blocks (``VISION_LINEARS``); never the embeddings, the head, the
+    patches' embedding or the merger. The adapter's weights are float32, whatever the model's are.
+
+    :param model: A supported model, with its head or without (``Qwen2VLForConditionalGeneration``, ``Qwen2VLModel``).
+    :raises CocoaError: If the model has no such projections.
+    """
+    peft = require("peft", "train")
+    trainable = tuple(parameter for parameter in model.parameters() if parameter.requires_grad)
+    config = peft.LoraConfig(
+        r=section.r,
+        lora_alpha=section.alpha,
+        lora_dropout=section.dropout,
+        init_lora_weights=INITS[section.init],
+        use_dora=section.kind == "dora",
+        target_modules=target_names(model, vision=vision),
+    )
+    adapter = Adapter(model, peft.LoraModel(model, config, "default"), trainable)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return adapter
+
+
+def target_names(model: PreTrainedModel, *, vision: bool) -> list[str]:
+    """Return the names in ``model`` of the projections to adapt.
+
+    :raises CocoaError: If the language model's layers, or the vision encoder's blocks, have none.
+    """
+    base = model.base_model
+    names = _linears(model, base.language_model.layers, LANGUAGE_LINEARS, "the language model's layers")
+    if vision:
+        names += _linears(model, base.visual.blocks, VISION_LINEARS, "the vision encoder's blocks")
+    return names
+
+
+def _linears(model: nn.Module, part: nn.Module, known: frozenset[str], place: str) -> list[str]:
+    within = set(part.modules())
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module in within]
+    chosen = [name for name in names if name.rpartition(".")[2] in known]
+    if not chosen:
+        found = sorted({name.rpartition(".")[2] for name in names})
+        raise CocoaError(
+            f"No adapter fits {type(model).__name__}: {place} have no linear layer named {', '.join(sorted(known))}, "
+            f"but {_listed(found)}. Train the weights themselves: leave adapter out of the stage's section."
+        )
+    return chosen
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) if names else "none at all"
+
+
+def _last_hidden_states(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
+    """Run the backbone without its head and without dropout: float32 ``[B, L, D]``."""
+    with _in_evaluation(model):
+        return model.base_model(**batch, use_cache=False).last_hidden_state.float()
+
+
+@contextmanager
+def _in_evaluation(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _refuse_difference(before: Tensor, after: Tensor, dtype: torch.dtype) -> float:
+    difference = ((after - before).abs().max() / before.abs().max()).item()
+    tolerance = MERGE_TOLERANCES[dtype]
+    # Written so that a difference that is no number is refused too.
+    if not difference <= tolerance:
+        raise CocoaError(
+            f"The merged model differs from the adapted one: its last hidden states by {difference:.2g} of the "
+            f"largest, where rounding explains {tolerance:.2g} in {dtype}. The adapter was not merged as it was "
+            "trained; try another version of peft, or train without an adapter."
+        )
+    return difference

@@ -1,0 +1,62 @@
+"""How fast a stage runs: tokens a second, model FLOPs utilisation, and the share of time spent waiting for data."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+
+from cocoa_embed.train.loop.batch_facts import BatchFacts
+
+
+class Throughput:
+    """A stop-watch for the steps between two log lines.
+
+    :param peak_flops: FLOP/s of a matrix product on this device, what utilisation is measured against; None leaves it
+        out.
+    """
+
+    def __init__(self, peak_flops: float | None = None) -> None:
+        self.peak_flops = peak_flops
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was seen, and start from now."""
+        self._started = time.perf_counter()
+        self._waited = 0.0
+        self._paused = 0.0
+        self._tokens = 0
+        self._flops = 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time inside as waiting for data."""
+        started = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - started
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time inside out: it is no training."""
+        started = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - started
+
+    def saw(self, batches: Sequence[BatchFacts]) -> None:
+        """Count the batches of a step."""
+        self._tokens += sum(facts.tokens for facts in batches)
+        self._flops += sum(facts.flops or 0.0 for facts in batches)
+
+    def figures(self, accelerator: Accelerator) -> dict[str, float]:
+        """Return ``tokens_per_second`` of all devices, ``data_wait_share`` and, where it can be told, ``mfu``."""
+        seconds = max(time.perf_counter() - self._started - self._paused, 1e-9)
+        seen = torch.tensor([self._tokens, self._flops, self._waited], dtype=torch.float32, device=accelerator.device)
+        tokens, flops, waited = accelerator.reduce(seen, reduction="sum").tolist()
+        figures = {
+            "tokens_per_second": tokens / seconds,
+            "data_wait_share": min(waited / accelerator.num_processes / seconds, 1.0),
+        }
+        if self.peak_flops is not None and flops:
+            figures["mfu"] = flops / seconds / (self.peak_flops * accelerator.num_processes)
+        return figures

@@ -1,0 +1,63 @@
+"""The losses of the reconstruction stages: tensors in, scalar out."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def predicting_states(hidden_states: Tensor, hidden: Tensor) -> Tensor:
+    """Return the states that predict the hidden tokens: the one before each (masked next-token prediction).
+
+    :param hidden_states: ``[B, L, D]``.
+    :param hidden: Hidden tokens, bool ``[B, L]``; the first position of a row has no state before it.
+    :returns: ``[hidden tokens, D]``, in the order of ``input_ids[hidden]``.
+    :raises ValueError: If a first position is hidden.
+    """
+    if hidden[:, 0].any():
+        raise ValueError("the first token of a row cannot be predicted from the state before it; do not hide it")
+    return hidden_states[:, :-1][hidden[:, 1:]]
+
+
+def mntp_loss(logits: Tensor, targets: Tensor, *, total: float | None = None) -> Tensor:
+    """Return the mean cross-entropy in nats over hidden tokens, in float32; zero where none is hidden.
+
+    :param logits: ``[hidden tokens, V]``, made from ``predicting_states`` alone.
+    :param targets: Ids of the hidden tokens, int64 ``[hidden tokens]``.
+    :param total: What the sum is divided by where these are a part of a step's hidden tokens; their count by default.
+    :raises ValueError: If the two counts differ.
+    """
+    if len(logits) != len(targets):
+        raise ValueError(f"{len(logits)} rows of logits for {len(targets)} hidden tokens")
+    return F.cross_entropy(logits.float(), targets, reduction="sum") / _divisor(total, targets)
+
+
+def mae_loss(
+    predictions: Tensor, patches: Tensor, *, normalise_targets: bool = False, total: float | None = None
+) -> Tensor:
+    """Return the mean squared error over hidden raw patches, in float32; zero where none is hidden.
+
+    :param predictions: ``[hidden patches, patch_width]``.
+    :param patches: The raw patches that were hidden, ``[hidden patches, patch_width]``.
+    :param normalise_targets: Give each target patch zero mean and unit variance first (He et al. 2022).
+    :param total: What the sum over patches is divided by where these are a part of a step's; their count by default.
+    :raises ValueError: If the shapes differ.
+    """
+    if predictions.shape != patches.shape:
+        raise ValueError(f"predictions {tuple(predictions.shape)} for patches {tuple(patches.shape)}")
+    targets = patches.float()
+    if normalise_targets:
+        targets = (targets - targets.mean(1, keepdim=True)) / (targets.var(1, keepdim=True) + 1e-6).sqrt()
+    return F.mse_loss(predictions.float(), targets, reduction="sum") / (_divisor(total, patches) * patches.shape[1])
+
+
+@torch.no_grad()
+def accuracy(logits: Tensor, targets: Tensor, *, total: float | None = None) -> Tensor:
+    """Return the share of hidden tokens whose most likely prediction is right; zero where none is hidden.
+
+    :param total: As that of ``mntp_loss``.
+    """
+    return (logits.argmax(dim=-1) == targets).sum() / _divisor(total, targets)
+
+
+def _divisor(total: float | None, parts: Tensor) -> float:
+    return (len(parts) if total is None else total) or 1

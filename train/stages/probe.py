@@ -1,0 +1,205 @@
+"""What ``<EOS>`` carries: accuracy on hidden tokens with the right image, another and none; where embeddings lie."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cocoa_embed.evaluation.geometry import ALIGNMENT, geometry
+from cocoa_embed.model.attention import Block
+from cocoa_embed.train.data.rows import Draw, Item, Row, RowImage, numbered
+from cocoa_embed.train.stages.collators import Batch
+
+RIGHT_IMAGE = "accuracy_right_image"
+SHUFFLED_IMAGE = "accuracy_shuffled_image"
+NO_IMAGE = "accuracy_no_image"
+
+PROBED = frozenset({RIGHT_IMAGE, ALIGNMENT})
+"""Figures that only a log line of a step with a probe has."""
+
+Probe = Callable[[nn.Module], dict[str, float]]
+"""Measures a model that is being trained, for the log, and leaves it and every random draw as they are."""
+
+Collate = Callable[[list[tuple[Draw, Row]]], Batch]
+
+
+class EosProbe:
+    """Measures a bridge model on fixed rows: with each image in its place, with the images exchanged, and with none.
+
+    Block B sees block A through ``<EOS>`` alone, so what the right image adds to no image is what ``<EOS>`` carries of
+    it. The difference stays near zero on the stage's plateau and grows once the bridge is learned. Another image may do
+    worse than none: a model that reads ``<EOS>`` is misled by it.
+
+    :param collate: The bridge collator. It hides the same tokens of a block B whatever image stands before it.
+    :param rows: Rows with an image each, all different.
+    :param batch_size: Rows to run at once.
+    """
+
+    def __init__(self, collate: Collate, rows: Sequence[Row], batch_size: int) -> None:
+        def batches(rows: Sequence[Row]) -> list[Batch]:
+            drawn = numbered(rows)
+            return [collate(drawn[start : start + batch_size]) for start in range(0, len(drawn), batch_size)]
+
+        right = batches(rows)
+        self.batches = {
+            RIGHT_IMAGE: right,
+            SHUFFLED_IMAGE: batches(exchange_images(rows)),
+            NO_IMAGE: [cut_off_images(batch) for batch in right],
+        }
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        """Return the share of hidden tokens that is told right, by ``RIGHT_IMAGE`` and the other two names."""
+        with _measuring(model):
+            return {name: _accuracy(model, batches) for name, batches in self.batches.items()}
+
+
+class GeometryProbe:
+    """Measures where a model puts pairs of items (``geometry``).
+
+    :param collate: Turns items, and whether they are documents, into inputs as at inference.
+    :param embed: Runs a model on such inputs: embeddings, float ``[B, D]``.
+    :param rows: Two rows or more.
+    :param batch_size: Items to run at once.
+    """
+
+    def __init__(
+        self,
+        collate: Callable[[Sequence[Item], bool], dict[str, Any]],
+        embed: Callable[[nn.Module, dict[str, Any]], Tensor],
+        rows: Sequence[Row],
+        batch_size: int,
+    ) -> None:
+        self.embed = embed
+        self.has_image: list[np.ndarray] = []
+        self.batches: list[list[dict[str, Any]]] = []
+        for is_document in (False, True):
+            items = [row.positive if is_document else row.query for row in rows]
+            self.has_image.append(np.array([item.image is not None for item in items]))
+            starts = range(0, len(items), batch_size)
+            self.batches.append([collate(items[start : start + batch_size], is_document) for start in starts])
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        """Return the figures; none where an embedding is not finite, which the loss of the next step tells too."""
+        with _measuring(model):
+            first, second = (self._embeddings(model, batches) for batches in self.batches)
+        if not (np.isfinite(first).all() and np.isfinite(second).all()):
+            return {}
+        return geometry(first, second, first_has_image=self.has_image[0], second_has_image=self.has_image[1])
+
+    def _embeddings(self, model: nn.Module, batches: Sequence[dict[str, Any]]) -> np.ndarray:
+        """Return normalised embeddings, float64 ``[items, D]``."""
+        device = _device(model)
+        found = [self.embed(model, _on(device, batch)).float().cpu().double() for batch in batches]
+        return nn.functional.normalize(torch.cat(found), dim=1).numpy()
+
+
+def together(*probes: Probe) -> Probe:
+    """Return a probe that measures what all of ``probes`` do."""
+    return lambda model: {name: figure for probe in probes for name, figure in probe(model).items()}
+
+
+@contextmanager
+def _measuring(model: nn.Module) -> Iterator[None]:
+    """Turn dropout and gradients off."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _accuracy(model: nn.Module, batches: Sequence[Batch]) -> float:
+    device = _device(model)
+    right = total = 0.0
+    for batch in batches:
+        outputs = model(**_on(device, batch))
+        right += outputs["hidden_token_accuracy"].item() * len(batch["target_ids"])
+        total += len(batch["target_ids"])
+    return right / total
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _on(device: torch.device, batch: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def cut_off_images(batch: Batch) -> Batch:
+    """Let no position see the visual tokens of block A, in a batch of the bridge collator.
+
+    Everything else stays as it is, positions and hidden tokens too. The vision encoder still runs, for nothing.
+    """
+    visual = (batch["blocks"] == Block.A) & (batch["mm_token_type_ids"] != 0)
+    return {**batch, "blocks": batch["blocks"].masked_fill(visual, Block.PAD)}
+
+
+def exchange_images(rows: Sequence[Row]) -> list[Row]:
+    """Give each row the image of the next one, and the last row that of the first; on both sides, where both have one.
+
+    Either side may be the one that block A is made of.
+    """
+    images = [row.image for row in rows]
+    return [_with_image(row, image) for row, image in zip(rows, images[1:] + images[:1], strict=True)]
+
+
+def _with_image(row: Row, image: RowImage | None) -> Row:
+    query, positive = (item if item.image is None else replace(item, image=image) for item in (row.query, row.positive))
+    return replace(row, query=query, positive=positive)
+
+
+def pictured_rows(rows: Sequence[Row], count: int) -> list[Row]:
+    """Return the first rows with an image, one for each image, at most ``count``; none for fewer than two."""
+    found = first_of_images(rows, count)
+    return found if len(found) > 1 else []
+
+
+def first_of_images(rows: Sequence[Row], count: int) -> list[Row]:
+    """Return the first row of each of the first ``count`` images."""
+    of_image: dict[RowImage, Row] = {}
+    for row in rows:
+        if len(of_image) == count:
+            break
+        if row.image is not None:
+            of_image.setdefault(row.image, row)
+    return list(of_image.values())
+
+
+def hold_out_rows(rows: Sequence[Row], count: int) -> tuple[list[Row], list[Row]]:
+    """Take ``count`` rows with different images from ``rows``; return them and the rows that tell nothing of them.
+
+    These are the rows of all other images, on either side, and the rows of text alone that share neither a source nor a
+    text with a row of an image that is kept out: what the captions of an image say of each other would tell what is
+    hidden of them. Another image may have the same caption, and stays.
+
+    Nothing is taken where fewer images would be left than are taken, nor for a count of one, which cannot be exchanged.
+    """
+    chosen = {row.image for row in first_of_images(rows, count)}
+    held_out = [row for row in rows if row.image in chosen]
+    images = {image for row in held_out for image in _images(row)}
+    sources, texts = {row.source for row in held_out}, {text for row in held_out for text in _texts(row)}
+    training_rows = [
+        row
+        for row in rows
+        if images.isdisjoint(_images(row))
+        and (row.image is not None or (row.source not in sources and texts.isdisjoint(_texts(row))))
+    ]
+    left = {image for row in training_rows for image in _images(row)}
+    if count < 2 or len(chosen) < count or len(left) < count:
+        return [], list(rows)
+    return list({row.image: row for row in held_out}.values()), training_rows
+
+
+def _images(row: Row) -> list[RowImage]:
+    return [item.image for item in (row.query, row.positive) if item.image is not None]
+
+
+def _texts(row: Row) -> list[str]:
+    return [item.text for item in (row.query, row.positive) if item.text is not None]

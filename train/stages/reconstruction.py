@@ -1,0 +1,103 @@
+"""What the two reconstruction stages share: the forward pass, and the head on hidden tokens alone."""
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+
+from cocoa_embed.model.attention import as_model_mask, before_or_itself, bidirectional_mask, bridge_mask, is_causal
+from cocoa_embed.model.backbone import PatchGeometry
+from cocoa_embed.model.flex_attention import bidirectional_block_mask, bridge_block_mask, uses_flex_attention
+from cocoa_embed.train.stages.losses import predicting_states
+
+
+def position_ids(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """Return the multimodal rotary positions of a right-padded batch, int64 ``[3, B, L]``.
+
+    A prepared 4-D mask tells a model nothing of padding, so positions are passed with it.
+    """
+    if "image_grid_thw" not in batch:
+        rows, length = batch["input_ids"].shape
+        return torch.arange(length, device=batch["input_ids"].device).expand(3, rows, length)
+    positions, _ = model.base_model.get_rope_index(
+        batch["input_ids"],
+        mm_token_type_ids=batch["mm_token_type_ids"],
+        image_grid_thw=batch["image_grid_thw"],
+        attention_mask=batch["attention_mask"],
+    )
+    return positions
+
+
+def last_hidden_states(
+    model: PreTrainedModel, batch: dict[str, Tensor], attention_mask: Tensor | BlockMask, positions: Tensor
+) -> Tensor:
+    """Run the backbone without its head under a prepared attention mask: ``[B, L, D]``.
+
+    The vision encoder runs where the batch has no image too, with no effect but that its gradients are zero and not
+    missing: processes that share its weights must all come to it, whatever their rows are.
+    """
+    # Before the language model, as it is where there are images: processes have to meet in one order.
+    idle = None if "pixel_values" in batch else _idle_vision_pass(model)
+    hidden_states: Tensor = model.base_model(
+        input_ids=batch["input_ids"],
+        attention_mask=attention_mask,
+        position_ids=positions,
+        pixel_values=batch.get("pixel_values"),
+        image_grid_thw=batch.get("image_grid_thw"),
+        mm_token_type_ids=batch["mm_token_type_ids"],
+        use_cache=False,
+    ).last_hidden_state
+    return hidden_states if idle is None else hidden_states + 0 * idle
+
+
+def _idle_vision_pass(model: PreTrainedModel) -> Tensor:
+    """Run the vision encoder on the smallest grid there is, for its weights' sake: a scalar to be multiplied by 0."""
+    geometry = PatchGeometry.from_config(model.config)
+    side = geometry.merge_size
+    outputs = model.base_model.visual(
+        torch.zeros(side * side, geometry.patch_width, device=model.device, dtype=model.dtype),
+        grid_thw=torch.tensor([[1, side, side]], device=model.device),
+    )
+    leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    return torch.stack([leaf.float().sum() for leaf in leaves]).sum()
+
+
+def model_mask(model: PreTrainedModel, allowed: Tensor) -> Tensor:
+    """Return ``allowed`` (bool ``[B, L, L]``) in the form that the model's attention implementation takes."""
+    implementation = "sdpa" if uses_flex_attention(model) else model.config._attn_implementation
+    return as_model_mask(allowed, attn_implementation=implementation, dtype=model.dtype)
+
+
+def bidirectional_model_mask(model: PreTrainedModel, attention_mask: Tensor) -> Tensor | BlockMask:
+    """Return full attention under padding (int64 ``[B, L]``) in the form that the model takes: ``[B, 1, L, L]``."""
+    if uses_flex_attention(model):
+        return bidirectional_block_mask(attention_mask)
+    return model_mask(model, bidirectional_mask(attention_mask))
+
+
+def full_model_mask(model: PreTrainedModel, attention_mask: Tensor) -> Tensor | BlockMask:
+    """Return who attends to whom in sequences without blocks (int64 ``[B, L]``), as the model takes it.
+
+    Every token attends to every other, or, in a model that was left causal, to those before it.
+    """
+    if is_causal(model):
+        return model_mask(model, before_or_itself(bidirectional_mask(attention_mask)))
+    return bidirectional_model_mask(model, attention_mask)
+
+
+def bridge_model_mask(model: PreTrainedModel, blocks: Tensor, *, eos_attends_to_b: bool = True) -> Tensor | BlockMask:
+    """Return the bridge mask of ``blocks`` (int64 ``[B, L]``) in the form that the model takes: ``[B, 1, L, L]``.
+
+    A model that was left causal sees of it what is not ahead.
+    """
+    if is_causal(model):
+        return model_mask(model, before_or_itself(bridge_mask(blocks, eos_attends_to_b=eos_attends_to_b)))
+    if uses_flex_attention(model):
+        return bridge_block_mask(blocks, eos_attends_to_b=eos_attends_to_b)
+    return model_mask(model, bridge_mask(blocks, eos_attends_to_b=eos_attends_to_b))
+
+
+def hidden_token_logits(model: PreTrainedModel, hidden_states: Tensor, hidden: Tensor) -> Tensor:
+    """Apply the language-model head where a hidden token is predicted, and nowhere else: ``[hidden tokens, V]``."""
+    return model.get_output_embeddings()(predicting_states(hidden_states, hidden))
