@@ -1,42 +1,47 @@
-"""The errors that people are meant to read: one sentence that says what, where, and what to do."""
+"""Errors for people to read: one sentence that says what failed, where, and what to do."""
 
+import difflib
+import json
+from collections.abc import Sequence
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from types import ModuleType
+from urllib.parse import unquote, urlsplit
 
 
 class CocoaError(Exception):
-    """Something failed in a way the user can act on. The command line prints it alone and exits with 1."""
+    """The user can mend what failed. The command line prints the message alone and exits with 1."""
 
     exit_status = 1
     is_raised_by_all = False
-    """Every process of a run raises it, so that the first can tell it for all."""
+    """Whether every process of a run raises it, so that the first one prints it for all."""
 
 
 class UsageError(CocoaError):
-    """The command or the recipe asks for something that cannot be. The command line exits with 2."""
+    """A command or a recipe asks for something impossible. The command line exits with 2."""
 
     exit_status = 2
 
 
 class MissingExtraError(CocoaError):
-    """A package is not installed that an optional part of the project needs."""
+    """A package of an optional extra is not installed."""
 
 
 class SourceError(CocoaError):
-    """Something of the user's cannot be used. ``source`` says which one, ``reason`` why."""
+    """A file, row or image of the user's cannot be used: ``source`` names it, ``reason`` says why."""
 
     separator = ": "
-    """What stands between the two in the message."""
+    """Between the two in the message."""
 
     def __init__(self, source: str, reason: str) -> None:
-        """Keep both parts and join them to the message."""
+        """Join both parts to the message."""
         super().__init__(f"{source}{self.separator}{reason}")
         self.source = source
         self.reason = reason
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        """Let the error cross from one process to another."""
+        """Pickle both parts, so that the error can cross processes."""
         return type(self), (self.source, self.reason)
 
 
@@ -49,7 +54,7 @@ class RowError(SourceError):
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """Import ``module``, which the optional dependencies ``extra`` install.
+    """Import a module of an optional extra.
 
     :raises MissingExtraError: If it is not installed; the message holds the pip command.
     """
@@ -58,18 +63,40 @@ def require(module: str, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or module.split(".")[0] != error.name.split(".")[0]:
             raise
-        raise MissingExtraError(
-            f"{module.split('.')[0]} is not installed; run: pip install 'cocoa-embed[{extra}]'"
-        ) from error
+        raise MissingExtraError(f"{module.split('.')[0]} is not installed; run: {install_command(extra)}") from error
+
+
+def install_command(extra: str) -> str:
+    """Return the pip command that installs an extra of this project, from where the project itself was installed."""
+    try:
+        origin = json.loads(distribution("cocoa-embed").read_text("direct_url.json") or "{}")
+    except PackageNotFoundError:
+        origin = {}
+    url = urlsplit(origin.get("url", ""))
+    if "vcs_info" in origin:
+        return f"pip install 'cocoa-embed[{extra}] @ {origin['vcs_info']['vcs']}+{origin['url']}'"
+    if url.scheme != "file":
+        return f"pip install 'cocoa-embed[{extra}]'"
+    place = Path(unquote(url.path))
+    editable = "-e " if origin.get("dir_info", {}).get("editable") else ""
+    return f"pip install {editable}'{'.' if place == Path.cwd() else place}[{extra}]'"
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """Return, in parentheses, the known name closest to an unknown one, and all that are known."""
+    by_lower_case = {each.lower(): each for each in known}
+    closest = difflib.get_close_matches(name.lower(), by_lower_case, n=1, cutoff=0.5)
+    guess = f"did you mean {by_lower_case[closest[0]]!r}? " if closest else ""
+    return f"({guess}known: {', '.join(known) or 'none'})"
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's message on one printable line, or its name where it has none."""
+    """Return an error's message on one printable line, or its class name if it has no message."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def printable(path: str | Path) -> str:
-    """Return a path as it is shown to people: quoted and escaped only where it holds what cannot be printed."""
+    """Return a path for messages, escaped only if it holds unprintable characters."""
     text = str(path)
     return text if text.isprintable() else ascii(text)

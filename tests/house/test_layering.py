@@ -1,20 +1,48 @@
-"""Imports go one way: the demo on top, train and integrations side by side, the core at the bottom."""
+"""Imports between rooms go one way, as `docs/architecture.md` draws them."""
 
 import ast
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TRAIN, INTEGRATIONS, DEMO = "cocoa_embed.train", "cocoa_embed.integrations", "cocoa_embed.demo"
-SOURCE_TREES = {"cocoa_embed": ROOT / "cocoa_embed", TRAIN: ROOT / "train", INTEGRATIONS: ROOT / "integrations"}
-COMMAND_LINE = ("cocoa_embed.cli.main", "cocoa_embed.cli.index", "cocoa_embed.cli.summaries")
+SOURCE_TREES = {
+    "cocoa_embed": ROOT / "cocoa_embed",
+    "cocoa_embed.train": ROOT / "train",
+    "cocoa_embed.integrations": ROOT / "integrations",
+}
 IMPORTING_CALLS = {"import_module", "require"}
+
+CORE = ("errors", "folders", "images", "data", "model", "encode")
+ALLOWED: dict[str, tuple[str, ...]] = {
+    "": (),
+    "errors": (),
+    "folders": ("errors",),
+    "images": ("errors", "folders"),
+    "data": ("errors", "folders", "images"),
+    "model": ("errors", "folders"),
+    "encode": ("errors", "folders", "images", "model"),
+    "report": ("errors",),
+    "evaluation": (*CORE, "report.tables"),
+    "train.settings": ("errors", "data"),
+    "train.recipe": ("errors", "data", "train.settings", "train.stages"),
+    "train.data": ("errors", "folders", "images", "data", "model", "train.settings"),
+    "train.loop": (*CORE, "train.settings", "train.recipe", "train.data"),
+    "train.stages": (*CORE, "evaluation.geometry", "train.settings", "train.data", "train.loop", "train.plan.cost"),
+    "train.plan": (*CORE, "train.settings", "train.recipe", "train.data", "train.loop", "train.stages"),
+    "train": (*CORE, "evaluation.geometry", "train"),
+    "integrations.qdrant": CORE,
+    "integrations.llama_index": (*CORE, "integrations.qdrant"),
+    "integrations": (),
+    "demo": ("",),
+    "cli": ("",),
+}
+"""What each room may import besides itself; the longest name that fits a module counts. "" is everything."""
 
 
 class Import(NamedTuple):
@@ -67,47 +95,50 @@ def module_name(path: Path, tree: Path, package: str) -> str:
 
 
 def source_files() -> dict[str, Path]:
-    """Return the path of every module that the wheel installs, by its installed name."""
+    """Return the path of every module of the wheel, by its installed name; linked folders once."""
     return {
         module_name(path, tree, package): path
         for package, tree in SOURCE_TREES.items()
         for path in sorted(tree.rglob("*.py"))
+        if not any(parent.is_symlink() for parent in path.parents)
     }
 
 
 def within(module: str, *packages: str) -> bool:
-    return any(module == package or module.startswith(package + ".") for package in packages)
+    return any(package in ("", module) or module.startswith(package + ".") for package in packages)
 
 
-def is_core(module: str) -> bool:
-    return not within(module, TRAIN, INTEGRATIONS, DEMO, *COMMAND_LINE)
+def place(module: str) -> str:
+    """Return a module's name inside the package: ``train.data.rows``."""
+    return module.partition(".")[2]
 
 
-def violations(importer: Callable[[str], bool], forbidden: Callable[[Import], bool]) -> list[str]:
-    """Return ``file:line imports module`` for each forbidden import; fail if no module is looked at."""
-    modules = {name: path for name, path in source_files().items() if importer(name)}
-    assert modules, "no source file was looked at"
-    found: dict[str, None] = {}
+def room_of(module: str) -> str:
+    return max((room for room in ALLOWED if within(place(module), room)), key=len)
+
+
+def package_imports() -> Iterator[tuple[str, Import]]:
+    """Yield every import of one of the package's modules by another: its name, and the imported module."""
+    modules = source_files()
     for name, path in modules.items():
         package = name if path.name == "__init__.py" else name.rpartition(".")[0]
         for each in imports(path.read_text(encoding="utf-8"), package):
-            if forbidden(each):
-                found[f"{path.relative_to(ROOT)}:{each.line} imports {each.module}"] = None
-    return list(found)
+            if each.module in modules:
+                yield name, each
 
 
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ("import cocoa_embed.train.data.rows as d", "cocoa_embed.train.data.rows"),
+        ("import cocoa_embed.train.data as d", "cocoa_embed.train.data"),
         ("from cocoa_embed import train", "cocoa_embed.train"),
-        ("from ..train import data", "cocoa_embed.train.data.rows"),
+        ("from ..train import data", "cocoa_embed.train.data"),
         ("from . import qdrant", "cocoa_embed.integrations.qdrant"),
         ("import_module('cocoa_embed.train')", "cocoa_embed.train"),
         ("importlib.import_module('cocoa_embed.train')", "cocoa_embed.train"),
-        ("def f():\n    from cocoa_embed.train.data.rows import rows", "cocoa_embed.train.data.rows"),
-        ("if TYPE_CHECKING:\n    from cocoa_embed.train.data.rows import rows", "cocoa_embed.train.data.rows"),
-        ("if ready:\n    from cocoa_embed.train.data.rows import rows", "cocoa_embed.train.data.rows"),
+        ("def f():\n    from cocoa_embed.train.data import rows", "cocoa_embed.train.data"),
+        ("if TYPE_CHECKING:\n    from cocoa_embed.train.data import rows", "cocoa_embed.train.data"),
+        ("if ready:\n    from cocoa_embed.train.data import rows", "cocoa_embed.train.data"),
     ],
 )
 def test_every_form_of_import_is_seen(source: str, expected: str) -> None:
@@ -116,33 +147,72 @@ def test_every_form_of_import_is_seen(source: str, expected: str) -> None:
     assert all(each.deferred == source.startswith(("def", "if TYPE_CHECKING")) for each in found)
 
 
-def test_the_three_source_trees_are_found() -> None:
-    modules = source_files()
-    assert {"cocoa_embed", "cocoa_embed.model.template", *COMMAND_LINE, TRAIN, INTEGRATIONS, DEMO} <= modules.keys()
-    assert sum(is_core(name) for name in modules) >= 3
+def test_every_room_has_modules_and_a_rule() -> None:
+    assert {room_of(name) for name in source_files()} == set(ALLOWED)
 
 
-def test_core_imports_nothing_above_it() -> None:
-    assert not violations(is_core, lambda each: within(each.module, TRAIN, INTEGRATIONS, DEMO))
+def test_rooms_import_only_what_they_may() -> None:
+    found = [
+        f"{place(name)}:{each.line} imports {place(each.module)}"
+        for name, each in package_imports()
+        if room_of(each.module) != room_of(name)
+        and place(each.module)
+        and not within(place(each.module), *ALLOWED[room_of(name)])
+        and not (place(name) == "train.__main__" and within(place(each.module), "cli"))
+    ]
+    assert not found, "\n".join(found)
 
 
-def test_train_imports_neither_integrations_nor_demo() -> None:
-    assert not violations(lambda name: within(name, TRAIN), lambda each: within(each.module, INTEGRATIONS, DEMO))
+def test_modules_import_each_other_in_no_circle() -> None:
+    """Deferred imports count: a circle inside functions is a circle."""
+    needs: dict[str, set[str]] = {}
+    for name, each in package_imports():
+        # A package's own face imports its modules, which import it by their names.
+        if not name.startswith(each.module + "."):
+            needs.setdefault(name, set()).add(each.module)
+    assert needs
+
+    finished: set[str] = set()
+
+    def visit(name: str, path: list[str]) -> None:
+        if name in path:
+            pytest.fail(" -> ".join([*path[path.index(name) :], name]))
+        if name not in finished:
+            for other in sorted(needs.get(name, ())):
+                visit(other, [*path, name])
+            finished.add(name)
+
+    for name in sorted(needs):
+        visit(name, [])
 
 
-def test_integrations_import_neither_train_nor_demo() -> None:
-    assert not violations(lambda name: within(name, INTEGRATIONS), lambda each: within(each.module, TRAIN, DEMO))
+def test_importing_the_command_line_imports_no_heavy_room() -> None:
+    heavy = ("train", "integrations", "demo", "evaluation", "encode", "model")
+    assert not [
+        f"{place(name)}:{each.line} imports {place(each.module)}"
+        for name, each in package_imports()
+        if within(place(name), "cli") and within(place(each.module), *heavy) and not each.deferred
+    ]
 
 
-def test_importing_the_command_line_imports_no_upper_layer() -> None:
-    assert not violations(
-        lambda name: name in COMMAND_LINE,
-        lambda each: within(each.module, TRAIN, INTEGRATIONS, DEMO) and not each.deferred,
-    )
+def test_no_folder_has_more_than_a_dozen_modules() -> None:
+    crowded = {
+        str(folder.relative_to(ROOT)): len(modules)
+        for tree in (*SOURCE_TREES.values(), ROOT / "tests", ROOT / "benchmarks")
+        for folder in [tree, *(path for path in tree.rglob("*") if path.is_dir() and not path.is_symlink())]
+        if len(modules := [path for path in folder.glob("*.py") if path.name != "__init__.py"]) > 14
+    }
+    assert not crowded
 
 
 def test_no_module_uses_the_folder_names_as_packages() -> None:
-    assert not violations(lambda name: True, lambda each: within(each.module, "train", "integrations"))
+    modules = source_files()
+    assert not [
+        f"{name}:{each.line} imports {each.module}"
+        for name, path in modules.items()
+        for each in imports(path.read_text(encoding="utf-8"), name.rpartition(".")[0])
+        if within(each.module, "train", "integrations")
+    ]
 
 
 def modules_loaded_by(statement: str) -> set[str]:

@@ -46,7 +46,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     for name in PROJECT_FILES:
         shutil.copy(ROOT / name, source)
     for tree in SOURCE_TREES.values():
-        shutil.copytree(tree, source / tree.name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(tree, source / tree.name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     # The wheel is made from the source archive, so what it holds the archive holds too.
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=source, timeout=300)
@@ -71,7 +71,7 @@ def installed_names() -> set[str]:
         f"{package}/{path.relative_to(tree).as_posix()}"
         for package, tree in SOURCE_TREES.items()
         for path in tree.rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and "__pycache__" not in path.parts and not any(map(Path.is_symlink, path.parents))
     }
 
 
@@ -89,7 +89,12 @@ def test_wheel_holds_every_module_and_data_file_and_nothing_else(built: Built) -
 
 
 def test_source_archive_builds_alone(built: Built) -> None:
-    assert {*PROJECT_FILES, "train/__init__.py", "integrations/__init__.py", "cocoa_embed/py.typed"} <= built.sdist
+    assert {
+        *PROJECT_FILES,
+        "cocoa_embed/train/__init__.py",
+        "cocoa_embed/integrations/__init__.py",
+        "cocoa_embed/py.typed",
+    } <= built.sdist
 
 
 def test_git_ignores_nothing_that_is_shipped() -> None:
@@ -97,7 +102,7 @@ def test_git_ignores_nothing_that_is_shipped() -> None:
         str(path.relative_to(ROOT))
         for tree in SOURCE_TREES.values()
         for path in tree.rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and "__pycache__" not in path.parts and not any(map(Path.is_symlink, path.parents))
     ]
     assert shipped
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
