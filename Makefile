@@ -6,7 +6,7 @@ UV_READY := $(VENV)/.uv-$(UV_VERSION)
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-all lint typecheck format demo bench ablation constraints clean
+.PHONY: help setup test test-all lint typecheck format docs demo bench ablation constraints clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 14
@@ -24,10 +24,10 @@ $(INSTALLED): $(UV_READY) pyproject.toml constraints.txt
 	touch $@
 
 test: $(INSTALLED)  ## Run the tests, without those marked slow or gpu
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto
 
 test-all: $(INSTALLED)  ## Run the tests, the slow ones too
-	$(BIN)/pytest -m "not gpu"
+	$(BIN)/pytest -n auto -m "not gpu"
 
 lint: $(INSTALLED)  ## Check style, format and types
 	$(BIN)/ruff check .
@@ -41,6 +41,9 @@ typecheck: $(INSTALLED)  ## Check types
 format: $(INSTALLED)  ## Fix what ruff can fix, and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(INSTALLED)  ## Build the documentation as a site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --site-dir build/site
 
 demo: $(INSTALLED)  ## Train, export and search on this machine, start to finish
 	$(BIN)/cocoa-embed demo
