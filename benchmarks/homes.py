@@ -20,8 +20,9 @@ import numpy as np
 from qdrant_client import models
 
 from cocoa_embed.integrations.qdrant.filters import parse_filters
-from cocoa_embed.integrations.qdrant.points import ImageRecord, Place, payload, point_id
-from cocoa_embed.integrations.qdrant.stores.base import Point, Signature, Store, open_store
+from cocoa_embed.integrations.qdrant.points import FileLocation, make_payload, point_id
+from cocoa_embed.integrations.qdrant.stores import open_store
+from cocoa_embed.integrations.qdrant.stores.base import Point, Query, Signature, Store
 
 HOMES = ("path", "edge")
 POINTS_AT_ONCE = 64
@@ -56,19 +57,23 @@ def groups(vectors: np.ndarray) -> Iterator[list[Point]]:
     points = []
     for number, vector in enumerate(vectors):
         sha256 = f"{number:064x}"
-        place = Place(f"/photos/{number}.jpg", f"{number}.jpg", 1.7e9 + number)
-        words = {"caption": f"picture number {number}", "metadata": {"licence": "CC0"}}
-        record = ImageRecord(
-            places=[place], words=words, sha256=sha256, bytes=1000, width=number, height=1, mime="image/jpeg"
+        payload = make_payload(
+            locations=[FileLocation(f"/photos/{number}.jpg", f"{number}.jpg", 1.7e9 + number)],
+            description={"caption": f"picture number {number}", "metadata": {"licence": "CC0"}},
+            sha256=sha256,
+            bytes=1000,
+            width=number,
+            height=1,
+            mime="image/jpeg",
         )
-        points.append(Point(point_id(sha256), vector, payload(record)))
+        points.append(Point(point_id(sha256), vector, payload))
     for start in range(0, len(points), POINTS_AT_ONCE):
         yield points[start : start + POINTS_AT_ONCE]
 
 
 def query_seconds(store: Store, vectors: np.ndarray, query_filter: models.Filter | None = None) -> float:
-    search = partial(store.search, limit=10, query_filter=query_filter)
-    return statistics.median(seconds_of(partial(search, vector)) for vector in vectors[:QUERIES])
+    queries = [Query(vector, limit=10, filter=query_filter) for vector in vectors[:QUERIES]]
+    return statistics.median(seconds_of(partial(store.search, query)) for query in queries)
 
 
 def measure(home: str, count: int, dimension: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ require("qdrant_client", "qdrant")
 from qdrant_client import models  # noqa: E402 - after the error that names the extra
 
 TEXT_KEYS = frozenset(
-    {"path", "relative_path", "paths", "relative_paths", "sha256", "mime", "caption", "words_from", "thumbnail"}
+    {"path", "relative_path", "paths", "relative_paths", "sha256", "mime", "caption", "caption_source", "thumbnail"}
 )
 TIME_KEYS = frozenset({"mtime", "mtimes"})
 NUMBER_KEYS = frozenset({"width", "height", "bytes"}) | TIME_KEYS

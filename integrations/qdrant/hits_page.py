@@ -7,7 +7,7 @@ from pathlib import Path
 from cocoa_embed.errors import CocoaError, ImageError, printable, require
 from cocoa_embed.images.load import load_image
 from cocoa_embed.images.to_rgb import draw_thumbnail
-from cocoa_embed.integrations.qdrant.points import stored_places
+from cocoa_embed.integrations.qdrant.points import stored_locations
 from cocoa_embed.integrations.qdrant.stores.base import Hit
 from cocoa_embed.integrations.qdrant.thumbnails import THUMBNAIL_SIZE
 
@@ -35,7 +35,7 @@ def thumbnail(hit: Hit) -> str | None:
 
     The thumbnail that was made when the image was indexed comes first: it shows what was embedded.
     """
-    for path in (hit.payload.get("thumbnail"), hit.path, *(place.path for place in stored_places(hit.payload))):
+    for path in (hit.payload.get("thumbnail"), hit.path, *(each.path for each in stored_locations(hit.payload))):
         if not path or not isinstance(path, str):
             continue
         try:

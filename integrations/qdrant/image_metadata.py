@@ -16,7 +16,7 @@ from cocoa_embed.images.find_files import (
     read_image_folder_metadata,
     search_folder,
 )
-from cocoa_embed.integrations.qdrant.points import Description, storable
+from cocoa_embed.integrations.qdrant.points import ImageFile, storable
 
 
 @dataclass
@@ -30,7 +30,7 @@ class ImageFiles:
     unlisted: list[dict[str, str]]
     """What could not be read besides images, as ``{"path", "reason"}``: folders, and lines of ``metadata.jsonl``."""
     _columns: dict[Path, dict[str, Any]] = field(default_factory=dict)
-    _words_from: dict[Path, str] = field(default_factory=dict)
+    _caption_sources: dict[Path, str] = field(default_factory=dict)
     """The ``metadata.jsonl`` that says something of a file."""
     _sources: dict[Path, frozenset[str]] = field(default_factory=dict)
     """The ``metadata.jsonl`` files that might say something of the files of a folder."""
@@ -46,7 +46,7 @@ class ImageFiles:
         """Return how many files there are."""
         return sum(len(files) for _, files in self.roots)
 
-    def __iter__(self) -> Iterator[Description]:
+    def __iter__(self) -> Iterator[ImageFile]:
         """Yield the files with what is said of them."""
         for root, files in self.roots:
             yield from (self._describe(root, file) for file in files)
@@ -55,15 +55,15 @@ class ImageFiles:
         """Tell whether a file of this path, as a payload names it, would have been found were it there."""
         return any(path == place or path.startswith(place.rstrip(os.sep) + os.sep) for place in self.covered)
 
-    def _describe(self, root: Path, file: Path) -> Description:
+    def _describe(self, root: Path, file: Path) -> ImageFile:
         columns = dict(self._columns.get(file, {}))
-        return Description(
+        return ImageFile(
             file,
             str(file.relative_to(root)) if file.is_relative_to(root) else file.name,
             columns.pop("text", None),
             columns,
-            words_from=self._words_from.get(file),
-            silent=self._sources.get(file.parent, frozenset()),
+            caption_source=self._caption_sources.get(file),
+            checked_sources=self._sources.get(file.parent, frozenset()),
         )
 
     def _find_sources(self, root: Path, files: Iterable[Path]) -> set[Path]:
@@ -92,7 +92,7 @@ class ImageFiles:
             return False
         for row in rows:
             path = Path(os.path.abspath(row["path"]))
-            self._words_from.setdefault(path, storable(str(folder / METADATA_FILE)))
+            self._caption_sources.setdefault(path, storable(str(folder / METADATA_FILE)))
             known = self._columns.setdefault(path, {})
             text = row.get("text")
             if isinstance(text, str):

@@ -1,17 +1,11 @@
-"""One pass over image files on their way to a store.
+"""One indexing run: find the files, skip the unchanged, read and hash, skip the stored, embed, write, settle.
 
-Files that are as they were are passed over; others are read; content that is stored already is not embedded again. At
-the end the points are brought up to date whose files have changed, moved or gone. What holds the points is a
-``Store``; nothing here knows of Qdrant.
-
-A run may be ended at any moment: what it has stored is right, and the next run does the rest. A file's new content is
-stored before its old content is removed; a file that two contents name is read again.
+A run may be killed at any moment: everything that it has stored is correct, and the next run does the rest. The new
+content of a file is stored before the old content is deleted, and a file that two points name is read again.
 """
 
 import os
-import re
-import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -21,26 +15,18 @@ from cocoa_embed.errors import ImageError, printable
 from cocoa_embed.images.load import decode_image
 from cocoa_embed.images.to_rgb import draw_thumbnail
 from cocoa_embed.integrations.qdrant.image_metadata import ImageFiles
-from cocoa_embed.integrations.qdrant.index_state import Content, Ledger, words_digest
-from cocoa_embed.integrations.qdrant.points import (
-    Description,
-    ImageRecord,
-    Payload,
-    Place,
-    changed_payload,
-    payload,
-    storable,
-)
+from cocoa_embed.integrations.qdrant.index_state import Content, IndexState, description_digest
+from cocoa_embed.integrations.qdrant.index_summary import Counts
+from cocoa_embed.integrations.qdrant.points import ImageFile, make_payload
 from cocoa_embed.integrations.qdrant.read_files import ReadFile, ahead, read_file
-from cocoa_embed.integrations.qdrant.stores.base import Point, Store, batches
-from cocoa_embed.integrations.qdrant.thumbnails import THUMBNAIL_SIZE, ThumbnailFolder, remove_thumbnail
+from cocoa_embed.integrations.qdrant.settle import is_missing, settle
+from cocoa_embed.integrations.qdrant.stores.base import Point, Store
+from cocoa_embed.integrations.qdrant.thumbnails import THUMBNAIL_SIZE, ThumbnailFolder
 from cocoa_embed.integrations.qdrant.writer import Writer
-
-PAYLOADS_AT_ONCE = 256
 
 
 class NewContent(NamedTuple):
-    """A content on its way through the model."""
+    """A content that is being embedded."""
 
     id: str
     sha256: str
@@ -48,159 +34,116 @@ class NewContent(NamedTuple):
 
 
 @dataclass
-class Counts:
-    """What became of the files. Each counts once: as one of these, or as unchanged."""
-
-    indexed: int = 0
-    """Files with content that was not stored."""
-    updated: set[str] = field(default_factory=set)
-    """The paths of files whose content was stored, and which say something new of it: where it is, or words."""
-    replaced: set[str] = field(default_factory=set)
-    """The paths of files that hold something else than when they were indexed."""
-    pruned: int = 0
-    """Files that are gone, and were forgotten."""
-    embedded: int = 0
-    """Contents that have gone through the model."""
-    failed: list[dict[str, str]] = field(default_factory=list)
-
-
-@dataclass
 class IndexRun:
-    """One pass over files."""
+    """One run over image files."""
 
     files: ImageFiles
     store: Store
     encoder: Encoder
-    ledger: Ledger
+    state: IndexState
     batch_size: int
     thumbnails: ThumbnailFolder | None = None
-    tick: Callable[[], object] = lambda: None
-    """Called once for each file that is done."""
+    on_file_done: Callable[[], object] = lambda: None
     counts: Counts = field(default_factory=Counts)
-    _waiting: dict[str, list[tuple[Description, float]]] = field(default_factory=dict)
-    """The files, with their times, that hold a content which the model has not yet embedded."""
+    _embedding: dict[str, list[tuple[ImageFile, float]]] = field(default_factory=dict)
+    """The files, with their mtimes, of each content that is being embedded."""
 
-    def add(self) -> None:
-        """Store what the files hold, as far as it is new.
+    def run(self, *, prune: bool) -> None:
+        """Bring the collection up to date with the files.
 
-        :raises CocoaError: If it cannot be stored.
+        :param prune: Whether to remove files that no longer exist from the index.
+        :raises CocoaError: If the store fails.
         """
+        changed = self._skip_unchanged(self.files)
+        new = self._skip_stored(ahead(read_file, changed))
         size = None if self.thumbnails is None else THUMBNAIL_SIZE
-        new = self.encoder.stream_images(self._new_contents(), batch_size=self.batch_size, thumbnail_size=size)
-        with Writer(self.store) as writer:
-            for content, embedded in new:
-                holders = len(self._waiting[content.id])
-                if isinstance(embedded, ImageError):
-                    for file, _ in self._waiting.pop(content.id):
-                        self._fail(file, embedded.reason)
-                        self.ledger.release(storable(str(file.path)))
-                else:
-                    writer.add(self._point(content, embedded))
-                for _ in range(holders):
-                    self.tick()
+        self._write(self.encoder.stream_images(new, batch_size=self.batch_size, thumbnail_size=size))
+        settle(self.files, self.store, self.state, self.counts, prune=prune)
 
-    def settle(self, *, prune: bool) -> None:
-        """Bring the stored points up to date: who holds them, and the words about them.
-
-        :param prune: Whether to forget files that are gone; a content that no file holds is removed then.
-        :raises CocoaError: If it cannot be stored.
-        """
-        if prune:
-            self._prune()
-        self._pass_on()
-        words = self._new_words()
-        changed = dict(self.ledger.changes())
-        abandoned = {id_ for id_, content in changed.items() if not content.places}
-        self._overwrite([id_ for id_ in {**changed, **words} if id_ not in abandoned], words)
-        self._delete(sorted(abandoned))
-
-    def _overwrite(self, ids: Sequence[str], words: Mapping[str, Payload]) -> None:
-        """Store who holds contents now, with new words where there are some."""
-        for some in batches(ids, PAYLOADS_AT_ONCE):
-            for id_, stored in self.store.retrieve(some).items():
-                content = self.ledger.contents[id_]
-                described = changed_payload(
-                    stored, places=content.places, words=words.get(id_), thumbnail=content.thumbnail
-                )
-                self.store.overwrite_payload(id_, described)
-
-    def _delete(self, ids: Sequence[str]) -> None:
-        """Remove contents that no file holds."""
-        for some in batches(ids, PAYLOADS_AT_ONCE):
-            self.store.delete(some)
-            for id_ in some:
-                remove_thumbnail(id_, self.ledger.contents[id_].thumbnail)
-
-    def _new_contents(self) -> Iterator[tuple[NewContent, bytes]]:
-        """Yield the contents that are not stored, once each; deal with every other file on the way."""
-        for file, read in ahead(read_file, self._changed()):
-            if isinstance(read, ImageError):
-                self._fail(file, read.reason)
-            elif read.id in self.ledger:
-                self._hold(file, read)
-            elif read.id in self._waiting:
-                self._waiting[read.id].append((file, read.mtime))
-                continue  # it is done when its content is
-            else:
-                self._waiting[read.id] = [(file, read.mtime)]
-                yield NewContent(read.id, read.sha256, len(read.data)), read.data
-                continue
-            self.tick()
-
-    def _changed(self) -> Iterator[Description]:
-        """Yield the files that are not as they were when they were indexed, and those that lack a thumbnail."""
-        for file in self.files:
-            path = storable(str(file.path))
+    def _skip_unchanged(self, files: Iterable[ImageFile]) -> Iterator[ImageFile]:
+        """Yield the files with another size or mtime than when they were indexed, and those that lack a thumbnail."""
+        for file in files:
             try:
                 status = os.stat(file.path)
             except OSError:
-                yield file  # reading it will say what is wrong
+                yield file  # reading it reports the reason
                 continue
-            is_known = self.ledger.is_unchanged(path, status.st_mtime, status.st_size)
-            if is_known and not self._lacks_thumbnail(str(self.ledger.owner(path))):
-                self.tick()
-            else:
+            id_ = self.state.unchanged_id(file.stored_path, status.st_mtime, status.st_size)
+            if id_ is None or self._lacks_thumbnail(id_):
                 yield file
+            else:
+                self.on_file_done()
 
-    def _hold(self, file: Description, read: ReadFile) -> None:
-        """Note that a file holds a content that is stored."""
+    def _skip_stored(
+        self, files: Iterable[tuple[ImageFile, ReadFile | ImageError]]
+    ) -> Iterator[tuple[NewContent, bytes]]:
+        """Yield each new content once; record the files whose content is stored, and those that cannot be read."""
+        for file, read in files:
+            if isinstance(read, ImageError):
+                self._fail(file, read)
+            elif read.id in self.state:
+                self._record_stored(file, read)
+            elif read.id in self._embedding:
+                self._embedding[read.id].append((file, read.mtime))
+                continue  # it is done when its content is
+            else:
+                self._embedding[read.id] = [(file, read.mtime)]
+                yield NewContent(read.id, read.sha256, len(read.data)), read.data
+                continue
+            self.on_file_done()
+
+    def _record_stored(self, file: ImageFile, read: ReadFile) -> None:
+        """Record that a file holds a stored content."""
         if self.thumbnails is not None and self._lacks_thumbnail(read.id):
             try:
                 image, _ = decode_image(read.data, printable(file.path))
             except ImageError as error:
-                self._fail(file, error.reason)
+                self._fail(file, error)
                 return
             jpeg = draw_thumbnail(image, THUMBNAIL_SIZE)
-            self.ledger.show_by(read.id, self.thumbnails.write(read.id, jpeg))
-        place = place_of(file, read.mtime)
-        before = self.ledger.owner(place.path)
-        content = self.ledger.contents[read.id]
-        is_new_holder = all(other.path != place.path for other in content.places)
-        self.ledger.forget(read.id, self._is_missing)
-        self.ledger.hold(read.id, place)
-        if before not in (None, read.id):
-            self.counts.replaced.add(place.path)
-        elif is_new_holder and not content.is_new:
-            self.counts.updated.add(place.path)
+            self.state.set_thumbnail(read.id, self.thumbnails.write(read.id, jpeg))
+        path = file.stored_path
+        id_before = self.state.id_of(path)
+        content = self.state.contents[read.id]
+        is_known = any(location.path == path for location in content.locations)
+        self.state.remove_missing(read.id, lambda path: is_missing(path, self.files))
+        self.state.attach(read.id, file.location(read.mtime))
+        if id_before not in (None, read.id):
+            self.counts.replaced.add(path)
+        elif not is_known and not content.is_new:
+            self.counts.updated.add(path)
 
-    def _point(self, content: NewContent, embedded: EmbeddedImage) -> Point:
-        """Return the point of a new content, and note the files that hold it."""
-        holders = self._waiting.pop(content.id)
-        places = [place_of(file, mtime) for file, mtime in holders]
-        changed = {place.path for place in places if self.ledger.owner(place.path) is not None}
-        self.counts.replaced |= changed
-        self.counts.indexed += not changed
+    def _write(self, contents: Iterable[tuple[NewContent, EmbeddedImage | ImageError]]) -> None:
+        """Store the embedded contents and record the files that hold them."""
+        with Writer(self.store) as writer:
+            for content, embedded in contents:
+                files = self._embedding.pop(content.id)
+                if isinstance(embedded, ImageError):
+                    for file, _ in files:
+                        self._fail(file, embedded)
+                        self.state.detach(file.stored_path)
+                else:
+                    writer.add(self._make_point(content, files, embedded))
+                for _ in files:
+                    self.on_file_done()
+
+    def _make_point(self, content: NewContent, files: list[tuple[ImageFile, float]], embedded: EmbeddedImage) -> Point:
+        """Return the point of a new content and record its files."""
+        locations = [file.location(mtime) for file, mtime in files]
+        replaced = {location.path for location in locations if self.state.id_of(location.path) is not None}
+        self.counts.replaced |= replaced
+        self.counts.indexed += not replaced
         self.counts.embedded += 1
-        words = holders[0][0].words
+        description = files[0][0].description
         thumbnail = None
         if self.thumbnails is not None and embedded.thumbnail is not None:
             thumbnail = self.thumbnails.write(content.id, embedded.thumbnail)
-        self.ledger.add(
-            content.id, Content(content.bytes, places, words_digest(words), words["words_from"], thumbnail, is_new=True)
-        )
-        record = ImageRecord(
-            places=places,
-            words=words,
+        digest = description_digest(description)
+        stored = Content(content.bytes, list(locations), digest, description["caption_source"], thumbnail, is_new=True)
+        self.state.add(content.id, stored)
+        payload = make_payload(
+            locations=locations,
+            description=description,
             sha256=content.sha256,
             bytes=content.bytes,
             width=embedded.width,
@@ -208,79 +151,14 @@ class IndexRun:
             mime=embedded.mime,
             thumbnail=thumbnail,
         )
-        return Point(content.id, embedded.vector, payload(record))
-
-    def _prune(self) -> None:
-        """Forget the files that are gone of those that the run is about."""
-        for id_ in self.ledger.contents:
-            self.counts.pruned += self.ledger.forget(id_, self._is_missing)
-
-    def _pass_on(self) -> None:
-        """Where the first of several files that hold a content is gone, forget it, so that the next speaks for it."""
-        for id_, content in self.ledger.contents.items():
-            if len(content.places) > 1 and self._is_missing(content.places[0].path):
-                if not all(is_gone(other.path) for other in content.places[1:]):
-                    self.ledger.forget(id_, self._is_missing)
-
-    def _is_missing(self, path: str) -> bool:
-        """Tell whether a file is gone that would be among those of the run."""
-        return self.files.covers(path) and is_gone(path)
+        return Point(content.id, embedded.vector, payload)
 
     def _lacks_thumbnail(self, id_: str) -> bool:
-        """Tell whether a thumbnail is asked for that is not there, or that the payload does not name."""
+        """Return whether a thumbnail is wanted that does not exist or that the payload does not name."""
         if self.thumbnails is None:
             return False
-        named = self.ledger.contents[id_].thumbnail == str(self.thumbnails.path(id_))
-        return not named or not self.thumbnails.has(id_)
+        path = self.thumbnails.path(id_)
+        return self.state.contents[id_].thumbnail != str(path) or not path.exists()
 
-    def _new_words(self) -> dict[str, Payload]:
-        """Return what ``metadata.jsonl`` files say of stored contents, by id, where something else is stored."""
-        words: dict[str, Payload] = {}
-        failed = {failure["path"] for failure in self.counts.failed}
-        for file in (file for file in self.files if str(file.path) not in failed):
-            path = storable(str(file.path))
-            id_ = self.ledger.owner(path)
-            if id_ is None or self.ledger.contents[id_].places[0].path != path:
-                continue
-            if self._says_something_new(file, self.ledger.contents[id_]):
-                words[id_] = file.words
-                if not self.ledger.contents[id_].is_new and path not in self.counts.replaced:
-                    self.counts.updated.add(path)
-        return words
-
-    def _says_something_new(self, file: Description, content: Content) -> bool:
-        """Tell whether the words about a file are others than those stored with its content.
-
-        No words are something new where the file that gave those stored has none now, or is gone.
-        """
-        if file.words_from is None:
-            source = content.words_from
-            return source is not None and (source in file.silent or self._is_missing(source))
-        return words_digest(file.words) != content.words
-
-    def _fail(self, file: Description, reason: str) -> None:
-        self.counts.failed.append({"path": str(file.path), "reason": reason})
-
-
-def place_of(file: Description, mtime: float) -> Place:
-    """Return a file as a payload names it."""
-    return Place(storable(str(file.path)), storable(file.relative_path), mtime)
-
-
-def is_gone(path: str) -> bool:
-    r"""Tell whether there is no file at a path, given as a payload names it: with ``\udcNN`` for undecodable bytes.
-
-    What cannot be looked at, for want of permission or of a network, is not gone.
-    """
-    undecoded = re.sub(r"\\udc([89a-f][0-9a-f])", lambda match: chr(0xDC00 + int(match[1], 16)), path)
-    return all(is_no_file(spelling) for spelling in {path, undecoded})
-
-
-def is_no_file(path: str) -> bool:
-    """Tell whether it is certain that there is no file at a path."""
-    try:
-        return not stat.S_ISREG(os.stat(path).st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        return True
-    except OSError:
-        return False
+    def _fail(self, file: ImageFile, error: ImageError) -> None:
+        self.counts.failed.append({"path": str(file.path), "reason": error.reason})

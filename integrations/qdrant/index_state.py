@@ -1,150 +1,147 @@
-"""Which files hold which content: what a collection said before a run, and what the run found. No input or output.
+"""Which files hold which content: read from the collection before a run, updated by the run. No input or output.
 
-A content is known by its point's id. Files are known by their paths as payloads hold them.
+A content has the id of its point. Paths are as payloads have them.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from cocoa_embed.integrations.qdrant.points import Payload, Place, stored_places
+from cocoa_embed.integrations.qdrant.points import FileLocation, Payload, stored_locations
 
-LEDGER_KEYS = ("sha256", "bytes", "paths", "relative_paths", "mtimes", "caption", "metadata", "words_from", "thumbnail")
-"""The payload keys that a ledger is read from."""
+STATE_KEYS = "sha256 bytes paths relative_paths mtimes caption metadata caption_source thumbnail".split()
+"""The payload keys that the state is read from."""
 
-MTIME_RESOLUTION = 1e-6
-"""Seconds by which a file's time may differ from the stored one, which has passed through JSON."""
+MTIME_TOLERANCE = 1e-6
+"""Seconds; a stored mtime has passed through JSON."""
 
 
 @dataclass(slots=True)
 class Content:
-    """What is known of one content."""
+    """One content and the files that hold it."""
 
     size: int
     """In bytes."""
-    places: list[Place]
-    words: bytes
-    """A digest of what is stored as its caption and metadata."""
-    words_from: str | None = None
-    """The ``metadata.jsonl`` that they are from."""
+    locations: list[FileLocation]
+    description_digest: bytes
+    """Of the stored caption and metadata."""
+    caption_source: str | None = None
+    """The ``metadata.jsonl`` that they come from."""
     thumbnail: str | None = None
     """The path of a small copy."""
     has_changed: bool = False
-    """Whether its payload says something else than what is stored: other files, or another thumbnail."""
+    """Whether the stored payload is out of date: it has other locations or another thumbnail."""
     is_new: bool = False
     """Whether this run has stored it."""
 
 
 @dataclass
-class Ledger:
-    """The contents of a collection by id, and who holds them."""
+class IndexState:
+    """The contents of a collection by id."""
 
     contents: dict[str, Content] = field(default_factory=dict)
-    _owners: dict[str, str] = field(default_factory=dict)
-    """The id of the content that a path holds."""
-    _rivals: dict[str, set[str]] = field(default_factory=dict)
-    """Other contents that are stored with a path: a run was ended before it could settle which one the file holds."""
+    _ids: dict[str, str] = field(default_factory=dict)
+    """The id of the content of each path."""
+    _conflicts: dict[str, set[str]] = field(default_factory=dict)
+    """Other contents stored with a path: a run was killed before it had updated them."""
 
     @classmethod
-    def read(cls, points: Iterable[tuple[str, Mapping[str, Any]]]) -> "Ledger":
-        """Return the ledger of stored points, given by id and payload; points that others wrote are passed over."""
-        ledger = cls()
+    def read(cls, points: Iterable[tuple[str, Mapping[str, Any]]]) -> "IndexState":
+        """Return the state of a collection from the ids and payloads of its points; points of others are skipped."""
+        state = cls()
         for id_, payload in points:
             if not payload.get("sha256"):
                 continue
-            words_from = payload.get("words_from")
-            words = {
-                "caption": payload.get("caption"),
-                "metadata": payload.get("metadata") or {},
-                "words_from": words_from,
-            }
-            places = stored_places(payload)
-            ledger.contents[id_] = Content(
-                int(payload.get("bytes") or 0), places, words_digest(words), words_from, payload.get("thumbnail")
+            source = payload.get("caption_source")
+            metadata = payload.get("metadata") or {}
+            digest = description_digest(
+                {"caption": payload.get("caption"), "metadata": metadata, "caption_source": source}
             )
-            for place in places:
-                if ledger._owners.setdefault(place.path, id_) != id_:
-                    ledger._rivals.setdefault(place.path, set()).add(id_)
-        return ledger
+            locations = stored_locations(payload)
+            size = int(payload.get("bytes") or 0)
+            state.contents[id_] = Content(size, locations, digest, source, payload.get("thumbnail"))
+            for location in locations:
+                if state._ids.setdefault(location.path, id_) != id_:
+                    state._conflicts.setdefault(location.path, set()).add(id_)
+        return state
 
     def __contains__(self, id_: str) -> bool:
-        """Tell whether a content is stored."""
+        """Return whether a content is stored."""
         return id_ in self.contents
 
-    def owner(self, path: str) -> str | None:
-        """Return the id of the content that a file held when it was last looked at; None if it is not known."""
-        return self._owners.get(path)
+    def id_of(self, path: str) -> str | None:
+        """Return the id of the content that a file had when it was last read; None if the file is not indexed."""
+        return self._ids.get(path)
 
-    def is_unchanged(self, path: str, mtime: float, size: int) -> bool:
-        """Tell whether a file is as it was when it was indexed, by its time and size."""
-        id_ = self._owners.get(path)
-        if id_ is None or path in self._rivals or self.contents[id_].size != size:
-            return False
-        return any(
-            place.path == path and abs(place.mtime - mtime) < MTIME_RESOLUTION for place in self.contents[id_].places
+    def unchanged_id(self, path: str, mtime: float, size: int) -> str | None:
+        """Return the id of a file's content if the file has the mtime and the size that it had when it was indexed."""
+        id_ = self._ids.get(path)
+        if id_ is None or path in self._conflicts or self.contents[id_].size != size:
+            return None
+        is_unchanged = any(
+            location.path == path and abs(location.mtime - mtime) < MTIME_TOLERANCE
+            for location in self.contents[id_].locations
         )
+        return id_ if is_unchanged else None
 
     def add(self, id_: str, content: Content) -> None:
-        """Note a content that has just been stored with its files, which no longer hold anything else."""
+        """Add a content that was just stored; its files no longer hold any other content."""
         self.contents[id_] = content
-        for place in content.places:
-            self._take_from_others(place.path, id_)
+        for location in content.locations:
+            self._detach(location.path, id_)
 
-    def hold(self, id_: str, place: Place) -> None:
-        """Note that a file holds a content that is stored."""
-        self._take_from_others(place.path, id_)
+    def attach(self, id_: str, location: FileLocation) -> None:
+        """Record that a file holds a stored content, and no other."""
+        self._detach(location.path, id_)
         content = self.contents[id_]
-        known = [number for number, other in enumerate(content.places) if other.path == place.path]
-        if not known:
-            content.places.append(place)
-        elif abs(content.places[known[0]].mtime - place.mtime) >= MTIME_RESOLUTION:
-            content.places[known[0]] = place
+        for number, known in enumerate(content.locations):
+            if known.path == location.path:
+                if abs(known.mtime - location.mtime) < MTIME_TOLERANCE:
+                    return
+                content.locations[number] = location
+                break
         else:
-            return
+            content.locations.append(location)
         content.has_changed = True
 
-    def show_by(self, id_: str, thumbnail: str) -> None:
-        """Note that a content has a new thumbnail."""
-        self.contents[id_].thumbnail = thumbnail
+    def detach(self, path: str) -> None:
+        """Record that a file holds no stored content."""
+        self._detach(path, None)
+        self._ids.pop(path, None)
+
+    def remove_missing(self, id_: str, is_missing: Callable[[str], bool]) -> int:
+        """Remove the files of a content that no longer exist, and return their number."""
+        missing = [location.path for location in self.contents[id_].locations if is_missing(location.path)]
+        for path in missing:
+            self._remove(path, id_)
+            if self._ids.get(path) == id_:
+                del self._ids[path]
+        return len(missing)
+
+    def set_thumbnail(self, id_: str, path: str) -> None:
+        """Record that a content has a new thumbnail."""
+        self.contents[id_].thumbnail = path
         self.contents[id_].has_changed = True
 
-    def release(self, path: str) -> None:
-        """Note that a file holds nothing that is stored."""
-        self._take_from_others(path, None)
-        self._owners.pop(path, None)
+    def changed(self) -> dict[str, Content]:
+        """Return the contents whose payload is out of date; one without locations is to be deleted."""
+        return {id_: content for id_, content in self.contents.items() if content.has_changed}
 
-    def forget(self, id_: str, is_gone: Callable[[str], bool]) -> int:
-        """Forget those files of a content that are gone, and return how many they were."""
-        content = self.contents[id_]
-        gone = [place for place in content.places if is_gone(place.path)]
-        for place in gone:
-            self._remove(place.path, id_)
-            if self._owners.get(place.path) == id_:
-                del self._owners[place.path]
-        return len(gone)
-
-    def changes(self) -> Iterator[tuple[str, Content]]:
-        """Yield the contents whose payloads say something else; where no file is left, that is a point too many."""
-        yield from ((id_, content) for id_, content in self.contents.items() if content.has_changed)
-
-    def _take_from_others(self, path: str, id_: str | None) -> None:
-        others = {self._owners.get(path), *self._rivals.pop(path, ())} - {None, id_}
-        for other in others:
+    def _detach(self, path: str, id_: str | None) -> None:
+        """Take a path from every content but ``id_``, and give it to that one."""
+        for other in {self._ids.get(path), *self._conflicts.pop(path, ())} - {None, id_}:
             self._remove(path, str(other))
         if id_ is not None:
-            self._owners[path] = id_
+            self._ids[path] = id_
 
     def _remove(self, path: str, id_: str) -> None:
         content = self.contents[id_]
-        content.places = [place for place in content.places if place.path != path]
+        content.locations = [location for location in content.locations if location.path != path]
         content.has_changed = True
 
 
-def words_digest(words: Payload) -> bytes:
-    """Return a digest of a caption and metadata in which 1 and true differ.
-
-    :return: 8 bytes.
-    """
-    return hashlib.blake2b(json.dumps(words, sort_keys=True).encode(), digest_size=8).digest()
+def description_digest(description: Payload) -> bytes:
+    """Return 8 bytes that identify a caption and metadata; 1 and true differ, the order of keys does not matter."""
+    return hashlib.blake2b(json.dumps(description, sort_keys=True).encode(), digest_size=8).digest()

@@ -6,8 +6,6 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -18,16 +16,18 @@ from cocoa_embed.encode.encoder import Encoder, Item, make_item
 from cocoa_embed.errors import CocoaError, UsageError, printable, require
 from cocoa_embed.images.load import ImageSource
 from cocoa_embed.integrations.qdrant.filters import parse_filters
-from cocoa_embed.integrations.qdrant.image_metadata import ImageFiles, find_image_files
-from cocoa_embed.integrations.qdrant.index_run import Counts, IndexRun
-from cocoa_embed.integrations.qdrant.index_state import LEDGER_KEYS, Ledger
+from cocoa_embed.integrations.qdrant.image_metadata import find_image_files
+from cocoa_embed.integrations.qdrant.index_run import IndexRun
+from cocoa_embed.integrations.qdrant.index_state import STATE_KEYS, IndexState
+from cocoa_embed.integrations.qdrant.index_summary import IndexSummary
 from cocoa_embed.integrations.qdrant.points import storable
+from cocoa_embed.integrations.qdrant.stores import open_store
 from cocoa_embed.integrations.qdrant.stores.base import (
     Hit,
+    Query,
     Signature,
     Store,
     StoreOptions,
-    open_store,
     require_signature,
 )
 from cocoa_embed.integrations.qdrant.thumbnails import ThumbnailFolder
@@ -41,39 +41,16 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 DEFAULT_PATH = "cocoa-index"
-SHOWN_DIGITS = 12
-"""Hexadecimal digits of a fingerprint that people are shown."""
-
-
-@dataclass(frozen=True)
-class IndexSummary:
-    """What an indexing run did. Every file counts once: indexed, unchanged, updated, replaced or failed."""
-
-    collection: str
-    indexed: int
-    """Files with new content, now points."""
-    unchanged: int
-    """Files that are as they were, or hold what another new file of this run holds."""
-    updated: int
-    """Files whose content was a point already, which now has their path, or their new caption and metadata."""
-    replaced: int
-    """Files whose content had changed: the new content is a point, the old is none unless another file holds it."""
-    pruned: int
-    """Files that are gone and were taken out, and their points, where no other file holds the same content."""
-    failed: list[dict[str, str]]
-    """The files left out, as ``{"path", "reason"}``."""
-    seconds: float
-    """Without the time that loading the model took."""
-    images_per_second: float
-    """Images embedded and stored, by ``seconds``."""
+FINGERPRINT_DIGITS = 12
+"""Hexadecimal digits of a fingerprint in messages."""
 
 
 class QdrantIndexer:
-    """A collection of images in Qdrant, and the multimodal model that embeds what goes in and what is asked.
+    """A collection of images in Qdrant, and the multimodal model that embeds images and queries.
 
-    The collection is on a Qdrant server, in a local folder, or in a folder of Qdrant Edge. It carries the fingerprint
-    of the model that made it, and another model is refused. The store and the model are opened at first use. Threads
-    may share an indexer. It is a context manager.
+    The collection is in a local folder, in a folder of Qdrant Edge, or on a Qdrant server. It stores the fingerprint of
+    the model that made it, and refuses any other. The store and the model are opened at first use. Threads may share an
+    indexer. It is a context manager.
     """
 
     def __init__(
@@ -94,28 +71,27 @@ class QdrantIndexer:
     ) -> None:
         """Name the model and the collection; nothing is opened yet.
 
-        :param model: Any SentenceTransformer that embeds text and images, or the folder or hub name of one.
-        :param client: A client to use as it is; closing it remains the caller's.
-        :param path: The folder of a local store, created if needed; ``cocoa-index`` if no other place is given.
+        :param model: A SentenceTransformer that embeds text and images, or the folder or hub name of one.
+        :param client: A client, which the caller closes.
+        :param path: The folder of a local store, created if needed; ``cocoa-index`` if no location is given.
         :param url: The address of a Qdrant server.
-        :param edge: The folder of a Qdrant Edge store, created if needed; needs the extra ``edge``.
-        :param api_key: What the server wants to see, if anything.
-        :param collection: Created at the first indexing.
-        :param dimension: The first so many values of an embedding are kept (Matryoshka); None for all, or for what the
-            collection has.
-        :param quantization: What a new collection on a server or in Qdrant Edge compares vectors by first: ``"scalar"``
-            (a byte a value) or ``"binary"`` (a bit).
+        :param edge: The folder of a Qdrant Edge store, created if needed; requires the extra ``edge``.
+        :param api_key: The API key for the Qdrant server.
+        :param collection: The name of the collection, which the first run of ``index`` creates.
+        :param dimension: Keep only the first values of an embedding (Matryoshka); None for all, or for the dimension of
+            an existing collection.
+        :param quantization: How a new collection on a server or in Qdrant Edge compresses vectors: ``"scalar"`` (a byte
+            per value) or ``"binary"`` (a bit).
         :param on_disk: Whether a new collection on a server or in Qdrant Edge keeps its vectors on disk.
-        :param batch_size: The most images to embed at once.
-        :param device: The torch device, for a model that is to be loaded.
-        :raises UsageError: If more than one of ``client``, ``path``, ``url`` and ``edge`` is given, ``batch_size`` is
-            not positive, ``collection`` is no name for one, or ``url`` no address.
-        :raises MissingExtraError: If the package for the place is not installed.
+        :param batch_size: The maximum number of images in a batch.
+        :param device: The torch device for a model that has to be loaded.
+        :raises UsageError: If more than one of ``client``, ``path``, ``url`` and ``edge`` is given, or if an argument
+            is invalid.
+        :raises MissingExtraError: If a package that the location needs is not installed.
         """
-        if batch_size < 1:
-            raise UsageError(f"batch_size is {batch_size}; it must be 1 or more")
-        if dimension is not None and dimension < 1:
-            raise UsageError(f"dimension is {dimension}; it must be 1 or more")
+        for name, number in {"batch_size": batch_size, "dimension": dimension}.items():
+            if number is not None and number < 1:
+                raise UsageError(f"{name} is {number}; it must be 1 or more")
         if client is None and url is None and edge is None:
             path = path or DEFAULT_PATH
         self.store: Store = open_store(
@@ -123,18 +99,16 @@ class QdrantIndexer:
             path=path,
             url=url,
             edge=edge,
-            api_key=api_key,
             collection=collection,
-            options=StoreOptions(quantization=quantization, on_disk=on_disk),
+            options=StoreOptions(quantization=quantization, on_disk=on_disk, api_key=api_key),
         )
-        """What holds the points."""
+        """The storage of the points."""
         self.batch_size = batch_size
         self._model = model
         self._dimension = dimension
         self._device = device
-        self._whole: Encoder | None = None
-        self._short: Encoder | None = None
-        self._lock = threading.RLock()
+        self._encoder: Encoder | None = None
+        self._lock = threading.Lock()
         self._indexing = threading.Lock()
 
     @property
@@ -143,9 +117,9 @@ class QdrantIndexer:
         return self.store.collection
 
     @property
-    def place(self) -> str:
-        """Where the points are, for people to read."""
-        return self.store.place
+    def location(self) -> str:
+        """The folder or address of the store, for messages."""
+        return self.store.location
 
     @property
     def encoder(self) -> Encoder:
@@ -153,7 +127,7 @@ class QdrantIndexer:
 
         :raises CocoaError: If it cannot be loaded, or embeds no images.
         """
-        return self._cut(self._whole_encoder(), self._dimension)
+        return cut(self._whole_encoder(), self._dimension)
 
     def index(
         self,
@@ -163,18 +137,18 @@ class QdrantIndexer:
         thumbnails: str | Path | None = None,
         progress: bool = True,
     ) -> IndexSummary:
-        """Embed the images among and below ``paths`` and store them; a file that is as it was costs a look at its date.
+        """Embed and store the images in ``paths``; unchanged files are skipped by size and mtime.
 
-        Captions and other columns of a folder's ``metadata.jsonl`` go into the payload, not into the embedding. A file
-        that cannot be used is left out and listed in the summary. Files of the same content are one point.
+        Captions and other columns of a folder's ``metadata.jsonl`` go into the payload, not into the embedding. Files
+        that cannot be used are listed in the summary. Files with the same content are one point.
 
-        :param paths: A folder, a file, a pattern such as ``photos/**/*.png``, a ``.txt`` file with a path in each line,
+        :param paths: A folder, a file, a pattern such as ``photos/**/*.png``, a ``.txt`` file with one path per line,
             or several of them.
-        :param prune: Whether to take out the files below ``paths`` that are gone.
-        :param thumbnails: A folder for small copies of the images, named in the payload; made if needed.
-        :param progress: Whether to draw a progress bar on standard error.
-        :raises CocoaError: If there is no image at all, a ``metadata.jsonl`` is malformed, the model embeds no images,
-            or the collection cannot hold its embeddings or is another model's.
+        :param prune: Whether to remove files below ``paths`` that no longer exist from the index.
+        :param thumbnails: A folder for small copies of the images, created if needed.
+        :param progress: Whether to show a progress bar on standard error.
+        :raises CocoaError: If there are no images, the model embeds no images, another model made the collection, or
+            the collection holds other vectors.
         """
         files = find_image_files([paths] if isinstance(paths, (str, Path)) else paths)
         if not len(files) and not files.unlisted and not prune:
@@ -188,15 +162,13 @@ class QdrantIndexer:
             folder = None if thumbnails is None else ThumbnailFolder(thumbnails)
             encoder = self._prepare_collection()
             started = time.perf_counter()
-            ledger = Ledger.read(self.store.scan(LEDGER_KEYS))
+            state = IndexState.read(self.store.scan(STATE_KEYS))
             bar = tqdm(total=len(files), desc=f"indexing into {self.collection}", unit="image", disable=not progress)
             with bar:
-                run = IndexRun(files, self.store, encoder, ledger, self.batch_size, folder, bar.update)
-                run.counts.failed += files.unlisted
-                run.add()
-                run.settle(prune=prune)
+                run = IndexRun(files, self.store, encoder, state, self.batch_size, folder, bar.update)
+                run.run(prune=prune)
             self.store.finish()
-        return self._summary(files, run.counts, time.perf_counter() - started)
+        return run.counts.summary(self.collection, files, time.perf_counter() - started)
 
     def search(
         self,
@@ -209,18 +181,18 @@ class QdrantIndexer:
         query_filter: models.Filter | Sequence[str] | str | None = None,
         any_orientation: bool = False,
     ) -> list[Hit]:
-        """Return the images nearest to a text, to an image, or to both taken as one query, best first.
+        """Return the images nearest to a text, to an image, or to both as one query, best first.
 
-        :param text: Always taken as text, even if it is the name of a file or an address.
+        :param text: Always text, even if it is the name of a file or an address.
         :param image: A path, bytes, a ``BytesIO``, a ``data:`` address or a PIL image.
-        :param limit: The most hits to return.
-        :param offset: How many of the best to leave out.
-        :param score_threshold: The least cosine of a hit.
+        :param limit: The maximum number of hits.
+        :param offset: The number of best hits to skip.
+        :param score_threshold: The minimum cosine of a hit.
         :param query_filter: Conditions on the payload that must all hold, such as ``["mime=image/png", "width>=800"]``
-            (``parse_filters``), or a Qdrant filter.
-        :param any_orientation: Whether to look for the image turned and mirrored too, eight queries in all; a hit's
-            score is then the best of them.
-        :raises UsageError: If neither text nor image is given, or ``limit``, ``offset`` or a condition make no sense.
+            (see ``parse_filters``), or a Qdrant filter.
+        :param any_orientation: Whether to search for the rotated and mirrored image too, with eight queries; the score
+            of a hit is the best of them.
+        :raises UsageError: If there is neither text nor image, or ``limit``, ``offset`` or a condition is invalid.
         :raises CocoaError: If there is no such collection, or another model made it.
         """
         if limit < 1 or offset < 0:
@@ -230,18 +202,16 @@ class QdrantIndexer:
             query_filter = [query_filter]
         if query_filter is not None and not isinstance(query_filter, models.Filter):
             query_filter = parse_filters(query_filter)
-        views = views_of(item) if any_orientation else [item]
-        encoder = self._encoder_for(require_signature(self.store))
-        vectors = encoder.embed_queries(views)
-        search = partial(self.store.search, score_threshold=score_threshold, query_filter=query_filter)
+        items = orientations(item) if any_orientation else [item]
+        vectors = self._encoder_for(require_signature(self.store)).embed_queries(items)
         if not any_orientation:
-            return search(vectors[0], limit=limit, offset=offset)
-        return best_hits(search(vector, limit=offset + limit) for vector in vectors)[offset : offset + limit]
+            return self.store.search(Query(vectors[0], limit, offset, score_threshold, query_filter))
+        queries = (Query(vector, offset + limit, 0, score_threshold, query_filter) for vector in vectors)
+        return best_hits(map(self.store.search, queries))[offset : offset + limit]
 
     def close(self) -> None:
         """Close the store, unless its client was given; the next use opens it again."""
-        with self._lock:
-            self.store.close()
+        self.store.close()
 
     def __enter__(self) -> QdrantIndexer:
         """Return the indexer."""
@@ -252,103 +222,86 @@ class QdrantIndexer:
         self.close()
 
     def _prepare_collection(self) -> Encoder:
-        """Open the collection for writing, make and sign it if need be, and return the model for it."""
+        """Create and sign the collection if needed, and return the model for it."""
         signature = self.store.signature()
         if signature is None:
             encoder = self.encoder
-            self.store.create(self._signature_of(encoder))
+            self.store.create(signature_of(encoder))
             return encoder
         encoder = self._encoder_for(signature)
         if signature.fingerprint is None:
             if self.store.count():
                 raise CocoaError(
-                    f"{self._name()} was not made by cocoa-embed index, and what it holds may be another model's;"
-                    " choose another collection"
+                    f"{self._name()} was not made by cocoa-embed index, and its vectors may be another model's; choose"
+                    " another collection"
                 )
-            self.store.sign(self._signature_of(encoder))
+            self.store.sign(signature_of(encoder))
         return encoder
 
     def _encoder_for(self, signature: Signature) -> Encoder:
-        """Return the model, cut to the dimension of a collection that it made.
+        """Return the model, cut to the dimension of a collection.
 
-        :raises CocoaError: If another model made the collection, or its dimension is another.
+        :raises CocoaError: If another model made the collection, or it has another dimension.
         """
         encoder = self._whole_encoder()
         if signature.fingerprint not in (None, encoder.fingerprint):
             raise CocoaError(
-                f"{self._name()} was made with {signature.model} (fingerprint {signature.fingerprint[:SHOWN_DIGITS]}),"
-                f" not with {encoder.name} (fingerprint {encoder.fingerprint[:SHOWN_DIGITS]});"
-                " choose another collection, or the model that it was made with"
+                f"{self._name()} was made with {signature.model} (fingerprint"
+                f" {signature.fingerprint[:FINGERPRINT_DIGITS]}), not with {encoder.name} (fingerprint"
+                f" {encoder.fingerprint[:FINGERPRINT_DIGITS]}); choose another collection, or the model that made it"
             )
-        dimension = self._dimension or (signature.dimension if signature.fingerprint else None)
-        encoder = self._cut(encoder, dimension)
+        encoder = cut(encoder, self._dimension or (signature.dimension if signature.fingerprint else None))
         if signature.dimension != encoder.dimension:
             raise CocoaError(
                 f"{self._name()} holds vectors of {signature.dimension} dimensions, {encoder.name} makes"
-                f" {encoder.dimension}; choose another collection, or the model that it was made with"
+                f" {encoder.dimension}; choose another collection, or the model that made it"
             )
         return encoder
 
-    def _signature_of(self, encoder: Encoder) -> Signature:
-        return Signature(model=encoder.name, fingerprint=encoder.fingerprint, dimension=encoder.dimension)
-
     def _name(self) -> str:
-        return f"collection {self.collection!r} in {self.place}"
+        return f"collection {self.collection!r} in {self.location}"
 
     def _whole_encoder(self) -> Encoder:
-        """Return the model with all its dimensions, loaded at first use.
+        """Return the model with all dimensions, loaded at first use.
 
         :raises CocoaError: If it cannot be loaded, or embeds no images.
         """
         with self._lock:
-            if self._whole is None:
+            if self._encoder is None:
                 if isinstance(self._model, Encoder):
-                    whole = self._model
+                    encoder = self._model
                 elif isinstance(self._model, (str, Path)):
-                    whole = Encoder(load_model(self._model, self._device), printable(self._model))
+                    encoder = Encoder(load_model(self._model, self._device), printable(self._model))
                 else:
-                    whole = Encoder(self._model)
-                whole.require_images()
-                self._whole = whole
-            return self._whole
-
-    def _cut(self, whole: Encoder, dimension: int | None) -> Encoder:
-        """Return the model with the first dimensions alone; the same object for the same dimension."""
-        if dimension in (None, whole.dimension):
-            return whole
-        with self._lock:
-            if self._short is None or self._short.dimension != dimension:
-                self._short = whole.cut_to(dimension)
-            return self._short
-
-    def _summary(self, files: ImageFiles, counts: Counts, seconds: float) -> IndexSummary:
-        failed = len(counts.failed) - len(files.unlisted)
-        return IndexSummary(
-            collection=self.collection,
-            indexed=counts.indexed,
-            unchanged=len(files) - counts.indexed - len(counts.updated) - len(counts.replaced) - failed,
-            updated=len(counts.updated),
-            replaced=len(counts.replaced),
-            pruned=counts.pruned,
-            failed=sorted(counts.failed, key=lambda failure: failure["path"]),
-            seconds=seconds,
-            images_per_second=counts.embedded / seconds,
-        )
+                    encoder = Encoder(self._model)
+                encoder.require_images()
+                self._encoder = encoder
+            return self._encoder
 
 
-def views_of(item: Item) -> list[Item]:
+def cut(encoder: Encoder, dimension: int | None) -> Encoder:
+    """Return a model with the first ``dimension`` values of its embeddings; all of them for None."""
+    return encoder if dimension in (None, encoder.dimension) else encoder.cut_to(dimension)
+
+
+def signature_of(encoder: Encoder) -> Signature:
+    """Return the signature of a collection made with a model."""
+    return Signature(model=encoder.name, fingerprint=encoder.fingerprint, dimension=encoder.dimension)
+
+
+def orientations(item: Item) -> list[Item]:
     """Return a query with its image in each of the eight orientations.
 
     :raises UsageError: If it has no image.
     """
     image = item.get("image")
     if not isinstance(image, Image.Image):
-        raise UsageError("any_orientation turns the image of a query, and this one has none; give an image")
+        raise UsageError("any_orientation turns the image of a query, and this query has none; give an image")
     return [item, *({**item, "image": image.transpose(turn)} for turn in Image.Transpose)]
 
 
 def best_hits(searches: Iterable[list[Hit]]) -> list[Hit]:
-    """Return what several searches have found, each point once and by its best score, best first."""
+    """Return the hits of several searches, each point once with its best score, best first."""
     best: dict[str, Hit] = {}
     for hit in (hit for hits in searches for hit in hits):
         if hit.id not in best or hit.score > best[hit.id].score:

@@ -1,6 +1,9 @@
-"""Files read ahead of those who need them."""
+"""Read and hash files ahead of their consumer, and find out which files no longer exist."""
 
 import hashlib
+import os
+import re
+import stat
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8,33 +11,54 @@ from typing import NamedTuple, TypeVar
 
 from cocoa_embed.errors import ImageError
 from cocoa_embed.images.load import read_stable_file
-from cocoa_embed.integrations.qdrant.points import Description, point_id
+from cocoa_embed.integrations.qdrant.points import ImageFile, point_id
 
 READERS = 4
-"""Threads that read files; more than cores, as they mostly wait for disks and networks."""
+"""Threads that read files; they mostly wait for disks and networks."""
 
 Given = TypeVar("Given")
 Made = TypeVar("Made")
 
 
 class ReadFile(NamedTuple):
-    """A file's content and what is known of it."""
+    """The content of a file."""
 
     id: str
-    """Of the point that stands for this content."""
+    """The id of its point."""
     sha256: str
     data: bytes
     mtime: float
 
 
-def read_file(file: Description) -> ReadFile | ImageError:
-    """Read and hash a file; an error is returned, not raised, so that it stays in its place among others."""
+def read_file(file: ImageFile) -> ReadFile | ImageError:
+    """Read and hash a file; an error is returned instead of raised."""
     try:
         content = read_stable_file(file.path)
     except ImageError as error:
         return error
     sha256 = hashlib.sha256(content.data).hexdigest()
     return ReadFile(point_id(sha256), sha256, content.data, content.mtime)
+
+
+def is_deleted(path: str) -> bool:
+    r"""Return whether there is certainly no file at a path.
+
+    A path that cannot be checked, for lack of permission or of a network, is not deleted.
+
+    :param path: As a payload has it: with ``\udcNN`` for undecodable bytes.
+    """
+    undecoded = re.sub(r"\\udc([89a-f][0-9a-f])", lambda match: chr(0xDC00 + int(match[1], 16)), path)
+    return all(is_no_file(spelling) for spelling in {path, undecoded})
+
+
+def is_no_file(path: str) -> bool:
+    """Return whether there is certainly no file at a path, given as Python has it."""
+    try:
+        return not stat.S_ISREG(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
 
 
 def ahead(

@@ -1,4 +1,4 @@
-"""Small copies of images in a folder beside, named by point."""
+"""A folder of small copies of images, named by point id."""
 
 import os
 from pathlib import Path
@@ -6,16 +6,16 @@ from pathlib import Path
 from cocoa_embed.errors import CocoaError, one_line, printable
 
 THUMBNAIL_SIZE = 320
-"""The longer side of a thumbnail in pixels, at most."""
+"""The maximum of width and height, in pixels."""
 
 
 class ThumbnailFolder:
     """A folder of JPEG files, one for each point."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Make the folder if it is not there.
+        """Create the folder if needed.
 
-        :raises CocoaError: If it cannot be made.
+        :raises CocoaError: If it cannot be created.
         """
         self.folder = Path(os.path.abspath(folder))
         try:
@@ -26,15 +26,11 @@ class ThumbnailFolder:
             ) from error
 
     def path(self, id_: str) -> Path:
-        """Return where the thumbnail of a point is, or would be."""
+        """Return the path of a point's thumbnail."""
         return self.folder / f"{id_}.jpg"
 
-    def has(self, id_: str) -> bool:
-        """Tell whether a point has a thumbnail."""
-        return self.path(id_).exists()
-
     def write(self, id_: str, jpeg: bytes) -> str:
-        """Write the thumbnail of a point, whole or not at all, and return its path.
+        """Write the thumbnail of a point atomically and return its path.
 
         :raises CocoaError: If it cannot be written.
         """
@@ -49,7 +45,7 @@ class ThumbnailFolder:
 
 
 def remove_thumbnail(id_: str, path: str | None) -> None:
-    """Remove the thumbnail of a point that is no more; what is no thumbnail of it by name is left alone.
+    """Remove the thumbnail of a deleted point, if ``path`` has its name.
 
     :raises CocoaError: If it cannot be removed.
     """

@@ -2,100 +2,84 @@ from typing import Any
 
 import pytest
 
-from cocoa_embed.integrations.qdrant.index_state import Content, Ledger, words_digest
-from cocoa_embed.integrations.qdrant.points import ImageRecord, Place, payload, point_id
+from cocoa_embed.integrations.qdrant.index_state import Content, IndexState, description_digest
+from cocoa_embed.integrations.qdrant.points import FileLocation, make_payload, point_id
 
 SHA_A, SHA_B = "a" * 64, "b" * 64
 A, B = point_id(SHA_A), point_id(SHA_B)
-RED, BLUE = Place("/p/red.png", "red.png", 10.5), Place("/p/blue.png", "blue.png", 20.25)
-WORDS = {"caption": None, "metadata": {}}
+RED, BLUE = FileLocation("/p/red.png", "red.png", 10.5), FileLocation("/p/blue.png", "blue.png", 20.25)
+NONE = {"caption": None, "metadata": {}, "caption_source": None}
 
 
-def stored(sha256: str, *places: Place, words: dict[str, Any] = WORDS) -> tuple[str, dict[str, Any]]:
-    record = ImageRecord(places=places, words=words, sha256=sha256, bytes=99, width=1, height=1, mime="image/png")
-    return point_id(sha256), payload(record)
+def stored(sha256: str, *locations: FileLocation) -> tuple[str, dict[str, Any]]:
+    size = {"bytes": 99, "width": 1, "height": 1}
+    return point_id(sha256), make_payload(
+        locations=locations, description=NONE, sha256=sha256, mime="image/png", **size
+    )
 
 
-def changed(ledger: Ledger) -> dict[str, list[str]]:
-    return {id_: [place.path for place in content.places] for id_, content in ledger.changes()}
+def changed(state: IndexState) -> dict[str, list[str]]:
+    return {id_: [location.path for location in content.locations] for id_, content in state.changed().items()}
 
 
-def test_a_file_of_the_stored_time_and_size_is_unchanged() -> None:
-    ledger = Ledger.read([stored(SHA_A, RED, BLUE)])
-    assert ledger.is_unchanged(RED.path, RED.mtime, 99)
-    assert ledger.is_unchanged(BLUE.path, BLUE.mtime + 1e-7, 99)
-    assert not ledger.is_unchanged(RED.path, RED.mtime, 98)
-    assert not ledger.is_unchanged(RED.path, BLUE.mtime, 99)
-    assert not ledger.is_unchanged("/p/new.png", RED.mtime, 99)
-    assert ledger.owner(RED.path) == A
-    assert A in ledger
-    assert not changed(ledger)
-
-
-@pytest.mark.parametrize("foreign", [{}, {"path": "/p/red.png"}, {"_node_content": "{}"}])
-def test_points_of_others_are_passed_over(foreign: dict[str, Any]) -> None:
-    ledger = Ledger.read([("7", foreign), stored(SHA_A, RED)])
-    assert list(ledger.contents) == [A]
+def test_a_file_with_the_stored_mtime_and_size_is_unchanged_and_points_of_others_are_skipped() -> None:
+    foreign = [("7", {}), ("8", {"path": "/p/red.png"}), ("9", {"_node_content": "{}"})]
+    state = IndexState.read([*foreign, stored(SHA_A, RED, BLUE)])
+    assert list(state.contents) == [A]
+    assert A in state
+    assert state.unchanged_id(RED.path, RED.mtime, 99) == state.id_of(RED.path) == A
+    assert state.unchanged_id(BLUE.path, BLUE.mtime + 1e-7, 99) == A
+    for path, mtime, size in ((RED.path, RED.mtime, 98), (RED.path, BLUE.mtime, 99), ("/p/new.png", RED.mtime, 99)):
+        assert state.unchanged_id(path, mtime, size) is None
+    assert not changed(state)
 
 
 def test_a_file_that_takes_another_content_leaves_the_old_one() -> None:
-    ledger = Ledger.read([stored(SHA_A, RED), stored(SHA_B, BLUE)])
-    ledger.hold(B, RED._replace(mtime=30.0))
-    assert changed(ledger) == {A: [], B: [BLUE.path, RED.path]}
-    assert ledger.owner(RED.path) == B
-    assert ledger.is_unchanged(RED.path, 30.0, 99)
+    state = IndexState.read([stored(SHA_A, RED), stored(SHA_B, BLUE)])
+    state.attach(B, RED._replace(mtime=30.0))
+    assert changed(state) == {A: [], B: [BLUE.path, RED.path]}
+    assert state.unchanged_id(RED.path, 30.0, 99) == B
 
 
-def test_new_content_is_taken_from_the_content_that_its_file_held() -> None:
-    ledger = Ledger.read([stored(SHA_A, RED, BLUE)])
-    ledger.add(B, Content(50, [RED], words_digest(WORDS), is_new=True))
-    assert changed(ledger) == {A: [BLUE.path]}
-    assert ledger.is_unchanged(RED.path, RED.mtime, 50)
+def test_new_content_is_taken_from_the_content_that_its_file_had() -> None:
+    state = IndexState.read([stored(SHA_A, RED, BLUE)])
+    state.add(B, Content(50, [RED], description_digest(NONE), is_new=True))
+    assert changed(state) == {A: [BLUE.path]}
+    assert state.unchanged_id(RED.path, RED.mtime, 50) == B
+    state.detach(BLUE.path)
+    assert changed(state) == {A: []}
 
 
-def test_a_file_that_is_touched_keeps_its_content_at_its_new_time() -> None:
-    ledger = Ledger.read([stored(SHA_A, RED, BLUE)])
-    ledger.hold(A, RED)
-    assert not changed(ledger)
-    ledger.hold(A, RED._replace(mtime=11.5))
-    assert changed(ledger) == {A: [RED.path, BLUE.path]}
-    assert ledger.is_unchanged(RED.path, 11.5, 99)
+def test_a_file_that_is_touched_keeps_its_content_with_its_new_mtime() -> None:
+    state = IndexState.read([stored(SHA_A, RED, BLUE)])
+    state.attach(A, RED)
+    assert not changed(state)
+    state.attach(A, RED._replace(mtime=11.5))
+    assert changed(state) == {A: [RED.path, BLUE.path]}
+    assert state.unchanged_id(RED.path, 11.5, 99) == A
 
 
 @pytest.mark.parametrize("holds", [A, B])
 def test_a_file_that_two_contents_name_is_read_again_and_settled(holds: str) -> None:
-    ledger = Ledger.read([stored(SHA_A, RED), stored(SHA_B, RED)])
-    assert not ledger.is_unchanged(RED.path, RED.mtime, 99)
-    ledger.hold(holds, RED)
-    assert ledger.is_unchanged(RED.path, RED.mtime, 99)
-    assert changed(ledger) == {B if holds == A else A: []}
+    state = IndexState.read([stored(SHA_A, RED), stored(SHA_B, RED)])
+    assert state.unchanged_id(RED.path, RED.mtime, 99) is None
+    state.attach(holds, RED)
+    assert state.unchanged_id(RED.path, RED.mtime, 99) == holds
+    assert changed(state) == {B if holds == A else A: []}
 
 
-def test_files_that_are_gone_are_forgotten_and_counted() -> None:
-    ledger = Ledger.read([stored(SHA_A, RED, BLUE)])
-    assert ledger.forget(A, lambda path: False) == 0
-    assert not changed(ledger)
-    assert ledger.forget(A, lambda path: path == RED.path) == 1
-    assert changed(ledger) == {A: [BLUE.path]}
-    assert ledger.owner(RED.path) is None
-    assert ledger.forget(A, lambda path: True) == 1
-    assert changed(ledger) == {A: []}
+def test_missing_files_are_removed_and_counted() -> None:
+    state = IndexState.read([stored(SHA_A, RED, BLUE)])
+    assert state.remove_missing(A, lambda path: False) == 0
+    assert not changed(state)
+    assert state.remove_missing(A, lambda path: path == RED.path) == 1
+    assert changed(state) == {A: [BLUE.path]}
+    assert state.id_of(RED.path) is None
+    assert state.remove_missing(A, lambda path: True) == 1
+    assert changed(state) == {A: []}
 
 
-def test_a_payload_whose_lists_do_not_fit_is_read_as_far_as_they_do() -> None:
-    id_, broken = stored(SHA_A, RED, BLUE)
-    broken["mtimes"] = broken["mtimes"][:1]
-    ledger = Ledger.read([(id_, broken)])
-    assert ledger.owner(RED.path) == A
-    assert ledger.owner(BLUE.path) is None
-    ledger.hold(A, BLUE)
-    assert changed(ledger) == {A: [RED.path, BLUE.path]}
-
-
-def test_words_are_told_apart_by_type_and_not_by_order() -> None:
-    assert words_digest({"caption": "a", "metadata": {"x": 1, "y": 2}}) == words_digest(
-        {"metadata": {"y": 2, "x": 1}, "caption": "a"}
-    )
-    assert words_digest({"caption": None, "metadata": {"x": 1}}) != words_digest(
-        {"caption": None, "metadata": {"x": True}}
-    )
+def test_a_description_has_a_digest_by_type_and_not_by_order() -> None:
+    one, same, other = {"x": 1, "y": 2}, {"y": 2, "x": 1}, {"x": True, "y": 2}
+    assert description_digest({"metadata": one}) == description_digest({"metadata": same})
+    assert description_digest({"metadata": one}) != description_digest({"metadata": other})

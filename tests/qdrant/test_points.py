@@ -1,74 +1,78 @@
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cocoa_embed.integrations.qdrant.points import (
-    NO_WORDS,
-    Description,
-    ImageRecord,
-    Place,
-    changed_payload,
-    payload,
+    FileLocation,
+    ImageFile,
+    make_payload,
     plain_payload,
     point_id,
     storable,
-    stored_places,
+    stored_locations,
+    update_payload,
 )
 
 SHA256 = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
+ZEBRA = FileLocation("/data/zoo/zebra ünï.jpg", "zebra ünï.jpg", 1_700_000_000.25)
+AGAIN = FileLocation("/data/again.jpg", "again.jpg", 1_700_000_001.5)
+DESCRIPTION = {
+    "caption": "a zebra at dusk",
+    "metadata": {"licence": "CC0", "tags": ["striped"]},
+    "caption_source": "/data/metadata.jsonl",
+}
+NONE = {"caption": None, "metadata": {}, "caption_source": None}
+CHANGES: list[dict[str, Any]] = [
+    {"locations": [AGAIN]},
+    {"locations": [AGAIN, ZEBRA], "description": {**NONE, "caption": "two zebras"}},
+    {"locations": [ZEBRA], "description": NONE},
+    {"locations": [ZEBRA, AGAIN], "thumbnail": "/t/1.jpg"},
+]
 
-ZEBRA = Place("/data/zoo/zebra ünï.jpg", "zebra ünï.jpg", 1_700_000_000.25)
-AGAIN = Place("/data/again.jpg", "again.jpg", 1_700_000_001.5)
-WORDS = {"caption": "a zebra at dusk", "metadata": {"licence": "CC0", "tags": ["striped"]}}
 
-
-def record(**changes: Any) -> ImageRecord:
-    whole = ImageRecord(
-        places=[ZEBRA], words=WORDS, sha256=SHA256, bytes=1234, width=640, height=480, mime="image/jpeg"
-    )
-    return replace(whole, **changes)
+def payload(**changes: Any) -> dict[str, Any]:
+    content = {"sha256": SHA256, "bytes": 1234, "width": 640, "height": 480, "mime": "image/jpeg"}
+    return make_payload(**{"locations": [ZEBRA], "description": DESCRIPTION, **content, **changes})
 
 
 def test_the_id_depends_on_the_content_alone_and_never_changes() -> None:
     assert point_id(SHA256) == "8c851bc5-da8d-5324-9942-0f435ca54c9e"
     assert point_id(SHA256.upper()) == point_id(SHA256)
     assert point_id(SHA256[::-1]) != point_id(SHA256)
+    for wrong in ("", SHA256[:-1], "zz" * 32):
+        with pytest.raises(ValueError, match=r"64 hexadecimal digits|non-hexadecimal"):
+            point_id(wrong)
 
 
-@pytest.mark.parametrize("wrong", ["", SHA256[:-1], "zz" * 32])
-def test_what_is_no_sha256_has_no_id(wrong: str) -> None:
-    with pytest.raises(ValueError, match=r"64 hexadecimal digits|non-hexadecimal"):
-        point_id(wrong)
-
-
-def test_the_payload_holds_the_record_and_no_image() -> None:
-    stored = payload(record())
+def test_the_payload_has_plain_fields_and_no_image() -> None:
+    stored = payload(locations=[ZEBRA, AGAIN])
     assert plain_payload(stored) == {
         "path": "/data/zoo/zebra ünï.jpg",
         "relative_path": "zebra ünï.jpg",
         "mtime": 1_700_000_000.25,
-        "paths": ["/data/zoo/zebra ünï.jpg"],
-        "relative_paths": ["zebra ünï.jpg"],
-        "mtimes": [1_700_000_000.25],
+        "paths": ["/data/zoo/zebra ünï.jpg", "/data/again.jpg"],
+        "relative_paths": ["zebra ünï.jpg", "again.jpg"],
+        "mtimes": [1_700_000_000.25, 1_700_000_001.5],
         "sha256": SHA256,
         "bytes": 1234,
         "width": 640,
         "height": 480,
         "mime": "image/jpeg",
-        "caption": "a zebra at dusk",
-        "metadata": {"licence": "CC0", "tags": ["striped"]},
+        **DESCRIPTION,
     }
     assert json.loads(stored["_node_content"])["image"] is None
+    assert stored_locations(json.loads(json.dumps(stored))) == [ZEBRA, AGAIN]
+    for foreign in ({}, {"paths": None}, {"path": "/a.jpg"}, {"paths": ["/a.jpg"]}):
+        assert stored_locations(foreign) == []
 
 
-@pytest.mark.parametrize("changes", [{}, {"words": NO_WORDS}, {"places": [ZEBRA, AGAIN], "thumbnail": "/t/1.jpg"}])
-def test_the_payload_is_what_llama_index_itself_would_write(changes: dict[str, object]) -> None:
+@pytest.mark.parametrize("changes", CHANGES)
+def test_the_payload_is_what_llama_index_itself_would_write(changes: dict[str, Any]) -> None:
     utils = pytest.importorskip("llama_index.core.vector_stores.utils")
     schema = pytest.importorskip("llama_index.core.schema")
-    stored = payload(record(**changes))
+    stored = payload(**changes)
     node = utils.metadata_dict_to_node(stored)
     assert isinstance(node, schema.ImageNode)
     again = utils.node_to_metadata_dict(node, remove_text=False, flat_metadata=False)
@@ -79,7 +83,7 @@ def test_the_payload_is_what_llama_index_itself_would_write(changes: dict[str, o
 def test_llama_index_shows_a_language_model_the_caption_and_where_the_image_is_from() -> None:
     utils = pytest.importorskip("llama_index.core.vector_stores.utils")
     schema = pytest.importorskip("llama_index.core.schema")
-    node = utils.metadata_dict_to_node(payload(record()))
+    node = utils.metadata_dict_to_node(payload())
     assert node.node_id == node.ref_doc_id == point_id(SHA256)
     assert (node.image_path, node.image_mimetype) == ("/data/zoo/zebra ünï.jpg", "image/jpeg")
     assert node.get_content(schema.MetadataMode.EMBED) == "a zebra at dusk"
@@ -90,52 +94,24 @@ def test_llama_index_shows_a_language_model_the_caption_and_where_the_image_is_f
     assert SHA256 not in shown
 
 
-def test_files_of_the_same_content_stand_side_by_side_and_come_back() -> None:
-    stored = payload(record(places=[ZEBRA, AGAIN]))
-    assert (stored["path"], stored["mtime"]) == (ZEBRA.path, ZEBRA.mtime)
-    assert stored["paths"] == [ZEBRA.path, AGAIN.path]
-    assert stored_places(json.loads(json.dumps(stored))) == [ZEBRA, AGAIN]
-
-
-@pytest.mark.parametrize("foreign", [{}, {"paths": None}, {"path": "/a.jpg"}, {"paths": ["/a.jpg"]}])
-def test_a_payload_that_others_wrote_names_no_files(foreign: dict[str, Any]) -> None:
-    assert stored_places(foreign) == []
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"places": [AGAIN]},
-        {"places": [AGAIN, ZEBRA], "words": {"caption": "two zebras", "metadata": {}}},
-        {"places": [ZEBRA], "words": NO_WORDS},
-        {"places": [ZEBRA], "thumbnail": "/t/1.jpg"},
-    ],
-)
-def test_a_changed_payload_is_that_of_a_record_changed_likewise(changes: dict[str, Any]) -> None:
-    before = payload(record())
+@pytest.mark.parametrize("changes", CHANGES)
+def test_an_updated_payload_is_that_of_the_changed_image(changes: dict[str, Any]) -> None:
+    before = payload()
     kept = dict(before)
-    after = changed_payload(before, **changes)
-    assert after == payload(record(**changes)) != before
+    after = update_payload(before, **changes)
+    assert after == payload(**changes) != before
     assert before == kept
     node = json.loads(after["_node_content"])
     assert (node["image_path"], node["text"]) == (after["path"], after["caption"] or "")
 
 
-def test_a_payload_holds_the_words_that_its_description_is_compared_by() -> None:
-    described = Description(Path("/z.jpg"), "z.jpg", "n\udcff", {"n\udcff": 1}, "/metadata.jsonl")
-    stored = payload(record(words=described.words))
-    assert described.words == {key: stored[key] for key in ("caption", "metadata", "words_from")}
-    assert described.words["caption"] == r"n\udcff"
-
-
-def test_undecodable_bytes_become_valid_unicode() -> None:
-    words = storable({"caption": None, "metadata": {"n\udcff": ["\udcfe", 1, None]}})
-    stored = payload(record(places=[ZEBRA._replace(path=storable("/data/\udcff.jpg"))], words=words))
-    json.dumps(stored, ensure_ascii=False).encode("utf-8")
-    assert stored["path"] == r"/data/\udcff.jpg"
-    assert stored["metadata"] == {r"n\udcff": [r"\udcfe", 1, None]}
+def test_a_description_and_a_location_are_valid_json() -> None:
+    metadata = {"n\udcff": ["\udcfe", 1, None, 1e999, -1e999, float("nan"), 1.5, True]}
+    file = ImageFile(Path("/z\udcff.jpg"), "z\udcff.jpg", "n\udcff", metadata, "/metadata.jsonl")
+    stored = payload(locations=[file.location(1.0)], description=file.description)
+    json.dumps(stored, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    assert (stored["path"], stored["relative_path"]) == (r"/z\udcff.jpg", r"z\udcff.jpg")
+    assert file.description == {key: stored[key] for key in ("caption", "metadata", "caption_source")}
+    assert stored["caption"] == r"n\udcff"
+    assert stored["metadata"] == {r"n\udcff": [r"\udcfe", 1, None, None, None, None, 1.5, True]}
     assert storable("ünï 🦓") == "ünï 🦓"
-
-
-def test_numbers_that_json_does_not_have_become_null() -> None:
-    assert storable({"a": [1e999, -1e999, float("nan"), 1.5, 7, True]}) == {"a": [None, None, None, 1.5, 7, True]}

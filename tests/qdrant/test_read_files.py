@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from cocoa_embed.errors import ImageError
-from cocoa_embed.integrations.qdrant.points import Description, point_id
+from cocoa_embed.integrations.qdrant.points import ImageFile, point_id
 from cocoa_embed.integrations.qdrant.read_files import ReadFile, ahead, read_file
 
 
@@ -13,13 +13,13 @@ def test_a_file_is_read_with_its_hash_its_id_and_its_time(tmp_path: Path) -> Non
     path = tmp_path / "a.png"
     path.write_bytes(b"content")
     sha256 = hashlib.sha256(b"content").hexdigest()
-    assert read_file(Description(path, "a.png")) == ReadFile(point_id(sha256), sha256, b"content", path.stat().st_mtime)
+    assert read_file(ImageFile(path, "a.png")) == ReadFile(point_id(sha256), sha256, b"content", path.stat().st_mtime)
 
 
 def test_an_error_stays_in_its_place(tmp_path: Path) -> None:
     for name in ("a", "c"):
         (tmp_path / name).write_text(name)
-    files = [Description(tmp_path / name, name) for name in "abc"]
+    files = [ImageFile(tmp_path / name, name) for name in "abc"]
     first, second, third = (made for _, made in ahead(read_file, files))
     assert (first.data, third.data) == (b"a", b"c")
     assert isinstance(second, ImageError)

@@ -1,24 +1,30 @@
-"""Indexing runs in processes of their own: to be killed, to run out of disk, to hold a store."""
+"""Work in other processes: to be killed, to run out of disk, to hold a store."""
 
 import contextlib
 import multiprocessing
 import os
 import resource
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 from fake_model import FakeModel
+from store_points import SIGNATURE, make_points
 
 from cocoa_embed.errors import CocoaError
 
 SECONDS_PER_IMAGE = 0.01
+BATCH = 7
 
-Home = dict[str, str]
+Location = dict[str, str]
+"""The keyword of a storage backend, and its folder."""
 
 
 class SlowModel(FakeModel):
@@ -29,38 +35,54 @@ class SlowModel(FakeModel):
         return super()._embed(item)
 
 
-def index_slowly(told: Connection, home: Home, folder: Path) -> None:
-    """Index a folder, in groups of few points; tell when it begins."""
-    from cocoa_embed.integrations.qdrant import writer
-    from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
+def index_slowly(reports: Connection, location: Location, folder: Path) -> None:
+    from cocoa_embed.integrations.qdrant import QdrantIndexer, writer
 
-    writer.POINTS_AT_ONCE = 3
-    with QdrantIndexer(SlowModel(), **home, batch_size=3) as indexer:
-        told.send("started")
+    writer.BATCH_POINTS = 3
+    with QdrantIndexer(SlowModel(), **location, batch_size=3) as indexer:
+        reports.send("started")
         indexer.index(folder, prune=True, progress=False)
 
 
-def index_with_little_disk(told: Connection, home: Home, folder: Path, bytes_a_file: int) -> None:
-    """Index a folder where no file may grow beyond a size; tell the error."""
-    from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
+def index_with_little_disk(reports: Connection, location: Location, folder: Path, max_file_bytes: int) -> None:
+    """Index a folder where no file may grow beyond a size; report the error."""
+    from cocoa_embed.integrations.qdrant import QdrantIndexer
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_a_file, bytes_a_file))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
     try:
-        with QdrantIndexer(FakeModel(), **home) as indexer:
+        with QdrantIndexer(FakeModel(), **location) as indexer:
             indexer.index(folder, progress=False)
     except CocoaError as error:
-        told.send(str(error))
+        reports.send(str(error))
 
 
-def hold(told: Connection, home: Home, folder: Path) -> None:
+def hold(reports: Connection, location: Location, folder: Path) -> None:
     """Open a store, and keep it until the process is ended."""
-    from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
+    from cocoa_embed.integrations.qdrant import QdrantIndexer
 
-    with QdrantIndexer(FakeModel(), **home) as indexer:
+    with QdrantIndexer(FakeModel(), **location) as indexer:
         indexer.index(folder, progress=False)
-        told.send("holding")
+        reports.send("holding")
         time.sleep(600)
+
+
+def fill(reports: Connection, location: Location, start: int, batch: int, text_bytes: int) -> None:
+    """Upsert batches until the store fails; report the number of points after each batch, and the error."""
+    from cocoa_embed.integrations.qdrant.stores import open_store
+
+    store = open_store(**location, collection="images")
+    reports.send(start)
+    if store.signature() is None:
+        store.create(SIGNATURE)
+    try:
+        while True:
+            store.upsert(make_points(start, start + batch, text=os.urandom(text_bytes // 2).hex()))
+            start += batch
+            reports.send(start)
+    except CocoaError as error:
+        reports.send(str(error))
+        store.close()
 
 
 def start(work: Callable[..., None], *arguments: object) -> tuple[ForkServerProcess, Connection]:
@@ -74,33 +96,64 @@ def start(work: Callable[..., None], *arguments: object) -> tuple[ForkServerProc
     return process, ours
 
 
-def run_and_kill(home: Home, folder: Path, seconds: float) -> bool:
-    """Start a run, kill it after some seconds, and tell whether it was still at work."""
-    process, told = start(index_slowly, home, folder)
-    assert told.recv() == "started"
+def received(reports: Connection) -> list[Any]:
+    """Return everything that a process reports until it ends."""
+    values = []
+    with contextlib.suppress(EOFError):
+        while True:
+            values.append(reports.recv())
+    return values
+
+
+def run(work: Callable[..., None], *arguments: object) -> list[Any]:
+    """Run work to its end and return what it reports."""
+    process, reports = start(work, *arguments)
+    values = received(reports)
+    process.join()
+    assert process.exitcode == 0
+    return values
+
+
+def run_and_kill(seconds: float, work: Callable[..., None], *arguments: object) -> tuple[bool, list[Any]]:
+    """Kill work ``seconds`` after its first report; return whether it was still running, and what it reported."""
+    process, reports = start(work, *arguments)
+    first = reports.recv()
     time.sleep(seconds)
     if process.is_alive():
         os.kill(process.pid or 0, signal.SIGKILL)
+    values = [first, *received(reports)]
     process.join()
-    assert process.exitcode in (0, -signal.SIGKILL), "the run failed by itself"
-    return process.exitcode != 0
-
-
-def run_on_a_full_disk(home: Home, folder: Path, bytes_a_file: int) -> str:
-    """Return the error of a run where no file may grow beyond a size."""
-    process, told = start(index_with_little_disk, home, folder, bytes_a_file)
-    error = told.recv()
-    process.join()
-    return str(error)
+    assert process.exitcode in (0, -signal.SIGKILL), "the work failed by itself"
+    return process.exitcode != 0, values
 
 
 @contextlib.contextmanager
-def index_in_another_process(home: Home, folder: Path) -> Iterator[None]:
+def index_in_another_process(location: Location, folder: Path) -> Iterator[None]:
     """Let another process index a folder and hold the store."""
-    process, told = start(hold, home, folder)
-    assert told.recv() == "holding"
+    process, reports = start(hold, location, folder)
+    assert reports.recv() == "holding"
     try:
         yield
     finally:
         process.kill()
         process.join()
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
+    """A separate disk, in memory, that is soon full; where one cannot be mounted, the test is skipped."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("a small disk cannot be mounted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def set_disk(folder: Path, option: str) -> None:
+    """Change a small disk: ``size=100m``, ``ro``, ``rw``."""
+    subprocess.run(["mount", "-o", f"remount,{option}", str(folder)], check=True)

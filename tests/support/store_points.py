@@ -9,6 +9,7 @@ from cocoa_embed.integrations.qdrant.stores.base import Point, Signature
 
 DIMENSION = 8
 SIGNATURE = Signature(model="m", fingerprint="0f", dimension=DIMENSION)
+OTHER = Signature(model="another žluť", fingerprint="ab", dimension=DIMENSION)
 
 
 def name(number: int) -> str:
@@ -24,3 +25,10 @@ def make_points(start: int, stop: int, dimension: int = DIMENSION, **payload: An
         Point(name(number), make_vector(number, dimension), {"number": number, **payload})
         for number in range(start, stop)
     ]
+
+
+def turned(number: int, degrees: float, **payload: Any) -> Point:
+    """A point whose vector is at an angle to that of ``turned(number, 0)``."""
+    angle = np.radians(degrees)
+    vector = np.array([np.cos(angle), np.sin(angle), *[0] * (DIMENSION - 2)], dtype=np.float32)
+    return Point(name(number), vector, {"path": f"/a/{number}.png", "number": number, **payload})

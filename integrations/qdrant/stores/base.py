@@ -1,22 +1,20 @@
-"""Where points are kept: one small interface over the homes of a collection, and what they have in common."""
+"""What every storage backend implements and takes: ``Store``, ``Point``, ``Hit``, ``Signature``, ``StoreOptions``."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from cocoa_embed.errors import CocoaError, UsageError
 
 if TYPE_CHECKING:
-    from qdrant_client import QdrantClient, models
+    from qdrant_client import models
 
 Payload = dict[str, Any]
-Element = TypeVar("Element")
 
 KEYWORD, INTEGER, FLOAT, TEXT = "keyword", "integer", "float", "text"
 PAYLOAD_INDEXES = {
@@ -31,31 +29,44 @@ PAYLOAD_INDEXES = {
     "mtime": FLOAT,
     "caption": TEXT,
 }
-"""The fields of a payload that are indexed, and as what, in the homes that have payload indexes."""
+"""The payload indexes of a collection and their types, for the backends that have payload indexes."""
 
 UNKNOWN_MODEL = "an unknown model"
-"""What made the vectors of a collection that bears no signature."""
+"""The model's name in a collection without a signature."""
 MAX_INTEGER_ID = 2**64 - 1
-ID_BATCH = 1000
-"""Points asked for, or removed, by their ids at once."""
-CANDIDATES = 200
-OVERSAMPLING = 3.0
+MIN_CANDIDATES = 200
+MIN_OVERSAMPLING = 3.0
 
 
 class Point(NamedTuple):
-    """What is stored of an image."""
+    """One image content as it is stored."""
 
     id: str
     """A UUID, in lower case and with hyphens."""
     vector: np.ndarray
-    """float32, of shape (dimension,)."""
+    """float32, shape ``(dimension,)``."""
     payload: Payload
     """A JSON object."""
 
 
+class Query(NamedTuple):
+    """What to search for."""
+
+    vector: np.ndarray
+    """float32, shape ``(dimension,)``."""
+    limit: int
+    """The maximum number of hits."""
+    offset: int = 0
+    """The number of best hits to skip."""
+    score_threshold: float | None = None
+    """The minimum cosine of a hit."""
+    filter: models.Filter | None = None
+    """Conditions on the payload."""
+
+
 @dataclass(frozen=True)
 class Hit:
-    """A point that a search found, with the cosine of its vector and the query's as ``score``."""
+    """A point found by a search; ``score`` is the cosine of its vector and the query's."""
 
     id: str
     score: float
@@ -64,30 +75,32 @@ class Hit:
 
     @property
     def caption(self) -> str:
-        """The words about the image; empty, if there are none, or if what others wrote there is no text."""
+        """The caption; empty if there is none or if the payload has something other than text there."""
         caption = self.payload.get("caption")
         return caption if isinstance(caption, str) else ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Signature:
-    """What a collection says of the model that made its vectors."""
+    """The model that made the vectors of a collection."""
 
     model: str
-    """The name that people know it by."""
+    """The name for messages."""
     fingerprint: str | None
-    """In hexadecimal; None in a collection that others made."""
+    """In hexadecimal; None in a collection that another program made."""
     dimension: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoreOptions:
-    """How a server and Qdrant Edge keep vectors; a collection stays as it was created."""
+    """How a backend connects, and how a new collection keeps its vectors."""
 
     quantization: Literal["scalar", "binary"] | None = None
-    """Search among vectors of a byte, or of a bit, a dimension, then among the best by the vectors themselves."""
+    """Search vectors of one byte (scalar) or one bit (binary) per value, then rescore the best with the originals."""
     on_disk: bool = False
-    """Whether the vectors themselves stay on the disk instead of in memory."""
+    """Keep the original vectors on disk instead of in memory."""
+    api_key: str | None = field(default=None, repr=False)
+    """API key for the Qdrant server; other backends ignore it."""
 
     def __post_init__(self) -> None:
         if self.quantization not in (None, "scalar", "binary"):
@@ -95,204 +108,136 @@ class StoreOptions:
 
 
 class Store(Protocol):
-    """A collection of points. It is opened at first use, and whatever goes wrong in it is a ``CocoaError``.
+    """One collection of points in a storage backend.
 
-    Threads may share one; what a call does for one of them, the others see when it has returned.
+    A store opens at first use and raises ``CocoaError`` for every failure. Threads may share it; when a call returns,
+    its effect is visible to all of them.
     """
 
-    place: str
-    """Where the points are, for people to read: a folder or an address."""
+    location: str
+    """The folder or address, for messages."""
     collection: str
     parallel: int
-    """How many threads may gainfully upsert at once."""
+    """The number of threads that should upsert at once."""
 
     def collections(self) -> list[str] | None:
-        """Return the names of the collections in this place, sorted; None if there is no such place."""
+        """Return the names of all collections at this location, sorted; None if the location does not exist."""
 
     def signature(self) -> Signature | None:
-        """Return what the collection says of its model, or None if there is no such collection.
+        """Return the signature of the collection, or None if there is no such collection.
 
-        :raises CocoaError: If it holds anything but one unnamed vector a point, compared by the cosine.
+        :raises CocoaError: If it holds anything but one unnamed vector per point, compared by cosine.
         """
 
     def create(self, signature: Signature) -> None:
-        """Create the collection with its payload indexes, or find that another process has just made the same.
+        """Create the collection with its payload indexes, unless it exists with the same signature.
 
-        :raises CocoaError: If there is one with another signature.
+        :raises CocoaError: If it exists with another signature.
         """
 
     def sign(self, signature: Signature) -> None:
         """Write the signature into a collection that has none.
 
-        :raises CocoaError: If it has another one, or holds vectors of another dimension.
+        :raises CocoaError: If it has another signature, or vectors of another dimension.
         """
 
     def scan(self, keys: Sequence[str]) -> Iterator[tuple[str, Payload]]:
-        """Yield the id of every point with those fields of its payload that it has, page by page."""
+        """Yield the id of every point and, of ``keys``, those that its payload has."""
+        ...
 
     def retrieve(self, ids: Sequence[str]) -> dict[str, Payload]:
-        """Return the payloads of points by id; those that are not there are missing."""
+        """Return the payloads of points by id; ids that do not exist are left out."""
+        ...
 
     def count(self) -> int:
         """Return the number of points."""
+        ...
 
     def upsert(self, points: Sequence[Point]) -> None:
-        """Store points, in place of those with the same ids, and wait until they are there.
+        """Store points, replace those with the same ids, and wait until they are stored.
 
-        :raises CocoaError: If the vector or the payload of one cannot be stored; then nothing was written.
+        :raises CocoaError: If a vector or a payload cannot be stored; then nothing was written.
         """
 
     def overwrite_payload(self, id_: str, payload: Payload) -> None:
-        """Give a stored point another payload, and wait until it has it."""
+        """Replace the payload of a stored point and wait until it is stored."""
 
     def delete(self, ids: Sequence[str]) -> None:
-        """Remove points, and wait until they are gone; those that are not there are no error."""
+        """Delete points and wait until they are deleted; ids that do not exist are ignored."""
 
-    def search(
-        self,
-        vector: np.ndarray,
-        *,
-        limit: int,
-        offset: int = 0,
-        score_threshold: float | None = None,
-        query_filter: models.Filter | None = None,
-    ) -> list[Hit]:
-        """Return the points whose vectors are nearest to ``vector`` by the cosine, best first.
-
-        :param limit: The most hits to return.
-        :param offset: How many of the best to leave out.
-        :param score_threshold: The least cosine of a hit.
-        :param query_filter: What the payload of a hit has to be like.
-        """
+    def search(self, query: Query) -> list[Hit]:
+        """Return the points nearest to the query's vector by cosine, best first."""
+        ...
 
     def finish(self) -> None:
-        """Do what is best done once after many writes: Qdrant Edge builds its search index."""
+        """Do the work that follows many writes: Qdrant Edge builds its search index."""
 
     def close(self) -> None:
-        """Let go of files, locks and connections; the next use opens the store again."""
-
-
-def open_store(
-    *,
-    client: QdrantClient | None = None,
-    path: str | Path | None = None,
-    url: str | None = None,
-    edge: str | Path | None = None,
-    api_key: str | None = None,
-    collection: str,
-    options: StoreOptions | None = None,
-) -> Store:
-    """Return a collection in one of the homes of points; nothing is opened yet.
-
-    :param client: A client to use as it is; closing it remains the caller's.
-    :param path: The folder of a local store, which one process at a time can use.
-    :param url: The address of a Qdrant server.
-    :param edge: The folder of Qdrant Edge shards, one a collection.
-    :param api_key: What the server wants to see, if anything.
-    :param options: What a local store knows nothing of is refused there; in a given client it is passed on.
-    :raises UsageError: If not exactly one place is given, or what is given makes no sense.
-    :raises MissingExtraError: If a package is not installed that the place needs.
-    """
-    places = {"client": client, "path": path, "url": url, "edge": edge}
-    given = [name for name, place in places.items() if place is not None]
-    if len(given) > 1:
-        raise UsageError("more than one place to store points was given; give one of client, path, url and edge")
-    if not given:
-        raise UsageError("no place to store points was given; give one of client, path, url and edge")
-    from cocoa_embed.integrations.qdrant.stores.checks import check_collection_name, check_url
-
-    check_collection_name(collection)
-    options = options or StoreOptions()
-    if path is not None:
-        if options != StoreOptions():
-            raise UsageError(
-                "a local store (path) has no quantization and keeps vectors in memory; give the url of a server, or"
-                " edge, for these options"
-            )
-        from cocoa_embed.integrations.qdrant.stores.local import LocalStore
-
-        return LocalStore(Path(path), collection)
-    if edge is not None:
-        from cocoa_embed.integrations.qdrant.stores.edge import EdgeStore
-
-        return EdgeStore(Path(edge), collection, options)
-    from cocoa_embed.integrations.qdrant.stores.server import ServerStore, given_store
-
-    if url is not None:
-        check_url(url)
-        return ServerStore(url, collection, options, api_key=api_key)
-    assert client is not None
-    return given_store(client, collection, options)
+        """Release files, locks and connections; the next use opens the store again."""
 
 
 def require_signature(store: Store) -> Signature:
-    """Return the signature of a collection that has to be there.
+    """Return the signature of a collection that must exist.
 
-    :raises CocoaError: If it is not, with what is there instead.
+    :raises CocoaError: If it does not exist; the message lists the collections that do.
     """
     signature = store.signature()
     if signature is not None:
         return signature
-    remedy = "run cocoa-embed index first, or name another place"
     names = store.collections()
     if names is None:
-        raise CocoaError(f"there is no index in {store.place}; {remedy}")
-    there = f"it holds {', '.join(names)}" if names else "it is empty"
-    raise CocoaError(f"there is no collection {store.collection!r} in {store.place} ({there}); {remedy}")
+        raise CocoaError(f"there is no index in {store.location}; run cocoa-embed index first, or give another place")
+    raise no_collection(store, f" (it holds {', '.join(names)})" if names else " (it is empty)")
+
+
+def no_collection(store: Store, detail: str = "") -> CocoaError:
+    """Return the error for a collection that does not exist."""
+    return CocoaError(
+        f"there is no collection {store.collection!r} in {store.location}{detail}; run cocoa-embed index first, or give"
+        " another place"
+    )
 
 
 def point_key(id_: str) -> int | str:
-    """Return an id as Qdrant has it: the integers among them are written in digits here."""
+    """Return an id as Qdrant has it: an integer if it consists of digits."""
     return int(id_) if id_.isdecimal() and len(id_) <= len(str(MAX_INTEGER_ID)) else id_
 
 
 def lower_bound(score_threshold: float | None) -> float | None:
-    """Return what a score has to be above to be at least ``score_threshold``: Qdrant leaves equal ones out."""
+    """Return the next smaller float32, because Qdrant leaves out scores that equal the threshold."""
     if score_threshold is None:
         return None
     return float(np.nextafter(np.float32(score_threshold), np.float32(-np.inf)))
 
 
 def oversampling(limit: int) -> float:
-    """Return how many candidates a search for ``limit`` quantized vectors takes for each to look at closer.
+    """Return how many quantized candidates per hit to rescore: at least 3, and at least 200 in total.
 
-    With vectors of a bit a dimension, twice as many as are asked for do not hold the nearest; comparing a few hundred
-    vectors more costs little.
+    With one bit per value, twice ``limit`` candidates miss some of the nearest points; rescoring 200 costs little.
     """
-    return max(OVERSAMPLING, CANDIDATES / limit)
+    return max(MIN_OVERSAMPLING, MIN_CANDIDATES / limit)
 
 
-def hit(id_: object, score: float, payload: Payload | None) -> Hit:
-    """Return a ``Hit`` of what a search has given."""
+def make_hit(id_: object, score: float, payload: Payload | None) -> Hit:
+    """Return a backend's search result as a ``Hit``."""
     stored = payload or {}
     return Hit(id=str(id_), score=float(score), path=image_path(stored), payload=stored)
 
 
 def image_path(payload: Payload) -> str:
-    """Return the path of a point's image; that of a node which LlamaIndex wrote, if need be; empty if there is none."""
+    """Return the path of a point's image, also from a node that LlamaIndex wrote; empty if there is none."""
     if "path" in payload or "_node_content" not in payload:
         return str(payload.get("path", ""))
     try:
         return str(json.loads(payload["_node_content"]).get("image_path") or "")
-    except (ValueError, TypeError, AttributeError):  # what others wrote may be anything
+    except (ValueError, TypeError, AttributeError):  # another program may have written anything
         return ""
 
 
-def signature_fields(signature: Signature) -> Payload:
-    """Return a signature as a JSON object."""
-    return asdict(signature)
-
-
 def read_signature(fields: object, dimension: int) -> Signature:
-    """Return the signature that is written as a JSON object; of an unknown model if ``fields`` is no such thing."""
+    """Return the signature from its JSON object; an unknown model if ``fields`` is anything else."""
     if isinstance(fields, Mapping):
         model, fingerprint = fields.get("model"), fields.get("fingerprint")
         if isinstance(model, str) and isinstance(fingerprint, str):
             return Signature(model=model, fingerprint=fingerprint, dimension=dimension)
     return Signature(model=UNKNOWN_MODEL, fingerprint=None, dimension=dimension)
-
-
-def batches(elements: Sequence[Element], size: int) -> Iterator[Sequence[Element]]:
-    """Yield ``elements`` in lots of ``size``, the last one smaller."""
-    for start in range(0, len(elements), size):
-        yield elements[start : start + size]

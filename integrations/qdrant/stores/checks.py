@@ -1,24 +1,26 @@
-"""What no home of points may be given: names, addresses, points, queries and collections that are refused. Pure."""
+"""Check names, points, queries and collections before a backend sees them. No input or output."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Sequence
-from urllib.parse import urlsplit
 
 import numpy as np
 
 from cocoa_embed.errors import CocoaError, UsageError
-from cocoa_embed.integrations.qdrant.stores.base import Payload, Point, Signature, Store
+from cocoa_embed.integrations.qdrant.stores.base import Payload, Point, Query, Signature, Store, no_collection
 
 MAX_COLLECTION_NAME = 255
-"""Bytes in the name of a collection, which is a folder's name in a local store."""
+"""Bytes in the name of a collection, which is the name of a folder in a local store."""
+BYTES_PER_VALUE = 26
+"""The longest number in JSON is one such as -0.000012345678442216013, with a comma."""
+BYTES_PER_POINT = 100
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 def check_collection_name(name: str) -> None:
-    """Refuse a name that Qdrant refuses, or that would be a path of its own in a local store.
+    """Refuse a name that Qdrant refuses or that is a path in a local store.
 
     :raises UsageError: If it is one.
     """
@@ -30,29 +32,12 @@ def check_collection_name(name: str) -> None:
         )
 
 
-def check_url(url: str) -> None:
-    """Refuse an address that is not of the form ``http://host:port``.
-
-    :raises UsageError: If it is one.
-    """
-    try:
-        parts = urlsplit(url)
-        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        is_address = False
-    if is_address and "@" in parts.netloc:
-        raise UsageError("the address of a Qdrant server holds a user name or a password; give the server's api_key")
-    if not is_address or not url.isprintable():
-        raise UsageError(f"{url!r} is no address of a Qdrant server; give one such as http://localhost:6333")
-
-
 def check_points(points: Sequence[Point], dimension: int | None = None) -> list[int]:
-    """Refuse points that a home of points refuses, or takes and gives back as something else.
+    """Refuse points that a backend refuses or changes.
 
-    :param dimension: Of the collection, if it is known.
-    :return: The bytes that each takes as JSON, at most.
-    :raises CocoaError: If an id is no UUID, a vector is not finite or of another dimension than it should be, or a
-        payload is not JSON.
+    :param dimension: The dimension of the collection, if it is known.
+    :returns: The maximum size of each point in bytes, as JSON.
+    :raises CocoaError: If an id is no UUID, a vector is not finite or has another dimension, or a payload is not JSON.
     """
     sizes = []
     for point in points:
@@ -66,68 +51,55 @@ def check_points(points: Sequence[Point], dimension: int | None = None) -> list[
             )
         if not np.isfinite(point.vector).all():
             raise CocoaError(f"{name} has a vector that is not finite; nothing was written")
-        # The longest number is one such as -0.000012345678442216013, with a comma.
-        sizes.append(payload_size(name, point.payload) + 26 * point.vector.size + 100)
+        sizes.append(payload_size(name, point.payload) + BYTES_PER_VALUE * point.vector.size + BYTES_PER_POINT)
     return sizes
 
 
 def payload_size(name: str, payload: Payload) -> int:
-    """Return the bytes that a payload takes as JSON, at most.
+    """Return the size of a payload as JSON, in bytes.
 
-    :raises CocoaError: If it is no JSON: a number that is not finite, a lone surrogate, an object of Python's.
+    :raises CocoaError: If it is not JSON: it has a number that is not finite, a lone surrogate, or a Python object.
     """
     try:
-        return len(json.dumps(payload, allow_nan=False, ensure_ascii=False).encode())
+        return len(json.dumps(payload, ensure_ascii=False, allow_nan=False).encode("utf-8"))
     except (ValueError, TypeError) as error:
-        raise CocoaError(f"{name} has a payload that is not JSON ({error}); nothing was written") from error
+        raise CocoaError(f"{name} has a payload that is not JSON ({error!a}); nothing was written") from error
 
 
-def query_values(vector: np.ndarray, dimension: int | None = None) -> list[float]:
-    """Return a query's vector as numbers.
+def query_values(query: Query, dimension: int | None) -> list[float]:
+    """Return a query's vector as a list.
 
-    :raises CocoaError: If it is not finite, or not of the collection's dimension.
+    :raises CocoaError: If it is not finite or has another dimension than the collection.
     """
-    if dimension is not None and vector.shape != (dimension,):
-        raise CocoaError(f"the query's vector is of shape {vector.shape}, those in the collection of ({dimension},)")
-    if not np.isfinite(vector).all():
+    if query.vector.shape != (dimension or query.vector.size,):
+        raise CocoaError(f"the query's vector has shape {query.vector.shape}, those of the collection ({dimension},)")
+    if not np.isfinite(query.vector).all():
         raise CocoaError("the query's vector is not finite")
-    return np.asarray(vector, dtype=np.float32).tolist()
+    return np.asarray(query.vector, dtype=np.float32).tolist()
 
 
-def check_vectors(store: Store, names: Sequence[str], *, size: int, distance: str) -> None:
-    """Refuse a collection that holds anything but one unnamed vector a point, compared by the cosine.
-
-    :param names: Of the vectors of a point; the unnamed one is called "".
-    :param size: The dimension of the unnamed vector, if there is one.
-    :param distance: How the unnamed vector is compared, if there is one.
-    :raises CocoaError: If it is one.
-    """
-    if list(names) != [""]:
-        raise CocoaError(
-            f"collection {store.collection!r} in {store.place} holds named vectors ({', '.join(names)}),"
-            " not the one unnamed vector that this indexer writes; choose another collection"
-        )
-    if distance != "Cosine":
-        raise CocoaError(
-            f"collection {store.collection!r} in {store.place} holds vectors of {size} dimensions ({distance}), this"
-            f" indexer writes {size} (Cosine); choose another collection"
-        )
+def other_vectors(store: Store, found: str) -> CocoaError:
+    """Return the error for a collection with other vectors than this indexer writes."""
+    return CocoaError(
+        f"collection {store.collection!r} in {store.location} holds {found}, not one unnamed vector per image compared"
+        " by cosine; choose another collection"
+    )
 
 
 def check_may_sign(store: Store, found: Signature | None, signature: Signature) -> None:
-    """Refuse to write ``signature`` over another one, or into what cannot bear it.
+    """Refuse to write ``signature`` over another one or into a collection with other vectors.
 
-    :raises CocoaError: If the collection is not there, has another signature, or other vectors.
+    :raises CocoaError: If the collection does not exist, has another signature, or another dimension.
     """
     if found is None:
-        raise CocoaError(f"there is no collection {store.collection!r} in {store.place} to sign")
+        raise no_collection(store)
+    collection = f"collection {store.collection!r} in {store.location}"
     if found.dimension != signature.dimension:
         raise CocoaError(
-            f"collection {store.collection!r} in {store.place} holds vectors of {found.dimension} dimensions,"
-            f" {signature.model} makes {signature.dimension}; choose another collection"
+            f"{collection} holds vectors of {found.dimension} dimensions, {signature.model} makes"
+            f" {signature.dimension}; choose another collection"
         )
     if found.fingerprint not in (None, signature.fingerprint):
         raise CocoaError(
-            f"collection {store.collection!r} in {store.place} was made with {found.model}, not with"
-            f" {signature.model}; choose another collection"
+            f"{collection} was made with {found.model}, not with {signature.model}; choose another collection"
         )

@@ -1,4 +1,4 @@
-"""A collection in a folder, by Qdrant Edge: the engine of a server in this process, one process at a time."""
+"""A collection in a folder, in Qdrant Edge: a server's engine in this process, one process at a time."""
 
 from __future__ import annotations
 
@@ -10,38 +10,16 @@ import time
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import Any
+
+from filelock import FileLock
 
 from cocoa_embed.errors import CocoaError, one_line, printable, require
 from cocoa_embed.folders import refuse_foreign_folder, write_whole
-from cocoa_embed.integrations.qdrant.stores.base import (
-    FLOAT,
-    ID_BATCH,
-    INTEGER,
-    KEYWORD,
-    PAYLOAD_INDEXES,
-    TEXT,
-    Hit,
-    Payload,
-    Point,
-    Signature,
-    StoreOptions,
-    batches,
-    hit,
-    lower_bound,
-    oversampling,
-    point_key,
-    read_signature,
-    signature_fields,
-)
-from cocoa_embed.integrations.qdrant.stores.checks import (
-    check_may_sign,
-    check_points,
-    check_vectors,
-    payload_size,
-    query_values,
-)
+from cocoa_embed.integrations.qdrant.stores import base, checks
+from cocoa_embed.integrations.qdrant.stores.base import Hit, Payload, Point, Query, Signature, StoreOptions
 from cocoa_embed.integrations.qdrant.stores.locks import in_use, lock_file
 
 require("qdrant_edge", "edge")
@@ -50,95 +28,100 @@ import qdrant_edge as edge  # noqa: E402 - after the error that names the extra
 
 from cocoa_embed.integrations.qdrant.stores.edge_filters import to_edge_filter  # noqa: E402
 
-if TYPE_CHECKING:
-    import numpy as np
-    from qdrant_client import models
-
 MARKER = ".cocoa-edge"
-"""What makes a folder one of shards; locked while one is created in it."""
+"""Marks a folder of shards; locked while one is created in it."""
 LOCK_FILE = ".cocoa-lock"
 CONFIG_FILE = "edge_config.json"
-"""The engine's own, in each shard."""
+"""The engine's own file in each shard."""
 SIGNATURE_FILE = "signature.json"
 SCRATCH = "creating:"
-"""A shard that is not whole yet; no collection can have this name."""
+"""An unfinished shard; no collection can have this name."""
 SCROLL_LIMIT = 1000
 RESERVE = 128 * 2**20
-"""Bytes that have to be free on the disk before the engine is let write: where its mapped files find no room, the
-kernel ends the whole process. An empty shard is 200 MB of holes, 100 of which some file systems fill."""
-FLUSH_SECONDS = 5.0
-"""Between two flushes, as in a server. The engine's log keeps what a kill would lose; a flush is for power failures,
-takes up to a second on a busy disk, and lets no other thread of the process run meanwhile."""
+"""Free bytes that the disk must have before a write: where the engine's mapped files find no room, the kernel kills the
+process. An empty shard is 200 MB of holes, 100 MB of which some file systems fill."""
 READING_RESERVE = 32 * 2**20
-"""Bytes that have to be free before a shard is opened."""
-ROOM = 4
-"""Times the bytes of points that the engine may take for them: log, payloads, vectors, indexes."""
+"""Free bytes that the disk must have before a shard is opened."""
+BYTES_PER_BYTE = 4
+"""Bytes that the engine may take for each byte of a point: log, payload, vector, indexes."""
+FLUSH_SECONDS = 5.0
+"""Between two flushes, as in a server. The engine's log survives a kill; a flush is for power failures, takes up to a
+second on a busy disk and blocks all threads."""
+
+
+def open_collection(folder: str | Path, collection: str, options: StoreOptions) -> EdgeStore:
+    """Return a collection in a folder of shards; nothing is opened or created yet."""
+    return EdgeStore(Path(folder), collection, options)
 
 
 class EdgeStore:
-    """A shard of its own in a folder of shards, which is made whole before it has its name."""
+    """A shard in a folder of shards; it gets its name when it is complete."""
 
     parallel = 1
 
     def __init__(self, folder: Path, collection: str, options: StoreOptions) -> None:
-        """Name a folder of shards and one in it; nothing is opened or created yet."""
-        self.place = printable(folder)
+        """Name a folder and a shard; nothing is opened or created yet."""
+        self.location = printable(folder)
         self.collection = collection
         self.options = options
         self._folder = folder
         self._shard_folder = folder / collection
         self._shard: edge.EdgeShard | None = None
         self._dimension: int | None = None
-        self._lock_handle: IO[str] | None = None
+        self._file_lock: FileLock | None = None
         self._closing: weakref.finalize | None = None
-        self._flushed = 0.0
+        self._last_flush = 0.0
         self._lock = threading.RLock()
 
     def collections(self) -> list[str] | None:
-        """Return the names of the collections, sorted; None if there is no such folder."""
-        with self._files():
+        """Return the names of all collections, sorted; None if there is no such folder."""
+        with self._readable_errors():
             if not self._folder.is_dir():
                 return None
             names = (file.parent.name for file in self._folder.glob(f"*/{CONFIG_FILE}"))
             return sorted(name for name in names if name != SCRATCH)
 
     def signature(self) -> Signature | None:
-        """Return what the collection says of its model, or None if there is no such collection."""
-        with self._files():
-            if not (self._shard_folder / CONFIG_FILE).exists():
+        """Return the signature of the collection, or None if there is no such collection."""
+        with self._readable_errors():
+            if not self._exists():
                 self._refuse_foreign_folders()
                 return None
             vectors = read_json(self._shard_folder / CONFIG_FILE).get("vectors", {})
-            params = vectors.get("", {})
-            distance = "several a point" if params.get("multivector_config") else params.get("distance", "")
-            check_vectors(self, list(vectors), size=params.get("size", 0), distance=distance)
-            self._dimension = int(params["size"])
-            signature_file = self._shard_folder / SIGNATURE_FILE
-            fields = read_json(signature_file) if signature_file.exists() else None
-        return read_signature(fields, self._dimension)
+            if list(vectors) != [""]:
+                raise checks.other_vectors(self, f"named vectors ({', '.join(vectors)})")
+            size, distance = int(vectors[""]["size"]), vectors[""]["distance"]
+            if distance != "Cosine" or vectors[""].get("multivector_config"):
+                raise checks.other_vectors(self, f"vectors of {size} dimensions ({distance})")
+            self._dimension = size
+            file = self._shard_folder / SIGNATURE_FILE
+            return base.read_signature(read_json(file) if file.exists() else None, self._dimension)
 
     def create(self, signature: Signature) -> None:
         """Create the collection with its payload indexes, and the folder if needed."""
-        with self._files():
+        with self._readable_errors():
             self._refuse_foreign_folders()
             self._folder.mkdir(parents=True, exist_ok=True)
-            with lock_file(self._folder / MARKER, self.place):
-                if (self._shard_folder / CONFIG_FILE).exists():
+            lock = lock_file(self._folder / MARKER, self.location)
+            try:
+                if self._exists():
                     self.sign(signature)
                     return
                 self._require_room(RESERVE)
                 self._build(self._folder / SCRATCH, signature)
                 os.replace(self._folder / SCRATCH, self._shard_folder)
+            finally:
+                lock.release()
         self._dimension = signature.dimension
 
     def sign(self, signature: Signature) -> None:
         """Write the signature into a collection that has none."""
-        check_may_sign(self, self.signature(), signature)
-        with self._files():
-            write_whole(self._shard_folder / SIGNATURE_FILE, json.dumps(signature_fields(signature)))
+        checks.check_may_sign(self, self.signature(), signature)
+        with self._readable_errors():
+            write_whole(self._shard_folder / SIGNATURE_FILE, json.dumps(asdict(signature)))
 
     def scan(self, keys: Sequence[str]) -> Iterator[tuple[str, Payload]]:
-        """Yield the id of every point with those fields of its payload that it has, page by page."""
+        """Yield the id of every point and, of ``keys``, those that its payload has."""
         offset = None
         while True:
             request = edge.ScrollRequest(
@@ -151,13 +134,10 @@ class EdgeStore:
                 return
 
     def retrieve(self, ids: Sequence[str]) -> dict[str, Payload]:
-        """Return the payloads of points by id; those that are not there are missing."""
-        found: dict[str, Payload] = {}
-        for some in batches([point_key(id_) for id_ in ids], ID_BATCH):
-            with self._engine() as shard:
-                records = shard.retrieve(list(some), True, False)
-            found.update({str(record.id): record.payload or {} for record in records})
-        return found
+        """Return the payloads of points by id; ids that do not exist are left out."""
+        with self._engine() as shard:
+            records = shard.retrieve([base.point_key(id_) for id_ in ids], True, False)
+        return {str(record.id): record.payload or {} for record in records}
 
     def count(self) -> int:
         """Return the number of points."""
@@ -165,57 +145,49 @@ class EdgeStore:
             return shard.count(edge.CountRequest(exact=True))
 
     def upsert(self, points: Sequence[Point]) -> None:
-        """Store points, and wait until they are in the engine's log."""
+        """Store points and wait until they are in the engine's log."""
         # The engine, unlike a server, takes vectors that are not finite, and half of a batch with a wrong dimension.
-        sizes = check_points(points, self._required_dimension())
+        sizes = checks.check_points(points, self._required_dimension())
         if points:
             structs = [edge.Point(point.id, point.vector.tolist(), point.payload) for point in points]
             self._update(edge.UpdateOperation.upsert_points(structs), sum(sizes))
 
     def overwrite_payload(self, id_: str, payload: Payload) -> None:
-        """Give a stored point another payload, and wait until it has it."""
-        size = payload_size(f"point {id_}", payload)
-        self._update(edge.UpdateOperation.overwrite_payload([point_key(id_)], payload), size)
+        """Replace the payload of a stored point and wait until it is stored."""
+        size = checks.payload_size(f"point {id_}", payload)
+        self._update(edge.UpdateOperation.overwrite_payload([base.point_key(id_)], payload), size)
 
     def delete(self, ids: Sequence[str]) -> None:
-        """Remove points, and wait until they are gone."""
-        for some in batches([point_key(id_) for id_ in ids], ID_BATCH):
-            self._update(edge.UpdateOperation.delete_points(list(some)), 100 * len(some))
+        """Delete points and wait until they are deleted."""
+        self._update(edge.UpdateOperation.delete_points([base.point_key(id_) for id_ in ids]), 100 * len(ids))
 
-    def search(
-        self,
-        vector: np.ndarray,
-        *,
-        limit: int,
-        offset: int = 0,
-        score_threshold: float | None = None,
-        query_filter: models.Filter | None = None,
-    ) -> list[Hit]:
-        """Return the points whose vectors are nearest to ``vector`` by the cosine, best first."""
-        quantization = edge.QuantizationSearchParams(rescore=True, oversampling=oversampling(limit + offset))
+    def search(self, query: Query) -> list[Hit]:
+        """Return the points nearest to the query's vector by cosine, best first."""
+        oversampling = base.oversampling(query.limit + query.offset)
+        quantization = edge.QuantizationSearchParams(rescore=True, oversampling=oversampling)
         request = edge.QueryRequest(
-            limit=limit,
-            offset=offset,
-            query=edge.Query.Nearest(query_values(vector, self._required_dimension())),
-            filter=None if query_filter is None else to_edge_filter(query_filter),
-            score_threshold=lower_bound(score_threshold),
+            limit=query.limit,
+            offset=query.offset,
+            query=edge.Query.Nearest(checks.query_values(query, self._required_dimension())),
+            filter=None if query.filter is None else to_edge_filter(query.filter),
+            score_threshold=base.lower_bound(query.score_threshold),
             params=edge.SearchParams(quantization=quantization),
             with_payload=True,
         )
         with self._engine() as shard:
-            return [hit(point.id, point.score, point.payload) for point in shard.query(request)]
+            return [base.make_hit(point.id, point.score, point.payload) for point in shard.query(request)]
 
     def finish(self) -> None:
-        """Build the search index. What was stored can be found without it, but slower the more there is.
+        """Build the search index, without which a search takes longer the more points there are.
 
-        Every other thread of the process stands still meanwhile.
+        Every other thread of the process is blocked meanwhile.
 
-        :raises CocoaError: If there is no room on the disk to do so.
+        :raises CocoaError: If the disk has no room for it.
         """
-        with self._engine(writes=True) as shard:
+        with self._engine() as shard:
             info = shard.info()
             if info.indexed_vectors_count < info.points_count:
-                # Segments are written anew beside the old ones, which go at the next flush.
+                # Segments are rewritten beside the old ones, which the next flush deletes.
                 self._require_room(RESERVE + allocated_bytes(self._shard_folder / "segments"))
             shard.optimize()
             shard.flush()
@@ -226,138 +198,132 @@ class EdgeStore:
             closing, self._closing, self._shard = self._closing, None, None
             try:
                 if closing is not None:
-                    with self._files():
+                    with self._readable_errors():
                         closing()
             finally:
-                if self._lock_handle is not None:
-                    self._lock_handle.close()
-                    self._lock_handle = None
+                if self._file_lock is not None:
+                    self._file_lock.release()
+                    self._file_lock = None
+
+    def _exists(self) -> bool:
+        return (self._shard_folder / CONFIG_FILE).exists()
 
     def _build(self, scratch: Path, signature: Signature) -> None:
-        """Make a whole shard in a folder that has another's place until it is."""
+        """Create a complete shard in a scratch folder."""
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
         shard = edge.EdgeShard.create(str(scratch), shard_config(signature.dimension, self.options))
-        for field, kind in PAYLOAD_INDEXES.items():
-            shard.update(edge.UpdateOperation.create_field_index(field, FIELD_INDEXES[kind]))
+        for key, kind in base.PAYLOAD_INDEXES.items():
+            shard.update(edge.UpdateOperation.create_field_index(key, FIELD_INDEXES[kind]))
         flush_and_close(shard)
-        write_whole(scratch / SIGNATURE_FILE, json.dumps(signature_fields(signature)))
+        write_whole(scratch / SIGNATURE_FILE, json.dumps(asdict(signature)))
 
     def _update(self, operation: edge.UpdateOperation, size: int) -> None:
-        with self._engine(writes=True) as shard:
-            self._require_room(RESERVE + ROOM * size)
+        with self._engine() as shard:
+            self._require_room(RESERVE + BYTES_PER_BYTE * size)
             shard.update(operation)
-            if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            if time.monotonic() - self._last_flush > FLUSH_SECONDS:
                 shard.flush()
-                self._flushed = time.monotonic()
+                self._last_flush = time.monotonic()
 
     def _required_dimension(self) -> int:
         if self._dimension is None and self.signature() is None:
-            raise self._missing()
+            raise base.no_collection(self)
         assert self._dimension is not None
         return self._dimension
 
-    def _missing(self) -> CocoaError:
-        return CocoaError(
-            f"there is no collection {self.collection!r} in {self.place}; run cocoa-embed index first, or name another"
-            " place"
-        )
-
     def _refuse_foreign_folders(self) -> None:
-        """Refuse to create a shard among what is something else.
+        """Refuse to create a shard in a folder that holds something else.
 
-        :raises CocoaError: If the folder of shards or the shard's holds it.
+        :raises CocoaError: If the folder of shards or the shard's own does.
         """
         refuse_foreign_folder(self._folder, marker=MARKER)
         refuse_foreign_folder(self._shard_folder, marker=CONFIG_FILE)
 
     def _require_room(self, needed: int) -> None:
-        """Check that the disk has so many free bytes.
+        """Check that the disk has ``needed`` free bytes.
 
         :raises CocoaError: If it has not.
         """
         free = shutil.disk_usage(self._folder).free
         if free < needed:
             raise CocoaError(
-                f"the disk of {self.place} is full: {free // 2**20} MiB are free, Qdrant Edge needs"
+                f"the disk of {self.location} is full: {free // 2**20} MiB are free, Qdrant Edge needs"
                 f" {-(-needed // 2**20)} MiB to go on; what was stored so far is safe"
             )
 
     @contextmanager
-    def _engine(self, *, writes: bool = False) -> Iterator[edge.EdgeShard]:
-        """Lend the open shard to one thread at a time.
+    def _engine(self) -> Iterator[edge.EdgeShard]:
+        """Give the open shard to one thread at a time.
 
-        :raises CocoaError: If it cannot be opened, or does not do what it is asked.
+        :raises CocoaError: If it cannot be opened or fails.
         """
-        with self._lock, self._files():
+        with self._lock, self._readable_errors():
             shard = self._open()
             try:
                 yield shard
             except BaseException:
-                if writes:
-                    # What is in memory may not be what the log says; loading it again brings them together.
-                    with suppress(CocoaError):
-                        self.close()
+                # Memory and log may differ after a failed write; the next use loads the log.
+                with suppress(CocoaError):
+                    self.close()
                 raise
 
     @contextmanager
-    def _files(self) -> Iterator[None]:
-        """Turn what the file system and the engine raise into what people read."""
+    def _readable_errors(self) -> Iterator[None]:
+        """Turn errors of the file system and of the engine into ``CocoaError``."""
         try:
             yield
         except CocoaError:
             raise
         except OSError as error:
-            raise CocoaError(f"the index {self.place} cannot be used ({one_line(error)})") from error
-        except Exception as error:  # the engine raises nothing that is more exact
+            raise CocoaError(f"the index {self.location} cannot be used ({one_line(error)})") from error
+        except Exception as error:  # the engine raises nothing more specific
             if "WouldBlock" in str(error):
-                raise in_use(self.place) from error
-            raise CocoaError(f"Qdrant Edge at {self.place} did not do what was asked: {one_line(error)}") from error
+                raise in_use(self.location) from error
+            raise CocoaError(f"Qdrant Edge at {self.location} failed: {one_line(error)}") from error
 
     def _open(self) -> edge.EdgeShard:
         if self._shard is None:
-            if not (self._shard_folder / CONFIG_FILE).exists():
-                raise self._missing()
-            self._lock_handle = lock_file(self._shard_folder / LOCK_FILE, self.place)
+            if not self._exists():
+                raise base.no_collection(self)
+            self._file_lock = lock_file(self._shard_folder / LOCK_FILE, self.location)
             try:
                 self._require_room(READING_RESERVE)
                 self._shard = edge.EdgeShard.load(str(self._shard_folder))
             except BaseException:
                 self.close()
                 raise
-            self._flushed = time.monotonic()
+            self._last_flush = time.monotonic()
             self._closing = weakref.finalize(self, flush_and_close, self._shard)
         return self._shard
 
 
 FIELD_INDEXES: dict[str, Any] = {
-    KEYWORD: edge.PayloadSchemaType.Keyword,
-    INTEGER: edge.PayloadSchemaType.Integer,
-    FLOAT: edge.PayloadSchemaType.Float,
-    TEXT: edge.TextIndexParams(tokenizer=edge.TokenizerType.Word, lowercase=True, phrase_matching=True),
+    base.KEYWORD: edge.PayloadSchemaType.Keyword,
+    base.INTEGER: edge.PayloadSchemaType.Integer,
+    base.FLOAT: edge.PayloadSchemaType.Float,
+    base.TEXT: edge.TextIndexParams(tokenizer=edge.TokenizerType.Word, lowercase=True, phrase_matching=True),
 }
 
 
 def flush_and_close(shard: edge.EdgeShard) -> None:
-    """Write out what a shard has in memory, and release it."""
+    """Write a shard's memory to disk and release it."""
     shard.flush()
     shard.close()
 
 
 def shard_config(dimension: int, options: StoreOptions) -> edge.EdgeConfig:
     """Return how a new shard keeps its vectors."""
-    quantization: Any = None
-    if options.quantization == "scalar":
-        quantization = edge.ScalarQuantizationConfig(
-            type=edge.ScalarType.Int8, quantile=0.99, memory=edge.Memory.Pinned
-        )
-    elif options.quantization == "binary":
-        quantization = edge.BinaryQuantizationConfig(memory=edge.Memory.Pinned)
+    in_memory = edge.Memory.Pinned
+    quantization: dict[str | None, Any] = {
+        "scalar": edge.ScalarQuantizationConfig(type=edge.ScalarType.Int8, quantile=0.99, memory=in_memory),
+        "binary": edge.BinaryQuantizationConfig(memory=in_memory),
+    }
     vectors = edge.EdgeVectorParams(
         size=dimension,
         distance=edge.Distance.Cosine,
         memory=edge.Memory.Cold if options.on_disk else None,
-        quantization_config=quantization,
+        quantization_config=quantization.get(options.quantization),
     )
     return edge.EdgeConfig(vectors=vectors)
 
@@ -378,5 +344,5 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def allocated_bytes(folder: Path) -> int:
-    """Return the bytes on the disk that the files below a folder take: those mapped ahead take none yet."""
+    """Return the bytes on disk of the files below a folder, without the holes in mapped files."""
     return sum(file.stat().st_blocks * 512 for file in folder.rglob("*") if file.is_file())

@@ -1,4 +1,4 @@
-"""A collection in a folder, by qdrant-client's local mode: exact search, one process at a time."""
+"""A collection in a folder, in qdrant-client's local mode: exact search in memory, one process at a time."""
 
 from __future__ import annotations
 
@@ -8,52 +8,65 @@ import pickle
 import sqlite3
 import weakref
 from pathlib import Path
-from typing import IO
 
+from filelock import FileLock
 from qdrant_client import QdrantClient
 from qdrant_client.local.qdrant_local import QdrantLocal
 
-from cocoa_embed.errors import CocoaError, one_line, printable
+from cocoa_embed.errors import CocoaError, UsageError, one_line, printable
 from cocoa_embed.folders import is_scratch_of, refuse_foreign_folder, write_whole
 from cocoa_embed.integrations.qdrant.stores.base import Signature, StoreOptions
 from cocoa_embed.integrations.qdrant.stores.client import ClientStore
 from cocoa_embed.integrations.qdrant.stores.locks import in_use, lock_file
 
 META_FILE = "meta.json"
-"""Where the client lists its collections; what makes a folder a local store."""
+"""The client's list of collections; it marks a folder as a local store."""
 LOCK_FILE = ".cocoa-lock"
-"""The client's own lock is taken only after it has read everything, which another process may be writing."""
+"""The client takes its own lock only after it has read files that another process may be writing."""
 UNOPENABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, sqlite3.Error, pickle.PickleError)
-"""What the client raises over files that are not, or not wholly, its own."""
+"""What the client raises for broken files."""
+
+
+def open_collection(path: str | Path, collection: str, options: StoreOptions) -> LocalStore:
+    """Return a collection in a folder; nothing is opened or created yet.
+
+    :raises UsageError: If ``options`` has any that a local store does not support.
+    """
+    if options.quantization is not None or options.on_disk:
+        raise UsageError(
+            "a local store (path) has no quantization and keeps vectors in memory; give the url of a server, or edge,"
+            " for these options"
+        )
+    return LocalStore(printable(path), collection, options, path=Path(path))
 
 
 class LocalStore(ClientStore):
-    """A collection in a folder. All of it is in memory while it is open."""
+    """A collection in a folder, all of it in memory while it is open."""
 
-    # Each page of a scroll sorts all ids and looks at all payloads, so a few large ones it is.
+    # Each page of a scroll sorts all ids and reads all payloads, so pages are large.
     scroll_limit = 10_000
 
-    def __init__(self, path: Path, collection: str) -> None:
+    def __init__(self, location: str, collection: str, options: StoreOptions, *, path: Path) -> None:
         """Name a folder and a collection; nothing is opened or created yet."""
-        super().__init__(collection, StoreOptions(), client=None, place=printable(path))
+        super().__init__(location, collection, options)
         self._path = path
-        self._lock_handle: IO[str] | None = None
+        self._file_lock: FileLock | None = None
         self._closing: weakref.finalize | None = None
 
     def collections(self) -> list[str] | None:
-        """Return the names of the collections, sorted; None if the folder is no store."""
+        """Return the names of all collections, sorted; None if the folder is no store."""
         return super().collections() if self._exists() else None
 
     def signature(self) -> Signature | None:
-        """Return what the collection says of its model, or None if there is no such collection."""
+        """Return the signature of the collection, or None if there is no such collection."""
         return super().signature() if self._exists() else None
 
     def create(self, signature: Signature) -> None:
-        """Create the collection, signed, and the folder if needed."""
+        """Create the collection with its signature, and the folder if needed."""
         with self._lock:
             client = self._open(create=True)
             super().create(signature)
-            write_ahead(client, self.collection)
+            use_write_ahead_log(client, self.collection)
 
     def close(self) -> None:
         """Close the client and release the folder."""
@@ -61,20 +74,22 @@ class LocalStore(ClientStore):
             if self._closing is not None:
                 self._closing()
             self._client = self._closing = None
-            if self._lock_handle is not None:
-                self._lock_handle.close()
-                self._lock_handle = None
+            if self._file_lock is not None:
+                self._file_lock.release()
+                self._file_lock = None
 
     def _exists(self) -> bool:
         try:
             refuse_foreign_store(self._path)
             return (self._path / META_FILE).is_file()
         except OSError as error:
-            raise CocoaError(f"the index {self.place} cannot be opened ({one_line(error)})") from error
+            raise self._unopenable(error) from error
 
     def _connected(self) -> QdrantClient:
         if self._client is None and not self._exists():
-            raise CocoaError(f"there is no index in {self.place}; run cocoa-embed index first, or name another place")
+            raise CocoaError(
+                f"there is no index in {self.location}; run cocoa-embed index first, or give another place"
+            )
         return self._open(create=False)
 
     def _open(self, *, create: bool) -> QdrantClient:
@@ -84,24 +99,27 @@ class LocalStore(ClientStore):
             refuse_foreign_store(self._path)
             if create:
                 self._path.mkdir(parents=True, exist_ok=True)
-            self._lock_handle = lock_file(self._path / LOCK_FILE, self.place)
-            lay_foundations(self._path)
-            # The lock of this class is what SQLite's own check stands for: one thread at a time.
+            self._file_lock = lock_file(self._path / LOCK_FILE, self.location)
+            write_empty_meta(self._path)
+            # This class lets in one thread at a time, which SQLite's own check cannot know.
             self._client = QdrantClient(path=str(self._path), force_disable_check_same_thread=True)
-        except RuntimeError as error:
-            self.close()
-            raise in_use(self.place) from error
         except UNOPENABLE as error:
             self.close()
-            raise CocoaError(f"the index {self.place} cannot be opened ({one_line(error)})") from error
-        # Left open, the client's own destructor may run too late in the interpreter's exit to do its work.
+            raise self._unopenable(error) from error
+        except RuntimeError as error:  # the client's own lock
+            self.close()
+            raise in_use(self.location) from error
+        # The client's own destructor may run too late in the interpreter's exit.
         self._closing = weakref.finalize(self, self._client.close)
-        write_ahead(self._client, self.collection)
+        use_write_ahead_log(self._client, self.collection)
         return self._client
+
+    def _unopenable(self, error: BaseException) -> CocoaError:
+        return CocoaError(f"the index {self.location} cannot be opened ({one_line(error)})")
 
 
 def refuse_foreign_store(path: Path) -> None:
-    """Refuse a path that is a file, or a folder that holds something else than the beginnings of a local store.
+    """Refuse a file, and a folder that holds something other than a local store or the start of one.
 
     :raises CocoaError: If it is one.
     """
@@ -112,10 +130,8 @@ def refuse_foreign_store(path: Path) -> None:
     refuse_foreign_folder(path, marker=META_FILE)
 
 
-def lay_foundations(path: Path) -> None:
-    """Write the list of collections of a new store: the client, if killed while it does, leaves an empty file.
-
-    Only whoever has the store's lock may do so.
+def write_empty_meta(path: Path) -> None:
+    """Write the list of collections of a new store, because a client that is killed meanwhile leaves an empty file.
 
     :raises OSError: If it cannot be written.
     """
@@ -124,12 +140,12 @@ def lay_foundations(path: Path) -> None:
         write_whole(meta, json.dumps({"collections": {}, "aliases": {}}))
 
 
-def write_ahead(client: QdrantClient, collection: str) -> None:
-    """Have SQLite write what changes into a log beside the file, without waiting for the disk at each point.
+def use_write_ahead_log(client: QdrantClient, collection: str) -> None:
+    """Let SQLite append changes to a log without waiting for the disk after each point.
 
-    The client commits every point by itself, which the waiting makes slow. A kill loses nothing of it, a power failure
-    the last points at most, which the next indexing run finds missing. The log is gone when the file is
-    closed. A file system that cannot have it, or a client that is built otherwise, is slower and no more.
+    The client commits every point, which is slow otherwise. A killed process loses nothing; a power failure may lose
+    the last points, which the next indexing run adds again. SQLite removes the log when the file is closed. Where a log
+    is not possible, the store is slower.
     """
     with contextlib.suppress(AttributeError, KeyError, sqlite3.Error):
         local = client._client

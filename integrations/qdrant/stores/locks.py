@@ -1,32 +1,29 @@
-"""Locks on the files of a store that other processes may open."""
+"""Lock the folder of a store against other processes."""
 
-import fcntl
 from pathlib import Path
-from typing import IO
+
+from filelock import FileLock, Timeout
 
 from cocoa_embed.errors import CocoaError
 
 
-def in_use(place: str) -> CocoaError:
-    """Return the error for a folder that another process holds."""
+def in_use(location: str) -> CocoaError:
+    """Return the error for a folder that another process uses."""
     return CocoaError(
-        f"the index {place} is in use by another process; wait for it, or run a Qdrant server and give its --url"
+        f"the index {location} is in use by another process; wait for it, or run a Qdrant server and give its --url"
     )
 
 
-def lock_file(file: Path, place: str) -> IO[str]:
-    """Open a file, created if needed, that nobody else can lock before it is closed, or the process ends.
+def lock_file(file: Path, location: str) -> FileLock:
+    """Create ``file`` if needed and lock it until ``release`` is called or the process ends.
 
     :raises CocoaError: If it is locked.
     :raises OSError: If it cannot be created or locked.
     """
-    handle = file.open("a")
+    # A soft lock, the fallback where flock is missing, would survive a killed process.
+    lock = FileLock(file, thread_local=False, fallback_to_soft=False)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        handle.close()
-        raise in_use(place) from error
-    except OSError:
-        handle.close()
-        raise
-    return handle
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise in_use(location) from error
+    return lock

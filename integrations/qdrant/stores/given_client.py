@@ -1,0 +1,18 @@
+"""A collection behind a ``QdrantClient`` that the caller made and closes."""
+
+from qdrant_client import QdrantClient
+from qdrant_client.http import SyncApis
+
+from cocoa_embed.integrations.qdrant.stores.base import StoreOptions
+from cocoa_embed.integrations.qdrant.stores.client import ClientStore
+from cocoa_embed.integrations.qdrant.stores.server import ServerStore
+
+
+def open_collection(client: QdrantClient, collection: str, options: StoreOptions) -> ClientStore:
+    """Return a collection behind a client, which may be connected to a server or local."""
+    try:
+        is_remote = isinstance(client.http, SyncApis)
+    except NotImplementedError:
+        is_remote = False
+    store = ServerStore if is_remote else ClientStore
+    return store("the given client", collection, options, client=client)

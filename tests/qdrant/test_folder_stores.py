@@ -1,0 +1,253 @@
+"""What is particular to the local store and to Qdrant Edge."""
+
+import json
+import sqlite3
+from collections import namedtuple
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("qdrant_client")
+pytest.importorskip("qdrant_edge")
+
+import qdrant_edge
+from qdrant_client import QdrantClient, models
+from store_points import DIMENSION, OTHER, SIGNATURE, make_points, make_vector, name
+
+from cocoa_embed.errors import CocoaError, UsageError
+from cocoa_embed.integrations.qdrant.stores import edge, open_store
+from cocoa_embed.integrations.qdrant.stores.base import (
+    PAYLOAD_INDEXES,
+    UNKNOWN_MODEL,
+    Point,
+    Query,
+    Signature,
+    Store,
+    StoreOptions,
+)
+from cocoa_embed.integrations.qdrant.stores.local import use_write_ahead_log
+
+MEBIBYTE = 2**20
+Usage = namedtuple("Usage", "total used free")
+
+
+class TestLocal:
+    @pytest.mark.parametrize("meta", ["{", "[]", "{}", '{"collections": null}', '{"collections": {"a": {}}}'])
+    def test_a_broken_store_is_named_and_left_as_it_is(self, tmp_path: Path, meta: str) -> None:
+        (tmp_path / "meta.json").write_text(meta)
+        store = open_store(path=tmp_path, collection="images")
+        for call in (store.signature, lambda: store.create(SIGNATURE)):
+            with pytest.raises(CocoaError, match="cannot be opened"):
+                call()
+        assert (tmp_path / "meta.json").read_text() == meta
+
+    @pytest.mark.parametrize(
+        ("file", "content", "words"),
+        [
+            ("collection/images/storage.sqlite", b"x" * 5000, r"\(file is not a database\)"),
+            ("meta.json", b"", ""),
+        ],
+    )
+    def test_a_store_that_lost_a_file_is_not_taken_for_a_new_one(
+        self, tmp_path: Path, file: str, content: bytes, words: str
+    ) -> None:
+        store = open_store(path=tmp_path, collection="images")
+        store.create(SIGNATURE)
+        store.close()
+        (tmp_path / file).write_bytes(content)
+        with pytest.raises(CocoaError, match="cannot be opened .*" + words):
+            store.signature()
+        store.close()
+
+    def test_changes_go_to_a_log_that_is_gone_when_the_store_is_closed(self, tmp_path: Path) -> None:
+        store: Any = open_store(path=tmp_path, collection="images")
+        store.create(SIGNATURE)
+        folder = tmp_path / "collection" / "images"
+        for start in (0, 50):
+            store.upsert(make_points(start, start + 50))
+            connection = store._connected()._client.collections["images"].storage.storage
+            assert connection.execute("PRAGMA synchronous").fetchone() == (1,), "a commit does not wait for the disk"
+            assert (folder / "storage.sqlite-wal").stat().st_size > 0
+            store.close()
+        assert [entry.name for entry in folder.iterdir()] == ["storage.sqlite"]
+        with sqlite3.connect(folder / "storage.sqlite") as connection:
+            assert connection.execute("SELECT count(*) FROM points").fetchone() == (100,)
+        connection.close()
+
+    def test_a_client_that_cannot_have_a_log_is_left_alone(self) -> None:
+        for client in (QdrantClient(":memory:"), QdrantClient(url="http://127.0.0.1:9", check_compatibility=False)):
+            use_write_ahead_log(client, "none")
+            client.close()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "shards"
+
+
+@pytest.fixture
+def store(folder: Path) -> Iterator[Store]:
+    store = open_store(edge=folder, collection="images")
+    store.create(SIGNATURE)
+    yield store
+    store.close()
+
+
+class TestEdge:
+    def test_a_collection_is_a_shard_with_a_signature_in_its_own_folder(self, store: Store, folder: Path) -> None:
+        signature = json.loads((folder / "images" / "signature.json").read_text())
+        assert signature == {"model": "m", "fingerprint": "0f", "dimension": DIMENSION}
+        store.close()
+        shard = qdrant_edge.EdgeShard.load(str(folder / "images"))
+        schema = shard.info().payload_schema
+        assert {field: str(index.data_type).rpartition(".")[2].lower() for field, index in schema.items()} == (
+            PAYLOAD_INDEXES
+        )
+        shard.close()
+        assert sorted(entry.name for entry in folder.iterdir()) == [".cocoa-edge", "images"]
+
+    def test_collections_can_be_open_at_once_and_only_one_process_creates(self, store: Store, folder: Path) -> None:
+        other = open_store(edge=folder, collection="2nd")
+        other.create(OTHER)
+        store.upsert(make_points(0, 3))
+        other.upsert(make_points(0, 1))
+        assert (store.count(), other.count()) == (3, 1)
+        other.close()
+        lock = edge.lock_file(folder / ".cocoa-edge", "here")
+        third = open_store(edge=folder, collection="3rd")
+        with pytest.raises(CocoaError, match="in use by another process"):
+            third.create(SIGNATURE)
+        assert third.signature() is None
+        lock.release()
+        third.create(SIGNATURE)
+
+    @pytest.mark.parametrize("content", [None, '{"model": 5}'])
+    def test_a_shard_without_a_signature_has_an_unknown_model_until_it_is_signed(
+        self, store: Store, folder: Path, content: str | None
+    ) -> None:
+        store.upsert(make_points(0, 3))
+        (folder / "images" / "signature.json").unlink()
+        if content is not None:
+            (folder / "images" / "signature.json").write_text(content)
+        assert store.signature() == Signature(model=UNKNOWN_MODEL, fingerprint=None, dimension=DIMENSION)
+        store.create(SIGNATURE)
+        assert (store.signature(), store.count()) == (SIGNATURE, 3)
+
+    @pytest.mark.parametrize("file", ["signature.json", "edge_config.json", "segments"])
+    @pytest.mark.parametrize("text", ["", "{", "[]", "5"])
+    def test_a_broken_file_is_named(self, store: Store, folder: Path, file: str, text: str) -> None:
+        store.close()
+        files = (folder / "images" / file).rglob("*.json") if file == "segments" else [folder / "images" / file]
+        for each in list(files):
+            each.write_text(text)
+        words = "failed: " if file == "segments" else rf"{file} (is not JSON|holds no JSON object).*cannot be opened"
+        with pytest.raises(CocoaError, match=words):
+            store.count() if file == "segments" else store.signature()
+
+    def test_a_foreign_folder_among_the_shards_is_refused(self, store: Store, folder: Path) -> None:
+        (folder / "photos").mkdir()
+        (folder / "photos" / "a.png").touch()
+        with pytest.raises(CocoaError, match="photos holds something else"):
+            open_store(edge=folder, collection="photos").create(SIGNATURE)
+        with pytest.raises(CocoaError, match="holds something else"):
+            open_store(path=folder, collection="images").signature()
+
+    def test_a_kill_at_any_step_of_a_creation_leaves_no_collection(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class Kill(BaseException):
+            pass
+
+        def kill(*_: object, **__: object) -> None:
+            raise Kill
+
+        steps = ((edge.shutil, "rmtree"), (edge, "shard_config"), (edge, "flush_and_close"), (edge, "write_whole"))
+        for owner, step in (*steps, (edge.os, "replace")):
+            store = open_store(edge=folder, collection="images")
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, step, kill)
+                with pytest.raises(Kill):
+                    store.create(SIGNATURE)
+            assert (store.signature(), store.collections()) == (None, [])
+        store.create(SIGNATURE)
+        store.upsert(make_points(0, 3))
+        assert store.count() == 3
+        store.close()
+
+    @pytest.mark.parametrize("quantization", [None, "scalar", "binary"])
+    @pytest.mark.parametrize("on_disk", [False, True])
+    def test_the_nearest_are_found_with_their_true_scores_before_and_after_the_index_is_built(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, quantization: str | None, on_disk: bool
+    ) -> None:
+        # So few points would not be indexed at all.
+        optimizers = qdrant_edge.EdgeOptimizersConfig(indexing_threshold=100)
+        config = qdrant_edge.EdgeConfig
+        monkeypatch.setattr(edge.edge, "EdgeConfig", lambda **options: config(**options, optimizers=optimizers))
+        options = StoreOptions(quantization=quantization, on_disk=on_disk)  # type: ignore[arg-type]
+        store = open_store(edge=folder, collection="images", options=options)
+        store.create(Signature(model="m", fingerprint="0f", dimension=128))
+        rng = np.random.default_rng(0)
+        centers = rng.normal(size=(40, 128))
+        vectors = (centers[np.arange(1000) % 40] + 0.5 * rng.normal(size=(1000, 128))).astype(np.float32)
+        store.upsert([Point(name(number), vector, {"n": number}) for number, vector in enumerate(vectors)])
+        unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        stored = json.loads((folder / "images" / "edge_config.json").read_text())["vectors"][""]
+        assert stored.get("quantization_config", {}).keys() == ({quantization} - {None})
+        assert stored.get("memory") == ("cold" if on_disk else None)
+        for _ in range(2):
+            for number in range(0, 1000, 97):
+                found = store.search(Query(vectors[number], limit=10))
+                cosines = unit @ unit[number]
+                assert [hit.score for hit in found] == pytest.approx(np.sort(cosines)[::-1][:10], abs=2e-3)
+                exact = [cosines[hit.payload["n"]] for hit in found]
+                assert [hit.score for hit in found] == pytest.approx(exact, abs=1e-5)
+                assert found[0].id == name(number)
+            store.finish()
+            assert len(list((folder / "images" / "segments").iterdir())) <= 2, "old segments are deleted"
+        store.close()
+        shard = qdrant_edge.EdgeShard.load(str(folder / "images"))
+        assert shard.info().indexed_vectors_count == 1000
+        shard.close()
+
+    def test_a_filter_that_edge_does_not_have_is_wrong_usage(self, store: Store) -> None:
+        radius = models.GeoRadius(center=models.GeoPoint(lon=0, lat=0), radius=1)
+        near = models.Filter(must=models.FieldCondition(key="place", geo_radius=radius))
+        with pytest.raises(UsageError, match="GeoRadius"):
+            store.search(Query(make_vector(1), limit=9, filter=near))
+
+    def test_a_write_that_fails_is_reported_and_the_next_one_starts_from_the_disk(self, store: Store) -> None:
+        store.upsert(make_points(0, 5))
+        with pytest.raises(CocoaError, match=rf"Qdrant Edge at .*shards failed: No point with id {name(7)}"):
+            store.overwrite_payload(name(7), {})
+        store.upsert(make_points(5, 7))
+        assert store.count() == 7
+
+    def test_nothing_is_written_created_or_opened_without_enough_room(
+        self, store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The engine's mapped files would end the process."""
+        store.upsert(make_points(0, 5))
+
+        def leave_free(mebibytes: int) -> None:
+            usage = Usage(2**40, 2**40 - mebibytes * MEBIBYTE, mebibytes * MEBIBYTE)
+            monkeypatch.setattr(edge.shutil, "disk_usage", lambda _: usage)
+
+        leave_free(100)
+        for call in (lambda: store.upsert(make_points(5, 10)), lambda: store.delete([name(1)]), store.finish):
+            with pytest.raises(CocoaError, match=r"shards is full: 100 MiB are free, .* needs 1\d\d MiB .* is safe"):
+                call()
+        assert store.count() == 5
+        store.close()
+        leave_free(10)
+        assert store.signature() == SIGNATURE
+        with pytest.raises(CocoaError, match="is full: 10 MiB are free, Qdrant Edge needs 32 MiB"):
+            store.count()
+        with pytest.raises(CocoaError, match="is full: 10 MiB are free, Qdrant Edge needs 128 MiB"):
+            open_store(edge=folder, collection="others").create(SIGNATURE)
+        assert sorted(entry.name for entry in folder.iterdir()) == [".cocoa-edge", "images"]
+        monkeypatch.undo()
+        store.upsert(make_points(5, 10))
+        assert store.count() == 10

@@ -1,0 +1,281 @@
+"""Whatever happens to files, stores and processes, the collection holds exactly what is there after another run."""
+
+import random
+import resource
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from changing_folder import ChangingFolder, assert_exactly
+from fake_model import FakeModel, colour_image
+from hostile_files import write_hostile_files
+from other_processes import (
+    SECONDS_PER_IMAGE,
+    index_in_another_process,
+    index_slowly,
+    index_with_little_disk,
+    run,
+    run_and_kill,
+)
+from PIL import Image
+from qdrant_client import QdrantClient
+
+from cocoa_embed.errors import CocoaError
+from cocoa_embed.images.load import FileContent
+from cocoa_embed.integrations.qdrant import QdrantIndexer, read_files, writer
+from cocoa_embed.integrations.qdrant import indexer as indexer_module
+from cocoa_embed.integrations.qdrant.points import storable
+from cocoa_embed.integrations.qdrant.stores.base import Payload, Point, Signature, Store
+
+MEBIBYTE = 2**20
+
+
+@pytest.fixture
+def index(client: QdrantClient) -> QdrantIndexer:
+    return QdrantIndexer(FakeModel(), client=client)
+
+
+@pytest.fixture(params=["path", "edge"])
+def location(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, str]:
+    """A storage backend in a folder."""
+    if request.param == "edge":
+        pytest.importorskip("qdrant_edge")
+    return {request.param: str(tmp_path / "store")}
+
+
+@pytest.fixture
+def read_hook(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[Path], None]]:
+    """What to do just before and just after a file is read."""
+    hooks: list[Callable[[Path], None]] = [lambda path: None, lambda path: None]
+    read = read_files.read_stable_file
+
+    def hooked(path: Path) -> FileContent:
+        hooks[0](path)
+        content = read(path)
+        hooks[1](path)
+        return content
+
+    monkeypatch.setattr(read_files, "read_stable_file", hooked)
+    return hooks
+
+
+def assert_a_run_finishes(location: dict[str, str], folder: ChangingFolder) -> None:
+    with QdrantIndexer(FakeModel(), **location) as index:  # type: ignore[arg-type]
+        index.index(folder.folder, prune=True, progress=False)
+        assert_exactly(index.store, folder.files, index)
+        assert index.index(folder.folder, prune=True, progress=False).unchanged == len(folder.files)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_after_any_changes_a_run_leaves_exactly_the_right_points(
+    tmp_path: Path, index: QdrantIndexer, seed: int
+) -> None:
+    folder = ChangingFolder(tmp_path / "pictures", seed)
+    for round_ in range(6):
+        summary = index.index(folder.folder, prune=True, progress=False)
+        files = folder.files
+        assert_exactly(index.store, files, index)
+        assert summary.failed == []
+        assert summary.indexed + summary.unchanged + summary.updated + summary.replaced == len(files)
+        again = index.index(folder.folder, prune=True, progress=False)
+        assert (again.unchanged, again.pruned) == (len(files), 0), f"round {round_} was not finished"
+        folder.change(10)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_without_pruning_only_deleted_files_remain(tmp_path: Path, index: QdrantIndexer, seed: int) -> None:
+    folder = ChangingFolder(tmp_path / "pictures", seed)
+    for _ in range(4):
+        index.index(folder.folder, progress=False)
+        folder.change(10)
+    index.index(folder.folder, progress=False)
+    there = {str(file) for file in folder.files}
+    stored = {path for _, payload in index.store.scan(["paths"]) for path in payload["paths"]}
+    assert there <= stored
+    assert index.index(folder.folder, prune=True, progress=False).pruned == len(stored - there)
+    assert_exactly(index.store, folder.files, index)
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+def test_runs_killed_at_random_moments_are_finished_by_the_next(
+    tmp_path: Path, location: dict[str, str], seed: int
+) -> None:
+    moments = random.Random(seed)
+    folder = ChangingFolder(tmp_path / "pictures", seed, count=40)
+    killed = 0
+    for _ in range(8):
+        killed += run_and_kill(moments.uniform(0, 20 * SECONDS_PER_IMAGE), index_slowly, location, folder.folder)[0]
+        folder.change(5)
+    assert killed >= 4
+    assert_a_run_finishes(location, folder)
+
+
+def test_a_full_disk_is_one_sentence_and_the_next_run_goes_on(tmp_path: Path, location: dict[str, str]) -> None:
+    folder = ChangingFolder(tmp_path / "pictures", seed=0, count=60)
+    (error,) = run(index_with_little_disk, location, folder.folder, 64 * 1024)
+    assert str(tmp_path / "store") in error
+    assert "\n" not in error
+    assert_a_run_finishes(location, folder)
+
+
+def test_a_second_process_is_refused_and_changes_nothing(tmp_path: Path, location: dict[str, str]) -> None:
+    folder = ChangingFolder(tmp_path / "pictures", seed=0)
+    with index_in_another_process(location, folder.folder):
+        with pytest.raises(CocoaError, match="in use by another process"):
+            QdrantIndexer(FakeModel(), **location).index(folder.folder, progress=False)  # type: ignore[arg-type]
+    assert_a_run_finishes(location, folder)
+
+
+class FaultyStore:
+    """A store whose upserts fail on request; everything else goes through."""
+
+    def __init__(self, store: Store, faults: Iterable[str | None]) -> None:
+        self._store = store
+        self._faults = iter(faults)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._store, name)
+
+    def upsert(self, points: Sequence[Point]) -> None:
+        fault = next(self._faults, None)
+        stored = {None: len(points), "before": 0, "half": len(points) // 2, "after": len(points)}[fault]
+        self._store.upsert(points[:stored])
+        if fault is not None:
+            raise CocoaError(f"the server timed out ({fault})")
+
+
+@pytest.mark.parametrize("fault", ["before", "half", "after"])
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_store_that_fails_in_the_middle_is_reported_and_the_next_run_goes_on(
+    tmp_path: Path, client: QdrantClient, monkeypatch: pytest.MonkeyPatch, fault: str, at: int
+) -> None:
+    monkeypatch.setattr(writer, "BATCH_POINTS", 4)
+    folder = ChangingFolder(tmp_path / "pictures", seed=0)
+    index = QdrantIndexer(FakeModel(), client=client, batch_size=4)
+    store = index.store
+    for _ in range(2):
+        index.store = FaultyStore(store, [*[None] * at, fault])  # type: ignore[assignment]
+        with pytest.raises(CocoaError, match=f"timed out \\({fault}\\)"):
+            index.index(folder.folder, prune=True, progress=False)
+        folder.add()
+        folder.alter()
+    index.store = store
+    index.index(folder.folder, prune=True, progress=False)
+    assert_exactly(index.store, folder.files, index)
+
+
+def test_files_that_are_deleted_during_a_run_are_reported(
+    tmp_path: Path, index: QdrantIndexer, read_hook: list[Callable[[Path], None]]
+) -> None:
+    folder = ChangingFolder(tmp_path / "pictures", seed=0)
+    doomed = set(folder.files[::5])
+    read_hook[0] = lambda path: path.unlink() if path in doomed else None
+    failed = index.index(folder.folder, progress=False).failed
+    assert failed == [{"path": str(path), "reason": "does not exist"} for path in sorted(doomed)]
+    assert_exactly(index.store, folder.files, index)
+
+
+def test_a_file_that_changes_after_it_was_read_is_replaced_by_the_next_run(
+    tmp_path: Path, index: QdrantIndexer, read_hook: list[Callable[[Path], None]]
+) -> None:
+    folder = ChangingFolder(tmp_path / "pictures", seed=0)
+    altered: list[Path] = []
+
+    def alter(path: Path) -> None:
+        if len(altered) < 3:
+            altered.append(path)
+            colour_image("red", (50 + len(altered), 7)).save(path)
+
+    read_hook[1] = alter
+    index.index(folder.folder, progress=False)
+    assert index.index(folder.folder, prune=True, progress=False).replaced == 3
+    assert_exactly(index.store, folder.files, index)
+
+
+def test_of_hostile_files_the_good_are_indexed_and_the_bad_are_reported_in_bounded_memory(
+    tmp_path: Path, index: QdrantIndexer
+) -> None:
+    files = write_hostile_files(tmp_path / "hostile")
+    assert len({file.kind for file in files}) >= 40
+    refused_by_models = {str(file.path) for file in files if file.kind.startswith("long")}
+    bad = {str(file.path): file.reason_part for file in files if not file.is_good}
+    good = {str(file.path) for file in files if file.is_good} - refused_by_models
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    summary = index.index(tmp_path / "hostile", progress=False)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1500 * MEBIBYTE / 1024
+
+    failed = {failure["path"]: failure["reason"] for failure in summary.failed}
+    assert failed.keys() == bad.keys() | refused_by_models
+    for path, reason_part in bad.items():
+        assert reason_part in failed[path]
+        assert failed[path].isprintable()
+    assert all("cannot be embedded" in failed[path] for path in refused_by_models)
+    points, _ = index.store._client.scroll("images", limit=1000, with_vectors=True)  # type: ignore[attr-defined]
+    assert {path for point in points for path in point.payload["paths"]} == {storable(path) for path in good}
+
+    again = index.index(tmp_path / "hostile", prune=True, progress=False)
+    assert (again.unchanged, again.pruned) == (len(good), 0)
+    assert {failure["path"] for failure in again.failed} == failed.keys()
+    for size in (1, 7):
+        client = QdrantClient(":memory:")
+        QdrantIndexer(FakeModel(), client=client, batch_size=size).index(tmp_path / "hostile", progress=False)
+        alone, _ = client.scroll("images", limit=1000, with_vectors=True)
+        assert {point.id: point.vector for point in alone} == {point.id: point.vector for point in points}
+
+
+class ForgetfulStore:
+    """Takes points and keeps none."""
+
+    location, collection, parallel = "nowhere", "images", 1
+
+    def __init__(self, **_: object) -> None:
+        self.taken = 0
+
+    def signature(self) -> Signature | None:
+        return None
+
+    def create(self, signature: Signature) -> None:
+        pass
+
+    def scan(self, keys: Sequence[str]) -> Iterator[tuple[str, Payload]]:
+        return iter(())
+
+    def upsert(self, points: Sequence[Point]) -> None:
+        self.taken += len(points)
+
+    def finish(self) -> None:
+        pass
+
+
+class WatchedModel(FakeModel):
+    """Notes the memory of this process that is not backed by files at each batch, and forgets the images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+        self.memory: list[tuple[int, int]] = []
+
+    def __call__(self, features: Mapping[str, Any], task: str | None = None) -> dict[str, Any]:
+        self.documents.clear()
+        self.seen += len(features["items"])
+        status = Path("/proc/self/status").read_text()
+        self.memory.append((self.seen, int(status.partition("RssAnon:")[2].split()[0]) * 1024))
+        return super().__call__(features, task)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the memory is read from /proc")
+def test_memory_grows_only_by_what_is_kept_of_each_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, warm, bytes_per_file = 10_000, 1000, 1500
+    generator = np.random.default_rng(0)
+    for number in range(files):
+        Image.fromarray(generator.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(tmp_path / f"{number:05}.bmp")
+    monkeypatch.setattr(indexer_module, "open_store", ForgetfulStore)
+    model = WatchedModel()
+    index = QdrantIndexer(model)
+    assert index.index(tmp_path, progress=False).indexed == index.store.taken == files  # type: ignore[attr-defined]
+    grown = model.memory[-1][1] - next(memory for seen, memory in model.memory if seen >= warm)
+    assert grown < bytes_per_file * (files - warm), f"{grown / (files - warm):.0f} bytes per file"
