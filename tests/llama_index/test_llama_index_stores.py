@@ -22,7 +22,7 @@ from llama_index.vector_stores.qdrant import QdrantVectorStore
 from qdrant_client import AsyncQdrantClient, QdrantClient, models
 
 from cocoa_embed.encode.encoder import Encoder
-from cocoa_embed.integrations.llama_index.embedding import CocoaEmbedding, CocoaRetriever
+from cocoa_embed.integrations.llama_index import CocoaEmbedding, CocoaRetriever
 from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
 
 COLOURS = ("red", "green", "blue", "yellow")

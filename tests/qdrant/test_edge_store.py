@@ -20,7 +20,6 @@ from store_kills import CREATE, check_after_kill, run_and_kill, run_process, set
 from store_points import DIMENSION, SIGNATURE, make_points, make_vector, name
 
 from cocoa_embed.errors import CocoaError, MissingExtraError, UsageError
-from cocoa_embed.integrations.qdrant.filters import parse_filters
 from cocoa_embed.integrations.qdrant.stores import edge as edge_store
 from cocoa_embed.integrations.qdrant.stores.base import (
     PAYLOAD_INDEXES,
@@ -30,6 +29,7 @@ from cocoa_embed.integrations.qdrant.stores.base import (
     StoreOptions,
     open_store,
 )
+from cocoa_embed.integrations.qdrant.stores.client_filters import read_filter
 from cocoa_embed.integrations.qdrant.stores.edge import EdgeStore
 
 Quantization = Literal["scalar", "binary"] | None
@@ -293,7 +293,7 @@ class TestEngine:
 
     def test_a_filter_that_cannot_be_is_wrong_usage(self, store: EdgeStore) -> None:
         store.upsert(make_points(0, 5))
-        found = store.search(make_vector(1), limit=9, query_filter=parse_filters(["!mime"]))
+        found = store.search(make_vector(1), limit=9, query_filter=read_filter(["!mime"]))
         assert len(found) == 5
         from qdrant_client import models
 

@@ -30,7 +30,7 @@ from llama_index.core.vector_stores import FilterOperator, MetadataFilter, Metad
 from qdrant_client import QdrantClient, models
 
 from cocoa_embed.errors import ImageError, UsageError
-from cocoa_embed.integrations.llama_index.embedding import CocoaEmbedding, CocoaRetriever
+from cocoa_embed.integrations.llama_index import CocoaEmbedding, CocoaRetriever
 from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
 
 COLOURS = ("red", "green", "blue", "yellow")
