@@ -6,6 +6,8 @@ a missing field is unequal to everything, and one element of a list is enough. T
 
 from __future__ import annotations
 
+from typing import Any
+
 from cocoa_embed.errors import UsageError, require
 from cocoa_embed.integrations.qdrant.conditions import (
     Condition,
@@ -63,7 +65,8 @@ def read_filter(filter_: MetadataFilter) -> Condition:
 
     :raises UsageError: If its value does not fit its operator or its field, or the operator is not known.
     """
-    key, operator, value = filter_.key, filter_.operator, filter_.value
+    key, operator = filter_.key, filter_.operator
+    value: Any = filter_.value
     try:
         if operator in LIST_OPERATORS and not (isinstance(value, list) and value):
             raise UsageError("the operator needs a list of one or more texts or numbers")

@@ -365,4 +365,4 @@ def test_points_of_others_are_shown_whatever_they_hold(client: QdrantClient, fol
     hits = index.search("red")
     write_hits_page(tmp_path / "hits.html", "red", hits)
     report_hits(hits, Console(stderr=True))
-    assert "The image cannot be read any more" in (tmp_path / "hits.html").read_text()
+    assert "The image file cannot be read" in (tmp_path / "hits.html").read_text()
