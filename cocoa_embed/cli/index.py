@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cocoa_embed.cli.terminal import DeviceOption, JsonOption, print_json, silence_libraries, working
+from cocoa_embed.cli.output import DeviceOption, JsonOption, check_all, print_json, say, silence_libraries, working
 from cocoa_embed.errors import CocoaError, UsageError, printable, require
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from rich.console import Console
 
-    from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
+    from cocoa_embed.integrations.qdrant.indexer import IndexSummary, QdrantIndexer
+    from cocoa_embed.integrations.qdrant.stores.base import Hit
 
 DEFAULT_INDEX = Path("cocoa-index")
 WEB = ("http://", "https://")
@@ -62,7 +64,6 @@ def index(
     as_json: JsonOption = False,
 ) -> None:
     """Embed images and store them in Qdrant. Unchanged files are skipped by size and mtime."""
-    from cocoa_embed.cli.summaries import report_summary
     from cocoa_embed.model.loading import check_model
 
     storage = {"path": path, "url": url, "edge": edge}
@@ -110,7 +111,6 @@ def search(
     as_json: JsonOption = False,
 ) -> None:
     """Find the images nearest to a text, to an image, or to both."""
-    from cocoa_embed.cli.summaries import hit_document, report_hits
     from cocoa_embed.integrations.qdrant.filters import parse_filters
     from cocoa_embed.model.loading import check_model
 
@@ -146,23 +146,6 @@ def search(
 
         write_hits_page(html, " + ".join(part for part in (text, image and image_title(image)) if part), hits)
         typer.echo(f"wrote {printable(html)}", err=True)
-
-
-def check_all(*checks: Callable[[], Any]) -> list[Any]:
-    """Run checks of what is on this machine, before torch is imported or the network is used, and return their results.
-
-    :raises CocoaError: If any fails, with all messages, a line each; a ``UsageError`` if one of them is.
-    """
-    results, errors = [], []
-    for check in checks:
-        try:
-            results.append(check())
-        except CocoaError as error:
-            errors.append(error)
-    if errors:
-        kind = UsageError if any(isinstance(error, UsageError) for error in errors) else CocoaError
-        raise kind("\n".join(map(str, errors)))
-    return results
 
 
 def check_storage(collection: str, storage: dict[str, Any], *, exists: bool = False) -> None:
@@ -237,3 +220,29 @@ def open_indexer(model: str, collection: str, storage: dict[str, Any], **options
 def image_title(image: str) -> str:
     """Return the title of a query image: its file name, or "an image" for a ``data:`` URI."""
     return "an image" if image.startswith("data:") else image.rstrip("/").rsplit("/", 1)[-1]
+
+
+def report_summary(summary: IndexSummary, console: Console) -> None:
+    """Print what an indexing run did, and the files that were left out."""
+    values = dataclasses.asdict(summary)
+    counts = ", ".join(f"{values[name]} {name}" for name in ("indexed", "unchanged", "updated", "replaced", "pruned"))
+    rate = f"{summary.seconds:.1f} s, {summary.images_per_second:.1f} images/s"
+    say(console, f"{summary.collection}: {counts}, {len(summary.failed)} left out ({rate})")
+    for failure in summary.failed:
+        say(console, f"left out: {printable(failure['path'])}: {failure['reason']}")
+
+
+def report_hits(hits: Sequence[Hit], console: Console) -> None:
+    """Print what a search found, best first."""
+    for hit in hits:
+        caption = f"  {' '.join(hit.caption.split())}" if hit.caption else ""
+        say(console, f"{hit.score:.4f}  {printable(hit.path)}{caption}")
+    if not hits:
+        say(console, "nothing found")
+
+
+def hit_document(hit: Hit) -> dict[str, Any]:
+    """Return the JSON document of a hit, without what LlamaIndex alone needs of the payload."""
+    from cocoa_embed.integrations.qdrant.points import plain_payload
+
+    return {**dataclasses.asdict(hit), "payload": plain_payload(hit.payload)}

@@ -72,7 +72,7 @@ class CocoaEmbedding(MultiModalEmbedding):
         """
         if model_name is None:
             model_name = DEFAULT_MODEL if model is None else model.name if isinstance(model, Encoder) else "the model"
-        super().__init__(model_name=str(model_name), dimension=dimension, **kwargs)
+        super().__init__(**{**kwargs, "model_name": str(model_name), "dimension": dimension})
         if model is not None:
             self._encoder = model if isinstance(model, Encoder) else Encoder(model, self.model_name, dimension)
         self.encoder.require_images()
@@ -173,7 +173,8 @@ class CocoaEmbedding(MultiModalEmbedding):
     async def _in_thread(self, embed: Callable[[Input], Output], inputs: Input) -> Output:
         # LlamaIndex starts all batches at once: in the event loop's own threads, each would read its images and hold
         # them in memory while it waits for the model.
-        return await asyncio.get_running_loop().run_in_executor(self._threads, copy_context().run, embed, inputs)
+        context = copy_context()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: context.run(embed, inputs))
 
     def _embed_documents(self, items: Sequence[Item], sources: Sequence[ImageSource]) -> list[Embedding]:
         """Embed texts or images with the document prompt.

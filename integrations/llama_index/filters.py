@@ -72,7 +72,7 @@ def read_filter(filter_: MetadataFilter) -> Condition:
             raise UsageError("the operator needs a list of one or more texts or numbers")
         if operator not in (*LIST_OPERATORS, FilterOperator.IS_EMPTY) and (value is None or isinstance(value, list)):
             raise UsageError("the operator needs one text or number")
-        values = value if isinstance(value, list) else [value]
+        values: list[Any] = value if isinstance(value, list) else [value]
         match operator:
             case FilterOperator.EQ | FilterOperator.CONTAINS | FilterOperator.IN | FilterOperator.ANY:
                 return one_of(key, values)
@@ -81,11 +81,11 @@ def read_filter(filter_: MetadataFilter) -> Condition:
             case FilterOperator.ALL:
                 return all_of(one_of(key, [each]) for each in values)
             case FilterOperator.TEXT_MATCH | FilterOperator.TEXT_MATCH_INSENSITIVE:
-                return has_words(key, str(value))
+                return has_words(key, str(values[0]))
             case FilterOperator.IS_EMPTY:
                 return Not(exists(key))
         if operator in BOUNDS:
-            return compare(key, BOUNDS[operator], value)
+            return compare(key, BOUNDS[operator], values[0])
     except UsageError as error:
         raise UsageError(f"the filter on {key!r} with {operator.value} {value!r}: {error}") from None
     raise UsageError(f"the filter operator {operator!r} is not known; use one of {', '.join(FilterOperator)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
+from typing import Any
 
 from cocoa_embed.errors import UsageError, require
 from cocoa_embed.integrations.qdrant import conditions as tree
@@ -48,9 +49,10 @@ def _convert(condition: tree.Condition) -> models.Condition:
         case tree.OneOf(path, values):
             return models.Filter(should=_equal_to_one_of(path, values))
         case tree.Range(path, gt, gte, lt, lte):
-            is_time = any(isinstance(bound, datetime) for bound in (gt, gte, lt, lte))
-            bounds = (models.DatetimeRange if is_time else models.Range)(gt=gt, gte=gte, lt=lt, lte=lte)
-            return models.FieldCondition(key=path, range=bounds)
+            bounds: dict[str, Any] = {"gt": gt, "gte": gte, "lt": lt, "lte": lte}
+            is_time = any(isinstance(bound, datetime) for bound in bounds.values())
+            limits = models.DatetimeRange(**bounds) if is_time else models.Range(**bounds)
+            return models.FieldCondition(key=path, range=limits)
         case tree.HasWords(path, text):
             return models.FieldCondition(key=path, match=models.MatchText(text=text))
         case tree.Exists(path):
