@@ -29,12 +29,6 @@ from llama_index.core.vector_stores import (  # noqa: E402 - after the error tha
     MetadataFilters,
 )
 
-BOUNDS = {
-    FilterOperator.GT: "gt",
-    FilterOperator.GTE: "gte",
-    FilterOperator.LT: "lt",
-    FilterOperator.LTE: "lte",
-}
 LIST_OPERATORS = (FilterOperator.IN, FilterOperator.NIN, FilterOperator.ANY, FilterOperator.ALL)
 
 
@@ -84,8 +78,8 @@ def read_filter(filter_: MetadataFilter) -> Condition:
                 return has_words(key, str(values[0]))
             case FilterOperator.IS_EMPTY:
                 return Not(exists(key))
-        if operator in BOUNDS:
-            return compare(key, BOUNDS[operator], values[0])
+            case FilterOperator.GT | FilterOperator.GTE | FilterOperator.LT | FilterOperator.LTE:
+                return compare(key, operator.name.lower(), values[0])
     except UsageError as error:
         raise UsageError(f"the filter on {key!r} with {operator.value} {value!r}: {error}") from None
     raise UsageError(f"the filter operator {operator!r} is not known; use one of {', '.join(FilterOperator)}")

@@ -26,15 +26,9 @@ TEXT_KEYS = ("caption", "text", "page_content")
 """The payload keys of a path and a text: the indexer's, those of LlamaIndex's older stores and of LangChain."""
 
 NODE_FIELDS = (
-    "id_",
-    "metadata",
-    "excluded_embed_metadata_keys",
-    "excluded_llm_metadata_keys",
-    "relationships",
-    "metadata_template",
-    "metadata_separator",
-    "text_template",
-)
+    "id_ metadata excluded_embed_metadata_keys excluded_llm_metadata_keys relationships"
+    " metadata_template metadata_separator text_template"
+).split()
 """The fields that all kinds of stored nodes have in common."""
 
 
@@ -64,8 +58,7 @@ def split_by_image(nodes: Sequence[BaseNode]) -> tuple[list[tuple[BaseNode, Imag
 
     :raises ImageError: If the image in a node is not in base64.
     """
-    images = [image_of(node) for node in nodes]
-    pairs = list(zip(nodes, images, strict=True))
+    pairs = [(node, image_of(node)) for node in nodes]
     return (
         [(node, image) for node, image in pairs if image is not None],
         [node for node, image in pairs if image is None],

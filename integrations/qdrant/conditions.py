@@ -16,11 +16,10 @@ Scalar: TypeAlias = str | bool | int | float
 
 TEXT, NUMBER, TIME = "text", "number", "time"
 FIELD_TYPES = {
-    **dict.fromkeys(
-        "path relative_path paths relative_paths sha256 mime caption caption_source thumbnail".split(), TEXT
-    ),
-    **dict.fromkeys("width height bytes".split(), NUMBER),
-    **dict.fromkeys("mtime mtimes".split(), TIME),
+    **dict.fromkeys(("path", "relative_path", "paths", "relative_paths", "sha256", "thumbnail"), TEXT),
+    **dict.fromkeys(("mime", "caption", "caption_source"), TEXT),
+    **dict.fromkeys(("width", "height", "bytes"), NUMBER),
+    **dict.fromkeys(("mtime", "mtimes"), TIME),
 }
 """The fields that the indexer writes at the top level of a payload. A time is stored in seconds since 1970."""
 

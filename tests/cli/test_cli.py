@@ -22,11 +22,10 @@ Command = Callable[..., Result]
 @pytest.fixture(autouse=True)
 def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("empty", "words", "bare", "fake"):
-        Path(name).mkdir()
-    for file in ("bare/modules.json", "fake/modules.json"):
-        Path(file).write_text("[]")
-    Path("fake/model.safetensors").touch()
+    Path("empty").mkdir()
+    Path("fake").mkdir()
+    for file in ("fake/modules.json", "fake/model.safetensors"):
+        Path(file).touch()
 
 
 @pytest.fixture
@@ -184,13 +183,10 @@ EMPTY = ["index", "empty", "--model", "fake"]
         ([*WEB, "--path", "empty"], 2, "allow its host with --allow-host"),
         ([*WEB, "--path", "empty", "--allow-host", "other.example"], 1, "127.0.0.1"),
         ([*RED[:1], "caf\udce9", *RED[2:], "--path", "empty"], 2, r"'caf\udce9' is not valid Unicode"),
-        ([*EMPTY, "--collection", "a/b"], 2, "'a/b' is no"),
         ([*EMPTY, "--url", "localhost:6333"], 2, "'localhost:6333' is no"),
         ([*RED, "--url", "http://me:secret@host"], 2, "API key"),
         ([*RED, "--path", "empty", "--filter", "width>"], 2, "KEY>=VALUE"),
         ([*EMPTY[:3], "missing"], 1, "missing: there is no such model folder"),
-        ([*EMPTY[:3], "words"], 1, "it has no modules.json"),
-        ([*EMPTY[:3], "bare"], 1, "bare has no weights"),
     ],
 )
 def test_wrong_input_is_one_sentence(

@@ -16,8 +16,7 @@ from PIL import Image
 pytest.importorskip("llama_index.core")
 
 from exported import write_checkpoint
-from llama_index.core import Document, Settings, VectorStoreIndex
-from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayload, LlamaDebugHandler
+from llama_index.core import Document
 from llama_index.core.embeddings import MultiModalEmbedding
 from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.schema import BaseNode, ImageDocument, ImageNode, TextNode
@@ -188,24 +187,6 @@ def test_the_dimension_truncates_the_embeddings() -> None:
         CocoaEmbedding(model=FakeModel(), dimension=0)
 
 
-def test_callbacks_see_queries_texts_and_images(files: list[str]) -> None:
-    handler = LlamaDebugHandler(print_trace_on_end=False)
-    embedding = CocoaEmbedding("fake", model=FakeModel(), callback_manager=CallbackManager([handler]))
-
-    async def embed() -> None:
-        embedding.get_query_embedding("red")
-        embedding.get_text_embedding_batch(["red", "blue"])
-        embedding.get_image_embedding_batch(files[:2])
-        await embedding.aget_query_embedding("red")
-        await embedding.aget_text_embedding_batch(["red", "blue"])
-        await embedding.aget_image_embedding_batch(files[:2])
-
-    asyncio.run(embed())
-    ends = [end.payload for _, end in handler.get_event_pairs(CBEventType.EMBEDDING)]
-    assert [payload[EventPayload.CHUNKS] for payload in ends] == [["red"], ["red", "blue"], files[:2]] * 2
-    assert [len(payload[EventPayload.EMBEDDINGS]) for payload in ends] == [1, 2, 2] * 2
-
-
 def test_many_batches_at_once_keep_to_their_threads(embedding: CocoaEmbedding, files: list[str]) -> None:
     embedding.num_workers = 4
 
@@ -241,16 +222,6 @@ def test_a_query_does_not_wait_behind_all_documents(files: list[str]) -> None:
         assert len(await images) == 100
 
     asyncio.run(embed())
-
-
-def test_the_cache_of_llama_index_takes_a_query_for_a_text() -> None:
-    """As the docstring of the class warns: its keys are the texts alone."""
-    embedding = CocoaEmbedding(model=FakeModel(), embeddings_cache=SimpleKVStore())
-    texts = embedding.get_text_embedding_batch(["red", "blue"])
-    assert embedding.get_text_embedding_batch(["blue", "red", "green"])[:2] == texts[::-1]
-    assert [item["text"] for item in model_of(embedding).documents] == ["red", "blue", "green"]
-    assert embedding.get_query_embedding("red") == texts[0]
-    assert model_of(embedding).queries == []
 
 
 def mixed_nodes(files: list[str]) -> list[BaseNode]:
@@ -289,15 +260,3 @@ def test_a_pipeline_of_several_processes_embeds_the_same(model_folder: Path, fil
     fresh = [node.model_copy(update={"embedding": None}) for node in nodes]
     run = pipeline.run(nodes=fresh, num_workers=2)
     assert np.array([node.embedding for node in run]) == pytest.approx(expected, abs=1e-5)
-
-
-def test_it_is_the_model_of_llama_indexs_settings_and_of_a_text_index(embedding: CocoaEmbedding) -> None:
-    before = Settings._embed_model
-    Settings.embed_model = embedding
-    try:
-        index = VectorStoreIndex.from_documents([Document(text=colour) for colour in COLOURS])
-        found = index.as_retriever(similarity_top_k=1).retrieve("green")
-    finally:
-        Settings._embed_model = before
-    assert [node.text for node in found] == ["green"]
-    assert model_of(embedding).queries == [{"text": "green"}]

@@ -17,18 +17,9 @@ require("qdrant_edge", "edge")
 import qdrant_edge as edge  # noqa: E402 - after the errors that name the extras
 from qdrant_client import models  # noqa: E402
 
+MATCHES = ("MatchValue", "MatchAny", "MatchExcept", "MatchText", "MatchTextAny", "MatchPhrase")
 BY_POSITION: dict[type, Callable[..., Any]] = {
-    model: getattr(edge, model.__name__)
-    for model in (
-        models.IsEmptyCondition,
-        models.IsNullCondition,
-        models.MatchValue,
-        models.MatchAny,
-        models.MatchExcept,
-        models.MatchText,
-        models.MatchTextAny,
-        models.MatchPhrase,
-    )
+    getattr(models, name): getattr(edge, name) for name in ("IsEmptyCondition", "IsNullCondition", *MATCHES)
 }
 BY_KEYWORD: dict[type, Callable[..., Any]] = {
     models.MinShould: edge.MinShould,
