@@ -164,7 +164,10 @@ def check_storage(collection: str, storage: dict[str, Any], *, exists: bool = Fa
     check_collection_name(collection)
     folder: Any = storage[given[0]] or DEFAULT_INDEX
     if given == ["url"]:
-        check_url(folder)
+        try:
+            check_url(folder)
+        except UsageError as error:
+            raise UsageError(str(error).replace("api_key", "--api-key")) from None
     elif exists and not folder.is_dir():
         raise CocoaError(f"there is no index in {printable(folder)}; run cocoa-embed index, or change --{given[0]}")
 

@@ -184,7 +184,7 @@ EMPTY = ["index", "empty", "--model", "fake"]
         ([*WEB, "--path", "empty", "--allow-host", "other.example"], 1, "127.0.0.1"),
         ([*RED[:1], "caf\udce9", *RED[2:], "--path", "empty"], 2, r"'caf\udce9' is not valid Unicode"),
         ([*EMPTY, "--url", "localhost:6333"], 2, "'localhost:6333' is no"),
-        ([*RED, "--url", "http://me:secret@host"], 2, "API key"),
+        ([*RED, "--url", "http://me:secret@host"], 2, "--api-key"),
         ([*RED, "--path", "empty", "--filter", "width>"], 2, "KEY>=VALUE"),
         ([*EMPTY[:3], "missing"], 1, "missing: there is no such model folder"),
     ],

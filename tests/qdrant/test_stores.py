@@ -453,7 +453,7 @@ class TestOpening:
             open_store(url=url, collection="c")
 
     def test_a_password_in_an_address_is_refused_and_not_told(self) -> None:
-        with pytest.raises(UsageError, match="API key") as told:
+        with pytest.raises(UsageError, match="api_key") as told:
             open_store(url="http://me:secret@localhost:6333", collection="c")
         assert "secret" not in str(told.value)
 

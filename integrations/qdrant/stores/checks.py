@@ -41,7 +41,7 @@ def check_url(url: str) -> None:
     except ValueError:
         is_address = False
     if is_address and "@" in parts.netloc:
-        raise UsageError("the address of a Qdrant server holds a user name or a password; pass the API key instead")
+        raise UsageError("the address of a Qdrant server holds a user name or a password; give the server's api_key")
     if not is_address or not url.isprintable():
         raise UsageError(f"{url!r} is no address of a Qdrant server; give one such as http://localhost:6333")
 
