@@ -1,4 +1,5 @@
 import itertools
+import json
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from typing import Any
@@ -84,8 +85,8 @@ EXPECTED = {
     "mtime=2025|2026-01-02": "street plain",
     "mtime!=2026-01": "street top none",
     "mtime<2026-01-01T01:00:00+01:00": "street",
-    "mtime<=2026-01-01T00:00:00.5Z": "beach street",
-    f"mtime={NEW_YEAR - 1}|2026-01-01T00:00:00.5": "beach street",
+    "mtime<=2026-01-01T00:00:00.500Z": "beach street",
+    f"mtime={NEW_YEAR - 1}|2026-01-01T00:00:00.500": "beach street",
     "caption~BEACH dog": "beach",
     'caption~"sunset, at dog"|beaches': "beach street",
     "caption!~beach": "street plain top none",
@@ -267,9 +268,7 @@ COLUMN_VALUES = st.one_of(
 def test_any_column_is_found_by_its_value_and_by_no_other(column: str, value: str | int | float | bool) -> None:
     assume(column not in OWN_FIELDS and value not in ("", "other"))
     payloads: list[Payload] = [{"metadata": {column: stored}} for stored in (value, [None, value], "other")]
-    written = models.MatchValue(value=value).model_dump_json() if isinstance(value, str) else repr(value)
-    written = written.removeprefix('{"value":').removesuffix("}") if isinstance(value, str) else written
-    written = str(value).lower() if isinstance(value, bool) else written
+    written = json.dumps(value)
     assert found(read_filter(f'"{column}"={written}'), payloads) == {0, 1}
     assert found(read_filter(f'"{column}"!={written}'), payloads) == {2}
     assert found(read_filter(f'"{column}"={written}|"other"'), payloads) == {0, 1, 2}

@@ -5,7 +5,6 @@ import re
 from datetime import datetime
 from typing import Any
 
-from cocoa_embed.errors import UsageError
 from cocoa_embed.integrations.qdrant.conditions import (
     EXACT_INTEGER,
     And,
@@ -70,10 +69,9 @@ def equal(found: object, value: Scalar) -> bool:
 def is_within(bounds: Range, found: object) -> bool:
     limits = {name: limit for name in BOUNDS if (limit := getattr(bounds, name)) is not None}
     if any(isinstance(limit, datetime) for limit in limits.values()):
-        try:
-            found = parse_period(str(found))[0]
-        except UsageError:
+        if not isinstance(found, str) or not re.match(r"\d{4}-\d\d-\d\d", found):
             return False
+        found = parse_period(found)[0]
     elif isinstance(found, bool) or not isinstance(found, int | float):
         return False
     return all(BOUNDS[name](found, limit) for name, limit in limits.items())
