@@ -6,10 +6,9 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
-from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -34,13 +33,6 @@ EdgeOption = Annotated[Path | None, typer.Option(help="A Qdrant Edge folder, ins
 ApiKeyOption = Annotated[str | None, typer.Option(envvar="QDRANT_API_KEY", help="API key for the Qdrant server.")]
 
 
-class Quantization(str, Enum):
-    """How vectors are compressed for the first comparison."""
-
-    scalar = "scalar"
-    binary = "binary"
-
-
 def index(
     paths: Annotated[
         list[str], typer.Argument(metavar="PATH...", help="Folders, images, 'patterns', .txt file lists.")
@@ -55,7 +47,7 @@ def index(
     thumbnails: Annotated[Path | None, typer.Option(help="A folder for small copies of the images.")] = None,
     dimension: Annotated[int | None, typer.Option(min=1, help="Truncate embeddings to this many dimensions.")] = None,
     quantization: Annotated[
-        Quantization | None, typer.Option(help="Quantize the vectors of a new collection (--url, --edge).")
+        Literal["scalar", "binary"] | None, typer.Option(help="Quantize a new collection (--url, --edge).")
     ] = None,
     on_disk: Annotated[
         bool, typer.Option("--on-disk", help="Keep the vectors of a new collection on disk (--url, --edge).")
@@ -67,7 +59,7 @@ def index(
     from cocoa_embed.model.loading import check_model
 
     storage = {"path": path, "url": url, "edge": edge}
-    options = {"dimension": dimension, "quantization": quantization and quantization.value, "on_disk": on_disk}
+    options = {"dimension": dimension, "quantization": quantization, "on_disk": on_disk}
     options |= {"api_key": api_key, "device": device}
     if (quantization or on_disk) and url is None and edge is None:
         raise UsageError("--quantization and --on-disk need --url or --edge; a local index (--path) has neither")
