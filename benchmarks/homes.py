@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from qdrant_client import models
 
-from cocoa_embed.integrations.qdrant.filters import parse_filters
 from cocoa_embed.integrations.qdrant.points import FileLocation, make_payload, point_id
 from cocoa_embed.integrations.qdrant.stores import open_store
 from cocoa_embed.integrations.qdrant.stores.base import Point, Query, Signature, Store
+from cocoa_embed.integrations.qdrant.stores.client_filters import read_filter
 
 HOMES = ("path", "edge")
 POINTS_AT_ONCE = 64
@@ -87,7 +87,7 @@ def measure(home: str, count: int, dimension: int) -> dict[str, Any]:
         store.close()
         opening = seconds_of(store.count)
         queries = query_seconds(store, vectors)
-        filtered = query_seconds(store, vectors, parse_filters([f"width>={count // 2}"]))
+        filtered = query_seconds(store, vectors, read_filter([f"width>={count // 2}"]))
         store.close()
     return {
         "home": home,

@@ -1,57 +1,41 @@
-"""``cocoa-embed index`` and ``search``. What they need is imported when they run, so that ``--help`` is quick."""
+"""The commands ``index`` and ``search``. What is slow to import is imported inside the functions: --help is quick."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
-from enum import Enum
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cocoa_embed.cli.terminal import DeviceOption, JsonOption, print_json, silence_libraries, working
-from cocoa_embed.errors import UsageError, require
+from cocoa_embed.cli.output import DeviceOption, JsonOption, check_all, print_json, say, silence_libraries, working
+from cocoa_embed.errors import CocoaError, UsageError, printable, require
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from rich.console import Console
 
-    from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
+    from cocoa_embed.integrations.qdrant.indexer import IndexSummary, QdrantIndexer
+    from cocoa_embed.integrations.qdrant.stores.base import Hit
 
 DEFAULT_INDEX = Path("cocoa-index")
+WEB = ("http://", "https://")
 
-ModelOption = Annotated[
-    str, typer.Option("--model", help="A SentenceTransformer folder, or owner/name on the Hugging Face hub.")
-]
-CollectionOption = Annotated[str, typer.Option("--collection", help="The Qdrant collection.")]
-PathOption = Annotated[
-    Path | None, typer.Option("--path", help=f"The folder of a local index [default: {DEFAULT_INDEX}].")
-]
-UrlOption = Annotated[str | None, typer.Option("--url", help="The address of a Qdrant server, instead of --path.")]
-EdgeOption = Annotated[
-    Path | None, typer.Option("--edge", help="The folder of a Qdrant Edge index, instead of --path; for many images.")
-]
-DimensionOption = Annotated[
-    int | None,
-    typer.Option("--dimension", min=1, help="Keep the first so many values of an embedding [default: all]."),
-]
-ApiKeyOption = Annotated[
-    str | None, typer.Option("--api-key", envvar="QDRANT_API_KEY", help="What the server wants to see, if anything.")
-]
-
-
-class Quantization(str, Enum):
-    """What vectors are compared by first."""
-
-    scalar = "scalar"
-    binary = "binary"
+ModelOption = Annotated[str, typer.Option(help="A SentenceTransformer folder, or owner/name on the Hugging Face hub.")]
+CollectionOption = Annotated[str, typer.Option(help="The Qdrant collection.")]
+PathOption = Annotated[Path | None, typer.Option(help=f"A local index folder [default: {DEFAULT_INDEX}].")]
+UrlOption = Annotated[str | None, typer.Option(help="The URL of a Qdrant server, instead of --path.")]
+EdgeOption = Annotated[Path | None, typer.Option(help="A Qdrant Edge folder, instead of --path; for many images.")]
+ApiKeyOption = Annotated[str | None, typer.Option(envvar="QDRANT_API_KEY", help="API key for the Qdrant server.")]
 
 
 def index(
     paths: Annotated[
-        list[str],
-        typer.Argument(metavar="PATH...", help="Folders, image files, quoted patterns, .txt files with a path a line."),
+        list[str], typer.Argument(metavar="PATH...", help="Folders, images, 'patterns', .txt file lists.")
     ],
     model: ModelOption,
     collection: CollectionOption = "images",
@@ -59,31 +43,32 @@ def index(
     url: UrlOption = None,
     edge: EdgeOption = None,
     api_key: ApiKeyOption = None,
-    prune: Annotated[bool, typer.Option("--prune", help="Take out the files below PATH that are gone.")] = False,
-    thumbnails: Annotated[
-        Path | None, typer.Option("--thumbnails", help="A folder for small copies of the images.")
-    ] = None,
-    dimension: DimensionOption = None,
+    prune: Annotated[bool, typer.Option("--prune", help="Remove files below PATH that no longer exist.")] = False,
+    thumbnails: Annotated[Path | None, typer.Option(help="A folder for small copies of the images.")] = None,
+    dimension: Annotated[int | None, typer.Option(min=1, help="Truncate embeddings to this many dimensions.")] = None,
     quantization: Annotated[
-        Quantization | None,
-        typer.Option("--quantization", help="What a new collection (--url, --edge) compares vectors by first."),
+        Literal["scalar", "binary"] | None, typer.Option(help="Quantize a new collection (--url, --edge).")
     ] = None,
     on_disk: Annotated[
-        bool, typer.Option("--on-disk", help="Keep the vectors of a new collection (--url, --edge) on disk.")
+        bool, typer.Option("--on-disk", help="Keep the vectors of a new collection on disk (--url, --edge).")
     ] = False,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="The most images to embed at once.")] = 32,
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Embed images and store them in Qdrant. A file that is as it was costs a look at its date."""
-    from cocoa_embed.cli.summaries import report_summary
+    """Embed images and store them in Qdrant. Unchanged files are skipped by size and mtime."""
+    from cocoa_embed.model.loading import check_model
 
-    options = {"dimension": dimension, "quantization": quantization and quantization.value, "on_disk": on_disk}
-    home = Home(path, url, edge, api_key)
-    with (
-        working() as console,
-        open_indexer(model, collection, home, batch_size=batch_size, device=device, **options) as indexer,
-    ):
+    storage = {"path": path, "url": url, "edge": edge}
+    options = {"dimension": dimension, "quantization": quantization, "on_disk": on_disk}
+    options |= {"api_key": api_key, "device": device}
+    if (quantization or on_disk) and url is None and edge is None:
+        raise UsageError("--quantization and --on-disk need --url or --edge; a local index (--path) has neither")
+    check_all(
+        lambda: check_storage(collection, storage),
+        *(partial(check_source, source) for source in paths),
+        lambda: check_model(model),
+    )
+    with working() as console, open_indexer(model, collection, storage, **options) as indexer:
         summary = indexer.index(paths, prune=prune, thumbnails=thumbnails, progress=console.is_terminal)
         report_summary(summary, console)
     if as_json:
@@ -94,122 +79,165 @@ def index(
 
 def search(
     model: ModelOption,
-    text: Annotated[str | None, typer.Argument(help="What to look for; always taken as text.")] = None,
-    image: Annotated[
-        str | None,
-        typer.Option("--image", help="An image to look for, alone or with the text: a file, or a data: address."),
-    ] = None,
+    text: Annotated[str | None, typer.Argument(help="The query; always a text, never a file name.")] = None,
+    image: Annotated[str | None, typer.Option(help="A query image, alone or with a text: a file or data: URI.")] = None,
     allow_host: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--allow-host", help="A host that --image may be fetched from, by http or https; may be repeated."
-        ),
+        list[str] | None, typer.Option(help="A host from which --image may be fetched over HTTP; repeatable.")
     ] = None,
     filters: Annotated[
         list[str] | None,
-        typer.Option(
-            "--filter",
-            help="A condition such as mime=image/png, width>=800, mtime<2026-01-01, caption~beach; all must hold.",
-        ),
+        typer.Option("--filter", help="A condition, such as mime=image/png, width>=800 or caption~beach; repeatable."),
     ] = None,
     collection: CollectionOption = "images",
     path: PathOption = None,
     url: UrlOption = None,
     edge: EdgeOption = None,
     api_key: ApiKeyOption = None,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="The most images to return.")] = 10,
-    offset: Annotated[int, typer.Option("--offset", min=0, help="How many of the best to leave out.")] = 0,
-    score_threshold: Annotated[
-        float | None, typer.Option("--score-threshold", help="The least cosine of a hit, between -1 and 1.")
-    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="The maximum number of hits.")] = 10,
+    score_threshold: Annotated[float | None, typer.Option(help="The minimum cosine similarity of a hit.")] = None,
     any_orientation: Annotated[
-        bool, typer.Option("--any-orientation", help="Look for the image turned and mirrored too.")
+        bool, typer.Option("--any-orientation", help="Also search for the rotated and mirrored image.")
     ] = False,
-    dimension: DimensionOption = None,
     device: DeviceOption = None,
-    html: Annotated[Path | None, typer.Option("--html", help="Write a gallery of the images to this file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the hits to this file as an HTML page.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Find the images nearest to a text, to an image, or to both."""
+    from cocoa_embed.integrations.qdrant.filters import parse_filters
+    from cocoa_embed.model.loading import check_model
+
     if not (text and text.strip()) and image is None:
         raise UsageError("nothing to search for; give a text, --image FILE, or both")
-    from cocoa_embed.cli.summaries import hit_document, report_hits
-
-    home = Home(path, url, edge, api_key)
-    with (
-        working() as console,
-        open_indexer(model, collection, home, dimension=dimension, device=device) as indexer,
-    ):
+    if any_orientation and image is None:
+        raise UsageError("--any-orientation needs --image")
+    storage = {"path": path, "url": url, "edge": edge}
+    is_web = image is not None and image.lower().startswith(WEB)
+    *_, picture = check_all(
+        lambda: check_storage(collection, storage, exists=True),
+        lambda: check_model(model),
+        lambda: parse_filters(filters or []),
+        *([partial(check_page, html)] if html else []),
+        lambda: image and not is_web and query_image(image),
+    )
+    if image and is_web:
+        picture = query_image(image, allow_host)
+    with working() as console, open_indexer(model, collection, storage, api_key=api_key, device=device) as indexer:
         hits = indexer.search(
             text,
-            None if image is None else query_image(image, allow_host or []),
+            picture or None,
             limit=limit,
-            offset=offset,
             score_threshold=score_threshold,
             query_filter=filters,
             any_orientation=any_orientation,
         )
-        if html is not None:
-            from cocoa_embed.integrations.qdrant.hits_page import write_hits_page
-
-            title = " + ".join(part for part in (text, image and image_title(image)) if part)
-            write_hits_page(html, title, hits)
-            console.print(f"wrote {html}", soft_wrap=True, markup=False, highlight=False)
         report_hits(hits, console)
     if as_json:
         print_json({"hits": [hit_document(hit) for hit in hits]})
+    if html is not None:
+        from cocoa_embed.integrations.qdrant.hits_page import write_hits_page
+
+        write_hits_page(html, " + ".join(part for part in (text, image and image_title(image)) if part), hits)
+        typer.echo(f"wrote {printable(html)}", err=True)
 
 
-@dataclasses.dataclass(frozen=True)
-class Home:
-    """Where the options of a command say that the points are.
+def check_storage(collection: str, storage: dict[str, Any], *, exists: bool = False) -> None:
+    """Check the options that name a collection.
 
-    :raises UsageError: If they name more than one place.
+    :param storage: The values of ``--path``, ``--url`` and ``--edge``; None for those that are not given.
+    :param exists: Whether a local index has to be there.
+    :raises UsageError: If they contradict each other, or one is malformed.
+    :raises CocoaError: If there is no such index.
     """
+    from cocoa_embed.integrations.qdrant.stores.checks import check_collection_name, check_url
 
-    path: Path | None
-    url: str | None
-    edge: Path | None
-    api_key: str | None
-
-    def __post_init__(self) -> None:
-        options = {"--path": self.path, "--url": self.url, "--edge": self.edge}
-        given = [option for option, value in options.items() if value is not None]
-        if len(given) > 1:
-            raise UsageError(f"{' and '.join(given)} were given together; give the one that holds the index")
-
-
-@contextlib.contextmanager
-def open_indexer(model: str, collection: str, home: Home, **options: Any) -> Iterator[QdrantIndexer]:
-    """Open the collection that the options name, and close it at the end."""
-    require("qdrant_client", "qdrant")
-    silence_libraries()
-    from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
-
-    is_default = home.url is None and home.edge is None
-    with QdrantIndexer(
-        model,
-        path=(home.path or DEFAULT_INDEX) if is_default else None,
-        url=home.url,
-        edge=home.edge,
-        api_key=home.api_key,
-        collection=collection,
-        **options,
-    ) as indexer:
-        yield indexer
+    given = [name for name, value in storage.items() if value is not None] or ["path"]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(f'--{name}' for name in given)} were given together; give one of them")
+    check_collection_name(collection)
+    folder: Any = storage[given[0]] or DEFAULT_INDEX
+    if given == ["url"]:
+        try:
+            check_url(folder)
+        except UsageError as error:
+            raise UsageError(str(error).replace("api_key", "--api-key")) from None
+    elif exists and not folder.is_dir():
+        raise CocoaError(f"there is no index in {printable(folder)}; run cocoa-embed index, or change --{given[0]}")
 
 
-def query_image(image: str, allowed_hosts: Sequence[str]) -> Image:
-    """Return the image that a query names: a file, a ``data:`` address, or an address on an allowed host.
+def check_source(path: str) -> None:
+    """Check that something to index exists.
 
+    :raises CocoaError: If it does not.
+    """
+    from cocoa_embed.images.find_files import find_images
+
+    if path and not os.path.lexists(path):
+        find_images([path])  # a pattern, or missing
+
+
+def check_page(file: Path) -> None:
+    """Check that an HTML page can be written.
+
+    :raises CocoaError: If Jinja2 is not installed, or the folder does not exist.
+    """
+    require("jinja2", "report")
+    if not file.parent.is_dir():
+        raise CocoaError(f"--html: {printable(file)} cannot be written, its folder does not exist")
+
+
+def query_image(image: str, allowed_hosts: list[str] | None = None) -> Image:
+    """Load the image of a query: a file, a ``data:`` URI, or an address on an allowed host.
+
+    :raises UsageError: If it is on the web, and no host is allowed.
     :raises ImageError: If it cannot be used.
     """
     from cocoa_embed.images.http import Fetcher
     from cocoa_embed.images.load import load_image
 
+    if not allowed_hosts and image.lower().startswith(WEB):
+        raise UsageError("--image is a web address; allow its host with --allow-host HOST")
     return load_image(image, fetcher=Fetcher(allowed_hosts) if allowed_hosts else None)
 
 
+@contextlib.contextmanager
+def open_indexer(model: str, collection: str, storage: dict[str, Any], **options: Any) -> Iterator[QdrantIndexer]:
+    """Open the collection that the options name, and close it at the end."""
+    require("qdrant_client", "qdrant")
+    silence_libraries()
+    from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
+
+    if not any(storage.values()):
+        storage = {"path": DEFAULT_INDEX}
+    with QdrantIndexer(model, collection=collection, **storage, **options) as indexer:
+        yield indexer
+
+
 def image_title(image: str) -> str:
-    """Return what a page calls a query's image: its file name, or an address without its data."""
+    """Return the title of a query image: its file name, or "an image" for a ``data:`` URI."""
     return "an image" if image.startswith("data:") else image.rstrip("/").rsplit("/", 1)[-1]
+
+
+def report_summary(summary: IndexSummary, console: Console) -> None:
+    """Print what an indexing run did, and the files that were left out."""
+    values = dataclasses.asdict(summary)
+    counts = ", ".join(f"{values[name]} {name}" for name in ("indexed", "unchanged", "updated", "replaced", "pruned"))
+    rate = f"{summary.seconds:.1f} s, {summary.images_per_second:.1f} images/s"
+    say(console, f"{summary.collection}: {counts}, {len(summary.failed)} left out ({rate})")
+    for failure in summary.failed:
+        say(console, f"left out: {printable(failure['path'])}: {failure['reason']}")
+
+
+def report_hits(hits: Sequence[Hit], console: Console) -> None:
+    """Print what a search found, best first."""
+    for hit in hits:
+        caption = f"  {' '.join(hit.caption.split())}" if hit.caption else ""
+        say(console, f"{hit.score:.4f}  {printable(hit.path)}{caption}")
+    if not hits:
+        say(console, "nothing found")
+
+
+def hit_document(hit: Hit) -> dict[str, Any]:
+    """Return the JSON document of a hit, without what LlamaIndex alone needs of the payload."""
+    from cocoa_embed.integrations.qdrant.points import plain_payload
+
+    return {**dataclasses.asdict(hit), "payload": plain_payload(hit.payload)}

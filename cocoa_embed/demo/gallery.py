@@ -6,7 +6,7 @@ from pathlib import Path
 from llama_index.core.schema import NodeWithScore, QueryBundle
 
 from cocoa_embed.images.load import load_image
-from cocoa_embed.integrations.llama_index.embedding import CocoaRetriever
+from cocoa_embed.integrations.llama_index import CocoaRetriever
 from cocoa_embed.integrations.qdrant.indexer import Hit as Found
 from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
 from cocoa_embed.report.content import Hit, QueryResult

@@ -1,5 +1,6 @@
 """LlamaIndex: a multimodal embedding, and a retriever over an indexed collection."""
 
-from cocoa_embed.integrations.llama_index.embedding import CocoaEmbedding, CocoaRetriever
+from cocoa_embed.integrations.llama_index.embedding import CocoaEmbedding
+from cocoa_embed.integrations.llama_index.retriever import CocoaRetriever
 
 __all__ = ["CocoaEmbedding", "CocoaRetriever"]

@@ -1,4 +1,4 @@
-"""LlamaIndex's nodes: the image that one holds, and the node that a search has found. Pure."""
+"""Convert between LlamaIndex's nodes and images or search hits. Pure."""
 
 from __future__ import annotations
 
@@ -23,42 +23,30 @@ if TYPE_CHECKING:
 
 PATH_KEYS = ("path", "image_path")
 TEXT_KEYS = ("caption", "text", "page_content")
-"""Where the payloads of the indexer, of LlamaIndex's older stores and of LangChain hold a path and a text."""
+"""The payload keys of a path and a text: the indexer's, those of LlamaIndex's older stores and of LangChain."""
 
 NODE_FIELDS = (
-    "id_",
-    "metadata",
-    "excluded_embed_metadata_keys",
-    "excluded_llm_metadata_keys",
-    "relationships",
-    "metadata_template",
-    "metadata_separator",
-    "text_template",
-)
-"""The fields that every kind of stored node has."""
+    "id_ metadata excluded_embed_metadata_keys excluded_llm_metadata_keys relationships"
+    " metadata_template metadata_separator text_template"
+).split()
+"""The fields that all kinds of stored nodes have in common."""
 
 
 def image_of(node: BaseNode) -> ImageType | None:
-    """Return the image that a node holds: its bytes, or else its path or its address; None if it holds none.
+    """Return the image of a node: its bytes, or else its path or address; None if it has none.
 
     :raises ImageError: If the node's bytes are not in base64.
     """
+    data: str | bytes | None
     if isinstance(node, ImageNode):
-        return image_in(node, node.image, node.image_path or node.image_url)
-    if isinstance(node, Node) and node.image_resource is not None:
+        data, source = node.image, node.image_path or node.image_url
+    elif isinstance(node, Node) and node.image_resource is not None:
         resource = node.image_resource
-        place = resource.path or resource.url
-        return image_in(node, resource.data, None if place is None else str(place))
-    return None
-
-
-def image_in(node: BaseNode, data: str | bytes | None, place: str | None) -> ImageType | None:
-    """Return the image that ``data`` holds in base64, or the place where it is.
-
-    :raises ImageError: If ``data`` is no base64.
-    """
+        data, source = resource.data, str(resource.path or resource.url or "") or None
+    else:
+        return None
     if not data:
-        return place
+        return source
     try:
         return BytesIO(b64decode(data))
     except Base64Error as error:
@@ -66,34 +54,31 @@ def image_in(node: BaseNode, data: str | bytes | None, place: str | None) -> Ima
 
 
 def split_by_image(nodes: Sequence[BaseNode]) -> tuple[list[tuple[BaseNode, ImageType]], list[BaseNode]]:
-    """Return the nodes that hold an image, each with it, and those that hold none.
+    """Return the nodes that have an image, each with it, and those that have none.
 
     :raises ImageError: If the image in a node is not in base64.
     """
-    images, texts = [], []
-    for node in nodes:
-        image = image_of(node)
-        if image is None:
-            texts.append(node)
-        else:
-            images.append((node, image))
-    return images, texts
+    pairs = [(node, image_of(node)) for node in nodes]
+    return (
+        [(node, image) for node, image in pairs if image is not None],
+        [node for node, image in pairs if image is None],
+    )
 
 
 def to_node(hit: Hit) -> NodeWithScore:
-    """Return a hit as LlamaIndex's node: an ``ImageNode`` with ``image_path`` wherever the point is of an image.
+    """Return a hit as a node of LlamaIndex, an ``ImageNode`` with ``image_path`` if the point is an image.
 
-    What the indexer or LlamaIndex wrote becomes the node that was stored. A point that something else wrote, or whose
-    node cannot be read, becomes a node of what its payload says: its path, its caption or text, the rest as metadata.
+    A point that the indexer or LlamaIndex wrote becomes the stored node. Any other point, or one whose node cannot be
+    read, becomes a node with the path and the caption or text of its payload, and the other keys as metadata.
     """
     return NodeWithScore(node=stored_node(hit.payload) or described_node(hit), score=hit.score)
 
 
 def stored_node(payload: dict[str, Any]) -> BaseNode | None:
-    """Return the node that LlamaIndex has in a payload, or None if there is none that can be read.
+    """Return the LlamaIndex node that is stored in a payload; None if there is none that can be read.
 
-    A stored ``ImageDocument``, or other node with an image beside its text, becomes an ``ImageNode``: LlamaIndex itself
-    fails on such a point or leaves the image out.
+    An ``ImageDocument``, or another node with an image beside its text, becomes an ``ImageNode``: LlamaIndex itself
+    fails on such a point or drops the image.
     """
     try:
         fields = json.loads(payload["_node_content"])
@@ -104,11 +89,11 @@ def stored_node(payload: dict[str, Any]) -> BaseNode | None:
         common = {name: fields[name] for name in NODE_FIELDS if name in fields}
         return ImageNode(text=text or "", image_resource=image, **common)
     except (LookupError, ValueError, TypeError, AttributeError):
-        return None  # what others have under this key may be anything
+        return None  # other programs may store anything under this key
 
 
 def described_node(hit: Hit) -> BaseNode:
-    """Return a node of what the payload of a point says that holds no node of LlamaIndex."""
+    """Return a node made from a payload that holds no LlamaIndex node."""
     metadata = plain_payload(hit.payload)
     path = next(texts(metadata, PATH_KEYS), None)
     mime = next(texts(metadata, ["mime"]), None) or (path and mimetypes.guess_type(path)[0]) or "image/*"
@@ -120,5 +105,5 @@ def described_node(hit: Hit) -> BaseNode:
 
 
 def texts(payload: Mapping[str, Any], keys: Iterable[str]) -> Iterator[str]:
-    """Yield a payload's values under ``keys`` that are texts with something in them."""
+    """Yield the values under ``keys`` that are texts and not empty."""
     return (value for key in keys if isinstance(value := payload.get(key), str) and value)

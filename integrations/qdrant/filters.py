@@ -1,267 +1,123 @@
-"""Filters on the payload as people write them: ``mime=image/png``, ``width>=1000``, ``author=Ann|Bob``. Pure."""
+"""Filters in the text syntax of the command line: ``mime=image/png``, ``width>=1000``, ``author=Ann|Bob``. Pure."""
 
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
-from typing import NamedTuple
+from collections.abc import Sequence
 
-from cocoa_embed.errors import UsageError, require
-from cocoa_embed.integrations.qdrant.points import NODE_KEYS, storable
+from cocoa_embed.errors import UsageError
+from cocoa_embed.integrations.qdrant import conditions
+from cocoa_embed.integrations.qdrant.conditions import TEXT, TIME, Condition, Not, Scalar, all_of, any_of
+from cocoa_embed.integrations.qdrant.points import storable
 
-require("qdrant_client", "qdrant")
-
-from qdrant_client import models  # noqa: E402 - after the error that names the extra
-
-TEXT_KEYS = frozenset(
-    {"path", "relative_path", "paths", "relative_paths", "sha256", "mime", "caption", "caption_source", "thumbnail"}
-)
-TIME_KEYS = frozenset({"mtime", "mtimes"})
-NUMBER_KEYS = frozenset({"width", "height", "bytes"}) | TIME_KEYS
-PAYLOAD_KEYS = TEXT_KEYS | NUMBER_KEYS | NODE_KEYS | {"metadata"}
-"""The top level of a payload; any other key is a column of ``metadata.jsonl``."""
-
-EXACT_INTEGER = 2**53
-"""The integers up to here are floats too, which a range of numbers is made of."""
-LARGEST_INTEGER = 2**63
-"""Integers from here on can only be compared as strings."""
-SECONDS_A_DAY = 24 * 60 * 60
 FORMS = (
     "write KEY=VALUE, KEY!=VALUE, KEY<VALUE, KEY<=VALUE, KEY>VALUE, KEY>=VALUE, KEY~WORDS, KEY!~WORDS,"
-    " KEY=ONE|OTHER, KEY (it is there) or !KEY (it is not)"
+    " KEY=ONE|OTHER, KEY (has a value) or !KEY (has none)"
 )
-_CONDITION = re.compile(
-    r"""\s*(?P<key>(?:"[^"]*"|[^"=<>!~])+?)\s*(?P<operator>!=|!~|<=|>=|=|<|>|~)\s*(?P<value>.*?)\s*""", re.DOTALL
-)
-_PRESENCE = re.compile(r"""\s*(?P<absent>!?)\s*(?P<key>(?:"[^"]*"|[^"=<>!~])+?)\s*""", re.DOTALL)
-_SEGMENT = re.compile(r"""\s*("[^"]*"|[^".\[\]]+)\s*((?:\[\d*\])*)\s*(?:\.|$)""")
-_CHOICE = re.compile(r"""\s*("(?:[^"\\]|\\.)*"|[^|]*?)\s*(?:\||$)""", re.DOTALL)
-_BARE_NAME = re.compile(r"[\w-]+")
-_NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?")
-_WORD = re.compile(r"[^\W_]")
+BOUNDS = {"<": "lt", "<=": "lte", ">": "gt", ">=": "gte"}
+
+_KEY = r"""\s*(?P<key>(?:"[^"]*"|[^"=<>!~])+?)\s*"""
+_PRESENCE = re.compile(rf"\s*(?P<absent>!?){_KEY}", re.DOTALL)
+_COMPARISON = re.compile(rf"{_KEY}(?P<operator>!=|!~|<=|>=|==?|<|>|~)\s*(?P<value>.*?)\s*", re.DOTALL)
+_MISTYPED = re.compile(r"""([^\s:"]+)(?:\s*:\s*|\s+)(\S.*)""", re.DOTALL)
+_CHOICE = re.compile(r"""\s*("(?:[^"\\]|\\.)*"|[^|]*?)\s*(\||\Z)""", re.DOTALL)
+_NUMBER = re.compile(r"-?(?:0|[1-9]\d{0,18})(?:\.\d+)?(?:[eE][+-]?\d+)?")
 
 
-class Value(NamedTuple):
-    """One value of a condition."""
+def parse_filters(texts: Sequence[str]) -> Condition:
+    """Return the condition that all filters hold.
 
-    text: str
-    """What the payload may hold as a string."""
-    is_quoted: bool
-    """Whether it is a string and nothing else."""
+    ``=`` compares whole values: a number or a boolean with one, or with a string of the same characters; a value in
+    double quotes is a string. ``!=`` is the opposite and also holds where the key is missing. ``<``, ``<=``, ``>`` and
+    ``>=`` compare numbers and dates. ``~`` looks for words: all of them must be in the text, in any order and case. In
+    a list, one element must match. A key alone holds where it has a value that is not empty. Any key that is not a
+    field of the payload is a column of ``metadata.jsonl``: ``author`` means ``metadata.author`` too. A date is in UTC
+    unless it names another zone; ``mtime=2026-01-31`` is that whole day.
 
-    @property
-    def number(self) -> int | float | None:
-        """What the payload may hold as a number."""
-        if self.is_quoted or _NUMBER.fullmatch(self.text) is None:
-            return None
-        number = json.loads(self.text)
-        return (
-            number if math.isfinite(number) and (isinstance(number, float) or abs(number) < LARGEST_INTEGER) else None
-        )
-
-    @property
-    def boolean(self) -> bool | None:
-        """What the payload may hold as a boolean."""
-        return None if self.is_quoted else {"true": True, "false": False}.get(self.text)
-
-
-def parse_filters(texts: Sequence[str]) -> models.Filter:
-    """Return the filter that lets points through of which all of ``texts`` hold.
-
-    ``=`` compares whole values: a number or a boolean with one, or with a string of the same letters; anything else,
-    and what stands in double quotes, with a string. ``!=`` is its opposite, so it holds too where the key is absent.
-    ``<`` and the like compare numbers, or dates with strings that are dates. ``~`` looks for words: each of them has
-    to be a whole word of the text, in whatever order and case; this holds with a text index and without, in every
-    home. Of a list in the payload, one element has to match. A key of none of the payload's own fields is a column of
-    ``metadata.jsonl``: ``author`` means ``metadata.author``. A date or a time given for ``mtime`` stands for its
-    seconds, in UTC where it names no other zone; ``mtime=2026-01-31`` is that whole day.
-
-    :raises UsageError: If one is written in no such form, or compares what cannot be compared.
+    :raises UsageError: If a text is not a filter; the message says how to write one.
     """
-    must: list[models.Condition] = []
-    must_not: list[models.Condition] = []
-    for text in texts:
-        condition, holds = parse_condition(text)
-        (must if holds else must_not).append(condition)
-    return models.Filter(must=must or None, must_not=must_not or None)
+    return all_of(parse_filter(text) for text in texts)
 
 
-def parse_condition(text: str) -> tuple[models.Condition, bool]:
-    """Return one condition, and whether it has to hold or must not.
+def parse_filter(text: str) -> Condition:
+    """Return the condition that one filter states.
 
-    :raises UsageError: If it is written in no known form.
+    :raises UsageError: If the text is not a filter.
     """
-    # As the payload has the undecodable bytes of a file's name.
-    text = storable(text)
-    presence = _PRESENCE.fullmatch(text)
-    if presence is not None:
-        key = payload_path(text, presence["key"])
-        return models.IsEmptyCondition(is_empty=models.PayloadField(key=key)), presence["absent"] == "!"
-    parts = _CONDITION.fullmatch(text)
+    if not isinstance(text, str):
+        raise UsageError(f"a filter is a text such as 'mime=image/png', not {text!a:.80}")
+    try:
+        return _parse(storable(text))
+    except UsageError as error:
+        raise UsageError(f"{text!a} is not a filter: {error}") from None
+
+
+def _parse(text: str) -> Condition:
+    if presence := _PRESENCE.fullmatch(text):
+        key = presence["key"]
+        if mistyped := _MISTYPED.fullmatch(key):
+            raise UsageError(f'write {mistyped[1]}={mistyped[2]} or, for a key of this name, "{key}"')
+        return Not(conditions.exists(key)) if presence["absent"] else conditions.exists(key)
+    parts = _COMPARISON.fullmatch(text)
     if parts is None:
-        raise UsageError(f"{text!a} is no filter; {FORMS}")
-    key, operator = payload_path(text, parts["key"]), parts["operator"]
-    choices = split_choices(text, parts["value"])
-    build = COMPARISONS[operator.removeprefix("!")]
-    conditions = [condition for choice in choices for condition in build(text, key, choice)]
-    holds = not operator.startswith("!")
-    return (conditions[0] if len(conditions) == 1 else models.Filter(should=conditions)), holds
+        raise UsageError(FORMS)
+    key, operator = parts["key"], parts["operator"]
+    condition = _compare(key, operator.removeprefix("!"), split_choices(parts["value"]))
+    return Not(condition) if operator.startswith("!") else condition
 
 
-def payload_path(text: str, key: str) -> str:
-    """Return the path of a key in the payload, in Qdrant's notation.
-
-    :raises UsageError: If it is none.
-    """
-    names, top, start = [], "", 0
-    while start < len(key):
-        segment = _SEGMENT.match(key, start)
-        name = "" if segment is None else segment[1].strip().strip('"')
-        if segment is None or not name or (segment.end() == len(key) and key.endswith(".")):
-            raise UsageError(f"{text!a} is no filter: {key!a} is no key; {FORMS}")
-        top = top or name
-        names.append((name if _BARE_NAME.fullmatch(name) else f'"{name}"') + segment[2])
-        start = segment.end()
-    return ".".join(names if top in PAYLOAD_KEYS else ["metadata", *names])
+def _compare(key: str, operator: str, choices: Sequence[str]) -> Condition:
+    if operator == "~":
+        return any_of(conditions.has_words(key, unquote(choice)) for choice in choices)
+    values = [read_values(choice, conditions.field_type(key)) for choice in choices]
+    if operator in BOUNDS:
+        return any_of(conditions.compare(key, BOUNDS[operator], value[0]) for value in values)
+    return conditions.one_of(key, [value for alternatives in values for value in alternatives])
 
 
-def split_choices(text: str, value: str) -> list[Value]:
+def split_choices(value: str) -> list[str]:
     """Return the values between the bars of ``ONE|OTHER``.
 
-    :raises UsageError: If there is none, or one is empty without quotes.
+    :raises UsageError: If one is missing or begins like an operator.
     """
-    choices, start = [], 0
-    while start <= len(value):
-        match = _CHOICE.match(value, start)
-        choice = "" if match is None else match[1]
-        if match is None or not choice:
-            raise UsageError(f'{text!a} is no filter: a value is missing; {FORMS}, and "" for an empty text')
-        choices.append(unquoted(text, choice))
-        if match.end() == len(value) and not match[0].endswith("|"):
+    choices = []
+    for choice, bar in _CHOICE.findall(value):
+        if not choice:
+            raise UsageError(f'a value is missing; {FORMS}, and "" for an empty text')
+        if choice[0] in "=<>~":
+            raise UsageError(f'{FORMS}; a value that begins with {choice[0]} stands in quotes: "{choice}"')
+        choices.append(choice)
+        if not bar:
             break
-        start = match.end()
     return choices
 
 
-def unquoted(text: str, choice: str) -> Value:
-    """Return a value, without its quotes.
+def unquote(choice: str) -> str:
+    """Return a value without its double quotes, if it has any.
 
     :raises UsageError: If a quote is missing.
     """
     if not choice.startswith('"'):
-        return Value(choice, is_quoted=False)
+        return choice
     try:
-        return Value(json.loads(choice), is_quoted=True)
+        return json.loads(choice)
     except ValueError as error:
-        raise UsageError(f"{text!a} is no filter: {choice!a} is no text in double quotes ({error})") from error
+        raise UsageError(f"{choice!a} is not a text in double quotes ({error})") from error
 
 
-def equal(text: str, key: str, value: Value) -> list[models.Condition]:
-    """Return the conditions of which one holds where the payload has this value.
+def read_values(choice: str, type_: str | None) -> list[Scalar]:
+    """Return what a written value may stand for: what its field holds or, for a column, a number or boolean or text.
 
-    :raises UsageError: If the key is that of a number, and the value none.
+    :param type_: The type of the field, None for a column.
+    :raises UsageError: If a quote is missing.
     """
-    if key in TIME_KEYS and value.number is None:
-        return [models.FieldCondition(key=key, range=span(*moments(text, key, value)))]
-    if key in NUMBER_KEYS:
-        return [equal_number(key, required_number(text, key, value))]
-    conditions = [] if value.number is None or key in TEXT_KEYS else [equal_number(key, value.number)]
-    exact: list[bool | str] = [value.text] if value.boolean is None else [value.boolean, value.text]
-    matches = [models.FieldCondition(key=key, match=models.MatchValue(value=one)) for one in exact]
-    return [*conditions, *matches]
-
-
-def equal_number(key: str, number: int | float) -> models.Condition:
-    """Return the condition that the payload has this number, as an integer or not."""
-    if abs(number) > EXACT_INTEGER and isinstance(number, int):
-        return models.FieldCondition(key=key, match=models.MatchValue(value=number))
-    return models.FieldCondition(key=key, range=models.Range(gte=number, lte=number))
-
-
-def ordered(name: str) -> Callable[[str, str, Value], list[models.Condition]]:
-    """Return what builds the condition that a value is less or more than another one.
-
-    :param name: Of the bound in Qdrant's ranges.
-    """
-
-    def build(text: str, key: str, value: Value) -> list[models.Condition]:
-        if key in TEXT_KEYS:
-            raise UsageError(f"{text!a} is no filter: {key} is a text; compare it by = or != or ~")
-        if key in TIME_KEYS and value.number is None:
-            return [models.FieldCondition(key=key, range=models.Range(**{name: moments(text, key, value)[0]}))]
-        if value.number is None and key not in NUMBER_KEYS:
-            moment = parse_moment(value.text)
-            if moment is not None:
-                return [models.FieldCondition(key=key, range=models.DatetimeRange(**{name: moment}))]
-        return [models.FieldCondition(key=key, range=models.Range(**{name: required_number(text, key, value)}))]
-
-    return build
-
-
-def containing(text: str, key: str, value: Value) -> list[models.Condition]:
-    """Return the condition that the payload has a text with all of some words.
-
-    :raises UsageError: If there are none, or the key is that of a number.
-    """
-    if key in NUMBER_KEYS:
-        raise UsageError(f"{text!a} is no filter: {key} is a number; compare it by = or != or < or >")
-    if _WORD.search(value.text) is None:
-        raise UsageError(f"{text!a} is no filter: there is no word in {value.text!a} to look for")
-    return [models.FieldCondition(key=key, match=models.MatchText(text=value.text))]
-
-
-COMPARISONS: dict[str, Callable[[str, str, Value], list[models.Condition]]] = {
-    "=": equal,
-    "~": containing,
-    "<": ordered("lt"),
-    "<=": ordered("lte"),
-    ">": ordered("gt"),
-    ">=": ordered("gte"),
-}
-
-
-def required_number(text: str, key: str, value: Value) -> int | float:
-    """Return a value as the number that it has to be.
-
-    :raises UsageError: If it is none.
-    """
-    number = value.number
-    if number is None:
-        also = "" if key in NUMBER_KEYS - TIME_KEYS else " and no date such as 2026-01-31 or 2026-01-31T12:00+01:00"
-        raise UsageError(f"{text!a} is no filter: {value.text!a} is no number{also}")
-    return number
-
-
-def moments(text: str, key: str, value: Value) -> tuple[float, float | None]:
-    """Return the seconds of a date or time, and those of the day's end if it is a date.
-
-    :raises UsageError: If it is neither.
-    """
-    moment = parse_moment(value.text)
-    if moment is None:
-        raise UsageError(
-            f"{text!a} is no filter: {value.text!a} is no number of seconds for {key}, and no date such as 2026-01-31"
-            " or 2026-01-31T12:00+01:00"
-        )
-    is_day = re.fullmatch(r"\d{4}-\d\d-\d\d", value.text) is not None
-    return moment.timestamp(), moment.timestamp() + SECONDS_A_DAY if is_day else None
-
-
-def span(start: float, end: float | None) -> models.Range:
-    """Return the range from ``start`` up to ``end``, or of ``start`` alone."""
-    return models.Range(gte=start, lte=start) if end is None else models.Range(gte=start, lt=end)
-
-
-def parse_moment(text: str) -> datetime | None:
-    """Return an ISO 8601 date or time, in UTC if it names no zone; None if it is none."""
-    if re.match(r"\d{4}-\d\d-\d\d", text) is None:
-        return None
-    try:
-        # Python 3.10 knows no Z.
-        moment = datetime.fromisoformat(re.sub(r"[zZ]$", "+00:00", text))
-    except ValueError:
-        return None
-    return moment if moment.tzinfo is not None else moment.replace(tzinfo=timezone.utc)
+    text = unquote(choice)
+    if choice.startswith('"') or type_ == TEXT or (type_ == TIME and re.fullmatch(r"\d{4}", choice)):
+        return [text]
+    number = json.loads(text) if _NUMBER.fullmatch(text) else None
+    number = number if number is not None and conditions.is_storable(number) else None
+    if type_ is not None:
+        return [text if number is None else number]
+    typed = {"true": True, "false": False}.get(text, number)
+    return [text] if typed is None else [typed, text]

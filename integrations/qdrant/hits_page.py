@@ -1,6 +1,7 @@
-"""A search's hits as one HTML page that needs no other file."""
+"""Write the hits of a search as one HTML page that needs no other file."""
 
 import base64
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,32 +16,39 @@ _TEMPLATE = Path(__file__).with_name("hits.html.jinja")
 
 
 def write_hits_page(file: Path, title: str, hits: Sequence[Hit]) -> None:
-    """Write a page that shows the images found, best first, with thumbnails inside.
+    """Write a page with the images of the hits, best first, as embedded thumbnails.
 
-    :raises CocoaError: If Jinja2 is missing or the file cannot be written.
+    :raises CocoaError: If Jinja2 is not installed or the file cannot be written.
     """
     environment = require("jinja2", "report").Environment(autoescape=True)
-    cards = [
-        {"path": hit.path, "score": hit.score, "caption": hit.caption, "thumbnail": thumbnail(hit)} for hit in hits
-    ]
-    page = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(title=printable(title), cards=cards)
+    page = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+        title=printable(title), cards=[card(hit) for hit in hits]
+    )
     try:
         file.write_text(page, encoding="utf-8")
     except OSError as error:
         raise CocoaError(f"{printable(file)} cannot be written ({error.strerror})") from error
 
 
-def thumbnail(hit: Hit) -> str | None:
-    """Return a small JPEG of a hit as a ``data:`` address; None if neither its thumbnail nor a file of it can be used.
+def card(hit: Hit) -> dict[str, object]:
+    """Return what the page shows of a hit: score, caption, the first of its files that exists, and a thumbnail.
 
-    The thumbnail that was made when the image was indexed comes first: it shows what was embedded.
+    The thumbnail made when the image was indexed comes first: it shows what was embedded.
     """
-    for path in (hit.payload.get("thumbnail"), hit.path, *(each.path for each in stored_locations(hit.payload))):
-        if not path or not isinstance(path, str):
-            continue
-        try:
-            image = load_image(path)
-        except ImageError:
-            continue
-        return "data:image/jpeg;base64," + base64.b64encode(draw_thumbnail(image, THUMBNAIL_SIZE)).decode("ascii")
-    return None
+    paths = [path for path in (hit.path, *(each.path for each in stored_locations(hit.payload))) if path]
+    sources = (source for source in (hit.payload.get("thumbnail"), *paths) if isinstance(source, str) and source)
+    return {
+        "path": printable(next(filter(os.path.exists, paths), hit.path)),
+        "score": hit.score,
+        "caption": hit.caption,
+        "thumbnail": next(filter(None, map(data_uri, sources)), None),
+    }
+
+
+def data_uri(source: str) -> str | None:
+    """Return a small JPEG of an image file as a ``data:`` URI; None if the file cannot be used."""
+    try:
+        image = load_image(source)
+    except ImageError:
+        return None
+    return "data:image/jpeg;base64," + base64.b64encode(draw_thumbnail(image, THUMBNAIL_SIZE)).decode("ascii")

@@ -15,7 +15,6 @@ from tqdm.auto import tqdm
 from cocoa_embed.encode.encoder import Encoder, Item, make_item
 from cocoa_embed.errors import CocoaError, UsageError, printable, require
 from cocoa_embed.images.load import ImageSource
-from cocoa_embed.integrations.qdrant.filters import parse_filters
 from cocoa_embed.integrations.qdrant.image_metadata import find_image_files
 from cocoa_embed.integrations.qdrant.index_run import IndexRun
 from cocoa_embed.integrations.qdrant.index_state import STATE_KEYS, IndexState
@@ -30,6 +29,7 @@ from cocoa_embed.integrations.qdrant.stores.base import (
     StoreOptions,
     require_signature,
 )
+from cocoa_embed.integrations.qdrant.stores.client_filters import read_filter
 from cocoa_embed.integrations.qdrant.thumbnails import ThumbnailFolder
 from cocoa_embed.model.loading import load_model
 
@@ -198,10 +198,7 @@ class QdrantIndexer:
         if limit < 1 or offset < 0:
             raise UsageError(f"limit is {limit} and offset {offset}; limit must be 1 or more, offset 0 or more")
         item = make_item(text, image)
-        if isinstance(query_filter, str):
-            query_filter = [query_filter]
-        if query_filter is not None and not isinstance(query_filter, models.Filter):
-            query_filter = parse_filters(query_filter)
+        query_filter = read_filter(query_filter)
         items = orientations(item) if any_orientation else [item]
         vectors = self._encoder_for(require_signature(self.store)).embed_queries(items)
         if not any_orientation:

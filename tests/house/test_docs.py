@@ -16,12 +16,12 @@ import yaml
 from sybil import Document, Example
 from sybil.example import NotEvaluated
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
+from tiny_clip import tiny_clip_model
 
 from cocoa_embed.cli.main import main
 from cocoa_embed.demo.scenes import write_image_folder
 from cocoa_embed.model.export import export_model
 from cocoa_embed.train import Recipe
-from tiny_clip import tiny_clip_model
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])

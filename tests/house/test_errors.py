@@ -1,10 +1,11 @@
 import json
+import pickle
 from pathlib import Path
 
 import pytest
 
 from cocoa_embed import errors
-from cocoa_embed.errors import MissingExtraError, did_you_mean, install_command, require
+from cocoa_embed.errors import CocoaError, ImageError, MissingExtraError, did_you_mean, install_command, require
 
 
 class Installed:
@@ -58,3 +59,9 @@ def test_an_unknown_name_is_answered_with_the_closest_known_one(name: str, hint:
 
 def test_no_known_name_is_said_so() -> None:
     assert did_you_mean("x", []) == "(known: none)"
+
+
+def test_an_error_crosses_processes() -> None:
+    """A pool of processes waits for ever for an error that cannot be unpickled."""
+    for error in (ImageError("red.png", "does not exist"), CocoaError("no")):
+        assert str(pickle.loads(pickle.dumps(error))) == str(error)

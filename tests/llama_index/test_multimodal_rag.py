@@ -21,7 +21,7 @@ from qdrant_client import QdrantClient, models
 
 from cocoa_embed.demo.scenes import write_image_folder
 from cocoa_embed.encode.encoder import Encoder
-from cocoa_embed.integrations.llama_index.embedding import CocoaRetriever
+from cocoa_embed.integrations.llama_index import CocoaRetriever
 from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
 from cocoa_embed.model.backbone import resolve_backbone
 

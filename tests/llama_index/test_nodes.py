@@ -30,8 +30,8 @@ from cocoa_embed.integrations.llama_index.nodes import image_of, split_by_image,
 from cocoa_embed.integrations.qdrant.indexer import Hit
 
 
-def hit(payload: dict[str, Any], id_: str = "7") -> Hit:
-    return Hit(id=id_, score=0.5, path=str(payload.get("path", "")), payload=payload)
+def hit(payload: dict[str, Any]) -> Hit:
+    return Hit(id="7", score=0.5, path=str(payload.get("path", "")), payload=payload)
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def file(tmp_path: Path) -> str:
     return str(tmp_path / "red.png")
 
 
-def test_every_kind_of_node_gives_its_image(file: str) -> None:
+def test_every_kind_of_node_gives_its_image_if_it_has_one(file: str) -> None:
     data = Path(file).read_bytes()
     encoded = b64encode(data).decode()
     assert image_of(ImageNode(image_path=file)) == image_of(ImageDocument(image_path=file)) == file
@@ -54,16 +54,10 @@ def test_every_kind_of_node_gives_its_image(file: str) -> None:
         image = image_of(node)
         assert isinstance(image, BytesIO)
         assert Image.open(image).getpixel((0, 0)) == (255, 0, 0)
-
-
-def test_a_node_without_an_image_gives_none() -> None:
     for node in (TextNode(text="red"), Document(text="red"), ImageNode(text="red"), Node(), IndexNode(index_id="i")):
         assert image_of(node) is None
     image, text = ImageNode(image_path="a.png"), TextNode(text="red")
     assert split_by_image([text, image]) == ([(image, "a.png")], [text])
-
-
-def test_an_image_that_is_not_in_base64_is_named() -> None:
     with pytest.raises(ImageError, match="node n7: holds an image that is not in base64"):
         image_of(ImageNode(id_="n7", image="a"))
 
@@ -76,52 +70,51 @@ def test_what_llama_index_stored_comes_back() -> None:
     ]
     for node in nodes:
         found = to_node(hit(node_to_metadata_dict(node)))
-        assert type(found.node) is type(node)
-        assert found.node == node
-        assert found.score == 0.5
+        assert (type(found.node), found.node, found.score) == (type(node), node, 0.5)
+    encoded = b64encode(b"any bytes").decode()
+    without_image = to_node(hit(node_to_metadata_dict(ImageDocument(image=encoded, text="a red thing")))).node
+    assert (type(without_image), without_image.get_content()) == (TextNode, "a red thing")
 
 
 def test_other_stored_nodes_with_an_image_become_image_nodes(file: str) -> None:
-    source = RelatedNodeInfo(node_id="source")
     stored = [
-        ImageDocument(image_path=file, metadata={"author": "Ann"}, id_="one"),
-        ImageDocument(image_path=file, metadata={"author": "Ann"}, id_="two", text="a red thing"),
+        ImageDocument(image_path=file, metadata={"author": "Ann"}, id_="one", text="a red thing"),
         Node(
-            id_="three",
+            id_="two",
             image_resource=MediaResource(path=Path(file)),
             text_resource=MediaResource(text="a red thing"),
             metadata={"author": "Ann"},
             excluded_llm_metadata_keys=["author"],
-            relationships={NodeRelationship.SOURCE: source},
+            relationships={NodeRelationship.SOURCE: RelatedNodeInfo(node_id="source")},
         ),
     ]
     nodes = [to_node(hit(node_to_metadata_dict(node))).node for node in stored]
-    assert [type(node) for node in nodes] == [ImageNode] * 3
-    assert [node.image_path for node in nodes] == [file] * 3
-    assert [node.image_mimetype for node in nodes] == ["image/png"] * 3
-    assert [node.text for node in nodes] == ["", "a red thing", "a red thing"]
-    assert [node.metadata for node in nodes] == [{"author": "Ann"}] * 3
-    assert [node.node_id for node in nodes] == ["one", "two", "three"]
-    assert nodes[2].source_node == source
-    assert nodes[2].get_content(MetadataMode.LLM).strip() == "a red thing"
+    for node, id_ in zip(nodes, ("one", "two"), strict=True):
+        assert isinstance(node, ImageNode)
+        assert (node.image_path, node.image_mimetype, node.text) == (file, "image/png", "a red thing")
+        assert (node.metadata, node.node_id) == ({"author": "Ann"}, id_)
+    assert nodes[1].source_node == RelatedNodeInfo(node_id="source")
+    assert nodes[1].get_content(MetadataMode.LLM).strip() == "a red thing"
 
 
 @pytest.mark.parametrize(
     ("payload", "path", "text"),
     [
         ({"path": "/x.png", "caption": "a lawn"}, "/x.png", "a lawn"),
-        ({"path": "/x"}, "/x", ""),
         ({"path": "/X.JPG", "caption": None, "text": "words"}, "/X.JPG", "words"),
         ({"image_path": "x.webp", "page_content": "words"}, "x.webp", "words"),
         ({"path": "/x.bin", "mime": "image/tiff"}, "/x.bin", ""),
         ({"path": "/x.pdf", "text": "page one"}, None, "page one"),
         ({"path": "/x.png", "mime": "text/plain", "text": "words"}, None, "words"),
-        ({"text": "words"}, None, "words"),
         ({"path": 3, "text": ["words"]}, None, ""),
         ({}, None, ""),
+        *[
+            ({"path": "/x.png", "caption": "a lawn", "_node_content": content}, "/x.png", "a lawn")
+            for content in (None, 3, "", "{", "[]", "null", '{"text": []}', json.dumps({"image_resource": "x"}))
+        ],
     ],
 )
-def test_a_point_of_others_becomes_what_its_payload_says(payload: dict, path: str | None, text: str) -> None:
+def test_any_other_point_becomes_what_its_payload_says(payload: dict, path: str | None, text: str) -> None:
     found = to_node(hit({**payload, "author": "Ann"}))
     assert isinstance(found.node, TextNode)
     assert isinstance(found.node, ImageNode) == (path is not None)
@@ -129,21 +122,4 @@ def test_a_point_of_others_becomes_what_its_payload_says(payload: dict, path: st
     assert (found.node.text, found.node.node_id, found.score) == (text, "7", 0.5)
     assert found.node.metadata["author"] == "Ann"
     assert text not in found.node.metadata.values() or not text
-
-
-@pytest.mark.parametrize(
-    "content", [None, 3, "", "{", "[]", "null", '{"text": []}', json.dumps({"image_resource": "x"})]
-)
-def test_a_node_that_cannot_be_read_is_made_of_the_rest(content: object) -> None:
-    payload = {"path": "/x.png", "caption": "a lawn", "_node_content": content, "_node_type": "ImageNode"}
-    found = to_node(hit({**payload, "doc_id": "None"}))
-    assert isinstance(found.node, ImageNode)
-    assert (found.node.image_path, found.node.text, found.node.node_id) == ("/x.png", "a lawn", "7")
-    assert found.node.metadata == {"path": "/x.png"}
-
-
-def test_an_image_that_llama_index_did_not_store_leaves_a_text() -> None:
-    encoded = b64encode(b"any bytes").decode()
-    found = to_node(hit(node_to_metadata_dict(ImageDocument(image=encoded, text="a red thing"))))
-    assert type(found.node) is TextNode
-    assert found.node.text == "a red thing"
+    assert "_node_content" not in found.node.metadata

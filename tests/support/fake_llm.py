@@ -1,4 +1,4 @@
-"""A language model that keeps what it is asked and answers what it is told to."""
+"""A fake language model that records its prompts and returns a fixed reply."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from llama_index.core.llms import ChatMessage, ChatResponse, MockLLM
 
 
 class FakeLLM(MockLLM):
-    """Stands for a language model that sees images."""
+    """A chat model that accepts images."""
 
     reply: str = "so it is"
     asked: list[list[ChatMessage]] = Field(default_factory=list)

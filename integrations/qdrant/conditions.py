@@ -1,0 +1,244 @@
+"""Conditions on the payload of a point: one tree, for every way to write a filter and every storage backend. Pure."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from typing import TypeAlias, TypeGuard
+
+from cocoa_embed.errors import UsageError
+from cocoa_embed.integrations.qdrant.points import NODE_KEYS
+
+Scalar: TypeAlias = str | bool | int | float
+
+TEXT, NUMBER, TIME = "text", "number", "time"
+FIELD_TYPES = {
+    **dict.fromkeys(("path", "relative_path", "paths", "relative_paths", "sha256", "thumbnail"), TEXT),
+    **dict.fromkeys(("mime", "caption", "caption_source"), TEXT),
+    **dict.fromkeys(("width", "height", "bytes"), NUMBER),
+    **dict.fromkeys(("mtime", "mtimes"), TIME),
+}
+"""The fields that the indexer writes at the top level of a payload. A time is stored in seconds since 1970."""
+
+OWN_FIELDS = FIELD_TYPES.keys() | NODE_KEYS | {"metadata"}
+"""The top level of a payload; any other key may also be a column of ``metadata.jsonl``, below ``metadata``."""
+
+EXACT_INTEGER = 2**53
+"""Integers up to here are exact as floats, which ranges are made of."""
+LARGEST_INTEGER = 2**63 - 1
+
+_STEP = r"""\s*("[^"\\]+"|[^".\[\]\s\\](?:[^".\[\]\\]*[^".\[\]\s\\])?)\s*((?:\[\d*\])*)\s*"""
+_WORD = re.compile(r"[^\W_]")
+
+
+@dataclass(frozen=True)
+class And:
+    """All conditions hold."""
+
+    conditions: tuple[Condition, ...]
+
+
+@dataclass(frozen=True)
+class Or:
+    """At least one condition holds."""
+
+    conditions: tuple[Condition, ...]
+
+
+@dataclass(frozen=True)
+class Not:
+    """The condition does not hold; true where the field is missing."""
+
+    condition: Condition
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """The field, or an element of a list in it, equals one of the values: 1 equals 1.0, and True is not 1.
+
+    An integer above ``EXACT_INTEGER`` equals integers only.
+    """
+
+    path: str
+    values: tuple[Scalar, ...]
+
+
+@dataclass(frozen=True)
+class Range:
+    """The field, or an element of a list in it, is a number or an ISO 8601 date within the bounds."""
+
+    path: str
+    gt: float | datetime | None = None
+    gte: float | datetime | None = None
+    lt: float | datetime | None = None
+    lte: float | datetime | None = None
+
+
+@dataclass(frozen=True)
+class HasWords:
+    """The field, or an element of a list in it, contains all words of a text, in any order and case."""
+
+    path: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Exists:
+    """The field is there, and is neither null, an empty list nor an empty text."""
+
+    path: str
+
+
+Condition: TypeAlias = And | Or | Not | OneOf | Range | HasWords | Exists
+
+
+def all_of(conditions: Iterable[Condition]) -> Condition:
+    """Return the condition that all of several hold."""
+    listed = tuple(conditions)
+    return listed[0] if len(listed) == 1 else And(listed)
+
+
+def any_of(conditions: Iterable[Condition]) -> Condition:
+    """Return the condition that at least one of several holds."""
+    listed = tuple(conditions)
+    return listed[0] if len(listed) == 1 else Or(listed)
+
+
+def field_paths(key: str) -> list[str]:
+    """Return the paths, in Qdrant's notation, at which a payload may hold what a filter calls ``key``.
+
+    A dot leads to a nested field, ``[]`` to all elements of a list and ``[0]`` to its first; a name that contains a dot
+    stands in double quotes. ``author`` is found as ``author``, where LlamaIndex writes it, and as ``metadata.author``.
+
+    :raises UsageError: If the key is malformed.
+    """
+    if re.fullmatch(rf"{_STEP}(?:\.{_STEP})*", key) is None:
+        raise UsageError(f'{key!a} is not a key; name a field, as in width, exif.iso or "a.b"')
+    steps = [(name.strip('"'), brackets) for name, brackets in re.findall(_STEP, key)]
+    path = ".".join((name if re.fullmatch(r"[\w-]+", name) else f'"{name}"') + brackets for name, brackets in steps)
+    return [path] if steps[0][0] in OWN_FIELDS else [path, f"metadata.{path}"]
+
+
+def field_type(key: str) -> str | None:
+    """Return the type of an own field; None for any other key.
+
+    :raises UsageError: If the key is malformed.
+    """
+    return FIELD_TYPES.get(field_paths(key)[0])
+
+
+def one_of(key: str, values: Sequence[Scalar]) -> Condition:
+    """Return the condition that a field equals one of the values.
+
+    ``mtime`` takes dates too: a year, a month or a day stands for all of it, in UTC; a moment may name another zone.
+
+    :raises UsageError: If a value does not fit the field.
+    """
+    type_ = field_type(key)
+    if type_ == TIME:
+        return any_of(_at_time(key, value) for value in values)
+    for value in values:
+        check_type(key, type_, value)
+    return on_paths(key, lambda path: OneOf(path, tuple(values)))
+
+
+def _at_time(key: str, value: Scalar) -> Condition:
+    if is_number(value):
+        return on_paths(key, lambda path: OneOf(path, (value,)))
+    start, end = (moment.timestamp() for moment in parse_period(str(value)))
+    return on_paths(key, lambda path: Range(path, gte=start, lt=end) if start < end else OneOf(path, (start,)))
+
+
+def compare(key: str, bound: str, value: Scalar) -> Condition:
+    """Return the condition that a field is above or below a value, a number or a date.
+
+    :param bound: The name of a bound of ``Range``. A date stands for its first moment.
+    :raises UsageError: If the value does not fit the field.
+    """
+    type_ = field_type(key)
+    if type_ == TEXT:
+        raise UsageError(f"{key} is a text, which has no order")
+    check_type(key, type_, value)
+    limit = value if is_number(value) else parse_period(str(value))[0]
+    if type_ == TIME and isinstance(limit, datetime):
+        limit = limit.timestamp()
+    return on_paths(key, lambda path: Range(path, **{bound: limit}))
+
+
+def has_words(key: str, text: str) -> Condition:
+    """Return the condition that a field contains all words of a text.
+
+    :raises UsageError: If the text has no word, or the field is a number.
+    """
+    if field_type(key) in (NUMBER, TIME):
+        raise UsageError(f"{key} is a number and has no words")
+    if _WORD.search(text) is None:
+        raise UsageError(f"there is no word in {text!a}")
+    return on_paths(key, lambda path: HasWords(path, text))
+
+
+def exists(key: str) -> Condition:
+    """Return the condition that a field is there and not empty.
+
+    :raises UsageError: If the key is malformed.
+    """
+    return on_paths(key, Exists)
+
+
+def on_paths(key: str, condition: Callable[[str], Condition]) -> Condition:
+    """Return the condition that the field at one of the paths of a key fulfils ``condition``.
+
+    :raises UsageError: If the key is malformed.
+    """
+    return any_of(condition(path) for path in field_paths(key))
+
+
+def check_type(key: str, type_: str | None, value: Scalar) -> None:
+    """Refuse a value that a field of a type cannot have.
+
+    :raises UsageError: If it is one.
+    """
+    if (type_ == TEXT and not isinstance(value, str)) or (is_number(value) is False and type_ == NUMBER):
+        raise UsageError(f"{key} is a {type_}, {value!a} is not")
+
+
+def is_number(value: Scalar) -> TypeGuard[int | float]:
+    """Say whether a value is a number.
+
+    :raises UsageError: If it is one that Qdrant cannot compare with.
+    """
+    if isinstance(value, str | bool):
+        return False
+    if not is_storable(value):
+        raise UsageError(f"{value} is not a finite number of at most 64 bits")
+    return True
+
+
+def is_storable(number: float) -> bool:
+    """Say whether Qdrant can store a number: not NaN, not infinite, and no integer beyond 64 bits."""
+    return abs(number) <= LARGEST_INTEGER if isinstance(number, int) else math.isfinite(number)
+
+
+def parse_period(text: str) -> tuple[datetime, datetime]:
+    """Return the first moment of an ISO 8601 year, month or day, and the first one after it; a moment twice.
+
+    :raises UsageError: If the text is not a date.
+    """
+    is_period = re.fullmatch(r"\d{4}(-\d\d){0,2}", text) is not None
+    try:
+        if not is_period and re.match(r"\d{4}-\d\d-\d\d.", text) is None:
+            raise ValueError(text)
+        whole = text + "-01-01"[len(text) - 4 :] if is_period else re.sub("[zZ]$", "+00:00", text)
+        start = datetime.fromisoformat(whole)  # Python 3.10 does not know the Z
+        start = start if start.tzinfo else start.replace(tzinfo=timezone.utc)
+        if not is_period:
+            return start, start
+        end = start + timedelta(days={4: 366, 7: 31, 10: 1}[len(text)])
+        return start, end if len(text) == 10 else end.replace(day=1, month=end.month if len(text) == 7 else 1)
+    except (ValueError, OverflowError):
+        raise UsageError(
+            f"{text!a} is not a number or a date, such as 2026, 2026-01-31 or 2026-01-31T12:00+01:00"
+        ) from None

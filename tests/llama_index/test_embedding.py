@@ -1,0 +1,262 @@
+import asyncio
+import copy
+import pickle
+import time
+from base64 import b64encode
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_model import FakeModel, write_colours
+from PIL import Image
+
+pytest.importorskip("llama_index.core")
+
+from exported import write_checkpoint
+from llama_index.core import Document
+from llama_index.core.embeddings import MultiModalEmbedding
+from llama_index.core.ingestion import IngestionPipeline
+from llama_index.core.schema import BaseNode, ImageDocument, ImageNode, TextNode
+from llama_index.core.storage.kvstore import SimpleKVStore
+
+from cocoa_embed.encode.encoder import Encoder
+from cocoa_embed.errors import CocoaError, ImageError, UsageError
+from cocoa_embed.integrations.llama_index import CocoaEmbedding
+from cocoa_embed.model.backbone import load_backbone
+from cocoa_embed.model.export import export_model
+from cocoa_embed.model.loading import load_model
+
+COLOURS = ["red", "green", "blue", "yellow"]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    return write_colours(tmp_path, *COLOURS)
+
+
+@pytest.fixture
+def embedding() -> CocoaEmbedding:
+    return CocoaEmbedding("fake", model=FakeModel(), embed_batch_size=3)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tiny_backbone_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model as a SentenceTransformer's folder."""
+    folder = tmp_path_factory.mktemp("model")
+    checkpoint = write_checkpoint(load_backbone(str(tiny_backbone_path), max_length=128), folder / "checkpoint")
+    return export_model(checkpoint, folder / "tiny")
+
+
+def model_of(embedding: CocoaEmbedding) -> FakeModel:
+    return embedding._encoder.model
+
+
+def test_it_is_a_multimodal_embedding_with_a_prompt_for_queries_and_one_for_documents(
+    embedding: CocoaEmbedding, files: list[str]
+) -> None:
+    assert isinstance(embedding, MultiModalEmbedding)
+    query = embedding.get_query_embedding("red")
+    assert isinstance(query[0], float)
+    images = np.array(embedding.get_image_embedding_batch(files))
+    assert int(np.argmax(images @ query)) == COLOURS.index("red")
+    embedding.get_text_embedding("blue")
+    assert model_of(embedding).queries == [{"text": "red"}]
+    assert [sorted(item) for item in model_of(embedding).documents] == [["image"]] * 4 + [["text"]]
+
+
+@pytest.mark.parametrize(
+    "text", ["", " \n", "https://example.com/red.png", "data:image/png;base64,iVBORw0KGgo=", "red.png"]
+)
+def test_a_text_stays_a_text_whatever_it_looks_like(
+    embedding: CocoaEmbedding, files: list[str], model_folder: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.chdir(Path(files[0]).parent)
+    embedding.get_query_embedding(text)
+    embedding.get_text_embedding_batch([text, text])
+    assert model_of(embedding).queries == [{"text": text}]
+    assert model_of(embedding).documents == [{"text": text}] * 2
+    real = CocoaEmbedding(model_folder, device="cpu")
+    vectors = np.array([real.get_query_embedding(text), real.get_text_embedding(text)])
+    assert np.linalg.norm(vectors, axis=1) == pytest.approx(1, abs=1e-5)
+
+
+def test_an_image_may_be_a_path_bytes_or_a_picture(embedding: CocoaEmbedding, files: list[str]) -> None:
+    data = Path(files[2]).read_bytes()
+    one = embedding.get_image_embedding(files[2])
+    read = BytesIO(data)
+    read.seek(0, 2)
+    for image in (Path(files[2]), data, BytesIO(data), read, Image.open(files[2])):
+        assert embedding.get_image_embedding(image) == one
+
+
+def test_async_equals_sync_batch_by_batch(embedding: CocoaEmbedding, files: list[str]) -> None:
+    async def embed() -> tuple[list, ...]:
+        return await asyncio.gather(
+            embedding.aget_query_embedding("red"),
+            embedding.aget_text_embedding("blue"),
+            embedding.aget_image_embedding(files[0]),
+            embedding.aget_text_embedding_batch(COLOURS),
+            embedding.aget_image_embedding_batch(files * 5),
+            embedding.aget_image_embedding_batch([]),
+        )
+
+    expected = [
+        embedding.get_query_embedding("red"),
+        embedding.get_text_embedding("blue"),
+        embedding.get_image_embedding(files[0]),
+        embedding.get_text_embedding_batch(COLOURS),
+        embedding.get_image_embedding_batch(files * 5),
+        [],
+    ]
+    assert model_of(embedding).batches == [1, 1, 3, 1, 3, 3, 3, 3, 3, 3, 2]
+    assert asyncio.run(embed()) == expected
+    assert len(model_of(embedding).threads) > 1
+
+
+def test_what_cannot_be_embedded_is_named(embedding: CocoaEmbedding, files: list[str], tmp_path: Path) -> None:
+    (tmp_path / "page.jpg").write_text("<html>")
+    with pytest.raises(ImageError, match=r"page\.jpg: is not an image"):
+        embedding.get_image_embedding(str(tmp_path / "page.jpg"))
+    thin = tmp_path / "thin.png"
+    Image.new("RGB", (201, 1)).save(thin)
+    with pytest.raises(ImageError, match=r"thin\.png: cannot be embedded \(absolute aspect ratio must"):
+        embedding.get_image_embedding_batch([files[0], str(thin), files[1]])
+    with pytest.raises(CocoaError, match=r"the text 'a <.image_pad.>' cannot be embedded \(image features and"):
+        embedding.get_text_embedding_batch(["red", "a <|image_pad|>"])
+    with pytest.raises(UsageError, match="not valid Unicode"):
+        embedding.get_text_embedding("\udcff")
+    with pytest.raises(CocoaError, match="words does not embed images"):
+        CocoaEmbedding("words", model=FakeModel(modalities=["text"]))
+    with pytest.raises(CocoaError, match="there is no such model folder"):
+        CocoaEmbedding(tmp_path / "none")
+
+
+def test_settings_come_back(model_folder: Path) -> None:
+    settings = {"device": "cpu", "dimension": 16, "embed_batch_size": 3, "num_workers": 2}
+    embedding = CocoaEmbedding(model_folder, embeddings_cache=SimpleKVStore(), **settings)
+    stored = embedding.to_dict()
+    assert stored == {"class_name": "CocoaEmbedding", "model_name": str(model_folder), **settings}
+    for loaded in (CocoaEmbedding.from_dict(stored), CocoaEmbedding.from_json(embedding.to_json())):
+        assert loaded.to_dict() == stored
+        assert loaded.get_query_embedding("a red ring") == embedding.get_query_embedding("a red ring")
+        assert len(loaded.get_text_embedding("a red ring")) == 16
+
+
+def test_a_copy_shares_the_model(embedding: CocoaEmbedding) -> None:
+    for copied in (copy.copy(embedding), copy.deepcopy(embedding), embedding.model_copy(deep=True)):
+        assert copied.encoder is embedding.encoder
+        assert copied.to_dict() == embedding.to_dict()
+        copied.embed_batch_size = 7
+        assert embedding.embed_batch_size == 3
+        assert asyncio.run(copied.aget_text_embedding("red")) == embedding.get_text_embedding("red")
+    assert CocoaEmbedding(model=embedding.encoder).encoder is embedding.encoder
+
+
+def test_a_pickled_embedding_loads_its_model_when_it_is_needed(model_folder: Path, tmp_path: Path) -> None:
+    embedding = CocoaEmbedding(model_folder, dimension=16, embed_batch_size=3)
+    pickled = pickle.dumps(embedding)
+    assert len(pickled) < 2000
+    other = pickle.loads(pickled)
+    assert other.to_dict() == embedding.to_dict()
+    assert other._encoder is None
+    assert other.get_text_embedding("a red ring") == embedding.get_text_embedding("a red ring")
+    lost = pickle.loads(pickled.replace(str(model_folder).encode(), str(model_folder)[:-1].encode() + b"?"))
+    with pytest.raises(CocoaError, match="there is no such model folder"):
+        lost.get_text_embedding("a red ring")
+    named = CocoaEmbedding(model_folder, model=load_model(model_folder, "cpu"))
+    assert pickle.loads(pickle.dumps(named)).get_query_embedding("red") == named.get_query_embedding("red")
+    for unnamed in (CocoaEmbedding(model=FakeModel()), CocoaEmbedding("fake", model=Encoder(FakeModel()))):
+        with pytest.raises(CocoaError, match=r"would find no model '(the model|fake)'"):
+            pickle.dumps(unnamed)
+
+
+def test_the_dimension_truncates_the_embeddings() -> None:
+    whole, cut = CocoaEmbedding(model=FakeModel()), CocoaEmbedding(model=FakeModel(), dimension=12)
+    assert (whole.dimension, cut.dimension) == (48, 12)
+    first = np.array(whole.get_query_embedding("red"))[:12]
+    assert cut.get_query_embedding("red") == pytest.approx(first / np.linalg.norm(first))
+    assert CocoaEmbedding(model=Encoder(FakeModel(), dimension=12)).dimension == 12
+    with pytest.raises(UsageError, match="12 dimensions, not 24; give the dimension to the Encoder"):
+        CocoaEmbedding(model=Encoder(FakeModel(), dimension=12), dimension=24)
+    with pytest.raises(UsageError):
+        CocoaEmbedding(model=FakeModel(), dimension=49)
+    with pytest.raises(ValueError, match="dimension"):
+        CocoaEmbedding(model=FakeModel(), dimension=0)
+
+
+def test_many_batches_at_once_keep_to_their_threads(embedding: CocoaEmbedding, files: list[str]) -> None:
+    embedding.num_workers = 4
+
+    async def embed() -> tuple[list, ...]:
+        return await asyncio.gather(
+            *(embedding.aget_image_embedding_batch(files * 5) for _ in range(10)),
+            embedding.aget_text_embedding_batch(COLOURS * 10),
+        )
+
+    *images, texts = asyncio.run(embed())
+    assert len(model_of(embedding).threads) <= 2
+    assert images == [embedding.get_image_embedding_batch(files) * 5] * 10
+    assert texts == embedding.get_text_embedding_batch(COLOURS) * 10
+    assert max(model_of(embedding).batches) == embedding.embed_batch_size
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(embedding.get_image_embedding, files * 8)) == images[0][:4] * 8
+
+
+def test_a_query_does_not_wait_behind_all_documents(files: list[str]) -> None:
+    class SlowModel(FakeModel):
+        def encode_document(self, inputs: list[Any], batch_size: int, show_progress_bar: bool) -> np.ndarray:
+            time.sleep(0.01)
+            return super().encode_document(inputs, batch_size, show_progress_bar)
+
+    embedding = CocoaEmbedding(model=SlowModel(), embed_batch_size=1)
+
+    async def embed() -> None:
+        images = asyncio.create_task(embedding.aget_image_embedding_batch(files * 25))
+        while not model_of(embedding).documents:
+            await asyncio.sleep(0.001)
+        await embedding.aget_query_embedding("red")
+        assert len(model_of(embedding).documents) < 100
+        assert len(await images) == 100
+
+    asyncio.run(embed())
+
+
+def mixed_nodes(files: list[str]) -> list[BaseNode]:
+    return [
+        TextNode(text="red"),
+        ImageNode(image_path=files[1]),
+        ImageNode(text="blue", image_path=files[2]),
+        ImageDocument(image=b64encode(Path(files[3]).read_bytes()).decode()),
+        Document(text="yellow"),
+    ]
+
+
+def test_as_a_step_of_a_pipeline_it_embeds_images_by_themselves_and_texts_by_their_text(
+    embedding: CocoaEmbedding, files: list[str]
+) -> None:
+    images = embedding.get_image_embedding_batch(files[1:])
+    expected = [embedding.get_text_embedding("red"), *images, embedding.get_text_embedding("yellow")]
+    sync, later = mixed_nodes(files), mixed_nodes(files)
+    assert embedding(sync) is sync
+    assert asyncio.run(embedding.acall(later)) is later
+    run = IngestionPipeline(transformations=[embedding]).run(nodes=mixed_nodes(files))
+    for nodes in (sync, later, run):
+        assert [node.embedding for node in nodes] == expected
+    assert embedding([]) == []
+    for source in ({"image_path": "gone.png"}, {"image_url": "http://127.0.0.1:9/gone.png"}):
+        with pytest.raises(ImageError, match=r"gone\.png"):
+            embedding([ImageNode(**source)])
+
+
+@pytest.mark.slow
+def test_a_pipeline_of_several_processes_embeds_the_same(model_folder: Path, files: list[str]) -> None:
+    embedding = CocoaEmbedding(model_folder, device="cpu")
+    nodes = [ImageNode(image_path=file) for file in files] + [TextNode(text="a red ring")]
+    expected = np.array([node.embedding for node in embedding(nodes)])
+    pipeline = IngestionPipeline(transformations=[embedding], disable_cache=True)
+    fresh = [node.model_copy(update={"embedding": None}) for node in nodes]
+    run = pipeline.run(nodes=fresh, num_workers=2)
+    assert np.array([node.embedding for node in run]) == pytest.approx(expected, abs=1e-5)

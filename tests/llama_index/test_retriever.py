@@ -1,0 +1,155 @@
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_model import FakeModel, colour_image, write_colours
+from PIL import Image
+
+pytest.importorskip("llama_index.core")
+pytest.importorskip("qdrant_client")
+
+from fake_llm import FakeLLM
+from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayload, LlamaDebugHandler
+from llama_index.core.llms import ImageBlock
+from llama_index.core.postprocessor import SimilarityPostprocessor
+from llama_index.core.query_engine import RetrieverQueryEngine
+from llama_index.core.retrievers import QueryFusionRetriever
+from llama_index.core.schema import ImageNode, MetadataMode, NodeWithScore, QueryBundle, TextNode
+from llama_index.core.vector_stores import FilterOperator, MetadataFilter, MetadataFilters
+from qdrant_client import QdrantClient, models
+
+from cocoa_embed.errors import ImageError, UsageError
+from cocoa_embed.integrations.llama_index import CocoaRetriever
+from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
+
+COLOURS = ("red", "green", "blue", "yellow")
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    """Four images, each with a caption and a column ``n``."""
+    rows = [{"file_name": f"{colour}.png", "text": f"a {colour} field", "n": n} for n, colour in enumerate(COLOURS)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return write_colours(tmp_path, *COLOURS)
+
+
+@pytest.fixture
+def client() -> Iterator[QdrantClient]:
+    client = QdrantClient(":memory:")
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def indexer(client: QdrantClient, files: list[str]) -> QdrantIndexer:
+    indexer = QdrantIndexer(FakeModel(), client=client)
+    indexer.index(Path(files[0]).parent, progress=False)
+    return indexer
+
+
+def paths(nodes: list[NodeWithScore]) -> list[str]:
+    return [node.node.image_path for node in nodes if isinstance(node.node, ImageNode)]
+
+
+def where(operator: str = "==", **values: str | int) -> MetadataFilters:
+    filters = [MetadataFilter(key=key, value=value, operator=FilterOperator(operator)) for key, value in values.items()]
+    return MetadataFilters(filters=filters)
+
+
+def test_a_query_is_a_text_an_image_or_both(indexer: QdrantIndexer, files: list[str]) -> None:
+    retriever = CocoaRetriever(indexer, similarity_top_k=2)
+    queries: list[tuple[str | QueryBundle, str]] = [
+        ("green", files[1]),
+        (QueryBundle("", image_path=files[2]), files[2]),
+        (QueryBundle("yellow", image_path=files[3]), files[3]),
+        (QueryBundle("a paraphrase", custom_embedding_strs=["red"]), files[0]),
+        (QueryBundle("green", embedding=[1.0, 2.0]), files[1]),
+    ]
+    for query, path in queries:
+        first, second = retriever.retrieve(query)
+        assert isinstance(first.node, ImageNode)
+        assert (first.node.image_path, first.node.image) == (path, None)
+        assert first.score > second.score
+        assert retriever.retrieve(query) == asyncio.run(retriever.aretrieve(query))
+    asked = [sorted(item) for item in indexer.encoder.model.queries[::3]]
+    assert asked == [["text"], ["image"], ["image", "text"], ["text"], ["text"]]
+
+
+def test_a_query_for_nothing_or_with_a_broken_image_is_refused(indexer: QdrantIndexer) -> None:
+    retriever = CocoaRetriever(indexer)
+    for nothing in ("", QueryBundle("red", custom_embedding_strs=[])):
+        with pytest.raises(UsageError, match="neither a text nor an image"):
+            retriever.retrieve(nothing)
+    with pytest.raises(ImageError, match=r"gone\.png: does not exist"):
+        asyncio.run(retriever.aretrieve(QueryBundle("", image_path="gone.png")))
+
+
+def test_threshold_and_filters_narrow_the_nodes(indexer: QdrantIndexer, files: list[str]) -> None:
+    def found(**options: Any) -> list[str]:
+        return sorted(paths(CocoaRetriever(indexer, **options).retrieve("red")))
+
+    assert found() == found(filters=MetadataFilters(filters=[])) == sorted(files)
+    assert found(score_threshold=0.999) == files[:1]
+    assert found(filters=where(n=9)) == found(score_threshold=1.5) == []
+    late = CocoaRetriever(indexer, filters=where(">=", n=2))
+    assert found(filters=where(">=", n=2)) == found(filters=late.query_filter) == sorted(files[2:])
+    with pytest.raises(UsageError, match="with in 9: the operator needs a list"):
+        CocoaRetriever(indexer, filters=where("in", n=9))
+
+
+@pytest.mark.parametrize("backend", ["path", "edge"])
+def test_every_storage_backend_is_retrieved_from(backend: str, files: list[str], tmp_path: Path) -> None:
+    if backend == "edge":
+        pytest.importorskip("qdrant_edge")
+    with QdrantIndexer(FakeModel(), **{backend: tmp_path / "store"}) as indexer:
+        indexer.index(files, progress=False)
+        found = CocoaRetriever(indexer, similarity_top_k=2, filters=where(">", n=0)).retrieve("green")
+        assert paths(found)[0] == files[1]
+        assert CocoaRetriever(indexer, filters=where("<", width=24)).retrieve("green") == []
+        assert len(CocoaRetriever(indexer, filters=where(width=24)).retrieve("green")) == 4
+
+
+def test_a_node_shows_the_caption_and_columns_that_the_metadata_has_now(
+    indexer: QdrantIndexer, files: list[str]
+) -> None:
+    row = {"file_name": "green.png", "text": "a lawn", "licence": "CC0"}
+    (Path(files[1]).parent / "metadata.jsonl").write_text(json.dumps(row))
+    indexer.index(files, progress=False)
+    (found,) = CocoaRetriever(indexer, similarity_top_k=1).retrieve("green")
+    assert found.node.text == found.node.metadata["caption"] == "a lawn"
+    shown = found.node.get_content(MetadataMode.LLM)
+    assert "a lawn" in shown
+    assert "CC0" in shown
+
+
+def test_points_of_other_programs_do_not_spoil_a_query(
+    indexer: QdrantIndexer, client: QdrantClient, files: list[str]
+) -> None:
+    vector = indexer.encoder.embed_documents([{"image": colour_image("red")}])[0].tolist()
+    others = [{"path": "/theirs.png", "caption": "theirs"}, {"text": "a text of theirs"}, {"_node_content": "{"}]
+    points = [models.PointStruct(id=n, vector=vector, payload=payload) for n, payload in enumerate(others)]
+    client.upsert("images", points=points)
+    found = CocoaRetriever(indexer).retrieve("red")
+    nodes = {node.node_id: node.node for node in found}
+    assert (len(nodes), set(paths(found))) == (7, {"/theirs.png", *files})
+    assert (type(nodes["1"]), nodes["1"].text) == (TextNode, "a text of theirs")
+
+
+def test_it_works_where_llama_index_takes_a_retriever(indexer: QdrantIndexer, files: list[str]) -> None:
+    handler = LlamaDebugHandler(print_trace_on_end=False)
+    retriever = CocoaRetriever(indexer, callback_manager=CallbackManager([handler]))
+    llm = FakeLLM("a red picture")
+    cutoff = SimilarityPostprocessor(similarity_cutoff=0.999)
+    engine = RetrieverQueryEngine.from_args(retriever, llm=llm, node_postprocessors=[cutoff], multimodal=True)
+    for response in (engine.query("red"), asyncio.run(engine.aquery("red"))):
+        assert str(response) == "a red picture"
+        assert paths(response.source_nodes) == files[:1]
+        (image,) = [block for message in llm.asked[-1] for block in message.blocks if isinstance(block, ImageBlock)]
+        assert Image.open(image.resolve_image()).getpixel((0, 0)) == (255, 0, 0)
+    pairs = handler.get_event_pairs(CBEventType.RETRIEVE)
+    assert [start.payload[EventPayload.QUERY_STR] for start, _ in pairs] == ["red"] * 2
+    fused = QueryFusionRetriever([retriever, retriever], llm=llm, num_queries=1, similarity_top_k=2, use_async=False)
+    assert paths(fused.retrieve("blue"))[0] == paths(asyncio.run(fused.aretrieve("blue")))[0] == files[2]
