@@ -83,7 +83,6 @@ def mmeb(
         from cocoa_embed.evaluation.mmeb_tables import mmeb_tables
         from cocoa_embed.evaluation.result_cache import ResultCache
         from cocoa_embed.model.loading import check_model
-        from cocoa_embed.report.tables import to_terminal
 
         folder = MmebFolder(
             data,
@@ -118,10 +117,18 @@ def mmeb(
                 f"interrupted; {finished} of {len(checked)} subsets are finished in {results}; the same command"
                 " continues from there"
             ) from None
-        console.print(to_terminal(mmeb_tables(document)[0]))
+        say(console, averages_line(document))
         say(console, f"wrote {results / 'mmeb'}.json, .md and .html")
     if as_json:
         print_json(document)
+
+
+def averages_line(document: Mapping[str, Any]) -> str:
+    """Return the averages, with the number of their subsets where some are missing."""
+    covered = document["coverage"]
+    averages = {name: mean for name, mean in document["averages"].items() if mean is not None}
+    counts = {name: "" if each["complete"] else f" ({each['run']}/{each['of']})" for name, each in covered.items()}
+    return "precision@1: " + ", ".join(f"{name} {mean:.3f}{counts[name]}" for name, mean in averages.items())
 
 
 @evaluation.command()

@@ -110,9 +110,11 @@ def to_html(title: str, tables: Sequence[Table]) -> str:
 
 def to_terminal(table: Table) -> TerminalTable:
     """Return the table for a rich console, without its notes; details stand below their numbers."""
-    drawn = TerminalTable(title=Text(table.title), title_justify="left", box=box.SIMPLE, pad_edge=False)
+    drawn = TerminalTable(title=Text(table.title), title_justify="left", box=box.SIMPLE, padding=(0, 0, 0, 1))
     for name, cell in zip(table.header, table.cells[0], strict=True):
-        drawn.add_column(Text(name), justify="right" if cell.is_number else "left", no_wrap=cell.is_number)
+        drawn.add_column(
+            Text(name), justify="right" if cell.is_number else "left", no_wrap=cell.is_number, overflow="fold"
+        )
     for row in table.cells:
         drawn.add_row(*map(_terminal_cell, row))
     return drawn

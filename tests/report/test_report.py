@@ -123,9 +123,7 @@ def report() -> RunReport:
         notes=["One seed."],
         alerts=["Not finished."],
         headlines=[Headline("Image to text", "12.5 %", "of right answers are first", "of 8")],
-        evaluations=[
-            Evaluation("Pairs", "Of a folder.", [Table("Scores", ["model", "mrr"], [["ours", "0.5"]])])
-        ],
+        evaluations=[Evaluation("Pairs", "Of a folder.", [Table("Scores", ["model", "mrr"], [["ours", "0.5"]])])],
         galleries=[
             Gallery(
                 "The worst",
