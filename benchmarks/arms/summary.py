@@ -133,7 +133,7 @@ def _learned(arm: Mapping[str, Any]) -> tuple[str, str]:
 def _notes(document: Mapping[str, Any], references: Sequence[str]) -> list[str]:
     seeds, others = len(document["seeds"]), document["processes"] - 1
     minutes = "minutes: of training, " + (f"beside {others} other{'s' * (others > 1)}, " if others else "")
-    told = f"steps: of the stages in their order. {minutes}probes included."
+    told = f"steps: of the stages in their order. {minutes}probes included. Bold: the best of a column."
     if seeds == 1:
         notes = [f"recall@1: mean of both directions, of one seed. {told}"]
         return notes + (["less ...: the difference."] if references else [])

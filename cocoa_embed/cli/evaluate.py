@@ -91,7 +91,9 @@ def mmeb(
             skip_missing_images=missing_images is MissingImages.skip,
             merge_repeated_targets=repeated_targets is RepeatedTargets.merge,
         )
-        checked, *_ = check_all(partial(check_subsets, folder, subset or []), partial(check_model, model), *_makes(out))
+        checked, *_ = check_all(
+            partial(check_subsets, folder, subset or []), partial(check_model, model), *_checks_of_out(out)
+        )
         encoder = load_encoder(model, device)
         results = out or DEFAULT_OUT / f"{plain_name(model)}-{encoder.fingerprint[:SHOWN_DIGITS]}"
         finished = 0
@@ -173,7 +175,7 @@ def pairs(
         found, *_ = check_all(
             partial(read_pairs, data, images, columns if columns.names else None),
             *(partial(check_model, name) for name in model),
-            *_makes(out),
+            *_checks_of_out(out),
         )
         document: dict[str, Any] = {}
 
@@ -201,10 +203,10 @@ def pairs(
         print_json(document)
 
 
-def _makes(out: Path | None) -> list[partial[None]]:
+def _checks_of_out(out: Path | None) -> list[partial[Any]]:
     from cocoa_embed.evaluation.result_cache import make_folder
 
-    return [] if out is None else [partial(make_folder, out)]
+    return [] if out is None else [partial(require, "jinja2", "eval"), partial(make_folder, out)]
 
 
 def load_encoder(model: str, device: str | None) -> Encoder:

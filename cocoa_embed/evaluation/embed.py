@@ -8,16 +8,18 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from cocoa_embed.encode.encoder import MODALITIES, Encoder, require_unicode
-from cocoa_embed.encode.encoder import Item as LoadedItem
 from cocoa_embed.errors import CocoaError, ImageError, one_line, printable
 from cocoa_embed.images.load import load_image
+
+if TYPE_CHECKING:
+    from cocoa_embed.encode.encoder import Encoder
+    from cocoa_embed.encode.encoder import Item as LoadedItem
 
 Role = Literal["query", "document"]
 
@@ -61,6 +63,8 @@ class Item:
         :raises ImageError: If the image cannot be used.
         :raises UsageError: If the text is not valid Unicode.
         """
+        from cocoa_embed.encode.encoder import require_unicode
+
         loaded: dict[str, str | Image.Image] = {}
         if self.image is not None:
             loaded["image"] = load_image(self.image)
@@ -93,9 +97,10 @@ class Embedded(NamedTuple):
 
 def unsupported(encoder: Encoder, parts: Collection[frozenset[str]]) -> str | None:
     """Return why a model cannot embed items of these ``Item.parts``; None if it can."""
-    for kind in sorted(parts, key=sorted):
-        if not encoder.model.supports(MODALITIES[kind]):
-            return f"{encoder.name} does not embed {' and '.join(sorted(kind))}{' together' * (len(kind) > 1)}"
+    for kind in sorted(map(sorted, parts)):
+        modality: Any = tuple(kind) if len(kind) > 1 else kind[0]
+        if not encoder.model.supports(modality):
+            return f"{encoder.name} does not embed {' and '.join(kind)}{' together' * (len(kind) > 1)}"
     return None
 
 

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError, ImageError
 from cocoa_embed.evaluation.embed import BATCH_TOKENS, Embedded, Item, Role, embed_items, unsupported
 from cocoa_embed.evaluation.metrics import cosine_similarities, query_metrics, ranks_of_relevant
 from cocoa_embed.evaluation.mmeb_reader import MmebFolder, Row, SubsetData
 from cocoa_embed.evaluation.mmeb_subsets import AVERAGES, SUBSETS
 from cocoa_embed.evaluation.result_cache import ResultCache
+
+if TYPE_CHECKING:
+    from cocoa_embed.encode.encoder import Encoder
 
 SCORING = 1
 """Increase it when scores are computed differently, so that cached results are not used."""
@@ -71,9 +73,7 @@ def evaluate_mmeb(
             not_run[subset.name] = reason
             publish(f"{subset.name}: not run: {reason}", summary(encoder, results, not_run))
             continue
-        key = {
-            "model": encoder.fingerprint, "dimension": encoder.dimension, "data": subset.digest, "scoring": SCORING
-        }  # fmt: skip
+        key = {"model": encoder.fingerprint, "dimension": encoder.dimension, "data": subset.digest, "scoring": SCORING}
         result = cache.read(subset.name, key)
         source = "cached"
         if result is None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from scipy.sparse import coo_array
+from scipy.sparse import block_array, csr_array
 from scipy.sparse.csgraph import connected_components
 
-from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.evaluation.embed import BATCH_TOKENS, Item, embed_items, unsupported
 from cocoa_embed.evaluation.metrics import chance_metrics, cosine_similarities, query_metrics, ranks_of_relevant
 from cocoa_embed.evaluation.significance import LEVEL, RESAMPLES, mean_intervals, sign_flip_p
+
+if TYPE_CHECKING:
+    from cocoa_embed.encode.encoder import Encoder
 
 METRICS = ("recall@1", "recall@5", "recall@10", "hit@1", "hit@5", "hit@10", "mrr", "ndcg@10")
 
@@ -42,6 +44,10 @@ class Direction:
     documents: Sequence[Item]
     relevant: Sequence[np.ndarray]
     groups: np.ndarray
+
+    def counts(self) -> dict[str, int]:
+        """Return the numbers of queries, documents and groups."""
+        return {"queries": len(self.queries), "documents": len(self.documents), "groups": len(np.unique(self.groups))}
 
     def chance(self) -> dict[str, float]:
         """Return the ``METRICS`` that a random order of the documents scores."""
@@ -75,20 +81,11 @@ def _kind(items: Sequence[Item]) -> str:
 def _direction(name: str, pairs: Sequence[Pair]) -> Direction:
     queries = {query: number for number, query in enumerate(dict.fromkeys(query for query, _ in pairs))}
     documents = {document: number for number, document in enumerate(dict.fromkeys(second for _, second in pairs))}
-    relevant: list[dict[int, None]] = [{} for _ in queries]
-    for query, document in pairs:
-        relevant[queries[query]][documents[document]] = None
-    numbers = [np.array(list(each)) for each in relevant]
-    return Direction(name, list(queries), list(documents), numbers, _groups(numbers, len(documents)))
-
-
-def _groups(relevant: Sequence[np.ndarray], documents: int) -> np.ndarray:
-    """Return the connected component of each query in the graph of queries and documents that belong together."""
-    queries = np.repeat(np.arange(len(relevant)), [len(each) for each in relevant])
-    edges = (queries, len(relevant) + np.concatenate(relevant))
-    nodes = len(relevant) + documents
-    graph = coo_array((np.ones(len(queries)), edges), shape=(nodes, nodes))
-    return np.asarray(connected_components(graph, directed=False)[1])[: len(relevant)]
+    edges = ([queries[query] for query, _ in pairs], [documents[document] for _, document in pairs])
+    matrix = csr_array((np.ones(len(pairs)), edges), shape=(len(queries), len(documents)))
+    relevant = np.split(matrix.indices, matrix.indptr[1:-1])
+    _, groups = connected_components(block_array([[None, matrix], [matrix.T, None]]), directed=False)
+    return Direction(name, list(queries), list(documents), relevant, groups[: len(queries)])
 
 
 def score_queries(
@@ -139,14 +136,7 @@ def evaluate_pairs(
         "seed": seed,
         "resamples": resamples,
         "level": LEVEL,
-        "counts": {
-            each.name: {
-                "queries": len(each.queries),
-                "documents": len(each.documents),
-                "groups": len(np.unique(each.groups)),
-            }
-            for each in both
-        },
+        "counts": {each.name: each.counts() for each in both},
         "chance": {each.name: each.chance() for each in both},
     }
     parts = {item.parts for item in (*both[0].queries, *both[0].documents)}
@@ -173,11 +163,11 @@ def evaluate_pairs(
 def _summary(
     name: str, both: Sequence[Direction], scores: Sequence[np.ndarray], seed: int, resamples: int
 ) -> dict[str, Any]:
-    means = {each.name: _by_metric(values.mean(axis=0)) for each, values in zip(both, scores, strict=True)}
-    intervals = {
-        each.name: _by_metric(mean_intervals(values, each.groups, np.random.default_rng(seed), resamples))
-        for each, values in zip(both, scores, strict=True)
-    }
+    means, intervals = {}, {}
+    for each, values in zip(both, scores, strict=True):
+        ends = mean_intervals(values, each.groups, np.random.default_rng(seed), resamples)
+        means[each.name] = {metric: float(column.mean()) for metric, column in zip(METRICS, values.T, strict=True)}
+        intervals[each.name] = dict(zip(METRICS, ends.tolist(), strict=True))
     averages = {metric: float(np.mean([each[metric] for each in means.values()])) for metric in METRICS}
     return {"model": name, "subsets": means, "averages": averages, "intervals": intervals}
 
@@ -187,7 +177,3 @@ def _comparison(differences: np.ndarray, groups: np.ndarray, seed: int, resample
     p = sign_flip_p(differences, groups, np.random.default_rng(seed), resamples)
     columns = {"difference": differences.mean(axis=0), "low": low, "high": high, "p": p}
     return {metric: {name: float(column[at]) for name, column in columns.items()} for at, metric in enumerate(METRICS)}
-
-
-def _by_metric(values: np.ndarray) -> dict[str, Any]:
-    return dict(zip(METRICS, values.tolist(), strict=True))

@@ -307,6 +307,18 @@ def test_help_is_quick_it_imports_nothing_heavy() -> None:
     assert "--missing-images" in done.stdout
 
 
+def test_local_faults_are_found_before_torch_is_imported(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom cocoa_embed.cli.main import main\n"
+        "for words in (['pairs', 'photoz'], ['mmeb', 'photoz', '--images', 'photoz']):\n"
+        "    try: main(['eval', *words, '--model', 'owner/name'])\n    except SystemExit as end: assert end.code == 1\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("photoz does not exist") == 2
+
+
 def test_an_exported_model_is_scored_and_known_again(command: Command, tiny_backbone: Backbone, tmp_path: Path) -> None:
     export_model(write_checkpoint(tiny_backbone, tmp_path / "checkpoint"), tmp_path / "exported")
     write_benchmark(tmp_path, 3)

@@ -60,7 +60,7 @@ def seen(pages: dict[str, tuple[int, str]], folder: Path) -> dict[str, dict[str,
     """Show each page in a frame as wide as asked, in pixels.
 
     :returns: By page: its ``width``, the ids of its ``sections``, the number of its ``images`` and of those that are
-        ``decoded``, how many elements of the class "scroll" are ``scrolled``, and the words of tables that are ``broken``.
+        ``decoded``, of elements of the class "scroll" that are ``scrolled``, and the ``broken`` words of its tables.
     """
     frames = "".join(
         f'<iframe id="{name}" style="width: {width}px; height: 900px; border: 0" srcdoc="{html.escape(page)}"></iframe>'
