@@ -13,6 +13,7 @@ import random
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import IterableDataset
@@ -47,7 +48,7 @@ def build_tokenizer(seed: int) -> Qwen2Tokenizer:
     generator = random.Random(f"{seed}/tokenizer")
     scenes = islice(distinct_scenes(generator, "train"), CAPTIONS_FOR_TOKENIZER)
     corpus = [generator.choice(captions(scene)) for scene in scenes] + [*PROMPT_WORDS] * 10
-    blank = Qwen2Tokenizer(eos_token=EOS, pad_token=PAD, unk_token=None)
+    blank = Qwen2Tokenizer(eos_token=EOS, pad_token=PAD, unk_token=None)  # pyright: ignore[reportArgumentType]  None is allowed
     trained = blank.train_new_from_iterator(
         corpus, vocab_size=VOCABULARY_SIZE - 64, new_special_tokens=list(QWEN_SPECIAL_TOKENS)
     )
@@ -68,7 +69,7 @@ def build_processor(tokenizer: Qwen2Tokenizer) -> Qwen2VLProcessor:
 
 def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2VLForConditionalGeneration:
     """Return the captioner with random weights: about 3 million parameters in float32."""
-    width, heads = 192, 6
+    width, heads, ids = 192, 6, tokenizer.get_vocab()
     config = Qwen2VLConfig(
         text_config={
             "vocab_size": -(-(len(tokenizer) + 1) // 64) * 64,
@@ -85,22 +86,22 @@ def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2VLForConditionalGeneration:
             "tie_word_embeddings": True,
         },
         vision_config={"depth": 4, "embed_dim": 128, "num_heads": 4, "mlp_ratio": 4, "hidden_size": width},
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_PAD),
-        video_token_id=tokenizer.convert_tokens_to_ids(VIDEO_PAD),
-        vision_start_token_id=tokenizer.convert_tokens_to_ids(VISION_START),
-        vision_end_token_id=tokenizer.convert_tokens_to_ids(VISION_END),
+        image_token_id=ids[IMAGE_PAD],
+        video_token_id=ids[VIDEO_PAD],
+        vision_start_token_id=ids[VISION_START],
+        vision_end_token_id=ids[VISION_END],
         tie_word_embeddings=True,
     )
     return Qwen2VLForConditionalGeneration(config)
 
 
-class CaptionedScenes(IterableDataset):
+class CaptionedScenes(IterableDataset[dict[str, Any]]):
     """An endless stream of drawn training scenes, each with one of its captions."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
-    def __iter__(self) -> Iterator[dict[str, object]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         generator = random.Random(f"{self.seed}/captioner")
         while True:
             scene = sample_scene(generator, "train")
@@ -113,7 +114,7 @@ class CaptionCollator:
     def __init__(self, processor: Qwen2VLProcessor) -> None:
         self.processor = processor
 
-    def __call__(self, rows: list[dict[str, object]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Return ``input_ids``, ``attention_mask`` and ``labels`` ``[rows, length]``, and the images' patches."""
         texts = [f"{VISION_START}{IMAGE_PAD}{VISION_END}{row['text']}{EOS}" for row in rows]
         batch = self.processor(images=[row["image"] for row in rows], text=texts, padding=True, return_tensors="pt")
@@ -152,13 +153,13 @@ def pretrain(out: Path, *, steps: int, batch_size: int, learning_rate: float, se
         data_collator=CaptionCollator(processor),
     )
     trainer.train()
-    model.to(torch.bfloat16).save_pretrained(out)
+    model.bfloat16().save_pretrained(out)
     processor.save_pretrained(out)
 
 
 def main() -> None:
     """Parse the command line and pretrain."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Pretrain the demo's backbone.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the captioner to")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch-size", type=int, default=64)
