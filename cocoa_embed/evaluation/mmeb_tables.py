@@ -21,8 +21,8 @@ def mmeb_tables(document: Mapping[str, Any]) -> list[Table]:
 
 
 def _averages(document: Mapping[str, Any]) -> Table:
-    is_comparable = not any(map(_has_other_rows, document["subsets"].values()))
-    own = [_average(document["averages"][name], document["coverage"][name], is_comparable) for name in AVERAGES]
+    is_public = not any(map(_has_other_rows, document["subsets"].values()))
+    own = [_average(document["averages"][name], document["coverage"][name], is_public) for name in AVERAGES]
     chance = [ABSENT if value is None else Score(_percent(value)) for value in document["chance"].values()]
     published = [
         (each.model, *(ABSENT if score is None else Score(f"{score:.1f}", score) for score in each.scores))
@@ -32,26 +32,22 @@ def _averages(document: Mapping[str, Any]) -> Table:
         "Precision@1 in percent, plain means over subsets. Published: as CoCoA (arXiv 2603.01471) reports them. Bold:"
         " the best of a column. Chance: a random order of each row's candidates."
     ]
-    if not all(each["complete"] for each in document["coverage"].values()):
+    if any(score.text.endswith("*") for score in own):
         notes.append(
-            "* incomplete: the mean over the subsets that were run, with their number and that of all subsets; some may"
-            " have been run on a part of their rows. Do not compare it with the published numbers."
-        )
-    if not is_comparable:
-        notes.append(
-            f"Some subsets do not have the {ROWS_OF_A_SUBSET} rows of the public data: see the remarks. Do not compare"
-            " means over them with the published numbers."
+            "* not to be compared with the published numbers: not all subsets were run (how many of how many is beside"
+            f" the mean), some only on a part of their rows, or they do not have the {ROWS_OF_A_SUBSET} rows of the"
+            " public data. See the remarks."
         )
     rows = [(document["model"], *own), *published, ("chance", *chance)]
     return Table("Averages", ("model", *AVERAGES), rows, notes)
 
 
-def _average(value: float | None, coverage: Mapping[str, Any], is_comparable: bool) -> Score:
+def _average(value: float | None, coverage: Mapping[str, Any], is_public: bool) -> Score:
     if value is None:
         return Score("not run")
-    if not coverage["complete"]:
-        return Score(f"{_percent(value)}*", detail=f"{coverage['run']}/{coverage['of']}")
-    return Score(_percent(value), 100 * value if is_comparable else None)
+    if coverage["complete"] and is_public:
+        return Score(_percent(value), 100 * value)
+    return Score(f"{_percent(value)}*", detail=f"{coverage['run']}/{coverage['of']}")
 
 
 def _subsets(document: Mapping[str, Any]) -> Table:

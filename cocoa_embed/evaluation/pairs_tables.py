@@ -30,14 +30,10 @@ def score_tables(document: Mapping[str, Any], metrics: Sequence[str] = METRICS) 
 
 
 def _scores(document: Mapping[str, Any], direction: str, metrics: Sequence[str]) -> Table:
-    models = [document, document["other"]] if "other" in document else [document]
-    rows: list[list[str | Score]] = [
-        [
-            model["model"],
-            *(_score(model["subsets"][direction][name], *model["intervals"][direction][name]) for name in metrics),
-        ]
-        for model in models
-    ]
+    rows: list[list[str | Score]] = []
+    for model in [document, document["other"]] if "other" in document else [document]:
+        values, intervals = model["subsets"][direction], model["intervals"][direction]
+        rows.append([model["model"], *(_score(values[name], *intervals[name]) for name in metrics)])
     rows.append(["chance", *(Score(f"{document['chance'][direction][name]:.3f}") for name in metrics)])
     counts = document["counts"][direction]
     notes = [
@@ -55,16 +51,10 @@ def _score(value: float, low: float, high: float) -> Score:
 
 
 def _comparison(document: Mapping[str, Any], direction: str, metrics: Sequence[str]) -> Table:
-    compared = document["comparison"][direction]
-    rows = [
-        (
-            name,
-            Score(f"{compared[name]['difference']:+.3f}"),
-            Score(f"{compared[name]['low']:+.3f} to {compared[name]['high']:+.3f}"),
-            Score(f"{compared[name]['p']:.4f}"),
-        )
-        for name in metrics
-    ]
+    rows = []
+    for name in metrics:
+        difference, low, high, p = document["comparison"][direction][name].values()
+        rows.append((name, Score(f"{difference:+.3f}"), Score(f"{low:+.3f} to {high:+.3f}"), Score(f"{p:.4f}")))
     notes = [
         f"{document['model']} minus {document['other']['model']}, on the same queries. p: two-sided, from random signs"
         " of the groups' differences. All metrics come from the same queries, so several small p are no more evidence"

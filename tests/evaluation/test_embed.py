@@ -1,3 +1,4 @@
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,15 @@ def test_out_of_memory_says_what_to_lower() -> None:
 
     with pytest.raises(CocoaError, match=r"2 items at once, the text 'a' .* memory .* smaller --batch-tokens"):
         embed_items(Encoder(Small()), [Item("a"), Item("b")], "query")
+
+
+def test_an_embedding_that_is_not_finite_names_its_item() -> None:
+    class Diverged(FakeModel):
+        def _embed(self, item: Mapping[str, Any]) -> np.ndarray:
+            return super()._embed(item) * (np.nan if "red" in item["text"] else 1)
+
+    with pytest.raises(CocoaError, match="fake embeds the text 'red' as a vector that is not finite"):
+        embed_items(Encoder(Diverged(), "fake"), [Item("blue"), Item("red")], "query")
 
 
 def test_a_text_that_is_no_unicode_is_an_error() -> None:

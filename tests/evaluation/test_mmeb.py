@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from fake_model import colour_image
-from mmeb_layout import SUBSETS as WRITTEN
 from mmeb_layout import retrieval, write_benchmark, write_mosaics, write_subset
 from PIL import Image
 from scored_model import ScoredModel
@@ -156,25 +155,6 @@ def test_another_model_or_other_data_are_scored_anew(run: Run, benchmark_folder:
     assert len(list((tmp_path / "finished").glob("MSCOCO_t2i-*.json"))) >= 5, "what is finished stays"
 
 
-def test_an_interrupted_run_loses_no_finished_subset(run: Run, benchmark_folder: MmebFolder, tmp_path: Path) -> None:
-    class Interrupted(ScoredModel):
-        def encode_document(self, *args: Any, **options: Any) -> np.ndarray:
-            if self.documents and len(self.queries) > ROWS:
-                raise KeyboardInterrupt
-            return super().encode_document(*args, **options)
-
-    seen: list[dict[str, Any]] = []
-    with pytest.raises(KeyboardInterrupt):
-        run(Interrupted(), benchmark_folder, publish=lambda _, document: seen.append(document))
-    assert [list(document["subsets"]) for document in seen] == [["ImageNet-1K"]]
-    assert seen[0]["not_run"]["OK-VQA"] == "not finished"
-    assert [file.name.rpartition("-")[0] for file in (tmp_path / "finished").iterdir()] == ["ImageNet-1K"]
-    model = ScoredModel()
-    document = run(model, benchmark_folder)
-    assert list(document["subsets"]) == list(WRITTEN)
-    assert not [item for item in model.queries if "classification" in item["text"]]
-
-
 def test_a_result_cut_short_is_done_again(run: Run, benchmark_folder: MmebFolder, tmp_path: Path) -> None:
     first = run(ScoredModel(), benchmark_folder, "OK-VQA")
     (file,) = (tmp_path / "finished").iterdir()
@@ -183,12 +163,6 @@ def test_a_result_cut_short_is_done_again(run: Run, benchmark_folder: MmebFolder
     again = run(model, benchmark_folder, "OK-VQA")
     assert model.calls > 0
     assert again["subsets"]["OK-VQA"]["mrr"] == first["subsets"]["OK-VQA"]["mrr"]
-
-
-def test_a_limit_scores_the_first_rows_and_marks_them_as_partial(run: Run, benchmark_folder: MmebFolder) -> None:
-    folder = MmebFolder(benchmark_folder.data, benchmark_folder.images, limit=5)
-    result = run(ScoredModel(), folder, "MSCOCO_t2i")["subsets"]["MSCOCO_t2i"]
-    assert (result["rows"], result["rows_in_data"], result["partial"]) == (5, ROWS, True)
 
 
 def test_equal_candidates_count_against_the_right_one_and_are_told(run: Run, tmp_path: Path) -> None:
@@ -257,33 +231,6 @@ def test_a_model_of_texts_alone_runs_nothing_and_one_of_single_parts_what_it_can
     assert list(document["subsets"]) == ["NIGHTS"]
     assert document["subsets"]["NIGHTS"]["precision@1"] == 1.0
     assert document["not_run"]["OK-VQA"] == "scored does not embed image and text together"
-
-
-def test_an_embedding_that_is_no_number_is_not_scored(run: Run, benchmark_folder: MmebFolder) -> None:
-    class Diverged(ScoredModel):
-        def _embed(self, item: dict[str, Any]) -> np.ndarray:
-            vector = super()._embed(item)
-            return vector * np.nan if "yellow" in item.get("text", "") else vector
-
-    with pytest.raises(CocoaError, match=r"scored embeds the text 'yellow.* not finite"):
-        run(Diverged(), benchmark_folder, "ImageNet-1K")
-
-
-def test_a_run_takes_no_more_images_at_once_than_the_batch_allows(run: Run, benchmark_folder: MmebFolder) -> None:
-    tokens = 2  # a picture of 32 x 32
-    model = ScoredModel()
-    run(model, benchmark_folder, "MSCOCO_t2i", batch_tokens=3 * (tokens + 9))
-    assert max(model.batches) == 3
-    assert sum(model.batches) == ROWS
-    whole = ScoredModel(seed=1)
-    run(whole, benchmark_folder, "MSCOCO_t2i")
-    assert whole.batches == [ROWS]
-
-
-def test_subsets_come_in_the_benchmarks_order_whatever_was_asked_first(run: Run, benchmark_folder: MmebFolder) -> None:
-    assert list(run(ScoredModel(), benchmark_folder, "MSCOCO_t2i", "ImageNet-1K")["subsets"]) == [
-        "ImageNet-1K", "MSCOCO_t2i"
-    ]  # fmt: skip
 
 
 def test_results_that_cannot_be_written_are_one_sentence(benchmark_folder: MmebFolder, tmp_path: Path) -> None:
