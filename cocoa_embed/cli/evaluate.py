@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from cocoa_embed.report.tables import Table
 
 DEFAULT_OUT = Path("cocoa-eval")
-CACHE_FOLDER = "finished"
 SHOWN_DIGITS = 8
 """Hexadecimal digits of a fingerprint in the name of a folder."""
 
@@ -43,7 +42,7 @@ class RepeatedTargets(str, Enum):
 
 
 BatchTokensOption = Annotated[
-    int, typer.Option("--batch-tokens", min=1, help="About the most tokens to embed at once.", show_default=True)
+    int, typer.Option("--batch-tokens", min=1, help="About the most tokens to embed at once.")
 ]
 BATCH_TOKENS = 16384
 
@@ -84,24 +83,20 @@ def mmeb(
         from cocoa_embed.evaluation.result_cache import ResultCache
         from cocoa_embed.model.loading import check_model
 
-        folder = MmebFolder(
-            data,
-            images,
-            limit,
-            skip_missing_images=missing_images is MissingImages.skip,
-            merge_repeated_targets=repeated_targets is RepeatedTargets.merge,
-        )
+        skip, merge = missing_images is MissingImages.skip, repeated_targets is RepeatedTargets.merge
+        folder = MmebFolder(data, images, limit, skip_missing_images=skip, merge_repeated_targets=merge)
         checked, *_ = check_all(
             partial(check_subsets, folder, subset or []), partial(check_model, model), *_checks_of_out(out)
         )
         encoder = load_encoder(model, device)
         results = out or DEFAULT_OUT / f"{plain_name(model)}-{encoder.fingerprint[:SHOWN_DIGITS]}"
+        cache = ResultCache(results / "finished")
         finished = 0
 
         def publish(line: str, document: dict[str, Any]) -> None:
             nonlocal finished
-            finished = len(document["subsets"])
-            write_results(results / "mmeb", f"MMEB-V1: {model}", document, mmeb_tables(document))
+            if finished := len(document["subsets"]):
+                write_results(results / "mmeb", f"MMEB-V1: {model}", document, mmeb_tables(document))
             say(console, line)
 
         try:
@@ -109,7 +104,7 @@ def mmeb(
                 encoder,
                 folder,
                 checked,
-                ResultCache(results / CACHE_FOLDER),
+                cache,
                 batch_tokens=batch_tokens,
                 publish=publish,
                 progress=console.is_terminal,
@@ -186,14 +181,9 @@ def pairs(
                 write_results(out / "pairs", title, document, pairs_tables(document))
 
         try:
-            evaluate_pairs(
-                (load_encoder(name, device) for name in model),
-                found,
-                seed=seed,
-                batch_tokens=batch_tokens,
-                progress=console.is_terminal,
-                publish=publish,
-            )
+            encoders = (load_encoder(name, device) for name in model)
+            options: dict[str, Any] = {"batch_tokens": batch_tokens, "progress": console.is_terminal}
+            evaluate_pairs(encoders, found, seed=seed, publish=publish, **options)
         finally:  # the first model's scores are shown and kept if the second model fails
             for table in pairs_tables(document, SHOWN_METRICS) if document else ():
                 console.print(to_terminal(table))

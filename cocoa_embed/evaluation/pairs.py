@@ -12,13 +12,17 @@ from scipy.sparse.csgraph import connected_components
 
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.evaluation.embed import BATCH_TOKENS, Item, embed_items, unsupported
-from cocoa_embed.evaluation.metrics import chance_metrics, cosine_similarities, query_metrics, ranks_of_relevant
+from cocoa_embed.evaluation.metrics import (
+    METRICS,
+    chance_metrics,
+    cosine_similarities,
+    query_metrics,
+    ranks_of_relevant,
+)
 from cocoa_embed.evaluation.significance import LEVEL, RESAMPLES, mean_intervals, sign_flip_p
 
 if TYPE_CHECKING:
     from cocoa_embed.encode.encoder import Encoder
-
-METRICS = ("recall@1", "recall@5", "recall@10", "hit@1", "hit@5", "hit@10", "mrr", "ndcg@10")
 
 QUERIES_AT_ONCE = 512
 """Queries whose similarities to all documents are in memory together."""

@@ -15,8 +15,10 @@ from PIL import Image
 from scored_model import ScoredModel, mosaic
 from tiny_clip import tiny_clip_model
 
+from cocoa_embed.cli import evaluate
 from cocoa_embed.cli import main as cli
 from cocoa_embed.errors import CocoaError
+from cocoa_embed.evaluation import embed
 from cocoa_embed.model import loading
 from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.model.export import export_model
@@ -293,6 +295,10 @@ def test_wrong_usage_exits_with_2(command: Command, arguments: list[str]) -> Non
     assert (code, out) == (2, "")
     assert "Error: " in err
     assert "Traceback" not in err
+
+
+def test_the_default_of_batch_tokens_is_that_of_the_library() -> None:
+    assert evaluate.BATCH_TOKENS == embed.BATCH_TOKENS
 
 
 def test_help_is_quick_it_imports_nothing_heavy() -> None:

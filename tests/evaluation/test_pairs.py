@@ -18,7 +18,8 @@ from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.evaluation import pairs as pairs_module
 from cocoa_embed.evaluation.embed import Item
-from cocoa_embed.evaluation.pairs import METRICS, Pair, directions, evaluate_pairs
+from cocoa_embed.evaluation.metrics import METRICS
+from cocoa_embed.evaluation.pairs import Pair, directions, evaluate_pairs
 from cocoa_embed.evaluation.pairs_reader import PairColumns, read_pairs
 
 NAMES = list(COLOURS)
