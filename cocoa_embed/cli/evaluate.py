@@ -41,9 +41,7 @@ class RepeatedTargets(str, Enum):
     merge = "merge"
 
 
-BatchTokensOption = Annotated[
-    int, typer.Option("--batch-tokens", min=1, help="About the most tokens to embed at once.")
-]
+BatchTokensOption = Annotated[int, typer.Option("--batch-tokens", min=1, help="About the most tokens of a batch.")]
 BATCH_TOKENS = 16384
 
 
@@ -100,15 +98,8 @@ def mmeb(
             say(console, line)
 
         try:
-            document = evaluate_mmeb(
-                encoder,
-                folder,
-                checked,
-                cache,
-                batch_tokens=batch_tokens,
-                publish=publish,
-                progress=console.is_terminal,
-            )
+            options: dict[str, Any] = {"batch_tokens": batch_tokens, "progress": console.is_terminal}
+            document = evaluate_mmeb(encoder, folder, checked, cache, publish=publish, **options)
         except KeyboardInterrupt:
             raise CocoaError(
                 f"interrupted; {finished} of {len(checked)} subsets are finished in {results}; the same command"

@@ -23,7 +23,7 @@ from cocoa_embed.evaluation.result_cache import ResultCache
 if TYPE_CHECKING:
     from cocoa_embed.encode.encoder import Encoder
 
-SCORING = 1
+SCORING = 2
 """Increase it when scores are computed differently, so that cached results are not used."""
 
 METRICS = ("hit@1", "hit@5", "hit@10", "mrr", "ndcg@5", "ndcg@10")
@@ -77,8 +77,9 @@ def evaluate_mmeb(
         result = cache.read(subset.name, key)
         source = "cached"
         if result is None:
-            result = score_subset(encoder, folder, folder.read(subset.name), batch_tokens, progress)
-            cache.write(subset.name, key, result)
+            data = folder.read(subset.name)
+            result = score_subset(encoder, folder, data, batch_tokens, progress)
+            cache.write(subset.name, key | {"data": data.digest}, result)
             source = f"{result['queries']} queries and {result['targets']} targets embedded, {result['seconds']:.1f} s"
         results[subset.name] = result
         del not_run[subset.name]
