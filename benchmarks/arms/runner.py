@@ -23,7 +23,8 @@ from arms.place import Given, Place
 from cocoa_embed.cli.terminal import silence_libraries
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError
-from cocoa_embed.evaluation.pairs import METRICS, directions, score_queries
+from cocoa_embed.evaluation.metrics import METRICS
+from cocoa_embed.evaluation.pairs import directions, score_queries
 from cocoa_embed.evaluation.pairs_reader import read_pairs
 from cocoa_embed.folders import write_whole
 from cocoa_embed.model.export import build_sentence_transformer

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from scipy.stats import t
 
 from arms.grid import ALL_THREE, ALONE, EQUAL, NO_BRIDGE, Arm, Grid
-from cocoa_embed.report.tables import Table
+from cocoa_embed.report.tables import Score, Table
 
 LEVEL = 0.95
 TITLES = {
@@ -116,8 +116,7 @@ def _table(document: Mapping[str, Any], group: str, title: str) -> Table:
                 " + ".join(f"{stage['steps']}" for stage in arm["stages"]),
                 f"{arm['flops'] / 1e12:.1f}",
                 f"{fmean(values(arm, 'seconds')) / 60:.1f}",
-                estimate(values(arm)).told(),
-                estimate(values(arm, "mrr")).told(),
+                *(Score(found.told(), found.mean) for found in (estimate(values(arm)), estimate(values(arm, "mrr")))),
                 *(less.get(name, "") for name in references),
                 *_learned(arm)[: len(learned)],
             ]
@@ -134,7 +133,7 @@ def _learned(arm: Mapping[str, Any]) -> tuple[str, str]:
 def _notes(document: Mapping[str, Any], references: Sequence[str]) -> list[str]:
     seeds, others = len(document["seeds"]), document["processes"] - 1
     minutes = "minutes: of training, " + (f"beside {others} other{'s' * (others > 1)}, " if others else "")
-    told = f"steps: of the stages in their order. {minutes}probes included."
+    told = f"steps: of the stages in their order. {minutes}probes included. Bold: the best of a column."
     if seeds == 1:
         notes = [f"recall@1: mean of both directions, of one seed. {told}"]
         return notes + (["less ...: the difference."] if references else [])

@@ -1,1 +1,1 @@
-"""The demo: scenes that the project draws, the captioner it starts from, and the whole story in one command."""
+"""The demo: drawn scenes, the captioner it starts from, and training, export, search and report in one command."""

@@ -1,12 +1,11 @@
-"""The project's own small Qwen2-VL, pretrained as a causal captioner of the demo's scenes.
+"""Pretrains the demo's backbone: a Qwen2-VL of 3 million parameters, a causal captioner of the scenes.
 
-CoCoA starts from a vision-language model that can already read an image; the package ships one of 3 million
-parameters, made by this module::
+CoCoA starts from a vision-language model that can already read an image. The package ships this one, made by::
 
     python -m cocoa_embed.demo.captioner --out cocoa_embed/backbones/scene-captioner --seed 0
 
-Its tokenizer is trained on captions of training scenes and names its special tokens as Qwen2-VL's does. Only training
-scenes are ever drawn, so nothing of a held-out scene's content is in the weights.
+Its tokenizer is trained on captions of training scenes and has Qwen2-VL's special tokens. It sees training scenes only,
+so its weights hold nothing of a held-out scene.
 """
 
 import argparse
@@ -14,6 +13,7 @@ import random
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import IterableDataset
@@ -48,7 +48,7 @@ def build_tokenizer(seed: int) -> Qwen2Tokenizer:
     generator = random.Random(f"{seed}/tokenizer")
     scenes = islice(distinct_scenes(generator, "train"), CAPTIONS_FOR_TOKENIZER)
     corpus = [generator.choice(captions(scene)) for scene in scenes] + [*PROMPT_WORDS] * 10
-    blank = Qwen2Tokenizer(eos_token=EOS, pad_token=PAD, unk_token=None)
+    blank = Qwen2Tokenizer(eos_token=EOS, pad_token=PAD, unk_token=None)  # pyright: ignore[reportArgumentType]  None is allowed
     trained = blank.train_new_from_iterator(
         corpus, vocab_size=VOCABULARY_SIZE - 64, new_special_tokens=list(QWEN_SPECIAL_TOKENS)
     )
@@ -57,7 +57,7 @@ def build_tokenizer(seed: int) -> Qwen2Tokenizer:
 
 
 def build_processor(tokenizer: Qwen2Tokenizer) -> Qwen2VLProcessor:
-    """Put the tokenizer, the image processor's pixel bounds and the chat template together."""
+    """Return a processor with this tokenizer, bounds on the pixels of an image, and the chat template."""
     bounds = {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS}
     return Qwen2VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=bounds),
@@ -68,8 +68,8 @@ def build_processor(tokenizer: Qwen2Tokenizer) -> Qwen2VLProcessor:
 
 
 def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2VLForConditionalGeneration:
-    """Return the randomly initialised captioner of about 3 million parameters, in float32."""
-    width, heads = 192, 6
+    """Return the captioner with random weights: about 3 million parameters in float32."""
+    width, heads, ids = 192, 6, tokenizer.get_vocab()
     config = Qwen2VLConfig(
         text_config={
             "vocab_size": -(-(len(tokenizer) + 1) // 64) * 64,
@@ -86,22 +86,22 @@ def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2VLForConditionalGeneration:
             "tie_word_embeddings": True,
         },
         vision_config={"depth": 4, "embed_dim": 128, "num_heads": 4, "mlp_ratio": 4, "hidden_size": width},
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_PAD),
-        video_token_id=tokenizer.convert_tokens_to_ids(VIDEO_PAD),
-        vision_start_token_id=tokenizer.convert_tokens_to_ids(VISION_START),
-        vision_end_token_id=tokenizer.convert_tokens_to_ids(VISION_END),
+        image_token_id=ids[IMAGE_PAD],
+        video_token_id=ids[VIDEO_PAD],
+        vision_start_token_id=ids[VISION_START],
+        vision_end_token_id=ids[VISION_END],
         tie_word_embeddings=True,
     )
     return Qwen2VLForConditionalGeneration(config)
 
 
-class CaptionedScenes(IterableDataset):
+class CaptionedScenes(IterableDataset[dict[str, Any]]):
     """An endless stream of drawn training scenes, each with one of its captions."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
-    def __iter__(self) -> Iterator[dict[str, object]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         generator = random.Random(f"{self.seed}/captioner")
         while True:
             scene = sample_scene(generator, "train")
@@ -109,13 +109,13 @@ class CaptionedScenes(IterableDataset):
 
 
 class CaptionCollator:
-    """Render ``[vision][caption]<EOS>``; every token after the image is a label."""
+    """Makes batches of ``[vision][caption]<EOS>``; every token after the image is a label."""
 
     def __init__(self, processor: Qwen2VLProcessor) -> None:
         self.processor = processor
 
-    def __call__(self, rows: list[dict[str, object]]) -> dict[str, torch.Tensor]:
-        """Collate rows of ``CaptionedScenes``."""
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Return ``input_ids``, ``attention_mask`` and ``labels`` ``[rows, length]``, and the images' patches."""
         texts = [f"{VISION_START}{IMAGE_PAD}{VISION_END}{row['text']}{EOS}" for row in rows]
         batch = self.processor(images=[row["image"] for row in rows], text=texts, padding=True, return_tensors="pt")
         after_image = batch["input_ids"] == self.processor.tokenizer.convert_tokens_to_ids(VISION_END)
@@ -145,7 +145,7 @@ def pretrain(out: Path, *, steps: int, batch_size: int, learning_rate: float, se
             report_to="none",
             remove_unused_columns=False,
             dataloader_pin_memory=torch.cuda.is_available(),
-            # The dispatcher would cut pixel_values, which has a row a patch, to the number of rows.
+            # The dispatcher would cut pixel_values, which has a row for each patch, to the number of captions.
             accelerator_config={"dispatch_batches": False},
             seed=seed,
         ),
@@ -153,26 +153,19 @@ def pretrain(out: Path, *, steps: int, batch_size: int, learning_rate: float, se
         data_collator=CaptionCollator(processor),
     )
     trainer.train()
-    model.to(torch.bfloat16).save_pretrained(out)
+    model.bfloat16().save_pretrained(out)
     processor.save_pretrained(out)
 
 
 def main() -> None:
     """Parse the command line and pretrain."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Pretrain the demo's backbone.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the captioner to")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    pretrain(
-        options.out,
-        steps=options.steps,
-        batch_size=options.batch_size,
-        learning_rate=options.learning_rate,
-        seed=options.seed,
-    )
+    pretrain(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
-"""Ask the indexed scenes questions: by text, by image, by both, and through LlamaIndex."""
+"""Searches the indexed scenes by text, by image, by both, and through LlamaIndex."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from llama_index.core.schema import NodeWithScore, QueryBundle
+from llama_index.core.schema import QueryBundle
 
 from cocoa_embed.images.load import load_image
 from cocoa_embed.integrations.llama_index import CocoaRetriever
-from cocoa_embed.integrations.qdrant.indexer import Hit as Found
 from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
 from cocoa_embed.report.content import Hit, QueryResult
 from cocoa_embed.train.data.rows import Row
@@ -17,72 +16,34 @@ QUERIES_OF_A_KIND = 3
 
 
 def answer_queries(indexer: QdrantIndexer, rows: Sequence[Row]) -> list[QueryResult]:
-    """Ask three questions of each kind about ``rows``, images with captions that ``indexer`` holds.
+    """Make three searches of each kind for ``rows``, images with captions that ``indexer`` holds.
 
-    LlamaIndex is asked the same as the text search.
+    LlamaIndex searches for the same texts as the text search.
     """
-    kinds = iter(
-        [rows[start : start + QUERIES_OF_A_KIND] for start in range(0, 3 * QUERIES_OF_A_KIND, QUERIES_OF_A_KIND)]
-    )
+    kinds = {"text → image": (True, False), "image → image": (False, True), "image + text → image": (True, True)}
+    results = []
+    for number, (title, (with_text, with_image)) in enumerate(kinds.items()):
+        for row in rows[number * QUERIES_OF_A_KIND :][:QUERIES_OF_A_KIND]:
+            text = row.positive.text if with_text else None
+            image = Path(str(row.image)) if with_image else None
+            found = indexer.search(text, image=image, limit=SHOWN_HITS)
+            hits = [_hit(row, hit.path, hit.score, hit.caption) for hit in found]
+            results.append(_result(title, row, hits, text, image))
     retriever = CocoaRetriever(indexer, similarity_top_k=SHOWN_HITS)
-    return [
-        *(_by_text(indexer, row) for row in next(kinds)),
-        *(_by_image(indexer, row) for row in next(kinds)),
-        *(_by_both(indexer, row) for row in next(kinds)),
-        *(_through_llama_index(retriever, row) for row in rows[:QUERIES_OF_A_KIND]),
-    ]
+    for row in rows[:QUERIES_OF_A_KIND]:
+        nodes = retriever.retrieve(QueryBundle(query_str=row.positive.text or ""))
+        hits = [
+            _hit(row, str(node.node.to_dict()["image_path"]), node.score or 0.0, node.node.metadata.get("caption", ""))
+            for node in nodes
+        ]
+        results.append(_result("LlamaIndex: text → image", row, hits, row.positive.text, None))
+    return results
 
 
-def _by_text(indexer: QdrantIndexer, row: Row) -> QueryResult:
-    found = indexer.search(row.positive.text, limit=SHOWN_HITS)
-    return _result("text → image", row, found, text=row.positive.text)
+def _hit(row: Row, path: str, score: float, caption: str) -> Hit:
+    return Hit(load_image(path), score, caption, correct=Path(path).samefile(str(row.image)))
 
 
-def _by_image(indexer: QdrantIndexer, row: Row) -> QueryResult:
-    image = _file(row)
-    found = indexer.search(image=image, limit=SHOWN_HITS)
-    return _result("image → image", row, found, image=image)
-
-
-def _by_both(indexer: QdrantIndexer, row: Row) -> QueryResult:
-    image = _file(row)
-    found = indexer.search(row.positive.text, image=image, limit=SHOWN_HITS)
-    return _result("image + text → image", row, found, text=row.positive.text, image=image)
-
-
-def _file(row: Row) -> Path | None:
-    """Return a row's image; the demo's are files."""
-    return row.image if isinstance(row.image, Path) else None
-
-
-def _through_llama_index(retriever: CocoaRetriever, row: Row) -> QueryResult:
-    nodes = retriever.retrieve(QueryBundle(query_str=row.positive.text or ""))
-    return _result("LlamaIndex: text → image", row, [_as_found(node) for node in nodes], text=row.positive.text)
-
-
-def _as_found(scored: NodeWithScore) -> Found:
-    node = scored.node
-    payload = {"caption": node.metadata.get("caption", "")}
-    return Found(id=node.node_id, score=scored.score or 0.0, path=str(node.to_dict()["image_path"]), payload=payload)
-
-
-def _result(
-    title: str, row: Row, found: Sequence[Found], *, text: str | None = None, image: Path | None = None
-) -> QueryResult:
-    right = _file(row)
-    hits = [
-        Hit(
-            image=load_image(hit.path),
-            score=hit.score,
-            caption=str(hit.payload.get("caption") or ""),
-            correct=right is not None and Path(hit.path).samefile(right),
-        )
-        for hit in found
-    ]
-    return QueryResult(
-        title=title,
-        text=text,
-        image=load_image(image) if image is not None else None,
-        hits=hits,
-        expected=row.positive.text,
-    )
+def _result(title: str, row: Row, hits: list[Hit], text: str | None, image: Path | None) -> QueryResult:
+    shown = None if image is None else load_image(image)
+    return QueryResult(title, text, shown, hits, expected=row.positive.text)

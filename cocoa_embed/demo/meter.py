@@ -1,4 +1,4 @@
-"""What a run cost: wall-clock seconds and memory, part by part."""
+"""The wall-clock seconds and peak memory of each part of the demo."""
 
 import resource
 import sys
@@ -26,7 +26,7 @@ class Meter:
         self.record(name, time.perf_counter() - started)
 
     def record(self, name: str, seconds: float) -> None:
-        """Note the seconds of a part that has just ended."""
+        """Record the seconds and the peak memory of a part that has just ended."""
         self.seconds[name] = round(seconds, 2)
         self.peak_memory_bytes[name] = peak_memory_bytes()
 

@@ -1,25 +1,25 @@
-"""Scenes of coloured shapes, drawn and described: the demo's images and captions.
+"""Draws scenes of coloured shapes and describes them: the demo's images and captions.
 
-A scene is a background and two or three objects, each in a cell of its own of a 2 x 2 grid. Shape, colour, size and
-place of every object and the background make 6 096 384 possible contents. A caption describes its scene completely,
-in one of ``WORDINGS``.
+A scene is a background and two or three objects in different cells of a 2 x 2 grid. There are 6 096 384 scenes: all
+choices of shape, colour, size and place of every object and of the background. A caption describes its scene
+completely, in one of ``WORDINGS``.
 
-Which side of the split a scene falls on is a property of its content alone (``split_of``), so that no training
-set of any seed ever shares a content with a held-out set of any other.
+The split of a scene depends on its content alone (``split_of``), so no training set of any seed shares a scene with a
+held-out set of any other.
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
 import random
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from PIL import Image, ImageDraw
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
 
 Split = Literal["train", "held-out"]
 Point = tuple[float, float]
@@ -27,8 +27,8 @@ Point = tuple[float, float]
 IMAGE_SIZE = 56
 """Side of a drawn scene in pixels: 2 x 2 cells of 28, each one visual token of Qwen2-VL."""
 
-HELD_OUT_SHARE = 16
-"""One content in this many is held out."""
+HELD_OUT_RATIO = 16
+"""One scene in this many is held out."""
 
 BACKGROUNDS = {"white": (246, 246, 242), "gray": (150, 152, 156), "black": (24, 24, 28), "pink": (246, 190, 205)}
 COLOURS = {
@@ -70,25 +70,20 @@ class Scene:
 
 
 def sample_scene(generator: random.Random, split: Split) -> Scene:
-    """Draw a scene of two or three objects that belongs to ``split``."""
+    """Return a random scene of two or three objects that belongs to ``split``."""
     while True:
         places = sorted(generator.sample(range(len(PLACES)), k=generator.choice((2, 3))))
+        choice = generator.choice
         objects = tuple(
-            SceneObject(
-                size=generator.choice(tuple(RADII)),
-                colour=generator.choice(tuple(COLOURS)),
-                shape=generator.choice(SHAPES),
-                place=PLACES[place],
-            )
-            for place in places
+            SceneObject(choice(tuple(RADII)), choice(tuple(COLOURS)), choice(SHAPES), PLACES[place]) for place in places
         )
-        scene = Scene(background=generator.choice(tuple(BACKGROUNDS)), objects=objects)
+        scene = Scene(choice(tuple(BACKGROUNDS)), objects)
         if split_of(scene) == split:
             return scene
 
 
-def distinct_scenes(generator: random.Random, split: Split) -> "Iterator[Scene]":
-    """Yield scenes of ``split`` for ever, no content twice."""
+def distinct_scenes(generator: random.Random, split: Split) -> Iterator[Scene]:
+    """Yield different scenes of ``split`` without end."""
     seen: set[Scene] = set()
     while True:
         scene = sample_scene(generator, split)
@@ -98,9 +93,9 @@ def distinct_scenes(generator: random.Random, split: Split) -> "Iterator[Scene]"
 
 
 def split_of(scene: Scene) -> Split:
-    """Return the side of the split that the content of ``scene`` belongs to, by its hash."""
+    """Return the split that ``scene`` belongs to, by the hash of its content."""
     content = json.dumps(asdict(scene), sort_keys=True).encode()
-    held_out = int.from_bytes(hashlib.sha256(content).digest()[:8], "big") % HELD_OUT_SHARE == 0
+    held_out = int.from_bytes(hashlib.sha256(content).digest()[:8], "big") % HELD_OUT_RATIO == 0
     return "held-out" if held_out else "train"
 
 
@@ -136,7 +131,7 @@ def _draw_shape(
     elif shape in _CORNERS:
         pen.polygon([(x + radius * dx, y + radius * dy) for dx, dy in _CORNERS[shape]], fill=colour)
     else:
-        raise ValueError(f"No way to draw a {shape!r}; the shapes are {', '.join(SHAPES)}.")
+        raise ValueError(f"cannot draw a {shape!r}; the shapes are {', '.join(SHAPES)}")
 
 
 _CORNERS: dict[str, list[Point]] = {
@@ -148,33 +143,23 @@ _CORNERS: dict[str, list[Point]] = {
 }  # fmt: skip
 
 
-def _listing(scene: Scene) -> str:
-    objects = ", ".join(f"{item} {item.place}" for item in scene.objects)
-    return f"{objects}, {scene.background} background"
-
-
-def _sentence(scene: Scene) -> str:
-    objects = " and ".join(f"{item} at {item.place}" for item in scene.objects)
-    return f"{objects} on {scene.background}"
-
-
-def _background_first(scene: Scene) -> str:
-    objects = ", ".join(f"{item} in {item.place}" for item in scene.objects)
-    return f"on {scene.background}: {objects}"
-
-
-def _place_first(scene: Scene) -> str:
-    objects = "; ".join(f"{item.place}: {item}" for item in scene.objects)
-    return f"{scene.background} picture; {objects}"
-
-
-WORDINGS: "tuple[Callable[[Scene], str], ...]" = (_listing, _sentence, _background_first, _place_first)
-"""The ways to say what a scene shows, each complete: scene to caption."""
+WORDINGS = (
+    ("{} {}", ", ", "{objects}, {background} background"),
+    ("{} at {}", " and ", "{objects} on {background}"),
+    ("{} in {}", ", ", "on {background}: {objects}"),
+    ("{1}: {0}", "; ", "{background} picture; {objects}"),
+)
+"""The ways to describe a scene completely: the format of an object and its place, the separator, the whole."""
 
 
 def captions(scene: Scene) -> list[str]:
     """Return the caption of ``scene`` in each of ``WORDINGS``, in their order."""
-    return [wording(scene) for wording in WORDINGS]
+    return [
+        whole.format(
+            objects=separator.join(each.format(item, item.place) for item in scene.objects), background=scene.background
+        )
+        for each, separator, whole in WORDINGS
+    ]
 
 
 def write_image_folder(folder: Path, split: Split, count: int, seed: int) -> None:
@@ -186,7 +171,7 @@ def write_image_folder(folder: Path, split: Split, count: int, seed: int) -> Non
     write_scenes(folder, islice(distinct_scenes(generator, split), count), generator)
 
 
-def write_scenes(folder: Path, scenes: "Iterable[Scene]", generator: random.Random) -> None:
+def write_scenes(folder: Path, scenes: Iterable[Scene], generator: random.Random) -> None:
     """Write ``scenes`` as an image folder: ``00000.png``, ... and ``metadata.jsonl``.
 
     Each line of ``metadata.jsonl`` holds ``file_name``, ``text`` (one caption, the wording drawn at random) and

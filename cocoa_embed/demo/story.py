@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from sentence_transformers import SentenceTransformer
 from transformers import Trainer
@@ -15,10 +14,11 @@ from cocoa_embed.demo.gallery import answer_queries
 from cocoa_embed.demo.meter import Meter, peak_memory_bytes
 from cocoa_embed.demo.report_content import curves, facts, retrieval_rows
 from cocoa_embed.demo.scenes import write_image_folder
-from cocoa_embed.demo.table import retrieval_table
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import UsageError
-from cocoa_embed.evaluation.metrics import ranks, retrieval_metrics
+from cocoa_embed.evaluation.pairs import evaluate_pairs
+from cocoa_embed.evaluation.pairs_reader import read_pairs
+from cocoa_embed.evaluation.pairs_tables import SHOWN_METRICS, score_tables
 from cocoa_embed.folders import claim_folder, refuse_foreign_folder
 from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
 from cocoa_embed.model.export import build_sentence_transformer, refuse_checkpoint, save_sentence_transformer
@@ -32,8 +32,9 @@ from cocoa_embed.report.content import (
     TokenReconstruction,
 )
 from cocoa_embed.report.page import write_report
+from cocoa_embed.report.tables import to_terminal
 from cocoa_embed.train import Recipe, StageResult, run
-from cocoa_embed.train.data.rows import Row, load_row_image, read_image_folder
+from cocoa_embed.train.data.rows import Row, read_image_folder
 from cocoa_embed.train.stages.reconstructions import bridge_reconstructions, warmup_reconstructions
 
 MARKER = ".cocoa-demo"
@@ -98,8 +99,8 @@ class Demo:
         watch = Watch(held_out[:SHOWN_RECONSTRUCTIONS], meter)
         stages, comparison = self._train(watch)
         with meter.part("evaluation", console):
-            model, ours = evaluate(stages[-1].folder, held_out)
-            _, alone = evaluate(comparison.folder, held_out)
+            model, scores = self._evaluate(stages[-1].folder, comparison.folder)
+        ours, alone = shown_metrics(scores), shown_metrics(scores["other"])
         self._export(model, stages[-1].folder, ours)
         with meter.part("index and search", console):
             queries, indexed = self._index_and_search(held_out)
@@ -114,7 +115,11 @@ class Demo:
         }
         (self.work / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         write_report(self._report(results, curves(stages, comparison), watch, queries), self.work / "report.html")
-        console.print(retrieval_table(ours, alone, self.held_out_scenes))
+        console.print(
+            f"Retrieval among {self.held_out_scenes} held-out scenes, with 95% intervals (bold: the best of a column)"
+        )
+        for table in score_tables(scores, SHOWN_METRICS):
+            console.print(to_terminal(table))
         self._say_what_is_where(console, meter)
         return results
 
@@ -140,6 +145,14 @@ class Demo:
         (comparison,) = run(alone, self.work / "runs" / "contrastive-only")
         watch.meter.record("contrastive_only", comparison.seconds)
         return stages, comparison
+
+    def _evaluate(self, ours: Path, alone: Path) -> tuple[SentenceTransformer, dict[str, Any]]:
+        encoders = [
+            Encoder(build_sentence_transformer(folder, prompts=read_training(folder)["recipe"]["prompts"]), name)
+            for name, folder in (("all three stages", ours), ("contrastive only", alone))
+        ]
+        pairs = read_pairs(self.work / "data" / "held-out")
+        return encoders[0].model, evaluate_pairs(encoders, pairs, seed=self.seed)
 
     def _export(self, model: SentenceTransformer, checkpoint: Path, metrics: Metrics) -> None:
         training = read_training(checkpoint)
@@ -192,15 +205,6 @@ class Demo:
         console.print(f"{minutes:.1f} minutes, at most {memory:.1f} GiB of memory")
 
 
-def evaluate(checkpoint: Path, rows: list[Row]) -> tuple[SentenceTransformer, Metrics]:
-    """Measure retrieval among ``rows``, each text's own image being the right answer, and the other way round."""
-    model = build_sentence_transformer(checkpoint, prompts=read_training(checkpoint)["recipe"]["prompts"])
-    encoder = Encoder(model)
-    texts = [{"text": row.positive.text or ""} for row in rows]
-    images = [{"image": load_row_image(row.image)} for row in rows if row.image is not None]
-    own = np.arange(len(rows))
-    metrics = {}
-    for name, queries, candidates in (("text_to_image", texts, images), ("image_to_text", images, texts)):
-        similarities = encoder.embed_queries(queries) @ encoder.embed_documents(candidates).T
-        metrics[name] = retrieval_metrics(ranks(similarities, own))
-    return model, metrics
+def shown_metrics(scores: dict[str, Any]) -> Metrics:
+    """Return one model's metrics by direction, as ``results.json`` has them."""
+    return {way: {name: metrics[name] for name in SHOWN_METRICS} for way, metrics in scores["subsets"].items()}

@@ -1,1 +1,1 @@
-"""How good a model is: on MMEB-V1, and on pairs of one's own."""
+"""Scores models on MMEB-V1 and on pairs of queries and documents."""

@@ -1,36 +1,38 @@
-"""What is embedded for an evaluation: texts and images that are read when their turn comes, and then forgotten."""
+"""Embeds the items of an evaluation in batches; images are loaded a few batches ahead and then released."""
 
 from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from cocoa_embed.encode.encoder import MODALITIES, Encoder, require_unicode
-from cocoa_embed.encode.encoder import Item as LoadedItem
 from cocoa_embed.errors import CocoaError, ImageError, one_line, printable
 from cocoa_embed.images.load import load_image
+
+if TYPE_CHECKING:
+    from cocoa_embed.encode.encoder import Encoder
+    from cocoa_embed.encode.encoder import Item as LoadedItem
 
 Role = Literal["query", "document"]
 
 BATCH_TOKENS = 16384
-"""The tokens of a batch where nothing else is asked for, as ``estimated_tokens`` counts them."""
+"""The default of the most tokens in a batch, by ``estimated_tokens``."""
 
 MAX_BATCH_ITEMS = 256
 
 IMAGES_AHEAD = 16
-"""Images that are decoded while the model works on others."""
+"""Images that are decoded while the model embeds others."""
 
 PIXELS_A_TOKEN = 28 * 28
-"""Of a Qwen2-VL; for models that scale every image to one size the estimate is high, and batches are small."""
+"""The pixels of a visual token of Qwen2-VL."""
 
 SHOWN_CHARACTERS = 60
 
@@ -61,6 +63,8 @@ class Item:
         :raises ImageError: If the image cannot be used.
         :raises UsageError: If the text is not valid Unicode.
         """
+        from cocoa_embed.encode.encoder import require_unicode
+
         loaded: dict[str, str | Image.Image] = {}
         if self.image is not None:
             loaded["image"] = load_image(self.image)
@@ -80,23 +84,23 @@ class Item:
         return " with ".join(names)
 
 
-@dataclass(frozen=True)
-class Embedded:
+class Embedded(NamedTuple):
     """The embeddings of items.
 
-    :param vectors: float32 ``[items, dimension]``; zero where there is none.
-    :param broken: What is wrong with the images that cannot be used, by the number of the item.
+    :param vectors: float32 ``[items, dimension]``; zero for broken items.
+    :param broken: The numbers of the items whose images cannot be used.
     """
 
     vectors: np.ndarray
-    broken: dict[int, ImageError]
+    broken: set[int]
 
 
 def unsupported(encoder: Encoder, parts: Collection[frozenset[str]]) -> str | None:
     """Return why a model cannot embed items of these ``Item.parts``; None if it can."""
-    for kind in sorted(parts, key=sorted):
-        if not encoder.model.supports(MODALITIES[kind]):
-            return f"{encoder.name} does not embed {' and '.join(sorted(kind))}{' together' * (len(kind) > 1)}"
+    for kind in sorted(map(sorted, parts)):
+        modality: Any = tuple(kind) if len(kind) > 1 else kind[0]
+        if not encoder.model.supports(modality):
+            return f"{encoder.name} does not embed {' and '.join(kind)}{' together' * (len(kind) > 1)}"
     return None
 
 
@@ -106,42 +110,37 @@ def embed_items(
     role: Role,
     batch_tokens: int = BATCH_TOKENS,
     *,
-    leave_out_broken: bool = False,
+    skip_broken: bool = False,
     progress: str | None = None,
 ) -> Embedded:
-    """Embed items with the model's query prompt or document prompt, each image read when its batch is made.
+    """Embed items with the model's query prompt or document prompt; images are loaded when their batch is made.
 
-    :param batch_tokens: The most tokens of a batch, by ``estimated_tokens``; an item with more goes alone.
-    :param leave_out_broken: Go on where an image cannot be used, and tell which.
-    :param progress: What to call the work in a progress bar; None for no bar.
-    :raises ImageError: If an image cannot be used and is not left out.
-    :raises CocoaError: If the model refuses an item or an embedding is not finite; the message says which item.
+    :param batch_tokens: The most tokens of a batch, by ``estimated_tokens``; a larger item is embedded alone.
+    :param skip_broken: Skip items whose images cannot be used.
+    :param progress: The label of a progress bar; None for no bar.
+    :raises ImageError: If an image cannot be used and is not skipped.
+    :raises CocoaError: If the model refuses an item or an embedding is not finite; the message names the item.
     """
     vectors = np.zeros((len(items), encoder.dimension), dtype=np.float32)
-    broken: dict[int, ImageError] = {}
+    broken: set[int] = set()
+    # One kind and similar lengths together.
+    order = sorted(range(len(items)), key=lambda index: (sorted(items[index].parts), -len(items[index].text or "")))
 
-    def leave_out(index: int, error: ImageError) -> None:
-        if not leave_out_broken:
-            raise error
-        broken[index] = error
+    def loaded() -> Iterator[tuple[int, LoadedItem]]:
+        for index, future in _being_loaded(items, order):
+            try:
+                yield index, future.result()
+            except ImageError:
+                if not skip_broken:
+                    raise
+                broken.add(index)
 
     with tqdm(total=len(items), desc=progress, disable=progress is None, leave=False) as bar:
-        for indices, loaded in batches(_loaded(items, leave_out), batch_tokens):
-            vectors[indices] = _embed_batch(encoder, [items[index] for index in indices], loaded, role)
-            bar.update(len(indices))
+        for batch in batches(loaded(), batch_tokens):
+            indices = [index for index, _ in batch]
+            vectors[indices] = _embed_batch(encoder, [(items[index], item) for index, item in batch], role)
+            bar.update(len(batch))
     return Embedded(vectors, broken)
-
-
-def _loaded(items: Sequence[Item], leave_out: Callable[[int, ImageError], None]) -> Iterator[tuple[int, LoadedItem]]:
-    """Yield items as a model takes them, those of one kind and of like length together."""
-    order = sorted(range(len(items)), key=lambda index: (sorted(items[index].parts), -len(items[index].text or "")))
-    for index, future in _being_loaded(items, order):
-        try:
-            loaded = future.result()
-        except ImageError as error:
-            leave_out(index, error)
-        else:
-            yield index, loaded
 
 
 def _being_loaded(items: Sequence[Item], order: Sequence[int]) -> Iterator[tuple[int, Future[LoadedItem]]]:
@@ -158,59 +157,54 @@ def _being_loaded(items: Sequence[Item], order: Sequence[int]) -> Iterator[tuple
         pool.shutdown(cancel_futures=True)
 
 
-def batches(
-    loaded: Iterator[tuple[int, LoadedItem]], batch_tokens: int
-) -> Iterator[tuple[list[int], list[LoadedItem]]]:
-    """Yield items with their numbers in batches of one kind, of at most ``batch_tokens`` or of one item."""
-    indices: list[int] = []
-    batch: list[LoadedItem] = []
+def batches(loaded: Iterable[tuple[int, LoadedItem]], batch_tokens: int) -> Iterator[list[tuple[int, LoadedItem]]]:
+    """Yield numbered items in batches of one kind, of at most ``batch_tokens`` or of one item."""
+    batch: list[tuple[int, LoadedItem]] = []
     tokens = 0
     for index, item in loaded:
         needed = estimated_tokens(item)
-        is_other = bool(batch) and batch[-1].keys() != item.keys()
+        is_other = bool(batch) and batch[-1][1].keys() != item.keys()
         if batch and (is_other or tokens + needed > batch_tokens or len(batch) == MAX_BATCH_ITEMS):
-            yield indices, batch
-            indices, batch, tokens = [], [], 0
-        indices.append(index)
-        batch.append(item)
+            yield batch
+            batch, tokens = [], 0
+        batch.append((index, item))
         tokens += needed
     if batch:
-        yield indices, batch
+        yield batch
 
 
 def estimated_tokens(item: LoadedItem) -> int:
-    """Return about how many tokens a model makes of an item: one for 28 x 28 pixels and one for three bytes of text."""
-    tokens = 0
-    for part in item.values():
-        if isinstance(part, Image.Image):
-            tokens += -(-part.width * part.height // PIXELS_A_TOKEN)
-        else:
-            tokens += -(-len(part.encode()) // 3)
-    return tokens
+    """Return about how many tokens an item becomes: one for 28 x 28 pixels and one for three bytes of text.
+
+    Unlike ``token_counter`` it also bounds the memory of decoded images, for models that scale every image to one size.
+    """
+    return sum(
+        -(-part.width * part.height // PIXELS_A_TOKEN) if isinstance(part, Image.Image) else -(-len(part.encode()) // 3)
+        for part in item.values()
+    )
 
 
-def _embed_batch(encoder: Encoder, items: Sequence[Item], loaded: list[LoadedItem], role: Role) -> np.ndarray:
-    """Embed one batch; where the model refuses it, find out which item it is.
+def _embed_batch(encoder: Encoder, batch: Sequence[tuple[Item, LoadedItem]], role: Role) -> np.ndarray:
+    """Embed one batch; if the model refuses it, find the item that it refuses.
 
-    :raises CocoaError: If the model refuses an item, has too little memory, or makes of it what is not finite.
+    :raises CocoaError: If the model refuses an item, runs out of memory, or an embedding is not finite.
     """
     import torch
 
     embed = encoder.embed_queries if role == "query" else encoder.embed_documents
+    first = batch[0][0]
     try:
-        vectors = embed(loaded, batch_size=len(loaded))
+        vectors = embed([loaded for _, loaded in batch], batch_size=len(batch))
     except torch.OutOfMemoryError as error:
         raise CocoaError(
-            f"there is too little memory for {len(loaded)} at once, {items[0]} among them ({one_line(error)});"
+            f"{len(batch)} items at once, {first} among them, do not fit into memory ({one_line(error)});"
             " give a smaller --batch-tokens"
         ) from error
     except (CocoaError, ValueError) as error:
-        if len(loaded) == 1:
-            raise CocoaError(f"{encoder.name} cannot embed {items[0]} ({one_line(error)})") from error
-        return np.concatenate(
-            [_embed_batch(encoder, [item], [alone], role) for item, alone in zip(items, loaded, strict=True)]
-        )
-    for item, vector in zip(items, vectors, strict=True):
+        if len(batch) == 1:
+            raise CocoaError(f"{encoder.name} cannot embed {first} ({one_line(error)})") from error
+        return np.concatenate([_embed_batch(encoder, [each], role) for each in batch])
+    for (item, _), vector in zip(batch, vectors, strict=True):
         if not np.isfinite(vector).all():
-            raise CocoaError(f"{encoder.name} makes of {item} an embedding that is not finite; the model is broken")
+            raise CocoaError(f"{encoder.name} embeds {item} as a vector that is not finite; the model is broken")
     return vectors

@@ -1,4 +1,4 @@
-"""The results on MMEB-V1 as tables, beside what was published."""
+"""The results on MMEB-V1 as tables, beside the published ones."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from cocoa_embed.evaluation.mmeb_subsets import AVERAGES, PUBLISHED, ROWS_OF_A_SUBSET, SUBSETS
-from cocoa_embed.report.tables import Table
+from cocoa_embed.report.tables import Score, Table
 
-COLUMNS = ("precision@1", "hit@5", "hit@10", "mrr", "ndcg@10")
-ABSENT = "–"
+COLUMNS = ("precision@1", "hit@5", "hit@10", "mrr", "ndcg@10", "chance")
+ABSENT = Score("–")
 
 
 def mmeb_tables(document: Mapping[str, Any]) -> list[Table]:
-    """Return the averages beside the published ones, and the scores of every subset, in per cent.
+    """Return the averages beside the published ones, and the scores of every subset, in percent.
 
     :param document: From ``summary``.
     """
@@ -21,51 +21,58 @@ def mmeb_tables(document: Mapping[str, Any]) -> list[Table]:
 
 
 def _averages(document: Mapping[str, Any]) -> Table:
-    own = [_average(document["averages"][name], document["coverage"][name]) for name in AVERAGES]
+    is_public = not any(map(_has_other_rows, document["subsets"].values()))
+    own = [_average(document["averages"][name], document["coverage"][name], is_public) for name in AVERAGES]
+    chance = [ABSENT if value is None else Score(_percent(value)) for value in document["chance"].values()]
     published = [
-        (scores.model, *(ABSENT if score is None else f"{score:.1f}" for score in scores.scores))
-        for scores in PUBLISHED
+        (each.model, *(ABSENT if score is None else Score(f"{score:.1f}", score) for score in each.scores))
+        for each in PUBLISHED
     ]
-    notes = ["Precision@1 in per cent, plain means over subsets. Published: as CoCoA (arXiv 2603.01471) reports them."]
-    if not all(each["complete"] for each in document["coverage"].values()):
+    notes = [
+        "Precision@1 in percent, plain means over subsets. Published: as CoCoA (arXiv 2603.01471) reports them. Bold:"
+        " the best of a column. Chance: a random order of each row's candidates."
+    ]
+    if any(score.text.endswith("*") for score in own):
         notes.append(
-            "* incomplete: the mean over the subsets that were run, how many of how many in brackets, some of them"
-            " perhaps on a part of their rows only. Not to be compared with the published numbers."
+            "* not to be compared with the published numbers: not all subsets were run (how many of how many is beside"
+            f" the mean), some only on a part of their rows, or they do not have the {ROWS_OF_A_SUBSET} rows of the"
+            " public data. See the remarks."
         )
-    others = sum(map(_has_other_rows, document["subsets"].values()))
-    if others:
-        notes.append(
-            f"{others} of the subsets that were run do not have the {ROWS_OF_A_SUBSET} rows of the public data: see the"
-            " remarks. Means over them are not to be compared with the published numbers."
-        )
-    return Table("Averages", ("model", *AVERAGES), [(document["model"], *own), *published], own=(0,), notes=notes)
+    rows = [(document["model"], *own), *published, ("chance", *chance)]
+    return Table("Averages", ("model", *AVERAGES), rows, notes)
 
 
-def _average(value: float | None, coverage: Mapping[str, Any]) -> str:
+def _average(value: float | None, coverage: Mapping[str, Any], is_public: bool) -> Score:
     if value is None:
-        return "not run"
-    return f"{value:.1%}".rstrip("%") + ("" if coverage["complete"] else f"* ({coverage['run']}/{coverage['of']})")
+        return Score("not run")
+    if coverage["complete"] and is_public:
+        return Score(_percent(value), 100 * value)
+    return Score(f"{_percent(value)}*", detail=f"{coverage['run']}/{coverage['of']}")
 
 
 def _subsets(document: Mapping[str, Any]) -> Table:
-    rows = []
+    rows: list[list[str | Score]] = []
     for name, subset in SUBSETS.items():
-        kind = (name, subset.meta_task, "IND" if subset.in_domain else "OOD")
         result = document["subsets"].get(name)
         if result is None:
-            rows.append((*kind, *[ABSENT] * (len(COLUMNS) + 1), f"not run: {document['not_run'][name]}"))
+            cells: list[str | Score] = [*[ABSENT] * (len(COLUMNS) + 1), f"not run: {document['not_run'][name]}"]
         else:
-            scores = (f"{100 * result[column]:.1f}" for column in COLUMNS)
-            rows.append((*kind, *scores, str(result["rows"]), _remarks(result)))
+            scores = (Score(_percent(result[column])) for column in COLUMNS)
+            cells = [*scores, Score(str(result["rows"])), _remarks(result)]
+        rows.append([name, subset.meta_task, "IND" if subset.in_domain else "OOD", *cells])
     return Table(
         "Subsets",
         ("subset", "meta-task", "domain", *COLUMNS, "rows", "remarks"),
         rows,
-        notes=[
-            "In per cent, of the rows' own candidates. A candidate that scores as the right one does counts as before"
-            " it, unlike in VLM2Vec's own script; remarks say where that happened."
+        [
+            "In percent, among each row's own candidates. A wrong candidate with the cosine of the right one ranks"
+            " before it, unlike in VLM2Vec's own script; remarks count these ties. Chance: of precision@1."
         ],
     )
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
 
 
 def _has_other_rows(result: Mapping[str, Any]) -> bool:
@@ -73,15 +80,11 @@ def _has_other_rows(result: Mapping[str, Any]) -> bool:
 
 
 def _remarks(result: Mapping[str, Any]) -> str:
-    remarks = []
-    if result["partial"]:
-        remarks.append(f"partial: {result['rows']} of {result['rows_in_data']} rows")
-    elif _has_other_rows(result):
-        remarks.append(f"the public data have {ROWS_OF_A_SUBSET} rows")
-    if result["rows_without_image"]:
-        remarks.append(f"{result['rows_without_image']} rows without their images left out")
-    if result["rows_merged"]:
-        remarks.append(f"{result['rows_merged']} rows list a target twice")
-    if result["tied_rows"]:
-        remarks.append(f"{result['tied_rows']} ties")
-    return "; ".join(remarks)
+    remarks = {
+        f"partial: {result['rows']} of {result['rows_in_data']} rows": result["partial"],
+        f"the public data have {ROWS_OF_A_SUBSET} rows": _has_other_rows(result),
+        f"{result['rows_without_image']} rows without their images skipped": result["rows_without_image"],
+        f"{result['rows_merged']} rows list a target twice": result["rows_merged"],
+        f"{result['tied_rows']} ties": result["tied_rows"],
+    }
+    return "; ".join(remark for remark, applies in remarks.items() if applies)

@@ -1,23 +1,31 @@
-"""Scores a model on pairs of one's own, in both directions, and compares two models on the same queries."""
+"""Scores a model on pairs in both directions, and compares two models on the same queries."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from scipy.sparse import block_array, csr_array
+from scipy.sparse.csgraph import connected_components
 
-from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.evaluation.embed import BATCH_TOKENS, Item, embed_items, unsupported
-from cocoa_embed.evaluation.metrics import cosine_similarities, query_metrics, ranks_of_relevant
-from cocoa_embed.evaluation.significance import LEVEL, RESAMPLES, mean_intervals, paired_differences
+from cocoa_embed.evaluation.metrics import (
+    METRICS,
+    chance_metrics,
+    cosine_similarities,
+    query_metrics,
+    ranks_of_relevant,
+)
+from cocoa_embed.evaluation.significance import LEVEL, RESAMPLES, mean_intervals, sign_flip_p
 
-METRICS = ("recall@1", "recall@5", "recall@10", "hit@1", "hit@5", "hit@10", "mrr", "ndcg@10")
+if TYPE_CHECKING:
+    from cocoa_embed.encode.encoder import Encoder
 
 QUERIES_AT_ONCE = 512
-"""Queries whose similarities with all documents are held in memory together."""
+"""Queries whose similarities to all documents are in memory together."""
 
 
 class Pair(NamedTuple):
@@ -29,10 +37,10 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Direction:
-    """Queries, the documents that are searched, each once, and what belongs together.
+    """Distinct queries and documents, and which belong together.
 
     :param relevant: For each query the numbers of its documents, at least one, int ``[relevant]``.
-    :param groups: The group of each query, int ``[queries]``: those that share a document, however indirectly.
+    :param groups: The group of each query, int ``[queries]``: queries that share a document, also through others.
     """
 
     name: str
@@ -41,20 +49,30 @@ class Direction:
     relevant: Sequence[np.ndarray]
     groups: np.ndarray
 
+    def counts(self) -> dict[str, int]:
+        """Return the numbers of queries, documents and groups."""
+        return {"queries": len(self.queries), "documents": len(self.documents), "groups": len(np.unique(self.groups))}
+
+    def chance(self) -> dict[str, float]:
+        """Return the ``METRICS`` that a random order of the documents scores."""
+        counts, queries = np.unique([len(each) for each in self.relevant], return_counts=True)
+        expected = [chance_metrics(int(count), len(self.documents)) for count in counts]
+        return {name: float(np.average([each[name] for each in expected], weights=queries)) for name in METRICS}
+
 
 def directions(pairs: Sequence[Pair]) -> list[Direction]:
     """Return both directions: from the first items to the second, and back.
 
-    Items that are equal are one, so that an image with several captions has several relevant texts, and a caption that
-    several images have has several relevant images. They are named by what they are made of, as ``text_to_image``.
+    Equal items are one: an image with several captions has several relevant texts, and a caption of several images has
+    several relevant images. A direction is named by the parts of its items, as ``text_to_image``.
 
-    :raises CocoaError: If there are no two pairs that differ.
+    :raises CocoaError: If all first items or all second items are equal.
     """
     kinds = [_kind([pair[side] for pair in pairs]) for side in (0, 1)]
     if len(set(kinds)) == 1:
         kinds = ["first", "second"]
     if any(len({pair[side] for pair in pairs}) < 2 for side in (0, 1)):
-        raise CocoaError(f"there is nothing to tell apart in {len(pairs)} pairs; give pairs of different items")
+        raise CocoaError(f"{len(pairs)} pairs hold only one query or one document; give pairs of different items")
     back = [Pair(second, first) for first, second in pairs]
     return [_direction(f"{kinds[0]}_to_{kinds[1]}", pairs), _direction(f"{kinds[1]}_to_{kinds[0]}", back)]
 
@@ -67,58 +85,31 @@ def _kind(items: Sequence[Item]) -> str:
 def _direction(name: str, pairs: Sequence[Pair]) -> Direction:
     queries = {query: number for number, query in enumerate(dict.fromkeys(query for query, _ in pairs))}
     documents = {document: number for number, document in enumerate(dict.fromkeys(second for _, second in pairs))}
-    relevant: list[dict[int, None]] = [{} for _ in queries]
-    for query, document in pairs:
-        relevant[queries[query]][documents[document]] = None
-    numbers = [np.array(list(each)) for each in relevant]
-    return Direction(name, list(queries), list(documents), numbers, _groups(numbers, len(documents)))
-
-
-def _groups(relevant: Sequence[np.ndarray], documents: int) -> np.ndarray:
-    """Return a number for each query, the same for those that share a document or are linked by others that do."""
-    leader = list(range(documents))
-
-    def lead(document: int) -> int:
-        while leader[document] != document:
-            leader[document] = leader[leader[document]]
-            document = leader[document]
-        return document
-
-    for each in relevant:
-        for document in each[1:]:
-            leader[lead(int(document))] = lead(int(each[0]))
-    return np.array([lead(int(each[0])) for each in relevant])
-
-
-Observe = Callable[[Direction, int, np.ndarray], None]
-"""Is shown similarities as they are made: float64 ``[some queries, documents]``, and the number of the first query."""
+    edges = ([queries[query] for query, _ in pairs], [documents[document] for _, document in pairs])
+    matrix = csr_array((np.ones(len(pairs)), edges), shape=(len(queries), len(documents)))
+    relevant = np.split(matrix.indices, matrix.indptr[1:-1])
+    _, groups = connected_components(block_array([[None, matrix], [matrix.T, None]]), directed=False)
+    return Direction(name, list(queries), list(documents), relevant, groups[: len(queries)])
 
 
 def score_queries(
-    encoder: Encoder,
-    direction: Direction,
-    batch_tokens: int = BATCH_TOKENS,
-    progress: bool = False,
-    observe: Observe | None = None,
+    encoder: Encoder, direction: Direction, batch_tokens: int = BATCH_TOKENS, progress: bool = False
 ) -> np.ndarray:
     """Return the metrics of each query, float64 ``[queries, METRICS]``, in [0, 1].
 
     Queries get the model's query prompt, documents its document prompt.
 
-    :param observe: Is shown all similarities, some queries at a time.
     :raises CocoaError: If an item cannot be embedded.
     """
     label = f"{encoder.name}, {direction.name}" if progress else None
     queries = embed_items(encoder, direction.queries, "query", batch_tokens, progress=label).vectors
     documents = embed_items(encoder, direction.documents, "document", batch_tokens, progress=label).vectors
-    found = []
+    ranks = []
     for start in range(0, len(queries), QUERIES_AT_ONCE):
-        similarities = cosine_similarities(queries[start : start + QUERIES_AT_ONCE], documents)
-        relevant = direction.relevant[start : start + QUERIES_AT_ONCE]
-        if observe is not None:
-            observe(direction, start, similarities)
-        found += [ranks_of_relevant(row, own) for row, own in zip(similarities, relevant, strict=True)]
-    metrics = query_metrics(found)
+        some = slice(start, start + QUERIES_AT_ONCE)
+        similarities = cosine_similarities(queries[some], documents)
+        ranks += [ranks_of_relevant(row, own) for row, own in zip(similarities, direction.relevant[some], strict=True)]
+    metrics = query_metrics(ranks)
     return np.stack([metrics[name] for name in METRICS], axis=1)
 
 
@@ -130,69 +121,63 @@ def evaluate_pairs(
     resamples: int = RESAMPLES,
     batch_tokens: int = BATCH_TOKENS,
     progress: bool = False,
-    observe: Observe | None = None,
-    publish: Callable[[dict[str, Any]], None] | None = None,
+    publish: Callable[[dict[str, Any]], None] = lambda document: None,
 ) -> dict[str, Any]:
     """Score one model, or compare two on the same queries.
 
-    :param encoders: One or two; an iterator may load the second when the first is done.
-    :param observe: Is shown the similarities of each model in each direction.
-    :param publish: Is shown what is returned, after each model as far as it goes.
-    :return: ``subsets`` (metrics by direction, of the first model), ``averages`` (over both directions), ``intervals``
-        (the two ends by direction and metric), ``counts`` (queries, documents and groups by direction). With a second
-        model also ``other``, its part of the same, and ``comparison``: by direction and metric ``difference`` (the
-        first less the second), ``low``, ``high`` and ``p``.
-    :raises CocoaError: If a model cannot embed the items, or there are too few pairs.
+    :param encoders: One or two; a generator can load the second after the first is freed.
+    :param publish: Gets the document after each model.
+    :returns: ``subsets`` (metrics by direction, of the first model), ``averages`` (over both directions),
+        ``intervals`` (the two ends by direction and metric), ``chance`` (metrics by direction) and ``counts`` (queries,
+        documents and groups by direction). With a second model also ``other``, the same of that model, and
+        ``comparison``: by direction and metric ``difference`` (first minus second), ``low``, ``high`` and ``p``.
+    :raises CocoaError: If a model cannot embed the items, or all queries or all documents are equal.
     """
     both = directions(pairs)
-    parts = {item.parts for item in (*both[0].queries, *both[0].documents)}
-    counts = {
-        each.name: {
-            "queries": len(each.queries),
-            "documents": len(each.documents),
-            "groups": len(np.unique(each.groups)),
-        }
-        for each in both
+    document: dict[str, Any] = {
+        "benchmark": "pairs",
+        "pairs": len(pairs),
+        "seed": seed,
+        "resamples": resamples,
+        "level": LEVEL,
+        "counts": {each.name: each.counts() for each in both},
+        "chance": {each.name: each.chance() for each in both},
     }
-    settings = {"benchmark": "pairs", "pairs": len(pairs), "seed": seed, "resamples": resamples, "level": LEVEL}
-    document: dict[str, Any] = {**settings, "counts": counts}
-    scores: list[list[np.ndarray]] = []
+    parts = {item.parts for item in (*both[0].queries, *both[0].documents)}
+    first: list[np.ndarray] | None = None
     for encoder in encoders:
         if reason := unsupported(encoder, parts):
             raise CocoaError(f"{reason}; these pairs need a model that does")
-        scores.append([score_queries(encoder, each, batch_tokens, progress, observe) for each in both])
-        found = _model_scores(encoder.name, both, scores[-1], seed, resamples)
-        del encoder  # so that it is gone when the next is loaded
-        if len(scores) == 1:
-            document |= found
+        scores = [score_queries(encoder, each, batch_tokens, progress) for each in both]
+        summary = _summary(encoder.name, both, scores, seed, resamples)
+        del encoder  # frees it before the next one is loaded
+        if first is None:
+            first = scores
+            document |= summary
         else:
-            document["other"] = found
+            document["other"] = summary
             document["comparison"] = {
-                each.name: _compared(ours, theirs, each, seed, resamples)
-                for each, ours, theirs in zip(both, *scores, strict=True)
+                each.name: _comparison(ours - theirs, each.groups, seed, resamples)
+                for each, ours, theirs in zip(both, first, scores, strict=True)
             }
-        if publish is not None:
-            publish(document)
+        publish(document)
     return document
 
 
-def _compared(
-    ours: np.ndarray, theirs: np.ndarray, direction: Direction, seed: int, resamples: int
-) -> dict[str, dict[str, float]]:
-    found = paired_differences(ours, theirs, direction.groups, np.random.default_rng(seed), resamples)
-    return {metric: each._asdict() for metric, each in zip(METRICS, found, strict=True)}
-
-
-def _model_scores(
+def _summary(
     name: str, both: Sequence[Direction], scores: Sequence[np.ndarray], seed: int, resamples: int
 ) -> dict[str, Any]:
-    means = {
-        each.name: {metric: float(mean) for metric, mean in zip(METRICS, values.mean(axis=0), strict=True)}
-        for each, values in zip(both, scores, strict=True)
-    }
-    intervals = {}
+    means, intervals = {}, {}
     for each, values in zip(both, scores, strict=True):
         ends = mean_intervals(values, each.groups, np.random.default_rng(seed), resamples)
-        intervals[each.name] = {metric: list(interval) for metric, interval in zip(METRICS, ends, strict=True)}
-    averages = {metric: float(np.mean([means[each.name][metric] for each in both])) for metric in METRICS}
+        means[each.name] = {metric: float(column.mean()) for metric, column in zip(METRICS, values.T, strict=True)}
+        intervals[each.name] = dict(zip(METRICS, ends.tolist(), strict=True))
+    averages = {metric: float(np.mean([each[metric] for each in means.values()])) for metric in METRICS}
     return {"model": name, "subsets": means, "averages": averages, "intervals": intervals}
+
+
+def _comparison(differences: np.ndarray, groups: np.ndarray, seed: int, resamples: int) -> dict[str, dict[str, float]]:
+    low, high = mean_intervals(differences, groups, np.random.default_rng(seed), resamples).T
+    p = sign_flip_p(differences, groups, np.random.default_rng(seed), resamples)
+    columns = {"difference": differences.mean(axis=0), "low": low, "high": high, "p": p}
+    return {metric: {name: float(column[at]) for name, column in columns.items()} for at, metric in enumerate(METRICS)}

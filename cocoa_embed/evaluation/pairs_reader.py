@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cocoa_embed.encode.encoder import require_unicode
 from cocoa_embed.errors import CocoaError, UsageError, one_line, printable, require
 from cocoa_embed.evaluation.embed import Item
 from cocoa_embed.evaluation.pairs import Pair
@@ -73,7 +72,7 @@ def _pairs_of_image_folder(folder: Path) -> list[Pair]:
     for row in read_image_folder_metadata(folder):
         if not row.get("text"):
             raise CocoaError(f"{printable(folder / METADATA_FILE)} has no text for {row['file_name']!r}")
-        require_unicode(row["text"])
+        _require_unicode(row["text"])
         pairs.append(Pair(Item(text=row["text"]), Item(image=str(row["path"]))))
     return pairs
 
@@ -170,9 +169,15 @@ def _texts(place: str, column: str, value: object) -> list[str]:
         if not isinstance(text, str | None):
             raise CocoaError(f"{place}: {column} holds a {type(text).__name__}; expected text")
         if text:
-            require_unicode(text)
+            _require_unicode(text)
             texts.append(text)
     return texts
+
+
+def _require_unicode(text: str) -> None:
+    from cocoa_embed.encode.encoder import require_unicode  # imports torch
+
+    require_unicode(text)
 
 
 def _image(place: str, column: str, value: object, images: Path) -> str | bytes | None:

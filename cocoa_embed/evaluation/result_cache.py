@@ -1,4 +1,4 @@
-"""What an evaluation has finished, on disk: a file for each part, there whole or not at all."""
+"""Results of an evaluation on disk: a file for each finished part, written atomically."""
 
 import hashlib
 import json
@@ -9,46 +9,43 @@ from typing import Any
 from cocoa_embed.errors import CocoaError, one_line, printable
 from cocoa_embed.folders import write_whole
 
-NAME_DIGITS = 12
-"""Hexadecimal digits of a key's digest in a file's name; the whole key is in the file."""
+DIGEST_DIGITS = 12
+"""Hexadecimal digits of a key's digest in the name of its file; the whole key is in the file."""
 
 
-class FinishedParts:
-    """A folder of results, each under a name and the key that it holds for."""
+class ResultCache:
+    """A folder of results, each under a name and a key: what the result depends on."""
 
     def __init__(self, folder: Path) -> None:
-        """Make the folder if it is not there.
+        """Make the folder if it does not exist.
 
         :raises CocoaError: If it cannot be made.
         """
         self.folder = folder
         make_folder(folder)
 
-    def path(self, name: str, key: Mapping[str, Any]) -> Path:
-        """Return where the result of that name and key is, or would be."""
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-        return self.folder / f"{name}-{digest[:NAME_DIGITS]}.json"
-
     def read(self, name: str, key: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Return the result of that name and key; None where there is none that can be read."""
+        """Return the result of this name and key; None if there is none, or it cannot be read."""
         try:
-            document: dict[str, Any] = json.loads(self.path(name, key).read_text(encoding="utf-8"))
+            document: dict[str, Any] = json.loads(self._path(name, key).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
         return document if isinstance(document, dict) and document.get("key") == dict(key) else None
 
-    def write(self, name: str, key: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
-        """Write a result, whole or not at all, and return it with its key.
+    def write(self, name: str, key: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+        """Write a result with its key.
 
         :raises CocoaError: If it cannot be written.
         """
-        document = {**result, "key": dict(key)}
-        write_result(self.path(name, key), json.dumps(document) + "\n")
-        return document
+        write_result(self._path(name, key), json.dumps({**result, "key": dict(key)}) + "\n")
+
+    def _path(self, name: str, key: Mapping[str, Any]) -> Path:
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        return self.folder / f"{name}-{digest[:DIGEST_DIGITS]}.json"
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder if it is not there.
+    """Make a folder for results if it does not exist.
 
     :raises CocoaError: If it cannot be made.
     """
@@ -61,7 +58,7 @@ def make_folder(folder: Path) -> None:
 
 
 def write_result(path: Path, text: str) -> None:
-    """Write a text file so that it is there whole or not at all.
+    """Write a text file atomically.
 
     :raises CocoaError: If it cannot be written.
     """

@@ -14,7 +14,7 @@ from scene_captions import parse_caption
 from cocoa_embed.demo.scenes import (
     BACKGROUNDS,
     COLOURS,
-    HELD_OUT_SHARE,
+    HELD_OUT_RATIO,
     IMAGE_SIZE,
     PLACES,
     RADII,
@@ -108,15 +108,15 @@ def test_the_split_is_a_property_of_the_content(scene: Scene) -> None:
     assert split_of(copy) == split_of(scene)
 
 
-def test_the_share_held_out_is_what_it_is_said_to_be() -> None:
+def test_the_ratio_of_held_out_scenes_is_the_documented_one() -> None:
     objects = product(RADII, COLOURS, SHAPES)
     grid = [
         Scene(background, (SceneObject(*first, "top left"), SceneObject("small", "red", "ring", place)))
         for background, first, place in product(BACKGROUNDS, objects, PLACES[1:])
     ]
-    share = sum(split_of(scene) == "held-out" for scene in grid) / len(grid)
+    ratio = sum(split_of(scene) == "held-out" for scene in grid) / len(grid)
     assert len(grid) == 864
-    assert share == pytest.approx(1 / HELD_OUT_SHARE, abs=0.03)
+    assert ratio == pytest.approx(1 / HELD_OUT_RATIO, abs=0.03)
 
 
 def test_distinct_scenes_never_repeat() -> None:
@@ -141,7 +141,6 @@ def test_every_wording_says_all_of_its_scene(scene: Scene) -> None:
 @settings(max_examples=50)
 @given(any_scene())
 def test_the_wordings_of_a_scene_differ(scene: Scene) -> None:
-    assert captions(scene) == [wording(scene) for wording in WORDINGS]
     assert len(set(captions(scene))) == len(WORDINGS) >= 2
 
 
@@ -199,7 +198,7 @@ def test_drawing_moves_an_object_a_little_and_only_with_its_generator() -> None:
 
 
 def test_a_shape_that_cannot_be_drawn_is_named() -> None:
-    with pytest.raises(ValueError, match=r"'blob'; the shapes are circle, square"):
+    with pytest.raises(ValueError, match="'blob'; the shapes are circle, square"):
         draw(one_object("blob"), random.Random(0))
 
 

@@ -1,3 +1,4 @@
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from scored_model import ScoredModel, mosaic
 
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError, ImageError
-from cocoa_embed.evaluation import embed as items_module
+from cocoa_embed.evaluation import embed as embed_module
 from cocoa_embed.evaluation.embed import MAX_BATCH_ITEMS, Item, Role, embed_items, estimated_tokens
 
 
@@ -31,10 +32,10 @@ def test_each_item_gets_its_own_embedding_whatever_its_batch(mixed: list[Item]) 
     alone = [model.encode_document([item.load()], 1, False)[0] for item in mixed]
     assert len(model.batches) > len(mixed) + 5, "there were several batches"
     np.testing.assert_allclose(found.vectors, alone, atol=1e-6)
-    assert found.broken == {}
+    assert found.broken == set()
 
 
-def test_batches_hold_one_kind_and_no_more_than_was_asked(mixed: list[Item]) -> None:
+def test_batches_hold_one_kind_and_no_more_than_the_limit(mixed: list[Item]) -> None:
     class Watched(ScoredModel):
         def encode_query(self, inputs: list[Any], batch_size: int, show_progress_bar: bool) -> np.ndarray:
             assert batch_size == len(inputs)
@@ -76,19 +77,19 @@ def test_only_a_few_images_are_held_at_once(tmp_path: Path, monkeypatch: pytest.
             self.documents.clear()
             return vectors
 
-    monkeypatch.setattr(items_module, "load_image", load)
+    monkeypatch.setattr(embed_module, "load_image", load)
     embed_items(Encoder(Releasing()), [Item(None, str(number)) for number in range(300)], "document", batch_tokens=4)
-    assert 4 < most <= 4 + items_module.IMAGES_AHEAD + 2
+    assert 4 < most <= 4 + embed_module.IMAGES_AHEAD + 2
 
 
-def test_a_broken_image_is_an_error_or_left_out(tmp_path: Path) -> None:
+def test_a_broken_image_is_an_error_or_skipped(tmp_path: Path) -> None:
     colour_image("red").save(tmp_path / "red.png")
     (tmp_path / "broken.png").write_bytes(b"no image")
     items = [Item(None, str(tmp_path / name)) for name in ("red.png", "broken.png", "gone.png")]
     with pytest.raises(ImageError, match=r"broken\.png: is not an image"):
         embed_items(Encoder(FakeModel()), items, "document")
-    found = embed_items(Encoder(FakeModel()), items, "document", leave_out_broken=True)
-    assert {number: error.reason.split()[0] for number, error in found.broken.items()} == {1: "is", 2: "does"}
+    found = embed_items(Encoder(FakeModel()), items, "document", skip_broken=True)
+    assert found.broken == {1, 2}
     assert found.vectors[0].any()
     assert not found.vectors[1:].any()
 
@@ -100,13 +101,22 @@ def test_an_item_that_the_model_refuses_is_named(role: Role) -> None:
         embed_items(Encoder(FakeModel(), "fake"), items, role)
 
 
-def test_too_little_memory_says_what_to_lower() -> None:
+def test_out_of_memory_says_what_to_lower() -> None:
     class Small(FakeModel):
         def _encode(self, inputs: list[Any], prompt: str | None, task: str) -> np.ndarray:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.raises(CocoaError, match=r"too little memory for 2 at once, the text 'a' .* smaller --batch-tokens"):
+    with pytest.raises(CocoaError, match=r"2 items at once, the text 'a' .* memory .* smaller --batch-tokens"):
         embed_items(Encoder(Small()), [Item("a"), Item("b")], "query")
+
+
+def test_an_embedding_that_is_not_finite_names_its_item() -> None:
+    class Diverged(FakeModel):
+        def _embed(self, item: Mapping[str, Any]) -> np.ndarray:
+            return super()._embed(item) * (np.nan if "red" in item["text"] else 1)
+
+    with pytest.raises(CocoaError, match="fake embeds the text 'red' as a vector that is not finite"):
+        embed_items(Encoder(Diverged(), "fake"), [Item("blue"), Item("red")], "query")
 
 
 def test_a_text_that_is_no_unicode_is_an_error() -> None:

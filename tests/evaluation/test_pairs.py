@@ -18,7 +18,8 @@ from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.evaluation import pairs as pairs_module
 from cocoa_embed.evaluation.embed import Item
-from cocoa_embed.evaluation.pairs import METRICS, Pair, directions, evaluate_pairs
+from cocoa_embed.evaluation.metrics import METRICS
+from cocoa_embed.evaluation.pairs import Pair, directions, evaluate_pairs
 from cocoa_embed.evaluation.pairs_reader import PairColumns, read_pairs
 
 NAMES = list(COLOURS)
@@ -90,6 +91,8 @@ def test_both_directions_are_those_of_brute_force(
         assert document["averages"][metric] == pytest.approx(sum(both) / 2)
     assert document["counts"]["text_to_image"] == {"queries": 39, "documents": 20, "groups": 19}
     assert document["counts"]["image_to_text"] == {"queries": 20, "documents": 39, "groups": 19}
+    assert document["chance"]["image_to_text"]["recall@10"] == pytest.approx(10 / 39)
+    assert document["chance"]["text_to_image"]["hit@1"] == pytest.approx((38 * 1 / 20 + 2 / 20) / 39)
 
 
 def test_captions_of_an_image_and_images_of_a_caption_are_all_relevant() -> None:
@@ -112,7 +115,7 @@ def test_directions_are_named_by_what_is_in_them() -> None:
         "first_to_second", "second_to_first"
     ]  # fmt: skip
     assert directions([Pair(text, image), Pair(both, Item(None, "d"))])[0].name == "mixed_to_image"
-    with pytest.raises(CocoaError, match="nothing to tell apart in 2 pairs"):
+    with pytest.raises(CocoaError, match="2 pairs hold only one query or one document"):
         directions([Pair(text, image), Pair(Item("c"), image)])
 
 

@@ -424,8 +424,8 @@ def test_the_tables_show_the_numbers_of_the_file(grid: Grid) -> None:
     stages = next(table for table in tables(document) if table.title == "The stages")
     arms = {arm["name"]: arm for arm in document["arms"] if arm["group"] == "stages"}
     assert len(stages.rows) == len(arms)
-    for row in stages.rows:
-        cells = dict(zip(stages.header, row, strict=True))
+    for row in stages.cells:
+        cells = dict(zip(stages.header, (cell.text for cell in row), strict=True))
         recall = [outcome["recall@1"] for outcome in arms[cells["arm"]]["outcomes"]]
         alone = [outcome["recall@1"] for outcome in arms[ALONE]["outcomes"]]
         assert cells["recall@1"].startswith(f"{np.mean(recall):.3f} ± ")

@@ -123,9 +123,7 @@ def report() -> RunReport:
         notes=["One seed."],
         alerts=["Not finished."],
         headlines=[Headline("Image to text", "12.5 %", "of right answers are first", "of 8")],
-        evaluations=[
-            Evaluation("Pairs", "Of a folder.", [Table("Scores", ["model", "mrr"], [["ours", "0.5"]], own=[0])])
-        ],
+        evaluations=[Evaluation("Pairs", "Of a folder.", [Table("Scores", ["model", "mrr"], [["ours", "0.5"]])])],
         galleries=[
             Gallery(
                 "The worst",
@@ -432,11 +430,11 @@ def test_a_browser_asks_the_network_for_nothing(report: RunReport, tmp_path: Pat
 
 
 def test_a_table_is_shown_with_its_own_row_and_its_notes_in_this_pages_style(report: RunReport) -> None:
-    table = Table("Scores", ["model", "mrr"], [["ours", "0.5"], ["theirs", "0.4"]], own=[0], notes=["Of 12 queries."])
+    table = Table("Scores", ["model", "mrr"], [["ours", "0.5"], ["theirs", "0.4"]], notes=["Of 12 queries."])
     page = Page(render_report(replace(report, evaluations=[Evaluation("Pairs", "", [table])])))
     (shown,) = [text for _, text in page.find("figure", "scores")]
     assert shown == "Scores modelmrr ours0.5 theirs0.4 Of 12 queries."
-    assert [text for _, text in page.find("tr", "ours")] == ["all three stages 90.0 % 95.0 % 99.0 % 0.930", "ours0.5"]
+    assert [text for _, text in page.find("tr", "ours")] == ["all three stages 90.0 % 95.0 % 99.0 % 0.930"]
 
 
 def test_a_query_far_off_says_how_far_and_its_answer_has_its_own_place(report: RunReport) -> None:

@@ -28,7 +28,19 @@ OPTIONS = (
     "--disable-component-update",
 )
 
-LOOK = """<pre id="seen"></pre><script>onload = () => {
+LOOK = """<pre id="seen"></pre><script>
+const brokenWords = cell => {
+  const texts = document.createTreeWalker(cell, NodeFilter.SHOW_TEXT), broken = [], range = document.createRange();
+  while (texts.nextNode()) {
+    for (const word of texts.currentNode.data.matchAll(/[\\p{L}\\p{N}.]+/gu)) {
+      range.setStart(texts.currentNode, word.index);
+      range.setEnd(texts.currentNode, word.index + word[0].length);
+      if (new Set([...range.getClientRects()].map(line => line.top)).size > 1) broken.push(word[0]);
+    }
+  }
+  return broken;
+};
+onload = () => {
   const seen = [...document.querySelectorAll("iframe")].map(frame => {
     const page = frame.contentDocument;
     return [frame.id, {
@@ -36,6 +48,8 @@ LOOK = """<pre id="seen"></pre><script>onload = () => {
       sections: [...page.querySelectorAll("section")].filter(each => each.offsetHeight > 0).map(each => each.id),
       images: page.images.length,
       decoded: [...page.images].filter(each => each.complete && each.naturalWidth > 0).length,
+      scrolled: [...page.querySelectorAll(".scroll")].filter(each => each.scrollWidth > each.clientWidth).length,
+      broken: [...page.querySelectorAll("td, th")].flatMap(brokenWords),
     }];
   });
   document.getElementById("seen").textContent = JSON.stringify(Object.fromEntries(seen));
@@ -45,7 +59,8 @@ LOOK = """<pre id="seen"></pre><script>onload = () => {
 def seen(pages: dict[str, tuple[int, str]], folder: Path) -> dict[str, dict[str, Any]]:
     """Show each page in a frame as wide as asked, in pixels.
 
-    :returns: By page: how wide it has become, the ids of its sections, its images, and how many of them are decoded.
+    :returns: By page: its ``width``, the ids of its ``sections``, the number of its ``images`` and of those that are
+        ``decoded``, of elements of the class "scroll" that are ``scrolled``, and the ``broken`` words of its tables.
     """
     frames = "".join(
         f'<iframe id="{name}" style="width: {width}px; height: 900px; border: 0" srcdoc="{html.escape(page)}"></iframe>'

@@ -7,7 +7,7 @@ from typing import Any
 
 from cocoa_embed import __version__
 from cocoa_embed.errors import CocoaError, UsageError, one_line, printable, require
-from cocoa_embed.evaluation.pairs_tables import directions_table
+from cocoa_embed.evaluation.pairs_tables import pairs_tables
 from cocoa_embed.evaluation.result_cache import make_folder, write_result
 from cocoa_embed.model.training_record import is_bidirectional, read_training
 from cocoa_embed.report.content import Curve, DataUsed, Evaluation, RunReport, StageData
@@ -107,7 +107,6 @@ def run_report(run: FinishedRun, asked: Asked) -> RunReport:
             report,
             evaluations=[_scored(run, scores), *given.evaluations],
             headlines=[*score_headlines(scores), *given.headlines],
-            galleries=scores.galleries,
         )
     return replace(report, alerts=alerts)
 
@@ -247,7 +246,7 @@ def _scores(run: FinishedRun, asked: Asked, alerts: list[str]) -> RunScores | No
         return score_run(run, own_pairs(run, asked.tell), device, **how)
     except CocoaError as error:
         alerts.append(
-            f"The model could not be scored on rows of its own ({one_line(error).rstrip('.')}); there are no galleries."
+            f"The model could not be scored on rows of its own ({one_line(error).rstrip('.')})."
             " Give other rows with --pairs."
         )
         return None
@@ -255,4 +254,4 @@ def _scores(run: FinishedRun, asked: Asked, alerts: list[str]) -> RunScores | No
 
 def _scored(run: FinishedRun, scores: RunScores) -> Evaluation:
     note = " ".join(filter(None, [stage_note(run, scores.stage), scores.scored.note]))
-    return Evaluation(scores.scored.title, note, [directions_table(scores.document)])
+    return Evaluation(scores.scored.title, note, pairs_tables(scores.document))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from cocoa_embed.errors import CocoaError, one_line, printable
 from cocoa_embed.evaluation.mmeb_tables import mmeb_tables
 from cocoa_embed.evaluation.pairs_reader import PairColumns, read_pairs
-from cocoa_embed.evaluation.pairs_tables import directions_table, pairs_tables
+from cocoa_embed.evaluation.pairs_tables import pairs_tables
 from cocoa_embed.model.training_record import TRAINING_FILE, read_training
 from cocoa_embed.report.content import Evaluation, Headline
 from cocoa_embed.report.tables import Table
@@ -106,10 +106,6 @@ def is_of_run(model: str, run: FinishedRun) -> bool:
     return any(all(each[key] == exported[key] for key in ("recipe", "stages")) for each in checkpoints)
 
 
-def _pairs_tables(document: Mapping[str, Any]) -> list[Table]:
-    return pairs_tables(document) if "other" in document else [directions_table(document)]
-
-
 def _pairs_headlines(document: dict[str, Any]) -> list[Headline]:
     return direction_headlines(document, f"{document['model']}.")
 
@@ -122,7 +118,7 @@ def _mmeb_headlines(document: dict[str, Any]) -> list[Headline]:
     return [Headline(MMEB, f"{100 * mean:.1f} %", "precision@1, the mean over subsets", f"{document['model']}.{part}")]
 
 
-_TABLES: dict[str, Callable[[Mapping[str, Any]], list[Table]]] = {MMEB: mmeb_tables, "pairs": _pairs_tables}
+_TABLES: dict[str, Callable[[Mapping[str, Any]], list[Table]]] = {MMEB: mmeb_tables, "pairs": pairs_tables}
 _HEADLINES: dict[str, Callable[[dict[str, Any]], list[Headline]]] = {MMEB: _mmeb_headlines, "pairs": _pairs_headlines}
 
 

@@ -9,14 +9,12 @@ from typing import Any
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError, one_line, printable
 from cocoa_embed.evaluation.embed import BATCH_TOKENS, Item
-from cocoa_embed.evaluation.galleries import QueryGallery
 from cocoa_embed.evaluation.pairs import Pair, evaluate_pairs
 from cocoa_embed.evaluation.pairs_reader import read_pairs
-from cocoa_embed.evaluation.pairs_tables import title_of
 from cocoa_embed.model.export import build_sentence_transformer
 from cocoa_embed.model.loading import load_model
 from cocoa_embed.model.training_record import is_bidirectional, read_training
-from cocoa_embed.report.content import Gallery, Headline
+from cocoa_embed.report.content import Headline
 from cocoa_embed.report.series import STAGE_TITLES
 from cocoa_embed.train.data import rows as data
 from cocoa_embed.train.data.arrow_images import StoredImage
@@ -53,7 +51,6 @@ class RunScores:
     scored: ScoredPairs
     stage: str
     document: dict[str, Any]
-    galleries: list[Gallery]
 
 
 def score_run(
@@ -72,7 +69,6 @@ def score_run(
     """
     last = run.results[-1]
     name = f"{run.folder.resolve().name}/{last.stage}"
-    gallery = QueryGallery()
     with _explained_shortage(name, device):
         encoder = load_checkpoint(last.folder, device)
         encoder.name = name
@@ -81,9 +77,8 @@ def score_run(
             scored.pairs,
             batch_tokens=batch_tokens or BATCH_TOKENS,
             progress=progress,
-            observe=gallery.observe,
         )
-    return RunScores(scored, last.stage, document, gallery.galleries())
+    return RunScores(scored, last.stage, document)
 
 
 @contextmanager
@@ -228,7 +223,7 @@ def direction_headlines(document: dict[str, Any], remark: str) -> list[Headline]
         low, high = document["intervals"][way][FIRST]
         found.append(
             Headline(
-                title_of(way),
+                way.replace("_", " ").capitalize(),
                 f"{100 * document['subsets'][way][FIRST]:.1f} %",
                 "of queries have a right answer in first place",
                 f"{FIRST} among {counts['documents']:,}; {100 * low:.1f} to {100 * high:.1f} %. {remark}",
