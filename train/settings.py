@@ -5,13 +5,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from cocoa_embed.train.data.rows import CaptionChoice
 from cocoa_embed.train.stages.masking import PatchFill
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
+CaptionChoice = Literal["text", "captions"]
 
 
 class Section(BaseModel):
@@ -81,12 +81,10 @@ class DataSection(SourceSection):
 
     :param on_bad_row: ``stop`` ends the run at a row that cannot be used; ``skip`` leaves it out and lists it in
         ``bad_rows.jsonl``, as long as at most 1 % of a stage's rows are such.
-    :param check_images: Decode every image before training, so that none can stop it half-way.
     """
 
     subsets: dict[str, SourceSection] | None = None
     on_bad_row: Literal["stop", "skip"] = "stop"
-    check_images: bool = True
 
 
 class AdapterSection(Section):
@@ -207,8 +205,6 @@ class ContrastiveSection(StageSection):
     :param probe_rows: How many pairs to measure the embeddings' geometry on, every ``probe_steps`` steps: the first
         with an image, one for each image. They are trained on, so the figures tell how training goes and are no
         scores. 0 turns it off, and so do fewer than two images.
-    :param one_subset_a_batch: Draw each batch from one subset, so that its negatives are of one kind; otherwise from
-        all rows, both directions mixed.
     """
 
     temperature: Rate = 0.02
@@ -217,7 +213,6 @@ class ContrastiveSection(StageSection):
     symmetric: bool = False
     hard_negatives: Count = 0
     matryoshka_dims: list[Positive] | None = None
-    one_subset_a_batch: bool = True
     probe_rows: Count = 64
     probe_steps: Positive = 50
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 
     from cocoa_embed.encode.encoder import Encoder
     from cocoa_embed.evaluation.mmeb_reader import MmebFolder
-    from cocoa_embed.evaluation.pairs_reader import PairColumns
     from cocoa_embed.report.tables import Table
 
 DEFAULT_OUT = Path("cocoa-eval")
@@ -110,7 +108,7 @@ def run_mmeb(
 
     :raises CocoaError: If something is wrong with data or model, or the run is interrupted.
     """
-    for module in ("pyarrow.parquet", "jinja2"):
+    for module in ("datasets", "jinja2"):
         require(module, "eval")
     from cocoa_embed.evaluation.embed import BATCH_TOKENS
     from cocoa_embed.evaluation.mmeb import check_subsets, evaluate_mmeb
@@ -189,10 +187,9 @@ def pairs(
     if len(model) > 2:
         raise UsageError(f"--model was given {len(model)} times; give one, or two to compare")
     with working() as console:
-        from cocoa_embed.evaluation.pairs_reader import PairColumns
-
-        asked = PairColumns(query_text, query_image, positive_text, positive_image)
-        document = run_pairs(data, images, asked, model, device, seed, out, batch_tokens, console)
+        columns = {"query_text": query_text, "query_image": query_image,
+                   "positive_text": positive_text, "positive_image": positive_image}  # fmt: skip
+        document = run_pairs(data, images, columns, model, device, seed, out, batch_tokens, console)
     if as_json:
         print_json(document)
 
@@ -200,7 +197,7 @@ def pairs(
 def run_pairs(
     data: Path,
     images: Path | None,
-    columns: PairColumns,
+    columns: Mapping[str, str | None],
     models: Sequence[str],
     device: str | None,
     seed: int,
@@ -221,7 +218,7 @@ def run_pairs(
     from cocoa_embed.evaluation.result_cache import make_folder
     from cocoa_embed.model.loading import check_model
 
-    found = read_pairs(data, images, columns if columns.names else None)
+    found = read_pairs(data, images, {part: name for part, name in columns.items() if name})
     for name in models:
         check_model(name)
     if out is not None:
@@ -234,7 +231,7 @@ def run_pairs(
         done["data"] = {
             "path": str(data.absolute()),
             "images": None if images is None else str(images.absolute()),
-            "columns": asdict(columns),
+            "columns": dict(columns),
         }
         if out is not None:
             scored = models if "other" in done else models[:1]

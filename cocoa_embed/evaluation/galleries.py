@@ -7,17 +7,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from cocoa_embed.data.rows import Item, load_item_image
 from cocoa_embed.evaluation.metrics import ranks_of_relevant
 from cocoa_embed.evaluation.pairs import Direction
 from cocoa_embed.evaluation.pairs_tables import title_of
-from cocoa_embed.images.load import load_image
 from cocoa_embed.report.content import Gallery, Hit, QueryResult
 from cocoa_embed.report.page import cut
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from cocoa_embed.evaluation.embed import Item
 
 WORST, BEST = 6, 3
 """Queries of a direction that are shown."""
@@ -140,6 +139,6 @@ def _result(direction: Direction, number: int, outcome: Outcome, title: str) -> 
 def _thumbnail(item: Item) -> Image.Image | None:
     if item.image is None:
         return None
-    image = load_image(item.image)
+    image = load_item_image(item.image)
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     return image

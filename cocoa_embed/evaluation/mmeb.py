@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from cocoa_embed.data.mmeb_subsets import AVERAGES, SUBSETS
+from cocoa_embed.data.rows import Item
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError, ImageError
-from cocoa_embed.evaluation.embed import BATCH_TOKENS, Embedded, Item, Role, embed_items, unsupported
+from cocoa_embed.evaluation.embed import BATCH_TOKENS, Embedded, Role, embed_items, unsupported
 from cocoa_embed.evaluation.metrics import cosine_similarities, query_metrics, ranks_of_relevant
-from cocoa_embed.evaluation.mmeb_reader import MmebFolder, Row, SubsetData
-from cocoa_embed.evaluation.mmeb_subsets import AVERAGES, SUBSETS
+from cocoa_embed.evaluation.mmeb_reader import CandidateRow, MmebFolder, SubsetData
 from cocoa_embed.evaluation.result_cache import FinishedParts
 
 SCORING = 1
@@ -171,12 +172,12 @@ def score_subset(
         "queries": len(data.queries),
         "targets": len(data.targets),
         "seconds": round(time.perf_counter() - started, 2),
-        "places": [row.place for row in rows],
+        "places": [row.source for row in rows],
         **{name: values.tolist() for name, values in dataclasses.asdict(scores).items()},
     }
 
 
-def score_rows(rows: Sequence[Row], queries: np.ndarray, targets: np.ndarray) -> RowScores:
+def score_rows(rows: Sequence[CandidateRow], queries: np.ndarray, targets: np.ndarray) -> RowScores:
     """Compare each row's query with its own candidates.
 
     :param queries: Embeddings by a row's ``query``, float ``[queries, dimension]``.

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cocoa_embed.data.rows import Item
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError
-from cocoa_embed.evaluation.embed import BATCH_TOKENS, Item, embed_items, unsupported
+from cocoa_embed.evaluation.embed import BATCH_TOKENS, embed_items, unsupported
 from cocoa_embed.evaluation.metrics import cosine_similarities, query_metrics, ranks_of_relevant
 from cocoa_embed.evaluation.significance import LEVEL, RESAMPLES, mean_intervals, paired_differences
 

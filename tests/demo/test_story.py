@@ -13,7 +13,7 @@ from cocoa_embed.demo.gallery import answer_queries
 from cocoa_embed.demo.story import Demo, evaluate
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
-from cocoa_embed.train.data.rows import read_image_folder
+from cocoa_embed.train.data.caption_rows import read_image_folder
 from conftest import TINY_MAX_LENGTH
 
 METRICS = {"recall@1", "recall@5", "recall@10", "mrr"}

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scored_model import ScoredModel, mosaic
 
+from cocoa_embed.data.rows import Item
 from cocoa_embed.encode.encoder import Encoder
-from cocoa_embed.evaluation.embed import Item
 from cocoa_embed.evaluation.galleries import SHOWN_HITS, QueryGallery, _first
 from cocoa_embed.evaluation.pairs import Direction, Pair, evaluate_pairs
 from cocoa_embed.report.page import SHOWN_CHARACTERS
@@ -125,7 +125,7 @@ def test_an_evaluation_is_watched_in_both_directions_and_scores_as_it_does_unwat
     pairs = []
     for number, colour in enumerate(["red", "green", "blue", "yellow"] * 3):
         mosaic(number, colour).save(tmp_path / f"{number}.png")
-        pairs.append(Pair(Item(text=f"{colour} {number}"), Item(image=str(tmp_path / f"{number}.png"))))
+        pairs.append(Pair(Item(text=f"{colour} {number}"), Item(image=tmp_path / f"{number}.png")))
     gallery = QueryGallery()
     watched = evaluate_pairs([Encoder(ScoredModel(), "ours")], pairs, resamples=10, observe=gallery.observe)
     assert watched == evaluate_pairs([Encoder(ScoredModel(), "ours")], pairs, resamples=10)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
+from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.folders import RUN_MARKER
 from cocoa_embed.images.load import load_image
@@ -25,7 +26,6 @@ from cocoa_embed.model.backbone import Backbone, load_backbone
 from cocoa_embed.model.card import model_card
 from cocoa_embed.model.export import build_sentence_transformer, export_model, save_sentence_transformer
 from cocoa_embed.model.training_record import TRAINING_FILE
-from cocoa_embed.train.data.rows import Item, Row
 from cocoa_embed.train.stages.collators import render_items
 from conftest import TINY_MAX_LENGTH
 
@@ -514,9 +514,9 @@ def test_the_card_tells_how_the_contrastive_stage_was_trained(model: SentenceTra
     assert "A batch is drawn from one subset. Each pair is trained in both directions, as two rows." in plain
     assert "looks for its query" not in plain
     options = {"temperature": 0.1, "hard_negatives": 3, "symmetric": True, "both_directions": False}
-    other = card_body(model, contrastive={**options, "one_subset_a_batch": False})
+    other = card_body(model, contrastive=options)
     assert "InfoNCE at temperature 0.1, with in-batch negatives and up to 3 hard negatives of each" in other
-    assert "drawn from all subsets. Each positive looks for its query too, in the same loss." in other
+    assert "drawn from one subset. Each positive looks for its query too, in the same loss." in other
     assert "both directions" not in other
     assert "up to 1 hard negative of each" in card_body(model, contrastive={"hard_negatives": 1})
     assert "Contrastive learning" not in card_body(model, stages=TRAINING["stages"][:1])

@@ -17,7 +17,7 @@ from cocoa_embed.demo.scenes import write_image_folder
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.model.export import export_model
 from cocoa_embed.train import diagnosis
-from cocoa_embed.train.data.rows import read_image_folder
+from cocoa_embed.train.data.caption_rows import read_image_folder
 from cocoa_embed.train.diagnosis import Diagnosis, diagnose
 from cocoa_embed.train.pipeline import run
 from cocoa_embed.train.recipe import Recipe

@@ -15,10 +15,10 @@ from fake_model import COLOURS, FakeModel
 from PIL import Image
 
 from cocoa_embed.cli import main as cli
+from cocoa_embed.data.rows import Item
 from cocoa_embed.demo.scenes import write_image_folder
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError
-from cocoa_embed.evaluation.embed import Item
 from cocoa_embed.evaluation.pairs import Pair, evaluate_pairs
 from cocoa_embed.evaluation.pairs_tables import directions_table
 from cocoa_embed.model.training_record import TRAINING_FILE

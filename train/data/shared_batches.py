@@ -1,4 +1,4 @@
-"""How the rows of a contrastive step are shared out among devices."""
+"""Splits the batches of contrastive training among devices."""
 
 from collections.abc import Iterator
 
@@ -7,19 +7,19 @@ from torch.utils.data import BatchSampler
 
 
 class SharedBatchSampler(BatchSampler):
-    """Cut each batch of all devices into equal parts, one for each, in a row.
+    """Cuts each batch into equal parts, one for each device.
 
-    Devices take turns at a batch sampler's batches. Cut from one batch, what they get at a step is of one subset, with
-    the same columns and as many rows, as gathering candidates across devices needs, and no two rows are alike.
+    accelerate deals a batch sampler's batches out to the devices in turn. Parts of one batch have one subset, the same
+    columns and as many rows, as gathering candidates across devices needs, and contain no duplicates.
 
     :param sampler: Draws the batches; up to ``devices - 1`` rows of a batch are left out, for parts of one size.
-    :param devices: How many there are.
+    :param devices: The number of devices.
     """
 
     def __init__(self, sampler: BatchSampler, devices: int) -> None:
         self.batches = sampler
         self.devices = devices
-        # Tells accelerate that batches differ in size, and that each is to be used.
+        # For accelerate: batches differ in size, and none is dropped.
         self.batch_size = None  # type: ignore[assignment]
         self.drop_last = False
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from cocoa_embed.errors import CocoaError, one_line, printable
 from cocoa_embed.evaluation.mmeb_tables import mmeb_tables
-from cocoa_embed.evaluation.pairs_reader import PairColumns, read_pairs
+from cocoa_embed.evaluation.pairs_reader import read_pairs
 from cocoa_embed.evaluation.pairs_tables import directions_table, pairs_tables
 from cocoa_embed.model.training_record import TRAINING_FILE, read_training
 from cocoa_embed.report.content import Evaluation, Headline
@@ -25,7 +25,7 @@ MMEB = "MMEB-V1"
 class _PairsData(NamedTuple):
     path: Path
     images: Path | None
-    columns: PairColumns
+    columns: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,11 @@ def _pairs_data(document: Mapping[str, Any]) -> _PairsData | None:
     if "data" not in document:
         return None
     data = document["data"]
-    return _PairsData(Path(data["path"]), data["images"] and Path(data["images"]), PairColumns(**data["columns"]))
+    return _PairsData(
+        Path(data["path"]),
+        data["images"] and Path(data["images"]),
+        {part: name for part, name in data["columns"].items() if name},
+    )
 
 
 def _seen_in_training(data: _PairsData | None, run: FinishedRun) -> tuple[str, bool | None]:
@@ -140,7 +144,7 @@ def _seen_in_training(data: _PairsData | None, run: FinishedRun) -> tuple[str, b
         return "Which pairs these are, the file does not tell.", None
     what = f"The pairs are those of {printable(data.path)}."
     try:
-        pairs = read_pairs(data.path, data.images, data.columns if data.columns.names else None)
+        pairs = read_pairs(data.path, data.images, data.columns)
     except (CocoaError, OSError, ValueError) as error:  # the path may be another machine's
         return f"{what} They cannot be read any more ({one_line(error).rstrip('.')}).", None
     note, held_out = seen_in_training(run, pairs)

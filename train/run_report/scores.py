@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cocoa_embed.data import rows as data
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError, one_line, printable
-from cocoa_embed.evaluation.embed import BATCH_TOKENS, Item
+from cocoa_embed.evaluation.embed import BATCH_TOKENS
 from cocoa_embed.evaluation.galleries import QueryGallery
 from cocoa_embed.evaluation.pairs import Pair, evaluate_pairs
 from cocoa_embed.evaluation.pairs_reader import read_pairs
@@ -18,8 +19,6 @@ from cocoa_embed.model.loading import load_model
 from cocoa_embed.model.training_record import is_bidirectional, read_training
 from cocoa_embed.report.content import Gallery, Headline
 from cocoa_embed.report.series import STAGE_TITLES
-from cocoa_embed.train.data import rows as data
-from cocoa_embed.train.data.arrow_images import StoredImage
 from cocoa_embed.train.loop.oom import is_out_of_memory
 from cocoa_embed.train.run_report.finished_run import FinishedRun
 from cocoa_embed.train.run_report.rows import OwnRows, before_the_bridge, draws, earlier_stages, overlap, read_own_rows
@@ -187,13 +186,8 @@ def _pair(row: data.Row) -> Pair:
     return Pair(_item(row.query), _item(row.positive))
 
 
-def _item(item: data.Item) -> Item:
-    image: str | bytes | None = None
-    if isinstance(item.image, StoredImage):
-        image = item.image.read()
-    elif item.image is not None:
-        image = str(item.image.absolute())
-    return Item(item.text or None, image)
+def _item(item: data.Item) -> data.Item:
+    return item
 
 
 def stage_note(run: FinishedRun, stage: str) -> str:

@@ -16,15 +16,10 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import UsageError
-from cocoa_embed.train.data.pair_datasets import (
-    ItemPreprocessor,
-    PairCollator,
-    as_record,
-    distinct_enough,
-    pair_datasets,
-)
-from cocoa_embed.train.data.rows import Item, Row, stored_images
+from cocoa_embed.train.data.pair_datasets import ItemPreprocessor, as_record, check_distinct_values, pair_datasets
+from cocoa_embed.train.data.rows import arrow_images
 from cocoa_embed.train.data.shared_batches import SharedBatchSampler
 from cocoa_embed.train.loop.adapters import prepare_trainable
 from cocoa_embed.train.loop.oom import memory_remedy
@@ -32,6 +27,7 @@ from cocoa_embed.train.loop.stage_trainer import StageContext
 from cocoa_embed.train.loop.throughput import Throughput
 from cocoa_embed.train.loop.trainer import CocoaTrainer
 from cocoa_embed.train.settings import ContrastiveSection
+from cocoa_embed.train.stages.pair_collator import PairCollator
 from cocoa_embed.train.stages.probe import GeometryProbe, pictured_rows
 
 
@@ -120,7 +116,7 @@ def embedding_probe(model: SentenceTransformer, rows: Sequence[Row], batch_size:
 
     :param batch_size: Items to run at once.
     """
-    preprocess = ItemPreprocessor(model, stored_images(rows))
+    preprocess = ItemPreprocessor(model, arrow_images(rows))
 
     def collate(items: Sequence[Item], is_document: bool) -> dict[str, Any]:
         prompt = model.prompts.get("document" if is_document else "query") or None
@@ -144,6 +140,8 @@ def contrastive_trainer(
     prompts |= {f"negative_{place + 1}": document for place in range(section.hard_negatives)}
     adapter = prepare_trainable(model[0].auto_model, section)
     probe_rows = pictured_rows(rows, section.probe_rows)
+    pairs = pair_datasets(rows, both_directions=section.both_directions, hard_negatives=section.hard_negatives)
+    check_distinct_values(pairs, section.batch_size)
     return ContrastiveTrainer(
         model=model,
         args=SentenceTransformerTrainingArguments(
@@ -151,10 +149,10 @@ def contrastive_trainer(
             multi_dataset_batch_sampler=MultiDatasetBatchSamplers.PROPORTIONAL,
             **context.arguments,
         ),
-        train_dataset=distinct_enough(pair_datasets(rows, section), section.batch_size),
+        train_dataset=pairs,
         loss=contrastive_loss(model, section),
         data_collator=PairCollator(
-            preprocess_fn=ItemPreprocessor(model, stored_images(rows)),
+            preprocess_fn=ItemPreprocessor(model, arrow_images(rows)),
             prompts={name: text for name, text in prompts.items() if text},
             flops_of=context.flops_of,
             lengths=None if context.lengths_of is None else context.lengths_of(rows),

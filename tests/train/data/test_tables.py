@@ -3,8 +3,8 @@ from typing import Any
 
 import pytest
 
+from cocoa_embed.data.mmeb_subsets import PUBLISHED, SUBSETS
 from cocoa_embed.evaluation.mmeb import summary
-from cocoa_embed.evaluation.mmeb_subsets import PUBLISHED, SUBSETS
 from cocoa_embed.evaluation.mmeb_tables import mmeb_tables
 from cocoa_embed.evaluation.pairs import METRICS
 from cocoa_embed.evaluation.pairs_tables import pairs_tables

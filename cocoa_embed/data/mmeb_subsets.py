@@ -1,13 +1,10 @@
-"""MMEB-V1 as data: its 36 subsets, what each belongs to, and the scores that were published for it.
+"""MMEB: the 36 subsets of MMEB-V1, the 20 of MMEB-train, and the scores that were published.
 
 Names are those of ``TIGER-Lab/MMEB-eval`` (VLM2Vec, arXiv 2410.05160); the scores are from CoCoA (arXiv 2603.01471).
 """
 
-import difflib
-from collections.abc import Sequence
 from dataclasses import dataclass
-
-from cocoa_embed.errors import UsageError
+from pathlib import Path
 
 ROWS_OF_A_SUBSET = 1000
 """The queries of each subset of the public data."""
@@ -15,7 +12,7 @@ ROWS_OF_A_SUBSET = 1000
 META_TASKS = ("classification", "VQA", "retrieval", "grounding")
 IN_DOMAIN, OUT_OF_DOMAIN, OVERALL = "IND", "OOD", "overall"
 AVERAGES = (*META_TASKS, IN_DOMAIN, OUT_OF_DOMAIN, OVERALL)
-"""What subsets are averaged over, as the tables have it."""
+"""The averages over subsets, in the order of the published tables."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,7 @@ class Subset:
 
 @dataclass(frozen=True)
 class PublishedScores:
-    """What was published for a model: precision@1 in per cent, in the order of ``AVERAGES``; None: not told."""
+    """The published scores of a model: precision@1 in per cent, in the order of ``AVERAGES``; None if not published."""
 
     model: str
     scores: tuple[float | None, ...]
@@ -56,7 +53,10 @@ SUBSETS = {
     for (meta_task, in_domain), names in _NAMES.items()
     for name in names.split()
 }
-"""All subsets by name, in the order of the tables."""
+"""All subsets of MMEB-V1 by name, in the order of the published tables."""
+
+TRAIN_SUBSETS = tuple(name.replace("ImageNet-1K", "ImageNet_1K") for name in SUBSETS if SUBSETS[name].in_domain)
+"""The 20 in-domain subsets, by their names in ``TIGER-Lab/MMEB-train``."""
 
 PUBLISHED = (
     PublishedScores("GME (Qwen2-VL-2B)", (56.9, 41.2, 67.8, 53.4, None, None, 55.8)),
@@ -70,19 +70,6 @@ PUBLISHED = (
 )
 
 
-def require_subset(name: str) -> Subset:
-    """Return the subset of that name.
-
-    :raises UsageError: If there is none; the message names the nearest.
-    """
-    if name not in SUBSETS:
-        raise UsageError(f"MMEB-V1 has no subset {name!r}{nearest(name, tuple(SUBSETS))}")
-    return SUBSETS[name]
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """Return the end of a sentence that says which of the names that are known may have been meant."""
-    by_lower_case = {each.lower(): each for each in known}
-    found = difflib.get_close_matches(name.lower(), by_lower_case, n=1, cutoff=0.5)
-    listed = f"known are {', '.join(known) or 'none'}"
-    return f"; did you mean {by_lower_case[found[0]]!r}? ({listed})" if found else f" ({listed})"
+def default_train_subsets(mmeb: str) -> tuple[str, ...]:
+    """Return the subsets of an ``mmeb`` source that names none: all, or none for a folder that is itself a subset."""
+    return () if any(Path(mmeb).glob("*.parquet")) else TRAIN_SUBSETS
