@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import pyarrow as pa
@@ -60,7 +60,7 @@ class ArrowTable:
         :param lists: Not used: Arrow columns are typed.
         """
         wanted = [column for column in columns if column in self.columns]
-        batches: Iterator[Any] = self.dataset.select_columns(wanted).iter(batch_size=ROWS_AT_ONCE)
+        batches = cast(Iterator[pa.Table], self.dataset.select_columns(wanted).iter(batch_size=ROWS_AT_ONCE))
         for first, batch in zip(count(step=ROWS_AT_ONCE), batches, strict=False):
             values = [self._values(batch[column], column, first) for column in wanted]
             for row, cells in enumerate(zip(*values, strict=True), first):
@@ -138,14 +138,13 @@ def open_data_set(name: str, config: str | None, splits: Sequence[str]) -> Arrow
             dataset = _load_data_set(name, config, split)
         except UNREADABLE as error:
             faults.append(error)
-            if not (isinstance(error, ValueError) and "split" in str(error).lower()):
+            if "split" not in str(error).lower():
                 break
         else:
             return ArrowTable(", ".join(filter(None, (name, config, split))), dataset.with_format("arrow"))
-    what = printable(", ".join(filter(None, (name, config))))
     raise CocoaError(
-        f"The data set {what} cannot be loaded ({_cause(faults[0])}); check its name, config and split, and the "
-        "connection to the hub if it is not a folder."
+        f"The data set {printable(', '.join(filter(None, (name, config))))} cannot be loaded ({_cause(faults[0])}); check "
+        "its name, config and split, and the connection to the hub if it is not a folder."
     ) from faults[0]
 
 
@@ -161,6 +160,6 @@ def _load_data_set(name: str, config: str | None, split: str) -> datasets.Datase
 
 
 def _cause(error: BaseException) -> str:
-    if isinstance(error, DatasetGenerationError) and error.__cause__ is not None:
-        error = error.__cause__  # the error itself says nothing
-    return one_line(error).rstrip(".")
+    # The message of a DatasetGenerationError says nothing.
+    cause = error.__cause__ if isinstance(error, DatasetGenerationError) else None
+    return one_line(cause or error).rstrip(".")

@@ -42,26 +42,19 @@ def map_columns(
     :raises CocoaError: If a column is missing, or the query or the positive has none.
     """
     named = {part: part for part in PARTS if part in found}
-    layouts = [
-        layout for layout in (named, *KNOWN_LAYOUTS) if _is_complete(layout) and set(layout.values()) <= {*found}
-    ]
-    mapping = dict(given) if given else layouts[0] if layouts else named
+    layouts = (layout for layout in (named, *KNOWN_LAYOUTS) if {*found} >= {*layout.values()})
+    mapping = given or next((layout for layout in layouts if _missing_side(layout) is None), named)
     for part, column in mapping.items():
         if column not in found:
             raise CocoaError(f"{name} has no column {column!r} for {part} {did_you_mean(column, found)}.")
-    for side in ("query", "positive"):
-        if not _has_side(mapping, side):
-            raise CocoaError(f"{name}: no column holds the {side}; give {option(f'{side}_text')} or "
-                             f"{option(f'{side}_image')} (columns found: {', '.join(found) or 'none'}).")  # fmt: skip
-    return mapping
+    if side := _missing_side(mapping):
+        raise CocoaError(f"{name}: no column holds the {side}; give {option(f'{side}_text')} or "
+                         f"{option(f'{side}_image')} (columns found: {', '.join(found) or 'none'}).")  # fmt: skip
+    return dict(mapping)
 
 
-def _has_side(mapping: Mapping[str, str], side: str) -> bool:
-    return any(part.startswith(side) for part in mapping)
-
-
-def _is_complete(mapping: Mapping[str, str]) -> bool:
-    return _has_side(mapping, "query") and _has_side(mapping, "positive")
+def _missing_side(mapping: Mapping[str, str]) -> str | None:
+    return next((side for side in ("query", "positive") if not any(part.startswith(side) for part in mapping)), None)
 
 
 def _keep(text: str, has_image: bool, source: str) -> str:

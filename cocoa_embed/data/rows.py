@@ -94,12 +94,8 @@ class Item:
 
         :raises ImageError: If the image cannot be used.
         """
-        loaded: dict[str, str | Image.Image] = {}
-        if self.image is not None:
-            loaded["image"] = load_item_image(self.image)
-        if self.text is not None:
-            loaded["text"] = self.text
-        return loaded
+        image = {} if self.image is None else {"image": load_item_image(self.image)}
+        return image if self.text is None else {**image, "text": self.text}
 
     def __str__(self) -> str:
         """Return the item's name in error messages."""

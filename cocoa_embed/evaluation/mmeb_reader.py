@@ -10,8 +10,9 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain, islice, starmap
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +37,15 @@ Status = tuple[int, int] | None
 """The size of a file in bytes and its modification time in nanoseconds; None if there is no file."""
 
 
+class _Row(NamedTuple):
+    """A row as read, with the distinct candidates."""
+
+    source: str
+    query: Item
+    targets: tuple[Item, ...]
+    has_repeated: bool
+
+
 class CandidateRow(NamedTuple):
     """A query and its candidates, as numbers of a subset's items; the first candidate is correct."""
 
@@ -52,7 +62,7 @@ class SubsetData:
     :param rows_in_data: The number of rows, including those beyond the limit and those left out.
     :param rows_without_image: The number of rows left out because one of their images is missing.
     :param rows_merged: The number of rows in which a repeated target counts once.
-    :param digest: Identifies these rows and images.
+    :param found: The status of each item's image.
     """
 
     name: str
@@ -62,7 +72,18 @@ class SubsetData:
     rows_in_data: int
     rows_without_image: int
     rows_merged: int
-    digest: str
+    found: Mapping[Item, Status]
+
+    @property
+    def digest(self) -> str:
+        """A digest of the rows, and of the size and the modification time of each image."""
+        digest = hashlib.sha256(repr((self.rows_in_data, len(self.queries), len(self.targets))).encode())
+        for item in (*self.queries, *self.targets):
+            path = None if item.image is None else str(item.image)
+            digest.update(repr((item.text, path, self.found.get(item))).encode())
+        for row in self.rows:
+            digest.update(row.query.to_bytes(8, "little") + row.targets.astype("<i8").tobytes() + b";")
+        return digest.hexdigest()
 
     @property
     def parts(self) -> set[frozenset[str]]:
@@ -117,44 +138,79 @@ class MmebFolder:
         :raises CocoaError: If a file or a row is malformed; the message says which.
         """
         tables = {file: open_table(file) for file in _subset_files(self.data / name)}
-        rows_in_data = sum(map(len, tables.values()))
-        reader = _SubsetReader(self.merge_repeated_targets)
-        for source, cells in islice(chain.from_iterable(starmap(_read_table, tables.items())), self.limit):
-            reader.add(source, cells)
-        rows, queries, targets = reader.rows, list(reader.queries.numbers), list(reader.targets.numbers)
-        if not rows:
+        cells = chain.from_iterable(starmap(_read_table, tables.items()))
+        known: dict[tuple[str | None, str | None], Item] = {}
+        read = [self._row(source, values, known) for source, values in islice(cells, self.limit)]
+        if not read:
             raise CocoaError(f"{printable(self.data / name)} has no rows")
-        found = self._find_images(name, (*queries, *targets))
-        if None in found.values():
-            no_query, no_target = (
-                np.array([_is_missing(item, found) for item in items]) for items in (queries, targets)
-            )
-            rows = [row for row in rows if not no_query[row.query] and not no_target[row.targets].any()]
-            if not rows:
-                raise CocoaError(f"{name}: every one of its {len(reader.rows)} rows has an image that is missing")
-            rows, queries, targets = _without_unused(rows, queries, targets)
+        found = self._find_images(name, dict.fromkeys(item for row in read for item in (row.query, *row.targets)))
+        missing = {item for item, status in found.items() if status is None}
+        rows = [row for row in read if missing.isdisjoint((row.query, *row.targets))]
+        if not rows:
+            raise CocoaError(f"{name}: every one of its {len(read)} rows has an image that is missing")
+        queries = _numbers(row.query for row in rows)
+        targets = _numbers(target for row in rows for target in row.targets)
         return SubsetData(
-            name, queries, targets, rows, rows_in_data,
-            rows_without_image=len(reader.rows) - len(rows),
-            rows_merged=reader.merged,
-            digest=_digest(queries, targets, rows, rows_in_data, found),
+            name,
+            list(queries),
+            list(targets),
+            [CandidateRow(row.source, queries[row.query], np.array([targets[each] for each in row.targets]))
+             for row in rows],
+            rows_in_data=sum(map(len, tables.values())),
+            rows_without_image=len(read) - len(rows),
+            rows_merged=sum(row.has_repeated for row in read),
+            found=found,
         )  # fmt: skip
 
-    def _find_images(self, name: str, items: Sequence[Item]) -> dict[str, Status]:
-        """Return the status of each image, by its path."""
-        found = {str(item.image): _status(self.images / str(item.image)) for item in items if item.image is not None}
-        missing = [path for path, status in found.items() if status is None]
-        if missing and len(missing) == len(found):
+    def _row(self, source: str, cells: Mapping[str, Any], known: dict[tuple[str | None, str | None], Item]) -> _Row:
+        """Return a row's items.
+
+        :param known: The items of cells that were read before.
+        :raises CocoaError: If an item is empty, or a target is listed twice and is not to be merged.
+        """
+
+        def item(name: str, text: str | None, path: str | None) -> Item:
+            if (text, path) not in known:
+                clean = without_image_token(text or "", bool(path), f"{source}: {name}")
+                if not clean and not path:
+                    raise CocoaError(f"{source}: {name} has neither a text nor an image")
+                known[text, path] = Item(clean or None, Path(path) if path else None)
+            return known[text, path]
+
+        query = item("the query", cells["qry_text"], cells["qry_img_path"])
+        candidates = zip(cells["tgt_text"], cells["tgt_img_path"], strict=True)
+        first: dict[Item, int] = {}
+        for position, (text, path) in enumerate(candidates, 1):
+            target = item(f"candidate {position}", text, path)
+            if first.setdefault(target, position) != position and not self.merge_repeated_targets:
+                raise CocoaError(
+                    f"{source}: candidates {first[target]} and {position} are the same target ({target});"
+                    " remove one, or count it once with --repeated-targets merge"
+                )
+        return _Row(source, query, tuple(first), len(first) < len(cells["tgt_text"]))
+
+    def _find_images(self, name: str, items: Iterable[Item]) -> dict[Item, Status]:
+        """Return the status of the image of each item that has one."""
+        status_of = cache(lambda path: _status(self.images / path))
+        found = {item: status_of(item.image) for item in items if item.image is not None}
+        paths = dict.fromkeys(item.image for item in found)
+        missing = [str(path) for path in paths if status_of(path) is None]
+        if missing and len(missing) == len(paths):
             raise CocoaError(
                 f"none of the {len(missing)} images of {name} is in {printable(self.images)}; the first should be"
                 f" {missing[0]!r}: {_suggest_folder(self.images, missing[0])}"
             )
         if missing and not self.skip_missing_images:
             raise CocoaError(
-                f"{len(missing)} of the {len(found)} images of {name} are not in {printable(self.images)}, the first is"
+                f"{len(missing)} of the {len(paths)} images of {name} are not in {printable(self.images)}, the first is"
                 f" {missing[0]!r}; get them, or leave their rows out with --missing-images skip"
             )
         return found
+
+
+def _numbers(items: Iterable[Item]) -> dict[Item, int]:
+    """Return the distinct items, numbered in order of appearance."""
+    return {item: number for number, item in enumerate(dict.fromkeys(items))}
 
 
 def _subset_files(folder: Path) -> list[Path]:
@@ -198,70 +254,6 @@ def _read_table(file: Path, table: RowTable) -> Iterator[tuple[str, Mapping[str,
         yield source, cells
 
 
-class _Items:
-    """Distinct items, numbered in order of appearance."""
-
-    def __init__(self) -> None:
-        self.numbers: dict[Item, int] = {}
-        self._seen: dict[tuple[str | None, str | None], int] = {}
-
-    def number(self, text: str | None, path: str | None, source: str, name: str) -> int:
-        """Return the number of an item, given by its cells."""
-        if (text, path) not in self._seen:
-            clean = without_image_token(text or "", bool(path), f"{source}: {name}")
-            if not clean and not path:
-                raise CocoaError(f"{source}: {name} has neither a text nor an image")
-            item = Item(clean or None, Path(path) if path else None)
-            self._seen[text, path] = self.numbers.setdefault(item, len(self.numbers))
-        return self._seen[text, path]
-
-
-class _SubsetReader:
-    """Turns rows of cells into rows of numbers."""
-
-    def __init__(self, merge: bool) -> None:
-        self.merge, self.merged = merge, 0
-        self.queries, self.targets = _Items(), _Items()
-        self.rows: list[CandidateRow] = []
-
-    def add(self, source: str, cells: Mapping[str, Any]) -> None:
-        """Add a row of cells.
-
-        :raises CocoaError: If one of its items is empty, or it lists a target twice and is not to be merged.
-        """
-        query = self.queries.number(cells["qry_text"], cells["qry_img_path"], source, "the query")
-        candidates = enumerate(zip(cells["tgt_text"], cells["tgt_img_path"], strict=True), 1)
-        first: dict[int, int] = {}
-        for position, (text, path) in candidates:
-            target = self.targets.number(text, path, source, f"candidate {position}")
-            if first.setdefault(target, position) != position and not self.merge:
-                item = list(self.targets.numbers)[target]
-                raise CocoaError(
-                    f"{source}: candidates {first[target]} and {position} are the same target ({item});"
-                    " remove one, or count it once with --repeated-targets merge"
-                )
-        self.merged += len(first) < len(cells["tgt_text"])
-        self.rows.append(CandidateRow(source, query, np.array(list(first))))
-
-
-def _is_missing(item: Item, found: Mapping[str, Status]) -> bool:
-    return item.image is not None and found[str(item.image)] is None
-
-
-def _without_unused(
-    rows: list[CandidateRow], queries: list[Item], targets: list[Item]
-) -> tuple[list[CandidateRow], list[Item], list[Item]]:
-    """Leave out the items that no row uses, and renumber the others."""
-    used_queries, query_numbers = np.unique([row.query for row in rows], return_inverse=True)
-    used_targets, target_numbers = np.unique(np.concatenate([row.targets for row in rows]), return_inverse=True)
-    by_row = np.split(target_numbers, np.cumsum([len(row.targets) for row in rows])[:-1])
-    renumbered = [
-        CandidateRow(row.source, int(query), numbers)
-        for row, query, numbers in zip(rows, query_numbers, by_row, strict=True)
-    ]
-    return renumbered, [queries[number] for number in used_queries], [targets[number] for number in used_targets]
-
-
 def _status(path: Path) -> Status:
     try:
         status = os.stat(path)
@@ -274,16 +266,3 @@ def _suggest_folder(images: Path, path: str) -> str:
     near = (images.absolute().parent, *sorted(entry for entry in images.iterdir() if entry.is_dir()))
     found = next((folder for folder in near if _status(folder / path)), None)
     return f"did you mean --images {printable(found)}?" if found else "give the folder of this path"
-
-
-def _digest(
-    queries: list[Item], targets: list[Item], rows: list[CandidateRow], rows_in_data: int, found: Mapping[str, Status]
-) -> str:
-    """Return a digest of the rows, and of the size and the modification time of each image."""
-    digest = hashlib.sha256(repr((rows_in_data, len(queries), len(targets))).encode())
-    for item in (*queries, *targets):
-        path = None if item.image is None else str(item.image)
-        digest.update(repr((item.text, path, path and found[path])).encode())
-    for row in rows:
-        digest.update(row.query.to_bytes(8, "little") + row.targets.astype("<i8").tobytes() + b";")
-    return digest.hexdigest()

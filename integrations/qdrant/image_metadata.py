@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,18 +37,17 @@ class ImageFiles:
     """The metadata files, read without a fault, that may say something of the files in each folder."""
 
     def __post_init__(self) -> None:
-        above = {
-            file.parent: [up for up in (file.parent, *file.parents) if up == file.parent or up.is_relative_to(root)]
-            for root, files in self.roots
-            for file in files
-        }
-        read = {
-            folder: self._read_metadata(folder) for folder in sorted({up for each in above.values() for up in each})
-        }
+        first = {(root, file.parent): file for root, files in self.roots for file in reversed(files)}
+        above: dict[Path, set[Path]] = defaultdict(set)
+        for root, folder in first:
+            above[folder] |= {folder, *(up for up in folder.parents if up.is_relative_to(root))}
+        read = {folder: self._read_metadata(folder) for folder in sorted(set().union(*above.values()))}
         self._checked_sources = {
             folder: frozenset(name for up in each if (name := read[up]) is not None) for folder, each in above.items()
         }
-        self._warn_of_text_files()
+        if beside := next((text for file in first.values() if (text := file.with_suffix(".txt")).is_file()), None):
+            logger.warning("%s: text files beside images are not read; write captions to %s, with the columns file_name"
+                           " and text", printable(beside), METADATA_FILE)  # fmt: skip
 
     def __len__(self) -> int:
         """Return how many files there are."""
@@ -101,13 +101,6 @@ class ImageFiles:
         columns = {name: value for name, value in image.columns.items() if name not in ("file_name", "text")}
         for name, value in json.loads(json.dumps(columns, default=str), parse_constant=lambda _: None).items():
             known.setdefault(name, value)
-
-    def _warn_of_text_files(self) -> None:
-        first = {file.parent: file.with_suffix(".txt") for _, files in self.roots for file in reversed(files)}
-        beside = next((path for path in first.values() if path.is_file()), None)
-        if beside is not None:
-            logger.warning("%s: text files beside images are not read; write captions to %s, with the columns file_name"
-                           " and text", printable(beside), METADATA_FILE)  # fmt: skip
 
 
 def find_image_files(paths: Iterable[str | Path]) -> ImageFiles:

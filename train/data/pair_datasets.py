@@ -36,12 +36,9 @@ class ItemPreprocessor:
         return self.model.preprocess([self._input(record) for record in records], **kwargs)
 
     def _input(self, record: Record) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        if (image := record["image"]) is not None:
-            found["image"] = load_row_image(self.arrow_images.get(image) or Path(image))
-        if record["text"] is not None:
-            found["text"] = record["text"]
-        return found
+        name = record["image"]
+        image = name and load_row_image(self.arrow_images.get(name) or Path(name))
+        return {part: value for part, value in (("image", image), ("text", record["text"])) if value is not None}
 
 
 def as_record(item: Item) -> Record:
