@@ -86,11 +86,14 @@ class ArrowTable:
 
     def _values(self, cells: pa.ChunkedArray, column: str, first: int) -> list[Any]:
         """Return a batch's values of a column; ``first`` is its first row. No image's bytes are read."""
+        is_list = any(is_kind(cells.type) for is_kind in LIST_KINDS)
+        if not _holds_images(cells.type.value_type if is_list else cells.type):
+            return cells.to_pylist()
 
         def image_or(value: object, offset: int, position: int | None = None) -> object:
             return ArrowImage(self, first + offset, column, position) if value is EMBEDDED else value
 
-        if not any(is_kind(cells.type) for is_kind in LIST_KINDS):
+        if not is_list:
             return [image_or(value, offset) for offset, value in enumerate(_without_bytes(cells))]
         lists = (_without_bytes(cell.values) if cell.is_valid else None for cell in cells)
         return [
@@ -99,13 +102,19 @@ class ArrowTable:
         ]
 
 
+def _holds_images(kind: pa.DataType) -> bool:
+    return _is_binary(kind) or (pa.types.is_struct(kind) and any(member.name == "bytes" for member in kind))
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
 def _without_bytes(cells: pa.Array | pa.ChunkedArray) -> list[Any]:
-    """Return cells as Python values: ``EMBEDDED`` for bytes, and the path of an image without bytes."""
-    if pa.types.is_binary(cells.type) or pa.types.is_large_binary(cells.type):
+    """Return images as ``EMBEDDED``, or as their paths if they have no bytes; None if they have neither."""
+    if _is_binary(cells.type):
         return [EMBEDDED if length else None for length in pc.call_function("binary_length", [cells]).to_pylist()]
-    if not pa.types.is_struct(cells.type) or "bytes" not in (names := [member.name for member in cells.type]):
-        return cells.to_pylist()
-    members = dict(zip(names, cells.flatten(), strict=True))
+    members = dict(zip((member.name for member in cells.type), cells.flatten(), strict=True))
     embedded = _without_bytes(members["bytes"])
     paths = members["path"].to_pylist() if "path" in members else [None] * len(embedded)
     return [content or path for content, path in zip(embedded, paths, strict=True)]
@@ -142,9 +151,10 @@ def open_data_set(name: str, config: str | None, splits: Sequence[str]) -> Arrow
                 break
         else:
             return ArrowTable(", ".join(filter(None, (name, config, split))), dataset.with_format("arrow"))
+    what = printable(", ".join(filter(None, (name, config))))
     raise CocoaError(
-        f"The data set {printable(', '.join(filter(None, (name, config))))} cannot be loaded ({_cause(faults[0])}); check "
-        "its name, config and split, and the connection to the hub if it is not a folder."
+        f"The data set {what} cannot be loaded ({_cause(faults[0])}); check its name, config and split, and the "
+        "connection to the hub if it is not a folder."
     ) from faults[0]
 
 

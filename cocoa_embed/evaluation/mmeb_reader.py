@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import chain, islice, starmap
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,15 +36,6 @@ SPLIT = "test"
 
 Status = tuple[int, int] | None
 """The size of a file in bytes and its modification time in nanoseconds; None if there is no file."""
-
-
-class _Row(NamedTuple):
-    """A row as read, with the distinct candidates."""
-
-    source: str
-    query: Item
-    targets: tuple[Item, ...]
-    has_repeated: bool
 
 
 class CandidateRow(NamedTuple):
@@ -138,56 +130,38 @@ class MmebFolder:
         :raises CocoaError: If a file or a row is malformed; the message says which.
         """
         tables = {file: open_table(file) for file in _subset_files(self.data / name)}
-        cells = chain.from_iterable(starmap(_read_table, tables.items()))
-        known: dict[tuple[str | None, str | None], Item] = {}
-        read = [self._row(source, values, known) for source, values in islice(cells, self.limit)]
+        cells = islice(chain.from_iterable(starmap(_read_table, tables.items())), self.limit)
+        numbering, read, merged = _Numbering(), [], 0
+        for source, values in cells:
+            query = numbering.number(values["qry_text"], values["qry_img_path"], source)
+            candidates = enumerate(zip(values["tgt_text"], values["tgt_img_path"], strict=True), 1)
+            listed = [numbering.number(*each, source, position) for position, each in candidates]
+            distinct = list(dict.fromkeys(listed))
+            if len(distinct) < len(listed) and not self.merge_repeated_targets:
+                _refuse_repeated(source, listed, list(numbering.items))
+            merged += len(distinct) < len(listed)
+            read.append(CandidateRow(source, query, np.array(distinct)))
         if not read:
             raise CocoaError(f"{printable(self.data / name)} has no rows")
-        found = self._find_images(name, dict.fromkeys(item for row in read for item in (row.query, *row.targets)))
-        missing = {item for item, status in found.items() if status is None}
-        rows = [row for row in read if missing.isdisjoint((row.query, *row.targets))]
+        items = list(numbering.items)
+        found = self._find_images(name, items)
+        missing = np.array([item in found and found[item] is None for item in items])
+        rows = [row for row in read if not missing[row.query] and not missing[row.targets].any()]
         if not rows:
             raise CocoaError(f"{name}: every one of its {len(read)} rows has an image that is missing")
-        queries = _numbers(row.query for row in rows)
-        targets = _numbers(target for row in rows for target in row.targets)
+        queries, query_numbers = np.unique([row.query for row in rows], return_inverse=True)
+        targets = np.unique(np.concatenate([row.targets for row in rows]))
         return SubsetData(
             name,
-            list(queries),
-            list(targets),
-            [CandidateRow(row.source, queries[row.query], np.array([targets[each] for each in row.targets]))
-             for row in rows],
+            [items[number] for number in queries],
+            [items[number] for number in targets],
+            [CandidateRow(row.source, int(query), np.searchsorted(targets, row.targets))
+             for row, query in zip(rows, query_numbers, strict=True)],
             rows_in_data=sum(map(len, tables.values())),
             rows_without_image=len(read) - len(rows),
-            rows_merged=sum(row.has_repeated for row in read),
+            rows_merged=merged,
             found=found,
         )  # fmt: skip
-
-    def _row(self, source: str, cells: Mapping[str, Any], known: dict[tuple[str | None, str | None], Item]) -> _Row:
-        """Return a row's items.
-
-        :param known: The items of cells that were read before.
-        :raises CocoaError: If an item is empty, or a target is listed twice and is not to be merged.
-        """
-
-        def item(name: str, text: str | None, path: str | None) -> Item:
-            if (text, path) not in known:
-                clean = without_image_token(text or "", bool(path), f"{source}: {name}")
-                if not clean and not path:
-                    raise CocoaError(f"{source}: {name} has neither a text nor an image")
-                known[text, path] = Item(clean or None, Path(path) if path else None)
-            return known[text, path]
-
-        query = item("the query", cells["qry_text"], cells["qry_img_path"])
-        candidates = zip(cells["tgt_text"], cells["tgt_img_path"], strict=True)
-        first: dict[Item, int] = {}
-        for position, (text, path) in enumerate(candidates, 1):
-            target = item(f"candidate {position}", text, path)
-            if first.setdefault(target, position) != position and not self.merge_repeated_targets:
-                raise CocoaError(
-                    f"{source}: candidates {first[target]} and {position} are the same target ({target});"
-                    " remove one, or count it once with --repeated-targets merge"
-                )
-        return _Row(source, query, tuple(first), len(first) < len(cells["tgt_text"]))
 
     def _find_images(self, name: str, items: Iterable[Item]) -> dict[Item, Status]:
         """Return the status of the image of each item that has one."""
@@ -208,9 +182,35 @@ class MmebFolder:
         return found
 
 
-def _numbers(items: Iterable[Item]) -> dict[Item, int]:
-    """Return the distinct items, numbered in order of appearance."""
-    return {item: number for number, item in enumerate(dict.fromkeys(items))}
+class _Numbering:
+    """Numbers distinct items in order of appearance."""
+
+    def __init__(self) -> None:
+        self.items: dict[Item, int] = {}
+        self._cells: dict[tuple[str | None, str | None], int] = {}
+
+    def number(self, text: str | None, path: str | None, source: str, candidate: int | None = None) -> int:
+        """Return the number of the item of two cells.
+
+        :param candidate: The candidate's position, from 1; None for the query.
+        :raises CocoaError: If there is no such item.
+        """
+        if (text, path) not in self._cells:
+            name = "the query" if candidate is None else f"candidate {candidate}"
+            clean = without_image_token(text or "", bool(path), f"{source}: {name}")
+            if not clean and not path:
+                raise CocoaError(f"{source}: {name} has neither a text nor an image")
+            item = Item(clean or None, Path(path) if path else None)
+            self._cells[text, path] = self.items.setdefault(item, len(self.items))
+        return self._cells[text, path]
+
+
+def _refuse_repeated(source: str, listed: Sequence[int], items: Sequence[Item]) -> None:
+    again = next(position for position, number in enumerate(listed) if number in listed[:position])
+    raise CocoaError(
+        f"{source}: candidates {listed.index(listed[again]) + 1} and {again + 1} are the same target"
+        f" ({items[listed[again]]}); remove one, or count it once with --repeated-targets merge"
+    )
 
 
 def _subset_files(folder: Path) -> list[Path]:
@@ -244,7 +244,7 @@ def _read_table(file: Path, table: RowTable) -> Iterator[tuple[str, Mapping[str,
         assert isinstance(cells, dict)
         for column in COLUMNS:
             texts = cells[column] if column in LIST_COLUMNS else [cells[column]]
-            if not isinstance(texts, list) or not all(isinstance(text, str | None) for text in texts):
+            if not isinstance(texts, list) or not {type(text) for text in texts} <= {str, NoneType}:
                 expected = "a list of texts" if column in LIST_COLUMNS else "a text"
                 raise CocoaError(f"{source}: {column} holds {shortened(cells[column])}; expected {expected}")
         count, paths = (len(cells[column]) for column in LIST_COLUMNS)

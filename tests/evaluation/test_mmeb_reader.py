@@ -50,7 +50,7 @@ def test_a_row_becomes_items_without_the_image_token(tmp_path: Path, images: Pat
     assert data.rows[1].source.endswith("test-00000-of-00001.parquet, row 2")
 
 
-def test_shards_are_read_in_order_and_rows_told_by_their_file(tmp_path: Path, images: Path) -> None:
+def test_shards_are_read_in_order_and_rows_named_by_their_file(tmp_path: Path, images: Path) -> None:
     rows = [row(tgt_text=[f"right {number}", "wrong"]) for number in range(7)]
     data = read(tmp_path, rows, shards=3)
     assert [data.targets[each.targets[0]].text for each in data.rows] == [f"right {number}" for number in range(7)]
@@ -124,7 +124,7 @@ def test_columns_of_another_kind_are_refused(tmp_path: Path, images: Path) -> No
         ),
     ],
 )
-def test_what_is_wrong_with_a_row_is_told_with_its_place(
+def test_a_malformed_row_is_an_error_with_its_source(
     tmp_path: Path, images: Path, changed: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(CocoaError) as caught:
@@ -161,7 +161,7 @@ def test_a_subset_of_no_rows_is_an_error(tmp_path: Path, images: Path) -> None:
         read(tmp_path, [])
 
 
-def test_subsets_are_found_asked_for_and_missed(tmp_path: Path) -> None:
+def test_subsets_are_found_selected_and_missed(tmp_path: Path) -> None:
     data, images = write_benchmark(tmp_path, 4)
     (data / "notes").mkdir()
     (data / "GQA").mkdir()
@@ -175,7 +175,7 @@ def test_subsets_are_found_asked_for_and_missed(tmp_path: Path) -> None:
         folder.subsets(["GQA"])
 
 
-def test_folders_that_are_not_there_are_told_apart(tmp_path: Path) -> None:
+def test_missing_folders_are_named_with_their_content(tmp_path: Path) -> None:
     data, images = write_benchmark(tmp_path, 4)
     (tmp_path / "file").touch()
     for folder, message in (

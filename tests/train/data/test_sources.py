@@ -392,7 +392,7 @@ def test_a_data_set_in_a_folder_is_read_with_its_images_where_they_are(tmp_path:
         ]
 
 
-def test_a_data_set_that_cannot_be_loaded_is_told_in_one_sentence(tmp_path: Path) -> None:
+def test_a_data_set_that_cannot_be_loaded_is_an_error_in_one_sentence(tmp_path: Path) -> None:
     folder = tmp_path / "set"
     DatasetDict(train=image_data_set(), test=image_data_set(1)).save_to_disk(folder)
     with pytest.raises(CocoaError, match=re.escape(f"{folder} cannot be loaded (no split 'dev'; it has train, test)")):
@@ -401,7 +401,7 @@ def test_a_data_set_that_cannot_be_loaded_is_told_in_one_sentence(tmp_path: Path
         read(hub=str(tmp_path / "nowhere"), columns=COLUMNS)
 
 
-def test_a_hub_that_cannot_be_reached_is_told_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_cannot_be_reached_is_an_error_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: object, **__: object) -> None:
         raise ConnectionError("Couldn't reach\n'some/set' on the Hub")
 
