@@ -10,7 +10,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
-from cocoa_embed.data.mmeb_subsets import default_train_subsets
+from cocoa_embed.data.mmeb import default_train_subsets
 from cocoa_embed.errors import UsageError
 from cocoa_embed.train.settings import (
     BridgeSection,

@@ -32,10 +32,11 @@ class DescribedImage(NamedTuple):
         :raises RowError: If it has none.
         """
         text = self.columns.get("text")
-        if not isinstance(text, str) or not text.strip():
-            raise RowError(
-                self.source, f"has no 'text' ({_found(self.columns)}); give it a non-empty text, or remove the row"
-            )
+        if not isinstance(text, str):
+            raise RowError(self.source, f"has no 'text' ({_found(self.columns)}); call the column of captions 'text', "
+                           "or remove the row")  # fmt: skip
+        if not text.strip():
+            raise RowError(self.source, "has an empty 'text'; write one, or remove the row")
         return check_unicode(text, self.source)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from cocoa_embed.data.mmeb_subsets import AVERAGES, SUBSETS
+from cocoa_embed.data.mmeb import AVERAGES, SUBSETS
 from cocoa_embed.data.rows import Item
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError, ImageError

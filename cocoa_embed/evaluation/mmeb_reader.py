@@ -20,8 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cocoa_embed.data.image_token import without_image_token
-from cocoa_embed.data.mmeb_subsets import SUBSETS
+from cocoa_embed.data.mmeb import SUBSETS, without_image_token
 from cocoa_embed.data.rows import Item, shortened
 from cocoa_embed.data.tables import RowTable, open_table
 from cocoa_embed.errors import CocoaError, UsageError, did_you_mean, printable

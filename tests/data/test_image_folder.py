@@ -57,7 +57,7 @@ def test_a_caption_in_another_column_names_the_columns_found(tmp_path: Path) -> 
     write_images(tmp_path, "a")
     (row,) = read_metadata(write_table(tmp_path / "metadata.csv", [{"file_name": "a.png", "caption": "a ring"}]))
     assert isinstance(row, DescribedImage)
-    with pytest.raises(RowError, match=r"csv, a\.png: has no 'text' \(columns found: file_name, caption\); give it"):
+    with pytest.raises(RowError, match=r"csv, a\.png: has no 'text' \(columns found: file_name, caption\); call"):
         _ = row.text
 
 

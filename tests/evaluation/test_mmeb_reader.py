@@ -114,9 +114,9 @@ def test_columns_of_another_kind_are_refused(tmp_path: Path, images: Path) -> No
         ({"tgt_text": ["a", ""]}, "row 2: candidate 2 has neither a text nor an image"),
         (
             {"tgt_text": ["a", "<|image_1|> x"]},
-            "row 2: candidate 2: '<|image_1|> x' holds <|image_1|>, and there is no",
+            "row 2: candidate 2: '<|image_1|> x' holds <|image_1|>, but there is no",
         ),
-        ({"qry_img_path": ""}, "row 2: the query: '<|image_1|>\\nFind it\\n' holds <|image_1|>, and there is no path"),
+        ({"qry_img_path": ""}, "row 2: the query: '<|image_1|>\\nFind it\\n' holds <|image_1|>, but there is no path"),
         ({"qry_text": " ", "qry_img_path": ""}, "row 2: the query has neither a text nor an image"),
         (
             {"tgt_text": ["a", "b", "c", " b "], "tgt_img_path": [""] * 4},

@@ -249,7 +249,7 @@ def test_each_fault_is_one_sentence(
     (single / "metadata.jsonl").write_text(f"{line}\n{line}\n")
     assert "has one image; two are needed" in sentence(bridge, "--data", single)
     (single / "metadata.jsonl").write_text(json.dumps({"file_name": "one.png", "text": " "}))
-    assert "the row has no text" in sentence(bridge, "--data", single)
+    assert "has an empty 'text'" in sentence(bridge, "--data", single)
     (single / "metadata.jsonl").write_text(line.replace("one", "two"))
     assert "two.png" in sentence(bridge, "--data", single)
     (single / "two.png").write_bytes(b"no image")

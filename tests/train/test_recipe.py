@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cocoa_embed.data.mmeb_subsets import TRAIN_SUBSETS
+from cocoa_embed.data.mmeb import TRAIN_SUBSETS
 from cocoa_embed.errors import UsageError
 from cocoa_embed.train.recipe import Recipe, recipe_names
 

@@ -1,10 +1,11 @@
 """Decodes every image of a stage once before training, so that none can stop it half-way."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeAlias
+from itertools import chain
+from typing import Any, TypeAlias
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from cocoa_embed.data.rows import ItemImage
@@ -21,20 +22,14 @@ IMAGES_AT_ONCE = 16
 """Images whose sizes come from a worker together."""
 
 
-class _Sizes(Dataset[tuple[int, ImageSize | str]]):
-    """Each image's number, and its size or the reason why it cannot be used."""
-
-    def __init__(self, images: Sequence[ItemImage]) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[int, ImageSize | str]:
+def _sizes(images: Sequence[ItemImage]) -> list[ImageSize | str]:
+    found: list[ImageSize | str] = []
+    for image in images:
         try:
-            return index, load_row_image(self.images[index]).size
+            found.append(load_row_image(image).size)
         except ImageError as error:
-            return index, error.reason
+            found.append(error.reason)
+    return found
 
 
 def check_images(
@@ -49,18 +44,17 @@ def check_images(
     """
     distinct = list(dict.fromkeys(images))
     known = {} if known is None else known
-    new = [image for image in distinct if image not in known]
+    new: Any = [image for image in distinct if image not in known]
     loader = DataLoader(
-        _Sizes(new),
+        new,
         batch_size=IMAGES_AT_ONCE,
         num_workers=workers,
-        collate_fn=list,
+        collate_fn=_sizes,
         generator=torch.Generator(),  # its own: the run's random numbers do not depend on the check
     )
-    with tqdm(total=len(new), desc="checking images", unit="image", disable=not progress or not new) as bar:
-        for batch in loader:
-            known.update({new[index]: result for index, result in batch})
-            bar.update(len(batch))
+    shown = progress and len(new) > 0
+    sizes = tqdm(chain.from_iterable(loader), "checking images", len(new), unit="image", disable=not shown)
+    known.update(zip(new, sizes, strict=True))
     return {image: known[image] for image in distinct}
 
 

@@ -5,8 +5,7 @@ from pathlib import Path
 
 from cocoa_embed.data.arrow_table import open_data_set
 from cocoa_embed.data.columns import NEGATIVE_PARTS, RowReader, map_columns
-from cocoa_embed.data.image_token import without_image_token
-from cocoa_embed.data.mmeb_subsets import TRAIN_SUBSETS
+from cocoa_embed.data.mmeb import TRAIN_SUBSETS, without_image_token
 from cocoa_embed.data.rows import Row
 from cocoa_embed.data.tables import RowTable, columns_of, find_tables, open_table
 from cocoa_embed.errors import CocoaError, RowError, did_you_mean, printable

@@ -76,6 +76,12 @@ def test_rows_of_the_same_content_and_no_others_have_the_same_fingerprint(one: l
     assert fingerprint(one) == fingerprint([replace(row, source="there") for row in one])
 
 
+def test_a_fingerprint_stays_the_same_from_release_to_release() -> None:
+    """Otherwise no run could be resumed, and no checkpoint's rows recognised."""
+    row = Row(Item("a ring", Path("/a.png")), Item("é"), "rows.csv, row 1", (Item(image=Path("/b.png")),), "mine")
+    assert fingerprint([row, row.reversed()]) == "09177bcc189a7a2bccc093bf8022303d85e4689e747c751670d6d34332838a50"
+
+
 # Reading
 
 

@@ -102,6 +102,11 @@ def test_a_mapped_column_that_is_not_there_is_named_with_the_nearest(images: Pat
         read(file=str(path), columns={"query_text": "questions", "positive_text": "answer"})
 
 
+def test_columns_of_common_data_sets_need_no_mapping(images: Path) -> None:
+    path = write_table(images / "rows.csv", [{"caption": "a ring", "image": "a.png", "query_text": "x"}])
+    assert content(read(file=str(path))) == [(Item("a ring"), Item(image=images.absolute() / "a.png"))]
+
+
 @pytest.mark.parametrize("columns", [None, {"query_text": "question"}])
 def test_a_table_without_a_positive_says_what_it_has(images: Path, columns: dict[str, str] | None) -> None:
     path = write_table(images / "rows.csv", [{"question": "x", "query_text": "y"}])
@@ -129,6 +134,7 @@ def test_a_glob_reads_its_files_in_order_up_to_the_limit(tmp_path: Path) -> None
         ("broken.parquet", r"broken\.parquet cannot be read"),
         ("latin.csv", r"latin\.csv cannot be read"),
         ("twice.csv", r"twice\.csv cannot be read \(its header has the column 'query_text' twice\)"),
+        ("open.csv", r"open\.csv cannot be read \(unexpected end of data\)"),
         ("empty.jsonl", r"empty\.jsonl: no column holds the query"),
         ("header.csv", r"header\.csv has no rows"),
         ("none.parquet", r"none\.parquet has no rows"),
@@ -139,6 +145,7 @@ def test_a_file_that_is_no_table_is_an_error_of_the_whole(tmp_path: Path, name: 
     (tmp_path / "broken.parquet" if "broken" in name else tmp_path / "x").write_bytes(b"PAR1 no table")
     (tmp_path / "latin.csv").write_bytes(b"query_text,positive_text\n\xe9t\xe9,x\n")
     (tmp_path / "twice.csv").write_text("query_text,query_text\na,b\n")
+    (tmp_path / "open.csv").write_text('query_text,positive_text\n"a,x\nb,y\n')
     (tmp_path / "empty.jsonl").write_text("\n")
     texts = pa.array([], pa.string())
     parquet.write_table(pa.table({"query_text": texts, "positive_text": texts}), tmp_path / "none.parquet")

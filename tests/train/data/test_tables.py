@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from cocoa_embed.data.mmeb_subsets import PUBLISHED, SUBSETS
+from cocoa_embed.data.mmeb import PUBLISHED, SUBSETS
 from cocoa_embed.evaluation.mmeb import summary
 from cocoa_embed.evaluation.mmeb_tables import mmeb_tables
 from cocoa_embed.evaluation.pairs import METRICS

@@ -2,7 +2,7 @@ from collections import Counter
 
 import pytest
 
-from cocoa_embed.data.mmeb_subsets import AVERAGES, META_TASKS, PUBLISHED, SUBSETS, TRAIN_SUBSETS
+from cocoa_embed.data.mmeb import AVERAGES, META_TASKS, PUBLISHED, SUBSETS, TRAIN_SUBSETS
 
 
 def test_the_benchmark_has_36_subsets_in_four_meta_tasks() -> None:

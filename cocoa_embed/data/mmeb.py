@@ -1,10 +1,14 @@
-"""MMEB: the 36 subsets of MMEB-V1, the 20 of MMEB-train, and the scores that were published.
+"""MMEB: the 36 subsets of MMEB-V1, the 20 of MMEB-train, the published scores, and the image token of its texts.
 
 Names are those of ``TIGER-Lab/MMEB-eval`` (VLM2Vec, arXiv 2410.05160); the scores are from CoCoA (arXiv 2603.01471).
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
+
+from cocoa_embed.data.rows import shortened
+from cocoa_embed.errors import RowError
 
 ROWS_OF_A_SUBSET = 1000
 """The queries of each subset of the public data."""
@@ -73,3 +77,17 @@ PUBLISHED = (
 def default_train_subsets(mmeb: str) -> tuple[str, ...]:
     """Return the subsets of an ``mmeb`` source that names none: all, or none for a folder that is itself a subset."""
     return () if any(Path(mmeb).glob("*.parquet")) else TRAIN_SUBSETS
+
+
+IMAGE_TOKEN = re.compile(r"\s*<\|image_1\|>\s*")
+"""Stands for the image in a text. Our template puts images first, so it is removed, with the space around it."""
+
+
+def without_image_token(text: str, has_image: bool, source: str) -> str:
+    """Return a text without the token that stands for its image, and without the space at its ends.
+
+    :raises RowError: If the text has the token but no image.
+    """
+    if not has_image and IMAGE_TOKEN.search(text):
+        raise RowError(source, f"{shortened(text)} holds <|image_1|>, but there is no path of an image")
+    return IMAGE_TOKEN.sub(" ", text).strip()
