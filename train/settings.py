@@ -205,6 +205,8 @@ class ContrastiveSection(StageSection):
     :param probe_rows: How many pairs to measure the embeddings' geometry on, every ``probe_steps`` steps: the first
         with an image, one for each image. They are trained on, so the figures tell how training goes and are no
         scores. 0 turns it off, and so do fewer than two images.
+    :param one_subset_a_batch: Draw each batch from one subset, so that its negatives are of one kind; otherwise from
+        all rows, both directions mixed.
     """
 
     temperature: Rate = 0.02
@@ -213,6 +215,7 @@ class ContrastiveSection(StageSection):
     symmetric: bool = False
     hard_negatives: Count = 0
     matryoshka_dims: list[Positive] | None = None
+    one_subset_a_batch: bool = True
     probe_rows: Count = 64
     probe_steps: Positive = 50
 

@@ -150,9 +150,12 @@ def _contrastive_text(section: dict[str, Any]) -> str:
         negatives = f"up to {hard_negatives} hard negative{'s' * (hard_negatives > 1)} of each of its rows"
     sentences = [
         f"Contrastive learning: InfoNCE at temperature {section.get('temperature', 0.02):g}, with in-batch negatives "
-        f"and {negatives}.",
-        "A batch is drawn from one subset.",
+        f"and {negatives}."
     ]
+    if section.get("one_subset_a_batch", True):
+        sentences.append("A batch is drawn from one subset.")
+    else:
+        sentences.append("A batch is drawn from all subsets.")
     if section.get("both_directions", True):
         sentences.append("Each pair is trained in both directions, as two rows.")
     if section.get("symmetric", False):

@@ -514,9 +514,9 @@ def test_the_card_tells_how_the_contrastive_stage_was_trained(model: SentenceTra
     assert "A batch is drawn from one subset. Each pair is trained in both directions, as two rows." in plain
     assert "looks for its query" not in plain
     options = {"temperature": 0.1, "hard_negatives": 3, "symmetric": True, "both_directions": False}
-    other = card_body(model, contrastive=options)
+    other = card_body(model, contrastive={**options, "one_subset_a_batch": False})
     assert "InfoNCE at temperature 0.1, with in-batch negatives and up to 3 hard negatives of each" in other
-    assert "drawn from one subset. Each positive looks for its query too, in the same loss." in other
+    assert "drawn from all subsets. Each positive looks for its query too, in the same loss." in other
     assert "both directions" not in other
     assert "up to 1 hard negative of each" in card_body(model, contrastive={"hard_negatives": 1})
     assert "Contrastive learning" not in card_body(model, stages=TRAINING["stages"][:1])

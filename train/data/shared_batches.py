@@ -1,4 +1,4 @@
-"""Splits the batches of contrastive training among devices."""
+"""How the rows of a contrastive step are shared out among devices."""
 
 from collections.abc import Iterator
 
@@ -7,19 +7,19 @@ from torch.utils.data import BatchSampler
 
 
 class SharedBatchSampler(BatchSampler):
-    """Cuts each batch into equal parts, one for each device.
+    """Cut each batch of all devices into equal parts, one for each, in a row.
 
-    accelerate deals a batch sampler's batches out to the devices in turn. Parts of one batch have one subset, the same
-    columns and as many rows, as gathering candidates across devices needs, and contain no duplicates.
+    Devices take turns at a batch sampler's batches. Cut from one batch, what they get at a step is of one subset, with
+    the same columns and as many rows, as gathering candidates across devices needs, and no two rows are alike.
 
     :param sampler: Draws the batches; up to ``devices - 1`` rows of a batch are left out, for parts of one size.
-    :param devices: The number of devices.
+    :param devices: How many there are.
     """
 
     def __init__(self, sampler: BatchSampler, devices: int) -> None:
         self.batches = sampler
         self.devices = devices
-        # For accelerate: batches differ in size, and none is dropped.
+        # Tells accelerate that batches differ in size, and that each is to be used.
         self.batch_size = None  # type: ignore[assignment]
         self.drop_last = False
 

@@ -18,7 +18,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import UsageError
-from cocoa_embed.train.data.pair_datasets import ItemPreprocessor, as_record, check_distinct_values, pair_datasets
+from cocoa_embed.train.data.pair_datasets import (
+    ItemPreprocessor,
+    PairCollator,
+    as_record,
+    distinct_enough,
+    pair_datasets,
+)
 from cocoa_embed.train.data.rows import arrow_images
 from cocoa_embed.train.data.shared_batches import SharedBatchSampler
 from cocoa_embed.train.loop.adapters import prepare_trainable
@@ -27,7 +33,6 @@ from cocoa_embed.train.loop.stage_trainer import StageContext
 from cocoa_embed.train.loop.throughput import Throughput
 from cocoa_embed.train.loop.trainer import CocoaTrainer
 from cocoa_embed.train.settings import ContrastiveSection
-from cocoa_embed.train.stages.pair_collator import PairCollator
 from cocoa_embed.train.stages.probe import GeometryProbe, pictured_rows
 
 
@@ -140,8 +145,6 @@ def contrastive_trainer(
     prompts |= {f"negative_{place + 1}": document for place in range(section.hard_negatives)}
     adapter = prepare_trainable(model[0].auto_model, section)
     probe_rows = pictured_rows(rows, section.probe_rows)
-    pairs = pair_datasets(rows, both_directions=section.both_directions, hard_negatives=section.hard_negatives)
-    check_distinct_values(pairs, section.batch_size)
     return ContrastiveTrainer(
         model=model,
         args=SentenceTransformerTrainingArguments(
@@ -149,7 +152,7 @@ def contrastive_trainer(
             multi_dataset_batch_sampler=MultiDatasetBatchSamplers.PROPORTIONAL,
             **context.arguments,
         ),
-        train_dataset=pairs,
+        train_dataset=distinct_enough(pair_datasets(rows, section), section.batch_size),
         loss=contrastive_loss(model, section),
         data_collator=PairCollator(
             preprocess_fn=ItemPreprocessor(model, arrow_images(rows)),

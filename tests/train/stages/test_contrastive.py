@@ -24,7 +24,7 @@ from cocoa_embed.images.load import load_image
 from cocoa_embed.model.backbone import load_backbone
 from cocoa_embed.model.export import build_sentence_transformer
 from cocoa_embed.train.data import pair_datasets as pairs_module
-from cocoa_embed.train.data.pair_datasets import ItemPreprocessor, as_record, check_distinct_values, pair_datasets
+from cocoa_embed.train.data.pair_datasets import ItemPreprocessor, as_record, distinct_enough, pair_datasets
 from cocoa_embed.train.loop.progress import LogLastStep
 from cocoa_embed.train.loop.stage_trainer import StageContext
 from cocoa_embed.train.settings import AdapterSection, ContrastiveSection
@@ -103,7 +103,7 @@ def info_nce(model: SentenceTransformer, rows: list[Row], temperature: float) ->
 
 
 def test_pairs_are_the_rows_and_their_exchange(scene_rows: list[Row]) -> None:
-    pairs = pair_datasets(scene_rows)
+    pairs = pair_datasets(scene_rows, section())
     assert list(pairs) == ["data", "data, reversed"]
     forward, backward = pairs.values()
     assert len(forward) == len(backward) == len(scene_rows)
@@ -116,13 +116,13 @@ def test_pairs_are_the_rows_and_their_exchange(scene_rows: list[Row]) -> None:
 
 
 def test_one_direction_is_the_rows_alone(scene_rows: list[Row]) -> None:
-    pairs = pair_datasets(scene_rows, both_directions=False)
+    pairs = pair_datasets(scene_rows, section(both_directions=False))
     assert list(pairs) == ["data"]
     assert len(pairs["data"]) == len(scene_rows)
 
 
 def test_items_of_every_kind_keep_their_parts(mixed_rows: list[Row]) -> None:
-    stored = pair_datasets(mixed_rows, both_directions=False)["data"]["anchor"]
+    stored = pair_datasets(mixed_rows, section(both_directions=False))["data"]["anchor"]
     assert stored[0] == {"text": None, "image": str(mixed_rows[0].image)}
     assert stored[1] == {"text": "what is here?", "image": str(mixed_rows[1].query.image)}
     assert stored[2] == {"text": "scene 2", "image": None}
@@ -139,7 +139,7 @@ def subset_rows(scene_rows: list[Row]) -> list[Row]:
 
 
 def test_rows_with_fewer_negatives_than_their_subset_are_apart(subset_rows: list[Row]) -> None:
-    pairs = pair_datasets(subset_rows, hard_negatives=2)
+    pairs = pair_datasets(subset_rows, section(hard_negatives=2))
     expected = {"none": 0, "many": 2, "many, 1 negative": 1, "many, no negatives": 0}
     expected |= {"none, reversed": 0, "many, reversed": 0}
     assert {name: len(data.column_names) - 3 for name, data in pairs.items()} == expected
@@ -160,17 +160,26 @@ def test_rows_with_fewer_negatives_than_their_subset_are_apart(subset_rows: list
 def test_at_most_so_many_negatives_are_used_as_asked_for(
     subset_rows: list[Row], hard_negatives: int, names: dict[str, int]
 ) -> None:
-    pairs = pair_datasets(subset_rows, hard_negatives=hard_negatives, both_directions=False)
+    pairs = pair_datasets(subset_rows, section(hard_negatives=hard_negatives, both_directions=False))
     for name, columns in names.items():
         assert pairs[name].column_names[:-1] == ["anchor", "positive", "negative_1", "negative_2"][:columns]
     assert sum(map(len, pairs.values())) == len(subset_rows)
+
+
+def test_without_subsets_all_rows_are_in_one_data_set(subset_rows: list[Row]) -> None:
+    mixed = pair_datasets(subset_rows, section(one_subset_a_batch=False))
+    assert list(mixed) == ["mixed"]
+    assert sorted(mixed["mixed"]["label"]) == sorted([*range(24)] * 2)
+    apart = pair_datasets(subset_rows, section(one_subset_a_batch=False, hard_negatives=2))
+    assert sorted(apart) == ["mixed", "mixed, 1 negative", "mixed, no negatives"]
+    assert sum(map(len, apart.values())) == 48
 
 
 def test_a_subset_named_as_a_part_of_another_is_refused(subset_rows: list[Row]) -> None:
     rows = [*subset_rows, replace(subset_rows[0], subset="many, 1 negative")]
     for given in (rows, rows[::-1]):
         with pytest.raises(UsageError, match="name 'many, 1 negative', as has a part of 'many'; rename"):
-            pair_datasets(given, hard_negatives=2)
+            pair_datasets(given, section(hard_negatives=2))
 
 
 # Preprocessing
@@ -442,6 +451,19 @@ def test_every_batch_is_of_one_subset_and_its_labels_name_its_rows(
     assert sorted(seen) == sorted([*range(len(subset_rows))] * 2)
 
 
+def test_without_subsets_a_batch_mixes_them_and_the_directions(
+    model: SentenceTransformer, subset_rows: list[Row], tmp_path: Path
+) -> None:
+    labels = [
+        batch["label"].tolist()
+        for batch in batches(model, subset_rows, tmp_path, asked=section(one_subset_a_batch=False))
+    ]
+    assert any(len({subset_rows[number].subset for number in batch}) == 2 for batch in labels)
+    assert all(len(set(batch)) == len(batch) for batch in labels), "a row and its exchange are no negatives"
+    assert len(labels) == 6
+    assert {number for batch in labels for number in batch} == set(range(24))
+
+
 def test_rows_that_share_a_negative_do_not_meet(
     model: SentenceTransformer, scene_rows: list[Row], tmp_path: Path
 ) -> None:
@@ -626,11 +648,11 @@ def test_no_examples_are_picked_for_a_card_that_is_not_written(
 def test_few_different_values_are_told(scene_rows: list[Row], caplog: pytest.LogCaptureFixture) -> None:
     """Yes-or-no answers, say: a batch that holds nothing twice is of two rows then."""
     answers = [replace(row, positive=Item(text="yes" if n % 2 else "no")) for n, row in enumerate(scene_rows)]
-    pairs = pair_datasets(answers, both_directions=False)
-    check_distinct_values(pairs, BATCH)
+    pairs = pair_datasets(answers, section(both_directions=False))
+    assert distinct_enough(pairs, BATCH) is pairs
     assert f"2 different positive in {len(scene_rows)} rows" in caplog.text
     caplog.clear()
-    check_distinct_values(pair_datasets(scene_rows, both_directions=False), BATCH)
+    distinct_enough(pair_datasets(scene_rows, section(both_directions=False)), BATCH)
     assert not caplog.text
 
 
@@ -640,7 +662,7 @@ def test_a_subset_that_leaves_a_device_without_a_row_is_refused(
     monkeypatch.setattr(pairs_module, "PartialState", lambda: SimpleNamespace(num_processes=8))
     answers = [replace(row, positive=Item(text="yes")) for row in scene_rows]
     with pytest.raises(UsageError, match=r"1 different positive in 24 rows.*each of the 8 devices"):
-        check_distinct_values(pair_datasets(answers, both_directions=False), BATCH)
+        distinct_enough(pair_datasets(answers, section(both_directions=False)), BATCH)
 
 
 def test_every_epoch_has_an_order_of_its_own(
