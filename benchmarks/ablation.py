@@ -37,11 +37,11 @@ from arms.place import Given, Place
 from arms.runner import circumstances, jobs_of, outcome, run_jobs
 from arms.summary import results_document, tables
 from cocoa_embed.cli.terminal import silence_libraries
+from cocoa_embed.data.image_folder import METADATA_FILE
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.evaluation.result_cache import make_folder, write_result
-from cocoa_embed.images.find_files import METADATA_FILE
 from cocoa_embed.report.tables import to_html, to_markdown
-from cocoa_embed.train.data.rows import read_image_folder
+from cocoa_embed.train.data.caption_rows import read_image_folder
 
 TINY = "tiny"
 TINY_SETTINGS = (

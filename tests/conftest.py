@@ -9,10 +9,11 @@ import pytest
 from hypothesis import settings
 from tiny_backbones import write_tiny_backbone
 
+from cocoa_embed.data.rows import Row
 from cocoa_embed.demo.scenes import write_image_folder
 from cocoa_embed.model.backbone import Backbone, load_backbone
 from cocoa_embed.train import Recipe, run
-from cocoa_embed.train.data.rows import Row, read_image_folder
+from cocoa_embed.train.data.caption_rows import read_image_folder
 
 # A shared machine may stall any example; what a test shows does not depend on its time.
 settings.register_profile("cocoa-embed", deadline=None)

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from sentence_transformers.util import get_device_name
 
+from cocoa_embed.data.rows import ItemImage, Row
 from cocoa_embed.errors import CocoaError, UsageError, one_line, printable
 from cocoa_embed.model.backbone import SUPPORTED, load_backbone, read_config
 from cocoa_embed.model.loading import load_model
 from cocoa_embed.model.training_record import read_training
+from cocoa_embed.train.data.caption_rows import read_image_folder
 from cocoa_embed.train.data.mixture import ReadRows, read_rows
-from cocoa_embed.train.data.rows import Row, RowImage, read_image_folder
 from cocoa_embed.train.loop.oom import is_out_of_memory
 from cocoa_embed.train.plan.checks import DATA_FILE
 from cocoa_embed.train.recipe import Recipe
@@ -148,7 +149,7 @@ class RecipeRows:
                 self.recipe.sources_of(stage),
                 on_bad_row=data.on_bad_row,
                 # A run that stops at bad rows has had none; one that leaves them out must have decoded its images.
-                check_images=data.check_images and data.on_bad_row == "skip",
+                decode_images=data.on_bad_row == "skip",
                 seed=self.recipe.seed,
                 progress=True,
                 refuse=lacks_block_b if stage == "bridge" else None,
@@ -233,7 +234,7 @@ def _trained_on(rows: Sequence[Row], training: dict[str, Any], of_recipe: Recipe
     return counts
 
 
-def _identity(image: RowImage) -> str:
+def _identity(image: ItemImage) -> str:
     return os.path.realpath(image) if isinstance(image, Path) else str(image)
 
 

@@ -10,8 +10,8 @@ import yaml
 from pydantic import Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
+from cocoa_embed.data.mmeb import default_train_subsets
 from cocoa_embed.errors import UsageError
-from cocoa_embed.train.data.mmeb import default_subsets
 from cocoa_embed.train.settings import (
     BridgeSection,
     ContrastiveSection,
@@ -104,7 +104,7 @@ class Recipe(Section):
         data = self.data_of(stage)
         whole = SourceSection(**data.model_dump(exclude_unset=True, include=set(SourceSection.model_fields)))
         if data.subsets is None:
-            names = default_subsets(whole.mmeb) if whole.mmeb is not None and whole.config is None else ()
+            names = default_train_subsets(whole.mmeb) if whole.mmeb is not None and whole.config is None else ()
             sources = dict.fromkeys(names or ("data",), whole)
         else:
             sources = {name: SourceSection(**_merged(whole, subset)) for name, subset in data.subsets.items()}

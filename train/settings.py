@@ -5,13 +5,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from cocoa_embed.train.data.rows import CaptionChoice
 from cocoa_embed.train.stages.masking import PatchFill
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
+CaptionChoice = Literal["text", "captions"]
 
 
 class Section(BaseModel):
@@ -81,12 +81,10 @@ class DataSection(SourceSection):
 
     :param on_bad_row: ``stop`` ends the run at a row that cannot be used; ``skip`` leaves it out and lists it in
         ``bad_rows.jsonl``, as long as at most 1 % of a stage's rows are such.
-    :param check_images: Decode every image before training, so that none can stop it half-way.
     """
 
     subsets: dict[str, SourceSection] | None = None
     on_bad_row: Literal["stop", "skip"] = "stop"
-    check_images: bool = True
 
 
 class AdapterSection(Section):

@@ -14,10 +14,10 @@ from typing import Any
 
 from arms.families import families
 from arms.grid import Sizes, StageRun
+from cocoa_embed.data.image_folder import METADATA_FILE
 from cocoa_embed.demo.scenes import write_image_folder, write_scenes
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.folders import claim_folder, write_whole
-from cocoa_embed.images.find_files import METADATA_FILE
 from cocoa_embed.train import Recipe
 from cocoa_embed.train.loop.snapshots import kept_folder
 from cocoa_embed.train.plan.checks import NOT_LEARNED

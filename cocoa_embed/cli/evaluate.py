@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -73,7 +72,7 @@ def mmeb(
 ) -> None:
     """Score a model on MMEB-V1. Finished subsets are not scored again."""
     with working() as console:
-        for module in ("pyarrow.parquet", "jinja2"):
+        for module in ("datasets", "jinja2"):
             require(module, "eval")
         from cocoa_embed.evaluation.mmeb import check_subsets, evaluate_mmeb
         from cocoa_embed.evaluation.mmeb_reader import MmebFolder
@@ -149,17 +148,20 @@ def pairs(
         raise UsageError(f"--model was given {len(model)} times; give one model, or two to compare")
     with working() as console:
         from cocoa_embed.evaluation.pairs import evaluate_pairs
-        from cocoa_embed.evaluation.pairs_reader import PairColumns, read_pairs
+        from cocoa_embed.evaluation.pairs_reader import read_pairs
         from cocoa_embed.evaluation.pairs_tables import SHOWN_METRICS, pairs_tables
         from cocoa_embed.model.loading import check_model
         from cocoa_embed.report.tables import to_terminal
 
-        columns = PairColumns(query_text, query_image, positive_text, positive_image)
+        columns = {
+            "query_text": query_text, "query_image": query_image,
+            "positive_text": positive_text, "positive_image": positive_image,
+        }  # fmt: skip
         source = {
-            "path": str(data.absolute()), "images": images and str(images.absolute()), "columns": asdict(columns)
+            "path": str(data.absolute()), "images": images and str(images.absolute()), "columns": columns
         }  # fmt: skip
         found, *_ = check_all(
-            partial(read_pairs, data, images, columns if columns.names else None),
+            partial(read_pairs, data, images, {part: name for part, name in columns.items() if name}),
             *(partial(check_model, name) for name in model),
             *_checks_of_out(out),
         )

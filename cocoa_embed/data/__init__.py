@@ -1,1 +1,1 @@
-"""Rows and tables that training, evaluation and indexing read alike."""
+"""Data that training, evaluation and indexing read alike: tables, image folders, pairs and the names of MMEB."""

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from llama_index.core.schema import QueryBundle
 
+from cocoa_embed.data.rows import Row
 from cocoa_embed.images.load import load_image
 from cocoa_embed.integrations.llama_index import CocoaRetriever
 from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
 from cocoa_embed.report.content import Hit, QueryResult
-from cocoa_embed.train.data.rows import Row
 
 SHOWN_HITS = 6
 QUERIES_OF_A_KIND = 3

@@ -10,6 +10,7 @@ from rich.console import Console
 from sentence_transformers import SentenceTransformer
 from transformers import Trainer
 
+from cocoa_embed.data.rows import Row
 from cocoa_embed.demo.gallery import answer_queries
 from cocoa_embed.demo.meter import Meter, peak_memory_bytes
 from cocoa_embed.demo.report_content import curves, facts, retrieval_rows
@@ -34,7 +35,7 @@ from cocoa_embed.report.content import (
 from cocoa_embed.report.page import write_report
 from cocoa_embed.report.tables import to_terminal
 from cocoa_embed.train import Recipe, StageResult, run
-from cocoa_embed.train.data.rows import Row, read_image_folder
+from cocoa_embed.train.data.caption_rows import read_image_folder
 from cocoa_embed.train.stages.reconstructions import bridge_reconstructions, warmup_reconstructions
 
 MARKER = ".cocoa-demo"

@@ -6,16 +6,14 @@ import os
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from cocoa_embed.errors import CocoaError, ImageError, one_line, printable
-from cocoa_embed.images.load import load_image
+from cocoa_embed.data.rows import Item
+from cocoa_embed.errors import CocoaError, ImageError, one_line
 
 if TYPE_CHECKING:
     from cocoa_embed.encode.encoder import Encoder
@@ -33,55 +31,6 @@ IMAGES_AHEAD = 16
 
 PIXELS_A_TOKEN = 28 * 28
 """The pixels of a visual token of Qwen2-VL."""
-
-SHOWN_CHARACTERS = 60
-
-
-@dataclass(frozen=True)
-class Item:
-    """A text, an image, or both as one.
-
-    :param text: None where there is none; never empty.
-    :param image: The path of an image, or the bytes of a file.
-    """
-
-    text: str | None = None
-    image: str | bytes | None = None
-
-    @property
-    def parts(self) -> frozenset[str]:
-        """What it is made of: ``text``, ``image`` or both."""
-        return frozenset(part for part, value in (("text", self.text), ("image", self.image)) if value is not None)
-
-    def under(self, folder: Path) -> Item:
-        """Return the item with the path of its image, which starts from ``folder``."""
-        return replace(self, image=str(folder / self.image)) if isinstance(self.image, str) else self
-
-    def load(self) -> LoadedItem:
-        """Return what a model takes, the image decoded.
-
-        :raises ImageError: If the image cannot be used.
-        :raises UsageError: If the text is not valid Unicode.
-        """
-        from cocoa_embed.encode.encoder import require_unicode
-
-        loaded: dict[str, str | Image.Image] = {}
-        if self.image is not None:
-            loaded["image"] = load_image(self.image)
-        if self.text is not None:
-            require_unicode(self.text)
-            loaded["text"] = self.text
-        return loaded
-
-    def __str__(self) -> str:
-        """Return what the item is called in errors."""
-        names = []
-        if self.image is not None:
-            names.append(f"the image {printable(self.image) if isinstance(self.image, str) else 'inside the table'}")
-        if self.text is not None:
-            short = self.text if len(self.text) <= SHOWN_CHARACTERS else f"{self.text[:SHOWN_CHARACTERS]}…"
-            names.append(f"the text {short!r}")
-        return " with ".join(names)
 
 
 class Embedded(NamedTuple):

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from cocoa_embed.data.mmeb import AVERAGES, SUBSETS
+from cocoa_embed.data.rows import Item
 from cocoa_embed.errors import CocoaError, ImageError
-from cocoa_embed.evaluation.embed import BATCH_TOKENS, Embedded, Item, Role, embed_items, unsupported
+from cocoa_embed.evaluation.embed import BATCH_TOKENS, Embedded, Role, embed_items, unsupported
 from cocoa_embed.evaluation.metrics import cosine_similarities, query_metrics, ranks_of_relevant
-from cocoa_embed.evaluation.mmeb_reader import MmebFolder, Row, SubsetData
-from cocoa_embed.evaluation.mmeb_subsets import AVERAGES, SUBSETS
+from cocoa_embed.evaluation.mmeb_reader import CandidateRow, MmebFolder, SubsetData
 from cocoa_embed.evaluation.result_cache import ResultCache
 
 if TYPE_CHECKING:
@@ -139,11 +140,11 @@ def score_subset(
         "queries": len(data.queries),
         "targets": len(data.targets),
         "seconds": round(time.perf_counter() - started, 2),
-        "by_row": {"place": [row.place for row in rows], "rank": list(ranks)},
+        "by_row": {"place": [row.source for row in rows], "rank": list(ranks)},
     }
 
 
-def _score_row(row: Row, queries: np.ndarray, targets: np.ndarray) -> tuple[int, bool]:
+def _score_row(row: CandidateRow, queries: np.ndarray, targets: np.ndarray) -> tuple[int, bool]:
     """Return the rank of a row's right candidate, and whether the best wrong one has the same cosine.
 
     :param queries: Embeddings by a row's ``query``, float ``[queries, dimension]``.

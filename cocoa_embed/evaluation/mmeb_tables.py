@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cocoa_embed.evaluation.mmeb_subsets import AVERAGES, PUBLISHED, ROWS_OF_A_SUBSET, SUBSETS
+from cocoa_embed.data.mmeb import AVERAGES, PUBLISHED, ROWS_OF_A_SUBSET, SUBSETS
 from cocoa_embed.report.tables import Score, Table
 
 COLUMNS = ("precision@1", "hit@5", "hit@10", "mrr", "ndcg@10", "chance")

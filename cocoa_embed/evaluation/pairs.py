@@ -10,8 +10,9 @@ import numpy as np
 from scipy.sparse import block_array, csr_array
 from scipy.sparse.csgraph import connected_components
 
+from cocoa_embed.data.rows import Item
 from cocoa_embed.errors import CocoaError
-from cocoa_embed.evaluation.embed import BATCH_TOKENS, Item, embed_items, unsupported
+from cocoa_embed.evaluation.embed import BATCH_TOKENS, embed_items, unsupported
 from cocoa_embed.evaluation.metrics import (
     METRICS,
     chance_metrics,

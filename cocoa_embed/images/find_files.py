@@ -1,17 +1,13 @@
-"""Find image files: in folders, by patterns, in lists; and read what ``metadata.jsonl`` says of them.
+"""Find image files: in folders, by patterns, in lists."""
 
-Training and indexing find the same pictures and read the same texts here.
-"""
-
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from fnmatch import translate
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-from cocoa_embed.errors import CocoaError, SourceError, one_line, printable
+from cocoa_embed.errors import CocoaError, one_line, printable
 
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .apng .webp .gif .bmp .dib .tif .tiff .avif .heic .heif .hif"
@@ -22,19 +18,10 @@ IMAGE_SUFFIXES = frozenset(
 LIST_SUFFIX = ".txt"
 """The suffix of a file that names others, one a line."""
 
-METADATA_FILE = "metadata.jsonl"
-"""The file of an image folder that holds a JSON object a line: ``file_name``, usually ``text``, and other columns."""
-
 OnError: TypeAlias = Callable[[Path, str], None]
 """What is called with a folder that cannot be listed, and why."""
 
 WILDCARD = re.compile(r"[*?[]")
-
-
-class MetadataError(SourceError):
-    """A row of a table cannot be used."""
-
-    separator = " "
 
 
 def find_images(paths: Iterable[str | Path], *, on_error: OnError | None = None) -> list[Path]:
@@ -225,86 +212,3 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir(follow_symlinks=False)
     except OSError:
         return False
-
-
-def read_image_folder_metadata(
-    folder: str | Path, *, on_error: Callable[[MetadataError], None] | None = None
-) -> list[dict[str, Any]]:
-    """Read ``metadata.jsonl`` of an image folder: a JSON object a line, with ``file_name`` relative to the folder.
-
-    :param on_error: Called for each line that cannot be used, which is left out then.
-    :return: The rows in the file's order, all columns kept; each has the absolute path of its image, a ``Path``,
-        added as ``path``.
-    :raises CocoaError: If the file is missing or unreadable or, without ``on_error``, a line is no JSON object, has no
-        ``file_name``, has a ``text`` that is no string, or names an image that does not exist; the message says which.
-    """
-    metadata = Path(folder) / METADATA_FILE
-    try:
-        lines = metadata.read_text(encoding="utf-8-sig").split("\n")
-    except FileNotFoundError:
-        raise CocoaError(
-            f"{printable(folder)} has no {METADATA_FILE}; write one JSON object a line, with file_name and text"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CocoaError(f"{printable(metadata)} cannot be read ({one_line(error)})") from error
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(read_metadata_line(metadata, number, line))
-        except MetadataError as error:
-            if on_error is None:
-                raise
-            on_error(error)
-    return rows
-
-
-def read_metadata_line(metadata: Path, number: int, line: str) -> dict[str, Any]:
-    """Return one row of a ``metadata.jsonl``, with the absolute ``path`` of its image.
-
-    :raises MetadataError: If the line is malformed or its image does not exist.
-    """
-    place = f"{printable(metadata)}:{number}"
-    row = parse_json_line(place, line)
-    if not isinstance(row, dict):
-        raise MetadataError(place, f"is a JSON {type(row).__name__}; expected an object with file_name and text")
-    return check_metadata_row(metadata, place, row)
-
-
-def parse_json_line(place: str, line: str) -> object:
-    """Return the value that a line of JSON holds.
-
-    :param place: What to call the line in errors.
-    :raises MetadataError: If it is not JSON.
-    """
-    try:
-        return json.loads(line, parse_constant=refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise MetadataError(place, f"is not JSON ({one_line(error)})") from error
-
-
-def check_metadata_row(metadata: Path, place: str, row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row of an image folder's metadata, with the absolute ``path`` of its image.
-
-    :param metadata: The file; its folder is where the row's ``file_name`` starts.
-    :param place: What to call the row in errors.
-    :raises MetadataError: If it has no ``file_name``, a ``text`` that is no string, or an image that does not exist.
-    """
-    file_name = row.get("file_name")
-    if not isinstance(file_name, str) or not file_name:
-        raise MetadataError(place, "has no file_name; expected the image's name relative to the folder, as a string")
-    if not isinstance(row.get("text"), str | None):
-        raise MetadataError(place, f"has a text that is a JSON {type(row['text']).__name__}; expected a string")
-    image = (metadata.parent / file_name).absolute()
-    if "\0" in file_name or not image.is_file():
-        raise MetadataError(place, f"names {file_name!r}, which is not in {printable(metadata.parent)}")
-    return {**row, "path": image}
-
-
-def refuse_constant(constant: str) -> float:
-    """Refuse NaN and the infinities, which Python reads but JSON does not have.
-
-    :raises ValueError: Always.
-    """
-    raise ValueError(f"{constant} is no JSON value")

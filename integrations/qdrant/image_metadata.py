@@ -1,46 +1,53 @@
-"""The image files that a run is about: found, in order, and described by the ``metadata.jsonl`` files above them."""
+"""The image files of an index run, with what the metadata files in their folders and above say about them."""
 
+import json
+import logging
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cocoa_embed.errors import CocoaError, UsageError
-from cocoa_embed.images.find_files import (
-    LIST_SUFFIX,
-    METADATA_FILE,
-    MetadataError,
-    find_images,
-    read_file_list,
-    read_image_folder_metadata,
-    search_folder,
-)
+from cocoa_embed.data.image_folder import METADATA_FILE, METADATA_FILES, DescribedImage, find_metadata, read_metadata
+from cocoa_embed.errors import CocoaError, RowError, UsageError, printable
+from cocoa_embed.images.find_files import LIST_SUFFIX, find_images, read_file_list, search_folder
 from cocoa_embed.integrations.qdrant.points import ImageFile, storable
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
 class ImageFiles:
-    """Image files in the order in which a run takes them, each once."""
+    """Image files in the order of the run, each once.
+
+    :param roots: Folders, each with the files found by it; a file's relative path starts there.
+    :param covered: The folders and files that the run covers, as payloads name them.
+    :param unlisted: Folders and metadata rows that cannot be read, as ``{"path", "reason"}``.
+    """
 
     roots: list[tuple[Path, list[Path]]]
-    """Folders, and the files found by each; paths are relative to these folders."""
     covered: list[str]
-    """What the run is about: folders and files, as payloads would name them."""
     unlisted: list[dict[str, str]]
-    """What could not be read besides images, as ``{"path", "reason"}``: folders, and lines of ``metadata.jsonl``."""
     _columns: dict[Path, dict[str, Any]] = field(default_factory=dict)
-    _caption_sources: dict[Path, str] = field(default_factory=dict)
-    """The ``metadata.jsonl`` that says something of a file."""
-    _sources: dict[Path, frozenset[str]] = field(default_factory=dict)
-    """The ``metadata.jsonl`` files that might say something of the files of a folder."""
+    """What is said of each file."""
+    _caption_source: dict[Path, str] = field(default_factory=dict)
+    """The first metadata file that says something of each file."""
+    _checked_sources: dict[Path, frozenset[str]] = field(default_factory=dict)
+    """The metadata files, read without a fault, that may say something of the files in each folder."""
 
     def __post_init__(self) -> None:
-        whole = {}
-        for folder in sorted({folder for root, files in self.roots for folder in self._find_sources(root, files)}):
-            whole[folder] = self._read_metadata(folder)
-        broken = {storable(str(folder / METADATA_FILE)) for folder, is_whole in whole.items() if not is_whole}
-        self._sources = {folder: sources - broken for folder, sources in self._sources.items()}
+        first = {(root, file.parent): file for root, files in self.roots for file in reversed(files)}
+        above: dict[Path, set[Path]] = defaultdict(set)
+        for root, folder in first:
+            above[folder] |= {folder, *(up for up in folder.parents if up.is_relative_to(root))}
+        read = {folder: self._read_metadata(folder) for folder in sorted(set().union(*above.values()))}
+        self._checked_sources = {
+            folder: frozenset(name for up in each if (name := read[up]) is not None) for folder, each in above.items()
+        }
+        if beside := next((text for file in first.values() if (text := file.with_suffix(".txt")).is_file()), None):
+            logger.warning("%s: text files beside images are not read; write captions to %s, with the columns file_name"
+                           " and text", printable(beside), METADATA_FILE)  # fmt: skip
 
     def __len__(self) -> int:
         """Return how many files there are."""
@@ -52,7 +59,7 @@ class ImageFiles:
             yield from (self._describe(root, file) for file in files)
 
     def covers(self, path: str) -> bool:
-        """Tell whether a file of this path, as a payload names it, would have been found were it there."""
+        """Return whether the run would have found a file of this path, as a payload names it, if it existed."""
         return any(path == place or path.startswith(place.rstrip(os.sep) + os.sep) for place in self.covered)
 
     def _describe(self, root: Path, file: Path) -> ImageFile:
@@ -62,54 +69,44 @@ class ImageFiles:
             str(file.relative_to(root)) if file.is_relative_to(root) else file.name,
             columns.pop("text", None),
             columns,
-            caption_source=self._caption_sources.get(file),
-            checked_sources=self._sources.get(file.parent, frozenset()),
+            caption_source=self._caption_source.get(file),
+            checked_sources=self._checked_sources.get(file.parent, frozenset()),
         )
 
-    def _find_sources(self, root: Path, files: Iterable[Path]) -> set[Path]:
-        """Note and return the folders of the ``metadata.jsonl`` files that may speak of files.
-
-        They lie beside a file, or in a folder above it up to ``root``.
-        """
-        found: set[Path] = set()
-        for folder in {file.parent for file in files}:
-            above = [folder, *(up for up in folder.parents if up.is_relative_to(root))]
-            holding = {up for up in above if (up / METADATA_FILE).exists()}
-            self._sources[folder] = frozenset(storable(str(up / METADATA_FILE)) for up in holding)
-            found |= holding
-        return found
-
-    def _read_metadata(self, folder: Path) -> bool:
-        """Read the ``metadata.jsonl`` of a folder, and tell whether every line could be used.
-
-        Several lines for one image are one: their texts as lines of one text, of other columns the first.
-        """
-        problems = len(self.unlisted)
+    def _read_metadata(self, folder: Path) -> str | None:
+        """Read the metadata file of a folder, if it has one; return its name if every row could be used."""
+        metadata = next((path for name in METADATA_FILES if (path := folder / name).exists()), None)
+        if metadata is None:
+            return None
+        faults = len(self.unlisted)
         try:
-            rows = read_image_folder_metadata(folder, on_error=self._note_line)
+            for row in read_metadata(find_metadata(folder)):
+                if isinstance(row, RowError):
+                    self.unlisted.append({"path": row.source, "reason": row.reason})
+                else:
+                    self._add(row, storable(str(metadata)))
         except CocoaError as error:
-            self.unlisted.append({"path": str(folder / METADATA_FILE), "reason": str(error)})
-            return False
-        for row in rows:
-            path = Path(os.path.abspath(row["path"]))
-            self._caption_sources.setdefault(path, storable(str(folder / METADATA_FILE)))
-            known = self._columns.setdefault(path, {})
-            text = row.get("text")
-            if isinstance(text, str):
-                known["text"] = f"{known['text']}\n{text}" if "text" in known else text
-            for name in row.keys() - {"path", "file_name", "text"}:
-                known.setdefault(name, row[name])
-        return len(self.unlisted) == problems
+            self.unlisted.append({"path": str(metadata), "reason": str(error)})
+        return storable(str(metadata)) if len(self.unlisted) == faults else None
 
-    def _note_line(self, error: MetadataError) -> None:
-        self.unlisted.append({"path": error.source, "reason": error.reason})
+    def _add(self, image: DescribedImage, metadata: str) -> None:
+        """Add a row of metadata. Of several rows of an image, all texts count, as lines; of other columns the first."""
+        path = Path(os.path.abspath(image.path))
+        self._caption_source.setdefault(path, metadata)
+        known = self._columns.setdefault(path, {})
+        text = image.columns.get("text")
+        if isinstance(text, str):
+            known["text"] = f"{known['text']}\n{text}" if "text" in known else text
+        # Parquet files have values that JSON does not have: dates become strings, NaN becomes null.
+        columns = {name: value for name, value in image.columns.items() if name not in ("file_name", "text")}
+        for name, value in json.loads(json.dumps(columns, default=str), parse_constant=lambda _: None).items():
+            known.setdefault(name, value)
 
 
 def find_image_files(paths: Iterable[str | Path]) -> ImageFiles:
-    """Return the images that ``paths`` name, each once, with what ``metadata.jsonl`` files say of them.
+    """Return the images that ``paths`` name, each once, with what metadata files say of them.
 
-    A folder that cannot be listed is noted, and the others are done. A file of a list that is missing is kept, for the
-    run to report.
+    A folder that cannot be listed is noted and skipped. A missing file of a list is kept, for the run to report.
 
     :param paths: As ``find_images`` takes them: folders, files, lists and patterns.
     :raises CocoaError: If a path does not exist, or a pattern matches nothing.
@@ -133,7 +130,7 @@ def find_image_files(paths: Iterable[str | Path]) -> ImageFiles:
 
 
 def outermost(paths: Iterable[str | Path]) -> list[Path]:
-    """Return absolute paths, each once, without those inside of a folder that is named too.
+    """Return absolute paths, each once, without those inside a folder that is also named.
 
     :raises UsageError: If one is empty.
     """
@@ -146,7 +143,7 @@ def outermost(paths: Iterable[str | Path]) -> list[Path]:
 
 
 def places_covered(path: Path) -> list[Path]:
-    """Return the folders and files that a path stands for, whether they are there or not."""
+    """Return the folders and files that a path stands for, whether they exist or not."""
     if path.is_dir():
         return [path]
     if path.suffix.lower() == LIST_SUFFIX and path.is_file():

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scene_captions import parse_caption
 
+from cocoa_embed.data.image_folder import DescribedImage, find_metadata, read_metadata
 from cocoa_embed.demo.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -30,7 +31,6 @@ from cocoa_embed.demo.scenes import (
     split_of,
     write_image_folder,
 )
-from cocoa_embed.images.find_files import read_image_folder_metadata
 
 CELL = IMAGE_SIZE // 2
 NEAR = 12.0
@@ -216,7 +216,8 @@ def test_a_written_folder_is_the_same_bytes_for_the_same_arguments(tmp_path: Pat
 @pytest.mark.parametrize("split", ["train", "held-out"])
 def test_a_written_folder_reads_back_as_distinct_scenes_of_its_split(tmp_path: Path, split: Split) -> None:
     write_image_folder(tmp_path / "scenes", split, 20, seed=3)
-    lines = read_image_folder_metadata(tmp_path / "scenes")
+    found = read_metadata(find_metadata(tmp_path / "scenes"))
+    lines = [{**row.columns, "path": row.path} for row in found if isinstance(row, DescribedImage)]
     assert [line["file_name"] for line in lines] == [f"{number:05d}.png" for number in range(20)]
     scenes = [parse_caption(line["text"]) for line in lines]
     assert len(set(scenes)) == 20

@@ -18,7 +18,7 @@ from cocoa_embed.images.load import load_image
 from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
 from cocoa_embed.model.export import build_sentence_transformer
 from cocoa_embed.model.training_record import read_training
-from cocoa_embed.train.data.rows import read_image_folder
+from cocoa_embed.train.data.caption_rows import read_image_folder
 from conftest import TINY_MAX_LENGTH
 
 METRICS = {"recall@1", "recall@5", "recall@10", "mrr"}

@@ -9,10 +9,12 @@ from fake_model import IMAGE_TOKEN, FakeModel, colour_image
 from PIL import Image
 from scored_model import ScoredModel, mosaic
 
+from cocoa_embed.data import rows as rows_module
+from cocoa_embed.data.rows import Item
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError, ImageError
 from cocoa_embed.evaluation import embed as embed_module
-from cocoa_embed.evaluation.embed import MAX_BATCH_ITEMS, Item, Role, embed_items, estimated_tokens
+from cocoa_embed.evaluation.embed import MAX_BATCH_ITEMS, Role, embed_items, estimated_tokens
 
 
 @pytest.fixture
@@ -21,7 +23,7 @@ def mixed(tmp_path: Path) -> list[Item]:
     for number in range(40):
         path = tmp_path / f"{number}.png"
         mosaic(number).save(path)
-        kinds = (Item("red " * (number % 7 + 1)), Item(None, str(path)), Item(f"blue {number}", path.read_bytes()))
+        kinds = (Item("red " * (number % 7 + 1)), Item(None, path), Item(f"blue {number}", path))
         found.append(kinds[number % 3])
     return found
 
@@ -77,15 +79,17 @@ def test_only_a_few_images_are_held_at_once(tmp_path: Path, monkeypatch: pytest.
             self.documents.clear()
             return vectors
 
-    monkeypatch.setattr(embed_module, "load_image", load)
-    embed_items(Encoder(Releasing()), [Item(None, str(number)) for number in range(300)], "document", batch_tokens=4)
+    monkeypatch.setattr(rows_module, "load_image", load)
+    embed_items(
+        Encoder(Releasing()), [Item(None, Path(str(number))) for number in range(300)], "document", batch_tokens=4
+    )
     assert 4 < most <= 4 + embed_module.IMAGES_AHEAD + 2
 
 
 def test_a_broken_image_is_an_error_or_skipped(tmp_path: Path) -> None:
     colour_image("red").save(tmp_path / "red.png")
     (tmp_path / "broken.png").write_bytes(b"no image")
-    items = [Item(None, str(tmp_path / name)) for name in ("red.png", "broken.png", "gone.png")]
+    items = [Item(None, tmp_path / name) for name in ("red.png", "broken.png", "gone.png")]
     with pytest.raises(ImageError, match=r"broken\.png: is not an image"):
         embed_items(Encoder(FakeModel()), items, "document")
     found = embed_items(Encoder(FakeModel()), items, "document", skip_broken=True)
@@ -117,15 +121,3 @@ def test_an_embedding_that_is_not_finite_names_its_item() -> None:
 
     with pytest.raises(CocoaError, match="fake embeds the text 'red' as a vector that is not finite"):
         embed_items(Encoder(Diverged(), "fake"), [Item("blue"), Item("red")], "query")
-
-
-def test_a_text_that_is_no_unicode_is_an_error() -> None:
-    with pytest.raises(CocoaError, match="is not valid Unicode"):
-        embed_items(Encoder(FakeModel()), [Item("caf\udce9")], "query")
-
-
-def test_items_are_named_by_what_they_are() -> None:
-    assert str(Item("x" * 100, "a/b.png")) == f"the image a/b.png with the text '{'x' * 60}…'"
-    assert str(Item(None, b"bytes")) == "the image inside the table"
-    assert Item("a", "b.png").under(Path("/images")).image == "/images/b.png"
-    assert Item("a", b"b").under(Path("/images")) == Item("a", b"b")

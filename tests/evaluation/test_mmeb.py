@@ -14,11 +14,11 @@ from mmeb_layout import retrieval, write_benchmark, write_mosaics, write_subset
 from PIL import Image
 from scored_model import ScoredModel
 
+from cocoa_embed.data.mmeb import SUBSETS
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.evaluation.mmeb import check_subsets, evaluate_mmeb
 from cocoa_embed.evaluation.mmeb_reader import MmebFolder
-from cocoa_embed.evaluation.mmeb_subsets import SUBSETS
 from cocoa_embed.evaluation.result_cache import ResultCache
 
 ROWS = 12

@@ -6,8 +6,8 @@ import pyarrow.parquet as parquet
 import pytest
 from mmeb_layout import write_benchmark, write_mosaics, write_subset
 
+from cocoa_embed.data.rows import Item
 from cocoa_embed.errors import CocoaError, UsageError
-from cocoa_embed.evaluation.embed import Item
 from cocoa_embed.evaluation.mmeb_reader import MmebFolder, SubsetData
 
 NAME = "MSCOCO_i2t"
@@ -38,25 +38,28 @@ def test_a_row_becomes_items_without_the_image_token(tmp_path: Path, images: Pat
         row(qry_img_path=None, qry_text="only text"),
     ])  # fmt: skip
     assert data.queries == [
-        Item("Find it", "MSCOCO_i2t/0000.png"),
-        Item("Look at here", "MSCOCO_i2t/0001.png"),
-        Item(None, "MSCOCO_i2t/0000.png"),
+        Item("Find it", Path("MSCOCO_i2t/0000.png")),
+        Item("Look at here", Path("MSCOCO_i2t/0001.png")),
+        Item(None, Path("MSCOCO_i2t/0000.png")),
         Item("only text"),
     ]
-    image = "MSCOCO_i2t/0002.png"
+    image = Path("MSCOCO_i2t/0002.png")
     assert data.targets == [Item("a"), Item("b"), Item("c"), Item(None, image), Item("with", image)]
     assert [each.targets.tolist() for each in data.rows] == [[0, 1], [2, 0, 1], [3, 4], [0, 1]]
     assert [each.query for each in data.rows] == [0, 1, 2, 3]
-    assert data.rows[1].place.endswith("test-00000-of-00001.parquet, row 2")
+    assert data.rows[1].source.endswith("test-00000-of-00001.parquet, row 2")
 
 
-def test_shards_are_read_in_order_and_rows_told_by_their_file(tmp_path: Path, images: Path) -> None:
+def test_shards_are_read_in_order_and_rows_named_by_their_file(tmp_path: Path, images: Path) -> None:
     rows = [row(tgt_text=[f"right {number}", "wrong"]) for number in range(7)]
     data = read(tmp_path, rows, shards=3)
     assert [data.targets[each.targets[0]].text for each in data.rows] == [f"right {number}" for number in range(7)]
-    assert data.rows[-1].place.endswith("test-00002-of-00003.parquet, row 3")
+    assert data.rows[-1].source.endswith("test-00002-of-00003.parquet, row 3")
     limited = MmebFolder(tmp_path / "data", images, limit=3).read(NAME)
-    assert ([each.place for each in limited.rows], limited.rows_in_data) == ([each.place for each in data.rows[:3]], 7)
+    assert ([each.source for each in limited.rows], limited.rows_in_data) == (
+        [each.source for each in data.rows[:3]],
+        7,
+    )
 
 
 def test_a_download_cut_short_is_an_error(tmp_path: Path, images: Path) -> None:
@@ -90,10 +93,10 @@ def test_columns_of_another_kind_are_refused(tmp_path: Path, images: Path) -> No
     folder = tmp_path / "data" / NAME
     folder.mkdir(parents=True)
     for changed, message in (
-        ({"tgt_text": "a"}, "tgt_text holds a str; expected a list of texts"),
-        ({"qry_text": 5}, "qry_text holds a int; expected text"),
-        ({"tgt_img_path": [1, 2]}, "tgt_img_path holds a int; expected text"),
-        ({"tgt_text": None}, "tgt_text holds a NoneType; expected a list of texts"),
+        ({"tgt_text": "a"}, "tgt_text holds 'a'; expected a list of texts"),
+        ({"qry_text": 5}, "qry_text holds 5; expected a text"),
+        ({"tgt_img_path": [1, 2]}, "tgt_img_path holds \\[1, 2\\]; expected a list of texts"),
+        ({"tgt_text": None}, "tgt_text holds None; expected a list of texts"),
     ):
         parquet.write_table(pa.Table.from_pylist([row(**changed)]), folder / "test.parquet")
         with pytest.raises(CocoaError, match=rf"test\.parquet, row 1: {message}"):
@@ -103,22 +106,25 @@ def test_columns_of_another_kind_are_refused(tmp_path: Path, images: Path) -> No
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"tgt_text": [], "tgt_img_path": []}, "row 2: the list of candidates is empty"),
+        (
+            {"tgt_text": [], "tgt_img_path": []},
+            "row 2: tgt_text lists 0 candidates and tgt_img_path 0; expected as many",
+        ),
         ({"tgt_img_path": [""]}, "row 2: tgt_text lists 2 candidates and tgt_img_path 1; expected as many"),
         ({"tgt_text": ["a", ""]}, "row 2: candidate 2 has neither a text nor an image"),
         (
             {"tgt_text": ["a", "<|image_1|> x"]},
-            "row 2: candidate 2: '<|image_1|> x' holds <|image_1|>, and there is no",
+            "row 2: candidate 2: '<|image_1|> x' holds <|image_1|>, but there is no",
         ),
-        ({"qry_img_path": ""}, "row 2: the query: '<|image_1|>\\nFind it\\n' holds <|image_1|>, and there is no path"),
+        ({"qry_img_path": ""}, "row 2: the query: '<|image_1|>\\nFind it\\n' holds <|image_1|>, but there is no path"),
         ({"qry_text": " ", "qry_img_path": ""}, "row 2: the query has neither a text nor an image"),
         (
             {"tgt_text": ["a", "b", "c", " b "], "tgt_img_path": [""] * 4},
-            "row 2: candidates 2 and 4 are the same target (the text 'b'); take one out, or count it once with",
+            "row 2: candidates 2 and 4 are the same target (the text 'b'); remove one, or count it once with",
         ),
     ],
 )
-def test_what_is_wrong_with_a_row_is_told_with_its_place(
+def test_a_malformed_row_is_an_error_with_its_source(
     tmp_path: Path, images: Path, changed: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(CocoaError) as caught:
@@ -155,20 +161,21 @@ def test_a_subset_of_no_rows_is_an_error(tmp_path: Path, images: Path) -> None:
         read(tmp_path, [])
 
 
-def test_subsets_are_found_asked_for_and_missed(tmp_path: Path) -> None:
+def test_subsets_are_found_selected_and_missed(tmp_path: Path) -> None:
     data, images = write_benchmark(tmp_path, 4)
     (data / "notes").mkdir()
     (data / "GQA").mkdir()
     folder = MmebFolder(data, images)
     assert folder.subsets() == ["ImageNet-1K", "OK-VQA", "MSCOCO_t2i", "RefCOCO-Matching"]
     assert folder.subsets(["MSCOCO_t2i", "OK-VQA", "OK-VQA"]) == ["OK-VQA", "MSCOCO_t2i"]
-    with pytest.raises(UsageError, match=r"MMEB-V1 has no subset 'MSCOCO-t2i'; did you mean 'MSCOCO_t2i'\?"):
-        folder.subsets(["MSCOCO-t2i"])
-    with pytest.raises(CocoaError, match=r"GQA holds no Parquet files \(known are ImageNet-1K"):
+    for name, closest in (("MSCOCO-t2i", "MSCOCO_t2i"), ("ImageNet_1K", "ImageNet-1K")):
+        with pytest.raises(UsageError, match=rf"MMEB-V1 has no subset '{name}' \(did you mean '{closest}'\?"):
+            folder.subsets([name])
+    with pytest.raises(CocoaError, match=r"GQA holds no Parquet files \(known: ImageNet-1K"):
         folder.subsets(["GQA"])
 
 
-def test_folders_that_are_not_there_are_told_apart(tmp_path: Path) -> None:
+def test_missing_folders_are_named_with_their_content(tmp_path: Path) -> None:
     data, images = write_benchmark(tmp_path, 4)
     (tmp_path / "file").touch()
     for folder, message in (

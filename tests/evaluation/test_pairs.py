@@ -1,4 +1,3 @@
-import csv
 import json
 import math
 import weakref
@@ -14,13 +13,13 @@ from PIL import Image
 from scored_model import ScoredModel, mosaic
 from table_files import write_images, write_table
 
+from cocoa_embed.data.rows import ArrowImage, Item
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.evaluation import pairs as pairs_module
-from cocoa_embed.evaluation.embed import Item
 from cocoa_embed.evaluation.metrics import METRICS
 from cocoa_embed.evaluation.pairs import Pair, directions, evaluate_pairs
-from cocoa_embed.evaluation.pairs_reader import PairColumns, read_pairs
+from cocoa_embed.evaluation.pairs_reader import read_pairs
 
 NAMES = list(COLOURS)
 
@@ -96,7 +95,7 @@ def test_both_directions_are_those_of_brute_force(
 
 
 def test_captions_of_an_image_and_images_of_a_caption_are_all_relevant() -> None:
-    a, b, c = (Item(image=name) for name in "abc")
+    a, b, c = (Item(image=Path(name)) for name in "abc")
     x, y, z = (Item(name) for name in "xyz")
     there, back = directions([Pair(x, a), Pair(y, a), Pair(y, b), Pair(z, c), Pair(z, c)])
     assert (there.name, back.name) == ("text_to_image", "image_to_text")
@@ -107,14 +106,14 @@ def test_captions_of_an_image_and_images_of_a_caption_are_all_relevant() -> None
 
 
 def test_directions_are_named_by_what_is_in_them() -> None:
-    text, image, both = Item("a"), Item(None, "b"), Item("a", "b")
-    assert [each.name for each in directions([Pair(text, both), Pair(Item("c"), Item("c", "d"))])] == [
+    text, image, both = Item("a"), Item(None, Path("b")), Item("a", Path("b"))
+    assert [each.name for each in directions([Pair(text, both), Pair(Item("c"), Item("c", Path("d")))])] == [
         "text_to_image_and_text", "image_and_text_to_text"
     ]  # fmt: skip
     assert [each.name for each in directions([Pair(text, Item("b")), Pair(Item("c"), Item("d"))])] == [
         "first_to_second", "second_to_first"
     ]  # fmt: skip
-    assert directions([Pair(text, image), Pair(both, Item(None, "d"))])[0].name == "mixed_to_image"
+    assert directions([Pair(text, image), Pair(both, Item(None, Path("d")))])[0].name == "mixed_to_image"
     with pytest.raises(CocoaError, match="2 pairs hold only one query or one document"):
         directions([Pair(text, image), Pair(Item("c"), image)])
 
@@ -178,9 +177,9 @@ def test_tables_of_all_kinds_give_the_same_pairs(tmp_path: Path, suffix: str) ->
     write_images(tmp_path / "pictures", "abc")
     rows = [{"caption": f"text {name}", "picture": f"pictures/{name}.png", "more": "x"} for name in "abc"]
     table = write_table(tmp_path / f"rows{suffix}", rows)
-    columns = PairColumns(query_text="caption", positive_image="picture")
+    columns = {"query_text": "caption", "positive_image": "picture"}
     assert read_pairs(table, None, columns) == [
-        Pair(Item(f"text {name}"), Item(None, str(tmp_path / "pictures" / f"{name}.png"))) for name in "abc"
+        Pair(Item(f"text {name}"), Item(None, tmp_path / "pictures" / f"{name}.png")) for name in "abc"
     ]
     bare = write_table(tmp_path / f"bare{suffix}", [{**row, "picture": row["picture"][9:]} for row in rows])
     assert read_pairs(bare, tmp_path / "pictures", columns) == read_pairs(table, None, columns)
@@ -201,13 +200,14 @@ def test_images_inside_parquet_and_lists_of_captions_are_read(tmp_path: Path) ->
     rows = [
         {"text": ["a", "b"], "image": {"bytes": first, "path": "x.png"}},
         {"text": ["c", None], "image": {"bytes": second, "path": None}},
+        {"text": ["d"], "image": {"bytes": first, "path": "copy.png"}},
     ]
-    table = write_table(tmp_path / "rows.parquet", rows)
-    assert read_pairs(table) == [
-        Pair(Item("a"), Item(None, first)), Pair(Item("b"), Item(None, first)), Pair(Item("c"), Item(None, second))
-    ]  # fmt: skip
-    plain = write_table(tmp_path / "plain.parquet", [{"text": "a", "image": first}, {"text": "b", "image": second}])
-    document = evaluate_pairs([Encoder(ScoredModel(), "one")], read_pairs(plain), resamples=10)
+    pairs = read_pairs(write_table(tmp_path / "rows.parquet", rows))
+    assert [pair.first.text for pair in pairs] == ["a", "b", "c", "d"]
+    images = [pair.second.image for pair in pairs]
+    assert [image.read() for image in images if isinstance(image, ArrowImage)] == [first, first, second, first]
+    assert images[0] == images[1] == images[3] != images[2], "copies of an image are one item"
+    document = evaluate_pairs([Encoder(ScoredModel(), "one")], pairs, resamples=10)
     assert document["counts"]["text_to_image"]["documents"] == 2
 
 
@@ -215,49 +215,41 @@ def test_pairs_of_any_items_are_read(tmp_path: Path) -> None:
     write_images(tmp_path, "ab")
     rows = [{"query_text": f"change {name}", "query_image": f"{name}.png", "positive_text": name} for name in "ab"]
     (first, _) = read_pairs(write_table(tmp_path / "rows.csv", rows))
-    assert first == Pair(Item("change a", str(tmp_path / "a.png")), Item("a"))
+    assert first == Pair(Item("change a", tmp_path / "a.png"), Item("a"))
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "a", "image": "gone.png"}, "rows.jsonl:2: image names 'gone.png', which is not in"),
-        ({"text": "", "image": "a.png"}, "rows.jsonl:2: nothing is in text"),
-        ({"text": "a"}, "rows.jsonl:2: nothing is in image"),
-        ({"text": 5, "image": "a.png"}, "rows.jsonl:2: text holds a int; expected text"),
-        ({"text": "a", "image": 5}, "rows.jsonl:2: image holds a int; expected the path of an image"),
+        ({"text": "a", "image": "gone.png"}, r"rows.jsonl:2: the image .*gone.png does not exist"),
+        ({"text": "a"}, r"rows.jsonl:2: the positive is empty \(image\)"),
+        ({"text": ["", None], "image": "a.png"}, r"rows.jsonl:2: the query is empty \(text\)"),
+        ({"text": "caf\udce9", "image": "a.png"}, "rows.jsonl:2: the text .* is not valid Unicode"),
     ],
 )
-def test_what_is_wrong_with_a_row_is_told_with_its_place(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+def test_a_row_that_cannot_be_used_is_an_error_with_its_source(
+    tmp_path: Path, row: dict[str, Any], message: str
+) -> None:
     write_images(tmp_path, "a")
     table = write_table(tmp_path / "rows.jsonl", [{"text": "a", "image": "a.png"}, row])
     with pytest.raises(CocoaError, match=message):
         read_pairs(table)
 
 
-def test_what_is_wrong_with_a_table_is_told(tmp_path: Path) -> None:
+def test_a_table_that_cannot_be_used_is_an_error_with_the_option(tmp_path: Path) -> None:
     table = write_table(tmp_path / "rows.csv", [{"a": "1", "b": "2"}])
     for columns, message in (
-        (None, r"which columns are pairs is not clear \(found are a, b\); name one for each side with --query-text"),
-        (PairColumns(query_text="a"), "which columns are pairs is not clear"),
-        (PairColumns(query_text="a", positive_image="c"), "rows.csv has no column c; found are a, b"),
+        (None, r"rows.csv: no column holds the query; give --query-text or --query-image \(columns found: a, b\)"),
+        ({"query_text": "a"}, "no column holds the positive; give --positive-text or --positive-image"),
+        ({"query_text": "a", "positive_image": "c"}, r"rows.csv has no column 'c' for positive_image \(known: a, b\)"),
     ):
         with pytest.raises(CocoaError, match=message):
             read_pairs(table, None, columns)
     (tmp_path / "empty.jsonl").touch()
-    (tmp_path / "broken.jsonl").write_text("{")
-    (tmp_path / "broken.parquet").write_text("nothing")
-    (tmp_path / "list.jsonl").write_text("[]")
-    (tmp_path / "rows.txt").touch()
-    with (tmp_path / "short.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([["text", "image"], ["a"]])
+    (tmp_path / "broken.jsonl").write_text('{"text": "a", "image": "rows.csv"}\n{')
     for name, message in {
         "empty.jsonl": "has no rows",
-        "broken.jsonl": "broken.jsonl:1 is not JSON",
-        "broken.parquet": "broken.parquet cannot be read",
-        "list.jsonl": "list.jsonl:1 is a JSON list",
-        "rows.txt": "is not a table; expected .jsonl or .csv or .parquet",
-        "short.csv": "row 1 has 1 cells; the header has 2 columns",
+        "broken.jsonl": "broken.jsonl:2: is not JSON",
         "gone.csv": "does not exist; name an image folder",
     }.items():
         with pytest.raises(CocoaError, match=message):
@@ -266,9 +258,9 @@ def test_what_is_wrong_with_a_table_is_told(tmp_path: Path) -> None:
 
 def test_an_image_folder_needs_a_text_for_each_image_and_no_columns(captioned: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is an image folder"):
-        read_pairs(captioned, None, PairColumns(query_text="text"))
+        read_pairs(captioned, None, {"query_text": "text"})
     (captioned / "metadata.jsonl").write_text('{"file_name": "3.png"}\n')
-    with pytest.raises(CocoaError, match=r"metadata\.jsonl has no text for '3\.png'"):
+    with pytest.raises(CocoaError, match=r"metadata\.jsonl, 3\.png: has no 'text' \(columns found: file_name\)"):
         read_pairs(captioned)
     with pytest.raises(CocoaError, match=r"has no metadata\.jsonl"):
         read_pairs(tmp_path)

@@ -1,4 +1,3 @@
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -7,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cocoa_embed.errors import CocoaError
-from cocoa_embed.images.find_files import find_images, read_file_list, read_image_folder_metadata, search_folder
+from cocoa_embed.images.find_files import find_images, read_file_list, search_folder
 
 
 def make(folder: Path, *names: str) -> None:
@@ -254,39 +253,3 @@ def test_a_hundred_thousand_files_are_listed_in_seconds(tmp_path: Path) -> None:
     assert time.monotonic() - started < 5
     assert len(found) == 100_000
     assert found == sorted(found)
-
-
-def test_metadata_rows_keep_their_columns_and_get_a_path(tmp_path: Path) -> None:
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "a.png").touch()
-    row = {"file_name": "sub/a.png", "text": "ein Fuß", "licence": "CC0"}
-    (tmp_path / "metadata.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(row).encode() + b"\r\n\n")
-    assert read_image_folder_metadata(tmp_path) == [{**row, "path": tmp_path / "sub" / "a.png"}]
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"file_name": "a.png"', "is not JSON"),
-        ('["a.png"]', "is a JSON list"),
-        ('{"text": "no name"}', "has no file_name"),
-        ('{"file_name": 3}', "has no file_name"),
-        ('{"file_name": "b.png", "text": ""}', r"names 'b\.png', which is not in"),
-        ('{"file_name": "a\\u0000.png"}', "which is not in"),
-        ('{"file_name": "a.png", "score": NaN}', "NaN is no JSON value"),
-        ('{"file_name": "a.png", "text": ["x"]}', "has a text that is a JSON list"),
-    ],
-)
-def test_a_malformed_metadata_line_is_named(tmp_path: Path, line: str, message: str) -> None:
-    (tmp_path / "a.png").touch()
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "good"}\n\n' + line + "\n")
-    with pytest.raises(CocoaError, match=r"metadata\.jsonl:3 .*" + message):
-        read_image_folder_metadata(tmp_path)
-
-
-def test_metadata_that_are_missing_or_no_text_are_an_error(tmp_path: Path) -> None:
-    with pytest.raises(CocoaError, match=r"has no metadata\.jsonl"):
-        read_image_folder_metadata(tmp_path)
-    (tmp_path / "metadata.jsonl").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(CocoaError, match="cannot be read"):
-        read_image_folder_metadata(tmp_path)

@@ -10,6 +10,7 @@ from tiny_backbones import every_family
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
+from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.model.attention import (
     Block,
@@ -20,7 +21,7 @@ from cocoa_embed.model.attention import (
     make_bidirectional,
 )
 from cocoa_embed.model.backbone import Backbone
-from cocoa_embed.train.data.rows import Item, Row, numbered
+from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.stages.collators import BridgeCollator, render_items
 from cocoa_embed.train.stages.reconstruction import last_hidden_states, position_ids
 

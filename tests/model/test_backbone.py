@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_backbones import qwen2_vl
 from transformers import BertConfig, ProcessorMixin, Qwen2VLForConditionalGeneration
 
+from cocoa_embed.data.rows import Item
 from cocoa_embed.demo.captioner import MAX_PIXELS, QWEN_SPECIAL_TOKENS, build_processor, build_tokenizer
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.model.attention import assert_bidirectional
@@ -25,7 +26,6 @@ from cocoa_embed.model.backbone import (
     prepare_processor,
     resolve_backbone,
 )
-from cocoa_embed.train.data.rows import Item
 from cocoa_embed.train.stages.collators import render_items
 from conftest import TINY_MAX_LENGTH
 

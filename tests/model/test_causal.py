@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 
+from cocoa_embed.data.rows import Row
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.model.attention import assert_bidirectional, before_or_itself, is_causal
 from cocoa_embed.model.backbone import Backbone, load_backbone
 from cocoa_embed.model.export import export_model
-from cocoa_embed.train.data.rows import Row, numbered
+from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.loop.arguments import stage_attention
 from cocoa_embed.train.pipeline import run
 from cocoa_embed.train.recipe import STAGES, Recipe

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
+from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.folders import RUN_MARKER
 from cocoa_embed.images.load import load_image
@@ -25,7 +26,6 @@ from cocoa_embed.model.backbone import Backbone, load_backbone
 from cocoa_embed.model.card import model_card
 from cocoa_embed.model.export import build_sentence_transformer, export_model, save_sentence_transformer
 from cocoa_embed.model.training_record import TRAINING_FILE
-from cocoa_embed.train.data.rows import Item, Row
 from cocoa_embed.train.stages.collators import render_items
 from conftest import TINY_MAX_LENGTH
 

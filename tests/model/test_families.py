@@ -11,10 +11,10 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 from tiny_backbones import FAMILIES, every_family
 
+from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.model.attention import assert_bidirectional
 from cocoa_embed.model.backbone import SUPPORTED, Backbone, load_backbone
 from cocoa_embed.model.export import export_model
-from cocoa_embed.train.data.rows import Item, Row
 from cocoa_embed.train.pipeline import run
 from cocoa_embed.train.recipe import Recipe
 from cocoa_embed.train.record import StageResult

@@ -11,6 +11,7 @@ from torch.nn.attention import flex_attention as torch_flex
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 from transformers.integrations import flex_attention as transformers_flex
 
+from cocoa_embed.data.rows import Row
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.model.attention import Block, assert_bidirectional, bidirectional_mask, bridge_mask
 from cocoa_embed.model.backbone import Backbone
@@ -24,7 +25,7 @@ from cocoa_embed.model.flex_attention import (
     use_flex_attention,
     uses_flex_attention,
 )
-from cocoa_embed.train.data.rows import Row, numbered
+from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.stages.bridge import BridgeModel
 from cocoa_embed.train.stages.collators import BridgeCollator, WarmupCollator
 from cocoa_embed.train.stages.reconstruction import bridge_model_mask

@@ -17,7 +17,7 @@ from cocoa_embed.demo.scenes import write_image_folder
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.model.export import export_model
 from cocoa_embed.train import diagnosis
-from cocoa_embed.train.data.rows import read_image_folder
+from cocoa_embed.train.data.caption_rows import read_image_folder
 from cocoa_embed.train.diagnosis import Diagnosis, diagnose
 from cocoa_embed.train.pipeline import run
 from cocoa_embed.train.recipe import Recipe
@@ -249,7 +249,7 @@ def test_each_fault_is_one_sentence(
     (single / "metadata.jsonl").write_text(f"{line}\n{line}\n")
     assert "has one image; two are needed" in sentence(bridge, "--data", single)
     (single / "metadata.jsonl").write_text(json.dumps({"file_name": "one.png", "text": " "}))
-    assert "the row has no text" in sentence(bridge, "--data", single)
+    assert "has an empty 'text'" in sentence(bridge, "--data", single)
     (single / "metadata.jsonl").write_text(line.replace("one", "two"))
     assert "two.png" in sentence(bridge, "--data", single)
     (single / "two.png").write_bytes(b"no image")

@@ -20,7 +20,7 @@ from cocoa_embed.model.attention import assert_bidirectional
 from cocoa_embed.model.backbone import load_backbone
 from cocoa_embed.model.export import export_model
 from cocoa_embed.model.training_record import TRAINING_FILE, read_training
-from cocoa_embed.train.data.rows import read_image_folder
+from cocoa_embed.train.data.caption_rows import read_image_folder
 from cocoa_embed.train.pipeline import run
 from cocoa_embed.train.plan import checks as preparation
 from cocoa_embed.train.recipe import STAGES, Recipe

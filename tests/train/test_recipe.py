@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import yaml
 
+from cocoa_embed.data.mmeb import TRAIN_SUBSETS
 from cocoa_embed.errors import UsageError
-from cocoa_embed.train.data.mmeb import MMEB_TRAIN_SUBSETS
 from cocoa_embed.train.recipe import Recipe, recipe_names
 
 MINIMAL = """
@@ -257,7 +257,7 @@ def mmeb_recipe(**data: Any) -> Recipe:
 
 def test_the_mmeb_layout_alone_stands_for_its_in_domain_subsets(tmp_path: Path) -> None:
     sources = mmeb_recipe(mmeb=str(tmp_path), limit=7).sources_of("bridge")
-    assert tuple(sources) == MMEB_TRAIN_SUBSETS
+    assert tuple(sources) == TRAIN_SUBSETS
     assert len(sources) == 20
     assert {(source.mmeb, source.limit, source.config) for source in sources.values()} == {(str(tmp_path), 7, None)}
 

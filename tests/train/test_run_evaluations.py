@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from cocoa_embed.data.mmeb import SUBSETS
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.evaluation.mmeb import TOLD, summary
-from cocoa_embed.evaluation.mmeb_subsets import SUBSETS
 from cocoa_embed.model.export import export_model
 from cocoa_embed.report.content import RunReport
 from cocoa_embed.report.page import render_report

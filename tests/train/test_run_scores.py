@@ -15,10 +15,10 @@ from fake_model import COLOURS, FakeModel
 from PIL import Image
 
 from cocoa_embed.cli import main as cli
+from cocoa_embed.data.rows import Item
 from cocoa_embed.demo.scenes import write_image_folder
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError
-from cocoa_embed.evaluation.embed import Item
 from cocoa_embed.evaluation.pairs import Pair, evaluate_pairs
 from cocoa_embed.evaluation.pairs_tables import directions_table
 from cocoa_embed.model.training_record import TRAINING_FILE
@@ -200,7 +200,7 @@ def test_no_more_of_other_data_is_read_than_is_needed_and_that_is_said(
 def test_data_on_the_hub_are_not_fetched_for_a_page(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     change_data(copy, lambda source: source.update(folder=None, hub="owner/name"))
     monkeypatch.setattr(
-        "cocoa_embed.train.data.readers.open_data_set", lambda *_: pytest.fail("the network was opened")
+        "cocoa_embed.train.data.sources.open_data_set", lambda *_: pytest.fail("the network was opened")
     )
     (alert,) = run_report(read_run(copy), Asked()).alerts
     assert "no network is opened for a page" in alert

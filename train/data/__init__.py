@@ -1,1 +1,1 @@
-"""Rows: where they come from, how they are checked, mixed and drawn."""
+"""Training rows: read from their sources, checked, mixed and drawn."""

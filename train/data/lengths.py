@@ -1,56 +1,50 @@
-"""How long rows are as sequences, told before any of their images is preprocessed."""
+"""The sequence lengths of rows, computed before any image is preprocessed."""
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from transformers import ProcessorMixin
 
-from cocoa_embed.train.data.rows import Item, Row, RowImage
+from cocoa_embed.data.rows import Item, ItemImage, Row
 
 TEXTS_AT_ONCE = 10_000
-"""Texts whose tokens are in memory together; only their number is kept."""
+"""Texts that are tokenized together; only the number of their tokens is kept."""
 
 
-def row_lengths(rows: Sequence[Row], processor: ProcessorMixin, sizes: Mapping[RowImage, tuple[int, int]]) -> list[int]:
-    """Return the tokens of each row when its query and positive stand in one sequence.
+def row_lengths(
+    rows: Sequence[Row], processor: ProcessorMixin, sizes: Mapping[ItemImage, tuple[int, int]]
+) -> list[int]:
+    """Return the tokens of each row with its query and positive in one sequence.
 
     :param sizes: Width and height of every image, in pixels.
     :raises KeyError: If an image has no size.
     """
     items = [item for row in rows for item in (row.query, row.positive)]
-    longest = processor.tokenizer.model_max_length
-    whole = item_lengths(items, processor, sizes).reshape(len(rows), 2).sum(axis=1) + 1
-    lengths: list[int] = np.minimum(whole, longest).tolist()
+    untruncated = item_lengths(items, processor, sizes).reshape(len(rows), 2).sum(axis=1) + 1
+    lengths: list[int] = np.minimum(untruncated, processor.tokenizer.model_max_length).tolist()
     return lengths
 
 
 def item_lengths(
-    items: Sequence[Item], processor: ProcessorMixin, sizes: Mapping[RowImage, tuple[int, int]]
+    items: Sequence[Item], processor: ProcessorMixin, sizes: Mapping[ItemImage, tuple[int, int]]
 ) -> np.ndarray:
-    """Return the tokens of each item without ``<EOS>``, int64 ``[items]``; truncation is left out.
+    """Return the tokens of each item without ``<EOS>`` and without truncation, int64 ``[items]``.
 
     :raises KeyError: If an image has no size.
     """
     texts = list({item.text for item in items if item.text is not None})
-    of_text: dict[str, int] = {}
+    of_text: dict[str | None, int] = {None: 0}
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         some = texts[start : start + TEXTS_AT_ONCE]
-        encoded = processor.tokenizer(some, add_special_tokens=False)["input_ids"]
-        of_text.update(zip(some, map(len, encoded), strict=True))
+        of_text |= zip(some, map(len, processor.tokenizer(some, add_special_tokens=False)["input_ids"]), strict=True)
     of_size = {size: visual_tokens(processor, *size) for size in {sizes[i.image] for i in items if i.image is not None}}
-    return np.array(
-        [
-            (of_text[item.text] if item.text is not None else 0)
-            # An image stands between two tokens that mark its start and its end.
-            + (of_size[sizes[item.image]] + 2 if item.image is not None else 0)
-            for item in items
-        ],
-        dtype=np.int64,
-    )
+    # An image stands between two tokens that mark its start and its end.
+    of_images = (0 if item.image is None else of_size[sizes[item.image]] + 2 for item in items)
+    return np.array([of_text[item.text] + image for item, image in zip(items, of_images, strict=True)], dtype=np.int64)
 
 
 def visual_tokens(processor: ProcessorMixin, width: int, height: int) -> int:
-    """Return how many visual tokens an image takes, after the resizing to the processor's limits."""
+    """Return how many visual tokens an image takes after the resizing to the processor's limits."""
     image_processor = processor.image_processor
     patches = image_processor.get_number_of_image_patches(height, width, {})
     return int(patches) // image_processor.merge_size**2

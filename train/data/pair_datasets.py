@@ -12,9 +12,9 @@ from datasets import Dataset, DatasetDict
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 
+from cocoa_embed.data.rows import ArrowImage, Item, Row
 from cocoa_embed.errors import UsageError
-from cocoa_embed.train.data.arrow_images import StoredImage
-from cocoa_embed.train.data.rows import Item, Row, load_row_image
+from cocoa_embed.train.data.rows import load_row_image
 from cocoa_embed.train.loop.batch_facts import DescribedBatches
 from cocoa_embed.train.settings import ContrastiveSection
 
@@ -27,7 +27,7 @@ class ItemPreprocessor:
     :param stored: Those images that are kept inside tables, by their names; any other name is a path.
     """
 
-    def __init__(self, model: SentenceTransformer, stored: Mapping[str, StoredImage] | None = None) -> None:
+    def __init__(self, model: SentenceTransformer, stored: Mapping[str, ArrowImage] | None = None) -> None:
         self.model = model
         self.stored = stored or {}
 
@@ -41,7 +41,7 @@ def as_record(item: Item) -> dict[str, str | None]:
     return {"text": item.text, "image": None if item.image is None else str(item.image)}
 
 
-def _as_input(record: dict[str, str | None], stored: Mapping[str, StoredImage]) -> dict[str, Any]:
+def _as_input(record: dict[str, str | None], stored: Mapping[str, ArrowImage]) -> dict[str, Any]:
     given: dict[str, Any] = {}
     if record["image"] is not None:
         given["image"] = load_row_image(stored.get(record["image"]) or Path(record["image"]))

@@ -1,4 +1,4 @@
-"""In which order rows are drawn: a function of the seed, the same on one device and on many."""
+"""The order in which rows are drawn: a function of the seed, the same on any number of devices."""
 
 from collections.abc import Iterator, Sequence
 from itertools import count, islice
@@ -9,20 +9,20 @@ from torch.utils.data import Sampler
 from cocoa_embed.train.data.rows import Draw
 
 WINDOW = 32
-"""Batches that are sorted by length together: enough to find rows alike, few enough to stay random."""
+"""Batches that are sorted by length together: enough to pad little, few enough to stay random."""
 
 
 class RowStream(Sampler[Draw]):
-    """Every row once an epoch in a random order, epoch after epoch, as many draws as a stage takes.
+    """Draws every row once an epoch in random order, epoch after epoch.
 
-    An epoch's end does not cut a batch: the next epoch goes on in it.
+    The end of an epoch does not cut a batch: the next epoch continues in it.
 
-    :param rows: How many rows there are.
-    :param draws: How many to draw, a multiple of ``batch_size``.
+    :param rows: The number of rows.
+    :param draws: The number of draws, a multiple of ``batch_size``.
     :param batch_size: Rows of a step, over all devices.
-    :param lengths: Tokens of each row. Where they are given, rows of similar length come together: ``WINDOW``
-        batches are sorted by length, and come in random order.
-    :raises ValueError: If there are no rows, or ``lengths`` are of another count.
+    :param lengths: Tokens of each row. With them, rows of similar length are drawn together: ``WINDOW`` batches are
+        sorted by length, and come in random order.
+    :raises ValueError: If there are no rows, or ``lengths`` has another count.
     """
 
     def __init__(

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainingArguments
 
-from cocoa_embed.train.data.rows import Draw, Row, Rows
+from cocoa_embed.data.rows import Row
+from cocoa_embed.train.data.rows import Draw, Rows
 from cocoa_embed.train.data.sampling import RowStream
 from cocoa_embed.train.loop.adapters import prepare_trainable
 from cocoa_embed.train.loop.batch_facts import FACTS, BatchFacts, DescribedBatches

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
+from cocoa_embed.data.rows import Row
 from cocoa_embed.errors import CocoaError, one_line
-from cocoa_embed.train.data.rows import Row
 from cocoa_embed.train.loop.adapters import Adapter
 from cocoa_embed.train.loop.batch_facts import FACTS, BatchFacts
 from cocoa_embed.train.loop.checkpoints import mark_complete, write_json

@@ -9,12 +9,13 @@ from typing import Any
 from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 
+from cocoa_embed.data.rows import ItemImage
 from cocoa_embed.errors import UsageError, one_line
 from cocoa_embed.folders import RUN_MARKER, claim_folder, refuse_foreign_folder
 from cocoa_embed.model.backbone import load_backbone, load_processor, read_config, resolve_backbone
 from cocoa_embed.train.data.image_check import ImageSize
 from cocoa_embed.train.data.mixture import ReadRows, read_rows, write_bad_rows
-from cocoa_embed.train.data.rows import BadRow, RowImage
+from cocoa_embed.train.data.rows import BadRow
 from cocoa_embed.train.loop.arguments import checking_worker_count, stage_attention, step_count, training_arguments
 from cocoa_embed.train.loop.checkpoints import write_json
 from cocoa_embed.train.loop.processes import meet
@@ -175,7 +176,7 @@ def read_stages(recipe: Recipe, stages: list[str], *, progress: bool) -> dict[st
     :raises CocoaError: If the data cannot be used.
     """
     read: dict[str, ReadRows] = {}
-    checked: dict[RowImage, ImageSize | str] = {}
+    checked: dict[ItemImage, ImageSize | str] = {}
     rows = {}
     for stage in stages:
         data = recipe.data_of(stage)
@@ -184,7 +185,6 @@ def read_stages(recipe: Recipe, stages: list[str], *, progress: bool) -> dict[st
             read[key] = read_rows(
                 recipe.sources_of(stage),
                 on_bad_row=data.on_bad_row,
-                check_images=data.check_images,
                 seed=recipe.seed,
                 workers=checking_worker_count(recipe),
                 progress=progress,

@@ -10,11 +10,12 @@ from statistics import fmean
 from accelerate import PartialState
 from transformers import ProcessorMixin
 
+from cocoa_embed.data.rows import Row
 from cocoa_embed.model.backbone import PatchGeometry, load_processor, read_config
 from cocoa_embed.model.flex_attention import FLEX
 from cocoa_embed.train.data.lengths import row_lengths
 from cocoa_embed.train.data.mixture import ReadRows
-from cocoa_embed.train.data.rows import Row, numbered
+from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.loop.arguments import micro_batches, stage_attention
 from cocoa_embed.train.plan.checks import bad_rows, examine
 from cocoa_embed.train.plan.cost import BatchShape, StepCost, batch_shape

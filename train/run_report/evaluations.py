@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from cocoa_embed.errors import CocoaError, one_line, printable
 from cocoa_embed.evaluation.mmeb_tables import mmeb_tables
-from cocoa_embed.evaluation.pairs_reader import PairColumns, read_pairs
-from cocoa_embed.evaluation.pairs_tables import pairs_tables
+from cocoa_embed.evaluation.pairs_reader import read_pairs
+from cocoa_embed.evaluation.pairs_tables import directions_table, pairs_tables
 from cocoa_embed.model.training_record import TRAINING_FILE, read_training
 from cocoa_embed.report.content import Evaluation, Headline
 from cocoa_embed.report.tables import Table
@@ -25,7 +25,7 @@ MMEB = "MMEB-V1"
 class _PairsData(NamedTuple):
     path: Path
     images: Path | None
-    columns: PairColumns
+    columns: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,10 @@ def is_of_run(model: str, run: FinishedRun) -> bool:
     return any(all(each[key] == exported[key] for key in ("recipe", "stages")) for each in checkpoints)
 
 
+def _pairs_tables(document: Mapping[str, Any]) -> list[Table]:
+    return pairs_tables(document) if "other" in document else [directions_table(document)]
+
+
 def _pairs_headlines(document: dict[str, Any]) -> list[Headline]:
     return direction_headlines(document, f"{document['model']}.")
 
@@ -118,7 +122,7 @@ def _mmeb_headlines(document: dict[str, Any]) -> list[Headline]:
     return [Headline(MMEB, f"{100 * mean:.1f} %", "precision@1, the mean over subsets", f"{document['model']}.{part}")]
 
 
-_TABLES: dict[str, Callable[[Mapping[str, Any]], list[Table]]] = {MMEB: mmeb_tables, "pairs": pairs_tables}
+_TABLES: dict[str, Callable[[Mapping[str, Any]], list[Table]]] = {MMEB: mmeb_tables, "pairs": _pairs_tables}
 _HEADLINES: dict[str, Callable[[dict[str, Any]], list[Headline]]] = {MMEB: _mmeb_headlines, "pairs": _pairs_headlines}
 
 
@@ -127,7 +131,11 @@ def _pairs_data(document: Mapping[str, Any]) -> _PairsData | None:
     if "data" not in document:
         return None
     data = document["data"]
-    return _PairsData(Path(data["path"]), data["images"] and Path(data["images"]), PairColumns(**data["columns"]))
+    return _PairsData(
+        Path(data["path"]),
+        data["images"] and Path(data["images"]),
+        {part: name for part, name in data["columns"].items() if name},
+    )
 
 
 def _seen_in_training(data: _PairsData | None, run: FinishedRun) -> tuple[str, bool | None]:
@@ -136,7 +144,7 @@ def _seen_in_training(data: _PairsData | None, run: FinishedRun) -> tuple[str, b
         return "Which pairs these are, the file does not tell.", None
     what = f"The pairs are those of {printable(data.path)}."
     try:
-        pairs = read_pairs(data.path, data.images, data.columns if data.columns.names else None)
+        pairs = read_pairs(data.path, data.images, data.columns)
     except (CocoaError, OSError, ValueError) as error:  # the path may be another machine's
         return f"{what} They cannot be read any more ({one_line(error).rstrip('.')}).", None
     note, held_out = seen_in_training(run, pairs)

@@ -108,5 +108,5 @@ def _stage_data(run: FinishedRun, stage: str, recipe: Recipe) -> dict[str, Any]:
         name: source.model_dump(mode="json", exclude_defaults=True)
         for name, source in (run.rows[stage].sources or {}).items()
     }
-    how = recipe.data_of(stage).model_dump(mode="json", include={"on_bad_row", "check_images"})
+    how = recipe.data_of(stage).model_dump(mode="json", include={"on_bad_row"})
     return {**how, **(sources["data"] if set(sources) == {"data"} else {"subsets": sources})}

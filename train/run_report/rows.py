@@ -5,13 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cocoa_embed.data.rows import Row
 from cocoa_embed.errors import CocoaError, one_line, printable
 from cocoa_embed.evaluation.pairs import Pair
 from cocoa_embed.model.training_record import read_training
 from cocoa_embed.report.series import PLATEAU, STAGE_TITLES
 from cocoa_embed.train.data.mixture import fingerprint, read_rows, weigh
-from cocoa_embed.train.data.readers import read_source
-from cocoa_embed.train.data.rows import BadRow, Row
+from cocoa_embed.train.data.rows import BadRow
+from cocoa_embed.train.data.sources import read_subset
 from cocoa_embed.train.run_report.finished_run import FinishedRun, StageRows
 from cocoa_embed.train.settings import SourceSection
 from cocoa_embed.train.stages.collators import lacks_block_b
@@ -137,7 +138,7 @@ def overlap(run: FinishedRun, pairs: Sequence[Pair]) -> Overlap:
 
 
 def _is_among(pair: Pair, images: set[str], texts: set[str]) -> bool:
-    files = [item.image for item in pair if isinstance(item.image, str)]
+    files = [item.image for item in pair if isinstance(item.image, Path)]
     if files and images:
         return any(os.path.realpath(file) in images for file in files)
     return any(item.text in texts for item in pair if item.text)
@@ -175,10 +176,9 @@ def _read_whole(run: FinishedRun, stage: str, sources: Mapping[str, SourceSectio
     read = read_rows(
         sources,
         on_bad_row="skip",
-        check_images=False,
+        decode_images=False,
         seed=run.recipe.get("seed", 0),
         refuse=lacks_block_b if stage == "bridge" else None,
-        known_bad=run.bad_of(stage),
     )
     return read.rows
 
@@ -190,10 +190,10 @@ def _first_rows(run: FinishedRun, stage: str, sources: Mapping[str, SourceSectio
 
     def of_source(name: str, source: SourceSection) -> list[Row]:
         if source.weight < 1:
-            rows = weigh(read_source(name, source, bad), source.weight, seed=run.recipe.get("seed", 0), subset=name)
+            rows = weigh(read_subset(name, source, bad), source.weight, seed=run.recipe.get("seed", 0), subset=name)
         else:
             limit = min(OWN_ROWS + len(known_bad), source.limit or OWN_ROWS + len(known_bad))
-            rows = read_source(name, source.model_copy(update={"limit": limit}), bad)
+            rows = read_subset(name, source.model_copy(update={"limit": limit}), bad)
         if stage == "bridge":
             rows = [row for row in rows if lacks_block_b(row) is None]
         return [row for row in rows if (row.subset, row.source) not in left_out]

@@ -6,18 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cocoa_embed.data import rows as data
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError, one_line, printable
-from cocoa_embed.evaluation.embed import BATCH_TOKENS, Item
+from cocoa_embed.evaluation.embed import BATCH_TOKENS
+from cocoa_embed.evaluation.galleries import QueryGallery
 from cocoa_embed.evaluation.pairs import Pair, evaluate_pairs
 from cocoa_embed.evaluation.pairs_reader import read_pairs
+from cocoa_embed.evaluation.pairs_tables import title_of
 from cocoa_embed.model.export import build_sentence_transformer
 from cocoa_embed.model.loading import load_model
 from cocoa_embed.model.training_record import is_bidirectional, read_training
-from cocoa_embed.report.content import Headline
+from cocoa_embed.report.content import Gallery, Headline
 from cocoa_embed.report.series import STAGE_TITLES
-from cocoa_embed.train.data import rows as data
-from cocoa_embed.train.data.arrow_images import StoredImage
 from cocoa_embed.train.loop.oom import is_out_of_memory
 from cocoa_embed.train.run_report.finished_run import FinishedRun
 from cocoa_embed.train.run_report.rows import OwnRows, before_the_bridge, draws, earlier_stages, overlap, read_own_rows
@@ -51,6 +52,7 @@ class RunScores:
     scored: ScoredPairs
     stage: str
     document: dict[str, Any]
+    galleries: list[Gallery]
 
 
 def score_run(
@@ -69,6 +71,7 @@ def score_run(
     """
     last = run.results[-1]
     name = f"{run.folder.resolve().name}/{last.stage}"
+    gallery = QueryGallery()
     with _explained_shortage(name, device):
         encoder = load_checkpoint(last.folder, device)
         encoder.name = name
@@ -77,8 +80,9 @@ def score_run(
             scored.pairs,
             batch_tokens=batch_tokens or BATCH_TOKENS,
             progress=progress,
+            observe=gallery.observe,
         )
-    return RunScores(scored, last.stage, document)
+    return RunScores(scored, last.stage, document, gallery.galleries())
 
 
 @contextmanager
@@ -182,13 +186,8 @@ def _pair(row: data.Row) -> Pair:
     return Pair(_item(row.query), _item(row.positive))
 
 
-def _item(item: data.Item) -> Item:
-    image: str | bytes | None = None
-    if isinstance(item.image, StoredImage):
-        image = item.image.read()
-    elif item.image is not None:
-        image = str(item.image.absolute())
-    return Item(item.text or None, image)
+def _item(item: data.Item) -> data.Item:
+    return item
 
 
 def stage_note(run: FinishedRun, stage: str) -> str:
@@ -223,7 +222,7 @@ def direction_headlines(document: dict[str, Any], remark: str) -> list[Headline]
         low, high = document["intervals"][way][FIRST]
         found.append(
             Headline(
-                way.replace("_", " ").capitalize(),
+                title_of(way),
                 f"{100 * document['subsets'][way][FIRST]:.1f} %",
                 "of queries have a right answer in first place",
                 f"{FIRST} among {counts['documents']:,}; {100 * low:.1f} to {100 * high:.1f} %. {remark}",

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.model.backbone import Backbone
-from cocoa_embed.train.data.rows import Item, Row
 from cocoa_embed.train.loop.stage_trainer import StageContext, StageTrainer, reconstruction_trainer
 from cocoa_embed.train.settings import BridgeSection
 from cocoa_embed.train.stages.collators import Batch, reconstruction_collator, render_items

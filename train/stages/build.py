@@ -10,10 +10,10 @@ from accelerate import PartialState
 from sentence_transformers import SentenceTransformer
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
+from cocoa_embed.data.rows import Row
 from cocoa_embed.model.backbone import Backbone, load_backbone
 from cocoa_embed.model.export import build_sentence_transformer
 from cocoa_embed.train.data.lengths import row_lengths
-from cocoa_embed.train.data.rows import Row
 from cocoa_embed.train.loop.arguments import stage_attention, training_arguments
 from cocoa_embed.train.loop.stage_trainer import StageContext
 from cocoa_embed.train.loop.trainer import CocoaTrainer

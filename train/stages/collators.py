@@ -9,11 +9,12 @@ import torch
 from torch import Generator, Tensor
 from transformers import ProcessorMixin
 
+from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.model.attention import Block
 from cocoa_embed.model.backbone import PatchGeometry
 from cocoa_embed.model.template import render
-from cocoa_embed.train.data.rows import Draw, Item, Row, load_row_image
+from cocoa_embed.train.data.rows import Draw, load_row_image
 from cocoa_embed.train.settings import BridgeSection, StageSection, WarmupSection
 from cocoa_embed.train.stages.masking import PatchFill, fill_patches, hide_each, hide_share, hide_visual_tokens
 

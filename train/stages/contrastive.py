@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import UsageError
 from cocoa_embed.train.data.pair_datasets import (
     ItemPreprocessor,
@@ -24,7 +25,7 @@ from cocoa_embed.train.data.pair_datasets import (
     distinct_enough,
     pair_datasets,
 )
-from cocoa_embed.train.data.rows import Item, Row, stored_images
+from cocoa_embed.train.data.rows import arrow_images
 from cocoa_embed.train.data.shared_batches import SharedBatchSampler
 from cocoa_embed.train.loop.adapters import prepare_trainable
 from cocoa_embed.train.loop.oom import memory_remedy
@@ -120,7 +121,7 @@ def embedding_probe(model: SentenceTransformer, rows: Sequence[Row], batch_size:
 
     :param batch_size: Items to run at once.
     """
-    preprocess = ItemPreprocessor(model, stored_images(rows))
+    preprocess = ItemPreprocessor(model, arrow_images(rows))
 
     def collate(items: Sequence[Item], is_document: bool) -> dict[str, Any]:
         prompt = model.prompts.get("document" if is_document else "query") or None
@@ -154,7 +155,7 @@ def contrastive_trainer(
         train_dataset=distinct_enough(pair_datasets(rows, section), section.batch_size),
         loss=contrastive_loss(model, section),
         data_collator=PairCollator(
-            preprocess_fn=ItemPreprocessor(model, stored_images(rows)),
+            preprocess_fn=ItemPreprocessor(model, arrow_images(rows)),
             prompts={name: text for name, text in prompts.items() if text},
             flops_of=context.flops_of,
             lengths=None if context.lengths_of is None else context.lengths_of(rows),

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cocoa_embed.data.rows import Item, ItemImage, Row
 from cocoa_embed.evaluation.geometry import ALIGNMENT, geometry
 from cocoa_embed.model.attention import Block
-from cocoa_embed.train.data.rows import Draw, Item, Row, RowImage, numbered
+from cocoa_embed.train.data.rows import Draw, numbered
 from cocoa_embed.train.stages.collators import Batch
 
 RIGHT_IMAGE = "accuracy_right_image"
@@ -150,7 +151,7 @@ def exchange_images(rows: Sequence[Row]) -> list[Row]:
     return [_with_image(row, image) for row, image in zip(rows, images[1:] + images[:1], strict=True)]
 
 
-def _with_image(row: Row, image: RowImage | None) -> Row:
+def _with_image(row: Row, image: ItemImage | None) -> Row:
     query, positive = (item if item.image is None else replace(item, image=image) for item in (row.query, row.positive))
     return replace(row, query=query, positive=positive)
 
@@ -163,7 +164,7 @@ def pictured_rows(rows: Sequence[Row], count: int) -> list[Row]:
 
 def first_of_images(rows: Sequence[Row], count: int) -> list[Row]:
     """Return the first row of each of the first ``count`` images."""
-    of_image: dict[RowImage, Row] = {}
+    of_image: dict[ItemImage, Row] = {}
     for row in rows:
         if len(of_image) == count:
             break
@@ -197,7 +198,7 @@ def hold_out_rows(rows: Sequence[Row], count: int) -> tuple[list[Row], list[Row]
     return list({row.image: row for row in held_out}.values()), training_rows
 
 
-def _images(row: Row) -> list[RowImage]:
+def _images(row: Row) -> list[ItemImage]:
     return [item.image for item in (row.query, row.positive) if item.image is not None]
 
 

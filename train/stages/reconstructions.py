@@ -9,10 +9,11 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import ProcessorMixin
 
+from cocoa_embed.data.rows import Row
 from cocoa_embed.model.attention import Block, before_or_itself, bridge_mask, is_causal
 from cocoa_embed.model.backbone import PatchGeometry
 from cocoa_embed.report.content import BridgeMask, PatchReconstruction, TokenReconstruction
-from cocoa_embed.train.data.rows import Row, numbered
+from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.stages.bridge import BridgeModel
 from cocoa_embed.train.stages.collators import Batch, BridgeCollator, WarmupCollator
 from cocoa_embed.train.stages.warmup import WarmupModel

@@ -13,11 +13,12 @@ from accelerate.utils import gather_object
 from PIL import Image
 from torch.distributed.fsdp import register_fsdp_forward_method
 
+from cocoa_embed.data.rows import Row
 from cocoa_embed.errors import CocoaError, ImageError, one_line, printable
 from cocoa_embed.images.load import decode_image
 from cocoa_embed.report.content import BridgeMask, PatchReconstruction, TokenReconstruction
 from cocoa_embed.report.figures import data_uri
-from cocoa_embed.train.data.rows import Row, numbered
+from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.loop.batch_facts import DescribedBatches
 from cocoa_embed.train.loop.checkpoints import write_json
 from cocoa_embed.train.loop.trainer import CocoaTrainer

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from cocoa_embed.data.rows import Row
 from cocoa_embed.model.attention import is_causal
 from cocoa_embed.model.backbone import Backbone, PatchGeometry
-from cocoa_embed.train.data.rows import Row
 from cocoa_embed.train.loop.stage_trainer import StageContext, StageTrainer, reconstruction_trainer
 from cocoa_embed.train.settings import WarmupSection
 from cocoa_embed.train.stages.collators import Batch, reconstruction_collator

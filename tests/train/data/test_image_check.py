@@ -6,15 +6,15 @@ import torch
 from PIL import Image
 from table_files import png, write_table
 
+from cocoa_embed.data.rows import ItemImage
 from cocoa_embed.images.to_rgb import ORIENTATION_TAG
 from cocoa_embed.train.data.image_check import check_images, known_sizes
-from cocoa_embed.train.data.readers import read_source
-from cocoa_embed.train.data.rows import RowImage
+from cocoa_embed.train.data.sources import read_subset
 from cocoa_embed.train.settings import SourceSection
 
 
 @pytest.fixture
-def images(tmp_path: Path) -> list[RowImage]:
+def images(tmp_path: Path) -> list[ItemImage]:
     """Good and bad images, as files and inside a table, one of them twice."""
     files = {
         "wide.png": png(size=(60, 40)),
@@ -29,11 +29,11 @@ def images(tmp_path: Path) -> list[RowImage]:
     Image.new("RGB", (60, 40)).save(tmp_path / "turned.jpg", exif=turned)
     cells = [png(size=(28, 56)), b"no image", png(size=(84, 28))]
     write_table(tmp_path / "rows.parquet", [{"query_image": cell, "positive_text": "p"} for cell in cells])
-    stored = [row.images()[0] for row in read_source("data", SourceSection(file=str(tmp_path / "rows.parquet")), [])]
-    return [*(tmp_path / name for name in files), tmp_path / "gone.png", tmp_path / "turned.jpg", *stored, stored[0]]
+    inside = [row.images()[0] for row in read_subset("data", SourceSection(file=str(tmp_path / "rows.parquet")), [])]
+    return [*(tmp_path / name for name in files), tmp_path / "gone.png", tmp_path / "turned.jpg", *inside, inside[0]]
 
 
-def test_each_image_has_its_upright_size_or_the_reason_why_it_cannot_be_used(images: list[RowImage]) -> None:
+def test_each_image_has_its_upright_size_or_the_reason_why_it_cannot_be_used(images: list[ItemImage]) -> None:
     found = check_images(images)
     assert list(found) == images[:-1]
     sizes = {0: (60, 40), 5: (40, 60), 6: (28, 56), 8: (84, 28)}
@@ -49,16 +49,16 @@ def test_each_image_has_its_upright_size_or_the_reason_why_it_cannot_be_used(ima
         assert reason in str(found[images[number]])
 
 
-def test_workers_find_what_this_process_finds(images: list[RowImage]) -> None:
+def test_workers_find_what_this_process_finds(images: list[ItemImage]) -> None:
     alone, together = check_images(images), check_images(images, 2)
     assert alone == together
     assert list(alone) == list(together)
 
 
-def test_an_image_of_several_rows_is_decoded_once(images: list[RowImage], monkeypatch: pytest.MonkeyPatch) -> None:
-    decoded: list[RowImage] = []
+def test_an_image_of_several_rows_is_decoded_once(images: list[ItemImage], monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[ItemImage] = []
 
-    def load(image: RowImage) -> Image.Image:
+    def load(image: ItemImage) -> Image.Image:
         decoded.append(image)
         return Image.open(BytesIO(png()))
 
@@ -67,7 +67,7 @@ def test_an_image_of_several_rows_is_decoded_once(images: list[RowImage], monkey
     assert decoded == images[:-1]
 
 
-def test_the_check_draws_no_random_number_of_the_run(images: list[RowImage]) -> None:
+def test_the_check_draws_no_random_number_of_the_run(images: list[ItemImage]) -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
     check_images(images)
@@ -75,7 +75,7 @@ def test_the_check_draws_no_random_number_of_the_run(images: list[RowImage]) -> 
 
 
 def test_the_progress_bar_is_on_standard_error_and_only_where_it_is_asked_for(
-    images: list[RowImage], capsys: pytest.CaptureFixture[str]
+    images: list[ItemImage], capsys: pytest.CaptureFixture[str]
 ) -> None:
     check_images(images)
     assert capsys.readouterr() == ("", "")

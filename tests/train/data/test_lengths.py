@@ -5,9 +5,10 @@ import pytest
 from PIL import Image
 from tiny_backbones import every_family
 
+from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.train.data.lengths import item_lengths, row_lengths, visual_tokens
-from cocoa_embed.train.data.rows import Item, Row, numbered
+from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.stages.collators import BridgeCollator, render_items
 
 SIZES = ((56, 56), (300, 40), (31, 500), (28, 28))
@@ -29,9 +30,9 @@ def test_lengths_are_those_of_the_rendered_sequences(
     both = [Item(text="a red ring, top left", image=path) for path in pictures]
     items = [*images, *both, Item(text="blue"), Item(text="a large green star and a cross")]
     rendered = render_items(tiny_backbone.processor, items)["attention_mask"].sum(dim=1) - 1
-    told = item_lengths(items, tiny_backbone.processor, pictures)
-    assert len(set(told)) > 4
-    np.testing.assert_array_equal(told, rendered.numpy())
+    lengths = item_lengths(items, tiny_backbone.processor, pictures)
+    assert len(set(lengths)) > 4
+    np.testing.assert_array_equal(lengths, rendered.numpy())
 
 
 def test_a_rows_length_is_that_of_its_bridge_sequence(
@@ -43,10 +44,10 @@ def test_a_rows_length_is_that_of_its_bridge_sequence(
         Row(query=Item(text="blue cross"), positive=Item(text="a cross, blue, on white"), source=""),
         Row(query=Item(image=image), positive=Item(text="blue cross on white " * 200), source=""),
     ]
-    told = row_lengths(rows, tiny_backbone.processor, pictures)
+    lengths = row_lengths(rows, tiny_backbone.processor, pictures)
     batch = BridgeCollator(tiny_backbone.processor, seed=0)(numbered(rows))
-    np.testing.assert_array_equal(told, batch["attention_mask"].sum(dim=1).numpy())
-    assert told[2] == tiny_backbone.processor.tokenizer.model_max_length
+    np.testing.assert_array_equal(lengths, batch["attention_mask"].sum(dim=1).numpy())
+    assert lengths[2] == tiny_backbone.processor.tokenizer.model_max_length
 
 
 def test_the_processors_pixel_limit_bounds_the_visual_tokens(tiny_backbone: Backbone) -> None:

@@ -12,11 +12,12 @@ from tiny_backbones import every_family
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.model.attention import assert_bidirectional
 from cocoa_embed.model.backbone import SUPPORTED, Backbone, load_backbone
 from cocoa_embed.model.export import build_sentence_transformer
-from cocoa_embed.train.data.rows import Item, Row, numbered
+from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.loop.adapters import Adapter, add_adapter, freeze_vision, prepare_trainable
 from cocoa_embed.train.plan.memory import Parameters, count_parameters
 from cocoa_embed.train.recipe import Recipe

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import CocoaError
-from cocoa_embed.train.data.rows import Draw, Item, Row, Rows
+from cocoa_embed.train.data.rows import Draw, Rows
 from cocoa_embed.train.loop.batch_facts import FACTS, BatchFacts, DescribedBatches
 from cocoa_embed.train.loop.stage_trainer import StageContext, StageTrainer, reconstruction_trainer
 from cocoa_embed.train.settings import BridgeSection

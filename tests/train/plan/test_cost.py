@@ -8,9 +8,10 @@ from tiny_backbones import FAMILIES, every_family
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.demo.captioner import build_tokenizer
 from cocoa_embed.model.backbone import Backbone
-from cocoa_embed.train.data.rows import Item, Row, numbered
+from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.loop.adapters import prepare_trainable
 from cocoa_embed.train.plan.cost import (
     BatchShape,

@@ -10,10 +10,10 @@ from PIL import Image
 from tiny_backbones import every_family
 
 from cocoa_embed.cli import main as cli
+from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.model.backbone import load_backbone, load_processor
 from cocoa_embed.train import Recipe, run
-from cocoa_embed.train.data.rows import Item, Row
 from cocoa_embed.train.plan.dry_run import SAMPLE, plan, sample_shapes
 from cocoa_embed.train.plan.memory import count_parameters
 from cocoa_embed.train.recipe import STAGES

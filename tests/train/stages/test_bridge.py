@@ -14,12 +14,13 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import set_seed
 from transformers.integrations import flex_attention as transformers_flex
 
+from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.images.load import load_image
 from cocoa_embed.model.attention import Block
 from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.model.export import build_sentence_transformer
 from cocoa_embed.model.flex_attention import FLEX, uses_flex_attention
-from cocoa_embed.train.data.rows import Item, Row, numbered
+from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.loop.stage_trainer import StageContext
 from cocoa_embed.train.settings import AdapterSection, BridgeSection
 from cocoa_embed.train.stages.bridge import BridgeModel, bridge_probe, bridge_trainer

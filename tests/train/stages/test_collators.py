@@ -11,10 +11,11 @@ from torch import BoolTensor
 from torch.utils.data import DataLoader
 from transformers import ProcessorMixin
 
+from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.model.attention import Block
 from cocoa_embed.model.backbone import Backbone, load_backbone
-from cocoa_embed.train.data.rows import Draw, Item, Row, Rows, numbered
+from cocoa_embed.train.data.rows import Draw, Rows, numbered
 from cocoa_embed.train.stages.bridge import BridgeModel
 from cocoa_embed.train.stages.collators import (
     Batch,

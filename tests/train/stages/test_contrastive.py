@@ -17,6 +17,7 @@ from sentence_transformers.sentence_transformer.losses import CachedMultipleNega
 from torch import Tensor
 from transformers import set_seed
 
+from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.evaluation.geometry import geometry
 from cocoa_embed.images.load import load_image
@@ -24,7 +25,6 @@ from cocoa_embed.model.backbone import load_backbone
 from cocoa_embed.model.export import build_sentence_transformer
 from cocoa_embed.train.data import pair_datasets as pairs_module
 from cocoa_embed.train.data.pair_datasets import ItemPreprocessor, as_record, distinct_enough, pair_datasets
-from cocoa_embed.train.data.rows import Item, Row
 from cocoa_embed.train.loop.progress import LogLastStep
 from cocoa_embed.train.loop.stage_trainer import StageContext
 from cocoa_embed.train.settings import AdapterSection, ContrastiveSection

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
+from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.evaluation.geometry import geometry
 from cocoa_embed.model.attention import Block
 from cocoa_embed.model.backbone import Backbone
-from cocoa_embed.train.data.rows import CaptionChoice, Item, Row, read_image_folder
+from cocoa_embed.train.data.caption_rows import read_image_folder
+from cocoa_embed.train.settings import CaptionChoice
 from cocoa_embed.train.stages.bridge import BridgeModel
 from cocoa_embed.train.stages.collators import Batch, BridgeCollator, split_blocks
 from cocoa_embed.train.stages.probe import EosProbe, GeometryProbe, exchange_images, hold_out_rows, pictured_rows

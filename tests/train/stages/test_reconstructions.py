@@ -3,9 +3,10 @@ import pytest
 import torch
 from PIL import Image
 
+from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.model.attention import Block, bridge_mask, make_causal
 from cocoa_embed.model.backbone import Backbone
-from cocoa_embed.train.data.rows import Item, Row, numbered
+from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.stages.bridge import BridgeModel
 from cocoa_embed.train.stages.collators import BridgeCollator, WarmupCollator
 from cocoa_embed.train.stages.reconstruction import bridge_model_mask

@@ -12,11 +12,12 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
+from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.report.figures import data_uri
 from cocoa_embed.train import Recipe, pipeline, run
-from cocoa_embed.train.data.rows import Item, Row, read_image_folder
+from cocoa_embed.train.data.caption_rows import read_image_folder
 from cocoa_embed.train.loop.batch_facts import DescribedBatches
 from cocoa_embed.train.loop.stage_trainer import draw_indices
 from cocoa_embed.train.settings import BridgeSection, WarmupSection

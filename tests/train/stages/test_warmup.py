@@ -8,8 +8,9 @@ from PIL import Image
 from tiny_backbones import every_family
 from torch import Tensor, nn
 
+from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.model.backbone import Backbone
-from cocoa_embed.train.data.rows import Item, Row, numbered
+from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.loop.stage_trainer import StageContext
 from cocoa_embed.train.settings import WarmupSection
 from cocoa_embed.train.stages.collators import Batch, WarmupCollator

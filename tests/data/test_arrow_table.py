@@ -10,24 +10,25 @@ from datasets import Dataset, Features
 from exported import PROMPTS, write_checkpoint
 from table_files import png, write_table
 
+from cocoa_embed.data.arrow_table import ArrowTable
+from cocoa_embed.data.rows import ArrowImage, Row
 from cocoa_embed.errors import ImageError
 from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.model.export import build_sentence_transformer
-from cocoa_embed.train.data.arrow_images import StoredImage, StoredTable
 from cocoa_embed.train.data.pair_datasets import ItemPreprocessor, as_record
-from cocoa_embed.train.data.readers import read_source
-from cocoa_embed.train.data.rows import Row, load_row_image, numbered, stored_images
+from cocoa_embed.train.data.rows import arrow_images, load_row_image, numbered
+from cocoa_embed.train.data.sources import read_subset
 from cocoa_embed.train.settings import SourceSection
 from cocoa_embed.train.stages.collators import WarmupCollator
 
 
-def stored_rows(path: Path, cells: list[bytes]) -> list[Row]:
+def table_rows(path: Path, cells: list[bytes]) -> list[Row]:
     write_table(path, [{"query_image": cell, "positive_text": f"text {n}"} for n, cell in enumerate(cells)])
-    return read_source("data", SourceSection(file=str(path)), [])
+    return read_subset("data", SourceSection(file=str(path)), [])
 
 
-def stored_image(row: Row) -> StoredImage:
-    assert isinstance(row.image, StoredImage)
+def arrow_image(row: Row) -> ArrowImage:
+    assert isinstance(row.image, ArrowImage)
     return row.image
 
 
@@ -35,16 +36,16 @@ def test_images_stay_on_disk_until_they_are_read(tmp_path: Path) -> None:
     size, count = 100_000, 100
     cells = [os.urandom(size) for _ in range(count)]
     before = pa.total_allocated_bytes()
-    rows = stored_rows(tmp_path / "rows.parquet", cells)
+    rows = table_rows(tmp_path / "rows.parquet", cells)
     assert pa.total_allocated_bytes() - before < 2 * size
-    assert len(pickle.dumps(stored_image(rows[0]))) < 5_000
+    assert len(pickle.dumps(arrow_image(rows[0]))) < 5_000
     assert len(pickle.dumps(rows)) < size
-    assert [stored_image(row).read() for row in rows] == cells
+    assert [arrow_image(row).read() for row in rows] == cells
     assert pa.total_allocated_bytes() - before < 2 * size
 
 
-def test_a_stored_image_is_the_same_in_another_process(tmp_path: Path) -> None:
-    images = [stored_image(row) for row in stored_rows(tmp_path / "rows.parquet", [png(1), png(2)])]
+def test_an_image_inside_a_table_is_the_same_in_another_process(tmp_path: Path) -> None:
+    images = [arrow_image(row) for row in table_rows(tmp_path / "rows.parquet", [png(1), png(2)])]
     copies = pickle.loads(pickle.dumps(images))
     assert copies == images
     assert [hash(copy) for copy in copies] == [hash(image) for image in images]
@@ -55,18 +56,18 @@ def test_a_stored_image_is_the_same_in_another_process(tmp_path: Path) -> None:
 def test_images_of_a_filtered_table_are_those_of_their_rows() -> None:
     features = Features({"image": datasets.Image()})
     table = Dataset.from_list([{"image": {"bytes": png(n), "path": None}} for n in range(6)], features=features)
-    stored = StoredTable("some", table.select([5, 1, 3]).with_format("arrow"))
-    assert [values["image"].read() for _, values in stored.read(["image"])] == [png(5), png(1), png(3)]
+    inside = ArrowTable("some", table.select([5, 1, 3]).with_format("arrow"))
+    assert [values["image"].read() for _, values in inside.read(["image"])] == [png(5), png(1), png(3)]
 
 
 def test_an_image_inside_a_table_meets_the_limits_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    good, broken = stored_rows(tmp_path / "rows.parquet", [png(), b"no image"])
-    assert load_row_image(stored_image(good)).size == (56, 56)
+    good, broken = table_rows(tmp_path / "rows.parquet", [png(), b"no image"])
+    assert load_row_image(arrow_image(good)).size == (56, 56)
     with pytest.raises(ImageError, match=r"rows\.parquet, row 2, query_image: is not an image"):
-        load_row_image(stored_image(broken))
+        load_row_image(arrow_image(broken))
     monkeypatch.setattr("cocoa_embed.images.load.MAX_IMAGE_BYTES", 20)
     with pytest.raises(ImageError, match=r"rows\.parquet, row 1, query_image: is too large"):
-        stored_image(good).read()
+        arrow_image(good).read()
 
 
 @pytest.fixture
@@ -78,26 +79,26 @@ def pairs(tmp_path: Path, scene_rows: list[Row]) -> tuple[list[Row], list[Row]]:
         path,
         [{"query_image": Path(str(row.image)).read_bytes(), "positive_text": row.positive.text} for row in files],
     )
-    return files, read_source("data", SourceSection(file=str(path)), [])
+    return files, read_subset("data", SourceSection(file=str(path)), [])
 
 
-def test_a_stored_image_is_collated_like_the_same_image_in_a_file(
+def test_an_image_inside_a_table_is_collated_like_the_same_image_in_a_file(
     tiny_backbone: Backbone, pairs: tuple[list[Row], list[Row]]
 ) -> None:
     collate = WarmupCollator(tiny_backbone.processor, tiny_backbone.geometry, seed=0)
-    files, stored = (collate(numbered(rows)) for rows in pairs)
-    assert files.keys() == stored.keys()
+    files, inside = (collate(numbered(rows)) for rows in pairs)
+    assert files.keys() == inside.keys()
     assert "pixel_values" in files
-    assert all(torch.equal(files[name], stored[name]) for name in files)
+    assert all(torch.equal(files[name], inside[name]) for name in files)
 
 
-def test_a_stored_image_is_preprocessed_like_the_same_image_in_a_file(
+def test_an_image_inside_a_table_is_preprocessed_like_the_same_image_in_a_file(
     tiny_backbone: Backbone, pairs: tuple[list[Row], list[Row]], tmp_path: Path
 ) -> None:
     model = build_sentence_transformer(write_checkpoint(tiny_backbone, tmp_path / "bridge"), prompts=PROMPTS)
-    files, stored = (
-        ItemPreprocessor(model, stored_images(rows))([as_record(row.query) for row in rows]) for rows in pairs
+    files, inside = (
+        ItemPreprocessor(model, arrow_images(rows))([as_record(row.query) for row in rows]) for rows in pairs
     )
     assert files["pixel_values"].shape[0] > 0
-    assert torch.equal(files["pixel_values"], stored["pixel_values"])
-    assert torch.equal(files["input_ids"], stored["input_ids"])
+    assert torch.equal(files["pixel_values"], inside["pixel_values"])
+    assert torch.equal(files["input_ids"], inside["input_ids"])

@@ -1,4 +1,3 @@
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,12 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, List, Value
 from table_files import Values, png, write_images, write_table
 
+from cocoa_embed.data.rows import ArrowImage, Item, Row
 from cocoa_embed.errors import CocoaError, ImageError
 from cocoa_embed.model.template import RESERVED_TOKENS
-from cocoa_embed.train.data.arrow_images import StoredImage
-from cocoa_embed.train.data.readers import read_source
-from cocoa_embed.train.data.rows import BadRow, Item, Row, read_image_folder
+from cocoa_embed.train.data.caption_rows import read_image_folder
+from cocoa_embed.train.data.rows import BadRow
+from cocoa_embed.train.data.sources import read_subset
 from cocoa_embed.train.settings import SourceSection
 
 FORMATS = ("jsonl", "csv", "parquet")
@@ -47,7 +47,7 @@ def images(tmp_path: Path) -> Path:
 
 def read(bad: list[BadRow] | None = None, subset: str = "data", **source: Any) -> list[Row]:
     found: list[BadRow] = []
-    rows = read_source(subset, SourceSection(**source), found if bad is None else bad)
+    rows = read_subset(subset, SourceSection(**source), found if bad is None else bad)
     assert bad is not None or not found
     return rows
 
@@ -97,15 +97,23 @@ def test_columns_of_other_names_are_mapped(images: Path) -> None:
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_mapped_column_that_is_not_there_is_named_with_the_nearest(images: Path, kind: str) -> None:
     path = write_table(images / f"rows.{kind}", [{"question": "x", "answer": "y"}])
-    expected = r"no column 'questions' for the query text \(did you mean 'question'\? found are 'question', 'answer'\)"
+    expected = r"'questions' for query_text \(did you mean 'question'\? known: question, answer\)"
     with pytest.raises(CocoaError, match=expected):
         read(file=str(path), columns={"query_text": "questions", "positive_text": "answer"})
+
+
+def test_columns_of_common_data_sets_need_no_mapping(images: Path) -> None:
+    path = write_table(images / "rows.csv", [{"caption": "a ring", "image": "a.png", "query_text": "x"}])
+    assert content(read(file=str(path))) == [(Item("a ring"), Item(image=images.absolute() / "a.png"))]
 
 
 @pytest.mark.parametrize("columns", [None, {"query_text": "question"}])
 def test_a_table_without_a_positive_says_what_it_has(images: Path, columns: dict[str, str] | None) -> None:
     path = write_table(images / "rows.csv", [{"question": "x", "query_text": "y"}])
-    with pytest.raises(CocoaError, match=r"no column holds the positive; give columns\.positive_text .*'question'"):
+    with pytest.raises(
+        CocoaError,
+        match=r"no column holds the positive; give columns\.positive_text .*columns found: question, query_text",
+    ):
         read(file=str(path), columns=columns)
 
 
@@ -120,12 +128,13 @@ def test_a_glob_reads_its_files_in_order_up_to_the_limit(tmp_path: Path) -> None
     ("name", "message"),
     [
         ("gone.jsonl", r"gone\.jsonl does not exist"),
-        ("gone-*.parquet", r"No file matches .*\*\.parquet; give"),
+        ("gone-*.parquet", r"\*\.parquet does not exist and matches no file; give"),
         ("", r"is a folder; give a \.jsonl, \.csv or \.parquet file"),
         ("rows.txt", r"rows\.txt is not a table"),
         ("broken.parquet", r"broken\.parquet cannot be read"),
         ("latin.csv", r"latin\.csv cannot be read"),
         ("twice.csv", r"twice\.csv cannot be read \(its header has the column 'query_text' twice\)"),
+        ("open.csv", r"open\.csv cannot be read \(unexpected end of data\)"),
         ("empty.jsonl", r"empty\.jsonl: no column holds the query"),
         ("header.csv", r"header\.csv has no rows"),
         ("none.parquet", r"none\.parquet has no rows"),
@@ -136,6 +145,7 @@ def test_a_file_that_is_no_table_is_an_error_of_the_whole(tmp_path: Path, name: 
     (tmp_path / "broken.parquet" if "broken" in name else tmp_path / "x").write_bytes(b"PAR1 no table")
     (tmp_path / "latin.csv").write_bytes(b"query_text,positive_text\n\xe9t\xe9,x\n")
     (tmp_path / "twice.csv").write_text("query_text,query_text\na,b\n")
+    (tmp_path / "open.csv").write_text('query_text,positive_text\n"a,x\nb,y\n')
     (tmp_path / "empty.jsonl").write_text("\n")
     texts = pa.array([], pa.string())
     parquet.write_table(pa.table({"query_text": texts, "positive_text": texts}), tmp_path / "none.parquet")
@@ -153,8 +163,8 @@ def test_a_file_that_is_no_table_is_an_error_of_the_whole(tmp_path: Path, name: 
         ({"query_image": "https://example.org/a.png"}, "is a URL; download it"),
         ({"query_image": "data:image/png;base64,AAAA"}, "is a URL"),
         ({"negative_text": ["a", "b", "c"]}, "it has 3 negative texts and 2 negative images"),
-        ({"query_text": f"a {RESERVED_TOKENS[2]}"}, "the text holds <|image_pad|>"),
-        ({"negative_text": ["a", RESERVED_TOKENS[0]]}, "the text holds <|vision_start|>"),
+        ({"query_text": f"a {RESERVED_TOKENS[2]}"}, "the text contains <|image_pad|>"),
+        ({"negative_text": ["a", RESERVED_TOKENS[0]]}, "the text contains <|vision_start|>"),
     ],
 )
 @pytest.mark.parametrize("kind", FORMATS)
@@ -251,26 +261,6 @@ def test_an_image_folder_leaves_bad_images_out_and_draws_for_the_others_as_befor
     assert len(read(bad, folder=tmp_path, limit=1)) == 1
 
 
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        (None, r"pictures does not exist; give a folder of images"),
-        ([], r"pictures has no metadata\.jsonl \(nor metadata\.csv or metadata\.parquet\)"),
-        (["csv", "jsonl"], r"pictures has metadata\.jsonl and metadata\.csv; keep one"),
-    ],
-)
-def test_a_folder_without_the_one_file_it_needs_is_told_as_such(
-    tmp_path: Path, files: list[str] | None, message: str
-) -> None:
-    folder = tmp_path / "pictures"
-    if files is not None:
-        write_images(folder, "a")
-        for kind in files:
-            write_table(folder / f"metadata.{kind}", [{"file_name": "a.png", "text": "x"}])
-    with pytest.raises(CocoaError, match=message):
-        read(folder=folder)
-
-
 # The MMEB layout
 
 IMAGE = "<|image_1|>"
@@ -311,12 +301,12 @@ def test_the_mmeb_layout_gives_every_combination_of_text_and_image(mmeb: Path) -
     ]
     assert {row.subset for row in rows} == {"OK-VQA"}
     assert [row.source.rpartition(", ")[2] for row in bad] == ["row 5", "row 6", "row 7"]
-    assert [row.reason.split()[-1] for row in bad] == ["image", "exist", "out."]
+    assert [row.reason.split()[-1] for row in bad] == ["image", "exist", "it"]
 
 
 def test_the_mmeb_split_is_the_files_prefix(mmeb: Path) -> None:
     assert content(read(subset="OK-VQA", mmeb=str(mmeb), split="diverse_instruction")) == [(Item("q"), Item("p"))]
-    with pytest.raises(CocoaError, match=r"no files of the split 'test'; found are diverse_instruction, original"):
+    with pytest.raises(CocoaError, match=r"no files of the split 'test' \(known: diverse_instruction, original\)"):
         read(subset="OK-VQA", mmeb=str(mmeb), split="test")
     write_table(mmeb / "OK-VQA" / "train.parquet", [mmeb_row(qry="first", pos_text="p")])
     assert content(read(subset="OK-VQA", mmeb=str(mmeb))) == [(Item("first"), Item("p"))]
@@ -343,9 +333,9 @@ def test_an_mmeb_table_may_leave_negatives_out_and_nothing_else(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("subset", "source", "message"),
     [
-        ("OKVQA", {}, r"no subset 'OKVQA'; did you mean 'OK-VQA'\? \(known are OK-VQA\)"),
+        ("OKVQA", {}, r"no subset 'OKVQA' \(did you mean 'OK-VQA'\? known: OK-VQA\)"),
         ("OK-VQA", {"mmeb": "./gone"}, r"gone does not exist; give the folder of MMEB-train"),
-        ("ImageNet-1K", {"mmeb": "TIGER-Lab/MMEB-train"}, r"no subset 'ImageNet-1K'; did you mean 'ImageNet_1K'\?"),
+        ("ImageNet-1K", {"mmeb": "TIGER-Lab/MMEB-train"}, r"no subset 'ImageNet-1K' \(did you mean 'ImageNet_1K'\?"),
         ("OK-VQA", {"mmeb": "TIGER-Lab/MMEB-train"}, r"download them and give data\.images"),
     ],
 )
@@ -402,14 +392,14 @@ def test_a_data_set_in_a_folder_is_read_with_its_images_where_they_are(tmp_path:
     rows = read(hub=str(folder), columns=COLUMNS, limit=3)
     assert [row.positive.text for row in rows] == ["number 0", "number 1", "number 2"]
     for number, row in enumerate(rows):
-        stored = [image for image in row.images() if isinstance(image, StoredImage)]
+        stored = [image for image in row.images() if isinstance(image, ArrowImage)]
         assert [image.read() for image in stored] == [png(number), png(100 + number), png(200 + number)]
         assert [str(image) for image in stored] == [
             f"{folder}, train, row {number + 1}, {column}" for column in ("picture", "others[0]", "others[1]")
         ]
 
 
-def test_a_data_set_that_cannot_be_loaded_is_told_in_one_sentence(tmp_path: Path) -> None:
+def test_a_data_set_that_cannot_be_loaded_is_an_error_in_one_sentence(tmp_path: Path) -> None:
     folder = tmp_path / "set"
     DatasetDict(train=image_data_set(), test=image_data_set(1)).save_to_disk(folder)
     with pytest.raises(CocoaError, match=re.escape(f"{folder} cannot be loaded (no split 'dev'; it has train, test)")):
@@ -418,7 +408,7 @@ def test_a_data_set_that_cannot_be_loaded_is_told_in_one_sentence(tmp_path: Path
         read(hub=str(tmp_path / "nowhere"), columns=COLUMNS)
 
 
-def test_a_hub_that_cannot_be_reached_is_told_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_cannot_be_reached_is_an_error_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: object, **__: object) -> None:
         raise ConnectionError("Couldn't reach\n'some/set' on the Hub")
 
@@ -441,25 +431,13 @@ def test_an_empty_cell_of_images_is_absent_and_a_stored_path_is_a_path(images: P
     cells = [{"bytes": png(), "path": "x.png"}, {"bytes": None, "path": "a.png"}, {"bytes": b"", "path": None}, None]
     write_table(path, [{"query_text": "q", "query_image": cell, "positive_text": "p"} for cell in cells])
     rows = read(file=str(path))
-    assert isinstance(rows[0].query.image, StoredImage)
+    assert isinstance(rows[0].query.image, ArrowImage)
     assert [row.query.image for row in rows[1:]] == [images.absolute() / "a.png", None, None]
 
 
 def test_a_stored_images_table_that_went_away_is_an_image_error(tmp_path: Path) -> None:
     write_table(tmp_path / "rows.parquet", [{"query_image": png(), "positive_text": "p"}])
     image = read(file=str(tmp_path / "rows.parquet"))[0].query.image
-    assert isinstance(image, StoredImage)
+    assert isinstance(image, ArrowImage)
     with pytest.raises(ImageError, match=r"rows\.parquet, row 9, query_image: cannot be read"):
-        StoredImage(image.table, 8, "query_image").read()
-
-
-def test_a_source_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="names nothing to read"):
-        read()
-
-
-def test_lines_of_json_count_blank_ones(tmp_path: Path) -> None:
-    line = json.dumps({"query_text": "a", "positive_text": "b"})
-    (tmp_path / "rows.jsonl").write_text(f"\ufeff{line}\r\n\n{line}\r\n")
-    rows = read(file=str(tmp_path / "rows.jsonl"))
-    assert [row.source.rpartition(":")[2] for row in rows] == ["1", "3"]
+        ArrowImage(image.table, 8, "query_image").read()

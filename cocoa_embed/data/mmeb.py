@@ -1,13 +1,14 @@
-"""MMEB-V1 as data: its 36 subsets, what each belongs to, and the scores that were published for it.
+"""MMEB: the 36 subsets of MMEB-V1, the 20 of MMEB-train, the published scores, and the image token of its texts.
 
 Names are those of ``TIGER-Lab/MMEB-eval`` (VLM2Vec, arXiv 2410.05160); the scores are from CoCoA (arXiv 2603.01471).
 """
 
-import difflib
-from collections.abc import Sequence
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
-from cocoa_embed.errors import UsageError
+from cocoa_embed.data.rows import shortened
+from cocoa_embed.errors import RowError
 
 ROWS_OF_A_SUBSET = 1000
 """The queries of each subset of the public data."""
@@ -15,7 +16,7 @@ ROWS_OF_A_SUBSET = 1000
 META_TASKS = ("classification", "VQA", "retrieval", "grounding")
 IN_DOMAIN, OUT_OF_DOMAIN, OVERALL = "IND", "OOD", "overall"
 AVERAGES = (*META_TASKS, IN_DOMAIN, OUT_OF_DOMAIN, OVERALL)
-"""What subsets are averaged over, as the tables have it."""
+"""The averages over subsets, in the order of the published tables."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Subset:
 
 @dataclass(frozen=True)
 class PublishedScores:
-    """What was published for a model: precision@1 in per cent, in the order of ``AVERAGES``; None: not told."""
+    """The published scores of a model: precision@1 in per cent, in the order of ``AVERAGES``; None if not published."""
 
     model: str
     scores: tuple[float | None, ...]
@@ -56,7 +57,10 @@ SUBSETS = {
     for (meta_task, in_domain), names in _NAMES.items()
     for name in names.split()
 }
-"""All subsets by name, in the order of the tables."""
+"""All subsets of MMEB-V1 by name, in the order of the published tables."""
+
+TRAIN_SUBSETS = tuple(name.replace("ImageNet-1K", "ImageNet_1K") for name in SUBSETS if SUBSETS[name].in_domain)
+"""The 20 in-domain subsets, by their names in ``TIGER-Lab/MMEB-train``."""
 
 PUBLISHED = (
     PublishedScores("GME (Qwen2-VL-2B)", (56.9, 41.2, 67.8, 53.4, None, None, 55.8)),
@@ -70,19 +74,20 @@ PUBLISHED = (
 )
 
 
-def require_subset(name: str) -> Subset:
-    """Return the subset of that name.
+def default_train_subsets(mmeb: str) -> tuple[str, ...]:
+    """Return the subsets of an ``mmeb`` source that names none: all, or none for a folder that is itself a subset."""
+    return () if any(Path(mmeb).glob("*.parquet")) else TRAIN_SUBSETS
 
-    :raises UsageError: If there is none; the message names the nearest.
+
+IMAGE_TOKEN = re.compile(r"\s*<\|image_1\|>\s*")
+"""Stands for the image in a text. Our template puts images first, so it is removed, with the space around it."""
+
+
+def without_image_token(text: str, has_image: bool, source: str) -> str:
+    """Return a text without the token that stands for its image, and without the space at its ends.
+
+    :raises RowError: If the text has the token but no image.
     """
-    if name not in SUBSETS:
-        raise UsageError(f"MMEB-V1 has no subset {name!r}{nearest(name, tuple(SUBSETS))}")
-    return SUBSETS[name]
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """Return the end of a sentence that says which of the names that are known may have been meant."""
-    by_lower_case = {each.lower(): each for each in known}
-    found = difflib.get_close_matches(name.lower(), by_lower_case, n=1, cutoff=0.5)
-    listed = f"known are {', '.join(known) or 'none'}"
-    return f"; did you mean {by_lower_case[found[0]]!r}? ({listed})" if found else f" ({listed})"
+    if not has_image and IMAGE_TOKEN.search(text):
+        raise RowError(source, f"{shortened(text)} holds <|image_1|>, but there is no path of an image")
+    return IMAGE_TOKEN.sub(" ", text).strip()

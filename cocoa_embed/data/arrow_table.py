@@ -1,0 +1,175 @@
+"""Tables that stay on disk, memory-mapped by ``datasets``: Parquet files and data sets, with the images inside them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any, cast
+
+import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as parquet
+from datasets.exceptions import DatasetGenerationError, DatasetsError
+
+from cocoa_embed.data.rows import ArrowImage
+from cocoa_embed.errors import CocoaError, ImageError, one_line, printable
+from cocoa_embed.images.load import check_size
+
+ROWS_AT_ONCE = 256
+"""Rows that are converted to Python values together."""
+
+EMBEDDED = object()
+"""Stands for a value that is an image's bytes."""
+
+LIST_KINDS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+
+UNREADABLE = (OSError, ValueError, RuntimeError, pa.ArrowException, DatasetsError)
+"""What ``datasets`` and pyarrow raise for data that are missing or broken."""
+
+
+@dataclass(frozen=True)
+class ArrowTable:
+    """A memory-mapped table: small in memory, and pickled as a file name.
+
+    :param name: Its name in error messages and in the names of its images; tables of the same name are equal.
+    :param dataset: In the format ``arrow``, which decodes nothing.
+    """
+
+    name: str
+    dataset: datasets.Dataset = field(compare=False, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of the columns."""
+        return tuple(self.dataset.column_names)
+
+    def row_name(self, row: int) -> str:
+        """Return the name of a row in error messages, counting from 1."""
+        return f"{self.name}, row {row + 1}"
+
+    def read(self, columns: Collection[str], lists: Collection[str] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield each row's name and its values, embedded images as ``ArrowImage``.
+
+        :param columns: The columns to read; missing ones are left out.
+        :param lists: Not used: Arrow columns are typed.
+        """
+        wanted = [column for column in columns if column in self.columns]
+        batches = cast(Iterator[pa.Table], self.dataset.select_columns(wanted).iter(batch_size=ROWS_AT_ONCE))
+        for first, batch in zip(count(step=ROWS_AT_ONCE), batches, strict=False):
+            values = [self._values(batch[column], column, first) for column in wanted]
+            for row, cells in enumerate(zip(*values, strict=True), first):
+                yield self.row_name(row), dict(zip(wanted, cells, strict=True))
+
+    def read_image(self, image: ArrowImage) -> bytes:
+        """Return the bytes of an embedded image.
+
+        :raises ImageError: If the table cannot be read, or the bytes are too many.
+        """
+        name = printable(str(image))
+        try:
+            cell = self.dataset[image.row][image.column][0]
+            if image.position is not None:
+                cell = cell.values[image.position]
+            if isinstance(cell, pa.StructScalar):
+                cell = cell["bytes"]
+        except (OSError, LookupError, pa.ArrowException) as error:
+            raise ImageError(name, f"cannot be read ({one_line(error)})") from error
+        content = cell.as_buffer()
+        check_size(content.size, name)
+        return bytes(content)
+
+    def _values(self, cells: pa.ChunkedArray, column: str, first: int) -> list[Any]:
+        """Return a batch's values of a column; ``first`` is its first row. No image's bytes are read."""
+        is_list = any(is_kind(cells.type) for is_kind in LIST_KINDS)
+        if not _holds_images(cells.type.value_type if is_list else cells.type):
+            return cells.to_pylist()
+
+        def image_or(value: object, offset: int, position: int | None = None) -> object:
+            return ArrowImage(self, first + offset, column, position) if value is EMBEDDED else value
+
+        if not is_list:
+            return [image_or(value, offset) for offset, value in enumerate(_without_bytes(cells))]
+        lists = (_without_bytes(cell.values) if cell.is_valid else None for cell in cells)
+        return [
+            values and [image_or(value, offset, position) for position, value in enumerate(values)]
+            for offset, values in enumerate(lists)
+        ]
+
+
+def _holds_images(kind: pa.DataType) -> bool:
+    return _is_binary(kind) or (pa.types.is_struct(kind) and any(member.name == "bytes" for member in kind))
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _without_bytes(cells: pa.Array | pa.ChunkedArray) -> list[Any]:
+    """Return images as ``EMBEDDED``, or as their paths if they have no bytes; None if they have neither."""
+    if _is_binary(cells.type):
+        return [EMBEDDED if length else None for length in pc.call_function("binary_length", [cells]).to_pylist()]
+    members = dict(zip((member.name for member in cells.type), cells.flatten(), strict=True))
+    embedded = _without_bytes(members["bytes"])
+    paths = members["path"].to_pylist() if "path" in members else [None] * len(embedded)
+    return [content or path for content, path in zip(embedded, paths, strict=True)]
+
+
+def open_parquet(path: Path) -> ArrowTable:
+    """Open a Parquet file.
+
+    :raises CocoaError: If it cannot be read.
+    """
+    try:
+        if parquet.read_metadata(path).num_rows:
+            dataset = datasets.load_dataset("parquet", data_files=[str(path.absolute())], split="train")
+        else:  # load_dataset refuses an empty file
+            dataset = datasets.Dataset(parquet.read_table(path))
+    except UNREADABLE as error:
+        raise CocoaError(f"{printable(path)} cannot be read ({_cause(error)}).") from error
+    return ArrowTable(printable(path), dataset.with_format("arrow"))
+
+
+def open_data_set(name: str, config: str | None, splits: Sequence[str]) -> ArrowTable:
+    """Open a data set of the hub, or of a folder that ``datasets`` reads or wrote.
+
+    :param splits: The first of these that the data set has is opened.
+    :raises CocoaError: If it cannot be loaded, or has none of the splits.
+    """
+    faults: list[BaseException] = []
+    for split in splits:
+        try:
+            dataset = _load_data_set(name, config, split)
+        except UNREADABLE as error:
+            faults.append(error)
+            if "split" not in str(error).lower():
+                break
+        else:
+            return ArrowTable(", ".join(filter(None, (name, config, split))), dataset.with_format("arrow"))
+    what = printable(", ".join(filter(None, (name, config))))
+    raise CocoaError(
+        f"The data set {what} cannot be loaded ({_cause(faults[0])}); check its name, config and split, and the "
+        "connection to the hub if it is not a folder."
+    ) from faults[0]
+
+
+def _load_data_set(name: str, config: str | None, split: str) -> datasets.Dataset:
+    if not any((Path(name) / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
+        return datasets.load_dataset(name, config, split=split)
+    saved = datasets.load_from_disk(name)
+    if isinstance(saved, datasets.Dataset):
+        return saved
+    if split not in saved:
+        raise ValueError(f"no split {split!r}; it has {', '.join(map(str, saved))}")
+    return saved[split]
+
+
+def _cause(error: BaseException) -> str:
+    # The message of a DatasetGenerationError says nothing.
+    cause = error.__cause__ if isinstance(error, DatasetGenerationError) else None
+    return one_line(cause or error).rstrip(".")

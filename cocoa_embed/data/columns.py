@@ -1,0 +1,142 @@
+"""From the columns of a table to rows: a query, its positive and its negatives."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from cocoa_embed.data.rows import ArrowImage, Item, ItemImage, Row, check_unicode, shortened
+from cocoa_embed.data.tables import RowTable
+from cocoa_embed.errors import CocoaError, RowError, did_you_mean, printable
+
+PARTS = ("query_text", "query_image", "positive_text", "positive_image", "negative_text", "negative_image")
+"""The parts of a row, each of which may have a column."""
+
+NEGATIVE_PARTS = PARTS[4:]
+
+KNOWN_LAYOUTS = (
+    {"query_text": "text", "positive_image": "image"},
+    {"query_text": "text", "positive_image": "file_name"},
+    {"query_text": "caption", "positive_image": "image"},
+)
+"""The columns of parts in common data sets."""
+
+CleanText = Callable[[str, bool, str], str]
+"""Cleans or refuses a text, given whether it has an image beside it, and the row's source."""
+
+
+def map_columns(
+    name: str,
+    found: Sequence[str],
+    given: Mapping[str, str] | None = None,
+    option: Callable[[str], str] = "columns.{}".format,
+) -> dict[str, str]:
+    """Return the column of each part.
+
+    :param name: The table's name in error messages.
+    :param found: The table's columns.
+    :param given: The column of each part; by default the columns named as in ``PARTS``, or the first of
+        ``KNOWN_LAYOUTS`` that is complete.
+    :param option: Returns the option with which a user names the column of a part.
+    :raises CocoaError: If a column is missing, or the query or the positive has none.
+    """
+    named = {part: part for part in PARTS if part in found}
+    layouts = (layout for layout in (named, *KNOWN_LAYOUTS) if {*found} >= {*layout.values()})
+    mapping = given or next((layout for layout in layouts if _missing_side(layout) is None), named)
+    for part, column in mapping.items():
+        if column not in found:
+            raise CocoaError(f"{name} has no column {column!r} for {part} {did_you_mean(column, found)}.")
+    if side := _missing_side(mapping):
+        raise CocoaError(f"{name}: no column holds the {side}; give {option(f'{side}_text')} or "
+                         f"{option(f'{side}_image')} (columns found: {', '.join(found) or 'none'}).")  # fmt: skip
+    return dict(mapping)
+
+
+def _missing_side(mapping: Mapping[str, str]) -> str | None:
+    return next((side for side in ("query", "positive") if not any(part.startswith(side) for part in mapping)), None)
+
+
+def _keep(text: str, has_image: bool, source: str) -> str:
+    return text
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """Makes rows from a table's values.
+
+    :param mapping: The column of each part, from ``map_columns``.
+    :param images: The folder of relative image paths; None refuses them.
+    :param clean: Applied to every text.
+    """
+
+    mapping: Mapping[str, str]
+    images: Path | None
+    subset: str = "data"
+    clean: CleanText = _keep
+
+    def read(self, table: RowTable) -> Iterator[Row | RowError]:
+        """Yield a table's rows in order, or what is wrong with them."""
+        lists = [self.mapping[part] for part in NEGATIVE_PARTS if part in self.mapping]
+        for source, values in table.read(set(self.mapping.values()), lists):
+            try:
+                yield values if isinstance(values, RowError) else self.row(values, source)
+            except RowError as error:
+                yield error
+
+    def row(self, values: Mapping[str, Any], source: str) -> Row:
+        """Make a row.
+
+        :raises RowError: If a value cannot be used, or a side is empty.
+        """
+        query, positive = (self._side(side, values, source) for side in ("query", "positive"))
+        texts, images = (_as_list(values.get(self.mapping.get(part, ""))) for part in NEGATIVE_PARTS)
+        if texts and images and len(texts) != len(images):
+            raise RowError(source, f"it has {len(texts)} negative texts and {len(images)} negative images; expected "
+                           "as many of one as of the other")  # fmt: skip
+        negatives = (self._item(text, image, source) for text, image in zip_longest(texts, images))
+        return Row(query, positive, source, tuple(item for item in negatives if item is not None), self.subset)
+
+    def _side(self, side: str, values: Mapping[str, Any], source: str) -> Item:
+        text, image = (self.mapping.get(f"{side}_{part}", "") for part in ("text", "image"))
+        item = self._item(values.get(text), values.get(image), source)
+        if item is None:
+            raise RowError(source, f"the {side} is empty ({' and '.join(filter(None, (text, image)))})")
+        return item
+
+    def _item(self, text: object, image: object, source: str) -> Item | None:
+        """Return an item, or None if both parts are empty."""
+        found_image = None if _is_empty(image) else self._image(image, source)
+        if not isinstance(text, str | None):
+            raise RowError(source, f"{shortened(text)} stands where a text is expected")
+        if text:
+            text = self.clean(check_unicode(text, source), found_image is not None, source)
+        found_text = None if _is_empty(text) else text
+        return None if found_text is None and found_image is None else Item(found_text, found_image)
+
+    def _image(self, value: object, source: str) -> ItemImage:
+        if isinstance(value, ArrowImage):
+            return value
+        if not isinstance(value, str):
+            raise RowError(source, f"{shortened(value)} stands where the path of an image is expected")
+        if "://" in value or value.startswith("data:"):
+            raise RowError(source, f"the image {shortened(value)} is a URL; download it and give its path")
+        path = Path(value)
+        if not path.is_absolute():
+            if self.images is None:
+                raise RowError(source, f"the image {printable(path)} is a relative path; give the folder it starts "
+                               "from as data.images")  # fmt: skip
+            path = (self.images / path).absolute()
+        if "\0" in value or not path.is_file():
+            raise RowError(source, f"the image {printable(path)} does not exist")
+        return path
+
+
+def _is_empty(value: object) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def _as_list(value: object) -> list[object]:
+    """Return several values as they are, one as a list, and none as an empty list."""
+    values = value if isinstance(value, list) else [value]
+    return [] if all(map(_is_empty, values)) else values

@@ -1,0 +1,154 @@
+"""Items (a text, an image, or both) and the rows that pair a query with a positive and with negatives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol, TypeAlias
+
+from PIL import Image
+
+from cocoa_embed.errors import RowError, printable
+from cocoa_embed.images.load import decode_image, load_image
+
+SHOWN_CHARACTERS = 60
+
+
+class ImageTable(Protocol):
+    """A table that holds images."""
+
+    def row_name(self, row: int) -> str:
+        """Return the name of a row in error messages."""
+        ...
+
+    def read_image(self, image: ArrowImage) -> bytes:
+        """Return the bytes of an image file."""
+        ...
+
+
+@dataclass(frozen=True)
+class ArrowImage:
+    """An image inside a table; its bytes are read on demand.
+
+    :param row: The row's number in the table, from 0.
+    :param position: The image's number in a cell that holds a list, from 0.
+    """
+
+    table: ImageTable
+    row: int
+    column: str
+    position: int | None = None
+
+    def __str__(self) -> str:
+        """Return the image's name, which is unique in a run."""
+        entry = "" if self.position is None else f"[{self.position}]"
+        return f"{self.table.row_name(self.row)}, {self.column}{entry}"
+
+    def read(self) -> bytes:
+        """Return the bytes of the image file.
+
+        :raises ImageError: If the table cannot be read, or the bytes are too many.
+        """
+        return self.table.read_image(self)
+
+
+ItemImage: TypeAlias = Path | ArrowImage
+"""An image file, or an image inside a table. Its ``str`` identifies it."""
+
+
+def load_item_image(image: ItemImage) -> Image.Image:
+    """Load an image as upright RGB.
+
+    :raises ImageError: If it cannot be used.
+    """
+    return decode_image(image.read(), printable(str(image)))[0] if isinstance(image, ArrowImage) else load_image(image)
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A text, an image, or both as one input of a model.
+
+    :param text: None or non-empty.
+    :raises ValueError: If there is neither a text nor an image.
+    """
+
+    text: str | None = None
+    image: ItemImage | None = None
+
+    def __post_init__(self) -> None:
+        if self.text is None and self.image is None:
+            raise ValueError("an item needs a text, an image, or both")
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """What the item consists of: ``text``, ``image`` or both."""
+        return frozenset(part for part, value in (("text", self.text), ("image", self.image)) if value is not None)
+
+    def under(self, folder: Path) -> Item:
+        """Return the item with the path of its image relative to ``folder``."""
+        return replace(self, image=folder / self.image) if isinstance(self.image, Path) else self
+
+    def load(self) -> Mapping[str, str | Image.Image]:
+        """Return what a SentenceTransformer takes as input, with the image decoded.
+
+        :raises ImageError: If the image cannot be used.
+        """
+        image = {} if self.image is None else {"image": load_item_image(self.image)}
+        return image if self.text is None else {**image, "text": self.text}
+
+    def __str__(self) -> str:
+        """Return the item's name in error messages."""
+        names = [] if self.image is None else [f"the image {printable(str(self.image))}"]
+        if self.text is not None:
+            names.append(f"the text {shortened(self.text)}")
+        return " with ".join(names)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A query and its positive.
+
+    :param source: Where the row comes from (file and line), for error messages.
+    :param negatives: Hard negatives of the query.
+    :param subset: The subset of the data that the row belongs to.
+    """
+
+    query: Item
+    positive: Item
+    source: str
+    negatives: tuple[Item, ...] = ()
+    subset: str = "data"
+
+    @property
+    def image(self) -> ItemImage | None:
+        """The query's image, or else the positive's."""
+        return self.query.image or self.positive.image
+
+    def items(self) -> tuple[Item, ...]:
+        """Return the query, the positive and the negatives."""
+        return (self.query, self.positive, *self.negatives)
+
+    def images(self) -> tuple[ItemImage, ...]:
+        """Return the images of all items, negatives included."""
+        return tuple(item.image for item in self.items() if item.image is not None)
+
+    def reversed(self) -> Row:
+        """Return the row with query and positive exchanged, without the negatives, which are the query's."""
+        return replace(self, query=self.positive, positive=self.query, negatives=())
+
+
+def check_unicode(text: str, source: str) -> str:
+    """Return a text as it is.
+
+    :raises RowError: If it is not valid Unicode, which tokenizers refuse.
+    """
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise RowError(source, f"the text {text[:40]!a} is not valid Unicode: it holds half of a surrogate pair")
+    return text
+
+
+def shortened(value: object) -> str:
+    """Return a value as error messages show it, cut after ``SHOWN_CHARACTERS``."""
+    written = repr(value) if isinstance(value, str) and value.isprintable() else ascii(value)
+    return written if len(written) <= SHOWN_CHARACTERS else f"{written[:SHOWN_CHARACTERS]}…"

@@ -1,0 +1,76 @@
+"""Training rows from an image folder: image-caption pairs, and paraphrase pairs of an image's captions."""
+
+import random
+from itertools import islice, permutations
+from pathlib import Path
+
+from cocoa_embed.data.image_folder import DescribedImage, find_metadata, read_metadata
+from cocoa_embed.data.rows import Item, Row, check_unicode
+from cocoa_embed.errors import CocoaError, RowError, printable
+from cocoa_embed.train.data.rows import BadRow, check_text
+from cocoa_embed.train.settings import CaptionChoice
+
+
+def read_image_folder(
+    folder: Path,
+    *,
+    captions: CaptionChoice = "text",
+    paraphrases: int = 0,
+    limit: int | None = None,
+    subset: str = "data",
+    bad: list[BadRow] | None = None,
+) -> list[Row]:
+    """Read an image folder as rows: the image is the query, its caption the positive.
+
+    :param captions: ``text``: a row for each image. ``captions``: a row for each entry of the list in the column
+        ``captions`` (in a CSV file, a JSON list), or for the ``text`` of an image without captions.
+    :param paraphrases: Text-only rows to add for each image with several ``captions``, from one of them to another,
+        drawn by the image's number in the file.
+    :param limit: Read the first ``limit`` images.
+    :param bad: Collects the images that cannot be used; without it, the first one raises.
+    :raises CocoaError: If the folder or its metadata are missing or empty, or the metadata cannot be read.
+    :raises RowError: Without ``bad``, if an image cannot be used.
+    """
+    metadata = find_metadata(folder)
+    rows: list[Row] = []
+    number = -1
+    for number, image in enumerate(islice(read_metadata(metadata), limit)):
+        try:
+            if isinstance(image, RowError):
+                raise image
+            item = Item(image=image.path)
+            rows += [Row(item, Item(text), image.source, subset=subset) for text in _captions(image, captions)]
+            rows += [Row(Item(one), Item(other), image.source, subset=subset)
+                     for one, other in _paraphrases(image, paraphrases, seed=number)]  # fmt: skip
+        except RowError as error:
+            if bad is None:
+                raise
+            bad.append(BadRow(subset, error.source, error.reason))
+    if number < 0:
+        raise CocoaError(f"{printable(metadata)} has no rows; expected a file_name and a text for each image.")
+    return rows
+
+
+def _captions(image: DescribedImage, choice: CaptionChoice) -> list[str]:
+    wordings = _wordings(image) if choice == "captions" else []
+    return wordings or [check_text(image.text, image.source)]
+
+
+def _paraphrases(image: DescribedImage, count: int, seed: int) -> list[tuple[str, str]]:
+    pairs = list(permutations(_wordings(image), 2))
+    return random.Random(seed).sample(pairs, k=min(count, len(pairs)))
+
+
+def _wordings(image: DescribedImage) -> list[str]:
+    """Return the entries of the column ``captions``.
+
+    :raises RowError: If it is not a list of non-empty texts.
+    """
+    captions = image.columns.get("captions")
+    if captions is None:
+        return []
+    if not isinstance(captions, list):
+        raise RowError(image.source, f"'captions' is {captions!r}; expected a list of texts")
+    if not all(isinstance(caption, str) and caption.strip() for caption in captions):
+        raise RowError(image.source, "an entry of 'captions' is empty or not a text")
+    return [check_text(check_unicode(caption, image.source), image.source) for caption in captions]

@@ -1,0 +1,112 @@
+"""Rows from every kind of source that a recipe may name."""
+
+from itertools import chain, islice
+from pathlib import Path
+
+from cocoa_embed.data.arrow_table import open_data_set
+from cocoa_embed.data.columns import NEGATIVE_PARTS, RowReader, map_columns
+from cocoa_embed.data.mmeb import TRAIN_SUBSETS, without_image_token
+from cocoa_embed.data.rows import Row
+from cocoa_embed.data.tables import RowTable, columns_of, find_tables, open_table
+from cocoa_embed.errors import CocoaError, RowError, did_you_mean, printable
+from cocoa_embed.train.data.caption_rows import read_image_folder
+from cocoa_embed.train.data.rows import BadRow, check_text
+from cocoa_embed.train.settings import SourceSection
+
+MMEB_COLUMNS = {
+    "query_text": "qry",
+    "query_image": "qry_image_path",
+    "positive_text": "pos_text",
+    "positive_image": "pos_image_path",
+    "negative_text": "neg_text",
+    "negative_image": "neg_image_path",
+}
+
+
+def read_subset(subset: str, source: SourceSection, bad: list[BadRow]) -> list[Row]:
+    """Read the rows of one source, in order.
+
+    :param subset: The rows' subset. In the ``mmeb`` layout it is also the name of the subset to read, unless
+        ``config`` says otherwise.
+    :param bad: Collects the rows that cannot be used.
+    :raises CocoaError: If the source as a whole cannot be read: a folder, file, column or data set is missing.
+    """
+    if source.folder is not None:
+        return read_image_folder(source.folder, captions=source.captions, paraphrases=source.paraphrases,
+                                 limit=source.limit, subset=subset, bad=bad)  # fmt: skip
+    if source.images is not None and not source.images.is_dir():
+        raise CocoaError(f"{printable(source.images)} is not a folder; data.images is where image paths start from.")
+    name, tables = _open_source(subset, source)
+    found = columns_of([table for table, _ in tables])
+    columns = source.columns.model_dump(exclude_none=True) if source.columns else None
+    if source.mmeb is not None and columns is None:
+        columns = {part: each for part, each in MMEB_COLUMNS.items() if each in found or part not in NEGATIVE_PARTS}
+    mapping = map_columns(name, found, columns)
+    clean = _check_text if source.mmeb is None else _clean_mmeb_text
+    readers = ((RowReader(mapping, images, subset, clean), table) for table, images in tables)
+    rows = list(islice(chain.from_iterable(reader.read(table) for reader, table in readers), source.limit))
+    if not rows:
+        raise CocoaError(f"{name} has no rows.")
+    bad += [BadRow(subset, row.source, row.reason) for row in rows if isinstance(row, RowError)]
+    return [row for row in rows if isinstance(row, Row)]
+
+
+def _open_source(subset: str, source: SourceSection) -> tuple[str, list[tuple[RowTable, Path | None]]]:
+    """Return the source's name in error messages, and its tables, each with the folder of its relative image paths."""
+    if source.file is not None:
+        paths = find_tables(source.file)
+        return printable(source.file), [(open_table(path), source.images or path.parent) for path in paths]
+    if source.hub is not None:
+        table = open_data_set(source.hub, source.config, (source.split,))
+        return table.name, [(table, source.images or _folder(source.hub))]
+    assert source.mmeb is not None
+    name = source.config or subset
+    folder = _folder(source.mmeb)
+    images = source.images or folder
+    tables: list[RowTable]
+    if folder is not None:
+        tables = [open_table(path) for path in _mmeb_files(folder, name, source.split)]
+    elif source.mmeb.startswith((".", "/", "~")):
+        raise CocoaError(f"{printable(source.mmeb)} does not exist; give the folder of MMEB-train, or its hub name.")
+    elif source.config is None and name not in TRAIN_SUBSETS:
+        hint = did_you_mean(name, TRAIN_SUBSETS)
+        raise CocoaError(f"{source.mmeb} has no subset {name!r} {hint}; give the config of a subset of another name.")
+    elif images is None:
+        raise CocoaError(f"{source.mmeb}, {name}: its images are not part of it; download them and give data.images.")
+    else:
+        tables = [open_data_set(source.mmeb, name, _mmeb_splits(source.split))]
+    return printable(f"{source.mmeb}, {name}"), [(table, images) for table in tables]
+
+
+def _folder(name: str) -> Path | None:
+    return Path(name) if Path(name).is_dir() else None
+
+
+def _check_text(text: str, has_image: bool, source: str) -> str:
+    return check_text(text, source)
+
+
+def _clean_mmeb_text(text: str, has_image: bool, source: str) -> str:
+    return check_text(without_image_token(text, has_image, source), source)
+
+
+def _mmeb_splits(split: str) -> tuple[str, ...]:
+    """Return the splits to look for: MMEB-train calls ``train``, the default of recipes, ``original``."""
+    return ("train", "original") if split == "train" else (split,)
+
+
+def _mmeb_files(folder: Path, subset: str, split: str) -> list[Path]:
+    """Return the Parquet files of a subset's split: in its sub-folder, or in a folder that is itself a subset.
+
+    :raises CocoaError: If there are none.
+    """
+    of_subset = folder / subset if (folder / subset).is_dir() else folder
+    files = sorted(of_subset.glob("*.parquet"))
+    if not files:
+        known = sorted(entry.name for entry in folder.iterdir() if any(entry.glob("*.parquet")))
+        raise CocoaError(f"{printable(of_subset)} holds no subset {subset!r} {did_you_mean(subset, known)}.")
+    for name in _mmeb_splits(split):
+        if of_split := [file for file in files if file.stem.split("-")[0] == name]:
+            return of_split
+    found = sorted({file.stem.split("-")[0] for file in files})
+    raise CocoaError(f"{printable(of_subset)} has no files of the split {split!r} {did_you_mean(split, found)}.")
