@@ -59,7 +59,7 @@ def index(
     from cocoa_embed.model.loading import check_model
 
     storage = {"path": path, "url": url, "edge": edge}
-    options = {"dimension": dimension, "quantization": quantization, "on_disk": on_disk}
+    options: dict[str, Any] = {"dimension": dimension, "quantization": quantization, "on_disk": on_disk}
     options |= {"api_key": api_key, "device": device}
     if (quantization or on_disk) and url is None and edge is None:
         raise UsageError("--quantization and --on-disk need --url or --edge; a local index (--path) has neither")
@@ -148,7 +148,8 @@ def check_storage(collection: str, storage: dict[str, Any], *, exists: bool = Fa
     :raises UsageError: If they contradict each other, or one is malformed.
     :raises CocoaError: If there is no such index.
     """
-    from cocoa_embed.integrations.qdrant.stores.checks import check_collection_name, check_url
+    from cocoa_embed.integrations.qdrant.stores.checks import check_collection_name
+    from cocoa_embed.integrations.qdrant.stores.server import check_url
 
     given = [name for name, value in storage.items() if value is not None] or ["path"]
     if len(given) > 1:
