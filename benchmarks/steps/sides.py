@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from cocoa_embed.model.attention import bidirectional_mask, bridge_mask, make_bidirectional
 from cocoa_embed.model.backbone import SUPPORTED, PatchGeometry
 from cocoa_embed.model.flex_attention import FLEX, resolve_attention, use_flex_attention
-from cocoa_embed.train.plan.cost import measure_matmul_flops, model_size, total_training_flops
+from cocoa_embed.train.plan.cost import StepCost, measure_matmul_flops, model_size
 from cocoa_embed.train.stages.bridge import BridgeModel
 from cocoa_embed.train.stages.losses import mae_loss
 from cocoa_embed.train.stages.reconstruction import model_mask, position_ids
@@ -205,7 +205,7 @@ def report(
         sides.append([SyntheticRow(text=row.text, side=0) for row in rows])
     shapes = [shape for side in sides for shape in useful_shapes(side, config, options.stage)]
     tokens = sum(shape.tokens for shape in shapes) / options.steps
-    flops = total_training_flops(model_size(config), shapes) / options.steps
+    flops = sum(map(StepCost(model_size(config)).of_shape, shapes)) / options.steps
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     yardstick = measure_matmul_flops(device, dtype)
     return {
