@@ -22,6 +22,7 @@ from cocoa_embed.train.plan.memory import ADAM_MOMENTS, FULL, stage_parameters, 
 from cocoa_embed.train.recipe import Recipe
 from cocoa_embed.train.settings import ContrastiveSection, WarmupSection
 from cocoa_embed.train.stages.collators import reconstruction_collator, render_items
+from cocoa_embed.train.stages.pixel_decoder import PixelDecoder
 
 SAMPLE = 256
 """Rows of a stage that are made into sequences, to tell how long all are."""
@@ -106,7 +107,11 @@ def _plan_stage(
         key=lambda shape: shape.tokens,
     )
     cost = StepCost.of(config, section)
-    counts = stage_parameters(config, section, pixel_decoder=isinstance(section, WarmupSection))
+    counts = stage_parameters(
+        config,
+        section,
+        lambda model: PixelDecoder(model, cost.size.geometry) if isinstance(section, WarmupSection) else None,
+    )
     memory = training_memory(
         counts,
         cost.size,

@@ -1,16 +1,16 @@
 """Estimate the memory of a training step, to choose a batch size before a run."""
 
+from collections.abc import Callable
 from dataclasses import astuple, dataclass
+from typing import TypeAlias
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from cocoa_embed.model.backbone import PatchGeometry
 from cocoa_embed.train.loop.adapters import prepare_trainable
 from cocoa_embed.train.plan.cost import BatchShape, LayerSize, ModelSize, meta_model
 from cocoa_embed.train.settings import StageSection
-from cocoa_embed.train.stages.pixel_decoder import PixelDecoder
 
 FULL, HALF = 4, 2
 """Bytes of float32, and of bfloat16."""
@@ -22,6 +22,8 @@ TEXT_ATTENTION = 4
 
 VISION_ATTENTION = 7
 """The joint queries, keys and values, the rotated queries and keys, the output of each image and of all images."""
+
+ExtraModule: TypeAlias = Callable[[PreTrainedModel], nn.Module | None]
 
 
 @dataclass(frozen=True)
@@ -38,17 +40,17 @@ def count_parameters(model: nn.Module) -> Parameters:
     return Parameters(sum(count for count, _ in counts), sum(count for count, is_trained in counts if is_trained))
 
 
-def stage_parameters(config: PreTrainedConfig, section: StageSection, *, pixel_decoder: bool) -> Parameters:
+def stage_parameters(config: PreTrainedConfig, section: StageSection, extra_module: ExtraModule) -> Parameters:
     """Count the parameters that a stage uses and trains, from the backbone's config alone.
 
-    :param pixel_decoder: Include the pixel decoder, which is always trained.
+    :param extra_module: Returns a module that is trained beside the backbone, such as the pixel decoder.
     """
     model = meta_model(config)
     with torch.device("meta"):
-        decoder = PixelDecoder(model, PatchGeometry.from_config(config)) if pixel_decoder else nn.Identity()
+        extra = extra_module(model)  # before the adapter: it may copy layers
         prepare_trainable(model, section)
-    backbone, more = count_parameters(model), count_parameters(decoder).total
-    return Parameters(backbone.total + more, backbone.trainable + more)
+    backbone, beside = count_parameters(model), 0 if extra is None else count_parameters(extra).total
+    return Parameters(backbone.total + beside, backbone.trainable + beside)
 
 
 @dataclass(frozen=True)

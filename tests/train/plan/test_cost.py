@@ -138,7 +138,7 @@ def test_parameters_are_counted_without_weights(
 ) -> None:
     model = load_tiny("sdpa").model
     section = stage(adapter=adapter, freeze_vision=freeze_vision)
-    counts = stage_parameters(model.config, section, pixel_decoder=False)
+    counts = stage_parameters(model.config, section, lambda model: None)
     prepare_trainable(model, section)
     assert counts == count_parameters(model)
     assert (counts.trainable < counts.total) == bool(adapter or freeze_vision)
@@ -200,14 +200,14 @@ def test_gradient_checkpointing_keeps_each_layers_input_and_one_layer(
 def test_sharding_divides_weights_and_optimizer_states(tiny_backbone: Backbone) -> None:
     config = tiny_backbone.model.config
     size, shape = model_size(config), BatchShape(lengths=(16, 16), masked_tokens=4)
-    counts = stage_parameters(config, stage(), pixel_decoder=False)
+    counts = stage_parameters(config, stage(), lambda model: None)
     alone = training_memory(counts, size, shape)
     sharded = training_memory(counts, size, shape, world_size=4)
     assert alone.weights + alone.gradients + alone.optimizer == 16 * counts.total
     assert sharded.weights == alone.weights // 4
     assert sharded.activations == alone.activations
     assert alone.total == 16 * counts.total + alone.casts + alone.activations + alone.logits
-    frozen = stage_parameters(config, stage(freeze_vision=True), pixel_decoder=False)
+    frozen = stage_parameters(config, stage(freeze_vision=True), lambda model: None)
     assert training_memory(frozen, size, shape, freeze_vision=True).gradients < alone.gradients
     assert training_memory(counts, size, shape, dense_mask=False).activations < alone.activations
 
