@@ -3,7 +3,7 @@
     python benchmarks/ablation.py                       # reduced: under an hour on two cores
     python benchmarks/ablation.py --profile full        # on a GPU
     python benchmarks/ablation.py --training FOLDER --held-out FOLDER --base my-recipe.yaml --pairs 5000
-    python benchmarks/ablation.py --draw ablation.json  # only the figure, from a results file
+    python benchmarks/ablation.py --draw ablation.json  # only tables and figure, from a results file
 
 The arms: contrastive learning only, and with the compute of all three stages; with warm-up, with the bridge, with both;
 causal instead of bidirectional; ``<EOS>`` that does not attend to block B; the bridge's mask ratio and length; fewer
@@ -25,7 +25,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ import torch
 
 from arms.figure import figure_svg
 from arms.grid import FRACTIONS, Grid, Sizes
-from arms.runner import circumstances, jobs_of, outcome, run_jobs
+from arms.runner import jobs_of, outcome, run_jobs
 from arms.summary import results_document, tables
 from arms.workspace import UserFolders, Workspace
 from cocoa_embed.cli.terminal import silence_libraries
@@ -42,6 +42,7 @@ from cocoa_embed.evaluation.result_cache import make_folder, write_result
 from cocoa_embed.images.find_files import METADATA_FILE
 from cocoa_embed.report.tables import to_html, to_markdown
 from cocoa_embed.train.data.rows import read_image_folder
+from measuring import machine
 
 TINY = "tiny"
 TINY_SETTINGS = (
@@ -55,7 +56,6 @@ REDUCED = Sizes(8000, 320, 1000, 300, 480, 40, variant_part=0.5, equal_fractions
 PROFILES = {"reduced": REDUCED, "full": Sizes(40_000, 2000, 1000, 300, 3000, 150)}
 SIZES = ("pairs", "warmup_steps", "bridge_steps", "contrastive_steps")
 TITLE = "What each stage is worth"
-FIGURE = "ablation.svg"
 PROCESSES_PER_ACCELERATOR = 4
 """One process with so small a model leaves an accelerator idle most of the time."""
 
@@ -75,7 +75,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=processes, help="stages trained in parallel")
     parser.add_argument("--work", type=Path, default=Path("cocoa-ablation"), help="where weights and data go")
     parser.add_argument("--out", type=Path, help="where results go [--work]")
-    parser.add_argument("--draw", type=Path, metavar="FILE", help="only draw the figure of a results file")
+    parser.add_argument("--draw", type=Path, metavar="FILE", help="only write tables and figure of a results file")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     options = parser.parse_args()
     if (options.training is None) != (options.held_out is None):
@@ -149,30 +149,35 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "seeds": seeds,
         "processes": options.processes,
         "seconds_of_this_call": round(time.perf_counter() - started, 1),
-        **circumstances(workspace.folders),
+        "data": "scenes, drawn for each seed" if (own := workspace.folders) is None else list(map(str, astuple(own))),
+        **machine(),
         **results_document(grid, outcomes),
     }
 
 
 def write(document: dict[str, Any], out: Path) -> None:
+    """Write the results as JSON, Markdown, HTML and a figure."""
+    found = tables(document)
+    texts = {
+        "json": json.dumps(document, indent=1) + "\n",
+        "md": to_markdown(TITLE, found),
+        "html": to_html(TITLE, found),
+        "svg": figure_svg(document),
+    }
     make_folder(out)
-    write_result(out / "ablation.json", json.dumps(document, indent=1) + "\n")
-    write_result(out / "ablation.md", to_markdown(TITLE, tables(document)))
-    write_result(out / "ablation.html", to_html(TITLE, tables(document)))
-    write_result(out / FIGURE, figure_svg(document))
+    for suffix, text in texts.items():
+        write_result(out / f"ablation.{suffix}", text)
 
 
-def draw_figure(results: Path, out: Path) -> None:
-    """Draw the figure of a results file.
+def write_again(results: Path, out: Path) -> None:
+    """Write the tables and the figure of a results file.
 
-    :raises CocoaError: If the file is not one, or the figure cannot be written.
+    :raises CocoaError: If the file is not one, or the output cannot be written.
     """
     try:
-        figure = figure_svg(json.loads(results.read_text(encoding="utf-8")))
+        write(json.loads(results.read_text(encoding="utf-8")), out)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CocoaError(f"{results} is not a complete results file of this benchmark ({error})") from error
-    make_folder(out)
-    write_result(out / FIGURE, figure)
 
 
 def main() -> None:
@@ -181,7 +186,7 @@ def main() -> None:
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # several processes share one device
     try:
         if options.draw is not None:
-            draw_figure(options.draw, options.out or options.draw.parent)
+            write_again(options.draw, options.out or options.draw.parent)
             return
         document = run(options)
         write(document, options.out or options.work)

@@ -3,14 +3,12 @@
 import contextlib
 import json
 import os
-import platform
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from arms.grid import Arm, StageRun
-from arms.workspace import UserFolders, Workspace
+from arms.workspace import Workspace
 from cocoa_embed.cli.terminal import silence_libraries
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError
@@ -43,8 +41,6 @@ BRIDGE_METRICS = {
     **{name: name for name in ("alignment", "uniformity", "modality_gap", "effective_rank")},
 }
 """Names in the results, and in the bridge's log."""
-
-PACKAGES = ("cocoa-embed", "torch", "transformers", "sentence-transformers")
 
 Scores = dict[str, dict[str, dict[str, float]]]
 """Metrics by step and direction."""
@@ -196,13 +192,3 @@ def outcome(workspace: Workspace, arm: Arm, seed: int) -> dict[str, Any]:
             bridge = {name: last[logged] for name, logged in BRIDGE_METRICS.items() if logged in last}
     means = {name: sum(each[name] for each in scores.values()) / len(scores) for name in ("recall@1", "mrr")}
     return {"seed": seed, **means, "directions": scores, "seconds": seconds, "bridge": bridge}
-
-
-def circumstances(folders: UserFolders | None) -> dict[str, Any]:
-    """Return the machine, the versions and the data of an ablation."""
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {platform.machine()}",
-        "python": platform.python_version(),
-        "versions": {package: version(package) for package in PACKAGES},
-        "data": "scenes, drawn for each seed" if folders is None else [str(folders.training), str(folders.held_out)],
-    }
