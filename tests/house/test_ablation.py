@@ -32,7 +32,7 @@ from arms.grid import (
     Sizes,
     StageRun,
 )
-from arms.runner import jobs_of, outcome, read_scores, run_jobs
+from arms.runner import jobs_of, outcome, run_jobs
 from arms.summary import estimate, results_document, tables
 from arms.workspace import UserFolders, Workspace
 from cocoa_embed.demo.scenes import Scene, SceneObject, split_of
@@ -425,34 +425,21 @@ def test_the_documented_tables_are_those_of_the_documented_numbers(name: str) ->
 
 
 @pytest.mark.slow
-def test_arms_are_trained_once_and_scored_as_eval_pairs_would(workspace: Workspace, tiny: Sizes) -> None:
-    grid = Grid(tiny, workspace.flops_per_row(), workspace.batch_sizes(), workspace.mask_ratio())
-    arms = [arm for arm in grid.arms if arm.group == "length" and arm.fraction == 1.0]
-    jobs = jobs_of(workspace, arms, [0])
-    run_jobs(jobs, processes=1, threads=1)
-    written = {path: path.stat().st_mtime_ns for path in workspace.work.rglob("*.safetensors")}
-    run_jobs(jobs, processes=1, threads=1)
-    assert written == {path: path.stat().st_mtime_ns for path in workspace.work.rglob("*.safetensors")}
-
-    arm = next(arm for arm in arms if arm.name == ALL_THREE and arm.x == 0.25)
-    found = outcome(workspace, arm, 0)
-    checkpoint = workspace.folder(arm.last, 0) / "contrastive"
-    encoder = Encoder(build_sentence_transformer(checkpoint, prompts={}), "checked")
-    again = evaluate_pairs([encoder], read_pairs(workspace.data(0).held_out), resamples=10)
-    assert found["recall@1"] == pytest.approx(again["averages"]["recall@1"])
-    assert found["bridge"].keys() >= {"loss", "accuracy_matching_image", "accuracy_shuffled_image", "accuracy_no_image"}
-
-
-@pytest.mark.slow
-def test_a_run_that_is_ended_goes_on_where_it_was(
+def test_an_interrupted_ablation_trains_each_stage_once_and_scores_as_eval_pairs_does(
     workspace: Workspace, tiny: Sizes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    grid = grid_of(tiny)
-    arm = next(arm for arm in grid.arms if arm.name == "warm-up, contrastive")
-    jobs = jobs_of(workspace, [arm], [0])
-    first, last = jobs
+    grid = Grid(tiny, workspace.flops_per_row(), workspace.batch_sizes(), workspace.mask_ratio())
+    arms = [arm for arm in grid.arms if (arm.group, arm.fraction, arm.name) == ("length", 1.0, ALL_THREE)]
+    arms = [arm for arm in arms if arm.x in (0.25, 1.0)]
+    jobs = jobs_of(workspace, arms, [0])
+    assert [job.stage for job in jobs.values()].count("contrastive") == 2, "the premise"
+
+    def written() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in workspace.work.rglob("*.safetensors")}
+
+    first = next(iter(jobs))
     run_jobs({first: jobs[first]}, processes=1, threads=1)
-    trained = (first / "warmup" / "model.safetensors").stat().st_mtime_ns
+    before = written()
 
     def interrupt(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
@@ -462,5 +449,13 @@ def test_a_run_that_is_ended_goes_on_where_it_was(
         with pytest.raises(CocoaError, match="interrupted; finished stages stay"):
             run_jobs(jobs, processes=1, threads=1)
     run_jobs(jobs, processes=1, threads=1)
-    assert (first / "warmup" / "model.safetensors").stat().st_mtime_ns == trained
-    assert read_scores(last).keys() == {"end"}
+    after = written()
+    assert before.items() < after.items()
+    run_jobs(jobs, processes=1, threads=1)
+    assert after == written()
+
+    found = outcome(workspace, arms[0], 0)
+    encoder = Encoder(build_sentence_transformer(workspace.folder(arms[0].last, 0) / "contrastive", prompts={}))
+    again = evaluate_pairs([encoder], read_pairs(workspace.data(0).held_out), resamples=10)
+    assert found["recall@1"] == pytest.approx(again["averages"]["recall@1"])
+    assert found["bridge"].keys() >= {"loss", "accuracy_matching_image", "accuracy_shuffled_image", "accuracy_no_image"}
