@@ -89,18 +89,20 @@ class LayerSize:
     normalises_queries: bool
 
     @classmethod
-    def of(cls, layers: nn.ModuleList, *, attention_output: nn.Linear) -> "LayerSize":
-        """Measure the first layer of a stack, whose attention ends in ``attention_output``."""
-        linears, mlp = _linears(layers[0]), _linears(layers[0].mlp)
+    def of(cls, stack: nn.Module, *, attention_output: str) -> "LayerSize":
+        """Measure the first layer of a stack; ``attention_output`` is the name of its attention's last matrix."""
+        layer = stack.get_submodule("0")
+        linears = _linears(layer)
+        mlp = [linear for name, linear in linears.items() if name.startswith("mlp.")]
         return cls(
-            layers=len(layers),
+            layers=len(list(stack.children())),
             linears=len(linears),
             weights=_weights(linears),
-            width=attention_output.out_features,
-            attention_width=attention_output.in_features,
-            intermediate=max(linear.in_features for linear in mlp.values()),
+            width=linears[attention_output].out_features,
+            attention_width=linears[attention_output].in_features,
+            intermediate=max(linear.in_features for linear in mlp),
             is_gated=len(mlp) == 3,
-            normalises_queries=any(name.endswith("q_norm") for name, _ in layers[0].named_modules()),
+            normalises_queries=any(name.endswith("q_norm") for name, _ in layer.named_modules()),
         )
 
 
@@ -133,19 +135,20 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
 def model_size(config: PreTrainedConfig) -> ModelSize:
     """Measure the stock model of a config; it takes about a second, so keep the result."""
     model = meta_model(config)
-    decoder, visual = model.get_decoder(), model.base_model.visual
+    visual = model.base_model.get_submodule("visual")
     mergers = {name: linear for name, linear in _linears(visual).items() if not name.startswith("blocks.")}
     geometry, vision = PatchGeometry.from_config(config), config.vision_config
     is_windowed = config.model_type == "qwen2_5_vl"
     window = vision.window_size // geometry.merge_size // geometry.patch_size if is_windowed else 1
+    layers = LayerSize.of(visual.get_submodule("blocks"), attention_output="attn.proj")
     return ModelSize(
-        text=LayerSize.of(decoder.layers, attention_output=decoder.layers[0].self_attn.o_proj),
-        vision=LayerSize.of(visual.blocks, attention_output=visual.blocks[0].attn.proj),
-        vocabulary=model.get_output_embeddings().out_features,
-        patch_weights=visual.patch_embed.proj.weight.numel(),
+        text=LayerSize.of(model.get_decoder().get_submodule("layers"), attention_output="self_attn.o_proj"),
+        vision=layers,
+        vocabulary=config.get_text_config().vocab_size,
+        patch_weights=visual.get_parameter("patch_embed.proj.weight").numel(),
         merger_weights=_weights(mergers),
         mergers=len(mergers) // 2,  # each has two matrices
-        full_layers=len(vision.fullatt_block_indexes) if is_windowed else len(visual.blocks),
+        full_layers=len(vision.fullatt_block_indexes) if is_windowed else layers.layers,
         window=window * geometry.merge_size,
         geometry=geometry,
     )
