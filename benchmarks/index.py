@@ -1,51 +1,38 @@
-"""Indexing end to end against embedding alone, in each home that needs no server, and what a second run costs.
+"""Compare indexing end to end with embedding alone, in each storage backend that needs no server.
 
     python benchmarks/index.py path/to/photos --model cocoa-qwen2vl [--json]
     python benchmarks/index.py               # the demo's images and model, after make demo
 
-Embedding alone is the same stream of the same files through the same model, stored nowhere. Every round does each way
-once, in turn; rates are medians over rounds. Stores are made anew for each round. The model is loaded once.
+Embedding alone sends the same files through the same model and stores nothing. The second run over an index finds all
+files unchanged. Every round measures each of them once, with new stores; rates are medians over the rounds.
 """
 
 import argparse
 import json
-import os
-import statistics
-import sys
 import tempfile
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
-
-import torch
 
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.images.find_files import find_images
 from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
 from cocoa_embed.model.loading import load_model
+from measuring import machine, seconds_of
 
-HOMES = ("path", "edge")
+STORES = ("path", "edge")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "folder", metavar="DIR", nargs="?", default="cocoa-demo/data/held-out", help="a folder of images"
-    )
+    parser.add_argument("folder", nargs="?", default="cocoa-demo/data/held-out", help="a folder of images")
     parser.add_argument("--model", default="cocoa-qwen2vl", help="a SentenceTransformer folder or hub name")
-    parser.add_argument("--home", choices=HOMES, action="append", help="the homes to measure [both]")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--device")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser.parse_args()
-
-
-def timed(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 def embed_alone(encoder: Encoder, files: list[Path], batch_size: int) -> None:
@@ -57,57 +44,48 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     encoder = Encoder(load_model(options.model, options.device), str(options.model))
     files = find_images([options.folder])
     embed_alone(encoder, files[: 2 * options.batch_size], options.batch_size)
-    seconds: dict[str, list[float]] = {}
+    embedding: list[float] = []
+    indexing: dict[str, list[tuple[float, float]]] = {store: [] for store in STORES}
     for _ in range(options.rounds):
-        alone = timed(lambda: embed_alone(encoder, files, options.batch_size))
-        seconds.setdefault("embedding", []).append(alone)
-        for home in options.home or HOMES:
+        embedding.append(seconds_of(partial(embed_alone, encoder, files, options.batch_size)))
+        for store in STORES:
             with (
                 tempfile.TemporaryDirectory() as folder,
-                QdrantIndexer(encoder, **{home: folder}, batch_size=options.batch_size) as indexer,
+                QdrantIndexer(encoder, **{store: folder}, batch_size=options.batch_size) as indexer,
             ):
-                first, second = (timed(lambda: indexer.index(options.folder, progress=False)) for _ in range(2))
-            seconds.setdefault(home, []).append(first)
-            seconds.setdefault(f"{home} again", []).append(second)
-    return document(options, len(files), {name: statistics.median(times) for name, times in seconds.items()})
-
-
-def document(options: argparse.Namespace, count: int, seconds: dict[str, float]) -> dict[str, Any]:
+                run = partial(indexer.index, options.folder, progress=False)
+                indexing[store].append((seconds_of(run), seconds_of(run)))
+    count, alone = len(files), median(embedding)
     return {
         "images": count,
-        "embedding_images_per_second": count / seconds["embedding"],
-        "homes": {
-            home: {
-                "index_images_per_second": count / seconds[home],
-                "ratio": seconds["embedding"] / seconds[home],
-                "second_run_milliseconds_per_image": seconds[f"{home} again"] / count * 1000,
+        "embedding_images_per_second": count / alone,
+        "stores": {
+            store: {
+                "index_images_per_second": count / median(first for first, _ in runs),
+                "ratio": alone / median(first for first, _ in runs),
+                "second_run_milliseconds_per_image": median(second for _, second in runs) / count * 1000,
             }
-            for home in options.home or HOMES
+            for store, runs in indexing.items()
         },
         "rounds": options.rounds,
-        "cores": os.cpu_count(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        **machine(),
     }
-
-
-def show(found: dict[str, Any]) -> None:
-    print(f"{found['images']} images, {found['cores']} cores, {found['device']}, medians of {found['rounds']} rounds")
-    print(f"embedding alone  {found['embedding_images_per_second']:8.1f} images/s")
-    for home, figures in found["homes"].items():
-        print(
-            f"--{home:14} {figures['index_images_per_second']:8.1f} images/s, {figures['ratio']:.2f} of it;"
-            f" a second run {figures['second_run_milliseconds_per_image']:.2f} ms an image"
-        )
 
 
 def main() -> None:
     options = parse()
-    found = measure(options)
+    result = measure(options)
     if options.json:
-        print(json.dumps(found, indent=2))
-    else:
-        show(found)
+        print(json.dumps(result, indent=2))
+        return
+    print(f"{result['images']} images, {result['cores']} cores, {result['device']}, medians of {options.rounds} rounds")
+    print(f"embedding alone  {result['embedding_images_per_second']:8.1f} images/s")
+    for store, metrics in result["stores"].items():
+        print(
+            f"--{store:14} {metrics['index_images_per_second']:8.1f} images/s, {metrics['ratio']:.2f} of embedding"
+            f" alone; second run {metrics['second_run_milliseconds_per_image']:.2f} ms an image"
+        )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

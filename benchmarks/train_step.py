@@ -1,16 +1,16 @@
-"""A training step of each stage against the plain way to do the same: time, peak memory, use of the device.
+"""Compare a training step of each stage with the plain implementation: time, peak memory, use of the device.
 
     python benchmarks/train_step.py --model small --stage warmup [--json]
     python benchmarks/train_step.py --model qwen2-vl-2b --stage contrastive --batch-size 1024
     python benchmarks/train_step.py --model small --stage bridge --lengths
 
-The plain way: ``labels=`` on the stock class, and so logits ``[B, L, V]``; a dense 4-D mask; batches of rows as they
-come, padded to the longest; in the contrastive stage the whole batch in one forward pass. Ours: the head at hidden
-positions alone, rows of similar length together, FlexAttention for the bridge on CUDA; gradient-cached chunks of pairs
-sorted by length. Same rows, same random weights, and the two losses of one common batch are compared first.
+Plain: ``labels=`` on the stock class, and so logits ``[B, L, V]``; a dense 4-D mask; batches of rows in their order,
+padded to the longest; in the contrastive stage the whole batch in one forward pass. Ours: the head at masked positions
+only, rows of similar length together, FlexAttention for the bridge on CUDA; gradient-cached chunks of pairs sorted by
+length. Both have the same rows and the same random weights, and the losses of one common batch are compared first.
 
-Each side runs in a process of its own, so that each peak is its own. All rows are passed through a few times, the first
-time unmeasured on CUDA; times are medians over these passes.
+Each side runs in its own process, and so does its peak memory. The rows are passed through a few times, on CUDA once
+unmeasured; times are medians over these passes.
 """
 
 import argparse
@@ -19,21 +19,21 @@ import math
 import statistics
 import subprocess
 import sys
-import time
 from typing import Any
 
 import torch
-import transformers
 
-from steps.real_configs import MODELS
+from measuring import machine
+from steps.models import MODELS
 from steps.sides import measure
+
+MIB = 2**20
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=MODELS, default="small")
+    parser.add_argument("--model", choices=MODELS, default="small", help="with random weights")
     parser.add_argument("--stage", choices=("warmup", "bridge", "contrastive"), default="warmup")
-    parser.add_argument("--random-weights", action="store_true", help="always so: nothing is downloaded")
     parser.add_argument("--batch-size", type=int, help="rows of a step (8), or pairs (64)")
     parser.add_argument("--steps", type=int, default=4, help="steps of a pass over the rows")
     parser.add_argument("--passes", type=int, default=2, help="measured passes")
@@ -52,9 +52,9 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def run_side(side: str, arguments: list[str]) -> dict[str, Any]:
-    """Measure a side in a process of its own; one that runs out of memory is a result too."""
-    command = [sys.executable, __file__, *arguments, "--side", side]
+def run_side(side: str, *arguments: str) -> dict[str, Any]:
+    """Measure a side in its own process; running out of memory is a result too."""
+    command = [sys.executable, __file__, *sys.argv[1:], *arguments, "--side", side]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0:
         return json.loads(done.stdout)
@@ -63,81 +63,54 @@ def run_side(side: str, arguments: list[str]) -> dict[str, Any]:
     raise SystemExit(f"the {side} side failed:\n{done.stderr}")
 
 
-def machine() -> dict[str, Any]:
-    has_gpu = torch.cuda.is_available()
-    return {
-        "device": torch.cuda.get_device_name() if has_gpu else "cpu",
-        "threads": torch.get_num_threads(),
-        "torch_version": torch.__version__,
-        "transformers_version": transformers.__version__,
-    }
-
-
-def compare(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
-    ours, plain = (run_side(side, arguments) for side in ("ours", "plain"))
+def compare() -> dict[str, Any]:
+    ours, plain = run_side("ours"), run_side("plain")
     ratio = None
     if "failed" not in ours and "failed" not in plain:
         tolerance = 2e-2 if torch.cuda.is_available() else 1e-3
         if abs(ours["loss"] - plain["loss"]) > tolerance * abs(plain["loss"]):
-            raise SystemExit(f"the two sides do not compute the same loss: {ours['loss']} and {plain['loss']}")
+            raise SystemExit(f"the two sides compute different losses: {ours['loss']} and {plain['loss']}")
         ratio = {
             "steps_per_second": plain["seconds_per_step"] / ours["seconds_per_step"],
             "peak_memory_bytes": ours["peak_memory_bytes"] / plain["peak_memory_bytes"],
             "peak_above_model_bytes": ours["peak_above_model_bytes"] / max(plain["peak_above_model_bytes"], 1),
         }
-    return {
-        "model": options.model,
-        "stage": options.stage,
-        "batch_size_rows": options.batch_size,
-        "steps": options.steps,
-        "gradient_checkpointing": options.gradient_checkpointing,
-        "ours": ours,
-        "plain": plain,
-        "ratio": ratio,
-        **machine(),
-    }
+    return {"ours": ours, "plain": plain, "ratio": ratio}
 
 
-def sweep(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
+def sweep(batch_size: int) -> dict[str, Any]:
     """Time ours at growing numbers of rows of one length; the exponent is the slope of log time over log tokens."""
     points = []
     for factor in (1, 2, 4):
-        started = time.perf_counter()
-        size = ["--batch-size", str(factor * options.batch_size), "--same-length", "96"]
-        side = run_side("ours", [*arguments, *size])
-        print(f"{factor} times the rows: {time.perf_counter() - started:.0f} s", file=sys.stderr)
+        side = run_side("ours", "--batch-size", str(factor * batch_size), "--same-length", "96")
         if "failed" in side:
-            raise SystemExit(f"{factor} times {options.batch_size} rows: {side['failed']}; lower --batch-size")
-        points.append({"tokens_per_step": side["tokens_per_step"], "seconds_per_step": side["seconds_per_step"]})
-    slope = statistics.linear_regression(
-        [math.log(point["tokens_per_step"]) for point in points],
-        [math.log(point["seconds_per_step"]) for point in points],
-    ).slope
-    return {"model": options.model, "stage": options.stage, "points": points, "exponent": slope, **machine()}
+            raise SystemExit(f"{factor} times {batch_size} rows: {side['failed']}; lower --batch-size")
+        points.append({key: side[key] for key in ("tokens_per_step", "seconds_per_step")})
+    logarithms = ([math.log(point[key]) for point in points] for key in ("tokens_per_step", "seconds_per_step"))
+    return {"points": points, "exponent": statistics.linear_regression(*logarithms).slope}
 
 
-def show(document: dict[str, Any]) -> None:
-    print(f"{document['model']}, {document['stage']}, on {document['device']}")
-    if "points" in document:
-        for point in document["points"]:
+def show(result: dict[str, Any]) -> None:
+    print(f"{result['model']}, {result['stage']}, on {result['device']}")
+    if "points" in result:
+        for point in result["points"]:
             print(f"{point['tokens_per_step']:9.0f} tokens  {point['seconds_per_step'] * 1000:9.0f} ms a step")
-        print(f"time grows with tokens to the power of {document['exponent']:.2f}")
+        print(f"time grows with tokens to the power of {result['exponent']:.2f}")
         return
     for name in ("ours", "plain"):
-        side = document[name]
+        side = result[name]
         if "failed" in side:
             print(f"{name:6} {side['failed']}")
             continue
         print(
             f"{name:6} {side['seconds_per_step'] * 1000:8.0f} ms a step  {side['tokens_per_second']:9.0f} tokens/s  "
-            f"{side['peak_memory_bytes'] / 2**20:8.0f} MiB, {side['peak_above_model_bytes'] / 2**20:.0f} above the "
-            f"model  {side['mfu']:.1%} of a matrix product's speed"
+            f"{side['peak_memory_bytes'] / MIB:8.0f} MiB, {side['peak_above_model_bytes'] / MIB:.0f} above the model  "
+            f"{side['mfu']:.1%} MFU"
         )
-    if document["ratio"]:
-        ratio = document["ratio"]
+    if ratio := result["ratio"]:
         print(
-            f"ours: {ratio['steps_per_second']:.2f} times the steps, {ratio['peak_memory_bytes']:.2f} of the memory, "
-            f"{ratio['peak_above_model_bytes']:.2f} of what is above the model"
+            f"ours over plain: {ratio['steps_per_second']:.2f} times the steps a second, "
+            f"{ratio['peak_memory_bytes']:.2f} of the memory, {ratio['peak_above_model_bytes']:.2f} above the model"
         )
 
 
@@ -146,12 +119,13 @@ def main() -> None:
     if options.side:
         print(json.dumps(measure(options)))
         return
-    arguments = [argument for argument in sys.argv[1:] if argument not in ("--json", "--lengths")]
-    document = sweep(options, arguments) if options.lengths else compare(options, arguments)
+    settings = {"model": options.model, "stage": options.stage, "batch_size_rows": options.batch_size}
+    settings |= {"steps": options.steps, "gradient_checkpointing": options.gradient_checkpointing}
+    result = {**settings, **(sweep(options.batch_size) if options.lengths else compare()), **machine()}
     if options.json:
-        print(json.dumps(document, indent=2))
+        print(json.dumps(result, indent=2))
     else:
-        show(document)
+        show(result)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Index a folder of images and search it, by text and by image.
+"""Index a folder of images and search it by text, by image, and by both.
 
     python examples/index_and_search.py cocoa-qwen2vl path/to/images "a red circle"
 
@@ -6,32 +6,37 @@ The index stays in ./cocoa-index: a second run embeds only what is new.
 """
 
 import sys
-from pathlib import Path
 
-from cocoa_embed.integrations.qdrant import Hit, QdrantIndexer
-
-
-def show(title: str, hits: list[Hit]) -> None:
-    print(title)
-    for hit in hits:
-        print(f"  {hit.score:.4f}  {hit.path}")
+from cocoa_embed.errors import CocoaError
+from cocoa_embed.integrations.qdrant import QdrantIndexer
 
 
 def main(model: str, folder: str, text: str) -> None:
-    with QdrantIndexer(model, path=Path("cocoa-index")) as indexer:
+    with QdrantIndexer(model, path="cocoa-index") as indexer:
         summary = indexer.index(folder)
-        print(f"{summary.indexed} indexed, {summary.unchanged} unchanged, {len(summary.failed)} left out")
+        # Files with the same content are one point: the first is indexed, its copies are unchanged.
+        print(
+            f"{summary.indexed} new, {summary.replaced} replaced, {summary.updated} updated,"
+            f" {summary.unchanged} unchanged or copies, {len(summary.failed)} failed"
+        )
         for failure in summary.failed:
             print(f"  {failure['path']}: {failure['reason']}")
 
-        by_text = indexer.search(text, limit=3)
-        show(f"nearest to {text!r}:", by_text)
-        best = Path(by_text[0].path)
-        show(f"nearest to {best.name}:", indexer.search(image=best, limit=3))
-        show(f"nearest to {best.name} and {text!r} together:", indexer.search(text, best, limit=3))
+        best = next((hit.path for hit in indexer.search(text, limit=1)), None)
+        queries = {repr(text): (text, None)}
+        if best is not None:
+            queries |= {best: (None, best), f"{best} and {text!r} together": (text, best)}
+        for title, query in queries.items():
+            print(f"nearest to {title}:")
+            for hit in indexer.search(*query, limit=3):
+                copies = len(hit.payload["paths"]) - 1
+                print(f"  {hit.score:.4f}  {hit.path}" + (f"  (and {copies} more with this content)" if copies else ""))
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 4:
         sys.exit(__doc__)
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except CocoaError as error:
+        sys.exit(str(error))

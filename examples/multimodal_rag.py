@@ -1,10 +1,11 @@
-"""Answer a question about a folder of images: find the images, show them to a language model, check what it cites.
+"""Answer a question about a folder of images: retrieve images, show them to a language model, check its citations.
 
-pip install 'cocoa-embed[llama-index,qdrant]'
-python examples/multimodal_rag.py cocoa-qwen2vl path/to/images "Which picture has a red circle?" --llm MODEL
+    pip install '.[llama-index,qdrant]'
+    python examples/multimodal_rag.py cocoa-qwen2vl path/to/images "Which picture has a red circle?" --llm MODEL
 
-MODEL is the folder of a vision-language model such as Qwen2-VL, which runs here; or a model's name at an endpoint that
-speaks OpenAI's language, named by the environment: OPENAI_BASE_URL=http://localhost:8000/v1 OPENAI_API_KEY=...
+MODEL is the folder of a vision-language model such as Qwen2-VL, which runs on this machine; or a model's name at an
+OpenAI-compatible endpoint given by the environment: OPENAI_BASE_URL=http://localhost:8000/v1 OPENAI_API_KEY=...
+The index stays in ./rag-index and answers from all folders that were indexed into it.
 """
 
 import argparse
@@ -38,16 +39,16 @@ CITATION = re.compile(r"\[(?:images? )?(\d+(?:, ?\d+)*)\]", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Answer:
-    """What the language model said, and what it saw."""
+    """The language model's answer, and the images it was given."""
 
-    text: str  # a citation of an image that was not there is marked
-    images: list[str]  # the paths of the images it saw; [1] is the first
+    text: str  # citations of images that were not given are marked
+    images: list[str]  # the paths of the images; [1] cites the first
     cited: list[int]
-    left_out: list[str]  # images that were found and could not be read, with the reason
+    left_out: list[str]  # why images that were retrieved could not be read
 
 
 class LocalModel:
-    """A vision-language model of transformers, asked as LlamaIndex asks one."""
+    """A vision-language model of transformers with the ``chat`` method of LlamaIndex's models."""
 
     def __init__(self, folder: str, max_new_tokens: int = 256) -> None:
         import torch
@@ -72,7 +73,7 @@ class LocalModel:
 
 
 def answer(question: str, retriever: BaseRetriever, llm: LLM | LocalModel) -> Answer:
-    """Answer from the images that a retriever finds; with none of them, the language model is not asked."""
+    """Answer from the images that a retriever finds; if there are none, do not ask the language model."""
     images, left_out = [], []
     for found in retriever.retrieve(question):
         if isinstance(found.node, ImageNode) and found.node.image_path:
@@ -88,17 +89,17 @@ def answer(question: str, retriever: BaseRetriever, llm: LLM | LocalModel) -> An
 
 
 def build_messages(question: str, images: Sequence[tuple[ImageNode, bytes]]) -> list[ChatMessage]:
-    """Number the images, each with what is known of it, and put the question last."""
+    """Number the images, add caption and metadata to each, and put the question last."""
     blocks: list[ContentBlock] = []
     for number, (node, jpeg) in enumerate(images, 1):
-        words = node.get_content(MetadataMode.LLM).strip()  # the caption, and the columns of metadata.jsonl
-        blocks += [TextBlock(text=f"Image {number}:\n{words}"), ImageBlock(image=jpeg, image_mimetype="image/jpeg")]
+        text = node.get_content(MetadataMode.LLM).strip()  # the caption, and the columns of metadata.jsonl
+        blocks += [TextBlock(text=f"Image {number}:\n{text}"), ImageBlock(image=jpeg, image_mimetype="image/jpeg")]
     blocks.append(TextBlock(text=f"Question: {question}"))
     return [ChatMessage(role="system", content=INSTRUCTIONS), ChatMessage(role="user", blocks=blocks)]
 
 
 def check_citations(text: str, count: int) -> tuple[str, list[int]]:
-    """Mark the citations of images that were not shown, and list the others."""
+    """Mark citations of images that were not given; return the text and the numbers of the others."""
     cited: set[int] = set()
 
     def check(match: re.Match[str]) -> str:
@@ -111,7 +112,7 @@ def check_citations(text: str, count: int) -> tuple[str, list[int]]:
 
 
 def as_jpeg(path: str) -> bytes:
-    """Read an image as it was indexed, whatever its format, and make it small enough to send."""
+    """Read an image of any format that can be indexed, and make it small enough to send."""
     image = load_image(path)
     image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     buffer = BytesIO()
@@ -120,17 +121,17 @@ def as_jpeg(path: str) -> bytes:
 
 
 def as_part(block: ContentBlock) -> dict[str, object]:
-    """Return a block of LlamaIndex as a part of a conversation of transformers."""
+    """Convert a block of LlamaIndex to a part of a transformers conversation."""
     if isinstance(block, ImageBlock):
         return {"type": "image", "image": Image.open(block.resolve_image())}
     return {"type": "text", "text": block.text}
 
 
 def connect(name: str) -> LLM:
-    """Return a model of the endpoint that the environment names."""
+    """Return a model at the endpoint of OPENAI_BASE_URL."""
     if "OPENAI_BASE_URL" not in os.environ:
         sys.exit(
-            f"{name} is no folder; for a model at an endpoint set OPENAI_BASE_URL, and OPENAI_API_KEY if it wants one"
+            f"{name} is not a folder; for a model at an endpoint set OPENAI_BASE_URL and, if needed, OPENAI_API_KEY"
         )
     try:
         from llama_index.llms.openai_like import OpenAILike
@@ -143,7 +144,7 @@ def connect(name: str) -> LLM:
 def main(model: str, folder: str, question: str, llm: str) -> None:
     language_model = LocalModel(llm) if Path(llm).is_dir() else connect(llm)
     with QdrantIndexer(model, path="rag-index") as indexer:
-        indexer.index(folder)
+        indexer.index(folder, prune=True)
         given = answer(question, CocoaRetriever(indexer, similarity_top_k=4), language_model)
     print(given.text)
     for number in given.cited:

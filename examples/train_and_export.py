@@ -1,8 +1,9 @@
 """Train a model on a folder of captioned images and export it.
 
-    python examples/train_and_export.py path/to/images my-model
+    python examples/train_and_export.py path/to/images my-model [key.sub=value ...]
 
-The folder holds images and a metadata.jsonl with file_name and text in each line.
+The folder holds images and a metadata.jsonl with file_name and text in each line. The recipe is the demo's; further
+arguments change it (bridge.steps=500).
 """
 
 import sys
@@ -10,20 +11,26 @@ from pathlib import Path
 
 from sentence_transformers import SentenceTransformer
 
-from cocoa_embed.export import export_model
+from cocoa_embed.errors import CocoaError
+from cocoa_embed.model.export import export_model
 from cocoa_embed.train import Recipe, run
 
 
-def main(folder: str, out: str) -> None:
-    recipe = Recipe.load("tiny", [f"data.folder={folder}", "contrastive.data.limit=null"])
+def main(folder: str, out: str, *overrides: str) -> None:
+    recipe = Recipe.load("tiny", [f"data.folder={folder}", "contrastive.data.limit=null", *overrides])
     stages = run(recipe, Path("runs") / Path(out).name)
     for stage in stages:
         print(f"{stage.stage}: {stage.steps} steps in {stage.seconds:.0f} s, loss {stage.final['loss']:.3f}")
     export_model(stages[-1].folder, Path(out))
-    print(SentenceTransformer(out).encode([{"text": "a text"}]).shape)
+    dimension = SentenceTransformer(out).get_embedding_dimension()
+    print(f"{out} embeds texts and images in {dimension} dimensions; try it:")
+    print(f"  python {Path(__file__).with_name('index_and_search.py')} {out} {folder} 'a text'")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
+    if len(sys.argv) < 3:
         sys.exit(__doc__)
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except CocoaError as error:
+        sys.exit(str(error))

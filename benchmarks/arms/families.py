@@ -1,7 +1,7 @@
-"""Held-out scenes that are hard to tell apart: each stands beside others that differ from it in one thing.
+"""Held-out scenes that are hard to tell apart: families of scenes that differ from the first in one attribute.
 
-Among scenes drawn at random a model finds the right one by any two of its features. Here it has to have read all of
-them, and there is room above what contrastive learning alone reaches.
+Among scenes drawn at random, any two attributes of a scene identify it. Here a model needs all of them, so that recall
+stays below 1.
 """
 
 import random
@@ -11,11 +11,11 @@ from dataclasses import replace
 from cocoa_embed.demo.scenes import BACKGROUNDS, COLOURS, PLACES, RADII, SHAPES, Scene, distinct_scenes, split_of
 
 FAMILY = 4
-"""Scenes of a family: one, and three that differ from it in one thing."""
+"""Scenes of a family."""
 
 
 def families(generator: random.Random) -> Iterator[Scene]:
-    """Yield held-out scenes, family after family, for ever; none twice."""
+    """Yield held-out scenes, family after family, without end; none twice."""
     seen: set[Scene] = set()
     for scene in distinct_scenes(generator, "held-out"):
         others = [other for other in variations(scene) if split_of(other) == "held-out" and other not in seen]
@@ -27,7 +27,7 @@ def families(generator: random.Random) -> Iterator[Scene]:
 
 
 def variations(scene: Scene) -> list[Scene]:
-    """Return the scenes with another background, or another size, colour, shape or place of one object."""
+    """Return the scenes that differ in the background, or in the size, colour, shape or place of one object."""
     found = [replace(scene, background=other) for other in BACKGROUNDS if other != scene.background]
     taken = {item.place for item in scene.objects}
     values = {

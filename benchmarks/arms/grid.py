@@ -1,4 +1,4 @@
-"""What is compared: the arms of the ablation, each a chain of stages. Chains share their first stages."""
+"""The arms that are compared, each a chain of stages; arms share the stages that they have in common."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,8 +9,11 @@ from cocoa_embed.errors import UsageError
 
 Group = Literal["stages", "variants", "mask ratio", "pairs", "length"]
 
-SHARES = (0.1, 0.3, 1.0)
+FRACTIONS = (0.1, 0.3, 1.0)
+"""Of the pairs, to train the contrastive stage on."""
+
 MASK_RATIOS = (0.3, 0.5, 0.7, 0.9)
+
 LENGTHS = (0.125, 0.25, 0.5, 1.0)
 """Parts of the bridge's steps after which a contrastive stage is tried."""
 
@@ -22,16 +25,16 @@ CAPTIONS_AS_PAIRS = "contrastive only, compute of all three, every captioned ima
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is drawn and trained.
+    """How much data is drawn, and how long is trained.
 
-    :param training: Captioned images that the bridge is trained on; the warm-up sees those that are kept out too.
-    :param held_out: Images, and as many captions, that retrieval is measured among.
-    :param pairs: What contrastive learning sees of the captioned images where all pairs are used.
-    :param compared_part: The part of the bridge's steps that variants of it are compared after, one of ``LENGTHS``.
-    :param equal_shares: The shares of the pairs that contrastive learning alone gets all the compute with.
-    :param kept_out: More images: the bridge keeps them out of its training to measure what ``<EOS>`` carries, and they
+    :param training: Captioned images that the bridge is trained on; the warm-up also sees the probe's.
+    :param held_out: Images, and as many captions, that retrieval is measured on.
+    :param pairs: Contrastive pairs where all of them are used, taken from the captioned images.
+    :param variant_part: The part of the bridge's steps after which variants are compared, one of ``LENGTHS``.
+    :param equal_fractions: The fractions of the pairs that contrastive learning alone gets all the compute with.
+    :param probe_rows: More images, which the bridge keeps out of its training to measure what ``<EOS>`` carries; they
         are no contrastive pairs.
-    :param captions_as_pairs: Give it every captioned image as a pair too, in every wording.
+    :param captions_as_pairs: Also train contrastive learning alone on every captioned image, in every wording.
     """
 
     training: int
@@ -40,23 +43,23 @@ class Sizes:
     warmup_steps: int
     bridge_steps: int
     contrastive_steps: int
-    compared_part: float = 1.0
-    equal_shares: tuple[float, ...] = SHARES
-    kept_out: int = 256
+    variant_part: float = 1.0
+    equal_fractions: tuple[float, ...] = FRACTIONS
+    probe_rows: int = 256
     captions_as_pairs: bool = True
 
     @property
-    def kept_steps(self) -> dict[float, int]:
-        """The steps of the bridge after which its weights are kept, by the part of it that they are."""
+    def snapshots(self) -> dict[float, int]:
+        """The bridge's steps after which its weights are saved, by the part of the bridge that they are."""
         return {part: round(self.bridge_steps * part) for part in LENGTHS}
 
 
 @dataclass(frozen=True)
 class StageRun:
-    """One stage, from the backbone or from the weights that another left.
+    """One stage, from the backbone or from the weights of another stage.
 
-    :param settings: What is changed in the base recipe.
-    :param at_step: Start from what ``start`` kept after that step; from its end if None.
+    :param settings: Overrides of the base recipe.
+    :param at_step: Start from the weights that ``start`` had after that step; None for its end.
     """
 
     stage: str
@@ -67,7 +70,7 @@ class StageRun:
 
     @property
     def chain(self) -> "list[tuple[StageRun, int]]":
-        """The stages from the backbone to this one, and how many steps of each it has been through."""
+        """The stages from the backbone to this one, and how many steps of each are part of it."""
         if self.start is None:
             return [(self, self.steps)]
         *before, (last, steps) = self.start.chain
@@ -78,35 +81,36 @@ class StageRun:
 class Arm:
     """A model that is scored.
 
-    :param x: What the group's figure is drawn over: the share of the pairs, the mask ratio, the part of the bridge.
-    :param at_step: Score what the last stage kept after that step; its end if None.
+    :param x: Its place on the axis of the group's figure: fraction of the pairs, mask ratio, part of the bridge.
+    :param at_step: Score the weights that the last stage had after that step; None for its end.
     """
 
     group: Group
     name: str
     last: StageRun
-    share: float = 1.0
+    fraction: float = 1.0
     x: float | None = None
     at_step: int | None = None
 
-    def steps(self) -> list[tuple[StageRun, int]]:
-        """The stages that the scored weights have been through, and how many steps of each."""
+    @property
+    def chain(self) -> list[tuple[StageRun, int]]:
+        """The stages of the scored weights, and how many steps of each."""
         *before, (last, steps) = self.last.chain
         return [*before, (last, self.at_step or steps)]
 
 
 @dataclass(frozen=True)
 class Grid:
-    """All arms of one profile.
+    """All arms of one ablation.
 
-    :param per_row: Floating-point operations of a row of each stage, or of a pair of the contrastive stage.
+    :param flops_per_row: Of each stage; in the contrastive stage, of a pair.
     :param batch_sizes: Of each stage.
-    :param mask_ratio: Of the bridge, where it is not what is compared.
-    :param groups: The groups that are asked for; all if None.
+    :param mask_ratio: Of the bridge, where mask ratios are not compared.
+    :param groups: The groups to run; None for all.
     """
 
     sizes: Sizes
-    per_row: Mapping[str, float]
+    flops_per_row: Mapping[str, float]
     batch_sizes: Mapping[str, int]
     mask_ratio: float
     groups: Sequence[Group] | None = None
@@ -114,7 +118,7 @@ class Grid:
     def __post_init__(self) -> None:
         """Check the groups.
 
-        :raises UsageError: If one is not known.
+        :raises UsageError: If one is unknown.
         """
         for group in self.groups or ():
             if group not in get_args(Group):
@@ -122,74 +126,72 @@ class Grid:
 
     @property
     def arms(self) -> list[Arm]:
-        """All of them, group after group."""
-        laid_out = [*self._stages(), *self._variants(), *self._mask_ratios(), *self._pairs(), *self._lengths()]
-        return [arm for arm in laid_out if self.groups is None or arm.group in self.groups]
+        """All arms, group after group."""
+        arms = [*self._stages(), *self._variants(), *self._mask_ratios(), *self._pairs(), *self._lengths()]
+        return [arm for arm in arms if self.groups is None or arm.group in self.groups]
 
-    def pairs(self, share: float) -> int:
-        """Return how many pairs a share of them is."""
-        return round(self.sizes.pairs * share)
+    def pairs(self, fraction: float) -> int:
+        """Return how many pairs a fraction is."""
+        return round(self.sizes.pairs * fraction)
 
-    def flops_per_step(self, stage: str, share: float) -> float:
-        """Return what a step of a stage takes, in floating-point operations.
+    def flops_per_step(self, stage: str, fraction: float) -> float:
+        """Return the FLOPs of a step.
 
-        An epoch's last contrastive batch holds what is left of the pairs, so a step has fewer than a batch on average.
+        The last contrastive batch of an epoch holds the remaining pairs, so a step has fewer than a batch on average.
         """
         rows: float = self.batch_sizes[stage]
         if stage == "contrastive":
-            pairs = self.pairs(share)
+            pairs = self.pairs(fraction)
             rows = pairs / ceil(pairs / self.batch_sizes[stage])
-        return rows * self.per_row[stage]
+        return rows * self.flops_per_row[stage]
 
     def flops(self, arm: Arm) -> float:
-        """Return what the training of an arm takes, in floating-point operations."""
-        return sum(steps * self.flops_per_step(run.stage, arm.share) for run, steps in arm.steps())
+        """Return the FLOPs of the training of an arm."""
+        return sum(steps * self.flops_per_step(run.stage, arm.fraction) for run, steps in arm.chain)
 
-    def compute_in_contrastive_steps(self, bridge_steps: int, share: float) -> int:
-        """Return the contrastive steps that take the compute of warm-up, so much of the bridge, and stage 3."""
-        sizes = self.sizes
-        before = sizes.warmup_steps * self.flops_per_step("warmup", share)
-        before += bridge_steps * self.flops_per_step("bridge", share)
-        return sizes.contrastive_steps + round(before / self.flops_per_step("contrastive", share))
+    def equal_compute_steps(self, bridge_steps: int, fraction: float) -> int:
+        """Return the contrastive steps that cost as much as warm-up, bridge and contrastive stage together."""
+        before = self.sizes.warmup_steps * self.flops_per_step("warmup", fraction)
+        before += bridge_steps * self.flops_per_step("bridge", fraction)
+        return self.sizes.contrastive_steps + round(before / self.flops_per_step("contrastive", fraction))
 
     def warmup(self, *settings: str) -> StageRun:
-        """Stage 1."""
+        """Return stage 1."""
         return StageRun("warmup", self.sizes.warmup_steps, settings)
 
-    def bridge(self, start: StageRun | None, *settings: str) -> StageRun:
-        """Stage 2, with its weights kept on the way."""
-        steps = sorted(set(self.sizes.kept_steps.values()) - {self.sizes.bridge_steps})
-        return StageRun("bridge", self.sizes.bridge_steps, (*settings, f"bridge.keep_steps={steps}"), start)
+    def bridge(self, start: StageRun | None) -> StageRun:
+        """Return stage 2 with its snapshots."""
+        steps = sorted(set(self.sizes.snapshots.values()) - {self.sizes.bridge_steps})
+        return StageRun("bridge", self.sizes.bridge_steps, (f"bridge.keep_steps={steps}",), start)
 
     def variant(self, *settings: str, start: StageRun | None) -> StageRun:
-        """Another stage 2, as long as variants are."""
-        return StageRun("bridge", self.sizes.kept_steps[self.sizes.compared_part], settings, start)
+        """Return another stage 2, as long as variants are."""
+        return StageRun("bridge", self.sizes.snapshots[self.sizes.variant_part], settings, start)
 
     def contrastive(
-        self, start: StageRun | None, share: float, *settings: str, at_step: int | None = None, steps: int | None = None
+        self, start: StageRun | None, fraction: float = 1.0, *settings: str, at_step: int | None = None, steps: int = 0
     ) -> StageRun:
-        """Stage 3 on a share of the pairs."""
-        limit = f"contrastive.data.limit={self.pairs(share)}"
+        """Return stage 3 on a fraction of the pairs."""
+        limit = f"contrastive.data.limit={self.pairs(fraction)}"
         return StageRun("contrastive", steps or self.sizes.contrastive_steps, (limit, *settings), start, at_step)
 
-    def all_three(self, share: float = 1.0, part: float = 1.0) -> StageRun:
-        """The whole chain, the contrastive stage from some part of the bridge."""
-        whole = self.bridge(self.warmup())
-        step = self.sizes.kept_steps[part]
-        return self.contrastive(whole, share, at_step=None if step == whole.steps else step)
+    def all_three(self, fraction: float = 1.0, part: float = 1.0) -> StageRun:
+        """Return the whole chain, the contrastive stage from some part of the bridge."""
+        bridge, step = self.bridge(self.warmup()), self.sizes.snapshots[part]
+        return self.contrastive(bridge, fraction, at_step=None if step == bridge.steps else step)
 
-    def equal(self, share: float, *, captions: bool = False) -> StageRun:
-        """Contrastive learning alone for the compute of all three, kept where a shorter bridge would have ended."""
-        ends = {self.compute_in_contrastive_steps(steps, share) for steps in self.sizes.kept_steps.values()}
+    def equal(self, fraction: float, *, captions: bool = False) -> StageRun:
+        """Return contrastive learning alone with the compute of all three, and snapshots for the shorter bridges."""
+        ends = {self.equal_compute_steps(steps, fraction) for steps in self.sizes.snapshots.values()}
         setting = "data.captions=captions" if captions else f"keep_steps={sorted(ends - {max(ends)})}"
-        return self.contrastive(None, share, f"contrastive.{setting}", steps=max(ends))
+        return self.contrastive(None, fraction, f"contrastive.{setting}", steps=max(ends))
 
     def _stages(self) -> list[Arm]:
         chains = {
-            ALONE: self.contrastive(None, 1.0),
+            ALONE: self.contrastive(None),
             EQUAL: self.equal(1.0),
-            NO_BRIDGE: self.contrastive(self.warmup(), 1.0),
-            "bridge, contrastive": self.contrastive(self.bridge(None), 1.0),
+            NO_BRIDGE: self.contrastive(self.warmup()),
+            "bridge, contrastive": self.contrastive(self.bridge(None)),
             ALL_THREE: self.all_three(),
         }
         return [Arm("stages", name, last) for name, last in chains.items()]
@@ -198,10 +200,10 @@ class Grid:
         causal = "bidirectional=false"
         unseen = self.variant("bridge.eos_attends_to_b=false", start=self.warmup())
         chains = {
-            ALL_THREE: self.all_three(part=self.sizes.compared_part),
-            "all three, <EOS> does not see B": self.contrastive(unseen, 1.0),
+            ALL_THREE: self.all_three(part=self.sizes.variant_part),
+            "all three, <EOS> does not see B": self.contrastive(unseen),
             "all three, causal": self.contrastive(self.variant(causal, start=self.warmup(causal)), 1.0, causal),
-            ALONE: self.contrastive(None, 1.0),
+            ALONE: self.contrastive(None),
             ALONE_CAUSAL: self.contrastive(None, 1.0, causal),
         }
         return [Arm("variants", name, last) for name, last in chains.items()]
@@ -209,47 +211,46 @@ class Grid:
     def _mask_ratios(self) -> list[Arm]:
         arms = []
         for ratio in MASK_RATIOS:
-            if ratio == self.mask_ratio:
-                last = self.all_three(part=self.sizes.compared_part)
-            else:
-                last = self.contrastive(self.variant(f"bridge.mask_ratio={ratio}", start=self.warmup()), 1.0)
+            last = self.all_three(part=self.sizes.variant_part)
+            if ratio != self.mask_ratio:
+                last = self.contrastive(self.variant(f"bridge.mask_ratio={ratio}", start=self.warmup()))
             arms.append(Arm("mask ratio", f"mask ratio {ratio}", last, x=ratio))
         return arms
 
     def _pairs(self) -> list[Arm]:
         arms = []
-        for share in SHARES:
-            chains = {ALONE: self.contrastive(None, share), ALL_THREE: self.all_three(share)}
-            chains |= {EQUAL: self.equal(share)} if share in self.sizes.equal_shares else {}
-            arms += [Arm("pairs", name, last, share, x=share) for name, last in chains.items()]
+        for fraction in FRACTIONS:
+            chains = {ALONE: self.contrastive(None, fraction), ALL_THREE: self.all_three(fraction)}
+            if fraction in self.sizes.equal_fractions:
+                chains[EQUAL] = self.equal(fraction)
+            arms += [Arm("pairs", name, last, fraction, x=fraction) for name, last in chains.items()]
         if self.sizes.captions_as_pairs:
-            share = self.sizes.training / self.sizes.pairs
-            arms.append(Arm("pairs", CAPTIONS_AS_PAIRS, self.equal(share, captions=True), share, x=share))
+            fraction = self.sizes.training / self.sizes.pairs
+            arms.append(Arm("pairs", CAPTIONS_AS_PAIRS, self.equal(fraction, captions=True), fraction, x=fraction))
         return arms
 
     def _lengths(self) -> list[Arm]:
         arms = []
-        for share in (SHARES[0], SHARES[-1]):
-            arms.append(Arm("length", NO_BRIDGE, self.contrastive(self.warmup(), share), share, x=0.0))
-            for part, steps in self.sizes.kept_steps.items():
-                equal, end = self.equal(share), self.compute_in_contrastive_steps(steps, share)
+        for fraction in (FRACTIONS[0], FRACTIONS[-1]):
+            arms.append(Arm("length", NO_BRIDGE, self.contrastive(self.warmup(), fraction), fraction, x=0.0))
+            for part, steps in self.sizes.snapshots.items():
+                equal, end = self.equal(fraction), self.equal_compute_steps(steps, fraction)
                 at_step = None if end == equal.steps else end
                 arms += [
-                    Arm("length", ALL_THREE, self.all_three(share, part), share, part),
-                    Arm("length", EQUAL, equal, share, part, at_step),
+                    Arm("length", ALL_THREE, self.all_three(fraction, part), fraction, part),
+                    Arm("length", EQUAL, equal, fraction, part, at_step),
                 ]
         return arms
 
     def references(self, arm: Arm) -> list[Arm]:
-        """Return the arms of its group that an arm is held against."""
-        others = [other for other in self.arms if other.group == arm.group]
+        """Return the arms of the same group that an arm is compared with."""
+        others = [other for other in self.arms if other.group == arm.group and other != arm]
+        if arm.group == "mask ratio":
+            return [other for other in others if other.x == self.mask_ratio]
         if arm.group == "stages":
             names = {ALONE: (), ALL_THREE: (ALONE, EQUAL, NO_BRIDGE)}.get(arm.name, (ALONE,))
-            return [other for other in others if other.name in names]
-        if arm.group == "variants":
+        elif arm.group == "variants":
             names = {ALONE: (), ALL_THREE: (), ALONE_CAUSAL: (ALONE,)}.get(arm.name, (ALL_THREE,))
-            return [other for other in others if other.name in names]
-        if arm.group == "mask ratio":
-            return [other for other in others if other.x == self.mask_ratio and other != arm]
-        same = [other for other in others if (other.share, other.x) == (arm.share, arm.x)]
-        return [other for other in same if arm.name == ALL_THREE and other.name in (ALONE, EQUAL)]
+        else:
+            names = (ALONE, EQUAL) if arm.name == ALL_THREE else ()
+        return [other for other in others if other.name in names and (other.fraction, other.x) == (arm.fraction, arm.x)]

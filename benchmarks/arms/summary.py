@@ -1,4 +1,4 @@
-"""From raw outcomes to means with intervals, and to tables."""
+"""Means with intervals over seeds, and tables of them."""
 
 from collections.abc import Mapping, Sequence
 from math import sqrt
@@ -18,7 +18,7 @@ TITLES = {
     "pairs": "Fewer pairs",
     "length": "The bridge's length, and the same compute spent on contrastive steps",
 }
-SHORT = {ALONE: "alone", EQUAL: "equal compute", NO_BRIDGE: "no bridge", ALL_THREE: "all three"}
+SHORT = {ALONE: "contrastive only", EQUAL: "equal compute", NO_BRIDGE: "no bridge", ALL_THREE: "all three"}
 
 
 class Estimate(NamedTuple):
@@ -27,8 +27,8 @@ class Estimate(NamedTuple):
     mean: float
     half_width: float | None
 
-    def told(self, sign: str = "") -> str:
-        """Return it for people."""
+    def text(self, sign: str = "") -> str:
+        """Format it."""
         return f"{self.mean:{sign}.3f}" + ("" if self.half_width is None else f" ± {self.half_width:.3f}")
 
 
@@ -41,14 +41,14 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def results_document(grid: Grid, outcomes: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    """Return the results of all arms: what each is, each seed's outcome, their mean, and paired differences.
+    """Return the results of all arms: each seed's outcome, their mean, and paired differences to other arms.
 
-    :param outcomes: Of each arm of the grid, one a seed.
+    :param outcomes: For each arm of the grid, one for each seed.
     """
     of_arm = dict(zip(grid.arms, outcomes, strict=True))
     return {
         "sizes": {"pairs": grid.sizes.pairs, "training": grid.sizes.training, "held_out": grid.sizes.held_out},
-        "flops_per_row": dict(grid.per_row),
+        "flops_per_row": dict(grid.flops_per_row),
         "batch_sizes": dict(grid.batch_sizes),
         "mask_ratio": grid.mask_ratio,
         "level": LEVEL,
@@ -57,58 +57,50 @@ def results_document(grid: Grid, outcomes: Sequence[Sequence[Mapping[str, Any]]]
 
 
 def _arm_document(grid: Grid, arm: Arm, outcomes: Mapping[Arm, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    references = grid.references(arm)
-    recalls = {each: [outcome["recall@1"] for outcome in outcomes[each]] for each in (arm, *references)}
-    own = recalls[arm]
-    less = {
-        other.name: estimate([ours - theirs for ours, theirs in zip(own, recalls[other], strict=True)])._asdict()
-        for other in references
-    }
+    ours = [outcome["recall@1"] for outcome in outcomes[arm]]
+    differences = {}
+    for other in grid.references(arm):
+        theirs = [outcome["recall@1"] for outcome in outcomes[other]]
+        differences[other.name] = estimate([a - b for a, b in zip(ours, theirs, strict=True)])._asdict()
     return {
         "group": arm.group,
         "name": arm.name,
-        "pairs": grid.pairs(arm.share),
+        "pairs": grid.pairs(arm.fraction),
         "x": arm.x,
-        "stages": [{"stage": run.stage, "steps": steps, "settings": list(run.settings)} for run, steps in arm.steps()],
+        "stages": [{"stage": run.stage, "steps": steps, "settings": list(run.settings)} for run, steps in arm.chain],
         "flops": grid.flops(arm),
-        "recall@1": estimate(own)._asdict(),
-        "less": less,
+        "recall@1": estimate(ours)._asdict(),
+        "differences": differences,
         "outcomes": list(outcomes[arm]),
     }
 
 
 def values(arm: Mapping[str, Any], name: str = "recall@1") -> list[float]:
-    """Return a metric of an arm, a value for each seed."""
+    """Return a metric of an arm, one value for each seed."""
     return [outcome[name] for outcome in arm["outcomes"]]
 
 
 def bridge_values(arm: Mapping[str, Any], name: str) -> list[float]:
-    """Return a figure of the bridge that an arm went through, a value for each seed; none where it has no bridge."""
+    """Return a metric of the arm's bridge, one value for each seed; empty for arms without a bridge."""
     return [outcome["bridge"][name] for outcome in arm["outcomes"] if name in outcome["bridge"]]
-
-
-def carried(arm: Mapping[str, Any]) -> list[float]:
-    """Return how many more of the hidden words the right image tells than another, for each seed; see METHOD.md."""
-    right, other = (bridge_values(arm, f"accuracy_{which}_image") for which in ("right", "shuffled"))
-    return [ours - theirs for ours, theirs in zip(right, other, strict=True)]
 
 
 def tables(document: Mapping[str, Any]) -> list[Table]:
     """Return a table for each group of arms."""
-    found = {arm["group"] for arm in document["arms"]}
-    return [_table(document, group, title) for group, title in TITLES.items() if group in found]
+    groups = {arm["group"] for arm in document["arms"]}
+    return [_table(document, group, title) for group, title in TITLES.items() if group in groups]
 
 
 def _table(document: Mapping[str, Any], group: str, title: str) -> Table:
     arms = [arm for arm in document["arms"] if arm["group"] == group]
-    references = list(dict.fromkeys(name for arm in arms for name in arm["less"]))
+    references = list(dict.fromkeys(name for arm in arms for name in arm["differences"]))
     header = ["arm", "pairs", "steps", "TFLOP", "minutes", "recall@1", "mrr"]
-    header += [f"less {SHORT.get(name, name)}" for name in references]
-    # A bridge that hides more has the harder task, so its own figures tell nothing beside those of one that hides less.
-    learned = [] if group == "mask ratio" else ["bridge: loss", "right less another image"]
+    header += [f"difference to {SHORT.get(name, name)}" for name in references]
+    # A bridge that masks more has the harder task, so metrics of bridges with different ratios do not compare.
+    bridge = [] if group == "mask ratio" else ["bridge: loss", "bridge: matching minus shuffled image"]
     rows = []
     for arm in arms:
-        less = {name: Estimate(**found).told("+") for name, found in arm["less"].items()}
+        differences = {name: Estimate(**found).text("+") for name, found in arm["differences"].items()}
         rows.append(
             [
                 arm["name"],
@@ -116,32 +108,35 @@ def _table(document: Mapping[str, Any], group: str, title: str) -> Table:
                 " + ".join(f"{stage['steps']}" for stage in arm["stages"]),
                 f"{arm['flops'] / 1e12:.1f}",
                 f"{fmean(values(arm, 'seconds')) / 60:.1f}",
-                *(Score(found.told(), found.mean) for found in (estimate(values(arm)), estimate(values(arm, "mrr")))),
-                *(less.get(name, "") for name in references),
-                *_learned(arm)[: len(learned)],
+                *(Score(found.text(), found.mean) for found in (estimate(values(arm)), estimate(values(arm, "mrr")))),
+                *(differences.get(name, "") for name in references),
+                *_bridge_cells(arm)[: len(bridge)],
             ]
         )
-    return Table(title, header + learned, rows, notes=_notes(document, references))
+    return Table(title, header + bridge, rows, notes=_notes(document, references))
 
 
-def _learned(arm: Mapping[str, Any]) -> tuple[str, str]:
-    if not bridge_values(arm, "loss"):
+def _bridge_cells(arm: Mapping[str, Any]) -> tuple[str, str]:
+    losses, matching, shuffled = (
+        bridge_values(arm, name) for name in ("loss", "accuracy_matching_image", "accuracy_shuffled_image")
+    )
+    if not losses:
         return "", ""
-    return f"{fmean(bridge_values(arm, 'loss')):.3f}", estimate(carried(arm)).told("+")
+    return f"{fmean(losses):.3f}", estimate([a - b for a, b in zip(matching, shuffled, strict=True)]).text("+")
 
 
 def _notes(document: Mapping[str, Any], references: Sequence[str]) -> list[str]:
     seeds, others = len(document["seeds"]), document["processes"] - 1
-    minutes = "minutes: of training, " + (f"beside {others} other{'s' * (others > 1)}, " if others else "")
-    told = f"steps: of the stages in their order. {minutes}probes included. Bold: the best of a column."
+    beside = f" beside {others} other process{'es' * (others > 1)}" if others else ""
+    steps = f"steps: of the stages in their order. minutes: of training{beside}, probes included."
+    steps += " Bold: the best of a column."
     if seeds == 1:
-        notes = [f"recall@1: mean of both directions, of one seed. {told}"]
-        return notes + (["less ...: the difference."] if references else [])
-    of_own = "data, order and hidden tokens" if isinstance(document["data"], str) else "order and hidden tokens"
-    notes = [
-        f"recall@1: mean of both directions, then over {seeds} seeds with its {LEVEL:.0%} interval (Student's t); each"
-        f" seed has its own {of_own}. {told}"
-    ]
-    return notes + (
-        ["less ...: the mean of the differences seed by seed, with its own interval."] if references else []
-    )
+        notes = [f"recall@1: mean of both directions, of one seed. {steps}", "difference to ...: of recall@1."]
+    else:
+        drawn = "data, order and masks" if isinstance(document["data"], str) else "order and masks"
+        notes = [
+            f"recall@1: mean of both directions, then over {seeds} seeds with its {LEVEL:.0%} interval (Student's t);"
+            f" each seed has its own {drawn}. {steps}",
+            "difference to ...: mean of the differences of recall@1 seed by seed, with its own interval.",
+        ]
+    return notes if references else notes[:1]

@@ -1,12 +1,11 @@
-"""The two ways to do a training step, and how one is measured."""
+"""Both ways to do a training step, and the measurement of one."""
 
 import argparse
 import resource
-import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from statistics import fmean, median
 
 import torch
 from sentence_transformers.sentence_transformer.losses import (
@@ -14,28 +13,27 @@ from sentence_transformers.sentence_transformer.losses import (
     MultipleNegativesRankingLoss,
 )
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig
 
 from cocoa_embed.model.attention import bidirectional_mask, bridge_mask, make_bidirectional
 from cocoa_embed.model.backbone import SUPPORTED, PatchGeometry
 from cocoa_embed.model.flex_attention import FLEX, resolve_attention, use_flex_attention
-from cocoa_embed.train.plan.cost import measure_matmul_flops, model_size, total_training_flops
+from cocoa_embed.train.plan.cost import BatchShape, StepCost, batch_shape, measure_matmul_flops, model_size
 from cocoa_embed.train.stages.bridge import BridgeModel
 from cocoa_embed.train.stages.losses import mae_loss
 from cocoa_embed.train.stages.reconstruction import model_mask, position_ids
 from cocoa_embed.train.stages.warmup import WarmupModel
-from steps.real_configs import real_config
-from steps.synthetic_rows import SyntheticRow, draw_rows, make_batch, useful_shapes
+from steps.models import model_config
+from steps.synthetic_rows import SyntheticRow, draw_rows, make_batch
 
 SCALE = 50.0
 MAE_WEIGHT = 0.5
 
 Batch = dict[str, Tensor]
-StepInputs = Batch | list[Batch]
 
 
 class PlainModel(nn.Module):
-    """``labels=`` on the stock class under a dense mask; for the warm-up with our pixel decoder, as on our side."""
+    """``labels=`` on the stock class under a dense mask; the warm-up has our pixel decoder."""
 
     def __init__(self, ours: WarmupModel | BridgeModel) -> None:
         super().__init__()
@@ -86,10 +84,11 @@ class Embedder(nn.Sequential):
         return {"sentence_embedding": nn.functional.normalize(embeddings, dim=-1)}
 
 
-def build(options: argparse.Namespace, device: torch.device) -> tuple[PreTrainedModel, Callable[[Any], Tensor]]:
-    """Return the model with its random weights, and what makes a loss of a batch."""
+def build(
+    options: argparse.Namespace, config: PreTrainedConfig, device: torch.device
+) -> tuple[nn.Module, Callable[[list[Batch]], Tensor]]:
+    """Return the model with its random weights, and the loss of a step's batches."""
     torch.manual_seed(0)
-    config = real_config(options.model)
     with device:
         model = SUPPORTED[config.model_type](config)
     make_bidirectional(model)
@@ -102,12 +101,9 @@ def build(options: argparse.Namespace, device: torch.device) -> tuple[PreTrained
     model.train()
     if options.stage == "contrastive":
         embedder = Embedder(model)
-        loss = (
-            CachedMultipleNegativesRankingLoss(embedder, scale=SCALE, mini_batch_size=options.chunk)
-            if is_ours
-            else MultipleNegativesRankingLoss(embedder, scale=SCALE)
-        )
-        return model, lambda batch: loss(batch, None)
+        cached = CachedMultipleNegativesRankingLoss(embedder, scale=SCALE, mini_batch_size=options.chunk)
+        loss = cached if is_ours else MultipleNegativesRankingLoss(embedder, scale=SCALE)
+        return model, lambda batches: loss(batches, None)
     with device:
         stage = (
             BridgeModel(model)
@@ -115,7 +111,7 @@ def build(options: argparse.Namespace, device: torch.device) -> tuple[PreTrained
             else WarmupModel(model, PatchGeometry.from_config(config), mae_weight=MAE_WEIGHT)
         )
     runs = stage if is_ours else PlainModel(stage)
-    return stage, lambda batch: runs(**batch)["loss"]
+    return stage, lambda batches: runs(**batches[0])["loss"]
 
 
 def draw(options: argparse.Namespace) -> list[SyntheticRow]:
@@ -127,27 +123,20 @@ def draw(options: argparse.Namespace) -> list[SyntheticRow]:
 
 
 def in_batches(rows: list[SyntheticRow], options: argparse.Namespace) -> list[list[SyntheticRow]]:
-    """Cut rows into batches: ours sorts them first, in the contrastive stage within each batch alone."""
-    size = options.batch_size
-    if options.side == "ours" and options.stage != "contrastive":
+    """Cut rows into batches. Ours sorts them by length first: all of them, in the contrastive stage within a batch."""
+    size, is_sorted = options.batch_size, options.side == "ours"
+    if is_sorted and options.stage != "contrastive":
         rows = sorted(rows, key=lambda row: row.length)
     batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-    if options.side == "ours" and options.stage == "contrastive":
-        batches = [sorted(batch, key=lambda row: row.length) for batch in batches]
-    return batches
+    return [sorted(batch, key=lambda row: row.length) for batch in batches] if is_sorted else batches
 
 
-def inputs(rows: list[SyntheticRow], options: argparse.Namespace, device: torch.device, seed: int) -> StepInputs:
-    """Return a batch on the device; for the contrastive stage an anchor and a text that goes with it."""
-    config = real_config(options.model)
-    sides = [rows]
-    if options.stage == "contrastive":
-        sides.append([SyntheticRow(text=row.text, side=0) for row in rows])
-    batches = [
-        {name: value.to(device) for name, value in make_batch(side, config, options.stage, seed=seed + place).items()}
-        for place, side in enumerate(sides)
-    ]
-    return batches if options.stage == "contrastive" else batches[0]
+def make_inputs(rows: list[SyntheticRow], config: PreTrainedConfig, stage: str, seed: int) -> list[Batch]:
+    """Return the batches of a step: one, or in the contrastive stage the anchors and a matching text for each."""
+    columns = [rows]
+    if stage == "contrastive":
+        columns.append([SyntheticRow(text=row.text, side=0) for row in rows])
+    return [make_batch(column, config, stage, seed=seed + number) for number, column in enumerate(columns)]
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -157,16 +146,20 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
-    """Run one side: the loss of a common batch, then passes over all rows."""
+    """Measure one side: the loss of a batch that both sides have, then passes over all rows.
+
+    Speeds are over the work that the rows need: no padding, no logit without a target, nothing computed twice.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    module, loss_of = build(options, device)
+    config = model_config(options.model)
+    module, loss_of = build(options, config, device)
     rows = draw(options)
     optimizer = None if options.no_optimizer else torch.optim.AdamW(module.parameters(), lr=1e-7)
     autocast = torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
 
-    def step(batch: StepInputs) -> float:
+    def step(batches: list[Batch]) -> float:
         with autocast:
-            loss = loss_of(batch)
+            loss = loss_of(batches)
             loss.backward()
         if optimizer is not None:
             optimizer.step()
@@ -174,44 +167,34 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         return loss.item()
 
     before = peak_bytes(device)
-    loss = step(inputs(rows[: options.batch_size], options, device, seed=1))
-    batches = in_batches(rows, options)
-    seconds = []
-    for _ in range(options.passes + (device.type == "cuda")):
-        total = 0.0
-        for place, batch_rows in enumerate(batches):
-            batch = inputs(batch_rows, options, device, seed=place)
-            started = time.perf_counter()
-            step(batch)
-            total += time.perf_counter() - started
-        seconds.append(total / len(batches))
-    peak = peak_bytes(device)
-    per_step = statistics.median(seconds[-options.passes :])
-    return report(options, rows, device, per_step) | {
-        "seconds_per_step": per_step,
-        "peak_memory_bytes": peak,
-        "peak_above_model_bytes": peak - before,
-        "loss": loss,
-    }
+    shapes: list[BatchShape] = []
 
+    def timed(batch_rows: list[SyntheticRow], seed: int) -> tuple[float, float]:
+        """Run a step on rows; return its seconds and its loss."""
+        made = make_inputs(batch_rows, config, options.stage, seed)
+        shapes.extend(map(batch_shape, made))
+        batches = [{name: value.to(device) for name, value in batch.items()} for batch in made]
+        started = time.perf_counter()
+        loss = step(batches)
+        return time.perf_counter() - started, loss
 
-def report(
-    options: argparse.Namespace, rows: list[SyntheticRow], device: torch.device, per_step: float
-) -> dict[str, float]:
-    """Return speeds over what the rows need: no padding, no logit that has no target, nothing run twice."""
-    config = real_config(options.model)
-    sides = [rows]
-    if options.stage == "contrastive":
-        sides.append([SyntheticRow(text=row.text, side=0) for row in rows])
-    shapes = [shape for side in sides for shape in useful_shapes(side, config, options.stage)]
-    tokens = sum(shape.tokens for shape in shapes) / options.steps
-    flops = total_training_flops(model_size(config), shapes) / options.steps
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    yardstick = measure_matmul_flops(device, dtype)
+    _, loss = timed(rows[: options.batch_size], seed=1)
+    shapes.clear()
+    steps = in_batches(rows, options)
+    passes = options.passes + (device.type == "cuda")
+    seconds = [fmean(timed(batch, seed)[0] for seed, batch in enumerate(steps)) for _ in range(passes)]
+    peak, per_step, count = peak_bytes(device), median(seconds[-options.passes :]), passes * len(steps)
+    tokens = sum(shape.tokens for shape in shapes) / count
+    flops = sum(map(StepCost(model_size(config)).of_shape, shapes)) / count
+    matmul_flops = measure_matmul_flops(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     return {
         "tokens_per_step": tokens,
         "tokens_per_second": tokens / per_step,
         "flops_per_step": flops,
-        "matmul_flops_per_second": yardstick,
-        "mfu": flops / per_step / yardstick,
+        "matmul_flops_per_second": matmul_flops,
+        "mfu": flops / per_step / matmul_flops,
+        "seconds_per_step": per_step,
+        "peak_memory_bytes": peak,
+        "peak_above_model_bytes": peak - before,
+        "loss": loss,
     }

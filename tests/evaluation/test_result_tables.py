@@ -7,10 +7,10 @@ import pytest
 from browser import needs_chromium, seen
 from scored_model import ScoredModel
 
+from cocoa_embed.data.mmeb import SUBSETS
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.evaluation.metrics import METRICS
 from cocoa_embed.evaluation.mmeb import summary
-from cocoa_embed.data.mmeb import SUBSETS
 from cocoa_embed.evaluation.mmeb_tables import mmeb_tables
 from cocoa_embed.evaluation.pairs_tables import SHOWN_METRICS, pairs_tables
 from cocoa_embed.report.tables import Table, to_html

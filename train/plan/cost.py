@@ -1,10 +1,11 @@
-"""What a training step costs in floating-point operations, and the yardstick to hold that against."""
+"""Count the floating-point operations (FLOPs) of a training step from a model's config and a batch's shape."""
 
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,342 +15,243 @@ from cocoa_embed.model.backbone import SUPPORTED, PatchGeometry
 from cocoa_embed.train.settings import StageSection
 
 MULTIPLY_ADD = 2
-"""Operations that one weight costs a token."""
-
-MERGER_MATRICES = 2
-"""A merger, deep-stack ones too, is a matrix, an activation and a matrix."""
+"""FLOPs of one weight for one token."""
 
 ATTENTION_MASK = "attention_mask"
 
 
 @dataclass(frozen=True)
 class BatchShape:
-    """What a batch's cost depends on.
+    """The properties of a batch that determine its cost.
 
-    :param rows: Sequences of the batch.
-    :param length: Tokens that each of them is padded to.
-    :param tokens: Tokens that are no padding.
-    :param image_grids: Raw patches of each image: frames, rows and columns.
-    :param hidden_tokens: Positions that the language-model head is applied to.
-    :param hidden_patches: Raw patches that the pixel decoder is judged on; without any, it does not run.
+    :param lengths: Tokens of each sequence. Padding is not part of the cost; to include it, give padded lengths.
+    :param image_grids: Raw patches of each image: frames, rows, columns.
+    :param masked_tokens: Positions that the language-model head is applied to.
+    :param masked_patches: Raw patches that the pixel decoder is trained on; without any, it does not run.
     """
 
-    rows: int
-    length: int
-    tokens: int
+    lengths: tuple[int, ...]
     image_grids: tuple[tuple[int, ...], ...] = ()
-    hidden_tokens: int = 0
-    hidden_patches: int = 0
+    masked_tokens: int = 0
+    masked_patches: int = 0
 
     @property
-    def positions(self) -> int:
-        """Tokens, padding among them."""
-        return self.rows * self.length
+    def tokens(self) -> int:
+        """Tokens of all sequences."""
+        return sum(self.lengths)
+
+    @property
+    def token_pairs(self) -> int:
+        """Pairs of tokens in the same sequence."""
+        return sum(length**2 for length in self.lengths)
 
     @property
     def patches(self) -> int:
         """Raw patches of all images."""
         return sum(math.prod(grid) for grid in self.image_grids)
 
+    def repeated(self, times: int) -> "BatchShape":
+        """Return the shape of a batch that contains this one ``times`` times."""
+        return BatchShape(
+            self.lengths * times, self.image_grids * times, self.masked_tokens * times, self.masked_patches * times
+        )
+
 
 def batch_shape(batch: Mapping[str, Tensor], prefix: str = "") -> BatchShape:
-    """Return the shape of a collator's batch, of the keys that begin with ``prefix``; waits for no device.
-
-    ``tokens`` and ``image_grids`` are values, so the batch must be on the CPU, as a collator leaves it.
-
-    :raises ValueError: If it is elsewhere.
-    """
-    attention_mask = batch[f"{prefix}{ATTENTION_MASK}"]
-    if attention_mask.device.type != "cpu":
-        raise ValueError(f"the batch is on {attention_mask.device}; take its shape on the CPU, before it is moved")
+    """Return the shape, without padding, of a collator's batch: of the keys that start with ``prefix``."""
     grids = batch.get(f"{prefix}image_grid_thw")
-    rows, length = attention_mask.shape
     return BatchShape(
-        rows=rows,
-        length=length,
-        tokens=int(attention_mask.sum()),
+        lengths=tuple(batch[f"{prefix}{ATTENTION_MASK}"].sum(dim=1).tolist()),
         image_grids=() if grids is None else tuple(map(tuple, grids.tolist())),
-        hidden_tokens=_length(batch, f"{prefix}target_ids"),
-        hidden_patches=_length(batch, f"{prefix}target_patches"),
+        masked_tokens=len(batch.get(f"{prefix}target_ids", ())),
+        masked_patches=len(batch.get(f"{prefix}target_patches", ())),
     )
 
 
-def batch_shapes(batch: Mapping[str, Tensor]) -> list[BatchShape]:
-    """Return the shape of every part of a batch: one part, or in the contrastive stage anchor, positive and so on."""
-    return [batch_shape(batch, prefix) for prefix in _prefixes(batch)]
-
-
-def unpadded_shapes(batch: Mapping[str, Tensor]) -> list[BatchShape]:
-    """Return the shapes of a batch's rows, those of one length together: what it would be without padding."""
-    shapes = []
-    for prefix in _prefixes(batch):
-        whole = batch_shape(batch, prefix)
-        lengths, counts = batch[f"{prefix}{ATTENTION_MASK}"].sum(dim=1).unique(return_counts=True)
-        rows = [
-            BatchShape(rows=count, length=length, tokens=count * length, hidden_patches=whole.hidden_patches)
-            for length, count in zip(lengths.tolist(), counts.tolist(), strict=True)
-        ]
-        # Images and the head do not depend on the length of a row: any of the shapes may have them.
-        rows[0] = replace(rows[0], image_grids=whole.image_grids, hidden_tokens=whole.hidden_tokens)
-        shapes += rows
-    return shapes
-
-
-def _prefixes(batch: Mapping[str, Tensor]) -> list[str]:
-    return [key.removesuffix(ATTENTION_MASK) for key in batch if key.endswith(ATTENTION_MASK)]
-
-
-def _length(batch: Mapping[str, Tensor], key: str) -> int:
-    return len(batch[key]) if key in batch else 0
-
-
 @dataclass(frozen=True)
-class TextSize:
-    """The language model: ``layer_weights`` are those of one layer's matrices; the widths are per token."""
+class LayerSize:
+    """A stack of equal transformer layers.
+
+    :param linears: Linear modules of one layer, and ``weights`` their weights without biases.
+    :param attention_width: Heads times the width of a head.
+    :param intermediate: Width inside the MLP.
+    :param is_gated: The MLP has a gate (SwiGLU); these layers also have RMSNorm, the others LayerNorm.
+    :param normalises_queries: Queries and keys are normalised too.
+    """
 
     layers: int
-    layer_weights: int
+    linears: int
+    weights: int
     width: int
     attention_width: int
     intermediate: int
-    vocabulary: int
+    is_gated: bool
     normalises_queries: bool
 
-
-@dataclass(frozen=True)
-class VisionSize:
-    """The vision encoder: ``merger_weights`` are those of all mergers, ``window`` is in visual tokens a side."""
-
-    blocks: int
-    full_blocks: int
-    block_weights: int
-    width: int
-    intermediate: int
-    patch_weights: int
-    merger_weights: int
-    mergers: int
-    window: int
-    has_gate: bool
-    has_rms_norm: bool
+    @classmethod
+    def of(cls, stack: nn.Module, *, attention_output: str) -> "LayerSize":
+        """Measure the first layer of a stack; ``attention_output`` is the name of its attention's last matrix."""
+        layer = stack.get_submodule("0")
+        linears = _linears(layer)
+        mlp = [linear for name, linear in linears.items() if name.startswith("mlp.")]
+        return cls(
+            layers=len(list(stack.children())),
+            linears=len(linears),
+            weights=_weights(linears),
+            width=linears[attention_output].out_features,
+            attention_width=linears[attention_output].in_features,
+            intermediate=max(linear.in_features for linear in mlp),
+            is_gated=len(mlp) == 3,
+            normalises_queries=any(name.endswith("q_norm") for name, _ in layer.named_modules()),
+        )
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What a model's cost depends on, from ``model_size``."""
+    """The properties of a model that determine its cost.
 
-    text: TextSize
-    vision: VisionSize
+    :param merger_weights: Weights of all ``mergers``, those of the deep stack (Qwen3-VL) included.
+    :param full_layers: Vision layers that attend to the whole image; the others attend inside windows of ``window``
+        raw patches a side.
+    """
+
+    text: LayerSize
+    vision: LayerSize
+    vocabulary: int
+    patch_weights: int
+    merger_weights: int
+    mergers: int
+    full_layers: int
+    window: int
     geometry: PatchGeometry
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """Return the stock model of a config with shapes and without weights."""
+    """Return the stock model of a config on the meta device: shapes without weights."""
     with torch.device("meta"):
         return SUPPORTED[config.model_type](config)
 
 
 def model_size(config: PreTrainedConfig) -> ModelSize:
-    """Read a model's size from its stock class, built without weights; takes a second or so, so keep it."""
+    """Measure the stock model of a config; it takes about a second, so keep the result."""
     model = meta_model(config)
-    decoder, visual = model.get_decoder(), model.base_model.visual
-    layer, block = decoder.layers[0], visual.blocks[0]
-    weights = {name: module.weight.numel() for name, module in visual.named_modules() if isinstance(module, nn.Linear)}
-    inputs = [module.in_features for module in layer.modules() if isinstance(module, nn.Linear)]
+    visual = model.base_model.get_submodule("visual")
+    mergers = {name: linear for name, linear in _linears(visual).items() if not name.startswith("blocks.")}
+    geometry, vision = PatchGeometry.from_config(config), config.vision_config
     is_windowed = config.model_type == "qwen2_5_vl"
-    vision = config.vision_config
-    geometry = PatchGeometry.from_config(config)
+    window = vision.window_size // geometry.merge_size // geometry.patch_size if is_windowed else 1
+    layers = LayerSize.of(visual.get_submodule("blocks"), attention_output="attn.proj")
     return ModelSize(
-        text=TextSize(
-            layers=len(decoder.layers),
-            layer_weights=linear_weights(layer),
-            width=decoder.config.hidden_size,
-            attention_width=layer.self_attn.o_proj.in_features,
-            intermediate=max(inputs),
-            vocabulary=model.get_output_embeddings().out_features,
-            normalises_queries=config.model_type == "qwen3_vl",
-        ),
-        vision=VisionSize(
-            blocks=len(visual.blocks),
-            full_blocks=len(vision.fullatt_block_indexes) if is_windowed else len(visual.blocks),
-            block_weights=linear_weights(block),
-            width=block.attn.proj.in_features,
-            intermediate=max(module.in_features for module in block.mlp.modules() if isinstance(module, nn.Linear)),
-            patch_weights=visual.patch_embed.proj.weight.numel(),
-            merger_weights=sum(count for name, count in weights.items() if not name.startswith("blocks.")),
-            mergers=sum(not name.startswith("blocks.") for name in weights) // MERGER_MATRICES,
-            window=vision.window_size // geometry.merge_size // geometry.patch_size if is_windowed else 0,
-            has_gate=is_windowed,
-            has_rms_norm=is_windowed,
-        ),
+        text=LayerSize.of(model.get_decoder().get_submodule("layers"), attention_output="self_attn.o_proj"),
+        vision=layers,
+        vocabulary=config.get_text_config().vocab_size,
+        patch_weights=visual.get_parameter("patch_embed.proj.weight").numel(),
+        merger_weights=_weights(mergers),
+        mergers=len(mergers) // 2,  # each has two matrices
+        full_layers=len(vision.fullatt_block_indexes) if is_windowed else layers.layers,
+        window=window * geometry.merge_size,
         geometry=geometry,
     )
 
 
-def linear_weights(module: nn.Module) -> int:
-    """Return how many weights a module's matrices have, without biases."""
-    return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
+def _linears(module: nn.Module) -> dict[str, nn.Linear]:
+    return {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
 
 
-@dataclass(frozen=True)
-class Flops:
-    """Operations of a forward pass by part, matrix products alone.
+def _weights(linears: Mapping[str, nn.Linear]) -> int:
+    return sum(linear.weight.numel() for linear in linears.values())
 
-    ``patches`` is the patch embedding, whose input needs no gradient; ``vision`` is the rest of the vision encoder.
-    ``heads`` is the language-model head at hidden positions and the pixel decoder.
-    """
 
-    patches: int
+class Flops(NamedTuple):
+    """FLOPs of the matrix products of a forward pass, by part."""
+
+    patch_embedding: int
     vision: int
+    vision_attention: int
     text: int
-    heads: int
-
-    @property
-    def total(self) -> int:
-        """All parts together."""
-        return self.patches + self.vision + self.text + self.heads
+    text_attention: int
+    head: int
+    pixel_decoder: int
 
 
 def forward_flops(size: ModelSize, shape: BatchShape) -> Flops:
-    """Return the operations of a forward pass, padding among them, attention under a dense mask."""
-    return Flops(
-        patches=MULTIPLY_ADD * size.vision.patch_weights * shape.patches,
-        vision=_vision_flops(size, shape),
-        text=size.text.layers * _text_layer_flops(size.text, shape),
-        heads=_head_flops(size, shape),
+    """Return the FLOPs of a forward pass with attention under a dense mask."""
+    text, vision, geometry = size.text, size.vision, size.geometry
+    merger = size.merger_weights * (shape.patches // geometry.patches_per_token)
+    layer, layer_attention = text.weights * shape.tokens, 2 * text.attention_width * shape.token_pairs
+    projection = text.width * geometry.patch_width * shape.patches
+    counts = Flops(
+        patch_embedding=size.patch_weights * shape.patches,
+        vision=vision.layers * vision.weights * shape.patches + merger,
+        vision_attention=2 * vision.attention_width * _patch_pairs(size, shape),
+        text=text.layers * layer,
+        text_attention=text.layers * layer_attention,
+        head=text.width * size.vocabulary * shape.masked_tokens,
+        pixel_decoder=layer + layer_attention + projection if shape.masked_patches else 0,
     )
+    return Flops(*(MULTIPLY_ADD * count for count in counts))
 
 
-def training_flops(
-    size: ModelSize,
-    shape: BatchShape,
-    *,
-    adapter: bool = False,
-    vision_adapter: bool = False,
-    freeze_vision: bool = False,
-) -> int:
-    """Return the operations of a step: forward, gradients of activations, and of weights where those are trained.
+def _patch_pairs(size: ModelSize, shape: BatchShape) -> int:
+    """Return the pairs of raw patches that attend to each other, over all vision layers."""
 
-    What is run again to save memory (checkpoints, the gradient cache's first pass) is not counted, as is usual for the
-    share of a device's speed that is put to use; neither are adapters' own matrices, nor what the parts for images do
-    for nothing in a batch without any.
+    def in_windows(side: int) -> int:  # the last window may be smaller
+        return side // size.window * size.window**2 + (side % size.window) ** 2
 
-    :param adapter: The language model's weights are frozen beside adapters.
-    :param vision_adapter: The vision encoder's too.
-    :param freeze_vision: The vision encoder gets no gradient at all; so without ``vision_adapter`` beside ``adapter``.
-    """
-    forward = forward_flops(size, shape)
-    if freeze_vision or (adapter and not vision_adapter):
-        vision = forward.patches + forward.vision
-    elif adapter:
-        vision = forward.patches + _frozen(forward.vision, _vision_attention_flops(size, shape))
-    else:
-        vision = 2 * forward.patches + 3 * forward.vision
-    if not adapter:
-        return vision + 3 * (forward.text + forward.heads)
-    attention = size.text.layers * _attention_flops(size.text, shape)
-    head = MULTIPLY_ADD * shape.hidden_tokens * size.text.width * size.text.vocabulary
-    return vision + _frozen(forward.text, attention) + 2 * head + 3 * (forward.heads - head)
-
-
-def _frozen(flops: int, attention: int) -> int:
-    """Matrices without gradients of weights cost twice their forward pass; attention has no weights to freeze."""
-    return 2 * (flops - attention) + 3 * attention
-
-
-def _attention_flops(text: TextSize, shape: BatchShape) -> int:
-    return 2 * MULTIPLY_ADD * shape.positions * shape.length * text.attention_width
-
-
-def _text_layer_flops(text: TextSize, shape: BatchShape) -> int:
-    return MULTIPLY_ADD * shape.positions * text.layer_weights + _attention_flops(text, shape)
-
-
-def _head_flops(size: ModelSize, shape: BatchShape) -> int:
-    head = MULTIPLY_ADD * shape.hidden_tokens * size.text.width * size.text.vocabulary
-    if not shape.hidden_patches:
-        return head
-    projection = MULTIPLY_ADD * shape.patches * size.text.width * size.geometry.patch_width
-    return head + _text_layer_flops(size.text, shape) + projection
-
-
-def _vision_flops(size: ModelSize, shape: BatchShape) -> int:
-    vision = size.vision
-    mergers = MULTIPLY_ADD * vision.merger_weights * (shape.patches // size.geometry.patches_per_token)
-    matrices = MULTIPLY_ADD * vision.block_weights * shape.patches * vision.blocks
-    return matrices + mergers + _vision_attention_flops(size, shape)
-
-
-def _vision_attention_flops(size: ModelSize, shape: BatchShape) -> int:
-    vision, merge = size.vision, size.geometry.merge_size
-    full = sum(frames * (height * width) ** 2 for frames, height, width in shape.image_grids)
-    windowed = sum(
-        frames * _squares(height // merge, vision.window) * _squares(width // merge, vision.window) * merge**4
-        for frames, height, width in shape.image_grids
-        if vision.window
+    return sum(
+        frames * size.full_layers * (rows * columns) ** 2
+        + frames * (size.vision.layers - size.full_layers) * in_windows(rows) * in_windows(columns)
+        for frames, rows, columns in shape.image_grids
     )
-    pairs = vision.full_blocks * full + (vision.blocks - vision.full_blocks) * windowed
-    return 2 * MULTIPLY_ADD * pairs * vision.width
-
-
-def _squares(length: int, window: int) -> int:
-    """Return the sum of the squared lengths of windows, the last of which may be shorter."""
-    return length // window * window**2 + (length % window) ** 2
-
-
-def measure_matmul_flops(device: torch.device, dtype: torch.dtype = torch.bfloat16, *, repeats: int = 5) -> float:
-    """Return the operations a second of a large matrix product on a device, timed now: the median of a few."""
-    side = 1024 if device.type == "cpu" else 8192
-    own = torch.Generator(device).manual_seed(0)  # the run's random numbers do not depend on the measurement
-    left, right = (torch.randn(side, side, device=device, dtype=dtype, generator=own) for _ in range(2))
-    seconds = []
-    for _ in range(repeats + 2):
-        _synchronise(device)
-        started = time.perf_counter()
-        left @ right
-        _synchronise(device)
-        seconds.append(time.perf_counter() - started)
-    return MULTIPLY_ADD * side**3 / statistics.median(seconds[2:])
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def total_training_flops(size: ModelSize, shapes: Sequence[BatchShape], **what_is_trained: bool) -> int:
-    """Return ``training_flops`` of several parts together."""
-    return sum(training_flops(size, shape, **what_is_trained) for shape in shapes)
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a batch of a stage takes to train on; a worker may call it."""
+    """FLOPs of training on a batch: the forward pass, and the gradients of activations and of trained weights.
+
+    As usual for model FLOPs utilisation, recomputation (gradient checkpointing, the gradient cache's first pass) is not
+    counted. Neither are an adapter's own matrices.
+
+    :param adapter: The weights are frozen beside an adapter.
+    :param freeze_vision: The vision encoder gets no gradient.
+    """
 
     size: ModelSize
-    adapter: bool
-    vision_adapter: bool
-    freeze_vision: bool
+    adapter: bool = False
+    freeze_vision: bool = False
 
     @classmethod
     def of(cls, config: PreTrainedConfig, section: StageSection) -> "StepCost":
-        """Read a backbone's size from its config, and what is trained of it from a stage's section."""
-        return cls(
-            model_size(config),
-            adapter=section.adapter is not None,
-            vision_adapter=section.adapts_vision,
-            freeze_vision=section.freeze_vision,
-        )
+        """Read a backbone's size from its config, and which weights are trained from a stage's settings."""
+        adapter = section.adapter is not None
+        return cls(model_size(config), adapter, section.freeze_vision or (adapter and not section.adapts_vision))
 
     def __call__(self, batch: Mapping[str, Tensor]) -> float:
-        """Return the operations that forward and backward pass need: padding is none of them."""
-        return float(sum(self.of_shape(shape) for shape in unpadded_shapes(batch)))
+        """Return the FLOPs of a collator's batch without padding."""
+        prefixes = [key.removesuffix(ATTENTION_MASK) for key in batch if key.endswith(ATTENTION_MASK)]
+        return float(sum(self.of_shape(batch_shape(batch, prefix)) for prefix in prefixes))
 
     def of_shape(self, shape: BatchShape) -> int:
-        """Return the operations of forward and backward pass for a batch of a shape."""
-        return training_flops(
-            self.size,
-            shape,
-            adapter=self.adapter,
-            vision_adapter=self.vision_adapter,
-            freeze_vision=self.freeze_vision,
-        )
+        """Return the FLOPs of a batch of this shape."""
+        forward = forward_flops(self.size, shape)
+        passes = 2 if self.adapter else 3  # attention has no weights to freeze; the pixel decoder is always trained
+        if self.freeze_vision:
+            vision = forward.patch_embedding + forward.vision + forward.vision_attention
+        else:
+            # The patch embedding's input needs no gradient.
+            vision = (passes - 1) * forward.patch_embedding + passes * forward.vision + 3 * forward.vision_attention
+        text = passes * (forward.text + forward.head) + 3 * (forward.text_attention + forward.pixel_decoder)
+        return vision + text
+
+
+def measure_matmul_flops(device: torch.device, dtype: torch.dtype = torch.bfloat16, *, repeats: int = 5) -> float:
+    """Return the FLOP/s of a large matrix product on a device, the median of ``repeats`` measurements."""
+    side = 1024 if device.type == "cpu" else 8192
+    generator = torch.Generator(device).manual_seed(0)  # leaves the run's own random numbers as they are
+    left, right = (torch.randn(side, side, device=device, dtype=dtype, generator=generator) for _ in range(2))
+    seconds = []
+    for _ in range(repeats + 2):
+        started = time.perf_counter()
+        (left @ right)[0, 0].item()  # waits for the device
+        seconds.append(time.perf_counter() - started)
+    return MULTIPLY_ADD * side**3 / statistics.median(seconds[2:])

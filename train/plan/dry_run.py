@@ -21,8 +21,9 @@ from cocoa_embed.train.plan.checks import bad_rows, examine
 from cocoa_embed.train.plan.cost import BatchShape, StepCost, batch_shape
 from cocoa_embed.train.plan.memory import ADAM_MOMENTS, FULL, stage_parameters, training_memory
 from cocoa_embed.train.recipe import Recipe
-from cocoa_embed.train.settings import ContrastiveSection
+from cocoa_embed.train.settings import ContrastiveSection, WarmupSection
 from cocoa_embed.train.stages.collators import reconstruction_collator, render_items
+from cocoa_embed.train.stages.pixel_decoder import PixelDecoder
 
 SAMPLE = 256
 """Rows of a stage that are made into sequences, to tell how long all are."""
@@ -104,13 +105,18 @@ def _plan_stage(
     shapes = sample_shapes(recipe, stage, read.rows, processor)
     longest = max(
         (shape for of_row in [*shapes, *_shapes_of_longest(recipe, stage, read, processor)] for shape in of_row),
-        key=lambda shape: shape.length,
+        key=lambda shape: shape.tokens,
     )
-    cost, counts = StepCost.of(config, section), stage_parameters(config, section)
+    cost = StepCost.of(config, section)
+    counts = stage_parameters(
+        config,
+        section,
+        lambda model: PixelDecoder(model, cost.size.geometry) if isinstance(section, WarmupSection) else None,
+    )
     memory = training_memory(
         counts,
         cost.size,
-        _repeated(longest, at_once),
+        longest.repeated(at_once),
         world_size=devices if recipe.sharding != "none" else 1,
         autocast=recipe.mixed_precision == "bf16",
         gradient_checkpointing=recipe.gradient_checkpointing,
@@ -142,18 +148,6 @@ def _shapes_of_longest(recipe: Recipe, stage: str, read: ReadRows, processor: Pr
         return []
     lengths = row_lengths(read.rows, processor, read.sizes)
     return sample_shapes(recipe, stage, [read.rows[lengths.index(max(lengths))]], processor)
-
-
-def _repeated(shape: BatchShape, times: int) -> BatchShape:
-    """Return the shape of a batch of ``times`` rows like the one of ``shape``."""
-    return BatchShape(
-        rows=times,
-        length=shape.length,
-        tokens=times * shape.tokens,
-        image_grids=shape.image_grids * times,
-        hidden_tokens=times * shape.hidden_tokens,
-        hidden_patches=times * shape.hidden_patches,
-    )
 
 
 def sample_shapes(recipe: Recipe, stage: str, rows: Sequence[Row], processor: ProcessorMixin) -> list[list[BatchShape]]:

@@ -1,65 +1,61 @@
-"""What a training step keeps in memory: an estimate, to choose a batch by before a run."""
+"""Estimate the memory of a training step, to choose a batch size before a run."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
+from typing import TypeAlias
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from cocoa_embed.model.backbone import PatchGeometry
-from cocoa_embed.train.loop.adapters import freeze_vision, target_names
-from cocoa_embed.train.plan.cost import BatchShape, ModelSize, meta_model
-from cocoa_embed.train.settings import StageSection, WarmupSection
-from cocoa_embed.train.stages.pixel_decoder import PixelDecoder
+from cocoa_embed.train.loop.adapters import prepare_trainable
+from cocoa_embed.train.plan.cost import BatchShape, LayerSize, ModelSize, meta_model
+from cocoa_embed.train.settings import StageSection
 
 FULL, HALF = 4, 2
 """Bytes of float32, and of bfloat16."""
 
 ADAM_MOMENTS = 2
 
+TEXT_ATTENTION = 4
+"""Tensors that attention keeps: queries, keys and values of every head, and its output."""
+
+VISION_ATTENTION = 7
+"""The joint queries, keys and values, the rotated queries and keys, the output of each image and of all images."""
+
+ExtraModule: TypeAlias = Callable[[PreTrainedModel], nn.Module | None]
+
 
 @dataclass(frozen=True)
 class Parameters:
-    """How many parameters a model has, shared ones once, and how many of them are trained."""
+    """How many parameters a model has, tied ones counted once, and how many are trained."""
 
     total: int
     trainable: int
 
 
 def count_parameters(model: nn.Module) -> Parameters:
-    """Count a model's parameters as they stand."""
-    every = list(model.parameters())
-    trainable = sum(parameter.numel() for parameter in every if parameter.requires_grad)
-    return Parameters(total=sum(parameter.numel() for parameter in every), trainable=trainable)
+    """Count a model's parameters."""
+    counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return Parameters(sum(count for count, _ in counts), sum(count for count, is_trained in counts if is_trained))
 
 
-def stage_parameters(config: PreTrainedConfig, section: StageSection) -> Parameters:
-    """Count the parameters that a stage runs and trains, from the backbone's config alone.
+def stage_parameters(config: PreTrainedConfig, section: StageSection, extra_module: ExtraModule) -> Parameters:
+    """Count the parameters that a stage uses and trains, from the backbone's config alone.
 
-    The warm-up's pixel decoder is among them; it is trained whole, beside adapters too.
-    An adapter has ``r`` rows and columns for each matrix that it stands beside, and in DoRA a magnitude for each of its
-    outputs; it counts in both figures.
+    :param extra_module: Returns a module that is trained beside the backbone, such as the pixel decoder.
     """
     model = meta_model(config)
-    decoder = 0
-    if isinstance(section, WarmupSection):
-        with torch.device("meta"):
-            decoder = count_parameters(PixelDecoder(model, PatchGeometry.from_config(config))).total
-    if section.freeze_vision:
-        freeze_vision(model)
-    adapter, counted = section.adapter, count_parameters(model)
-    if adapter is None:
-        return Parameters(total=counted.total + decoder, trainable=counted.trainable + decoder)
-    adapted = [model.get_submodule(name) for name in target_names(model, vision=section.adapts_vision)]
-    shapes = [matrix.weight.shape for matrix in adapted]
-    has_magnitudes = adapter.kind == "dora"
-    added = sum(adapter.r * (width + height) + has_magnitudes * height for height, width in shapes)
-    return Parameters(total=counted.total + added + decoder, trainable=added + decoder)
+    with torch.device("meta"):
+        extra = extra_module(model)  # before the adapter: it may copy layers
+        prepare_trainable(model, section)
+    backbone, beside = count_parameters(model), 0 if extra is None else count_parameters(extra).total
+    return Parameters(backbone.total + beside, backbone.trainable + beside)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one device by what they hold."""
+    """Bytes on one device by what they hold."""
 
     weights: int
     gradients: int
@@ -70,8 +66,8 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it."""
-        return self.weights + self.gradients + self.optimizer + self.casts + self.activations + self.logits
+        """The sum of all parts."""
+        return sum(astuple(self))
 
 
 def training_memory(
@@ -87,96 +83,65 @@ def training_memory(
 ) -> Memory:
     """Estimate a device's memory at the end of a forward pass, with float32 weights and Adam.
 
-    Left out: what a kernel needs while it runs, the allocator's fragments, the framework's
-    own, the gathered weights of the layer that FSDP is at, and adapters' activations. Where weights are frozen the
-    activations are as good as those of full training, since gradients pass through them.
+    Not included: kernels' workspaces, the allocator's fragmentation, the CUDA context, the layer that FSDP gathers, and
+    adapters' own activations.
 
     :param counts: From ``stage_parameters``.
     :param size: From ``model_size``.
-    :param shape: What a device runs at once: a micro-batch, or a chunk of a gradient-cached batch.
+    :param shape: What a device runs at once, with padded lengths.
     :param world_size: Devices that weights, gradients and moments are sharded over (FSDP2); 1 without sharding.
-    :param autocast: Matrices run in bfloat16, of which autocast keeps copies until the forward pass ends.
-    :param gradient_checkpointing: Keep each layer's input alone, and one layer's activations at a time.
-    :param freeze_vision: The vision encoder keeps nothing for a backward pass.
-    :param dense_mask: Attention keeps the mask of every layer, as sdpa does and FlexAttention does not.
+    :param autocast: Matrices run in bfloat16; autocast keeps copies of the weights until the forward pass ends.
+    :param gradient_checkpointing: Only each layer's input is kept, and the activations of one layer at a time.
+    :param freeze_vision: The vision encoder keeps no activations.
+    :param dense_mask: Attention keeps the mask in every layer: true for sdpa, false for FlexAttention.
     """
+    matrix = HALF if autocast else FULL
+    patches = 0 if freeze_vision else shape.patches
+    mask = matrix * shape.token_pairs if dense_mask else 0
     return Memory(
         weights=FULL * counts.total // world_size,
         gradients=FULL * counts.trainable // world_size,
         optimizer=ADAM_MOMENTS * FULL * counts.trainable // world_size,
         casts=HALF * counts.total if autocast else 0,
-        activations=activation_bytes(
-            size,
-            shape,
-            autocast=autocast,
-            gradient_checkpointing=gradient_checkpointing,
-            freeze_vision=freeze_vision,
-            dense_mask=dense_mask,
-        ),
-        logits=logit_bytes(size, shape, autocast=autocast),
+        activations=_activation_bytes(size, shape, matrix, patches, mask, checkpointing=gradient_checkpointing),
+        # The logits at masked positions, their float32 log-softmax, and its gradient.
+        logits=shape.masked_tokens * size.vocabulary * (matrix + 2 * FULL),
     )
 
 
-def logit_bytes(size: ModelSize, shape: BatchShape, *, autocast: bool = True) -> int:
-    """Return the bytes of the logits at hidden positions: themselves, their float32 log-softmax, and its gradient."""
-    return shape.hidden_tokens * size.text.vocabulary * ((HALF if autocast else FULL) + 2 * FULL)
-
-
-def activation_bytes(
-    size: ModelSize,
-    shape: BatchShape,
-    *,
-    autocast: bool = True,
-    gradient_checkpointing: bool = False,
-    freeze_vision: bool = False,
-    dense_mask: bool = True,
+def _activation_bytes(
+    size: ModelSize, shape: BatchShape, matrix: int, patches: int, mask: int, *, checkpointing: bool
 ) -> int:
-    """Return the bytes that the backward pass needs of the forward pass, without the logits."""
-    text_layer = _text_layer_bytes(size, shape, autocast=autocast, dense_mask=dense_mask)
-    text_input = FULL * shape.positions * size.text.width
-    vision_block, vision_input = (0, 0) if freeze_vision else _vision_block_bytes(size, shape, autocast=autocast)
-    rest = 2 * text_input + _pixel_bytes(size, shape, autocast=autocast, freeze_vision=freeze_vision)
-    if shape.hidden_patches:
-        rest += text_layer  # the pixel decoder's, which is not checkpointed
-    if not freeze_vision:
-        rest += _merger_bytes(size, shape, autocast=autocast)
-    if not gradient_checkpointing:
-        return rest + size.text.layers * text_layer + size.vision.blocks * vision_block
-    return rest + size.text.layers * text_input + size.vision.blocks * vision_input + max(text_layer, vision_block)
+    """Return the bytes that the forward pass keeps for the backward pass, without the logits.
+
+    :param matrix: Bytes of a value in a matrix product.
+    :param patches: Raw patches whose activations are kept.
+    :param mask: Bytes of the attention mask that each text layer keeps.
+    """
+    text_input = FULL * size.text.width * shape.tokens
+    text_layer = _layer_bytes(size.text, matrix, TEXT_ATTENTION) * shape.tokens + mask
+    vision_input = matrix * size.vision.width * patches
+    vision_layer = _layer_bytes(size.vision, matrix, VISION_ATTENTION) * patches
+    # The embeddings and the last hidden states; a merger's input, normalised, and before and after its activation.
+    rest = 2 * text_input + patches * size.vision.width * (FULL + 3 * matrix) * size.mergers
+    rest += size.geometry.patch_width * (matrix * patches + 2 * FULL * shape.masked_patches)
+    if shape.masked_patches:  # the pixel decoder's layer, which is never checkpointed, and under autocast its output
+        rest += text_layer + (size.geometry.patch_width * HALF * shape.patches if matrix == HALF else 0)
+    if not checkpointing:
+        return rest + size.text.layers * text_layer + size.vision.layers * vision_layer
+    inputs = size.text.layers * text_input + size.vision.layers * vision_input
+    return rest + inputs + max(text_layer, vision_layer)
 
 
-def _pixel_bytes(size: ModelSize, shape: BatchShape, *, autocast: bool, freeze_vision: bool) -> int:
-    """Return the bytes of the patches that the encoder reads and, hidden, of their predictions and targets."""
-    read = 0 if freeze_vision else shape.patches * (HALF if autocast else FULL)
-    predicted = shape.patches * (HALF if autocast else FULL) if shape.hidden_patches and autocast else 0
-    return (read + predicted + 2 * FULL * shape.hidden_patches) * size.geometry.patch_width
-
-
-def _text_layer_bytes(size: ModelSize, shape: BatchShape, *, autocast: bool, dense_mask: bool) -> int:
-    text, matrix = size.text, HALF if autocast else FULL
-    # Each RMSNorm keeps its input, normalised in float32; autocast then casts once for each matrix (q, k, v, gate, up).
-    norms = 2 * 2 * FULL * text.width + (5 * HALF if autocast else 2 * FULL) * text.width
-    # Queries, keys and values (repeated for each head under a mask), and the attention's output.
-    attention = 4 * matrix * text.attention_width
-    if text.normalises_queries:
-        attention += 2 * 2 * FULL * text.attention_width
-    # The gate before and after its activation, what it is multiplied with, and the product.
-    mlp = 4 * matrix * text.intermediate
-    mask = matrix * shape.positions * shape.length if dense_mask else 0
-    return shape.positions * (norms + attention + mlp) + mask
-
-
-def _vision_block_bytes(size: ModelSize, shape: BatchShape, *, autocast: bool) -> tuple[int, int]:
-    """Return the bytes that a block keeps, and those of its input."""
-    vision, matrix = size.vision, HALF if autocast else FULL
-    norms = 2 * ((2 if vision.has_rms_norm else 1) * FULL + matrix) * vision.width
-    # qkv in one piece, of which the values are used, the turned queries and keys, the output of images and of all.
-    attention = (3 + 2 + 2) * matrix * vision.width
-    mlp = (4 if vision.has_gate else 3) * matrix * vision.intermediate
-    return shape.patches * (norms + attention + mlp), shape.patches * matrix * vision.width
-
-
-def _merger_bytes(size: ModelSize, shape: BatchShape, *, autocast: bool) -> int:
-    """Each merger keeps its input, that normalised, and its hidden values before and after the activation."""
-    vision, matrix = size.vision, HALF if autocast else FULL
-    return shape.patches * vision.width * (FULL + 3 * matrix) * vision.mergers
+def _layer_bytes(size: LayerSize, matrix: int, attention_tensors: int) -> int:
+    """Return the bytes that one layer keeps of a token."""
+    # Two norms: an RMSNorm keeps its input and that normalised, in float32; a LayerNorm its input.
+    norms = 2 * (2 if size.is_gated else 1) * FULL * size.width
+    # Their outputs: autocast casts them for each matrix that reads them, all but the last of attention and of the MLP.
+    norms += matrix * size.width * (size.linears - 2 if matrix == HALF else 2)
+    attention = attention_tensors * matrix * size.attention_width
+    if size.normalises_queries:
+        attention += 2 * 2 * FULL * size.attention_width
+    # Before and after the activation, and with a gate the other factor; the product.
+    mlp = (4 if size.is_gated else 3) * matrix * size.intermediate
+    return norms + attention + mlp
