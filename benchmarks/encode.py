@@ -28,12 +28,12 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modality import infer_modality
 from transformers import Qwen2VLImageProcessor
 
+from cocoa_embed.cpu_threads import available_cores
 from cocoa_embed.demo.scenes import write_image_folder
 from cocoa_embed.encode.batches import BatchLimits, ImageCost, plan_batches, token_counter
-from cocoa_embed.encode.cpu_threads import available_cores
 from cocoa_embed.encode.document_model import DocumentModel, Features
 from cocoa_embed.encode.encoder import Encoder
-from cocoa_embed.encode.stream import default_workers
+from cocoa_embed.encode.run import default_workers
 from cocoa_embed.images.find_files import find_images
 from cocoa_embed.images.load import load_image
 from cocoa_embed.model.attention import make_bidirectional

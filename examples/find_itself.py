@@ -15,7 +15,7 @@ from PIL import Image
 
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.image_files import find_images
-from cocoa_embed.images import load_image
+from cocoa_embed.images.load import load_image
 from cocoa_embed.integrations.qdrant import QdrantIndexer
 
 

@@ -11,10 +11,9 @@ from llama_index.core.schema import NodeWithScore, QueryBundle
 from llama_index.vector_stores.qdrant import QdrantVectorStore
 from qdrant_client import QdrantClient
 
-from cocoa_embed.encoder import Encoder
+from cocoa_embed.encode.load import load_encoder
 from cocoa_embed.integrations.llama_index import CocoaEmbedding, CocoaRetriever
 from cocoa_embed.integrations.qdrant import QdrantIndexer
-from cocoa_embed.loading import load_model
 
 
 def show(title: str, nodes: list[NodeWithScore]) -> None:
@@ -24,7 +23,7 @@ def show(title: str, nodes: list[NodeWithScore]) -> None:
 
 
 def main(model: str, folder: str, text: str) -> None:
-    encoder = Encoder(load_model(model), model)
+    encoder = load_encoder(model)
     client = QdrantClient(":memory:")
     indexer = QdrantIndexer(encoder, client=client)
     indexer.index(folder)

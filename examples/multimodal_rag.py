@@ -23,7 +23,7 @@ from llama_index.core.schema import ImageNode, MetadataMode
 from PIL import Image
 
 from cocoa_embed.errors import CocoaError, ImageError
-from cocoa_embed.images import load_image
+from cocoa_embed.images.load import load_image
 from cocoa_embed.integrations.llama_index import CocoaRetriever
 from cocoa_embed.integrations.qdrant import QdrantIndexer
 

@@ -16,7 +16,7 @@ from arms.families import families
 from arms.grid import Sizes, StageRun
 from cocoa_embed.demo.scenes import write_image_folder, write_scenes
 from cocoa_embed.errors import CocoaError, UsageError
-from cocoa_embed.folders import claim_folder, write_whole
+from cocoa_embed.folders import claim_folder, write_atomically
 from cocoa_embed.images.find_files import METADATA_FILE
 from cocoa_embed.train import Recipe
 from cocoa_embed.train.loop.snapshots import kept_folder
@@ -209,4 +209,4 @@ def _link_all_but_the_first(source: Path, target: Path, count: int) -> None:
                 os.link(source / name, target / name)
             except OSError:  # on another disk
                 shutil.copyfile(source / name, target / name)
-    write_whole(target / METADATA_FILE, "".join(f"{line}\n" for name, line in named if name not in first))
+    write_atomically(target / METADATA_FILE, "".join(f"{line}\n" for name, line in named if name not in first))

@@ -21,13 +21,12 @@ from tqdm import tqdm
 from arms.grid import Arm, StageRun
 from arms.place import Given, Place
 from cocoa_embed.cli.terminal import silence_libraries
-from cocoa_embed.encode.encoder import Encoder
+from cocoa_embed.encode.load import load_encoder
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.evaluation.pairs import METRICS, directions, score_queries
 from cocoa_embed.evaluation.pairs_reader import read_pairs
-from cocoa_embed.folders import write_whole
-from cocoa_embed.model.export import build_sentence_transformer
-from cocoa_embed.model.training_record import is_bidirectional, read_training
+from cocoa_embed.folders import write_atomically
+from cocoa_embed.model.training_record import read_training
 from cocoa_embed.train import Recipe, run
 from cocoa_embed.train.loop.snapshots import kept_folder
 
@@ -163,7 +162,7 @@ def train_and_score(job: Job) -> None:
             if str(step or END) not in scores:
                 checkpoint = result.folder if step is None else kept_folder(result.folder, step)
                 scores[str(step or END)] = score(checkpoint, job.held_out)
-                write_whole(job.folder / SCORES, json.dumps(scores, indent=2) + "\n")
+                write_atomically(job.folder / SCORES, json.dumps(scores, indent=2) + "\n")
 
 
 def read_scores(folder: Path) -> dict[str, dict[str, dict[str, float]]]:
@@ -174,11 +173,7 @@ def read_scores(folder: Path) -> dict[str, dict[str, dict[str, float]]]:
 
 def score(checkpoint: Path, held_out: Path) -> dict[str, dict[str, float]]:
     """Return the metrics of a checkpoint on the pairs of an image folder, by direction."""
-    training = read_training(checkpoint)
-    model = build_sentence_transformer(
-        checkpoint, prompts=training["recipe"]["prompts"], bidirectional=is_bidirectional(training)
-    )
-    encoder = Encoder(model, str(checkpoint))
+    encoder = load_encoder(checkpoint)
     metrics = {}
     for direction in directions(read_pairs(held_out)):
         means = score_queries(encoder, direction).mean(axis=0)

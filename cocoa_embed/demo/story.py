@@ -16,12 +16,12 @@ from cocoa_embed.demo.meter import Meter, peak_memory_bytes
 from cocoa_embed.demo.report_content import curves, facts, retrieval_rows
 from cocoa_embed.demo.scenes import write_image_folder
 from cocoa_embed.demo.table import retrieval_table
-from cocoa_embed.encode.encoder import Encoder
+from cocoa_embed.encode.load import load_encoder
 from cocoa_embed.errors import UsageError
 from cocoa_embed.evaluation.metrics import ranks, retrieval_metrics
 from cocoa_embed.folders import claim_folder, refuse_foreign_folder
 from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
-from cocoa_embed.model.export import build_sentence_transformer, refuse_checkpoint, save_sentence_transformer
+from cocoa_embed.model.export import refuse_checkpoint, save_sentence_transformer
 from cocoa_embed.model.training_record import TRAINING_FILE, read_training
 from cocoa_embed.report.content import (
     BridgeMask,
@@ -194,8 +194,7 @@ class Demo:
 
 def evaluate(checkpoint: Path, rows: list[Row]) -> tuple[SentenceTransformer, Metrics]:
     """Measure retrieval among ``rows``, each text's own image being the right answer, and the other way round."""
-    model = build_sentence_transformer(checkpoint, prompts=read_training(checkpoint)["recipe"]["prompts"])
-    encoder = Encoder(model)
+    encoder = load_encoder(checkpoint)
     texts = [{"text": row.positive.text or ""} for row in rows]
     images = [{"image": load_row_image(row.image)} for row in rows if row.image is not None]
     own = np.arange(len(rows))
@@ -203,4 +202,4 @@ def evaluate(checkpoint: Path, rows: list[Row]) -> tuple[SentenceTransformer, Me
     for name, queries, candidates in (("text_to_image", texts, images), ("image_to_text", images, texts)):
         similarities = encoder.embed_queries(queries) @ encoder.embed_documents(candidates).T
         metrics[name] = retrieval_metrics(ranks(similarities, own))
-    return model, metrics
+    return encoder.model, metrics

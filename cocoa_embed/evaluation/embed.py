@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -14,8 +11,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from cocoa_embed.encode.encoder import MODALITIES, Encoder, require_unicode
-from cocoa_embed.encode.encoder import Item as LoadedItem
+from cocoa_embed.cpu_threads import available_cores
+from cocoa_embed.encode.encoder import MODALITIES, Encoder, ModelInput, require_unicode
+from cocoa_embed.encode.read_ahead import read_ahead
 from cocoa_embed.errors import CocoaError, ImageError, one_line, printable
 from cocoa_embed.images.load import load_image
 
@@ -55,7 +53,7 @@ class Item:
         """Return the item with the path of its image, which starts from ``folder``."""
         return replace(self, image=str(folder / self.image)) if isinstance(self.image, str) else self
 
-    def load(self) -> LoadedItem:
+    def load(self) -> ModelInput:
         """Return what a model takes, the image decoded.
 
         :raises ImageError: If the image cannot be used.
@@ -132,38 +130,25 @@ def embed_items(
     return Embedded(vectors, broken)
 
 
-def _loaded(items: Sequence[Item], leave_out: Callable[[int, ImageError], None]) -> Iterator[tuple[int, LoadedItem]]:
+def _loaded(items: Sequence[Item], leave_out: Callable[[int, ImageError], None]) -> Iterator[tuple[int, ModelInput]]:
     """Yield items as a model takes them, those of one kind and of like length together."""
     order = sorted(range(len(items)), key=lambda index: (sorted(items[index].parts), -len(items[index].text or "")))
-    for index, future in _being_loaded(items, order):
+    workers = max(1, available_cores() - 1)
+    for index, loading in read_ahead(lambda index: items[index].load(), order, workers=workers, ahead=IMAGES_AHEAD):
         try:
-            loaded = future.result()
+            loaded = loading.result()
         except ImageError as error:
             leave_out(index, error)
         else:
             yield index, loaded
 
 
-def _being_loaded(items: Sequence[Item], order: Sequence[int]) -> Iterator[tuple[int, Future[LoadedItem]]]:
-    waiting: deque[tuple[int, Future[LoadedItem]]] = deque()
-    pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1))
-    try:
-        for index in order:
-            waiting.append((index, pool.submit(items[index].load)))
-            if len(waiting) > IMAGES_AHEAD:
-                yield waiting.popleft()
-        while waiting:
-            yield waiting.popleft()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def batches(
-    loaded: Iterator[tuple[int, LoadedItem]], batch_tokens: int
-) -> Iterator[tuple[list[int], list[LoadedItem]]]:
+    loaded: Iterator[tuple[int, ModelInput]], batch_tokens: int
+) -> Iterator[tuple[list[int], list[ModelInput]]]:
     """Yield items with their numbers in batches of one kind, of at most ``batch_tokens`` or of one item."""
     indices: list[int] = []
-    batch: list[LoadedItem] = []
+    batch: list[ModelInput] = []
     tokens = 0
     for index, item in loaded:
         needed = estimated_tokens(item)
@@ -178,7 +163,7 @@ def batches(
         yield indices, batch
 
 
-def estimated_tokens(item: LoadedItem) -> int:
+def estimated_tokens(item: ModelInput) -> int:
     """Return about how many tokens a model makes of an item: one for 28 x 28 pixels and one for three bytes of text."""
     tokens = 0
     for part in item.values():
@@ -189,7 +174,7 @@ def estimated_tokens(item: LoadedItem) -> int:
     return tokens
 
 
-def _embed_batch(encoder: Encoder, items: Sequence[Item], loaded: list[LoadedItem], role: Role) -> np.ndarray:
+def _embed_batch(encoder: Encoder, items: Sequence[Item], loaded: list[ModelInput], role: Role) -> np.ndarray:
     """Embed one batch; where the model refuses it, find out which item it is.
 
     :raises CocoaError: If the model refuses an item, has too little memory, or makes of it what is not finite.

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from cocoa_embed.encode.encoder import Encoder
-from cocoa_embed.encode.prepare import EmbeddedImage
+from cocoa_embed.encode.jobs import EmbeddedImage
+from cocoa_embed.encode.read_ahead import read_ahead
 from cocoa_embed.errors import ImageError, printable
 from cocoa_embed.images.load import decode_image
 from cocoa_embed.images.to_rgb import draw_thumbnail
@@ -31,7 +32,7 @@ from cocoa_embed.integrations.qdrant.points import (
     payload,
     storable,
 )
-from cocoa_embed.integrations.qdrant.read_files import ReadFile, ahead, read_file
+from cocoa_embed.integrations.qdrant.read_files import ReadFile, read_file
 from cocoa_embed.integrations.qdrant.stores.base import Point, Store, batches
 from cocoa_embed.integrations.qdrant.thumbnails import THUMBNAIL_SIZE, ThumbnailFolder, remove_thumbnail
 from cocoa_embed.integrations.qdrant.writer import Writer
@@ -133,7 +134,8 @@ class IndexRun:
 
     def _new_contents(self) -> Iterator[tuple[NewContent, bytes]]:
         """Yield the contents that are not stored, once each; deal with every other file on the way."""
-        for file, read in ahead(read_file, self._changed()):
+        for file, reading in read_ahead(read_file, self._changed()):
+            read = reading.result()
             if isinstance(read, ImageError):
                 self._fail(file, read.reason)
             elif read.id in self.ledger:

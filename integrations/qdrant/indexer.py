@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Literal
 from PIL import Image
 from tqdm.auto import tqdm
 
-from cocoa_embed.encode.encoder import Encoder, Item, make_item
+from cocoa_embed.encode.encoder import Encoder, ModelInput, make_input
+from cocoa_embed.encode.load import load_encoder
 from cocoa_embed.errors import CocoaError, UsageError, printable, require
 from cocoa_embed.images.load import ImageSource
 from cocoa_embed.integrations.qdrant.filters import parse_filters
@@ -31,7 +32,6 @@ from cocoa_embed.integrations.qdrant.stores.base import (
     require_signature,
 )
 from cocoa_embed.integrations.qdrant.thumbnails import ThumbnailFolder
-from cocoa_embed.model.loading import load_model
 
 require("qdrant_client", "qdrant")
 
@@ -225,7 +225,7 @@ class QdrantIndexer:
         """
         if limit < 1 or offset < 0:
             raise UsageError(f"limit is {limit} and offset {offset}; limit must be 1 or more, offset 0 or more")
-        item = make_item(text, image)
+        item = make_input(text, image)
         if isinstance(query_filter, str):
             query_filter = [query_filter]
         if query_filter is not None and not isinstance(query_filter, models.Filter):
@@ -305,7 +305,7 @@ class QdrantIndexer:
                 if isinstance(self._model, Encoder):
                     whole = self._model
                 elif isinstance(self._model, (str, Path)):
-                    whole = Encoder(load_model(self._model, self._device), printable(self._model))
+                    whole = load_encoder(self._model, self._device)
                 else:
                     whole = Encoder(self._model)
                 whole.require_images()
@@ -318,7 +318,7 @@ class QdrantIndexer:
             return whole
         with self._lock:
             if self._short is None or self._short.dimension != dimension:
-                self._short = whole.cut_to(dimension)
+                self._short = whole.truncate(dimension)
             return self._short
 
     def _summary(self, files: ImageFiles, counts: Counts, seconds: float) -> IndexSummary:
@@ -336,7 +336,7 @@ class QdrantIndexer:
         )
 
 
-def views_of(item: Item) -> list[Item]:
+def views_of(item: ModelInput) -> list[ModelInput]:
     """Return a query with its image in each of the eight orientations.
 
     :raises UsageError: If it has no image.

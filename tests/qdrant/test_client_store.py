@@ -574,7 +574,7 @@ class TestFolders:
             with pytest.raises(CocoaError, match=r"store cannot be opened \(.*Read-only file system"):
                 store.create(SIGNATURE)
         with monkeypatch.context() as patch:
-            patch.setattr(local_store, "write_whole", fail)
+            patch.setattr(local_store, "write_atomically", fail)
             with pytest.raises(CocoaError, match=r"store cannot be opened \(.*Read-only file system"):
                 store.create(SIGNATURE)
         store.create(SIGNATURE)

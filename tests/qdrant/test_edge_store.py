@@ -322,7 +322,7 @@ class TestEngine:
             raise error
 
         store = open_store(edge=folder, collection="images")
-        for step in ("lock_file", "write_whole"):
+        for step in ("lock_file", "write_atomically"):
             with monkeypatch.context() as patch:
                 patch.setattr(edge_store, step, fail)
                 with pytest.raises(
@@ -445,7 +445,7 @@ class TestKills:
             (edge_store.shutil, "rmtree"),
             (edge_store.edge.EdgeShard, "create"),
             (edge_store.edge.UpdateOperation, "create_field_index"),
-            (edge_store, "write_whole"),
+            (edge_store, "write_atomically"),
             (edge_store.os, "replace"),
         ]
 

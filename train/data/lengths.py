@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from transformers import ProcessorMixin
 
+from cocoa_embed.model.visual_tokens import visual_tokens
 from cocoa_embed.train.data.rows import Item, Row, RowImage
 
 TEXTS_AT_ONCE = 10_000
@@ -37,7 +38,10 @@ def item_lengths(
         some = texts[start : start + TEXTS_AT_ONCE]
         encoded = processor.tokenizer(some, add_special_tokens=False)["input_ids"]
         of_text.update(zip(some, map(len, encoded), strict=True))
-    of_size = {size: visual_tokens(processor, *size) for size in {sizes[i.image] for i in items if i.image is not None}}
+    of_size = {
+        size: visual_tokens(processor.image_processor, *size)
+        for size in {sizes[i.image] for i in items if i.image is not None}
+    }
     return np.array(
         [
             (of_text[item.text] if item.text is not None else 0)
@@ -47,10 +51,3 @@ def item_lengths(
         ],
         dtype=np.int64,
     )
-
-
-def visual_tokens(processor: ProcessorMixin, width: int, height: int) -> int:
-    """Return how many visual tokens an image takes, after the resizing to the processor's limits."""
-    image_processor = processor.image_processor
-    patches = image_processor.get_number_of_image_patches(height, width, {})
-    return int(patches) // image_processor.merge_size**2

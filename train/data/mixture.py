@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cocoa_embed.errors import CocoaError, printable
-from cocoa_embed.folders import write_whole
+from cocoa_embed.folders import write_atomically
 from cocoa_embed.train.data.image_check import ImageSize, check_images, known_sizes
 from cocoa_embed.train.data.readers import read_source
 from cocoa_embed.train.data.rows import BadRow, Row, RowImage
@@ -176,7 +176,7 @@ def write_bad_rows(path: Path, bad: Sequence[BadRow]) -> None:
     if not bad:
         path.unlink(missing_ok=True)
         return
-    write_whole(path, "".join(f"{json.dumps(_told(row))}\n" for row in bad))
+    write_atomically(path, "".join(f"{json.dumps(_told(row))}\n" for row in bad))
 
 
 def _told(row: BadRow) -> dict[str, Any]:

@@ -6,16 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cocoa_embed.encode.encoder import Encoder
+from cocoa_embed.encode.load import load_encoder
 from cocoa_embed.errors import CocoaError, one_line, printable
 from cocoa_embed.evaluation.embed import BATCH_TOKENS, Item
 from cocoa_embed.evaluation.galleries import QueryGallery
 from cocoa_embed.evaluation.pairs import Pair, evaluate_pairs
 from cocoa_embed.evaluation.pairs_reader import read_pairs
 from cocoa_embed.evaluation.pairs_tables import title_of
-from cocoa_embed.model.export import build_sentence_transformer
-from cocoa_embed.model.loading import load_model
-from cocoa_embed.model.training_record import is_bidirectional, read_training
 from cocoa_embed.report.content import Gallery, Headline
 from cocoa_embed.report.series import STAGE_TITLES
 from cocoa_embed.train.data import rows as data
@@ -74,7 +71,7 @@ def score_run(
     name = f"{run.folder.resolve().name}/{last.stage}"
     gallery = QueryGallery()
     with _explained_shortage(name, device):
-        encoder = load_checkpoint(last.folder, device)
+        encoder = load_encoder(last.folder, device)
         encoder.name = name
         document = evaluate_pairs(
             [encoder],
@@ -98,20 +95,6 @@ def _explained_shortage(name: str, device: str) -> Iterator[None]:
             f"{name} does not fit into the memory of {device} ({one_line(cause).split('. ')[0]}); give a smaller"
             " --batch-tokens, another --device, or --no-scores"
         ) from error
-
-
-def load_checkpoint(folder: Path, device: str) -> Encoder:
-    """Load the checkpoint of any stage for encoding.
-
-    :raises CocoaError: If it cannot be loaded.
-    """
-    if (folder / "modules.json").is_file():
-        return Encoder(load_model(folder, device), str(folder))
-    training = read_training(folder)
-    model = build_sentence_transformer(
-        folder, prompts=training["recipe"]["prompts"], bidirectional=is_bidirectional(training)
-    )
-    return Encoder(model.to(device), str(folder))
 
 
 def given_pairs(run: FinishedRun, path: Path, images: Path | None) -> ScoredPairs:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from cocoa_embed.errors import CocoaError, one_line, printable, require
-from cocoa_embed.folders import refuse_foreign_folder, write_whole
+from cocoa_embed.folders import refuse_foreign_folder, write_atomically
 from cocoa_embed.integrations.qdrant.stores.base import (
     FLOAT,
     ID_BATCH,
@@ -135,7 +135,7 @@ class EdgeStore:
         """Write the signature into a collection that has none."""
         check_may_sign(self, self.signature(), signature)
         with self._files():
-            write_whole(self._shard_folder / SIGNATURE_FILE, json.dumps(signature_fields(signature)))
+            write_atomically(self._shard_folder / SIGNATURE_FILE, json.dumps(signature_fields(signature)))
 
     def scan(self, keys: Sequence[str]) -> Iterator[tuple[str, Payload]]:
         """Yield the id of every point with those fields of its payload that it has, page by page."""
@@ -241,7 +241,7 @@ class EdgeStore:
         for field, kind in PAYLOAD_INDEXES.items():
             shard.update(edge.UpdateOperation.create_field_index(field, FIELD_INDEXES[kind]))
         flush_and_close(shard)
-        write_whole(scratch / SIGNATURE_FILE, json.dumps(signature_fields(signature)))
+        write_atomically(scratch / SIGNATURE_FILE, json.dumps(signature_fields(signature)))
 
     def _update(self, operation: edge.UpdateOperation, size: int) -> None:
         with self._engine(writes=True) as shard:
