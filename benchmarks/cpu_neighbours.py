@@ -1,6 +1,6 @@
 """What a busy neighbour costs a training step on the CPU, with different ways for OpenMP threads to wait.
 
-    python benchmarks/cpu_neighbours.py [--rounds 5] [--steps 4] [--json]
+    python benchmarks/cpu_neighbours.py [--rounds 5] [--steps 4] [--settings torch_defaults ours] [--json]
 
 One process for each setting runs contrastive steps (forward, backward and AdamW of the demo's backbone on 32 pairs) in
 three situations: alone, beside a process that keeps one core busy, and beside a second torch process with torch's
@@ -26,9 +26,8 @@ from typing import Any
 SETTINGS: dict[str, dict[str, str]] = {
     "torch_defaults": {},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
-    "spin_100": {"GOMP_SPINCOUNT": "100"},
     "spin_300": {"GOMP_SPINCOUNT": "300"},
-    "spin_1000": {"GOMP_SPINCOUNT": "1000"},
+    "ours": {"GOMP_SPINCOUNT": "1000"},
     "spin_3000": {"GOMP_SPINCOUNT": "3000"},
     "one_thread": {"OMP_NUM_THREADS": "1"},
 }

@@ -1,9 +1,9 @@
 """The three stages of CoCoA: warm-up, bridge, contrastive."""
 
-from cocoa_embed.cpu_threads import use_passive_waiting
+from cocoa_embed.cpu_threads import limit_spinning
 from cocoa_embed.errors import require
 
-use_passive_waiting()
+limit_spinning()
 require("accelerate", "train")
 require("datasets", "train")
 

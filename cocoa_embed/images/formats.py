@@ -37,11 +37,11 @@ PNG_ORIENTATION_KEYWORDS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.x
 
 MAX_JPEG_SCANS = 256
 """JPEG files with more scans are refused. Encoders write about ten; each scan covers the whole image again, so that 20
-bytes can take a tenth of a second to decode."""
+bytes can take a tenth of a second."""
 
 MAX_JPEG_SEGMENTS = 5000
-"""JPEG files with more segments before their pixels are refused: a hundred megabytes of metadata need 1600. Pillow joins
-EXIF segments in time that grows with the square of their number."""
+"""JPEG files with more segments before their pixels are refused: a hundred megabytes of metadata need 1600. The time in
+which Pillow joins EXIF segments grows with the square of their number."""
 
 
 def open_image(data: bytes) -> ImageFile.ImageFile:

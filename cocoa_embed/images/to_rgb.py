@@ -18,7 +18,7 @@ UPRIGHT = {
 }
 """How to turn an image of each EXIF orientation upright; orientations from 5 on swap width and height.
 
-``ImageOps.exif_transpose`` also rewrites the EXIF block, which fails for some broken ones after it has turned the image.
+``ImageOps.exif_transpose`` would also rewrite the EXIF block, which fails for some broken ones.
 """
 
 THUMBNAIL_QUALITY = 80

@@ -1,5 +1,7 @@
 """FlexAttention under the bridge mask, which never computes fully masked tiles of the score matrix."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
@@ -67,7 +69,7 @@ def flex_or_sdpa(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | BlockMask | None,
-    **kwargs: object,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute attention with FlexAttention under a ``BlockMask``, else with sdpa; a transformers attention function.
 

@@ -12,6 +12,7 @@ class PatchCounter(Protocol):
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict[str, Any]) -> int:
         """Return how many patches an image of this size becomes."""
+        ...
 
 
 def visual_tokens(image_processor: PatchCounter, width: int, height: int) -> int:
