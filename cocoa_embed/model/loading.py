@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cocoa_embed.errors import CocoaError, one_line, printable
-from cocoa_embed.model.training_record import TRAINING_FILE, is_bidirectional, read_training
+from cocoa_embed.model.training_record import TRAINING_FILE, read_training
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -35,9 +35,9 @@ def load_model(model: str | Path, device: str | None = None) -> SentenceTransfor
     if is_local and not (folder / MODULES_FILE).is_file():
         from cocoa_embed.model.export import build_sentence_transformer
 
-        training = read_training(folder)
+        recipe = read_training(folder)["recipe"]
         return build_sentence_transformer(
-            folder, prompts=training["recipe"]["prompts"], bidirectional=is_bidirectional(training), device=device
+            folder, prompts=recipe["prompts"], bidirectional=recipe["bidirectional"], device=device
         )
     try:
         return SentenceTransformer(str(folder if is_local else model), device=device, local_files_only=is_local)

@@ -76,12 +76,27 @@ def drip(handler: BaseHTTPRequestHandler) -> None:
         time.sleep(0.1)
 
 
+def drip_headers(handler: BaseHTTPRequestHandler) -> None:
+    """Send a header, a byte every tenth of a second."""
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Long: ")
+    while True:
+        handler.wfile.write(b".")
+        time.sleep(0.1)
+
+
 def flood(handler: BaseHTTPRequestHandler) -> None:
     """Send bytes as fast as they are taken."""
     handler.send_response(200)
     handler.end_headers()
     while True:
         handler.wfile.write(bytes(100_000))
+
+
+def flood_in_chunks(handler: BaseHTTPRequestHandler) -> None:
+    """Send chunks as fast as they are taken."""
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+    while True:
+        handler.wfile.write(b"1000\r\n" + bytes(0x1000) + b"\r\n")
 
 
 @pytest.fixture
@@ -245,27 +260,30 @@ def test_a_circle_of_redirects_ends(server: Server) -> None:
 
 
 @pytest.mark.usefixtures("open_loopback")
-@pytest.mark.parametrize("respond", [drip, lambda handler: time.sleep(30)])
+@pytest.mark.parametrize("respond", [drip, drip_headers, lambda handler: time.sleep(30)])
 def test_a_server_that_is_slow_for_ever_is_given_up(server: Server, respond: Respond) -> None:
     server.respond = respond
-    started = time.monotonic()
     reason = refusal(fetcher_for(server, timeout=0.5, deadline=1), server.address())
     assert reason == "takes too long (limits: 0.5 s a step, 1 s in all)"
-    assert time.monotonic() - started < 5
 
 
 @pytest.mark.usefixtures("open_loopback")
-def test_a_server_that_drips_its_headers_is_given_up(server: Server) -> None:
-    def respond(handler: BaseHTTPRequestHandler) -> None:
-        handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Long: ")
-        while True:
-            handler.wfile.write(b".")
-            time.sleep(0.1)
-
+@pytest.mark.parametrize("respond", [flood, flood_in_chunks])
+def test_an_endless_body_is_cut_at_the_limit(server: Server, respond: Respond) -> None:
     server.respond = respond
-    started = time.monotonic()
-    assert "takes too long" in refusal(fetcher_for(server, timeout=0.5, deadline=1), server.address())
-    assert time.monotonic() - started < 5
+    reason = refusal(fetcher_for(server, max_bytes=1_000_000), server.address())
+    assert reason == "is too large: the limit is 1000000 bytes"
+
+
+def test_an_unknown_host_is_named_and_a_lookup_that_never_ends_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    reason = refusal(Fetcher(["photos.test"]), "http://photos.test/")
+    assert reason == "is on photos.test, which cannot be found ([Errno -2] Name or service not known)"
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(30))
+    assert "takes too long" in refusal(Fetcher(["photos.test"], timeout=0.5), "http://photos.test/")
 
 
 @pytest.mark.usefixtures("open_loopback")
@@ -278,32 +296,6 @@ def test_the_deadline_holds_over_all_redirects(server: Server) -> None:
     reason = refusal(fetcher_for(server, timeout=5, deadline=1, max_redirects=100), server.address())
     assert "takes too long" in reason
     assert len(server.asked) < 6
-
-
-def test_a_name_that_is_looked_up_for_ever_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(30))
-    started = time.monotonic()
-    assert "takes too long" in refusal(Fetcher(["photos.test"], timeout=0.5), "http://photos.test/")
-    assert time.monotonic() - started < 5
-
-
-@pytest.mark.usefixtures("open_loopback")
-def test_an_endless_body_is_cut_at_the_limit(server: Server) -> None:
-    server.respond = flood
-    assert refusal(fetcher_for(server, max_bytes=1_000_000), server.address()) == (
-        "is too large: the limit is 1000000 bytes"
-    )
-
-
-@pytest.mark.usefixtures("open_loopback")
-def test_an_endless_body_in_chunks_is_cut_at_the_limit(server: Server) -> None:
-    def respond(handler: BaseHTTPRequestHandler) -> None:
-        handler.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
-        while True:
-            handler.wfile.write(b"1000\r\n" + bytes(0x1000) + b"\r\n")
-
-    server.respond = respond
-    assert "is too large" in refusal(fetcher_for(server, max_bytes=1_000_000), server.address())
 
 
 @pytest.mark.usefixtures("open_loopback")
@@ -336,12 +328,7 @@ def test_chunks_are_put_together_and_broken_ones_refused(server: Server) -> None
 @pytest.mark.parametrize(
     ("respond", "reason"),
     [
-        (answer(b"gone", 404), "answers with the status 404"),
-        (answer(b"no", 403), "answers with the status 403"),
-        (answer(b"", 204), "answers with the status 204"),
-        (answer(PNG[:9], 206), "answers with the status 206"),
-        (answer(b"", 304), "answers with the status 304"),
-        (answer(b"", 500), "answers with the status 500"),
+        *((answer(b"", status), f"answers with the status {status}") for status in (204, 206, 304, 403, 404, 500)),
         (answer(PNG, Content_Encoding="gzip"), "answers with the content encoding 'gzip', which was not asked for"),
         (lambda handler: handler.wfile.write(b"SSH-2.0-OpenSSH_9.6\r\n"), "cannot be fetched"),
         (lambda handler: handler.wfile.write(b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 5000), "cannot be fetched"),
@@ -382,49 +369,33 @@ def test_the_next_address_of_a_host_is_tried(server: Server, names: Names, monke
     assert "cannot be fetched (it has no network address)" in refusal(fetcher_for(server), server.address())
 
 
-def test_an_unknown_host_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unknown(*_: object, **__: object) -> None:
-        raise socket.gaierror(-2, "Name or service not known")
-
-    monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    reason = refusal(Fetcher(["photos.test"]), "http://photos.test/")
-    assert reason == "is on photos.test, which cannot be found ([Errno -2] Name or service not known)"
-
-
-@pytest.mark.parametrize(
-    ("address", "reason"),
-    [
-        ("ftp://photos.test/", "is not an http or https address"),
-        ("photo.png", "is not an http or https address"),
-        ("http:photos.test/", "is no valid address"),
-        ("http:///photo.png", "is no valid address"),
-        ("http://me@photos.test/", "has a user name in it"),
-        ("http://me:secret@photos.test/", "has a user name in it"),
-        ("http://@photos.test/", "has a user name in it"),
-        ("http://other.test\\@photos.test/", "has spaces, control characters or backslashes"),
-        ("http://photos.test/a b.png", "has spaces, control characters or backslashes"),
-        ("http://photos.test/\r\nHost: other.test", "has spaces, control characters or backslashes"),
-        ("http://photos.test\t/", "has spaces, control characters or backslashes"),
-        ("http://photos.test:70000/", "is no valid address"),
-        ("http://photos.test:port/", "is no valid address"),
-        ("http://photos.test:8080/", "is on photos.test:8080, which is not among the allowed hosts"),
-        ("http://photos.test:443/", "is on photos.test:443, which is not among the allowed hosts"),
-        ("http://photos..test/", "is no valid address"),
-        ("http://photos.test%2eother.test/", "is no valid address"),
-        ("http://%70hotos.test/", "is no valid address"),
-        ("http://[::1", "is no valid address"),
-        ("http://[fe80::1%25eth0]/", ""),
-        ("http://other.test#@photos.test/", "is on other.test, which is not among the allowed hosts"),
-        ("http://other.test?@photos.test/", "is on other.test, which is not among the allowed hosts"),
-        ("http://photos.test.other.test/", "is on photos.test.other.test, which is not among the allowed hosts"),
-        ("http://" + "a" * 300 + ".test/", "is no valid address"),
-        ("http://photos.test/\udcff", "is no valid address"),
+ELSEWHERE = "is on {}, which is not among the allowed hosts"
+REFUSED = {
+    "is not an http or https address": ["ftp://photos.test/", "photo.png"],
+    "has a user name in it": ["http://me@photos.test/", "http://me:secret@photos.test/", "http://@photos.test/"],
+    "has spaces, control characters or backslashes": [
+        *("http://other.test\\@photos.test/", "http://photos.test/a b.png", "http://photos.test\t/"),
+        "http://photos.test/\r\nHost: other.test",
     ],
-)
-def test_addresses_that_are_not_allowed_are_refused_before_a_name_is_looked_up(
-    names: Names, address: str, reason: str
-) -> None:
-    assert reason in refusal(Fetcher(["photos.test"]), address)
+    "is no valid address": [
+        *("http:photos.test/", "http:///photo.png", "http://photos.test:70000/", "http://photos.test:port/"),
+        *("http://photos..test/", "http://photos.test%2eother.test/", "http://%70hotos.test/", "http://[::1"),
+        *("http://" + "a" * 300 + ".test/", "http://photos.test/\udcff"),
+    ],
+    ELSEWHERE.format("photos.test:8080"): ["http://photos.test:8080/"],
+    ELSEWHERE.format("photos.test:443"): ["http://photos.test:443/"],
+    ELSEWHERE.format("other.test"): ["http://other.test#@photos.test/", "http://other.test?@photos.test/"],
+    ELSEWHERE.format("photos.test.other.test"): ["http://photos.test.other.test/"],
+    "": ["http://[fe80::1%25eth0]/"],
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_addresses_that_are_not_allowed_are_refused_before_a_name_is_looked_up(names: Names, reason: str) -> None:
+    fetcher = Fetcher(["photos.test"])
+    for address in REFUSED[reason]:
+        assert reason in refusal(fetcher, address)
+    assert "is not among the allowed hosts" in refusal(Fetcher([]), "https://photos.test/")
     assert names.asked == []
 
 
@@ -443,10 +414,6 @@ def test_wrong_limits_are_refused() -> None:
             Fetcher(["example.org"], **options)
     with pytest.raises(UsageError, match=r"is the string 'example\.org'; give a list"):
         Fetcher("example.org")
-
-
-def test_nothing_is_allowed_by_default() -> None:
-    assert "is not among the allowed hosts" in refusal(Fetcher([]), "https://example.org/")
 
 
 @pytest.fixture
@@ -490,13 +457,5 @@ def test_https_checks_the_certificate_and_the_name(
 def test_a_handshake_that_never_ends_is_given_up() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
-        started = time.monotonic()
         reason = refusal(Fetcher([f"photos.test:{port}"], timeout=0.5), f"https://photos.test:{port}/")
         assert "takes too long" in reason
-        assert time.monotonic() - started < 5
-
-
-def test_the_usual_context_checks_names_and_certificates() -> None:
-    context = remote.tls_context()
-    assert context.check_hostname
-    assert context.verify_mode == ssl.CERT_REQUIRED
