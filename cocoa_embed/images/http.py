@@ -88,11 +88,11 @@ class Fetcher:
                     return answer
                 here = next_address(here, answer.location)
                 leads = f"leads to {shown_address(here)}, which "
-            raise Refused(f"leads on, and {self.max_redirects} redirects are the limit")
+            raise Refused(f"redirects more than {self.max_redirects} times")
         except Refused as refused:
             reason = str(refused)
         except TimeoutError:
-            reason = f"takes too long (limits: {self.timeout:g} s a step, {self.deadline:g} s in all)"
+            reason = f"takes too long (limits: {self.timeout:g} s per step, {self.deadline:g} s in all)"
         except (OSError, ValueError, http.client.HTTPException) as error:
             reason = f"cannot be fetched ({one_line(error)})"
         raise ImageError(shown_address(address), leads + reason)
@@ -125,7 +125,7 @@ class Fetcher:
             raise Refused(f"answers with the status {response.status}")
         encoding = response.getheader("Content-Encoding", "identity")
         if encoding.strip().lower() not in ("", "identity"):
-            raise Refused(f"answers with the content encoding {encoding!a}, which was not asked for")
+            raise Refused(f"answers with the content encoding {encoding!a}, which was not requested")
         announced = response.length
         if announced is not None and announced > self.max_bytes:
             raise Refused(f"is too large: {announced} bytes, the limit is {self.max_bytes}")
@@ -219,7 +219,7 @@ def resolve(hop: Hop, seconds: float) -> list[SocketAddress]:
         raise Refused(f"is on {hop.host}, which cannot be found ({one_line(answer)})")
     for _, _, _, _, address in answer:
         if not is_public(ip_address(address[0])):
-            raise Refused(f"is on {hop.host}, whose address {address[0]} is not a public one")
+            raise Refused(f"is on {hop.host}, whose address {address[0]} is not public")
     return [(family, address) for family, _, _, _, address in answer]
 
 

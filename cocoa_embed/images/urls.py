@@ -79,7 +79,7 @@ def read_address(address: str) -> Hop:
         # Characters that are encoded already (%20) stay as they are.
         target = quote((parts.path or "/") + query, safe="/?%:;=&+$,!~*'()@#[]|")
     except ValueError as error:
-        raise Refused(f"is no valid address ({one_line(error)})") from error
+        raise Refused(f"is not a valid address ({one_line(error)})") from error
     return Hop(scheme, host, DEFAULT_PORTS[scheme] if port is None else port, target)
 
 
@@ -92,7 +92,7 @@ def ascii_host(host: str) -> str:
         return str(ip_address(host))
     text = host.encode("idna").decode().lower().removesuffix(".")
     if not re.fullmatch(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*", text):
-        raise ValueError(f"{host!a} is no host")
+        raise ValueError(f"{host!a} is not a host")
     return text
 
 
@@ -108,7 +108,7 @@ def read_rule(text: str) -> HostRule:
         return HostRule(ascii_host(parts.hostname or ""), parts.port, text.startswith("*."))
     except ValueError as error:
         raise UsageError(
-            f"{text!a} is no allowed host ({one_line(error)}); give example.com, *.example.com or example.com:8080"
+            f"{text!a} is not an allowed host ({one_line(error)}); give example.com, *.example.com or example.com:8080"
         ) from error
 
 
@@ -118,11 +118,11 @@ def next_address(address: str, location: str) -> str:
     :raises Refused: If there is none, or it leads from https back to http.
     """
     if not location:
-        raise Refused("leads on, but does not say where to")
+        raise Refused("redirects without an address")
     try:
         there = urljoin(address, location)
     except ValueError as error:
-        raise Refused(f"leads to what is no valid address ({one_line(error)})") from error
+        raise Refused(f"leads to a malformed address ({one_line(error)})") from error
     if address[:6].lower() == "https:" and there[:5].lower() == "http:":
         raise Refused(f"leads from https to {shown_address(there)}, which is not encrypted")
     return there

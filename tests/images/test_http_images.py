@@ -21,6 +21,7 @@ from cocoa_embed.images.http import Fetcher
 from cocoa_embed.images.load import load_image
 from cocoa_embed.images.urls import is_public, shown_address
 
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 PNG = encoded(Image.new("RGB", (9, 5), "red"), "PNG")
 
 Respond = Callable[[BaseHTTPRequestHandler], None]
@@ -94,7 +95,7 @@ def flood(handler: BaseHTTPRequestHandler) -> None:
 
 def flood_in_chunks(handler: BaseHTTPRequestHandler) -> None:
     """Send chunks as fast as they are taken."""
-    handler.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+    handler.wfile.write(CHUNKED)
     while True:
         handler.wfile.write(b"1000\r\n" + bytes(0x1000) + b"\r\n")
 
@@ -164,31 +165,23 @@ def test_an_image_is_fetched_from_an_allowed_host(server: Server, names: Names) 
     assert names.asked == ["photos.test", "photos.test"]
 
 
-@pytest.mark.usefixtures("open_loopback")
-def test_a_host_may_be_written_in_other_ways(server: Server) -> None:
-    for host in ("PHOTOS.Test", "photos.test.", "ｐhotos.test", "photos。test"):
-        assert fetcher_for(server).fetch(server.address(host=host)) == PNG
-    assert {headers["Host"] for _, headers in server.asked} == {f"photos.test:{server.server_port}"}
-
-
-@pytest.mark.parametrize(
-    "host",
-    ["127.0.0.1", "2130706433", "0x7f000001", "0x7f.1", "017700000001", "127.1", "0", "[::1]", "[::ffff:7f00:1]"],
+THIS_MACHINE = (
+    *("127.0.0.1", "2130706433", "0x7f000001", "0x7f.1", "017700000001", "127.1", "0", "[::1]", "[::ffff:7f00:1]"),
+    *("localhost", "LOCALHOST", "localhost."),
 )
-def test_numbers_that_stand_for_this_machine_are_refused_though_they_are_allowed(host: str) -> None:
-    assert "is not a public one" in refusal(Fetcher([host]), f"http://{host}/photo.png")
 
 
-def test_the_names_of_this_machine_are_refused_though_they_are_allowed(names: Names) -> None:
-    names.addresses |= {"localhost": ["127.0.0.1", "::1"], "localhost.localdomain": ["127.0.0.1"]}
-    for host in ("localhost", "LOCALHOST", "localhost.", "localhost.localdomain"):
-        assert "is not a public one" in refusal(Fetcher([host]), f"http://{host}/")
+def test_names_and_numbers_of_this_machine_are_refused_even_if_they_are_allowed(names: Names) -> None:
+    names.addresses["localhost"] = ["127.0.0.1", "::1"]
+    fetcher = Fetcher(THIS_MACHINE)
+    for host in THIS_MACHINE:
+        assert "is not public" in refusal(fetcher, f"http://{host}/photo.png")
 
 
 def test_a_host_with_one_address_that_is_not_public_is_refused(names: Names) -> None:
     names.addresses["photos.test"] = ["8.8.8.8", "2606:2800:220:1::1", "10.1.2.3"]
     reason = refusal(Fetcher(["photos.test"]), "http://photos.test/")
-    assert reason == "is on photos.test, whose address 10.1.2.3 is not a public one"
+    assert reason == "is on photos.test, whose address 10.1.2.3 is not public"
 
 
 @pytest.mark.usefixtures("open_loopback")
@@ -222,7 +215,7 @@ def test_each_redirect_is_checked_as_the_first_address_is(server: Server, names:
     fetcher = Fetcher([f"photos.test:{server.server_port}", "inner.test", "169.254.169.254"])
     for location, reason in {
         "http://inner.test/": "leads to http://inner.test/, which is on inner.test, whose address 10.0.0.1 is not",
-        "http://169.254.169.254/latest/": "whose address 169.254.169.254 is not a public one",
+        "http://169.254.169.254/latest/": "whose address 169.254.169.254 is not public",
         "//other.test/": "which is on other.test, which is not among the allowed hosts",
         server.address(host="other.test"): f"other.test:{server.server_port}, which is not among the allowed hosts",
         "file:///etc/passwd": "which is not an http or https address",
@@ -230,8 +223,8 @@ def test_each_redirect_is_checked_as_the_first_address_is(server: Server, names:
         "data:image/png;base64,AAAA": "which is not an http or https address",
         "http://me:secret@photos.test/": "leads to http://photos.test/, which has a user name in it",
         "http://photos.test/": "which is on photos.test, which is not among the allowed hosts",
-        "http://[bad": "leads to what is no valid address",
-        "": "leads on, but does not say where to",
+        "http://[bad": "leads to a malformed address",
+        "": "redirects without an address",
     }.items():
         server.respond = answer(b"", 302, Location=location)
         assert reason in refusal(fetcher, server.address())
@@ -254,9 +247,9 @@ def test_redirects_on_the_host_are_followed(server: Server, status: int) -> None
 @pytest.mark.usefixtures("open_loopback")
 def test_a_circle_of_redirects_ends(server: Server) -> None:
     server.respond = answer(b"", 302, Location="/photo.png")
-    assert "5 redirects are the limit" in refusal(fetcher_for(server), server.address())
+    assert "redirects more than 5 times" in refusal(fetcher_for(server), server.address())
     assert len(server.asked) == 6
-    assert "0 redirects are the limit" in refusal(fetcher_for(server, max_redirects=0), server.address())
+    assert "redirects more than 0 times" in refusal(fetcher_for(server, max_redirects=0), server.address())
 
 
 @pytest.mark.usefixtures("open_loopback")
@@ -264,7 +257,7 @@ def test_a_circle_of_redirects_ends(server: Server) -> None:
 def test_a_server_that_is_slow_for_ever_is_given_up(server: Server, respond: Respond) -> None:
     server.respond = respond
     reason = refusal(fetcher_for(server, timeout=0.5, deadline=1), server.address())
-    assert reason == "takes too long (limits: 0.5 s a step, 1 s in all)"
+    assert reason == "takes too long (limits: 0.5 s per step, 1 s in all)"
 
 
 @pytest.mark.usefixtures("open_loopback")
@@ -313,41 +306,21 @@ def test_a_lying_length_is_found_out(server: Server) -> None:
 
 
 @pytest.mark.usefixtures("open_loopback")
-def test_chunks_are_put_together_and_broken_ones_refused(server: Server) -> None:
-    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-    whole = b"%x\r\n%s\r\n%x\r\n%s\r\n0\r\n\r\n" % (20, PNG[:20], len(PNG) - 20, PNG[20:])
-    server.respond = lambda handler: handler.wfile.write(head + whole)
-    assert fetcher_for(server).fetch(server.address()) == PNG
-    server.respond = lambda handler: handler.wfile.write(head + whole[:40])
-    assert "cannot be fetched" in refusal(fetcher_for(server), server.address())
-    server.respond = lambda handler: handler.wfile.write(head + b"zzz\r\n")
-    assert "cannot be fetched" in refusal(fetcher_for(server), server.address())
-
-
-@pytest.mark.usefixtures("open_loopback")
 @pytest.mark.parametrize(
     ("respond", "reason"),
     [
         *((answer(b"", status), f"answers with the status {status}") for status in (204, 206, 304, 403, 404, 500)),
-        (answer(PNG, Content_Encoding="gzip"), "answers with the content encoding 'gzip', which was not asked for"),
+        (answer(PNG, Content_Encoding="gzip"), "answers with the content encoding 'gzip', which was not requested"),
         (lambda handler: handler.wfile.write(b"SSH-2.0-OpenSSH_9.6\r\n"), "cannot be fetched"),
         (lambda handler: handler.wfile.write(b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 5000), "cannot be fetched"),
         (lambda handler: None, "cannot be fetched"),
+        (lambda handler: handler.wfile.write(CHUNKED + b"5\r\nabc"), "cannot be fetched"),
+        (lambda handler: handler.wfile.write(CHUNKED + b"zzz\r\n"), "cannot be fetched"),
     ],
 )
 def test_other_answers_are_refused(server: Server, respond: Respond, reason: str) -> None:
     server.respond = respond
     assert refusal(fetcher_for(server), server.address()).startswith(reason)
-
-
-@pytest.mark.usefixtures("open_loopback")
-def test_a_page_is_no_image(server: Server) -> None:
-    server.respond = answer(b"<!doctype html><title>Please sign in</title>", Content_Type="image/png")
-    with pytest.raises(ImageError, match=r"^http://photos\.test:\d+/photo\.png: is not an image"):
-        load_image(server.address(), fetcher=fetcher_for(server))
-    server.respond = answer(b"")
-    with pytest.raises(ImageError, match="is empty"):
-        load_image(server.address(), fetcher=fetcher_for(server))
 
 
 @pytest.mark.usefixtures("open_loopback")
@@ -377,7 +350,7 @@ REFUSED = {
         *("http://other.test\\@photos.test/", "http://photos.test/a b.png", "http://photos.test\t/"),
         "http://photos.test/\r\nHost: other.test",
     ],
-    "is no valid address": [
+    "is not a valid address": [
         *("http:photos.test/", "http:///photo.png", "http://photos.test:70000/", "http://photos.test:port/"),
         *("http://photos..test/", "http://photos.test%2eother.test/", "http://%70hotos.test/", "http://[::1"),
         *("http://" + "a" * 300 + ".test/", "http://photos.test/\udcff"),
@@ -404,7 +377,7 @@ def test_addresses_that_are_not_allowed_are_refused_before_a_name_is_looked_up(n
     ["", "*", "*.", "*.*.org", "a*.org", "http://example.org", "example.org/a", "me@a.org", "a b", "a.org:x", "."],
 )
 def test_what_is_no_host_cannot_be_allowed(rule: str) -> None:
-    with pytest.raises(UsageError, match=r"is no allowed host .* give example\.com"):
+    with pytest.raises(UsageError, match=r"is not an allowed host .* give example\.com"):
         Fetcher([rule])
 
 
