@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cocoa_embed.errors import printable
-from cocoa_embed.model.loading import load_model
+from cocoa_embed.model import loading
 
 if TYPE_CHECKING:
     from cocoa_embed.encode.encoder import Encoder
@@ -20,7 +20,7 @@ def load_encoder(model: str | Path, device: str | None = None, dimension: int | 
     :raises CocoaError: If the model cannot be loaded. A folder that is missing or broken is refused before any heavy
         library is imported.
     """
-    loaded = load_model(model, device)
+    loaded = loading.load_model(model, device)
     from cocoa_embed.encode.encoder import Encoder
 
     return Encoder(loaded, printable(model), dimension)

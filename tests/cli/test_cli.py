@@ -13,7 +13,7 @@ pytest.importorskip("qdrant_client")
 
 import cocoa_embed
 from cocoa_embed.cli import main as cli
-from cocoa_embed.integrations.qdrant import indexer as qdrant
+from cocoa_embed.model import loading
 
 Result = tuple[int, str, str]
 Command = Callable[..., Result]
@@ -35,7 +35,7 @@ def pictures(tmp_path: Path) -> Path:
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> FakeModel:
     model = FakeModel()
-    monkeypatch.setattr(qdrant, "load_model", lambda name, device: model)
+    monkeypatch.setattr(loading, "load_model", lambda name, device: model)
     return model
 
 
@@ -109,7 +109,7 @@ def test_what_others_print_does_not_reach_standard_output(
         print("a library says hello")  # noqa: T201
         return model
 
-    monkeypatch.setattr(qdrant, "load_model", chatty)
+    monkeypatch.setattr(loading, "load_model", chatty)
     _, out, err = command("index", pictures, "--model", "fake", "--json")
     assert json.loads(out)["indexed"] == 3
     assert "hello" in err
@@ -188,7 +188,7 @@ def test_a_collection_of_another_model_is_one_sentence(
     command: Command, model: FakeModel, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command("index", pictures, "--model", "fake")
-    monkeypatch.setattr(qdrant, "load_model", lambda name, device: FakeModel(seed=1))
+    monkeypatch.setattr(loading, "load_model", lambda name, device: FakeModel(seed=1))
     for arguments in (("index", pictures), ("search", "red")):
         line = sentence(command(*arguments, "--model", "other"))
         assert "was made with fake" in line
