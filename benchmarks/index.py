@@ -16,9 +16,9 @@ from statistics import median
 from typing import Any
 
 from cocoa_embed.encode.encoder import Encoder
+from cocoa_embed.encode.load import load_encoder
 from cocoa_embed.images.find_files import find_images
 from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
-from cocoa_embed.model.loading import load_model
 from measuring import machine, seconds_of
 
 STORES = ("path", "edge")
@@ -41,7 +41,7 @@ def embed_alone(encoder: Encoder, files: list[Path], batch_size: int) -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    encoder = Encoder(load_model(options.model, options.device), str(options.model))
+    encoder = load_encoder(options.model, options.device)
     files = find_images([options.folder])
     embed_alone(encoder, files[: 2 * options.batch_size], options.batch_size)
     embedding: list[float] = []

@@ -1,4 +1,4 @@
-"""Output folders: made where there is room, refused where something else lives; and files that are written whole."""
+"""Claim output folders, refuse folders that hold something else, and write files atomically."""
 
 import os
 import shutil
@@ -7,14 +7,14 @@ from pathlib import Path
 from cocoa_embed.errors import CocoaError
 
 RUN_MARKER = ".cocoa-run"
-"""What makes a folder the output of a training run; its checkpoints are in it."""
-
+"""Marks the output folder of a training run, which holds its checkpoints."""
 
 SCRATCH_SUFFIX = ".new"
+"""The suffix of a file that is not complete yet."""
 
 
 def refuse_foreign_folder(folder: Path, *, marker: str) -> None:
-    """Check that ``folder`` may be written: not there, empty, or with the ``marker`` file of an earlier run.
+    """Check that ``folder`` may be written: it is missing, empty, or has the ``marker`` file of an earlier run.
 
     :raises CocoaError: If it is a file, or a folder that holds something else.
     """
@@ -28,7 +28,7 @@ def refuse_foreign_folder(folder: Path, *, marker: str) -> None:
 
 
 def claim_folder(folder: Path, *, marker: str) -> None:
-    """Make ``folder`` empty for writing, with its ``marker`` file; what an earlier run left there is removed.
+    """Create ``folder``, empty but for its ``marker`` file; the output of an earlier run is removed.
 
     :raises CocoaError: If it is a file, a folder that holds something else, or cannot be written.
     """
@@ -45,10 +45,10 @@ def claim_folder(folder: Path, *, marker: str) -> None:
         raise CocoaError(f"{folder} cannot be written ({error.strerror}); give another folder.") from error
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Write a file so that whoever looks, and whenever the process is killed, finds all of it or what was before.
+def write_atomically(file: Path, text: str) -> None:
+    """Replace a file's content so that readers, even after a kill, find either the old content or the new.
 
-    Several processes may write the same file: each has a scratch file of its own beside it, which a kill leaves there.
+    Several processes may write the same file: each writes its own scratch file beside it, which a kill leaves behind.
 
     :raises OSError: If it cannot be written.
     """
@@ -64,5 +64,5 @@ def write_whole(file: Path, text: str) -> None:
 
 
 def is_scratch_of(name: str, file_name: str) -> bool:
-    """Tell whether a file of that name is what ``write_whole`` leaves of another when it is killed."""
+    """Return whether a name is that of a scratch file of ``write_atomically`` for ``file_name``."""
     return name.startswith(f"{file_name}.") and name.endswith(SCRATCH_SUFFIX)

@@ -1,7 +1,9 @@
 """The three stages of CoCoA: warm-up, bridge, contrastive."""
 
+from cocoa_embed.cpu_threads import limit_spinning
 from cocoa_embed.errors import require
 
+limit_spinning()
 require("accelerate", "train")
 require("datasets", "train")
 

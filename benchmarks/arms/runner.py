@@ -19,13 +19,12 @@ from tqdm import tqdm
 from arms.grid import Arm, StageRun
 from arms.workspace import Workspace
 from cocoa_embed.cli.terminal import silence_libraries
-from cocoa_embed.encode.encoder import Encoder
+from cocoa_embed.encode.load import load_encoder
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.evaluation.pairs import evaluate_pairs
 from cocoa_embed.evaluation.pairs_reader import read_pairs
-from cocoa_embed.folders import write_whole
-from cocoa_embed.model.export import build_sentence_transformer
-from cocoa_embed.model.training_record import is_bidirectional, read_training
+from cocoa_embed.folders import write_atomically
+from cocoa_embed.model.training_record import read_training
 from cocoa_embed.train import Recipe, run
 from cocoa_embed.train.loop.snapshots import kept_folder
 from cocoa_embed.train.stages.probe import NO_IMAGE, RIGHT_IMAGE, SHUFFLED_IMAGE
@@ -157,7 +156,7 @@ def train_and_score(job: Job) -> None:
             if str(step or END) not in scores:
                 checkpoint = result.folder if step is None else kept_folder(result.folder, step)
                 scores[str(step or END)] = score(checkpoint, job.held_out)
-                write_whole(job.folder / SCORES, json.dumps(scores, indent=2) + "\n")
+                write_atomically(job.folder / SCORES, json.dumps(scores, indent=2) + "\n")
 
 
 def read_scores(folder: Path) -> Scores:
@@ -168,13 +167,9 @@ def read_scores(folder: Path) -> Scores:
 
 def score(checkpoint: Path, held_out: Path) -> dict[str, dict[str, float]]:
     """Return the metrics of a checkpoint on the pairs of an image folder, by direction."""
-    training = read_training(checkpoint)
-    model = build_sentence_transformer(
-        checkpoint, prompts=training["recipe"]["prompts"], bidirectional=is_bidirectional(training)
-    )
-    metrics: dict[str, dict[str, float]] = evaluate_pairs([Encoder(model)], read_pairs(held_out), resamples=10)[
-        "subsets"
-    ]
+    metrics: dict[str, dict[str, float]] = evaluate_pairs(
+        [load_encoder(checkpoint)], read_pairs(held_out), resamples=10
+    )["subsets"]
     return metrics
 
 

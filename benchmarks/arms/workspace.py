@@ -19,7 +19,7 @@ from arms.grid import Sizes, StageRun
 from cocoa_embed.data.image_folder import METADATA_FILE
 from cocoa_embed.demo.scenes import write_image_folder, write_scenes
 from cocoa_embed.errors import CocoaError, UsageError
-from cocoa_embed.folders import claim_folder, write_whole
+from cocoa_embed.folders import claim_folder, write_atomically
 from cocoa_embed.train import Recipe
 from cocoa_embed.train.loop.snapshots import kept_folder
 from cocoa_embed.train.plan.checks import NOT_LEARNED
@@ -201,4 +201,4 @@ def _link_all_but_the_first(source: Path, target: Path, count: int) -> None:
             except OSError:  # on another disk
                 shutil.copyfile(source / name, target / name)
     kept = set(names)
-    write_whole(target / METADATA_FILE, "".join(f"{line}\n" for name, line in named if name in kept))
+    write_atomically(target / METADATA_FILE, "".join(f"{line}\n" for name, line in named if name in kept))

@@ -197,11 +197,10 @@ def load_encoder(model: str, device: str | None) -> Encoder:
 
     :raises CocoaError: If it cannot be loaded.
     """
-    from cocoa_embed.encode.encoder import Encoder
-    from cocoa_embed.model.loading import load_model
+    from cocoa_embed.encode.load import load_encoder as load
 
     silence_libraries()
-    return Encoder(load_model(model, device), model)
+    return load(model, device)
 
 
 def write_results(stem: Path, title: str, document: Mapping[str, Any], tables: Sequence[Table]) -> None:

@@ -14,6 +14,7 @@ from cocoa_embed import __version__
 from cocoa_embed.cli.evaluate import evaluation
 from cocoa_embed.cli.index import index, search
 from cocoa_embed.cli.terminal import DeviceOption, JsonOption, print_json, silence_libraries, working
+from cocoa_embed.cpu_threads import limit_spinning
 from cocoa_embed.errors import CocoaError, printable, require
 
 DEMO_NEEDS = ("accelerate", "datasets", "qdrant_client", "llama_index.core", "jinja2", "matplotlib")
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     :param arguments: The words after ``cocoa-embed``; those of this process if None.
     :raises SystemExit: Always.
     """
+    limit_spinning()
     try:
         app(args=None if arguments is None else list(arguments), prog_name="cocoa-embed")
     except CocoaError as error:

@@ -22,7 +22,8 @@ from cocoa_embed.evaluation.pairs_reader import read_pairs
 from cocoa_embed.evaluation.pairs_tables import SHOWN_METRICS, score_tables
 from cocoa_embed.folders import claim_folder, refuse_foreign_folder
 from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
-from cocoa_embed.model.export import build_sentence_transformer, refuse_checkpoint, save_sentence_transformer
+from cocoa_embed.model.export import refuse_checkpoint, save_sentence_transformer
+from cocoa_embed.model.loading import load_model
 from cocoa_embed.model.training_record import TRAINING_FILE, read_training
 from cocoa_embed.report.content import (
     BridgeMask,
@@ -149,7 +150,7 @@ class Demo:
 
     def _evaluate(self, ours: Path, alone: Path) -> tuple[SentenceTransformer, dict[str, Any]]:
         encoders = [
-            Encoder(build_sentence_transformer(folder, prompts=read_training(folder)["recipe"]["prompts"]), name)
+            Encoder(load_model(folder), name)
             for name, folder in (("all three stages", ours), ("contrastive only", alone))
         ]
         pairs = read_pairs(self.work / "data" / "held-out")

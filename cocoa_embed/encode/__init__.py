@@ -1,1 +1,1 @@
-"""Embed texts and images with a SentenceTransformer, images in batches that are prepared ahead."""
+"""Embed texts and images with a SentenceTransformer; images stream through it in batches prepared ahead."""

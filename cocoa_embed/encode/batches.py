@@ -1,10 +1,12 @@
-"""How many visual tokens an image costs, and batches of images bounded by them. No pixel is decoded for it."""
+"""Cut images into batches of similar sizes, bounded by images, visual tokens and bytes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+from cocoa_embed.model.visual_tokens import PatchCounter, visual_tokens
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -15,19 +17,8 @@ CountTokens: TypeAlias = Callable[[int, int], int]
 BYTES_PER_PIXEL = 3
 
 
-@runtime_checkable
-class PatchCounter(Protocol):
-    """An image processor that tells how many patches it makes of an image, as those of Qwen's and GLM's models do."""
-
-    merge_size: int
-    """Patches a side that become one visual token."""
-
-    def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict[str, Any]) -> int:
-        """Return how many patches an image of this size becomes."""
-
-
 class ImageCost(NamedTuple):
-    """What a batch has to know of an image, in the order in which images are sorted."""
+    """What an image costs in a batch; the order of the fields is the order in which images are sorted."""
 
     tokens: int
     width: int
@@ -35,33 +26,30 @@ class ImageCost(NamedTuple):
 
     @property
     def decoded_bytes(self) -> int:
-        """The bytes of its pixels as RGB."""
+        """The bytes of the image as RGB."""
         return BYTES_PER_PIXEL * self.width * self.height
 
 
 @dataclass(frozen=True)
 class BatchLimits:
-    """What a batch may hold. A single image that exceeds them is a batch by itself."""
+    """The limits of a batch. An image that exceeds one of them is a batch by itself."""
 
     images: int
     tokens: int
-    """The most visual tokens of an image, times the images: shorter ones are padded to the longest."""
+    """Visual tokens of the largest image, times the images: shorter sequences are padded to the longest."""
     decoded_bytes: int
 
 
 def token_counter(model: SentenceTransformer) -> CountTokens:
-    """Return what tells the visual tokens of an image: exact where the processor does, else the same for every image.
+    """Return a function that counts an image's visual tokens.
 
-    Models whose images all take as many tokens, as CLIP's and SigLIP's do, lose nothing by that.
+    It is exact where the model's image processor counts patches. Other models, such as CLIP and SigLIP, make equally
+    many tokens of every image: there the function returns 1.
     """
     counter = patch_counter(model)
     if counter is None:
         return lambda width, height: 1
-
-    def count(width: int, height: int) -> int:
-        return counter.get_number_of_image_patches(height, width, {}) // counter.merge_size**2
-
-    return count
+    return lambda width, height: visual_tokens(counter, width, height)
 
 
 def patch_counter(model: SentenceTransformer) -> PatchCounter | None:
@@ -75,27 +63,30 @@ def patch_counter(model: SentenceTransformer) -> PatchCounter | None:
 
 
 def plan_batches(costs: Sequence[ImageCost], limits: BatchLimits) -> list[list[int]]:
-    """Cut a window of images into batches of similar sizes, the costliest first.
+    """Sort images by cost, the largest first, and cut them into batches.
 
-    Images of one size stand together: image processors resize those at once.
+    Images of one size become neighbours: image processors resize those together.
 
-    :param costs: What each image costs.
-    :return: For each batch the places of its images in ``costs``; every place is in exactly one batch.
+    :param costs: The cost of each image.
+    :return: The indices into ``costs`` of each batch's images; every index is in exactly one batch.
     """
     batches: list[list[int]] = []
-    held = 0
-    for place in sorted(range(len(costs)), key=costs.__getitem__, reverse=True):
-        held += costs[place].decoded_bytes
-        if batches and _fits(costs, batches[-1], held, limits):
-            batches[-1].append(place)
+    batch_bytes = 0
+    for index in sorted(range(len(costs)), key=costs.__getitem__, reverse=True):
+        batch_bytes += costs[index].decoded_bytes
+        if batches and _fits(costs, batches[-1], batch_bytes, limits):
+            batches[-1].append(index)
         else:
-            batches.append([place])
-            held = costs[place].decoded_bytes
+            batches.append([index])
+            batch_bytes = costs[index].decoded_bytes
     return batches
 
 
 def _fits(costs: Sequence[ImageCost], batch: Sequence[int], decoded_bytes: int, limits: BatchLimits) -> bool:
-    """Tell whether one more image, no larger than the first, fits into a batch, which would hold so many bytes."""
+    """Return whether a batch, whose first image is its largest, stays within the limits with one more image.
+
+    :param decoded_bytes: The bytes of the batch with that image.
+    """
     images = len(batch) + 1
     padded = images * costs[batch[0]].tokens
     return images <= limits.images and padded <= limits.tokens and decoded_bytes <= limits.decoded_bytes

@@ -1,14 +1,12 @@
-"""What ``SentenceTransformer.encode_document`` does to a batch of images, cut into steps that may overlap.
+"""``SentenceTransformer.encode_document`` for a batch of images, cut into steps that may overlap.
 
-Prepare: images become tensors on the CPU, in any thread. Launch: the model runs; on CUDA this returns early. Fetch: the
-embeddings are awaited. ``ProcessorLock`` says which uses of a model's processor may run at once.
+Prepare: images become tensors on the CPU, in any thread. Launch: the model runs; on CUDA the call returns early. Fetch:
+the embeddings arrive.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -26,7 +24,7 @@ DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 
 
 def document_prompt(model: SentenceTransformer) -> str | None:
-    """Return the prompt that ``encode_document`` puts before what is stored, None if there is none."""
+    """Return the prompt that ``encode_document`` puts before a document; None if there is none."""
     for name in DOCUMENT_PROMPTS:
         if name in model.prompts:
             return model.prompts[name]
@@ -34,8 +32,8 @@ def document_prompt(model: SentenceTransformer) -> str | None:
 
 
 @dataclass(frozen=True)
-class Launched:
-    """Embeddings that may still be on their way from the device."""
+class LaunchedBatch:
+    """Embeddings that may not have arrived from the device yet."""
 
     embeddings: torch.Tensor
     arrived: torch.cuda.Event | None
@@ -61,9 +59,9 @@ class DocumentModel:
         self.is_on_cpu = model.device.type == "cpu"
 
     def prepare(self, images: Sequence[Image.Image]) -> Features:
-        """Preprocess a batch, for CUDA into memory that can be copied while the model runs.
+        """Preprocess a batch; for CUDA into memory that is copied while the model runs.
 
-        :raises ValueError: If the processor refuses an image; other errors where it does so without meaning to.
+        :raises ValueError: If the processor refuses an image; processors raise other errors for it too.
         """
         features = self._model.preprocess([{"image": image} for image in images], prompt=self._prompt, task="document")
         if not self.is_on_cuda:
@@ -71,8 +69,8 @@ class DocumentModel:
         return {name: value.pin_memory() if is_tensor(value) else value for name, value in features.items()}
 
     @torch.inference_mode()
-    def launch(self, features: Features) -> Launched:
-        """Run the model on a batch, without waiting for its results where the device allows.
+    def launch(self, features: Features) -> LaunchedBatch:
+        """Run the model on a batch, without waiting for its results where the device allows that.
 
         :raises torch.OutOfMemoryError: If the batch is too large for the device.
         """
@@ -83,58 +81,13 @@ class DocumentModel:
         embeddings = self._model(inputs, task="document")["sentence_embedding"]
         embeddings = embeddings[..., : self._model.truncate_dim].float()
         if embeddings.device.type != "cuda":
-            return Launched(embeddings.cpu(), None)
+            return LaunchedBatch(embeddings.cpu(), None)
         arriving = embeddings.to("cpu", non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record(torch.cuda.current_stream(embeddings.device))
-        return Launched(arriving, arrived)
+        return LaunchedBatch(arriving, arrived)
 
 
 def is_tensor(value: object) -> bool:
-    """Tell a tensor from what else a batch may hold, such as the name of its modality."""
+    """Return whether a value of a batch is a tensor, and not, for example, the name of its modality."""
     return isinstance(value, torch.Tensor)
-
-
-class ProcessorLock:
-    """Lets batches of documents be prepared at once, and anything else use the processor only by itself.
-
-    A fast tokenizer keeps truncation and padding as its own state, which every call sets to what it needs. A query that
-    needs other settings would change them while a batch of documents is under way: the batch fails or, worse, is cut.
-    Documents all need the same, so they may run at once, when the first after such a query has set them.
-    """
-
-    def __init__(self) -> None:
-        # Who comes next holds the queue while it waits, so that neither kind overtakes the other for ever.
-        self._queue = threading.Lock()
-        self._changed = threading.Condition()
-        self._users = 0
-        self._is_set_for_documents = False
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Wait until nobody uses the processor, and let nobody begin."""
-        with self._queue, self._changed:
-            self._changed.wait_for(lambda: self._users == 0)
-            self._users = 1
-            self._is_set_for_documents = False
-        with self._leaving():
-            yield
-
-    @contextmanager
-    def for_documents(self) -> Iterator[None]:
-        """Wait until the processor is set for documents, or unused."""
-        with self._queue, self._changed:
-            self._changed.wait_for(lambda: self._is_set_for_documents or self._users == 0)
-            self._users += 1
-        with self._leaving():
-            yield
-            self._is_set_for_documents = True
-
-    @contextmanager
-    def _leaving(self) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._users -= 1
-                self._changed.notify_all()

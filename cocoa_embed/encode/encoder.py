@@ -1,8 +1,8 @@
-"""Any multimodal SentenceTransformer, asked for embeddings in one way.
+"""Embed queries, documents and streams of images with any multimodal SentenceTransformer.
 
 Inputs are always dictionaries, ``{"text": ...}``, ``{"image": ...}`` or both: sentence-transformers guesses what a bare
-string is, and takes a query that is the name of a file for an image. Queries get the model's query prompt, everything
-that is stored its document prompt, here and nowhere else.
+string is, and takes a query that is the name of a file for an image. Queries get the model's query prompt, documents
+its document prompt, here and nowhere else.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import numpy as np
 from PIL import Image
 
 from cocoa_embed.encode.batches import token_counter
-from cocoa_embed.encode.document_model import DocumentModel, Features, ProcessorLock
-from cocoa_embed.encode.prefetch import Prefetcher
-from cocoa_embed.encode.prepare import EmbeddedImage, StreamSource
-from cocoa_embed.encode.stream import ImageStream, default_workers
+from cocoa_embed.encode.document_model import DocumentModel, Features
+from cocoa_embed.encode.jobs import EmbeddedImage, StreamSource
+from cocoa_embed.encode.processor_lock import ProcessorLock
+from cocoa_embed.encode.run import ImageStream, default_workers
 from cocoa_embed.errors import CocoaError, ImageError, UsageError, one_line
 from cocoa_embed.images.load import ImageSource, load_image
 from cocoa_embed.model.fingerprint import model_fingerprint
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modality import Modality
 
-Item: TypeAlias = Mapping[str, "str | Image.Image"]
+ModelInput: TypeAlias = Mapping[str, "str | Image.Image"]
+"""A ``text``, an ``image``, or both."""
+
 Key = TypeVar("Key")
 
 MODALITIES: dict[frozenset[str], Modality] = {
@@ -36,31 +38,31 @@ MODALITIES: dict[frozenset[str], Modality] = {
     frozenset({"image"}): "image",
     frozenset({"image", "text"}): ("image", "text"),
 }
-"""What sentence-transformers calls an item of these keys."""
+"""The modality that sentence-transformers gives an input of these keys."""
 
 
-def make_item(text: str | None = None, image: ImageSource | None = None) -> Item:
-    """Return the input that stands for a text, an image, or both as one.
+def make_input(text: str | None = None, image: ImageSource | None = None) -> ModelInput:
+    """Return a model's input for a text, an image, or both together.
 
-    :raises UsageError: If there is neither; an empty text is none. If the text is no valid Unicode.
+    :raises UsageError: If there is neither (an empty text does not count), or the text is not valid Unicode.
     :raises ImageError: If the image cannot be used.
     """
     if not text and image is None:
         raise UsageError("neither a text nor an image was given; give one of them, or both")
     if text:
         require_unicode(text)
-    item: dict[str, str | Image.Image] = {}
+    made: dict[str, str | Image.Image] = {}
     if image is not None:
-        item["image"] = load_image(image)
+        made["image"] = load_image(image)
     if text:
-        item["text"] = text
-    return item
+        made["text"] = text
+    return made
 
 
 def require_unicode(text: str) -> None:
-    """Refuse a text that cannot be encoded; Python holds a command line's undecodable bytes as lone surrogates.
+    """Refuse a text that UTF-8 cannot encode: Python keeps a command line's undecodable bytes as lone surrogates.
 
-    :raises UsageError: If it cannot.
+    :raises UsageError: If it is one.
     """
     try:
         text.encode()
@@ -69,18 +71,18 @@ def require_unicode(text: str) -> None:
 
 
 class Encoder:
-    """A model that several threads may ask for embeddings, one batch at a time."""
+    """A model that several threads may share; it embeds one batch at a time."""
 
     def __init__(self, model: SentenceTransformer, name: str = "the model", dimension: int | None = None) -> None:
         """Wrap a loaded model.
 
-        :param name: What errors call it.
-        :param dimension: Cut every embedding to so many dimensions and normalise it, as Matryoshka models allow.
+        :param name: The model's name in errors.
+        :param dimension: Truncate every embedding to so many dimensions and normalise it, as Matryoshka models allow.
         :raises UsageError: If the model's embeddings have fewer dimensions.
         """
         self.model = model
         self.name = name
-        # Who waits for the model holds the queue, so that a stream's next batch cannot overtake a query.
+        # Whoever waits for the model holds the queue, so that a stream's next batch cannot overtake a query.
         self._queue = threading.Lock()
         self._lock = threading.Lock()
         self._processor = ProcessorLock()
@@ -97,15 +99,15 @@ class Encoder:
 
     @property
     def dimension(self) -> int:
-        """The length of an embedding; measured, where the model does not know."""
+        """The length of an embedding; measured where the model does not know it."""
         if self._dimension is not None:
             return self._dimension
         if self._model_dimension is None:
             self._model_dimension = self.model.get_embedding_dimension() or self._measure_dimension()
         return self._model_dimension
 
-    def cut_to(self, dimension: int) -> Encoder:
-        """Return this model with shorter embeddings; the two still take turns.
+    def truncate(self, dimension: int) -> Encoder:
+        """Return an encoder of the same model with shorter embeddings; the two still take turns.
 
         :raises UsageError: If the model's embeddings have fewer dimensions.
         """
@@ -115,43 +117,43 @@ class Encoder:
 
     @property
     def fingerprint(self) -> str:
-        """A digest of the model by which another one is told from it."""
+        """A digest of the model (``model_fingerprint``)."""
         if self._fingerprint is None:
             self._fingerprint = model_fingerprint(self.model)
         return self._fingerprint
 
     def require_images(self) -> None:
-        """Refuse a model that knows only text.
+        """Refuse a model that embeds only text.
 
         :raises CocoaError: If it does not take images.
         """
         if not self.model.supports("image"):
             raise CocoaError(f"{self.name} does not embed images; use a multimodal model")
 
-    def embed_queries(self, items: Sequence[Item], batch_size: int = 32) -> np.ndarray:
-        """Embed what is asked, with the model's query prompt.
+    def embed_queries(self, inputs: Sequence[ModelInput], batch_size: int = 32) -> np.ndarray:
+        """Embed queries, with the model's query prompt.
 
-        :return: Array of shape ``(len(items), dimension)``, float32.
-        :raises CocoaError: If the model does not take such items, or one of them.
+        :return: Array of shape ``(len(inputs), dimension)``, float32.
+        :raises CocoaError: If the model does not take such inputs, or refuses one of them.
         """
-        self._check(items)
+        self._check(inputs)
         try:
             with self._turn(), self._processor.alone():
-                embeddings = self.model.encode_query(list(items), batch_size=batch_size, show_progress_bar=False)
+                embeddings = self.model.encode_query(list(inputs), batch_size=batch_size, show_progress_bar=False)
         except ValueError as error:
-            # What a processor refuses: an image much longer than wide, a text with the token that stands for an image.
+            # Processors refuse an image much longer than wide, and a text with the token that stands for an image.
             raise CocoaError(f"{self.name} does not take the query ({one_line(error)})") from error
         return self._finish(np.asarray(embeddings))
 
-    def embed_documents(self, items: Sequence[Item], batch_size: int = 32) -> np.ndarray:
-        """Embed what is stored, with the model's document prompt.
+    def embed_documents(self, inputs: Sequence[ModelInput], batch_size: int = 32) -> np.ndarray:
+        """Embed documents, with the model's document prompt.
 
-        :return: Array of shape ``(len(items), dimension)``, float32.
-        :raises CocoaError: If the model does not take such items.
+        :return: Array of shape ``(len(inputs), dimension)``, float32.
+        :raises CocoaError: If the model does not take such inputs.
         """
-        self._check(items)
+        self._check(inputs)
         with self._turn(), self._processor.alone():
-            embeddings = self.model.encode_document(list(items), batch_size=batch_size, show_progress_bar=False)
+            embeddings = self.model.encode_document(list(inputs), batch_size=batch_size, show_progress_bar=False)
         return self._finish(np.asarray(embeddings))
 
     def stream_images(
@@ -165,15 +167,15 @@ class Encoder:
     ) -> Iterator[tuple[Key, EmbeddedImage | ImageError]]:
         """Embed any number of images as documents, in the order given, while others are read and prepared.
 
-        The input is read as it is needed, some batches ahead. An image that cannot be used is an ``ImageError`` in its
-        place and spoils nothing else. The embeddings are those of ``embed_documents``. Several threads may stream,
-        and ask for other embeddings meanwhile; one stream belongs to one thread.
+        The input is read lazily, some batches ahead. An image that cannot be used yields an ``ImageError`` in its place
+        and affects no other image. The embeddings are those of ``embed_documents``. Several threads may stream and
+        embed queries at the same time; one stream belongs to one thread.
 
         :param images: Pairs of a key and an image: a path, the bytes of a file, or a PIL image.
         :param workers: Threads that prepare images while the model runs; by default as the device and the cores allow.
         :param batch_size: The most images in a batch.
-        :param batch_tokens: The most visual tokens in a batch, with those that pad images to the longest.
-        :param thumbnail_size: Draw thumbnails, their longest side so many pixels.
+        :param batch_tokens: The most visual tokens in a batch, including those that pad images to the longest.
+        :param thumbnail_size: Draw thumbnails whose longest side has so many pixels.
         :raises CocoaError: If the model does not embed images.
         :raises UsageError: If a number is not positive.
         """
@@ -182,38 +184,28 @@ class Encoder:
         for name, number in {**numbers, "thumbnail_size": thumbnail_size}.items():
             if number is not None and number < 1:
                 raise UsageError(f"{name} is {number}; it must be 1 or more")
-        return self._stream(images, workers, batch_size, batch_tokens, thumbnail_size)
-
-    def _stream(
-        self,
-        images: Iterable[tuple[Key, StreamSource]],
-        workers: int | None,
-        batch_size: int,
-        batch_tokens: int,
-        thumbnail_size: int | None,
-    ) -> Iterator[tuple[Key, EmbeddedImage | ImageError]]:
         model = DocumentModel(self.model)
-        workers = workers or default_workers(is_on_cpu=model.is_on_cpu)
 
-        def prepare(pictures: Sequence[Image.Image]) -> Features:
+        def preprocess(pictures: Sequence[Image.Image]) -> Features:
             with self._processor.for_documents():
                 return model.prepare(pictures)
 
-        prefetcher = Prefetcher(
+        return ImageStream(
+            model,
             images,
-            prepare,
-            token_counter(self.model),
-            batches_ahead=workers + 2,
+            preprocess=preprocess,
+            count_tokens=token_counter(self.model),
+            turn=self._turn,
+            finish=self._finish,
+            workers=workers or default_workers(is_on_cpu=model.is_on_cpu),
             batch_size=batch_size,
             batch_tokens=batch_tokens,
             thumbnail_size=thumbnail_size,
-        )
-        stream = ImageStream(model, prefetcher, workers=workers, turn=self._turn, finish=self._finish)
-        return stream.run()
+        ).run()
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        """Wait for the model, in the order of asking, and have it alone."""
+        """Hold the model; threads get it in the order in which they ask."""
         with self._queue:
             self._lock.acquire()
         try:
@@ -222,10 +214,10 @@ class Encoder:
             self._lock.release()
 
     def _finish(self, embeddings: np.ndarray) -> np.ndarray:
-        """Return embeddings as float32, cut and normalised if a dimension was asked for.
+        """Return embeddings as float32, truncated and normalised if this encoder has its own dimension.
 
-        :param embeddings: Array of shape ``(items, the model's dimension)``.
-        :return: Array of shape ``(items, dimension)``.
+        :param embeddings: Array of shape ``(inputs, the model's dimension)``.
+        :return: Array of shape ``(inputs, dimension)``.
         """
         embeddings = embeddings.astype(np.float32, copy=False)
         if self._dimension is None or self._dimension == embeddings.shape[-1]:
@@ -235,14 +227,14 @@ class Encoder:
         return cut / np.where(lengths == 0, 1, lengths)
 
     def _measure_dimension(self) -> int:
-        item: Item = {"text": "dimension"} if self.model.supports("text") else {"image": Image.new("RGB", (56, 56))}
-        return self.embed_queries([item]).shape[1]
+        is_text = self.model.supports("text")
+        return self.embed_queries([{"text": "a"} if is_text else {"image": Image.new("RGB", (56, 56))}]).shape[1]
 
-    def _check(self, items: Sequence[Item]) -> None:
-        for item in items:
-            if isinstance(text := item.get("text"), str):
+    def _check(self, inputs: Sequence[ModelInput]) -> None:
+        for each in inputs:
+            if isinstance(text := each.get("text"), str):
                 require_unicode(text)
-        for keys in {frozenset(item) for item in items}:
+        for keys in {frozenset(each) for each in inputs}:
             if not self.model.supports(MODALITIES[keys]):
                 together = " together" if len(keys) > 1 else ""
                 raise CocoaError(f"{self.name} does not embed {' and '.join(sorted(keys))}{together}")

@@ -1,159 +1,82 @@
-"""What is done to an image before the model sees it: read, measured, decoded, preprocessed with others of its size."""
+"""Decode and preprocess a batch of images; find the ones that are broken or that the processor refuses."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
 
-import numpy as np
 from PIL import Image
 
-from cocoa_embed.encode.batches import ImageCost
 from cocoa_embed.encode.document_model import Features
-from cocoa_embed.errors import ImageError, one_line
-from cocoa_embed.images.load import decode_image, image_size, load_image, read_image_bytes
+from cocoa_embed.encode.jobs import REFUSALS, UNKNOWN_MIME, ImageJob
+from cocoa_embed.errors import ImageError
+from cocoa_embed.images.load import decode_image, load_image
 from cocoa_embed.images.to_rgb import draw_thumbnail
 
-StreamSource: TypeAlias = bytes | str | Path | Image.Image
-Prepare: TypeAlias = Callable[[Sequence[Image.Image]], Features]
-
-REFUSALS = (ValueError, RuntimeError, ArithmeticError, MemoryError)
-"""What image processors and models raise for an image, or a batch, that they cannot take."""
-
-UNKNOWN_MIME = "application/octet-stream"
-
-
-@dataclass(frozen=True)
-class EmbeddedImage:
-    """What the stream gives for an image that could be used."""
-
-    vector: np.ndarray
-    """Shape ``(dimension,)``, float32."""
-    width: int
-    """In pixels, upright, before any resizing; so is ``height``."""
-    height: int
-    mime: str
-    thumbnail: bytes | None
-    """A JPEG, if asked for."""
-
-
-@dataclass(eq=False)
-class Passenger:
-    """An image on its way through the stream; every step fills in what it learns."""
-
-    key: Any
-    name: str
-    """What errors call it."""
-    source: StreamSource | None
-    """As given; when it is examined, the bytes of a file; None when there is an outcome."""
-    bytes_held: int = 0
-    """Of the file and of the pixels."""
-    width: int = 0
-    height: int = 0
-    tokens: int = 0
-    mime: str = UNKNOWN_MIME
-    thumbnail: bytes | None = None
-    outcome: EmbeddedImage | ImageError | None = None
-
-    @property
-    def cost(self) -> ImageCost:
-        """What a batch has to know of it."""
-        return ImageCost(self.tokens, self.width, self.height)
+Preprocess: TypeAlias = Callable[[Sequence[Image.Image]], Features]
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
-    """Images that go through the model at once."""
+class PreparedBatch:
+    """Images that go through the model together."""
 
-    passengers: Sequence[Passenger]
+    jobs: Sequence[ImageJob]
     features: Features
 
     @property
     def tokens(self) -> int:
-        """Visual tokens, with those that pad shorter images to the longest."""
-        return len(self.passengers) * max(passenger.tokens for passenger in self.passengers)
+        """Visual tokens, including those that pad shorter images to the longest."""
+        return len(self.jobs) * max(job.cost.tokens for job in self.jobs)
 
 
-@dataclass(eq=False)
-class Batch:
-    """What became of a planned batch: one piece, or more where the processor refused it as a whole, and the refused."""
+def prepare(jobs: Sequence[ImageJob], preprocess: Preprocess, thumbnail_size: int | None) -> list[PreparedBatch]:
+    """Decode and preprocess measured images, and finish the jobs whose images cannot be used.
 
-    pieces: list[Piece] = field(default_factory=list)
-    refused: list[tuple[Passenger, ImageError]] = field(default_factory=list)
-    seconds: float = 0.0
-    """The time of one core that it took."""
-
-
-def examine(passenger: Passenger) -> None:
-    """Read a file, and the size of the image from its header.
-
-    :raises ImageError: If it cannot be read, is no image, or is above the limits.
-    """
-    source = passenger.source
-    if isinstance(source, Image.Image):
-        passenger.width, passenger.height = source.size
-    elif source is not None:
-        passenger.source = source if isinstance(source, bytes) else read_image_bytes(source)
-        passenger.width, passenger.height = image_size(passenger.source, passenger.name)
-
-
-def prepare_batch(passengers: Sequence[Passenger], prepare: Prepare, thumbnail_size: int | None) -> Batch:
-    """Decode and preprocess images, all of them but those that turn out to be broken.
-
-    :param prepare: Makes a model's inputs of images.
+    :param preprocess: Turns images into the model's inputs.
     :param thumbnail_size: The longest side of thumbnails, in pixels; None for no thumbnails.
+    :return: One batch; several where the processor refuses the whole but takes parts; none if no image can be used.
     """
-    started = time.thread_time()
-    batch = Batch()
-    decoded: list[tuple[Passenger, Image.Image]] = []
-    for passenger in passengers:
+    decoded = []
+    for job in jobs:
         try:
-            decoded.append((passenger, decode(passenger, thumbnail_size)))
+            decoded.append((job, decode(job, thumbnail_size)))
         except ImageError as error:
-            batch.refused.append((passenger, error))
-    if decoded:
-        preprocess(decoded, prepare, batch)
-    batch.seconds = time.thread_time() - started
-    return batch
+            job.finish(error)
+    return list(_preprocess(decoded, preprocess))
 
 
-def decode(passenger: Passenger, thumbnail_size: int | None) -> Image.Image:
-    """Return an image as upright RGB; note its size, its media type and its thumbnail.
+def decode(job: ImageJob, thumbnail_size: int | None) -> Image.Image:
+    """Return a job's image as upright RGB; set the job's media type, thumbnail and exact size.
 
-    :raises ImageError: If it is broken.
+    :raises ImageError: If the image is broken.
     """
-    source = passenger.source
+    source = job.source
     if isinstance(source, Image.Image):
         image, mime = load_image(source), Image.MIME.get(source.format or "", UNKNOWN_MIME)
     else:
-        assert isinstance(source, bytes), "an image is decoded before it was examined"
-        image, mime = decode_image(source, passenger.name)
-    passenger.width, passenger.height = image.size
-    passenger.mime = mime
+        assert isinstance(source, bytes), "a job is measured before it is decoded"
+        image, mime = decode_image(source, job.name)
+    job.cost = job.cost._replace(width=image.width, height=image.height)
+    job.mime = mime
     if thumbnail_size is not None:
-        passenger.thumbnail = draw_thumbnail(image, thumbnail_size)
+        job.thumbnail = draw_thumbnail(image, thumbnail_size)
     return image
 
 
-def preprocess(decoded: Sequence[tuple[Passenger, Image.Image]], prepare: Prepare, batch: Batch) -> None:
-    """Preprocess images together; if the processor refuses them, in halves, until it is known which ones it refuses."""
+def _preprocess(decoded: Sequence[tuple[ImageJob, Image.Image]], preprocess: Preprocess) -> Iterator[PreparedBatch]:
+    """Preprocess images together; where the processor refuses them, in halves, down to the ones that it refuses."""
+    if not decoded:
+        return
     try:
-        features = prepare([image for _, image in decoded])
+        features = preprocess([image for _, image in decoded])
     except REFUSALS as error:
         if len(decoded) == 1:
-            batch.refused.append((decoded[0][0], refusal(decoded[0][0], error)))
+            decoded[0][0].refuse(error)
+            return
     else:
-        batch.pieces.append(Piece([passenger for passenger, _ in decoded], features))
+        yield PreparedBatch([job for job, _ in decoded], features)
         return
-    if len(decoded) > 1:
-        middle = len(decoded) // 2
-        preprocess(decoded[:middle], prepare, batch)
-        preprocess(decoded[middle:], prepare, batch)
-
-
-def refusal(passenger: Passenger, error: Exception) -> ImageError:
-    """Return the error of an image that the model does not take."""
-    return ImageError(passenger.name, f"cannot be embedded ({one_line(error)})")
+    middle = len(decoded) // 2
+    yield from _preprocess(decoded[:middle], preprocess)
+    yield from _preprocess(decoded[middle:], preprocess)

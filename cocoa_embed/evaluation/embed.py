@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import os
-from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from cocoa_embed.cpu_threads import available_cores
 from cocoa_embed.data.rows import Item
+from cocoa_embed.encode.read_ahead import read_ahead
 from cocoa_embed.errors import CocoaError, ImageError, one_line
 
 if TYPE_CHECKING:
-    from cocoa_embed.encode.encoder import Encoder
-    from cocoa_embed.encode.encoder import Item as LoadedItem
+    from cocoa_embed.encode.encoder import Encoder, ModelInput
 
 Role = Literal["query", "document"]
 
@@ -75,10 +73,11 @@ def embed_items(
     # One kind and similar lengths together.
     order = sorted(range(len(items)), key=lambda index: (sorted(items[index].parts), -len(items[index].text or "")))
 
-    def loaded() -> Iterator[tuple[int, LoadedItem]]:
-        for index, future in _being_loaded(items, order):
+    def loaded() -> Iterator[tuple[int, ModelInput]]:
+        workers = max(1, available_cores() - 1)
+        for index, loading in read_ahead(lambda index: items[index].load(), order, workers=workers, ahead=IMAGES_AHEAD):
             try:
-                yield index, future.result()
+                yield index, loading.result()
             except ImageError:
                 if not skip_broken:
                     raise
@@ -92,23 +91,9 @@ def embed_items(
     return Embedded(vectors, broken)
 
 
-def _being_loaded(items: Sequence[Item], order: Sequence[int]) -> Iterator[tuple[int, Future[LoadedItem]]]:
-    waiting: deque[tuple[int, Future[LoadedItem]]] = deque()
-    pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1))
-    try:
-        for index in order:
-            waiting.append((index, pool.submit(items[index].load)))
-            if len(waiting) > IMAGES_AHEAD:
-                yield waiting.popleft()
-        while waiting:
-            yield waiting.popleft()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def batches(loaded: Iterable[tuple[int, LoadedItem]], batch_tokens: int) -> Iterator[list[tuple[int, LoadedItem]]]:
+def batches(loaded: Iterable[tuple[int, ModelInput]], batch_tokens: int) -> Iterator[list[tuple[int, ModelInput]]]:
     """Yield numbered items in batches of one kind, of at most ``batch_tokens`` or of one item."""
-    batch: list[tuple[int, LoadedItem]] = []
+    batch: list[tuple[int, ModelInput]] = []
     tokens = 0
     for index, item in loaded:
         needed = estimated_tokens(item)
@@ -122,7 +107,7 @@ def batches(loaded: Iterable[tuple[int, LoadedItem]], batch_tokens: int) -> Iter
         yield batch
 
 
-def estimated_tokens(item: LoadedItem) -> int:
+def estimated_tokens(item: ModelInput) -> int:
     """Return about how many tokens an item becomes: one for 28 x 28 pixels and one for three bytes of text.
 
     Unlike ``token_counter`` it also bounds the memory of decoded images, for models that scale every image to one size.
@@ -133,7 +118,7 @@ def estimated_tokens(item: LoadedItem) -> int:
     )
 
 
-def _embed_batch(encoder: Encoder, batch: Sequence[tuple[Item, LoadedItem]], role: Role) -> np.ndarray:
+def _embed_batch(encoder: Encoder, batch: Sequence[tuple[Item, ModelInput]], role: Role) -> np.ndarray:
     """Embed one batch; if the model refuses it, find the item that it refuses.
 
     :raises CocoaError: If the model refuses an item, runs out of memory, or an embedding is not finite.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cocoa_embed.errors import CocoaError, one_line, printable
-from cocoa_embed.folders import write_whole
+from cocoa_embed.folders import write_atomically
 
 DIGEST_DIGITS = 12
 """Hexadecimal digits of a key's digest in the name of its file; the whole key is in the file."""
@@ -63,6 +63,6 @@ def write_result(path: Path, text: str) -> None:
     :raises CocoaError: If it cannot be written.
     """
     try:
-        write_whole(path, text)
+        write_atomically(path, text)
     except OSError as error:
         raise CocoaError(f"{printable(path)} cannot be written ({one_line(error)})") from error

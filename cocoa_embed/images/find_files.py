@@ -13,29 +13,29 @@ IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .apng .webp .gif .bmp .dib .tif .tiff .avif .heic .heif .hif"
     " .jp2 .j2k .jpx .jpc .ppm .pgm .pbm .pnm .tga .ico".split()
 )
-"""The suffixes, in lower case, by which images are found in a folder."""
+"""The suffixes of image files in a folder, in lower case."""
 
 LIST_SUFFIX = ".txt"
-"""The suffix of a file that names others, one a line."""
+"""The suffix of a file that lists other files, one per line."""
 
 OnError: TypeAlias = Callable[[Path, str], None]
-"""What is called with a folder that cannot be listed, and why."""
+"""Called with a folder that cannot be listed, and the reason."""
 
 WILDCARD = re.compile(r"[*?[]")
 
 
 def find_images(paths: Iterable[str | Path], *, on_error: OnError | None = None) -> list[Path]:
-    """Return the image files that ``paths`` name, sorted, each once. None is opened, so broken ones are among them.
+    """Return the image files that ``paths`` name, sorted, each once. No file is opened: broken images are included.
 
-    - A file stands for itself, whatever its suffix; one that ends in ``.txt`` for the files that it lists, as
-      ``read_file_list`` reads it: whether they exist or not, and never for what is in a folder that it names.
-    - A folder stands for the files below it that have an image's suffix (``IMAGE_SUFFIXES``, in either case). Links to
-      folders are followed, each folder once, so that loops end; what can be reached without a link is.
-    - What does not exist is a pattern if it has ``*``, ``?`` or ``[``: as in a shell, with ``**`` for folders of any
-      depth. It stands for the folders that match, and for the files that match and have an image's suffix or that of
-      the pattern.
+    - A file is taken, whatever its suffix. A ``.txt`` file is a list (``read_file_list``): the files that it lists are
+      taken, whether they exist or not; folders in it are not searched.
+    - A folder is searched, with its subfolders, for files with an image's suffix (``IMAGE_SUFFIXES``, in either case).
+      Links to folders are followed, each folder once; a file that is reached both ways keeps the path without a link.
+    - A path that does not exist is a pattern if it has ``*``, ``?`` or ``[``: as in a shell, with ``**`` for folders of
+      any depth. Folders that match are searched; files that match are taken if they have an image's suffix or the
+      pattern's.
 
-    :param on_error: Called for each folder that cannot be listed, which is left out then.
+    :param on_error: Called for each folder that cannot be listed; the search then skips it.
     :raises CocoaError: If a path does not exist, a pattern matches nothing, a list cannot be read or, without
         ``on_error``, a folder cannot be listed.
     """
@@ -50,14 +50,14 @@ def find_images(paths: Iterable[str | Path], *, on_error: OnError | None = None)
         else:
             search.add_pattern(path)
     search.follow_links()
-    # NUL sorts before everything: a folder's files stand together, as paths compare.
+    # NUL sorts before everything, so that a folder's files are neighbours, as when paths are compared.
     return [Path(path) for path in sorted(search.found, key=lambda path: path.replace(os.sep, "\0"))]
 
 
 def search_folder(path: str | Path) -> Path:
-    """Return the folder that the paths of images found by ``path`` are relative to.
+    """Return the folder to which the paths of images found by ``path`` are relative.
 
-    It is the folder itself, the folder of a file or of a list, or the part of a pattern before its first ``*``.
+    It is the folder itself, the folder of a file or of a list, or the part of a pattern before its first wildcard.
     """
     path = Path(path)
     if os.path.isdir(path):
@@ -68,9 +68,9 @@ def search_folder(path: str | Path) -> Path:
 
 
 def read_file_list(path: str | Path) -> list[Path]:
-    """Read a list of files: a path a line, from the list's folder on; or, for names with newlines, NUL after each.
+    """Read a list of files: one path per line, relative to the list's folder; names with newlines end in NUL instead.
 
-    Empty lines, and lines that begin with ``#``, are left out. What is listed need not exist.
+    Empty lines and lines that begin with ``#`` are skipped. The files need not exist.
 
     :raises CocoaError: If the list cannot be read, or is UTF-16.
     """
@@ -98,9 +98,9 @@ def refuse_folder(folder: Path, reason: str) -> None:
 
 
 def split_pattern(pattern: Path) -> tuple[Path, tuple[str, ...]]:
-    """Return the folder that a pattern begins with, and its parts from the first one with a wildcard on.
+    """Split a pattern into the folder that it begins with and its parts from the first wildcard on.
 
-    A part that is the name of something, ``photos[1]``, is no wildcard.
+    A part that names an existing file or folder, such as ``photos[1]``, is not a wildcard.
     """
     folder = Path()
     for number, part in enumerate(pattern.parts):
@@ -111,7 +111,7 @@ def split_pattern(pattern: Path) -> tuple[Path, tuple[str, ...]]:
 
 
 class FolderSearch:
-    """The images found so far, and the folders that were listed, each once."""
+    """The images found so far, and the folders already listed."""
 
     def __init__(self, on_error: OnError) -> None:
         self.found: set[str] = set()
@@ -121,7 +121,7 @@ class FolderSearch:
         self._refused: set[str] = set()
 
     def add_folder(self, folder: str) -> None:
-        """Find the images below a folder. Links to folders are kept for later."""
+        """Find the images in a folder and its subfolders. Links to folders are kept for later."""
         waiting = [folder]
         while waiting:
             folder = waiting.pop()
@@ -140,14 +140,14 @@ class FolderSearch:
             waiting += sorted(folders, reverse=True)
 
     def follow_links(self) -> None:
-        """Find the images in the folders that only links lead to."""
+        """Find the images in folders that only links lead to."""
         while self._links:
             links, self._links = sorted(self._links), []
             for link in links:
                 self.add_folder(link)
 
     def add_pattern(self, pattern: Path) -> None:
-        """Take what matches a pattern: folders are searched, files need an image's suffix or that of the pattern.
+        """Add what matches a pattern: folders are searched, files need an image's suffix or the pattern's.
 
         :raises CocoaError: If nothing matches.
         """
@@ -165,7 +165,7 @@ class FolderSearch:
                 self.found.add(match.removeprefix("./"))
 
     def _matching(self, folder: str, parts: tuple[str, ...], seen: set[tuple[int, int, int]]) -> Iterator[str]:
-        """Yield what matches the parts of a pattern in a folder; ``seen`` ends loops of links."""
+        """Yield the matches of a pattern's parts in a folder; ``seen`` ends loops of links."""
         key = (*self._identity(folder), len(parts))
         if key in seen:
             return
@@ -187,7 +187,7 @@ class FolderSearch:
                 yield entry.path
 
     def _entries(self, folder: str) -> list[os.DirEntry[str]]:
-        """Return what is in a folder, and nothing if it cannot be listed."""
+        """Return the entries of a folder; none if it cannot be listed."""
         try:
             with os.scandir(folder) as entries:
                 return list(entries)
@@ -198,7 +198,7 @@ class FolderSearch:
             return []
 
     def _identity(self, folder: str) -> tuple[int, int]:
-        """Return what tells a folder from all others, whatever path leads to it."""
+        """Return a key that is the same for every path to a folder."""
         try:
             status = os.stat(folder)
         except OSError:
@@ -207,7 +207,7 @@ class FolderSearch:
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Tell whether an entry is a folder and no link to one; nothing is looked up where the listing says it."""
+    """Return whether an entry is a folder and not a link to one; uses the listing, without another system call."""
     try:
         return entry.is_dir(follow_symlinks=False)
     except OSError:

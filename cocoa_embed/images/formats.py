@@ -1,6 +1,6 @@
-"""Open the bytes of an image file: which decoder, what would make decoding endless, and what Pillow misreads.
+"""Open image files: pick the decoder, refuse files that decode endlessly, and correct what Pillow misreads.
 
-Nothing is decoded here: an opened image has its size, and its pixels come when it is loaded.
+Nothing is decoded here: an opened image knows its size, and its pixels are decoded when it is loaded.
 """
 
 import re
@@ -15,45 +15,45 @@ from cocoa_embed.errors import require
 from cocoa_embed.images.to_rgb import ORIENTATION_TAG, read_orientation
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO")
-"""The Pillow decoders that are tried. EPS and WMF, which start other programs, are not among them."""
+"""The Pillow decoders that are tried. EPS and WMF are not among them: they start other programs."""
 
 HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"})
-"""What the first box of a HEIC file calls it."""
+"""The major brands of HEIC files."""
 
 CONTAINER_BRANDS = frozenset({b"mif1", b"mif2", b"msf1"})
-"""What the first box of a HEIC or an AVIF file may call it instead."""
+"""Major brands that HEIC and AVIF files share."""
 
 AVIF_BRANDS = frozenset({b"avif", b"avis"})
 
 JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd8])", re.DOTALL)
-"""A marker that a segment follows, or the end. Inside a scan, FF is followed by 00 or D0 to D7."""
+"""A marker before a segment, or the end of the image. Inside a scan, FF is followed by 00 or D0 to D7."""
 
 START_OF_SCAN, END_OF_PICTURE = b"\xda", b"\xd9"
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 PNG_ORIENTATION_KEYWORDS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
-"""Where a PNG may have its orientation; it may stand behind the pixels."""
+"""Where a PNG may keep its orientation, possibly behind the pixels."""
 
 MAX_JPEG_SCANS = 256
-"""JPEG files of more scans are refused. Encoders write about ten; each scan goes over the whole picture again, so that
-20 bytes can cost a tenth of a second."""
+"""JPEG files with more scans are refused. Encoders write about ten; each scan covers the whole image again, so that 20
+bytes can take a tenth of a second."""
 
 MAX_JPEG_SEGMENTS = 5000
-"""JPEG files with more segments before their pixels are refused: a hundred megabytes of metadata have 1600. Pillow puts
-those of EXIF together one by one, in a time that grows with the square of their number."""
+"""JPEG files with more segments before their pixels are refused: a hundred megabytes of metadata need 1600. The time in
+which Pillow joins EXIF segments grows with the square of their number."""
 
 
 def open_image(data: bytes) -> ImageFile.ImageFile:
-    """Return the image in a file's bytes, its pixels not decoded yet.
+    """Open the image in a file's bytes; its pixels are not decoded yet.
 
-    :raises UnidentifiedImageError: If it is no image.
-    :raises ValueError: If it is made to be decoded for hours, or is a truncated WebP.
-    :raises MissingExtraError: If it is HEIC, which the extra ``heic`` reads.
-    :raises Exception: Whatever else a decoder raises at a broken header.
+    :raises UnidentifiedImageError: If it is not an image.
+    :raises ValueError: If it would take hours to decode, or is a truncated WebP.
+    :raises MissingExtraError: If it is HEIC and the extra ``heic`` is not installed.
+    :raises Exception: Anything else that a decoder raises at a broken header.
     """
     if is_heif(data):
-        # The class by itself: registering it with Pillow would change what other libraries of the process do.
+        # The class alone: registering it with Pillow would change how other libraries in the process behave.
         return require("pillow_heif", "heic").HeifImageFile(BytesIO(data))
     refuse_endless_jpeg(data)
     refuse_short_webp(data)
@@ -69,12 +69,12 @@ def media_type(image: ImageFile.ImageFile) -> str:
     """Return the media type of an opened image, ``image/jpeg``."""
     if image.format == "HEIF":
         return image.get_format_mimetype() or "image/heif"
-    # A JPEG with further pictures behind the first, as cameras write them.
+    # MPO is a JPEG with more images behind the first, as cameras write it.
     return Image.MIME.get("JPEG" if image.format == "MPO" else str(image.format), "application/octet-stream")
 
 
 def is_heif(data: bytes) -> bool:
-    """Tell whether the bytes are a HEIC or other HEIF file that is not AVIF."""
+    """Return whether the bytes are a HEIC or another HEIF file, but not AVIF."""
     if data[4:8] != b"ftyp":
         return False
     end = min(int.from_bytes(data[:4], "big"), 1024)
@@ -83,7 +83,7 @@ def is_heif(data: bytes) -> bool:
 
 
 def refuse_endless_jpeg(data: bytes) -> None:
-    """Refuse a JPEG file of more than ``MAX_JPEG_SCANS`` scans, or ``MAX_JPEG_SEGMENTS`` segments before them.
+    """Refuse a JPEG file with more than ``MAX_JPEG_SCANS`` scans, or ``MAX_JPEG_SEGMENTS`` segments before them.
 
     :raises ValueError: If it is one.
     """
@@ -91,7 +91,7 @@ def refuse_endless_jpeg(data: bytes) -> None:
         return
     if exceeds(takewhile(START_OF_SCAN.__ne__, jpeg_markers(data)), MAX_JPEG_SEGMENTS):
         raise ValueError(f"it has more than {MAX_JPEG_SEGMENTS} segments before its pixels")
-    # Counting the marker wherever it stands is quick, and enough for nearly all. A film behind the picture has it too.
+    # Counting the marker anywhere in the file is fast and enough for nearly all. Data behind the image may hold it too.
     if data.count(b"\xff" + START_OF_SCAN) <= MAX_JPEG_SCANS:
         return
     if exceeds(filter(START_OF_SCAN.__eq__, jpeg_markers(data)), MAX_JPEG_SCANS):
@@ -99,12 +99,12 @@ def refuse_endless_jpeg(data: bytes) -> None:
 
 
 def exceeds(items: Iterable[object], limit: int) -> bool:
-    """Tell whether there are more items than the limit, looking at no more than that."""
+    """Return whether there are more items than the limit; consume no more than one beyond it."""
     return sum(1 for _ in islice(items, limit + 1)) > limit
 
 
 def refuse_short_webp(data: bytes) -> None:
-    """Refuse a WebP file that ends before its header says; the decoder does too, but does not say why.
+    """Refuse a WebP file that is shorter than its header says; the decoder refuses it without a reason.
 
     :raises ValueError: If it is one.
     """
@@ -113,7 +113,7 @@ def refuse_short_webp(data: bytes) -> None:
 
 
 def jpeg_markers(data: bytes) -> Iterator[bytes]:
-    """Yield the markers of a JPEG file's first picture; what stands inside its segments is passed over."""
+    """Yield the markers of a JPEG file's first image, skipping the contents of its segments."""
     position = 2
     while (match := JPEG_MARKER.search(data, position)) and match[1] != END_OF_PICTURE:
         yield match[1]
@@ -121,9 +121,9 @@ def jpeg_markers(data: bytes) -> Iterator[bytes]:
 
 
 def icon_sizes(data: bytes) -> Iterator[tuple[int, int]]:
-    """Yield width and height of each picture in an ``.ico`` file, and nothing for other files.
+    """Yield the width and height of each image in an ``.ico`` file, and nothing for other files.
 
-    Pillow decodes an icon when it opens it, and the file's directory may say less than the pictures themselves.
+    Pillow decodes an icon when it opens it, and the images may be larger than the file's directory says.
     """
     if not data.startswith(b"\0\0\1\0"):
         return
@@ -134,13 +134,13 @@ def icon_sizes(data: bytes) -> Iterator[tuple[int, int]]:
         else:
             is_oldest = data[start : start + 4] == b"\x0c\0\0\0"
             width, height = struct.unpack_from("<HH" if is_oldest else "<ii", data, start + 4)
-            yield abs(width), abs(height) // 2  # below its colours stands the mask, of the same height
+            yield abs(width), abs(height) // 2  # the mask, of the same height, is below the colours
 
 
 def upright_size(image: ImageFile.ImageFile, data: bytes) -> tuple[int, int]:
-    """Return width and height that an opened image has when it stands upright, decoding it only where it must be."""
+    """Return the upright width and height of an opened image; decode it only where there is no other way."""
     if isinstance(image, TiffImagePlugin.TiffImageFile) and ORIENTATION_TAG in image.tag_v2:
-        return image.size  # Pillow turns it
+        return image.size  # Pillow applies the orientation itself
     behind_pixels = data[data.rfind(b"IDAT") :] if image.format == "PNG" else b""
     if any(keyword in behind_pixels for keyword in PNG_ORIENTATION_KEYWORDS):
         image.load()
@@ -149,9 +149,9 @@ def upright_size(image: ImageFile.ImageFile, data: bytes) -> tuple[int, int]:
 
 
 def scale_transparent_colour(image: Image.Image, *, bits: int) -> None:
-    """Bring the transparent colour of an opened PNG to the 8 bits that Pillow scales its pixels to, but not the colour.
+    """Scale the transparent colour of an opened PNG to 8 bits, as Pillow scales its pixels but not this colour.
 
-    :param bits: The bits of a sample in the file.
+    :param bits: Bits per sample in the file.
     """
     colour = image.info.get("transparency")
     if image.mode == "L" and isinstance(colour, int) and bits < 8:
@@ -161,7 +161,7 @@ def scale_transparent_colour(image: Image.Image, *, bits: int) -> None:
 
 
 def unpack_planes_of_16_bits(image: TiffImagePlugin.TiffImageFile) -> None:
-    """Have the colour planes of an opened TIFF read as 16-bit samples where Pillow takes them for bytes."""
+    """Read the colour planes of an opened TIFF as 16-bit samples where Pillow would read bytes."""
     is_16_bit = set(image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, ())) == {16}
     if image.tag_v2.get(TiffImagePlugin.PLANAR_CONFIGURATION) != 2 or not is_16_bit:
         return
@@ -175,16 +175,16 @@ def unpack_planes_of_16_bits(image: TiffImagePlugin.TiffImageFile) -> None:
 
 
 def png_without_metadata(data: bytes) -> bytes:
-    """Return a PNG file without the chunks that hold no picture; other files as they are.
+    """Return a PNG file without its metadata chunks; other files unchanged.
 
-    Pillow gives up a picture for a text of more than a megabyte, for a profile or for a check sum that is wrong.
+    Pillow refuses an image for a text of more than a megabyte, or for a wrong colour profile or metadata checksum.
     """
     if not data.startswith(PNG_SIGNATURE):
         return data
     kept, position = [PNG_SIGNATURE], len(PNG_SIGNATURE)
     while position + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, position)
-        # An upper-case letter begins the name of a chunk that a decoder must understand.
+        # An upper-case first letter marks a critical chunk, which every decoder must understand.
         if kind[:1].isupper() or kind in (b"tRNS", b"eXIf"):
             kept.append(data[position : position + length + 12])
         position += length + 12

@@ -1,8 +1,9 @@
-"""Images from the web, from hosts that are named beforehand, and never from a machine of the own network.
+"""Download images from allowed hosts on the public network, and from nowhere else.
 
-An address may come from a stranger and lead anywhere: to the services of this machine, to the metadata service of a
-cloud, to a name whose address changes between the check and the connection. So every hop is checked by itself: its host
-against the list, and each network address of the host; and the connection goes to the very address that was checked.
+An address may come from a stranger and lead anywhere: to services of this machine, to a cloud's metadata service, to a
+name whose address changes between the check and the connection. So each hop is checked on its own: its host against the
+list, and every network address of the host; and the connection goes to the address that was checked. HTTP libraries
+resolve names themselves and limit each read, not the whole transfer, so this module drives ``http.client`` directly.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ HEADERS = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "co
 
 READ_SIZE = 2**16
 
-Place: TypeAlias = tuple[socket.AddressFamily, tuple]
-"""What a socket connects to: an address family, and an address as ``socket.connect`` takes it."""
+SocketAddress: TypeAlias = tuple[socket.AddressFamily, tuple]
+"""An address family, and an address for ``socket.connect``."""
 
 
 class Fetcher:
-    """Gets images by http and https from the hosts that it was given. Threads may share it."""
+    """Downloads images by http and https from allowed hosts. Threads may share it."""
 
     def __init__(
         self,
@@ -51,15 +52,15 @@ class Fetcher:
         max_redirects: int = 5,
         deadline: float = 60.0,
     ) -> None:
-        """Remember what is allowed.
+        """Set the allowed hosts and the limits.
 
-        :param allowed_hosts: Names of hosts, ``example.com``; ``*.example.org`` is every name below ``example.org``,
-            not itself. Ports other than 80 (http) and 443 (https) are named too: ``example.com:8080``.
-        :param timeout: Seconds that one step may take: finding the host, connecting, waiting for the next bytes.
-        :param max_bytes: Bytes that an image may have.
-        :param max_redirects: How often one address may lead to another.
-        :param deadline: Seconds that an image may take in all.
-        :raises UsageError: If a host is none, or a limit is not above 0.
+        :param allowed_hosts: Host names, ``example.com``; ``*.example.org`` allows all subdomains of ``example.org``,
+            not the domain itself. Ports other than 80 (http) and 443 (https) are given too: ``example.com:8080``.
+        :param timeout: The most seconds for one step: resolving the host, connecting, waiting for the next bytes.
+        :param max_bytes: The most bytes of an image.
+        :param max_redirects: The most redirects of an address.
+        :param deadline: The most seconds for an image in all.
+        :raises UsageError: If a host is malformed, or a limit is not above 0.
         """
         if isinstance(allowed_hosts, str):
             raise UsageError(f"allowed_hosts is the string {allowed_hosts!a}; give a list of hosts")
@@ -73,10 +74,10 @@ class Fetcher:
         self._tls = tls_context()
 
     def fetch(self, address: str) -> bytes:
-        """Return what an http or https address holds.
+        """Download an http or https address.
 
-        :raises ImageError: If the address, or one that it leads to, is not allowed or not public; if the answer has
-            another status than 200, is compressed, ends early, or is above the limits; if it takes too long.
+        :raises ImageError: If the address, or one that it redirects to, is not allowed or not public; if the response
+            has a status other than 200, is compressed, ends early, or exceeds the limits; if it takes too long.
         """
         end = time.monotonic() + self.deadline
         here, leads = address, ""
@@ -87,11 +88,11 @@ class Fetcher:
                     return answer
                 here = next_address(here, answer.location)
                 leads = f"leads to {shown_address(here)}, which "
-            raise Refused(f"leads on, and {self.max_redirects} redirects are the limit")
+            raise Refused(f"redirects more than {self.max_redirects} times")
         except Refused as refused:
             reason = str(refused)
         except TimeoutError:
-            reason = f"takes too long (limits: {self.timeout:g} s a step, {self.deadline:g} s in all)"
+            reason = f"takes too long (limits: {self.timeout:g} s per step, {self.deadline:g} s in all)"
         except (OSError, ValueError, http.client.HTTPException) as error:
             reason = f"cannot be fetched ({one_line(error)})"
         raise ImageError(shown_address(address), leads + reason)
@@ -104,15 +105,15 @@ class Fetcher:
         return hop
 
     def _request(self, hop: Hop, end: float) -> bytes | Redirect:
-        """Ask for one address, at the network addresses that were checked."""
-        places = resolve(hop, time_left(end, self.timeout))
-        with connect(places, self.timeout, end) as plain:
+        """Request one address, at the network addresses that were checked."""
+        addresses = resolve(hop, time_left(end, self.timeout))
+        with connect(addresses, self.timeout, end) as plain:
             plain.settimeout(time_left(end, self.timeout))
             used = self._tls.wrap_socket(plain, server_hostname=hop.host) if hop.scheme == "https" else plain
             with used:
                 connection = http.client.HTTPConnection(hop.host, hop.port)
                 connection.default_port = DEFAULT_PORTS[hop.scheme]
-                # It has its connection already, and so looks up no name.
+                # With a socket in place, it resolves no name.
                 connection.sock = cast(socket.socket, TimedSocket(used, self.timeout, end))
                 connection.request("GET", hop.target, headers=HEADERS)
                 return self._read(connection.getresponse())
@@ -124,7 +125,7 @@ class Fetcher:
             raise Refused(f"answers with the status {response.status}")
         encoding = response.getheader("Content-Encoding", "identity")
         if encoding.strip().lower() not in ("", "identity"):
-            raise Refused(f"answers with the content encoding {encoding!a}, which was not asked for")
+            raise Refused(f"answers with the content encoding {encoding!a}, which was not requested")
         announced = response.length
         if announced is not None and announced > self.max_bytes:
             raise Refused(f"is too large: {announced} bytes, the limit is {self.max_bytes}")
@@ -139,19 +140,19 @@ class Fetcher:
 
 
 class Redirect(NamedTuple):
-    """An answer that names another address."""
+    """A response that names another address."""
 
     location: str
 
 
-class TimedSocket:
-    """A connection as ``http.client`` uses it, each step of which ends before a deadline.
+class TimedSocket(io.RawIOBase):
+    """A connection for ``http.client`` whose every read and write ends before a deadline.
 
-    A time-out of the socket alone would let a server send a byte every few seconds for ever.
+    A time-out of the socket alone would let a server send one byte every few seconds for ever.
     """
 
     def __init__(self, connection: socket.socket, timeout: float, end: float) -> None:
-        """Use a connection, waiting ``timeout`` seconds at most for a step, and not beyond ``end``."""
+        """Wrap a connection; a step waits at most ``timeout`` seconds, and never beyond ``end``."""
         self._connection = connection
         self._timeout = timeout
         self._end = end
@@ -161,33 +162,21 @@ class TimedSocket:
         self._connection.settimeout(time_left(self._end, self._timeout))
         self._connection.sendall(data)
 
-    def receive(self, buffer: memoryview) -> int:
-        """Read what has come into a buffer, and return how much it is."""
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        """Receive into a buffer and return how many bytes came; 0 is the end."""
         self._connection.settimeout(time_left(self._end, self._timeout))
         return self._connection.recv_into(buffer)
 
     def makefile(self, _mode: str) -> io.BufferedReader:
-        """Return the answer as a file."""
-        return io.BufferedReader(TimedAnswer(self))
+        """Return the response as a file."""
+        return io.BufferedReader(self)
 
     def close(self) -> None:
-        """Do nothing: ``http.client`` closes before it reads the answer, and counts on the file to keep it open."""
-
-
-class TimedAnswer(io.RawIOBase):
-    """What a ``TimedSocket`` receives, as a file."""
-
-    def __init__(self, connection: TimedSocket) -> None:
-        """Read from a connection."""
-        self._connection = connection
-
-    def readable(self) -> bool:
-        """Tell that it can be read."""
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        """Read into a buffer; 0 is the end."""
-        return self._connection.receive(buffer)
+        """Do nothing: ``http.client`` closes before it reads the response, and relies on the file to stay open."""
 
 
 def time_left(end: float, timeout: float) -> float:
@@ -202,15 +191,15 @@ def time_left(end: float, timeout: float) -> float:
 
 
 def tls_context() -> ssl.SSLContext:
-    """Return what checks certificates: with the certificates of this machine, and the host's name."""
+    """Return a context that checks certificates, against this machine's authorities, and host names."""
     return ssl.create_default_context()
 
 
-def resolve(hop: Hop, seconds: float) -> list[Place]:
+def resolve(hop: Hop, seconds: float) -> list[SocketAddress]:
     """Look up a host, once, and return its network addresses.
 
     :raises Refused: If it is unknown, or any of its addresses is not public.
-    :raises TimeoutError: If the answer takes longer than ``seconds``.
+    :raises TimeoutError: If the lookup takes longer than ``seconds``.
     """
     answers: queue.SimpleQueue[list | OSError | ValueError] = queue.SimpleQueue()
 
@@ -220,7 +209,7 @@ def resolve(hop: Hop, seconds: float) -> list[Place]:
         except (OSError, ValueError) as error:
             answers.put(error)
 
-    # The look-up has no time-out of its own: it goes on in its thread, and nobody waits.
+    # A lookup has no time-out: its thread goes on, and nobody waits for it.
     threading.Thread(target=look_up, daemon=True).start()
     try:
         answer = answers.get(timeout=seconds)
@@ -228,23 +217,23 @@ def resolve(hop: Hop, seconds: float) -> list[Place]:
         raise TimeoutError from None
     if not isinstance(answer, list):
         raise Refused(f"is on {hop.host}, which cannot be found ({one_line(answer)})")
-    for _, _, _, _, place in answer:
-        if not is_public(ip_address(place[0])):
-            raise Refused(f"is on {hop.host}, whose address {place[0]} is not a public one")
-    return [(family, place) for family, _, _, _, place in answer]
+    for _, _, _, _, address in answer:
+        if not is_public(ip_address(address[0])):
+            raise Refused(f"is on {hop.host}, whose address {address[0]} is not public")
+    return [(family, address) for family, _, _, _, address in answer]
 
 
-def connect(places: Iterable[Place], timeout: float, end: float) -> socket.socket:
-    """Return a connection to the first network address that takes it.
+def connect(addresses: Iterable[SocketAddress], timeout: float, end: float) -> socket.socket:
+    """Connect to the first network address that accepts.
 
-    :raises OSError: If none does, the last one's.
+    :raises OSError: The last address's error, if none accepts.
     """
     failure: OSError = OSError("it has no network address")
-    for family, place in places:
+    for family, address in addresses:
         connection = socket.socket(family, socket.SOCK_STREAM)
         try:
             connection.settimeout(time_left(end, timeout))
-            connection.connect(place)
+            connection.connect(address)
         except OSError as error:
             connection.close()
             failure = error

@@ -1,4 +1,4 @@
-"""One door for every image: a file, bytes, an address or a PIL image goes in, upright RGB or an error comes out."""
+"""Load any image source (a file, bytes, an address or a PIL image) as upright RGB."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ ImageSource: TypeAlias = str | Path | bytes | BytesIO | Image.Image
 Result = TypeVar("Result")
 
 MAX_IMAGE_BYTES = 256 * 2**20
-"""Files of more bytes than this are refused before they are read (256 MiB)."""
+"""Larger files are refused before they are read (256 MiB)."""
 
 MAX_IMAGE_PIXELS = 2**30 // 12
-"""Images of more pixels than this (width x height) are refused before they are decoded: 89 megapixels, Pillow's own."""
+"""Larger images (width x height) are refused before they are decoded: 89 megapixels, Pillow's own limit."""
 
 TRUNCATED = re.compile("truncated|end of file|but only got", re.IGNORECASE)
-"""How decoders say that they miss data."""
+"""Matches the messages of decoders that miss data."""
 
 READS = 2
-"""How often a file is read that changes meanwhile, before it is given up."""
+"""How often a file that changes while it is read is tried."""
 
 
 class FileContent(NamedTuple):
-    """What a file held at one moment: its bytes, its modification time (seconds), and its size."""
+    """The content of a file at one moment: its bytes, modification time (seconds) and size."""
 
     data: bytes
     mtime: float
@@ -52,26 +52,26 @@ class FileContent(NamedTuple):
 
 
 def load_image(source: ImageSource, *, fetcher: Fetcher | None = None) -> Image.Image:
-    """Return the image as upright RGB: EXIF orientation applied, alpha over white, the first frame of an animation.
+    """Load an image as upright RGB: EXIF orientation applied, alpha over white, the first frame of an animation.
 
     :param source: A path, the bytes of a file, a ``BytesIO``, or a PIL image. A string is a path, unless it begins
         with ``data:``, ``http://`` or ``https://``.
-    :param fetcher: What gets images from the web; without it, addresses are refused.
-    :raises ImageError: If it is missing, unreadable, no image, truncated, or above ``MAX_IMAGE_BYTES`` or
+    :param fetcher: Downloads web addresses; without it they are refused.
+    :raises ImageError: If it is missing, unreadable, not an image, truncated, or above ``MAX_IMAGE_BYTES`` or
         ``MAX_IMAGE_PIXELS``.
     """
     if isinstance(source, Image.Image):
         with image_errors("PIL image"):
             check_pixels(source.width, source.height, "PIL image")
             return upright_rgb(source)
-    data, name = read_source(source, fetcher)
+    data, name = read_image_source(source, fetcher)
     return decode_image(data, name)[0]
 
 
-def read_source(source: str | Path | bytes | BytesIO, fetcher: Fetcher | None) -> tuple[bytes, str]:
-    """Return the bytes of an image's file, and what to call it in errors.
+def read_image_source(source: str | Path | bytes | BytesIO, fetcher: Fetcher | None) -> tuple[bytes, str]:
+    """Return the bytes of an image file, and its name for errors.
 
-    :raises ImageError: If they cannot be had.
+    :raises ImageError: If the file cannot be read or downloaded.
     """
     if isinstance(source, BytesIO):
         source = source.getvalue()
@@ -83,18 +83,16 @@ def read_source(source: str | Path | bytes | BytesIO, fetcher: Fetcher | None) -
     if isinstance(source, str) and source[:8].lower().startswith(("http://", "https://")):
         name = shown_address(source)
         if fetcher is None:
-            raise ImageError(
-                name, "is a web address; give load_image a cocoa_embed.images.http.Fetcher that allows its host"
-            )
+            raise ImageError(name, "is a web address; load_image needs a cocoa_embed.images.http.Fetcher for its host")
         return fetcher.fetch(source), name
-    return read_image_bytes(source), printable(source)
+    return read_stable_file(source).data, printable(source)
 
 
 def read_data_uri(uri: str, name: str) -> bytes:
     """Return the bytes that a ``data:`` URI holds, in base64 or percent-encoded.
 
-    :param name: What to call it in errors, which never quote it.
-    :raises ImageError: If it is malformed, holds nothing, or holds more than ``MAX_IMAGE_BYTES``.
+    :param name: The URI's name in errors, which never quote the URI.
+    :raises ImageError: If it is malformed, is empty, or holds more than ``MAX_IMAGE_BYTES``.
     """
     header, comma, payload = uri.partition(",")
     if not comma:
@@ -113,23 +111,15 @@ def read_data_uri(uri: str, name: str) -> bytes:
     return data
 
 
-def read_image_bytes(path: str | Path) -> bytes:
-    """Read a file that should hold an image.
-
-    :raises ImageError: As ``read_stable_file`` does.
-    """
-    return read_stable_file(path).data
-
-
 def read_stable_file(path: str | Path) -> FileContent:
-    """Read a file that should hold an image, and make sure that it is one state of the file that was read.
+    """Read an image file, and make sure that it did not change meanwhile.
 
-    :raises ImageError: If it is not a readable regular file, is empty, is larger than ``MAX_IMAGE_BYTES``, or changes
-        whenever it is read.
+    :raises ImageError: If it is not a readable regular file, is empty, is larger than ``MAX_IMAGE_BYTES``, or keeps
+        changing while it is read.
     """
     name = printable(path)
     try:
-        # A device is not even opened: some do things when they are.
+        # A device is not even opened: opening can have effects.
         check_is_file(os.stat(path).st_mode, name)
         for _ in range(READS):
             if (content := read_once(path, name)) is not None:
@@ -146,12 +136,12 @@ def read_stable_file(path: str | Path) -> FileContent:
 
 
 def read_once(path: str | Path, name: str) -> FileContent | None:
-    """Return what a file holds, or None if it changed while it was read.
+    """Return the content of a file, or None if it changed while it was read.
 
-    :raises ImageError: If it is no regular file, empty, or too large.
+    :raises ImageError: If it is not a regular file, empty, or too large.
     :raises OSError: If it cannot be read.
     """
-    # Without O_NONBLOCK, what has become a pipe since it was looked at would wait here for a writer.
+    # Without O_NONBLOCK, a file that has become a pipe since the check would block here until it has a writer.
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         before = os.fstat(file.fileno())
         check_is_file(before.st_mode, name)
@@ -165,7 +155,7 @@ def read_once(path: str | Path, name: str) -> FileContent | None:
 
 
 def check_is_file(mode: int, name: str) -> None:
-    """Refuse what is no regular file.
+    """Refuse anything but a regular file.
 
     :raises ImageError: If it is a folder, a pipe, a device, ...
     """
@@ -176,9 +166,9 @@ def check_is_file(mode: int, name: str) -> None:
 
 
 def check_size(size: int, name: str) -> None:
-    """Refuse a file of no bytes, or of more than ``MAX_IMAGE_BYTES``.
+    """Refuse an empty file, or one of more than ``MAX_IMAGE_BYTES``.
 
-    :raises ImageError: If it is.
+    :raises ImageError: If it is one.
     """
     if size == 0:
         raise ImageError(name, "is empty (0 bytes)")
@@ -187,9 +177,9 @@ def check_size(size: int, name: str) -> None:
 
 
 def check_pixels(width: int, height: int, name: str) -> None:
-    """Refuse an image of no pixels, or of more than ``MAX_IMAGE_PIXELS``.
+    """Refuse an image without pixels, or with more than ``MAX_IMAGE_PIXELS``.
 
-    :raises ImageError: If it is.
+    :raises ImageError: If it is one.
     """
     if width * height > MAX_IMAGE_PIXELS:
         size = f"{width} x {height} = {width * height}"
@@ -199,29 +189,29 @@ def check_pixels(width: int, height: int, name: str) -> None:
 
 
 def decode_image(data: bytes, name: str) -> tuple[Image.Image, str]:
-    """Decode the bytes of an image file to an upright RGB image, and tell its media type (``image/jpeg``).
+    """Decode an image file; return it as upright RGB, with its media type (``image/jpeg``).
 
-    :param data: The whole file.
-    :param name: What to call it in errors.
-    :raises ImageError: If it is no image, is truncated, or is above the limits.
+    :param data: The bytes of the whole file.
+    :param name: The image's name in errors.
+    :raises ImageError: If it is not an image, is truncated, or exceeds the limits.
     """
-    return use_image(lambda image, _: (upright_rgb(image), media_type(image)), data, name)
+    return with_opened_image(lambda image, _: (upright_rgb(image), media_type(image)), data, name)
 
 
 def image_size(data: bytes, name: str) -> tuple[int, int]:
     """Return the upright width and height of an image, from the header of its file.
 
-    :param data: The whole file.
-    :param name: What to call it in errors.
-    :raises ImageError: If it is no image, or is above the limits; a file whose pixels are broken may pass.
+    :param data: The bytes of the whole file.
+    :param name: The image's name in errors.
+    :raises ImageError: If it is not an image, or exceeds the limits; a file whose pixels are broken may pass.
     """
-    return use_image(upright_size, data, name)
+    return with_opened_image(upright_size, data, name)
 
 
-def use_image(use: Callable[[ImageFile.ImageFile, bytes], Result], data: bytes, name: str) -> Result:
-    """Return what ``use`` makes of the image that a file's bytes hold, opened but not decoded.
+def with_opened_image(use: Callable[[ImageFile.ImageFile, bytes], Result], data: bytes, name: str) -> Result:
+    """Call ``use`` with the image in a file's bytes, opened but not decoded, and with the bytes.
 
-    :raises ImageError: If there is none, it is above the limits, or ``use`` finds it broken.
+    :raises ImageError: If there is no image, it exceeds the limits, or ``use`` finds it broken.
     """
     check_size(len(data), name)
 
@@ -244,9 +234,9 @@ def use_image(use: Callable[[ImageFile.ImageFile, bytes], Result], data: bytes, 
 
 @contextmanager
 def image_errors(name: str) -> Iterator[None]:
-    """Turn whatever goes wrong with an image into an ``ImageError`` that names it.
+    """Turn any exception into an ``ImageError`` that names the image.
 
-    :raises ImageError: If anything does.
+    :raises ImageError: Instead of the exception.
     """
     try:
         yield
@@ -259,7 +249,7 @@ def image_errors(name: str) -> Iterator[None]:
         raise ImageError(name, reason) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(name, f"is too large: more pixels than the limit of {MAX_IMAGE_PIXELS}") from error
-    except Exception as error:  # decoders raise nearly anything at a broken file
+    except Exception as error:  # decoders raise nearly anything for a broken file
         truncated = isinstance(error, struct.error) or TRUNCATED.search(str(error))
         reason = "is truncated (its data end early)" if truncated else f"cannot be decoded ({one_line(error)})"
         raise ImageError(name, reason) from error

@@ -1,4 +1,4 @@
-"""From the pixels of any mode that Pillow knows to upright 8-bit RGB."""
+"""Convert an image of any Pillow mode to upright 8-bit RGB."""
 
 from io import BytesIO
 
@@ -16,29 +16,32 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What turns a picture of each EXIF orientation upright; those from 5 on exchange width and height."""
+"""How to turn an image of each EXIF orientation upright; orientations from 5 on swap width and height.
+
+``ImageOps.exif_transpose`` would also rewrite the EXIF block, which fails for some broken ones.
+"""
 
 THUMBNAIL_QUALITY = 80
-"""Of JPEG, as Pillow counts it."""
+"""JPEG quality, on Pillow's scale."""
 
 PIXELS_AT_ONCE = 2**20
-"""Pixels that are laid over white together: whole pictures of 89 megapixels would need a gibibyte beside themselves."""
+"""Pixels that are composited over white at once: a whole image of 89 megapixels would take another gibibyte."""
 
 
 def read_orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8; 1, upright, where the EXIF data are missing or broken."""
+    """Return the EXIF orientation, 1 to 8; 1 (upright) if the EXIF data are missing or broken."""
     try:
-        # Not the method of the image's own class: that of PNG would decode the picture, even for its size alone.
+        # Not the method of the image's own class: PNG's decodes the image.
         orientation = Image.Image.getexif(image).get(ORIENTATION_TAG, 1)
-    except Exception:  # noqa: BLE001 - a broken EXIF block raises nearly anything, and is no reason to lose the picture
+    except Exception:  # noqa: BLE001 - broken EXIF raises nearly anything, and the image itself is fine
         return 1
     return orientation if isinstance(orientation, int) and orientation in UPRIGHT else 1
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Return the picture as a new RGB image, turned as its EXIF orientation says, without any metadata.
+    """Return a new RGB image, turned upright by its EXIF orientation, without metadata.
 
-    What stays of the metadata would be applied again by whoever gets the picture next.
+    Metadata that stayed, such as the orientation, would be applied again by the next reader.
     """
     image.load()
     transpose = UPRIGHT.get(read_orientation(image))
@@ -50,7 +53,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return a new RGB image of any mode: 16-bit and float grey scaled to 8 bits, transparency laid over white."""
+    """Return a new RGB image: 16-bit and float grey scaled to 8 bits, transparency composited over white."""
     if image.mode == "F" or image.mode.startswith("I"):
         return Image.fromarray(grey_levels(image)).convert("RGB")
     if image.mode == "LAB":
@@ -59,7 +62,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def lab_to_rgb(image: Image.Image) -> Image.Image:
-    """Return an image of mode LAB, which Pillow converts with a colour profile only, as RGB."""
+    """Convert an image of mode LAB, for which Pillow needs a colour profile."""
     lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
     rgb = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
     assert rgb is not None
@@ -67,19 +70,19 @@ def lab_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def over_white(image: Image.Image) -> Image.Image:
-    """Return an image with transparency as it looks on white paper."""
+    """Composite an image with transparency over white."""
     rgb = Image.new("RGB", image.size)
     rows = max(1, PIXELS_AT_ONCE // image.width)
     for top in range(0, image.height, rows):
         band = image.crop((0, top, image.width, min(top + rows, image.height)))
-        # Pillow knows no way from La (premultiplied grey) to RGBA but through LA.
+        # Pillow converts La (premultiplied grey) to RGBA only by way of LA.
         rgba = band.convert("LA").convert("RGBA") if band.mode == "La" else band.convert("RGBA")
         rgb.paste(Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB"), (0, top))
     return rgb
 
 
 def grey_levels(image: Image.Image) -> np.ndarray:
-    """Return the 8-bit grey levels of an image of 16-bit, 32-bit or float grey; its transparent colour is white.
+    """Return the 8-bit grey levels of a 16-bit, 32-bit or float grey image; its transparent colour becomes white.
 
     :return: Array of shape ``(height, width)``, uint8.
     :raises ValueError: If a value is not finite.
@@ -87,7 +90,7 @@ def grey_levels(image: Image.Image) -> np.ndarray:
     pixels = np.asarray(image)
     levels = grey_to_8_bit(pixels)
     if isinstance(image, TiffImageFile):
-        # What Pillow leaves as the file has it: 12 bits at the lower end of 16, and white as 0.
+        # Pillow leaves these as they are in the file: 12 bits in the lower end of 16, and white as 0.
         if image.tag_v2.get(BITSPERSAMPLE) == (12,):
             levels = grey_to_8_bit(pixels << 4)
         if image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0:
@@ -97,9 +100,9 @@ def grey_levels(image: Image.Image) -> np.ndarray:
 
 
 def grey_to_8_bit(pixels: np.ndarray) -> np.ndarray:
-    """Scale grey values of 16 bits (0 to 65535) or floats (0 to 1, to 255 or to 65535, as the largest says) to 8 bits.
+    """Scale grey values to 8 bits: integers from 0 to 65535; floats from 0 to 1, 255 or 65535, judged by the largest.
 
-    Of 16 bits the upper 8 are kept, as Pillow does with the 16-bit channels of colours.
+    Integers keep their upper 8 bits, as Pillow does with 16-bit colour channels.
 
     :param pixels: Array of shape ``(height, width)``.
     :return: Array of the same shape, uint8.
@@ -115,7 +118,7 @@ def grey_to_8_bit(pixels: np.ndarray) -> np.ndarray:
 
 
 def draw_thumbnail(image: Image.Image, size: int) -> bytes:
-    """Return a JPEG of an RGB image, its longer side at most ``size`` pixels; smaller images are not enlarged."""
+    """Return a JPEG of an RGB image, its longer side at most ``size`` pixels; small images are not enlarged."""
     small = image.copy()
     small.thumbnail((size, size))
     buffer = BytesIO()

@@ -1,4 +1,4 @@
-"""Web addresses: taken apart, held against a list of allowed hosts, and network addresses told public or not."""
+"""Parse web addresses, match them against allowed hosts, and tell public network addresses from private ones."""
 
 import re
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
@@ -10,32 +10,32 @@ from cocoa_embed.errors import UsageError, one_line, printable
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
 SHOWN_CHARACTERS = 200
-"""How much of an address is shown in errors."""
+"""Characters of an address that errors show."""
 
 PUBLIC_IPV6 = IPv6Network("2000::/3")
-"""All that is handed out for the public network. Outside are loopback, link-local, private and mapped addresses, and
-those that stand for an IPv4 address behind a translator (64:ff9b::/96)."""
+"""The global unicast range. Loopback, link-local, private and mapped addresses are outside of it, and so are IPv4
+addresses behind a translator (64:ff9b::/96)."""
 
 NOT_PUBLIC: tuple[IPv4Network | IPv6Network, ...] = tuple(
     ip_network(network)
     for network in (
         "192.0.0.0/24",  # protocol assignments
         "192.88.99.0/24",  # relays of 6to4
-        "2001::/23",  # protocol assignments, Teredo's among them: it holds IPv4 addresses
+        "2001::/23",  # protocol assignments, among them Teredo, which embeds IPv4 addresses
         "2001:db8::/32",  # documentation
-        "2002::/16",  # 6to4: holds IPv4 addresses
+        "2002::/16",  # 6to4, which embeds IPv4 addresses
         "3fff::/20",  # documentation
     )
 )
-"""What some versions of Python take for public, besides what they all do not."""
+"""Networks that some versions of Python call global."""
 
 
 class Refused(Exception):
-    """An address is not fetched, or its answer not taken; the message says why, beginning with a verb."""
+    """An address is not fetched, or its response not accepted; the message gives the reason and begins with a verb."""
 
 
 class Hop(NamedTuple):
-    """One request: where to, taken apart."""
+    """The parts of one request's address."""
 
     scheme: str
     host: str
@@ -46,22 +46,22 @@ class Hop(NamedTuple):
 
 
 class HostRule(NamedTuple):
-    """An entry of the list of allowed hosts."""
+    """An entry in the list of allowed hosts."""
 
     host: str
     port: int | None
-    """None allows the port that the scheme has by itself."""
+    """None allows the scheme's default port."""
     is_wildcard: bool
-    """It allows what is below the host, and not the host."""
+    """The entry allows subdomains of the host, and not the host itself."""
 
     def allows(self, hop: Hop) -> bool:
-        """Tell whether a request may be made."""
+        """Return whether a request to this address is allowed."""
         is_host = hop.host.endswith(f".{self.host}") if self.is_wildcard else hop.host == self.host
         return is_host and hop.port == (DEFAULT_PORTS[hop.scheme] if self.port is None else self.port)
 
 
 def read_address(address: str) -> Hop:
-    """Take an address apart.
+    """Parse an address.
 
     :raises Refused: If it is not http or https, names a user, or is malformed.
     """
@@ -76,30 +76,30 @@ def read_address(address: str) -> Hop:
             raise Refused("has a user name in it, which is not allowed")
         host = ascii_host(parts.hostname or "")
         query = f"?{parts.query}" if parts.query else ""
-        # What is encoded already, %20, stays as it is.
+        # Characters that are encoded already (%20) stay as they are.
         target = quote((parts.path or "/") + query, safe="/?%:;=&+$,!~*'()@#[]|")
     except ValueError as error:
-        raise Refused(f"is no valid address ({one_line(error)})") from error
+        raise Refused(f"is not a valid address ({one_line(error)})") from error
     return Hop(scheme, host, DEFAULT_PORTS[scheme] if port is None else port, target)
 
 
 def ascii_host(host: str) -> str:
-    """Return the one way to write a host: lower case, non-ASCII letters as in DNS, no dot at its end.
+    """Return a host in its canonical form: lower case, IDNA-encoded, without a final dot.
 
-    :raises ValueError: If it is no host.
+    :raises ValueError: If it is not a host.
     """
     if ":" in host:
         return str(ip_address(host))
     text = host.encode("idna").decode().lower().removesuffix(".")
     if not re.fullmatch(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*", text):
-        raise ValueError(f"{host!a} is no host")
+        raise ValueError(f"{host!a} is not a host")
     return text
 
 
 def read_rule(text: str) -> HostRule:
-    """Read an entry of the list of allowed hosts.
+    """Parse an entry of the list of allowed hosts.
 
-    :raises UsageError: If it is no host, ``*.host``, ``host:port`` or ``*.host:port``.
+    :raises UsageError: If it is not a host, ``*.host``, ``host:port`` or ``*.host:port``.
     """
     try:
         parts = urlsplit(f"//{text.removeprefix('*.')}")
@@ -108,35 +108,35 @@ def read_rule(text: str) -> HostRule:
         return HostRule(ascii_host(parts.hostname or ""), parts.port, text.startswith("*."))
     except ValueError as error:
         raise UsageError(
-            f"{text!a} is no allowed host ({one_line(error)}); give example.com, *.example.com or example.com:8080"
+            f"{text!a} is not an allowed host ({one_line(error)}); give example.com, *.example.com or example.com:8080"
         ) from error
 
 
 def next_address(address: str, location: str) -> str:
-    """Return the address that an answer leads to.
+    """Return the address that a redirect leads to.
 
-    :raises Refused: If it is none, or leads from https back to http.
+    :raises Refused: If there is none, or it leads from https back to http.
     """
     if not location:
-        raise Refused("leads on, but does not say where to")
+        raise Refused("redirects without an address")
     try:
         there = urljoin(address, location)
     except ValueError as error:
-        raise Refused(f"leads to what is no valid address ({one_line(error)})") from error
+        raise Refused(f"leads to a malformed address ({one_line(error)})") from error
     if address[:6].lower() == "https:" and there[:5].lower() == "http:":
         raise Refused(f"leads from https to {shown_address(there)}, which is not encrypted")
     return there
 
 
 def shown_address(address: str) -> str:
-    """Return an address as errors show it: without user, password and query, which may be secret."""
+    """Return an address for error messages: without user, password and query, which may be secret."""
     text, mark, _ = address.partition("?")
     text = re.sub(r"^([a-z]+:/*)[^/]*@", r"\1", text, flags=re.IGNORECASE) + ("?..." if mark else "")
     return printable(text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}...")
 
 
 def is_public(address: IPv4Address | IPv6Address) -> bool:
-    """Tell whether an address is one machine on the public network, and stands for nothing else."""
+    """Return whether an address is a unicast address on the public network that embeds no other address."""
     if isinstance(address, IPv6Address) and (address.scope_id or address not in PUBLIC_IPV6):
         return False
     is_ordinary = address.is_global and not address.is_multicast and not address.is_reserved

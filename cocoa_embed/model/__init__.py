@@ -1,1 +1,1 @@
-"""The model: load a backbone, make it bidirectional, export it, and say what it is."""
+"""The model: load a backbone, make it bidirectional, export it, and identify it."""

@@ -1,4 +1,4 @@
-"""Bidirectional attention, the probe that proves it, and the bridge mask."""
+"""Bidirectional attention, a probe that verifies it, and the bridge mask."""
 
 from enum import IntEnum
 
@@ -9,12 +9,13 @@ from transformers import PreTrainedModel
 from cocoa_embed.errors import CocoaError
 
 TRANSFORMERS_FLOOR = "5.5.4"
-"""The oldest transformers that embeds rightly: 5.2 and 5.3 leave Qwen2-VL and Qwen2.5-VL causal; 5.4 to 5.5.3 multiply
-the moments of Qwen2.5-VL's images as if they were videos, and stop where a batch has more images than tokens a row."""
+"""The oldest transformers with correct embeddings: 5.2 and 5.3 leave Qwen2-VL and Qwen2.5-VL causal; 5.4 to 5.5.3 scale
+the temporal positions of Qwen2.5-VL's images as if they were videos, and fail if a batch has more images than a row has
+tokens."""
 
 
 class Block(IntEnum):
-    """What a position of a bridge sequence ``[block A] <EOS> [block B]`` belongs to."""
+    """The block of a position in a bridge sequence ``[block A] <EOS> [block B]``."""
 
     PAD = 0
     A = 1
@@ -23,32 +24,29 @@ class Block(IntEnum):
 
 
 def make_bidirectional(model: PreTrainedModel) -> None:
-    """Let every token of the language model attend to every other, in place; saved with the model's config.
+    """Make the language model bidirectional, in place; its config keeps the setting when it is saved.
 
-    :raises CocoaError: If the model stays causal, as it does with transformers before 5.4, or is broken.
+    :raises CocoaError: If the model stays causal, as with transformers before 5.4, or its weights are broken.
     """
     model.config.get_text_config().is_causal = False
     assert_bidirectional(model)
 
 
 def make_causal(model: PreTrainedModel) -> None:
-    """Let every token of the language model attend to itself and to those before it, in place; saved with the config.
-
-    It is what the backbones come with, said aloud: ``is_causal`` can tell it.
-    """
+    """Keep the language model causal, as backbones are by default, and record it in the config for ``is_causal``."""
     model.config.get_text_config().is_causal = True
 
 
 def is_causal(model: PreTrainedModel) -> bool:
-    """Tell which of ``make_bidirectional`` and ``make_causal`` was called on a model last."""
+    """Return whether ``make_causal``, and not ``make_bidirectional``, was called on the model last."""
     return bool(model.config.get_text_config().is_causal)
 
 
 @torch.no_grad()
 def assert_bidirectional(model: PreTrainedModel) -> None:
-    """Check that the last token reaches the first token's hidden state, with and without padding.
+    """Check that the first token's hidden state depends on the last token, with and without padding.
 
-    :raises CocoaError: If it does not, naming the attention implementation, or the hidden states are not finite.
+    :raises CocoaError: If it does not, or if the hidden states are not finite.
     """
     for padded in (False, True):
         if not _last_token_reaches_first(model, padded=padded):
@@ -81,14 +79,14 @@ def _last_token_reaches_first(model: PreTrainedModel, *, padded: bool) -> bool:
 
 
 def bridge_mask(blocks: Tensor, *, eos_attends_to_b: bool = True) -> Tensor:
-    """Return who attends to whom in the bridge stage (METHOD.md, stage 2).
+    """Return the attention mask of the bridge stage (``docs/method.md``).
 
-    Block A and ``<EOS>`` see A and ``<EOS>``; block B sees ``<EOS>`` and B; ``<EOS>`` also sees B unless
-    ``eos_attends_to_b`` is false. Padding is seen by no other position and sees only itself, so that no row of the
-    softmax is empty.
+    Block A and ``<EOS>`` attend to A and ``<EOS>``; block B attends to ``<EOS>`` and B; ``<EOS>`` also attends to B
+    unless ``eos_attends_to_b`` is false. No other position attends to padding, and padding attends only to itself, so
+    that no row of the softmax is empty.
 
     :param blocks: ``Block`` of every position, int64 ``[B, L]``.
-    :returns: bool ``[B, L, L]``, rows attend to columns.
+    :returns: bool ``[B, L, L]``: true where a row attends to a column.
     :raises ValueError: If ``blocks`` is not two-dimensional or a row has not exactly one ``<EOS>`` position.
     """
     if blocks.ndim != 2:
@@ -102,12 +100,12 @@ def bridge_mask(blocks: Tensor, *, eos_attends_to_b: bool = True) -> Tensor:
 
 
 def sees(rows: Tensor, columns: Tensor, *, eos_attends_to_b: bool) -> Tensor:
-    """Return which rows attend to which columns, by the ``Block`` of each; padding is left to the caller.
+    """Return which rows attend to which columns, by the ``Block`` of each; the caller handles padding.
 
-    :param rows: int64, of any shape that goes with that of ``columns``.
-    :returns: bool, of the shape of both together.
+    :param rows: int64, of any shape that broadcasts with ``columns``.
+    :returns: bool, of the broadcast shape.
     """
-    # Plain integers: a compiled mask of FlexAttention is made of these lines too.
+    # Plain integers: FlexAttention compiles these lines too.
     block_a, eos, block_b = int(Block.A), int(Block.EOS), int(Block.B)
     sees_b = (rows == block_b) | (rows == eos) if eos_attends_to_b else rows == block_b
     return (
@@ -118,19 +116,19 @@ def sees(rows: Tensor, columns: Tensor, *, eos_attends_to_b: bool) -> Tensor:
 
 
 def bidirectional_mask(attention_mask: Tensor) -> Tensor:
-    """Return the dense form of full attention under padding: bool ``[B, L, L]`` from a ``[B, L]`` mask of 0 and 1."""
+    """Return the dense mask of full attention under padding: bool ``[B, L, L]`` from a ``[B, L]`` mask of 0 and 1."""
     keep = attention_mask.bool()
     itself = torch.eye(keep.shape[1], dtype=torch.bool, device=keep.device)
     return (keep[:, :, None] & keep[:, None, :]) | (itself & ~keep[:, :, None])
 
 
 def before_or_itself(allowed: Tensor) -> Tensor:
-    """Take from a bool ``[B, L, L]`` mask what a causal model may not see: for each position, those after it."""
+    """Make a bool ``[B, L, L]`` mask causal: no position attends to a later one."""
     return allowed & torch.ones(allowed.shape[-2:], dtype=torch.bool, device=allowed.device).tril()
 
 
 def as_model_mask(allowed: Tensor, *, attn_implementation: str, dtype: torch.dtype) -> Tensor:
-    """Turn a bool ``[B, L, L]`` mask into the 4-D ``attention_mask`` that a transformers model takes as it is.
+    """Turn a bool ``[B, L, L]`` mask into the 4-D ``attention_mask`` that transformers models use unchanged.
 
     :returns: ``[B, 1, L, L]``: bool for sdpa, additive ``dtype`` for eager.
     :raises ValueError: For an implementation that takes no dense mask.

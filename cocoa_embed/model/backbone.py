@@ -1,4 +1,4 @@
-"""Load a vision-language backbone: weights complete, ids and patch geometry read from its config."""
+"""Load a vision-language backbone with complete weights and prepare its processor."""
 
 import math
 from dataclasses import dataclass
@@ -26,26 +26,25 @@ from cocoa_embed.model.flex_attention import FLEX, use_flex_attention
 from cocoa_embed.model.template import CHAT_TEMPLATE
 
 MASK_TOKEN = "<|mask|>"
-"""Stands for a hidden text token; added to tokenizers that have no mask token, as Qwen's have none."""
+"""Replaces a masked text token; added to tokenizers without a mask token, such as Qwen's."""
 
 MAX_ASPECT_RATIO = 200
-"""Images of a greater ratio of their sides are refused by Qwen's image processors."""
+"""Qwen's image processors refuse images with a greater ratio of the longer side to the shorter."""
 
 SUPPORTED: dict[str, type[PreTrainedModel]] = {
     "qwen2_vl": Qwen2VLForConditionalGeneration,
     "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
     "qwen3_vl": Qwen3VLForConditionalGeneration,
 }
-"""Model type to the stock transformers class that runs it."""
-
+"""The transformers class of each supported model type."""
 
 Origin = Literal["folder", "built-in", "hub"]
-"""Where a backbone is from."""
+"""Where a backbone comes from."""
 
 
 @dataclass(frozen=True)
 class PatchGeometry:
-    """How an image becomes rows of ``pixel_values`` and visual tokens, from a vision config."""
+    """How an image becomes rows of ``pixel_values`` and visual tokens."""
 
     channels: int
     temporal_patch_size: int
@@ -65,18 +64,18 @@ class PatchGeometry:
 
     @property
     def patch_width(self) -> int:
-        """Values in one raw patch, a row of ``pixel_values`` (1176 for Qwen2-VL)."""
+        """Values of a raw patch, a row of ``pixel_values`` (1176 for Qwen2-VL)."""
         return self.channels * self.temporal_patch_size * self.patch_size**2
 
     @property
     def patches_per_token(self) -> int:
-        """Raw patches behind one visual token (4 for Qwen2-VL)."""
+        """Raw patches per visual token (4 for Qwen2-VL)."""
         return self.merge_size**2
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A bidirectional vision-language model and the processor that renders its inputs."""
+    """A vision-language model and the processor that renders its inputs."""
 
     model: PreTrainedModel
     processor: ProcessorMixin
@@ -98,7 +97,7 @@ def builtin_backbones() -> list[str]:
 
 
 def origin(name_or_path: str) -> Origin:
-    """Tell what ``name_or_path`` means: a folder that is there comes first, then a backbone of this package.
+    """Return where ``name_or_path`` leads: to an existing folder first, else a built-in backbone, else the hub.
 
     :raises CocoaError: If it can be none of the three.
     """
@@ -116,7 +115,7 @@ def origin(name_or_path: str) -> Origin:
 
 
 def resolve_backbone(name_or_path: str) -> str:
-    """Return what transformers loads for ``name_or_path``: a folder, a backbone of this package, or a hub name."""
+    """Return the folder or hub name from which transformers loads ``name_or_path``."""
     if origin(name_or_path) == "built-in":
         return str(files("cocoa_embed") / "backbones" / name_or_path)
     return name_or_path
@@ -131,12 +130,13 @@ def load_backbone(
     max_pixels: int | None = None,
     bidirectional: bool = True,
 ) -> Backbone:
-    """Load a backbone by folder, by the name of one of this package's, or by hub name, and make it bidirectional.
+    """Load a backbone from a folder, by a built-in name or by a hub name, and make it bidirectional.
 
     :param attn_implementation: ``sdpa``, ``eager``, or ``flex_attention`` for the language model under a ``BlockMask``.
-    :param max_length: Tokens a sequence may have, stored in the tokenizer; by default what the tokenizer says.
-    :param bidirectional: False leaves it causal, to be compared with.
-    :raises CocoaError: If the backbone is not there, or weights are missing, unexpected or of another shape.
+    :param max_length: The most tokens of a sequence, stored in the tokenizer; by default the tokenizer's own limit.
+    :param max_pixels: The most pixels of an image, stored in the image processor; by default its own limit.
+    :param bidirectional: False leaves the model causal, as a baseline.
+    :raises CocoaError: If the backbone does not exist, or weights are missing, unexpected or of another shape.
     :raises UsageError: If its model type is not in ``SUPPORTED``.
     """
     config = read_config(name_or_path)
@@ -147,13 +147,14 @@ def load_backbone(
             dtype=dtype,
             attn_implementation="sdpa" if attn_implementation == FLEX else attn_implementation,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
+            ignore_mismatched_sizes=True,  # refused below, by name
         )
     except (OSError, SafetensorError) as error:
         raise CocoaError(f"Cannot load weights from {name_or_path}: {_first_line(error)}") from error
     _refuse_incomplete_weights(name_or_path, info)
     processor = load_processor(name_or_path, max_length=max_length, max_pixels=max_pixels)
-    fit_embeddings(model, processor)
+    if len(processor.tokenizer) > model.get_input_embeddings().num_embeddings:  # Qwen's matrix has spare rows
+        model.resize_token_embeddings(len(processor.tokenizer))
     (make_bidirectional if bidirectional else make_causal)(model)
     if attn_implementation == FLEX:
         use_flex_attention(model)
@@ -163,7 +164,7 @@ def load_backbone(
 def read_config(name_or_path: str) -> PreTrainedConfig:
     """Read a backbone's config.
 
-    :raises CocoaError: If it is not there.
+    :raises CocoaError: If it does not exist.
     :raises UsageError: If its model type is not in ``SUPPORTED``.
     """
     try:
@@ -182,7 +183,7 @@ def load_processor(
 ) -> ProcessorMixin:
     """Load a backbone's processor and prepare it (``prepare_processor``).
 
-    :raises CocoaError: If it is not there.
+    :raises CocoaError: If it does not exist.
     """
     try:
         processor = AutoProcessor.from_pretrained(resolve_backbone(name_or_path))
@@ -195,10 +196,10 @@ def load_processor(
 def prepare_processor(
     processor: ProcessorMixin, *, max_length: int | None = None, max_pixels: int | None = None
 ) -> None:
-    """Give a processor the one rendering ``[vision][text]<EOS>``, a mask token, and right padding, in place.
+    """Give a processor the rendering ``[vision][text]<EOS>``, a mask token and right padding, in place.
 
-    ``<EOS>`` is appended by the tokenizer's post-processor, which runs after truncation: however long a text is, and
-    with or without an image, its sequence ends in ``<EOS>``.
+    The tokenizer's post-processor appends ``<EOS>`` after truncation: every sequence ends in it, however long the text
+    is, with or without an image.
 
     :raises UsageError: If the largest image would not fit into ``max_length`` tokens.
     """
@@ -223,7 +224,7 @@ def _check_room_for_images(processor: ProcessorMixin) -> None:
     image_processor = processor.image_processor
     largest = image_processor.size["longest_edge"]
     tokens = largest // (image_processor.patch_size * image_processor.merge_size) ** 2
-    # The short side of a long image is rounded up to one token, and sides may differ by a factor of 200.
+    # The shorter side of a long image is rounded up to one token, and sides may differ by a factor of 200.
     tokens = max(tokens, math.isqrt(MAX_ASPECT_RATIO * tokens))
     room = processor.tokenizer.model_max_length - 8
     if tokens > room:
@@ -231,12 +232,6 @@ def _check_room_for_images(processor: ProcessorMixin) -> None:
             f"An image of up to {largest} pixels takes {tokens} visual tokens, more than the {room} that a sequence of "
             f"{room + 8} has room for; lower max_pixels or raise max_length."
         )
-
-
-def fit_embeddings(model: PreTrainedModel, processor: ProcessorMixin) -> None:
-    """Widen the token embeddings if the tokenizer has outgrown them (Qwen's matrix has room to spare)."""
-    if len(processor.tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(processor.tokenizer))
 
 
 def _first_line(error: Exception) -> str:

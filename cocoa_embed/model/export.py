@@ -1,4 +1,4 @@
-"""Turn a checkpoint into a plain SentenceTransformer folder with a model card."""
+"""Export a checkpoint as a plain SentenceTransformer folder with a model card."""
 
 import json
 from pathlib import Path
@@ -16,13 +16,19 @@ from cocoa_embed.model.training_record import TRAINING_FILE, is_bidirectional, r
 
 
 def build_sentence_transformer(
-    checkpoint: Path, *, prompts: dict[str, str], attn_implementation: str = "sdpa", bidirectional: bool = True
+    checkpoint: Path,
+    *,
+    prompts: dict[str, str],
+    attn_implementation: str = "sdpa",
+    bidirectional: bool = True,
+    device: str | None = None,
 ) -> SentenceTransformer:
-    """Return ``normalize(hidden[<EOS>])`` over the backbone in ``checkpoint`` as a SentenceTransformer.
+    """Return a SentenceTransformer over the backbone in ``checkpoint``: the normalised last hidden state of ``<EOS>``.
 
-    :param prompts: Instructions for ``query`` and ``document``, stored with the model.
-    :param bidirectional: False for a checkpoint that was trained causal, to be compared with.
-    :raises CocoaError: If it cannot be loaded, or its attention is not bidirectional though it should be.
+    :param prompts: The prompts for ``query`` and ``document``, stored with the model.
+    :param bidirectional: False for a checkpoint that was trained causal, as a baseline.
+    :param device: The torch device; None takes the fastest there is.
+    :raises CocoaError: If it cannot be loaded, or is causal although it should be bidirectional.
     """
     try:
         transformer = Transformer(str(checkpoint), model_kwargs={"attn_implementation": attn_implementation})
@@ -32,14 +38,14 @@ def build_sentence_transformer(
         assert_bidirectional(transformer.auto_model)
     pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="lasttoken")
     return SentenceTransformer(
-        modules=[transformer, pooling, Normalize()], prompts=prompts, similarity_fn_name="cosine"
+        modules=[transformer, pooling, Normalize()], prompts=prompts, similarity_fn_name="cosine", device=device
     )
 
 
 def refuse_checkpoint(out: Path) -> None:
-    """Check that ``out`` is no stage's checkpoint, which looks much like an earlier export, and not inside of one.
+    """Refuse an output folder inside a training run: a checkpoint looks much like an earlier export.
 
-    :raises CocoaError: If it is.
+    :raises CocoaError: If it is one.
     """
     if any((parent / RUN_MARKER).is_file() for parent in out.resolve().parents):
         raise CocoaError(f"{out} is in the folder of a training run; give a folder outside of it.")
@@ -48,7 +54,7 @@ def refuse_checkpoint(out: Path) -> None:
 def save_sentence_transformer(model: SentenceTransformer, out: Path, training: dict[str, Any]) -> Path:
     """Write ``model`` to ``out`` with its model card.
 
-    :param training: What ``TRAINING_FILE`` is to hold; the model card is made from it.
+    :param training: The training record, written to ``TRAINING_FILE`` and shown in the model card.
     :raises CocoaError: If ``out`` holds something else, or is a checkpoint of a run.
     """
     refuse_checkpoint(out)
@@ -62,7 +68,7 @@ def save_sentence_transformer(model: SentenceTransformer, out: Path, training: d
 def export_model(checkpoint: Path, out: Path) -> Path:
     """Export the checkpoint of any stage to ``out``, a folder that plain sentence-transformers loads.
 
-    :raises CocoaError: If ``checkpoint`` is none, or ``out`` holds something else.
+    :raises CocoaError: If ``checkpoint`` is not a checkpoint, or ``out`` holds something else.
     """
     training = read_training(checkpoint)
     if checkpoint.resolve().is_relative_to(out.resolve()):

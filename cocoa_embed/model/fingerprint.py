@@ -1,4 +1,4 @@
-"""What tells one embedding model from another: a digest of its weights, its template, its prompts and its pooling."""
+"""Fingerprint an embedding model: a digest of its weights, chat template, prompts and pooling."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ IMAGE_SETTINGS = (
     *("size", "crop_size", "do_resize", "do_center_crop", "do_rescale", "do_normalize", "resample"),
     *("rescale_factor", "image_mean", "image_std", "patch_size", "temporal_patch_size", "merge_size"),
 )
-"""What of an image processor's settings decides about the embedding."""
+"""The image processor's settings that affect embeddings."""
 
 SAMPLED_VALUES = 4096
-"""The values of each tensor that are looked at, evenly spread."""
+"""The most values of each tensor that enter the digest, evenly spaced."""
 
 
 def model_fingerprint(model: SentenceTransformer) -> str:
-    """Return a digest that two models share only if they embed the same things to the same vectors.
+    """Return a digest that two models share only if they embed the same inputs to the same vectors.
 
-    It is the same whatever the names of the weights (which change between versions of transformers), on every device,
-    and in float32 and bfloat16: values are rounded to bfloat16 first. A model in float16 has a fingerprint of its own,
-    as its values are rounded twice. Up to ``SAMPLED_VALUES`` values of each tensor are looked at: training changes
-    them all, changing one value by hand may go unseen.
+    It does not depend on the names of the weights (which change between versions of transformers), on the device, or on
+    float32 against bfloat16: values are rounded to bfloat16 first. A model in float16 has its own fingerprint, as its
+    values are rounded twice. At most ``SAMPLED_VALUES`` values of each tensor enter: training changes all values, but
+    a single one changed by hand may go unnoticed.
 
     :return: 64 hexadecimal digits.
     """
@@ -41,9 +41,9 @@ def model_fingerprint(model: SentenceTransformer) -> str:
 
 
 def describe_module(module: torch.nn.Module) -> dict[str, Any]:
-    """Return what of a module besides its weights decides about the embedding: its kind, template, pooling and so on.
+    """Return the properties of a module that affect embeddings, besides its weights: kind, template, pooling and so on.
 
-    Settings are picked by name: a whole configuration would differ from one version of transformers to the next.
+    Settings are picked by name, as a whole configuration differs between versions of transformers.
     """
     from sentence_transformers.base.modules import Transformer
     from sentence_transformers.sentence_transformer.modules import Pooling
@@ -62,7 +62,7 @@ def describe_module(module: torch.nn.Module) -> dict[str, Any]:
 
 
 def image_settings(processor: object) -> dict[str, Any]:
-    """Return the settings that decide what a processor makes of an image; none, if it takes no images."""
+    """Return the settings of a processor that affect images; none if it takes no images."""
     from transformers import ProcessorMixin
 
     if not isinstance(processor, ProcessorMixin) or "image_processor" not in processor.get_attributes():
@@ -72,13 +72,13 @@ def image_settings(processor: object) -> dict[str, Any]:
 
 
 def holds_false(config: Mapping[str, Any], name: str) -> bool:
-    """Tell whether a setting is false in a configuration or in one inside of it."""
+    """Return whether a setting is false in a configuration or in a nested one."""
     inner = (value for value in config.values() if isinstance(value, dict))
     return config.get(name) is False or any(holds_false(value, name) for value in inner)
 
 
 def weights_digest(state: Mapping[str, torch.Tensor]) -> str:
-    """Return a digest of tensors, whatever their names and order.
+    """Return a digest of tensors that does not depend on their names and order.
 
     :param state: Tensors of any shape, dtype and device, by name.
     :return: 64 hexadecimal digits.
@@ -87,7 +87,7 @@ def weights_digest(state: Mapping[str, torch.Tensor]) -> str:
 
 
 def tensor_digest(tensor: torch.Tensor) -> bytes:
-    """Return a digest of a tensor's shape and of a sample of its values, in bfloat16.
+    """Return a digest of a tensor's shape and a sample of its values in bfloat16.
 
     :param tensor: Of any shape, dtype and device.
     :return: 32 bytes.

@@ -1,4 +1,6 @@
-"""FlexAttention under the bridge mask: tiles of the score matrix that no position needs are never computed."""
+"""FlexAttention under the bridge mask, which never computes fully masked tiles of the score matrix."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,18 +14,18 @@ from cocoa_embed.errors import UsageError
 from cocoa_embed.model.attention import Block, sees
 
 FLEX = "flex_attention"
-"""What recipes and ``load_backbone`` call it."""
+"""Its name in recipes and for ``load_backbone``."""
 
 REGISTERED = "cocoa_flex"
-"""What the language model's config calls it: the stock classes refuse transformers' own name for it."""
+"""Its name in the language model's config: the model classes refuse transformers' own name."""
 
 TILE = 128
-"""Rows and columns of a tile: the size that FlexAttention's kernels take by default."""
+"""Rows and columns of a tile, the default of FlexAttention's kernels."""
 
 IMPLEMENTATIONS = ("sdpa", "eager", FLEX)
 
 FIRST_DYNAMIC_TORCH = "2.7"
-"""With torch 2.6, transformers compiles FlexAttention anew for every sequence length, and gives up after a few."""
+"""With torch 2.6, transformers recompiles FlexAttention for every sequence length, and gives up after a few."""
 
 
 def resolve_attention(attn_implementation: str, *, stage: str, device_type: str) -> str:
@@ -47,9 +49,9 @@ def resolve_attention(attn_implementation: str, *, stage: str, device_type: str)
 
 
 def use_flex_attention(model: PreTrainedModel) -> None:
-    """Let the language model attend through FlexAttention wherever its mask is a ``BlockMask``, in place.
+    """Let the language model use FlexAttention wherever its mask is a ``BlockMask``, in place.
 
-    Any other mask goes through sdpa, and so does the vision encoder. A saved model does not remember this.
+    Other masks and the vision encoder use sdpa. A saved model does not keep this setting.
     """
     AttentionInterface.register(REGISTERED, flex_or_sdpa)
     AttentionMaskInterface.register(REGISTERED, sdpa_mask)
@@ -57,7 +59,7 @@ def use_flex_attention(model: PreTrainedModel) -> None:
 
 
 def uses_flex_attention(model: PreTrainedModel) -> bool:
-    """Tell whether ``use_flex_attention`` was called on a model."""
+    """Return whether ``use_flex_attention`` was called on a model."""
     return model.config.get_text_config()._attn_implementation == REGISTERED
 
 
@@ -67,15 +69,15 @@ def flex_or_sdpa(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | BlockMask | None,
-    **kwargs: object,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend, as transformers' attention functions do: through FlexAttention under a ``BlockMask``, else through sdpa.
+    """Compute attention with FlexAttention under a ``BlockMask``, else with sdpa; a transformers attention function.
 
-    Under autocast the rotary embedding leaves queries and keys in float32 beside bfloat16 values. sdpa casts them by
-    itself, FlexAttention before torch 2.9 refuses them.
+    Under autocast, rotary embeddings leave queries and keys in float32 beside bfloat16 values. sdpa casts them itself;
+    FlexAttention before torch 2.9 refuses them.
 
-    :param query: ``[B, heads, L, head width]``; ``key`` and ``value`` have as many heads as the model has for them.
-    :returns: ``[B, L, heads, head width]``, and the log-sum-exp or nothing.
+    :param query: ``[B, heads, L, head width]``; ``key`` and ``value`` may have fewer heads.
+    :returns: ``[B, L, heads, head width]``, and the log-sum-exp or None.
     """
     if not isinstance(attention_mask, BlockMask):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -84,10 +86,10 @@ def flex_or_sdpa(
 
 
 def bridge_block_mask(blocks: Tensor, *, eos_attends_to_b: bool = True) -> BlockMask:
-    """Return ``bridge_mask`` in tiles, without making ``[B, L, L]`` of it.
+    """Return ``bridge_mask`` as tiles, without building ``[B, L, L]``.
 
-    A tile's kind follows from the blocks that are in its rows and in its columns: where all pairs of them are allowed,
-    no mask is read, and where none is, the tile is not computed.
+    The blocks in a tile's rows and columns decide its kind: where all pairs are allowed the kernel reads no mask, and
+    where none is the tile is not computed.
 
     :param blocks: ``Block`` of every position, int64 ``[B, L]``.
     :returns: A ``BlockMask`` of shape ``[B, 1, L, L]``.
@@ -115,15 +117,15 @@ def bridge_block_mask(blocks: Tensor, *, eos_attends_to_b: bool = True) -> Block
 
 
 def bidirectional_block_mask(attention_mask: Tensor) -> BlockMask:
-    """Return ``bidirectional_mask`` in tiles, from a ``[B, L]`` mask of 0 and 1."""
+    """Return ``bidirectional_mask`` as tiles, from a ``[B, L]`` mask of 0 and 1."""
     return bridge_block_mask(attention_mask.long() * int(Block.A))
 
 
 def _tiles(blocks: Tensor, *, eos_attends_to_b: bool) -> tuple[Tensor, Tensor]:
-    """Return where some pair of a tile's positions is, and where every one is: bool ``[B, 1, tiles, tiles]``."""
+    """Return in which tiles some pair of positions is allowed, and in which all are: bool ``[B, 1, tiles, tiles]``."""
     kinds = torch.arange(len(Block), device=blocks.device)
     tiles = -(-blocks.shape[1] // TILE)
-    # Positions past the end repeat padding: they make no tile full and, off the diagonal, none visible.
+    # Positions beyond the end count as padding: they make no tile full and, off the diagonal, none visible.
     padded = torch.nn.functional.pad(blocks, (0, tiles * TILE - blocks.shape[1]), value=int(Block.PAD))
     present = (padded.view(-1, tiles, TILE, 1) == kinds).any(dim=2)
     pairs = present[:, :, None, :, None] & present[:, None, :, None, :]
@@ -136,7 +138,7 @@ def _tiles(blocks: Tensor, *, eos_attends_to_b: bool) -> tuple[Tensor, Tensor]:
 
 
 def _in_order(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """Return how many tiles each row of tiles has, and their columns, those first: int32."""
+    """Return the number of tiles in each row of tiles, and the columns with theirs first: int32."""
     counts = tiles.sum(dim=-1, dtype=torch.int32)
     columns = torch.argsort(tiles.int(), dim=-1, descending=True, stable=True)
     return counts.contiguous(), columns.to(torch.int32).contiguous()

@@ -1,4 +1,4 @@
-"""Load a SentenceTransformer from a folder or by its name on the hub, with errors that say what is wrong with it."""
+"""Load a SentenceTransformer from an export, a checkpoint or the hub, with errors that name what is wrong with it."""
 
 from __future__ import annotations
 
@@ -7,25 +7,38 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cocoa_embed.errors import CocoaError, one_line, printable
+from cocoa_embed.model.training_record import TRAINING_FILE, read_training
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+
+MODULES_FILE = "modules.json"
+"""In every folder of a SentenceTransformer: exports, and checkpoints of the contrastive stage."""
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 
 def load_model(model: str | Path, device: str | None = None) -> SentenceTransformer:
-    """Load a SentenceTransformer from a folder, or by its name (``owner/name``) from the Hugging Face hub.
+    """Load an exported model, a checkpoint of any stage, or a model of the Hugging Face hub (``owner/name``).
 
-    :param model: A folder; where there is none of that name, a name on the hub.
+    A checkpoint keeps the prompts of its recipe, and stays causal if it was trained causal.
+
+    :param model: A folder; if there is none of that name, a name on the hub.
     :param device: The torch device; None takes the fastest there is.
-    :raises CocoaError: If the folder is missing, is no SentenceTransformer, has no weights, or cannot be loaded.
+    :raises CocoaError: If the folder is missing, holds no model, has no weights, or cannot be loaded.
     """
     check_model(model)
     from sentence_transformers import SentenceTransformer
 
     folder = Path(model).expanduser()
     is_local = folder.exists()
+    if is_local and not (folder / MODULES_FILE).is_file():
+        from cocoa_embed.model.export import build_sentence_transformer
+
+        recipe = read_training(folder)["recipe"]
+        return build_sentence_transformer(
+            folder, prompts=recipe["prompts"], bidirectional=recipe["bidirectional"], device=device
+        )
     try:
         return SentenceTransformer(str(folder if is_local else model), device=device, local_files_only=is_local)
     except Exception as error:  # loading runs code of four libraries, each with errors of its own
@@ -37,7 +50,7 @@ def load_model(model: str | Path, device: str | None = None) -> SentenceTransfor
 def check_model(model: str | Path) -> None:
     """Refuse what cannot be a model, without loading it.
 
-    :raises CocoaError: If it is no folder of a SentenceTransformer and cannot be the name of a model on the hub.
+    :raises CocoaError: If it is neither a folder that holds a model nor a possible name on the hub.
     """
     folder = Path(model).expanduser()
     if folder.exists():
@@ -50,16 +63,19 @@ def check_model(model: str | Path) -> None:
 
 
 def check_model_folder(folder: Path) -> None:
-    """Refuse a folder that is no SentenceTransformer or holds no weights.
+    """Refuse a folder that is neither a SentenceTransformer nor a checkpoint, or that has no weights.
 
-    :raises CocoaError: If it is.
+    :raises CocoaError: If it is one.
     """
     name = printable(folder)
     if not folder.is_dir():
         raise CocoaError(f"{name} is a file; a model is a folder, as cocoa-embed export writes it")
-    if not (folder / "modules.json").is_file():
+    if not (folder / MODULES_FILE).is_file():
+        if (folder / TRAINING_FILE).is_file():
+            read_training(folder)
+            return
         raise CocoaError(
-            f"{name} is no SentenceTransformer (it has no modules.json); name a folder that cocoa-embed export wrote"
+            f"{name} is no SentenceTransformer (it has no {MODULES_FILE}); name a folder that cocoa-embed export wrote"
         )
     if not any(True for pattern in WEIGHT_FILES for _ in folder.rglob(pattern)):
         raise CocoaError(
@@ -68,7 +84,7 @@ def check_model_folder(folder: Path) -> None:
 
 
 def is_hub_name(name: str) -> bool:
-    """Tell whether a name can only mean a model on the hub: ``owner/name``, where ``owner`` is no folder here."""
+    """Return whether a name can only be a model on the hub: ``owner/name``, where ``owner`` is no folder here."""
     owner, slash, rest = name.partition("/")
     is_path = name.startswith((".", "~", os.sep)) or "/" in rest or "\\" in name
     return bool(owner and slash and rest) and not is_path and not Path(owner).exists()

@@ -1,8 +1,8 @@
-"""The one chat template: ``[vision tokens][prompt][text]``, the same in training and at inference.
+"""The chat template ``[vision tokens][prompt][text]``, for training and inference alike.
 
-Whatever the order of a message's parts, images come first, then the prompt (a system message, as sentence-transformers
-passes it), then the text. The ``<EOS>`` that ends every sequence, and whose last hidden state is the embedding, is
-appended by the tokenizer after truncation (``prepare_processor``), so none can be cut off.
+Images come first in any message, then the prompt (a system message, as sentence-transformers passes it), then the text.
+The tokenizer appends ``<EOS>``, whose last hidden state is the embedding, after truncation (``prepare_processor``), so
+that it is never truncated.
 """
 
 VISION_START = "<|vision_start|>"
@@ -11,7 +11,7 @@ IMAGE_PAD = "<|image_pad|>"
 VIDEO_PAD = "<|video_pad|>"
 
 RESERVED_TOKENS = (VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)
-"""What stands for an image or a video in a rendered sequence; a text that holds one would be taken for a picture."""
+"""Tokens of images and videos in a rendered sequence; a text must not contain them."""
 
 CHAT_TEMPLATE = f"""\
 {{%- for message in messages if message.content is not string -%}}
@@ -28,13 +28,13 @@ CHAT_TEMPLATE = f"""\
 {{%- endif -%}}
 {{%- endfor -%}}
 """
-"""Messages to ``[vision][prompt][text]``, in Jinja."""
+"""Renders messages as ``[vision][prompt][text]``, in Jinja."""
 
 
 def render(*, text: str | None, has_image: bool, prompt: str = "") -> str:
-    """Return what ``CHAT_TEMPLATE`` renders for one item, without the Jinja engine.
+    """Render one input as ``CHAT_TEMPLATE`` does, without the Jinja engine.
 
-    :raises ValueError: If the item has neither text nor image.
+    :raises ValueError: If there is neither a text nor an image.
     """
     if text is None and not has_image:
         raise ValueError("an item needs a text, an image, or both")

@@ -10,11 +10,11 @@ from contextvars import copy_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from cocoa_embed.encode.encoder import Encoder, Item, make_item
+from cocoa_embed.encode.encoder import Encoder, make_input
 from cocoa_embed.errors import CocoaError, ImageError, UsageError, one_line, printable, require
 from cocoa_embed.images.load import ImageSource
 from cocoa_embed.integrations.llama_index.nodes import split_by_image
-from cocoa_embed.model.loading import is_hub_name, load_model
+from cocoa_embed.model.loading import is_hub_name
 
 require("llama_index.core", "llama-index")
 
@@ -91,7 +91,7 @@ class CocoaEmbedding(MultiModalEmbedding):
         """
         with self._lock:
             if self._encoder is None:
-                self._encoder = Encoder(load_model(self.model_name, self.device), self.model_name, self.dimension)
+                self._encoder = load_encoder(self.model_name, self.device, self.dimension)
             return self._encoder
 
     @classmethod
@@ -152,7 +152,7 @@ class CocoaEmbedding(MultiModalEmbedding):
         return self._get_image_embeddings([img_file_path])[0]
 
     def _get_image_embeddings(self, img_file_paths: list[ImageType]) -> list[Embedding]:
-        return self._embed_documents([make_item(image=image) for image in img_file_paths], img_file_paths)
+        return self._embed_documents([make_input(image=image) for image in img_file_paths], img_file_paths)
 
     async def _aget_query_embedding(self, query: str) -> Embedding:
         # In a thread of its own: a query does not wait behind all documents.
@@ -176,7 +176,7 @@ class CocoaEmbedding(MultiModalEmbedding):
         context = copy_context()
         return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: context.run(embed, inputs))
 
-    def _embed_documents(self, items: Sequence[Item], sources: Sequence[ImageSource]) -> list[Embedding]:
+    def _embed_documents(self, items: Sequence[ModelInput], sources: Sequence[ImageSource]) -> list[Embedding]:
         """Embed texts or images with the document prompt.
 
         :param sources: What the items were made from, for errors.
@@ -198,7 +198,7 @@ def set_embeddings(images: Sequence[tuple[BaseNode, ImageType]], embeddings: Seq
         node.embedding = embedding
 
 
-def refusal(item: Item, source: ImageSource, reason: str) -> CocoaError:
+def refusal(item: ModelInput, source: ImageSource, reason: str) -> CocoaError:
     """Return the error for a text or an image that the model does not accept."""
     if "image" not in item:
         return CocoaError(f"the text {source!a:.80} cannot be embedded ({reason})")

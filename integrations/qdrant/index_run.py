@@ -6,11 +6,13 @@ content of a file is stored before the old content is deleted, and a file that t
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from cocoa_embed.encode.encoder import Encoder
-from cocoa_embed.encode.prepare import EmbeddedImage
+from cocoa_embed.encode.jobs import EmbeddedImage
+from cocoa_embed.encode.read_ahead import read_ahead
 from cocoa_embed.errors import ImageError, printable
 from cocoa_embed.images.load import decode_image
 from cocoa_embed.images.to_rgb import draw_thumbnail
@@ -18,7 +20,7 @@ from cocoa_embed.integrations.qdrant.image_metadata import ImageFiles
 from cocoa_embed.integrations.qdrant.index_state import Content, IndexState, description_digest
 from cocoa_embed.integrations.qdrant.index_summary import Counts
 from cocoa_embed.integrations.qdrant.points import ImageFile, make_payload
-from cocoa_embed.integrations.qdrant.read_files import ReadFile, ahead, read_file
+from cocoa_embed.integrations.qdrant.read_files import ReadFile, read_file
 from cocoa_embed.integrations.qdrant.settle import is_missing, settle
 from cocoa_embed.integrations.qdrant.stores.base import Point, Store
 from cocoa_embed.integrations.qdrant.thumbnails import THUMBNAIL_SIZE, ThumbnailFolder
@@ -55,7 +57,7 @@ class IndexRun:
         :raises CocoaError: If the store fails.
         """
         changed = self._skip_unchanged(self.files)
-        new = self._skip_stored(ahead(read_file, changed))
+        new = self._skip_stored(read_ahead(read_file, changed))
         size = None if self.thumbnails is None else THUMBNAIL_SIZE
         self._write(self.encoder.stream_images(new, batch_size=self.batch_size, thumbnail_size=size))
         settle(self.files, self.store, self.state, self.counts, prune=prune)
@@ -75,10 +77,11 @@ class IndexRun:
                 self.on_file_done()
 
     def _skip_stored(
-        self, files: Iterable[tuple[ImageFile, ReadFile | ImageError]]
+        self, files: Iterable[tuple[ImageFile, Future[ReadFile | ImageError]]]
     ) -> Iterator[tuple[NewContent, bytes]]:
         """Yield each new content once; record the files whose content is stored, and those that cannot be read."""
-        for file, read in files:
+        for file, reading in files:
+            read = reading.result()
             if isinstance(read, ImageError):
                 self._fail(file, read)
             elif read.id in self.state:

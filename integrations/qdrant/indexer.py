@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Literal
 from PIL import Image
 from tqdm.auto import tqdm
 
-from cocoa_embed.encode.encoder import Encoder, Item, make_item
+from cocoa_embed.encode.encoder import Encoder, ModelInput, make_input
+from cocoa_embed.encode.load import load_encoder
 from cocoa_embed.errors import CocoaError, UsageError, printable, require
 from cocoa_embed.images.load import ImageSource
 from cocoa_embed.integrations.qdrant.image_metadata import find_image_files
@@ -31,7 +32,6 @@ from cocoa_embed.integrations.qdrant.stores.base import (
 )
 from cocoa_embed.integrations.qdrant.stores.client_filters import read_filter
 from cocoa_embed.integrations.qdrant.thumbnails import ThumbnailFolder
-from cocoa_embed.model.loading import load_model
 
 require("qdrant_client", "qdrant")
 
@@ -197,7 +197,7 @@ class QdrantIndexer:
         """
         if limit < 1 or offset < 0:
             raise UsageError(f"limit is {limit} and offset {offset}; limit must be 1 or more, offset 0 or more")
-        item = make_item(text, image)
+        item = make_input(text, image)
         query_filter = read_filter(query_filter)
         items = orientations(item) if any_orientation else [item]
         vectors = self._encoder_for(require_signature(self.store)).embed_queries(items)
@@ -268,7 +268,7 @@ class QdrantIndexer:
                 if isinstance(self._model, Encoder):
                     encoder = self._model
                 elif isinstance(self._model, (str, Path)):
-                    encoder = Encoder(load_model(self._model, self._device), printable(self._model))
+                    encoder = load_encoder(self._model, self._device)
                 else:
                     encoder = Encoder(self._model)
                 encoder.require_images()
@@ -278,7 +278,7 @@ class QdrantIndexer:
 
 def cut(encoder: Encoder, dimension: int | None) -> Encoder:
     """Return a model with the first ``dimension`` values of its embeddings; all of them for None."""
-    return encoder if dimension in (None, encoder.dimension) else encoder.cut_to(dimension)
+    return encoder if dimension in (None, encoder.dimension) else encoder.truncate(dimension)
 
 
 def signature_of(encoder: Encoder) -> Signature:
@@ -286,7 +286,7 @@ def signature_of(encoder: Encoder) -> Signature:
     return Signature(model=encoder.name, fingerprint=encoder.fingerprint, dimension=encoder.dimension)
 
 
-def orientations(item: Item) -> list[Item]:
+def orientations(item: ModelInput) -> list[ModelInput]:
     """Return a query with its image in each of the eight orientations.
 
     :raises UsageError: If it has no image.

@@ -1,23 +1,14 @@
-"""Read and hash files ahead of their consumer, and find out which files no longer exist."""
+"""Read and hash image files, and find out which files no longer exist."""
 
 import hashlib
 import os
 import re
 import stat
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from cocoa_embed.errors import ImageError
 from cocoa_embed.images.load import read_stable_file
 from cocoa_embed.integrations.qdrant.points import ImageFile, point_id
-
-READERS = 4
-"""Threads that read files; they mostly wait for disks and networks."""
-
-Given = TypeVar("Given")
-Made = TypeVar("Made")
 
 
 class ReadFile(NamedTuple):
@@ -59,22 +50,3 @@ def is_no_file(path: str) -> bool:
         return True
     except OSError:
         return False
-
-
-def ahead(
-    make: Callable[[Given], Made], given: Iterable[Given], workers: int = READERS
-) -> Iterator[tuple[Given, Made]]:
-    """Yield each given thing with what ``make`` makes of it, in order; a few are made ahead, in threads.
-
-    What is given is asked for in the calling thread, at most ``2 * workers`` ahead.
-    """
-    waiting: deque[tuple[Given, Future[Made]]] = deque()
-    with ThreadPoolExecutor(workers, thread_name_prefix="cocoa-embed-reader") as pool:
-        for thing in given:
-            waiting.append((thing, pool.submit(make, thing)))
-            if len(waiting) >= 2 * workers:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        while waiting:
-            first, future = waiting.popleft()
-            yield first, future.result()

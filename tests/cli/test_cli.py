@@ -13,7 +13,6 @@ pytest.importorskip("qdrant_client")
 
 import cocoa_embed
 from cocoa_embed.cli import main as cli
-from cocoa_embed.integrations.qdrant import indexer as qdrant
 
 Result = tuple[int, str, str]
 Command = Callable[..., Result]

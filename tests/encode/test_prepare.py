@@ -1,3 +1,5 @@
+"""Jobs are measured, decoded and preprocessed."""
+
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -6,28 +8,21 @@ from typing import Any
 import pytest
 from fake_model import colour_image
 from PIL import Image
+from raw_images import encoded, exif
 
-from cocoa_embed.encode.prepare import Passenger, StreamSource, draw_thumbnail, examine, prepare_batch
-from cocoa_embed.images.load import ImageError
+from cocoa_embed.encode.jobs import ImageJob, StreamSource, measure
+from cocoa_embed.encode.prepare import prepare
+from cocoa_embed.errors import ImageError
+from cocoa_embed.images.to_rgb import draw_thumbnail
 
-
-def encoded(image: Image.Image, format_: str = "PNG", **options: Any) -> bytes:
-    buffer = BytesIO()
-    image.save(buffer, format_, **options)
-    return buffer.getvalue()
-
-
-def sideways() -> bytes:
-    """Return a JPEG that is 30 x 10 as stored, and 10 x 30 upright."""
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    return encoded(colour_image("red", (30, 10)), "JPEG", exif=exif)
+SIDEWAYS = encoded(colour_image("red", (30, 10)), "JPEG", exif=exif(6))
+"""30 x 10 as stored, 10 x 30 upright."""
 
 
-def examined(source: StreamSource, name: str = "a picture") -> Passenger:
-    passenger = Passenger(name, name, source)
-    examine(passenger)
-    return passenger
+def measured(source: StreamSource, name: str = "a picture", tokens: int = 1) -> ImageJob:
+    job = ImageJob(name, name, source)
+    measure(job, lambda width, height: tokens)
+    return job
 
 
 def sizes(images: Sequence[Image.Image]) -> dict[str, Any]:
@@ -36,15 +31,14 @@ def sizes(images: Sequence[Image.Image]) -> dict[str, Any]:
 
 
 class Refusing:
-    """A preprocessor that refuses batches with an image of one of these widths."""
+    """A preprocessor that refuses batches with an image of one of these widths, and batches that are too large."""
 
     def __init__(self, *widths: int, at_most: int = 99) -> None:
         self.widths = widths
         self.at_most = at_most
-        self.calls = 0
 
     def __call__(self, images: Sequence[Image.Image]) -> dict[str, Any]:
-        self.calls += 1
+        assert images
         if any(image.width in self.widths for image in images):
             raise ValueError("of this\nwidth")
         if len(images) > self.at_most:
@@ -53,97 +47,84 @@ class Refusing:
 
 
 @pytest.mark.parametrize("kind", ["bytes", "str", "path", "pil"])
-def test_every_source_is_measured_and_decoded(kind: str, tmp_path: Path) -> None:
+def test_every_source_is_measured_and_decoded_and_a_file_read_once(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "red.png"
     colour_image("red", (24, 16)).save(path)
     source = {"bytes": path.read_bytes(), "str": str(path), "path": path, "pil": Image.open(path)}[kind]
-    passenger = examined(source)
-    assert (passenger.width, passenger.height) == (24, 16)
-    batch = prepare_batch([passenger], sizes, None)
-    assert batch.pieces[0].features == {"sizes": [(24, 16)]}
-    assert (passenger.mime, passenger.thumbnail) == ("image/png", None)
-    assert batch.seconds > 0
+    job = measured(source)
+    assert job.cost == (1, 24, 16)
+    path.unlink() if kind in ("str", "path") else None
+    (batch,) = prepare([job], sizes, None)
+    assert batch.features == {"sizes": [(24, 16)]}
+    assert (job.mime, job.thumbnail, job.outcome) == ("image/png", None, None)
 
 
-def test_a_file_is_read_once(tmp_path: Path) -> None:
-    path = tmp_path / "red.png"
-    colour_image("red").save(path)
-    passenger = examined(path)
-    path.unlink()
-    assert not prepare_batch([passenger], sizes, None).refused
-
-
-def test_the_size_is_upright_before_and_after_decoding() -> None:
-    passenger = examined(sideways())
-    assert (passenger.width, passenger.height) == (10, 30)
-    assert prepare_batch([passenger], sizes, None).pieces[0].features == {"sizes": [(10, 30)]}
-    assert (passenger.width, passenger.height) == (10, 30)
-
-
-def test_an_image_made_in_memory_has_no_known_media_type() -> None:
-    passenger = examined(colour_image("red"))
-    prepare_batch([passenger], sizes, None)
-    assert passenger.mime == "application/octet-stream"
-
-
-@pytest.mark.parametrize(
-    "data", [b"", b"no image", b"\xff\xd8\xff\xe0 nothing more", encoded(colour_image("red"))[:20]]
-)
-def test_what_has_no_header_is_an_error_that_names_it(data: bytes) -> None:
-    with pytest.raises(ImageError) as caught:
-        examined(data)
-    assert caught.value.source == "a picture"
-
-
-def test_what_breaks_later_is_refused_and_spoils_nothing_else() -> None:
-    good, broken = examined(colour_image("red")), examined(encoded(colour_image("blue", (99, 99)), "JPEG")[:-40])
-    batch = prepare_batch([good, broken], sizes, None)
-    assert [piece.passengers for piece in batch.pieces] == [[good]]
-    assert [passenger for passenger, _ in batch.refused] == [broken]
-    assert "truncated" in batch.refused[0][1].reason
-
-
-def test_a_batch_of_broken_images_is_not_preprocessed() -> None:
-    prepare = Refusing()
-    batch = prepare_batch([examined(encoded(colour_image("blue", (99, 99)), "JPEG")[:-40])], prepare, None)
-    assert (prepare.calls, batch.pieces, len(batch.refused)) == (0, [], 1)
-
-
-@pytest.mark.parametrize("bad", [(), (3,), (0, 7), (1, 2, 3), tuple(range(8))])
-def test_the_images_that_the_processor_refuses_are_found_and_the_others_kept(bad: tuple[int, ...]) -> None:
-    passengers = [examined(colour_image("red", (10 + width, 10)), str(width)) for width in range(8)]
-    batch = prepare_batch(passengers, Refusing(*(10 + width for width in bad)), None)
-    assert sorted(passenger.name for passenger, _ in batch.refused) == sorted(map(str, bad))
-    assert all(error.reason == "cannot be embedded (of this width)" for _, error in batch.refused)
-    kept = [passenger for piece in batch.pieces for passenger in piece.passengers]
-    assert [passenger.name for passenger in kept] == [str(width) for width in range(8) if width not in bad]
-    for piece in batch.pieces:
-        assert piece.features == {"sizes": [(passenger.width, 10) for passenger in piece.passengers]}
-
-
-def test_a_batch_refused_as_a_whole_is_prepared_in_parts() -> None:
-    passengers = [examined(colour_image("red", (10 + width, 10))) for width in range(8)]
-    batch = prepare_batch(passengers, Refusing(at_most=3), None)
-    assert [len(piece.passengers) for piece in batch.pieces] == [2, 2, 2, 2]
-    assert not batch.refused
-
-
-def test_thumbnails_are_small_jpegs_of_the_upright_image() -> None:
-    passenger = examined(sideways())
-    prepare_batch([passenger], sizes, 15)
-    thumbnail = Image.open(BytesIO(passenger.thumbnail or b""))
+def test_sizes_are_upright_before_and_after_decoding_and_thumbnails_too() -> None:
+    job = measured(SIDEWAYS)
+    assert job.cost[1:] == (10, 30)
+    (batch,) = prepare([job], sizes, 15)
+    assert batch.features == {"sizes": [(10, 30)]}
+    assert job.cost[1:] == (10, 30)
+    thumbnail = Image.open(BytesIO(job.thumbnail or b""))
     assert (thumbnail.format, thumbnail.size) == ("JPEG", (5, 15))
 
 
-def test_a_thumbnail_does_not_enlarge_nor_change_its_image() -> None:
+def test_a_thumbnail_neither_enlarges_nor_changes_its_image() -> None:
     image = colour_image("red", (24, 16))
     assert Image.open(BytesIO(draw_thumbnail(image, 320))).size == (24, 16)
     draw_thumbnail(image, 8)
     assert image.size == (24, 16)
 
 
-def test_the_tokens_of_a_piece_are_those_of_its_longest_image_for_each() -> None:
-    passengers = [examined(colour_image("red")) for _ in range(3)]
-    for passenger, tokens in zip(passengers, (4, 9, 1), strict=True):
-        passenger.tokens = tokens
-    assert prepare_batch(passengers, sizes, None).pieces[0].tokens == 27
+def test_an_image_made_in_memory_has_no_known_media_type() -> None:
+    job = measured(colour_image("red"))
+    prepare([job], sizes, None)
+    assert job.mime == "application/octet-stream"
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"no image", b"\xff\xd8\xff\xe0 no more", encoded(colour_image("red"), "PNG")[:20]]
+)
+def test_a_file_without_a_header_finishes_with_an_error_that_names_it(data: bytes) -> None:
+    outcome = measured(data).outcome
+    assert isinstance(outcome, ImageError)
+    assert outcome.source == "a picture"
+
+
+def test_a_size_that_the_model_refuses_finishes_with_an_error() -> None:
+    def refuse(width: int, height: int) -> int:
+        raise ValueError("too\nlong")
+
+    job = ImageJob("key", "a picture", colour_image("red"))
+    measure(job, refuse)
+    assert str(job.outcome) == "a picture: cannot be embedded (too long)"
+    assert job.source is None
+    assert job.bytes_held == 0
+
+
+def test_an_image_that_breaks_later_affects_no_other() -> None:
+    truncated = encoded(colour_image("blue", (99, 99)), "JPEG")[:-40]
+    good, broken = measured(colour_image("red")), measured(truncated)
+    (batch,) = prepare([good, broken], sizes, None)
+    assert batch.jobs == [good]
+    assert isinstance(broken.outcome, ImageError)
+    assert "truncated" in broken.outcome.reason
+    assert prepare([measured(truncated)], Refusing(), None) == []
+
+
+@pytest.mark.parametrize("bad", [(), (3,), (0, 7), (1, 2, 3), tuple(range(8))])
+def test_the_images_that_the_processor_refuses_are_found_and_the_others_kept(bad: tuple[int, ...]) -> None:
+    jobs = [measured(colour_image("red", (10 + number, 10)), str(number)) for number in range(8)]
+    batches = prepare(jobs, Refusing(*(10 + number for number in bad)), None)
+    assert [number for number, job in enumerate(jobs) if job.outcome] == list(bad)
+    assert all(jobs[number].outcome.reason == "cannot be embedded (of this width)" for number in bad)
+    assert [job for batch in batches for job in batch.jobs] == [job for job in jobs if not job.outcome]
+    for batch in batches:
+        assert batch.features == {"sizes": [job.cost[1:] for job in batch.jobs]}
+
+
+def test_a_batch_that_is_refused_as_a_whole_is_prepared_in_parts() -> None:
+    jobs = [measured(colour_image("red"), tokens=number) for number in range(8)]
+    batches = prepare(jobs, Refusing(at_most=3), None)
+    assert [len(batch.jobs) for batch in batches] == [2, 2, 2, 2]
+    assert [batch.tokens for batch in batches] == [2, 6, 10, 14]

@@ -5,7 +5,7 @@ import pytest
 from exported import contents
 
 from cocoa_embed.errors import CocoaError
-from cocoa_embed.folders import claim_folder, is_scratch_of, write_whole
+from cocoa_embed.folders import claim_folder, is_scratch_of, write_atomically
 
 MARKER = "marker.json"
 
@@ -84,7 +84,7 @@ def test_a_link_to_an_earlier_run_is_claimed_or_refused_in_a_sentence(tmp_path: 
 def test_what_could_not_be_put_in_place_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     with pytest.raises(OSError, match="taken"):
-        write_whole(tmp_path / "taken", "text")
+        write_atomically(tmp_path / "taken", "text")
     assert [entry.name for entry in tmp_path.iterdir()] == ["taken"]
 
 
@@ -100,9 +100,9 @@ def test_each_process_has_a_scratch_file_of_its_own(tmp_path: Path, monkeypatch:
         for process in (7, 8):
             patch.setattr("cocoa_embed.folders.os.getpid", lambda process=process: process)
             with pytest.raises(Kill):
-                write_whole(tmp_path / "a.json", "text")
+                write_atomically(tmp_path / "a.json", "text")
     assert contents(tmp_path) == {"a.json.7.new": b"text", "a.json.8.new": b"text"}
     assert all(is_scratch_of(name, "a.json") for name in os.listdir(tmp_path))
     assert not is_scratch_of("a.json", "a.json")
-    write_whole(tmp_path / "a.json", "other")
+    write_atomically(tmp_path / "a.json", "other")
     assert (tmp_path / "a.json").read_text() == "other"

@@ -18,15 +18,16 @@ SOURCE_TREES = {
 }
 IMPORTING_CALLS = {"import_module", "require"}
 
-CORE = ("errors", "folders", "images", "data", "model", "encode")
+CORE = ("cpu_threads", "errors", "folders", "images", "data", "model", "encode")
 ALLOWED: dict[str, tuple[str, ...]] = {
     "": (),
+    "cpu_threads": (),
     "errors": (),
     "folders": ("errors",),
     "images": ("errors", "folders"),
     "data": ("errors", "folders", "images"),
     "model": ("errors", "folders"),
-    "encode": ("errors", "folders", "images", "model"),
+    "encode": ("cpu_threads", "errors", "folders", "images", "model"),
     "report": ("errors",),
     "evaluation": (*CORE, "report.tables"),
     "train.settings": ("errors", "data"),

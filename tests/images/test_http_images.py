@@ -21,6 +21,7 @@ from cocoa_embed.images.http import Fetcher
 from cocoa_embed.images.load import load_image
 from cocoa_embed.images.urls import is_public, shown_address
 
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 PNG = encoded(Image.new("RGB", (9, 5), "red"), "PNG")
 
 Respond = Callable[[BaseHTTPRequestHandler], None]
@@ -76,12 +77,27 @@ def drip(handler: BaseHTTPRequestHandler) -> None:
         time.sleep(0.1)
 
 
+def drip_headers(handler: BaseHTTPRequestHandler) -> None:
+    """Send a header, a byte every tenth of a second."""
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Long: ")
+    while True:
+        handler.wfile.write(b".")
+        time.sleep(0.1)
+
+
 def flood(handler: BaseHTTPRequestHandler) -> None:
     """Send bytes as fast as they are taken."""
     handler.send_response(200)
     handler.end_headers()
     while True:
         handler.wfile.write(bytes(100_000))
+
+
+def flood_in_chunks(handler: BaseHTTPRequestHandler) -> None:
+    """Send chunks as fast as they are taken."""
+    handler.wfile.write(CHUNKED)
+    while True:
+        handler.wfile.write(b"1000\r\n" + bytes(0x1000) + b"\r\n")
 
 
 @pytest.fixture
@@ -149,31 +165,23 @@ def test_an_image_is_fetched_from_an_allowed_host(server: Server, names: Names) 
     assert names.asked == ["photos.test", "photos.test"]
 
 
-@pytest.mark.usefixtures("open_loopback")
-def test_a_host_may_be_written_in_other_ways(server: Server) -> None:
-    for host in ("PHOTOS.Test", "photos.test.", "ｐhotos.test", "photos。test"):
-        assert fetcher_for(server).fetch(server.address(host=host)) == PNG
-    assert {headers["Host"] for _, headers in server.asked} == {f"photos.test:{server.server_port}"}
-
-
-@pytest.mark.parametrize(
-    "host",
-    ["127.0.0.1", "2130706433", "0x7f000001", "0x7f.1", "017700000001", "127.1", "0", "[::1]", "[::ffff:7f00:1]"],
+THIS_MACHINE = (
+    *("127.0.0.1", "2130706433", "0x7f000001", "0x7f.1", "017700000001", "127.1", "0", "[::1]", "[::ffff:7f00:1]"),
+    *("localhost", "LOCALHOST", "localhost."),
 )
-def test_numbers_that_stand_for_this_machine_are_refused_though_they_are_allowed(host: str) -> None:
-    assert "is not a public one" in refusal(Fetcher([host]), f"http://{host}/photo.png")
 
 
-def test_the_names_of_this_machine_are_refused_though_they_are_allowed(names: Names) -> None:
-    names.addresses |= {"localhost": ["127.0.0.1", "::1"], "localhost.localdomain": ["127.0.0.1"]}
-    for host in ("localhost", "LOCALHOST", "localhost.", "localhost.localdomain"):
-        assert "is not a public one" in refusal(Fetcher([host]), f"http://{host}/")
+def test_names_and_numbers_of_this_machine_are_refused_even_if_they_are_allowed(names: Names) -> None:
+    names.addresses["localhost"] = ["127.0.0.1", "::1"]
+    fetcher = Fetcher(THIS_MACHINE)
+    for host in THIS_MACHINE:
+        assert "is not public" in refusal(fetcher, f"http://{host}/photo.png")
 
 
 def test_a_host_with_one_address_that_is_not_public_is_refused(names: Names) -> None:
     names.addresses["photos.test"] = ["8.8.8.8", "2606:2800:220:1::1", "10.1.2.3"]
     reason = refusal(Fetcher(["photos.test"]), "http://photos.test/")
-    assert reason == "is on photos.test, whose address 10.1.2.3 is not a public one"
+    assert reason == "is on photos.test, whose address 10.1.2.3 is not public"
 
 
 @pytest.mark.usefixtures("open_loopback")
@@ -207,7 +215,7 @@ def test_each_redirect_is_checked_as_the_first_address_is(server: Server, names:
     fetcher = Fetcher([f"photos.test:{server.server_port}", "inner.test", "169.254.169.254"])
     for location, reason in {
         "http://inner.test/": "leads to http://inner.test/, which is on inner.test, whose address 10.0.0.1 is not",
-        "http://169.254.169.254/latest/": "whose address 169.254.169.254 is not a public one",
+        "http://169.254.169.254/latest/": "whose address 169.254.169.254 is not public",
         "//other.test/": "which is on other.test, which is not among the allowed hosts",
         server.address(host="other.test"): f"other.test:{server.server_port}, which is not among the allowed hosts",
         "file:///etc/passwd": "which is not an http or https address",
@@ -215,8 +223,8 @@ def test_each_redirect_is_checked_as_the_first_address_is(server: Server, names:
         "data:image/png;base64,AAAA": "which is not an http or https address",
         "http://me:secret@photos.test/": "leads to http://photos.test/, which has a user name in it",
         "http://photos.test/": "which is on photos.test, which is not among the allowed hosts",
-        "http://[bad": "leads to what is no valid address",
-        "": "leads on, but does not say where to",
+        "http://[bad": "leads to a malformed address",
+        "": "redirects without an address",
     }.items():
         server.respond = answer(b"", 302, Location=location)
         assert reason in refusal(fetcher, server.address())
@@ -239,33 +247,36 @@ def test_redirects_on_the_host_are_followed(server: Server, status: int) -> None
 @pytest.mark.usefixtures("open_loopback")
 def test_a_circle_of_redirects_ends(server: Server) -> None:
     server.respond = answer(b"", 302, Location="/photo.png")
-    assert "5 redirects are the limit" in refusal(fetcher_for(server), server.address())
+    assert "redirects more than 5 times" in refusal(fetcher_for(server), server.address())
     assert len(server.asked) == 6
-    assert "0 redirects are the limit" in refusal(fetcher_for(server, max_redirects=0), server.address())
+    assert "redirects more than 0 times" in refusal(fetcher_for(server, max_redirects=0), server.address())
 
 
 @pytest.mark.usefixtures("open_loopback")
-@pytest.mark.parametrize("respond", [drip, lambda handler: time.sleep(30)])
+@pytest.mark.parametrize("respond", [drip, drip_headers, lambda handler: time.sleep(30)])
 def test_a_server_that_is_slow_for_ever_is_given_up(server: Server, respond: Respond) -> None:
     server.respond = respond
-    started = time.monotonic()
     reason = refusal(fetcher_for(server, timeout=0.5, deadline=1), server.address())
-    assert reason == "takes too long (limits: 0.5 s a step, 1 s in all)"
-    assert time.monotonic() - started < 5
+    assert reason == "takes too long (limits: 0.5 s per step, 1 s in all)"
 
 
 @pytest.mark.usefixtures("open_loopback")
-def test_a_server_that_drips_its_headers_is_given_up(server: Server) -> None:
-    def respond(handler: BaseHTTPRequestHandler) -> None:
-        handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Long: ")
-        while True:
-            handler.wfile.write(b".")
-            time.sleep(0.1)
-
+@pytest.mark.parametrize("respond", [flood, flood_in_chunks])
+def test_an_endless_body_is_cut_at_the_limit(server: Server, respond: Respond) -> None:
     server.respond = respond
-    started = time.monotonic()
-    assert "takes too long" in refusal(fetcher_for(server, timeout=0.5, deadline=1), server.address())
-    assert time.monotonic() - started < 5
+    reason = refusal(fetcher_for(server, max_bytes=1_000_000), server.address())
+    assert reason == "is too large: the limit is 1000000 bytes"
+
+
+def test_an_unknown_host_is_named_and_a_lookup_that_never_ends_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    reason = refusal(Fetcher(["photos.test"]), "http://photos.test/")
+    assert reason == "is on photos.test, which cannot be found ([Errno -2] Name or service not known)"
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(30))
+    assert "takes too long" in refusal(Fetcher(["photos.test"], timeout=0.5), "http://photos.test/")
 
 
 @pytest.mark.usefixtures("open_loopback")
@@ -278,32 +289,6 @@ def test_the_deadline_holds_over_all_redirects(server: Server) -> None:
     reason = refusal(fetcher_for(server, timeout=5, deadline=1, max_redirects=100), server.address())
     assert "takes too long" in reason
     assert len(server.asked) < 6
-
-
-def test_a_name_that_is_looked_up_for_ever_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(30))
-    started = time.monotonic()
-    assert "takes too long" in refusal(Fetcher(["photos.test"], timeout=0.5), "http://photos.test/")
-    assert time.monotonic() - started < 5
-
-
-@pytest.mark.usefixtures("open_loopback")
-def test_an_endless_body_is_cut_at_the_limit(server: Server) -> None:
-    server.respond = flood
-    assert refusal(fetcher_for(server, max_bytes=1_000_000), server.address()) == (
-        "is too large: the limit is 1000000 bytes"
-    )
-
-
-@pytest.mark.usefixtures("open_loopback")
-def test_an_endless_body_in_chunks_is_cut_at_the_limit(server: Server) -> None:
-    def respond(handler: BaseHTTPRequestHandler) -> None:
-        handler.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
-        while True:
-            handler.wfile.write(b"1000\r\n" + bytes(0x1000) + b"\r\n")
-
-    server.respond = respond
-    assert "is too large" in refusal(fetcher_for(server, max_bytes=1_000_000), server.address())
 
 
 @pytest.mark.usefixtures("open_loopback")
@@ -321,46 +306,21 @@ def test_a_lying_length_is_found_out(server: Server) -> None:
 
 
 @pytest.mark.usefixtures("open_loopback")
-def test_chunks_are_put_together_and_broken_ones_refused(server: Server) -> None:
-    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-    whole = b"%x\r\n%s\r\n%x\r\n%s\r\n0\r\n\r\n" % (20, PNG[:20], len(PNG) - 20, PNG[20:])
-    server.respond = lambda handler: handler.wfile.write(head + whole)
-    assert fetcher_for(server).fetch(server.address()) == PNG
-    server.respond = lambda handler: handler.wfile.write(head + whole[:40])
-    assert "cannot be fetched" in refusal(fetcher_for(server), server.address())
-    server.respond = lambda handler: handler.wfile.write(head + b"zzz\r\n")
-    assert "cannot be fetched" in refusal(fetcher_for(server), server.address())
-
-
-@pytest.mark.usefixtures("open_loopback")
 @pytest.mark.parametrize(
     ("respond", "reason"),
     [
-        (answer(b"gone", 404), "answers with the status 404"),
-        (answer(b"no", 403), "answers with the status 403"),
-        (answer(b"", 204), "answers with the status 204"),
-        (answer(PNG[:9], 206), "answers with the status 206"),
-        (answer(b"", 304), "answers with the status 304"),
-        (answer(b"", 500), "answers with the status 500"),
-        (answer(PNG, Content_Encoding="gzip"), "answers with the content encoding 'gzip', which was not asked for"),
+        *((answer(b"", status), f"answers with the status {status}") for status in (204, 206, 304, 403, 404, 500)),
+        (answer(PNG, Content_Encoding="gzip"), "answers with the content encoding 'gzip', which was not requested"),
         (lambda handler: handler.wfile.write(b"SSH-2.0-OpenSSH_9.6\r\n"), "cannot be fetched"),
         (lambda handler: handler.wfile.write(b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 5000), "cannot be fetched"),
         (lambda handler: None, "cannot be fetched"),
+        (lambda handler: handler.wfile.write(CHUNKED + b"5\r\nabc"), "cannot be fetched"),
+        (lambda handler: handler.wfile.write(CHUNKED + b"zzz\r\n"), "cannot be fetched"),
     ],
 )
 def test_other_answers_are_refused(server: Server, respond: Respond, reason: str) -> None:
     server.respond = respond
     assert refusal(fetcher_for(server), server.address()).startswith(reason)
-
-
-@pytest.mark.usefixtures("open_loopback")
-def test_a_page_is_no_image(server: Server) -> None:
-    server.respond = answer(b"<!doctype html><title>Please sign in</title>", Content_Type="image/png")
-    with pytest.raises(ImageError, match=r"^http://photos\.test:\d+/photo\.png: is not an image"):
-        load_image(server.address(), fetcher=fetcher_for(server))
-    server.respond = answer(b"")
-    with pytest.raises(ImageError, match="is empty"):
-        load_image(server.address(), fetcher=fetcher_for(server))
 
 
 @pytest.mark.usefixtures("open_loopback")
@@ -382,49 +342,33 @@ def test_the_next_address_of_a_host_is_tried(server: Server, names: Names, monke
     assert "cannot be fetched (it has no network address)" in refusal(fetcher_for(server), server.address())
 
 
-def test_an_unknown_host_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unknown(*_: object, **__: object) -> None:
-        raise socket.gaierror(-2, "Name or service not known")
-
-    monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    reason = refusal(Fetcher(["photos.test"]), "http://photos.test/")
-    assert reason == "is on photos.test, which cannot be found ([Errno -2] Name or service not known)"
-
-
-@pytest.mark.parametrize(
-    ("address", "reason"),
-    [
-        ("ftp://photos.test/", "is not an http or https address"),
-        ("photo.png", "is not an http or https address"),
-        ("http:photos.test/", "is no valid address"),
-        ("http:///photo.png", "is no valid address"),
-        ("http://me@photos.test/", "has a user name in it"),
-        ("http://me:secret@photos.test/", "has a user name in it"),
-        ("http://@photos.test/", "has a user name in it"),
-        ("http://other.test\\@photos.test/", "has spaces, control characters or backslashes"),
-        ("http://photos.test/a b.png", "has spaces, control characters or backslashes"),
-        ("http://photos.test/\r\nHost: other.test", "has spaces, control characters or backslashes"),
-        ("http://photos.test\t/", "has spaces, control characters or backslashes"),
-        ("http://photos.test:70000/", "is no valid address"),
-        ("http://photos.test:port/", "is no valid address"),
-        ("http://photos.test:8080/", "is on photos.test:8080, which is not among the allowed hosts"),
-        ("http://photos.test:443/", "is on photos.test:443, which is not among the allowed hosts"),
-        ("http://photos..test/", "is no valid address"),
-        ("http://photos.test%2eother.test/", "is no valid address"),
-        ("http://%70hotos.test/", "is no valid address"),
-        ("http://[::1", "is no valid address"),
-        ("http://[fe80::1%25eth0]/", ""),
-        ("http://other.test#@photos.test/", "is on other.test, which is not among the allowed hosts"),
-        ("http://other.test?@photos.test/", "is on other.test, which is not among the allowed hosts"),
-        ("http://photos.test.other.test/", "is on photos.test.other.test, which is not among the allowed hosts"),
-        ("http://" + "a" * 300 + ".test/", "is no valid address"),
-        ("http://photos.test/\udcff", "is no valid address"),
+ELSEWHERE = "is on {}, which is not among the allowed hosts"
+REFUSED = {
+    "is not an http or https address": ["ftp://photos.test/", "photo.png"],
+    "has a user name in it": ["http://me@photos.test/", "http://me:secret@photos.test/", "http://@photos.test/"],
+    "has spaces, control characters or backslashes": [
+        *("http://other.test\\@photos.test/", "http://photos.test/a b.png", "http://photos.test\t/"),
+        "http://photos.test/\r\nHost: other.test",
     ],
-)
-def test_addresses_that_are_not_allowed_are_refused_before_a_name_is_looked_up(
-    names: Names, address: str, reason: str
-) -> None:
-    assert reason in refusal(Fetcher(["photos.test"]), address)
+    "is not a valid address": [
+        *("http:photos.test/", "http:///photo.png", "http://photos.test:70000/", "http://photos.test:port/"),
+        *("http://photos..test/", "http://photos.test%2eother.test/", "http://%70hotos.test/", "http://[::1"),
+        *("http://" + "a" * 300 + ".test/", "http://photos.test/\udcff"),
+    ],
+    ELSEWHERE.format("photos.test:8080"): ["http://photos.test:8080/"],
+    ELSEWHERE.format("photos.test:443"): ["http://photos.test:443/"],
+    ELSEWHERE.format("other.test"): ["http://other.test#@photos.test/", "http://other.test?@photos.test/"],
+    ELSEWHERE.format("photos.test.other.test"): ["http://photos.test.other.test/"],
+    "": ["http://[fe80::1%25eth0]/"],
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_addresses_that_are_not_allowed_are_refused_before_a_name_is_looked_up(names: Names, reason: str) -> None:
+    fetcher = Fetcher(["photos.test"])
+    for address in REFUSED[reason]:
+        assert reason in refusal(fetcher, address)
+    assert "is not among the allowed hosts" in refusal(Fetcher([]), "https://photos.test/")
     assert names.asked == []
 
 
@@ -433,7 +377,7 @@ def test_addresses_that_are_not_allowed_are_refused_before_a_name_is_looked_up(
     ["", "*", "*.", "*.*.org", "a*.org", "http://example.org", "example.org/a", "me@a.org", "a b", "a.org:x", "."],
 )
 def test_what_is_no_host_cannot_be_allowed(rule: str) -> None:
-    with pytest.raises(UsageError, match=r"is no allowed host .* give example\.com"):
+    with pytest.raises(UsageError, match=r"is not an allowed host .* give example\.com"):
         Fetcher([rule])
 
 
@@ -443,10 +387,6 @@ def test_wrong_limits_are_refused() -> None:
             Fetcher(["example.org"], **options)
     with pytest.raises(UsageError, match=r"is the string 'example\.org'; give a list"):
         Fetcher("example.org")
-
-
-def test_nothing_is_allowed_by_default() -> None:
-    assert "is not among the allowed hosts" in refusal(Fetcher([]), "https://example.org/")
 
 
 @pytest.fixture
@@ -490,13 +430,5 @@ def test_https_checks_the_certificate_and_the_name(
 def test_a_handshake_that_never_ends_is_given_up() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
-        started = time.monotonic()
         reason = refusal(Fetcher([f"photos.test:{port}"], timeout=0.5), f"https://photos.test:{port}/")
         assert "takes too long" in reason
-        assert time.monotonic() - started < 5
-
-
-def test_the_usual_context_checks_names_and_certificates() -> None:
-    context = remote.tls_context()
-    assert context.check_hostname
-    assert context.verify_mode == ssl.CERT_REQUIRED

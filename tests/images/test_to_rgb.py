@@ -10,7 +10,7 @@ from raw_images import encoded, exif, heic, png_chunk, png_of, tiff_file, tiff_o
 
 from cocoa_embed.errors import ImageError
 from cocoa_embed.images.load import load_image
-from cocoa_embed.images.to_rgb import grey_to_8_bit, over_white, upright_rgb
+from cocoa_embed.images.to_rgb import over_white, upright_rgb
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(0, 256, (27, 21, 3), dtype=np.uint8)
@@ -102,7 +102,7 @@ GREYS = {
     "pgm": encoded(image_of(GREY), "PPM"),
     "tga": encoded(image_of(GREY), "TGA"),
     "heic": heic(image_of(GREY), matrix_coefficients=1),
-    "gif": encoded(image_of(GREY), "GIF"),
+    "animated gif": encoded(image_of(GREY), "GIF", save_all=True, append_images=[image_of(255 - GREY)]),
 }
 
 
@@ -186,13 +186,6 @@ def test_transparency_is_laid_over_white_in_bands_as_all_at_once(monkeypatch: py
     palette = image_of(NOISE).quantize(5)
     palette.info["transparency"] = 2
     np.testing.assert_array_equal(over_white(palette), over_white(palette.convert("RGBA")))
-
-
-def test_16_bits_are_scaled_as_pillow_scales_those_of_colours() -> None:
-    values = np.arange(0, 65536, 7, dtype=np.uint16)[None]
-    grey = grey_to_8_bit(values)
-    colours = load_image(png_of(np.repeat(values[:, :, None], 3, axis=2), colour=2))
-    np.testing.assert_array_equal(np.asarray(colours)[:, :, 0], grey)
 
 
 def test_nothing_of_the_metadata_is_left_to_be_applied_again() -> None:

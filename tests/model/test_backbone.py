@@ -36,21 +36,6 @@ Weights = dict[str, torch.Tensor]
 
 
 @pytest.fixture
-def broken(tiny_backbone_path: Path, tmp_path: Path) -> Callable[[Callable[[Weights], None]], Path]:
-    """Copy the tiny backbone and change the copy's weights."""
-
-    def copy_and_change(change: Callable[[Weights], None]) -> Path:
-        folder = tmp_path / "broken"
-        shutil.copytree(tiny_backbone_path, folder)
-        weights = load_file(folder / "model.safetensors")
-        change(weights)
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        return folder
-
-    return copy_and_change
-
-
-@pytest.fixture
 def make_image(tmp_path: Path) -> Callable[[int, int], Path]:
     def make(width: int, height: int) -> Path:
         pixels = np.random.default_rng(width * 10_000 + height).integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -144,71 +129,60 @@ def test_a_folder_without_a_model_config_is_refused(tmp_path: Path, content: str
     assert_one_line(error)
 
 
-def test_a_folder_without_weights_is_refused(tiny_backbone_path: Path, tmp_path: Path) -> None:
-    shutil.copytree(tiny_backbone_path, tmp_path / "empty", ignore=shutil.ignore_patterns("*.safetensors"))
-    assert (tmp_path / "empty" / "config.json").is_file()
-    with pytest.raises(CocoaError, match=re.escape(f"Cannot load weights from {tmp_path / 'empty'}")) as error:
-        load_backbone(str(tmp_path / "empty"))
-    assert_one_line(error)
-
-
-def test_weights_that_are_cut_short_are_refused(tiny_backbone_path: Path, tmp_path: Path) -> None:
-    shutil.copytree(tiny_backbone_path, tmp_path / "short")
-    weights = tmp_path / "short" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(CocoaError, match="short") as error:
-        load_backbone(str(tmp_path / "short"))
-    assert_one_line(error)
-
-
-def test_a_folder_without_a_processor_is_refused(tiny_backbone_path: Path, tmp_path: Path) -> None:
-    ignored = shutil.ignore_patterns("*token*", "*processor*", "*.jinja")
-    shutil.copytree(tiny_backbone_path, tmp_path / "mute", ignore=ignored)
-    with pytest.raises(CocoaError, match="mute") as error:
-        load_backbone(str(tmp_path / "mute"))
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        (["*.safetensors"], "Cannot load weights from "),
+        (["*token*", "*processor*", "*.jinja"], "Cannot load the processor of "),
+    ],
+)
+def test_a_folder_without_weights_or_processor_is_refused(
+    tiny_backbone_path: Path, tmp_path: Path, lost: list[str], message: str
+) -> None:
+    folder = tmp_path / "incomplete"
+    shutil.copytree(tiny_backbone_path, folder, ignore=shutil.ignore_patterns(*lost))
+    with pytest.raises(CocoaError, match=re.escape(f"{message}{folder}")) as error:
+        load_backbone(str(folder))
     assert_one_line(error)
 
 
 # Weights that do not fit
 
 
-def test_missing_weights_are_an_error_that_lists_them(broken: Callable[[Callable[[Weights], None]], Path]) -> None:
-    def drop(weights: Weights) -> None:
-        del weights["model.layers.1.mlp.up_proj.weight"]
-        (bias,) = (name for name in weights if name.endswith("visual.blocks.0.attn.qkv.bias"))
-        del weights[bias]
-
-    with pytest.raises(CocoaError, match="missing: ") as error:
-        load_backbone(str(broken(drop)))
-    assert "layers.1.mlp.up_proj.weight" in str(error.value)
-    assert "blocks.0.attn.qkv.bias" in str(error.value)
-    assert "layers.0" not in str(error.value)
-    assert_one_line(error)
+def lose_two(weights: Weights) -> None:
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    (bias,) = (name for name in weights if name.endswith("visual.blocks.0.attn.qkv.bias"))
+    del weights[bias]
 
 
-def test_unexpected_weights_are_an_error_that_lists_them(broken: Callable[[Callable[[Weights], None]], Path]) -> None:
-    def add(weights: Weights) -> None:
-        weights["model.layers.7.self_attn.extra.weight"] = torch.zeros(2)
-
-    with pytest.raises(CocoaError, match=r"unexpected: .*layers\.7\.self_attn\.extra\.weight") as error:
-        load_backbone(str(broken(add)))
-    assert_one_line(error)
+def add_one(weights: Weights) -> None:
+    weights["model.layers.7.self_attn.extra.weight"] = torch.zeros(2)
 
 
-def test_weights_of_another_shape_are_an_error_that_names_them(
-    broken: Callable[[Callable[[Weights], None]], Path],
+def reshape_one(weights: Weights) -> None:
+    assert weights["model.norm.weight"].shape == (32,)
+    weights["model.norm.weight"] = torch.ones(33)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lose_two, r"\(missing: \S*layers\.1\.mlp\.up_proj\.weight, \S*blocks\.0\.attn\.qkv\.bias\)"),
+        (add_one, r"\(unexpected: \S*layers\.7\.self_attn\.extra\.weight\)"),
+        (reshape_one, r"\(mismatched: \S*norm\.weight is \(33,\), not \(32,\)\)"),
+    ],
+)
+def test_weights_that_do_not_fit_the_model_are_an_error_that_lists_them(
+    tiny_backbone_path: Path, tmp_path: Path, change: Callable[[Weights], None], fault: str
 ) -> None:
-    def reshape(weights: Weights) -> None:
-        assert weights["model.norm.weight"].shape == (32,)
-        weights["model.norm.weight"] = torch.ones(33)
-
-    with pytest.raises(CocoaError, match=r"norm\.weight") as error:
-        load_backbone(str(broken(reshape)))
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny_backbone_path, folder)
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CocoaError, match=fault) as error:
+        load_backbone(str(folder))
     assert_one_line(error)
-
-
-def test_whole_weights_are_not_refused(broken: Callable[[Callable[[Weights], None]], Path]) -> None:
-    load_backbone(str(broken(lambda weights: None)), max_length=TINY_MAX_LENGTH)
 
 
 # The mask token
@@ -320,11 +294,6 @@ def test_an_image_limit_too_large_for_the_sequence_is_refused_with_both_numbers(
     assert_one_line(error)
 
 
-def test_what_cannot_hold_its_own_images_is_refused_before_the_weights_are_used(tiny_backbone_path: Path) -> None:
-    with pytest.raises(UsageError, match="56 visual tokens"):
-        load_backbone(str(tiny_backbone_path), max_length=20)
-
-
 # Every sequence ends in <EOS>
 
 
@@ -362,7 +331,7 @@ def test_a_text_gives_way_to_the_visual_tokens(
 @pytest.mark.parametrize(
     ("max_tokens", "max_length"), [(16, 24), (16, 40), (100, 108)], ids=["smallest", "small", "larger"]
 )
-@pytest.mark.parametrize("size", [(28 * 150, 28), (28, 28 * 150), (2000, 12), (1200, 40)])
+@pytest.mark.parametrize("size", [(28 * 150, 28), (12, 2000)])
 def test_a_panorama_takes_no_more_tokens_than_the_sequence_has_room_for(
     tiny_backbone_path: Path,
     make_image: Callable[[int, int], Path],
@@ -391,10 +360,6 @@ def test_saved_and_loaded_again_a_backbone_renders_the_same(
     first, second = render_items(tiny_backbone.processor, items), render_items(again, items)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
-
-
-def test_no_second_chat_template_is_left_beside_the_one(tiny_backbone: Backbone, tmp_path: Path) -> None:
-    tiny_backbone.save(tmp_path)
     assert (tmp_path / "chat_template.jinja").read_text() == tiny_backbone.processor.chat_template
     assert json.loads((tmp_path / "tokenizer_config.json").read_text()).get("chat_template") is None
 

@@ -40,20 +40,18 @@ def test_a_small_step_of_training_makes_another_model(model: SentenceTransformer
 
 
 def test_settings_that_change_embeddings_make_another_model(model: SentenceTransformer) -> None:
-    seen = {model_fingerprint(model)}
-    model.prompts["query"] = "another prompt: "
-    seen.add(model_fingerprint(model))
-    model[0].processor.chat_template += " "
-    seen.add(model_fingerprint(model))
-    model[1].pooling_mode = "mean"
-    seen.add(model_fingerprint(model))
-    model.config.get_text_config().is_causal = True
-    seen.add(model_fingerprint(model))
-    model.max_seq_length = 7
-    seen.add(model_fingerprint(model))
-    model[0].processor.image_processor.image_mean = [0.0, 0.0, 0.0]
-    seen.add(model_fingerprint(model))
-    assert len(seen) == 7
+    processor, seen = model[0].processor, [model_fingerprint(model)]
+    for target, name, value in (
+        (model, "prompts", {"query": "another prompt: "}),
+        (processor, "chat_template", f"{processor.chat_template} "),
+        (model[1], "pooling_mode", "mean"),
+        (model.config.get_text_config(), "is_causal", True),
+        (model, "max_seq_length", 7),
+        (processor.image_processor, "image_mean", [0.0, 0.0, 0.0]),
+    ):
+        setattr(target, name, value)
+        seen.append(model_fingerprint(model))
+    assert len(set(seen)) == len(seen)
 
 
 def test_a_prompt_that_is_empty_is_none(model: SentenceTransformer) -> None:

@@ -1,9 +1,18 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from exported import PROMPTS, TRAINING, write_checkpoint
 
+from cocoa_embed.encode.load import load_encoder
 from cocoa_embed.errors import CocoaError
-from cocoa_embed.model.loading import check_model_folder, is_hub_name, load_model
+from cocoa_embed.model.attention import is_causal
+from cocoa_embed.model.backbone import load_backbone
+from cocoa_embed.model.export import export_model
+from cocoa_embed.model.loading import check_model, is_hub_name, load_model
+from cocoa_embed.model.training_record import TRAINING_FILE
+from conftest import TINY_MAX_LENGTH
 
 
 @pytest.fixture(autouse=True)
@@ -18,10 +27,49 @@ def test_a_name_is_a_hub_name_only_if_it_cannot_be_a_folder() -> None:
         assert not is_hub_name(name), name
 
 
-def test_a_model_folder_needs_modules_and_weights() -> None:
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_an_export_and_a_checkpoint_of_any_stage_load_with_prompts_and_attention_as_trained(
+    tiny_backbone_path: Path, bidirectional: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TRAINING["recipe"], "bidirectional", bidirectional)
+    backbone = load_backbone(str(tiny_backbone_path), max_length=TINY_MAX_LENGTH, bidirectional=bidirectional)
+    checkpoint = write_checkpoint(backbone, Path("run") / "warmup")
+    vectors = []
+    for folder in (checkpoint, export_model(checkpoint, Path("model"))):
+        encoder = load_encoder(folder, "cpu", dimension=16)
+        assert (encoder.name, encoder.dimension, encoder.model.prompts) == (str(folder), 16, PROMPTS)
+        assert is_causal(encoder.model[0].auto_model) is not bidirectional
+        vectors.append(encoder.embed_queries([{"text": "a red ring"}]))
+    assert (vectors[0] == vectors[1]).all()
+
+
+def test_a_folder_that_is_no_model_is_refused_in_a_sentence() -> None:
     Path("good/0").mkdir(parents=True)
     Path("good/modules.json").write_text("[]")
+    with pytest.raises(CocoaError, match="good has no weights"):
+        check_model("good")
     Path("good/0/model-00001-of-00002.safetensors").touch()
-    check_model_folder(Path("good"))
+    check_model("good")
     with pytest.raises(CocoaError, match="cannot be loaded as a SentenceTransformer"):
         load_model("good")
+    Path("words").mkdir()
+    with pytest.raises(CocoaError, match="words is no SentenceTransformer"):
+        check_model("words")
+    Path("words", TRAINING_FILE).write_text("{}")
+    with pytest.raises(CocoaError, match="words is no checkpoint"):
+        check_model("words")
+
+
+def test_a_missing_folder_is_refused_before_torch_is_imported() -> None:
+    code = """
+import sys
+from cocoa_embed.encode.load import load_encoder
+from cocoa_embed.errors import CocoaError
+try:
+    load_encoder("nowhere")
+except CocoaError as error:
+    print(error, "torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("nowhere: there is no such model folder")
+    assert done.stdout.endswith("False\n")

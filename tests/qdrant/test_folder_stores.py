@@ -164,7 +164,7 @@ class TestEdge:
         def kill(*_: object, **__: object) -> None:
             raise Kill
 
-        steps = ((edge.shutil, "rmtree"), (edge, "shard_config"), (edge, "flush_and_close"), (edge, "write_whole"))
+        steps = ((edge.shutil, "rmtree"), (edge, "shard_config"), (edge, "flush_and_close"), (edge, "write_atomically"))
         for owner, step in (*steps, (edge.os, "replace")):
             store = open_store(edge=folder, collection="images")
             with monkeypatch.context() as patch:

@@ -433,7 +433,7 @@ class TestFolders:
         assert not (tmp_path / "creating:").exists()
         store.close()
 
-    @pytest.mark.parametrize("step", ["lock_file", "write_whole"])
+    @pytest.mark.parametrize("step", ["lock_file", "write_atomically"])
     def test_a_folder_that_cannot_be_written_is_named(
         self, backend: str, step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

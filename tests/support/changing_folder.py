@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cocoa_embed.images.load import read_image_bytes
+from cocoa_embed.images.load import read_stable_file
 from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
 from cocoa_embed.integrations.qdrant.stores.base import Store
 
@@ -75,7 +75,7 @@ def holders(files: Iterable[Path]) -> Expected:
     """Return the files that hold each content, by the bytes of the content."""
     found: dict[bytes, set[str]] = {}
     for file in files:
-        found.setdefault(read_image_bytes(file), set()).add(str(file))
+        found.setdefault(read_stable_file(file).data, set()).add(str(file))
     return {content.hex(): paths for content, paths in found.items()}
 
 

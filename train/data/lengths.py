@@ -6,6 +6,7 @@ import numpy as np
 from transformers import ProcessorMixin
 
 from cocoa_embed.data.rows import Item, ItemImage, Row
+from cocoa_embed.model.visual_tokens import visual_tokens
 
 TEXTS_AT_ONCE = 10_000
 """Texts that are tokenized together; only the number of their tokens is kept."""
@@ -37,14 +38,10 @@ def item_lengths(
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         some = texts[start : start + TEXTS_AT_ONCE]
         of_text |= zip(some, map(len, processor.tokenizer(some, add_special_tokens=False)["input_ids"]), strict=True)
-    of_size = {size: visual_tokens(processor, *size) for size in {sizes[i.image] for i in items if i.image is not None}}
+    of_size = {
+        size: visual_tokens(processor.image_processor, *size)
+        for size in {sizes[i.image] for i in items if i.image is not None}
+    }
     # An image stands between two tokens that mark its start and its end.
     of_images = (0 if item.image is None else of_size[sizes[item.image]] + 2 for item in items)
     return np.array([of_text[item.text] + image for item, image in zip(items, of_images, strict=True)], dtype=np.int64)
-
-
-def visual_tokens(processor: ProcessorMixin, width: int, height: int) -> int:
-    """Return how many visual tokens an image takes after the resizing to the processor's limits."""
-    image_processor = processor.image_processor
-    patches = image_processor.get_number_of_image_patches(height, width, {})
-    return int(patches) // image_processor.merge_size**2

@@ -10,7 +10,7 @@ from typing import Literal
 
 from cocoa_embed.data.rows import ItemImage, Row
 from cocoa_embed.errors import CocoaError, printable
-from cocoa_embed.folders import write_whole
+from cocoa_embed.folders import write_atomically
 from cocoa_embed.train.data.image_check import CheckedImages, ImageSize, check_images, known_sizes
 from cocoa_embed.train.data.rows import BadRow
 from cocoa_embed.train.data.sources import read_subset
@@ -148,4 +148,4 @@ def write_bad_rows(path: Path, bad: Sequence[BadRow]) -> None:
         path.unlink(missing_ok=True)
         return
     lines = ({key: value for key, value in asdict(row).items() if value != ()} for row in bad)
-    write_whole(path, "".join(f"{json.dumps(line)}\n" for line in lines))
+    write_atomically(path, "".join(f"{json.dumps(line)}\n" for line in lines))

@@ -1,7 +1,6 @@
 """A recipe's settings as transformers' training arguments: what one device runs of a global batch."""
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from cocoa_embed.cpu_threads import available_cores
 from cocoa_embed.errors import UsageError
 from cocoa_embed.model.flex_attention import FLEX, resolve_attention
 from cocoa_embed.train.loop.progress import TENSORBOARD
@@ -111,16 +111,14 @@ def worker_count(recipe: Recipe) -> int:
         return recipe.workers
     if not torch.accelerator.is_available():
         return 0  # they would take the cores that the model runs on
-    return max(1, min(MOST_WORKERS, _cores() // torch.accelerator.device_count() - 1))
+    return max(1, min(MOST_WORKERS, available_cores() // torch.accelerator.device_count() - 1))
 
 
 def checking_worker_count(recipe: Recipe) -> int:
     """Return the processes that decode all images before training, when the machine has nothing else to do."""
-    return _cores() - 1 if recipe.workers is None and torch.accelerator.is_available() else worker_count(recipe)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return (
+        available_cores() - 1 if recipe.workers is None and torch.accelerator.is_available() else worker_count(recipe)
+    )
 
 
 def stage_attention(recipe: Recipe, stage: str) -> str:

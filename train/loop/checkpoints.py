@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cocoa_embed.folders import write_whole
+from cocoa_embed.folders import write_atomically
 
 COMPLETE = "complete.json"
 """Written last into a checkpoint: the names and sizes of its files, and what the run was at that point."""
@@ -12,7 +12,7 @@ COMPLETE = "complete.json"
 
 def write_json(path: Path, document: dict[str, Any] | list[Any]) -> None:
     """Write a JSON file so that it is there whole or not at all."""
-    write_whole(path, json.dumps(document, indent=2) + "\n")
+    write_atomically(path, json.dumps(document, indent=2) + "\n")
 
 
 def mark_complete(checkpoint: Path, **known: Any) -> None:

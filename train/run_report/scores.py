@@ -6,19 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cocoa_embed.data import rows as data
-from cocoa_embed.encode.encoder import Encoder
+from cocoa_embed.encode.load import load_encoder
 from cocoa_embed.errors import CocoaError, one_line, printable
-from cocoa_embed.evaluation.embed import BATCH_TOKENS
+from cocoa_embed.evaluation.embed import BATCH_TOKENS, Item
 from cocoa_embed.evaluation.galleries import QueryGallery
 from cocoa_embed.evaluation.pairs import Pair, evaluate_pairs
 from cocoa_embed.evaluation.pairs_reader import read_pairs
 from cocoa_embed.evaluation.pairs_tables import title_of
-from cocoa_embed.model.export import build_sentence_transformer
-from cocoa_embed.model.loading import load_model
-from cocoa_embed.model.training_record import is_bidirectional, read_training
 from cocoa_embed.report.content import Gallery, Headline
 from cocoa_embed.report.series import STAGE_TITLES
+from cocoa_embed.train.data import rows as data
+from cocoa_embed.train.data.arrow_images import StoredImage
 from cocoa_embed.train.loop.oom import is_out_of_memory
 from cocoa_embed.train.run_report.finished_run import FinishedRun
 from cocoa_embed.train.run_report.rows import OwnRows, before_the_bridge, draws, earlier_stages, overlap, read_own_rows
@@ -73,7 +71,7 @@ def score_run(
     name = f"{run.folder.resolve().name}/{last.stage}"
     gallery = QueryGallery()
     with _explained_shortage(name, device):
-        encoder = load_checkpoint(last.folder, device)
+        encoder = load_encoder(last.folder, device)
         encoder.name = name
         document = evaluate_pairs(
             [encoder],
@@ -97,20 +95,6 @@ def _explained_shortage(name: str, device: str) -> Iterator[None]:
             f"{name} does not fit into the memory of {device} ({one_line(cause).split('. ')[0]}); give a smaller"
             " --batch-tokens, another --device, or --no-scores"
         ) from error
-
-
-def load_checkpoint(folder: Path, device: str) -> Encoder:
-    """Load the checkpoint of any stage for encoding.
-
-    :raises CocoaError: If it cannot be loaded.
-    """
-    if (folder / "modules.json").is_file():
-        return Encoder(load_model(folder, device), str(folder))
-    training = read_training(folder)
-    model = build_sentence_transformer(
-        folder, prompts=training["recipe"]["prompts"], bidirectional=is_bidirectional(training)
-    )
-    return Encoder(model.to(device), str(folder))
 
 
 def given_pairs(run: FinishedRun, path: Path, images: Path | None) -> ScoredPairs:
@@ -186,8 +170,13 @@ def _pair(row: data.Row) -> Pair:
     return Pair(_item(row.query), _item(row.positive))
 
 
-def _item(item: data.Item) -> data.Item:
-    return item
+def _item(item: data.Item) -> Item:
+    image: str | bytes | None = None
+    if isinstance(item.image, StoredImage):
+        image = item.image.read()
+    elif item.image is not None:
+        image = str(item.image.absolute())
+    return Item(item.text or None, image)
 
 
 def stage_note(run: FinishedRun, stage: str) -> str:

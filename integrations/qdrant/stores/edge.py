@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock
 
 from cocoa_embed.errors import CocoaError, one_line, printable, require
-from cocoa_embed.folders import refuse_foreign_folder, write_whole
+from cocoa_embed.folders import refuse_foreign_folder, write_atomically
 from cocoa_embed.integrations.qdrant.stores import base, checks
 from cocoa_embed.integrations.qdrant.stores.base import Hit, Payload, Point, Query, Signature, StoreOptions
 from cocoa_embed.integrations.qdrant.stores.locks import in_use, lock_file
@@ -118,7 +118,7 @@ class EdgeStore:
         """Write the signature into a collection that has none."""
         checks.check_may_sign(self, self.signature(), signature)
         with self._readable_errors():
-            write_whole(self._shard_folder / SIGNATURE_FILE, json.dumps(asdict(signature)))
+            write_atomically(self._shard_folder / SIGNATURE_FILE, json.dumps(asdict(signature)))
 
     def scan(self, keys: Sequence[str]) -> Iterator[tuple[str, Payload]]:
         """Yield the id of every point and, of ``keys``, those that its payload has."""
@@ -216,7 +216,7 @@ class EdgeStore:
         for key, kind in base.PAYLOAD_INDEXES.items():
             shard.update(edge.UpdateOperation.create_field_index(key, FIELD_INDEXES[kind]))
         flush_and_close(shard)
-        write_whole(scratch / SIGNATURE_FILE, json.dumps(asdict(signature)))
+        write_atomically(scratch / SIGNATURE_FILE, json.dumps(asdict(signature)))
 
     def _update(self, operation: edge.UpdateOperation, size: int) -> None:
         with self._engine() as shard:

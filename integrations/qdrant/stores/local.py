@@ -14,7 +14,7 @@ from qdrant_client import QdrantClient
 from qdrant_client.local.qdrant_local import QdrantLocal
 
 from cocoa_embed.errors import CocoaError, UsageError, one_line, printable
-from cocoa_embed.folders import is_scratch_of, refuse_foreign_folder, write_whole
+from cocoa_embed.folders import is_scratch_of, refuse_foreign_folder, write_atomically
 from cocoa_embed.integrations.qdrant.stores.base import Signature, StoreOptions
 from cocoa_embed.integrations.qdrant.stores.client import ClientStore
 from cocoa_embed.integrations.qdrant.stores.locks import in_use, lock_file
@@ -137,7 +137,7 @@ def write_empty_meta(path: Path) -> None:
     """
     meta = path / META_FILE
     if not meta.exists() or (meta.stat().st_size == 0 and not (path / "collection").exists()):
-        write_whole(meta, json.dumps({"collections": {}, "aliases": {}}))
+        write_atomically(meta, json.dumps({"collections": {}, "aliases": {}}))
 
 
 def use_write_ahead_log(client: QdrantClient, collection: str) -> None:

@@ -1,0 +1,183 @@
+"""Run images through a model while later ones are read and prepared in threads; results in the input's order.
+
+The stream is three generators: files are read and measured, windows of them are cut into batches of similar sizes, and
+the batches are decoded and preprocessed. The calling thread runs the model on what comes out.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cocoa_embed.cpu_threads import available_cores
+from cocoa_embed.encode.batches import BatchLimits, CountTokens, plan_batches
+from cocoa_embed.encode.document_model import DocumentModel, LaunchedBatch
+from cocoa_embed.encode.jobs import REFUSALS, EmbeddedImage, ImageJob, StreamSource, measure
+from cocoa_embed.encode.prepare import PreparedBatch, Preprocess, prepare
+from cocoa_embed.encode.read_ahead import read_ahead
+from cocoa_embed.errors import CocoaError, ImageError, one_line, printable
+
+MAX_WORKERS = 12
+CORES_PER_WORKER = 4
+"""On a CPU, one worker for so many cores prepares images; the model needs the cores too."""
+
+MAX_BATCH_BYTES = 128 * 2**20
+"""The decoded images of a batch (128 MiB); a window holds at most as much as two batches."""
+
+MAX_WINDOW_BATCHES = 4
+"""Batches' worth of images that are sorted together. Windows grow to it, so that the first batch is ready soon."""
+
+
+def default_workers(*, is_on_cpu: bool) -> int:
+    """Return how many threads prepare images beside the model."""
+    cores = available_cores()
+    return max(1, cores // CORES_PER_WORKER if is_on_cpu else min(MAX_WORKERS, cores - 1))
+
+
+class ImageStream:
+    """One pass of images through a model."""
+
+    def __init__(
+        self,
+        model: DocumentModel,
+        images: Iterable[tuple[Any, StreamSource]],
+        *,
+        preprocess: Preprocess,
+        count_tokens: CountTokens,
+        turn: Callable[[], AbstractContextManager[None]],
+        finish: Callable[[np.ndarray], np.ndarray],
+        workers: int,
+        batch_size: int,
+        batch_tokens: int,
+        thumbnail_size: int | None,
+    ) -> None:
+        """Prepare a stream that has read nothing yet.
+
+        :param preprocess: Turns images into the model's inputs; several threads call it.
+        :param turn: Held while the model runs on a batch.
+        :param finish: Maps the model's embeddings to the ones that the stream yields.
+        :param workers: The threads that decode and preprocess.
+        :param thumbnail_size: The longest side of thumbnails, in pixels; None for no thumbnails.
+        """
+        self._model = model
+        self._images = images
+        self._preprocess = preprocess
+        self._count_tokens = count_tokens
+        self._turn = turn
+        self._finish = finish
+        self._workers = workers
+        self._batch_size = batch_size
+        self._batch_tokens = batch_tokens
+        self._thumbnail_size = thumbnail_size
+        self._unfinished: deque[ImageJob] = deque()
+        self._launched: deque[tuple[PreparedBatch, LaunchedBatch]] = deque()
+        self._input_error: Exception | None = None
+
+    def run(self) -> Iterator[tuple[Any, EmbeddedImage | ImageError]]:
+        """Yield each key with its embedding, or with the error of an image that cannot be used.
+
+        :raises CocoaError: If the device is lost.
+        """
+        with ExitStack() as stack:
+            measured = read_ahead(
+                lambda job: measure(job, self._count_tokens), self._jobs(), ahead=2 * self._batch_size
+            )
+            batches = self._batches(stack.enter_context(closing(measured)))
+            prepared = read_ahead(
+                self._prepare,
+                stack.enter_context(closing(batches)),
+                workers=self._workers,
+                ahead=self._workers + 2,
+            )
+            for _, batch in stack.enter_context(closing(prepared)):
+                self._embed(batch.result())
+                yield from self._finished()
+            self._fetch(0)
+            yield from self._finished()
+        if self._input_error is not None:
+            raise self._input_error
+
+    def _jobs(self) -> Iterator[ImageJob]:
+        """Yield the images of the input as jobs; an error of the input is raised after all of them are embedded."""
+        try:
+            for key, source in self._images:
+                job = ImageJob(key, printable(source if isinstance(source, str | Path) else str(key)), source)
+                self._unfinished.append(job)
+                yield job
+        except Exception as error:  # noqa: BLE001 - `run` raises it
+            self._input_error = error
+
+    def _batches(self, measured: Iterator[tuple[ImageJob, Future[None]]]) -> Generator[list[ImageJob]]:
+        """Cut the input into windows, and each window into batches of similar sizes."""
+        window: list[ImageJob] = []
+        window_batches = 1
+        for job, measuring in measured:
+            measuring.result()
+            window.append(job)
+            is_large = sum(job.bytes_held for job in window) >= 2 * MAX_BATCH_BYTES
+            if is_large or len(window) >= window_batches * self._batch_size:
+                yield from self._plan(window)
+                window, window_batches = [], min(2 * window_batches, MAX_WINDOW_BATCHES)
+        yield from self._plan(window)
+
+    def _plan(self, window: list[ImageJob]) -> list[list[ImageJob]]:
+        """Return the batches of a window, at least one, so that the errors of a window are yielded in any case."""
+        jobs = [job for job in window if job.outcome is None]
+        limits = BatchLimits(self._batch_size, self._batch_tokens, MAX_BATCH_BYTES)
+        batches = plan_batches([job.cost for job in jobs], limits)
+        return [[jobs[index] for index in indices] for indices in batches] or [[]]
+
+    def _prepare(self, jobs: list[ImageJob]) -> list[PreparedBatch]:
+        return prepare(jobs, self._preprocess, self._thumbnail_size)
+
+    def _embed(self, batches: list[PreparedBatch]) -> None:
+        """Run the model on batches; on the halves of a batch that it does not take."""
+        for batch in batches:
+            try:
+                with self._turn():
+                    launched = self._model.launch(batch.features)
+            except torch.OutOfMemoryError as error:
+                # Batches that are planned from now on fit at once.
+                self._batch_tokens = max(1, min(self._batch_tokens, batch.tokens // 2))
+                self._embed_halves(batch, error)
+            except REFUSALS as error:
+                if "CUDA error" in str(error):  # the device is lost: no image is at fault
+                    raise CocoaError(f"the device cannot go on; start again ({one_line(error)})") from error
+                self._embed_halves(batch, error)
+            else:
+                self._launched.append((batch, launched))
+                # On CUDA the next batch is launched before the embeddings of the last are fetched.
+                self._fetch(1 if self._model.is_on_cuda else 0)
+
+    def _embed_halves(self, batch: PreparedBatch, error: Exception) -> None:
+        if len(batch.jobs) == 1:
+            batch.jobs[0].refuse(error)
+            return
+        if self._model.is_on_cuda:
+            torch.cuda.empty_cache()
+        middle = len(batch.jobs) // 2
+        for half in batch.jobs[:middle], batch.jobs[middle:]:
+            self._embed(self._prepare(list(half)))
+
+    def _fetch(self, most_launched: int) -> None:
+        """Finish the jobs of launched batches, the oldest first, until at most ``most_launched`` batches are left."""
+        while len(self._launched) > most_launched:
+            batch, launched = self._launched.popleft()
+            for job, vector in zip(batch.jobs, self._finish(launched.fetch()), strict=True):
+                if np.isfinite(vector).all():
+                    _, width, height = job.cost
+                    job.finish(EmbeddedImage(vector.copy(), width, height, job.mime, job.thumbnail))
+                else:
+                    job.finish(ImageError(job.name, "has an embedding that is not finite"))
+
+    def _finished(self) -> Iterator[tuple[Any, EmbeddedImage | ImageError]]:
+        """Yield outcomes in the order of the input, up to the first image that has none yet."""
+        while self._unfinished and (outcome := self._unfinished[0].outcome) is not None:
+            yield self._unfinished.popleft().key, outcome

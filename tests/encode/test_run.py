@@ -1,0 +1,329 @@
+"""The stream as a whole, over a model made of arithmetic; test_encoder.py has real ones."""
+
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fake_model import COLOURS, FakeModel, colour_image
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from raw_images import encoded
+
+from cocoa_embed.encode import run
+from cocoa_embed.encode.encoder import Encoder
+from cocoa_embed.encode.jobs import EmbeddedImage, StreamSource
+from cocoa_embed.encode.run import default_workers
+from cocoa_embed.errors import CocoaError, ImageError, UsageError
+
+NAMES = list(COLOURS)
+TRUNCATED = encoded(colour_image("blue", (99, 99)), "JPEG")[:-40]
+
+
+def pictures(count: int) -> list[tuple[int, Image.Image]]:
+    """Return images of many sizes."""
+    return [(number, colour_image(NAMES[number % 4], (24 + number % 7, 24 + number % 5))) for number in range(count)]
+
+
+def own_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("cocoa-")]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind() -> Iterator[None]:
+    """No thread outlives its stream."""
+    yield
+    assert own_threads() == []
+
+
+def vectors(outcomes: list[tuple[Any, EmbeddedImage | ImageError]]) -> np.ndarray:
+    return np.stack([outcome.vector for _, outcome in outcomes if isinstance(outcome, EmbeddedImage)])
+
+
+def expected(images: list[tuple[int, Image.Image]]) -> np.ndarray:
+    return FakeModel().encode_document([{"image": image} for _, image in images], 32, False)
+
+
+def refused(outcomes: list[tuple[Any, EmbeddedImage | ImageError]]) -> dict[Any, ImageError]:
+    return {key: outcome for key, outcome in outcomes if isinstance(outcome, ImageError)}
+
+
+class Endless(Iterator[tuple[int, StreamSource]]):
+    """An endless input that counts how many images were read from it."""
+
+    def __init__(self, *sources: StreamSource) -> None:
+        self.read = 0
+        self.sources = sources
+
+    def __next__(self) -> tuple[int, StreamSource]:
+        self.read += 1
+        return self.read - 1, self.sources[self.read % len(self.sources)]
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 100])
+def test_every_image_is_embedded_as_a_document_in_its_place(count: int) -> None:
+    model = FakeModel(prompts={"query": "find: ", "document": "keep: "})
+    images = pictures(count)
+    outcomes = list(Encoder(model).stream_images(iter(images), batch_size=8))
+    assert [key for key, _ in outcomes] == list(range(count))
+    if count:
+        assert np.array_equal(vectors(outcomes), expected(images))
+        assert model.document_prompts == {"keep: "}
+        assert max(model.batches) <= 8
+        assert model.threads == {threading.get_ident()}, "the model runs in the thread that asks"
+    for (_, image), (_, outcome) in zip(images, outcomes, strict=True):
+        assert isinstance(outcome, EmbeddedImage)
+        assert (outcome.width, outcome.height) == image.size
+        assert (outcome.vector.dtype, outcome.vector.shape) == (np.float32, (48,))
+        assert outcome.vector.base is None, "a result does not hold on to its batch"
+
+
+@settings(max_examples=30)
+@given(
+    kinds=st.lists(st.sampled_from(["good", "broken", "truncated", "thin", "missing"]), max_size=40),
+    batch_size=st.integers(1, 9),
+    workers=st.integers(1, 3),
+)
+def test_every_image_has_the_outcome_that_it_has_alone(kinds: list[str], batch_size: int, workers: int) -> None:
+    sources: dict[str, StreamSource] = {
+        "good": colour_image("red"),
+        "broken": b"no image",
+        "truncated": TRUNCATED,
+        "thin": colour_image("red", (1, 20_000)),
+        "missing": "no/such\n/file.png",
+    }
+    reasons = {
+        "broken": "(8, 'broken'): is not an image",
+        "truncated": "truncated",
+        "thin": "cannot be embedded (absolute aspect ratio must be smaller than 200)",
+        "missing": "no/such\\n/file.png': does not exist",
+    }
+    images = [((8, kind), sources[kind]) for kind in kinds]
+    outcomes = list(Encoder(FakeModel()).stream_images(images, batch_size=batch_size, workers=workers))
+    assert [key for key, _ in outcomes] == [key for key, _ in images]
+    for (_, kind), outcome in outcomes:
+        if kind == "good":
+            assert isinstance(outcome, EmbeddedImage)
+            assert np.array_equal(outcome.vector, expected([(0, colour_image("red"))])[0])
+        else:
+            assert reasons[kind] in str(outcome)
+
+
+def test_thumbnails_are_drawn_if_the_caller_wants_them() -> None:
+    encoder, images = Encoder(FakeModel()), [("a", colour_image("red", (60, 30)))]
+    ((_, outcome),) = encoder.stream_images(images, thumbnail_size=20)
+    assert Image.open(BytesIO(outcome.thumbnail)).size == (20, 10)
+    ((_, outcome),) = encoder.stream_images(images)
+    assert outcome.thumbnail is None
+
+
+@pytest.mark.parametrize(
+    ("sources", "max_batch_bytes", "limit"),
+    [
+        # Per image: 7 batches of 4 ahead or in a window of 4 batches, 8 measured ahead, one in the model's hands.
+        ([colour_image("red", (8 + grown, 8)) for grown in range(3)], run.MAX_BATCH_BYTES, 44),
+        ([b"no image"], run.MAX_BATCH_BYTES, 90),
+        # A batch holds two images, a window four.
+        ([colour_image("red", (100, 100))], 2 * 3 * 100 * 100, 24),
+        # The bytes of a file count where they are more than its pixels.
+        ([encoded(colour_image("red", (4, 4)), "PNG") + bytes(10_000)], 25_000, 44),
+    ],
+)
+def test_an_endless_input_is_read_a_bounded_way_ahead(
+    monkeypatch: pytest.MonkeyPatch, sources: list[StreamSource], max_batch_bytes: int, limit: int
+) -> None:
+    monkeypatch.setattr(run, "MAX_BATCH_BYTES", max_batch_bytes)
+    images = Endless(*sources)
+    outcomes = Encoder(FakeModel()).stream_images(images, batch_size=4, workers=1)
+    assert (images.read, own_threads()) == (0, []), "nothing is read before the first result is wanted"
+    for key, _ in outcomes:
+        assert images.read - key <= limit
+        if key == 200:
+            break
+    outcomes.close()
+    assert own_threads() == []
+
+
+def test_a_stream_that_is_forgotten_ends_its_threads() -> None:
+    outcomes = Encoder(FakeModel()).stream_images(Endless(colour_image("red")), batch_size=4)
+    next(outcomes)
+    assert own_threads()
+    del outcomes
+
+
+class Grid:
+    """An image processor that counts a patch for each pixel."""
+
+    merge_size = 1
+
+    def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict[str, Any]) -> int:
+        return height * width
+
+
+def test_batches_hold_images_of_similar_sizes_within_the_token_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[list[int]] = []
+
+    class Watching(FakeModel):
+        processor = Grid()
+
+        def preprocess(self, inputs: list[Any], **settings: Any) -> dict[str, Any]:
+            batches.append([item["image"].width for item in inputs])
+            return super().preprocess(inputs, **settings)
+
+    images = [(number, colour_image("red", (10 if number % 2 else 30, 10))) for number in range(64)]
+    list(Encoder(Watching()).stream_images(images, batch_size=8, batch_tokens=1200))
+    assert all(len(set(batch)) == 1 for batch in batches)
+    assert {width: max(len(batch) for batch in batches if batch[0] == width) for width in (10, 30)} == {10: 8, 30: 4}
+    monkeypatch.setattr(run, "MAX_BATCH_BYTES", 100)
+    outcomes = list(Encoder(Watching()).stream_images(images[:9]))
+    assert len(outcomes) == 9, "an image above the limit goes by itself"
+    assert set(map(len, batches[-9:])) == {1}
+
+
+def test_an_error_of_the_input_comes_after_what_it_gave() -> None:
+    def images() -> Iterator[tuple[int, Image.Image]]:
+        yield from pictures(30)
+        raise OSError("the disk is gone")
+
+    outcomes = Encoder(FakeModel()).stream_images(images(), batch_size=4)
+    assert [next(outcomes)[0] for _ in range(30)] == list(range(30))
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(outcomes)
+
+
+@pytest.mark.parametrize("step", ["_embed", "preprocess"])
+def test_a_fault_in_the_program_is_raised_and_ends_the_threads(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise KeyError("a fault in the program")
+
+    monkeypatch.setattr(FakeModel, step, fail)
+    with pytest.raises(KeyError, match="a fault in the program"):
+        list(Encoder(FakeModel()).stream_images(pictures(50), batch_size=4))
+
+
+def test_an_image_that_the_model_refuses_affects_no_other() -> None:
+    class Refusing(FakeModel):
+        def _embed(self, item: Mapping[str, Any]) -> np.ndarray:
+            if item["image"].size == (29, 26):
+                raise ValueError("image features and image tokens\ndo not match")
+            return super()._embed(item)
+
+    outcomes = list(Encoder(Refusing()).stream_images(pictures(50), batch_size=8))
+    errors = refused(outcomes)
+    assert list(errors) == [key for key, image in pictures(50) if image.size == (29, 26)] != []
+    assert {error.reason for error in errors.values()} == {
+        "cannot be embedded (image features and image tokens do not match)"
+    }
+    assert np.array_equal(
+        vectors(outcomes), expected([(key, image) for key, image in pictures(50) if key not in errors])
+    )
+
+
+class Small(FakeModel):
+    """Has memory for so many images at once."""
+
+    room = 3
+    failures = 0
+
+    def __call__(self, features: Mapping[str, Any], task: str | None = None) -> dict[str, Any]:
+        if len(features["items"]) > self.room:
+            self.failures += 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return super().__call__(features, task)
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_halved_and_later_ones_are_planned_smaller() -> None:
+    model = Small()
+    outcomes = list(Encoder(model).stream_images(pictures(200), batch_size=16))
+    assert np.array_equal(vectors(outcomes), expected(pictures(200)))
+    assert max(model.batches) <= 3
+    # Sixteen images fail seven times until all are in twos. Only the batches that were under way do.
+    assert 7 <= model.failures <= 7 * 8
+    assert len(model.batches) > 90
+
+
+def test_an_image_that_never_fits_into_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Small, "room", 0)
+    outcomes = list(Encoder(Small()).stream_images(pictures(5)))
+    reason = "cannot be embedded (CUDA out of memory. Tried to allocate 2 GiB)"
+    assert [outcome.reason for _, outcome in outcomes] == [reason] * 5
+
+
+def test_a_lost_device_is_not_blamed_on_images() -> None:
+    class Lost(FakeModel):
+        def __call__(self, features: Mapping[str, Any], task: str | None = None) -> dict[str, Any]:
+            raise RuntimeError("CUDA error: an illegal memory access\nwas encountered")
+
+    with pytest.raises(CocoaError, match=r"cannot go on; start again \(CUDA error: an illegal memory access was"):
+        list(Encoder(Lost()).stream_images(pictures(5)))
+
+
+def test_a_vector_that_is_not_finite_is_an_error() -> None:
+    class Overflowing(FakeModel):
+        def _embed(self, item: Mapping[str, Any]) -> np.ndarray:
+            return super()._embed(item) * (np.inf if item["image"].getpixel((0, 0)) == COLOURS["blue"] else 1)
+
+    errors = refused(list(Encoder(Overflowing()).stream_images(pictures(40), batch_size=8)))
+    assert list(errors) == list(range(2, 40, 4))
+    assert str(errors[2]) == "2: has an embedding that is not finite"
+
+
+def test_queries_are_answered_while_images_stream() -> None:
+    class Slow(FakeModel):
+        def _embed(self, item: Mapping[str, Any]) -> np.ndarray:
+            if "image" in item:
+                time.sleep(0.002)
+            return super()._embed(item)
+
+    encoder, answers, done = Encoder(Slow()), [], threading.Event()
+
+    def ask() -> None:
+        while not done.is_set():
+            answers.append(encoder.embed_queries([{"text": "red"}]))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        outcomes = list(encoder.stream_images(pictures(200), batch_size=8))
+    finally:
+        done.set()
+        thread.join()
+    assert np.array_equal(vectors(outcomes), expected(pictures(200)))
+    assert len(answers) >= 10, "a query waits for a batch or two, not for the stream, which has 25"
+
+
+def test_several_threads_may_stream_at_once() -> None:
+    encoder = Encoder(FakeModel())
+    found: list[np.ndarray] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(vectors(list(encoder.stream_images(pictures(60), batch_size=8)))))
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(found) == 3
+    assert all(np.array_equal(each, expected(pictures(60))) for each in found)
+
+
+@pytest.mark.parametrize(
+    ("available", "is_on_cpu", "workers"),
+    [(1, True, 1), (2, True, 1), (8, True, 2), (1, False, 1), (2, False, 1), (8, False, 7), (64, False, 12)],
+)
+def test_workers_leave_the_model_a_core(
+    monkeypatch: pytest.MonkeyPatch, available: int, is_on_cpu: bool, workers: int
+) -> None:
+    monkeypatch.setattr(run, "available_cores", lambda: available)
+    assert default_workers(is_on_cpu=is_on_cpu) == workers
+
+
+@pytest.mark.parametrize("name", ["workers", "batch_size", "batch_tokens", "thumbnail_size"])
+def test_a_number_that_is_not_positive_is_wrong_usage_at_once(name: str) -> None:
+    with pytest.raises(UsageError, match=f"{name} is 0; it must be 1 or more"):
+        Encoder(FakeModel()).stream_images([], **{name: 0})
