@@ -148,7 +148,7 @@ def check_storage(collection: str, storage: dict[str, Any], *, exists: bool = Fa
     :raises UsageError: If they contradict each other, or one is malformed.
     :raises CocoaError: If there is no such index.
     """
-    from cocoa_embed.integrations.qdrant.stores.checks import check_collection_name, check_url
+    from cocoa_embed.integrations.qdrant.stores.checks import check_collection_name
 
     given = [name for name, value in storage.items() if value is not None] or ["path"]
     if len(given) > 1:
@@ -156,6 +156,8 @@ def check_storage(collection: str, storage: dict[str, Any], *, exists: bool = Fa
     check_collection_name(collection)
     folder: Any = storage[given[0]] or DEFAULT_INDEX
     if given == ["url"]:
+        from cocoa_embed.integrations.qdrant.stores.checks import check_url
+
         try:
             check_url(folder)
         except UsageError as error:
