@@ -59,7 +59,7 @@ def index(
     from cocoa_embed.model.loading import check_model
 
     storage = {"path": path, "url": url, "edge": edge}
-    options = {"dimension": dimension, "quantization": quantization, "on_disk": on_disk}
+    options: dict[str, Any] = {"dimension": dimension, "quantization": quantization, "on_disk": on_disk}
     options |= {"api_key": api_key, "device": device}
     if (quantization or on_disk) and url is None and edge is None:
         raise UsageError("--quantization and --on-disk need --url or --edge; a local index (--path) has neither")
