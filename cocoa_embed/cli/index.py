@@ -149,7 +149,6 @@ def check_storage(collection: str, storage: dict[str, Any], *, exists: bool = Fa
     :raises CocoaError: If there is no such index.
     """
     from cocoa_embed.integrations.qdrant.stores.checks import check_collection_name
-    from cocoa_embed.integrations.qdrant.stores.server import check_url
 
     given = [name for name, value in storage.items() if value is not None] or ["path"]
     if len(given) > 1:
@@ -157,6 +156,8 @@ def check_storage(collection: str, storage: dict[str, Any], *, exists: bool = Fa
     check_collection_name(collection)
     folder: Any = storage[given[0]] or DEFAULT_INDEX
     if given == ["url"]:
+        from cocoa_embed.integrations.qdrant.stores.server import check_url
+
         try:
             check_url(folder)
         except UsageError as error:

@@ -10,7 +10,8 @@ from contextvars import copy_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from cocoa_embed.encode.encoder import Encoder, make_input
+from cocoa_embed.encode.encoder import Encoder, ModelInput, make_input
+from cocoa_embed.encode.load import load_encoder
 from cocoa_embed.errors import CocoaError, ImageError, UsageError, one_line, printable, require
 from cocoa_embed.images.load import ImageSource
 from cocoa_embed.integrations.llama_index.nodes import split_by_image

@@ -40,11 +40,11 @@ def model(monkeypatch: pytest.MonkeyPatch) -> FakeModel:
     """What the folder ``fake`` is loaded as, and what a library prints meanwhile."""
     model = FakeModel()
 
-    def load(name: str, device: str | None) -> FakeModel:
+    def load(*_: object, **__: object) -> FakeModel:
         print("a library says hello")  # noqa: T201
         return model
 
-    monkeypatch.setattr(qdrant, "load_model", load)
+    monkeypatch.setattr("sentence_transformers.SentenceTransformer", load)
     return model
 
 
@@ -222,7 +222,7 @@ def test_what_the_model_refuses_is_one_sentence(
         text = message(command("search", *query, "--model", "fake", "--json"), 1)
         assert "fake does not take the query (" in text
         assert reason in text
-    monkeypatch.setattr(qdrant, "load_model", lambda name, device: FakeModel(seed=1))
+    monkeypatch.setattr("sentence_transformers.SentenceTransformer", lambda *_, **__: FakeModel(seed=1))
     for arguments in (("index", indexed), ("search", "red")):
         assert "was made with fake" in message(command(*arguments, "--model", "fake"), 1)
 
