@@ -118,7 +118,7 @@ class Demo:
         (self.work / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         write_report(self._report(results, curves(stages, comparison), watch, queries), self.work / "report.html")
         console.print(
-            f"Retrieval among {self.held_out_scenes} held-out scenes, with 95% intervals (bold: the best of a column)"
+            f"Retrieval among {self.held_out_scenes} held-out scenes, with 95% intervals; bold: best of a column"
         )
         for table in score_tables(scores, SHOWN_METRICS):
             console.print(to_terminal(table))

@@ -17,6 +17,7 @@ from tiny_clip import tiny_clip_model
 
 from cocoa_embed.cli import evaluate
 from cocoa_embed.cli import main as cli
+from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.evaluation import embed
 from cocoa_embed.model import loading
@@ -32,12 +33,12 @@ def models(monkeypatch: pytest.MonkeyPatch) -> dict[str, ScoredModel]:
     """The models that can be loaded, by name."""
     found = {"ours": ScoredModel(0, noise=10.0), "theirs": ScoredModel(1, noise=400.0)}
 
-    def load(name: str, device: str | None = None) -> ScoredModel:
+    def load(name: str, device: str | None) -> Encoder:
         if name not in found:
             raise CocoaError(f"{name} cannot be loaded")
-        return found[name]
+        return Encoder(found[name], name)
 
-    monkeypatch.setattr(loading, "load_model", load)
+    monkeypatch.setattr(evaluate, "load_encoder", load)
     monkeypatch.setattr(loading, "check_model", lambda name: None)
     return found
 
@@ -233,7 +234,7 @@ def test_the_first_models_scores_are_shown_and_kept_if_the_second_model_fails(
 def test_all_local_faults_are_in_one_message_before_a_model_is_loaded(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(evaluate, "load_encoder", lambda *_: pytest.fail("a model was loaded"))
     Path("taken").write_text("a file")
     for arguments in (
         ("pairs", "photoz", "--model", "nowhere", "--model", "owner/name"),
