@@ -149,7 +149,7 @@ class RecipeRows:
                 self.recipe.sources_of(stage),
                 on_bad_row=data.on_bad_row,
                 # A run that stops at bad rows has had none; one that leaves them out must have decoded its images.
-                decode_images=data.on_bad_row == "skip",
+                check_images=data.on_bad_row == "skip",
                 seed=self.recipe.seed,
                 progress=True,
                 refuse=lacks_block_b if stage == "bridge" else None,

@@ -2,32 +2,23 @@ import json
 import math
 import weakref
 from collections.abc import Callable
-from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from fake_model import COLOURS
 from PIL import Image
 from scored_model import ScoredModel, mosaic
-from table_files import write_images, write_table
 
-from cocoa_embed.data.rows import ArrowImage, Item
+from cocoa_embed.data.rows import Item
 from cocoa_embed.encode.encoder import Encoder
-from cocoa_embed.errors import CocoaError, UsageError
+from cocoa_embed.errors import CocoaError
 from cocoa_embed.evaluation import pairs as pairs_module
 from cocoa_embed.evaluation.metrics import METRICS
 from cocoa_embed.evaluation.pairs import Pair, directions, evaluate_pairs
 from cocoa_embed.evaluation.pairs_reader import read_pairs
 
 NAMES = list(COLOURS)
-
-
-def png(image: Image.Image) -> bytes:
-    buffer = BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 @pytest.fixture
@@ -167,100 +158,3 @@ def test_the_first_model_is_gone_before_the_second_is_loaded(captioned: Path) ->
 def test_a_model_that_cannot_embed_the_pairs_is_refused(captioned: Path) -> None:
     with pytest.raises(CocoaError, match="words does not embed image; these pairs need a model that does"):
         evaluate_pairs([Encoder(ScoredModel(modalities=("text",)), "words")], read_pairs(captioned))
-
-
-# Reading
-
-
-@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
-def test_tables_of_all_kinds_give_the_same_pairs(tmp_path: Path, suffix: str) -> None:
-    write_images(tmp_path / "pictures", "abc")
-    rows = [{"caption": f"text {name}", "picture": f"pictures/{name}.png", "more": "x"} for name in "abc"]
-    table = write_table(tmp_path / f"rows{suffix}", rows)
-    columns = {"query_text": "caption", "positive_image": "picture"}
-    assert read_pairs(table, None, columns) == [
-        Pair(Item(f"text {name}"), Item(None, tmp_path / "pictures" / f"{name}.png")) for name in "abc"
-    ]
-    bare = write_table(tmp_path / f"bare{suffix}", [{**row, "picture": row["picture"][9:]} for row in rows])
-    assert read_pairs(bare, tmp_path / "pictures", columns) == read_pairs(table, None, columns)
-
-
-@pytest.mark.parametrize(
-    "names",
-    [("text", "image"), ("text", "file_name"), ("caption", "image"), ("query_text", "positive_image")],
-)
-def test_columns_of_common_names_need_not_be_named(tmp_path: Path, names: tuple[str, str]) -> None:
-    write_images(tmp_path, "ab")
-    table = write_table(tmp_path / "rows.jsonl", [{names[0]: name, names[1]: f"{name}.png"} for name in "ab"])
-    assert [pair.first.text for pair in read_pairs(table)] == ["a", "b"]
-
-
-def test_images_inside_parquet_and_lists_of_captions_are_read(tmp_path: Path) -> None:
-    first, second = png(mosaic(1)), png(mosaic(2))
-    rows = [
-        {"text": ["a", "b"], "image": {"bytes": first, "path": "x.png"}},
-        {"text": ["c", None], "image": {"bytes": second, "path": None}},
-        {"text": ["d"], "image": {"bytes": first, "path": "copy.png"}},
-    ]
-    pairs = read_pairs(write_table(tmp_path / "rows.parquet", rows))
-    assert [pair.first.text for pair in pairs] == ["a", "b", "c", "d"]
-    images = [pair.second.image for pair in pairs]
-    assert [image.read() for image in images if isinstance(image, ArrowImage)] == [first, first, second, first]
-    assert images[0] == images[1] == images[3] != images[2], "copies of an image are one item"
-    document = evaluate_pairs([Encoder(ScoredModel(), "one")], pairs, resamples=10)
-    assert document["counts"]["text_to_image"]["documents"] == 2
-
-
-def test_pairs_of_any_items_are_read(tmp_path: Path) -> None:
-    write_images(tmp_path, "ab")
-    rows = [{"query_text": f"change {name}", "query_image": f"{name}.png", "positive_text": name} for name in "ab"]
-    (first, _) = read_pairs(write_table(tmp_path / "rows.csv", rows))
-    assert first == Pair(Item("change a", tmp_path / "a.png"), Item("a"))
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"text": "a", "image": "gone.png"}, r"rows.jsonl:2: the image .*gone.png does not exist"),
-        ({"text": "a"}, r"rows.jsonl:2: the positive is empty \(image\)"),
-        ({"text": ["", None], "image": "a.png"}, r"rows.jsonl:2: the query is empty \(text\)"),
-        ({"text": "caf\udce9", "image": "a.png"}, "rows.jsonl:2: the text .* is not valid Unicode"),
-    ],
-)
-def test_a_row_that_cannot_be_used_is_an_error_with_its_source(
-    tmp_path: Path, row: dict[str, Any], message: str
-) -> None:
-    write_images(tmp_path, "a")
-    table = write_table(tmp_path / "rows.jsonl", [{"text": "a", "image": "a.png"}, row])
-    with pytest.raises(CocoaError, match=message):
-        read_pairs(table)
-
-
-def test_a_table_that_cannot_be_used_is_an_error_with_the_option(tmp_path: Path) -> None:
-    table = write_table(tmp_path / "rows.csv", [{"a": "1", "b": "2"}])
-    for columns, message in (
-        (None, r"rows.csv: no column holds the query; give --query-text or --query-image \(columns found: a, b\)"),
-        ({"query_text": "a"}, "no column holds the positive; give --positive-text or --positive-image"),
-        ({"query_text": "a", "positive_image": "c"}, r"rows.csv has no column 'c' for positive_image \(known: a, b\)"),
-    ):
-        with pytest.raises(CocoaError, match=message):
-            read_pairs(table, None, columns)
-    (tmp_path / "empty.jsonl").touch()
-    (tmp_path / "broken.jsonl").write_text('{"text": "a", "image": "rows.csv"}\n{')
-    for name, message in {
-        "empty.jsonl": "has no rows",
-        "broken.jsonl": "broken.jsonl:2: is not JSON",
-        "gone.csv": "does not exist; name an image folder",
-    }.items():
-        with pytest.raises(CocoaError, match=message):
-            read_pairs(tmp_path / name)
-
-
-def test_an_image_folder_needs_a_text_for_each_image_and_no_columns(captioned: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="is an image folder"):
-        read_pairs(captioned, None, {"query_text": "text"})
-    (captioned / "metadata.jsonl").write_text('{"file_name": "3.png"}\n')
-    with pytest.raises(CocoaError, match=r"metadata\.jsonl, 3\.png: has no 'text' \(columns found: file_name\)"):
-        read_pairs(captioned)
-    with pytest.raises(CocoaError, match=r"has no metadata\.jsonl"):
-        read_pairs(tmp_path)

@@ -11,7 +11,8 @@ from typing import Literal
 from cocoa_embed.data.rows import ItemImage, Row
 from cocoa_embed.errors import CocoaError, printable
 from cocoa_embed.folders import write_atomically
-from cocoa_embed.train.data.image_check import CheckedImages, ImageSize, check_images, known_sizes
+from cocoa_embed.train.data import image_check
+from cocoa_embed.train.data.image_check import CheckedImages, ImageSize
 from cocoa_embed.train.data.rows import BadRow
 from cocoa_embed.train.data.sources import read_subset
 from cocoa_embed.train.settings import SourceSection
@@ -47,7 +48,7 @@ def read_rows(
     *,
     on_bad_row: OnBadRow,
     seed: int,
-    decode_images: bool = True,
+    check_images: bool = True,
     workers: int = 0,
     progress: bool = False,
     checked: CheckedImages | None = None,
@@ -57,7 +58,7 @@ def read_rows(
 
     :param on_bad_row: ``stop`` raises at rows that cannot be used; ``skip`` leaves out up to 1 % of all rows.
     :param seed: Draws, with a subset's name, the rows of a fractional weight.
-    :param decode_images: Check every image; rows whose images cannot be decoded are bad rows.
+    :param check_images: Check every image; rows whose images cannot be decoded are bad rows.
     :param workers: Processes to decode images in; 0 is this one.
     :param progress: Show a progress bar on standard error.
     :param checked: Images that earlier calls have checked; new ones are added.
@@ -70,12 +71,12 @@ def read_rows(
         subsets = _leave_out(subsets, refuse, bad)
     _refuse_bad_rows(bad, sum(map(len, subsets.values())), on_bad_row)
     sizes: dict[ItemImage, ImageSize] = {}
-    if decode_images:
+    if check_images:
         images = (image for rows in subsets.values() for row in rows for image in row.images())
-        found = check_images(images, workers, progress=progress, known=checked)
+        found = image_check.check_images(images, workers, progress=progress, known=checked)
         subsets = _leave_out(subsets, lambda row: _broken_image(row, found), bad)
         _refuse_bad_rows(bad, sum(map(len, subsets.values())), on_bad_row)
-        sizes = known_sizes(found)
+        sizes = image_check.known_sizes(found)
     weighted = {name: weigh(rows, sources[name].weight, seed=seed, subset=name) for name, rows in subsets.items()}
     for name, rows in weighted.items():
         if not rows:

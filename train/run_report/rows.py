@@ -176,7 +176,7 @@ def _read_whole(run: FinishedRun, stage: str, sources: Mapping[str, SourceSectio
     read = read_rows(
         sources,
         on_bad_row="skip",
-        decode_images=False,
+        check_images=False,
         seed=run.recipe.get("seed", 0),
         refuse=lacks_block_b if stage == "bridge" else None,
     )

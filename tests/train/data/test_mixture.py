@@ -109,12 +109,12 @@ def test_a_row_that_cannot_be_used_stops_by_its_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize("check", [True, False])
 def test_one_row_in_a_hundred_may_be_left_out_over_the_whole_stage(tmp_path: Path, check: bool) -> None:
     bad, good = write_rows(tmp_path / "bad.jsonl", 40, bad=3), write_rows(tmp_path / "good.csv", 260)
-    found = read({"bad": bad, "good": good}, on_bad_row="skip", decode_images=check)
+    found = read({"bad": bad, "good": good}, on_bad_row="skip", check_images=check)
     assert (len(found.rows), len(found.bad), found.counts) == (297, 3, {"bad": 37, "good": 260})
     assert {row.subset for row in found.bad} == {"bad"}
     fewer = write_rows(tmp_path / "fewer.csv", 259)
     with pytest.raises(CocoaError, match=r"3 of 299 rows cannot be used; at most 1% .*jsonl:1: .*jsonl:2: .*jsonl:3: "):
-        read({"bad": bad, "good": fewer}, on_bad_row="skip", decode_images=check)
+        read({"bad": bad, "good": fewer}, on_bad_row="skip", check_images=check)
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def test_a_broken_image_stops_and_is_not_seen_where_images_are_not_checked(
 ) -> None:
     with pytest.raises(CocoaError, match=r"files\.jsonl:100: the image .*bad\.png is not an image"):
         read(with_images)
-    found = read(with_images, decode_images=False)
+    found = read(with_images, check_images=False)
     assert (len(found.rows), found.sizes, found.bad) == (200, {}, [])
 
 
