@@ -42,10 +42,7 @@ class TestLocal:
 
     @pytest.mark.parametrize(
         ("file", "content", "words"),
-        [
-            ("collection/images/storage.sqlite", b"x" * 5000, r"\(file is not a database\)"),
-            ("meta.json", b"", ""),
-        ],
+        [("collection/images/storage.sqlite", b"x" * 5000, r"\(file is not a database\)"), ("meta.json", b"", "")],
     )
     def test_a_store_that_lost_a_file_is_not_taken_for_a_new_one(
         self, tmp_path: Path, file: str, content: bytes, words: str

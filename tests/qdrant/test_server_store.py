@@ -6,16 +6,7 @@ from typing import Any
 
 import pytest
 from qdrant_client import QdrantClient
-from store_faults import (
-    MAX_BODY,
-    FakeServer,
-    answer_bytes,
-    answer_status,
-    drop,
-    drop_after,
-    fake_server,
-    store_half,
-)
+from store_faults import MAX_BODY, FakeServer, answer_bytes, answer_status, drop, drop_after, fake_server, store_half
 from store_points import DIMENSION, OTHER, SIGNATURE, make_points, make_vector, name
 
 from cocoa_embed.errors import CocoaError
@@ -74,7 +65,6 @@ def test_temporary_failures_are_retried_and_everything_is_there_once(
     for end in (UPSERT,) if fault is store_half else (CREATE, INDEX, UPSERT, "/points/delete", "/scroll", "/exists"):
         fake.fail(end, fault, fault)
     store.create(SIGNATURE)
-    store.sign(SIGNATURE)
     store.upsert(make_points(0, 300))
     store.delete([name(5), name(6)])
     assert len(list(store.scan(["number"]))) == store.count() == 298
@@ -91,7 +81,7 @@ def test_temporary_failures_are_retried_and_everything_is_there_once(
         lambda store: store.overwrite_payload(name(1), {}),
         lambda store: store.search(QUERY),
         lambda store: store.signature(),
-        lambda store: store.sign(SIGNATURE),
+        lambda store: store.create(SIGNATURE),
         lambda store: store.collections(),
     ],
 )
@@ -261,21 +251,28 @@ def test_a_request_that_a_proxy_refuses_for_its_size_is_halved(
 def test_a_server_without_metadata_is_refused_with_its_version(fake: FakeServer, remote: OpenRemote) -> None:
     fake.version, fake.keeps_metadata = "1.15.4", False
     store = remote()
-    for call in (store.create, store.sign):
+    for _ in range(2):
         with pytest.raises(CocoaError, match=r"is of version 1.15.4, which does not keep .*; run 1.16 or newer"):
-            call(SIGNATURE)
+            store.create(SIGNATURE)
     fake.keeps_metadata = True
-    store.sign(SIGNATURE)
+    store.create(SIGNATURE)
     assert store.signature() == SIGNATURE
 
 
-def test_two_processes_that_create_a_collection_at_once_both_have_it(remote: OpenRemote) -> None:
-    first, second = remote(), remote()
-    assert first.signature() is second.signature() is None
-    first.create(SIGNATURE)
+def test_two_processes_that_create_a_collection_at_once_both_have_it(fake: FakeServer, remote: OpenRemote) -> None:
+    first, second, third = remote(), remote(), remote()
+
+    def create_meanwhile(handler: Any) -> bool:  # noqa: ANN401
+        fake.lock.release()
+        first.create(SIGNATURE)
+        return not fake.lock.acquire()
+
+    fake.fail(CREATE, create_meanwhile)
     second.create(SIGNATURE)
+    fake.client.delete_collection("images")
+    fake.fail(CREATE, create_meanwhile)
     with pytest.raises(CocoaError, match="409 Conflict: Collection images already exists"):
-        second.create(OTHER)
+        third.create(OTHER)
 
 
 def test_the_key_is_sent_and_never_printed(fake: FakeServer, remote: OpenRemote) -> None:
