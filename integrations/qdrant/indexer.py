@@ -22,14 +22,7 @@ from cocoa_embed.integrations.qdrant.index_state import STATE_KEYS, IndexState
 from cocoa_embed.integrations.qdrant.index_summary import IndexSummary
 from cocoa_embed.integrations.qdrant.points import storable
 from cocoa_embed.integrations.qdrant.stores import open_store
-from cocoa_embed.integrations.qdrant.stores.base import (
-    Hit,
-    Query,
-    Signature,
-    Store,
-    StoreOptions,
-    require_signature,
-)
+from cocoa_embed.integrations.qdrant.stores.base import Hit, Query, Signature, Store, StoreOptions, require_signature
 from cocoa_embed.integrations.qdrant.stores.client_filters import read_filter
 from cocoa_embed.integrations.qdrant.thumbnails import ThumbnailFolder
 
@@ -115,11 +108,6 @@ class QdrantIndexer:
     def collection(self) -> str:
         """The name of the collection."""
         return self.store.collection
-
-    @property
-    def location(self) -> str:
-        """The folder or address of the store, for messages."""
-        return self.store.location
 
     @property
     def encoder(self) -> Encoder:
@@ -221,18 +209,14 @@ class QdrantIndexer:
     def _prepare_collection(self) -> Encoder:
         """Create and sign the collection if needed, and return the model for it."""
         signature = self.store.signature()
-        if signature is None:
-            encoder = self.encoder
-            self.store.create(signature_of(encoder))
-            return encoder
-        encoder = self._encoder_for(signature)
-        if signature.fingerprint is None:
-            if self.store.count():
+        encoder = self.encoder if signature is None else self._encoder_for(signature)
+        if signature is None or signature.fingerprint is None:
+            if signature is not None and self.store.count():
                 raise CocoaError(
                     f"{self._name()} was not made by cocoa-embed index, and its vectors may be another model's; choose"
                     " another collection"
                 )
-            self.store.sign(signature_of(encoder))
+            self.store.create(signature_of(encoder))
         return encoder
 
     def _encoder_for(self, signature: Signature) -> Encoder:
@@ -256,7 +240,7 @@ class QdrantIndexer:
         return encoder
 
     def _name(self) -> str:
-        return f"collection {self.collection!r} in {self.location}"
+        return f"collection {self.collection!r} in {self.store.location}"
 
     def _whole_encoder(self) -> Encoder:
         """Return the model with all dimensions, loaded at first use.

@@ -39,14 +39,12 @@ def is_deleted(path: str) -> bool:
     :param path: As a payload has it: with ``\udcNN`` for undecodable bytes.
     """
     undecoded = re.sub(r"\\udc([89a-f][0-9a-f])", lambda match: chr(0xDC00 + int(match[1], 16)), path)
-    return all(is_no_file(spelling) for spelling in {path, undecoded})
-
-
-def is_no_file(path: str) -> bool:
-    """Return whether there is certainly no file at a path, given as Python has it."""
-    try:
-        return not stat.S_ISREG(os.stat(path).st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        return True
-    except OSError:
-        return False
+    for spelling in {path, undecoded}:
+        try:
+            if stat.S_ISREG(os.stat(spelling).st_mode):
+                return False
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError:
+            return False
+    return True

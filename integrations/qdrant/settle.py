@@ -86,10 +86,7 @@ def update_payloads(store: Store, state: IndexState, ids: Sequence[str], descrip
         for id_, stored in store.retrieve(batch).items():
             content = state.contents[id_]
             payload = update_payload(
-                stored,
-                locations=content.locations,
-                description=descriptions.get(id_),
-                thumbnail=content.thumbnail,
+                stored, locations=content.locations, description=descriptions.get(id_), thumbnail=content.thumbnail
             )
             store.overwrite_payload(id_, payload)
 

@@ -3,8 +3,8 @@
 import json
 import os
 import shutil
-import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from fake_model import FakeModel, colour_image
+from fake_model import FakeModel, colour_image, write_colours
 from PIL import Image
 from qdrant_client import QdrantClient, models
 from rich.console import Console
@@ -28,46 +28,64 @@ from cocoa_embed.integrations.qdrant.points import point_id
 COSINE = models.VectorParams(size=48, distance=models.Distance.COSINE)
 
 
-def indexer(client: QdrantClient, **options: Any) -> QdrantIndexer:
-    return QdrantIndexer(FakeModel(), client=client, **options)
+class Album:
+    """A folder of four images, and a collection in memory to index it into."""
+
+    summary: IndexSummary
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        write_colours(folder, "red", "green", "blue")
+        (folder / "sub").mkdir()
+        colour_image("yellow").save(folder / "sub" / "yellow.jpg")
+        self.client = QdrantClient(":memory:")
+        self.index = self.indexer()
+        self.search = self.index.search
+
+    def indexer(self, model: Any = None, **options: Any) -> QdrantIndexer:  # noqa: ANN401 - what an indexer takes
+        return QdrantIndexer(model or FakeModel(), client=self.client, **options)
+
+    def run(self, *paths: str | Path, **options: Any) -> tuple[int, int, int, int, int]:
+        """Index the folder, or paths in it; return the counts."""
+        places = [self.folder / path for path in paths] or self.folder
+        self.summary = summary = self.index.index(places, progress=False, **options)
+        return summary.indexed, summary.unchanged, summary.updated, summary.replaced, len(summary.failed)
+
+    def describe(self, captions: Mapping[str, str], folder: str = ".", **columns: object) -> None:
+        rows = [{"file_name": name, "text": text, **columns} for name, text in captions.items()]
+        (self.folder / folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    @property
+    def failed(self) -> list[str]:
+        return [Path(failure["path"]).name for failure in self.summary.failed]
+
+    @property
+    def embedded(self) -> list[Mapping[str, Any]]:
+        return self.index.encoder.model.documents  # type: ignore[return-value]
+
+    @property
+    def payloads(self) -> dict[str, dict[str, Any]]:
+        """The payloads by the name of the first file."""
+        points, _ = self.client.scroll("images", limit=1000)
+        return {Path(str((point.payload or {})["path"])).name: point.payload or {} for point in points}
+
+    @property
+    def names(self) -> set[str]:
+        return set(self.payloads)
+
+    @property
+    def captions(self) -> dict[str, str]:
+        return {each["relative_path"]: each["caption"] for each in self.payloads.values() if each["caption"]}
+
+    @property
+    def vectors(self) -> dict[str, Any]:
+        points, _ = self.client.scroll("images", limit=1000, with_vectors=True)
+        return {str(point.id): point.vector for point in points}
 
 
-def model_of(indexer: QdrantIndexer) -> FakeModel:
-    model = indexer.encoder.model
-    assert isinstance(model, FakeModel)
-    return model
-
-
-def run(index: QdrantIndexer, paths: Any, **options: Any) -> IndexSummary:  # noqa: ANN401 - a path, or several
-    return index.index(paths, progress=False, **options)
-
-
-def counts(summary: IndexSummary) -> tuple[int, int, int, int, int]:
-    return summary.indexed, summary.unchanged, summary.updated, summary.replaced, len(summary.failed)
-
-
-def failed_names(summary: IndexSummary) -> list[str]:
-    return [Path(failure["path"]).name for failure in summary.failed]
-
-
-def payloads(client: QdrantClient) -> dict[str, dict[str, Any]]:
-    """The payloads by the name of the first file."""
-    points, _ = client.scroll("images", limit=1000)
-    return {Path(str((point.payload or {})["path"])).name: point.payload or {} for point in points}
-
-
-def captions(client: QdrantClient) -> dict[str, str]:
-    return {payload["relative_path"]: payload["caption"] for payload in payloads(client).values() if payload["caption"]}
-
-
-def vectors(client: QdrantClient) -> dict[str, Any]:
-    points, _ = client.scroll("images", limit=1000, with_vectors=True)
-    return {str(point.id): point.vector for point in points}
-
-
-def write_captions(folder: Path, captions: Mapping[str, str], **columns: object) -> None:
-    rows = [{"file_name": name, "text": text, **columns} for name, text in captions.items()]
-    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+@pytest.fixture
+def album(tmp_path: Path) -> Album:
+    return Album(tmp_path / "pictures")
 
 
 @pytest.fixture
@@ -87,133 +105,105 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 class TestRuns:
     """What a run does with new, unchanged, changed, moved and deleted files."""
 
-    def test_a_second_run_reads_no_file_and_writes_nothing(
-        self, client: QdrantClient, folder: Path, reads: list[str]
-    ) -> None:
+    def test_a_second_run_reads_no_file_and_writes_nothing(self, album: Album, reads: list[str]) -> None:
         nested = {"n\udcff": ["\udcfe", 1, 0.1, None, {"deep": True}]}
-        write_captions(folder, {"red.png": "a red \udcff thing", "blue.png": ""}, nested=nested)
-        assert counts(run(indexer(client), folder)) == (4, 0, 0, 0, 0)
+        album.describe({"red.png": "a red \udcff thing", "blue.png": ""}, nested=nested)
+        assert album.run() == (4, 0, 0, 0, 0)
         assert sorted(reads) == ["blue.png", "green.png", "red.png", "yellow.jpg"]
-        before = payloads(client), vectors(client)
+        before = album.payloads, album.vectors
         reads.clear()
-        watched = Mock(wraps=client)
-        summary = run(QdrantIndexer(FakeModel(), client=watched), folder)
-        assert counts(summary) == (0, 4, 0, 0, 0)
-        assert (summary.images_per_second, reads) == (0, [])
+        watched = Mock(wraps=album.client)
+        album.index = QdrantIndexer(FakeModel(), client=watched)
+        assert album.run() == (0, 4, 0, 0, 0)
+        assert (album.summary.images_per_second, reads) == (0, [])
         assert {call[0] for call in watched.method_calls} == {"collection_exists", "get_collection", "scroll"}
-        assert (payloads(client), vectors(client)) == before
+        assert (album.payloads, album.vectors) == before
 
-    def test_the_payload_describes_the_file_and_holds_no_image(self, client: QdrantClient, folder: Path) -> None:
-        index = indexer(client)
-        run(index, folder)
-        assert all(item.keys() == {"image"} for item in model_of(index).documents)
-        red = payloads(client)["red.png"]
-        assert (red["path"], red["relative_path"]) == (str(folder / "red.png"), "red.png")
+    def test_the_payload_describes_the_file_and_holds_no_image(self, album: Album) -> None:
+        album.run()
+        assert all(item.keys() == {"image"} for item in album.embedded)
+        red, status = album.payloads["red.png"], (album.folder / "red.png").stat()
+        assert (red["path"], red["relative_path"]) == (str(album.folder / "red.png"), "red.png")
         assert (red["width"], red["height"], red["mime"]) == (24, 16, "image/png")
-        assert red["bytes"] == (folder / "red.png").stat().st_size
-        assert red["mtime"] == pytest.approx((folder / "red.png").stat().st_mtime)
-        hits = index.search("red")
-        assert all(hit.id == point_id(hit.payload["sha256"]) for hit in hits)
+        assert (red["bytes"], red["mtime"]) == (status.st_size, pytest.approx(status.st_mtime))
+        assert all(hit.id == point_id(hit.payload["sha256"]) for hit in album.search("red"))
         assert not any(isinstance(value, bytes) or len(str(value)) > 2000 for value in red.values())
 
-    @pytest.mark.parametrize("size", [1, 3, 32])
-    def test_copies_are_one_point_with_all_their_paths(self, client: QdrantClient, folder: Path, size: int) -> None:
-        shutil.copy(folder / "red.png", folder / "again.png")
-        index = indexer(client, batch_size=size)
-        assert counts(run(index, folder)) == (4, 1, 0, 0, 0)
-        assert model_of(index).batches == {1: [1, 1, 1, 1], 3: [3, 1], 32: [4]}[size]
-        shutil.copy(folder / "red.png", folder / "sub" / "copy.png")
-        assert counts(run(index, folder)) == (0, 5, 1, 0, 0)
-        assert payloads(client)["again.png"]["relative_paths"] == ["again.png", "red.png", "sub/copy.png"]
-        paths = [str(folder / name) for name in ("again.png", "red.png", "sub/copy.png")]
-        assert payloads(client)["again.png"]["paths"] == paths
-        assert client.count("images").count == 4
+    @pytest.mark.parametrize(("size", "batches"), [(1, [1, 1, 1, 1]), (3, [3, 1]), (32, [4])])
+    def test_copies_are_one_point_with_all_their_paths(self, album: Album, size: int, batches: list[int]) -> None:
+        red = album.folder / "red.png"
+        copies = [album.folder / "again.png", red, album.folder / "sub" / "copy.png"]
+        shutil.copy(red, copies[0])
+        album.index = album.indexer(batch_size=size)
+        assert album.run() == (4, 1, 0, 0, 0)
+        assert album.index.encoder.model.batches == batches  # type: ignore[comparison-overlap]
+        shutil.copy(red, copies[2])
+        assert album.run() == (0, 5, 1, 0, 0)
+        assert album.payloads["again.png"]["paths"] == list(map(str, copies))
+        assert album.payloads["again.png"]["relative_paths"] == ["again.png", "red.png", "sub/copy.png"]
+        assert len(album.vectors) == 4
 
-    def test_a_file_that_is_touched_is_read_once_and_not_embedded(
-        self, client: QdrantClient, folder: Path, reads: list[str]
-    ) -> None:
-        index = indexer(client)
-        run(index, folder)
-        os.utime(folder / "red.png", (1_000_000_000, 1_000_000_000.5))
+    def test_a_file_that_is_touched_is_read_once_and_not_embedded(self, album: Album, reads: list[str]) -> None:
+        album.run()
+        os.utime(album.folder / "red.png", (1_000_000_000, 1_000_000_000.5))
         reads.clear()
         for _ in range(2):
-            assert run(index, folder).unchanged == 4
-        assert payloads(client)["red.png"]["mtime"] == 1_000_000_000.5
-        assert (reads, len(model_of(index).documents)) == (["red.png"], 4)
+            assert album.run() == (0, 4, 0, 0, 0)
+        assert album.payloads["red.png"]["mtime"] == 1_000_000_000.5
+        assert (reads, len(album.embedded)) == (["red.png"], 4)
 
-    def test_a_changed_file_replaces_its_point_even_if_its_size_is_the_same(
-        self, client: QdrantClient, folder: Path
-    ) -> None:
-        Image.new("RGB", (4, 4), (1, 1, 1)).save(folder / "a.bmp")
-        size = (folder / "a.bmp").stat().st_size
-        index = indexer(client)
-        run(index, folder)
-        Image.new("RGB", (4, 4), (200, 0, 0)).save(folder / "a.bmp")
-        colour_image("red", (30, 30)).save(folder / "blue.png")
-        assert (folder / "a.bmp").stat().st_size == size
-        assert counts(run(index, folder)) == (0, 3, 0, 2, 0)
-        assert index.search(image=folder / "a.bmp", limit=1)[0].score == pytest.approx(1)
-        assert payloads(client).keys() == {"a.bmp", "blue.png", "green.png", "red.png", "yellow.jpg"}
-        assert counts(run(index, folder)) == (0, 5, 0, 0, 0)
+    def test_a_changed_file_replaces_its_point_even_if_its_size_is_the_same(self, album: Album) -> None:
+        bitmap = album.folder / "a.bmp"
+        Image.new("RGB", (4, 4), (1, 1, 1)).save(bitmap)
+        size = bitmap.stat().st_size
+        shutil.copy(album.folder / "blue.png", album.folder / "zz.png")
+        album.run()
+        Image.new("RGB", (4, 4), (200, 0, 0)).save(bitmap)
+        colour_image("red", (30, 30)).save(album.folder / "blue.png")
+        assert bitmap.stat().st_size == size
+        assert album.run() == (0, 4, 0, 2, 0)
+        assert album.search(image=bitmap, limit=1)[0].score == pytest.approx(1)
+        assert album.names == {"a.bmp", "blue.png", "green.png", "red.png", "yellow.jpg", "zz.png"}
+        (hit,) = album.search(image=album.folder / "zz.png", limit=1)
+        assert hit.payload["relative_path"] == "zz.png", "content that another file holds stays under that file"
+        assert album.run() == (0, 6, 0, 0, 0)
 
-    def test_content_that_another_file_still_holds_stays_under_that_file(
-        self, client: QdrantClient, folder: Path
-    ) -> None:
-        index = indexer(client)
-        shutil.copy(folder / "blue.png", folder / "zz.png")
-        run(index, folder)
-        colour_image("red", (30, 30)).save(folder / "blue.png")
-        run(index, folder)
-        assert payloads(client).keys() == {"blue.png", "green.png", "red.png", "yellow.jpg", "zz.png"}
-        (hit,) = index.search(image=folder / "zz.png", limit=1)
-        assert (hit.path, hit.payload["relative_path"]) == (str(folder / "zz.png"), "zz.png")
+    def test_renamed_and_swapped_files_keep_their_points(self, album: Album) -> None:
+        album.run()
+        (album.folder / "red.png").rename(album.folder / "crimson.png")
+        assert album.run() == (0, 3, 1, 0, 0)
+        assert album.names == {"blue.png", "crimson.png", "green.png", "yellow.jpg"}
+        assert album.search("red", limit=1)[0].payload["relative_path"] == "crimson.png"
+        for before, after in (("crimson.png", "x"), ("blue.png", "crimson.png"), ("x", "blue.png")):
+            (album.folder / before).rename(album.folder / after)
+        assert album.run() == (0, 2, 0, 2, 0)
+        assert Path(album.search("red", limit=1)[0].path).name == "blue.png"
+        assert len(album.embedded) == len(album.vectors) == 4
 
-    def test_renamed_and_swapped_files_keep_their_points(self, client: QdrantClient, folder: Path) -> None:
-        index = indexer(client)
-        run(index, folder)
-        (folder / "red.png").rename(folder / "crimson.png")
-        assert counts(run(index, folder)) == (0, 3, 1, 0, 0)
-        assert payloads(client).keys() == {"blue.png", "crimson.png", "green.png", "yellow.jpg"}
-        assert index.search("red", limit=1)[0].payload["relative_path"] == "crimson.png"
-        (folder / "crimson.png").rename(folder / "x")
-        (folder / "blue.png").rename(folder / "crimson.png")
-        (folder / "x").rename(folder / "blue.png")
-        assert counts(run(index, folder)) == (0, 2, 0, 2, 0)
-        assert Path(index.search("red", limit=1)[0].path).name == "blue.png"
-        assert len(model_of(index).documents) == client.count("images").count == 4
-
-    def test_pruning_removes_deleted_files_below_the_named_folders_only(
-        self, client: QdrantClient, folder: Path, tmp_path: Path
-    ) -> None:
-        shutil.copy(folder / "red.png", folder / "another.png")
-        stick = tmp_path / "stick"
+    def test_pruning_removes_deleted_files_below_the_named_folders_only(self, album: Album) -> None:
+        shutil.copy(album.folder / "red.png", album.folder / "another.png")
+        stick = album.folder.parent / "stick"
         stick.mkdir()
-        shutil.copy(folder / "green.png", stick / "a.png")
-        index = indexer(client)
-        run(index, [folder, stick])
-        for path in (folder / "another.png", folder / "blue.png", folder / "sub" / "yellow.jpg"):
-            path.unlink()
-        stick.rename(tmp_path / "unplugged")
-        assert run(index, folder).pruned == 0
-        assert client.count("images").count == 4
-        assert run(index, folder / "sub", prune=True).pruned == 1
-        assert run(index, folder, prune=True).pruned == 1
-        assert payloads(client).keys() == {"red.png", "green.png"}
-        assert payloads(client)["red.png"]["paths"] == [str(folder / "red.png")]
-        assert payloads(client)["green.png"]["paths"] == [str(folder / "green.png"), str(stick / "a.png")]
-        for path in folder.rglob("*.png"):
+        shutil.copy(album.folder / "green.png", stick / "a.png")
+        album.run("", stick)
+        for name in ("another.png", "blue.png", "sub/yellow.jpg"):
+            (album.folder / name).unlink()
+        stick.rename(stick.with_name("unplugged"))
+        for paths, prune, pruned in (([], False, 0), (["sub"], True, 1), ([], True, 1)):
+            album.run(*paths, prune=prune)
+            assert album.summary.pruned == pruned
+        assert album.names == {"red.png", "green.png"}
+        assert album.payloads["red.png"]["paths"] == [str(album.folder / "red.png")]
+        assert album.payloads["green.png"]["paths"] == [str(album.folder / "green.png"), str(stick / "a.png")]
+        for path in album.folder.rglob("*.png"):
             path.unlink()
         with pytest.raises(CocoaError, match="there are no images in"):
-            run(index, folder)
-        assert run(index, folder, prune=True).pruned == 2
-        assert payloads(client).keys() == {"a.png"}
+            album.run()
+        album.run(prune=True)
+        assert (album.summary.pruned, album.names) == (2, {"a.png"})
 
-    def test_a_file_that_cannot_be_checked_is_not_deleted(
-        self, client: QdrantClient, folder: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        index = indexer(client)
-        run(index, folder)
-        stat, scan = os.stat, os.scandir
+    def test_a_file_that_cannot_be_checked_is_not_deleted(self, album: Album, monkeypatch: pytest.MonkeyPatch) -> None:
+        album.run()
 
         def refuse(function: Callable[..., Any], part: str) -> Callable[..., Any]:
             def call(path: str | Path, **options: object) -> object:
@@ -224,28 +214,24 @@ class TestRuns:
             return call
 
         with monkeypatch.context() as patch:
-            patch.setattr(os, "stat", refuse(stat, "/sub/yellow"))
-            patch.setattr(os, "scandir", refuse(scan, "/sub/"))
-            summary = run(index, folder, prune=True)
-        assert (summary.pruned, summary.unchanged) == (0, 3)
-        assert "sub" in summary.failed[0]["path"]
-        assert "yellow.jpg" in payloads(client)
+            patch.setattr(os, "stat", refuse(os.stat, "/sub/yellow"))
+            patch.setattr(os, "scandir", refuse(os.scandir, "/sub/"))
+            assert album.run(prune=True) == (0, 3, 0, 0, 1)
+        assert (album.summary.pruned, album.failed) == (0, ["sub"])
+        assert "yellow.jpg" in album.names
 
-    def test_a_file_that_becomes_unusable_loses_its_point(self, client: QdrantClient, folder: Path) -> None:
-        index = indexer(client)
-        run(index, folder)
-        (folder / "red.png").write_bytes(b"no image any more")
-        assert failed_names(run(index, folder)) == ["red.png"]
-        assert payloads(client).keys() == {"green.png", "blue.png", "yellow.jpg"}
+    def test_a_file_that_becomes_unusable_loses_its_point(self, album: Album) -> None:
+        album.run()
+        (album.folder / "red.png").write_bytes(b"no image any more")
+        album.run()
+        assert (album.failed, album.names) == (["red.png"], {"green.png", "blue.png", "yellow.jpg"})
         for make in (lambda path: path.symlink_to("nowhere"), lambda path: path.mkdir()):
-            (folder / "blue.png").unlink(missing_ok=True)
-            make(folder / "blue.png")
-            run(index, folder, prune=True)
-            assert "blue.png" not in payloads(client)
+            (album.folder / "blue.png").unlink(missing_ok=True)
+            make(album.folder / "blue.png")
+            album.run(prune=True)
+            assert "blue.png" not in album.names
 
-    def test_bad_images_are_reported_in_order_and_the_others_are_indexed(
-        self, client: QdrantClient, folder: Path
-    ) -> None:
+    def test_bad_images_are_reported_in_order_and_the_others_are_indexed(self, album: Album) -> None:
         class Overflowing(FakeModel):
             def _embed(self, item: Mapping[str, Any]) -> np.ndarray:
                 blue = "image" in item and item["image"].getpixel((0, 0)) == (0, 0, 255)
@@ -254,65 +240,53 @@ class TestRuns:
         data = BytesIO()
         noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
         Image.fromarray(noise).save(data, "JPEG")
-        (folder / "broken.jpg").write_bytes(data.getvalue()[:1500])
-        (folder / "empty.png").touch()
-        (folder / "page.webp").write_text("<html>")
-        colour_image("red", (1, 20_000)).save(folder / "thin.png")
-        shutil.copy(folder / "thin.png", folder / "thin_too.png")
-        colour_image("red").save(folder / "a.avif")
-        avif = (folder / "a.avif").read_bytes()
-        (folder / "a.avif").write_bytes(avif[: avif.index(b"mdat") + 4].ljust(len(avif), b"\0"))
-        summary = run(QdrantIndexer(Overflowing(), client=client), folder)
-        assert counts(summary) == (3, 0, 0, 0, 7)
-        reasons = {Path(failure["path"]).name: failure["reason"] for failure in summary.failed}
-        assert list(reasons) == sorted(reasons)
-        for name, words in (
-            ("a.avif", "cannot be decoded (Failed to decode"),
-            ("blue.png", "not finite"),
-            ("broken.jpg", "is truncated"),
-            ("empty.png", "is empty"),
-            ("page.webp", "image"),
-            ("thin.png", "aspect ratio"),
-            ("thin_too.png", "aspect ratio"),
-        ):
-            assert words in reasons[name]
-        assert payloads(client).keys() == {"green.png", "red.png", "yellow.jpg"}
+        (album.folder / "broken.jpg").write_bytes(data.getvalue()[:1500])
+        (album.folder / "empty.png").touch()
+        for name in ("thin.png", "thin_too.png"):
+            colour_image("red", (1, 20_000)).save(album.folder / name)
+        colour_image("red").save(album.folder / "a.avif")
+        avif = (album.folder / "a.avif").read_bytes()
+        (album.folder / "a.avif").write_bytes(avif[: avif.index(b"mdat") + 4].ljust(len(avif), b"\0"))
+        album.index = album.indexer(Overflowing())
+        assert album.run() == (3, 0, 0, 0, 6)
+        wanted = {
+            "a.avif": "cannot be decoded (Failed to decode",
+            "blue.png": "not finite",
+            "broken.jpg": "is truncated",
+            "empty.png": "is empty",
+            "thin.png": "aspect ratio",
+            "thin_too.png": "aspect ratio",
+        }
+        assert album.failed == list(wanted)
+        reasons = [failure["reason"] for failure in album.summary.failed]
+        assert all(words in reason for words, reason in zip(wanted.values(), reasons, strict=True)), reasons
+        assert album.names == {"green.png", "red.png", "yellow.jpg"}
 
-    def test_points_of_another_program_are_neither_counted_nor_pruned(
-        self, client: QdrantClient, folder: Path, tmp_path: Path
-    ) -> None:
-        index = indexer(client)
-        run(index, folder)
-        strange = {"caption": ["x"], "paths": None, "thumbnail": 5, "path": str(folder / "gone.png")}
-        client.upsert("images", [models.PointStruct(id=7, vector=[1.0] * 48, payload=strange)])
-        assert run(index, folder, prune=True).pruned == 0
-        hits = index.search("red")
+    def test_points_of_another_program_are_neither_counted_nor_pruned(self, album: Album) -> None:
+        album.run()
+        strange = {"caption": ["x"], "paths": None, "thumbnail": 5, "path": str(album.folder / "gone.png")}
+        album.client.upsert("images", [models.PointStruct(id=7, vector=[1.0] * 48, payload=strange)])
+        album.run(prune=True)
+        assert album.summary.pruned == 0
+        hits = album.search("red")
         assert {hit.id for hit in hits} >= {"7"}
-        write_hits_page(tmp_path / "hits.html", "red", hits)
+        write_hits_page(album.folder / "hits.html", "red", hits)
         report_hits(hits, Console(stderr=True))
-        assert "gone.png" in (tmp_path / "hits.html").read_text()
+        assert "gone.png" in (album.folder / "hits.html").read_text()
 
 
 class TestPaths:
-    def test_a_list_names_files_and_what_is_no_image_file_is_reported(
-        self, client: QdrantClient, folder: Path, tmp_path: Path
-    ) -> None:
+    def test_lists_and_patterns_name_files_and_what_is_no_image_file_is_reported(self, album: Album) -> None:
         names = ("pictures/red.png", "", "# not this", "pictures/gone.png", "pictures/sub", "pictures/sub/yellow.jpg")
-        (tmp_path / "list.txt").write_text("\n".join(names))
-        summary = run(indexer(client), tmp_path / "list.txt")
-        assert summary.indexed == 2
-        assert [(Path(failure["path"]).name, failure["reason"]) for failure in summary.failed] == [
-            ("gone.png", "does not exist"),
-            ("sub", "is a folder, not an image"),
-        ]
-        assert payloads(client)["yellow.jpg"]["relative_path"] == "pictures/sub/yellow.jpg"
-
-    def test_a_pattern_names_files(self, client: QdrantClient, folder: Path) -> None:
-        index = indexer(client)
-        assert run(index, folder / "**" / "*.jpg").indexed == 1
-        assert payloads(client)["yellow.jpg"]["relative_path"] == "sub/yellow.jpg"
-        (folder / "sub" / "yellow.jpg").unlink()
-        assert run(index, folder / "**" / "*.png", prune=True).pruned == 1
+        (album.folder.parent / "list.txt").write_text("\n".join(names))
+        assert album.run("../list.txt") == (2, 0, 0, 0, 2)
+        failed = [(Path(failure["path"]).name, failure["reason"]) for failure in album.summary.failed]
+        assert failed == [("gone.png", "does not exist"), ("sub", "is a folder, not an image")]
+        assert album.payloads["yellow.jpg"]["relative_path"] == "pictures/sub/yellow.jpg"
+        album.run("**/*.jpg")
+        (album.folder / "sub" / "yellow.jpg").unlink()
+        album.run("**/*.png", prune=True)
+        assert album.summary.pruned == 1
 
     @pytest.mark.parametrize(
         ("paths", "error", "words"),
@@ -325,267 +299,227 @@ class TestPaths:
         ],
     )
     def test_paths_without_images_are_an_error(
-        self,
-        client: QdrantClient,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        paths: str | list[str],
-        error: type[Exception],
-        words: str,
+        self, album: Album, monkeypatch: pytest.MonkeyPatch, paths: str | list[str], error: type[Exception], words: str
     ) -> None:
-        monkeypatch.chdir(tmp_path)
-        (tmp_path / "notes").mkdir()
-        (tmp_path / "notes" / "notes.txt").touch()
+        monkeypatch.chdir(album.folder)
+        Path("notes").mkdir()
         with pytest.raises(error, match=words):
-            run(indexer(client), paths)
+            album.index.index(paths, progress=False)
 
-    def test_thumbnails_follow_their_points_and_the_folder_that_is_given(
-        self, client: QdrantClient, folder: Path, tmp_path: Path
-    ) -> None:
-        Image.new("RGB", (1000, 500), "red").save(folder / "large.png")
-        index = indexer(client)
-        run(index, folder)
+    def test_thumbnails_follow_their_points_and_the_folder_that_is_given(self, album: Album, tmp_path: Path) -> None:
+        Image.new("RGB", (1000, 500), "red").save(album.folder / "large.png")
+        album.run()
         for name in ("one", "other"):
-            assert run(index, folder, thumbnails=tmp_path / name).unchanged == 5
-            assert {Path(payload["thumbnail"]).parent.name for payload in payloads(client).values()} == {name}
-        with Image.open(payloads(client)["large.png"]["thumbnail"]) as image:
+            assert album.run(thumbnails=tmp_path / name) == (0, 5, 0, 0, 0)
+            assert {Path(payload["thumbnail"]).parent.name for payload in album.payloads.values()} == {name}
+        with Image.open(album.payloads["large.png"]["thumbnail"]) as image:
             assert (image.size, image.format) == ((320, 160), "JPEG")
-        (folder / "large.png").unlink()
-        colour_image("green", (9, 9)).save(folder / "new.png")
-        run(index, folder, thumbnails=tmp_path / "other", prune=True)
-        named = [Path(payload["thumbnail"]) for payload in payloads(client).values()]
-        assert sorted((tmp_path / "other").iterdir()) == sorted(named)
+        (album.folder / "large.png").unlink()
+        colour_image("green", (9, 9)).save(album.folder / "new.png")
+        album.run(thumbnails=tmp_path / "other", prune=True)
+        assert {str(file) for file in (tmp_path / "other").iterdir()} == {
+            payload["thumbnail"] for payload in album.payloads.values()
+        }
         with pytest.raises(UsageError, match="would be indexed with the images"):
-            run(index, folder, thumbnails=folder / "small")
-        assert not (folder / "small").exists()
+            album.run(thumbnails=album.folder / "small")
+        assert not (album.folder / "small").exists()
 
 
 class TestCaptions:
     """Captions and other columns of ``metadata.jsonl`` in the payload."""
 
-    def test_new_captions_are_stored_without_embedding_anything_again(self, client: QdrantClient, folder: Path) -> None:
-        rows = [
-            {"file_name": "red.png", "text": "a red thing", "licence": "CC0"},
-            {"file_name": "red.png", "text": "something warm", "licence": "MIT"},
-        ]
-        (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        index = indexer(client)
-        run(index, [folder / "sub", folder])
-        before = vectors(client)
-        assert captions(client) == {"red.png": "a red thing\nsomething warm"}
-        assert payloads(client)["red.png"]["metadata"] == {"licence": "CC0"}
-        write_captions(folder, {"red.png": "a rose", "sub/yellow.jpg": "a lemon"}, year=1900)
-        assert counts(run(index, folder)) == (0, 2, 2, 0, 0)
-        assert captions(client) == {"red.png": "a rose", "sub/yellow.jpg": "a lemon"}
-        assert payloads(client)["red.png"]["metadata"] == {"year": 1900}
-        assert payloads(client)["red.png"]["caption_source"] == str(folder / "metadata.jsonl")
-        for columns in ({"year": True}, {}):
-            write_captions(folder, {"red.png": "a rose", "sub/yellow.jpg": "a lemon"}, **columns)
-            assert counts(run(index, folder)) == (0, 2, 2, 0, 0)
-            assert payloads(client)["red.png"]["metadata"] == columns
-        write_captions(folder, {"sub/yellow.jpg": "a lemon"})
-        assert counts(run(index, folder)) == (0, 3, 1, 0, 0)
-        assert captions(client) == {"sub/yellow.jpg": "a lemon"}
-        assert (model_of(index).batches, vectors(client)) == ([4], before)
+    def test_new_captions_are_stored_without_embedding_anything_again(self, album: Album) -> None:
+        rows = ({"text": "a red thing", "licence": "CC0"}, {"text": "something warm", "licence": "MIT"})
+        lines = (json.dumps({"file_name": "red.png", **row}) for row in rows)
+        (album.folder / "metadata.jsonl").write_text("\n".join(lines))
+        album.run("sub", "")
+        before = album.vectors
+        assert album.captions == {"red.png": "a red thing\nsomething warm"}
+        assert album.payloads["red.png"]["metadata"] == {"licence": "CC0"}
+        assert album.payloads["red.png"]["caption_source"] == str(album.folder / "metadata.jsonl")
+        for columns in ({"year": 1}, {"year": True}, {}):
+            album.describe({"red.png": "a rose", "sub/yellow.jpg": "a lemon"}, **columns)
+            assert album.run() == (0, 2, 2, 0, 0)
+            assert album.captions == {"red.png": "a rose", "sub/yellow.jpg": "a lemon"}
+            assert repr(album.payloads["red.png"]["metadata"]) == repr(columns)
+        album.describe({"sub/yellow.jpg": "a lemon"})
+        assert album.run() == (0, 3, 1, 0, 0)
+        assert album.captions == {"sub/yellow.jpg": "a lemon"}
+        assert (len(album.embedded), album.vectors) == (4, before)
 
-    def test_a_moved_file_keeps_its_caption_until_its_source_changes(self, client: QdrantClient, folder: Path) -> None:
-        write_captions(folder, {"red.png": "a red thing"}, licence="CC0")
-        index = indexer(client)
-        run(index, folder)
-        (folder / "red.png").rename(folder / "sub" / "crimson.png")
-        summary = run(index, folder)
-        assert counts(summary) == (0, 3, 1, 0, 1)
-        assert "names 'red.png', which is not in" in summary.failed[0]["reason"]
-        assert captions(client) == {"sub/crimson.png": "a red thing"}
-        write_captions(folder / "sub", {"crimson.png": "a ruby"}, year=1900)
-        (folder / "metadata.jsonl").unlink()
-        assert counts(run(index, folder)) == (0, 3, 1, 0, 0)
-        assert captions(client) == {"sub/crimson.png": "a ruby"}
-        assert payloads(client)["crimson.png"]["metadata"] == {"year": 1900}
-        (folder / "sub" / "metadata.jsonl").unlink()
-        assert counts(run(index, folder)) == (0, 3, 1, 0, 0)
-        assert captions(client) == {}
+    def test_a_moved_file_keeps_its_caption_until_its_source_changes(self, album: Album) -> None:
+        album.describe({"red.png": "a red thing"}, licence="CC0")
+        album.run()
+        (album.folder / "red.png").rename(album.folder / "sub" / "crimson.png")
+        assert album.run() == (0, 3, 1, 0, 1)
+        assert "names 'red.png', which is not in" in album.summary.failed[0]["reason"]
+        assert album.captions == {"sub/crimson.png": "a red thing"}
+        album.describe({"crimson.png": "a ruby"}, "sub", year=1900)
+        (album.folder / "metadata.jsonl").unlink()
+        assert album.run() == (0, 3, 1, 0, 0)
+        assert album.captions == {"sub/crimson.png": "a ruby"}
+        assert album.payloads["crimson.png"]["metadata"] == {"year": 1900}
+        (album.folder / "sub" / "metadata.jsonl").unlink()
+        assert album.run() == (0, 3, 1, 0, 0)
+        assert album.captions == {}
 
     @pytest.mark.parametrize("part", ["sub", "sub/yellow.jpg"])
-    def test_a_run_over_a_part_keeps_captions_from_above(self, client: QdrantClient, folder: Path, part: str) -> None:
-        write_captions(folder, {"sub/yellow.jpg": "a lemon"}, licence="CC0")
-        colour_image("green", (9, 9)).save(folder / "sub" / "other.png")
-        write_captions(folder / "sub", {"other.png": "a lime"})
-        index = indexer(client)
-        run(index, folder)
-        before = payloads(client)
-        assert captions(client) == {"sub/yellow.jpg": "a lemon", "sub/other.png": "a lime"}
-        assert run(index, folder / part).updated == 0
-        assert payloads(client) == before
-        write_captions(folder / "sub", {"yellow.jpg": "a banana"})
-        assert run(index, folder / part).updated == 1 + (part == "sub")
-        assert "a banana" in captions(client).values()
+    def test_a_run_over_a_part_keeps_captions_from_above(self, album: Album, part: str) -> None:
+        colour_image("green", (9, 9)).save(album.folder / "sub" / "other.png")
+        album.describe({"sub/yellow.jpg": "a lemon"}, licence="CC0")
+        album.describe({"other.png": "a lime"}, "sub")
+        album.run()
+        before = album.payloads
+        assert album.captions == {"sub/yellow.jpg": "a lemon", "sub/other.png": "a lime"}
+        album.run(part)
+        assert album.payloads == before
+        album.describe({"yellow.jpg": "a banana"}, "sub")
+        album.run(part)
+        assert "a banana" in album.captions.values()
 
     @pytest.mark.parametrize("size", [1, 32])
-    def test_the_first_file_of_a_content_describes_it_and_then_the_next(
-        self, client: QdrantClient, folder: Path, size: int
-    ) -> None:
-        shutil.copy(folder / "red.png", folder / "again.png")
-        write_captions(folder, {"red.png": "of red.png", "again.png": "of again.png"})
-        index = indexer(client, batch_size=size)
-        assert counts(run(index, folder)) == (4, 1, 0, 0, 0)
-        red, again = folder / "red.png", folder / "again.png"
-        for paths, files in (([folder], 5), ([red, again], 2), ([again, red], 2), ([red], 1)):
-            assert counts(run(index, paths)) == (0, files, 0, 0, 0)
-            assert captions(client) == {"again.png": "of again.png"}
-        write_captions(folder, {"red.png": "of red.png", "again.png": "new"})
-        assert counts(run(index, folder)) == (0, 4, 1, 0, 0)
-        assert captions(client) == {"again.png": "new"}
-        again.unlink()
-        write_captions(folder, {"red.png": "of red.png"})
-        assert counts(run(index, folder)) == (0, 3, 1, 0, 0)
-        assert captions(client) == {"red.png": "of red.png"}
-        assert counts(run(index, folder)) == (0, 4, 0, 0, 0)
+    def test_the_first_file_of_a_content_describes_it_and_then_the_next(self, album: Album, size: int) -> None:
+        shutil.copy(album.folder / "red.png", album.folder / "again.png")
+        album.describe({"red.png": "of red.png", "again.png": "of again.png"})
+        album.index = album.indexer(batch_size=size)
+        assert album.run() == (4, 1, 0, 0, 0)
+        for paths in ([""], ["red.png", "again.png"], ["again.png", "red.png"], ["red.png"]):
+            assert album.run(*paths) == (0, 5 if paths == [""] else len(paths), 0, 0, 0)
+            assert album.captions == {"again.png": "of again.png"}
+        album.describe({"red.png": "of red.png", "again.png": "new"})
+        assert album.run() == (0, 4, 1, 0, 0)
+        assert album.captions == {"again.png": "new"}
+        (album.folder / "again.png").unlink()
+        album.describe({"red.png": "of red.png"})
+        assert album.run() == (0, 3, 1, 0, 0)
+        assert album.captions == {"red.png": "of red.png"}
+        assert album.run() == (0, 4, 0, 0, 0)
 
     @pytest.mark.parametrize("line", ['{"file_name": "gone.png", "text": ""}', "{", '{"text": "no name"}'])
-    def test_a_broken_line_is_reported_and_removes_no_caption(
-        self, client: QdrantClient, folder: Path, line: str
-    ) -> None:
-        write_captions(folder, {"red.png": "a red thing", "blue.png": "the sea"})
-        index = indexer(client)
-        run(index, folder)
-        (folder / "metadata.jsonl").write_text(f'{{"file_name": "blue.png", "text": "a lake"}}\n{line}')
-        summary = run(index, folder)
-        assert failed_names(summary) == ["metadata.jsonl:2"]
-        assert counts(summary) == (0, 3, 1, 0, 1)
-        assert captions(client) == {"red.png": "a red thing", "blue.png": "a lake"}
+    def test_a_broken_line_is_reported_and_removes_no_caption(self, album: Album, line: str) -> None:
+        album.describe({"red.png": "a red thing", "blue.png": "the sea"})
+        album.run()
+        (album.folder / "metadata.jsonl").write_text(f'{{"file_name": "blue.png", "text": "a lake"}}\n{line}')
+        assert album.run() == (0, 3, 1, 0, 1)
+        assert album.failed == ["metadata.jsonl:2"]
+        assert album.captions == {"red.png": "a red thing", "blue.png": "a lake"}
 
 
 class TestSearch:
-    def test_images_are_found_by_text_by_image_and_by_both(self, client: QdrantClient, folder: Path) -> None:
-        index = indexer(client)
-        run(index, folder)
-        assert Path(index.search("a red square")[0].path) == folder / "red.png"
-        assert Path(index.search(image=folder / "green.png")[0].path) == folder / "green.png"
-        first, second = index.search("blue", colour_image("blue"), limit=2)
-        assert (first.path, first.score) == (str(folder / "blue.png"), pytest.approx(1, abs=1e-3))
+    def test_images_are_found_by_text_by_image_and_by_both(self, album: Album) -> None:
+        album.run()
+        assert Path(album.search("a red square")[0].path) == album.folder / "red.png"
+        assert Path(album.search(image=album.folder / "green.png")[0].path) == album.folder / "green.png"
+        first, second = album.search("blue", colour_image("blue"), limit=2)
+        assert (first.path, first.score) == (str(album.folder / "blue.png"), pytest.approx(1, abs=1e-3))
         assert first.score > second.score
-        texts = [str(folder / "red.png"), "https://example.com/red.png", "data:image/png;base64,iVBORw0KGgo="]
+        texts = [str(album.folder / "red.png"), "https://example.com/red.png", "data:image/png;base64,iVBORw0KGgo="]
         for text in texts:
-            index.search(text)
-        assert model_of(index).queries[-3:] == [{"text": text} for text in texts], "a text is always text"
+            album.search(text)
+        queries = album.index.encoder.model.queries  # type: ignore[union-attr]
+        assert queries[-3:] == [{"text": text} for text in texts], "a text is always text"
 
-    def test_limit_offset_threshold_and_filter(self, client: QdrantClient, folder: Path) -> None:
-        index = indexer(client)
-        run(index, folder)
-        every = index.search("red")
+    def test_limit_offset_threshold_and_filter(self, album: Album) -> None:
+        album.run()
+        every = album.search("red")
         assert len(every) == 4
-        assert index.search("red", limit=2, offset=1) == every[1:3]
-        assert index.search("red", score_threshold=every[0].score - 1e-4) == every[:1]
+        assert album.search("red", limit=2, offset=1) == every[1:3]
+        assert album.search("red", score_threshold=every[0].score - 1e-4) == every[:1]
         png = models.FieldCondition(key="mime", match=models.MatchValue(value="image/png"))
         for condition in (models.Filter(must=[png]), "mime=image/png", ["mime=image/png", "width>1"]):
-            assert len(index.search("red", query_filter=condition)) == 3
+            assert len(album.search("red", query_filter=condition)) == 3
 
     @pytest.mark.parametrize("turn", list(Image.Transpose))
-    def test_a_rotated_or_mirrored_image_is_found_on_request(
-        self, client: QdrantClient, folder: Path, turn: Image.Transpose
-    ) -> None:
+    def test_a_rotated_or_mirrored_image_is_found_on_request(self, album: Album, turn: Image.Transpose) -> None:
         generator = np.random.default_rng(0)
         for number in range(5):
             pixels = generator.integers(0, 256, (4, 4, 3), dtype=np.uint8)
-            Image.fromarray(pixels).resize((40, 40), Image.Resampling.NEAREST).save(folder / f"{number}.png")
-        index = indexer(client)
-        run(index, folder)
-        turned = load_image(folder / "3.png").transpose(turn)
-        assert index.search(image=turned, limit=1)[0].score < 0.999
-        best, second = index.search(image=turned, limit=2, any_orientation=True)
+            Image.fromarray(pixels).resize((40, 40), Image.Resampling.NEAREST).save(album.folder / f"{number}.png")
+        album.run()
+        turned = load_image(album.folder / "3.png").transpose(turn)
+        assert album.search(image=turned, limit=1)[0].score < 0.999
+        best, second = album.search(image=turned, limit=2, any_orientation=True)
         assert (Path(best.path).name, best.score) == ("3.png", pytest.approx(1))
-        assert index.search(image=turned, limit=1, offset=1, any_orientation=True) == [second]
-        found = index.search(image=turned, score_threshold=0.999, any_orientation=True)
+        assert album.search(image=turned, limit=1, offset=1, any_orientation=True) == [second]
+        found = album.search(image=turned, score_threshold=0.999, any_orientation=True)
         assert [hit.id for hit in found] == [best.id]
 
-    @pytest.mark.parametrize(
-        "arguments",
-        [
-            {},
-            {"text": ""},
-            {"text": "red", "limit": 0},
-            {"text": "a", "offset": -1},
-            {"text": "a", "any_orientation": 1},
-        ],
-    )
-    def test_an_impossible_search_is_wrong_usage(self, client: QdrantClient, arguments: dict[str, Any]) -> None:
+    @pytest.mark.parametrize("text", ["", "red"])
+    @pytest.mark.parametrize("options", [{"limit": 0}, {"offset": -1}, {"any_orientation": True}])
+    def test_an_impossible_search_is_wrong_usage(self, album: Album, text: str, options: dict[str, Any]) -> None:
         with pytest.raises(UsageError, match="; "):
-            indexer(client).search(**arguments)
+            album.search(text, **options)
 
     def test_a_search_creates_nothing_and_names_what_is_missing_before_the_model_is_loaded(
         self, tmp_path: Path
     ) -> None:
+        index = QdrantIndexer(tmp_path / "no-model", path=tmp_path / "none")
         with pytest.raises(CocoaError, match="there is no index in"):
-            QdrantIndexer(tmp_path / "no-model", path=tmp_path / "none").search("red")
+            index.search("red")
         with pytest.raises(CocoaError, match=r"gone\.png: does not exist"):
-            QdrantIndexer(tmp_path / "no-model", path=tmp_path / "none").search(image=tmp_path / "gone.png")
+            index.search(image=tmp_path / "gone.png")
         assert list(tmp_path.iterdir()) == []
 
-    def test_threads_may_share_an_indexer(self, tmp_path: Path, folder: Path) -> None:
-        found: list[str] = []
-        with QdrantIndexer(Encoder(FakeModel()), path=tmp_path / "store", collection="my images") as index:
-            run(index, folder)
-            threads = [threading.Thread(target=lambda: found.append(index.search("blue")[0].path)) for _ in range(8)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        assert found == [str(folder / "blue.png")] * 8
-        with QdrantIndexer(FakeModel(), path=tmp_path / "store", collection="my images") as index:
-            assert counts(run(index, folder)) == (0, 4, 0, 0, 0)
+    def test_threads_may_share_an_indexer(self, album: Album, tmp_path: Path) -> None:
+        with QdrantIndexer(Encoder(FakeModel()), path=tmp_path / "store", collection="my images") as album.index:
+            assert album.run() == (4, 0, 0, 0, 0)
+            with ThreadPoolExecutor(8) as pool:
+                found = list(pool.map(album.index.search, ["blue"] * 8))
+        assert {hits[0].path for hits in found} == {str(album.folder / "blue.png")}
+        assert album.run() == (0, 4, 0, 0, 0), "a closed indexer opens again"
+        album.index.close()
 
 
 class TestModels:
-    def test_another_model_is_refused_and_both_are_named(self, client: QdrantClient, folder: Path) -> None:
-        run(QdrantIndexer(Encoder(FakeModel(seed=1), "cocoa-old"), client=client), folder)
-        other = QdrantIndexer(Encoder(FakeModel(seed=2), "cocoa-new"), client=client)
-        for use in (lambda: run(other, folder), lambda: other.search("red")):
+    def test_another_model_is_refused_and_both_are_named(self, album: Album) -> None:
+        album.index = album.indexer(Encoder(FakeModel(seed=1), "cocoa-old"))  # type: ignore[arg-type]
+        album.run()
+        album.index = album.indexer(Encoder(FakeModel(seed=2), "cocoa-new"))  # type: ignore[arg-type]
+        for use in (album.run, lambda: album.index.search("red")):
             with pytest.raises(CocoaError, match=r"made with cocoa-old \(fingerprint .*not with cocoa-new \(fingerpri"):
                 use()
-        assert QdrantIndexer(Encoder(FakeModel(seed=1), "renamed"), client=client).search("red")
+        assert album.indexer(Encoder(FakeModel(seed=1), "renamed")).search("red")  # type: ignore[arg-type]
 
-    def test_a_collection_of_another_program_is_searched_and_only_filled_if_it_is_empty(
-        self, client: QdrantClient, folder: Path
-    ) -> None:
-        for collection in ("theirs", "images"):
-            client.create_collection(collection, COSINE)
-        client.upsert("theirs", [models.PointStruct(id=1, vector=[1.0] * 48, payload={"path": "/a.png"})])
-        index = indexer(client, collection="theirs")
-        assert [hit.path for hit in index.search("red")] == ["/a.png"]
-        with pytest.raises(CocoaError, match="was not made by cocoa-embed index"):
-            run(index, folder)
-        assert run(indexer(client), folder).indexed == 4
+    def test_a_collection_of_another_program_is_searched_and_only_filled_if_it_is_empty(self, album: Album) -> None:
+        album.client.create_collection("images", COSINE)
+        assert album.run() == (4, 0, 0, 0, 0)
         with pytest.raises(CocoaError, match="was made with"):
-            QdrantIndexer(FakeModel(seed=2), client=client).search("red")
+            album.indexer(FakeModel(seed=2)).search("red")
+        album.client.create_collection("theirs", COSINE)
+        album.client.upsert("theirs", [models.PointStruct(id=1, vector=[1.0] * 48, payload={"path": "/a.png"})])
+        album.index = album.indexer(collection="theirs")
+        assert [hit.path for hit in album.index.search("red")] == ["/a.png"]
+        with pytest.raises(CocoaError, match="was not made by cocoa-embed index"):
+            album.run()
 
-    def test_embeddings_are_cut_and_a_search_uses_the_dimension_of_the_collection(
-        self, client: QdrantClient, folder: Path
-    ) -> None:
-        run(indexer(client, dimension=12), folder)
-        assert {len(vector) for vector in vectors(client).values()} == {12}
-        assert all(np.isclose(np.linalg.norm(vector), 1) for vector in vectors(client).values())
-        assert indexer(client).search(image=folder / "red.png", limit=1)[0].score == pytest.approx(1)
+    def test_embeddings_are_cut_and_a_search_uses_the_dimension_of_the_collection(self, album: Album) -> None:
+        album.index = album.indexer(dimension=12)
+        album.run()
+        assert {len(vector) for vector in album.vectors.values()} == {12}
+        assert all(np.isclose(np.linalg.norm(vector), 1) for vector in album.vectors.values())
+        assert album.search(image=album.folder / "red.png", limit=1)[0].score == pytest.approx(1)
         with pytest.raises(CocoaError, match=r"12 dimensions.* makes 24"):
-            indexer(client, dimension=24).search("red")
-        client.create_collection("small", models.VectorParams(size=32, distance=models.Distance.COSINE))
-        small = indexer(client, collection="small")
-        for use in (lambda: run(small, folder), lambda: small.search("red")):
+            album.indexer(dimension=24).search("red")
+        small = models.VectorParams(size=32, distance=models.Distance.COSINE)
+        album.client.create_collection("small", small)
+        album.index = album.indexer(collection="small")
+        for use in (album.run, lambda: album.index.search("red")):
             with pytest.raises(CocoaError, match=r"32 dimensions.* makes 48; choose another collection"):
                 use()
 
-    def test_a_model_that_does_not_take_images_or_both_is_refused(self, client: QdrantClient, folder: Path) -> None:
+    def test_a_model_that_does_not_take_images_or_both_is_refused(self, album: Album) -> None:
         class OneAtATime(FakeModel):
             def supports(self, modality: str | tuple[str, ...]) -> bool:
                 return isinstance(modality, str)
 
+        album.index = album.indexer(FakeModel(modalities=["text"]))
         with pytest.raises(CocoaError, match="does not embed images"):
-            run(QdrantIndexer(FakeModel(modalities=["text"]), client=client), folder)
-        index = QdrantIndexer(OneAtATime(), client=client)
-        run(index, folder)
-        assert index.search("red")
+            album.run()
+        album.index = album.indexer(OneAtATime())
+        album.run()
+        assert album.index.search("red")
         with pytest.raises(CocoaError, match="does not embed image and text together"):
-            index.search("red", colour_image("red"))
+            album.index.search("red", colour_image("red"))
 
     @pytest.mark.parametrize(
         ("arguments", "words"),
@@ -599,4 +533,3 @@ class TestModels:
     def test_wrong_arguments_are_wrong_usage(self, arguments: dict[str, Any], words: str) -> None:
         with pytest.raises(UsageError, match=words):
             QdrantIndexer(FakeModel(), **arguments)
-        assert QdrantIndexer(FakeModel(), url="http://[::1]:6333").location == "http://[::1]:6333"

@@ -39,11 +39,7 @@ def payload(**changes: Any) -> dict[str, Any]:
 
 def test_the_id_depends_on_the_content_alone_and_never_changes() -> None:
     assert point_id(SHA256) == "8c851bc5-da8d-5324-9942-0f435ca54c9e"
-    assert point_id(SHA256.upper()) == point_id(SHA256)
     assert point_id(SHA256[::-1]) != point_id(SHA256)
-    for wrong in ("", SHA256[:-1], "zz" * 32):
-        with pytest.raises(ValueError, match=r"64 hexadecimal digits|non-hexadecimal"):
-            point_id(wrong)
 
 
 def test_the_payload_has_plain_fields_and_no_image() -> None:

@@ -1,58 +1,24 @@
 """What a server is sent, and what happens when it fails."""
 
-import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import httpx
 import pytest
-
-pytest.importorskip("qdrant_client")
-
 from qdrant_client import QdrantClient
-from qdrant_client.common.client_exceptions import QdrantException
-from qdrant_client.http.exceptions import ResponseHandlingException
-from store_faults import (
-    MAX_BODY,
-    FakeServer,
-    FaultyClient,
-    answer_bytes,
-    answer_status,
-    do_then,
-    drop,
-    drop_after,
-    fake_server,
-    refusal,
-    status,
-    store_then,
-    time_out,
-    too_many,
-)
+from store_faults import MAX_BODY, FakeServer, answer_bytes, answer_status, drop, drop_after, fake_server, store_half
 from store_points import DIMENSION, OTHER, SIGNATURE, make_points, make_vector, name
 
 from cocoa_embed.errors import CocoaError
-from cocoa_embed.integrations.qdrant.stores import open_store
+from cocoa_embed.integrations.qdrant.stores import open_store, server
 from cocoa_embed.integrations.qdrant.stores.base import PAYLOAD_INDEXES, Query, Signature, StoreOptions
-from cocoa_embed.integrations.qdrant.stores.client import ClientStore
-from cocoa_embed.integrations.qdrant.stores.server import (
-    ATTEMPTS,
-    FIRST_ATTEMPTS,
-    MAX_BATCH_BYTES,
-    MAX_BATCH_POINTS,
-    MAX_WAIT_SECONDS,
-    ServerStore,
-    bounded_batches,
-)
+from cocoa_embed.integrations.qdrant.stores.server import ServerStore
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Payload indexes"),
-    pytest.mark.filterwarnings("ignore:Api key is used"),
-    pytest.mark.filterwarnings("ignore:Local mode performs exact"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:Api key is used")
 
 QUERY = Query(make_vector(1), limit=5)
+CREATE, INDEX, UPSERT = "PUT /collections/images", "PUT /collections/images/index", "PUT /collections/images/points"
+OpenRemote = Callable[..., ServerStore]
 
 
 @pytest.fixture
@@ -62,34 +28,18 @@ def waits() -> list[float]:
 
 
 @pytest.fixture
-def client() -> Iterator[FaultyClient]:
-    memory = QdrantClient(":memory:")
-    yield FaultyClient(memory)
-    memory.close()
+def fake() -> Iterator[FakeServer]:
+    with fake_server() as fake:
+        yield fake
 
 
 @pytest.fixture
-def store(client: FaultyClient, waits: list[float]) -> ServerStore:
-    """A store over a server that is as quick as memory, and fails on request."""
-    store = ServerStore("here", "images", StoreOptions(), client=client, sleep=waits.append)  # type: ignore[arg-type]
-    store.create(SIGNATURE)
-    client.calls.clear()
-    return store
-
-
-@pytest.fixture
-def server() -> Iterator[FakeServer]:
-    with fake_server() as server:
-        yield server
-
-
-@pytest.fixture
-def remote(server: FakeServer, waits: list[float]) -> Iterator[Callable[..., ServerStore]]:
-    """Opens a store that talks to the loopback server."""
+def remote(fake: FakeServer, waits: list[float]) -> Iterator[OpenRemote]:
+    """Opens a store on the loopback server."""
     stores: list[ServerStore] = []
 
-    def open_(**options: Any) -> ServerStore:
-        stores.append(ServerStore(server.url, "images", StoreOptions(**options), sleep=waits.append))
+    def open_(url: str = fake.url, **options: Any) -> ServerStore:
+        stores.append(ServerStore(url, "images", StoreOptions(**options), sleep=waits.append))
         return stores[-1]
 
     yield open_
@@ -97,293 +47,251 @@ def remote(server: FakeServer, waits: list[float]) -> Iterator[Callable[..., Ser
         store.close()
 
 
-class TestRetries:
-    @pytest.mark.parametrize(
-        "error", [time_out(), refusal(), status(500), status(502), status(503), status(429), too_many(2)], ids=repr
-    )
-    @pytest.mark.parametrize("stored", [0, 0.5, 1])
-    def test_temporary_failures_are_retried_and_a_batch_stored_in_part_is_there_once(
-        self, store: ServerStore, client: FaultyClient, waits: list[float], error: Exception, stored: float
-    ) -> None:
-        client.faults["upsert"] = [store_then(stored, error)] * (ATTEMPTS - 1)
+@pytest.fixture
+def store(remote: OpenRemote) -> ServerStore:
+    store = remote()
+    store.create(SIGNATURE)
+    return store
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [drop, drop_after, store_half, *map(answer_status, (429, 500, 502, 503)), answer_status(429, Retry_After="2")],
+)
+def test_temporary_failures_are_retried_and_everything_is_there_once(
+    fake: FakeServer, remote: OpenRemote, waits: list[float], fault: Callable[[Any], bool]
+) -> None:
+    store = remote()
+    for end in (UPSERT,) if fault is store_half else (CREATE, INDEX, UPSERT, "/points/delete", "/scroll", "/exists"):
+        fake.fail(end, fault, fault)
+    store.create(SIGNATURE)
+    store.upsert(make_points(0, 300))
+    store.delete([name(5), name(6)])
+    assert len(list(store.scan(["number"]))) == store.count() == 298
+    assert (store.signature(), fake.faults, len(waits)) == (SIGNATURE, [], 2 if fault is store_half else 12)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda store: store.count(),
+        lambda store: list(store.scan(["number"])),
+        lambda store: store.retrieve([name(1)]),
+        lambda store: store.delete([name(1)]),
+        lambda store: store.overwrite_payload(name(1), {}),
+        lambda store: store.search(QUERY),
+        lambda store: store.signature(),
+        lambda store: store.create(SIGNATURE),
+        lambda store: store.collections(),
+    ],
+)
+def test_every_request_of_a_call_is_retried(
+    fake: FakeServer, store: ServerStore, waits: list[float], call: Callable[[ServerStore], object]
+) -> None:
+    store.upsert(make_points(0, 3))
+    fake.requests.clear()
+    call(store)
+    for request in {f"{request.method} {request.path}" for request in fake.requests}:
+        fake.fail(request, drop, answer_status(503))
+    faults = len(fake.faults)
+    call(store)
+    assert (fake.faults, len(waits)) == ([], faults)
+
+
+def test_a_failure_that_lasts_ends_after_a_few_attempts_and_the_next_run_completes_the_batch(
+    fake: FakeServer, store: ServerStore, waits: list[float]
+) -> None:
+    fake.fail(UPSERT, store_half, *[answer_status(503)] * (server.ATTEMPTS - 1))
+    with pytest.raises(CocoaError, match=rf"^Qdrant at {fake.url} failed: 503 .*: status 503 \(tried 6 times\)$"):
         store.upsert(make_points(0, 10))
-        assert client.calls.count("upsert") == ATTEMPTS
-        assert sorted(payload["number"] for _, payload in store.scan(["number"])) == list(range(10))
-        assert len(waits) == ATTEMPTS - 1
+    assert sum(waits) < 30
+    assert waits == sorted(waits)
+    assert store.count() == 5
+    store.upsert(make_points(0, 10))
+    assert store.count() == 10
 
-    @pytest.mark.parametrize(
-        "call",
-        [
-            lambda store: store.count(),
-            lambda store: list(store.scan(["number"])),
-            lambda store: store.retrieve([name(1)]),
-            lambda store: store.delete([name(1)]),
-            lambda store: store.overwrite_payload(name(1), {}),
-            lambda store: store.search(QUERY),
-            lambda store: store.signature(),
-            lambda store: store.sign(SIGNATURE),
-        ],
-    )
-    def test_every_call_is_retried(
-        self, store: ServerStore, client: FaultyClient, call: Callable[[ServerStore], object]
-    ) -> None:
-        store.upsert(make_points(0, 3))
-        client.calls.clear()
-        call(store)
-        wanted = list(client.calls)
-        assert wanted
-        for method in set(wanted):
-            client.calls.clear()
-            client.faults = {method: [time_out(), status(503)]}
-            call(store)
-            assert len(client.calls) == len(wanted) + 2
 
-    def test_a_failure_that_lasts_ends_after_a_few_attempts_and_the_next_run_completes_the_batch(
-        self, store: ServerStore, client: FaultyClient, waits: list[float]
-    ) -> None:
-        client.faults["upsert"] = [store_then(0.3, status(503, "overloaded")), ...]
-        with pytest.raises(CocoaError, match=r"^Qdrant at here failed: 503 Reason: overloaded \(tried 6 times\)$"):
-            store.upsert(make_points(0, 10))
-        assert sum(waits) < 30
-        assert waits == sorted(waits)
-        client.faults.clear()
-        assert store.count() == 3
-        store.upsert(make_points(0, 10))
-        assert store.count() == 10
-
-    @pytest.mark.parametrize(
-        ("error", "words"),
-        [
-            *[(status(code, "Wrong input"), f"{code} Reason: Wrong") for code in (400, 401, 403, 404, 409, 413, 422)],
-            (ResponseHandlingException(httpx.LocalProtocolError("Illegal header value")), "Illegal header value"),
-            (ResponseHandlingException(ValueError("no field 'result'")), "no field 'result'"),
-            (json.JSONDecodeError("Expecting value", "<html>", 0), "the answer is not one of Qdrant's"),
-            (AssertionError("Count returned None"), "the answer is not one of Qdrant's"),
-        ],
-    )
-    def test_a_failure_that_would_last_is_not_retried(
-        self, store: ServerStore, client: FaultyClient, waits: list[float], error: Exception, words: str
-    ) -> None:
-        client.faults["count"] = [error, ...]
-        with pytest.raises(CocoaError, match=f"^Qdrant at here failed: {words}"):
-            store.count()
-        assert (client.calls.count("count"), waits) == (1, [])
-
-    def test_the_server_says_how_long_to_wait_within_limits(
-        self, store: ServerStore, client: FaultyClient, waits: list[float]
-    ) -> None:
-        no_number = QdrantException("Retry-After header value is not a valid integer: Wed, 21 Oct 2026 07:28:00 GMT")
-        client.faults["count"] = [too_many(7), too_many(3600), no_number]
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        *[(answer_status(code), f"{code} .*: status {code}$") for code in (400, 401, 403, 404, 409, 413, 422)],
+        (answer_bytes(b"<html>Welcome</html>"), "the answer is not one of Qdrant's"),
+        (answer_bytes(b""), "the answer is not one of Qdrant's"),
+        (answer_bytes(b'{"ok": true}'), "the answer is not one of Qdrant's"),
+        (answer_bytes(b'{"result": 5}'), "1 validation error"),
+    ],
+)
+def test_a_failure_that_would_last_is_not_retried(
+    fake: FakeServer, store: ServerStore, waits: list[float], answer: Callable[[Any], bool], words: str
+) -> None:
+    fake.fail("/count", answer)
+    with pytest.raises(CocoaError, match=f"^Qdrant at {fake.url} failed: {words}"):
         store.count()
-        assert waits[:2] == [7, MAX_WAIT_SECONDS]
-        assert 2 <= waits[2] < 3
-
-    @pytest.mark.parametrize("method", ["create_collection", "create_payload_index", "update_collection"])
-    def test_a_lost_answer_to_a_creation_is_no_failure(
-        self, client: FaultyClient, waits: list[float], method: str
-    ) -> None:
-        client.faults[method] = [do_then(method, time_out())]
-        store = ServerStore("here", "images", StoreOptions(), client=client, sleep=waits.append)  # type: ignore[arg-type]
-        store.create(SIGNATURE)
-        store.sign(SIGNATURE)
-        assert store.signature() == SIGNATURE
-        assert client.calls.count(method) >= 2
-
-    def test_a_thread_that_waits_does_not_block_the_others(self, store: ServerStore, client: FaultyClient) -> None:
-        store.upsert(make_points(0, 1))
-        waiting, go_on = threading.Event(), threading.Event()
-
-        def hang(client: QdrantClient, *arguments: object, **options: Any) -> object:
-            waiting.set()
-            assert go_on.wait(60)
-            return client.upsert(*arguments, **options)  # type: ignore[arg-type]
-
-        client.faults["upsert"] = [hang]
-        thread = threading.Thread(target=store.upsert, args=(make_points(1, 2),))
-        thread.start()
-        assert waiting.wait(60)
-        assert (store.count(), len(store.search(QUERY))) == (1, 1)
-        go_on.set()
-        thread.join()
-        assert store.count() == 2
-
-    def test_a_local_client_is_used_by_one_thread_at_a_time(self, client: FaultyClient) -> None:
-        active: list[int] = []
-        store = ClientStore("here", "images", StoreOptions(), client=client)  # type: ignore[arg-type]
-        store.create(SIGNATURE)
-
-        def count(client: QdrantClient, *arguments: Any, **options: Any) -> object:
-            active.append(1)
-            time.sleep(0.01)
-            assert active.pop() == 1
-            assert active == []
-            return client.count(*arguments, **options)
-
-        client.faults["count"] = [count] * 20
-        threads = [threading.Thread(target=lambda: [store.count() for _ in range(5)]) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert client.faults["count"] == []
+    assert waits == []
 
 
-class TestRequests:
-    """What the real client sends, and its errors for real answers."""
+def test_a_server_that_is_not_there_is_reported_soon(remote: OpenRemote, waits: list[float]) -> None:
+    with pytest.raises(CocoaError, match=r"^Qdrant at http://127\.0\.0\.1:9 failed: .*refused \(tried 3 times\)$"):
+        remote("http://127.0.0.1:9").signature()
+    assert sum(waits) < 3
 
-    def test_a_collection_gets_its_signature_and_indexes_before_the_first_point(
-        self, server: FakeServer, remote: Callable[..., ServerStore]
-    ) -> None:
-        store = remote()
-        assert store.signature() is None
-        store.create(SIGNATURE)
-        store.upsert(make_points(0, 2))
-        (created,) = server.bodies("PUT", "/collections/images")
-        assert created["vectors"] == {"size": DIMENSION, "distance": "Cosine"}
-        assert created["metadata"] == {"cocoa_embed": {"model": "m", "fingerprint": "0f", "dimension": DIMENSION}}
-        assert "quantization_config" not in created
-        indexed = {body["field_name"]: body["field_schema"] for body in server.bodies("PUT", "/index")}
-        text = {"type": "text", "tokenizer": "word", "lowercase": True, "phrase_matching": True}
-        assert indexed == {**PAYLOAD_INDEXES, "caption": text}
-        writes = [request.path.rpartition("/")[2] for request in server.requests if request.method == "PUT"]
-        assert writes == ["images", *["index"] * len(PAYLOAD_INDEXES), "points"]
-        (stored,) = server.bodies("PUT", "/points")
-        assert stored["points"][1]["id"] == name(1)
-        assert stored["points"][1]["vector"] == make_points(0, 2)[1].vector.tolist()
 
-    @pytest.mark.parametrize(
-        ("quantization", "wanted"),
-        [
-            ("scalar", {"scalar": {"type": "int8", "quantile": 0.99, "always_ram": True}}),
-            ("binary", {"binary": {"always_ram": True}}),
-        ],
-    )
-    def test_vectors_are_quantized_kept_on_disk_and_rescored(
-        self, server: FakeServer, remote: Callable[..., ServerStore], quantization: str, wanted: dict
-    ) -> None:
-        store = remote(quantization=quantization, on_disk=True)
-        store.create(SIGNATURE)
-        store.search(QUERY._replace(offset=5))
-        store.search(QUERY._replace(limit=500))
-        (created,) = server.bodies("PUT", "/collections/images")
-        assert created["quantization_config"] == wanted
-        assert created["vectors"] == {"size": DIMENSION, "distance": "Cosine", "on_disk": True}
-        few, many = (body["params"]["quantization"] for body in server.bodies("POST", "/query"))
-        assert (few, many) == ({"rescore": True, "oversampling": 20}, {"rescore": True, "oversampling": 3})
+def test_the_server_says_how_long_to_wait_within_limits(
+    fake: FakeServer, store: ServerStore, waits: list[float]
+) -> None:
+    date = "Wed, 21 Oct 2026 07:28:00 GMT"
+    fake.fail("/count", *(answer_status(429, Retry_After=after) for after in ("7", "3600", date)))
+    store.count()
+    assert waits[:2] == [7, server.MAX_WAIT_SECONDS]
+    assert 2 <= waits[2] < 3
 
-    def test_indexes_that_a_killed_process_left_out_are_created_before_the_next_point(
-        self, server: FakeServer, remote: Callable[..., ServerStore]
-    ) -> None:
-        server.fail("PUT /collections/images/index", lambda _: False, lambda _: False, answer_status(400))
-        with pytest.raises(CocoaError, match="400"):
-            remote().create(SIGNATURE)
-        assert len(server.indexes["images"]) == 2
-        store = remote()
-        assert store.signature() == SIGNATURE
-        for start in range(2):
-            store.upsert(make_points(start, start + 1))
-        assert server.indexes["images"].keys() == PAYLOAD_INDEXES.keys()
-        writes = [request.path.rpartition("/")[2] for request in server.requests if request.method == "PUT"]
-        assert writes[-2:] == ["points", "points"]
 
-    def test_requests_are_bounded_in_points_and_in_bytes(
-        self, server: FakeServer, remote: Callable[..., ServerStore]
-    ) -> None:
-        store = remote()
-        store.create(Signature(model="m", fingerprint="0f", dimension=2048))
-        store.upsert(make_points(0, 600, 2048, text="😀\n" * 1000))
-        sizes = [request.size for request in server.requests if request.path.endswith("/points")]
-        assert sum(len(body["points"]) for body in server.bodies("PUT", "/points")) == store.count() == 600
-        assert max(sizes) <= MAX_BATCH_BYTES < MAX_BODY
-        assert min(sizes[:-1]) > MAX_BATCH_BYTES / 2
-        small = make_points(0, 600)
-        counts = [len(batch) for batch in bounded_batches(small, [100] * 600)]
-        assert counts == [MAX_BATCH_POINTS, MAX_BATCH_POINTS, 88]
-        large = [MAX_BATCH_BYTES, 1, 2 * MAX_BATCH_BYTES, 3 * MAX_BATCH_BYTES, MAX_BATCH_BYTES - 1, 1, 1]
-        assert [len(batch) for batch in bounded_batches(small[:7], large)] == [1, 1, 1, 1, 2, 1]
+def test_a_thread_that_waits_does_not_block_the_others(fake: FakeServer, store: ServerStore) -> None:
+    store.upsert(make_points(0, 1))
+    waiting, go_on = threading.Event(), threading.Event()
 
-    def test_a_request_that_a_proxy_refuses_for_its_size_is_halved(
-        self, server: FakeServer, remote: Callable[..., ServerStore], waits: list[float]
-    ) -> None:
-        store = remote()
-        store.create(SIGNATURE)
-        server.max_body = 20_000
-        store.upsert(make_points(0, 100, text="x" * 1000))
-        assert store.count() == 100
-        with pytest.raises(CocoaError, match="413 Request Entity Too Large: Payload too large"):
-            store.upsert(make_points(100, 101, text="x" * 30_000))
-        assert waits == []
+    def hang(handler: Any) -> bool:  # noqa: ANN401
+        fake.lock.release()
+        waiting.set()
+        assert go_on.wait(60)
+        return not fake.lock.acquire()
 
-    @pytest.mark.parametrize("fault", [drop, drop_after, answer_status(503), answer_status(429, Retry_After="2")])
-    def test_a_server_that_fails_twice_at_everything_has_everything_once(
-        self,
-        server: FakeServer,
-        remote: Callable[..., ServerStore],
-        waits: list[float],
-        fault: Callable[[Any], bool],
-    ) -> None:
-        store = remote()
-        for end in ("PUT /collections/images", "/index", "PUT /collections/images/points", "/points/delete", "/scroll"):
-            server.fail(end, fault, fault)
-        store.create(SIGNATURE)
-        store.upsert(make_points(0, 300))
-        store.delete([name(5), name(6)])
-        assert len(list(store.scan(["number"]))) == store.count() == 298
-        assert (server.faults, len(waits)) == ([], 10)
+    fake.fail(UPSERT, hang)
+    thread = threading.Thread(target=store.upsert, args=(make_points(1, 2),))
+    thread.start()
+    assert waiting.wait(60)
+    assert (store.count(), len(store.search(QUERY))) == (1, 1)
+    go_on.set()
+    thread.join()
+    assert store.count() == 2
 
-    def test_a_server_that_is_not_there_is_reported_soon(self, waits: list[float]) -> None:
-        store = ServerStore("http://127.0.0.1:9", "images", StoreOptions(), sleep=waits.append)
-        with pytest.raises(CocoaError, match=r"^Qdrant at http://127\.0\.0\.1:9 failed: .*refused \(tried 3 times\)$"):
-            store.signature()
-        assert len(waits) == FIRST_ATTEMPTS - 1
-        assert sum(waits) < 3
-        store.close()
 
-    @pytest.mark.parametrize("content", [b"<html>Welcome</html>", b'{"ok": true}', b""])
-    def test_another_kind_of_server_is_named(
-        self, server: FakeServer, remote: Callable[..., ServerStore], content: bytes
-    ) -> None:
-        server.fail("/exists", answer_bytes(content))
-        with pytest.raises(CocoaError, match="the answer is not one of Qdrant's"):
-            remote().signature()
+def test_a_collection_gets_its_signature_and_indexes_before_the_first_point(
+    fake: FakeServer, remote: OpenRemote
+) -> None:
+    store = remote()
+    assert store.signature() is None
+    store.create(SIGNATURE)
+    store.upsert(make_points(0, 2))
+    (created,) = fake.bodies("PUT", "/collections/images")
+    assert created["vectors"] == {"size": DIMENSION, "distance": "Cosine"}
+    assert created["metadata"] == {"cocoa_embed": {"model": "m", "fingerprint": "0f", "dimension": DIMENSION}}
+    assert "quantization_config" not in created
+    indexed = {body["field_name"]: body["field_schema"] for body in fake.bodies("PUT", "/index")}
+    text = {"type": "text", "tokenizer": "word", "lowercase": True, "phrase_matching": True}
+    assert indexed == {**PAYLOAD_INDEXES, "caption": text}
+    writes = [request.path.rpartition("/")[2] for request in fake.requests if request.method == "PUT"]
+    assert writes == ["images", *["index"] * len(PAYLOAD_INDEXES), "points"]
+    (stored,) = fake.bodies("PUT", "/points")
+    assert stored["points"][1]["id"] == name(1)
+    assert stored["points"][1]["vector"] == make_points(0, 2)[1].vector.tolist()
 
-    def test_a_server_without_metadata_is_refused_with_its_version(
-        self, server: FakeServer, remote: Callable[..., ServerStore]
-    ) -> None:
-        server.version, server.keeps_metadata = "1.15.4", False
-        store = remote()
-        for call in (store.create, store.sign):
-            with pytest.raises(CocoaError, match=r"is of version 1.15.4, which does not keep .*; run 1.16 or newer"):
-                call(SIGNATURE)
-        server.keeps_metadata = True
-        store.sign(SIGNATURE)
-        assert store.signature() == SIGNATURE
 
-    def test_two_processes_that_create_a_collection_at_once_both_have_it(
-        self, remote: Callable[..., ServerStore]
-    ) -> None:
-        first, second = remote(), remote()
-        assert first.signature() is second.signature() is None
+def test_indexes_that_a_killed_process_left_out_are_created_before_the_next_point(
+    fake: FakeServer, remote: OpenRemote
+) -> None:
+    fake.fail(INDEX, lambda _: False, lambda _: False, answer_status(400))
+    with pytest.raises(CocoaError, match="400"):
+        remote().create(SIGNATURE)
+    assert len(fake.indexes["images"]) == 2
+    store = remote()
+    for start in range(2):
+        store.upsert(make_points(start, start + 1))
+    assert fake.indexes["images"].keys() == PAYLOAD_INDEXES.keys()
+    writes = [request.path.rpartition("/")[2] for request in fake.requests if request.method == "PUT"]
+    assert writes[-2:] == ["points", "points"]
+
+
+@pytest.mark.parametrize(
+    ("quantization", "wanted"),
+    [
+        ("scalar", {"scalar": {"type": "int8", "quantile": 0.99, "always_ram": True}}),
+        ("binary", {"binary": {"always_ram": True}}),
+    ],
+)
+def test_vectors_are_quantized_kept_on_disk_and_rescored(
+    fake: FakeServer, remote: OpenRemote, quantization: str, wanted: dict
+) -> None:
+    store = remote(quantization=quantization, on_disk=True)
+    store.create(SIGNATURE)
+    store.search(QUERY._replace(offset=5))
+    store.search(QUERY._replace(limit=500))
+    (created,) = fake.bodies("PUT", "/collections/images")
+    assert created["quantization_config"] == wanted
+    assert created["vectors"] == {"size": DIMENSION, "distance": "Cosine", "on_disk": True}
+    few, many = (body["params"]["quantization"] for body in fake.bodies("POST", "/query"))
+    assert (few, many) == ({"rescore": True, "oversampling": 20}, {"rescore": True, "oversampling": 3})
+
+
+def test_requests_are_bounded_in_points_and_in_bytes(fake: FakeServer, remote: OpenRemote) -> None:
+    store = remote()
+    store.create(Signature(model="m", fingerprint="0f", dimension=2048))
+    store.upsert(make_points(0, 600, 2048, text="😀\n" * 1000))
+    sizes = [request.size for request in fake.requests if request.path.endswith("/points")]
+    assert sum(len(body["points"]) for body in fake.bodies("PUT", "/points")) == store.count() == 600
+    assert max(sizes) <= server.MAX_BATCH_BYTES < MAX_BODY
+    assert min(sizes[:-1]) > server.MAX_BATCH_BYTES / 2
+    points, most, bytes_ = make_points(0, 600), server.MAX_BATCH_POINTS, server.MAX_BATCH_BYTES
+    assert [len(batch) for batch in server.bounded_batches(points, [100] * 600)] == [most, most, 600 - 2 * most]
+    large = [bytes_, 1, 2 * bytes_, 3 * bytes_, bytes_ - 1, 1, 1]
+    assert [len(batch) for batch in server.bounded_batches(points[:7], large)] == [1, 1, 1, 1, 2, 1]
+
+
+def test_a_request_that_a_proxy_refuses_for_its_size_is_halved(
+    fake: FakeServer, store: ServerStore, waits: list[float]
+) -> None:
+    fake.max_body = 20_000
+    store.upsert(make_points(0, 100, text="x" * 1000))
+    assert store.count() == 100
+    with pytest.raises(CocoaError, match="413 Request Entity Too Large: Payload too large"):
+        store.upsert(make_points(100, 101, text="x" * 30_000))
+    assert waits == []
+
+
+def test_a_server_without_metadata_is_refused_with_its_version(fake: FakeServer, remote: OpenRemote) -> None:
+    fake.version, fake.keeps_metadata = "1.15.4", False
+    store = remote()
+    for _ in range(2):
+        with pytest.raises(CocoaError, match=r"is of version 1.15.4, which does not keep .*; run 1.16 or newer"):
+            store.create(SIGNATURE)
+    fake.keeps_metadata = True
+    store.create(SIGNATURE)
+    assert store.signature() == SIGNATURE
+
+
+def test_two_processes_that_create_a_collection_at_once_both_have_it(fake: FakeServer, remote: OpenRemote) -> None:
+    first, second, third = remote(), remote(), remote()
+
+    def create_meanwhile(handler: Any) -> bool:  # noqa: ANN401
+        fake.lock.release()
         first.create(SIGNATURE)
-        second.create(SIGNATURE)
-        with pytest.raises(CocoaError, match="409 Conflict: Collection images already exists"):
-            second.create(OTHER)
+        return not fake.lock.acquire()
 
-    def test_the_key_is_sent_and_never_printed(self, server: FakeServer, remote: Callable[..., ServerStore]) -> None:
-        store = remote(api_key="hush-hush")
-        server.fail("/exists", answer_status(401))
-        with pytest.raises(CocoaError, match="401 Unauthorized") as raised:
-            store.signature()
-        assert server.requests[-1].headers["api-key"] == "hush-hush"
-        assert "hush" not in str(raised.value) + repr(store) + repr(store.options) + store.location
+    fake.fail(CREATE, create_meanwhile)
+    second.create(SIGNATURE)
+    fake.client.delete_collection("images")
+    fake.fail(CREATE, create_meanwhile)
+    with pytest.raises(CocoaError, match="409 Conflict: Collection images already exists"):
+        third.create(OTHER)
 
-    @pytest.mark.parametrize("is_local", [False, True])
-    def test_closing_a_store_leaves_a_given_client_open(self, server: FakeServer, is_local: bool) -> None:
-        given = QdrantClient(":memory:") if is_local else QdrantClient(url=server.url, check_compatibility=False)
-        store = open_store(client=given, collection="images")
-        store.create(SIGNATURE)
-        store.close()
-        assert store.count() == given.count("images").count == 0
-        given.close()
-        with pytest.raises(CocoaError, match="closed"):
-            store.count()
+
+def test_the_key_is_sent_and_never_printed(fake: FakeServer, remote: OpenRemote) -> None:
+    store = remote(api_key="hush-hush")
+    fake.fail("/exists", answer_status(401))
+    with pytest.raises(CocoaError, match="401 Unauthorized") as raised:
+        store.signature()
+    assert fake.requests[-1].headers["api-key"] == "hush-hush"
+    assert "hush" not in str(raised.value) + repr(store) + repr(store.options) + store.location
+
+
+@pytest.mark.parametrize("is_local", [False, True])
+def test_closing_a_store_leaves_a_given_client_open(fake: FakeServer, is_local: bool) -> None:
+    given = QdrantClient(":memory:") if is_local else QdrantClient(url=fake.url, check_compatibility=False)
+    store = open_store(client=given, collection="images")
+    assert (type(store) is ServerStore, store.parallel) == (not is_local, 1 if is_local else 4)
+    store.create(SIGNATURE)
+    store.close()
+    assert store.count() == given.count("images").count == 0
+    given.close()
+    with pytest.raises(CocoaError, match="closed"):
+        store.count()

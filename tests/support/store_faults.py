@@ -1,4 +1,4 @@
-"""A loopback server with Qdrant's REST API, and a client, that fail on cue as real ones do."""
+"""A loopback server with Qdrant's REST API that fails on request, as real ones do."""
 
 import json
 import threading
@@ -9,83 +9,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-import httpx
 from qdrant_client import QdrantClient, models
-from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
-from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 
 MAX_BODY = 32 * 2**20
-
-
-def time_out() -> Exception:
-    return ResponseHandlingException(httpx.ReadTimeout("timed out"))
-
-
-def refusal() -> Exception:
-    return ResponseHandlingException(httpx.ConnectError("[Errno 111] Connection refused"))
-
-
-def status(code: int, message: str = "no") -> Exception:
-    content = json.dumps({"status": {"error": message}}).encode()
-    return UnexpectedResponse(code, "Reason", content, httpx.Headers())
-
-
-def too_many(seconds: int) -> Exception:
-    return ResourceExhaustedResponse("slow down", seconds)
-
-
-class FaultyClient:
-    """A client that raises what it is told to, call by call, before or after doing what it was asked.
-
-    ``faults[method]`` lists for the next calls of a method an error to raise instead, a function to call with the
-    client and the arguments, or None for nothing. An ellipsis after an entry: for ever.
-    """
-
-    def __init__(self, client: QdrantClient) -> None:
-        self.client = client
-        self.faults: dict[str, list[Any]] = {}
-        self.calls: list[str] = []
-        self._lock = threading.Lock()
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        def call(*arguments: object, **options: object) -> object:
-            with self._lock:
-                self.calls.append(name)
-                faults = self.faults.get(name, [])
-                fault = None
-                if faults:
-                    fault = faults[0]
-                    if len(faults) < 2 or faults[1] is not ...:
-                        faults.pop(0)
-            if isinstance(fault, Exception):
-                raise fault
-            if fault is not None:
-                return fault(self.client, *arguments, **options)
-            return getattr(self.client, name)(*arguments, **options)
-
-        return call
-
-
-def store_then(share: float, error: Exception) -> Callable[..., None]:
-    """Return a fault of an upsert that stores a share of the points, and then fails."""
-
-    def fault(client: QdrantClient, collection: str, *, points: list[models.PointStruct], wait: bool) -> None:
-        some = points[: int(len(points) * share)]
-        if some:
-            client.upsert(collection, points=some, wait=wait)
-        raise error
-
-    return fault
-
-
-def do_then(method: str, error: Exception) -> Callable[..., None]:
-    """Return a fault of a call that does what it was asked, and whose answer is lost."""
-
-    def fault(client: QdrantClient, *arguments: object, **options: object) -> None:
-        getattr(client, method)(*arguments, **options)
-        raise error
-
-    return fault
 
 
 @dataclass
@@ -99,7 +25,7 @@ class Request:
 
 @dataclass
 class FakeServer:
-    """What a Qdrant server does of its REST API that a store uses, strictly, in memory."""
+    """The part of Qdrant's REST API that a store uses, with strict checks, in memory."""
 
     url: str = ""
     version: str = "1.16.2"
@@ -144,13 +70,19 @@ def drop(handler: "Handler") -> bool:
 
 
 def drop_after(handler: "Handler") -> bool:
-    """Do what was asked, and lose the answer."""
+    """Do the work, and lose the answer."""
     handler.server.fake.lock.release()
     try:
         handler.work()
     finally:
         handler.server.fake.lock.acquire()
     return drop(handler)
+
+
+def store_half(handler: "Handler") -> bool:
+    """Store half of the points, and close the connection."""
+    handler.body["points"] = handler.body["points"][::2]
+    return drop_after(handler)
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -18,14 +18,8 @@ Payload = dict[str, Any]
 
 KEYWORD, INTEGER, FLOAT, TEXT = "keyword", "integer", "float", "text"
 PAYLOAD_INDEXES = {
-    "path": KEYWORD,
-    "relative_path": KEYWORD,
-    "paths": KEYWORD,
-    "sha256": KEYWORD,
-    "mime": KEYWORD,
-    "width": INTEGER,
-    "height": INTEGER,
-    "bytes": INTEGER,
+    **dict.fromkeys(("path", "relative_path", "paths", "sha256", "mime"), KEYWORD),
+    **dict.fromkeys(("width", "height", "bytes"), INTEGER),
     "mtime": FLOAT,
     "caption": TEXT,
 }
@@ -33,7 +27,6 @@ PAYLOAD_INDEXES = {
 
 UNKNOWN_MODEL = "an unknown model"
 """The model's name in a collection without a signature."""
-MAX_INTEGER_ID = 2**64 - 1
 MIN_CANDIDATES = 200
 MIN_OVERSAMPLING = 3.0
 
@@ -130,15 +123,9 @@ class Store(Protocol):
         """
 
     def create(self, signature: Signature) -> None:
-        """Create the collection with its payload indexes, unless it exists with the same signature.
+        """Create the collection with its signature and payload indexes, or sign an existing one without a signature.
 
-        :raises CocoaError: If it exists with another signature.
-        """
-
-    def sign(self, signature: Signature) -> None:
-        """Write the signature into a collection that has none.
-
-        :raises CocoaError: If it has another signature, or vectors of another dimension.
+        :raises CocoaError: If it exists with another signature or another dimension.
         """
 
     def scan(self, keys: Sequence[str]) -> Iterator[tuple[str, Payload]]:
@@ -200,7 +187,7 @@ def no_collection(store: Store, detail: str = "") -> CocoaError:
 
 def point_key(id_: str) -> int | str:
     """Return an id as Qdrant has it: an integer if it consists of digits."""
-    return int(id_) if id_.isdecimal() and len(id_) <= len(str(MAX_INTEGER_ID)) else id_
+    return int(id_) if id_.isdecimal() else id_
 
 
 def lower_bound(score_threshold: float | None) -> float | None:

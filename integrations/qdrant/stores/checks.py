@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from cocoa_embed.errors import CocoaError, UsageError
-from cocoa_embed.integrations.qdrant.stores.base import Payload, Point, Query, Signature, Store, no_collection
+from cocoa_embed.integrations.qdrant.stores.base import Payload, Point, Query, Signature, Store
 
 MAX_COLLECTION_NAME = 255
 """Bytes in the name of a collection, which is the name of a folder in a local store."""
@@ -86,20 +86,13 @@ def other_vectors(store: Store, found: str) -> CocoaError:
     )
 
 
-def check_may_sign(store: Store, found: Signature | None, signature: Signature) -> None:
-    """Refuse to write ``signature`` over another one or into a collection with other vectors.
+def check_may_sign(store: Store, found: Signature, signature: Signature) -> None:
+    """Refuse to write ``signature`` over another one or into a collection with another dimension.
 
-    :raises CocoaError: If the collection does not exist, has another signature, or another dimension.
+    :raises CocoaError: If the collection has one.
     """
-    if found is None:
-        raise no_collection(store)
-    collection = f"collection {store.collection!r} in {store.location}"
-    if found.dimension != signature.dimension:
+    if found.fingerprint not in (None, signature.fingerprint) or found.dimension != signature.dimension:
         raise CocoaError(
-            f"{collection} holds vectors of {found.dimension} dimensions, {signature.model} makes"
-            f" {signature.dimension}; choose another collection"
-        )
-    if found.fingerprint not in (None, signature.fingerprint):
-        raise CocoaError(
-            f"{collection} was made with {found.model}, not with {signature.model}; choose another collection"
+            f"collection {store.collection!r} in {store.location} was made with {found.model} ({found.dimension}"
+            f" dimensions), not with {signature.model} ({signature.dimension}); choose another collection"
         )

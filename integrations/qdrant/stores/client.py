@@ -25,18 +25,9 @@ Answer = TypeVar("Answer")
 SIGNATURE_KEY = "cocoa_embed"
 """The key of the signature in the metadata of a collection."""
 
-FAILURES = (
-    ApiException,
-    QdrantException,
-    RpcError,
-    sqlite3.Error,
-    OSError,
-    # Raised by the local client's checks, and by the remote one for an answer that Qdrant does not give.
-    ValueError,
-    KeyError,
-    RuntimeError,
-    AssertionError,
-)
+REFUSALS = (ValueError, KeyError, RuntimeError, AssertionError)
+"""Raised by the local client's checks, and by the remote one for an answer that Qdrant does not give."""
+FAILURES = (ApiException, QdrantException, RpcError, sqlite3.Error, OSError, *REFUSALS)
 """What a client raises."""
 
 
@@ -72,21 +63,21 @@ class ClientStore:
         return base.read_signature((config.metadata or {}).get(SIGNATURE_KEY), self._dimension)
 
     def create(self, signature: Signature) -> None:
-        """Create the collection with its signature."""
-        settings = {**self._vector_settings(signature.dimension), "metadata": {SIGNATURE_KEY: asdict(signature)}}
+        """Create the collection with its signature, or sign an existing one without a signature."""
+        metadata = {SIGNATURE_KEY: asdict(signature)}
+        found = self.signature()
+        if found is not None:
+            checks.check_may_sign(self, found, signature)
+            self._call(lambda client: client.update_collection(self.collection, metadata=metadata))
+            return
+        settings = self._vector_settings(signature.dimension)
         try:
-            self._call(lambda client: client.create_collection(self.collection, **settings))
+            self._call(lambda client: client.create_collection(self.collection, metadata=metadata, **settings))
         except CocoaError as error:
             # It may exist by now: the answer to an earlier attempt was lost, or another process created it.
             if not is_conflict(error.__cause__) or self.signature() != signature:
                 raise
         self._dimension = signature.dimension
-
-    def sign(self, signature: Signature) -> None:
-        """Write the signature into a collection that has none."""
-        checks.check_may_sign(self, self.signature(), signature)
-        metadata = {SIGNATURE_KEY: asdict(signature)}
-        self._call(lambda client: client.update_collection(self.collection, metadata=metadata))
 
     def scan(self, keys: Sequence[str]) -> Iterator[tuple[str, Payload]]:
         """Yield the id of every point and, of ``keys``, those that its payload has."""

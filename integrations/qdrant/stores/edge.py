@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock
 
 from cocoa_embed.errors import CocoaError, one_line, printable, require
-from cocoa_embed.folders import refuse_foreign_folder, write_atomically
+from cocoa_embed.folders import refuse_foreign_folder
 from cocoa_embed.integrations.qdrant.stores import base, checks
 from cocoa_embed.integrations.qdrant.stores.base import Hit, Payload, Point, Query, Signature, StoreOptions
 from cocoa_embed.integrations.qdrant.stores.locks import in_use, lock_file
@@ -98,27 +98,23 @@ class EdgeStore:
             return base.read_signature(read_json(file) if file.exists() else None, self._dimension)
 
     def create(self, signature: Signature) -> None:
-        """Create the collection with its payload indexes, and the folder if needed."""
+        """Create the collection with its signature, or sign an existing one without a signature."""
         with self._readable_errors():
             self._refuse_foreign_folders()
             self._folder.mkdir(parents=True, exist_ok=True)
             lock = lock_file(self._folder / MARKER, self.location)
             try:
-                if self._exists():
-                    self.sign(signature)
-                    return
-                self._require_room(RESERVE)
-                self._build(self._folder / SCRATCH, signature)
-                os.replace(self._folder / SCRATCH, self._shard_folder)
+                found = self.signature()
+                if found is not None:
+                    checks.check_may_sign(self, found, signature)
+                    write_signature(self._shard_folder, signature)
+                else:
+                    self._require_room(RESERVE)
+                    self._build(self._folder / SCRATCH, signature)
+                    os.replace(self._folder / SCRATCH, self._shard_folder)
             finally:
                 lock.release()
         self._dimension = signature.dimension
-
-    def sign(self, signature: Signature) -> None:
-        """Write the signature into a collection that has none."""
-        checks.check_may_sign(self, self.signature(), signature)
-        with self._readable_errors():
-            write_atomically(self._shard_folder / SIGNATURE_FILE, json.dumps(asdict(signature)))
 
     def scan(self, keys: Sequence[str]) -> Iterator[tuple[str, Payload]]:
         """Yield the id of every point and, of ``keys``, those that its payload has."""
@@ -216,7 +212,7 @@ class EdgeStore:
         for key, kind in base.PAYLOAD_INDEXES.items():
             shard.update(edge.UpdateOperation.create_field_index(key, FIELD_INDEXES[kind]))
         flush_and_close(shard)
-        write_atomically(scratch / SIGNATURE_FILE, json.dumps(asdict(signature)))
+        write_signature(scratch, signature)
 
     def _update(self, operation: edge.UpdateOperation, size: int) -> None:
         with self._engine() as shard:
@@ -326,6 +322,14 @@ def shard_config(dimension: int, options: StoreOptions) -> edge.EdgeConfig:
         quantization_config=quantization.get(options.quantization),
     )
     return edge.EdgeConfig(vectors=vectors)
+
+
+def write_signature(shard_folder: Path, signature: Signature) -> None:
+    """Write the signature of a shard atomically.
+
+    :raises OSError: If it cannot be written.
+    """
+    write_atomically(shard_folder / SIGNATURE_FILE, json.dumps(asdict(signature)))
 
 
 def read_json(file: Path) -> dict[str, Any]:

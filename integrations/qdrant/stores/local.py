@@ -15,7 +15,7 @@ from qdrant_client.local.qdrant_local import QdrantLocal
 
 from cocoa_embed.errors import CocoaError, UsageError, one_line, printable
 from cocoa_embed.folders import is_scratch_of, refuse_foreign_folder, write_atomically
-from cocoa_embed.integrations.qdrant.stores.base import Signature, StoreOptions
+from cocoa_embed.integrations.qdrant.stores.base import Signature, StoreOptions, no_collection
 from cocoa_embed.integrations.qdrant.stores.client import ClientStore
 from cocoa_embed.integrations.qdrant.stores.locks import in_use, lock_file
 
@@ -87,9 +87,7 @@ class LocalStore(ClientStore):
 
     def _connected(self) -> QdrantClient:
         if self._client is None and not self._exists():
-            raise CocoaError(
-                f"there is no index in {self.location}; run cocoa-embed index first, or give another place"
-            )
+            raise no_collection(self)
         return self._open(create=False)
 
     def _open(self, *, create: bool) -> QdrantClient:

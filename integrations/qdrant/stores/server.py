@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from cocoa_embed.errors import CocoaError, UsageError, one_line, require
+from cocoa_embed.errors import CocoaError, UsageError, require
 from cocoa_embed.integrations.qdrant.stores import base
 from cocoa_embed.integrations.qdrant.stores.base import Point, Signature, StoreOptions
 from cocoa_embed.integrations.qdrant.stores.checks import check_points
@@ -78,15 +78,15 @@ class ServerStore(ClientStore):
         )
 
     def create(self, signature: Signature) -> None:
-        """Create the collection with its signature and its payload indexes."""
+        """Create the collection with its signature and its payload indexes, or sign an existing one."""
         super().create(signature)
-        self._require_kept(signature)
+        if self.signature() != signature:
+            version = self._call(lambda client: client.info()).version
+            raise CocoaError(
+                f"Qdrant at {self.location} is of version {version}, which does not keep a collection's metadata; run"
+                f" {FIRST_VERSION} or newer"
+            )
         self._index_payloads()
-
-    def sign(self, signature: Signature) -> None:
-        """Write the signature into a collection that has none."""
-        super().sign(signature)
-        self._require_kept(signature)
 
     def upsert(self, points: Sequence[Point]) -> None:
         """Store points, in several requests if one would be too large, and wait until they are stored."""
@@ -112,18 +112,6 @@ class ServerStore(ClientStore):
         # Without effect in a collection that is not quantized.
         quantization = models.QuantizationSearchParams(rescore=True, oversampling=base.oversampling(limit))
         return models.SearchParams(quantization=quantization)
-
-    def _require_kept(self, signature: Signature) -> None:
-        """Check that the server has stored the signature.
-
-        :raises CocoaError: If it has not, as versions before 1.16.
-        """
-        if self.signature() != signature:
-            version = self._call(lambda client: client.info()).version
-            raise CocoaError(
-                f"Qdrant at {self.location} is of version {version}, which does not keep a collection's metadata; run"
-                f" {FIRST_VERSION} or newer"
-            )
 
     def _index_payloads(self) -> None:
         """Create the payload indexes that the collection does not have."""
@@ -177,17 +165,10 @@ class ServerStore(ClientStore):
     def _connected(self) -> QdrantClient:
         with self._lock:
             if self._client is None:
-                try:
-                    self._client = QdrantClient(
-                        url=self.location,
-                        api_key=self.options.api_key,
-                        timeout=TIMEOUT_SECONDS,
-                        check_compatibility=False,
-                    )
-                except ValueError as error:
-                    raise UsageError(
-                        f"{self.location!a} is no address of a Qdrant server ({one_line(error)})"
-                    ) from error
+                key = self.options.api_key
+                self._client = QdrantClient(
+                    url=self.location, api_key=key, timeout=TIMEOUT_SECONDS, check_compatibility=False
+                )
                 self._closing = weakref.finalize(self, self._client.close)
             return self._client
 
