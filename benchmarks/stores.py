@@ -9,6 +9,7 @@ opened again. Query times are medians of 20 queries, without and with a filter o
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from qdrant_client import models
 from cocoa_embed.integrations.qdrant.filters import parse_filters
 from cocoa_embed.integrations.qdrant.points import ImageRecord, Place, payload, point_id
 from cocoa_embed.integrations.qdrant.stores.base import Point, Signature, Store, open_store
-from measuring import machine, seconds_of
+from shared.measuring import best_device, machine, seconds_of
 
 STORES = ("path", "edge")
 POINTS_AT_ONCE = 64
@@ -89,9 +90,9 @@ def main() -> None:
     options = parse()
     compared = [compare(count, options.dimension) for count in options.points]
     if options.json:
-        print(json.dumps({"dimension": options.dimension, "stores": compared, **machine()}, indent=2))
+        print(json.dumps({"dimension": options.dimension, "stores": compared, **machine(best_device())}, indent=2))
         return
-    print(f"{machine()['cores']} cores, vectors of {options.dimension} dimensions")
+    print(f"{os.cpu_count()} cores, vectors of {options.dimension} dimensions")
     for comparison in compared:
         for name in STORES:
             print(LINE.format(points=comparison["points"], store=name, **comparison[name]))
