@@ -42,7 +42,7 @@ from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.evaluation.result_cache import make_folder, write_result
 from cocoa_embed.report.tables import to_html, to_markdown
 from cocoa_embed.train.data.caption_rows import read_image_folder
-from measuring import machine
+from shared.measuring import best_device, machine
 
 TINY = "tiny"
 TINY_SETTINGS = (
@@ -150,7 +150,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "processes": options.processes,
         "seconds_of_this_call": round(time.perf_counter() - started, 1),
         "data": "scenes, drawn for each seed" if (own := workspace.folders) is None else list(map(str, astuple(own))),
-        **machine(),
+        **machine(best_device()),
         **results_document(grid, outcomes),
     }
 

@@ -2,7 +2,7 @@
 
     python benchmarks/encode.py /path/to/photos [--json]
     python benchmarks/encode.py /path/to/photos --model cocoa-qwen2vl --max-pixels 200704
-    python benchmarks/encode.py /path/to/photos --size qwen2-vl-2b --limit 1000
+    python benchmarks/encode.py /path/to/photos --size 2b --limit 1000
 
 The same files are embedded in three ways, in turns, in one process: by ``SentenceTransformer.encode`` of the paths, by
 ``Encoder.stream_images`` of the paths, and by the model alone on prepared tensors that are on its device already. Each
@@ -36,9 +36,10 @@ from cocoa_embed.model.backbone import SUPPORTED, Backbone, load_backbone, load_
 from cocoa_embed.model.export import build_sentence_transformer
 from cocoa_embed.model.loading import load_model
 from cocoa_embed.model.template import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
-from measuring import machine, seconds_of
-from steps.models import MODELS, model_config
+from shared.measuring import best_device, machine, seconds_of
+from shared.models import model_config
 
+SIZES = {"small": "small", "2b": "qwen2-vl-2b"}
 BACKBONE = "scene-captioner"
 DRAWN_SCENES = 200
 MAX_LENGTH = 32_768
@@ -51,7 +52,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("folder", nargs="?", help="a folder of images; without it, scenes of the demo are drawn")
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--model", help="a SentenceTransformer folder; by default the demo's backbone")
-    model.add_argument("--size", choices=MODELS, help="a model of this size with random weights")
+    model.add_argument("--size", choices=SIZES, help="a Qwen2-VL of this size with random weights")
     parser.add_argument("--max-pixels", type=int, help="the processor's limit, instead of the model's own")
     parser.add_argument("--device", help="the torch device; by default the fastest")
     parser.add_argument("--limit", type=int, help="the most files to use")
@@ -67,7 +68,7 @@ def random_backbone(name: str, device: torch.device) -> Backbone:
     """Return a model with random weights whose config has the token ids of the demo's tokenizer."""
     processor = load_processor(BACKBONE, max_length=MAX_LENGTH)
     processor.image_processor = Qwen2VLImageProcessor()
-    config = model_config(name)
+    config = model_config(SIZES[name])
     config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id = (
         processor.tokenizer.convert_tokens_to_ids([IMAGE_PAD, VIDEO_PAD, VISION_START, VISION_END])
     )
@@ -127,7 +128,7 @@ def least_cosine(encoded: np.ndarray, streamed: np.ndarray) -> float:
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(options.device) if options.device else best_device()
     with tempfile.TemporaryDirectory() as drawn:
         files = find_files(options, Path(drawn))
         model = open_model(options, device)
@@ -155,6 +156,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "model": options.model or options.size or BACKBONE,
         "images": len(files),
+        "tokens": sum(int(batch["attention_mask"].sum()) for batch in batches if "attention_mask" in batch),
         **{f"{name}_images_per_second": rate for name, rate in rates.items()},
         **{f"{name}_seconds": times for name, times in seconds.items()},
         "ratio": {other: rates["stream"] / rates[other] for other in ("encode", "model_alone")},
@@ -162,7 +164,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         "batch_size_images": options.batch_size,
         "batch_tokens": options.batch_tokens,
         "workers": options.workers,
-        **machine(),
+        **machine(device),
     }
 
 

@@ -19,7 +19,7 @@ from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.encode.load import load_encoder
 from cocoa_embed.images.find_files import find_images
 from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
-from measuring import machine, seconds_of
+from shared.measuring import machine, seconds_of
 
 STORES = ("path", "edge")
 
@@ -68,7 +68,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             for store, runs in indexing.items()
         },
         "rounds": options.rounds,
-        **machine(),
+        **machine(encoder.model.device),
     }
 
 

@@ -9,6 +9,7 @@ opened again. Query times are medians of 20 queries, without and with a filter o
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from cocoa_embed.integrations.qdrant.points import FileLocation, make_payload, p
 from cocoa_embed.integrations.qdrant.stores import open_store
 from cocoa_embed.integrations.qdrant.stores.base import Point, Query, Signature, Store
 from cocoa_embed.integrations.qdrant.stores.client_filters import read_filter
-from measuring import machine, seconds_of
+from shared.measuring import best_device, machine, seconds_of
 
 STORES = ("path", "edge")
 POINTS_AT_ONCE = 64
@@ -94,9 +95,9 @@ def main() -> None:
     options = parse()
     compared = [compare(count, options.dimension) for count in options.points]
     if options.json:
-        print(json.dumps({"dimension": options.dimension, "stores": compared, **machine()}, indent=2))
+        print(json.dumps({"dimension": options.dimension, "stores": compared, **machine(best_device())}, indent=2))
         return
-    print(f"{machine()['cores']} cores, vectors of {options.dimension} dimensions")
+    print(f"{os.cpu_count()} cores, vectors of {options.dimension} dimensions")
     for comparison in compared:
         for name in STORES:
             print(LINE.format(points=comparison["points"], store=name, **comparison[name]))

@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from measuring import machine
-from steps.models import MODELS
+from shared.measuring import best_device, machine
+from shared.models import MODELS
 from steps.sides import measure
 
 MIB = 2**20
@@ -32,7 +32,8 @@ MIB = 2**20
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=MODELS, default="small", help="with random weights")
+    parser.add_argument("--model", choices=MODELS, default="small")
+    parser.add_argument("--random-weights", action="store_true", help="always so: nothing is downloaded")
     parser.add_argument("--stage", choices=("warmup", "bridge", "contrastive"), default="warmup")
     parser.add_argument("--batch-size", type=int, help="rows of a step (8), or pairs (64)")
     parser.add_argument("--steps", type=int, default=4, help="steps of a pass over the rows")
@@ -121,7 +122,7 @@ def main() -> None:
         return
     settings = {"model": options.model, "stage": options.stage, "batch_size_rows": options.batch_size}
     settings |= {"steps": options.steps, "gradient_checkpointing": options.gradient_checkpointing}
-    result = {**settings, **(sweep(options.batch_size) if options.lengths else compare()), **machine()}
+    result = {**settings, **(sweep(options.batch_size) if options.lengths else compare()), **machine(best_device())}
     if options.json:
         print(json.dumps(result, indent=2))
     else:

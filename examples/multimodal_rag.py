@@ -44,7 +44,7 @@ class Answer:
     text: str  # citations of images that were not given are marked
     images: list[str]  # the paths of the images; [1] cites the first
     cited: list[int]
-    left_out: list[str]  # why images that were retrieved could not be read
+    skipped: list[str]  # why images that were retrieved could not be read
 
 
 class LocalModel:
@@ -74,18 +74,18 @@ class LocalModel:
 
 def answer(question: str, retriever: BaseRetriever, llm: LLM | LocalModel) -> Answer:
     """Answer from the images that a retriever finds; if there are none, do not ask the language model."""
-    images, left_out = [], []
+    images, skipped = [], []
     for found in retriever.retrieve(question):
         if isinstance(found.node, ImageNode) and found.node.image_path:
             try:
                 images.append((found.node, as_jpeg(found.node.image_path)))
             except ImageError as error:
-                left_out.append(str(error))
+                skipped.append(str(error))
     if not images:
-        return Answer(NOTHING_FOUND, [], [], left_out)
+        return Answer(NOTHING_FOUND, [], [], skipped)
     response = llm.chat(build_messages(question, images))
     text, cited = check_citations(response.message.content or "", len(images))
-    return Answer(text, [node.image_path for node, _ in images], cited, left_out)
+    return Answer(text, [node.image_path for node, _ in images], cited, skipped)
 
 
 def build_messages(question: str, images: Sequence[tuple[ImageNode, bytes]]) -> list[ChatMessage]:
@@ -149,8 +149,8 @@ def main(model: str, folder: str, question: str, llm: str) -> None:
     print(given.text)
     for number in given.cited:
         print(f"[{number}] {given.images[number - 1]}")
-    for reason in given.left_out:
-        print(f"left out: {reason}", file=sys.stderr)
+    for reason in given.skipped:
+        print(f"skipped: {reason}", file=sys.stderr)
 
 
 if __name__ == "__main__":

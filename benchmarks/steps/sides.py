@@ -23,7 +23,8 @@ from cocoa_embed.train.stages.bridge import BridgeModel
 from cocoa_embed.train.stages.losses import mae_loss
 from cocoa_embed.train.stages.reconstruction import model_mask, position_ids
 from cocoa_embed.train.stages.warmup import WarmupModel
-from steps.models import model_config
+from shared.measuring import best_device
+from shared.models import model_config
 from steps.synthetic_rows import SyntheticRow, draw_rows, make_batch
 
 SCALE = 50.0
@@ -150,7 +151,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
 
     Speeds are over the work that the rows need: no padding, no logit without a target, nothing computed twice.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     config = model_config(options.model)
     module, loss_of = build(options, config, device)
     rows = draw(options)

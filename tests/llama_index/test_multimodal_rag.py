@@ -94,22 +94,25 @@ def test_the_language_model_sees_the_images_and_captions_and_then_the_question(
     assert kinds == [TextBlock, ImageBlock] * 3 + [TextBlock]
     assert user.blocks[-1].text == "Question: what is green here?"
     for number, node in enumerate(expected, 1):
-        words = user.blocks[2 * number - 2].text
-        assert words.startswith(f"Image {number}:\n")
-        assert node.node.get_content(MetadataMode.LLM).strip() in words
-        assert node.node.text in words
-        assert "CC0" in words
+        text = user.blocks[2 * number - 2].text
+        assert text.startswith(f"Image {number}:\n")
+        assert node.node.get_content(MetadataMode.LLM).strip() in text
+        assert node.node.text in text
+        assert "CC0" in text
     seen = images_in(user)
     assert [main_colour(image) for image in seen] == [Path(node.node.image_path).stem for node in expected]
     assert {image.format for image in seen} == {"JPEG"}
-    assert (given.text, given.cited, given.left_out) == ("All of it is green [1].", [1], [])
+    assert (given.text, given.cited, given.skipped) == ("All of it is green [1].", [1], [])
     assert given.images == [node.node.image_path for node in expected]
     assert Path(given.images[0]).name == "green.tiff"
 
 
-def test_an_image_is_made_small_enough_to_send(rag: ModuleType, retriever: CocoaRetriever) -> None:
-    llm = FakeLLM()
-    rag.answer("blue", retriever, llm)
+def test_a_large_image_is_sent_smaller_and_a_citation_of_another_is_marked(
+    rag: ModuleType, retriever: CocoaRetriever
+) -> None:
+    llm = FakeLLM("Blue [1], as in [9].")
+    given = rag.answer("blue", retriever, llm)
+    assert (given.text, given.cited) == ("Blue [1], as in [9: no such image].", [1])
     assert images_in(llm.asked[0][1])[0].size == (1024, 512)
 
 
@@ -130,18 +133,13 @@ def test_only_images_that_were_shown_are_cited(rag: ModuleType, said: str, check
     assert rag.check_citations(said, 3) == (checked, cited)
 
 
-def test_a_citation_of_an_image_that_was_not_there_is_marked(rag: ModuleType, retriever: CocoaRetriever) -> None:
-    given = rag.answer("red", retriever, FakeLLM("Red [1], as in [9]."))
-    assert (given.text, given.cited) == ("Red [1], as in [9: no such image].", [1])
-
-
-def test_an_image_that_is_gone_is_left_out_with_its_reason(
+def test_an_image_that_is_gone_is_skipped_with_its_reason(
     rag: ModuleType, retriever: CocoaRetriever, folder: Path
 ) -> None:
     (folder / "red.png").unlink()
     llm = FakeLLM("[3]")
     given = rag.answer("red", retriever, llm)
-    assert given.left_out == [f"{folder / 'red.png'}: does not exist"]
+    assert given.skipped == [f"{folder / 'red.png'}: does not exist"]
     assert str(folder / "red.png") not in given.images
     assert len(given.images) == len(images_in(llm.asked[0][1])) == 2
     assert given.text == "[3: no such image]"
@@ -157,7 +155,7 @@ def test_without_an_image_the_language_model_is_not_asked(
     for file in folder.iterdir():
         file.unlink()
     given = rag.answer("red", retriever, llm)
-    assert (given.text, given.images, len(given.left_out)) == (rag.NOTHING_FOUND, [], 3)
+    assert (given.text, given.images, len(given.skipped)) == (rag.NOTHING_FOUND, [], 3)
     assert llm.asked == []
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock
 
 from cocoa_embed.errors import CocoaError, one_line, printable, require
-from cocoa_embed.folders import refuse_foreign_folder
+from cocoa_embed.folders import refuse_foreign_folder, write_atomically
 from cocoa_embed.integrations.qdrant.stores import base, checks
 from cocoa_embed.integrations.qdrant.stores.base import Hit, Payload, Point, Query, Signature, StoreOptions
 from cocoa_embed.integrations.qdrant.stores.locks import in_use, lock_file

@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: timing, and a description of the machine."""
+"""Timing, and a description of the machine."""
 
 import os
 import time
@@ -18,9 +18,13 @@ def seconds_of(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def machine() -> dict[str, Any]:
+def best_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def machine(device: torch.device) -> dict[str, Any]:
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "cocoa_embed_version": cocoa_embed.__version__,
