@@ -36,7 +36,7 @@ from arms.grid import SHARES, Grid, Sizes
 from arms.place import Given, Place
 from arms.runner import circumstances, jobs_of, outcome, run_jobs
 from arms.summary import results_document, tables
-from cocoa_embed.cli.terminal import silence_libraries
+from cocoa_embed.cli.output import silence_libraries
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.evaluation.result_cache import make_folder, write_result
 from cocoa_embed.images.find_files import METADATA_FILE

@@ -20,14 +20,14 @@ from tqdm import tqdm
 
 from arms.grid import Arm, StageRun
 from arms.place import Given, Place
-from cocoa_embed.cli.terminal import silence_libraries
+from cocoa_embed.cli.output import silence_libraries
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.evaluation.pairs import METRICS, directions, score_queries
 from cocoa_embed.evaluation.pairs_reader import read_pairs
 from cocoa_embed.folders import write_whole
 from cocoa_embed.model.export import build_sentence_transformer
-from cocoa_embed.model.training_record import is_bidirectional, read_training
+from cocoa_embed.model.training_record import read_run, read_training
 from cocoa_embed.train import Recipe, run
 from cocoa_embed.train.loop.snapshots import kept_folder
 
@@ -36,7 +36,7 @@ END = "end"
 
 LEARNED = (
     "loss",
-    "accuracy_right_image",
+    "accuracy_matching_image",
     "accuracy_shuffled_image",
     "accuracy_no_image",
     "alignment",
@@ -176,7 +176,7 @@ def score(checkpoint: Path, held_out: Path) -> dict[str, dict[str, float]]:
     """Return the metrics of a checkpoint on the pairs of an image folder, by direction."""
     training = read_training(checkpoint)
     model = build_sentence_transformer(
-        checkpoint, prompts=training["recipe"]["prompts"], bidirectional=is_bidirectional(training)
+        checkpoint, prompts=training["recipe"]["prompts"], bidirectional=training["recipe"]["bidirectional"]
     )
     encoder = Encoder(model, str(checkpoint))
     metrics = {}
@@ -195,7 +195,7 @@ def outcome(place: Place, arm: Arm, seed: int) -> dict[str, Any]:
         record = read_training(folder)["stages"][-1]
         seconds += record["seconds"] * steps / record["steps"]
         if stage_run.stage == "bridge":
-            learned = _at_step(json.loads((folder / "log.json").read_text(encoding="utf-8")), steps)
+            learned = _at_step(read_run(folder.parent)["stages"][stage_run.stage]["log"], steps)
     return {
         "seed": seed,
         "recall@1": sum(metrics["recall@1"] for metrics in scores.values()) / len(scores),

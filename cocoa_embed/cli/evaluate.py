@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cocoa_embed.cli.terminal import DeviceOption, JsonOption, print_json, silence_libraries, working
+from cocoa_embed.cli.output import DeviceOption, JsonOption, print_json, say, silence_libraries, working
 from cocoa_embed.errors import CocoaError, UsageError, require
 
 if TYPE_CHECKING:
@@ -315,8 +315,3 @@ def write_results(stem: Path, title: str, document: Mapping[str, Any], tables: S
 def plain_name(model: str) -> str:
     """Return the last part of a model's name or path as a name for a folder."""
     return re.sub(r"[^\w.-]+", "-", Path(model).absolute().name).strip(".-") or "model"
-
-
-def say(console: Console, line: str) -> None:
-    """Tell people one line, as it is."""
-    console.print(line, soft_wrap=True, markup=False, highlight=False)

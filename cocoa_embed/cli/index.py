@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cocoa_embed.cli.terminal import DeviceOption, JsonOption, print_json, silence_libraries, working
-from cocoa_embed.errors import UsageError, require
+from cocoa_embed.cli.output import DeviceOption, JsonOption, print_json, say, silence_libraries, working
+from cocoa_embed.errors import UsageError, printable, require
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from rich.console import Console
 
-    from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
+    from cocoa_embed.integrations.qdrant.indexer import IndexSummary, QdrantIndexer
+    from cocoa_embed.integrations.qdrant.stores.base import Hit
 
 DEFAULT_INDEX = Path("cocoa-index")
 
@@ -76,8 +78,6 @@ def index(
     as_json: JsonOption = False,
 ) -> None:
     """Embed images and store them in Qdrant. A file that is as it was costs a look at its date."""
-    from cocoa_embed.cli.summaries import report_summary
-
     options = {"dimension": dimension, "quantization": quantization and quantization.value, "on_disk": on_disk}
     home = Home(path, url, edge, api_key)
     with (
@@ -133,8 +133,6 @@ def search(
     """Find the images nearest to a text, to an image, or to both."""
     if not (text and text.strip()) and image is None:
         raise UsageError("nothing to search for; give a text, --image FILE, or both")
-    from cocoa_embed.cli.summaries import hit_document, report_hits
-
     home = Home(path, url, edge, api_key)
     with (
         working() as console,
@@ -213,3 +211,29 @@ def query_image(image: str, allowed_hosts: Sequence[str]) -> Image:
 def image_title(image: str) -> str:
     """Return what a page calls a query's image: its file name, or an address without its data."""
     return "an image" if image.startswith("data:") else image.rstrip("/").rsplit("/", 1)[-1]
+
+
+def report_summary(summary: IndexSummary, console: Console) -> None:
+    """Print what an indexing run did, and the files that were left out."""
+    values = dataclasses.asdict(summary)
+    counts = ", ".join(f"{values[name]} {name}" for name in ("indexed", "unchanged", "updated", "replaced", "pruned"))
+    rate = f"{summary.seconds:.1f} s, {summary.images_per_second:.1f} images/s"
+    say(console, f"{summary.collection}: {counts}, {len(summary.failed)} left out ({rate})")
+    for failure in summary.failed:
+        say(console, f"left out: {printable(failure['path'])}: {failure['reason']}")
+
+
+def report_hits(hits: Sequence[Hit], console: Console) -> None:
+    """Print what a search found, best first."""
+    for hit in hits:
+        caption = f"  {' '.join(hit.caption.split())}" if hit.caption else ""
+        say(console, f"{hit.score:.4f}  {printable(hit.path)}{caption}")
+    if not hits:
+        say(console, "nothing found")
+
+
+def hit_document(hit: Hit) -> dict[str, Any]:
+    """Return the JSON document of a hit, without what LlamaIndex alone needs of the payload."""
+    from cocoa_embed.integrations.qdrant.points import plain_payload
+
+    return {**dataclasses.asdict(hit), "payload": plain_payload(hit.payload)}

@@ -11,10 +11,8 @@ import numpy as np
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.evaluation.embed import BATCH_TOKENS, Item, embed_items, unsupported
-from cocoa_embed.evaluation.metrics import cosine_similarities, query_metrics, ranks_of_relevant
+from cocoa_embed.evaluation.metrics import METRICS, cosine_similarities, query_metrics, ranks_of_relevant
 from cocoa_embed.evaluation.significance import LEVEL, RESAMPLES, mean_intervals, paired_differences
-
-METRICS = ("recall@1", "recall@5", "recall@10", "hit@1", "hit@5", "hit@10", "mrr", "ndcg@10")
 
 QUERIES_AT_ONCE = 512
 """Queries whose similarities with all documents are held in memory together."""
@@ -155,7 +153,8 @@ def evaluate_pairs(
         for each in both
     }
     settings = {"benchmark": "pairs", "pairs": len(pairs), "seed": seed, "resamples": resamples, "level": LEVEL}
-    document: dict[str, Any] = {**settings, "counts": counts}
+    chance = {each.name: {"hit@1": np.mean([len(own) for own in each.relevant]) / len(each.documents)} for each in both}
+    document: dict[str, Any] = {**settings, "counts": counts, "chance": chance}
     scores: list[list[np.ndarray]] = []
     for encoder in encoders:
         if reason := unsupported(encoder, parts):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cocoa_embed.evaluation.pairs import METRICS
+from cocoa_embed.evaluation.metrics import METRICS
 from cocoa_embed.report.tables import Table
 
 SHOWN_METRICS = ("hit@1", "recall@1", "recall@5", "recall@10", "mrr", "ndcg@10")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cocoa_embed.errors import CocoaError, one_line, printable
+from cocoa_embed.model.training_record import explain_unfinished
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -40,6 +41,8 @@ def check_model(model: str | Path) -> None:
     :raises CocoaError: If it is no folder of a SentenceTransformer and cannot be the name of a model on the hub.
     """
     folder = Path(model).expanduser()
+    if unfinished := explain_unfinished(folder):
+        raise CocoaError(unfinished)
     if folder.exists():
         check_model_folder(folder)
     elif not is_hub_name(str(model)):

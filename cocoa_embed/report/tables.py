@@ -6,11 +6,21 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from cocoa_embed.errors import require
 
 _TEMPLATE = Path(__file__).with_name("tables.html.jinja")
 _MARKDOWN = re.compile(r"[\\`*~\[\]|]|\b_|_\b")
+
+
+class Cell(NamedTuple):
+    """A cell as it is drawn."""
+
+    text: str
+    detail: str
+    is_best: bool
+    is_number: bool
 
 
 @dataclass(frozen=True)
@@ -28,6 +38,14 @@ class Table:
     rows: Sequence[Sequence[str]]
     own: Sequence[int] = ()
     notes: Sequence[str] = ()
+
+    @property
+    def cells(self) -> list[list[Cell]]:
+        """The rows as they are drawn."""
+        return [
+            [Cell(text, "", number in self.own, place > 0) for place, text in enumerate(row)]
+            for number, row in enumerate(self.rows)
+        ]
 
 
 def to_markdown(title: str, tables: Sequence[Table]) -> str:

@@ -325,7 +325,7 @@ def results(grid: Grid, seeds: int = 3) -> dict[str, Any]:
     generator = np.random.default_rng(0)
 
     def outcome_of(seed: int) -> dict[str, Any]:
-        bridge = {name: generator.random() for name in ("loss", "accuracy_right_image", "accuracy_shuffled_image")}
+        bridge = {name: generator.random() for name in ("loss", "accuracy_matching_image", "accuracy_shuffled_image")}
         figures = {name: generator.random() for name in ("recall@1", "mrr", "seconds")}
         return {"seed": seed, "directions": {}, "bridge": bridge, **figures}
 
@@ -452,7 +452,12 @@ def test_arms_are_trained_once_and_scored_as_eval_pairs_would(place: Place, tiny
     encoder = Encoder(build_sentence_transformer(checkpoint, prompts={}), "checked")
     again = evaluate_pairs([encoder], read_pairs(place.data(0).held_out), resamples=10)
     assert found["recall@1"] == pytest.approx(again["averages"]["recall@1"])
-    assert found["bridge"].keys() >= {"loss", "accuracy_right_image", "accuracy_shuffled_image", "accuracy_no_image"}
+    assert found["bridge"].keys() >= {
+        "loss",
+        "accuracy_matching_image",
+        "accuracy_shuffled_image",
+        "accuracy_no_image",
+    }
 
 
 @pytest.mark.slow

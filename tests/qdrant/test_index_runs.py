@@ -15,7 +15,7 @@ pytest.importorskip("qdrant_client")
 from qdrant_client import QdrantClient, models
 from rich.console import Console
 
-from cocoa_embed.cli.summaries import report_hits
+from cocoa_embed.cli.index import report_hits
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.images.load import FileContent, load_image

@@ -26,7 +26,7 @@ from conftest import TINY_MAX_LENGTH
 
 KEPT = 4
 STAGE: dict[str, Any] = {"steps": 2, "batch_size": 4, "learning_rate": 1e-2, "warmup_steps": 0, "logging_steps": 1}
-ACCURACIES = ("accuracy_right_image", "accuracy_shuffled_image", "accuracy_no_image")
+ACCURACIES = ("accuracy_matching_image", "accuracy_shuffled_image", "accuracy_no_image")
 GEOMETRY = ("alignment", "uniformity", "modality_gap", "effective_rank")
 
 

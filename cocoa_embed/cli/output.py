@@ -7,10 +7,12 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from cocoa_embed.errors import CocoaError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,6 +39,30 @@ def silence_libraries() -> None:
     warnings.filterwarnings("ignore", module="PIL")  # of broken files, which are reported by name
     for name in ("sentence_transformers", "httpx"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def check_all(*checks: Callable[[], Any]) -> list[Any]:
+    """Run checks of what a user gave, and return their results.
+
+    :raises CocoaError: If checks fail: one error with the messages of all of them.
+    """
+    results, errors = [], []
+    for check in checks:
+        try:
+            results.append(check())
+        except CocoaError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        kind = UsageError if any(isinstance(error, UsageError) for error in errors) else CocoaError
+        raise kind("\n".join(map(str, errors)))
+    return results
+
+
+def say(console: Console, line: str) -> None:
+    """Print one line for people as it is."""
+    console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 def print_json(document: dict[str, Any]) -> None:
