@@ -21,10 +21,10 @@ from cocoa_embed.model.backbone import load_backbone
 from cocoa_embed.model.export import export_model
 from cocoa_embed.model.training_record import TRAINING_FILE, read_training
 from cocoa_embed.train.data.rows import read_image_folder
+from cocoa_embed.train.loop.run_record import StageResult
 from cocoa_embed.train.pipeline import run
 from cocoa_embed.train.plan import checks as preparation
 from cocoa_embed.train.recipe import STAGES, Recipe
-from cocoa_embed.train.record import StageResult
 from conftest import SCENES, TINY_MAX_LENGTH
 
 Values = dict[str, Any]

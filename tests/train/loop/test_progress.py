@@ -35,7 +35,7 @@ def test_the_probes_accuracies_take_the_place_of_the_batchs(step_figures: dict[s
     for logs in (step_figures, {**step_figures, **PROBED}, {**step_figures, "loss": 1.0}):
         callback.on_log(*nothing, logs=logs)
     parts = ", text=2.000, pixels=0.500" if "mntp_loss" in step_figures else ""
-    probed = "right image=0.510, shuffled=0.310, no image=0.300"
+    probed = "matching=0.510, shuffled=0.310, no image=0.300"
     assert bar.shown == [
         f"loss=2.346{parts}, accuracy=0.410",
         f"loss=2.346{parts}, {probed}",
