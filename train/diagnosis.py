@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from sentence_transformers.util import get_device_name
@@ -31,36 +30,24 @@ MASKED_TOKENS = (MATCHING_IMAGE, SHUFFLED_IMAGE, NO_IMAGE)
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was measured of a checkpoint.
+    """What was measured of a checkpoint; as a dictionary, the JSON document of ``cocoa-embed diagnose``.
 
-    :param rows: The rows that it was measured on.
-    :param source: Where the rows come from, for messages.
+    :param rows: How many rows it was measured on.
+    :param source: Where they come from.
     :param held_out_by: The stage that kept the rows out of its training; None for rows of ``--data``.
-    :param seen_by: Stages before it that were trained on the same data.
+    :param seen_by: The stages before it that were trained on the same data.
     :param masked_tokens: Accuracy on masked tokens, by its names in the bridge's log; None without a language-model
         head.
     :param geometry: The metrics of ``geometry``.
     """
 
-    checkpoint: Path
-    rows: list[Row]
+    checkpoint: str
+    rows: int
     source: str
     held_out_by: str | None
     seen_by: list[str]
     masked_tokens: dict[str, float] | None
     geometry: dict[str, float]
-
-    def document(self) -> dict[str, Any]:
-        """Return the JSON document of ``cocoa-embed diagnose``."""
-        return {
-            "checkpoint": str(self.checkpoint),
-            "rows": len(self.rows),
-            "from": self.source,
-            "held_out_by": self.held_out_by,
-            "seen_by": self.seen_by,
-            "masked_tokens": self.masked_tokens,
-            "geometry": self.geometry,
-        }
 
 
 def diagnose(
@@ -99,7 +86,7 @@ def diagnose(
     masked_tokens = {name: metrics.pop(name) for name in MASKED_TOKENS if name in metrics}
     if not metrics:
         raise CocoaError(f"{printable(checkpoint)} makes embeddings that are not finite; its weights are broken.")
-    return Diagnosis(checkpoint, chosen, source, held_out_by, seen_by, masked_tokens or None, metrics)
+    return Diagnosis(str(checkpoint), len(chosen), source, held_out_by, seen_by, masked_tokens or None, metrics)
 
 
 def held_out_rows(checkpoint: Path) -> tuple[str, list[Row], list[str]]:

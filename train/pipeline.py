@@ -27,9 +27,10 @@ from cocoa_embed.train.loop.snapshots import KeepSteps, kept_folder
 from cocoa_embed.train.loop.stopping import StopOnSigterm, Stopped
 from cocoa_embed.train.plan.checks import CHECKPOINTS, Prepared, prepare
 from cocoa_embed.train.recipe import Recipe
-from cocoa_embed.train.settings import ContrastiveSection
+from cocoa_embed.train.settings import BridgeSection, ContrastiveSection
 from cocoa_embed.train.stages.build import BuiltStage, build_stage
 from cocoa_embed.train.stages.contrastive import facts
+from cocoa_embed.train.stages.probe import hold_out_rows
 from cocoa_embed.train.stages.samples import stage_samples
 
 Inspect = Callable[[str, Trainer], None]
@@ -74,10 +75,12 @@ def _run_stage(
     trainer = built.trainer
     trainer.resume_clock(spent)
     save = partial(_save, recipe, stage, prepared, before, built)
+    rows, section = prepared.rows[stage].rows, recipe.section(stage)
+    held_out = hold_out_rows(rows, section.probe_rows)[0] if isinstance(section, BridgeSection) else []
     if trainer.is_world_process_zero():
-        record_begin(out, stage, trainer, prepared.rows[stage].rows)
+        record_begin(out, stage, trainer, rows, held_out)
     trainer.add_callback(RecordProgress(out, stage, trainer))
-    kept = recipe.section(stage).keep_steps
+    kept = section.keep_steps
     trainer.add_callback(KeepSteps(kept, lambda step: save(kept_folder(out / stage, step))))
     stop = StopOnSigterm(trainer)
     trainer.add_callback(stop)
@@ -102,7 +105,7 @@ def _run_stage(
     if inspect is not None:
         inspect(stage, trainer)
     result = save(out / stage)
-    samples = stage_samples(trainer, recipe.section(stage), prepared.rows[stage].rows)
+    samples = stage_samples(trainer, section, rows, held_out)
     if trainer.is_world_process_zero():
         update_stage(
             out,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterator
@@ -115,12 +116,12 @@ def diagnose(
         for line in diagnosis_lines(diagnosis):
             say(console, line)
     if as_json:
-        print_json(diagnosis.document())
+        print_json(dataclasses.asdict(diagnosis))
 
 
 def diagnosis_lines(diagnosis: Diagnosis) -> Iterator[str]:
     """Yield what was measured of a checkpoint, and on which rows."""
-    yield f"{printable(diagnosis.checkpoint)}: {len(diagnosis.rows)} {diagnosis.source}"
+    yield f"{printable(diagnosis.checkpoint)}: {diagnosis.rows} {diagnosis.source}"
     if diagnosis.seen_by:
         yield f"  trained on the same data: {', '.join(diagnosis.seen_by)}"
     if diagnosis.masked_tokens is None:

@@ -109,7 +109,7 @@ def _new_stage(recipe: Recipe, stage: str, read: ReadRows, steps: int) -> dict[s
     sources, bad = recipe.sources_of(stage), list(dict.fromkeys(read.bad))
     return {
         "sources": {name: each.model_dump(mode="json", exclude_defaults=True) for name, each in sources.items()},
-        "places": sorted({_place(source) for source in sources.values()}),
+        "places": sorted({os.path.realpath(_name(source)) for source in sources.values()}),
         "rows": read.counts,
         "fingerprint": read.fingerprint,
         "bad_rows": {
@@ -125,10 +125,9 @@ def _new_stage(recipe: Recipe, stage: str, read: ReadRows, steps: int) -> dict[s
     }
 
 
-def _place(source: SourceSection) -> str:
-    """Return the absolute path of a source on disk, or the name of a data set on the hub."""
-    given = next(str(each) for kind in SOURCE_KINDS if (each := getattr(source, kind)) is not None)
-    return os.path.realpath(given) if source.folder or source.file or Path(given).exists() else given
+def _name(source: SourceSection) -> str:
+    """Return the path of a source, or the name of a data set on the hub."""
+    return next(str(given) for kind in SOURCE_KINDS if (given := getattr(source, kind)) is not None)
 
 
 def update_stage(out: Path, stage: str, **values: Any) -> None:
@@ -138,8 +137,8 @@ def update_stage(out: Path, stage: str, **values: Any) -> None:
     write_run(out, run)
 
 
-def record_begin(out: Path, stage: str, trainer: CocoaTrainer, rows: Sequence[Row]) -> None:
-    """Record what a stage trains, and which of its ``rows`` it keeps out of training."""
+def record_begin(out: Path, stage: str, trainer: CocoaTrainer, rows: Sequence[Row], held_out: Sequence[Row]) -> None:
+    """Record what a stage trains, and which of its ``rows`` are ``held_out`` of its training."""
     stages = read_run(out)["stages"]
     earlier = list(stages)[: list(stages).index(stage)]
     number_of = {id(row): number for number, row in reversed(list(enumerate(rows)))}  # a weight repeats rows
@@ -148,7 +147,7 @@ def record_begin(out: Path, stage: str, trainer: CocoaTrainer, rows: Sequence[Ro
         stage,
         trained_parameters=sum(each.numel() for each in trainer.model.parameters() if each.requires_grad),
         held_out={
-            "rows": [number_of[id(row)] for row in trainer.held_out],
+            "rows": [number_of[id(row)] for row in held_out],
             "seen_by": [name for name in earlier if set(stages[name]["places"]) & set(stages[stage]["places"])],
         },
     )
@@ -186,7 +185,8 @@ def finished_stages(recipe: Recipe, out: Path) -> list[StageResult]:
 
 def write_record(recipe: Recipe, start: Start, results: Sequence[StageResult]) -> None:
     """Write the training record of the last stage's checkpoint, which says that all of it is there."""
-    data = [f"{result.stage}: {result.rows} rows of {_source_names(recipe, result.stage)}" for result in results]
+    names = {each.stage: dict.fromkeys(map(_name, recipe.sources_of(each.stage).values())) for each in results}
+    data = [f"{each.stage}: {each.rows} rows of {', '.join(names[each.stage])}" for each in results]
     folder = results[-1].folder
     run = run_of(folder)
     record = {
@@ -198,15 +198,6 @@ def write_record(recipe: Recipe, start: Start, results: Sequence[StageResult]) -
         "data": "; ".join(start.data + data),
     }
     write_training(folder, record)
-
-
-def _source_names(recipe: Recipe, stage: str) -> str:
-    """Return the names of a stage's sources, each once, for the model card."""
-    named = [
-        next(str(given) for kind in SOURCE_KINDS if (given := getattr(source, kind)) is not None)
-        for source in recipe.sources_of(stage).values()
-    ]
-    return ", ".join(dict.fromkeys(named))
 
 
 def _stage_record(recipe: Recipe, result: StageResult) -> dict[str, Any]:

@@ -46,7 +46,6 @@ class CocoaTrainer(Trainer):
     :param known: What each checkpoint is to know of the run, as JSON takes it.
     :param adapter: What is trained beside the weights, to be merged into them when the stage has ended.
     :param probe: Measures the model for the log: at the first line after every ``probe_steps`` steps, and at the last.
-    :param held_out: Rows that the stage keeps out of training.
     """
 
     def __init__(
@@ -59,11 +58,9 @@ class CocoaTrainer(Trainer):
         adapter: Adapter | None = None,
         probe: Probe | None = None,
         probe_steps: int = 1,
-        held_out: Sequence[Row] = (),
         **kwargs: Any,
     ) -> None:
         self._rows = rows
-        self.held_out = held_out
         self._memory_remedy = memory_remedy
         self._known = dict(known or {})
         self.throughput = throughput or Throughput()

@@ -144,5 +144,4 @@ def bridge_trainer(
         stage="bridge",
         probe=probe,
         probe_steps=section.probe_steps,
-        held_out=probe_rows,
     )

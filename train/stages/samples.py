@@ -82,20 +82,23 @@ def bridge_samples(model: BridgeModel, collator: BridgeCollator, batch: Batch, r
     }
 
 
-def stage_samples(trainer: CocoaTrainer, section: StageSection, rows: Sequence[Row]) -> Samples | None:
+def stage_samples(
+    trainer: CocoaTrainer, section: StageSection, rows: Sequence[Row], held_out: Sequence[Row]
+) -> Samples | None:
     """Return the samples of a reconstruction stage that has ended; None for other stages, and in other processes.
 
     Every process calls it; where the weights are sharded, all run the model. It draws from no generator that training
     uses. Samples that cannot be made (an image is gone, memory is full) do not end the run: ``failure`` says why, and
     a warning too. Only a failure inside a sharded model ends it, as the other processes would wait for ever.
 
-    :param rows: All rows of the stage; those that it keeps out of training are shown where there are any.
+    :param rows: All rows of the stage.
+    :param held_out: Those that it keeps out of training; they are shown where there are any.
     :returns: As ``warmup_samples`` or ``bridge_samples``, and ``held_out``: the stage was not trained on these rows.
     """
     is_writer, is_sharded = trainer.is_world_process_zero(), trainer.is_fsdp_enabled
     if not isinstance(section, ReconstructionSection) or not (is_writer or is_sharded):
         return None
-    chosen = list(trainer.held_out[:SAMPLE_ROWS]) or first_of_images(rows, SAMPLE_ROWS) or list(rows[:SAMPLE_ROWS])
+    chosen = list(held_out[:SAMPLE_ROWS]) or first_of_images(rows, SAMPLE_ROWS) or list(rows[:SAMPLE_ROWS])
     batches, failure = _attempt(lambda: list(_batches(trainer, section, chosen)))
     if is_sharded:
         failure = next(filter(None, gather_object([failure])), None)
@@ -108,7 +111,7 @@ def stage_samples(trainer: CocoaTrainer, section: StageSection, rows: Sequence[R
     if failure is not None:
         logger.warning("Samples for the report cannot be made (%s).", failure)
         return {"failure": failure}
-    return {"held_out": bool(trainer.held_out), **(samples or {})} if is_writer else None
+    return {"held_out": bool(held_out), **(samples or {})} if is_writer else None
 
 
 def _attempt(work: Callable[[], Result]) -> tuple[Result | None, str | None]:

@@ -179,13 +179,12 @@ def test_samples_that_cannot_be_made_cost_the_run_nothing_and_say_why(
     assert "no memory is left" in caplog.text
 
 
-def trainer_of(backbone: Backbone, devices: int = 1, held_out: tuple[Row, ...] = ()) -> Any:  # noqa: ANN401
+def trainer_of(backbone: Backbone, devices: int = 1) -> Any:  # noqa: ANN401
     """Stand for a bridge's trainer on so many devices, as far as samples look at one."""
     return SimpleNamespace(
         model=BridgeModel(backbone.model).train(),
         data_collator=DescribedBatches(BridgeCollator(backbone.processor, seed=0), draw_indices, None),
         accelerator=SimpleNamespace(num_processes=devices, unwrap_model=lambda model: model, autocast=nullcontext),
-        held_out=held_out,
         is_fsdp_enabled=False,
         is_world_process_zero=lambda: True,
     )
@@ -214,7 +213,7 @@ def test_a_model_goes_on_training_though_its_samples_fail(
         raise RuntimeError("no memory is left")
 
     monkeypatch.setattr(trainer.model, "predict", fail)
-    found = stage_samples(trainer, BridgeSection(steps=1, batch_size=4), scene_rows[:2])
+    found = stage_samples(trainer, BridgeSection(steps=1, batch_size=4), scene_rows[:2], [])
     assert found == {"failure": "RuntimeError: no memory is left"}
     assert modes == [False], "the premise: it failed in another mode"
     assert all(module.training for module in trainer.model.modules())
@@ -226,13 +225,13 @@ def test_rows_with_images_come_first_each_image_once_and_rows_kept_out_before_al
     monkeypatch.setattr(samples, "_run", lambda _, batches: {"rows": [row for _, rows in batches for row in rows]})
     section = BridgeSection(steps=1, batch_size=4)
 
-    def shown(rows: list[Row], held_out: tuple[Row, ...] = ()) -> Any:  # noqa: ANN401
-        return stage_samples(trainer_of(tiny_backbone, held_out=held_out), section, rows)
+    def shown(rows: list[Row], *held_out: Row) -> Any:  # noqa: ANN401
+        return stage_samples(trainer_of(tiny_backbone), section, rows, held_out)
 
     assert shown([TEXT] * 20) == {"held_out": False, "rows": [TEXT] * SAMPLE_ROWS}
     twice = [TEXT, *(row for row in scene_rows for _ in range(2))]
     assert shown(twice)["rows"] == scene_rows[:SAMPLE_ROWS]
-    assert shown(twice, (scene_rows[9],)) == {"held_out": True, "rows": [scene_rows[9]]}
+    assert shown(twice, scene_rows[9]) == {"held_out": True, "rows": [scene_rows[9]]}
 
 
 def test_samples_change_nothing_of_what_is_trained(
