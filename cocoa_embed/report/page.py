@@ -60,9 +60,9 @@ def _mask_table(mask: Mask) -> Table:
 
 
 def _breakable(text: str) -> Any:  # noqa: ANN401  markup of a library that is optional
-    """Return ``text`` escaped, with its underscores, slashes and dots as places where a line may break."""
+    """Return ``text`` escaped, with its underscores and slashes as places where a line may break."""
     markupsafe = require("markupsafe", "report")
     escaped = markupsafe.escape(text)
-    for mark in "_/.":
+    for mark in "_/":
         escaped = escaped.replace(mark, markupsafe.Markup(f"{mark}<wbr>"))
     return escaped

@@ -118,6 +118,7 @@ def test_the_page_loads_nothing(full: str) -> None:
     assert not page.find("script")
     assert not page.find("link")
     assert "@import" not in full
+    assert "anywhere" not in full, "words would break in the middle on a phone"
     targets = set(re.findall(r'(?:url\(|href=")#([^")]*)', full))
     assert any(target.startswith("stage-0-") for target in targets), "of a chart"
     assert targets <= set(re.findall(r'\bid="([^"]*)"', full))
