@@ -36,7 +36,7 @@ from arms.grid import FRACTIONS, Grid, Sizes
 from arms.runner import jobs_of, outcome, run_jobs
 from arms.summary import results_document, tables
 from arms.workspace import UserFolders, Workspace
-from cocoa_embed.cli.terminal import silence_libraries
+from cocoa_embed.cli.output import silence_libraries
 from cocoa_embed.data.image_folder import METADATA_FILE
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.evaluation.result_cache import make_folder, write_result

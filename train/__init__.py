@@ -7,8 +7,8 @@ limit_spinning()
 require("accelerate", "train")
 require("datasets", "train")
 
-from cocoa_embed.train.pipeline import run  # noqa: E402 - after the errors that name the extra
+from cocoa_embed.train.loop.run_record import StageResult  # noqa: E402 - after the errors that name the extra
+from cocoa_embed.train.pipeline import run  # noqa: E402
 from cocoa_embed.train.recipe import Recipe  # noqa: E402
-from cocoa_embed.train.record import StageResult  # noqa: E402
 
 __all__ = ["Recipe", "StageResult", "run"]

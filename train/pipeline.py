@@ -16,13 +16,22 @@ from cocoa_embed.train.loop.checkpoints import newest_complete, read_complete, s
 from cocoa_embed.train.loop.oom import explained_shortage
 from cocoa_embed.train.loop.processes import by_first_process, refuse_idle_accelerators
 from cocoa_embed.train.loop.progress import TENSORBOARD, end_reports, show_live_losses, write_tensorboard
+from cocoa_embed.train.loop.run_record import (
+    RecordProgress,
+    StageResult,
+    record_begin,
+    update_stage,
+    write_record,
+)
 from cocoa_embed.train.loop.snapshots import KeepSteps, kept_folder
 from cocoa_embed.train.loop.stopping import StopOnSigterm, Stopped
 from cocoa_embed.train.plan.checks import CHECKPOINTS, Prepared, prepare
 from cocoa_embed.train.recipe import Recipe
-from cocoa_embed.train.record import StageResult, write_record
+from cocoa_embed.train.settings import BridgeSection, ContrastiveSection
 from cocoa_embed.train.stages.build import BuiltStage, build_stage
-from cocoa_embed.train.stages.samples import leave_samples
+from cocoa_embed.train.stages.contrastive import facts
+from cocoa_embed.train.stages.probe import hold_out_rows
+from cocoa_embed.train.stages.samples import stage_samples
 
 Inspect = Callable[[str, Trainer], None]
 
@@ -66,7 +75,12 @@ def _run_stage(
     trainer = built.trainer
     trainer.resume_clock(spent)
     save = partial(_save, recipe, stage, prepared, before, built)
-    kept = recipe.section(stage).keep_steps
+    rows, section = prepared.rows[stage].rows, recipe.section(stage)
+    held_out = hold_out_rows(rows, section.probe_rows)[0] if isinstance(section, BridgeSection) else []
+    if trainer.is_world_process_zero():
+        record_begin(out, stage, trainer, rows, held_out)
+    trainer.add_callback(RecordProgress(out, stage, trainer))
+    kept = section.keep_steps
     trainer.add_callback(KeepSteps(kept, lambda step: save(kept_folder(out / stage, step))))
     stop = StopOnSigterm(trainer)
     trainer.add_callback(stop)
@@ -90,8 +104,19 @@ def _run_stage(
         )
     if inspect is not None:
         inspect(stage, trainer)
-    result = save(out / stage, shows_samples=True)
+    result = save(out / stage)
+    samples = stage_samples(trainer, section, rows, held_out)
     if trainer.is_world_process_zero():
+        update_stage(
+            out,
+            stage,
+            finished=True,
+            step=result.steps,
+            seconds=result.seconds,
+            log=result.log,
+            facts=result.facts,
+            samples=samples,
+        )
         shutil.rmtree(checkpoints, ignore_errors=True)
         end_reports(recipe.report_to)
     trainer.accelerator.wait_for_everyone()
@@ -107,22 +132,16 @@ def _save(
     before: list[StageResult],
     built: BuiltStage,
     folder: Path,
-    *,
-    shows_samples: bool = False,
 ) -> StageResult:
-    """Write a stage's weights as they are, with the record of how they came about, which comes last.
-
-    :param shows_samples: Leave samples beside them; nothing reads those of weights kept on the way.
-    """
+    """Write a stage's weights as they are, and last the record of how they were trained."""
     trainer, rows = built.trainer, len(prepared.rows[stage].rows)
     with trainer.throughput.paused():
         if trainer.is_world_process_zero():
             (folder / TRAINING_FILE).unlink(missing_ok=True)  # of an earlier try: it would vouch for half a file
         built.save(folder)
-        if shows_samples:
-            leave_samples(trainer, recipe.section(stage), prepared.rows[stage].rows, folder)
-        state = trainer.state
-        result = StageResult(stage, folder, state.global_step, rows, trainer.seconds(), list(state.log_history))
+        state, section = trainer.state, recipe.section(stage)
+        stated = facts(section) if isinstance(section, ContrastiveSection) else {}
+        result = StageResult(stage, folder, state.global_step, rows, trainer.seconds(), list(state.log_history), stated)
         if trainer.is_world_process_zero():
             write_record(recipe, prepared.start, [*before, result])
     return result

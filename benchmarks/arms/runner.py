@@ -18,28 +18,30 @@ from tqdm import tqdm
 
 from arms.grid import Arm, StageRun
 from arms.workspace import Workspace
-from cocoa_embed.cli.terminal import silence_libraries
+from cocoa_embed.cli.output import silence_libraries
 from cocoa_embed.encode.load import load_encoder
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.evaluation.pairs import evaluate_pairs
 from cocoa_embed.evaluation.pairs_reader import read_pairs
 from cocoa_embed.folders import write_atomically
-from cocoa_embed.model.training_record import read_training
+from cocoa_embed.model.training_record import read_run, read_training
 from cocoa_embed.train import Recipe, run
 from cocoa_embed.train.loop.snapshots import kept_folder
-from cocoa_embed.train.stages.probe import NO_IMAGE, RIGHT_IMAGE, SHUFFLED_IMAGE
 
 SCORES = "scores.json"
 END = "end"
 
-BRIDGE_METRICS = {
-    "loss": "loss",
-    "accuracy_matching_image": RIGHT_IMAGE,
-    "accuracy_shuffled_image": SHUFFLED_IMAGE,
-    "accuracy_no_image": NO_IMAGE,
-    **{name: name for name in ("alignment", "uniformity", "modality_gap", "effective_rank")},
-}
-"""Names in the results, and in the bridge's log."""
+BRIDGE_METRICS = (
+    "loss",
+    "accuracy_matching_image",
+    "accuracy_shuffled_image",
+    "accuracy_no_image",
+    "alignment",
+    "uniformity",
+    "modality_gap",
+    "effective_rank",
+)
+"""What the log of a bridge says of the model that it leaves."""
 
 Scores = dict[str, dict[str, dict[str, float]]]
 """Metrics by step and direction."""
@@ -182,8 +184,8 @@ def outcome(workspace: Workspace, arm: Arm, seed: int) -> dict[str, Any]:
         record = read_training(folder)["stages"][-1]
         seconds += record["seconds"] * steps / record["steps"]
         if stage_run.stage == "bridge":
-            log = json.loads((folder / "log.json").read_text(encoding="utf-8"))
+            log = read_run(folder.parent)["stages"]["bridge"]["log"]
             last = {name: value for line in log if line["step"] <= steps for name, value in line.items()}
-            bridge = {name: last[logged] for name, logged in BRIDGE_METRICS.items() if logged in last}
+            bridge = {name: last[name] for name in BRIDGE_METRICS if name in last}
     means = {name: sum(each[name] for each in scores.values()) / len(scores) for name in ("recall@1", "mrr")}
     return {"seed": seed, **means, "directions": scores, "seconds": seconds, "bridge": bridge}

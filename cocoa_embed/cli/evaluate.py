@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cocoa_embed.cli.terminal import DeviceOption, JsonOption, check_all, print_json, say, silence_libraries, working
+from cocoa_embed.cli.output import (
+    DeviceOption,
+    JsonOption,
+    check_all,
+    print_json,
+    say,
+    silence_libraries,
+    working,
+)
 from cocoa_embed.errors import CocoaError, UsageError, require
 
 if TYPE_CHECKING:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from cocoa_embed import __version__
+from cocoa_embed.cli.demo import demo
 from cocoa_embed.cli.evaluate import evaluation
 from cocoa_embed.cli.index import index, search
-from cocoa_embed.cli.terminal import DeviceOption, JsonOption, print_json, silence_libraries, working
+from cocoa_embed.cli.report import diagnose, report
+from cocoa_embed.cli.train import export, train
 from cocoa_embed.cpu_threads import limit_spinning
-from cocoa_embed.errors import CocoaError, printable, require
-
-DEMO_NEEDS = ("accelerate", "datasets", "qdrant_client", "llama_index.core", "jinja2", "matplotlib")
-"""The modules of the optional packages that the demo uses; the extra ``all`` installs them."""
+from cocoa_embed.errors import CocoaError
 
 app = typer.Typer(
     name="cocoa-embed",
@@ -29,9 +26,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(index)
-app.command()(search)
-app.add_typer(evaluation, name="eval", help="Measure a model: on MMEB-V1, or on pairs of your own.")
+for command in (index, search, demo, train, export, diagnose, report):
+    app.command()(command)
+app.add_typer(evaluation, name="eval", help="Score a model on MMEB-V1, or on pairs.")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -49,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(error.exit_status) from None
 
 
-def _tell_version(asked: bool) -> None:
+def _print_version(asked: bool) -> None:
     if asked:
         typer.echo(f"cocoa-embed {__version__}")
         raise typer.Exit
@@ -58,155 +55,7 @@ def _tell_version(asked: bool) -> None:
 @app.callback()
 def main_options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Tell the version and stop.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
     ] = False,
 ) -> None:
     """Train, export and use CoCoA multimodal embedding models."""
-
-
-@app.command()
-def demo(
-    out: Annotated[Path, typer.Option("--out", help="Where the exported model goes.")] = Path("cocoa-qwen2vl"),
-    work: Annotated[Path, typer.Option("--work", help="Where everything else goes.")] = Path("cocoa-demo"),
-    seed: Annotated[
-        int, typer.Option("--seed", min=0, max=2**32 - 1, help="The seed of data, initial weights and training.")
-    ] = 0,
-    as_json: JsonOption = False,
-) -> None:
-    """Train, export, index and search a tiny model on this machine: the whole story, on a CPU too."""
-    with working():
-        for module in DEMO_NEEDS:
-            require(module, "all")
-        silence_libraries()
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one device does; training would ask for a launcher
-        from cocoa_embed.demo.story import Demo
-
-        results = Demo(out, work, seed).run()
-    if as_json:
-        print_json(results)
-
-
-@app.command()
-def train(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="The name of a recipe, or a YAML file.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY.SUB=VALUE", help="Values to change in the recipe.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="The folder for checkpoints [default: runs/ and the recipe's name].")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, where one was begun.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, tell what the run would do and cost, and stop.")
-    ] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Train a model as a recipe says: warm-up, bridge, contrastive. Each stage leaves a checkpoint."""
-    with working() as console:
-        require("accelerate", "train")
-        silence_libraries()
-        from cocoa_embed.cli.summaries import report_plan, report_stages, stage_document
-        from cocoa_embed.train import Recipe, run
-        from cocoa_embed.train.loop.processes import by_first_process, hush_others, is_first_process
-        from cocoa_embed.train.plan.dry_run import plan
-
-        hush_others()
-        loaded = by_first_process(lambda: Recipe.load(recipe, overrides or []))
-        folder = out or Path("runs") / loaded.name
-        if dry_run:
-            planned = by_first_process(lambda: plan(loaded, folder, resume=resume))
-            document = dataclasses.asdict(planned)
-            if is_first_process():
-                report_plan(planned, console)
-        else:
-            results = run(loaded, folder, resume=resume)
-            document = {"stages": [stage_document(result) for result in results]}
-            if is_first_process():
-                report_stages(results, console)
-    if as_json and is_first_process():
-        print_json(document)
-
-
-@app.command()
-def export(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint of the training.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of the model to write.")],
-) -> None:
-    """Write a checkpoint as a SentenceTransformer folder, which needs nothing of this package."""
-    with working() as console:
-        silence_libraries()
-        from cocoa_embed.model.export import export_model
-
-        written = export_model(checkpoint, out)
-        console.print(f"wrote {written}", soft_wrap=True, markup=False, highlight=False)
-
-
-@app.command()
-def diagnose(
-    checkpoint: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint of the training, or an exported model.")
-    ],
-    data: Annotated[
-        Path | None,
-        typer.Option("--data", help="An image folder with texts [default: the rows that the bridge keeps out]."),
-    ] = None,
-    rows: Annotated[
-        int | None, typer.Option("--rows", min=2, help="The most rows to measure [default: all kept out, or 64].")
-    ] = None,
-    device: DeviceOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Measure what a checkpoint's <EOS> carries of an image, and how its embeddings lie."""
-    with working() as console:
-        require("accelerate", "train")
-        silence_libraries()
-        from cocoa_embed.cli.summaries import report_diagnosis
-        from cocoa_embed.train.diagnosis import diagnose as measure
-
-        diagnosis = measure(checkpoint, data=data, rows=rows, device=device)
-        report_diagnosis(diagnosis, console)
-    if as_json:
-        print_json(diagnosis.document())
-
-
-@app.command()
-def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a training run, finished or not.")],
-    pairs: Annotated[
-        Path | None,
-        typer.Option("--pairs", help="Pairs to score the model on, as eval pairs reads them [default: own rows]."),
-    ] = None,
-    images: Annotated[
-        Path | None, typer.Option("--images", help="Where the paths of a table of pairs start [default: its folder].")
-    ] = None,
-    evaluations: Annotated[
-        list[Path] | None,
-        typer.Option("--eval", help="A pairs.json or mmeb.json of eval; may be repeated. Those in RUN/eval are taken."),
-    ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="The page [default: report.html in RUN].")] = None,
-    scores: Annotated[bool, typer.Option("--scores/--no-scores", help="Score the model, once it is finished.")] = True,
-    batch_tokens: Annotated[
-        int | None, typer.Option("--batch-tokens", min=1, help="About the most tokens to embed at once.")
-    ] = None,
-    device: DeviceOption = None,
-) -> None:
-    """Write a page about a training run: recipe, data, curves, reconstructions, scores. It needs no network."""
-    with working() as console:
-        require("accelerate", "train")
-        silence_libraries()
-        from cocoa_embed.train.run_report.content import Asked, write_run_report
-
-        def say(line: str) -> None:
-            console.print(line, soft_wrap=True, markup=False, highlight=False)
-
-        asked = Asked(
-            pairs,
-            images,
-            evaluations or (),
-            device,
-            scores=scores,
-            batch_tokens=batch_tokens,
-            progress=console.is_terminal,
-            tell=say,
-        )
-        say(f"wrote {printable(write_run_report(run, asked, out))}")

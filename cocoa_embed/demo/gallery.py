@@ -6,16 +6,17 @@ from pathlib import Path
 from llama_index.core.schema import QueryBundle
 
 from cocoa_embed.data.rows import Row
+from cocoa_embed.images.data_uri import data_uri
 from cocoa_embed.images.load import load_image
 from cocoa_embed.integrations.llama_index import CocoaRetriever
 from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
-from cocoa_embed.report.content import Hit, QueryResult
+from cocoa_embed.report.content import Search, SearchHit
 
 SHOWN_HITS = 6
 QUERIES_OF_A_KIND = 3
 
 
-def answer_queries(indexer: QdrantIndexer, rows: Sequence[Row]) -> list[QueryResult]:
+def answer_queries(indexer: QdrantIndexer, rows: Sequence[Row]) -> list[Search]:
     """Make three searches of each kind for ``rows``, images with captions that ``indexer`` holds.
 
     LlamaIndex searches for the same texts as the text search.
@@ -40,10 +41,11 @@ def answer_queries(indexer: QdrantIndexer, rows: Sequence[Row]) -> list[QueryRes
     return results
 
 
-def _hit(row: Row, path: str, score: float, caption: str) -> Hit:
-    return Hit(load_image(path), score, caption, correct=Path(path).samefile(str(row.image)))
+def _hit(row: Row, path: str, score: float, caption: str) -> SearchHit:
+    correct = Path(path).samefile(str(row.image))
+    return SearchHit(image=data_uri(load_image(path)), score=score, caption=caption, correct=correct)
 
 
-def _result(title: str, row: Row, hits: list[Hit], text: str | None, image: Path | None) -> QueryResult:
-    shown = None if image is None else load_image(image)
-    return QueryResult(title, text, shown, hits, expected=row.positive.text)
+def _result(title: str, row: Row, hits: list[SearchHit], text: str | None, image: Path | None) -> Search:
+    shown = None if image is None else data_uri(load_image(image))
+    return Search(title=title, text=text, image=shown, hits=hits, expected=row.positive.text)

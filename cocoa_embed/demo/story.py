@@ -2,69 +2,37 @@
 
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from sentence_transformers import SentenceTransformer
-from transformers import Trainer
 
 from cocoa_embed.data.rows import Row
 from cocoa_embed.demo.gallery import answer_queries
 from cocoa_embed.demo.meter import Meter, peak_memory_bytes
-from cocoa_embed.demo.report_content import curves, facts, retrieval_rows
 from cocoa_embed.demo.scenes import write_image_folder
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import UsageError
 from cocoa_embed.evaluation.pairs import evaluate_pairs
 from cocoa_embed.evaluation.pairs_reader import read_pairs
-from cocoa_embed.evaluation.pairs_tables import SHOWN_METRICS, score_tables
+from cocoa_embed.evaluation.pairs_tables import SHOWN_METRICS, pairs_tables, score_tables
 from cocoa_embed.folders import claim_folder, refuse_foreign_folder
 from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
 from cocoa_embed.model.export import refuse_checkpoint, save_sentence_transformer
 from cocoa_embed.model.loading import load_model
-from cocoa_embed.model.training_record import TRAINING_FILE, read_training
-from cocoa_embed.report.content import (
-    BridgeMask,
-    Curve,
-    PatchReconstruction,
-    QueryResult,
-    RunReport,
-    TokenReconstruction,
-)
-from cocoa_embed.report.page import write_report
+from cocoa_embed.model.training_record import TRAINING_FILE, read_run, read_training
+from cocoa_embed.report.content import Search
+from cocoa_embed.report.page import render_page
+from cocoa_embed.report.run_page import EvalResult, run_page
 from cocoa_embed.report.tables import to_terminal
 from cocoa_embed.train import Recipe, StageResult, run
 from cocoa_embed.train.data.caption_rows import read_image_folder
-from cocoa_embed.train.stages.reconstructions import bridge_reconstructions, warmup_reconstructions
 
 MARKER = ".cocoa-demo"
-SHOWN_RECONSTRUCTIONS = 8
 
 Metrics = dict[str, dict[str, float]]
-
-
-@dataclass
-class Watch:
-    """What is seen of each stage as it ends: held-out rows reconstructed for the report, and the memory it took."""
-
-    rows: list[Row]
-    meter: Meter
-    patches: list[PatchReconstruction] = field(default_factory=list)
-    tokens: list[TokenReconstruction] = field(default_factory=list)
-    mask: BridgeMask | None = None
-
-    def inspect(self, stage: str, trainer: Trainer) -> None:
-        """Reconstruct with a stage's model, before its decoder is thrown away."""
-        self.meter.peak_memory_bytes[stage] = peak_memory_bytes()
-        if stage == "warmup":
-            self.patches, tokens = warmup_reconstructions(trainer.model, trainer.data_collator.collate, self.rows)
-        elif stage == "bridge":
-            tokens, self.mask = bridge_reconstructions(trainer.model, trainer.data_collator.collate, self.rows)
-        else:
-            return
-        self.tokens += tokens
 
 
 @dataclass(frozen=True)
@@ -98,8 +66,7 @@ class Demo:
         self._claim_folders()
         with meter.part("data", console):
             held_out = self._draw()
-        watch = Watch(held_out[:SHOWN_RECONSTRUCTIONS], meter)
-        stages, comparison = self._train(watch)
+        stages, comparison = self._train(meter)
         with meter.part("evaluation", console):
             model, scores = self._evaluate(stages[-1].folder, comparison.folder)
         ours, alone = shown_metrics(scores), shown_metrics(scores["other"])
@@ -116,7 +83,7 @@ class Demo:
             "seed": self.seed,
         }
         (self.work / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        write_report(self._report(results, curves(stages, comparison), watch, queries), self.work / "report.html")
+        self._write_report(scores, queries)
         console.print(
             f"Retrieval among {self.held_out_scenes} held-out scenes, with 95% intervals; bold: best of a column"
         )
@@ -138,14 +105,18 @@ class Demo:
         write_image_folder(self.work / "data" / "held-out", "held-out", self.held_out_scenes, self.seed)
         return read_image_folder(self.work / "data" / "held-out")
 
-    def _train(self, watch: Watch) -> tuple[list[StageResult], StageResult]:
+    def _train(self, meter: Meter) -> tuple[list[StageResult], StageResult]:
         folder = json.dumps(str(self.work / "data" / "train"))
         whole = Recipe.load(self.recipe, [f"data.folder={folder}", f"seed={self.seed}"])
         alone = whole.model_copy(update={"name": "contrastive only", "warmup": None, "bridge": None})
-        stages = run(whole, self.work / "runs" / "three-stages", inspect=watch.inspect)
-        watch.meter.seconds |= {stage.stage: round(stage.seconds, 2) for stage in stages}
+        stages = run(
+            whole,
+            self.work / "runs" / "three-stages",
+            inspect=lambda stage, _: meter.peak_memory_bytes.update({stage: peak_memory_bytes()}),
+        )
+        meter.seconds |= {stage.stage: round(stage.seconds, 2) for stage in stages}
         (comparison,) = run(alone, self.work / "runs" / "contrastive-only")
-        watch.meter.record("contrastive_only", comparison.seconds)
+        meter.record("contrastive_only", comparison.seconds)
         return stages, comparison
 
     def _evaluate(self, ours: Path, alone: Path) -> tuple[SentenceTransformer, dict[str, Any]]:
@@ -166,35 +137,37 @@ class Demo:
         }
         save_sentence_transformer(model, self.out, training)
 
-    def _index_and_search(self, held_out: list[Row]) -> tuple[list[QueryResult], int]:
+    def _index_and_search(self, held_out: list[Row]) -> tuple[list[Search], int]:
         # From here on only what a user has: the exported folder.
         exported = SentenceTransformer(str(self.out), local_files_only=True)
         with QdrantIndexer(exported, path=self.work / "index", collection="held-out") as indexer:
             summary = indexer.index(self.work / "data" / "held-out")
             return answer_queries(indexer, held_out), summary.indexed
 
-    def _report(
-        self, results: dict[str, Any], learned: list[Curve], watch: Watch, queries: list[QueryResult]
-    ) -> RunReport:
-        return RunReport(
-            title="CoCoA on drawn scenes",
-            subtitle="A small vision-language model made bidirectional, taught to reconstruct through <EOS>, and "
-            f"trained to retrieve. Measured on {self.held_out_scenes} scenes that no stage has seen.",
-            facts=facts(results),
-            table=retrieval_rows(results, self.held_out_scenes),
-            curves=learned,
-            patches=watch.patches,
-            tokens=watch.tokens,
-            bridge_mask=watch.mask,
-            queries=queries,
-            command="cocoa-embed demo",
+    def _write_report(self, scores: dict[str, Any], searches: list[Search]) -> None:
+        runs = self.work / "runs"
+        data = str(self.work / "data" / "held-out")
+        page = run_page(
+            read_run(runs / "three-stages"),
+            str(runs / "three-stages"),
+            [EvalResult(scores, pairs_tables(scores), str(self.work / "results.json"), is_own=True, data=data)],
+            compared={"contrastive only": read_run(runs / "contrastive-only")},
+            searches=searches,
             notes=[
                 "Contrastive only: the same backbone, the same pairs, the same number of contrastive steps, without "
                 "the two reconstruction stages. It spent less compute: what it would make of more is not shown here.",
                 "The model has 3 million parameters and has seen drawn scenes only. It finds a photograph's copies, "
                 "not its meaning.",
             ],
+            command="cocoa-embed demo",
         )
+        page = replace(
+            page,
+            title="CoCoA on drawn scenes",
+            subtitle="A small vision-language model made bidirectional, taught to reconstruct through <EOS>, and "
+            f"trained to retrieve. Measured on {self.held_out_scenes} scenes that no stage has seen.",
+        )
+        (self.work / "report.html").write_text(render_page(page), encoding="utf-8")
 
     def _say_what_is_where(self, console: Console, meter: Meter) -> None:
         for label, written in (

@@ -24,6 +24,7 @@ from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.model.attention import make_bidirectional, make_causal
 from cocoa_embed.model.flex_attention import FLEX, use_flex_attention
 from cocoa_embed.model.template import CHAT_TEMPLATE
+from cocoa_embed.model.training_record import explain_unfinished
 
 MASK_TOKEN = "<|mask|>"
 """Replaces a masked text token; added to tokenizers without a mask token, such as Qwen's."""
@@ -99,8 +100,10 @@ def builtin_backbones() -> list[str]:
 def origin(name_or_path: str) -> Origin:
     """Return where ``name_or_path`` leads: to an existing folder first, else a built-in backbone, else the hub.
 
-    :raises CocoaError: If it can be none of the three.
+    :raises CocoaError: If it can be none of the three, or is a stage that is not finished.
     """
+    if unfinished := explain_unfinished(Path(name_or_path)):
+        raise CocoaError(unfinished)
     if Path(name_or_path).is_dir():
         return "folder"
     if name_or_path in builtin_backbones():

@@ -8,7 +8,6 @@ from transformers import ProcessorMixin
 
 from cocoa_embed.model.attention import TRANSFORMERS_FLOOR
 from cocoa_embed.model.backbone import Origin
-from cocoa_embed.model.training_record import is_bidirectional
 
 _CARD = """\
 ---
@@ -43,7 +42,7 @@ documents = model.encode_document([
 print(model.similarity(queries, documents))
 ```
 
-It needs transformers {transformers_floor} or newer: earlier ones load it without a word and may embed wrongly.
+It needs transformers {transformers_floor} or newer: earlier ones load it without an error and may embed wrongly.
 
 Prompts are stored with the model: `encode_query` puts {query_prompt} before a query, `encode_document` puts
 {document_prompt} before a document. Sequences are cut at {max_length} tokens, but never their images or their `{eos}`;
@@ -68,16 +67,16 @@ _METRICS = ("recall@1", "recall@5", "recall@10", "mrr")
 def model_card(name: str, model: SentenceTransformer, training: dict[str, Any]) -> str:
     """Return the README of an exported model, in Markdown.
 
-    :param training: ``backbone`` and its ``origin``, ``recipe`` (as saved, by this version or an earlier one),
-        ``stages`` (list of ``stage``, ``steps``, ``batch_size``, ``learning_rate``, ``final`` and, since there are
-        some, ``adapter``), and ``results`` (name of the evaluation to its metrics) where something was measured.
+    :param training: ``backbone`` and its ``origin``, ``recipe``, ``data``, ``stages`` (a list of ``stage``, ``steps``,
+        ``batch_size``, ``learning_rate``, ``final``, ``adapter``, and where there are any ``description`` and
+        ``matryoshka_dims``), and ``results`` (the metrics of each evaluation) where something was measured.
     """
     recipe = training["recipe"]
     processor: ProcessorMixin = model.processor
     return _CARD.format(
         name=name,
         backbone=training["backbone"],
-        attention="made bidirectional" if is_bidirectional(training) else "left causal, for comparison,",
+        attention="made bidirectional" if recipe["bidirectional"] else "left causal, for comparison,",
         transformers_floor=TRANSFORMERS_FLOOR,
         origin=_origin_line(training["backbone"], training["origin"]),
         dimension=model.get_embedding_dimension(),
@@ -86,8 +85,8 @@ def model_card(name: str, model: SentenceTransformer, training: dict[str, Any]) 
         document_prompt=_quoted(recipe["prompts"]["document"]),
         max_length=model.max_seq_length,
         max_pixels=processor.image_processor.size["longest_edge"],
-        training="\n\n".join(_training_parts(name, training, model.get_embedding_dimension())),
-        data=training.get("data", "not recorded"),
+        training="\n\n".join(_training_parts(name, training["stages"], model.get_embedding_dimension())),
+        data=training["data"],
         seed=recipe["seed"],
         results=_result_table(training.get("results", {})),
     )
@@ -98,19 +97,16 @@ def _origin_line(backbone: str, origin: Origin) -> str:
 
     A trained model's licence is its backbone's: of one from elsewhere it is not known here.
     """
-    lines = {"hub": f"base_model: {json.dumps(backbone)}\n", "built-in": "license: apache-2.0\n", "folder": ""}
-    return lines[origin]
+    return {"hub": f"base_model: {json.dumps(backbone)}\n", "built-in": "license: apache-2.0\n", "folder": ""}[origin]
 
 
 def _quoted(prompt: str) -> str:
     return f'"{prompt}"' if prompt else "nothing"
 
 
-def _training_parts(name: str, training: dict[str, Any], dimension: int | None) -> list[str]:
-    stages, recipe = training["stages"], training["recipe"]
-    parts = [_stage_table(stages), _adapter_text(stages, recipe)]
-    if recipe.get("contrastive") and any(stage["stage"] == "contrastive" for stage in stages):
-        parts += [_contrastive_text(recipe["contrastive"]), _matryoshka_text(name, recipe["contrastive"], dimension)]
+def _training_parts(name: str, stages: list[dict[str, Any]], dimension: int | None) -> list[str]:
+    parts = [_stage_table(stages), _adapter_text(stages), *(stage.get("description", "") for stage in stages)]
+    parts += [_matryoshka_text(name, stage.get("matryoshka_dims") or [], dimension) for stage in stages]
     return [part for part in parts if part]
 
 
@@ -120,51 +116,23 @@ def _stage_table(stages: list[dict[str, Any]]) -> str:
     lines = ["| stage | steps | batch | learning rate | loss at its end |", "|---|---|---|---|---|"]
     lines += [
         f"| {stage['stage']} | {stage['steps']} | {stage['batch_size']} | {stage['learning_rate']:g} "
-        f"| {_loss(stage['final'])} |"
+        f"| {stage['final']['loss']:.3f} |"
         for stage in stages
     ]
     return "\n".join(lines)
 
 
-def _loss(final: dict[str, float]) -> str:
-    """Return the last loss that was logged; weights kept before the first line have none."""
-    return f"{final['loss']:.3f}" if "loss" in final else "–"
-
-
-def _adapter_text(stages: list[dict[str, Any]], recipe: dict[str, Any]) -> str:
-    """Return which stages trained adapters; a stage's own record comes before the recipe, which is the last run's."""
+def _adapter_text(stages: list[dict[str, Any]]) -> str:
     adapters = [
         f"{stage['stage']} {_KINDS[adapter['kind']]} (r {adapter['r']}, alpha {adapter['alpha']})"
         for stage in stages
-        if (adapter := stage.get("adapter", (recipe.get(stage["stage"]) or {}).get("adapter")))
+        if (adapter := stage["adapter"])
     ]
-    if not adapters:
-        return ""
-    return f"Adapters, merged into the weights at the end of their stage: {', '.join(adapters)}."
+    return f"Adapters, merged into the weights at the end of their stage: {', '.join(adapters)}." if adapters else ""
 
 
-def _contrastive_text(section: dict[str, Any]) -> str:
-    hard_negatives = section.get("hard_negatives", 0)
-    negatives = "no hard negatives"
-    if hard_negatives:
-        negatives = f"up to {hard_negatives} hard negative{'s' * (hard_negatives > 1)} of each of its rows"
-    sentences = [
-        f"Contrastive learning: InfoNCE at temperature {section.get('temperature', 0.02):g}, with in-batch negatives "
-        f"and {negatives}."
-    ]
-    if section.get("one_subset_a_batch", True):
-        sentences.append("A batch is drawn from one subset.")
-    else:
-        sentences.append("A batch is drawn from all subsets.")
-    if section.get("both_directions", True):
-        sentences.append("Each pair is trained in both directions, as two rows.")
-    if section.get("symmetric", False):
-        sentences.append("Each positive looks for its query too, in the same loss.")
-    return " ".join(sentences)
-
-
-def _matryoshka_text(name: str, section: dict[str, Any], dimension: int | None) -> str:
-    dims = [f"{dim}" for dim in sorted(section.get("matryoshka_dims") or [], reverse=True) if dim != dimension]
+def _matryoshka_text(name: str, matryoshka_dims: list[int], dimension: int | None) -> str:
+    dims = [f"{dim}" for dim in sorted(matryoshka_dims, reverse=True) if dim != dimension]
     if not dims:
         return ""
     return (

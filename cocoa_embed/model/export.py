@@ -1,6 +1,5 @@
 """Export a checkpoint as a plain SentenceTransformer folder with a model card."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from cocoa_embed.errors import CocoaError, one_line
 from cocoa_embed.folders import RUN_MARKER, claim_folder
 from cocoa_embed.model.attention import assert_bidirectional
 from cocoa_embed.model.card import model_card
-from cocoa_embed.model.training_record import TRAINING_FILE, is_bidirectional, read_training
+from cocoa_embed.model.training_record import TRAINING_FILE, read_training, write_training
 
 
 def build_sentence_transformer(
@@ -60,7 +59,7 @@ def save_sentence_transformer(model: SentenceTransformer, out: Path, training: d
     refuse_checkpoint(out)
     claim_folder(out, marker=TRAINING_FILE)
     model.save(str(out), create_model_card=False)
-    (out / TRAINING_FILE).write_text(json.dumps(training, indent=2) + "\n", encoding="utf-8")
+    write_training(out, training)
     (out / "README.md").write_text(model_card(out.name, model, training), encoding="utf-8")
     return out
 
@@ -74,6 +73,6 @@ def export_model(checkpoint: Path, out: Path) -> Path:
     if checkpoint.resolve().is_relative_to(out.resolve()):
         raise CocoaError(f"{out} is or holds the checkpoint itself; give another folder to export to.")
     model = build_sentence_transformer(
-        checkpoint, prompts=training["recipe"]["prompts"], bidirectional=is_bidirectional(training)
+        checkpoint, prompts=training["recipe"]["prompts"], bidirectional=training["recipe"]["bidirectional"]
     )
     return save_sentence_transformer(model, out, training)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cocoa_embed.errors import CocoaError, one_line, printable
-from cocoa_embed.model.training_record import TRAINING_FILE, read_training
+from cocoa_embed.model.training_record import TRAINING_FILE, explain_unfinished, read_training
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -53,6 +53,8 @@ def check_model(model: str | Path) -> None:
     :raises CocoaError: If it is neither a folder that holds a model nor a possible name on the hub.
     """
     folder = Path(model).expanduser()
+    if unfinished := explain_unfinished(folder):
+        raise CocoaError(unfinished)
     if folder.exists():
         check_model_folder(folder)
     elif not is_hub_name(str(model)):

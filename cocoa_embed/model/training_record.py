@@ -1,36 +1,103 @@
-"""What a checkpoint or an export tells of its own training."""
+"""Read and write what training records: ``run.json`` of a run, ``cocoa_training.json`` of each checkpoint."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from cocoa_embed.errors import CocoaError, one_line
+from cocoa_embed.errors import CocoaError, UsageError, one_line, printable
+from cocoa_embed.folders import write_atomically
 
 TRAINING_FILE = "cocoa_training.json"
-"""In every checkpoint and export: the recipe, the stages run, the results measured. What makes a folder ours."""
+"""In every checkpoint and export: the recipe and the stages behind the weights. Written last: all else is there."""
+
+RUN_FILE = "run.json"
+"""In the folder of a run: its recipe, data, machine, logs and samples; updated as its stages go on."""
+
+RUN_VERSION = 1
 
 
 def read_training(checkpoint: Path, *, needs_weights: bool = True) -> dict[str, Any]:
-    """Read what is known of a checkpoint's training.
+    """Read the training record of a checkpoint or an exported model.
 
-    :param needs_weights: The weights are to be there too; without, they may have been removed to save disk.
-    :raises CocoaError: If the folder is no checkpoint of this project.
+    :param needs_weights: Require the weights too.
+    :raises CocoaError: If the folder is no checkpoint, or its stage is not finished.
     """
     path = checkpoint / TRAINING_FILE
     remedy = "Give the folder of a stage that `cocoa-embed train` has written."
-    keys = {"backbone", "origin", "recipe", "stages"}
     if not path.is_file() or (needs_weights and not list(checkpoint.glob("*.safetensors"))):
-        raise CocoaError(f"{checkpoint} is no checkpoint: it needs {TRAINING_FILE} and *.safetensors. {remedy}")
-    try:
-        training = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CocoaError(f"{path} is not JSON ({one_line(error)}): the checkpoint is incomplete. {remedy}") from error
-    if not isinstance(training, dict) or not keys <= training.keys():
-        raise CocoaError(f"{path} lacks one of {', '.join(sorted(keys))}: the checkpoint is incomplete. {remedy}")
+        raise CocoaError(
+            explain_unfinished(checkpoint)
+            or f"{printable(checkpoint)} is no checkpoint: it needs {TRAINING_FILE} and *.safetensors. {remedy}"
+        )
+    training = _read_object(path, remedy)
+    keys = {"backbone", "origin", "recipe", "stages", "data"}
+    if not keys <= training.keys():
+        raise CocoaError(f"{printable(path)} lacks one of {', '.join(sorted(keys))}. {remedy}")
     return training
 
 
-def is_bidirectional(training: dict[str, Any]) -> bool:
-    """Tell from a checkpoint's record (``read_training``) whether it was made bidirectional."""
-    # Recipes written before there was a choice say nothing of it.
-    return bool(training["recipe"].get("bidirectional", True))
+def write_training(checkpoint: Path, training: dict[str, Any]) -> None:
+    """Write the training record of a checkpoint, atomically."""
+    write_atomically(checkpoint / TRAINING_FILE, json.dumps(training, indent=2) + "\n")
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Read ``run.json`` of a run.
+
+    :raises UsageError: If the folder is no run; the error names the run that it is part of, or holds.
+    :raises CocoaError: If the file is broken, or of another version.
+    """
+    path, name = folder / RUN_FILE, printable(folder)
+    if not folder.is_dir():
+        raise UsageError(
+            f"{name} {'is a file' if folder.exists() else 'does not exist'}; name the folder of a training run, the "
+            "--out of cocoa-embed train"
+        )
+    if not path.is_file():
+        run = run_of(folder)
+        inside = sorted(file.parent for depth in ("*", "*/*") for file in folder.glob(f"{depth}/{RUN_FILE}"))
+        hint = f"it is part of the run {printable(run)}" if run else "name the --out of cocoa-embed train"
+        hint = f"did you mean {printable(inside[0])}?" if inside else hint
+        raise UsageError(f"{name} is no training run: it has no {RUN_FILE}; {hint}")
+    run_record = _read_object(path, "Restore it.")
+    if run_record.get("version") != RUN_VERSION:
+        raise CocoaError(
+            f"{printable(path)} has version {run_record.get('version')}, this cocoa-embed reads {RUN_VERSION}; use the "
+            "cocoa-embed that trained the run"
+        )
+    return run_record
+
+
+def write_run(folder: Path, run_record: dict[str, Any]) -> None:
+    """Write ``run.json`` of a run, atomically."""
+    write_atomically(folder / RUN_FILE, json.dumps({"version": RUN_VERSION, **run_record}, indent=1) + "\n")
+
+
+def run_of(path: Path) -> Path | None:
+    """Return the run that a folder inside it (a stage, a checkpoint) is part of; None if there is none."""
+    return next((parent for parent in path.resolve().parents[:3] if (parent / RUN_FILE).is_file()), None)
+
+
+def explain_unfinished(path: Path) -> str | None:
+    """Say how to finish a run's stage if ``path`` is the folder of an unfinished one; it need not exist yet."""
+    run = run_of(path)
+    if run is None or (path / TRAINING_FILE).is_file():
+        return None
+    stages = read_run(run)["stages"]
+    stage = next((part for part in path.resolve().relative_to(run).parts if part in stages), None)
+    if stage is None or stages[stage]["finished"]:
+        return None
+    return (
+        f"{printable(path)} is not finished: stage {stage} of that run stopped at step {stages[stage]['step']} of "
+        f"{stages[stage]['steps']}; `cocoa-embed train RECIPE --out {printable(run)} --resume` goes on."
+    )
+
+
+def _read_object(path: Path, remedy: str) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CocoaError(f"{printable(path)} cannot be read ({one_line(error)}): it is broken. {remedy}") from error
+    if not isinstance(document, dict):
+        raise CocoaError(f"{printable(path)} is no JSON object: it is broken. {remedy}")
+    return document

@@ -1,22 +1,21 @@
-"""The bridge's mask as coloured runs, and in words: who may look at whom."""
+"""Lay out the bridge's attention mask: as coloured runs to draw, and as a table of who attends to whom."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
 
-from cocoa_embed.report.content import BridgeMask
-
 SHOWN_WHOLE = 40
-"""Positions of a mask that is shown as it is."""
+"""Up to so many positions are shown as they are."""
 
 SHOWN_POSITIONS = 12
-"""Positions of a block that a picture of a mask shows one by one, where the block has many."""
+"""Positions of a long block that are shown one by one."""
 
 
 class Run(NamedTuple):
-    """``length`` equal cells of a mask's row from ``column`` on; ``kind`` is "a", "eos", "b", "leak" or "pad"."""
+    """``length`` equal cells of a mask's row from ``column`` on; ``kind`` is "a", "eos", "b" or "leak"."""
 
     row: int
     column: int
@@ -32,86 +31,92 @@ class Span(NamedTuple):
     length: int
 
 
-def condensed(mask: BridgeMask) -> BridgeMask:
-    """Return ``mask`` with fewer positions, so that it can be seen, where that leaves out nothing of what it allows.
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """The attention mask of one sequence of L positions.
 
-    Up to ``SHOWN_WHOLE`` positions stay as they are. Of more, neighbours that see, and are seen by, the same
-    positions are put together: those with one label ("256 × <|image_pad|>"), and of longer rows of them all but the
-    first ``SHOWN_POSITIONS`` ("… 40 more").
+    :param allowed: Bool ``[L, L]``; rows attend to columns.
+    :param labels: The token of each position.
+    :param blocks: "A", "EOS" or "B" for each position.
     """
-    if len(mask.labels) <= SHOWN_WHOLE:
-        return mask
-    allowed = mask.allowed
-    patterns = [
-        (block, row.tobytes(), column.tobytes())
-        for block, row, column in zip(mask.blocks, allowed, allowed.T, strict=True)
-    ]
-    kept, labels = [], []
-    start = 0
-    for _, alike in groupby(patterns):
-        length = len(list(alike))
-        shown = _labelled(mask.labels[start : start + length])
-        if len(shown) > 2 * SHOWN_POSITIONS:
-            rest = length - shown[SHOWN_POSITIONS][0]
-            shown = [*shown[:SHOWN_POSITIONS], (shown[SHOWN_POSITIONS][0], f"… {rest} more")]
-        kept += [start + offset for offset, _ in shown]
-        labels += [label for _, label in shown]
-        start += length
-    return BridgeMask(allowed[np.ix_(kept, kept)], labels, [mask.blocks[position] for position in kept])
 
+    allowed: np.ndarray
+    labels: Sequence[str]
+    blocks: Sequence[str]
 
-def _labelled(labels: Sequence[str]) -> list[tuple[int, str]]:
-    """Return the first position of each run of one label, and what the run is called."""
-    return [
-        (span.start, span.block if span.length == 1 else f"{span.length} × {span.block}") for span in _spans(labels)
-    ]
+    @classmethod
+    def parse(cls, sample: Mapping[str, Sequence[str]]) -> "Mask":
+        """Read the mask of ``run.json``, whose rows are strings of 0 and 1."""
+        allowed = np.array([[cell == "1" for cell in row] for row in sample["allowed"]])
+        return cls(allowed, sample["labels"], sample["blocks"])
 
+    def condensed(self) -> "Mask":
+        """Return the mask with fewer positions to draw; what it allows stays.
 
-def mask_runs(mask: BridgeMask) -> list[Run]:
-    """Return the allowed cells of ``mask`` as horizontal runs of one kind, row by row."""
-    runs = []
-    for row, allowed in enumerate(mask.allowed):
-        kinds = [_kind(mask.blocks[row], block) if yes else "" for block, yes in zip(mask.blocks, allowed, strict=True)]
-        runs += [Run(row, start, length, kind) for kind, start, length in _spans(kinds) if kind]
-    return runs
+        Of more than ``SHOWN_WHOLE`` positions, neighbours that see, and are seen by, the same positions are put
+        together: those with one label ("256 × <|image_pad|>"), and of longer rows of them all but the first
+        ``SHOWN_POSITIONS`` ("… 40 more").
+        """
+        if len(self.labels) <= SHOWN_WHOLE:
+            return self
+        patterns = [
+            (block, row.tobytes(), column.tobytes())
+            for block, row, column in zip(self.blocks, self.allowed, self.allowed.T, strict=True)
+        ]
+        kept, labels, start = [], [], 0
+        for _, alike in groupby(patterns):
+            length = len(list(alike))
+            shown = [
+                (span.start, span.block if span.length == 1 else f"{span.length} × {span.block}")
+                for span in spans(self.labels[start : start + length])
+            ]
+            if len(shown) > 2 * SHOWN_POSITIONS:
+                first = shown[SHOWN_POSITIONS][0]
+                shown = [*shown[:SHOWN_POSITIONS], (first, f"… {length - first} more")]
+            kept += [start + offset for offset, _ in shown]
+            labels += [label for _, label in shown]
+            start += length
+        return Mask(self.allowed[np.ix_(kept, kept)], labels, [self.blocks[position] for position in kept])
 
+    def runs(self) -> list[Run]:
+        """Return the allowed cells as horizontal runs of one kind, row by row."""
+        runs = []
+        for row, allowed in enumerate(self.allowed):
+            kinds = [
+                _kind(self.blocks[row], block) if yes else "" for block, yes in zip(self.blocks, allowed, strict=True)
+            ]
+            runs += [Run(row, start, length, kind) for kind, start, length in spans(kinds) if kind]
+        return runs
 
-def block_spans(blocks: Sequence[str]) -> list[Span]:
-    """Return the neighbouring positions of one block, in order."""
-    return _spans(blocks)
+    def table(self) -> dict[str, dict[str, str]]:
+        """Return, for each block that looks and each block looked at: "yes", "no" or "partly"."""
+        blocks = np.array(self.blocks)
+        names = [name for name in ("A", "EOS", "B") if name in self.blocks]
+        words = {(True, True): "yes", (False, False): "no", (False, True): "partly"}
 
+        def view(reader: str, read: str) -> str:
+            cells = self.allowed[np.ix_(blocks == reader, blocks == read)]
+            return words[bool(cells.all()), bool(cells.any())]
 
-def block_table(mask: BridgeMask) -> dict[str, dict[str, str]]:
-    """Return, for each reading block and each block read: "yes", "no" or "partly", as the mask has it."""
-    blocks = np.array(mask.blocks)
-    names = [name for name in ("A", "EOS", "B") if name in mask.blocks]
-    words = {(True, True): "yes", (False, False): "no", (False, True): "partly"}
+        return {reader: {read: view(reader, read) for read in names} for reader in names}
 
-    def view(reader: str, read: str) -> str:
-        cells = mask.allowed[np.ix_(blocks == reader, blocks == read)]
-        return words[bool(cells.all()), bool(cells.any())]
-
-    return {reader: {read: view(reader, read) for read in names} for reader in names}
-
-
-def is_causal(mask: BridgeMask) -> bool:
-    """Tell whether no position looks at a later one, as in a model that was left causal."""
-    return len(mask.labels) > 1 and not bool(np.triu(mask.allowed, 1).any())
+    @property
+    def is_causal(self) -> bool:
+        """Whether no position attends to a later one, as in a model that was left causal."""
+        return len(self.labels) > 1 and not bool(np.triu(self.allowed, 1).any())
 
 
 def _kind(reader: str, read: str) -> str:
-    pair = {reader, read}
-    if "pad" in pair:
-        return "pad"
-    if "EOS" in pair:
+    if "EOS" in (reader, read):
         return "eos"
-    return "leak" if len(pair) == 2 else reader.lower()
+    return reader.lower() if reader == read else "leak"
 
 
-def _spans(values: Sequence[str]) -> list[Span]:
-    spans, start = [], 0
+def spans(values: Sequence[str]) -> list[Span]:
+    """Return the neighbouring equal values, in order."""
+    found, start = [], 0
     for value, group in groupby(values):
         length = len(list(group))
-        spans.append(Span(value, start, length))
+        found.append(Span(value, start, length))
         start += length
-    return spans
+    return found

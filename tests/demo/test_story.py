@@ -17,7 +17,7 @@ from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.images.load import load_image
 from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
 from cocoa_embed.model.export import build_sentence_transformer
-from cocoa_embed.model.training_record import read_training
+from cocoa_embed.model.training_record import read_run, read_training
 from cocoa_embed.train.data.caption_rows import read_image_folder
 from conftest import TINY_MAX_LENGTH
 
@@ -99,10 +99,7 @@ def test_the_metrics_are_those_of_the_three_stages_and_of_the_comparison_and_the
 
 
 def test_the_comparison_sees_the_same_pairs_for_the_same_steps_from_the_same_backbone(told: Told) -> None:
-    recipes = [
-        json.loads((told.demo.work / "runs" / run / "recipe.json").read_text())
-        for run in ("three-stages", "contrastive-only")
-    ]
+    recipes = [read_run(told.demo.work / "runs" / run)["recipe"] for run in ("three-stages", "contrastive-only")]
     whole, alone = recipes
     assert whole["warmup"] is not None
     assert whole["bridge"] is not None
@@ -159,7 +156,7 @@ class Page(HTMLParser):
 def test_the_report_shows_every_part_and_loads_nothing(told: Told) -> None:
     page = Page((told.demo.work / "report.html").read_text())
     text = " ".join(page.words)
-    for part in ("warm-up", "bridge", "contrastive only", "image + text → image", "LlamaIndex", "<EOS>", "seconds"):
+    for part in ("warmup", "bridge", "contrastive only", "image + text → image", "LlamaIndex", "<EOS>", "chance"):
         assert part in text, part
     assert page.loaded
     assert all(source.startswith("data:") for source in page.loaded)

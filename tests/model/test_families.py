@@ -15,9 +15,9 @@ from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.model.attention import assert_bidirectional
 from cocoa_embed.model.backbone import SUPPORTED, Backbone, load_backbone
 from cocoa_embed.model.export import export_model
+from cocoa_embed.train.loop.run_record import StageResult
 from cocoa_embed.train.pipeline import run
 from cocoa_embed.train.recipe import Recipe
-from cocoa_embed.train.record import StageResult
 from cocoa_embed.train.stages.collators import render_items
 from cocoa_embed.train.stages.reconstruction import position_ids
 from conftest import TINY_MAX_LENGTH

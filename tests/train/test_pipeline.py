@@ -21,10 +21,10 @@ from cocoa_embed.model.backbone import load_backbone
 from cocoa_embed.model.export import export_model
 from cocoa_embed.model.training_record import TRAINING_FILE, read_training
 from cocoa_embed.train.data.caption_rows import read_image_folder
+from cocoa_embed.train.loop.run_record import StageResult
 from cocoa_embed.train.pipeline import run
 from cocoa_embed.train.plan import checks as preparation
 from cocoa_embed.train.recipe import STAGES, Recipe
-from cocoa_embed.train.record import StageResult
 from conftest import SCENES, TINY_MAX_LENGTH
 
 Values = dict[str, Any]
@@ -34,7 +34,11 @@ FROZEN: Values = {**STAGE, "steps": 1, "warmup_steps": 1}
 """One step at the warm-up's first learning rate, which is 0: the stage ends with the weights it began with."""
 
 
-PROBED_ACCURACIES = ("accuracy_right_image", "accuracy_shuffled_image", "accuracy_no_image")
+PROBED_ACCURACIES = (
+    "accuracy_matching_image",
+    "accuracy_shuffled_image",
+    "accuracy_no_image",
+)
 GEOMETRY = ("alignment", "uniformity", "modality_gap", "effective_rank")
 
 
@@ -113,8 +117,8 @@ def test_each_checkpoint_tells_the_stages_up_to_it(finished: Run) -> None:
 
 def test_each_stage_logs_its_losses(finished: Run) -> None:
     parts = {
-        "warmup": {"loss", "mntp_loss", "mae_loss", "hidden_token_accuracy"},
-        "bridge": {"loss", "hidden_token_accuracy", *PROBED_ACCURACIES, *GEOMETRY},
+        "warmup": {"loss", "mntp_loss", "mae_loss", "masked_token_accuracy"},
+        "bridge": {"loss", "masked_token_accuracy", *PROBED_ACCURACIES, *GEOMETRY},
         "contrastive": {"loss", *GEOMETRY},
     }
     for stage, names in parts.items():

@@ -16,14 +16,14 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
-from cocoa_embed.train.stages.probe import NO_IMAGE, RIGHT_IMAGE, SHUFFLED_IMAGE
+from cocoa_embed.train.stages.probe import MATCHING_IMAGE, NO_IMAGE, SHUFFLED_IMAGE
 
-SHOWN = ("loss", "mntp_loss", "mae_loss", "hidden_token_accuracy", RIGHT_IMAGE, SHUFFLED_IMAGE, NO_IMAGE)
+SHOWN = ("loss", "mntp_loss", "mae_loss", "masked_token_accuracy", MATCHING_IMAGE, SHUFFLED_IMAGE, NO_IMAGE)
 _SHORT = {
     "mntp_loss": "text",
     "mae_loss": "pixels",
-    "hidden_token_accuracy": "accuracy",
-    RIGHT_IMAGE: "right image",
+    "masked_token_accuracy": "accuracy",
+    MATCHING_IMAGE: "matching",
     SHUFFLED_IMAGE: "shuffled",
     NO_IMAGE: "no image",
 }
@@ -60,8 +60,8 @@ class LiveLossCallback(ProgressCallback):
         self._shown |= {_SHORT.get(name, name): f"{logs[name]:.3f}" for name in SHOWN if logs and name in logs}
         if self.training_bar is not None:
             # What kept rows tell says more than the batch's own accuracy, and a line has room for one of the two.
-            is_probed = _SHORT[RIGHT_IMAGE] in self._shown
-            hidden = {_SHORT["hidden_token_accuracy"]} if is_probed else set()
+            is_probed = _SHORT[MATCHING_IMAGE] in self._shown
+            hidden = {_SHORT["masked_token_accuracy"]} if is_probed else set()
             self.training_bar.set_postfix({name: told for name, told in self._shown.items() if name not in hidden})
 
 

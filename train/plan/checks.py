@@ -13,23 +13,21 @@ from cocoa_embed.data.rows import ItemImage
 from cocoa_embed.errors import UsageError, one_line
 from cocoa_embed.folders import RUN_MARKER, claim_folder, refuse_foreign_folder
 from cocoa_embed.model.backbone import load_backbone, load_processor, read_config, resolve_backbone
+from cocoa_embed.model.training_record import RUN_FILE, read_run, write_run
 from cocoa_embed.train.data.image_check import ImageSize
 from cocoa_embed.train.data.mixture import ReadRows, read_rows, write_bad_rows
 from cocoa_embed.train.data.rows import BadRow
 from cocoa_embed.train.loop.arguments import checking_worker_count, stage_attention, step_count, training_arguments
-from cocoa_embed.train.loop.checkpoints import write_json
 from cocoa_embed.train.loop.processes import meet
+from cocoa_embed.train.loop.run_record import StageResult, Start, finished_stages, new_run, read_start
 from cocoa_embed.train.loop.snapshots import refuse_steps_past_the_end, remove_unfinished
 from cocoa_embed.train.recipe import Recipe
-from cocoa_embed.train.record import StageResult, Start, read_result, read_start
 from cocoa_embed.train.stages.collators import lacks_block_b
 from cocoa_embed.train.stages.contrastive import matryoshka_dims
 
 CHECKPOINTS = "checkpoints"
 """The folder of a run that holds what a stage resumes from, until the stage is finished."""
 
-RECIPE_FILE = "recipe.json"
-DATA_FILE = "data.json"
 BAD_ROWS_FILE = "bad_rows.jsonl"
 
 NOT_LEARNED = frozenset(
@@ -74,8 +72,7 @@ def prepare(recipe: Recipe, out: Path, *, resume: bool, progress: bool = True) -
             load_backbone(recipe.backbone)  # weights that cannot be used are not worth the loss of an earlier run
         claim_folder(out, marker=RUN_MARKER)
         write_bad_rows(out / BAD_ROWS_FILE, bad_rows(prepared))
-        write_json(out / DATA_FILE, _told_rows(recipe, prepared.rows))
-        write_json(out / RECIPE_FILE, recipe.model_dump(mode="json"))
+        write_run(out, new_run(recipe, prepared.start, prepared.rows, prepared.steps))
     return prepared
 
 
@@ -110,26 +107,8 @@ def examine(recipe: Recipe, out: Path, *, resume: bool = False, progress: bool =
     _refuse_impossible_arguments(recipe, steps, out)
     refuse_steps_past_the_end(recipe, steps)
     if resume:
-        _refuse_other_rows(_told_rows(recipe, rows), out)
+        _refuse_other_rows(rows, out)
     return Prepared(start, rows, steps, results, is_resumed=resume)
-
-
-def _told_rows(recipe: Recipe, rows: dict[str, ReadRows]) -> dict[str, Any]:
-    """Return what is known of each stage's rows: their sources too, which a recipe does not tell once it is written.
-
-    There a key that a stage's section left out, to take the recipe's own, looks as one that was given its default.
-    """
-    return {
-        stage: {
-            "fingerprint": read.fingerprint,
-            "rows": read.counts,
-            "sources": {
-                name: source.model_dump(mode="json", exclude_defaults=True)
-                for name, source in recipe.sources_of(stage).items()
-            },
-        }
-        for stage, read in rows.items()
-    }
 
 
 def check_stages(recipe: Recipe) -> None:
@@ -197,17 +176,6 @@ def read_stages(recipe: Recipe, stages: list[str], *, progress: bool) -> dict[st
     return rows
 
 
-def finished_stages(recipe: Recipe, out: Path) -> list[StageResult]:
-    """Return the results of the stages that an earlier part of a run has finished."""
-    results = []
-    for stage in recipe.stages:
-        result = read_result(stage, out / stage)
-        if result is None:
-            break
-        results.append(result)
-    return results
-
-
 def recipe_changes(before: dict[str, Any], after: dict[str, Any], *, place: str = "") -> list[str]:
     """Return what differs between two recipes as ``key.sub: before -> after``; ``NOT_LEARNED`` is left out."""
     changes = []
@@ -224,13 +192,11 @@ def recipe_changes(before: dict[str, Any], after: dict[str, Any], *, place: str 
 
 
 def _is_started(out: Path) -> bool:
-    return (out / RUN_MARKER).is_file() and (out / RECIPE_FILE).is_file()
+    return (out / RUN_MARKER).is_file() and (out / RUN_FILE).is_file()
 
 
 def _refuse_another_recipe(recipe: Recipe, out: Path) -> None:
-    # Parsed, so that a key which has come since is what it means by default.
-    before = Recipe.parse(json.loads((out / RECIPE_FILE).read_text(encoding="utf-8")), source=str(out / RECIPE_FILE))
-    changes = recipe_changes(before.model_dump(mode="json"), recipe.model_dump(mode="json"))
+    changes = recipe_changes(read_run(out)["recipe"], recipe.model_dump(mode="json"))
     if changes:
         raise UsageError(
             f"The recipe has changed since the run in {out} began ({'; '.join(changes)}); resume it with the recipe as "
@@ -238,13 +204,13 @@ def _refuse_another_recipe(recipe: Recipe, out: Path) -> None:
         )
 
 
-def _refuse_other_rows(data: dict[str, Any], out: Path) -> None:
-    before = json.loads((out / DATA_FILE).read_text(encoding="utf-8"))
-    for stage, now in data.items():
-        if before[stage]["fingerprint"] != now["fingerprint"]:
+def _refuse_other_rows(rows: dict[str, ReadRows], out: Path) -> None:
+    before = read_run(out)["stages"]
+    for stage, read in rows.items():
+        if before[stage]["fingerprint"] != read.fingerprint:
             raise UsageError(
                 f"The rows of stage {stage} have changed since the run in {out} began (then {before[stage]['rows']}, "
-                f"now {now['rows']}); restore them, or start anew in another folder."
+                f"now {read.counts}); restore them, or start anew in another folder."
             )
 
 

@@ -62,7 +62,7 @@ class BridgeModel(nn.Module):
         embeds: bool = False,
         **batch: Tensor,
     ) -> dict[str, Tensor]:
-        """Return ``loss`` and ``hidden_token_accuracy``, scalars, for a batch of the collator.
+        """Return ``loss`` and ``masked_token_accuracy``, scalars, for a batch of the collator.
 
         :param embeds: Return ``embeddings`` instead, for a batch of items. It is asked for here, since weights that
             several devices share are whole in a forward pass alone.
@@ -75,7 +75,7 @@ class BridgeModel(nn.Module):
         targets, total = batch["target_ids"], hidden_token_total
         return {
             "loss": mntp_loss(logits, targets, total=total),
-            "hidden_token_accuracy": accuracy(logits, targets, total=total),
+            "masked_token_accuracy": accuracy(logits, targets, total=total),
         }
 
 

@@ -51,6 +51,21 @@ def matryoshka_dims(section: ContrastiveSection, dimension: int) -> list[int]:
     return dims
 
 
+def facts(section: ContrastiveSection) -> dict[str, Any]:
+    """Return what the model card says of the stage: ``description``, a text, and ``matryoshka_dims``."""
+    count = section.hard_negatives
+    hard = f"up to {count} hard negative{'s' * (count > 1)} of each of its rows" if count else "no hard negatives"
+    sentences = [
+        f"Contrastive learning: InfoNCE at temperature {section.temperature:g}, with in-batch negatives and {hard}.",
+        f"A batch is drawn from {'one subset' if section.one_subset_a_batch else 'all subsets'}.",
+    ]
+    if section.both_directions:
+        sentences.append("Each pair is trained in both directions, as two rows.")
+    if section.symmetric:
+        sentences.append("Each positive looks for its query too, in the same loss.")
+    return {"description": " ".join(sentences), "matryoshka_dims": section.matryoshka_dims}
+
+
 def contrastive_loss(
     model: SentenceTransformer, section: ContrastiveSection
 ) -> MultipleNegativesRankingLoss | CachedMultipleNegativesRankingLoss | MatryoshkaLoss:

@@ -15,11 +15,11 @@ from cocoa_embed.model.attention import Block
 from cocoa_embed.train.data.rows import Draw, numbered
 from cocoa_embed.train.stages.collators import Batch
 
-RIGHT_IMAGE = "accuracy_right_image"
+MATCHING_IMAGE = "accuracy_matching_image"
 SHUFFLED_IMAGE = "accuracy_shuffled_image"
 NO_IMAGE = "accuracy_no_image"
 
-PROBED = frozenset({RIGHT_IMAGE, ALIGNMENT})
+PROBED = frozenset({MATCHING_IMAGE, ALIGNMENT})
 """Figures that only a log line of a step with a probe has."""
 
 Probe = Callable[[nn.Module], dict[str, float]]
@@ -47,13 +47,13 @@ class EosProbe:
 
         right = batches(rows)
         self.batches = {
-            RIGHT_IMAGE: right,
+            MATCHING_IMAGE: right,
             SHUFFLED_IMAGE: batches(exchange_images(rows)),
             NO_IMAGE: [cut_off_images(batch) for batch in right],
         }
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        """Return the share of hidden tokens that is told right, by ``RIGHT_IMAGE`` and the other two names."""
+        """Return the share of hidden tokens that is told right, by ``MATCHING_IMAGE`` and the other two names."""
         with _measuring(model):
             return {name: _accuracy(model, batches) for name, batches in self.batches.items()}
 
@@ -120,7 +120,7 @@ def _accuracy(model: nn.Module, batches: Sequence[Batch]) -> float:
     right = total = 0.0
     for batch in batches:
         outputs = model(**_on(device, batch))
-        right += outputs["hidden_token_accuracy"].item() * len(batch["target_ids"])
+        right += outputs["masked_token_accuracy"].item() * len(batch["target_ids"])
         total += len(batch["target_ids"])
     return right / total
 

@@ -1,92 +1,118 @@
-"""What a reconstruction stage leaves beside its weights to be looked at: a few rows, and what it made of them."""
+"""Show what a reconstruction stage makes of a few rows, as plain data for ``run.json``: images are data URIs."""
 
-import base64
-import json
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from accelerate.utils import gather_object
 from PIL import Image
+from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
+from transformers import ProcessorMixin
 
 from cocoa_embed.data.rows import Row
-from cocoa_embed.errors import CocoaError, ImageError, one_line, printable
-from cocoa_embed.images.load import decode_image
-from cocoa_embed.report.content import BridgeMask, PatchReconstruction, TokenReconstruction
-from cocoa_embed.report.figures import data_uri
+from cocoa_embed.errors import CocoaError, one_line
+from cocoa_embed.images.data_uri import data_uri
+from cocoa_embed.model.attention import Block, before_or_itself, bridge_mask, is_causal
+from cocoa_embed.model.backbone import PatchGeometry
 from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.loop.batch_facts import DescribedBatches
-from cocoa_embed.train.loop.checkpoints import write_json
 from cocoa_embed.train.loop.trainer import CocoaTrainer
-from cocoa_embed.train.settings import BridgeSection, ReconstructionSection, StageSection
-from cocoa_embed.train.stages.collators import Batch
-from cocoa_embed.train.stages.probe import first_of_images, hold_out_rows
-from cocoa_embed.train.stages.reconstructions import bridge_reconstructions, warmup_reconstructions
+from cocoa_embed.train.settings import ReconstructionSection, StageSection
+from cocoa_embed.train.stages.bridge import BridgeModel
+from cocoa_embed.train.stages.collators import Batch, BridgeCollator, WarmupCollator
+from cocoa_embed.train.stages.probe import first_of_images
 from cocoa_embed.train.stages.warmup import WarmupModel
-
-SAMPLES_FILE = "samples.json"
-"""In the folder of a reconstruction stage: its samples, the images inside as data URIs."""
 
 SAMPLE_ROWS = 8
 
+BLOCK_NAMES = {Block.A: "A", Block.EOS: "EOS", Block.B: "B"}
+
+Samples = dict[str, Any]
 Result = TypeVar("Result")
-Value = TypeVar("Value")
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Samples:
-    """What a stage has made of some rows.
+@torch.no_grad()
+def warmup_samples(model: WarmupModel, collator: WarmupCollator, batch: Batch, rows: Sequence[Row]) -> Samples:
+    """Fill in the masked patches and tokens of a batch.
 
-    :param kept_out: The stage was not trained on these rows.
-    :param failure: Why there are none, where there should be some.
+    :param batch: What ``collator`` has made of ``rows``.
+    :returns: ``tokens`` (as in ``bridge_samples``), and ``patches``: for each row with an image ``caption`` and the
+        images ``original``, ``masked`` and ``reconstructed``.
     """
+    model.eval()
+    logits, predicted = model.predict(_on_device_of(model, batch))
+    original = batch["target_patches"]
+    if "pixel_values" in batch:
+        original = batch["pixel_values"].clone()
+        original[batch["hidden_patches"]] = batch["target_patches"]
+    reconstructed = original.clone()
+    reconstructed[batch["hidden_patches"]] = predicted.float().cpu()
+    images = [
+        list(_images(batch, pixels, collator.geometry, collator.processor))
+        for pixels in (original, batch.get("pixel_values", original), reconstructed)
+    ]
+    captions = [_caption(row) for row in rows if row.image is not None]
+    patches = [
+        {"caption": caption, "original": before, "masked": masked, "reconstructed": after}
+        for caption, before, masked, after in zip(captions, *images, strict=True)
+    ]
+    return {"patches": patches, "tokens": _tokens(batch, logits.cpu(), collator.processor, rows, images[0])}
 
-    kept_out: bool = False
-    patches: list[PatchReconstruction] = field(default_factory=list)
-    tokens: list[TokenReconstruction] = field(default_factory=list)
-    mask: BridgeMask | None = None
-    failure: str | None = None
+
+@torch.no_grad()
+def bridge_samples(model: BridgeModel, collator: BridgeCollator, batch: Batch, rows: Sequence[Row]) -> Samples:
+    """Fill in the masked tokens of each row's block B, and return the attention mask of the first row.
+
+    :param batch: What ``collator`` has made of ``rows``.
+    :returns: ``tokens``: for each row ``tokens``, ``masked`` (one flag a token), ``predicted`` (the token itself where
+        nothing was masked) and ``image``; ``mask``: ``allowed`` (a string of 0 and 1 for each position that looks),
+        ``labels`` and ``blocks`` ("A", "EOS" or "B"), each of L positions.
+    """
+    model.eval()
+    logits = model.predict(_on_device_of(model, batch)).cpu()
+    geometry = PatchGeometry.from_config(model.backbone.config)
+    images = list(_images(batch, batch.get("pixel_values", torch.empty(0)), geometry, collator.processor))
+    return {
+        "tokens": _tokens(batch, logits, collator.processor, rows, images),
+        "mask": _mask_of_first_row(batch, model, collator.processor),
+    }
 
 
-def leave_samples(trainer: CocoaTrainer, section: StageSection, rows: Sequence[Row], folder: Path) -> None:
-    """Write a reconstruction stage's ``SAMPLES_FILE`` into its folder; other stages have none.
+def stage_samples(
+    trainer: CocoaTrainer, section: StageSection, rows: Sequence[Row], held_out: Sequence[Row]
+) -> Samples | None:
+    """Return the samples of a reconstruction stage that has ended; None for other stages, and in other processes.
 
-    Every process calls it when the stage's weights are saved. The first makes the samples and writes them; where the
-    weights are sharded, all run the model. Nothing is drawn from a generator that training uses. Samples that cannot be
-    made (an image has gone, memory or disk is full) cost the run nothing: a warning says so, and the file says why, so
-    that the report can. Only a failure inside a sharded model ends the run, as the other processes would wait for this
-    one for ever; it can be resumed.
+    Every process calls it; where the weights are sharded, all run the model. It draws from no generator that training
+    uses. Samples that cannot be made (an image is gone, memory is full) do not end the run: ``failure`` says why, and
+    a warning too. Only a failure inside a sharded model ends it, as the other processes would wait for ever.
 
     :param rows: All rows of the stage.
+    :param held_out: Those that it keeps out of training; they are shown where there are any.
+    :returns: As ``warmup_samples`` or ``bridge_samples``, and ``held_out``: the stage was not trained on these rows.
     """
-    if not isinstance(section, ReconstructionSection):
-        return
     is_writer, is_sharded = trainer.is_world_process_zero(), trainer.is_fsdp_enabled
-    if not (is_writer or is_sharded):
-        return
-    chosen, kept_out = choose_rows(section, rows)
-    batches, failure = _attempt(lambda: _collated(trainer, section, chosen))
+    if not isinstance(section, ReconstructionSection) or not (is_writer or is_sharded):
+        return None
+    chosen = list(held_out[:SAMPLE_ROWS]) or first_of_images(rows, SAMPLE_ROWS) or list(rows[:SAMPLE_ROWS])
+    batches, failure = _attempt(lambda: list(_batches(trainer, section, chosen)))
     if is_sharded:
         failure = next(filter(None, gather_object([failure])), None)
     samples: Samples | None = None
     if failure is None and batches is not None:
         if is_sharded:
-            samples = _made(trainer, batches, kept_out)
+            samples = _run(trainer, batches)
         else:
-            samples, failure = _attempt(lambda: _made(trainer, batches, kept_out))
-    if not is_writer:
-        return
-    if samples is not None:
-        _, failure = _attempt(lambda: write_samples(folder, samples))
+            samples, failure = _attempt(lambda: _run(trainer, batches))
     if failure is not None:
-        logger.warning("Samples for the report of %s cannot be made (%s).", printable(folder), failure)
-        _attempt(lambda: write_samples(folder, Samples(failure=failure)))
+        logger.warning("Samples for the report cannot be made (%s).", failure)
+        return {"failure": failure}
+    return {"held_out": bool(held_out), **(samples or {})} if is_writer else None
 
 
 def _attempt(work: Callable[[], Result]) -> tuple[Result | None, str | None]:
@@ -99,163 +125,104 @@ def _attempt(work: Callable[[], Result]) -> tuple[Result | None, str | None]:
         return None, f"{type(error).__name__}: {one_line(error)}"
 
 
-def _collated(
+def _batches(
     trainer: CocoaTrainer, section: ReconstructionSection, rows: Sequence[Row]
-) -> list[tuple[list[Row], Batch]]:
-    """Return the rows in batches as large as those that a device trains on at once: what fits there fits here."""
-    described = trainer.data_collator
-    assert isinstance(described, DescribedBatches)
+) -> Iterator[tuple[Batch, list[Row]]]:
+    """Yield the rows in batches as large as those that a device trains on at once: what fits there fits here."""
+    described: Any = trainer.data_collator
     of_device = max(1, section.batch_size // trainer.accelerator.num_processes)
     examples, size = numbered(rows), min(section.micro_batch_size or of_device, of_device)
-    parts = [examples[start : start + size] for start in range(0, len(examples), size)]
-    return [([row for _, row in part], described.collate(part)) for part in parts]
+    for start in range(0, len(examples), size):
+        part = examples[start : start + size]
+        yield described.collate(part), [row for _, row in part]
 
 
-def _made(trainer: CocoaTrainer, batches: Sequence[tuple[list[Row], Batch]], kept_out: bool) -> Samples:
+def _run(trainer: CocoaTrainer, batches: Sequence[tuple[Batch, list[Row]]]) -> Samples:
     described, model = trainer.data_collator, trainer.accelerator.unwrap_model(trainer.model)
     assert isinstance(described, DescribedBatches)
-    collate: Any = described.collate
+    make: Any = warmup_samples if isinstance(model, WarmupModel) else bridge_samples
     was_training = model.training
     register_fsdp_forward_method(model, "predict")  # gathers the weights as a forward pass would; else does nothing
-    patches: list[PatchReconstruction] = []
-    tokens: list[TokenReconstruction] = []
-    masks: list[BridgeMask] = []
     try:
         with trainer.accelerator.autocast():
-            for rows, batch in batches:
-                if isinstance(model, WarmupModel):
-                    pictures, words = warmup_reconstructions(model, collate, rows, batch)
-                    patches += pictures
-                else:
-                    words, mask = bridge_reconstructions(model, collate, rows, batch)
-                    masks.append(mask)
-                tokens += words
+            parts = [make(model, described.collate, batch, rows) for batch, rows in batches]
     finally:
         model.train(was_training)
-    return Samples(kept_out, patches, tokens, masks[0] if masks else None)
+    lists = [name for name in parts[0] if name != "mask"]
+    return {**parts[0], **{name: [each for part in parts for each in part[name]] for name in lists}}
 
 
-def choose_rows(section: ReconstructionSection, rows: Sequence[Row]) -> tuple[list[Row], bool]:
-    """Return the rows to show, and whether the stage was not trained on them.
+def patches_to_image(patches: Tensor, grid: Tensor, geometry: PatchGeometry, processor: ProcessorMixin) -> Image.Image:
+    """Put the raw patches of one image together again.
 
-    Of the bridge they are rows that it keeps out for its probe, where it does; otherwise the first with different
-    images, or without any where no row has one.
+    :param patches: ``[grid_t * grid_h * grid_w, patch_width]``, in the order of ``pixel_values``: the patches behind
+        one visual token stand together.
+    :param grid: The image's row of ``image_grid_thw``, int64 ``[3]``.
     """
-    if isinstance(section, BridgeSection):
-        kept_out, _ = hold_out_rows(rows, section.probe_rows)
-        if kept_out:
-            return kept_out[:SAMPLE_ROWS], True
-    return first_of_images(rows, SAMPLE_ROWS) or list(rows[:SAMPLE_ROWS]), False
+    _, height, width = grid.tolist()
+    merge, size = geometry.merge_size, geometry.patch_size
+    blocks = patches.reshape(
+        height // merge, width // merge, merge, merge, geometry.channels, geometry.temporal_patch_size, size, size
+    )
+    pixels = blocks[:, :, :, :, :, 0].permute(0, 2, 5, 1, 3, 6, 4).reshape(height * size, width * size, -1)
+    mean, std = (
+        torch.tensor(values) for values in (processor.image_processor.image_mean, processor.image_processor.image_std)
+    )
+    return Image.fromarray(((pixels * std + mean).clamp(0, 1) * 255).round().byte().numpy().astype(np.uint8))
 
 
-def write_samples(folder: Path, samples: Samples) -> None:
-    """Write ``SAMPLES_FILE``, whole or not at all.
+def _images(batch: Batch, pixels: Tensor, geometry: PatchGeometry, processor: ProcessorMixin) -> Iterator[str]:
+    """Yield the images of a batch, one after the other, from patches in the order of its ``pixel_values``."""
+    if "image_grid_thw" not in batch:
+        return
+    grids = batch["image_grid_thw"]
+    for patches, grid in zip(pixels.split(grids.prod(dim=1).tolist()), grids, strict=True):
+        yield data_uri(patches_to_image(patches, grid, geometry, processor))
 
-    :raises OSError: If it cannot be written.
-    """
-    mask = samples.mask
-    write_json(
-        folder / SAMPLES_FILE,
+
+def _on_device_of(model: nn.Module, batch: Batch) -> Batch:
+    device = next(model.parameters()).device
+    return {name: values.to(device) for name, values in batch.items()}
+
+
+def _caption(row: Row) -> str:
+    return " ".join(item.text for item in (row.query, row.positive) if item.text)
+
+
+def _tokens(
+    batch: Batch, logits: Tensor, processor: ProcessorMixin, rows: Sequence[Row], images: Sequence[str]
+) -> list[dict[str, Any]]:
+    masked = batch["hidden_tokens"]
+    truth, predicted = batch["input_ids"].clone(), batch["input_ids"].clone()
+    truth[masked] = batch["target_ids"]
+    predicted[masked] = logits.argmax(dim=-1)
+    # The caption: block B in the bridge, every text token of the joint sequence in the warm-up.
+    special = torch.tensor(sorted(processor.tokenizer.added_tokens_decoder))
+    is_caption = ~torch.isin(truth, special) & batch["attention_mask"].bool()
+    left = iter(images)
+    return [
         {
-            "kept_out": samples.kept_out,
-            "failure": samples.failure,
-            "patches": [
-                {
-                    "caption": each.caption,
-                    "original": data_uri(each.original),
-                    "masked": data_uri(each.masked),
-                    "reconstructed": data_uri(each.reconstructed),
-                }
-                for each in samples.patches
-            ],
-            "tokens": [
-                {
-                    "stage": each.stage,
-                    "tokens": each.tokens,
-                    "hidden": each.hidden,
-                    "predicted": each.predicted,
-                    "image": None if each.image is None else data_uri(each.image),
-                }
-                for each in samples.tokens
-            ],
-            "mask": mask
-            and {
-                "allowed": ["".join(map(str, row)) for row in mask.allowed.astype(int).tolist()],
-                "labels": mask.labels,
-                "blocks": mask.blocks,
-            },
-        },
-    )
+            "tokens": _words(processor, truth[number][is_caption[number]]),
+            "masked": masked[number][is_caption[number]].tolist(),
+            "predicted": _words(processor, predicted[number][is_caption[number]]),
+            "image": None if row.image is None else next(left),
+        }
+        for number, row in enumerate(rows)
+    ]
 
 
-def read_samples(folder: Path) -> Samples | None:
-    """Read what ``write_samples`` wrote; None where nothing was, as in the folders of earlier versions.
-
-    :raises CocoaError: If the file is broken.
-    """
-    file = folder / SAMPLES_FILE
-    if not file.is_file():
-        return None
-    try:
-        return _parsed(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ImageError) as error:
-        raise CocoaError(
-            f"{printable(file)} is broken ({one_line(error)}); remove it to go on without the samples of the stage"
-        ) from error
+def _words(processor: ProcessorMixin, ids: Tensor) -> list[str]:
+    """Return tokens as they are spelt; an id that the tokenizer lacks, as Qwen's wider heads can predict, is empty."""
+    return [token or "" for token in processor.tokenizer.convert_ids_to_tokens(ids)]
 
 
-def _parsed(document: dict[str, Any]) -> Samples:
-    mask, failure = document["mask"], document["failure"]
-    return Samples(
-        _of_type(bool, document["kept_out"], "kept_out"),
-        [
-            PatchReconstruction(
-                original=_image(each["original"], f"patches[{number}].original"),
-                masked=_image(each["masked"], f"patches[{number}].masked"),
-                reconstructed=_image(each["reconstructed"], f"patches[{number}].reconstructed"),
-                caption=_of_type(str, each["caption"], f"patches[{number}].caption"),
-            )
-            for number, each in enumerate(document["patches"])
-        ],
-        [_tokens(each, f"tokens[{number}]") for number, each in enumerate(document["tokens"])],
-        None if mask is None else _mask(mask),
-        None if failure is None else _of_type(str, failure, "failure"),
-    )
-
-
-def _tokens(each: dict[str, Any], place: str) -> TokenReconstruction:
-    return TokenReconstruction(
-        tokens=_list_of(str, each["tokens"], f"{place}.tokens"),
-        hidden=_list_of(bool, each["hidden"], f"{place}.hidden"),
-        predicted=_list_of(str, each["predicted"], f"{place}.predicted"),
-        stage=_of_type(str, each["stage"], f"{place}.stage"),
-        image=None if each["image"] is None else _image(each["image"], f"{place}.image"),
-    )
-
-
-def _mask(mask: dict[str, Any]) -> BridgeMask:
-    rows = _list_of(str, mask["allowed"], "mask.allowed")
-    return BridgeMask(
-        np.array([[cell == "1" for cell in row] for row in rows]),
-        _list_of(str, mask["labels"], "mask.labels"),
-        _list_of(str, mask["blocks"], "mask.blocks"),
-    )
-
-
-def _of_type(kind: type[Value], value: object, place: str) -> Value:
-    if not isinstance(value, kind):
-        raise TypeError(f"{place} is {json.dumps(value)[:40]}, a {kind.__name__} is expected")
-    return value
-
-
-def _list_of(kind: type[Value], values: object, place: str) -> list[Value]:
-    return [_of_type(kind, value, f"{place}[{number}]") for number, value in enumerate(_of_type(list, values, place))]
-
-
-def _image(uri: object, place: str) -> Image.Image:
-    """Return the image of a data URI; it was written by us, and is decoded as any other image is."""
-    try:
-        data = base64.b64decode(_of_type(str, uri, place).partition(",")[2], validate=True)
-    except ValueError as error:
-        raise ValueError(f"{place}: {one_line(error)}") from error
-    return decode_image(data, place)[0]
+def _mask_of_first_row(batch: Batch, model: BridgeModel, processor: ProcessorMixin) -> dict[str, list[str]]:
+    length = int(batch["attention_mask"][0].sum())
+    allowed = bridge_mask(batch["blocks"], eos_attends_to_b=model.eos_attends_to_b)
+    if is_causal(model.backbone):
+        allowed = before_or_itself(allowed)
+    return {
+        "allowed": ["".join(map(str, row)) for row in allowed[0, :length, :length].int().tolist()],
+        "labels": _words(processor, batch["input_ids"][0, :length]),
+        "blocks": [BLOCK_NAMES[Block(block)] for block in batch["blocks"][0, :length].tolist()],
+    }

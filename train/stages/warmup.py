@@ -73,7 +73,7 @@ class WarmupModel(nn.Module):
             "loss": mntp + self.mae_weight * mae,
             "mntp_loss": mntp,
             "mae_loss": mae,
-            "hidden_token_accuracy": accuracy(logits, targets, total=total),
+            "masked_token_accuracy": accuracy(logits, targets, total=total),
         }
 
 

@@ -1,6 +1,5 @@
 """Two processes over gloo learn what one process does at the same global batch."""
 
-import json
 import os
 import signal
 import subprocess
@@ -11,9 +10,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from cocoa_embed.model.training_record import read_run
 from cocoa_embed.train import Recipe, run
 from cocoa_embed.train.recipe import STAGES
-from cocoa_embed.train.stages.samples import read_samples
 from conftest import TINY_MAX_LENGTH
 
 STAGE: dict[str, Any] = {
@@ -28,10 +27,15 @@ STAGE: dict[str, Any] = {
 GEOMETRY = ("alignment", "uniformity", "modality_gap", "effective_rank")
 
 FIGURES = {
-    "warmup": ("loss", "grad_norm", "mntp_loss", "mae_loss", "hidden_token_accuracy"),
+    "warmup": ("loss", "grad_norm", "mntp_loss", "mae_loss", "masked_token_accuracy"),
     "bridge": (
-        *("loss", "grad_norm", "hidden_token_accuracy"),
-        *("accuracy_right_image", "accuracy_shuffled_image", "accuracy_no_image", *GEOMETRY),
+        *("loss", "grad_norm", "masked_token_accuracy"),
+        *(
+            "accuracy_matching_image",
+            "accuracy_shuffled_image",
+            "accuracy_no_image",
+            *GEOMETRY,
+        ),
     ),
     "contrastive": ("loss", "grad_norm", *GEOMETRY),
 }
@@ -120,7 +124,7 @@ def launch(recipe: Recipe, folder: Path, *options: str, **environment: str) -> s
 
 def assert_same(found: Path, expected: Path, stages: tuple[str, ...]) -> None:
     for stage in stages:
-        log, log_alone = (json.loads((out / stage / "log.json").read_text()) for out in (found, expected))
+        log, log_alone = (read_run(out)["stages"][stage]["log"] for out in (found, expected))
         for name in FIGURES[stage]:
             values, values_alone = ([line[name] for line in lines if name in line] for lines in (log, log_alone))
             assert values, (stage, name)
@@ -136,20 +140,17 @@ def assert_same(found: Path, expected: Path, stages: tuple[str, ...]) -> None:
 
 def assert_same_samples(found: Path, expected: Path) -> None:
     for stage in ("warmup", "bridge"):
-        ours, theirs = (read_samples(out / stage) for out in (found, expected))
-        assert ours is not None
-        assert theirs is not None
-        assert (ours.failure, theirs.failure) == (None, None)
-        assert ours.kept_out == theirs.kept_out == (stage == "bridge")
-        assert len(ours.patches) == len(theirs.patches)
-        assert [shown.tokens for shown in ours.tokens] == [shown.tokens for shown in theirs.tokens] != []
+        ours, theirs = (read_run(out)["stages"][stage]["samples"] for out in (found, expected))
+        assert ours["held_out"] == theirs["held_out"] == (stage == "bridge")
+        assert len(ours.get("patches", [])) == len(theirs.get("patches", []))
+        assert [shown["tokens"] for shown in ours["tokens"]] == [shown["tokens"] for shown in theirs["tokens"]] != []
         # Weights differ by rounding, so a guess that is nearly a tie may come out otherwise.
         guesses = [
             [
                 word
-                for shown in each.tokens
-                for word, hidden in zip(shown.predicted, shown.hidden, strict=True)
-                if hidden
+                for shown in each["tokens"]
+                for word, masked in zip(shown["predicted"], shown["masked"], strict=True)
+                if masked
             ]
             for each in (ours, theirs)
         ]

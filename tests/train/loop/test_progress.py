@@ -5,9 +5,9 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from cocoa_embed.train.loop.progress import LiveLossCallback
 
-STEP = {"loss": 2.345678, "hidden_token_accuracy": 0.41, "learning_rate": 1e-3, "tokens_per_second": 9e3}
+STEP = {"loss": 2.345678, "masked_token_accuracy": 0.41, "learning_rate": 1e-3, "tokens_per_second": 9e3}
 PROBED = {
-    "accuracy_right_image": 0.51,
+    "accuracy_matching_image": 0.51,
     "accuracy_shuffled_image": 0.31,
     "accuracy_no_image": 0.3,
     "alignment": 1.2,
@@ -35,7 +35,7 @@ def test_the_probes_accuracies_take_the_place_of_the_batchs(step_figures: dict[s
     for logs in (step_figures, {**step_figures, **PROBED}, {**step_figures, "loss": 1.0}):
         callback.on_log(*nothing, logs=logs)
     parts = ", text=2.000, pixels=0.500" if "mntp_loss" in step_figures else ""
-    probed = "right image=0.510, shuffled=0.310, no image=0.300"
+    probed = "matching=0.510, shuffled=0.310, no image=0.300"
     assert bar.shown == [
         f"loss=2.346{parts}, accuracy=0.410",
         f"loss=2.346{parts}, {probed}",

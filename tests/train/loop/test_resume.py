@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_model
 from transformers import Trainer, TrainerCallback
 
 from cocoa_embed.errors import UsageError
+from cocoa_embed.model.training_record import read_run
 from cocoa_embed.train import pipeline
 from cocoa_embed.train.loop import trainer
 from cocoa_embed.train.loop.checkpoints import COMPLETE, newest_complete
@@ -70,7 +71,7 @@ def recipe(tiny_backbone_path: Path, scene_folder: Path) -> Recipe:
 
 
 def outcome(out: Path) -> dict[str, tuple[dict[str, torch.Tensor], list[float]]]:
-    losses = {stage: json.loads((out / stage / "log.json").read_text()) for stage in STAGES}
+    losses = {stage: entry["log"] for stage, entry in read_run(out)["stages"].items()}
     return {
         stage: (
             load_file(out / stage / "model.safetensors"),
@@ -204,7 +205,7 @@ def test_a_stage_killed_after_its_last_checkpoint_is_not_trained_on(
     assert newest.name == f"checkpoint-{STEPS}"
     run(recipe, out, resume=True)
     assert_same(out, uninterrupted)
-    steps = [line["step"] for line in json.loads((out / stage / "log.json").read_text())]
+    steps = [line["step"] for line in read_run(out)["stages"][stage]["log"]]
     assert max(steps) == STEPS
 
 
@@ -308,19 +309,6 @@ def test_what_only_fits_a_run_to_a_machine_may_change(recipe: Recipe) -> None:
     before = recipe.model_dump(mode="json")
     after = {**before, "workers": 3, "gradient_checkpointing": True, "max_length": 99}
     assert recipe_changes(before, after) == [f"max_length: {TINY_MAX_LENGTH} -> 99"]
-
-
-def test_a_run_begun_before_a_key_was_there_goes_on_with_its_default(
-    recipe: Recipe, uninterrupted: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    shutil.copytree(uninterrupted, out)
-    recorded = json.loads((out / "recipe.json").read_text())
-    assert recorded.pop("bidirectional") is True
-    (out / "recipe.json").write_text(json.dumps(recorded))
-    assert [result.stage for result in run(recipe, out, resume=True)] == list(STAGES)
-    with pytest.raises(UsageError, match="bidirectional: true -> false"):
-        run(recipe.model_copy(update={"bidirectional": False}), out, resume=True)
 
 
 def test_other_rows_are_refused(recipe: Recipe, scene_folder: Path, tmp_path: Path) -> None:

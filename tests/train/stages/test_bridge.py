@@ -224,7 +224,7 @@ def test_the_loss_is_mntp_over_block_bs_hidden_tokens(model: BridgeModel, batch:
     assert not batch["hidden_tokens"][batch["blocks"] != Block.B].any()
     assert outputs["loss"].item() == mntp_loss(logits, batch["target_ids"]).item()
     right = logits.argmax(dim=1) == batch["target_ids"]
-    assert outputs["hidden_token_accuracy"].item() == pytest.approx(right.float().mean().item())
+    assert outputs["masked_token_accuracy"].item() == pytest.approx(right.float().mean().item())
 
 
 def test_gradients_reach_the_vision_encoder_through_eos_alone(model: BridgeModel, batch: Batch) -> None:
@@ -308,7 +308,7 @@ def test_items_are_embedded_as_by_the_exported_model(
 
 def draw_at_random(model: nn.Module) -> dict[str, float]:
     """Do what no probe may."""
-    return {"accuracy_right_image": torch.rand(1).item()}
+    return {"accuracy_matching_image": torch.rand(1).item()}
 
 
 def test_the_probe_changes_neither_weights_nor_draws(
@@ -332,7 +332,7 @@ def test_the_probe_changes_neither_weights_nor_draws(
     with_probe, logged = trained(lambda probe: probe)
     without, unprobed = trained(lambda _: None)
     drawn, _ = trained(lambda _: draw_at_random)
-    figures = {"accuracy_right_image", "accuracy_shuffled_image", "accuracy_no_image"}
+    figures = {"accuracy_matching_image", "accuracy_shuffled_image", "accuracy_no_image"}
     figures |= {"alignment", "uniformity", "modality_gap", "effective_rank"}
     assert [figures <= line for line in logged] == [True] * 3
     assert not any(figures & line for line in unprobed)

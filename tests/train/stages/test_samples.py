@@ -1,6 +1,3 @@
-"""What a stage leaves to be looked at: of which rows, and at no cost to its training."""
-
-import json
 import logging
 from contextlib import nullcontext
 from pathlib import Path
@@ -9,85 +6,157 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
 from cocoa_embed.data.rows import Item, Row
-from cocoa_embed.errors import CocoaError
+from cocoa_embed.images.load import load_image
+from cocoa_embed.model.attention import Block, bridge_mask, make_causal
 from cocoa_embed.model.backbone import Backbone
-from cocoa_embed.report.figures import data_uri
+from cocoa_embed.model.training_record import read_run
 from cocoa_embed.train import Recipe, pipeline, run
-from cocoa_embed.train.data.caption_rows import read_image_folder
+from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.loop.batch_facts import DescribedBatches
 from cocoa_embed.train.loop.stage_trainer import draw_indices
-from cocoa_embed.train.settings import BridgeSection, WarmupSection
+from cocoa_embed.train.settings import BridgeSection
 from cocoa_embed.train.stages import samples
 from cocoa_embed.train.stages.bridge import BridgeModel
-from cocoa_embed.train.stages.collators import BridgeCollator
-from cocoa_embed.train.stages.probe import hold_out_rows
+from cocoa_embed.train.stages.collators import BridgeCollator, WarmupCollator
+from cocoa_embed.train.stages.reconstruction import bridge_model_mask
 from cocoa_embed.train.stages.samples import (
     SAMPLE_ROWS,
-    SAMPLES_FILE,
-    Samples,
-    choose_rows,
-    read_samples,
-    write_samples,
+    bridge_samples,
+    patches_to_image,
+    stage_samples,
+    warmup_samples,
 )
+from cocoa_embed.train.stages.warmup import WarmupModel
 from conftest import STAGE, TINY_MAX_LENGTH
 
-BRIDGE = {**STAGE, "probe_rows": 10, "probe_steps": 1}
-ADAPTER = {"kind": "dora", "r": 2, "alpha": 4}
+TEXT = Row(query=Item(text="blue cross on white"), positive=Item(text="white picture; blue cross"), source="")
 
 
-def recipe(backbone: Path, folder: Path, **stages: Any) -> Recipe:
-    return Recipe.parse(
-        {
-            "name": "test",
-            "backbone": str(backbone),
-            "max_length": TINY_MAX_LENGTH,
-            "data": {"folder": str(folder)},
-            **stages,
-        }
-    )
+def pixels(image: Image.Image | str) -> np.ndarray:
+    """Return the pixels of an image or of a data URI of one."""
+    return np.asarray(load_image(image)).astype(int)
 
 
-def test_both_stages_leave_samples_of_the_rows_that_the_bridge_keeps_out(
-    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path
+def warmup_of(backbone: Backbone, rows: list[Row]) -> dict[str, Any]:
+    collator = WarmupCollator(backbone.processor, backbone.geometry, seed=0)
+    return warmup_samples(WarmupModel(backbone.model, backbone.geometry), collator, collator(numbered(rows)), rows)
+
+
+def bridge_of(backbone: Backbone, rows: list[Row], model: BridgeModel | None = None) -> dict[str, Any]:
+    collator = BridgeCollator(backbone.processor, mask_ratio=0.5, seed=0)
+    return bridge_samples(model or BridgeModel(backbone.model), collator, collator(numbered(rows)), rows)
+
+
+@pytest.mark.parametrize("size", [(56, 56), (112, 56), (56, 84)])
+def test_patches_put_together_are_the_image(tiny_backbone: Backbone, size: tuple[int, int]) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    prepared = tiny_backbone.processor.image_processor(images=[Image.fromarray(noise)], return_tensors="pt")
+    grid = prepared["image_grid_thw"][0]
+    image = patches_to_image(prepared["pixel_values"], grid, tiny_backbone.geometry, tiny_backbone.processor)
+    side = tiny_backbone.geometry.patch_size
+    assert image.size == (int(grid[2]) * side, int(grid[1]) * side) == size, "the premise: nothing was resized"
+    assert np.array_equal(np.asarray(image), noise)
+
+
+def test_the_warm_ups_images_differ_where_patches_were_masked_and_nowhere_else(
+    tiny_backbone: Backbone, scene_rows: list[Row]
 ) -> None:
-    stages = {"warmup": {**STAGE, "adapter": ADAPTER}, "bridge": {**BRIDGE, "adapter": ADAPTER}}
-    run(recipe(tiny_backbone_path, scene_folder, **stages), tmp_path / "out")
-    warmup, bridge = (read_samples(tmp_path / "out" / stage) for stage in ("warmup", "bridge"))
-    assert warmup is not None
-    assert bridge is not None
-    assert (warmup.failure, bridge.failure) == (None, None)
-    assert (warmup.kept_out, bridge.kept_out) == (False, True)
-    kept_out, _ = hold_out_rows(read_image_folder(scene_folder), 10)
-    captions = [row.positive.text for row in kept_out[:SAMPLE_ROWS]]
-    assert [picture.caption for picture in warmup.patches] == captions
-    for found in (warmup, bridge):
-        assert len(found.tokens) == SAMPLE_ROWS
-        spelt = ["".join(shown.tokens).replace("Ġ", " ").strip() for shown in found.tokens]
-        assert spelt == captions
-        assert all(any(shown.hidden) and shown.image is not None for shown in found.tokens)
-    assert warmup.mask is None
-    assert bridge.mask is not None
-    assert set(bridge.mask.blocks) == {"A", "EOS", "B"}
+    rows = scene_rows[:3]
+    collator = WarmupCollator(tiny_backbone.processor, tiny_backbone.geometry, seed=0)
+    masked_patches = collator(numbered(rows))["hidden_patches"].split(16)
+    for row, shown, masked in zip(rows, warmup_of(tiny_backbone, rows)["patches"], masked_patches, strict=True):
+        assert isinstance(row.image, Path)
+        original = pixels(shown["original"])
+        assert np.array_equal(original, np.asarray(load_image(row.image)))
+        assert shown["caption"] == row.positive.text
+        covered = int(masked.sum()) * tiny_backbone.geometry.patch_size**2
+        assert 0 < covered < original[..., 0].size
+        for other in ("masked", "reconstructed"):
+            assert 0 < (pixels(shown[other]) != original).any(axis=-1).sum() <= covered
+        assert shown["masked"] != shown["reconstructed"]
 
 
-def test_samples_change_no_weight_of_any_stage(
-    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_tokens_that_were_not_masked_stand_as_they_were(tiny_backbone: Backbone, scene_rows: list[Row]) -> None:
+    rows = scene_rows[:4]
+    found = [*warmup_of(tiny_backbone, rows)["tokens"], *bridge_of(tiny_backbone, rows)["tokens"]]
+    for shown, row in zip(found, [*rows, *rows], strict=True):
+        assert tiny_backbone.processor.tokenizer.convert_tokens_to_string(shown["tokens"]) == row.positive.text
+        assert 0 < sum(shown["masked"]) < len(shown["masked"])
+        kept = [index for index, masked in enumerate(shown["masked"]) if not masked]
+        assert [shown["predicted"][index] for index in kept] == [shown["tokens"][index] for index in kept]
+
+
+def allowed_of(mask: dict[str, list[str]]) -> np.ndarray:
+    return np.array([[cell == "1" for cell in row] for row in mask["allowed"]])
+
+
+@pytest.mark.parametrize("eos_attends_to_b", [True, False])
+def test_the_shown_mask_is_the_one_that_was_trained_with(
+    tiny_backbone: Backbone, scene_rows: list[Row], eos_attends_to_b: bool
 ) -> None:
-    stages = {"warmup": STAGE, "bridge": BRIDGE, "contrastive": {"steps": 2, "batch_size": 4, "warmup_steps": 0}}
-    given = recipe(tiny_backbone_path, scene_folder, **stages)
-    run(given, tmp_path / "with")
-    monkeypatch.setattr(pipeline, "leave_samples", lambda *_: None)
-    run(given, tmp_path / "without")
-    assert (tmp_path / "with" / "bridge" / SAMPLES_FILE).is_file()
-    assert not (tmp_path / "without" / "bridge" / SAMPLES_FILE).exists(), "the premise: one run has none"
-    assert not (tmp_path / "with" / "contrastive" / SAMPLES_FILE).exists()
-    for stage in stages:
-        ours, theirs = (load_file(tmp_path / name / stage / "model.safetensors") for name in ("with", "without"))
-        assert all((ours[name] == theirs[name]).all() for name in theirs)
+    model = BridgeModel(tiny_backbone.model, eos_attends_to_b=eos_attends_to_b)
+    mask = bridge_of(tiny_backbone, scene_rows[:2], model)["mask"]
+    blocks = torch.tensor([[Block[name] for name in mask["blocks"]]])
+    length = len(mask["labels"])
+    expected = bridge_mask(blocks, eos_attends_to_b=eos_attends_to_b)[0, :length, :length]
+    assert np.array_equal(allowed_of(mask), expected.numpy())
+    assert set(mask["blocks"]) == {"A", "EOS", "B"}
+
+
+def test_so_is_that_of_a_model_that_was_left_causal(tiny_backbone: Backbone, scene_rows: list[Row]) -> None:
+    make_causal(tiny_backbone.model)
+    collator = BridgeCollator(tiny_backbone.processor, mask_ratio=0.5, seed=0)
+    used = bridge_model_mask(tiny_backbone.model, collator(numbered(scene_rows[:2]))["blocks"])
+    assert isinstance(used, torch.Tensor)
+    assert used.dtype == torch.bool, "the premise: sdpa's, who attends to whom"
+    allowed = allowed_of(bridge_of(tiny_backbone, scene_rows[:2])["mask"])
+    assert np.array_equal(allowed, used[0, 0, : len(allowed), : len(allowed)].numpy())
+    assert not np.triu(allowed, 1).any()
+
+
+@pytest.mark.parametrize("pictured", [[False], [False, True, False]])
+def test_rows_without_an_image_have_tokens_and_no_images(
+    tiny_backbone: Backbone, scene_rows: list[Row], pictured: list[bool]
+) -> None:
+    rows = [scene_rows[0] if has_image else TEXT for has_image in pictured]
+    warmup, bridge = warmup_of(tiny_backbone, rows), bridge_of(tiny_backbone, rows)
+    for shown in (warmup, bridge):
+        assert [each["image"] is not None for each in shown["tokens"]] == pictured
+    assert [each["caption"] for each in warmup["patches"]] == [scene_rows[0].positive.text] * sum(pictured)
+
+
+def test_a_prediction_that_the_tokenizer_does_not_have_is_an_empty_token(
+    tiny_backbone: Backbone, scene_rows: list[Row]
+) -> None:
+    beyond = len(tiny_backbone.processor.tokenizer)
+
+    class Beyond(BridgeModel):
+        """Has a head that is wider than the tokenizer, as those of Qwen are."""
+
+        def predict(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+            logits = super().predict(batch)
+            return torch.nn.functional.one_hot(torch.full(logits.shape[:1], beyond)).float()
+
+    (shown,) = bridge_of(tiny_backbone, scene_rows[:1], Beyond(tiny_backbone.model))["tokens"]
+    assert {word for word, masked in zip(shown["predicted"], shown["masked"], strict=True) if masked} == {""}
+
+
+# In a run
+
+
+def test_both_stages_leave_samples_of_the_rows_that_the_bridge_keeps_out(finished: Path) -> None:
+    stages = read_run(finished)["stages"]
+    warmup, bridge = stages["warmup"]["samples"], stages["bridge"]["samples"]
+    assert (warmup["held_out"], bridge["held_out"]) == (False, True)
+    assert len(warmup["patches"]) == len(warmup["tokens"]) == SAMPLE_ROWS
+    assert len(bridge["tokens"]) == 4
+    assert bridge["mask"]["blocks"][0] == "A"
+    assert stages["contrastive"]["samples"] is None
 
 
 def test_samples_that_cannot_be_made_cost_the_run_nothing_and_say_why(
@@ -100,22 +169,25 @@ def test_samples_that_cannot_be_made_cost_the_run_nothing_and_say_why(
     def fail(*_: Any) -> None:
         raise RuntimeError("no memory\nis left")
 
-    monkeypatch.setattr(samples, "bridge_reconstructions", fail)
+    monkeypatch.setattr(samples, "bridge_samples", fail)
+    values = {"name": "test", "backbone": str(tiny_backbone_path), "max_length": TINY_MAX_LENGTH, "bridge": STAGE}
     with caplog.at_level(logging.WARNING, logger="cocoa_embed.train.stages.samples"):
-        (result,) = run(recipe(tiny_backbone_path, scene_folder, bridge=BRIDGE), tmp_path / "out")
-    assert result.steps == 2
+        (result,) = run(Recipe.parse({**values, "data": {"folder": str(scene_folder)}}), tmp_path / "out")
     assert (result.folder / "model.safetensors").is_file()
-    found = read_samples(result.folder)
-    assert found == Samples(failure="RuntimeError: no memory is left")
+    stage = read_run(tmp_path / "out")["stages"]["bridge"]
+    assert stage["finished"]
+    assert stage["samples"] == {"failure": "RuntimeError: no memory is left"}
     assert "no memory is left" in caplog.text
 
 
-def trainer_of(backbone: Backbone, devices: int) -> Any:  # noqa: ANN401  it stands for a trainer
+def trainer_of(backbone: Backbone, devices: int = 1) -> Any:  # noqa: ANN401
     """Stand for a bridge's trainer on so many devices, as far as samples look at one."""
     return SimpleNamespace(
         model=BridgeModel(backbone.model).train(),
         data_collator=DescribedBatches(BridgeCollator(backbone.processor, seed=0), draw_indices, None),
         accelerator=SimpleNamespace(num_processes=devices, unwrap_model=lambda model: model, autocast=nullcontext),
+        is_fsdp_enabled=False,
+        is_world_process_zero=lambda: True,
     )
 
 
@@ -127,15 +199,14 @@ def test_no_more_rows_run_at_once_than_a_device_trains_on(
     tiny_backbone: Backbone, scene_rows: list[Row], devices: int, micro_batch_size: int | None, expected: list[int]
 ) -> None:
     section = BridgeSection(steps=1, batch_size=4, micro_batch_size=micro_batch_size)
-    parts = samples._collated(trainer_of(tiny_backbone, devices), section, scene_rows[:6])
-    assert [len(batch["input_ids"]) for _, batch in parts] == [len(rows) for rows, _ in parts] == expected
+    parts = list(samples._batches(trainer_of(tiny_backbone, devices), section, scene_rows[:6]))
+    assert [len(batch["input_ids"]) for batch, _ in parts] == [len(rows) for _, rows in parts] == expected
 
 
 def test_a_model_goes_on_training_though_its_samples_fail(
     tiny_backbone: Backbone, scene_rows: list[Row], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = trainer_of(tiny_backbone, 1)
-    batches = samples._collated(trainer, BridgeSection(steps=1, batch_size=4), scene_rows[:2])
+    trainer = trainer_of(tiny_backbone)
     modes = []
 
     def fail(batch: object) -> None:
@@ -143,103 +214,32 @@ def test_a_model_goes_on_training_though_its_samples_fail(
         raise RuntimeError("no memory is left")
 
     monkeypatch.setattr(trainer.model, "predict", fail)
-    with pytest.raises(RuntimeError, match="no memory"):
-        samples._made(trainer, batches, True)
+    found = stage_samples(trainer, BridgeSection(steps=1, batch_size=4), scene_rows[:2], [])
+    assert found == {"failure": "RuntimeError: no memory is left"}
     assert modes == [False], "the premise: it failed in another mode"
     assert all(module.training for module in trainer.model.modules())
 
 
-def test_a_full_disk_takes_the_samples_alone(
-    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_rows_with_images_come_first_each_image_once_and_rows_kept_out_before_all(
+    tiny_backbone: Backbone, scene_rows: list[Row], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(path: Path, document: object) -> None:
-        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(samples, "_run", lambda _, batches: {"rows": [row for _, rows in batches for row in rows]})
+    section = BridgeSection(steps=1, batch_size=4)
 
-    monkeypatch.setattr(samples, "write_json", full)
-    (result,) = run(recipe(tiny_backbone_path, scene_folder, warmup=STAGE), tmp_path / "out")
-    assert (result.folder / "model.safetensors").is_file()
-    assert read_samples(result.folder) is None
+    def shown(rows: list[Row], *held_out: Row) -> Any:  # noqa: ANN401
+        return stage_samples(trainer_of(tiny_backbone), section, rows, held_out)
 
-
-def test_rows_without_images_are_shown_where_there_are_no_others(scene_rows: list[Row]) -> None:
-    warmup = WarmupSection(steps=1, batch_size=4)
-    bridge = BridgeSection(steps=1, batch_size=4, probe_rows=4)
-    texts = [Row(Item(text=f"one {number}"), Item(text=f"two {number}"), source="") for number in range(20)]
-    assert choose_rows(warmup, texts) == (texts[:SAMPLE_ROWS], False)
-    assert choose_rows(warmup, [*texts, *scene_rows]) == (scene_rows[:SAMPLE_ROWS], False)
-    assert choose_rows(bridge, [*texts, *scene_rows]) == (scene_rows[:4], True)
-    assert choose_rows(bridge, [*texts, *scene_rows[:5]]) == (scene_rows[:5], False), "too few to keep any out"
-    twice = [row for row in scene_rows for _ in range(2)]
-    assert choose_rows(warmup, twice) == (scene_rows[:SAMPLE_ROWS], False)
+    assert shown([TEXT] * 20) == {"held_out": False, "rows": [TEXT] * SAMPLE_ROWS}
+    twice = [TEXT, *(row for row in scene_rows for _ in range(2))]
+    assert shown(twice)["rows"] == scene_rows[:SAMPLE_ROWS]
+    assert shown(twice, scene_rows[9]) == {"held_out": True, "rows": [scene_rows[9]]}
 
 
-def test_what_is_written_is_read_back(tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path) -> None:
-    (result,) = run(recipe(tiny_backbone_path, scene_folder, warmup=STAGE), tmp_path / "out")
-    first = read_samples(result.folder)
-    assert first is not None
-    (tmp_path / "again").mkdir()
-    write_samples(tmp_path / "again", first)
-    again = read_samples(tmp_path / "again")
-    assert again is not None
-    for one, other in zip(first.patches, again.patches, strict=True):
-        assert np.array_equal(np.asarray(one.reconstructed), np.asarray(other.reconstructed))
-    assert [each.predicted for each in first.tokens] == [each.predicted for each in again.tokens]
-
-
-PICTURE = data_uri(Image.new("RGB", (8, 8)))
-TOKENS = {"stage": "bridge", "tokens": ["a"], "hidden": [True], "predicted": ["b"], "image": PICTURE}
-MASK = {"allowed": ["1"], "labels": ["a"], "blocks": ["EOS"]}
-WHOLE: dict[str, Any] = {
-    "kept_out": True,
-    "failure": None,
-    "patches": [{"caption": "a", "original": PICTURE, "masked": PICTURE, "reconstructed": PICTURE}],
-    "tokens": [TOKENS],
-    "mask": MASK,
-}
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"kept_out": None}, "kept_out is null, a bool is expected"),
-        ({"failure": 3}, "failure is 3, a str"),
-        ({"patches": None}, "not iterable"),
-        ({"patches": [{**WHOLE["patches"][0], "masked": None}]}, "patches[0].masked is null, a str"),
-        ({"patches": [{**WHOLE["patches"][0], "masked": "data:image/png;base64,AAAA"}]}, "patches[0].masked: is not"),
-        ({"patches": [{**WHOLE["patches"][0], "masked": PICTURE[:70]}]}, "patches[0].masked: "),
-        ({"patches": [{**WHOLE["patches"][0], "masked": "data:,?"}]}, "patches[0].masked: "),
-        ({"patches": [{**WHOLE["patches"][0], "caption": None}]}, "patches[0].caption is null"),
-        ({"tokens": [{**TOKENS, "tokens": None}]}, "tokens[0].tokens is null, a list"),
-        ({"tokens": [{**TOKENS, "predicted": [None]}]}, "tokens[0].predicted[0] is null, a str"),
-        ({"tokens": [{**TOKENS, "hidden": ["x"]}]}, 'tokens[0].hidden[0] is "x", a bool'),
-        ({"tokens": [{**TOKENS, "hidden": []}]}, "needs one entry a token"),
-        ({"tokens": [{**TOKENS, "image": "nothing"}]}, "tokens[0].image: "),
-        ({"mask": {**MASK, "labels": [None]}}, "mask.labels[0] is null"),
-        ({"mask": {**MASK, "allowed": None}}, "mask.allowed is null"),
-        ({"mask": {**MASK, "blocks": ["C"]}}, "Unknown blocks"),
-    ],
-)
-def test_each_part_that_is_broken_is_told_with_the_way_out(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
-    (tmp_path / SAMPLES_FILE).write_text(json.dumps(WHOLE))
-    assert read_samples(tmp_path) is not None, "the premise: it is whole without the change"
-    (tmp_path / SAMPLES_FILE).write_text(json.dumps({**WHOLE, **changes}))
-    with pytest.raises(CocoaError) as caught:
-        read_samples(tmp_path)
-    assert type(caught.value) is CocoaError
-    message = str(caught.value)
-    assert message.startswith(f"{tmp_path / SAMPLES_FILE} is broken (")
-    assert words in message
-    assert message.endswith("; remove it to go on without the samples of the stage")
-
-
-@pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"kept_out": true, "failure": null, "patches": [{}]}', '{"mask": 1}']
-)
-def test_broken_samples_are_named(tmp_path: Path, text: str) -> None:
-    (tmp_path / SAMPLES_FILE).write_text(text)
-    with pytest.raises(CocoaError, match=r"samples\.json is broken"):
-        read_samples(tmp_path)
-
-
-def test_a_folder_of_an_earlier_version_has_none(tmp_path: Path) -> None:
-    assert read_samples(tmp_path) is None
+def test_samples_change_nothing_of_what_is_trained(
+    finished: Path, small_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "stage_samples", lambda *_: None)
+    run(small_recipe, tmp_path / "without")
+    for stage in small_recipe.stages:
+        ours, theirs = (load_file(out / stage / "model.safetensors") for out in (finished, tmp_path / "without"))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

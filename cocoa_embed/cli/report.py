@@ -1,0 +1,136 @@
+"""``cocoa-embed report`` and ``diagnose``; what they need is imported when they run, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cocoa_embed.cli.output import DeviceOption, JsonOption, print_json, say, silence_libraries, working
+from cocoa_embed.errors import CocoaError, UsageError, one_line, printable, require
+from cocoa_embed.report.words import GEOMETRY
+
+if TYPE_CHECKING:
+    from cocoa_embed.report.run_page import EvalResult
+    from cocoa_embed.train.diagnosis import Diagnosis
+
+REPORT_FILE = "report.html"
+RESULT_FILES = ("pairs.json", "mmeb.json")
+
+
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a training run, finished or not.")],
+    results: Annotated[
+        list[Path] | None,
+        typer.Option("--eval", help="A pairs.json or mmeb.json of eval; can be repeated. Those inside RUN are added."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The page [default: report.html in RUN].")] = None,
+) -> None:
+    """Write a page about a training run: recipe, data, curves, reconstructions, scores. It needs no network."""
+    with working() as console:
+        for module in ("jinja2", "matplotlib"):
+            require(module, "report")
+        from cocoa_embed.folders import write_atomically
+        from cocoa_embed.model.training_record import read_run
+        from cocoa_embed.report.page import render_page
+        from cocoa_embed.report.run_page import run_page
+
+        record = read_run(run)
+        page = out or run / REPORT_FILE
+        if page.is_dir():
+            raise UsageError(f"{printable(page)} is a folder; give --out the name of a file")
+        inside = sorted(file for name in RESULT_FILES for file in run.rglob(name))
+        files = dict.fromkeys(file.resolve() for file in (*(results or ()), *inside))
+        found = [read_result(file, run, record) for file in files]
+        text = render_page(run_page(record, printable(run.resolve()), found))
+        try:
+            page.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(page, text)
+        except OSError as error:
+            raise CocoaError(f"{printable(page)} cannot be written ({one_line(error)}); give another --out") from error
+        say(console, f"wrote {printable(page)}")
+
+
+def read_result(file: Path, run: Path, record: dict[str, Any]) -> EvalResult:
+    """Read what ``cocoa-embed eval mmeb`` or ``eval pairs`` has written as JSON.
+
+    :param record: ``run.json`` of the run, to see whether the scored model is of this run.
+    :raises CocoaError: If the file is something else.
+    """
+    from cocoa_embed.evaluation.mmeb_tables import mmeb_tables
+    from cocoa_embed.evaluation.pairs_tables import pairs_tables
+    from cocoa_embed.report.run_page import EvalResult
+
+    name = printable(file)
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+        tables = {"MMEB-V1": mmeb_tables, "pairs": pairs_tables}[document["benchmark"]](document)
+        data = document.get("data", {}).get("path")
+        is_own = is_of_run(Path(str(document["model"])).expanduser(), run, record)
+    except OSError as error:
+        raise CocoaError(f"{name} cannot be read ({one_line(error)})") from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CocoaError(f"{name} is no result of cocoa-embed eval; give a pairs.json or mmeb.json") from error
+    return EvalResult(document, tables, name, is_own, data and os.path.realpath(data))
+
+
+def is_of_run(model: Path, run: Path, record: dict[str, Any]) -> bool:
+    """Return whether a model's folder is inside a run, or an export of one of its checkpoints."""
+    from cocoa_embed.model.training_record import TRAINING_FILE
+
+    try:
+        if model.resolve().is_relative_to(run.resolve()):
+            return True
+        training = json.loads((model / TRAINING_FILE).read_text(encoding="utf-8"))
+        return bool(training.get("run") == record["id"])
+    except (OSError, ValueError, AttributeError):  # a name on the hub, or no model of ours
+        return False
+
+
+def diagnose(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint of the training, or an exported model.")
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="An image folder with texts [default: the rows that the run kept out]."),
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option("--rows", min=2, help="At most so many rows [default: all kept out, or 64 of --data].")
+    ] = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure what a checkpoint's <EOS> carries of an image, and the geometry of its embeddings."""
+    with working() as console:
+        require("accelerate", "train")
+        silence_libraries()
+        from cocoa_embed.train.diagnosis import diagnose as measure
+
+        diagnosis = measure(checkpoint, data=data, rows=rows, device=device)
+        for line in diagnosis_lines(diagnosis):
+            say(console, line)
+    if as_json:
+        print_json(dataclasses.asdict(diagnosis))
+
+
+def diagnosis_lines(diagnosis: Diagnosis) -> Iterator[str]:
+    """Yield what was measured of a checkpoint, and on which rows."""
+    yield f"{printable(diagnosis.checkpoint)}: {diagnosis.rows} {diagnosis.source}"
+    if diagnosis.seen_by:
+        yield f"  trained on the same data: {', '.join(diagnosis.seen_by)}"
+    if diagnosis.masked_tokens is None:
+        yield "  masked tokens   not measured: the checkpoint has no language-model head, as after contrastive training"
+    else:
+        matching, shuffled, none = diagnosis.masked_tokens.values()
+        yield (
+            f"  masked tokens   {matching:.1%} correct with the matching image, {shuffled:.1%} with a shuffled one, "
+            f"{none:.1%} with none; matched minus shuffled {100 * (matching - shuffled):+.1f} points"
+        )
+    for name, value in diagnosis.geometry.items():
+        yield f"  {name.replace('_', ' '):<14}  {value:.3f} ({GEOMETRY[name].short})"

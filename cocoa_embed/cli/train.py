@@ -1,0 +1,114 @@
+"""``cocoa-embed train`` and ``export``; what they need is imported when they run, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cocoa_embed.cli.output import JsonOption, print_json, say, silence_libraries, working
+from cocoa_embed.errors import require
+from cocoa_embed.report.words import duration
+
+if TYPE_CHECKING:
+    from cocoa_embed.train import StageResult
+    from cocoa_embed.train.plan.dry_run import RunPlan
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="The name of a recipe, or a YAML file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY.SUB=VALUE", help="Values to change in the recipe.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The folder for checkpoints [default: runs/ and the recipe's name].")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, where one was begun.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print what the run would do and cost, and stop.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a model as a recipe says: warm-up, bridge, contrastive. Each stage leaves a checkpoint."""
+    with working() as console:
+        require("accelerate", "train")
+        silence_libraries()
+        from cocoa_embed.train import Recipe, run
+        from cocoa_embed.train.loop.processes import by_first_process, hush_others, is_first_process
+        from cocoa_embed.train.plan.dry_run import plan
+
+        hush_others()
+        loaded = by_first_process(lambda: Recipe.load(recipe, overrides or []))
+        folder = out or Path("runs") / loaded.name
+        if dry_run:
+            planned = by_first_process(lambda: plan(loaded, folder, resume=resume))
+            document, lines = dataclasses.asdict(planned), plan_lines(planned)
+        else:
+            results = run(loaded, folder, resume=resume)
+            document, lines = {"stages": list(map(stage_document, results))}, stage_lines(results)
+        if is_first_process():
+            for line in lines:
+                say(console, line)
+    if as_json and is_first_process():
+        print_json(document)
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint of the training.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of the model to write.")],
+) -> None:
+    """Write a checkpoint as a SentenceTransformer folder, which needs nothing of this package."""
+    with working() as console:
+        silence_libraries()
+        from cocoa_embed.model.export import export_model
+
+        say(console, f"wrote {export_model(checkpoint, out)}")
+
+
+def stage_lines(results: Sequence[StageResult]) -> Iterator[str]:
+    """Yield what a training run did, and how long each stage took."""
+    for result in results:
+        yield f"{result.stage}: {result.steps} steps, {duration(result.seconds)}, loss {result.final['loss']:.3f}"
+    yield f"{duration(sum(result.seconds for result in results))} in all; checkpoint {results[-1].folder}"
+
+
+def stage_document(result: StageResult) -> dict[str, Any]:
+    """Return the JSON document of a stage's result."""
+    return {
+        "stage": result.stage,
+        "checkpoint": str(result.folder),
+        "steps": result.steps,
+        "rows": result.rows,
+        "seconds": round(result.seconds, 1),
+        "final": result.final,
+    }
+
+
+def plan_lines(planned: RunPlan) -> Iterator[str]:
+    """Yield what a run would do and cost."""
+    yield f"{planned.recipe}: {planned.backbone}, {planned.devices} device{'s' * (planned.devices > 1)}"
+    yield from (f"{stage}: finished already" for stage in planned.finished)
+    for stage in planned.stages:
+        ratio = stage.trainable_parameters / stage.parameters
+        rows = ", ".join(f"{name} {count}" for name, count in stage.rows.items())
+        kept = ", ".join(f"{name} {binary_size(held)}" for name, held in stage.memory_bytes.items() if name != "total")
+        yield from (
+            f"{stage.stage}: writes {stage.folder}",
+            f"  parameters  {stage.parameters:,}, of them trained {stage.trainable_parameters:,} ({ratio:.1%})",
+            f"  rows        {sum(stage.rows.values()):,} ({rows})",
+            f"  steps       {stage.steps:,} of {stage.batch_size} rows, {stage.rows_at_once} at once on a device",
+            f"  tokens      about {stage.tokens_per_step:,.0f} a step",
+            f"  memory      about {binary_size(stage.memory_bytes['total'])} a device ({kept})",
+            f"  disk        up to three checkpoints of {binary_size(stage.checkpoint_bytes)} while it runs",
+            f"  compute     about {stage.flops:.2g} FLOP in all",
+        )
+    yield from (f"would be left out: {row['source']}: {row['reason']}" for row in planned.bad_rows)
+
+
+def binary_size(count: float) -> str:
+    """Return a number of bytes as text."""
+    unit, size = ("GiB", count / 2**30) if count >= 2**30 else ("MiB", count / 2**20)
+    return f"{size:.1f} {unit}"

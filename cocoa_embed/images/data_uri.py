@@ -1,0 +1,33 @@
+"""Write an image as a ``data:`` URI, for pages and records that are one file."""
+
+import base64
+import io
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+LARGEST_SIDE = 384
+"""Longest side in pixels; larger images are scaled down."""
+
+LOSSLESS_PIXELS = 128 * 128
+"""Images of at most so many pixels are PNG, whatever their size in bytes."""
+
+JPEG_QUALITY = 88
+
+
+def data_uri(image: "Image.Image", largest_side: int = LARGEST_SIDE) -> str:
+    """Return ``image`` as a ``data:`` URI: PNG, or JPEG for larger images where that is smaller, as for photographs."""
+    image = image.convert("RGB")
+    image.thumbnail((largest_side, largest_side))
+    encoded = {"png": _encoded(image, "PNG")}
+    if image.width * image.height > LOSSLESS_PIXELS:
+        encoded["jpeg"] = _encoded(image, "JPEG", quality=JPEG_QUALITY)
+    kind = min(encoded, key=lambda each: len(encoded[each]))
+    return f"data:image/{kind};base64,{base64.b64encode(encoded[kind]).decode('ascii')}"
+
+
+def _encoded(image: "Image.Image", kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, optimize=True, **options)
+    return buffer.getvalue()

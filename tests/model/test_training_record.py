@@ -1,0 +1,105 @@
+"""What is said of a folder that is no run, no checkpoint, or a stage that is not finished."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cocoa_embed.errors import CocoaError, UsageError
+from cocoa_embed.model.export import export_model
+from cocoa_embed.model.loading import check_model
+from cocoa_embed.model.training_record import (
+    RUN_FILE,
+    TRAINING_FILE,
+    explain_unfinished,
+    read_run,
+    read_training,
+    run_of,
+    write_run,
+)
+from cocoa_embed.train.diagnosis import diagnose
+from cocoa_embed.train.loop.run_record import read_start
+
+
+@pytest.fixture
+def stopped(tmp_path: Path) -> Path:
+    """A run that stopped in its first stage."""
+    run = tmp_path / "runs" / "mine"
+    (run / "checkpoints" / "warmup" / "checkpoint-13").mkdir(parents=True)
+    stages = {stage: {"finished": False, "step": 13, "steps": 60} for stage in ("warmup", "bridge")}
+    write_run(run, {"stages": stages})
+    return run
+
+
+READERS: dict[str, Callable[[Path], object]] = {
+    "record": read_training,
+    "diagnose": diagnose,
+    "eval": check_model,
+    "export": lambda path: export_model(path, path / "out"),
+    "backbone": lambda path: read_start(str(path)),
+}
+
+
+@pytest.mark.parametrize("part", ["warmup", "checkpoints/warmup", "checkpoints/warmup/checkpoint-13"])
+@pytest.mark.parametrize("reader", READERS)
+def test_a_stage_that_is_not_finished_says_where_it_stopped_and_how_to_go_on(
+    stopped: Path, part: str, reader: str
+) -> None:
+    words = f"stage warmup of that run stopped at step 13 of 60; `cocoa-embed train RECIPE --out {stopped} --resume`"
+    with pytest.raises(CocoaError, match=re.escape(words)):
+        READERS[reader](stopped / part)
+
+
+def test_weights_kept_on_the_way_and_finished_stages_are_no_unfinished_stage(stopped: Path) -> None:
+    kept = stopped / "warmup" / "step-5"
+    kept.mkdir(parents=True)
+    (kept / TRAINING_FILE).write_text("{}")
+    assert explain_unfinished(kept) is None
+    write_run(stopped, {"stages": {"warmup": {"finished": True}}})
+    assert explain_unfinished(stopped / "warmup") is None
+    with pytest.raises(CocoaError, match="is no checkpoint: it needs"):
+        read_training(stopped / "warmup")
+    assert explain_unfinished(stopped) is explain_unfinished(stopped.parent) is None
+
+
+def test_a_folder_that_is_no_run_is_refused_with_the_run_that_is_near(stopped: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    part = stopped / "checkpoints" / "warmup"
+    for folder, words in (
+        (tmp_path / "nothing", "does not exist; name the folder of a training run"),
+        (tmp_path / "file", "is a file"),
+        (tmp_path / "empty", "is no training run: it has no run.json; name the --out of cocoa-embed train"),
+        (stopped.parent, f"did you mean {stopped}?"),
+        (part, f"it is part of the run {stopped}"),
+    ):
+        with pytest.raises(UsageError, match=re.escape(words)):
+            read_run(folder)
+    assert run_of(part) == stopped
+    assert run_of(stopped) is None
+    assert run_of(part / "checkpoint-13" / "deeper") is None, "three folders deep"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "is no JSON object"),
+        ('{"version": 2}', "has version 2, this cocoa-embed reads 1"),
+    ],
+)
+def test_a_broken_record_is_named(stopped: Path, text: str, words: str) -> None:
+    (stopped / RUN_FILE).write_text(text)
+    with pytest.raises(CocoaError, match=rf"run\.json.*{words}"):
+        read_run(stopped)
+
+
+@pytest.mark.parametrize(("text", "words"), [("{", "cannot be read"), (json.dumps({"stages": []}), "lacks one of")])
+def test_a_broken_training_record_is_named(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / TRAINING_FILE).write_text(text)
+    with pytest.raises(CocoaError, match=words):
+        read_training(tmp_path, needs_weights=False)
+    with pytest.raises(CocoaError, match=r"needs cocoa_training\.json and \*\.safetensors"):
+        read_training(tmp_path)

@@ -1,0 +1,42 @@
+import numpy as np
+
+from cocoa_embed.report.masks import SHOWN_WHOLE, Mask, Run
+
+
+def mask(length_a: int = 3, length_b: int = 4) -> Mask:
+    blocks = np.array(["A"] * length_a + ["EOS"] + ["B"] * length_b)
+    allowed = (blocks[:, None] == blocks) | (blocks == "EOS")[:, None] | (blocks == "EOS")
+    return Mask(allowed, [f"t{index}" for index in range(len(blocks))], blocks.tolist())
+
+
+def test_the_runs_of_a_mask_cover_what_is_allowed() -> None:
+    sound = mask()
+    assert sum(run.length for run in sound.runs()) == sound.allowed.sum()
+    assert {run.kind for run in sound.runs()} == {"a", "eos", "b"}
+    assert sound.table() == {
+        "A": {"A": "yes", "EOS": "yes", "B": "no"},
+        "EOS": {"A": "yes", "EOS": "yes", "B": "yes"},
+        "B": {"A": "no", "EOS": "yes", "B": "yes"},
+    }
+    assert not sound.is_causal
+    assert Mask(np.tril(sound.allowed), sound.labels, sound.blocks).is_causal
+
+
+def test_what_leaks_is_a_run_of_its_own() -> None:
+    leaking = mask()
+    leaking.allowed[-1, 0] = True
+    assert [run for run in leaking.runs() if run.kind == "leak"] == [Run(len(leaking.labels) - 1, 0, 1, "leak")]
+    assert leaking.table()["B"]["A"] == "partly"
+
+
+def test_a_long_mask_is_condensed_and_allows_the_same() -> None:
+    assert mask().condensed().labels == mask().labels
+    long = mask(256, 60)
+    images = Mask(long.allowed, ["<|image_pad|>"] * 256 + list(long.labels[256:]), long.blocks)
+    short = images.condensed()
+    assert len(short.labels) < SHOWN_WHOLE
+    assert short.labels[0] == "256 × <|image_pad|>"
+    assert short.labels[-1] == "… 48 more"
+    assert short.table() == images.table()
+    images.allowed[300, 0] = True
+    assert images.condensed().table()["B"]["A"] == "partly", "a single leak stays in sight"
