@@ -19,18 +19,17 @@ from cocoa_embed.train.loop.oom import is_out_of_memory
 from cocoa_embed.train.plan.checks import DATA_FILE
 from cocoa_embed.train.recipe import Recipe
 from cocoa_embed.train.run_report.finished_run import read_stage_rows, run_of
-from cocoa_embed.train.settings import BridgeSection
-from cocoa_embed.train.stages.bridge import BridgeModel, bridge_probe
-from cocoa_embed.train.stages.collators import lacks_block_b
-from cocoa_embed.train.stages.contrastive import embedding_probe
-from cocoa_embed.train.stages.probe import NO_IMAGE, RIGHT_IMAGE, SHUFFLED_IMAGE, hold_out_rows, pictured_rows
+from cocoa_embed.train.stages.bridge.model import BridgeModel, bridge_probe
+from cocoa_embed.train.stages.bridge.settings import BridgeSettings
+from cocoa_embed.train.stages.contrastive.trainer import embedding_probe
+from cocoa_embed.train.stages.probe import MATCHING_IMAGE, NO_IMAGE, SHUFFLED_IMAGE, pictured_rows
 
 ROWS = 64
 """How many rows are measured where nothing else is asked for."""
 
 ROWS_AT_ONCE = 8
 
-HIDDEN_TOKENS = (RIGHT_IMAGE, SHUFFLED_IMAGE, NO_IMAGE)
+HIDDEN_TOKENS = (MATCHING_IMAGE, SHUFFLED_IMAGE, NO_IMAGE)
 
 
 @dataclass(frozen=True)
@@ -148,17 +147,16 @@ class RecipeRows:
                 self.recipe.sources_of(stage),
                 on_bad_row=data.on_bad_row,
                 # A run that stops at bad rows has had none; one that leaves them out must have decoded its images.
-                check_images=data.check_images and data.on_bad_row == "skip",
+                check_images=data.on_bad_row == "skip",
                 seed=self.recipe.seed,
                 progress=True,
-                refuse=lacks_block_b if stage == "bridge" else None,
+                refuse=self.recipe.stages[stage].unusable,
             )
         return self._read[stage]
 
     def split(self, stage: str) -> tuple[list[Row], list[Row]]:
         """Return the rows of a stage that it keeps out of its training, and those that it trains on."""
-        section = self.recipe.section(stage)
-        return hold_out_rows(self.of(stage).rows, section.probe_rows if isinstance(section, BridgeSection) else 0)
+        return self.recipe.stages[stage].held_out(self.of(stage).rows)
 
 
 def choose_rows(
@@ -219,7 +217,7 @@ def _refuse_other_rows(checkpoint: Path, read: ReadRows) -> None:
 
 def _trained_on(rows: Sequence[Row], training: dict[str, Any], of_recipe: RecipeRows) -> dict[str, int | None]:
     """Return for each stage behind a checkpoint how many of ``rows`` have an image that it was trained on."""
-    stages, planned = [entry["stage"] for entry in training["stages"]], of_recipe.recipe.stages
+    stages, planned = [entry["stage"] for entry in training["stages"]], list(of_recipe.recipe.stages)
     own = planned[: planned.index(stages[-1]) + 1] if stages and stages[-1] in planned else []
     counts: dict[str, int | None] = {f"{stage} of an earlier run": None for stage in stages[: len(stages) - len(own)]}
     for stage in own:
@@ -243,11 +241,11 @@ def _figures(checkpoint: Path, recipe: Recipe, rows: Sequence[Row], device: str)
         return embedding_probe(model, rows, ROWS_AT_ONCE)(model)
     backbone = load_backbone(str(checkpoint), bidirectional=recipe.bidirectional)
     backbone.model.to(device)
-    section = recipe.bridge or BridgeSection(steps=1, batch_size=ROWS_AT_ONCE)
+    section = recipe.bridge or BridgeSettings(steps=1, batch_size=ROWS_AT_ONCE)
     probe = bridge_probe(
         backbone,
         rows,
-        section,
+        section.mask_ratio,
         seed=recipe.seed,
         prompts=recipe.prompts.model_dump(),
         batch_size=ROWS_AT_ONCE,

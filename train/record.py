@@ -10,7 +10,8 @@ from cocoa_embed.errors import CocoaError, one_line, printable
 from cocoa_embed.model.backbone import Origin, origin
 from cocoa_embed.model.training_record import TRAINING_FILE, read_training
 from cocoa_embed.train.loop.checkpoints import write_json
-from cocoa_embed.train.recipe import SOURCE_KINDS, Recipe
+from cocoa_embed.train.recipe import Recipe
+from cocoa_embed.train.settings import SOURCE_KINDS
 
 LOG_FILE = "log.json"
 
@@ -166,7 +167,8 @@ def _sources(recipe: Recipe, stage: str) -> str:
 
 
 def _stage_record(recipe: Recipe, result: StageResult) -> dict[str, Any]:
-    section = recipe.section(result.stage)
+    stage = recipe.stages[result.stage]
+    section = stage.settings
     return {
         "stage": result.stage,
         "steps": result.steps,
@@ -176,4 +178,5 @@ def _stage_record(recipe: Recipe, result: StageResult) -> dict[str, Any]:
         "rows": result.rows,
         "seconds": round(result.seconds, 1),
         "final": result.final,
+        **stage.facts(),
     }

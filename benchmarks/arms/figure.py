@@ -19,7 +19,7 @@ from arms.summary import TITLES, bridge_values, estimate, values
 COLOURS = {ALL_THREE: "#1d8a4a", EQUAL: "#c8690f", ALONE: "#8d837b", CAPTIONS_AS_PAIRS: "#8447a8", NO_BRIDGE: "#2c66c4"}
 LEARNED = {
     "loss": ("loss on hidden words", "#57493f"),
-    "accuracy_right_image": ("words right, right image", "#1d8a4a"),
+    "accuracy_matching_image": ("words right, right image", "#1d8a4a"),
     "accuracy_shuffled_image": ("words right, another image", "#8d837b"),
     "accuracy_no_image": ("words right, no image", "#c8690f"),
 }

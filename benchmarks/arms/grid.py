@@ -159,7 +159,7 @@ class Grid:
     def bridge(self, start: StageRun | None, *settings: str) -> StageRun:
         """Stage 2, with its weights kept on the way."""
         steps = sorted(set(self.sizes.kept_steps.values()) - {self.sizes.bridge_steps})
-        return StageRun("bridge", self.sizes.bridge_steps, (*settings, f"bridge.keep_steps={steps}"), start)
+        return StageRun("bridge", self.sizes.bridge_steps, (*settings, f"bridge.snapshot_steps={steps}"), start)
 
     def variant(self, *settings: str, start: StageRun | None) -> StageRun:
         """Another stage 2, as long as variants are."""
@@ -181,7 +181,7 @@ class Grid:
     def equal(self, share: float, *, captions: bool = False) -> StageRun:
         """Contrastive learning alone for the compute of all three, kept where a shorter bridge would have ended."""
         ends = {self.compute_in_contrastive_steps(steps, share) for steps in self.sizes.kept_steps.values()}
-        setting = "data.captions=captions" if captions else f"keep_steps={sorted(ends - {max(ends)})}"
+        setting = "data.captions=captions" if captions else f"snapshot_steps={sorted(ends - {max(ends)})}"
         return self.contrastive(None, share, f"contrastive.{setting}", steps=max(ends))
 
     def _stages(self) -> list[Arm]:

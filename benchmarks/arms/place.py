@@ -19,7 +19,7 @@ from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.folders import claim_folder, write_whole
 from cocoa_embed.images.find_files import METADATA_FILE
 from cocoa_embed.train import Recipe
-from cocoa_embed.train.loop.snapshots import kept_folder
+from cocoa_embed.train.loop.snapshots import snapshot_folder
 from cocoa_embed.train.plan.checks import NOT_LEARNED
 from cocoa_embed.train.plan.dry_run import plan
 from cocoa_embed.train.recipe import STAGES
@@ -84,7 +84,7 @@ class Place:
         """
         for setting in self.settings:
             key = setting.partition("=")[0]
-            if key.startswith(OWN_KEYS) or key.endswith((".steps", ".epochs", ".keep_steps", ".group_by_length")):
+            if key.startswith(OWN_KEYS) or key.endswith((".steps", ".epochs", ".snapshot_steps", ".group_by_length")):
                 raise UsageError(f"--set {setting}: the ablation sets {key} itself; leave it out.")
 
     @contextmanager
@@ -141,7 +141,7 @@ class Place:
         if stage_run.start is None:
             return None
         folder = self.folder(stage_run.start, seed) / stage_run.start.stage
-        return str(folder if stage_run.at_step is None else kept_folder(folder, stage_run.at_step))
+        return str(folder if stage_run.at_step is None else snapshot_folder(folder, stage_run.at_step))
 
     def recipe(self, stage_run: StageRun, seed: int, *, backbone: str | None) -> Recipe:
         """Return the recipe of one stage alone.
@@ -173,7 +173,7 @@ class Place:
 
     def batch_sizes(self) -> dict[str, int]:
         """Return the rows of a step of each stage."""
-        return {stage: self.recipe_of(stage).section(stage).batch_size for stage in STAGES}
+        return {stage: self.recipe_of(stage).stages[stage].settings.batch_size for stage in STAGES}
 
     def mask_ratio(self) -> float:
         """Return the bridge's mask ratio where it is not what is compared."""

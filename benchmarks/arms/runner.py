@@ -29,14 +29,14 @@ from cocoa_embed.folders import write_whole
 from cocoa_embed.model.export import build_sentence_transformer
 from cocoa_embed.model.training_record import is_bidirectional, read_training
 from cocoa_embed.train import Recipe, run
-from cocoa_embed.train.loop.snapshots import kept_folder
+from cocoa_embed.train.loop.snapshots import snapshot_folder
 
 SCORES = "scores.json"
 END = "end"
 
 LEARNED = (
     "loss",
-    "accuracy_right_image",
+    "accuracy_matching_image",
     "accuracy_shuffled_image",
     "accuracy_no_image",
     "alignment",
@@ -144,7 +144,7 @@ def prepare_process(parent: int, threads: int) -> None:
 
 
 def _length(job: Job) -> int:
-    section = job.recipe.section(job.stage)
+    section = job.recipe.stages[job.stage].settings
     return (section.steps or 0) * section.batch_size
 
 
@@ -161,7 +161,7 @@ def train_and_score(job: Job) -> None:
         scores = read_scores(job.folder)
         for step in job.scored:
             if str(step or END) not in scores:
-                checkpoint = result.folder if step is None else kept_folder(result.folder, step)
+                checkpoint = result.folder if step is None else snapshot_folder(result.folder, step)
                 scores[str(step or END)] = score(checkpoint, job.held_out)
                 write_whole(job.folder / SCORES, json.dumps(scores, indent=2) + "\n")
 

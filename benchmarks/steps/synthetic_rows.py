@@ -64,7 +64,7 @@ def make_batch(rows: Sequence[SyntheticRow], config: PreTrainedConfig, stage: st
     is_text[:, 0] = False
     share = BRIDGE_MASK if stage == "bridge" else TEXT_MASK
     hidden = is_text & (torch.rand(is_text.shape, generator=generator) < share)
-    batch |= {"hidden_tokens": hidden, "target_ids": batch["input_ids"][hidden]}
+    batch |= {"masked_tokens": hidden, "target_ids": batch["input_ids"][hidden]}
     if stage == "bridge":
         return {**batch, "blocks": padded_blocks}
     return batch | (_hidden_patches(batch, merge, generator) if grids else {})
@@ -93,7 +93,7 @@ def _pixels(grids: list[tuple[int, int, int]], config: PreTrainedConfig, generat
 def _hidden_patches(batch: dict[str, Tensor], merge: int, generator: Generator) -> dict[str, Tensor]:
     tokens = len(batch["pixel_values"]) // merge**2
     hidden = (torch.rand(tokens, generator=generator) < IMAGE_MASK).repeat_interleave(merge**2)
-    return {"hidden_patches": hidden, "target_patches": batch["pixel_values"][hidden]}
+    return {"masked_patches": hidden, "target_patches": batch["pixel_values"][hidden]}
 
 
 def useful_shapes(rows: Sequence[SyntheticRow], config: PreTrainedConfig, stage: str) -> list[BatchShape]:

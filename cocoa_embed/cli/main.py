@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from cocoa_embed import __version__
 from cocoa_embed.cli.evaluate import evaluation
 from cocoa_embed.cli.index import index, search
 from cocoa_embed.cli.terminal import DeviceOption, JsonOption, print_json, silence_libraries, working
+from cocoa_embed.cli.train import train
 from cocoa_embed.errors import CocoaError, printable, require
 
 DEMO_NEEDS = ("accelerate", "datasets", "qdrant_client", "llama_index.core", "jinja2", "matplotlib")
@@ -84,45 +84,7 @@ def demo(
         print_json(results)
 
 
-@app.command()
-def train(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="The name of a recipe, or a YAML file.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY.SUB=VALUE", help="Values to change in the recipe.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="The folder for checkpoints [default: runs/ and the recipe's name].")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, where one was begun.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, tell what the run would do and cost, and stop.")
-    ] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Train a model as a recipe says: warm-up, bridge, contrastive. Each stage leaves a checkpoint."""
-    with working() as console:
-        require("accelerate", "train")
-        silence_libraries()
-        from cocoa_embed.cli.summaries import report_plan, report_stages, stage_document
-        from cocoa_embed.train import Recipe, run
-        from cocoa_embed.train.loop.processes import by_first_process, hush_others, is_first_process
-        from cocoa_embed.train.plan.dry_run import plan
-
-        hush_others()
-        loaded = by_first_process(lambda: Recipe.load(recipe, overrides or []))
-        folder = out or Path("runs") / loaded.name
-        if dry_run:
-            planned = by_first_process(lambda: plan(loaded, folder, resume=resume))
-            document = dataclasses.asdict(planned)
-            if is_first_process():
-                report_plan(planned, console)
-        else:
-            results = run(loaded, folder, resume=resume)
-            document = {"stages": [stage_document(result) for result in results]}
-            if is_first_process():
-                report_stages(results, console)
-    if as_json and is_first_process():
-        print_json(document)
+app.command()(train)
 
 
 @app.command()

@@ -69,8 +69,8 @@ def model_card(name: str, model: SentenceTransformer, training: dict[str, Any]) 
     """Return the README of an exported model, in Markdown.
 
     :param training: ``backbone`` and its ``origin``, ``recipe`` (as saved, by this version or an earlier one),
-        ``stages`` (list of ``stage``, ``steps``, ``batch_size``, ``learning_rate``, ``final`` and, since there are
-        some, ``adapter``), and ``results`` (name of the evaluation to its metrics) where something was measured.
+        ``stages`` (list of ``stage``, ``steps``, ``batch_size``, ``learning_rate``, ``final``, ``adapter`` and, where
+        a stage has them, ``description`` and ``matryoshka_dims``), and ``results`` (name of the evaluation to its metrics) where something was measured.
     """
     recipe = training["recipe"]
     processor: ProcessorMixin = model.processor
@@ -109,8 +109,8 @@ def _quoted(prompt: str) -> str:
 def _training_parts(name: str, training: dict[str, Any], dimension: int | None) -> list[str]:
     stages, recipe = training["stages"], training["recipe"]
     parts = [_stage_table(stages), _adapter_text(stages, recipe)]
-    if recipe.get("contrastive") and any(stage["stage"] == "contrastive" for stage in stages):
-        parts += [_contrastive_text(recipe["contrastive"]), _matryoshka_text(name, recipe["contrastive"], dimension)]
+    for stage in stages:
+        parts += [stage.get("description", ""), _matryoshka_text(name, stage.get("matryoshka_dims"), dimension)]
     return [part for part in parts if part]
 
 
@@ -143,28 +143,8 @@ def _adapter_text(stages: list[dict[str, Any]], recipe: dict[str, Any]) -> str:
     return f"Adapters, merged into the weights at the end of their stage: {', '.join(adapters)}."
 
 
-def _contrastive_text(section: dict[str, Any]) -> str:
-    hard_negatives = section.get("hard_negatives", 0)
-    negatives = "no hard negatives"
-    if hard_negatives:
-        negatives = f"up to {hard_negatives} hard negative{'s' * (hard_negatives > 1)} of each of its rows"
-    sentences = [
-        f"Contrastive learning: InfoNCE at temperature {section.get('temperature', 0.02):g}, with in-batch negatives "
-        f"and {negatives}."
-    ]
-    if section.get("one_subset_a_batch", True):
-        sentences.append("A batch is drawn from one subset.")
-    else:
-        sentences.append("A batch is drawn from all subsets.")
-    if section.get("both_directions", True):
-        sentences.append("Each pair is trained in both directions, as two rows.")
-    if section.get("symmetric", False):
-        sentences.append("Each positive looks for its query too, in the same loss.")
-    return " ".join(sentences)
-
-
-def _matryoshka_text(name: str, section: dict[str, Any], dimension: int | None) -> str:
-    dims = [f"{dim}" for dim in sorted(section.get("matryoshka_dims") or [], reverse=True) if dim != dimension]
+def _matryoshka_text(name: str, given: list[int] | None, dimension: int | None) -> str:
+    dims = [f"{dim}" for dim in sorted(given or [], reverse=True) if dim != dimension]
     if not dims:
         return ""
     return (

@@ -21,7 +21,7 @@ class Curve:
     """What a stage logged: ``series`` maps a name to its (step, value) points; ``seconds`` is the stage's duration.
 
     ``stage`` is "warm-up", "bridge", "contrastive" or "contrastive only". Names with "loss" share a panel, and so do
-    names with "accuracy", whose values are shares from 0 to 1. Of the bridge, ``accuracy_right_image`` and
+    names with "accuracy", whose values are shares from 0 to 1. Of the bridge, ``accuracy_matching_image`` and
     ``accuracy_shuffled_image``, with ``accuracy_no_image`` where it is there, make the panel of the plateau.
     ``alignment``, ``uniformity``, ``modality_gap`` and ``effective_rank`` have a section of their own.
     """

@@ -7,16 +7,16 @@ STAGE_TITLES = {"warmup": "warm-up", "bridge": "bridge", "contrastive": "contras
 
 SERIES = {
     "loss": ("total loss", "total"),
-    "mntp_loss": ("hidden words: cross-entropy", "text"),
-    "mae_loss": ("hidden patches: mean squared error", "image"),
-    "hidden_token_accuracy": ("hidden words predicted right", "text"),
-    "accuracy_right_image": ("with its own image", "right"),
+    "mntp_loss": ("masked tokens: cross-entropy", "text"),
+    "mae_loss": ("masked patches: mean squared error", "image"),
+    "masked_token_accuracy": ("masked tokens predicted correctly", "text"),
+    "accuracy_matching_image": ("with its own image", "right"),
     "accuracy_shuffled_image": ("with another image", "shuffled"),
     "accuracy_no_image": ("without an image", "other"),
 }
 """Name of a series to its label and its colour, a CSS variable of the page."""
 
-PLATEAU = ("accuracy_right_image", "accuracy_shuffled_image")
+PLATEAU = ("accuracy_matching_image", "accuracy_shuffled_image")
 NO_IMAGE = "accuracy_no_image"
 
 

@@ -30,9 +30,9 @@ def test_the_rows_are_ours_the_comparisons_and_chance_in_both_directions() -> No
 
 
 def test_a_curve_holds_what_its_stage_logged(tmp_path: Path) -> None:
-    log = [{"step": 1, "loss": 3.0, "grad_norm": 9.0}, {"step": 2, "loss": 2.0, "accuracy_right_image": 0.5}]
+    log = [{"step": 1, "loss": 3.0, "grad_norm": 9.0}, {"step": 2, "loss": 2.0, "accuracy_matching_image": 0.5}]
     stages = [StageResult(stage, tmp_path, 2, 24, 1.5, log) for stage in ("bridge", "contrastive")]
     drawn = curves(stages, StageResult("contrastive", tmp_path, 2, 24, 2.5, log[:1]))
     assert [curve.stage for curve in drawn] == ["bridge", "contrastive", "contrastive only"]
-    assert drawn[0].series == {"loss": [(1, 3.0), (2, 2.0)], "accuracy_right_image": [(2, 0.5)]}
+    assert drawn[0].series == {"loss": [(1, 3.0), (2, 2.0)], "accuracy_matching_image": [(2, 0.5)]}
     assert drawn[-1].seconds == 2.5

@@ -164,7 +164,7 @@ def test_only_arms_of_the_same_compute_are_held_against_contrastive_learning_wit
 def test_weights_that_are_scored_or_started_from_on_the_way_are_kept(grid: Grid) -> None:
     def kept(stage_run: StageRun) -> list[int]:
         settings = dict(setting.split("=") for setting in stage_run.settings)
-        return json.loads(settings.get(f"{stage_run.stage}.keep_steps", "[]"))
+        return json.loads(settings.get(f"{stage_run.stage}.snapshot_steps", "[]"))
 
     scored = [(arm.last, arm.at_step) for arm in grid.arms if arm.at_step is not None]
     started = [(arm.last.start, arm.last.at_step) for arm in grid.arms if arm.last.at_step is not None]
@@ -264,7 +264,7 @@ def test_what_differs_between_machines_trains_nothing_anew(place: Place) -> None
 
 def test_a_recipes_adapters_are_left_out(place: Place) -> None:
     adapted = replace(place, settings=(*place.settings, "bridge.adapter={kind: dora}"))
-    recipe = adapted.recipe(StageRun("bridge", 8, ("bridge.keep_steps=[2]",)), 0, backbone=None)
+    recipe = adapted.recipe(StageRun("bridge", 8, ("bridge.snapshot_steps=[2]",)), 0, backbone=None)
     assert recipe.bridge is not None
     assert recipe.bridge.adapter is None
 
@@ -293,7 +293,7 @@ def test_the_users_folders_are_checked_before_anything_is_trained(
 
 @pytest.mark.parametrize(
     "setting",
-    ["seed=5", "data.folder=x", "bridge.keep_steps=[1]", "contrastive.steps=9", "warmup.group_by_length=true"],
+    ["seed=5", "data.folder=x", "bridge.snapshot_steps=[1]", "contrastive.steps=9", "warmup.group_by_length=true"],
 )
 def test_what_the_ablation_sets_itself_is_refused(tmp_path: Path, tiny: Sizes, setting: str) -> None:
     with pytest.raises(UsageError, match=f"--set {re.escape(setting)}: the ablation sets"):
@@ -325,7 +325,7 @@ def results(grid: Grid, seeds: int = 3) -> dict[str, Any]:
     generator = np.random.default_rng(0)
 
     def outcome_of(seed: int) -> dict[str, Any]:
-        bridge = {name: generator.random() for name in ("loss", "accuracy_right_image", "accuracy_shuffled_image")}
+        bridge = {name: generator.random() for name in ("loss", "accuracy_matching_image", "accuracy_shuffled_image")}
         figures = {name: generator.random() for name in ("recall@1", "mrr", "seconds")}
         return {"seed": seed, "directions": {}, "bridge": bridge, **figures}
 
@@ -452,7 +452,7 @@ def test_arms_are_trained_once_and_scored_as_eval_pairs_would(place: Place, tiny
     encoder = Encoder(build_sentence_transformer(checkpoint, prompts={}), "checked")
     again = evaluate_pairs([encoder], read_pairs(place.data(0).held_out), resamples=10)
     assert found["recall@1"] == pytest.approx(again["averages"]["recall@1"])
-    assert found["bridge"].keys() >= {"loss", "accuracy_right_image", "accuracy_shuffled_image", "accuracy_no_image"}
+    assert found["bridge"].keys() >= {"loss", "accuracy_matching_image", "accuracy_shuffled_image", "accuracy_no_image"}
 
 
 @pytest.mark.slow

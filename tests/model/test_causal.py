@@ -65,9 +65,9 @@ def test_the_last_token_reaches_an_earlier_one_where_attention_is_bidirectional_
             batch = BridgeCollator(backbone.processor, seed=0)(numbered(scene_rows[:4]))
             shown = BridgeModel(model)
             first, second = (shown.predict(each) for each in (batch, changed_at_the_end(batch)))
-            last = batch["attention_mask"].sum(dim=1)[batch["hidden_tokens"].nonzero()[:, 0]] - 1
+            last = batch["attention_mask"].sum(dim=1)[batch["masked_tokens"].nonzero()[:, 0]] - 1
             # A hidden token is predicted from the position before it.
-            earlier = batch["hidden_tokens"].nonzero()[:, 1] - 1 < last
+            earlier = batch["masked_tokens"].nonzero()[:, 1] - 1 < last
         else:
             batch = WarmupCollator(backbone.processor, backbone.geometry, seed=0)(numbered(scene_rows[:4]))
             mask, positions = full_model_mask(model, batch["attention_mask"]), position_ids(model, batch)

@@ -243,7 +243,7 @@ def test_empty_sections_are_left_out(report: RunReport) -> None:
     assert {"patches", "bridge"} <= set(sections(full))
     assert set(sections(Page(render_report(replace(report, patches=[]))))) == set(SECTIONS) - {"patches"}
     assert set(sections(Page(render_report(replace(report, bridge_mask=None))))) == set(SECTIONS) - {"bridge"}
-    without_plateau = replace(report, curves=[curve("bridge", "loss", "accuracy_right_image")])
+    without_plateau = replace(report, curves=[curve("bridge", "loss", "accuracy_matching_image")])
     assert set(sections(Page(render_report(without_plateau)))) == set(SECTIONS) - {"plateau", "diagnostics"}
     for name in ("evaluations", "galleries", "recipe", "data"):
         without = replace(report, **{name: None if name in ("recipe", "data") else []})

@@ -26,7 +26,7 @@ from conftest import TINY_MAX_LENGTH
 
 KEPT = 4
 STAGE: dict[str, Any] = {"steps": 2, "batch_size": 4, "learning_rate": 1e-2, "warmup_steps": 0, "logging_steps": 1}
-ACCURACIES = ("accuracy_right_image", "accuracy_shuffled_image", "accuracy_no_image")
+ACCURACIES = ("accuracy_matching_image", "accuracy_shuffled_image", "accuracy_no_image")
 GEOMETRY = ("alignment", "uniformity", "modality_gap", "effective_rank")
 
 
@@ -207,7 +207,7 @@ def test_the_json_document(finished: Run, of_bridge: Diagnosis, command: Command
         "geometry": pytest.approx(of_bridge.geometry),
     }
     _, out, _ = command(finished.out / "contrastive", "--json")
-    assert json.loads(out)["hidden_tokens"] is None
+    assert json.loads(out)["masked_tokens"] is None
 
 
 def test_people_are_told_the_same(finished: Run, of_bridge: Diagnosis, command: Command) -> None:
@@ -281,7 +281,7 @@ def test_rows_that_cannot_be_found_again_are_told(
     with pytest.raises(CocoaError, match=r"bridge's data of .* does not exist.*give --data FOLDER\."):
         diagnose(changed_recipe(copied / "bridge", data={"folder": str(tmp_path / "gone")}))
     fewer = {"folder": str(scene_folder), "limit": 20}
-    kept = Path(shutil.copytree(finished.out / "bridge", copied / "bridge" / "step-2"))  # as keep_steps leaves one
+    kept = Path(shutil.copytree(finished.out / "bridge", copied / "bridge" / "step-2"))  # as snapshot_steps leaves one
     for checkpoint in (copied / "bridge", kept):
         with pytest.raises(CocoaError, match=r"rows have changed .*\(then .*24.*, now .*20.*\).*give --data FOLDER\."):
             diagnose(changed_recipe(checkpoint, data=fewer))

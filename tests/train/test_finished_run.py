@@ -19,7 +19,7 @@ from cocoa_embed.train.recipe import STAGES, Recipe
 from cocoa_embed.train.record import Start
 from cocoa_embed.train.run_report.finished_run import read_run, run_of
 from cocoa_embed.train.run_report.recipe_table import recipe_yaml
-from cocoa_embed.train.settings import DataSection
+from cocoa_embed.train.settings import DataSettings
 
 STEPS = {"warmup": 3, "bridge": 4, "contrastive": 5}
 LOG = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
@@ -299,7 +299,7 @@ def test_a_stage_may_take_back_what_the_recipe_says_of_all(whole: Path) -> None:
 
 
 def test_a_recipe_of_an_earlier_version_has_every_key_and_so_tells_what_is_not_as_by_default(whole: Path) -> None:
-    every_key = {name: known.default for name, known in DataSection.model_fields.items()}
+    every_key = {name: known.default for name, known in DataSettings.model_fields.items()}
     values = written_recipe()
     values["data"] = {**every_key, "folder": "scenes", "captions": "captions", "on_bad_row": "skip"}
     values["bridge"]["data"] = {**every_key, "paraphrases": 1}

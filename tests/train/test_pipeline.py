@@ -34,7 +34,7 @@ FROZEN: Values = {**STAGE, "steps": 1, "warmup_steps": 1}
 """One step at the warm-up's first learning rate, which is 0: the stage ends with the weights it began with."""
 
 
-PROBED_ACCURACIES = ("accuracy_right_image", "accuracy_shuffled_image", "accuracy_no_image")
+PROBED_ACCURACIES = ("accuracy_matching_image", "accuracy_shuffled_image", "accuracy_no_image")
 GEOMETRY = ("alignment", "uniformity", "modality_gap", "effective_rank")
 
 
@@ -113,8 +113,8 @@ def test_each_checkpoint_tells_the_stages_up_to_it(finished: Run) -> None:
 
 def test_each_stage_logs_its_losses(finished: Run) -> None:
     parts = {
-        "warmup": {"loss", "mntp_loss", "mae_loss", "hidden_token_accuracy"},
-        "bridge": {"loss", "hidden_token_accuracy", *PROBED_ACCURACIES, *GEOMETRY},
+        "warmup": {"loss", "mntp_loss", "mae_loss", "masked_token_accuracy"},
+        "bridge": {"loss", "masked_token_accuracy", *PROBED_ACCURACIES, *GEOMETRY},
         "contrastive": {"loss", *GEOMETRY},
     }
     for stage, names in parts.items():

@@ -53,7 +53,7 @@ def test_the_page_has_every_part_of_the_run(report: RunReport, finished: Path) -
     assert report.title == "small"
     assert report.alerts == []
     assert [curve.stage for curve in report.curves] == ["warm-up", "bridge", "contrastive"]
-    assert "accuracy_right_image" in report.curves[1].series
+    assert "accuracy_matching_image" in report.curves[1].series
     assert len(report.patches) == 8
     assert [shown.stage for shown in report.tokens] == ["warm-up"] * 8 + ["bridge"] * 4
     assert "kept out" in report.sample_notes["bridge"]

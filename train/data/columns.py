@@ -12,9 +12,9 @@ from cocoa_embed.images.find_files import MetadataError
 from cocoa_embed.train.data.arrow_images import StoredImage
 from cocoa_embed.train.data.rows import BadRow, Item, Row, RowImage, checked_text
 from cocoa_embed.train.data.tables import Table
-from cocoa_embed.train.settings import ColumnsSection
+from cocoa_embed.train.settings import ColumnsSettings
 
-PARTS = tuple(ColumnsSection.model_fields)
+PARTS = tuple(ColumnsSettings.model_fields)
 """The parts of a row that a column may hold: ``query_text``, ``query_image`` and so on."""
 
 NEGATIVE_PARTS = ("negative_text", "negative_image")
@@ -23,7 +23,7 @@ Tidy = Callable[[str, bool, str], str]
 """What is done to a text before all else, given whether an image stands beside it, and the row's place."""
 
 
-def map_columns(name: str, found: Sequence[str], section: ColumnsSection | None) -> dict[str, str]:
+def map_columns(name: str, found: Sequence[str], section: ColumnsSettings | None) -> dict[str, str]:
     """Return the column of each part of a row; without a section, each part's column is called as it is.
 
     :param name: What to call the table in errors.

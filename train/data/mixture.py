@@ -13,7 +13,7 @@ from cocoa_embed.folders import write_whole
 from cocoa_embed.train.data.image_check import ImageSize, check_images, known_sizes
 from cocoa_embed.train.data.readers import read_source
 from cocoa_embed.train.data.rows import BadRow, Row, RowImage
-from cocoa_embed.train.settings import SourceSection
+from cocoa_embed.train.settings import SourceSettings
 
 BAD_ROW_LIMIT = 0.01
 """The share of a stage's rows that may be left out."""
@@ -40,7 +40,7 @@ class ReadRows:
 
 
 def read_rows(
-    sources: Mapping[str, SourceSection],
+    sources: Mapping[str, SourceSettings],
     *,
     on_bad_row: Literal["stop", "skip"],
     check_images: bool,

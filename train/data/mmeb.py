@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cocoa_embed.errors import CocoaError, printable
-from cocoa_embed.train.settings import ColumnsSection
+from cocoa_embed.train.settings import ColumnsSettings
 
 MMEB_TRAIN_SUBSETS = (
     "ImageNet_1K",
@@ -31,7 +31,7 @@ MMEB_TRAIN_SUBSETS = (
 )
 """The 20 in-domain subsets, as TIGER-Lab/MMEB-train calls them."""
 
-MMEB_COLUMNS = ColumnsSection(
+MMEB_COLUMNS = ColumnsSettings(
     query_text="qry",
     query_image="qry_image_path",
     positive_text="pos_text",
@@ -56,10 +56,10 @@ def default_subsets(mmeb: str) -> tuple[str, ...]:
     return () if any(Path(mmeb).glob("*.parquet")) else MMEB_TRAIN_SUBSETS
 
 
-def columns_found(found: Sequence[str]) -> ColumnsSection:
+def columns_found(found: Sequence[str]) -> ColumnsSettings:
     """Return the layout's columns, those of negatives only where they are found."""
     given = MMEB_COLUMNS.model_dump()
-    return ColumnsSection(
+    return ColumnsSettings(
         **{part: name for part, name in given.items() if name in found or name not in OPTIONAL_COLUMNS}
     )
 

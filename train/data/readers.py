@@ -16,10 +16,10 @@ from cocoa_embed.train.data.mmeb import (
 )
 from cocoa_embed.train.data.rows import BadRow, Row, read_image_folder
 from cocoa_embed.train.data.tables import Table, find_tables, open_data_set, open_table
-from cocoa_embed.train.settings import ColumnsSection, SourceSection
+from cocoa_embed.train.settings import ColumnsSettings, SourceSettings
 
 
-def read_source(subset: str, source: SourceSection, bad: list[BadRow]) -> list[Row]:
+def read_source(subset: str, source: SourceSettings, bad: list[BadRow]) -> list[Row]:
     """Read the rows of one source, in their order.
 
     :param subset: The name that the rows get. For the ``mmeb`` layout it is also the subset to read, where ``config``
@@ -47,12 +47,12 @@ def read_source(subset: str, source: SourceSection, bad: list[BadRow]) -> list[R
     raise ValueError(f"the source {subset!r} names nothing to read")
 
 
-def _read_files(subset: str, source: SourceSection, pattern: str, bad: list[BadRow]) -> list[Row]:
+def _read_files(subset: str, source: SourceSettings, pattern: str, bad: list[BadRow]) -> list[Row]:
     tables = [(open_table(path), source.images or path.parent) for path in find_tables(pattern)]
     return _read_tables(subset, source, printable(pattern), tables, source.columns, bad)
 
 
-def _read_mmeb(subset: str, source: SourceSection, mmeb: str, bad: list[BadRow]) -> list[Row]:
+def _read_mmeb(subset: str, source: SourceSettings, mmeb: str, bad: list[BadRow]) -> list[Row]:
     name = source.config or subset
     folder = _folder(mmeb)
     tables: list[Table]
@@ -71,7 +71,7 @@ def _read_mmeb(subset: str, source: SourceSection, mmeb: str, bad: list[BadRow])
     )
 
 
-def _check_hub_subset(subset: str, source: SourceSection) -> None:
+def _check_hub_subset(subset: str, source: SourceSettings) -> None:
     if source.config is None and subset not in MMEB_TRAIN_SUBSETS:
         hint = nearest_subset(subset, MMEB_TRAIN_SUBSETS)
         raise CocoaError(f"{source.mmeb} has no subset {subset!r}{hint}; a subset of another name needs its config.")
@@ -85,10 +85,10 @@ def _folder(name: str) -> Path | None:
 
 def _read_tables(
     subset: str,
-    source: SourceSection,
+    source: SourceSettings,
     name: str,
     tables: Sequence[tuple[Table, Path | None]],
-    columns: ColumnsSection | None,
+    columns: ColumnsSettings | None,
     bad: list[BadRow],
     *,
     tidy: Tidy | None = None,

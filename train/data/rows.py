@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, permutations
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from PIL import Image
 from torch.utils.data import Dataset
@@ -17,8 +17,7 @@ from cocoa_embed.model.backbone import MAX_ASPECT_RATIO
 from cocoa_embed.model.template import RESERVED_TOKENS
 from cocoa_embed.train.data.arrow_images import StoredImage
 from cocoa_embed.train.data.tables import open_table
-
-CaptionChoice = Literal["text", "captions"]
+from cocoa_embed.train.settings import CaptionChoice
 
 RowImage: TypeAlias = Path | StoredImage
 """An image of a row: a file, or a place in a table that holds images. Its ``str`` is its identity."""

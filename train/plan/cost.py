@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from cocoa_embed.model.backbone import SUPPORTED, PatchGeometry
-from cocoa_embed.train.settings import StageSection
+from cocoa_embed.train.settings import StageSettings
 
 MULTIPLY_ADD = 2
 """Operations that one weight costs a token."""
@@ -331,13 +331,13 @@ class StepCost:
     freeze_vision: bool
 
     @classmethod
-    def of(cls, config: PreTrainedConfig, section: StageSection) -> "StepCost":
-        """Read a backbone's size from its config, and what is trained of it from a stage's section."""
+    def of(cls, config: PreTrainedConfig, settings: StageSettings) -> "StepCost":
+        """Read a backbone's size from its config, and what is trained of it from a stage's settings."""
         return cls(
             model_size(config),
-            adapter=section.adapter is not None,
-            vision_adapter=section.adapts_vision,
-            freeze_vision=section.freeze_vision,
+            adapter=settings.adapter is not None,
+            vision_adapter=settings.adapts_vision,
+            freeze_vision=settings.freeze_vision,
         )
 
     def __call__(self, batch: Mapping[str, Tensor]) -> float:

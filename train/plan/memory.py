@@ -1,16 +1,15 @@
 """What a training step keeps in memory: an estimate, to choose a batch by before a run."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from cocoa_embed.model.backbone import PatchGeometry
 from cocoa_embed.train.loop.adapters import freeze_vision, target_names
 from cocoa_embed.train.plan.cost import BatchShape, ModelSize, meta_model
-from cocoa_embed.train.settings import StageSection, WarmupSection
-from cocoa_embed.train.stages.pixel_decoder import PixelDecoder
+from cocoa_embed.train.settings import StageSettings
 
 FULL, HALF = 4, 2
 """Bytes of float32, and of bfloat16."""
@@ -33,28 +32,30 @@ def count_parameters(model: nn.Module) -> Parameters:
     return Parameters(total=sum(parameter.numel() for parameter in every), trainable=trainable)
 
 
-def stage_parameters(config: PreTrainedConfig, section: StageSection) -> Parameters:
+def stage_parameters(
+    config: PreTrainedConfig, settings: StageSettings, extra_module: Callable[[PreTrainedModel], nn.Module | None]
+) -> Parameters:
     """Count the parameters that a stage runs and trains, from the backbone's config alone.
 
-    The warm-up's pixel decoder is among them; it is trained whole, beside adapters too.
     An adapter has ``r`` rows and columns for each matrix that it stands beside, and in DoRA a magnitude for each of its
-    outputs; it counts in both figures.
+    outputs; it counts in both numbers.
+
+    :param extra_module: Returns what is trained beside the backbone, whole even beside adapters.
     """
     model = meta_model(config)
-    decoder = 0
-    if isinstance(section, WarmupSection):
-        with torch.device("meta"):
-            decoder = count_parameters(PixelDecoder(model, PatchGeometry.from_config(config))).total
-    if section.freeze_vision:
+    with torch.device("meta"):
+        beside = extra_module(model)
+    extra = 0 if beside is None else count_parameters(beside).total
+    if settings.freeze_vision:
         freeze_vision(model)
-    adapter, counted = section.adapter, count_parameters(model)
+    adapter, counted = settings.adapter, count_parameters(model)
     if adapter is None:
-        return Parameters(total=counted.total + decoder, trainable=counted.trainable + decoder)
-    adapted = [model.get_submodule(name) for name in target_names(model, vision=section.adapts_vision)]
+        return Parameters(total=counted.total + extra, trainable=counted.trainable + extra)
+    adapted = [model.get_submodule(name) for name in target_names(model, vision=settings.adapts_vision)]
     shapes = [matrix.weight.shape for matrix in adapted]
     has_magnitudes = adapter.kind == "dora"
     added = sum(adapter.r * (width + height) + has_magnitudes * height for height, width in shapes)
-    return Parameters(total=counted.total + added + decoder, trainable=added + decoder)
+    return Parameters(total=counted.total + added + extra, trainable=added + extra)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from cocoa_embed.train.run_report.scores import (
 )
 from cocoa_embed.train.stages.samples import Samples, read_samples
 
-DRAWN = ("loss", "mntp_loss", "mae_loss", "hidden_token_accuracy", *PLATEAU, NO_IMAGE, *GEOMETRY)
+DRAWN = ("loss", "mntp_loss", "mae_loss", "masked_token_accuracy", *PLATEAU, NO_IMAGE, *GEOMETRY)
 """What is drawn of a stage's log."""
 
 REPORT_FILE = "report.html"

@@ -14,9 +14,9 @@ from cocoa_embed.model.training_record import TRAINING_FILE, read_training
 from cocoa_embed.train.data.rows import BadRow
 from cocoa_embed.train.loop.checkpoints import newest_complete, read_complete, step_of
 from cocoa_embed.train.plan.checks import BAD_ROWS_FILE, CHECKPOINTS, DATA_FILE, RECIPE_FILE
-from cocoa_embed.train.recipe import SOURCE_KINDS, STAGES, Recipe
+from cocoa_embed.train.recipe import STAGES, Recipe
 from cocoa_embed.train.record import StageResult, checked_log, read_result, recorded_result
-from cocoa_embed.train.settings import DataSection, SourceSection
+from cocoa_embed.train.settings import SOURCE_KINDS, DataSettings, SourceSettings
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class StageRows:
     """
 
     counts: dict[str, int]
-    sources: dict[str, SourceSection] | None
+    sources: dict[str, SourceSettings] | None
     fingerprint: str
 
 
@@ -228,9 +228,9 @@ def _stage_rows(file: Path, stage: str, known: object, recipe: Mapping[str, Any]
         ) from error
 
 
-def _sources(known: Mapping[str, Any], recipe: Mapping[str, Any], stage: str) -> dict[str, SourceSection] | None:
+def _sources(known: Mapping[str, Any], recipe: Mapping[str, Any], stage: str) -> dict[str, SourceSettings] | None:
     if "sources" in known:
-        return {name: SourceSection(**values) for name, values in known["sources"].items()}
+        return {name: SourceSettings(**values) for name, values in known["sources"].items()}
     try:
         return Recipe.parse(without_defaults(recipe)).sources_of(stage)
     except UsageError:
@@ -243,7 +243,7 @@ def without_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
     Earlier versions wrote every key of a data section down, and in one what is given replaces what the recipe's own
     says: of such sections the values that are as by default are left out, those that were given on purpose too.
     """
-    defaults = {name: known.default for name, known in DataSection.model_fields.items()}
+    defaults = {name: known.default for name, known in DataSettings.model_fields.items()}
 
     def given(data: Mapping[str, Any]) -> dict[str, Any]:
         if not all(kind in data for kind in SOURCE_KINDS):

@@ -1,35 +1,23 @@
 """A recipe as people read it: what somebody has chosen first, then the rest, then the file to run it again."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
 from cocoa_embed.errors import UsageError
 from cocoa_embed.report.content import RecipeTable
-from cocoa_embed.train.recipe import SOURCE_KINDS, Recipe
+from cocoa_embed.train.recipe import STAGES, Recipe
 from cocoa_embed.train.run_report.finished_run import FinishedRun, without_defaults
-from cocoa_embed.train.settings import (
-    BridgeSection,
-    ContrastiveSection,
-    Section,
-    SourceSection,
-    StageSection,
-    WarmupSection,
-)
+from cocoa_embed.train.settings import SOURCE_KINDS, Settings, SourceSettings
 
-SECTIONS: dict[str, type[StageSection]] = {
-    "warmup": WarmupSection,
-    "bridge": BridgeSection,
-    "contrastive": ContrastiveSection,
-}
 ABSENT = "–"
 
 
 def recipe_table(run: FinishedRun) -> RecipeTable:
     """Return a run's recipe; the data have a section of their own."""
     recipe, stages = run.recipe, run.stages
-    whole = [(key, words(value)) for key, value in recipe.items() if key not in {*SECTIONS, "data", "prompts", "name"}]
+    whole = [(key, words(value)) for key, value in recipe.items() if key not in {*STAGES, "data", "prompts", "name"}]
     prompts = [(f"prompts.{role}", text) for role, text in (recipe.get("prompts") or {}).items()]
     keys = list(dict.fromkeys(key for stage in stages for key in recipe[stage] if key != "data"))
     chosen, defaults = [], []
@@ -45,7 +33,8 @@ def recipe_table(run: FinishedRun) -> RecipeTable:
 
 
 def _default(stage: str, key: str) -> Any:  # noqa: ANN401  a recipe's value, of any kind
-    known = SECTIONS[stage].model_fields.get(key)
+    (settings,) = (kind for kind in get_args(Recipe.model_fields[stage].annotation) if kind is not type(None))
+    known = settings.model_fields.get(key)
     return None if known is None else known.default
 
 
@@ -62,7 +51,7 @@ def words(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def source_words(source: SourceSection) -> str:
+def source_words(source: SourceSettings) -> str:
     """Return where rows are from, and how they were taken from there."""
     given = source.model_dump(mode="json", exclude_defaults=True)
     kind = next((kind for kind in SOURCE_KINDS if kind in given), None)
@@ -86,7 +75,7 @@ def recipe_yaml(run: FinishedRun) -> str:
         return ""
     data = {stage: _stage_data(run, stage, parsed) for stage in run.stages}
     values: dict[str, Any] = {
-        key: value for key, value in recipe.items() if key not in {*SECTIONS, "data"} and value != _recipe_default(key)
+        key: value for key, value in recipe.items() if key not in {*STAGES, "data"} and value != _recipe_default(key)
     }
     for stage in run.stages:
         section = {key: value for key, value in run.recipe[stage].items() if value != _default(stage, key)}
@@ -98,7 +87,7 @@ def recipe_yaml(run: FinishedRun) -> str:
 def _recipe_default(key: str) -> Any:  # noqa: ANN401  a recipe's value, of any kind
     known = Recipe.model_fields.get(key)
     default = None if known is None else known.default
-    if isinstance(default, Section):
+    if isinstance(default, Settings):
         return default.model_dump(mode="json")
     return list(default) if isinstance(default, tuple) else default
 
@@ -108,5 +97,5 @@ def _stage_data(run: FinishedRun, stage: str, recipe: Recipe) -> dict[str, Any]:
         name: source.model_dump(mode="json", exclude_defaults=True)
         for name, source in (run.rows[stage].sources or {}).items()
     }
-    how = recipe.data_of(stage).model_dump(mode="json", include={"on_bad_row", "check_images"})
+    how = recipe.data_of(stage).model_dump(mode="json", include={"on_bad_row"})
     return {**how, **(sources["data"] if set(sources) == {"data"} else {"subsets": sources})}

@@ -13,8 +13,8 @@ from cocoa_embed.train.data.mixture import fingerprint, read_rows, weigh
 from cocoa_embed.train.data.readers import read_source
 from cocoa_embed.train.data.rows import BadRow, Row
 from cocoa_embed.train.run_report.finished_run import FinishedRun, StageRows
-from cocoa_embed.train.settings import SourceSection
-from cocoa_embed.train.stages.collators import lacks_block_b
+from cocoa_embed.train.settings import SourceSettings
+from cocoa_embed.train.stages.bridge.collator import lacks_block_b
 from cocoa_embed.train.stages.probe import hold_out_rows
 
 OWN_ROWS = 200
@@ -84,7 +84,7 @@ def draws(run: FinishedRun, stage: str) -> tuple[int, bool]:
     result = next(result for result in run.results if result.stage == stage)
     section = run.recipe[stage]
     drawn = result.steps * int(section["batch_size"])
-    ways = 2 if stage == "contrastive" and section.get("both_directions", True) else 1
+    ways = 2 if stage == "contrastive" and section.get("directions") == "both" else 1
     return drawn, drawn >= ways * result.rows
 
 
@@ -151,7 +151,7 @@ def _trained_rows(run: FinishedRun, stage: str) -> list[Row]:
     return hold_out_rows(rows, kept_out_images(run, stage))[1]
 
 
-def _known(run: FinishedRun, stage: str) -> tuple[StageRows, dict[str, SourceSection]]:
+def _known(run: FinishedRun, stage: str) -> tuple[StageRows, dict[str, SourceSettings]]:
     """Return what is known of a stage's rows.
 
     :raises CocoaError: If that does not suffice to read them from this machine's disk.
@@ -166,12 +166,12 @@ def _known(run: FinishedRun, stage: str) -> tuple[StageRows, dict[str, SourceSec
     return known, known.sources
 
 
-def _is_checked(known: StageRows, sources: Mapping[str, SourceSection]) -> bool:
+def _is_checked(known: StageRows, sources: Mapping[str, SourceSettings]) -> bool:
     is_quick = all(source.folder is not None or source.file is not None for source in sources.values())
     return is_quick and sum(known.counts.values()) <= WHOLE_ROWS
 
 
-def _read_whole(run: FinishedRun, stage: str, sources: Mapping[str, SourceSection]) -> list[Row]:
+def _read_whole(run: FinishedRun, stage: str, sources: Mapping[str, SourceSettings]) -> list[Row]:
     read = read_rows(
         sources,
         on_bad_row="skip",
@@ -183,12 +183,12 @@ def _read_whole(run: FinishedRun, stage: str, sources: Mapping[str, SourceSectio
     return read.rows
 
 
-def _first_rows(run: FinishedRun, stage: str, sources: Mapping[str, SourceSection]) -> list[Row]:
+def _first_rows(run: FinishedRun, stage: str, sources: Mapping[str, SourceSettings]) -> list[Row]:
     bad: list[BadRow] = []
     known_bad = run.bad_of(stage)
     left_out = {(row.subset, row.source) for row in known_bad}
 
-    def of_source(name: str, source: SourceSection) -> list[Row]:
+    def of_source(name: str, source: SourceSettings) -> list[Row]:
         if source.weight < 1:
             rows = weigh(read_source(name, source, bad), source.weight, seed=run.recipe.get("seed", 0), subset=name)
         else:
@@ -205,11 +205,11 @@ def _first_rows(run: FinishedRun, stage: str, sources: Mapping[str, SourceSectio
     return found[:OWN_ROWS]
 
 
-def _places(sources: Mapping[str, SourceSection]) -> set[tuple[str | None, str | None]]:
+def _places(sources: Mapping[str, SourceSettings]) -> set[tuple[str | None, str | None]]:
     """Return where rows are from, whatever is taken from there."""
     return {_place(source) for source in sources.values()}
 
 
-def _place(source: SourceSection) -> tuple[str | None, str | None]:
+def _place(source: SourceSettings) -> tuple[str | None, str | None]:
     name = source.folder or source.file or source.mmeb or source.hub
     return (None if name is None else os.path.realpath(name), source.config)

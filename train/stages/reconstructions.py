@@ -13,9 +13,11 @@ from cocoa_embed.model.attention import Block, before_or_itself, bridge_mask, is
 from cocoa_embed.model.backbone import PatchGeometry
 from cocoa_embed.report.content import BridgeMask, PatchReconstruction, TokenReconstruction
 from cocoa_embed.train.data.rows import Row, numbered
-from cocoa_embed.train.stages.bridge import BridgeModel
-from cocoa_embed.train.stages.collators import Batch, BridgeCollator, WarmupCollator
-from cocoa_embed.train.stages.warmup import WarmupModel
+from cocoa_embed.train.loop.batch_facts import Batch
+from cocoa_embed.train.stages.bridge.collator import BridgeCollator
+from cocoa_embed.train.stages.bridge.model import BridgeModel
+from cocoa_embed.train.stages.warmup.collator import WarmupCollator
+from cocoa_embed.train.stages.warmup.model import WarmupModel
 
 
 def patches_to_image(patches: Tensor, grid: Tensor, geometry: PatchGeometry, processor: ProcessorMixin) -> Image.Image:
@@ -51,7 +53,7 @@ def warmup_reconstructions(
     logits, predicted = model.predict(_on_device_of(model, batch))
     original = _whole_pixels(batch)
     reconstructed = original.clone()
-    reconstructed[batch["hidden_patches"]] = predicted.float().cpu()
+    reconstructed[batch["masked_patches"]] = predicted.float().cpu()
     # Rows without an image have no part in the patches, so pictures are counted by themselves.
     pictured = [row for row in rows if row.image is not None]
     pictures = [
@@ -94,7 +96,7 @@ def _whole_pixels(batch: Batch) -> Tensor:
     if "pixel_values" not in batch:
         return batch["target_patches"]
     original = batch["pixel_values"].clone()
-    original[batch["hidden_patches"]] = batch["target_patches"]
+    original[batch["masked_patches"]] = batch["target_patches"]
     return original
 
 
@@ -122,7 +124,7 @@ def _caption(row: Row) -> str:
 def _token_reconstructions(
     batch: Batch, logits: Tensor, processor: ProcessorMixin, *, stage: str, images: list[Image.Image | None]
 ) -> list[TokenReconstruction]:
-    hidden = batch["hidden_tokens"]
+    hidden = batch["masked_tokens"]
     truth, predicted = batch["input_ids"].clone(), batch["input_ids"].clone()
     truth[hidden] = batch["target_ids"]
     predicted[hidden] = logits.argmax(dim=-1)

@@ -18,14 +18,14 @@ from cocoa_embed.images.load import decode_image
 from cocoa_embed.report.content import BridgeMask, PatchReconstruction, TokenReconstruction
 from cocoa_embed.report.figures import data_uri
 from cocoa_embed.train.data.rows import Row, numbered
-from cocoa_embed.train.loop.batch_facts import DescribedBatches
+from cocoa_embed.train.loop.batch_facts import Batch, DescribedBatches
 from cocoa_embed.train.loop.checkpoints import write_json
 from cocoa_embed.train.loop.trainer import CocoaTrainer
-from cocoa_embed.train.settings import BridgeSection, ReconstructionSection, StageSection
-from cocoa_embed.train.stages.collators import Batch
+from cocoa_embed.train.settings import ReconstructionSettings, StageSettings
+from cocoa_embed.train.stages.bridge.settings import BridgeSettings
 from cocoa_embed.train.stages.probe import first_of_images, hold_out_rows
 from cocoa_embed.train.stages.reconstructions import bridge_reconstructions, warmup_reconstructions
-from cocoa_embed.train.stages.warmup import WarmupModel
+from cocoa_embed.train.stages.warmup.model import WarmupModel
 
 SAMPLES_FILE = "samples.json"
 """In the folder of a reconstruction stage: its samples, the images inside as data URIs."""
@@ -53,7 +53,7 @@ class Samples:
     failure: str | None = None
 
 
-def leave_samples(trainer: CocoaTrainer, section: StageSection, rows: Sequence[Row], folder: Path) -> None:
+def leave_samples(trainer: CocoaTrainer, section: StageSettings, rows: Sequence[Row], folder: Path) -> None:
     """Write a reconstruction stage's ``SAMPLES_FILE`` into its folder; other stages have none.
 
     Every process calls it when the stage's weights are saved. The first makes the samples and writes them; where the
@@ -64,7 +64,7 @@ def leave_samples(trainer: CocoaTrainer, section: StageSection, rows: Sequence[R
 
     :param rows: All rows of the stage.
     """
-    if not isinstance(section, ReconstructionSection):
+    if not isinstance(section, ReconstructionSettings):
         return
     is_writer, is_sharded = trainer.is_world_process_zero(), trainer.is_fsdp_enabled
     if not (is_writer or is_sharded):
@@ -99,13 +99,13 @@ def _attempt(work: Callable[[], Result]) -> tuple[Result | None, str | None]:
 
 
 def _collated(
-    trainer: CocoaTrainer, section: ReconstructionSection, rows: Sequence[Row]
+    trainer: CocoaTrainer, section: ReconstructionSettings, rows: Sequence[Row]
 ) -> list[tuple[list[Row], Batch]]:
     """Return the rows in batches as large as those that a device trains on at once: what fits there fits here."""
     described = trainer.data_collator
     assert isinstance(described, DescribedBatches)
     of_device = max(1, section.batch_size // trainer.accelerator.num_processes)
-    examples, size = numbered(rows), min(section.micro_batch_size or of_device, of_device)
+    examples, size = numbered(rows), min(section.mini_batch_size or of_device, of_device)
     parts = [examples[start : start + size] for start in range(0, len(examples), size)]
     return [([row for _, row in part], described.collate(part)) for part in parts]
 
@@ -134,13 +134,13 @@ def _made(trainer: CocoaTrainer, batches: Sequence[tuple[list[Row], Batch]], kep
     return Samples(kept_out, patches, tokens, masks[0] if masks else None)
 
 
-def choose_rows(section: ReconstructionSection, rows: Sequence[Row]) -> tuple[list[Row], bool]:
+def choose_rows(section: ReconstructionSettings, rows: Sequence[Row]) -> tuple[list[Row], bool]:
     """Return the rows to show, and whether the stage was not trained on them.
 
     Of the bridge they are rows that it keeps out for its probe, where it does; otherwise the first with different
     images, or without any where no row has one.
     """
-    if isinstance(section, BridgeSection):
+    if isinstance(section, BridgeSettings):
         kept_out, _ = hold_out_rows(rows, section.probe_rows)
         if kept_out:
             return kept_out[:SAMPLE_ROWS], True

@@ -17,13 +17,13 @@ from cocoa_embed.train.data.arrow_images import StoredImage, StoredTable
 from cocoa_embed.train.data.pair_datasets import ItemPreprocessor, as_record
 from cocoa_embed.train.data.readers import read_source
 from cocoa_embed.train.data.rows import Row, load_row_image, numbered, stored_images
-from cocoa_embed.train.settings import SourceSection
+from cocoa_embed.train.settings import SourceSettings
 from cocoa_embed.train.stages.collators import WarmupCollator
 
 
 def stored_rows(path: Path, cells: list[bytes]) -> list[Row]:
     write_table(path, [{"query_image": cell, "positive_text": f"text {n}"} for n, cell in enumerate(cells)])
-    return read_source("data", SourceSection(file=str(path)), [])
+    return read_source("data", SourceSettings(file=str(path)), [])
 
 
 def stored_image(row: Row) -> StoredImage:
@@ -78,7 +78,7 @@ def pairs(tmp_path: Path, scene_rows: list[Row]) -> tuple[list[Row], list[Row]]:
         path,
         [{"query_image": Path(str(row.image)).read_bytes(), "positive_text": row.positive.text} for row in files],
     )
-    return files, read_source("data", SourceSection(file=str(path)), [])
+    return files, read_source("data", SourceSettings(file=str(path)), [])
 
 
 def test_a_stored_image_is_collated_like_the_same_image_in_a_file(

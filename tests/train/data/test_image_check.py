@@ -10,7 +10,7 @@ from cocoa_embed.images.to_rgb import ORIENTATION_TAG
 from cocoa_embed.train.data.image_check import check_images, known_sizes
 from cocoa_embed.train.data.readers import read_source
 from cocoa_embed.train.data.rows import RowImage
-from cocoa_embed.train.settings import SourceSection
+from cocoa_embed.train.settings import SourceSettings
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def images(tmp_path: Path) -> list[RowImage]:
     Image.new("RGB", (60, 40)).save(tmp_path / "turned.jpg", exif=turned)
     cells = [png(size=(28, 56)), b"no image", png(size=(84, 28))]
     write_table(tmp_path / "rows.parquet", [{"query_image": cell, "positive_text": "p"} for cell in cells])
-    stored = [row.images()[0] for row in read_source("data", SourceSection(file=str(tmp_path / "rows.parquet")), [])]
+    stored = [row.images()[0] for row in read_source("data", SourceSettings(file=str(tmp_path / "rows.parquet")), [])]
     return [*(tmp_path / name for name in files), tmp_path / "gone.png", tmp_path / "turned.jpg", *stored, stored[0]]
 
 

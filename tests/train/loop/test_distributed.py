@@ -28,10 +28,10 @@ STAGE: dict[str, Any] = {
 GEOMETRY = ("alignment", "uniformity", "modality_gap", "effective_rank")
 
 FIGURES = {
-    "warmup": ("loss", "grad_norm", "mntp_loss", "mae_loss", "hidden_token_accuracy"),
+    "warmup": ("loss", "grad_norm", "mntp_loss", "mae_loss", "masked_token_accuracy"),
     "bridge": (
-        *("loss", "grad_norm", "hidden_token_accuracy"),
-        *("accuracy_right_image", "accuracy_shuffled_image", "accuracy_no_image", *GEOMETRY),
+        *("loss", "grad_norm", "masked_token_accuracy"),
+        *("accuracy_matching_image", "accuracy_shuffled_image", "accuracy_no_image", *GEOMETRY),
     ),
     "contrastive": ("loss", "grad_norm", *GEOMETRY),
 }

@@ -5,9 +5,9 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from cocoa_embed.train.loop.progress import LiveLossCallback
 
-STEP = {"loss": 2.345678, "hidden_token_accuracy": 0.41, "learning_rate": 1e-3, "tokens_per_second": 9e3}
+STEP = {"loss": 2.345678, "masked_token_accuracy": 0.41, "learning_rate": 1e-3, "tokens_per_second": 9e3}
 PROBED = {
-    "accuracy_right_image": 0.51,
+    "accuracy_matching_image": 0.51,
     "accuracy_shuffled_image": 0.31,
     "accuracy_no_image": 0.3,
     "alignment": 1.2,

@@ -55,8 +55,8 @@ def same_weights(first: Path, second: Path) -> bool:
 def whole(tiny_backbone_path: Path, scene_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("kept") / "out"
     stages = {
-        "bridge": {**LENGTHS_MIXED, "steps": 4, "keep_steps": [2, 3]},
-        "contrastive": {"steps": 2, "keep_steps": [1]},
+        "bridge": {**LENGTHS_MIXED, "steps": 4, "snapshot_steps": [2, 3]},
+        "contrastive": {"steps": 2, "snapshot_steps": [1]},
     }
     run(recipe(tiny_backbone_path, scene_folder, **stages), out)
     return out
@@ -75,7 +75,7 @@ def test_so_are_those_of_a_contrastive_stage_past_an_epochs_end(
 ) -> None:
     few = {"data": {"limit": 8}, "both_directions": False}  # two steps an epoch
     long, short = ({**few, "steps": steps} for steps in (5, 3))
-    run(recipe(tiny_backbone_path, scene_folder, contrastive={**long, "keep_steps": [3]}), tmp_path / "long")
+    run(recipe(tiny_backbone_path, scene_folder, contrastive={**long, "snapshot_steps": [3]}), tmp_path / "long")
     run(recipe(tiny_backbone_path, scene_folder, contrastive=short), tmp_path / "short")
     assert same_weights(tmp_path / "long" / "contrastive" / "step-3", tmp_path / "short" / "contrastive")
 
@@ -103,7 +103,7 @@ def test_samples_are_left_where_the_stage_ends_and_not_on_the_way(whole: Path) -
 def test_weights_that_are_written_again_count_only_when_they_are_whole_again(
     whole: Path, tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = recipe(tiny_backbone_path, scene_folder, bridge={**LENGTHS_MIXED, "steps": 4, "keep_steps": [2, 3]})
+    given = recipe(tiny_backbone_path, scene_folder, bridge={**LENGTHS_MIXED, "steps": 4, "snapshot_steps": [2, 3]})
     out = tmp_path / "out"
 
     def fail(self: PreTrainedModel, folder: Path, **options: object) -> None:
@@ -134,7 +134,7 @@ def test_a_run_killed_after_a_kept_step_still_has_it_when_it_has_gone_on(
     class Killed(BaseException):
         pass
 
-    given = recipe(tiny_backbone_path, scene_folder, bridge={**LENGTHS_MIXED, "steps": 4, "keep_steps": [2, 3]})
+    given = recipe(tiny_backbone_path, scene_folder, bridge={**LENGTHS_MIXED, "steps": 4, "snapshot_steps": [2, 3]})
     write = pipeline.write_record
 
     def die_at_the_last_step(recipe: Recipe, start: Start, results: list[StageResult]) -> None:
@@ -168,12 +168,14 @@ def test_what_a_killed_run_was_writing_goes_and_what_is_whole_stays(tmp_path: Pa
 def test_a_step_that_the_stage_does_not_come_to_is_refused(
     tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path, length: dict[str, Any]
 ) -> None:
-    given = recipe(tiny_backbone_path, scene_folder, bridge={**length, "keep_steps": [1, 3]})
-    with pytest.raises(UsageError, match=r"bridge\.keep_steps names step 3, but the stage ends at step [123]"):
+    given = recipe(tiny_backbone_path, scene_folder, bridge={**length, "snapshot_steps": [1, 3]})
+    with pytest.raises(UsageError, match=r"bridge\.snapshot_steps names step 3, but the stage ends at step [123]"):
         run(given, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_an_adapter_is_not_merged_on_the_way(tiny_backbone_path: Path, scene_folder: Path) -> None:
-    with pytest.raises(UsageError, match="keep_steps and an adapter do not go together"):
-        recipe(tiny_backbone_path, scene_folder, bridge={"steps": 3, "keep_steps": [1], "adapter": {"kind": "lora"}})
+    with pytest.raises(UsageError, match="snapshot_steps and an adapter do not go together"):
+        recipe(
+            tiny_backbone_path, scene_folder, bridge={"steps": 3, "snapshot_steps": [1], "adapter": {"kind": "lora"}}
+        )

@@ -13,7 +13,7 @@ from cocoa_embed.errors import CocoaError
 from cocoa_embed.train.data.rows import Draw, Item, Row, Rows
 from cocoa_embed.train.loop.batch_facts import FACTS, BatchFacts, DescribedBatches
 from cocoa_embed.train.loop.stage_trainer import StageContext, StageTrainer, reconstruction_trainer
-from cocoa_embed.train.settings import BridgeSection
+from cocoa_embed.train.settings import BridgeSettings
 
 ROWS = [Row(query=Item(text="a"), positive=Item(text="b"), source=f"pairs.csv, row {number}") for number in range(40)]
 
@@ -43,7 +43,7 @@ Collate = Callable[[list[tuple[Draw, Row]]], dict[str, torch.Tensor]]
 
 
 def trainer(folder: Path, rows: list[Row] = ROWS, collator: Collate = collate, **values: Any) -> StageTrainer:
-    section = BridgeSection(**{"steps": 4, "batch_size": 4, "micro_batch_size": 2, **values})
+    section = BridgeSettings(**{"steps": 4, "batch_size": 4, "micro_batch_size": 2, **values})
     size = section.micro_batch_size or section.batch_size
     arguments = {
         "output_dir": str(folder / "checkpoints"),
@@ -85,9 +85,9 @@ def test_a_log_line_holds_what_one_wants_to_see(tmp_path: Path) -> None:
     stage = trainer(tmp_path)
     stage.train()
     line = next(line for line in stage.state.log_history if "loss" in line)
-    assert {"loss", "distance", "grad_norm", "learning_rate", "tokens_per_second", "data_wait_share"} <= line.keys()
+    assert {"loss", "distance", "grad_norm", "learning_rate", "tokens_per_second", "data_wait_ratio"} <= line.keys()
     assert line["tokens_per_second"] > 0
-    assert 0 <= line["data_wait_share"] <= 1
+    assert 0 <= line["data_wait_ratio"] <= 1
 
 
 def test_utilisation_is_flops_over_time_and_peak(tmp_path: Path) -> None:

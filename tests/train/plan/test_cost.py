@@ -29,7 +29,7 @@ from cocoa_embed.train.plan.memory import (
     stage_parameters,
     training_memory,
 )
-from cocoa_embed.train.settings import StageSection
+from cocoa_embed.train.settings import StageSettings
 from cocoa_embed.train.stages import reconstruction
 from cocoa_embed.train.stages.bridge import BridgeModel
 from cocoa_embed.train.stages.collators import BridgeCollator, WarmupCollator
@@ -44,8 +44,8 @@ def no_idle_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reconstruction, "_idle_vision_pass", lambda model: torch.zeros(()))
 
 
-def stage(**values: Any) -> StageSection:
-    return StageSection.model_validate({"steps": 1, "batch_size": 1, **values})
+def stage(**values: Any) -> StageSettings:
+    return StageSettings.model_validate({"steps": 1, "batch_size": 1, **values})
 
 
 def case(backbone: Backbone, rows: list[Row], *, images: bool) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -107,8 +107,8 @@ def test_a_batchs_shape_is_read_from_it(tiny_backbone: Backbone, scene_rows: lis
     assert (shape.rows, shape.length) == tuple(batch["input_ids"].shape)
     assert shape.tokens == batch["attention_mask"].sum() < shape.positions
     assert shape.patches == len(batch["pixel_values"])
-    assert shape.hidden_tokens == batch["hidden_tokens"].sum()
-    assert shape.hidden_patches == batch["hidden_patches"].sum()
+    assert shape.hidden_tokens == batch["masked_tokens"].sum()
+    assert shape.hidden_patches == batch["masked_patches"].sum()
     assert batch_shapes(batch) == [shape]
 
 

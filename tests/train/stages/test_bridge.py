@@ -21,7 +21,7 @@ from cocoa_embed.model.export import build_sentence_transformer
 from cocoa_embed.model.flex_attention import FLEX, uses_flex_attention
 from cocoa_embed.train.data.rows import Item, Row, numbered
 from cocoa_embed.train.loop.stage_trainer import StageContext
-from cocoa_embed.train.settings import AdapterSection, BridgeSection
+from cocoa_embed.train.settings import AdapterSettings, BridgeSettings
 from cocoa_embed.train.stages.bridge import BridgeModel, bridge_probe, bridge_trainer
 from cocoa_embed.train.stages.collators import Batch, BridgeCollator
 from cocoa_embed.train.stages.losses import mntp_loss
@@ -219,11 +219,11 @@ def test_without_the_image_no_pixel_reaches_block_b_and_everything_else_does(
 def test_the_loss_is_mntp_over_block_bs_hidden_tokens(model: BridgeModel, batch: Batch) -> None:
     outputs = model(**batch)
     logits = model.predict(batch)
-    assert logits.shape[0] == len(batch["target_ids"]) == batch["hidden_tokens"].sum()
-    assert not batch["hidden_tokens"][batch["blocks"] != Block.B].any()
+    assert logits.shape[0] == len(batch["target_ids"]) == batch["masked_tokens"].sum()
+    assert not batch["masked_tokens"][batch["blocks"] != Block.B].any()
     assert outputs["loss"].item() == mntp_loss(logits, batch["target_ids"]).item()
     right = logits.argmax(dim=1) == batch["target_ids"]
-    assert outputs["hidden_token_accuracy"].item() == pytest.approx(right.float().mean().item())
+    assert outputs["masked_token_accuracy"].item() == pytest.approx(right.float().mean().item())
 
 
 def test_gradients_reach_the_vision_encoder_through_eos_alone(model: BridgeModel, batch: Batch) -> None:
@@ -247,7 +247,7 @@ def test_logits_are_made_for_hidden_tokens_alone(model: BridgeModel, batch: Batc
     head = model.backbone.get_output_embeddings()
     head.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
     model(**batch)
-    hidden = int(batch["hidden_tokens"].sum())
+    hidden = int(batch["masked_tokens"].sum())
     assert 0 < hidden < batch["attention_mask"].sum()
     assert shapes == [(hidden, model.backbone.config.get_text_config().hidden_size)]
 
@@ -260,7 +260,7 @@ def test_a_hidden_token_is_predicted_from_the_state_before_it(model: BridgeModel
     head.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
     model(**batch)
     last_hidden_states, seen_by_head = kept
-    places = batch["hidden_tokens"].nonzero().tolist()
+    places = batch["masked_tokens"].nonzero().tolist()
     assert len(places) > len(batch["input_ids"])
     expected = torch.stack([last_hidden_states[row, position - 1] for row, position in places])
     assert torch.equal(seen_by_head, expected)
@@ -270,7 +270,7 @@ def test_a_hidden_token_is_predicted_from_the_state_before_it(model: BridgeModel
 def test_the_trainer_is_what_its_section_says(
     tiny_backbone: Backbone, scene_rows: list[Row], tmp_path: Path, probe_rows: int
 ) -> None:
-    section = BridgeSection(steps=1, batch_size=2, mask_ratio=0.4, eos_attends_to_b=False, probe_rows=probe_rows)
+    section = BridgeSettings(steps=1, batch_size=2, mask_ratio=0.4, eos_attends_to_b=False, probe_rows=probe_rows)
     arguments = {"output_dir": str(tmp_path), "max_steps": 1, "report_to": "none", "gradient_accumulation_steps": 2}
     trainer = bridge_trainer(tiny_backbone, scene_rows, section, StageContext(arguments, seed=5))
     assert (trainer.data_collator.collate.seed, trainer.data_collator.collate.mask_ratio) == (5, 0.4)
@@ -292,7 +292,7 @@ def test_items_are_embedded_as_by_the_exported_model(
     rows = [Row(query=item, positive=row.positive, source="") for item, row in zip(queries, scene_rows, strict=False)]
     model, found = BridgeModel(tiny_backbone.model).train(), []
     model.register_forward_hook(lambda _, inputs, outputs: found.append(outputs.get("embeddings")))
-    section = BridgeSection(steps=1, batch_size=2)
+    section = BridgeSettings(steps=1, batch_size=2)
     figures = bridge_probe(tiny_backbone, rows, section, seed=0, prompts=prompts, batch_size=2)(model)
     assert list(figures)[3:] == ["alignment", "uniformity", "modality_gap", "effective_rank"]
 
@@ -307,15 +307,15 @@ def test_items_are_embedded_as_by_the_exported_model(
 
 def draw_at_random(model: nn.Module) -> dict[str, float]:
     """Do what no probe may."""
-    return {"accuracy_right_image": torch.rand(1).item()}
+    return {"accuracy_matching_image": torch.rand(1).item()}
 
 
 def test_the_probe_changes_neither_weights_nor_draws(
     load_tiny: Callable[[str], Backbone], scene_rows: list[Row], tmp_path: Path
 ) -> None:
     """The adapter's dropout draws at every step, so that a draw between two steps would show in the weights."""
-    adapter = AdapterSection(kind="lora", r=2, alpha=4, dropout=0.3)
-    section = BridgeSection(steps=3, batch_size=4, probe_rows=4, probe_steps=1, adapter=adapter)
+    adapter = AdapterSettings(kind="lora", r=2, alpha=4, dropout=0.3)
+    section = BridgeSettings(steps=3, batch_size=4, probe_rows=4, probe_steps=1, adapter=adapter)
     arguments = {"output_dir": str(tmp_path), "max_steps": 3, "report_to": "none", "logging_steps": 1, "use_cpu": True}
     arguments |= {"learning_rate": 1e-2, "save_strategy": "no", "disable_tqdm": True, "remove_unused_columns": False}
 
@@ -331,7 +331,7 @@ def test_the_probe_changes_neither_weights_nor_draws(
     with_probe, logged = trained(lambda probe: probe)
     without, unprobed = trained(lambda _: None)
     drawn, _ = trained(lambda _: draw_at_random)
-    figures = {"accuracy_right_image", "accuracy_shuffled_image", "accuracy_no_image"}
+    figures = {"accuracy_matching_image", "accuracy_shuffled_image", "accuracy_no_image"}
     figures |= {"alignment", "uniformity", "modality_gap", "effective_rank"}
     assert [figures <= line for line in logged] == [True] * 3
     assert not any(figures & line for line in unprobed)

@@ -80,12 +80,12 @@ def same(first: Batch, second: Batch) -> bool:
 def originals(batch: Batch) -> torch.Tensor:
     """Return the token ids as they were before any was hidden."""
     input_ids = batch["input_ids"].clone()
-    input_ids[batch["hidden_tokens"]] = batch["target_ids"]
+    input_ids[batch["masked_tokens"]] = batch["target_ids"]
     return input_ids
 
 
 def assert_corruption_is_honest(batch: Batch, hidden_from: BoolTensor, processor: ProcessorMixin) -> None:
-    hidden = batch["hidden_tokens"]
+    hidden = batch["masked_tokens"]
     assert hidden.any(dim=1).all()
     assert not (hidden & ~hidden_from).any()
     assert (batch["input_ids"][hidden] == processor.tokenizer.mask_token_id).all()
@@ -117,8 +117,8 @@ def test_warmup_hides_text_behind_the_mask_token_and_keeps_it_as_targets(
     clean = render_items(processor, [joined(row) for row in scene_rows])
     assert_corruption_is_honest(batch, text_tokens(clean, processor), processor)
     assert torch.equal(originals(batch), clean["input_ids"])
-    assert not (batch["hidden_tokens"] & (clean["mm_token_type_ids"] != 0)).any()
-    share = batch["hidden_tokens"].sum() / text_tokens(clean, processor).sum()
+    assert not (batch["masked_tokens"] & (clean["mm_token_type_ids"] != 0)).any()
+    share = batch["masked_tokens"].sum() / text_tokens(clean, processor).sum()
     assert 0.1 < share < 0.35
 
 
@@ -129,7 +129,7 @@ def test_warmup_hides_whole_visual_tokens_a_share_of_each_image(
     batch = warmup_collator(numbered(sized_rows[:-1]))
     tokens_per_image = (batch["image_grid_thw"].prod(dim=1) // per_token).tolist()
     assert tokens_per_image == [width * height // 28**2 for width, height in SIZES[:-1]]
-    hidden = batch["hidden_patches"].view(-1, per_token)
+    hidden = batch["masked_patches"].view(-1, per_token)
     assert torch.equal(hidden.all(dim=1), hidden.any(dim=1))
     counts = [image.sum().item() for image in hidden[:, 0].split(tokens_per_image)]
     assert counts == [round(0.5 * count) for count in tokens_per_image]
@@ -140,7 +140,7 @@ def test_the_target_patches_are_the_processors_own_pixel_rows(
 ) -> None:
     batch = warmup_collator(numbered(sized_rows))
     pixel_values = render_items(processor, [joined(row) for row in sized_rows])["pixel_values"]
-    hidden = batch["hidden_patches"]
+    hidden = batch["masked_patches"]
     assert torch.equal(batch["target_patches"], pixel_values[hidden])
     assert torch.equal(batch["pixel_values"][~hidden], pixel_values[~hidden])
     assert (batch["pixel_values"][hidden] != pixel_values[hidden]).any(dim=1).all()
@@ -157,9 +157,9 @@ def test_corruption_depends_on_the_rows_and_the_seed_alone(
     torch.manual_seed(2)
     assert same(first, collator(examples))
     renumbered = collator([(Draw(draw.row + 100), row) for draw, row in examples])
-    assert not torch.equal(first["hidden_tokens"], renumbered["hidden_tokens"])
+    assert not torch.equal(first["masked_tokens"], renumbered["masked_tokens"])
     object.__setattr__(collator, "seed", 1)
-    assert not torch.equal(first["hidden_tokens"], collator(examples)["hidden_tokens"])
+    assert not torch.equal(first["masked_tokens"], collator(examples)["masked_tokens"])
 
 
 def test_a_worker_makes_the_same_batches_as_the_main_process(
@@ -196,7 +196,7 @@ def test_what_is_hidden_of_a_row_depends_on_no_other_row(
     for number, example in enumerate(rows):
         alone = collator([example])
         length = alone["input_ids"].shape[1]
-        assert torch.equal(alone["hidden_tokens"][0], together["hidden_tokens"][number, :length])
+        assert torch.equal(alone["masked_tokens"][0], together["masked_tokens"][number, :length])
         targets.append(alone["target_ids"])
         patches.append(alone.get("pixel_values", torch.empty(0)))
     assert torch.equal(torch.cat(targets), together["target_ids"])
@@ -211,7 +211,7 @@ def test_the_bridge_hides_exactly_its_share_of_block_b(
     batch = BridgeCollator(processor, seed=0, mask_ratio=ratio)(numbered(rows))
     is_b = batch["blocks"] == Block.B
     assert_corruption_is_honest(batch, is_b, processor)
-    for hidden, of in zip(batch["hidden_tokens"].sum(1).tolist(), is_b.sum(1).tolist(), strict=True):
+    for hidden, of in zip(batch["masked_tokens"].sum(1).tolist(), is_b.sum(1).tolist(), strict=True):
         assert hidden == max(1, round(ratio * of))
 
 
@@ -329,7 +329,7 @@ def test_special_tokens_of_block_b_are_never_hidden(
     batch = replace(bridge_collator, mask_ratio=1.0)(numbered([row]))
     special = torch.isin(batch["input_ids"], torch.tensor(sorted(processor.tokenizer.added_tokens_decoder)))
     in_b = batch["blocks"] == Block.B
-    kept = originals(batch)[in_b & ~batch["hidden_tokens"]]
+    kept = originals(batch)[in_b & ~batch["masked_tokens"]]
     assert processor.tokenizer.convert_ids_to_tokens(kept) == ["<|im_end|>", "<|mask|>"]
     assert special[in_b].all(), "everything else is behind the mask token"
 
@@ -372,7 +372,7 @@ def test_a_batch_of_images_without_text_trains_on_pixels_alone(
 ) -> None:
     image = Item(image=scene_rows[0].image)
     batch = warmup_collator(numbered([Row(query=image, positive=image, source="rows.jsonl, line 1")]))
-    assert not batch["hidden_tokens"].any()
+    assert not batch["masked_tokens"].any()
     outputs = WarmupModel(tiny_backbone.model, tiny_backbone.geometry)(**batch)
     assert outputs["loss"].isfinite()
     torch.testing.assert_close(outputs["loss"], 0.5 * outputs["mae_loss"])

@@ -27,7 +27,7 @@ from cocoa_embed.train.data.pair_datasets import ItemPreprocessor, as_record, di
 from cocoa_embed.train.data.rows import Item, Row
 from cocoa_embed.train.loop.progress import LogLastStep
 from cocoa_embed.train.loop.stage_trainer import StageContext
-from cocoa_embed.train.settings import AdapterSection, ContrastiveSection
+from cocoa_embed.train.settings import AdapterSettings, ContrastiveSettings
 from cocoa_embed.train.stages import contrastive
 from cocoa_embed.train.stages.contrastive import contrastive_loss, contrastive_trainer, embedding_probe, matryoshka_dims
 from cocoa_embed.train.stages.probe import Probe
@@ -37,8 +37,8 @@ Features = dict[str, Any]
 BATCH = 8
 
 
-def section(**values: Any) -> ContrastiveSection:
-    return ContrastiveSection(steps=2, batch_size=BATCH, **values)
+def section(**values: Any) -> ContrastiveSettings:
+    return ContrastiveSettings(steps=2, batch_size=BATCH, **values)
 
 
 def arguments(folder: Path, **values: Any) -> dict[str, Any]:
@@ -300,7 +300,7 @@ def with_negatives(model: SentenceTransformer, rows: list[Row]) -> list[Features
     return features(model, rows) + [ItemPreprocessor(model)([as_record(item) for item in column]) for column in columns]
 
 
-def slow_loss(model: SentenceTransformer, rows: list[Row], asked: ContrastiveSection, dims: list[int]) -> Tensor:
+def slow_loss(model: SentenceTransformer, rows: list[Row], asked: ContrastiveSettings, dims: list[int]) -> Tensor:
     """The closed form, written out: a sum over lengths of the mean over directions."""
     embeddings = [model(batch)["sentence_embedding"] for batch in with_negatives(model, rows)]
     rights = torch.arange(len(rows))
@@ -375,7 +375,7 @@ def test_more_dimensions_than_the_model_has_are_refused(model: SentenceTransform
 
 
 def batches(
-    model: SentenceTransformer, rows: list[Row], folder: Path, *, asked: ContrastiveSection, **values: Any
+    model: SentenceTransformer, rows: list[Row], folder: Path, *, asked: ContrastiveSettings, **values: Any
 ) -> Iterator[Features]:
     trainer = contrastive_trainer(model, rows, asked, StageContext(arguments(folder, **values)))
     return iter(trainer.get_train_dataloader())
@@ -543,7 +543,7 @@ def test_the_probe_changes_neither_weights_nor_draws(
     checkpoint: Path, scene_rows: list[Row], tmp_path: Path, cache_chunk: int
 ) -> None:
     """The adapter's dropout draws at every step, so that a draw between two steps would show in the weights."""
-    adapter = AdapterSection(kind="lora", r=2, alpha=4, dropout=0.3)
+    adapter = AdapterSettings(kind="lora", r=2, alpha=4, dropout=0.3)
 
     def trained(probe_rows: int, probe: Probe | None = None) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
         asked = section(cache_chunk=cache_chunk, adapter=adapter, probe_rows=probe_rows, probe_steps=1)

@@ -20,7 +20,7 @@ from cocoa_embed.train.stages.bridge import BridgeModel
 from cocoa_embed.train.stages.collators import Batch, BridgeCollator, split_blocks
 from cocoa_embed.train.stages.probe import EosProbe, GeometryProbe, exchange_images, hold_out_rows, pictured_rows
 
-NAMES = ["accuracy_right_image", "accuracy_shuffled_image", "accuracy_no_image"]
+NAMES = ["accuracy_matching_image", "accuracy_shuffled_image", "accuracy_no_image"]
 
 
 def image_rows(images: list[int]) -> list[Row]:
@@ -146,12 +146,12 @@ def test_the_same_tokens_are_hidden_before_the_right_image_and_before_another(
     collator: BridgeCollator, sized_rows: list[Row]
 ) -> None:
     probe = EosProbe(collator, sized_rows, batch_size=2)
-    right, shuffled = probe.batches["accuracy_right_image"], probe.batches["accuracy_shuffled_image"]
+    right, shuffled = probe.batches["accuracy_matching_image"], probe.batches["accuracy_shuffled_image"]
     assert [len(batch["blocks"]) for batch in right] == [2, 2, 1]
     for one, other in zip(right, shuffled, strict=True):
         assert torch.equal(one["target_ids"], other["target_ids"])
         for row in range(len(one["blocks"])):
-            of_b = [batch["hidden_tokens"][row][batch["blocks"][row] == Block.B] for batch in (one, other)]
+            of_b = [batch["masked_tokens"][row][batch["blocks"][row] == Block.B] for batch in (one, other)]
             assert torch.equal(*of_b)
     grids = [torch.cat([batch["image_grid_thw"] for batch in batches]) for batches in (right, shuffled)]
     assert torch.equal(grids[0].roll(-1, dims=0), grids[1]), "no image is in its own place"
@@ -199,20 +199,20 @@ class ReadsTheImage(torch.nn.Module):
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         known = self.known[batch["pixel_values"].sum().item()]
-        return {"hidden_token_accuracy": torch.tensor(float(torch.equal(known, batch["target_ids"])))}
+        return {"masked_token_accuracy": torch.tensor(float(torch.equal(known, batch["target_ids"])))}
 
 
 def test_the_probe_tells_the_right_image_from_another(collator: BridgeCollator, scene_rows: list[Row]) -> None:
     probe = EosProbe(collator, scene_rows[:6], batch_size=1)
-    figures = probe(ReadsTheImage(probe.batches["accuracy_right_image"]))
-    assert figures == {"accuracy_right_image": 1.0, "accuracy_shuffled_image": 0.0, "accuracy_no_image": 1.0}
+    figures = probe(ReadsTheImage(probe.batches["accuracy_matching_image"]))
+    assert figures == {"accuracy_matching_image": 1.0, "accuracy_shuffled_image": 0.0, "accuracy_no_image": 1.0}
 
 
 def test_no_image_is_the_right_batch_but_for_who_sees_the_visual_tokens(
     collator: BridgeCollator, sized_rows: list[Row]
 ) -> None:
     probe = EosProbe(collator, sized_rows, batch_size=2)
-    for right, cut in zip(probe.batches["accuracy_right_image"], probe.batches["accuracy_no_image"], strict=True):
+    for right, cut in zip(probe.batches["accuracy_matching_image"], probe.batches["accuracy_no_image"], strict=True):
         assert cut.keys() == right.keys()
         assert [name for name in right if not torch.equal(cut[name], right[name])] == ["blocks"]
         changed = cut["blocks"] != right["blocks"]

@@ -35,7 +35,7 @@ def test_the_warm_ups_pictures_differ_where_patches_were_hidden_and_nowhere_else
     collator = WarmupCollator(tiny_backbone.processor, tiny_backbone.geometry, seed=0)
     model = WarmupModel(tiny_backbone.model, tiny_backbone.geometry)
     patches, _ = warmup_reconstructions(model, collator, rows)
-    hidden_patches = collator(numbered(rows))["hidden_patches"].split(16)
+    hidden_patches = collator(numbered(rows))["masked_patches"].split(16)
     side = tiny_backbone.geometry.patch_size
     for row, shown, hidden in zip(rows, patches, hidden_patches, strict=True):
         assert row.image is not None

@@ -19,7 +19,7 @@ from cocoa_embed.train import Recipe, pipeline, run
 from cocoa_embed.train.data.rows import Item, Row, read_image_folder
 from cocoa_embed.train.loop.batch_facts import DescribedBatches
 from cocoa_embed.train.loop.stage_trainer import draw_indices
-from cocoa_embed.train.settings import BridgeSection, WarmupSection
+from cocoa_embed.train.settings import BridgeSettings, WarmupSettings
 from cocoa_embed.train.stages import samples
 from cocoa_embed.train.stages.bridge import BridgeModel
 from cocoa_embed.train.stages.collators import BridgeCollator
@@ -125,7 +125,7 @@ def trainer_of(backbone: Backbone, devices: int) -> Any:  # noqa: ANN401  it sta
 def test_no_more_rows_run_at_once_than_a_device_trains_on(
     tiny_backbone: Backbone, scene_rows: list[Row], devices: int, micro_batch_size: int | None, expected: list[int]
 ) -> None:
-    section = BridgeSection(steps=1, batch_size=4, micro_batch_size=micro_batch_size)
+    section = BridgeSettings(steps=1, batch_size=4, micro_batch_size=micro_batch_size)
     parts = samples._collated(trainer_of(tiny_backbone, devices), section, scene_rows[:6])
     assert [len(batch["input_ids"]) for _, batch in parts] == [len(rows) for rows, _ in parts] == expected
 
@@ -134,7 +134,7 @@ def test_a_model_goes_on_training_though_its_samples_fail(
     tiny_backbone: Backbone, scene_rows: list[Row], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = trainer_of(tiny_backbone, 1)
-    batches = samples._collated(trainer, BridgeSection(steps=1, batch_size=4), scene_rows[:2])
+    batches = samples._collated(trainer, BridgeSettings(steps=1, batch_size=4), scene_rows[:2])
     modes = []
 
     def fail(batch: object) -> None:
@@ -161,8 +161,8 @@ def test_a_full_disk_takes_the_samples_alone(
 
 
 def test_rows_without_images_are_shown_where_there_are_no_others(scene_rows: list[Row]) -> None:
-    warmup = WarmupSection(steps=1, batch_size=4)
-    bridge = BridgeSection(steps=1, batch_size=4, probe_rows=4)
+    warmup = WarmupSettings(steps=1, batch_size=4)
+    bridge = BridgeSettings(steps=1, batch_size=4, probe_rows=4)
     texts = [Row(Item(text=f"one {number}"), Item(text=f"two {number}"), source="") for number in range(20)]
     assert choose_rows(warmup, texts) == (texts[:SAMPLE_ROWS], False)
     assert choose_rows(warmup, [*texts, *scene_rows]) == (scene_rows[:SAMPLE_ROWS], False)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.train.data.rows import Item, Row, numbered
 from cocoa_embed.train.loop.stage_trainer import StageContext
-from cocoa_embed.train.settings import WarmupSection
+from cocoa_embed.train.settings import WarmupSettings
 from cocoa_embed.train.stages.collators import Batch, WarmupCollator
 from cocoa_embed.train.stages.losses import mae_loss, mntp_loss
 from cocoa_embed.train.stages.warmup import WarmupModel, warmup_trainer
@@ -108,7 +108,7 @@ def test_a_hidden_tokens_pixels_never_reach_the_model(
         return collator(numbered([row]))
 
     original = batch_of(pixels)
-    hidden = original["hidden_patches"].view(4, -1)[:, 0]
+    hidden = original["masked_patches"].view(4, -1)[:, 0]
     assert hidden.sum() == 2
     for hidden_or_seen, is_same in ((hidden, True), (~hidden, False)):
         changed_pixels = pixels.copy()
@@ -147,9 +147,9 @@ def test_what_stands_in_the_padding_changes_nothing(model: WarmupModel, batch: B
 def test_a_row_is_predicted_alone_as_in_a_padded_batch(model: WarmupModel, batch: Batch) -> None:
     logits, patches = model.predict(batch)
     assert patches is not None
-    tokens = batch["hidden_tokens"].sum(dim=1).tolist()
+    tokens = batch["masked_tokens"].sum(dim=1).tolist()
     grids = batch["image_grid_thw"].prod(dim=1).tolist()
-    hidden_patches = batch["hidden_patches"].split(grids)
+    hidden_patches = batch["masked_patches"].split(grids)
     of_rows = zip(logits.split(tokens), patches.split([int(hidden.sum()) for hidden in hidden_patches]), strict=True)
     pixels = batch["pixel_values"].split(grids)
     lengths = batch["attention_mask"].sum(dim=1).tolist()
@@ -168,7 +168,7 @@ def test_logits_are_made_for_hidden_tokens_alone(model: WarmupModel, batch: Batc
     head = model.backbone.get_output_embeddings()
     head.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
     model(**batch)
-    hidden = int(batch["hidden_tokens"].sum())
+    hidden = int(batch["masked_tokens"].sum())
     assert 0 < hidden < batch["attention_mask"].sum()
     assert shapes == [(hidden, model.backbone.config.get_text_config().hidden_size)]
 
@@ -181,7 +181,7 @@ def test_a_hidden_token_is_predicted_from_the_state_before_it(model: WarmupModel
     head.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
     model(**batch)
     last_hidden_states, seen_by_head = kept
-    places = batch["hidden_tokens"].nonzero().tolist()
+    places = batch["masked_tokens"].nonzero().tolist()
     assert len(places) > len(batch["input_ids"])
     expected = torch.stack([last_hidden_states[row, position - 1] for row, position in places])
     assert torch.equal(seen_by_head, expected)
@@ -200,11 +200,11 @@ def test_it_overfits_one_batch(model: WarmupModel, batch: Batch) -> None:
     first, last = history[0], history[-1]
     for name in ("loss", "mntp_loss", "mae_loss"):
         assert last[name] < first[name] / 2, (name, first[name], last[name])
-    assert last["hidden_token_accuracy"] > first["hidden_token_accuracy"]
+    assert last["masked_token_accuracy"] > first["masked_token_accuracy"]
 
 
 def test_the_trainer_is_what_its_section_says(tiny_backbone: Backbone, scene_rows: list[Row], tmp_path: Path) -> None:
-    section = WarmupSection(
+    section = WarmupSettings(
         steps=1,
         batch_size=2,
         text_mask_ratio=0.3,
