@@ -19,6 +19,7 @@ from cocoa_embed.train.loop.oom import is_out_of_memory
 from cocoa_embed.train.plan.checks import DATA_FILE
 from cocoa_embed.train.recipe import Recipe
 from cocoa_embed.train.run_report.finished_run import read_stage_rows, run_of
+from cocoa_embed.train.stages.bridge.collator import BridgeCollator
 from cocoa_embed.train.stages.bridge.model import BridgeModel, bridge_probe
 from cocoa_embed.train.stages.bridge.settings import BridgeSettings
 from cocoa_embed.train.stages.contrastive.trainer import embedding_probe
@@ -243,10 +244,8 @@ def _figures(checkpoint: Path, recipe: Recipe, rows: Sequence[Row], device: str)
     backbone.model.to(device)
     section = recipe.bridge or BridgeSettings(steps=1, batch_size=ROWS_AT_ONCE)
     probe = bridge_probe(
-        backbone,
+        BridgeCollator(backbone.processor, recipe.seed, section.mask_ratio),
         rows,
-        section.mask_ratio,
-        seed=recipe.seed,
         prompts=recipe.prompts.model_dump(),
         batch_size=ROWS_AT_ONCE,
     )

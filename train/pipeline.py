@@ -70,7 +70,7 @@ def _run_stage(
     checkpoints = out / CHECKPOINTS / name
     checkpoint = newest_complete(checkpoints)
     set_seed(recipe.seed)
-    backbone = load_weights(stage, str(before[-1].folder) if before else recipe.backbone)
+    backbone = load_weights(recipe, str(before[-1].folder) if before else recipe.backbone, stage.attention())
     processor = backbone.processor
     context = _context(stage, prepared, backbone.model, processor, checkpoints)
     trainer = stage.trainer(backbone, prepared.rows[name].rows, context)

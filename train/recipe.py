@@ -3,9 +3,10 @@
 import json
 from collections.abc import Mapping
 from glob import glob
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -22,13 +23,12 @@ from cocoa_embed.train.settings import (
     SourceSettings,
     StageSettings,
 )
-from cocoa_embed.train.stages.bridge import Bridge
 from cocoa_embed.train.stages.bridge.settings import BridgeSettings
-from cocoa_embed.train.stages.contrastive import Contrastive
 from cocoa_embed.train.stages.contrastive.settings import ContrastiveSettings
-from cocoa_embed.train.stages.stage import Stage
-from cocoa_embed.train.stages.warmup import Warmup
 from cocoa_embed.train.stages.warmup.settings import WarmupSettings
+
+if TYPE_CHECKING:
+    from cocoa_embed.train.stages.stage import Stage
 
 YAML_NULLS = ("", "~", "null")
 LOCAL_PREFIXES = (".", "/", "~")
@@ -41,31 +41,33 @@ _OF_ONE_SOURCE = {*SOURCE_KINDS, "subsets", "config", "split", "images", "column
 class Recipe(RunSettings):
     """A whole run: its settings, and those of its stages in their order; a stage left out is not run.
 
-    This is the registry of stages: one line each.
+    This is the registry of stages, one line each: the settings, and where the ``Stage`` is, which needs torch.
     """
 
-    warmup: Annotated[WarmupSettings | None, Warmup] = None
-    bridge: Annotated[BridgeSettings | None, Bridge] = None
-    contrastive: Annotated[ContrastiveSettings | None, Contrastive] = None
+    warmup: Annotated[WarmupSettings | None, "cocoa_embed.train.stages.warmup.stage:Warmup"] = None
+    bridge: Annotated[BridgeSettings | None, "cocoa_embed.train.stages.bridge.stage:Bridge"] = None
+    contrastive: Annotated[ContrastiveSettings | None, "cocoa_embed.train.stages.contrastive.stage:Contrastive"] = None
 
     @classmethod
-    def registry(cls) -> dict[str, type[Stage[StageSettings]]]:
-        """Return the known stages by their keys, in their order."""
-        stages = {
-            key: [entry for entry in field.metadata if isinstance(entry, type) and issubclass(entry, Stage)]
-            for key, field in cls.model_fields.items()
+    def registry(cls) -> dict[str, str]:
+        """Return where each known stage is, as ``module:Class``, by the stage's key, in their order."""
+        return {
+            key: place for key, field in cls.model_fields.items() for place in field.metadata if isinstance(place, str)
         }
-        return {key: found[0] for key, found in stages.items() if found}
 
     @property
-    def stages(self) -> dict[str, Stage[StageSettings]]:
+    def stages(self) -> "dict[str, Stage[StageSettings]]":
         """The stages that the recipe runs by their keys, in their order."""
-        given = {key: getattr(self, key) for key in self.registry()}
-        return {key: self.registry()[key](key, own, self) for key, own in given.items() if own is not None}
+        found = {}
+        for key, place in self.registry().items():
+            if (settings := getattr(self, key)) is not None:
+                module, _, name = place.partition(":")
+                found[key] = getattr(import_module(module), name)(key, settings, self)
+        return found
 
     def data_of(self, stage: str) -> DataSettings:
         """Return the data of a stage: its own settings over the recipe's."""
-        return DataSettings(**_merged(self.data, self.stages[stage].settings.data))
+        return DataSettings(**_merged(self.data, getattr(self, stage).data))
 
     def sources_of(self, stage: str) -> dict[str, SourceSettings]:
         """Return the sources of a stage's rows by the names of its subsets; a single source is called ``data``.

@@ -68,9 +68,10 @@ _METRICS = ("recall@1", "recall@5", "recall@10", "mrr")
 def model_card(name: str, model: SentenceTransformer, training: dict[str, Any]) -> str:
     """Return the README of an exported model, in Markdown.
 
-    :param training: ``backbone`` and its ``origin``, ``recipe`` (as saved, by this version or an earlier one),
+    :param training: ``backbone`` and its ``origin``, ``recipe`` (as saved),
         ``stages`` (list of ``stage``, ``steps``, ``batch_size``, ``learning_rate``, ``final``, ``adapter`` and, where
-        a stage has them, ``description`` and ``matryoshka_dims``), and ``results`` (name of the evaluation to its metrics) where something was measured.
+        a stage has them, ``description`` and ``matryoshka_dims``), and ``results`` (name of the evaluation to its
+        metrics) where something was measured.
     """
     recipe = training["recipe"]
     processor: ProcessorMixin = model.processor

@@ -258,7 +258,7 @@ def test_an_image_folders_lines_are_those_that_training_reads(place: Place, tmp_
 
 def test_what_differs_between_machines_trains_nothing_anew(place: Place) -> None:
     stage_run = StageRun("bridge", 4, start=StageRun("warmup", 2))
-    other = replace(place, settings=(*place.settings, "workers=3", "bridge.micro_batch_size=2"))
+    other = replace(place, settings=(*place.settings, "workers=3", "bridge.mini_batch_size=2"))
     assert other.key(stage_run, 0) == place.key(stage_run, 0)
 
 

@@ -15,11 +15,13 @@ from cocoa_embed.model.backbone import Backbone, load_backbone
 from cocoa_embed.model.export import export_model
 from cocoa_embed.train.data.rows import Row, numbered
 from cocoa_embed.train.loop.arguments import stage_attention
+from cocoa_embed.train.loop.batch_facts import Batch
 from cocoa_embed.train.pipeline import run
 from cocoa_embed.train.recipe import STAGES, Recipe
-from cocoa_embed.train.stages.bridge import BridgeModel
-from cocoa_embed.train.stages.collators import Batch, BridgeCollator, WarmupCollator
+from cocoa_embed.train.stages.bridge.collator import BridgeCollator
+from cocoa_embed.train.stages.bridge.model import BridgeModel
 from cocoa_embed.train.stages.reconstruction import full_model_mask, last_hidden_states, position_ids
+from cocoa_embed.train.stages.warmup.collator import WarmupCollator
 from conftest import TINY_MAX_LENGTH
 
 STAGE: dict[str, Any] = {"steps": 1, "batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 0}

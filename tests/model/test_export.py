@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from stages import alone
 
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.folders import RUN_MARKER
@@ -26,7 +27,9 @@ from cocoa_embed.model.card import model_card
 from cocoa_embed.model.export import build_sentence_transformer, export_model, save_sentence_transformer
 from cocoa_embed.model.training_record import TRAINING_FILE
 from cocoa_embed.train.data.rows import Item, Row
-from cocoa_embed.train.stages.collators import render_items
+from cocoa_embed.train.stages.contrastive.settings import ContrastiveSettings
+from cocoa_embed.train.stages.contrastive.stage import Contrastive
+from cocoa_embed.train.stages.rendering import render_items
 from conftest import TINY_MAX_LENGTH
 
 LONG_TEXT = "large red circle at top left and small blue ring at bottom right on white " * 40
@@ -508,24 +511,30 @@ def card_body(model: SentenceTransformer, *, stages: list[dict[str, Any]] | None
     return " ".join(split_card(model_card("my-model", model, training))[1].split())
 
 
+def contrastive_record(**settings: Any) -> list[dict[str, Any]]:
+    """Return the records of the stages, the last with what a contrastive stage records of itself."""
+    facts = alone(Contrastive, ContrastiveSettings(steps=1, batch_size=2, **settings)).facts()
+    *before, last = TRAINING["stages"]
+    return [*before, {**last, **facts}]
+
+
 def test_the_card_tells_how_the_contrastive_stage_was_trained(model: SentenceTransformer) -> None:
-    plain = card_body(model)
+    plain = card_body(model, stages=contrastive_record())
     assert "InfoNCE at temperature 0.02, with in-batch negatives and no hard negatives." in plain
     assert "A batch is drawn from one subset. Each pair is trained in both directions, as two rows." in plain
     assert "looks for its query" not in plain
-    options = {"temperature": 0.1, "hard_negatives": 3, "symmetric": True, "both_directions": False}
-    other = card_body(model, contrastive={**options, "one_subset_a_batch": False})
+    other = card_body(model, stages=contrastive_record(temperature=0.1, hard_negatives=3, directions="symmetric"))
     assert "InfoNCE at temperature 0.1, with in-batch negatives and up to 3 hard negatives of each" in other
-    assert "drawn from all subsets. Each positive looks for its query too, in the same loss." in other
+    assert "drawn from one subset. Each positive looks for its query too, in the same loss." in other
     assert "both directions" not in other
-    assert "up to 1 hard negative of each" in card_body(model, contrastive={"hard_negatives": 1})
+    assert "up to 1 hard negative of each" in card_body(model, stages=contrastive_record(hard_negatives=1))
     assert "Contrastive learning" not in card_body(model, stages=TRAINING["stages"][:1])
 
 
 def test_the_cards_way_to_shorter_embeddings_works(model: SentenceTransformer, tiny_export: Path) -> None:
     assert "truncate_dim" not in card_body(model)
-    assert "truncate_dim" not in card_body(model, contrastive={"matryoshka_dims": [32]}), "that is all of it"
-    body = card_body(model, contrastive={"matryoshka_dims": [8, 32, 16]})
+    assert "truncate_dim" not in card_body(model, stages=contrastive_record(matryoshka_dims=[32])), "that is all of it"
+    body = card_body(model, stages=contrastive_record(matryoshka_dims=[8, 32, 16]))
     assert "The first 16 or 8 values of an embedding" in body
     assert 'SentenceTransformer("my-model", truncate_dim=16)' in body
     assert "`normalize_embeddings=True`" in body
@@ -546,15 +555,6 @@ def test_the_card_names_the_stages_that_trained_adapters(model: SentenceTransfor
     recorded = [{**warmup, "adapter": None}, {**contrastive, "adapter": {**adapter, "r": 4}}]
     other = card_body(model, stages=recorded, warmup={"adapter": adapter})
     assert "stage: contrastive DoRA (r 4, alpha 64)." in other, "the recipe is the last run's, the record the stage's"
-
-
-def test_the_card_of_a_recipe_of_an_earlier_version_is_written(model: SentenceTransformer) -> None:
-    recipe = {**TRAINING["recipe"], "warmup": {"steps": 11}, "contrastive": {"temperature": 0.05}}
-    body = model_card("old", model, {**TRAINING, "recipe": recipe})
-    assert "InfoNCE at temperature 0.05, with in-batch negatives and no hard negatives." in " ".join(body.split())
-    for section in ("warmup", "contrastive"):
-        model_card("old", model, {**TRAINING, "recipe": {**recipe, section: None}})
-        model_card("old", model, {**TRAINING, "recipe": {name: recipe[name] for name in recipe if name != section}})
 
 
 @pytest.mark.parametrize("backbone", ["Qwen/Qwen2-VL-2B-Instruct", "./my: models/#1", "[a] & *b", "@home", "007"])

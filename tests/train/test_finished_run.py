@@ -277,7 +277,7 @@ def again(run: Path) -> Recipe:
 
 
 def test_what_a_stage_was_given_over_the_recipes_own_stays_though_it_is_the_default(whole: Path) -> None:
-    values = written_recipe(data={"on_bad_row": "skip", "check_images": False}, bridge={"data": {"on_bad_row": "stop"}})
+    values = written_recipe(data={"on_bad_row": "skip"}, bridge={"data": {"on_bad_row": "stop"}})
     write(whole / RECIPE_FILE, values)
     found = again(whole)
     assert {stage: found.data_of(stage).on_bad_row for stage in STAGES} == {
@@ -285,7 +285,6 @@ def test_what_a_stage_was_given_over_the_recipes_own_stays_though_it_is_the_defa
         "bridge": "stop",
         "contrastive": "skip",
     }
-    assert not any(found.data_of(stage).check_images for stage in STAGES)
 
 
 def test_a_stage_may_take_back_what_the_recipe_says_of_all(whole: Path) -> None:

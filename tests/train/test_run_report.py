@@ -80,7 +80,7 @@ def test_the_recipe_is_told_and_its_file_runs_the_same_again(report: RunReport, 
     assert again.stages == recipe.stages
     for stage in recipe.stages:
         assert again.sources_of(stage) == recipe.sources_of(stage)
-        ours, theirs = (each.section(stage).model_dump(exclude={"data"}) for each in (again, recipe))
+        ours, theirs = (each.stages[stage].settings.model_dump(exclude={"data"}) for each in (again, recipe))
         assert ours == theirs
     assert again.model_dump(exclude={"data", *recipe.stages}) == recipe.model_dump(exclude={"data", *recipe.stages})
 

@@ -33,7 +33,9 @@ def count_parameters(model: nn.Module) -> Parameters:
 
 
 def stage_parameters(
-    config: PreTrainedConfig, settings: StageSettings, extra_module: Callable[[PreTrainedModel], nn.Module | None]
+    config: PreTrainedConfig,
+    settings: StageSettings,
+    extra_module: Callable[[PreTrainedModel], nn.Module | None] = lambda model: None,
 ) -> Parameters:
     """Count the parameters that a stage runs and trains, from the backbone's config alone.
 

@@ -1,24 +1,23 @@
 """What a stage is: everything that distinguishes it from the others, behind one interface."""
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+from accelerate import PartialState
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from cocoa_embed.errors import UsageError
+from cocoa_embed.model.backbone import Backbone
+from cocoa_embed.model.flex_attention import FLEX, resolve_attention
+from cocoa_embed.train.data.rows import Row
+from cocoa_embed.train.loop.arguments import training_arguments
+from cocoa_embed.train.loop.trainer import CocoaTrainer, StageContext
 from cocoa_embed.train.settings import RunSettings, StageSettings
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from torch import Tensor, nn
-    from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
-
-    from cocoa_embed.model.backbone import Backbone
-    from cocoa_embed.train.data.rows import Row
-    from cocoa_embed.train.loop.trainer import CocoaTrainer, StageContext
+from cocoa_embed.train.stages.weights import save_backbone
 
 Own = TypeVar("Own", bound=StageSettings, covariant=True)
 
@@ -26,8 +25,7 @@ Own = TypeVar("Own", bound=StageSettings, covariant=True)
 class Stage(ABC, Generic[Own]):
     """A stage of a run.
 
-    A stage is one file or folder, and one line in ``Recipe``. Its module is imported to read a recipe, so what needs
-    torch is imported inside the methods.
+    A stage is one file or folder, and one line in ``Recipe``.
 
     :param name: The stage's key in the recipe.
     :param settings: The stage's own settings.
@@ -118,10 +116,6 @@ class Stage(ABC, Generic[Own]):
 
         :raises UsageError: If the recipe's cannot be trained here.
         """
-        from accelerate import PartialState
-
-        from cocoa_embed.model.flex_attention import FLEX, resolve_attention
-
         asked, device = self.run.attn_implementation, PartialState().device.type
         if not self.run.bidirectional and asked == FLEX:
             raise UsageError(f"bidirectional=false needs attn_implementation sdpa or eager, not {FLEX}.")
@@ -133,10 +127,6 @@ class Stage(ABC, Generic[Own]):
         :param folder: Where checkpoints go.
         :param layers: The class names of the layers that sharding does not split.
         """
-        from accelerate import PartialState
-
-        from cocoa_embed.train.loop.arguments import training_arguments
-
         at_once, accumulated = self.micro_batches(PartialState().num_processes)
         return training_arguments(
             self.run,
@@ -163,8 +153,6 @@ class Stage(ABC, Generic[Own]):
 
     def save(self, trainer: CocoaTrainer, processor: ProcessorMixin, folder: Path) -> None:
         """Write the trained weights to a folder; every process calls this, and the first one writes."""
-        from cocoa_embed.train.stages.weights import save_backbone
-
         save_backbone(trainer, processor, folder)
 
     def memory_remedy(self) -> str:

@@ -9,22 +9,20 @@ from transformers import ProcessorMixin, set_seed
 from cocoa_embed.model.backbone import Backbone, load_backbone
 from cocoa_embed.train.data.rows import Row
 from cocoa_embed.train.loop.trainer import CocoaTrainer
-from cocoa_embed.train.settings import StageSettings
+from cocoa_embed.train.settings import RunSettings
 from cocoa_embed.train.stages.rendering import joined, render_items
-from cocoa_embed.train.stages.stage import Stage
 
 
-def load_weights(stage: Stage[StageSettings], start: str) -> Backbone:
+def load_weights(run: RunSettings, start: str, attn_implementation: str) -> Backbone:
     """Load the backbone that a stage starts from, by folder or by name.
 
     :raises CocoaError: If it cannot be used.
     """
-    run = stage.run
     set_seed(run.seed)  # a mask token that needs a wider embedding matrix is drawn
     with PartialState().main_process_first():  # the others find what the first has downloaded
         backbone = load_backbone(
             start,
-            attn_implementation=stage.attention(),
+            attn_implementation=attn_implementation,
             max_length=run.max_length,
             max_pixels=run.max_pixels,
             bidirectional=run.bidirectional,

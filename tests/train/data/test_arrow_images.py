@@ -14,11 +14,11 @@ from cocoa_embed.errors import ImageError
 from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.model.export import build_sentence_transformer
 from cocoa_embed.train.data.arrow_images import StoredImage, StoredTable
-from cocoa_embed.train.data.pair_datasets import ItemPreprocessor, as_record
 from cocoa_embed.train.data.readers import read_source
 from cocoa_embed.train.data.rows import Row, load_row_image, numbered, stored_images
 from cocoa_embed.train.settings import SourceSettings
-from cocoa_embed.train.stages.collators import WarmupCollator
+from cocoa_embed.train.stages.contrastive.pairs import ItemPreprocessor, as_record
+from cocoa_embed.train.stages.warmup.collator import WarmupCollator
 
 
 def stored_rows(path: Path, cells: list[bytes]) -> list[Row]:

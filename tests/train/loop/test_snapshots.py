@@ -62,7 +62,7 @@ def whole(tiny_backbone_path: Path, scene_folder: Path, tmp_path_factory: pytest
     return out
 
 
-def test_kept_weights_are_those_of_a_run_that_ends_there_where_the_learning_rate_is_held(
+def test_snapshots_are_those_of_a_run_that_ends_there_where_the_learning_rate_is_held(
     whole: Path, tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path
 ) -> None:
     run(recipe(tiny_backbone_path, scene_folder, bridge={**LENGTHS_MIXED, "steps": 2}), tmp_path / "short")
@@ -73,14 +73,14 @@ def test_kept_weights_are_those_of_a_run_that_ends_there_where_the_learning_rate
 def test_so_are_those_of_a_contrastive_stage_past_an_epochs_end(
     tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path
 ) -> None:
-    few = {"data": {"limit": 8}, "both_directions": False}  # two steps an epoch
+    few = {"data": {"limit": 8}, "directions": "forward"}  # two steps an epoch
     long, short = ({**few, "steps": steps} for steps in (5, 3))
     run(recipe(tiny_backbone_path, scene_folder, contrastive={**long, "snapshot_steps": [3]}), tmp_path / "long")
     run(recipe(tiny_backbone_path, scene_folder, contrastive=short), tmp_path / "short")
     assert same_weights(tmp_path / "long" / "contrastive" / "step-3", tmp_path / "short" / "contrastive")
 
 
-def test_keeping_weights_changes_nothing_of_what_is_learned(
+def test_snapshots_change_nothing_of_what_is_learned(
     whole: Path, tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path
 ) -> None:
     stages = {"bridge": {**LENGTHS_MIXED, "steps": 4}, "contrastive": {"steps": 2}}
@@ -89,7 +89,7 @@ def test_keeping_weights_changes_nothing_of_what_is_learned(
         assert same_weights(whole / stage, tmp_path / "plain" / stage)
 
 
-def test_kept_weights_know_their_making(whole: Path) -> None:
+def test_snapshots_know_their_making(whole: Path) -> None:
     kept = read_training(whole / "contrastive" / "step-1")
     assert [(stage["stage"], stage["steps"]) for stage in kept["stages"]] == [("bridge", 4), ("contrastive", 1)]
     log = json.loads((whole / "bridge" / "step-2" / "log.json").read_text())
@@ -119,7 +119,7 @@ def test_weights_that_are_written_again_count_only_when_they_are_whole_again(
     assert not (out / "bridge" / "step-2" / TRAINING_FILE).exists()
 
 
-def test_kept_weights_export_and_start_another_stage(whole: Path, scene_folder: Path, tmp_path: Path) -> None:
+def test_snapshots_export_and_start_another_stage(whole: Path, scene_folder: Path, tmp_path: Path) -> None:
     start = whole / "bridge" / "step-3"
     exported = SentenceTransformer(str(export_model(start, tmp_path / "model")), device="cpu")
     assert exported.encode("a ring").shape == (32,)
@@ -169,13 +169,13 @@ def test_a_step_that_the_stage_does_not_come_to_is_refused(
     tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path, length: dict[str, Any]
 ) -> None:
     given = recipe(tiny_backbone_path, scene_folder, bridge={**length, "snapshot_steps": [1, 3]})
-    with pytest.raises(UsageError, match=r"bridge\.snapshot_steps names step 3, but the stage ends at step [123]"):
+    with pytest.raises(UsageError, match=r"bridge\.snapshot_steps has step 3, but the stage ends at step [123]"):
         run(given, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_an_adapter_is_not_merged_on_the_way(tiny_backbone_path: Path, scene_folder: Path) -> None:
-    with pytest.raises(UsageError, match="snapshot_steps and an adapter do not go together"):
+    with pytest.raises(UsageError, match="snapshot_steps and adapter exclude each other"):
         recipe(
             tiny_backbone_path, scene_folder, bridge={"steps": 3, "snapshot_steps": [1], "adapter": {"kind": "lora"}}
         )

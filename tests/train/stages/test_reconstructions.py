@@ -6,11 +6,12 @@ from PIL import Image
 from cocoa_embed.model.attention import Block, bridge_mask, make_causal
 from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.train.data.rows import Item, Row, numbered
-from cocoa_embed.train.stages.bridge import BridgeModel
-from cocoa_embed.train.stages.collators import BridgeCollator, WarmupCollator
+from cocoa_embed.train.stages.bridge.collator import BridgeCollator
+from cocoa_embed.train.stages.bridge.model import BridgeModel
 from cocoa_embed.train.stages.reconstruction import bridge_model_mask
 from cocoa_embed.train.stages.reconstructions import bridge_reconstructions, patches_to_image, warmup_reconstructions
-from cocoa_embed.train.stages.warmup import WarmupModel
+from cocoa_embed.train.stages.warmup.collator import WarmupCollator
+from cocoa_embed.train.stages.warmup.model import WarmupModel
 
 
 def pixels(image: Image.Image) -> np.ndarray:

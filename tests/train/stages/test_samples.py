@@ -18,11 +18,11 @@ from cocoa_embed.report.figures import data_uri
 from cocoa_embed.train import Recipe, pipeline, run
 from cocoa_embed.train.data.rows import Item, Row, read_image_folder
 from cocoa_embed.train.loop.batch_facts import DescribedBatches
-from cocoa_embed.train.loop.stage_trainer import draw_indices
-from cocoa_embed.train.settings import BridgeSettings, WarmupSettings
+from cocoa_embed.train.loop.stage_trainer import row_numbers
 from cocoa_embed.train.stages import samples
-from cocoa_embed.train.stages.bridge import BridgeModel
-from cocoa_embed.train.stages.collators import BridgeCollator
+from cocoa_embed.train.stages.bridge.collator import BridgeCollator
+from cocoa_embed.train.stages.bridge.model import BridgeModel
+from cocoa_embed.train.stages.bridge.settings import BridgeSettings
 from cocoa_embed.train.stages.probe import hold_out_rows
 from cocoa_embed.train.stages.samples import (
     SAMPLE_ROWS,
@@ -32,6 +32,7 @@ from cocoa_embed.train.stages.samples import (
     read_samples,
     write_samples,
 )
+from cocoa_embed.train.stages.warmup.settings import WarmupSettings
 from conftest import STAGE, TINY_MAX_LENGTH
 
 BRIDGE = {**STAGE, "probe_rows": 10, "probe_steps": 1}
@@ -113,19 +114,19 @@ def trainer_of(backbone: Backbone, devices: int) -> Any:  # noqa: ANN401  it sta
     """Stand for a bridge's trainer on so many devices, as far as samples look at one."""
     return SimpleNamespace(
         model=BridgeModel(backbone.model).train(),
-        data_collator=DescribedBatches(BridgeCollator(backbone.processor, seed=0), draw_indices, None),
+        data_collator=DescribedBatches(BridgeCollator(backbone.processor, seed=0), row_numbers, None),
         accelerator=SimpleNamespace(num_processes=devices, unwrap_model=lambda model: model, autocast=nullcontext),
     )
 
 
 @pytest.mark.parametrize(
-    ("devices", "micro_batch_size", "expected"),
+    ("devices", "mini_batch_size", "expected"),
     [(1, None, [4, 2]), (2, None, [2, 2, 2]), (4, None, [1] * 6), (1, 2, [2, 2, 2]), (2, 8, [2, 2, 2])],
 )
 def test_no_more_rows_run_at_once_than_a_device_trains_on(
-    tiny_backbone: Backbone, scene_rows: list[Row], devices: int, micro_batch_size: int | None, expected: list[int]
+    tiny_backbone: Backbone, scene_rows: list[Row], devices: int, mini_batch_size: int | None, expected: list[int]
 ) -> None:
-    section = BridgeSettings(steps=1, batch_size=4, micro_batch_size=micro_batch_size)
+    section = BridgeSettings(steps=1, batch_size=4, mini_batch_size=mini_batch_size)
     parts = samples._collated(trainer_of(tiny_backbone, devices), section, scene_rows[:6])
     assert [len(batch["input_ids"]) for _, batch in parts] == [len(rows) for rows, _ in parts] == expected
 

@@ -31,7 +31,7 @@ class BridgeCollator:
 
     processor: ProcessorMixin
     seed: int
-    mask_ratio: float
+    mask_ratio: float = 0.7
 
     def __call__(self, examples: list[tuple[Draw, Row]]) -> Batch:
         """Collate rows with their draws.

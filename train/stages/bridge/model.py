@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.train.data.rows import Item, Row
 from cocoa_embed.train.loop.batch_facts import Batch
 from cocoa_embed.train.loop.trainer import Measure
@@ -68,27 +67,19 @@ class BridgeModel(nn.Module):
 
 
 def bridge_probe(
-    backbone: Backbone,
-    rows: Sequence[Row],
-    mask_ratio: float,
-    *,
-    seed: int,
-    prompts: Mapping[str, str],
-    batch_size: int,
+    collator: BridgeCollator, rows: Sequence[Row], *, prompts: Mapping[str, str], batch_size: int
 ) -> Measure:
     """Return a probe of a ``BridgeModel`` on rows with different images: masked tokens, and the geometry.
 
-    :param mask_ratio: The ratio of block B's tokens to mask, drawn by ``seed``.
     :param prompts: Instructions for ``query`` and ``document``, as the exported model has them.
     :param batch_size: Rows to run at once.
     """
 
     def collate(items: Sequence[Item], is_document: bool) -> Batch:
-        return render_items(backbone.processor, items, prompt=prompts.get("document" if is_document else "query", ""))
+        return render_items(collator.processor, items, prompt=prompts.get("document" if is_document else "query", ""))
 
     def embed(model: nn.Module, batch: dict[str, Any]) -> Tensor:
         embeddings: Tensor = model(**batch, embeds=True)["embeddings"]
         return embeddings
 
-    collator = BridgeCollator(backbone.processor, seed, mask_ratio)
     return together(EosProbe(collator, rows, batch_size), GeometryProbe(collate, embed, rows, batch_size))

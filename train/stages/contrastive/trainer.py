@@ -1,37 +1,26 @@
 """The loss and the trainer of stage 3, from sentence-transformers."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
     MatryoshkaLoss,
     MultipleNegativesRankingLoss,
 )
-from sentence_transformers.sentence_transformer.training_args import BatchSamplers, MultiDatasetBatchSamplers
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from cocoa_embed.train.data.rows import Item, Row, stored_images
-from cocoa_embed.train.loop.adapters import prepare_trainable
-from cocoa_embed.train.loop.trainer import CocoaTrainer, Probe, StageContext
-from cocoa_embed.train.stages.contrastive.pairs import (
-    ItemPreprocessor,
-    PairCollator,
-    as_record,
-    distinct_enough,
-    pair_datasets,
-)
+from cocoa_embed.train.loop.trainer import CocoaTrainer
+from cocoa_embed.train.stages.contrastive.pairs import ItemPreprocessor, as_record
 from cocoa_embed.train.stages.contrastive.settings import ContrastiveSettings
 from cocoa_embed.train.stages.contrastive.shared_batches import SharedBatchSampler
-from cocoa_embed.train.stages.probe import PROBE_METRICS, GeometryProbe, pictured_rows
-
-if TYPE_CHECKING:
-    from cocoa_embed.train.stages.contrastive import Contrastive
+from cocoa_embed.train.stages.probe import GeometryProbe
 
 
 def contrastive_loss(
@@ -112,39 +101,3 @@ def embedding_probe(model: SentenceTransformer, rows: Sequence[Row], batch_size:
         return embeddings
 
     return GeometryProbe(collate, embed, rows, batch_size)
-
-
-def contrastive_trainer(
-    model: SentenceTransformer, rows: Sequence[Row], stage: "Contrastive", context: StageContext
-) -> ContrastiveTrainer:
-    """Return the trainer of stage 3; the model's weights change in place."""
-    settings = stage.settings
-    model.model_card_data.widget = [{}]  # otherwise the trainer picks examples for a card that is not written
-    document = model.prompts.get("document") or ""
-    prompts = {"anchor": model.prompts.get("query") or "", "positive": document}
-    prompts |= {f"negative_{place + 1}": document for place in range(settings.hard_negatives)}
-    adapter = prepare_trainable(model[0].auto_model, settings)
-    probe = None
-    if probe_rows := pictured_rows(rows, settings.probe_rows):
-        measure = embedding_probe(model, probe_rows, settings.mini_batch_size)
-        probe = Probe(measure, settings.probe_steps, PROBE_METRICS)
-    return ContrastiveTrainer(
-        model=model,
-        args=SentenceTransformerTrainingArguments(
-            batch_sampler=BatchSamplers.NO_DUPLICATES,
-            multi_dataset_batch_sampler=MultiDatasetBatchSamplers.PROPORTIONAL,
-            **context.arguments,
-        ),
-        train_dataset=distinct_enough(pair_datasets(rows, settings), settings.batch_size),
-        loss=contrastive_loss(model, settings, stage.dims(cast(int, model.get_embedding_dimension()))),
-        data_collator=PairCollator(
-            preprocess_fn=ItemPreprocessor(model, stored_images(rows)),
-            prompts={name: text for name, text in prompts.items() if text},
-            flops_of=context.flops_of,
-            lengths=None if context.lengths_of is None else context.lengths_of(rows),
-        ),
-        rows=rows,
-        context=context,
-        adapter=adapter,
-        probe=probe,
-    )

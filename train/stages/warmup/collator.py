@@ -15,6 +15,8 @@ from cocoa_embed.train.stages.masking import fill_patches, mask_each, mask_visua
 from cocoa_embed.train.stages.rendering import joined, render_items, replace_masked, text_tokens
 from cocoa_embed.train.stages.warmup.settings import WarmupSettings
 
+DEFAULTS = WarmupSettings.model_construct()
+
 
 @dataclass(frozen=True)
 class WarmupCollator:
@@ -27,7 +29,7 @@ class WarmupCollator:
     processor: ProcessorMixin
     geometry: PatchGeometry
     seed: int
-    settings: WarmupSettings
+    settings: WarmupSettings = DEFAULTS
 
     def __call__(self, examples: list[tuple[Draw, Row]]) -> Batch:
         """Collate rows with their draws."""

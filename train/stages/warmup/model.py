@@ -26,7 +26,12 @@ class WarmupModel(nn.Module):
     accepts_loss_kwargs = True
     """The loss is already a mean over the step, so transformers must not divide it by the micro-batches."""
 
-    def __init__(self, model: PreTrainedModel, geometry: PatchGeometry, settings: WarmupSettings) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        geometry: PatchGeometry,
+        settings: WarmupSettings = WarmupSettings.model_construct(),  # noqa: B008 - frozen
+    ) -> None:
         super().__init__()
         self.backbone = model
         self.pixel_decoder = PixelDecoder(model, geometry)

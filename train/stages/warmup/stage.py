@@ -1,0 +1,43 @@
+"""Stage 1: its model, its batches and its trainer."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+
+from cocoa_embed.model.backbone import Backbone, PatchGeometry
+from cocoa_embed.train.data.rows import Row, numbered
+from cocoa_embed.train.loop.stage_trainer import StageTrainer, stage_trainer
+from cocoa_embed.train.loop.trainer import StageContext
+from cocoa_embed.train.stages.pixel_decoder import PixelDecoder
+from cocoa_embed.train.stages.stage import Stage
+from cocoa_embed.train.stages.warmup.collator import WarmupCollator
+from cocoa_embed.train.stages.warmup.model import WarmupModel
+from cocoa_embed.train.stages.warmup.settings import WarmupSettings
+
+
+class Warmup(Stage[WarmupSettings]):
+    """Some text tokens and some visual tokens of ``[image][text]<EOS>`` are masked and reconstructed."""
+
+    @property
+    def shown_metrics(self) -> Mapping[str, str]:
+        """Both losses, and the accuracy on masked tokens."""
+        return {"loss": "loss", "mntp_loss": "text", "mae_loss": "pixels", "masked_token_accuracy": "accuracy"}
+
+    def collator(self, processor: ProcessorMixin, geometry: PatchGeometry) -> WarmupCollator:
+        """Return what makes the stage's batches."""
+        return WarmupCollator(processor, geometry, self.run.seed, self.settings)
+
+    def sequences(self, row: Row, processor: ProcessorMixin, config: PreTrainedConfig) -> list[dict[str, Tensor]]:
+        """Return the row's one sequence."""
+        return [self.collator(processor, PatchGeometry.from_config(config))(numbered([row]))]
+
+    def extra_module(self, model: PreTrainedModel) -> PixelDecoder:
+        """Return the pixel decoder."""
+        return PixelDecoder(model, PatchGeometry.from_config(model.config))
+
+    def trainer(self, backbone: Backbone, rows: Sequence[Row], context: StageContext) -> StageTrainer:
+        """Return the trainer; the pixel decoder in its model is not saved."""
+        model = WarmupModel(backbone.model, backbone.geometry, self.settings)
+        collator = self.collator(backbone.processor, backbone.geometry)
+        return stage_trainer(model, backbone.model, rows, collator, self.settings, context)
