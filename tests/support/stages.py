@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from cocoa_embed.model.backbone import Backbone
-from cocoa_embed.train.data.rows import Draw, Row, numbered
-from cocoa_embed.train.loop.batch_facts import Batch
+from cocoa_embed.train.data.rows import Row
+from cocoa_embed.train.loop.batch_facts import Batch, Example
 from cocoa_embed.train.loop.stage_trainer import StageTrainer, stage_trainer
 from cocoa_embed.train.loop.trainer import StageContext
 from cocoa_embed.train.recipe import Recipe
@@ -54,17 +54,17 @@ class MaskedLanguage(Stage[MaskedLanguageSettings]):
     def unusable(self, row: Row) -> str | None:
         return None if row.positive.text else "it has no text"
 
-    def collate(self, processor: ProcessorMixin, examples: list[tuple[Draw, Row]]) -> Batch:
+    def collate(self, processor: ProcessorMixin, examples: list[Example]) -> Batch:
         batch = render_items(processor, [joined(row) for _, row in examples])
         generators = row_generators(self.run.seed, [draw for draw, _ in examples])
         masked = mask_each(text_tokens(batch, processor), self.settings.ratio, generators)
         return replace_masked(batch, masked, processor.tokenizer.mask_token_id)
 
-    def sequences(self, row: Row, processor: ProcessorMixin, config: PreTrainedConfig) -> list[Batch]:
-        return [self.collate(processor, numbered([row]))]
+    def sequences(self, example: Example, processor: ProcessorMixin, config: PreTrainedConfig) -> list[Batch]:
+        return [self.collate(processor, [example])]
 
     def trainer(self, backbone: Backbone, rows: Sequence[Row], context: StageContext) -> StageTrainer:
-        def collator(examples: list[tuple[Draw, Row]]) -> Batch:
+        def collator(examples: list[Example]) -> Batch:
             return self.collate(backbone.processor, examples)
 
         return stage_trainer(

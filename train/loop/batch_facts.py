@@ -9,9 +9,13 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from cocoa_embed.errors import CocoaError
+from cocoa_embed.train.data.rows import Draw, Row
 
 Batch: TypeAlias = dict[str, Tensor]
 """Named model inputs and targets; what a batch does not have (images, say) is left out."""
+
+Example: TypeAlias = tuple[Draw, Row]
+"""A row, and which draw of it this is."""
 
 FACTS = "facts"
 """The key of a batch's ``BatchFacts``."""

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainingArguments
 
-from cocoa_embed.train.data.rows import Draw, Row, Rows
+from cocoa_embed.train.data.rows import Row, Rows
 from cocoa_embed.train.data.sampling import RowStream
 from cocoa_embed.train.loop.adapters import prepare_trainable
-from cocoa_embed.train.loop.batch_facts import FACTS, Batch, BatchFacts, DescribedBatches
+from cocoa_embed.train.loop.batch_facts import FACTS, Batch, BatchFacts, DescribedBatches, Example
 from cocoa_embed.train.loop.trainer import CocoaTrainer, Probe, StageContext
 from cocoa_embed.train.settings import ReconstructionSettings
 
@@ -21,7 +21,7 @@ def stage_trainer(
     model: nn.Module,
     backbone: PreTrainedModel,
     rows: Sequence[Row],
-    collator: Callable[[list[tuple[Draw, Row]]], Batch],
+    collator: Callable[[list[Example]], Batch],
     settings: ReconstructionSettings,
     context: StageContext,
     probe: Probe | None = None,
@@ -47,7 +47,7 @@ def stage_trainer(
     )
 
 
-def row_numbers(examples: Sequence[tuple[Draw, Row]]) -> list[int]:
+def row_numbers(examples: Sequence[Example]) -> list[int]:
     """Return the numbers of the rows in a batch."""
     return [draw.row for draw, _ in examples]
 

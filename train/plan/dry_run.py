@@ -14,7 +14,8 @@ from cocoa_embed.model.backbone import load_processor, read_config
 from cocoa_embed.model.flex_attention import FLEX
 from cocoa_embed.train.data.lengths import row_lengths
 from cocoa_embed.train.data.mixture import ReadRows
-from cocoa_embed.train.data.rows import Row
+from cocoa_embed.train.data.rows import Row, numbered
+from cocoa_embed.train.loop.batch_facts import Example
 from cocoa_embed.train.plan.checks import bad_rows, examine
 from cocoa_embed.train.plan.cost import BatchShape, StepCost, batch_shape
 from cocoa_embed.train.plan.memory import ADAM_MOMENTS, FULL, stage_parameters, training_memory
@@ -107,7 +108,7 @@ def _plan_stage(
     at_once = stage.sequences_at_once(devices)
     shapes = sample_shapes(stage, read.rows, processor, config)
     lengths = row_lengths(read.rows, processor, read.sizes)
-    longest_row = read.rows[lengths.index(max(lengths))]
+    (longest_row,) = numbered([read.rows[lengths.index(max(lengths))]])
     longest = max(
         (shape for of_row in [*shapes, _row_shapes(stage, longest_row, processor, config)] for shape in of_row),
         key=lambda shape: shape.length,
@@ -162,10 +163,10 @@ def sample_shapes(
     if len(rows) > SAMPLE:
         # At random: rows of an image are neighbours, and every n-th row may be the same one of each image.
         sample = random.Random(stage.run.seed).sample(sample, SAMPLE)
-    return [_row_shapes(stage, row, processor, config) for row in sample]
+    return [_row_shapes(stage, example, processor, config) for example in numbered(sample)]
 
 
 def _row_shapes(
-    stage: Stage[StageSettings], row: Row, processor: ProcessorMixin, config: PreTrainedConfig
+    stage: Stage[StageSettings], example: Example, processor: ProcessorMixin, config: PreTrainedConfig
 ) -> list[BatchShape]:
-    return [batch_shape(batch) for batch in stage.sequences(row, processor, config)]
+    return [batch_shape(batch) for batch in stage.sequences(example, processor, config)]

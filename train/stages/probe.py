@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from cocoa_embed.evaluation.geometry import ALIGNMENT, geometry
 from cocoa_embed.model.attention import Block
-from cocoa_embed.train.data.rows import Draw, Item, Row, RowImage, numbered
-from cocoa_embed.train.loop.batch_facts import Batch
+from cocoa_embed.train.data.rows import Item, Row, RowImage, numbered
+from cocoa_embed.train.loop.batch_facts import Batch, Example
 from cocoa_embed.train.loop.trainer import Measure
 
 MATCHING_IMAGE = "accuracy_matching_image"
@@ -22,7 +22,7 @@ NO_IMAGE = "accuracy_no_image"
 PROBE_METRICS = frozenset({MATCHING_IMAGE, ALIGNMENT})
 """Metrics that only the log lines of a probe have."""
 
-Collate = Callable[[list[tuple[Draw, Row]]], Batch]
+Collate = Callable[[list[Example]], Batch]
 
 
 class EosProbe:

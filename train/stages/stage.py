@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from accelerate import PartialState
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from cocoa_embed.errors import UsageError
@@ -15,6 +15,7 @@ from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.model.flex_attention import FLEX, resolve_attention
 from cocoa_embed.train.data.rows import Row
 from cocoa_embed.train.loop.arguments import training_arguments
+from cocoa_embed.train.loop.batch_facts import Batch, Example
 from cocoa_embed.train.loop.trainer import CocoaTrainer, StageContext
 from cocoa_embed.train.settings import RunSettings, StageSettings
 from cocoa_embed.train.stages.weights import save_backbone
@@ -102,8 +103,8 @@ class Stage(ABC, Generic[Own]):
     # Costs
 
     @abstractmethod
-    def sequences(self, row: Row, processor: ProcessorMixin, config: PreTrainedConfig) -> list[dict[str, Tensor]]:
-        """Return the batches that a step runs for one row, each alone, as an example of their sizes."""
+    def sequences(self, example: Example, processor: ProcessorMixin, config: PreTrainedConfig) -> list[Batch]:
+        """Return the sequences that a step makes of one row, each as a batch of its own."""
 
     def extra_module(self, model: PreTrainedModel) -> nn.Module | None:
         """Return a module that is trained beside the backbone and not saved with it."""

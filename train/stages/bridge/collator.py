@@ -10,8 +10,8 @@ from transformers import ProcessorMixin
 
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.model.attention import Block
-from cocoa_embed.train.data.rows import Draw, Item, Row
-from cocoa_embed.train.loop.batch_facts import Batch
+from cocoa_embed.train.data.rows import Item, Row
+from cocoa_embed.train.loop.batch_facts import Batch, Example
 from cocoa_embed.train.stages.masking import mask_ratio, row_generators
 from cocoa_embed.train.stages.rendering import is_special, render_items, replace_masked, text_tokens
 
@@ -33,7 +33,7 @@ class BridgeCollator:
     seed: int
     mask_ratio: float = 0.7
 
-    def __call__(self, examples: list[tuple[Draw, Row]]) -> Batch:
+    def __call__(self, examples: list[Example]) -> Batch:
         """Collate rows with their draws.
 
         :raises CocoaError: If a row has no text for block B, naming the row.

@@ -3,11 +3,11 @@
 import logging
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor
 from transformers import PreTrainedConfig, ProcessorMixin
 
 from cocoa_embed.model.backbone import Backbone
-from cocoa_embed.train.data.rows import Row, numbered
+from cocoa_embed.train.data.rows import Row
+from cocoa_embed.train.loop.batch_facts import Batch, Example
 from cocoa_embed.train.loop.stage_trainer import StageTrainer, stage_trainer
 from cocoa_embed.train.loop.trainer import Probe, StageContext
 from cocoa_embed.train.stages.bridge.collator import BridgeCollator, lacks_block_b
@@ -39,9 +39,9 @@ class Bridge(Stage[BridgeSettings]):
         """Keep the probe's rows out of training, with every row that would leak them."""
         return hold_out_rows(rows, self.settings.probe_rows)
 
-    def sequences(self, row: Row, processor: ProcessorMixin, config: PreTrainedConfig) -> list[dict[str, Tensor]]:
+    def sequences(self, example: Example, processor: ProcessorMixin, config: PreTrainedConfig) -> list[Batch]:
         """Return the row's one sequence."""
-        return [BridgeCollator(processor, self.run.seed, self.settings.mask_ratio)(numbered([row]))]
+        return [BridgeCollator(processor, self.run.seed, self.settings.mask_ratio)([example])]
 
     def trainer(self, backbone: Backbone, rows: Sequence[Row], context: StageContext) -> StageTrainer:
         """Return the trainer, with a probe on the rows held out."""

@@ -7,7 +7,6 @@ from typing import Any, cast
 from accelerate import PartialState
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.training_args import BatchSamplers, MultiDatasetBatchSamplers
-from torch import Tensor
 from transformers import PreTrainedConfig, ProcessorMixin, set_seed
 
 from cocoa_embed.errors import UsageError
@@ -15,6 +14,7 @@ from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.model.flex_attention import FLEX
 from cocoa_embed.train.data.rows import Row, stored_images
 from cocoa_embed.train.loop.adapters import prepare_trainable
+from cocoa_embed.train.loop.batch_facts import Batch, Example
 from cocoa_embed.train.loop.trainer import CocoaTrainer, Probe, StageContext
 from cocoa_embed.train.stages.contrastive.embedder import as_sentence_transformer
 from cocoa_embed.train.stages.contrastive.pairs import ItemPreprocessor, PairCollator, distinct_enough, pair_datasets
@@ -79,8 +79,9 @@ class Contrastive(Stage[ContrastiveSettings]):
         """Return the items of a mini-batch."""
         return self.settings.mini_batch_size
 
-    def sequences(self, row: Row, processor: ProcessorMixin, config: PreTrainedConfig) -> list[dict[str, Tensor]]:
+    def sequences(self, example: Example, processor: ProcessorMixin, config: PreTrainedConfig) -> list[Batch]:
         """Return a sequence for each item of the row."""
+        _, row = example
         items = (row.query, row.positive, *row.negatives[: self.settings.hard_negatives])
         return [render_items(processor, [item]) for item in items]
 

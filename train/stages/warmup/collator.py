@@ -9,13 +9,10 @@ from torch import Generator
 from transformers import ProcessorMixin
 
 from cocoa_embed.model.backbone import PatchGeometry
-from cocoa_embed.train.data.rows import Draw, Row
-from cocoa_embed.train.loop.batch_facts import Batch
+from cocoa_embed.train.loop.batch_facts import Batch, Example
 from cocoa_embed.train.stages.masking import fill_patches, mask_each, mask_visual_tokens, row_generators
 from cocoa_embed.train.stages.rendering import joined, render_items, replace_masked, text_tokens
-from cocoa_embed.train.stages.warmup.settings import WarmupSettings
-
-DEFAULTS = WarmupSettings.model_construct()
+from cocoa_embed.train.stages.warmup.settings import DEFAULTS, WarmupSettings
 
 
 @dataclass(frozen=True)
@@ -31,7 +28,7 @@ class WarmupCollator:
     seed: int
     settings: WarmupSettings = DEFAULTS
 
-    def __call__(self, examples: list[tuple[Draw, Row]]) -> Batch:
+    def __call__(self, examples: list[Example]) -> Batch:
         """Collate rows with their draws."""
         generators = row_generators(self.seed, [draw for draw, _ in examples])
         batch = render_items(self.processor, [joined(row) for _, row in examples])

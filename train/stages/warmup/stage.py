@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from cocoa_embed.model.backbone import Backbone, PatchGeometry
-from cocoa_embed.train.data.rows import Row, numbered
+from cocoa_embed.train.data.rows import Row
+from cocoa_embed.train.loop.batch_facts import Batch, Example
 from cocoa_embed.train.loop.stage_trainer import StageTrainer, stage_trainer
 from cocoa_embed.train.loop.trainer import StageContext
 from cocoa_embed.train.stages.pixel_decoder import PixelDecoder
@@ -28,9 +28,9 @@ class Warmup(Stage[WarmupSettings]):
         """Return what makes the stage's batches."""
         return WarmupCollator(processor, geometry, self.run.seed, self.settings)
 
-    def sequences(self, row: Row, processor: ProcessorMixin, config: PreTrainedConfig) -> list[dict[str, Tensor]]:
+    def sequences(self, example: Example, processor: ProcessorMixin, config: PreTrainedConfig) -> list[Batch]:
         """Return the row's one sequence."""
-        return [self.collator(processor, PatchGeometry.from_config(config))(numbered([row]))]
+        return [self.collator(processor, PatchGeometry.from_config(config))([example])]
 
     def extra_module(self, model: PreTrainedModel) -> PixelDecoder:
         """Return the pixel decoder."""
