@@ -207,7 +207,7 @@ def test_the_json_document(finished: Run, of_bridge: Diagnosis, command: Command
         "geometry": pytest.approx(of_bridge.geometry),
     }
     _, out, _ = command(finished.out / "contrastive", "--json")
-    assert json.loads(out)["masked_tokens"] is None
+    assert json.loads(out)["hidden_tokens"] is None
 
 
 def test_people_are_told_the_same(finished: Run, of_bridge: Diagnosis, command: Command) -> None:

@@ -14,9 +14,8 @@ from cocoa_embed.model.training_record import TRAINING_FILE
 from cocoa_embed.train.data.mixture import ReadRows, write_bad_rows
 from cocoa_embed.train.data.rows import BadRow
 from cocoa_embed.train.loop.checkpoints import COMPLETE, mark_complete
-from cocoa_embed.train.plan.checks import BAD_ROWS_FILE, CHECKPOINTS, DATA_FILE, RECIPE_FILE, Prepared, bad_rows
+from cocoa_embed.train.plan.checks import BAD_ROWS_FILE, CHECKPOINTS, DATA_FILE, RECIPE_FILE, bad_rows
 from cocoa_embed.train.recipe import STAGES, Recipe
-from cocoa_embed.train.record import Start
 from cocoa_embed.train.run_report.finished_run import read_run, run_of
 from cocoa_embed.train.run_report.recipe_table import recipe_yaml
 from cocoa_embed.train.settings import DataSettings
@@ -201,7 +200,7 @@ def test_each_stage_has_left_out_its_own_rows(whole: Path) -> None:
     read = {
         stage: ReadRows([], bad, {}, {}, "") for stage, bad in (("bridge", [both, refused]), ("contrastive", [both]))
     }
-    write_bad_rows(whole / BAD_ROWS_FILE, bad_rows(Prepared(Start("", {}, [], []), read, {})))  # type: ignore[arg-type]
+    write_bad_rows(whole / BAD_ROWS_FILE, bad_rows(read))
     found = read_run(whole)
     assert [(row.source, row.stages) for row in found.bad] == [("row 1", ("bridge", "contrastive")),
                                                                ("row 2", ("bridge",))]  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -77,16 +78,16 @@ def prepare(recipe: Recipe, out: Path, *, resume: bool, progress: bool = True) -
         if out.is_dir() and any(out.iterdir()):
             load_backbone(recipe.backbone)  # broken weights are not worth the loss of an earlier run
         claim_folder(out, marker=RUN_MARKER)
-        write_bad_rows(out / BAD_ROWS_FILE, bad_rows(prepared))
+        write_bad_rows(out / BAD_ROWS_FILE, bad_rows(prepared.rows))
         write_json(out / DATA_FILE, _data_record(prepared.recipe, prepared.rows))
         write_json(out / RECIPE_FILE, prepared.recipe.model_dump(mode="json"))
     return prepared
 
 
-def bad_rows(prepared: Prepared) -> list[BadRow]:
+def bad_rows(rows: Mapping[str, ReadRows]) -> list[BadRow]:
     """Return the rows that stages leave out, each once, with the stages that do."""
     stages: dict[BadRow, list[str]] = {}
-    for stage, read in prepared.rows.items():
+    for stage, read in rows.items():
         for row in dict.fromkeys(read.bad):
             stages.setdefault(row, []).append(stage)
     return [replace(row, stages=tuple(those)) for row, those in stages.items()]

@@ -90,7 +90,7 @@ def plan(recipe: Recipe, out: Path, *, resume: bool = False, progress: bool = Tr
             _plan_stage(recipe.stages[name], read, processor, config, steps=prepared.steps[name], folder=out / name)
             for name, read in prepared.rows.items()
         ],
-        bad_rows=[dataclasses.asdict(row) for row in bad_rows(prepared)],
+        bad_rows=[dataclasses.asdict(row) for row in bad_rows(prepared.rows)],
         finished=[result.stage for result in prepared.results],
     )
 
