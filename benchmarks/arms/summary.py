@@ -89,7 +89,7 @@ def bridge_values(arm: Mapping[str, Any], name: str) -> list[float]:
 
 def carried(arm: Mapping[str, Any]) -> list[float]:
     """Return how many more of the hidden words the right image tells than another, for each seed; see METHOD.md."""
-    right, other = (bridge_values(arm, f"accuracy_{which}_image") for which in ("right", "shuffled"))
+    right, other = (bridge_values(arm, f"accuracy_{which}_image") for which in ("matching", "shuffled"))
     return [ours - theirs for ours, theirs in zip(right, other, strict=True)]
 
 
