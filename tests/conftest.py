@@ -84,7 +84,7 @@ def scene_rows(scene_folder: Path) -> list[Row]:
 STAGE: dict[str, Any] = {
     "steps": 2,
     "batch_size": 4,
-    "micro_batch_size": 2,
+    "mini_batch_size": 2,
     "learning_rate": 1e-3,
     "warmup_steps": 0,
     "logging_steps": 1,

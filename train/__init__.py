@@ -1,14 +1,26 @@
-"""The three stages of CoCoA: warm-up, bridge, contrastive."""
+"""Training: a recipe's stages, run in order. Importing it, and reading a recipe, imports no torch."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from cocoa_embed.cpu_threads import limit_spinning
 from cocoa_embed.errors import require
 
-limit_spinning()
-require("accelerate", "train")
-require("datasets", "train")
-
-from cocoa_embed.train.loop.run_record import StageResult  # noqa: E402 - after the errors that name the extra
-from cocoa_embed.train.pipeline import run  # noqa: E402
-from cocoa_embed.train.recipe import Recipe  # noqa: E402
+if TYPE_CHECKING:
+    from cocoa_embed.train.loop.run_record import StageResult
+    from cocoa_embed.train.pipeline import run
+    from cocoa_embed.train.recipe import Recipe
 
 __all__ = ["Recipe", "StageResult", "run"]
+
+limit_spinning()
+
+_MODULES = {"Recipe": "recipe", "StageResult": "loop.run_record", "run": "pipeline"}
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever the module holds
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    for needed in ("yaml",) if name == "Recipe" else ("accelerate", "datasets"):
+        require(needed, "train")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

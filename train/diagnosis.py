@@ -16,9 +16,10 @@ from cocoa_embed.train.data.caption_rows import read_image_folder
 from cocoa_embed.train.loop.oom import is_out_of_memory
 from cocoa_embed.train.plan.checks import read_stages
 from cocoa_embed.train.recipe import Recipe
-from cocoa_embed.train.settings import BridgeSection
-from cocoa_embed.train.stages.bridge import BridgeModel, bridge_probe
-from cocoa_embed.train.stages.contrastive import embedding_probe
+from cocoa_embed.train.stages.bridge.collator import BridgeCollator
+from cocoa_embed.train.stages.bridge.model import BridgeModel, bridge_probe
+from cocoa_embed.train.stages.bridge.settings import BridgeSettings
+from cocoa_embed.train.stages.contrastive.trainer import embedding_probe
 from cocoa_embed.train.stages.probe import MATCHING_IMAGE, NO_IMAGE, SHUFFLED_IMAGE, pictured_rows
 
 ROWS = 64
@@ -144,12 +145,10 @@ def _measure(checkpoint: Path, recipe: Recipe, rows: Sequence[Row], device: str)
         return embedding_probe(model, rows, ROWS_AT_ONCE)(model)
     backbone = load_backbone(str(checkpoint), bidirectional=recipe.bidirectional)
     backbone.model.to(device)
-    section = recipe.bridge or BridgeSection(steps=1, batch_size=ROWS_AT_ONCE)
+    section = recipe.bridge or BridgeSettings(steps=1, batch_size=ROWS_AT_ONCE)
     probe = bridge_probe(
-        backbone,
+        BridgeCollator(backbone.processor, recipe.seed, section.mask_ratio),
         rows,
-        section,
-        seed=recipe.seed,
         prompts=recipe.prompts.model_dump(),
         batch_size=ROWS_AT_ONCE,
     )

@@ -1,113 +1,82 @@
-"""What a run is: a recipe, validated, from YAML and the command line's overrides."""
+"""A recipe: a whole run, read from YAML and overrides and validated, without torch."""
 
-import difflib
 import json
+from collections.abc import Mapping
+from glob import glob
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 import yaml
-from pydantic import Field, ValidationError, field_validator
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
+from typing_extensions import Self
 
 from cocoa_embed.data.mmeb import default_train_subsets
-from cocoa_embed.errors import UsageError
+from cocoa_embed.errors import CocoaError, UsageError, did_you_mean, printable
 from cocoa_embed.train.settings import (
-    BridgeSection,
-    ContrastiveSection,
-    Count,
-    DataSection,
-    Positive,
-    PromptsSection,
-    Section,
-    SourceSection,
-    StageSection,
-    WarmupSection,
+    SOURCE_KINDS,
+    DataSettings,
+    RunSettings,
+    Settings,
+    SourceSettings,
+    StageSettings,
 )
+from cocoa_embed.train.stages.bridge.settings import BridgeSettings
+from cocoa_embed.train.stages.contrastive.settings import ContrastiveSettings
+from cocoa_embed.train.stages.warmup.settings import WarmupSettings
+
+if TYPE_CHECKING:
+    from cocoa_embed.train.stages.stage import Stage
 
 YAML_NULLS = ("", "~", "null")
-
-
-STAGES = ("warmup", "bridge", "contrastive")
-"""The stages in their order, as recipes name them."""
-
-SOURCE_KINDS = ("folder", "file", "mmeb", "hub")
-"""The keys of ``SourceSection`` that each say by themselves where rows are."""
+LOCAL_PREFIXES = (".", "/", "~")
+"""What a path begins with that can be no name on the hub."""
 
 _OF_ONE_SOURCE = {*SOURCE_KINDS, "subsets", "config", "split", "images", "columns", "captions", "paraphrases"}
-"""What says nothing of another source than its own."""
+"""The keys that describe only their own source."""
 
 
-def _merged(outer: SourceSection | None, inner: SourceSection | None) -> dict[str, Any]:
-    """Return the keys given in ``inner`` over those in ``outer``; a source in ``inner`` replaces the outer whole."""
-    over, under = ({} if section is None else section.model_dump(exclude_unset=True) for section in (inner, outer))
-    if all(any(given.get(kind) is not None for kind in (*SOURCE_KINDS, "subsets")) for given in (over, under)):
-        under = {key: value for key, value in under.items() if key not in _OF_ONE_SOURCE}
-    return {**under, **over}
+class Recipe(RunSettings):
+    """A whole run: its settings, and those of its stages in their order; a stage left out is not run.
 
-
-class Recipe(Section):
-    """A whole run. A stage that is left out is not run.
-
-    :param name: The name of the run and, inside of ``runs/``, of its folder where no other is given.
-    :param backbone: A folder, the name of one of this package's backbones, or a hub name.
-    :param data: The rows of every stage, as far as its own section does not say otherwise.
-    :param mixed_precision: ``bf16`` runs forward and backward passes under bfloat16 autocast; weights stay float32.
-    :param attn_implementation: ``auto`` is FlexAttention for the bridge's mask on CUDA, and sdpa anywhere else.
-    :param bidirectional: False leaves the language model causal in every stage, to measure what its being bidirectional
-        is worth.
-    :param gradient_checkpointing: Compute activations anew in the backward pass instead of keeping them.
-    :param sharding: ``fsdp2`` spreads weights, gradients and optimiser states of the first two stages over the devices.
-    :param workers: Processes that read and preprocess rows, for each device; by default the cores to spare, at most 8,
-        and none without an accelerator.
-    :param report_to: Where log lines go beside ``log.json``.
-    :param max_length: Tokens of the longest sequence.
-    :param max_pixels: Larger images are scaled down to this many pixels; the backbone's own limit by default.
+    This is the registry of stages, one line each: the settings, and where the ``Stage`` is, which needs torch.
     """
 
-    name: str
-    backbone: str
-    data: DataSection | None = None
-    mixed_precision: Literal["no", "bf16"] = "no"
-    attn_implementation: Literal["auto", "sdpa", "eager", "flex_attention"] = "auto"
-    bidirectional: bool = True
-    gradient_checkpointing: bool = False
-    sharding: Literal["none", "fsdp2"] = "none"
-    workers: Count | None = None
-    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    max_length: Positive = 512
-    max_pixels: Positive | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    prompts: PromptsSection = PromptsSection()
-    warmup: WarmupSection | None = None
-    bridge: BridgeSection | None = None
-    contrastive: ContrastiveSection | None = None
+    warmup: Annotated[WarmupSettings | None, "cocoa_embed.train.stages.warmup.stage:Warmup"] = None
+    bridge: Annotated[BridgeSettings | None, "cocoa_embed.train.stages.bridge.stage:Bridge"] = None
+    contrastive: Annotated[ContrastiveSettings | None, "cocoa_embed.train.stages.contrastive.stage:Contrastive"] = None
 
-    @field_validator("name")
     @classmethod
-    def _is_the_name_of_a_folder(cls, name: str) -> str:
-        if name in ("", ".", "..") or any(character in name for character in "/\\\0"):
-            raise ValueError(f"{name!r} cannot name a folder in runs/; leave out slashes, and do not take . or ..")
-        return name
+    def registry(cls) -> dict[str, str]:
+        """Return where each known stage is, as ``module:Class``, by the stage's key, in their order."""
+        return {
+            key: place for key, field in cls.model_fields.items() for place in field.metadata if isinstance(place, str)
+        }
 
-    def data_of(self, stage: str) -> DataSection:
-        """Return the data of a stage: its own section's values over the recipe's."""
-        return DataSection(**_merged(self.data, self.section(stage).data))
+    @property
+    def stages(self) -> "dict[str, Stage[StageSettings]]":
+        """The stages that the recipe runs by their keys, in their order."""
+        found = {}
+        for key, place in self.registry().items():
+            if (settings := getattr(self, key)) is not None:
+                module, _, name = place.partition(":")
+                found[key] = getattr(import_module(module), name)(key, settings, self)
+        return found
 
-    def sources_of(self, stage: str) -> dict[str, SourceSection]:
-        """Return the sources of a stage's rows by the names of its subsets; one source alone has the name ``data``.
+    def data_of(self, stage: str) -> DataSettings:
+        """Return the data of a stage: its own settings over the recipe's."""
+        return DataSettings(**_merged(self.data, getattr(self, stage).data))
 
-        The ``mmeb`` layout without ``subsets`` or ``config`` stands for its in-domain subsets, by their own names.
+    def sources_of(self, stage: str) -> dict[str, SourceSettings]:
+        """Return the sources of a stage's rows by the names of its subsets; a single source is called ``data``.
+
+        An ``mmeb`` source without ``subsets`` and ``config`` stands for its in-domain subsets, by their names.
 
         :raises UsageError: If a source names nothing to read, or several things.
         """
-        data = self.data_of(stage)
-        whole = SourceSection(**data.model_dump(exclude_unset=True, include=set(SourceSection.model_fields)))
-        if data.subsets is None:
-            names = default_train_subsets(whole.mmeb) if whole.mmeb is not None and whole.config is None else ()
-            sources = dict.fromkeys(names or ("data",), whole)
-        else:
-            sources = {name: SourceSection(**_merged(whole, subset)) for name, subset in data.subsets.items()}
+        sources = _sources(self.data_of(stage))
         for name, source in sources.items():
             given = [kind for kind in SOURCE_KINDS if getattr(source, kind) is not None]
             if len(given) != 1:
@@ -118,45 +87,105 @@ class Recipe(Section):
                 )
         return sources
 
-    @property
-    def stages(self) -> list[str]:
-        """The stages that the recipe runs, in their order."""
-        return [stage for stage in STAGES if getattr(self, stage) is not None]
-
-    def section(self, stage: str) -> StageSection:
-        """Return the section of a stage that the recipe runs."""
-        section: StageSection = getattr(self, stage)
-        return section
-
     @classmethod
-    def load(cls, name_or_path: str | Path, overrides: list[str] | None = None) -> "Recipe":
-        """Read a recipe file, or one of this package's by name, and apply ``key.sub=value`` overrides.
+    def load(cls, name_or_path: str | Path, overrides: list[str] | None = None, *, check_paths: bool = False) -> Self:
+        """Read a recipe file, or a recipe of this package by name, and apply ``key.sub=value`` overrides.
 
-        :raises UsageError: If there is no such recipe, a key is not known (the nearest is named), or a value is wrong.
+        :param check_paths: Check too that local files and folders exist.
+        :raises UsageError: With one sentence for each fault: unknown keys with the closest known one, wrong values,
+            missing files; or if there is no such recipe.
         """
         path = _find_recipe(str(name_or_path))
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-        # What stands at several places by a YAML alias is one object until here.
+        # Until here, what stands at several places by a YAML alias is one object.
         values = json.loads(json.dumps(values, default=str))
         if not isinstance(values, dict):
             raise UsageError(f"{path} holds no recipe; expected keys such as {', '.join(cls.model_fields)}.")
         for override in overrides or []:
-            _apply_override(values, override)
-        return cls.parse(values, source=str(path))
+            _apply_override(cls, values, override)
+        return cls.parse(values, source=str(path), check_paths=check_paths)
 
     @classmethod
-    def parse(cls, values: dict[str, Any], *, source: str = "recipe") -> "Recipe":
+    def parse(cls, values: dict[str, Any], *, source: str = "recipe", check_paths: bool = False) -> Self:
         """Validate ``values``.
 
+        :param check_paths: Check too that local files and folders exist.
         :raises UsageError: With one sentence for each fault.
+        :raises CocoaError: If only files or folders are missing.
         """
+        missing = missing_paths(cls, values) if check_paths else []
         try:
-            return cls.model_validate(values)
+            recipe = cls.model_validate(values)
         except ValidationError as error:
-            raise UsageError(f"{source}: {'; '.join(_describe(fault) for fault in error.errors())}.") from error
+            faults = [*(_describe(cls, fault) for fault in error.errors()), *missing]
+            raise UsageError(f"{source}: {'; '.join(faults)}.") from error
+        if missing:
+            raise CocoaError(f"{source}: {'; '.join(missing)}.")
+        return recipe
+
+
+STAGES = tuple(Recipe.registry())
+"""The keys of the stages, in their order."""
+
+
+def _merged(outer: SourceSettings | None, inner: SourceSettings | None) -> dict[str, Any]:
+    """Return the keys given in ``inner`` over those in ``outer``; a source in ``inner`` replaces the outer one."""
+    over, under = ({} if given is None else given.model_dump(exclude_unset=True) for given in (inner, outer))
+    if all(any(given.get(kind) is not None for kind in (*SOURCE_KINDS, "subsets")) for given in (over, under)):
+        under = {key: value for key, value in under.items() if key not in _OF_ONE_SOURCE}
+    return {**under, **over}
+
+
+def _sources(data: DataSettings) -> dict[str, SourceSettings]:
+    whole = SourceSettings(**data.model_dump(exclude_unset=True, include=set(SourceSettings.model_fields)))
+    if data.subsets is None:
+        names = default_train_subsets(whole.mmeb) if whole.mmeb is not None and whole.config is None else ()
+        return dict.fromkeys(names or ("data",), whole)
+    return {name: SourceSettings(**_merged(whole, subset)) for name, subset in data.subsets.items()}
+
+
+def missing_paths(recipe: type[Recipe], values: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for each local file or folder that a recipe's stages name and that does not exist.
+
+    :param values: The recipe's values, valid or not; what is not valid is not looked at.
+    """
+    faults: dict[str, None] = {}
+    for key in recipe.registry():
+        if isinstance(given := values.get(key), Mapping):
+            merged = _merged(_valid_data(values.get("data")), _valid_data(given.get("data")))
+            for source in _sources(DataSettings(**merged)).values():
+                faults |= dict.fromkeys(_missing(source))
+    if isinstance(backbone := values.get("backbone"), str) and not Path(backbone).is_dir():
+        built_in = [entry.name for entry in (files("cocoa_embed") / "backbones").iterdir() if entry.is_dir()]
+        if backbone.startswith(LOCAL_PREFIXES) or ("/" not in backbone and backbone not in built_in):
+            faults[f"backbone {printable(backbone)} does not exist {did_you_mean(backbone, built_in)}"] = None
+    return list(faults)
+
+
+def _valid_data(values: object) -> DataSettings | None:
+    try:
+        return DataSettings.model_validate(values)
+    except ValidationError:
+        return None
+
+
+def _missing(source: SourceSettings) -> list[str]:
+    faults = [
+        f"data.{kind} {printable(folder)} does not exist"
+        for kind, folder in (("folder", source.folder), ("images", source.images))
+        if folder is not None and not folder.exists()
+    ]
+    if source.file is not None and not Path(source.file).exists() and not glob(source.file, recursive=True):
+        faults.append(f"data.file {printable(source.file)} does not exist")
+    faults += [
+        f"data.{kind} {printable(name)} does not exist"
+        for kind, name in (("mmeb", source.mmeb), ("hub", source.hub))
+        if name is not None and name.startswith(LOCAL_PREFIXES) and not Path(name).exists()
+    ]
+    return faults
 
 
 def recipe_names() -> list[str]:
@@ -175,16 +204,17 @@ def _find_recipe(name_or_path: str) -> Path:
     if path.is_file():
         return path
     raise UsageError(
-        f"No recipe {name_or_path!r}: it is no file and none of this package's ({', '.join(recipe_names())})."
+        f"No recipe {name_or_path!r}: neither a file nor a recipe of this package "
+        f"{did_you_mean(name_or_path, recipe_names())}."
     )
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def _apply_override(recipe: type[Recipe], values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise UsageError(f"Override {override!r} is not of the form key.sub=value.")
     *parents, last = key.split(".")
-    if _takes_text([*parents, last]) and text not in YAML_NULLS and text[0] not in "\"'":
+    if _takes_text(recipe, [*parents, last]) and text not in YAML_NULLS and text[0] not in "\"'":
         text = yaml.safe_dump(text)
     for parent in parents:
         if values.get(parent) is None:
@@ -198,51 +228,61 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise UsageError(f"Override {override!r}: {text!r} is not a YAML value.") from error
 
 
-def _takes_text(location: list[str]) -> bool:
-    """Tell whether a key holds words or a path, which YAML would take for a number, a date or a mapping."""
-    section = _section_at(location[:-1])
-    field = section.model_fields.get(location[-1]) if section else None
+def _takes_text(recipe: type[Recipe], location: list[str]) -> bool:
+    """Return whether a key holds a text or a path, which YAML could read as a number, a date or a mapping."""
+    settings = _settings_at(recipe, location[:-1])
+    field = settings.model_fields.get(location[-1]) if settings else None
     if field is None:
         return False
     alternatives = get_args(field.annotation) or (field.annotation,)
     return any(alternative in (str, Path) or isinstance(alternative, str) for alternative in alternatives)
 
 
-def _section_at(location: list[str]) -> type[Section] | None:
-    """Return the section that stands at a place of a recipe; None where there is none."""
-    section: type[Section] = Recipe
+def _settings_at(recipe: type[Recipe], location: list[str]) -> type[Settings] | None:
+    """Return the settings at a location of a recipe, None where there are none."""
+    settings: type[Settings] = recipe
     keys = iter(location)
     for key in keys:
-        field = section.model_fields.get(key)
-        inner = _section_within(field.annotation) if field else None
+        field = settings.model_fields.get(key)
+        inner = _settings_within(field.annotation) if field else None
         if inner is None:
             return None
-        section, is_named = inner
+        settings, is_named = inner
         if is_named:
             next(keys, None)
-    return section
+    return settings
 
 
-def _section_within(annotation: object) -> tuple[type[Section], bool] | None:
-    """Return the section that a field's annotation holds, and whether it holds several, by name."""
+def _settings_within(annotation: object) -> tuple[type[Settings], bool] | None:
+    """Return the settings that a field's annotation holds, and whether it holds several by name."""
     if isinstance(annotation, type) and get_origin(annotation) is None:
-        return (annotation, False) if issubclass(annotation, Section) else None
+        return (annotation, False) if issubclass(annotation, Settings) else None
     is_mapping = get_origin(annotation) is dict
-    found = [inner for argument in get_args(annotation) if (inner := _section_within(argument))]
+    found = [inner for argument in get_args(annotation) if (inner := _settings_within(argument))]
     return (found[0][0], is_mapping or found[0][1]) if found else None
 
 
-def _describe(fault: ErrorDetails) -> str:
+def _describe(recipe: type[Recipe], fault: ErrorDetails) -> str:
     location = [str(part) for part in fault["loc"]]
     name = ".".join(location)
     if fault["type"] == "extra_forbidden":
-        section = _section_at(location[:-1])
-        known = list(section.model_fields) if section else []
-        nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(known)}"
-        return f"unknown key {name!r} ({hint})"
+        return f"unknown key {name!r} {_hint(recipe, location)}"
     if fault["type"] == "missing":
         return f"key {name!r} is missing"
     if fault["type"] == "value_error":
         return f"{name}: {fault['msg'].removeprefix('Value error, ')}"
     return f"{name} = {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+
+
+def _hint(recipe: type[Recipe], location: list[str]) -> str:
+    """Return where an unknown key belongs: in other settings of the recipe that have it, or as the closest name."""
+    *parents, last = location
+    belongs = [
+        f"{key}.{last}"
+        for key in recipe.model_fields
+        if last in getattr(_settings_at(recipe, [key]), "model_fields", ())
+    ]
+    if belongs and not parents:
+        return f"(did you mean {' or '.join(map(repr, belongs))}?)"
+    settings = _settings_at(recipe, parents)
+    return did_you_mean(last, list(settings.model_fields) if settings else [])

@@ -162,7 +162,7 @@ class Grid:
     def bridge(self, start: StageRun | None) -> StageRun:
         """Return stage 2 with its snapshots."""
         steps = sorted(set(self.sizes.snapshots.values()) - {self.sizes.bridge_steps})
-        return StageRun("bridge", self.sizes.bridge_steps, (f"bridge.keep_steps={steps}",), start)
+        return StageRun("bridge", self.sizes.bridge_steps, (f"bridge.snapshot_steps={steps}",), start)
 
     def variant(self, *settings: str, start: StageRun | None) -> StageRun:
         """Return another stage 2, as long as variants are."""
@@ -183,7 +183,7 @@ class Grid:
     def equal(self, fraction: float, *, captions: bool = False) -> StageRun:
         """Return contrastive learning alone with the compute of all three, and snapshots for the shorter bridges."""
         ends = {self.equal_compute_steps(steps, fraction) for steps in self.sizes.snapshots.values()}
-        setting = "data.captions=captions" if captions else f"keep_steps={sorted(ends - {max(ends)})}"
+        setting = "data.captions=captions" if captions else f"snapshot_steps={sorted(ends - {max(ends)})}"
         return self.contrastive(None, fraction, f"contrastive.{setting}", steps=max(ends))
 
     def _stages(self) -> list[Arm]:

@@ -26,7 +26,7 @@ from cocoa_embed.evaluation.pairs_reader import read_pairs
 from cocoa_embed.folders import write_atomically
 from cocoa_embed.model.training_record import read_run, read_training
 from cocoa_embed.train import Recipe, run
-from cocoa_embed.train.loop.snapshots import kept_folder
+from cocoa_embed.train.loop.snapshots import snapshot_folder
 
 SCORES = "scores.json"
 END = "end"
@@ -65,7 +65,7 @@ class Job:
     @property
     def rows(self) -> int:
         """Rows of all steps."""
-        section = self.recipe.section(self.stage)
+        section = self.recipe.stages[self.stage].settings
         return (section.steps or 0) * section.batch_size
 
     @property
@@ -156,7 +156,7 @@ def train_and_score(job: Job) -> None:
         scores = read_scores(job.folder)
         for step in job.scored:
             if str(step or END) not in scores:
-                checkpoint = result.folder if step is None else kept_folder(result.folder, step)
+                checkpoint = result.folder if step is None else snapshot_folder(result.folder, step)
                 scores[str(step or END)] = score(checkpoint, job.held_out)
                 write_atomically(job.folder / SCORES, json.dumps(scores, indent=2) + "\n")
 

@@ -21,7 +21,7 @@ from cocoa_embed.demo.scenes import write_image_folder, write_scenes
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.folders import claim_folder, write_atomically
 from cocoa_embed.train import Recipe
-from cocoa_embed.train.loop.snapshots import kept_folder
+from cocoa_embed.train.loop.snapshots import snapshot_folder
 from cocoa_embed.train.plan.checks import NOT_LEARNED
 from cocoa_embed.train.plan.dry_run import plan
 from cocoa_embed.train.recipe import STAGES
@@ -32,7 +32,7 @@ VERSION = 1
 """Raise it when the code changes what a stage learns: weights of before are then not reused."""
 
 RESERVED = ("seed", "name", "backbone", "data.folder", "contrastive.data", "bridge.probe")
-RESERVED_IN_A_STAGE = (".steps", ".epochs", ".keep_steps", ".group_by_length")
+RESERVED_IN_A_STAGE = (".steps", ".epochs", ".snapshot_steps", ".group_by_length")
 """Settings of the ablation itself."""
 
 
@@ -137,7 +137,7 @@ class Workspace:
         if stage_run.start is None:
             return None
         folder = self.folder(stage_run.start, seed) / stage_run.start.stage
-        return str(folder if stage_run.at_step is None else kept_folder(folder, stage_run.at_step))
+        return str(folder if stage_run.at_step is None else snapshot_folder(folder, stage_run.at_step))
 
     def recipe(self, stage_run: StageRun, seed: int, *, backbone: str | None) -> Recipe:
         """Return the recipe of one stage alone.
@@ -167,7 +167,7 @@ class Workspace:
 
     def batch_sizes(self) -> dict[str, int]:
         """Return the rows of a step of each stage."""
-        return {stage: self.recipe_of(stage).section(stage).batch_size for stage in STAGES}
+        return {stage: self.recipe_of(stage).stages[stage].settings.batch_size for stage in STAGES}
 
     def mask_ratio(self) -> float:
         """Return the bridge's mask ratio where mask ratios are not compared."""

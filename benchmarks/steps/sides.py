@@ -19,10 +19,11 @@ from cocoa_embed.model.attention import bidirectional_mask, bridge_mask, make_bi
 from cocoa_embed.model.backbone import SUPPORTED, PatchGeometry
 from cocoa_embed.model.flex_attention import FLEX, resolve_attention, use_flex_attention
 from cocoa_embed.train.plan.cost import BatchShape, StepCost, batch_shape, measure_matmul_flops, model_size
-from cocoa_embed.train.stages.bridge import BridgeModel
+from cocoa_embed.train.stages.bridge.model import BridgeModel
 from cocoa_embed.train.stages.losses import mae_loss
 from cocoa_embed.train.stages.reconstruction import model_mask, position_ids
-from cocoa_embed.train.stages.warmup import WarmupModel
+from cocoa_embed.train.stages.warmup.model import WarmupModel
+from cocoa_embed.train.stages.warmup.settings import WarmupSettings
 from shared.measuring import best_device
 from shared.models import model_config
 from steps.synthetic_rows import SyntheticRow, draw_rows, make_batch
@@ -46,7 +47,7 @@ class PlainModel(nn.Module):
         allowed = bridge_mask(batch["blocks"]) if is_bridge else bidirectional_mask(batch["attention_mask"])
         mask, positions = model_mask(model, allowed), position_ids(model, batch)
         labels = torch.full_like(batch["input_ids"], -100)
-        labels[batch["hidden_tokens"]] = batch["target_ids"]
+        labels[batch["masked_tokens"]] = batch["target_ids"]
         outputs = model(
             input_ids=batch["input_ids"],
             attention_mask=mask,
@@ -56,13 +57,13 @@ class PlainModel(nn.Module):
             mm_token_type_ids=batch["mm_token_type_ids"],
             labels=labels,
             use_cache=False,
-            output_hidden_states="hidden_patches" in batch,
+            output_hidden_states="masked_patches" in batch,
         )
         loss = outputs.loss
-        if "hidden_patches" in batch:
+        if "masked_patches" in batch:
             visual = batch["mm_token_type_ids"] == 1
             decoded = self.ours.pixel_decoder(outputs.hidden_states[-1], visual, mask, positions)
-            loss = loss + MAE_WEIGHT * mae_loss(decoded[batch["hidden_patches"]], batch["target_patches"])
+            loss = loss + MAE_WEIGHT * mae_loss(decoded[batch["masked_patches"]], batch["target_patches"])
         return {"loss": loss, "logits": outputs.logits}
 
 
@@ -96,7 +97,7 @@ def build(
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     is_ours = options.side == "ours"
-    attention = resolve_attention(options.attention, stage=options.stage, device_type=device.type)
+    attention = resolve_attention(options.attention, sparse=options.stage == "bridge", device_type=device.type)
     if is_ours and attention == FLEX:
         use_flex_attention(model)
     model.train()
@@ -109,7 +110,9 @@ def build(
         stage = (
             BridgeModel(model)
             if options.stage == "bridge"
-            else WarmupModel(model, PatchGeometry.from_config(config), mae_weight=MAE_WEIGHT)
+            else WarmupModel(
+                model, PatchGeometry.from_config(config), WarmupSettings(steps=1, batch_size=1, mae_weight=MAE_WEIGHT)
+            )
         )
     runs = stage if is_ours else PlainModel(stage)
     return stage, lambda batches: runs(**batches[0])["loss"]

@@ -67,14 +67,14 @@ def make_batch(rows: Sequence[SyntheticRow], config: PreTrainedConfig, stage: st
     is_text[:, 0] = False
     ratio = BRIDGE_MASK_RATIO if is_bridge else TEXT_MASK_RATIO
     masked = is_text & (torch.rand(is_text.shape, generator=generator) < ratio)
-    batch |= {"hidden_tokens": masked, "target_ids": padded_ids[masked]}
+    batch |= {"masked_tokens": masked, "target_ids": padded_ids[masked]}
     if is_bridge:
         batch["blocks"] = padded_blocks
     elif len(sides):
         tokens = len(pixels) // geometry.patches_per_token
         masked_tokens = torch.rand(tokens, generator=generator) < IMAGE_MASK_RATIO
         masked_patches = masked_tokens.repeat_interleave(geometry.patches_per_token)
-        batch |= {"hidden_patches": masked_patches, "target_patches": pixels[masked_patches]}
+        batch |= {"masked_patches": masked_patches, "target_patches": pixels[masked_patches]}
     return batch
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +15,7 @@ from cocoa_embed.errors import require
 from cocoa_embed.report.words import duration
 
 if TYPE_CHECKING:
-    from cocoa_embed.train import StageResult
+    from cocoa_embed.train import Recipe, StageResult
     from cocoa_embed.train.plan.dry_run import RunPlan
 
 
@@ -26,34 +27,43 @@ def train(
     out: Annotated[
         Path | None, typer.Option("--out", help="The folder for checkpoints [default: runs/ and the recipe's name].")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, where one was begun.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out, if any.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print what the run would do and cost, and stop.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a model as a recipe says: warm-up, bridge, contrastive. Each stage leaves a checkpoint."""
+    """Train a model by a recipe: warm-up, bridge, contrastive. Each stage writes a checkpoint."""
+    is_first = os.environ.get("RANK", "0") == "0"
     with working() as console:
+        require("yaml", "train")
+        loaded = _load(recipe, overrides or []) if is_first else None  # before torch, which takes seconds
         require("accelerate", "train")
         silence_libraries()
-        from cocoa_embed.train import Recipe, run
-        from cocoa_embed.train.loop.processes import by_first_process, hush_others, is_first_process
+        from cocoa_embed.train import run
+        from cocoa_embed.train.loop.processes import by_first_process, silence_nonzero_ranks
         from cocoa_embed.train.plan.dry_run import plan
 
-        hush_others()
-        loaded = by_first_process(lambda: Recipe.load(recipe, overrides or []))
-        folder = out or Path("runs") / loaded.name
+        silence_nonzero_ranks()
+        chosen = by_first_process(lambda: loaded or _load(recipe, overrides or []))
+        folder = out or Path("runs") / chosen.name
         if dry_run:
-            planned = by_first_process(lambda: plan(loaded, folder, resume=resume))
+            planned = by_first_process(lambda: plan(chosen, folder, resume=resume))
             document, lines = dataclasses.asdict(planned), plan_lines(planned)
         else:
-            results = run(loaded, folder, resume=resume)
+            results = run(chosen, folder, resume=resume)
             document, lines = {"stages": list(map(stage_document, results))}, stage_lines(results)
-        if is_first_process():
+        if is_first:
             for line in lines:
                 say(console, line)
-    if as_json and is_first_process():
+    if as_json and is_first:
         print_json(document)
+
+
+def _load(recipe: str, overrides: list[str]) -> Recipe:
+    from cocoa_embed.train import Recipe
+
+    return Recipe.load(recipe, overrides, check_paths=True)
 
 
 def export(

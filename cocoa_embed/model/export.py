@@ -35,6 +35,13 @@ def build_sentence_transformer(
         raise CocoaError(f"{checkpoint} cannot be loaded ({one_line(error)}): the checkpoint is incomplete.") from error
     if bidirectional:
         assert_bidirectional(transformer.auto_model)
+    return embedding_model(transformer, prompts, device)
+
+
+def embedding_model(
+    transformer: Transformer, prompts: dict[str, str], device: str | None = None
+) -> SentenceTransformer:
+    """Return the model whose embedding is the normalised last hidden state of a sequence's last token, ``<EOS>``."""
     pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="lasttoken")
     return SentenceTransformer(
         modules=[transformer, pooling, Normalize()], prompts=prompts, similarity_fn_name="cosine", device=device

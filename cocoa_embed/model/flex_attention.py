@@ -28,16 +28,16 @@ FIRST_DYNAMIC_TORCH = "2.7"
 """With torch 2.6, transformers recompiles FlexAttention for every sequence length, and gives up after a few."""
 
 
-def resolve_attention(attn_implementation: str, *, stage: str, device_type: str) -> str:
-    """Return the attention implementation of a stage; ``auto`` is FlexAttention for the bridge on CUDA, else sdpa.
+def resolve_attention(attn_implementation: str, *, sparse: bool, device_type: str) -> str:
+    """Return the attention implementation to train with; ``auto`` is FlexAttention for sparse masks on CUDA, else sdpa.
 
-    :param stage: ``warmup``, ``bridge`` or ``contrastive``.
+    :param sparse: The mask leaves whole tiles out, as the bridge mask does.
     :param device_type: As in ``torch.device(...).type``.
     :raises UsageError: For an unknown implementation, or for FlexAttention without CUDA: it has no backward pass there.
     """
     if attn_implementation == "auto":
         has_kernel = device_type == "cuda" and torch.__version__ >= FIRST_DYNAMIC_TORCH
-        return FLEX if stage == "bridge" and has_kernel else "sdpa"
+        return FLEX if sparse and has_kernel else "sdpa"
     if attn_implementation not in IMPLEMENTATIONS:
         raise UsageError(
             f"There is no attention implementation {attn_implementation!r}; use one of auto, "

@@ -15,16 +15,16 @@ from cocoa_embed.data.rows import ArrowImage, Row
 from cocoa_embed.errors import ImageError
 from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.model.export import build_sentence_transformer
-from cocoa_embed.train.data.pair_datasets import ItemPreprocessor, as_record
 from cocoa_embed.train.data.rows import arrow_images, load_row_image, numbered
 from cocoa_embed.train.data.sources import read_subset
-from cocoa_embed.train.settings import SourceSection
-from cocoa_embed.train.stages.collators import WarmupCollator
+from cocoa_embed.train.settings import SourceSettings
+from cocoa_embed.train.stages.contrastive.pairs import ItemPreprocessor, as_record
+from cocoa_embed.train.stages.warmup.collator import WarmupCollator
 
 
 def table_rows(path: Path, cells: list[bytes]) -> list[Row]:
     write_table(path, [{"query_image": cell, "positive_text": f"text {n}"} for n, cell in enumerate(cells)])
-    return read_subset("data", SourceSection(file=str(path)), [])
+    return read_subset("data", SourceSettings(file=str(path)), [])
 
 
 def arrow_image(row: Row) -> ArrowImage:
@@ -79,7 +79,7 @@ def pairs(tmp_path: Path, scene_rows: list[Row]) -> tuple[list[Row], list[Row]]:
         path,
         [{"query_image": Path(str(row.image)).read_bytes(), "positive_text": row.positive.text} for row in files],
     )
-    return files, read_subset("data", SourceSection(file=str(path)), [])
+    return files, read_subset("data", SourceSettings(file=str(path)), [])
 
 
 def test_an_image_inside_a_table_is_collated_like_the_same_image_in_a_file(

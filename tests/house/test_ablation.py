@@ -154,7 +154,7 @@ def test_arms_are_compared_with_those_that_differ_in_one_thing(grid: Grid) -> No
 def test_weights_that_are_scored_or_started_from_before_the_end_are_snapshots(grid: Grid) -> None:
     def snapshots(stage_run: StageRun) -> list[int]:
         settings = dict(setting.split("=") for setting in stage_run.settings)
-        return json.loads(settings.get(f"{stage_run.stage}.keep_steps", "[]"))
+        return json.loads(settings.get(f"{stage_run.stage}.snapshot_steps", "[]"))
 
     scored = [(arm.last, arm.at_step) for arm in grid.arms if arm.at_step is not None]
     started = [(arm.last.start, arm.last.at_step) for arm in grid.arms if arm.last.at_step is not None]
@@ -273,7 +273,7 @@ def test_the_users_folders_are_checked_before_anything_is_trained(
 
 @pytest.mark.parametrize(
     "setting",
-    ["seed=5", "data.folder=x", "bridge.keep_steps=[1]", "contrastive.steps=9", "warmup.group_by_length=true"],
+    ["seed=5", "data.folder=x", "bridge.snapshot_steps=[1]", "contrastive.steps=9", "warmup.group_by_length=true"],
 )
 def test_what_the_ablation_sets_itself_is_refused(tmp_path: Path, tiny: Sizes, setting: str) -> None:
     with pytest.raises(UsageError, match=f"--set {re.escape(setting)}: the ablation sets"):

@@ -22,8 +22,9 @@ from cocoa_embed.model.attention import (
 )
 from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.train.data.rows import numbered
-from cocoa_embed.train.stages.collators import BridgeCollator, render_items
+from cocoa_embed.train.stages.bridge.collator import BridgeCollator
 from cocoa_embed.train.stages.reconstruction import last_hidden_states, position_ids
+from cocoa_embed.train.stages.rendering import render_items
 
 IMPLEMENTATIONS = ("eager", "sdpa")
 

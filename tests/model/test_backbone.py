@@ -26,7 +26,7 @@ from cocoa_embed.model.backbone import (
     prepare_processor,
     resolve_backbone,
 )
-from cocoa_embed.train.stages.collators import render_items
+from cocoa_embed.train.stages.rendering import render_items
 from conftest import TINY_MAX_LENGTH
 
 LONG_TEXT = "large red circle at top left and small blue ring at bottom right on white " * 40

@@ -15,12 +15,13 @@ from cocoa_embed.model.attention import assert_bidirectional, before_or_itself, 
 from cocoa_embed.model.backbone import Backbone, load_backbone
 from cocoa_embed.model.export import export_model
 from cocoa_embed.train.data.rows import numbered
-from cocoa_embed.train.loop.arguments import stage_attention
+from cocoa_embed.train.loop.batch_facts import Batch
 from cocoa_embed.train.pipeline import run
 from cocoa_embed.train.recipe import STAGES, Recipe
-from cocoa_embed.train.stages.bridge import BridgeModel
-from cocoa_embed.train.stages.collators import Batch, BridgeCollator, WarmupCollator
+from cocoa_embed.train.stages.bridge.collator import BridgeCollator
+from cocoa_embed.train.stages.bridge.model import BridgeModel
 from cocoa_embed.train.stages.reconstruction import full_model_mask, last_hidden_states, position_ids
+from cocoa_embed.train.stages.warmup.collator import WarmupCollator
 from conftest import TINY_MAX_LENGTH
 
 STAGE: dict[str, Any] = {"steps": 1, "batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 0}
@@ -66,9 +67,9 @@ def test_the_last_token_reaches_an_earlier_one_where_attention_is_bidirectional_
             batch = BridgeCollator(backbone.processor, seed=0)(numbered(scene_rows[:4]))
             shown = BridgeModel(model)
             first, second = (shown.predict(each) for each in (batch, changed_at_the_end(batch)))
-            last = batch["attention_mask"].sum(dim=1)[batch["hidden_tokens"].nonzero()[:, 0]] - 1
+            last = batch["attention_mask"].sum(dim=1)[batch["masked_tokens"].nonzero()[:, 0]] - 1
             # A hidden token is predicted from the position before it.
-            earlier = batch["hidden_tokens"].nonzero()[:, 1] - 1 < last
+            earlier = batch["masked_tokens"].nonzero()[:, 1] - 1 < last
         else:
             batch = WarmupCollator(backbone.processor, backbone.geometry, seed=0)(numbered(scene_rows[:4]))
             mask, positions = full_model_mask(model, batch["attention_mask"]), position_ids(model, batch)
@@ -105,6 +106,6 @@ def test_every_stage_stays_causal_and_so_does_the_export(
 
 def test_flex_attention_has_no_causal_bridge() -> None:
     values = {"name": "causal", "backbone": "x", "bidirectional": False, "bridge": STAGE}
-    assert stage_attention(Recipe.parse(values), "bridge") == "sdpa"
-    with pytest.raises(UsageError, match="bidirectional=false goes with attn_implementation sdpa or eager"):
-        stage_attention(Recipe.parse({**values, "attn_implementation": "flex_attention"}), "bridge")
+    assert Recipe.parse(values).stages["bridge"].attention() == "sdpa"
+    with pytest.raises(UsageError, match="bidirectional=false needs attn_implementation sdpa or eager"):
+        Recipe.parse({**values, "attn_implementation": "flex_attention"}).stages["bridge"].attention()

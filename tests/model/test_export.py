@@ -15,6 +15,7 @@ from exported import PROMPTS, TRAINING, contents, write_checkpoint
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
+from stages import alone
 
 from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import CocoaError
@@ -25,7 +26,9 @@ from cocoa_embed.model.backbone import Backbone, load_backbone
 from cocoa_embed.model.card import model_card
 from cocoa_embed.model.export import build_sentence_transformer, export_model, save_sentence_transformer
 from cocoa_embed.model.training_record import TRAINING_FILE
-from cocoa_embed.train.stages.collators import render_items
+from cocoa_embed.train.stages.contrastive.settings import ContrastiveSettings
+from cocoa_embed.train.stages.contrastive.stage import Contrastive
+from cocoa_embed.train.stages.rendering import render_items
 from conftest import TINY_MAX_LENGTH
 
 LONG_TEXT = "large red circle at top left and small blue ring at bottom right on white " * 40
@@ -469,9 +472,19 @@ def card_body(model: SentenceTransformer, **contrastive: Any) -> str:
     return " ".join(split_card(model_card("my-model", model, {**TRAINING, "stages": stages}))[1].split())
 
 
-def test_the_card_says_what_a_stage_says_of_itself(model: SentenceTransformer) -> None:
-    assert "In-batch negatives." in card_body(model, description="In-batch negatives.")
-    assert "In-batch negatives." not in card_body(model)
+def test_the_card_says_how_the_contrastive_stage_was_trained(model: SentenceTransformer) -> None:
+    def card(**settings: Any) -> str:
+        return card_body(model, **alone(Contrastive, ContrastiveSettings(steps=1, batch_size=2, **settings)).facts())
+
+    plain = card()
+    assert "InfoNCE at temperature 0.02, with in-batch negatives and no hard negatives." in plain
+    assert "Each pair is trained in both directions, as two rows." in plain
+    assert "looks for its query" not in plain
+    other = card(temperature=0.1, hard_negatives=3, directions="symmetric")
+    assert "InfoNCE at temperature 0.1, with in-batch negatives and up to 3 hard negatives of each" in other
+    assert "Each positive looks for its query too, in the same loss." in other
+    assert "both directions" not in other
+    assert "Contrastive learning" not in card_body(model)
 
 
 def test_the_cards_way_to_shorter_embeddings_works(model: SentenceTransformer, tiny_export: Path) -> None:

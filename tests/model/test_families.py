@@ -18,8 +18,8 @@ from cocoa_embed.model.export import export_model
 from cocoa_embed.train.loop.run_record import StageResult
 from cocoa_embed.train.pipeline import run
 from cocoa_embed.train.recipe import Recipe
-from cocoa_embed.train.stages.collators import render_items
 from cocoa_embed.train.stages.reconstruction import position_ids
+from cocoa_embed.train.stages.rendering import render_items
 from conftest import TINY_MAX_LENGTH
 
 STAGE = {"steps": 2, "batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 0, "logging_steps": 1}

@@ -26,10 +26,11 @@ from cocoa_embed.model.flex_attention import (
     uses_flex_attention,
 )
 from cocoa_embed.train.data.rows import numbered
-from cocoa_embed.train.stages.bridge import BridgeModel
-from cocoa_embed.train.stages.collators import BridgeCollator, WarmupCollator
+from cocoa_embed.train.stages.bridge.collator import BridgeCollator
+from cocoa_embed.train.stages.bridge.model import BridgeModel
 from cocoa_embed.train.stages.reconstruction import bridge_model_mask
-from cocoa_embed.train.stages.warmup import WarmupModel
+from cocoa_embed.train.stages.warmup.collator import WarmupCollator
+from cocoa_embed.train.stages.warmup.model import WarmupModel
 
 LoadTiny = Callable[[str], Backbone]
 
@@ -190,31 +191,30 @@ def test_a_saved_model_forgets_it(load_tiny: LoadTiny, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "stage", "device_type", "resolved"),
+    ("asked", "sparse", "device_type", "resolved"),
     [
-        ("auto", "bridge", "cuda", FLEX),
-        ("auto", "bridge", "cpu", "sdpa"),
-        ("auto", "bridge", "mps", "sdpa"),
-        ("auto", "warmup", "cuda", "sdpa"),
-        ("auto", "contrastive", "cuda", "sdpa"),
-        ("eager", "bridge", "cuda", "eager"),
-        (FLEX, "warmup", "cuda", FLEX),
+        ("auto", True, "cuda", FLEX),
+        ("auto", True, "cpu", "sdpa"),
+        ("auto", True, "mps", "sdpa"),
+        ("auto", False, "cuda", "sdpa"),
+        ("eager", True, "cuda", "eager"),
+        (FLEX, False, "cuda", FLEX),
     ],
 )
-def test_the_implementation_of_a_stage(asked: str, stage: str, device_type: str, resolved: str) -> None:
-    assert resolve_attention(asked, stage=stage, device_type=device_type) == resolved
+def test_the_implementation_to_train_with(asked: str, sparse: bool, device_type: str, resolved: str) -> None:
+    assert resolve_attention(asked, sparse=sparse, device_type=device_type) == resolved
 
 
 def test_auto_is_sdpa_where_flex_would_be_compiled_for_every_length(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.6.0"))
-    assert resolve_attention("auto", stage="bridge", device_type="cuda") == "sdpa"
+    assert resolve_attention("auto", sparse=True, device_type="cuda") == "sdpa"
 
 
 def test_what_cannot_be_resolved_is_refused() -> None:
     with pytest.raises(UsageError, match="cannot be trained on 'cpu'"):
-        resolve_attention(FLEX, stage="bridge", device_type="cpu")
+        resolve_attention(FLEX, sparse=True, device_type="cpu")
     with pytest.raises(UsageError, match="no attention implementation 'flash'"):
-        resolve_attention("flash", stage="bridge", device_type="cuda")
+        resolve_attention("flash", sparse=True, device_type="cuda")
 
 
 @pytest.mark.slow

@@ -34,11 +34,7 @@ FROZEN: Values = {**STAGE, "steps": 1, "warmup_steps": 1}
 """One step at the warm-up's first learning rate, which is 0: the stage ends with the weights it began with."""
 
 
-PROBED_ACCURACIES = (
-    "accuracy_matching_image",
-    "accuracy_shuffled_image",
-    "accuracy_no_image",
-)
+PROBED_ACCURACIES = ("accuracy_matching_image", "accuracy_shuffled_image", "accuracy_no_image")
 GEOMETRY = ("alignment", "uniformity", "modality_gap", "effective_rank")
 
 
@@ -161,12 +157,6 @@ def test_the_last_stage_exports(finished: Run, tmp_path: Path) -> None:
     assert model.prompts == PROMPTS
     assert model.encode([{"text": "a red ring"}]).shape == (1, 32)
     assert equal(weights(out), weights(finished.out / "contrastive"))
-
-
-@pytest.mark.parametrize("stage", ["warmup", "bridge"])
-def test_an_earlier_stage_exports_too(finished: Run, tmp_path: Path, stage: str) -> None:
-    out = export_model(finished.out / stage, tmp_path / stage)
-    assert SentenceTransformer(str(out), device="cpu").prompts == PROMPTS
 
 
 # From stage to stage
@@ -304,17 +294,6 @@ def test_a_run_that_cannot_start_leaves_the_earlier_run_as_it_is(
     assert contents(out) == before
 
 
-def test_a_folder_with_a_recipe_of_someone_elses_is_no_earlier_run(
-    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "recipe.json").write_text('{"flour": "500 g"}')
-    before = contents(tmp_path / "out")
-    with pytest.raises(CocoaError, match="holds something else"):
-        run(recipe(tiny_backbone_path, scene_folder, warmup=STAGE), tmp_path / "out")
-    assert contents(tmp_path / "out") == before
-
-
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_loss_that_is_not_finite_stops_the_stage_at_its_step(
     tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path, stage: str
@@ -325,13 +304,24 @@ def test_a_loss_that_is_not_finite_stops_the_stage_at_its_step(
     assert not (tmp_path / "out" / stage / TRAINING_FILE).exists()
 
 
-def test_a_run_that_goes_on_from_a_checkpoint_tells_all_stages(
-    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path
+def test_a_run_from_a_checkpoint_inherits_its_settings_and_records_all_stages(
+    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = {**STAGE, "steps": 1, "learning_rate": 0.25, "warmup_steps": 1}
-    run(recipe(tiny_backbone_path, scene_folder, warmup=first), tmp_path / "first")
-    run(recipe(tmp_path / "first" / "warmup", scene_folder, contrastive=STAGE), tmp_path / "second")
+    kept = {"max_pixels": 1568, "bidirectional": False}
+    run(recipe(tiny_backbone_path, scene_folder, **kept, warmup=first), tmp_path / "first")
+    assert "inherited" not in caplog.text
+    start = tmp_path / "first" / "warmup"
+    second = Recipe.parse({"name": "second", "backbone": str(start), "data": {"folder": str(scene_folder)},
+                           "max_pixels": 3136, "contrastive": STAGE})  # fmt: skip
+    run(second, tmp_path / "second")
+    inherited = {"prompts": PROMPTS, "max_length": TINY_MAX_LENGTH, "bidirectional": False}
+    told = ", ".join(f"{key} {json.dumps(value)}" for key, value in inherited.items())
+    assert f"inherited from {start}: {told}\n" in caplog.text
     training = read_training(tmp_path / "second" / "contrastive")
+    assert {key: training["recipe"][key] for key in inherited} == inherited
+    assert training["recipe"]["max_pixels"] == 3136, "what the recipe gives itself stays"
+    assert SentenceTransformer(str(tmp_path / "second" / "contrastive"), device="cpu").prompts == PROMPTS
     assert (training["backbone"], training["origin"]) == (str(tiny_backbone_path), "folder")
     assert [(entry["stage"], entry["steps"], entry["learning_rate"]) for entry in training["stages"]] == [
         ("warmup", 1, 0.25),
@@ -396,12 +386,6 @@ def test_an_output_folder_that_holds_the_data_is_refused(
     assert contents(out) == before
 
 
-def test_missing_data_is_told_before_the_output_folder_is_touched(tiny_backbone_path: Path, tmp_path: Path) -> None:
-    with pytest.raises(CocoaError, match="nowhere"):
-        run(recipe(tiny_backbone_path, tmp_path / "nowhere", warmup=STAGE), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 def test_contrastive_learning_from_one_row_is_refused(
     tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path
 ) -> None:
@@ -456,7 +440,7 @@ def test_gradients_checkpointed_are_those_kept(tiny_backbone_path: Path, scene_f
     outcomes = []
     for checkpointed in (False, True):
         out = tmp_path / str(checkpointed)
-        stages = {"warmup": STAGE, "bridge": STAGE, "contrastive": {**STAGE, "cache_chunk": 2}}
+        stages = {"warmup": STAGE, "bridge": STAGE, "contrastive": {**STAGE, "mini_batch_size": 2}}
         given = recipe(tiny_backbone_path, scene_folder, gradient_checkpointing=checkpointed, **stages)
         run(given, out, inspect=partial(assert_checkpointing, checkpointed))
         outcomes.append([weights(out / stage) for stage in STAGES])

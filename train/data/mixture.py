@@ -15,7 +15,7 @@ from cocoa_embed.train.data import image_check
 from cocoa_embed.train.data.image_check import CheckedImages, ImageSize
 from cocoa_embed.train.data.rows import BadRow
 from cocoa_embed.train.data.sources import read_subset
-from cocoa_embed.train.settings import SourceSection
+from cocoa_embed.train.settings import SourceSettings
 
 BAD_ROW_LIMIT = 0.01
 """The fraction of a stage's rows that may be left out."""
@@ -44,7 +44,7 @@ class ReadRows:
 
 
 def read_rows(
-    sources: Mapping[str, SourceSection],
+    sources: Mapping[str, SourceSettings],
     *,
     on_bad_row: OnBadRow,
     seed: int,

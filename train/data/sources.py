@@ -11,7 +11,7 @@ from cocoa_embed.data.tables import RowTable, columns_of, find_tables, open_tabl
 from cocoa_embed.errors import CocoaError, RowError, did_you_mean, printable
 from cocoa_embed.train.data.caption_rows import read_image_folder
 from cocoa_embed.train.data.rows import BadRow, check_text
-from cocoa_embed.train.settings import SourceSection
+from cocoa_embed.train.settings import SourceSettings
 
 MMEB_COLUMNS = {
     "query_text": "qry",
@@ -23,7 +23,7 @@ MMEB_COLUMNS = {
 }
 
 
-def read_subset(subset: str, source: SourceSection, bad: list[BadRow]) -> list[Row]:
+def read_subset(subset: str, source: SourceSettings, bad: list[BadRow]) -> list[Row]:
     """Read the rows of one source, in order.
 
     :param subset: The rows' subset. In the ``mmeb`` layout it is also the name of the subset to read, unless
@@ -51,7 +51,7 @@ def read_subset(subset: str, source: SourceSection, bad: list[BadRow]) -> list[R
     return [row for row in rows if isinstance(row, Row)]
 
 
-def _open_source(subset: str, source: SourceSection) -> tuple[str, list[tuple[RowTable, Path | None]]]:
+def _open_source(subset: str, source: SourceSettings) -> tuple[str, list[tuple[RowTable, Path | None]]]:
     """Return the source's name in error messages, and its tables, each with the folder of its relative image paths."""
     if source.file is not None:
         paths = find_tables(source.file)

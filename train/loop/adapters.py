@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, DoRA) inside of the stock model while a stage trains, merged into its weights at its end."""
+"""Low-rank adapters (LoRA, DoRA) inside the stock model during a stage, merged into its weights at the end."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cocoa_embed.errors import CocoaError, require
-from cocoa_embed.train.settings import AdapterSection, StageSection
+from cocoa_embed.train.settings import AdapterSettings, StageSettings
 
 if TYPE_CHECKING:
     from peft import LoraModel
@@ -21,25 +21,22 @@ LANGUAGE_LINEARS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj
 VISION_LINEARS = frozenset({"qkv", "fc1", "fc2", "linear_fc1", "linear_fc2", "gate_proj", "up_proj", "down_proj"})
 """Adapted in the vision encoder's blocks: ``qkv`` and the MLP, which each family names in its own way."""
 
-INITS: dict[str, str | bool] = {"gaussian": "gaussian", "kaiming": True}
-"""PEFT's ``init_lora_weights`` by the recipe's name; either way an adapter changes nothing before its first step."""
-
 MERGE_TOLERANCES = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 """Largest relative difference of hidden states before and after a merge, by the dtype of the weights.
 
-A merge rounds each weight once and sums in another order. Through 28 random layers that makes 1e-5 in float32, with
-matrix products in full precision as is PyTorch's default, and 0.1 in bfloat16; float16 is eight times as fine as that.
-A merge that goes wrong loses what the adapter has learned, which is more.
+A merge rounds each weight once and sums in another order. Through 28 random layers that makes 1e-5 in float32 (with
+matrix products in full precision, PyTorch's default) and 0.1 in bfloat16; float16 is eight times as precise. A wrong
+merge loses what the adapter has learned, which is more.
 """
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """The adapter inside of a model, which stays of its stock class.
+    """The adapter inside a model, which keeps its stock class.
 
     :param model: The model, adapted in place.
     :param layers: PEFT's handle on the adapted layers.
-    :param trainable: The parameters that could be trained before, and can again after ``merge``.
+    :param trainable: The parameters that were trainable before, and are again after ``merge``.
     """
 
     model: PreTrainedModel
@@ -48,11 +45,11 @@ class Adapter:
 
     @torch.no_grad()
     def merge(self, batch: Mapping[str, Tensor]) -> float:
-        """Add the adapter to the weights, in place; the model is then as if it had never had one.
+        """Add the adapter to the weights, in place; the model is then a stock model again.
 
         :param batch: Inputs of ``model.base_model`` (``input_ids``, ``attention_mask``, ``pixel_values``...), on the
             model's device; with an image, so that the vision encoder is compared too.
-        :returns: The relative difference that the merge has made to the last hidden states of ``batch``.
+        :returns: The relative difference that the merge makes to the last hidden states of ``batch``.
         :raises CocoaError: If it is more than rounding explains, or a merged weight is not finite.
         """
         before = _last_hidden_states(self.model, batch)
@@ -68,30 +65,29 @@ class Adapter:
         return _refuse_difference(before, _last_hidden_states(self.model, batch), self.model.dtype)
 
 
-def prepare_trainable(model: PreTrainedModel, section: StageSection) -> Adapter | None:
-    """Leave those parameters of ``model`` to be trained that the stage's section asks for, in place.
+def prepare_trainable(model: PreTrainedModel, settings: StageSettings) -> Adapter | None:
+    """Make trainable in ``model`` what the stage's settings ask for, in place.
 
-    Call it when all that is copied from the model has been (``PixelDecoder``
-    copies a layer), or the copy has an adapter too and is frozen beside it.
+    Call it after all copies of the model's parts are made: a copied layer would have an adapter too, and be frozen.
 
-    :returns: The adapter, to be merged at the stage's end; None where the weights themselves are trained.
+    :returns: The adapter, to be merged at the end of the stage; None if the weights themselves are trained.
     """
-    if section.freeze_vision:
+    if settings.freeze_vision:
         freeze_vision(model)
-    return None if section.adapter is None else add_adapter(model, section.adapter, vision=section.adapts_vision)
+    return None if settings.adapter is None else add_adapter(model, settings.adapter, vision=settings.adapts_vision)
 
 
 def freeze_vision(model: PreTrainedModel) -> None:
-    """Leave the vision encoder, its merger with it, as it is: none of its parameters requires a gradient."""
+    """Freeze the vision encoder and its merger: none of its parameters requires a gradient."""
     model.base_model.visual.requires_grad_(False)
 
 
-def add_adapter(model: PreTrainedModel, section: AdapterSection, *, vision: bool = True) -> Adapter:
+def add_adapter(model: PreTrainedModel, settings: AdapterSettings, *, vision: bool = True) -> Adapter:
     """Put an adapter into ``model``, in place, and freeze everything else in it.
 
     Adapted are the projections of the language model's layers (``LANGUAGE_LINEARS``) and, with ``vision``, those of
     the vision encoder's blocks (``VISION_LINEARS``); never the embeddings, the head, the
-    patches' embedding or the merger. The adapter's weights are float32, whatever the model's are.
+    patches' embedding or the merger. The adapter's weights are float32, whatever the dtype of the model.
 
     :param model: A supported model, with its head or without (``Qwen2VLForConditionalGeneration``, ``Qwen2VLModel``).
     :raises CocoaError: If the model has no such projections.
@@ -99,11 +95,11 @@ def add_adapter(model: PreTrainedModel, section: AdapterSection, *, vision: bool
     peft = require("peft", "train")
     trainable = tuple(parameter for parameter in model.parameters() if parameter.requires_grad)
     config = peft.LoraConfig(
-        r=section.r,
-        lora_alpha=section.alpha,
-        lora_dropout=section.dropout,
-        init_lora_weights=INITS[section.init],
-        use_dora=section.kind == "dora",
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        init_lora_weights="gaussian",
+        use_dora=settings.kind == "dora",
         target_modules=target_names(model, vision=vision),
     )
     adapter = Adapter(model, peft.LoraModel(model, config, "default"), trainable)
@@ -133,7 +129,7 @@ def _linears(model: nn.Module, part: nn.Module, known: frozenset[str], place: st
         found = sorted({name.rpartition(".")[2] for name in names})
         raise CocoaError(
             f"No adapter fits {type(model).__name__}: {place} have no linear layer named {', '.join(sorted(known))}, "
-            f"but {_listed(found)}. Train the weights themselves: leave adapter out of the stage's section."
+            f"but {_listed(found)}. Train the weights themselves: remove adapter from the stage's settings."
         )
     return chosen
 
@@ -162,7 +158,7 @@ def _in_evaluation(model: nn.Module) -> Iterator[None]:
 def _refuse_difference(before: Tensor, after: Tensor, dtype: torch.dtype) -> float:
     difference = ((after - before).abs().max() / before.abs().max()).item()
     tolerance = MERGE_TOLERANCES[dtype]
-    # Written so that a difference that is no number is refused too.
+    # Written so that NaN is refused too.
     if not difference <= tolerance:
         raise CocoaError(
             f"The merged model differs from the adapted one: its last hidden states by {difference:.2g} of the "

@@ -1,4 +1,4 @@
-"""Checkpoints to resume from: whole, or not there."""
+"""Atomic checkpoints to resume from."""
 
 import json
 from pathlib import Path
@@ -7,25 +7,25 @@ from typing import Any
 from cocoa_embed.folders import write_atomically
 
 COMPLETE = "complete.json"
-"""Written last into a checkpoint: the names and sizes of its files, and what the run was at that point."""
+"""Written last into a checkpoint: the names and sizes of its files, and facts of the run."""
 
 
 def write_json(path: Path, document: dict[str, Any] | list[Any]) -> None:
-    """Write a JSON file so that it is there whole or not at all."""
+    """Write a JSON file atomically."""
     write_atomically(path, json.dumps(document, indent=2) + "\n")
 
 
-def mark_complete(checkpoint: Path, **known: Any) -> None:
-    """Say that a checkpoint holds all that it should.
+def mark_complete(checkpoint: Path, **facts: Any) -> None:
+    """Mark a checkpoint as complete.
 
-    :param known: What a resumed run wants to know of it, as JSON takes it.
+    :param facts: What a resumed run reads from it, as JSON takes it.
     """
     files = {str(path.relative_to(checkpoint)): path.stat().st_size for path in _files(checkpoint)}
-    write_json(checkpoint / COMPLETE, {"files": files, **known})
+    write_json(checkpoint / COMPLETE, {"files": files, **facts})
 
 
 def newest_complete(folder: Path) -> Path | None:
-    """Return the newest whole ``checkpoint-<step>`` in ``folder``, None where there is none."""
+    """Return the newest complete ``checkpoint-<step>`` in ``folder``, None if there is none."""
     checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
     newest_first = sorted(checkpoints, key=step_of, reverse=True)
     return next((checkpoint for checkpoint in newest_first if is_complete(checkpoint)), None)
@@ -37,7 +37,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Tell whether a checkpoint was written to its end, and nothing of it has been removed since."""
+    """Return whether a checkpoint was written to its end, and still has all its files."""
     if not (checkpoint / COMPLETE).is_file():
         return False
     sizes = read_complete(checkpoint)["files"]
@@ -45,7 +45,7 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def read_complete(checkpoint: Path) -> dict[str, Any]:
-    """Return what ``mark_complete`` has written."""
+    """Return what ``mark_complete`` wrote."""
     document: dict[str, Any] = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
     return document
 

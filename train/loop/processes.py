@@ -1,4 +1,4 @@
-"""One process or many: what the first does for all, and who may speak."""
+"""One process or many: work of the first process for all, and silence of the others."""
 
 import logging
 import os
@@ -19,31 +19,26 @@ PATIENCE = timedelta(hours=3)
 """How long processes wait for the first one, which decodes every image before training."""
 
 
-def is_first_process() -> bool:
-    """Tell whether this is the only process of a run or the first of several, before they have met."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def hush_others() -> None:
-    """Silence warnings and log lines of all processes but the first, and of torch's own code below Python in all."""
+def silence_nonzero_ranks() -> None:
+    """Silence warnings and log lines of all processes but the first, and torch's C++ log in all."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it cannot go on in forked workers, and says so
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # does not work in forked workers, and warns of it
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"accelerate|sentence_transformers|transformers")
-    if not is_first_process():
+    if os.environ.get("RANK", "0") != "0":
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
 
 
 def meet() -> PartialState:
-    """Join the run's other processes, where a launcher has started any."""
-    # cpu=None leaves the choice of a device and of its backend to accelerate.
+    """Join the run's other processes, if a launcher has started any."""
+    # cpu=None lets accelerate choose the device and its backend
     return PartialState(cpu=None if torch.accelerator.is_available() else True, timeout=PATIENCE)
 
 
 def refuse_idle_accelerators() -> None:
     """Check that each accelerator has a process.
 
-    :raises UsageError: If one process would have several to itself.
+    :raises UsageError: If one process has several accelerators.
     """
     count = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
     if meet().num_processes == 1 and count > 1:
@@ -54,9 +49,9 @@ def refuse_idle_accelerators() -> None:
 
 
 def by_first_process(function: Callable[[], Result]) -> Result:
-    """Call ``function`` in the first process and return what it returned in all of them.
+    """Call ``function`` in the first process and return its result in all of them.
 
-    :raises CocoaError: In the first process, if the function does. The others exit without a word.
+    :raises CocoaError: In the first process, if the function does; the others exit silently.
     """
     state = meet()
     if state.num_processes == 1:

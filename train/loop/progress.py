@@ -1,6 +1,6 @@
-"""The progress bar of a stage, with its losses beside it."""
+"""The progress bar of a stage with its metrics, and where else log lines go."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,29 +16,20 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
-from cocoa_embed.train.stages.probe import MATCHING_IMAGE, NO_IMAGE, SHUFFLED_IMAGE
-
-SHOWN = ("loss", "mntp_loss", "mae_loss", "masked_token_accuracy", MATCHING_IMAGE, SHUFFLED_IMAGE, NO_IMAGE)
-_SHORT = {
-    "mntp_loss": "text",
-    "mae_loss": "pixels",
-    "masked_token_accuracy": "accuracy",
-    MATCHING_IMAGE: "matching",
-    SHUFFLED_IMAGE: "shuffled",
-    NO_IMAGE: "no image",
-}
-
-
 TENSORBOARD = "tensorboard"
 
 
-class LiveLossCallback(ProgressCallback):
-    """Show a stage's name, its losses and the time left in one line."""
+class StageProgressCallback(ProgressCallback):
+    """Show a stage's name, its newest metrics and the time left in one line.
 
-    def __init__(self, stage: str) -> None:
+    :param shown: The metrics to show, and their labels.
+    """
+
+    def __init__(self, stage: str, shown: Mapping[str, str]) -> None:
         super().__init__()
         self.stage = stage
-        self._shown: dict[str, str] = {}
+        self.shown = shown
+        self._values: dict[str, str] = {}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -56,40 +47,37 @@ class LiveLossCallback(ProgressCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Put the newest figures beside the bar instead of printing them."""
-        self._shown |= {_SHORT.get(name, name): f"{logs[name]:.3f}" for name in SHOWN if logs and name in logs}
+        """Put the newest metrics beside the bar instead of printing them."""
+        self._values |= {name: f"{logs[name]:.3f}" for name in self.shown if logs and name in logs}
         if self.training_bar is not None:
-            # What kept rows tell says more than the batch's own accuracy, and a line has room for one of the two.
-            is_probed = _SHORT[MATCHING_IMAGE] in self._shown
-            hidden = {_SHORT["masked_token_accuracy"]} if is_probed else set()
-            self.training_bar.set_postfix({name: told for name, told in self._shown.items() if name not in hidden})
+            self.training_bar.set_postfix({self.shown[name]: value for name, value in self._values.items()})
 
 
 class LogLastStep(TrainerCallback):
-    """Log the last step too, where it is no multiple of ``logging_steps``."""
+    """Logs the last step too, if it is not a multiple of ``logging_steps``."""
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask for a log line."""
         control.should_log |= state.global_step >= state.max_steps
 
 
-def show_live_losses(trainer: Trainer, stage: str) -> None:
-    """Replace a trainer's progress output by ``LiveLossCallback``."""
+def show_progress(trainer: Trainer, stage: str, shown: Mapping[str, str]) -> None:
+    """Replace a trainer's progress output by ``StageProgressCallback``."""
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(LogLastStep())
-    trainer.add_callback(LiveLossCallback(stage))
+    trainer.add_callback(StageProgressCallback(stage, shown))
 
 
 def end_reports(report_to: Iterable[str]) -> None:
-    """End a stage's run of services that keep one open, or the next stage's lines would go into it."""
+    """End the stage's run in services that keep one open, so that the next stage begins its own."""
     for name in report_to:
         if name != TENSORBOARD:
             import_module(name).finish()
 
 
 def write_tensorboard(trainer: Trainer, folder: Path) -> None:
-    """Let a trainer's log lines go to ``folder`` for TensorBoard too."""
+    """Also write a trainer's log lines to ``folder`` for TensorBoard."""
     if trainer.is_world_process_zero():
         from torch.utils.tensorboard import SummaryWriter
 

@@ -14,6 +14,7 @@ from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from cocoa_embed import __version__
+from cocoa_embed.data.rows import Row
 from cocoa_embed.model.backbone import Origin, origin
 from cocoa_embed.model.training_record import (
     TRAINING_FILE,
@@ -24,10 +25,9 @@ from cocoa_embed.model.training_record import (
     write_training,
 )
 from cocoa_embed.train.data.mixture import ReadRows
-from cocoa_embed.train.data.rows import Row
 from cocoa_embed.train.loop.trainer import CocoaTrainer
 from cocoa_embed.train.recipe import SOURCE_KINDS, Recipe
-from cocoa_embed.train.settings import SourceSection
+from cocoa_embed.train.settings import SourceSettings
 
 LIBRARIES = ("torch", "transformers", "sentence-transformers", "accelerate", "datasets", "peft")
 SHOWN_BAD_ROWS = 12
@@ -116,7 +116,7 @@ def _new_stage(recipe: Recipe, stage: str, read: ReadRows, steps: int) -> dict[s
             "count": len(bad),
             "first": [[row.subset, row.source, row.reason] for row in bad[:SHOWN_BAD_ROWS]],
         },
-        "batch_size": recipe.section(stage).batch_size,
+        "batch_size": recipe.stages[stage].settings.batch_size,
         "steps": steps,
         "step": 0,
         "seconds": 0.0,
@@ -125,7 +125,7 @@ def _new_stage(recipe: Recipe, stage: str, read: ReadRows, steps: int) -> dict[s
     }
 
 
-def _name(source: SourceSection) -> str:
+def _name(source: SourceSettings) -> str:
     """Return the path of a source, or the name of a data set on the hub."""
     return next(str(given) for kind in SOURCE_KINDS if (given := getattr(source, kind)) is not None)
 
@@ -201,13 +201,13 @@ def write_record(recipe: Recipe, start: Start, results: Sequence[StageResult]) -
 
 
 def _stage_record(recipe: Recipe, result: StageResult) -> dict[str, Any]:
-    section = recipe.section(result.stage)
+    settings = recipe.stages[result.stage].settings
     return {
         "stage": result.stage,
         "steps": result.steps,
-        "batch_size": section.batch_size,
-        "learning_rate": section.learning_rate,
-        "adapter": None if section.adapter is None else section.adapter.model_dump(mode="json"),
+        "batch_size": settings.batch_size,
+        "learning_rate": settings.learning_rate,
+        "adapter": None if settings.adapter is None else settings.adapter.model_dump(mode="json"),
         "rows": result.rows,
         "seconds": round(result.seconds, 1),
         "final": result.final,

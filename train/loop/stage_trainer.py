@@ -1,8 +1,7 @@
-"""The trainer of the two reconstruction stages: losses over the whole step, their parts in the log."""
+"""The trainer of stages that predict masked parts: losses over the whole step, and their parts in the log."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,88 +10,54 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainingArguments
 
 from cocoa_embed.data.rows import Row
-from cocoa_embed.train.data.rows import Draw, Rows
+from cocoa_embed.train.data.rows import Rows
 from cocoa_embed.train.data.sampling import RowStream
 from cocoa_embed.train.loop.adapters import prepare_trainable
-from cocoa_embed.train.loop.batch_facts import FACTS, BatchFacts, DescribedBatches
-from cocoa_embed.train.loop.oom import memory_remedy
-from cocoa_embed.train.loop.throughput import Throughput
-from cocoa_embed.train.loop.trainer import CocoaTrainer
-from cocoa_embed.train.settings import ReconstructionSection
-from cocoa_embed.train.stages.collators import Batch
+from cocoa_embed.train.loop.batch_facts import FACTS, Batch, BatchFacts, DescribedBatches, Example
+from cocoa_embed.train.loop.trainer import CocoaTrainer, Probe, StageContext
+from cocoa_embed.train.settings import ReconstructionSettings
 
 
-@dataclass(frozen=True)
-class StageContext:
-    """What a stage's trainer takes from the run, beside its model, its rows and its section of the recipe.
-
-    :param arguments: Of transformers' ``TrainingArguments``.
-    :param seed: Of the order of the rows, and of what is hidden of them.
-    :param lengths_of: Tells the tokens of rows; without it, rows are not grouped by length.
-    :param flops_of: Tells what a batch takes to train on.
-    :param peak_flops: FLOP/s of a matrix product, what the stage's speed is compared to.
-    :param prompts: Instructions for ``query`` and ``document`` that the model is used with.
-    :param known: What each checkpoint is to know of the run.
-    """
-
-    arguments: dict[str, Any]
-    seed: int = 0
-    lengths_of: Callable[[Sequence[Row]], Sequence[int]] | None = None
-    flops_of: Callable[[dict[str, Any]], float] | None = None
-    peak_flops: float | None = None
-    prompts: Mapping[str, str] = field(default_factory=dict)
-    known: dict[str, Any] = field(default_factory=dict)
-
-
-def reconstruction_trainer(
+def stage_trainer(
     model: nn.Module,
     backbone: PreTrainedModel,
     rows: Sequence[Row],
-    collator: Callable[[list[tuple[Draw, Row]]], Batch],
-    section: ReconstructionSection,
+    collator: Callable[[list[Example]], Batch],
+    settings: ReconstructionSettings,
     context: StageContext,
-    *,
-    stage: str,
-    **probing: Any,
+    probe: Probe | None = None,
 ) -> "StageTrainer":
-    """Return the trainer of a reconstruction stage.
+    """Return the trainer of a model whose batches have ``target_*`` tensors to predict.
 
-    :param model: The stage's model, with all that it copies from ``backbone``, which is in it.
-    :param probing: What ``CocoaTrainer`` takes of a probe.
+    :param model: Holds ``backbone`` and all copies of its parts. It takes a batch and ``totals``, how many of each
+        target the step has (or None), and returns scalars, ``loss`` among them, that are means over these totals.
     """
     arguments = TrainingArguments(**context.arguments)
-    lengths = context.lengths_of(rows) if section.group_by_length and context.lengths_of is not None else None
+    lengths = context.lengths_of(rows) if settings.group_by_length and context.lengths_of is not None else None
+    draws = arguments.max_steps * settings.batch_size
     return StageTrainer(
         model=model,
         args=arguments,
         train_dataset=Rows(rows),
-        data_collator=DescribedBatches(collator, draw_indices, context.flops_of),
-        stream=RowStream(
-            len(rows),
-            arguments.max_steps * section.batch_size,
-            batch_size=section.batch_size,
-            seed=context.seed,
-            lengths=lengths,
-        ),
+        data_collator=DescribedBatches(collator, row_numbers, context.flops_of),
+        stream=RowStream(len(rows), draws, batch_size=settings.batch_size, seed=arguments.seed, lengths=lengths),
         rows=rows,
-        memory_remedy=memory_remedy(stage, section),
-        known=context.known,
-        throughput=Throughput(context.peak_flops),
-        adapter=prepare_trainable(backbone, section),
-        **probing,
+        context=context,
+        adapter=prepare_trainable(backbone, settings),
+        probe=probe,
     )
 
 
-def draw_indices(examples: Sequence[tuple[Draw, Row]], batch: dict[str, Any]) -> list[int]:
+def row_numbers(examples: Sequence[Example]) -> list[int]:
     """Return the numbers of the rows in a batch."""
     return [draw.row for draw, _ in examples]
 
 
 class StageTrainer(CocoaTrainer):
-    """The trainer of a stage whose model returns a dictionary of scalars, with ``loss`` among them.
+    """The trainer of a model that returns a dictionary of scalars, with ``loss`` among them.
 
-    Each log line holds the mean of the others since the line before. Losses are means over the whole step: however many
-    devices and micro-batches share it, each hidden token counts the same.
+    Each log line holds the means of the others since the line before. Losses are means over the whole step: each target
+    counts the same, however many devices and micro-batches share the step.
 
     :param stream: The order of the rows.
     """
@@ -110,41 +75,36 @@ class StageTrainer(CocoaTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], int]:
-        """Return the micro-batches of a step, and how many tokens are hidden in it on all devices."""
+        """Return the micro-batches of a step, and how many targets it has on all devices."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         facts: list[BatchFacts] = [batch[FACTS] for batch in batches]
+        names = sorted({name for fact in facts for name in fact.targets})
         counts = torch.tensor(
-            [sum(fact.hidden_tokens for fact in facts), sum(fact.hidden_patches for fact in facts)],
-            device=self.accelerator.device,
+            [sum(fact.targets[name] for fact in facts) for name in names], device=self.accelerator.device
         )
-        if self.accelerator.num_processes > 1:
-            counts = self.accelerator.reduce(counts, reduction="sum")
-        tokens, patches = counts.tolist()
-        # Gradients are averaged over the devices, so each divides by its part of the step's total.
         devices = self.accelerator.num_processes
-        self._totals = {"hidden_token_total": tokens / devices, "hidden_patch_total": patches / devices}
+        if devices > 1:
+            counts = self.accelerator.reduce(counts, reduction="sum")
+        # Gradients are averaged over the devices, so each divides by its part of the step's total.
+        self._totals = {name: count / devices for name, count in zip(names, counts.tolist(), strict=True)}
         self._steps += 1
-        return batches, tokens
+        return batches, int(counts.sum())
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """Return the model's loss and keep its other parts for the log."""
-        outputs = model(**inputs, **self._totals)
+        """Return the model's loss and keep its other scalars for the log."""
+        outputs = model(**inputs, totals=self._totals)
         for name, value in outputs.items():
             if name != "loss":
                 self._parts[name].append(value.detach())
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the parts' means to ``logs``."""
+        """Add the parts' means over steps and devices to ``logs``."""
         if "loss" in logs:
-            logs |= self._mean_parts()
+            sums = {name: torch.stack(values).sum() / self._steps for name, values in self._parts.items()}
+            self._parts.clear()
+            self._steps = 0
+            logs |= {name: self.accelerator.reduce(value, reduction="mean").item() for name, value in sums.items()}
         super().log(logs, *args, **kwargs)
-
-    def _mean_parts(self) -> dict[str, float]:
-        """Return the parts' means over steps and devices, and forget them."""
-        sums = {name: torch.stack(values).sum() / self._steps for name, values in self._parts.items()}
-        self._parts.clear()
-        self._steps = 0
-        return {name: self.accelerator.reduce(value, reduction="mean").item() for name, value in sums.items()}

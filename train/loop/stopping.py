@@ -1,4 +1,4 @@
-"""Stop when asked to: SIGTERM saves a checkpoint, then ends the run."""
+"""SIGTERM saves a checkpoint, then ends the run."""
 
 import signal
 import threading
@@ -14,7 +14,7 @@ from cocoa_embed.errors import CocoaError
 
 
 class Stopped(CocoaError):
-    """The run was asked to stop; it has saved what it takes to go on."""
+    """The run was stopped by SIGTERM, and can be resumed."""
 
     exit_status = 128 + signal.SIGTERM
     is_raised_by_all = True
@@ -29,9 +29,9 @@ class StopOnSigterm(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take note of SIGTERM, instead of ending the process, until the block ends."""
+        """Take note of SIGTERM instead of ending the process, until the block ends."""
         if threading.current_thread() is not threading.main_thread():
-            yield  # Python gives signals to the main thread alone
+            yield  # only the main thread can handle signals
             return
         before = signal.signal(signal.SIGTERM, self._request)
         try:
@@ -40,12 +40,12 @@ class StopOnSigterm(TrainerCallback):
             signal.signal(signal.SIGTERM, before)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save and stop if any process was asked to, so that all do so at the same step."""
+        """Save and stop if any process got the signal, so that all do at the same step."""
         if self.any_requested() and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 
     def any_requested(self) -> bool:
-        """Tell whether any process was asked to stop; all of them have to ask."""
+        """Return whether any process got the signal; all of them must call this."""
         accelerator = self.trainer.accelerator
         if accelerator.num_processes > 1:
             requested = torch.tensor([int(self.requested)], device=accelerator.device)

@@ -1,4 +1,4 @@
-"""How fast a stage runs: tokens a second, model FLOPs utilisation, and the share of time spent waiting for data."""
+"""How fast a stage runs: tokens per second, model FLOPs utilisation, and the ratio of time spent waiting for data."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -11,10 +11,9 @@ from cocoa_embed.train.loop.batch_facts import BatchFacts
 
 
 class Throughput:
-    """A stop-watch for the steps between two log lines.
+    """A stopwatch for the steps between two log lines.
 
-    :param peak_flops: FLOP/s of a matrix product on this device, what utilisation is measured against; None leaves it
-        out.
+    :param peak_flops: FLOP/s of a matrix product on this device, to measure utilisation against; None leaves it out.
     """
 
     def __init__(self, peak_flops: float | None = None) -> None:
@@ -22,7 +21,7 @@ class Throughput:
         self.restart()
 
     def restart(self) -> None:
-        """Forget what was seen, and start from now."""
+        """Start again from now."""
         self._started = time.perf_counter()
         self._waited = 0.0
         self._paused = 0.0
@@ -31,14 +30,14 @@ class Throughput:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Count the time inside as waiting for data."""
+        """Count the time inside the block as waiting for data."""
         started = time.perf_counter()
         yield
         self._waited += time.perf_counter() - started
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the time inside out: it is no training."""
+        """Leave out the time inside the block, which is not training."""
         started = time.perf_counter()
         yield
         self._paused += time.perf_counter() - started
@@ -48,15 +47,15 @@ class Throughput:
         self._tokens += sum(facts.tokens for facts in batches)
         self._flops += sum(facts.flops or 0.0 for facts in batches)
 
-    def figures(self, accelerator: Accelerator) -> dict[str, float]:
-        """Return ``tokens_per_second`` of all devices, ``data_wait_share`` and, where it can be told, ``mfu``."""
+    def metrics(self, accelerator: Accelerator) -> dict[str, float]:
+        """Return ``tokens_per_second`` of all devices, ``data_wait_ratio`` and, if operations are counted, ``mfu``."""
         seconds = max(time.perf_counter() - self._started - self._paused, 1e-9)
         seen = torch.tensor([self._tokens, self._flops, self._waited], dtype=torch.float32, device=accelerator.device)
         tokens, flops, waited = accelerator.reduce(seen, reduction="sum").tolist()
-        figures = {
+        metrics = {
             "tokens_per_second": tokens / seconds,
-            "data_wait_share": min(waited / accelerator.num_processes / seconds, 1.0),
+            "data_wait_ratio": min(waited / accelerator.num_processes / seconds, 1.0),
         }
         if self.peak_flops is not None and flops:
-            figures["mfu"] = flops / seconds / (self.peak_flops * accelerator.num_processes)
-        return figures
+            metrics["mfu"] = flops / seconds / (self.peak_flops * accelerator.num_processes)
+        return metrics

@@ -1,9 +1,10 @@
-"""What the trainers of all stages do beside what transformers does: watch each step, save whole checkpoints."""
+"""What the trainers of all stages add to transformers' ``Trainer``: checks of each step, and atomic checkpoints."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from accelerate.utils import gather_object
@@ -20,11 +21,45 @@ from cocoa_embed.train.loop.batch_facts import FACTS, BatchFacts
 from cocoa_embed.train.loop.checkpoints import mark_complete, write_json
 from cocoa_embed.train.loop.oom import is_out_of_memory
 from cocoa_embed.train.loop.throughput import Throughput
-from cocoa_embed.train.stages.probe import PROBED, Probe
 
 WEIGHTS = "model.safetensors"
 NAMED_ROWS = 16
 """The most rows that an error names; a file holds them all."""
+
+Measure: TypeAlias = Callable[[nn.Module], dict[str, float]]
+"""Measures a model during training and changes neither its weights nor any random draw."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A measurement for the log: at the first line after every ``steps`` steps, and at the last.
+
+    :param metrics: Some of its names, which no other log line has.
+    """
+
+    measure: Measure
+    steps: int
+    metrics: Collection[str]
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """What the trainer of a stage takes from the run, beside its model, its rows and its settings.
+
+    :param arguments: Of transformers' ``TrainingArguments``.
+    :param lengths_of: Returns the tokens of rows; without it, rows are not grouped by length.
+    :param flops_of: Returns the operations of training on a batch.
+    :param peak_flops: FLOP/s of a matrix product, to compare the stage's speed to.
+    :param memory_remedy: What to change in the recipe if a step does not fit into memory.
+    :param checkpoint_facts: What each checkpoint records of the run, as JSON takes it.
+    """
+
+    arguments: dict[str, Any]
+    lengths_of: Callable[[Sequence[Row]], Sequence[int]] | None = None
+    flops_of: Callable[[dict[str, Any]], float] | None = None
+    peak_flops: float | None = None
+    memory_remedy: str = ""
+    checkpoint_facts: dict[str, Any] = field(default_factory=dict)
 
 
 class LossError(CocoaError):
@@ -36,37 +71,29 @@ class LossError(CocoaError):
 class CocoaTrainer(Trainer):
     """The ``Trainer`` of a stage, over ``DescribedBatches``.
 
-    - A step whose loss is not finite ends the run before the weights change, and its rows are named.
-    - A device without memory for a step ends the run with the settings to lower.
-    - Log lines say how fast the stage is (``Throughput``), probes left out.
-    - Checkpoints hold the model's state as it is, adapters and pixel decoder included, and are marked when whole.
+    - A step whose loss is not finite ends the run before the weights change, and the error names its rows.
+    - A step that does not fit into memory ends the run, and the error names the settings to lower.
+    - Log lines have the stage's speed (``Throughput``), without the time of probes.
+    - Checkpoints hold the state of the whole model, adapters and pixel decoder included, and are marked when complete.
 
-    :param rows: What the batches' row numbers mean.
-    :param memory_remedy: What to change in the recipe where memory does not suffice.
-    :param known: What each checkpoint is to know of the run, as JSON takes it.
-    :param adapter: What is trained beside the weights, to be merged into them when the stage has ended.
-    :param probe: Measures the model for the log: at the first line after every ``probe_steps`` steps, and at the last.
+    :param rows: The rows that the batches' row numbers mean.
+    :param adapter: What is trained beside the weights, to be merged into them at the end of the stage.
     """
 
     def __init__(
         self,
         *args: Any,
         rows: Sequence[Row],
-        memory_remedy: str,
-        known: Mapping[str, Any] | None = None,
-        throughput: Throughput | None = None,
+        context: StageContext,
         adapter: Adapter | None = None,
         probe: Probe | None = None,
-        probe_steps: int = 1,
         **kwargs: Any,
     ) -> None:
         self._rows = rows
-        self._memory_remedy = memory_remedy
-        self._known = dict(known or {})
-        self.throughput = throughput or Throughput()
+        self._context = context
+        self.throughput = Throughput(context.peak_flops)
         self.adapter = adapter
-        self._probe = probe
-        self._probe_steps = probe_steps
+        self.probe = probe
         self._clock = time.perf_counter()
         super().__init__(*args, **kwargs)
 
@@ -88,7 +115,7 @@ class CocoaTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Run a step.
 
-        :raises CocoaError: If its loss is not finite, or memory does not suffice.
+        :raises CocoaError: If its loss is not finite, or it does not fit into memory.
         """
         facts: BatchFacts = inputs[FACTS]
         tensors = {name: value for name, value in inputs.items() if name != FACTS}
@@ -99,7 +126,7 @@ class CocoaTrainer(Trainer):
                 raise
             raise CocoaError(
                 f"Step {self.state.global_step + 1} does not fit into memory ({facts.padded_tokens} tokens at once); "
-                f"{self._memory_remedy}."
+                f"{self._context.memory_remedy}."
             ) from error
         self._refuse_infinite(loss, facts)
         return loss
@@ -124,40 +151,39 @@ class CocoaTrainer(Trainer):
         )
 
     def resume_clock(self, seconds: float) -> None:
-        """Say how long the stage has trained before its run was ended."""
+        """Start the clock at the time that the stage has trained before it was interrupted."""
         self._clock -= seconds
 
     def seconds(self) -> float:
-        """Return how long the stage has trained, what it is resumed from included."""
+        """Return how long the stage has trained, before interruptions too."""
         return time.perf_counter() - self._clock
 
     def load_finished(self, checkpoint: Path) -> None:
-        """Take weights and log of a checkpoint whose stage has no step left."""
+        """Load weights and log of a checkpoint whose stage has no step left."""
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
     def full_state(self) -> dict[str, Tensor] | None:
-        """Return the gathered weights of a sharded model, whole in the first process; None where nothing is sharded."""
+        """Return the gathered weights of a sharded model, complete in the first process; None without sharding."""
         if not self.is_fsdp_enabled:
             return None
         state: dict[str, Tensor] = self.accelerator.get_state_dict(self.model_wrapped)
         return state
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add to each line of losses how fast the stage is and, where it is due, what the probe finds."""
+        """Add the stage's speed to each line of losses and, if it is due, what the probe measures."""
         if "loss" in logs:
-            if self._probe is not None and self._is_probe_due():
+            if self.probe is not None and self._is_due(self.probe):
                 with self.throughput.paused():
-                    logs |= self._probe(self.accelerator.unwrap_model(self.model))
-            logs |= self.throughput.figures(self.accelerator)
+                    logs |= self.probe.measure(self.accelerator.unwrap_model(self.model))
+            logs |= self.throughput.metrics(self.accelerator)
             self.throughput.restart()
         super().log(logs, *args, **kwargs)
 
-    def _is_probe_due(self) -> bool:
-        step = self.state.global_step
-        # From the log, which a resumed run has from the one that was ended.
-        probed_at = next((line["step"] for line in reversed(self.state.log_history) if PROBED & line.keys()), 0)
-        return step - probed_at >= self._probe_steps or step == self.state.max_steps
+    def _is_due(self, probe: Probe) -> bool:
+        step, log = self.state.global_step, self.state.log_history  # a resumed run has the log from before
+        probed_at = next((line["step"] for line in reversed(log) if line.keys() & probe.metrics), 0)
+        return step - probed_at >= probe.steps or step == self.state.max_steps
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self.throughput.paused():
@@ -171,7 +197,7 @@ class CocoaTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-                mark_complete(folder, seconds=self.seconds(), **self._known)
+                mark_complete(folder, seconds=self.seconds(), **self._context.checkpoint_facts)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:

@@ -1,6 +1,8 @@
-"""What can go wrong before the first step, found before weights are loaded and before anything is removed."""
+"""Find what can go wrong before the first step, before weights are loaded and before anything is removed."""
 
 import json
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,45 +12,48 @@ from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 
 from cocoa_embed.data.rows import ItemImage
-from cocoa_embed.errors import UsageError, one_line
+from cocoa_embed.errors import CocoaError, UsageError, one_line
 from cocoa_embed.folders import RUN_MARKER, claim_folder, refuse_foreign_folder
 from cocoa_embed.model.backbone import load_backbone, load_processor, read_config, resolve_backbone
-from cocoa_embed.model.training_record import RUN_FILE, read_run, write_run
+from cocoa_embed.model.training_record import RUN_FILE, TRAINING_FILE, read_run, read_training, write_run
 from cocoa_embed.train.data.image_check import ImageSize
 from cocoa_embed.train.data.mixture import ReadRows, read_rows, write_bad_rows
 from cocoa_embed.train.data.rows import BadRow
-from cocoa_embed.train.loop.arguments import checking_worker_count, stage_attention, step_count, training_arguments
+from cocoa_embed.train.loop.arguments import checking_worker_count
 from cocoa_embed.train.loop.processes import meet
 from cocoa_embed.train.loop.run_record import StageResult, Start, finished_stages, new_run, read_start
-from cocoa_embed.train.loop.snapshots import refuse_steps_past_the_end, remove_unfinished
-from cocoa_embed.train.recipe import Recipe
-from cocoa_embed.train.stages.collators import lacks_block_b
-from cocoa_embed.train.stages.contrastive import matryoshka_dims
+from cocoa_embed.train.loop.snapshots import remove_unfinished
+from cocoa_embed.train.recipe import Recipe, missing_paths
 
 CHECKPOINTS = "checkpoints"
-"""The folder of a run that holds what a stage resumes from, until the stage is finished."""
+"""The folder in a run's folder with what a stage resumes from, until the stage is finished."""
 
 BAD_ROWS_FILE = "bad_rows.jsonl"
 
-NOT_LEARNED = frozenset(
-    {"workers", "report_to", "micro_batch_size", "cache_chunk", "gradient_checkpointing", "probe_steps"}
-)
-"""What may change between the parts of a run: how it fits a machine and how often it is measured."""
+NOT_LEARNED = frozenset({"workers", "report_to", "mini_batch_size", "gradient_checkpointing", "probe_steps"})
+"""Settings that do not change what is learned, and may change when a run is resumed."""
+
+INHERITED = ("prompts", "max_length", "max_pixels", "bidirectional")
+"""Settings that a run takes from the checkpoint that it starts from."""
 
 _CANNOT_SHARD = (DistributedType.NO, DistributedType.MULTI_CPU)
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Prepared:
     """What a run has to do.
 
-    :param start: Where its weights are from.
+    :param recipe: The recipe, with what it inherits.
+    :param start: Where its weights come from.
     :param rows: The rows of each stage that is still to be run.
     :param steps: Its optimisation steps.
     :param results: Of the stages that are finished already.
-    :param is_resumed: It goes on with a run that was ended.
+    :param is_resumed: It goes on with an interrupted run.
     """
 
+    recipe: Recipe
     start: Start
     rows: dict[str, ReadRows]
     steps: dict[str, int]
@@ -59,7 +64,7 @@ class Prepared:
 def prepare(recipe: Recipe, out: Path, *, resume: bool, progress: bool = True) -> Prepared:
     """Check a recipe against data, machine and output folder, and make the folder ready.
 
-    :param resume: Go on with the run in ``out``, where there is one.
+    :param resume: Go on with the run in ``out``, if there is one.
     :raises UsageError: As ``examine`` does.
     :raises CocoaError: As ``examine`` does, or if the folder cannot be written.
     """
@@ -69,17 +74,17 @@ def prepare(recipe: Recipe, out: Path, *, resume: bool, progress: bool = True) -
             remove_unfinished(out / stage)
     else:
         if out.is_dir() and any(out.iterdir()):
-            load_backbone(recipe.backbone)  # weights that cannot be used are not worth the loss of an earlier run
+            load_backbone(recipe.backbone)  # broken weights are not worth the loss of an earlier run
         claim_folder(out, marker=RUN_MARKER)
-        write_bad_rows(out / BAD_ROWS_FILE, bad_rows(prepared))
-        write_run(out, new_run(recipe, prepared.start, prepared.rows, prepared.steps))
+        write_bad_rows(out / BAD_ROWS_FILE, bad_rows(prepared.rows))
+        write_run(out, new_run(prepared.recipe, prepared.start, prepared.rows, prepared.steps))
     return prepared
 
 
-def bad_rows(prepared: Prepared) -> list[BadRow]:
+def bad_rows(rows: Mapping[str, ReadRows]) -> list[BadRow]:
     """Return the rows that stages leave out, each once, with the stages that do."""
     stages: dict[BadRow, list[str]] = {}
-    for stage, read in prepared.rows.items():
+    for stage, read in rows.items():
         for row in dict.fromkeys(read.bad):
             stages.setdefault(row, []).append(stage)
     return [replace(row, stages=tuple(those)) for row, those in stages.items()]
@@ -88,119 +93,130 @@ def bad_rows(prepared: Prepared) -> list[BadRow]:
 def examine(recipe: Recipe, out: Path, *, resume: bool = False, progress: bool = True) -> Prepared:
     """Check a recipe against data, machine and output folder, and change nothing.
 
-    :raises UsageError: If the recipe has no stage, a stage has no data, this machine cannot do what it asks for, or the
-        run to be resumed had another recipe or other rows.
+    :raises UsageError: If the recipe has no stage, a stage has no data, this machine cannot run it, or the interrupted
+        run had another recipe or other rows.
     :raises CocoaError: If data, backbone or output folder cannot be used.
     """
+    if missing := missing_paths(type(recipe), recipe.model_dump()):
+        raise CocoaError(f"Recipe {recipe.name!r}: {'; '.join(missing)}.")
+    recipe = inherit(recipe)
     check_stages(recipe)
     check_backbone(recipe)
     refuse_foreign_folder(out, marker=RUN_MARKER)
     _refuse_to_overwrite_inputs(recipe, out)
-    resume = resume and _is_started(out)
+    resume = resume and (out / RUN_MARKER).is_file() and (out / RUN_FILE).is_file()
     if resume:
         _refuse_another_recipe(recipe, out)
     results = finished_stages(recipe, out) if resume else []
-    left = recipe.stages[len(results) :]
     start = read_start(recipe.backbone)
-    rows = read_stages(recipe, left, progress=progress)
-    steps = {stage: step_count(recipe.section(stage), len(rows[stage].rows)) for stage in left}
+    rows = read_stages(recipe, list(recipe.stages)[len(results) :], progress=progress)
+    steps = {stage: recipe.stages[stage].step_count(len(read.rows)) for stage, read in rows.items()}
     _refuse_impossible_arguments(recipe, steps, out)
-    refuse_steps_past_the_end(recipe, steps)
     if resume:
         _refuse_other_rows(rows, out)
-    return Prepared(start, rows, steps, results, is_resumed=resume)
+    return Prepared(recipe, start, rows, steps, results, is_resumed=resume)
+
+
+def inherit(recipe: Recipe) -> Recipe:
+    """Return the recipe with what it does not give itself from the checkpoint that it starts from, if it is one.
+
+    :raises CocoaError: If the checkpoint's record is broken.
+    """
+    folder = Path(recipe.backbone)
+    if not (folder / TRAINING_FILE).is_file():
+        return recipe
+    earlier, own = read_training(folder)["recipe"], recipe.model_dump(mode="json", include=set(INHERITED))
+    taken = {key: earlier[key] for key in INHERITED if key not in recipe.model_fields_set and earlier[key] != own[key]}
+    if taken:
+        listed = ", ".join(f"{key} {json.dumps(value)}" for key, value in taken.items())
+        logger.warning("inherited from %s: %s", folder, listed)
+    return recipe.parse({**recipe.model_dump(exclude_unset=True), **taken}, source=str(folder))
 
 
 def check_stages(recipe: Recipe) -> None:
-    """Check that a recipe has stages, that each says where its rows are, and that this machine can run it.
+    """Check that a recipe has stages, that each names its rows, and that this machine can run it.
 
     :raises UsageError: If not.
     """
     state = meet()
     if not recipe.stages:
-        raise UsageError(f"Recipe {recipe.name!r} has no stage; give at least one of warmup, bridge, contrastive.")
-    for name in recipe.report_to:
-        if find_spec(name) is None:
-            raise UsageError(f"report_to names {name}, which is not installed; run: pip install {name}")
-    for stage in recipe.stages:
-        recipe.sources_of(stage)
-        stage_attention(recipe, stage)
+        raise UsageError(f"Recipe {recipe.name!r} has no stage; give at least one of {', '.join(recipe.registry())}.")
+    for service in recipe.report_to:
+        if find_spec(service) is None:
+            raise UsageError(f"report_to names {service}, which is not installed; run: pip install {service}")
+    sharding = f"sharding={recipe.sharding}"
     if recipe.sharding != "none" and state.distributed_type in _CANNOT_SHARD:
-        # transformers would leave the weights whole without a word.
-        raise UsageError(f"sharding={recipe.sharding} needs several accelerators, with a process each.")
-    if recipe.sharding != "none" and recipe.contrastive is not None:
-        raise UsageError(
-            f"sharding={recipe.sharding} is for the first two stages; run them with contrastive=null, then the "
-            "contrastive stage from their checkpoint with sharding=none."
-        )
-    for stage in recipe.stages:
-        if recipe.sharding != "none" and recipe.section(stage).adapter is not None:
-            raise UsageError(f"sharding={recipe.sharding} takes no adapters; leave out sharding or {stage}.adapter.")
+        # transformers would silently not shard
+        raise UsageError(f"{sharding} needs several accelerators, with a process each.")
+    for name, stage in recipe.stages.items():
+        recipe.sources_of(name)
+        stage.attention()
+        if recipe.sharding != "none" and not stage.can_shard:
+            raise UsageError(
+                f"{sharding} does not work in stage {name}; run the other stages with {name}=null, then {name} from "
+                "their checkpoint with sharding=none."
+            )
+        if recipe.sharding != "none" and stage.settings.adapter is not None:
+            raise UsageError(f"{sharding} does not work with adapters; leave out sharding or {name}.adapter.")
 
 
 def check_backbone(recipe: Recipe) -> None:
-    """Check that a recipe's backbone is of a supported kind, and its processor fit for the recipe's limits.
+    """Check that a recipe's backbone is supported and fits its stages, and its processor the recipe's limits.
 
     :raises CocoaError: If not.
     """
     config = read_config(recipe.backbone)
-    if recipe.contrastive is not None:
-        matryoshka_dims(recipe.contrastive, config.get_text_config().hidden_size)
+    for stage in recipe.stages.values():
+        stage.check_backbone(config)
     load_processor(recipe.backbone, max_length=recipe.max_length, max_pixels=recipe.max_pixels)
 
 
-def read_stages(recipe: Recipe, stages: list[str], *, progress: bool) -> dict[str, ReadRows]:
-    """Read the rows of stages; what several stages share is read once.
+def read_stages(recipe: Recipe, names: list[str], *, progress: bool) -> dict[str, ReadRows]:
+    """Read the rows of stages: what several stages have in common once, and each image once.
 
     :raises CocoaError: If the data cannot be used.
     """
-    read: dict[str, ReadRows] = {}
+    read: dict[tuple[str, object], ReadRows] = {}
     checked: dict[ItemImage, ImageSize | str] = {}
     rows = {}
-    for stage in stages:
-        data = recipe.data_of(stage)
-        key = data.model_dump_json() + stage * (stage == "bridge")
+    for name in names:
+        stage, data = recipe.stages[name], recipe.data_of(name)
+        key = data.model_dump_json(), type(stage).unusable
         if key not in read:
             read[key] = read_rows(
-                recipe.sources_of(stage),
+                recipe.sources_of(name),
                 on_bad_row=data.on_bad_row,
                 seed=recipe.seed,
                 workers=checking_worker_count(recipe),
                 progress=progress,
                 checked=checked,
-                refuse=lacks_block_b if stage == "bridge" else None,
+                refuse=stage.unusable,
             )
-        rows[stage] = read[key]
-        if stage == "contrastive" and len(rows[stage].rows) < 2:
-            raise UsageError("The contrastive stage has one row; it tells rows apart, give it two or more.")
+        rows[name] = read[key]
+        stage.check_rows(rows[name].rows)
     return rows
 
 
-def recipe_changes(before: dict[str, Any], after: dict[str, Any], *, place: str = "") -> list[str]:
-    """Return what differs between two recipes as ``key.sub: before -> after``; ``NOT_LEARNED`` is left out."""
+def recipe_changes(before: dict[str, Any], after: dict[str, Any], *, prefix: str = "") -> list[str]:
+    """Return what differs between two recipes as ``key.sub: before -> after``, without ``NOT_LEARNED``."""
     changes = []
     for key in sorted({*before, *after}):
         old, new = before.get(key), after.get(key)
-        name = f"{place}{key}"
+        name = f"{prefix}{key}"
         if old == new or key in NOT_LEARNED:
             continue
         if isinstance(old, dict) and isinstance(new, dict):
-            changes += recipe_changes(old, new, place=f"{name}.")
+            changes += recipe_changes(old, new, prefix=f"{name}.")
         else:
             changes.append(f"{name}: {json.dumps(old)} -> {json.dumps(new)}")
     return changes
 
 
-def _is_started(out: Path) -> bool:
-    return (out / RUN_MARKER).is_file() and (out / RUN_FILE).is_file()
-
-
 def _refuse_another_recipe(recipe: Recipe, out: Path) -> None:
-    changes = recipe_changes(read_run(out)["recipe"], recipe.model_dump(mode="json"))
-    if changes:
+    if changes := recipe_changes(read_run(out)["recipe"], recipe.model_dump(mode="json")):
         raise UsageError(
-            f"The recipe has changed since the run in {out} began ({'; '.join(changes)}); resume it with the recipe as "
-            "it was, or start anew in another folder."
+            f"The recipe has changed since the run in {out} began ({'; '.join(changes)}); resume it with the recipe "
+            "that it began with, or start anew in another folder."
         )
 
 
@@ -215,22 +231,24 @@ def _refuse_other_rows(rows: dict[str, ReadRows], out: Path) -> None:
 
 
 def _refuse_impossible_arguments(recipe: Recipe, steps: dict[str, int], out: Path) -> None:
-    for stage, count in steps.items():
-        arguments = training_arguments(recipe, stage, steps=count, folder=out / CHECKPOINTS / stage)
+    for name, count in steps.items():
+        stage = recipe.stages[name]
         try:
-            TrainingArguments(**arguments)
+            TrainingArguments(**stage.arguments(steps=count, folder=out / CHECKPOINTS / name))
         except ValueError as error:
-            raise UsageError(f"Recipe {recipe.name!r}, stage {stage}: {one_line(error)}") from error
+            raise UsageError(f"Recipe {recipe.name!r}, stage {name}: {one_line(error)}") from error
+        late = [step for step in stage.settings.snapshot_steps if step >= count]
+        if late:
+            raise UsageError(
+                f"{name}.snapshot_steps has step {late[0]}, but the stage ends at step {count}, whose weights are "
+                "saved anyway; give earlier steps."
+            )
 
 
 def _refuse_to_overwrite_inputs(recipe: Recipe, out: Path) -> None:
-    backbone = resolve_backbone(recipe.backbone)
-    read = [Path(backbone)] if Path(backbone).is_dir() else []
-    for stage in recipe.stages:
-        for source in recipe.sources_of(stage).values():
-            read += [
-                Path(given) for given in (source.folder, source.file, source.mmeb, source.hub, source.images) if given
-            ]
-    for path in read:
+    backbone = Path(resolve_backbone(recipe.backbone))
+    sources = [source for stage in recipe.stages for source in recipe.sources_of(stage).values()]
+    given = [path for s in sources for path in (s.folder, s.file, s.mmeb, s.hub, s.images) if path]
+    for path in [*([backbone] if backbone.is_dir() else []), *map(Path, given)]:
         if path.resolve().is_relative_to(out.resolve()):
             raise UsageError(f"{out} holds {path}, which the run reads; give another output folder.")

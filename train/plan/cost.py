@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from cocoa_embed.model.backbone import SUPPORTED, PatchGeometry
-from cocoa_embed.train.settings import StageSection
+from cocoa_embed.train.settings import StageSettings
 
 MULTIPLY_ADD = 2
 """FLOPs of one weight for one token."""
@@ -221,10 +221,10 @@ class StepCost:
     freeze_vision: bool = False
 
     @classmethod
-    def of(cls, config: PreTrainedConfig, section: StageSection) -> "StepCost":
+    def of(cls, config: PreTrainedConfig, settings: StageSettings) -> "StepCost":
         """Read a backbone's size from its config, and which weights are trained from a stage's settings."""
-        adapter = section.adapter is not None
-        return cls(model_size(config), adapter, section.freeze_vision or (adapter and not section.adapts_vision))
+        adapter = settings.adapter is not None
+        return cls(model_size(config), adapter, settings.freeze_vision or (adapter and not settings.adapts_vision))
 
     def __call__(self, batch: Mapping[str, Tensor]) -> float:
         """Return the FLOPs of a collator's batch without padding."""

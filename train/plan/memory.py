@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from cocoa_embed.train.loop.adapters import prepare_trainable
 from cocoa_embed.train.plan.cost import BatchShape, LayerSize, ModelSize, meta_model
-from cocoa_embed.train.settings import StageSection
+from cocoa_embed.train.settings import StageSettings
 
 FULL, HALF = 4, 2
 """Bytes of float32, and of bfloat16."""
@@ -40,7 +40,7 @@ def count_parameters(model: nn.Module) -> Parameters:
     return Parameters(sum(count for count, _ in counts), sum(count for count, is_trained in counts if is_trained))
 
 
-def stage_parameters(config: PreTrainedConfig, section: StageSection, extra_module: ExtraModule) -> Parameters:
+def stage_parameters(config: PreTrainedConfig, settings: StageSettings, extra_module: ExtraModule) -> Parameters:
     """Count the parameters that a stage uses and trains, from the backbone's config alone.
 
     :param extra_module: Returns a module that is trained beside the backbone, such as the pixel decoder.
@@ -48,7 +48,7 @@ def stage_parameters(config: PreTrainedConfig, section: StageSection, extra_modu
     model = meta_model(config)
     with torch.device("meta"):
         extra = extra_module(model)  # before the adapter: it may copy layers
-        prepare_trainable(model, section)
+        prepare_trainable(model, settings)
     backbone, beside = count_parameters(model), 0 if extra is None else count_parameters(extra).total
     return Parameters(backbone.total + beside, backbone.trainable + beside)
 

@@ -5,41 +5,41 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def predicting_states(hidden_states: Tensor, hidden: Tensor) -> Tensor:
-    """Return the states that predict the hidden tokens: the one before each (masked next-token prediction).
+def predicting_states(hidden_states: Tensor, masked: Tensor) -> Tensor:
+    """Return the states that predict the masked tokens: the one before each (masked next-token prediction).
 
     :param hidden_states: ``[B, L, D]``.
-    :param hidden: Hidden tokens, bool ``[B, L]``; the first position of a row has no state before it.
-    :returns: ``[hidden tokens, D]``, in the order of ``input_ids[hidden]``.
-    :raises ValueError: If a first position is hidden.
+    :param masked: Masked tokens, bool ``[B, L]``; the first position of a row has no state before it.
+    :returns: ``[masked tokens, D]``, in the order of ``input_ids[masked]``.
+    :raises ValueError: If a first position is masked.
     """
-    if hidden[:, 0].any():
-        raise ValueError("the first token of a row cannot be predicted from the state before it; do not hide it")
-    return hidden_states[:, :-1][hidden[:, 1:]]
+    if masked[:, 0].any():
+        raise ValueError("the first token of a row cannot be predicted from the state before it; do not mask it")
+    return hidden_states[:, :-1][masked[:, 1:]]
 
 
 def mntp_loss(logits: Tensor, targets: Tensor, *, total: float | None = None) -> Tensor:
-    """Return the mean cross-entropy in nats over hidden tokens, in float32; zero where none is hidden.
+    """Return the mean cross-entropy in nats over masked tokens, in float32; zero where none is masked.
 
-    :param logits: ``[hidden tokens, V]``, made from ``predicting_states`` alone.
-    :param targets: Ids of the hidden tokens, int64 ``[hidden tokens]``.
-    :param total: What the sum is divided by where these are a part of a step's hidden tokens; their count by default.
+    :param logits: ``[masked tokens, V]``, made from ``predicting_states`` alone.
+    :param targets: Ids of the masked tokens, int64 ``[masked tokens]``.
+    :param total: What the sum is divided by if these are a part of a step's masked tokens; by default their count.
     :raises ValueError: If the two counts differ.
     """
     if len(logits) != len(targets):
-        raise ValueError(f"{len(logits)} rows of logits for {len(targets)} hidden tokens")
+        raise ValueError(f"{len(logits)} rows of logits for {len(targets)} masked tokens")
     return F.cross_entropy(logits.float(), targets, reduction="sum") / _divisor(total, targets)
 
 
 def mae_loss(
     predictions: Tensor, patches: Tensor, *, normalise_targets: bool = False, total: float | None = None
 ) -> Tensor:
-    """Return the mean squared error over hidden raw patches, in float32; zero where none is hidden.
+    """Return the mean squared error over masked raw patches, in float32; zero where none is masked.
 
-    :param predictions: ``[hidden patches, patch_width]``.
-    :param patches: The raw patches that were hidden, ``[hidden patches, patch_width]``.
+    :param predictions: ``[masked patches, patch_width]``.
+    :param patches: The raw patches that were masked, ``[masked patches, patch_width]``.
     :param normalise_targets: Give each target patch zero mean and unit variance first (He et al. 2022).
-    :param total: What the sum over patches is divided by where these are a part of a step's; their count by default.
+    :param total: What the sum over patches is divided by if these are a part of a step's; by default their count.
     :raises ValueError: If the shapes differ.
     """
     if predictions.shape != patches.shape:
@@ -52,9 +52,9 @@ def mae_loss(
 
 @torch.no_grad()
 def accuracy(logits: Tensor, targets: Tensor, *, total: float | None = None) -> Tensor:
-    """Return the share of hidden tokens whose most likely prediction is right; zero where none is hidden.
+    """Return the ratio of masked tokens whose most likely prediction is correct; zero where none is masked.
 
-    :param total: As that of ``mntp_loss``.
+    :param total: As in ``mntp_loss``.
     """
     return (logits.argmax(dim=-1) == targets).sum() / _divisor(total, targets)
 

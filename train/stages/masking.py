@@ -1,15 +1,22 @@
-"""Hide tokens and patches: pure functions of their arguments and explicit generators, one for each row.
+"""Choose what to mask of tokens and patches, and fill masked patches: pure functions of explicit generators.
 
-What is hidden of a row depends on its own generator alone: not on the other rows of the batch, nor on its padding.
+There is one generator per row: what is masked of a row depends neither on the rest of its batch nor on padding.
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
-PatchFill = Literal["noise", "zero", "mean"]
+from cocoa_embed.train.data.rows import Draw
+from cocoa_embed.train.stages.warmup.settings import PatchFill
+
+
+def row_generators(seed: int, draws: Sequence[Draw]) -> list[Generator]:
+    """Return a generator per row that depends only on the seed and the row's draw, not on batch, worker or device."""
+    states = [np.random.SeedSequence([seed, *draw]).generate_state(1, dtype=np.uint64)[0] for draw in draws]
+    return [torch.Generator().manual_seed(int(state) >> 1) for state in states]
 
 
 def draw_uniform(eligible: Tensor, generators: Sequence[Generator]) -> Tensor:
@@ -20,11 +27,11 @@ def draw_uniform(eligible: Tensor, generators: Sequence[Generator]) -> Tensor:
     return draw
 
 
-def hide_each(eligible: Tensor, probability: float, generators: Sequence[Generator]) -> Tensor:
-    """Hide each eligible token with ``probability``, and at least one in a row that has any.
+def mask_each(eligible: Tensor, probability: float, generators: Sequence[Generator]) -> Tensor:
+    """Mask each eligible token with ``probability``, and at least one in a row that has any.
 
-    :param eligible: Tokens that may be hidden, bool ``[B, L]``.
-    :returns: Hidden tokens, bool ``[B, L]``, a subset of ``eligible``.
+    :param eligible: Tokens that may be masked, bool ``[B, L]``.
+    :returns: Masked tokens, bool ``[B, L]``, a subset of ``eligible``.
     """
     draw = draw_uniform(eligible, generators)
     lowest = torch.zeros_like(eligible)
@@ -32,57 +39,57 @@ def hide_each(eligible: Tensor, probability: float, generators: Sequence[Generat
     return ((draw < probability) | lowest) & eligible
 
 
-def hide_share(eligible: Tensor, share: float, generators: Sequence[Generator]) -> Tensor:
-    """Hide ``share`` of each row's eligible positions, rounded, and at least one in a row that has any.
+def mask_ratio(eligible: Tensor, ratio: float, generators: Sequence[Generator]) -> Tensor:
+    """Mask a ratio of each row's eligible positions, rounded, and at least one in a row that has any.
 
-    :param eligible: Positions that may be hidden, bool ``[B, L]``.
-    :returns: Hidden positions, bool ``[B, L]``, a subset of ``eligible``.
+    :param eligible: Positions that may be masked, bool ``[B, L]``.
+    :returns: Masked positions, bool ``[B, L]``, a subset of ``eligible``.
     """
     counts = eligible.sum(dim=1)
-    wanted = (counts * share).round().long().clamp(min=1).minimum(counts)
+    wanted = (counts * ratio).round().long().clamp(min=1).minimum(counts)
     rank = draw_uniform(eligible, generators).argsort(dim=1).argsort(dim=1)
     return (rank < wanted[:, None]) & eligible
 
 
-def hide_visual_tokens(tokens_per_image: Tensor, share: float, generators: Sequence[Generator]) -> Tensor:
-    """Hide ``share`` of the visual tokens of each image.
+def mask_visual_tokens(tokens_per_image: Tensor, ratio: float, generators: Sequence[Generator]) -> Tensor:
+    """Mask a ratio of the visual tokens of each image.
 
     :param tokens_per_image: int64 ``[images]``.
-    :param generators: One for each image.
+    :param generators: One per image.
     :returns: bool ``[sum(tokens_per_image)]``, in the order of the images and of the tokens in each.
     """
     width = int(tokens_per_image.max()) if len(tokens_per_image) else 0
     exists = torch.arange(width)[None, :] < tokens_per_image[:, None]
-    return hide_share(exists, share, generators)[exists]
+    return mask_ratio(exists, ratio, generators)[exists]
 
 
 def fill_patches(
     pixel_values: Tensor,
-    hidden: Tensor,
+    masked: Tensor,
     fill: PatchFill,
     patches_per_image: Sequence[int],
     generators: Sequence[Generator],
 ) -> Tensor:
-    """Replace hidden raw patches before the vision encoder sees them.
+    """Replace masked raw patches before the vision encoder sees them.
 
     ``noise`` is drawn anew for every patch from a standard normal, the scale that image processors normalise pixels
-    to; ``zero`` is that scale's middle; ``mean`` is each patch's own mean, so that only its detail is hidden.
+    to; ``zero`` is the middle of that scale; ``mean`` is each patch's own mean, so that only its detail is masked.
 
     :param pixel_values: Raw patches, float ``[patches, patch_width]``.
-    :param hidden: bool ``[patches]``.
-    :param generators: One for each image.
+    :param masked: bool ``[patches]``.
+    :param generators: One per image.
     :returns: A changed copy.
     """
     filled = pixel_values.clone()
     if fill == "noise":
-        of_images = hidden.split(list(patches_per_image))
+        of_images = masked.split(list(patches_per_image))
         shapes = [(int(of_image.sum()), pixel_values.shape[1]) for of_image in of_images]
         noise = [torch.randn(shape, generator=own) for shape, own in zip(shapes, generators, strict=True)]
-        filled[hidden] = torch.cat(noise).to(pixel_values.dtype)
+        filled[masked] = torch.cat(noise).to(pixel_values.dtype)
     elif fill == "zero":
-        filled[hidden] = 0
+        filled[masked] = 0
     elif fill == "mean":
-        filled[hidden] = pixel_values[hidden].mean(dim=1, keepdim=True).expand(-1, pixel_values.shape[1])
+        filled[masked] = pixel_values[masked].mean(dim=1, keepdim=True).expand(-1, pixel_values.shape[1])
     else:
         raise ValueError(f"unknown patch fill {fill!r}; use noise, zero or mean")
     return filled

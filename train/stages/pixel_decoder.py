@@ -1,4 +1,4 @@
-"""The decoder of stage 1's masked auto-encoding; thrown away when the stage ends."""
+"""The decoder of stage 1's masked auto-encoding, which is not saved."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""What ``<EOS>`` carries: accuracy on hidden tokens with the right image, another and none; where embeddings lie."""
+"""Measure what ``<EOS>`` carries of an image (accuracy on masked tokens), and the geometry of embeddings."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,31 +12,29 @@ from torch import Tensor, nn
 from cocoa_embed.data.rows import Item, ItemImage, Row
 from cocoa_embed.evaluation.geometry import ALIGNMENT, geometry
 from cocoa_embed.model.attention import Block
-from cocoa_embed.train.data.rows import Draw, numbered
-from cocoa_embed.train.stages.collators import Batch
+from cocoa_embed.train.data.rows import numbered
+from cocoa_embed.train.loop.batch_facts import Batch, Example
+from cocoa_embed.train.loop.trainer import Measure
 
 MATCHING_IMAGE = "accuracy_matching_image"
 SHUFFLED_IMAGE = "accuracy_shuffled_image"
 NO_IMAGE = "accuracy_no_image"
 
-PROBED = frozenset({MATCHING_IMAGE, ALIGNMENT})
-"""Figures that only a log line of a step with a probe has."""
+PROBE_METRICS = frozenset({MATCHING_IMAGE, ALIGNMENT})
+"""Metrics that only the log lines of a probe have."""
 
-Probe = Callable[[nn.Module], dict[str, float]]
-"""Measures a model that is being trained, for the log, and leaves it and every random draw as they are."""
-
-Collate = Callable[[list[tuple[Draw, Row]]], Batch]
+Collate = Callable[[list[Example]], Batch]
 
 
 class EosProbe:
-    """Measures a bridge model on fixed rows: with each image in its place, with the images exchanged, and with none.
+    """Measures a bridge model on fixed rows: with the matching images, with shuffled images, and without.
 
-    Block B sees block A through ``<EOS>`` alone, so what the right image adds to no image is what ``<EOS>`` carries of
-    it. The difference stays near zero on the stage's plateau and grows once the bridge is learned. Another image may do
-    worse than none: a model that reads ``<EOS>`` is misled by it.
+    Block B sees block A through ``<EOS>`` alone, so the gain of the matching image over no image is what ``<EOS>``
+    carries of it. The gain stays near zero on the stage's plateau and grows once the bridge is learned. A shuffled
+    image may do worse than none: it misleads a model that reads ``<EOS>``.
 
-    :param collate: The bridge collator. It hides the same tokens of a block B whatever image stands before it.
-    :param rows: Rows with an image each, all different.
+    :param collate: The bridge collator. It masks the same tokens of a block B whatever image comes before it.
+    :param rows: Rows with one image each, all different.
     :param batch_size: Rows to run at once.
     """
 
@@ -45,21 +43,21 @@ class EosProbe:
             drawn = numbered(rows)
             return [collate(drawn[start : start + batch_size]) for start in range(0, len(drawn), batch_size)]
 
-        right = batches(rows)
+        matching = batches(rows)
         self.batches = {
-            MATCHING_IMAGE: right,
-            SHUFFLED_IMAGE: batches(exchange_images(rows)),
-            NO_IMAGE: [cut_off_images(batch) for batch in right],
+            MATCHING_IMAGE: matching,
+            SHUFFLED_IMAGE: batches(shuffle_images(rows)),
+            NO_IMAGE: [hide_images(batch) for batch in matching],
         }
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        """Return the share of hidden tokens that is told right, by ``MATCHING_IMAGE`` and the other two names."""
+        """Return the ratio of masked tokens predicted correctly, by ``MATCHING_IMAGE`` and the other two names."""
         with _measuring(model):
             return {name: _accuracy(model, batches) for name, batches in self.batches.items()}
 
 
 class GeometryProbe:
-    """Measures where a model puts pairs of items (``geometry``).
+    """Measures the geometry of a model's embeddings of pairs (``geometry``).
 
     :param collate: Turns items, and whether they are documents, into inputs as at inference.
     :param embed: Runs a model on such inputs: embeddings, float ``[B, D]``.
@@ -84,7 +82,7 @@ class GeometryProbe:
             self.batches.append([collate(items[start : start + batch_size], is_document) for start in starts])
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        """Return the figures; none where an embedding is not finite, which the loss of the next step tells too."""
+        """Return the metrics; none if an embedding is not finite, which the loss of the next step shows too."""
         with _measuring(model):
             first, second = (self._embeddings(model, batches) for batches in self.batches)
         if not (np.isfinite(first).all() and np.isfinite(second).all()):
@@ -98,9 +96,9 @@ class GeometryProbe:
         return nn.functional.normalize(torch.cat(found), dim=1).numpy()
 
 
-def together(*probes: Probe) -> Probe:
-    """Return a probe that measures what all of ``probes`` do."""
-    return lambda model: {name: figure for probe in probes for name, figure in probe(model).items()}
+def together(*probes: Measure) -> Measure:
+    """Return a probe that measures everything that ``probes`` measure."""
+    return lambda model: {name: value for probe in probes for name, value in probe(model).items()}
 
 
 @contextmanager
@@ -117,12 +115,12 @@ def _measuring(model: nn.Module) -> Iterator[None]:
 
 def _accuracy(model: nn.Module, batches: Sequence[Batch]) -> float:
     device = _device(model)
-    right = total = 0.0
+    correct = total = 0.0
     for batch in batches:
         outputs = model(**_on(device, batch))
-        right += outputs["masked_token_accuracy"].item() * len(batch["target_ids"])
+        correct += outputs["masked_token_accuracy"].item() * len(batch["target_ids"])
         total += len(batch["target_ids"])
-    return right / total
+    return correct / total
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -133,19 +131,19 @@ def _on(device: torch.device, batch: dict[str, Any]) -> dict[str, Any]:
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
-def cut_off_images(batch: Batch) -> Batch:
+def hide_images(batch: Batch) -> Batch:
     """Let no position see the visual tokens of block A, in a batch of the bridge collator.
 
-    Everything else stays as it is, positions and hidden tokens too. The vision encoder still runs, for nothing.
+    Everything else stays, positions and masked tokens too. The vision encoder still runs, without effect.
     """
     visual = (batch["blocks"] == Block.A) & (batch["mm_token_type_ids"] != 0)
     return {**batch, "blocks": batch["blocks"].masked_fill(visual, Block.PAD)}
 
 
-def exchange_images(rows: Sequence[Row]) -> list[Row]:
-    """Give each row the image of the next one, and the last row that of the first; on both sides, where both have one.
+def shuffle_images(rows: Sequence[Row]) -> list[Row]:
+    """Give each row the image of the next one, and the last row the first image; on both sides, if both have one.
 
-    Either side may be the one that block A is made of.
+    Block A may be made of either side.
     """
     images = [row.image for row in rows]
     return [_with_image(row, image) for row, image in zip(rows, images[1:] + images[:1], strict=True)]
@@ -174,13 +172,13 @@ def first_of_images(rows: Sequence[Row], count: int) -> list[Row]:
 
 
 def hold_out_rows(rows: Sequence[Row], count: int) -> tuple[list[Row], list[Row]]:
-    """Take ``count`` rows with different images from ``rows``; return them and the rows that tell nothing of them.
+    """Take ``count`` rows with different images from ``rows``; return them and the rows that do not leak them.
 
-    These are the rows of all other images, on either side, and the rows of text alone that share neither a source nor a
-    text with a row of an image that is kept out: what the captions of an image say of each other would tell what is
-    hidden of them. Another image may have the same caption, and stays.
+    Left out of both are other rows of the same images, on either side, and text-only rows that share a source or a text
+    with a row of a held-out image: its captions would give away what is masked of each other. Another image with the
+    same caption stays.
 
-    Nothing is taken where fewer images would be left than are taken, nor for a count of one, which cannot be exchanged.
+    Nothing is taken if fewer images would be left than are taken, nor for a count of one, which cannot be shuffled.
     """
     chosen = {row.image for row in first_of_images(rows, count)}
     held_out = [row for row in rows if row.image in chosen]

@@ -1,4 +1,4 @@
-"""What the two reconstruction stages share: the forward pass, and the head on hidden tokens alone."""
+"""The forward pass of the reconstruction stages: positions, attention masks, and the head on masked tokens only."""
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from cocoa_embed.train.stages.losses import predicting_states
 def position_ids(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     """Return the multimodal rotary positions of a right-padded batch, int64 ``[3, B, L]``.
 
-    A prepared 4-D mask tells a model nothing of padding, so positions are passed with it.
+    A model cannot read padding from a prepared 4-D mask, so positions are passed with it.
     """
     if "image_grid_thw" not in batch:
         rows, length = batch["input_ids"].shape
@@ -34,10 +34,10 @@ def last_hidden_states(
 ) -> Tensor:
     """Run the backbone without its head under a prepared attention mask: ``[B, L, D]``.
 
-    The vision encoder runs where the batch has no image too, with no effect but that its gradients are zero and not
-    missing: processes that share its weights must all come to it, whatever their rows are.
+    The vision encoder also runs for a batch without images, so that its gradients are zero and not missing: all
+    processes that share its weights must run it, whatever rows they have.
     """
-    # Before the language model, as it is where there are images: processes have to meet in one order.
+    # Before the language model, as with images: all processes must run the parts in the same order.
     idle = None if "pixel_values" in batch else _idle_vision_pass(model)
     hidden_states: Tensor = model.base_model(
         input_ids=batch["input_ids"],
@@ -52,7 +52,7 @@ def last_hidden_states(
 
 
 def _idle_vision_pass(model: PreTrainedModel) -> Tensor:
-    """Run the vision encoder on the smallest grid there is, for its weights' sake: a scalar to be multiplied by 0."""
+    """Run the vision encoder on the smallest possible grid: a scalar, to be multiplied by 0."""
     geometry = PatchGeometry.from_config(model.config)
     side = geometry.merge_size
     outputs = model.base_model.visual(
@@ -77,9 +77,9 @@ def bidirectional_model_mask(model: PreTrainedModel, attention_mask: Tensor) -> 
 
 
 def full_model_mask(model: PreTrainedModel, attention_mask: Tensor) -> Tensor | BlockMask:
-    """Return who attends to whom in sequences without blocks (int64 ``[B, L]``), as the model takes it.
+    """Return the mask of sequences without blocks (int64 ``[B, L]``) in the form that the model takes.
 
-    Every token attends to every other, or, in a model that was left causal, to those before it.
+    Every token attends to every other; in a causal model, to those before it.
     """
     if is_causal(model):
         return model_mask(model, before_or_itself(bidirectional_mask(attention_mask)))
@@ -89,7 +89,7 @@ def full_model_mask(model: PreTrainedModel, attention_mask: Tensor) -> Tensor | 
 def bridge_model_mask(model: PreTrainedModel, blocks: Tensor, *, eos_attends_to_b: bool = True) -> Tensor | BlockMask:
     """Return the bridge mask of ``blocks`` (int64 ``[B, L]``) in the form that the model takes: ``[B, 1, L, L]``.
 
-    A model that was left causal sees of it what is not ahead.
+    In a causal model, no token attends to those after it.
     """
     if is_causal(model):
         return model_mask(model, before_or_itself(bridge_mask(blocks, eos_attends_to_b=eos_attends_to_b)))
@@ -98,6 +98,6 @@ def bridge_model_mask(model: PreTrainedModel, blocks: Tensor, *, eos_attends_to_
     return model_mask(model, bridge_mask(blocks, eos_attends_to_b=eos_attends_to_b))
 
 
-def hidden_token_logits(model: PreTrainedModel, hidden_states: Tensor, hidden: Tensor) -> Tensor:
-    """Apply the language-model head where a hidden token is predicted, and nowhere else: ``[hidden tokens, V]``."""
-    return model.get_output_embeddings()(predicting_states(hidden_states, hidden))
+def masked_token_logits(model: PreTrainedModel, hidden_states: Tensor, masked: Tensor) -> Tensor:
+    """Apply the language-model head only where a masked token is predicted: ``[masked tokens, V]``."""
+    return model.get_output_embeddings()(predicting_states(hidden_states, masked))

@@ -18,13 +18,15 @@ from cocoa_embed.images.data_uri import data_uri
 from cocoa_embed.model.attention import Block, before_or_itself, bridge_mask, is_causal
 from cocoa_embed.model.backbone import PatchGeometry
 from cocoa_embed.train.data.rows import numbered
-from cocoa_embed.train.loop.batch_facts import DescribedBatches
+from cocoa_embed.train.loop.batch_facts import Batch, DescribedBatches
 from cocoa_embed.train.loop.trainer import CocoaTrainer
-from cocoa_embed.train.settings import ReconstructionSection, StageSection
-from cocoa_embed.train.stages.bridge import BridgeModel
-from cocoa_embed.train.stages.collators import Batch, BridgeCollator, WarmupCollator
+from cocoa_embed.train.settings import StageSettings
+from cocoa_embed.train.stages.bridge.collator import BridgeCollator
+from cocoa_embed.train.stages.bridge.model import BridgeModel
 from cocoa_embed.train.stages.probe import first_of_images
-from cocoa_embed.train.stages.warmup import WarmupModel
+from cocoa_embed.train.stages.stage import Stage
+from cocoa_embed.train.stages.warmup.collator import WarmupCollator
+from cocoa_embed.train.stages.warmup.model import WarmupModel
 
 SAMPLE_ROWS = 8
 
@@ -49,9 +51,9 @@ def warmup_samples(model: WarmupModel, collator: WarmupCollator, batch: Batch, r
     original = batch["target_patches"]
     if "pixel_values" in batch:
         original = batch["pixel_values"].clone()
-        original[batch["hidden_patches"]] = batch["target_patches"]
+        original[batch["masked_patches"]] = batch["target_patches"]
     reconstructed = original.clone()
-    reconstructed[batch["hidden_patches"]] = predicted.float().cpu()
+    reconstructed[batch["masked_patches"]] = predicted.float().cpu()
     images = [
         list(_images(batch, pixels, collator.geometry, collator.processor))
         for pixels in (original, batch.get("pixel_values", original), reconstructed)
@@ -84,7 +86,7 @@ def bridge_samples(model: BridgeModel, collator: BridgeCollator, batch: Batch, r
 
 
 def stage_samples(
-    trainer: CocoaTrainer, section: StageSection, rows: Sequence[Row], held_out: Sequence[Row]
+    trainer: CocoaTrainer, stage: Stage[StageSettings], rows: Sequence[Row], held_out: Sequence[Row]
 ) -> Samples | None:
     """Return the samples of a reconstruction stage that has ended; None for other stages, and in other processes.
 
@@ -97,18 +99,18 @@ def stage_samples(
     :returns: As ``warmup_samples`` or ``bridge_samples``, and ``held_out``: the stage was not trained on these rows.
     """
     is_writer, is_sharded = trainer.is_world_process_zero(), trainer.is_fsdp_enabled
-    if not isinstance(section, ReconstructionSection) or not (is_writer or is_sharded):
+    if not (stage.has_samples and (is_writer or is_sharded)):
         return None
     chosen = list(held_out[:SAMPLE_ROWS]) or first_of_images(rows, SAMPLE_ROWS) or list(rows[:SAMPLE_ROWS])
-    batches, failure = _attempt(lambda: list(_batches(trainer, section, chosen)))
+    batches, failure = _attempt(lambda: list(_batches(trainer, stage.settings, chosen)))
     if is_sharded:
         failure = next(filter(None, gather_object([failure])), None)
     samples: Samples | None = None
     if failure is None and batches is not None:
         if is_sharded:
-            samples = _run(trainer, batches)
+            samples = _run(trainer, stage, batches)
         else:
-            samples, failure = _attempt(lambda: _run(trainer, batches))
+            samples, failure = _attempt(lambda: _run(trainer, stage, batches))
     if failure is not None:
         logger.warning("Samples for the report cannot be made (%s).", failure)
         return {"failure": failure}
@@ -125,27 +127,24 @@ def _attempt(work: Callable[[], Result]) -> tuple[Result | None, str | None]:
         return None, f"{type(error).__name__}: {one_line(error)}"
 
 
-def _batches(
-    trainer: CocoaTrainer, section: ReconstructionSection, rows: Sequence[Row]
-) -> Iterator[tuple[Batch, list[Row]]]:
+def _batches(trainer: CocoaTrainer, settings: StageSettings, rows: Sequence[Row]) -> Iterator[tuple[Batch, list[Row]]]:
     """Yield the rows in batches as large as those that a device trains on at once: what fits there fits here."""
     described: Any = trainer.data_collator
-    of_device = max(1, section.batch_size // trainer.accelerator.num_processes)
-    examples, size = numbered(rows), min(section.micro_batch_size or of_device, of_device)
+    of_device = max(1, settings.batch_size // trainer.accelerator.num_processes)
+    examples, size = numbered(rows), min(settings.mini_batch_size or of_device, of_device)
     for start in range(0, len(examples), size):
         part = examples[start : start + size]
         yield described.collate(part), [row for _, row in part]
 
 
-def _run(trainer: CocoaTrainer, batches: Sequence[tuple[Batch, list[Row]]]) -> Samples:
+def _run(trainer: CocoaTrainer, stage: Stage[StageSettings], batches: Sequence[tuple[Batch, list[Row]]]) -> Samples:
     described, model = trainer.data_collator, trainer.accelerator.unwrap_model(trainer.model)
     assert isinstance(described, DescribedBatches)
-    make: Any = warmup_samples if isinstance(model, WarmupModel) else bridge_samples
     was_training = model.training
     register_fsdp_forward_method(model, "predict")  # gathers the weights as a forward pass would; else does nothing
     try:
         with trainer.accelerator.autocast():
-            parts = [make(model, described.collate, batch, rows) for batch, rows in batches]
+            parts = [stage.samples(model, described.collate, batch, rows) for batch, rows in batches]
     finally:
         model.train(was_training)
     lists = [name for name in parts[0] if name != "mask"]
@@ -192,7 +191,7 @@ def _caption(row: Row) -> str:
 def _tokens(
     batch: Batch, logits: Tensor, processor: ProcessorMixin, rows: Sequence[Row], images: Sequence[str]
 ) -> list[dict[str, Any]]:
-    masked = batch["hidden_tokens"]
+    masked = batch["masked_tokens"]
     truth, predicted = batch["input_ids"].clone(), batch["input_ids"].clone()
     truth[masked] = batch["target_ids"]
     predicted[masked] = logits.argmax(dim=-1)

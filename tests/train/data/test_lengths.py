@@ -9,7 +9,8 @@ from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.train.data.lengths import item_lengths, row_lengths, visual_tokens
 from cocoa_embed.train.data.rows import numbered
-from cocoa_embed.train.stages.collators import BridgeCollator, render_items
+from cocoa_embed.train.stages.bridge.collator import BridgeCollator
+from cocoa_embed.train.stages.rendering import render_items
 
 SIZES = ((56, 56), (300, 40), (31, 500), (28, 28))
 

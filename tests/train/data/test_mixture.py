@@ -13,21 +13,21 @@ from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.train.data.mixture import ReadRows, fingerprint, read_rows, weigh, write_bad_rows
 from cocoa_embed.train.data.rows import BadRow
-from cocoa_embed.train.settings import SourceSection
+from cocoa_embed.train.settings import SourceSettings
 
 
 def text_rows(count: int) -> list[Row]:
     return [Row(Item(f"query {n}"), Item(f"positive {n}"), source=str(n)) for n in range(count)]
 
 
-def write_rows(path: Path, count: int, *, bad: int = 0) -> SourceSection:
+def write_rows(path: Path, count: int, *, bad: int = 0) -> SourceSettings:
     rows: list[dict[str, Any]] = [{"query_text": f"{path.stem} {n}", "positive_text": "x"} for n in range(count)]
     for row in rows[:bad]:
         row["positive_text"] = ""
-    return SourceSection(file=str(write_table(path, rows)))
+    return SourceSettings(file=str(write_table(path, rows)))
 
 
-def read(sources: dict[str, SourceSection], **values: Any) -> ReadRows:
+def read(sources: dict[str, SourceSettings], **values: Any) -> ReadRows:
     return read_rows(sources, **{"on_bad_row": "stop", "seed": 0, **values})
 
 
@@ -118,7 +118,7 @@ def test_one_row_in_a_hundred_may_be_left_out_over_the_whole_stage(tmp_path: Pat
 
 
 @pytest.fixture
-def with_images(tmp_path: Path) -> dict[str, SourceSection]:
+def with_images(tmp_path: Path) -> dict[str, SourceSettings]:
     """A hundred rows of files and a hundred inside a table; one image of each cannot be decoded."""
     write_images(tmp_path, "ab")
     (tmp_path / "bad.png").write_bytes(b"no image")
@@ -126,11 +126,11 @@ def with_images(tmp_path: Path) -> dict[str, SourceSection]:
     files = write_table(tmp_path / "files.jsonl", [*rows, {**rows[0], "negative_image": ["b.png", "bad.png"]}])
     cells = [png(n) for n in range(99)] + [png()[:60]]
     inside = write_table(tmp_path / "inside.parquet", [{"query_image": cell, "positive_text": "p"} for cell in cells])
-    return {"files": SourceSection(file=str(files)), "inside": SourceSection(file=str(inside))}
+    return {"files": SourceSettings(file=str(files)), "inside": SourceSettings(file=str(inside))}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_rows_whose_images_cannot_be_decoded_are_left_out(with_images: dict[str, SourceSection], workers: int) -> None:
+def test_rows_whose_images_cannot_be_decoded_are_left_out(with_images: dict[str, SourceSettings], workers: int) -> None:
     found = read(with_images, on_bad_row="skip", workers=workers)
     assert found.counts == {"files": 99, "inside": 99}
     assert [(row.subset, row.source[-4:]) for row in found.bad] == [("files", ":100"), ("inside", " 100")]
@@ -141,7 +141,7 @@ def test_rows_whose_images_cannot_be_decoded_are_left_out(with_images: dict[str,
 
 
 def test_a_broken_image_stops_and_is_not_seen_where_images_are_not_checked(
-    with_images: dict[str, SourceSection],
+    with_images: dict[str, SourceSettings],
 ) -> None:
     with pytest.raises(CocoaError, match=r"files\.jsonl:100: the image .*bad\.png is not an image"):
         read(with_images)
@@ -159,7 +159,7 @@ def test_of_one_source_the_rows_that_could_be_used_stay(tmp_path: Path) -> None:
     ]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (tmp_path / "7.png").write_bytes(b"no image")
-    sources = {"data": SourceSection(folder=tmp_path, captions="captions", paraphrases=1)}
+    sources = {"data": SourceSettings(folder=tmp_path, captions="captions", paraphrases=1)}
     before = read(sources, on_bad_row="skip")
     assert len(before.bad) == 2
     assert [row.image for row in before.rows if row.source.endswith(" 7.png")] == [None]

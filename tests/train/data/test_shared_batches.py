@@ -5,7 +5,7 @@ from datasets import Dataset
 from sentence_transformers.base.sampler import NoDuplicatesBatchSampler, ProportionalBatchSampler
 from torch.utils.data import BatchSampler, ConcatDataset
 
-from cocoa_embed.train.data.shared_batches import SharedBatchSampler
+from cocoa_embed.train.stages.contrastive.shared_batches import SharedBatchSampler
 
 SIZES = {"a": 37, "b": 12, "c": 3}
 

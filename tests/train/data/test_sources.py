@@ -15,7 +15,7 @@ from cocoa_embed.model.template import RESERVED_TOKENS
 from cocoa_embed.train.data.caption_rows import read_image_folder
 from cocoa_embed.train.data.rows import BadRow
 from cocoa_embed.train.data.sources import read_subset
-from cocoa_embed.train.settings import SourceSection
+from cocoa_embed.train.settings import SourceSettings
 
 FORMATS = ("jsonl", "csv", "parquet")
 
@@ -47,7 +47,7 @@ def images(tmp_path: Path) -> Path:
 
 def read(bad: list[BadRow] | None = None, subset: str = "data", **source: Any) -> list[Row]:
     found: list[BadRow] = []
-    rows = read_subset(subset, SourceSection(**source), found if bad is None else bad)
+    rows = read_subset(subset, SourceSettings(**source), found if bad is None else bad)
     assert bad is not None or not found
     return rows
 

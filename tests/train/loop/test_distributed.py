@@ -26,16 +26,11 @@ STAGE: dict[str, Any] = {
 
 GEOMETRY = ("alignment", "uniformity", "modality_gap", "effective_rank")
 
-FIGURES = {
+METRICS = {
     "warmup": ("loss", "grad_norm", "mntp_loss", "mae_loss", "masked_token_accuracy"),
     "bridge": (
         *("loss", "grad_norm", "masked_token_accuracy"),
-        *(
-            "accuracy_matching_image",
-            "accuracy_shuffled_image",
-            "accuracy_no_image",
-            *GEOMETRY,
-        ),
+        *("accuracy_matching_image", "accuracy_shuffled_image", "accuracy_no_image", *GEOMETRY),
     ),
     "contrastive": ("loss", "grad_norm", *GEOMETRY),
 }
@@ -63,13 +58,13 @@ class Kill(TrainerCallback):
         if state.global_step == 3:
             os.kill(os.getpid(), signal.SIGKILL)
 
-show = pipeline.show_live_losses
-def show_and_kill(trainer, stage):
-    show(trainer, stage)
+show = pipeline.show_progress
+def show_and_kill(trainer, stage, shown):
+    show(trainer, stage, shown)
     if stage == os.environ["KILL_IN"]:
         trainer.add_callback(Kill())
 if os.environ.get("KILL_IN"):
-    pipeline.show_live_losses = show_and_kill
+    pipeline.show_progress = show_and_kill
 
 main(["train", *sys.argv[1:]])
 """
@@ -84,15 +79,14 @@ def recipe(tiny_backbone_path: Path, scene_folder: Path) -> Recipe:
             "max_length": TINY_MAX_LENGTH,
             # Text-only rows: at some steps one process has images and the other has none.
             "data": {"folder": str(scene_folder), "paraphrases": 1},
-            "warmup": {**STAGE, "micro_batch_size": 2},
+            "warmup": {**STAGE, "mini_batch_size": 2},
             "bridge": {**STAGE, "probe_rows": 4, "probe_steps": 2},
             # Two steps make an epoch.
             "contrastive": {
                 **STAGE,
                 "data": {"paraphrases": 0, "limit": 16},
-                "both_directions": False,
-                "cache_chunk": 2,
-                "symmetric": True,
+                "directions": "symmetric",
+                "mini_batch_size": 2,
                 "probe_rows": 6,
                 "probe_steps": 2,
             },
@@ -125,7 +119,7 @@ def launch(recipe: Recipe, folder: Path, *options: str, **environment: str) -> s
 def assert_same(found: Path, expected: Path, stages: tuple[str, ...]) -> None:
     for stage in stages:
         log, log_alone = (read_run(out)["stages"][stage]["log"] for out in (found, expected))
-        for name in FIGURES[stage]:
+        for name in METRICS[stage]:
             values, values_alone = ([line[name] for line in lines if name in line] for lines in (log, log_alone))
             assert values, (stage, name)
             assert values == pytest.approx(values_alone, rel=2e-3, abs=1e-5), (stage, name)

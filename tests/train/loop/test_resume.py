@@ -57,13 +57,13 @@ def recipe(tiny_backbone_path: Path, scene_folder: Path) -> Recipe:
             "max_length": TINY_MAX_LENGTH,
             "data": {"folder": str(scene_folder)},
             "warmup": STAGE,
-            "bridge": {**STAGE, "data": {"paraphrases": 1}, "probe_rows": 4, "probe_steps": 1, "micro_batch_size": 2},
+            "bridge": {**STAGE, "data": {"paraphrases": 1}, "probe_rows": 4, "probe_steps": 1, "mini_batch_size": 2},
             # Dropout draws from the state that a checkpoint must restore; two steps make an epoch.
             "contrastive": {
                 **STAGE,
                 "data": {"limit": 8},
-                "both_directions": False,
-                "cache_chunk": 2,
+                "directions": "forward",
+                "mini_batch_size": 2,
                 "adapter": adapter,
             },
         }
@@ -112,14 +112,14 @@ def die() -> None:
 
 
 def act_at(patch: pytest.MonkeyPatch, stage: str, step: int, act: Callable[[], None]) -> None:
-    show = pipeline.show_live_losses
+    show = pipeline.show_progress
 
-    def show_and_act(built: Trainer, name: str) -> None:
-        show(built, name)
+    def show_and_act(built: Trainer, name: str, shown: dict[str, str]) -> None:
+        show(built, name, shown)
         if name == stage:
             built.add_callback(AtStep(step, act))
 
-    patch.setattr(pipeline, "show_live_losses", show_and_act)
+    patch.setattr(pipeline, "show_progress", show_and_act)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -262,7 +262,7 @@ def test_how_a_run_fits_a_machine_may_change_on_the_way(recipe: Recipe, uninterr
         with pytest.raises(Killed):
             run(recipe, out)
     assert recipe.bridge is not None
-    fitted = {"bridge": recipe.bridge.model_copy(update={"micro_batch_size": 4}), "gradient_checkpointing": True}
+    fitted = {"bridge": recipe.bridge.model_copy(update={"mini_batch_size": 4}), "gradient_checkpointing": True}
     run(recipe.model_copy(update=fitted), out, resume=True)
     found, expected = (load_file(folder / "bridge" / "model.safetensors") for folder in (out, uninterrupted))
     assert all(torch.allclose(found[name], expected[name], atol=1e-5) for name in found)
@@ -335,13 +335,13 @@ class Kill(TrainerCallback):
         if state.global_step == int(sys.argv[4]):
             os.kill(os.getpid(), signal.SIGKILL)
 
-show = pipeline.show_live_losses
-def show_and_kill(trainer, stage):
-    show(trainer, stage)
+show = pipeline.show_progress
+def show_and_kill(trainer, stage, shown):
+    show(trainer, stage, shown)
     if stage == sys.argv[3]:
         trainer.add_callback(Kill())
 
-pipeline.show_live_losses = show_and_kill
+pipeline.show_progress = show_and_kill
 run(Recipe.load(sys.argv[1]), __import__("pathlib").Path(sys.argv[2]))
 """
 

@@ -53,14 +53,14 @@ def same_weights(first: Path, second: Path) -> bool:
 def whole(tiny_backbone_path: Path, scene_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("kept") / "out"
     stages = {
-        "bridge": {**LENGTHS_MIXED, "steps": 4, "keep_steps": [2, 3]},
-        "contrastive": {"steps": 2, "keep_steps": [1]},
+        "bridge": {**LENGTHS_MIXED, "steps": 4, "snapshot_steps": [2, 3]},
+        "contrastive": {"steps": 2, "snapshot_steps": [1]},
     }
     run(recipe(tiny_backbone_path, scene_folder, **stages), out)
     return out
 
 
-def test_kept_weights_are_those_of_a_run_that_ends_there_where_the_learning_rate_is_held(
+def test_snapshots_are_those_of_a_run_that_ends_there_where_the_learning_rate_is_held(
     whole: Path, tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path
 ) -> None:
     run(recipe(tiny_backbone_path, scene_folder, bridge={**LENGTHS_MIXED, "steps": 2}), tmp_path / "short")
@@ -71,14 +71,14 @@ def test_kept_weights_are_those_of_a_run_that_ends_there_where_the_learning_rate
 def test_so_are_those_of_a_contrastive_stage_past_an_epochs_end(
     tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path
 ) -> None:
-    few = {"data": {"limit": 8}, "both_directions": False}  # two steps an epoch
+    few = {"data": {"limit": 8}, "directions": "forward"}  # two steps an epoch
     long, short = ({**few, "steps": steps} for steps in (5, 3))
-    run(recipe(tiny_backbone_path, scene_folder, contrastive={**long, "keep_steps": [3]}), tmp_path / "long")
+    run(recipe(tiny_backbone_path, scene_folder, contrastive={**long, "snapshot_steps": [3]}), tmp_path / "long")
     run(recipe(tiny_backbone_path, scene_folder, contrastive=short), tmp_path / "short")
     assert same_weights(tmp_path / "long" / "contrastive" / "step-3", tmp_path / "short" / "contrastive")
 
 
-def test_keeping_weights_changes_nothing_of_what_is_learned(
+def test_snapshots_change_nothing_of_what_is_learned(
     whole: Path, tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path
 ) -> None:
     stages = {"bridge": {**LENGTHS_MIXED, "steps": 4}, "contrastive": {"steps": 2}}
@@ -87,7 +87,7 @@ def test_keeping_weights_changes_nothing_of_what_is_learned(
         assert same_weights(whole / stage, tmp_path / "plain" / stage)
 
 
-def test_kept_weights_know_their_making(whole: Path) -> None:
+def test_snapshots_know_their_making(whole: Path) -> None:
     kept = read_training(whole / "contrastive" / "step-1")
     assert [(stage["stage"], stage["steps"]) for stage in kept["stages"]] == [("bridge", 4), ("contrastive", 1)]
     assert kept["stages"][1]["final"]["step"] == 1, "the line of its own step is there"
@@ -96,7 +96,7 @@ def test_kept_weights_know_their_making(whole: Path) -> None:
 def test_weights_that_are_written_again_count_only_when_they_are_whole_again(
     whole: Path, tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = recipe(tiny_backbone_path, scene_folder, bridge={**LENGTHS_MIXED, "steps": 4, "keep_steps": [2, 3]})
+    given = recipe(tiny_backbone_path, scene_folder, bridge={**LENGTHS_MIXED, "steps": 4, "snapshot_steps": [2, 3]})
     out = tmp_path / "out"
 
     def fail(self: PreTrainedModel, folder: Path, **options: object) -> None:
@@ -112,7 +112,7 @@ def test_weights_that_are_written_again_count_only_when_they_are_whole_again(
     assert not (out / "bridge" / "step-2" / TRAINING_FILE).exists()
 
 
-def test_kept_weights_export_and_start_another_stage(whole: Path, scene_folder: Path, tmp_path: Path) -> None:
+def test_snapshots_export_and_start_another_stage(whole: Path, scene_folder: Path, tmp_path: Path) -> None:
     start = whole / "bridge" / "step-3"
     exported = SentenceTransformer(str(export_model(start, tmp_path / "model")), device="cpu")
     assert exported.encode("a ring").shape == (32,)
@@ -127,7 +127,7 @@ def test_a_run_killed_after_a_kept_step_still_has_it_when_it_has_gone_on(
     class Killed(BaseException):
         pass
 
-    given = recipe(tiny_backbone_path, scene_folder, bridge={**LENGTHS_MIXED, "steps": 4, "keep_steps": [2, 3]})
+    given = recipe(tiny_backbone_path, scene_folder, bridge={**LENGTHS_MIXED, "steps": 4, "snapshot_steps": [2, 3]})
     write = pipeline.write_record
 
     def die_at_the_last_step(recipe: Recipe, start: Start, results: list[StageResult]) -> None:
@@ -161,12 +161,14 @@ def test_what_a_killed_run_was_writing_goes_and_what_is_whole_stays(tmp_path: Pa
 def test_a_step_that_the_stage_does_not_come_to_is_refused(
     tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path, length: dict[str, Any]
 ) -> None:
-    given = recipe(tiny_backbone_path, scene_folder, bridge={**length, "keep_steps": [1, 3]})
-    with pytest.raises(UsageError, match=r"bridge\.keep_steps names step 3, but the stage ends at step [123]"):
+    given = recipe(tiny_backbone_path, scene_folder, bridge={**length, "snapshot_steps": [1, 3]})
+    with pytest.raises(UsageError, match=r"bridge\.snapshot_steps has step 3, but the stage ends at step [123]"):
         run(given, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_an_adapter_is_not_merged_on_the_way(tiny_backbone_path: Path, scene_folder: Path) -> None:
-    with pytest.raises(UsageError, match="keep_steps and an adapter do not go together"):
-        recipe(tiny_backbone_path, scene_folder, bridge={"steps": 3, "keep_steps": [1], "adapter": {"kind": "lora"}})
+    with pytest.raises(UsageError, match="snapshot_steps and adapter exclude each other"):
+        recipe(
+            tiny_backbone_path, scene_folder, bridge={"steps": 3, "snapshot_steps": [1], "adapter": {"kind": "lora"}}
+        )

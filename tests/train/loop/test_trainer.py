@@ -7,20 +7,23 @@ from typing import Any
 
 import pytest
 import torch
+from stages import alone
 from torch import nn
 
 from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.train.data.rows import Draw, Rows
 from cocoa_embed.train.loop.batch_facts import FACTS, BatchFacts, DescribedBatches
-from cocoa_embed.train.loop.stage_trainer import StageContext, StageTrainer, reconstruction_trainer
-from cocoa_embed.train.settings import BridgeSection
+from cocoa_embed.train.loop.stage_trainer import StageTrainer, stage_trainer
+from cocoa_embed.train.loop.trainer import StageContext
+from cocoa_embed.train.stages.bridge.settings import BridgeSettings
+from cocoa_embed.train.stages.bridge.stage import Bridge
 
 ROWS = [Row(query=Item(text="a"), positive=Item(text="b"), source=f"pairs.csv, row {number}") for number in range(40)]
 
 
 class Line(nn.Module):
-    """One weight; its loss is a mean over the step's hidden tokens, as that of a stage is."""
+    """One weight; its loss is a mean over the step's masked tokens, as that of a stage is."""
 
     accepts_loss_kwargs = True
 
@@ -28,13 +31,13 @@ class Line(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(()))
 
-    def forward(self, target_ids: torch.Tensor, hidden_token_total: float, **_: Any) -> dict[str, torch.Tensor]:
-        error = (self.weight - target_ids.float()).square().sum() / hidden_token_total
-        return {"loss": error, "distance": (self.weight - target_ids.float()).abs().sum() / hidden_token_total}
+    def forward(self, target_ids: torch.Tensor, totals: dict[str, float], **_: Any) -> dict[str, torch.Tensor]:
+        error = (self.weight - target_ids.float()).square().sum() / totals["target_ids"]
+        return {"loss": error, "distance": (self.weight - target_ids.float()).abs().sum() / totals["target_ids"]}
 
 
 def collate(examples: list[tuple[Draw, Row]]) -> dict[str, torch.Tensor]:
-    """Row n has n % 3 + 1 hidden tokens, each of value n."""
+    """Row n has n % 3 + 1 masked tokens, each of value n."""
     numbers = [draw.row for draw, _ in examples]
     targets = torch.tensor([number for number in numbers for _ in range(number % 3 + 1)]).float()
     return {"target_ids": targets, "attention_mask": torch.ones(len(numbers), 2)}
@@ -44,8 +47,8 @@ Collate = Callable[[list[tuple[Draw, Row]]], dict[str, torch.Tensor]]
 
 
 def trainer(folder: Path, rows: list[Row] = ROWS, collator: Collate = collate, **values: Any) -> StageTrainer:
-    section = BridgeSection(**{"steps": 4, "batch_size": 4, "micro_batch_size": 2, **values})
-    size = section.micro_batch_size or section.batch_size
+    section = BridgeSettings(**{"steps": 4, "batch_size": 4, "mini_batch_size": 2, **values})
+    size = section.mini_batch_size or section.batch_size
     arguments = {
         "output_dir": str(folder / "checkpoints"),
         "max_steps": 4,
@@ -63,13 +66,14 @@ def trainer(folder: Path, rows: list[Row] = ROWS, collator: Collate = collate, *
         "remove_unused_columns": False,
     }
     model = Line()
-    return reconstruction_trainer(model, model, rows, collator, section, StageContext(arguments), stage="bridge")
+    context = StageContext(arguments, memory_remedy=alone(Bridge, section).memory_remedy())
+    return stage_trainer(model, model, rows, collator, section, context)
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
-def test_micro_batches_make_the_step_that_the_whole_batch_makes(tmp_path: Path, micro_batch_size: int) -> None:
-    """Rows with more hidden tokens count more, in whatever micro-batch they are."""
-    stage = trainer(tmp_path, micro_batch_size=micro_batch_size)
+@pytest.mark.parametrize("mini_batch_size", [1, 2, 4])
+def test_micro_batches_make_the_step_that_the_whole_batch_makes(tmp_path: Path, mini_batch_size: int) -> None:
+    """Rows with more masked tokens count more, in whatever micro-batch they are."""
+    stage = trainer(tmp_path, mini_batch_size=mini_batch_size)
     weight, losses = 0.0, []
     draws = list(stage._stream)
     for start in range(0, 16, 4):
@@ -82,13 +86,13 @@ def test_micro_batches_make_the_step_that_the_whole_batch_makes(tmp_path: Path, 
     assert logged == pytest.approx([sum(losses[:2]) / 2, sum(losses[2:]) / 2], rel=1e-4)
 
 
-def test_a_log_line_holds_what_one_wants_to_see(tmp_path: Path) -> None:
+def test_a_log_line_holds_losses_and_speed(tmp_path: Path) -> None:
     stage = trainer(tmp_path)
     stage.train()
     line = next(line for line in stage.state.log_history if "loss" in line)
-    assert {"loss", "distance", "grad_norm", "learning_rate", "tokens_per_second", "data_wait_share"} <= line.keys()
+    assert {"loss", "distance", "grad_norm", "learning_rate", "tokens_per_second", "data_wait_ratio"} <= line.keys()
     assert line["tokens_per_second"] > 0
-    assert 0 <= line["data_wait_share"] <= 1
+    assert 0 <= line["data_wait_ratio"] <= 1
 
 
 def test_utilisation_is_flops_over_time_and_peak(tmp_path: Path) -> None:
@@ -131,7 +135,7 @@ def test_many_rows_are_named_in_a_file(tmp_path: Path) -> None:
         batch["target_ids"][:] = float("inf")
         return batch
 
-    stage = trainer(tmp_path, collator=poisoned, batch_size=30, micro_batch_size=30)
+    stage = trainer(tmp_path, collator=poisoned, batch_size=30, mini_batch_size=30)
     with pytest.raises(CocoaError, match=r"and 14 more, all in .*failed_step\.json"):
         stage.train()
     assert len(json.loads((tmp_path / "failed_step.json").read_text())["rows"]) == 30
@@ -140,7 +144,7 @@ def test_many_rows_are_named_in_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )
-def test_where_memory_ends_the_setting_to_lower_is_named(
+def test_a_step_that_does_not_fit_names_the_setting_to_lower(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def exhausted(*args: Any, **kwargs: Any) -> None:
@@ -148,7 +152,7 @@ def test_where_memory_ends_the_setting_to_lower_is_named(
 
     stage = trainer(tmp_path)
     monkeypatch.setattr(Line, "forward", exhausted)
-    with pytest.raises(CocoaError, match=r"Step 1 does not fit .* lower bridge\.micro_batch_size \(2\)"):
+    with pytest.raises(CocoaError, match=r"Step 1 does not fit .* lower bridge\.mini_batch_size \(2\)"):
         stage.train()
 
 
@@ -174,7 +178,7 @@ def test_a_row_that_cannot_be_read_is_told_in_one_sentence_from_any_worker(tmp_p
 
 
 def test_facts_are_counted_from_the_batch() -> None:
-    batch = DescribedBatches(collate, lambda examples, batch: [draw.row for draw, _ in examples])(
+    batch = DescribedBatches(collate, lambda examples: [draw.row for draw, _ in examples])(
         [Rows(ROWS)[Draw(4)], Rows(ROWS)[Draw(2)]]
     )
-    assert batch[FACTS] == BatchFacts(rows=(4, 2), tokens=4, padded_tokens=4, hidden_tokens=5)
+    assert batch[FACTS] == BatchFacts(rows=(4, 2), tokens=4, padded_tokens=4, targets={"target_ids": 5})

@@ -25,11 +25,12 @@ from cocoa_embed.train.plan.cost import (
     model_size,
 )
 from cocoa_embed.train.plan.memory import Memory, count_parameters, stage_parameters, training_memory
-from cocoa_embed.train.settings import StageSection
+from cocoa_embed.train.settings import StageSettings
 from cocoa_embed.train.stages import reconstruction
-from cocoa_embed.train.stages.bridge import BridgeModel
-from cocoa_embed.train.stages.collators import BridgeCollator, WarmupCollator
-from cocoa_embed.train.stages.warmup import WarmupModel
+from cocoa_embed.train.stages.bridge.collator import BridgeCollator
+from cocoa_embed.train.stages.bridge.model import BridgeModel
+from cocoa_embed.train.stages.warmup.collator import WarmupCollator
+from cocoa_embed.train.stages.warmup.model import WarmupModel
 
 LoadTiny = Callable[[str], Backbone]
 
@@ -40,8 +41,8 @@ def no_idle_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reconstruction, "_idle_vision_pass", lambda model: torch.zeros(()))
 
 
-def stage(**values: Any) -> StageSection:
-    return StageSection.model_validate({"steps": 1, "batch_size": 1, **values})
+def stage(**values: Any) -> StageSettings:
+    return StageSettings.model_validate({"steps": 1, "batch_size": 1, **values})
 
 
 def case(backbone: Backbone, rows: list[Row], *, images: bool) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -109,8 +110,8 @@ def test_a_batchs_shape_leaves_padding_out(tiny_backbone: Backbone, scene_rows: 
     assert shape.lengths == tuple(batch["attention_mask"].sum(dim=1).tolist())
     assert shape.tokens < padded_shape(batch).tokens
     assert shape.patches == len(batch["pixel_values"])
-    assert shape.masked_tokens == batch["hidden_tokens"].sum()
-    assert shape.masked_patches == batch["hidden_patches"].sum()
+    assert shape.masked_tokens == batch["masked_tokens"].sum()
+    assert shape.masked_patches == batch["masked_patches"].sum()
     alone = [batch_shape(case(tiny_backbone, [row], images=True)[1]) for row in scene_rows[:3]]
     assert (shape.lengths, shape.image_grids) == (
         tuple(length for row in alone for length in row.lengths),
@@ -131,7 +132,7 @@ def test_a_contrastive_batch_costs_the_sum_of_its_columns(tiny_backbone: Backbon
     assert cost(batch) == cost.of_shape(anchor) + cost.of_shape(positive)
 
 
-@pytest.mark.parametrize("adapter", [None, {"kind": "lora", "r": 4}, {"kind": "dora", "r": 4, "vision": False}])
+@pytest.mark.parametrize("adapter", [None, {"kind": "lora", "r": 4}, {"kind": "dora", "r": 4}])
 @pytest.mark.parametrize("freeze_vision", [False, True])
 @every_family
 def test_parameters_are_counted_without_weights(

@@ -12,7 +12,7 @@ from tiny_backbones import every_family
 from cocoa_embed.cli import main as cli
 from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import CocoaError, UsageError
-from cocoa_embed.model.backbone import load_backbone, load_processor
+from cocoa_embed.model.backbone import load_backbone, load_processor, read_config
 from cocoa_embed.train import Recipe, run
 from cocoa_embed.train.plan.dry_run import SAMPLE, plan, sample_shapes
 from cocoa_embed.train.plan.memory import count_parameters
@@ -29,8 +29,8 @@ def recipe(from_backbone: Path, from_data: Path, **values: Any) -> Recipe:
         "max_length": TINY_MAX_LENGTH,
         "data": {"folder": str(from_data)},
         "warmup": STAGE,
-        "bridge": {"epochs": 2, "batch_size": 8, "micro_batch_size": 4, "probe_rows": 0},
-        "contrastive": {**STAGE, "cache_chunk": 2, "data": {"folder": str(from_data), "limit": 10}},
+        "bridge": {"epochs": 2, "batch_size": 8, "mini_batch_size": 4, "probe_rows": 0},
+        "contrastive": {**STAGE, "mini_batch_size": 2, "data": {"folder": str(from_data), "limit": 10}},
     }
     return Recipe.parse({**given, **values})
 
@@ -76,7 +76,8 @@ def test_rows_that_take_turns_are_sampled_as_often_as_they_are_there(
     told = Row(query=Item(text="a caption of some words"), positive=Item(text="another one"), source="a row")
     rows = [row for _ in range(SAMPLE) for row in (scene_rows[0], *[told] * 5)]
     given = recipe(tiny_backbone_path, scene_folder)
-    shapes = sample_shapes(given, "bridge", rows, load_processor(str(tiny_backbone_path), max_length=TINY_MAX_LENGTH))
+    processor = load_processor(str(tiny_backbone_path), max_length=TINY_MAX_LENGTH)
+    shapes = sample_shapes(given.stages["bridge"], rows, processor, read_config(str(tiny_backbone_path)))
     assert len(shapes) == SAMPLE
     with_image = sum(bool(shape.image_grids) for (shape,) in shapes)
     assert with_image == pytest.approx(SAMPLE / 6, abs=3 * (SAMPLE * 5 / 36) ** 0.5), "within three standard deviations"
@@ -109,7 +110,7 @@ def test_a_plan_needs_no_weights(tiny_backbone_path: Path, scene_folder: Path, t
         ({"data": {"folder": "nowhere"}}, "nowhere"),
         ({"backbone": "no-such-backbone"}, "no-such-backbone"),
         ({"max_length": 16}, "raise max_length"),
-        ({"warmup": {**STAGE, "batch_size": 6, "micro_batch_size": 4}}, "no multiple of 4"),
+        ({"warmup": {**STAGE, "batch_size": 6, "mini_batch_size": 4}}, "not a multiple of 4"),
         ({"attn_implementation": "flex_attention"}, "cannot be trained on 'cpu'"),
         ({"contrastive": {**STAGE, "matryoshka_dims": [16, 4096]}}, "4096"),
         ({"sharding": "fsdp2", "contrastive": None}, "needs several accelerators"),

@@ -1,5 +1,6 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from exported import PROMPTS, write_checkpoint
+from stages import alone
 from tiny_backbones import every_family
 from torch import Tensor, nn
 from torch.nn.attention import flex_attention as torch_flex
@@ -21,12 +23,15 @@ from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.model.export import build_sentence_transformer
 from cocoa_embed.model.flex_attention import FLEX, uses_flex_attention
 from cocoa_embed.train.data.rows import numbered
-from cocoa_embed.train.loop.stage_trainer import StageContext
-from cocoa_embed.train.settings import AdapterSection, BridgeSection
-from cocoa_embed.train.stages.bridge import BridgeModel, bridge_probe, bridge_trainer
-from cocoa_embed.train.stages.collators import Batch, BridgeCollator
+from cocoa_embed.train.loop.batch_facts import Batch
+from cocoa_embed.train.loop.trainer import Probe, StageContext
+from cocoa_embed.train.settings import AdapterSettings
+from cocoa_embed.train.stages.bridge.collator import BridgeCollator
+from cocoa_embed.train.stages.bridge.model import BridgeModel, bridge_probe
+from cocoa_embed.train.stages.bridge.settings import BridgeSettings
+from cocoa_embed.train.stages.bridge.stage import Bridge
 from cocoa_embed.train.stages.losses import mntp_loss
-from cocoa_embed.train.stages.probe import Probe, cut_off_images
+from cocoa_embed.train.stages.probe import hide_images
 
 pytestmark = every_family
 
@@ -102,8 +107,8 @@ def eos_states(model: BridgeModel, batch: Batch, held: list[Tensor] | None = Non
 
 
 def block_b_logits(model: BridgeModel, batch: Batch) -> Tensor:
-    """Return the logits that predict each token of block B, hidden or not."""
-    return model.predict({**batch, "hidden_tokens": batch["blocks"] == Block.B})
+    """Return the logits that predict each token of block B, masked or not."""
+    return model.predict({**batch, "masked_tokens": batch["blocks"] == Block.B})
 
 
 @torch.no_grad()
@@ -137,7 +142,7 @@ def test_nothing_of_block_a_reaches_block_b_but_through_eos(
 def test_block_a_reads_nothing_of_block_b_but_through_eos(model: BridgeModel, batch: Batch) -> None:
     blocks = batch["blocks"]
     changed = {**batch, "input_ids": batch["input_ids"].masked_fill(blocks == Block.B, UNUSUAL_TOKEN)}
-    in_a = {"hidden_tokens": (blocks == Block.A).index_fill(1, torch.tensor([0]), False)}
+    in_a = {"masked_tokens": (blocks == Block.A).index_fill(1, torch.tensor([0]), False)}
     with eos_states(model, batch) as reference:
         original_logits = model.predict({**batch, **in_a})
     assert not torch.allclose(model.predict({**changed, **in_a}), original_logits, atol=1e-3)
@@ -159,33 +164,6 @@ def test_the_option_decides_whether_eos_sees_block_b(
     assert torch.equal(changed[-1], reference[-1]) is not eos_attends_to_b
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_what_stands_in_the_padding_changes_no_logit(
-    load_tiny: Callable[[str], Backbone], batch: Batch, implementation: str
-) -> None:
-    model = bridge(load_tiny(implementation))
-    padding = batch["blocks"] == Block.PAD
-    sentinel = {**batch, "input_ids": batch["input_ids"].masked_fill(padding, UNUSUAL_TOKEN)}
-    assert not torch.equal(sentinel["input_ids"], batch["input_ids"])
-    assert torch.equal(block_b_logits(model, sentinel), block_b_logits(model, batch))
-
-
-@torch.no_grad()
-def test_a_row_is_predicted_alone_as_in_a_padded_batch(model: BridgeModel, batch: Batch) -> None:
-    together = block_b_logits(model, batch).split((batch["blocks"] == Block.B).sum(dim=1).tolist())
-    lengths = batch["attention_mask"].sum(dim=1).tolist()
-    pixels = iter(batch["pixel_values"].split(batch["image_grid_thw"].prod(dim=1).tolist()))
-    has_image = (batch["mm_token_type_ids"] == 1).any(dim=1).tolist()
-    assert set(has_image) == {True, False}
-    for row, expected in enumerate(together):
-        names = ("input_ids", "attention_mask", "mm_token_type_ids", "blocks")
-        alone = {name: batch[name][row : row + 1, : lengths[row]] for name in names}
-        if has_image[row]:
-            alone |= {"pixel_values": next(pixels), "image_grid_thw": batch["image_grid_thw"][:1]}
-        torch.testing.assert_close(block_b_logits(model, alone), expected, atol=1e-4, rtol=0)
-
-
 def uncompiled_flex(
     query: Tensor, key: Tensor, value: Tensor, *, training: bool, block_mask: BlockMask, **kwargs: object
 ) -> Tensor:
@@ -205,7 +183,7 @@ def test_without_the_image_no_pixel_reaches_block_b_and_everything_else_does(
     has_image = (batch["mm_token_type_ids"] == 1).any(dim=1)
     assert set(has_image.tolist()) == {True, False}
     pictured = has_image.repeat_interleave((batch["blocks"] == Block.B).sum(dim=1))
-    cut = cut_off_images(batch)
+    cut = hide_images(batch)
     original_logits, cut_logits = block_b_logits(model, batch), block_b_logits(model, cut)
     changed_logits = block_b_logits(model, another_image(batch))
 
@@ -217,11 +195,11 @@ def test_without_the_image_no_pixel_reaches_block_b_and_everything_else_does(
     assert not torch.allclose(instructed[pictured], cut_logits[pictured], atol=1e-3), "the text of A is still seen"
 
 
-def test_the_loss_is_mntp_over_block_bs_hidden_tokens(model: BridgeModel, batch: Batch) -> None:
+def test_the_loss_is_mntp_over_block_bs_masked_tokens(model: BridgeModel, batch: Batch) -> None:
     outputs = model(**batch)
     logits = model.predict(batch)
-    assert logits.shape[0] == len(batch["target_ids"]) == batch["hidden_tokens"].sum()
-    assert not batch["hidden_tokens"][batch["blocks"] != Block.B].any()
+    assert logits.shape[0] == len(batch["target_ids"]) == batch["masked_tokens"].sum()
+    assert not batch["masked_tokens"][batch["blocks"] != Block.B].any()
     assert outputs["loss"].item() == mntp_loss(logits, batch["target_ids"]).item()
     right = logits.argmax(dim=1) == batch["target_ids"]
     assert outputs["masked_token_accuracy"].item() == pytest.approx(right.float().mean().item())
@@ -243,40 +221,20 @@ def test_gradients_reach_the_vision_encoder_through_eos_alone(model: BridgeModel
     assert all(gradient is None or not gradient.any() for gradient in cut)
 
 
-def test_logits_are_made_for_hidden_tokens_alone(model: BridgeModel, batch: Batch) -> None:
-    shapes: list[torch.Size] = []
-    head = model.backbone.get_output_embeddings()
-    head.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
-    model(**batch)
-    hidden = int(batch["hidden_tokens"].sum())
-    assert 0 < hidden < batch["attention_mask"].sum()
-    assert shapes == [(hidden, model.backbone.config.get_text_config().hidden_size)]
-
-
-@torch.no_grad()
-def test_a_hidden_token_is_predicted_from_the_state_before_it(model: BridgeModel, batch: Batch) -> None:
-    kept: list[Tensor] = []
-    head = model.backbone.get_output_embeddings()
-    model.backbone.get_decoder().norm.register_forward_hook(lambda _, inputs, output: kept.append(output))
-    head.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
-    model(**batch)
-    last_hidden_states, seen_by_head = kept
-    places = batch["hidden_tokens"].nonzero().tolist()
-    assert len(places) > len(batch["input_ids"])
-    expected = torch.stack([last_hidden_states[row, position - 1] for row, position in places])
-    assert torch.equal(seen_by_head, expected)
+ARGUMENTS = {"report_to": "none", "use_cpu": True, "save_strategy": "no", "disable_tqdm": True}
 
 
 @pytest.mark.parametrize("probe_rows", [0, 4])
-def test_the_trainer_is_what_its_section_says(
+def test_the_trainer_is_what_its_settings_say(
     tiny_backbone: Backbone, scene_rows: list[Row], tmp_path: Path, probe_rows: int
 ) -> None:
-    section = BridgeSection(steps=1, batch_size=2, mask_ratio=0.4, eos_attends_to_b=False, probe_rows=probe_rows)
-    arguments = {"output_dir": str(tmp_path), "max_steps": 1, "report_to": "none", "gradient_accumulation_steps": 2}
-    trainer = bridge_trainer(tiny_backbone, scene_rows, section, StageContext(arguments, seed=5))
-    assert (trainer.data_collator.collate.seed, trainer.data_collator.collate.mask_ratio) == (5, 0.4)
-    assert trainer.model.eos_attends_to_b is False
+    settings = BridgeSettings(steps=1, batch_size=2, mask_ratio=0.4, eos_attends_to_b=False, probe_rows=probe_rows)
+    context = StageContext({**ARGUMENTS, "output_dir": str(tmp_path), "max_steps": 1, "gradient_accumulation_steps": 2})
+    trainer = alone(Bridge, settings, seed=5).trainer(tiny_backbone, scene_rows, context)
+    collator = trainer.data_collator.collate
+    assert (collator.seed, collator.mask_ratio, trainer.model.eos_attends_to_b) == (5, 0.4, False)
     assert trainer.train_dataset.rows == scene_rows[probe_rows:]
+    assert (trainer.probe is not None) is (probe_rows > 0)
     # Else transformers divides the loss by the micro-batches of a step; it is a mean over the step already.
     assert trainer.model_accepts_loss_kwargs is True
 
@@ -293,9 +251,9 @@ def test_items_are_embedded_as_by_the_exported_model(
     rows = [Row(query=item, positive=row.positive, source="") for item, row in zip(queries, scene_rows, strict=False)]
     model, found = BridgeModel(tiny_backbone.model).train(), []
     model.register_forward_hook(lambda _, inputs, outputs: found.append(outputs.get("embeddings")))
-    section = BridgeSection(steps=1, batch_size=2)
-    figures = bridge_probe(tiny_backbone, rows, section, seed=0, prompts=prompts, batch_size=2)(model)
-    assert list(figures)[3:] == ["alignment", "uniformity", "modality_gap", "effective_rank"]
+    collator = BridgeCollator(tiny_backbone.processor, seed=0)
+    metrics = bridge_probe(collator, rows, prompts=prompts, batch_size=2)(model)
+    assert list(metrics)[3:] == ["alignment", "uniformity", "modality_gap", "effective_rank"]
 
     exported = build_sentence_transformer(write_checkpoint(tiny_backbone, tmp_path / "bridge"), prompts=prompts)
     images = [load_image(item.image) for item in queries]  # type: ignore[arg-type]
@@ -315,26 +273,28 @@ def test_the_probe_changes_neither_weights_nor_draws(
     load_tiny: Callable[[str], Backbone], scene_rows: list[Row], tmp_path: Path
 ) -> None:
     """The adapter's dropout draws at every step, so that a draw between two steps would show in the weights."""
-    adapter = AdapterSection(kind="lora", r=2, alpha=4, dropout=0.3)
-    section = BridgeSection(steps=3, batch_size=4, probe_rows=4, probe_steps=1, adapter=adapter)
-    arguments = {"output_dir": str(tmp_path), "max_steps": 3, "report_to": "none", "logging_steps": 1, "use_cpu": True}
-    arguments |= {"learning_rate": 1e-2, "save_strategy": "no", "disable_tqdm": True, "remove_unused_columns": False}
+    adapter = AdapterSettings(kind="lora", r=2, alpha=4, dropout=0.3)
+    settings = BridgeSettings(steps=3, batch_size=4, probe_rows=4, probe_steps=1, adapter=adapter)
+    arguments = {**ARGUMENTS, "output_dir": str(tmp_path), "max_steps": 3, "logging_steps": 1, "learning_rate": 1e-2}
+    arguments["remove_unused_columns"] = False
 
-    def trained(change: Callable[[Probe | None], Probe | None]) -> tuple[dict[str, Tensor], list[set[str]]]:
+    def trained(change: Callable[[Probe], Probe | None]) -> tuple[dict[str, Tensor], list[set[str]]]:
         backbone = load_tiny("sdpa")
         set_seed(0)
-        trainer = bridge_trainer(backbone, scene_rows, section, StageContext(arguments, seed=5, prompts=PROMPTS))
-        trainer._probe = change(trainer._probe)
+        stage = alone(Bridge, settings, seed=5, prompts=PROMPTS)
+        trainer = stage.trainer(backbone, scene_rows, StageContext(arguments))
+        assert trainer.probe is not None
+        trainer.probe = change(trainer.probe)
         trainer.train()
         logged = [set(line) for line in trainer.state.log_history if "loss" in line]
         return {name: value.clone() for name, value in trainer.model.state_dict().items()}, logged
 
     with_probe, logged = trained(lambda probe: probe)
     without, unprobed = trained(lambda _: None)
-    drawn, _ = trained(lambda _: draw_at_random)
-    figures = {"accuracy_matching_image", "accuracy_shuffled_image", "accuracy_no_image"}
-    figures |= {"alignment", "uniformity", "modality_gap", "effective_rank"}
-    assert [figures <= line for line in logged] == [True] * 3
-    assert not any(figures & line for line in unprobed)
+    drawn, _ = trained(lambda probe: replace(probe, measure=draw_at_random))
+    metrics = {"accuracy_matching_image", "accuracy_shuffled_image", "accuracy_no_image"}
+    metrics |= {"alignment", "uniformity", "modality_gap", "effective_rank"}
+    assert [metrics <= line for line in logged] == [True] * 3
+    assert not any(metrics & line for line in unprobed)
     assert all(torch.equal(value, without[name]) for name, value in with_probe.items())
     assert not all(torch.equal(value, without[name]) for name, value in drawn.items()), "a draw does show"

@@ -16,19 +16,11 @@ from cocoa_embed.errors import CocoaError
 from cocoa_embed.model.attention import Block
 from cocoa_embed.model.backbone import Backbone, load_backbone
 from cocoa_embed.train.data.rows import Draw, Rows, numbered
-from cocoa_embed.train.stages.bridge import BridgeModel
-from cocoa_embed.train.stages.collators import (
-    Batch,
-    BridgeCollator,
-    WarmupCollator,
-    joined,
-    render_items,
-    row_generators,
-    split_blocks,
-    text_tokens,
-)
-from cocoa_embed.train.stages.reconstruction import position_ids
-from cocoa_embed.train.stages.warmup import WarmupModel
+from cocoa_embed.train.loop.batch_facts import Batch
+from cocoa_embed.train.stages.bridge.collator import BridgeCollator, split_blocks
+from cocoa_embed.train.stages.masking import row_generators
+from cocoa_embed.train.stages.rendering import joined, render_items, text_tokens
+from cocoa_embed.train.stages.warmup.collator import WarmupCollator
 
 SIZES = ((56, 56), (84, 56), (112, 112), (28, 84), (168, 112))
 """Image sizes of 4, 6, 16, 3 and 24 visual tokens of 28 x 28 pixels; the last is scaled down to MAX_PIXELS."""
@@ -79,19 +71,19 @@ def same(first: Batch, second: Batch) -> bool:
 
 
 def originals(batch: Batch) -> torch.Tensor:
-    """Return the token ids as they were before any was hidden."""
+    """Return the token ids as they were before any was masked."""
     input_ids = batch["input_ids"].clone()
-    input_ids[batch["hidden_tokens"]] = batch["target_ids"]
+    input_ids[batch["masked_tokens"]] = batch["target_ids"]
     return input_ids
 
 
-def assert_corruption_is_honest(batch: Batch, hidden_from: BoolTensor, processor: ProcessorMixin) -> None:
-    hidden = batch["hidden_tokens"]
-    assert hidden.any(dim=1).all()
-    assert not (hidden & ~hidden_from).any()
-    assert (batch["input_ids"][hidden] == processor.tokenizer.mask_token_id).all()
-    assert (batch["input_ids"][~hidden] != processor.tokenizer.mask_token_id).all()
-    assert len(batch["target_ids"]) == hidden.sum()
+def assert_masking_is_honest(batch: Batch, eligible: BoolTensor, processor: ProcessorMixin) -> None:
+    masked = batch["masked_tokens"]
+    assert masked.any(dim=1).all()
+    assert not (masked & ~eligible).any()
+    assert (batch["input_ids"][masked] == processor.tokenizer.mask_token_id).all()
+    assert (batch["input_ids"][~masked] != processor.tokenizer.mask_token_id).all()
+    assert len(batch["target_ids"]) == masked.sum()
 
 
 def test_text_tokens_are_ordinary_words_alone(processor: ProcessorMixin, scene_rows: list[Row]) -> None:
@@ -111,28 +103,28 @@ def test_the_first_position_is_no_text_token_even_where_it_is_a_word(processor: 
     assert not text_tokens(batch, processor)[:, 0].any()
 
 
-def test_warmup_hides_text_behind_the_mask_token_and_keeps_it_as_targets(
+def test_warmup_masks_text_behind_the_mask_token_and_keeps_it_as_targets(
     warmup_collator: WarmupCollator, processor: ProcessorMixin, scene_rows: list[Row]
 ) -> None:
     batch = warmup_collator(numbered(scene_rows))
     clean = render_items(processor, [joined(row) for row in scene_rows])
-    assert_corruption_is_honest(batch, text_tokens(clean, processor), processor)
+    assert_masking_is_honest(batch, text_tokens(clean, processor), processor)
     assert torch.equal(originals(batch), clean["input_ids"])
-    assert not (batch["hidden_tokens"] & (clean["mm_token_type_ids"] != 0)).any()
-    share = batch["hidden_tokens"].sum() / text_tokens(clean, processor).sum()
-    assert 0.1 < share < 0.35
+    assert not (batch["masked_tokens"] & (clean["mm_token_type_ids"] != 0)).any()
+    ratio = batch["masked_tokens"].sum() / text_tokens(clean, processor).sum()
+    assert 0.1 < ratio < 0.35
 
 
-def test_warmup_hides_whole_visual_tokens_a_share_of_each_image(
+def test_warmup_masks_whole_visual_tokens_a_ratio_of_each_image(
     warmup_collator: WarmupCollator, tiny_backbone: Backbone, sized_rows: list[Row]
 ) -> None:
     per_token = tiny_backbone.geometry.patches_per_token
     batch = warmup_collator(numbered(sized_rows[:-1]))
     tokens_per_image = (batch["image_grid_thw"].prod(dim=1) // per_token).tolist()
     assert tokens_per_image == [width * height // 28**2 for width, height in SIZES[:-1]]
-    hidden = batch["hidden_patches"].view(-1, per_token)
-    assert torch.equal(hidden.all(dim=1), hidden.any(dim=1))
-    counts = [image.sum().item() for image in hidden[:, 0].split(tokens_per_image)]
+    masked = batch["masked_patches"].view(-1, per_token)
+    assert torch.equal(masked.all(dim=1), masked.any(dim=1))
+    counts = [image.sum().item() for image in masked[:, 0].split(tokens_per_image)]
     assert counts == [round(0.5 * count) for count in tokens_per_image]
 
 
@@ -141,14 +133,14 @@ def test_the_target_patches_are_the_processors_own_pixel_rows(
 ) -> None:
     batch = warmup_collator(numbered(sized_rows))
     pixel_values = render_items(processor, [joined(row) for row in sized_rows])["pixel_values"]
-    hidden = batch["hidden_patches"]
-    assert torch.equal(batch["target_patches"], pixel_values[hidden])
-    assert torch.equal(batch["pixel_values"][~hidden], pixel_values[~hidden])
-    assert (batch["pixel_values"][hidden] != pixel_values[hidden]).any(dim=1).all()
+    masked = batch["masked_patches"]
+    assert torch.equal(batch["target_patches"], pixel_values[masked])
+    assert torch.equal(batch["pixel_values"][~masked], pixel_values[~masked])
+    assert (batch["pixel_values"][masked] != pixel_values[masked]).any(dim=1).all()
 
 
 @pytest.mark.parametrize("stage", ["warmup_collator", "bridge_collator"])
-def test_corruption_depends_on_the_rows_and_the_seed_alone(
+def test_masking_depends_on_the_rows_and_the_seed_alone(
     stage: str, scene_rows: list[Row], request: pytest.FixtureRequest
 ) -> None:
     collator: Collator = request.getfixturevalue(stage)
@@ -158,9 +150,9 @@ def test_corruption_depends_on_the_rows_and_the_seed_alone(
     torch.manual_seed(2)
     assert same(first, collator(examples))
     renumbered = collator([(Draw(draw.row + 100), row) for draw, row in examples])
-    assert not torch.equal(first["hidden_tokens"], renumbered["hidden_tokens"])
+    assert not torch.equal(first["masked_tokens"], renumbered["masked_tokens"])
     object.__setattr__(collator, "seed", 1)
-    assert not torch.equal(first["hidden_tokens"], collator(examples)["hidden_tokens"])
+    assert not torch.equal(first["masked_tokens"], collator(examples)["masked_tokens"])
 
 
 def test_a_worker_makes_the_same_batches_as_the_main_process(
@@ -186,7 +178,7 @@ def test_a_rows_generator_tells_seeds_rows_and_epochs_apart() -> None:
 
 
 @pytest.mark.parametrize("stage", ["warmup", "bridge"])
-def test_what_is_hidden_of_a_row_depends_on_no_other_row(
+def test_what_is_masked_of_a_row_depends_on_no_other_row(
     stage: str, warmup_collator: WarmupCollator, bridge_collator: BridgeCollator, sized_rows: list[Row]
 ) -> None:
     collator = warmup_collator if stage == "warmup" else bridge_collator
@@ -197,7 +189,7 @@ def test_what_is_hidden_of_a_row_depends_on_no_other_row(
     for number, example in enumerate(rows):
         alone = collator([example])
         length = alone["input_ids"].shape[1]
-        assert torch.equal(alone["hidden_tokens"][0], together["hidden_tokens"][number, :length])
+        assert torch.equal(alone["masked_tokens"][0], together["masked_tokens"][number, :length])
         targets.append(alone["target_ids"])
         patches.append(alone.get("pixel_values", torch.empty(0)))
     assert torch.equal(torch.cat(targets), together["target_ids"])
@@ -205,15 +197,15 @@ def test_what_is_hidden_of_a_row_depends_on_no_other_row(
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 0.7, 1.0])
-def test_the_bridge_hides_exactly_its_share_of_block_b(
+def test_the_bridge_masks_exactly_its_ratio_of_block_b(
     processor: ProcessorMixin, scene_rows: list[Row], ratio: float
 ) -> None:
     rows = [*scene_rows[:6], text_row("a small ring", "red"), text_row("a small ring", "a small red ring at")]
     batch = BridgeCollator(processor, seed=0, mask_ratio=ratio)(numbered(rows))
     is_b = batch["blocks"] == Block.B
-    assert_corruption_is_honest(batch, is_b, processor)
-    for hidden, of in zip(batch["hidden_tokens"].sum(1).tolist(), is_b.sum(1).tolist(), strict=True):
-        assert hidden == max(1, round(ratio * of))
+    assert_masking_is_honest(batch, is_b, processor)
+    for masked, of in zip(batch["masked_tokens"].sum(1).tolist(), is_b.sum(1).tolist(), strict=True):
+        assert masked == max(1, round(ratio * of))
 
 
 def test_a_bridge_row_is_block_a_one_eos_and_block_b(
@@ -322,7 +314,7 @@ def test_a_text_beside_an_image_is_split_where_no_side_is_text_alone(scene_rows:
     assert (block_a, block_b) == (Item(text="red ring", image=second), "on white")
 
 
-def test_special_tokens_of_block_b_are_never_hidden(
+def test_special_tokens_of_block_b_are_never_masked(
     bridge_collator: BridgeCollator, processor: ProcessorMixin, scene_rows: list[Row]
 ) -> None:
     text = "red <|im_end|> ring <|mask|> on white"
@@ -330,7 +322,7 @@ def test_special_tokens_of_block_b_are_never_hidden(
     batch = replace(bridge_collator, mask_ratio=1.0)(numbered([row]))
     special = torch.isin(batch["input_ids"], torch.tensor(sorted(processor.tokenizer.added_tokens_decoder)))
     in_b = batch["blocks"] == Block.B
-    kept = originals(batch)[in_b & ~batch["hidden_tokens"]]
+    kept = originals(batch)[in_b & ~batch["masked_tokens"]]
     assert processor.tokenizer.convert_ids_to_tokens(kept) == ["<|im_end|>", "<|mask|>"]
     assert special[in_b].all(), "everything else is behind the mask token"
 
@@ -344,56 +336,3 @@ def test_a_row_without_a_block_b_is_an_error_that_names_it(
     row = Row(query=sides[0], positive=sides[1], source="pairs.jsonl, line 17")
     with pytest.raises(CocoaError, match=r"pairs\.jsonl, line 17: the row has no block B"):
         bridge_collator(numbered([scene_rows[1], row]))
-
-
-@pytest.mark.parametrize("text_only", [False, True])
-def test_rows_without_an_image_go_through_both_stages(
-    warmup_collator: WarmupCollator,
-    bridge_collator: BridgeCollator,
-    tiny_backbone: Backbone,
-    scene_rows: list[Row],
-    text_only: bool,
-) -> None:
-    rows = [text_row("blue cross, white background", "a blue cross on white"), text_row("red ring", "one red ring")]
-    rows += [] if text_only else scene_rows[:2]
-    for collator, model in (
-        (warmup_collator, WarmupModel(tiny_backbone.model, tiny_backbone.geometry)),
-        (bridge_collator, BridgeModel(tiny_backbone.model)),
-    ):
-        batch = collator(numbered(rows))
-        assert ("pixel_values" in batch) is not text_only
-        outputs = model(**batch)
-        assert outputs["loss"].isfinite()
-        if isinstance(model, WarmupModel):
-            assert (outputs["mae_loss"] == 0) == text_only
-
-
-def test_a_batch_of_images_without_text_trains_on_pixels_alone(
-    warmup_collator: WarmupCollator, tiny_backbone: Backbone, scene_rows: list[Row]
-) -> None:
-    image = Item(image=scene_rows[0].image)
-    batch = warmup_collator(numbered([Row(query=image, positive=image, source="rows.jsonl, line 1")]))
-    assert not batch["hidden_tokens"].any()
-    outputs = WarmupModel(tiny_backbone.model, tiny_backbone.geometry)(**batch)
-    assert outputs["loss"].isfinite()
-    torch.testing.assert_close(outputs["loss"], 0.5 * outputs["mae_loss"])
-
-
-def test_positions_of_a_text_are_the_same_with_and_without_images_beside_it(
-    tiny_backbone: Backbone, processor: ProcessorMixin, scene_rows: list[Row]
-) -> None:
-    text, pictured = Item(text="a blue cross on white"), joined(scene_rows[0])
-    alone = position_ids(tiny_backbone.model, render_items(processor, [text]))
-    beside = position_ids(tiny_backbone.model, render_items(processor, [text, pictured]))
-    assert beside.shape[2] > alone.shape[2]
-    assert torch.equal(alone[:, 0], beside[:, 0, : alone.shape[2]])
-
-
-def test_positions_of_an_image_are_its_rows_and_columns(
-    tiny_backbone: Backbone, processor: ProcessorMixin, sized_rows: list[Row]
-) -> None:
-    batch = render_items(processor, [Item(image=sized_rows[1].query.image)])
-    positions = position_ids(tiny_backbone.model, batch)[:, 0, 1:7]
-    assert positions[0].tolist() == [1] * 6
-    assert positions[1].tolist() == [1, 1, 1, 2, 2, 2]
-    assert positions[2].tolist() == [1, 2, 3, 1, 2, 3]

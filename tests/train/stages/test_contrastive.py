@@ -14,6 +14,7 @@ import torch
 from exported import PROMPTS, write_checkpoint
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+from stages import alone
 from torch import Tensor
 from transformers import set_seed
 
@@ -23,22 +24,23 @@ from cocoa_embed.evaluation.geometry import geometry
 from cocoa_embed.images.load import load_image
 from cocoa_embed.model.backbone import load_backbone
 from cocoa_embed.model.export import build_sentence_transformer
-from cocoa_embed.train.data import pair_datasets as pairs_module
-from cocoa_embed.train.data.pair_datasets import ItemPreprocessor, as_record, distinct_enough, pair_datasets
 from cocoa_embed.train.loop.progress import LogLastStep
-from cocoa_embed.train.loop.stage_trainer import StageContext
-from cocoa_embed.train.settings import AdapterSection, ContrastiveSection
-from cocoa_embed.train.stages import contrastive
-from cocoa_embed.train.stages.contrastive import contrastive_loss, contrastive_trainer, embedding_probe, matryoshka_dims
-from cocoa_embed.train.stages.probe import Probe
+from cocoa_embed.train.loop.trainer import Probe, StageContext
+from cocoa_embed.train.settings import AdapterSettings
+from cocoa_embed.train.stages.contrastive import pairs as pairs_module
+from cocoa_embed.train.stages.contrastive import trainer as trainer_module
+from cocoa_embed.train.stages.contrastive.pairs import ItemPreprocessor, as_record, distinct_enough, pair_datasets
+from cocoa_embed.train.stages.contrastive.settings import ContrastiveSettings
+from cocoa_embed.train.stages.contrastive.stage import Contrastive
+from cocoa_embed.train.stages.contrastive.trainer import contrastive_loss, embedding_probe
 from conftest import TINY_MAX_LENGTH
 
 Features = dict[str, Any]
 BATCH = 8
 
 
-def section(**values: Any) -> ContrastiveSection:
-    return ContrastiveSection(steps=2, batch_size=BATCH, **values)
+def section(**values: Any) -> ContrastiveSettings:
+    return ContrastiveSettings(steps=2, batch_size=BATCH, **values)
 
 
 def arguments(folder: Path, **values: Any) -> dict[str, Any]:
@@ -56,6 +58,12 @@ def arguments(folder: Path, **values: Any) -> dict[str, Any]:
         "seed": 0,
         **values,
     }
+
+
+def trainer_of(
+    model: SentenceTransformer, rows: list[Row], settings: ContrastiveSettings, given: dict[str, Any]
+) -> trainer_module.ContrastiveTrainer:
+    return alone(Contrastive, settings).trainer_of(model, rows, StageContext(given))
 
 
 @pytest.fixture(scope="module")
@@ -115,14 +123,8 @@ def test_pairs_are_the_rows_and_their_exchange(scene_rows: list[Row]) -> None:
         assert there["label"] == back["label"] == number
 
 
-def test_one_direction_is_the_rows_alone(scene_rows: list[Row]) -> None:
-    pairs = pair_datasets(scene_rows, section(both_directions=False))
-    assert list(pairs) == ["data"]
-    assert len(pairs["data"]) == len(scene_rows)
-
-
 def test_items_of_every_kind_keep_their_parts(mixed_rows: list[Row]) -> None:
-    stored = pair_datasets(mixed_rows, section(both_directions=False))["data"]["anchor"]
+    stored = pair_datasets(mixed_rows, section(directions="forward"))["data"]["anchor"]
     assert stored[0] == {"text": None, "image": str(mixed_rows[0].image)}
     assert stored[1] == {"text": "what is here?", "image": str(mixed_rows[1].query.image)}
     assert stored[2] == {"text": "scene 2", "image": None}
@@ -160,19 +162,10 @@ def test_rows_with_fewer_negatives_than_their_subset_are_apart(subset_rows: list
 def test_at_most_so_many_negatives_are_used_as_asked_for(
     subset_rows: list[Row], hard_negatives: int, names: dict[str, int]
 ) -> None:
-    pairs = pair_datasets(subset_rows, section(hard_negatives=hard_negatives, both_directions=False))
+    pairs = pair_datasets(subset_rows, section(hard_negatives=hard_negatives, directions="forward"))
     for name, columns in names.items():
         assert pairs[name].column_names[:-1] == ["anchor", "positive", "negative_1", "negative_2"][:columns]
     assert sum(map(len, pairs.values())) == len(subset_rows)
-
-
-def test_without_subsets_all_rows_are_in_one_data_set(subset_rows: list[Row]) -> None:
-    mixed = pair_datasets(subset_rows, section(one_subset_a_batch=False))
-    assert list(mixed) == ["mixed"]
-    assert sorted(mixed["mixed"]["label"]) == sorted([*range(24)] * 2)
-    apart = pair_datasets(subset_rows, section(one_subset_a_batch=False, hard_negatives=2))
-    assert sorted(apart) == ["mixed", "mixed, 1 negative", "mixed, no negatives"]
-    assert sum(map(len, apart.values())) == 48
 
 
 def test_a_subset_named_as_a_part_of_another_is_refused(subset_rows: list[Row]) -> None:
@@ -212,35 +205,6 @@ def test_a_broken_image_is_named_where_it_is_read(model: SentenceTransformer, tm
 # The loss
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_embeddings_without_information_give_log_b(
-    model: SentenceTransformer, scene_rows: list[Row], symmetric: bool
-) -> None:
-    same = Row(query=scene_rows[0].query, positive=scene_rows[0].positive, source="")
-    loss = contrastive_loss(model, section(symmetric=symmetric, cache_chunk=4))
-    assert loss(features(model, [same] * BATCH), None).item() == pytest.approx(math.log(BATCH), abs=1e-4)
-
-
-@pytest.mark.parametrize("temperature", [0.02, 0.5])
-def test_the_loss_is_info_nce_of_the_embeddings(
-    model: SentenceTransformer, mixed_rows: list[Row], temperature: float
-) -> None:
-    loss = contrastive_loss(model, section(temperature=temperature, cache_chunk=3))
-    with torch.no_grad():
-        expected = info_nce(model, mixed_rows, temperature).item()
-    assert abs(expected - math.log(BATCH)) > 1e-2, "the embeddings say something"
-    assert loss(features(model, mixed_rows), None).item() == pytest.approx(expected, rel=1e-4)
-
-
-def test_the_symmetric_loss_is_the_mean_of_both_directions(model: SentenceTransformer, mixed_rows: list[Row]) -> None:
-    with torch.no_grad():
-        there = info_nce(model, mixed_rows, 0.1).item()
-        back = info_nce(model, [row.reversed() for row in mixed_rows], 0.1).item()
-    assert there != pytest.approx(back, abs=1e-3)
-    loss = contrastive_loss(model, section(temperature=0.1, symmetric=True))
-    assert loss(features(model, mixed_rows), None).item() == pytest.approx((there + back) / 2, rel=1e-4)
-
-
 def test_the_cache_changes_neither_loss_nor_gradients(model: SentenceTransformer, mixed_rows: list[Row]) -> None:
     """Against the slow path, one graph over the whole batch: pixels are cut at the right images."""
     model.eval()
@@ -250,7 +214,7 @@ def test_the_cache_changes_neither_loss_nor_gradients(model: SentenceTransformer
     losses = []
     for chunk in (2, 3, BATCH):
         model.zero_grad()
-        loss = contrastive_loss(model, section(cache_chunk=chunk))
+        loss = contrastive_loss(model, section(mini_batch_size=chunk))
         value = loss(features(model, mixed_rows), None)
         value.backward()
         losses.append(value.item())
@@ -260,22 +224,12 @@ def test_the_cache_changes_neither_loss_nor_gradients(model: SentenceTransformer
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
 
 
-def test_the_section_sets_the_losses_temperature_and_chunk(model: SentenceTransformer) -> None:
-    for chunk in (6, BATCH, BATCH + 1):
-        loss = contrastive_loss(model, section(temperature=0.05, cache_chunk=chunk))
-        assert loss.scale == pytest.approx(20)
-        is_cached = isinstance(loss, CachedMultipleNegativesRankingLoss)
-        assert is_cached is (chunk < BATCH), "a batch that fits into a chunk needs no second forward pass"
-        if is_cached:
-            assert loss.mini_batch_size == chunk
-
-
 def test_on_several_devices_gradients_are_cached_and_candidates_gathered(
     model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert not contrastive_loss(model, section(cache_chunk=BATCH)).gather_across_devices
-    monkeypatch.setattr(contrastive, "PartialState", lambda: SimpleNamespace(num_processes=2))
-    loss = contrastive_loss(model, section(cache_chunk=BATCH))
+    assert not contrastive_loss(model, section(mini_batch_size=BATCH)).gather_across_devices
+    monkeypatch.setattr(trainer_module, "PartialState", lambda: SimpleNamespace(num_processes=2))
+    loss = contrastive_loss(model, section(mini_batch_size=BATCH))
     assert isinstance(loss, CachedMultipleNegativesRankingLoss)
     assert loss.gather_across_devices
 
@@ -300,7 +254,7 @@ def with_negatives(model: SentenceTransformer, rows: list[Row]) -> list[Features
     return features(model, rows) + [ItemPreprocessor(model)([as_record(item) for item in column]) for column in columns]
 
 
-def slow_loss(model: SentenceTransformer, rows: list[Row], asked: ContrastiveSection, dims: list[int]) -> Tensor:
+def slow_loss(model: SentenceTransformer, rows: list[Row], asked: ContrastiveSettings, dims: list[int]) -> Tensor:
     """The closed form, written out: a sum over lengths of the mean over directions."""
     embeddings = [model(batch)["sentence_embedding"] for batch in with_negatives(model, rows)]
     rights = torch.arange(len(rows))
@@ -308,76 +262,69 @@ def slow_loss(model: SentenceTransformer, rows: list[Row], asked: ContrastiveSec
     for dim in dims:
         cut = [torch.nn.functional.normalize(column[:, :dim], dim=1) for column in embeddings]
         losses = [torch.nn.functional.cross_entropy(cut[0] @ torch.cat(cut[1:]).T / asked.temperature, rights)]
-        if asked.symmetric:
+        if asked.directions == "symmetric":
             losses.append(torch.nn.functional.cross_entropy(cut[1] @ cut[0].T / asked.temperature, rights))
         total = total + torch.stack(losses).mean()
     return total
 
 
 @CHUNKS
-@pytest.mark.parametrize(("symmetric", "candidates"), [(False, [3 * BATCH]), (True, [3 * BATCH, BATCH])])
+@pytest.mark.parametrize(("directions", "candidates"), [("forward", [3 * BATCH]), ("symmetric", [3 * BATCH, BATCH])])
 def test_embeddings_without_information_give_the_log_of_the_number_of_candidates(
-    model: SentenceTransformer, negative_rows: list[Row], symmetric: bool, candidates: list[int], chunk: int
+    model: SentenceTransformer, negative_rows: list[Row], directions: str, candidates: list[int], chunk: int
 ) -> None:
     """A query's candidates are positives and hard negatives; a positive's are the queries."""
     same = replace(negative_rows[0], query=negative_rows[0].positive, negatives=(negative_rows[0].positive,) * 2)
-    loss = contrastive_loss(model, section(symmetric=symmetric, cache_chunk=chunk, hard_negatives=2))
+    loss = contrastive_loss(model, section(directions=directions, mini_batch_size=chunk, hard_negatives=2))
     expected = sum(map(math.log, candidates)) / len(candidates)
     assert loss(with_negatives(model, [same] * BATCH), None).item() == pytest.approx(expected, abs=1e-4)
 
 
 @CHUNKS
 @pytest.mark.parametrize("dims", [None, [8, 16]])
-@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("directions", ["forward", "symmetric"])
 @pytest.mark.parametrize("temperature", [0.05, 0.5])
 def test_the_losses_of_every_option_and_their_gradients_are_the_closed_form(
     model: SentenceTransformer,
     negative_rows: list[Row],
     chunk: int,
     dims: list[int] | None,
-    symmetric: bool,
+    directions: str,
     temperature: float,
 ) -> None:
     model.eval()
-    asked = section(temperature=temperature, symmetric=symmetric, matryoshka_dims=dims, cache_chunk=chunk)
+    asked = section(temperature=temperature, directions=directions, mini_batch_size=chunk)
     expected = slow_loss(model, negative_rows, asked, [32, *sorted(dims or [], reverse=True)])
     expected.backward()
     slow = gradients(model)
     assert slow.abs().max() > 1e-2
     model.zero_grad()
     # Whatever a row's number is, the loss does not look at it.
-    value = contrastive_loss(model, asked)(with_negatives(model, negative_rows), torch.arange(BATCH) * 3)
+    value = contrastive_loss(model, asked, [32, *sorted(dims or [], reverse=True)])(
+        with_negatives(model, negative_rows), torch.arange(BATCH) * 3
+    )
     value.backward()
     assert value.item() == pytest.approx(expected.item(), rel=1e-4)
     assert (gradients(model) - slow).abs().max() < 1e-4 * slow.abs().max()
 
 
-def test_a_lengths_own_loss_is_part_of_the_sum(model: SentenceTransformer, negative_rows: list[Row]) -> None:
-    """The premise of the test above: each length counts."""
-    with torch.no_grad():
-        parts = [slow_loss(model, negative_rows, section(), [dim]).item() for dim in (8, 16, 32)]
-    assert len({round(part, 3) for part in parts}) == 3
-    assert min(parts) > 0.1
+@pytest.mark.parametrize(("asked", "dims"), [([8, 16], [32, 16, 8]), ([8, 32, 8], [32, 8]), (None, [32])])
+def test_the_whole_length_is_always_trained_and_comes_first(asked: list[int] | None, dims: list[int]) -> None:
+    assert alone(Contrastive, section(matryoshka_dims=asked)).dims(32) == dims
 
 
-def test_the_whole_length_is_always_trained_and_comes_first() -> None:
-    assert matryoshka_dims(section(matryoshka_dims=[8, 16]), 32) == [32, 16, 8]
-    assert matryoshka_dims(section(matryoshka_dims=[8, 32, 8]), 32) == [32, 8]
-    assert matryoshka_dims(section(), 32) == [32]
-
-
-def test_more_dimensions_than_the_model_has_are_refused(model: SentenceTransformer) -> None:
+def test_more_dimensions_than_the_model_has_are_refused() -> None:
     with pytest.raises(UsageError, match="asks for 64 values, but this backbone's embeddings have 32; give lengths"):
-        contrastive_loss(model, section(matryoshka_dims=[16, 64]))
+        alone(Contrastive, section(matryoshka_dims=[16, 64])).dims(32)
 
 
 # The trainer
 
 
 def batches(
-    model: SentenceTransformer, rows: list[Row], folder: Path, *, asked: ContrastiveSection, **values: Any
+    model: SentenceTransformer, rows: list[Row], folder: Path, *, asked: ContrastiveSettings, **values: Any
 ) -> Iterator[Features]:
-    trainer = contrastive_trainer(model, rows, asked, StageContext(arguments(folder, **values)))
+    trainer = trainer_of(model, rows, asked, arguments(folder, **values))
     return iter(trainer.get_train_dataloader())
 
 
@@ -421,7 +368,7 @@ def test_no_batch_holds_a_duplicate(model: SentenceTransformer, scene_rows: list
     rows = [*scene_rows[:12], *scene_rows[:12]]
     found = [
         [tuple(ids) for ids in batch["positive_input_ids"].tolist()]
-        for batch in batches(model, rows, tmp_path, asked=section(both_directions=False), per_device_train_batch_size=4)
+        for batch in batches(model, rows, tmp_path, asked=section(directions="forward"), per_device_train_batch_size=4)
     ]
     assert sum(map(len, found)) == 24
     assert all(len(set(batch)) == len(batch) for batch in found)
@@ -451,37 +398,24 @@ def test_every_batch_is_of_one_subset_and_its_labels_name_its_rows(
     assert sorted(seen) == sorted([*range(len(subset_rows))] * 2)
 
 
-def test_without_subsets_a_batch_mixes_them_and_the_directions(
-    model: SentenceTransformer, subset_rows: list[Row], tmp_path: Path
-) -> None:
-    labels = [
-        batch["label"].tolist()
-        for batch in batches(model, subset_rows, tmp_path, asked=section(one_subset_a_batch=False))
-    ]
-    assert any(len({subset_rows[number].subset for number in batch}) == 2 for batch in labels)
-    assert all(len(set(batch)) == len(batch) for batch in labels), "a row and its exchange are no negatives"
-    assert len(labels) == 6
-    assert {number for batch in labels for number in batch} == set(range(24))
-
-
 def test_rows_that_share_a_negative_do_not_meet(
     model: SentenceTransformer, scene_rows: list[Row], tmp_path: Path
 ) -> None:
     shared = Item(text="an empty scene")
     rows = [replace(row, negatives=(shared,)) if number < 3 else row for number, row in enumerate(scene_rows)]
-    asked = section(hard_negatives=1, both_directions=False)
+    asked = section(hard_negatives=1, directions="forward")
     found = [batch["label"].tolist() for batch in batches(model, rows, tmp_path, asked=asked)]
     assert sum(bool(set(batch) & {0, 1, 2}) for batch in found) >= 1
     assert all(len(set(batch) & {0, 1, 2}) <= 1 for batch in found)
 
 
-@pytest.mark.parametrize("cache_chunk", [4, BATCH])
+@pytest.mark.parametrize("mini_batch_size", [4, BATCH])
 def test_training_goes_on_with_subsets_that_do_not_fill_a_batch(
-    model: SentenceTransformer, subset_rows: list[Row], tmp_path: Path, cache_chunk: int
+    model: SentenceTransformer, subset_rows: list[Row], tmp_path: Path, mini_batch_size: int
 ) -> None:
     rows = [*subset_rows[:3], replace(subset_rows[3], subset="alone")]
-    asked = section(hard_negatives=2, matryoshka_dims=[8], symmetric=True, cache_chunk=cache_chunk)
-    trainer = contrastive_trainer(model, rows, asked, StageContext(arguments(tmp_path, max_steps=9, seed=1)))
+    asked = section(hard_negatives=2, matryoshka_dims=[8], directions="symmetric", mini_batch_size=mini_batch_size)
+    trainer = trainer_of(model, rows, asked, arguments(tmp_path, max_steps=9, seed=1))
     trainer.train()
     assert trainer.state.global_step == 9
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
@@ -493,9 +427,9 @@ def test_both_directions_double_the_pairs(model: SentenceTransformer, scene_rows
     one, both = (
         sum(
             len(batch["anchor_input_ids"])
-            for batch in batches(model, scene_rows, tmp_path, asked=section(both_directions=choice))
+            for batch in batches(model, scene_rows, tmp_path, asked=section(directions=choice))
         )
-        for choice in (False, True)
+        for choice in ("forward", "both")
     )
     assert (one, both) == (len(scene_rows), 2 * len(scene_rows))
 
@@ -504,12 +438,8 @@ def test_a_few_steps_lower_the_loss(
     model: SentenceTransformer, scene_rows: list[Row], tmp_path: Path, tiny_loss: Callable[[], float]
 ) -> None:
     before = tiny_loss()
-    trainer = contrastive_trainer(
-        model,
-        scene_rows,
-        section(temperature=0.1, cache_chunk=8),
-        StageContext(arguments(tmp_path, max_steps=30, learning_rate=3e-3, logging_steps=30)),
-    )
+    given = arguments(tmp_path, max_steps=30, learning_rate=3e-3, logging_steps=30)
+    trainer = trainer_of(model, scene_rows, section(temperature=0.1), given)
     trainer.train()
     assert tiny_loss() < before - 0.3
 
@@ -530,7 +460,7 @@ def tiny_loss(model: SentenceTransformer, scene_rows: list[Row]) -> Callable[[],
 
 # What is measured beside the training
 
-FIGURES = {"alignment", "uniformity", "modality_gap", "effective_rank"}
+METRICS = {"alignment", "uniformity", "modality_gap", "effective_rank"}
 
 
 def draw_at_random(model: torch.nn.Module) -> dict[str, float]:
@@ -538,28 +468,27 @@ def draw_at_random(model: torch.nn.Module) -> dict[str, float]:
     return {"alignment": torch.rand(1).item()}
 
 
-@pytest.mark.parametrize("cache_chunk", [4, BATCH])
+@pytest.mark.parametrize("mini_batch_size", [4, BATCH])
 def test_the_probe_changes_neither_weights_nor_draws(
-    checkpoint: Path, scene_rows: list[Row], tmp_path: Path, cache_chunk: int
+    checkpoint: Path, scene_rows: list[Row], tmp_path: Path, mini_batch_size: int
 ) -> None:
     """The adapter's dropout draws at every step, so that a draw between two steps would show in the weights."""
-    adapter = AdapterSection(kind="lora", r=2, alpha=4, dropout=0.3)
+    adapter = AdapterSettings(kind="lora", r=2, alpha=4, dropout=0.3)
 
     def trained(probe_rows: int, probe: Probe | None = None) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
-        asked = section(cache_chunk=cache_chunk, adapter=adapter, probe_rows=probe_rows, probe_steps=1)
+        asked = section(mini_batch_size=mini_batch_size, adapter=adapter, probe_rows=probe_rows, probe_steps=1)
         model = build_sentence_transformer(checkpoint, prompts=PROMPTS).to("cpu")
         set_seed(0)
-        context = StageContext(arguments(tmp_path, max_steps=4, learning_rate=1e-2), prompts=PROMPTS)
-        trainer = contrastive_trainer(model, scene_rows, asked, context)
-        trainer._probe = probe or trainer._probe
+        trainer = trainer_of(model, scene_rows, asked, arguments(tmp_path, max_steps=4, learning_rate=1e-2))
+        trainer.probe = probe or trainer.probe
         trainer.train()
         return model.state_dict(), [line for line in trainer.state.log_history if "loss" in line]
 
     with_probe, logged = trained(probe_rows=6)
     without, unprobed = trained(probe_rows=0)
-    drawn, _ = trained(probe_rows=0, probe=draw_at_random)
-    assert [FIGURES <= line.keys() for line in logged] == [True] * 4
-    assert not any(FIGURES & line.keys() for line in unprobed)
+    drawn, _ = trained(probe_rows=0, probe=Probe(draw_at_random, 1, METRICS))
+    assert [METRICS <= line.keys() for line in logged] == [True] * 4
+    assert not any(METRICS & line.keys() for line in unprobed)
     assert [line["loss"] for line in logged] == [line["loss"] for line in unprobed]
     assert with_probe.keys() == without.keys()
     assert all(torch.equal(value, without[name]) for name, value in with_probe.items())
@@ -603,15 +532,14 @@ def test_texts_alone_are_trained_without_a_probe(
 ) -> None:
     texts = [Row(query=Item(text=f"scene {n}"), positive=row.positive, source="") for n, row in enumerate(scene_rows)]
     for rows, is_measured in ((texts, False), ([*texts, scene_rows[0]], False), ([*texts, *scene_rows[:2]], True)):
-        trainer = contrastive_trainer(model, rows, section(), StageContext(arguments(tmp_path)))
-        assert (trainer._probe is not None) is is_measured
+        trainer = trainer_of(model, rows, section(), arguments(tmp_path))
+        assert (trainer.probe is not None) is is_measured
 
 
-def test_the_probe_is_asked_when_it_is_due_while_the_stop_watch_stands(
+def test_the_probe_is_asked_when_it_is_due_while_the_stopwatch_is_paused(
     model: SentenceTransformer, scene_rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    context = StageContext(arguments(tmp_path, max_steps=7, logging_steps=2))
-    trainer = contrastive_trainer(model, scene_rows, section(probe_steps=3), context)
+    trainer = trainer_of(model, scene_rows, section(), arguments(tmp_path, max_steps=7, logging_steps=2))
     trainer.add_callback(LogLastStep())
     stands: list[bool] = [False]
 
@@ -626,7 +554,7 @@ def test_the_probe_is_asked_when_it_is_due_while_the_stop_watch_stands(
         return {"alignment": float(stands[-1])}
 
     monkeypatch.setattr(trainer.throughput, "paused", paused)
-    trainer._probe = probe
+    trainer.probe = Probe(probe, 3, METRICS)
     trainer.train()
     lines = [line for line in trainer.state.log_history if "loss" in line]
     assert [line["step"] for line in lines] == [2, 4, 6, 7]
@@ -641,18 +569,18 @@ def test_no_examples_are_picked_for_a_card_that_is_not_written(
     monkeypatch.setattr(
         type(model.model_card_data), "set_widget_examples", lambda self, dataset: picked.append(dataset), raising=True
     )
-    contrastive_trainer(model, scene_rows, section(), StageContext(arguments(tmp_path)))
+    trainer_of(model, scene_rows, section(), arguments(tmp_path))
     assert not picked
 
 
 def test_few_different_values_are_told(scene_rows: list[Row], caplog: pytest.LogCaptureFixture) -> None:
     """Yes-or-no answers, say: a batch that holds nothing twice is of two rows then."""
     answers = [replace(row, positive=Item(text="yes" if n % 2 else "no")) for n, row in enumerate(scene_rows)]
-    pairs = pair_datasets(answers, section(both_directions=False))
+    pairs = pair_datasets(answers, section(directions="forward"))
     assert distinct_enough(pairs, BATCH) is pairs
     assert f"2 different positive in {len(scene_rows)} rows" in caplog.text
     caplog.clear()
-    distinct_enough(pair_datasets(scene_rows, section(both_directions=False)), BATCH)
+    distinct_enough(pair_datasets(scene_rows, section(directions="forward")), BATCH)
     assert not caplog.text
 
 
@@ -662,15 +590,15 @@ def test_a_subset_that_leaves_a_device_without_a_row_is_refused(
     monkeypatch.setattr(pairs_module, "PartialState", lambda: SimpleNamespace(num_processes=8))
     answers = [replace(row, positive=Item(text="yes")) for row in scene_rows]
     with pytest.raises(UsageError, match=r"1 different positive in 24 rows.*each of the 8 devices"):
-        distinct_enough(pair_datasets(answers, section(both_directions=False)), BATCH)
+        distinct_enough(pair_datasets(answers, section(directions="forward")), BATCH)
 
 
 def test_every_epoch_has_an_order_of_its_own(
     model: SentenceTransformer, scene_rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, ...]] = []
-    asked = section(both_directions=False)
-    trainer = contrastive_trainer(model, scene_rows, asked, StageContext(arguments(tmp_path, max_steps=9)))
+    asked = section(directions="forward")
+    trainer = trainer_of(model, scene_rows, asked, arguments(tmp_path, max_steps=9))
     monkeypatch.setattr(trainer.throughput, "saw", lambda facts: seen.extend(fact.rows for fact in facts))
     trainer.train()
     assert len(trainer.drawn) == 3

@@ -12,31 +12,31 @@ VOCABULARY = 37
 
 
 def position_coded(rows: int, length: int) -> Tensor:
-    """Return hidden states that say where they stand: ``[row, position]`` in two dimensions."""
+    """Return masked states that say where they stand: ``[row, position]`` in two dimensions."""
     row, position = torch.meshgrid(torch.arange(rows), torch.arange(length), indexing="ij")
     return torch.stack([row, position], dim=-1).float()
 
 
 @settings(deadline=None, max_examples=60)
 @given(rows=st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=4))
-def test_a_hidden_token_is_predicted_from_the_state_before_it(rows: list[list[bool]]) -> None:
-    hidden = torch.tensor([[False, *row] for row in rows])
-    states = predicting_states(position_coded(*hidden.shape), hidden)
-    expected = [[row, position - 1] for row, position in hidden.nonzero().tolist()]
+def test_a_masked_token_is_predicted_from_the_state_before_it(rows: list[list[bool]]) -> None:
+    masked = torch.tensor([[False, *row] for row in rows])
+    states = predicting_states(position_coded(*masked.shape), masked)
+    expected = [[row, position - 1] for row, position in masked.nonzero().tolist()]
     assert states.tolist() == expected
 
 
 def test_the_states_stand_in_the_order_of_the_targets() -> None:
     input_ids = torch.tensor([[10, 11, 12, 13], [20, 21, 22, 23]])
-    hidden = torch.tensor([[False, True, False, True], [False, False, True, False]])
-    states = predicting_states(input_ids[..., None], hidden)
-    assert (states[:, 0] + 1).tolist() == input_ids[hidden].tolist()
+    masked = torch.tensor([[False, True, False, True], [False, False, True, False]])
+    states = predicting_states(input_ids[..., None], masked)
+    assert (states[:, 0] + 1).tolist() == input_ids[masked].tolist()
 
 
-def test_a_hidden_first_token_is_refused() -> None:
-    hidden = torch.tensor([[False, True], [True, False]])
+def test_a_masked_first_token_is_refused() -> None:
+    masked = torch.tensor([[False, True], [True, False]])
     with pytest.raises(ValueError, match="first token of a row"):
-        predicting_states(position_coded(2, 2), hidden)
+        predicting_states(position_coded(2, 2), masked)
 
 
 @settings(deadline=None, max_examples=20)
@@ -59,7 +59,7 @@ def test_mntp_is_computed_in_float32() -> None:
 
 
 def test_a_mismatch_of_counts_is_refused_with_both_numbers() -> None:
-    with pytest.raises(ValueError, match="5 rows of logits for 3 hidden tokens"):
+    with pytest.raises(ValueError, match="5 rows of logits for 3 masked tokens"):
         mntp_loss(torch.zeros(5, VOCABULARY), torch.tensor([0, 1, 2]))
 
 
@@ -89,9 +89,9 @@ def test_patches_of_another_shape_are_refused_with_both_shapes() -> None:
         mae_loss(torch.zeros(4, 8), torch.zeros(1, 8))
 
 
-def test_accuracy_is_the_share_of_right_predictions() -> None:
+def test_accuracy_is_the_ratio_of_correct_predictions() -> None:
     targets = torch.tensor([0, 1, 2, 3])
     logits = torch.nn.functional.one_hot(torch.tensor([0, 1, 2, 0]), VOCABULARY).float().requires_grad_()
-    share = accuracy(logits, targets)
-    assert share.item() == 0.75
-    assert not share.requires_grad
+    ratio = accuracy(logits, targets)
+    assert ratio.item() == 0.75
+    assert not ratio.requires_grad

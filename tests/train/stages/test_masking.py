@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Generator, Tensor
 
-from cocoa_embed.train.stages.masking import PatchFill, fill_patches, hide_each, hide_share, hide_visual_tokens
+from cocoa_embed.train.stages.masking import PatchFill, fill_patches, mask_each, mask_ratio, mask_visual_tokens
 
-SHARES = st.floats(0.01, 1.0)
+RATIOS = st.floats(0.01, 1.0)
 
 
 def seeded(seed: int = 0) -> Generator:
@@ -26,83 +26,83 @@ def eligibles(draw: st.DrawFn) -> Tensor:
 
 @settings(deadline=None, max_examples=60)
 @given(eligible=eligibles(), probability=st.floats(0, 1), seed=st.integers(0, 2**32))
-def test_hide_each_hides_eligible_tokens_alone_and_one_at_least(
+def test_mask_each_masks_eligible_tokens_alone_and_one_at_least(
     eligible: Tensor, probability: float, seed: int
 ) -> None:
-    hidden = hide_each(eligible, probability, [seeded(seed)] * len(eligible))
-    assert not (hidden & ~eligible).any()
-    assert torch.equal(hidden.any(dim=1), eligible.any(dim=1))
+    masked = mask_each(eligible, probability, [seeded(seed)] * len(eligible))
+    assert not (masked & ~eligible).any()
+    assert torch.equal(masked.any(dim=1), eligible.any(dim=1))
 
 
-def test_hide_each_hides_with_the_probability() -> None:
+def test_mask_each_masks_with_the_probability() -> None:
     probability, tokens = 0.2, 200 * 100
-    hidden = hide_each(torch.ones(200, 100, dtype=torch.bool), probability, [seeded()] * 200)
+    masked = mask_each(torch.ones(200, 100, dtype=torch.bool), probability, [seeded()] * 200)
     deviation = math.sqrt(probability * (1 - probability) / tokens)
-    assert abs(hidden.float().mean().item() - probability) < 5 * deviation
-    counts = hidden.sum(dim=1)
+    assert abs(masked.float().mean().item() - probability) < 5 * deviation
+    counts = masked.sum(dim=1)
     assert len(counts.unique()) > 5, "each token is drawn by itself, so the counts of rows differ"
-    assert abs(hidden.float().mean(dim=0) - probability).max() < 5 * math.sqrt(probability * (1 - probability) / 200)
+    assert abs(masked.float().mean(dim=0) - probability).max() < 5 * math.sqrt(probability * (1 - probability) / 200)
 
 
-@pytest.mark.parametrize("hide", [hide_each, hide_share])
-def test_the_generator_alone_decides_what_is_hidden(hide: Callable[[Tensor, float, list[Generator]], Tensor]) -> None:
+@pytest.mark.parametrize("mask", [mask_each, mask_ratio])
+def test_the_generator_alone_decides_what_is_masked(mask: Callable[[Tensor, float, list[Generator]], Tensor]) -> None:
     eligible = torch.ones(4, 50, dtype=torch.bool)
     torch.manual_seed(1)
-    first = hide(eligible, 0.5, [seeded(7)] * 4)
+    first = mask(eligible, 0.5, [seeded(7)] * 4)
     torch.manual_seed(2)
-    assert torch.equal(first, hide(eligible, 0.5, [seeded(7)] * 4))
-    assert not torch.equal(first, hide(eligible, 0.5, [seeded(8)] * 4))
+    assert torch.equal(first, mask(eligible, 0.5, [seeded(7)] * 4))
+    assert not torch.equal(first, mask(eligible, 0.5, [seeded(8)] * 4))
 
 
-@pytest.mark.parametrize("hide", [hide_each, hide_share])
-def test_each_row_has_a_generator_of_its_own(hide: Callable[[Tensor, float, list[Generator]], Tensor]) -> None:
+@pytest.mark.parametrize("mask", [mask_each, mask_ratio])
+def test_each_row_has_a_generator_of_its_own(mask: Callable[[Tensor, float, list[Generator]], Tensor]) -> None:
     eligible = torch.ones(3, 40, dtype=torch.bool)
-    together = hide(eligible, 0.5, [seeded(1), seeded(2), seeded(3)])
-    alone = [hide(eligible[:1, :30], 0.5, [seeded(seed)]) for seed in (1, 2, 3)]
+    together = mask(eligible, 0.5, [seeded(1), seeded(2), seeded(3)])
+    alone = [mask(eligible[:1, :30], 0.5, [seeded(seed)]) for seed in (1, 2, 3)]
     padded = torch.nn.functional.pad(eligible[:, :30], (0, 10))
-    assert torch.equal(hide(padded, 0.5, [seeded(1), seeded(2), seeded(3)])[:, :30], torch.cat(alone))
+    assert torch.equal(mask(padded, 0.5, [seeded(1), seeded(2), seeded(3)])[:, :30], torch.cat(alone))
     assert len({tuple(row) for row in together.tolist()}) == 3
 
 
 @settings(deadline=None, max_examples=80)
-@given(eligible=eligibles(), share=SHARES, seed=st.integers(0, 2**32))
-def test_hide_share_hides_the_share_of_each_row_rounded(eligible: Tensor, share: float, seed: int) -> None:
-    hidden = hide_share(eligible, share, [seeded(seed)] * len(eligible))
-    assert not (hidden & ~eligible).any()
-    for count, of in zip(hidden.sum(dim=1).tolist(), eligible.sum(dim=1).tolist(), strict=True):
+@given(eligible=eligibles(), ratio=RATIOS, seed=st.integers(0, 2**32))
+def test_mask_ratio_masks_the_ratio_of_each_row_rounded(eligible: Tensor, ratio: float, seed: int) -> None:
+    masked = mask_ratio(eligible, ratio, [seeded(seed)] * len(eligible))
+    assert not (masked & ~eligible).any()
+    for count, of in zip(masked.sum(dim=1).tolist(), eligible.sum(dim=1).tolist(), strict=True):
         if of == 0:
             assert count == 0
         else:
             assert 1 <= count <= of
-            assert abs(count - share * of) <= 0.5 + 1e-5 or (count == 1 and share * of < 0.5)
+            assert abs(count - ratio * of) <= 0.5 + 1e-5 or (count == 1 and ratio * of < 0.5)
 
 
-def test_hide_share_chooses_every_position_equally_often() -> None:
-    hidden = hide_share(torch.ones(4000, 8, dtype=torch.bool), 0.5, [seeded()] * 4000)
-    assert (hidden.sum(dim=1) == 4).all()
-    assert abs(hidden.float().mean(dim=0) - 0.5).max() < 5 * math.sqrt(0.25 / 4000)
+def test_mask_ratio_chooses_every_position_equally_often() -> None:
+    masked = mask_ratio(torch.ones(4000, 8, dtype=torch.bool), 0.5, [seeded()] * 4000)
+    assert (masked.sum(dim=1) == 4).all()
+    assert abs(masked.float().mean(dim=0) - 0.5).max() < 5 * math.sqrt(0.25 / 4000)
 
 
 @settings(deadline=None, max_examples=50)
 @given(tokens=st.lists(st.integers(1, 30), min_size=1, max_size=6), seed=st.integers(0, 2**32))
-def test_each_image_loses_its_own_share_whatever_its_size(tokens: list[int], seed: int) -> None:
-    hidden = hide_visual_tokens(torch.tensor(tokens), 0.5, [seeded(seed)] * len(tokens))
-    assert len(hidden) == sum(tokens)
-    counts = [image.sum().item() for image in hidden.split(tokens)]
+def test_each_image_loses_its_own_ratio_whatever_its_size(tokens: list[int], seed: int) -> None:
+    masked = mask_visual_tokens(torch.tensor(tokens), 0.5, [seeded(seed)] * len(tokens))
+    assert len(masked) == sum(tokens)
+    counts = [image.sum().item() for image in masked.split(tokens)]
     assert counts == [max(1, round(0.5 * count)) for count in tokens]
 
 
 def test_no_image_loses_nothing() -> None:
-    assert hide_visual_tokens(torch.tensor([], dtype=torch.long), 0.5, []).shape == (0,)
+    assert mask_visual_tokens(torch.tensor([], dtype=torch.long), 0.5, []).shape == (0,)
 
 
 @settings(deadline=None, max_examples=40)
-@given(hidden=st.lists(st.booleans(), min_size=1, max_size=12), fill=st.sampled_from(get_args(PatchFill)))
-def test_patches_that_are_not_hidden_stay_bit_identical(hidden: list[bool], fill: PatchFill) -> None:
-    patches = torch.randn(len(hidden), 24, generator=seeded(3))
+@given(masked=st.lists(st.booleans(), min_size=1, max_size=12), fill=st.sampled_from(get_args(PatchFill)))
+def test_patches_that_are_not_masked_stay_bit_identical(masked: list[bool], fill: PatchFill) -> None:
+    patches = torch.randn(len(masked), 24, generator=seeded(3))
     before = patches.clone()
-    which = torch.tensor(hidden)
-    filled = fill_patches(patches, which, fill, [len(hidden)], [seeded()])
+    which = torch.tensor(masked)
+    filled = fill_patches(patches, which, fill, [len(masked)], [seeded()])
     assert torch.equal(patches, before), "the given patches are not changed"
     assert torch.equal(filled[~which], patches[~which])
     assert (filled[which] != patches[which]).any(dim=1).all()

@@ -6,9 +6,9 @@ from cocoa_embed.data.rows import Row
 from cocoa_embed.model.attention import as_model_mask, bidirectional_mask
 from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.train.data.rows import numbered
-from cocoa_embed.train.stages.collators import WarmupCollator
 from cocoa_embed.train.stages.pixel_decoder import PixelDecoder
 from cocoa_embed.train.stages.reconstruction import position_ids
+from cocoa_embed.train.stages.warmup.collator import WarmupCollator
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 

@@ -17,10 +17,11 @@ from cocoa_embed.evaluation.geometry import geometry
 from cocoa_embed.model.attention import Block
 from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.train.data.caption_rows import read_image_folder
+from cocoa_embed.train.loop.batch_facts import Batch
 from cocoa_embed.train.settings import CaptionChoice
-from cocoa_embed.train.stages.bridge import BridgeModel
-from cocoa_embed.train.stages.collators import Batch, BridgeCollator, split_blocks
-from cocoa_embed.train.stages.probe import EosProbe, GeometryProbe, exchange_images, hold_out_rows, pictured_rows
+from cocoa_embed.train.stages.bridge.collator import BridgeCollator, split_blocks
+from cocoa_embed.train.stages.bridge.model import BridgeModel
+from cocoa_embed.train.stages.probe import EosProbe, GeometryProbe, hold_out_rows, pictured_rows, shuffle_images
 
 NAMES = ["accuracy_matching_image", "accuracy_shuffled_image", "accuracy_no_image"]
 
@@ -118,9 +119,9 @@ def test_every_row_gets_another_rows_image_and_keeps_its_text(count: int, revers
     rows = [
         row.reversed() if turned else row for row, turned in zip(image_rows(list(range(count))), reverse, strict=False)
     ]
-    exchanged = exchange_images(rows)
-    assert sorted(str(row.image) for row in exchanged) == sorted(str(row.image) for row in rows)
-    for before, after in zip(rows, exchanged, strict=True):
+    shuffled = shuffle_images(rows)
+    assert sorted(str(row.image) for row in shuffled) == sorted(str(row.image) for row in rows)
+    for before, after in zip(rows, shuffled, strict=True):
         assert after.image != before.image
         assert after.image is not None
         for old, new in zip(before.items(), after.items(), strict=True):
@@ -144,7 +145,7 @@ def sized_rows(scene_rows: list[Row], tmp_path: Path) -> list[Row]:
     return rows
 
 
-def test_the_same_tokens_are_hidden_before_the_right_image_and_before_another(
+def test_the_same_tokens_are_masked_before_the_matching_image_and_before_another(
     collator: BridgeCollator, sized_rows: list[Row]
 ) -> None:
     probe = EosProbe(collator, sized_rows, batch_size=2)
@@ -153,7 +154,7 @@ def test_the_same_tokens_are_hidden_before_the_right_image_and_before_another(
     for one, other in zip(right, shuffled, strict=True):
         assert torch.equal(one["target_ids"], other["target_ids"])
         for row in range(len(one["blocks"])):
-            of_b = [batch["hidden_tokens"][row][batch["blocks"][row] == Block.B] for batch in (one, other)]
+            of_b = [batch["masked_tokens"][row][batch["blocks"][row] == Block.B] for batch in (one, other)]
             assert torch.equal(*of_b)
     grids = [torch.cat([batch["image_grid_thw"] for batch in batches]) for batches in (right, shuffled)]
     assert torch.equal(grids[0].roll(-1, dims=0), grids[1]), "no image is in its own place"
@@ -168,13 +169,13 @@ def test_the_probe_restores_the_training_mode_and_takes_no_gradient(
     before = {name: value.clone() for name, value in model.state_dict().items()}
     modes = []
     model.register_forward_pre_hook(lambda module, _: modes.append((module.training, torch.is_grad_enabled())))
-    figures = EosProbe(collator, scene_rows[:8], batch_size=4)(model)
+    metrics = EosProbe(collator, scene_rows[:8], batch_size=4)(model)
     assert modes == [(False, False)] * 6
     assert all(module.training is training for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert list(figures) == NAMES
-    assert all(isinstance(figure, float) for figure in figures.values())
+    assert list(metrics) == NAMES
+    assert all(isinstance(value, float) for value in metrics.values())
 
 
 def test_the_accuracy_is_that_of_all_rows_at_once(
@@ -182,13 +183,13 @@ def test_the_accuracy_is_that_of_all_rows_at_once(
 ) -> None:
     model = BridgeModel(tiny_backbone.model).eval()
     rows = scene_rows[:7]
-    for name, figure in EosProbe(collator, rows, batch_size=3)(model).items():
+    for name, value in EosProbe(collator, rows, batch_size=3)(model).items():
         probe = EosProbe(collator, rows, batch_size=3)
         hidden = sum(len(batch["target_ids"]) for batch in probe.batches[name])
         right = sum(
             int((model.predict(batch).argmax(dim=1) == batch["target_ids"]).sum()) for batch in probe.batches[name]
         )
-        assert figure == pytest.approx(right / hidden)
+        assert value == pytest.approx(right / hidden)
 
 
 class ReadsTheImage(torch.nn.Module):
@@ -204,14 +205,10 @@ class ReadsTheImage(torch.nn.Module):
         return {"masked_token_accuracy": torch.tensor(float(torch.equal(known, batch["target_ids"])))}
 
 
-def test_the_probe_tells_the_right_image_from_another(collator: BridgeCollator, scene_rows: list[Row]) -> None:
+def test_the_probe_tells_the_matching_image_from_another(collator: BridgeCollator, scene_rows: list[Row]) -> None:
     probe = EosProbe(collator, scene_rows[:6], batch_size=1)
-    figures = probe(ReadsTheImage(probe.batches["accuracy_matching_image"]))
-    assert figures == {
-        "accuracy_matching_image": 1.0,
-        "accuracy_shuffled_image": 0.0,
-        "accuracy_no_image": 1.0,
-    }
+    metrics = probe(ReadsTheImage(probe.batches["accuracy_matching_image"]))
+    assert metrics == {"accuracy_matching_image": 1.0, "accuracy_shuffled_image": 0.0, "accuracy_no_image": 1.0}
 
 
 def test_no_image_is_the_right_batch_but_for_who_sees_the_visual_tokens(
@@ -240,7 +237,7 @@ def test_a_row_with_an_image_on_either_side_gets_another_in_block_a(
         for n, row in enumerate(scene_rows[:4])
     ]
     assert {split_blocks(row)[0].image for row in rows}.isdisjoint(row.image for row in rows)
-    for before, after in zip(rows, exchange_images(rows), strict=True):
+    for before, after in zip(rows, shuffle_images(rows), strict=True):
         assert split_blocks(after)[0].image != split_blocks(before)[0].image
         assert split_blocks(after)[1] == split_blocks(before)[1]
 

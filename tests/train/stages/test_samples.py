@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from stages import alone
 
 from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.images.load import load_image
@@ -18,11 +19,12 @@ from cocoa_embed.model.training_record import read_run
 from cocoa_embed.train import Recipe, pipeline, run
 from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.loop.batch_facts import DescribedBatches
-from cocoa_embed.train.loop.stage_trainer import draw_indices
-from cocoa_embed.train.settings import BridgeSection
+from cocoa_embed.train.loop.stage_trainer import row_numbers
 from cocoa_embed.train.stages import samples
-from cocoa_embed.train.stages.bridge import BridgeModel
-from cocoa_embed.train.stages.collators import BridgeCollator, WarmupCollator
+from cocoa_embed.train.stages.bridge.collator import BridgeCollator
+from cocoa_embed.train.stages.bridge.model import BridgeModel
+from cocoa_embed.train.stages.bridge.settings import BridgeSettings
+from cocoa_embed.train.stages.bridge.stage import Bridge
 from cocoa_embed.train.stages.reconstruction import bridge_model_mask
 from cocoa_embed.train.stages.samples import (
     SAMPLE_ROWS,
@@ -31,7 +33,8 @@ from cocoa_embed.train.stages.samples import (
     stage_samples,
     warmup_samples,
 )
-from cocoa_embed.train.stages.warmup import WarmupModel
+from cocoa_embed.train.stages.warmup.collator import WarmupCollator
+from cocoa_embed.train.stages.warmup.model import WarmupModel
 from conftest import STAGE, TINY_MAX_LENGTH
 
 TEXT = Row(query=Item(text="blue cross on white"), positive=Item(text="white picture; blue cross"), source="")
@@ -184,7 +187,7 @@ def trainer_of(backbone: Backbone, devices: int = 1) -> Any:  # noqa: ANN401
     """Stand for a bridge's trainer on so many devices, as far as samples look at one."""
     return SimpleNamespace(
         model=BridgeModel(backbone.model).train(),
-        data_collator=DescribedBatches(BridgeCollator(backbone.processor, seed=0), draw_indices, None),
+        data_collator=DescribedBatches(BridgeCollator(backbone.processor, seed=0), row_numbers, None),
         accelerator=SimpleNamespace(num_processes=devices, unwrap_model=lambda model: model, autocast=nullcontext),
         is_fsdp_enabled=False,
         is_world_process_zero=lambda: True,
@@ -192,13 +195,13 @@ def trainer_of(backbone: Backbone, devices: int = 1) -> Any:  # noqa: ANN401
 
 
 @pytest.mark.parametrize(
-    ("devices", "micro_batch_size", "expected"),
+    ("devices", "mini_batch_size", "expected"),
     [(1, None, [4, 2]), (2, None, [2, 2, 2]), (4, None, [1] * 6), (1, 2, [2, 2, 2]), (2, 8, [2, 2, 2])],
 )
 def test_no_more_rows_run_at_once_than_a_device_trains_on(
-    tiny_backbone: Backbone, scene_rows: list[Row], devices: int, micro_batch_size: int | None, expected: list[int]
+    tiny_backbone: Backbone, scene_rows: list[Row], devices: int, mini_batch_size: int | None, expected: list[int]
 ) -> None:
-    section = BridgeSection(steps=1, batch_size=4, micro_batch_size=micro_batch_size)
+    section = BridgeSettings(steps=1, batch_size=4, mini_batch_size=mini_batch_size)
     parts = list(samples._batches(trainer_of(tiny_backbone, devices), section, scene_rows[:6]))
     assert [len(batch["input_ids"]) for batch, _ in parts] == [len(rows) for _, rows in parts] == expected
 
@@ -214,7 +217,7 @@ def test_a_model_goes_on_training_though_its_samples_fail(
         raise RuntimeError("no memory is left")
 
     monkeypatch.setattr(trainer.model, "predict", fail)
-    found = stage_samples(trainer, BridgeSection(steps=1, batch_size=4), scene_rows[:2], [])
+    found = stage_samples(trainer, alone(Bridge, BridgeSettings(steps=1, batch_size=4)), scene_rows[:2], [])
     assert found == {"failure": "RuntimeError: no memory is left"}
     assert modes == [False], "the premise: it failed in another mode"
     assert all(module.training for module in trainer.model.modules())
@@ -223,11 +226,11 @@ def test_a_model_goes_on_training_though_its_samples_fail(
 def test_rows_with_images_come_first_each_image_once_and_rows_kept_out_before_all(
     tiny_backbone: Backbone, scene_rows: list[Row], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(samples, "_run", lambda _, batches: {"rows": [row for _, rows in batches for row in rows]})
-    section = BridgeSection(steps=1, batch_size=4)
+    monkeypatch.setattr(samples, "_run", lambda _, __, batches: {"rows": [row for _, rows in batches for row in rows]})
+    stage = alone(Bridge, BridgeSettings(steps=1, batch_size=4))
 
     def shown(rows: list[Row], *held_out: Row) -> Any:  # noqa: ANN401
-        return stage_samples(trainer_of(tiny_backbone), section, rows, held_out)
+        return stage_samples(trainer_of(tiny_backbone), stage, rows, held_out)
 
     assert shown([TEXT] * 20) == {"held_out": False, "rows": [TEXT] * SAMPLE_ROWS}
     twice = [TEXT, *(row for row in scene_rows for _ in range(2))]

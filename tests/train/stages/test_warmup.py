@@ -1,23 +1,24 @@
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from stages import alone
 from tiny_backbones import every_family
-from torch import Tensor, nn
 
 from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.train.data.rows import numbered
-from cocoa_embed.train.loop.stage_trainer import StageContext
-from cocoa_embed.train.settings import WarmupSection
-from cocoa_embed.train.stages.collators import Batch, WarmupCollator
+from cocoa_embed.train.loop.batch_facts import Batch
+from cocoa_embed.train.loop.trainer import StageContext
 from cocoa_embed.train.stages.losses import mae_loss, mntp_loss
-from cocoa_embed.train.stages.warmup import WarmupModel, warmup_trainer
+from cocoa_embed.train.stages.warmup.collator import WarmupCollator
+from cocoa_embed.train.stages.warmup.model import WarmupModel
+from cocoa_embed.train.stages.warmup.settings import WarmupSettings
+from cocoa_embed.train.stages.warmup.stage import Warmup
 
-pytestmark = every_family
+STAGE = {"steps": 1, "batch_size": 2}
 
 
 @pytest.fixture
@@ -35,23 +36,14 @@ def batch(collator: WarmupCollator, scene_rows: list[Row]) -> Batch:
     return collator(numbered(scene_rows[:4]))
 
 
-def parts_with_weights(model: WarmupModel) -> Iterator[tuple[str, nn.Module]]:
-    yield "vision encoder", model.backbone.base_model.visual
-    yield "language model", model.backbone.get_decoder()
-    yield "pixel decoder", model.pixel_decoder
-
-
-@pytest.mark.parametrize("weight", [0.0, 0.5, 3.0])
-@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize(("weight", "normalise"), [(0.0, False), (0.5, True), (3.0, False)])
 def test_the_loss_is_mntp_plus_the_weighted_mae(
     tiny_backbone: Backbone, batch: Batch, weight: float, normalise: bool
 ) -> None:
-    model = WarmupModel(
-        tiny_backbone.model, tiny_backbone.geometry, mae_weight=weight, normalise_targets=normalise
-    ).eval()
+    settings = WarmupSettings(**STAGE, mae_weight=weight, normalise_targets=normalise)
+    model = WarmupModel(tiny_backbone.model, tiny_backbone.geometry, settings).eval()
     outputs = model(**batch)
     logits, patches = model.predict(batch)
-    assert patches is not None
     assert outputs["mntp_loss"].item() == mntp_loss(logits, batch["target_ids"]).item()
     expected = mae_loss(patches, batch["target_patches"], normalise_targets=normalise)
     assert outputs["mae_loss"].item() == expected.item()
@@ -59,44 +51,42 @@ def test_the_loss_is_mntp_plus_the_weighted_mae(
     torch.testing.assert_close(outputs["loss"], outputs["mntp_loss"] + weight * outputs["mae_loss"], rtol=0, atol=0)
 
 
-def test_without_images_the_loss_is_mntp_alone(model: WarmupModel, collator: WarmupCollator) -> None:
-    row = Row(query=Item(text="blue cross on white"), positive=Item(text="white picture; blue cross"), source="")
-    outputs = model(**collator(numbered([row])))
-    assert outputs["mae_loss"].item() == 0
-    assert outputs["loss"].item() == outputs["mntp_loss"].item() > 0
-    outputs["loss"].backward()
-    assert all(weight.grad is not None for weight in model.parameters()), "processes meet at every weight"
-    vision = model.backbone.base_model.visual
-    assert not any(weight.grad.any() for part in (vision, model.pixel_decoder) for weight in part.parameters())
+def test_a_batch_of_images_without_text_trains_on_pixels_alone(model: WarmupModel, collator: WarmupCollator,
+                                                               scene_rows: list[Row]) -> None:  # fmt: skip
+    image = Item(image=scene_rows[0].image)
+    batch = collator(numbered([Row(query=image, positive=image, source="")]))
+    assert not batch["masked_tokens"].any()
+    outputs = model(**batch)
+    torch.testing.assert_close(outputs["loss"], 0.5 * outputs["mae_loss"])
 
 
+@every_family
 def test_gradients_reach_every_weight_of_the_three_parts(model: WarmupModel, batch: Batch) -> None:
     model(**batch)["loss"].backward()
-    for part, module in parts_with_weights(model):
-        for name, parameter in module.named_parameters():
-            assert parameter.grad is not None, f"{part}: {name}"
-            assert parameter.grad.isfinite().all(), f"{part}: {name}"
-            # A key's bias moves every score of a row alike: the softmax does not see it.
-            if not name.endswith("k_proj.bias"):
-                assert parameter.grad.abs().sum() > 0, f"{part}: {name}"
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        # A key's bias moves every score of a row alike: the softmax does not see it.
+        if not name.endswith("k_proj.bias"):
+            assert parameter.grad.abs().sum() > 0, name
 
 
+@every_family
 @pytest.mark.parametrize("loss", ["mntp_loss", "mae_loss"])
 def test_each_loss_alone_trains_the_language_model_and_the_vision_encoder(
     model: WarmupModel, batch: Batch, loss: str
 ) -> None:
     model(**batch)[loss].backward()
-    gradients = {
-        part: sum(weight.grad.abs().sum().item() for weight in module.parameters() if weight.grad is not None)
-        for part, module in parts_with_weights(model)
-    }
-    assert gradients["vision encoder"] > 0
-    assert gradients["language model"] > 0
-    assert (gradients["pixel decoder"] > 0) == (loss == "mae_loss")
+    parts = (model.backbone.base_model.visual, model.backbone.get_decoder(), model.pixel_decoder)
+    vision, language, decoder = (
+        sum(weight.grad.abs().sum().item() for weight in part.parameters() if weight.grad is not None) for part in parts
+    )
+    assert (vision > 0, language > 0, decoder > 0) == (True, True, loss == "mae_loss")
 
 
+@every_family
 @torch.no_grad()
-def test_a_hidden_tokens_pixels_never_reach_the_model(
+def test_pixels_behind_a_masked_token_never_reach_the_model(
     model: WarmupModel, collator: WarmupCollator, tmp_path: Path
 ) -> None:
     side = collator.geometry.patch_size * collator.geometry.merge_size
@@ -109,11 +99,11 @@ def test_a_hidden_tokens_pixels_never_reach_the_model(
         return collator(numbered([row]))
 
     original = batch_of(pixels)
-    hidden = original["hidden_patches"].view(4, -1)[:, 0]
-    assert hidden.sum() == 2
-    for hidden_or_seen, is_same in ((hidden, True), (~hidden, False)):
+    masked = original["masked_patches"].view(4, -1)[:, 0]
+    assert masked.sum() == 2
+    for changed_tokens, is_same in ((masked, True), (~masked, False)):
         changed_pixels = pixels.copy()
-        top, left = (side * place for place in divmod(int(hidden_or_seen.nonzero()[0]), 2))
+        top, left = (side * place for place in divmod(int(changed_tokens.nonzero()[0]), 2))
         changed_pixels[top : top + side, left : left + side] //= 2
         changed = batch_of(changed_pixels)
         assert torch.equal(changed["target_patches"], original["target_patches"]) is not is_same
@@ -123,69 +113,13 @@ def test_a_hidden_tokens_pixels_never_reach_the_model(
 
 
 @torch.no_grad()
-def test_a_hidden_tokens_id_never_reaches_the_model(model: WarmupModel, collator: WarmupCollator) -> None:
-    def logits_and_batch(word: str) -> tuple[Tensor, Batch]:
-        row = Row(query=Item(text="blue cross on"), positive=Item(text=word), source="")
-        batch = WarmupCollator(collator.processor, collator.geometry, seed=0, text_mask_ratio=1.0)(numbered([row]))
-        return model.predict(batch)[0], batch
-
-    (white, white_batch), (black, black_batch) = (logits_and_batch(word) for word in ("white", "black"))
-    assert not torch.equal(white_batch["target_ids"], black_batch["target_ids"])
-    assert torch.equal(white, black)
-
-
-@torch.no_grad()
-def test_what_stands_in_the_padding_changes_nothing(model: WarmupModel, batch: Batch) -> None:
-    padding = batch["attention_mask"] == 0
-    assert padding.any()
-    sentinel = {**batch, "input_ids": batch["input_ids"].masked_fill(padding, 100)}
-    assert not torch.equal(sentinel["input_ids"], batch["input_ids"])
-    for before, after in zip(model.predict(batch), model.predict(sentinel), strict=True):
-        assert torch.equal(before, after)
-
-
-@torch.no_grad()
-def test_a_row_is_predicted_alone_as_in_a_padded_batch(model: WarmupModel, batch: Batch) -> None:
-    logits, patches = model.predict(batch)
-    assert patches is not None
-    tokens = batch["hidden_tokens"].sum(dim=1).tolist()
-    grids = batch["image_grid_thw"].prod(dim=1).tolist()
-    hidden_patches = batch["hidden_patches"].split(grids)
-    of_rows = zip(logits.split(tokens), patches.split([int(hidden.sum()) for hidden in hidden_patches]), strict=True)
-    pixels = batch["pixel_values"].split(grids)
-    lengths = batch["attention_mask"].sum(dim=1).tolist()
-    assert min(lengths) < max(lengths)
-    for row, expected in enumerate(of_rows):
-        text = ("input_ids", "attention_mask", "mm_token_type_ids", "hidden_tokens")
-        alone = {name: batch[name][row : row + 1, : lengths[row]] for name in text}
-        alone["image_grid_thw"] = batch["image_grid_thw"][row : row + 1]
-        alone |= {"pixel_values": pixels[row], "hidden_patches": hidden_patches[row]}
-        for found, wanted in zip(model.predict(alone), expected, strict=True):
-            torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
-
-
-def test_logits_are_made_for_hidden_tokens_alone(model: WarmupModel, batch: Batch) -> None:
-    shapes: list[torch.Size] = []
-    head = model.backbone.get_output_embeddings()
-    head.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
-    model(**batch)
-    hidden = int(batch["hidden_tokens"].sum())
-    assert 0 < hidden < batch["attention_mask"].sum()
-    assert shapes == [(hidden, model.backbone.config.get_text_config().hidden_size)]
-
-
-@torch.no_grad()
-def test_a_hidden_token_is_predicted_from_the_state_before_it(model: WarmupModel, batch: Batch) -> None:
-    kept: list[Tensor] = []
-    head = model.backbone.get_output_embeddings()
-    model.backbone.get_decoder().norm.register_forward_hook(lambda _, inputs, output: kept.append(output))
-    head.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
-    model(**batch)
-    last_hidden_states, seen_by_head = kept
-    places = batch["hidden_tokens"].nonzero().tolist()
-    assert len(places) > len(batch["input_ids"])
-    expected = torch.stack([last_hidden_states[row, position - 1] for row, position in places])
-    assert torch.equal(seen_by_head, expected)
+def test_a_masked_tokens_id_never_reaches_the_model(tiny_backbone: Backbone, model: WarmupModel) -> None:
+    settings = WarmupSettings(**STAGE, text_mask_ratio=1.0)
+    collator = WarmupCollator(tiny_backbone.processor, tiny_backbone.geometry, 0, settings)
+    rows = [Row(query=Item(text="blue cross on"), positive=Item(text=word), source="") for word in ("white", "black")]
+    white, black = (collator(numbered([row])) for row in rows)
+    assert not torch.equal(white["target_ids"], black["target_ids"])
+    assert torch.equal(model.predict(white)[0], model.predict(black)[0])
 
 
 def test_it_overfits_one_batch(model: WarmupModel, batch: Batch) -> None:
@@ -199,27 +133,16 @@ def test_it_overfits_one_batch(model: WarmupModel, batch: Batch) -> None:
         outputs["loss"].backward()
         optimizer.step()
     first, last = history[0], history[-1]
-    for name in ("loss", "mntp_loss", "mae_loss"):
-        assert last[name] < first[name] / 2, (name, first[name], last[name])
+    assert all(last[name] < first[name] / 2 for name in ("loss", "mntp_loss", "mae_loss")), (first, last)
     assert last["masked_token_accuracy"] > first["masked_token_accuracy"]
 
 
-def test_the_trainer_is_what_its_section_says(tiny_backbone: Backbone, scene_rows: list[Row], tmp_path: Path) -> None:
-    section = WarmupSection(
-        steps=1,
-        batch_size=2,
-        text_mask_ratio=0.3,
-        image_mask_ratio=0.25,
-        patch_fill="zero",
-        mae_weight=2.0,
-        normalise_targets=True,
-    )
+def test_the_trainer_is_what_its_settings_say(tiny_backbone: Backbone, scene_rows: list[Row], tmp_path: Path) -> None:
+    settings = WarmupSettings(**STAGE, patch_fill="zero", mae_weight=2.0)
     arguments = {"output_dir": str(tmp_path), "max_steps": 1, "report_to": "none", "gradient_accumulation_steps": 2}
-    trainer = warmup_trainer(tiny_backbone, scene_rows, section, StageContext(arguments, seed=5))
-    collator, model = trainer.data_collator.collate, trainer.model
-    assert (collator.seed, collator.text_mask_ratio, collator.image_mask_ratio) == (5, 0.3, 0.25)
-    assert collator.patch_fill == "zero"
-    assert (model.mae_weight, model.normalise_targets) == (2.0, True)
+    trainer = alone(Warmup, settings, seed=5).trainer(tiny_backbone, scene_rows, StageContext(arguments))
+    collator = trainer.data_collator.collate
+    assert (collator.seed, collator.settings, trainer.model.settings) == (5, settings, settings)
     assert len(trainer.train_dataset) == len(scene_rows)
     # Else transformers divides the loss by the micro-batches of a step; it is a mean over the step already.
     assert trainer.model_accepts_loss_kwargs is True

@@ -1,4 +1,4 @@
-"""How the rows of a contrastive step are shared out among devices."""
+"""Give each device its part of every batch."""
 
 from collections.abc import Iterator
 
@@ -7,19 +7,18 @@ from torch.utils.data import BatchSampler
 
 
 class SharedBatchSampler(BatchSampler):
-    """Cut each batch of all devices into equal parts, one for each, in a row.
+    """Cuts each batch of all devices into equal parts, one per device, in their order.
 
-    Devices take turns at a batch sampler's batches. Cut from one batch, what they get at a step is of one subset, with
-    the same columns and as many rows, as gathering candidates across devices needs, and no two rows are alike.
+    Devices take turns at the batches of a sampler. Parts of one batch come from one subset, with the same columns, as
+    many rows each and no duplicate, as gathering candidates across devices needs.
 
     :param sampler: Draws the batches; up to ``devices - 1`` rows of a batch are left out, for parts of one size.
-    :param devices: How many there are.
     """
 
     def __init__(self, sampler: BatchSampler, devices: int) -> None:
         self.batches = sampler
         self.devices = devices
-        # Tells accelerate that batches differ in size, and that each is to be used.
+        # So accelerate expects batches of different sizes, and uses each.
         self.batch_size = None  # type: ignore[assignment]
         self.drop_last = False
 

@@ -1,4 +1,4 @@
-"""Rows as the pairs that sentence-transformers trains on: plain records in data sets, read batch by batch."""
+"""Rows as the pairs that sentence-transformers trains on: records in data sets, whose images are read per batch."""
 
 import logging
 from collections import defaultdict
@@ -16,15 +16,15 @@ from cocoa_embed.data.rows import ArrowImage, Item, Row
 from cocoa_embed.errors import UsageError
 from cocoa_embed.train.data.rows import load_row_image
 from cocoa_embed.train.loop.batch_facts import DescribedBatches
-from cocoa_embed.train.settings import ContrastiveSection
+from cocoa_embed.train.stages.contrastive.settings import ContrastiveSettings
 
 logger = logging.getLogger(__name__)
 
 
 class ItemPreprocessor:
-    """Turn stored items into what the model's own ``preprocess`` takes; images are read here, batch by batch.
+    """Turns records into the inputs of the model's own ``preprocess``, which reads their images.
 
-    :param stored: Those images that are kept inside tables, by their names; any other name is a path.
+    :param stored: The images inside tables, by their names; any other name is a path.
     """
 
     def __init__(self, model: SentenceTransformer, stored: Mapping[str, ArrowImage] | None = None) -> None:
@@ -52,11 +52,11 @@ def _as_input(record: dict[str, str | None], stored: Mapping[str, ArrowImage]) -
 
 @dataclass
 class PairCollator(SentenceTransformerDataCollator):
-    """The collator of sentence-transformers, whose batches say what they hold.
+    """The collator of sentence-transformers, with ``BatchFacts`` in each batch.
 
-    :param flops_of: Tells what a batch takes to train on.
-    :param lengths: Tokens of each row, by its number. Pairs are put in their order within a batch, so that what runs at
-        once is of similar length; in-batch losses do not know an order.
+    :param flops_of: Returns the operations of training on a batch.
+    :param lengths: Tokens of each row, by its number. A batch is sorted by them, so that what runs at once is of
+        similar length; the order does not matter to in-batch losses.
     """
 
     flops_of: Callable[[dict[str, Any]], float] | None = None
@@ -70,29 +70,27 @@ class PairCollator(SentenceTransformerDataCollator):
         return DescribedBatches(super().__call__, _row_numbers, self.flops_of)(features)
 
 
-def _row_numbers(features: list[dict[str, Any]], batch: dict[str, Any]) -> list[int]:
+def _row_numbers(features: list[dict[str, Any]]) -> list[int]:
     return [feature["label"] for feature in features]
 
 
-def pair_datasets(rows: Sequence[Row], section: ContrastiveSection) -> DatasetDict:
+def pair_datasets(rows: Sequence[Row], settings: ContrastiveSettings) -> DatasetDict:
     """Return the rows as data sets with the columns ``anchor``, ``positive``, ``negative_1``... and ``label``.
 
-    A batch is drawn from one of them. There is one for each subset, and another for its rows with the sides exchanged
-    if the section asks for both directions; or one for all, without ``one_subset_a_batch``. Columns are the same
-    throughout a data set, so rows with fewer hard negatives than the others of their subset are in one of their own.
+    A batch is drawn from one data set. Each subset is one, and another with the sides exchanged if ``directions`` is
+    ``both``. A data set has the same columns throughout, so rows with fewer hard negatives than others of their subset
+    make a data set of their own.
 
-    ``label`` is the row's index in ``rows``. It is no part of the model's inputs or of the search for duplicates, and
-    the losses of this stage do not look at it.
+    ``label`` is the row's index in ``rows``; neither the model nor the losses nor the search for duplicates use it.
 
-    :raises UsageError: If a subset has the name that part of another goes by.
+    :raises UsageError: If a subset has the name of a part of another.
     """
     groups: dict[tuple[str, int], list[tuple[int, Row]]] = defaultdict(list)
     for number, row in enumerate(rows):
-        kept = replace(row, negatives=row.negatives[: section.hard_negatives])
-        groups[_group(kept, section, is_reversed=False)].append((number, kept))
-        if section.both_directions:
-            turned = row.reversed()
-            groups[_group(turned, section, is_reversed=True)].append((number, turned))
+        kept = replace(row, negatives=row.negatives[: settings.hard_negatives])
+        groups[row.subset, len(kept.negatives)].append((number, kept))
+        if settings.directions == "both":
+            groups[f"{row.subset}, reversed", 0].append((number, row.reversed()))
     most: dict[str, int] = {}
     for name, count in groups:
         most[name] = max(count, most.get(name, 0))
@@ -106,7 +104,7 @@ def pair_datasets(rows: Sequence[Row], section: ContrastiveSection) -> DatasetDi
 
 
 def distinct_enough(datasets: DatasetDict, batch_size: int) -> DatasetDict:
-    """Return the data sets; a batch holds nothing twice, so few different values make small batches, and that is told.
+    """Return the data sets; warn of few different values, which make small batches, as a batch holds nothing twice.
 
     :raises UsageError: If a data set cannot give every device a row.
     """
@@ -132,12 +130,6 @@ def distinct_enough(datasets: DatasetDict, batch_size: int) -> DatasetDict:
                 batch_size,
             )
     return datasets
-
-
-def _group(row: Row, section: ContrastiveSection, *, is_reversed: bool) -> tuple[str, int]:
-    if not section.one_subset_a_batch:
-        return "mixed", len(row.negatives)
-    return f"{row.subset}, reversed" if is_reversed else row.subset, len(row.negatives)
 
 
 def _columns(members: Sequence[tuple[int, Row]], negatives: int) -> Dataset:

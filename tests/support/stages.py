@@ -1,0 +1,78 @@
+"""A stage on its own, and a stage of another kind in one file: masked-LM on texts."""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, TypeVar
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+
+from cocoa_embed.data.rows import Row
+from cocoa_embed.model.backbone import Backbone
+from cocoa_embed.train.loop.batch_facts import Batch, Example
+from cocoa_embed.train.loop.stage_trainer import StageTrainer, stage_trainer
+from cocoa_embed.train.loop.trainer import StageContext
+from cocoa_embed.train.recipe import Recipe
+from cocoa_embed.train.settings import Ratio, ReconstructionSettings, RunSettings, StageSettings
+from cocoa_embed.train.stages.losses import mntp_loss
+from cocoa_embed.train.stages.masking import mask_each, row_generators
+from cocoa_embed.train.stages.reconstruction import (
+    full_model_mask,
+    last_hidden_states,
+    masked_token_logits,
+    position_ids,
+)
+from cocoa_embed.train.stages.rendering import joined, render_items, replace_masked, text_tokens
+from cocoa_embed.train.stages.stage import Stage
+
+AStage = TypeVar("AStage", bound=Stage[Any])
+
+
+def alone(kind: type[AStage], settings: StageSettings, **run: Any) -> AStage:
+    """Return a stage outside of a recipe."""
+    return kind(kind.__name__.lower(), settings, RunSettings(name="test", backbone="none", **run))
+
+
+class MaskedLanguageSettings(ReconstructionSettings):
+    ratio: Ratio = 0.3
+
+
+class MaskedLanguageModel(nn.Module):
+    accepts_loss_kwargs = True
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.backbone = model
+
+    def forward(self, totals: Mapping[str, float], **batch: Tensor) -> dict[str, Tensor]:
+        mask = full_model_mask(self.backbone, batch["attention_mask"])
+        states = last_hidden_states(self.backbone, batch, mask, position_ids(self.backbone, batch))
+        logits = masked_token_logits(self.backbone, states, batch["masked_tokens"])
+        return {"loss": mntp_loss(logits, batch["target_ids"], total=totals["target_ids"])}
+
+
+class MaskedLanguage(Stage[MaskedLanguageSettings]):
+    def unusable(self, row: Row) -> str | None:
+        return None if row.positive.text else "it has no text"
+
+    def collate(self, processor: ProcessorMixin, examples: list[Example]) -> Batch:
+        batch = render_items(processor, [joined(row) for _, row in examples])
+        generators = row_generators(self.run.seed, [draw for draw, _ in examples])
+        masked = mask_each(text_tokens(batch, processor), self.settings.ratio, generators)
+        return replace_masked(batch, masked, processor.tokenizer.mask_token_id)
+
+    def sequences(self, example: Example, processor: ProcessorMixin, config: PreTrainedConfig) -> list[Batch]:
+        return [self.collate(processor, [example])]
+
+    def trainer(self, backbone: Backbone, rows: Sequence[Row], context: StageContext) -> StageTrainer:
+        def collator(examples: list[Example]) -> Batch:
+            return self.collate(backbone.processor, examples)
+
+        return stage_trainer(
+            MaskedLanguageModel(backbone.model), backbone.model, rows, collator, self.settings, context
+        )
+
+
+class LongerRecipe(Recipe):
+    """The stages of the package and, by one line, another."""
+
+    masked_language: Annotated[MaskedLanguageSettings | None, f"{__name__}:MaskedLanguage"] = None

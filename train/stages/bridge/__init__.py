@@ -1,0 +1,1 @@
+"""Stage 2, bridge: block B is reconstructed through ``<EOS>`` alone."""

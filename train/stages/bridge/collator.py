@@ -1,0 +1,125 @@
+"""Rows to batches of stage 2: ``[block A] <EOS> [block B]``, with most of block B masked."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import ProcessorMixin
+
+from cocoa_embed.data.rows import Item, Row
+from cocoa_embed.errors import CocoaError
+from cocoa_embed.model.attention import Block
+from cocoa_embed.train.loop.batch_facts import Batch, Example
+from cocoa_embed.train.stages.masking import mask_ratio, row_generators
+from cocoa_embed.train.stages.rendering import is_special, render_items, replace_masked, text_tokens
+
+NO_BLOCK_B = (
+    "the row has no block B for the bridge stage; one of its sides must be a text without image, or have a text of two "
+    "words or more."
+)
+
+
+@dataclass(frozen=True)
+class BridgeCollator:
+    """Put the two sides of a row around ``<EOS>`` and mask a ratio of block B's tokens, whatever block A is.
+
+    Adds to ``render_items``: ``blocks`` (``Block``, int64 ``[B, L]``), ``masked_tokens`` (bool ``[B, L]``) and
+    ``target_ids`` (int64 ``[masked tokens]``).
+    """
+
+    processor: ProcessorMixin
+    seed: int
+    mask_ratio: float = 0.7
+
+    def __call__(self, examples: list[Example]) -> Batch:
+        """Collate rows with their draws.
+
+        :raises CocoaError: If a row has no text for block B, naming the row.
+        """
+        generators = row_generators(self.seed, [draw for draw, _ in examples])
+        tokenizer = self.processor.tokenizer
+        max_length = tokenizer.model_max_length
+        pairs = [split_blocks(row) for _, row in examples]
+        block_a = render_items(self.processor, [item for item, _ in pairs])
+        block_b = tokenizer(
+            [text for _, text in pairs], add_special_tokens=False, truncation=True, max_length=max_length
+        )
+        joined_blocks = [
+            join_blocks(ids[keep], kinds[keep], is_text[keep], torch.tensor(tail, dtype=torch.long), max_length)
+            for ids, kinds, is_text, keep, tail in zip(
+                block_a["input_ids"],
+                block_a["mm_token_type_ids"],
+                text_tokens(block_a, self.processor),
+                block_a["attention_mask"].bool(),
+                block_b["input_ids"],
+                strict=True,
+            )
+        ]
+        ids, kinds, blocks = zip(*joined_blocks, strict=True)
+        padded_blocks = _pad(blocks, Block.PAD)
+        batch = {
+            **block_a,
+            "input_ids": _pad(ids, tokenizer.pad_token_id),
+            "mm_token_type_ids": _pad(kinds, 0),
+            "attention_mask": (padded_blocks != Block.PAD).long(),
+            "blocks": padded_blocks,
+        }
+        eligible = (padded_blocks == Block.B) & ~is_special(batch["input_ids"], self.processor)
+        return replace_masked(batch, mask_ratio(eligible, self.mask_ratio, generators), tokenizer.mask_token_id)
+
+
+def split_blocks(row: Row) -> tuple[Item, str]:
+    """Return block A's item and block B's text: the side that is only a text, preferably the positive.
+
+    If neither side is, block B is the second half of the words beside an image, preferably the positive's.
+
+    :raises CocoaError: If there is no text to split, naming the row.
+    """
+    for block_a, block_b in ((row.query, row.positive), (row.positive, row.query)):
+        if block_b.image is None and block_b.text and block_b.text.strip():
+            return block_a, block_b.text
+    for item in (row.positive, row.query):
+        words = (item.text or "").split()
+        if len(words) > 1:
+            middle = len(words) // 2
+            return Item(text=" ".join(words[:middle]), image=item.image), " ".join(words[middle:])
+    raise CocoaError(f"{row.source}: {NO_BLOCK_B}")
+
+
+def lacks_block_b(row: Row) -> str | None:
+    """Return why a row cannot be split into blocks, None if it can."""
+    try:
+        split_blocks(row)
+    except CocoaError:
+        return NO_BLOCK_B
+    return None
+
+
+def join_blocks(
+    input_ids: Tensor, token_types: Tensor, is_text: Tensor, tail: Tensor, max_length: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Append block B's tokens after a row's ``<EOS>``, within ``max_length`` tokens.
+
+    If both do not fit, block A's text is cut until block B has a quarter of the length; visual tokens and ``<EOS>``
+    stay. Block B is cut to the rest.
+
+    :param input_ids: Block A and ``<EOS>``, int64 ``[length]``.
+    :param token_types: Its ``mm_token_type_ids``, int64 ``[length]``.
+    :param is_text: Its ordinary text tokens, bool ``[length]``.
+    :param tail: Block B, int64 ``[tokens]``.
+    :returns: ids, token types and ``Block`` of every position, int64 ``[joined length]``.
+    """
+    excess = len(input_ids) + min(len(tail), max_length // 4) - max_length
+    text_positions = is_text.nonzero().flatten()
+    keep = torch.ones_like(is_text)
+    keep[text_positions[len(text_positions) - max(0, min(excess, len(text_positions))) :]] = False
+    input_ids, token_types = input_ids[keep], token_types[keep]
+    tail = tail[: max_length - len(input_ids)]
+    blocks = torch.tensor([Block.A] * (len(input_ids) - 1) + [Block.EOS] + [Block.B] * len(tail))
+    return torch.cat([input_ids, tail]), torch.cat([token_types, torch.zeros_like(tail)]), blocks
+
+
+def _pad(rows: Sequence[Tensor], value: float) -> Tensor:
+    return pad_sequence(list(rows), batch_first=True, padding_value=value)

@@ -1,0 +1,85 @@
+"""The model of stage 2: the backbone under the bridge mask, and how it is measured."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from cocoa_embed.data.rows import Item, Row
+from cocoa_embed.train.loop.batch_facts import Batch
+from cocoa_embed.train.loop.trainer import Measure
+from cocoa_embed.train.stages.bridge.collator import BridgeCollator
+from cocoa_embed.train.stages.losses import accuracy, mntp_loss
+from cocoa_embed.train.stages.probe import EosProbe, GeometryProbe, together
+from cocoa_embed.train.stages.reconstruction import (
+    bridge_model_mask,
+    full_model_mask,
+    last_hidden_states,
+    masked_token_logits,
+    position_ids,
+)
+from cocoa_embed.train.stages.rendering import render_items
+
+
+class BridgeModel(nn.Module):
+    """The backbone under the bridge mask."""
+
+    accepts_loss_kwargs = True
+    """The loss is already a mean over the step, so transformers must not divide it by the micro-batches."""
+
+    def __init__(self, model: PreTrainedModel, *, eos_attends_to_b: bool = True) -> None:
+        super().__init__()
+        self.backbone = model
+        self.eos_attends_to_b = eos_attends_to_b
+
+    def predict(self, batch: Batch) -> Tensor:
+        """Predict block B's masked tokens in a batch of ``BridgeCollator``: logits ``[masked tokens, V]``."""
+        mask = bridge_model_mask(self.backbone, batch["blocks"], eos_attends_to_b=self.eos_attends_to_b)
+        hidden_states = last_hidden_states(self.backbone, batch, mask, position_ids(self.backbone, batch))
+        return masked_token_logits(self.backbone, hidden_states, batch["masked_tokens"])
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Embed items of ``render_items`` as at inference, under full attention: ``[B, D]``, normalised."""
+        mask = full_model_mask(self.backbone, batch["attention_mask"])
+        hidden_states = last_hidden_states(self.backbone, batch, mask, position_ids(self.backbone, batch))
+        eos = batch["attention_mask"].sum(dim=1) - 1
+        rows = torch.arange(len(eos), device=eos.device)
+        return nn.functional.normalize(hidden_states[rows, eos].float(), dim=1)
+
+    def forward(
+        self, *, totals: Mapping[str, float] | None = None, embeds: bool = False, **batch: Tensor
+    ) -> dict[str, Tensor]:
+        """Return ``loss`` and ``masked_token_accuracy``, scalars, for a batch of the collator.
+
+        :param totals: How many ``target_ids`` the whole step has, if the batch is a part of it.
+        :param embeds: Return ``embeddings`` of a batch of items instead. Sharded weights are whole only in a forward
+            pass, so ``embed`` has to be called from here.
+        """
+        if embeds:
+            return {"embeddings": self.embed(batch)}
+        logits, targets, total = self.predict(batch), batch["target_ids"], (totals or {}).get("target_ids")
+        return {
+            "loss": mntp_loss(logits, targets, total=total),
+            "masked_token_accuracy": accuracy(logits, targets, total=total),
+        }
+
+
+def bridge_probe(
+    collator: BridgeCollator, rows: Sequence[Row], *, prompts: Mapping[str, str], batch_size: int
+) -> Measure:
+    """Return a probe of a ``BridgeModel`` on rows with different images: masked tokens, and the geometry.
+
+    :param prompts: Instructions for ``query`` and ``document``, as the exported model has them.
+    :param batch_size: Rows to run at once.
+    """
+
+    def collate(items: Sequence[Item], is_document: bool) -> Batch:
+        return render_items(collator.processor, items, prompt=prompts.get("document" if is_document else "query", ""))
+
+    def embed(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        embeddings: Tensor = model(**batch, embeds=True)["embeddings"]
+        return embeddings
+
+    return together(EosProbe(collator, rows, batch_size), GeometryProbe(collate, embed, rows, batch_size))

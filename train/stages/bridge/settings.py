@@ -1,0 +1,18 @@
+"""The settings of stage 2."""
+
+from cocoa_embed.train.settings import Count, Positive, Ratio, ReconstructionSettings
+
+
+class BridgeSettings(ReconstructionSettings):
+    """Stage 2: how much of block B is masked, and how the stage is measured.
+
+    :param mask_ratio: The ratio of block B's tokens that is masked.
+    :param eos_attends_to_b: False keeps ``<EOS>`` from seeing block B, for comparison.
+    :param probe_rows: Rows kept out of training to measure, every ``probe_steps`` steps, what ``<EOS>`` carries and
+        how the embeddings lie.
+    """
+
+    mask_ratio: Ratio = 0.7
+    eos_attends_to_b: bool = True
+    probe_rows: Count = 64
+    probe_steps: Positive = 50

@@ -1,0 +1,30 @@
+"""The settings of stage 3."""
+
+from typing import Literal
+
+from cocoa_embed.train.settings import Count, Positive, Rate, StageSettings
+
+
+class ContrastiveSettings(StageSettings):
+    """Stage 3: the contrastive loss, and how the stage is measured.
+
+    Gradients are cached, so that the batch may be larger than memory allows: ``mini_batch_size`` is in items.
+
+    :param directions: ``forward``: queries are matched to their positives. ``both``: each pair is trained from either
+        side, in batches of their own. ``symmetric``: one loss matches queries to positives and positives to queries.
+    :param hard_negatives: The most of a row's own negatives to use. They are candidates of every query of the batch,
+        and rows that share one are never in the same batch.
+    :param matryoshka_dims: Lengths at which the first values of an embedding are embeddings themselves, beside the
+        whole length.
+    :param probe_rows: Pairs to measure the embeddings' geometry on, every ``probe_steps`` steps: the first with an
+        image, one per image. They are trained on, so the metrics show the progress and are no scores. 0 turns it off,
+        and so do fewer than two images.
+    """
+
+    mini_batch_size: Positive = 8
+    temperature: Rate = 0.02
+    directions: Literal["forward", "both", "symmetric"] = "both"
+    hard_negatives: Count = 0
+    matryoshka_dims: list[Positive] | None = None
+    probe_rows: Count = 64
+    probe_steps: Positive = 50

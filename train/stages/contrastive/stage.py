@@ -1,0 +1,158 @@
+"""Stage 3: its batches, its loss and its trainer."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from accelerate import PartialState
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.training_args import BatchSamplers, MultiDatasetBatchSamplers
+from transformers import PreTrainedConfig, ProcessorMixin, set_seed
+
+from cocoa_embed.data.rows import Row
+from cocoa_embed.errors import UsageError
+from cocoa_embed.model.backbone import Backbone
+from cocoa_embed.model.flex_attention import FLEX
+from cocoa_embed.train.data.rows import arrow_images
+from cocoa_embed.train.loop.adapters import prepare_trainable
+from cocoa_embed.train.loop.batch_facts import Batch, Example
+from cocoa_embed.train.loop.trainer import CocoaTrainer, Probe, StageContext
+from cocoa_embed.train.stages.contrastive.embedder import as_sentence_transformer
+from cocoa_embed.train.stages.contrastive.pairs import ItemPreprocessor, PairCollator, distinct_enough, pair_datasets
+from cocoa_embed.train.stages.contrastive.settings import ContrastiveSettings
+from cocoa_embed.train.stages.contrastive.trainer import ContrastiveTrainer, contrastive_loss, embedding_probe
+from cocoa_embed.train.stages.probe import PROBE_METRICS, pictured_rows
+from cocoa_embed.train.stages.rendering import render_items
+from cocoa_embed.train.stages.stage import Stage
+
+DIRECTIONS = {
+    "forward": "",
+    "both": " Each pair is trained in both directions, as two rows.",
+    "symmetric": " Each positive looks for its query too, in the same loss.",
+}
+
+
+class Contrastive(Stage[ContrastiveSettings]):
+    """InfoNCE with in-batch negatives over the embeddings of queries and documents."""
+
+    can_shard = False
+
+    def check_backbone(self, config: PreTrainedConfig) -> None:
+        """Check ``matryoshka_dims`` against the width of the embeddings.
+
+        :raises UsageError: If they are wider.
+        """
+        self.dims(config.get_text_config().hidden_size)
+
+    def dims(self, width: int) -> list[int]:
+        """Return the lengths of an embedding to train, the longest first: the whole and ``matryoshka_dims``.
+
+        :param width: Of the model's embeddings.
+        :raises UsageError: If the settings ask for more.
+        """
+        dims = sorted({width, *(self.settings.matryoshka_dims or [])}, reverse=True)
+        if dims[0] > width:
+            raise UsageError(
+                f"{self.name}.matryoshka_dims asks for {dims[0]} values, but this backbone's embeddings have {width}; "
+                f"give lengths up to {width}."
+            )
+        return dims
+
+    def check_rows(self, rows: Sequence[Row]) -> None:
+        """Check that there are rows to tell apart.
+
+        :raises UsageError: If there is only one.
+        """
+        if len(rows) < 2:
+            raise UsageError(f"Stage {self.name} has one row, and learns to tell rows apart; give it two or more.")
+
+    @property
+    def passes_per_epoch(self) -> int:
+        """Once per direction that is a row of its own."""
+        return 2 if self.settings.directions == "both" else 1
+
+    def micro_batches(self, devices: int) -> tuple[int, int]:
+        """Return the whole batch, once: cached gradients cut it into mini-batches."""
+        whole = self.settings.model_copy(update={"mini_batch_size": None})
+        return Stage.micro_batches(Contrastive(self.name, whole, self.run), devices)
+
+    def sequences_at_once(self, devices: int) -> int:
+        """Return the items of a mini-batch."""
+        return self.settings.mini_batch_size
+
+    def sequences(self, example: Example, processor: ProcessorMixin, config: PreTrainedConfig) -> list[Batch]:
+        """Return a sequence for each item of the row."""
+        _, row = example
+        items = (row.query, row.positive, *row.negatives[: self.settings.hard_negatives])
+        return [render_items(processor, [item]) for item in items]
+
+    def attention(self) -> str:
+        """Return the attention implementation; sentence-transformers makes the masks, which have no tiles."""
+        asked = self.run.attn_implementation
+        return "sdpa" if asked == FLEX and self.run.bidirectional else super().attention()
+
+    def arguments(self, *, steps: int, folder: Path, layers: Sequence[str] = ()) -> dict[str, Any]:
+        """Return the ``TrainingArguments``: the batch sampler itself gives each device its part of a batch."""
+        arguments = super().arguments(steps=steps, folder=folder, layers=layers)
+        del arguments["accelerator_config"]
+        return arguments | {
+            "per_device_train_batch_size": self.settings.batch_size // PartialState().num_processes,
+            "ddp_find_unused_parameters": True,  # texts and images are embedded in passes of their own
+            "dataloader_prefetch_factor": 1 if arguments["dataloader_num_workers"] else None,  # a batch is large
+        }
+
+    def trainer(self, backbone: Backbone, rows: Sequence[Row], context: StageContext) -> ContrastiveTrainer:
+        """Return the trainer, whose model is a SentenceTransformer over the backbone."""
+        prompts, bidirectional = self.run.prompts.model_dump(), self.run.bidirectional
+        model = as_sentence_transformer(backbone, prompts=prompts, bidirectional=bidirectional)
+        set_seed(self.run.seed)
+        return self.trainer_of(model, rows, context)
+
+    def trainer_of(self, model: SentenceTransformer, rows: Sequence[Row], context: StageContext) -> ContrastiveTrainer:
+        """Return the trainer of a SentenceTransformer, whose weights change in place."""
+        settings, probe = self.settings, None
+        model.model_card_data.widget = [{}]  # otherwise the trainer picks examples for a card that is not written
+        document = model.prompts.get("document") or ""
+        prompts = {"anchor": model.prompts.get("query") or "", "positive": document}
+        prompts |= {f"negative_{place + 1}": document for place in range(settings.hard_negatives)}
+        adapter = prepare_trainable(model[0].auto_model, settings)
+        if probe_rows := pictured_rows(rows, settings.probe_rows):
+            measure = embedding_probe(model, probe_rows, settings.mini_batch_size)
+            probe = Probe(measure, settings.probe_steps, PROBE_METRICS)
+        return ContrastiveTrainer(
+            model=model,
+            args=SentenceTransformerTrainingArguments(
+                batch_sampler=BatchSamplers.NO_DUPLICATES,
+                multi_dataset_batch_sampler=MultiDatasetBatchSamplers.PROPORTIONAL,
+                **context.arguments,
+            ),
+            train_dataset=distinct_enough(pair_datasets(rows, settings), settings.batch_size),
+            loss=contrastive_loss(model, settings, self.dims(cast(int, model.get_embedding_dimension()))),
+            data_collator=PairCollator(
+                preprocess_fn=ItemPreprocessor(model, arrow_images(rows)),
+                prompts={name: text for name, text in prompts.items() if text},
+                flops_of=context.flops_of,
+                lengths=None if context.lengths_of is None else context.lengths_of(rows),
+            ),
+            rows=rows,
+            context=context,
+            adapter=adapter,
+            probe=probe,
+        )
+
+    def save(self, trainer: CocoaTrainer, processor: ProcessorMixin, folder: Path) -> None:
+        """Write the SentenceTransformer; every process calls this, and the first one writes."""
+        if trainer.is_world_process_zero():
+            trainer.model.save(str(folder), create_model_card=False)
+
+    def facts(self) -> dict[str, Any]:
+        """Return the loss in words, and the lengths at which embeddings can be cut."""
+        count = self.settings.hard_negatives
+        hard = f"up to {count} hard negative{'s' * (count > 1)} of each of its rows" if count else "no hard negatives"
+        return {
+            "description": (
+                f"Contrastive learning: InfoNCE at temperature {self.settings.temperature:g}, with in-batch negatives "
+                f"and {hard}. A batch is drawn from one subset.{DIRECTIONS[self.settings.directions]}"
+            ),
+            "matryoshka_dims": self.settings.matryoshka_dims,
+        }

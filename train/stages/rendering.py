@@ -1,0 +1,63 @@
+"""From rows to model inputs, for the stages that reconstruct what is masked of them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import ProcessorMixin
+
+from cocoa_embed.data.rows import Item, Row
+from cocoa_embed.model.template import render
+from cocoa_embed.train.data.rows import load_row_image
+from cocoa_embed.train.loop.batch_facts import Batch
+
+
+def render_items(processor: ProcessorMixin, items: Sequence[Item], *, prompt: str = "") -> Batch:
+    """Turn items into model inputs ``[vision][prompt][text]<EOS>``, right-padded, truncated to the processor's limit.
+
+    :returns: ``input_ids``, ``attention_mask``, ``mm_token_type_ids`` (int64 ``[B, L]``) and, where there are images,
+        ``pixel_values`` (float ``[patches, patch_width]``) and ``image_grid_thw`` (int64 ``[images, 3]``).
+    """
+    images = [load_row_image(item.image) for item in items if item.image is not None]
+    return dict(
+        processor(
+            images=images or None,
+            text=[render(text=item.text, has_image=item.image is not None, prompt=prompt) for item in items],
+            padding=True,
+            truncation=True,
+            max_length=processor.tokenizer.model_max_length,
+            return_tensors="pt",
+        )
+    )
+
+
+def joined(row: Row) -> Item:
+    """Return the row as one item: its image and its texts, the query's first."""
+    texts = [item.text for item in (row.query, row.positive) if item.text is not None]
+    return Item(text=" ".join(texts) or None, image=row.image)
+
+
+def text_tokens(batch: Batch, processor: ProcessorMixin) -> Tensor:
+    """Return the positions of ordinary text tokens (no padding, special or visual token), bool ``[B, L]``.
+
+    A row's first position is left out: masked next-token prediction has no state before it.
+    """
+    is_text = batch["attention_mask"].bool() & (batch["mm_token_type_ids"] == 0)
+    is_text &= ~is_special(batch["input_ids"], processor)
+    is_text[:, 0] = False
+    return is_text
+
+
+def is_special(input_ids: Tensor, processor: ProcessorMixin) -> Tensor:
+    """Return which tokens do not come from a text (padding, ``<EOS>``, visual tokens), bool of the same shape."""
+    return torch.isin(input_ids, torch.tensor(sorted(processor.tokenizer.added_tokens_decoder)))
+
+
+def replace_masked(batch: Batch, masked: Tensor, mask_token_id: int) -> Batch:
+    """Replace masked tokens by the mask token; add ``masked_tokens`` ``[B, L]`` and ``target_ids`` ``[masked]``."""
+    return {
+        **batch,
+        "input_ids": batch["input_ids"].masked_fill(masked, mask_token_id),
+        "masked_tokens": masked,
+        "target_ids": batch["input_ids"][masked],
+    }

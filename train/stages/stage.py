@@ -1,0 +1,176 @@
+"""What a stage is: everything that distinguishes it from the others, behind one interface."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+from accelerate import PartialState
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+
+from cocoa_embed.data.rows import Row
+from cocoa_embed.errors import UsageError
+from cocoa_embed.model.backbone import Backbone
+from cocoa_embed.model.flex_attention import FLEX, resolve_attention
+from cocoa_embed.train.loop.arguments import training_arguments
+from cocoa_embed.train.loop.batch_facts import Batch, Example
+from cocoa_embed.train.loop.trainer import CocoaTrainer, StageContext
+from cocoa_embed.train.settings import RunSettings, StageSettings
+from cocoa_embed.train.stages.weights import save_backbone
+
+Own = TypeVar("Own", bound=StageSettings, covariant=True)
+
+
+class Stage(ABC, Generic[Own]):
+    """A stage of a run.
+
+    A stage is one file or folder, and one line in ``Recipe``.
+
+    :param name: The stage's key in the recipe.
+    :param settings: The stage's own settings.
+    :param run: The settings of the whole run.
+    """
+
+    has_sparse_mask: ClassVar[bool] = False
+    """Whether its attention mask leaves whole tiles out, which FlexAttention then skips."""
+
+    can_shard: ClassVar[bool] = True
+    """Whether its weights may be sharded over devices."""
+
+    has_samples: ClassVar[bool] = False
+    """Whether the report shows what the stage makes of a few rows (``samples``)."""
+
+    def __init__(self, name: str, settings: Own, run: RunSettings) -> None:
+        self.name = name
+        self.settings = settings
+        self.run = run
+
+    # Checks before the run
+
+    def check_backbone(self, config: PreTrainedConfig) -> None:
+        """Check the settings against the backbone.
+
+        :raises UsageError: If they do not fit.
+        """
+
+    def unusable(self, row: Row) -> str | None:
+        """Return why the stage cannot use a row, None if it can."""
+        return None
+
+    def check_rows(self, rows: Sequence[Row]) -> None:
+        """Check that the stage can train on these rows.
+
+        :raises UsageError: If it cannot.
+        """
+
+    # How rows make steps
+
+    @property
+    def passes_per_epoch(self) -> int:
+        """How many times an epoch draws each row."""
+        return 1
+
+    def step_count(self, rows: int) -> int:
+        """Return the optimisation steps over so many rows."""
+        if self.settings.steps is not None:
+            return self.settings.steps
+        assert self.settings.epochs is not None  # validated with the settings
+        return max(1, math.ceil(self.settings.epochs * rows * self.passes_per_epoch / self.settings.batch_size))
+
+    def micro_batches(self, devices: int) -> tuple[int, int]:
+        """Return how many rows all devices take at once, and how many times that makes a step.
+
+        :raises UsageError: If the batch cannot be divided like this.
+        """
+        total, mini = self.settings.batch_size, self.settings.mini_batch_size
+        if total % devices:
+            raise UsageError(f"{self.name}.batch_size {total} is not a multiple of the {devices} devices.")
+        at_once = total if mini is None else min(mini * devices, total)
+        if total % at_once:
+            raise UsageError(
+                f"{self.name}.batch_size {total} is not a multiple of {at_once}, the mini_batch_size {mini} on "
+                f"{devices} device{'s' * (devices > 1)}."
+            )
+        return at_once, total // at_once
+
+    def sequences_at_once(self, devices: int) -> int:
+        """Return how many sequences a device runs in one forward pass."""
+        return self.micro_batches(devices)[0] // devices
+
+    def held_out(self, rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+        """Split rows into those that the stage keeps out of its training, to measure on, and the others."""
+        return [], list(rows)
+
+    # Costs
+
+    @abstractmethod
+    def sequences(self, example: Example, processor: ProcessorMixin, config: PreTrainedConfig) -> list[Batch]:
+        """Return the sequences that a step makes of one row, each as a batch of its own."""
+
+    def extra_module(self, model: PreTrainedModel) -> nn.Module | None:
+        """Return a module that is trained beside the backbone and not saved with it."""
+        return None
+
+    # Training
+
+    def attention(self) -> str:
+        """Return the attention implementation on this machine.
+
+        :raises UsageError: If the recipe's cannot be trained here.
+        """
+        asked, device = self.run.attn_implementation, PartialState().device.type
+        if not self.run.bidirectional and asked == FLEX:
+            raise UsageError(f"bidirectional=false needs attn_implementation sdpa or eager, not {FLEX}.")
+        return resolve_attention(asked, sparse=self.has_sparse_mask and self.run.bidirectional, device_type=device)
+
+    def arguments(self, *, steps: int, folder: Path, layers: Sequence[str] = ()) -> dict[str, Any]:
+        """Return the stage's ``TrainingArguments`` as keywords.
+
+        :param folder: Where checkpoints go.
+        :param layers: The class names of the layers that sharding does not split.
+        """
+        at_once, accumulated = self.micro_batches(PartialState().num_processes)
+        return training_arguments(
+            self.run,
+            self.settings,
+            name=f"{self.run.name}-{self.name}",
+            steps=steps,
+            folder=folder,
+            at_once=at_once,
+            accumulated=accumulated,
+            layers=layers,
+        )
+
+    @property
+    def shown_metrics(self) -> Mapping[str, str]:
+        """The logged metrics to show beside the progress bar, and their labels."""
+        return {"loss": "loss"}
+
+    @abstractmethod
+    def trainer(self, backbone: Backbone, rows: Sequence[Row], context: StageContext) -> CocoaTrainer:
+        """Return the trainer of the stage, which changes the weights of ``backbone`` in place.
+
+        :param rows: All rows of the stage, those held out too.
+        """
+
+    def save(self, trainer: CocoaTrainer, processor: ProcessorMixin, folder: Path) -> None:
+        """Write the trained weights to a folder; every process calls this, and the first one writes."""
+        save_backbone(trainer, processor, folder)
+
+    def memory_remedy(self) -> str:
+        """Return what to change in the recipe when a step does not fit into memory."""
+        size = self.settings.mini_batch_size or self.settings.batch_size
+        return f"lower {self.name}.mini_batch_size ({size}) or max_pixels, or set gradient_checkpointing=true"
+
+    def samples(self, model: Any, collator: Any, batch: Batch, rows: Sequence[Row]) -> dict[str, Any]:  # noqa: ANN401
+        """Return what the report shows of the stage, as JSON takes it: what ``model`` makes of a batch of ``rows``.
+
+        :param collator: The stage's own, which has made the batch.
+        """
+        raise NotImplementedError
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the model card says of the stage: ``description``, a text, and ``matryoshka_dims``."""
+        return {}

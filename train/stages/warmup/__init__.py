@@ -1,0 +1,1 @@
+"""Stage 1, warm-up: bidirectional attention by joint reconstruction of text and pixels."""

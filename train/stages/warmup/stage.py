@@ -1,0 +1,53 @@
+"""Stage 1: its model, its batches and its trainer."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+
+from cocoa_embed.data.rows import Row
+from cocoa_embed.model.backbone import Backbone, PatchGeometry
+from cocoa_embed.train.loop.batch_facts import Batch, Example
+from cocoa_embed.train.loop.stage_trainer import StageTrainer, stage_trainer
+from cocoa_embed.train.loop.trainer import StageContext
+from cocoa_embed.train.stages.pixel_decoder import PixelDecoder
+from cocoa_embed.train.stages.samples import warmup_samples
+from cocoa_embed.train.stages.stage import Stage
+from cocoa_embed.train.stages.warmup.collator import WarmupCollator
+from cocoa_embed.train.stages.warmup.model import WarmupModel
+from cocoa_embed.train.stages.warmup.settings import WarmupSettings
+
+
+class Warmup(Stage[WarmupSettings]):
+    """Some text tokens and some visual tokens of ``[image][text]<EOS>`` are masked and reconstructed."""
+
+    has_samples = True
+
+    @property
+    def shown_metrics(self) -> Mapping[str, str]:
+        """Both losses, and the accuracy on masked tokens."""
+        return {"loss": "loss", "mntp_loss": "text", "mae_loss": "pixels", "masked_token_accuracy": "accuracy"}
+
+    def collator(self, processor: ProcessorMixin, geometry: PatchGeometry) -> WarmupCollator:
+        """Return what makes the stage's batches."""
+        return WarmupCollator(processor, geometry, self.run.seed, self.settings)
+
+    def sequences(self, example: Example, processor: ProcessorMixin, config: PreTrainedConfig) -> list[Batch]:
+        """Return the row's one sequence."""
+        return [self.collator(processor, PatchGeometry.from_config(config))([example])]
+
+    def extra_module(self, model: PreTrainedModel) -> PixelDecoder:
+        """Return the pixel decoder."""
+        return PixelDecoder(model, PatchGeometry.from_config(model.config))
+
+    def trainer(self, backbone: Backbone, rows: Sequence[Row], context: StageContext) -> StageTrainer:
+        """Return the trainer; the pixel decoder in its model is not saved."""
+        model = WarmupModel(backbone.model, backbone.geometry, self.settings)
+        collator = self.collator(backbone.processor, backbone.geometry)
+        return stage_trainer(model, backbone.model, rows, collator, self.settings, context)
+
+    def samples(
+        self, model: WarmupModel, collator: WarmupCollator, batch: Batch, rows: Sequence[Row]
+    ) -> dict[str, Any]:
+        """Return what is masked of a few rows, and what the model fills in."""
+        return warmup_samples(model, collator, batch, rows)
