@@ -18,7 +18,6 @@ from cocoa_embed.train.loop.snapshots import remove_unfinished
 from cocoa_embed.train.pipeline import run
 from cocoa_embed.train.recipe import Recipe
 from cocoa_embed.train.record import StageResult, Start
-from cocoa_embed.train.stages.samples import SAMPLES_FILE
 from conftest import TINY_MAX_LENGTH
 
 STAGE: dict[str, Any] = {
@@ -94,10 +93,6 @@ def test_snapshots_know_their_making(whole: Path) -> None:
     assert [(stage["stage"], stage["steps"]) for stage in kept["stages"]] == [("bridge", 4), ("contrastive", 1)]
     log = json.loads((whole / "bridge" / "step-2" / "log.json").read_text())
     assert [line["step"] for line in log] == [1, 2], "the line of its own step is there"
-
-
-def test_samples_are_left_where_the_stage_ends_and_not_on_the_way(whole: Path) -> None:
-    assert [path.parent.name for path in whole.rglob(SAMPLES_FILE)] == ["bridge"]
 
 
 def test_weights_that_are_written_again_count_only_when_they_are_whole_again(
