@@ -7,7 +7,6 @@ import torch
 from exported import PROMPTS, write_checkpoint
 from peft import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_model, save_model
 from tiny_backbones import every_family
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -208,26 +207,6 @@ def test_gradients_reach_every_adapter_under_bf16_autocast(
         assert (parameter.grad is not None) == parameter.requires_grad, name
         if "lora_B" in name:
             assert parameter.grad.abs().max() > 0, name
-
-
-@pytest.mark.slow
-@every_family
-@KINDS
-def test_a_state_saved_amid_training_is_loaded_into_another_adapted_model(
-    tiny_backbone: Backbone, tiny_backbone_path: Path, batch: dict[str, Tensor], tmp_path: Path, kind: str
-) -> None:
-    model = tiny_backbone.model
-    add_adapter(model, AdapterSettings(kind=kind))
-    train(model, batch)
-    save_model(model, str(tmp_path / "model.safetensors"))
-    other = load_backbone(str(tiny_backbone_path), max_length=TINY_MAX_LENGTH).model
-    adapter = add_adapter(other, AdapterSettings(kind=kind))
-    expected = hidden_states(model, batch)
-    assert (hidden_states(other, batch) - expected).abs().max() > 0.1
-    assert load_model(other, str(tmp_path / "model.safetensors")) == (set(), [])
-    torch.testing.assert_close(hidden_states(other, batch), expected, rtol=0, atol=0)
-    adapter.merge(batch)
-    torch.testing.assert_close(hidden_states(other, batch), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_pixel_decoder_is_trained_whole_beside_an_adapter(tiny_backbone: Backbone, scene_rows: list[Row]) -> None:

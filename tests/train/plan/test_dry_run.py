@@ -168,13 +168,6 @@ def test_bad_rows_stop_a_run_or_are_left_out_and_listed(
     assert ["198.png" in bad[0]["source"], "199.png" in bad[1]["source"]] == [True, True]
 
 
-def test_too_many_bad_rows_stop_the_run_anyway(tiny_backbone_path: Path, broken_folder: Path, tmp_path: Path) -> None:
-    (broken_folder / "7.png").write_bytes(b"")
-    given = recipe(tiny_backbone_path, broken_folder, data={"folder": str(broken_folder), "on_bad_row": "skip"})
-    with pytest.raises(CocoaError, match=r"3 of 200 rows cannot be used; at most 1% may be left out"):
-        run(given, tmp_path / "out")
-
-
 def test_a_changed_recipe_is_refused_by_the_dry_run_too(
     tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path
 ) -> None:

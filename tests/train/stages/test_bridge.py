@@ -33,8 +33,6 @@ from cocoa_embed.train.stages.bridge.stage import Bridge
 from cocoa_embed.train.stages.losses import mntp_loss
 from cocoa_embed.train.stages.probe import hide_images
 
-pytestmark = every_family
-
 Change = Callable[[Batch], Batch]
 
 UNUSUAL_TOKEN = 100
@@ -111,6 +109,7 @@ def block_b_logits(model: BridgeModel, batch: Batch) -> Tensor:
     return model.predict({**batch, "masked_tokens": batch["blocks"] == Block.B})
 
 
+@every_family
 @torch.no_grad()
 @pytest.mark.parametrize("eos_attends_to_b", [True, False])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -138,6 +137,7 @@ def test_nothing_of_block_a_reaches_block_b_but_through_eos(
     assert torch.equal(held_logits, original_logits)
 
 
+@every_family
 @torch.no_grad()
 def test_block_a_reads_nothing_of_block_b_but_through_eos(model: BridgeModel, batch: Batch) -> None:
     blocks = batch["blocks"]
@@ -150,6 +150,7 @@ def test_block_a_reads_nothing_of_block_b_but_through_eos(model: BridgeModel, ba
         assert torch.equal(model.predict({**changed, **in_a}), original_logits)
 
 
+@every_family
 @torch.no_grad()
 @pytest.mark.parametrize("eos_attends_to_b", [True, False])
 def test_the_option_decides_whether_eos_sees_block_b(
@@ -172,6 +173,7 @@ def uncompiled_flex(
     return found
 
 
+@every_family
 @torch.no_grad()
 @pytest.mark.parametrize("implementation", ["eager", "sdpa", FLEX])
 def test_without_the_image_no_pixel_reaches_block_b_and_everything_else_does(
@@ -195,6 +197,7 @@ def test_without_the_image_no_pixel_reaches_block_b_and_everything_else_does(
     assert not torch.allclose(instructed[pictured], cut_logits[pictured], atol=1e-3), "the text of A is still seen"
 
 
+@every_family
 def test_the_loss_is_mntp_over_block_bs_masked_tokens(model: BridgeModel, batch: Batch) -> None:
     outputs = model(**batch)
     logits = model.predict(batch)
@@ -205,6 +208,7 @@ def test_the_loss_is_mntp_over_block_bs_masked_tokens(model: BridgeModel, batch:
     assert outputs["masked_token_accuracy"].item() == pytest.approx(right.float().mean().item())
 
 
+@every_family
 def test_gradients_reach_the_vision_encoder_through_eos_alone(model: BridgeModel, batch: Batch) -> None:
     vision = list(model.backbone.base_model.visual.parameters())
     loss = model(**batch)["loss"]

@@ -1,4 +1,3 @@
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +15,7 @@ from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.evaluation.geometry import geometry
 from cocoa_embed.model.attention import Block
 from cocoa_embed.model.backbone import Backbone
-from cocoa_embed.train.data.caption_rows import read_image_folder
 from cocoa_embed.train.loop.batch_facts import Batch
-from cocoa_embed.train.settings import CaptionChoice
 from cocoa_embed.train.stages.bridge.collator import BridgeCollator, split_blocks
 from cocoa_embed.train.stages.bridge.model import BridgeModel
 from cocoa_embed.train.stages.probe import EosProbe, GeometryProbe, hold_out_rows, pictured_rows, shuffle_images
@@ -87,30 +84,6 @@ def test_no_text_row_with_a_source_or_a_text_of_a_held_out_image_is_trained_on(
     for row in rows:
         tells = row.image is None and (row.source in sources or row.query.text in texts)
         assert (row in kept) is not (row in of_images or tells)
-
-
-@pytest.mark.parametrize("choice", ["text", "captions"])
-def test_no_text_of_a_held_out_image_is_trained_on_as_a_paraphrase(tmp_path: Path, choice: CaptionChoice) -> None:
-    lines = []
-    for number in range(8):
-        Image.new("RGB", (56, 56), (number, 0, 0)).save(tmp_path / f"{number}.png")
-        captions = [f"the {way} words of {number}" for way in ("first", "second", "third")]
-        lines.append(json.dumps({"file_name": f"{number}.png", "text": captions[0], "captions": captions}))
-    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
-    rows = read_image_folder(tmp_path, captions=choice, paraphrases=2)
-    assert sum(row.image is None for row in rows) == 16, "the premise"
-    held_out, kept = hold_out_rows(rows, 3)
-    names = {row.image.name.removesuffix(".png") for row in held_out if isinstance(row.image, Path)}
-    assert names == {"0", "1", "2"}
-    trained_on = {item.text for row in kept for item in (row.query, row.positive) if item.text is not None}
-    assert {text.split()[-1] for text in trained_on} == {"3", "4", "5", "6", "7"}
-    assert sum(row.image is None for row in kept) == 10, "those of the other images stay"
-
-
-def test_too_few_images_are_all_kept_for_training() -> None:
-    rows = image_rows([0, 1, 2, 0, 1, 2])
-    assert hold_out_rows(rows, 2) == ([], rows)
-    assert hold_out_rows(rows, 1) == ([], rows), "one image cannot be exchanged for another"
 
 
 @settings(deadline=None, max_examples=60)
@@ -303,12 +276,3 @@ def test_embeddings_that_are_not_finite_have_no_geometry() -> None:
     assert geometry_probe(rows, 2)(Points(vectors.clone()))
     vectors[11, 0] = torch.inf
     assert geometry_probe(rows, 2)(Points(vectors)) == {}
-
-
-def test_the_mode_is_restored_where_a_measurement_fails(collator: BridgeCollator, scene_rows: list[Row]) -> None:
-    model = ReadsTheImage([])
-    assert model.training
-    with pytest.raises(KeyError):
-        EosProbe(collator, scene_rows[:2], batch_size=2)(model)
-    assert model.training
-    assert torch.is_grad_enabled()

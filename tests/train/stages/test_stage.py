@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from cocoa_embed.errors import UsageError
 from cocoa_embed.model.export import export_model
 from cocoa_embed.train import pipeline
+from cocoa_embed.train.data.rows import Row
 from cocoa_embed.train.loop.trainer import CocoaTrainer
 from cocoa_embed.train.pipeline import run
 from cocoa_embed.train.plan.dry_run import plan
@@ -72,6 +73,13 @@ def test_another_stage_is_planned_trained_resumed_and_exported(
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     assert json.loads((out / "recipe.json").read_text())["masked_language"]["ratio"] == 0.5
     assert export_model(results[-1].folder, tmp_path / "model").is_dir()
+
+
+def test_contrastive_learning_from_one_row_is_refused(scene_rows: list[Row]) -> None:
+    stage = alone(Contrastive, settings(ContrastiveSettings))
+    stage.check_rows(scene_rows[:2])
+    with pytest.raises(UsageError, match="has one row"):
+        stage.check_rows(scene_rows[:1])
 
 
 def test_its_settings_are_validated_with_the_others(recipe: LongerRecipe) -> None:
