@@ -144,7 +144,6 @@ def _measure(checkpoint: Path, recipe: Recipe, rows: Sequence[Row], device: str)
         model = load_model(checkpoint, device).eval()
         return embedding_probe(model, rows, ROWS_AT_ONCE)(model)
     backbone = load_backbone(str(checkpoint), bidirectional=recipe.bidirectional)
-    backbone.model.to(device)
     section = recipe.bridge or BridgeSettings(steps=1, batch_size=ROWS_AT_ONCE)
     probe = bridge_probe(
         BridgeCollator(backbone.processor, recipe.seed, section.mask_ratio),
@@ -152,4 +151,4 @@ def _measure(checkpoint: Path, recipe: Recipe, rows: Sequence[Row], device: str)
         prompts=recipe.prompts.model_dump(),
         batch_size=ROWS_AT_ONCE,
     )
-    return probe(BridgeModel(backbone.model, eos_attends_to_b=section.eos_attends_to_b))
+    return probe(BridgeModel(backbone.model, eos_attends_to_b=section.eos_attends_to_b).to(device))

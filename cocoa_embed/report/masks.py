@@ -63,7 +63,9 @@ class Mask:
             (block, row.tobytes(), column.tobytes())
             for block, row, column in zip(self.blocks, self.allowed, self.allowed.T, strict=True)
         ]
-        kept, labels, start = [], [], 0
+        kept: list[int] = []
+        labels: list[str] = []
+        start = 0
         for _, alike in groupby(patterns):
             length = len(list(alike))
             shown = [

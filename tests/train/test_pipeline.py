@@ -1,4 +1,3 @@
-import json
 import shutil
 from functools import partial
 from importlib.util import find_spec
@@ -18,7 +17,8 @@ from cocoa_embed.folders import RUN_MARKER
 from cocoa_embed.model.attention import assert_bidirectional
 from cocoa_embed.model.backbone import load_backbone
 from cocoa_embed.model.export import export_model
-from cocoa_embed.model.training_record import TRAINING_FILE, read_training
+from cocoa_embed.model.training_record import RUN_FILE, TRAINING_FILE, read_run, read_training
+from cocoa_embed.train.loop.run_record import StageResult
 from cocoa_embed.train.pipeline import run
 from cocoa_embed.train.plan import checks as preparation
 from cocoa_embed.train.recipe import STAGES, Recipe
@@ -84,17 +84,11 @@ def test_the_stages_run_in_order_and_leave_their_checkpoints(finished: Run) -> N
     assert [result.stage for result in finished.results] == list(STAGES) == ["warmup", "bridge", "contrastive"]
     assert [result.folder for result in finished.results] == [finished.out / stage for stage in STAGES]
     assert [result.steps for result in finished.results] == [2, 2, 2]
-    assert sorted(path.name for path in finished.out.iterdir()) == sorted(
-        [RUN_MARKER, "data.json", "recipe.json", *STAGES]
-    )
+    assert sorted(path.name for path in finished.out.iterdir()) == sorted([RUN_MARKER, RUN_FILE, *STAGES])
     for stage in STAGES:
-        assert {"model.safetensors", "config.json", "tokenizer.json", TRAINING_FILE, "log.json"} <= {
+        assert {"model.safetensors", "config.json", "tokenizer.json", TRAINING_FILE} <= {
             path.name for path in (finished.out / stage).iterdir()
         }
-
-
-def test_the_recipe_is_written_and_reads_back(finished: Run) -> None:
-    assert Recipe.model_validate_json((finished.out / "recipe.json").read_text()) == finished.recipe
 
 
 def test_each_checkpoint_tells_the_stages_up_to_it(finished: Run) -> None:
@@ -115,7 +109,7 @@ def test_each_stage_logs_its_losses(finished: Run) -> None:
         "contrastive": {"loss", *GEOMETRY},
     }
     for stage, names in parts.items():
-        lines = [line for line in json.loads((finished.out / stage / "log.json").read_text()) if "loss" in line]
+        lines = [line for line in read_run(finished.out)["stages"][stage]["log"] if "loss" in line]
         assert [line["step"] for line in lines] == [1, 2]
         assert all(names <= line.keys() for line in lines)
         assert all(torch.isfinite(torch.tensor(line["loss"])) for line in lines)
@@ -173,8 +167,7 @@ def test_a_stage_left_out_is_not_run(tiny_backbone_path: Path, scene_folder: Pat
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         RUN_MARKER,
         "contrastive",
-        "data.json",
-        "recipe.json",
+        RUN_FILE,
     ]
     assert equal(weights(tiny_backbone_path), weights(tmp_path / "out" / "contrastive"))
 
@@ -265,6 +258,17 @@ def test_a_run_that_cannot_start_leaves_the_earlier_run_as_it_is(
     with pytest.raises(CocoaError, match=message):
         run(Recipe.parse({"name": "test", "warmup": STAGE, **given}), out)
     assert contents(out) == before
+
+
+def test_a_folder_with_a_run_json_of_someone_elses_is_no_earlier_run(
+    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / RUN_FILE).write_text('{"flour": "500 g"}')
+    before = contents(tmp_path / "out")
+    with pytest.raises(CocoaError, match="holds something else"):
+        run(recipe(tiny_backbone_path, scene_folder, warmup=STAGE), tmp_path / "out")
+    assert contents(tmp_path / "out") == before
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -93,7 +93,7 @@ def new_run(recipe: Recipe, start: Start, rows: Mapping[str, ReadRows], steps: M
             "platform": f"{platform.system()} {platform.machine()}",
             "python": platform.python_version(),
             "cpu_count": os.cpu_count(),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else PartialState().device.type,
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else str(PartialState().device),
             "processes": PartialState().num_processes,
         },
         "backbone": start.backbone,
@@ -145,7 +145,7 @@ def record_begin(out: Path, stage: str, trainer: CocoaTrainer, rows: Sequence[Ro
     update_stage(
         out,
         stage,
-        trained_parameters=sum(each.numel() for each in trainer.model.parameters() if each.requires_grad),
+        trained_parameters=trainer.get_num_trainable_parameters(),
         held_out={
             "rows": [number_of[id(row)] for row in held_out],
             "seen_by": [name for name in earlier if set(stages[name]["places"]) & set(stages[stage]["places"])],
