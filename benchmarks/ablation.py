@@ -27,12 +27,12 @@ import sys
 import time
 from dataclasses import astuple, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from arms.figure import figure_svg
-from arms.grid import FRACTIONS, Grid, Sizes
+from arms.grid import FRACTIONS, Group, Sizes
 from arms.runner import jobs_of, outcome, run_jobs
 from arms.summary import results_document, tables
 from arms.workspace import UserFolders, Workspace
@@ -71,7 +71,7 @@ def parse() -> argparse.Namespace:
     for name in SIZES:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="instead of the profile's")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on [3]")
-    parser.add_argument("--group", action="append", help="stages, variants, mask ratio, pairs or length [all]")
+    parser.add_argument("--group", action="append", choices=get_args(Group), help="arms to run [all]")
     parser.add_argument("--processes", type=int, default=processes, help="stages trained in parallel")
     parser.add_argument("--work", type=Path, default=Path("cocoa-ablation"), help="where weights and data go")
     parser.add_argument("--out", type=Path, help="where results go [--work]")
@@ -136,9 +136,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     workspace, seeds = open_workspace(options), list(range(options.seeds))
     started = time.perf_counter()
     with workspace.lock():
-        grid = Grid(
-            workspace.sizes, workspace.flops_per_row(), workspace.batch_sizes(), workspace.mask_ratio(), options.group
-        )
+        grid = workspace.grid(options.group)
         threads = max(1, torch.get_num_threads() // options.processes)
         run_jobs(jobs_of(workspace, grid.arms, seeds), options.processes, threads)
         outcomes = [[outcome(workspace, arm, seed) for seed in seeds] for arm in grid.arms]

@@ -3,9 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import Literal, get_args
-
-from cocoa_embed.errors import UsageError
+from typing import Literal
 
 Group = Literal["stages", "variants", "mask ratio", "pairs", "length"]
 
@@ -114,15 +112,6 @@ class Grid:
     batch_sizes: Mapping[str, int]
     mask_ratio: float
     groups: Sequence[Group] | None = None
-
-    def __post_init__(self) -> None:
-        """Check the groups.
-
-        :raises UsageError: If one is unknown.
-        """
-        for group in self.groups or ():
-            if group not in get_args(Group):
-                raise UsageError(f"no group {group!r} of arms; there are {', '.join(get_args(Group))}")
 
     @property
     def arms(self) -> list[Arm]:

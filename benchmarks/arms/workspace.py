@@ -5,7 +5,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -15,7 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from arms.families import families
-from arms.grid import Sizes, StageRun
+from arms.grid import Grid, Group, Sizes, StageRun
 from cocoa_embed.data.image_folder import METADATA_FILE
 from cocoa_embed.demo.scenes import write_image_folder, write_scenes
 from cocoa_embed.errors import CocoaError, UsageError
@@ -160,23 +160,22 @@ class Workspace:
         start = [] if backbone is None else [f"backbone={json.dumps(backbone)}"]
         return Recipe.load(self.base, [*self.settings, *common, *stage_run.settings, *start])
 
-    def recipe_of(self, stage: str) -> Recipe:
-        """Return the recipe of a stage as most arms have it."""
-        limit = (f"contrastive.data.limit={self.sizes.pairs}",) if stage == "contrastive" else ()
-        return self.recipe(StageRun(stage, 1, limit), 0, backbone=None)
+    def grid(self, groups: Sequence[Group] | None = None) -> Grid:
+        """Return the arms to compare; a dry run measures what a row of each stage costs.
 
-    def batch_sizes(self) -> dict[str, int]:
-        """Return the rows of a step of each stage."""
-        return {stage: self.recipe_of(stage).stages[stage].settings.batch_size for stage in STAGES}
-
-    def mask_ratio(self) -> float:
-        """Return the bridge's mask ratio where mask ratios are not compared."""
-        return float(self.recipe_of("bridge").model_dump()["bridge"]["mask_ratio"])
-
-    def flops_per_row(self) -> dict[str, float]:
-        """Return the FLOPs of a row of each stage, from a dry run."""
-        planned = [plan(self.recipe_of(stage), self.work / "plan", progress=False).stages[0] for stage in STAGES]
-        return {stage.stage: stage.flops / stage.steps / stage.batch_size for stage in planned}
+        :param groups: The groups of arms to run; None for all.
+        """
+        runs = [StageRun("warmup", 1), StageRun("bridge", 1)]
+        runs.append(StageRun("contrastive", 1, (f"contrastive.data.limit={self.sizes.pairs}",)))
+        recipes = {stage_run.stage: self.recipe(stage_run, 0, backbone=None) for stage_run in runs}
+        plans = [plan(recipe, self.work / "plan", progress=False).stages[0] for recipe in recipes.values()]
+        return Grid(
+            self.sizes,
+            flops_per_row={stage.stage: stage.flops / stage.steps / stage.batch_size for stage in plans},
+            batch_sizes={stage.stage: stage.batch_size for stage in plans},
+            mask_ratio=recipes["bridge"].model_dump()["bridge"]["mask_ratio"],
+            groups=groups,
+        )
 
 
 def _learned(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -426,10 +426,9 @@ def test_the_documented_tables_are_those_of_the_documented_numbers(name: str) ->
 
 @pytest.mark.slow
 def test_an_interrupted_ablation_trains_each_stage_once_and_scores_as_eval_pairs_does(
-    workspace: Workspace, tiny: Sizes, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    grid = Grid(tiny, workspace.flops_per_row(), workspace.batch_sizes(), workspace.mask_ratio())
-    arms = [arm for arm in grid.arms if (arm.group, arm.fraction, arm.name) == ("length", 1.0, ALL_THREE)]
+    arms = [arm for arm in workspace.grid().arms if (arm.group, arm.fraction, arm.name) == ("length", 1.0, ALL_THREE)]
     arms = [arm for arm in arms if arm.x in (0.25, 1.0)]
     jobs = jobs_of(workspace, arms, [0])
     assert [job.stage for job in jobs.values()].count("contrastive") == 2, "the premise"

@@ -1,3 +1,4 @@
+import json
 import shutil
 from functools import partial
 from importlib.util import find_spec
