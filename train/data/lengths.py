@@ -38,10 +38,8 @@ def item_lengths(
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         some = texts[start : start + TEXTS_AT_ONCE]
         of_text |= zip(some, map(len, processor.tokenizer(some, add_special_tokens=False)["input_ids"]), strict=True)
-    of_size = {
-        size: visual_tokens(processor.image_processor, *size)
-        for size in {sizes[i.image] for i in items if i.image is not None}
-    }
+    distinct = {sizes[item.image] for item in items if item.image is not None}
+    of_size = {size: visual_tokens(processor.image_processor, *size) for size in distinct}
     # An image stands between two tokens that mark its start and its end.
     of_images = (0 if item.image is None else of_size[sizes[item.image]] + 2 for item in items)
     return np.array([of_text[item.text] + image for item, image in zip(items, of_images, strict=True)], dtype=np.int64)
