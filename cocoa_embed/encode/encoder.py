@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import numpy as np
@@ -26,7 +27,7 @@ from cocoa_embed.model.fingerprint import model_fingerprint
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.base.modality import Modality
+    from sentence_transformers.base.modality_types import Modality
 
 ModelInput: TypeAlias = Mapping[str, "str | Image.Image"]
 """A ``text``, an ``image``, or both."""
@@ -86,25 +87,25 @@ class Encoder:
         self._queue = threading.Lock()
         self._lock = threading.Lock()
         self._processor = ProcessorLock()
-        self._fingerprint: str | None = None
-        self._model_dimension: int | None = None
-        self._dimension: int | None = None
-        if dimension is not None:
-            if not 1 <= dimension <= self.dimension:
-                raise UsageError(
-                    f"{name} makes embeddings of {self.dimension} dimensions; {dimension} were asked for,"
-                    f" give 1 to {self.dimension}"
-                )
-            self._dimension = dimension
+        self._dimension = dimension
+        if dimension is not None and not 1 <= dimension <= self._model_dimension:
+            raise UsageError(
+                f"{name} makes embeddings of {self._model_dimension} dimensions, not of {dimension};"
+                f" give 1 to {self._model_dimension}"
+            )
 
     @property
     def dimension(self) -> int:
-        """The length of an embedding; measured where the model does not know it."""
-        if self._dimension is not None:
-            return self._dimension
-        if self._model_dimension is None:
-            self._model_dimension = self.model.get_embedding_dimension() or self._measure_dimension()
-        return self._model_dimension
+        """The length of an embedding."""
+        return self._model_dimension if self._dimension is None else self._dimension
+
+    @cached_property
+    def _model_dimension(self) -> int:
+        """The length of the model's own embeddings; measured where the model does not know it."""
+        if known := self.model.get_embedding_dimension():
+            return known
+        example: ModelInput = {"text": "a"} if self.model.supports("text") else {"image": Image.new("RGB", (56, 56))}
+        return Encoder(self.model).embed_queries([example]).shape[1]
 
     def truncate(self, dimension: int) -> Encoder:
         """Return an encoder of the same model with shorter embeddings; the two still take turns.
@@ -115,12 +116,10 @@ class Encoder:
         shorter._queue, shorter._lock, shorter._processor = self._queue, self._lock, self._processor
         return shorter
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """A digest of the model (``model_fingerprint``)."""
-        if self._fingerprint is None:
-            self._fingerprint = model_fingerprint(self.model)
-        return self._fingerprint
+        return model_fingerprint(self.model)
 
     def require_images(self) -> None:
         """Refuse a model that embeds only text.
@@ -225,10 +224,6 @@ class Encoder:
         cut = embeddings[..., : self._dimension]
         lengths = np.linalg.norm(cut, axis=-1, keepdims=True)
         return cut / np.where(lengths == 0, 1, lengths)
-
-    def _measure_dimension(self) -> int:
-        is_text = self.model.supports("text")
-        return self.embed_queries([{"text": "a"} if is_text else {"image": Image.new("RGB", (56, 56))}]).shape[1]
 
     def _check(self, inputs: Sequence[ModelInput]) -> None:
         for each in inputs:

@@ -145,7 +145,7 @@ def load_backbone(
     config = read_config(name_or_path)
     location = resolve_backbone(name_or_path)
     try:
-        model, info = SUPPORTED[config.model_type].from_pretrained(
+        loaded: Any = SUPPORTED[config.model_type].from_pretrained(
             location,
             dtype=dtype,
             attn_implementation="sdpa" if attn_implementation == FLEX else attn_implementation,
@@ -154,6 +154,7 @@ def load_backbone(
         )
     except (OSError, SafetensorError) as error:
         raise CocoaError(f"Cannot load weights from {name_or_path}: {_first_line(error)}") from error
+    model, info = loaded
     _refuse_incomplete_weights(name_or_path, info)
     processor = load_processor(name_or_path, max_length=max_length, max_pixels=max_pixels)
     if len(processor.tokenizer) > model.get_input_embeddings().num_embeddings:  # Qwen's matrix has spare rows

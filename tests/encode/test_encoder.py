@@ -13,8 +13,7 @@ from fake_model import IMAGE_TOKEN, FakeModel, colour_image
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import BoW
-from tiny_backbones import every_family
-from tiny_clip import tiny_clip_model
+from tiny_backbones import every_family, tiny_clip_model
 
 from cocoa_embed.demo.scenes import draw, sample_scene
 from cocoa_embed.encode.encoder import Encoder, ModelInput, make_input
@@ -184,13 +183,15 @@ def test_a_model_that_cuts_by_itself_is_left_to_it(qwen: SentenceTransformer, sc
         assert np.linalg.norm(expected[0]) < 0.99
         normalised = expected[:, :4] / np.linalg.norm(expected[:, :4], axis=1, keepdims=True)
         assert distance(streamed(Encoder(qwen, dimension=4), scenes), normalised) < TOLERANCE
-        with pytest.raises(UsageError, match="embeddings of 8 dimensions; 9 were asked for, give 1 to 8"):
+        with pytest.raises(UsageError, match="embeddings of 8 dimensions, not of 9; give 1 to 8"):
             Encoder(qwen, dimension=9)
 
 
 @pytest.mark.parametrize("dimension", [0, -1, 49])
 def test_a_dimension_that_the_model_does_not_have_is_wrong_usage(dimension: int) -> None:
-    with pytest.raises(UsageError, match=f"cocoa-tiny makes embeddings of 48 dimensions; {dimension} were asked for"):
+    with pytest.raises(
+        UsageError, match=f"cocoa-tiny makes embeddings of 48 dimensions, not of {dimension}; give 1 to 48"
+    ):
         Encoder(FakeModel(), "cocoa-tiny", dimension)
 
 

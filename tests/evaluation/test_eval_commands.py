@@ -13,7 +13,7 @@ from exported import write_checkpoint
 from mmeb_layout import retrieval, write_benchmark, write_subset
 from PIL import Image
 from scored_model import ScoredModel, mosaic
-from tiny_clip import tiny_clip_model
+from tiny_backbones import tiny_clip_model
 
 from cocoa_embed.cli import evaluate
 from cocoa_embed.cli import main as cli

@@ -171,17 +171,6 @@ def test_the_export_holds_no_code_and_asks_for_none(tiny_export: Path) -> None:
 # What an embedding is
 
 
-def test_embeddings_have_unit_length_and_tell_inputs_apart(
-    model: SentenceTransformer, inputs: list[dict[str, Any]]
-) -> None:
-    embeddings = model.encode(inputs)
-    assert embeddings.shape == (len(inputs), 32)
-    assert embeddings.dtype == np.float32
-    np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, **SAME)
-    similarities = embeddings @ embeddings.T
-    assert (similarities[~np.eye(len(inputs), dtype=bool)] < 1 - 1e-5).all()
-
-
 def test_an_embedding_is_the_normalised_last_hidden_state_at_eos(
     model: SentenceTransformer, checkpoint: Path, scene_rows: list[Row]
 ) -> None:
@@ -213,16 +202,6 @@ def as_input(item: Item) -> dict[str, Any]:
     if item.text is not None:
         given["text"] = item.text
     return given
-
-
-def test_an_item_alone_and_in_a_padded_batch_has_the_same_embedding(
-    model: SentenceTransformer, inputs: list[dict[str, Any]]
-) -> None:
-    features = model[0].preprocess(inputs)
-    assert (features["attention_mask"].sum(dim=1) < features["attention_mask"].shape[1]).sum() >= 4, "it is padded"
-    together = model.encode(inputs, batch_size=len(inputs))
-    alone = np.concatenate([model.encode([item]) for item in inputs])
-    np.testing.assert_allclose(together, alone, **SAME)
 
 
 def test_a_long_text_ends_in_eos_and_what_was_cut_has_no_influence(
@@ -268,13 +247,6 @@ def test_queries_and_documents_get_their_stored_prompts(
     assert (np.abs(model.encode_query(inputs) - model.encode_document(inputs)).max(axis=1) > 1e-3).all()
 
 
-def test_a_prompt_before_a_text_is_one_text_with_it(model: SentenceTransformer, images: list[Image.Image]) -> None:
-    for extra in ({}, {"image": images[0]}):
-        asked = model.encode_query([{"text": "a red ring", **extra}])
-        written = model.encode([{"text": f"{PROMPTS['query']}a red ring", **extra}])
-        np.testing.assert_allclose(asked, written, **SAME)
-
-
 # The same tokens in training and in inference
 
 
@@ -298,15 +270,6 @@ def test_token_ids_and_pixels_are_those_of_training(
     for key in training:
         assert torch.equal(inference[key], training[key]), key
     assert ("pixel_values" in inference) == has_image
-
-
-def test_a_query_prompt_stands_after_the_image_and_before_the_text(
-    model: SentenceTransformer, images: list[Image.Image]
-) -> None:
-    features = model[0].preprocess([{"text": "a ring", "image": images[0]}], prompt=PROMPTS["query"])
-    rendered = model.tokenizer.decode(features["input_ids"][0])
-    vision = "<|vision_start|>" + "<|image_pad|>" * 4 + "<|vision_end|>"
-    assert rendered == f"{vision}{PROMPTS['query']}a ring<|im_end|>"
 
 
 # Saving again
