@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import qdrant_edge
-from qdrant_client import QdrantClient
 from store_points import DIMENSION, OTHER, SIGNATURE, make_points, name
 
 from cocoa_embed.errors import CocoaError
@@ -24,7 +23,6 @@ from cocoa_embed.integrations.qdrant.stores.base import (
     Store,
     StoreOptions,
 )
-from cocoa_embed.integrations.qdrant.stores.local import use_write_ahead_log
 
 MEBIBYTE = 2**20
 Usage = namedtuple("Usage", "total used free")
@@ -69,11 +67,6 @@ class TestLocal:
         with sqlite3.connect(folder / "storage.sqlite") as connection:
             assert connection.execute("SELECT count(*) FROM points").fetchone() == (100,)
         connection.close()
-
-    def test_a_client_that_cannot_have_a_log_is_left_alone(self) -> None:
-        for client in (QdrantClient(":memory:"), QdrantClient(url="http://127.0.0.1:9", check_compatibility=False)):
-            use_write_ahead_log(client, "none")
-            client.close()
 
 
 @pytest.fixture

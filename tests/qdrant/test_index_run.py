@@ -105,10 +105,10 @@ def test_runs_killed_at_random_moments_are_finished_by_the_next(tmp_path: Path, 
     moments = random.Random(seed)
     folder = ChangingFolder(tmp_path / "pictures", seed, count=40)
     killed = 0
-    for _ in range(8):
+    for _ in range(5):
         killed += run_and_kill(moments.uniform(0, 20 * SECONDS_PER_IMAGE), index_slowly, location, folder.folder)[0]
         folder.change(5)
-    assert killed >= 4
+    assert killed >= 2
     assert_a_run_finishes(location, folder)
 
 

@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from cocoa_embed.integrations.qdrant.index_state import Content, IndexState, description_digest
+from cocoa_embed.integrations.qdrant.index_state import IndexState, description_digest
 from cocoa_embed.integrations.qdrant.points import FileLocation, make_payload, point_id
 
 SHA_A, SHA_B = "a" * 64, "b" * 64
@@ -34,31 +34,6 @@ def test_a_file_with_the_stored_mtime_and_size_is_unchanged_and_points_of_others
     assert not changed(state)
 
 
-def test_a_file_that_takes_another_content_leaves_the_old_one() -> None:
-    state = IndexState.read([stored(SHA_A, RED), stored(SHA_B, BLUE)])
-    state.attach(B, RED._replace(mtime=30.0))
-    assert changed(state) == {A: [], B: [BLUE.path, RED.path]}
-    assert state.unchanged_id(RED.path, 30.0, 99) == B
-
-
-def test_new_content_is_taken_from_the_content_that_its_file_had() -> None:
-    state = IndexState.read([stored(SHA_A, RED, BLUE)])
-    state.add(B, Content(50, [RED], description_digest(NONE), is_new=True))
-    assert changed(state) == {A: [BLUE.path]}
-    assert state.unchanged_id(RED.path, RED.mtime, 50) == B
-    state.detach(BLUE.path)
-    assert changed(state) == {A: []}
-
-
-def test_a_file_that_is_touched_keeps_its_content_with_its_new_mtime() -> None:
-    state = IndexState.read([stored(SHA_A, RED, BLUE)])
-    state.attach(A, RED)
-    assert not changed(state)
-    state.attach(A, RED._replace(mtime=11.5))
-    assert changed(state) == {A: [RED.path, BLUE.path]}
-    assert state.unchanged_id(RED.path, 11.5, 99) == A
-
-
 @pytest.mark.parametrize("holds", [A, B])
 def test_a_file_that_two_contents_name_is_read_again_and_settled(holds: str) -> None:
     state = IndexState.read([stored(SHA_A, RED), stored(SHA_B, RED)])
@@ -66,17 +41,6 @@ def test_a_file_that_two_contents_name_is_read_again_and_settled(holds: str) -> 
     state.attach(holds, RED)
     assert state.unchanged_id(RED.path, RED.mtime, 99) == holds
     assert changed(state) == {B if holds == A else A: []}
-
-
-def test_missing_files_are_removed_and_counted() -> None:
-    state = IndexState.read([stored(SHA_A, RED, BLUE)])
-    assert state.remove_missing(A, lambda path: False) == 0
-    assert not changed(state)
-    assert state.remove_missing(A, lambda path: path == RED.path) == 1
-    assert changed(state) == {A: [BLUE.path]}
-    assert state.id_of(RED.path) is None
-    assert state.remove_missing(A, lambda path: True) == 1
-    assert changed(state) == {A: []}
 
 
 def test_a_description_has_a_digest_by_type_and_not_by_order() -> None:

@@ -18,7 +18,7 @@ from qdrant_client import QdrantClient, models
 from store_faults import fake_server
 from store_points import DIMENSION, OTHER, SIGNATURE, make_points, make_vector, name, turned
 
-from cocoa_embed.errors import CocoaError, UsageError
+from cocoa_embed.errors import CocoaError, MissingExtraError, UsageError
 from cocoa_embed.integrations.qdrant.stores import edge, local, open_store
 from cocoa_embed.integrations.qdrant.stores.base import (
     UNKNOWN_MODEL,
@@ -394,13 +394,14 @@ class TestFolders:
         store.close()
 
     @pytest.mark.parametrize(
-        ("backend", "megabytes", "words"), [("path", 2, "failed: database or disk is full"), ("edge", 300, "is full: ")]
+        ("backend", "megabytes", "text_bytes", "words"),
+        [("path", 2, 2_000, "failed: database or disk is full"), ("edge", 300, 15_000, "is full: ")],
     )
     def test_a_full_disk_is_named_and_what_was_stored_stays(
-        self, backend: str, megabytes: int, words: str, tmp_path: Path
+        self, backend: str, megabytes: int, text_bytes: int, words: str, tmp_path: Path
     ) -> None:
         with small_disk(tmp_path / "disk", megabytes) as disk:
-            *_, stored, error = run(fill, {backend: str(disk / "store")}, 0, 50, 1000 * megabytes // 20)
+            *_, stored, error = run(fill, {backend: str(disk / "store")}, 0, 50, text_bytes)
             assert words in error
             set_disk(disk, f"size={2 * megabytes + 20}m")
             store = open_store(**{backend: disk / "store"}, collection="images")
@@ -479,13 +480,10 @@ class TestArguments:
             StoreOptions(quantization="ternary")  # type: ignore[arg-type]
 
     def test_a_missing_extra_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        code = (
-            "import sys; sys.modules['qdrant_edge'] = None\n"
-            "from cocoa_embed.integrations.qdrant.stores import open_store\n"
-            "open_store(edge='x', collection='c')"
-        )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        assert "MissingExtraError: qdrant_edge is not installed; run: pip install" in done.stderr
+        monkeypatch.delitem(sys.modules, edge.__name__)
+        monkeypatch.setitem(sys.modules, "qdrant_edge", None)
+        with pytest.raises(MissingExtraError, match=r"qdrant_edge is not installed; run: pip install .*edge\]"):
+            open_store(edge="x", collection="c")
 
     def test_a_point_is_never_larger_than_computed(self) -> None:
         bits = np.random.default_rng(0).integers(0, 2**32, 10_000, dtype=np.uint32).view(np.float32)

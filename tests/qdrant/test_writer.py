@@ -1,5 +1,4 @@
 import threading
-import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -11,8 +10,8 @@ from cocoa_embed.integrations.qdrant.stores.base import Point
 from cocoa_embed.integrations.qdrant.writer import Writer
 
 
-class SlowStore:
-    """Takes a moment to store, keeps the batches, and fails at one of the test's choice."""
+class SharedStore:
+    """Waits until as many threads have written at once as it allows, and fails at a batch of the test's choice."""
 
     def __init__(self, parallel: int = 1, fails_at: int | None = None) -> None:
         self.parallel = parallel
@@ -20,21 +19,21 @@ class SlowStore:
         self.active = 0
         self.most_active = 0
         self._fails_at = fails_at
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
 
     def upsert(self, points: Sequence[Point]) -> None:
-        with self._lock:
+        with self._changed:
             self.active += 1
             self.most_active = max(self.most_active, self.active)
-        time.sleep(0.01)
-        with self._lock:
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self.most_active >= self.parallel, timeout=60)
             self.active -= 1
             if len(self.batches) == self._fails_at:
                 raise CocoaError("the disk is full")
             self.batches.append([point.id for point in points])
 
 
-def write(store: SlowStore, count: int, then: Callable[[int], None] = lambda written: None) -> None:
+def write(store: SharedStore, count: int, then: Callable[[int], None] = lambda written: None) -> None:
     with Writer(store) as writer:  # type: ignore[arg-type]
         for number in range(count):
             writer.add(Point(str(number), np.zeros(2, np.float32), {}))
@@ -46,16 +45,18 @@ def test_every_point_is_stored_once_by_as_many_threads_as_the_store_allows(
     parallel: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "BATCH_POINTS", 4)
-    store = SlowStore(parallel)
+    store = SharedStore(parallel)
     write(store, 50)
     assert sorted(map(len, store.batches)) == [2, *[4] * 12]
     assert sorted(int(id_) for batch in store.batches for id_ in batch) == list(range(50))
     assert store.most_active == parallel
 
 
-def test_a_slow_store_holds_the_model_up_and_a_failure_stops_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_store_holds_the_model_up_and_its_failure_is_raised(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(writer, "BATCH_POINTS", 1)
-    store = SlowStore(fails_at=10)
+    store = SharedStore(fails_at=10)
 
     def check(written: int) -> None:
         assert written - len(store.batches) <= 5
@@ -63,18 +64,15 @@ def test_a_slow_store_holds_the_model_up_and_a_failure_stops_it(monkeypatch: pyt
     with pytest.raises(CocoaError, match="disk is full"):
         write(store, 50, check)
     assert 10 <= len(store.batches) <= 14
-
-
-def test_a_failure_of_the_last_batch_is_raised() -> None:
     with pytest.raises(CocoaError, match="disk is full"):
-        write(SlowStore(fails_at=0), 1)
+        write(SharedStore(fails_at=0), 1)
 
 
 def test_an_exception_is_not_hidden_and_nothing_more_is_stored() -> None:
     def fail(written: int) -> None:
         raise RuntimeError("the model broke")
 
-    store = SlowStore()
+    store = SharedStore()
     with pytest.raises(RuntimeError, match="the model broke"):
         write(store, 1, fail)
     assert store.batches == []

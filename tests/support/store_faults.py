@@ -44,6 +44,11 @@ class FakeServer:
     def fail(self, end: str, *faults: Callable[["Handler"], bool]) -> None:
         self.faults += [(end, fault) for fault in faults]
 
+    def next_fault(self, request: str) -> Callable[["Handler"], bool] | None:
+        with self.lock:
+            index = next((index for index, (end, _) in enumerate(self.faults) if request.endswith(end)), None)
+            return None if index is None else self.faults.pop(index)[1]
+
 
 def answer_status(code: int, **headers: str) -> Callable[["Handler"], bool]:
     def fault(handler: "Handler") -> bool:
@@ -71,11 +76,7 @@ def drop(handler: "Handler") -> bool:
 
 def drop_after(handler: "Handler") -> bool:
     """Do the work, and lose the answer."""
-    handler.server.fake.lock.release()
-    try:
-        handler.work()
-    finally:
-        handler.server.fake.lock.acquire()
+    handler.work()
     return drop(handler)
 
 
@@ -96,18 +97,13 @@ class Handler(BaseHTTPRequestHandler):
         self.path_only = unquote(urlsplit(self.path).path)
         self.body = json.loads(content, parse_constant=refuse_constant) if content else None
         fake.requests.append(Request(self.command, self.path_only, size, self.body, dict(self.headers)))
-        with fake.lock:
-            for index, (end, fault) in enumerate(fake.faults):
-                if f"{self.command} {self.path_only}".endswith(end):
-                    del fake.faults[index]
-                    if fault(self):
-                        return
-                    break
+        fault = fake.next_fault(f"{self.command} {self.path_only}")
+        if fault is not None and fault(self):
+            return
         if size > fake.max_body:
             self.answer(413, {"status": {"error": "Payload too large"}}, {})
-            return
-        code, result = self.work()
-        self.answer(code, result, {})
+        else:
+            self.answer(*self.work(), {})
 
     do_GET = do_PUT = do_POST = do_PATCH = do_DELETE = handle_one
 
@@ -147,77 +143,55 @@ def refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def respond(fake: FakeServer, method: str, path: str, body: dict[str, Any]) -> object:
+def respond(fake: FakeServer, method: str, path: str, body: dict[str, Any]) -> object:  # noqa: C901 - a table
     """Return the result of one request."""
-    if path == "/":
-        return {"title": "qdrant", "version": fake.version}
-    if path == "/collections":
-        return fake.client.get_collections().model_dump(mode="json")
+    client, done = fake.client, {"operation_id": 0, "status": "completed"}
     name, _, action = path.removeprefix("/collections/").partition("/")
-    if action == "exists":
-        return {"exists": fake.client.collection_exists(name)}
-    if action == "":
-        return respond_collection(fake, method, name, body)
-    if action == "index":
-        models.CreateFieldIndex.model_validate(body)
-        schema = body["field_schema"]
-        kind = schema if isinstance(schema, str) else schema["type"]
-        fake.client.get_collection(name)
-        fake.indexes.setdefault(name, {})[body["field_name"]] = {"data_type": kind, "points": 0}
-        return {"operation_id": 0, "status": "completed"}
-    return respond_points(fake.client, method, name, action, body)
-
-
-def respond_collection(fake: FakeServer, method: str, name: str, body: dict[str, Any]) -> object:
-    if method == "GET":
-        info = fake.client.get_collection(name).model_dump(mode="json")
-        return {**info, "payload_schema": fake.indexes.get(name, {})}
+    body = body or {}
     metadata = body.get("metadata") if fake.keeps_metadata else None
-    if method == "PUT":
-        request = models.CreateCollection.model_validate(body)
-        return fake.client.create_collection(name, vectors_config=request.vectors, metadata=metadata)
-    assert method == "PATCH"
-    fake.client.update_collection(name, metadata=metadata)
-    return True
-
-
-def respond_points(client: QdrantClient, method: str, name: str, action: str, body: dict[str, Any]) -> object:
-    done = {"operation_id": 0, "status": "completed"}
-    if (method, action) == ("PUT", "points"):
-        client.upsert(name, points=[models.PointStruct.model_validate(point) for point in body["points"]])
-        return done
-    if action == "points/payload":
-        assert method == "PUT"
-        client.overwrite_payload(name, payload=body["payload"], points=body["points"])
-        return done
-    if action == "points/delete":
-        client.delete(name, points_selector=models.PointIdsList(points=body["points"]))
-        return done
     condition = models.Filter.model_validate(body["filter"]) if body.get("filter") else None
-    if action == "points":
-        records = client.retrieve(name, body["ids"], with_payload=body["with_payload"])
-        return [record.model_dump(mode="json") for record in records]
-    if action == "points/count":
-        return {"count": client.count(name, count_filter=condition, exact=True).count}
-    if action == "points/scroll":
-        records, offset = client.scroll(
-            name,
-            limit=body["limit"],
-            offset=body.get("offset"),
-            with_payload=body["with_payload"],
-            scroll_filter=condition,
-        )
-        return {"points": [record.model_dump(mode="json") for record in records], "next_page_offset": offset}
-    assert action == "points/query", action
-    return client.query_points(
-        name,
-        query=body["query"]["nearest"],
-        query_filter=condition,
-        limit=body["limit"],
-        offset=body.get("offset"),
-        score_threshold=body.get("score_threshold"),
-        with_payload=body["with_payload"],
-    ).model_dump(mode="json")
+    match method, action:
+        case "GET", _ if path == "/":
+            return {"title": "qdrant", "version": fake.version}
+        case "GET", _ if path == "/collections":
+            return client.get_collections().model_dump(mode="json")
+        case "GET", "exists":
+            return {"exists": client.collection_exists(name)}
+        case "GET", "":
+            info = client.get_collection(name).model_dump(mode="json")
+            return {**info, "payload_schema": fake.indexes.get(name, {})}
+        case "PUT", "":
+            request = models.CreateCollection.model_validate(body)
+            return client.create_collection(name, vectors_config=request.vectors, metadata=metadata)
+        case "PATCH", "":
+            return client.update_collection(name, metadata=metadata)
+        case "PUT", "index":
+            kind = models.CreateFieldIndex.model_validate(body).model_dump(mode="json")["field_schema"]
+            client.get_collection(name)
+            kind = kind if isinstance(kind, str) else kind["type"]
+            fake.indexes.setdefault(name, {})[body["field_name"]] = {"data_type": kind, "points": 0}
+        case "PUT", "points":
+            client.upsert(name, points=[models.PointStruct.model_validate(point) for point in body["points"]])
+        case "PUT", "points/payload":
+            client.overwrite_payload(name, payload=body["payload"], points=body["points"])
+        case "POST", "points/delete":
+            client.delete(name, points_selector=models.PointIdsList(points=body["points"]))
+        case "POST", "points":
+            records = client.retrieve(name, body["ids"], with_payload=body["with_payload"])
+            return [record.model_dump(mode="json") for record in records]
+        case "POST", "points/count":
+            return {"count": client.count(name, count_filter=condition, exact=True).count}
+        case "POST", "points/scroll":
+            page = {key: body.get(key) for key in ("limit", "offset", "with_payload")}
+            records, offset = client.scroll(name, scroll_filter=condition, **page)
+            return {"points": [record.model_dump(mode="json") for record in records], "next_page_offset": offset}
+        case "POST", "points/query":
+            page = {key: body.get(key) for key in ("limit", "offset", "score_threshold", "with_payload")}
+            found = client.query_points(name, query=body["query"]["nearest"], query_filter=condition, **page)
+            return found.model_dump(mode="json")
+        case _:
+            raise LookupError(f"{method} {path}")
+    return done
 
 
 class Server(ThreadingHTTPServer):
