@@ -16,7 +16,7 @@ import yaml
 from sybil import Document, Example
 from sybil.example import NotEvaluated
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
-from tiny_clip import tiny_clip_model
+from tiny_backbones import tiny_clip_model
 
 from cocoa_embed.cli.main import main
 from cocoa_embed.demo.scenes import write_image_folder
