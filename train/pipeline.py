@@ -141,13 +141,13 @@ def _context(
     processor: ProcessorMixin,
     checkpoints: Path,
 ) -> StageContext:
-    recipe, layers = prepared.recipe, sorted(model._no_split_modules)
+    recipe, layers = prepared.recipe, sorted(model._no_split_modules or ())
     dtype = torch.bfloat16 if recipe.mixed_precision == "bf16" else torch.float32
     return StageContext(
         arguments=stage.arguments(steps=prepared.steps[stage.name], folder=checkpoints, layers=layers),
         lengths_of=partial(row_lengths, processor=processor, sizes=prepared.rows[stage.name].sizes),
         flops_of=StepCost.of(model.config, stage.settings),
-        peak_flops=measure_matmul_flops(PartialState().device, dtype),
+        peak_flops=measure_matmul_flops(torch.device(str(PartialState().device)), dtype),
         memory_remedy=stage.memory_remedy(),
         checkpoint_facts={"stage": stage.name, "recipe": recipe.model_dump(mode="json")},
     )

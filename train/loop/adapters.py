@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +114,7 @@ def target_names(model: PreTrainedModel, *, vision: bool) -> list[str]:
 
     :raises CocoaError: If the language model's layers, or the vision encoder's blocks, have none.
     """
-    base = model.base_model
+    base: Any = model.base_model
     names = _linears(model, base.language_model.layers, LANGUAGE_LINEARS, "the language model's layers")
     if vision:
         names += _linears(model, base.visual.blocks, VISION_LINEARS, "the vision encoder's blocks")

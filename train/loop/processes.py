@@ -5,11 +5,12 @@ import os
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
+from torch import Tensor
 
 from cocoa_embed.errors import CocoaError, UsageError
 
@@ -32,7 +33,14 @@ def silence_nonzero_ranks() -> None:
 def meet() -> PartialState:
     """Join the run's other processes, if a launcher has started any."""
     # cpu=None lets accelerate choose the device and its backend
-    return PartialState(cpu=None if torch.accelerator.is_available() else True, timeout=PATIENCE)
+    on_cpu: Any = None if torch.accelerator.is_available() else True
+    return PartialState(cpu=on_cpu, timeout=PATIENCE)
+
+
+def reduce(accelerator: Accelerator, value: Tensor, how: str) -> Tensor:
+    """Return the ``sum`` or the ``mean`` of a tensor over all processes, in all of them."""
+    reduced: Any = accelerator.reduce(value, reduction=how)
+    return reduced
 
 
 def refuse_idle_accelerators() -> None:

@@ -14,6 +14,7 @@ from cocoa_embed.train.data.rows import Rows
 from cocoa_embed.train.data.sampling import RowStream
 from cocoa_embed.train.loop.adapters import prepare_trainable
 from cocoa_embed.train.loop.batch_facts import FACTS, Batch, BatchFacts, DescribedBatches, Example
+from cocoa_embed.train.loop.processes import reduce
 from cocoa_embed.train.loop.trainer import CocoaTrainer, Probe, StageContext
 from cocoa_embed.train.settings import ReconstructionSettings
 
@@ -84,15 +85,19 @@ class StageTrainer(CocoaTrainer):
         )
         devices = self.accelerator.num_processes
         if devices > 1:
-            counts = self.accelerator.reduce(counts, reduction="sum")
+            counts = reduce(self.accelerator, counts, "sum")
         # Gradients are averaged over the devices, so each divides by its part of the step's total.
         self._totals = {name: count / devices for name, count in zip(names, counts.tolist(), strict=True)}
         self._steps += 1
         return batches, int(counts.sum())
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
-    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
         """Return the model's loss and keep its other scalars for the log."""
         outputs = model(**inputs, totals=self._totals)
         for name, value in outputs.items():
@@ -106,5 +111,5 @@ class StageTrainer(CocoaTrainer):
             sums = {name: torch.stack(values).sum() / self._steps for name, values in self._parts.items()}
             self._parts.clear()
             self._steps = 0
-            logs |= {name: self.accelerator.reduce(value, reduction="mean").item() for name, value in sums.items()}
+            logs |= {name: reduce(self.accelerator, value, "mean").item() for name, value in sums.items()}
         super().log(logs, *args, **kwargs)

@@ -11,6 +11,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from cocoa_embed.errors import CocoaError
+from cocoa_embed.train.loop.processes import reduce
 
 
 class Stopped(CocoaError):
@@ -49,7 +50,7 @@ class StopOnSigterm(TrainerCallback):
         accelerator = self.trainer.accelerator
         if accelerator.num_processes > 1:
             requested = torch.tensor([int(self.requested)], device=accelerator.device)
-            self.requested = bool(accelerator.reduce(requested, reduction="sum").item())
+            self.requested = bool(reduce(accelerator, requested, "sum").item())
         return self.requested
 
     def _request(self, number: int, frame: FrameType | None) -> None:

@@ -132,14 +132,14 @@ class CocoaTrainer(Trainer):
         return loss
 
     def _refuse_infinite(self, loss: Tensor, facts: BatchFacts) -> None:
-        losses: Tensor = self.accelerator.gather(loss.reshape(1)) if self.args.world_size > 1 else loss.reshape(1)
+        losses: Any = self.accelerator.gather(loss.reshape(1)) if self.args.world_size > 1 else loss.reshape(1)
         if torch.isfinite(losses).all():
             return
         sources = [self._rows[number].source for number in facts.rows]
         if self.args.world_size > 1:
             sources = gather_object(sources)
         sources = list(dict.fromkeys(sources))
-        step, record = self.state.global_step + 1, Path(self.args.output_dir).parent / "failed_step.json"
+        step, record = self.state.global_step + 1, self.folder.parent / "failed_step.json"
         if self.is_world_process_zero():
             record.parent.mkdir(parents=True, exist_ok=True)
             write_json(record, {"step": step, "losses": [str(value) for value in losses.tolist()], "rows": sources})
@@ -149,6 +149,11 @@ class CocoaTrainer(Trainer):
             f"({self.args.learning_rate:g}), raise warmup_steps, or look at the rows of its batch: "
             f"{'; '.join(sources[:NAMED_ROWS])}{more}. No checkpoint is written after it."
         )
+
+    @property
+    def folder(self) -> Path:
+        """Where the stage's checkpoints go."""
+        return Path(str(self.args.output_dir))
 
     def resume_clock(self, seconds: float) -> None:
         """Start the clock at the time that the stage has trained before it was interrupted."""
@@ -167,7 +172,7 @@ class CocoaTrainer(Trainer):
         """Return the gathered weights of a sharded model, complete in the first process; None without sharding."""
         if not self.is_fsdp_enabled:
             return None
-        state: dict[str, Tensor] = self.accelerator.get_state_dict(self.model_wrapped)
+        state: Any = self.accelerator.get_state_dict(self.model_wrapped)
         return state
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -196,12 +201,12 @@ class CocoaTrainer(Trainer):
                 ) from error
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+                folder = self.folder / f"checkpoint-{self.state.global_step}"
                 mark_complete(folder, seconds=self.seconds(), **self._context.checkpoint_facts)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
+            folder = Path(output_dir or self.folder)
             folder.mkdir(parents=True, exist_ok=True)
             save_model(self.accelerator.unwrap_model(self.model), str(folder / WEIGHTS))
 
@@ -209,4 +214,4 @@ class CocoaTrainer(Trainer):
         if self.is_fsdp_enabled:
             Trainer._load_from_checkpoint(self, resume_from_checkpoint, model)
         else:
-            load_model(model or self.model, str(Path(resume_from_checkpoint) / WEIGHTS))
+            load_model(model or self.accelerator.unwrap_model(self.model), str(Path(resume_from_checkpoint) / WEIGHTS))

@@ -1,6 +1,7 @@
 """The decoder of stage 1's masked auto-encoding, which is not saved."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ class PixelDecoder(nn.Module):
 
     def __init__(self, model: PreTrainedModel, geometry: PatchGeometry) -> None:
         super().__init__()
-        decoder = model.get_decoder()
+        decoder: Any = model.get_decoder()
         self.geometry = geometry
         self.layer = copy.deepcopy(decoder.layers[len(decoder.layers) // 2])
         self.norm = copy.deepcopy(decoder.norm)

@@ -1,5 +1,7 @@
 """The forward pass of the reconstruction stages: positions, attention masks, and the head on masked tokens only."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
@@ -20,7 +22,8 @@ def position_ids(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     if "image_grid_thw" not in batch:
         rows, length = batch["input_ids"].shape
         return torch.arange(length, device=batch["input_ids"].device).expand(3, rows, length)
-    positions, _ = model.base_model.get_rope_index(
+    base: Any = model.base_model
+    positions, _ = base.get_rope_index(
         batch["input_ids"],
         mm_token_type_ids=batch["mm_token_type_ids"],
         image_grid_thw=batch["image_grid_thw"],
@@ -55,7 +58,8 @@ def _idle_vision_pass(model: PreTrainedModel) -> Tensor:
     """Run the vision encoder on the smallest possible grid: a scalar, to be multiplied by 0."""
     geometry = PatchGeometry.from_config(model.config)
     side = geometry.merge_size
-    outputs = model.base_model.visual(
+    base: Any = model.base_model
+    outputs = base.visual(
         torch.zeros(side * side, geometry.patch_width, device=model.device, dtype=model.dtype),
         grid_thw=torch.tensor([[1, side, side]], device=model.device),
     )
@@ -65,7 +69,7 @@ def _idle_vision_pass(model: PreTrainedModel) -> Tensor:
 
 def model_mask(model: PreTrainedModel, allowed: Tensor) -> Tensor:
     """Return ``allowed`` (bool ``[B, L, L]``) in the form that the model's attention implementation takes."""
-    implementation = "sdpa" if uses_flex_attention(model) else model.config._attn_implementation
+    implementation = "sdpa" if uses_flex_attention(model) else str(model.config._attn_implementation)
     return as_model_mask(allowed, attn_implementation=implementation, dtype=model.dtype)
 
 
@@ -100,4 +104,5 @@ def bridge_model_mask(model: PreTrainedModel, blocks: Tensor, *, eos_attends_to_
 
 def masked_token_logits(model: PreTrainedModel, hidden_states: Tensor, masked: Tensor) -> Tensor:
     """Apply the language-model head only where a masked token is predicted: ``[masked tokens, V]``."""
-    return model.get_output_embeddings()(predicting_states(hidden_states, masked))
+    head: Any = model.get_output_embeddings()
+    return head(predicting_states(hidden_states, masked))

@@ -120,10 +120,14 @@ class Stage(ABC, Generic[Own]):
 
         :raises UsageError: If the recipe's cannot be trained here.
         """
-        asked, device = self.run.attn_implementation, PartialState().device.type
+        asked = self.run.attn_implementation
         if not self.run.bidirectional and asked == FLEX:
             raise UsageError(f"bidirectional=false needs attn_implementation sdpa or eager, not {FLEX}.")
-        return resolve_attention(asked, sparse=self.has_sparse_mask and self.run.bidirectional, device_type=device)
+        return resolve_attention(
+            asked,
+            sparse=self.has_sparse_mask and self.run.bidirectional,
+            device_type=str(PartialState().device).split(":")[0],
+        )
 
     def arguments(self, *, steps: int, folder: Path, layers: Sequence[str] = ()) -> dict[str, Any]:
         """Return the stage's ``TrainingArguments`` as keywords.

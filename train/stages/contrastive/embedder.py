@@ -20,12 +20,12 @@ def as_sentence_transformer(
     :param prompts: Instructions for ``query`` and ``document``, stored with the model.
     :param bidirectional: False for a backbone that was left causal.
     """
-    model: PreTrainedModel = backbone.model.base_model
+    model: Any = backbone.model.base_model
 
     class Loaded(Transformer):
         """The stock module, which would load config and weights from its folder."""
 
-        def _load_config(self, *args: Any) -> tuple[PreTrainedConfig, bool]:
+        def _load_config(self, *args: Any, **kwargs: Any) -> tuple[PreTrainedConfig, bool]:
             return model.config, False
 
         def _load_model(self, *args: Any, **kwargs: Any) -> PreTrainedModel:
@@ -34,7 +34,7 @@ def as_sentence_transformer(
     with TemporaryDirectory() as folder:
         backbone.processor.save_pretrained(folder)
         module = Loaded(folder)
-    module.__class__ = Transformer  # a saved model names the classes of its modules
+    object.__setattr__(module, "__class__", Transformer)  # a saved model names the classes of its modules
     if bidirectional:
         assert_bidirectional(model)
     return embedding_model(module, prompts)

@@ -94,7 +94,7 @@ def pair_datasets(rows: Sequence[Row], settings: ContrastiveSettings) -> Dataset
     most: dict[str, int] = {}
     for name, count in groups:
         most[name] = max(count, most.get(name, 0))
-    datasets: dict[str, Dataset] = {}
+    datasets: dict[Any, Dataset] = {}
     for (name, count), members in groups.items():
         key = name if count == most[name] else f"{name}, {count or 'no'} negative{'s' * (count != 1)}"
         if key in datasets or (key != name and key in most):

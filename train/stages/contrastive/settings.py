@@ -21,7 +21,7 @@ class ContrastiveSettings(StageSettings):
         and so do fewer than two images.
     """
 
-    mini_batch_size: Positive = 8
+    mini_batch_size: Positive | None = 8
     temperature: Rate = 0.02
     directions: Literal["forward", "both", "symmetric"] = "both"
     hard_negatives: Count = 0

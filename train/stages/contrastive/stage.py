@@ -7,7 +7,7 @@ from typing import Any, cast
 from accelerate import PartialState
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.training_args import BatchSamplers, MultiDatasetBatchSamplers
-from transformers import PreTrainedConfig, ProcessorMixin, set_seed
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin, set_seed
 
 from cocoa_embed.data.rows import Row
 from cocoa_embed.errors import UsageError
@@ -50,7 +50,8 @@ class Contrastive(Stage[ContrastiveSettings]):
         :param width: Of the model's embeddings.
         :raises UsageError: If the settings ask for more.
         """
-        dims = sorted({width, *(self.settings.matryoshka_dims or [])}, reverse=True)
+        asked: set[int] = {width, *(self.settings.matryoshka_dims or [])}
+        dims = sorted(asked, reverse=True)
         if dims[0] > width:
             raise UsageError(
                 f"{self.name}.matryoshka_dims asks for {dims[0]} values, but this backbone's embeddings have {width}; "
@@ -78,7 +79,7 @@ class Contrastive(Stage[ContrastiveSettings]):
 
     def sequences_at_once(self, devices: int) -> int:
         """Return the items of a mini-batch."""
-        return self.settings.mini_batch_size
+        return self.settings.mini_batch_size or self.settings.batch_size
 
     def sequences(self, example: Example, processor: ProcessorMixin, config: PreTrainedConfig) -> list[Batch]:
         """Return a sequence for each item of the row."""
@@ -115,9 +116,9 @@ class Contrastive(Stage[ContrastiveSettings]):
         document = model.prompts.get("document") or ""
         prompts = {"anchor": model.prompts.get("query") or "", "positive": document}
         prompts |= {f"negative_{place + 1}": document for place in range(settings.hard_negatives)}
-        adapter = prepare_trainable(model[0].auto_model, settings)
+        adapter = prepare_trainable(cast(PreTrainedModel, model[0].auto_model), settings)
         if probe_rows := pictured_rows(rows, settings.probe_rows):
-            measure = embedding_probe(model, probe_rows, settings.mini_batch_size)
+            measure = embedding_probe(model, probe_rows, self.sequences_at_once(1))
             probe = Probe(measure, settings.probe_steps, PROBE_METRICS)
         return ContrastiveTrainer(
             model=model,
@@ -143,7 +144,7 @@ class Contrastive(Stage[ContrastiveSettings]):
     def save(self, trainer: CocoaTrainer, processor: ProcessorMixin, folder: Path) -> None:
         """Write the SentenceTransformer; every process calls this, and the first one writes."""
         if trainer.is_world_process_zero():
-            trainer.model.save(str(folder), create_model_card=False)
+            cast(SentenceTransformer, trainer.model).save(str(folder), create_model_card=False)
 
     def facts(self) -> dict[str, Any]:
         """Return the loss in words, and the lengths at which embeddings can be cut."""

@@ -45,14 +45,15 @@ def contrastive_loss(
         "partition_mode": "per_direction" if symmetric else "joint",
     }
     loss: MultipleNegativesRankingLoss | CachedMultipleNegativesRankingLoss
-    if devices == 1 and settings.batch_size <= settings.mini_batch_size:
+    mini_batch_size = settings.mini_batch_size or settings.batch_size
+    if devices == 1 and settings.batch_size <= mini_batch_size:
         loss = MultipleNegativesRankingLoss(model, **how)
     else:
-        loss = CachedMultipleNegativesRankingLoss(model, mini_batch_size=settings.mini_batch_size, **how)
+        loss = CachedMultipleNegativesRankingLoss(model, mini_batch_size=mini_batch_size, **how)
     return loss if len(dims) < 2 else MatryoshkaLoss(model, loss, list(dims))
 
 
-class ContrastiveTrainer(CocoaTrainer, SentenceTransformerTrainer):
+class ContrastiveTrainer(CocoaTrainer, SentenceTransformerTrainer):  # pyright: ignore[reportIncompatibleMethodOverride]
     """The trainer of sentence-transformers with the checks of ``CocoaTrainer``; a step is drawn from one data set."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
