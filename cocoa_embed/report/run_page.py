@@ -132,8 +132,8 @@ def _evaluation(result: EvalResult, run: Mapping[str, Any]) -> Evaluation:
         notes.append("This model is not known to be of this run.")
     if trained_on:
         notes.append(
-            f"Stage {listed(trained_on)} was trained on these data: the scores show what the model has learned of them "
-            "and say little of how it does on others."
+            f"These are training data of {listed(trained_on)}: the scores show what the model has learned of them, not "
+            "how it does on others."
         )
     title = f"{'Pairs' if benchmark == 'pairs' else benchmark}: {model}"
     return Evaluation(title if result.is_own else f"Another model: {model}", " ".join(notes), result.tables)
@@ -166,9 +166,7 @@ def _samples(name: str, stage: Mapping[str, Any]) -> StageSamples:
     samples = stage["samples"]
     if samples["held_out"]:
         seen_by = listed(stage["held_out"]["seen_by"])
-        note = "The stage was not trained on these rows." + f" Stage {seen_by} was trained on the same data." * bool(
-            seen_by
-        )
+        note = "The stage was not trained on these rows" + f"; they are of the data of {seen_by}" * bool(seen_by) + "."
     else:
         note = "The stage trains on these rows: they show what it has learned, not how it does on others."
     return StageSamples(name, note, samples.get("patches", []), samples["tokens"], samples.get("mask"))

@@ -62,7 +62,7 @@ def test_pairs_that_the_run_was_trained_on_are_not_put_first(copy: Path, scene_f
     (copy / "pairs.json").write_text(json.dumps(pairs_document(str(copy / "contrastive"), data=data)))
     command(copy)
     page = (copy / "report.html").read_text(encoding="utf-8")
-    assert "Stage warmup, bridge and contrastive was trained on these data" in page
+    assert "These are training data of warmup, bridge and contrastive:" in page
     assert "of queries have a right answer in first place" not in page
 
 

@@ -40,7 +40,7 @@ def test_a_stage_that_is_not_finished_says_how_to_go_on_and_keeps_its_curves() -
 def test_samples_say_which_rows_they_are_or_why_there_are_none() -> None:
     warmup, bridge = page().samples
     assert "trains on these rows" in warmup.note
-    assert bridge.note == "The stage was not trained on these rows. Stage warmup was trained on the same data."
+    assert bridge.note == "The stage was not trained on these rows; they are of the data of warmup."
     record = run_record()
     record["stages"]["warmup"]["samples"] = {"failure": "an image is gone"}
     assert page(record).alerts == ["Stage warmup could not make its samples: an image is gone."]
@@ -58,7 +58,7 @@ def test_headlines_name_chance_interval_and_the_other_model() -> None:
     [
         ({}, "The pairs are those of /held-out.", 1),
         ({"data": None}, "From pairs.json.", 1),
-        ({"data": "/scenes"}, "Stage warmup and bridge was trained on these data", 0),
+        ({"data": "/scenes"}, "These are training data of warmup and bridge:", 0),
         ({"is_own": False}, "not known to be of this run", 0),
     ],
 )
