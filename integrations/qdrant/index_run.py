@@ -142,7 +142,7 @@ class IndexRun:
         if self.thumbnails is not None and embedded.thumbnail is not None:
             thumbnail = self.thumbnails.write(content.id, embedded.thumbnail)
         digest = description_digest(description)
-        stored = Content(content.bytes, list(locations), digest, description["caption_source"], thumbnail, is_new=True)
+        stored = Content(content.bytes, locations, digest, description["caption_source"], thumbnail, is_new=True)
         self.state.add(content.id, stored)
         payload = make_payload(
             locations=locations,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import qdrant_edge
-from store_points import DIMENSION, OTHER, SIGNATURE, make_points, name
+from fake_qdrant import DIMENSION, OTHER, SIGNATURE, make_points, name
 
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.integrations.qdrant.stores import edge, open_store
@@ -164,8 +164,7 @@ class TestEdge:
         assert store.count() == 3
         store.close()
 
-    @pytest.mark.parametrize("quantization", [None, "scalar", "binary"])
-    @pytest.mark.parametrize("on_disk", [False, True])
+    @pytest.mark.parametrize(("quantization", "on_disk"), [(None, False), ("scalar", True), ("binary", True)])
     def test_the_nearest_are_found_with_their_true_scores_before_and_after_the_index_is_built(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch, quantization: str | None, on_disk: bool
     ) -> None:

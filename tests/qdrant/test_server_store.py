@@ -5,9 +5,23 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from fake_qdrant import (
+    DIMENSION,
+    MAX_BODY,
+    OTHER,
+    SIGNATURE,
+    FakeServer,
+    answer_bytes,
+    answer_status,
+    drop,
+    drop_after,
+    fake_server,
+    make_points,
+    make_vector,
+    name,
+    store_half,
+)
 from qdrant_client import QdrantClient
-from store_faults import MAX_BODY, FakeServer, answer_bytes, answer_status, drop, drop_after, fake_server, store_half
-from store_points import DIMENSION, OTHER, SIGNATURE, make_points, make_vector, name
 
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.integrations.qdrant.stores import open_store, server

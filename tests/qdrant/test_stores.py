@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import qdrant_edge
+from fake_qdrant import DIMENSION, OTHER, SIGNATURE, fake_server, make_points, make_vector, name, turned
 from other_processes import BATCH, fill, run, run_and_kill, set_disk, small_disk
 from qdrant_client import QdrantClient, models
-from store_faults import fake_server
-from store_points import DIMENSION, OTHER, SIGNATURE, make_points, make_vector, name, turned
 
 from cocoa_embed.errors import CocoaError, MissingExtraError, UsageError
 from cocoa_embed.integrations.qdrant.stores import edge, local, open_store
@@ -438,7 +437,7 @@ class TestFolders:
         code = (
             f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1] / 'support')!r})\n"
             "from cocoa_embed.integrations.qdrant.stores import open_store\n"
-            "from store_points import SIGNATURE, make_points\n"
+            "from fake_qdrant import SIGNATURE, make_points\n"
             f"store = open_store({backend}={str(tmp_path / 'store')!r}, collection='images')\n"
             "store.create(SIGNATURE); store.upsert(make_points(0, 7)); print(store.count())"
         )

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_model import FakeModel
-from store_points import SIGNATURE, make_points
+from fake_qdrant import SIGNATURE, make_points
 
 from cocoa_embed.errors import CocoaError
 

@@ -1,7 +1,8 @@
-"""A loopback server with Qdrant's REST API that fails on request, as real ones do."""
+"""A loopback server with Qdrant's REST API that fails on request, as real ones do; and points to store."""
 
 import json
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,7 +10,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import numpy as np
 from qdrant_client import QdrantClient, models
+
+from cocoa_embed.integrations.qdrant.stores.base import Point, Signature
 
 MAX_BODY = 32 * 2**20
 
@@ -216,3 +220,30 @@ def fake_server(**options: Any) -> Iterator[FakeServer]:
         server.server_close()
         thread.join()
         fake.client.close()
+
+
+DIMENSION = 8
+SIGNATURE = Signature(model="m", fingerprint="0f", dimension=DIMENSION)
+OTHER = Signature(model="another žluť", fingerprint="ab", dimension=DIMENSION)
+
+
+def name(number: int) -> str:
+    return str(uuid.uuid5(uuid.NAMESPACE_OID, str(number)))
+
+
+def make_vector(number: int, dimension: int = DIMENSION) -> np.ndarray:
+    return np.random.default_rng(number).normal(size=dimension).astype(np.float32)
+
+
+def make_points(start: int, stop: int, dimension: int = DIMENSION, **payload: Any) -> list[Point]:
+    return [
+        Point(name(number), make_vector(number, dimension), {"number": number, **payload})
+        for number in range(start, stop)
+    ]
+
+
+def turned(number: int, degrees: float, **payload: Any) -> Point:
+    """A point whose vector is at an angle to that of ``turned(number, 0)``."""
+    angle = np.radians(degrees)
+    vector = np.array([np.cos(angle), np.sin(angle), *[0] * (DIMENSION - 2)], dtype=np.float32)
+    return Point(name(number), vector, {"path": f"/a/{number}.png", "number": number, **payload})
