@@ -31,7 +31,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "report": ("errors",),
     "evaluation": (*CORE, "report.tables"),
     "train.settings": ("errors", "data"),
-    "train.recipe": ("errors", "data", "train.settings", "train.stages", "train.data.mmeb"),
+    "train.recipe": ("errors", "data", "train.settings", "train.stages"),
     "train.data": ("errors", "folders", "images", "data", "model", "train.settings"),
     "train.loop": (*CORE, "train.settings", "train.recipe", "train.data"),
     "train.stages": (*CORE, "evaluation.geometry", "train.settings", "train.data", "train.loop", "train.plan.cost"),
