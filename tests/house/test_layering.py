@@ -34,7 +34,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "train.recipe": ("errors", "data", "train.settings", "train.stages"),
     "train.data": ("errors", "folders", "images", "data", "model", "train.settings"),
     "train.loop": (*CORE, "train.settings", "train.recipe", "train.data"),
-    "train.stages": (*CORE, "evaluation.geometry", "train.settings", "train.data", "train.loop", "train.plan.cost"),
+    "train.stages": (*CORE, "evaluation.geometry", "train.settings", "train.data", "train.loop"),
     "train.plan": (*CORE, "train.settings", "train.recipe", "train.data", "train.loop", "train.stages"),
     "train": (*CORE, "evaluation.geometry", "train"),
     "integrations.qdrant": CORE,
