@@ -26,7 +26,7 @@ from qdrant_client import QdrantClient
 
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.images.load import FileContent
-from cocoa_embed.integrations.qdrant import QdrantIndexer, read_files, writer
+from cocoa_embed.integrations.qdrant import QdrantIndexer, index_run, writer
 from cocoa_embed.integrations.qdrant.points import storable
 from cocoa_embed.integrations.qdrant.stores.base import Point, Store
 
@@ -51,7 +51,7 @@ Hooks = list[Callable[[Path], None]]
 def read_hook(monkeypatch: pytest.MonkeyPatch) -> Hooks:
     """What to do just before and just after a file is read."""
     hooks: Hooks = [lambda path: None, lambda path: None]
-    read = read_files.read_stable_file
+    read = index_run.read_stable_file
 
     def hooked(path: Path) -> FileContent:
         hooks[0](path)
@@ -59,7 +59,7 @@ def read_hook(monkeypatch: pytest.MonkeyPatch) -> Hooks:
         hooks[1](path)
         return content
 
-    monkeypatch.setattr(read_files, "read_stable_file", hooked)
+    monkeypatch.setattr(index_run, "read_stable_file", hooked)
     return hooks
 
 

@@ -12,14 +12,12 @@ NONE = {"caption": None, "metadata": {}, "caption_source": None}
 
 
 def stored(sha256: str, *locations: FileLocation) -> tuple[str, dict[str, Any]]:
-    size = {"bytes": 99, "width": 1, "height": 1}
-    return point_id(sha256), make_payload(
-        locations=locations, description=NONE, sha256=sha256, mime="image/png", **size
-    )
+    content = {"sha256": sha256, "bytes": 99, "width": 1, "height": 1, "mime": "image/png"}
+    return point_id(sha256), make_payload(content, locations, NONE)
 
 
 def changed(state: IndexState) -> dict[str, list[str]]:
-    return {id_: [location.path for location in content.locations] for id_, content in state.changed().items()}
+    return {id_: list(content.locations) for id_, content in state.changed().items()}
 
 
 def test_a_file_with_the_stored_mtime_and_size_is_unchanged_and_points_of_others_are_skipped() -> None:

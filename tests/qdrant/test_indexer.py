@@ -21,7 +21,7 @@ from cocoa_embed.cli.index import report_hits
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.images.load import FileContent, load_image
-from cocoa_embed.integrations.qdrant import IndexSummary, QdrantIndexer, read_files
+from cocoa_embed.integrations.qdrant import IndexSummary, QdrantIndexer, index_run
 from cocoa_embed.integrations.qdrant.hits_page import write_hits_page
 from cocoa_embed.integrations.qdrant.points import point_id
 
@@ -92,13 +92,13 @@ def album(tmp_path: Path) -> Album:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the files that are read."""
     names: list[str] = []
-    read = read_files.read_stable_file
+    read = index_run.read_stable_file
 
     def watched(path: Path) -> FileContent:
         names.append(path.name)
         return read(path)
 
-    monkeypatch.setattr(read_files, "read_stable_file", watched)
+    monkeypatch.setattr(index_run, "read_stable_file", watched)
     return names
 
 

@@ -12,7 +12,6 @@ from cocoa_embed.integrations.qdrant.points import (
     point_id,
     storable,
     stored_locations,
-    update_payload,
 )
 
 SHA256 = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
@@ -34,7 +33,7 @@ CHANGES: list[dict[str, Any]] = [
 
 def payload(**changes: Any) -> dict[str, Any]:
     content = {"sha256": SHA256, "bytes": 1234, "width": 640, "height": 480, "mime": "image/jpeg"}
-    return make_payload(**{"locations": [ZEBRA], "description": DESCRIPTION, **content, **changes})
+    return make_payload(**{"content": content, "locations": [ZEBRA], "description": DESCRIPTION, **changes})
 
 
 def test_the_id_depends_on_the_content_alone_and_never_changes() -> None:
@@ -94,7 +93,7 @@ def test_llama_index_shows_a_language_model_the_caption_and_where_the_image_is_f
 def test_an_updated_payload_is_that_of_the_changed_image(changes: dict[str, Any]) -> None:
     before = payload()
     kept = dict(before)
-    after = update_payload(before, **changes)
+    after = make_payload(before, **{"description": {}, **changes})
     assert after == payload(**changes) != before
     assert before == kept
     node = json.loads(after["_node_content"])

@@ -462,7 +462,7 @@ class TestArguments:
                 ({"url": url}, "is no address of a Qdrant server; .*http://localhost:6333")
                 for url in ("", "ftp://x", "localhost:6333", "http://localhost:0", "http://", "http://a\nb")
             ],
-            ({"url": "http://me:secret@localhost:6333"}, "password; give the server's api_key"),
+            ({"url": "http://me:secret@localhost:6333"}, "password; give an API key"),
             ({"url": "http://localhost:6333", "options": StoreOptions(api_key="sécret")}, "API key"),
             ({"url": "http://localhost:6333", "options": StoreOptions(api_key="secret\n")}, "API key"),
             ({"path": "x", "options": StoreOptions(quantization="scalar")}, "a local store .* has no quantization"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -30,6 +31,24 @@ def check_collection_name(name: str) -> None:
             f"{name!a} is no name for a collection; use 1 to {MAX_COLLECTION_NAME} bytes, printable, and none of"
             ' < > : " / \\ | ? *'
         )
+
+
+def check_url(url: str) -> None:
+    """Refuse an address that is not of the form ``http://host:port``.
+
+    :raises UsageError: If it is one.
+    """
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_address = False
+    if is_address and "@" in urlsplit(url).netloc:
+        raise UsageError(
+            "the address of a Qdrant server holds a user name or a password; give an API key (api_key, --api-key)"
+        )
+    if not is_address or not url.isprintable():
+        raise UsageError(f"{url!r} is no address of a Qdrant server; give one such as http://localhost:6333")
 
 
 def check_points(points: Sequence[Point], dimension: int | None = None) -> list[int]:

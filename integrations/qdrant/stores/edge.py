@@ -340,8 +340,8 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CocoaError(f"{printable(file)} is not JSON ({one_line(error)}); the index cannot be opened") from error
+    except ValueError:
+        value = None
     if not isinstance(value, dict):
         raise CocoaError(f"{printable(file)} holds no JSON object; the index cannot be opened")
     return value
