@@ -32,9 +32,9 @@ class ImageFile:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """The other columns of ``metadata.jsonl``."""
     caption_source: str | None = None
-    """The ``metadata.jsonl`` that has a line for the file, as the payload names it."""
+    """The first metadata file that has a row for the file, as the payload names it."""
     checked_sources: frozenset[str] = frozenset()
-    """The ``metadata.jsonl`` files that were read and could have such a line."""
+    """The metadata files, read without a fault, that could have a row for the file."""
 
     @property
     def stored_path(self) -> str:
@@ -112,7 +112,13 @@ def node_fields(node_id: str, fields: Payload) -> Payload:
     :param node_id: The id of the point.
     :param fields: The node's metadata: the payload without these fields.
     """
-    source = {"node_id": node_id, "node_type": "4", "metadata": {}, "hash": None, "class_name": "RelatedNodeInfo"}
+    source: Payload = {
+        "node_id": node_id,
+        "node_type": "4",
+        "metadata": {},
+        "hash": None,
+        "class_name": "RelatedNodeInfo",
+    }
     node = {
         "id_": node_id,
         "embedding": None,

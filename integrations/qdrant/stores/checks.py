@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
@@ -17,7 +16,6 @@ MAX_COLLECTION_NAME = 255
 BYTES_PER_VALUE = 26
 """The longest number in JSON is one such as -0.000012345678442216013, with a comma."""
 BYTES_PER_POINT = 100
-_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 def check_collection_name(name: str) -> None:
@@ -56,20 +54,16 @@ def check_points(points: Sequence[Point], dimension: int | None = None) -> list[
 
     :param dimension: The dimension of the collection, if it is known.
     :returns: The maximum size of each point in bytes, as JSON.
-    :raises CocoaError: If an id is no UUID, a vector is not finite or has another dimension, or a payload is not JSON.
+    :raises CocoaError: If a vector is not finite or has another dimension, or a payload is not JSON.
     """
     sizes = []
     for point in points:
         name = f"point {point.id} ({point.payload.get('path', 'no path')!a})"
-        if _UUID.fullmatch(point.id) is None:
-            raise CocoaError(f"{name} has an id that is no UUID in lower case; nothing was written")
-        if point.vector.ndim != 1 or point.vector.size != (dimension or point.vector.size):
+        if point.vector.shape != (dimension or point.vector.size,) or not np.isfinite(point.vector).all():
             raise CocoaError(
-                f"{name} has a vector of shape {point.vector.shape}, the collection holds vectors of"
-                f" {dimension or 'one'} dimension(s); nothing was written"
+                f"{name} has a vector of shape {point.vector.shape}, expected {dimension or 'some'} finite values;"
+                " nothing was written"
             )
-        if not np.isfinite(point.vector).all():
-            raise CocoaError(f"{name} has a vector that is not finite; nothing was written")
         sizes.append(payload_size(name, point.payload) + BYTES_PER_VALUE * point.vector.size + BYTES_PER_POINT)
     return sizes
 
@@ -90,10 +84,8 @@ def query_values(query: Query, dimension: int | None) -> list[float]:
 
     :raises CocoaError: If it is not finite or has another dimension than the collection.
     """
-    if query.vector.shape != (dimension or query.vector.size,):
-        raise CocoaError(f"the query's vector has shape {query.vector.shape}, those of the collection ({dimension},)")
-    if not np.isfinite(query.vector).all():
-        raise CocoaError("the query's vector is not finite")
+    if query.vector.shape != (dimension or query.vector.size,) or not np.isfinite(query.vector).all():
+        raise CocoaError(f"the query's vector has shape {query.vector.shape}, expected {dimension} finite values")
     return np.asarray(query.vector, dtype=np.float32).tolist()
 
 

@@ -196,8 +196,8 @@ def is_temporary(error: BaseException) -> bool:
 def waiting_time(state: RetryCallState) -> float:
     """Return the seconds to wait before the next attempt: longer each time, and as long as the server asks."""
     error = state.outcome.exception() if state.outcome is not None else None
-    asked = float(error.retry_after_s) if isinstance(error, ResourceExhaustedResponse) else 0.0
-    return min(max(back_off(state), asked), MAX_WAIT_SECONDS)
+    retry_after = float(error.retry_after_s) if isinstance(error, ResourceExhaustedResponse) else 0.0
+    return min(max(back_off(state), retry_after), MAX_WAIT_SECONDS)
 
 
 def bounded_batches(points: Sequence[Point], sizes: Sequence[int]) -> Iterator[Sequence[Point]]:
