@@ -10,17 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_model import COLOURS, FakeModel
-from PIL import Image
-
-pytest.importorskip("llama_index.core")
-
 from exported import write_checkpoint
+from fake_model import COLOURS, FakeModel
 from llama_index.core import Document
 from llama_index.core.embeddings import MultiModalEmbedding
 from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.schema import BaseNode, ImageDocument, ImageNode, TextNode
 from llama_index.core.storage.kvstore import SimpleKVStore
+from PIL import Image
 
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError, ImageError, UsageError

@@ -2,9 +2,6 @@ import itertools
 from typing import Any
 
 import pytest
-
-pytest.importorskip("llama_index.core")
-
 from llama_index.core.vector_stores import FilterCondition, FilterOperator, MetadataFilter, MetadataFilters
 from llama_index.core.vector_stores.utils import build_metadata_filter_fn
 from qdrant_client.local.payload_filters import check_filter

@@ -5,9 +5,6 @@ from pathlib import Path
 
 import pytest
 from fake_model import COLOURS
-
-pytest.importorskip("llama_index.vector_stores.qdrant")
-
 from llama_index.core import StorageContext
 from llama_index.core.indices import MultiModalVectorStoreIndex
 from llama_index.core.ingestion import IngestionPipeline

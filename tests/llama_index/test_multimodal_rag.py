@@ -9,14 +9,9 @@ from types import ModuleType
 import pytest
 import torch
 from fake_model import COLOURS, FakeModel, colour_image
-from PIL import Image
-
-pytest.importorskip("llama_index.core")
-pytest.importorskip("qdrant_client")
-
-from fake_llm import FakeLLM
-from llama_index.core.llms import ChatMessage, ImageBlock, TextBlock
+from llama_index.core.llms import ChatMessage, ImageBlock, MockLLM, TextBlock
 from llama_index.core.schema import MetadataMode
+from PIL import Image
 from qdrant_client import QdrantClient, models
 
 from cocoa_embed.encode.encoder import Encoder
@@ -66,12 +61,12 @@ def main_colour(image: Image.Image) -> str:
 
 
 def test_the_language_model_gets_the_images_and_captions_and_then_the_question(
-    rag: ModuleType, retriever: CocoaRetriever
+    rag: ModuleType, retriever: CocoaRetriever, llm: MockLLM
 ) -> None:
-    llm = FakeLLM("All of it is green [1].")
+    llm.reply = "All of it is green [1]."
     given = rag.answer("what is green here?", retriever, llm)
     expected = retriever.retrieve("what is green here?")
-    (system, user), *more = llm.asked
+    (system, user), *more = llm.prompts
     assert more == []
     assert "[1]" in system.content
     kinds = [type(block) for block in user.blocks]
@@ -92,12 +87,12 @@ def test_the_language_model_gets_the_images_and_captions_and_then_the_question(
 
 
 def test_a_large_image_is_sent_smaller_and_a_citation_of_another_is_marked(
-    rag: ModuleType, retriever: CocoaRetriever
+    rag: ModuleType, retriever: CocoaRetriever, llm: MockLLM
 ) -> None:
-    llm = FakeLLM("Blue [1], as in [9].")
+    llm.reply = "Blue [1], as in [9]."
     given = rag.answer("blue", retriever, llm)
     assert (given.text, given.cited) == ("Blue [1], as in [9: no such image].", [1])
-    assert images_in(llm.asked[0][1])[0].size == (1024, 512)
+    assert images_in(llm.prompts[0][1])[0].size == (1024, 512)
 
 
 @pytest.mark.parametrize(
@@ -118,21 +113,20 @@ def test_only_images_that_were_shown_are_cited(rag: ModuleType, said: str, check
 
 
 def test_an_image_that_is_gone_is_skipped_with_its_reason(
-    rag: ModuleType, retriever: CocoaRetriever, folder: Path
+    rag: ModuleType, retriever: CocoaRetriever, folder: Path, llm: MockLLM
 ) -> None:
     (folder / "red.png").unlink()
-    llm = FakeLLM("[3]")
+    llm.reply = "[3]"
     given = rag.answer("red", retriever, llm)
     assert given.skipped == [f"{folder / 'red.png'}: does not exist"]
     assert str(folder / "red.png") not in given.images
-    assert len(given.images) == len(images_in(llm.asked[0][1])) == 2
+    assert len(given.images) == len(images_in(llm.prompts[0][1])) == 2
     assert given.text == "[3: no such image]"
 
 
 def test_without_an_image_the_language_model_is_not_asked(
-    rag: ModuleType, retriever: CocoaRetriever, folder: Path
+    rag: ModuleType, retriever: CocoaRetriever, folder: Path, llm: MockLLM
 ) -> None:
-    llm = FakeLLM()
     retriever.score_threshold = 1.5
     assert rag.answer("red", retriever, llm) == rag.Answer(rag.NOTHING_FOUND, [], [], [])
     retriever.score_threshold = None
@@ -140,14 +134,16 @@ def test_without_an_image_the_language_model_is_not_asked(
         file.unlink()
     given = rag.answer("red", retriever, llm)
     assert (given.text, given.images, len(given.skipped)) == (rag.NOTHING_FOUND, [], 3)
-    assert llm.asked == []
+    assert llm.prompts == []
 
 
-def test_points_without_an_image_are_skipped(rag: ModuleType, retriever: CocoaRetriever, client: QdrantClient) -> None:
+def test_points_without_an_image_are_skipped(
+    rag: ModuleType, retriever: CocoaRetriever, client: QdrantClient, llm: MockLLM
+) -> None:
     vector = Encoder(FakeModel()).embed_queries([{"text": "red"}])[0].tolist()
     client.upsert("images", points=[models.PointStruct(id=1, vector=vector, payload={"text": "a text"})])
     assert [type(node.node).__name__ for node in retriever.retrieve("red")].count("TextNode") == 1
-    assert len(rag.answer("red", retriever, FakeLLM()).images) == 2
+    assert len(rag.answer("red", retriever, llm).images) == 2
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,6 @@ from typing import Any
 
 import pytest
 from fake_model import colour_image
-from PIL import Image
-
-pytest.importorskip("llama_index.core")
-pytest.importorskip("qdrant_client")
-
 from llama_index.core.schema import (
     Document,
     ImageDocument,
@@ -24,6 +19,7 @@ from llama_index.core.schema import (
     TextNode,
 )
 from llama_index.core.vector_stores.utils import node_to_metadata_dict
+from PIL import Image
 
 from cocoa_embed.errors import ImageError
 from cocoa_embed.integrations.llama_index.nodes import image_of, split_by_image, to_node

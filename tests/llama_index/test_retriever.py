@@ -4,19 +4,14 @@ from typing import Any
 
 import pytest
 from fake_model import FakeModel, colour_image
-from PIL import Image
-
-pytest.importorskip("llama_index.core")
-pytest.importorskip("qdrant_client")
-
-from fake_llm import FakeLLM
 from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayload, LlamaDebugHandler
-from llama_index.core.llms import ImageBlock
+from llama_index.core.llms import ImageBlock, MockLLM
 from llama_index.core.postprocessor import SimilarityPostprocessor
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.retrievers import QueryFusionRetriever
 from llama_index.core.schema import ImageNode, NodeWithScore, QueryBundle, TextNode
 from llama_index.core.vector_stores import FilterOperator, MetadataFilter, MetadataFilters
+from PIL import Image
 from qdrant_client import QdrantClient, models
 
 from cocoa_embed.errors import ImageError, UsageError
@@ -48,8 +43,8 @@ def test_a_query_is_a_text_an_image_or_both(indexer: QdrantIndexer, files: list[
         assert (first.node.image_path, first.node.image) == (path, None)
         assert first.score > second.score
         assert retriever.retrieve(query) == asyncio.run(retriever.aretrieve(query))
-    asked = [sorted(item) for item in indexer.encoder.model.queries[::3]]
-    assert asked == [["text"], ["image"], ["image", "text"], ["text"], ["text"]]
+    kinds = [sorted(item) for item in indexer.encoder.model.queries[::3]]
+    assert kinds == [["text"], ["image"], ["image", "text"], ["text"], ["text"]]
 
 
 def test_a_query_for_nothing_or_with_a_broken_image_is_refused(indexer: QdrantIndexer) -> None:
@@ -97,16 +92,16 @@ def test_foreign_points_are_retrieved_too(indexer: QdrantIndexer, client: Qdrant
     assert (type(nodes["1"]), nodes["1"].text) == (TextNode, "a text of theirs")
 
 
-def test_query_engines_and_fusion_take_the_retriever(indexer: QdrantIndexer, files: list[str]) -> None:
+def test_query_engines_and_fusion_take_the_retriever(indexer: QdrantIndexer, files: list[str], llm: MockLLM) -> None:
     handler = LlamaDebugHandler(print_trace_on_end=False)
     retriever = CocoaRetriever(indexer, callback_manager=CallbackManager([handler]))
-    llm = FakeLLM("a red picture")
+    llm.reply = "a red picture"
     cutoff = SimilarityPostprocessor(similarity_cutoff=0.999)
     engine = RetrieverQueryEngine.from_args(retriever, llm=llm, node_postprocessors=[cutoff], multimodal=True)
     for response in (engine.query("red"), asyncio.run(engine.aquery("red"))):
         assert str(response) == "a red picture"
         assert paths(response.source_nodes) == files[:1]
-        (image,) = [block for message in llm.asked[-1] for block in message.blocks if isinstance(block, ImageBlock)]
+        (image,) = [block for message in llm.prompts[-1] for block in message.blocks if isinstance(block, ImageBlock)]
         assert Image.open(image.resolve_image()).getpixel((0, 0)) == (255, 0, 0)
     pairs = handler.get_event_pairs(CBEventType.RETRIEVE)
     assert [start.payload[EventPayload.QUERY_STR] for start, _ in pairs] == ["red"] * 2
