@@ -50,15 +50,10 @@ def unit_vectors(count: int, dimension: int) -> np.ndarray:
 def make_points(vectors: np.ndarray) -> Iterator[Point]:
     for number, vector in enumerate(vectors):
         sha256 = f"{number:064x}"
-        payload = make_payload(
-            locations=[FileLocation(f"/photos/{number}.jpg", f"{number}.jpg", 1.7e9 + number)],
-            description={"caption": f"picture number {number}", "metadata": {"licence": "CC0"}},
-            sha256=sha256,
-            bytes=1000,
-            width=number,
-            height=1,
-            mime="image/jpeg",
-        )
+        location = FileLocation(f"/photos/{number}.jpg", f"{number}.jpg", 1.7e9 + number)
+        content = {"sha256": sha256, "bytes": 1000, "width": number, "height": 1, "mime": "image/jpeg"}
+        description = {"caption": f"picture number {number}", "metadata": {"licence": "CC0"}, "caption_source": None}
+        payload = make_payload(content, [location], description)
         yield Point(point_id(sha256), vector, payload)
 
 

@@ -1,4 +1,4 @@
-"""``cocoa-embed demo``; what it needs is imported when it runs, so that ``--help`` is quick."""
+"""The command ``demo``. Heavy imports are inside the function, so that ``--help`` is quick."""
 
 import os
 from pathlib import Path
@@ -14,14 +14,14 @@ DEMO_NEEDS = ("accelerate", "datasets", "qdrant_client", "llama_index.core", "ji
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="Where the exported model goes.")] = Path("cocoa-qwen2vl"),
-    work: Annotated[Path, typer.Option("--work", help="Where everything else goes.")] = Path("cocoa-demo"),
+    out: Annotated[Path, typer.Option("--out", help="The folder for the exported model.")] = Path("cocoa-qwen2vl"),
+    work: Annotated[Path, typer.Option("--work", help="The folder for everything else.")] = Path("cocoa-demo"),
     seed: Annotated[
         int, typer.Option("--seed", min=0, max=2**32 - 1, help="The seed of data, initial weights and training.")
     ] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Train, export, index and search a tiny model on this machine: the whole story, on a CPU too."""
+    """Train, export, index and search a tiny model on this machine, with or without a GPU."""
     with working():
         for module in DEMO_NEEDS:
             require(module, "all")

@@ -1,11 +1,10 @@
-"""The commands ``index`` and ``search``. What is slow to import is imported inside the functions: --help is quick."""
+"""The commands ``index`` and ``search``. Heavy imports are inside functions, so that ``--help`` is quick."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from cocoa_embed.cli.output import DeviceOption, JsonOption, check_all, print_json, say, silence_libraries, working
-from cocoa_embed.errors import CocoaError, UsageError, printable, require
+from cocoa_embed.errors import CocoaError, ImageError, UsageError, printable, require
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -111,16 +110,16 @@ def search(
     if any_orientation and image is None:
         raise UsageError("--any-orientation needs --image")
     storage = {"path": path, "url": url, "edge": edge}
-    is_web = image is not None and image.lower().startswith(WEB)
+    is_download = bool(allow_host) and image is not None and image.lower().startswith(WEB)
     *_, picture = check_all(
         lambda: check_storage(collection, storage, exists=True),
         lambda: check_model(model),
         lambda: parse_filters(filters or []),
         *([partial(check_page, html)] if html else []),
-        lambda: image and not is_web and query_image(image),
+        lambda: image and not is_download and query_image(image, []),
     )
-    if image and is_web:
-        picture = query_image(image, allow_host)
+    if image and is_download:  # after all local checks
+        picture = query_image(image, allow_host or [])
     with working() as console, open_indexer(model, collection, storage, api_key=api_key, device=device) as indexer:
         hits = indexer.search(
             text,
@@ -136,7 +135,8 @@ def search(
     if html is not None:
         from cocoa_embed.integrations.qdrant.hits_page import write_hits_page
 
-        write_hits_page(html, " + ".join(part for part in (text, image and image_title(image)) if part), hits)
+        image_name = "an image" if image and image.startswith("data:") else Path(image or "").name
+        write_hits_page(html, " + ".join(filter(None, (text, image_name))), hits)
         typer.echo(f"wrote {printable(html)}", err=True)
 
 
@@ -148,7 +148,7 @@ def check_storage(collection: str, storage: dict[str, Any], *, exists: bool = Fa
     :raises UsageError: If they contradict each other, or one is malformed.
     :raises CocoaError: If there is no such index.
     """
-    from cocoa_embed.integrations.qdrant.stores.checks import check_collection_name
+    from cocoa_embed.integrations.qdrant.stores.checks import check_collection_name, check_url
 
     given = [name for name, value in storage.items() if value is not None] or ["path"]
     if len(given) > 1:
@@ -156,18 +156,13 @@ def check_storage(collection: str, storage: dict[str, Any], *, exists: bool = Fa
     check_collection_name(collection)
     folder: Any = storage[given[0]] or DEFAULT_INDEX
     if given == ["url"]:
-        from cocoa_embed.integrations.qdrant.stores.server import check_url
-
-        try:
-            check_url(folder)
-        except UsageError as error:
-            raise UsageError(str(error).replace("api_key", "--api-key")) from None
+        check_url(folder)
     elif exists and not folder.is_dir():
         raise CocoaError(f"there is no index in {printable(folder)}; run cocoa-embed index, or change --{given[0]}")
 
 
 def check_source(path: str) -> None:
-    """Check that something to index exists.
+    """Check that a path to index exists.
 
     :raises CocoaError: If it does not.
     """
@@ -187,7 +182,7 @@ def check_page(file: Path) -> None:
         raise CocoaError(f"--html: {printable(file)} cannot be written, its folder does not exist")
 
 
-def query_image(image: str, allowed_hosts: list[str] | None = None) -> Image:
+def query_image(image: str, allowed_hosts: Sequence[str]) -> Image:
     """Load the image of a query: a file, a ``data:`` URI, or an address on an allowed host.
 
     :raises UsageError: If it is on the web, and no host is allowed.
@@ -198,29 +193,25 @@ def query_image(image: str, allowed_hosts: list[str] | None = None) -> Image:
 
     if not allowed_hosts and image.lower().startswith(WEB):
         raise UsageError("--image is a web address; allow its host with --allow-host HOST")
-    return load_image(image, fetcher=Fetcher(allowed_hosts) if allowed_hosts else None)
+    try:
+        return load_image(image, fetcher=Fetcher(allowed_hosts) if allowed_hosts else None)
+    except ImageError as error:
+        if not error.reason.endswith("allowed hosts"):
+            raise
+        raise ImageError(error.source, f"{error.reason}; allow it with --allow-host HOST") from error
 
 
-@contextlib.contextmanager
-def open_indexer(model: str, collection: str, storage: dict[str, Any], **options: Any) -> Iterator[QdrantIndexer]:
-    """Open the collection that the options name, and close it at the end."""
+def open_indexer(model: str, collection: str, storage: dict[str, Any], **options: Any) -> QdrantIndexer:
+    """Return an indexer for the collection that the options name."""
     require("qdrant_client", "qdrant")
     silence_libraries()
     from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
 
-    if not any(storage.values()):
-        storage = {"path": DEFAULT_INDEX}
-    with QdrantIndexer(model, collection=collection, **storage, **options) as indexer:
-        yield indexer
-
-
-def image_title(image: str) -> str:
-    """Return the title of a query image: its file name, or "an image" for a ``data:`` URI."""
-    return "an image" if image.startswith("data:") else image.rstrip("/").rsplit("/", 1)[-1]
+    return QdrantIndexer(model, collection=collection, **storage, **options)
 
 
 def report_summary(summary: IndexSummary, console: Console) -> None:
-    """Print what an indexing run did, and the files that were left out."""
+    """Print the counts of an indexing run, and the files that could not be used."""
     values = dataclasses.asdict(summary)
     counts = ", ".join(f"{values[name]} {name}" for name in ("indexed", "unchanged", "updated", "replaced", "pruned"))
     rate = f"{summary.seconds:.1f} s, {summary.images_per_second:.1f} images/s"
@@ -230,7 +221,7 @@ def report_summary(summary: IndexSummary, console: Console) -> None:
 
 
 def report_hits(hits: Sequence[Hit], console: Console) -> None:
-    """Print what a search found, best first."""
+    """Print the hits of a search, best first."""
     for hit in hits:
         caption = f"  {' '.join(hit.caption.split())}" if hit.caption else ""
         say(console, f"{hit.score:.4f}  {printable(hit.path)}{caption}")
@@ -239,7 +230,7 @@ def report_hits(hits: Sequence[Hit], console: Console) -> None:
 
 
 def hit_document(hit: Hit) -> dict[str, Any]:
-    """Return the JSON document of a hit, without what LlamaIndex alone needs of the payload."""
+    """Return the JSON document of a hit, without the fields of its payload that only LlamaIndex reads."""
     from cocoa_embed.integrations.qdrant.points import plain_payload
 
     return {**dataclasses.asdict(hit), "payload": plain_payload(hit.payload)}

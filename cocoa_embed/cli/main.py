@@ -46,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(error.exit_status) from None
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(value: bool) -> None:
+    if value:
         typer.echo(f"cocoa-embed {__version__}")
         raise typer.Exit
 

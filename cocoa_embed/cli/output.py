@@ -1,4 +1,4 @@
-"""What all commands share: options, and what goes to standard output and what to standard error."""
+"""What all commands share: options, checks, and the output on standard output and standard error."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON documen
 
 @contextlib.contextmanager
 def working() -> Iterator[Console]:
-    """Keep standard output for the result: what anything prints meanwhile goes to standard error."""
+    """Keep standard output for the result: anything printed meanwhile goes to standard error."""
     from rich.console import Console
 
     with contextlib.redirect_stdout(sys.stderr):
@@ -31,20 +31,25 @@ def working() -> Iterator[Console]:
 
 
 def silence_libraries() -> None:
-    """Turn off the loading bars, the warnings and the informal messages of other libraries."""
+    """Turn off the progress bars, the warnings and the informal messages of other libraries."""
     from transformers.utils import logging as transformers_logging
+
+    with contextlib.suppress(ImportError):
+        import datasets
+
+        datasets.disable_progress_bars()
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", module="PIL")  # of broken files, which are reported by name
+    warnings.filterwarnings("ignore", module="PIL")  # broken files are reported by name
     for name in ("sentence_transformers", "httpx"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def check_all(*checks: Callable[[], Any]) -> list[Any]:
-    """Run checks of what a user gave, and return their results.
+    """Run checks of a command's arguments, and return their results.
 
-    :raises CocoaError: If checks fail: one error with the messages of all of them.
+    :raises CocoaError: If checks fail: one error with the messages of all that failed.
     """
     results, errors = [], []
     for check in checks:
@@ -61,10 +66,10 @@ def check_all(*checks: Callable[[], Any]) -> list[Any]:
 
 
 def say(console: Console, line: str) -> None:
-    """Print one line for people as it is."""
+    """Print one line for people, unwrapped and without markup."""
     console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 def print_json(document: dict[str, Any]) -> None:
-    """Print one JSON document on standard output, in ASCII, so that no terminal's encoding can spoil it."""
+    """Print one JSON document on standard output, in ASCII, which any terminal's encoding can show."""
     typer.echo(json.dumps(document, indent=2))

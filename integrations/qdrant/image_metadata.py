@@ -1,11 +1,12 @@
-"""The image files of an index run, with what the metadata files in their folders and above say about them."""
+"""The image files of an indexing run, with the metadata of their folders and the folders above."""
 
 import json
 import logging
 import os
+import re
+import stat
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,50 +18,69 @@ from cocoa_embed.integrations.qdrant.points import ImageFile, storable
 logger = logging.getLogger(__name__)
 
 
-@dataclass
 class ImageFiles:
-    """Image files in the order of the run, each once.
+    """The image files of a run in order, each once, with the metadata of their folders.
 
-    :param roots: Folders, each with the files found by it; a file's relative path starts there.
-    :param covered: The folders and files that the run covers, as payloads name them.
-    :param unlisted: Folders and metadata rows that cannot be read, as ``{"path", "reason"}``.
+    A folder or a metadata row that cannot be read is listed in ``unlisted``, as ``{"path", "reason"}``, and skipped. A
+    missing file of a list is kept, for the run to report.
     """
 
-    roots: list[tuple[Path, list[Path]]]
-    covered: list[str]
-    unlisted: list[dict[str, str]]
-    _columns: dict[Path, dict[str, Any]] = field(default_factory=dict)
-    """What is said of each file."""
-    _caption_source: dict[Path, str] = field(default_factory=dict)
-    """The first metadata file that says something of each file."""
-    _checked_sources: dict[Path, frozenset[str]] = field(default_factory=dict)
-    """The metadata files, read without a fault, that may say something of the files in each folder."""
+    def __init__(self, paths: Iterable[str | Path]) -> None:
+        """Find the images that ``paths`` name, as ``find_images`` does, and read the metadata.
 
-    def __post_init__(self) -> None:
-        first = {(root, file.parent): file for root, files in self.roots for file in reversed(files)}
+        :raises CocoaError: If a path does not exist, or a pattern matches nothing.
+        :raises UsageError: If a path is empty.
+        """
+        self.unlisted: list[dict[str, str]] = []
+        self.covered: list[str] = []
+        """The folders and files that the run covers, as payloads name them."""
+        self._roots: list[tuple[Path, list[Path]]] = []
+        """Folders, each with the files found by it; a file's relative path starts there."""
+        self._columns: dict[Path, dict[str, Any]] = {}
+        """The metadata of each file."""
+        self._caption_source: dict[Path, str] = {}
+        """The first metadata file that describes each file."""
+        seen: set[Path] = set()
+        for path in outermost(paths):
+            found = (Path(os.path.abspath(file)) for file in find_images([path], on_error=self._note))
+            new = [file for file in found if file not in seen]
+            seen.update(new)
+            self._roots.append((search_folder(path), new))
+            self.covered += [storable(os.path.abspath(place)) for place in places_covered(path)]
+        self._checked_sources = self._read_all_metadata()
+        """The metadata files, read without a fault, that may describe the files in each folder."""
+
+    def _note(self, source: str | Path, reason: str) -> None:
+        self.unlisted.append({"path": str(source), "reason": reason})
+
+    def _read_all_metadata(self) -> dict[Path, frozenset[str]]:
+        """Read the metadata files of all folders and the folders above; return the names of the good ones by folder."""
+        first = {(root, file.parent): file for root, files in self._roots for file in reversed(files)}
         above: dict[Path, set[Path]] = defaultdict(set)
         for root, folder in first:
             above[folder] |= {folder, *(up for up in folder.parents if up.is_relative_to(root))}
         read = {folder: self._read_metadata(folder) for folder in sorted(set().union(*above.values()))}
-        self._checked_sources = {
-            folder: frozenset(name for up in each if (name := read[up]) is not None) for folder, each in above.items()
-        }
         if beside := next((text for file in first.values() if (text := file.with_suffix(".txt")).is_file()), None):
             logger.warning("%s: text files beside images are not read; write captions to %s, with the columns file_name"
                            " and text", printable(beside), METADATA_FILE)  # fmt: skip
+        return {folder: frozenset(filter(None, map(read.get, each))) for folder, each in above.items()}
 
     def __len__(self) -> int:
         """Return how many files there are."""
-        return sum(len(files) for _, files in self.roots)
+        return sum(len(files) for _, files in self._roots)
 
     def __iter__(self) -> Iterator[ImageFile]:
-        """Yield the files with what is said of them."""
-        for root, files in self.roots:
+        """Yield the files with their metadata."""
+        for root, files in self._roots:
             yield from (self._describe(root, file) for file in files)
 
     def covers(self, path: str) -> bool:
         """Return whether the run would have found a file of this path, as a payload names it, if it existed."""
         return any(path == place or path.startswith(place.rstrip(os.sep) + os.sep) for place in self.covered)
+
+    def misses(self, path: str) -> bool:
+        """Return whether a file no longer exists that the run would have found."""
+        return self.covers(path) and is_deleted(path)
 
     def _describe(self, root: Path, file: Path) -> ImageFile:
         columns = dict(self._columns.get(file, {}))
@@ -78,16 +98,16 @@ class ImageFiles:
         metadata = next((path for name in METADATA_FILES if (path := folder / name).exists()), None)
         if metadata is None:
             return None
-        faults = len(self.unlisted)
+        name, faults = storable(str(metadata)), len(self.unlisted)
         try:
             for row in read_metadata(find_metadata(folder)):
                 if isinstance(row, RowError):
-                    self.unlisted.append({"path": row.source, "reason": row.reason})
+                    self._note(row.source, row.reason)
                 else:
-                    self._add(row, storable(str(metadata)))
+                    self._add(row, name)
         except CocoaError as error:
-            self.unlisted.append({"path": str(metadata), "reason": str(error)})
-        return storable(str(metadata)) if len(self.unlisted) == faults else None
+            self._note(metadata, str(error))
+        return name if len(self.unlisted) == faults else None
 
     def _add(self, image: DescribedImage, metadata: str) -> None:
         """Add a row of metadata. Of several rows of an image, all texts count, as lines; of other columns the first."""
@@ -101,32 +121,6 @@ class ImageFiles:
         columns = {name: value for name, value in image.columns.items() if name not in ("file_name", "text")}
         for name, value in json.loads(json.dumps(columns, default=str), parse_constant=lambda _: None).items():
             known.setdefault(name, value)
-
-
-def find_image_files(paths: Iterable[str | Path]) -> ImageFiles:
-    """Return the images that ``paths`` name, each once, with what metadata files say of them.
-
-    A folder that cannot be listed is noted and skipped. A missing file of a list is kept, for the run to report.
-
-    :param paths: As ``find_images`` takes them: folders, files, lists and patterns.
-    :raises CocoaError: If a path does not exist, or a pattern matches nothing.
-    :raises UsageError: If a path is empty.
-    """
-    roots: list[tuple[Path, list[Path]]] = []
-    covered: list[str] = []
-    unlisted: list[dict[str, str]] = []
-    seen: set[Path] = set()
-
-    def note(folder: Path, reason: str) -> None:
-        unlisted.append({"path": str(folder), "reason": reason})
-
-    for path in outermost(paths):
-        found = (Path(os.path.abspath(file)) for file in find_images([path], on_error=note))
-        new = [file for file in found if file not in seen]
-        seen.update(new)
-        roots.append((search_folder(path), new))
-        covered += [storable(os.path.abspath(place)) for place in places_covered(path)]
-    return ImageFiles(roots, covered, unlisted)
 
 
 def outermost(paths: Iterable[str | Path]) -> list[Path]:
@@ -149,3 +143,22 @@ def places_covered(path: Path) -> list[Path]:
     if path.suffix.lower() == LIST_SUFFIX and path.is_file():
         return read_file_list(path)
     return [path] if os.path.lexists(path) else [search_folder(path)]
+
+
+def is_deleted(path: str) -> bool:
+    r"""Return whether there is certainly no file at a path.
+
+    A path that cannot be checked, for lack of permission or of a network, is not deleted.
+
+    :param path: As a payload has it: with ``\udcNN`` for undecodable bytes.
+    """
+    undecoded = re.sub(r"\\udc([89a-f][0-9a-f])", lambda match: chr(0xDC00 + int(match[1], 16)), path)
+    for spelling in {path, undecoded}:
+        try:
+            if stat.S_ISREG(os.stat(spelling).st_mode):
+                return False
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError:
+            return False
+    return True

@@ -1,9 +1,10 @@
-"""One indexing run: find the files, skip the unchanged, read and hash, skip the stored, embed, write, settle.
+"""One indexing run over image files: skip the unchanged, read and hash, skip the stored, embed, write.
 
 A run may be killed at any moment: everything that it has stored is correct, and the next run does the rest. The new
 content of a file is stored before the old content is deleted, and a file that two points name is read again.
 """
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -14,21 +15,41 @@ from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.encode.jobs import EmbeddedImage
 from cocoa_embed.encode.read_ahead import read_ahead
 from cocoa_embed.errors import ImageError, printable
-from cocoa_embed.images.load import decode_image
+from cocoa_embed.images.load import FileContent, decode_image, read_stable_file
 from cocoa_embed.images.to_rgb import draw_thumbnail
 from cocoa_embed.integrations.qdrant.image_metadata import ImageFiles
 from cocoa_embed.integrations.qdrant.index_state import Content, IndexState, description_digest
-from cocoa_embed.integrations.qdrant.index_summary import Counts
-from cocoa_embed.integrations.qdrant.points import ImageFile, make_payload
-from cocoa_embed.integrations.qdrant.read_files import ReadFile, read_file
-from cocoa_embed.integrations.qdrant.settle import is_missing, settle
+from cocoa_embed.integrations.qdrant.points import FileLocation, ImageFile, make_payload, point_id
 from cocoa_embed.integrations.qdrant.stores.base import Point, Store
 from cocoa_embed.integrations.qdrant.thumbnails import THUMBNAIL_SIZE, ThumbnailFolder
 from cocoa_embed.integrations.qdrant.writer import Writer
 
 
-class NewContent(NamedTuple):
-    """A content that is being embedded."""
+@dataclass(frozen=True)
+class IndexSummary:
+    """The result of an indexing run. Every file counts once: indexed, unchanged, updated, replaced or failed."""
+
+    collection: str
+    indexed: int
+    """Files with new content."""
+    unchanged: int
+    """Files with the same content as before, or the same as another new file of this run."""
+    updated: int
+    """Files whose content was stored already, with a new path, caption or metadata."""
+    replaced: int
+    """Files with other content than before; the old point is deleted unless another file has its content."""
+    pruned: int
+    """Files that no longer exist and were removed from the index."""
+    failed: list[dict[str, str]]
+    """Files that could not be used, as ``{"path", "reason"}``."""
+    seconds: float
+    """Without loading the model."""
+    images_per_second: float
+    """Images embedded and stored per second."""
+
+
+class ContentKey(NamedTuple):
+    """What identifies a content."""
 
     id: str
     sha256: str
@@ -37,33 +58,53 @@ class NewContent(NamedTuple):
 
 @dataclass
 class IndexRun:
-    """One run over image files."""
+    """One run over image files, and what it has done so far."""
 
     files: ImageFiles
     store: Store
     encoder: Encoder
     state: IndexState
-    batch_size: int
     thumbnails: ThumbnailFolder | None = None
     on_file_done: Callable[[], object] = lambda: None
-    counts: Counts = field(default_factory=Counts)
-    _embedding: dict[str, list[tuple[ImageFile, float]]] = field(default_factory=dict)
-    """The files, with their mtimes, of each content that is being embedded."""
+    indexed: int = 0
+    updated: set[str] = field(default_factory=set)
+    """Paths, because a file may be updated for more than one reason."""
+    replaced: set[str] = field(default_factory=set)
+    pruned: int = 0
+    embedded: int = 0
+    """Contents that the model has embedded."""
+    failed: list[dict[str, str]] = field(default_factory=list)
+    _embedding: dict[str, list[tuple[ImageFile, FileLocation]]] = field(default_factory=dict)
+    """The files of each content that is being embedded."""
 
-    def run(self, *, prune: bool) -> None:
-        """Bring the collection up to date with the files.
+    def store_new_content(self, batch_size: int) -> None:
+        """Embed and store the new contents, and record in the state which files hold which content.
 
-        :param prune: Whether to remove files that no longer exist from the index.
+        :param batch_size: The maximum number of images in a batch.
         :raises CocoaError: If the store fails.
         """
         changed = self._skip_unchanged(self.files)
         new = self._skip_stored(read_ahead(read_file, changed))
         size = None if self.thumbnails is None else THUMBNAIL_SIZE
-        self._write(self.encoder.stream_images(new, batch_size=self.batch_size, thumbnail_size=size))
-        settle(self.files, self.store, self.state, self.counts, prune=prune)
+        self._write(self.encoder.stream_images(new, batch_size=batch_size, thumbnail_size=size))
+
+    def summary(self, collection: str, seconds: float) -> IndexSummary:
+        """Return the summary of the finished run."""
+        changed = self.indexed + len(self.updated) + len(self.replaced) + len(self.failed)
+        return IndexSummary(
+            collection=collection,
+            indexed=self.indexed,
+            unchanged=len(self.files) - changed,
+            updated=len(self.updated),
+            replaced=len(self.replaced),
+            pruned=self.pruned,
+            failed=sorted([*self.failed, *self.files.unlisted], key=lambda failure: failure["path"]),
+            seconds=seconds,
+            images_per_second=self.embedded / seconds,
+        )
 
     def _skip_unchanged(self, files: Iterable[ImageFile]) -> Iterator[ImageFile]:
-        """Yield the files with another size or mtime than when they were indexed, and those that lack a thumbnail."""
+        """Yield the files whose size or mtime has changed since they were indexed, and those without a thumbnail."""
         for file in files:
             try:
                 status = os.stat(file.path)
@@ -77,83 +118,77 @@ class IndexRun:
                 self.on_file_done()
 
     def _skip_stored(
-        self, files: Iterable[tuple[ImageFile, Future[ReadFile | ImageError]]]
-    ) -> Iterator[tuple[NewContent, bytes]]:
+        self, files: Iterable[tuple[ImageFile, Future[tuple[ContentKey, FileContent] | ImageError]]]
+    ) -> Iterator[tuple[ContentKey, bytes]]:
         """Yield each new content once; record the files whose content is stored, and those that cannot be read."""
         for file, reading in files:
             read = reading.result()
             if isinstance(read, ImageError):
                 self._fail(file, read)
-            elif read.id in self.state:
-                self._record_stored(file, read)
-            elif read.id in self._embedding:
-                self._embedding[read.id].append((file, read.mtime))
-                continue  # it is done when its content is
-            else:
-                self._embedding[read.id] = [(file, read.mtime)]
-                yield NewContent(read.id, read.sha256, len(read.data)), read.data
+                self.on_file_done()
                 continue
-            self.on_file_done()
+            content, (data, mtime, _) = read
+            location = file.location(mtime)
+            if content.id in self.state:
+                self._record_stored(file, location, content.id, data)
+                self.on_file_done()
+            elif content.id in self._embedding:
+                self._embedding[content.id].append((file, location))
+            else:
+                self._embedding[content.id] = [(file, location)]
+                yield content, data
 
-    def _record_stored(self, file: ImageFile, read: ReadFile) -> None:
+    def _record_stored(self, file: ImageFile, location: FileLocation, id_: str, data: bytes) -> None:
         """Record that a file holds a stored content."""
-        if self.thumbnails is not None and self._lacks_thumbnail(read.id):
+        if self.thumbnails is not None and self._lacks_thumbnail(id_):
             try:
-                image, _ = decode_image(read.data, printable(file.path))
+                image, _ = decode_image(data, printable(file.path))
             except ImageError as error:
                 self._fail(file, error)
                 return
-            jpeg = draw_thumbnail(image, THUMBNAIL_SIZE)
-            self.state.set_thumbnail(read.id, self.thumbnails.write(read.id, jpeg))
-        path = file.stored_path
-        id_before = self.state.id_of(path)
-        content = self.state.contents[read.id]
-        is_known = any(location.path == path for location in content.locations)
-        self.state.remove_missing(read.id, lambda path: is_missing(path, self.files))
-        self.state.attach(read.id, file.location(read.mtime))
-        if id_before not in (None, read.id):
-            self.counts.replaced.add(path)
+            self.state.set_thumbnail(id_, self.thumbnails.write(id_, draw_thumbnail(image, THUMBNAIL_SIZE)))
+        id_before = self.state.id_of(location.path)
+        content = self.state.contents[id_]
+        is_known = location.path in content.locations
+        self.state.remove_missing(id_, self.files.misses)
+        self.state.attach(id_, location)
+        if id_before not in (None, id_):
+            self.replaced.add(location.path)
         elif not is_known and not content.is_new:
-            self.counts.updated.add(path)
+            self.updated.add(location.path)
 
-    def _write(self, contents: Iterable[tuple[NewContent, EmbeddedImage | ImageError]]) -> None:
+    def _write(self, contents: Iterable[tuple[ContentKey, EmbeddedImage | ImageError]]) -> None:
         """Store the embedded contents and record the files that hold them."""
         with Writer(self.store) as writer:
             for content, embedded in contents:
                 files = self._embedding.pop(content.id)
                 if isinstance(embedded, ImageError):
-                    for file, _ in files:
+                    for file, location in files:
                         self._fail(file, embedded)
-                        self.state.detach(file.stored_path)
+                        self.state.detach(location.path)
                 else:
-                    writer.add(self._make_point(content, files, embedded))
+                    locations = {location.path: location for _, location in files}
+                    writer.add(self._make_point(content, locations, files[0][0], embedded))
                 for _ in files:
                     self.on_file_done()
 
-    def _make_point(self, content: NewContent, files: list[tuple[ImageFile, float]], embedded: EmbeddedImage) -> Point:
-        """Return the point of a new content and record its files."""
-        locations = [file.location(mtime) for file, mtime in files]
-        replaced = {location.path for location in locations if self.state.id_of(location.path) is not None}
-        self.counts.replaced |= replaced
-        self.counts.indexed += not replaced
-        self.counts.embedded += 1
-        description = files[0][0].description
-        thumbnail = None
+    def _make_point(
+        self, content: ContentKey, locations: dict[str, FileLocation], first: ImageFile, embedded: EmbeddedImage
+    ) -> Point:
+        """Return the point of a new content, described by its first file, and record its files."""
+        replaced = {path for path in locations if self.state.id_of(path) is not None}
+        self.replaced |= replaced
+        self.indexed += not replaced
+        self.embedded += 1
+        description, thumbnail = first.description, None
         if self.thumbnails is not None and embedded.thumbnail is not None:
             thumbnail = self.thumbnails.write(content.id, embedded.thumbnail)
         digest = description_digest(description)
-        stored = Content(content.bytes, locations, digest, description["caption_source"], thumbnail, is_new=True)
+        stored = Content(content.bytes, locations, digest, first.caption_source, thumbnail, is_new=True)
         self.state.add(content.id, stored)
-        payload = make_payload(
-            locations=locations,
-            description=description,
-            sha256=content.sha256,
-            bytes=content.bytes,
-            width=embedded.width,
-            height=embedded.height,
-            mime=embedded.mime,
-            thumbnail=thumbnail,
-        )
+        image = {"width": embedded.width, "height": embedded.height, "mime": embedded.mime}
+        fields = {"sha256": content.sha256, "bytes": content.bytes, **image}
+        payload = make_payload(fields, list(locations.values()), description, thumbnail)
         return Point(content.id, embedded.vector, payload)
 
     def _lacks_thumbnail(self, id_: str) -> bool:
@@ -164,4 +199,14 @@ class IndexRun:
         return self.state.contents[id_].thumbnail != str(path) or not path.exists()
 
     def _fail(self, file: ImageFile, error: ImageError) -> None:
-        self.counts.failed.append({"path": str(file.path), "reason": error.reason})
+        self.failed.append({"path": str(file.path), "reason": error.reason})
+
+
+def read_file(file: ImageFile) -> tuple[ContentKey, FileContent] | ImageError:
+    """Read and hash a file; an error is returned instead of raised."""
+    try:
+        read = read_stable_file(file.path)
+    except ImageError as error:
+        return error
+    sha256 = hashlib.sha256(read.data).hexdigest()
+    return ContentKey(point_id(sha256), sha256, read.size), read

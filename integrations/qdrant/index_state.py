@@ -11,7 +11,8 @@ from typing import Any
 
 from cocoa_embed.integrations.qdrant.points import FileLocation, Payload, stored_locations
 
-STATE_KEYS = "sha256 bytes paths relative_paths mtimes caption metadata caption_source thumbnail".split()
+DESCRIPTION_KEYS = ("caption", "metadata", "caption_source")
+STATE_KEYS = ("sha256", "bytes", "paths", "relative_paths", "mtimes", "thumbnail", *DESCRIPTION_KEYS)
 """The payload keys that the state is read from."""
 
 MTIME_TOLERANCE = 1e-6
@@ -24,7 +25,8 @@ class Content:
 
     size: int
     """In bytes."""
-    locations: list[FileLocation]
+    locations: dict[str, FileLocation]
+    """By path."""
     description_digest: bytes
     """Of the stored caption and metadata."""
     caption_source: str | None = None
@@ -35,6 +37,11 @@ class Content:
     """Whether the stored payload is out of date: it has other locations or another thumbnail."""
     is_new: bool = False
     """Whether this run has stored it."""
+
+    @property
+    def first_path(self) -> str | None:
+        """The path of the file that describes the content; None if no file holds it."""
+        return next(iter(self.locations), None)
 
 
 @dataclass
@@ -49,22 +56,23 @@ class IndexState:
 
     @classmethod
     def read(cls, points: Iterable[tuple[str, Mapping[str, Any]]]) -> "IndexState":
-        """Return the state of a collection from the ids and payloads of its points; points of others are skipped."""
+        """Return the state of a collection from the ids and payloads of its points; foreign points are skipped."""
         state = cls()
         for id_, payload in points:
             if not payload.get("sha256"):
                 continue
-            source = payload.get("caption_source")
-            metadata = payload.get("metadata") or {}
-            digest = description_digest(
-                {"caption": payload.get("caption"), "metadata": metadata, "caption_source": source}
+            description = {key: payload.get(key) for key in DESCRIPTION_KEYS}
+            locations = {location.path: location for location in stored_locations(payload)}
+            state.contents[id_] = Content(
+                payload.get("bytes", 0),
+                locations,
+                description_digest(description),
+                payload.get("caption_source"),
+                payload.get("thumbnail"),
             )
-            locations = stored_locations(payload)
-            size = int(payload.get("bytes") or 0)
-            state.contents[id_] = Content(size, locations, digest, source, payload.get("thumbnail"))
-            for location in locations:
-                if state._ids.setdefault(location.path, id_) != id_:
-                    state._conflicts.setdefault(location.path, set()).add(id_)
+            for path in locations:
+                if state._ids.setdefault(path, id_) != id_:
+                    state._conflicts.setdefault(path, set()).add(id_)
         return state
 
     def __contains__(self, id_: str) -> bool:
@@ -80,31 +88,23 @@ class IndexState:
         id_ = self._ids.get(path)
         if id_ is None or path in self._conflicts or self.contents[id_].size != size:
             return None
-        is_unchanged = any(
-            location.path == path and abs(location.mtime - mtime) < MTIME_TOLERANCE
-            for location in self.contents[id_].locations
-        )
-        return id_ if is_unchanged else None
+        location = self.contents[id_].locations.get(path)
+        return id_ if location is not None and abs(location.mtime - mtime) < MTIME_TOLERANCE else None
 
     def add(self, id_: str, content: Content) -> None:
         """Add a content that was just stored; its files no longer hold any other content."""
         self.contents[id_] = content
-        for location in content.locations:
-            self._detach(location.path, id_)
+        for path in content.locations:
+            self._detach(path, id_)
 
     def attach(self, id_: str, location: FileLocation) -> None:
         """Record that a file holds a stored content, and no other."""
         self._detach(location.path, id_)
         content = self.contents[id_]
-        for number, known in enumerate(content.locations):
-            if known.path == location.path:
-                if abs(known.mtime - location.mtime) < MTIME_TOLERANCE:
-                    return
-                content.locations[number] = location
-                break
-        else:
-            content.locations.append(location)
-        content.has_changed = True
+        known = content.locations.get(location.path)
+        if known is None or abs(known.mtime - location.mtime) >= MTIME_TOLERANCE:
+            content.locations[location.path] = location
+            content.has_changed = True
 
     def detach(self, path: str) -> None:
         """Record that a file holds no stored content."""
@@ -113,7 +113,7 @@ class IndexState:
 
     def remove_missing(self, id_: str, is_missing: Callable[[str], bool]) -> int:
         """Remove the files of a content that no longer exist, and return their number."""
-        missing = [location.path for location in self.contents[id_].locations if is_missing(location.path)]
+        missing = list(filter(is_missing, self.contents[id_].locations))
         for path in missing:
             self._remove(path, id_)
             if self._ids.get(path) == id_:
@@ -138,7 +138,7 @@ class IndexState:
 
     def _remove(self, path: str, id_: str) -> None:
         content = self.contents[id_]
-        content.locations = [location for location in content.locations if location.path != path]
+        content.locations.pop(path, None)
         content.has_changed = True
 
 

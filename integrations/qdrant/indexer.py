@@ -16,11 +16,11 @@ from cocoa_embed.encode.encoder import Encoder, ModelInput, make_input
 from cocoa_embed.encode.load import load_encoder
 from cocoa_embed.errors import CocoaError, UsageError, printable, require
 from cocoa_embed.images.load import ImageSource
-from cocoa_embed.integrations.qdrant.image_metadata import find_image_files
-from cocoa_embed.integrations.qdrant.index_run import IndexRun
+from cocoa_embed.integrations.qdrant.image_metadata import ImageFiles
+from cocoa_embed.integrations.qdrant.index_run import IndexRun, IndexSummary
 from cocoa_embed.integrations.qdrant.index_state import STATE_KEYS, IndexState
-from cocoa_embed.integrations.qdrant.index_summary import IndexSummary
 from cocoa_embed.integrations.qdrant.points import storable
+from cocoa_embed.integrations.qdrant.settle import settle
 from cocoa_embed.integrations.qdrant.stores import open_store
 from cocoa_embed.integrations.qdrant.stores.base import Hit, Query, Signature, Store, StoreOptions, require_signature
 from cocoa_embed.integrations.qdrant.stores.client_filters import read_filter
@@ -87,13 +87,9 @@ class QdrantIndexer:
                 raise UsageError(f"{name} is {number}; it must be 1 or more")
         if client is None and url is None and edge is None:
             path = path or DEFAULT_PATH
+        options = StoreOptions(quantization=quantization, on_disk=on_disk, api_key=api_key)
         self.store: Store = open_store(
-            client=client,
-            path=path,
-            url=url,
-            edge=edge,
-            collection=collection,
-            options=StoreOptions(quantization=quantization, on_disk=on_disk, api_key=api_key),
+            client=client, path=path, url=url, edge=edge, collection=collection, options=options
         )
         """The storage of the points."""
         self.batch_size = batch_size
@@ -138,7 +134,7 @@ class QdrantIndexer:
         :raises CocoaError: If there are no images, the model embeds no images, another model made the collection, or
             the collection holds other vectors.
         """
-        files = find_image_files([paths] if isinstance(paths, (str, Path)) else paths)
+        files = ImageFiles([paths] if isinstance(paths, (str, Path)) else paths)
         if not len(files) and not files.unlisted and not prune:
             names = ", ".join(files.covered) or "nothing"
             raise CocoaError(f"there are no images in {names}; name a folder that holds some (jpg, png, webp, ...)")
@@ -151,12 +147,14 @@ class QdrantIndexer:
             encoder = self._prepare_collection()
             started = time.perf_counter()
             state = IndexState.read(self.store.scan(STATE_KEYS))
-            bar = tqdm(total=len(files), desc=f"indexing into {self.collection}", unit="image", disable=not progress)
-            with bar:
-                run = IndexRun(files, self.store, encoder, state, self.batch_size, folder, bar.update)
-                run.run(prune=prune)
+            with tqdm(
+                total=len(files), desc=f"indexing into {self.collection}", unit="image", disable=not progress
+            ) as bar:
+                run = IndexRun(files, self.store, encoder, state, folder, bar.update)
+                run.store_new_content(self.batch_size)
+                settle(run, prune=prune)
             self.store.finish()
-        return run.counts.summary(self.collection, files, time.perf_counter() - started)
+        return run.summary(self.collection, time.perf_counter() - started)
 
     def search(
         self,
@@ -185,14 +183,14 @@ class QdrantIndexer:
         """
         if limit < 1 or offset < 0:
             raise UsageError(f"limit is {limit} and offset {offset}; limit must be 1 or more, offset 0 or more")
-        item = make_input(text, image)
-        query_filter = read_filter(query_filter)
-        items = orientations(item) if any_orientation else [item]
-        vectors = self._encoder_for(require_signature(self.store)).embed_queries(items)
+        query = make_input(text, image)
+        conditions = read_filter(query_filter)
+        queries = orientations(query) if any_orientation else [query]
+        vectors = self._encoder_for(require_signature(self.store)).embed_queries(queries)
         if not any_orientation:
-            return self.store.search(Query(vectors[0], limit, offset, score_threshold, query_filter))
-        queries = (Query(vector, offset + limit, 0, score_threshold, query_filter) for vector in vectors)
-        return best_hits(map(self.store.search, queries))[offset : offset + limit]
+            return self.store.search(Query(vectors[0], limit, offset, score_threshold, conditions))
+        searches = (Query(vector, offset + limit, 0, score_threshold, conditions) for vector in vectors)
+        return best_hits(map(self.store.search, searches))[offset : offset + limit]
 
     def close(self) -> None:
         """Close the store, unless its client was given; the next use opens it again."""
@@ -216,7 +214,8 @@ class QdrantIndexer:
                     f"{self._name()} was not made by cocoa-embed index, and its vectors may be another model's; choose"
                     " another collection"
                 )
-            self.store.create(signature_of(encoder))
+            signature = Signature(model=encoder.name, fingerprint=encoder.fingerprint, dimension=encoder.dimension)
+            self.store.create(signature)
         return encoder
 
     def _encoder_for(self, signature: Signature) -> Encoder:
@@ -249,12 +248,9 @@ class QdrantIndexer:
         """
         with self._lock:
             if self._encoder is None:
-                if isinstance(self._model, Encoder):
-                    encoder = self._model
-                elif isinstance(self._model, (str, Path)):
-                    encoder = load_encoder(self._model, self._device)
-                else:
-                    encoder = Encoder(self._model)
+                if isinstance(self._model, (str, Path)):
+                    self._model = load_encoder(self._model, self._device)
+                encoder = self._model if isinstance(self._model, Encoder) else Encoder(self._model)
                 encoder.require_images()
                 self._encoder = encoder
             return self._encoder
@@ -263,11 +259,6 @@ class QdrantIndexer:
 def cut(encoder: Encoder, dimension: int | None) -> Encoder:
     """Return a model with the first ``dimension`` values of its embeddings; all of them for None."""
     return encoder if dimension in (None, encoder.dimension) else encoder.truncate(dimension)
-
-
-def signature_of(encoder: Encoder) -> Signature:
-    """Return the signature of a collection made with a model."""
-    return Signature(model=encoder.name, fingerprint=encoder.fingerprint, dimension=encoder.dimension)
 
 
 def orientations(item: ModelInput) -> list[ModelInput]:

@@ -22,7 +22,7 @@ LLM_KEYS = frozenset({"relative_path", "metadata"})
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image file and what ``metadata.jsonl`` files say about it."""
+    """An image file and its description in ``metadata.jsonl`` files."""
 
     path: Path
     """Absolute."""
@@ -32,9 +32,9 @@ class ImageFile:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """The other columns of ``metadata.jsonl``."""
     caption_source: str | None = None
-    """The ``metadata.jsonl`` that has a line for the file, as the payload names it."""
+    """The first metadata file that has a row for the file, as the payload names it."""
     checked_sources: frozenset[str] = frozenset()
-    """The ``metadata.jsonl`` files that were read and could have such a line."""
+    """The metadata files, read without a fault, that could have a row for the file."""
 
     @property
     def stored_path(self) -> str:
@@ -44,11 +44,8 @@ class ImageFile:
     @property
     def description(self) -> Payload:
         """The part of the payload that comes from ``metadata.jsonl``."""
-        return {
-            "caption": storable(self.caption),
-            "metadata": storable(dict(self.metadata)),
-            "caption_source": self.caption_source,
-        }
+        text, columns = storable(self.caption), storable(dict(self.metadata))
+        return {"caption": text, "metadata": columns, "caption_source": self.caption_source}
 
     def location(self, mtime: float) -> "FileLocation":
         """Return the location of the file as the payload has it."""
@@ -74,44 +71,20 @@ def point_id(sha256: str) -> str:
 
 
 def make_payload(
-    *,
-    locations: Sequence[FileLocation],
-    description: Payload,
-    sha256: str,
-    bytes: int,
-    width: int,
-    height: int,
-    mime: str,
-    thumbnail: str | None = None,
+    content: Payload, locations: Sequence[FileLocation], description: Payload, thumbnail: str | None = None
 ) -> Payload:
     """Return the payload of a point: these fields, and the same as a LlamaIndex node. It never holds the image.
 
+    :param content: ``sha256`` and ``bytes`` of the file, ``width`` and ``height`` of the upright image in pixels, and
+        ``mime``; or a stored payload, whose other fields are replaced where the arguments give them.
     :param locations: The files with this content, at least one; the first gives the payload its ``path``.
-    :param description: ``caption``, ``metadata`` and ``caption_source``.
-    :param sha256: The hash of the file, in hexadecimal.
-    :param bytes: The size of the file.
-    :param width: In pixels, upright, as is ``height``.
+    :param description: ``caption``, ``metadata`` and ``caption_source``; empty to keep those of a stored payload.
     :param thumbnail: The path of a small copy.
     """
-    content = {"sha256": sha256, "bytes": bytes, "width": width, "height": height, "mime": mime}
-    fields = {**location_fields(locations), **content, **description}
+    fields = {**plain_payload(content), **location_fields(locations), **description}
     if thumbnail is not None:
         fields["thumbnail"] = thumbnail
-    return {**fields, **node_fields(point_id(sha256), fields)}
-
-
-def update_payload(
-    stored: Mapping[str, Any],
-    *,
-    locations: Sequence[FileLocation],
-    description: Payload | None = None,
-    thumbnail: str | None = None,
-) -> Payload:
-    """Return a stored payload with other locations and, where given, another description or thumbnail."""
-    fields = {**plain_payload(stored), **location_fields(locations), **(description or {})}
-    if thumbnail is not None:
-        fields["thumbnail"] = thumbnail
-    return {**fields, **node_fields(str(stored["doc_id"]), fields)}
+    return {**fields, **node_fields(point_id(fields["sha256"]), fields)}
 
 
 def location_fields(locations: Sequence[FileLocation]) -> Payload:

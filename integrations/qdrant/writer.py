@@ -1,4 +1,4 @@
-"""Write points to a store in background threads while the model goes on."""
+"""Write points to a store in background threads, while the model embeds the next images."""
 
 from __future__ import annotations
 

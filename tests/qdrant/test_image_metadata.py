@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from table_files import write_images, write_table
 
-from cocoa_embed.integrations.qdrant.image_metadata import find_image_files
+from cocoa_embed.integrations.qdrant.image_metadata import ImageFiles
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
@@ -12,7 +12,7 @@ def test_captions_and_columns_of_every_format_are_read(tmp_path: Path, kind: str
     write_images(tmp_path / "sub", "ab")
     rows = [{"file_name": "sub/a.png", "text": "a ring", "path": "my/own"}, {"file_name": "gone.png", "text": "x"}]
     metadata = write_table(tmp_path / f"metadata.{kind}", rows)
-    files = find_image_files([tmp_path])
+    files = ImageFiles([tmp_path])
     described, other = files
     assert (described.caption, described.metadata) == ("a ring", {"path": "my/own"})
     assert (other.caption, other.metadata) == (None, {})
@@ -23,7 +23,7 @@ def test_values_that_json_lacks_become_strings_and_null(tmp_path: Path) -> None:
     write_images(tmp_path, "a")
     row = {"file_name": "a.png", "day": datetime.date(2026, 1, 2), "score": float("nan"), "tags": ["x"]}
     write_table(tmp_path / "metadata.parquet", [row])
-    (described,) = find_image_files([tmp_path])
+    (described,) = ImageFiles([tmp_path])
     assert described.metadata == {"day": "2026-01-02", "score": None, "tags": ["x"]}
 
 
@@ -31,17 +31,17 @@ def test_two_metadata_files_in_a_folder_are_reported_and_neither_is_read(tmp_pat
     write_images(tmp_path, "a")
     for kind in ("csv", "jsonl"):
         write_table(tmp_path / f"metadata.{kind}", [{"file_name": "a.png", "text": kind}])
-    files = find_image_files([tmp_path])
+    files = ImageFiles([tmp_path])
     assert [described.caption for described in files] == [None]
     assert "has metadata.jsonl and metadata.csv; keep one" in files.unlisted[0]["reason"]
 
 
 def test_text_files_beside_images_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_images(tmp_path, "a")
-    find_image_files([tmp_path])
+    ImageFiles([tmp_path])
     assert not caplog.records
     (tmp_path / "a.txt").write_text("a caption")
-    find_image_files([tmp_path])
+    ImageFiles([tmp_path])
     assert (
         f"{tmp_path / 'a.txt'}: text files beside images are not read; write captions to metadata.jsonl" in caplog.text
     )

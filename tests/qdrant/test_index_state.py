@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from cocoa_embed.integrations.qdrant.index_state import IndexState, description_digest
+from cocoa_embed.integrations.qdrant.index_state import IndexState
 from cocoa_embed.integrations.qdrant.points import FileLocation, make_payload, point_id
 
 SHA_A, SHA_B = "a" * 64, "b" * 64
@@ -12,17 +12,15 @@ NONE = {"caption": None, "metadata": {}, "caption_source": None}
 
 
 def stored(sha256: str, *locations: FileLocation) -> tuple[str, dict[str, Any]]:
-    size = {"bytes": 99, "width": 1, "height": 1}
-    return point_id(sha256), make_payload(
-        locations=locations, description=NONE, sha256=sha256, mime="image/png", **size
-    )
+    content = {"sha256": sha256, "bytes": 99, "width": 1, "height": 1, "mime": "image/png"}
+    return point_id(sha256), make_payload(content, locations, NONE)
 
 
 def changed(state: IndexState) -> dict[str, list[str]]:
-    return {id_: [location.path for location in content.locations] for id_, content in state.changed().items()}
+    return {id_: list(content.locations) for id_, content in state.changed().items()}
 
 
-def test_a_file_with_the_stored_mtime_and_size_is_unchanged_and_points_of_others_are_skipped() -> None:
+def test_a_file_with_the_stored_mtime_and_size_is_unchanged_and_foreign_points_are_skipped() -> None:
     foreign = [("7", {}), ("8", {"path": "/p/red.png"}), ("9", {"_node_content": "{}"})]
     state = IndexState.read([*foreign, stored(SHA_A, RED, BLUE)])
     assert list(state.contents) == [A]
@@ -41,9 +39,3 @@ def test_a_file_that_two_contents_name_is_read_again_and_settled(holds: str) -> 
     state.attach(holds, RED)
     assert state.unchanged_id(RED.path, RED.mtime, 99) == holds
     assert changed(state) == {B if holds == A else A: []}
-
-
-def test_a_description_has_a_digest_by_type_and_not_by_order() -> None:
-    one, same, other = {"x": 1, "y": 2}, {"y": 2, "x": 1}, {"x": True, "y": 2}
-    assert description_digest({"metadata": one}) == description_digest({"metadata": same})
-    assert description_digest({"metadata": one}) != description_digest({"metadata": other})

@@ -1,11 +1,10 @@
-"""What an indexing run stores and counts, what a search finds, and which collections are refused."""
+"""Index and search: counts and payloads, hits, and collections that are refused."""
 
 import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -21,7 +20,7 @@ from cocoa_embed.cli.index import report_hits
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.images.load import FileContent, load_image
-from cocoa_embed.integrations.qdrant import IndexSummary, QdrantIndexer, read_files
+from cocoa_embed.integrations.qdrant import IndexSummary, QdrantIndexer, image_metadata, index_run
 from cocoa_embed.integrations.qdrant.hits_page import write_hits_page
 from cocoa_embed.integrations.qdrant.points import point_id
 
@@ -42,7 +41,7 @@ class Album:
         self.index = self.indexer()
         self.search = self.index.search
 
-    def indexer(self, model: Any = None, **options: Any) -> QdrantIndexer:  # noqa: ANN401 - what an indexer takes
+    def indexer(self, model: Any = None, **options: Any) -> QdrantIndexer:  # noqa: ANN401
         return QdrantIndexer(model or FakeModel(), client=self.client, **options)
 
     def run(self, *paths: str | Path, **options: Any) -> tuple[int, int, int, int, int]:
@@ -92,13 +91,13 @@ def album(tmp_path: Path) -> Album:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the files that are read."""
     names: list[str] = []
-    read = read_files.read_stable_file
+    read = index_run.read_stable_file
 
     def watched(path: Path) -> FileContent:
         names.append(path.name)
         return read(path)
 
-    monkeypatch.setattr(read_files, "read_stable_file", watched)
+    monkeypatch.setattr(index_run, "read_stable_file", watched)
     return names
 
 
@@ -127,7 +126,7 @@ class TestRuns:
         assert (red["width"], red["height"], red["mime"]) == (24, 16, "image/png")
         assert (red["bytes"], red["mtime"]) == (status.st_size, pytest.approx(status.st_mtime))
         assert all(hit.id == point_id(hit.payload["sha256"]) for hit in album.search("red"))
-        assert not any(isinstance(value, bytes) or len(str(value)) > 2000 for value in red.values())
+        assert max(len(str(value)) for value in red.values()) < 2000
 
     @pytest.mark.parametrize(("size", "batches"), [(1, [1, 1, 1, 1]), (3, [3, 1]), (32, [4])])
     def test_copies_are_one_point_with_all_their_paths(self, album: Album, size: int, batches: list[int]) -> None:
@@ -143,7 +142,7 @@ class TestRuns:
         assert album.payloads["again.png"]["relative_paths"] == ["again.png", "red.png", "sub/copy.png"]
         assert len(album.vectors) == 4
 
-    def test_a_file_that_is_touched_is_read_once_and_not_embedded(self, album: Album, reads: list[str]) -> None:
+    def test_a_touched_file_is_read_once_and_not_embedded(self, album: Album, reads: list[str]) -> None:
         album.run()
         os.utime(album.folder / "red.png", (1_000_000_000, 1_000_000_000.5))
         reads.clear()
@@ -202,20 +201,19 @@ class TestRuns:
         album.run(prune=True)
         assert (album.summary.pruned, album.names) == (2, {"a.png"})
 
-    def test_a_file_that_cannot_be_checked_is_not_deleted(self, album: Album, monkeypatch: pytest.MonkeyPatch) -> None:
-        album.run()
-
-        def refuse(function: Callable[..., Any], part: str) -> Callable[..., Any]:
+    def test_a_file_that_cannot_be_checked_is_not_pruned(self, album: Album, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(function: Callable[..., Any]) -> Callable[..., Any]:
             def call(path: str | Path, **options: object) -> object:
-                if part in f"{path}/":
+                if "/sub/" in f"{path}/":
                     raise PermissionError(13, "Permission denied", str(path))
                 return function(path, **options)
 
             return call
 
+        album.run()
         with monkeypatch.context() as patch:
-            patch.setattr(os, "stat", refuse(os.stat, "/sub/yellow"))
-            patch.setattr(os, "scandir", refuse(os.scandir, "/sub/"))
+            patch.setattr(os, "scandir", refuse(os.scandir))
+            patch.setattr(image_metadata.os, "stat", refuse(os.stat))
             assert album.run(prune=True) == (0, 3, 0, 0, 1)
         assert (album.summary.pruned, album.failed) == (0, ["sub"])
         assert "yellow.jpg" in album.names
@@ -231,38 +229,24 @@ class TestRuns:
             album.run(prune=True)
             assert "blue.png" not in album.names
 
-    def test_bad_images_are_reported_in_order_and_the_others_are_indexed(self, album: Album) -> None:
+    def test_images_that_the_model_refuses_are_reported_in_order(self, album: Album) -> None:
         class Overflowing(FakeModel):
             def _embed(self, item: Mapping[str, Any]) -> np.ndarray:
                 blue = "image" in item and item["image"].getpixel((0, 0)) == (0, 0, 255)
                 return super()._embed(item) * (np.nan if blue else 1)
 
-        data = BytesIO()
-        noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(data, "JPEG")
-        (album.folder / "broken.jpg").write_bytes(data.getvalue()[:1500])
-        (album.folder / "empty.png").touch()
         for name in ("thin.png", "thin_too.png"):
             colour_image("red", (1, 20_000)).save(album.folder / name)
-        colour_image("red").save(album.folder / "a.avif")
-        avif = (album.folder / "a.avif").read_bytes()
-        (album.folder / "a.avif").write_bytes(avif[: avif.index(b"mdat") + 4].ljust(len(avif), b"\0"))
+        (album.folder / "empty.png").touch()
         album.index = album.indexer(Overflowing())
-        assert album.run() == (3, 0, 0, 0, 6)
-        wanted = {
-            "a.avif": "cannot be decoded (Failed to decode",
-            "blue.png": "not finite",
-            "broken.jpg": "is truncated",
-            "empty.png": "is empty",
-            "thin.png": "aspect ratio",
-            "thin_too.png": "aspect ratio",
-        }
+        assert album.run() == (3, 0, 0, 0, 4)
+        wanted = {"blue.png": "not finite", "empty.png": "is empty", "thin.png": "aspect", "thin_too.png": "aspect"}
         assert album.failed == list(wanted)
         reasons = [failure["reason"] for failure in album.summary.failed]
         assert all(words in reason for words, reason in zip(wanted.values(), reasons, strict=True)), reasons
         assert album.names == {"green.png", "red.png", "yellow.jpg"}
 
-    def test_points_of_another_program_are_neither_counted_nor_pruned(self, album: Album) -> None:
+    def test_foreign_points_are_neither_counted_nor_pruned(self, album: Album) -> None:
         album.run()
         strange = {"caption": ["x"], "paths": None, "thumbnail": 5, "path": str(album.folder / "gone.png")}
         album.client.upsert("images", [models.PointStruct(id=7, vector=[1.0] * 48, payload=strange)])
@@ -276,7 +260,7 @@ class TestRuns:
 
 
 class TestPaths:
-    def test_lists_and_patterns_name_files_and_what_is_no_image_file_is_reported(self, album: Album) -> None:
+    def test_lists_and_patterns_name_files_and_unusable_entries_are_reported(self, album: Album) -> None:
         names = ("pictures/red.png", "", "# not this", "pictures/gone.png", "pictures/sub", "pictures/sub/yellow.jpg")
         (album.folder.parent / "list.txt").write_text("\n".join(names))
         assert album.run("../list.txt") == (2, 0, 0, 0, 2)
@@ -288,25 +272,18 @@ class TestPaths:
         album.run("**/*.png", prune=True)
         assert album.summary.pruned == 1
 
-    @pytest.mark.parametrize(
-        ("paths", "error", "words"),
-        [
-            ("notes", CocoaError, "there are no images in"),
-            ("nowhere", CocoaError, "does not exist"),
-            ([], CocoaError, "there are no images in nothing"),
-            ("", UsageError, "a path is empty"),
-            (["a", ""], UsageError, "a path is empty"),
-        ],
-    )
-    def test_paths_without_images_are_an_error(
-        self, album: Album, monkeypatch: pytest.MonkeyPatch, paths: str | list[str], error: type[Exception], words: str
-    ) -> None:
-        monkeypatch.chdir(album.folder)
-        Path("notes").mkdir()
-        with pytest.raises(error, match=words):
-            album.index.index(paths, progress=False)
+    def test_paths_without_images_are_an_error(self, album: Album) -> None:
+        (album.folder / "notes").mkdir()
+        for paths, words in (("notes", "are no images in"), ("nowhere", "does not exist")):
+            with pytest.raises(CocoaError, match=words):
+                album.run(paths)
+        with pytest.raises(CocoaError, match="there are no images in nothing"):
+            album.index.index([])
+        for empty in ("", ["a", ""]):
+            with pytest.raises(UsageError, match="a path is empty"):
+                album.index.index(empty)
 
-    def test_thumbnails_follow_their_points_and_the_folder_that_is_given(self, album: Album, tmp_path: Path) -> None:
+    def test_thumbnails_follow_their_points_and_the_given_folder(self, album: Album, tmp_path: Path) -> None:
         Image.new("RGB", (1000, 500), "red").save(album.folder / "large.png")
         album.run()
         for name in ("one", "other"):
@@ -364,7 +341,7 @@ class TestCaptions:
         assert album.captions == {}
 
     @pytest.mark.parametrize("part", ["sub", "sub/yellow.jpg"])
-    def test_a_run_over_a_part_keeps_captions_from_above(self, album: Album, part: str) -> None:
+    def test_a_run_over_a_subfolder_keeps_captions_of_the_folder_above(self, album: Album, part: str) -> None:
         colour_image("green", (9, 9)).save(album.folder / "sub" / "other.png")
         album.describe({"sub/yellow.jpg": "a lemon"}, licence="CC0")
         album.describe({"other.png": "a lime"}, "sub")
@@ -419,40 +396,37 @@ class TestSearch:
         queries = album.index.encoder.model.queries  # type: ignore[union-attr]
         assert queries[-3:] == [{"text": text} for text in texts], "a text is always text"
 
-    def test_limit_offset_threshold_and_filter(self, album: Album) -> None:
+    def test_hits_are_narrowed_by_offset_threshold_and_filters_of_every_kind(self, album: Album) -> None:
         album.run()
         every = album.search("red")
-        assert len(every) == 4
         assert album.search("red", limit=2, offset=1) == every[1:3]
         assert album.search("red", score_threshold=every[0].score - 1e-4) == every[:1]
         png = models.FieldCondition(key="mime", match=models.MatchValue(value="image/png"))
         for condition in (models.Filter(must=[png]), "mime=image/png", ["mime=image/png", "width>1"]):
             assert len(album.search("red", query_filter=condition)) == 3
 
-    @pytest.mark.parametrize("turn", list(Image.Transpose))
-    def test_a_rotated_or_mirrored_image_is_found_on_request(self, album: Album, turn: Image.Transpose) -> None:
+    def test_a_rotated_or_mirrored_image_is_found_on_request(self, album: Album) -> None:
         generator = np.random.default_rng(0)
         for number in range(5):
             pixels = generator.integers(0, 256, (4, 4, 3), dtype=np.uint8)
             Image.fromarray(pixels).resize((40, 40), Image.Resampling.NEAREST).save(album.folder / f"{number}.png")
         album.run()
-        turned = load_image(album.folder / "3.png").transpose(turn)
-        assert album.search(image=turned, limit=1)[0].score < 0.999
-        best, second = album.search(image=turned, limit=2, any_orientation=True)
-        assert (Path(best.path).name, best.score) == ("3.png", pytest.approx(1))
-        assert album.search(image=turned, limit=1, offset=1, any_orientation=True) == [second]
-        found = album.search(image=turned, score_threshold=0.999, any_orientation=True)
-        assert [hit.id for hit in found] == [best.id]
+        for turn in Image.Transpose:
+            turned = load_image(album.folder / "3.png").transpose(turn)
+            assert album.search(image=turned, limit=1)[0].score < 0.999
+            best, second = album.search(image=turned, limit=2, any_orientation=True)
+            assert (Path(best.path).name, best.score) == ("3.png", pytest.approx(1))
+            assert album.search(image=turned, limit=1, offset=1, any_orientation=True) == [second]
+            found = album.search(image=turned, score_threshold=0.999, any_orientation=True)
+            assert [hit.id for hit in found] == [best.id]
 
     @pytest.mark.parametrize("text", ["", "red"])
     @pytest.mark.parametrize("options", [{"limit": 0}, {"offset": -1}, {"any_orientation": True}])
-    def test_an_impossible_search_is_wrong_usage(self, album: Album, text: str, options: dict[str, Any]) -> None:
+    def test_an_impossible_search_is_a_usage_error(self, album: Album, text: str, options: dict[str, Any]) -> None:
         with pytest.raises(UsageError, match="; "):
             album.search(text, **options)
 
-    def test_a_search_creates_nothing_and_names_what_is_missing_before_the_model_is_loaded(
-        self, tmp_path: Path
-    ) -> None:
+    def test_a_search_names_missing_files_before_the_model_is_loaded(self, tmp_path: Path) -> None:
         index = QdrantIndexer(tmp_path / "no-model", path=tmp_path / "none")
         with pytest.raises(CocoaError, match="there is no index in"):
             index.search("red")
@@ -460,13 +434,13 @@ class TestSearch:
             index.search(image=tmp_path / "gone.png")
         assert list(tmp_path.iterdir()) == []
 
-    def test_threads_may_share_an_indexer(self, album: Album, tmp_path: Path) -> None:
+    def test_threads_share_an_indexer_that_opens_again(self, album: Album, tmp_path: Path) -> None:
         with QdrantIndexer(Encoder(FakeModel()), path=tmp_path / "store", collection="my images") as album.index:
             assert album.run() == (4, 0, 0, 0, 0)
             with ThreadPoolExecutor(8) as pool:
                 found = list(pool.map(album.index.search, ["blue"] * 8))
         assert {hits[0].path for hits in found} == {str(album.folder / "blue.png")}
-        assert album.run() == (0, 4, 0, 0, 0), "a closed indexer opens again"
+        assert album.run() == (0, 4, 0, 0, 0)
         album.index.close()
 
 
@@ -480,7 +454,7 @@ class TestModels:
                 use()
         assert album.indexer(Encoder(FakeModel(seed=1), "renamed")).search("red")  # type: ignore[arg-type]
 
-    def test_a_collection_of_another_program_is_searched_and_only_filled_if_it_is_empty(self, album: Album) -> None:
+    def test_a_foreign_collection_is_searched_but_filled_only_if_empty(self, album: Album) -> None:
         album.client.create_collection("images", COSINE)
         assert album.run() == (4, 0, 0, 0, 0)
         with pytest.raises(CocoaError, match="was made with"):
@@ -507,7 +481,7 @@ class TestModels:
             with pytest.raises(CocoaError, match=r"32 dimensions.* makes 48; choose another collection"):
                 use()
 
-    def test_a_model_that_does_not_take_images_or_both_is_refused(self, album: Album) -> None:
+    def test_a_model_without_images_or_joint_inputs_is_refused(self, album: Album) -> None:
         class OneAtATime(FakeModel):
             def supports(self, modality: str | tuple[str, ...]) -> bool:
                 return isinstance(modality, str)
@@ -522,6 +496,6 @@ class TestModels:
             album.index.search("red", colour_image("red"))
 
     @pytest.mark.parametrize("arguments", [{"batch_size": 0}, {"dimension": 0}, {"path": "x", "edge": "y"}])
-    def test_wrong_arguments_are_wrong_usage(self, arguments: dict[str, Any]) -> None:
+    def test_invalid_arguments_are_usage_errors(self, arguments: dict[str, Any]) -> None:
         with pytest.raises(UsageError, match=r"(batch_size|dimension) is 0; it must|more than one place"):
             QdrantIndexer(FakeModel(), **arguments)

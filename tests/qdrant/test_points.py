@@ -12,10 +12,10 @@ from cocoa_embed.integrations.qdrant.points import (
     point_id,
     storable,
     stored_locations,
-    update_payload,
 )
 
 SHA256 = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
+CONTENT = {"sha256": SHA256, "bytes": 1234, "width": 640, "height": 480, "mime": "image/jpeg"}
 ZEBRA = FileLocation("/data/zoo/zebra ünï.jpg", "zebra ünï.jpg", 1_700_000_000.25)
 AGAIN = FileLocation("/data/again.jpg", "again.jpg", 1_700_000_001.5)
 DESCRIPTION = {
@@ -33,8 +33,7 @@ CHANGES: list[dict[str, Any]] = [
 
 
 def payload(**changes: Any) -> dict[str, Any]:
-    content = {"sha256": SHA256, "bytes": 1234, "width": 640, "height": 480, "mime": "image/jpeg"}
-    return make_payload(**{"locations": [ZEBRA], "description": DESCRIPTION, **content, **changes})
+    return make_payload(**{"content": CONTENT, "locations": [ZEBRA], "description": DESCRIPTION, **changes})
 
 
 def test_the_id_depends_on_the_content_alone_and_never_changes() -> None:
@@ -45,17 +44,11 @@ def test_the_id_depends_on_the_content_alone_and_never_changes() -> None:
 def test_the_payload_has_plain_fields_and_no_image() -> None:
     stored = payload(locations=[ZEBRA, AGAIN])
     assert plain_payload(stored) == {
-        "path": "/data/zoo/zebra ünï.jpg",
-        "relative_path": "zebra ünï.jpg",
-        "mtime": 1_700_000_000.25,
+        **ZEBRA._asdict(),
         "paths": ["/data/zoo/zebra ünï.jpg", "/data/again.jpg"],
         "relative_paths": ["zebra ünï.jpg", "again.jpg"],
         "mtimes": [1_700_000_000.25, 1_700_000_001.5],
-        "sha256": SHA256,
-        "bytes": 1234,
-        "width": 640,
-        "height": 480,
-        "mime": "image/jpeg",
+        **CONTENT,
         **DESCRIPTION,
     }
     assert json.loads(stored["_node_content"])["image"] is None
@@ -65,40 +58,33 @@ def test_the_payload_has_plain_fields_and_no_image() -> None:
 
 
 @pytest.mark.parametrize("changes", CHANGES)
-def test_the_payload_is_what_llama_index_itself_would_write(changes: dict[str, Any]) -> None:
+def test_a_changed_payload_is_what_llama_index_itself_would_write(changes: dict[str, Any]) -> None:
     utils = pytest.importorskip("llama_index.core.vector_stores.utils")
-    schema = pytest.importorskip("llama_index.core.schema")
-    stored = payload(**changes)
-    node = utils.metadata_dict_to_node(stored)
-    assert isinstance(node, schema.ImageNode)
-    again = utils.node_to_metadata_dict(node, remove_text=False, flat_metadata=False)
+    before = payload()
+    kept = dict(before)
+    stored = make_payload(before, **{"description": {}, **changes})
+    assert stored == payload(**changes) != before
+    assert before == kept
+    again = utils.node_to_metadata_dict(utils.metadata_dict_to_node(stored), remove_text=False, flat_metadata=False)
     assert json.loads(again.pop("_node_content")) == json.loads(stored.pop("_node_content"))
     assert again == stored
 
 
-def test_llama_index_shows_a_language_model_the_caption_and_where_the_image_is_from() -> None:
+def test_llama_index_shows_a_language_model_the_caption_and_metadata() -> None:
     utils = pytest.importorskip("llama_index.core.vector_stores.utils")
     schema = pytest.importorskip("llama_index.core.schema")
     node = utils.metadata_dict_to_node(payload())
+    assert isinstance(node, schema.ImageNode)
     assert node.node_id == node.ref_doc_id == point_id(SHA256)
     assert (node.image_path, node.image_mimetype) == ("/data/zoo/zebra ünï.jpg", "image/jpeg")
     assert node.get_content(schema.MetadataMode.EMBED) == "a zebra at dusk"
     shown = node.get_content(schema.MetadataMode.LLM)
-    assert "relative_path: zebra ünï.jpg" in shown
-    assert "CC0" in shown
-    assert shown.count("a zebra at dusk") == 1
-    assert SHA256 not in shown
-
-
-@pytest.mark.parametrize("changes", CHANGES)
-def test_an_updated_payload_is_that_of_the_changed_image(changes: dict[str, Any]) -> None:
-    before = payload()
-    kept = dict(before)
-    after = update_payload(before, **changes)
-    assert after == payload(**changes) != before
-    assert before == kept
-    node = json.loads(after["_node_content"])
-    assert (node["image_path"], node["text"]) == (after["path"], after["caption"] or "")
+    assert [shown.count(part) for part in ("relative_path: zebra ünï.jpg", "CC0", "a zebra at dusk", SHA256)] == [
+        1,
+        1,
+        1,
+        0,
+    ]
 
 
 def test_a_description_and_a_location_are_valid_json() -> None:

@@ -1,4 +1,4 @@
-"""What a server is sent, and what happens when it fails."""
+"""Requests to a Qdrant server, and its failures."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -90,7 +90,7 @@ def test_temporary_failures_are_retried_and_everything_is_there_once(
     assert (fake.faults, len(waits)) == ([], 2 * len(ends))
 
 
-def test_a_failure_that_lasts_ends_after_a_few_attempts_and_the_next_run_completes_the_batch(
+def test_a_lasting_failure_ends_after_a_few_attempts_and_the_next_run_completes_the_batch(
     fake: FakeServer, store: ServerStore, waits: list[float]
 ) -> None:
     fake.fail(UPSERT, store_half, *[answer_status(503)] * (server.ATTEMPTS - 1))
@@ -113,7 +113,7 @@ def test_a_failure_that_lasts_ends_after_a_few_attempts_and_the_next_run_complet
         (answer_bytes(b'{"result": 5}'), "1 validation error"),
     ],
 )
-def test_a_failure_that_would_last_is_not_retried(
+def test_permanent_failures_are_not_retried(
     fake: FakeServer, store: ServerStore, waits: list[float], answer: Callable[[Any], bool], words: str
 ) -> None:
     fake.fail("/count", answer)
@@ -122,13 +122,13 @@ def test_a_failure_that_would_last_is_not_retried(
     assert waits == []
 
 
-def test_a_server_that_is_not_there_is_reported_soon(remote: OpenRemote, waits: list[float]) -> None:
+def test_an_absent_server_is_reported_soon(remote: OpenRemote, waits: list[float]) -> None:
     with pytest.raises(CocoaError, match=r"^Qdrant at http://127\.0\.0\.1:9 failed: .*refused \(tried 3 times\)$"):
         remote("http://127.0.0.1:9").signature()
     assert sum(waits) < 3
 
 
-def test_the_server_says_how_long_to_wait_within_limits(
+def test_the_servers_retry_after_is_kept_within_limits(
     fake: FakeServer, store: ServerStore, waits: list[float]
 ) -> None:
     date = "Wed, 21 Oct 2026 07:28:00 GMT"
@@ -192,25 +192,21 @@ def test_indexes_that_a_killed_process_left_out_are_created_before_the_next_poin
     assert writes[-2:] == ["points", "points"]
 
 
-@pytest.mark.parametrize(
-    ("quantization", "wanted"),
-    [
+def test_vectors_are_quantized_kept_on_disk_and_rescored(fake: FakeServer, remote: OpenRemote) -> None:
+    for quantization, wanted in (
         ("scalar", {"scalar": {"type": "int8", "quantile": 0.99, "always_ram": True}}),
         ("binary", {"binary": {"always_ram": True}}),
-    ],
-)
-def test_vectors_are_quantized_kept_on_disk_and_rescored(
-    fake: FakeServer, remote: OpenRemote, quantization: str, wanted: dict
-) -> None:
-    store = remote(quantization=quantization, on_disk=True)
-    store.create(SIGNATURE)
-    store.search(QUERY._replace(offset=5))
-    store.search(QUERY._replace(limit=500))
-    (created,) = fake.bodies("PUT", "/collections/images")
-    assert created["quantization_config"] == wanted
-    assert created["vectors"] == {"size": DIMENSION, "distance": "Cosine", "on_disk": True}
-    few, many = (body["params"]["quantization"] for body in fake.bodies("POST", "/query"))
-    assert (few, many) == ({"rescore": True, "oversampling": 20}, {"rescore": True, "oversampling": 3})
+    ):
+        store = remote(quantization=quantization, on_disk=True)
+        store.create(SIGNATURE)
+        store.search(QUERY._replace(offset=5))
+        store.search(QUERY._replace(limit=500))
+        created = fake.bodies("PUT", "/collections/images")[-1]
+        assert created["quantization_config"] == wanted
+        assert created["vectors"] == {"size": DIMENSION, "distance": "Cosine", "on_disk": True}
+        few, many = (body["params"]["quantization"] for body in fake.bodies("POST", "/query")[-2:])
+        assert (few, many) == ({"rescore": True, "oversampling": 20}, {"rescore": True, "oversampling": 3})
+        fake.client.delete_collection("images")
 
 
 def test_requests_are_bounded_in_points_and_in_bytes(fake: FakeServer, remote: OpenRemote) -> None:
@@ -227,9 +223,7 @@ def test_requests_are_bounded_in_points_and_in_bytes(fake: FakeServer, remote: O
     assert [len(batch) for batch in server.bounded_batches(points[:7], large)] == [1, 1, 1, 1, 2, 1]
 
 
-def test_a_request_that_a_proxy_refuses_for_its_size_is_halved(
-    fake: FakeServer, store: ServerStore, waits: list[float]
-) -> None:
+def test_a_request_too_large_for_a_proxy_is_halved(fake: FakeServer, store: ServerStore, waits: list[float]) -> None:
     fake.max_body = 20_000
     store.upsert(make_points(0, 100, text="x" * 1000))
     assert store.count() == 100

@@ -11,7 +11,7 @@ from cocoa_embed.integrations.qdrant.writer import Writer
 
 
 class SharedStore:
-    """Waits until as many threads have written at once as it allows, and fails at a batch of the test's choice."""
+    """Waits until ``parallel`` threads write at once, and fails at batch ``fails_at``."""
 
     def __init__(self, parallel: int = 1, fails_at: int | None = None) -> None:
         self.parallel = parallel
@@ -52,9 +52,7 @@ def test_every_point_is_stored_once_by_as_many_threads_as_the_store_allows(
     assert store.most_active == parallel
 
 
-def test_a_slow_store_holds_the_model_up_and_its_failure_is_raised(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_slow_store_delays_the_model_and_its_failure_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "BATCH_POINTS", 1)
     store = SharedStore(fails_at=10)
 
@@ -68,7 +66,7 @@ def test_a_slow_store_holds_the_model_up_and_its_failure_is_raised(
         write(SharedStore(fails_at=0), 1)
 
 
-def test_an_exception_is_not_hidden_and_nothing_more_is_stored() -> None:
+def test_an_exception_is_raised_and_nothing_more_is_stored() -> None:
     def fail(written: int) -> None:
         raise RuntimeError("the model broke")
 

@@ -1,4 +1,4 @@
-"""A loopback server with Qdrant's REST API that fails on request, as real ones do; and points to store."""
+"""A loopback server with Qdrant's REST API that fails on request; and points to store."""
 
 import json
 import threading
@@ -54,7 +54,11 @@ class FakeServer:
             return None if index is None else self.faults.pop(index)[1]
 
 
-def answer_status(code: int, **headers: str) -> Callable[["Handler"], bool]:
+Fault = Callable[["Handler"], bool]
+"""Answers a request, or returns False to let it pass."""
+
+
+def answer_status(code: int, **headers: str) -> Fault:
     def fault(handler: "Handler") -> bool:
         names = {name.replace("_", "-"): value for name, value in headers.items()}
         handler.answer(code, {"status": {"error": f"status {code}"}}, names)
@@ -63,7 +67,7 @@ def answer_status(code: int, **headers: str) -> Callable[["Handler"], bool]:
     return fault
 
 
-def answer_bytes(content: bytes) -> Callable[["Handler"], bool]:
+def answer_bytes(content: bytes) -> Fault:
     def fault(handler: "Handler") -> bool:
         handler.send(200, content, {})
         return True
@@ -115,11 +119,8 @@ class Handler(BaseHTTPRequestHandler):
         fake = self.server.fake
         with fake.lock:
             try:
-                return 200, {
-                    "result": respond(fake, self.command, self.path_only, self.body),
-                    "status": "ok",
-                    "time": 0,
-                }
+                result = respond(fake, self.command, self.path_only, self.body)
+                return 200, {"result": result, "status": "ok", "time": 0}
             except (KeyError, LookupError) as error:
                 return 404, {"status": {"error": f"Not found: {error}"}}
             except ValueError as error:

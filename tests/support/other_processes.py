@@ -1,20 +1,18 @@
-"""Work in other processes: to be killed, to run out of disk, to hold a store."""
+"""Work in other processes that are killed or run out of disk space."""
 
 import contextlib
 import multiprocessing
 import os
 import resource
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from fake_model import FakeModel
 from fake_qdrant import SIGNATURE, make_points
 
@@ -28,7 +26,7 @@ Location = dict[str, str]
 
 
 class SlowModel(FakeModel):
-    """Takes a moment for each image, so that a kill finds a run at work."""
+    """Takes a moment for each image, so that a kill interrupts a run."""
 
     def _embed(self, item: object) -> np.ndarray:
         time.sleep(SECONDS_PER_IMAGE)
@@ -55,16 +53,6 @@ def index_with_little_disk(reports: Connection, location: Location, folder: Path
             indexer.index(folder, progress=False)
     except CocoaError as error:
         reports.send(str(error))
-
-
-def hold(reports: Connection, location: Location, folder: Path) -> None:
-    """Open a store, and keep it until the process is ended."""
-    from cocoa_embed.integrations.qdrant import QdrantIndexer
-
-    with QdrantIndexer(FakeModel(), **location) as indexer:
-        indexer.index(folder, progress=False)
-        reports.send("holding")
-        time.sleep(600)
 
 
 def fill(reports: Connection, location: Location, start: int, batch: int, text_bytes: int) -> None:
@@ -106,7 +94,7 @@ def received(reports: Connection) -> list[Any]:
 
 
 def run(work: Callable[..., None], *arguments: object) -> list[Any]:
-    """Run work to its end and return what it reports."""
+    """Run work to its end and return its reports."""
     process, reports = start(work, *arguments)
     values = received(reports)
     process.join()
@@ -115,7 +103,7 @@ def run(work: Callable[..., None], *arguments: object) -> list[Any]:
 
 
 def run_and_kill(seconds: float, work: Callable[..., None], *arguments: object) -> tuple[bool, list[Any]]:
-    """Kill work ``seconds`` after its first report; return whether it was still running, and what it reported."""
+    """Kill work ``seconds`` after its first report; return whether it was still running, and its reports."""
     process, reports = start(work, *arguments)
     first = reports.recv()
     time.sleep(seconds)
@@ -125,35 +113,3 @@ def run_and_kill(seconds: float, work: Callable[..., None], *arguments: object) 
     process.join()
     assert process.exitcode in (0, -signal.SIGKILL), "the work failed by itself"
     return process.exitcode != 0, values
-
-
-@contextlib.contextmanager
-def index_in_another_process(location: Location, folder: Path) -> Iterator[None]:
-    """Let another process index a folder and hold the store."""
-    process, reports = start(hold, location, folder)
-    assert reports.recv() == "holding"
-    try:
-        yield
-    finally:
-        process.kill()
-        process.join()
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
-    """A separate disk, in memory, that is soon full; where one cannot be mounted, the test is skipped."""
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
-    try:
-        subprocess.run(command, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("a small disk cannot be mounted here")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
-def set_disk(folder: Path, option: str) -> None:
-    """Change a small disk: ``size=100m``, ``ro``, ``rw``."""
-    subprocess.run(["mount", "-o", f"remount,{option}", str(folder)], check=True)

@@ -1,4 +1,4 @@
-"""What every storage backend implements and takes: ``Store``, ``Point``, ``Hit``, ``Signature``, ``StoreOptions``."""
+"""The interface of the storage backends: ``Store``, ``Point``, ``Query``, ``Hit``, ``Signature``, ``StoreOptions``."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 import numpy as np
 
 from cocoa_embed.errors import CocoaError, UsageError
+from cocoa_embed.integrations.qdrant.points import Payload
 
 if TYPE_CHECKING:
     from qdrant_client import models
-
-Payload = dict[str, Any]
 
 KEYWORD, INTEGER, FLOAT, TEXT = "keyword", "integer", "float", "text"
 PAYLOAD_INDEXES = {
@@ -25,14 +24,12 @@ PAYLOAD_INDEXES = {
 }
 """The payload indexes of a collection and their types, for the backends that have payload indexes."""
 
-UNKNOWN_MODEL = "an unknown model"
-"""The model's name in a collection without a signature."""
 MIN_CANDIDATES = 200
 MIN_OVERSAMPLING = 3.0
 
 
 class Point(NamedTuple):
-    """One image content as it is stored."""
+    """A stored image content."""
 
     id: str
     """A UUID, in lower case and with hyphens."""
@@ -43,7 +40,7 @@ class Point(NamedTuple):
 
 
 class Query(NamedTuple):
-    """What to search for."""
+    """A vector search."""
 
     vector: np.ndarray
     """float32, shape ``(dimension,)``."""
@@ -185,11 +182,6 @@ def no_collection(store: Store, detail: str = "") -> CocoaError:
     )
 
 
-def point_key(id_: str) -> int | str:
-    """Return an id as Qdrant has it: an integer if it consists of digits."""
-    return int(id_) if id_.isdecimal() else id_
-
-
 def lower_bound(score_threshold: float | None) -> float | None:
     """Return the next smaller float32, because Qdrant leaves out scores that equal the threshold."""
     if score_threshold is None:
@@ -221,10 +213,8 @@ def image_path(payload: Payload) -> str:
         return ""
 
 
-def read_signature(fields: object, dimension: int) -> Signature:
-    """Return the signature from its JSON object; an unknown model if ``fields`` is anything else."""
-    if isinstance(fields, Mapping):
-        model, fingerprint = fields.get("model"), fields.get("fingerprint")
-        if isinstance(model, str) and isinstance(fingerprint, str):
-            return Signature(model=model, fingerprint=fingerprint, dimension=dimension)
-    return Signature(model=UNKNOWN_MODEL, fingerprint=None, dimension=dimension)
+def read_signature(fields: Mapping[str, Any] | None, dimension: int) -> Signature:
+    """Return the signature from its JSON object; without one, the collection's model is unknown."""
+    if not fields:
+        return Signature(model="an unknown model", fingerprint=None, dimension=dimension)
+    return Signature(model=fields["model"], fingerprint=fields["fingerprint"], dimension=dimension)

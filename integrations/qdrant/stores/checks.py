@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -16,7 +16,6 @@ MAX_COLLECTION_NAME = 255
 BYTES_PER_VALUE = 26
 """The longest number in JSON is one such as -0.000012345678442216013, with a comma."""
 BYTES_PER_POINT = 100
-_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 def check_collection_name(name: str) -> None:
@@ -32,25 +31,39 @@ def check_collection_name(name: str) -> None:
         )
 
 
+def check_url(url: str) -> None:
+    """Refuse an address that is not of the form ``http://host:port``.
+
+    :raises UsageError: If it is one.
+    """
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_address = False
+    if is_address and "@" in urlsplit(url).netloc:
+        raise UsageError(
+            "the address of a Qdrant server holds a user name or a password; give an API key (api_key, --api-key)"
+        )
+    if not is_address or not url.isprintable():
+        raise UsageError(f"{url!r} is no address of a Qdrant server; give one such as http://localhost:6333")
+
+
 def check_points(points: Sequence[Point], dimension: int | None = None) -> list[int]:
     """Refuse points that a backend refuses or changes.
 
     :param dimension: The dimension of the collection, if it is known.
     :returns: The maximum size of each point in bytes, as JSON.
-    :raises CocoaError: If an id is no UUID, a vector is not finite or has another dimension, or a payload is not JSON.
+    :raises CocoaError: If a vector is not finite or has another dimension, or a payload is not JSON.
     """
     sizes = []
     for point in points:
         name = f"point {point.id} ({point.payload.get('path', 'no path')!a})"
-        if _UUID.fullmatch(point.id) is None:
-            raise CocoaError(f"{name} has an id that is no UUID in lower case; nothing was written")
-        if point.vector.ndim != 1 or point.vector.size != (dimension or point.vector.size):
+        if point.vector.shape != (dimension or point.vector.size,) or not np.isfinite(point.vector).all():
             raise CocoaError(
-                f"{name} has a vector of shape {point.vector.shape}, the collection holds vectors of"
-                f" {dimension or 'one'} dimension(s); nothing was written"
+                f"{name} has a vector of shape {point.vector.shape}, expected {dimension or 'some'} finite values;"
+                " nothing was written"
             )
-        if not np.isfinite(point.vector).all():
-            raise CocoaError(f"{name} has a vector that is not finite; nothing was written")
         sizes.append(payload_size(name, point.payload) + BYTES_PER_VALUE * point.vector.size + BYTES_PER_POINT)
     return sizes
 
@@ -71,10 +84,8 @@ def query_values(query: Query, dimension: int | None) -> list[float]:
 
     :raises CocoaError: If it is not finite or has another dimension than the collection.
     """
-    if query.vector.shape != (dimension or query.vector.size,):
-        raise CocoaError(f"the query's vector has shape {query.vector.shape}, those of the collection ({dimension},)")
-    if not np.isfinite(query.vector).all():
-        raise CocoaError("the query's vector is not finite")
+    if query.vector.shape != (dimension or query.vector.size,) or not np.isfinite(query.vector).all():
+        raise CocoaError(f"the query's vector has shape {query.vector.shape}, expected {dimension} finite values")
     return np.asarray(query.vector, dtype=np.float32).tolist()
 
 

@@ -100,8 +100,7 @@ class ClientStore:
 
     def retrieve(self, ids: Sequence[str]) -> dict[str, Payload]:
         """Return the payloads of points by id; ids that do not exist are left out."""
-        keys = [base.point_key(id_) for id_ in ids]
-        records = self._call(lambda client: client.retrieve(self.collection, keys, with_payload=True))
+        records = self._call(lambda client: client.retrieve(self.collection, list(ids), with_payload=True))
         return {str(record.id): record.payload or {} for record in records}
 
     def count(self) -> int:
@@ -117,12 +116,11 @@ class ClientStore:
     def overwrite_payload(self, id_: str, payload: Payload) -> None:
         """Replace the payload of a stored point and wait until it is stored."""
         checks.payload_size(f"point {id_}", payload)
-        key = base.point_key(id_)
-        self._call(lambda client: client.overwrite_payload(self.collection, payload=payload, points=[key], wait=True))
+        self._call(lambda client: client.overwrite_payload(self.collection, payload=payload, points=[id_], wait=True))
 
     def delete(self, ids: Sequence[str]) -> None:
         """Delete points and wait until they are deleted."""
-        selector = models.PointIdsList(points=[base.point_key(id_) for id_ in ids])
+        selector = models.PointIdsList(points=list(ids))
         if ids:
             self._call(lambda client: client.delete(self.collection, selector, wait=True))
 

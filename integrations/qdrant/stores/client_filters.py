@@ -61,7 +61,10 @@ def _convert(condition: tree.Condition) -> models.Condition:
 
 
 def _equal_to_one_of(path: str, values: Sequence[tree.Scalar]) -> list[models.Condition]:
-    """Return conditions of which one holds where a field equals a value; a match tells 1 and 1.0 apart, a range not."""
+    """Return conditions of which one holds where a field equals a value.
+
+    Numbers are ranges, to which 1 and 1.0 are equal; to a match they are not.
+    """
     conditions: list[models.Condition] = []
     for value in values:
         if isinstance(value, float) or (type(value) is int and abs(value) <= tree.EXACT_INTEGER):

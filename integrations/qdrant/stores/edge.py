@@ -29,7 +29,7 @@ import qdrant_edge as edge  # noqa: E402 - after the error that names the extra
 from cocoa_embed.integrations.qdrant.stores.edge_filters import to_edge_filter  # noqa: E402
 
 MARKER = ".cocoa-edge"
-"""Marks a folder of shards; locked while one is created in it."""
+"""Marks a folder of shards; locked while a shard is created in it."""
 LOCK_FILE = ".cocoa-lock"
 CONFIG_FILE = "edge_config.json"
 """The engine's own file in each shard."""
@@ -132,7 +132,7 @@ class EdgeStore:
     def retrieve(self, ids: Sequence[str]) -> dict[str, Payload]:
         """Return the payloads of points by id; ids that do not exist are left out."""
         with self._engine() as shard:
-            records = shard.retrieve([base.point_key(id_) for id_ in ids], True, False)
+            records = shard.retrieve(list(ids), True, False)
         return {str(record.id): record.payload or {} for record in records}
 
     def count(self) -> int:
@@ -151,11 +151,11 @@ class EdgeStore:
     def overwrite_payload(self, id_: str, payload: Payload) -> None:
         """Replace the payload of a stored point and wait until it is stored."""
         size = checks.payload_size(f"point {id_}", payload)
-        self._update(edge.UpdateOperation.overwrite_payload([base.point_key(id_)], payload), size)
+        self._update(edge.UpdateOperation.overwrite_payload([id_], payload), size)
 
     def delete(self, ids: Sequence[str]) -> None:
         """Delete points and wait until they are deleted."""
-        self._update(edge.UpdateOperation.delete_points([base.point_key(id_) for id_ in ids]), 100 * len(ids))
+        self._update(edge.UpdateOperation.delete_points(list(ids)), 100 * len(ids))
 
     def search(self, query: Query) -> list[Hit]:
         """Return the points nearest to the query's vector by cosine, best first."""
@@ -245,7 +245,7 @@ class EdgeStore:
         if free < needed:
             raise CocoaError(
                 f"the disk of {self.location} is full: {free // 2**20} MiB are free, Qdrant Edge needs"
-                f" {-(-needed // 2**20)} MiB to go on; what was stored so far is safe"
+                f" {-(-needed // 2**20)} MiB; what was stored so far is safe"
             )
 
     @contextmanager
@@ -340,8 +340,8 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CocoaError(f"{printable(file)} is not JSON ({one_line(error)}); the index cannot be opened") from error
+    except ValueError:
+        value = None
     if not isinstance(value, dict):
         raise CocoaError(f"{printable(file)} holds no JSON object; the index cannot be opened")
     return value

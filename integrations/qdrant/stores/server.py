@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from operator import methodcaller
 from typing import Any
-from urllib.parse import urlsplit
 
 from cocoa_embed.errors import CocoaError, UsageError, require
 from cocoa_embed.integrations.qdrant.stores import base
 from cocoa_embed.integrations.qdrant.stores.base import Point, Signature, StoreOptions
-from cocoa_embed.integrations.qdrant.stores.checks import check_points
+from cocoa_embed.integrations.qdrant.stores.checks import check_points, check_url
 from cocoa_embed.integrations.qdrant.stores.client import FAILURES, Answer, ClientStore
 
 require("tenacity", "qdrant")
@@ -122,11 +122,9 @@ class ServerStore(ClientStore):
             for key, kind in base.PAYLOAD_INDEXES.items():
                 if key not in indexed:
                     schema = TEXT_INDEX if kind == base.TEXT else models.PayloadSchemaType(kind)
-                    self._create_index(key, schema)
+                    create = methodcaller("create_payload_index", self.collection, key, schema, wait=True)
+                    self._call(create)
             self._has_indexes = True
-
-    def _create_index(self, key: str, schema: models.PayloadSchemaType | models.TextIndexParams) -> None:
-        self._call(lambda client: client.create_payload_index(self.collection, key, field_schema=schema, wait=True))
 
     def _send_halving(self, points: Sequence[Point]) -> None:
         """Send points, in smaller requests if a proxy refuses the size."""
@@ -184,22 +182,6 @@ QUANTIZATION: dict[str | None, models.QuantizationConfig] = {
 }
 
 
-def check_url(url: str) -> None:
-    """Refuse an address that is not of the form ``http://host:port``.
-
-    :raises UsageError: If it is one.
-    """
-    try:
-        parts = urlsplit(url)
-        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        is_address = False
-    if is_address and "@" in urlsplit(url).netloc:
-        raise UsageError("the address of a Qdrant server holds a user name or a password; give the server's api_key")
-    if not is_address or not url.isprintable():
-        raise UsageError(f"{url!r} is no address of a Qdrant server; give one such as http://localhost:6333")
-
-
 def is_temporary(error: BaseException) -> bool:
     """Return whether a retry may succeed: no connection, no answer, too many requests, status 5xx."""
     if isinstance(error, UnexpectedResponse):
@@ -214,8 +196,8 @@ def is_temporary(error: BaseException) -> bool:
 def waiting_time(state: RetryCallState) -> float:
     """Return the seconds to wait before the next attempt: longer each time, and as long as the server asks."""
     error = state.outcome.exception() if state.outcome is not None else None
-    asked = float(error.retry_after_s) if isinstance(error, ResourceExhaustedResponse) else 0.0
-    return min(max(back_off(state), asked), MAX_WAIT_SECONDS)
+    retry_after = float(error.retry_after_s) if isinstance(error, ResourceExhaustedResponse) else 0.0
+    return min(max(back_off(state), retry_after), MAX_WAIT_SECONDS)
 
 
 def bounded_batches(points: Sequence[Point], sizes: Sequence[int]) -> Iterator[Sequence[Point]]:
