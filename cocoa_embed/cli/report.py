@@ -16,7 +16,7 @@ from cocoa_embed.errors import CocoaError, UsageError, one_line, printable, requ
 from cocoa_embed.report.words import GEOMETRY
 
 if TYPE_CHECKING:
-    from cocoa_embed.report.run_page import EvalResult
+    from cocoa_embed.report.content import EvalResult
     from cocoa_embed.train.diagnosis import Diagnosis
 
 REPORT_FILE = "report.html"
@@ -35,10 +35,9 @@ def report(
     with working() as console:
         for module in ("jinja2", "matplotlib"):
             require(module, "report")
-        from cocoa_embed.folders import write_atomically
+        from cocoa_embed.evaluation.result_cache import make_folder, write_result
         from cocoa_embed.model.training_record import read_run
         from cocoa_embed.report.page import render_page
-        from cocoa_embed.report.run_page import run_page
 
         record = read_run(run)
         page = out or run / REPORT_FILE
@@ -47,12 +46,8 @@ def report(
         inside = sorted(file for name in RESULT_FILES for file in run.rglob(name))
         files = dict.fromkeys(file.resolve() for file in (*(results or ()), *inside))
         found = [read_result(file, run, record) for file in files]
-        text = render_page(run_page(record, printable(run.resolve()), found))
-        try:
-            page.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(page, text)
-        except OSError as error:
-            raise CocoaError(f"{printable(page)} cannot be written ({one_line(error)}); give another --out") from error
+        make_folder(page.parent)
+        write_result(page, render_page(record, printable(run.resolve()), found))
         say(console, f"wrote {printable(page)}")
 
 
@@ -64,7 +59,7 @@ def read_result(file: Path, run: Path, record: dict[str, Any]) -> EvalResult:
     """
     from cocoa_embed.evaluation.mmeb_tables import mmeb_tables
     from cocoa_embed.evaluation.pairs_tables import pairs_tables
-    from cocoa_embed.report.run_page import EvalResult
+    from cocoa_embed.report.content import EvalResult
 
     name = printable(file)
     try:

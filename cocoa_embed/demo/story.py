@@ -2,7 +2,7 @@
 
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,8 @@ from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
 from cocoa_embed.model.export import refuse_checkpoint, save_sentence_transformer
 from cocoa_embed.model.loading import load_model
 from cocoa_embed.model.training_record import TRAINING_FILE, read_run, read_training
-from cocoa_embed.report.content import Search
+from cocoa_embed.report.content import EvalResult, Search
 from cocoa_embed.report.page import render_page
-from cocoa_embed.report.run_page import EvalResult, run_page
 from cocoa_embed.report.tables import to_terminal
 from cocoa_embed.train import Recipe, StageResult, run
 from cocoa_embed.train.data.caption_rows import read_image_folder
@@ -145,29 +144,25 @@ class Demo:
             return answer_queries(indexer, held_out), summary.indexed
 
     def _write_report(self, scores: dict[str, Any], searches: list[Search]) -> None:
-        runs = self.work / "runs"
-        data = str(self.work / "data" / "held-out")
-        page = run_page(
+        runs, data = self.work / "runs", self.work / "data" / "held-out"
+        page = render_page(
             read_run(runs / "three-stages"),
             str(runs / "three-stages"),
-            [EvalResult(scores, pairs_tables(scores), str(self.work / "results.json"), is_own=True, data=data)],
+            [EvalResult(scores, pairs_tables(scores), str(self.work / "results.json"), is_own=True, data=str(data))],
+            title="CoCoA on drawn scenes",
+            subtitle="A small vision-language model made bidirectional, trained to reconstruct through <EOS>, and "
+            f"trained to retrieve. Measured on {self.held_out_scenes} scenes that no stage has seen.",
             compared={"contrastive only": read_run(runs / "contrastive-only")},
             searches=searches,
             notes=[
                 "Contrastive only: the same backbone, the same pairs, the same number of contrastive steps, without "
-                "the two reconstruction stages. It spent less compute: what it would make of more is not shown here.",
+                "the two reconstruction stages. It had less compute: this page does not show its scores with as much.",
                 "The model has 3 million parameters and has seen drawn scenes only. It finds a photograph's copies, "
                 "not its meaning.",
             ],
             command="cocoa-embed demo",
         )
-        page = replace(
-            page,
-            title="CoCoA on drawn scenes",
-            subtitle="A small vision-language model made bidirectional, taught to reconstruct through <EOS>, and "
-            f"trained to retrieve. Measured on {self.held_out_scenes} scenes that no stage has seen.",
-        )
-        (self.work / "report.html").write_text(render_page(page), encoding="utf-8")
+        (self.work / "report.html").write_text(page, encoding="utf-8")
 
     def _say_what_is_where(self, console: Console, meter: Meter) -> None:
         for label, written in (
