@@ -1,4 +1,4 @@
-"""The demo: draw scenes, train three stages, export, measure, index, search, and report, in one command."""
+"""The demo: draws scenes, trains three stages, exports, evaluates, indexes, searches and reports."""
 
 import json
 import time
@@ -38,11 +38,11 @@ Metrics = dict[str, dict[str, float]]
 class Demo:
     """The folders and sizes of one run.
 
-    :param out: Where the exported model goes.
-    :param work: Where everything else goes: ``data``, ``runs``, ``index``, ``results.json`` and ``report.html``.
+    :param out: The folder of the exported model.
+    :param work: The folder of everything else: ``data``, ``runs``, ``index``, ``results.json`` and ``report.html``.
     :param recipe: A recipe's name or file; its data are the drawn scenes.
-    :param training_scenes: How many scenes the stages see.
-    :param held_out_scenes: How many other scenes retrieval is measured among.
+    :param training_scenes: The number of scenes to train on.
+    :param held_out_scenes: The number of other scenes to evaluate retrieval on.
     """
 
     out: Path
@@ -53,7 +53,7 @@ class Demo:
     held_out_scenes: int = 500
 
     def run(self) -> dict[str, Any]:
-        """Run the whole story.
+        """Run the demo.
 
         :returns: What ``results.json`` holds: ``text_to_image`` and ``image_to_text`` (recall@1/5/10 and mrr on
             held-out scenes), ``contrastive_only`` with the same keys, ``seconds`` and ``peak_memory_bytes`` by part
@@ -68,7 +68,7 @@ class Demo:
         stages, comparison = self._train(meter)
         with meter.part("evaluation", console):
             model, scores = self._evaluate(stages[-1].folder, comparison.folder)
-        ours, alone = shown_metrics(scores), shown_metrics(scores["other"])
+        ours, alone = _shown_metrics(scores), _shown_metrics(scores["other"])
         self._export(model, stages[-1].folder, ours)
         with meter.part("index and search", console):
             queries, indexed = self._index_and_search(held_out)
@@ -88,7 +88,10 @@ class Demo:
         )
         for table in score_tables(scores, SHOWN_METRICS):
             console.print(to_terminal(table))
-        self._say_what_is_where(console, meter)
+        for label, written in {"model": self.out, "report": self.work / "report.html"}.items():
+            console.print(f"{label:8} {written}", soft_wrap=True, markup=False, highlight=False)
+        minutes, memory = meter.seconds["total"] / 60, meter.peak_memory_bytes["total"] / 2**30
+        console.print(f"{minutes:.1f} minutes, at most {memory:.1f} GiB of memory")
         return results
 
     def _claim_folders(self) -> None:
@@ -164,17 +167,7 @@ class Demo:
         )
         (self.work / "report.html").write_text(page, encoding="utf-8")
 
-    def _say_what_is_where(self, console: Console, meter: Meter) -> None:
-        for label, written in (
-            ("model", self.out),
-            ("report", self.work / "report.html"),
-            ("results", self.work / "results.json"),
-        ):
-            console.print(f"{label:8} {written}", soft_wrap=True, markup=False, highlight=False)
-        minutes, memory = meter.seconds["total"] / 60, meter.peak_memory_bytes["total"] / 2**30
-        console.print(f"{minutes:.1f} minutes, at most {memory:.1f} GiB of memory")
 
-
-def shown_metrics(scores: dict[str, Any]) -> Metrics:
+def _shown_metrics(scores: dict[str, Any]) -> Metrics:
     """Return one model's metrics by direction, as ``results.json`` has them."""
     return {way: {name: metrics[name] for name in SHOWN_METRICS} for way, metrics in scores["subsets"].items()}

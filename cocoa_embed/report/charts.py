@@ -153,7 +153,9 @@ def _chart(key: str, quantity: str, lines: list[Line], *, band: bool = False) ->
     With ``band``, the area between the first two lines is tinted.
     """
     matplotlib = require("matplotlib", "report")
-    figure = require("matplotlib.figure", "report").Figure(figsize=LARGE if quantity in _AXES else SMALL, layout="constrained")
+    figure = require("matplotlib.figure", "report").Figure(
+        figsize=LARGE if quantity in _AXES else SMALL, layout="constrained"
+    )
     axes = figure.add_subplot()
     for line in lines:
         _draw_line(axes, line)

@@ -38,7 +38,7 @@ def models(monkeypatch: pytest.MonkeyPatch) -> dict[str, ScoredModel]:
             raise CocoaError(f"{name} cannot be loaded")
         return Encoder(found[name], name)
 
-    monkeypatch.setattr(evaluate, "load_encoder", load)
+    monkeypatch.setattr("cocoa_embed.encode.load.load_encoder", load)
     monkeypatch.setattr(loading, "check_model", lambda name: None)
     return found
 
@@ -140,7 +140,7 @@ def test_an_interrupted_run_says_what_is_kept(mmeb: Command, models: dict[str, S
     ("arguments", "code", "message"),
     [
         (["--subset", "MSCOCO-t2i"], 2, "no subset 'MSCOCO-t2i' (did you mean 'MSCOCO_t2i'?"),
-        (["--subset", "GQA"], 1, "GQA holds no Parquet files"),
+        (["--subset", "GQA"], 1, "GQA holds no test*.parquet"),
         (["--images", "nowhere"], 1, "nowhere does not exist; name the folder that holds its images"),
         (["--images", "."], 1, "did you mean --images"),
     ],
@@ -234,7 +234,7 @@ def test_the_first_models_scores_are_shown_and_kept_if_the_second_model_fails(
 def test_all_local_faults_are_in_one_message_before_a_model_is_loaded(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "load_encoder", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("cocoa_embed.encode.load.load_encoder", lambda *_: pytest.fail("a model was loaded"))
     Path("taken").write_text("a file")
     for arguments in (
         ("pairs", "photoz", "--model", "nowhere", "--model", "owner/name"),

@@ -17,7 +17,7 @@ from scored_model import ScoredModel
 from cocoa_embed.data.mmeb import SUBSETS
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError
-from cocoa_embed.evaluation.mmeb import check_subsets, evaluate_mmeb
+from cocoa_embed.evaluation.mmeb import evaluate_mmeb
 from cocoa_embed.evaluation.mmeb_reader import MmebFolder
 from cocoa_embed.evaluation.result_cache import ResultCache
 
@@ -35,7 +35,7 @@ def benchmark_folder(tmp_path: Path) -> MmebFolder:
 def run(tmp_path: Path) -> Run:
     def run(model: ScoredModel, folder: MmebFolder, *names: str, **options: Any) -> dict[str, Any]:
         cache = ResultCache(tmp_path / "finished")
-        return evaluate_mmeb(Encoder(model, "scored"), folder, check_subsets(folder, names), cache, **options)
+        return evaluate_mmeb(Encoder(model, "scored"), folder, folder.read_subsets(names), cache, **options)
 
     return run
 
@@ -100,7 +100,7 @@ def test_averages_are_plain_means_over_what_was_run_and_say_so(run: Run, benchma
     assert averages["OOD"] == precision["RefCOCO-Matching"]
     assert averages["overall"] == pytest.approx(sum(precision.values()) / 3)
     assert document["coverage"]["overall"] == {"run": 3, "of": 36, "complete": False}
-    assert document["not_run"]["MSCOCO_t2i"] == "not asked for"
+    assert document["not_run"]["MSCOCO_t2i"] == "not selected"
     assert document["not_run"]["GQA"] == "not in the data"
     assert len(document["subsets"]) + len(document["not_run"]) == 36
 
