@@ -81,7 +81,7 @@ def score_subset(
     If rows with missing images are skipped, so are rows with images that cannot be read.
 
     :returns: precision@1 and ``METRICS``, each in [0, 1]; ``chance``, the expected precision@1 of random order; counts;
-        ``partial``; ``seconds``; and ``by_row``, the place in the data and the rank of the correct candidate of each row.
+        ``partial``; ``seconds``; and ``by_row``, the source and the rank of the correct candidate of each row.
     :raises CocoaError: If an image cannot be used and is not skipped, or the model fails.
     """
     started = time.perf_counter()

@@ -1,7 +1,7 @@
 """Confidence intervals of means over queries, and tests of the difference between two models.
 
-Queries of one group (such as the captions of one image) depend on each other, so whole groups are resampled. The documents
-are not resampled: the intervals are about other queries of the same kind against the same documents.
+Queries of one group (such as the captions of one image) depend on each other, so whole groups are resampled. The
+documents are not resampled: the intervals are about other queries of the same kind against the same documents.
 """
 
 import numpy as np

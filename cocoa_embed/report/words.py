@@ -44,7 +44,7 @@ GEOMETRY = {
     "modality_gap": Meaning(
         "Modality gap",
         "distance between the centres of images and texts",
-        "The distance between the centre of the images and the centre of the texts. At 0 both have the same centre; a gap "
+        "The distance between the centre of the images and the centre of the texts. At 0 they are one; a gap "
         "separates images from texts regardless of what they show.",
     ),
     "effective_rank": Meaning(
