@@ -116,7 +116,7 @@ def test_pairs_show_intervals_chance_and_differences() -> None:
     assert table.header == ("model", *SHOWN_METRICS)
     assert rows_of(table)["mine"] == ["0.500 (0.400–0.710)"] * 4
     assert rows_of(table)["theirs"] == ["*0.600* (0.400–0.710)"] * 4
-    assert rows_of(comparison) == {name: ["-0.100", "-0.300 to +0.010", "0.0312"] for name in SHOWN_METRICS}
+    assert rows_of(comparison) == {name: ["-0.100 (-0.300 to +0.010)", "0.0312"] for name in SHOWN_METRICS}
     assert "mine minus theirs" in comparison.notes[0]
 
 
