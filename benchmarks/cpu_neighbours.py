@@ -3,9 +3,9 @@
     python benchmarks/cpu_neighbours.py [--rounds 5] [--steps 4] [--settings torch_defaults ours] [--json]
 
 Contrastive steps (forward, backward and AdamW of the demo's backbone on 32 pairs) run in three situations: alone,
-beside a process that keeps one core busy, and beside a second torch process with torch's defaults. Each setting has a process
-of its own in each round and situation, so that other load on the machine falls on all settings. Times are medians over
-all steps. On a machine that is never quiet, the fastest step alone is the closest to a quiet one.
+beside a process that keeps one core busy, and beside a second torch process with torch's defaults. The settings take
+turns in each round and situation, each in a new process, so that other load on the machine falls on all of them. Times
+are medians over all steps. On a machine that is never quiet, the fastest step alone is the closest to a quiet one.
 """
 
 import argparse

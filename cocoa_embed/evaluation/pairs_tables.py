@@ -60,7 +60,7 @@ def _comparison(document: Mapping[str, Any], direction: str, metrics: Sequence[s
         " intervals. p: two-sided, from random signs of the groups' differences. All metrics come from the same"
         " queries, so several small p are no more evidence than one."
     ]
-    return Table(f"{_title(direction)}: the difference between the models", ("metric", "difference", "p"), rows, notes)
+    return Table(f"{_title(direction)}: difference", ("metric", "difference", "p"), rows, notes)
 
 
 def _title(direction: str) -> str:

@@ -179,7 +179,7 @@ def test_pairs_prints_json_and_writes_files_with_out(
     assert sorted(path.name for path in Path().iterdir()) == ["scenes"]
     code, out, err = command("pairs", scenes, "--model", "ours", "--model", "theirs", "--out", "results", "--seed", 5)
     assert (code, out) == (0, "")
-    assert err.count("the difference between the models") == 2
+    assert err.count(": difference") == 2
     written = json.loads(Path("results/pairs.json").read_text())
     assert written["subsets"] == document["subsets"]
     assert (written["seed"], written["other"]["model"]) == (5, "theirs")

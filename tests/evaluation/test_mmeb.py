@@ -42,7 +42,7 @@ def run(tmp_path: Path) -> Run:
 
 
 def by_brute_force(model: ScoredModel, data: Path, images: Path, name: str) -> dict[str, float]:
-    """Score a subset item by item, without anything of the package."""
+    """Score a subset item by item, without the package."""
 
     def embed(text: str, path: str, encode: Callable[..., np.ndarray]) -> list[float]:
         item: dict[str, Any] = {}

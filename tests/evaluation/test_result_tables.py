@@ -96,15 +96,6 @@ def test_a_complete_run_is_compared_with_the_published_numbers() -> None:
     assert {cell[:5] for cell in rows_of(mmeb_tables(smaller)[0])["my model"]} == {"99.0*"}, "these are other rows"
 
 
-def test_averages_are_means_over_subsets_of_their_kind() -> None:
-    document = mmeb_document({name: result(number / 100) for number, name in enumerate(SUBSETS)})
-    averages = document["averages"]
-    assert averages["overall"] == pytest.approx(sum(range(36)) / 3600)
-    assert averages["classification"] == pytest.approx(0.045)
-    assert averages["grounding"] == pytest.approx(0.335)
-    assert averages["IND"] * 20 + averages["OOD"] * 16 == pytest.approx(36 * averages["overall"])
-
-
 def test_pairs_show_intervals_chance_and_differences() -> None:
     (table,) = pairs_tables(pairs_document("mine"))
     assert rows_of(table) == {
