@@ -44,8 +44,9 @@ def answer_queries(indexer: QdrantIndexer, rows: Sequence[Row]) -> list[Search]:
 
 
 def _search(title: str, row: Row, text: str | None, image: Path | None, hits: Iterable[Hit]) -> Search:
-    shown = [
+    found = [
         SearchHit(data_uri(load_image(path)), score, caption, correct=Path(path).samefile(str(row.image)))
         for path, score, caption in hits
     ]
-    return Search(title, text, image and data_uri(load_image(image)), shown, expected=row.positive.text)
+    shown = None if image is None else data_uri(load_image(image))
+    return Search(title, text, shown, found, expected=row.positive.text)
