@@ -53,7 +53,7 @@ def parse() -> argparse.Namespace:
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--model", help="a SentenceTransformer folder; by default the demo's backbone")
     model.add_argument("--size", choices=SIZES, help="a Qwen2-VL of this size with random weights")
-    parser.add_argument("--max-pixels", type=int, help="the processor's limit, instead of the model's own")
+    parser.add_argument("--max-pixels", type=int, help="the processor's limit, instead of that of the model")
     parser.add_argument("--device", help="the torch device; by default the fastest")
     parser.add_argument("--limit", type=int, help="the most files to use")
     parser.add_argument("--repeat", type=int, default=3, help="measured turns")

@@ -33,7 +33,6 @@ MIB = 2**20
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="small")
-    parser.add_argument("--random-weights", action="store_true", help="always so: nothing is downloaded")
     parser.add_argument("--stage", choices=("warmup", "bridge", "contrastive"), default="warmup")
     parser.add_argument("--batch-size", type=int, help="rows of a step (8), or pairs (64)")
     parser.add_argument("--steps", type=int, default=4, help="steps of a pass over the rows")
@@ -42,7 +41,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--image-sides", type=int, nargs=2, help="visual tokens a side, least and most")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--attention", default="auto", help="ours: auto, sdpa or flex_attention")
-    parser.add_argument("--no-optimizer", action="store_true", help="stop at the gradients")
     parser.add_argument("--lengths", action="store_true", help="ours at 1, 2 and 4 times the rows, of one length")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--side", choices=("ours", "plain"), help=argparse.SUPPRESS)

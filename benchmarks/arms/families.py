@@ -1,4 +1,4 @@
-"""Held-out scenes that are hard to tell apart: families of scenes that differ from the first in one attribute.
+"""Held-out scenes that are hard to distinguish: families of scenes that differ from the first in one attribute.
 
 Among scenes drawn at random, any two attributes of a scene identify it. Here a model needs all of them, so that recall
 stays below 1.

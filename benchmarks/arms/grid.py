@@ -1,4 +1,4 @@
-"""The arms that are compared, each a chain of stages; arms share the stages that they have in common."""
+"""The arms of the ablation, each a chain of stages; a stage of several arms is trained once."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Sizes:
     :param pairs: Contrastive pairs where all of them are used, taken from the captioned images.
     :param variant_part: The part of the bridge's steps after which variants are compared, one of ``LENGTHS``.
     :param equal_fractions: The fractions of the pairs that contrastive learning alone gets all the compute with.
-    :param probe_rows: More images, which the bridge keeps out of its training to measure what ``<EOS>`` carries; they
+    :param probe_rows: More images, held out of the bridge to measure how much of an image ``<EOS>`` carries; they
         are no contrastive pairs.
     :param captions_as_pairs: Also train contrastive learning alone on every captioned image, in every wording.
     """

@@ -41,7 +41,7 @@ BRIDGE_METRICS = (
     "modality_gap",
     "effective_rank",
 )
-"""What the log of a bridge says of the model that it leaves."""
+"""The last values of the bridge's log that are results."""
 
 Scores = dict[str, dict[str, dict[str, float]]]
 """Metrics by step and direction."""
@@ -136,7 +136,7 @@ def _refuse_failure(finished: Future[None], job: Job) -> None:
 
 
 def prepare_process(parent: int, threads: int) -> None:
-    """Prepare a process for jobs; it ends when the one that started it ends for whatever reason."""
+    """Prepare a process for jobs; it ends when its parent ends, even if killed."""
     torch.set_num_threads(threads)
     silence_libraries()
 

@@ -29,7 +29,7 @@ from cocoa_embed.train.recipe import STAGES
 MARKER = ".cocoa-ablation"
 DIGITS = 10
 VERSION = 1
-"""Raise it when the code changes what a stage learns: weights of before are then not reused."""
+"""Raise it when the code changes what a stage learns, so that older weights are not reused."""
 
 RESERVED = ("seed", "name", "backbone", "data.folder", "contrastive.data", "bridge.probe")
 RESERVED_IN_A_STAGE = (".steps", ".epochs", ".snapshot_steps", ".group_by_length")
@@ -87,7 +87,7 @@ class Workspace:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Create the folder, or continue in it, and keep other ablations out.
+        """Create the folder, or continue in it, and lock it.
 
         :raises CocoaError: If it holds something else, or another ablation runs in it.
         """
@@ -142,7 +142,7 @@ class Workspace:
     def recipe(self, stage_run: StageRun, seed: int, *, backbone: str | None) -> Recipe:
         """Return the recipe of one stage alone.
 
-        :param backbone: The weights to start from; None for the recipe's own.
+        :param backbone: The weights to start from; None for that of the recipe.
         """
         data, stage = self.data(seed), stage_run.stage
         common = [

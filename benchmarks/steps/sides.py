@@ -158,15 +158,14 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     config = model_config(options.model)
     module, loss_of = build(options, config, device)
     rows = draw(options)
-    optimizer = None if options.no_optimizer else torch.optim.AdamW(module.parameters(), lr=1e-7)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-7)
     autocast = torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
 
     def step(batches: list[Batch]) -> float:
         with autocast:
             loss = loss_of(batches)
             loss.backward()
-        if optimizer is not None:
-            optimizer.step()
+        optimizer.step()
         module.zero_grad()
         return loss.item()
 

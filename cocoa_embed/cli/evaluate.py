@@ -1,14 +1,13 @@
-"""The commands of ``cocoa-embed eval``; what they need is imported when they run, so that ``--help`` is quick."""
+"""The commands of ``cocoa-embed eval``; each imports heavy modules when it runs, so that ``--help`` is quick."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Mapping, Sequence
-from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -24,57 +23,29 @@ from cocoa_embed.cli.output import (
 from cocoa_embed.errors import CocoaError, UsageError, require
 
 if TYPE_CHECKING:
-    from cocoa_embed.encode.encoder import Encoder
     from cocoa_embed.report.tables import Table
 
-DEFAULT_OUT = Path("cocoa-eval")
 SHOWN_DIGITS = 8
 """Hexadecimal digits of a fingerprint in the name of a folder."""
 
 evaluation = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
-
-class MissingImages(str, Enum):
-    """What happens to rows with a missing image."""
-
-    error = "error"
-    skip = "skip"
-
-
-class RepeatedTargets(str, Enum):
-    """What happens to rows that list a target twice."""
-
-    error = "error"
-    merge = "merge"
-
-
 BatchTokensOption = Annotated[int, typer.Option("--batch-tokens", min=1, help="About the most tokens of a batch.")]
 BATCH_TOKENS = 16384
+PAIR_COLUMNS = ("query_text", "query_image", "positive_text", "positive_image")
 
 
 @evaluation.command()
 def mmeb(
     data: Annotated[Path, typer.Argument(metavar="DATA", help="A folder like TIGER-Lab/MMEB-eval: SUBSET/*.parquet.")],
-    images: Annotated[Path, typer.Option("--images", help="The folder that image paths are relative to.")],
-    model: Annotated[
-        str, typer.Option("--model", help="A SentenceTransformer folder, or owner/name on the Hugging Face hub.")
-    ],
-    subset: Annotated[
-        list[str] | None, typer.Option("--subset", help="A subset, as MSCOCO_i2t; can be repeated [default: all].")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="Score only the first rows; marks the scores as partial.")
-    ] = None,
-    missing_images: Annotated[
-        MissingImages, typer.Option("--missing-images", help="Rows with missing images: stop, or skip them.")
-    ] = MissingImages.error,
-    repeated_targets: Annotated[
-        RepeatedTargets, typer.Option("--repeated-targets", help="A target listed twice: stop, or count it once.")
-    ] = RepeatedTargets.error,
+    images: Annotated[Path, typer.Option(help="The folder that image paths are relative to.")],
+    model: Annotated[str, typer.Option(help="A SentenceTransformer folder, or owner/name on the Hugging Face hub.")],
+    subset: Annotated[list[str] | None, typer.Option(help="A subset, repeatable [default: all].")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Score only the first rows, as partial scores.")] = None,
+    missing_images: Annotated[Literal["error", "skip"], typer.Option(help="Rows with missing images.")] = "error",
+    repeated_targets: Annotated[Literal["error", "merge"], typer.Option(help="Targets listed twice.")] = "error",
     batch_tokens: BatchTokensOption = BATCH_TOKENS,
-    out: Annotated[
-        Path | None, typer.Option("--out", help=f"The folder for results [default: {DEFAULT_OUT}/MODEL-FINGERPRINT].")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="For results [default: cocoa-eval/MODEL-FINGERPRINT].")] = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -82,19 +53,21 @@ def mmeb(
     with working() as console:
         for module in ("datasets", "jinja2"):
             require(module, "eval")
-        from cocoa_embed.evaluation.mmeb import check_subsets, evaluate_mmeb
+        from cocoa_embed.evaluation.mmeb import evaluate_mmeb
         from cocoa_embed.evaluation.mmeb_reader import MmebFolder
         from cocoa_embed.evaluation.mmeb_tables import mmeb_tables
         from cocoa_embed.evaluation.result_cache import ResultCache
         from cocoa_embed.model.loading import check_model
 
-        skip, merge = missing_images is MissingImages.skip, repeated_targets is RepeatedTargets.merge
-        folder = MmebFolder(data, images, limit, skip_missing_images=skip, merge_repeated_targets=merge)
-        checked, *_ = check_all(
-            partial(check_subsets, folder, subset or []), partial(check_model, model), *_checks_of_out(out)
+        folder = MmebFolder(data, images, limit, missing_images == "skip", repeated_targets == "merge")
+        subsets, *_ = check_all(
+            partial(folder.read_subsets, subset or []), partial(check_model, model), *_checks_of_out(out)
         )
+        silence_libraries()
+        from cocoa_embed.encode.load import load_encoder
+
         encoder = load_encoder(model, device)
-        results = out or DEFAULT_OUT / f"{plain_name(model)}-{encoder.fingerprint[:SHOWN_DIGITS]}"
+        results = out or Path("cocoa-eval") / f"{plain_name(model)}-{encoder.fingerprint[:SHOWN_DIGITS]}"
         cache = ResultCache(results / "finished")
         finished = 0
 
@@ -105,11 +78,13 @@ def mmeb(
             say(console, line)
 
         try:
-            options: dict[str, Any] = {"batch_tokens": batch_tokens, "progress": console.is_terminal}
-            document = evaluate_mmeb(encoder, folder, checked, cache, publish=publish, **options)
+            progress = console.is_terminal
+            document = evaluate_mmeb(
+                encoder, folder, subsets, cache, batch_tokens=batch_tokens, publish=publish, progress=progress
+            )
         except KeyboardInterrupt:
             raise CocoaError(
-                f"interrupted; {finished} of {len(checked)} subsets are finished in {results}; the same command"
+                f"interrupted; {finished} of {len(subsets)} subsets are finished in {results}; the same command"
                 " continues from there"
             ) from None
         say(console, averages_line(document))
@@ -119,7 +94,7 @@ def mmeb(
 
 
 def averages_line(document: Mapping[str, Any]) -> str:
-    """Return the averages, with the number of their subsets where some are missing."""
+    """Return the averages, and the number of their subsets if some are missing."""
     covered = document["coverage"]
     averages = {name: mean for name, mean in document["averages"].items() if mean is not None}
     counts = {name: "" if each["complete"] else f" ({each['run']}/{each['of']})" for name, each in covered.items()}
@@ -131,22 +106,18 @@ def pairs(
     data: Annotated[
         Path, typer.Argument(metavar="DATA", help="A folder with metadata.jsonl, or a .jsonl, .csv or .parquet file.")
     ],
-    model: Annotated[
-        list[str], typer.Option("--model", help="A SentenceTransformer; give a second one to compare the two.")
-    ],
+    model: Annotated[list[str], typer.Option(help="A SentenceTransformer; give a second one to compare the two.")],
     images: Annotated[
-        Path | None, typer.Option("--images", help="What a table's paths are relative to [default: its folder].")
+        Path | None, typer.Option(help="What a table's paths are relative to [default: its folder].")
     ] = None,
-    query_text: Annotated[str | None, typer.Option("--query-text", help="The column of the queries' texts.")] = None,
-    query_image: Annotated[str | None, typer.Option("--query-image", help="The column of their images.")] = None,
-    positive_text: Annotated[
-        str | None, typer.Option("--positive-text", help="The column of the right documents' texts.")
-    ] = None,
-    positive_image: Annotated[str | None, typer.Option("--positive-image", help="The column of their images.")] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="The seed of intervals and tests.")] = 0,
+    query_text: Annotated[str | None, typer.Option(help="The column of query texts.")] = None,
+    query_image: Annotated[str | None, typer.Option(help="The column of their images.")] = None,
+    positive_text: Annotated[str | None, typer.Option(help="The column of the right documents' texts.")] = None,
+    positive_image: Annotated[str | None, typer.Option(help="The column of their images.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="The seed of intervals and tests.")] = 0,
     batch_tokens: BatchTokensOption = BATCH_TOKENS,
     out: Annotated[
-        Path | None, typer.Option("--out", help="A folder for pairs.json, pairs.md and pairs.html [default: none].")
+        Path | None, typer.Option(help="A folder for pairs.json, pairs.md and pairs.html [default: none].")
     ] = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
@@ -161,18 +132,16 @@ def pairs(
         from cocoa_embed.model.loading import check_model
         from cocoa_embed.report.tables import to_terminal
 
-        columns = {
-            "query_text": query_text, "query_image": query_image,
-            "positive_text": positive_text, "positive_image": positive_image,
-        }  # fmt: skip
-        source = {
-            "path": str(data.absolute()), "images": images and str(images.absolute()), "columns": columns
-        }  # fmt: skip
+        columns = dict(zip(PAIR_COLUMNS, (query_text, query_image, positive_text, positive_image), strict=True))
+        source = {"path": str(data.absolute()), "images": images and str(images.absolute()), "columns": columns}
         found, *_ = check_all(
             partial(read_pairs, data, images, {part: name for part, name in columns.items() if name}),
             *(partial(check_model, name) for name in model),
             *_checks_of_out(out),
         )
+        silence_libraries()
+        from cocoa_embed.encode.load import load_encoder
+
         document: dict[str, Any] = {}
 
         def publish(scored: dict[str, Any]) -> None:
@@ -183,9 +152,10 @@ def pairs(
 
         try:
             encoders = (load_encoder(name, device) for name in model)
-            options: dict[str, Any] = {"batch_tokens": batch_tokens, "progress": console.is_terminal}
-            evaluate_pairs(encoders, found, seed=seed, publish=publish, **options)
-        finally:  # the first model's scores are shown and kept if the second model fails
+            evaluate_pairs(
+                encoders, found, seed=seed, batch_tokens=batch_tokens, progress=console.is_terminal, publish=publish
+            )
+        finally:  # if the second model fails, the first model's scores are shown all the same
             for table in pairs_tables(document, SHOWN_METRICS) if document else ():
                 console.print(to_terminal(table))
             if document and out is not None:
@@ -200,27 +170,15 @@ def _checks_of_out(out: Path | None) -> list[partial[Any]]:
     return [] if out is None else [partial(require, "jinja2", "eval"), partial(make_folder, out)]
 
 
-def load_encoder(model: str, device: str | None) -> Encoder:
-    """Load a model.
-
-    :raises CocoaError: If it cannot be loaded.
-    """
-    from cocoa_embed.encode.load import load_encoder as load
-
-    silence_libraries()
-    return load(model, device)
-
-
 def write_results(stem: Path, title: str, document: Mapping[str, Any], tables: Sequence[Table]) -> None:
-    """Write results as JSON, Markdown and HTML, each file atomically.
+    """Write results as JSON, Markdown and HTML.
 
     :param stem: The path of the files without their suffixes.
-    :raises CocoaError: If the folder cannot be made or a file cannot be written.
+    :raises CocoaError: If a file cannot be written.
     """
-    from cocoa_embed.evaluation.result_cache import make_folder, write_result
+    from cocoa_embed.evaluation.result_cache import write_result
     from cocoa_embed.report.tables import to_html, to_markdown
 
-    make_folder(stem.parent)
     write_result(stem.with_suffix(".json"), json.dumps(document, indent=2) + "\n")
     write_result(stem.with_suffix(".md"), to_markdown(title, tables))
     write_result(stem.with_suffix(".html"), to_html(title, tables))

@@ -1,4 +1,4 @@
-"""``cocoa-embed report`` and ``diagnose``; what they need is imported when they run, so that ``--help`` is quick."""
+"""``cocoa-embed report`` and ``diagnose``; each imports heavy modules when it runs, so that ``--help`` is quick."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cocoa_embed.errors import CocoaError, UsageError, one_line, printable, requ
 from cocoa_embed.report.words import GEOMETRY
 
 if TYPE_CHECKING:
-    from cocoa_embed.report.run_page import EvalResult
+    from cocoa_embed.report.content import EvalResult
     from cocoa_embed.train.diagnosis import Diagnosis
 
 REPORT_FILE = "report.html"
@@ -29,16 +29,15 @@ def report(
         list[Path] | None,
         typer.Option("--eval", help="A pairs.json or mmeb.json of eval; can be repeated. Those inside RUN are added."),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="The page [default: report.html in RUN].")] = None,
+    out: Annotated[Path | None, typer.Option(help="The page [default: report.html in RUN].")] = None,
 ) -> None:
     """Write a page about a training run: recipe, data, curves, reconstructions, scores. It needs no network."""
     with working() as console:
         for module in ("jinja2", "matplotlib"):
             require(module, "report")
-        from cocoa_embed.folders import write_atomically
+        from cocoa_embed.evaluation.result_cache import make_folder, write_result
         from cocoa_embed.model.training_record import read_run
         from cocoa_embed.report.page import render_page
-        from cocoa_embed.report.run_page import run_page
 
         record = read_run(run)
         page = out or run / REPORT_FILE
@@ -47,24 +46,20 @@ def report(
         inside = sorted(file for name in RESULT_FILES for file in run.rglob(name))
         files = dict.fromkeys(file.resolve() for file in (*(results or ()), *inside))
         found = [read_result(file, run, record) for file in files]
-        text = render_page(run_page(record, printable(run.resolve()), found))
-        try:
-            page.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(page, text)
-        except OSError as error:
-            raise CocoaError(f"{printable(page)} cannot be written ({one_line(error)}); give another --out") from error
+        make_folder(page.parent)
+        write_result(page, render_page(record, printable(run.resolve()), found))
         say(console, f"wrote {printable(page)}")
 
 
 def read_result(file: Path, run: Path, record: dict[str, Any]) -> EvalResult:
-    """Read what ``cocoa-embed eval mmeb`` or ``eval pairs`` has written as JSON.
+    """Read a JSON file of ``cocoa-embed eval mmeb`` or ``eval pairs``.
 
-    :param record: ``run.json`` of the run, to see whether the scored model is of this run.
-    :raises CocoaError: If the file is something else.
+    :param record: ``run.json`` of the run.
+    :raises CocoaError: If it is another file, or cannot be read.
     """
     from cocoa_embed.evaluation.mmeb_tables import mmeb_tables
     from cocoa_embed.evaluation.pairs_tables import pairs_tables
-    from cocoa_embed.report.run_page import EvalResult
+    from cocoa_embed.report.content import EvalResult
 
     name = printable(file)
     try:
@@ -98,15 +93,15 @@ def diagnose(
     ],
     data: Annotated[
         Path | None,
-        typer.Option("--data", help="An image folder with texts [default: the rows that the run kept out]."),
+        typer.Option("--data", help="An image folder with texts [default: the rows that the run held out]."),
     ] = None,
     rows: Annotated[
-        int | None, typer.Option("--rows", min=2, help="At most so many rows [default: all kept out, or 64 of --data].")
+        int | None, typer.Option(min=2, help="The most rows [default: all held out, or 64 of --data].")
     ] = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure what a checkpoint's <EOS> carries of an image, and the geometry of its embeddings."""
+    """Measure how much of an image a checkpoint's <EOS> carries, and the geometry of its embeddings."""
     with working() as console:
         require("accelerate", "train")
         silence_libraries()
@@ -120,7 +115,7 @@ def diagnose(
 
 
 def diagnosis_lines(diagnosis: Diagnosis) -> Iterator[str]:
-    """Yield what was measured of a checkpoint, and on which rows."""
+    """Yield the measures of a checkpoint as lines of text."""
     yield f"{printable(diagnosis.checkpoint)}: {diagnosis.rows} {diagnosis.source}"
     if diagnosis.seen_by:
         yield f"  trained on the same data: {', '.join(diagnosis.seen_by)}"

@@ -1,4 +1,4 @@
-"""``cocoa-embed train`` and ``export``; what they need is imported when they run, so that ``--help`` is quick."""
+"""``cocoa-embed train`` and ``export``; each imports heavy modules when it runs, so that ``--help`` is quick."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def train(
         list[str] | None, typer.Argument(metavar="KEY.SUB=VALUE", help="Values to change in the recipe.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="The folder for checkpoints [default: runs/ and the recipe's name].")
+        Path | None, typer.Option(help="The folder for checkpoints [default: runs/ and the recipe's name].")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out, if any.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in --out, if any.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print what the run would do and cost, and stop.")
     ] = False,
@@ -79,7 +79,7 @@ def export(
 
 
 def stage_lines(results: Sequence[StageResult]) -> Iterator[str]:
-    """Yield what a training run did, and how long each stage took."""
+    """Yield steps, time and loss of each stage as lines of text."""
     for result in results:
         yield f"{result.stage}: {result.steps} steps, {duration(result.seconds)}, loss {result.final['loss']:.3f}"
     yield f"{duration(sum(result.seconds for result in results))} in all; checkpoint {results[-1].folder}"
@@ -98,7 +98,7 @@ def stage_document(result: StageResult) -> dict[str, Any]:
 
 
 def plan_lines(planned: RunPlan) -> Iterator[str]:
-    """Yield what a run would do and cost."""
+    """Yield the plan and the cost of a run as lines of text."""
     yield f"{planned.recipe}: {planned.backbone}, {planned.devices} device{'s' * (planned.devices > 1)}"
     yield from (f"{stage}: finished already" for stage in planned.finished)
     for stage in planned.stages:
@@ -115,7 +115,7 @@ def plan_lines(planned: RunPlan) -> Iterator[str]:
             f"  disk        up to three checkpoints of {binary_size(stage.checkpoint_bytes)} while it runs",
             f"  compute     about {stage.flops:.2g} FLOP in all",
         )
-    yield from (f"would be left out: {row['source']}: {row['reason']}" for row in planned.bad_rows)
+    yield from (f"would be skipped: {row['source']}: {row['reason']}" for row in planned.bad_rows)
 
 
 def binary_size(count: float) -> str:

@@ -123,7 +123,7 @@ class CaptionCollator:
         return {**batch, "labels": batch["input_ids"].masked_fill(~is_caption, -100)}
 
 
-def pretrain(out: Path, *, steps: int, batch_size: int, learning_rate: float, seed: int) -> None:
+def pretrain(out: Path, seed: int = 0, *, steps: int = 3000, batch_size: int = 64, learning_rate: float = 1e-3) -> None:
     """Pretrain the captioner and write it to ``out`` (bfloat16 safetensors, processor, config)."""
     set_seed(seed)
     processor = build_processor(build_tokenizer(seed))
@@ -157,16 +157,8 @@ def pretrain(out: Path, *, steps: int, batch_size: int, learning_rate: float, se
     processor.save_pretrained(out)
 
 
-def main() -> None:
-    """Parse the command line and pretrain."""
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Pretrain the demo's backbone.")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write the captioner to")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--seed", type=int, default=0)
     pretrain(**vars(parser.parse_args()))
-
-
-if __name__ == "__main__":
-    main()

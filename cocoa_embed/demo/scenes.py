@@ -4,8 +4,8 @@ A scene is a background and two or three objects in different cells of a 2 x 2 g
 choices of shape, colour, size and place of every object and of the background. A caption describes its scene
 completely, in one of ``WORDINGS``.
 
-The split of a scene depends on its content alone (``split_of``), so no training set of any seed shares a scene with a
-held-out set of any other.
+The split of a scene depends on its content alone (``split_of``), so that training sets and held-out sets of any seeds
+have no scene in common.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def sample_scene(generator: random.Random, split: Split) -> Scene:
 
 
 def distinct_scenes(generator: random.Random, split: Split) -> Iterator[Scene]:
-    """Yield different scenes of ``split`` without end."""
+    """Yield distinct scenes of ``split`` without end."""
     seen: set[Scene] = set()
     while True:
         scene = sample_scene(generator, split)
@@ -128,10 +128,8 @@ def _draw_shape(
         arm = radius * 0.34
         pen.rectangle((x - arm, y - radius, x + arm, y + radius), fill=colour)
         pen.rectangle((x - radius, y - arm, x + radius, y + arm), fill=colour)
-    elif shape in _CORNERS:
-        pen.polygon([(x + radius * dx, y + radius * dy) for dx, dy in _CORNERS[shape]], fill=colour)
     else:
-        raise ValueError(f"cannot draw a {shape!r}; the shapes are {', '.join(SHAPES)}")
+        pen.polygon([(x + radius * dx, y + radius * dy) for dx, dy in _CORNERS[shape]], fill=colour)
 
 
 _CORNERS: dict[str, list[Point]] = {

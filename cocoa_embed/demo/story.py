@@ -1,8 +1,8 @@
-"""The demo: draw scenes, train three stages, export, measure, index, search, and report, in one command."""
+"""The demo: draws scenes, trains three stages, exports, evaluates, indexes, searches and reports."""
 
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,8 @@ from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
 from cocoa_embed.model.export import refuse_checkpoint, save_sentence_transformer
 from cocoa_embed.model.loading import load_model
 from cocoa_embed.model.training_record import TRAINING_FILE, read_run, read_training
-from cocoa_embed.report.content import Search
+from cocoa_embed.report.content import EvalResult, Search
 from cocoa_embed.report.page import render_page
-from cocoa_embed.report.run_page import EvalResult, run_page
 from cocoa_embed.report.tables import to_terminal
 from cocoa_embed.train import Recipe, StageResult, run
 from cocoa_embed.train.data.caption_rows import read_image_folder
@@ -39,11 +38,11 @@ Metrics = dict[str, dict[str, float]]
 class Demo:
     """The folders and sizes of one run.
 
-    :param out: Where the exported model goes.
-    :param work: Where everything else goes: ``data``, ``runs``, ``index``, ``results.json`` and ``report.html``.
+    :param out: The folder of the exported model.
+    :param work: The folder of everything else: ``data``, ``runs``, ``index``, ``results.json`` and ``report.html``.
     :param recipe: A recipe's name or file; its data are the drawn scenes.
-    :param training_scenes: How many scenes the stages see.
-    :param held_out_scenes: How many other scenes retrieval is measured among.
+    :param training_scenes: The number of scenes to train on.
+    :param held_out_scenes: The number of other scenes to evaluate retrieval on.
     """
 
     out: Path
@@ -54,7 +53,7 @@ class Demo:
     held_out_scenes: int = 500
 
     def run(self) -> dict[str, Any]:
-        """Run the whole story.
+        """Run the demo.
 
         :returns: What ``results.json`` holds: ``text_to_image`` and ``image_to_text`` (recall@1/5/10 and mrr on
             held-out scenes), ``contrastive_only`` with the same keys, ``seconds`` and ``peak_memory_bytes`` by part
@@ -69,7 +68,7 @@ class Demo:
         stages, comparison = self._train(meter)
         with meter.part("evaluation", console):
             model, scores = self._evaluate(stages[-1].folder, comparison.folder)
-        ours, alone = shown_metrics(scores), shown_metrics(scores["other"])
+        ours, alone = _shown_metrics(scores), _shown_metrics(scores["other"])
         self._export(model, stages[-1].folder, ours)
         with meter.part("index and search", console):
             queries, indexed = self._index_and_search(held_out)
@@ -89,7 +88,10 @@ class Demo:
         )
         for table in score_tables(scores, SHOWN_METRICS):
             console.print(to_terminal(table))
-        self._say_what_is_where(console, meter)
+        for label, written in {"model": self.out, "report": self.work / "report.html"}.items():
+            console.print(f"{label:8} {written}", soft_wrap=True, markup=False, highlight=False)
+        minutes, memory = meter.seconds["total"] / 60, meter.peak_memory_bytes["total"] / 2**30
+        console.print(f"{minutes:.1f} minutes, at most {memory:.1f} GiB of memory")
         return results
 
     def _claim_folders(self) -> None:
@@ -145,41 +147,27 @@ class Demo:
             return answer_queries(indexer, held_out), summary.indexed
 
     def _write_report(self, scores: dict[str, Any], searches: list[Search]) -> None:
-        runs = self.work / "runs"
-        data = str(self.work / "data" / "held-out")
-        page = run_page(
+        runs, data = self.work / "runs", self.work / "data" / "held-out"
+        page = render_page(
             read_run(runs / "three-stages"),
             str(runs / "three-stages"),
-            [EvalResult(scores, pairs_tables(scores), str(self.work / "results.json"), is_own=True, data=data)],
+            [EvalResult(scores, pairs_tables(scores), str(self.work / "results.json"), is_own=True, data=str(data))],
+            title="CoCoA on drawn scenes",
+            subtitle="A small vision-language model made bidirectional, trained to reconstruct through <EOS>, and "
+            f"trained to retrieve. Measured on {self.held_out_scenes} scenes that no stage has seen.",
             compared={"contrastive only": read_run(runs / "contrastive-only")},
             searches=searches,
             notes=[
                 "Contrastive only: the same backbone, the same pairs, the same number of contrastive steps, without "
-                "the two reconstruction stages. It spent less compute: what it would make of more is not shown here.",
+                "the two reconstruction stages. It had less compute: this page does not show its scores with as much.",
                 "The model has 3 million parameters and has seen drawn scenes only. It finds a photograph's copies, "
                 "not its meaning.",
             ],
             command="cocoa-embed demo",
         )
-        page = replace(
-            page,
-            title="CoCoA on drawn scenes",
-            subtitle="A small vision-language model made bidirectional, taught to reconstruct through <EOS>, and "
-            f"trained to retrieve. Measured on {self.held_out_scenes} scenes that no stage has seen.",
-        )
-        (self.work / "report.html").write_text(render_page(page), encoding="utf-8")
-
-    def _say_what_is_where(self, console: Console, meter: Meter) -> None:
-        for label, written in (
-            ("model", self.out),
-            ("report", self.work / "report.html"),
-            ("results", self.work / "results.json"),
-        ):
-            console.print(f"{label:8} {written}", soft_wrap=True, markup=False, highlight=False)
-        minutes, memory = meter.seconds["total"] / 60, meter.peak_memory_bytes["total"] / 2**30
-        console.print(f"{minutes:.1f} minutes, at most {memory:.1f} GiB of memory")
+        (self.work / "report.html").write_text(page, encoding="utf-8")
 
 
-def shown_metrics(scores: dict[str, Any]) -> Metrics:
+def _shown_metrics(scores: dict[str, Any]) -> Metrics:
     """Return one model's metrics by direction, as ``results.json`` has them."""
     return {way: {name: metrics[name] for name in SHOWN_METRICS} for way, metrics in scores["subsets"].items()}

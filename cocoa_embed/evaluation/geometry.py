@@ -67,7 +67,7 @@ def geometry(
     """Return the four measures of pairs, by their names in the log.
 
     Uniformity is the mean over the two sides; the effective rank is that of both sides together. The modality gap is
-    between items with an image and items of text alone; it is left out where all items are of one kind.
+    between items with an image and items of text alone; it is left out if all items are of one kind.
 
     :param first: float ``[n, D]``, two rows or more; each row is paired with the same row of ``second``.
     :param first_has_image: Which items of ``first`` have an image, alone or with a text; bool ``[n]``.

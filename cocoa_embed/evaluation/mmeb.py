@@ -1,15 +1,15 @@
 """Scores a model on MMEB-V1.
 
-Precision@1 is the ratio of rows whose first candidate, the right one, has the highest cosine of the row's own
-candidates, as in VLM2Vec's ``eval.py``, with one difference: where another candidate has the same cosine, the row
-counts as wrong here and as right there. ``tied_rows`` counts these rows.
+Precision@1 is the ratio of rows whose first candidate, the correct one, has the highest cosine of the row's candidates,
+as in VLM2Vec's ``eval.py``, with one difference: if another candidate has the same cosine, the row is wrong here and
+correct there. ``tied_rows`` counts these rows.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -31,27 +31,10 @@ METRICS = ("hit@1", "hit@5", "hit@10", "mrr", "ndcg@5", "ndcg@10")
 """Reported beside precision@1, which is the same as hit@1."""
 
 
-class CheckedSubset(NamedTuple):
-    """A subset that was read without errors."""
-
-    name: str
-    digest: str
-    parts: frozenset[frozenset[str]]
-
-
-def check_subsets(folder: MmebFolder, names: Sequence[str] = ()) -> list[CheckedSubset]:
-    """Read all subsets that are to be scored, so that errors in the data show before hours of work.
-
-    :raises CocoaError: If something is wrong with the data; the message says what and where.
-    """
-    read = (folder.read(name) for name in folder.subsets(names))
-    return [CheckedSubset(data.name, data.digest, frozenset(data.parts)) for data in read]
-
-
 def evaluate_mmeb(
     encoder: Encoder,
     folder: MmebFolder,
-    checked: Sequence[CheckedSubset],
+    subsets: Sequence[SubsetData],
     cache: ResultCache,
     *,
     batch_tokens: int = BATCH_TOKENS,
@@ -60,16 +43,16 @@ def evaluate_mmeb(
 ) -> dict[str, Any]:
     """Score a model on subsets. Each finished subset is cached, and not scored again.
 
-    :param checked: From ``check_subsets``.
-    :param publish: Gets after each subset a sentence about it and the summary of the subsets so far.
+    :param subsets: From ``MmebFolder.read_subsets``.
+    :param publish: Called after each subset with a sentence about it and the summary of the subsets so far.
     :returns: The ``summary``.
     :raises CocoaError: If an image cannot be used, the model fails or supports no subset, or a result cannot be
         written.
     """
     results: dict[str, Mapping[str, Any]] = {}
-    not_run = dict.fromkeys(SUBSETS, "not in the data") | dict.fromkeys(folder.subsets(), "not asked for")
-    not_run |= {subset.name: "not finished" for subset in checked}
-    for subset in checked:
+    not_run = dict.fromkeys(SUBSETS, "not in the data") | dict.fromkeys(folder.subsets(), "not selected")
+    not_run |= {subset.name: "not finished" for subset in subsets}
+    for subset in subsets:
         if reason := unsupported(encoder, subset.parts):
             not_run[subset.name] = reason
             publish(f"{subset.name}: not run: {reason}", summary(encoder, results, not_run))
@@ -78,16 +61,15 @@ def evaluate_mmeb(
         result = cache.read(subset.name, key)
         source = "cached"
         if result is None:
-            data = folder.read(subset.name)
-            result = score_subset(encoder, folder, data, batch_tokens, progress)
-            cache.write(subset.name, key | {"data": data.digest}, result)
+            result = score_subset(encoder, folder, subset, batch_tokens, progress)
+            cache.write(subset.name, key, result)
             source = f"{result['queries']} queries and {result['targets']} targets embedded, {result['seconds']:.1f} s"
         results[subset.name] = result
         del not_run[subset.name]
         line = f"{subset.name}: precision@1 {result['precision@1']:.3f} of {result['rows']} rows ({source})"
         publish(line, summary(encoder, results, not_run))
     if not results:
-        raise CocoaError(f"nothing was run: {not_run[checked[0].name]}; use a model of images and text")
+        raise CocoaError(f"nothing was run: {not_run[subsets[0].name]}; use a model of images and text")
     return summary(encoder, results, not_run)
 
 
@@ -96,10 +78,10 @@ def score_subset(
 ) -> dict[str, Any]:
     """Embed each distinct query and target of a subset once, and score its rows.
 
-    Where rows with missing images are skipped, so are rows with images that cannot be read.
+    If rows with missing images are skipped, so are rows with images that cannot be read.
 
     :returns: precision@1 and ``METRICS``, each in [0, 1]; ``chance``, the expected precision@1 of random order; counts;
-        ``partial``; ``seconds``; and ``by_row``, the place in the data and the rank of the right candidate of each row.
+        ``partial``; ``seconds``; and ``by_row``, the source and the rank of the correct candidate of each row.
     :raises CocoaError: If an image cannot be used and is not skipped, or the model fails.
     """
     started = time.perf_counter()
@@ -145,7 +127,7 @@ def score_subset(
 
 
 def _score_row(row: CandidateRow, queries: np.ndarray, targets: np.ndarray) -> tuple[int, bool]:
-    """Return the rank of a row's right candidate, and whether the best wrong one has the same cosine.
+    """Return the rank of a row's correct candidate, and whether the best wrong one has the same cosine.
 
     :param queries: Embeddings by a row's ``query``, float ``[queries, dimension]``.
     :param targets: Embeddings by a row's ``targets``, float ``[targets, dimension]``.
@@ -161,7 +143,7 @@ def summary(encoder: Encoder, results: Mapping[str, Mapping[str, Any]], not_run:
     :param results: From ``score_subset``, by subset.
     :param not_run: Why the other subsets were not run.
     :returns: ``subsets``: metrics and counts by name. ``averages``: the mean precision@1 over the subsets that were
-        run, by ``AVERAGES``, None where none was; ``chance``: the same of random order. ``coverage``: for each average
+        run, by ``AVERAGES``, None if none was; ``chance``: the same of random order. ``coverage``: for each average
         ``run``, ``of`` and ``complete``, which is true if every subset of it was run on all its rows. ``not_run``:
         reasons by name.
     """

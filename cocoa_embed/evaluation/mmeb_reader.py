@@ -28,10 +28,10 @@ from cocoa_embed.errors import CocoaError, UsageError, did_you_mean, printable
 LIST_COLUMNS = ("tgt_text", "tgt_img_path")
 COLUMNS = ("qry_text", "qry_img_path", *LIST_COLUMNS)
 
-SHARD = re.compile(r"[^-]+-\d+-of-(?P<count>\d+)")
-"""The name of a file that is one of several, such as ``test-00000-of-00002``."""
+SHARD = re.compile(r"test-\d+-of-(?P<count>\d+)")
+"""The name of a file that is one of several: ``test-00000-of-00002``."""
 
-SPLIT = "test"
+TEST_FILES = "test*.parquet"
 
 Status = tuple[int, int] | None
 """The size of a file in bytes and its modification time in nanoseconds; None if there is no file."""
@@ -50,8 +50,8 @@ class SubsetData:
     """The rows of a subset, and their distinct queries and targets.
 
     :param queries: Image paths are relative to the folder of images, here and in ``targets``.
-    :param rows_in_data: The number of rows, including those beyond the limit and those left out.
-    :param rows_without_image: The number of rows left out because one of their images is missing.
+    :param rows_in_data: The number of rows, including those beyond the limit and those skipped.
+    :param rows_without_image: The number of rows skipped because one of their images is missing.
     :param rows_merged: The number of rows in which a repeated target counts once.
     :param found: The status of each item's image.
     """
@@ -68,13 +68,10 @@ class SubsetData:
     @property
     def digest(self) -> str:
         """A digest of the rows, and of the size and the modification time of each image."""
-        digest = hashlib.sha256(repr((self.rows_in_data, len(self.queries), len(self.targets))).encode())
-        for item in (*self.queries, *self.targets):
-            path = None if item.image is None else str(item.image)
-            digest.update(repr((item.text, path, self.found.get(item))).encode())
-        for row in self.rows:
-            digest.update(row.query.to_bytes(8, "little") + row.targets.astype("<i8").tobytes() + b";")
-        return digest.hexdigest()
+        items = [(item.text, str(item.image), self.found.get(item)) for item in (*self.queries, *self.targets)]
+        rows = [(row.query, row.targets.tolist()) for row in self.rows]
+        content = repr((self.rows_in_data, len(self.queries), items, rows))
+        return hashlib.sha256(content.encode()).hexdigest()
 
     @property
     def parts(self) -> set[frozenset[str]]:
@@ -89,8 +86,8 @@ class MmebFolder:
     :param data: The folder that holds a folder for each subset.
     :param images: The folder of the image paths.
     :param limit: The most rows of each subset to read.
-    :param skip_missing_images: Leave out and count the rows with a missing image, instead of an error.
-    :param merge_repeated_targets: Count a target once that a row lists twice, instead of an error.
+    :param skip_missing_images: Skip and count rows with a missing image, instead of an error.
+    :param merge_repeated_targets: Count a target that a row lists twice once, instead of an error.
     """
 
     data: Path
@@ -102,8 +99,8 @@ class MmebFolder:
     def subsets(self, selected: Sequence[str] = ()) -> list[str]:
         """Return the selected subsets, or all that exist, in the benchmark's order.
 
-        :raises UsageError: If a selected one is no subset of MMEB-V1.
-        :raises CocoaError: If a selected one or a folder is missing, or there is no subset.
+        :raises UsageError: If a selected name is no subset of MMEB-V1.
+        :raises CocoaError: If a selected subset or a folder is missing, or there is no subset.
         """
         for name in selected:
             if name not in SUBSETS:
@@ -112,16 +109,23 @@ class MmebFolder:
             if not folder.is_dir():
                 kind = "is not a folder" if folder.exists() else "does not exist"
                 raise CocoaError(f"{printable(folder)} {kind}; name the folder that holds {content}")
-        found = [name for name in SUBSETS if any((self.data / name).glob("*.parquet"))]
+        found = [name for name in SUBSETS if any((self.data / name).glob(TEST_FILES))]
         if not found:
             raise CocoaError(
-                f"{printable(self.data)} holds no subset of MMEB-V1; expected folders of Parquet files such as"
-                " MSCOCO_i2t/test-00000-of-00001.parquet, as TIGER-Lab/MMEB-eval has them"
+                f"{printable(self.data)} holds no subset of MMEB-V1; expected folders of Parquet files"
+                " like MSCOCO_i2t/test-00000-of-00001.parquet, as in TIGER-Lab/MMEB-eval"
             )
         for name in selected:
             if name not in found:
-                raise CocoaError(f"{printable(self.data / name)} holds no Parquet files {did_you_mean(name, found)}")
+                raise CocoaError(f"{printable(self.data / name)} holds no {TEST_FILES} {did_you_mean(name, found)}")
         return [name for name in found if name in selected or not selected]
+
+    def read_subsets(self, selected: Sequence[str] = ()) -> list[SubsetData]:
+        """Read the selected subsets, or all that exist, so that errors in the data show before hours of work.
+
+        :raises CocoaError: If anything is wrong with the data.
+        """
+        return [self.read(name) for name in self.subsets(selected)]
 
     def read(self, name: str) -> SubsetData:
         """Read a subset and look for its images, which are not opened.
@@ -176,13 +180,13 @@ class MmebFolder:
         if missing and not self.skip_missing_images:
             raise CocoaError(
                 f"{len(missing)} of the {len(paths)} images of {name} are not in {printable(self.images)}, the first is"
-                f" {missing[0]!r}; get them, or leave their rows out with --missing-images skip"
+                f" {missing[0]!r}; get them, or skip their rows with --missing-images skip"
             )
         return found
 
 
 class _Numbering:
-    """Numbers distinct items in order of appearance."""
+    """Numbers distinct items in their order."""
 
     def __init__(self) -> None:
         self.items: dict[Item, int] = {}
@@ -192,13 +196,13 @@ class _Numbering:
         """Return the number of the item of two cells.
 
         :param candidate: The candidate's position, from 1; None for the query.
-        :raises CocoaError: If there is no such item.
+        :raises CocoaError: If the item is empty.
         """
         if (text, path) not in self._cells:
-            name = "the query" if candidate is None else f"candidate {candidate}"
-            clean = without_image_token(text or "", bool(path), f"{source}: {name}")
+            name = f"{source}: " + ("the query" if candidate is None else f"candidate {candidate}")
+            clean = without_image_token(text or "", bool(path), name)
             if not clean and not path:
-                raise CocoaError(f"{source}: {name} has neither a text nor an image")
+                raise CocoaError(f"{name} has neither a text nor an image")
             item = Item(clean or None, Path(path) if path else None)
             self._cells[text, path] = self.items.setdefault(item, len(self.items))
         return self._cells[text, path]
@@ -213,16 +217,11 @@ def _refuse_repeated(source: str, listed: Sequence[int], items: Sequence[Item]) 
 
 
 def _subset_files(folder: Path) -> list[Path]:
-    """Return the Parquet files of a subset: those of the split ``test``, or of the only split.
+    """Return the Parquet files of a subset.
 
-    :raises CocoaError: If there are several other splits, or files of the split are missing.
+    :raises CocoaError: If some of them are missing.
     """
-    by_split: dict[str, list[Path]] = {}
-    for file in sorted(folder.glob("*.parquet")):
-        by_split.setdefault(file.stem.split("-")[0], []).append(file)
-    if SPLIT not in by_split and len(by_split) > 1:
-        raise CocoaError(f"{printable(folder)} has the splits {', '.join(by_split)}; expected {SPLIT}")
-    files = by_split[SPLIT] if SPLIT in by_split else next(iter(by_split.values()))
+    files = sorted(folder.glob(TEST_FILES))
     expected = max((int(shard["count"]) for file in files if (shard := SHARD.fullmatch(file.stem))), default=len(files))
     if len(files) != expected:
         raise CocoaError(

@@ -34,9 +34,9 @@ def _averages(document: Mapping[str, Any]) -> Table:
     ]
     if any(score.text.endswith("*") for score in own):
         notes.append(
-            "* not to be compared with the published numbers: not all subsets were run (how many of how many is beside"
-            f" the mean), some only on a part of their rows, or they do not have the {ROWS_OF_A_SUBSET} rows of the"
-            " public data. See the remarks."
+            "* does not compare with the published numbers: not all subsets were run (their number is beside the mean),"
+            f" some only on a part of their rows, or they do not have the {ROWS_OF_A_SUBSET} rows of the public data."
+            " See the remarks."
         )
     rows = [(document["model"], *own), *published, ("chance", *chance)]
     return Table("Averages", ("model", *AVERAGES), rows, notes)
@@ -65,8 +65,8 @@ def _subsets(document: Mapping[str, Any]) -> Table:
         ("subset", "meta-task", "domain", *COLUMNS, "rows", "remarks"),
         rows,
         [
-            "In percent, among each row's own candidates. A wrong candidate with the cosine of the right one ranks"
-            " before it, unlike in VLM2Vec's own script; remarks count these ties. Chance: of precision@1."
+            "In percent, among each row's candidates. A wrong candidate with the cosine of the correct one ranks"
+            " before it, unlike in VLM2Vec's script; remarks count these ties. Chance: of precision@1."
         ],
     )
 

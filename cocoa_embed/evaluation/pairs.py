@@ -41,7 +41,7 @@ class Direction:
     """Distinct queries and documents, and which belong together.
 
     :param relevant: For each query the numbers of its documents, at least one, int ``[relevant]``.
-    :param groups: The group of each query, int ``[queries]``: queries that share a document, also through others.
+    :param groups: The group of each query, int ``[queries]``: those connected by common documents.
     """
 
     name: str
@@ -127,7 +127,7 @@ def evaluate_pairs(
     """Score one model, or compare two on the same queries.
 
     :param encoders: One or two; a generator can load the second after the first is freed.
-    :param publish: Gets the document after each model.
+    :param publish: Called with the document after each model.
     :returns: ``subsets`` (metrics by direction, of the first model), ``averages`` (over both directions),
         ``intervals`` (the two ends by direction and metric), ``chance`` (metrics by direction) and ``counts`` (queries,
         documents and groups by direction). With a second model also ``other``, the same of that model, and

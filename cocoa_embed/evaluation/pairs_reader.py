@@ -22,7 +22,7 @@ def read_pairs(data: Path, images: Path | None = None, columns: Mapping[str, str
 
     :param data: An image folder, or a ``.jsonl``, ``.csv`` or ``.parquet`` file. A text's cell may hold a list of
         texts, each of which makes a pair.
-    :param images: The folder of a table's relative image paths; by default the table's own.
+    :param images: The folder of a table's relative image paths; by default that of the table.
     :param columns: The column of ``query_text``, ``query_image``, ``positive_text`` and ``positive_image``; by default
         as in ``map_columns``.
     :raises CocoaError: If the data are missing or cannot be read, or a row is malformed.

@@ -54,14 +54,13 @@ def _comparison(document: Mapping[str, Any], direction: str, metrics: Sequence[s
     rows = []
     for name in metrics:
         difference, low, high, p = document["comparison"][direction][name].values()
-        rows.append((name, Score(f"{difference:+.3f}"), Score(f"{low:+.3f} to {high:+.3f}"), Score(f"{p:.4f}")))
+        rows.append((name, Score(f"{difference:+.3f}", detail=f"{low:+.3f} to {high:+.3f}"), Score(f"{p:.4f}")))
     notes = [
-        f"{document['model']} minus {document['other']['model']}, on the same queries. p: two-sided, from random signs"
-        " of the groups' differences. All metrics come from the same queries, so several small p are no more evidence"
-        " than one."
+        f"{document['model']} minus {document['other']['model']}, on the same queries, with {document['level']:.0%}"
+        " intervals. p: two-sided, from random signs of the groups' differences. All metrics come from the same"
+        " queries, so several small p are no more evidence than one."
     ]
-    header = ("metric", "difference", f"{document['level']:.0%} interval", "p")
-    return Table(f"{_title(direction)}: the difference between the models", header, rows, notes)
+    return Table(f"{_title(direction)}: difference", ("metric", "difference", "p"), rows, notes)
 
 
 def _title(direction: str) -> str:

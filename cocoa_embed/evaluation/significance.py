@@ -1,7 +1,7 @@
 """Confidence intervals of means over queries, and tests of the difference between two models.
 
-Queries of one group (the captions of one image, say) depend on each other, so whole groups are resampled. The documents
-are not resampled: the intervals are about other queries of the same kind against the same documents.
+Queries of one group (such as the captions of one image) depend on each other, so whole groups are resampled. The
+documents are not resampled: the intervals are about other queries of the same kind against the same documents.
 """
 
 import numpy as np
@@ -24,7 +24,7 @@ def mean_intervals(
 
     :param values: float64 ``[queries, columns]``.
     :param groups: The group of each query, int ``[queries]``.
-    :returns: The two ends by column, float64 ``[columns, 2]``; both are the mean where there is only one group.
+    :returns: The two ends by column, float64 ``[columns, 2]``; both are the mean if there is one group.
     """
     sums, sizes = group_sums(values, groups)
     if len(sums) == 1:  # scipy refuses a single observation
@@ -50,14 +50,14 @@ def sign_flip_p(
     """Return two-sided p-values of a permutation test that flips the signs of whole groups, one for each column.
 
     The observed signs count as one of the resamples (Phipson and Smyth 2010), so that p is never 0. All signs are tried
-    where there are no more of them than ``resamples``.
+    if they are not more than ``resamples``.
 
     :param differences: One model's values minus the other's on the same queries, float64 ``[queries, columns]``.
     :param groups: The group of each query, int ``[queries]``.
     :returns: float64 ``[columns]``.
     """
     sums, _ = group_sums(differences, groups)
-    if len(sums) == 1:  # scipy refuses a single observation, whose sign says nothing
+    if len(sums) == 1:  # scipy refuses a single observation, whose sign means nothing
         return np.ones(sums.shape[1])
     found = stats.permutation_test(
         (sums,),

@@ -1,6 +1,6 @@
-"""Draw training curves as SVG.
+"""Draws training curves as SVG.
 
-Lines are drawn in stand-in colours that become CSS variables, so that one drawing serves light and dark pages.
+Lines are drawn in placeholder colours that become CSS variables, so that one drawing serves light and dark pages.
 """
 
 import io
@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cocoa_embed.errors import require
-from cocoa_embed.report.content import Curve
 from cocoa_embed.report.words import GEOMETRY, MATCHING, NO_IMAGE, SERIES, SHUFFLED, duration
 
 Points = list[tuple[int, float]]
@@ -21,10 +20,22 @@ LARGE, SMALL = (4.6, 2.9), (3.4, 2.1)
 """Width and height of charts, in inches of 72 units."""
 
 _COLOURS = ("ink", "grid", "total", "text", "image", "right", "shuffled", "other")
-_STAND_INS = {colour: f"#0102{index:02x}" for index, colour in enumerate(_COLOURS)}
+_PLACEHOLDERS = {colour: f"#0102{index:02x}" for index, colour in enumerate(_COLOURS)}
 _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 _AXES = {"accuracy": "correct (%)", "loss": "loss"}
 _SMOOTHED_FROM = 60
+
+
+class Curve(NamedTuple):
+    """The log of a stage: ``series`` maps a metric to its (step, value) points; ``seconds`` is the stage's duration.
+
+    ``compared`` are the losses of the stage of the same name in other runs, by the name of the run.
+    """
+
+    stage: str
+    series: dict[str, Points]
+    seconds: float
+    compared: dict[str, Points]
 
 
 class Line(NamedTuple):
@@ -54,13 +65,36 @@ class Measure(NamedTuple):
     panels: list[Panel]
 
 
+def read_curves(stages: Mapping[str, Any], compared: Mapping[str, Mapping[str, Any]]) -> list[Curve]:
+    """Return the losses, accuracies and measures that stages logged, finite values only.
+
+    :param stages: ``stages`` of ``run.json``.
+    :param compared: ``run.json`` of runs whose losses are drawn beside these.
+    """
+    curves = []
+    for name, stage in stages.items():
+        logged = dict.fromkeys(key for line in stage["log"] for key in line)
+        drawn = [key for key in logged if key.endswith(("loss", "accuracy")) and key != "train_loss"]
+        drawn += [key for key in logged if key in SERIES or key in GEOMETRY]
+        others = {other: run["stages"].get(name) for other, run in compared.items()}
+        losses = {other: _points(each, "loss") for other, each in others.items() if each}
+        series = {key: _points(stage, key) for key in logged if key in drawn}
+        curves += [Curve(name, series, stage["seconds"], losses)] if logged else []
+    return curves
+
+
+def _points(stage: Mapping[str, Any], key: str) -> Points:
+    points = [(int(line["step"]), line[key]) for line in stage["log"] if key in line]
+    return [(step, value) for step, value in points if math.isfinite(value)]
+
+
 def stage_panels(curves: Sequence[Curve]) -> list[Panel]:
     """Return one panel for the losses of each stage, and one for each other quantity that a stage logs."""
     panels: list[Panel] = []
     for curve in curves:
         for quantity, lines in _by_quantity(curve.series).items():
             if quantity == "loss":
-                lines += [Line(name, "shuffled", _finite(points)) for name, points in curve.compared.items()]
+                lines += [Line(name, "shuffled", points) for name, points in curve.compared.items()]
             svg = _chart(f"stage-{len(panels)}", quantity, lines)
             panels.append(Panel(curve.stage, _pace(curve), quantity, lines, svg))
     return panels
@@ -69,7 +103,7 @@ def stage_panels(curves: Sequence[Curve]) -> list[Panel]:
 def plateau_panel(curves: Sequence[Curve]) -> Panel | None:
     """Return the panel of the accuracy with the matching image and with a shuffled one; None without both."""
     for curve in curves:
-        found = {name: _finite(curve.series.get(name, [])) for name in (MATCHING, SHUFFLED, NO_IMAGE)}
+        found = {name: curve.series.get(name) for name in (MATCHING, SHUFFLED, NO_IMAGE)}
         if found[MATCHING] and found[SHUFFLED]:
             lines = [Line(*SERIES[name], points) for name, points in found.items() if points]
             return Panel(curve.stage, _pace(curve), "accuracy", lines, _chart("plateau", "accuracy", lines, band=True))
@@ -77,13 +111,12 @@ def plateau_panel(curves: Sequence[Curve]) -> Panel | None:
 
 
 def measures(curves: Sequence[Curve]) -> list[Measure]:
-    """Return what the stages logged of their embeddings; a chart for each stage that measured more than once."""
+    """Return the geometry of the embeddings in each stage; a stage that measured it more than once has a chart."""
     found = []
     for name, (title, _, meaning) in GEOMETRY.items():
-        measured = [(curve.stage, _finite(curve.series.get(name, []))) for curve in curves]
-        measured = [(stage, points) for stage, points in measured if points]
+        measured = [(curve.stage, points) for curve in curves if (points := curve.series.get(name))]
         panels = [
-            Panel(stage, "", title.lower(), lines, _chart(f"{name}-{number}", title.lower(), lines, small=True))
+            Panel(stage, "", title.lower(), lines, _chart(f"{name}-{number}", title.lower(), lines))
             for number, (stage, points) in enumerate(measured)
             for lines in [[Line(stage, ("text", "image")[number % 2], points)]]
             if len(points) > 1
@@ -98,44 +131,39 @@ def _pace(curve: Curve) -> str:
     return f"{last:,} steps in {duration(curve.seconds)}"
 
 
-def _finite(points: Points) -> Points:
-    return [(step, value) for step, value in points if math.isfinite(value)]
-
-
 def _by_quantity(series: Mapping[str, Points]) -> dict[str, list[Line]]:
-    """Group ``series`` into "loss", "accuracy" and whatever else there is; a total loss of one part is left out."""
+    """Group the lines of a stage by "loss" and "accuracy"; a total loss that equals its one part is left out."""
     groups: dict[str, list[Line]] = {}
     for name, points in series.items():
         repeats = name == "loss" and any(_same(points, series[other]) for other in series if other.endswith("_loss"))
-        if name in (MATCHING, SHUFFLED, NO_IMAGE, *GEOMETRY) or repeats or not _finite(points):
+        if name in (MATCHING, SHUFFLED, NO_IMAGE, *GEOMETRY) or repeats or not points:
             continue
-        quantity = next((known for known in _AXES if known in name), name.replace("_", " "))
         label, colour = SERIES.get(name, (name.replace("_", " "), "other"))
-        groups.setdefault(quantity, []).append(Line(label, colour, _finite(points)))
+        groups.setdefault("loss" if name.endswith("loss") else "accuracy", []).append(Line(label, colour, points))
     return groups
 
 
 def _same(left: Points, right: Points) -> bool:
-    return len(left) == len(right) and bool(np.allclose(left, right, rtol=1e-3, equal_nan=True))
+    return len(left) == len(right) and np.allclose(left, right, rtol=1e-3)
 
 
-def _chart(key: str, quantity: str, lines: list[Line], *, band: bool = False, small: bool = False) -> str:
+def _chart(key: str, quantity: str, lines: list[Line], *, band: bool = False) -> str:
     """Draw ``lines`` over the steps and return an SVG element whose ids begin with ``key``.
 
-    With ``band``, the area between the first two lines is tinted. A ``small`` chart leaves its axis to the heading.
+    With ``band``, the area between the first two lines is tinted.
     """
     matplotlib = require("matplotlib", "report")
-    figure = require("matplotlib.figure", "report").Figure(figsize=SMALL if small else LARGE, layout="constrained")
+    figure = require("matplotlib.figure", "report").Figure(
+        figsize=LARGE if quantity in _AXES else SMALL, layout="constrained"
+    )
     axes = figure.add_subplot()
     for line in lines:
         _draw_line(axes, line)
     if band:
         steps = sorted({step for line in lines[:2] for step, _ in line.points})
         edges = [np.interp(steps, *np.transpose(smoothed(line.points))) for line in lines[:2]]
-        axes.fill_between(steps, *edges, color=_STAND_INS[lines[0].colour], alpha=0.14, linewidth=0)
+        axes.fill_between(steps, *edges, color=_PLACEHOLDERS[lines[0].colour], alpha=0.14, linewidth=0)
     _style(axes, quantity, lines)
-    if small:
-        axes.set_ylabel("")
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": key}):
         figure.savefig(buffer, format="svg", transparent=True, metadata=_NO_METADATA)
@@ -144,12 +172,13 @@ def _chart(key: str, quantity: str, lines: list[Line], *, band: bool = False, sm
 
 def _style(axes: Any, quantity: str, lines: list[Line]) -> None:  # noqa: ANN401  matplotlib is optional
     ticker = require("matplotlib.ticker", "report")
-    ink, grid = _STAND_INS["ink"], _STAND_INS["grid"]
+    ink, grid = _PLACEHOLDERS["ink"], _PLACEHOLDERS["grid"]
     steps, values = ({point[axis] for line in lines for point in line.points} for axis in (0, 1))
-    if quantity in _AXES and min(values) >= 0:
-        axes.set_ylim(bottom=0, top=None if max(values) else 1)
+    if quantity in _AXES:  # the others have their name in the heading
+        axes.set_ylabel(_AXES[quantity], color=ink, fontsize=11)
+        if min(values) >= 0:
+            axes.set_ylim(bottom=0, top=None if max(values) else 1)
     axes.set_xlabel("training step", color=ink, fontsize=11)
-    axes.set_ylabel(_AXES.get(quantity, quantity), color=ink, fontsize=11, parse_math=False)
     axes.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
     axes.yaxis.set_major_locator(ticker.MaxNLocator(5))
     if len(steps) == 1:
@@ -165,7 +194,7 @@ def _style(axes: Any, quantity: str, lines: list[Line]) -> None:  # noqa: ANN401
 
 
 def _draw_line(axes: Any, line: Line) -> None:  # noqa: ANN401  matplotlib is optional
-    colour, raw = _STAND_INS[line.colour], line.points
+    colour, raw = _PLACEHOLDERS[line.colour], line.points
     if len(raw) >= _SMOOTHED_FROM:
         axes.plot(*np.transpose(raw), color=colour, linewidth=0.8, alpha=0.3)
     marker = "o" if len(raw) == 1 else ""
@@ -188,6 +217,6 @@ def _for_the_page(document: str, key: str) -> str:
     svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg)
     svg = re.sub(r'<svg width="[^"]*" height="[^"]*"', '<svg aria-hidden="true"', re.sub(r"<svg\s+", "<svg ", svg))
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\1{key}-", svg)
-    for colour, stand_in in _STAND_INS.items():
-        svg = svg.replace(stand_in, f"var(--{colour})")
+    for colour, placeholder in _PLACEHOLDERS.items():
+        svg = svg.replace(placeholder, f"var(--{colour})")
     return svg

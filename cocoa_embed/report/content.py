@@ -1,28 +1,20 @@
-"""What the page of a run shows, as plain values. Sections without content are left out."""
+"""Chooses what the page of a run shows, from ``run.json`` and results of ``cocoa-embed eval``; reads no file."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from cocoa_embed.report.tables import Table
+from cocoa_embed.report.words import duration, listed
 
-
-class Curve(NamedTuple):
-    """What a stage logged: ``series`` maps a metric to its (step, value) points; ``seconds`` is its duration.
-
-    ``compared`` are the losses of another run's stage of that name, by the name of the run.
-    """
-
-    stage: str
-    series: dict[str, list[tuple[int, float]]]
-    seconds: float
-    compared: dict[str, list[tuple[int, float]]]
+ABSENT = "–"
+FIRST = "hit@1"
 
 
 class SearchHit(NamedTuple):
     """What a search found: an image (a data URI) with its caption; ``score`` is the cosine similarity."""
 
-    image: str | None
+    image: str
     score: float
     caption: str
     correct: bool
@@ -41,8 +33,25 @@ class Search(NamedTuple):
     expected: str | None
 
 
+class EvalResult(NamedTuple):
+    """A result of ``cocoa-embed eval``.
+
+    :param document: The JSON document that it wrote.
+    :param tables: The same as tables.
+    :param file: The path of the document, for the page.
+    :param is_own: Whether the scored model is a checkpoint of this run, or an export of one.
+    :param data: The absolute path of the data, if the document has it.
+    """
+
+    document: Mapping[str, Any]
+    tables: Sequence[Table]
+    file: str
+    is_own: bool
+    data: str | None = None
+
+
 class Headline(NamedTuple):
-    """A number to begin with: its label, the number, what it means, and what to compare it with."""
+    """A number at the top of the page: its label, the number, its meaning, and numbers to compare it with."""
 
     label: str
     value: str
@@ -50,67 +59,141 @@ class Headline(NamedTuple):
     detail: str
 
 
-class Evaluation(NamedTuple):
-    """The tables of one evaluation; ``note`` says what was scored."""
-
-    title: str
-    note: str
-    tables: Sequence[Table]
+def title(run: Mapping[str, Any], folder: str) -> str:
+    """Return the name of the run's folder, with the recipe's name if it is another."""
+    name, recipe = Path(folder).name, run["recipe"]["name"]
+    return name if recipe == name else f"{name} ({recipe})"
 
 
-class StageSamples(NamedTuple):
-    """What a stage made of some rows, as ``run.json`` has it; ``note`` says which rows."""
-
-    stage: str
-    note: str
-    patches: Sequence[Mapping[str, str]]
-    tokens: Sequence[Mapping[str, Any]]
-    mask: Mapping[str, Sequence[str]] | None
-
-
-class StageData(NamedTuple):
-    """The rows of a stage: ``sources`` are (subset, where from, rows), ``bad`` (subset, source, reason)."""
-
-    stage: str
-    rows: int
-    notes: Sequence[str]
-    sources: Sequence[tuple[str, str, int]]
-    fingerprint: str
-    bad_count: int
-    bad: Sequence[Sequence[str]]
+def subtitle(run: Mapping[str, Any]) -> str:
+    """Return a sentence about the backbone and the finished stages."""
+    finished = [name for name, stage in run["stages"].items() if stage["finished"]]
+    if not finished:
+        return f"A run from {run['backbone']} that has finished no stage yet."
+    seconds = duration(sum(stage["seconds"] for stage in run["stages"].values()))
+    return f"Trained from {run['backbone']}: {listed(finished)}, in {seconds}."
 
 
-class RecipeTables(NamedTuple):
-    """A recipe: (key, value) of the whole run; the keys of the stages that were given and those that were not.
+def alerts(stages: Mapping[str, Any], folder: str) -> Iterator[str]:
+    """Yield a sentence about each stage that is not finished or has no samples."""
+    for name, stage in stages.items():
+        if not stage["finished"]:
+            yield (
+                f"Stage {name} is not finished: it is at step {stage['step']:,} of {stage['steps']:,}. If it has "
+                f"stopped, cocoa-embed train RECIPE --out {folder} --resume continues it."
+            )
+        if failure := (stage["samples"] or {}).get("failure"):
+            yield f"Stage {name} could not make its samples: {failure}."
 
-    ``text`` is the recipe as a file.
-    """
 
-    whole: Sequence[tuple[str, str]]
-    given: Table
-    defaults: Table
-    text: str
+def trained_on(result: EvalResult, stages: Mapping[str, Any]) -> list[str]:
+    """Return the stages that were trained on the data of a result."""
+    return [name for name, stage in stages.items() if result.data in stage["places"]]
 
 
-@dataclass(frozen=True)
-class RunPage:
-    """Everything that the page of a run shows.
+def headlines(result: EvalResult, stages: Mapping[str, Any]) -> Iterator[Headline]:
+    """Yield the main scores of the run's own model on data that it was not trained on."""
+    document = result.document
+    if not result.is_own or trained_on(result, stages):
+        return
+    if document["benchmark"] == "pairs":
+        others = [document["other"]] if "other" in document else []
+        for way, counts in document["counts"].items():
+            low, high = document["intervals"][way][FIRST]
+            beside = [
+                f"{low:.1%} to {high:.1%}",
+                *(f"{other['model']}: {other['subsets'][way][FIRST]:.1%}" for other in others),
+                f"chance: {document['chance'][way][FIRST]:.1%} of {counts['documents']:,}",
+            ]
+            meaning, score = "of queries have a right answer in first place", document["subsets"][way][FIRST]
+            yield Headline(way.replace("_", " "), f"{score:.1%}", meaning, " · ".join(beside))
+    elif (mean := document["averages"]["overall"]) is not None:
+        covered = document["coverage"]["overall"]
+        beside = [f"chance: {document['chance']['overall']:.1%}"]
+        if not covered["complete"]:
+            beside.append(f"{covered['run']} of {covered['of']} subsets")
+        yield Headline(document["benchmark"], f"{mean:.1%}", "precision@1, the mean over subsets", " · ".join(beside))
 
-    :param facts: (label, value) pairs about the run.
-    :param alerts: What to know before anything else, such as unfinished stages.
-    :param command: What has written the page.
-    """
 
-    title: str
-    subtitle: str
-    command: str = "cocoa-embed report"
-    alerts: Sequence[str] = ()
-    headlines: Sequence[Headline] = ()
-    evaluations: Sequence[Evaluation] = ()
-    searches: Sequence[Search] = ()
-    curves: Sequence[Curve] = ()
-    samples: Sequence[StageSamples] = ()
-    recipe: RecipeTables | None = None
-    data: Sequence[StageData] = ()
-    notes: Sequence[str] = ()
-    facts: Sequence[tuple[str, str]] = ()
+def evaluation_title(result: EvalResult) -> str:
+    """Return the heading of a result."""
+    benchmark, model = result.document["benchmark"].replace("pairs", "Pairs"), result.document["model"]
+    return f"{benchmark}: {model}" if result.is_own else f"Another model: {model}"
+
+
+def evaluation_note(result: EvalResult, stages: Mapping[str, Any]) -> str:
+    """Return the origin of a result, and a warning if its data are training data or its model is another."""
+    notes = [f"From {result.file}."]
+    if result.data is not None:
+        notes.append(f"The pairs are those of {result.data}.")
+    if not result.is_own:
+        notes.append("This model is not known to be of this run.")
+    if seen_by := trained_on(result, stages):
+        notes.append(
+            f"These are training data of {listed(seen_by)}: the scores show what the model has learned from them, not "
+            "how it does on other data."
+        )
+    return " ".join(notes)
+
+
+def samples_note(stage: Mapping[str, Any]) -> str:
+    """Return whether a stage was trained on the rows of its samples."""
+    if not stage["samples"]["held_out"]:
+        return "The stage trains on these rows: they show what it has learned, not how it does on other rows."
+    seen_by = listed(stage["held_out"]["seen_by"])
+    return "The stage was not trained on these rows" + f"; they are of the data of {seen_by}" * bool(seen_by) + "."
+
+
+def recipe_settings(run: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the settings of the whole run that have a value."""
+    settings = []
+    for key, values in run["recipe"].items():
+        if key not in (*run["stages"], "name", "data"):
+            named = {f"{key}.{each}": value for each, value in values.items()} if isinstance(values, dict) else None
+            settings += [(name, setting(value)) for name, value in (named or {key: values}).items()]
+    return [each for each in settings if each[1]]
+
+
+def recipe_tables(run: Mapping[str, Any]) -> tuple[Table, Table]:
+    """Return the settings of the stages as two tables: those that the recipe gives, and defaults."""
+    recipe, stages = run["recipe"], list(run["stages"])
+    given: list[tuple[str, ...]] = []
+    defaults: list[tuple[str, ...]] = []
+    for key in dict.fromkeys(key for stage in stages for key in recipe[stage] if key != "data"):
+        values = [setting(recipe[stage].get(key)) or ABSENT for stage in stages]
+        is_given = any(key in run["given"].get(stage, {}) for stage in stages)
+        if set(values) != {ABSENT}:
+            (given if is_given else defaults).append((key, *values))
+    return Table("", ("key", *stages), given), Table("", ("key", *stages), defaults)
+
+
+def setting(value: object) -> str:
+    """Return a value of a recipe as text; nothing for what is not set."""
+    if value is None or value in ([], {}):
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {setting(each)}" for key, each in value.items() if each is not None)
+    if isinstance(value, list):
+        return ", ".join(map(setting, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def facts(run: Mapping[str, Any], folder: str) -> Iterator[tuple[str, str]]:
+    """Yield (label, value) pairs about the run."""
+    machine, inherited = run["machine"], run["inherited"]
+    yield "run", folder
+    yield "backbone", f"{run['backbone']} ({run['origin']})"
+    if inherited["stages"]:
+        yield "trained before this run", listed([stage["stage"] for stage in inherited["stages"]])
+    for name, stage in run["stages"].items():
+        final = {key: value for line in stage["log"] for key, value in line.items()}
+        words = {"trained_parameters": "{:,} trained parameters", "loss": "loss {:.3g}"}
+        words |= {"tokens_per_second": "{:,.0f} tokens/s", "mfu": "{:.0%} of the device's FLOP/s"}
+        logged = [text.format({**stage, **final}[key]) for key, text in words.items() if key in {**stage, **final}]
+        yield name, ", ".join([f"{stage['step']:,} steps in {duration(stage['seconds'])}", *logged])
+    device = f"{machine['processes']} × {machine['device']}" if machine["processes"] > 1 else machine["device"]
+    yield "machine", f"{device}, {machine['platform']}, {machine['cpu_count']} CPU cores, Python {machine['python']}"
+    yield "versions", ", ".join(f"{name} {version}" for name, version in run["libraries"].items())
+    yield "trained by", f"cocoa-embed {run['cocoa_embed']}"

@@ -1,4 +1,4 @@
-"""Lay out the bridge's attention mask: as coloured runs to draw, and as a table of who attends to whom."""
+"""Lays out the bridge's attention mask: as coloured runs to draw, and as a table of blocks."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 SHOWN_WHOLE = 40
-"""Up to so many positions are shown as they are."""
+"""Longer masks are condensed."""
 
 SHOWN_POSITIONS = 12
 """Positions of a long block that are shown one by one."""
@@ -51,11 +51,10 @@ class Mask:
         return cls(allowed, sample["labels"], sample["blocks"])
 
     def condensed(self) -> "Mask":
-        """Return the mask with fewer positions to draw; what it allows stays.
+        """Return the mask, if it is longer than ``SHOWN_WHOLE``, with fewer positions to draw and the same table.
 
-        Of more than ``SHOWN_WHOLE`` positions, neighbours that see, and are seen by, the same positions are put
-        together: those with one label ("256 × <|image_pad|>"), and of longer rows of them all but the first
-        ``SHOWN_POSITIONS`` ("… 40 more").
+        Neighbours that attend to, and are attended by, the same positions are merged: those with one label
+        ("256 × <|image_pad|>"), and in a long sequence of them all but the first ``SHOWN_POSITIONS`` ("… 40 more").
         """
         if len(self.labels) <= SHOWN_WHOLE:
             return self
@@ -91,7 +90,7 @@ class Mask:
         return runs
 
     def table(self) -> dict[str, dict[str, str]]:
-        """Return, for each block that looks and each block looked at: "yes", "no" or "partly"."""
+        """Return by block whether it attends to each block: "yes", "no" or "partly"."""
         blocks = np.array(self.blocks)
         names = [name for name in ("A", "EOS", "B") if name in self.blocks]
         words = {(True, True): "yes", (False, False): "no", (False, True): "partly"}
@@ -104,7 +103,7 @@ class Mask:
 
     @property
     def is_causal(self) -> bool:
-        """Whether no position attends to a later one, as in a model that was left causal."""
+        """Whether no position attends to a later one."""
         return len(self.labels) > 1 and not bool(np.triu(self.allowed, 1).any())
 
 

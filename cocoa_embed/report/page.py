@@ -1,12 +1,14 @@
-"""Render the page of a run as one HTML file that needs no network."""
+"""Renders the page of a run as one HTML file that needs no network."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from cocoa_embed.errors import require
-from cocoa_embed.report import charts
-from cocoa_embed.report.content import RunPage
+from cocoa_embed.report import charts, content
+from cocoa_embed.report.content import EvalResult, Search
 from cocoa_embed.report.masks import Mask, spans
 from cocoa_embed.report.tables import Table
 from cocoa_embed.report.words import cut, token_text
@@ -17,38 +19,76 @@ SHOWN_TOKENS = 300
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
 
-def render_page(page: RunPage) -> str:
-    """Return the page: one HTML document with its styles, images and charts inside.
+def render_page(
+    run: Mapping[str, Any],
+    folder: str,
+    results: Sequence[EvalResult] = (),
+    *,
+    title: str | None = None,
+    subtitle: str | None = None,
+    compared: Mapping[str, Mapping[str, Any]] | None = None,
+    searches: Sequence[Search] = (),
+    notes: Sequence[str] = (),
+    command: str = "cocoa-embed report",
+) -> str:
+    """Return the page of a run: one HTML document with its styles, images and charts; empty sections are left out.
 
+    :param run: The content of ``run.json``.
+    :param folder: The run's folder, for the page.
+    :param title: By default the name of the folder, and of the recipe.
+    :param subtitle: By default a sentence about backbone and stages.
+    :param compared: ``run.json`` of runs whose losses are drawn beside this run's, by the names to show.
+    :param searches: Searches to show, those of one title together.
+    :param notes: Sentences at the end.
+    :param command: The command that writes the page.
     :raises MissingExtraError: If jinja2 or matplotlib is not installed.
     """
-    environment = require("jinja2", "report").Environment(
-        autoescape=True, undefined=require("jinja2", "report").StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    jinja2 = require("jinja2", "report")
+    # A stage that has not begun has neither samples nor held-out rows.
+    stages = {name: {"samples": None, "held_out": {"rows": []}, **stage} for name, stage in run["stages"].items()}
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"token": token_text, "breakable": _breakable, "cut": cut, "correct_count": correct_count}
+    environment.filters |= {"setting": content.setting, "samples_note": content.samples_note}
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    searches: dict[str, list[Any]] = {}
-    for search in page.searches:
-        searches.setdefault(search.title, []).append(search)
-    mask = next((Mask.parse(sample.mask).condensed() for sample in page.samples if sample.mask), None)
+    curves = charts.read_curves(stages, compared or {})
+    sampled = {name: stage for name, stage in stages.items() if (stage["samples"] or {}).get("tokens")}
+    samples = [stage["samples"] for stage in sampled.values()]
+    mask = next((Mask.parse(each["mask"]).condensed() for each in samples if each.get("mask")), None)
     html: str = template.render(
-        page=page,
-        searches=searches,
-        curves=charts.stage_panels(page.curves),
-        plateau=charts.plateau_panel(page.curves),
-        measures=charts.measures(page.curves),
-        patches=[sample for sample in page.samples if sample.patches],
+        title=title or content.title(run, folder),
+        subtitle=subtitle or content.subtitle(run),
+        alerts=list(content.alerts(stages, folder)),
+        headlines=[headline for result in results for headline in content.headlines(result, stages)],
+        evaluations=[
+            (content.evaluation_title(result), content.evaluation_note(result, stages), result.tables)
+            for result in results
+        ],
+        searches={kind: list(found) for kind, found in groupby(searches, key=lambda search: search.title)},
+        curves=charts.stage_panels(curves),
+        plateau=charts.plateau_panel(curves),
+        measures=charts.measures(curves),
+        sampled=sampled,
+        patched={name: stage for name, stage in sampled.items() if stage["samples"].get("patches")},
         mask=mask,
         mask_table=mask and _mask_table(mask),
         spans=mask and spans(mask.blocks),
-        has_images=any(token["image"] for sample in page.samples for token in sample.tokens),
+        has_images=any(token["image"] for each in samples for token in each["tokens"]),
         shown_tokens=SHOWN_TOKENS,
+        settings=content.recipe_settings(run),
+        recipe_tables=content.recipe_tables(run),
+        recipe_file=json.dumps(run["given"], indent=2, ensure_ascii=False),
+        stages=stages,
+        notes=notes,
+        run_facts=list(content.facts(run, folder)),
+        command=command,
     )
     return html.encode("utf-8", errors="backslashreplace").decode("utf-8")  # names of files need not be Unicode
 
 
 def correct_count(sample: Mapping[str, Any]) -> int:
-    """Return how many masked tokens of a sample were predicted correctly."""
+    """Return the number of masked tokens of a sample that were predicted correctly."""
     parts = zip(sample["masked"], sample["tokens"], sample["predicted"], strict=True)
     return sum(masked and token == predicted for masked, token, predicted in parts)
 

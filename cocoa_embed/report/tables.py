@@ -22,9 +22,9 @@ class Score(NamedTuple):
     """A cell with a number.
 
     :param text: The number as readers see it.
-    :param value: What is compared within the column: the highest value is set in bold. Negate it where lower is better;
-        None is not compared, such as chance.
-    :param detail: What stands beside the number, such as its interval.
+    :param value: The highest value of a column is set in bold; negate it if lower is better. None, for chance and the
+        like, is not compared.
+    :param detail: Text beside the number, such as its interval.
     """
 
     text: str

@@ -44,8 +44,8 @@ GEOMETRY = {
     "modality_gap": Meaning(
         "Modality gap",
         "distance between the centres of images and texts",
-        "The distance between the centre of the images and the centre of the texts. At 0 both share one region; a gap "
-        "separates images from texts whatever they show.",
+        "The distance between the centre of the images and the centre of the texts. At 0 they are one; a gap "
+        "separates images from texts regardless of what they show.",
     ),
     "effective_rank": Meaning(
         "Effective rank",
@@ -78,8 +78,7 @@ def listed(names: list[str]) -> str:
 def token_text(token: str) -> str:
     """Return ``token`` as text: without its leading space, white space alone made visible.
 
-    Byte-level tokenizers spell each byte as a character of its own; a token that is spelt so is decoded, half a
-    character as �.
+    Byte-level tokenizers write each byte as one character; their tokens are decoded, half a character as �.
     """
     spelt = _bytes_by_character()
     text = token

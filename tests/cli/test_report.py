@@ -93,7 +93,7 @@ def test_what_cannot_be_read_or_written_is_one_sentence(copy: Path, tmp_path: Pa
         ((tmp_path / "nothing",), "does not exist", 2),
         ((copy / "bridge",), f"it is part of the run {copy}", 2),
         ((copy, "--out", copy), "is a folder; give --out the name of a file", 2),
-        ((copy, "--out", tmp_path / "plain" / "report.html"), "cannot be written", 1),
+        ((copy, "--out", tmp_path / "plain" / "report.html"), "cannot be made", 1),
         ((copy, "--eval", tmp_path / "missing.json"), "missing.json cannot be read", 1),
     ):
         code, out, err = command(*arguments)

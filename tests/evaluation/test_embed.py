@@ -28,7 +28,7 @@ def mixed(tmp_path: Path) -> list[Item]:
     return found
 
 
-def test_each_item_gets_its_own_embedding_whatever_its_batch(mixed: list[Item]) -> None:
+def test_each_item_gets_the_embedding_that_it_has_alone(mixed: list[Item]) -> None:
     model = ScoredModel()
     found = embed_items(Encoder(model), mixed, "document", batch_tokens=20)
     alone = [model.encode_document([item.load()], 1, False)[0] for item in mixed]
@@ -50,18 +50,15 @@ def test_batches_hold_one_kind_and_no_more_than_the_limit(mixed: list[Item]) -> 
     assert 5 < model.calls < len(mixed)
 
 
-def test_many_short_texts_are_several_batches() -> None:
+def test_batches_of_short_texts_and_tokens_are_bounded() -> None:
     model = ScoredModel()
     embed_items(Encoder(model), [Item("a")] * (MAX_BATCH_ITEMS + 1), "document")
     assert model.batches == [MAX_BATCH_ITEMS, 1]
-
-
-def test_tokens_are_counted_by_pixels_and_bytes() -> None:
     assert estimated_tokens({"image": Image.new("RGB", (280, 56))}) == 20
     assert estimated_tokens({"image": Image.new("RGB", (1, 1)), "text": "é" * 3}) == 1 + 2
 
 
-def test_only_a_few_images_are_held_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_few_images_are_in_memory_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held: set[int] = set()
     most = 0
 

@@ -4,7 +4,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
-from mmeb_layout import write_benchmark, write_mosaics, write_subset
+from mmeb_layout import mmeb_row, write_benchmark, write_mosaics, write_subset
 
 from cocoa_embed.data.rows import Item
 from cocoa_embed.errors import CocoaError, UsageError
@@ -14,8 +14,7 @@ NAME = "MSCOCO_i2t"
 
 
 def row(**changed: Any) -> dict[str, Any]:
-    return {"qry_text": "<|image_1|>\nFind it\n", "qry_img_path": "MSCOCO_i2t/0000.png", "tgt_text": ["a", "b"],
-            "tgt_img_path": ["", ""], **changed}  # fmt: skip
+    return {**mmeb_row("<|image_1|>\nFind it\n", "MSCOCO_i2t/0000.png", ["a", "b"]), **changed}
 
 
 @pytest.fixture
@@ -132,10 +131,10 @@ def test_a_malformed_row_is_an_error_with_its_source(
     assert f"test-00000-of-00001.parquet, {message}" in str(caught.value)
 
 
-def test_a_target_listed_twice_counts_once_if_asked(tmp_path: Path, images: Path) -> None:
+def test_a_target_listed_twice_can_count_once(tmp_path: Path, images: Path) -> None:
     rows = [row(), row(tgt_text=["b", "a", "b", "a"], tgt_img_path=[""] * 4)]
     data = read(tmp_path, rows, merge_repeated_targets=True)
-    assert [each.targets.tolist() for each in data.rows] == [[0, 1], [1, 0]], "the first stays the right one"
+    assert [each.targets.tolist() for each in data.rows] == [[0, 1], [1, 0]], "the first stays the correct one"
     assert data.rows_merged == 1
 
 
@@ -150,13 +149,10 @@ def test_no_images_are_found_says_where_they_should_be(tmp_path: Path, images: P
         assert f"did you mean --images {images}?" in str(caught.value)
 
 
-def test_all_rows_left_out_is_an_error(tmp_path: Path, images: Path) -> None:
+def test_skipping_all_rows_is_an_error(tmp_path: Path, images: Path) -> None:
     rows = [row(tgt_text=["", ""], tgt_img_path=["gone.png", "MSCOCO_i2t/0001.png"])]
     with pytest.raises(CocoaError, match="MSCOCO_i2t: every one of its 1 rows has an image that is missing"):
         read(tmp_path, rows, skip_missing_images=True)
-
-
-def test_a_subset_of_no_rows_is_an_error(tmp_path: Path, images: Path) -> None:
     with pytest.raises(CocoaError, match="MSCOCO_i2t has no rows"):
         read(tmp_path, [])
 
@@ -171,7 +167,7 @@ def test_subsets_are_found_selected_and_missed(tmp_path: Path) -> None:
     for name, closest in (("MSCOCO-t2i", "MSCOCO_t2i"), ("ImageNet_1K", "ImageNet-1K")):
         with pytest.raises(UsageError, match=rf"MMEB-V1 has no subset '{name}' \(did you mean '{closest}'\?"):
             folder.subsets([name])
-    with pytest.raises(CocoaError, match=r"GQA holds no Parquet files \(known: ImageNet-1K"):
+    with pytest.raises(CocoaError, match=r"GQA holds no test\*\.parquet \(known: ImageNet-1K"):
         folder.subsets(["GQA"])
 
 

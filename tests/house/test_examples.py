@@ -78,6 +78,6 @@ def test_the_training_example_leaves_a_model(
     sizes = [f"{stage}.batch_size=4" for stage in ("warmup", "bridge", "contrastive")]
     example("train_and_export").main(str(scene_folder), "my-model", *steps, *sizes, "bridge.probe_rows=4")
     assert json.loads((folder.parent / "my-model" / "modules.json").read_text())
-    told = capsys.readouterr().out
-    assert "contrastive: 1 steps" in told
-    assert "my-model embeds texts and images in 192 dimensions" in told
+    printed = capsys.readouterr().out
+    assert "contrastive: 1 steps" in printed
+    assert "my-model embeds texts and images in 192 dimensions" in printed

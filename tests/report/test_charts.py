@@ -3,76 +3,82 @@ import re
 
 import numpy as np
 import pytest
+from run_records import log, stage
 
-from cocoa_embed.report.charts import measures, plateau_panel, smoothed, stage_panels
-from cocoa_embed.report.content import Curve
+from cocoa_embed.report.charts import Curve, measures, plateau_panel, read_curves, smoothed, stage_panels
 from cocoa_embed.report.words import MATCHING, NO_IMAGE, SHUFFLED, duration, token_text
 
 pytest.importorskip("matplotlib")
 
-RISE = [(step, 0.5 + step / 1000) for step in range(0, 500, 5)]
+
+def curves(**stages: dict[str, object]) -> list[Curve]:
+    return read_curves(stages, {})
 
 
-def curve(stage: str, *names: str, points: list[tuple[int, float]] = RISE) -> Curve:
-    """Return a curve whose metrics differ by a factor."""
-    series = {name: [(step, value / (place + 1)) for step, value in points] for place, name in enumerate(names)}
-    return Curve(stage, series, 75, {})
+def test_curves_hold_losses_accuracies_and_measures_of_stages_that_have_begun() -> None:
+    logged = stage("loss", "new_loss", "learning_rate", "train_loss", "seen_accuracy", "alignment", MATCHING)
+    stages = {"bridge": logged, "contrastive": stage("loss"), "later": stage(log=[])}
+    found = read_curves(stages, {"other": {"stages": {"contrastive": stage("loss")}}})
+    assert [(curve.stage, list(curve.compared)) for curve in found] == [("bridge", []), ("contrastive", ["other"])]
+    assert list(found[0].series) == ["loss", "new_loss", "seen_accuracy", "alignment", MATCHING]
 
 
-def test_each_quantity_of_a_stage_has_a_panel_and_probes_have_their_own() -> None:
-    warmup = curve("warmup", "loss", "mntp_loss", "mae_loss", "masked_token_accuracy")
-    curves = [warmup, curve("bridge", "loss", MATCHING)]
-    panels = stage_panels(curves)
+def test_values_that_are_not_finite_are_left_out() -> None:
+    values = [1.0, math.nan, math.inf, 0.5]
+    lines = [{"step": step, "loss": value} for step, value in enumerate(values, 1)]
+    (panel,) = stage_panels(curves(bridge=stage(log=lines)))
+    assert panel.lines[0].points == [(1, 1.0), (4, 0.5)]
+    assert stage_panels(curves(bridge=stage(log=lines[1:3]))) == []
+
+
+def test_losses_and_accuracies_of_a_stage_have_a_panel_each_and_probes_their_own() -> None:
+    found = curves(
+        warmup=stage("loss", "mntp_loss", "mae_loss", "masked_token_accuracy"), bridge=stage("loss", MATCHING)
+    )
+    panels = stage_panels(found)
     assert [(panel.title, panel.quantity, len(panel.lines)) for panel in panels] == [
         ("warmup", "loss", 3),
         ("warmup", "accuracy", 1),
         ("bridge", "loss", 1),
     ]
     assert panels[0].detail == "495 steps in 1 min 15 s"
-    assert plateau_panel(curves) is None
+    assert "var(--total)" in panels[0].svg
+    assert "#0102" not in panels[0].svg, "the colours are those of the page"
+    assert plateau_panel(found) is None
 
 
-def test_a_loss_of_one_part_is_drawn_once() -> None:
-    same = curve("warmup", "loss")._replace(series={"loss": RISE, "mntp_loss": RISE})
-    assert [line.label for line in stage_panels([same])[0].lines] == ["masked tokens: cross-entropy"]
+def test_a_total_loss_of_one_part_is_drawn_once() -> None:
+    same = [{**line, "mntp_loss": line["loss"]} for line in log("loss")]
+    assert [line.label for line in stage_panels(curves(warmup=stage(log=same)))[0].lines] == [
+        "masked tokens: cross-entropy"
+    ]
 
 
-def test_the_plateau_shows_what_was_probed() -> None:
-    for names in ((MATCHING, SHUFFLED), (MATCHING, SHUFFLED, NO_IMAGE)):
-        panel = plateau_panel([curve("bridge", "loss", *names)])
-        assert panel is not None
-        assert len(panel.lines) == len(names)
+@pytest.mark.parametrize("names", [(MATCHING, SHUFFLED), (MATCHING, SHUFFLED, NO_IMAGE)])
+def test_the_plateau_has_a_line_for_each_probe(names: tuple[str, ...]) -> None:
+    panel = plateau_panel(curves(bridge=stage("loss", *names)))
+    assert panel is not None
+    assert len(panel.lines) == len(names)
 
 
 def test_measures_of_one_point_have_a_value_and_no_chart() -> None:
-    (measure,) = measures([curve("bridge", "alignment"), curve("contrastive", "alignment", points=[(9, -1.5)])])
+    contrastive = stage(log=[{"step": 9, "alignment": -1.5}])
+    (measure,) = measures(curves(bridge=stage("alignment"), contrastive=contrastive))
     assert measure.lasts == [("bridge", "0.995"), ("contrastive", "−1.5")]
     assert [panel.title for panel in measure.panels] == ["bridge"]
 
 
-def test_values_that_are_not_finite_are_left_out() -> None:
-    (panel,) = stage_panels([curve("bridge", "loss", points=[(1, 1.0), (2, math.nan), (3, math.inf), (4, 0.5)])])
-    assert panel.lines[0].points == [(1, 1.0), (4, 0.5)]
-    assert stage_panels([curve("bridge", "loss", points=[(1, math.nan)])]) == []
-
-
 def test_a_single_point_has_one_tick_at_its_step() -> None:
-    (panel,) = stage_panels([curve("bridge", "loss", points=[(7, 1.5)])])
+    (panel,) = stage_panels(curves(bridge=stage(log=[{"step": 7, "loss": 1.5}])))
     assert len(re.findall(r'id="stage-0-xtick_\d+"', panel.svg)) == 1
     assert ">7</text>" in panel.svg
 
 
-def test_charts_take_the_colours_of_the_page() -> None:
-    (panel,) = stage_panels([curve("bridge", "loss")])
-    assert "var(--total)" in panel.svg
-    assert "#0102" not in panel.svg
-
-
 def test_many_points_are_smoothed_without_moving_a_line() -> None:
-    assert smoothed(RISE[:59]) == RISE[:59]
     level = [(step, 2.0) for step in range(100)]
     assert smoothed(level) == level
     noise = [(step, float(value)) for step, value in enumerate(np.random.default_rng(0).normal(size=200))]
+    assert smoothed(noise[:59]) == noise[:59]
     assert np.std([value for _, value in smoothed(noise)]) < np.std([value for _, value in noise]) / 2
 
 

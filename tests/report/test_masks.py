@@ -22,7 +22,7 @@ def test_the_runs_of_a_mask_cover_what_is_allowed() -> None:
     assert Mask(np.tril(sound.allowed), sound.labels, sound.blocks).is_causal
 
 
-def test_what_leaks_is_a_run_of_its_own() -> None:
+def test_a_leak_is_a_run_of_its_own() -> None:
     leaking = mask()
     leaking.allowed[-1, 0] = True
     assert [run for run in leaking.runs() if run.kind == "leak"] == [Run(len(leaking.labels) - 1, 0, 1, "leak")]
@@ -39,4 +39,4 @@ def test_a_long_mask_is_condensed_and_allows_the_same() -> None:
     assert short.labels[-1] == "… 48 more"
     assert short.table() == images.table()
     images.allowed[300, 0] = True
-    assert images.condensed().table()["B"]["A"] == "partly", "a single leak stays in sight"
+    assert images.condensed().table()["B"]["A"] == "partly", "a single leak is not condensed away"

@@ -1,52 +1,25 @@
 """Tables as readers see them: the same cells in Markdown, HTML and a terminal, and the best of each column in bold."""
 
-from html.parser import HTMLParser
-
 import pytest
+from html_elements import HtmlElements
 from rich.console import Console
 
 from cocoa_embed.report.tables import Score, Table, to_html, to_markdown, to_terminal
 
-VOID = {"meta", "br", "wbr", "link", "img"}
 HOSTILE = "<script>alert('x')</script> a|b & \"c\" *d* _e_ [f](g)\nh"
 
 
-class Page(HTMLParser):
-    """Reads a page: its cells by table, those in bold, and whether every element is closed where it should be."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: set[str] = set()
-        self.addresses: list[str] = []
-        self.tables: list[list[list[str]]] = []
-        self.bold: list[str] = []
-        self.feed(page)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.addresses += [value or "" for name, value in attrs if name in ("src", "href")]
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "table":
-            self.tables.append([])
-        elif tag == "tr":
-            self.tables[-1].append([])
-        elif tag in ("td", "th"):
-            self.tables[-1][-1].append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-        if tag in ("td", "th"):
-            self.tables[-1][-1][-1] = self.tables[-1][-1][-1].strip()
-
-    def handle_data(self, data: str) -> None:
-        if {"td", "th"} & {*self.open}:
-            self.tables[-1][-1][-1] += f" ({data})" if self.open[-1] == "small" else data
-        if "strong" in self.open:
-            self.bold.append(data)
+def cells_of(page: HtmlElements) -> list[list[str]]:
+    """Return the cells of a page's only table; the detail of a number in parentheses."""
+    rows: list[list[str]] = []
+    for each in page.all:
+        if each.tag == "tr":
+            rows.append([])
+        elif each.tag in ("th", "td"):
+            rows[-1].append(each.text)
+        elif each.tag == "small":
+            rows[-1][-1] = rows[-1][-1].removesuffix(each.text) + f" ({each.text})"
+    return rows
 
 
 @pytest.fixture
@@ -69,7 +42,7 @@ EXPECTED = [
 ]
 
 
-def test_the_best_of_each_column_is_bold_and_nothing_that_is_not_compared(scores: Table) -> None:
+def test_the_best_score_of_each_column_is_bold(scores: Table) -> None:
     """Scores that read the same are equally good; chance and incomplete scores are not compared."""
     assert [[cell.is_best for cell in row] for row in scores.cells] == [
         [False, True, False],
@@ -87,9 +60,9 @@ def test_where_lower_is_better_values_are_negated() -> None:
 
 
 def test_html_markdown_and_terminal_show_the_same_cells_in_bold(scores: Table) -> None:
-    page = Page(to_html("Results", [scores]))
-    assert page.tables == [EXPECTED]
-    assert page.bold == ["0.50", "0.50", "0.42"]
+    page = HtmlElements(to_html("Results", [scores]))
+    assert cells_of(page) == EXPECTED
+    assert [each.text for each in page.find("strong")] == ["0.50", "0.50", "0.42"]
     text = to_markdown("Results", [scores])
     lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
     assert lines[1] == ["---", "---:", "---:"]
@@ -106,14 +79,13 @@ def test_html_markdown_and_terminal_show_the_same_cells_in_bold(scores: Table) -
     ]  # fmt: skip
 
 
-def test_no_text_is_taken_for_markup(scores: Table) -> None:
+def test_texts_are_escaped(scores: Table) -> None:
     table = Table(HOSTILE, [HOSTILE, "b"], [[HOSTILE, "1"], ["c", ""]], [HOSTILE])
-    page = to_html(HOSTILE, [table])
-    parsed = Page(page)
-    assert parsed.tables == [[[HOSTILE, "b"], [HOSTILE, "1"], ["c", ""]]]
-    assert "script" not in parsed.tags
-    assert parsed.addresses == []
-    assert "http" not in page
+    page = HtmlElements(to_html(HOSTILE, [table]))
+    shown = " ".join(HOSTILE.split())
+    assert cells_of(page) == [[shown, "b"], [shown, "1"], ["c", ""]]
+    assert not page.find("script")
+    assert page.loaded() == []
     text = to_markdown(HOSTILE, [table])
     assert "<script" not in text
     assert "[f](g)" not in text

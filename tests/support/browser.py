@@ -7,7 +7,6 @@ import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 
@@ -15,18 +14,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on the PATH")
 
-BROWSERS_OWN = (".google.com", ".googleapis.com", ".gvt1.com")
-
-OPTIONS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-sync",
-    "--disable-background-networking",
-    "--disable-component-update",
-)
+OPTIONS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking")
 
 LOOK = """<pre id="seen"></pre><script>
 const brokenWords = cell => {
@@ -57,7 +45,7 @@ onload = () => {
 
 
 def seen(pages: dict[str, tuple[int, str]], folder: Path) -> dict[str, dict[str, Any]]:
-    """Show each page in a frame as wide as asked, in pixels.
+    """Show each page in a frame of its width in pixels.
 
     :returns: By page: its ``width``, the ids of its ``sections``, the number of its ``images`` and of those that are
         ``decoded``, of elements of the class "scroll" that are ``scrolled``, and the ``broken`` words of its tables.
@@ -68,20 +56,9 @@ def seen(pages: dict[str, tuple[int, str]], folder: Path) -> dict[str, dict[str,
     )
     wrapper = folder / "frames.html"
     wrapper.write_text(f'<!DOCTYPE html><meta charset="utf-8">{frames}{LOOK}', encoding="utf-8")
-    found = re.search(r'<pre id="seen">(\{.*?\})</pre>', _dom(wrapper, folder / "profile"))
+    command = [str(CHROMIUM), *OPTIONS, f"--user-data-dir={folder / 'profile'}", "--dump-dom", wrapper.as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    found = re.search(r'<pre id="seen">(\{.*?\})</pre>', dom)
     assert found, "the page's script did not run"
     documents: dict[str, dict[str, Any]] = json.loads(html.unescape(found[1]))
     return documents
-
-
-def requested(page: Path, folder: Path) -> set[str]:
-    """Open a page by itself and return the web addresses that were asked for, but for those of the browser's maker."""
-    log = folder / f"{page.stem}-net.json"
-    _dom(page, folder / f"profile-{page.stem}", f"--log-net-log={log}", "--net-log-capture-mode=Everything")
-    found = re.findall(r'"url":"(https?://[^"]*)"', log.read_text(encoding="utf-8", errors="replace"))
-    return {address for address in found if not (urlsplit(address).hostname or "").endswith(BROWSERS_OWN)}
-
-
-def _dom(page: Path, profile: Path, *options: str) -> str:
-    command = [str(CHROMIUM), *OPTIONS, f"--user-data-dir={profile}", *options, "--dump-dom", page.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout

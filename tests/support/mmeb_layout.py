@@ -1,5 +1,6 @@
-"""Data in the layout of ``TIGER-Lab/MMEB-eval``, for each of the four meta-tasks."""
+"""Data in the layout of ``TIGER-Lab/MMEB-eval``, a subset for each of the four meta-tasks."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,8 @@ from scored_model import mosaic
 
 Values = dict[str, Any]
 NAMES = list(COLOURS)
-SCHEMA = pa.schema(
-    [
-        ("qry_text", pa.string()),
-        ("qry_img_path", pa.string()),
-        ("tgt_text", pa.list_(pa.string())),
-        ("tgt_img_path", pa.list_(pa.string())),
-    ]
-)
+TEXTS = pa.list_(pa.string())
+SCHEMA = pa.schema({"qry_text": pa.string(), "qry_img_path": pa.string(), "tgt_text": TEXTS, "tgt_img_path": TEXTS})
 
 
 def write_subset(data: Path, name: str, rows: list[Values], shards: int = 1) -> Path:
@@ -41,67 +36,41 @@ def write_mosaics(images: Path, subset: str, count: int, seed: int) -> list[str]
     return paths
 
 
-def classification(images: Path, rows: int) -> list[Values]:
-    paths = write_mosaics(images, "ImageNet-1K", rows, 1)
+def mmeb_row(text: str, image: str, targets: Sequence[str], target_images: Sequence[str] | None = None) -> Values:
+    images = [""] * len(targets) if target_images is None else list(target_images)
+    return {"qry_text": text, "qry_img_path": image, "tgt_text": list(targets), "tgt_img_path": images}
+
+
+def classification(paths: list[str]) -> Iterator[Values]:
     labels = [f"{colour}, a kind of {colour}" for colour in NAMES]
-    return [
-        {
-            "qry_text": "<|image_1|>\nRepresent the given image for classification\n",
-            "qry_img_path": path,
-            "tgt_text": [
-                labels[number % len(NAMES)],
-                *(each for each in labels if each != labels[number % len(NAMES)]),
-            ],
-            "tgt_img_path": [""] * len(labels),
-        }
-        for number, path in enumerate(paths)
-    ]
+    for number, path in enumerate(paths):
+        right = labels[number % len(NAMES)]
+        others = [label for label in labels if label != right]
+        yield mmeb_row("<|image_1|>\nRepresent the given image for classification\n", path, [right, *others])
 
 
-def question_answering(images: Path, rows: int) -> list[Values]:
-    paths = write_mosaics(images, "OK-VQA", max(1, rows // 2), 2)
-    question = "<|image_1|>\nRepresent the given image with the following question: what colour, {}?\n"
-    return [
-        {
-            "qry_text": question.format(number),
-            "qry_img_path": paths[number % len(paths)],
-            "tgt_text": [NAMES[number % len(paths) % len(NAMES)], *(f"wrong {number} {each}" for each in range(6))],
-            "tgt_img_path": [""] * 7,
-        }
-        for number in range(rows)
-    ]
+def question_answering(paths: list[str]) -> Iterator[Values]:
+    used = paths[: max(1, len(paths) // 2)]
+    for number in range(len(paths)):
+        right = NAMES[number % len(used) % len(NAMES)]
+        text = f"<|image_1|>\nRepresent the given image with the following question: what colour, {number}?\n"
+        yield mmeb_row(text, used[number % len(used)], [right, *(f"wrong {number} {each}" for each in range(6))])
 
 
-def retrieval(images: Path, rows: int) -> list[Values]:
-    paths = write_mosaics(images, "MSCOCO_t2i", rows, 3)
+def retrieval(paths: list[str]) -> Iterator[Values]:
     generator = np.random.default_rng(4)
-    found = []
-    for number in range(rows):
-        others = [path for path in generator.permutation(paths).tolist() if path != paths[number]][: rows - 3]
-        found.append(
-            {
-                "qry_text": f"Find me an everyday image that matches the given caption: {NAMES[number % 4]} {number}\n",
-                "qry_img_path": "",
-                "tgt_text": ["<|image_1|>\nRepresent the given image.\n"] * (len(others) + 1),
-                "tgt_img_path": [paths[number], *others],
-            }
-        )
-    return found
+    for number, path in enumerate(paths):
+        others = [other for other in generator.permutation(paths).tolist() if other != path][: len(paths) - 3]
+        text = f"Find me an everyday image that matches the given caption: {NAMES[number % 4]} {number}\n"
+        yield mmeb_row(text, "", ["<|image_1|>\nRepresent the given image.\n"] * (len(others) + 1), [path, *others])
 
 
-def grounding(images: Path, rows: int) -> list[Values]:
-    paths = write_mosaics(images, "RefCOCO-Matching", rows, 5)
-    find = '<|image_1|>\nSelect the portion of the image that follows the language expressions: "{}"\n'
-    keep = '<|image_1|>\nSelect the portion of the image that follows the language expressions: "the {} one"\n'
-    return [
-        {
-            "qry_text": find.format(f"{NAMES[number % 4]} thing {number}"),
-            "qry_img_path": paths[number],
-            "tgt_text": [keep.format(NAMES[(number + each) % 4]) for each in range(4)],
-            "tgt_img_path": [paths[(number + each // 2) % rows] for each in range(4)],
-        }
-        for number in range(rows)
-    ]
+def grounding(paths: list[str]) -> Iterator[Values]:
+    select = "<|image_1|>\nSelect the portion of the image that follows the language expressions: "
+    for number, path in enumerate(paths):
+        targets = [f'{select}"the {NAMES[(number + each) % 4]} one"\n' for each in range(4)]
+        images = [paths[(number + each // 2) % len(paths)] for each in range(4)]
+        yield mmeb_row(f'{select}"{NAMES[number % 4]} thing {number}"\n', path, targets, images)
 
 
 SUBSETS = {
@@ -113,9 +82,14 @@ SUBSETS = {
 """A subset of each meta-task."""
 
 
+def subset_rows(images: Path, name: str, rows: int) -> list[Values]:
+    """Write the images of a subset; return its rows."""
+    return list(SUBSETS[name](write_mosaics(images, name, rows, list(SUBSETS).index(name))))
+
+
 def write_benchmark(folder: Path, rows: int = 12) -> tuple[Path, Path]:
     """Write a subset of each meta-task; return the folders of data and of images."""
     data, images = folder / "MMEB-eval", folder / "eval_images"
-    for name, make in SUBSETS.items():
-        write_subset(data, name, make(images, rows))
+    for name in SUBSETS:
+        write_subset(data, name, subset_rows(images, name, rows))
     return data, images

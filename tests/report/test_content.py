@@ -1,0 +1,106 @@
+"""What the page of a run shows of ``run.json`` and of results of ``cocoa-embed eval``."""
+
+from typing import Any
+
+import pytest
+from run_records import pairs_document, run_record, stage
+
+from cocoa_embed.report import content
+from cocoa_embed.report.content import EvalResult
+
+
+def result(*, is_own: bool = True, data: str | None = "/held-out", **changes: Any) -> EvalResult:
+    return EvalResult(pairs_document(**changes), [], "pairs.json", is_own, data)
+
+
+STAGES = run_record()["stages"]
+
+
+def test_a_run_goes_by_its_folder() -> None:
+    assert content.title(run_record(), "runs/small") == "small"
+    assert content.title(run_record(), "runs/other/") == "other (small)"
+    assert content.subtitle(run_record()) == "Trained from a-backbone: warmup, bridge and contrastive, in 3 min 45 s."
+    assert list(content.alerts(STAGES, "runs/small")) == []
+
+
+def test_a_stage_without_an_end_or_without_samples_has_an_alert() -> None:
+    stages = {
+        "bridge": stage(finished=False, step=13, steps=60),
+        "contrastive": stage(samples={"failure": "an image is gone"}),
+    }
+    unfinished, failed = content.alerts(stages, "runs/small")
+    assert "Stage bridge is not finished: it is at step 13 of 60." in unfinished
+    assert "cocoa-embed train RECIPE --out runs/small --resume" in unfinished
+    assert failed == "Stage contrastive could not make its samples: an image is gone."
+    assert "has finished no stage yet" in content.subtitle(run_record(stages={"bridge": stages["bridge"]}))
+
+
+def test_samples_have_a_note_about_their_rows() -> None:
+    assert "trains on these rows" in content.samples_note(STAGES["warmup"])
+    held_out = "The stage was not trained on these rows"
+    assert content.samples_note(STAGES["bridge"]) == f"{held_out}; they are of the data of warmup."
+    own_data = {**STAGES["bridge"], "held_out": {"seen_by": []}}
+    assert content.samples_note(own_data) == f"{held_out}."
+
+
+def test_headlines_have_interval_other_model_and_chance() -> None:
+    (headline,) = content.headlines(result(other=pairs_document("contrastive only")), STAGES)
+    assert (headline.label, headline.value) == ("text to image", "75.0%")
+    assert headline.detail == "40.0% to 80.0% · contrastive only: 75.0% · chance: 25.0% of 4"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words", "headlines"),
+    [
+        ({}, "The pairs are those of /held-out.", 1),
+        ({"data": None}, "From pairs.json.", 1),
+        ({"data": "/scenes"}, "These are training data of warmup and bridge:", 0),
+        ({"is_own": False}, "not known to be of this run", 0),
+    ],
+)
+def test_only_the_runs_own_model_on_data_it_was_not_trained_on_has_a_headline(
+    changes: dict[str, Any], words: str, headlines: int
+) -> None:
+    scored = result(**changes)
+    assert words in content.evaluation_note(scored, STAGES)
+    assert len(list(content.headlines(scored, STAGES))) == headlines
+    assert content.evaluation_title(scored).startswith("Pairs: " if scored.is_own else "Another model: ")
+
+
+@pytest.mark.parametrize(
+    ("mean", "is_complete", "details"),
+    [(0.25, True, ["chance: 0.1%"]), (0.25, False, ["chance: 0.1% · 1 of 36 subsets"]), (None, False, [])],
+)
+def test_the_headline_of_mmeb_has_the_number_of_subsets(
+    mean: float | None, is_complete: bool, details: list[str]
+) -> None:
+    document = {
+        "benchmark": "MMEB-V1",
+        "model": "ours",
+        "averages": {"overall": mean},
+        "chance": {"overall": 0.001},
+        "coverage": {"overall": {"run": 1, "of": 36, "complete": is_complete}},
+    }
+    found = content.headlines(EvalResult(document, [], "mmeb.json", is_own=True), STAGES)
+    assert [headline.detail for headline in found] == details
+
+
+def test_the_recipe_separates_given_settings_from_defaults() -> None:
+    assert content.recipe_settings(run_record()) == [
+        ("seed", "17"), ("bidirectional", "yes"), ("prompts.query", "find: ")
+    ]  # fmt: skip
+    given, defaults = content.recipe_tables(run_record())
+    assert given.header == ("key", "warmup", "bridge", "contrastive")
+    assert ("learning_rate", "2e-05", "2e-05", "2e-05") in given.rows
+    assert [row[0] for row in defaults.rows] == ["probe_rows"]
+
+
+def test_the_facts_have_speed_machine_and_inherited_stages() -> None:
+    record = run_record(inherited={"stages": [{"stage": "warmup"}], "data": []})
+    record["stages"]["bridge"]["log"][-1] |= {"tokens_per_second": 1234.5, "mfu": 0.31}
+    facts = dict(content.facts(record, "runs/small"))
+    assert facts["trained before this run"] == "warmup"
+    assert facts["bridge"] == (
+        "500 steps in 1 min 15 s, 1,000 trained parameters, loss 0.995, 1,234 tokens/s, 31% of the device's FLOP/s"
+    )
+    assert facts["machine"] == "cpu, Linux x86_64, 2 CPU cores, Python 3.12"
