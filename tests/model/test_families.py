@@ -85,9 +85,7 @@ def test_the_export_encodes_any_item_into_one_space_bidirectionally(trained: Tra
 
 
 @every_family
-def test_all_tokens_of_an_image_have_the_temporal_position_after_its_marker(
-    tiny_backbone: Backbone, scene_rows: list[Row]
-) -> None:
+def test_an_image_has_the_temporal_position_after_its_marker(tiny_backbone: Backbone, scene_rows: list[Row]) -> None:
     """transformers 5.4 to 5.5.3 scale the temporal positions of Qwen2.5-VL's images as if they were videos."""
     batch = render_items(tiny_backbone.processor, [Item(text="a red ring", image=row.image) for row in scene_rows[:2]])
     positions = position_ids(tiny_backbone.model, batch)
