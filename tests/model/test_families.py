@@ -22,7 +22,7 @@ from cocoa_embed.train.stages.reconstruction import position_ids
 from cocoa_embed.train.stages.rendering import render_items
 from conftest import TINY_MAX_LENGTH
 
-STAGE = {"steps": 2, "batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 0, "logging_steps": 1}
+STAGE = {"steps": 1, "batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 0, "logging_steps": 1}
 
 
 class Trained(NamedTuple):
