@@ -151,7 +151,7 @@ class Grid:
         return height * width
 
 
-def test_batches_hold_images_of_similar_sizes_within_the_token_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_hold_images_of_similar_sizes_within_the_token_limit() -> None:
     batches: list[list[int]] = []
 
     class Watching(FakeModel):
@@ -165,10 +165,6 @@ def test_batches_hold_images_of_similar_sizes_within_the_token_limit(monkeypatch
     list(Encoder(Watching()).stream_images(images, batch_size=8, batch_tokens=1200))
     assert all(len(set(batch)) == 1 for batch in batches)
     assert {width: max(len(batch) for batch in batches if batch[0] == width) for width in (10, 30)} == {10: 8, 30: 4}
-    monkeypatch.setattr(run, "MAX_BATCH_BYTES", 100)
-    outcomes = list(Encoder(Watching()).stream_images(images[:9]))
-    assert len(outcomes) == 9, "an image above the limit goes by itself"
-    assert set(map(len, batches[-9:])) == {1}
 
 
 def test_an_error_of_the_input_is_raised_after_its_images() -> None:

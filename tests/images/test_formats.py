@@ -12,10 +12,7 @@ from cocoa_embed.images.formats import (
     MAX_JPEG_SCANS,
     MAX_JPEG_SEGMENTS,
     icon_sizes,
-    is_heif,
     jpeg_markers,
-    open_image,
-    png_without_metadata,
 )
 from cocoa_embed.images.load import decode_image, image_size, load_image
 
@@ -62,22 +59,6 @@ def test_without_its_extra_a_heic_is_refused_with_the_pip_command(
     assert load_image(encoded(corners(), "AVIF")).size == (64, 32)
 
 
-@pytest.mark.parametrize(
-    ("major", "compatible", "expected"),
-    [
-        (b"heic", b"mif1heic", True),
-        (b"heix", b"", True),
-        (b"mif1", b"mif1heic", True),
-        (b"mif1", b"mif1avif", False),
-        (b"avif", b"mif1avif", False),
-        (b"isom", b"isommp41", False),
-    ],
-)
-def test_heic_differs_from_avif_and_films(major: bytes, compatible: bytes, expected: bool) -> None:
-    box = b"ftyp" + major + b"\0\0\0\0" + compatible
-    assert is_heif(struct.pack(">I", len(box) + 4) + box + b"avif") == expected
-
-
 def test_media_types_are_those_of_the_content() -> None:
     files = {
         f"image/{name}": encoded(corners(), name) for name in ("jpeg", "png", "webp", "gif", "bmp", "tiff", "avif")
@@ -121,17 +102,6 @@ def test_the_size_of_an_icon_is_that_of_its_picture() -> None:
     assert list(icon_sizes(encoded(corners(), "PNG"))) == []
 
 
-def test_a_png_without_metadata_keeps_its_pixels_transparency_and_orientation() -> None:
-    grey = encoded(Image.new("L", (2, 1), 7), "PNG", transparency=7, exif=exif(6), icc_profile=b"profile")
-    assert b"iCCP" in grey
-    plain = png_without_metadata(grey)
-    assert b"iCCP" not in plain
-    assert load_image(plain).size == (1, 2)
-    assert load_image(plain).getcolors() == [(2, (255, 255, 255))]
-    assert png_without_metadata(plain) is plain
-    assert png_without_metadata(b"no png") == b"no png"
-
-
 @pytest.mark.parametrize("compression", ["raw", "tiff_lzw", "jpeg"])
 @pytest.mark.parametrize("orientation", [3, 6])
 def test_a_compressed_tiff_is_turned_once(compression: str, orientation: int) -> None:
@@ -154,9 +124,3 @@ def test_the_size_is_read_without_the_pixels() -> None:
     assert image_size(broken, "photo") == (500, 400)
     with pytest.raises(ImageError):
         load_image(broken)
-
-
-@pytest.mark.parametrize("image_format", ["EPS", "PDF"])
-def test_formats_that_start_other_programs_are_not_opened(image_format: str) -> None:
-    with pytest.raises(UnidentifiedImageError):
-        open_image(encoded(corners(), image_format))

@@ -156,9 +156,6 @@ def test_names_and_numbers_of_this_machine_are_refused_even_if_they_are_allowed(
     fetcher = Fetcher(THIS_MACHINE)
     for host in THIS_MACHINE:
         assert "is not public" in refusal(fetcher, f"http://{host}/photo.png")
-
-
-def test_a_host_with_one_address_that_is_not_public_is_refused(names: Names) -> None:
     names.addresses["photos.test"] = ["8.8.8.8", "2606:2800:220:1::1", "10.1.2.3"]
     reason = refusal(Fetcher(["photos.test"]), "http://photos.test/")
     assert reason == "is on photos.test, whose address 10.1.2.3 is not public"

@@ -9,7 +9,7 @@ from urllib.parse import quote
 import numpy as np
 import pytest
 from PIL import Image
-from raw_images import encoded, exif, png_chunk, png_file, stored
+from raw_images import encoded, exif, stored
 
 from cocoa_embed.errors import ImageError
 from cocoa_embed.images import load as images
@@ -80,14 +80,6 @@ def test_a_pil_image_that_cannot_be_used_is_an_image_error() -> None:
             load_image(image)
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_the_largest_image_is_decoded_and_a_larger_one_is_not() -> None:
-    assert 9_900 * 9_000 < images.MAX_IMAGE_PIXELS < 10_000 * 9_000
-    for width, reason in ((9_900, "is truncated"), (10_000, "is too large")):
-        with pytest.raises(ImageError, match=reason):
-            load_image(png_file(width, 9_000, 1, 0, png_chunk(b"IDAT", b"")))
-
-
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
@@ -141,16 +133,6 @@ def test_a_data_uri_of_too_many_bytes_is_refused_before_it_is_decoded(monkeypatc
     for uri in ("data:;base64," + "A" * 1400, "data:," + "%00" * 1001):
         with pytest.raises(ImageError, match=r"is too large: .* the limit is 1000"):
             load_image(uri)
-
-
-@pytest.mark.parametrize("address", ["http://example.com/a.jpg", "HTTPS://me:secret@example.com/a.jpg?key=secret"])
-def test_a_web_address_without_a_fetcher_is_refused_with_the_remedy(address: str) -> None:
-    with pytest.raises(
-        ImageError, match=r"is a web address; load_image needs a cocoa_embed\.images\.http\.Fetcher"
-    ) as caught:
-        load_image(address)
-    assert "secret" not in str(caught.value)
-    assert "example.com/a.jpg" in str(caught.value)
 
 
 def test_a_file_is_read_with_its_mtime_and_size(tmp_path: Path) -> None:
@@ -213,7 +195,6 @@ def test_a_file_that_vanishes_or_becomes_a_pipe_before_it_is_opened_is_refused(
     assert results == ["is not a regular file", "does not exist"]
 
 
-def test_a_device_is_not_opened(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "read_once", None)
-    with pytest.raises(ImageError, match="is not a regular file"):
-        read_stable_file("/dev/zero")
+def test_a_web_address_is_refused_without_a_fetcher_and_shown_without_secrets() -> None:
+    with pytest.raises(ImageError, match=r"^https://example\.com/a\.jpg\?\.\.\.: is a web address; .*Fetcher"):
+        load_image("https://me:secret@example.com/a.jpg?key=secret")

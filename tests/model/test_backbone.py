@@ -29,8 +29,6 @@ from conftest import TINY_MAX_LENGTH
 LONG_TEXT = "large red circle at top left and small blue ring at bottom right on white " * 40
 PIXELS_PER_TOKEN = 28 * 28
 
-Weights = dict[str, torch.Tensor]
-
 
 @pytest.fixture
 def make_image(tmp_path: Path) -> Callable[[int, int], Path]:
@@ -122,37 +120,22 @@ def test_a_folder_without_weights_or_processor_is_refused(
     assert_one_line(error)
 
 
-def lose_two(weights: Weights) -> None:
-    del weights["model.layers.1.mlp.up_proj.weight"]
-    (bias,) = (name for name in weights if name.endswith("visual.blocks.0.attn.qkv.bias"))
-    del weights[bias]
-
-
-def add_one(weights: Weights) -> None:
-    weights["model.layers.7.self_attn.extra.weight"] = torch.zeros(2)
-
-
-def reshape_one(weights: Weights) -> None:
-    assert weights["model.norm.weight"].shape == (32,)
-    weights["model.norm.weight"] = torch.ones(33)
-
-
 @pytest.mark.parametrize(
-    ("change", "fault"),
+    ("changes", "fault"),
     [
-        (lose_two, r"\(missing: \S*layers\.1\.mlp\.up_proj\.weight, \S*blocks\.0\.attn\.qkv\.bias\)"),
-        (add_one, r"\(unexpected: \S*layers\.7\.self_attn\.extra\.weight\)"),
-        (reshape_one, r"\(mismatched: \S*norm\.weight is \(33,\), not \(32,\)\)"),
+        ({"model.layers.1.mlp.up_proj.weight": None}, r"\(missing: \S*layers\.1\.mlp\.up_proj\.weight\)"),
+        ({"model.layers.7.extra.weight": torch.zeros(2)}, r"\(unexpected: \S*layers\.7\.extra\.weight\)"),
+        ({"model.norm.weight": torch.ones(33)}, r"\(mismatched: \S*norm\.weight is \(33,\), not \(32,\)\)"),
     ],
 )
 def test_weights_that_do_not_fit_the_model_are_an_error_that_lists_them(
-    tiny_backbone_path: Path, tmp_path: Path, change: Callable[[Weights], None], fault: str
+    tiny_backbone_path: Path, tmp_path: Path, changes: dict[str, torch.Tensor | None], fault: str
 ) -> None:
     folder = tmp_path / "broken"
     shutil.copytree(tiny_backbone_path, folder)
-    weights = load_file(folder / "model.safetensors")
-    change(weights)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    weights = load_file(folder / "model.safetensors") | changes
+    present = {name: value for name, value in weights.items() if value is not None}
+    save_file(present, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CocoaError, match=fault) as error:
         load_backbone(str(folder))
     assert_one_line(error)
@@ -187,7 +170,7 @@ def test_an_existing_mask_token_is_kept() -> None:
     assert (processor.tokenizer.mask_token, len(processor.tokenizer)) == ("[MASK]", size)
 
 
-@pytest.mark.parametrize("size", [(56, 56), (84, 28), (112, 84)])
+@pytest.mark.parametrize("size", [(84, 28), (112, 84)])
 def test_the_patch_geometry_is_that_of_the_processors_rows(
     tiny_backbone: Backbone, make_image: Callable[[int, int], Path], size: tuple[int, int]
 ) -> None:

@@ -20,7 +20,6 @@ from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.folders import RUN_MARKER
 from cocoa_embed.images.load import load_image
-from cocoa_embed.model.attention import assert_bidirectional
 from cocoa_embed.model.backbone import load_backbone
 from cocoa_embed.model.card import model_card
 from cocoa_embed.model.export import build_sentence_transformer, export_model, save_sentence_transformer
@@ -51,20 +50,6 @@ def model(tiny_export: Path) -> SentenceTransformer:
 @pytest.fixture(scope="module")
 def images(scene_rows: list[Row]) -> list[Image.Image]:
     return [load_image(row.image) for row in scene_rows[:4] if row.image is not None]
-
-
-@pytest.fixture(scope="module")
-def inputs(images: list[Image.Image]) -> list[dict[str, Any]]:
-    """Texts, images and both, of different lengths and sizes."""
-    wide = images[3].resize((112, 84))
-    return [
-        {"text": "a red ring"},
-        {"image": images[0]},
-        {"text": "small blue star at top left and large green cross at bottom right on white"},
-        {"image": images[1], "text": "what is left of the ring?"},
-        {"image": wide},
-        {"image": wide, "text": "on black"},
-    ]
 
 
 PLAIN = """
@@ -158,31 +143,17 @@ def as_input(item: Item) -> dict[str, Any]:
     return given
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_attention_is_bidirectional_after_loading(
-    tiny_export: Path, model: SentenceTransformer, inputs: list[dict[str, Any]], implementation: str
-) -> None:
-    loaded = SentenceTransformer(str(tiny_export), device="cpu", model_kwargs={"attn_implementation": implementation})
-    assert loaded[0].auto_model.config._attn_implementation == implementation
-    assert_bidirectional(loaded[0].auto_model)
-    np.testing.assert_allclose(loaded.encode(inputs), model.encode(inputs), **SAME)
-
-
-def test_saved_again_it_is_the_same_files_and_embeddings(
-    tiny_export: Path, inputs: list[dict[str, Any]], tmp_path: Path
-) -> None:
+def test_saved_again_it_has_the_same_files_and_embeddings(tiny_export: Path, tmp_path: Path) -> None:
     """Without ``cocoa_training.json``: sentence-transformers copies the files that it knows, and the card."""
     first = SentenceTransformer(str(tiny_export), device="cpu")
     first.save(str(tmp_path / "second"))
     second = SentenceTransformer(str(tmp_path / "second"), device="cpu")
-    second.save(str(tmp_path / "third"))
-    original, once, twice = (contents(folder) for folder in (tiny_export, tmp_path / "second", tmp_path / "third"))
+    original = contents(tiny_export)
     assert {"model.safetensors", "modules.json", "README.md", "chat_template.jinja"} <= original.keys()
     del original[TRAINING_FILE]
-    assert once.keys() == original.keys()
-    assert [name for name in original if once[name] != original[name]] == []
-    assert twice == once
-    assert np.array_equal(first.encode(inputs), second.encode(inputs))
+    assert contents(tmp_path / "second") == original
+    items = [{"text": "a red ring"}]
+    assert np.array_equal(first.encode(items), second.encode(items))
 
 
 def test_a_causal_model_is_not_exported(tiny_backbone_path: Path, tmp_path: Path) -> None:
@@ -191,15 +162,6 @@ def test_a_causal_model_is_not_exported(tiny_backbone_path: Path, tmp_path: Path
     assert "is_causal" not in (checkpoint / "config.json").read_text()
     with pytest.raises(CocoaError, match="is causal"):
         build_sentence_transformer(checkpoint, prompts=PROMPTS)
-
-
-def test_an_earlier_export_is_replaced(checkpoint: Path, tiny_export: Path, tmp_path: Path) -> None:
-    out = tmp_path / "cocoa-qwen2vl"
-    shutil.copytree(tiny_export, out)
-    (out / "stale.txt").write_text("of the earlier export")
-    (out / "model.safetensors").write_bytes(b"stale")
-    export_model(checkpoint, out)
-    assert contents(out) == contents(tiny_export)
 
 
 def damage(file: Path, kind: str) -> None:

@@ -60,17 +60,6 @@ def test_an_item_renders_as_vision_prompt_text_in_any_order_of_its_parts(
         assert rendered == render(text=text, has_image=has_image, prompt=prompt or "")
 
 
-@given(
-    prompt=texts, parts=st.lists(st.just(image_part) | st.builds(lambda text: {"type": "text", "text": text}, texts))
-)
-def test_parts_in_any_order_and_number_render_images_first_then_prompt_then_texts(
-    prompt: str, parts: list[dict[str, str]]
-) -> None:
-    images = VISION * parts.count(image_part)
-    text = "".join(part["text"] for part in parts if part["type"] == "text")
-    assert TEMPLATE.render(messages=messages(prompt, parts)) == images + prompt + text
-
-
 @pytest.mark.parametrize("text", AWKWARD)
 def test_the_processor_renders_a_text_verbatim(processor: ProcessorMixin, text: str) -> None:
     for has_image, image_first in ((False, False), (True, False), (True, True)):
