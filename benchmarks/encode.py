@@ -29,6 +29,7 @@ from cocoa_embed.demo.scenes import write_image_folder
 from cocoa_embed.encode.batches import BatchLimits, ImageCost, plan_batches, token_counter
 from cocoa_embed.encode.document_model import DocumentModel, Features
 from cocoa_embed.encode.encoder import Encoder
+from cocoa_embed.encode.processor_lock import ProcessorLock
 from cocoa_embed.images.find_files import find_images
 from cocoa_embed.images.load import load_image
 from cocoa_embed.model.attention import make_bidirectional
@@ -107,7 +108,7 @@ def find_files(options: argparse.Namespace, drawn: Path) -> list[str]:
 
 def prepared(model: SentenceTransformer, files: list[str], options: argparse.Namespace) -> list[Features]:
     """Return the inputs of the model alone, on its device, in the batches that a stream makes of all files."""
-    document_model, count_tokens = DocumentModel(model), token_counter(model)
+    document_model, count_tokens = DocumentModel(model, ProcessorLock()), token_counter(model)
     images = [load_image(file) for file in files]
     costs = [ImageCost(count_tokens(*image.size), *image.size) for image in images]
     limits = BatchLimits(options.batch_size, options.batch_tokens, sys.maxsize)
@@ -132,7 +133,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as drawn:
         files = find_files(options, Path(drawn))
         model = open_model(options, device)
-        encoder, document_model = Encoder(model), DocumentModel(model)
+        encoder, document_model = Encoder(model), DocumentModel(model, ProcessorLock())
         batches = prepared(model, files, options)
 
         def encode() -> np.ndarray:
@@ -144,8 +145,8 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
             return np.stack([embedded.vector for _, embedded in outcomes])
 
         def run_alone() -> None:
-            for launched in [document_model.launch(batch) for batch in batches]:
-                launched.fetch()
+            for fetch in [document_model.launch(batch) for batch in batches]:
+                fetch()
 
         ways: dict[str, Callable[[], Any]] = {"encode": encode, "stream": stream, "model_alone": run_alone}
         cosine = least_cosine(encode(), stream())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from cocoa_embed.model.visual_tokens import PatchCounter, visual_tokens
@@ -43,23 +44,17 @@ class BatchLimits:
 def token_counter(model: SentenceTransformer) -> CountTokens:
     """Return a function that counts an image's visual tokens.
 
-    It is exact where the model's image processor counts patches. Other models, such as CLIP and SigLIP, make equally
-    many tokens of every image: there the function returns 1.
+    It is exact if the model's image processor counts patches. Other models, such as CLIP and SigLIP, turn every image
+    into equally many tokens: for them the function returns 1.
     """
-    counter = patch_counter(model)
-    if counter is None:
-        return lambda width, height: 1
-    return lambda width, height: visual_tokens(counter, width, height)
-
-
-def patch_counter(model: SentenceTransformer) -> PatchCounter | None:
-    """Return the model's image processor if it counts patches."""
     try:
         processor = model.processor
-        image_processor = processor if isinstance(processor, PatchCounter) else processor.image_processor
+        counter = processor if isinstance(processor, PatchCounter) else processor.image_processor
     except AttributeError:  # an input module without a processor, or a processor without images
-        return None
-    return image_processor if isinstance(image_processor, PatchCounter) else None
+        counter = None
+    if isinstance(counter, PatchCounter):
+        return partial(visual_tokens, counter)
+    return lambda width, height: 1
 
 
 def plan_batches(costs: Sequence[ImageCost], limits: BatchLimits) -> list[list[int]]:

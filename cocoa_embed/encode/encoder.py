@@ -1,8 +1,8 @@
 """Embed queries, documents and streams of images with any multimodal SentenceTransformer.
 
 Inputs are always dictionaries, ``{"text": ...}``, ``{"image": ...}`` or both: sentence-transformers guesses what a bare
-string is, and takes a query that is the name of a file for an image. Queries get the model's query prompt, documents
-its document prompt, here and nowhere else.
+string is, and takes a query that is the name of a file for an image. Queries get the model's query prompt, and
+documents its document prompt.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar, cast
 
 import numpy as np
 from PIL import Image
 
 from cocoa_embed.encode.batches import token_counter
-from cocoa_embed.encode.document_model import DocumentModel, Features
+from cocoa_embed.encode.document_model import DocumentModel
 from cocoa_embed.encode.jobs import EmbeddedImage, StreamSource
 from cocoa_embed.encode.processor_lock import ProcessorLock
 from cocoa_embed.encode.run import ImageStream, default_workers
@@ -34,41 +34,21 @@ ModelInput: TypeAlias = Mapping[str, "str | Image.Image"]
 
 Key = TypeVar("Key")
 
-MODALITIES: dict[frozenset[str], Modality] = {
-    frozenset({"text"}): "text",
-    frozenset({"image"}): "image",
-    frozenset({"image", "text"}): ("image", "text"),
-}
-"""The modality that sentence-transformers gives an input of these keys."""
-
 
 def make_input(text: str | None = None, image: ImageSource | None = None) -> ModelInput:
     """Return a model's input for a text, an image, or both together.
 
-    :raises UsageError: If there is neither (an empty text does not count), or the text is not valid Unicode.
+    :raises UsageError: If there is neither (an empty text does not count).
     :raises ImageError: If the image cannot be used.
     """
-    if not text and image is None:
-        raise UsageError("neither a text nor an image was given; give one of them, or both")
-    if text:
-        require_unicode(text)
     made: dict[str, str | Image.Image] = {}
     if image is not None:
         made["image"] = load_image(image)
     if text:
         made["text"] = text
+    if not made:
+        raise UsageError("neither a text nor an image was given; give one of them, or both")
     return made
-
-
-def require_unicode(text: str) -> None:
-    """Refuse a text that UTF-8 cannot encode: Python keeps a command line's undecodable bytes as lone surrogates.
-
-    :raises UsageError: If it is one.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UsageError(f"the text {text!a} is not valid Unicode; give it in UTF-8") from None
 
 
 class Encoder:
@@ -83,15 +63,15 @@ class Encoder:
         """
         self.model = model
         self.name = name
-        # Whoever waits for the model holds the queue, so that a stream's next batch cannot overtake a query.
+        # A thread that waits for the model holds the queue, so that a stream's next batch cannot overtake a query.
         self._queue = threading.Lock()
         self._lock = threading.Lock()
         self._processor = ProcessorLock()
         self._dimension = dimension
         if dimension is not None and not 1 <= dimension <= self._model_dimension:
             raise UsageError(
-                f"{name} makes embeddings of {self._model_dimension} dimensions, not of {dimension};"
-                f" give 1 to {self._model_dimension}"
+                f"{name} has embeddings of {self._model_dimension} dimensions, not of {dimension}; give 1 to "
+                f"{self._model_dimension}"
             )
 
     @property
@@ -101,14 +81,14 @@ class Encoder:
 
     @cached_property
     def _model_dimension(self) -> int:
-        """The length of the model's own embeddings; measured where the model does not know it."""
+        """The length of the model's own embeddings; measured if the model does not know it."""
         if known := self.model.get_embedding_dimension():
             return known
         example: ModelInput = {"text": "a"} if self.model.supports("text") else {"image": Image.new("RGB", (56, 56))}
         return Encoder(self.model).embed_queries([example]).shape[1]
 
     def truncate(self, dimension: int) -> Encoder:
-        """Return an encoder of the same model with shorter embeddings; the two still take turns.
+        """Return an encoder of the same model with shorter embeddings; both share the model's locks.
 
         :raises UsageError: If the model's embeddings have fewer dimensions.
         """
@@ -122,9 +102,9 @@ class Encoder:
         return model_fingerprint(self.model)
 
     def require_images(self) -> None:
-        """Refuse a model that embeds only text.
+        """Check that the model takes images.
 
-        :raises CocoaError: If it does not take images.
+        :raises CocoaError: If it embeds only text.
         """
         if not self.model.supports("image"):
             raise CocoaError(f"{self.name} does not embed images; use a multimodal model")
@@ -171,7 +151,7 @@ class Encoder:
         embed queries at the same time; one stream belongs to one thread.
 
         :param images: Pairs of a key and an image: a path, the bytes of a file, or a PIL image.
-        :param workers: Threads that prepare images while the model runs; by default as the device and the cores allow.
+        :param workers: Threads that prepare images while the model runs; None chooses by device and cores.
         :param batch_size: The most images in a batch.
         :param batch_tokens: The most visual tokens in a batch, including those that pad images to the longest.
         :param thumbnail_size: Draw thumbnails whose longest side has so many pixels.
@@ -183,20 +163,13 @@ class Encoder:
         for name, number in {**numbers, "thumbnail_size": thumbnail_size}.items():
             if number is not None and number < 1:
                 raise UsageError(f"{name} is {number}; it must be 1 or more")
-        model = DocumentModel(self.model)
-
-        def preprocess(pictures: Sequence[Image.Image]) -> Features:
-            with self._processor.for_documents():
-                return model.prepare(pictures)
-
         return ImageStream(
-            model,
-            images,
-            preprocess=preprocess,
+            model=DocumentModel(self.model, self._processor),
+            images=images,
             count_tokens=token_counter(self.model),
             turn=self._turn,
             finish=self._finish,
-            workers=workers or default_workers(is_on_cpu=model.is_on_cpu),
+            workers=workers or default_workers(is_on_cpu=self.model.device.type == "cpu"),
             batch_size=batch_size,
             batch_tokens=batch_tokens,
             thumbnail_size=thumbnail_size,
@@ -204,7 +177,7 @@ class Encoder:
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        """Hold the model; threads get it in the order in which they ask."""
+        """Hold the model; threads get it in the order in which they request it."""
         with self._queue:
             self._lock.acquire()
         try:
@@ -226,10 +199,16 @@ class Encoder:
         return cut / np.where(lengths == 0, 1, lengths)
 
     def _check(self, inputs: Sequence[ModelInput]) -> None:
-        for each in inputs:
-            if isinstance(text := each.get("text"), str):
-                require_unicode(text)
-        for keys in {frozenset(each) for each in inputs}:
-            if not self.model.supports(MODALITIES[keys]):
+        """Refuse inputs of modalities that the model does not take, and texts that UTF-8 cannot encode.
+
+        Python keeps undecodable bytes of a command line as lone surrogates.
+        """
+        for text in (each["text"] for each in inputs if "text" in each):
+            try:
+                str(text).encode()
+            except UnicodeEncodeError:
+                raise UsageError(f"the text {text!a} is not valid Unicode; give it in UTF-8") from None
+        for keys in {tuple(sorted(each)) for each in inputs}:
+            if not self.model.supports(cast("Modality", keys if len(keys) > 1 else keys[0])):
                 together = " together" if len(keys) > 1 else ""
-                raise CocoaError(f"{self.name} does not embed {' and '.join(sorted(keys))}{together}")
+                raise CocoaError(f"{self.name} does not embed {' and '.join(keys)}{together}")

@@ -1,4 +1,4 @@
-"""One image of a stream: its source, what is known of it, and its outcome."""
+"""One image of a stream: read, measured, decoded, and finished with an embedding or an error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from PIL import Image
 
 from cocoa_embed.encode.batches import CountTokens, ImageCost
 from cocoa_embed.errors import ImageError, one_line
-from cocoa_embed.images.load import image_size, read_stable_file
+from cocoa_embed.images.load import decode_image, image_size, load_image, read_stable_file
+from cocoa_embed.images.to_rgb import draw_thumbnail
 
 StreamSource: TypeAlias = bytes | str | Path | Image.Image
 
@@ -39,7 +40,7 @@ class EmbeddedImage:
 
 @dataclass(eq=False)
 class ImageJob:
-    """An image to embed. Each step of the stream fills in what it finds out."""
+    """An image to embed. Each step of the stream sets the fields that it knows."""
 
     key: Any
     name: str
@@ -53,7 +54,7 @@ class ImageJob:
 
     @property
     def bytes_held(self) -> int:
-        """The bytes of the file in memory or of the decoded image, whichever is more."""
+        """The bytes of the file in memory or of the decoded image: the larger of the two."""
         return max(len(self.source) if isinstance(self.source, bytes) else 0, self.cost.decoded_bytes)
 
     def finish(self, outcome: EmbeddedImage | ImageError) -> None:
@@ -81,3 +82,21 @@ def measure(job: ImageJob, count_tokens: CountTokens) -> None:
         job.finish(error)
     except REFUSALS as error:
         job.refuse(error)
+
+
+def decode(job: ImageJob, thumbnail_size: int | None) -> Image.Image:
+    """Return a measured job's image as upright RGB; set its media type, thumbnail and exact size.
+
+    :param thumbnail_size: The longest side of the thumbnail, in pixels; None for no thumbnail.
+    :raises ImageError: If the image is broken.
+    """
+    source = job.source
+    if isinstance(source, Image.Image):
+        image, job.mime = load_image(source), Image.MIME.get(source.format or "", UNKNOWN_MIME)
+    else:
+        assert isinstance(source, bytes), "a job is measured before it is decoded"
+        image, job.mime = decode_image(source, job.name)
+    job.cost = job.cost._replace(width=image.width, height=image.height)
+    if thumbnail_size is not None:
+        job.thumbnail = draw_thumbnail(image, thumbnail_size)
+    return image

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def load_encoder(model: str | Path, device: str | None = None, dimension: int | None = None) -> Encoder:
     """Load an exported model, a checkpoint of any stage, or a model of the Hugging Face hub, as ``load_model`` does.
 
-    :param device: The torch device; None takes the fastest there is.
+    :param device: The torch device; None takes the fastest.
     :param dimension: Truncate every embedding to so many dimensions.
     :raises CocoaError: If the model cannot be loaded. A folder that is missing or broken is refused before any heavy
         library is imported.

@@ -1,4 +1,4 @@
-"""Decide which uses of a model's processor may run at the same time."""
+"""A lock that lets some uses of a model's processor run at the same time."""
 
 import threading
 from collections.abc import Iterator
@@ -6,16 +6,15 @@ from contextlib import contextmanager
 
 
 class ProcessorLock:
-    """Lets threads prepare batches of documents together, and anything else use the processor only by itself.
+    """Lets threads prepare batches of documents together, and queries only one at a time.
 
-    A fast tokenizer keeps truncation and padding as its own state, which every call sets to what it needs. A query that
-    needs other settings would change them while a batch of documents is in work: the batch fails or, worse, is
-    truncated. All documents need the same settings, so they run together once the first after such a query has set
-    them.
+    A fast tokenizer keeps truncation and padding as state, which every call sets. A query with other settings would
+    change them while a batch of documents is being tokenized: the batch fails or, worse, is truncated. All documents
+    need the same settings, so they run together once the first one after a query has set them.
     """
 
     def __init__(self) -> None:
-        # Whoever comes next holds the queue while it waits, so that neither kind overtakes the other for ever.
+        # The next thread holds the queue while it waits, so that neither kind overtakes the other for ever.
         self._queue = threading.Lock()
         self._changed = threading.Condition()
         self._users = 0
@@ -23,7 +22,7 @@ class ProcessorLock:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Wait until nobody uses the processor, and keep everybody else out."""
+        """Wait until the processor is unused, and use it alone."""
         with self._queue, self._changed:
             self._changed.wait_for(lambda: self._users == 0)
             self._users = 1

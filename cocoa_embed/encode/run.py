@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, closing
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,8 @@ import torch
 
 from cocoa_embed.cpu_threads import available_cores
 from cocoa_embed.encode.batches import BatchLimits, CountTokens, plan_batches
-from cocoa_embed.encode.document_model import DocumentModel, LaunchedBatch
-from cocoa_embed.encode.jobs import REFUSALS, EmbeddedImage, ImageJob, StreamSource, measure
-from cocoa_embed.encode.prepare import PreparedBatch, Preprocess, prepare
+from cocoa_embed.encode.document_model import DocumentModel, Features, Fetch
+from cocoa_embed.encode.jobs import REFUSALS, EmbeddedImage, ImageJob, StreamSource, decode, measure
 from cocoa_embed.encode.read_ahead import read_ahead
 from cocoa_embed.errors import CocoaError, ImageError, one_line, printable
 
@@ -41,44 +42,26 @@ def default_workers(*, is_on_cpu: bool) -> int:
     return max(1, cores // CORES_PER_WORKER if is_on_cpu else min(MAX_WORKERS, cores - 1))
 
 
+@dataclass(kw_only=True, eq=False)
 class ImageStream:
     """One pass of images through a model."""
 
-    def __init__(
-        self,
-        model: DocumentModel,
-        images: Iterable[tuple[Any, StreamSource]],
-        *,
-        preprocess: Preprocess,
-        count_tokens: CountTokens,
-        turn: Callable[[], AbstractContextManager[None]],
-        finish: Callable[[np.ndarray], np.ndarray],
-        workers: int,
-        batch_size: int,
-        batch_tokens: int,
-        thumbnail_size: int | None,
-    ) -> None:
-        """Prepare a stream that has read nothing yet.
-
-        :param preprocess: Turns images into the model's inputs; several threads call it.
-        :param turn: Held while the model runs on a batch.
-        :param finish: Maps the model's embeddings to the ones that the stream yields.
-        :param workers: The threads that decode and preprocess.
-        :param thumbnail_size: The longest side of thumbnails, in pixels; None for no thumbnails.
-        """
-        self._model = model
-        self._images = images
-        self._preprocess = preprocess
-        self._count_tokens = count_tokens
-        self._turn = turn
-        self._finish = finish
-        self._workers = workers
-        self._batch_size = batch_size
-        self._batch_tokens = batch_tokens
-        self._thumbnail_size = thumbnail_size
-        self._unfinished: deque[ImageJob] = deque()
-        self._launched: deque[tuple[PreparedBatch, LaunchedBatch]] = deque()
-        self._input_error: Exception | None = None
+    model: DocumentModel
+    images: Iterable[tuple[Any, StreamSource]]
+    count_tokens: CountTokens
+    turn: Callable[[], AbstractContextManager[None]]
+    """Held while the model runs on a batch."""
+    finish: Callable[[np.ndarray], np.ndarray]
+    """Maps the model's embeddings to the ones that the stream yields."""
+    workers: int
+    """The threads that decode and preprocess."""
+    batch_size: int
+    batch_tokens: int
+    thumbnail_size: int | None
+    """The longest side of thumbnails, in pixels; None for no thumbnails."""
+    _unfinished: deque[ImageJob] = field(default_factory=deque, init=False)
+    _launched: deque[tuple[list[ImageJob], Fetch]] = field(default_factory=deque, init=False)
+    _input_error: Exception | None = field(default=None, init=False)
 
     def run(self) -> Iterator[tuple[Any, EmbeddedImage | ImageError]]:
         """Yield each key with its embedding, or with the error of an image that cannot be used.
@@ -86,18 +69,16 @@ class ImageStream:
         :raises CocoaError: If the device is lost.
         """
         with ExitStack() as stack:
-            measured = read_ahead(
-                lambda job: measure(job, self._count_tokens), self._jobs(), ahead=2 * self._batch_size
-            )
+            measured = read_ahead(lambda job: measure(job, self.count_tokens), self._jobs(), ahead=2 * self.batch_size)
             batches = self._batches(stack.enter_context(closing(measured)))
             prepared = read_ahead(
                 self._prepare,
                 stack.enter_context(closing(batches)),
-                workers=self._workers,
-                ahead=self._workers + 2,
+                workers=self.workers,
+                ahead=self.workers + 2,
             )
-            for _, batch in stack.enter_context(closing(prepared)):
-                self._embed(batch.result())
+            for jobs, features in stack.enter_context(closing(prepared)):
+                self._embed(jobs, features.result)
                 yield from self._finished()
             self._fetch(0)
             yield from self._finished()
@@ -107,7 +88,7 @@ class ImageStream:
     def _jobs(self) -> Iterator[ImageJob]:
         """Yield the images of the input as jobs; an error of the input is raised after all of them are embedded."""
         try:
-            for key, source in self._images:
+            for key, source in self.images:
                 job = ImageJob(key, printable(source if isinstance(source, str | Path) else str(key)), source)
                 self._unfinished.append(job)
                 yield job
@@ -122,7 +103,7 @@ class ImageStream:
             measuring.result()
             window.append(job)
             is_large = sum(job.bytes_held for job in window) >= 2 * MAX_BATCH_BYTES
-            if is_large or len(window) >= window_batches * self._batch_size:
+            if is_large or len(window) >= window_batches * self.batch_size:
                 yield from self._plan(window)
                 window, window_batches = [], min(2 * window_batches, MAX_WINDOW_BATCHES)
         yield from self._plan(window)
@@ -130,47 +111,62 @@ class ImageStream:
     def _plan(self, window: list[ImageJob]) -> list[list[ImageJob]]:
         """Return the batches of a window, at least one, so that the errors of a window are yielded in any case."""
         jobs = [job for job in window if job.outcome is None]
-        limits = BatchLimits(self._batch_size, self._batch_tokens, MAX_BATCH_BYTES)
+        limits = BatchLimits(self.batch_size, self.batch_tokens, MAX_BATCH_BYTES)
         batches = plan_batches([job.cost for job in jobs], limits)
         return [[jobs[index] for index in indices] for indices in batches] or [[]]
 
-    def _prepare(self, jobs: list[ImageJob]) -> list[PreparedBatch]:
-        return prepare(jobs, self._preprocess, self._thumbnail_size)
+    def _prepare(self, jobs: list[ImageJob]) -> Features:
+        """Decode and preprocess a batch, and finish the jobs whose images are broken.
 
-    def _embed(self, batches: list[PreparedBatch]) -> None:
-        """Run the model on batches; on the halves of a batch that it does not take."""
-        for batch in batches:
+        :raises Exception: One of ``REFUSALS``, if the processor does not take an image.
+        """
+        images = []
+        for job in jobs:
             try:
-                with self._turn():
-                    launched = self._model.launch(batch.features)
-            except torch.OutOfMemoryError as error:
-                # Batches that are planned from now on fit at once.
-                self._batch_tokens = max(1, min(self._batch_tokens, batch.tokens // 2))
-                self._embed_halves(batch, error)
-            except REFUSALS as error:
-                if "CUDA error" in str(error):  # the device is lost: no image is at fault
-                    raise CocoaError(f"the device cannot go on; start again ({one_line(error)})") from error
-                self._embed_halves(batch, error)
-            else:
-                self._launched.append((batch, launched))
-                # On CUDA the next batch is launched before the embeddings of the last are fetched.
-                self._fetch(1 if self._model.is_on_cuda else 0)
+                images.append(decode(job, self.thumbnail_size))
+            except ImageError as error:
+                job.finish(error)
+        return self.model.prepare(images) if images else {}
 
-    def _embed_halves(self, batch: PreparedBatch, error: Exception) -> None:
-        if len(batch.jobs) == 1:
-            batch.jobs[0].refuse(error)
+    def _embed(self, jobs: list[ImageJob], prepare: Callable[[], Features]) -> None:
+        """Run the model on a batch; on its halves if the processor or the model does not take the whole."""
+        try:
+            features = prepare()
+            jobs = [job for job in jobs if job.outcome is None]
+            if not jobs:
+                return
+            with self.turn():
+                fetch = self.model.launch(features)
+        except torch.OutOfMemoryError as error:
+            # Batches that are planned from now on fit at once.
+            tokens = len(jobs) * max(job.cost.tokens for job in jobs)
+            self.batch_tokens = max(1, min(self.batch_tokens, tokens // 2))
+            self._embed_halves(jobs, error)
+        except REFUSALS as error:
+            if "CUDA error" in str(error):  # the device is lost: no image is at fault
+                raise CocoaError(f"the device cannot continue; start again ({one_line(error)})") from error
+            self._embed_halves(jobs, error)
+        else:
+            self._launched.append((jobs, fetch))
+            # On CUDA the next batch is launched before the embeddings of the last are fetched.
+            self._fetch(1 if self.model.is_on_cuda else 0)
+
+    def _embed_halves(self, jobs: list[ImageJob], error: Exception) -> None:
+        jobs = [job for job in jobs if job.outcome is None]
+        if len(jobs) == 1:
+            jobs[0].refuse(error)
             return
-        if self._model.is_on_cuda:
+        if self.model.is_on_cuda:
             torch.cuda.empty_cache()
-        middle = len(batch.jobs) // 2
-        for half in batch.jobs[:middle], batch.jobs[middle:]:
-            self._embed(self._prepare(list(half)))
+        middle = len(jobs) // 2
+        for half in jobs[:middle], jobs[middle:]:
+            self._embed(half, partial(self._prepare, half))
 
     def _fetch(self, most_launched: int) -> None:
         """Finish the jobs of launched batches, the oldest first, until at most ``most_launched`` batches are left."""
         while len(self._launched) > most_launched:
-            batch, launched = self._launched.popleft()
-            for job, vector in zip(batch.jobs, self._finish(launched.fetch()), strict=True):
+            jobs, fetch = self._launched.popleft()
+            for job, vector in zip(jobs, self.finish(fetch()), strict=True):
                 if np.isfinite(vector).all():
                     _, width, height = job.cost
                     job.finish(EmbeddedImage(vector.copy(), width, height, job.mime, job.thumbnail))

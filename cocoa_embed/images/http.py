@@ -16,10 +16,11 @@ import ssl
 import threading
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from ipaddress import ip_address
-from typing import NamedTuple, TypeAlias, cast
+from typing import cast
 
-from cocoa_embed.errors import ImageError, UsageError, one_line
+from cocoa_embed.errors import ImageError, one_line
 from cocoa_embed.images.urls import (
     DEFAULT_PORTS,
     Hop,
@@ -37,41 +38,30 @@ HEADERS = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "co
 
 READ_SIZE = 2**16
 
-SocketAddress: TypeAlias = tuple[socket.AddressFamily, tuple]
-"""An address family, and an address for ``socket.connect``."""
 
-
+@dataclass
 class Fetcher:
     """Downloads images by http and https from allowed hosts. Threads may share it."""
 
-    def __init__(
-        self,
-        allowed_hosts: Iterable[str],
-        timeout: float = 10.0,
-        max_bytes: int = 32 * 2**20,
-        max_redirects: int = 5,
-        deadline: float = 60.0,
-    ) -> None:
-        """Set the allowed hosts and the limits.
+    allowed_hosts: Iterable[str]
+    """``example.com`` allows this host; ``*.example.org`` allows all subdomains of ``example.org``, not the domain
+    itself; ``example.com:8080`` allows another port than 80 (http) and 443 (https)."""
+    timeout: float = 10.0
+    """The most seconds for one step: resolving the host, connecting, waiting for the next bytes."""
+    max_bytes: int = 32 * 2**20
+    """The most bytes of an image."""
+    max_redirects: int = 5
+    """The most redirects of an address."""
+    deadline: float = 60.0
+    """The most seconds for an image in all."""
 
-        :param allowed_hosts: Host names, ``example.com``; ``*.example.org`` allows all subdomains of ``example.org``,
-            not the domain itself. Ports other than 80 (http) and 443 (https) are given too: ``example.com:8080``.
-        :param timeout: The most seconds for one step: resolving the host, connecting, waiting for the next bytes.
-        :param max_bytes: The most bytes of an image.
-        :param max_redirects: The most redirects of an address.
-        :param deadline: The most seconds for an image in all.
-        :raises UsageError: If a host is malformed, or a limit is not above 0.
+    def __post_init__(self) -> None:
+        """Parse the hosts.
+
+        :raises UsageError: If one is malformed.
         """
-        if isinstance(allowed_hosts, str):
-            raise UsageError(f"allowed_hosts is the string {allowed_hosts!a}; give a list of hosts")
-        if min(timeout, max_bytes, deadline) <= 0 or max_redirects < 0:
-            raise UsageError("timeout, max_bytes and deadline must be above 0, and max_redirects 0 or more")
-        self.rules = tuple(read_rule(host) for host in allowed_hosts)
-        self.timeout = timeout
-        self.max_bytes = max_bytes
-        self.max_redirects = max_redirects
-        self.deadline = deadline
-        self._tls = tls_context()
+        self._rules = [read_rule(host) for host in self.allowed_hosts]
+        self._tls = ssl.create_default_context()  # checks certificates and host names
 
     def fetch(self, address: str) -> bytes:
         """Download an http or https address.
@@ -86,7 +76,7 @@ class Fetcher:
                 answer = self._request(self._check(here), end)
                 if isinstance(answer, bytes):
                     return answer
-                here = next_address(here, answer.location)
+                here = next_address(here, answer)
                 leads = f"leads to {shown_address(here)}, which "
             raise Refused(f"redirects more than {self.max_redirects} times")
         except Refused as refused:
@@ -99,15 +89,18 @@ class Fetcher:
 
     def _check(self, address: str) -> Hop:
         hop = read_address(address)
-        if not any(rule.allows(hop) for rule in self.rules):
+        if not any(rule.allows(hop) for rule in self._rules):
             port = "" if hop.port == DEFAULT_PORTS[hop.scheme] else f":{hop.port}"
             raise Refused(f"is on {hop.host}{port}, which is not among the allowed hosts")
         return hop
 
-    def _request(self, hop: Hop, end: float) -> bytes | Redirect:
-        """Request one address, at the network addresses that were checked."""
+    def _request(self, hop: Hop, end: float) -> bytes | str:
+        """Request one address, at the network addresses that were checked.
+
+        :returns: The content, or the address of a redirect.
+        """
         addresses = resolve(hop, time_left(end, self.timeout))
-        with connect(addresses, self.timeout, end) as plain:
+        with connect(addresses, hop.port, self.timeout, end) as plain:
             plain.settimeout(time_left(end, self.timeout))
             used = self._tls.wrap_socket(plain, server_hostname=hop.host) if hop.scheme == "https" else plain
             with used:
@@ -118,9 +111,9 @@ class Fetcher:
                 connection.request("GET", hop.target, headers=HEADERS)
                 return self._read(connection.getresponse())
 
-    def _read(self, response: http.client.HTTPResponse) -> bytes | Redirect:
+    def _read(self, response: http.client.HTTPResponse) -> bytes | str:
         if response.status in REDIRECTS:
-            return Redirect(response.getheader("Location") or "")
+            return response.getheader("Location") or ""
         if response.status != 200:
             raise Refused(f"answers with the status {response.status}")
         encoding = response.getheader("Content-Encoding", "identity")
@@ -137,12 +130,6 @@ class Fetcher:
         if announced is not None and len(body) < announced:
             raise Refused(f"ends early: {len(body)} of {announced} bytes came")
         return bytes(body)
-
-
-class Redirect(NamedTuple):
-    """A response that names another address."""
-
-    location: str
 
 
 class TimedSocket(io.RawIOBase):
@@ -190,13 +177,8 @@ def time_left(end: float, timeout: float) -> float:
     return min(left, timeout)
 
 
-def tls_context() -> ssl.SSLContext:
-    """Return a context that checks certificates, against this machine's authorities, and host names."""
-    return ssl.create_default_context()
-
-
-def resolve(hop: Hop, seconds: float) -> list[SocketAddress]:
-    """Look up a host, once, and return its network addresses.
+def resolve(hop: Hop, seconds: float) -> list[str]:
+    """Look up a host, once, and return its network addresses as numbers.
 
     :raises Refused: If it is unknown, or any of its addresses is not public.
     :raises TimeoutError: If the lookup takes longer than ``seconds``.
@@ -209,7 +191,7 @@ def resolve(hop: Hop, seconds: float) -> list[SocketAddress]:
         except (OSError, ValueError) as error:
             answers.put(error)
 
-    # A lookup has no time-out: its thread goes on, and nobody waits for it.
+    # A lookup has no time-out: its thread continues in the background.
     threading.Thread(target=look_up, daemon=True).start()
     try:
         answer = answers.get(timeout=seconds)
@@ -217,26 +199,22 @@ def resolve(hop: Hop, seconds: float) -> list[SocketAddress]:
         raise TimeoutError from None
     if not isinstance(answer, list):
         raise Refused(f"is on {hop.host}, which cannot be found ({one_line(answer)})")
-    for _, _, _, _, address in answer:
-        if not is_public(ip_address(address[0])):
-            raise Refused(f"is on {hop.host}, whose address {address[0]} is not public")
-    return [(family, address) for family, _, _, _, address in answer]
+    addresses = [address[0] for _, _, _, _, address in answer]
+    for address in addresses:
+        if not is_public(ip_address(address)):
+            raise Refused(f"is on {hop.host}, whose address {address} is not public")
+    return addresses
 
 
-def connect(addresses: Iterable[SocketAddress], timeout: float, end: float) -> socket.socket:
+def connect(addresses: Iterable[str], port: int, timeout: float, end: float) -> socket.socket:
     """Connect to the first network address that accepts.
 
     :raises OSError: The last address's error, if none accepts.
     """
     failure: OSError = OSError("it has no network address")
-    for family, address in addresses:
-        connection = socket.socket(family, socket.SOCK_STREAM)
+    for address in addresses:
         try:
-            connection.settimeout(time_left(end, timeout))
-            connection.connect(address)
+            return socket.create_connection((address, port), timeout=time_left(end, timeout))
         except OSError as error:
-            connection.close()
             failure = error
-        else:
-            return connection
     raise failure

@@ -1,6 +1,7 @@
 """The model card: how a model was trained, on what, what was measured, how to use it."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
@@ -23,7 +24,7 @@ tags:
 # {name}
 
 A multimodal embedding model: texts, images, and images with text become unit vectors of {dimension} dimensions in one
-space; cosine similarity compares them. It was made with [CoCoA](https://arxiv.org/abs/2603.01471): a vision-language
+space; cosine similarity compares them. It was trained with [CoCoA](https://arxiv.org/abs/2603.01471): a vision-language
 model ({backbone}) {attention} and trained so that the last hidden state of `{eos}` holds the content.
 
 ## Use
@@ -68,8 +69,8 @@ def model_card(name: str, model: SentenceTransformer, training: dict[str, Any]) 
     """Return the README of an exported model, in Markdown.
 
     :param training: ``backbone`` and its ``origin``, ``recipe``, ``data``, ``stages`` (a list of ``stage``, ``steps``,
-        ``batch_size``, ``learning_rate``, ``final``, ``adapter``, and where there are any ``description`` and
-        ``matryoshka_dims``), and ``results`` (the metrics of each evaluation) where something was measured.
+        ``batch_size``, ``learning_rate``, ``final``, ``adapter``, and optionally ``description`` and
+        ``matryoshka_dims``), and optionally ``results`` (the metrics of each evaluation).
     """
     recipe = training["recipe"]
     processor: ProcessorMixin = model.processor
@@ -93,9 +94,9 @@ def model_card(name: str, model: SentenceTransformer, training: dict[str, Any]) 
 
 
 def _origin_line(backbone: str, origin: Origin) -> str:
-    """Return the front matter's line for a backbone on the hub, or the licence of one that ships with this package.
+    """Return the front matter's line for a backbone on the hub, or the licence of a built-in one.
 
-    A trained model's licence is its backbone's: of one from elsewhere it is not known here.
+    A trained model has its backbone's licence, which is unknown for other backbones.
     """
     return {"hub": f"base_model: {json.dumps(backbone)}\n", "built-in": "license: apache-2.0\n", "folder": ""}[origin]
 
@@ -113,13 +114,17 @@ def _training_parts(name: str, stages: list[dict[str, Any]], dimension: int | No
 def _stage_table(stages: list[dict[str, Any]]) -> str:
     if not stages:
         return "No stage was run: these are the backbone's weights."
-    lines = ["| stage | steps | batch | learning rate | loss at its end |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {stage['stage']} | {stage['steps']} | {stage['batch_size']} | {stage['learning_rate']:g} "
-        f"| {stage['final']['loss']:.3f} |"
+    rows = [
+        (
+            stage["stage"],
+            stage["steps"],
+            stage["batch_size"],
+            f"{stage['learning_rate']:g}",
+            f"{stage['final']['loss']:.3f}",
+        )
         for stage in stages
     ]
-    return "\n".join(lines)
+    return _table(("stage", "steps", "batch", "learning rate", "final loss"), rows)
 
 
 def _adapter_text(stages: list[dict[str, Any]]) -> str:
@@ -137,17 +142,16 @@ def _matryoshka_text(name: str, matryoshka_dims: list[int], dimension: int | Non
         return ""
     return (
         f"The first {' or '.join(dims)} values of an embedding, normalised again, are an embedding too: load the model "
-        f'with `SentenceTransformer("{name}", truncate_dim={dims[0]})` and give `normalize_embeddings=True` where you '
-        "encode."
+        f'with `SentenceTransformer("{name}", truncate_dim={dims[0]})` and encode with `normalize_embeddings=True`.'
     )
 
 
 def _result_table(results: dict[str, dict[str, float]]) -> str:
     if not results:
         return "Nothing was measured when this model was exported."
-    lines = [f"| evaluation | {' | '.join(_METRICS)} |", f"|---|{'---|' * len(_METRICS)}"]
-    lines += [
-        f"| {name} | {' | '.join(f'{metrics[metric]:.3f}' for metric in _METRICS)} |"
-        for name, metrics in results.items()
-    ]
-    return "\n".join(lines)
+    rows = [(name, *(f"{metrics[metric]:.3f}" for metric in _METRICS)) for name, metrics in results.items()]
+    return _table(("evaluation", *_METRICS), rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in (head, ["---"] * len(head), *rows))

@@ -18,7 +18,6 @@ def build_sentence_transformer(
     checkpoint: Path,
     *,
     prompts: dict[str, str],
-    attn_implementation: str = "sdpa",
     bidirectional: bool = True,
     device: str | None = None,
 ) -> SentenceTransformer:
@@ -26,11 +25,11 @@ def build_sentence_transformer(
 
     :param prompts: The prompts for ``query`` and ``document``, stored with the model.
     :param bidirectional: False for a checkpoint that was trained causal, as a baseline.
-    :param device: The torch device; None takes the fastest there is.
+    :param device: The torch device; None takes the fastest.
     :raises CocoaError: If it cannot be loaded, or is causal although it should be bidirectional.
     """
     try:
-        transformer = Transformer(str(checkpoint), model_kwargs={"attn_implementation": attn_implementation})
+        transformer = Transformer(str(checkpoint), model_kwargs={"attn_implementation": "sdpa"})
     except (OSError, SafetensorError) as error:
         raise CocoaError(f"{checkpoint} cannot be loaded ({one_line(error)}): the checkpoint is incomplete.") from error
     if bidirectional:
@@ -49,9 +48,9 @@ def embedding_model(
 
 
 def refuse_checkpoint(out: Path) -> None:
-    """Refuse an output folder inside a training run: a checkpoint looks much like an earlier export.
+    """Check that an output folder is not inside a training run: a checkpoint looks like an earlier export.
 
-    :raises CocoaError: If it is one.
+    :raises CocoaError: If it is.
     """
     if any((parent / RUN_MARKER).is_file() for parent in out.resolve().parents):
         raise CocoaError(f"{out} is in the folder of a training run; give a folder outside of it.")

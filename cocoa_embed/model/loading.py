@@ -24,7 +24,7 @@ def load_model(model: str | Path, device: str | None = None) -> SentenceTransfor
     A checkpoint keeps the prompts of its recipe, and stays causal if it was trained causal.
 
     :param model: A folder; if there is none of that name, a name on the hub.
-    :param device: The torch device; None takes the fastest there is.
+    :param device: The torch device; None takes the fastest.
     :raises CocoaError: If the folder is missing, holds no model, has no weights, or cannot be loaded.
     """
     check_model(model)
@@ -48,40 +48,32 @@ def load_model(model: str | Path, device: str | None = None) -> SentenceTransfor
 
 
 def check_model(model: str | Path) -> None:
-    """Refuse what cannot be a model, without loading it.
+    """Check that a model can be loaded, without loading it.
 
-    :raises CocoaError: If it is neither a folder that holds a model nor a possible name on the hub.
+    :raises CocoaError: If it is neither a folder that holds a model with weights nor a possible name on the hub.
     """
     folder = Path(model).expanduser()
     if unfinished := explain_unfinished(folder):
         raise CocoaError(unfinished)
-    if folder.exists():
-        check_model_folder(folder)
-    elif not is_hub_name(str(model)):
-        raise CocoaError(
-            f"{printable(model)}: there is no such model folder; name a folder that cocoa-embed export wrote,"
-            " or a model on the Hugging Face hub as owner/name"
-        )
-
-
-def check_model_folder(folder: Path) -> None:
-    """Refuse a folder that is neither a SentenceTransformer nor a checkpoint, or that has no weights.
-
-    :raises CocoaError: If it is one.
-    """
-    name = printable(folder)
-    if not folder.is_dir():
+    name = printable(model)
+    if not folder.exists():
+        if not is_hub_name(str(model)):
+            raise CocoaError(
+                f"{name}: there is no such model folder; name a folder that cocoa-embed export wrote, or a model on the"
+                " Hugging Face hub as owner/name"
+            )
+    elif not folder.is_dir():
         raise CocoaError(f"{name} is a file; a model is a folder, as cocoa-embed export writes it")
-    if not (folder / MODULES_FILE).is_file():
-        if (folder / TRAINING_FILE).is_file():
-            read_training(folder)
-            return
+    elif (folder / MODULES_FILE).is_file():
+        if not any(any(folder.rglob(pattern)) for pattern in WEIGHT_FILES):
+            raise CocoaError(
+                f"{name} has no weights (no *.safetensors in it); copy them there or run cocoa-embed export again"
+            )
+    elif (folder / TRAINING_FILE).is_file():
+        read_training(folder)
+    else:
         raise CocoaError(
             f"{name} is no SentenceTransformer (it has no {MODULES_FILE}); name a folder that cocoa-embed export wrote"
-        )
-    if not any(True for pattern in WEIGHT_FILES for _ in folder.rglob(pattern)):
-        raise CocoaError(
-            f"{name} has no weights (no *.safetensors in it); copy them there or run cocoa-embed export again"
         )
 
 

@@ -8,23 +8,22 @@ from cocoa_embed.errors import CocoaError, UsageError, one_line, printable
 from cocoa_embed.folders import write_atomically
 
 TRAINING_FILE = "cocoa_training.json"
-"""In every checkpoint and export: the recipe and the stages behind the weights. Written last: all else is there."""
+"""In every checkpoint and export: the recipe and the stages of the weights. It is written after all other files."""
 
 RUN_FILE = "run.json"
-"""In the folder of a run: its recipe, data, machine, logs and samples; updated as its stages go on."""
+"""In the folder of a run: its recipe, data, machine, logs and samples; updated while its stages run."""
 
 RUN_VERSION = 1
 
 
-def read_training(checkpoint: Path, *, needs_weights: bool = True) -> dict[str, Any]:
+def read_training(checkpoint: Path) -> dict[str, Any]:
     """Read the training record of a checkpoint or an exported model.
 
-    :param needs_weights: Require the weights too.
-    :raises CocoaError: If the folder is no checkpoint, or its stage is not finished.
+    :raises CocoaError: If the folder is not a checkpoint, or its stage is not finished.
     """
     path = checkpoint / TRAINING_FILE
     remedy = "Give the folder of a stage that `cocoa-embed train` has written."
-    if not path.is_file() or (needs_weights and not list(checkpoint.glob("*.safetensors"))):
+    if not path.is_file() or not any(checkpoint.glob("*.safetensors")):
         raise CocoaError(
             explain_unfinished(checkpoint)
             or f"{printable(checkpoint)} is no checkpoint: it needs {TRAINING_FILE} and *.safetensors. {remedy}"
@@ -44,7 +43,7 @@ def write_training(checkpoint: Path, training: dict[str, Any]) -> None:
 def read_run(folder: Path) -> dict[str, Any]:
     """Read ``run.json`` of a run.
 
-    :raises UsageError: If the folder is no run; the error names the run that it is part of, or holds.
+    :raises UsageError: If the folder is not a run; the error names a run near it.
     :raises CocoaError: If the file is broken, or of another version.
     """
     path, name = folder / RUN_FILE, printable(folder)
@@ -89,7 +88,7 @@ def explain_unfinished(path: Path) -> str | None:
         return None
     return (
         f"{printable(path)} is not finished: stage {stage} of that run stopped at step {stages[stage]['step']} of "
-        f"{stages[stage]['steps']}; `cocoa-embed train RECIPE --out {printable(run)} --resume` goes on."
+        f"{stages[stage]['steps']}; `cocoa-embed train RECIPE --out {printable(run)} --resume` continues it."
     )
 
 

@@ -36,11 +36,11 @@ def test_an_input_is_a_text_an_image_or_both() -> None:
         make_input("")
 
 
-@pytest.mark.parametrize("text", ["\ud83e", "\udd93\ud83e", "caf\udce9"])
+@pytest.mark.parametrize("text", ["\ud83e", "caf\udce9"])
 def test_a_text_that_is_not_valid_unicode_is_wrong_usage(text: str) -> None:
     for image in (None, colour_image("red")):
         with pytest.raises(UsageError, match="not valid Unicode") as caught:
-            make_input(text, image)
+            Encoder(FakeModel()).embed_queries([make_input(text, image)])
         assert str(caught.value).isascii()
 
 
@@ -52,26 +52,10 @@ def test_a_text_that_is_not_valid_unicode_is_wrong_usage(text: str) -> None:
     ],
 )
 def test_a_query_that_the_model_refuses_is_one_sentence_that_names_the_model(item: ModelInput, reason: str) -> None:
-    model = FakeModel()
-    with pytest.raises(ValueError, match=reason):
-        model.encode_query([item], batch_size=1, show_progress_bar=False)
     with pytest.raises(CocoaError, match=reason) as caught:
-        Encoder(model, "cocoa-tiny").embed_queries([item])
+        Encoder(FakeModel(), "cocoa-tiny").embed_queries([item])
     assert not isinstance(caught.value, UsageError)
     assert str(caught.value) == f"cocoa-tiny does not take the query ({reason})"
-
-
-def test_a_refused_query_has_a_reason_of_one_line_and_the_next_is_embedded() -> None:
-    class Wordy(FakeModel):
-        def _embed(self, item: ModelInput) -> np.ndarray:
-            if item["text"] == "long":
-                raise ValueError("too long:\n  9 tokens,\n  at most 8")
-            return super()._embed(item)
-
-    encoder = Encoder(Wordy())
-    with pytest.raises(CocoaError, match=r"\(too long: 9 tokens, at most 8\)$"):
-        encoder.embed_queries([{"text": "long"}])
-    assert encoder.embed_queries([{"text": "red"}, {"text": "blue"}]).shape == (2, 48)
 
 
 @pytest.fixture(scope="module")
@@ -93,12 +77,12 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> SentenceTransformer:
 def scenes() -> list[Image.Image]:
     """Drawings of many sizes: their embeddings differ."""
     generator = random.Random(0)
-    drawings = [draw(sample_scene(generator, "train"), generator) for _ in range(30)]
-    return [drawing.resize((40 + 11 * (i % 7), 36 + 13 * (i % 5))) for i, drawing in enumerate(drawings)]
+    drawings = [draw(sample_scene(generator, "train"), generator) for _ in range(9)]
+    return [drawing.resize((40 + 11 * (i % 4), 36 + 13 * (i % 3))) for i, drawing in enumerate(drawings)]
 
 
 def documents(encoder: Encoder, images: list[Image.Image]) -> np.ndarray:
-    """Return what encode_document makes of each image by itself."""
+    """Return the embeddings of encode_document, one image at a time."""
     return np.concatenate([encoder.embed_documents([{"image": image}]) for image in images])
 
 
@@ -114,26 +98,20 @@ def distance(left: np.ndarray, right: np.ndarray) -> float:
 
 
 @every_family
-@pytest.mark.parametrize("settings", [{}, {"batch_size": 4}, {"batch_tokens": 24, "workers": 3}])
 def test_a_streamed_image_is_embedded_as_encode_document_embeds_it(
-    qwen: SentenceTransformer, scenes: list[Image.Image], settings: dict[str, int]
+    qwen: SentenceTransformer, scenes: list[Image.Image], tmp_path: Path
 ) -> None:
     encoder = Encoder(qwen)
     expected = documents(encoder, scenes)
     queries = encoder.embed_queries([{"image": image} for image in scenes])
     assert distance(expected[0], expected[1]) > 100 * TOLERANCE
-    assert distance(expected, queries) > 100 * TOLERANCE, "the document prompt is part of it"
-    assert distance(streamed(encoder, scenes, **settings), expected) < TOLERANCE
-
-
-def test_files_are_embedded_as_encode_embeds_their_paths(
-    qwen: SentenceTransformer, scenes: list[Image.Image], tmp_path: Path
-) -> None:
+    assert distance(expected, queries) > 100 * TOLERANCE, "the document prompt changes embeddings"
+    for settings in ({}, {"batch_size": 4}, {"batch_tokens": 24, "workers": 3}):
+        assert distance(streamed(encoder, scenes, **settings), expected) < TOLERANCE
     paths = [tmp_path / f"{number}.png" for number in range(len(scenes))]
     for scene, path in zip(scenes, paths, strict=True):
         scene.save(path)
-    expected = qwen.encode_document([str(path) for path in paths])
-    assert distance(streamed(Encoder(qwen), paths), expected) < TOLERANCE
+    assert distance(streamed(encoder, paths), qwen.encode_document([str(path) for path in paths])) < TOLERANCE
 
 
 def test_a_clip_model_streams_too(tiny_clip: SentenceTransformer, scenes: list[Image.Image]) -> None:
@@ -148,7 +126,7 @@ def test_a_clip_model_streams_too(tiny_clip: SentenceTransformer, scenes: list[I
 def test_an_image_that_does_not_fit_into_the_sequence_is_refused_by_itself(
     qwen: SentenceTransformer, scenes: list[Image.Image]
 ) -> None:
-    """Its end would be cut off, and with it tokens that stand for parts of the image."""
+    """Truncation would cut off visual tokens."""
     encoder, longest = Encoder(qwen), qwen.max_seq_length
     small, large = Image.new("RGB", (28, 28)), Image.new("RGB", (112, 112))
     qwen.max_seq_length = 16
@@ -161,20 +139,21 @@ def test_an_image_that_does_not_fit_into_the_sequence_is_refused_by_itself(
     assert np.allclose(outcomes[0].vector, outcomes[2].vector)
 
 
-@pytest.mark.parametrize("dimension", [8, 32])
-def test_a_dimension_cuts_and_normalises(qwen: SentenceTransformer, scenes: list[Image.Image], dimension: int) -> None:
-    whole, encoder = Encoder(qwen), Encoder(qwen, dimension=dimension)
-    assert (whole.dimension, encoder.dimension) == (32, dimension)
-    expected = documents(whole, scenes)[:, :dimension]
+def test_a_dimension_truncates_and_normalises(qwen: SentenceTransformer, scenes: list[Image.Image]) -> None:
+    scenes = scenes[:3]
+    whole, encoder = Encoder(qwen), Encoder(qwen, dimension=8)
+    assert (whole.dimension, encoder.dimension) == (32, 8)
+    expected = documents(whole, scenes)[:, :8]
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     assert distance(streamed(encoder, scenes), expected) < TOLERANCE
     assert distance(documents(encoder, scenes), expected) < TOLERANCE
     query = encoder.embed_queries([{"text": "red"}])
-    assert query.shape == (1, dimension)
+    assert query.shape == (1, 8)
     assert np.linalg.norm(query) == pytest.approx(1, abs=1e-6)
 
 
-def test_a_model_that_cuts_by_itself_is_left_to_it(qwen: SentenceTransformer, scenes: list[Image.Image]) -> None:
+def test_the_truncation_of_a_model_itself_is_kept(qwen: SentenceTransformer, scenes: list[Image.Image]) -> None:
+    scenes = scenes[:3]
     with qwen.truncate_embeddings(8):
         encoder = Encoder(qwen)
         assert encoder.dimension == 8
@@ -190,7 +169,7 @@ def test_a_model_that_cuts_by_itself_is_left_to_it(qwen: SentenceTransformer, sc
 @pytest.mark.parametrize("dimension", [0, -1, 49])
 def test_a_dimension_that_the_model_does_not_have_is_wrong_usage(dimension: int) -> None:
     with pytest.raises(
-        UsageError, match=f"cocoa-tiny makes embeddings of 48 dimensions, not of {dimension}; give 1 to 48"
+        UsageError, match=f"cocoa-tiny has embeddings of 48 dimensions, not of {dimension}; give 1 to 48"
     ):
         Encoder(FakeModel(), "cocoa-tiny", dimension)
 
@@ -203,14 +182,6 @@ def test_a_dimension_that_the_model_does_not_know_is_measured(modalities: tuple[
 
     assert Encoder(Unaware(modalities=modalities)).dimension == 48
     assert Encoder(Unaware(modalities=modalities), dimension=40).dimension == 40
-
-
-def test_a_vector_of_nothing_stays_finite_when_it_is_cut() -> None:
-    class Sparse(FakeModel):
-        def _embed(self, item: ModelInput) -> np.ndarray:
-            return np.eye(1, 48, 47, dtype=np.float32)[0]
-
-    assert not Encoder(Sparse(), dimension=8).embed_queries([{"text": "red"}]).any()
 
 
 def test_truncated_queries_change_no_streamed_image(
@@ -243,7 +214,7 @@ def test_truncated_queries_change_no_streamed_image(
     sys.setswitchinterval(1e-6)
     thread.start()
     try:
-        found = [streamed(encoder, scenes, batch_size=4, workers=3) for _ in range(5)]
+        found = [streamed(encoder, scenes, batch_size=4, workers=3) for _ in range(3)]
     finally:
         sys.setswitchinterval(interval)
         done.set()

@@ -50,7 +50,7 @@ def lock() -> ProcessorLock:
     return lock
 
 
-def test_documents_are_prepared_together_after_the_first(visit: Callable[..., Visit]) -> None:
+def test_documents_run_together_after_the_first(visit: Callable[..., Visit]) -> None:
     lock = ProcessorLock()
     first = visit(lock.for_documents())
     assert first.is_inside()
@@ -58,30 +58,31 @@ def test_documents_are_prepared_together_after_the_first(visit: Callable[..., Vi
     assert not second.is_inside(0.05)
     first.end()
     assert second.is_inside()
-    second.end()
     assert third.is_inside()
-    assert visit(lock.for_documents()).is_inside()
 
 
-def test_a_query_waits_for_documents_and_goes_before_the_next(lock: ProcessorLock, visit: Callable[..., Visit]) -> None:
+def test_a_query_runs_alone_after_the_documents_before_it(lock: ProcessorLock, visit: Callable[..., Visit]) -> None:
     document = visit(lock.for_documents())
     assert document.is_inside()
     query = visit(lock.alone())
     assert not query.is_inside(0.05)
     late = visit(lock.for_documents())
-    assert not late.is_inside(0.05)
+    assert not late.is_inside(0.05), "documents do not overtake a waiting query"
     document.end()
     assert query.is_inside()
     assert not late.is_inside(0.05)
     query.end()
     assert late.is_inside()
+    assert not visit(lock.for_documents()).is_inside(0.05), "the first documents after a query run alone"
 
 
-def test_after_a_query_the_first_documents_are_alone(lock: ProcessorLock, visit: Callable[..., Visit]) -> None:
-    with lock.alone():
-        pass
-    assert visit(lock.for_documents()).is_inside()
-    assert not visit(lock.for_documents()).is_inside(0.05)
+def test_queries_run_one_at_a_time(lock: ProcessorLock, visit: Callable[..., Visit]) -> None:
+    first = visit(lock.alone())
+    assert first.is_inside()
+    second = visit(lock.alone())
+    assert not second.is_inside(0.05)
+    first.end()
+    assert second.is_inside()
 
 
 def test_documents_that_are_refused_leave_the_processor_unset(visit: Callable[..., Visit]) -> None:
@@ -90,12 +91,3 @@ def test_documents_that_are_refused_leave_the_processor_unset(visit: Callable[..
         raise KeyError
     assert visit(lock.for_documents()).is_inside()
     assert not visit(lock.for_documents()).is_inside(0.05)
-
-
-def test_a_query_is_alone_among_queries(lock: ProcessorLock, visit: Callable[..., Visit]) -> None:
-    first = visit(lock.alone())
-    assert first.is_inside()
-    second = visit(lock.alone())
-    assert not second.is_inside(0.05)
-    first.end()
-    assert second.is_inside()

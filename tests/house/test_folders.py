@@ -17,32 +17,21 @@ def earlier_run(folder: Path) -> Path:
     return folder
 
 
-def assert_claimed(folder: Path) -> None:
-    assert contents(folder) == {MARKER: b""}, "it is empty but for the marker of the run that has begun"
+@pytest.mark.parametrize("kind", ["missing", "empty", "earlier run", "unfinished run", "link to an earlier run"])
+def test_a_claimed_folder_is_empty_but_for_its_marker(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "some" / "where"
+    if kind == "empty":
+        folder.mkdir(parents=True)
+    elif kind == "earlier run":
+        earlier_run(folder)
+    elif kind == "unfinished run":
+        claim_folder(folder, marker=MARKER)
+        (folder / "half.txt").write_text("half")
+    elif kind == "link to an earlier run":  # to a larger disk
+        folder.parent.mkdir()
+        folder.symlink_to(earlier_run(tmp_path / "run"), target_is_directory=True)
+    claim_folder(folder, marker=MARKER)
     assert [path.name for path in folder.iterdir()] == [MARKER]
-
-
-def test_a_folder_is_made_with_its_parents(tmp_path: Path) -> None:
-    claim_folder(tmp_path / "some" / "where", marker=MARKER)
-    assert_claimed(tmp_path / "some" / "where")
-
-
-def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
-    assert not any(tmp_path.iterdir())
-    claim_folder(tmp_path, marker=MARKER)
-    assert_claimed(tmp_path)
-
-
-def test_what_an_earlier_run_left_is_removed(tmp_path: Path) -> None:
-    claim_folder(earlier_run(tmp_path / "run"), marker=MARKER)
-    assert_claimed(tmp_path / "run")
-
-
-def test_a_run_that_was_cut_short_can_be_run_again(tmp_path: Path) -> None:
-    claim_folder(tmp_path / "run", marker=MARKER)
-    (tmp_path / "run" / "half.txt").write_text("half")
-    claim_folder(tmp_path / "run", marker=MARKER)
-    assert_claimed(tmp_path / "run")
 
 
 @pytest.mark.parametrize("other", ["thesis.txt", ".hidden", "stage/marker.json"])
@@ -55,40 +44,22 @@ def test_a_folder_that_holds_something_else_is_refused_and_left_as_it_is(tmp_pat
     assert contents(tmp_path) == before == {other: b"mine"}
 
 
-def test_a_file_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
-    (tmp_path / "out").write_text("mine")
-    with pytest.raises(CocoaError, match=r"out is a file; give the name of a folder"):
-        claim_folder(tmp_path / "out", marker=MARKER)
-    assert (tmp_path / "out").read_text() == "mine"
-
-
-def test_a_folder_below_a_file_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("out", "reason"), [("notes", "notes is a file; give the name"), ("notes/out", "notes")])
+def test_a_file_and_a_folder_below_it_are_refused(tmp_path: Path, out: str, reason: str) -> None:
     (tmp_path / "notes").write_text("mine")
-    with pytest.raises(CocoaError, match="notes"):
-        claim_folder(tmp_path / "notes" / "out", marker=MARKER)
+    with pytest.raises(CocoaError, match=reason):
+        claim_folder(tmp_path / out, marker=MARKER)
     assert (tmp_path / "notes").read_text() == "mine"
 
 
-def test_a_link_to_an_earlier_run_is_claimed_or_refused_in_a_sentence(tmp_path: Path) -> None:
-    """People link their output to a larger disk."""
-    run = earlier_run(tmp_path / "run")
-    (tmp_path / "link").symlink_to(run, target_is_directory=True)
-    try:
-        claim_folder(tmp_path / "link", marker=MARKER)
-    except CocoaError:
-        assert (run / "stage" / "weights").exists()
-    else:
-        assert_claimed(tmp_path / "link")
-
-
-def test_what_could_not_be_put_in_place_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_no_scratch_file(tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     with pytest.raises(OSError, match="taken"):
         write_atomically(tmp_path / "taken", "text")
     assert [entry.name for entry in tmp_path.iterdir()] == ["taken"]
 
 
-def test_each_process_has_a_scratch_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_process_writes_its_own_scratch_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Kill(BaseException):
         pass
 

@@ -9,7 +9,7 @@ from urllib.parse import quote
 import numpy as np
 import pytest
 from PIL import Image
-from raw_images import encoded, exif, png_chunk, png_file, stored
+from raw_images import encoded, exif, stored
 
 from cocoa_embed.errors import ImageError
 from cocoa_embed.images import load as images
@@ -39,13 +39,6 @@ def same(image: Image.Image, other: Image.Image) -> bool:
     return image.mode == other.mode and image.size == other.size and image.tobytes() == other.tobytes()
 
 
-@pytest.mark.parametrize("image_format", ["JPEG", "WEBP", "AVIF", "GIF"])
-def test_lossy_containers_give_nearly_the_same_pixels(image_format: str) -> None:
-    loaded = load_image(encoded(corners(), image_format, quality=95))
-    assert loaded.mode == "RGB"
-    assert np.abs(np.asarray(loaded, dtype=float) - np.asarray(corners(), dtype=float)).mean() < CLOSE
-
-
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "TIFF", "WEBP", "AVIF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_the_exif_orientation_turns_the_picture_upright(image_format: str, orientation: int) -> None:
@@ -65,16 +58,6 @@ def test_a_pil_image_is_turned_too_and_left_as_it_was() -> None:
     loaded = load_image(plain)
     loaded.paste(BLUE, (0, 0, 32, 16))
     assert same(plain, corners())
-
-
-def test_transparency_is_laid_over_white() -> None:
-    rgba = corners().convert("RGBA")
-    rgba.putalpha(0)
-    assert load_image(encoded(rgba, "PNG")).getcolors() == [(512, WHITE)]
-    rgba.putalpha(128)
-    assert load_image(rgba).getpixel((0, 0)) == (255, 127, 127)
-    assert load_image(Image.new("LA", (2, 2), (0, 0))).getpixel((0, 0)) == WHITE
-    assert load_image(Image.new("La", (2, 2), (0, 0))).getpixel((0, 0)) == WHITE
 
 
 def test_a_path_bytes_and_a_stream_give_the_same(tmp_path: Path) -> None:
@@ -97,14 +80,6 @@ def test_a_pil_image_that_cannot_be_used_is_an_image_error() -> None:
             load_image(image)
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_the_largest_image_is_decoded_and_a_larger_one_is_not() -> None:
-    assert 9_900 * 9_000 < images.MAX_IMAGE_PIXELS < 10_000 * 9_000
-    for width, reason in ((9_900, "is truncated"), (10_000, "is too large")):
-        with pytest.raises(ImageError, match=reason):
-            load_image(png_file(width, 9_000, 1, 0, png_chunk(b"IDAT", b"")))
-
-
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
@@ -114,7 +89,7 @@ def test_the_largest_image_is_decoded_and_a_larger_one_is_not() -> None:
         ("nul\0.png", "cannot be read"),
     ],
 )
-def test_what_is_not_a_file_is_refused(tmp_path: Path, name: str, reason: str) -> None:
+def test_a_path_that_is_no_file_is_refused(tmp_path: Path, name: str, reason: str) -> None:
     (tmp_path / "x.png").mkdir()
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(ImageError, match=reason):
@@ -122,26 +97,16 @@ def test_what_is_not_a_file_is_refused(tmp_path: Path, name: str, reason: str) -
     assert len(os.listdir("/proc/self/fd")) == before, "nothing stays open"
 
 
-def test_a_truncated_jpeg_is_named_with_its_reason(tmp_path: Path) -> None:
-    data = encoded(noise((64, 64)), "JPEG")
-    (tmp_path / "photo.jpg").write_bytes(data[: len(data) // 2])
-    with pytest.raises(ImageError, match=r"photo\.jpg: is truncated") as caught:
-        load_image(tmp_path / "photo.jpg")
-    assert caught.value.source == str(tmp_path / "photo.jpg")
-    assert caught.value.reason.startswith("is truncated")
-
-
-@pytest.mark.parametrize("mime", ["image/png", "IMAGE/PNG;charset=x", "", "text/html"])
-def test_a_data_uri_holds_an_image_in_base64_or_percent_encoded(mime: str) -> None:
+def test_a_data_uri_holds_an_image_in_base64_or_percent_encoded() -> None:
     data = encoded(corners(), "PNG")
     text = base64.b64encode(data).decode()
     uris = [
-        f"data:{mime};base64,{text}",
-        f"DATA:{mime};BASE64,{text}",
-        f"data:{mime};base64,{text.rstrip('=')}",
-        f"data:{mime};base64,{quote(text, safe='')}",
-        f"data:{mime};base64," + "\n".join(text[at : at + 76] for at in range(0, len(text), 76)),
-        f"data:{mime},{quote(data)}",
+        f"data:image/png;base64,{text}",
+        f"DATA:;BASE64,{text}",
+        f"data:image/png;base64,{text.rstrip('=')}",
+        f"data:image/png;base64,{quote(text, safe='')}",
+        "data:image/png;base64," + "\n".join(text[at : at + 76] for at in range(0, len(text), 76)),
+        f"data:image/png,{quote(data)}",
     ]
     assert all(same(load_image(uri), corners()) for uri in uris)
 
@@ -150,17 +115,13 @@ def test_a_data_uri_holds_an_image_in_base64_or_percent_encoded(mime: str) -> No
     ("uri", "reason"),
     [
         ("data:", "has no comma"),
-        ("data:image/png;base64", "has no comma"),
-        ("data:,", "is empty"),
         ("data:image/png;base64,", "is empty"),
         ("data:image/png;base64,SECRET*SECRET", "is not valid base64"),
         ("data:image/png;base64,SECRE", "is not valid base64"),
-        ("data:image/png;base64,SECRET\udcff", "is not valid base64"),
-        ("data:image/png,SECRET", "is not an image"),
         ("data:image/png;base64,U0VDUkVU", "is not an image"),
     ],
 )
-def test_a_bad_data_uri_is_named_without_what_it_holds(uri: str, reason: str) -> None:
+def test_an_error_of_a_data_uri_does_not_show_its_content(uri: str, reason: str) -> None:
     with pytest.raises(ImageError, match=f"^data: URI of {len(uri)} characters: {reason}") as caught:
         load_image(uri)
     assert "SECRE" not in str(caught.value)
@@ -174,30 +135,14 @@ def test_a_data_uri_of_too_many_bytes_is_refused_before_it_is_decoded(monkeypatc
             load_image(uri)
 
 
-def test_a_file_may_be_named_as_an_address_is(tmp_path: Path) -> None:
-    for name in ("data:,x.png", "http:.png"):
-        (tmp_path / name).write_bytes(encoded(corners(), "PNG"))
-        assert same(load_image(tmp_path / name), corners())
-
-
-@pytest.mark.parametrize("address", ["http://example.com/a.jpg", "HTTPS://me:secret@example.com/a.jpg?key=secret"])
-def test_a_web_address_without_a_fetcher_is_refused_with_the_remedy(address: str) -> None:
-    with pytest.raises(
-        ImageError, match=r"is a web address; load_image needs a cocoa_embed\.images\.http\.Fetcher"
-    ) as caught:
-        load_image(address)
-    assert "secret" not in str(caught.value)
-    assert "example.com/a.jpg" in str(caught.value)
-
-
-def test_a_file_comes_with_its_time_and_size(tmp_path: Path) -> None:
+def test_a_file_is_read_with_its_mtime_and_size(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"12345")
     os.utime(tmp_path / "a.png", ns=(1, 1_700_000_000_123_456_789))
     assert read_stable_file(tmp_path / "a.png") == (b"12345", pytest.approx(1_700_000_000.123456789), 5)
 
 
 def change_while_read(monkeypatch: pytest.MonkeyPatch, change: Callable[[int], None]) -> None:
-    """Call ``change`` with the number of the attempt between looking at a file and looking at it again."""
+    """Call ``change`` with the number of the attempt while a file is read."""
     fstat, calls = os.fstat, []
 
     def fstat_and_change(descriptor: int) -> os.stat_result:
@@ -211,7 +156,7 @@ def change_while_read(monkeypatch: pytest.MonkeyPatch, change: Callable[[int], N
 
 
 @pytest.mark.parametrize("content", [b"longer" * 9, b"s", b"same!"])
-def test_a_file_that_changes_while_it_is_read_is_read_again_and_then_given_up(
+def test_a_file_that_changes_while_it_is_read_is_read_again_and_then_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
 ) -> None:
     file = tmp_path / "a.png"
@@ -230,7 +175,7 @@ def test_a_file_that_changes_while_it_is_read_is_read_again_and_then_given_up(
         read_stable_file(file)
 
 
-def test_a_file_that_vanishes_or_becomes_a_pipe_after_it_was_looked_at_does_not_hang(
+def test_a_file_that_vanishes_or_becomes_a_pipe_before_it_is_opened_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     regular, stat = os.stat(__file__), os.stat
@@ -250,7 +195,6 @@ def test_a_file_that_vanishes_or_becomes_a_pipe_after_it_was_looked_at_does_not_
     assert results == ["is not a regular file", "does not exist"]
 
 
-def test_a_device_is_not_opened(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "read_once", None)
-    with pytest.raises(ImageError, match="is not a regular file"):
-        read_stable_file("/dev/zero")
+def test_a_web_address_is_refused_without_a_fetcher_and_shown_without_secrets() -> None:
+    with pytest.raises(ImageError, match=r"^https://example\.com/a\.jpg\?\.\.\.: is a web address; .*Fetcher"):
+        load_image("https://me:secret@example.com/a.jpg?key=secret")

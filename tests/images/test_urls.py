@@ -47,7 +47,7 @@ def test_a_redirect_from_https_to_http_is_refused() -> None:
         ("[2606:2800::1]", ["http://[2606:2800:0:0::1]/"], ["http://[2606:2800::2]/"]),
     ],
 )
-def test_a_rule_allows_what_it_names_and_nothing_else(rule: str, allowed: list[str], refused: list[str]) -> None:
+def test_a_rule_allows_its_hosts_and_no_others(rule: str, allowed: list[str], refused: list[str]) -> None:
     def is_allowed(address: str) -> bool:
         try:
             return read_rule(rule).allows(read_address(address))
@@ -58,7 +58,7 @@ def test_a_rule_allows_what_it_names_and_nothing_else(rule: str, allowed: list[s
     assert not any(map(is_allowed, refused))
 
 
-def test_an_address_is_shown_without_what_may_be_secret() -> None:
+def test_an_address_is_shown_without_its_secrets() -> None:
     assert shown_address("https://me:p@ss@a.org/x.png?key=1#2") == "https://a.org/x.png?..."
     assert shown_address("http://a.org/\n") == ascii("http://a.org/\n")
     assert len(shown_address("http://a.org/" + "x" * 5000)) < 220

@@ -11,7 +11,7 @@ from sentence_transformers import SentenceTransformer
 
 from cocoa_embed.data.rows import Row
 from cocoa_embed.errors import CocoaError, UsageError
-from cocoa_embed.model.attention import assert_bidirectional, before_or_itself, is_causal
+from cocoa_embed.model.attention import assert_bidirectional, before_or_itself
 from cocoa_embed.model.backbone import Backbone, load_backbone
 from cocoa_embed.model.export import export_model
 from cocoa_embed.train.data.rows import numbered
@@ -33,7 +33,7 @@ def causal(tiny_backbone_path: Path) -> Backbone:
 
 
 @given(st.integers(1, 9), st.integers(0, 2**32 - 1))
-def test_what_is_ahead_is_taken_from_a_mask_and_nothing_else(length: int, seed: int) -> None:
+def test_a_causal_mask_loses_exactly_the_later_positions(length: int, seed: int) -> None:
     allowed = torch.rand(2, length, length, generator=torch.Generator().manual_seed(seed)) < 0.5
     kept = before_or_itself(allowed)
     for row in range(length):
@@ -41,15 +41,8 @@ def test_what_is_ahead_is_taken_from_a_mask_and_nothing_else(length: int, seed: 
         assert not kept[:, row, row + 1 :].any()
 
 
-def test_a_causal_backbone_is_one(causal: Backbone, tiny_backbone: Backbone) -> None:
-    assert is_causal(causal.model)
-    assert not is_causal(tiny_backbone.model)
-    with pytest.raises(CocoaError, match="is causal"):
-        assert_bidirectional(causal.model)
-
-
-def changed_at_the_end(batch: Batch) -> Batch:
-    """Exchange the last token of every row."""
+def with_other_last_tokens(batch: Batch) -> Batch:
+    """Replace the last token of every row."""
     ids, last = batch["input_ids"].clone(), batch["attention_mask"].sum(dim=1) - 1
     rows = torch.arange(len(ids))
     ids[rows, last] = torch.where(ids[rows, last] == 100, 101, 100)
@@ -58,7 +51,7 @@ def changed_at_the_end(batch: Batch) -> Batch:
 
 @torch.no_grad()
 @pytest.mark.parametrize("stage", ["warmup", "bridge"])
-def test_the_last_token_reaches_an_earlier_one_where_attention_is_bidirectional_and_else_not(
+def test_the_last_token_changes_earlier_states_only_if_attention_is_bidirectional(
     causal: Backbone, tiny_backbone: Backbone, scene_rows: list[Row], stage: str
 ) -> None:
     for backbone, reaches in ((tiny_backbone, True), (causal, False)):
@@ -66,15 +59,15 @@ def test_the_last_token_reaches_an_earlier_one_where_attention_is_bidirectional_
         if stage == "bridge":
             batch = BridgeCollator(backbone.processor, seed=0)(numbered(scene_rows[:4]))
             shown = BridgeModel(model)
-            first, second = (shown.predict(each) for each in (batch, changed_at_the_end(batch)))
+            first, second = (shown.predict(each) for each in (batch, with_other_last_tokens(batch)))
             last = batch["attention_mask"].sum(dim=1)[batch["masked_tokens"].nonzero()[:, 0]] - 1
-            # A hidden token is predicted from the position before it.
+            # A masked token is predicted from the position before it.
             earlier = batch["masked_tokens"].nonzero()[:, 1] - 1 < last
         else:
             batch = WarmupCollator(backbone.processor, backbone.geometry, seed=0)(numbered(scene_rows[:4]))
             mask, positions = full_model_mask(model, batch["attention_mask"]), position_ids(model, batch)
             first, second = (
-                last_hidden_states(model, each, mask, positions) for each in (batch, changed_at_the_end(batch))
+                last_hidden_states(model, each, mask, positions) for each in (batch, with_other_last_tokens(batch))
             )
             steps = torch.arange(first.shape[1])
             earlier = steps[None, :] < batch["attention_mask"].sum(dim=1)[:, None] - 1

@@ -37,9 +37,9 @@ LoadTiny = Callable[[str], Backbone]
 
 @pytest.fixture
 def flex_calls(monkeypatch: pytest.MonkeyPatch) -> list[BlockMask]:
-    """Run FlexAttention's own uncompiled form, which has gradients on the CPU too; return the masks that it was given.
+    """Run FlexAttention uncompiled, which has gradients on the CPU too; return the masks of its calls.
 
-    Compiled, it has no backward pass without a GPU, and says so before it looks whether it is compiled.
+    Compiled, it has no backward pass without a GPU, and raises an error before it checks whether it is compiled.
     """
     calls: list[BlockMask] = []
 
@@ -104,11 +104,6 @@ def test_full_attention_in_tiles_is_the_dense_mask() -> None:
     assert mask.to_dense()[1, 0].tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 1]]
 
 
-def test_blocks_of_another_shape_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"blocks must be \[B, L\], got \(3,\)"):
-        bridge_block_mask(torch.tensor([1, 2, 3]))
-
-
 @pytest.mark.parametrize("eos_attends_to_b", [True, False])
 @every_family
 def test_flex_and_sdpa_agree_in_logits_and_gradients(
@@ -134,7 +129,6 @@ def test_flex_and_sdpa_agree_in_logits_and_gradients(
         torch.testing.assert_close(flex_gradients[name], gradient, atol=1e-4, rtol=1e-3, msg=name)
 
 
-@every_family
 def test_the_warmup_stage_runs_under_flex_with_its_pixel_decoder(
     load_tiny: LoadTiny, scene_rows: list[Row], flex_calls: list[BlockMask]
 ) -> None:
@@ -161,8 +155,7 @@ def test_flex_runs_under_autocast(load_tiny: LoadTiny, scene_rows: list[Row], fl
     torch.testing.assert_close(*losses, atol=0.05, rtol=0)
 
 
-@every_family
-def test_any_other_mask_still_goes_through_sdpa(load_tiny: LoadTiny, flex_calls: list[BlockMask]) -> None:
+def test_any_other_mask_uses_sdpa(load_tiny: LoadTiny, flex_calls: list[BlockMask]) -> None:
     backbone = load_tiny(FLEX)
     assert_bidirectional(backbone.model)
     assert not flex_calls
@@ -171,7 +164,6 @@ def test_any_other_mask_still_goes_through_sdpa(load_tiny: LoadTiny, flex_calls:
         assert_bidirectional(backbone.model)
 
 
-@every_family
 def test_only_the_language_model_is_switched_and_a_saved_model_is_not(load_tiny: LoadTiny, tmp_path: Path) -> None:
     model = load_tiny("sdpa").model
     blocks = torch.tensor([[Block.A, Block.EOS, Block.B]])
@@ -187,43 +179,26 @@ def test_only_the_language_model_is_switched_and_a_saved_model_is_not(load_tiny:
 
 
 @pytest.mark.parametrize(
-    ("asked", "sparse", "device_type", "resolved"),
+    ("setting", "sparse", "device_type", "resolved"),
     [
         ("auto", True, "cuda", FLEX),
         ("auto", True, "cpu", "sdpa"),
-        ("auto", True, "mps", "sdpa"),
         ("auto", False, "cuda", "sdpa"),
         ("eager", True, "cuda", "eager"),
         (FLEX, False, "cuda", FLEX),
     ],
 )
-def test_the_implementation_to_train_with(asked: str, sparse: bool, device_type: str, resolved: str) -> None:
-    assert resolve_attention(asked, sparse=sparse, device_type=device_type) == resolved
+def test_the_implementation_to_train_with(setting: str, sparse: bool, device_type: str, resolved: str) -> None:
+    assert resolve_attention(setting, sparse=sparse, device_type=device_type) == resolved
 
 
-def test_auto_is_sdpa_where_flex_would_be_compiled_for_every_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.6.0"))
-    assert resolve_attention("auto", sparse=True, device_type="cuda") == "sdpa"
-
-
-def test_what_cannot_be_resolved_is_refused() -> None:
+def test_flex_attention_needs_torch_2_7_and_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="cannot be trained on 'cpu'"):
         resolve_attention(FLEX, sparse=True, device_type="cpu")
     with pytest.raises(UsageError, match="no attention implementation 'flash'"):
         resolve_attention("flash", sparse=True, device_type="cuda")
-
-
-@pytest.mark.slow
-@torch.no_grad()
-def test_the_compiled_kernel_agrees_on_the_cpu(load_tiny: LoadTiny, scene_rows: list[Row]) -> None:
-    logits = []
-    for implementation in ("sdpa", FLEX):
-        backbone = load_tiny(implementation)
-        backbone.model.eval()
-        model = BridgeModel(backbone.model)
-        batch = BridgeCollator(backbone.processor, seed=0)(numbered(scene_rows[:3]))
-        logits.append(model.predict(batch))
-    torch.testing.assert_close(*logits, atol=1e-4, rtol=0)
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.6.0"))
+    assert resolve_attention("auto", sparse=True, device_type="cuda") == "sdpa"
 
 
 @pytest.mark.gpu

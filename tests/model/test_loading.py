@@ -16,7 +16,7 @@ from conftest import TINY_MAX_LENGTH
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
@@ -43,7 +43,7 @@ def test_an_export_and_a_checkpoint_of_any_stage_load_with_prompts_and_attention
     assert (vectors[0] == vectors[1]).all()
 
 
-def test_a_folder_that_is_no_model_is_refused_in_a_sentence() -> None:
+def test_a_folder_that_is_no_model_is_refused_with_a_reason() -> None:
     Path("good/0").mkdir(parents=True)
     Path("good/modules.json").write_text("[]")
     with pytest.raises(CocoaError, match="good has no weights"):

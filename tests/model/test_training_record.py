@@ -1,6 +1,5 @@
-"""What is said of a folder that is no run, no checkpoint, or a stage that is not finished."""
+"""Errors for a folder that is no run, no checkpoint, or a stage that is not finished."""
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -44,7 +43,7 @@ READERS: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("part", ["warmup", "checkpoints/warmup", "checkpoints/warmup/checkpoint-13"])
 @pytest.mark.parametrize("reader", READERS)
-def test_a_stage_that_is_not_finished_says_where_it_stopped_and_how_to_go_on(
+def test_an_unfinished_stage_is_refused_with_its_step_and_the_command_that_continues(
     stopped: Path, part: str, reader: str
 ) -> None:
     words = f"stage warmup of that run stopped at step 13 of 60; `cocoa-embed train RECIPE --out {stopped} --resume`"
@@ -52,7 +51,7 @@ def test_a_stage_that_is_not_finished_says_where_it_stopped_and_how_to_go_on(
         READERS[reader](stopped / part)
 
 
-def test_weights_kept_on_the_way_and_finished_stages_are_no_unfinished_stage(stopped: Path) -> None:
+def test_snapshots_and_finished_stages_are_not_unfinished(stopped: Path) -> None:
     kept = stopped / "warmup" / "step-5"
     kept.mkdir(parents=True)
     (kept / TRAINING_FILE).write_text("{}")
@@ -64,7 +63,7 @@ def test_weights_kept_on_the_way_and_finished_stages_are_no_unfinished_stage(sto
     assert explain_unfinished(stopped) is explain_unfinished(stopped.parent) is None
 
 
-def test_a_folder_that_is_no_run_is_refused_with_the_run_that_is_near(stopped: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_no_run_is_refused_with_the_run_near_it(stopped: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
     part = stopped / "checkpoints" / "warmup"
@@ -96,10 +95,13 @@ def test_a_broken_record_is_named(stopped: Path, text: str, words: str) -> None:
         read_run(stopped)
 
 
-@pytest.mark.parametrize(("text", "words"), [("{", "cannot be read"), (json.dumps({"stages": []}), "lacks one of")])
+@pytest.mark.parametrize(
+    ("text", "words"), [("{", "cannot be read"), ("[]", "is no JSON object"), ('{"stages": []}', "lacks one of")]
+)
 def test_a_broken_training_record_is_named(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / TRAINING_FILE).write_text(text)
-    with pytest.raises(CocoaError, match=words):
-        read_training(tmp_path, needs_weights=False)
     with pytest.raises(CocoaError, match=r"needs cocoa_training\.json and \*\.safetensors"):
+        read_training(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(CocoaError, match=words):
         read_training(tmp_path)

@@ -10,8 +10,6 @@ import pillow_heif
 from PIL import Image
 
 TIFF_TYPES = {1: "B", 2: "B", 3: "H", 4: "I"}
-ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
-"""The passes of an interlaced PNG: first column and row, and the steps to the next."""
 
 TRANSPOSE = Image.Transpose
 AS_STORED = {
@@ -23,7 +21,7 @@ AS_STORED = {
     7: TRANSPOSE.TRANSVERSE,
     8: TRANSPOSE.ROTATE_270,
 }
-"""The way from an upright picture to what a camera stores, from the definition of each EXIF orientation."""
+"""How an upright picture becomes a stored one, from the definition of each EXIF orientation."""
 
 
 def encoded(image: Image.Image, image_format: str, **options: object) -> bytes:
@@ -33,7 +31,7 @@ def encoded(image: Image.Image, image_format: str, **options: object) -> bytes:
 
 
 def stored(image: Image.Image, orientation: int) -> Image.Image:
-    """Return an upright picture as a camera stores it that was held so."""
+    """Return an upright picture as a camera of this orientation stores it."""
     return image.transpose(AS_STORED[orientation]) if orientation in AS_STORED else image
 
 
@@ -44,9 +42,9 @@ def exif(orientation: int) -> Image.Exif:
 
 
 def heic(image: Image.Image, orientation: int = 1, **options: object) -> bytes:
-    """Return a HEIC file, losslessly encoded, that stands upright when it is turned as its orientation says.
+    """Return a lossless HEIC file of a picture that is upright once its orientation is applied.
 
-    As on a telephone, the orientation stands in it twice: as a property of the picture, and as EXIF.
+    As on a telephone, the file has the orientation twice: as a property of the picture, and as EXIF.
     """
     pixels = stored(image, orientation)
     file = pillow_heif.from_bytes(mode=pixels.mode, size=pixels.size, data=pixels.tobytes())
@@ -61,27 +59,23 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def png_file(width: int, height: int, depth: int, colour: int, *chunks: bytes, interlaced: bool = False) -> bytes:
-    """Return a PNG of the given header and chunks, the end added."""
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlaced)
+def png_file(width: int, height: int, depth: int, colour: int, *chunks: bytes) -> bytes:
+    """Return a PNG of a header, the chunks, and an end."""
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + b"".join(chunks) + png_chunk(b"IEND", b"")
 
 
-def png_of(samples: np.ndarray, *chunks: bytes, colour: int, depth: int = 0, interlaced: bool = False) -> bytes:
+def png_of(samples: np.ndarray, *chunks: bytes, colour: int, depth: int = 0) -> bytes:
     """Return a PNG of samples of 8 or 16 bits, or of packed ones.
 
     :param samples: Array of shape ``(height, width)`` or ``(height, width, channels)``, uint8 or uint16.
-    :param chunks: What stands before the pixels.
+    :param chunks: The chunks before the pixels.
     :param colour: 0 grey, 2 RGB, 3 palette, 4 grey and alpha, 6 RGB and alpha.
     :param depth: The bits of a sample where they are fewer than 8.
     """
     height, width = samples.shape[:2]
-    passes = ADAM7 if interlaced else ((0, 0, 1, 1),)
-    parts = [samples[row::down, column::right] for column, row, right, down in passes]
-    rows = [b"\0" + packed(row, depth) for part in parts if part.size for row in part]
-    bits = depth or samples.itemsize * 8
-    pixels = png_chunk(b"IDAT", zlib.compress(b"".join(rows)))
-    return png_file(width, height, bits, colour, *chunks, pixels, interlaced=interlaced)
+    pixels = png_chunk(b"IDAT", zlib.compress(b"".join(b"\0" + packed(row, depth) for row in samples)))
+    return png_file(width, height, depth or samples.itemsize * 8, colour, *chunks, pixels)
 
 
 def packed(row: np.ndarray, depth: int) -> bytes:
@@ -126,7 +120,7 @@ def tiff_of(
 
     :param samples: Array of shape ``(height, width, channels)``.
     :param photometric: 0 white is zero, 1 black is zero, 2 RGB, 5 CMYK, 8 LAB.
-    :param alpha: What the last channel is: 0 nothing known, 1 premultiplied alpha, 2 alpha.
+    :param alpha: The kind of the last channel: 0 unknown, 1 premultiplied alpha, 2 alpha.
     """
     height, width, channels = samples.shape
     samples = samples.astype(samples.dtype.newbyteorder(order))
@@ -146,19 +140,6 @@ def tiff_of(
     if samples.dtype.kind == "f":
         tags[339] = (3, [3] * channels)
     return tiff_file(tags, [plane.tobytes() for plane in planes], order)
-
-
-def tiles_of(samples: np.ndarray, side: int = 16) -> bytes:
-    """Return an uncompressed RGB TIFF of square tiles.
-
-    :param samples: Array of shape ``(height, width, 3)``, uint8.
-    """
-    height, width, _ = samples.shape
-    padded = np.pad(samples, ((0, -height % side), (0, -width % side), (0, 0)))
-    corners = [(top, left) for top in range(0, height, side) for left in range(0, width, side)]
-    tiles = [padded[top : top + side, left : left + side].tobytes() for top, left in corners]
-    tags = {256: (3, [width]), 257: (3, [height]), 258: (3, [8, 8, 8]), 259: (3, [1]), 262: (3, [2]), 277: (3, [3])}
-    return tiff_file({**tags, 322: (3, [side]), 323: (3, [side])}, tiles)
 
 
 def webp_canvas(width: int, height: int) -> bytes:
@@ -185,5 +166,5 @@ def jpeg_of_scans(scans: int, size: tuple[int, int] = (8, 8)) -> bytes:
 
 
 def icon_of(png: bytes) -> bytes:
-    """Return an ``.ico`` file whose directory says 16 x 16, whatever the picture in it."""
+    """Return an ``.ico`` file with any picture, whose directory says 16 x 16."""
     return struct.pack("<HHH", 0, 1, 1) + struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(png), 22) + png
