@@ -21,7 +21,7 @@ from cocoa_embed.demo.scenes import write_image_folder, write_scenes
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.folders import claim_folder, write_atomically
 from cocoa_embed.train import Recipe
-from cocoa_embed.train.loop.snapshots import snapshot_folder
+from cocoa_embed.train.loop.checkpoints import snapshot_folder
 from cocoa_embed.train.plan.checks import NOT_LEARNED
 from cocoa_embed.train.plan.dry_run import plan
 from cocoa_embed.train.recipe import STAGES

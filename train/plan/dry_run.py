@@ -1,4 +1,4 @@
-"""What a run would do and cost, without loading weights: ``cocoa-embed train RECIPE --dry-run``."""
+"""The plan and the cost of a run, without loading weights: ``cocoa-embed train RECIPE --dry-run``."""
 
 import dataclasses
 import random
@@ -25,21 +25,21 @@ from cocoa_embed.train.settings import StageSettings
 from cocoa_embed.train.stages.stage import Stage
 
 SAMPLE = 256
-"""Rows of a stage that are made into sequences, to estimate how long all are."""
+"""Rows of a stage that are rendered to estimate the length of all."""
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What a stage would do, and an estimate of what it takes.
+    """The plan of a stage, with estimates of its cost.
 
     :param rows: Rows by subset, after caps and weights.
-    :param tokens_per_step: Without padding, from a sample of the rows.
-    :param flops: Of all steps, forward and backward, from the same sample.
+    :param tokens_per_step: Tokens without padding, from a sample of the rows.
+    :param flops: FLOPs of all steps, forward and backward, from the same sample.
     :param rows_at_once: Rows that a device runs in one forward pass; in the contrastive stage, items.
-    :param memory_bytes: Of one device by what they hold, if all that it runs at once is as long as the longest row.
-    :param checkpoint_bytes: Of one checkpoint to resume from; while the stage runs there are up to three, in
+    :param memory_bytes: Bytes on one device by use, if all rows of a forward pass are as long as the longest row.
+    :param checkpoint_bytes: Bytes of one checkpoint to resume from. While the stage trains there are up to three, in
         ``checkpoints`` beside ``folder``.
-    :param folder: Where the stage's weights would be written.
+    :param folder: The folder of the stage's weights.
     """
 
     stage: str
@@ -58,11 +58,11 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run would do.
+    """The plan of a run.
 
-    :param devices: How many share each step.
-    :param bad_rows: Rows that would be left out, as in ``bad_rows.jsonl``.
-    :param finished: Stages that would not be run again.
+    :param devices: The number of devices.
+    :param bad_rows: The rows to leave out, as in ``bad_rows.jsonl``.
+    :param finished: The stages that are finished already.
     """
 
     recipe: str
@@ -74,10 +74,10 @@ class RunPlan:
 
 
 def plan(recipe: Recipe, out: Path, *, resume: bool = False, progress: bool = True) -> RunPlan:
-    """Return what a run would do; fail where the run would.
+    """Return the plan of a run, or fail as the run would.
 
-    :raises UsageError: As the run would.
-    :raises CocoaError: As the run would, except for missing or broken weights, which are not loaded.
+    :raises UsageError: As ``run`` does.
+    :raises CocoaError: As ``run`` does, except for missing or broken weights, which are not loaded.
     """
     prepared = examine(recipe, out, resume=resume, progress=progress)
     recipe = prepared.recipe
@@ -147,10 +147,10 @@ def _plan_stage(
 def sample_shapes(
     stage: Stage[StageSettings], rows: Sequence[Row], processor: ProcessorMixin, config: PreTrainedConfig
 ) -> list[list[BatchShape]]:
-    """Return the shapes of the sequences that a stage makes of each of ``SAMPLE`` rows."""
+    """Return, for each of ``SAMPLE`` rows, the shapes of the stage's sequences."""
     sample = list(rows)
     if len(rows) > SAMPLE:
-        # At random: rows of an image are neighbours, and every n-th row may be the same one of each image.
+        # Drawn at random: with a fixed number of rows per image, every n-th row may be the first of its image.
         sample = random.Random(stage.run.seed).sample(sample, SAMPLE)
     return [_row_shapes(stage, example, processor, config) for example in numbered(sample)]
 
