@@ -23,9 +23,9 @@ VISION_LINEARS = frozenset({"qkv", "fc1", "fc2", "linear_fc1", "linear_fc2", "ga
 MERGE_TOLERANCES = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 """Largest relative difference of hidden states before and after a merge, by the dtype of the weights.
 
-A merge rounds each weight once and changes the order of sums. Through 28 random layers the difference is 1e-5 in float32
-(with matrix products in full precision, PyTorch's default) and 0.1 in bfloat16; float16 is eight times as precise. A
-wrong merge loses what the adapter has learned, which makes a larger difference.
+A merge rounds each weight once and changes the order of sums. Through 28 random layers the difference is 1e-5 in
+float32 (with matrix products in full precision, PyTorch's default) and 0.1 in bfloat16; float16 is eight times as
+precise. A wrong merge loses what the adapter has learned, which makes a larger difference.
 """
 
 
@@ -129,7 +129,8 @@ def _linears(model: nn.Module, part: nn.Module, known: frozenset[str], place: st
         found = sorted({name.rpartition(".")[2] for name in names})
         raise CocoaError(
             f"No adapter fits {type(model).__name__}: {place} have no linear layer named {', '.join(sorted(known))}, "
-            f"but {', '.join(found) or 'none at all'}. Train the weights themselves: remove adapter from the stage's settings."
+            f"but {', '.join(found) or 'none at all'}. Train the weights themselves: remove adapter from the stage's "
+            "settings."
         )
     return chosen
 
