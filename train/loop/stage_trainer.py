@@ -1,4 +1,4 @@
-"""The trainer of stages that reconstruct masked parts: it takes means over the whole step and logs parts of the loss."""
+"""The trainer of stages that reconstruct masked parts: losses are means over a whole step."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
