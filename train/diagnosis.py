@@ -107,7 +107,7 @@ def held_out_rows(checkpoint: Path) -> tuple[str, list[Row], list[str]]:
         raise CocoaError(f"No stage of {printable(run)} held rows out of its training; give --data FOLDER.")
     stage, entry = next(iter(holding.items()))
     try:
-        read = read_stages(Recipe.parse(record["recipe"], source=str(run)), [stage], progress=True)[stage]
+        read = read_stages(Recipe.parse(record["recipe"], source=str(run)), [stage])[stage]
     except CocoaError as error:
         raise CocoaError(
             f"The data of stage {stage} of {printable(run)} cannot be read ({one_line(error)}); give --data FOLDER."

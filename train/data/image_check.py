@@ -32,13 +32,10 @@ def _sizes(images: Sequence[ItemImage]) -> list[ImageSize | str]:
     return found
 
 
-def check_images(
-    images: Iterable[ItemImage], workers: int = 0, *, progress: bool = False, known: CheckedImages | None = None
-) -> CheckedImages:
-    """Decode each distinct image once; only its size is kept.
+def check_images(images: Iterable[ItemImage], workers: int = 0, known: CheckedImages | None = None) -> CheckedImages:
+    """Decode each distinct image once, under a progress bar on standard error; only its size is kept.
 
     :param workers: Processes to decode in; 0 is this one.
-    :param progress: Show a progress bar on standard error.
     :param known: The results of earlier checks, which are not repeated; new results are added.
     :returns: The results in the order of ``images``.
     """
@@ -52,7 +49,6 @@ def check_images(
         collate_fn=_sizes,
         generator=torch.Generator(),  # not the run's, whose random numbers do not depend on the check
     )
-    shown = progress and len(new) > 0
-    sizes = tqdm(chain.from_iterable(loader), "checking images", len(new), unit="image", disable=not shown)
+    sizes = tqdm(chain.from_iterable(loader), "checking images", len(new), unit="image", disable=not new)
     known.update(zip(new, sizes, strict=True))
     return {image: known[image] for image in distinct}

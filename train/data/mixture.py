@@ -46,7 +46,6 @@ def read_rows(
     on_bad_row: OnBadRow,
     seed: int,
     workers: int = 0,
-    progress: bool = False,
     checked: CheckedImages | None = None,
     refuse: Callable[[Row], str | None] | None = None,
 ) -> ReadRows:
@@ -56,7 +55,6 @@ def read_rows(
         out up to 1 % of all rows.
     :param seed: Draws, with a subset's name, the rows of a fractional weight.
     :param workers: Processes to decode images in; 0 is this one.
-    :param progress: Show a progress bar on standard error.
     :param checked: The results of earlier image checks; new ones are added.
     :param refuse: Returns why a stage cannot use a row, or None.
     :raises CocoaError: If a source cannot be read, too many rows cannot be used, or a subset is left without rows.
@@ -67,7 +65,7 @@ def read_rows(
         subsets = _leave_out(subsets, refuse, bad)
     _refuse_bad_rows(bad, sum(map(len, subsets.values())), on_bad_row)
     images = (image for rows in subsets.values() for row in rows for image in row.images())
-    found = check_images(images, workers, progress=progress, known=checked)
+    found = check_images(images, workers, checked)
     subsets = _leave_out(subsets, lambda row: _broken_image(row, found), bad)
     _refuse_bad_rows(bad, sum(map(len, subsets.values())), on_bad_row)
     sizes = {image: size for image, size in found.items() if not isinstance(size, str)}

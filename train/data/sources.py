@@ -7,7 +7,7 @@ from cocoa_embed.data.arrow_table import open_data_set
 from cocoa_embed.data.columns import NEGATIVE_PARTS, RowReader, map_columns
 from cocoa_embed.data.mmeb import TRAIN_SUBSETS, without_image_token
 from cocoa_embed.data.rows import Row
-from cocoa_embed.data.tables import RowTable, columns_of, find_tables, open_table
+from cocoa_embed.data.tables import RowTable, find_tables, open_table
 from cocoa_embed.errors import CocoaError, RowError, did_you_mean, printable
 from cocoa_embed.train.data.caption_rows import read_image_folder
 from cocoa_embed.train.data.rows import BadRow, check_text
@@ -35,7 +35,7 @@ def read_subset(subset: str, source: SourceSettings, bad: list[BadRow]) -> list[
         return read_image_folder(source.folder, captions=source.captions, paraphrases=source.paraphrases,
                                  limit=source.limit, subset=subset, bad=bad)  # fmt: skip
     name, tables = _open_source(subset, source)
-    found = columns_of([table for table, _ in tables])
+    found = list(dict.fromkeys(column for table, _ in tables for column in table.columns))
     columns = source.columns.model_dump(exclude_none=True) if source.columns else None
     if source.mmeb is not None and columns is None:
         columns = {part: each for part, each in MMEB_COLUMNS.items() if each in found or part not in NEGATIVE_PARTS}

@@ -197,7 +197,7 @@ class CocoaTrainer(Trainer):
             except (OSError, SafetensorError) as error:
                 raise CocoaError(
                     f"The checkpoint of step {self.state.global_step} cannot be written ({one_line(error)}); make room "
-                    "or give another --out, then go on with --resume."
+                    "or give another --out, then run again with --resume."
                 ) from error
             self.accelerator.wait_for_everyone()
             if self.args.should_save:

@@ -91,7 +91,7 @@ def bad_rows(rows: Mapping[str, ReadRows]) -> list[BadRow]:
     return [replace(row, stages=tuple(those)) for row, those in stages.items()]
 
 
-def examine(recipe: Recipe, out: Path, *, resume: bool = False, progress: bool = True) -> Prepared:
+def examine(recipe: Recipe, out: Path, *, resume: bool = False) -> Prepared:
     """Check a recipe against data, machine and output folder, without changing any file.
 
     :raises UsageError: If the recipe has no stage, a stage has no data, this machine cannot run it, or the interrupted
@@ -113,7 +113,7 @@ def examine(recipe: Recipe, out: Path, *, resume: bool = False, progress: bool =
         _refuse_another_recipe(recipe, out)
     results = finished_stages(recipe, out) if resume else []
     start = read_start(recipe.backbone)
-    rows = read_stages(recipe, list(recipe.stages)[len(results) :], progress=progress)
+    rows = read_stages(recipe, list(recipe.stages)[len(results) :])
     steps = {stage: recipe.stages[stage].step_count(len(read.rows)) for stage, read in rows.items()}
     _refuse_impossible_arguments(recipe, steps, out)
     if resume:
@@ -158,7 +158,7 @@ def _check_stages(recipe: Recipe) -> None:
             raise UsageError(f"{sharding} does not work with adapters; leave out sharding or {name}.adapter.")
 
 
-def read_stages(recipe: Recipe, names: list[str], *, progress: bool) -> dict[str, ReadRows]:
+def read_stages(recipe: Recipe, names: list[str]) -> dict[str, ReadRows]:
     """Read the rows of stages. Data of several stages are read once, and each image is checked once.
 
     :raises CocoaError: If the data cannot be used.
@@ -175,7 +175,6 @@ def read_stages(recipe: Recipe, names: list[str], *, progress: bool) -> dict[str
                 on_bad_row=data.on_bad_row,
                 seed=recipe.seed,
                 workers=checking_worker_count(recipe),
-                progress=progress,
                 checked=checked,
                 refuse=stage.unusable,
             )

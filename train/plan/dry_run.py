@@ -16,9 +16,8 @@ from cocoa_embed.model.flex_attention import FLEX
 from cocoa_embed.train.data.lengths import row_lengths
 from cocoa_embed.train.data.mixture import ReadRows
 from cocoa_embed.train.data.rows import numbered
-from cocoa_embed.train.loop.batch_facts import Example
 from cocoa_embed.train.plan.checks import bad_rows, examine
-from cocoa_embed.train.plan.cost import BatchShape, StepCost, batch_shape
+from cocoa_embed.train.plan.cost import StepCost, batch_shape
 from cocoa_embed.train.plan.memory import ADAM_MOMENTS, FULL, stage_parameters, training_memory
 from cocoa_embed.train.recipe import Recipe
 from cocoa_embed.train.settings import StageSettings
@@ -73,13 +72,13 @@ class RunPlan:
     finished: list[str]
 
 
-def plan(recipe: Recipe, out: Path, *, resume: bool = False, progress: bool = True) -> RunPlan:
+def plan(recipe: Recipe, out: Path, *, resume: bool = False) -> RunPlan:
     """Return the plan of a run, or fail as the run would.
 
     :raises UsageError: As ``run`` does.
     :raises CocoaError: As ``run`` does, except for missing or broken weights, which are not loaded.
     """
-    prepared = examine(recipe, out, resume=resume, progress=progress)
+    prepared = examine(recipe, out, resume=resume)
     recipe = prepared.recipe
     config = read_config(recipe.backbone)
     processor = load_processor(recipe.backbone, max_length=recipe.max_length, max_pixels=recipe.max_pixels)
@@ -107,13 +106,13 @@ def _plan_stage(
 ) -> StagePlan:
     run, settings, devices = stage.run, stage.settings, PartialState().num_processes
     at_once = stage.sequences_at_once(devices)
-    shapes = sample_shapes(stage, read.rows, processor, config)
     lengths = row_lengths(read.rows, processor, read.sizes)
-    (longest_row,) = numbered([read.rows[lengths.index(max(lengths))]])
-    longest = max(
-        (shape for of_row in [*shapes, _row_shapes(stage, longest_row, processor, config)] for shape in of_row),
-        key=lambda shape: shape.tokens,
-    )
+    longest_row = read.rows[lengths.index(max(lengths))]
+    examples = [*numbered(sample_rows(read.rows, run.seed)), *numbered([longest_row])]
+    all_shapes = [[batch_shape(batch) for batch in stage.sequences(example, processor, config)]
+                  for example in examples]  # fmt: skip
+    longest = max((shape for of_row in all_shapes for shape in of_row), key=lambda shape: shape.tokens)
+    shapes = all_shapes[:-1]
     cost, counts = StepCost.of(config, settings), stage_parameters(config, settings, stage.extra_module)
     memory = training_memory(
         counts,
@@ -144,18 +143,9 @@ def _plan_stage(
     )
 
 
-def sample_shapes(
-    stage: Stage[StageSettings], rows: Sequence[Row], processor: ProcessorMixin, config: PreTrainedConfig
-) -> list[list[BatchShape]]:
-    """Return, for each of ``SAMPLE`` rows, the shapes of the stage's sequences."""
-    sample = list(rows)
-    if len(rows) > SAMPLE:
-        # Drawn at random: with a fixed number of rows per image, every n-th row may be the first of its image.
-        sample = random.Random(stage.run.seed).sample(sample, SAMPLE)
-    return [_row_shapes(stage, example, processor, config) for example in numbered(sample)]
+def sample_rows(rows: Sequence[Row], seed: int) -> list[Row]:
+    """Return at most ``SAMPLE`` of the rows.
 
-
-def _row_shapes(
-    stage: Stage[StageSettings], example: Example, processor: ProcessorMixin, config: PreTrainedConfig
-) -> list[BatchShape]:
-    return [batch_shape(batch) for batch in stage.sequences(example, processor, config)]
+    They are drawn at random: with a fixed number of rows per image, every n-th row may be the first of its image.
+    """
+    return list(rows) if len(rows) <= SAMPLE else random.Random(seed).sample(list(rows), SAMPLE)

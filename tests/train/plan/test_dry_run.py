@@ -14,8 +14,9 @@ from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.model.backbone import Backbone, load_processor
 from cocoa_embed.train import Recipe, run
+from cocoa_embed.train.plan import dry_run
 from cocoa_embed.train.plan.checks import prepare
-from cocoa_embed.train.plan.dry_run import SAMPLE, plan, sample_shapes
+from cocoa_embed.train.plan.dry_run import SAMPLE, plan, sample_rows
 from cocoa_embed.train.plan.memory import count_parameters
 from cocoa_embed.train.recipe import STAGES
 from conftest import SCENES, TINY_MAX_LENGTH
@@ -76,15 +77,12 @@ def test_tokens_and_flops_are_those_of_the_batches(recipe: MakeRecipe, tmp_path:
     assert stage.flops == pytest.approx(batch["facts"].flops)
 
 
-def test_the_sample_has_rows_with_and_without_an_image_in_their_ratio(
-    recipe: MakeRecipe, tiny_backbone: Backbone, scene_rows: list[Row]
-) -> None:
+def test_the_sample_has_rows_with_and_without_an_image_in_their_ratio(scene_rows: list[Row]) -> None:
     """Each image has six rows, one of them with the image, so that every n-th row could be the same one of each."""
     text_row = Row(query=Item(text="a caption of some words"), positive=Item(text="another one"), source="a row")
-    rows = [row for _ in range(SAMPLE) for row in (scene_rows[0], *[text_row] * 5)]
-    shapes = sample_shapes(recipe().stages["bridge"], rows, tiny_backbone.processor, tiny_backbone.model.config)
-    assert len(shapes) == SAMPLE
-    with_image = sum(bool(shape.image_grids) for (shape,) in shapes)
+    sample = sample_rows([row for _ in range(SAMPLE) for row in (scene_rows[0], *[text_row] * 5)], seed=0)
+    assert len(sample) == SAMPLE
+    with_image = sum(row.image is not None for row in sample)
     assert with_image == pytest.approx(SAMPLE / 6, abs=3 * (SAMPLE * 5 / 36) ** 0.5), "within three standard deviations"
 
 
@@ -149,8 +147,9 @@ def broken_folder(tmp_path: Path) -> Path:
 
 
 def test_bad_rows_stop_a_run_or_are_left_out_and_listed(
-    recipe: MakeRecipe, broken_folder: Path, tmp_path: Path
+    recipe: MakeRecipe, broken_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(dry_run, "SAMPLE", 4)
     data = {"folder": str(broken_folder)}
     with pytest.raises(CocoaError, match=r"198\.png.*one side is more than 200 times.*1 more"):
         prepare(recipe(data=data, bridge=None, contrastive=None), tmp_path / "out", resume=False)
