@@ -105,8 +105,9 @@ class RowReader:
         found_image = None if _is_empty(image) else self._image(image, source)
         if not isinstance(text, str | None):
             raise RowError(source, f"{shortened(text)} is not a text")
-        if text and check_unicode(text, source) and self.clean is not None:
-            text = self.clean(text, found_image is not None, source)
+        if text:
+            check_unicode(text, source)
+            text = text if self.clean is None else self.clean(text, found_image is not None, source)
         found_text = None if _is_empty(text) else text
         return None if found_text is None and found_image is None else Item(found_text, found_image)
 

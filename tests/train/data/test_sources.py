@@ -100,11 +100,6 @@ def test_a_missing_column_is_named_with_the_closest(images: Path) -> None:
         read(file=str(path), columns={"query_text": "questions", "positive_text": "answer"})
 
 
-def test_columns_of_common_data_sets_need_no_mapping(images: Path) -> None:
-    path = write_table(images / "rows.csv", [{"caption": "a ring", "image": "a.png", "query_text": "x"}])
-    assert content(read(file=str(path))) == [(Item("a ring"), Item(image=images.absolute() / "a.png"))]
-
-
 @pytest.mark.parametrize("columns", [None, {"query_text": "question"}])
 def test_a_table_without_a_positive_is_refused_with_its_columns(images: Path, columns: dict[str, str] | None) -> None:
     path = write_table(images / "rows.csv", [{"question": "x", "query_text": "y"}])
@@ -209,28 +204,6 @@ def test_relative_image_paths_start_from_the_given_folder(images: Path, tmp_path
 
 
 # Image folders
-
-
-@pytest.mark.parametrize("kind", ["csv", "parquet"])
-def test_an_image_folder_has_the_same_rows_with_metadata_of_every_format(tmp_path: Path, kind: str) -> None:
-    lines: list[Values] = [
-        {"file_name": "b.png", "text": "a ring", "captions": ["a ring", "ring, red", "[ring]"]},
-        {"file_name": "a.png", "text": "a star", "captions": None},
-    ]
-    folders = [tmp_path / "jsonl", tmp_path / kind]
-    for folder in folders:
-        write_images(folder, "ab")
-        write_table(folder / f"metadata.{folder.name}", lines)
-    for choice in ("text", "captions"):
-        found = [
-            [
-                (row.query.text, row.positive.text, row.image and Path(str(row.image)).name)
-                for row in read(folder=folder, captions=choice, paraphrases=2)
-            ]
-            for folder in folders
-        ]
-        assert found[0] == found[1]
-        assert len(found[0]) == {"text": 2 + 2, "captions": 4 + 2}[choice]
 
 
 def test_an_image_folder_without_its_bad_images_has_the_same_paraphrases_of_the_others(tmp_path: Path) -> None:

@@ -21,7 +21,6 @@ from cocoa_embed.train.plan.cost import (
     StepCost,
     batch_shape,
     forward_flops,
-    measure_matmul_flops,
     model_size,
 )
 from cocoa_embed.train.plan.memory import Memory, Parameters, count_parameters, stage_parameters, training_memory
@@ -208,7 +207,3 @@ def test_sharding_divides_weights_and_optimizer_states(tiny_backbone: Backbone) 
     frozen = stage_parameters(config, stage(freeze_vision=True), lambda model: None)
     assert training_memory(frozen, size, shape, freeze_vision=True).gradients < alone.gradients
     assert training_memory(counts, size, shape, dense_mask=False).activations < alone.activations
-
-
-def test_matmul_flops_are_positive() -> None:
-    assert measure_matmul_flops(torch.device("cpu"), torch.float32, repeats=2) > 0
