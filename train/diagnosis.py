@@ -1,4 +1,4 @@
-"""Measure a checkpoint outside of training: what ``<EOS>`` carries of an image, and the geometry of its embeddings."""
+"""Measure a checkpoint after training: what ``<EOS>`` carries of an image, and the geometry of its embeddings."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,11 +32,11 @@ MASKED_TOKENS = (MATCHING_IMAGE, SHUFFLED_IMAGE, NO_IMAGE)
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was measured of a checkpoint; as a dictionary, the JSON document of ``cocoa-embed diagnose``.
+    """The metrics of a checkpoint; as a dictionary, the JSON document of ``cocoa-embed diagnose``.
 
-    :param rows: How many rows it was measured on.
-    :param source: Where they come from.
-    :param held_out_by: The stage that kept the rows out of its training; None for rows of ``--data``.
+    :param rows: The number of rows.
+    :param source: The origin of the rows.
+    :param held_out_by: The stage that held the rows out of its training; None for rows of ``--data``.
     :param seen_by: The stages before it that were trained on the same data.
     :param masked_tokens: Accuracy on masked tokens, by its names in the bridge's log; None without a language-model
         head.
@@ -57,11 +57,11 @@ def diagnose(
 ) -> Diagnosis:
     """Measure a checkpoint of a run's stage, or an exported model.
 
-    :param data: An image folder; by default the rows that the checkpoint's run has kept out of training.
-    :param rows: At most so many rows; by default all that were kept out, or ``ROWS`` of ``data``.
+    :param data: An image folder; by default the rows that the checkpoint's run held out of training.
+    :param rows: The most rows to measure on; by default all rows held out, or ``ROWS`` of ``data``.
     :param device: The torch device; None takes the fastest.
-    :raises UsageError: If there is no such device, or ``rows`` is below two.
-    :raises CocoaError: If the folder is no checkpoint, there are not two images to measure it on, or it is broken.
+    :raises UsageError: If the device cannot be used, or ``rows`` is below two.
+    :raises CocoaError: If the folder is no checkpoint, its weights are broken, or there are fewer than two images.
     """
     if rows is not None and rows < 2:
         raise UsageError(f"--rows is {rows}; two are needed, as images are exchanged.")
@@ -69,13 +69,13 @@ def diagnose(
     recipe = Recipe.parse(training["recipe"], source=str(checkpoint))
     if data is None:
         held_out_by, held_out, seen_by = held_out_rows(checkpoint)
-        chosen, source = held_out[:rows], f"rows that the {held_out_by} stage kept out of its training"
+        chosen, source = held_out[:rows], f"rows that the {held_out_by} stage held out of its training"
     else:
         chosen = pictured_rows(read_image_folder(data, limit=rows or ROWS), rows or ROWS)
         held_out_by, seen_by, source = None, [], f"first rows of {printable(data)}"
         if not chosen:
             raise CocoaError(f"{printable(data)} has one image; two are needed, as images are exchanged.")
-    device = find_device(device)
+    device = _find_device(device)
     try:
         metrics = _measure(checkpoint, recipe, chosen, device)
     except RuntimeError as error:
@@ -92,22 +92,22 @@ def diagnose(
 
 
 def held_out_rows(checkpoint: Path) -> tuple[str, list[Row], list[str]]:
-    """Return the stage of a checkpoint's run that kept rows out of training, the rows, and which stages saw them.
+    """Return the stage of a checkpoint's run that held rows out, the rows, and the stages trained on the same data.
 
-    :raises CocoaError: If there are none, or the data are gone or have changed since.
+    :raises CocoaError: If there are none, or the data are missing or have changed since.
     """
     run = run_of(checkpoint)
     if run is None:
         raise CocoaError(
-            f"{printable(checkpoint)} is in no training run, whose rows could be read; give --data FOLDER."
+            f"{printable(checkpoint)} is in no training run, so no rows were held out; give --data FOLDER."
         )
     record = read_run(run)
-    kept = {name: entry for name, entry in record["stages"].items() if entry.get("held_out", {}).get("rows")}
-    if not kept:
-        raise CocoaError(f"No stage of {printable(run)} kept rows out of its training; give --data FOLDER.")
-    stage, entry = next(iter(kept.items()))
+    holding = {name: entry for name, entry in record["stages"].items() if entry.get("held_out", {}).get("rows")}
+    if not holding:
+        raise CocoaError(f"No stage of {printable(run)} held rows out of its training; give --data FOLDER.")
+    stage, entry = next(iter(holding.items()))
     try:
-        read = read_stages(Recipe.parse(record["recipe"], source=str(run)), [stage], progress=True)[stage]
+        read = read_stages(Recipe.parse(record["recipe"], source=str(run)), [stage])[stage]
     except CocoaError as error:
         raise CocoaError(
             f"The data of stage {stage} of {printable(run)} cannot be read ({one_line(error)}); give --data FOLDER."
@@ -115,32 +115,28 @@ def held_out_rows(checkpoint: Path) -> tuple[str, list[Row], list[str]]:
     if read.fingerprint != entry["fingerprint"]:
         raise CocoaError(
             f"The rows of stage {stage} have changed since the run in {printable(run)} (then {entry['rows']}, now "
-            f"{read.counts}), so that those it kept out are not known; give --data FOLDER."
+            f"{read.counts}), so the rows that it held out are unknown; give --data FOLDER."
         )
     return stage, [read.rows[number] for number in entry["held_out"]["rows"]], entry["held_out"]["seen_by"]
 
 
-def find_device(device: str | None) -> str:
-    """Return the name of a device that is there.
+def _find_device(device: str | None) -> str:
+    """Return the name of the device, by default the fastest.
 
-    :raises UsageError: If it is not.
+    :raises UsageError: If it cannot be used.
     """
     name = device or get_device_name()
     try:
         torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # the latter where torch is built without it
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch is built without the device
         raise UsageError(f"--device {name} cannot be used ({one_line(error).split('. ')[0]}).") from error
     return name
 
 
-def has_language_head(checkpoint: Path) -> bool:
-    """Return whether a checkpoint can predict tokens: the contrastive stage and exported models cannot."""
-    config = read_config(str(checkpoint))
-    return SUPPORTED[config.model_type].__name__ in (config.architectures or [])
-
-
 def _measure(checkpoint: Path, recipe: Recipe, rows: Sequence[Row], device: str) -> dict[str, float]:
-    if not has_language_head(checkpoint):
+    config = read_config(str(checkpoint))
+    if SUPPORTED[config.model_type].__name__ not in (config.architectures or []):
+        # Without a language-model head: a contrastive stage or an exported model.
         model = load_model(checkpoint, device).eval()
         return embedding_probe(model, rows, ROWS_AT_ONCE)(model)
     backbone = load_backbone(str(checkpoint), bidirectional=recipe.bidirectional)

@@ -15,10 +15,18 @@ from transformers import PreTrainedModel, ProcessorMixin, Trainer, set_seed
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.model.training_record import TRAINING_FILE
 from cocoa_embed.train.data.lengths import row_lengths
-from cocoa_embed.train.loop.checkpoints import newest_complete, read_complete, step_of
+from cocoa_embed.train.loop.callbacks import (
+    TENSORBOARD,
+    SaveSnapshots,
+    StopOnSigterm,
+    Stopped,
+    end_reports,
+    show_progress,
+    write_tensorboard,
+)
+from cocoa_embed.train.loop.checkpoints import newest_complete, read_complete, snapshot_folder, step_of
 from cocoa_embed.train.loop.oom import explain_out_of_memory
 from cocoa_embed.train.loop.processes import by_first_process, refuse_idle_accelerators
-from cocoa_embed.train.loop.progress import TENSORBOARD, end_reports, show_progress, write_tensorboard
 from cocoa_embed.train.loop.run_record import (
     RecordProgress,
     StageResult,
@@ -26,8 +34,6 @@ from cocoa_embed.train.loop.run_record import (
     update_stage,
     write_record,
 )
-from cocoa_embed.train.loop.snapshots import SaveSnapshots, snapshot_folder
-from cocoa_embed.train.loop.stopping import StopOnSigterm, Stopped
 from cocoa_embed.train.loop.trainer import CocoaTrainer, StageContext
 from cocoa_embed.train.plan.checks import CHECKPOINTS, Prepared, prepare
 from cocoa_embed.train.plan.cost import StepCost, measure_matmul_flops

@@ -26,7 +26,7 @@ from cocoa_embed.evaluation.pairs_reader import read_pairs
 from cocoa_embed.folders import write_atomically
 from cocoa_embed.model.training_record import read_run, read_training
 from cocoa_embed.train import Recipe, run
-from cocoa_embed.train.loop.snapshots import snapshot_folder
+from cocoa_embed.train.loop.checkpoints import snapshot_folder
 
 SCORES = "scores.json"
 END = "end"

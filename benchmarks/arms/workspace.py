@@ -21,7 +21,7 @@ from cocoa_embed.demo.scenes import write_image_folder, write_scenes
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.folders import claim_folder, write_atomically
 from cocoa_embed.train import Recipe
-from cocoa_embed.train.loop.snapshots import snapshot_folder
+from cocoa_embed.train.loop.checkpoints import snapshot_folder
 from cocoa_embed.train.plan.checks import NOT_LEARNED
 from cocoa_embed.train.plan.dry_run import plan
 from cocoa_embed.train.recipe import STAGES
@@ -168,7 +168,7 @@ class Workspace:
         runs = [StageRun("warmup", 1), StageRun("bridge", 1)]
         runs.append(StageRun("contrastive", 1, (f"contrastive.data.limit={self.sizes.pairs}",)))
         recipes = {stage_run.stage: self.recipe(stage_run, 0, backbone=None) for stage_run in runs}
-        plans = [plan(recipe, self.work / "plan", progress=False).stages[0] for recipe in recipes.values()]
+        plans = [plan(recipe, self.work / "plan").stages[0] for recipe in recipes.values()]
         return Grid(
             self.sizes,
             flops_per_row={stage.stage: stage.flops / stage.steps / stage.batch_size for stage in plans},

@@ -22,12 +22,12 @@ ROWS_AT_ONCE = 256
 """Rows that are converted to Python values together."""
 
 EMBEDDED = object()
-"""Stands for a value that is an image's bytes."""
+"""The placeholder of an image's bytes."""
 
 LIST_KINDS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
 
 UNREADABLE = (OSError, ValueError, RuntimeError, pa.ArrowException, DatasetsError)
-"""What ``datasets`` and pyarrow raise for data that are missing or broken."""
+"""The errors of ``datasets`` and pyarrow for missing or broken data."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from cocoa_embed.data.tables import RowTable
 from cocoa_embed.errors import CocoaError, RowError, did_you_mean, printable
 
 PARTS = ("query_text", "query_image", "positive_text", "positive_image", "negative_text", "negative_image")
-"""The parts of a row, each of which may have a column."""
+"""The parts of a row; each may have a column."""
 
 NEGATIVE_PARTS = PARTS[4:]
 
@@ -23,7 +23,7 @@ KNOWN_LAYOUTS = (
 """The columns of parts in common data sets."""
 
 CleanText = Callable[[str, bool, str], str]
-"""Cleans or refuses a text, given whether it has an image beside it, and the row's source."""
+"""Cleans or refuses a text, given whether its item has an image, and the row's source."""
 
 
 def map_columns(
@@ -57,26 +57,22 @@ def _missing_side(mapping: Mapping[str, str]) -> str | None:
     return next((side for side in ("query", "positive") if not any(part.startswith(side) for part in mapping)), None)
 
 
-def _keep(text: str, has_image: bool, source: str) -> str:
-    return text
-
-
 @dataclass(frozen=True)
 class RowReader:
-    """Makes rows from a table's values.
+    """Turns a table's values into rows.
 
     :param mapping: The column of each part, from ``map_columns``.
     :param images: The folder of relative image paths; None refuses them.
-    :param clean: Applied to every text.
+    :param clean: Applied to every text, if given.
     """
 
     mapping: Mapping[str, str]
     images: Path | None
     subset: str = "data"
-    clean: CleanText = _keep
+    clean: CleanText | None = None
 
     def read(self, table: RowTable) -> Iterator[Row | RowError]:
-        """Yield a table's rows in order, or what is wrong with them."""
+        """Yield a table's rows in order, or the errors of rows that cannot be used."""
         lists = [self.mapping[part] for part in NEGATIVE_PARTS if part in self.mapping]
         for source, values in table.read(set(self.mapping.values()), lists):
             try:
@@ -108,9 +104,10 @@ class RowReader:
         """Return an item, or None if both parts are empty."""
         found_image = None if _is_empty(image) else self._image(image, source)
         if not isinstance(text, str | None):
-            raise RowError(source, f"{shortened(text)} stands where a text is expected")
+            raise RowError(source, f"{shortened(text)} is not a text")
         if text:
-            text = self.clean(check_unicode(text, source), found_image is not None, source)
+            check_unicode(text, source)
+            text = text if self.clean is None else self.clean(text, found_image is not None, source)
         found_text = None if _is_empty(text) else text
         return None if found_text is None and found_image is None else Item(found_text, found_image)
 
@@ -118,7 +115,7 @@ class RowReader:
         if isinstance(value, ArrowImage):
             return value
         if not isinstance(value, str):
-            raise RowError(source, f"{shortened(value)} stands where the path of an image is expected")
+            raise RowError(source, f"{shortened(value)} is not the path of an image")
         if "://" in value or value.startswith("data:"):
             raise RowError(source, f"the image {shortened(value)} is a URL; download it and give its path")
         path = Path(value)

@@ -43,7 +43,7 @@ class DescribedImage(NamedTuple):
 def find_metadata(folder: Path) -> Path:
     """Return the metadata file of an image folder.
 
-    :raises CocoaError: If there is no such folder, or not exactly one such file.
+    :raises CocoaError: If the folder does not exist, or has not exactly one of ``METADATA_FILES``.
     """
     name = printable(folder)
     if not folder.is_dir():
@@ -60,7 +60,7 @@ def find_metadata(folder: Path) -> Path:
 
 
 def read_metadata(metadata: Path) -> Iterator[DescribedImage | RowError]:
-    """Yield the rows of a metadata file in order, or what is wrong with them.
+    """Yield the rows of a metadata file in order, or the errors of rows that cannot be used.
 
     :param metadata: The file; ``file_name`` is relative to its folder.
     :raises CocoaError: If the file cannot be read.

@@ -21,7 +21,7 @@ AVERAGES = (*META_TASKS, IN_DOMAIN, OUT_OF_DOMAIN, OVERALL)
 
 @dataclass(frozen=True)
 class Subset:
-    """One of the 36; ``in_domain`` if MMEB-train has rows of the same data set."""
+    """A subset of MMEB-V1; ``in_domain`` if MMEB-train has rows of the same data set."""
 
     name: str
     meta_task: str
@@ -29,7 +29,7 @@ class Subset:
 
     @property
     def averages(self) -> tuple[str, ...]:
-        """Those of ``AVERAGES`` that the subset counts in."""
+        """The ``AVERAGES`` that include the subset."""
         return (self.meta_task, IN_DOMAIN if self.in_domain else OUT_OF_DOMAIN, OVERALL)
 
 
@@ -75,16 +75,16 @@ PUBLISHED = (
 
 
 def default_train_subsets(mmeb: str) -> tuple[str, ...]:
-    """Return the subsets of an ``mmeb`` source that names none: all, or none for a folder that is itself a subset."""
+    """Return the subsets of an ``mmeb`` source by default: all, or none for a folder that is itself a subset."""
     return () if any(Path(mmeb).glob("*.parquet")) else TRAIN_SUBSETS
 
 
 IMAGE_TOKEN = re.compile(r"\s*<\|image_1\|>\s*")
-"""Stands for the image in a text. Our template puts images first, so it is removed, with the space around it."""
+"""The place of the image in a text; our template puts images first, so it is removed with the space around it."""
 
 
 def without_image_token(text: str, has_image: bool, source: str) -> str:
-    """Return a text without the token that stands for its image, and without the space at its ends.
+    """Return a text without the image token, and without the space at its ends.
 
     :raises RowError: If the text has the token but no image.
     """

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from cocoa_embed.errors import CocoaError, RowError, one_line, printable, require
 
 Entry = tuple[str, dict[str, Any] | RowError]
-"""A row's name in error messages, and its values by column, or what is wrong with it."""
+"""A row's name in error messages, and its values by column, or the error of a malformed row."""
 
 TABLE_SUFFIXES = ".jsonl, .csv or .parquet"
 
@@ -27,7 +27,7 @@ class RowTable(Protocol):
         ...
 
     def read(self, columns: Collection[str], lists: Collection[str] = ()) -> Iterator[Entry]:
-        """Yield the rows in order, with at least those of ``columns`` that exist.
+        """Yield the rows in order, with at least the existing columns of ``columns``.
 
         :param lists: The columns that may hold lists, which CSV files write as JSON.
         """
@@ -88,11 +88,6 @@ def open_table(path: Path) -> RowTable:
         return _open_jsonl(path) if suffix == ".jsonl" else _open_csv(path)
     except (OSError, ValueError, csv.Error) as error:
         raise CocoaError(f"{printable(path)} cannot be read ({one_line(error)}).") from error
-
-
-def columns_of(tables: Collection[RowTable]) -> list[str]:
-    """Return the names of the columns of several tables, each once."""
-    return list(dict.fromkeys(column for table in tables for column in table.columns))
 
 
 def _open_jsonl(path: Path) -> TextTable:

@@ -1,5 +1,6 @@
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -60,7 +61,7 @@ def test_images_of_a_filtered_table_are_those_of_their_rows() -> None:
     assert [values["image"].read() for _, values in inside.read(["image"])] == [png(5), png(1), png(3)]
 
 
-def test_an_image_inside_a_table_meets_the_limits_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_inside_tables_have_the_limits_of_image_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good, broken = table_rows(tmp_path / "rows.parquet", [png(), b"no image"])
     assert load_row_image(arrow_image(good)).size == (56, 56)
     with pytest.raises(ImageError, match=r"rows\.parquet, row 2, query_image: is not an image"):
@@ -70,35 +71,20 @@ def test_an_image_inside_a_table_meets_the_limits_of_files(tmp_path: Path, monke
         arrow_image(good).read()
 
 
-@pytest.fixture
-def pairs(tmp_path: Path, scene_rows: list[Row]) -> tuple[list[Row], list[Row]]:
-    """The same rows with their images as files and inside a table."""
+def test_an_image_inside_a_table_makes_the_batches_of_the_same_image_in_a_file(
+    tiny_backbone: Backbone, scene_rows: list[Row], tmp_path: Path
+) -> None:
     files = [Row(row.query, row.positive, "") for row in scene_rows[:4]]
-    path = tmp_path / "rows.parquet"
-    write_table(
-        path,
-        [{"query_image": Path(str(row.image)).read_bytes(), "positive_text": row.positive.text} for row in files],
-    )
-    return files, read_subset("data", SourceSettings(file=str(path)), [])
-
-
-def test_an_image_inside_a_table_is_collated_like_the_same_image_in_a_file(
-    tiny_backbone: Backbone, pairs: tuple[list[Row], list[Row]]
-) -> None:
-    collate = WarmupCollator(tiny_backbone.processor, tiny_backbone.geometry, seed=0)
-    files, inside = (collate(numbered(rows)) for rows in pairs)
-    assert files.keys() == inside.keys()
-    assert "pixel_values" in files
-    assert all(torch.equal(files[name], inside[name]) for name in files)
-
-
-def test_an_image_inside_a_table_is_preprocessed_like_the_same_image_in_a_file(
-    tiny_backbone: Backbone, pairs: tuple[list[Row], list[Row]], tmp_path: Path
-) -> None:
+    inside = table_rows(tmp_path / "rows.parquet", [Path(str(row.image)).read_bytes() for row in files])
+    inside = [replace(row, positive=file.positive) for row, file in zip(inside, files, strict=True)]
+    warmup = WarmupCollator(tiny_backbone.processor, tiny_backbone.geometry, seed=0)
     model = build_sentence_transformer(write_checkpoint(tiny_backbone, tmp_path / "bridge"), prompts=PROMPTS)
-    files, inside = (
-        ItemPreprocessor(model, arrow_images(rows))([as_record(row.query) for row in rows]) for rows in pairs
-    )
-    assert files["pixel_values"].shape[0] > 0
-    assert torch.equal(files["pixel_values"], inside["pixel_values"])
-    assert torch.equal(files["input_ids"], inside["input_ids"])
+
+    def contrastive(rows: list[Row]) -> dict[str, torch.Tensor]:
+        return ItemPreprocessor(model, arrow_images(rows))([as_record(row.query) for row in rows])
+
+    for collate in (lambda rows: warmup(numbered(rows)), contrastive):
+        expected, found = collate(files), collate(inside)
+        assert expected["pixel_values"].shape[0] > 0
+        for name in ("pixel_values", "input_ids"):
+            assert torch.equal(expected[name], found[name])

@@ -18,7 +18,7 @@ def test_rows_of_every_format_keep_all_columns(tmp_path: Path, kind: str) -> Non
     assert list(read_metadata(metadata)) == [expected]
 
 
-def test_a_byte_order_mark_and_carriage_returns_are_no_part_of_the_metadata(tmp_path: Path) -> None:
+def test_a_byte_order_mark_and_carriage_returns_are_skipped(tmp_path: Path) -> None:
     write_images(tmp_path, "a")
     metadata = tmp_path / "metadata.jsonl"
     metadata.write_bytes(b"\xef\xbb\xbf" + json.dumps({"file_name": "a.png"}).encode() + b"\r\n\n")
@@ -31,7 +31,6 @@ def test_a_byte_order_mark_and_carriage_returns_are_no_part_of_the_metadata(tmp_
     ("line", "message"),
     [
         ('{"file_name": "a.png"', "is not JSON"),
-        ('["a.png"]', "is a JSON list"),
         ('{"text": "no name", "path": "a.png"}', "has no 'file_name' (columns found: text, path)"),
         ('{"file_name": 3}', "has no 'file_name'"),
         ('{"file_name": "b.png", "text": ""}', "names 'b.png', which is not in"),

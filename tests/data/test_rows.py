@@ -5,14 +5,14 @@ import pytest
 from cocoa_embed.data.rows import Item, Row
 
 
-def test_a_reversed_row_has_its_sides_exchanged_and_the_same_image_and_source() -> None:
+def test_a_reversed_row_exchanges_its_sides_and_keeps_image_and_source() -> None:
     row = Row(Item("find", Path("a.png")), Item("a ring"), "rows, line 3", negatives=(Item("a star"),))
     turned = row.reversed()
     assert (turned.query, turned.positive, turned.negatives) == (row.positive, row.query, ())
     assert (turned.image, turned.source) == (row.image, row.source)
 
 
-def test_a_row_has_the_images_of_its_negatives_too() -> None:
+def test_the_images_of_a_row_include_those_of_its_negatives() -> None:
     one, other, third = (Path(f"{name}.png") for name in "abc")
     row = Row(Item("find", one), Item(image=other), "", negatives=(Item("a star"), Item("a ring", third)))
     assert row.images() == (one, other, third)

@@ -1,4 +1,4 @@
-"""What ``run.json`` holds, made by hand, for tests of what is drawn from one."""
+"""Handmade run records and evaluation documents, for tests of the report."""
 
 from typing import Any
 
@@ -88,7 +88,7 @@ def run_record(**changes: Any) -> dict[str, Any]:
 
 
 def pairs_document(model: str = "small/contrastive", **changes: Any) -> dict[str, Any]:
-    """Return what ``cocoa-embed eval pairs`` writes of one direction."""
+    """Return the document of ``cocoa-embed eval pairs`` for one direction."""
     names = ("recall@1", "recall@5", "recall@10", "hit@1", "hit@5", "hit@10", "mrr", "ndcg@10")
     scores = {"model": model, "subsets": {"text_to_image": {**dict.fromkeys(names, 0.5), "hit@1": 0.75}}}
     return {

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -14,21 +15,21 @@ Values = dict[str, Any]
 
 
 def png(shade: int = 0, size: tuple[int, int] = (56, 56)) -> bytes:
-    """The bytes of a plain image."""
+    """Return the bytes of a plain image."""
     buffer = BytesIO()
     Image.new("RGB", size, (shade, 255 - shade, shade // 2)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def write_images(folder: Path, names: str) -> None:
+def write_images(folder: Path, names: Iterable[str]) -> None:
     """Write ``a.png`` and so on, each of another shade."""
     folder.mkdir(parents=True, exist_ok=True)
-    for shade, name in enumerate(names):
-        (folder / f"{name}.png").write_bytes(png(shade * 10))
+    for number, name in enumerate(names):
+        (folder / f"{name}.png").write_bytes(png(number * 10 % 256))
 
 
 def write_table(path: Path, rows: list[Values]) -> Path:
-    """Write rows as what the suffix says; a CSV file holds lists as JSON."""
+    """Write rows in the format of the suffix; a CSV file holds lists as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,14 +1,13 @@
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from exported import PROMPTS
-from PIL import Image
 from safetensors.torch import load_file, save_file
+from table_files import write_images, write_table
 
 from cocoa_embed.cli import main as cli
 from cocoa_embed.demo.scenes import write_image_folder
@@ -20,7 +19,7 @@ from cocoa_embed.train.data.caption_rows import read_image_folder
 from cocoa_embed.train.diagnosis import MASKED_TOKENS, Diagnosis, diagnose, held_out_rows
 from conftest import TINY_MAX_LENGTH
 
-KEPT = 4
+HELD_OUT = 4
 STAGE: dict[str, Any] = {"steps": 2, "batch_size": 4, "learning_rate": 1e-2, "warmup_steps": 0, "logging_steps": 1}
 GEOMETRY = ("alignment", "uniformity", "modality_gap", "effective_rank")
 
@@ -32,8 +31,8 @@ class Run(NamedTuple):
 
 @pytest.fixture(scope="module")
 def trained(tiny_backbone_path: Path, scene_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run whose bridge is other than by default, so that what it was can be seen to matter."""
-    bridge = {"steps": 24, "batch_size": 8, "logging_steps": 24, "probe_rows": KEPT}
+    """A run whose bridge has no default settings, so that a diagnosis with defaults would differ."""
+    bridge = {"steps": 24, "batch_size": 8, "logging_steps": 24, "probe_rows": HELD_OUT}
     values = {
         "name": "test",
         "backbone": str(tiny_backbone_path),
@@ -43,7 +42,7 @@ def trained(tiny_backbone_path: Path, scene_folder: Path, tmp_path_factory: pyte
         "data": {"folder": str(scene_folder)},
         "warmup": STAGE,
         "bridge": {**STAGE, **bridge, "eos_attends_to_b": False, "mask_ratio": 0.4},
-        "contrastive": {**STAGE, "batch_size": 2, "data": {"limit": KEPT - 1}},
+        "contrastive": {**STAGE, "batch_size": 2, "data": {"limit": HELD_OUT - 1}},
     }
     out = tmp_path_factory.mktemp("run") / "out"
     return Run(out, {result.stage: result for result in run(Recipe.parse(values), out)})
@@ -56,15 +55,15 @@ def of_bridge(trained: Run) -> Diagnosis:
 
 @pytest.fixture
 def copied(trained: Run, tmp_path: Path) -> Path:
-    """A copy of the run, for a test to spoil."""
+    """A copy of the run, for a test that changes it."""
     return Path(shutil.copytree(trained.out, tmp_path / "copied"))
 
 
-def test_a_bridge_is_measured_as_it_was_when_its_training_ended(
+def test_a_bridge_has_the_metrics_of_the_end_of_its_training(
     trained: Run, of_bridge: Diagnosis, scene_folder: Path
 ) -> None:
     """On the same rows, with the same tokens masked, and with the recipe's prompts and mask."""
-    assert held_out_rows(trained.out / "bridge")[1] == read_image_folder(scene_folder)[:KEPT]
+    assert held_out_rows(trained.out / "bridge")[1] == read_image_folder(scene_folder)[:HELD_OUT]
     assert (of_bridge.held_out_by, of_bridge.seen_by) == ("bridge", ["warmup"])
     assert of_bridge.masked_tokens is not None
     assert tuple(of_bridge.masked_tokens) == MASKED_TOKENS
@@ -72,13 +71,13 @@ def test_a_bridge_is_measured_as_it_was_when_its_training_ended(
     last = trained.results["bridge"].final
     assert of_bridge.masked_tokens == pytest.approx({name: last[name] for name in MASKED_TOKENS}, abs=1e-6)
     assert of_bridge.geometry == pytest.approx({name: last[name] for name in GEOMETRY}, rel=1e-4)
-    assert all(0 < ratio < 1 for ratio in of_bridge.masked_tokens.values()), "they could be others"
+    assert all(0 < ratio < 1 for ratio in of_bridge.masked_tokens.values()), "they could differ"
 
 
 @pytest.mark.parametrize(
     "changes", [{"prompts": {"query": "", "document": ""}}, {"seed": 4}, {"bridge": {"mask_ratio": 0.9}}]
 )
-def test_prompts_seed_and_section_are_the_checkpoints(
+def test_prompts_seed_and_settings_are_those_of_the_checkpoint(
     of_bridge: Diagnosis, copied: Path, changes: dict[str, Any]
 ) -> None:
     record = copied / "bridge" / "cocoa_training.json"
@@ -98,14 +97,12 @@ def test_without_a_head_the_geometry_is_measured_alone(trained: Run, scene_folde
     exported = export_model(trained.out / "contrastive", tmp_path / "model")
     with pytest.raises(CocoaError, match=r"is in no training run.*give --data FOLDER"):
         diagnose(exported)
-    assert diagnose(exported, data=scene_folder, rows=KEPT, device="cpu").geometry == pytest.approx(
+    assert diagnose(exported, data=scene_folder, rows=HELD_OUT, device="cpu").geometry == pytest.approx(
         found.geometry, rel=1e-4
     )
 
 
-def test_a_folder_takes_the_place_of_the_rows_kept_out(
-    trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_replaces_the_held_out_rows(trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(diagnosis, "ROWS", 5)
     write_image_folder(tmp_path / "other", "train", 7, seed=9)
     other = diagnose(trained.out / "bridge", data=tmp_path / "other", device="cpu")
@@ -116,7 +113,7 @@ def test_a_folder_takes_the_place_of_the_rows_kept_out(
     assert diagnose(trained.out / "bridge", rows=2, device="cpu").rows == 2
 
 
-def test_rows_that_are_not_known_any_more_are_refused(trained: Run, copied: Path, tmp_path: Path) -> None:
+def test_held_out_rows_that_are_unknown_are_refused(copied: Path, tmp_path: Path) -> None:
     record = read_run(copied)
 
     def message(**changes: Any) -> str:
@@ -133,20 +130,11 @@ def test_rows_that_are_not_known_any_more_are_refused(trained: Run, copied: Path
     assert "data of stage bridge" in message(recipe=gone)
 
 
-def test_rows_left_out_of_training_are_left_out_here_too(
-    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path
-) -> None:
-    """A run that skips broken images keeps other rows out than the first of its data."""
-    folder = tmp_path / "scenes"
-    folder.mkdir()
-    entries = (scene_folder / "metadata.jsonl").read_text().splitlines()
-    lines = []
-    for number in range(120):
-        entry = json.loads(entries[number % len(entries)])
-        shutil.copy(scene_folder / entry["file_name"], folder / f"{number}.png")
-        lines.append(json.dumps({**entry, "file_name": f"{number}.png"}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
+def test_rows_skipped_in_training_are_not_held_out(tiny_backbone_path: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    write_images(folder, map(str, range(120)))
     (folder / "1.png").write_bytes(b"no image")
+    write_table(folder / "metadata.jsonl", [{"file_name": f"{n}.png", "text": f"picture {n}"} for n in range(120)])
     values = {"name": "test", "backbone": str(tiny_backbone_path), "max_length": TINY_MAX_LENGTH}
     data = {"folder": str(folder), "on_bad_row": "skip"}
     run(Recipe.parse({**values, "data": data, "bridge": {**STAGE, "probe_rows": 3}}), tmp_path / "out")
@@ -163,7 +151,7 @@ def test_broken_weights_are_named(copied: Path, stage: str) -> None:
         diagnose(copied / stage, device="cpu")
 
 
-def test_what_cannot_be_measured_is_refused(trained: Run, tmp_path: Path) -> None:
+def test_unusable_devices_folders_and_data_are_refused(trained: Run, tmp_path: Path) -> None:
     bridge = trained.out / "bridge"
     with pytest.raises(UsageError, match="--device nonsense cannot be used"):
         diagnose(bridge, device="nonsense")
@@ -172,43 +160,34 @@ def test_what_cannot_be_measured_is_refused(trained: Run, tmp_path: Path) -> Non
     for folder in (tmp_path / "nowhere", trained.out):
         with pytest.raises(CocoaError, match="is no checkpoint"):
             diagnose(folder)
-    Image.new("RGB", (56, 56)).save(tmp_path / "one.png")
-    line = json.dumps({"file_name": "one.png", "text": "a white square"})
-    (tmp_path / "metadata.jsonl").write_text(f"{line}\n{line}\n")
+    write_images(tmp_path, "a")
+    write_table(tmp_path / "metadata.jsonl", [{"file_name": "a.png", "text": "a square"}] * 2)
     with pytest.raises(CocoaError, match="has one image; two are needed"):
         diagnose(bridge, data=tmp_path)
 
 
-# The command
-
-Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as caught:
-            cli.main(["diagnose", *map(str, arguments), "--device", "cpu"])
-        captured = capsys.readouterr()
-        return int(caught.value.code or 0), captured.out, captured.err
-
-    return call
+def command(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["diagnose", *map(str, arguments), "--device", "cpu"])
+    return int(caught.value.code or 0)
 
 
-def test_the_json_document_and_the_lines_say_the_same(trained: Run, of_bridge: Diagnosis, command: Command) -> None:
-    code, out, err = command(trained.out / "bridge", "--json")
-    assert code == 0
+def test_the_json_document_and_the_lines_have_the_same_metrics(
+    trained: Run, of_bridge: Diagnosis, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(trained.out / "bridge", "--json") == 0
+    out, err = capsys.readouterr()
     assert json.loads(out) == {
         "checkpoint": str(trained.out / "bridge"),
-        "rows": KEPT,
-        "source": "rows that the bridge stage kept out of its training",
+        "rows": HELD_OUT,
+        "source": "rows that the bridge stage held out of its training",
         "held_out_by": "bridge",
         "seen_by": ["warmup"],
         "masked_tokens": pytest.approx(of_bridge.masked_tokens),
         "geometry": pytest.approx(of_bridge.geometry),
     }
     lines = [line for line in err.splitlines() if line.startswith(("  ", str(trained.out)))]
-    assert lines[0] == f"{trained.out / 'bridge'}: 4 rows that the bridge stage kept out of its training"
+    assert lines[0] == f"{trained.out / 'bridge'}: 4 rows that the bridge stage held out of its training"
     assert lines[1] == "  trained on the same data: warmup"
     assert of_bridge.masked_tokens is not None
     matching, shuffled, none = of_bridge.masked_tokens.values()
@@ -218,7 +197,8 @@ def test_the_json_document_and_the_lines_say_the_same(trained: Run, of_bridge: D
     assert all(f"{value:.3f}" in line for value, line in values)
 
 
-def test_a_checkpoint_without_a_head_says_so(trained: Run, command: Command) -> None:
-    code, out, err = command(trained.out / "contrastive", "--rows", 2)
-    assert (code, out) == (0, "")
+def test_the_command_reports_a_missing_head(trained: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(trained.out / "contrastive", "--rows", 2) == 0
+    out, err = capsys.readouterr()
+    assert out == ""
     assert "not measured: the checkpoint has no language-model head" in err

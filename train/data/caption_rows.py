@@ -24,8 +24,8 @@ def read_image_folder(
 
     :param captions: ``text``: a row for each image. ``captions``: a row for each entry of the list in the column
         ``captions`` (in a CSV file, a JSON list), or for the ``text`` of an image without captions.
-    :param paraphrases: Text-only rows to add for each image with several ``captions``, from one of them to another,
-        drawn by the image's number in the file.
+    :param paraphrases: Text-only rows to add for each image with several ``captions``, from one of them to another;
+        the image's number in the file seeds the draw.
     :param limit: Read the first ``limit`` images.
     :param bad: Collects the images that cannot be used; without it, the first one raises.
     :raises CocoaError: If the folder or its metadata are missing or empty, or the metadata cannot be read.

@@ -1,6 +1,6 @@
-"""Decodes every image of a stage once before training, so that none can stop it half-way."""
+"""Decodes every image of a stage once before training, so that a broken one cannot end a run half-way."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any, TypeAlias
 
@@ -19,7 +19,7 @@ CheckedImages: TypeAlias = dict[ItemImage, ImageSize | str]
 """The size of each image, or the reason why it cannot be used."""
 
 IMAGES_AT_ONCE = 16
-"""Images whose sizes come from a worker together."""
+"""Images that a worker decodes before it returns their sizes."""
 
 
 def _sizes(images: Sequence[ItemImage]) -> list[ImageSize | str]:
@@ -32,15 +32,12 @@ def _sizes(images: Sequence[ItemImage]) -> list[ImageSize | str]:
     return found
 
 
-def check_images(
-    images: Iterable[ItemImage], workers: int = 0, *, progress: bool = False, known: CheckedImages | None = None
-) -> CheckedImages:
-    """Decode each distinct image once; only its size is kept.
+def check_images(images: Iterable[ItemImage], workers: int = 0, known: CheckedImages | None = None) -> CheckedImages:
+    """Decode each distinct image once, under a progress bar on standard error; only its size is kept.
 
     :param workers: Processes to decode in; 0 is this one.
-    :param progress: Show a progress bar on standard error.
-    :param known: Images that were checked before, which are not decoded again; new ones are added.
-    :returns: In the order of ``images``.
+    :param known: The results of earlier checks, which are not repeated; new results are added.
+    :returns: The results in the order of ``images``.
     """
     distinct = list(dict.fromkeys(images))
     known = {} if known is None else known
@@ -50,14 +47,8 @@ def check_images(
         batch_size=IMAGES_AT_ONCE,
         num_workers=workers,
         collate_fn=_sizes,
-        generator=torch.Generator(),  # its own: the run's random numbers do not depend on the check
+        generator=torch.Generator(),  # not the run's, whose random numbers do not depend on the check
     )
-    shown = progress and len(new) > 0
-    sizes = tqdm(chain.from_iterable(loader), "checking images", len(new), unit="image", disable=not shown)
+    sizes = tqdm(chain.from_iterable(loader), "checking images", len(new), unit="image", disable=not new)
     known.update(zip(new, sizes, strict=True))
     return {image: known[image] for image in distinct}
-
-
-def known_sizes(found: Mapping[ItemImage, ImageSize | str]) -> dict[ItemImage, ImageSize]:
-    """Return the sizes of the images that can be used."""
-    return {image: result for image, result in found.items() if not isinstance(result, str)}

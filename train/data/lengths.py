@@ -1,4 +1,4 @@
-"""The sequence lengths of rows, computed before any image is preprocessed."""
+"""The sequence lengths of rows, computed without preprocessing an image."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,13 +9,13 @@ from cocoa_embed.data.rows import Item, ItemImage, Row
 from cocoa_embed.model.visual_tokens import visual_tokens
 
 TEXTS_AT_ONCE = 10_000
-"""Texts that are tokenized together; only the number of their tokens is kept."""
+"""Texts that are tokenized together; the number of their tokens is kept, the tokens are not."""
 
 
 def row_lengths(
     rows: Sequence[Row], processor: ProcessorMixin, sizes: Mapping[ItemImage, tuple[int, int]]
 ) -> list[int]:
-    """Return the tokens of each row with its query and positive in one sequence.
+    """Return the number of tokens of each row, with its query and positive in one sequence.
 
     :param sizes: Width and height of every image, in pixels.
     :raises KeyError: If an image has no size.
@@ -29,7 +29,7 @@ def row_lengths(
 def item_lengths(
     items: Sequence[Item], processor: ProcessorMixin, sizes: Mapping[ItemImage, tuple[int, int]]
 ) -> np.ndarray:
-    """Return the tokens of each item without ``<EOS>`` and without truncation, int64 ``[items]``.
+    """Return the number of tokens of each item without ``<EOS>`` and without truncation, int64 ``[items]``.
 
     :raises KeyError: If an image has no size.
     """
@@ -40,6 +40,6 @@ def item_lengths(
         of_text |= zip(some, map(len, processor.tokenizer(some, add_special_tokens=False)["input_ids"]), strict=True)
     distinct = {sizes[item.image] for item in items if item.image is not None}
     of_size = {size: visual_tokens(processor.image_processor, *size) for size in distinct}
-    # An image stands between two tokens that mark its start and its end.
+    # Two more tokens mark the start and the end of an image.
     of_images = (0 if item.image is None else of_size[sizes[item.image]] + 2 for item in items)
     return np.array([of_text[item.text] + image for item, image in zip(items, of_images, strict=True)], dtype=np.int64)

@@ -1,18 +1,15 @@
-"""A stage's rows: those of all its sources, checked, weighted, and identified by a fingerprint."""
+"""Mixes the rows of a stage's sources: checked, weighted, and identified by a fingerprint."""
 
 import hashlib
 import json
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal
 
 from cocoa_embed.data.rows import ItemImage, Row
 from cocoa_embed.errors import CocoaError, printable
-from cocoa_embed.folders import write_atomically
-from cocoa_embed.train.data import image_check
-from cocoa_embed.train.data.image_check import CheckedImages, ImageSize
+from cocoa_embed.train.data.image_check import CheckedImages, ImageSize, check_images
 from cocoa_embed.train.data.rows import BadRow
 from cocoa_embed.train.data.sources import read_subset
 from cocoa_embed.train.settings import SourceSettings
@@ -31,7 +28,7 @@ class ReadRows:
 
     :param rows: In the order of the subsets, each repeated by its weight.
     :param bad: The rows that were left out.
-    :param sizes: Width and height in pixels of every image, upright; empty if images were not checked.
+    :param sizes: Width and height in pixels of every usable image, upright.
     :param counts: The number of ``rows`` of each subset.
     :param fingerprint: SHA-256 of the rows' texts and image names, in order.
     """
@@ -48,20 +45,17 @@ def read_rows(
     *,
     on_bad_row: OnBadRow,
     seed: int,
-    check_images: bool = True,
     workers: int = 0,
-    progress: bool = False,
     checked: CheckedImages | None = None,
     refuse: Callable[[Row], str | None] | None = None,
 ) -> ReadRows:
-    """Read the rows of several sources, by the names of their subsets.
+    """Read the rows of several sources, by the names of their subsets, and check every image.
 
-    :param on_bad_row: ``stop`` raises at rows that cannot be used; ``skip`` leaves out up to 1 % of all rows.
+    :param on_bad_row: ``stop`` raises at rows that cannot be used, those with broken images included; ``skip`` leaves
+        out up to 1 % of all rows.
     :param seed: Draws, with a subset's name, the rows of a fractional weight.
-    :param check_images: Check every image; rows whose images cannot be decoded are bad rows.
     :param workers: Processes to decode images in; 0 is this one.
-    :param progress: Show a progress bar on standard error.
-    :param checked: Images that earlier calls have checked; new ones are added.
+    :param checked: The results of earlier image checks; new ones are added.
     :param refuse: Returns why a stage cannot use a row, or None.
     :raises CocoaError: If a source cannot be read, too many rows cannot be used, or a subset is left without rows.
     """
@@ -70,13 +64,11 @@ def read_rows(
     if refuse is not None:
         subsets = _leave_out(subsets, refuse, bad)
     _refuse_bad_rows(bad, sum(map(len, subsets.values())), on_bad_row)
-    sizes: dict[ItemImage, ImageSize] = {}
-    if check_images:
-        images = (image for rows in subsets.values() for row in rows for image in row.images())
-        found = image_check.check_images(images, workers, progress=progress, known=checked)
-        subsets = _leave_out(subsets, lambda row: _broken_image(row, found), bad)
-        _refuse_bad_rows(bad, sum(map(len, subsets.values())), on_bad_row)
-        sizes = image_check.known_sizes(found)
+    images = (image for rows in subsets.values() for row in rows for image in row.images())
+    found = check_images(images, workers, checked)
+    subsets = _leave_out(subsets, lambda row: _broken_image(row, found), bad)
+    _refuse_bad_rows(bad, sum(map(len, subsets.values())), on_bad_row)
+    sizes = {image: size for image, size in found.items() if not isinstance(size, str)}
     weighted = {name: weigh(rows, sources[name].weight, seed=seed, subset=name) for name, rows in subsets.items()}
     for name, rows in weighted.items():
         if not rows:
@@ -90,7 +82,7 @@ def read_rows(
 def _leave_out(
     subsets: Mapping[str, Sequence[Row]], refuse: Callable[[Row], str | None], bad: list[BadRow]
 ) -> dict[str, list[Row]]:
-    """Return the rows that are not refused; the others are added to ``bad``."""
+    """Return the rows that are not refused, and add the others to ``bad``."""
     kept: dict[str, list[Row]] = {name: [] for name in subsets}
     for name, rows in subsets.items():
         for row in rows:
@@ -121,7 +113,7 @@ def _refuse_bad_rows(bad: Sequence[BadRow], usable: int, on_bad_row: OnBadRow) -
 
 
 def weigh(rows: Sequence[Row], weight: float, *, seed: int, subset: str) -> list[Row]:
-    """Return the rows repeated by ``weight``: at 2.5, all of them twice, then half of them once more.
+    """Return the rows repeated by ``weight``: at 2.5, all rows twice, then half of them once more.
 
     The rows of a fraction are drawn by ``seed`` and the subset's name, and stay in order.
     """
@@ -138,15 +130,3 @@ def fingerprint(rows: Iterable[Row]) -> str:
         items = [(item.text, None if item.image is None else str(item.image)) for item in row.items()]
         digest.update(json.dumps([row.subset, items]).encode() + b"\n")
     return digest.hexdigest()
-
-
-def write_bad_rows(path: Path, bad: Sequence[BadRow]) -> None:
-    """Write a JSON line (``subset``, ``source``, ``reason``, ``stages``) for each row left out, atomically.
-
-    Without bad rows there is no file.
-    """
-    if not bad:
-        path.unlink(missing_ok=True)
-        return
-    lines = ({key: value for key, value in asdict(row).items() if value != ()} for row in bad)
-    write_atomically(path, "".join(f"{json.dumps(line)}\n" for line in lines))

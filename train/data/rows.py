@@ -1,4 +1,4 @@
-"""Rows as training draws them, the bad rows it leaves out, and their images."""
+"""Rows and their draws, bad rows, and the images of rows."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from cocoa_embed.model.template import RESERVED_TOKENS
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used: its subset, its source, the reason, and the stages that leave it out."""
+    """A row that cannot be used: its subset, source, the reason, and the stages that leave it out."""
 
     subset: str
     source: str
@@ -27,7 +27,7 @@ class BadRow:
 
 
 class Draw(NamedTuple):
-    """A row's number and how often it was drawn before: the seed of its corruption, in any batch and any worker."""
+    """A row's number and its epoch, which seed what is masked in the row, in any batch and any worker."""
 
     row: int
     epoch: int = 0
@@ -47,7 +47,7 @@ class Rows(Dataset[tuple[Draw, Row]]):
 
 
 def numbered(rows: Sequence[Row]) -> list[tuple[Draw, Row]]:
-    """Return rows as a collator takes them, each drawn for the first time."""
+    """Return rows as a collator takes them, all of the first epoch."""
     return [(Draw(index), row) for index, row in enumerate(rows)]
 
 

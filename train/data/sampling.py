@@ -1,6 +1,7 @@
-"""The order in which rows are drawn: a function of the seed, the same on any number of devices."""
+"""The order of rows: a function of the seed, the same on any number of devices."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import count, islice
 
 import numpy as np
@@ -12,6 +13,7 @@ WINDOW = 32
 """Batches that are sorted by length together: enough to pad little, few enough to stay random."""
 
 
+@dataclass(eq=False)
 class RowStream(Sampler[Draw]):
     """Draws every row once an epoch in random order, epoch after epoch.
 
@@ -20,23 +22,20 @@ class RowStream(Sampler[Draw]):
     :param rows: The number of rows.
     :param draws: The number of draws, a multiple of ``batch_size``.
     :param batch_size: Rows of a step, over all devices.
-    :param lengths: Tokens of each row. With them, rows of similar length are drawn together: ``WINDOW`` batches are
-        sorted by length, and come in random order.
-    :raises ValueError: If there are no rows, or ``lengths`` has another count.
+    :param lengths: The number of tokens of each row. With it, batches have rows of similar length: the rows of
+        ``WINDOW`` batches are sorted by length, and the batches come in random order.
+    :raises ValueError: If there are no rows.
     """
 
-    def __init__(
-        self, rows: int, draws: int, *, batch_size: int, seed: int, lengths: Sequence[int] | None = None
-    ) -> None:
-        if rows < 1:
+    rows: int
+    draws: int
+    batch_size: int
+    seed: int
+    lengths: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.rows < 1:
             raise ValueError("there are no rows to draw from")
-        if lengths is not None and len(lengths) != rows:
-            raise ValueError(f"{len(lengths)} lengths for {rows} rows")
-        self.rows = rows
-        self.draws = draws
-        self.batch_size = batch_size
-        self.seed = seed
-        self.lengths = lengths
 
     def __len__(self) -> int:
         return self.draws

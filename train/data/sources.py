@@ -1,4 +1,4 @@
-"""Rows from every kind of source that a recipe may name."""
+"""Reads rows from every kind of source: image folders, tables, MMEB-train and data sets of the hub."""
 
 from itertools import chain, islice
 from pathlib import Path
@@ -7,7 +7,7 @@ from cocoa_embed.data.arrow_table import open_data_set
 from cocoa_embed.data.columns import NEGATIVE_PARTS, RowReader, map_columns
 from cocoa_embed.data.mmeb import TRAIN_SUBSETS, without_image_token
 from cocoa_embed.data.rows import Row
-from cocoa_embed.data.tables import RowTable, columns_of, find_tables, open_table
+from cocoa_embed.data.tables import RowTable, find_tables, open_table
 from cocoa_embed.errors import CocoaError, RowError, did_you_mean, printable
 from cocoa_embed.train.data.caption_rows import read_image_folder
 from cocoa_embed.train.data.rows import BadRow, check_text
@@ -27,24 +27,22 @@ def read_subset(subset: str, source: SourceSettings, bad: list[BadRow]) -> list[
     """Read the rows of one source, in order.
 
     :param subset: The rows' subset. In the ``mmeb`` layout it is also the name of the subset to read, unless
-        ``config`` says otherwise.
+        ``config`` is given.
     :param bad: Collects the rows that cannot be used.
-    :raises CocoaError: If the source as a whole cannot be read: a folder, file, column or data set is missing.
+    :raises CocoaError: If the source cannot be read: a folder, file, column or data set is missing.
     """
     if source.folder is not None:
         return read_image_folder(source.folder, captions=source.captions, paraphrases=source.paraphrases,
                                  limit=source.limit, subset=subset, bad=bad)  # fmt: skip
-    if source.images is not None and not source.images.is_dir():
-        raise CocoaError(f"{printable(source.images)} is not a folder; data.images is where image paths start from.")
     name, tables = _open_source(subset, source)
-    found = columns_of([table for table, _ in tables])
+    found = list(dict.fromkeys(column for table, _ in tables for column in table.columns))
     columns = source.columns.model_dump(exclude_none=True) if source.columns else None
     if source.mmeb is not None and columns is None:
         columns = {part: each for part, each in MMEB_COLUMNS.items() if each in found or part not in NEGATIVE_PARTS}
     mapping = map_columns(name, found, columns)
     clean = _check_text if source.mmeb is None else _clean_mmeb_text
-    readers = ((RowReader(mapping, images, subset, clean), table) for table, images in tables)
-    rows = list(islice(chain.from_iterable(reader.read(table) for reader, table in readers), source.limit))
+    read = (RowReader(mapping, images, subset, clean).read(table) for table, images in tables)
+    rows = list(islice(chain.from_iterable(read), source.limit))
     if not rows:
         raise CocoaError(f"{name} has no rows.")
     bad += [BadRow(subset, row.source, row.reason) for row in rows if isinstance(row, RowError)]
@@ -66,8 +64,6 @@ def _open_source(subset: str, source: SourceSettings) -> tuple[str, list[tuple[R
     tables: list[RowTable]
     if folder is not None:
         tables = [open_table(path) for path in _mmeb_files(folder, name, source.split)]
-    elif source.mmeb.startswith((".", "/", "~")):
-        raise CocoaError(f"{printable(source.mmeb)} does not exist; give the folder of MMEB-train, or its hub name.")
     elif source.config is None and name not in TRAIN_SUBSETS:
         hint = did_you_mean(name, TRAIN_SUBSETS)
         raise CocoaError(f"{source.mmeb} has no subset {name!r} {hint}; give the config of a subset of another name.")
@@ -91,12 +87,12 @@ def _clean_mmeb_text(text: str, has_image: bool, source: str) -> str:
 
 
 def _mmeb_splits(split: str) -> tuple[str, ...]:
-    """Return the splits to look for: MMEB-train calls ``train``, the default of recipes, ``original``."""
+    """Return the names of a split: ``train``, the default of recipes, is called ``original`` in MMEB-train."""
     return ("train", "original") if split == "train" else (split,)
 
 
 def _mmeb_files(folder: Path, subset: str, split: str) -> list[Path]:
-    """Return the Parquet files of a subset's split: in its sub-folder, or in a folder that is itself a subset.
+    """Return the Parquet files of a subset's split, in its sub-folder or in a folder that is itself a subset.
 
     :raises CocoaError: If there are none.
     """

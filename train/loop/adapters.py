@@ -1,7 +1,6 @@
 """Low-rank adapters (LoRA, DoRA) inside the stock model during a stage, merged into its weights at the end."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +23,9 @@ VISION_LINEARS = frozenset({"qkv", "fc1", "fc2", "linear_fc1", "linear_fc2", "ga
 MERGE_TOLERANCES = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 """Largest relative difference of hidden states before and after a merge, by the dtype of the weights.
 
-A merge rounds each weight once and sums in another order. Through 28 random layers that makes 1e-5 in float32 (with
-matrix products in full precision, PyTorch's default) and 0.1 in bfloat16; float16 is eight times as precise. A wrong
-merge loses what the adapter has learned, which is more.
+A merge rounds each weight once and changes the order of sums. Through 28 random layers the difference is 1e-5 in
+float32 (with matrix products in full precision, PyTorch's default) and 0.1 in bfloat16; float16 is eight times as
+precise. A wrong merge loses what the adapter has learned, which makes a larger difference.
 """
 
 
@@ -49,8 +48,8 @@ class Adapter:
 
         :param batch: Inputs of ``model.base_model`` (``input_ids``, ``attention_mask``, ``pixel_values``...), on the
             model's device; with an image, so that the vision encoder is compared too.
-        :returns: The relative difference that the merge makes to the last hidden states of ``batch``.
-        :raises CocoaError: If it is more than rounding explains, or a merged weight is not finite.
+        :returns: The relative difference of the last hidden states of ``batch`` before and after the merge.
+        :raises CocoaError: If the difference is larger than rounding explains, or a merged weight is not finite.
         """
         before = _last_hidden_states(self.model, batch)
         try:
@@ -59,35 +58,39 @@ class Adapter:
             raise CocoaError(
                 f"The adapter cannot be merged: {error} Lower learning_rate or raise warmup_steps."
             ) from error
-        vars(self.model).pop("peft_config", None)  # older versions of peft leave it there
+        vars(self.model).pop("peft_config", None)  # some versions of peft leave it there
         for parameter in self.trainable:
             parameter.requires_grad_(True)
-        return _refuse_difference(before, _last_hidden_states(self.model, batch), self.model.dtype)
+        after = _last_hidden_states(self.model, batch)
+        difference = ((after - before).abs().max() / before.abs().max()).item()
+        tolerance = MERGE_TOLERANCES[self.model.dtype]
+        if not difference <= tolerance:  # true for NaN too
+            raise CocoaError(
+                f"The merged model differs from the adapted one: its last hidden states by {difference:.2g} of the "
+                f"largest, where rounding explains {tolerance:.2g} in {self.model.dtype}. The adapter was not merged "
+                "as it was trained; try another version of peft, or train without an adapter."
+            )
+        return difference
 
 
 def prepare_trainable(model: PreTrainedModel, settings: StageSettings) -> Adapter | None:
-    """Make trainable in ``model`` what the stage's settings ask for, in place.
+    """Freeze the vision encoder and its merger, and add an adapter, if the stage's settings say so, in place.
 
-    Call it after all copies of the model's parts are made: a copied layer would have an adapter too, and be frozen.
+    Call it after copying parts of the model: a layer copied later would have an adapter too, and be frozen.
 
-    :returns: The adapter, to be merged at the end of the stage; None if the weights themselves are trained.
+    :returns: The adapter, which is merged at the end of the stage; None if the weights themselves are trained.
     """
     if settings.freeze_vision:
-        freeze_vision(model)
+        model.base_model.visual.requires_grad_(False)
     return None if settings.adapter is None else add_adapter(model, settings.adapter, vision=settings.adapts_vision)
 
 
-def freeze_vision(model: PreTrainedModel) -> None:
-    """Freeze the vision encoder and its merger: none of its parameters requires a gradient."""
-    model.base_model.visual.requires_grad_(False)
-
-
 def add_adapter(model: PreTrainedModel, settings: AdapterSettings, *, vision: bool = True) -> Adapter:
-    """Put an adapter into ``model``, in place, and freeze everything else in it.
+    """Add an adapter to ``model``, in place, and freeze everything else in it.
 
     Adapted are the projections of the language model's layers (``LANGUAGE_LINEARS``) and, with ``vision``, those of
-    the vision encoder's blocks (``VISION_LINEARS``); never the embeddings, the head, the
-    patches' embedding or the merger. The adapter's weights are float32, whatever the dtype of the model.
+    the vision encoder's blocks (``VISION_LINEARS``); never the embeddings, the head, the patch embedding or the
+    merger. The adapter's weights are float32, in a model of any dtype.
 
     :param model: A supported model, with its head or without (``Qwen2VLForConditionalGeneration``, ``Qwen2VLModel``).
     :raises CocoaError: If the model has no such projections.
@@ -100,7 +103,7 @@ def add_adapter(model: PreTrainedModel, settings: AdapterSettings, *, vision: bo
         lora_dropout=settings.dropout,
         init_lora_weights="gaussian",
         use_dora=settings.kind == "dora",
-        target_modules=target_names(model, vision=vision),
+        target_modules=_targets(model, vision),
     )
     adapter = Adapter(model, peft.LoraModel(model, config, "default"), trainable)
     for parameter in model.parameters():
@@ -109,11 +112,8 @@ def add_adapter(model: PreTrainedModel, settings: AdapterSettings, *, vision: bo
     return adapter
 
 
-def target_names(model: PreTrainedModel, *, vision: bool) -> list[str]:
-    """Return the names in ``model`` of the projections to adapt.
-
-    :raises CocoaError: If the language model's layers, or the vision encoder's blocks, have none.
-    """
+def _targets(model: PreTrainedModel, vision: bool) -> list[str]:
+    """Return the names in ``model`` of the projections to adapt."""
     base: Any = model.base_model
     names = _linears(model, base.language_model.layers, LANGUAGE_LINEARS, "the language model's layers")
     if vision:
@@ -129,40 +129,15 @@ def _linears(model: nn.Module, part: nn.Module, known: frozenset[str], place: st
         found = sorted({name.rpartition(".")[2] for name in names})
         raise CocoaError(
             f"No adapter fits {type(model).__name__}: {place} have no linear layer named {', '.join(sorted(known))}, "
-            f"but {_listed(found)}. Train the weights themselves: remove adapter from the stage's settings."
+            f"but {', '.join(found) or 'none at all'}. Train the weights themselves: remove adapter from the stage's "
+            "settings."
         )
     return chosen
 
 
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names) if names else "none at all"
-
-
 def _last_hidden_states(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
     """Run the backbone without its head and without dropout: float32 ``[B, L, D]``."""
-    with _in_evaluation(model):
-        return model.base_model(**batch, use_cache=False).last_hidden_state.float()
-
-
-@contextmanager
-def _in_evaluation(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def _refuse_difference(before: Tensor, after: Tensor, dtype: torch.dtype) -> float:
-    difference = ((after - before).abs().max() / before.abs().max()).item()
-    tolerance = MERGE_TOLERANCES[dtype]
-    # Written so that NaN is refused too.
-    if not difference <= tolerance:
-        raise CocoaError(
-            f"The merged model differs from the adapted one: its last hidden states by {difference:.2g} of the "
-            f"largest, where rounding explains {tolerance:.2g} in {dtype}. The adapter was not merged as it was "
-            "trained; try another version of peft, or train without an adapter."
-        )
-    return difference
+    was_training = model.training
+    states: Tensor = model.eval().base_model(**batch, use_cache=False).last_hidden_state
+    model.train(was_training)
+    return states.float()

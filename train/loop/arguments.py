@@ -8,11 +8,11 @@ import torch
 from accelerate import PartialState
 
 from cocoa_embed.cpu_threads import available_cores
-from cocoa_embed.train.loop.progress import TENSORBOARD
+from cocoa_embed.train.loop.callbacks import TENSORBOARD
 from cocoa_embed.train.settings import RunSettings, StageSettings
 
 DECAY_RATIO = 0.3
-"""Ratio of the steps in which ``warmup_stable_decay`` lets the learning rate fall."""
+"""The ratio of steps in which the learning rate of ``warmup_stable_decay`` falls."""
 
 MOST_WORKERS = 8
 """More processes per device take memory and gain nothing."""
@@ -34,14 +34,23 @@ def training_arguments(
 ) -> dict[str, Any]:
     """Return the arguments of ``TrainingArguments`` for a stage.
 
-    :param name: Of the stage's run in logging services.
-    :param folder: Where checkpoints go.
-    :param at_once: Rows that all devices take at once.
-    :param accumulated: How many times that makes a step.
+    :param name: The name of the stage's run in logging services.
+    :param folder: The folder of the checkpoints.
+    :param at_once: Rows of a micro-batch, over all devices.
+    :param accumulated: Micro-batches of a step.
     :param layers: The class names of the layers that sharding does not split.
     """
     on_cpu, workers = not torch.accelerator.is_available(), worker_count(run)
     decay = {"num_decay_steps": max(1, round(steps * DECAY_RATIO))}
+    sharding = {
+        "fsdp": "full_shard auto_wrap",
+        "fsdp_config": {
+            "version": 2,
+            "reshard_after_forward": True,
+            "transformer_layer_cls_to_wrap": list(layers),
+            "state_dict_type": "SHARDED_STATE_DICT",
+        },
+    }
     return {
         "output_dir": str(folder),
         "max_steps": steps,
@@ -62,8 +71,8 @@ def training_arguments(
         "ddp_find_unused_parameters": False,
         "save_strategy": "steps",
         "save_steps": settings.save_steps,
-        "save_total_limit": 2,  # the one before stays until the newest is complete
-        # TensorBoard gets a folder of the run (progress.py); transformers' own is removed with the checkpoints.
+        "save_total_limit": 2,  # the checkpoint before stays until the newest is complete
+        # TensorBoard logs go to the run's folder (callbacks.py); transformers would put them into the checkpoints'.
         "report_to": [service for service in run.report_to if service != TENSORBOARD] or "none",
         "run_name": name,
         "remove_unused_columns": False,
@@ -72,31 +81,19 @@ def training_arguments(
         "dataloader_persistent_workers": workers > 0,
         "dataloader_prefetch_factor": BATCHES_PER_WORKER if workers else None,
         "seed": run.seed,
-        **(_sharding(layers) if run.sharding == "fsdp2" else {}),
-    }
-
-
-def _sharding(layers: Sequence[str]) -> dict[str, Any]:
-    return {
-        "fsdp": "full_shard auto_wrap",
-        "fsdp_config": {
-            "version": 2,
-            "reshard_after_forward": True,
-            "transformer_layer_cls_to_wrap": list(layers),
-            "state_dict_type": "SHARDED_STATE_DICT",
-        },
+        **(sharding if run.sharding == "fsdp2" else {}),
     }
 
 
 def worker_count(run: RunSettings) -> int:
-    """Return the processes per device that read and preprocess rows."""
+    """Return the number of processes per device that read and preprocess rows."""
     if run.workers is not None:
         return run.workers
     if not torch.accelerator.is_available():
-        return 0  # they would take the cores that the model runs on
+        return 0  # the model runs on the same cores
     return max(1, min(MOST_WORKERS, available_cores() // torch.accelerator.device_count() - 1))
 
 
 def checking_worker_count(run: RunSettings) -> int:
-    """Return the processes that decode all images before training, while the machine has nothing else to do."""
+    """Return the number of processes that decode all images before training, when all cores are free."""
     return available_cores() - 1 if run.workers is None and torch.accelerator.is_available() else worker_count(run)

@@ -1,4 +1,4 @@
-"""Plain numbers of a batch beside its tensors, counted in the worker that makes it."""
+"""Facts of a batch beside its tensors, counted in the worker that collates it."""
 
 import signal
 from collections.abc import Callable, Sequence
@@ -13,10 +13,10 @@ from cocoa_embed.errors import CocoaError
 from cocoa_embed.train.data.rows import Draw
 
 Batch: TypeAlias = dict[str, Tensor]
-"""Named model inputs and targets; what a batch does not have (images, say) is left out."""
+"""Named model inputs and targets; a batch without images has no tensors of images."""
 
 Example: TypeAlias = tuple[Draw, Row]
-"""A row, and which draw of it this is."""
+"""A row and its draw."""
 
 FACTS = "facts"
 """The key of a batch's ``BatchFacts``."""
@@ -24,14 +24,14 @@ FACTS = "facts"
 
 @dataclass(frozen=True)
 class BatchFacts:
-    """Numbers of a batch, counted while its tensors are on the CPU, so that no device has to wait for them.
+    """Facts of a batch, counted while its tensors are on the CPU, so that no device waits for them.
 
     :param rows: The numbers of its rows.
-    :param tokens: Tokens without padding.
-    :param padded_tokens: Tokens with padding.
-    :param flops: Operations of forward and backward pass, if they are counted.
-    :param targets: How many of each tensor ``target_*`` there are to predict.
-    :param failure: Why the batch could not be made; then it holds nothing else.
+    :param tokens: The number of tokens without padding.
+    :param padded_tokens: The number of tokens with padding.
+    :param flops: FLOPs of forward and backward pass, if they are counted.
+    :param targets: The number of targets in each ``target_*`` tensor.
+    :param failure: The error that the collator raised; the batch then holds nothing else.
     """
 
     rows: tuple[int, ...] = ()
@@ -44,10 +44,10 @@ class BatchFacts:
 
 @dataclass(frozen=True)
 class DescribedBatches:
-    """A collator that adds ``BatchFacts`` to its batches, and passes failures on from any worker.
+    """A collator that adds ``BatchFacts`` to its batches; a failure in a worker becomes one of these facts.
 
     :param rows_of: Returns the numbers of the rows in the collator's examples.
-    :param flops_of: Returns the operations of training on a batch.
+    :param flops_of: Returns the FLOPs of training on a batch.
     """
 
     collate: Callable[[Any], dict[str, Any]]
@@ -57,7 +57,7 @@ class DescribedBatches:
     def __call__(self, examples: list[Any]) -> dict[str, Any]:
         """Collate, and add the batch's ``BatchFacts``."""
         if get_worker_info() is not None:
-            # A signal to all processes of a run is for the first, which ends its workers when it has saved.
+            # SIGTERM may go to all processes of a run; the first one saves, then ends its workers.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         try:
             batch = self.collate(examples)

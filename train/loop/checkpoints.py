@@ -1,54 +1,61 @@
-"""Atomic checkpoints to resume from."""
+"""Checkpoints to resume from, marked when they are complete, and snapshots of a stage's weights."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from cocoa_embed.folders import write_atomically
+from cocoa_embed.model.training_record import TRAINING_FILE
 
 COMPLETE = "complete.json"
 """Written last into a checkpoint: the names and sizes of its files, and facts of the run."""
 
 
-def write_json(path: Path, document: dict[str, Any] | list[Any]) -> None:
-    """Write a JSON file atomically."""
-    write_atomically(path, json.dumps(document, indent=2) + "\n")
-
-
 def mark_complete(checkpoint: Path, **facts: Any) -> None:
     """Mark a checkpoint as complete.
 
-    :param facts: What a resumed run reads from it, as JSON takes it.
+    :param facts: JSON values for a resumed run.
     """
-    files = {str(path.relative_to(checkpoint)): path.stat().st_size for path in _files(checkpoint)}
-    write_json(checkpoint / COMPLETE, {"files": files, **facts})
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != COMPLETE)
+    sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in files}
+    write_atomically(checkpoint / COMPLETE, json.dumps({"files": sizes, **facts}, indent=2) + "\n")
 
 
 def newest_complete(folder: Path) -> Path | None:
     """Return the newest complete ``checkpoint-<step>`` in ``folder``, None if there is none."""
     checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
-    newest_first = sorted(checkpoints, key=step_of, reverse=True)
-    return next((checkpoint for checkpoint in newest_first if is_complete(checkpoint)), None)
+    return next(filter(_is_complete, sorted(checkpoints, key=step_of, reverse=True)), None)
 
 
 def step_of(checkpoint: Path) -> int:
-    """Return the step that a checkpoint was saved at."""
+    """Return the step at which a checkpoint was saved."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def is_complete(checkpoint: Path) -> bool:
-    """Return whether a checkpoint was written to its end, and still has all its files."""
+def read_complete(checkpoint: Path) -> dict[str, Any]:
+    """Return the document of ``mark_complete``."""
+    document: dict[str, Any] = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
+    return document
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Return whether a checkpoint is marked, and still has all its files in their full size."""
     if not (checkpoint / COMPLETE).is_file():
         return False
     sizes = read_complete(checkpoint)["files"]
     return all((checkpoint / name).is_file() and (checkpoint / name).stat().st_size == sizes[name] for name in sizes)
 
 
-def read_complete(checkpoint: Path) -> dict[str, Any]:
-    """Return what ``mark_complete`` wrote."""
-    document: dict[str, Any] = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
-    return document
+def snapshot_folder(stage_folder: Path, step: int) -> Path:
+    """Return the folder of a step's snapshot."""
+    return stage_folder / f"step-{step}"
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != COMPLETE)
+def remove_unfinished(stage_folder: Path) -> None:
+    """Remove the incomplete output of an interrupted stage; complete snapshots stay."""
+    for path in stage_folder.glob("*"):
+        if not path.is_dir():
+            path.unlink()
+        elif not (path / TRAINING_FILE).is_file():
+            shutil.rmtree(path, ignore_errors=True)

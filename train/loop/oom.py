@@ -1,4 +1,4 @@
-"""Explain out-of-memory errors by the settings to change."""
+"""Turn out-of-memory errors into errors that name the settings to change."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +16,9 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 @contextmanager
 def explain_out_of_memory(stage: str, remedy: str) -> Iterator[None]:
-    """Explain that what a stage keeps in memory all the time does not fit.
+    """Explain an out-of-memory error outside of a step: weights, gradients and optimiser states do not fit.
 
-    :param remedy: What to change for a smaller step.
+    :param remedy: The change that makes a step smaller.
     :raises CocoaError: If memory runs out inside the block.
     """
     try:

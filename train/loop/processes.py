@@ -1,4 +1,4 @@
-"""One process or many: work of the first process for all, and silence of the others."""
+"""One process or many: the first process works and reports for all."""
 
 import logging
 import os
@@ -17,13 +17,13 @@ from cocoa_embed.errors import CocoaError, UsageError
 Result = TypeVar("Result")
 
 PATIENCE = timedelta(hours=3)
-"""How long processes wait for the first one, which decodes every image before training."""
+"""The longest wait for the first process, which decodes every image before training."""
 
 
 def silence_nonzero_ranks() -> None:
     """Silence warnings and log lines of all processes but the first, and torch's C++ log in all."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # does not work in forked workers, and warns of it
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # does not work in forked workers
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"accelerate|sentence_transformers|transformers")
     if os.environ.get("RANK", "0") != "0":
         warnings.simplefilter("ignore")
@@ -65,17 +65,14 @@ def by_first_process(function: Callable[[], Result]) -> Result:
     if state.num_processes == 1:
         return function()
     answer: list[tuple[int, Result | None]] = [(0, None)]
-    failure: CocoaError | None = None
     if state.is_main_process:
         try:
-            answer[0] = (0, function())
+            answer = [(0, function())]
         except CocoaError as error:
-            failure = error
-            answer[0] = (error.exit_status, None)
+            broadcast_object_list([(error.exit_status, None)])
+            raise
     broadcast_object_list(answer)
     status, result = answer[0]
-    if failure is not None:
-        raise failure
     if status:
         raise SystemExit(status)
     return cast(Result, result)

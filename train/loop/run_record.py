@@ -1,4 +1,4 @@
-"""Record a run: build ``run.json`` when it begins, update it as stages go on, and describe each checkpoint."""
+"""The records of a run: ``run.json``, updated while stages train, and the training record of each checkpoint."""
 
 import os
 import platform
@@ -37,11 +37,11 @@ SHOWN_BAD_ROWS = 12
 class StageResult:
     """A finished stage.
 
-    :param folder: Its checkpoint.
-    :param rows: How many rows it was trained on, its probe's included.
+    :param folder: The stage's checkpoint.
+    :param rows: The number of its rows, those of its probe included.
     :param seconds: Wall-clock time of its training loop.
     :param log: Its log lines: ``step`` and the metrics of that step.
-    :param facts: What the model card says of it: ``description``, a text, and ``matryoshka_dims``.
+    :param facts: Facts for the model card: ``description``, a text, and ``matryoshka_dims``.
     """
 
     stage: str
@@ -60,7 +60,7 @@ class StageResult:
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run starts: the backbone that its weights come from, and the stages that trained them before."""
+    """The origin of a run's weights: a backbone, and the stages of earlier runs that trained them."""
 
     backbone: str
     origin: Origin
@@ -69,9 +69,9 @@ class Start:
 
 
 def read_start(name_or_path: str) -> Start:
-    """Read where the recipe's ``backbone`` comes from; a checkpoint of an earlier run has its own record.
+    """Return the origin of a recipe's ``backbone``, which may be a checkpoint of an earlier run.
 
-    :raises CocoaError: If its record is broken, or it is the folder of a stage that is not finished.
+    :raises CocoaError: If the checkpoint's record is broken, or its stage is not finished.
     """
     folder = Path(name_or_path)
     if (folder / TRAINING_FILE).is_file():
@@ -81,10 +81,7 @@ def read_start(name_or_path: str) -> Start:
 
 
 def new_run(recipe: Recipe, start: Start, rows: Mapping[str, ReadRows], steps: Mapping[str, int]) -> dict[str, Any]:
-    """Return ``run.json`` of a run that has not begun.
-
-    :param steps: The optimisation steps of each stage.
-    """
+    """Return the first ``run.json`` of a run, with the optimisation ``steps`` of each stage."""
     return {
         "id": uuid.uuid4().hex,
         "cocoa_embed": __version__,
@@ -138,7 +135,7 @@ def update_stage(out: Path, stage: str, **values: Any) -> None:
 
 
 def record_begin(out: Path, stage: str, trainer: CocoaTrainer, rows: Sequence[Row], held_out: Sequence[Row]) -> None:
-    """Record what a stage trains, and which of its ``rows`` are ``held_out`` of its training."""
+    """Record how many parameters a stage trains, and which of its ``rows`` are ``held_out`` from training."""
     stages = read_run(out)["stages"]
     earlier = list(stages)[: list(stages).index(stage)]
     number_of = {id(row): number for number, row in reversed(list(enumerate(rows)))}  # a weight repeats rows
@@ -154,7 +151,7 @@ def record_begin(out: Path, stage: str, trainer: CocoaTrainer, rows: Sequence[Ro
 
 
 class RecordProgress(TrainerCallback):
-    """Writes how far a stage is into ``run.json`` whenever a checkpoint is saved."""
+    """Writes a stage's progress to ``run.json`` whenever a checkpoint is saved."""
 
     def __init__(self, out: Path, stage: str, trainer: CocoaTrainer) -> None:
         self.out, self.stage, self.trainer = out, stage, trainer
@@ -168,9 +165,9 @@ class RecordProgress(TrainerCallback):
 
 
 def finished_stages(recipe: Recipe, out: Path) -> list[StageResult]:
-    """Return the results of the stages that an earlier part of a run has finished.
+    """Return the results of the finished stages of an interrupted run.
 
-    :raises CocoaError: If the weights or the record of one are broken or gone.
+    :raises CocoaError: If the weights or the record of one are broken or missing.
     """
     results, stages = [], read_run(out)["stages"]
     for stage in recipe.stages:
@@ -184,7 +181,7 @@ def finished_stages(recipe: Recipe, out: Path) -> list[StageResult]:
 
 
 def write_record(recipe: Recipe, start: Start, results: Sequence[StageResult]) -> None:
-    """Write the training record of the last stage's checkpoint, which says that all of it is there."""
+    """Write the training record of the last stage's checkpoint, which marks the checkpoint as complete."""
     names = {each.stage: dict.fromkeys(map(_name, recipe.sources_of(each.stage).values())) for each in results}
     data = [f"{each.stage}: {each.rows} rows of {', '.join(names[each.stage])}" for each in results]
     folder = results[-1].folder

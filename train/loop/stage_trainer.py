@@ -1,4 +1,4 @@
-"""The trainer of stages that predict masked parts: losses over the whole step, and their parts in the log."""
+"""The trainer of stages that reconstruct masked parts: losses are means over a whole step."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -30,8 +30,8 @@ def stage_trainer(
 ) -> "StageTrainer":
     """Return the trainer of a model whose batches have ``target_*`` tensors to predict.
 
-    :param model: Holds ``backbone`` and all copies of its parts. It takes a batch and ``totals``, how many of each
-        target the step has (or None), and returns scalars, ``loss`` among them, that are means over these totals.
+    :param model: Holds ``backbone`` and all copies of its parts. It takes a batch and ``totals``, the number of each
+        target in the step, and returns scalars, ``loss`` among them, that are means over these totals.
     """
     arguments = TrainingArguments(**context.arguments)
     lengths = context.lengths_of(rows) if settings.group_by_length and context.lengths_of is not None else None
@@ -57,8 +57,8 @@ def row_numbers(examples: Sequence[Example]) -> list[int]:
 class StageTrainer(CocoaTrainer):
     """The trainer of a model that returns a dictionary of scalars, with ``loss`` among them.
 
-    Each log line holds the means of the others since the line before. Losses are means over the whole step: each target
-    counts the same, however many devices and micro-batches share the step.
+    Each log line holds the means of the other scalars since the line before. Losses are means over the whole step: each
+    target has the same weight, with any number of devices and micro-batches.
 
     :param stream: The order of the rows.
     """
@@ -76,16 +76,14 @@ class StageTrainer(CocoaTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], int]:
-        """Return the micro-batches of a step, and how many targets it has on all devices."""
+        """Return the micro-batches of a step, and the number of its targets on all devices."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         facts: list[BatchFacts] = [batch[FACTS] for batch in batches]
         names = sorted({name for fact in facts for name in fact.targets})
         counts = torch.tensor(
             [sum(fact.targets[name] for fact in facts) for name in names], device=self.accelerator.device
         )
-        devices = self.accelerator.num_processes
-        if devices > 1:
-            counts = reduce(self.accelerator, counts, "sum")
+        counts, devices = reduce(self.accelerator, counts, "sum"), self.accelerator.num_processes
         # Gradients are averaged over the devices, so each divides by its part of the step's total.
         self._totals = {name: count / devices for name, count in zip(names, counts.tolist(), strict=True)}
         self._steps += 1

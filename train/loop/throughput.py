@@ -1,4 +1,4 @@
-"""How fast a stage runs: tokens per second, model FLOPs utilisation, and the ratio of time spent waiting for data."""
+"""The speed of a stage: tokens per second, model FLOPs utilisation, and the ratio of time spent waiting for data."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from cocoa_embed.train.loop.processes import reduce
 class Throughput:
     """A stopwatch for the steps between two log lines.
 
-    :param peak_flops: FLOP/s of a matrix product on this device, to measure utilisation against; None leaves it out.
+    :param peak_flops: FLOP/s of a matrix product on this device, the peak of the utilisation; None leaves it out.
     """
 
     def __init__(self, peak_flops: float | None = None) -> None:
@@ -22,10 +22,9 @@ class Throughput:
         self.restart()
 
     def restart(self) -> None:
-        """Start again from now."""
+        """Reset time and counts."""
         self._started = time.perf_counter()
         self._waited = 0.0
-        self._paused = 0.0
         self._tokens = 0
         self._flops = 0.0
 
@@ -41,16 +40,16 @@ class Throughput:
         """Leave out the time inside the block, which is not training."""
         started = time.perf_counter()
         yield
-        self._paused += time.perf_counter() - started
+        self._started += time.perf_counter() - started
 
-    def saw(self, batches: Sequence[BatchFacts]) -> None:
+    def count(self, batches: Sequence[BatchFacts]) -> None:
         """Count the batches of a step."""
         self._tokens += sum(facts.tokens for facts in batches)
         self._flops += sum(facts.flops or 0.0 for facts in batches)
 
     def metrics(self, accelerator: Accelerator) -> dict[str, float]:
         """Return ``tokens_per_second`` of all devices, ``data_wait_ratio`` and, if operations are counted, ``mfu``."""
-        seconds = max(time.perf_counter() - self._started - self._paused, 1e-9)
+        seconds = max(time.perf_counter() - self._started, 1e-9)
         seen = torch.tensor([self._tokens, self._flops, self._waited], dtype=torch.float32, device=accelerator.device)
         tokens, flops, waited = reduce(accelerator, seen, "sum").tolist()
         metrics = {

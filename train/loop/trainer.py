@@ -1,5 +1,6 @@
-"""What the trainers of all stages add to transformers' ``Trainer``: checks of each step, and atomic checkpoints."""
+"""The base of all stages' trainers: transformers' ``Trainer`` with checks of each step and atomic checkpoints."""
 
+import json
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,25 +17,26 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from cocoa_embed.data.rows import Row
 from cocoa_embed.errors import CocoaError, one_line
+from cocoa_embed.folders import write_atomically
 from cocoa_embed.train.loop.adapters import Adapter
 from cocoa_embed.train.loop.batch_facts import FACTS, BatchFacts
-from cocoa_embed.train.loop.checkpoints import mark_complete, write_json
+from cocoa_embed.train.loop.checkpoints import mark_complete
 from cocoa_embed.train.loop.oom import is_out_of_memory
 from cocoa_embed.train.loop.throughput import Throughput
 
 WEIGHTS = "model.safetensors"
 NAMED_ROWS = 16
-"""The most rows that an error names; a file holds them all."""
+"""The most rows that an error names; a file lists all."""
 
 Measure: TypeAlias = Callable[[nn.Module], dict[str, float]]
-"""Measures a model during training and changes neither its weights nor any random draw."""
+"""Measures a model during training, without effect on its weights or on random draws."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A measurement for the log: at the first line after every ``steps`` steps, and at the last.
+    """A measurement for the log: in the first line after every ``steps`` steps, and in the last.
 
-    :param metrics: Some of its names, which no other log line has.
+    :param metrics: Names of metrics that only log lines with this measurement have.
     """
 
     measure: Measure
@@ -44,14 +46,14 @@ class Probe:
 
 @dataclass(frozen=True)
 class StageContext:
-    """What the trainer of a stage takes from the run, beside its model, its rows and its settings.
+    """The arguments of a stage's trainer that come from the run.
 
-    :param arguments: Of transformers' ``TrainingArguments``.
-    :param lengths_of: Returns the tokens of rows; without it, rows are not grouped by length.
-    :param flops_of: Returns the operations of training on a batch.
-    :param peak_flops: FLOP/s of a matrix product, to compare the stage's speed to.
-    :param memory_remedy: What to change in the recipe if a step does not fit into memory.
-    :param checkpoint_facts: What each checkpoint records of the run, as JSON takes it.
+    :param arguments: The keywords of transformers' ``TrainingArguments``.
+    :param lengths_of: Returns the number of tokens of each row; without it, rows are not grouped by length.
+    :param flops_of: Returns the FLOPs of training on a batch.
+    :param peak_flops: FLOP/s of a matrix product, the peak of the utilisation.
+    :param memory_remedy: The change in the recipe if a step does not fit into memory.
+    :param checkpoint_facts: JSON values that each checkpoint records.
     """
 
     arguments: dict[str, Any]
@@ -76,8 +78,8 @@ class CocoaTrainer(Trainer):
     - Log lines have the stage's speed (``Throughput``), without the time of probes.
     - Checkpoints hold the state of the whole model, adapters and pixel decoder included, and are marked when complete.
 
-    :param rows: The rows that the batches' row numbers mean.
-    :param adapter: What is trained beside the weights, to be merged into them at the end of the stage.
+    :param rows: The stage's rows; batches have their numbers.
+    :param adapter: The adapter, which is merged into the weights at the end of the stage.
     """
 
     def __init__(
@@ -102,14 +104,14 @@ class CocoaTrainer(Trainer):
     ) -> tuple[list[dict[str, Any]], Any]:
         """Return the batches of a step.
 
-        :raises CocoaError: If one could not be made.
+        :raises CocoaError: If the collator failed.
         """
         with self.throughput.waiting():
             batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         facts: list[BatchFacts] = [batch[FACTS] for batch in batches]
         for failure in (fact.failure for fact in facts if fact.failure is not None):
             raise CocoaError(failure)
-        self.throughput.saw(facts)
+        self.throughput.count(facts)
         return batches, count
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
@@ -132,17 +134,15 @@ class CocoaTrainer(Trainer):
         return loss
 
     def _refuse_infinite(self, loss: Tensor, facts: BatchFacts) -> None:
-        losses: Any = self.accelerator.gather(loss.reshape(1)) if self.args.world_size > 1 else loss.reshape(1)
+        losses: Any = self.accelerator.gather(loss.reshape(1))
         if torch.isfinite(losses).all():
             return
-        sources = [self._rows[number].source for number in facts.rows]
-        if self.args.world_size > 1:
-            sources = gather_object(sources)
-        sources = list(dict.fromkeys(sources))
+        sources = list(dict.fromkeys(gather_object([self._rows[number].source for number in facts.rows])))
         step, record = self.state.global_step + 1, self.folder.parent / "failed_step.json"
         if self.is_world_process_zero():
             record.parent.mkdir(parents=True, exist_ok=True)
-            write_json(record, {"step": step, "losses": [str(value) for value in losses.tolist()], "rows": sources})
+            failed = {"step": step, "losses": [str(value) for value in losses.tolist()], "rows": sources}
+            write_atomically(record, json.dumps(failed, indent=2) + "\n")
         more = f" and {len(sources) - NAMED_ROWS} more, all in {record}" if len(sources) > NAMED_ROWS else ""
         raise LossError(
             f"The loss of step {step} is {losses[~torch.isfinite(losses)][0].item()}; lower learning_rate "
@@ -152,19 +152,19 @@ class CocoaTrainer(Trainer):
 
     @property
     def folder(self) -> Path:
-        """Where the stage's checkpoints go."""
+        """The folder of the stage's checkpoints."""
         return Path(str(self.args.output_dir))
 
     def resume_clock(self, seconds: float) -> None:
-        """Start the clock at the time that the stage has trained before it was interrupted."""
+        """Add the seconds that the stage was trained before an interruption."""
         self._clock -= seconds
 
     def seconds(self) -> float:
-        """Return how long the stage has trained, before interruptions too."""
+        """Return the seconds that the stage was trained, those before an interruption included."""
         return time.perf_counter() - self._clock
 
     def load_finished(self, checkpoint: Path) -> None:
-        """Load weights and log of a checkpoint whose stage has no step left."""
+        """Load weights and log of a checkpoint of the last step."""
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
@@ -176,7 +176,7 @@ class CocoaTrainer(Trainer):
         return state
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the stage's speed to each line of losses and, if it is due, what the probe measures."""
+        """Add the stage's speed and, if due, the probe's metrics to each line of losses."""
         if "loss" in logs:
             if self.probe is not None and self._is_due(self.probe):
                 with self.throughput.paused():
@@ -186,7 +186,7 @@ class CocoaTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _is_due(self, probe: Probe) -> bool:
-        step, log = self.state.global_step, self.state.log_history  # a resumed run has the log from before
+        step, log = self.state.global_step, self.state.log_history  # which a resumed run restores
         probed_at = next((line["step"] for line in reversed(log) if line.keys() & probe.metrics), 0)
         return step - probed_at >= probe.steps or step == self.state.max_steps
 
@@ -197,7 +197,7 @@ class CocoaTrainer(Trainer):
             except (OSError, SafetensorError) as error:
                 raise CocoaError(
                     f"The checkpoint of step {self.state.global_step} cannot be written ({one_line(error)}); make room "
-                    "or give another --out, then go on with --resume."
+                    "or give another --out, then run again with --resume."
                 ) from error
             self.accelerator.wait_for_everyone()
             if self.args.should_save:

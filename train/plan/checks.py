@@ -1,9 +1,9 @@
-"""Find what can go wrong before the first step, before weights are loaded and before anything is removed."""
+"""Checks before a run loads weights, removes an earlier run or trains a step."""
 
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,28 +13,28 @@ from transformers import TrainingArguments
 
 from cocoa_embed.data.rows import ItemImage
 from cocoa_embed.errors import CocoaError, UsageError, one_line
-from cocoa_embed.folders import RUN_MARKER, claim_folder, refuse_foreign_folder
+from cocoa_embed.folders import RUN_MARKER, claim_folder, refuse_foreign_folder, write_atomically
 from cocoa_embed.model.backbone import load_backbone, load_processor, read_config, resolve_backbone
 from cocoa_embed.model.training_record import RUN_FILE, TRAINING_FILE, read_run, read_training, write_run
 from cocoa_embed.train.data.image_check import ImageSize
-from cocoa_embed.train.data.mixture import ReadRows, read_rows, write_bad_rows
+from cocoa_embed.train.data.mixture import ReadRows, read_rows
 from cocoa_embed.train.data.rows import BadRow
 from cocoa_embed.train.loop.arguments import checking_worker_count
+from cocoa_embed.train.loop.checkpoints import remove_unfinished
 from cocoa_embed.train.loop.processes import meet
 from cocoa_embed.train.loop.run_record import StageResult, Start, finished_stages, new_run, read_start
-from cocoa_embed.train.loop.snapshots import remove_unfinished
 from cocoa_embed.train.recipe import Recipe, missing_paths
 
 CHECKPOINTS = "checkpoints"
-"""The folder in a run's folder with what a stage resumes from, until the stage is finished."""
+"""The folder in a run's folder with the checkpoints to resume from, until the stage is finished."""
 
 BAD_ROWS_FILE = "bad_rows.jsonl"
 
 NOT_LEARNED = frozenset({"workers", "report_to", "mini_batch_size", "gradient_checkpointing", "probe_steps"})
-"""Settings that do not change what is learned, and may change when a run is resumed."""
+"""Settings that have no effect on the trained weights, and may change when a run is resumed."""
 
 INHERITED = ("prompts", "max_length", "max_pixels", "bidirectional")
-"""Settings that a run takes from the checkpoint that it starts from."""
+"""Settings that a run inherits from the checkpoint that it starts from."""
 
 _CANNOT_SHARD = (DistributedType.NO, DistributedType.MULTI_CPU)
 
@@ -43,14 +43,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run has to do.
+    """A checked run.
 
-    :param recipe: The recipe, with what it inherits.
-    :param start: Where its weights come from.
-    :param rows: The rows of each stage that is still to be run.
-    :param steps: Its optimisation steps.
-    :param results: Of the stages that are finished already.
-    :param is_resumed: It goes on with an interrupted run.
+    :param recipe: The recipe, with inherited settings.
+    :param start: The origin of its weights.
+    :param rows: The rows of each unfinished stage.
+    :param steps: The optimisation steps of each unfinished stage.
+    :param results: The results of the finished stages.
+    :param is_resumed: Whether it resumes an interrupted run.
     """
 
     recipe: Recipe
@@ -61,28 +61,29 @@ class Prepared:
     is_resumed: bool = False
 
 
-def prepare(recipe: Recipe, out: Path, *, resume: bool, progress: bool = True) -> Prepared:
-    """Check a recipe against data, machine and output folder, and make the folder ready.
+def prepare(recipe: Recipe, out: Path, *, resume: bool) -> Prepared:
+    """Check a recipe against data, machine and output folder, and set the folder up.
 
-    :param resume: Go on with the run in ``out``, if there is one.
+    :param resume: Resume the run in ``out``, if any.
     :raises UsageError: As ``examine`` does.
     :raises CocoaError: As ``examine`` does, or if the folder cannot be written.
     """
-    prepared = examine(recipe, out, resume=resume, progress=progress)
+    prepared = examine(recipe, out, resume=resume)
     if prepared.is_resumed:
         for stage in prepared.rows:
             remove_unfinished(out / stage)
     else:
         if out.is_dir() and any(out.iterdir()):
-            load_backbone(recipe.backbone)  # broken weights are not worth the loss of an earlier run
+            load_backbone(recipe.backbone)  # broken weights fail before an earlier run is removed
         claim_folder(out, marker=RUN_MARKER)
-        write_bad_rows(out / BAD_ROWS_FILE, bad_rows(prepared.rows))
+        if bad := bad_rows(prepared.rows):
+            write_atomically(out / BAD_ROWS_FILE, "".join(f"{json.dumps(asdict(row))}\n" for row in bad))
         write_run(out, new_run(prepared.recipe, prepared.start, prepared.rows, prepared.steps))
     return prepared
 
 
 def bad_rows(rows: Mapping[str, ReadRows]) -> list[BadRow]:
-    """Return the rows that stages leave out, each once, with the stages that do."""
+    """Return the rows that stages leave out, each once, with the names of these stages."""
     stages: dict[BadRow, list[str]] = {}
     for stage, read in rows.items():
         for row in dict.fromkeys(read.bad):
@@ -90,8 +91,8 @@ def bad_rows(rows: Mapping[str, ReadRows]) -> list[BadRow]:
     return [replace(row, stages=tuple(those)) for row, those in stages.items()]
 
 
-def examine(recipe: Recipe, out: Path, *, resume: bool = False, progress: bool = True) -> Prepared:
-    """Check a recipe against data, machine and output folder, and change nothing.
+def examine(recipe: Recipe, out: Path, *, resume: bool = False) -> Prepared:
+    """Check a recipe against data, machine and output folder, without changing any file.
 
     :raises UsageError: If the recipe has no stage, a stage has no data, this machine cannot run it, or the interrupted
         run had another recipe or other rows.
@@ -99,9 +100,12 @@ def examine(recipe: Recipe, out: Path, *, resume: bool = False, progress: bool =
     """
     if missing := missing_paths(type(recipe), recipe.model_dump()):
         raise CocoaError(f"Recipe {recipe.name!r}: {'; '.join(missing)}.")
-    recipe = inherit(recipe)
-    check_stages(recipe)
-    check_backbone(recipe)
+    recipe = _inherit(recipe)
+    _check_stages(recipe)
+    config = read_config(recipe.backbone)
+    for stage in recipe.stages.values():
+        stage.check_backbone(config)
+    load_processor(recipe.backbone, max_length=recipe.max_length, max_pixels=recipe.max_pixels)
     refuse_foreign_folder(out, marker=RUN_MARKER)
     _refuse_to_overwrite_inputs(recipe, out)
     resume = resume and (out / RUN_MARKER).is_file() and (out / RUN_FILE).is_file()
@@ -109,7 +113,7 @@ def examine(recipe: Recipe, out: Path, *, resume: bool = False, progress: bool =
         _refuse_another_recipe(recipe, out)
     results = finished_stages(recipe, out) if resume else []
     start = read_start(recipe.backbone)
-    rows = read_stages(recipe, list(recipe.stages)[len(results) :], progress=progress)
+    rows = read_stages(recipe, list(recipe.stages)[len(results) :])
     steps = {stage: recipe.stages[stage].step_count(len(read.rows)) for stage, read in rows.items()}
     _refuse_impossible_arguments(recipe, steps, out)
     if resume:
@@ -117,11 +121,8 @@ def examine(recipe: Recipe, out: Path, *, resume: bool = False, progress: bool =
     return Prepared(recipe, start, rows, steps, results, is_resumed=resume)
 
 
-def inherit(recipe: Recipe) -> Recipe:
-    """Return the recipe with what it does not give itself from the checkpoint that it starts from, if it is one.
-
-    :raises CocoaError: If the checkpoint's record is broken.
-    """
+def _inherit(recipe: Recipe) -> Recipe:
+    """Return the recipe; if its backbone is a checkpoint, with ``INHERITED`` settings that it does not give."""
     folder = Path(recipe.backbone)
     if not (folder / TRAINING_FILE).is_file():
         return recipe
@@ -133,46 +134,32 @@ def inherit(recipe: Recipe) -> Recipe:
     return recipe.parse({**recipe.model_dump(exclude_unset=True), **taken}, source=str(folder))
 
 
-def check_stages(recipe: Recipe) -> None:
-    """Check that a recipe has stages, that each names its rows, and that this machine can run it.
-
-    :raises UsageError: If not.
-    """
+def _check_stages(recipe: Recipe) -> None:
+    """Check that a recipe has stages, that each names its rows, and that this machine can run it."""
     state = meet()
     if not recipe.stages:
         raise UsageError(f"Recipe {recipe.name!r} has no stage; give at least one of {', '.join(recipe.registry())}.")
     for service in recipe.report_to:
         if find_spec(service) is None:
             raise UsageError(f"report_to names {service}, which is not installed; run: pip install {service}")
-    sharding = f"sharding={recipe.sharding}"
-    if recipe.sharding != "none" and state.distributed_type in _CANNOT_SHARD:
-        # transformers would silently not shard
+    is_sharded, sharding = recipe.sharding != "none", f"sharding={recipe.sharding}"
+    if is_sharded and state.distributed_type in _CANNOT_SHARD:
+        # transformers would train without sharding, and without a word
         raise UsageError(f"{sharding} needs several accelerators, with a process each.")
     for name, stage in recipe.stages.items():
         recipe.sources_of(name)
         stage.attention()
-        if recipe.sharding != "none" and not stage.can_shard:
+        if is_sharded and not stage.can_shard:
             raise UsageError(
                 f"{sharding} does not work in stage {name}; run the other stages with {name}=null, then {name} from "
                 "their checkpoint with sharding=none."
             )
-        if recipe.sharding != "none" and stage.settings.adapter is not None:
+        if is_sharded and stage.settings.adapter is not None:
             raise UsageError(f"{sharding} does not work with adapters; leave out sharding or {name}.adapter.")
 
 
-def check_backbone(recipe: Recipe) -> None:
-    """Check that a recipe's backbone is supported and fits its stages, and its processor the recipe's limits.
-
-    :raises CocoaError: If not.
-    """
-    config = read_config(recipe.backbone)
-    for stage in recipe.stages.values():
-        stage.check_backbone(config)
-    load_processor(recipe.backbone, max_length=recipe.max_length, max_pixels=recipe.max_pixels)
-
-
-def read_stages(recipe: Recipe, names: list[str], *, progress: bool) -> dict[str, ReadRows]:
-    """Read the rows of stages: what several stages have in common once, and each image once.
+def read_stages(recipe: Recipe, names: list[str]) -> dict[str, ReadRows]:
+    """Read the rows of stages. Data of several stages are read once, and each image is checked once.
 
     :raises CocoaError: If the data cannot be used.
     """
@@ -188,7 +175,6 @@ def read_stages(recipe: Recipe, names: list[str], *, progress: bool) -> dict[str
                 on_bad_row=data.on_bad_row,
                 seed=recipe.seed,
                 workers=checking_worker_count(recipe),
-                progress=progress,
                 checked=checked,
                 refuse=stage.unusable,
             )
@@ -197,8 +183,8 @@ def read_stages(recipe: Recipe, names: list[str], *, progress: bool) -> dict[str
     return rows
 
 
-def recipe_changes(before: dict[str, Any], after: dict[str, Any], *, prefix: str = "") -> list[str]:
-    """Return what differs between two recipes as ``key.sub: before -> after``, without ``NOT_LEARNED``."""
+def _recipe_changes(before: dict[str, Any], after: dict[str, Any], *, prefix: str = "") -> list[str]:
+    """Return the differences of two recipes as ``key.sub: before -> after``, without ``NOT_LEARNED``."""
     changes = []
     for key in sorted({*before, *after}):
         old, new = before.get(key), after.get(key)
@@ -206,14 +192,14 @@ def recipe_changes(before: dict[str, Any], after: dict[str, Any], *, prefix: str
         if old == new or key in NOT_LEARNED:
             continue
         if isinstance(old, dict) and isinstance(new, dict):
-            changes += recipe_changes(old, new, prefix=f"{name}.")
+            changes += _recipe_changes(old, new, prefix=f"{name}.")
         else:
             changes.append(f"{name}: {json.dumps(old)} -> {json.dumps(new)}")
     return changes
 
 
 def _refuse_another_recipe(recipe: Recipe, out: Path) -> None:
-    if changes := recipe_changes(read_run(out)["recipe"], recipe.model_dump(mode="json")):
+    if changes := _recipe_changes(read_run(out)["recipe"], recipe.model_dump(mode="json")):
         raise UsageError(
             f"The recipe has changed since the run in {out} began ({'; '.join(changes)}); resume it with the recipe "
             "that it began with, or start anew in another folder."

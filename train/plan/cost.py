@@ -51,14 +51,14 @@ class BatchShape:
         return sum(math.prod(grid) for grid in self.image_grids)
 
     def repeated(self, times: int) -> "BatchShape":
-        """Return the shape of a batch that contains this one ``times`` times."""
+        """Return the shape of a batch with ``times`` copies of this one."""
         return BatchShape(
             self.lengths * times, self.image_grids * times, self.masked_tokens * times, self.masked_patches * times
         )
 
 
 def batch_shape(batch: Mapping[str, Tensor], prefix: str = "") -> BatchShape:
-    """Return the shape, without padding, of a collator's batch: of the keys that start with ``prefix``."""
+    """Return the shape, without padding, of the part of a collator's batch whose keys start with ``prefix``."""
     grids = batch.get(f"{prefix}image_grid_thw")
     return BatchShape(
         lengths=tuple(batch[f"{prefix}{ATTENTION_MASK}"].sum(dim=1).tolist()),
@@ -72,10 +72,10 @@ def batch_shape(batch: Mapping[str, Tensor], prefix: str = "") -> BatchShape:
 class LayerSize:
     """A stack of equal transformer layers.
 
-    :param linears: Linear modules of one layer, and ``weights`` their weights without biases.
+    :param linears: The number of linear modules of one layer; ``weights`` is the number of their weights.
     :param attention_width: Heads times the width of a head.
-    :param intermediate: Width inside the MLP.
-    :param is_gated: The MLP has a gate (SwiGLU); these layers also have RMSNorm, the others LayerNorm.
+    :param intermediate: The width inside the MLP.
+    :param is_gated: The MLP has a gate (SwiGLU), and the norms are RMSNorm; else they are LayerNorm.
     :param normalises_queries: Queries and keys are normalised too.
     """
 
@@ -93,13 +93,14 @@ class LayerSize:
         """Measure the first layer of a stack; ``attention_output`` is the name of its attention's last matrix."""
         layer = stack.get_submodule("0")
         linears = _linears(layer)
+        output = linears[attention_output]
         mlp = [linear for name, linear in linears.items() if name.startswith("mlp.")]
         return cls(
             layers=len(list(stack.children())),
             linears=len(linears),
             weights=_weights(linears),
-            width=linears[attention_output].out_features,
-            attention_width=linears[attention_output].in_features,
+            width=output.out_features,
+            attention_width=output.in_features,
             intermediate=max(linear.in_features for linear in mlp),
             is_gated=len(mlp) == 3,
             normalises_queries=any(name.endswith("q_norm") for name, _ in layer.named_modules()),
@@ -110,9 +111,9 @@ class LayerSize:
 class ModelSize:
     """The properties of a model that determine its cost.
 
-    :param merger_weights: Weights of all ``mergers``, those of the deep stack (Qwen3-VL) included.
-    :param full_layers: Vision layers that attend to the whole image; the others attend inside windows of ``window``
-        raw patches a side.
+    :param merger_weights: The weights of all ``mergers``, those of the deep stack (Qwen3-VL) included.
+    :param full_layers: The number of vision layers that attend to the whole image; the others attend inside windows
+        with a side of ``window`` raw patches.
     """
 
     text: LayerSize
@@ -133,7 +134,7 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def model_size(config: PreTrainedConfig) -> ModelSize:
-    """Measure the stock model of a config; it takes about a second, so keep the result."""
+    """Measure the stock model of a config, which takes about a second."""
     model = meta_model(config)
     visual = model.base_model.get_submodule("visual")
     mergers = {name: linear for name, linear in _linears(visual).items() if not name.startswith("blocks.")}
@@ -210,7 +211,7 @@ class StepCost:
     """FLOPs of training on a batch: the forward pass, and the gradients of activations and of trained weights.
 
     As usual for model FLOPs utilisation, recomputation (gradient checkpointing, the gradient cache's first pass) is not
-    counted. Neither are an adapter's own matrices.
+    counted; nor are an adapter's own matrices.
 
     :param adapter: The weights are frozen beside an adapter.
     :param freeze_vision: The vision encoder gets no gradient.
@@ -222,7 +223,7 @@ class StepCost:
 
     @classmethod
     def of(cls, config: PreTrainedConfig, settings: StageSettings) -> "StepCost":
-        """Read a backbone's size from its config, and which weights are trained from a stage's settings."""
+        """Derive the cost from a backbone's config and a stage's settings."""
         adapter = settings.adapter is not None
         return cls(model_size(config), adapter, settings.freeze_vision or (adapter and not settings.adapts_vision))
 
@@ -247,7 +248,7 @@ class StepCost:
 def measure_matmul_flops(device: torch.device, dtype: torch.dtype = torch.bfloat16, *, repeats: int = 5) -> float:
     """Return the FLOP/s of a large matrix product on a device, the median of ``repeats`` measurements."""
     side = 1024 if device.type == "cpu" else 8192
-    generator = torch.Generator(device).manual_seed(0)  # leaves the run's own random numbers as they are
+    generator = torch.Generator(device).manual_seed(0)  # has no effect on the run's random numbers
     left, right = (torch.randn(side, side, device=device, dtype=dtype, generator=generator) for _ in range(2))
     seconds = []
     for _ in range(repeats + 2):

@@ -1,4 +1,4 @@
-"""What a run would do and cost, without loading weights: ``cocoa-embed train RECIPE --dry-run``."""
+"""The plan and the cost of a run, without loading weights: ``cocoa-embed train RECIPE --dry-run``."""
 
 import dataclasses
 import random
@@ -16,30 +16,29 @@ from cocoa_embed.model.flex_attention import FLEX
 from cocoa_embed.train.data.lengths import row_lengths
 from cocoa_embed.train.data.mixture import ReadRows
 from cocoa_embed.train.data.rows import numbered
-from cocoa_embed.train.loop.batch_facts import Example
 from cocoa_embed.train.plan.checks import bad_rows, examine
-from cocoa_embed.train.plan.cost import BatchShape, StepCost, batch_shape
+from cocoa_embed.train.plan.cost import StepCost, batch_shape
 from cocoa_embed.train.plan.memory import ADAM_MOMENTS, FULL, stage_parameters, training_memory
 from cocoa_embed.train.recipe import Recipe
 from cocoa_embed.train.settings import StageSettings
 from cocoa_embed.train.stages.stage import Stage
 
 SAMPLE = 256
-"""Rows of a stage that are made into sequences, to estimate how long all are."""
+"""Rows of a stage that are rendered to estimate the length of all."""
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What a stage would do, and an estimate of what it takes.
+    """The plan of a stage, with estimates of its cost.
 
     :param rows: Rows by subset, after caps and weights.
-    :param tokens_per_step: Without padding, from a sample of the rows.
-    :param flops: Of all steps, forward and backward, from the same sample.
+    :param tokens_per_step: Tokens without padding, from a sample of the rows.
+    :param flops: FLOPs of all steps, forward and backward, from the same sample.
     :param rows_at_once: Rows that a device runs in one forward pass; in the contrastive stage, items.
-    :param memory_bytes: Of one device by what they hold, if all that it runs at once is as long as the longest row.
-    :param checkpoint_bytes: Of one checkpoint to resume from; while the stage runs there are up to three, in
+    :param memory_bytes: Bytes on one device by use, if all rows of a forward pass are as long as the longest row.
+    :param checkpoint_bytes: Bytes of one checkpoint to resume from. While the stage trains there are up to three, in
         ``checkpoints`` beside ``folder``.
-    :param folder: Where the stage's weights would be written.
+    :param folder: The folder of the stage's weights.
     """
 
     stage: str
@@ -58,11 +57,11 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run would do.
+    """The plan of a run.
 
-    :param devices: How many share each step.
-    :param bad_rows: Rows that would be left out, as in ``bad_rows.jsonl``.
-    :param finished: Stages that would not be run again.
+    :param devices: The number of devices.
+    :param bad_rows: The rows to leave out, as in ``bad_rows.jsonl``.
+    :param finished: The stages that are finished already.
     """
 
     recipe: str
@@ -73,13 +72,13 @@ class RunPlan:
     finished: list[str]
 
 
-def plan(recipe: Recipe, out: Path, *, resume: bool = False, progress: bool = True) -> RunPlan:
-    """Return what a run would do; fail where the run would.
+def plan(recipe: Recipe, out: Path, *, resume: bool = False) -> RunPlan:
+    """Return the plan of a run, or fail as the run would.
 
-    :raises UsageError: As the run would.
-    :raises CocoaError: As the run would, except for missing or broken weights, which are not loaded.
+    :raises UsageError: As ``run`` does.
+    :raises CocoaError: As ``run`` does, except for missing or broken weights, which are not loaded.
     """
-    prepared = examine(recipe, out, resume=resume, progress=progress)
+    prepared = examine(recipe, out, resume=resume)
     recipe = prepared.recipe
     config = read_config(recipe.backbone)
     processor = load_processor(recipe.backbone, max_length=recipe.max_length, max_pixels=recipe.max_pixels)
@@ -107,13 +106,13 @@ def _plan_stage(
 ) -> StagePlan:
     run, settings, devices = stage.run, stage.settings, PartialState().num_processes
     at_once = stage.sequences_at_once(devices)
-    shapes = sample_shapes(stage, read.rows, processor, config)
     lengths = row_lengths(read.rows, processor, read.sizes)
-    (longest_row,) = numbered([read.rows[lengths.index(max(lengths))]])
-    longest = max(
-        (shape for of_row in [*shapes, _row_shapes(stage, longest_row, processor, config)] for shape in of_row),
-        key=lambda shape: shape.tokens,
-    )
+    longest_row = read.rows[lengths.index(max(lengths))]
+    examples = [*numbered(sample_rows(read.rows, run.seed)), *numbered([longest_row])]
+    all_shapes = [[batch_shape(batch) for batch in stage.sequences(example, processor, config)]
+                  for example in examples]  # fmt: skip
+    longest = max((shape for of_row in all_shapes for shape in of_row), key=lambda shape: shape.tokens)
+    shapes = all_shapes[:-1]
     cost, counts = StepCost.of(config, settings), stage_parameters(config, settings, stage.extra_module)
     memory = training_memory(
         counts,
@@ -144,18 +143,9 @@ def _plan_stage(
     )
 
 
-def sample_shapes(
-    stage: Stage[StageSettings], rows: Sequence[Row], processor: ProcessorMixin, config: PreTrainedConfig
-) -> list[list[BatchShape]]:
-    """Return the shapes of the sequences that a stage makes of each of ``SAMPLE`` rows."""
-    sample = list(rows)
-    if len(rows) > SAMPLE:
-        # At random: rows of an image are neighbours, and every n-th row may be the same one of each image.
-        sample = random.Random(stage.run.seed).sample(sample, SAMPLE)
-    return [_row_shapes(stage, example, processor, config) for example in numbered(sample)]
+def sample_rows(rows: Sequence[Row], seed: int) -> list[Row]:
+    """Return at most ``SAMPLE`` of the rows.
 
-
-def _row_shapes(
-    stage: Stage[StageSettings], example: Example, processor: ProcessorMixin, config: PreTrainedConfig
-) -> list[BatchShape]:
-    return [batch_shape(batch) for batch in stage.sequences(example, processor, config)]
+    They are drawn at random: with a fixed number of rows per image, every n-th row may be the first of its image.
+    """
+    return list(rows) if len(rows) <= SAMPLE else random.Random(seed).sample(list(rows), SAMPLE)

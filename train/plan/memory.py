@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
-from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -23,12 +22,10 @@ TEXT_ATTENTION = 4
 VISION_ATTENTION = 7
 """The joint queries, keys and values, the rotated queries and keys, the output of each image and of all images."""
 
-ExtraModule: TypeAlias = Callable[[PreTrainedModel], nn.Module | None]
-
 
 @dataclass(frozen=True)
 class Parameters:
-    """How many parameters a model has, tied ones counted once, and how many are trained."""
+    """The number of a model's parameters, tied ones counted once, and of those that are trained."""
 
     total: int
     trainable: int
@@ -40,7 +37,9 @@ def count_parameters(model: nn.Module) -> Parameters:
     return Parameters(sum(count for count, _ in counts), sum(count for count, is_trained in counts if is_trained))
 
 
-def stage_parameters(config: PreTrainedConfig, settings: StageSettings, extra_module: ExtraModule) -> Parameters:
+def stage_parameters(
+    config: PreTrainedConfig, settings: StageSettings, extra_module: Callable[[PreTrainedModel], nn.Module | None]
+) -> Parameters:
     """Count the parameters that a stage uses and trains, from the backbone's config alone.
 
     :param extra_module: Returns a module that is trained beside the backbone, such as the pixel decoder.
@@ -55,7 +54,7 @@ def stage_parameters(config: PreTrainedConfig, settings: StageSettings, extra_mo
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device by what they hold."""
+    """Bytes on one device by use."""
 
     weights: int
     gradients: int
@@ -88,10 +87,10 @@ def training_memory(
 
     :param counts: From ``stage_parameters``.
     :param size: From ``model_size``.
-    :param shape: What a device runs at once, with padded lengths.
+    :param shape: The batch that a device runs at once, with padded lengths.
     :param world_size: Devices that weights, gradients and moments are sharded over (FSDP2); 1 without sharding.
     :param autocast: Matrices run in bfloat16; autocast keeps copies of the weights until the forward pass ends.
-    :param gradient_checkpointing: Only each layer's input is kept, and the activations of one layer at a time.
+    :param gradient_checkpointing: Each layer keeps its input alone, and one layer at a time its activations.
     :param freeze_vision: The vision encoder keeps no activations.
     :param dense_mask: Attention keeps the mask in every layer: true for sdpa, false for FlexAttention.
     """

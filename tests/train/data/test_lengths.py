@@ -7,13 +7,13 @@ from tiny_backbones import every_family
 
 from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.model.backbone import Backbone
-from cocoa_embed.model.visual_tokens import visual_tokens
 from cocoa_embed.train.data.lengths import item_lengths, row_lengths
 from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.stages.bridge.collator import BridgeCollator
 from cocoa_embed.train.stages.rendering import render_items
 
-SIZES = ((56, 56), (300, 40), (31, 500), (28, 28))
+SIZES = ((56, 56), (300, 40), (31, 500), (28, 28), (700, 700))
+"""The last one has more pixels than the processor's limit."""
 
 
 @pytest.fixture
@@ -50,13 +50,3 @@ def test_a_rows_length_is_that_of_its_bridge_sequence(
     batch = BridgeCollator(tiny_backbone.processor, seed=0)(numbered(rows))
     np.testing.assert_array_equal(lengths, batch["attention_mask"].sum(dim=1).numpy())
     assert lengths[2] == tiny_backbone.processor.tokenizer.model_max_length
-
-
-def test_the_processors_pixel_limit_bounds_the_visual_tokens(tiny_backbone: Backbone) -> None:
-    processor = tiny_backbone.processor
-    largest = processor.image_processor.size["longest_edge"] // (14 * 2) ** 2
-    assert visual_tokens(processor.image_processor, 3000, 3000) <= largest < visual_tokens_unlimited(3000, 3000)
-
-
-def visual_tokens_unlimited(width: int, height: int) -> int:
-    return (width // 28) * (height // 28)

@@ -27,12 +27,12 @@ def described(index: int) -> tuple[str, int]:
 
 
 def dealt(sampler: BatchSampler, devices: int, device: int) -> list[list[int]]:
-    """What a device gets at each step, as accelerate deals batches out in training."""
+    """The batches of a device, as accelerate distributes them in training."""
     return list(BatchSamplerShard(sampler, num_processes=devices, process_index=device, even_batches=False))
 
 
 @pytest.mark.parametrize("devices", [2, 3])
-def test_a_steps_rows_are_of_one_subset_as_many_on_each_device_and_no_two_alike(devices: int) -> None:
+def test_the_rows_of_a_step_are_different_of_one_subset_and_as_many_on_each_device(devices: int) -> None:
     shards = [dealt(SharedBatchSampler(proportional(devices), devices), devices, device) for device in range(devices)]
     found = list(zip(*shards, strict=True))
     assert len(found) > len(SIZES)
@@ -45,11 +45,11 @@ def test_a_steps_rows_are_of_one_subset_as_many_on_each_device_and_no_two_alike(
         names.add(values[0][0])
     assert {"a", "b"} <= names
     assert any(len(parts[0]) == 4 for parts in found)
-    assert any(0 < len(parts[0]) < 4 for parts in found), "smaller batches are shared out too"
+    assert any(0 < len(parts[0]) < 4 for parts in found), "smaller batches are divided too"
 
 
 def test_without_it_devices_get_rows_of_several_subsets() -> None:
-    """The premise: taking turns at whole batches mixes subsets at a step."""
+    """The premise: accelerate gives whole batches to the devices in turn, which mixes subsets in a step."""
     pairs = zip(*(dealt(proportional(1), 2, device) for device in range(2)), strict=False)
     assert any(described(one[0])[0] != described(other[0])[0] for one, other in pairs)
 

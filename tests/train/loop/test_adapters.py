@@ -1,5 +1,4 @@
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,8 +16,7 @@ from cocoa_embed.model.attention import assert_bidirectional
 from cocoa_embed.model.backbone import SUPPORTED, Backbone, load_backbone
 from cocoa_embed.model.export import build_sentence_transformer
 from cocoa_embed.train.data.rows import numbered
-from cocoa_embed.train.loop.adapters import Adapter, add_adapter, freeze_vision, prepare_trainable
-from cocoa_embed.train.plan.memory import Parameters, count_parameters
+from cocoa_embed.train.loop.adapters import Adapter, add_adapter, prepare_trainable
 from cocoa_embed.train.settings import AdapterSettings, StageSettings
 from cocoa_embed.train.stages.rendering import render_items
 from cocoa_embed.train.stages.warmup.collator import WarmupCollator
@@ -63,7 +61,7 @@ def hidden_states(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 
 
 def train(model: PreTrainedModel, batch: dict[str, Tensor], *, steps: int = 3) -> None:
-    """Move the last hidden states away from where they are."""
+    """Change the last hidden states."""
     model.train()
     optimizer = torch.optim.AdamW(trained(model).values(), lr=1e-2)
     for _ in range(steps):
@@ -72,7 +70,7 @@ def train(model: PreTrainedModel, batch: dict[str, Tensor], *, steps: int = 3) -
         optimizer.zero_grad()
 
 
-# What is adapted
+# Targets
 
 
 @every_family
@@ -86,43 +84,7 @@ def test_the_projections_of_layers_and_blocks_are_adapted_and_nothing_else(
     assert type(model) is SUPPORTED[family]
 
 
-@every_family
-@KINDS
-def test_the_adapter_alone_is_trained_and_every_part_of_it_in_float32(
-    family: str, tiny_backbone: Backbone, batch: dict[str, Tensor], kind: str
-) -> None:
-    model = tiny_backbone.model.to(torch.bfloat16)
-    add_adapter(model, AdapterSettings(kind=kind, r=2))
-    found = trained(model)
-    parts = ("lora_A", "lora_B") + (("lora_magnitude_vector",) if kind == "dora" else ())
-    assert len(found) == len(parts) * len(expected_targets(family, vision=True))
-    assert all(any(f".{part}." in name for part in parts) for name in found)
-    assert {parameter.dtype for parameter in found.values()} == {torch.float32}
-    assert model.dtype == torch.bfloat16
-    train(model, batch, steps=1)  # of both kinds of layers, whatever the dtype of what flows through them
-
-
-@every_family
-def test_a_model_without_its_head_is_adapted_too(
-    family: str, tiny_backbone: Backbone, batch: dict[str, Tensor], tmp_path: Path
-) -> None:
-    checkpoint = write_checkpoint(tiny_backbone, tmp_path / "bridge")
-    embedder = build_sentence_transformer(checkpoint, prompts=PROMPTS).to("cpu")
-    model = embedder[0].auto_model
-    stock, keys = type(model), list(model.state_dict())
-    adapter = add_adapter(model, AdapterSettings())
-    assert adapted(model) == expected_targets(family, vision=True, prefix="")
-    train(model, batch)
-    expected = hidden_states(model, batch)
-    adapter.merge(batch)
-    torch.testing.assert_close(hidden_states(model, batch), expected, rtol=1e-4, atol=1e-4)
-    assert (type(embedder[0].auto_model), list(model.state_dict())) == (stock, keys)
-    embedder.save(str(tmp_path / "merged"), create_model_card=False)
-    again = load_backbone(str(tmp_path / "merged")).model
-    torch.testing.assert_close(hidden_states(again, batch), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_a_model_without_such_projections_is_refused(tiny_backbone: Backbone) -> None:
+def test_a_model_without_projections_is_refused(tiny_backbone: Backbone) -> None:
     model = tiny_backbone.model
     for block in model.base_model.visual.blocks:
         block.attn, block.mlp = nn.Sequential(nn.Linear(2, 2)), nn.Identity()
@@ -134,78 +96,47 @@ def test_a_model_without_such_projections_is_refused(tiny_backbone: Backbone) ->
         add_adapter(model, AdapterSettings(), vision=False)
 
 
-def test_an_adapter_changes_nothing_before_its_first_step(tiny_backbone: Backbone, batch: dict[str, Tensor]) -> None:
-    model = tiny_backbone.model
-    before = hidden_states(model, batch)
-    add_adapter(model, AdapterSettings())
-    torch.testing.assert_close(hidden_states(model, batch), before, rtol=1e-5, atol=1e-5)
-
-
-def test_the_section_sets_rank_scale_dropout_and_kind(tiny_backbone: Backbone) -> None:
-    adapter = add_adapter(tiny_backbone.model, AdapterSettings(kind="lora", r=4, alpha=12, dropout=0.25))
+def test_the_settings_set_rank_scale_dropout_and_kind(tiny_backbone: Backbone) -> None:
+    add_adapter(tiny_backbone.model, AdapterSettings(kind="lora", r=4, alpha=12, dropout=0.25))
     for layer in (module for module in tiny_backbone.model.modules() if isinstance(module, BaseTunerLayer)):
         assert layer.lora_A["default"].out_features == layer.lora_B["default"].in_features == 4
         assert layer.scaling["default"] == 3
         assert layer.lora_dropout["default"].p == 0.25
         assert not layer.lora_magnitude_vector
-    assert isinstance(adapter.layers, LoraModel)
 
 
 # Training
 
 
-@every_family
 @KINDS
-def test_a_merged_model_is_the_stock_one_and_computes_what_the_adapted_one_did(
-    family: str, tiny_backbone: Backbone, batch: dict[str, Tensor], tmp_path: Path, kind: str
+def test_all_weights_of_the_adapter_and_no_others_are_trained_in_float32(
+    family: str, tiny_backbone: Backbone, batch: dict[str, Tensor], kind: str
 ) -> None:
-    model = tiny_backbone.model
-    untrained, keys, config = hidden_states(model, batch), list(model.state_dict()), model.config.to_dict()
-    adapter = add_adapter(model, AdapterSettings(kind=kind))
-    train(model, batch)
-    expected = hidden_states(model, batch)
-    assert (expected - untrained).abs().max() > 0.1, "the adapter has learned something"
-    model.train()
-    difference = adapter.merge(batch)
-    assert 0 < difference < 1e-4
-    assert model.training
-    assert not adapted(model)
-    assert not hasattr(model, "peft_config")
-    assert (type(model), list(model.state_dict()), model.config.to_dict()) == (SUPPORTED[family], keys, config)
-    assert model.lm_head.weight is model.get_input_embeddings().weight
-    torch.testing.assert_close(hidden_states(model, batch), expected, rtol=1e-4, atol=1e-4)
-    tiny_backbone.save(tmp_path / "stage")
-    again = load_backbone(str(tmp_path / "stage"), max_length=TINY_MAX_LENGTH).model
-    torch.testing.assert_close(hidden_states(again, batch), expected, rtol=1e-4, atol=1e-4)
-    assert_bidirectional(again)
-    assert not any("adapter" in path.name for path in (tmp_path / "stage").iterdir())
-    assert "peft" not in json.dumps(json.loads((tmp_path / "stage" / "config.json").read_text()))
+    model = tiny_backbone.model.to(torch.bfloat16)
+    add_adapter(model, AdapterSettings(kind=kind, r=2))
+    found = trained(model)
+    parts = ("lora_A", "lora_B") + (("lora_magnitude_vector",) if kind == "dora" else ())
+    assert len(found) == len(parts) * len(expected_targets(family, vision=True))
+    assert all(any(f".{part}." in name for part in parts) for name in found)
+    assert {parameter.dtype for parameter in found.values()} == {torch.float32}
+    assert model.dtype == torch.bfloat16
+    train(model, batch, steps=1)
 
 
-def test_after_a_merge_the_weights_can_be_trained_as_before(tiny_backbone: Backbone, batch: dict[str, Tensor]) -> None:
-    model = tiny_backbone.model
-    freeze_vision(model)
-    before = set(trained(model))
-    add_adapter(model, AdapterSettings(), vision=False).merge(batch)
-    assert set(trained(model)) == before
-    assert before == {name for name, _ in model.named_parameters() if "visual" not in name}
-
-
-@every_family
 @KINDS
-def test_gradients_reach_every_adapter_under_bf16_autocast(
-    tiny_backbone: Backbone, batch: dict[str, Tensor], kind: str
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_reach_every_adapter(
+    tiny_backbone: Backbone, batch: dict[str, Tensor], kind: str, dtype: torch.dtype
 ) -> None:
     model = tiny_backbone.model
     add_adapter(model, AdapterSettings(kind=kind, dropout=0.0))
     model.train()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
         loss = model.base_model(**batch).last_hidden_state[..., 0].square().mean()
     loss.backward()
     for name, parameter in model.named_parameters():
-        # A is behind B, which starts at zero.
         assert (parameter.grad is not None) == parameter.requires_grad, name
-        if "lora_B" in name:
+        if "lora_B" in name:  # which starts at zero, so that no gradient passes it yet
             assert parameter.grad.abs().max() > 0, name
 
 
@@ -220,7 +151,57 @@ def test_the_pixel_decoder_is_trained_whole_beside_an_adapter(tiny_backbone: Bac
     assert tiny_backbone.model.lm_head.weight.grad is None
 
 
-# A merge that goes wrong
+# The merge
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("qwen2_vl", "lora"), ("qwen2_vl", "dora"), ("qwen2_5_vl", "dora"), ("qwen3_vl", "dora")],
+    indirect=["family"],
+    scope="session",
+)
+def test_a_merged_model_is_the_stock_one_and_computes_the_same(
+    family: str, tiny_backbone: Backbone, batch: dict[str, Tensor], tmp_path: Path, kind: str
+) -> None:
+    model = tiny_backbone.model
+    untrained, keys, config = hidden_states(model, batch), list(model.state_dict()), model.config.to_dict()
+    adapter = add_adapter(model, AdapterSettings(kind=kind))
+    torch.testing.assert_close(hidden_states(model, batch), untrained, rtol=1e-5, atol=1e-5)
+    train(model, batch)
+    expected = hidden_states(model, batch)
+    assert (expected - untrained).abs().max() > 0.1, "the adapter has learned something"
+    model.train()
+    assert 0 < adapter.merge(batch) < 1e-4
+    assert model.training
+    assert not adapted(model)
+    assert not hasattr(model, "peft_config")
+    assert (type(model), list(model.state_dict()), model.config.to_dict()) == (SUPPORTED[family], keys, config)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    torch.testing.assert_close(hidden_states(model, batch), expected, rtol=1e-4, atol=1e-4)
+    tiny_backbone.save(tmp_path / "stage")
+    again = load_backbone(str(tmp_path / "stage"), max_length=TINY_MAX_LENGTH).model
+    torch.testing.assert_close(hidden_states(again, batch), expected, rtol=1e-4, atol=1e-4)
+    assert_bidirectional(again)
+    assert not any("adapter" in path.name for path in (tmp_path / "stage").iterdir())
+    assert "peft" not in (tmp_path / "stage" / "config.json").read_text()
+
+
+def test_a_model_without_its_head_is_adapted_and_merged_too(
+    family: str, tiny_backbone: Backbone, batch: dict[str, Tensor], tmp_path: Path
+) -> None:
+    checkpoint = write_checkpoint(tiny_backbone, tmp_path / "bridge")
+    embedder = build_sentence_transformer(checkpoint, prompts=PROMPTS).to("cpu")
+    model = embedder[0].auto_model
+    stock, keys = type(model), list(model.state_dict())
+    adapter = add_adapter(model, AdapterSettings())
+    assert adapted(model) == expected_targets(family, vision=True, prefix="")
+    train(model, batch)
+    expected = hidden_states(model, batch)
+    adapter.merge(batch)
+    assert (type(embedder[0].auto_model), list(model.state_dict())) == (stock, keys)
+    embedder.save(str(tmp_path / "merged"), create_model_card=False)
+    again = load_backbone(str(tmp_path / "merged")).model
+    torch.testing.assert_close(hidden_states(again, batch), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture
@@ -230,16 +211,35 @@ def learned(tiny_backbone: Backbone, batch: dict[str, Tensor]) -> Adapter:
     return adapter
 
 
-def test_a_merge_that_loses_the_adapter_is_refused_with_both_numbers(
-    learned: Adapter, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+def lose_adapter(self: LoraModel, safe_merge: bool) -> None:
+    self.unload()
+
+
+def lose_weights(self: LoraModel, safe_merge: bool) -> None:
+    self.unload().get_decoder().norm.weight.data.fill_(float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("merge", "message"),
+    [
+        (lose_adapter, r"hidden states by \d\.\d+ of .* explains 0\.001 in torch\.float32"),
+        (lose_weights, "hidden states by nan"),
+    ],
+)
+def test_a_merge_that_changes_the_hidden_states_is_refused(
+    learned: Adapter,
+    batch: dict[str, Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    merge: Callable[[LoraModel, bool], None],
+    message: str,
 ) -> None:
-    monkeypatch.setattr(LoraModel, "merge_and_unload", lambda self, safe_merge: self.unload())
-    with pytest.raises(CocoaError, match=r"hidden states by \d\.\d+ of .* explains 0\.001 in torch\.float32"):
+    monkeypatch.setattr(LoraModel, "merge_and_unload", merge)
+    with pytest.raises(CocoaError, match=message):
         learned.merge(batch)
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
-def test_a_merged_weight_that_is_no_number_is_refused(
+def test_a_merged_weight_that_is_not_finite_is_refused(
     learned: Adapter, batch: dict[str, Tensor], broken: float
 ) -> None:
     with torch.no_grad():
@@ -248,67 +248,34 @@ def test_a_merged_weight_that_is_no_number_is_refused(
         learned.merge(batch)
 
 
-def test_hidden_states_that_are_no_numbers_are_refused(
-    learned: Adapter, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+# The settings of a stage
+
+
+def prepared(model: PreTrainedModel, **values: object) -> Adapter | None:
+    return prepare_trainable(model, StageSettings.model_validate({"steps": 1, "batch_size": 1, **values}))
+
+
+def test_without_an_adapter_the_weights_are_trained_but_those_of_a_frozen_vision_encoder(
+    tiny_backbone: Backbone,
 ) -> None:
-    def lose(self: LoraModel, safe_merge: bool) -> None:
-        self.unload().get_decoder().norm.weight.data.fill_(float("nan"))
-
-    monkeypatch.setattr(LoraModel, "merge_and_unload", lose)
-    with pytest.raises(CocoaError, match="hidden states by nan"):
-        learned.merge(batch)
-
-
-# What a section asks for
-
-STAGE = {"steps": 1, "batch_size": 1}
-Prepare = Callable[..., tuple[Adapter | None, set[str]]]
-
-
-@pytest.fixture
-def prepare(tiny_backbone: Backbone) -> Iterator[Prepare]:
-    def prepared(**values: object) -> tuple[Adapter | None, set[str]]:
-        adapter = prepare_trainable(tiny_backbone.model, StageSettings.model_validate({**STAGE, **values}))
-        return adapter, set(trained(tiny_backbone.model))
-
-    return prepared
-
-
-def test_without_an_adapter_all_weights_are_trained(prepare: Prepare, tiny_backbone: Backbone) -> None:
-    assert prepare() == (None, {name for name, _ in tiny_backbone.model.named_parameters()})
-
-
-def test_a_frozen_vision_encoder_stays_as_it_is_with_its_merger(
-    prepare: Prepare, tiny_backbone: Backbone, batch: dict[str, Tensor]
-) -> None:
-    adapter, names = prepare(freeze_vision=True)
-    assert adapter is None
-    assert names == {name for name, _ in tiny_backbone.model.named_parameters() if "visual" not in name}
-    assert any("merger" in name for name, _ in tiny_backbone.model.named_parameters())
-    before = {name: value.clone() for name, value in tiny_backbone.model.base_model.visual.state_dict().items()}
-    train(tiny_backbone.model, batch)
-    after = tiny_backbone.model.base_model.visual.state_dict()
-    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    model = tiny_backbone.model
+    names = {name for name, _ in model.named_parameters()}
+    assert prepared(model) is None
+    assert set(trained(model)) == names
+    assert prepared(model, freeze_vision=True) is None
+    assert set(trained(model)) == {name for name in names if "visual" not in name}
+    assert any("visual.merger" in name for name in names)
 
 
 @pytest.mark.parametrize("freeze_vision", [False, True])
-def test_an_adapter_is_in_the_vision_encoder_unless_that_is_frozen(prepare: Prepare, freeze_vision: bool) -> None:
-    adapter, names = prepare(adapter={}, freeze_vision=freeze_vision)
-    assert adapter is not None
-    assert any("visual" in name for name in names) is not freeze_vision
-    assert all("lora_" in name for name in names)
-
-
-# Counting
-
-
-def test_tied_parameters_count_once_and_only_the_trained_ones_as_such(tiny_backbone: Backbone) -> None:
+def test_a_frozen_vision_encoder_has_no_adapter_and_stays_frozen_after_the_merge(
+    tiny_backbone: Backbone, batch: dict[str, Tensor], freeze_vision: bool
+) -> None:
     model = tiny_backbone.model
-    total = sum(value.numel() for name, value in model.state_dict().items() if name != "lm_head.weight")
-    assert count_parameters(model) == Parameters(total, total)
-    freeze_vision(model)
-    vision = sum(value.numel() for value in model.base_model.visual.parameters())
-    assert count_parameters(model) == Parameters(total, total - vision)
-    add_adapter(model, AdapterSettings(r=2), vision=False)
-    added = sum(value.numel() for name, value in model.named_parameters() if "lora_" in name)
-    assert count_parameters(model) == Parameters(total + added, added)
+    names = {name for name, _ in model.named_parameters()}
+    adapter = prepared(model, adapter={}, freeze_vision=freeze_vision)
+    assert adapter is not None
+    assert any("visual" in name for name in trained(model)) is not freeze_vision
+    assert all("lora_" in name for name in trained(model))
+    adapter.merge(batch)
+    assert set(trained(model)) == {name for name in names if not (freeze_vision and "visual" in name)}

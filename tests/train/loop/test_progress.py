@@ -4,7 +4,7 @@ import pytest
 from stages import alone
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from cocoa_embed.train.loop.progress import StageProgressCallback
+from cocoa_embed.train.loop.callbacks import StageProgressCallback
 from cocoa_embed.train.stages.bridge.settings import BridgeSettings
 from cocoa_embed.train.stages.bridge.stage import Bridge
 

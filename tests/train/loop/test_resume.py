@@ -1,10 +1,13 @@
-"""A run that was ended, wherever that was, goes on and ends as if it never had been."""
+"""An interrupted run resumes, and ends with the weights and logs of an uninterrupted one."""
 
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,8 +19,8 @@ from cocoa_embed.errors import UsageError
 from cocoa_embed.model.training_record import read_run
 from cocoa_embed.train import pipeline
 from cocoa_embed.train.loop import trainer
+from cocoa_embed.train.loop.callbacks import Stopped
 from cocoa_embed.train.loop.checkpoints import newest_complete
-from cocoa_embed.train.loop.stopping import Stopped
 from cocoa_embed.train.pipeline import run
 from cocoa_embed.train.recipe import STAGES, Recipe
 from conftest import TINY_MAX_LENGTH
@@ -32,15 +35,11 @@ STAGE: dict[str, Any] = {
     "save_steps": 2,
 }
 
-Kill = Callable[[str, str, int], pytest.MonkeyPatch]
-
-
-def slow(*values: str) -> list[Any]:
-    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+Whole = Callable[[str], Path]
 
 
 class Killed(BaseException):
-    """What no code of ours may catch: the process is gone."""
+    """Stands for the end of the process: the code under test must not catch it."""
 
 
 @pytest.fixture(scope="module")
@@ -66,30 +65,32 @@ def recipe(tiny_backbone_path: Path, scene_folder: Path) -> Recipe:
     )
 
 
-def outcome(out: Path) -> dict[str, tuple[dict[str, torch.Tensor], list[float]]]:
-    losses = {stage: entry["log"] for stage, entry in read_run(out)["stages"].items()}
-    return {
-        stage: (
-            load_file(out / stage / "model.safetensors"),
-            [line["loss"] for line in losses[stage] if "loss" in line],
-        )
-        for stage in STAGES
-    }
+def only(recipe: Recipe, *stages: str, **changes: Any) -> Recipe:
+    """Return the recipe with these stages alone."""
+    return recipe.model_copy(update={**dict.fromkeys(set(STAGES) - set(stages)), **changes})
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("whole") / "out"
-    run(recipe, out)
-    return out
+def whole(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """Return the folder of an uninterrupted run of one stage, trained once for all tests."""
+
+    @cache
+    def trained(stage: str) -> Path:
+        out = tmp_path_factory.mktemp("whole") / "out"
+        run(only(recipe, stage), out)
+        return out
+
+    return trained
 
 
-def assert_same(out: Path, whole: Path) -> None:
-    found, expected = outcome(out), outcome(whole)
-    for stage in STAGES:
-        assert found[stage][0].keys() == expected[stage][0].keys()
-        assert all(torch.equal(found[stage][0][name], expected[stage][0][name]) for name in found[stage][0]), stage
-        assert found[stage][1][-1] == expected[stage][1][-1], stage
+def assert_same(out: Path, whole: Path, stage: str) -> None:
+    found, expected = (load_file(folder / stage / "model.safetensors") for folder in (out, whole))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    logs = [read_run(folder)["stages"][stage]["log"] for folder in (out, whole)]
+    last, expected_last = ([line["loss"] for line in log if "loss" in line][-1] for log in logs)
+    assert last == expected_last
+    assert [line["step"] for line in logs[0]][-1] == STEPS
     assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in whole.iterdir())
 
 
@@ -103,187 +104,163 @@ class AtStep(TrainerCallback):
             self.act()
 
 
-def die() -> None:
+def die(*args: Any, **kwargs: Any) -> None:
     raise Killed
 
 
-def act_at(patch: pytest.MonkeyPatch, stage: str, step: int, act: Callable[[], None]) -> None:
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextmanager
+def acting_at(step: int, act: Callable[[], None], stage: str = "") -> Iterator[None]:
+    """Call ``act`` at the end of a step of the stage, by default of all stages."""
     show = pipeline.show_progress
 
     def show_and_act(built: Trainer, name: str, shown: dict[str, str]) -> None:
         show(built, name, shown)
-        if name == stage:
+        if name == stage or not stage:
             built.add_callback(AtStep(step, act))
 
-    patch.setattr(pipeline, "show_progress", show_and_act)
-
-
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow)])
-def test_a_run_killed_at_a_step_ends_as_one_that_was_not(
-    recipe: Recipe, uninterrupted: Path, tmp_path: Path, stage: str, step: int
-) -> None:
-    out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
-        act_at(patch, stage, step, die)
-        with pytest.raises(Killed):
-            run(recipe, out)
+        patch.setattr(pipeline, "show_progress", show_and_act)
+        yield
+
+
+def cases(default: tuple[Any, ...], *others: Any) -> list[Any]:
+    """Return a case of the default suite, and others for the slow one."""
+    return [default, *(pytest.param(*other, marks=pytest.mark.slow) for other in others)]
+
+
+@pytest.mark.parametrize(
+    ("stage", "step"),
+    cases(("bridge", 3), *((stage, step) for stage in STAGES for step in (1, 3, 5) if (stage, step) != ("bridge", 3))),
+)
+def test_a_run_killed_at_a_step_resumes_to_the_same_weights(
+    recipe: Recipe, whole: Whole, tmp_path: Path, stage: str, step: int
+) -> None:
+    given, out = only(recipe, stage), tmp_path / "out"
+    with acting_at(step, die), pytest.raises(Killed):
+        run(given, out)
     assert not (out / stage).exists(), "the stage is not finished"
     saved = newest_complete(out / "checkpoints" / stage)
     assert (saved is None) == (step < 3), "a step's checkpoint is written after it"
-    run(recipe, out, resume=True)
-    assert_same(out, uninterrupted)
+    run(given, out, resume=True)
+    assert_same(out, whole(stage), stage)
 
 
-@pytest.mark.parametrize(
-    "stage",
-    ["bridge", *slow("warmup", "contrastive")],
-)
-def test_a_half_written_checkpoint_is_never_taken_for_a_whole_one(
-    recipe: Recipe, uninterrupted: Path, tmp_path: Path, stage: str
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_half_written_checkpoint_is_not_resumed_from(
+    recipe: Recipe, whole: Whole, tmp_path: Path, stage: str
 ) -> None:
     def write_half(model: torch.nn.Module, path: str) -> None:
         save_model(model, path)
-        if stage in path and "checkpoint-4" in path:
-            whole = Path(path).read_bytes()
-            Path(path).write_bytes(whole[: len(whole) // 2])
+        if "checkpoint-4" in path:
+            content = Path(path).read_bytes()
+            Path(path).write_bytes(content[: len(content) // 2])
             raise Killed
 
-    out = tmp_path / "out"
+    given, out = only(recipe, stage), tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "save_model", write_half)
         with pytest.raises(Killed):
-            run(recipe, out)
+            run(given, out)
     assert (out / "checkpoints" / stage / "checkpoint-4" / "model.safetensors").is_file()
-    newest = newest_complete(out / "checkpoints" / stage)
-    assert newest is not None
-    assert newest.name == "checkpoint-2"
-    run(recipe, out, resume=True)
-    assert_same(out, uninterrupted)
+    assert newest_complete(out / "checkpoints" / stage) == out / "checkpoints" / stage / "checkpoint-2"
+    run(given, out, resume=True)
+    assert_same(out, whole(stage), stage)
 
 
 @pytest.mark.parametrize(
-    "place",
-    slow("write_record", "mark_complete", "rmtree"),
+    ("stage", "module", "function"),
+    cases(
+        ("contrastive", pipeline, "write_record"),
+        ("warmup", pipeline, "write_record"),
+        ("bridge", pipeline, "write_record"),
+        ("bridge", trainer, "mark_complete"),
+        ("bridge", shutil, "rmtree"),
+    ),
 )
-def test_a_run_killed_between_two_writes_ends_as_one_that_was_not(
-    recipe: Recipe, uninterrupted: Path, tmp_path: Path, place: str
+def test_a_run_killed_between_two_writes_resumes_to_the_same_weights(
+    recipe: Recipe, whole: Whole, tmp_path: Path, stage: str, module: ModuleType, function: str
 ) -> None:
-    module = {"mark_complete": trainer, "write_record": pipeline, "rmtree": shutil}[place]
-    out = tmp_path / "out"
+    """Killed before the training record, it has the checkpoint of its last step: no step is left to train."""
+    given, out = only(recipe, stage), tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, place, lambda *args, **kwargs: die())
+        patch.setattr(module, function, die)
         with pytest.raises(Killed):
-            run(recipe, out)
-    assert out.is_dir()
-    run(recipe, out, resume=True)
-    assert_same(out, uninterrupted)
-
-
-@pytest.mark.parametrize("stage", ["contrastive", *slow("warmup", "bridge")])
-def test_a_stage_killed_after_its_last_checkpoint_is_not_trained_on(
-    recipe: Recipe, uninterrupted: Path, tmp_path: Path, stage: str
-) -> None:
-    write = pipeline.write_record
-
-    def die_in_the_stage(*args: Any) -> None:
-        if args[2][-1].stage == stage:
-            raise Killed
-        write(*args)
-
-    out = tmp_path / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "write_record", die_in_the_stage)
-        with pytest.raises(Killed):
-            run(recipe, out)
+            run(given, out)
     newest = newest_complete(out / "checkpoints" / stage)
-    assert newest is not None
-    assert newest.name == f"checkpoint-{STEPS}"
-    run(recipe, out, resume=True)
-    assert_same(out, uninterrupted)
-    steps = [line["step"] for line in read_run(out)["stages"][stage]["log"]]
-    assert max(steps) == STEPS
+    assert (newest is not None and newest.name == f"checkpoint-{STEPS}") == (function == "write_record")
+    run(given, out, resume=True)
+    assert_same(out, whole(stage), stage)
 
 
-def test_sigterm_saves_and_stops_and_the_run_goes_on(recipe: Recipe, uninterrupted: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_sigterm_saves_a_checkpoint_and_stops_and_the_run_resumes(recipe: Recipe, whole: Whole, tmp_path: Path) -> None:
+    given, out = only(recipe, "bridge"), tmp_path / "out"
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.MonkeyPatch.context() as patch:
-        # The signal is heard at the end of the step after.
-        act_at(patch, "bridge", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(Stopped, match="step 3 of 5 of stage bridge; the same command with --resume") as stopped:
-            run(recipe, out)
+    # Python handles the signal during the next step.
+    with acting_at(2, terminate), pytest.raises(Stopped, match=r"step 3 of 5 of stage bridge; .* --resume") as stopped:
+        run(given, out)
     assert stopped.value.exit_status == 143
     assert signal.getsignal(signal.SIGTERM) is before
-    newest = newest_complete(out / "checkpoints" / "bridge")
-    assert newest is not None
-    assert newest.name == "checkpoint-3"
-    run(recipe, out, resume=True)
-    assert_same(out, uninterrupted)
+    assert newest_complete(out / "checkpoints" / "bridge") == out / "checkpoints" / "bridge" / "checkpoint-3"
+    run(given, out, resume=True)
+    assert_same(out, whole("bridge"), "bridge")
 
 
-def test_sigterm_in_a_stages_last_step_stops_before_the_next(
-    recipe: Recipe, uninterrupted: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        act_at(patch, "warmup", STEPS, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(Stopped, match="at the end of stage warmup"):
-            run(recipe, out)
+def test_sigterm_in_the_last_step_of_a_stage_stops_before_the_next(recipe: Recipe, tmp_path: Path) -> None:
+    given, out = only(recipe, "warmup", "bridge"), tmp_path / "out"
+    with acting_at(STEPS, terminate, "warmup"), pytest.raises(Stopped, match="at the end of stage warmup"):
+        run(given, out)
     assert (out / "warmup").is_dir()
     assert not (out / "bridge").exists()
-    run(recipe, out, resume=True)
-    assert_same(out, uninterrupted)
+    resumed: list[str] = []
+    results = run(given, out, resume=True, inspect=lambda stage, trainer: resumed.append(stage))
+    assert resumed == ["bridge"]
+    assert [result.stage for result in results] == ["warmup", "bridge"]
 
 
 @pytest.mark.slow
-def test_how_a_run_fits_a_machine_may_change_on_the_way(recipe: Recipe, uninterrupted: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        act_at(patch, "bridge", 3, die)
-        with pytest.raises(Killed):
-            run(recipe, out)
-    assert recipe.bridge is not None
-    fitted = {"bridge": recipe.bridge.model_copy(update={"mini_batch_size": 4}), "gradient_checkpointing": True}
-    run(recipe.model_copy(update=fitted), out, resume=True)
-    found, expected = (load_file(folder / "bridge" / "model.safetensors") for folder in (out, uninterrupted))
+def test_settings_without_effect_on_the_weights_may_change_on_resume(
+    recipe: Recipe, whole: Whole, tmp_path: Path
+) -> None:
+    given, out = only(recipe, "bridge"), tmp_path / "out"
+    with acting_at(3, die), pytest.raises(Killed):
+        run(given, out)
+    assert given.bridge is not None
+    changed = given.bridge.model_copy(update={"mini_batch_size": 4})
+    run(only(given, "bridge", bridge=changed, gradient_checkpointing=True), out, resume=True)
+    found, expected = (load_file(folder / "bridge" / "model.safetensors") for folder in (out, whole("bridge")))
     assert all(torch.allclose(found[name], expected[name], atol=1e-5) for name in found)
 
 
-def test_a_finished_run_is_not_run_again(recipe: Recipe, uninterrupted: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    shutil.copytree(uninterrupted, out)
-    results = run(recipe, out, resume=True, inspect=lambda stage, trainer: pytest.fail(f"{stage} ran again"))
+def test_a_finished_run_is_not_run_again(small_recipe: Recipe, copy: Path) -> None:
+    results = run(small_recipe, copy, resume=True, inspect=lambda stage, trainer: pytest.fail(f"{stage} ran again"))
     assert [result.stage for result in results] == list(STAGES)
     assert all(result.final["loss"] > 0 for result in results)
-    assert_same(out, uninterrupted)
 
 
-@pytest.mark.slow
-def test_a_run_that_has_not_begun_is_begun(recipe: Recipe, uninterrupted: Path, tmp_path: Path) -> None:
-    run(recipe, tmp_path / "out", resume=True)
-    assert_same(tmp_path / "out", uninterrupted)
+def test_resume_begins_a_run_that_has_not_begun(recipe: Recipe, whole: Whole, tmp_path: Path) -> None:
+    run(only(recipe, "bridge"), tmp_path / "out", resume=True)
+    assert_same(tmp_path / "out", whole("bridge"), "bridge")
 
 
-def test_another_recipe_is_refused_and_the_difference_shown(
-    recipe: Recipe, uninterrupted: Path, tmp_path: Path
-) -> None:
-    changed = recipe.model_copy(
-        update={"seed": 7, "bridge": recipe.bridge.model_copy(update={"learning_rate": 0.5}) if recipe.bridge else None}
-    )
+def test_a_changed_recipe_is_refused_with_its_differences(recipe: Recipe, whole: Whole) -> None:
+    assert recipe.bridge is not None
+    changed = only(recipe, "bridge", seed=7, bridge=recipe.bridge.model_copy(update={"learning_rate": 0.5}))
     with pytest.raises(UsageError, match=r"bridge\.learning_rate: 0\.001 -> 0\.5; seed: 0 -> 7"):
-        run(changed, uninterrupted, resume=True)
+        run(changed, whole("bridge"), resume=True)
 
 
-def test_other_rows_are_refused(recipe: Recipe, scene_folder: Path, tmp_path: Path) -> None:
-    data = tmp_path / "scenes"
-    shutil.copytree(scene_folder, data)
-    moved = recipe.model_copy(update={"data": recipe.data.model_copy(update={"folder": data}) if recipe.data else None})
-    with pytest.MonkeyPatch.context() as patch:
-        act_at(patch, "bridge", 1, die)
-        with pytest.raises(Killed):
-            run(moved, tmp_path / "out")
+def test_changed_rows_are_refused(recipe: Recipe, scene_folder: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(scene_folder, tmp_path / "scenes"))
+    assert recipe.data is not None
+    given = only(recipe, "bridge", data=recipe.data.model_copy(update={"folder": data}))
+    with acting_at(1, die), pytest.raises(Killed):
+        run(given, tmp_path / "out")
     lines = (data / "metadata.jsonl").read_text().splitlines()
     (data / "metadata.jsonl").write_text("\n".join(lines[1:]) + "\n")
     with pytest.raises(UsageError, match="rows of stage bridge have changed"):
-        run(moved, tmp_path / "out", resume=True)
+        run(given, tmp_path / "out", resume=True)

@@ -1,4 +1,4 @@
-"""What every stage's trainer watches for: losses, memory, rows that cannot be read, and time."""
+"""The base trainer: losses over micro-batches, speed, and errors that name rows and settings."""
 
 import json
 from collections.abc import Callable
@@ -23,7 +23,7 @@ ROWS = [Row(query=Item(text="a"), positive=Item(text="b"), source=f"pairs.csv, r
 
 
 class Line(nn.Module):
-    """One weight; its loss is a mean over the step's masked tokens, as that of a stage is."""
+    """One weight; like a stage's, its loss is a mean over the step's masked tokens."""
 
     accepts_loss_kwargs = True
 
@@ -71,8 +71,8 @@ def trainer(folder: Path, rows: list[Row] = ROWS, collator: Collate = collate, *
 
 
 @pytest.mark.parametrize("mini_batch_size", [1, 2, 4])
-def test_micro_batches_make_the_step_that_the_whole_batch_makes(tmp_path: Path, mini_batch_size: int) -> None:
-    """Rows with more masked tokens count more, in whatever micro-batch they are."""
+def test_micro_batches_make_the_step_of_the_whole_batch(tmp_path: Path, mini_batch_size: int) -> None:
+    """Each masked token has the same weight, in micro-batches with few or many of them."""
     stage = trainer(tmp_path, mini_batch_size=mini_batch_size)
     weight, losses = 0.0, []
     draws = list(stage._stream)
@@ -86,35 +86,34 @@ def test_micro_batches_make_the_step_that_the_whole_batch_makes(tmp_path: Path, 
     assert logged == pytest.approx([sum(losses[:2]) / 2, sum(losses[2:]) / 2], rel=1e-4)
 
 
-def test_a_log_line_holds_losses_and_speed(tmp_path: Path) -> None:
-    stage = trainer(tmp_path)
-    stage.train()
-    line = next(line for line in stage.state.log_history if "loss" in line)
-    assert {"loss", "distance", "grad_norm", "learning_rate", "tokens_per_second", "data_wait_ratio"} <= line.keys()
-    assert line["tokens_per_second"] > 0
-    assert 0 <= line["data_wait_ratio"] <= 1
-
-
-def test_utilisation_is_flops_over_time_and_peak(tmp_path: Path) -> None:
+def test_a_log_line_has_losses_speed_and_utilisation(tmp_path: Path) -> None:
     stage = trainer(tmp_path)
     stage.throughput.peak_flops = 1e9
     stage.data_collator = DescribedBatches(collate, stage.data_collator.rows_of, lambda batch: 5e5)
     stage.train()
     line = next(line for line in stage.state.log_history if "loss" in line)
+    assert {"loss", "distance", "grad_norm", "learning_rate", "tokens_per_second", "data_wait_ratio"} <= line.keys()
+    assert 0 <= line["data_wait_ratio"] <= 1
     batches = 2 * 2
     tokens = batches * 2 * 2
     seconds = tokens / line["tokens_per_second"]
     assert line["mfu"] == pytest.approx(batches * 5e5 / seconds / 1e9)
 
 
-def test_a_loss_that_is_no_number_names_the_rows_of_its_batch(tmp_path: Path) -> None:
-    def poisoned(examples: list[tuple[Draw, Row]]) -> dict[str, torch.Tensor]:
+def broken_from(bad: Callable[[int], bool], value: float) -> Collate:
+    """Return a collator of batches with targets that are not finite, if one of their rows is bad."""
+
+    def collator(examples: list[tuple[Draw, Row]]) -> dict[str, torch.Tensor]:
         batch = collate(examples)
-        if any(draw.row == bad for draw, _ in examples):
-            batch["target_ids"][:] = float("nan")
+        if any(bad(draw.row) for draw, _ in examples):
+            batch["target_ids"][:] = value
         return batch
 
-    stage = trainer(tmp_path, collator=poisoned)
+    return collator
+
+
+def test_a_loss_that_is_not_finite_names_the_rows_of_its_batch(tmp_path: Path) -> None:
+    stage = trainer(tmp_path, collator=broken_from(lambda row: row == bad, float("nan")))
     draws = list(stage._stream)
     place = 9
     bad = draws[place].row
@@ -126,48 +125,42 @@ def test_a_loss_that_is_no_number_names_the_rows_of_its_batch(tmp_path: Path) ->
         assert f"pairs.csv, row {number}" in str(raised.value)
     record = json.loads((tmp_path / "failed_step.json").read_text())
     assert sorted(record["rows"]) == sorted(f"pairs.csv, row {number}" for number in in_batch)
-    assert stage.state.global_step == place // 4, "the weights were not changed by it"
+    assert stage.state.global_step == place // 4, "the step does not change the weights"
 
 
-def test_many_rows_are_named_in_a_file(tmp_path: Path) -> None:
-    def poisoned(examples: list[tuple[Draw, Row]]) -> dict[str, torch.Tensor]:
-        batch = collate(examples)
-        batch["target_ids"][:] = float("inf")
-        return batch
-
-    stage = trainer(tmp_path, collator=poisoned, batch_size=30, mini_batch_size=30)
+def test_a_file_names_all_rows_if_they_are_many(tmp_path: Path) -> None:
+    collator = broken_from(lambda row: True, float("inf"))
+    stage = trainer(tmp_path, collator=collator, batch_size=30, mini_batch_size=30)
     with pytest.raises(CocoaError, match=r"and 14 more, all in .*failed_step\.json"):
         stage.train()
     assert len(json.loads((tmp_path / "failed_step.json").read_text())["rows"]) == 30
 
 
+TOO_LARGE = r"Step 1 does not fit .* lower bridge\.mini_batch_size \(2\)"
+
+
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+    ("error", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), TOO_LARGE),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), TOO_LARGE),
+        (RuntimeError("wrong shapes"), "^wrong shapes$"),
+    ],
 )
-def test_a_step_that_does_not_fit_names_the_setting_to_lower(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+def test_out_of_memory_names_the_setting_to_lower_and_other_errors_are_unchanged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
 ) -> None:
-    def exhausted(*args: Any, **kwargs: Any) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
         raise error
 
     stage = trainer(tmp_path)
-    monkeypatch.setattr(Line, "forward", exhausted)
-    with pytest.raises(CocoaError, match=r"Step 1 does not fit .* lower bridge\.mini_batch_size \(2\)"):
-        stage.train()
-
-
-def test_any_other_error_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("shapes do not fit")
-
-    stage = trainer(tmp_path)
-    monkeypatch.setattr(Line, "forward", broken)
-    with pytest.raises(RuntimeError, match="shapes do not fit"):
+    monkeypatch.setattr(Line, "forward", fail)
+    with pytest.raises((CocoaError, RuntimeError), match=message):
         stage.train()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_row_that_cannot_be_read_is_told_in_one_sentence_from_any_worker(tmp_path: Path, workers: int) -> None:
+def test_a_row_that_cannot_be_read_raises_its_own_error_from_any_worker(tmp_path: Path, workers: int) -> None:
     def unreadable(examples: list[tuple[Draw, Row]]) -> dict[str, torch.Tensor]:
         raise CocoaError("photo.jpg: is truncated")
 

@@ -1,66 +1,73 @@
-"""A dry run says what the run then does, and fails where it would."""
+"""The plan of a dry run agrees with the run, and fails where the run would."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from exported import contents
 from PIL import Image
-from tiny_backbones import every_family
 
 from cocoa_embed.cli import main as cli
 from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import CocoaError, UsageError
-from cocoa_embed.model.backbone import load_backbone, load_processor, read_config
+from cocoa_embed.model.backbone import Backbone, load_processor
+from cocoa_embed.model.training_record import read_run
 from cocoa_embed.train import Recipe, run
-from cocoa_embed.train.plan.dry_run import SAMPLE, plan, sample_shapes
+from cocoa_embed.train.plan import dry_run
+from cocoa_embed.train.plan.checks import prepare
+from cocoa_embed.train.plan.dry_run import SAMPLE, plan, sample_rows
 from cocoa_embed.train.plan.memory import count_parameters
 from cocoa_embed.train.recipe import STAGES
 from conftest import SCENES, TINY_MAX_LENGTH
 
-STAGE: dict[str, Any] = {"steps": 3, "batch_size": 4, "warmup_steps": 0, "logging_steps": 1}
+STAGE: dict[str, Any] = {"steps": 2, "batch_size": 4, "warmup_steps": 0, "logging_steps": 1}
 
 
-def recipe(from_backbone: Path, from_data: Path, **values: Any) -> Recipe:
-    given = {
-        "name": "planned",
-        "backbone": str(from_backbone),
-        "max_length": TINY_MAX_LENGTH,
-        "data": {"folder": str(from_data)},
-        "warmup": STAGE,
-        "bridge": {"epochs": 2, "batch_size": 8, "mini_batch_size": 4, "probe_rows": 0},
-        "contrastive": {**STAGE, "mini_batch_size": 2, "data": {"folder": str(from_data), "limit": 10}},
-    }
-    return Recipe.parse({**given, **values})
+ITEMS_AT_ONCE = 8
+"""The default of ``contrastive.mini_batch_size``."""
+
+MakeRecipe = Callable[..., Recipe]
 
 
-@every_family
-def test_a_plan_tells_what_the_run_then_does(tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path) -> None:
-    given = recipe(tiny_backbone_path, scene_folder)
-    planned = plan(given, tmp_path / "out")
+@pytest.fixture
+def recipe(tiny_backbone_path: Path, scene_folder: Path) -> MakeRecipe:
+    def make(**values: Any) -> Recipe:
+        given = {
+            "name": "planned",
+            "backbone": str(tiny_backbone_path),
+            "max_length": TINY_MAX_LENGTH,
+            "data": {"folder": str(scene_folder)},
+            "warmup": STAGE,
+            "bridge": {"epochs": 0.5, "batch_size": 8, "mini_batch_size": 4, "probe_rows": 0},
+            "contrastive": {**STAGE, "mini_batch_size": 2, "data": {"folder": str(scene_folder), "limit": 10}},
+        }
+        return Recipe.parse({**given, **values})
+
+    return make
+
+
+def test_the_run_does_as_planned(small_recipe: Recipe, finished: Path, tiny_backbone: Backbone, tmp_path: Path) -> None:
+    planned = plan(small_recipe, tmp_path / "out")
     assert not (tmp_path / "out").exists(), "a plan writes nothing"
-    results = run(given, tmp_path / "out")
-    backbone = load_backbone(str(tiny_backbone_path), max_length=TINY_MAX_LENGTH)
-    for stage, result in zip(planned.stages, results, strict=True):
-        assert stage.stage == result.stage
-        assert Path(stage.folder) == result.folder
-        assert stage.steps == result.steps
-        assert sum(stage.rows.values()) == result.rows
-        counted = count_parameters(backbone.model).total
-        assert stage.parameters == stage.trainable_parameters
-        assert (stage.parameters > counted) if stage.stage == "warmup" else (stage.parameters == counted)
-    assert [stage.rows for stage in planned.stages] == [{"data": SCENES}, {"data": SCENES}, {"data": 10}]
-    assert [stage.steps for stage in planned.stages] == [3, 2 * SCENES // 8, 3]
-    assert [stage.rows_at_once for stage in planned.stages] == [4, 4, 2]
+    counted = count_parameters(tiny_backbone.model).total
+    recorded = read_run(finished)["stages"]
+    assert [stage.stage for stage in planned.stages] == list(recorded)
+    for stage in planned.stages:
+        assert stage.folder == str(tmp_path / "out" / stage.stage)
+        assert stage.steps == recorded[stage.stage]["step"]
+        assert stage.rows == recorded[stage.stage]["rows"]
+        assert stage.trainable_parameters == recorded[stage.stage]["trained_parameters"]
+        assert stage.parameters >= counted
+    assert [stage.parameters == counted for stage in planned.stages] == [False, True, True], "the pixel decoder"
+    assert [stage.rows_at_once for stage in planned.stages] == [2, 2, ITEMS_AT_ONCE]
 
 
-def test_tokens_and_flops_are_those_of_the_batches(
-    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path
-) -> None:
+def test_tokens_and_flops_are_those_of_the_batches(recipe: MakeRecipe, tmp_path: Path) -> None:
     """With one batch of all rows a step, the sample is the data."""
     whole = {"steps": 1, "batch_size": SCENES, "warmup_steps": 0, "logging_steps": 1}
-    given = recipe(tiny_backbone_path, scene_folder, bridge=None, contrastive=None, warmup=whole)
+    given = recipe(bridge=None, contrastive=None, warmup=whole)
     (stage,) = plan(given, tmp_path / "out").stages
     seen: list[Any] = []
     run(given, tmp_path / "out", inspect=lambda name, trainer: seen.extend(trainer.get_train_dataloader()))
@@ -69,22 +76,17 @@ def test_tokens_and_flops_are_those_of_the_batches(
     assert stage.flops == pytest.approx(batch["facts"].flops)
 
 
-def test_rows_that_take_turns_are_sampled_as_often_as_they_are_there(
-    tiny_backbone_path: Path, scene_folder: Path, scene_rows: list[Row]
-) -> None:
-    """Six rows of each image, one of them with the image: every n-th row of many would be the same one of each."""
-    told = Row(query=Item(text="a caption of some words"), positive=Item(text="another one"), source="a row")
-    rows = [row for _ in range(SAMPLE) for row in (scene_rows[0], *[told] * 5)]
-    given = recipe(tiny_backbone_path, scene_folder)
-    processor = load_processor(str(tiny_backbone_path), max_length=TINY_MAX_LENGTH)
-    shapes = sample_shapes(given.stages["bridge"], rows, processor, read_config(str(tiny_backbone_path)))
-    assert len(shapes) == SAMPLE
-    with_image = sum(bool(shape.image_grids) for (shape,) in shapes)
+def test_the_sample_has_rows_with_and_without_an_image_in_their_ratio(scene_rows: list[Row]) -> None:
+    """Each image has six rows, one of them with the image, so that every n-th row could be the same one of each."""
+    text_row = Row(query=Item(text="a caption of some words"), positive=Item(text="another one"), source="a row")
+    sample = sample_rows([row for _ in range(SAMPLE) for row in (scene_rows[0], *[text_row] * 5)], seed=0)
+    assert len(sample) == SAMPLE
+    with_image = sum(row.image is not None for row in sample)
     assert with_image == pytest.approx(SAMPLE / 6, abs=3 * (SAMPLE * 5 / 36) ** 0.5), "within three standard deviations"
 
 
-def test_a_plan_needs_no_weights(tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path) -> None:
-    """And so it can be made for a backbone of billions of parameters on any machine."""
+def test_a_plan_needs_no_weights(recipe: MakeRecipe, tiny_backbone_path: Path, tmp_path: Path) -> None:
+    """So a backbone of billions of parameters can be planned on any machine."""
     config = json.loads((tiny_backbone_path / "config.json").read_text())
     del config["text_config"]["layer_types"]
     config["text_config"] |= {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28}
@@ -94,7 +96,7 @@ def test_a_plan_needs_no_weights(tiny_backbone_path: Path, scene_folder: Path, t
     load_processor(str(tiny_backbone_path)).save_pretrained(tmp_path / "large")
     (tmp_path / "large" / "config.json").write_text(json.dumps(config))
     adapter = {"kind": "lora", "r": 8}
-    given = recipe(tmp_path / "large", scene_folder, warmup={**STAGE, "adapter": adapter}, bridge=STAGE)
+    given = recipe(backbone=str(tmp_path / "large"), warmup={**STAGE, "adapter": adapter}, bridge=STAGE)
     adapted, whole, _ = plan(given, tmp_path / "out").stages
     assert 2.1e9 < whole.parameters < 2.3e9
     assert whole.trainable_parameters == whole.parameters
@@ -118,9 +120,9 @@ def test_a_plan_needs_no_weights(tiny_backbone_path: Path, scene_folder: Path, t
     ],
 )
 def test_a_plan_fails_where_the_run_would(
-    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path, change: dict[str, Any], message: str
+    recipe: MakeRecipe, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
-    given = recipe(tiny_backbone_path, scene_folder, **change)
+    given = recipe(**change)
     for act in (plan, run):
         with pytest.raises(CocoaError) as raised:
             act(given, tmp_path / "out")
@@ -130,7 +132,7 @@ def test_a_plan_fails_where_the_run_would(
 
 @pytest.fixture
 def broken_folder(tmp_path: Path) -> Path:
-    """200 images with captions; the last is broken off, the one before too long for any processor."""
+    """200 images with captions; the last is truncated, the one before too long for any processor."""
     folder = tmp_path / "images"
     folder.mkdir()
     lines = []
@@ -144,55 +146,46 @@ def broken_folder(tmp_path: Path) -> Path:
 
 
 def test_bad_rows_stop_a_run_or_are_left_out_and_listed(
-    tiny_backbone_path: Path, broken_folder: Path, tmp_path: Path
+    recipe: MakeRecipe, broken_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stopping = recipe(tiny_backbone_path, broken_folder, bridge=None, contrastive=None)
+    monkeypatch.setattr(dry_run, "SAMPLE", 4)
+    data = {"folder": str(broken_folder)}
     with pytest.raises(CocoaError, match=r"198\.png.*one side is more than 200 times.*1 more"):
-        run(stopping, tmp_path / "out")
+        prepare(recipe(data=data, bridge=None, contrastive=None), tmp_path / "out", resume=False)
     assert not (tmp_path / "out").exists()
-    skipping = recipe(
-        tiny_backbone_path,
-        broken_folder,
-        data={"folder": str(broken_folder), "on_bad_row": "skip"},
-        bridge=None,
-        contrastive=None,
-    )
+    skipping = recipe(data={**data, "on_bad_row": "skip"}, contrastive=None)
     planned = plan(skipping, tmp_path / "out")
     assert planned.stages[0].rows == {"data": 198}
-    (result,) = run(skipping, tmp_path / "out")
-    assert result.rows == 198
+    prepared = prepare(skipping, tmp_path / "out", resume=False)
+    assert {stage: len(read.rows) for stage, read in prepared.rows.items()} == {"warmup": 198, "bridge": 198}
     bad = [json.loads(line) for line in (tmp_path / "out" / "bad_rows.jsonl").read_text().splitlines()]
-    assert [(Path(row["source"]).name, row["reason"]) for row in bad] == [
-        (Path(row["source"]).name, row["reason"]) for row in planned.bad_rows
-    ]
-    assert ["198.png" in bad[0]["source"], "199.png" in bad[1]["source"]] == [True, True]
+    assert bad == json.loads(json.dumps(planned.bad_rows))
+    assert [row["source"].split(", ")[-1] for row in bad] == ["198.png", "199.png"]
+    assert [row["stages"] for row in bad] == [["warmup", "bridge"]] * 2
 
 
-def test_a_changed_recipe_is_refused_by_the_dry_run_too(
-    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path
+def test_a_finished_run_has_nothing_to_plan_and_a_changed_recipe_is_refused(
+    small_recipe: Recipe, finished: Path
 ) -> None:
-    first = recipe(tiny_backbone_path, scene_folder, bridge=None, contrastive=None)
-    run(first, tmp_path / "out")
-    before = contents(tmp_path / "out")
-    assert plan(first, tmp_path / "out", resume=True).finished == ["warmup"]
+    before = contents(finished)
+    planned = plan(small_recipe, finished, resume=True)
+    assert (planned.stages, planned.finished) == ([], list(STAGES))
     with pytest.raises(UsageError, match="max_length"):
-        plan(first.model_copy(update={"max_length": 200}), tmp_path / "out", resume=True)
-    assert contents(tmp_path / "out") == before
+        plan(small_recipe.model_copy(update={"max_length": 200}), finished, resume=True)
+    assert contents(finished) == before
 
 
-def test_the_command_prints_the_plan(
-    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "planned.yaml").write_text(recipe(tiny_backbone_path, scene_folder).model_dump_json())
+def test_the_command_prints_the_plan(recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "planned.yaml").write_text(recipe().model_dump_json())
     arguments = ["train", str(tmp_path / "planned.yaml"), "--dry-run", "--json", "--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as ended:
         cli.main(arguments)
     assert ended.value.code == 0
-    told = capsys.readouterr()
-    document = json.loads(told.out)
+    printed = capsys.readouterr()
+    document = json.loads(printed.out)
     assert [stage["stage"] for stage in document["stages"]] == list(STAGES)
     for stage in document["stages"]:
         assert {"parameters", "trainable_parameters", "rows", "tokens_per_step", "steps", "flops"} <= stage.keys()
         assert stage["memory_bytes"]["total"] == sum(v for name, v in stage["memory_bytes"].items() if name != "total")
-        assert f"writes {stage['folder']}" in told.err
+        assert f"writes {stage['folder']}" in printed.err
     assert not (tmp_path / "out").exists()

@@ -21,7 +21,7 @@ from cocoa_embed.evaluation.geometry import geometry
 from cocoa_embed.images.load import load_image
 from cocoa_embed.model.backbone import load_backbone
 from cocoa_embed.model.export import build_sentence_transformer
-from cocoa_embed.train.loop.progress import LogLastStep
+from cocoa_embed.train.loop.callbacks import LogLastStep
 from cocoa_embed.train.loop.trainer import Probe, StageContext
 from cocoa_embed.train.settings import AdapterSettings
 from cocoa_embed.train.stages.contrastive import pairs as pairs_module
