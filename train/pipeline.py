@@ -19,13 +19,7 @@ from cocoa_embed.train.loop.checkpoints import newest_complete, read_complete, s
 from cocoa_embed.train.loop.oom import explain_out_of_memory
 from cocoa_embed.train.loop.processes import by_first_process, refuse_idle_accelerators
 from cocoa_embed.train.loop.progress import TENSORBOARD, end_reports, show_progress, write_tensorboard
-from cocoa_embed.train.loop.run_record import (
-    RecordProgress,
-    StageResult,
-    record_begin,
-    update_stage,
-    write_record,
-)
+from cocoa_embed.train.loop.run_record import RecordProgress, StageResult, record_begin, update_stage, write_record
 from cocoa_embed.train.loop.snapshots import SaveSnapshots, snapshot_folder
 from cocoa_embed.train.loop.stopping import StopOnSigterm, Stopped
 from cocoa_embed.train.loop.trainer import CocoaTrainer, StageContext
@@ -114,7 +108,7 @@ def _run_stage(
     if inspect is not None:
         inspect(name, trainer)
     result = save(out / name)
-    samples = stage_samples(trainer, stage, rows, held_out)
+    samples = stage_samples(trainer, stage, processor, rows, held_out)
     if trainer.is_world_process_zero():
         update_stage(
             out,

@@ -18,7 +18,7 @@ from cocoa_embed.model.export import build_sentence_transformer
 from cocoa_embed.train.data.rows import arrow_images, load_row_image, numbered
 from cocoa_embed.train.data.sources import read_subset
 from cocoa_embed.train.settings import SourceSettings
-from cocoa_embed.train.stages.contrastive.pairs import ItemPreprocessor, as_record
+from cocoa_embed.train.stages.contrastive.pairs import as_record, preprocess_records
 from cocoa_embed.train.stages.warmup.collator import WarmupCollator
 
 
@@ -97,7 +97,7 @@ def test_an_image_inside_a_table_is_preprocessed_like_the_same_image_in_a_file(
 ) -> None:
     model = build_sentence_transformer(write_checkpoint(tiny_backbone, tmp_path / "bridge"), prompts=PROMPTS)
     files, inside = (
-        ItemPreprocessor(model, arrow_images(rows))([as_record(row.query) for row in rows]) for rows in pairs
+        preprocess_records(model, arrow_images(rows), [as_record(row.query) for row in rows]) for rows in pairs
     )
     assert files["pixel_values"].shape[0] > 0
     assert torch.equal(files["pixel_values"], inside["pixel_values"])

@@ -40,7 +40,10 @@ class Stage(ABC, Generic[Own]):
     """Whether its weights may be sharded over devices."""
 
     has_samples: ClassVar[bool] = False
-    """Whether the report shows what the stage makes of a few rows (``samples``)."""
+    """Whether the report shows what the stage predicts for a few rows (``samples``)."""
+
+    accumulates: ClassVar[bool] = True
+    """Whether mini-batches are steps of the trainer, which adds up their gradients."""
 
     def __init__(self, name: str, settings: Own, run: RunSettings) -> None:
         self.name = name
@@ -84,7 +87,7 @@ class Stage(ABC, Generic[Own]):
 
         :raises UsageError: If the batch cannot be divided like this.
         """
-        total, mini = self.settings.batch_size, self.settings.mini_batch_size
+        total, mini = self.settings.batch_size, self.settings.mini_batch_size if self.accumulates else None
         if total % devices:
             raise UsageError(f"{self.name}.batch_size {total} is not a multiple of the {devices} devices.")
         at_once = total if mini is None else min(mini * devices, total)
@@ -100,7 +103,7 @@ class Stage(ABC, Generic[Own]):
         return self.micro_batches(devices)[0] // devices
 
     def held_out(self, rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-        """Split rows into those that the stage keeps out of its training, to measure on, and the others."""
+        """Split rows into those held out of training, to measure on, and the others."""
         return [], list(rows)
 
     # Costs
@@ -168,10 +171,10 @@ class Stage(ABC, Generic[Own]):
         size = self.settings.mini_batch_size or self.settings.batch_size
         return f"lower {self.name}.mini_batch_size ({size}) or max_pixels, or set gradient_checkpointing=true"
 
-    def samples(self, model: Any, collator: Any, batch: Batch, rows: Sequence[Row]) -> dict[str, Any]:  # noqa: ANN401
-        """Return what the report shows of the stage, as JSON takes it: what ``model`` makes of a batch of ``rows``.
+    def samples(self, model: Any, processor: ProcessorMixin, batch: Batch, rows: Sequence[Row]) -> dict[str, Any]:  # noqa: ANN401
+        """Return what the report shows of the stage, as JSON takes it: what ``model`` predicts in a batch of ``rows``.
 
-        :param collator: The stage's own, which has made the batch.
+        Only a stage that ``has_samples`` has this.
         """
         raise NotImplementedError
 

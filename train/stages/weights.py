@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import PartialState
+from accelerate.utils import send_to_device
 from transformers import ProcessorMixin, set_seed
 
 from cocoa_embed.data.rows import Row
@@ -38,7 +39,7 @@ def merge_adapter(trainer: CocoaTrainer, processor: ProcessorMixin, rows: Sequen
         return
     row = next((row for row in rows if row.image is not None), rows[0])
     batch = render_items(processor, [joined(row)])
-    trainer.adapter.merge({name: values.to(trainer.adapter.model.device) for name, values in batch.items()})
+    trainer.adapter.merge(send_to_device(batch, trainer.adapter.model.device))
 
 
 def save_backbone(trainer: CocoaTrainer, processor: ProcessorMixin, folder: Path) -> None:
