@@ -18,7 +18,6 @@ from cocoa_embed.train.loop.arguments import training_arguments
 from cocoa_embed.train.loop.batch_facts import Batch, Example
 from cocoa_embed.train.loop.trainer import CocoaTrainer, StageContext
 from cocoa_embed.train.settings import RunSettings, StageSettings
-from cocoa_embed.train.stages.weights import save_backbone
 
 Own = TypeVar("Own", bound=StageSettings, covariant=True)
 
@@ -163,8 +162,20 @@ class Stage(ABC, Generic[Own]):
         """
 
     def save(self, trainer: CocoaTrainer, processor: ProcessorMixin, folder: Path) -> None:
-        """Write the trained weights to a folder; every process calls this, and the first one writes."""
-        save_backbone(trainer, processor, folder)
+        """Write the trained backbone, gathered if it is sharded, with its processor.
+
+        Every process calls this, and the first one writes.
+        """
+        model, state = trainer.accelerator.unwrap_model(trainer.model).backbone, trainer.full_state()
+        if not trainer.is_world_process_zero():
+            return
+        if state is not None:
+            # Of tied weights only the first name, as a model that is not sharded is saved.
+            own = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
+            gathered = {name.removeprefix("backbone."): value for name, value in state.items()}
+            state = {name: value for name, value in gathered.items() if name in own}
+        model.save_pretrained(folder, state_dict=state)
+        processor.save_pretrained(folder)
 
     def memory_remedy(self) -> str:
         """Return what to change in the recipe when a step does not fit into memory."""

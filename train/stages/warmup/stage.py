@@ -11,12 +11,11 @@ from cocoa_embed.model.backbone import Backbone, PatchGeometry
 from cocoa_embed.train.loop.batch_facts import Batch, Example
 from cocoa_embed.train.loop.stage_trainer import StageTrainer, stage_trainer
 from cocoa_embed.train.loop.trainer import StageContext
-from cocoa_embed.train.stages.pixel_decoder import PixelDecoder
 from cocoa_embed.train.stages.rendering import joined
 from cocoa_embed.train.stages.samples import shown_images, token_samples
 from cocoa_embed.train.stages.stage import Stage
 from cocoa_embed.train.stages.warmup.collator import WarmupCollator
-from cocoa_embed.train.stages.warmup.model import WarmupModel
+from cocoa_embed.train.stages.warmup.model import PixelDecoder, WarmupModel
 from cocoa_embed.train.stages.warmup.settings import WarmupSettings
 
 
