@@ -47,6 +47,8 @@ def test_mask_ratio_masks_the_rounded_ratio_of_each_row(eligible: Tensor, ratio:
     masked = mask_ratio(eligible, ratio, [seeded(seed)] * len(eligible))
     assert not (masked & ~eligible).any()
     assert torch.equal(masked.any(dim=1), eligible.any(dim=1))
+    for count, of in zip(masked.sum(dim=1).tolist(), eligible.sum(dim=1).tolist(), strict=True):
+        assert count == 1 or abs(count - ratio * of) <= 0.5 + 1e-4
 
 
 def test_mask_ratio_chooses_every_position_equally_often() -> None:

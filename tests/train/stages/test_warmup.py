@@ -67,13 +67,10 @@ def test_gradients_of_each_loss_reach_every_weight_that_it_depends_on(
 ) -> None:
     model(**batch)[loss].backward()
     for name, weight in model.named_parameters():
-        if loss == "loss":
-            assert weight.grad is not None, name
-            assert weight.grad.isfinite().all(), name
         # A key's bias moves every score of a row alike: the softmax does not see it.
         if loss == "loss" and not name.endswith("k_proj.bias"):
             assert weight.grad is not None, name
-            assert weight.grad.any(), name
+            assert 0 < weight.grad.abs().sum() < torch.inf, name
     parts = (model.backbone.base_model.visual, model.backbone.get_decoder(), model.pixel_decoder)
     trained = [any(weight.grad is not None and weight.grad.any() for weight in part.parameters()) for part in parts]
     assert trained == [True, True, loss != "mntp_loss"]
