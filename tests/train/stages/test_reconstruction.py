@@ -1,4 +1,4 @@
-"""What both reconstruction stages hold to: masked content and padding never leak; the head runs on masked tokens only."""
+"""Both reconstruction stages: masked content and padding never leak, and the head runs on masked tokens only."""
 
 from typing import Any, TypeAlias
 
