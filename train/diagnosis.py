@@ -17,10 +17,11 @@ from cocoa_embed.train.loop.oom import is_out_of_memory
 from cocoa_embed.train.plan.checks import read_stages
 from cocoa_embed.train.recipe import Recipe
 from cocoa_embed.train.stages.bridge.collator import BridgeCollator
-from cocoa_embed.train.stages.bridge.model import BridgeModel, bridge_probe
+from cocoa_embed.train.stages.bridge.model import BridgeModel
+from cocoa_embed.train.stages.bridge.probe import MATCHING_IMAGE, NO_IMAGE, SHUFFLED_IMAGE, bridge_probe
 from cocoa_embed.train.stages.bridge.settings import BridgeSettings
-from cocoa_embed.train.stages.contrastive.trainer import embedding_probe
-from cocoa_embed.train.stages.probe import MATCHING_IMAGE, NO_IMAGE, SHUFFLED_IMAGE, pictured_rows
+from cocoa_embed.train.stages.contrastive.model import embedding_probe
+from cocoa_embed.train.stages.probe import pictured_rows
 
 ROWS = 64
 """Rows of ``--data`` that are measured by default."""

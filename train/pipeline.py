@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import send_to_device
 from accelerate.utils.memory import clear_device_cache
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, set_seed
 
 from cocoa_embed.errors import CocoaError
+from cocoa_embed.model.backbone import Backbone, load_backbone
 from cocoa_embed.model.training_record import TRAINING_FILE
 from cocoa_embed.train.data.lengths import row_lengths
 from cocoa_embed.train.loop.callbacks import (
@@ -27,21 +29,15 @@ from cocoa_embed.train.loop.callbacks import (
 from cocoa_embed.train.loop.checkpoints import newest_complete, read_complete, snapshot_folder, step_of
 from cocoa_embed.train.loop.oom import explain_out_of_memory
 from cocoa_embed.train.loop.processes import by_first_process, refuse_idle_accelerators
-from cocoa_embed.train.loop.run_record import (
-    RecordProgress,
-    StageResult,
-    record_begin,
-    update_stage,
-    write_record,
-)
+from cocoa_embed.train.loop.run_record import RecordProgress, StageResult, record_begin, update_stage, write_record
 from cocoa_embed.train.loop.trainer import CocoaTrainer, StageContext
 from cocoa_embed.train.plan.checks import CHECKPOINTS, Prepared, prepare
 from cocoa_embed.train.plan.cost import StepCost, measure_matmul_flops
 from cocoa_embed.train.recipe import Recipe
 from cocoa_embed.train.settings import StageSettings
+from cocoa_embed.train.stages.rendering import joined, render_items
 from cocoa_embed.train.stages.samples import stage_samples
 from cocoa_embed.train.stages.stage import Stage
-from cocoa_embed.train.stages.weights import load_weights, merge_adapter
 
 Inspect = Callable[[str, Trainer], None]
 
@@ -81,8 +77,7 @@ def _run_stage(
     name, recipe, steps = stage.name, prepared.recipe, prepared.steps[stage.name]
     checkpoints = out / CHECKPOINTS / name
     checkpoint = newest_complete(checkpoints)
-    set_seed(recipe.seed)
-    backbone = load_weights(recipe, str(before[-1].folder) if before else recipe.backbone, stage.attention())
+    backbone = _load_weights(recipe, str(before[-1].folder) if before else recipe.backbone, stage.attention())
     processor = backbone.processor
     context = _context(stage, prepared, backbone.model, processor, checkpoints)
     rows = prepared.rows[name].rows
@@ -110,7 +105,7 @@ def _run_stage(
     if stop.requested and reached < trainer.state.max_steps:
         raise Stopped(
             f"Stopped by SIGTERM at step {reached} of {trainer.state.max_steps} of stage {name}; the same command with "
-            "--resume goes on from there."
+            "--resume continues from there."
         )
     if reached < steps:
         raise CocoaError(
@@ -120,24 +115,32 @@ def _run_stage(
     if inspect is not None:
         inspect(name, trainer)
     result = save(out / name)
-    samples = stage_samples(trainer, stage, rows, held_out)
+    samples = stage_samples(trainer, stage, processor, rows, held_out)
     if trainer.is_world_process_zero():
-        update_stage(
-            out,
-            name,
-            finished=True,
-            step=result.steps,
-            seconds=result.seconds,
-            log=result.log,
-            facts=result.facts,
-            samples=samples,
-        )
+        record = {"step": result.steps, "seconds": result.seconds, "log": result.log, "facts": result.facts}
+        update_stage(out, name, finished=True, samples=samples, **record)
         shutil.rmtree(checkpoints, ignore_errors=True)
         end_reports(recipe.report_to)
     trainer.accelerator.wait_for_everyone()
     if name != list(recipe.stages)[-1] and stop.any_requested():
-        raise Stopped(f"Stopped by SIGTERM at the end of stage {name}; the same command with --resume goes on.")
+        raise Stopped(f"Stopped by SIGTERM at the end of stage {name}; the same command with --resume continues.")
     return result
+
+
+def _load_weights(recipe: Recipe, start: str, attention: str) -> Backbone:
+    """Load the backbone that a stage starts from, by folder or by name."""
+    set_seed(recipe.seed)  # a mask token that needs a wider embedding matrix is drawn
+    with PartialState().main_process_first():  # the others find what the first has downloaded
+        backbone = load_backbone(
+            start,
+            attn_implementation=attention,
+            max_length=recipe.max_length,
+            max_pixels=recipe.max_pixels,
+            bidirectional=recipe.bidirectional,
+        )
+    if recipe.gradient_checkpointing:
+        backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
+    return backbone
 
 
 def _context(
@@ -172,7 +175,9 @@ def _save(
     with trainer.throughput.paused():
         if trainer.is_world_process_zero():
             (folder / TRAINING_FILE).unlink(missing_ok=True)  # of an earlier attempt: the weights are not complete yet
-        merge_adapter(trainer, processor, rows)
+        if trainer.adapter is not None:  # the merge is checked on a row, with an image if any row has one
+            batch = render_items(processor, [joined(next((row for row in rows if row.image is not None), rows[0]))])
+            trainer.adapter.merge(send_to_device(batch, trainer.adapter.model.device))
         stage.save(trainer, processor, folder)
         state = trainer.state
         log: list[dict[str, Any]] = list(state.log_history)

@@ -3,13 +3,14 @@
 import json
 from collections.abc import Mapping
 from glob import glob
-from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from typing_extensions import Self
 
@@ -30,9 +31,10 @@ from cocoa_embed.train.stages.warmup.settings import WarmupSettings
 if TYPE_CHECKING:
     from cocoa_embed.train.stages.stage import Stage
 
+RECIPES = Path(__file__).parent / "recipes"
 YAML_NULLS = ("", "~", "null")
 LOCAL_PREFIXES = (".", "/", "~")
-"""What a path begins with that can be no name on the hub."""
+"""A name that begins like this is a path, and not a name on the hub."""
 
 _OF_ONE_SOURCE = {*SOURCE_KINDS, "subsets", "config", "split", "images", "columns", "captions", "paraphrases"}
 """The keys that describe only their own source."""
@@ -58,12 +60,8 @@ class Recipe(RunSettings):
     @property
     def stages(self) -> "dict[str, Stage[StageSettings]]":
         """The stages that the recipe runs by their keys, in their order."""
-        found = {}
-        for key, place in self.registry().items():
-            if (settings := getattr(self, key)) is not None:
-                module, _, name = place.partition(":")
-                found[key] = getattr(import_module(module), name)(key, settings, self)
-        return found
+        given = {key: settings for key in self.registry() if (settings := getattr(self, key)) is not None}
+        return {key: resolve_name(self.registry()[key])(key, settings, self) for key, settings in given.items()}
 
     def data_of(self, stage: str) -> DataSettings:
         """Return the data of a stage: its own settings over the recipe's."""
@@ -150,19 +148,19 @@ def _sources(data: DataSettings) -> dict[str, SourceSettings]:
 def missing_paths(recipe: type[Recipe], values: Mapping[str, Any]) -> list[str]:
     """Return a sentence for each local file or folder that a recipe's stages name and that does not exist.
 
-    :param values: The recipe's values, valid or not; what is not valid is not looked at.
+    :param values: The recipe's values, valid or not; those that are not valid are passed over.
     """
-    faults: dict[str, None] = {}
+    missing = []
     for key in recipe.registry():
         if isinstance(given := values.get(key), Mapping):
             merged = _merged(_valid_data(values.get("data")), _valid_data(given.get("data")))
             for source in _sources(DataSettings(**merged)).values():
-                faults |= dict.fromkeys(_missing(source))
+                missing += [f"data.{kind} {printable(path)} does not exist" for kind, path in _missing(source)]
     if isinstance(backbone := values.get("backbone"), str) and not Path(backbone).is_dir():
         built_in = [entry.name for entry in (files("cocoa_embed") / "backbones").iterdir() if entry.is_dir()]
         if backbone.startswith(LOCAL_PREFIXES) or ("/" not in backbone and backbone not in built_in):
-            faults[f"backbone {printable(backbone)} does not exist {did_you_mean(backbone, built_in)}"] = None
-    return list(faults)
+            missing.append(f"backbone {printable(backbone)} does not exist {did_you_mean(backbone, built_in)}")
+    return list(dict.fromkeys(missing))
 
 
 def _valid_data(values: object) -> DataSettings | None:
@@ -172,35 +170,29 @@ def _valid_data(values: object) -> DataSettings | None:
         return None
 
 
-def _missing(source: SourceSettings) -> list[str]:
-    faults = [
-        f"data.{kind} {printable(folder)} does not exist"
-        for kind, folder in (("folder", source.folder), ("images", source.images))
-        if folder is not None and not folder.exists()
+def _missing(source: SourceSettings) -> list[tuple[str, str]]:
+    """Return the keys and paths of a source's local files and folders that do not exist."""
+    paths = {
+        kind: str(path)
+        for kind in ("folder", "images", "file", "mmeb", "hub")
+        if (path := getattr(source, kind)) is not None
+    }
+    return [
+        (kind, path)
+        for kind, path in paths.items()
+        if (kind not in ("mmeb", "hub") or path.startswith(LOCAL_PREFIXES))
+        and not Path(path).exists()
+        and not (kind == "file" and glob(path, recursive=True))
     ]
-    if source.file is not None and not Path(source.file).exists() and not glob(source.file, recursive=True):
-        faults.append(f"data.file {printable(source.file)} does not exist")
-    faults += [
-        f"data.{kind} {printable(name)} does not exist"
-        for kind, name in (("mmeb", source.mmeb), ("hub", source.hub))
-        if name is not None and name.startswith(LOCAL_PREFIXES) and not Path(name).exists()
-    ]
-    return faults
 
 
 def recipe_names() -> list[str]:
     """Return the names of the recipes that ship with the package."""
-    return sorted(
-        entry.name.removesuffix(".yaml")
-        for entry in files("cocoa_embed.train.recipes").iterdir()
-        if entry.name.endswith(".yaml")
-    )
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def _find_recipe(name_or_path: str) -> Path:
-    if name_or_path in recipe_names():
-        return Path(str(files("cocoa_embed.train.recipes") / f"{name_or_path}.yaml"))
-    path = Path(name_or_path)
+    path = RECIPES / f"{name_or_path}.yaml" if name_or_path in recipe_names() else Path(name_or_path)
     if path.is_file():
         return path
     raise UsageError(
@@ -230,36 +222,28 @@ def _apply_override(recipe: type[Recipe], values: dict[str, Any], override: str)
 
 def _takes_text(recipe: type[Recipe], location: list[str]) -> bool:
     """Return whether a key holds a text or a path, which YAML could read as a number, a date or a mapping."""
-    settings = _settings_at(recipe, location[:-1])
-    field = settings.model_fields.get(location[-1]) if settings else None
+    field = _fields_at(recipe, location[:-1]).get(location[-1])
     if field is None:
         return False
     alternatives = get_args(field.annotation) or (field.annotation,)
     return any(alternative in (str, Path) or isinstance(alternative, str) for alternative in alternatives)
 
 
-def _settings_at(recipe: type[Recipe], location: list[str]) -> type[Settings] | None:
-    """Return the settings at a location of a recipe, None where there are none."""
-    settings: type[Settings] = recipe
-    keys = iter(location)
+def _fields_at(recipe: type[Recipe], location: list[str]) -> dict[str, FieldInfo]:
+    """Return the fields of the settings at a location of a recipe, none if there are no settings."""
+    fields, keys = recipe.model_fields, iter(location)
     for key in keys:
-        field = settings.model_fields.get(key)
-        inner = _settings_within(field.annotation) if field else None
-        if inner is None:
-            return None
-        settings, is_named = inner
-        if is_named:
-            next(keys, None)
-    return settings
+        types = _types_in(fields[key].annotation) if key in fields else []
+        if any(get_origin(each) is dict for each in types):
+            next(keys, None)  # the name of a subset
+        settings = [each for each in types if get_origin(each) is None and isinstance(each, type)]
+        fields = next((each.model_fields for each in settings if issubclass(each, Settings)), {})
+    return fields
 
 
-def _settings_within(annotation: object) -> tuple[type[Settings], bool] | None:
-    """Return the settings that a field's annotation holds, and whether it holds several by name."""
-    if isinstance(annotation, type) and get_origin(annotation) is None:
-        return (annotation, False) if issubclass(annotation, Settings) else None
-    is_mapping = get_origin(annotation) is dict
-    found = [inner for argument in get_args(annotation) if (inner := _settings_within(argument))]
-    return (found[0][0], is_mapping or found[0][1]) if found else None
+def _types_in(annotation: object) -> list[object]:
+    """Return a type and the types of which it is a union or a mapping."""
+    return [annotation, *(each for argument in get_args(annotation) for each in _types_in(argument))]
 
 
 def _describe(recipe: type[Recipe], fault: ErrorDetails) -> str:
@@ -277,12 +261,7 @@ def _describe(recipe: type[Recipe], fault: ErrorDetails) -> str:
 def _hint(recipe: type[Recipe], location: list[str]) -> str:
     """Return where an unknown key belongs: in other settings of the recipe that have it, or as the closest name."""
     *parents, last = location
-    belongs = [
-        f"{key}.{last}"
-        for key in recipe.model_fields
-        if last in getattr(_settings_at(recipe, [key]), "model_fields", ())
-    ]
+    belongs = [f"{key}.{last}" for key in recipe.model_fields if last in _fields_at(recipe, [key])]
     if belongs and not parents:
         return f"(did you mean {' or '.join(map(repr, belongs))}?)"
-    settings = _settings_at(recipe, parents)
-    return did_you_mean(last, list(settings.model_fields) if settings else [])
+    return did_you_mean(last, list(_fields_at(recipe, parents)))

@@ -19,7 +19,7 @@ from cocoa_embed.model.export import build_sentence_transformer
 from cocoa_embed.train.data.rows import arrow_images, load_row_image, numbered
 from cocoa_embed.train.data.sources import read_subset
 from cocoa_embed.train.settings import SourceSettings
-from cocoa_embed.train.stages.contrastive.pairs import ItemPreprocessor, as_record
+from cocoa_embed.train.stages.contrastive.pairs import as_record, preprocess_records
 from cocoa_embed.train.stages.warmup.collator import WarmupCollator
 
 
@@ -81,7 +81,7 @@ def test_an_image_inside_a_table_makes_the_batches_of_the_same_image_in_a_file(
     model = build_sentence_transformer(write_checkpoint(tiny_backbone, tmp_path / "bridge"), prompts=PROMPTS)
 
     def contrastive(rows: list[Row]) -> dict[str, torch.Tensor]:
-        return ItemPreprocessor(model, arrow_images(rows))([as_record(row.query) for row in rows])
+        return preprocess_records(model, arrow_images(rows), [as_record(row.query) for row in rows])
 
     for collate in (lambda rows: warmup(numbered(rows)), contrastive):
         expected, found = collate(files), collate(inside)

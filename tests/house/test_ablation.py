@@ -42,7 +42,7 @@ from cocoa_embed.evaluation.pairs_reader import read_pairs
 from cocoa_embed.model.export import build_sentence_transformer
 from cocoa_embed.report.tables import to_markdown
 from cocoa_embed.train.data.caption_rows import read_image_folder
-from cocoa_embed.train.stages.probe import hold_out_rows
+from cocoa_embed.train.stages.bridge.probe import hold_out_rows
 
 PER_ROW = {"warmup": 0.42, "bridge": 0.34, "contrastive": 0.35}
 BATCH_SIZES = {"warmup": 32, "bridge": 32, "contrastive": 64}

@@ -1,4 +1,4 @@
-"""A stage on its own, and a stage of another kind in one file: masked-LM on texts."""
+"""Stages and their parts without a run, and a stage of another kind in one file: masked-LM on texts."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar
@@ -13,6 +13,8 @@ from cocoa_embed.train.loop.stage_trainer import StageTrainer, stage_trainer
 from cocoa_embed.train.loop.trainer import StageContext
 from cocoa_embed.train.recipe import Recipe
 from cocoa_embed.train.settings import Ratio, ReconstructionSettings, RunSettings, StageSettings
+from cocoa_embed.train.stages.bridge.collator import BridgeCollator
+from cocoa_embed.train.stages.bridge.model import BridgeModel
 from cocoa_embed.train.stages.losses import mntp_loss
 from cocoa_embed.train.stages.masking import mask_each, row_generators
 from cocoa_embed.train.stages.reconstruction import (
@@ -23,6 +25,9 @@ from cocoa_embed.train.stages.reconstruction import (
 )
 from cocoa_embed.train.stages.rendering import joined, render_items, replace_masked, text_tokens
 from cocoa_embed.train.stages.stage import Stage
+from cocoa_embed.train.stages.warmup.collator import WarmupCollator
+from cocoa_embed.train.stages.warmup.model import WarmupModel
+from cocoa_embed.train.stages.warmup.settings import WarmupSettings
 
 AStage = TypeVar("AStage", bound=Stage[Any])
 
@@ -30,6 +35,31 @@ AStage = TypeVar("AStage", bound=Stage[Any])
 def alone(kind: type[AStage], settings: StageSettings, **run: Any) -> AStage:
     """Return a stage outside of a recipe."""
     return kind(kind.__name__.lower(), settings, RunSettings(name="test", backbone="none", **run))
+
+
+def warmup_collator(backbone: Backbone, **settings: Any) -> WarmupCollator:
+    """Return the collator of stage 1, with seed 0."""
+    return WarmupCollator(backbone.processor, backbone.geometry, 0, warmup_settings(**settings))
+
+
+def warmup_model(backbone: Backbone, **settings: Any) -> WarmupModel:
+    """Return the model of stage 1, for evaluation."""
+    return WarmupModel(backbone.model, backbone.geometry, warmup_settings(**settings)).eval()
+
+
+def warmup_settings(**settings: Any) -> WarmupSettings:
+    """Return the settings of stage 1 for one step of two rows."""
+    return WarmupSettings(steps=1, batch_size=2, **settings)
+
+
+def bridge_collator(backbone: Backbone, mask_ratio: float = 0.7) -> BridgeCollator:
+    """Return the collator of stage 2, with seed 0."""
+    return BridgeCollator(backbone.processor, 0, mask_ratio)
+
+
+def bridge_model(backbone: Backbone, *, eos_attends_to_b: bool = True) -> BridgeModel:
+    """Return the model of stage 2, for evaluation."""
+    return BridgeModel(backbone.model, eos_attends_to_b=eos_attends_to_b).eval()
 
 
 class MaskedLanguageSettings(ReconstructionSettings):

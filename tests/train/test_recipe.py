@@ -36,27 +36,23 @@ def recipe_file(tmp_path: Path) -> Path:
 
 
 def test_a_recipe_takes_the_rest_from_the_method(recipe_file: Path) -> None:
-    recipe = Recipe.load(recipe_file)
-    assert (recipe.name, recipe.backbone) == ("small", "scene-captioner")
-    assert recipe.data is not None
-    assert recipe.data.folder == Path("data/train")
-    assert recipe.warmup is recipe.contrastive is None
-    bridge = recipe.bridge
+    stages = [f"{stage}.{key}=1" for stage in ("warmup", "contrastive") for key in ("steps", "batch_size")]
+    recipe = Recipe.load(recipe_file, stages)
+    assert (recipe.name, recipe.backbone, recipe.data_of("bridge").folder) == (
+        "small",
+        "scene-captioner",
+        Path("data/train"),
+    )
+    warmup, bridge, contrastive = recipe.warmup, recipe.bridge, recipe.contrastive
+    assert warmup is not None
     assert bridge is not None
+    assert contrastive is not None
+    assert (warmup.text_mask_ratio, warmup.image_mask_ratio, warmup.mae_weight) == (0.2, 0.5, 0.5)
+    assert (warmup.patch_fill, warmup.normalise_targets) == ("noise", False)
     assert (bridge.steps, bridge.batch_size) == (3, 2)
     assert (bridge.mask_ratio, bridge.eos_attends_to_b, bridge.schedule) == (0.7, True, "linear")
     assert (bridge.learning_rate, bridge.warmup_steps) == (2e-5, 100)
-
-
-def test_the_methods_figures_are_the_defaults_of_the_other_stages(recipe_file: Path) -> None:
-    stage = {"steps": 1, "batch_size": 1}
-    recipe = Recipe.parse({"name": "a", "backbone": "b", "warmup": stage, "contrastive": stage})
-    assert recipe.warmup is not None
-    assert recipe.contrastive is not None
-    warmup = recipe.warmup
-    assert (warmup.text_mask_ratio, warmup.image_mask_ratio, warmup.mae_weight) == (0.2, 0.5, 0.5)
-    assert (warmup.patch_fill, warmup.normalise_targets) == ("noise", False)
-    assert recipe.contrastive.temperature == 0.02
+    assert contrastive.temperature == 0.02
 
 
 @pytest.mark.parametrize(
@@ -96,6 +92,8 @@ def test_a_missing_key_is_named(tmp_path: Path, line: str, key: str) -> None:
         ("mixed_precision=fp16", "mixed_precision = 'fp16': input should be 'no' or 'bf16'"),
         ("bridge=5", "bridge = 5: input should be a valid dictionary"),
         ("seed.x=1", "seed = {'x': 1}: input should be a valid integer"),
+        ("seed=-1", "seed = -1: "),
+        ("seed=4294967296", "seed = 4294967296: "),
         (
             "learning_rate=1e-4",
             "unknown key 'learning_rate' (did you mean 'warmup.learning_rate' or 'bridge.learning_rate' or "
@@ -111,8 +109,8 @@ def test_a_wrong_value_is_refused_with_its_key_and_itself(recipe_file: Path, ove
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["../esc", "a/b", "/tmp/a", "..", ".", "", "a\\b", "a\0b"])
-def test_a_name_that_leads_out_of_runs_is_refused(recipe_file: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["../esc", "..", ".", "", "a\\b", "a\0b"])
+def test_a_name_that_is_no_folder_name_is_refused(recipe_file: Path, name: str) -> None:
     with pytest.raises(UsageError, match=re.escape(f"recipe: name: {name!r} cannot name a folder in runs/; use no")):
         Recipe.parse({**yaml.safe_load(MINIMAL), "name": name})
     assert Recipe.load(recipe_file, ["name=..a b.c"]).name == "..a b.c"
@@ -135,18 +133,17 @@ def test_null_leaves_a_stage_out_and_a_sub_key_brings_one_in(recipe_file: Path) 
     assert (recipe.warmup.steps, recipe.warmup.batch_size) == (2, 4)
 
 
-@pytest.mark.parametrize("override", ["bridge.steps", "=7", "", "bridge"])
-def test_an_override_without_key_or_value_is_refused(recipe_file: Path, override: str) -> None:
-    with pytest.raises(UsageError, match=re.escape(f"Override {override!r} is not of the form key.sub=value")):
-        Recipe.load(recipe_file, [override])
-
-
 @pytest.mark.parametrize(
     ("override", "message"),
-    [("name.sub=1", "name is a value and has no keys of its own"), ("bridge.steps=[1", "'[1' is not a YAML value")],
+    [
+        ("bridge", " is not of the form key.sub=value"),
+        ("=7", " is not of the form key.sub=value"),
+        ("name.sub=1", ": name is a value and has no keys of its own"),
+        ("bridge.steps=[1", ": '[1' is not a YAML value"),
+    ],
 )
 def test_an_override_that_cannot_be_applied_is_refused(recipe_file: Path, override: str, message: str) -> None:
-    with pytest.raises(UsageError, match=re.escape(f"Override {override!r}: {message}")):
+    with pytest.raises(UsageError, match=re.escape(f"Override {override!r}{message}")):
         Recipe.load(recipe_file, [override])
 
 
@@ -158,29 +155,25 @@ def test_an_unknown_recipe_is_refused_with_the_known_ones(monkeypatch: pytest.Mo
     assert f"(did you mean 'tiny'? known: {', '.join(recipe_names())})" in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "- a\n- b\n", "just words", "7"])
-def test_yaml_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
-    path = write(tmp_path, text)
-    with pytest.raises(UsageError, match=rf"{re.escape(str(path))} holds no recipe; expected keys such as name"):
-        Recipe.load(path)
-
-
-def test_a_file_that_is_no_yaml_is_refused_in_one_line(tmp_path: Path) -> None:
-    path = write(tmp_path, "name: [a\nbackbone: b")
-    with pytest.raises(UsageError, match="is not valid YAML") as caught:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", " holds no recipe; expected keys such as name"),
+        (b"- a\n- b\n", " holds no recipe; expected keys such as name"),
+        (b"name: [a\nbackbone: b", " is not valid YAML: "),
+        (b"name: caf\xe9\n", " is not valid YAML: "),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused_in_one_line(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "small.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=re.escape(f"{path}{message}")) as caught:
         Recipe.load(path)
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "small.yaml"
-    path.write_bytes(b"name: caf\xe9\n")
-    with pytest.raises(UsageError, match=re.escape(str(path))):
-        Recipe.load(path)
-
-
-def test_the_way_through_json_leaves_every_stage_its_data() -> None:
-    """What a section does not say it still takes from the one around it, as a checkpoint's record is read again."""
+def test_a_recipe_read_back_from_json_gives_every_stage_its_data() -> None:
+    """A checkpoint's record is read back: inherited keys must not become defaults of the stage's own."""
     recipe = Recipe.parse(
         {
             "name": "parts",
@@ -208,13 +201,6 @@ def test_the_way_through_json_leaves_every_stage_its_data() -> None:
     assert {source.images for source in again.sources_of("contrastive").values()} == {Path("pictures")}
 
 
-@pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_of_the_package_is_valid(name: str) -> None:
-    recipe = Recipe.load(name)
-    assert recipe.name == name
-    assert recipe.warmup or recipe.bridge or recipe.contrastive
-
-
 @pytest.mark.parametrize("folder", ["2024", "2024-01-31", "my: folder", "no", "[a]", "# b", "a b", "~user"])
 def test_a_path_or_a_text_is_taken_as_it_is_written(recipe_file: Path, folder: str) -> None:
     recipe = Recipe.load(recipe_file, [f"data.folder={folder}", f"prompts.query={folder}: ", f"name={folder}"])
@@ -227,12 +213,6 @@ def test_a_quoted_text_loses_its_quotes_and_null_is_none(recipe_file: Path) -> N
     assert (recipe.prompts.query, recipe.prompts.document) == ("a: ", "b")
     assert recipe.data is not None
     assert recipe.data.folder is None
-
-
-@pytest.mark.parametrize("seed", [-1, 2**32])
-def test_a_seed_that_numpy_refuses_is_refused(recipe_file: Path, seed: int) -> None:
-    with pytest.raises(UsageError, match=f"seed = {seed}"):
-        Recipe.load(recipe_file, [f"seed={seed}"])
 
 
 def mmeb_recipe(**data: Any) -> Recipe:
@@ -258,34 +238,30 @@ def test_an_mmeb_source_that_names_its_subsets_is_left_as_it_is(tmp_path: Path) 
     }
 
 
-@pytest.mark.parametrize("name", ["qwen2-vl-2b", "qwen2.5-vl-3b", "qwen2.5-vl-7b", "qwen3-vl-2b"])
-def test_the_packages_recipes_have_the_papers_settings(name: str) -> None:
-    recipe = Recipe.load(name, ["data.folder=my-folder"])
-    assert recipe.warmup is not None
-    assert recipe.bridge is not None
-    assert recipe.contrastive is not None
-    warmup, bridge, contrastive = recipe.warmup, recipe.bridge, recipe.contrastive
-    assert (warmup.steps, warmup.batch_size, warmup.warmup_steps, recipe.data_of("warmup").limit) == (
-        3000,
-        128,
-        100,
-        20_000,
-    )
-    assert (bridge.epochs, bridge.batch_size, bridge.warmup_steps, bridge.mask_ratio) == (2, 64, 100, 0.7)
-    assert (contrastive.steps, contrastive.batch_size, contrastive.warmup_steps) == (2000, 1024, 200)
-    assert (contrastive.mini_batch_size, contrastive.temperature) == (8, 0.02)
-    assert contrastive.directions == "forward"
-    assert recipe.data_of("contrastive").limit == 100_000
-    for settings in (warmup, bridge, contrastive):
-        assert (settings.learning_rate, settings.schedule) == (2e-5, "linear")
-        assert settings.adapter is not None
-        adapter = settings.adapter
-        assert (adapter.kind, adapter.r, adapter.alpha, adapter.dropout) == ("dora", 8, 64, 0.1)
-        assert settings.adapts_vision
+PAPER = {
+    "warmup": {"steps": 3000, "batch_size": 128, "warmup_steps": 100},
+    "bridge": {"epochs": 2, "batch_size": 64, "warmup_steps": 100, "mask_ratio": 0.7},
+    "contrastive": {"steps": 2000, "batch_size": 1024, "warmup_steps": 200, "mini_batch_size": 8, "temperature": 0.02,
+                    "directions": "forward"},
+}  # fmt: skip
+ADAPTER = {"kind": "dora", "r": 8, "alpha": 64, "dropout": 0.1}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_the_packages_recipes_are_valid_and_have_the_papers_settings(name: str) -> None:
+    recipe = Recipe.load(name)
+    assert recipe.name == name
+    if name == "tiny":
+        return
+    for stage, expected in PAPER.items():
+        settings = recipe.stages[stage].settings.model_dump()
+        expected = {**expected, "learning_rate": 2e-5, "schedule": "linear", "adapter": ADAPTER, "freeze_vision": False}
+        assert {key: settings[key] for key in expected} == expected
+    assert [recipe.data_of(stage).limit for stage in ("warmup", "contrastive")] == [20_000, 100_000]
 
 
 def test_an_override_changes_its_own_stage_alone() -> None:
-    """The recipes say an adapter once, by a YAML alias."""
+    """The recipes give the adapter once, by a YAML alias."""
     recipe = Recipe.load("qwen2-vl-2b", ["bridge.adapter.r=16"])
     stages = (recipe.warmup, recipe.bridge, recipe.contrastive)
     assert [settings.adapter.r for settings in stages if settings and settings.adapter] == [8, 16, 8]

@@ -88,8 +88,6 @@ def fill_patches(
         filled[masked] = torch.cat(noise).to(pixel_values.dtype)
     elif fill == "zero":
         filled[masked] = 0
-    elif fill == "mean":
-        filled[masked] = pixel_values[masked].mean(dim=1, keepdim=True).expand(-1, pixel_values.shape[1])
     else:
-        raise ValueError(f"unknown patch fill {fill!r}; use noise, zero or mean")
+        filled[masked] = pixel_values[masked].mean(dim=1, keepdim=True).expand(-1, pixel_values.shape[1])
     return filled

@@ -1,6 +1,7 @@
 """From rows to model inputs, for the stages that reconstruct what is masked of them."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +11,13 @@ from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.model.template import render
 from cocoa_embed.train.data.rows import load_row_image
 from cocoa_embed.train.loop.batch_facts import Batch
+
+Each = TypeVar("Each")
+
+
+def batched(items: Sequence[Each], size: int) -> list[list[Each]]:
+    """Return the items in lists of ``size``, the last one maybe shorter."""
+    return [list(items[start : start + size]) for start in range(0, len(items), size)]
 
 
 def render_items(processor: ProcessorMixin, items: Sequence[Item], *, prompt: str = "") -> Batch:

@@ -18,7 +18,6 @@ from cocoa_embed.train.loop.arguments import training_arguments
 from cocoa_embed.train.loop.batch_facts import Batch, Example
 from cocoa_embed.train.loop.trainer import CocoaTrainer, StageContext
 from cocoa_embed.train.settings import RunSettings, StageSettings
-from cocoa_embed.train.stages.weights import save_backbone
 
 Own = TypeVar("Own", bound=StageSettings, covariant=True)
 
@@ -40,7 +39,10 @@ class Stage(ABC, Generic[Own]):
     """Whether its weights may be sharded over devices."""
 
     has_samples: ClassVar[bool] = False
-    """Whether the report shows what the stage makes of a few rows (``samples``)."""
+    """Whether the report shows what the stage predicts for a few rows (``samples``)."""
+
+    accumulates: ClassVar[bool] = True
+    """Whether mini-batches are steps of the trainer, which adds up their gradients."""
 
     def __init__(self, name: str, settings: Own, run: RunSettings) -> None:
         self.name = name
@@ -84,7 +86,7 @@ class Stage(ABC, Generic[Own]):
 
         :raises UsageError: If the batch cannot be divided like this.
         """
-        total, mini = self.settings.batch_size, self.settings.mini_batch_size
+        total, mini = self.settings.batch_size, self.settings.mini_batch_size if self.accumulates else None
         if total % devices:
             raise UsageError(f"{self.name}.batch_size {total} is not a multiple of the {devices} devices.")
         at_once = total if mini is None else min(mini * devices, total)
@@ -100,7 +102,7 @@ class Stage(ABC, Generic[Own]):
         return self.micro_batches(devices)[0] // devices
 
     def held_out(self, rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-        """Split rows into those that the stage keeps out of its training, to measure on, and the others."""
+        """Split rows into those held out of training, to measure on, and the others."""
         return [], list(rows)
 
     # Costs
@@ -160,18 +162,30 @@ class Stage(ABC, Generic[Own]):
         """
 
     def save(self, trainer: CocoaTrainer, processor: ProcessorMixin, folder: Path) -> None:
-        """Write the trained weights to a folder; every process calls this, and the first one writes."""
-        save_backbone(trainer, processor, folder)
+        """Write the trained backbone, gathered if it is sharded, with its processor.
+
+        Every process calls this, and the first one writes.
+        """
+        model, state = trainer.accelerator.unwrap_model(trainer.model).backbone, trainer.full_state()
+        if not trainer.is_world_process_zero():
+            return
+        if state is not None:
+            # Of tied weights only the first name, as a model that is not sharded is saved.
+            own = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
+            gathered = {name.removeprefix("backbone."): value for name, value in state.items()}
+            state = {name: value for name, value in gathered.items() if name in own}
+        model.save_pretrained(folder, state_dict=state)
+        processor.save_pretrained(folder)
 
     def memory_remedy(self) -> str:
         """Return what to change in the recipe when a step does not fit into memory."""
         size = self.settings.mini_batch_size or self.settings.batch_size
         return f"lower {self.name}.mini_batch_size ({size}) or max_pixels, or set gradient_checkpointing=true"
 
-    def samples(self, model: Any, collator: Any, batch: Batch, rows: Sequence[Row]) -> dict[str, Any]:  # noqa: ANN401
-        """Return what the report shows of the stage, as JSON takes it: what ``model`` makes of a batch of ``rows``.
+    def samples(self, model: Any, processor: ProcessorMixin, batch: Batch, rows: Sequence[Row]) -> dict[str, Any]:  # noqa: ANN401
+        """Return what the report shows of the stage, as JSON takes it: what ``model`` predicts in a batch of ``rows``.
 
-        :param collator: The stage's own, which has made the batch.
+        Only a stage that ``has_samples`` has this.
         """
         raise NotImplementedError
 

@@ -5,7 +5,7 @@ from datasets import Dataset
 from sentence_transformers.base.sampler import NoDuplicatesBatchSampler, ProportionalBatchSampler
 from torch.utils.data import BatchSampler, ConcatDataset
 
-from cocoa_embed.train.stages.contrastive.shared_batches import SharedBatchSampler
+from cocoa_embed.train.stages.contrastive.trainer import SharedBatchSampler
 
 SIZES = {"a": 37, "b": 12, "c": 3}
 
@@ -59,5 +59,5 @@ def test_another_epoch_draws_other_batches() -> None:
     first, again = list(sampler), list(sampler)
     assert first == again
     assert len(first) <= len(sampler) == 2 * (5 + 2 + 1)
-    sampler.set_epoch(1)
+    sampler.batches.set_epoch(1)
     assert list(sampler) != first

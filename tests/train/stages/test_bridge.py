@@ -1,6 +1,5 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,12 +7,11 @@ from typing import Any
 import pytest
 import torch
 from exported import PROMPTS, write_checkpoint
-from stages import alone
+from stages import alone, bridge_collator, bridge_model
 from tiny_backbones import every_family
 from torch import Tensor, nn
 from torch.nn.attention import flex_attention as torch_flex
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import set_seed
 from transformers.integrations import flex_attention as transformers_flex
 
 from cocoa_embed.data.rows import Item, Row
@@ -24,14 +22,12 @@ from cocoa_embed.model.export import build_sentence_transformer
 from cocoa_embed.model.flex_attention import FLEX, uses_flex_attention
 from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.loop.batch_facts import Batch
-from cocoa_embed.train.loop.trainer import Probe, StageContext
-from cocoa_embed.train.settings import AdapterSettings
-from cocoa_embed.train.stages.bridge.collator import BridgeCollator
-from cocoa_embed.train.stages.bridge.model import BridgeModel, bridge_probe
+from cocoa_embed.train.loop.trainer import StageContext
+from cocoa_embed.train.stages.bridge.model import BridgeModel
+from cocoa_embed.train.stages.bridge.probe import bridge_probe, without_images
 from cocoa_embed.train.stages.bridge.settings import BridgeSettings
 from cocoa_embed.train.stages.bridge.stage import Bridge
 from cocoa_embed.train.stages.losses import mntp_loss
-from cocoa_embed.train.stages.probe import hide_images
 
 Change = Callable[[Batch], Batch]
 
@@ -46,14 +42,14 @@ def batch(tiny_backbone: Backbone, scene_rows: list[Row]) -> Batch:
         Row(query=Item(text="find it: ", image=row.image), positive=row.positive, source="") for row in scene_rows[:3]
     ]
     text = Row(query=Item(text="white picture; blue cross"), positive=Item(text="blue cross on white"), source="")
-    batch = BridgeCollator(tiny_backbone.processor, seed=0)(numbered([*pictured, text]))
+    batch = bridge_collator(tiny_backbone)(numbered([*pictured, text]))
     assert (batch["blocks"] == Block.PAD).any()
     return batch
 
 
 @pytest.fixture
 def model(tiny_backbone: Backbone) -> BridgeModel:
-    return BridgeModel(tiny_backbone.model).eval()
+    return bridge_model(tiny_backbone)
 
 
 def another_image(batch: Batch) -> Batch:
@@ -72,10 +68,6 @@ def another_text(batch: Batch) -> Batch:
 
 
 CHANGES = [another_image, another_text]
-
-
-def bridge(backbone: Backbone, *, eos_attends_to_b: bool = True) -> BridgeModel:
-    return BridgeModel(backbone.model, eos_attends_to_b=eos_attends_to_b).eval()
 
 
 @contextmanager
@@ -114,10 +106,10 @@ def block_b_logits(model: BridgeModel, batch: Batch) -> Tensor:
 @pytest.mark.parametrize("eos_attends_to_b", [True, False])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_nothing_of_block_a_reaches_block_b_but_through_eos(
+def test_block_a_reaches_block_b_only_through_eos(
     load_tiny: Callable[[str], Backbone], batch: Batch, change: Change, implementation: str, eos_attends_to_b: bool
 ) -> None:
-    model = bridge(load_tiny(implementation), eos_attends_to_b=eos_attends_to_b)
+    model = bridge_model(load_tiny(implementation), eos_attends_to_b=eos_attends_to_b)
     changed = change(batch)
     in_b = batch["blocks"] == Block.B
     assert torch.equal(changed["input_ids"][in_b], batch["input_ids"][in_b])
@@ -139,7 +131,7 @@ def test_nothing_of_block_a_reaches_block_b_but_through_eos(
 
 @every_family
 @torch.no_grad()
-def test_block_a_reads_nothing_of_block_b_but_through_eos(model: BridgeModel, batch: Batch) -> None:
+def test_block_b_reaches_block_a_only_through_eos(model: BridgeModel, batch: Batch) -> None:
     blocks = batch["blocks"]
     changed = {**batch, "input_ids": batch["input_ids"].masked_fill(blocks == Block.B, UNUSUAL_TOKEN)}
     in_a = {"masked_tokens": (blocks == Block.A).index_fill(1, torch.tensor([0]), False)}
@@ -156,7 +148,7 @@ def test_block_a_reads_nothing_of_block_b_but_through_eos(model: BridgeModel, ba
 def test_the_option_decides_whether_eos_sees_block_b(
     tiny_backbone: Backbone, batch: Batch, eos_attends_to_b: bool
 ) -> None:
-    model = bridge(tiny_backbone, eos_attends_to_b=eos_attends_to_b)
+    model = bridge_model(tiny_backbone, eos_attends_to_b=eos_attends_to_b)
     in_b = batch["blocks"] == Block.B
     with eos_states(model, batch) as reference:
         model.predict(batch)
@@ -180,12 +172,12 @@ def test_without_the_image_no_pixel_reaches_block_b_and_everything_else_does(
     load_tiny: Callable[[str], Backbone], batch: Batch, implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transformers_flex, "compile_friendly_flex_attention", uncompiled_flex)
-    model = bridge(load_tiny(implementation))
+    model = bridge_model(load_tiny(implementation))
     assert uses_flex_attention(model.backbone) is (implementation == FLEX)
     has_image = (batch["mm_token_type_ids"] == 1).any(dim=1)
     assert set(has_image.tolist()) == {True, False}
     pictured = has_image.repeat_interleave((batch["blocks"] == Block.B).sum(dim=1))
-    cut = hide_images(batch)
+    cut = without_images(batch)
     original_logits, cut_logits = block_b_logits(model, batch), block_b_logits(model, cut)
     changed_logits = block_b_logits(model, another_image(batch))
 
@@ -225,25 +217,25 @@ def test_gradients_reach_the_vision_encoder_through_eos_alone(model: BridgeModel
     assert all(gradient is None or not gradient.any() for gradient in cut)
 
 
-ARGUMENTS = {"report_to": "none", "use_cpu": True, "save_strategy": "no", "disable_tqdm": True}
-
-
-@pytest.mark.parametrize("probe_rows", [0, 4])
-def test_the_trainer_is_what_its_settings_say(
-    tiny_backbone: Backbone, scene_rows: list[Row], tmp_path: Path, probe_rows: int
+@pytest.mark.parametrize(("probe_rows", "held_out"), [(0, 0), (4, 4), (12, 12), (13, 0)])
+def test_the_trainer_follows_its_settings(
+    tiny_backbone: Backbone,
+    scene_rows: list[Row],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    probe_rows: int,
+    held_out: int,
 ) -> None:
     settings = BridgeSettings(steps=1, batch_size=2, mask_ratio=0.4, eos_attends_to_b=False, probe_rows=probe_rows)
-    context = StageContext({**ARGUMENTS, "output_dir": str(tmp_path), "max_steps": 1, "gradient_accumulation_steps": 2})
-    trainer = alone(Bridge, settings, seed=5).trainer(tiny_backbone, scene_rows, context)
+    arguments = {"output_dir": str(tmp_path), "max_steps": 1, "report_to": "none", "gradient_accumulation_steps": 2}
+    trainer = alone(Bridge, settings, seed=5).trainer(tiny_backbone, scene_rows, StageContext(arguments))
     collator = trainer.data_collator.collate
     assert (collator.seed, collator.mask_ratio, trainer.model.eos_attends_to_b) == (5, 0.4, False)
-    assert trainer.train_dataset.rows == scene_rows[probe_rows:]
-    assert (trainer.probe is not None) is (probe_rows > 0)
+    assert trainer.train_dataset.rows == scene_rows[held_out:]
+    assert (trainer.probe is not None) is (held_out > 0)
+    assert ("Lower bridge.probe_rows" in caplog.text) is (probe_rows > held_out)
     # Else transformers divides the loss by the micro-batches of a step; it is a mean over the step already.
     assert trainer.model_accepts_loss_kwargs is True
-
-
-# What is measured beside the training
 
 
 @pytest.mark.parametrize("prompts", [PROMPTS, {}])
@@ -253,11 +245,9 @@ def test_items_are_embedded_as_by_the_exported_model(
     """Under the bridge's weights, but not under its mask."""
     queries = [Item(image=scene_rows[0].image), Item(text="find it: ", image=scene_rows[1].image)]
     rows = [Row(query=item, positive=row.positive, source="") for item, row in zip(queries, scene_rows, strict=False)]
-    model, found = BridgeModel(tiny_backbone.model).train(), []
+    model, found = bridge_model(tiny_backbone).train(), []
     model.register_forward_hook(lambda _, inputs, outputs: found.append(outputs.get("embeddings")))
-    collator = BridgeCollator(tiny_backbone.processor, seed=0)
-    metrics = bridge_probe(collator, rows, prompts=prompts, batch_size=2)(model)
-    assert list(metrics)[3:] == ["alignment", "uniformity", "modality_gap", "effective_rank"]
+    bridge_probe(bridge_collator(tiny_backbone), rows, prompts=prompts, batch_size=2)(model)
 
     exported = build_sentence_transformer(write_checkpoint(tiny_backbone, tmp_path / "bridge"), prompts=prompts)
     images = [load_image(item.image) for item in queries]  # type: ignore[arg-type]
@@ -266,39 +256,3 @@ def test_items_are_embedded_as_by_the_exported_model(
     for ours, theirs in zip(found[-2:], expected, strict=True):
         assert abs(theirs[0] - theirs[1]).max() > 1e-2
         torch.testing.assert_close(ours.cpu(), torch.from_numpy(theirs), atol=1e-4, rtol=0)
-
-
-def draw_at_random(model: nn.Module) -> dict[str, float]:
-    """Do what no probe may."""
-    return {"accuracy_matching_image": torch.rand(1).item()}
-
-
-def test_the_probe_changes_neither_weights_nor_draws(
-    load_tiny: Callable[[str], Backbone], scene_rows: list[Row], tmp_path: Path
-) -> None:
-    """The adapter's dropout draws at every step, so that a draw between two steps would show in the weights."""
-    adapter = AdapterSettings(kind="lora", r=2, alpha=4, dropout=0.3)
-    settings = BridgeSettings(steps=3, batch_size=4, probe_rows=4, probe_steps=1, adapter=adapter)
-    arguments = {**ARGUMENTS, "output_dir": str(tmp_path), "max_steps": 3, "logging_steps": 1, "learning_rate": 1e-2}
-    arguments["remove_unused_columns"] = False
-
-    def trained(change: Callable[[Probe], Probe | None]) -> tuple[dict[str, Tensor], list[set[str]]]:
-        backbone = load_tiny("sdpa")
-        set_seed(0)
-        stage = alone(Bridge, settings, seed=5, prompts=PROMPTS)
-        trainer = stage.trainer(backbone, scene_rows, StageContext(arguments))
-        assert trainer.probe is not None
-        trainer.probe = change(trainer.probe)
-        trainer.train()
-        logged = [set(line) for line in trainer.state.log_history if "loss" in line]
-        return {name: value.clone() for name, value in trainer.model.state_dict().items()}, logged
-
-    with_probe, logged = trained(lambda probe: probe)
-    without, unprobed = trained(lambda _: None)
-    drawn, _ = trained(lambda probe: replace(probe, measure=draw_at_random))
-    metrics = {"accuracy_matching_image", "accuracy_shuffled_image", "accuracy_no_image"}
-    metrics |= {"alignment", "uniformity", "modality_gap", "effective_rank"}
-    assert [metrics <= line for line in logged] == [True] * 3
-    assert not any(metrics & line for line in unprobed)
-    assert all(torch.equal(value, without[name]) for name, value in with_probe.items())
-    assert not all(torch.equal(value, without[name]) for name, value in drawn.items()), "a draw does show"

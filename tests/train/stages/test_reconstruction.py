@@ -1,39 +1,38 @@
-"""What both reconstruction stages keep to: masked content and padding never leak, and the head runs where it must."""
+"""Both reconstruction stages: masked content and padding never leak, and the head runs on masked tokens only."""
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 import torch
+from stages import bridge_collator, bridge_model, warmup_collator, warmup_model
 from tiny_backbones import every_family
-from torch import Tensor, nn
+from torch import Tensor
 
 from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.loop.batch_facts import Batch
-from cocoa_embed.train.stages.bridge.collator import BridgeCollator
-from cocoa_embed.train.stages.bridge.model import BridgeModel
 from cocoa_embed.train.stages.reconstruction import position_ids
 from cocoa_embed.train.stages.rendering import joined, render_items
-from cocoa_embed.train.stages.warmup.collator import WarmupCollator
-from cocoa_embed.train.stages.warmup.model import WarmupModel
 
+Case: TypeAlias = tuple[Any, Batch]
 STAGES = pytest.mark.parametrize("stage", ["warmup", "bridge"])
+TEXT = Row(query=Item(text="white picture; cross"), positive=Item(text="blue cross"), source="")
+
+
+def case_of(stage: str, backbone: Backbone, rows: list[Row]) -> Case:
+    """Return a stage's model, and a batch of its collator."""
+    if stage == "warmup":
+        return warmup_model(backbone), warmup_collator(backbone)(numbered(rows))
+    return bridge_model(backbone), bridge_collator(backbone)(numbered(rows))
 
 
 @pytest.fixture
-def case(stage: str, tiny_backbone: Backbone, scene_rows: list[Row]) -> tuple[Any, Batch]:
+def case(stage: str, tiny_backbone: Backbone, scene_rows: list[Row]) -> Case:
     """A stage's model, and a padded batch of rows with images and one of texts alone."""
-    rows = [*scene_rows[:3], Row(query=Item(text="white picture; cross"), positive=Item(text="blue cross"), source="")]
-    model: nn.Module
-    if stage == "warmup":
-        model = WarmupModel(tiny_backbone.model, tiny_backbone.geometry)
-        batch = WarmupCollator(tiny_backbone.processor, tiny_backbone.geometry, seed=0)(numbered(rows))
-    else:
-        model, batch = BridgeModel(tiny_backbone.model), BridgeCollator(tiny_backbone.processor, seed=0)(numbered(rows))
+    model, batch = case_of(stage, tiny_backbone, [*scene_rows[:3], TEXT])
     assert not batch["attention_mask"].all()
-    return model.eval(), batch
+    return model, batch
 
 
 def predictions(model: Any, batch: Batch) -> list[Tensor]:  # noqa: ANN401 - a model of either stage
@@ -44,7 +43,7 @@ def predictions(model: Any, batch: Batch) -> list[Tensor]:  # noqa: ANN401 - a m
 @every_family
 @STAGES
 @torch.no_grad()
-def test_what_is_in_the_padding_changes_nothing(case: tuple[Any, Batch]) -> None:
+def test_padding_changes_nothing(case: Case) -> None:
     model, batch = case
     sentinel = {**batch, "input_ids": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 100)}
     for before, after in zip(predictions(model, batch), predictions(model, sentinel), strict=True):
@@ -54,31 +53,26 @@ def test_what_is_in_the_padding_changes_nothing(case: tuple[Any, Batch]) -> None
 @every_family
 @STAGES
 @torch.no_grad()
-def test_a_row_is_predicted_alone_as_in_a_padded_batch(case: tuple[Any, Batch]) -> None:
+def test_a_row_is_predicted_alone_as_in_a_padded_batch(case: Case) -> None:
     model, batch = case
-    tokens = batch["masked_tokens"].sum(dim=1).tolist()
-    grids = batch["image_grid_thw"].prod(dim=1).tolist()
-    together = [predictions(model, batch)[0].split(tokens)]
+    found, grids = predictions(model, batch), batch["image_grid_thw"].prod(dim=1).tolist()
+    together = [found[0].split(batch["masked_tokens"].sum(dim=1).tolist())]
+    patches = {name: batch[name].split(grids) for name in ("pixel_values", "masked_patches") if name in batch}
     if "masked_patches" in batch:
-        masked_patches = batch["masked_patches"].split(grids)
-        counts = [int(masked.sum()) for masked in masked_patches]
-        together.append(predictions(model, batch)[1].split(counts))
-    lengths = batch["attention_mask"].sum(dim=1).tolist()
-    for row in range(3):
-        sequence = {name: value[row : row + 1, : lengths[row]] for name, value in batch.items() if value.dim() == 2
-                    and value.shape == batch["input_ids"].shape}  # fmt: skip
-        alone = {**sequence, "image_grid_thw": batch["image_grid_thw"][row : row + 1]}
-        alone["pixel_values"] = batch["pixel_values"].split(grids)[row]
-        if "masked_patches" in batch:
-            alone["masked_patches"] = masked_patches[row]
-        for found, expected in zip(predictions(model, alone), together, strict=True):
-            torch.testing.assert_close(found, expected[row], atol=1e-4, rtol=0)
+        together.append(found[1].split([int(masked.sum()) for masked in patches["masked_patches"]]))
+    for row, length in enumerate(batch["attention_mask"].sum(dim=1).tolist()[:3]):
+        of_tokens = {name: value for name, value in batch.items() if value.shape == batch["input_ids"].shape}
+        alone = {name: value[row : row + 1, :length] for name, value in of_tokens.items()}
+        alone |= {name: value[row] for name, value in patches.items()}
+        alone["image_grid_thw"] = batch["image_grid_thw"][row : row + 1]
+        for ours, expected in zip(predictions(model, alone), together, strict=True):
+            torch.testing.assert_close(ours, expected[row], atol=1e-4, rtol=0)
 
 
 @every_family
 @STAGES
 @torch.no_grad()
-def test_the_head_runs_on_the_state_before_each_masked_token_and_nowhere_else(case: tuple[Any, Batch]) -> None:
+def test_the_head_runs_only_on_the_state_before_each_masked_token(case: Case) -> None:
     model, batch = case
     kept: list[Tensor] = []
     model.backbone.get_decoder().norm.register_forward_hook(lambda _, inputs, output: kept.append(output))
@@ -92,41 +86,30 @@ def test_the_head_runs_on_the_state_before_each_masked_token_and_nowhere_else(ca
 
 
 @STAGES
-@pytest.mark.parametrize("text_only", [False, True])
+@pytest.mark.parametrize("images", [0, 2])
 def test_rows_without_an_image_are_trained_on(
-    case: tuple[Any, Batch], tiny_backbone: Backbone, scene_rows: list[Row], text_only: bool
+    stage: str, tiny_backbone: Backbone, scene_rows: list[Row], images: int
 ) -> None:
-    model, _ = case
-    collators: dict[type, Callable[..., Batch]] = {
-        WarmupModel: WarmupCollator(tiny_backbone.processor, tiny_backbone.geometry, seed=0),
-        BridgeModel: BridgeCollator(tiny_backbone.processor, seed=0),
-    }
-    texts = [Row(query=Item(text=f"{n} blue cross"), positive=Item(text="a ring"), source="") for n in range(2)]
-    batch = collators[type(model)](numbered([*texts, *([] if text_only else scene_rows[:2])]))
-    assert ("pixel_values" in batch) is not text_only
+    model, batch = case_of(stage, tiny_backbone, [TEXT, TEXT, *scene_rows[:images]])
+    assert ("pixel_values" in batch) is (images > 0)
     outputs = model(**batch)
     assert outputs["loss"].isfinite()
     outputs["loss"].backward()
-    if text_only:
+    if images == 0:
         parts = [model.backbone.base_model.visual, *([model.pixel_decoder] if "mae_loss" in outputs else [])]
         assert outputs.get("mae_loss", torch.zeros(())) == 0
         assert all(weight.grad is not None for weight in model.parameters()), "processes meet at every weight"
         assert not any(weight.grad.any() for part in parts for weight in part.parameters())
 
 
-def test_positions_of_a_text_are_the_same_with_and_without_images_beside_it(
+def test_positions_of_a_text_are_the_same_beside_an_image_whose_own_are_its_rows_and_columns(
     tiny_backbone: Backbone, scene_rows: list[Row]
 ) -> None:
-    text, with_image = Item(text="a blue cross on white"), joined(scene_rows[0])
-    alone = position_ids(tiny_backbone.model, render_items(tiny_backbone.processor, [text]))
-    beside = position_ids(tiny_backbone.model, render_items(tiny_backbone.processor, [text, with_image]))
+    model, processor, text = tiny_backbone.model, tiny_backbone.processor, Item(text="a blue cross on white")
+    batch = render_items(processor, [text, joined(scene_rows[0])])
+    alone, beside = position_ids(model, render_items(processor, [text])), position_ids(model, batch)
     assert beside.shape[2] > alone.shape[2]
     assert torch.equal(alone[:, 0], beside[:, 0, : alone.shape[2]])
-
-
-def test_positions_of_an_image_are_its_rows_and_columns(tiny_backbone: Backbone, scene_rows: list[Row]) -> None:
-    batch = render_items(tiny_backbone.processor, [Item(image=scene_rows[0].image)])
     side = int(batch["image_grid_thw"][0, 1]) // 2
-    positions = position_ids(tiny_backbone.model, batch)[:, 0, 1 : 1 + side**2].tolist()
     rows_and_columns = [[1 + n // side for n in range(side**2)], [1 + n % side for n in range(side**2)]]
-    assert positions == [[1] * side**2, *rows_and_columns]
+    assert beside[:, 1, 1 : 1 + side**2].tolist() == [[1] * side**2, *rows_and_columns]

@@ -1,6 +1,5 @@
 """A stage of another kind takes one file, and one line in a recipe's registry."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,15 @@ from transformers import TrainerCallback
 
 from cocoa_embed.errors import UsageError
 from cocoa_embed.model.export import export_model
+from cocoa_embed.model.training_record import read_run
 from cocoa_embed.train import pipeline
 from cocoa_embed.train.data.rows import Row
 from cocoa_embed.train.loop.trainer import CocoaTrainer
 from cocoa_embed.train.pipeline import run
 from cocoa_embed.train.plan.dry_run import plan
-from cocoa_embed.train.settings import StageSettings
 from cocoa_embed.train.stages.contrastive.settings import ContrastiveSettings
 from cocoa_embed.train.stages.contrastive.stage import Contrastive
+from cocoa_embed.train.stages.stage import Stage
 from cocoa_embed.train.stages.warmup.settings import WarmupSettings
 from cocoa_embed.train.stages.warmup.stage import Warmup
 from conftest import TINY_MAX_LENGTH
@@ -34,8 +34,7 @@ def recipe(tiny_backbone_path: Path, scene_folder: Path) -> LongerRecipe:
             "name": "longer",
             "backbone": str(tiny_backbone_path),
             "max_length": TINY_MAX_LENGTH,
-            "data": {"folder": str(scene_folder)},
-            "contrastive": {**STAGE, "data": {"limit": 8}},
+            "data": {"folder": str(scene_folder), "limit": 8},
             "masked_language": {**STAGE, "ratio": 0.5, "mini_batch_size": 2},
         }
     )
@@ -55,31 +54,22 @@ def test_another_stage_is_planned_trained_resumed_and_exported(
     recipe: LongerRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, show = tmp_path / "out", pipeline.show_progress
-    assert [stage.stage for stage in plan(recipe, out).stages] == ["contrastive", "masked_language"]
-    whole = run(recipe, tmp_path / "whole")
+    assert [stage.stage for stage in plan(recipe, out).stages] == ["masked_language"]
+    (whole,) = run(recipe, tmp_path / "whole")
 
-    def kill_the_last_stage(trainer: CocoaTrainer, stage: str, shown: dict[str, str]) -> None:
-        show(trainer, stage, shown)
-        if stage == "masked_language":
-            trainer.add_callback(KillAfterOneStep())
+    def kill(trainer: CocoaTrainer, *args: Any) -> None:
+        show(trainer, *args)
+        trainer.add_callback(KillAfterOneStep())
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "show_progress", kill_the_last_stage)
+        patch.setattr(pipeline, "show_progress", kill)
         with pytest.raises(Killed):
             run(recipe, out)
-    results = run(recipe, out, resume=True)
-    assert [result.stage for result in results] == ["contrastive", "masked_language"]
-    weights = [load_file(result.folder / "model.safetensors") for result in (whole[-1], results[-1])]
-    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
-    assert json.loads((out / "recipe.json").read_text())["masked_language"]["ratio"] == 0.5
-    assert export_model(results[-1].folder, tmp_path / "model").is_dir()
-
-
-def test_contrastive_learning_from_one_row_is_refused(scene_rows: list[Row]) -> None:
-    stage = alone(Contrastive, settings(ContrastiveSettings))
-    stage.check_rows(scene_rows[:2])
-    with pytest.raises(UsageError, match="has one row"):
-        stage.check_rows(scene_rows[:1])
+    (resumed,) = run(recipe, out, resume=True)
+    ours, theirs = (load_file(result.folder / "model.safetensors") for result in (resumed, whole))
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    assert read_run(out)["recipe"]["masked_language"]["ratio"] == 0.5
+    assert export_model(resumed.folder, tmp_path / "model").is_dir()
 
 
 def test_its_settings_are_validated_with_the_others(recipe: LongerRecipe) -> None:
@@ -88,23 +78,30 @@ def test_its_settings_are_validated_with_the_others(recipe: LongerRecipe) -> Non
         LongerRecipe.parse({**recipe.model_dump(), "masked_language": {**STAGE, "ratio": 2, "rato": 1}})
 
 
-def settings(kind: type[StageSettings], **values: Any) -> StageSettings:
-    return kind(**{"batch_size": 8, "epochs": 2, **values})
+def stage_of(kind: type[Stage[Any]], **values: Any) -> Stage[Any]:
+    settings = ContrastiveSettings if kind is Contrastive else WarmupSettings
+    return alone(kind, settings(**{"batch_size": 8, "epochs": 2, **values}))
+
+
+def test_contrastive_learning_from_one_row_is_refused(scene_rows: list[Row]) -> None:
+    stage_of(Contrastive).check_rows(scene_rows[:2])
+    with pytest.raises(UsageError, match="has one row"):
+        stage_of(Contrastive).check_rows(scene_rows[:1])
 
 
 @pytest.mark.parametrize(
-    ("kind", "given", "steps"),
+    ("kind", "values", "steps"),
     [
-        (Warmup, settings(WarmupSettings), 5),
-        (Contrastive, settings(ContrastiveSettings), 10),
-        (Contrastive, settings(ContrastiveSettings, directions="symmetric"), 5),
-        (Contrastive, settings(ContrastiveSettings, epochs=None, steps=7), 7),
+        (Warmup, {}, 5),
+        (Contrastive, {}, 10),
+        (Contrastive, {"directions": "symmetric"}, 5),
+        (Contrastive, {"epochs": None, "steps": 7}, 7),
     ],
 )
-def test_an_epoch_is_each_row_once_in_each_direction_of_its_own(
-    kind: type[Any], given: StageSettings, steps: int
+def test_an_epoch_draws_each_row_once_in_each_direction(
+    kind: type[Stage[Any]], values: dict[str, Any], steps: int
 ) -> None:
-    assert alone(kind, given).step_count(rows=20) == steps
+    assert stage_of(kind, **values).step_count(rows=20) == steps
 
 
 @pytest.mark.parametrize(
@@ -120,10 +117,9 @@ def test_an_epoch_is_each_row_once_in_each_direction_of_its_own(
     ],
 )
 def test_a_batch_is_divided_into_equal_parts_or_refused(
-    kind: type[Any], mini: int | None, devices: int, expected: tuple[int, int] | str
+    kind: type[Stage[Any]], mini: int | None, devices: int, expected: tuple[int, int] | str
 ) -> None:
-    own = ContrastiveSettings if kind is Contrastive else WarmupSettings
-    stage = alone(kind, settings(own, mini_batch_size=mini))
+    stage = stage_of(kind, mini_batch_size=mini)
     if isinstance(expected, tuple):
         assert stage.micro_batches(devices) == expected
     else:

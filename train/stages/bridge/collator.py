@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import ProcessorMixin
 
 from cocoa_embed.data.rows import Item, Row
-from cocoa_embed.errors import CocoaError
+from cocoa_embed.errors import RowError
 from cocoa_embed.model.attention import Block
 from cocoa_embed.train.loop.batch_facts import Batch, Example
 from cocoa_embed.train.stages.masking import mask_ratio, row_generators
@@ -23,7 +23,7 @@ NO_BLOCK_B = (
 
 @dataclass(frozen=True)
 class BridgeCollator:
-    """Put the two sides of a row around ``<EOS>`` and mask a ratio of block B's tokens, whatever block A is.
+    """Put the two sides of a row around ``<EOS>`` and mask a ratio of block B's tokens.
 
     Adds to ``render_items``: ``blocks`` (``Block``, int64 ``[B, L]``), ``masked_tokens`` (bool ``[B, L]``) and
     ``target_ids`` (int64 ``[masked tokens]``).
@@ -36,7 +36,7 @@ class BridgeCollator:
     def __call__(self, examples: list[Example]) -> Batch:
         """Collate rows with their draws.
 
-        :raises CocoaError: If a row has no text for block B, naming the row.
+        :raises RowError: If a row has no text for block B.
         """
         generators = row_generators(self.seed, [draw for draw, _ in examples])
         tokenizer = self.processor.tokenizer
@@ -46,7 +46,7 @@ class BridgeCollator:
         block_b = tokenizer(
             [text for _, text in pairs], add_special_tokens=False, truncation=True, max_length=max_length
         )
-        joined_blocks = [
+        rows = [
             join_blocks(ids[keep], kinds[keep], is_text[keep], torch.tensor(tail, dtype=torch.long), max_length)
             for ids, kinds, is_text, keep, tail in zip(
                 block_a["input_ids"],
@@ -57,7 +57,7 @@ class BridgeCollator:
                 strict=True,
             )
         ]
-        ids, kinds, blocks = zip(*joined_blocks, strict=True)
+        ids, kinds, blocks = zip(*rows, strict=True)
         padded_blocks = _pad(blocks, Block.PAD)
         batch = {
             **block_a,
@@ -75,7 +75,7 @@ def split_blocks(row: Row) -> tuple[Item, str]:
 
     If neither side is, block B is the second half of the words beside an image, preferably the positive's.
 
-    :raises CocoaError: If there is no text to split, naming the row.
+    :raises RowError: If there is no text to split.
     """
     for block_a, block_b in ((row.query, row.positive), (row.positive, row.query)):
         if block_b.image is None and block_b.text and block_b.text.strip():
@@ -85,16 +85,7 @@ def split_blocks(row: Row) -> tuple[Item, str]:
         if len(words) > 1:
             middle = len(words) // 2
             return Item(text=" ".join(words[:middle]), image=item.image), " ".join(words[middle:])
-    raise CocoaError(f"{row.source}: {NO_BLOCK_B}")
-
-
-def lacks_block_b(row: Row) -> str | None:
-    """Return why a row cannot be split into blocks, None if it can."""
-    try:
-        split_blocks(row)
-    except CocoaError:
-        return NO_BLOCK_B
-    return None
+    raise RowError(row.source, NO_BLOCK_B)
 
 
 def join_blocks(

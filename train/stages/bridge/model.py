@@ -1,18 +1,13 @@
-"""The model of stage 2: the backbone under the bridge mask, and how it is measured."""
+"""The model of stage 2: the backbone under the bridge mask."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.train.loop.batch_facts import Batch
-from cocoa_embed.train.loop.trainer import Measure
-from cocoa_embed.train.stages.bridge.collator import BridgeCollator
 from cocoa_embed.train.stages.losses import accuracy, mntp_loss
-from cocoa_embed.train.stages.probe import EosProbe, GeometryProbe, together
 from cocoa_embed.train.stages.reconstruction import (
     bridge_model_mask,
     full_model_mask,
@@ -20,7 +15,6 @@ from cocoa_embed.train.stages.reconstruction import (
     masked_token_logits,
     position_ids,
 )
-from cocoa_embed.train.stages.rendering import render_items
 
 
 class BridgeModel(nn.Module):
@@ -64,22 +58,3 @@ class BridgeModel(nn.Module):
             "loss": mntp_loss(logits, targets, total=total),
             "masked_token_accuracy": accuracy(logits, targets, total=total),
         }
-
-
-def bridge_probe(
-    collator: BridgeCollator, rows: Sequence[Row], *, prompts: Mapping[str, str], batch_size: int
-) -> Measure:
-    """Return a probe of a ``BridgeModel`` on rows with different images: masked tokens, and the geometry.
-
-    :param prompts: Instructions for ``query`` and ``document``, as the exported model has them.
-    :param batch_size: Rows to run at once.
-    """
-
-    def collate(items: Sequence[Item], is_document: bool) -> Batch:
-        return render_items(collator.processor, items, prompt=prompts.get("document" if is_document else "query", ""))
-
-    def embed(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        embeddings: Tensor = model(**batch, embeds=True)["embeddings"]
-        return embeddings
-
-    return together(EosProbe(collator, rows, batch_size), GeometryProbe(collate, embed, rows, batch_size))

@@ -8,8 +8,8 @@ class BridgeSettings(ReconstructionSettings):
 
     :param mask_ratio: The ratio of block B's tokens that is masked.
     :param eos_attends_to_b: False keeps ``<EOS>`` from seeing block B, for comparison.
-    :param probe_rows: Rows kept out of training to measure, every ``probe_steps`` steps, what ``<EOS>`` carries and
-        how the embeddings lie.
+    :param probe_rows: Rows held out of training to measure, every ``probe_steps`` steps, what ``<EOS>`` carries and
+        the geometry of the embeddings.
     """
 
     mask_ratio: Ratio = 0.7

@@ -1,21 +1,32 @@
-"""Stage 2: its model, its batches, its probe and its trainer."""
+"""Stage 2: its trainer and its samples."""
 
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from accelerate.utils import send_to_device
 from transformers import PreTrainedConfig, ProcessorMixin
 
 from cocoa_embed.data.rows import Row
-from cocoa_embed.model.backbone import Backbone
+from cocoa_embed.errors import RowError
+from cocoa_embed.model.attention import Block, before_or_itself, bridge_mask, is_causal
+from cocoa_embed.model.backbone import Backbone, PatchGeometry
 from cocoa_embed.train.loop.batch_facts import Batch, Example
 from cocoa_embed.train.loop.stage_trainer import StageTrainer, stage_trainer
 from cocoa_embed.train.loop.trainer import Probe, StageContext
-from cocoa_embed.train.stages.bridge.collator import BridgeCollator, lacks_block_b
-from cocoa_embed.train.stages.bridge.model import BridgeModel, bridge_probe
+from cocoa_embed.train.stages.bridge.collator import BridgeCollator, split_blocks
+from cocoa_embed.train.stages.bridge.model import BridgeModel
+from cocoa_embed.train.stages.bridge.probe import (
+    MATCHING_IMAGE,
+    NO_IMAGE,
+    PROBE_METRICS,
+    SHUFFLED_IMAGE,
+    bridge_probe,
+    hold_out_rows,
+)
 from cocoa_embed.train.stages.bridge.settings import BridgeSettings
-from cocoa_embed.train.stages.probe import MATCHING_IMAGE, NO_IMAGE, PROBE_METRICS, SHUFFLED_IMAGE, hold_out_rows
-from cocoa_embed.train.stages.samples import bridge_samples
+from cocoa_embed.train.stages.samples import shown_images, spelt_tokens, token_samples
 from cocoa_embed.train.stages.stage import Stage
 
 logger = logging.getLogger(__name__)
@@ -36,10 +47,14 @@ class Bridge(Stage[BridgeSettings]):
 
     def unusable(self, row: Row) -> str | None:
         """Return why a row cannot be split into blocks."""
-        return lacks_block_b(row)
+        try:
+            split_blocks(row)
+        except RowError as error:
+            return error.reason
+        return None
 
     def held_out(self, rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-        """Keep the probe's rows out of training, with every row that would leak them."""
+        """Hold the probe's rows out of training, with every row that would leak them."""
         return hold_out_rows(rows, self.settings.probe_rows)
 
     def sequences(self, example: Example, processor: ProcessorMixin, config: PreTrainedConfig) -> list[Batch]:
@@ -57,8 +72,8 @@ class Bridge(Stage[BridgeSettings]):
             probe = Probe(measure, settings.probe_steps, PROBE_METRICS)
         elif settings.probe_rows:
             logger.warning(
-                "Too few images to keep %d of them out of training (at least %d are needed), so what <EOS> carries is "
-                "not measured. Lower %s.probe_rows.",
+                "Too few images to hold %d of them out of training (it takes %d), so what <EOS> carries is not "
+                "measured. Lower %s.probe_rows.",
                 settings.probe_rows,
                 max(4, 2 * settings.probe_rows),
                 self.name,
@@ -67,7 +82,23 @@ class Bridge(Stage[BridgeSettings]):
         return stage_trainer(model, backbone.model, training_rows, collator, settings, context, probe)
 
     def samples(
-        self, model: BridgeModel, collator: BridgeCollator, batch: Batch, rows: Sequence[Row]
+        self, model: BridgeModel, processor: ProcessorMixin, batch: Batch, rows: Sequence[Row]
     ) -> dict[str, Any]:
-        """Return the masked tokens of a few rows, what the model fills in, and the mask of the first."""
-        return bridge_samples(model, collator, batch, rows)
+        """Fill in the masked tokens of each row's block B, and return the attention mask of the first row.
+
+        :returns: ``tokens`` (``token_samples``), and ``mask``: ``allowed`` (a string of 0 and 1 for each position that
+            attends), ``labels`` and ``blocks`` ("A", "EOS" or "B"), each of L positions.
+        """
+        logits = model.predict(send_to_device(batch, model.backbone.device))
+        geometry = PatchGeometry.from_config(model.backbone.config)
+        images = shown_images(batch, batch.get("pixel_values", torch.empty(0)), geometry, processor)
+        length = int(batch["attention_mask"][0].sum())
+        allowed = bridge_mask(batch["blocks"], eos_attends_to_b=model.eos_attends_to_b)
+        if is_causal(model.backbone):
+            allowed = before_or_itself(allowed)
+        mask = {
+            "allowed": ["".join(map(str, row)) for row in allowed[0, :length, :length].int().tolist()],
+            "labels": spelt_tokens(batch["input_ids"][0, :length], processor),
+            "blocks": [Block(block).name for block in batch["blocks"][0, :length].tolist()],
+        }
+        return {"tokens": token_samples(batch, logits, processor, rows, images), "mask": mask}

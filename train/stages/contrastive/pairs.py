@@ -21,33 +21,27 @@ from cocoa_embed.train.stages.contrastive.settings import ContrastiveSettings
 logger = logging.getLogger(__name__)
 
 
-class ItemPreprocessor:
-    """Turns records into the inputs of the model's own ``preprocess``, which reads their images.
-
-    :param stored: The images inside tables, by their names; any other name is a path.
-    """
-
-    def __init__(self, model: SentenceTransformer, stored: Mapping[str, ArrowImage] | None = None) -> None:
-        self.model = model
-        self.stored = stored or {}
-
-    def __call__(self, items: Sequence[dict[str, str | None]], **kwargs: Any) -> dict[str, Any]:
-        """Preprocess items of the form ``as_record`` makes."""
-        return self.model.preprocess([_as_input(item, self.stored) for item in items], **kwargs)
-
-
 def as_record(item: Item) -> dict[str, str | None]:
     """Return an item as plain values for a ``datasets.Dataset``."""
     return {"text": item.text, "image": None if item.image is None else str(item.image)}
 
 
-def _as_input(record: dict[str, str | None], stored: Mapping[str, ArrowImage]) -> dict[str, Any]:
-    given: dict[str, Any] = {}
-    if record["image"] is not None:
-        given["image"] = load_row_image(stored.get(record["image"]) or Path(record["image"]))
-    if record["text"] is not None:
-        given["text"] = record["text"]
-    return given
+def preprocess_records(
+    model: SentenceTransformer,
+    images: Mapping[str, ArrowImage],
+    records: Sequence[dict[str, str | None]],
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """Return records of ``as_record`` as inputs of the model's own ``preprocess``, with their images read.
+
+    :param images: The images inside tables, by their names; any other name is a path.
+    """
+    inputs: list[dict[str, Any]] = []
+    for record in records:
+        text, image = record["text"], record["image"]
+        given = {} if image is None else {"image": load_row_image(images.get(image) or Path(image))}
+        inputs.append(given if text is None else {**given, "text": text})
+    return model.preprocess(inputs, **kwargs)
 
 
 @dataclass
@@ -67,40 +61,25 @@ class PairCollator(SentenceTransformerDataCollator):
         lengths = self.lengths
         if lengths is not None:
             features = sorted(features, key=lambda feature: lengths[feature["label"]])
-        return DescribedBatches(super().__call__, _row_numbers, self.flops_of)(features)
-
-
-def _row_numbers(features: list[dict[str, Any]]) -> list[int]:
-    return [feature["label"] for feature in features]
+        numbers = [feature["label"] for feature in features]
+        return DescribedBatches(super().__call__, lambda _: numbers, self.flops_of)(features)
 
 
 def pair_datasets(rows: Sequence[Row], settings: ContrastiveSettings) -> DatasetDict:
     """Return the rows as data sets with the columns ``anchor``, ``positive``, ``negative_1``... and ``label``.
 
-    A batch is drawn from one data set. Each subset is one, and another with the sides exchanged if ``directions`` is
-    ``both``. A data set has the same columns throughout, so rows with fewer hard negatives than others of their subset
-    make a data set of their own.
+    A batch is drawn from one data set, which has the same columns throughout: there is one for each subset, number of
+    hard negatives and, if ``directions`` is ``both``, direction.
 
     ``label`` is the row's index in ``rows``; neither the model nor the losses nor the search for duplicates use it.
-
-    :raises UsageError: If a subset has the name of a part of another.
     """
-    groups: dict[tuple[str, int], list[tuple[int, Row]]] = defaultdict(list)
+    groups: dict[tuple[str, str], list[tuple[int, Row]]] = defaultdict(list)
     for number, row in enumerate(rows):
         kept = replace(row, negatives=row.negatives[: settings.hard_negatives])
-        groups[row.subset, len(kept.negatives)].append((number, kept))
+        groups[row.subset, f"hard negatives: {len(kept.negatives)}"].append((number, kept))
         if settings.directions == "both":
-            groups[f"{row.subset}, reversed", 0].append((number, row.reversed()))
-    most: dict[str, int] = {}
-    for name, count in groups:
-        most[name] = max(count, most.get(name, 0))
-    datasets: dict[Any, Dataset] = {}
-    for (name, count), members in groups.items():
-        key = name if count == most[name] else f"{name}, {count or 'no'} negative{'s' * (count != 1)}"
-        if key in datasets or (key != name and key in most):
-            raise UsageError(f"A subset has the name {key!r}, as has a part of {name!r}; rename one of the two.")
-        datasets[key] = _columns(members, count)
-    return DatasetDict(datasets)
+            groups[row.subset, "reversed"].append((number, row.reversed()))
+    return DatasetDict({f"{subset} ({kind})": _columns(members) for (subset, kind), members in groups.items()})
 
 
 def distinct_enough(datasets: DatasetDict, batch_size: int) -> DatasetDict:
@@ -132,11 +111,11 @@ def distinct_enough(datasets: DatasetDict, batch_size: int) -> DatasetDict:
     return datasets
 
 
-def _columns(members: Sequence[tuple[int, Row]], negatives: int) -> Dataset:
-    columns: dict[str, list[Any]] = {
+def _columns(members: Sequence[tuple[int, Row]]) -> Dataset:
+    columns = {
         "anchor": [as_record(row.query) for _, row in members],
         "positive": [as_record(row.positive) for _, row in members],
     }
-    for place in range(negatives):
-        columns[f"negative_{place + 1}"] = [as_record(row.negatives[place]) for _, row in members]
+    for place, negatives in enumerate(zip(*(row.negatives for _, row in members), strict=True), start=1):
+        columns[f"negative_{place}"] = [as_record(item) for item in negatives]
     return Dataset.from_dict({**columns, "label": [number for number, _ in members]})

@@ -1,6 +1,7 @@
 """Stage 3: its batches, its loss and its trainer."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,17 +12,18 @@ from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin, set_
 
 from cocoa_embed.data.rows import Row
 from cocoa_embed.errors import UsageError
+from cocoa_embed.evaluation.geometry import ALIGNMENT
 from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.model.flex_attention import FLEX
 from cocoa_embed.train.data.rows import arrow_images
 from cocoa_embed.train.loop.adapters import prepare_trainable
 from cocoa_embed.train.loop.batch_facts import Batch, Example
 from cocoa_embed.train.loop.trainer import CocoaTrainer, Probe, StageContext
-from cocoa_embed.train.stages.contrastive.embedder import as_sentence_transformer
-from cocoa_embed.train.stages.contrastive.pairs import ItemPreprocessor, PairCollator, distinct_enough, pair_datasets
+from cocoa_embed.train.stages.contrastive.model import as_sentence_transformer, embedding_probe
+from cocoa_embed.train.stages.contrastive.pairs import PairCollator, distinct_enough, pair_datasets, preprocess_records
 from cocoa_embed.train.stages.contrastive.settings import ContrastiveSettings
-from cocoa_embed.train.stages.contrastive.trainer import ContrastiveTrainer, contrastive_loss, embedding_probe
-from cocoa_embed.train.stages.probe import PROBE_METRICS, pictured_rows
+from cocoa_embed.train.stages.contrastive.trainer import ContrastiveTrainer, contrastive_loss
+from cocoa_embed.train.stages.probe import pictured_rows
 from cocoa_embed.train.stages.rendering import render_items
 from cocoa_embed.train.stages.stage import Stage
 
@@ -36,28 +38,19 @@ class Contrastive(Stage[ContrastiveSettings]):
     """InfoNCE with in-batch negatives over the embeddings of queries and documents."""
 
     can_shard = False
+    accumulates = False  # cached gradients cut a batch into mini-batches
 
     def check_backbone(self, config: PreTrainedConfig) -> None:
         """Check ``matryoshka_dims`` against the width of the embeddings.
 
         :raises UsageError: If they are wider.
         """
-        self.dims(config.get_text_config().hidden_size)
-
-    def dims(self, width: int) -> list[int]:
-        """Return the lengths of an embedding to train, the longest first: the whole and ``matryoshka_dims``.
-
-        :param width: Of the model's embeddings.
-        :raises UsageError: If the settings ask for more.
-        """
-        asked: set[int] = {width, *(self.settings.matryoshka_dims or [])}
-        dims = sorted(asked, reverse=True)
-        if dims[0] > width:
+        width, longest = config.get_text_config().hidden_size, max(self.settings.matryoshka_dims or [0])
+        if longest > width:
             raise UsageError(
-                f"{self.name}.matryoshka_dims asks for {dims[0]} values, but this backbone's embeddings have {width}; "
+                f"{self.name}.matryoshka_dims asks for {longest} values, but this backbone's embeddings have {width}; "
                 f"give lengths up to {width}."
             )
-        return dims
 
     def check_rows(self, rows: Sequence[Row]) -> None:
         """Check that there are rows to tell apart.
@@ -71,11 +64,6 @@ class Contrastive(Stage[ContrastiveSettings]):
     def passes_per_epoch(self) -> int:
         """Once per direction that is a row of its own."""
         return 2 if self.settings.directions == "both" else 1
-
-    def micro_batches(self, devices: int) -> tuple[int, int]:
-        """Return the whole batch, once: cached gradients cut it into mini-batches."""
-        whole = self.settings.model_copy(update={"mini_batch_size": None})
-        return Stage.micro_batches(Contrastive(self.name, whole, self.run), devices)
 
     def sequences_at_once(self, devices: int) -> int:
         """Return the items of a mini-batch."""
@@ -104,22 +92,17 @@ class Contrastive(Stage[ContrastiveSettings]):
 
     def trainer(self, backbone: Backbone, rows: Sequence[Row], context: StageContext) -> ContrastiveTrainer:
         """Return the trainer, whose model is a SentenceTransformer over the backbone."""
-        prompts, bidirectional = self.run.prompts.model_dump(), self.run.bidirectional
-        model = as_sentence_transformer(backbone, prompts=prompts, bidirectional=bidirectional)
-        set_seed(self.run.seed)
-        return self.trainer_of(model, rows, context)
-
-    def trainer_of(self, model: SentenceTransformer, rows: Sequence[Row], context: StageContext) -> ContrastiveTrainer:
-        """Return the trainer of a SentenceTransformer, whose weights change in place."""
         settings, probe = self.settings, None
+        model = as_sentence_transformer(backbone, self.run)
         model.model_card_data.widget = [{}]  # otherwise the trainer picks examples for a card that is not written
-        document = model.prompts.get("document") or ""
-        prompts = {"anchor": model.prompts.get("query") or "", "positive": document}
+        set_seed(self.run.seed)
+        query, document = self.run.prompts.query, self.run.prompts.document
+        prompts = {"anchor": query, "positive": document}
         prompts |= {f"negative_{place + 1}": document for place in range(settings.hard_negatives)}
         adapter = prepare_trainable(cast(PreTrainedModel, model[0].auto_model), settings)
         if probe_rows := pictured_rows(rows, settings.probe_rows):
             measure = embedding_probe(model, probe_rows, self.sequences_at_once(1))
-            probe = Probe(measure, settings.probe_steps, PROBE_METRICS)
+            probe = Probe(measure, settings.probe_steps, {ALIGNMENT})
         return ContrastiveTrainer(
             model=model,
             args=SentenceTransformerTrainingArguments(
@@ -128,10 +111,10 @@ class Contrastive(Stage[ContrastiveSettings]):
                 **context.arguments,
             ),
             train_dataset=distinct_enough(pair_datasets(rows, settings), settings.batch_size),
-            loss=contrastive_loss(model, settings, self.dims(cast(int, model.get_embedding_dimension()))),
+            loss=contrastive_loss(model, settings),
             data_collator=PairCollator(
-                preprocess_fn=ItemPreprocessor(model, arrow_images(rows)),
-                prompts={name: text for name, text in prompts.items() if text},
+                preprocess_fn=partial(preprocess_records, model, arrow_images(rows)),
+                prompts={column: prompt for column, prompt in prompts.items() if prompt},
                 flops_of=context.flops_of,
                 lengths=None if context.lengths_of is None else context.lengths_of(rows),
             ),

@@ -1,6 +1,6 @@
 """The loss and the trainer of stage 3, from sentence-transformers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from accelerate import PartialState
@@ -11,27 +11,21 @@ from sentence_transformers.sentence_transformer.losses import (
     MatryoshkaLoss,
     MultipleNegativesRankingLoss,
 )
-from torch import Tensor, nn
 from torch.utils.data import BatchSampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from cocoa_embed.data.rows import Item, Row
-from cocoa_embed.train.data.rows import arrow_images
 from cocoa_embed.train.loop.trainer import CocoaTrainer
-from cocoa_embed.train.stages.contrastive.pairs import ItemPreprocessor, as_record
 from cocoa_embed.train.stages.contrastive.settings import ContrastiveSettings
-from cocoa_embed.train.stages.contrastive.shared_batches import SharedBatchSampler
-from cocoa_embed.train.stages.probe import GeometryProbe
 
 
 def contrastive_loss(
-    model: SentenceTransformer, settings: ContrastiveSettings, dims: Sequence[int] = ()
+    model: SentenceTransformer, settings: ContrastiveSettings
 ) -> MultipleNegativesRankingLoss | CachedMultipleNegativesRankingLoss | MatryoshkaLoss:
     """Return InfoNCE with in-batch negatives, gathered across devices.
 
     A query's candidates are all positives and all hard negatives of the batch. The ``symmetric`` loss is the mean of
     that and of matching each positive to its query among the batch's queries; hard negatives are matched to nothing.
-    With several ``dims`` it is the sum over these lengths of embeddings, cut and normalised again.
+    With ``matryoshka_dims`` it is the sum over the whole length and these, cut and normalised again.
 
     Gradients are cached if a batch is larger than ``mini_batch_size``; otherwise the cache gives the same loss and
     gradients, and runs every batch forward twice. On several devices they always are: without the cache a step runs the
@@ -50,7 +44,8 @@ def contrastive_loss(
         loss = MultipleNegativesRankingLoss(model, **how)
     else:
         loss = CachedMultipleNegativesRankingLoss(model, mini_batch_size=mini_batch_size, **how)
-    return loss if len(dims) < 2 else MatryoshkaLoss(model, loss, list(dims))
+    dims: set[Any] = {model.get_embedding_dimension(), *(settings.matryoshka_dims or [])}
+    return loss if len(dims) < 2 else MatryoshkaLoss(model, loss, sorted(dims, reverse=True))
 
 
 class ContrastiveTrainer(CocoaTrainer, SentenceTransformerTrainer):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -87,19 +82,27 @@ class NextEpoch(TrainerCallback):
         drawn.set_epoch(state.global_step // len(drawn))
 
 
-def embedding_probe(model: SentenceTransformer, rows: Sequence[Row], batch_size: int) -> GeometryProbe:
-    """Return a probe of a SentenceTransformer, with its own prompts, on two rows or more.
+class SharedBatchSampler(BatchSampler):
+    """Cuts each batch of all devices into equal parts, one per device, in their order.
 
-    :param batch_size: Items to run at once.
+    Devices take turns at the batches of a sampler. Parts of one batch come from one subset, with the same columns, as
+    many rows each and no duplicate, as gathering candidates across devices needs.
+
+    :param sampler: Draws the batches; up to ``devices - 1`` rows of a batch are left out, for parts of one size.
     """
-    preprocess = ItemPreprocessor(model, arrow_images(rows))
 
-    def collate(items: Sequence[Item], is_document: bool) -> dict[str, Any]:
-        prompt = model.prompts.get("document" if is_document else "query") or None
-        return preprocess([as_record(item) for item in items], prompt=prompt)
+    def __init__(self, sampler: BatchSampler, devices: int) -> None:
+        self.batches = sampler
+        self.devices = devices
+        # So accelerate expects batches of different sizes, and uses each.
+        self.batch_size = None  # type: ignore[assignment]
+        self.drop_last = False
 
-    def embed(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        embeddings: Tensor = model(batch)["sentence_embedding"]
-        return embeddings
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.batches:
+            size = len(batch) // self.devices
+            if size:
+                yield from (batch[part * size : (part + 1) * size] for part in range(self.devices))
 
-    return GeometryProbe(collate, embed, rows, batch_size)
+    def __len__(self) -> int:
+        return len(self.batches) * self.devices

@@ -1,8 +1,9 @@
-"""Stage 1: its model, its batches and its trainer."""
+"""Stage 1: its trainer and its samples."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from accelerate.utils import send_to_device
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from cocoa_embed.data.rows import Row
@@ -10,11 +11,11 @@ from cocoa_embed.model.backbone import Backbone, PatchGeometry
 from cocoa_embed.train.loop.batch_facts import Batch, Example
 from cocoa_embed.train.loop.stage_trainer import StageTrainer, stage_trainer
 from cocoa_embed.train.loop.trainer import StageContext
-from cocoa_embed.train.stages.pixel_decoder import PixelDecoder
-from cocoa_embed.train.stages.samples import warmup_samples
+from cocoa_embed.train.stages.rendering import joined
+from cocoa_embed.train.stages.samples import shown_images, token_samples
 from cocoa_embed.train.stages.stage import Stage
 from cocoa_embed.train.stages.warmup.collator import WarmupCollator
-from cocoa_embed.train.stages.warmup.model import WarmupModel
+from cocoa_embed.train.stages.warmup.model import PixelDecoder, WarmupModel
 from cocoa_embed.train.stages.warmup.settings import WarmupSettings
 
 
@@ -47,7 +48,26 @@ class Warmup(Stage[WarmupSettings]):
         return stage_trainer(model, backbone.model, rows, collator, self.settings, context)
 
     def samples(
-        self, model: WarmupModel, collator: WarmupCollator, batch: Batch, rows: Sequence[Row]
+        self, model: WarmupModel, processor: ProcessorMixin, batch: Batch, rows: Sequence[Row]
     ) -> dict[str, Any]:
-        """Return what is masked of a few rows, and what the model fills in."""
-        return warmup_samples(model, collator, batch, rows)
+        """Fill in the masked patches and tokens of a batch.
+
+        :returns: ``tokens`` (``token_samples``), and ``patches``: for each row with an image ``caption`` and the images
+            ``original``, ``masked`` and ``reconstructed``.
+        """
+        logits, predicted = model.predict(send_to_device(batch, model.backbone.device))
+        shown = batch.get("pixel_values", batch["target_patches"])
+        before, masked, after = (
+            shown_images(batch, pixels, model.pixel_decoder.geometry, processor)
+            for pixels in (
+                shown.masked_scatter(batch["masked_patches"][:, None], batch["target_patches"]),
+                shown,
+                shown.masked_scatter(batch["masked_patches"][:, None], predicted.float().cpu()),
+            )
+        )
+        captions = [joined(row).text or "" for row in rows if row.image is not None]
+        patches = [
+            {"caption": caption, "original": first, "masked": second, "reconstructed": third}
+            for caption, first, second, third in zip(captions, before, masked, after, strict=True)
+        ]
+        return {"patches": patches, "tokens": token_samples(batch, logits, processor, rows, before)}

@@ -1,0 +1,134 @@
+"""Measure what ``<EOS>`` carries of an image, by the accuracy on masked tokens of rows held out of training."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import nn
+
+from cocoa_embed.data.rows import Item, ItemImage, Row
+from cocoa_embed.evaluation.geometry import ALIGNMENT
+from cocoa_embed.model.attention import Block
+from cocoa_embed.train.data.rows import numbered
+from cocoa_embed.train.loop.batch_facts import Batch, Example
+from cocoa_embed.train.loop.trainer import Measure
+from cocoa_embed.train.stages.bridge.collator import BridgeCollator
+from cocoa_embed.train.stages.probe import evaluating, first_of_images, geometry_probe
+from cocoa_embed.train.stages.rendering import batched, render_items
+
+MATCHING_IMAGE = "accuracy_matching_image"
+SHUFFLED_IMAGE = "accuracy_shuffled_image"
+NO_IMAGE = "accuracy_no_image"
+
+PROBE_METRICS = frozenset({MATCHING_IMAGE, ALIGNMENT})
+"""Metrics that only the log lines of a probe have."""
+
+
+def bridge_probe(
+    collator: BridgeCollator, rows: Sequence[Row], *, prompts: Mapping[str, str], batch_size: int
+) -> Measure:
+    """Return a probe of a ``BridgeModel``: its accuracy on masked tokens, and the geometry of its embeddings.
+
+    :param rows: Rows with one image each, all different.
+    :param prompts: Instructions for ``query`` and ``document``, as the exported model has them.
+    :param batch_size: Rows to run at once.
+    """
+
+    def collate(items: Sequence[Item], is_document: bool) -> Batch:
+        return render_items(collator.processor, items, prompt=prompts.get("document" if is_document else "query", ""))
+
+    def embed(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+        embeddings: torch.Tensor = model(**batch, embeds=True)["embeddings"]
+        return embeddings
+
+    batches, of_embeddings = eos_batches(collator, rows, batch_size), geometry_probe(collate, embed, rows, batch_size)
+    return lambda model: {**eos_accuracies(model, batches), **of_embeddings(model)}
+
+
+def eos_batches(
+    collate: Callable[[list[Example]], Batch], rows: Sequence[Row], batch_size: int
+) -> dict[str, list[Batch]]:
+    """Return the same rows with the matching images, with shuffled images, and without.
+
+    Block B sees block A through ``<EOS>`` alone, so the gain of the matching image over no image is what ``<EOS>``
+    carries of it. The gain stays near zero on the stage's plateau and grows once the bridge is learned. A shuffled
+    image may do worse than none: it misleads a model that reads ``<EOS>``.
+
+    :param collate: The bridge collator. It masks the same tokens of a block B after any image.
+    """
+    matching, shuffled = (
+        [collate(part) for part in batched(numbered(each), batch_size)] for each in (rows, shuffle_images(rows))
+    )
+    return {MATCHING_IMAGE: matching, SHUFFLED_IMAGE: shuffled, NO_IMAGE: [without_images(each) for each in matching]}
+
+
+def eos_accuracies(model: nn.Module, batches: Mapping[str, Sequence[Batch]]) -> dict[str, float]:
+    """Return the ratio of masked tokens that a ``BridgeModel`` predicts correctly, by the names of ``batches``."""
+    accuracies = {}
+    with evaluating(model) as device:
+        for name, of_name in batches.items():
+            outputs = [model(**send_to_device(batch, device)) for batch in of_name]
+            counts = [len(batch["target_ids"]) for batch in of_name]
+            correct = [
+                found["masked_token_accuracy"].item() * count for found, count in zip(outputs, counts, strict=True)
+            ]
+            accuracies[name] = sum(correct) / sum(counts)
+    return accuracies
+
+
+def without_images(batch: Batch) -> Batch:
+    """Let no position attend to the visual tokens of block A, in a batch of the bridge collator.
+
+    Everything else stays, positions and masked tokens too. The vision encoder still runs, without effect.
+    """
+    visual = (batch["blocks"] == Block.A) & (batch["mm_token_type_ids"] != 0)
+    return {**batch, "blocks": batch["blocks"].masked_fill(visual, Block.PAD)}
+
+
+def shuffle_images(rows: Sequence[Row]) -> list[Row]:
+    """Give each row the image of the next one, and the last row the first image; on both sides, if both have one.
+
+    Block A may be made of either side.
+    """
+    images = [row.image for row in rows]
+    return [_with_image(row, image) for row, image in zip(rows, images[1:] + images[:1], strict=True)]
+
+
+def _with_image(row: Row, image: ItemImage | None) -> Row:
+    query, positive = (item if item.image is None else replace(item, image=image) for item in (row.query, row.positive))
+    return replace(row, query=query, positive=positive)
+
+
+def hold_out_rows(rows: Sequence[Row], count: int) -> tuple[list[Row], list[Row]]:
+    """Take ``count`` rows with different images from ``rows``; return them and the rows that do not leak them.
+
+    Neither has other rows of the same images, on either side, nor text-only rows that share a source or a text with a
+    row of a held-out image: its captions would give away each other's masked words. Another image with the same
+    caption stays.
+
+    Nothing is taken if fewer images would be left than are taken, nor for a count of one, which cannot be shuffled.
+    """
+    chosen = {row.image for row in first_of_images(rows, count)}
+    held_out = [row for row in rows if row.image in chosen]
+    images = {image for row in held_out for image in _images(row)}
+    sources, texts = {row.source for row in held_out}, {text for row in held_out for text in _texts(row)}
+    training_rows = [
+        row
+        for row in rows
+        if images.isdisjoint(_images(row))
+        and (row.image is not None or (row.source not in sources and texts.isdisjoint(_texts(row))))
+    ]
+    left = {image for row in training_rows for image in _images(row)}
+    if count < 2 or len(chosen) < count or len(left) < count:
+        return [], list(rows)
+    return list({row.image: row for row in held_out}.values()), training_rows
+
+
+def _images(row: Row) -> list[ItemImage]:
+    return [item.image for item in (row.query, row.positive) if item.image is not None]
+
+
+def _texts(row: Row) -> list[str]:
+    return [item.text for item in (row.query, row.positive) if item.text is not None]

@@ -1,0 +1,62 @@
+"""The model of stage 3: a SentenceTransformer around a backbone that is loaded already, and its probe."""
+
+from collections.abc import Sequence
+from functools import partial
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Transformer
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from cocoa_embed.data.rows import Item, Row
+from cocoa_embed.model.attention import assert_bidirectional
+from cocoa_embed.model.backbone import Backbone
+from cocoa_embed.model.export import embedding_model
+from cocoa_embed.train.data.rows import arrow_images
+from cocoa_embed.train.loop.trainer import Measure
+from cocoa_embed.train.settings import RunSettings
+from cocoa_embed.train.stages.contrastive.pairs import as_record, preprocess_records
+from cocoa_embed.train.stages.probe import geometry_probe
+
+
+def as_sentence_transformer(backbone: Backbone, run: RunSettings) -> SentenceTransformer:
+    """Return ``normalize(hidden_states[<EOS>])`` over a backbone, whose weights it shares, with the run's prompts."""
+    model: Any = backbone.model.base_model
+
+    class Loaded(Transformer):
+        """The stock module, which would load config and weights from its folder."""
+
+        def _load_config(self, *args: Any, **kwargs: Any) -> tuple[PreTrainedConfig, bool]:
+            return model.config, False
+
+        def _load_model(self, *args: Any, **kwargs: Any) -> PreTrainedModel:
+            return model
+
+    with TemporaryDirectory() as folder:
+        backbone.processor.save_pretrained(folder)
+        module = Loaded(folder)
+    object.__setattr__(module, "__class__", Transformer)  # a saved model names the classes of its modules
+    if run.bidirectional:
+        assert_bidirectional(model)
+    return embedding_model(module, run.prompts.model_dump())
+
+
+def embedding_probe(model: SentenceTransformer, rows: Sequence[Row], batch_size: int) -> Measure:
+    """Return a probe of the geometry of a SentenceTransformer's embeddings, with its own prompts.
+
+    :param rows: Two rows or more.
+    :param batch_size: Items to run at once.
+    """
+    preprocess = partial(preprocess_records, model, arrow_images(rows))
+
+    def collate(items: Sequence[Item], is_document: bool) -> dict[str, Any]:
+        prompt = model.prompts.get("document" if is_document else "query") or None
+        return preprocess([as_record(item) for item in items], prompt=prompt)
+
+    def embed(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        embeddings: Tensor = model(batch)["sentence_embedding"]
+        return embeddings
+
+    return geometry_probe(collate, embed, rows, batch_size)
