@@ -1,13 +1,12 @@
 """A random tiny backbone and a few drawn scenes, for every test that needs a model or data."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import settings
-from tiny_backbones import write_tiny_backbone
+from tiny_backbones import SCENES, STAGE, TINY_MAX_LENGTH, LoadTiny, write_tiny_backbone
 
 from cocoa_embed.data.rows import Row
 from cocoa_embed.demo.scenes import write_image_folder
@@ -18,11 +17,6 @@ from cocoa_embed.train.data.caption_rows import read_image_folder
 # A shared machine may stall any example; what a test shows does not depend on its time.
 settings.register_profile("cocoa-embed", deadline=None)
 settings.load_profile("cocoa-embed")
-
-TINY_MAX_LENGTH = 128
-SCENES = 24
-
-LoadTiny = Callable[[str], Backbone]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -79,17 +73,6 @@ def scene_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scene_rows(scene_folder: Path) -> list[Row]:
     """The scenes as image-caption rows, one for each image."""
     return read_image_folder(scene_folder)
-
-
-STAGE: dict[str, Any] = {
-    "steps": 2,
-    "batch_size": 4,
-    "mini_batch_size": 2,
-    "learning_rate": 1e-3,
-    "warmup_steps": 0,
-    "logging_steps": 1,
-}
-"""A stage of a tiny run."""
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import yaml
 from html_elements import HtmlElements
 from PIL import Image
 from sentence_transformers import SentenceTransformer
+from tiny_backbones import TINY_MAX_LENGTH
 
 from cocoa_embed.demo.gallery import answer_queries
 from cocoa_embed.demo.story import Demo
@@ -18,7 +19,6 @@ from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
 from cocoa_embed.model.export import build_sentence_transformer
 from cocoa_embed.model.training_record import read_run, read_training
 from cocoa_embed.train.data.caption_rows import read_image_folder
-from conftest import TINY_MAX_LENGTH
 
 STAGE = {"steps": 2, "batch_size": 4, "warmup_steps": 0, "logging_steps": 1}
 

@@ -5,11 +5,10 @@ from fake_model import FakeModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_backbones import every_family
+from tiny_backbones import LoadTiny, every_family
 from transformers import CLIPImageProcessor, Qwen2VLImageProcessor
 
 from cocoa_embed.encode.batches import BatchLimits, ImageCost, plan_batches, token_counter
-from conftest import LoadTiny
 
 sides = st.integers(1, 6000)
 costs = st.lists(st.builds(ImageCost, tokens=st.integers(1, 2000), width=sides, height=sides), max_size=60)

@@ -13,7 +13,7 @@ from fake_model import IMAGE_TOKEN, FakeModel, colour_image
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import BoW
-from tiny_backbones import every_family, tiny_clip_model
+from tiny_backbones import TINY_MAX_LENGTH, every_family, tiny_clip_model
 
 from cocoa_embed.demo.scenes import draw, sample_scene
 from cocoa_embed.encode.encoder import Encoder, ModelInput, make_input
@@ -22,7 +22,6 @@ from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.images.load import ImageError
 from cocoa_embed.model.backbone import load_backbone
 from cocoa_embed.model.export import build_sentence_transformer
-from conftest import TINY_MAX_LENGTH
 
 TOLERANCE = 1e-5
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_backbones import qwen2_vl
+from tiny_backbones import TINY_MAX_LENGTH, qwen2_vl
 from transformers import BertConfig, ProcessorMixin, Qwen2VLForConditionalGeneration
 
 from cocoa_embed.data.rows import Item
@@ -24,7 +24,6 @@ from cocoa_embed.model.backbone import (
     resolve_backbone,
 )
 from cocoa_embed.train.stages.rendering import render_items
-from conftest import TINY_MAX_LENGTH
 
 LONG_TEXT = "large red circle at top left and small blue ring at bottom right on white " * 40
 PIXELS_PER_TOKEN = 28 * 28

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
+from tiny_backbones import TINY_MAX_LENGTH
 
 from cocoa_embed.data.rows import Row
 from cocoa_embed.errors import CocoaError, UsageError
@@ -22,7 +23,6 @@ from cocoa_embed.train.stages.bridge.collator import BridgeCollator
 from cocoa_embed.train.stages.bridge.model import BridgeModel
 from cocoa_embed.train.stages.reconstruction import full_model_mask, last_hidden_states, position_ids
 from cocoa_embed.train.stages.warmup.collator import WarmupCollator
-from conftest import TINY_MAX_LENGTH
 
 STAGE: dict[str, Any] = {"steps": 1, "batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 0}
 

@@ -15,6 +15,7 @@ from exported import PROMPTS, TRAINING, contents, write_checkpoint
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
+from tiny_backbones import TINY_MAX_LENGTH
 
 from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import CocoaError
@@ -25,7 +26,6 @@ from cocoa_embed.model.card import model_card
 from cocoa_embed.model.export import build_sentence_transformer, export_model, save_sentence_transformer
 from cocoa_embed.model.training_record import TRAINING_FILE
 from cocoa_embed.train.stages.rendering import render_items
-from conftest import TINY_MAX_LENGTH
 
 LONG_TEXT = "large red circle at top left and small blue ring at bottom right on white " * 40
 SAME = {"rtol": 0, "atol": 1e-5}

@@ -9,7 +9,7 @@ import torch
 from exported import PROMPTS
 from PIL import Image
 from sentence_transformers import SentenceTransformer
-from tiny_backbones import FAMILIES, every_family
+from tiny_backbones import FAMILIES, TINY_MAX_LENGTH, every_family
 
 from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.model.attention import assert_bidirectional
@@ -20,7 +20,6 @@ from cocoa_embed.train.pipeline import run
 from cocoa_embed.train.recipe import Recipe
 from cocoa_embed.train.stages.reconstruction import position_ids
 from cocoa_embed.train.stages.rendering import render_items
-from conftest import TINY_MAX_LENGTH
 
 STAGE = {"steps": 1, "batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 0, "logging_steps": 1}
 

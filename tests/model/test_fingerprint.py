@@ -4,11 +4,11 @@ import pytest
 import torch
 from exported import write_checkpoint
 from sentence_transformers import SentenceTransformer
+from tiny_backbones import TINY_MAX_LENGTH
 
 from cocoa_embed.model.backbone import load_backbone
 from cocoa_embed.model.export import export_model
 from cocoa_embed.model.fingerprint import SAMPLED_VALUES, model_fingerprint, tensor_digest, weights_digest
-from conftest import TINY_MAX_LENGTH
 
 
 @pytest.fixture(scope="module")

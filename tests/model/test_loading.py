@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from exported import PROMPTS, TRAINING, write_checkpoint
+from tiny_backbones import TINY_MAX_LENGTH
 
 from cocoa_embed.encode.load import load_encoder
 from cocoa_embed.errors import CocoaError
@@ -12,7 +13,6 @@ from cocoa_embed.model.backbone import load_backbone
 from cocoa_embed.model.export import export_model
 from cocoa_embed.model.loading import check_model, is_hub_name, load_model
 from cocoa_embed.model.training_record import TRAINING_FILE
-from conftest import TINY_MAX_LENGTH
 
 
 @pytest.fixture(autouse=True)

@@ -30,9 +30,27 @@ from transformers import (
 )
 
 from cocoa_embed.demo.captioner import build_processor, build_tokenizer
+from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.model.template import CHAT_TEMPLATE, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
 
 WIDTH = 32
+
+TINY_MAX_LENGTH = 128
+SCENES = 24
+"""Images of the fixture ``scene_folder``."""
+
+LoadTiny = Callable[[str], Backbone]
+"""Loads the tiny backbone with an attention implementation."""
+
+STAGE: dict[str, Any] = {
+    "steps": 2,
+    "batch_size": 4,
+    "mini_batch_size": 2,
+    "learning_rate": 1e-3,
+    "warmup_steps": 0,
+    "logging_steps": 1,
+}
+"""The settings of a stage of a tiny run."""
 
 
 def text_config(tokenizer: Qwen2Tokenizer, **changes: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 from exported import PROMPTS
 from safetensors.torch import load_file, save_file
 from table_files import write_images, write_table
+from tiny_backbones import TINY_MAX_LENGTH
 
 from cocoa_embed.cli import main as cli
 from cocoa_embed.demo.scenes import write_image_folder
@@ -17,7 +18,6 @@ from cocoa_embed.model.training_record import read_run, write_run
 from cocoa_embed.train import Recipe, StageResult, diagnosis, run
 from cocoa_embed.train.data.caption_rows import read_image_folder
 from cocoa_embed.train.diagnosis import MASKED_TOKENS, Diagnosis, diagnose, held_out_rows
-from conftest import TINY_MAX_LENGTH
 
 HELD_OUT = 4
 STAGE: dict[str, Any] = {"steps": 2, "batch_size": 4, "learning_rate": 1e-2, "warmup_steps": 0, "logging_steps": 1}

@@ -9,6 +9,7 @@ import torch
 from exported import PROMPTS, contents
 from sentence_transformers import SentenceTransformer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_backbones import SCENES, TINY_MAX_LENGTH
 from torch import Tensor
 from transformers import Qwen2VLForConditionalGeneration, Trainer, TrainingArguments
 
@@ -21,7 +22,6 @@ from cocoa_embed.model.training_record import RUN_FILE, TRAINING_FILE, read_run,
 from cocoa_embed.train.pipeline import run
 from cocoa_embed.train.plan import checks
 from cocoa_embed.train.recipe import STAGES, Recipe
-from conftest import SCENES, TINY_MAX_LENGTH
 
 Values = dict[str, Any]
 

@@ -6,7 +6,7 @@ import torch
 from exported import PROMPTS, write_checkpoint
 from peft import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from tiny_backbones import every_family
+from tiny_backbones import TINY_MAX_LENGTH, every_family
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -21,7 +21,6 @@ from cocoa_embed.train.settings import AdapterSettings, StageSettings
 from cocoa_embed.train.stages.rendering import render_items
 from cocoa_embed.train.stages.warmup.collator import WarmupCollator
 from cocoa_embed.train.stages.warmup.model import WarmupModel
-from conftest import TINY_MAX_LENGTH
 
 LANGUAGE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 LANGUAGE += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")

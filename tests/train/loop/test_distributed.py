@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from tiny_backbones import TINY_MAX_LENGTH
 
 from cocoa_embed.model.training_record import read_run
 from cocoa_embed.train import Recipe, run
 from cocoa_embed.train.recipe import STAGES
-from conftest import TINY_MAX_LENGTH
 
 STAGE: dict[str, Any] = {
     "steps": 4,

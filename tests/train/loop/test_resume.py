@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_model
+from tiny_backbones import TINY_MAX_LENGTH
 from transformers import Trainer, TrainerCallback
 
 from cocoa_embed.errors import UsageError
@@ -23,7 +24,6 @@ from cocoa_embed.train.loop.callbacks import Stopped
 from cocoa_embed.train.loop.checkpoints import newest_complete
 from cocoa_embed.train.pipeline import run
 from cocoa_embed.train.recipe import STAGES, Recipe
-from conftest import TINY_MAX_LENGTH
 
 STEPS = 5
 STAGE: dict[str, Any] = {

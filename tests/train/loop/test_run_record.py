@@ -4,12 +4,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from tiny_backbones import STAGE, TINY_MAX_LENGTH
 
 from cocoa_embed.model.training_record import read_run, read_training
 from cocoa_embed.train import Recipe, run
 from cocoa_embed.train.loop.run_record import RecordProgress, read_start
 from cocoa_embed.train.plan.checks import CHECKPOINTS
-from conftest import STAGE, TINY_MAX_LENGTH
 
 
 def test_a_finished_run_records_recipe_data_and_machine(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
+from tiny_backbones import TINY_MAX_LENGTH
 from transformers import PreTrainedModel
 
 from cocoa_embed.errors import UsageError
@@ -19,7 +20,6 @@ from cocoa_embed.train.loop.checkpoints import remove_unfinished
 from cocoa_embed.train.loop.run_record import StageResult, Start
 from cocoa_embed.train.pipeline import run
 from cocoa_embed.train.recipe import Recipe
-from conftest import TINY_MAX_LENGTH
 
 STAGE: dict[str, Any] = {
     "batch_size": 4,

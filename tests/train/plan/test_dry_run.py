@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from exported import contents
 from PIL import Image
+from tiny_backbones import SCENES, TINY_MAX_LENGTH
 
 from cocoa_embed.cli import main as cli
 from cocoa_embed.data.rows import Item, Row
@@ -20,7 +21,6 @@ from cocoa_embed.train.plan.checks import prepare
 from cocoa_embed.train.plan.dry_run import SAMPLE, plan, sample_rows
 from cocoa_embed.train.plan.memory import count_parameters
 from cocoa_embed.train.recipe import STAGES
-from conftest import SCENES, TINY_MAX_LENGTH
 
 STAGE: dict[str, Any] = {"steps": 2, "batch_size": 4, "warmup_steps": 0, "logging_steps": 1}
 

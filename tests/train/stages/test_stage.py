@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from stages import LongerRecipe, MaskedLanguage, alone
+from tiny_backbones import TINY_MAX_LENGTH
 from transformers import TrainerCallback
 
 from cocoa_embed.errors import UsageError
@@ -22,7 +23,6 @@ from cocoa_embed.train.stages.contrastive.stage import Contrastive
 from cocoa_embed.train.stages.stage import Stage
 from cocoa_embed.train.stages.warmup.settings import WarmupSettings
 from cocoa_embed.train.stages.warmup.stage import Warmup
-from conftest import TINY_MAX_LENGTH
 
 STAGE = {"steps": 2, "batch_size": 4, "warmup_steps": 0, "learning_rate": 1e-3, "logging_steps": 1, "save_steps": 1}
 
