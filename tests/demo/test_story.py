@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import yaml
-from html_elements import HtmlElements
+from browser import HtmlElements
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from tiny_backbones import TINY_MAX_LENGTH

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import needs_chromium, seen
-from html_elements import HtmlElements
+from browser import HtmlElements, needs_chromium, seen
 from run_records import MASK, PICTURE, pairs_document, run_record, stage, tokens
 
 from cocoa_embed.report.content import EvalResult, Search, SearchHit

@@ -1,7 +1,7 @@
 """Tables as readers see them: the same cells in Markdown, HTML and a terminal, and the best of each column in bold."""
 
 import pytest
-from html_elements import HtmlElements
+from browser import HtmlElements
 from rich.console import Console
 
 from cocoa_embed.report.tables import Score, Table, to_html, to_markdown, to_terminal
