@@ -19,7 +19,7 @@ BYTES_PER_PIXEL = 3
 
 
 class ImageCost(NamedTuple):
-    """What an image costs in a batch; the order of the fields is the order in which images are sorted."""
+    """The cost of an image in a batch; images are sorted by these fields in this order."""
 
     tokens: int
     width: int
@@ -33,7 +33,7 @@ class ImageCost(NamedTuple):
 
 @dataclass(frozen=True)
 class BatchLimits:
-    """The limits of a batch. An image that exceeds one of them is a batch by itself."""
+    """The limits of a batch. An image that exceeds one of them is a batch of one."""
 
     images: int
     tokens: int

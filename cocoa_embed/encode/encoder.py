@@ -1,7 +1,7 @@
 """Embed queries, documents and streams of images with any multimodal SentenceTransformer.
 
-Inputs are always dictionaries, ``{"text": ...}``, ``{"image": ...}`` or both: sentence-transformers guesses what a bare
-string is, and takes a query that is the name of a file for an image. Queries get the model's query prompt, and
+Inputs are always dictionaries, ``{"text": ...}``, ``{"image": ...}`` or both: sentence-transformers guesses the
+modality of a bare string, and takes a query that is the name of a file for an image. Queries get the model's query prompt, and
 documents its document prompt.
 """
 
@@ -58,7 +58,7 @@ class Encoder:
         """Wrap a loaded model.
 
         :param name: The model's name in errors.
-        :param dimension: Truncate every embedding to so many dimensions and normalise it, as Matryoshka models allow.
+        :param dimension: Truncate every embedding to this many dimensions and normalise it, as Matryoshka models allow.
         :raises UsageError: If the model's embeddings have fewer dimensions.
         """
         self.model = model
@@ -113,14 +113,14 @@ class Encoder:
         """Embed queries, with the model's query prompt.
 
         :return: Array of shape ``(len(inputs), dimension)``, float32.
-        :raises CocoaError: If the model does not take such inputs, or refuses one of them.
+        :raises CocoaError: If the model does not take these modalities, or refuses an input.
         """
         self._check(inputs)
         try:
             with self._turn(), self._processor.alone():
                 embeddings = self.model.encode_query(list(inputs), batch_size=batch_size, show_progress_bar=False)
         except ValueError as error:
-            # Processors refuse an image much longer than wide, and a text with the token that stands for an image.
+            # Processors refuse an image much longer than wide, and a text with the image token.
             raise CocoaError(f"{self.name} does not take the query ({one_line(error)})") from error
         return self._finish(np.asarray(embeddings))
 
@@ -128,7 +128,7 @@ class Encoder:
         """Embed documents, with the model's document prompt.
 
         :return: Array of shape ``(len(inputs), dimension)``, float32.
-        :raises CocoaError: If the model does not take such inputs.
+        :raises CocoaError: If the model does not take these modalities.
         """
         self._check(inputs)
         with self._turn(), self._processor.alone():
@@ -154,7 +154,7 @@ class Encoder:
         :param workers: Threads that prepare images while the model runs; None chooses by device and cores.
         :param batch_size: The most images in a batch.
         :param batch_tokens: The most visual tokens in a batch, including those that pad images to the longest.
-        :param thumbnail_size: Draw thumbnails whose longest side has so many pixels.
+        :param thumbnail_size: Draw thumbnails, with this many pixels on their longest side.
         :raises CocoaError: If the model does not embed images.
         :raises UsageError: If a number is not positive.
         """
@@ -208,7 +208,8 @@ class Encoder:
                 str(text).encode()
             except UnicodeEncodeError:
                 raise UsageError(f"the text {text!a} is not valid Unicode; give it in UTF-8") from None
-        for keys in {tuple(sorted(each)) for each in inputs}:
-            if not self.model.supports(cast("Modality", keys if len(keys) > 1 else keys[0])):
-                together = " together" if len(keys) > 1 else ""
+        for keys in map(sorted, {frozenset(each) for each in inputs}):
+            is_one = len(keys) == 1
+            if not self.model.supports(cast("Modality", keys[0] if is_one else tuple(keys))):
+                together = "" if is_one else " together"
                 raise CocoaError(f"{self.name} does not embed {' and '.join(keys)}{together}")

@@ -17,7 +17,7 @@ from cocoa_embed.images.to_rgb import draw_thumbnail
 StreamSource: TypeAlias = bytes | str | Path | Image.Image
 
 REFUSALS = (ValueError, RuntimeError, ArithmeticError, MemoryError)
-"""What image processors and models raise for an image, or a batch, that they cannot take."""
+"""The errors of image processors and models for an image, or a batch, that they cannot take."""
 
 UNMEASURED = ImageCost(0, 0, 0)
 

@@ -16,7 +16,7 @@ def load_encoder(model: str | Path, device: str | None = None, dimension: int | 
     """Load an exported model, a checkpoint of any stage, or a model of the Hugging Face hub, as ``load_model`` does.
 
     :param device: The torch device; None takes the fastest.
-    :param dimension: Truncate every embedding to so many dimensions.
+    :param dimension: Truncate every embedding to this many dimensions.
     :raises CocoaError: If the model cannot be loaded. A folder that is missing or broken is refused before any heavy
         library is imported.
     """

@@ -19,11 +19,11 @@ def read_ahead(
 ) -> Generator[tuple[Input, Future[Output]]]:
     """Yield each input with the future of ``function(input)``, in order, while later inputs are processed in threads.
 
-    The calling thread takes the inputs, lazily. ``result()`` of a future waits, and raises what the function raised for
-    that input. Closing the generator cancels what has not begun and waits for what has.
+    The calling thread takes the inputs, lazily. ``result()`` of a future waits, and raises the function's error for
+    that input. Closing the generator cancels calls that have not begun and waits for the others.
 
     :param workers: The number of threads.
-    :param ahead: How many inputs beyond the yielded one are taken; twice the workers by default.
+    :param ahead: The inputs that are taken beyond the yielded one; twice the workers by default.
     """
     ahead = 2 * workers if ahead is None else ahead
     waiting: deque[tuple[Input, Future[Output]]] = deque()

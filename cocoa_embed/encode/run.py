@@ -1,7 +1,7 @@
 """Run images through a model while later ones are read and prepared in threads; results in the input's order.
 
 The stream is three generators: files are read and measured, windows of them are cut into batches of similar sizes, and
-the batches are decoded and preprocessed. The calling thread runs the model on what comes out.
+the batches are decoded and preprocessed. The calling thread runs the model on these batches.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from cocoa_embed.errors import CocoaError, ImageError, one_line, printable
 
 MAX_WORKERS = 12
 CORES_PER_WORKER = 4
-"""On a CPU, one worker for so many cores prepares images; the model needs the cores too."""
+"""On a CPU, cores for each worker that prepares images; the model needs the cores too."""
 
 MAX_BATCH_BYTES = 128 * 2**20
 """The decoded images of a batch (128 MiB); a window holds at most as much as two batches."""

@@ -11,7 +11,7 @@ LARGEST_SIDE = 384
 """Longest side in pixels; larger images are scaled down."""
 
 LOSSLESS_PIXELS = 128 * 128
-"""Images of at most so many pixels are PNG, whatever their size in bytes."""
+"""Images of at most this many pixels are always PNG."""
 
 JPEG_QUALITY = 88
 

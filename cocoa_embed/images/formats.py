@@ -21,7 +21,7 @@ HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b
 """The major brands of HEIC files."""
 
 CONTAINER_BRANDS = frozenset({b"mif1", b"mif2", b"msf1"})
-"""Major brands that HEIC and AVIF files share."""
+"""Major brands of both HEIC and AVIF files."""
 
 AVIF_BRANDS = frozenset({b"avif", b"avis"})
 
@@ -113,7 +113,7 @@ def jpeg_markers(data: bytes) -> Iterator[bytes]:
 def icon_sizes(data: bytes) -> Iterator[tuple[int, int]]:
     """Yield the width and height of each image in an ``.ico`` file, and nothing for other files.
 
-    Pillow decodes an icon when it opens it, and the images may be larger than the file's directory says.
+    Pillow decodes an icon when it opens it, and its images may be larger than the directory of the file says.
     """
     if not data.startswith(b"\0\0\1\0"):
         return
@@ -128,7 +128,7 @@ def icon_sizes(data: bytes) -> Iterator[tuple[int, int]]:
 
 
 def upright_size(image: ImageFile.ImageFile, data: bytes) -> tuple[int, int]:
-    """Return the upright width and height of an opened image; decode it only where there is no other way."""
+    """Return the upright width and height of an opened image; decode it only if there is no other way."""
     if isinstance(image, TiffImagePlugin.TiffImageFile) and ORIENTATION_TAG in image.tag_v2:
         return image.size  # Pillow applies the orientation itself
     behind_pixels = data[data.rfind(b"IDAT") :] if image.format == "PNG" else b""

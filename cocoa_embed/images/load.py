@@ -40,7 +40,7 @@ TRUNCATED = re.compile("truncated|end of file|but only got", re.IGNORECASE)
 """Matches the messages of decoders that miss data."""
 
 READS = 2
-"""How often a file that changes while it is read is tried."""
+"""How often a file is read if it changes meanwhile."""
 
 
 class FileContent(NamedTuple):

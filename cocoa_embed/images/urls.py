@@ -1,4 +1,4 @@
-"""Parse web addresses, match them against allowed hosts, and tell public network addresses from private ones."""
+"""Parse web addresses, match them against allowed hosts, and recognise public network addresses."""
 
 import re
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network

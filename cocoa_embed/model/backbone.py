@@ -40,7 +40,7 @@ SUPPORTED: dict[str, type[PreTrainedModel]] = {
 """The transformers class of each supported model type."""
 
 Origin = Literal["folder", "built-in", "hub"]
-"""Where a backbone comes from."""
+"""The kind of a backbone's source."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,9 @@ def builtin_backbones() -> list[str]:
 
 
 def origin(name_or_path: str) -> Origin:
-    """Return where ``name_or_path`` leads: to an existing folder first, else a built-in backbone, else the hub.
+    """Return the source of a backbone: an existing folder, else a built-in backbone, else the hub.
 
-    :raises CocoaError: If it can be none of the three, or is a stage that is not finished.
+    :raises CocoaError: If it is none of the three, or a stage that is not finished.
     """
     if unfinished := explain_unfinished(Path(name_or_path)):
         raise CocoaError(unfinished)
@@ -110,7 +110,7 @@ def origin(name_or_path: str) -> Origin:
         return "built-in"
     if name_or_path.startswith((".", "/", "~")) or "/" not in name_or_path:
         raise CocoaError(
-            f"No backbone {name_or_path!r}: it is no folder and none of this package's "
+            f"No backbone {name_or_path!r}: it is neither a folder nor one of this package's "
             f"({', '.join(builtin_backbones())}); give a folder, one of those, or a hub name such as "
             "Qwen/Qwen2-VL-2B-Instruct."
         )
@@ -202,8 +202,8 @@ def prepare_processor(
 ) -> None:
     """Give a processor the rendering ``[vision][text]<EOS>``, a mask token and right padding, in place.
 
-    The tokenizer's post-processor appends ``<EOS>`` after truncation: every sequence ends in it, however long the text
-    is, with or without an image.
+    The tokenizer's post-processor appends ``<EOS>`` after truncation: every sequence ends in it, for texts of any
+    length, with or without an image.
 
     :raises UsageError: If the largest image would not fit into ``max_length`` tokens.
     """

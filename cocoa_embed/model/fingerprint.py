@@ -22,7 +22,7 @@ SAMPLED_VALUES = 4096
 
 
 def model_fingerprint(model: SentenceTransformer) -> str:
-    """Return a digest that two models share only if they embed the same inputs to the same vectors.
+    """Return a digest that is equal for two models only if they embed the same inputs to the same vectors.
 
     It does not depend on the names of the weights (which change between versions of transformers), on the device, or on
     float32 against bfloat16: values are rounded to bfloat16 first. A model in float16 has its own fingerprint, as its

@@ -25,7 +25,7 @@ TILE = 128
 IMPLEMENTATIONS = ("sdpa", "eager", FLEX)
 
 FIRST_DYNAMIC_TORCH = "2.7"
-"""With torch 2.6, transformers recompiles FlexAttention for every sequence length, and gives up after a few."""
+"""With torch 2.6, transformers recompiles FlexAttention for every sequence length, and stops after a few."""
 
 
 def resolve_attention(attn_implementation: str, *, sparse: bool, device_type: str) -> str:

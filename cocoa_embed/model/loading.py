@@ -1,4 +1,4 @@
-"""Load a SentenceTransformer from an export, a checkpoint or the hub, with errors that name what is wrong with it."""
+"""Load a SentenceTransformer from an export, a checkpoint or the hub, with errors that name the fault."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def load_model(model: str | Path, device: str | None = None) -> SentenceTransfor
 
     A checkpoint keeps the prompts of its recipe, and stays causal if it was trained causal.
 
-    :param model: A folder; if there is none of that name, a name on the hub.
+    :param model: A folder, or a name on the hub if no folder has it.
     :param device: The torch device; None takes the fastest.
     :raises CocoaError: If the folder is missing, holds no model, has no weights, or cannot be loaded.
     """
@@ -41,7 +41,7 @@ def load_model(model: str | Path, device: str | None = None) -> SentenceTransfor
         )
     try:
         return SentenceTransformer(str(folder if is_local else model), device=device, local_files_only=is_local)
-    except Exception as error:  # loading runs code of four libraries, each with errors of its own
+    except Exception as error:  # loading runs code of four libraries with different errors
         raise CocoaError(
             f"{printable(model)} cannot be loaded as a SentenceTransformer ({type(error).__name__}: {one_line(error)})"
         ) from error

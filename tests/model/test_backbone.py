@@ -65,9 +65,9 @@ def test_the_packaged_backbone_loads_by_name_in_float32_and_bidirectional_with_q
     ("name", "reason"),
     [
         ("scene-captoner", r"'scene-captoner'.*\(scene-captioner\)"),
-        ("./nowhere", "it is no folder"),
-        ("/no/where", "it is no folder"),
-        ("~/nowhere", "it is no folder"),
+        ("./nowhere", "it is neither a folder"),
+        ("/no/where", "it is neither a folder"),
+        ("~/nowhere", "it is neither a folder"),
     ],
 )
 def test_an_unknown_name_and_a_missing_folder_are_refused_without_a_look_at_the_hub(name: str, reason: str) -> None:

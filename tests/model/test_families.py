@@ -53,7 +53,7 @@ def trained(
     return Trained(family, tiny_backbone_path, stages, SentenceTransformer(str(folder / "cocoa-model")))
 
 
-def test_the_tests_cover_what_is_supported() -> None:
+def test_every_supported_family_has_a_tiny_backbone() -> None:
     assert FAMILIES.keys() == SUPPORTED.keys()
 
 
