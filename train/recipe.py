@@ -16,14 +16,7 @@ from typing_extensions import Self
 
 from cocoa_embed.data.mmeb import default_train_subsets
 from cocoa_embed.errors import CocoaError, UsageError, did_you_mean, printable
-from cocoa_embed.train.settings import (
-    SOURCE_KINDS,
-    DataSettings,
-    RunSettings,
-    Settings,
-    SourceSettings,
-    StageSettings,
-)
+from cocoa_embed.train.settings import SOURCE_KINDS, DataSettings, RunSettings, Settings, SourceSettings, StageSettings
 from cocoa_embed.train.stages.bridge.settings import BridgeSettings
 from cocoa_embed.train.stages.contrastive.settings import ContrastiveSettings
 from cocoa_embed.train.stages.warmup.settings import WarmupSettings
@@ -91,7 +84,7 @@ class Recipe(RunSettings):
 
         :param check_paths: Check too that local files and folders exist.
         :raises UsageError: With one sentence for each fault: unknown keys with the closest known one, wrong values,
-            missing files; or if there is no such recipe.
+            missing files; or if there is no recipe of this name.
         """
         path = _find_recipe(str(name_or_path))
         try:
@@ -148,7 +141,7 @@ def _sources(data: DataSettings) -> dict[str, SourceSettings]:
 def missing_paths(recipe: type[Recipe], values: Mapping[str, Any]) -> list[str]:
     """Return a sentence for each local file or folder that a recipe's stages name and that does not exist.
 
-    :param values: The recipe's values, valid or not; those that are not valid are passed over.
+    :param values: The recipe's values, valid or not; invalid ones are skipped.
     """
     missing = []
     for key in recipe.registry():

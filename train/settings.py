@@ -183,7 +183,7 @@ class RunSettings(Settings):
     :param data: The rows of every stage, where the stage's own ``data`` does not say otherwise.
     :param mixed_precision: ``bf16`` runs forward and backward passes under bfloat16 autocast; weights stay float32.
     :param attn_implementation: ``auto`` is FlexAttention for the bridge mask on CUDA, and sdpa elsewhere.
-    :param bidirectional: False keeps the language model causal in every stage, for comparison.
+    :param bidirectional: False leaves the language model causal in every stage, for comparison.
     :param gradient_checkpointing: Recompute activations in the backward pass instead of storing them.
     :param sharding: ``fsdp2`` shards weights, gradients and optimiser states over the devices, in stages that allow it.
     :param workers: Processes per device that read and preprocess rows; by default the free cores, at most 8, and none

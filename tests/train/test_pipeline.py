@@ -251,12 +251,7 @@ def earlier_run(out: Path) -> Path:
     ],
 )
 def test_a_run_that_cannot_start_leaves_the_earlier_run_as_it_is(
-    scene_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    backbone: str,
-    values: Values,
-    message: str,
+    scene_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backbone: str, values: Values, message: str
 ) -> None:
     """Hours of training must not be lost to a misspelt name."""
 

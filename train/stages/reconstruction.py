@@ -38,7 +38,7 @@ def last_hidden_states(
     """Run the backbone without its head under a prepared attention mask: ``[B, L, D]``.
 
     The vision encoder also runs for a batch without images, so that its gradients are zero and not missing: all
-    processes that share its weights must run it, whatever rows they have.
+    processes that share its weights must run it, with any rows.
     """
     # Before the language model, as with images: all processes must run the parts in the same order.
     idle = None if "pixel_values" in batch else _idle_vision_pass(model)

@@ -50,6 +50,7 @@ def stage_samples(
         return None
     chosen = list(held_out[:SAMPLE_ROWS]) or first_of_images(rows, SAMPLE_ROWS) or list(rows[:SAMPLE_ROWS])
     samples: dict[str, Any] = {}
+    batches: list[tuple[Batch, list[Row]]] = []
     failure = None
     try:
         batches = sample_batches(trainer, stage.settings, chosen)

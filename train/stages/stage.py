@@ -109,7 +109,7 @@ class Stage(ABC, Generic[Own]):
 
     @abstractmethod
     def sequences(self, example: Example, processor: ProcessorMixin, config: PreTrainedConfig) -> list[Batch]:
-        """Return the sequences that a step makes of one row, each as a batch of its own."""
+        """Return the sequences that a step makes of one row, each as its own batch."""
 
     def extra_module(self, model: PreTrainedModel) -> nn.Module | None:
         """Return a module that is trained beside the backbone and not saved with it."""

@@ -15,7 +15,6 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers.integrations import flex_attention as transformers_flex
 
 from cocoa_embed.data.rows import Item, Row
-from cocoa_embed.images.load import load_image
 from cocoa_embed.model.attention import Block
 from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.model.export import build_sentence_transformer
@@ -250,9 +249,10 @@ def test_items_are_embedded_as_by_the_exported_model(
     bridge_probe(bridge_collator(tiny_backbone), rows, prompts=prompts, batch_size=2)(model)
 
     exported = build_sentence_transformer(write_checkpoint(tiny_backbone, tmp_path / "bridge"), prompts=prompts)
-    images = [load_image(item.image) for item in queries]  # type: ignore[arg-type]
-    inputs = [{"image": images[0]}, {"image": images[1], "text": queries[1].text}]
-    expected = [exported.encode_query(inputs), exported.encode_document([{"text": row.positive.text} for row in rows])]
+    expected = [
+        exported.encode_query([item.load() for item in queries]),
+        exported.encode_document([{"text": row.positive.text} for row in rows]),
+    ]
     for ours, theirs in zip(found[-2:], expected, strict=True):
         assert abs(theirs[0] - theirs[1]).max() > 1e-2
         torch.testing.assert_close(ours.cpu(), torch.from_numpy(theirs), atol=1e-4, rtol=0)

@@ -7,7 +7,7 @@ class BridgeSettings(ReconstructionSettings):
     """Stage 2: how much of block B is masked, and how the stage is measured.
 
     :param mask_ratio: The ratio of block B's tokens that is masked.
-    :param eos_attends_to_b: False keeps ``<EOS>`` from seeing block B, for comparison.
+    :param eos_attends_to_b: False: ``<EOS>`` does not attend to block B, for comparison.
     :param probe_rows: Rows held out of training to measure, every ``probe_steps`` steps, what ``<EOS>`` carries and
         the geometry of the embeddings.
     """

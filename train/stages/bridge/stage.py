@@ -71,12 +71,10 @@ class Bridge(Stage[BridgeSettings]):
             measure = bridge_probe(collator, probe_rows, prompts=self.run.prompts.model_dump(), batch_size=size)
             probe = Probe(measure, settings.probe_steps, PROBE_METRICS)
         elif settings.probe_rows:
+            needed = max(4, 2 * settings.probe_rows)
             logger.warning(
-                "Too few images to hold %d of them out of training (it takes %d), so what <EOS> carries is not "
-                "measured. Lower %s.probe_rows.",
-                settings.probe_rows,
-                max(4, 2 * settings.probe_rows),
-                self.name,
+                f"Too few images to hold {settings.probe_rows} of them out of training (it takes {needed}), so what "
+                f"<EOS> carries is not measured. Lower {self.name}.probe_rows."
             )
         model = BridgeModel(backbone.model, eos_attends_to_b=settings.eos_attends_to_b)
         return stage_trainer(model, backbone.model, training_rows, collator, settings, context, probe)
@@ -89,7 +87,7 @@ class Bridge(Stage[BridgeSettings]):
         :returns: ``tokens`` (``token_samples``), and ``mask``: ``allowed`` (a string of 0 and 1 for each position that
             attends), ``labels`` and ``blocks`` ("A", "EOS" or "B"), each of L positions.
         """
-        logits = model.predict(send_to_device(batch, model.backbone.device))
+        logits = model.predict(dict(send_to_device(batch, model.backbone.device)))
         geometry = PatchGeometry.from_config(model.backbone.config)
         images = shown_images(batch, batch.get("pixel_values", torch.empty(0)), geometry, processor)
         length = int(batch["attention_mask"][0].sum())

@@ -1,1 +1,1 @@
-"""Stage 3, contrastive learning on ``normalize(hidden[<EOS>])``, by sentence-transformers."""
+"""Stage 3, contrastive learning on ``normalize(hidden_states[<EOS>])``, by sentence-transformers."""

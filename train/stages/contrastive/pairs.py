@@ -83,7 +83,7 @@ def pair_datasets(rows: Sequence[Row], settings: ContrastiveSettings) -> Dataset
 
 
 def distinct_enough(datasets: DatasetDict, batch_size: int) -> DatasetDict:
-    """Return the data sets; warn of few different values, which make small batches, as a batch holds nothing twice.
+    """Return the data sets; warn of columns with few different values: a batch holds nothing twice, so it is small.
 
     :raises UsageError: If a data set cannot give every device a row.
     """
@@ -99,14 +99,8 @@ def distinct_enough(datasets: DatasetDict, batch_size: int) -> DatasetDict:
             )
         if distinct[rarest] < min(batch_size, len(dataset)):
             logger.warning(
-                "Subset %r has %d different %s in %d rows: its batches hold none twice, and so are of %d rows at most, "
-                "not of %d.",
-                name,
-                distinct[rarest],
-                rarest,
-                len(dataset),
-                distinct[rarest],
-                batch_size,
+                f"Subset {name!r} has {distinct[rarest]} different {rarest} in {len(dataset)} rows; a batch holds none "
+                f"twice, so its batches have at most {distinct[rarest]} rows, not {batch_size}."
             )
     return datasets
 

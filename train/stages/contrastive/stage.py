@@ -53,12 +53,12 @@ class Contrastive(Stage[ContrastiveSettings]):
             )
 
     def check_rows(self, rows: Sequence[Row]) -> None:
-        """Check that there are rows to tell apart.
+        """Check that there are at least two rows, as negatives of each other.
 
         :raises UsageError: If there is only one.
         """
         if len(rows) < 2:
-            raise UsageError(f"Stage {self.name} has one row, and learns to tell rows apart; give it two or more.")
+            raise UsageError(f"Stage {self.name} has one row, but in-batch negatives take two; give it two or more.")
 
     @property
     def passes_per_epoch(self) -> int:

@@ -55,7 +55,7 @@ class Warmup(Stage[WarmupSettings]):
         :returns: ``tokens`` (``token_samples``), and ``patches``: for each row with an image ``caption`` and the images
             ``original``, ``masked`` and ``reconstructed``.
         """
-        logits, predicted = model.predict(send_to_device(batch, model.backbone.device))
+        logits, predicted = model.predict(dict(send_to_device(batch, model.backbone.device)))
         shown = batch.get("pixel_values", batch["target_patches"])
         before, masked, after = (
             shown_images(batch, pixels, model.pixel_decoder.geometry, processor)
