@@ -4,13 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from sentence_transformers.util import get_device_name
-
 from cocoa_embed.data.rows import Row
 from cocoa_embed.errors import CocoaError, UsageError, one_line, printable
 from cocoa_embed.model.backbone import SUPPORTED, load_backbone, read_config
-from cocoa_embed.model.loading import load_model
+from cocoa_embed.model.loading import find_device, load_model
 from cocoa_embed.model.training_record import read_run, read_training, run_of
 from cocoa_embed.train.data.caption_rows import read_image_folder
 from cocoa_embed.train.loop.oom import is_out_of_memory
@@ -76,7 +73,7 @@ def diagnose(
         held_out_by, seen_by, source = None, [], f"first rows of {printable(data)}"
         if not chosen:
             raise CocoaError(f"{printable(data)} has one image; two are needed, as images are exchanged.")
-    device = _find_device(device)
+    device = find_device(device)
     try:
         metrics = _measure(checkpoint, recipe, chosen, device)
     except RuntimeError as error:
@@ -119,19 +116,6 @@ def held_out_rows(checkpoint: Path) -> tuple[str, list[Row], list[str]]:
             f"{read.counts}), so the rows that it held out are unknown; give --data FOLDER."
         )
     return stage, [read.rows[number] for number in entry["held_out"]["rows"]], entry["held_out"]["seen_by"]
-
-
-def _find_device(device: str | None) -> str:
-    """Return the name of the device, by default the fastest.
-
-    :raises UsageError: If it cannot be used.
-    """
-    name = device or get_device_name()
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch is built without the device
-        raise UsageError(f"--device {name} cannot be used ({one_line(error).split('. ')[0]}).") from error
-    return name
 
 
 def _measure(checkpoint: Path, recipe: Recipe, rows: Sequence[Row], device: str) -> dict[str, float]:

@@ -81,11 +81,16 @@ def search(
     text: Annotated[str | None, typer.Argument(help="The query; always a text, never a file name.")] = None,
     image: Annotated[str | None, typer.Option(help="A query image, alone or with a text: a file or data: URI.")] = None,
     allow_host: Annotated[
-        list[str] | None, typer.Option(help="A host from which --image may be fetched over HTTP; repeatable.")
+        list[str] | None,
+        typer.Option(metavar="HOST", help="A host from which --image may be fetched over HTTP; repeatable."),
     ] = None,
     filters: Annotated[
         list[str] | None,
-        typer.Option("--filter", help="A condition, such as mime=image/png, width>=800 or caption~beach; repeatable."),
+        typer.Option(
+            "--filter",
+            metavar="CONDITION",
+            help="A condition, such as mime=image/png, width>=800 or caption~beach; repeatable.",
+        ),
     ] = None,
     collection: CollectionOption = "images",
     path: PathOption = None,
@@ -93,6 +98,7 @@ def search(
     edge: EdgeOption = None,
     api_key: ApiKeyOption = None,
     limit: Annotated[int, typer.Option(min=1, help="The maximum number of hits.")] = 10,
+    offset: Annotated[int, typer.Option(min=0, help="How many of the best hits to skip.")] = 0,
     score_threshold: Annotated[float | None, typer.Option(help="The minimum cosine similarity of a hit.")] = None,
     any_orientation: Annotated[
         bool, typer.Option("--any-orientation", help="Also search for the rotated and mirrored image.")
@@ -125,6 +131,7 @@ def search(
             text,
             picture or None,
             limit=limit,
+            offset=offset,
             score_threshold=score_threshold,
             query_filter=filters,
             any_orientation=any_orientation,

@@ -17,6 +17,9 @@ from cocoa_embed.cli.train import export, train
 from cocoa_embed.cpu_threads import limit_spinning
 from cocoa_embed.errors import CocoaError
 
+INTERRUPTED = 130
+"""The exit status after Ctrl-C."""
+
 app = typer.Typer(
     name="cocoa-embed",
     help="Train, export and use CoCoA multimodal embedding models.",
@@ -32,7 +35,7 @@ app.add_typer(evaluation, name="eval", help="Score a model on MMEB-V1, or on pai
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command and exit: 0 done, 1 failed, 2 wrong usage. A failure is one sentence on standard error.
+    """Run a command and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted. A failure is one sentence for people.
 
     :param arguments: The words after ``cocoa-embed``; those of this process if None.
     :raises SystemExit: Always.
@@ -44,6 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not error.is_raised_by_all or os.environ.get("RANK", "0") == "0":
             typer.echo(f"cocoa-embed: {error}", err=True)
         raise SystemExit(error.exit_status) from None
+    except SystemExit as stopped:
+        if stopped.code == INTERRUPTED:  # typer's, without a word, for Ctrl-C
+            typer.echo("cocoa-embed: interrupted", err=True)
+        raise
 
 
 def _print_version(value: bool) -> None:

@@ -27,7 +27,11 @@ def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a training run, finished or not.")],
     results: Annotated[
         list[Path] | None,
-        typer.Option("--eval", help="A pairs.json or mmeb.json of eval; can be repeated. Those inside RUN are added."),
+        typer.Option(
+            "--eval",
+            metavar="FILE",
+            help="A pairs.json or mmeb.json of eval; can be repeated. Those inside RUN are added.",
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The page [default: report.html in RUN].")] = None,
 ) -> None:
@@ -103,6 +107,9 @@ def diagnose(
 ) -> None:
     """Measure how much of an image a checkpoint's <EOS> carries, and the geometry of its embeddings."""
     with working() as console:
+        from cocoa_embed.model.training_record import read_training
+
+        read_training(checkpoint)  # before torch, which takes seconds
         require("accelerate", "train")
         silence_libraries()
         from cocoa_embed.train.diagnosis import diagnose as measure

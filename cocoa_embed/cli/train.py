@@ -72,6 +72,9 @@ def export(
 ) -> None:
     """Write a checkpoint as a SentenceTransformer folder, which needs nothing of this package."""
     with working() as console:
+        from cocoa_embed.model.training_record import read_training
+
+        read_training(checkpoint)  # before torch, which takes seconds
         silence_libraries()
         from cocoa_embed.model.export import export_model
 

@@ -1,8 +1,8 @@
 """Embed queries, documents and streams of images with any multimodal SentenceTransformer.
 
 Inputs are always dictionaries, ``{"text": ...}``, ``{"image": ...}`` or both: sentence-transformers guesses the
-modality of a bare string, and takes a query that is the name of a file for an image. Queries get the model's query prompt, and
-documents its document prompt.
+modality of a bare string, and takes a query that is the name of a file for an image. Queries get the model's query
+prompt, and documents its document prompt.
 """
 
 from __future__ import annotations

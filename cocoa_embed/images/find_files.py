@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from fnmatch import translate
 from pathlib import Path
 from typing import TypeAlias
 
@@ -26,13 +27,13 @@ WILDCARD = re.compile(r"[*?[]")
 def find_images(paths: Iterable[str | Path], *, on_error: OnError | None = None) -> list[Path]:
     """Return the image files that ``paths`` name, sorted, each once. No file is opened: broken images are included.
 
-    - A file is taken, with any suffix. A ``.txt`` file is a list (``read_file_list``): the files that it lists are
+    - A file is taken, whatever its suffix. A ``.txt`` file is a list (``read_file_list``): the files that it lists are
       taken, whether they exist or not; folders in it are not searched.
     - A folder is searched, with its subfolders, for files with an image's suffix (``IMAGE_SUFFIXES``, in either case).
       Links to folders are followed, each folder once; a file that is reached both ways keeps the path without a link.
     - A path that does not exist is a pattern if it has ``*``, ``?`` or ``[``: as in a shell, with ``**`` for folders of
-      any depth, without links and those that cannot be listed. Folders that match are searched; files that match are
-      taken if they have an image's suffix or the pattern's.
+      any depth. Folders that match are searched; files that match are taken if they have an image's suffix or the
+      pattern's.
 
     :param on_error: Called for each folder that cannot be listed; the search then skips it.
     :raises CocoaError: If a path does not exist, a pattern matches nothing, a list cannot be read or, without
@@ -115,20 +116,28 @@ class FolderSearch:
     def __init__(self, on_error: OnError) -> None:
         self.found: set[str] = set()
         self._on_error = on_error
-        self._listed: set[str] = set()
+        self._listed: set[tuple[int, int]] = set()
         self._links: list[str] = []
+        self._refused: set[str] = set()
 
-    def add_folder(self, top: str) -> None:
-        """Find the images in a folder and its subfolders. Links to folders are kept for ``follow_links``."""
-        for folder, subfolders, files in os.walk(top, onerror=self._report):
-            real = os.path.realpath(folder)
-            if real in self._listed:
-                subfolders.clear()
+    def add_folder(self, folder: str) -> None:
+        """Find the images in a folder and its subfolders. Links to folders are kept for later."""
+        waiting = [folder]
+        while waiting:
+            folder = waiting.pop()
+            identity = self._identity(folder)
+            if identity in self._listed:
                 continue
-            self._listed.add(real)
-            paths = (os.path.join(folder, name) for name in subfolders)
-            self._links += filter(os.path.islink, paths)
-            self.found.update(os.path.join(folder, name).removeprefix("./") for name in files if has_image_suffix(name))
+            self._listed.add(identity)
+            folders = []
+            for entry in self._entries(folder):
+                if is_folder(entry):
+                    folders.append(entry.path)
+                elif entry.is_symlink() and os.path.isdir(entry.path):
+                    self._links.append(entry.path)
+                elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
+                    self.found.add(entry.path.removeprefix("./"))
+            waiting += sorted(folders, reverse=True)
 
     def follow_links(self) -> None:
         """Find the images in folders that only links lead to."""
@@ -145,26 +154,61 @@ class FolderSearch:
         folder, parts = split_pattern(pattern)
         if not parts:
             raise CocoaError(f"{printable(pattern)} does not exist; name a folder of images or an image file")
-        matches = [match for match in sorted(folder.glob("/".join(parts))) if is_shown(match, folder, parts)]
+        matches = list(self._matching(str(folder), parts, set())) if folder.is_dir() else []
         if not matches:
             raise CocoaError(f"{printable(pattern)} does not exist, and nothing matches it as a pattern")
-        suffix = os.path.splitext(parts[-1])[1].lower()
+        suffixes = {*IMAGE_SUFFIXES, os.path.splitext(parts[-1])[1].lower()}
         for match in matches:
-            if match.is_dir():
-                self.add_folder(str(match))
-            elif has_image_suffix(match.name) or match.suffix.lower() == suffix:
-                self.found.add(str(match))
+            if os.path.isdir(match):
+                self.add_folder(match)
+            elif os.path.splitext(match)[1].lower() in suffixes:
+                self.found.add(match.removeprefix("./"))
 
-    def _report(self, error: OSError) -> None:
-        self._on_error(Path(error.filename), f"cannot be listed ({error.strerror or one_line(error)})")
+    def _matching(self, folder: str, parts: tuple[str, ...], seen: set[tuple[int, int, int]]) -> Iterator[str]:
+        """Yield the matches of a pattern's parts in a folder; ``seen`` ends loops of links."""
+        key = (*self._identity(folder), len(parts))
+        if key in seen:
+            return
+        seen.add(key)
+        part, rest = parts[0], parts[1:]
+        if part == "**" and not rest:
+            yield folder
+        elif part == "**":
+            yield from self._matching(folder, rest, seen)
+        is_match = re.compile("" if part == "**" else translate(part)).match
+        for entry in sorted(self._entries(folder), key=lambda entry: entry.name):
+            is_hidden = entry.name.startswith(".") and not part.startswith(".")
+            if is_hidden or not is_match(entry.name):
+                continue
+            below = parts if part == "**" else rest
+            if below and os.path.isdir(entry.path):
+                yield from self._matching(entry.path, below, seen)
+            elif not below:
+                yield entry.path
+
+    def _entries(self, folder: str) -> list[os.DirEntry[str]]:
+        """Return the entries of a folder; none if it cannot be listed."""
+        try:
+            with os.scandir(folder) as entries:
+                return list(entries)
+        except OSError as error:
+            if folder not in self._refused:
+                self._refused.add(folder)
+                self._on_error(Path(folder), f"cannot be listed ({error.strerror or one_line(error)})")
+            return []
+
+    def _identity(self, folder: str) -> tuple[int, int]:
+        """Return a key that is the same for every path to a folder."""
+        try:
+            status = os.stat(folder)
+        except OSError:
+            return -1, hash(folder)  # it is gone: listing it says so
+        return status.st_dev, status.st_ino
 
 
-def has_image_suffix(name: str) -> bool:
-    """Return whether a file's name ends in one of ``IMAGE_SUFFIXES``, in either case."""
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
-
-
-def is_shown(match: Path, folder: Path, parts: Sequence[str]) -> bool:
-    """Return whether a shell shows a match: names that begin with a dot match only parts that do."""
-    dots = sum(part.startswith(".") for part in parts)
-    return sum(part.startswith(".") for part in match.relative_to(folder).parts) <= dots
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is a folder and not a link to one; uses the listing, without another system call."""
+    try:
+        return entry.is_dir(follow_symlinks=False)
+    except OSError:
+        return False

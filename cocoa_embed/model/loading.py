@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cocoa_embed.errors import CocoaError, one_line, printable
+from cocoa_embed.errors import CocoaError, UsageError, one_line, printable
 from cocoa_embed.model.training_record import TRAINING_FILE, explain_unfinished, read_training
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def load_model(model: str | Path, device: str | None = None) -> SentenceTransfor
     check_model(model)
     from sentence_transformers import SentenceTransformer
 
+    device = None if device is None else find_device(device)
     folder = Path(model).expanduser()
     is_local = folder.exists()
     if is_local and not (folder / MODULES_FILE).is_file():
@@ -45,6 +46,22 @@ def load_model(model: str | Path, device: str | None = None) -> SentenceTransfor
         raise CocoaError(
             f"{printable(model)} cannot be loaded as a SentenceTransformer ({type(error).__name__}: {one_line(error)})"
         ) from error
+
+
+def find_device(device: str | None) -> str:
+    """Return the name of a torch device, by default the fastest.
+
+    :raises UsageError: If it cannot be used.
+    """
+    import torch
+    from sentence_transformers.util import get_device_name
+
+    name = device or get_device_name()
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch is built without the device
+        raise UsageError(f"--device {name} cannot be used ({one_line(error).split('. ')[0]}).") from error
+    return name
 
 
 def check_model(model: str | Path) -> None:

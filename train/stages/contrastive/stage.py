@@ -67,7 +67,7 @@ class Contrastive(Stage[ContrastiveSettings]):
 
     def sequences_at_once(self, devices: int) -> int:
         """Return the items of a mini-batch."""
-        return self.settings.mini_batch_size or self.settings.batch_size
+        return min(self.settings.mini_batch_size or self.settings.batch_size, self.settings.batch_size)
 
     def sequences(self, example: Example, processor: ProcessorMixin, config: PreTrainedConfig) -> list[Batch]:
         """Return a sequence for each item of the row."""
