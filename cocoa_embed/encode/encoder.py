@@ -20,7 +20,7 @@ from cocoa_embed.encode.batches import token_counter
 from cocoa_embed.encode.document_model import DocumentModel
 from cocoa_embed.encode.jobs import EmbeddedImage, StreamSource
 from cocoa_embed.encode.processor_lock import ProcessorLock
-from cocoa_embed.encode.run import ImageStream, default_workers
+from cocoa_embed.encode.stream import ImageStream, default_workers
 from cocoa_embed.errors import CocoaError, ImageError, UsageError, one_line
 from cocoa_embed.images.load import ImageSource, load_image
 from cocoa_embed.model.fingerprint import model_fingerprint

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from raw_images import encoded
 
-from cocoa_embed.encode import run
+from cocoa_embed.encode import stream
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.encode.jobs import EmbeddedImage, StreamSource
-from cocoa_embed.encode.run import default_workers
+from cocoa_embed.encode.stream import default_workers
 from cocoa_embed.errors import CocoaError, ImageError, UsageError
 
 NAMES = list(COLOURS)
@@ -119,8 +119,8 @@ def test_each_image_has_the_same_outcome_as_alone(kinds: list[str], batch_size: 
     ("sources", "max_batch_bytes", "limit"),
     [
         # Per image: 7 batches of 4 ahead or in a window of 4 batches, 8 measured ahead, one in the model.
-        ([colour_image("red", (8 + grown, 8)) for grown in range(3)], run.MAX_BATCH_BYTES, 44),
-        ([b"no image"], run.MAX_BATCH_BYTES, 90),
+        ([colour_image("red", (8 + grown, 8)) for grown in range(3)], stream.MAX_BATCH_BYTES, 44),
+        ([b"no image"], stream.MAX_BATCH_BYTES, 90),
         # A batch holds two images, a window four.
         ([colour_image("red", (100, 100))], 2 * 3 * 100 * 100, 24),
         # The bytes of a file count where they are more than its pixels.
@@ -130,7 +130,7 @@ def test_each_image_has_the_same_outcome_as_alone(kinds: list[str], batch_size: 
 def test_an_endless_input_is_read_a_bounded_way_ahead(
     monkeypatch: pytest.MonkeyPatch, sources: list[StreamSource], max_batch_bytes: int, limit: int
 ) -> None:
-    monkeypatch.setattr(run, "MAX_BATCH_BYTES", max_batch_bytes)
+    monkeypatch.setattr(stream, "MAX_BATCH_BYTES", max_batch_bytes)
     images = Endless(*sources)
     outcomes = Encoder(FakeModel()).stream_images(images, batch_size=4, workers=1)
     assert (images.read, own_threads()) == (0, []), "nothing is read before the first result is requested"
@@ -292,7 +292,7 @@ def test_queries_are_answered_while_images_stream() -> None:
 def test_workers_leave_the_model_a_core(
     monkeypatch: pytest.MonkeyPatch, available: int, is_on_cpu: bool, workers: int
 ) -> None:
-    monkeypatch.setattr(run, "available_cores", lambda: available)
+    monkeypatch.setattr(stream, "available_cores", lambda: available)
     assert default_workers(is_on_cpu=is_on_cpu) == workers
 
 
