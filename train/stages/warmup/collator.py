@@ -12,7 +12,7 @@ from cocoa_embed.model.backbone import PatchGeometry
 from cocoa_embed.train.loop.batch_facts import Batch, Example
 from cocoa_embed.train.stages.masking import fill_patches, mask_each, mask_visual_tokens, row_generators
 from cocoa_embed.train.stages.rendering import joined, render_items, replace_masked, text_tokens
-from cocoa_embed.train.stages.warmup.settings import WarmupSettings
+from cocoa_embed.train.stages.warmup.settings import DEFAULTS, WarmupSettings
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class WarmupCollator:
     processor: ProcessorMixin
     geometry: PatchGeometry
     seed: int
-    settings: WarmupSettings
+    settings: WarmupSettings = DEFAULTS
 
     def __call__(self, examples: list[Example]) -> Batch:
         """Collate rows with their draws."""

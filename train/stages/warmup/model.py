@@ -20,7 +20,7 @@ from cocoa_embed.train.stages.reconstruction import (
     masked_token_logits,
     position_ids,
 )
-from cocoa_embed.train.stages.warmup.settings import WarmupSettings
+from cocoa_embed.train.stages.warmup.settings import DEFAULTS, WarmupSettings
 
 
 class PixelDecoder(nn.Module):
@@ -68,7 +68,7 @@ class WarmupModel(nn.Module):
     accepts_loss_kwargs = True
     """The loss is already a mean over the step, so transformers must not divide it by the micro-batches."""
 
-    def __init__(self, model: PreTrainedModel, geometry: PatchGeometry, settings: WarmupSettings) -> None:
+    def __init__(self, model: PreTrainedModel, geometry: PatchGeometry, settings: WarmupSettings = DEFAULTS) -> None:
         super().__init__()
         self.backbone = model
         self.pixel_decoder = PixelDecoder(model, geometry)

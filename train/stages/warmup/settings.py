@@ -24,3 +24,6 @@ class WarmupSettings(ReconstructionSettings):
     patch_fill: PatchFill = "noise"
     mae_weight: Annotated[float, Field(ge=0)] = 0.5
     normalise_targets: bool = False
+
+
+DEFAULTS = WarmupSettings(steps=1, batch_size=1)
