@@ -292,7 +292,7 @@ def test_each_epoch_has_its_own_order(
 ) -> None:
     seen: list[tuple[int, ...]] = []
     trainer = trainer_of(tiny_backbone, scene_rows, tmp_path, max_steps=9)
-    monkeypatch.setattr(trainer.throughput, "saw", lambda facts: seen.extend(fact.rows for fact in facts))
+    monkeypatch.setattr(trainer.throughput, "count", lambda facts: seen.extend(fact.rows for fact in facts))
     trainer.train()
     epochs = [seen[start : start + 3] for start in (0, 3, 6)]
     assert all(sorted(row for batch in epoch for row in batch) == list(range(len(scene_rows))) for epoch in epochs)
