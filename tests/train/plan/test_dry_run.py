@@ -24,9 +24,6 @@ from cocoa_embed.train.recipe import STAGES
 
 STAGE: dict[str, Any] = {"steps": 2, "batch_size": 4, "warmup_steps": 0, "logging_steps": 1}
 
-
-"""The default of ``contrastive.mini_batch_size``."""
-
 MakeRecipe = Callable[..., Recipe]
 
 
