@@ -4,13 +4,9 @@ from datetime import datetime, timezone
 from typing import Any
 
 import pytest
+import qdrant_edge as edge
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-
-pytest.importorskip("qdrant_client")
-pytest.importorskip("qdrant_edge")
-
-import qdrant_edge as edge
 from qdrant_client import models
 from qdrant_client.local.payload_filters import check_filter
 

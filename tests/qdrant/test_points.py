@@ -3,6 +3,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from llama_index.core.schema import ImageNode, MetadataMode
+from llama_index.core.vector_stores.utils import metadata_dict_to_node, node_to_metadata_dict
 
 from cocoa_embed.integrations.qdrant.points import (
     FileLocation,
@@ -59,26 +61,23 @@ def test_the_payload_has_plain_fields_and_no_image() -> None:
 
 @pytest.mark.parametrize("changes", CHANGES)
 def test_a_changed_payload_is_what_llama_index_itself_would_write(changes: dict[str, Any]) -> None:
-    utils = pytest.importorskip("llama_index.core.vector_stores.utils")
     before = payload()
     kept = dict(before)
     stored = make_payload(before, **{"description": {}, **changes})
     assert stored == payload(**changes) != before
     assert before == kept
-    again = utils.node_to_metadata_dict(utils.metadata_dict_to_node(stored), remove_text=False, flat_metadata=False)
+    again = node_to_metadata_dict(metadata_dict_to_node(stored), remove_text=False, flat_metadata=False)
     assert json.loads(again.pop("_node_content")) == json.loads(stored.pop("_node_content"))
     assert again == stored
 
 
 def test_llama_index_shows_a_language_model_the_caption_and_metadata() -> None:
-    utils = pytest.importorskip("llama_index.core.vector_stores.utils")
-    schema = pytest.importorskip("llama_index.core.schema")
-    node = utils.metadata_dict_to_node(payload())
-    assert isinstance(node, schema.ImageNode)
+    node = metadata_dict_to_node(payload())
+    assert isinstance(node, ImageNode)
     assert node.node_id == node.ref_doc_id == point_id(SHA256)
     assert (node.image_path, node.image_mimetype) == ("/data/zoo/zebra ünï.jpg", "image/jpeg")
-    assert node.get_content(schema.MetadataMode.EMBED) == "a zebra at dusk"
-    shown = node.get_content(schema.MetadataMode.LLM)
+    assert node.get_content(MetadataMode.EMBED) == "a zebra at dusk"
+    shown = node.get_content(MetadataMode.LLM)
     assert [shown.count(part) for part in ("relative_path: zebra ünï.jpg", "CC0", "a zebra at dusk", SHA256)] == [
         1,
         1,
