@@ -97,7 +97,9 @@ class Recipe(RunSettings):
             raise UsageError(f"{path} holds no recipe; expected keys such as {', '.join(cls.model_fields)}.")
         for override in overrides or []:
             _apply_override(cls, values, override)
-        return cls.parse(values, source=str(path), check_paths=check_paths)
+        # A recipe of this package is not the user's file: its name says enough.
+        source = f"recipe {name_or_path}" if path.parent == RECIPES else str(path)
+        return cls.parse(values, source=source, check_paths=check_paths)
 
     @classmethod
     def parse(cls, values: dict[str, Any], *, source: str = "recipe", check_paths: bool = False) -> Self:

@@ -107,7 +107,8 @@ def plan_lines(planned: RunPlan) -> Iterator[str]:
     for stage in planned.stages:
         ratio = stage.trainable_parameters / stage.parameters
         rows = ", ".join(f"{name} {count}" for name, count in stage.rows.items())
-        kept = ", ".join(f"{name} {binary_size(held)}" for name, held in stage.memory_bytes.items() if name != "total")
+        held_bytes = [(name, held) for name, held in stage.memory_bytes.items() if held and name != "total"]
+        kept = ", ".join(f"{name} {binary_size(held)}" for name, held in held_bytes)
         yield from (
             f"{stage.stage}: writes {stage.folder}",
             f"  parameters  {stage.parameters:,}, of them trained {stage.trainable_parameters:,} ({ratio:.1%})",
