@@ -74,7 +74,8 @@ def run(recipe: Recipe, out: Path, *, resume: bool = False, inspect: Inspect | N
 def _run_stage(
     stage: Stage[StageSettings], prepared: Prepared, before: list[StageResult], out: Path, inspect: Inspect | None
 ) -> StageResult:
-    name, recipe, steps = stage.name, prepared.recipe, prepared.steps[stage.name]
+    """Train a stage, or what is left of it, and write its weights, its record and its samples."""
+    name, recipe = stage.name, prepared.recipe
     checkpoints = out / CHECKPOINTS / name
     checkpoint = newest_complete(checkpoints)
     backbone = _load_weights(recipe, str(before[-1].folder) if before else recipe.backbone, stage.attention())
@@ -96,6 +97,28 @@ def _run_stage(
     show_progress(trainer, name, stage.shown_metrics)
     if TENSORBOARD in recipe.report_to:
         write_tensorboard(trainer, out / TENSORBOARD / name)
+    _train(trainer, stop, checkpoint, name, prepared.steps[name])
+    if inspect is not None:
+        inspect(name, trainer)
+    result = save(out / name)
+    samples = stage_samples(trainer, stage, processor, rows, held_out)
+    if trainer.is_world_process_zero():
+        record = {"step": result.steps, "seconds": result.seconds, "log": result.log, "facts": result.facts}
+        update_stage(out, name, finished=True, samples=samples, **record)
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        end_reports(recipe.report_to)
+    trainer.accelerator.wait_for_everyone()
+    if name != list(recipe.stages)[-1] and stop.any_requested():
+        raise Stopped(f"Stopped by SIGTERM at the end of stage {name}; the same command with --resume continues.")
+    return result
+
+
+def _train(trainer: CocoaTrainer, stop: StopOnSigterm, checkpoint: Path | None, name: str, steps: int) -> None:
+    """Train a stage to its last step, from a checkpoint if there is one.
+
+    :raises Stopped: If SIGTERM has stopped it before.
+    :raises CocoaError: If the rows do not give enough batches.
+    """
     if checkpoint is not None and step_of(checkpoint) >= steps and not trainer.is_fsdp_enabled:
         trainer.load_finished(checkpoint)  # killed after its last step, before its weights were written
     else:
@@ -112,19 +135,6 @@ def _run_stage(
             f"Stage {name} ended at step {reached} of {steps}, as no more batches could be drawn; lower its "
             "batch_size, or give it more different rows."
         )
-    if inspect is not None:
-        inspect(name, trainer)
-    result = save(out / name)
-    samples = stage_samples(trainer, stage, processor, rows, held_out)
-    if trainer.is_world_process_zero():
-        record = {"step": result.steps, "seconds": result.seconds, "log": result.log, "facts": result.facts}
-        update_stage(out, name, finished=True, samples=samples, **record)
-        shutil.rmtree(checkpoints, ignore_errors=True)
-        end_reports(recipe.report_to)
-    trainer.accelerator.wait_for_everyone()
-    if name != list(recipe.stages)[-1] and stop.any_requested():
-        raise Stopped(f"Stopped by SIGTERM at the end of stage {name}; the same command with --resume continues.")
-    return result
 
 
 def _load_weights(recipe: Recipe, start: str, attention: str) -> Backbone:
