@@ -27,7 +27,7 @@ WILDCARD = re.compile(r"[*?[]")
 def find_images(paths: Iterable[str | Path], *, on_error: OnError | None = None) -> list[Path]:
     """Return the image files that ``paths`` name, sorted, each once. No file is opened: broken images are included.
 
-    - A file is taken, whatever its suffix. A ``.txt`` file is a list (``read_file_list``): the files that it lists are
+    - A file is taken, with any suffix. A ``.txt`` file is a list (``read_file_list``): the files that it lists are
       taken, whether they exist or not; folders in it are not searched.
     - A folder is searched, with its subfolders, for files with an image's suffix (``IMAGE_SUFFIXES``, in either case).
       Links to folders are followed, each folder once; a file that is reached both ways keeps the path without a link.

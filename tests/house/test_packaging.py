@@ -133,7 +133,7 @@ def test_base_install_has_none_of_the_extras(project: dict) -> None:
     assert not base & optional
 
 
-def test_the_floor_of_transformers_is_the_one_that_people_are_told(project: dict) -> None:
+def test_the_floor_of_transformers_is_the_documented_one(project: dict) -> None:
     requirements = {(parsed := Requirement(line)).name: parsed.specifier for line in project["dependencies"]}
     assert str(requirements["transformers"]) == f">={TRANSFORMERS_FLOOR}"
     assert f"transformers {TRANSFORMERS_FLOOR} or newer" in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -96,7 +96,7 @@ def failing_scandir(monkeypatch: pytest.MonkeyPatch, *failing: str) -> None:
     monkeypatch.setattr(os, "scandir", refuse)
 
 
-def test_a_folder_that_cannot_be_listed_is_told_and_the_others_are_searched(
+def test_a_folder_that_cannot_be_listed_is_reported_and_the_others_are_searched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(tmp_path, "a/1.png", "locked/2.png", "z/3.png", "z/locked too/4.png")
@@ -113,7 +113,7 @@ def test_a_folder_that_cannot_be_listed_is_told_and_the_others_are_searched(
         find_images([tmp_path])
 
 
-def test_a_folder_that_vanishes_during_the_search_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_vanishes_during_the_search_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(tmp_path, "a/1.png", "b/2.png")
     scandir = os.scandir
 
