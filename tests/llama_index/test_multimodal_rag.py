@@ -191,7 +191,7 @@ def test_the_script_names_what_is_missing(tmp_path: Path) -> None:
     arguments = ("model", "pictures", "a question", "--llm", "some-model")
     without = run(*arguments, cwd=tmp_path)
     assert without.returncode == 1
-    assert "some-model is no folder; for a model at an endpoint set OPENAI_BASE_URL" in without.stderr
+    assert "some-model is not a folder; for a model at an endpoint set OPENAI_BASE_URL" in without.stderr
     if importlib.util.find_spec("llama_index.llms") is None:
         uninstalled = run(*arguments, cwd=tmp_path, OPENAI_BASE_URL="http://localhost:9/v1")
         assert "run: pip install llama-index-llms-openai-like" in uninstalled.stderr
