@@ -96,6 +96,11 @@ def one_line(error: BaseException) -> str:
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
+def is_valid_unicode(text: str) -> bool:
+    """Return whether UTF-8 can encode a text: Python keeps undecodable bytes of a command line as lone surrogates."""
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def printable(path: str | Path) -> str:
     """Return a path for messages, escaped only if it holds unprintable characters."""
     text = str(path)

@@ -9,7 +9,7 @@ from typing import Protocol, TypeAlias
 
 from PIL import Image
 
-from cocoa_embed.errors import RowError, printable
+from cocoa_embed.errors import RowError, is_valid_unicode, printable
 from cocoa_embed.images.load import decode_image, load_image
 
 SHOWN_CHARACTERS = 60
@@ -143,7 +143,7 @@ def check_unicode(text: str, source: str) -> str:
 
     :raises RowError: If it is not valid Unicode, which tokenizers refuse.
     """
-    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+    if not is_valid_unicode(text):
         raise RowError(source, f"the text {text[:40]!a} is not valid Unicode: it holds half of a surrogate pair")
     return text
 

@@ -21,7 +21,7 @@ from cocoa_embed.encode.document_model import DocumentModel
 from cocoa_embed.encode.jobs import EmbeddedImage, StreamSource
 from cocoa_embed.encode.processor_lock import ProcessorLock
 from cocoa_embed.encode.stream import ImageStream, default_workers
-from cocoa_embed.errors import CocoaError, ImageError, UsageError, one_line
+from cocoa_embed.errors import CocoaError, ImageError, UsageError, is_valid_unicode, one_line
 from cocoa_embed.images.load import ImageSource, load_image
 from cocoa_embed.model.fingerprint import model_fingerprint
 
@@ -35,15 +35,13 @@ ModelInput: TypeAlias = Mapping[str, "str | Image.Image"]
 Key = TypeVar("Key")
 
 
-def check_unicode(text: str) -> None:
-    """Refuse a text that UTF-8 cannot encode: Python keeps undecodable bytes of a command line as lone surrogates.
+def require_unicode(text: str) -> None:
+    """Refuse a text that UTF-8 cannot encode.
 
     :raises UsageError: If it is one.
     """
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UsageError(f"the text {text!a} is not valid Unicode; give it in UTF-8") from None
+    if not is_valid_unicode(text):
+        raise UsageError(f"the text {text!a} is not valid Unicode; give it in UTF-8")
 
 
 def make_input(text: str | None = None, image: ImageSource | None = None) -> ModelInput:
@@ -56,7 +54,7 @@ def make_input(text: str | None = None, image: ImageSource | None = None) -> Mod
     if image is not None:
         made["image"] = load_image(image)
     if text:
-        check_unicode(text)
+        require_unicode(text)
         made["text"] = text
     if not made:
         raise UsageError("neither a text nor an image was given; give one of them, or both")
@@ -213,7 +211,7 @@ class Encoder:
     def _check(self, inputs: Sequence[ModelInput]) -> None:
         """Refuse inputs of modalities that the model does not take, and texts that UTF-8 cannot encode."""
         for text in (each["text"] for each in inputs if "text" in each):
-            check_unicode(str(text))
+            require_unicode(str(text))
         for keys in map(sorted, {frozenset(each) for each in inputs}):
             is_one = len(keys) == 1
             if not self.model.supports(cast("Modality", keys[0] if is_one else tuple(keys))):
