@@ -109,7 +109,11 @@ class RowReader:
             check_unicode(text, source)
             text = text if self.clean is None else self.clean(text, found_image is not None, source)
         found_text = None if _is_empty(text) else text
-        return None if found_text is None and found_image is None else Item(found_text, found_image)
+        return (
+            None
+            if found_text is None and found_image is None
+            else Item(found_text, () if found_image is None else (found_image,))
+        )
 
     def _image(self, value: object, source: str) -> ItemImage:
         if isinstance(value, ArrowImage):

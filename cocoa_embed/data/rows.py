@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from PIL import Image
 
@@ -67,41 +67,55 @@ def load_item_image(image: ItemImage) -> Image.Image:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A text, an image, or both as one input of a model.
+    """A text, images, or both as one input of a model.
 
-    :param text: None or non-empty.
+    :param text: The content; None or non-empty.
+    :param instruction: What the model is to do with the content, with the space that separates them; None or
+        non-empty. It comes before the text.
     :raises ValueError: If there is neither a text nor an image.
     """
 
     text: str | None = None
-    image: ItemImage | None = None
+    images: tuple[ItemImage, ...] = ()
+    instruction: str | None = None
 
     def __post_init__(self) -> None:
-        if self.text is None and self.image is None:
+        if self.text is None and not self.images:
             raise ValueError("an item needs a text, an image, or both")
+
+    @property
+    def image(self) -> ItemImage | None:
+        """The first image."""
+        return self.images[0] if self.images else None
+
+    @property
+    def full_text(self) -> str | None:
+        """Instruction and text, as the model sees them."""
+        return "".join(filter(None, (self.instruction, self.text))) or None
 
     @property
     def parts(self) -> frozenset[str]:
         """What the item consists of: ``text``, ``image`` or both."""
-        return frozenset(part for part, value in (("text", self.text), ("image", self.image)) if value is not None)
+        return frozenset(part for part, value in (("text", self.full_text), ("image", self.images)) if value)
 
     def under(self, folder: Path) -> Item:
-        """Return the item with the path of its image relative to ``folder``."""
-        return replace(self, image=folder / self.image) if isinstance(self.image, Path) else self
+        """Return the item with the paths of its images relative to ``folder``."""
+        return replace(self, images=tuple(folder / i if isinstance(i, Path) else i for i in self.images))
 
-    def load(self) -> Mapping[str, str | Image.Image]:
-        """Return what a SentenceTransformer takes as input, with the image decoded.
+    def load(self) -> Mapping[str, Any]:
+        """Return what a SentenceTransformer takes as input, with images decoded: one image as it is, several in a list.
 
-        :raises ImageError: If the image cannot be used.
+        :raises ImageError: If an image cannot be used.
         """
-        image = {} if self.image is None else {"image": load_item_image(self.image)}
-        return image if self.text is None else {**image, "text": self.text}
+        images = [load_item_image(image) for image in self.images]
+        loaded: dict[str, Any] = {"image": images[0] if len(images) == 1 else images} if images else {}
+        return loaded if self.full_text is None else {**loaded, "text": self.full_text}
 
     def __str__(self) -> str:
         """Return the item's name in error messages."""
-        names = [] if self.image is None else [f"the image {printable(str(self.image))}"]
-        if self.text is not None:
-            names.append(f"the text {shortened(self.text)}")
+        names = [f"the image {printable(str(image))}" for image in self.images]
+        if self.full_text is not None:
+            names.append(f"the text {shortened(self.full_text)}")
         return " with ".join(names)
 
 
@@ -122,7 +136,7 @@ class Row:
 
     @property
     def image(self) -> ItemImage | None:
-        """The query's image, or else the positive's."""
+        """The query's first image, or else the positive's."""
         return self.query.image or self.positive.image
 
     def items(self) -> tuple[Item, ...]:
@@ -131,7 +145,7 @@ class Row:
 
     def images(self) -> tuple[ItemImage, ...]:
         """Return the images of all items, negatives included."""
-        return tuple(item.image for item in self.items() if item.image is not None)
+        return tuple(image for item in self.items() for image in item.images)
 
     def reversed(self) -> Row:
         """Return the row with query and positive exchanged, without the negatives, which are the query's."""

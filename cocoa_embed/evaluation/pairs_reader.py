@@ -44,7 +44,7 @@ def _image_folder_pairs(folder: Path) -> Iterator[Pair]:
     for image in read_metadata(find_metadata(folder)):
         if isinstance(image, RowError):
             raise image
-        yield Pair(Item(image.text), Item(image=image.path))
+        yield Pair(Item(image.text), Item(images=(image.path,)))
 
 
 def _table_pairs(data: Path, images: Path, columns: Mapping[str, str] | None) -> Iterator[Pair]:
@@ -75,4 +75,4 @@ def _merged(item: Item, first: dict[bytes, ArrowImage]) -> Item:
     """Return an item with the first image inside the table that has the same bytes, so that copies are one item."""
     if not isinstance(item.image, ArrowImage):
         return item
-    return replace(item, image=first.setdefault(hashlib.sha256(item.image.read()).digest(), item.image))
+    return replace(item, images=(first.setdefault(hashlib.sha256(item.image.read()).digest(), item.image),))

@@ -31,12 +31,12 @@ CHAT_TEMPLATE = f"""\
 """Renders messages as ``[vision][prompt][text]``, in Jinja."""
 
 
-def render(*, text: str | None, has_image: bool, prompt: str = "") -> str:
+def render(*, text: str | None, images: int, prompt: str = "") -> str:
     """Render one input as ``CHAT_TEMPLATE`` does, without the Jinja engine.
 
+    :param images: The number of images.
     :raises ValueError: If there is neither a text nor an image.
     """
-    if text is None and not has_image:
+    if text is None and not images:
         raise ValueError("an item needs a text, an image, or both")
-    vision = f"{VISION_START}{IMAGE_PAD}{VISION_END}" if has_image else ""
-    return f"{vision}{prompt}{text or ''}"
+    return f"{f'{VISION_START}{IMAGE_PAD}{VISION_END}' * images}{prompt}{text or ''}"

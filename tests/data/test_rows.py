@@ -6,7 +6,7 @@ from cocoa_embed.data.rows import Item, Row
 
 
 def test_a_reversed_row_exchanges_its_sides_and_keeps_image_and_source() -> None:
-    row = Row(Item("find", Path("a.png")), Item("a ring"), "rows, line 3", negatives=(Item("a star"),))
+    row = Row(Item("find", (Path("a.png"),)), Item("a ring"), "rows, line 3", negatives=(Item("a star"),))
     turned = row.reversed()
     assert (turned.query, turned.positive, turned.negatives) == (row.positive, row.query, ())
     assert (turned.image, turned.source) == (row.image, row.source)
@@ -14,7 +14,7 @@ def test_a_reversed_row_exchanges_its_sides_and_keeps_image_and_source() -> None
 
 def test_the_images_of_a_row_include_those_of_its_negatives() -> None:
     one, other, third = (Path(f"{name}.png") for name in "abc")
-    row = Row(Item("find", one), Item(image=other), "", negatives=(Item("a star"), Item("a ring", third)))
+    row = Row(Item("find", (one,)), Item(images=(other,)), "", negatives=(Item("a star"), Item("a ring", (third,))))
     assert row.images() == (one, other, third)
     assert [item.text for item in row.items()] == ["find", None, "a star", "a ring"]
     assert Row(Item("a"), Item("b"), "").images() == ()
@@ -26,5 +26,5 @@ def test_an_item_needs_a_text_or_an_image() -> None:
 
 
 def test_errors_name_an_item_by_its_image_and_the_beginning_of_its_text() -> None:
-    assert str(Item("x" * 100, Path("a/b.png"))) == f"the image a/b.png with the text '{'x' * 59}…"
-    assert Item("a", Path("b.png")).under(Path("/images")).image == Path("/images/b.png")
+    assert str(Item("x" * 100, (Path("a/b.png"),))) == f"the image a/b.png with the text '{'x' * 59}…"
+    assert Item("a", (Path("b.png"),)).under(Path("/images")).image == Path("/images/b.png")

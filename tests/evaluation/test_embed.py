@@ -23,7 +23,7 @@ def mixed(tmp_path: Path) -> list[Item]:
     for number in range(40):
         path = tmp_path / f"{number}.png"
         mosaic(number).save(path)
-        kinds = (Item("red " * (number % 7 + 1)), Item(None, path), Item(f"blue {number}", path))
+        kinds = (Item("red " * (number % 7 + 1)), Item(None, (path,)), Item(f"blue {number}", (path,)))
         found.append(kinds[number % 3])
     return found
 
@@ -78,7 +78,7 @@ def test_only_a_few_images_are_in_memory_at_once(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(rows_module, "load_image", load)
     embed_items(
-        Encoder(Releasing()), [Item(None, Path(str(number))) for number in range(300)], "document", batch_tokens=4
+        Encoder(Releasing()), [Item(None, (Path(str(number)),)) for number in range(300)], "document", batch_tokens=4
     )
     assert 4 < most <= 4 + embed_module.IMAGES_AHEAD + 2
 
@@ -86,7 +86,7 @@ def test_only_a_few_images_are_in_memory_at_once(tmp_path: Path, monkeypatch: py
 def test_a_broken_image_is_an_error_or_skipped(tmp_path: Path) -> None:
     colour_image("red").save(tmp_path / "red.png")
     (tmp_path / "broken.png").write_bytes(b"no image")
-    items = [Item(None, tmp_path / name) for name in ("red.png", "broken.png", "gone.png")]
+    items = [Item(None, (tmp_path / name,)) for name in ("red.png", "broken.png", "gone.png")]
     with pytest.raises(ImageError, match=r"broken\.png: is not an image"):
         embed_items(Encoder(FakeModel()), items, "document")
     found = embed_items(Encoder(FakeModel()), items, "document", skip_broken=True)

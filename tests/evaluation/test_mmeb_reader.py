@@ -37,13 +37,13 @@ def test_a_row_becomes_items_without_the_image_token(tmp_path: Path, images: Pat
         row(qry_img_path=None, qry_text="only text"),
     ])  # fmt: skip
     assert data.queries == [
-        Item("Find it", Path("MSCOCO_i2t/0000.png")),
-        Item("Look at here", Path("MSCOCO_i2t/0001.png")),
-        Item(None, Path("MSCOCO_i2t/0000.png")),
+        Item("Find it", (Path("MSCOCO_i2t/0000.png"),)),
+        Item("Look at here", (Path("MSCOCO_i2t/0001.png"),)),
+        Item(None, (Path("MSCOCO_i2t/0000.png"),)),
         Item("only text"),
     ]
     image = Path("MSCOCO_i2t/0002.png")
-    assert data.targets == [Item("a"), Item("b"), Item("c"), Item(None, image), Item("with", image)]
+    assert data.targets == [Item("a"), Item("b"), Item("c"), Item(None, (image,)), Item("with", (image,))]
     assert [each.targets.tolist() for each in data.rows] == [[0, 1], [2, 0, 1], [3, 4], [0, 1]]
     assert [each.query for each in data.rows] == [0, 1, 2, 3]
     assert data.rows[1].source.endswith("test-00000-of-00001.parquet, row 2")

@@ -86,7 +86,7 @@ def test_scores_of_both_directions_equal_those_of_brute_force(
 
 
 def test_captions_of_an_image_and_images_of_a_caption_are_all_relevant() -> None:
-    a, b, c = (Item(image=Path(name)) for name in "abc")
+    a, b, c = (Item(images=(Path(name),)) for name in "abc")
     x, y, z = (Item(name) for name in "xyz")
     there, back = directions([Pair(x, a), Pair(y, a), Pair(y, b), Pair(z, c), Pair(z, c)])
     assert (there.name, back.name) == ("text_to_image", "image_to_text")
@@ -97,14 +97,14 @@ def test_captions_of_an_image_and_images_of_a_caption_are_all_relevant() -> None
 
 
 def test_directions_are_named_by_the_parts_of_their_items() -> None:
-    text, image, both = Item("a"), Item(None, Path("b")), Item("a", Path("b"))
+    text, image, both = Item("a"), Item(None, (Path("b"),)), Item("a", (Path("b"),))
     for pairs, names in (
         (
-            [Pair(text, both), Pair(Item("c"), Item("c", Path("d")))],
+            [Pair(text, both), Pair(Item("c"), Item("c", (Path("d"),)))],
             ["text_to_image_and_text", "image_and_text_to_text"],
         ),
         ([Pair(text, Item("b")), Pair(Item("c"), Item("d"))], ["first_to_second", "second_to_first"]),
-        ([Pair(text, image), Pair(both, Item(None, Path("d")))], ["mixed_to_image", "image_to_mixed"]),
+        ([Pair(text, image), Pair(both, Item(None, (Path("d"),)))], ["mixed_to_image", "image_to_mixed"]),
     ):
         assert [each.name for each in directions(pairs)] == names
     with pytest.raises(CocoaError, match="2 pairs hold only one query or one document"):

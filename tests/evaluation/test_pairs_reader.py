@@ -19,7 +19,7 @@ def test_tables_of_all_kinds_give_the_same_pairs(tmp_path: Path, suffix: str) ->
     table = write_table(tmp_path / f"rows{suffix}", rows)
     columns = {"query_text": "caption", "positive_image": "picture"}
     assert read_pairs(table, None, columns) == [
-        Pair(Item(f"text {name}"), Item(None, tmp_path / "pictures" / f"{name}.png")) for name in "abc"
+        Pair(Item(f"text {name}"), Item(None, (tmp_path / "pictures" / f"{name}.png",))) for name in "abc"
     ]
     bare = write_table(tmp_path / f"bare{suffix}", [{**row, "picture": row["picture"][9:]} for row in rows])
     assert read_pairs(bare, tmp_path / "pictures", columns) == read_pairs(table, None, columns)
@@ -52,7 +52,7 @@ def test_pairs_of_any_items_are_read(tmp_path: Path) -> None:
     write_images(tmp_path, "ab")
     rows = [{"query_text": f"change {name}", "query_image": f"{name}.png", "positive_text": name} for name in "ab"]
     (first, _) = read_pairs(write_table(tmp_path / "rows.csv", rows))
-    assert first == Pair(Item("change a", tmp_path / "a.png"), Item("a"))
+    assert first == Pair(Item("change a", (tmp_path / "a.png",)), Item("a"))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,9 @@ def test_a_table_that_cannot_be_used_is_an_error_with_the_option(tmp_path: Path)
 def test_an_image_folder_gives_a_pair_for_each_row(tmp_path: Path) -> None:
     write_images(tmp_path, "ab")
     write_table(tmp_path / "metadata.csv", [{"file_name": f"{name}.png", "text": f"text {name}"} for name in "aab"])
-    assert read_pairs(tmp_path) == [Pair(Item(f"text {name}"), Item(image=tmp_path / f"{name}.png")) for name in "aab"]
+    assert read_pairs(tmp_path) == [
+        Pair(Item(f"text {name}"), Item(images=(tmp_path / f"{name}.png",))) for name in "aab"
+    ]
 
 
 def test_an_image_folder_needs_a_text_for_each_image_and_no_columns(tmp_path: Path) -> None:

@@ -61,7 +61,11 @@ def make_causal_on(model: PreTrainedModel, *, padded: bool, monkeypatch: pytest.
 
 
 def padded_batch(backbone: Backbone, rows: list[Row]) -> dict[str, Tensor]:
-    items = [Item(text="a red ring"), Item(text=rows[0].positive.text, image=rows[0].image), Item(image=rows[1].image)]
+    items = [
+        Item(text="a red ring"),
+        Item(text=rows[0].positive.text, images=(rows[0].image,)),
+        Item(images=(rows[1].image,)),
+    ]
     batch = render_items(backbone.processor, items)
     lengths = batch["attention_mask"].sum(dim=1)
     assert len(lengths.unique()) == len(items)

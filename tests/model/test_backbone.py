@@ -173,7 +173,7 @@ def test_an_existing_mask_token_is_kept() -> None:
 def test_the_patch_geometry_is_that_of_the_processors_rows(
     tiny_backbone: Backbone, make_image: Callable[[int, int], Path], size: tuple[int, int]
 ) -> None:
-    batch = render_items(tiny_backbone.processor, [Item(image=make_image(*size))])
+    batch = render_items(tiny_backbone.processor, [Item(images=(make_image(*size),))])
     geometry = tiny_backbone.geometry
     patches, width = batch["pixel_values"].shape
     assert width == geometry.patch_width == 1176
@@ -190,7 +190,7 @@ def test_max_pixels_and_max_length_are_applied_and_saved(
     for loaded in (backbone, load_backbone(str(tmp_path))):
         assert loaded.processor.image_processor.size["longest_edge"] == 4 * PIXELS_PER_TOKEN
         assert loaded.processor.tokenizer.model_max_length == 80
-        batch = render_items(loaded.processor, [Item(text=LONG_TEXT, image=make_image(112, 112))])
+        batch = render_items(loaded.processor, [Item(text=LONG_TEXT, images=(make_image(112, 112),))])
         assert batch["input_ids"].shape == (1, 80)
         assert visual_tokens(loaded, batch["input_ids"]) == 4
 
@@ -212,7 +212,7 @@ def test_every_sequence_ends_in_eos_and_keeps_its_visual_tokens(
     tiny_backbone: Backbone, make_image: Callable[[int, int], Path], text: str | None, has_image: bool
 ) -> None:
     processor = tiny_backbone.processor
-    item = Item(text=text, image=make_image(112, 112) if has_image else None)
+    item = Item(text=text, images=(make_image(112, 112),) if has_image else ())
     companion = Item(text="small blue ring " * 10)
     batch = render_items(processor, [item, companion])
     length = int(batch["attention_mask"][0].sum())
@@ -233,7 +233,7 @@ def test_a_panorama_fits_into_the_sequence(
     with pytest.raises(UsageError):
         load_backbone(folder, max_length=40, max_pixels=max_pixels)
     backbone = load_backbone(folder, max_length=64, max_pixels=max_pixels)
-    batch = render_items(backbone.processor, [Item(text="a red ring", image=make_image(*size))])
+    batch = render_items(backbone.processor, [Item(text="a red ring", images=(make_image(*size),))])
     tokens = int(batch["image_grid_thw"].prod()) // 4
     assert visual_tokens(backbone, batch["input_ids"]) == tokens
     assert batch["input_ids"][0, -1] == backbone.processor.tokenizer.eos_token_id

@@ -119,8 +119,8 @@ def test_an_embedding_is_the_normalised_last_hidden_state_at_eos(
     items = [
         Item(text="a red ring"),
         Item(text=LONG_TEXT),
-        Item(image=scene_rows[0].image),
-        Item(image=scene_rows[1].image, text="what is left of the ring?"),
+        Item(images=(scene_rows[0].image,)),
+        Item(images=(scene_rows[1].image,), text="what is left of the ring?"),
     ]
     expected = []
     for item in items:

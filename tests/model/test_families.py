@@ -86,7 +86,9 @@ def test_the_export_encodes_any_item_into_one_space_bidirectionally(trained: Tra
 @every_family
 def test_an_image_has_the_temporal_position_after_its_marker(tiny_backbone: Backbone, scene_rows: list[Row]) -> None:
     """transformers 5.4 to 5.5.3 scale the temporal positions of Qwen2.5-VL's images as if they were videos."""
-    batch = render_items(tiny_backbone.processor, [Item(text="a red ring", image=row.image) for row in scene_rows[:2]])
+    batch = render_items(
+        tiny_backbone.processor, [Item(text="a red ring", images=(row.image,)) for row in scene_rows[:2]]
+    )
     positions = position_ids(tiny_backbone.model, batch)
     is_image = batch["input_ids"] == tiny_backbone.model.config.image_token_id
     first = is_image.int().argmax(dim=1)
@@ -103,7 +105,7 @@ def test_inputs_are_equal_in_training_and_in_inference(
 ) -> None:
     path = scene_rows[0].image
     processor = load_backbone(str(trained.stages[0].folder), max_length=TINY_MAX_LENGTH).processor
-    in_training = render_items(processor, [Item(text=f"{prompt}{text or ''}" or None, image=path)])
+    in_training = render_items(processor, [Item(text=f"{prompt}{text or ''}" or None, images=(path,))])
     given = {"image": Image.open(path).convert("RGB")} | ({} if text is None else {"text": text})
     in_inference = trained.model.preprocess([given], prompt=prompt or None)
     for key in in_training:

@@ -57,7 +57,7 @@ def test_an_item_renders_as_vision_prompt_text_in_any_order_of_its_parts(
     rendered = TEMPLATE.render(messages=messages(prompt, item_parts(text, has_image, image_first)))
     assert rendered == (VISION if has_image else "") + (prompt or "") + (text or "")
     if text is not None or has_image:
-        assert rendered == render(text=text, has_image=has_image, prompt=prompt or "")
+        assert rendered == render(text=text, images=int(has_image), prompt=prompt or "")
 
 
 @pytest.mark.parametrize("text", AWKWARD)
@@ -65,7 +65,7 @@ def test_the_processor_renders_a_text_verbatim(processor: ProcessorMixin, text: 
     for has_image, image_first in ((False, False), (True, False), (True, True)):
         given_messages = messages("find: ", item_parts(text, has_image, image_first))
         rendered = processor.apply_chat_template(given_messages, tokenize=False)
-        assert rendered == render(text=text, has_image=has_image, prompt="find: ")
+        assert rendered == render(text=text, images=int(has_image), prompt="find: ")
         assert rendered == TEMPLATE.render(messages=given_messages)
 
 
@@ -79,5 +79,5 @@ def test_the_processor_renders_a_batch_of_conversations(processor: ProcessorMixi
 
 def test_an_item_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="a text, an image, or both"):
-        render(text=None, has_image=False)
-    assert render(text="", has_image=False) == "", "an empty text is a text"
+        render(text=None, images=0)
+    assert render(text="", images=0) == "", "an empty text is a text"

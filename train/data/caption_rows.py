@@ -38,7 +38,7 @@ def read_image_folder(
         try:
             if isinstance(image, RowError):
                 raise image
-            item = Item(image=image.path)
+            item = Item(images=(image.path,))
             rows += [Row(item, Item(text), image.source, subset=subset) for text in _captions(image, captions)]
             rows += [Row(Item(one), Item(other), image.source, subset=subset)
                      for one, other in _paraphrases(image, paraphrases, seed=number)]  # fmt: skip

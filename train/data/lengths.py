@@ -33,13 +33,15 @@ def item_lengths(
 
     :raises KeyError: If an image has no size.
     """
-    texts = list({item.text for item in items if item.text is not None})
+    texts = list({item.full_text for item in items if item.full_text is not None})
     of_text: dict[str | None, int] = {None: 0}
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         some = texts[start : start + TEXTS_AT_ONCE]
         of_text |= zip(some, map(len, processor.tokenizer(some, add_special_tokens=False)["input_ids"]), strict=True)
-    distinct = {sizes[item.image] for item in items if item.image is not None}
+    distinct = {sizes[image] for item in items for image in item.images}
     of_size = {size: visual_tokens(processor.image_processor, *size) for size in distinct}
     # Two more tokens mark the start and the end of an image.
-    of_images = (0 if item.image is None else of_size[sizes[item.image]] + 2 for item in items)
-    return np.array([of_text[item.text] + image for item, image in zip(items, of_images, strict=True)], dtype=np.int64)
+    of_images = (sum(of_size[sizes[image]] + 2 for image in item.images) for item in items)
+    return np.array(
+        [of_text[item.full_text] + image for item, image in zip(items, of_images, strict=True)], dtype=np.int64
+    )

@@ -127,6 +127,6 @@ def fingerprint(rows: Iterable[Row]) -> str:
     """Return the SHA-256 of all rows in order: subsets, texts, and the names of images, not their pixels."""
     digest = hashlib.sha256()
     for row in rows:
-        items = [(item.text, None if item.image is None else str(item.image)) for item in row.items()]
+        items = [(item.full_text, *map(str, item.images)) for item in row.items()]
         digest.update(json.dumps([row.subset, items]).encode() + b"\n")
     return digest.hexdigest()

@@ -26,11 +26,11 @@ def render_items(processor: ProcessorMixin, items: Sequence[Item], *, prompt: st
     :returns: ``input_ids``, ``attention_mask``, ``mm_token_type_ids`` (int64 ``[B, L]``) and, where there are images,
         ``pixel_values`` (float ``[patches, patch_width]``) and ``image_grid_thw`` (int64 ``[images, 3]``).
     """
-    images = [load_row_image(item.image) for item in items if item.image is not None]
+    images = [load_row_image(image) for item in items for image in item.images]
     return dict(
         processor(
             images=images or None,
-            text=[render(text=item.text, has_image=item.image is not None, prompt=prompt) for item in items],
+            text=[render(text=item.full_text, images=len(item.images), prompt=prompt) for item in items],
             padding=True,
             truncation=True,
             max_length=processor.tokenizer.model_max_length,
@@ -41,8 +41,8 @@ def render_items(processor: ProcessorMixin, items: Sequence[Item], *, prompt: st
 
 def joined(row: Row) -> Item:
     """Return the row as one item: its image and its texts, the query's first."""
-    texts = [item.text for item in (row.query, row.positive) if item.text is not None]
-    return Item(text=" ".join(texts) or None, image=row.image)
+    texts = [item.full_text for item in (row.query, row.positive) if item.full_text is not None]
+    return Item(text=" ".join(texts) or None, images=() if row.image is None else (row.image,))
 
 
 def text_tokens(batch: Batch, processor: ProcessorMixin) -> Tensor:

@@ -28,8 +28,8 @@ def pictures(tmp_path: Path) -> dict[Path, tuple[int, int]]:
 def test_lengths_are_those_of_the_rendered_sequences(
     tiny_backbone: Backbone, pictures: dict[Path, tuple[int, int]]
 ) -> None:
-    images = [Item(image=path) for path in pictures]
-    both = [Item(text="a red ring, top left", image=path) for path in pictures]
+    images = [Item(images=(path,)) for path in pictures]
+    both = [Item(text="a red ring, top left", images=(path,)) for path in pictures]
     items = [*images, *both, Item(text="blue"), Item(text="a large green star and a cross")]
     rendered = render_items(tiny_backbone.processor, items)["attention_mask"].sum(dim=1) - 1
     lengths = item_lengths(items, tiny_backbone.processor, pictures)
@@ -42,9 +42,9 @@ def test_a_rows_length_is_that_of_its_bridge_sequence(
 ) -> None:
     image = next(iter(pictures))
     rows = [
-        Row(query=Item(image=image), positive=Item(text="a red ring"), source=""),
+        Row(query=Item(images=(image,)), positive=Item(text="a red ring"), source=""),
         Row(query=Item(text="blue cross"), positive=Item(text="a cross, blue, on white"), source=""),
-        Row(query=Item(image=image), positive=Item(text="blue cross on white " * 200), source=""),
+        Row(query=Item(images=(image,)), positive=Item(text="blue cross on white " * 200), source=""),
     ]
     lengths = row_lengths(rows, tiny_backbone.processor, pictures)
     batch = BridgeCollator(tiny_backbone.processor, seed=0)(numbered(rows))

@@ -77,12 +77,12 @@ def test_every_format_has_the_same_rows(images: Path) -> None:
     one, other, third = (images.absolute() / f"{name}.png" for name in "abc")
     expected = [
         (
-            Item("what is left of the ring?", one),
+            Item("what is left of the ring?", (one,)),
             Item('a cross, "blue"\nand small'),
             Item("a star"),
-            Item("a ring", other),
+            Item("a ring", (other,)),
         ),
-        (Item(image=other), Item("ein Würfel", third), Item("[1] is no list")),
+        (Item(images=(other,)), Item("ein Würfel", (third,)), Item("[1] is no list")),
     ]
     assert {kind: content(rows) for kind, rows in found.items()} == dict.fromkeys(FORMATS, expected)
 
@@ -90,7 +90,7 @@ def test_every_format_has_the_same_rows(images: Path) -> None:
 def test_columns_of_other_names_are_mapped(images: Path) -> None:
     path = write_table(images / "rows.jsonl", [{"q": "find", "pic": "a.png", "hard": "a star", "query_text": "not me"}])
     rows = read(file=str(path), columns={"query_text": "q", "positive_image": "pic", "negative_text": "hard"})
-    assert content(rows) == [(Item("find"), Item(image=images.absolute() / "a.png"), Item("a star"))]
+    assert content(rows) == [(Item("find"), Item(images=(images.absolute() / "a.png",)), Item("a star"))]
 
 
 def test_a_missing_column_is_named_with_the_closest(images: Path) -> None:
@@ -256,10 +256,10 @@ def test_the_mmeb_layout_gives_every_combination_of_text_and_image(mmeb: Path) -
     rows = read(bad, subset="OK-VQA", mmeb=str(mmeb))
     one, other = (mmeb.absolute() / "images" / f"{name}.png" for name in "ab")
     assert content(rows) == [
-        (Item("What is it?", one), Item("a ring"), Item("a star")),
-        (Item("Find a star."), Item("Represent it.", other)),
-        (Item(image=one), Item("Here is.", other), Item(image=one)),
-        (Item("Like this", one), Item("x"), Item(image=other)),
+        (Item("What is it?", (one,)), Item("a ring"), Item("a star")),
+        (Item("Find a star."), Item("Represent it.", (other,))),
+        (Item(images=(one,)), Item("Here is.", (other,)), Item(images=(one,))),
+        (Item("Like this", (one,)), Item("x"), Item(images=(other,))),
     ]
     assert {row.subset for row in rows} == {"OK-VQA"}
     assert [row.source.rpartition(", ")[2] for row in bad] == ["row 5", "row 6", "row 7"]
@@ -316,7 +316,7 @@ def test_mmeb_from_the_hub_falls_back_to_the_original_split(mmeb: Path, monkeypa
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     rows = read(subset="VOC2007", mmeb="TIGER-Lab/MMEB-train", images=mmeb)
-    assert content(rows) == [(Item("q", mmeb.absolute() / "images" / "a.png"), Item("p"))]
+    assert content(rows) == [(Item("q", (mmeb.absolute() / "images" / "a.png",)), Item("p"))]
     assert opened == [("TIGER-Lab/MMEB-train", "VOC2007", split) for split in ("train", "original")]
     assert rows[0].source == "TIGER-Lab/MMEB-train, VOC2007, original, row 1"
 

@@ -49,7 +49,7 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @pytest.fixture
 def batch(tiny_backbone: Backbone, scene_rows: list[Row]) -> dict[str, Tensor]:
-    items = [Item(text="a red ring"), scene_rows[0].query, Item(text="what is here?", image=scene_rows[1].image)]
+    items = [Item(text="a red ring"), scene_rows[0].query, Item(text="what is here?", images=(scene_rows[1].image,))]
     return dict(render_items(tiny_backbone.processor, items))
 
 

@@ -38,7 +38,8 @@ UNUSUAL_TOKEN = 100
 def batch(tiny_backbone: Backbone, scene_rows: list[Row]) -> Batch:
     """Rows with an image and an instruction in block A, one with texts alone; of different lengths."""
     pictured = [
-        Row(query=Item(text="find it: ", image=row.image), positive=row.positive, source="") for row in scene_rows[:3]
+        Row(query=Item(text="find it: ", images=(row.image,)), positive=row.positive, source="")
+        for row in scene_rows[:3]
     ]
     text = Row(query=Item(text="white picture; blue cross"), positive=Item(text="blue cross on white"), source="")
     batch = bridge_collator(tiny_backbone)(numbered([*pictured, text]))
@@ -242,7 +243,7 @@ def test_items_are_embedded_as_by_the_exported_model(
     tiny_backbone: Backbone, scene_rows: list[Row], tmp_path: Path, prompts: dict[str, str]
 ) -> None:
     """Under the bridge's weights, but not under its mask."""
-    queries = [Item(image=scene_rows[0].image), Item(text="find it: ", image=scene_rows[1].image)]
+    queries = [Item(images=(scene_rows[0].image,)), Item(text="find it: ", images=(scene_rows[1].image,))]
     rows = [Row(query=item, positive=row.positive, source="") for item, row in zip(queries, scene_rows, strict=False)]
     model, found = bridge_model(tiny_backbone).train(), []
     model.register_forward_hook(lambda _, inputs, outputs: found.append(outputs.get("embeddings")))

@@ -43,7 +43,7 @@ def sized_rows(tmp_path: Path) -> list[Row]:
         pixels = torch.randint(0, 256, (height, width, 3), generator=torch.Generator().manual_seed(number))
         path = tmp_path / f"{number}.png"
         Image.fromarray(pixels.to(torch.uint8).numpy()).save(path)
-        rows.append(row_of(Item(image=path), "small red ring at top left"))
+        rows.append(row_of(Item(images=(path,)), "small red ring at top left"))
     return rows
 
 
@@ -147,7 +147,7 @@ def test_the_bridge_masks_exactly_its_ratio_of_block_b(
 
 def test_a_bridge_row_is_block_a_one_eos_and_block_b(tiny_backbone: Backbone, scene_rows: list[Row]) -> None:
     processor = tiny_backbone.processor
-    instructed = row_of(Item(text="find the image: ", image=scene_rows[0].image), "small red ring")
+    instructed = row_of(Item(text="find the image: ", images=(scene_rows[0].image,)), "small red ring")
     rows = [scene_rows[1], instructed, row_of(Item(text="blue cross, white background"), "a blue cross on white")]
     batch = bridge_collator(tiny_backbone)(numbered(rows))
     input_ids = originals(batch)
@@ -174,7 +174,7 @@ def test_truncation_cuts_text_and_never_eos_or_a_visual_token(
 ) -> None:
     tokenizer = tiny_backbone.processor.tokenizer
     assert len(tokenizer(LONG_TEXT)["input_ids"]) > tokenizer.model_max_length
-    row = row_of(Item(text=instruction, image=sized_rows[2].image), caption)
+    row = row_of(Item(text=instruction, images=(sized_rows[2].image,)), caption)
     batch = make(tiny_backbone)(numbered([row]))
     assert batch["input_ids"].shape[1] == tokenizer.model_max_length
     assert (batch["mm_token_type_ids"] == 1).sum() == 16
@@ -194,7 +194,7 @@ def test_a_long_block_b_leaves_the_largest_allowed_image_whole(
     longest_panorama = math.isqrt(200 * largest)
     max_length = longest_panorama + room
     processor = load_backbone(str(tiny_backbone_path), max_length=max_length, max_pixels=largest * 28**2).processor
-    image = Item(image=sized_rows[-1].image)
+    image = Item(images=(sized_rows[-1].image,))
     batch = BridgeCollator(processor, seed=0)(numbered([row_of(image, LONG_TEXT)]))
     assert (batch["mm_token_type_ids"] == 1).sum() == largest
     in_block_a = torch.isin(batch["blocks"], torch.tensor([Block.A, Block.EOS]))
@@ -209,21 +209,29 @@ A, B = Path("a.png"), Path("b.png")
 @pytest.mark.parametrize(
     ("query", "positive", "expected"),
     [
-        (Item(image=A), Item(text="red ring"), (Item(image=A), "red ring")),
-        (Item(text="red ring"), Item(image=A), (Item(image=A), "red ring")),
+        (Item(images=(A,)), Item(text="red ring"), (Item(images=(A,)), "red ring")),
+        (Item(text="red ring"), Item(images=(A,)), (Item(images=(A,)), "red ring")),
         (Item(text="a question"), Item(text="an answer"), (Item(text="a question"), "an answer")),
-        (Item(image=A), Item(text="red ring on white", image=B), (Item(text="red ring", image=B), "on white")),
-        (Item(text="red ring on white", image=B), Item(image=A), (Item(text="red ring", image=B), "on white")),
+        (
+            Item(images=(A,)),
+            Item(text="red ring on white", images=(B,)),
+            (Item(text="red ring", images=(B,)), "on white"),
+        ),
+        (
+            Item(text="red ring on white", images=(B,)),
+            Item(images=(A,)),
+            (Item(text="red ring", images=(B,)), "on white"),
+        ),
     ],
 )
 def test_block_b_is_a_side_of_only_text_or_half_of_one(query: Item, positive: Item, expected: tuple[Item, str]) -> None:
     assert split_blocks(Row(query, positive, source="")) == expected
 
 
-@pytest.mark.parametrize("positive", [Item(image=A), Item(text="red", image=A), Item(text=" ")])
+@pytest.mark.parametrize("positive", [Item(images=(A,)), Item(text="red", images=(A,)), Item(text=" ")])
 def test_a_row_without_a_block_b_is_an_error_that_names_it(positive: Item) -> None:
     with pytest.raises(CocoaError, match=r"pairs\.jsonl, line 17: the row has no block B"):
-        split_blocks(Row(query=Item(image=A), positive=positive, source="pairs.jsonl, line 17"))
+        split_blocks(Row(query=Item(images=(A,)), positive=positive, source="pairs.jsonl, line 17"))
 
 
 def test_special_tokens_of_block_b_are_never_masked(tiny_backbone: Backbone, scene_rows: list[Row]) -> None:

@@ -69,7 +69,7 @@ def mixed_rows(scene_rows: list[Row]) -> list[Row]:
     """Eight pairs whose queries are an image, an image with a text, or a text."""
     rows = []
     for number, row in enumerate(scene_rows[:BATCH]):
-        query = (row.query, Item(text="what is here?", image=row.image), Item(text=f"scene {number}"))[number % 3]
+        query = (row.query, Item(text="what is here?", images=(row.image,)), Item(text=f"scene {number}"))[number % 3]
         rows.append(replace(row, query=query))
     return rows
 
@@ -155,7 +155,7 @@ def test_records_become_the_models_own_inputs(
 def test_a_broken_image_is_named_where_it_is_read(model: SentenceTransformer, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"no image")
     with pytest.raises(CocoaError, match=r"broken\.png"):
-        preprocessed(model, [Item(image=tmp_path / "broken.png")])
+        preprocessed(model, [Item(images=(tmp_path / "broken.png",))])
 
 
 # The loss

@@ -35,7 +35,7 @@ TEXT = Row(query=Item(text="a"), positive=Item(text="b"), source="text")
 
 def image_rows(images: Sequence[int]) -> list[Row]:
     return [
-        Row(query=Item(image=Path(f"{image}.png")), positive=Item(text=f"caption {number}"), source=str(number))
+        Row(query=Item(images=(Path(f"{image}.png"),)), positive=Item(text=f"caption {number}"), source=str(number))
         for number, image in enumerate(images)
     ]
 
@@ -60,7 +60,11 @@ def test_rows_of_different_images_are_held_out_or_the_first_of_each_probed(
 @given(sides=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=20), count=st.integers(2, 5))
 def test_no_image_of_a_held_out_row_is_trained_on_from_either_side(sides: list[tuple[int, int]], count: int) -> None:
     rows = [
-        Row(query=Item(text="as in", image=Path(f"{one}.png")), positive=Item(image=Path(f"{two}.png")), source="row")
+        Row(
+            query=Item(text="as in", images=(Path(f"{one}.png"),)),
+            positive=Item(images=(Path(f"{two}.png"),)),
+            source="row",
+        )
         for one, two in sides
     ]
     held_out, kept = hold_out_rows(rows, count)
@@ -80,7 +84,7 @@ def test_no_text_row_with_a_source_or_a_text_of_a_held_out_image_is_trained_on(
 ) -> None:
     rows = [
         Row(
-            query=Item(text=f"caption {text}") if image is None else Item(image=Path(f"{image}.png")),
+            query=Item(text=f"caption {text}") if image is None else Item(images=(Path(f"{image}.png"),)),
             positive=Item(text=f"another {number}") if image is None else Item(text=f"caption {text}"),
             source=f"place {place}",
         )
@@ -105,12 +109,12 @@ def test_a_shuffled_row_has_another_rows_image_and_its_own_text(reverse: list[bo
     for before, after in zip(rows, shuffled, strict=True):
         assert after.image != before.image
         for old, new in zip(before.items(), after.items(), strict=True):
-            assert new == Item(text=old.text, image=None if old.image is None else after.image)
+            assert new == Item(text=old.text, images=() if old.image is None else (after.image,))
 
 
 def test_a_shuffled_row_with_an_image_on_either_side_has_another_in_block_a() -> None:
     """``Row.image`` is the query's, but block A is made of the positive."""
-    rows = [replace(row, positive=Item(text="red ring", image=Path(f"{n}-b.png"))) for n, row in
+    rows = [replace(row, positive=Item(text="red ring", images=(Path(f"{n}-b.png"),))) for n, row in
             enumerate(image_rows(range(4)))]  # fmt: skip
     assert {split_blocks(row)[0].image for row in rows}.isdisjoint(row.image for row in rows)
     for before, after in zip(map(split_blocks, rows), map(split_blocks, shuffle_images(rows)), strict=True):
@@ -128,7 +132,7 @@ def test_probe_batches_differ_only_in_the_image_or_in_who_attends_to_it(
     for row, size in zip(scene_rows, [(56, 56), (84, 56), (56, 84), (84, 84), (112, 56)], strict=False):
         path = tmp_path / f"{size[0]}x{size[1]}.png"
         Image.open(row.image).resize(size).save(path)
-        rows.append(replace(row, query=Item(image=path)))
+        rows.append(replace(row, query=Item(images=(path,))))
     matching, shuffled, without = eos_batches(bridge_collator(tiny_backbone), rows, batch_size=2).values()
     assert [len(batch["blocks"]) for batch in matching] == [2, 2, 1]
     for one, other, cut in zip(matching, shuffled, without, strict=True):

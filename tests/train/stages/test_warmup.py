@@ -53,7 +53,7 @@ def test_the_loss_is_mntp_plus_the_weighted_mae(
 def test_images_without_text_are_trained_by_their_pixels_alone(
     model: WarmupModel, collator: WarmupCollator, scene_rows: list[Row]
 ) -> None:
-    image = Item(image=scene_rows[0].image)
+    image = Item(images=(scene_rows[0].image,))
     batch = collator(numbered([Row(query=image, positive=image, source="")]))
     assert not batch["masked_tokens"].any()
     outputs = model(**batch)
@@ -84,7 +84,7 @@ def test_pixels_behind_a_masked_token_never_reach_the_model(
     side = collator.geometry.patch_size * collator.geometry.merge_size
     pixels = np.random.default_rng(0).integers(0, 256, (2 * side, 2 * side, 3), dtype=np.uint8)
     path = tmp_path / "image.png"
-    row = Row(query=Item(image=path), positive=Item(text="blue cross on white"), source="")
+    row = Row(query=Item(images=(path,)), positive=Item(text="blue cross on white"), source="")
 
     def batch_of(image: np.ndarray) -> Batch:
         Image.fromarray(image).save(path)

@@ -84,7 +84,7 @@ def split_blocks(row: Row) -> tuple[Item, str]:
         words = (item.text or "").split()
         if len(words) > 1:
             middle = len(words) // 2
-            return Item(text=" ".join(words[:middle]), image=item.image), " ".join(words[middle:])
+            return Item(text=" ".join(words[:middle]), images=item.images), " ".join(words[middle:])
     raise RowError(row.source, NO_BLOCK_B)
 
 

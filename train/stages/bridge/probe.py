@@ -97,7 +97,10 @@ def shuffle_images(rows: Sequence[Row]) -> list[Row]:
 
 
 def _with_image(row: Row, image: ItemImage | None) -> Row:
-    query, positive = (item if item.image is None else replace(item, image=image) for item in (row.query, row.positive))
+    query, positive = (
+        item if item.image is None or image is None else replace(item, images=(image,))
+        for item in (row.query, row.positive)
+    )
     return replace(row, query=query, positive=positive)
 
 
@@ -127,7 +130,7 @@ def hold_out_rows(rows: Sequence[Row], count: int) -> tuple[list[Row], list[Row]
 
 
 def _images(row: Row) -> list[ItemImage]:
-    return [item.image for item in (row.query, row.positive) if item.image is not None]
+    return [image for item in (row.query, row.positive) for image in item.images]
 
 
 def _texts(row: Row) -> list[str]:

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 def as_record(item: Item) -> dict[str, str | None]:
     """Return an item as plain values for a ``datasets.Dataset``."""
-    return {"text": item.text, "image": None if item.image is None else str(item.image)}
+    return {"text": item.full_text, "image": None if item.image is None else str(item.image)}
 
 
 def preprocess_records(
