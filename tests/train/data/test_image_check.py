@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from table_files import png, write_table
 
-from cocoa_embed.data.rows import ItemImage
+from cocoa_embed.data.rows import ItemImage, Row
 from cocoa_embed.images.to_rgb import ORIENTATION_TAG
 from cocoa_embed.train.data.image_check import check_images
 from cocoa_embed.train.data.sources import read_subset
@@ -29,7 +29,8 @@ def images(tmp_path: Path) -> list[ItemImage]:
     Image.new("RGB", (60, 40)).save(tmp_path / "turned.jpg", exif=turned)
     cells = [png(size=(28, 56)), b"no image", png(size=(84, 28))]
     write_table(tmp_path / "rows.parquet", [{"query_image": cell, "positive_text": "p"} for cell in cells])
-    inside = [row.images()[0] for row in read_subset("data", SourceSettings(file=str(tmp_path / "rows.parquet")), [])]
+    rows = read_subset("data", SourceSettings(file=str(tmp_path / "rows.parquet")))
+    inside = [row.images()[0] for row in rows if isinstance(row, Row)]
     return [*(tmp_path / name for name in files), tmp_path / "gone.png", tmp_path / "turned.jpg", *inside, inside[0]]
 
 

@@ -1,3 +1,4 @@
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,8 @@ from datasets import Dataset, DatasetDict, Features, List, Value
 from table_files import Values, png, write_images, write_table
 
 from cocoa_embed.data.rows import ArrowImage, Item, Row
-from cocoa_embed.errors import CocoaError, ImageError
+from cocoa_embed.errors import CocoaError, ImageError, RowError
 from cocoa_embed.model.template import RESERVED_TOKENS
-from cocoa_embed.train.data.caption_rows import read_image_folder
-from cocoa_embed.train.data.rows import BadRow
 from cocoa_embed.train.data.sources import read_subset
 from cocoa_embed.train.settings import SourceSettings
 
@@ -45,22 +44,19 @@ def images(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def read(bad: list[BadRow] | None = None, subset: str = "data", **source: Any) -> list[Row]:
-    found: list[BadRow] = []
-    rows = read_subset(subset, SourceSettings(**source), found if bad is None else bad)
-    assert bad is not None or not found
+def read(subset: str = "data", **source: Any) -> list[Row]:
+    rows, errors = read_all(subset, **source)
+    assert not errors
     return rows
+
+
+def read_all(subset: str = "data", **source: Any) -> tuple[list[Row], list[RowError]]:
+    found = list(read_subset(subset, SourceSettings(**source)))
+    return [row for row in found if isinstance(row, Row)], [row for row in found if isinstance(row, RowError)]
 
 
 def content(rows: list[Row]) -> list[tuple[Item, ...]]:
     return [row.items() for row in rows]
-
-
-def reasons(path: Path) -> list[str]:
-    bad: list[BadRow] = []
-    read(bad, file=str(path))
-    assert {row.subset for row in bad} == {"data"}
-    return [row.reason for row in bad]
 
 
 # Files
@@ -147,50 +143,48 @@ def test_a_file_that_is_no_table_is_an_error(tmp_path: Path, name: str, message:
         read(file=str(tmp_path / name))
 
 
-WRONG_ROWS = (
-    ({"query_text": "", "query_image": None}, "the query is empty (query_text and query_image)"),
-    ({"positive_text": " \n", "positive_image": ""}, "the positive is empty"),
-    ({"query_image": "gone.png"}, "gone.png does not exist"),
-    ({"query_image": "https://example.org/a.png"}, "is a URL; download it"),
-    ({"query_image": "data:image/png;base64,AAAA"}, "is a URL"),
-    ({"negative_text": ["a", "b", "c"]}, "it has 3 negative texts and 2 negative images"),
-    ({"query_text": f"a {RESERVED_TOKENS[2]}"}, "the text contains <|image_pad|>"),
-    ({"negative_text": ["a", RESERVED_TOKENS[0]]}, "the text contains <|vision_start|>"),
+WRONG_ROWS: dict[str, Values] = {
+    "the query is empty (query_text and query_image)": {"query_text": "", "query_image": None},
+    "the positive is empty": {"positive_text": " \n", "positive_image": ""},
+    "gone.png does not exist": {"query_image": "gone.png"},
+    "is a URL; download it": {"query_image": "https://example.org/a.png"},
+    "is a URL": {"query_image": "data:image/png;base64,AAAA"},
+    "it has 3 negative texts and 2 negative images": {"negative_text": ["a", "b", "c"]},
+    "the text contains <|image_pad|>": {"query_text": f"a {RESERVED_TOKENS[2]}"},
+    "the text contains <|vision_start|>": {"negative_text": ["a", RESERVED_TOKENS[0]]},
+}
+WRONG_LINES = {
+    "is not JSON": '{"query_text": "a"',
+    "is a JSON list": '["a"]',
+    "7 is not a text": '{"query_text": 7, "positive_text": "x"}',
+    "['a'] is not a text": '{"query_text": ["a"], "positive_text": "x"}',
+    "is not the path of an image": '{"query_image": {"path": "a.png"}, "positive_text": "x"}',
+    "half of a surrogate pair": '{"query_text": "\\ud800", "positive_text": "x"}',
+    "is a JSON int": "7",
+}
+WRONG_CELLS = {"has 3 cells; the header has 2 columns": "a,b,c", "has 1 cells; the header has 2 columns": "d"}
+
+
+@pytest.mark.parametrize(
+    ("name", "reasons", "first"),
+    [
+        *((f"rows.{kind}", WRONG_ROWS, place) for kind, place in zip(FORMATS, (":2", *[", row 2"] * 2), strict=True)),
+        ("lines.jsonl", WRONG_LINES, ":1"),
+        ("cells.csv", WRONG_CELLS, ", row 1"),
+    ],
 )
-
-
-@pytest.mark.parametrize(("kind", "first"), [("jsonl", ":2"), ("csv", ", row 2"), ("parquet", ", row 2")])
-def test_rows_that_cannot_be_used_are_left_out_with_their_reasons(images: Path, kind: str, first: str) -> None:
-    wrong = [{**ROWS[0], **changes} for changes, _ in WRONG_ROWS]
-    path = write_table(images / f"rows.{kind}", [ROWS[1], *wrong, ROWS[0]])
-    bad: list[BadRow] = []
-    rows = read(bad, file=str(path))
-    assert content(rows) == content(read(file=str(write_table(images / "good.jsonl", [ROWS[1], ROWS[0]]))))
-    assert bad[0].source == f"{path}{first}"
-    for row, (_, reason) in zip(bad, WRONG_ROWS, strict=True):
-        assert reason in row.reason
-
-
-def test_malformed_lines_are_bad_rows(images: Path) -> None:
-    lines = {
-        '{"query_text": "a"': "is not JSON",
-        '["a"]': "is a JSON list",
-        '{"query_text": 7, "positive_text": "x"}': "7 is not a text",
-        '{"query_text": ["a"], "positive_text": "x"}': "['a'] is not a text",
-        '{"query_image": {"path": "a.png"}, "positive_text": "x"}': "is not the path of an image",
-        '{"query_text": "\\ud800", "positive_text": "x"}': "half of a surrogate pair",
-        "7": "is a JSON int",
-    }
-    good = '{"query_text": "a", "positive_text": "x", "query_image": null}'
-    (images / "rows.jsonl").write_text("\n".join([*lines, good]))
-    for found, reason in zip(reasons(images / "rows.jsonl"), lines.values(), strict=True):
-        assert reason in found
-
-
-def test_a_csv_row_of_another_length_is_a_bad_row(tmp_path: Path) -> None:
-    (tmp_path / "rows.csv").write_text("query_text,positive_text\na,b,c\nd\n\ne,f\n")
-    header = "the header has 2 columns"
-    assert reasons(tmp_path / "rows.csv") == [f"has 3 cells; {header}", f"has 1 cells; {header}"]
+def test_rows_that_cannot_be_used_are_named_with_their_reasons(
+    images: Path, name: str, reasons: dict[str, Any], first: str
+) -> None:
+    write_table(images / name, [ROWS[1], *({**ROWS[0], **changes} for changes in WRONG_ROWS.values()), ROWS[0]])
+    (images / "lines.jsonl").write_text("\n".join([*WRONG_LINES.values(), json.dumps(ROWS[0])]))
+    (images / "cells.csv").write_text("\n".join(["query_text,positive_text", *WRONG_CELLS.values(), "", "e,f"]))
+    rows, errors = read_all(file=str(images / name))
+    assert rows[-1].items() == (read(file=str(write_table(images / "good.jsonl", [ROWS[0]])))[0].items()
+                                if name != "cells.csv" else (Item("e"), Item("f")))  # fmt: skip
+    assert errors[0].source == f"{images / name}{first}"
+    assert len(errors) == len(reasons)
+    assert all(reason in error.reason for error, reason in zip(errors, reasons, strict=True))
 
 
 def test_relative_image_paths_start_from_the_given_folder(images: Path, tmp_path: Path) -> None:
@@ -201,26 +195,6 @@ def test_relative_image_paths_start_from_the_given_folder(images: Path, tmp_path
     )
     rows = read(file=str(path), images=tmp_path / "pictures")
     assert [row.image for row in rows] == [tmp_path / "pictures" / "x.png", images / "a.png"]
-
-
-# Image folders
-
-
-def test_an_image_folder_without_its_bad_images_has_the_same_paraphrases_of_the_others(tmp_path: Path) -> None:
-    captions = ["one", "two", "three"]
-    lines = [{"file_name": f"{name}.png", "text": name, "captions": captions} for name in "abcd"]
-    write_images(tmp_path, "abcd")
-    write_table(tmp_path / "metadata.jsonl", lines)
-    whole = read_image_folder(tmp_path, paraphrases=2)
-    (tmp_path / "b.png").unlink()
-    lines[2]["text"] = ""
-    write_table(tmp_path / "metadata.jsonl", lines)
-    bad: list[BadRow] = []
-    rows = read(bad, subset="mine", folder=tmp_path, paraphrases=2)
-    assert rows == [Row(*row.items(), source=row.source, subset="mine") for row in whole if "b.png" not in row.source
-                    and "c.png" not in row.source]  # fmt: skip
-    assert [row.source for row in bad] == [f"{tmp_path}/metadata.jsonl:2", f"{tmp_path}/metadata.jsonl, c.png"]
-    assert len(read(bad, folder=tmp_path, limit=1)) == 1
 
 
 # The MMEB layout
@@ -252,8 +226,7 @@ def mmeb(tmp_path: Path) -> Path:
 
 
 def test_the_mmeb_layout_gives_every_combination_of_text_and_image(mmeb: Path) -> None:
-    bad: list[BadRow] = []
-    rows = read(bad, subset="OK-VQA", mmeb=str(mmeb))
+    rows, bad = read_all("OK-VQA", mmeb=str(mmeb))
     one, other = (mmeb.absolute() / "images" / f"{name}.png" for name in "ab")
     assert content(rows) == [
         (Item("What is it?", (one,)), Item("a ring"), Item("a star")),
@@ -360,19 +333,18 @@ def test_a_data_set_in_a_folder_is_read_with_its_images_left_on_disk(tmp_path: P
         ]
 
 
-def test_a_data_set_that_cannot_be_loaded_is_an_error_in_one_sentence(tmp_path: Path) -> None:
+def test_a_data_set_that_cannot_be_loaded_is_an_error_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("Couldn't reach\n'some/set' on the Hub")
+
     folder = tmp_path / "set"
     DatasetDict(train=image_data_set(), test=image_data_set(1)).save_to_disk(folder)
     with pytest.raises(CocoaError, match=re.escape(f"{folder} cannot be loaded (no split 'dev'; it has train, test)")):
         read(hub=str(folder), split="dev", columns=COLUMNS)
     with pytest.raises(CocoaError, match=r"The data set .*nowhere cannot be loaded"):
         read(hub=str(tmp_path / "nowhere"), columns=COLUMNS)
-
-
-def test_a_hub_that_cannot_be_reached_is_an_error_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(*_: object, **__: object) -> None:
-        raise ConnectionError("Couldn't reach\n'some/set' on the Hub")
-
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(CocoaError, match=r"some/set, en cannot be loaded \(Couldn't reach 'some/set' on the Hub\)"):
         read(hub="some/set", config="en", columns=COLUMNS)
@@ -381,9 +353,8 @@ def test_a_hub_that_cannot_be_reached_is_an_error_in_one_sentence(monkeypatch: p
 def test_relative_paths_in_a_data_set_of_the_hub_are_bad_rows(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = Dataset.from_list([{"query_image": "a.png", "positive_text": "x"}])
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
-    bad: list[BadRow] = []
-    assert read(bad, hub="some/set") == []
-    assert "relative path; give the folder it starts from as data.images" in bad[0].reason
+    ((), (error,)) = read_all(hub="some/set")
+    assert "relative path; give the folder it starts from as data.images" in error.reason
     assert [row.image for row in read(hub="some/set", images=images)] == [images.absolute() / "a.png"]
 
 
