@@ -68,8 +68,8 @@ def find_tables(pattern: str) -> list[Path]:
         return [Path(pattern)]
     found = sorted(path for name in glob.glob(pattern, recursive=True) if (path := Path(name)).is_file())
     if not found:
-        kind = "is a folder" if Path(pattern).is_dir() else "does not exist"
-        fault = f"{kind} and matches no file" if glob.has_magic(pattern) else kind
+        fault = "is a folder" if Path(pattern).is_dir() else "does not exist"
+        fault += " and matches no file" if glob.has_magic(pattern) else ""
         raise CocoaError(f"{printable(pattern)} {fault}; give a {TABLE_SUFFIXES} file, or a glob of such files.")
     return found
 
@@ -91,7 +91,8 @@ def open_table(path: Path) -> Table:
     length = 0
     try:
         columns = dict.fromkeys(_read_header(path) if suffix == ".csv" else ())
-        for length, (_, row) in enumerate(entries(), 1):
+        for _, row in entries():
+            length += 1
             columns |= dict.fromkeys(row) if isinstance(row, dict) else {}
     except (OSError, ValueError, csv.Error) as error:
         raise CocoaError(f"{printable(path)} cannot be read ({one_line(error)}).") from error

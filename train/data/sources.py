@@ -41,12 +41,10 @@ def read_subset(subset: str, source: SourceSettings) -> Iterator[Row | RowError]
         columns = {part: each for part, each in MMEB_COLUMNS.items() if each in found or part not in NEGATIVE_PARTS}
     mapping = map_columns(name, found, columns)
     clean = _check_text if source.mmeb is None else _clean_mmeb_text
-    rows = (RowReader(mapping, images, subset, clean).read(table) for table, images in tables)
-    count = 0
-    for count, row in enumerate(islice(chain.from_iterable(rows), source.limit), 1):
-        yield row
-    if not count:
+    if not any(len(table) for table, _ in tables):
         raise CocoaError(f"{name} has no rows.")
+    rows = (RowReader(mapping, images, subset, clean).read(table) for table, images in tables)
+    yield from islice(chain.from_iterable(rows), source.limit)
 
 
 def _open_source(subset: str, source: SourceSettings) -> tuple[str, list[tuple[Table, Path | None]]]:
