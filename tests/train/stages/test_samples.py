@@ -62,14 +62,21 @@ def test_the_warm_ups_images_differ_only_in_masked_patches(tiny_backbone: Backbo
         assert shown["masked"] != shown["reconstructed"]
 
 
-def test_tokens_that_are_not_masked_are_shown_as_they_are(tiny_backbone: Backbone, scene_rows: list[Row]) -> None:
-    rows = scene_rows[:4]
-    found = [*warmup_of(tiny_backbone, rows)["tokens"], *bridge_of(tiny_backbone, rows)["tokens"]]
-    for shown, row in zip(found, [*rows, *rows], strict=True):
-        assert tiny_backbone.processor.tokenizer.convert_tokens_to_string(shown["tokens"]) == row.positive.text
-        assert 0 < sum(shown["masked"]) < len(shown["masked"])
-        kept = [index for index, masked in enumerate(shown["masked"]) if not masked]
-        assert [shown["predicted"][index] for index in kept] == [shown["tokens"][index] for index in kept]
+@pytest.mark.parametrize("pictured", [[False], [False, True, False]])
+def test_tokens_that_are_not_masked_are_shown_as_they_are_with_the_image_if_any(
+    tiny_backbone: Backbone, scene_rows: list[Row], pictured: list[bool]
+) -> None:
+    rows = [scene_rows[0] if has_image else TEXT for has_image in pictured]
+    warmup, bridge = warmup_of(tiny_backbone, rows), bridge_of(tiny_backbone, rows)
+    assert [each["caption"] for each in warmup["patches"]] == [scene_rows[0].positive.text] * sum(pictured)
+    for found in (warmup["tokens"], bridge["tokens"]):
+        assert [each["image"] is not None for each in found] == pictured
+        for shown, row in zip(found, rows, strict=True):
+            text = tiny_backbone.processor.tokenizer.convert_tokens_to_string(shown["tokens"])
+            assert text.endswith(str(row.positive.text))
+            assert 0 < sum(shown["masked"]) < len(shown["masked"])
+            kept = [index for index, masked in enumerate(shown["masked"]) if not masked]
+            assert [shown["predicted"][index] for index in kept] == [shown["tokens"][index] for index in kept]
 
 
 @pytest.mark.parametrize(("causal", "eos_attends_to_b"), [(False, True), (False, False), (True, True)])
@@ -87,17 +94,6 @@ def test_the_shown_mask_is_the_one_that_is_trained_with(
     length = len(mask["labels"])
     assert [[int(cell) for cell in row] for row in mask["allowed"]] == used[0, 0, :length, :length].int().tolist()
     assert [Block[name] for name in mask["blocks"]] == batch["blocks"][0, :length].tolist()
-
-
-@pytest.mark.parametrize("pictured", [[False], [False, True, False]])
-def test_rows_without_an_image_have_tokens_and_no_images(
-    tiny_backbone: Backbone, scene_rows: list[Row], pictured: list[bool]
-) -> None:
-    rows = [scene_rows[0] if has_image else TEXT for has_image in pictured]
-    warmup, bridge = warmup_of(tiny_backbone, rows), bridge_of(tiny_backbone, rows)
-    for shown in (warmup, bridge):
-        assert [each["image"] is not None for each in shown["tokens"]] == pictured
-    assert [each["caption"] for each in warmup["patches"]] == [scene_rows[0].positive.text] * sum(pictured)
 
 
 def test_a_predicted_id_that_the_tokenizer_lacks_is_an_empty_token(
