@@ -12,7 +12,7 @@ from exported import PROMPTS
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardData
-from stages import alone
+from stages import alone, trainer_arguments
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
@@ -40,22 +40,9 @@ def section(**values: Any) -> ContrastiveSettings:
 def trainer_of(
     backbone: Backbone, rows: list[Row], folder: Path, settings: ContrastiveSettings | None = None, **values: Any
 ) -> ContrastiveTrainer:
-    arguments = {
-        "output_dir": str(folder),
-        "max_steps": 2,
-        "per_device_train_batch_size": BATCH,
-        "learning_rate": 1e-3,
-        "save_strategy": "no",
-        "report_to": "none",
-        "remove_unused_columns": False,
-        "logging_steps": 1,
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "seed": 0,
-        **values,
-    }
+    arguments = {"max_steps": 2, "per_device_train_batch_size": BATCH, "seed": 0, **values}
     stage = alone(Contrastive, settings or section(), prompts=PROMPTS)
-    return stage.trainer(backbone, rows, StageContext(arguments))
+    return stage.trainer(backbone, rows, StageContext(trainer_arguments(folder, **arguments)))
 
 
 @pytest.fixture
@@ -85,36 +72,6 @@ def subset_rows(scene_rows: list[Row]) -> list[Row]:
 
 
 # Pairs
-
-
-def test_pairs_are_the_rows_and_their_exchange(scene_rows: list[Row]) -> None:
-    pairs = pair_datasets(scene_rows, section(directions="both"))
-    assert list(pairs) == ["data (hard negatives: 0)", "data (reversed)"]
-    forward, backward = pairs.values()
-    assert len(forward) == len(backward) == len(scene_rows)
-    assert forward.column_names == backward.column_names == ["anchor", "positive", "label"]
-    for number, (row, there, back) in enumerate(zip(scene_rows, forward, backward, strict=True)):
-        assert there["anchor"] == {"text": None, "image": str(row.image)}
-        assert there["positive"] == {"text": row.positive.text, "image": None}
-        assert (back["anchor"], back["positive"]) == (there["positive"], there["anchor"])
-        assert there["label"] == back["label"] == number
-
-
-@pytest.mark.parametrize("most", [0, 1, 5])
-def test_rows_of_a_data_set_have_as_many_hard_negatives_and_no_more_than_the_settings(
-    subset_rows: list[Row], most: int
-) -> None:
-    pairs = pair_datasets(subset_rows, section(hard_negatives=most))
-    counts = {min(most, count) for count in (0, 1, 2)}
-    many = {f"many (hard negatives: {count})" for count in counts}
-    assert set(pairs) == {"none (hard negatives: 0)", *many}
-    assert sorted(number for data in pairs.values() for number in data["label"]) == list(range(len(subset_rows)))
-    for name, data in pairs.items():
-        for record in data:
-            row = subset_rows[record["label"]]
-            assert row.subset == name.split()[0]
-            found = [record[column]["text"] for column in data.column_names if column.startswith("negative")]
-            assert found == [item.text for item in row.negatives[:most]]
 
 
 def test_few_different_values_are_warned_of_and_too_few_for_the_devices_refused(
@@ -248,30 +205,31 @@ def test_no_batch_holds_a_duplicate_or_a_negative_twice(
     assert {*seen} & {0, 1, 2}
 
 
-@pytest.mark.parametrize("hard_negatives", [0, 2])
-def test_every_batch_has_one_subset_its_rows_numbers_and_the_prompts_of_inference(
-    tiny_backbone: Backbone, subset_rows: list[Row], tmp_path: Path, hard_negatives: int
+@pytest.mark.parametrize("most", [0, 1, 5])
+def test_a_batch_has_one_subset_as_many_hard_negatives_a_row_and_the_prompts_of_inference(
+    tiny_backbone: Backbone, subset_rows: list[Row], tmp_path: Path, most: int
 ) -> None:
     """A subset that does not fill a batch gives a smaller one; every row is seen from either side."""
-    settings = section(hard_negatives=hard_negatives, directions="both")
+    settings = section(hard_negatives=most, directions="both")
     trainer = trainer_of(tiny_backbone, subset_rows, tmp_path, settings)
-    tokenizer = tiny_backbone.processor.tokenizer
-    seen: list[int] = []
+    seen = {"query": [], "document": []}
     for batch in trainer.get_train_dataloader():
-        numbers = batch["label"].tolist()
-        rows = [subset_rows[number] for number in numbers]
+        rows = [subset_rows[number] for number in batch["label"].tolist()]
         assert len({row.subset for row in rows}) == 1
         side, kind = ("positive", "document") if "anchor_pixel_values" in batch else ("anchor", "query")
-        inference = trainer.model.preprocess([{"text": row.positive.text} for row in rows], prompt=PROMPTS[kind])
-        assert torch.equal(batch[f"{side}_input_ids"], inference["input_ids"])
-        negatives = [key for key in batch if key.startswith("negative") and key.endswith("_input_ids")]
-        counts = {len(row.negatives[:hard_negatives]) for row in rows} if side == "positive" else {0}
-        assert counts == {len(negatives)}
-        for key in negatives:
-            texts = tokenizer.batch_decode(batch[key], skip_special_tokens=True)
-            assert all(text.startswith(PROMPTS["document"]) for text in texts)
-        seen += numbers
-    assert sorted(seen) == sorted([*range(len(subset_rows))] * 2)
+        columns = {side: [row.positive.text for row in rows]}
+        for place in range(min({len(row.negatives[:most]) for row in rows}) if side == "positive" else 0):
+            columns[f"negative_{place + 1}"] = [row.negatives[place].text for row in rows]
+        assert {key.removesuffix("_input_ids") for key in batch if "input_ids" in key} == {
+            "anchor",
+            "positive",
+            *columns,
+        }
+        for column, texts in columns.items():
+            inference = trainer.model.preprocess([{"text": text} for text in texts], prompt=PROMPTS[kind])
+            assert torch.equal(batch[f"{column}_input_ids"], inference["input_ids"])
+        seen[kind] += batch["label"].tolist()
+    assert sorted(seen["query"]) == sorted(seen["document"]) == [*range(len(subset_rows))]
 
 
 @pytest.mark.parametrize("mini_batch_size", [4, BATCH])
