@@ -183,12 +183,9 @@ def test_the_json_document_and_the_lines_have_the_same_metrics(
         "masked_tokens": pytest.approx(of_bridge.masked_tokens),
         "geometry": pytest.approx(of_bridge.geometry),
     }
-    lines = [line for line in err.splitlines() if line.startswith(("  ", str(trained.out)))]
-    assert lines[0] == f"{trained.out / 'bridge'}: 4 rows that the bridge stage held out of its training"
-    assert lines[1] == "  trained on the same data: warmup"
+    assert f"{trained.out / 'bridge'}: 4 rows that the bridge stage held out of its training" in err
+    assert "trained on the same data: warmup" in err
     assert of_bridge.masked_tokens is not None
-    matching, shuffled, none = of_bridge.masked_tokens.values()
-    assert f"{matching:.1%} correct with the matching image, {shuffled:.1%} with a shuffled one, {none:.1%}" in lines[2]
-    assert f"matched minus shuffled {100 * (matching - shuffled):+.1f} points" in lines[2]
-    values = zip(of_bridge.geometry.values(), lines[3:], strict=True)
-    assert all(f"{value:.3f}" in line for value, line in values)
+    matching, shuffled, _ = of_bridge.masked_tokens.values()
+    assert f"matched minus shuffled {100 * (matching - shuffled):+.1f} points" in err
+    assert all(f"{value:.3f}" in err for value in of_bridge.geometry.values())
