@@ -3,11 +3,15 @@
     python benchmarks/train_step.py --model small --stage warmup [--json]
     python benchmarks/train_step.py --model qwen2-vl-2b --stage contrastive --batch-size 1024
     python benchmarks/train_step.py --model small --stage bridge --lengths
+    python benchmarks/train_step.py --model small --stage warmup --side plain --grow
 
 Plain: ``labels=`` on the stock class, and so logits ``[B, L, V]``; a dense 4-D mask; batches of rows in their order,
 padded to the longest; in the contrastive stage the whole batch in one forward pass. Ours: the head at masked positions
 only, rows of similar length together, FlexAttention for the bridge on CUDA; gradient-cached chunks of pairs sorted by
 length. Both have the same rows and the same random weights, and the losses of one common batch are compared first.
+
+With ``--adapter`` both sides train an adapter of PEFT, which merges nothing. ``--side`` measures one side alone, and
+with ``--grow`` at twice the rows again and again, until memory does not suffice.
 
 Each side runs in its own process, and so does its peak memory. The rows are passed through a few times, on CUDA once
 unmeasured; times are medians over these passes.
@@ -25,7 +29,7 @@ import torch
 
 from shared.measuring import best_device, machine
 from shared.models import MODELS
-from steps.sides import measure
+from steps.sides import measure, measure_growing
 
 MIB = 2**20
 
@@ -40,10 +44,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--chunk", type=int, default=8, help="items at once under the gradient cache")
     parser.add_argument("--image-sides", type=int, nargs=2, help="visual tokens a side, least and most")
     parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--adapter", choices=("lora", "dora"), help="train an adapter, not the weights")
+    parser.add_argument("--dropout", type=float, default=0.0, help="of the adapter")
     parser.add_argument("--attention", default="auto", help="ours: auto, sdpa or flex_attention")
     parser.add_argument("--lengths", action="store_true", help="ours at 1, 2 and 4 times the rows, of one length")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.add_argument("--side", choices=("ours", "plain"), help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=("ours", "plain"), help="measure one side, and print JSON")
+    parser.add_argument("--grow", action="store_true", help="with --side: double the rows while they fit into memory")
     parser.add_argument("--same-length", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.batch_size = options.batch_size or (64 if options.stage == "contrastive" else 8)
@@ -116,7 +123,8 @@ def show(result: dict[str, Any]) -> None:
 def main() -> None:
     options = parse()
     if options.side:
-        print(json.dumps(measure(options)))
+        print(json.dumps({"sizes": measure_growing(options)} | machine(best_device()) if options.grow
+                         else measure(options)))  # fmt: skip
         return
     settings = {"model": options.model, "stage": options.stage, "batch_size_rows": options.batch_size}
     settings |= {"steps": options.steps, "gradient_checkpointing": options.gradient_checkpointing}

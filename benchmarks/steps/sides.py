@@ -1,6 +1,7 @@
 """Both ways to do a training step, and the measurement of one."""
 
 import argparse
+import gc
 import resource
 import time
 from collections.abc import Callable
@@ -18,7 +19,9 @@ from transformers import PreTrainedConfig
 from cocoa_embed.model.attention import bidirectional_mask, bridge_mask, make_bidirectional
 from cocoa_embed.model.backbone import SUPPORTED, PatchGeometry
 from cocoa_embed.model.flex_attention import FLEX, resolve_attention, use_flex_attention
+from cocoa_embed.train.loop.adapters import add_adapter
 from cocoa_embed.train.plan.cost import BatchShape, StepCost, batch_shape, measure_matmul_flops, model_size
+from cocoa_embed.train.settings import AdapterSettings
 from cocoa_embed.train.stages.bridge.model import BridgeModel
 from cocoa_embed.train.stages.losses import mae_loss
 from cocoa_embed.train.stages.reconstruction import model_mask, position_ids
@@ -94,8 +97,10 @@ def build(
     with device:
         model = SUPPORTED[config.model_type](config)
     make_bidirectional(model)
+    if options.adapter:
+        add_adapter(model, AdapterSettings(kind=options.adapter, dropout=options.dropout))
     if options.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     is_ours = options.side == "ours"
     attention = resolve_attention(options.attention, sparse=options.stage == "bridge", device_type=device.type)
     if is_ours and attention == FLEX:
@@ -158,7 +163,8 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     config = model_config(options.model)
     module, loss_of = build(options, config, device)
     rows = draw(options)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-7)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-7)
     autocast = torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
 
     def step(batches: list[Batch]) -> float:
@@ -188,9 +194,10 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     seconds = [fmean(timed(batch, seed)[0] for seed, batch in enumerate(steps)) for _ in range(passes)]
     peak, per_step, count = peak_bytes(device), median(seconds[-options.passes :]), passes * len(steps)
     tokens = sum(shape.tokens for shape in shapes) / count
-    flops = sum(map(StepCost(model_size(config)).of_shape, shapes)) / count
+    flops = sum(map(StepCost(model_size(config), adapter=bool(options.adapter)).of_shape, shapes)) / count
     matmul_flops = measure_matmul_flops(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     return {
+        "batch_size_rows": options.batch_size,
         "tokens_per_step": tokens,
         "tokens_per_second": tokens / per_step,
         "flops_per_step": flops,
@@ -201,3 +208,17 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         "peak_above_model_bytes": peak - before,
         "loss": loss,
     }
+
+
+def measure_growing(options: argparse.Namespace) -> list[dict[str, float]]:
+    """Measure one side at ``--batch-size`` rows, twice as many, and so on, as long as they fit into memory."""
+    found = []
+    while True:
+        try:
+            found.append(measure(options))
+        except torch.OutOfMemoryError:
+            return found
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        options.batch_size *= 2
