@@ -1,15 +1,15 @@
 import random
-import sys
-import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from exported import PROMPTS, write_checkpoint
-from fake_model import IMAGE_TOKEN, FakeModel, colour_image
+from fake_model import IMAGE_TOKEN, FakeModel, asking, colour_image
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import BoW
@@ -18,8 +18,8 @@ from tiny_backbones import TINY_MAX_LENGTH, every_family, tiny_clip_model
 from cocoa_embed.demo.scenes import draw, sample_scene
 from cocoa_embed.encode.encoder import Encoder, ModelInput, make_input
 from cocoa_embed.encode.jobs import EmbeddedImage
-from cocoa_embed.errors import CocoaError, UsageError
-from cocoa_embed.images.load import ImageError
+from cocoa_embed.encode.stream import ImageStream
+from cocoa_embed.errors import CocoaError, ImageError, UsageError
 from cocoa_embed.model.backbone import load_backbone
 from cocoa_embed.model.export import build_sentence_transformer
 
@@ -27,20 +27,21 @@ TOLERANCE = 1e-5
 
 
 def test_an_input_is_a_text_an_image_or_both() -> None:
+    red = colour_image("red")
     for text in ("red", "🦓", "café", "\0", "\ufffd"):
         assert make_input(text) == {"text": text}
-    assert make_input("red", colour_image("red")).keys() == {"text", "image"}
-    assert make_input("", colour_image("red")).keys() == {"image"}
-    with pytest.raises(UsageError):
+    assert make_input("red", red).keys() == {"text", "image"}
+    assert make_input("", red).keys() == {"image"}
+    with pytest.raises(UsageError, match="neither a text nor an image"):
         make_input("")
 
 
 @pytest.mark.parametrize("text", ["\ud83e", "caf\udce9"])
-def test_a_text_that_is_not_valid_unicode_is_wrong_usage(text: str) -> None:
-    for image in (None, colour_image("red")):
-        with pytest.raises(UsageError, match="not valid Unicode") as caught:
-            Encoder(FakeModel()).embed_queries([make_input(text, image)])
-        assert str(caught.value).isascii()
+@pytest.mark.parametrize("make", [make_input, lambda text: Encoder(FakeModel()).embed_queries([{"text": text}])])
+def test_a_text_that_is_not_valid_unicode_is_wrong_usage(text: str, make: Callable[[str], object]) -> None:
+    with pytest.raises(UsageError, match="not valid Unicode") as caught:
+        make(text)
+    assert str(caught.value).isascii()
 
 
 @pytest.mark.parametrize(
@@ -138,34 +139,28 @@ def test_an_image_that_does_not_fit_into_the_sequence_is_refused_by_itself(
     assert np.allclose(outcomes[0].vector, outcomes[2].vector)
 
 
-def test_a_dimension_truncates_and_normalises(qwen: SentenceTransformer, scenes: list[Image.Image]) -> None:
+@pytest.mark.parametrize("own", [32, 12])
+def test_a_dimension_truncates_and_normalises_what_the_model_itself_truncates(
+    qwen: SentenceTransformer, scenes: list[Image.Image], own: int
+) -> None:
     scenes = scenes[:3]
-    whole, encoder = Encoder(qwen), Encoder(qwen, dimension=8)
-    assert (whole.dimension, encoder.dimension) == (32, 8)
-    expected = documents(whole, scenes)[:, :8]
-    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
-    assert distance(streamed(encoder, scenes), expected) < TOLERANCE
-    assert distance(documents(encoder, scenes), expected) < TOLERANCE
-    query = encoder.embed_queries([{"text": "red"}])
-    assert query.shape == (1, 8)
-    assert np.linalg.norm(query) == pytest.approx(1, abs=1e-6)
+    with qwen.truncate_embeddings(own):
+        whole, encoder = Encoder(qwen), Encoder(qwen, dimension=8)
+        assert (whole.dimension, encoder.dimension) == (own, 8)
+        expected = documents(whole, scenes)
+        assert distance(streamed(whole, scenes), expected) < TOLERANCE
+        assert (np.linalg.norm(expected[0]) < 0.99) == (own == 12), "the model does not normalise what it truncates"
+        normalised = expected[:, :8] / np.linalg.norm(expected[:, :8], axis=1, keepdims=True)
+        assert distance(streamed(encoder, scenes), normalised) < TOLERANCE
+        assert distance(documents(encoder, scenes), normalised) < TOLERANCE
+        query = encoder.embed_queries([{"text": "red"}])
+        assert query.shape == (1, 8)
+        assert np.linalg.norm(query) == pytest.approx(1, abs=1e-6)
+        with pytest.raises(UsageError, match=f"embeddings of {own} dimensions, not of 33; give 1 to {own}"):
+            Encoder(qwen, dimension=33)
 
 
-def test_the_truncation_of_a_model_itself_is_kept(qwen: SentenceTransformer, scenes: list[Image.Image]) -> None:
-    scenes = scenes[:3]
-    with qwen.truncate_embeddings(8):
-        encoder = Encoder(qwen)
-        assert encoder.dimension == 8
-        expected = documents(encoder, scenes)
-        assert distance(streamed(encoder, scenes), expected) < TOLERANCE
-        assert np.linalg.norm(expected[0]) < 0.99
-        normalised = expected[:, :4] / np.linalg.norm(expected[:, :4], axis=1, keepdims=True)
-        assert distance(streamed(Encoder(qwen, dimension=4), scenes), normalised) < TOLERANCE
-        with pytest.raises(UsageError, match="embeddings of 8 dimensions, not of 9; give 1 to 8"):
-            Encoder(qwen, dimension=9)
-
-
-@pytest.mark.parametrize("dimension", [0, -1, 49])
+@pytest.mark.parametrize("dimension", [0, 49])
 def test_a_dimension_that_the_model_does_not_have_is_wrong_usage(dimension: int) -> None:
     with pytest.raises(
         UsageError, match=f"cocoa-tiny has embeddings of 48 dimensions, not of {dimension}; give 1 to 48"
@@ -189,39 +184,16 @@ def test_truncated_queries_change_no_streamed_image(
     """They change the state of the tokenizer that documents use."""
     short = partial(qwen.encode_query, processing_kwargs={"text": {"max_length": 8}})
     monkeypatch.setattr(qwen, "encode_query", short)
-    refused: list[str] = []
-    preprocess = qwen.preprocess
-
-    def watched(*arguments: Any, **settings: Any) -> dict[str, Any]:
-        try:
-            return preprocess(*arguments, **settings)
-        except (ValueError, RuntimeError) as error:
-            refused.append(str(error))
-            raise
-
-    monkeypatch.setattr(qwen, "preprocess", watched)
+    # A truncated batch is refused, and would be embedded in halves.
+    monkeypatch.setattr(ImageStream, "_embed_halves", Mock(side_effect=AssertionError("a batch was refused")))
     encoder = Encoder(qwen)
     item: ModelInput = {"text": "large red circle " * 9}
     expected, answer = documents(encoder, scenes), encoder.embed_queries([item])
-    done, answers = threading.Event(), []
-
-    def ask() -> None:
-        while not done.is_set():
-            answers.append(encoder.embed_queries([item]))
-
-    interval, thread = sys.getswitchinterval(), threading.Thread(target=ask)
-    sys.setswitchinterval(1e-6)
-    thread.start()
-    try:
+    with asking(encoder, item) as answers:
         found = [streamed(encoder, scenes, batch_size=4, workers=3) for _ in range(3)]
-    finally:
-        sys.setswitchinterval(interval)
-        done.set()
-        thread.join()
     assert max(distance(each, expected) for each in found) < TOLERANCE
     assert answers
     assert max(distance(each, answer) for each in answers) < TOLERANCE
-    assert not refused  # a truncated batch is refused, and would be embedded in halves
 
 
 def test_a_model_that_embeds_only_text_is_refused_at_once() -> None:
@@ -236,12 +208,8 @@ def test_a_truncated_encoder_takes_turns_with_the_whole_one() -> None:
     short = whole.truncate(12)
     assert (whole.dimension, short.dimension, short.name) == (48, 12, "fake")
     assert short.fingerprint == whole.fingerprint
-    threads = [
-        threading.Thread(target=encoder.embed_documents, args=([{"image": colour_image("red")}] * 50,))
-        for encoder in (whole, short) * 4
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(8) as pool:
+        list(
+            pool.map(lambda encoder: encoder.embed_documents([{"image": colour_image("red")}] * 50), [whole, short] * 4)
+        )
     assert len(whole.model.batches) == 8, "the model refuses two at once"

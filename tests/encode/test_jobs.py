@@ -19,15 +19,17 @@ def measured(source: StreamSource) -> ImageJob:
     return job
 
 
-@pytest.mark.parametrize("kind", ["bytes", "str", "path", "pil"])
+@pytest.mark.parametrize("kind", ["bytes", "str", "path", "opened", "in memory"])
 def test_every_source_is_measured_and_decoded_and_a_file_is_read_once(kind: str, tmp_path: Path) -> None:
-    path = tmp_path / "red.png"
-    colour_image("red", (24, 16)).save(path)
-    job = measured({"bytes": path.read_bytes(), "str": str(path), "path": path, "pil": Image.open(path)}[kind])
+    path, image = tmp_path / "red.png", colour_image("red", (24, 16))
+    image.save(path)
+    sources = {"bytes": path.read_bytes(), "str": str(path), "path": path, "opened": Image.open(path)}
+    job = measured(sources.get(kind, image))
     assert job.cost == (1, 24, 16)
-    path.unlink() if kind in ("str", "path") else None
+    path.rename(tmp_path / "gone") if kind in ("str", "path") else None
     assert decode(job, None).size == (24, 16)
-    assert (job.mime, job.thumbnail, job.outcome) == ("image/png", None, None)
+    mime = "application/octet-stream" if kind == "in memory" else "image/png"
+    assert (job.mime, job.thumbnail, job.outcome) == (mime, None, None)
 
 
 def test_sizes_and_thumbnails_are_upright() -> None:
@@ -38,17 +40,8 @@ def test_sizes_and_thumbnails_are_upright() -> None:
     assert (thumbnail.format, thumbnail.size) == ("JPEG", (5, 15))
 
 
-def test_a_thumbnail_neither_enlarges_nor_changes_its_image() -> None:
-    image = colour_image("red", (24, 16))
-    assert Image.open(BytesIO(draw_thumbnail(image, 320))).size == (24, 16)
-    draw_thumbnail(image, 8)
-    assert image.size == (24, 16)
-
-
-def test_an_image_in_memory_has_no_known_media_type() -> None:
-    job = measured(colour_image("red"))
-    decode(job, None)
-    assert job.mime == "application/octet-stream"
+def test_a_thumbnail_does_not_enlarge_its_image() -> None:
+    assert Image.open(BytesIO(draw_thumbnail(colour_image("red", (24, 16)), 320))).size == (24, 16)
 
 
 def test_a_size_that_the_model_refuses_finishes_with_an_error_and_releases_the_image() -> None:
