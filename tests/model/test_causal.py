@@ -1,14 +1,13 @@
 """``bidirectional: false`` leaves a backbone causal through every stage, for comparisons."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
-from tiny_backbones import TINY_MAX_LENGTH
+from tiny_backbones import STAGE, TINY_MAX_LENGTH
 
 from cocoa_embed.data.rows import Row
 from cocoa_embed.errors import CocoaError, UsageError
@@ -18,13 +17,11 @@ from cocoa_embed.model.export import export_model
 from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.loop.batch_facts import Batch
 from cocoa_embed.train.pipeline import run
-from cocoa_embed.train.recipe import STAGES, Recipe
+from cocoa_embed.train.recipe import Recipe
 from cocoa_embed.train.stages.bridge.collator import BridgeCollator
 from cocoa_embed.train.stages.bridge.model import BridgeModel
 from cocoa_embed.train.stages.reconstruction import full_model_mask, last_hidden_states, position_ids
 from cocoa_embed.train.stages.warmup.collator import WarmupCollator
-
-STAGE: dict[str, Any] = {"steps": 1, "batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 0}
 
 
 @pytest.fixture
@@ -75,20 +72,8 @@ def test_the_last_token_changes_earlier_states_only_if_attention_is_bidirectiona
         assert torch.equal(first[earlier], second[earlier]) is not reaches
 
 
-def test_every_stage_stays_causal_and_so_does_the_export(
-    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path
-) -> None:
-    recipe = Recipe.parse(
-        {
-            "name": "causal",
-            "backbone": str(tiny_backbone_path),
-            "max_length": TINY_MAX_LENGTH,
-            "bidirectional": False,
-            "data": {"folder": str(scene_folder)},
-            **dict.fromkeys(STAGES, STAGE),
-        }
-    )
-    results = run(recipe, tmp_path / "out")
+def test_every_stage_stays_causal_and_so_does_the_export(small_recipe: Recipe, tmp_path: Path) -> None:
+    results = run(small_recipe.model_copy(update={"bidirectional": False}), tmp_path / "out")
     exported = export_model(results[-1].folder, tmp_path / "model")
     model = SentenceTransformer(str(exported), device="cpu")
     assert model.encode("a red ring").shape == (32,)
