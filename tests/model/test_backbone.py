@@ -12,7 +12,7 @@ from tiny_backbones import TINY_MAX_LENGTH, qwen2_vl
 from transformers import BertConfig, ProcessorMixin, Qwen2VLForConditionalGeneration
 
 from cocoa_embed.data.rows import Item
-from cocoa_embed.demo.captioner import MAX_PIXELS, QWEN_SPECIAL_TOKENS, build_processor, build_tokenizer
+from cocoa_embed.demo.captioner import QWEN_SPECIAL_TOKENS, build_processor, build_tokenizer
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.model.attention import assert_bidirectional
 from cocoa_embed.model.backbone import (
@@ -61,16 +61,9 @@ def test_the_packaged_backbone_loads_by_name_in_float32_and_bidirectional_with_q
     assert model.config.get_text_config().eos_token_id == tokenizer.eos_token_id
 
 
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("scene-captoner", r"'scene-captoner'.*\(scene-captioner\)"),
-        ("./nowhere", "it is neither a folder"),
-        ("/no/where", "it is neither a folder"),
-        ("~/nowhere", "it is neither a folder"),
-    ],
-)
-def test_an_unknown_name_and_a_missing_folder_are_refused_without_a_look_at_the_hub(name: str, reason: str) -> None:
+@pytest.mark.parametrize("name", ["scene-captoner", "./nowhere", "/no/where", "~/nowhere"])
+def test_an_unknown_name_and_a_missing_folder_are_refused_without_a_look_at_the_hub(name: str) -> None:
+    reason = rf"No backbone '{name}': it is neither a folder nor one of this package's \(scene-captioner\)"
     with pytest.raises(CocoaError, match=reason) as error:
         load_backbone(name)
     assert_one_line(error)
@@ -86,56 +79,54 @@ def test_a_folder_precedes_a_built_in_name_and_a_hub_name_stays_as_it_is(
     assert resolve_backbone("scene-captioner") == "scene-captioner"
 
 
-def test_a_model_of_another_type_is_refused_with_the_supported(tmp_path: Path) -> None:
-    BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8).save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match=r"is a 'bert' model; supported are qwen2_5_vl, qwen2_vl, qwen3_vl\.") as error:
-        load_backbone(str(tmp_path))
-    assert_one_line(error)
+def remove(*patterns: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        for file in (file for pattern in patterns for file in folder.glob(pattern)):
+            file.unlink()
+
+    return damage
 
 
-@pytest.mark.parametrize("content", [None, "{", '{"no": "model type"}'])
-def test_a_folder_without_a_model_config_is_refused(tmp_path: Path, content: str | None) -> None:
-    if content is not None:
-        (tmp_path / "config.json").write_text(content)
-    with pytest.raises(CocoaError, match=re.escape(f"Cannot read a model config from {tmp_path}")) as error:
-        load_backbone(str(tmp_path))
-    assert_one_line(error)
+def write_config(text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / "config.json").write_text(text)
 
 
-@pytest.mark.parametrize(
-    ("lost", "message"),
-    [
-        (["*.safetensors"], "Cannot load weights from "),
-        (["*token*", "*processor*", "*.jinja"], "Cannot load the processor of "),
-    ],
-)
-def test_a_folder_without_weights_or_processor_is_refused(
-    tiny_backbone_path: Path, tmp_path: Path, lost: list[str], message: str
-) -> None:
-    folder = tmp_path / "incomplete"
-    shutil.copytree(tiny_backbone_path, folder, ignore=shutil.ignore_patterns(*lost))
-    with pytest.raises(CocoaError, match=re.escape(f"{message}{folder}")) as error:
-        load_backbone(str(folder))
-    assert_one_line(error)
+def change_weights(name: str, value: torch.Tensor | None) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        weights = {**load_file(folder / "model.safetensors"), name: value}
+        if value is None:
+            del weights[name]
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return damage
+
+
+NO_CONFIG = "Cannot read a model config from {}"
 
 
 @pytest.mark.parametrize(
-    ("changes", "fault"),
+    ("damage", "reason"),
     [
-        ({"model.layers.1.mlp.up_proj.weight": None}, r"\(missing: \S*layers\.1\.mlp\.up_proj\.weight\)"),
-        ({"model.layers.7.extra.weight": torch.zeros(2)}, r"\(unexpected: \S*layers\.7\.extra\.weight\)"),
-        ({"model.norm.weight": torch.ones(33)}, r"\(mismatched: \S*norm\.weight is \(33,\), not \(32,\)\)"),
+        (BertConfig().save_pretrained, r"is a 'bert' model; supported are qwen2_5_vl, qwen2_vl, qwen3_vl\."),
+        (remove("config.json"), NO_CONFIG),
+        (write_config("{"), NO_CONFIG),
+        (write_config('{"no": "model type"}'), NO_CONFIG),
+        (remove("*.safetensors"), "Cannot load weights from {}"),
+        (remove("*token*", "*processor*", "*.jinja"), "Cannot load the processor of {}"),
+        (change_weights("model.layers.1.mlp.up_proj.weight", None), r"\(missing: \S*layers\.1\.mlp\.up_proj\.weight\)"),
+        (change_weights("model.layers.7.extra.weight", torch.zeros(2)), r"\(unexpected: \S*layers\.7\.extra\.weight\)"),
+        (
+            change_weights("model.norm.weight", torch.ones(33)),
+            r"\(mismatched: \S*norm\.weight is \(33,\), not \(32,\)\)",
+        ),
     ],
 )
-def test_weights_that_do_not_fit_the_model_are_an_error_that_lists_them(
-    tiny_backbone_path: Path, tmp_path: Path, changes: dict[str, torch.Tensor | None], fault: str
+def test_a_folder_of_another_model_or_an_incomplete_one_is_refused_with_what_is_wrong(
+    tiny_backbone_path: Path, tmp_path: Path, damage: Callable[[Path], object], reason: str
 ) -> None:
-    folder = tmp_path / "broken"
-    shutil.copytree(tiny_backbone_path, folder)
-    weights = load_file(folder / "model.safetensors") | changes
-    present = {name: value for name, value in weights.items() if value is not None}
-    save_file(present, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CocoaError, match=fault) as error:
+    folder = Path(shutil.copytree(tiny_backbone_path, tmp_path / "model"))
+    damage(folder)
+    with pytest.raises(CocoaError, match=reason.replace("{}", re.escape(str(folder)))) as error:
         load_backbone(str(folder))
     assert_one_line(error)
 
@@ -196,46 +187,44 @@ def test_max_pixels_and_max_length_are_applied_and_saved(
 
 
 def test_an_image_limit_too_large_for_the_sequence_is_refused_with_both_numbers(tiny_backbone_path: Path) -> None:
-    assert MAX_PIXELS // PIXELS_PER_TOKEN == 16
-    load_backbone(str(tiny_backbone_path), max_length=64)
-    with pytest.raises(UsageError, match=r"100352 pixels takes 160 visual tokens.* 120 .*128 has room") as error:
+    reason = r"100352 pixels takes 160 visual tokens.* 120 .*128 has room for; lower max_pixels or raise max_length"
+    with pytest.raises(UsageError, match=reason) as error:
         load_backbone(str(tiny_backbone_path), max_length=128, max_pixels=128 * PIXELS_PER_TOKEN)
-    assert "lower max_pixels or raise max_length" in str(error.value)
     assert_one_line(error)
 
 
 @pytest.mark.parametrize(
-    ("text", "has_image"),
-    [(text, has_image) for text in ("", "a red ring", LONG_TEXT) for has_image in (False, True)] + [(None, True)],
+    ("text", "size"),
+    [
+        *((text, size) for text in ("", "a red ring", LONG_TEXT) for size in (None, (112, 112))),
+        *((None, size) for size in ((112, 112), (28 * 150, 28), (12, 2000))),
+    ],
 )
 def test_every_sequence_ends_in_eos_and_keeps_its_visual_tokens(
-    tiny_backbone: Backbone, make_image: Callable[[int, int], Path], text: str | None, has_image: bool
+    tiny_backbone: Backbone, make_image: Callable[[int, int], Path], text: str | None, size: tuple[int, int] | None
 ) -> None:
+    """The image processor rounds the short side up to one token, so that a long image exceeds its pixel limit."""
     processor = tiny_backbone.processor
-    item = Item(text=text, image=make_image(112, 112) if has_image else None)
-    companion = Item(text="small blue ring " * 10)
-    batch = render_items(processor, [item, companion])
+    item = Item(text=text, image=None if size is None else make_image(*size))
+    batch = render_items(processor, [item, Item(text="small blue ring " * 10)])
     length = int(batch["attention_mask"][0].sum())
     ids = batch["input_ids"][0, :length]
     assert ids[-1] == processor.tokenizer.eos_token_id
     assert (ids == processor.tokenizer.eos_token_id).sum() == 1
-    assert visual_tokens(tiny_backbone, ids) == (16 if has_image else 0)
+    assert visual_tokens(tiny_backbone, ids) == (0 if size is None else int(batch["image_grid_thw"].prod()) // 4)
     assert (length == TINY_MAX_LENGTH) == (text == LONG_TEXT), "the long text, and no other, is truncated"
     assert batch["attention_mask"][0].tolist() == [1] * length + [0] * (batch["input_ids"].shape[1] - length)
 
 
-@pytest.mark.parametrize("size", [(28 * 150, 28), (12, 2000)])
-def test_a_panorama_fits_into_the_sequence(
-    tiny_backbone_path: Path, make_image: Callable[[int, int], Path], size: tuple[int, int]
+def test_the_sequence_must_have_room_for_a_panorama(
+    tiny_backbone_path: Path, make_image: Callable[[int, int], Path]
 ) -> None:
-    """The image processor rounds the short side up to one token, so that a long image exceeds its pixel limit."""
     folder, max_pixels = str(tiny_backbone_path), 16 * PIXELS_PER_TOKEN
     with pytest.raises(UsageError):
         load_backbone(folder, max_length=40, max_pixels=max_pixels)
     backbone = load_backbone(folder, max_length=64, max_pixels=max_pixels)
-    batch = render_items(backbone.processor, [Item(text="a red ring", image=make_image(*size))])
-    tokens = int(batch["image_grid_thw"].prod()) // 4
-    assert visual_tokens(backbone, batch["input_ids"]) == tokens
+    batch = render_items(backbone.processor, [Item(text="a red ring", image=make_image(28 * 150, 28))])
+    assert visual_tokens(backbone, batch["input_ids"]) == int(batch["image_grid_thw"].prod()) // 4
     assert batch["input_ids"][0, -1] == backbone.processor.tokenizer.eos_token_id
 
 
