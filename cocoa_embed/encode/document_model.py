@@ -52,7 +52,7 @@ class DocumentModel:
         :raises ValueError: If the processor refuses an image; some processors raise other errors.
         """
         inputs = [{"image": image} for image in images]
-        with self._lock.for_documents():
+        with self._lock.use(for_documents=True):
             features = self._model.preprocess(inputs, prompt=self._prompt, task="document")
             return map_tensors(features, torch.Tensor.pin_memory) if self.is_on_cuda else features
 

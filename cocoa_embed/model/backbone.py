@@ -244,7 +244,7 @@ def _first_line(error: Exception) -> str:
 
 def _refuse_incomplete_weights(name_or_path: str, info: dict[str, Any]) -> None:
     faults = [
-        f"{kind.replace('_keys', '')}: {', '.join(sorted(map(_describe_key, keys)))}"
+        f"{kind.replace('_keys', '')}: {', '.join(sorted(map(str, keys)))}"
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
         if (keys := info.get(kind))
     ]
@@ -253,10 +253,3 @@ def _refuse_incomplete_weights(name_or_path: str, info: dict[str, Any]) -> None:
             f"The weights of {name_or_path} do not fit the model ({'; '.join(faults)}). The checkpoint is "
             "incomplete or was written by an incompatible version; download or convert it again."
         )
-
-
-def _describe_key(key: str | tuple[str, tuple[int, ...], tuple[int, ...]]) -> str:
-    if isinstance(key, str):
-        return key
-    name, found, expected = key
-    return f"{name} is {tuple(found)}, not {tuple(expected)}"

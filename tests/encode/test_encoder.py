@@ -16,8 +16,10 @@ from sentence_transformers.sentence_transformer.modules import BoW
 from tiny_backbones import TINY_MAX_LENGTH, every_family, tiny_clip_model
 
 from cocoa_embed.demo.scenes import draw, sample_scene
+from cocoa_embed.encode.document_model import DocumentModel, document_prompt
 from cocoa_embed.encode.encoder import Encoder, ModelInput, make_input
 from cocoa_embed.encode.jobs import EmbeddedImage
+from cocoa_embed.encode.processor_lock import ProcessorLock
 from cocoa_embed.encode.stream import ImageStream
 from cocoa_embed.errors import CocoaError, ImageError, UsageError
 from cocoa_embed.model.backbone import load_backbone
@@ -56,6 +58,36 @@ def test_a_query_that_the_model_refuses_is_one_sentence_that_names_the_model(ite
         Encoder(FakeModel(), "cocoa-tiny").embed_queries([item])
     assert not isinstance(caught.value, UsageError)
     assert str(caught.value) == f"cocoa-tiny does not take the query ({reason})"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "default", "expected"),
+    [
+        ({}, None, None),
+        ({"query": "q: ", "document": "d: "}, None, "d: "),
+        ({"corpus": "c: ", "passage": "p: "}, None, "p: "),
+        ({"corpus": "c: "}, "query", "c: "),
+        ({"query": "q: "}, "query", "q: "),
+        ({"document": ""}, "query", ""),
+    ],
+)
+def test_the_document_prompt_is_that_of_encode_document(
+    prompts: dict[str, str], default: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = SentenceTransformer(modules=[torch.nn.Dropout()], device="cpu").train()
+    model.prompts, model.default_prompt_name = prompts, default
+
+    def preprocess(inputs: list[str], prompt: str | None, task: str) -> None:
+        raise KeyError(prompt)
+
+    monkeypatch.setattr(model, "preprocess", preprocess)
+    with pytest.raises(KeyError) as caught:
+        model.encode_document(["x"])
+    assert caught.value.args == (expected,)
+    assert document_prompt(model) == expected
+    model.train()
+    DocumentModel(model, ProcessorLock())
+    assert not model.training, "it is in evaluation mode, as encode puts it"
 
 
 @pytest.fixture(scope="module")

@@ -29,16 +29,16 @@ class Visit:
 def lock() -> ProcessorLock:
     """A lock whose processor is set for documents."""
     lock = ProcessorLock()
-    with lock.for_documents():
+    with lock.use(for_documents=True):
         pass
     return lock
 
 
 def test_documents_run_together_after_the_first() -> None:
     lock = ProcessorLock()
-    first = Visit(lock.for_documents())
+    first = Visit(lock.use(for_documents=True))
     assert first.is_inside()
-    second, third = Visit(lock.for_documents()), Visit(lock.for_documents())
+    second, third = Visit(lock.use(for_documents=True)), Visit(lock.use(for_documents=True))
     assert not second.is_inside(0.05)
     first.end()
     assert second.is_inside()
@@ -46,28 +46,28 @@ def test_documents_run_together_after_the_first() -> None:
 
 
 def test_queries_run_alone_in_turn_with_documents(lock: ProcessorLock) -> None:
-    document = Visit(lock.for_documents())
+    document = Visit(lock.use(for_documents=True))
     assert document.is_inside()
-    query = Visit(lock.alone())
+    query = Visit(lock.use(for_documents=False))
     assert not query.is_inside(0.05)
-    late = Visit(lock.for_documents())
+    late = Visit(lock.use(for_documents=True))
     assert not late.is_inside(0.05), "documents do not overtake a waiting query"
     document.end()
     assert query.is_inside()
     assert not late.is_inside(0.05)
     query.end()
     assert late.is_inside()
-    assert not Visit(lock.for_documents()).is_inside(0.05), "the first documents after a query run alone"
+    assert not Visit(lock.use(for_documents=True)).is_inside(0.05), "the first documents after a query run alone"
 
 
 def test_queries_run_one_at_a_time(lock: ProcessorLock) -> None:
-    assert Visit(lock.alone()).is_inside()
-    assert not Visit(lock.alone()).is_inside(0.05)
+    assert Visit(lock.use(for_documents=False)).is_inside()
+    assert not Visit(lock.use(for_documents=False)).is_inside(0.05)
 
 
 def test_documents_that_are_refused_leave_the_processor_unset() -> None:
     lock = ProcessorLock()
-    with pytest.raises(KeyError), lock.for_documents():
+    with pytest.raises(KeyError), lock.use(for_documents=True):
         raise KeyError
-    assert Visit(lock.for_documents()).is_inside()
-    assert not Visit(lock.for_documents()).is_inside(0.05)
+    assert Visit(lock.use(for_documents=True)).is_inside()
+    assert not Visit(lock.use(for_documents=True)).is_inside(0.05)

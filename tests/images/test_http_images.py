@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_address
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from PIL import Image
@@ -53,9 +54,6 @@ class Handler(BaseHTTPRequestHandler):
         self.server.asked.append((self.path, dict(self.headers)))
         self.server.respond(self)
 
-    def log_message(self, *_: object) -> None:
-        """Say nothing."""
-
 
 def answer(body: bytes, status: int = 200, **headers: str) -> Respond:
     """Return a handler that sends a body, with its length unless the headers set one."""
@@ -82,31 +80,21 @@ def endless(start: bytes, more: bytes, seconds: float = 0.0) -> Respond:
     return respond
 
 
-class Names:
-    """Stands for the look-up of names: addresses by name, and every name that was looked up."""
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+    """The addresses of names, which ``socket.getaddrinfo`` finds; others it looks up, if they are numbers."""
+    addresses = {"photos.test": ["127.0.0.1"], "other.test": ["127.0.0.1"], "empty.test": []}
+    look_up = socket.getaddrinfo
 
-    def __init__(self) -> None:
-        self.addresses: dict[str, list[str]] = {}
-        self.asked: list[str] = []
-        self._look_up = socket.getaddrinfo
+    def found(host: str, *args: object, **options: object) -> list:
+        return [info for address in addresses.get(host, [host]) for info in look_up(address, *args, **options)]
 
-    def __call__(self, host: str, port: int, *args: object, **options: object) -> list:
-        self.asked.append(host)
-        found = self.addresses.get(host, [host])
-        return [info for address in found for info in self._look_up(address, port, *args, **options)]
+    monkeypatch.setattr(socket, "getaddrinfo", Mock(side_effect=found))
+    return addresses
 
 
 @pytest.fixture
-def names(monkeypatch: pytest.MonkeyPatch) -> Names:
-    """Names for these tests; others are looked up, if they are numbers."""
-    look_up = Names()
-    look_up.addresses = {"photos.test": ["127.0.0.1"], "other.test": ["127.0.0.1"], "empty.test": []}
-    monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    return look_up
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch, names: Names) -> Iterator[Server]:
+def server(monkeypatch: pytest.MonkeyPatch, names: dict[str, list[str]]) -> Iterator[Server]:
     """A server on 127.0.0.1, which passes for a public address; all others are checked."""
     loopback = ip_address("127.0.0.1")
     monkeypatch.setattr(remote, "is_public", lambda address: address == loopback or is_public(address))
@@ -129,7 +117,7 @@ def refusal(fetcher: Fetcher, address: str) -> str:
     return caught.value.reason
 
 
-def test_an_image_is_fetched_from_an_allowed_host(server: Server, names: Names) -> None:
+def test_an_image_is_fetched_from_an_allowed_host(server: Server, names: dict[str, list[str]]) -> None:
     fetcher = fetcher_for(server)
     assert fetcher.fetch(server.address("/a%20b.png?größe=1&x=%41")) == PNG
     assert load_image(server.address(), fetcher=fetcher).size == (9, 5)
@@ -150,36 +138,36 @@ THIS_MACHINE = (
 )
 
 
-def test_names_and_numbers_of_this_machine_are_refused_even_if_they_are_allowed(names: Names) -> None:
-    names.addresses["localhost"] = ["127.0.0.1", "::1"]
+def test_names_and_numbers_of_this_machine_are_refused_even_if_they_are_allowed(names: dict[str, list[str]]) -> None:
+    names["localhost"] = ["127.0.0.1", "::1"]
     fetcher = Fetcher(THIS_MACHINE)
     for host in THIS_MACHINE:
         assert "is not public" in refusal(fetcher, f"http://{host}/photo.png")
-    names.addresses["photos.test"] = ["8.8.8.8", "2606:2800:220:1::1", "10.1.2.3"]
+    names["photos.test"] = ["8.8.8.8", "2606:2800:220:1::1", "10.1.2.3"]
     reason = refusal(Fetcher(["photos.test"]), "http://photos.test/")
     assert reason == "is on photos.test, whose address 10.1.2.3 is not public"
 
 
 def test_the_connection_goes_to_the_address_that_was_checked(
-    server: Server, names: Names, monkeypatch: pytest.MonkeyPatch
+    server: Server, names: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """DNS rebinding: a second look-up of the name would lead to another machine."""
     connected: list[object] = []
 
     class Socket(socket.socket):
         def connect(self, place: object) -> None:
-            names.addresses["photos.test"] = ["169.254.169.254"]
+            names["photos.test"] = ["169.254.169.254"]
             connected.append(place)
             super().connect(place)
 
     monkeypatch.setattr(socket, "socket", Socket)
     assert fetcher_for(server).fetch(server.address()) == PNG
-    assert names.asked.count("photos.test") == 1
+    assert [call.args[0] for call in socket.getaddrinfo.call_args_list].count("photos.test") == 1
     assert connected == [("127.0.0.1", server.server_port)]
 
 
-def test_each_redirect_is_checked_as_the_first_address_is(server: Server, names: Names) -> None:
-    names.addresses["inner.test"] = ["10.0.0.1"]
+def test_each_redirect_is_checked_as_the_first_address_is(server: Server, names: dict[str, list[str]]) -> None:
+    names["inner.test"] = ["10.0.0.1"]
     fetcher = Fetcher([f"photos.test:{server.server_port}", "inner.test", "169.254.169.254"])
     for location, reason in {
         "http://inner.test/": "leads to http://inner.test/, which is on inner.test, whose address 10.0.0.1 is not",
@@ -257,14 +245,16 @@ def test_a_response_that_is_not_one_whole_image_in_time_is_refused(
     assert reason in refusal(fetcher_for(server, **limits), server.address())
 
 
-def test_the_next_address_of_a_host_is_tried(server: Server, names: Names, monkeypatch: pytest.MonkeyPatch) -> None:
-    names.addresses["photos.test"] = ["127.0.0.2", "127.0.0.1"]
+def test_the_next_address_of_a_host_is_tried(
+    server: Server, names: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names["photos.test"] = ["127.0.0.2", "127.0.0.1"]
     loopback = remote.is_public
     monkeypatch.setattr(remote, "is_public", lambda address: str(address) == "127.0.0.2" or loopback(address))
     assert fetcher_for(server).fetch(server.address()) == PNG
-    names.addresses["photos.test"] = ["127.0.0.2"]
+    names["photos.test"] = ["127.0.0.2"]
     assert "cannot be fetched (" in refusal(fetcher_for(server), server.address())
-    names.addresses["photos.test"] = []
+    names["photos.test"] = []
     assert "cannot be fetched (it has no network address)" in refusal(fetcher_for(server), server.address())
 
 
@@ -290,12 +280,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("reason", REFUSED)
-def test_addresses_that_are_not_allowed_are_refused_before_a_name_is_looked_up(names: Names, reason: str) -> None:
+def test_addresses_that_are_not_allowed_are_refused_before_a_name_is_looked_up(
+    names: dict[str, list[str]], reason: str
+) -> None:
     fetcher = Fetcher(["photos.test"])
     for address in REFUSED[reason]:
         assert reason in refusal(fetcher, address)
     assert "is not among the allowed hosts" in refusal(Fetcher([]), "https://photos.test/")
-    assert names.asked == []
+    socket.getaddrinfo.assert_not_called()
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="there is no openssl to make a certificate with")

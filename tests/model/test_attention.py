@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_backbones import LoadTiny, every_family
+from tiny_backbones import TINY_MAX_LENGTH, LoadTiny, every_family
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
@@ -15,12 +15,22 @@ from cocoa_embed.model.attention import (
     Block,
     as_model_mask,
     assert_bidirectional,
+    before_or_itself,
     bidirectional_mask,
     bridge_mask,
     make_bidirectional,
 )
-from cocoa_embed.train.stages.reconstruction import last_hidden_states, position_ids
+from cocoa_embed.model.backbone import load_backbone
+from cocoa_embed.train.data.rows import numbered
+from cocoa_embed.train.stages.bridge.collator import BridgeCollator
+from cocoa_embed.train.stages.reconstruction import (
+    bridge_model_mask,
+    full_model_mask,
+    last_hidden_states,
+    position_ids,
+)
 from cocoa_embed.train.stages.rendering import render_items
+from cocoa_embed.train.stages.warmup.collator import WarmupCollator
 
 IMPLEMENTATIONS = ("eager", "sdpa")
 
@@ -134,3 +144,35 @@ def test_the_eager_mask_is_finite_in_the_models_dtype(dtype: torch.dtype) -> Non
     assert (mask == 0).flatten().tolist() == [True, False, True, True]
     with pytest.raises(ValueError, match="'flash_attention_2'; use 'sdpa' or 'eager'"):
         as_model_mask(mask == 0, attn_implementation="flash_attention_2", dtype=dtype)
+
+
+@given(st.integers(1, 9), st.integers(0, 2**32 - 1))
+def test_a_causal_mask_loses_exactly_the_later_positions(length: int, seed: int) -> None:
+    allowed = torch.rand(2, length, length, generator=torch.Generator().manual_seed(seed)) < 0.5
+    kept = before_or_itself(allowed)
+    for row in range(length):
+        assert torch.equal(kept[:, row, : row + 1], allowed[:, row, : row + 1])
+        assert not kept[:, row, row + 1 :].any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_in_both_stages_the_last_token_changes_earlier_states_only_if_attention_is_bidirectional(
+    tiny_backbone_path: Path, scene_rows: list[Row], bidirectional: bool
+) -> None:
+    backbone = load_backbone(str(tiny_backbone_path), max_length=TINY_MAX_LENGTH, bidirectional=bidirectional)
+    model, rows = backbone.model.eval(), numbered(scene_rows[:4])
+    warmup = WarmupCollator(backbone.processor, backbone.geometry, seed=0)(rows)
+    bridge = BridgeCollator(backbone.processor, seed=0)(rows)
+    for batch, mask in (
+        (warmup, full_model_mask(model, warmup["attention_mask"])),
+        (bridge, bridge_model_mask(model, bridge["blocks"])),
+    ):
+        ids, last = batch["input_ids"].clone(), batch["attention_mask"].sum(dim=1) - 1
+        ids[torch.arange(len(ids)), last] = 100
+        positions = position_ids(model, batch)
+        first, second = (
+            last_hidden_states(model, each, mask, positions) for each in (batch, {**batch, "input_ids": ids})
+        )
+        earlier = torch.arange(ids.shape[1]) < last[:, None]
+        assert torch.equal(first[earlier], second[earlier]) is not bidirectional

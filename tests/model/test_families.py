@@ -11,10 +11,12 @@ from sentence_transformers import SentenceTransformer
 from tiny_backbones import FAMILIES, TINY_MAX_LENGTH, every_family
 
 from cocoa_embed.data.rows import Item, Row
+from cocoa_embed.errors import CocoaError
 from cocoa_embed.model.attention import assert_bidirectional
 from cocoa_embed.model.backbone import SUPPORTED, Backbone, load_backbone
 from cocoa_embed.model.export import export_model
 from cocoa_embed.model.training_record import read_run
+from cocoa_embed.train import Recipe, run
 from cocoa_embed.train.stages.reconstruction import position_ids
 from cocoa_embed.train.stages.rendering import render_items
 
@@ -56,6 +58,16 @@ def test_the_export_encodes_any_item_into_one_space_bidirectionally(
     np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
     np.testing.assert_allclose(together, np.concatenate([exported.encode([item]) for item in items]), atol=1e-5)
     assert np.abs(together[0] - together[1]).max() > 1e-3
+
+
+def test_every_stage_stays_causal_and_so_does_the_export(small_recipe: Recipe, tmp_path: Path) -> None:
+    results = run(small_recipe.model_copy(update={"bidirectional": False}), tmp_path / "out")
+    exported = export_model(results[-1].folder, tmp_path / "model")
+    model = SentenceTransformer(str(exported), device="cpu")
+    assert model.encode("a red ring").shape == (32,)
+    with pytest.raises(CocoaError, match="is causal"):
+        assert_bidirectional(model[0].auto_model)
+    assert "made bidirectional" not in (exported / "README.md").read_text()
 
 
 @every_family

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_backbones import LoadTiny, every_family
+from tiny_backbones import STAGE, LoadTiny, every_family
 from torch import Tensor
 from torch.nn.attention import flex_attention as torch_flex
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
@@ -24,6 +24,7 @@ from cocoa_embed.model.flex_attention import (
     uses_flex_attention,
 )
 from cocoa_embed.train.data.rows import numbered
+from cocoa_embed.train.recipe import Recipe
 from cocoa_embed.train.stages.bridge.collator import BridgeCollator
 from cocoa_embed.train.stages.bridge.model import BridgeModel
 from cocoa_embed.train.stages.reconstruction import bridge_model_mask
@@ -190,6 +191,13 @@ def test_flex_attention_needs_torch_2_7_and_cuda(monkeypatch: pytest.MonkeyPatch
         resolve_attention("flash", sparse=True, device_type="cuda")
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.6.0"))
     assert resolve_attention("auto", sparse=True, device_type="cuda") == "sdpa"
+
+
+def test_flex_attention_has_no_causal_bridge() -> None:
+    values = {"name": "causal", "backbone": "x", "bidirectional": False, "bridge": STAGE}
+    assert Recipe.parse(values).stages["bridge"].attention() == "sdpa"
+    with pytest.raises(UsageError, match="bidirectional=false needs attn_implementation sdpa or eager"):
+        Recipe.parse({**values, "attn_implementation": "flex_attention"}).stages["bridge"].attention()
 
 
 @pytest.mark.gpu

@@ -68,8 +68,8 @@ def test_a_folder_that_is_no_run_is_refused_with_the_run_near_it(stopped: Path, 
     (tmp_path / "empty").mkdir()
     part = stopped / "checkpoints" / "warmup"
     for folder, words in (
-        (tmp_path / "nothing", "does not exist; name the folder of a training run"),
-        (tmp_path / "file", "is a file"),
+        (tmp_path / "nothing", "does not exist; name the --out of cocoa-embed train"),
+        (tmp_path / "file", "is no training run"),
         (tmp_path / "empty", "is no training run: it has no run.json; name the --out of cocoa-embed train"),
         (stopped.parent, f"did you mean {stopped}?"),
         (part, f"it is part of the run {stopped}"),
