@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import errno
 import os
 import re
 import stat
@@ -128,8 +127,6 @@ def read_stable_file(path: str | Path) -> FileContent:
         reason = "is a link to a file that does not exist" if os.path.islink(path) else "does not exist"
         raise ImageError(name, reason) from None
     except (OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno == errno.ELOOP:
-            raise ImageError(name, "is a link that leads back to itself") from None
         cause = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
         raise ImageError(name, f"cannot be read ({cause})") from error
     raise ImageError(name, "changed while it was being read")
@@ -214,22 +211,26 @@ def with_opened_image(use: Callable[[ImageFile.ImageFile, bytes], Result], data:
     :raises ImageError: If there is no image, it exceeds the limits, or ``use`` finds it broken.
     """
     check_size(len(data), name)
-
-    def attempt(data: bytes) -> Result:
-        with image_errors(name):
-            for width, height in icon_sizes(data):
-                check_pixels(width, height, name)
-            with open_image(data) as image:
-                check_pixels(image.width, image.height, name)
-                return use(image, data)
-
     try:
-        return attempt(data)
+        return with_decoder(use, data, name)
     except ImageError:
         picture = png_without_metadata(data)
         if picture is data:
             raise
-    return attempt(picture)
+        return with_decoder(use, picture, name)
+
+
+def with_decoder(use: Callable[[ImageFile.ImageFile, bytes], Result], data: bytes, name: str) -> Result:
+    """Call ``use`` as ``with_opened_image`` does, with the file as it is.
+
+    :raises ImageError: If there is no image, it exceeds the limits, or ``use`` finds it broken.
+    """
+    with image_errors(name):
+        for width, height in icon_sizes(data):
+            check_pixels(width, height, name)
+        with open_image(data) as image:
+            check_pixels(image.width, image.height, name)
+            return use(image, data)
 
 
 @contextmanager

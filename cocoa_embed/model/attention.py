@@ -87,10 +87,8 @@ def bridge_mask(blocks: Tensor, *, eos_attends_to_b: bool = True) -> Tensor:
 
     :param blocks: ``Block`` of every position, int64 ``[B, L]``.
     :returns: bool ``[B, L, L]``: true where a row attends to a column.
-    :raises ValueError: If ``blocks`` is not two-dimensional or a row has not exactly one ``<EOS>`` position.
+    :raises ValueError: If a row has not exactly one ``<EOS>`` position.
     """
-    if blocks.ndim != 2:
-        raise ValueError(f"blocks must be [B, L], got {tuple(blocks.shape)}")
     eos_counts = (blocks == Block.EOS).sum(dim=1)
     if not (eos_counts == 1).all():
         raise ValueError(f"each row needs exactly one <EOS> position, got {eos_counts.tolist()}")

@@ -20,7 +20,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from cocoa_embed.errors import CocoaError, UsageError
+from cocoa_embed.errors import CocoaError, UsageError, one_line
 from cocoa_embed.model.attention import make_bidirectional, make_causal
 from cocoa_embed.model.flex_attention import FLEX, use_flex_attention
 from cocoa_embed.model.template import CHAT_TEMPLATE
@@ -127,7 +127,6 @@ def resolve_backbone(name_or_path: str) -> str:
 def load_backbone(
     name_or_path: str,
     *,
-    dtype: torch.dtype = torch.float32,
     attn_implementation: str = "sdpa",
     max_length: int | None = None,
     max_pixels: int | None = None,
@@ -147,13 +146,13 @@ def load_backbone(
     try:
         loaded: Any = SUPPORTED[config.model_type].from_pretrained(
             location,
-            dtype=dtype,
+            dtype=torch.float32,
             attn_implementation="sdpa" if attn_implementation == FLEX else attn_implementation,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, by name
         )
     except (OSError, SafetensorError) as error:
-        raise CocoaError(f"Cannot load weights from {name_or_path}: {_first_line(error)}") from error
+        raise CocoaError(f"Cannot load weights from {name_or_path}: {one_line(error)}") from error
     model, info = loaded
     _refuse_incomplete_weights(name_or_path, info)
     processor = load_processor(name_or_path, max_length=max_length, max_pixels=max_pixels)
@@ -174,7 +173,7 @@ def read_config(name_or_path: str) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(resolve_backbone(name_or_path))
     except (OSError, ValueError) as error:
-        raise CocoaError(f"Cannot read a model config from {name_or_path}: {_first_line(error)}") from error
+        raise CocoaError(f"Cannot read a model config from {name_or_path}: {one_line(error)}") from error
     if config.model_type not in SUPPORTED:
         raise UsageError(
             f"{name_or_path} is a {config.model_type!r} model; supported are {', '.join(sorted(SUPPORTED))}."
@@ -192,7 +191,7 @@ def load_processor(
     try:
         processor = AutoProcessor.from_pretrained(resolve_backbone(name_or_path))
     except (OSError, ValueError) as error:
-        raise CocoaError(f"Cannot load the processor of {name_or_path}: {_first_line(error)}") from error
+        raise CocoaError(f"Cannot load the processor of {name_or_path}: {one_line(error)}") from error
     prepare_processor(processor, max_length=max_length, max_pixels=max_pixels)
     return processor
 
@@ -236,10 +235,6 @@ def _check_room_for_images(processor: ProcessorMixin) -> None:
             f"An image of up to {largest} pixels takes {tokens} visual tokens, more than the {room} that a sequence of "
             f"{room + 8} has room for; lower max_pixels or raise max_length."
         )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
 
 
 def _refuse_incomplete_weights(name_or_path: str, info: dict[str, Any]) -> None:

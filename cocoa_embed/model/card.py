@@ -86,7 +86,7 @@ def model_card(name: str, model: SentenceTransformer, training: dict[str, Any]) 
         document_prompt=_quoted(recipe["prompts"]["document"]),
         max_length=model.max_seq_length,
         max_pixels=processor.image_processor.size["longest_edge"],
-        training="\n\n".join(_training_parts(name, training["stages"], model.get_embedding_dimension())),
+        training=_training_text(name, training["stages"], model.get_embedding_dimension()),
         data=training["data"],
         seed=recipe["seed"],
         results=_result_table(training.get("results", {})),
@@ -105,35 +105,29 @@ def _quoted(prompt: str) -> str:
     return f'"{prompt}"' if prompt else "nothing"
 
 
-def _training_parts(name: str, stages: list[dict[str, Any]], dimension: int | None) -> list[str]:
-    parts = [_stage_table(stages), _adapter_text(stages), *(stage.get("description", "") for stage in stages)]
-    parts += [_matryoshka_text(name, stage.get("matryoshka_dims") or [], dimension) for stage in stages]
-    return [part for part in parts if part]
-
-
-def _stage_table(stages: list[dict[str, Any]]) -> str:
+def _training_text(name: str, stages: list[dict[str, Any]], dimension: int | None) -> str:
     if not stages:
         return "No stage was run: these are the backbone's weights."
     rows = [
         (
-            stage["stage"],
-            stage["steps"],
-            stage["batch_size"],
+            *(stage[name] for name in ("stage", "steps", "batch_size")),
             f"{stage['learning_rate']:g}",
             f"{stage['final']['loss']:.3f}",
         )
         for stage in stages
     ]
-    return _table(("stage", "steps", "batch", "learning rate", "final loss"), rows)
-
-
-def _adapter_text(stages: list[dict[str, Any]]) -> str:
     adapters = [
         f"{stage['stage']} {_KINDS[adapter['kind']]} (r {adapter['r']}, alpha {adapter['alpha']})"
         for stage in stages
         if (adapter := stage["adapter"])
     ]
-    return f"Adapters, merged into the weights at the end of their stage: {', '.join(adapters)}." if adapters else ""
+    parts = [
+        _table(("stage", "steps", "batch", "learning rate", "final loss"), rows),
+        f"Adapters, merged into the weights at the end of their stage: {', '.join(adapters)}." if adapters else "",
+        *(stage.get("description", "") for stage in stages),
+        *(_matryoshka_text(name, stage.get("matryoshka_dims") or [], dimension) for stage in stages),
+    ]
+    return "\n\n".join(filter(None, parts))
 
 
 def _matryoshka_text(name: str, matryoshka_dims: list[int], dimension: int | None) -> str:

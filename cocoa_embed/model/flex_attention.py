@@ -93,10 +93,7 @@ def bridge_block_mask(blocks: Tensor, *, eos_attends_to_b: bool = True) -> Block
 
     :param blocks: ``Block`` of every position, int64 ``[B, L]``.
     :returns: A ``BlockMask`` of shape ``[B, 1, L, L]``.
-    :raises ValueError: If ``blocks`` is not two-dimensional.
     """
-    if blocks.ndim != 2:
-        raise ValueError(f"blocks must be [B, L], got {tuple(blocks.shape)}")
     length = blocks.shape[1]
     some, every = _tiles(blocks, eos_attends_to_b=eos_attends_to_b)
 

@@ -32,11 +32,6 @@ CHAT_TEMPLATE = f"""\
 
 
 def render(*, text: str | None, has_image: bool, prompt: str = "") -> str:
-    """Render one input as ``CHAT_TEMPLATE`` does, without the Jinja engine.
-
-    :raises ValueError: If there is neither a text nor an image.
-    """
-    if text is None and not has_image:
-        raise ValueError("an item needs a text, an image, or both")
+    """Render one input as ``CHAT_TEMPLATE`` does, without the Jinja engine."""
     vision = f"{VISION_START}{IMAGE_PAD}{VISION_END}" if has_image else ""
     return f"{vision}{prompt}{text or ''}"
