@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 CountTokens: TypeAlias = Callable[[int, int], int]
 """Takes an image's width and height in pixels; raises a ``ValueError`` for a size that the model refuses."""
 
-BYTES_PER_PIXEL = 3
-
 
 class ImageCost(NamedTuple):
     """The cost of an image in a batch; images are sorted by these fields in this order."""
@@ -27,7 +25,7 @@ class ImageCost(NamedTuple):
     @property
     def decoded_bytes(self) -> int:
         """The bytes of the image as RGB."""
-        return BYTES_PER_PIXEL * self.width * self.height
+        return 3 * self.width * self.height
 
 
 class BatchLimits(NamedTuple):

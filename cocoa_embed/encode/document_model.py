@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from cocoa_embed.encode.batches import token_counter
 from cocoa_embed.encode.processor_lock import ProcessorLock
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class DocumentModel:
         self._model = model.eval()
         self._lock = lock
         self._prompt = document_prompt(model)
+        self.count_tokens = token_counter(model)
         self.is_on_cuda = model.device.type == "cuda"
 
     def prepare(self, images: Sequence[Image.Image]) -> Features:

@@ -59,12 +59,8 @@ def search_folder(path: str | Path) -> Path:
 
     It is the folder itself, the folder of a file or of a list, or the part of a pattern before its first wildcard.
     """
-    path = Path(path)
-    if os.path.isdir(path):
-        return path
-    if os.path.lexists(path):
-        return path.parent
-    return split_pattern(path)[0]
+    folder, _ = split_pattern(Path(path))
+    return folder if os.path.isdir(folder) else folder.parent
 
 
 def read_file_list(path: str | Path) -> list[Path]:

@@ -8,7 +8,6 @@ from sentence_transformers import SentenceTransformer
 from transformers import ProcessorMixin
 
 from cocoa_embed.model.attention import TRANSFORMERS_FLOOR
-from cocoa_embed.model.backbone import Origin
 
 _CARD = """\
 ---
@@ -72,6 +71,9 @@ def model_card(name: str, model: SentenceTransformer, training: dict[str, Any]) 
         ``batch_size``, ``learning_rate``, ``final``, ``adapter``, and optionally ``description`` and
         ``matryoshka_dims``), and optionally ``results`` (the metrics of each evaluation).
     """
+    # A trained model has its backbone's licence, which is unknown unless the backbone is built in.
+    hub = f"base_model: {json.dumps(training['backbone'])}\n"
+    origin_lines = {"hub": hub, "built-in": "license: apache-2.0\n", "folder": ""}
     recipe = training["recipe"]
     processor: ProcessorMixin = model.processor
     return _CARD.format(
@@ -79,7 +81,7 @@ def model_card(name: str, model: SentenceTransformer, training: dict[str, Any]) 
         backbone=training["backbone"],
         attention="made bidirectional" if recipe["bidirectional"] else "left causal, for comparison,",
         transformers_floor=TRANSFORMERS_FLOOR,
-        origin=_origin_line(training["backbone"], training["origin"]),
+        origin=origin_lines[training["origin"]],
         dimension=model.get_embedding_dimension(),
         eos=processor.tokenizer.eos_token,
         query_prompt=_quoted(recipe["prompts"]["query"]),
@@ -91,14 +93,6 @@ def model_card(name: str, model: SentenceTransformer, training: dict[str, Any]) 
         seed=recipe["seed"],
         results=_result_table(training.get("results", {})),
     )
-
-
-def _origin_line(backbone: str, origin: Origin) -> str:
-    """Return the front matter's line for a backbone on the hub, or the licence of a built-in one.
-
-    A trained model has its backbone's licence, which is unknown for other backbones.
-    """
-    return {"hub": f"base_model: {json.dumps(backbone)}\n", "built-in": "license: apache-2.0\n", "folder": ""}[origin]
 
 
 def _quoted(prompt: str) -> str:

@@ -1,5 +1,4 @@
 import random
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -39,11 +38,12 @@ def test_an_input_is_a_text_an_image_or_both() -> None:
 
 
 @pytest.mark.parametrize("text", ["\ud83e", "caf\udce9"])
-@pytest.mark.parametrize("make", [make_input, lambda text: Encoder(FakeModel()).embed_queries([{"text": text}])])
-def test_a_text_that_is_not_valid_unicode_is_wrong_usage(text: str, make: Callable[[str], object]) -> None:
-    with pytest.raises(UsageError, match="not valid Unicode") as caught:
-        make(text)
-    assert str(caught.value).isascii()
+def test_a_text_that_is_not_valid_unicode_is_wrong_usage(text: str) -> None:
+    encoder = Encoder(FakeModel())
+    for embed in (encoder.embed_queries, encoder.embed_documents):
+        with pytest.raises(UsageError, match="not valid Unicode") as caught:
+            embed([make_input(text, colour_image("red"))])
+        assert str(caught.value).isascii()
 
 
 @pytest.mark.parametrize(

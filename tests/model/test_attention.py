@@ -15,7 +15,6 @@ from cocoa_embed.model.attention import (
     Block,
     as_model_mask,
     assert_bidirectional,
-    before_or_itself,
     bidirectional_mask,
     bridge_mask,
     make_bidirectional,
@@ -142,15 +141,6 @@ def test_the_eager_mask_is_finite_in_the_models_dtype(dtype: torch.dtype) -> Non
     assert (mask == 0).flatten().tolist() == [True, False, True, True]
     with pytest.raises(ValueError, match="'flash_attention_2'; use 'sdpa' or 'eager'"):
         as_model_mask(mask == 0, attn_implementation="flash_attention_2", dtype=dtype)
-
-
-@given(st.integers(1, 9), st.integers(0, 2**32 - 1))
-def test_a_causal_mask_loses_exactly_the_later_positions(length: int, seed: int) -> None:
-    allowed = torch.rand(2, length, length, generator=torch.Generator().manual_seed(seed)) < 0.5
-    kept = before_or_itself(allowed)
-    for row in range(length):
-        assert torch.equal(kept[:, row, : row + 1], allowed[:, row, : row + 1])
-        assert not kept[:, row, row + 1 :].any()
 
 
 @torch.no_grad()
