@@ -4,6 +4,8 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from io import BytesIO
+from itertools import cycle
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -14,9 +16,9 @@ from fake_model import COLOURS, FakeModel, asking, colour_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from raw_images import encoded
+from raw_images import encoded, exif, stored
 
-from cocoa_embed.encode import stream
+from cocoa_embed.encode import jobs, stream
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.encode.jobs import EmbeddedImage, StreamSource
 from cocoa_embed.encode.stream import default_workers
@@ -50,18 +52,6 @@ def expected(images: list[tuple[int, Image.Image]]) -> np.ndarray:
     return FakeModel().encode_document([{"image": image} for _, image in images], 32, False)
 
 
-class Endless(Iterator[tuple[int, StreamSource]]):
-    """An endless input that counts how many images were read from it."""
-
-    def __init__(self, *sources: StreamSource) -> None:
-        self.read = 0
-        self.sources = sources
-
-    def __next__(self) -> tuple[int, StreamSource]:
-        self.read += 1
-        return self.read - 1, self.sources[self.read % len(self.sources)]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("count", [0, 1, 7, 100])
 def test_every_image_is_embedded_as_a_document_in_its_place(count: int, dtype: torch.dtype) -> None:
@@ -84,6 +74,25 @@ def test_every_image_is_embedded_as_a_document_in_its_place(count: int, dtype: t
         assert (outcome.vector.dtype, outcome.vector.shape) == (np.float32, (48,))
         assert outcome.vector.base is None, "a result does not keep its batch in memory"
         assert max(Image.open(BytesIO(outcome.thumbnail)).size) == 12
+
+
+@pytest.mark.parametrize("kind", ["bytes", "str", "path", "opened", "in memory"])
+def test_every_source_has_an_upright_size_a_media_type_and_a_thumbnail_and_is_read_once(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, image = tmp_path / "photo", colour_image("red", (10, 30))
+    path.write_bytes(encoded(stored(image, 6), "JPEG", exif=exif(6)))
+    read = Mock(wraps=jobs.read_stable_file)
+    monkeypatch.setattr(jobs, "read_stable_file", read)
+    sources = {"bytes": path.read_bytes(), "str": str(path), "path": path, "opened": Image.open(path)}
+    for thumbnail_size, expected_size in ((15, (5, 15)), (320, (10, 30))):
+        images = [("key", sources.get(kind, image))]
+        ((_, outcome),) = Encoder(FakeModel()).stream_images(images, thumbnail_size=thumbnail_size)
+        assert (outcome.width, outcome.height) == (10, 30)
+        assert outcome.mime == ("application/octet-stream" if kind == "in memory" else "image/jpeg")
+        thumbnail = Image.open(BytesIO(outcome.thumbnail))
+        assert (thumbnail.format, thumbnail.size) == ("JPEG", expected_size)
+    assert read.call_count == (2 if kind in ("str", "path") else 0)
 
 
 class Picky(FakeModel):
@@ -146,11 +155,17 @@ def test_an_endless_input_is_read_a_bounded_way_ahead(
     monkeypatch: pytest.MonkeyPatch, sources: list[StreamSource], max_batch_bytes: int, limit: int
 ) -> None:
     monkeypatch.setattr(stream, "MAX_BATCH_BYTES", max_batch_bytes)
-    images = Endless(*sources)
-    outcomes = Encoder(FakeModel()).stream_images(images, batch_size=4, workers=1)
-    assert (images.read, own_threads()) == (0, []), "nothing is read before the first result is requested"
+    read: list[StreamSource] = []
+
+    def images() -> Iterator[tuple[int, StreamSource]]:
+        for number, source in enumerate(cycle(sources)):
+            read.append(source)
+            yield number, source
+
+    outcomes = Encoder(FakeModel()).stream_images(images(), batch_size=4, workers=1)
+    assert (read, own_threads()) == ([], []), "nothing is read before the first result is requested"
     for key, _ in outcomes:
-        assert images.read - key <= limit
+        assert len(read) - key <= limit
         if key == 200:
             break
     outcomes.close()

@@ -1,7 +1,6 @@
 import base64
 import os
 import threading
-from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from urllib.parse import quote
@@ -18,27 +17,19 @@ from cocoa_embed.images.load import image_size, load_image, read_stable_file
 CLOSE = 15
 """More than lossy compression changes these pictures by, and far less than turning them does."""
 
-ENCODE: dict[str, Callable[[int], bytes]] = {
-    "HEIC": lambda orientation: heic(corners(), orientation),
-    **{
-        name: lambda orientation, arguments=(image_format, options): encoded(
-            stored(corners(), orientation), arguments[0], exif=exif(orientation), **arguments[1]
-        )
-        for name, image_format, options in (
-            *((name, name, {}) for name in ("JPEG", "PNG", "AVIF")),
-            ("WEBP", "WEBP", {"lossless": True}),
-            *((f"TIFF, {name}", "TIFF", {"compression": name}) for name in ("raw", "tiff_lzw", "jpeg")),
-        )
-    },
-}
+CONTAINERS = ("JPEG", "PNG", "WEBP", "AVIF", "HEIC", "TIFF raw", "TIFF tiff_lzw", "TIFF jpeg")
 
 
-@pytest.mark.parametrize("container", ENCODE)
+@pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_the_orientation_turns_the_picture_upright_once(container: str, orientation: int) -> None:
-    data = ENCODE[container](orientation)
+    image_format, _, compression = container.partition(" ")
     if container == "HEIC":
+        data = heic(corners(), orientation)
         assert (b"irot" in data or b"imir" in data) == (b"Exif" in data) == (orientation > 1)
+    else:
+        options = {"compression": compression} if compression else {}
+        data = encoded(stored(corners(), orientation), image_format, exif=exif(orientation), **options)
     loaded = load_image(data)
     assert loaded.size == image_size(data, "photo") == corners().size
     assert np.abs(np.subtract(loaded, corners(), dtype=float)).mean() < CLOSE

@@ -154,14 +154,6 @@ def test_a_mask_token_is_added_and_the_matrix_grows_only_if_it_is_full(tmp_path:
     assert again.processor.tokenizer.mask_token_id == tokens
 
 
-def test_an_existing_mask_token_is_kept() -> None:
-    processor = build_processor(build_tokenizer(0))
-    processor.tokenizer.add_special_tokens({"mask_token": "[MASK]"})
-    size = len(processor.tokenizer)
-    prepare_processor(processor, max_length=TINY_MAX_LENGTH)
-    assert (processor.tokenizer.mask_token, len(processor.tokenizer)) == ("[MASK]", size)
-
-
 @pytest.mark.parametrize("size", [(84, 28), (112, 84)])
 def test_the_patch_geometry_is_that_of_the_processors_rows(
     tiny_backbone: Backbone, make_image: Callable[[int, int], Path], size: tuple[int, int]
@@ -236,10 +228,13 @@ def test_a_processor_is_prepared_the_same_from_any_earlier_settings() -> None:
         return list(processor.tokenizer("a red ring")["input_ids"])
 
     plain, other = (build_processor(build_tokenizer(0)) for _ in range(2))
+    other.tokenizer.add_special_tokens({"mask_token": "[MASK]"})
+    size = len(other.tokenizer)
     other.tokenizer.padding_side = "left"
     other.chat_template = "{{ 'something else' }}"
     other.tokenizer.chat_template = "{{ 'yet another' }}"
     assert rendered(plain) == rendered(other) == rendered(other), "preparing it again changes nothing"
+    assert (other.tokenizer.mask_token, len(other.tokenizer)) == ("[MASK]", size)
     assert other.tokenizer.padding_side == "right"
     assert other.chat_template == plain.chat_template
     assert other.tokenizer.chat_template is None
