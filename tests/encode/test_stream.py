@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from io import BytesIO
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -182,17 +182,12 @@ class Grid:
 
 
 def test_batches_hold_images_of_similar_sizes_within_the_token_limit() -> None:
-    batches: list[list[int]] = []
-
-    class Watching(FakeModel):
-        processor = Grid()
-
-        def preprocess(self, inputs: list[Any], **settings: Any) -> dict[str, Any]:
-            batches.append([item["image"].width for item in inputs])
-            return super().preprocess(inputs, **settings)
-
+    model = FakeModel()
+    model.processor = Grid()
     images = [(number, colour_image("red", (10 if number % 2 else 30, 10))) for number in range(64)]
-    list(Encoder(Watching()).stream_images(images, batch_size=8, batch_tokens=1200))
+    list(Encoder(model).stream_images(images, batch_size=8, batch_tokens=1200))
+    widths = (item["image"].width for item in model.documents)
+    batches = [list(islice(widths, count)) for count in model.batches]
     assert all(len(set(batch)) == 1 for batch in batches)
     assert {width: max(len(batch) for batch in batches if batch[0] == width) for width in (10, 30)} == {10: 8, 30: 4}
 
