@@ -121,8 +121,16 @@ def read_stable_file(path: str | Path) -> FileContent:
         # A device is not even opened: opening can have effects.
         check_is_file(os.stat(path).st_mode, name)
         for _ in range(READS):
-            if (content := read_once(path, name)) is not None:
-                return content
+            # Without O_NONBLOCK, a file that has become a pipe since the check would block here until it has a writer.
+            with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+                before = os.fstat(file.fileno())
+                check_is_file(before.st_mode, name)
+                check_size(before.st_size, name)
+                data = file.read(before.st_size + 1)
+                after = os.fstat(file.fileno())
+            is_one_state = (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns)
+            if is_one_state and len(data) == before.st_size:
+                return FileContent(data, before.st_mtime, before.st_size)
     except FileNotFoundError:
         reason = "is a link to a file that does not exist" if os.path.islink(path) else "does not exist"
         raise ImageError(name, reason) from None
@@ -130,25 +138,6 @@ def read_stable_file(path: str | Path) -> FileContent:
         cause = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
         raise ImageError(name, f"cannot be read ({cause})") from error
     raise ImageError(name, "changed while it was being read")
-
-
-def read_once(path: str | Path, name: str) -> FileContent | None:
-    """Return the content of a file, or None if it changed while it was read.
-
-    :raises ImageError: If it is not a regular file, empty, or too large.
-    :raises OSError: If it cannot be read.
-    """
-    # Without O_NONBLOCK, a file that has become a pipe since the check would block here until it has a writer.
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        before = os.fstat(file.fileno())
-        check_is_file(before.st_mode, name)
-        check_size(before.st_size, name)
-        data = file.read(before.st_size + 1)
-        after = os.fstat(file.fileno())
-    is_one_state = (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns)
-    if not is_one_state or len(data) != before.st_size:
-        return None
-    return FileContent(data, before.st_mtime, before.st_size)
 
 
 def check_is_file(mode: int, name: str) -> None:
