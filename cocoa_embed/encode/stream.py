@@ -73,10 +73,7 @@ class ImageStream:
             )
             batches = self._batches(stack.enter_context(closing(measured)))
             prepared = read_ahead(
-                self._prepare,
-                stack.enter_context(closing(batches)),
-                workers=self.workers,
-                ahead=self.workers + 2,
+                self._prepare, stack.enter_context(closing(batches)), workers=self.workers, ahead=self.workers + 2
             )
             for jobs, features in stack.enter_context(closing(prepared)):
                 self._embed(jobs, features.result)

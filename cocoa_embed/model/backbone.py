@@ -56,12 +56,7 @@ class PatchGeometry:
     def from_config(cls, config: PreTrainedConfig) -> "PatchGeometry":
         """Read the geometry from a model's config."""
         vision = config.vision_config
-        return cls(
-            channels=vision.in_channels,
-            temporal_patch_size=vision.temporal_patch_size,
-            patch_size=vision.patch_size,
-            merge_size=vision.spatial_merge_size,
-        )
+        return cls(vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.spatial_merge_size)
 
     @property
     def patch_width(self) -> int:

@@ -97,19 +97,13 @@ def bridge_block_mask(blocks: Tensor, *, eos_attends_to_b: bool = True) -> Block
     length = blocks.shape[1]
     some, every = _tiles(blocks, eos_attends_to_b=eos_attends_to_b)
 
-    padding = int(Block.PAD)
-
     def mask_mod(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         rows, columns = blocks[row, query], blocks[row, key]
         allowed = sees(rows, columns, eos_attends_to_b=eos_attends_to_b)
-        return allowed | ((rows == padding) & (query == key))
+        return allowed | ((rows == int(Block.PAD)) & (query == key))
 
     return BlockMask.from_kv_blocks(
-        *_in_order(some & ~every),
-        *_in_order(every),
-        BLOCK_SIZE=TILE,
-        mask_mod=mask_mod,
-        seq_lengths=(length, length),
+        *_in_order(some & ~every), *_in_order(every), BLOCK_SIZE=TILE, mask_mod=mask_mod, seq_lengths=(length, length)
     )
 
 

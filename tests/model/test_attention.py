@@ -22,12 +22,7 @@ from cocoa_embed.model.attention import (
 from cocoa_embed.model.backbone import load_backbone
 from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.stages.bridge.collator import BridgeCollator
-from cocoa_embed.train.stages.reconstruction import (
-    bridge_model_mask,
-    full_model_mask,
-    last_hidden_states,
-    position_ids,
-)
+from cocoa_embed.train.stages.reconstruction import bridge_model_mask, full_model_mask, last_hidden_states, position_ids
 from cocoa_embed.train.stages.rendering import render_items
 from cocoa_embed.train.stages.warmup.collator import WarmupCollator
 
