@@ -34,16 +34,26 @@ ModelInput: TypeAlias = Mapping[str, "str | Image.Image"]
 Key = TypeVar("Key")
 
 
+def require_unicode(text: str) -> None:
+    """Refuse a text that UTF-8 cannot encode.
+
+    :raises UsageError: If it is one.
+    """
+    if not is_valid_unicode(text):
+        raise UsageError(f"the text {text!a} is not valid Unicode; give it in UTF-8")
+
+
 def make_input(text: str | None = None, image: ImageSource | None = None) -> ModelInput:
     """Return a model's input for a text, an image, or both together.
 
-    :raises UsageError: If there is neither; an empty text does not count.
+    :raises UsageError: If there is neither (an empty text does not count), or the text is not valid Unicode.
     :raises ImageError: If the image cannot be used.
     """
     made: dict[str, str | Image.Image] = {}
     if image is not None:
         made["image"] = load_image(image)
     if text:
+        require_unicode(text)
         made["text"] = text
     if not made:
         raise UsageError("neither a text nor an image was given; give one of them, or both")
@@ -198,9 +208,8 @@ class Encoder:
 
     def _check(self, inputs: Sequence[ModelInput]) -> None:
         """Refuse inputs of modalities that the model does not take, and texts that UTF-8 cannot encode."""
-        for text in (str(each["text"]) for each in inputs if "text" in each):
-            if not is_valid_unicode(text):
-                raise UsageError(f"the text {text!a} is not valid Unicode; give it in UTF-8")
+        for text in (each["text"] for each in inputs if "text" in each):
+            require_unicode(str(text))
         for keys in map(sorted, {frozenset(each) for each in inputs}):
             is_one = len(keys) == 1
             if not self.model.supports(cast("Modality", keys[0] if is_one else tuple(keys))):

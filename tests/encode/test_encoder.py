@@ -40,9 +40,9 @@ def test_an_input_is_a_text_an_image_or_both() -> None:
 @pytest.mark.parametrize("text", ["\ud83e", "caf\udce9"])
 def test_a_text_that_is_not_valid_unicode_is_wrong_usage(text: str) -> None:
     encoder = Encoder(FakeModel())
-    for embed in (encoder.embed_queries, encoder.embed_documents):
+    for use in (lambda item: make_input(**item), lambda item: encoder.embed_queries([item])):
         with pytest.raises(UsageError, match="not valid Unicode") as caught:
-            embed([make_input(text, colour_image("red"))])
+            use({"text": text, "image": colour_image("red")})
         assert str(caught.value).isascii()
 
 
@@ -99,13 +99,6 @@ def qwen(tiny_backbone_path: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> SentenceTransformer:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return tiny_clip_model(tmp_path_factory.mktemp("clip"))
-
-
-@pytest.fixture(scope="module")
 def scenes() -> list[Image.Image]:
     """Drawings of many sizes: their embeddings differ."""
     generator = random.Random(0)
@@ -146,8 +139,9 @@ def test_a_streamed_image_is_embedded_as_encode_document_embeds_it(
     assert distance(streamed(encoder, paths), qwen.encode_document([str(path) for path in paths])) < TOLERANCE
 
 
-def test_a_clip_model_streams_too(tiny_clip: SentenceTransformer, scenes: list[Image.Image]) -> None:
-    encoder = Encoder(tiny_clip)
+def test_a_clip_model_streams_too(tmp_path: Path, scenes: list[Image.Image]) -> None:
+    torch.manual_seed(0)
+    encoder = Encoder(tiny_clip_model(tmp_path))
     encoder.require_images()
     assert encoder.dimension == 24
     expected = documents(encoder, scenes)
@@ -185,9 +179,8 @@ def test_a_dimension_truncates_and_normalises_what_the_model_itself_truncates(
         assert query.shape == (1, 8)
         assert np.linalg.norm(query) == pytest.approx(1, abs=1e-6)
         for dimension in (0, 33):
-            with pytest.raises(
-                UsageError, match=f"^tiny has .* {own} dimensions, not of {dimension}; give 1 to {own}$"
-            ):
+            reason = f"^tiny has embeddings of {own} dimensions, not of {dimension}; give 1 to {own}$"
+            with pytest.raises(UsageError, match=reason):
                 Encoder(qwen, "tiny", dimension)
 
 
@@ -231,8 +224,7 @@ def test_a_truncated_encoder_takes_turns_with_the_whole_one() -> None:
     short = whole.truncate(12)
     assert (whole.dimension, short.dimension, short.name) == (48, 12, "fake")
     assert short.fingerprint == whole.fingerprint
+    images: list[ModelInput] = [{"image": colour_image("red")}] * 50
     with ThreadPoolExecutor(8) as pool:
-        list(
-            pool.map(lambda encoder: encoder.embed_documents([{"image": colour_image("red")}] * 50), [whole, short] * 4)
-        )
+        list(pool.map(lambda encoder: encoder.embed_documents(images), [whole, short] * 4))
     assert len(whole.model.batches) == 8, "the model refuses two at once"
