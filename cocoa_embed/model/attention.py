@@ -117,13 +117,10 @@ def bidirectional_mask(attention_mask: Tensor) -> Tensor:
 def as_model_mask(allowed: Tensor, *, attn_implementation: str, dtype: torch.dtype) -> Tensor:
     """Turn a bool ``[B, L, L]`` mask into the 4-D ``attention_mask`` that transformers models use unchanged.
 
+    :param attn_implementation: ``sdpa`` or ``eager``.
     :returns: ``[B, 1, L, L]``: bool for sdpa, additive ``dtype`` for eager.
-    :raises ValueError: For an implementation that takes no dense mask.
     """
     allowed = allowed[:, None]
     if attn_implementation == "sdpa":
         return allowed
-    if attn_implementation == "eager":
-        lowest = torch.finfo(dtype).min
-        return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, lowest)
-    raise ValueError(f"no dense mask for attn_implementation={attn_implementation!r}; use 'sdpa' or 'eager'")
+    return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)

@@ -149,7 +149,13 @@ def load_backbone(
     except (OSError, SafetensorError) as error:
         raise CocoaError(f"Cannot load weights from {name_or_path}: {one_line(error)}") from error
     model, info = loaded
-    _refuse_incomplete_weights(name_or_path, info)
+    kinds = ("missing", "unexpected", "mismatched")
+    faults = [f"{kind}: {', '.join(sorted(map(str, keys)))}" for kind in kinds if (keys := info.get(f"{kind}_keys"))]
+    if faults:
+        raise CocoaError(
+            f"The weights of {name_or_path} do not fit the model ({'; '.join(faults)}). The checkpoint is "
+            "incomplete or was written by an incompatible version; download or convert it again."
+        )
     processor = load_processor(name_or_path, max_length=max_length, max_pixels=max_pixels)
     if len(processor.tokenizer) > model.get_input_embeddings().num_embeddings:  # Qwen's matrix has spare rows
         model.resize_token_embeddings(len(processor.tokenizer))
@@ -229,17 +235,4 @@ def _check_room_for_images(processor: ProcessorMixin) -> None:
         raise UsageError(
             f"An image of up to {largest} pixels takes {tokens} visual tokens, more than the {room} that a sequence of "
             f"{room + 8} has room for; lower max_pixels or raise max_length."
-        )
-
-
-def _refuse_incomplete_weights(name_or_path: str, info: dict[str, Any]) -> None:
-    faults = [
-        f"{kind.replace('_keys', '')}: {', '.join(sorted(map(str, keys)))}"
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if (keys := info.get(kind))
-    ]
-    if faults:
-        raise CocoaError(
-            f"The weights of {name_or_path} do not fit the model ({'; '.join(faults)}). The checkpoint is "
-            "incomplete or was written by an incompatible version; download or convert it again."
         )
