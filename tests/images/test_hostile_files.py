@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,13 +35,8 @@ print(json.dumps({"results": results, "mebibytes": int(peak[1]) / 1024}))
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("hostile")
-
-
-@pytest.fixture(scope="module")
-def files(folder: Path) -> list[HostileFile]:
-    return write_hostile_files(folder)
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[HostileFile]:
+    return write_hostile_files(tmp_path_factory.mktemp("hostile"))
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +63,8 @@ def test_good_files_are_loaded_and_bad_ones_refused_with_a_reason_within_memory(
     assert loaded["mebibytes"] < MEBIBYTES
 
 
-def test_a_search_of_the_folder_finds_them_all_and_nothing_else(folder: Path, files: list[HostileFile]) -> None:
-    assert find_images([folder]) == sorted(file.path for file in files)
+def test_a_search_of_the_folder_finds_them_all_and_nothing_else(files: list[HostileFile]) -> None:
+    assert find_images([files[0].path.parent]) == sorted(file.path for file in files)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -175,12 +175,9 @@ def test_each_redirect_is_checked_as_the_first_address_is(server: Server, names:
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_redirects_on_the_host_are_followed(server: Server, status: int) -> None:
-    def respond(handler: BaseHTTPRequestHandler) -> None:
-        step = handler.path.strip("/")
-        following = {"": "one", "one": "/two", "two": server.address("/end")}
-        (answer(PNG) if step == "end" else answer(b"", status, Location=following[step]))(handler)
-
-    server.respond = respond
+    places = ("one", "/two", server.address("/end"))
+    steps = iter([*(answer(b"", status, Location=place) for place in places), answer(PNG)])
+    server.respond = lambda handler: next(steps)(handler)
     assert fetcher_for(server).fetch(server.address("/")) == PNG
     assert [path for path, _ in server.asked] == ["/", "/one", "/two", "/end"]
 
