@@ -163,12 +163,8 @@ def test_max_pixels_and_max_length_are_applied_and_saved(
 @pytest.mark.parametrize(
     ("max_length", "tokens", "reason"),
     [
-        (
-            128,
-            128,
-            "100352 pixels takes 160 visual tokens, more than the 120 that a sequence of 128 has room for; lower",
-        ),
-        (40, 16, "12544 pixels takes 56 visual tokens, more than the 32 "),  # a panorama
+        (128, 128, "100352 pixels takes 160 visual tokens, more than the 120 that a sequence of 128 has room for"),
+        (40, 16, "takes 56 visual tokens, more than the 32 .*; lower max_pixels or raise max_length"),  # a panorama
         (64, 16, None),
     ],
 )
