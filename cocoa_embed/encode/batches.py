@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
@@ -14,8 +13,6 @@ if TYPE_CHECKING:
 
 CountTokens: TypeAlias = Callable[[int, int], int]
 """Takes an image's width and height in pixels; raises a ``ValueError`` for a size that the model refuses."""
-
-BYTES_PER_PIXEL = 3
 
 
 class ImageCost(NamedTuple):
@@ -28,11 +25,10 @@ class ImageCost(NamedTuple):
     @property
     def decoded_bytes(self) -> int:
         """The bytes of the image as RGB."""
-        return BYTES_PER_PIXEL * self.width * self.height
+        return 3 * self.width * self.height
 
 
-@dataclass(frozen=True)
-class BatchLimits:
+class BatchLimits(NamedTuple):
     """The limits of a batch. An image that exceeds one of them is a batch of one."""
 
     images: int
@@ -66,22 +62,15 @@ def plan_batches(costs: Sequence[ImageCost], limits: BatchLimits) -> list[list[i
     :return: The indices into ``costs`` of each batch's images; every index is in exactly one batch.
     """
     batches: list[list[int]] = []
-    batch_bytes = 0
+    batch_bytes = most_images = 0
     for index in sorted(range(len(costs)), key=costs.__getitem__, reverse=True):
-        batch_bytes += costs[index].decoded_bytes
-        if batches and _fits(costs, batches[-1], batch_bytes, limits):
+        cost = costs[index]
+        batch_bytes += cost.decoded_bytes
+        if batches and len(batches[-1]) < most_images and batch_bytes <= limits.decoded_bytes:
             batches[-1].append(index)
         else:
             batches.append([index])
-            batch_bytes = costs[index].decoded_bytes
+            batch_bytes = cost.decoded_bytes
+            # The first image of a batch is its largest.
+            most_images = min(limits.images, limits.tokens // max(cost.tokens, 1))
     return batches
-
-
-def _fits(costs: Sequence[ImageCost], batch: Sequence[int], decoded_bytes: int, limits: BatchLimits) -> bool:
-    """Return whether a batch, whose first image is its largest, stays within the limits with one more image.
-
-    :param decoded_bytes: The bytes of the batch with that image.
-    """
-    images = len(batch) + 1
-    padded = images * costs[batch[0]].tokens
-    return images <= limits.images and padded <= limits.tokens and decoded_bytes <= limits.decoded_bytes

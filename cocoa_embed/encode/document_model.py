@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from cocoa_embed.encode.batches import token_counter
 from cocoa_embed.encode.processor_lock import ProcessorLock
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class DocumentModel:
         self._model = model.eval()
         self._lock = lock
         self._prompt = document_prompt(model)
+        self.count_tokens = token_counter(model)
         self.is_on_cuda = model.device.type == "cuda"
 
     def prepare(self, images: Sequence[Image.Image]) -> Features:
@@ -52,7 +54,7 @@ class DocumentModel:
         :raises ValueError: If the processor refuses an image; some processors raise other errors.
         """
         inputs = [{"image": image} for image in images]
-        with self._lock.for_documents():
+        with self._lock.use(for_documents=True):
             features = self._model.preprocess(inputs, prompt=self._prompt, task="document")
             return map_tensors(features, torch.Tensor.pin_memory) if self.is_on_cuda else features
 

@@ -8,15 +8,14 @@ prompt, and documents its document prompt.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 from PIL import Image
 
-from cocoa_embed.encode.batches import token_counter
 from cocoa_embed.encode.document_model import DocumentModel
 from cocoa_embed.encode.jobs import EmbeddedImage, StreamSource
 from cocoa_embed.encode.processor_lock import ProcessorLock
@@ -125,14 +124,11 @@ class Encoder:
         :return: Array of shape ``(len(inputs), dimension)``, float32.
         :raises CocoaError: If the model does not take these modalities, or refuses an input.
         """
-        self._check(inputs)
         try:
-            with self._turn(), self._processor.alone():
-                embeddings = self.model.encode_query(list(inputs), batch_size=batch_size, show_progress_bar=False)
+            return self._embed(self.model.encode_query, inputs, batch_size)
         except ValueError as error:
             # Processors refuse an image much longer than wide, and a text with the image token.
             raise CocoaError(f"{self.name} does not take the query ({one_line(error)})") from error
-        return self._finish(np.asarray(embeddings))
 
     def embed_documents(self, inputs: Sequence[ModelInput], batch_size: int = 32) -> np.ndarray:
         """Embed documents, with the model's document prompt.
@@ -140,9 +136,12 @@ class Encoder:
         :return: Array of shape ``(len(inputs), dimension)``, float32.
         :raises CocoaError: If the model does not take these modalities.
         """
+        return self._embed(self.model.encode_document, inputs, batch_size)
+
+    def _embed(self, encode: Callable[..., Any], inputs: Sequence[ModelInput], batch_size: int) -> np.ndarray:
         self._check(inputs)
-        with self._turn(), self._processor.alone():
-            embeddings = self.model.encode_document(list(inputs), batch_size=batch_size, show_progress_bar=False)
+        with self._turn(), self._processor.use(for_documents=False):
+            embeddings = encode(list(inputs), batch_size=batch_size, show_progress_bar=False)
         return self._finish(np.asarray(embeddings))
 
     def stream_images(
@@ -176,7 +175,6 @@ class Encoder:
         return ImageStream(
             model=DocumentModel(self.model, self._processor),
             images=images,
-            count_tokens=token_counter(self.model),
             turn=self._turn,
             finish=self._finish,
             workers=workers or default_workers(is_on_cpu=self.model.device.type == "cpu"),

@@ -21,29 +21,15 @@ class ProcessorLock:
         self._is_set_for_documents = False
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Wait until the processor is unused, and use it alone."""
+    def use(self, *, for_documents: bool) -> Iterator[None]:
+        """Wait until the processor is unused or, for documents, set for documents; use it."""
         with self._queue, self._changed:
-            self._changed.wait_for(lambda: self._users == 0)
-            self._users = 1
-            self._is_set_for_documents = False
-        with self._leaving():
-            yield
-
-    @contextmanager
-    def for_documents(self) -> Iterator[None]:
-        """Wait until the processor is set for documents, or unused."""
-        with self._queue, self._changed:
-            self._changed.wait_for(lambda: self._is_set_for_documents or self._users == 0)
+            self._changed.wait_for(lambda: self._users == 0 or (for_documents and self._is_set_for_documents))
             self._users += 1
-        with self._leaving():
-            yield
-            self._is_set_for_documents = True
-
-    @contextmanager
-    def _leaving(self) -> Iterator[None]:
+            self._is_set_for_documents &= for_documents
         try:
             yield
+            self._is_set_for_documents = for_documents
         finally:
             with self._changed:
                 self._users -= 1

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from cocoa_embed.cpu_threads import available_cores
-from cocoa_embed.encode.batches import BatchLimits, CountTokens, plan_batches
+from cocoa_embed.encode.batches import BatchLimits, plan_batches
 from cocoa_embed.encode.document_model import DocumentModel, Features, Fetch
 from cocoa_embed.encode.jobs import REFUSALS, EmbeddedImage, ImageJob, StreamSource, decode, measure
 from cocoa_embed.encode.read_ahead import read_ahead
@@ -48,7 +48,6 @@ class ImageStream:
 
     model: DocumentModel
     images: Iterable[tuple[Any, StreamSource]]
-    count_tokens: CountTokens
     turn: Callable[[], AbstractContextManager[None]]
     """Held while the model runs on a batch."""
     finish: Callable[[np.ndarray], np.ndarray]
@@ -69,13 +68,12 @@ class ImageStream:
         :raises CocoaError: If the device is lost.
         """
         with ExitStack() as stack:
-            measured = read_ahead(lambda job: measure(job, self.count_tokens), self._jobs(), ahead=2 * self.batch_size)
+            measured = read_ahead(
+                lambda job: measure(job, self.model.count_tokens), self._jobs(), ahead=2 * self.batch_size
+            )
             batches = self._batches(stack.enter_context(closing(measured)))
             prepared = read_ahead(
-                self._prepare,
-                stack.enter_context(closing(batches)),
-                workers=self.workers,
-                ahead=self.workers + 2,
+                self._prepare, stack.enter_context(closing(batches)), workers=self.workers, ahead=self.workers + 2
             )
             for jobs, features in stack.enter_context(closing(prepared)):
                 self._embed(jobs, features.result)

@@ -2,7 +2,7 @@
 
 import base64
 import io
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -20,14 +20,10 @@ def data_uri(image: "Image.Image", largest_side: int = LARGEST_SIDE) -> str:
     """Return ``image`` as a ``data:`` URI: PNG, or JPEG for larger images where that is smaller, as for photographs."""
     image = image.convert("RGB")
     image.thumbnail((largest_side, largest_side))
-    encoded = {"png": _encoded(image, "PNG")}
-    if image.width * image.height > LOSSLESS_PIXELS:
-        encoded["jpeg"] = _encoded(image, "JPEG", quality=JPEG_QUALITY)
-    kind = min(encoded, key=lambda each: len(encoded[each]))
-    return f"data:image/{kind};base64,{base64.b64encode(encoded[kind]).decode('ascii')}"
-
-
-def _encoded(image: "Image.Image", kind: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format=kind, optimize=True, **options)
-    return buffer.getvalue()
+    encoded: dict[str, bytes] = {}
+    for kind in ("png", "jpeg") if image.width * image.height > LOSSLESS_PIXELS else ("png",):
+        buffer = io.BytesIO()
+        image.save(buffer, kind, optimize=True, quality=JPEG_QUALITY)
+        encoded[kind] = buffer.getvalue()
+    smallest = min(encoded, key=lambda kind: len(encoded[kind]))
+    return f"data:image/{smallest};base64,{base64.b64encode(encoded[smallest]).decode('ascii')}"

@@ -39,7 +39,7 @@ def find_images(paths: Iterable[str | Path], *, on_error: OnError | None = None)
     :raises CocoaError: If a path does not exist, a pattern matches nothing, a list cannot be read or, without
         ``on_error``, a folder cannot be listed.
     """
-    search = FolderSearch(on_error or refuse_folder)
+    search = FolderSearch(on_error)
     for path in map(Path, paths):
         if os.path.isdir(path):
             search.add_folder(str(path))
@@ -59,12 +59,8 @@ def search_folder(path: str | Path) -> Path:
 
     It is the folder itself, the folder of a file or of a list, or the part of a pattern before its first wildcard.
     """
-    path = Path(path)
-    if os.path.isdir(path):
-        return path
-    if os.path.lexists(path):
-        return path.parent
-    return split_pattern(path)[0]
+    folder, _ = split_pattern(Path(path))
+    return folder if os.path.isdir(folder) else folder.parent
 
 
 def read_file_list(path: str | Path) -> list[Path]:
@@ -89,14 +85,6 @@ def read_file_list(path: str | Path) -> list[Path]:
     return [folder / os.fsdecode(name) for name in names if name]
 
 
-def refuse_folder(folder: Path, reason: str) -> None:
-    """Refuse a folder that cannot be listed.
-
-    :raises CocoaError: Always.
-    """
-    raise CocoaError(f"{printable(folder)} {reason}")
-
-
 def split_pattern(pattern: Path) -> tuple[Path, tuple[str, ...]]:
     """Split a pattern into the folder that it begins with and its parts from the first wildcard on.
 
@@ -113,7 +101,7 @@ def split_pattern(pattern: Path) -> tuple[Path, tuple[str, ...]]:
 class FolderSearch:
     """The images found so far, and the folders already listed."""
 
-    def __init__(self, on_error: OnError) -> None:
+    def __init__(self, on_error: OnError | None) -> None:
         self.found: set[str] = set()
         self._on_error = on_error
         self._listed: set[tuple[int, int]] = set()
@@ -122,22 +110,16 @@ class FolderSearch:
 
     def add_folder(self, folder: str) -> None:
         """Find the images in a folder and its subfolders. Links to folders are kept for later."""
-        waiting = [folder]
-        while waiting:
-            folder = waiting.pop()
-            identity = self._identity(folder)
+        for path, folders, files in os.walk(folder, onerror=self._refuse):
+            identity = self._identity(path)
             if identity in self._listed:
+                folders.clear()
                 continue
             self._listed.add(identity)
-            folders = []
-            for entry in self._entries(folder):
-                if is_folder(entry):
-                    folders.append(entry.path)
-                elif entry.is_symlink() and os.path.isdir(entry.path):
-                    self._links.append(entry.path)
-                elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
-                    self.found.add(entry.path.removeprefix("./"))
-            waiting += sorted(folders, reverse=True)
+            folders.sort()
+            self._links += filter(os.path.islink, (os.path.join(path, name) for name in folders))
+            found = (name for name in files if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)
+            self.found.update(os.path.join(path, name).removeprefix("./") for name in found)
 
     def follow_links(self) -> None:
         """Find the images in folders that only links lead to."""
@@ -192,10 +174,20 @@ class FolderSearch:
             with os.scandir(folder) as entries:
                 return list(entries)
         except OSError as error:
-            if folder not in self._refused:
-                self._refused.add(folder)
-                self._on_error(Path(folder), f"cannot be listed ({error.strerror or one_line(error)})")
+            self._refuse(error)
             return []
+
+    def _refuse(self, error: OSError) -> None:
+        """Report a folder that cannot be listed, once.
+
+        :raises CocoaError: If errors are not reported.
+        """
+        reason = f"cannot be listed ({error.strerror or one_line(error)})"
+        if self._on_error is None:
+            raise CocoaError(f"{printable(error.filename)} {reason}") from error
+        if error.filename not in self._refused:
+            self._refused.add(error.filename)
+            self._on_error(Path(error.filename), reason)
 
     def _identity(self, folder: str) -> tuple[int, int]:
         """Return a key that is the same for every path to a folder."""
@@ -204,11 +196,3 @@ class FolderSearch:
         except OSError:
             return -1, hash(folder)  # it is gone: listing it says so
         return status.st_dev, status.st_ino
-
-
-def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Return whether an entry is a folder and not a link to one; uses the listing, without another system call."""
-    try:
-        return entry.is_dir(follow_symlinks=False)
-    except OSError:
-        return False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import errno
 import os
 import re
 import stat
@@ -122,36 +121,23 @@ def read_stable_file(path: str | Path) -> FileContent:
         # A device is not even opened: opening can have effects.
         check_is_file(os.stat(path).st_mode, name)
         for _ in range(READS):
-            if (content := read_once(path, name)) is not None:
-                return content
+            # Without O_NONBLOCK, a file that has become a pipe since the check would block here until it has a writer.
+            with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+                before = os.fstat(file.fileno())
+                check_is_file(before.st_mode, name)
+                check_size(before.st_size, name)
+                data = file.read(before.st_size + 1)
+                after = os.fstat(file.fileno())
+            is_one_state = (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns)
+            if is_one_state and len(data) == before.st_size:
+                return FileContent(data, before.st_mtime, before.st_size)
     except FileNotFoundError:
         reason = "is a link to a file that does not exist" if os.path.islink(path) else "does not exist"
         raise ImageError(name, reason) from None
     except (OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno == errno.ELOOP:
-            raise ImageError(name, "is a link that leads back to itself") from None
         cause = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
         raise ImageError(name, f"cannot be read ({cause})") from error
     raise ImageError(name, "changed while it was being read")
-
-
-def read_once(path: str | Path, name: str) -> FileContent | None:
-    """Return the content of a file, or None if it changed while it was read.
-
-    :raises ImageError: If it is not a regular file, empty, or too large.
-    :raises OSError: If it cannot be read.
-    """
-    # Without O_NONBLOCK, a file that has become a pipe since the check would block here until it has a writer.
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        before = os.fstat(file.fileno())
-        check_is_file(before.st_mode, name)
-        check_size(before.st_size, name)
-        data = file.read(before.st_size + 1)
-        after = os.fstat(file.fileno())
-    is_one_state = (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns)
-    if not is_one_state or len(data) != before.st_size:
-        return None
-    return FileContent(data, before.st_mtime, before.st_size)
 
 
 def check_is_file(mode: int, name: str) -> None:
@@ -214,22 +200,26 @@ def with_opened_image(use: Callable[[ImageFile.ImageFile, bytes], Result], data:
     :raises ImageError: If there is no image, it exceeds the limits, or ``use`` finds it broken.
     """
     check_size(len(data), name)
-
-    def attempt(data: bytes) -> Result:
-        with image_errors(name):
-            for width, height in icon_sizes(data):
-                check_pixels(width, height, name)
-            with open_image(data) as image:
-                check_pixels(image.width, image.height, name)
-                return use(image, data)
-
     try:
-        return attempt(data)
+        return with_decoder(use, data, name)
     except ImageError:
         picture = png_without_metadata(data)
         if picture is data:
             raise
-    return attempt(picture)
+        return with_decoder(use, picture, name)
+
+
+def with_decoder(use: Callable[[ImageFile.ImageFile, bytes], Result], data: bytes, name: str) -> Result:
+    """Call ``use`` as ``with_opened_image`` does, with the file as it is.
+
+    :raises ImageError: If there is no image, it exceeds the limits, or ``use`` finds it broken.
+    """
+    with image_errors(name):
+        for width, height in icon_sizes(data):
+            check_pixels(width, height, name)
+        with open_image(data) as image:
+            check_pixels(image.width, image.height, name)
+            return use(image, data)
 
 
 @contextmanager

@@ -3,24 +3,10 @@
 from io import BytesIO
 
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageOps
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
 ORIENTATION_TAG = 0x0112
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""How to turn an image of each EXIF orientation upright; orientations from 5 on swap width and height.
-
-``ImageOps.exif_transpose`` would also rewrite the EXIF block, which fails for some broken ones.
-"""
-
 THUMBNAIL_QUALITY = 80
 """JPEG quality, on Pillow's scale."""
 
@@ -35,7 +21,7 @@ def read_orientation(image: Image.Image) -> int:
         orientation = Image.Image.getexif(image).get(ORIENTATION_TAG, 1)
     except Exception:  # noqa: BLE001 - broken EXIF raises nearly anything, and the image itself is fine
         return 1
-    return orientation if isinstance(orientation, int) and orientation in UPRIGHT else 1
+    return orientation if orientation in range(1, 9) else 1
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
@@ -44,11 +30,11 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     Metadata that stayed, such as the orientation, would be applied again by the next reader.
     """
     image.load()
-    transpose = UPRIGHT.get(read_orientation(image))
     rgb = to_rgb(image)
-    if transpose is not None:
-        rgb = rgb.transpose(transpose)
     rgb.info = {}
+    # Pillow turns the new image, as it may fail to rewrite the EXIF data of the given one.
+    rgb.getexif()[ORIENTATION_TAG] = read_orientation(image)
+    ImageOps.exif_transpose(rgb, in_place=True)
     return rgb
 
 

@@ -49,14 +49,13 @@ class HostRule(NamedTuple):
     """An entry in the list of allowed hosts."""
 
     host: str
+    """Begins with a dot if the entry allows subdomains of the host, and not the host itself."""
     port: int | None
     """None allows the scheme's default port."""
-    is_wildcard: bool
-    """The entry allows subdomains of the host, and not the host itself."""
 
     def allows(self, hop: Hop) -> bool:
         """Return whether a request to this address is allowed."""
-        is_host = hop.host.endswith(f".{self.host}") if self.is_wildcard else hop.host == self.host
+        is_host = hop.host.endswith(self.host) if self.host.startswith(".") else hop.host == self.host
         return is_host and hop.port == (DEFAULT_PORTS[hop.scheme] if self.port is None else self.port)
 
 
@@ -105,7 +104,8 @@ def read_rule(text: str) -> HostRule:
         parts = urlsplit(f"//{text.removeprefix('*.')}")
         if parts.netloc != text.removeprefix("*.") or "@" in text:
             raise ValueError("it has more than a host and a port")
-        return HostRule(ascii_host(parts.hostname or ""), parts.port, text.startswith("*."))
+        dot = "." if text.startswith("*.") else ""
+        return HostRule(dot + ascii_host(parts.hostname or ""), parts.port)
     except ValueError as error:
         raise UsageError(
             f"{text!a} is not an allowed host ({one_line(error)}); give example.com, *.example.com or example.com:8080"

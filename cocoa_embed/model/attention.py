@@ -48,34 +48,28 @@ def assert_bidirectional(model: PreTrainedModel) -> None:
 
     :raises CocoaError: If it does not, or if the hidden states are not finite.
     """
-    for padded in (False, True):
-        if not _last_token_reaches_first(model, padded=padded):
-            raise CocoaError(
-                f"{type(model).__name__} with attn_implementation={model.config._attn_implementation!r} is causal "
-                f"{'with' if padded else 'without'} padding although is_causal is False: its first hidden state does "
-                f"not depend on its last token. Use transformers {TRANSFORMERS_FLOOR} or newer and one of eager, sdpa."
-            )
-
-
-def _last_token_reaches_first(model: PreTrainedModel, *, padded: bool) -> bool:
     length = 6
     input_ids = torch.arange(1, length + 1, device=model.device).repeat(2, 1)
-    attention_mask = torch.ones_like(input_ids)
-    if padded:
-        attention_mask[1, -2:] = 0
     changed_ids = input_ids.clone()
     changed_ids[0, -1] = length + 1
+    attention_mask = torch.ones_like(input_ids)
     was_training = model.training
-    model.eval()
-    decoder = model.get_decoder()
-    first, changed = (
-        decoder(input_ids=ids, attention_mask=attention_mask, use_cache=False).last_hidden_state[0, 0]
-        for ids in (input_ids, changed_ids)
-    )
-    model.train(was_training)
-    if not torch.isfinite(changed).all():
-        raise CocoaError(f"The hidden states of {type(model).__name__} are not finite: its weights are broken.")
-    return not torch.equal(first, changed)
+    for padding in ("without", "with"):
+        model.eval()
+        first, changed = (
+            model.get_decoder()(input_ids=ids, attention_mask=attention_mask, use_cache=False).last_hidden_state[0, 0]
+            for ids in (input_ids, changed_ids)
+        )
+        model.train(was_training)
+        if not torch.isfinite(changed).all():
+            raise CocoaError(f"The hidden states of {type(model).__name__} are not finite: its weights are broken.")
+        if torch.equal(first, changed):
+            raise CocoaError(
+                f"{type(model).__name__} with attn_implementation={model.config._attn_implementation!r} is causal "
+                f"{padding} padding although is_causal is False: its first hidden state does not depend on its last "
+                f"token. Use transformers {TRANSFORMERS_FLOOR} or newer and one of eager, sdpa."
+            )
+        attention_mask[1, -2:] = 0
 
 
 def bridge_mask(blocks: Tensor, *, eos_attends_to_b: bool = True) -> Tensor:
@@ -87,10 +81,8 @@ def bridge_mask(blocks: Tensor, *, eos_attends_to_b: bool = True) -> Tensor:
 
     :param blocks: ``Block`` of every position, int64 ``[B, L]``.
     :returns: bool ``[B, L, L]``: true where a row attends to a column.
-    :raises ValueError: If ``blocks`` is not two-dimensional or a row has not exactly one ``<EOS>`` position.
+    :raises ValueError: If a row has not exactly one ``<EOS>`` position.
     """
-    if blocks.ndim != 2:
-        raise ValueError(f"blocks must be [B, L], got {tuple(blocks.shape)}")
     eos_counts = (blocks == Block.EOS).sum(dim=1)
     if not (eos_counts == 1).all():
         raise ValueError(f"each row needs exactly one <EOS> position, got {eos_counts.tolist()}")
@@ -122,21 +114,13 @@ def bidirectional_mask(attention_mask: Tensor) -> Tensor:
     return (keep[:, :, None] & keep[:, None, :]) | (itself & ~keep[:, :, None])
 
 
-def before_or_itself(allowed: Tensor) -> Tensor:
-    """Make a bool ``[B, L, L]`` mask causal: no position attends to a later one."""
-    return allowed & torch.ones(allowed.shape[-2:], dtype=torch.bool, device=allowed.device).tril()
-
-
 def as_model_mask(allowed: Tensor, *, attn_implementation: str, dtype: torch.dtype) -> Tensor:
     """Turn a bool ``[B, L, L]`` mask into the 4-D ``attention_mask`` that transformers models use unchanged.
 
+    :param attn_implementation: ``sdpa`` or ``eager``.
     :returns: ``[B, 1, L, L]``: bool for sdpa, additive ``dtype`` for eager.
-    :raises ValueError: For an implementation that takes no dense mask.
     """
     allowed = allowed[:, None]
     if attn_implementation == "sdpa":
         return allowed
-    if attn_implementation == "eager":
-        lowest = torch.finfo(dtype).min
-        return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, lowest)
-    raise ValueError(f"no dense mask for attn_implementation={attn_implementation!r}; use 'sdpa' or 'eager'")
+    return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)

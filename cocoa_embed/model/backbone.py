@@ -20,7 +20,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from cocoa_embed.errors import CocoaError, UsageError
+from cocoa_embed.errors import CocoaError, UsageError, one_line
 from cocoa_embed.model.attention import make_bidirectional, make_causal
 from cocoa_embed.model.flex_attention import FLEX, use_flex_attention
 from cocoa_embed.model.template import CHAT_TEMPLATE
@@ -56,12 +56,7 @@ class PatchGeometry:
     def from_config(cls, config: PreTrainedConfig) -> "PatchGeometry":
         """Read the geometry from a model's config."""
         vision = config.vision_config
-        return cls(
-            channels=vision.in_channels,
-            temporal_patch_size=vision.temporal_patch_size,
-            patch_size=vision.patch_size,
-            merge_size=vision.spatial_merge_size,
-        )
+        return cls(vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.spatial_merge_size)
 
     @property
     def patch_width(self) -> int:
@@ -127,7 +122,6 @@ def resolve_backbone(name_or_path: str) -> str:
 def load_backbone(
     name_or_path: str,
     *,
-    dtype: torch.dtype = torch.float32,
     attn_implementation: str = "sdpa",
     max_length: int | None = None,
     max_pixels: int | None = None,
@@ -147,15 +141,21 @@ def load_backbone(
     try:
         loaded: Any = SUPPORTED[config.model_type].from_pretrained(
             location,
-            dtype=dtype,
+            dtype=torch.float32,
             attn_implementation="sdpa" if attn_implementation == FLEX else attn_implementation,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, by name
         )
     except (OSError, SafetensorError) as error:
-        raise CocoaError(f"Cannot load weights from {name_or_path}: {_first_line(error)}") from error
+        raise CocoaError(f"Cannot load weights from {name_or_path}: {one_line(error)}") from error
     model, info = loaded
-    _refuse_incomplete_weights(name_or_path, info)
+    kinds = ("missing", "unexpected", "mismatched")
+    faults = [f"{kind}: {', '.join(sorted(map(str, keys)))}" for kind in kinds if (keys := info.get(f"{kind}_keys"))]
+    if faults:
+        raise CocoaError(
+            f"The weights of {name_or_path} do not fit the model ({'; '.join(faults)}). The checkpoint is "
+            "incomplete or was written by an incompatible version; download or convert it again."
+        )
     processor = load_processor(name_or_path, max_length=max_length, max_pixels=max_pixels)
     if len(processor.tokenizer) > model.get_input_embeddings().num_embeddings:  # Qwen's matrix has spare rows
         model.resize_token_embeddings(len(processor.tokenizer))
@@ -174,7 +174,7 @@ def read_config(name_or_path: str) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(resolve_backbone(name_or_path))
     except (OSError, ValueError) as error:
-        raise CocoaError(f"Cannot read a model config from {name_or_path}: {_first_line(error)}") from error
+        raise CocoaError(f"Cannot read a model config from {name_or_path}: {one_line(error)}") from error
     if config.model_type not in SUPPORTED:
         raise UsageError(
             f"{name_or_path} is a {config.model_type!r} model; supported are {', '.join(sorted(SUPPORTED))}."
@@ -192,7 +192,7 @@ def load_processor(
     try:
         processor = AutoProcessor.from_pretrained(resolve_backbone(name_or_path))
     except (OSError, ValueError) as error:
-        raise CocoaError(f"Cannot load the processor of {name_or_path}: {_first_line(error)}") from error
+        raise CocoaError(f"Cannot load the processor of {name_or_path}: {one_line(error)}") from error
     prepare_processor(processor, max_length=max_length, max_pixels=max_pixels)
     return processor
 
@@ -236,27 +236,3 @@ def _check_room_for_images(processor: ProcessorMixin) -> None:
             f"An image of up to {largest} pixels takes {tokens} visual tokens, more than the {room} that a sequence of "
             f"{room + 8} has room for; lower max_pixels or raise max_length."
         )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
-
-
-def _refuse_incomplete_weights(name_or_path: str, info: dict[str, Any]) -> None:
-    faults = [
-        f"{kind.replace('_keys', '')}: {', '.join(sorted(map(_describe_key, keys)))}"
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if (keys := info.get(kind))
-    ]
-    if faults:
-        raise CocoaError(
-            f"The weights of {name_or_path} do not fit the model ({'; '.join(faults)}). The checkpoint is "
-            "incomplete or was written by an incompatible version; download or convert it again."
-        )
-
-
-def _describe_key(key: str | tuple[str, tuple[int, ...], tuple[int, ...]]) -> str:
-    if isinstance(key, str):
-        return key
-    name, found, expected = key
-    return f"{name} is {tuple(found)}, not {tuple(expected)}"

@@ -8,7 +8,6 @@ from sentence_transformers import SentenceTransformer
 from transformers import ProcessorMixin
 
 from cocoa_embed.model.attention import TRANSFORMERS_FLOOR
-from cocoa_embed.model.backbone import Origin
 
 _CARD = """\
 ---
@@ -72,6 +71,9 @@ def model_card(name: str, model: SentenceTransformer, training: dict[str, Any]) 
         ``batch_size``, ``learning_rate``, ``final``, ``adapter``, and optionally ``description`` and
         ``matryoshka_dims``), and optionally ``results`` (the metrics of each evaluation).
     """
+    # A trained model has its backbone's licence, which is unknown unless the backbone is built in.
+    hub = f"base_model: {json.dumps(training['backbone'])}\n"
+    origin_lines = {"hub": hub, "built-in": "license: apache-2.0\n", "folder": ""}
     recipe = training["recipe"]
     processor: ProcessorMixin = model.processor
     return _CARD.format(
@@ -79,61 +81,47 @@ def model_card(name: str, model: SentenceTransformer, training: dict[str, Any]) 
         backbone=training["backbone"],
         attention="made bidirectional" if recipe["bidirectional"] else "left causal, for comparison,",
         transformers_floor=TRANSFORMERS_FLOOR,
-        origin=_origin_line(training["backbone"], training["origin"]),
+        origin=origin_lines[training["origin"]],
         dimension=model.get_embedding_dimension(),
         eos=processor.tokenizer.eos_token,
         query_prompt=_quoted(recipe["prompts"]["query"]),
         document_prompt=_quoted(recipe["prompts"]["document"]),
         max_length=model.max_seq_length,
         max_pixels=processor.image_processor.size["longest_edge"],
-        training="\n\n".join(_training_parts(name, training["stages"], model.get_embedding_dimension())),
+        training=_training_text(name, training["stages"], model.get_embedding_dimension()),
         data=training["data"],
         seed=recipe["seed"],
         results=_result_table(training.get("results", {})),
     )
 
 
-def _origin_line(backbone: str, origin: Origin) -> str:
-    """Return the front matter's line for a backbone on the hub, or the licence of a built-in one.
-
-    A trained model has its backbone's licence, which is unknown for other backbones.
-    """
-    return {"hub": f"base_model: {json.dumps(backbone)}\n", "built-in": "license: apache-2.0\n", "folder": ""}[origin]
-
-
 def _quoted(prompt: str) -> str:
     return f'"{prompt}"' if prompt else "nothing"
 
 
-def _training_parts(name: str, stages: list[dict[str, Any]], dimension: int | None) -> list[str]:
-    parts = [_stage_table(stages), _adapter_text(stages), *(stage.get("description", "") for stage in stages)]
-    parts += [_matryoshka_text(name, stage.get("matryoshka_dims") or [], dimension) for stage in stages]
-    return [part for part in parts if part]
-
-
-def _stage_table(stages: list[dict[str, Any]]) -> str:
+def _training_text(name: str, stages: list[dict[str, Any]], dimension: int | None) -> str:
     if not stages:
         return "No stage was run: these are the backbone's weights."
     rows = [
         (
-            stage["stage"],
-            stage["steps"],
-            stage["batch_size"],
+            *(stage[name] for name in ("stage", "steps", "batch_size")),
             f"{stage['learning_rate']:g}",
             f"{stage['final']['loss']:.3f}",
         )
         for stage in stages
     ]
-    return _table(("stage", "steps", "batch", "learning rate", "final loss"), rows)
-
-
-def _adapter_text(stages: list[dict[str, Any]]) -> str:
     adapters = [
         f"{stage['stage']} {_KINDS[adapter['kind']]} (r {adapter['r']}, alpha {adapter['alpha']})"
         for stage in stages
         if (adapter := stage["adapter"])
     ]
-    return f"Adapters, merged into the weights at the end of their stage: {', '.join(adapters)}." if adapters else ""
+    parts = [
+        _table(("stage", "steps", "batch", "learning rate", "final loss"), rows),
+        f"Adapters, merged into the weights at the end of their stage: {', '.join(adapters)}." if adapters else "",
+        *(stage.get("description", "") for stage in stages),
+        *(_matryoshka_text(name, stage.get("matryoshka_dims") or [], dimension) for stage in stages),
+    ]
+    return "\n\n".join(filter(None, parts))
 
 
 def _matryoshka_text(name: str, matryoshka_dims: list[int], dimension: int | None) -> str:

@@ -15,11 +15,7 @@ from cocoa_embed.model.training_record import TRAINING_FILE, read_training, writ
 
 
 def build_sentence_transformer(
-    checkpoint: Path,
-    *,
-    prompts: dict[str, str],
-    bidirectional: bool = True,
-    device: str | None = None,
+    checkpoint: Path, *, prompts: dict[str, str], bidirectional: bool = True, device: str | None = None
 ) -> SentenceTransformer:
     """Return a SentenceTransformer over the backbone in ``checkpoint``: the normalised last hidden state of ``<EOS>``.
 

@@ -22,8 +22,6 @@ REGISTERED = "cocoa_flex"
 TILE = 128
 """Rows and columns of a tile, the default of FlexAttention's kernels."""
 
-IMPLEMENTATIONS = ("sdpa", "eager", FLEX)
-
 FIRST_DYNAMIC_TORCH = "2.7"
 """With torch 2.6, transformers recompiles FlexAttention for every sequence length, and stops after a few."""
 
@@ -33,16 +31,11 @@ def resolve_attention(attn_implementation: str, *, sparse: bool, device_type: st
 
     :param sparse: The mask leaves whole tiles out, as the bridge mask does.
     :param device_type: As in ``torch.device(...).type``.
-    :raises UsageError: For an unknown implementation, or for FlexAttention without CUDA: it has no backward pass there.
+    :raises UsageError: For FlexAttention without CUDA: it has no backward pass there.
     """
     if attn_implementation == "auto":
         has_kernel = device_type == "cuda" and torch.__version__ >= FIRST_DYNAMIC_TORCH
         return FLEX if sparse and has_kernel else "sdpa"
-    if attn_implementation not in IMPLEMENTATIONS:
-        raise UsageError(
-            f"There is no attention implementation {attn_implementation!r}; use one of auto, "
-            f"{', '.join(IMPLEMENTATIONS)}."
-        )
     if attn_implementation == FLEX and device_type != "cuda":
         raise UsageError(f"{FLEX} cannot be trained on {device_type!r}, only on 'cuda'; use auto or sdpa.")
     return attn_implementation
@@ -93,26 +86,17 @@ def bridge_block_mask(blocks: Tensor, *, eos_attends_to_b: bool = True) -> Block
 
     :param blocks: ``Block`` of every position, int64 ``[B, L]``.
     :returns: A ``BlockMask`` of shape ``[B, 1, L, L]``.
-    :raises ValueError: If ``blocks`` is not two-dimensional.
     """
-    if blocks.ndim != 2:
-        raise ValueError(f"blocks must be [B, L], got {tuple(blocks.shape)}")
     length = blocks.shape[1]
     some, every = _tiles(blocks, eos_attends_to_b=eos_attends_to_b)
-
-    padding = int(Block.PAD)
 
     def mask_mod(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         rows, columns = blocks[row, query], blocks[row, key]
         allowed = sees(rows, columns, eos_attends_to_b=eos_attends_to_b)
-        return allowed | ((rows == padding) & (query == key))
+        return allowed | ((rows == int(Block.PAD)) & (query == key))
 
     return BlockMask.from_kv_blocks(
-        *_in_order(some & ~every),
-        *_in_order(every),
-        BLOCK_SIZE=TILE,
-        mask_mod=mask_mod,
-        seq_lengths=(length, length),
+        *_in_order(some & ~every), *_in_order(every), BLOCK_SIZE=TILE, mask_mod=mask_mod, seq_lengths=(length, length)
     )
 
 

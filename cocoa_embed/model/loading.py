@@ -73,24 +73,22 @@ def check_model(model: str | Path) -> None:
     if unfinished := explain_unfinished(folder):
         raise CocoaError(unfinished)
     name = printable(model)
-    if not folder.exists():
-        if not is_hub_name(str(model)):
+    if not folder.is_dir():
+        if folder.exists() or not is_hub_name(str(model)):
             raise CocoaError(
                 f"{name}: there is no such model folder; name a folder that cocoa-embed export wrote, or a model on the"
                 " Hugging Face hub as owner/name"
             )
-    elif not folder.is_dir():
-        raise CocoaError(f"{name} is a file; a model is a folder, as cocoa-embed export writes it")
-    elif (folder / MODULES_FILE).is_file():
-        if not any(any(folder.rglob(pattern)) for pattern in WEIGHT_FILES):
+    elif not (folder / MODULES_FILE).is_file():
+        if not (folder / TRAINING_FILE).is_file():
             raise CocoaError(
-                f"{name} has no weights (no *.safetensors in it); copy them there or run cocoa-embed export again"
+                f"{name} is no SentenceTransformer (it has no {MODULES_FILE}); name a folder that cocoa-embed export "
+                "wrote"
             )
-    elif (folder / TRAINING_FILE).is_file():
         read_training(folder)
-    else:
+    elif not any(any(folder.rglob(pattern)) for pattern in WEIGHT_FILES):
         raise CocoaError(
-            f"{name} is no SentenceTransformer (it has no {MODULES_FILE}); name a folder that cocoa-embed export wrote"
+            f"{name} has no weights (no *.safetensors in it); copy them there or run cocoa-embed export again"
         )
 
 

@@ -32,11 +32,5 @@ CHAT_TEMPLATE = f"""\
 
 
 def render(*, text: str | None, images: int, prompt: str = "") -> str:
-    """Render one input as ``CHAT_TEMPLATE`` does, without the Jinja engine.
-
-    :param images: The number of images.
-    :raises ValueError: If there is neither a text nor an image.
-    """
-    if text is None and not images:
-        raise ValueError("an item needs a text, an image, or both")
+    """Render one input with any number of images as ``CHAT_TEMPLATE`` does, without the Jinja engine."""
     return f"{f'{VISION_START}{IMAGE_PAD}{VISION_END}' * images}{prompt}{text or ''}"

@@ -47,17 +47,13 @@ def read_run(folder: Path) -> dict[str, Any]:
     :raises CocoaError: If the file is broken, or of another version.
     """
     path, name = folder / RUN_FILE, printable(folder)
-    if not folder.is_dir():
-        raise UsageError(
-            f"{name} {'is a file' if folder.exists() else 'does not exist'}; name the folder of a training run, the "
-            "--out of cocoa-embed train"
-        )
     if not path.is_file():
         run = run_of(folder)
         inside = sorted(file.parent for depth in ("*", "*/*") for file in folder.glob(f"{depth}/{RUN_FILE}"))
         hint = f"it is part of the run {printable(run)}" if run else "name the --out of cocoa-embed train"
         hint = f"did you mean {printable(inside[0])}?" if inside else hint
-        raise UsageError(f"{name} is no training run: it has no {RUN_FILE}; {hint}")
+        fault = f"is no training run: it has no {RUN_FILE}" if folder.exists() else "does not exist"
+        raise UsageError(f"{name} {fault}; {hint}")
     run_record = _read_object(path, "Restore it.")
     if run_record.get("version") != RUN_VERSION:
         raise CocoaError(

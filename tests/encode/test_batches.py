@@ -5,7 +5,6 @@ from fake_model import FakeModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_backbones import LoadTiny, every_family
 from transformers import CLIPImageProcessor, Qwen2VLImageProcessor
 
 from cocoa_embed.encode.batches import BatchLimits, ImageCost, plan_batches, token_counter
@@ -44,26 +43,18 @@ def test_batches_hold_every_image_once_within_the_limits_sorted_and_as_few_as_po
         assert not fits([*earlier, later[0]])
 
 
-@every_family
-@pytest.mark.parametrize("size", [(500, 375), (30, 200), (31, 33)])
-def test_the_tokens_of_an_image_are_those_of_the_processor(load_tiny: LoadTiny, size: tuple[int, int]) -> None:
-    processor = load_tiny("sdpa").processor
-    features = processor(images=[Image.new("RGB", size)], text=[processor.image_token], return_tensors="pt")
-    visual = (features["input_ids"] == processor.image_token_id).sum()
-    assert token_counter(Processed(processor))(*size) == visual > 0
-
-
-@settings(max_examples=30)
-@given(st.integers(1, 1000), st.integers(1, 1000))
-def test_the_tokens_of_any_size_are_those_of_its_grid(width: int, height: int) -> None:
-    processor = Qwen2VLImageProcessor(size={"shortest_edge": 28 * 28, "longest_edge": 224 * 224})
+@settings(max_examples=60)
+@given(st.sampled_from([14, 16]), st.integers(1, 1000), st.integers(1, 1000))
+def test_the_tokens_of_any_size_are_those_of_its_grid(patch_size: int, width: int, height: int) -> None:
+    size = {"shortest_edge": 28 * 28, "longest_edge": 224 * 224}
+    processor = Qwen2VLImageProcessor(size=size, patch_size=patch_size)
     count = token_counter(Processed(processor))
     if max(width, height) > 200 * min(width, height):
         with pytest.raises(ValueError, match="aspect ratio"):
             count(width, height)
         return
     grid = processor(images=[Image.new("RGB", (width, height))], return_tensors="pt")["image_grid_thw"]
-    assert count(width, height) == grid.prod() // 4
+    assert count(width, height) == grid.prod() // 4 > 0
 
 
 @pytest.mark.parametrize("model", [FakeModel(), object(), Processed(CLIPImageProcessor()), Processed(object())])

@@ -1,25 +1,26 @@
 import random
-import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from exported import PROMPTS, write_checkpoint
-from fake_model import IMAGE_TOKEN, FakeModel, colour_image
+from fake_model import IMAGE_TOKEN, FakeModel, asking, colour_image
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import BoW
 from tiny_backbones import TINY_MAX_LENGTH, every_family, tiny_clip_model
 
 from cocoa_embed.demo.scenes import draw, sample_scene
+from cocoa_embed.encode.document_model import DocumentModel, document_prompt
 from cocoa_embed.encode.encoder import Encoder, ModelInput, make_input
 from cocoa_embed.encode.jobs import EmbeddedImage
-from cocoa_embed.errors import CocoaError, UsageError
-from cocoa_embed.images.load import ImageError
+from cocoa_embed.encode.processor_lock import ProcessorLock
+from cocoa_embed.encode.stream import ImageStream
+from cocoa_embed.errors import CocoaError, ImageError, UsageError
 from cocoa_embed.model.backbone import load_backbone
 from cocoa_embed.model.export import build_sentence_transformer
 
@@ -27,19 +28,21 @@ TOLERANCE = 1e-5
 
 
 def test_an_input_is_a_text_an_image_or_both() -> None:
+    red = colour_image("red")
     for text in ("red", "🦓", "café", "\0", "\ufffd"):
         assert make_input(text) == {"text": text}
-    assert make_input("red", colour_image("red")).keys() == {"text", "image"}
-    assert make_input("", colour_image("red")).keys() == {"image"}
-    with pytest.raises(UsageError):
+    assert make_input("red", red).keys() == {"text", "image"}
+    assert make_input("", red).keys() == {"image"}
+    with pytest.raises(UsageError, match="neither a text nor an image"):
         make_input("")
 
 
 @pytest.mark.parametrize("text", ["\ud83e", "caf\udce9"])
 def test_a_text_that_is_not_valid_unicode_is_wrong_usage(text: str) -> None:
-    for image in (None, colour_image("red")):
+    encoder = Encoder(FakeModel())
+    for use in (lambda item: make_input(**item), lambda item: encoder.embed_queries([item])):
         with pytest.raises(UsageError, match="not valid Unicode") as caught:
-            Encoder(FakeModel()).embed_queries([make_input(text, image)])
+            use({"text": text, "image": colour_image("red")})
         assert str(caught.value).isascii()
 
 
@@ -57,19 +60,42 @@ def test_a_query_that_the_model_refuses_is_one_sentence_that_names_the_model(ite
     assert str(caught.value) == f"cocoa-tiny does not take the query ({reason})"
 
 
+@pytest.mark.parametrize(
+    ("prompts", "default", "expected"),
+    [
+        ({}, None, None),
+        ({"query": "q: ", "document": "d: "}, None, "d: "),
+        ({"corpus": "c: ", "passage": "p: "}, None, "p: "),
+        ({"corpus": "c: "}, "query", "c: "),
+        ({"query": "q: "}, "query", "q: "),
+        ({"document": ""}, "query", ""),
+    ],
+)
+def test_the_document_prompt_is_that_of_encode_document(
+    prompts: dict[str, str], default: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = SentenceTransformer(modules=[torch.nn.Dropout()], device="cpu").train()
+    model.prompts, model.default_prompt_name = prompts, default
+
+    def preprocess(inputs: list[str], prompt: str | None, task: str) -> None:
+        raise KeyError(prompt)
+
+    monkeypatch.setattr(model, "preprocess", preprocess)
+    with pytest.raises(KeyError) as caught:
+        model.encode_document(["x"])
+    assert caught.value.args == (expected,)
+    assert document_prompt(model) == expected
+    model.train()
+    DocumentModel(model, ProcessorLock())
+    assert not model.training, "it is in evaluation mode, as encode puts it"
+
+
 @pytest.fixture(scope="module")
 def qwen(tiny_backbone_path: Path, tmp_path_factory: pytest.TempPathFactory) -> SentenceTransformer:
     """An exported tiny model with a document prompt."""
     backbone = load_backbone(str(tiny_backbone_path), max_length=TINY_MAX_LENGTH)
     checkpoint = write_checkpoint(backbone, tmp_path_factory.mktemp("checkpoint"))
     return build_sentence_transformer(checkpoint, prompts=PROMPTS).to("cpu")
-
-
-@pytest.fixture(scope="module")
-def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> SentenceTransformer:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return tiny_clip_model(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +139,9 @@ def test_a_streamed_image_is_embedded_as_encode_document_embeds_it(
     assert distance(streamed(encoder, paths), qwen.encode_document([str(path) for path in paths])) < TOLERANCE
 
 
-def test_a_clip_model_streams_too(tiny_clip: SentenceTransformer, scenes: list[Image.Image]) -> None:
-    encoder = Encoder(tiny_clip)
+def test_a_clip_model_streams_too(tmp_path: Path, scenes: list[Image.Image]) -> None:
+    torch.manual_seed(0)
+    encoder = Encoder(tiny_clip_model(tmp_path))
     encoder.require_images()
     assert encoder.dimension == 24
     expected = documents(encoder, scenes)
@@ -123,54 +150,38 @@ def test_a_clip_model_streams_too(tiny_clip: SentenceTransformer, scenes: list[I
 
 
 def test_an_image_that_does_not_fit_into_the_sequence_is_refused_by_itself(
-    qwen: SentenceTransformer, scenes: list[Image.Image]
+    qwen: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Truncation would cut off visual tokens."""
-    encoder, longest = Encoder(qwen), qwen.max_seq_length
     small, large = Image.new("RGB", (28, 28)), Image.new("RGB", (112, 112))
-    qwen.max_seq_length = 16
-    try:
-        outcomes = dict(encoder.stream_images(enumerate([small, large, small]), batch_size=8))
-    finally:
-        qwen.max_seq_length = longest
+    monkeypatch.setattr(qwen, "max_seq_length", 16)
+    outcomes = dict(Encoder(qwen).stream_images(enumerate([small, large, small]), batch_size=8))
     assert isinstance(outcomes[1], ImageError)
     assert "cannot be embedded (" in outcomes[1].reason
     assert np.allclose(outcomes[0].vector, outcomes[2].vector)
 
 
-def test_a_dimension_truncates_and_normalises(qwen: SentenceTransformer, scenes: list[Image.Image]) -> None:
+@pytest.mark.parametrize("own", [32, 12])
+def test_a_dimension_truncates_and_normalises_what_the_model_itself_truncates(
+    qwen: SentenceTransformer, scenes: list[Image.Image], own: int
+) -> None:
     scenes = scenes[:3]
-    whole, encoder = Encoder(qwen), Encoder(qwen, dimension=8)
-    assert (whole.dimension, encoder.dimension) == (32, 8)
-    expected = documents(whole, scenes)[:, :8]
-    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
-    assert distance(streamed(encoder, scenes), expected) < TOLERANCE
-    assert distance(documents(encoder, scenes), expected) < TOLERANCE
-    query = encoder.embed_queries([{"text": "red"}])
-    assert query.shape == (1, 8)
-    assert np.linalg.norm(query) == pytest.approx(1, abs=1e-6)
-
-
-def test_the_truncation_of_a_model_itself_is_kept(qwen: SentenceTransformer, scenes: list[Image.Image]) -> None:
-    scenes = scenes[:3]
-    with qwen.truncate_embeddings(8):
-        encoder = Encoder(qwen)
-        assert encoder.dimension == 8
-        expected = documents(encoder, scenes)
-        assert distance(streamed(encoder, scenes), expected) < TOLERANCE
-        assert np.linalg.norm(expected[0]) < 0.99
-        normalised = expected[:, :4] / np.linalg.norm(expected[:, :4], axis=1, keepdims=True)
-        assert distance(streamed(Encoder(qwen, dimension=4), scenes), normalised) < TOLERANCE
-        with pytest.raises(UsageError, match="embeddings of 8 dimensions, not of 9; give 1 to 8"):
-            Encoder(qwen, dimension=9)
-
-
-@pytest.mark.parametrize("dimension", [0, -1, 49])
-def test_a_dimension_that_the_model_does_not_have_is_wrong_usage(dimension: int) -> None:
-    with pytest.raises(
-        UsageError, match=f"cocoa-tiny has embeddings of 48 dimensions, not of {dimension}; give 1 to 48"
-    ):
-        Encoder(FakeModel(), "cocoa-tiny", dimension)
+    with qwen.truncate_embeddings(own):
+        whole, encoder = Encoder(qwen), Encoder(qwen, dimension=8)
+        assert (whole.dimension, encoder.dimension) == (own, 8)
+        expected = documents(whole, scenes)
+        assert distance(streamed(whole, scenes), expected) < TOLERANCE
+        assert (np.linalg.norm(expected[0]) < 0.99) == (own == 12), "the model does not normalise what it truncates"
+        normalised = expected[:, :8] / np.linalg.norm(expected[:, :8], axis=1, keepdims=True)
+        assert distance(streamed(encoder, scenes), normalised) < TOLERANCE
+        assert distance(documents(encoder, scenes), normalised) < TOLERANCE
+        query = encoder.embed_queries([{"text": "red"}])
+        assert query.shape == (1, 8)
+        assert np.linalg.norm(query) == pytest.approx(1, abs=1e-6)
+        for dimension in (0, 33):
+            reason = f"^tiny has embeddings of {own} dimensions, not of {dimension}; give 1 to {own}$"
+            with pytest.raises(UsageError, match=reason):
+                Encoder(qwen, "tiny", dimension)
 
 
 @pytest.mark.parametrize("modalities", [("text",), ("image",), ("text", "image")])
@@ -189,39 +200,16 @@ def test_truncated_queries_change_no_streamed_image(
     """They change the state of the tokenizer that documents use."""
     short = partial(qwen.encode_query, processing_kwargs={"text": {"max_length": 8}})
     monkeypatch.setattr(qwen, "encode_query", short)
-    refused: list[str] = []
-    preprocess = qwen.preprocess
-
-    def watched(*arguments: Any, **settings: Any) -> dict[str, Any]:
-        try:
-            return preprocess(*arguments, **settings)
-        except (ValueError, RuntimeError) as error:
-            refused.append(str(error))
-            raise
-
-    monkeypatch.setattr(qwen, "preprocess", watched)
+    # A truncated batch is refused, and would be embedded in halves.
+    monkeypatch.setattr(ImageStream, "_embed_halves", Mock(side_effect=AssertionError("a batch was refused")))
     encoder = Encoder(qwen)
     item: ModelInput = {"text": "large red circle " * 9}
     expected, answer = documents(encoder, scenes), encoder.embed_queries([item])
-    done, answers = threading.Event(), []
-
-    def ask() -> None:
-        while not done.is_set():
-            answers.append(encoder.embed_queries([item]))
-
-    interval, thread = sys.getswitchinterval(), threading.Thread(target=ask)
-    sys.setswitchinterval(1e-6)
-    thread.start()
-    try:
+    with asking(encoder, item) as answers:
         found = [streamed(encoder, scenes, batch_size=4, workers=3) for _ in range(3)]
-    finally:
-        sys.setswitchinterval(interval)
-        done.set()
-        thread.join()
     assert max(distance(each, expected) for each in found) < TOLERANCE
     assert answers
     assert max(distance(each, answer) for each in answers) < TOLERANCE
-    assert not refused  # a truncated batch is refused, and would be embedded in halves
 
 
 def test_a_model_that_embeds_only_text_is_refused_at_once() -> None:
@@ -236,12 +224,7 @@ def test_a_truncated_encoder_takes_turns_with_the_whole_one() -> None:
     short = whole.truncate(12)
     assert (whole.dimension, short.dimension, short.name) == (48, 12, "fake")
     assert short.fingerprint == whole.fingerprint
-    threads = [
-        threading.Thread(target=encoder.embed_documents, args=([{"image": colour_image("red")}] * 50,))
-        for encoder in (whole, short) * 4
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    images: list[ModelInput] = [{"image": colour_image("red")}] * 50
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda encoder: encoder.embed_documents(images), [whole, short] * 4))
     assert len(whole.model.batches) == 8, "the model refuses two at once"

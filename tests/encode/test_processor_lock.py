@@ -1,5 +1,4 @@
 import threading
-from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import pytest
@@ -8,86 +7,67 @@ from cocoa_embed.encode.processor_lock import ProcessorLock
 
 
 class Visit:
-    """A thread's stay in a section."""
+    """A thread's stay in a section, of at most ten seconds."""
 
     def __init__(self, section: AbstractContextManager[None]) -> None:
         self._inside, self._leave = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._stay, args=(section,))
-        self._thread.start()
+        threading.Thread(target=self._stay, args=(section,), daemon=True).start()
 
     def _stay(self, section: AbstractContextManager[None]) -> None:
         with section:
             self._inside.set()
-            assert self._leave.wait(10)
+            self._leave.wait(10)
 
     def is_inside(self, seconds: float = 5.0) -> bool:
         return self._inside.wait(seconds)
 
     def end(self) -> None:
         self._leave.set()
-        self._thread.join()
-
-
-@pytest.fixture
-def visit() -> Iterator[Callable[[AbstractContextManager[None]], Visit]]:
-    visits: list[Visit] = []
-
-    def begin(section: AbstractContextManager[None]) -> Visit:
-        visits.append(Visit(section))
-        return visits[-1]
-
-    yield begin
-    for each in visits:
-        each.end()
 
 
 @pytest.fixture
 def lock() -> ProcessorLock:
     """A lock whose processor is set for documents."""
     lock = ProcessorLock()
-    with lock.for_documents():
+    with lock.use(for_documents=True):
         pass
     return lock
 
 
-def test_documents_run_together_after_the_first(visit: Callable[..., Visit]) -> None:
+def test_documents_run_together_after_the_first() -> None:
     lock = ProcessorLock()
-    first = visit(lock.for_documents())
+    first = Visit(lock.use(for_documents=True))
     assert first.is_inside()
-    second, third = visit(lock.for_documents()), visit(lock.for_documents())
+    second, third = Visit(lock.use(for_documents=True)), Visit(lock.use(for_documents=True))
     assert not second.is_inside(0.05)
     first.end()
     assert second.is_inside()
     assert third.is_inside()
 
 
-def test_a_query_runs_alone_after_the_documents_before_it(lock: ProcessorLock, visit: Callable[..., Visit]) -> None:
-    document = visit(lock.for_documents())
+def test_queries_run_alone_in_turn_with_documents(lock: ProcessorLock) -> None:
+    document = Visit(lock.use(for_documents=True))
     assert document.is_inside()
-    query = visit(lock.alone())
+    query = Visit(lock.use(for_documents=False))
     assert not query.is_inside(0.05)
-    late = visit(lock.for_documents())
+    late = Visit(lock.use(for_documents=True))
     assert not late.is_inside(0.05), "documents do not overtake a waiting query"
     document.end()
     assert query.is_inside()
     assert not late.is_inside(0.05)
     query.end()
     assert late.is_inside()
-    assert not visit(lock.for_documents()).is_inside(0.05), "the first documents after a query run alone"
+    assert not Visit(lock.use(for_documents=True)).is_inside(0.05), "the first documents after a query run alone"
 
 
-def test_queries_run_one_at_a_time(lock: ProcessorLock, visit: Callable[..., Visit]) -> None:
-    first = visit(lock.alone())
-    assert first.is_inside()
-    second = visit(lock.alone())
-    assert not second.is_inside(0.05)
-    first.end()
-    assert second.is_inside()
+def test_queries_run_one_at_a_time(lock: ProcessorLock) -> None:
+    assert Visit(lock.use(for_documents=False)).is_inside()
+    assert not Visit(lock.use(for_documents=False)).is_inside(0.05)
 
 
-def test_documents_that_are_refused_leave_the_processor_unset(visit: Callable[..., Visit]) -> None:
+def test_documents_that_are_refused_leave_the_processor_unset() -> None:
     lock = ProcessorLock()
-    with pytest.raises(KeyError), lock.for_documents():
+    with pytest.raises(KeyError), lock.use(for_documents=True):
         raise KeyError
-    assert visit(lock.for_documents()).is_inside()
-    assert not visit(lock.for_documents()).is_inside(0.05)
+    assert Visit(lock.use(for_documents=True)).is_inside()
+    assert not Visit(lock.use(for_documents=True)).is_inside(0.05)

@@ -5,39 +5,11 @@ from io import BytesIO
 
 import pytest
 from PIL import Image, UnidentifiedImageError
-from raw_images import encoded, exif, heic, icon_of, jpeg_of_scans, png_chunk, png_file, stored
+from raw_images import corners, encoded, exif, heic, icon_of, jpeg_of_scans, png_chunk, png_file, same, stored
 
 from cocoa_embed.errors import ImageError, install_command
-from cocoa_embed.images.formats import (
-    MAX_JPEG_SCANS,
-    MAX_JPEG_SEGMENTS,
-    icon_sizes,
-    jpeg_markers,
-)
+from cocoa_embed.images.formats import MAX_JPEG_SCANS, MAX_JPEG_SEGMENTS, icon_sizes, jpeg_markers
 from cocoa_embed.images.load import decode_image, image_size, load_image
-
-RED, BLUE = (255, 0, 0), (0, 0, 255)
-
-
-def corners(size: tuple[int, int] = (64, 32)) -> Image.Image:
-    """Return a picture that looks different whichever way it is turned."""
-    image = Image.new("RGB", size, "white")
-    image.paste(RED, (0, 0, size[0] // 2, size[1] // 2))
-    image.paste(BLUE, (0, size[1] // 2, size[0] // 2, size[1]))
-    return image
-
-
-def same(image: Image.Image, other: Image.Image) -> bool:
-    return image.mode == other.mode and image.size == other.size and image.tobytes() == other.tobytes()
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_heic_is_turned_once(orientation: int) -> None:
-    data = heic(corners(), orientation)
-    assert (b"irot" in data or b"imir" in data) == (orientation > 1)
-    assert (b"Exif" in data) == (orientation > 1)
-    assert same(load_image(data), corners())
-    assert image_size(data, "photo") == (64, 32)
 
 
 def test_reading_heic_changes_nothing_for_others() -> None:
@@ -48,9 +20,7 @@ def test_reading_heic_changes_nothing_for_others() -> None:
         Image.open(BytesIO(heic(corners())))
 
 
-def test_without_its_extra_a_heic_is_refused_with_the_pip_command(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_without_its_extra_a_heic_is_refused_with_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
     data = heic(corners())
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     for use in (image_size, decode_image):
@@ -91,23 +61,15 @@ def test_scans_of_other_pictures_in_a_jpeg_are_not_counted() -> None:
 
 
 def test_the_size_of_an_icon_is_that_of_its_picture() -> None:
-    data = icon_of(encoded(Image.new("RGB", (300, 200), RED), "PNG"))
+    data = icon_of(encoded(Image.new("RGB", (300, 200), "red"), "PNG"))
     assert list(icon_sizes(data)) == [(300, 200)]
     assert image_size(data, "icon") == load_image(data).size == (300, 200)
-    old = encoded(Image.new("RGB", (32, 32), RED), "ICO", bitmap_format="bmp", sizes=[(32, 32)])
+    old = encoded(Image.new("RGB", (32, 32), "red"), "ICO", bitmap_format="bmp", sizes=[(32, 32)])
     assert list(icon_sizes(old)) == [(32, 32)]
     at = old.index(struct.pack("<III", 40, 32, 64))
     oldest = old[:at] + struct.pack("<IHH", 12, 32, 64) + old[at + 8 :]
     assert list(icon_sizes(oldest)) == [(32, 32)]
     assert list(icon_sizes(encoded(corners(), "PNG"))) == []
-
-
-@pytest.mark.parametrize("compression", ["raw", "tiff_lzw", "jpeg"])
-@pytest.mark.parametrize("orientation", [3, 6])
-def test_a_compressed_tiff_is_turned_once(compression: str, orientation: int) -> None:
-    data = encoded(stored(corners(), orientation), "TIFF", exif=exif(orientation), compression=compression)
-    assert image_size(data, "photo") == load_image(data).size == (64, 32)
-    assert load_image(data).getpixel((1, 1))[0] > 200 > load_image(data).getpixel((1, 30))[0]
 
 
 def test_an_orientation_behind_the_pixels_of_a_png_counts_too() -> None:

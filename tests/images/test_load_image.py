@@ -1,7 +1,6 @@
 import base64
 import os
 import threading
-from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from urllib.parse import quote
@@ -9,54 +8,39 @@ from urllib.parse import quote
 import numpy as np
 import pytest
 from PIL import Image
-from raw_images import encoded, exif, stored
+from raw_images import corners, encoded, exif, heic, same, stored
 
 from cocoa_embed.errors import ImageError
 from cocoa_embed.images import load as images
-from cocoa_embed.images.load import load_image, read_stable_file
+from cocoa_embed.images.load import image_size, load_image, read_stable_file
 
 CLOSE = 15
 """More than lossy compression changes these pictures by, and far less than turning them does."""
 
-RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+CONTAINERS = ("JPEG", "PNG", "WEBP", "AVIF", "HEIC", "TIFF raw", "TIFF tiff_lzw", "TIFF jpeg")
 
 
-def corners() -> Image.Image:
-    """Return a picture whose four quarters differ: red and green above blue and white."""
-    image = Image.new("RGB", (32, 16), WHITE)
-    image.paste(RED, (0, 0, 16, 8))
-    image.paste(GREEN, (16, 0, 32, 8))
-    image.paste(BLUE, (0, 8, 16, 16))
-    return image
-
-
-def noise(size: tuple[int, int]) -> Image.Image:
-    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def same(image: Image.Image, other: Image.Image) -> bool:
-    return image.mode == other.mode and image.size == other.size and image.tobytes() == other.tobytes()
-
-
-@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "TIFF", "WEBP", "AVIF"])
+@pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_exif_orientation_turns_the_picture_upright(image_format: str, orientation: int) -> None:
-    options = {"lossless": True} if image_format == "WEBP" else {}
-    data = encoded(stored(corners(), orientation), image_format, exif=exif(orientation), **options)
+def test_the_orientation_turns_the_picture_upright_once(container: str, orientation: int) -> None:
+    image_format, _, compression = container.partition(" ")
+    if container == "HEIC":
+        data = heic(corners(), orientation)
+        assert (b"irot" in data or b"imir" in data) == (b"Exif" in data) == (orientation > 1)
+    else:
+        options = {"compression": compression} if compression else {}
+        data = encoded(stored(corners(), orientation), image_format, exif=exif(orientation), **options)
     loaded = load_image(data)
-    assert loaded.size == corners().size
-    difference = np.abs(np.asarray(loaded, dtype=float) - np.asarray(corners(), dtype=float))
-    assert difference.mean() < CLOSE
+    assert loaded.size == image_size(data, "photo") == corners().size
+    assert np.abs(np.subtract(loaded, corners(), dtype=float)).mean() < CLOSE
 
 
 def test_a_pil_image_is_turned_too_and_left_as_it_was() -> None:
     given = Image.open(BytesIO(encoded(corners(), "PNG", exif=exif(6))))
-    assert load_image(given).size == (16, 32)
-    assert given.size == (32, 16)
+    assert load_image(given).size == (32, 64)
+    assert given.size == (64, 32)
     plain = corners()
-    loaded = load_image(plain)
-    loaded.paste(BLUE, (0, 0, 32, 16))
+    load_image(plain).paste("blue", (0, 0, 64, 32))
     assert same(plain, corners())
 
 
@@ -69,7 +53,7 @@ def test_a_path_bytes_and_a_stream_give_the_same(tmp_path: Path) -> None:
 
 
 def test_a_pil_image_that_cannot_be_used_is_an_image_error() -> None:
-    avif = encoded(noise((64, 64)), "AVIF")
+    avif = encoded(corners(), "AVIF")
     broken = avif[: avif.index(b"mdat") + 4].ljust(len(avif), b"\0")
     for image, reason in (
         (Image.open(BytesIO(broken)), r"cannot be decoded \(Failed to decode"),
@@ -135,64 +119,46 @@ def test_a_data_uri_of_too_many_bytes_is_refused_before_it_is_decoded(monkeypatc
             load_image(uri)
 
 
-def test_a_file_is_read_with_its_mtime_and_size(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(b"12345")
-    os.utime(tmp_path / "a.png", ns=(1, 1_700_000_000_123_456_789))
-    assert read_stable_file(tmp_path / "a.png") == (b"12345", pytest.approx(1_700_000_000.123456789), 5)
-
-
-def change_while_read(monkeypatch: pytest.MonkeyPatch, change: Callable[[int], None]) -> None:
-    """Call ``change`` with the number of the attempt while a file is read."""
-    fstat, calls = os.fstat, []
-
-    def fstat_and_change(descriptor: int) -> os.stat_result:
-        status = fstat(descriptor)
-        calls.append(descriptor)
-        if len(calls) % 2:
-            change(len(calls) // 2 + 1)
-        return status
-
-    monkeypatch.setattr(os, "fstat", fstat_and_change)
-
-
 @pytest.mark.parametrize("content", [b"longer" * 9, b"s", b"same!"])
 def test_a_file_that_changes_while_it_is_read_is_read_again_and_then_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
 ) -> None:
-    file = tmp_path / "a.png"
+    file, fstat = tmp_path / "a.png", os.fstat
     file.write_bytes(b"12345")
-    last_change = 1
+    changes = [1.5]
 
-    def change(attempt: int) -> None:
-        if attempt <= last_change:
-            file.write_bytes(content * attempt)
-            os.utime(file, (attempt, attempt))
+    def fstat_and_change(descriptor: int) -> os.stat_result:
+        status = fstat(descriptor)
+        if changes:
+            file.write_bytes(content)
+            os.utime(file, (0, changes.pop()))
+        return status
 
-    change_while_read(monkeypatch, change)
-    assert read_stable_file(file).data == content
-    last_change = 99
+    monkeypatch.setattr(os, "fstat", fstat_and_change)
+    assert read_stable_file(file) == (content, 1.5, len(content))
+    changes += range(9)
     with pytest.raises(ImageError, match="changed while it was being read"):
         read_stable_file(file)
 
 
-def test_a_file_that_vanishes_or_becomes_a_pipe_before_it_is_opened_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("name", "reason"), [("pipe.png", "is not a regular file"), ("gone.png", "does not exist")])
+def test_a_file_that_becomes_a_pipe_or_vanishes_before_it_is_opened_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, reason: str
 ) -> None:
-    regular, stat = os.stat(__file__), os.stat
+    regular = os.stat(__file__)
     os.mkfifo(tmp_path / "pipe.png")
-    monkeypatch.setattr(os, "stat", lambda path, **options: regular if str(path).endswith(".png") else stat(path))
-    results = []
+    monkeypatch.setattr(os, "stat", lambda path, **options: regular)
+    reasons = []
 
-    def read(name: str) -> None:
+    def read() -> None:
         with pytest.raises(ImageError) as caught:
             read_stable_file(tmp_path / name)
-        results.append(caught.value.reason)
+        reasons.append(caught.value.reason)
 
-    for name in ("pipe.png", "gone.png"):
-        thread = threading.Thread(target=read, args=(name,), daemon=True)
-        thread.start()
-        thread.join(5)
-    assert results == ["is not a regular file", "does not exist"]
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    thread.join(5)
+    assert reasons == [reason]
 
 
 def test_a_web_address_is_refused_without_a_fetcher_and_shown_without_secrets() -> None:

@@ -1,7 +1,6 @@
 """Every supported family through the three stages, the export, and a plain SentenceTransformer."""
 
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -12,45 +11,20 @@ from sentence_transformers import SentenceTransformer
 from tiny_backbones import FAMILIES, TINY_MAX_LENGTH, every_family
 
 from cocoa_embed.data.rows import Item, Row
+from cocoa_embed.errors import CocoaError
 from cocoa_embed.model.attention import assert_bidirectional
 from cocoa_embed.model.backbone import SUPPORTED, Backbone, load_backbone
 from cocoa_embed.model.export import export_model
-from cocoa_embed.train.loop.run_record import StageResult
-from cocoa_embed.train.pipeline import run
-from cocoa_embed.train.recipe import Recipe
+from cocoa_embed.model.training_record import read_run
+from cocoa_embed.train import Recipe, run
 from cocoa_embed.train.stages.reconstruction import position_ids
 from cocoa_embed.train.stages.rendering import render_items
 
-STAGE = {"steps": 1, "batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 0, "logging_steps": 1}
-
-
-class Trained(NamedTuple):
-    family: str
-    backbone: Path
-    stages: list[StageResult]
-    model: SentenceTransformer
-
 
 @pytest.fixture(scope="module")
-def trained(
-    family: str, tiny_backbone_path: Path, scene_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Trained:
-    folder = tmp_path_factory.mktemp(f"trained-{family}")
-    recipe = Recipe.parse(
-        {
-            "name": family,
-            "backbone": str(tiny_backbone_path),
-            "max_length": TINY_MAX_LENGTH,
-            "prompts": PROMPTS,
-            "data": {"folder": str(scene_folder)},
-            "warmup": STAGE,
-            "bridge": {**STAGE, "data": {"paraphrases": 1}},
-            "contrastive": STAGE,
-        }
-    )
-    stages = run(recipe, folder / "run")
-    export_model(stages[-1].folder, folder / "cocoa-model")
-    return Trained(family, tiny_backbone_path, stages, SentenceTransformer(str(folder / "cocoa-model")))
+def exported(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> SentenceTransformer:
+    """The trained model, loaded as a plain SentenceTransformer."""
+    return SentenceTransformer(str(export_model(finished / "contrastive", tmp_path_factory.mktemp("model") / "cocoa")))
 
 
 def test_every_supported_family_has_a_tiny_backbone() -> None:
@@ -58,29 +32,42 @@ def test_every_supported_family_has_a_tiny_backbone() -> None:
 
 
 @every_family
-def test_each_stage_learns_from_text_and_image(trained: Trained) -> None:
-    before = load_backbone(str(trained.backbone), max_length=TINY_MAX_LENGTH).model
-    assert type(before) is SUPPORTED[trained.family]
-    for stage in trained.stages:
-        after = load_backbone(str(stage.folder), max_length=TINY_MAX_LENGTH).model
+def test_each_stage_learns_from_text_and_image(family: str, tiny_backbone: Backbone, finished: Path) -> None:
+    before = tiny_backbone.model
+    assert type(before) is SUPPORTED[family]
+    for stage, record in read_run(finished)["stages"].items():
+        after = load_backbone(str(finished / stage), max_length=TINY_MAX_LENGTH).model
         for part in ("visual", "language_model"):
             first, last = (getattr(model.model, part).state_dict() for model in (before, after))
-            assert any(not torch.equal(first[name], last[name]) for name in first), (stage.stage, part)
-        assert all(np.isfinite(line["loss"]) for line in stage.log if "loss" in line)
+            assert any(not torch.equal(first[name], last[name]) for name in first), (stage, part)
+        losses = [line["loss"] for line in record["log"] if "loss" in line]
+        assert losses
+        assert np.isfinite(losses).all()
         before = after
 
 
 @every_family
-def test_the_export_encodes_any_item_into_one_space_bidirectionally(trained: Trained, scene_rows: list[Row]) -> None:
-    assert trained.model[0].auto_model.config.model_type == trained.family
-    assert_bidirectional(trained.model[0].auto_model)
+def test_the_export_encodes_any_item_into_one_space_bidirectionally(
+    family: str, exported: SentenceTransformer, scene_rows: list[Row]
+) -> None:
+    assert exported[0].auto_model.config.model_type == family
+    assert_bidirectional(exported[0].auto_model)
     image = Image.open(scene_rows[0].image)
     items = [{"text": "a red ring"}, {"image": image}, {"image": image, "text": "blue cross on white " * 200}]
-    together = trained.model.encode(items)
+    together = exported.encode(items)
     np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
-    alone = np.concatenate([trained.model.encode([item]) for item in items])
-    np.testing.assert_allclose(together, alone, atol=1e-5)
+    np.testing.assert_allclose(together, np.concatenate([exported.encode([item]) for item in items]), atol=1e-5)
     assert np.abs(together[0] - together[1]).max() > 1e-3
+
+
+def test_every_stage_stays_causal_and_so_does_the_export(small_recipe: Recipe, tmp_path: Path) -> None:
+    results = run(small_recipe.model_copy(update={"bidirectional": False}), tmp_path / "out")
+    exported = export_model(results[-1].folder, tmp_path / "model")
+    model = SentenceTransformer(str(exported), device="cpu")
+    assert model.encode("a red ring").shape == (32,)
+    with pytest.raises(CocoaError, match="is causal"):
+        assert_bidirectional(model[0].auto_model)
+    assert "made bidirectional" not in (exported / "README.md").read_text()
 
 
 @every_family
@@ -101,13 +88,12 @@ def test_an_image_has_the_temporal_position_after_its_marker(tiny_backbone: Back
 @pytest.mark.parametrize("prompt", ["", PROMPTS["query"]])
 @pytest.mark.parametrize("text", [None, "on white, a\n{red} ring", "blue cross on white " * 200])
 def test_inputs_are_equal_in_training_and_in_inference(
-    trained: Trained, scene_rows: list[Row], text: str | None, prompt: str
+    tiny_backbone: Backbone, exported: SentenceTransformer, scene_rows: list[Row], text: str | None, prompt: str
 ) -> None:
     path = scene_rows[0].image
-    processor = load_backbone(str(trained.stages[0].folder), max_length=TINY_MAX_LENGTH).processor
-    in_training = render_items(processor, [Item(text=f"{prompt}{text or ''}" or None, images=(path,))])
+    in_training = render_items(tiny_backbone.processor, [Item(text=f"{prompt}{text or ''}" or None, images=(path,))])
     given = {"image": Image.open(path).convert("RGB")} | ({} if text is None else {"text": text})
-    in_inference = trained.model.preprocess([given], prompt=prompt or None)
+    in_inference = exported.preprocess([given], prompt=prompt or None)
     for key in in_training:
         assert torch.equal(in_training[key], in_inference[key]), key
-    assert in_training["input_ids"][0, -1] == processor.tokenizer.eos_token_id
+    assert in_training["input_ids"][0, -1] == tiny_backbone.processor.tokenizer.eos_token_id

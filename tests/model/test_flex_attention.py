@@ -1,11 +1,10 @@
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_backbones import every_family
+from tiny_backbones import STAGE, LoadTiny, every_family
 from torch import Tensor
 from torch.nn.attention import flex_attention as torch_flex
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
@@ -14,7 +13,6 @@ from transformers.integrations import flex_attention as transformers_flex
 from cocoa_embed.data.rows import Row
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.model.attention import Block, assert_bidirectional, bidirectional_mask, bridge_mask
-from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.model.flex_attention import (
     FLEX,
     REGISTERED,
@@ -26,13 +24,12 @@ from cocoa_embed.model.flex_attention import (
     uses_flex_attention,
 )
 from cocoa_embed.train.data.rows import numbered
+from cocoa_embed.train.recipe import Recipe
 from cocoa_embed.train.stages.bridge.collator import BridgeCollator
 from cocoa_embed.train.stages.bridge.model import BridgeModel
 from cocoa_embed.train.stages.reconstruction import bridge_model_mask
 from cocoa_embed.train.stages.warmup.collator import WarmupCollator
 from cocoa_embed.train.stages.warmup.model import WarmupModel
-
-LoadTiny = Callable[[str], Backbone]
 
 
 @pytest.fixture
@@ -57,16 +54,10 @@ def flex_calls(monkeypatch: pytest.MonkeyPatch) -> list[BlockMask]:
 @st.composite
 def long_layouts(draw: st.DrawFn) -> Tensor:
     """Draw two rows of a bridge batch, of up to four tiles, padded on either side."""
-    left = draw(st.booleans())
-    rows = []
-    for _ in range(2):
-        block_a, block_b = draw(st.integers(0, 200)), draw(st.integers(1, 200))
-        rows.append([Block.A] * block_a + [Block.EOS] + [Block.B] * block_b)
-    width = max(map(len, rows)) + draw(st.integers(0, 150))
-    padded = [
-        [Block.PAD] * (width - len(row)) + row if left else row + [Block.PAD] * (width - len(row)) for row in rows
-    ]
-    return torch.tensor(padded)
+    lengths = [(draw(st.integers(0, 200)), draw(st.integers(1, 200))) for _ in range(2)]
+    width = max(map(sum, lengths)) + 1 + draw(st.integers(0, 150))
+    rows = [[Block.A] * a + [Block.EOS] + [Block.B] * b + [Block.PAD] * (width - a - 1 - b) for a, b in lengths]
+    return torch.tensor(rows).flip(1) if draw(st.booleans()) else torch.tensor(rows)
 
 
 @settings(max_examples=15)
@@ -79,13 +70,9 @@ def test_the_tiles_are_those_of_the_dense_mask(blocks: Tensor, eos_attends_to_b:
     assert torch.equal(made[:, 0], dense)
     theirs = create_block_mask(ours.mask_mod, rows, None, length, length, device="cpu", BLOCK_SIZE=TILE)
     assert ours.shape == theirs.shape == (rows, 1, length, length)
-    for mine, other in zip(tiles(ours), tiles(theirs), strict=True):
-        assert torch.equal(mine, other)
-
-
-def tiles(mask: BlockMask) -> list[Tensor]:
-    """Return the counts of partial and of full tiles, and which tiles are computed at all."""
-    return [mask.kv_num_blocks, mask.full_kv_num_blocks, mask.to_dense()]
+    for name in ("kv_num_blocks", "full_kv_num_blocks"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name))
+    assert torch.equal(ours.to_dense(), theirs.to_dense())
 
 
 def test_the_tiles_of_block_a_under_block_b_are_left_out() -> None:
@@ -106,11 +93,12 @@ def test_full_attention_in_tiles_is_the_dense_mask() -> None:
 
 @pytest.mark.parametrize("eos_attends_to_b", [True, False])
 @every_family
-def test_flex_and_sdpa_agree_in_logits_and_gradients(
+def test_every_implementation_agrees_in_logits_and_gradients(
     load_tiny: LoadTiny, scene_rows: list[Row], flex_calls: list[BlockMask], eos_attends_to_b: bool
 ) -> None:
     results = []
-    for implementation in ("sdpa", FLEX):
+    for implementation in ("sdpa", "eager", FLEX):
+        assert not flex_calls
         backbone = load_tiny(implementation)
         batch = BridgeCollator(backbone.processor, seed=0)(numbered(scene_rows[:3]))
         model = BridgeModel(backbone.model, eos_attends_to_b=eos_attends_to_b)
@@ -118,15 +106,15 @@ def test_flex_and_sdpa_agree_in_logits_and_gradients(
         torch.nn.functional.cross_entropy(logits, batch["target_ids"]).backward()
         gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
         results.append((logits.detach(), gradients))
-        assert bool(flex_calls) == (implementation == FLEX)
     assert len(flex_calls) == backbone.model.config.get_text_config().num_hidden_layers, "the vision encoder has sdpa"
-    (logits, gradients), (flex_logits, flex_gradients) = results
+    (logits, gradients), *others = results
     assert logits.std() > 0.1
-    torch.testing.assert_close(flex_logits, logits, atol=1e-4, rtol=0)
-    assert gradients.keys() == flex_gradients.keys()
     assert any("visual" in name for name in gradients), "the gradient reaches the pixels' side"
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(flex_gradients[name], gradient, atol=1e-4, rtol=1e-3, msg=name)
+    for other_logits, other_gradients in others:
+        torch.testing.assert_close(other_logits, logits, atol=1e-4, rtol=0)
+        assert gradients.keys() == other_gradients.keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(other_gradients[name], gradient, atol=1e-4, rtol=1e-3, msg=name)
 
 
 def test_the_warmup_stage_runs_under_flex_with_its_pixel_decoder(
@@ -195,10 +183,15 @@ def test_the_implementation_to_train_with(setting: str, sparse: bool, device_typ
 def test_flex_attention_needs_torch_2_7_and_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="cannot be trained on 'cpu'"):
         resolve_attention(FLEX, sparse=True, device_type="cpu")
-    with pytest.raises(UsageError, match="no attention implementation 'flash'"):
-        resolve_attention("flash", sparse=True, device_type="cuda")
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.6.0"))
     assert resolve_attention("auto", sparse=True, device_type="cuda") == "sdpa"
+
+
+def test_flex_attention_has_no_causal_bridge() -> None:
+    values = {"name": "causal", "backbone": "x", "bidirectional": False, "bridge": STAGE}
+    assert Recipe.parse(values).stages["bridge"].attention() == "sdpa"
+    with pytest.raises(UsageError, match="bidirectional=false needs attn_implementation sdpa or eager"):
+        Recipe.parse({**values, "attn_implementation": "flex_attention"}).stages["bridge"].attention()
 
 
 @pytest.mark.gpu

@@ -1,4 +1,3 @@
-import subprocess
 import sys
 from pathlib import Path
 
@@ -60,16 +59,7 @@ def test_a_folder_that_is_no_model_is_refused_with_a_reason() -> None:
         check_model("words")
 
 
-def test_a_missing_folder_is_refused_before_torch_is_imported() -> None:
-    code = """
-import sys
-from cocoa_embed.encode.load import load_encoder
-from cocoa_embed.errors import CocoaError
-try:
-    load_encoder("nowhere")
-except CocoaError as error:
-    print(error, "torch" in sys.modules)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("nowhere: there is no such model folder")
-    assert done.stdout.endswith("False\n")
+def test_a_missing_folder_is_refused_before_a_heavy_library_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(CocoaError, match=r"^nowhere: there is no such model folder"):
+        load_encoder("nowhere")

@@ -32,23 +32,23 @@ def stopped(tmp_path: Path) -> Path:
     return run
 
 
-READERS: dict[str, Callable[[Path], object]] = {
-    "record": read_training,
-    "diagnose": diagnose,
-    "eval": check_model,
-    "export": lambda path: export_model(path, path / "out"),
-    "backbone": lambda path: read_start(str(path)),
-}
+READERS: list[Callable[[Path], object]] = [
+    read_training,
+    diagnose,
+    check_model,
+    lambda path: export_model(path, path / "out"),
+    lambda path: read_start(str(path)),
+]
 
 
 @pytest.mark.parametrize("part", ["warmup", "checkpoints/warmup", "checkpoints/warmup/checkpoint-13"])
-@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("read", READERS)
 def test_an_unfinished_stage_is_refused_with_its_step_and_the_command_that_continues(
-    stopped: Path, part: str, reader: str
+    stopped: Path, part: str, read: Callable[[Path], object]
 ) -> None:
     words = f"stage warmup of that run stopped at step 13 of 60; `cocoa-embed train RECIPE --out {stopped} --resume`"
     with pytest.raises(CocoaError, match=re.escape(words)):
-        READERS[reader](stopped / part)
+        read(stopped / part)
 
 
 def test_snapshots_and_finished_stages_are_not_unfinished(stopped: Path) -> None:
@@ -68,8 +68,8 @@ def test_a_folder_that_is_no_run_is_refused_with_the_run_near_it(stopped: Path, 
     (tmp_path / "empty").mkdir()
     part = stopped / "checkpoints" / "warmup"
     for folder, words in (
-        (tmp_path / "nothing", "does not exist; name the folder of a training run"),
-        (tmp_path / "file", "is a file"),
+        (tmp_path / "nothing", "does not exist; name the --out of cocoa-embed train"),
+        (tmp_path / "file", "is no training run"),
         (tmp_path / "empty", "is no training run: it has no run.json; name the --out of cocoa-embed train"),
         (stopped.parent, f"did you mean {stopped}?"),
         (part, f"it is part of the run {stopped}"),
@@ -82,26 +82,18 @@ def test_a_folder_that_is_no_run_is_refused_with_the_run_near_it(stopped: Path, 
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("file", "text", "reason"),
     [
-        ("{", "cannot be read"),
-        ("[]", "is no JSON object"),
-        ('{"version": 2}', "has version 2, this cocoa-embed reads 1"),
+        (RUN_FILE, "{", "cannot be read"),
+        (RUN_FILE, "[]", "is no JSON object"),
+        (RUN_FILE, '{"version": 2}', "has version 2, this cocoa-embed reads 1"),
+        (TRAINING_FILE, "{", "cannot be read"),
+        (TRAINING_FILE, "[]", "is no JSON object"),
+        (TRAINING_FILE, '{"stages": []}', "lacks one of"),
     ],
 )
-def test_a_broken_record_is_named(stopped: Path, text: str, words: str) -> None:
-    (stopped / RUN_FILE).write_text(text)
-    with pytest.raises(CocoaError, match=rf"run\.json.*{words}"):
-        read_run(stopped)
-
-
-@pytest.mark.parametrize(
-    ("text", "words"), [("{", "cannot be read"), ("[]", "is no JSON object"), ('{"stages": []}', "lacks one of")]
-)
-def test_a_broken_training_record_is_named(tmp_path: Path, text: str, words: str) -> None:
-    (tmp_path / TRAINING_FILE).write_text(text)
-    with pytest.raises(CocoaError, match=r"needs cocoa_training\.json and \*\.safetensors"):
-        read_training(tmp_path)
-    (tmp_path / "model.safetensors").touch()
-    with pytest.raises(CocoaError, match=words):
-        read_training(tmp_path)
+def test_a_broken_record_is_named(stopped: Path, file: str, text: str, reason: str) -> None:
+    (stopped / file).write_text(text)
+    (stopped / "model.safetensors").touch()
+    with pytest.raises(CocoaError, match=rf"{re.escape(file)}.*{reason}"):
+        (read_run if file == RUN_FILE else read_training)(stopped)

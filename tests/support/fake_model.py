@@ -1,14 +1,18 @@
 """A multimodal model made of arithmetic: colours are its words, and it counts what it is asked."""
 
 import math
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+
+from cocoa_embed.encode.encoder import Encoder
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 160, 0), "blue": (0, 0, 255), "yellow": (255, 255, 0)}
 LARGEST_ASPECT_RATIO = 200
@@ -136,3 +140,24 @@ def write_colours(folder: Path, *colours: str) -> list[str]:
     for colour, file in zip(colours, files, strict=True):
         colour_image(colour).save(file)
     return [str(file) for file in files]
+
+
+@contextmanager
+def asking(encoder: Encoder, item: Mapping[str, Any]) -> Iterator[list[np.ndarray]]:
+    """Embed a query again and again in another thread, which gets many turns; yield the list of its embeddings."""
+    answers: list[np.ndarray] = []
+    done = threading.Event()
+
+    def ask() -> None:
+        while not done.is_set():
+            answers.append(encoder.embed_queries([item]))
+
+    interval, thread = sys.getswitchinterval(), threading.Thread(target=ask)
+    sys.setswitchinterval(1e-6)
+    thread.start()
+    try:
+        yield answers
+    finally:
+        sys.setswitchinterval(interval)
+        done.set()
+        thread.join()

@@ -24,6 +24,19 @@ AS_STORED = {
 """How an upright picture becomes a stored one, from the definition of each EXIF orientation."""
 
 
+def corners(size: tuple[int, int] = (64, 32)) -> Image.Image:
+    """Return a picture that looks different whichever way it is turned: red and green above blue and white."""
+    image = Image.new("RGB", size, "white")
+    width, height = size[0] // 2, size[1] // 2
+    for colour, left, top in (("red", 0, 0), ("lime", width, 0), ("blue", 0, height)):
+        image.paste(colour, (left, top, left + width, top + height))
+    return image
+
+
+def same(image: Image.Image, other: Image.Image) -> bool:
+    return image.mode == other.mode and image.size == other.size and image.tobytes() == other.tobytes()
+
+
 def encoded(image: Image.Image, image_format: str, **options: object) -> bytes:
     buffer = BytesIO()
     image.save(buffer, image_format, **options)

@@ -8,7 +8,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from cocoa_embed.model.attention import as_model_mask, before_or_itself, bidirectional_mask, bridge_mask, is_causal
+from cocoa_embed.model.attention import as_model_mask, bidirectional_mask, bridge_mask, is_causal
 from cocoa_embed.model.backbone import PatchGeometry
 from cocoa_embed.model.flex_attention import bidirectional_block_mask, bridge_block_mask, uses_flex_attention
 from cocoa_embed.train.stages.losses import predicting_states
@@ -85,7 +85,7 @@ def full_model_mask(model: PreTrainedModel, attention_mask: Tensor) -> Tensor | 
     Every token attends to every other; in a causal model, to those before it.
     """
     if is_causal(model):
-        return model_mask(model, before_or_itself(bidirectional_mask(attention_mask)))
+        return model_mask(model, bidirectional_mask(attention_mask).tril())
     return bidirectional_model_mask(model, attention_mask)
 
 
@@ -97,7 +97,7 @@ def bridge_model_mask(model: PreTrainedModel, blocks: Tensor, *, eos_attends_to_
     if uses_flex_attention(model):
         return bridge_block_mask(blocks, eos_attends_to_b=eos_attends_to_b)
     allowed = bridge_mask(blocks, eos_attends_to_b=eos_attends_to_b)
-    return model_mask(model, before_or_itself(allowed) if is_causal(model) else allowed)
+    return model_mask(model, allowed.tril() if is_causal(model) else allowed)
 
 
 def masked_token_logits(model: PreTrainedModel, hidden_states: Tensor, masked: Tensor) -> Tensor:

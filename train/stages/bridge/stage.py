@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, ProcessorMixin
 
 from cocoa_embed.data.rows import Row
 from cocoa_embed.errors import RowError
-from cocoa_embed.model.attention import Block, before_or_itself, bridge_mask, is_causal
+from cocoa_embed.model.attention import Block, bridge_mask, is_causal
 from cocoa_embed.model.backbone import Backbone, PatchGeometry
 from cocoa_embed.train.loop.batch_facts import Batch, Example
 from cocoa_embed.train.loop.stage_trainer import StageTrainer, stage_trainer
@@ -93,7 +93,7 @@ class Bridge(Stage[BridgeSettings]):
         length = int(batch["attention_mask"][0].sum())
         allowed = bridge_mask(batch["blocks"], eos_attends_to_b=model.eos_attends_to_b)
         if is_causal(model.backbone):
-            allowed = before_or_itself(allowed)
+            allowed = allowed.tril()
         mask = {
             "allowed": ["".join(map(str, row)) for row in allowed[0, :length, :length].int().tolist()],
             "labels": spelt_tokens(batch["input_ids"][0, :length], processor),
