@@ -1,13 +1,15 @@
 """The command ``demo``. Heavy imports are inside the function, so that ``--help`` is quick."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cocoa_embed.cli.output import JsonOption, print_json, silence_libraries, working
+from cocoa_embed.cli.output import JsonOption, check_all, print_json, silence_libraries, working
 from cocoa_embed.errors import require
+from cocoa_embed.folders import refuse_foreign_folder
 
 DEMO_NEEDS = ("accelerate", "datasets", "qdrant_client", "llama_index.core", "jinja2", "matplotlib")
 """The modules of the optional packages that the demo uses; the extra ``all`` installs them."""
@@ -23,6 +25,13 @@ def demo(
 ) -> None:
     """Train, export, index and search a tiny model on this machine, with or without a GPU."""
     with working():
+        from cocoa_embed.demo import MARKER
+        from cocoa_embed.model.training_record import TRAINING_FILE
+
+        # Before torch, which takes seconds.
+        check_all(
+            partial(refuse_foreign_folder, out, marker=TRAINING_FILE), partial(refuse_foreign_folder, work, marker=MARKER)
+        )
         for module in DEMO_NEEDS:
             require(module, "all")
         silence_libraries()

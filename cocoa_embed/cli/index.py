@@ -64,7 +64,7 @@ def index(
         raise UsageError("--quantization and --on-disk need --url or --edge; a local index (--path) has neither")
     check_all(
         lambda: check_storage(collection, storage),
-        *(partial(check_source, source) for source in paths),
+        lambda: check_sources(paths, may_be_empty=prune),
         lambda: check_model(model),
     )
     with working() as console, open_indexer(model, collection, storage, **options) as indexer:
@@ -168,15 +168,22 @@ def check_storage(collection: str, storage: dict[str, Any], *, exists: bool = Fa
         raise CocoaError(f"there is no index in {printable(folder)}; run cocoa-embed index, or change --{given[0]}")
 
 
-def check_source(path: str) -> None:
-    """Check that a path to index exists.
+def check_sources(paths: Sequence[str], *, may_be_empty: bool) -> None:
+    """Check that the paths to index exist, and hold an image.
 
-    :raises CocoaError: If it does not.
+    :raises CocoaError: If they do not.
     """
-    from cocoa_embed.images.find_files import find_images
+    from cocoa_embed.images.find_files import IMAGE_SUFFIXES, find_images
 
-    if path and not os.path.lexists(path):
-        find_images([path])  # a pattern, or missing
+    # A pattern, or missing.
+    check_all(*(partial(find_images, [path]) for path in paths if path and not os.path.lexists(path)))
+    suffixes = (Path(name).suffix.lower() for path in paths for *_, names in os.walk(path) for name in names)
+    if may_be_empty or not IMAGE_SUFFIXES.isdisjoint(suffixes):
+        return
+    unlisted: list[Path] = []
+    if not find_images(paths, on_error=lambda folder, _: unlisted.append(folder)) and not unlisted:
+        listed = ", ".join(map(printable, paths))
+        raise CocoaError(f"there are no images in {listed}; name a folder that holds some (jpg, png, webp, ...)")
 
 
 def check_page(file: Path) -> None:

@@ -10,6 +10,7 @@ from rich.console import Console
 from sentence_transformers import SentenceTransformer
 
 from cocoa_embed.data.rows import Row
+from cocoa_embed.demo import MARKER
 from cocoa_embed.demo.gallery import answer_queries
 from cocoa_embed.demo.meter import Meter, peak_memory_bytes
 from cocoa_embed.demo.scenes import write_image_folder
@@ -28,8 +29,6 @@ from cocoa_embed.report.page import render_page
 from cocoa_embed.report.tables import to_terminal
 from cocoa_embed.train import Recipe, StageResult, run
 from cocoa_embed.train.data.caption_rows import read_image_folder
-
-MARKER = ".cocoa-demo"
 
 Metrics = dict[str, dict[str, float]]
 
