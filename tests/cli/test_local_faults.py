@@ -1,29 +1,16 @@
 """Faults of local input are found, all in one message, before torch is imported; so is what ``--help`` prints."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from command_line import modules_of_command
 from table_files import write_images, write_table
 
 HEAVY = {"torch", "transformers", "qdrant_client", "sentence_transformers", "accelerate"}
 
 ON_HUB = ("--model", "owner/name")
 FAULTY_SEARCH = "search red --model ./mdl --image gone.png --html nodir/x.html --filter".split()
-
-
-def run(arguments: list[str], folder: Path) -> tuple[int, str, set[str]]:
-    """Run a command in a process of its own; return its exit status, all it prints, and the modules it imported."""
-    code = (
-        "import sys\nfrom cocoa_embed.cli.main import main\n"
-        f"try: main({arguments!r})\nexcept SystemExit as end: status = end.code\n"
-        "print('\\n', *sys.modules); sys.exit(status)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=False)
-    printed, _, modules = done.stdout.rstrip("\n").rpartition("\n")
-    return done.returncode, printed + done.stderr, set(modules.split())
 
 
 @pytest.fixture(scope="module")
@@ -70,15 +57,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_local_faults_are_all_named_before_torch_is_imported(
     folder: Path, arguments: list[str], status: int, faults: list[str]
 ) -> None:
-    found, printed, modules = run(arguments, folder)
-    assert found == status, printed
+    done, modules = modules_of_command(arguments, folder)
+    assert done.status == status, done
     assert not HEAVY & modules
-    for line, fault in zip(printed.splitlines()[-len(faults) :], faults, strict=True):
+    for line, fault in zip(done.err.splitlines(), faults, strict=True):
         assert fault in line
 
 
 @pytest.mark.parametrize("command", ["", "index", "eval mmeb", "train"])
 def test_help_imports_nothing_heavy(command: str, tmp_path: Path) -> None:
-    status, printed, modules = run([*command.split(), "--help"], tmp_path)
-    assert (status, "--help" in printed) == (0, True), printed
+    done, modules = modules_of_command([*command.split(), "--help"], tmp_path)
+    assert (done.status, "--help" in done.out) == (0, True), done.err
     assert not (HEAVY | {"PIL", "numpy", "pandas", "pyarrow", "jinja2", "datasets", "matplotlib"}) & modules
