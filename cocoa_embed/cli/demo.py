@@ -1,15 +1,13 @@
 """The command ``demo``. Heavy imports are inside the function, so that ``--help`` is quick."""
 
 import os
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cocoa_embed.cli.output import JsonOption, check_all, print_json, silence_libraries, working
+from cocoa_embed.cli.output import JsonOption, print_json, silence_libraries, working
 from cocoa_embed.errors import require
-from cocoa_embed.folders import refuse_foreign_folder
 
 DEMO_NEEDS = ("accelerate", "datasets", "qdrant_client", "llama_index.core", "jinja2", "matplotlib")
 """The modules of the optional packages that the demo uses; the extra ``all`` installs them."""
@@ -25,13 +23,9 @@ def demo(
 ) -> None:
     """Train, export, index and search a tiny model on this machine, with or without a GPU."""
     with working():
-        from cocoa_embed.demo import MARKER
-        from cocoa_embed.model.training_record import TRAINING_FILE
+        from cocoa_embed.demo import check_folders
 
-        # Before torch, which takes seconds.
-        check_all(
-            partial(refuse_foreign_folder, out, marker=TRAINING_FILE), partial(refuse_foreign_folder, work, marker=MARKER)
-        )
+        check_folders(out, work)  # before torch, which takes seconds
         for module in DEMO_NEEDS:
             require(module, "all")
         silence_libraries()

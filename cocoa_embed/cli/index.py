@@ -138,7 +138,9 @@ def search(
         )
         report_hits(hits, console)
     if as_json:
-        print_json({"hits": [hit_document(hit) for hit in hits]})
+        from cocoa_embed.integrations.qdrant.points import plain_payload
+
+        print_json({"hits": [{**dataclasses.asdict(hit), "payload": plain_payload(hit.payload)} for hit in hits]})
     if html is not None:
         from cocoa_embed.integrations.qdrant.hits_page import write_hits_page
 
@@ -199,16 +201,13 @@ def check_page(file: Path) -> None:
 def query_image(image: str, allowed_hosts: Sequence[str]) -> Image:
     """Load the image of a query: a file, a ``data:`` URI, or an address on an allowed host.
 
-    :raises UsageError: If it is on the web, and no host is allowed.
     :raises ImageError: If it cannot be used.
     """
     from cocoa_embed.images.http import Fetcher
     from cocoa_embed.images.load import load_image
 
-    if not allowed_hosts and image.lower().startswith(WEB):
-        raise UsageError("--image is a web address; allow its host with --allow-host HOST")
     try:
-        return load_image(image, fetcher=Fetcher(allowed_hosts) if allowed_hosts else None)
+        return load_image(image, fetcher=Fetcher(allowed_hosts))
     except ImageError as error:
         if not error.reason.endswith("allowed hosts"):
             raise
@@ -241,10 +240,3 @@ def report_hits(hits: Sequence[Hit], console: Console) -> None:
         say(console, f"{hit.score:.4f}  {printable(hit.path)}{caption}")
     if not hits:
         say(console, "nothing found")
-
-
-def hit_document(hit: Hit) -> dict[str, Any]:
-    """Return the JSON document of a hit, without the fields of its payload that only LlamaIndex reads."""
-    from cocoa_embed.integrations.qdrant.points import plain_payload
-
-    return {**dataclasses.asdict(hit), "payload": plain_payload(hit.payload)}

@@ -13,7 +13,7 @@ import typer
 
 from cocoa_embed.cli.output import JsonOption, check_all, print_json, say, silence_libraries, working
 from cocoa_embed.errors import CocoaError, did_you_mean, printable, require
-from cocoa_embed.folders import RUN_MARKER, refuse_foreign_folder
+from cocoa_embed.folders import RUN_MARKER, refuse_checkpoint, refuse_foreign_folder
 from cocoa_embed.report.words import duration
 
 if TYPE_CHECKING:
@@ -105,7 +105,11 @@ def export(
         from cocoa_embed.model.training_record import TRAINING_FILE, read_training
 
         # Before torch, which takes seconds.
-        check_all(partial(read_training, checkpoint), partial(refuse_foreign_folder, out, marker=TRAINING_FILE))
+        check_all(
+            partial(read_training, checkpoint),
+            partial(refuse_checkpoint, out),
+            partial(refuse_foreign_folder, out, marker=TRAINING_FILE),
+        )
         silence_libraries()
         from cocoa_embed.model.export import export_model
 

@@ -10,20 +10,19 @@ from rich.console import Console
 from sentence_transformers import SentenceTransformer
 
 from cocoa_embed.data.rows import Row
-from cocoa_embed.demo import MARKER
+from cocoa_embed.demo import MARKER, check_folders
 from cocoa_embed.demo.gallery import answer_queries
 from cocoa_embed.demo.meter import Meter, peak_memory_bytes
 from cocoa_embed.demo.scenes import write_image_folder
 from cocoa_embed.encode.encoder import Encoder
-from cocoa_embed.errors import UsageError
 from cocoa_embed.evaluation.pairs import evaluate_pairs
 from cocoa_embed.evaluation.pairs_reader import read_pairs
 from cocoa_embed.evaluation.pairs_tables import SHOWN_METRICS, pairs_tables, score_tables
-from cocoa_embed.folders import claim_folder, refuse_foreign_folder
+from cocoa_embed.folders import claim_folder
 from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
-from cocoa_embed.model.export import refuse_checkpoint, save_sentence_transformer
+from cocoa_embed.model.export import save_sentence_transformer
 from cocoa_embed.model.loading import load_model
-from cocoa_embed.model.training_record import TRAINING_FILE, read_run, read_training
+from cocoa_embed.model.training_record import read_run, read_training
 from cocoa_embed.report.content import EvalResult, Search
 from cocoa_embed.report.page import render_page
 from cocoa_embed.report.tables import to_terminal
@@ -61,7 +60,8 @@ class Demo:
         """
         started = time.perf_counter()
         console, meter = Console(stderr=True), Meter()
-        self._claim_folders()
+        check_folders(self.out, self.work)
+        claim_folder(self.work, marker=MARKER)
         with meter.part("data", console):
             held_out = self._draw()
         stages, comparison = self._train(meter)
@@ -92,14 +92,6 @@ class Demo:
         minutes, memory = meter.seconds["total"] / 60, meter.peak_memory_bytes["total"] / 2**30
         console.print(f"{minutes:.1f} minutes, at most {memory:.1f} GiB of memory")
         return results
-
-    def _claim_folders(self) -> None:
-        out, work = self.out.resolve(), self.work.resolve()
-        if work.is_relative_to(out) or out.is_relative_to(work):
-            raise UsageError(f"{self.out} and {self.work} lie inside each other; give --out and --work folders apart.")
-        refuse_checkpoint(self.out)
-        refuse_foreign_folder(self.out, marker=TRAINING_FILE)
-        claim_folder(self.work, marker=MARKER)
 
     def _draw(self) -> list[Row]:
         write_image_folder(self.work / "data" / "train", "train", self.training_scenes, self.seed)
@@ -162,7 +154,6 @@ class Demo:
                 "The model has 3 million parameters and has seen drawn scenes only. It finds a photograph's copies, "
                 "not its meaning.",
             ],
-            command="cocoa-embed demo",
         )
         (self.work / "report.html").write_text(page, encoding="utf-8")
 

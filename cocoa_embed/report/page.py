@@ -29,7 +29,6 @@ def render_page(
     compared: Mapping[str, Mapping[str, Any]] | None = None,
     searches: Sequence[Search] = (),
     notes: Sequence[str] = (),
-    command: str = "cocoa-embed report",
 ) -> str:
     """Return the page of a run: one HTML document with its styles, images and charts; empty sections are left out.
 
@@ -40,7 +39,6 @@ def render_page(
     :param compared: ``run.json`` of runs whose losses are drawn beside this run's, by the names to show.
     :param searches: Searches to show, those of one title together.
     :param notes: Sentences at the end.
-    :param command: The command that writes the page.
     :raises MissingExtraError: If jinja2 or matplotlib is not installed.
     """
     jinja2 = require("jinja2", "report")
@@ -82,7 +80,6 @@ def render_page(
         stages=stages,
         notes=notes,
         run_facts=list(content.facts(run, folder)),
-        command=command,
     )
     return html.encode("utf-8", errors="backslashreplace").decode("utf-8")  # names of files need not be Unicode
 

@@ -136,7 +136,7 @@ EMPTY = ["index", "empty", "--model", "fake"]
         ([*RED, "--path", "a", "--url", "b"], "2 --path and --url were given together"),
         ([*EMPTY, "--on-disk"], "2 --quantization and --on-disk need --url or --edge"),
         ([*BESIDE_AN_INDEX, "--image", "gone.png"], "1 gone.png: does not exist"),
-        (FROM_THE_WEB, "2 --image is a web address; allow its host with --allow-host HOST"),
+        (FROM_THE_WEB, "is on 127.0.0.1, which is not among the allowed hosts; allow it with --allow-host HOST"),
         ([*FROM_THE_WEB, "--allow-host", "a.example"], "allowed hosts; allow it with --allow-host HOST"),
         (["search", "caf\udce9", *BESIDE_AN_INDEX[2:]], r"'caf\udce9' is not valid Unicode"),
         ([*RED, "--url", "localhost:6333"], "'localhost:6333' is no"),

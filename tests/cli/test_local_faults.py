@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["train", "recipe.yaml"], 2, ["stage contrastive, data: no data; give one of data.folder"]),
         (["export", "photos", "foreign"], 1, ["photos is no checkpoint", "foreign holds something else"]),
         (["diagnose", "photos", "--data", "photoz"], 1, ["photos is no checkpoint", "photoz does not exist"]),
-        (["demo", "--out", "foreign", "--work", "photos"], 1, ["foreign holds something", "photos holds something"]),
+        (["demo", "--out", "foreign", "--work", "new"], 1, ["foreign holds something else"]),
         (["report", "photoz"], 2, ["photoz does not exist"]),
     ],
 )  # fmt: skip

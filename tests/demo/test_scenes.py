@@ -1,10 +1,10 @@
 import random
-import re
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import combinations, islice, product
 from math import comb, dist
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cocoa_embed.data.image_folder import DescribedImage, find_metadata, read_metadata
+from cocoa_embed.data.image_folder import find_metadata, read_metadata
 from cocoa_embed.demo.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -31,35 +31,12 @@ from cocoa_embed.demo.scenes import (
     draw,
     split_of,
     write_image_folder,
+    write_scenes,
 )
 
 CELL = IMAGE_SIZE // 2
 NEAR = 12.0
 """Distance in RGB within which a pixel is of a colour; the palette's colours are further apart than twice that."""
-
-
-GRAMMARS = (
-    (r"(?P<objects>.*), (?P<background>[a-z]+) background", ", ", "{0} {1}"),
-    (r"(?P<objects>.*) on (?P<background>[a-z]+)", " and ", "{0} at {1}"),
-    (r"on (?P<background>[a-z]+): (?P<objects>.*)", ", ", "{0} in {1}"),
-    (r"(?P<background>[a-z]+) picture; (?P<objects>.*)", "; ", "{1}: {0}"),
-)
-"""For each wording: the whole, what stands between objects, and one object with its place."""
-
-OBJECT = r"(?P<size>small|large) (?P<colour>[a-z]+) (?P<shape>[a-z]+)"
-PLACE = r"(?P<place>(?:top|bottom) (?:left|right))"
-
-
-def parse_caption(caption: str) -> Scene:
-    """Return the scene of a caption in any of the wordings: their inverse."""
-    for whole, separator, one in GRAMMARS:
-        if match := re.fullmatch(whole, caption):
-            pattern = one.format(OBJECT, PLACE)
-            found = [re.fullmatch(pattern, text) for text in match["objects"].split(separator)]
-            if all(found):
-                objects = tuple(SceneObject(**item.groupdict()) for item in found if item is not None)
-                return Scene(match["background"], objects)
-    raise AssertionError(f"no wording gives {caption!r}")
 
 
 def scenes_of(seed: int, split: Split, count: int) -> list[Scene]:
@@ -119,9 +96,22 @@ def test_one_scene_in_16_is_held_out() -> None:
 
 @settings(max_examples=200)
 @given(any_scene())
-def test_every_wording_describes_its_scene_completely(scene: Scene) -> None:
-    assert [parse_caption(caption) for caption in captions(scene)] == [scene] * len(WORDINGS)
-    assert len(set(captions(scene))) == len(WORDINGS)
+def test_every_wording_names_all_that_a_scene_holds(scene: Scene) -> None:
+    words = [scene.background, *(word for item in scene.objects for word in vars(item).values())]
+    assert all(word in caption for caption in captions(scene) for word in words)
+
+
+def test_no_two_scenes_share_a_caption() -> None:
+    """All scenes of two values of each attribute."""
+    values = [tuple(each)[:2] for each in (RADII, COLOURS, SHAPES)]
+    places = [*combinations(PLACES, 2), *combinations(PLACES, 3)]
+    scenes = [
+        Scene(background, tuple(SceneObject(*look, place) for look, place in zip(looks, where, strict=True)))
+        for where in places
+        for looks in product(product(*values), repeat=len(where))
+        for background in tuple(BACKGROUNDS)[:2]
+    ]
+    assert len({caption for scene in scenes for caption in captions(scene)}) == len(scenes) * len(WORDINGS)
 
 
 @settings(max_examples=60)
@@ -173,24 +163,28 @@ def test_drawing_moves_an_object_a_little_and_only_with_its_generator() -> None:
     assert not np.array_equal(first, other)
 
 
+def test_a_written_folder_holds_the_scenes_with_their_captions(tmp_path: Path) -> None:
+    scenes = scenes_of(3, "train", 20)
+    write_scenes(tmp_path, scenes, random.Random(0))
+    found = list(read_metadata(find_metadata(tmp_path)))
+    assert [row.columns["file_name"] for row in found] == [f"{number:05d}.png" for number in range(20)]
+    assert [row.columns["captions"] for row in found] == list(map(captions, scenes))
+    assert len({captions(scene).index(row.text) for scene, row in zip(scenes, found, strict=True)}) > 1
+    for scene, row in zip(scenes, found, strict=True):
+        with Image.open(row.path) as image:
+            assert all(cell(coloured(image, COLOURS[each.colour]), each.place).sum() >= 15 for each in scene.objects)
+
+
 @pytest.mark.parametrize("split", ["train", "held-out"])
-def test_a_written_folder_holds_distinct_scenes_of_its_split_and_the_same_bytes_for_the_same_arguments(
-    tmp_path: Path, split: Split
+def test_a_folder_of_a_split_is_the_same_bytes_for_the_same_arguments(
+    tmp_path: Path, split: Split, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    drawn = Mock(side_effect=distinct_scenes)
+    monkeypatch.setattr("cocoa_embed.demo.scenes.distinct_scenes", drawn)
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        write_image_folder(tmp_path / name, split, 20, seed)
+        write_image_folder(tmp_path / name, split, 12, seed)
+    assert {call.args[1] for call in drawn.call_args_list} == {split}
     first, again, other = (contents(tmp_path / name) for name in "abc")
+    assert len(first) == 13
     assert first == again
     assert all(other[name] != first[name] for name in first)
-    found = read_metadata(find_metadata(tmp_path / "a"))
-    lines = [{**row.columns, "path": row.path} for row in found if isinstance(row, DescribedImage)]
-    assert [line["file_name"] for line in lines] == [f"{number:05d}.png" for number in range(20)]
-    scenes = {parse_caption(line["text"]): line for line in lines}
-    assert len(scenes) == 20
-    for scene, line in scenes.items():
-        assert split_of(scene) == split
-        assert line["captions"] == captions(scene)
-        with Image.open(line["path"]) as image:
-            for item in scene.objects:
-                assert cell(coloured(image, COLOURS[item.colour]), item.place).sum() >= 15
-    assert len({captions(scene).index(line["text"]) for scene, line in scenes.items()}) > 1

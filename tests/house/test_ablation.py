@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
 from scored_model import write_captioned
 from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 
@@ -277,36 +278,38 @@ def panels(document: dict[str, Any]) -> dict[str, Axes]:
     return by_title(document)
 
 
-def test_bars_are_the_numbers_of_the_results(document: dict[str, Any], panels: dict[str, Axes]) -> None:
-    stages = [arm for arm in document["arms"] if arm["group"] == "stages"]
-    axes = panels["The stages, 1000 pairs"]
-    for bar, line, arm in zip(axes.patches, axes.containers[1::2], reversed(stages), strict=True):
-        assert bar.get_width() == pytest.approx(np.mean(values(arm)))
-        ((left, _), (right, _)) = line.lines[2][0].get_segments()[0]
-        assert (right - left) / 2 == pytest.approx(arm["recall@1"]["half_width"])
+def drawn(line: ErrorbarContainer) -> tuple[list[float], list[float]]:
+    """Return the values of a line or a bar along its error, and half the widths of the intervals."""
+    axis = int(line.has_yerr)
+    widths = [np.ptp(segment[:, axis]) / 2 for segment in line.lines[2][0].get_segments()]
+    return line.lines[0].get_xydata()[:, axis].tolist(), widths
 
 
-@pytest.mark.parametrize(
-    ("title", "group", "pairs", "name", "x"),
-    [
-        ("100 pairs: a longer bridge, or contrastive steps", "length", 100, ALL_THREE, "flops"),
-        ("1000 pairs: a longer bridge, or contrastive steps", "length", 1000, EQUAL, "flops"),
-        ("Fewer pairs", "pairs", None, ALL_THREE, "pairs"),
-        ("Fewer pairs", "pairs", None, CAPTIONS_AS_PAIRS, "pairs"),
-    ],
-)
-def test_lines_are_the_numbers_of_the_results(
-    document: dict[str, Any], panels: dict[str, Axes], title: str, group: str, pairs: int | None, name: str, x: str
-) -> None:
-    arms = [arm for arm in document["arms"] if arm["group"] == group and arm["name"] == name]
-    arms = sorted((arm for arm in arms if pairs in (None, arm["pairs"])), key=lambda arm: arm[x])
-    assert arms
-    (line,) = (line for line in panels[title].containers if line.get_label() == name)
-    scale = 1e12 if x == "flops" else 1
-    expected = np.array([(arm[x] / scale, np.mean(values(arm))) for arm in arms])
-    assert line.lines[0].get_xydata() == pytest.approx(expected)
-    widths = [np.ptp(segment[:, 1]) / 2 for segment in line.lines[2][0].get_segments()]
-    assert widths == pytest.approx([arm["recall@1"]["half_width"] for arm in arms])
+def expected(arms: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    means = [np.mean(values(arm)) for arm in arms]
+    return pytest.approx(means), pytest.approx([arm["recall@1"]["half_width"] for arm in arms])
+
+
+def test_the_figure_has_the_numbers_of_the_results(document: dict[str, Any], panels: dict[str, Axes]) -> None:
+    def of(group: str, name: str | None = None, pairs: int | None = None) -> list[dict[str, Any]]:
+        arms = [arm for arm in document["arms"] if arm["group"] == group and name in (None, arm["name"])]
+        return sorted((arm for arm in arms if pairs in (None, arm["pairs"])), key=lambda arm: arm["x"] or 0)
+
+    bars = panels["The stages, 1000 pairs"]
+    assert [bar.get_width() for bar in reversed(bars.patches)] == expected(of("stages"))[0]
+    for line, arm in zip(bars.containers[1::2], reversed(of("stages")), strict=True):
+        assert drawn(line) == expected([arm])
+    lengths = "{} pairs: a longer bridge, or contrastive steps".format
+    for title, arms in (
+        (lengths(100), of("length", ALL_THREE, 100)),
+        (lengths(1000), of("length", EQUAL, 1000)),
+        ("Fewer pairs", of("pairs", ALL_THREE)),
+        ("Fewer pairs", of("pairs", CAPTIONS_AS_PAIRS)),
+    ):
+        (line,) = (line for line in panels[title].containers if line.get_label() == arms[0]["name"])
+        assert drawn(line) == expected(arms)
+        places = [arm["pairs"] if title == "Fewer pairs" else arm["flops"] / 1e12 for arm in arms]
+        assert line.lines[0].get_xydata()[:, 0] == pytest.approx(places)
 
 
 def test_the_figure_of_some_groups_has_only_their_panels(grid: Grid, panels: dict[str, Axes]) -> None:
@@ -335,14 +338,12 @@ def test_a_results_file_is_drawn_again_as_it_was_and_another_file_is_refused(
 
 def test_the_tables_show_the_numbers_of_the_results(document: dict[str, Any]) -> None:
     stages = next(table for table in tables(document) if table.title == "The stages")
-    arms = {arm["name"]: values(arm) for arm in document["arms"] if arm["group"] == "stages"}
-    assert len(stages.rows) == len(arms)
-    for row in stages.cells:
-        cells = dict(zip(stages.header, (cell.text for cell in row), strict=True))
-        mean = np.mean(arms[cells["arm"]])
-        assert cells["recall@1"].startswith(f"{mean:.3f} ± ")
-        if cells["arm"] != ALONE:
-            assert cells["difference to contrastive only"].startswith(f"{mean - np.mean(arms[ALONE]):+.3f} ± ")
+    arms = {arm["name"]: np.mean(values(arm)) for arm in document["arms"] if arm["group"] == "stages"}
+    column, difference = (stages.header.index(name) for name in ("recall@1", "difference to contrastive only"))
+    for (name, mean), row in zip(arms.items(), stages.cells, strict=True):
+        assert row[0].text == name
+        assert row[column].text.startswith(f"{mean:.3f} ± ")
+        assert row[difference].text.startswith("" if name == ALONE else f"{mean - arms[ALONE]:+.3f} ± ")
     assert "over 3 seeds with its 95% interval" in stages.notes[0]
     for table in tables(results(grid_of(SIZES), seeds=1)):
         assert "of one seed" in table.notes[0]

@@ -104,7 +104,7 @@ def test_hostile_texts_are_escaped_everywhere() -> None:
     record["stages"]["contrastive"] |= {"finished": False, "samples": {"failure": HOSTILE}}
     results = [result(Table(HOSTILE, [HOSTILE], [[HOSTILE], [HOSTILE]], notes=[HOSTILE]), model=HOSTILE)]
     searches = [search(False, text=HOSTILE, title=HOSTILE)._replace(expected=f"{HOSTILE}!")]
-    text = render_page(record, HOSTILE, results, searches=searches, notes=[HOSTILE], command=HOSTILE)
+    text = render_page(record, HOSTILE, results, searches=searches, notes=[HOSTILE])
     assert text.count("&lt;script&gt;") > 45
     assert "<script" not in text
     assert HtmlElements(text).find("h1")
