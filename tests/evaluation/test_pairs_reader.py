@@ -1,5 +1,5 @@
+import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from scored_model import ScoredModel
@@ -56,46 +56,32 @@ def test_pairs_of_any_items_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"text": "a", "image": "gone.png"}, r"rows.jsonl:2: the image .*gone.png does not exist"),
-        ({"text": "a"}, r"rows.jsonl:2: the positive is empty \(image\)"),
-        ({"text": ["", None], "image": "a.png"}, r"rows.jsonl:2: the query is empty \(text\)"),
-        ({"text": "caf\udce9", "image": "a.png"}, "rows.jsonl:2: the text .* is not valid Unicode"),
-    ],
-)
-def test_a_row_that_cannot_be_used_is_an_error_with_its_source(
-    tmp_path: Path, row: dict[str, Any], message: str
-) -> None:
-    write_images(tmp_path, "a")
-    table = write_table(tmp_path / "rows.jsonl", [{"text": "a", "image": "a.png"}, row])
-    with pytest.raises(CocoaError, match=message):
-        read_pairs(table)
-
-
-@pytest.mark.parametrize(
     ("name", "columns", "message"),
     [
         ("rows.csv", None, r"no column holds the query; give --query-text or --query-image \(columns found: a, b\)"),
-        ("rows.csv", {"query_text": "a"}, "no column holds the positive; give --positive-text or --positive-image"),
         ("rows.csv", {"query_text": "a", "positive_image": "c"}, r"no column 'c' for positive_image \(known: a, b\)"),
         ("empty.jsonl", None, "has no rows"),
         ("broken.jsonl", None, "broken.jsonl:2: is not JSON"),
+        ("missing.jsonl", None, r"missing.jsonl:2: the image .*gone.png does not exist"),
+        ("untitled.jsonl", None, r"untitled.jsonl:1: the query is empty \(text\)"),
         ("gone.csv", None, "does not exist; name an image folder"),
         ("untitled", None, r"metadata\.jsonl, a\.png: has no 'text' \(columns found: file_name\)"),
         ("untitled", {"query_text": "text"}, "is an image folder"),
         ("bare", None, r"has no metadata\.jsonl"),
     ],
 )
-def test_a_table_or_a_folder_that_cannot_be_used_is_an_error_with_the_option(
+def test_a_table_or_a_folder_that_cannot_be_used_is_an_error_with_the_row_or_the_option(
     tmp_path: Path, name: str, columns: dict[str, str] | None, message: str
 ) -> None:
-    write_table(tmp_path / "rows.csv", [{"a": "1", "b": "2"}])
-    (tmp_path / "empty.jsonl").touch()
-    (tmp_path / "broken.jsonl").write_text('{"text": "a", "image": "rows.csv"}\n{')
     for folder in ("untitled", "bare"):
         write_images(tmp_path / folder, "a")
+    good, gone = ({"text": "a", "image": image} for image in ("bare/a.png", "gone.png"))
+    write_table(tmp_path / "rows.csv", [{"a": "1", "b": "2"}])
+    write_table(tmp_path / "empty.jsonl", [])
+    write_table(tmp_path / "missing.jsonl", [good, gone])
+    write_table(tmp_path / "untitled.jsonl", [{**good, "text": ["", None]}])
     write_table(tmp_path / "untitled/metadata.jsonl", [{"file_name": "a.png"}])
+    (tmp_path / "broken.jsonl").write_text(f"{json.dumps(good)}\n{{")
     with pytest.raises(CocoaError, match=message):
         read_pairs(tmp_path / name, None, columns)
 

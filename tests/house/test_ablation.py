@@ -20,18 +20,7 @@ from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 import ablation
 from arms.families import FAMILY, families, variations
 from arms.figure import draw, figure_svg
-from arms.grid import (
-    ALL_THREE,
-    ALONE,
-    CAPTIONS_AS_PAIRS,
-    EQUAL,
-    FRACTIONS,
-    LENGTHS,
-    NO_BRIDGE,
-    Grid,
-    Sizes,
-    StageRun,
-)
+from arms.grid import ALL_THREE, ALONE, CAPTIONS_AS_PAIRS, EQUAL, FRACTIONS, LENGTHS, NO_BRIDGE, Grid, Sizes, StageRun
 from arms.runner import jobs_of, outcome, run_jobs
 from arms.summary import estimate, results_document, tables, values
 from arms.workspace import UserFolders, Workspace
