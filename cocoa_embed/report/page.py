@@ -47,7 +47,7 @@ def render_page(
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"token": token_text, "breakable": _breakable, "cut": cut, "correct_count": correct_count}
+    environment.filters |= {"token": token_text, "cut": cut, "correct_count": correct_count}
     environment.filters |= {"setting": content.setting, "samples_note": content.samples_note}
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     curves = charts.read_curves(stages, compared or {})
@@ -94,12 +94,3 @@ def _mask_table(mask: Mask) -> Table:
     views = mask.table()
     rows = [(f"{reader} attends to", *seen.values()) for reader, seen in views.items()]
     return Table("", ("", *views), rows)
-
-
-def _breakable(text: str) -> Any:  # noqa: ANN401  markup of a library that is optional
-    """Return ``text`` escaped, with its underscores and slashes as places where a line may break."""
-    markupsafe = require("markupsafe", "report")
-    escaped = markupsafe.escape(text)
-    for mark in "_/":
-        escaped = escaped.replace(mark, markupsafe.Markup(f"{mark}<wbr>"))
-    return escaped

@@ -1,6 +1,5 @@
 """Words of the report: labels and meanings of logged metrics, durations, tokens as text."""
 
-from functools import cache
 from typing import NamedTuple
 
 SHOWN_CHARACTERS = 300
@@ -76,24 +75,5 @@ def listed(names: list[str]) -> str:
 
 
 def token_text(token: str) -> str:
-    """Return ``token`` as text: without its leading space, white space alone made visible.
-
-    Byte-level tokenizers write each byte as one character; their tokens are decoded, half a character as �.
-    """
-    spelt = _bytes_by_character()
-    text = token
-    if token and all(character in spelt for character in token):
-        text = bytes(spelt[character] for character in token).decode("utf-8", errors="replace")
-    return text.strip() or {"": "∅"}.get(text, "⏎" if "\n" in text else "␣")
-
-
-@cache
-def _bytes_by_character() -> dict[str, int]:
-    """Return the byte that each character of a byte-level token stands for.
-
-    Printable bytes of Latin-1 stand for themselves, the others in their order for the characters from 256 on, as GPT-2
-    introduced it.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = (byte for byte in range(256) if byte not in set(printable))
-    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+    """Return the text of a token without its leading space, white space alone made visible."""
+    return token.strip() or {"": "∅"}.get(token, "⏎" if "\n" in token else "␣")

@@ -64,6 +64,7 @@ def test_pairs_of_any_items_are_read(tmp_path: Path) -> None:
         ("broken.jsonl", None, "broken.jsonl:2: is not JSON"),
         ("missing.jsonl", None, r"missing.jsonl:2: the image .*gone.png does not exist"),
         ("untitled.jsonl", None, r"untitled.jsonl:1: the query is empty \(text\)"),
+        ("strange.jsonl", None, "strange.jsonl:1: the text .* is not valid Unicode"),
         ("gone.csv", None, "does not exist; name an image folder"),
         ("untitled", None, r"metadata\.jsonl, a\.png: has no 'text' \(columns found: file_name\)"),
         ("untitled", {"query_text": "text"}, "is an image folder"),
@@ -80,6 +81,7 @@ def test_a_table_or_a_folder_that_cannot_be_used_is_an_error_with_the_row_or_the
     write_table(tmp_path / "empty.jsonl", [])
     write_table(tmp_path / "missing.jsonl", [good, gone])
     write_table(tmp_path / "untitled.jsonl", [{**good, "text": ["", None]}])
+    write_table(tmp_path / "strange.jsonl", [{**good, "text": "caf\udce9"}])
     write_table(tmp_path / "untitled/metadata.jsonl", [{"file_name": "a.png"}])
     (tmp_path / "broken.jsonl").write_text(f"{json.dumps(good)}\n{{")
     with pytest.raises(CocoaError, match=message):

@@ -84,9 +84,6 @@ def test_durations_are_rounded_once(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-@pytest.mark.parametrize(
-    ("token", "text"),
-    [("Ġred", "red"), ("red", "red"), ("Ġ", "␣"), ("Ċ", "⏎"), ("", "∅"), ("Ã¤", "ä"), ("Ã", "�"), ("日", "日")],
-)
-def test_tokens_read_as_text(token: str, text: str) -> None:
+@pytest.mark.parametrize(("token", "text"), [(" red", "red"), ("red", "red"), (" ", "␣"), ("\n", "⏎"), ("", "∅")])
+def test_white_space_alone_is_visible(token: str, text: str) -> None:
     assert token_text(token) == text
