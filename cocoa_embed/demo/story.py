@@ -17,7 +17,7 @@ from cocoa_embed.demo.scenes import write_image_folder
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.evaluation.pairs import evaluate_pairs
 from cocoa_embed.evaluation.pairs_reader import read_pairs
-from cocoa_embed.evaluation.pairs_tables import SHOWN_METRICS, pairs_tables, score_tables
+from cocoa_embed.evaluation.pairs_tables import SHOWN_METRICS, pairs_tables
 from cocoa_embed.folders import claim_folder
 from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
 from cocoa_embed.model.export import save_sentence_transformer
@@ -85,7 +85,7 @@ class Demo:
         console.print(
             f"Retrieval among {self.held_out_scenes} held-out scenes, with 95% intervals; bold: best of a column"
         )
-        for table in score_tables(scores, SHOWN_METRICS):
+        for table in pairs_tables(scores, SHOWN_METRICS, compare=False):
             console.print(to_terminal(table))
         for label, written in {"model": self.out, "report": self.work / "report.html"}.items():
             console.print(f"{label:8} {written}", soft_wrap=True, markup=False, highlight=False)

@@ -106,7 +106,7 @@ def plateau_panel(curves: Sequence[Curve]) -> Panel | None:
         found = {name: curve.series.get(name) for name in (MATCHING, SHUFFLED, NO_IMAGE)}
         if found[MATCHING] and found[SHUFFLED]:
             lines = [Line(*SERIES[name], points) for name, points in found.items() if points]
-            return Panel(curve.stage, _pace(curve), "accuracy", lines, _chart("plateau", "accuracy", lines, band=True))
+            return Panel(curve.stage, _pace(curve), "accuracy", lines, _chart("plateau", "accuracy", lines))
     return None
 
 
@@ -147,11 +147,8 @@ def _same(left: Points, right: Points) -> bool:
     return len(left) == len(right) and np.allclose(left, right, rtol=1e-3)
 
 
-def _chart(key: str, quantity: str, lines: list[Line], *, band: bool = False) -> str:
-    """Draw ``lines`` over the steps and return an SVG element whose ids begin with ``key``.
-
-    With ``band``, the area between the first two lines is tinted.
-    """
+def _chart(key: str, quantity: str, lines: list[Line]) -> str:
+    """Draw ``lines`` over the steps and return an SVG element whose ids begin with ``key``."""
     matplotlib = require("matplotlib", "report")
     figure = require("matplotlib.figure", "report").Figure(
         figsize=LARGE if quantity in _AXES else SMALL, layout="constrained"
@@ -159,10 +156,6 @@ def _chart(key: str, quantity: str, lines: list[Line], *, band: bool = False) ->
     axes = figure.add_subplot()
     for line in lines:
         _draw_line(axes, line)
-    if band:
-        steps = sorted({step for line in lines[:2] for step, _ in line.points})
-        edges = [np.interp(steps, *np.transpose(smoothed(line.points))) for line in lines[:2]]
-        axes.fill_between(steps, *edges, color=_PLACEHOLDERS[lines[0].colour], alpha=0.14, linewidth=0)
     _style(axes, quantity, lines)
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": key}):
