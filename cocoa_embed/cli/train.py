@@ -92,7 +92,7 @@ def check_columns(recipe: Recipe) -> None:
                 raise CocoaError(f"{printable(metadata)} has no column 'text' {did_you_mean('text', found)}")
         elif source.file is not None:
             found = [column for path in find_tables(source.file) for column in columns_of(path)]
-            given = source.columns and source.columns.model_dump(exclude_none=True)
+            given = source.columns.model_dump(exclude_none=True) if source.columns else None
             map_columns(printable(source.file), list(dict.fromkeys(found)), given)
 
 

@@ -1,5 +1,4 @@
 import random
-from collections.abc import Iterable
 from dataclasses import replace
 from itertools import combinations, islice, product
 from math import comb, dist
@@ -52,14 +51,12 @@ def cell(pixels: np.ndarray, place: str) -> np.ndarray:
     return pixels[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL]
 
 
-@st.composite
-def any_scene(draw_value: st.DrawFn) -> Scene:
-    def choose(values: Iterable[str]) -> str:
-        return draw_value(st.sampled_from(sorted(values)))
-
-    places = draw_value(st.sampled_from([*combinations(PLACES, 2), *combinations(PLACES, 3)]))
-    objects = (SceneObject(choose(RADII), choose(COLOURS), choose(SHAPES), place) for place in places)
-    return Scene(choose(BACKGROUNDS), tuple(objects))
+def scenes() -> st.SearchStrategy[Scene]:
+    """Any scene."""
+    look = [st.sampled_from(sorted(values)) for values in (RADII, COLOURS, SHAPES)]
+    places = st.sampled_from([*combinations(PLACES, 2), *combinations(PLACES, 3)])
+    objects = places.flatmap(lambda where: st.tuples(*(st.builds(SceneObject, *look, st.just(at)) for at in where)))
+    return st.builds(Scene, st.sampled_from(sorted(BACKGROUNDS)), objects)
 
 
 def test_samples_have_all_values_and_are_distinct_and_deterministic() -> None:
@@ -95,7 +92,7 @@ def test_one_scene_in_16_is_held_out() -> None:
 
 
 @settings(max_examples=200)
-@given(any_scene())
+@given(scenes())
 def test_every_wording_names_all_that_a_scene_holds(scene: Scene) -> None:
     words = [scene.background, *(word for item in scene.objects for word in vars(item).values())]
     assert all(word in caption for caption in captions(scene) for word in words)
@@ -115,7 +112,7 @@ def test_no_two_scenes_share_a_caption() -> None:
 
 
 @settings(max_examples=60)
-@given(scene=any_scene(), seed=st.integers(0, 1000))
+@given(scene=scenes(), seed=st.integers(0, 1000))
 def test_an_image_shows_each_object_where_the_scene_says(scene: Scene, seed: int) -> None:
     palette = [*COLOURS.values(), *BACKGROUNDS.values()]
     assert min(dist(a, b) for a, b in combinations(palette, 2)) > 2 * NEAR, "the premise"
@@ -144,9 +141,9 @@ def test_an_image_shows_each_object_where_the_scene_says(scene: Scene, seed: int
         assert not any(cell(coloured(image, colour), place).sum() >= 15 for colour in others)
 
 
-def drawn(shape: str, size: str = "large", seed: int = 0) -> np.ndarray:
+def drawn(shape: str, size: str) -> np.ndarray:
     """Return which pixels of a drawing of one object show it."""
-    image = draw(Scene("white", (SceneObject(size, "blue", shape, "top left"),)), random.Random(seed))
+    image = draw(Scene("white", (SceneObject(size, "blue", shape, "top left"),)), random.Random(0))
     return coloured(image, COLOURS["blue"]).astype(int)
 
 
@@ -155,12 +152,6 @@ def test_shapes_and_sizes_look_different() -> None:
     assert min(abs(first - second).sum() for first, second in combinations(large, 2)) >= 15
     for more, less in zip(large, small, strict=True):
         assert more.sum() > 2 * less.sum() > 0
-
-
-def test_drawing_moves_an_object_a_little_and_only_with_its_generator() -> None:
-    first, again, other = (drawn("square", seed=seed) for seed in (3, 3, 4))
-    assert np.array_equal(first, again)
-    assert not np.array_equal(first, other)
 
 
 def test_a_written_folder_holds_the_scenes_with_their_captions(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 from command_line import Command, Result
-from exported import write_checkpoint
 from fake_model import COLOURS
 from mmeb_layout import subset_rows, write_benchmark, write_subset
 from PIL import Image
@@ -21,8 +20,6 @@ from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.evaluation import embed
 from cocoa_embed.model import loading
-from cocoa_embed.model.backbone import Backbone
-from cocoa_embed.model.export import export_model
 
 Run = Callable[..., Result]
 ROWS = 8
@@ -185,14 +182,6 @@ def test_wrong_input_of_pairs_is_one_sentence(pairs: Run, scenes: Path) -> None:
     assert "2 --model was given 3 times" in pairs("ours", "--model", "ours", "--model", "ours").error()
     (scenes / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "a"}\n')
     assert "1 pairs hold only one query or one document" in pairs("ours").error()
-
-
-def test_an_exported_model_is_scored(command: Command, tiny_backbone: Backbone, tmp_path: Path) -> None:
-    export_model(write_checkpoint(tiny_backbone, tmp_path / "checkpoint"), tmp_path / "exported")
-    data, images = write_benchmark(tmp_path, 3)
-    document = command("eval", "mmeb", data, "--images", images, "--model", "exported", "--json").document()
-    assert all(each["rows"] == 3 for each in document["subsets"].values())
-    assert len(bytes.fromhex(document["fingerprint"])) == 32
 
 
 def test_the_commands_have_the_librarys_default() -> None:

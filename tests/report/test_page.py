@@ -17,10 +17,7 @@ pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
 HOSTILE = "<script>alert('caption')</script>"
-SECTIONS = [
-    *("evaluations", "searches", "curves", "patches", "bridge", "plateau", "words", "measures"),
-    *("recipe", "data", "notes", "run"),
-]
+SECTIONS = "evaluations searches curves patches bridge plateau words measures recipe data notes run".split()
 
 
 def search(*correct: bool, text: str = "the right one", title: str = "text → image") -> Search:
@@ -87,16 +84,15 @@ def test_the_page_loads_nothing(full: str) -> None:
     assert targets <= set(re.findall(r'\bid="([^"]*)"', full))
 
 
-def hostile(value: Any) -> Any:  # noqa: ANN401  JSON of any kind
-    """Return a record with every text replaced but pictures."""
-    if isinstance(value, dict):
-        return {key: hostile(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return list(map(hostile, value))
-    return HOSTILE if isinstance(value, str) and value != PICTURE else value
-
-
 def test_hostile_texts_are_escaped_everywhere() -> None:
+    def hostile(value: Any) -> Any:  # noqa: ANN401  JSON of any kind
+        """Return a record with every text replaced but pictures."""
+        if isinstance(value, dict):
+            return {key: hostile(each) for key, each in value.items()}
+        if isinstance(value, list):
+            return list(map(hostile, value))
+        return HOSTILE if isinstance(value, str) and value != PICTURE else value
+
     record, stage_name = hostile(run_record()), f"{HOSTILE} loss"
     record["stages"][stage_name] = stage(f"{HOSTILE} $x loss", bad_rows={"count": 1, "first": [[HOSTILE] * 3]})
     record["recipe"][stage_name] = {HOSTILE: HOSTILE}
