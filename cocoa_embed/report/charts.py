@@ -113,16 +113,17 @@ def plateau_panel(curves: Sequence[Curve]) -> Panel | None:
 def measures(curves: Sequence[Curve]) -> list[Measure]:
     """Return the geometry of the embeddings in each stage; a stage that measured it more than once has a chart."""
     found = []
-    for name, (title, _, meaning) in GEOMETRY.items():
+    for name, meaning in GEOMETRY.items():
+        title = name.replace("_", " ")
         measured = [(curve.stage, points) for curve in curves if (points := curve.series.get(name))]
         panels = [
-            Panel(stage, "", title.lower(), lines, _chart(f"{name}-{number}", title.lower(), lines))
+            Panel(stage, "", title, lines, _chart(f"{name}-{number}", title, lines))
             for number, (stage, points) in enumerate(measured)
             for lines in [[Line(stage, ("text", "image")[number % 2], points)]]
             if len(points) > 1
         ]
         lasts = [(stage, f"{points[-1][1]:.3g}".replace("-", "−")) for stage, points in measured]
-        found += [Measure(title, meaning, lasts, panels)] if measured else []
+        found += [Measure(title.capitalize(), meaning.full, lasts, panels)] if measured else []
     return found
 
 
@@ -135,16 +136,13 @@ def _by_quantity(series: Mapping[str, Points]) -> dict[str, list[Line]]:
     """Group the lines of a stage by "loss" and "accuracy"; a total loss that equals its one part is left out."""
     groups: dict[str, list[Line]] = {}
     for name, points in series.items():
-        repeats = name == "loss" and any(_same(points, series[other]) for other in series if other.endswith("_loss"))
+        parts = [series[other] for other in series if other.endswith("_loss")] if name == "loss" else []
+        repeats = any(len(part) == len(points) and np.allclose(part, points, rtol=1e-3) for part in parts)
         if name in (MATCHING, SHUFFLED, NO_IMAGE, *GEOMETRY) or repeats or not points:
             continue
         label, colour = SERIES.get(name, (name.replace("_", " "), "other"))
         groups.setdefault("loss" if name.endswith("loss") else "accuracy", []).append(Line(label, colour, points))
     return groups
-
-
-def _same(left: Points, right: Points) -> bool:
-    return len(left) == len(right) and np.allclose(left, right, rtol=1e-3)
 
 
 def _chart(key: str, quantity: str, lines: list[Line]) -> str:

@@ -20,34 +20,29 @@ MATCHING, SHUFFLED, NO_IMAGE = list(SERIES)[-3:]
 
 
 class Meaning(NamedTuple):
-    """A metric of the embeddings' geometry: its title, what it means in a few words, and in full."""
+    """What a metric of the embeddings' geometry means, in a few words and in full."""
 
-    title: str
     short: str
     full: str
 
 
 GEOMETRY = {
     "alignment": Meaning(
-        "Alignment",
         "mean squared distance of a pair, 0 is equal",
         "The mean squared distance between the two embeddings of a pair: 0 for equal ones, about 2 for unrelated ones. "
         "Lower is better, as long as the embeddings stay spread out.",
     ),
     "uniformity": Meaning(
-        "Uniformity",
         "0 is all in one place, -4 an even spread",
         "How evenly the embeddings are spread over the sphere: 0 is all in one place, about −4 an even spread. Lower "
         "is better, as long as pairs stay close.",
     ),
     "modality_gap": Meaning(
-        "Modality gap",
         "distance between the centres of images and texts",
         "The distance between the centre of the images and the centre of the texts. At 0 they are one; a gap "
         "separates images from texts regardless of what they show.",
     ),
     "effective_rank": Meaning(
-        "Effective rank",
         "dimensions in use",
         "How many dimensions the embeddings use. Higher is better: a low rank means that they have collapsed. It is at "
         "most their dimension, and at most the number of embeddings.",
