@@ -72,7 +72,7 @@ def test_only_the_runs_own_model_on_data_it_was_not_trained_on_has_headlines_bes
 
 def test_the_recipe_separates_given_settings_from_defaults() -> None:
     assert content.recipe_settings(run_record()) == [
-        ("seed", "17"), ("bidirectional", "yes"), ("prompts.query", "find: ")
+        ("seed", "17"), ("bidirectional", "true"), ("prompts.query", "find: ")
     ]  # fmt: skip
     given, defaults = content.recipe_tables(run_record())
     assert given.header == ("key", "warmup", "bridge", "contrastive")
