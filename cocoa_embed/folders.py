@@ -27,6 +27,15 @@ def refuse_foreign_folder(folder: Path, *, marker: str) -> None:
         )
 
 
+def refuse_checkpoint(out: Path) -> None:
+    """Check that an output folder is not inside a training run: a checkpoint looks like an earlier export.
+
+    :raises CocoaError: If it is.
+    """
+    if any((parent / RUN_MARKER).is_file() for parent in out.resolve().parents):
+        raise CocoaError(f"{out} is in the folder of a training run; give a folder outside of it.")
+
+
 def claim_folder(folder: Path, *, marker: str) -> None:
     """Create ``folder``, empty but for its ``marker`` file; the output of an earlier run is removed.
 

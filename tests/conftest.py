@@ -5,9 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from command_line import Command, Result
 from hypothesis import settings
 from tiny_backbones import SCENES, STAGE, TINY_MAX_LENGTH, LoadTiny, MakeRecipe, write_tiny_backbone
 
+from cocoa_embed.cli import main as cli
 from cocoa_embed.data.rows import Row
 from cocoa_embed.demo.scenes import write_image_folder
 from cocoa_embed.model.backbone import Backbone, load_backbone
@@ -25,6 +27,19 @@ def data_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
         yield
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run ``cocoa-embed`` with words and paths."""
+
+    def run(*arguments: object) -> Result:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(list(map(str, arguments)))
+        printed = capsys.readouterr()
+        return Result(int(stopped.value.code or 0), printed.out, printed.err)
+
+    return run
 
 
 @pytest.fixture(scope="session")

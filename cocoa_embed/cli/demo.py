@@ -23,6 +23,9 @@ def demo(
 ) -> None:
     """Train, export, index and search a tiny model on this machine, with or without a GPU."""
     with working():
+        from cocoa_embed.demo import check_folders
+
+        check_folders(out, work)  # before torch, which takes seconds
         for module in DEMO_NEEDS:
             require(module, "all")
         silence_libraries()

@@ -11,15 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cocoa_embed.cli.output import (
-    DeviceOption,
-    JsonOption,
-    check_all,
-    print_json,
-    say,
-    silence_libraries,
-    working,
-)
+from cocoa_embed.cli.output import DeviceOption, JsonOption, check_all, print_json, say, silence_libraries, working
 from cocoa_embed.errors import CocoaError, UsageError, require
 
 if TYPE_CHECKING:

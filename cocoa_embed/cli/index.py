@@ -64,7 +64,7 @@ def index(
         raise UsageError("--quantization and --on-disk need --url or --edge; a local index (--path) has neither")
     check_all(
         lambda: check_storage(collection, storage),
-        *(partial(check_source, source) for source in paths),
+        lambda: check_sources(paths, may_be_empty=prune),
         lambda: check_model(model),
     )
     with working() as console, open_indexer(model, collection, storage, **options) as indexer:
@@ -138,7 +138,9 @@ def search(
         )
         report_hits(hits, console)
     if as_json:
-        print_json({"hits": [hit_document(hit) for hit in hits]})
+        from cocoa_embed.integrations.qdrant.points import plain_payload
+
+        print_json({"hits": [{**dataclasses.asdict(hit), "payload": plain_payload(hit.payload)} for hit in hits]})
     if html is not None:
         from cocoa_embed.integrations.qdrant.hits_page import write_hits_page
 
@@ -168,15 +170,22 @@ def check_storage(collection: str, storage: dict[str, Any], *, exists: bool = Fa
         raise CocoaError(f"there is no index in {printable(folder)}; run cocoa-embed index, or change --{given[0]}")
 
 
-def check_source(path: str) -> None:
-    """Check that a path to index exists.
+def check_sources(paths: Sequence[str], *, may_be_empty: bool) -> None:
+    """Check that the paths to index exist, and hold an image.
 
-    :raises CocoaError: If it does not.
+    :raises CocoaError: If they do not.
     """
-    from cocoa_embed.images.find_files import find_images
+    from cocoa_embed.images.find_files import IMAGE_SUFFIXES, find_images
 
-    if path and not os.path.lexists(path):
-        find_images([path])  # a pattern, or missing
+    # A pattern, or missing.
+    check_all(*(partial(find_images, [path]) for path in paths if path and not os.path.lexists(path)))
+    suffixes = (Path(name).suffix.lower() for path in paths for *_, names in os.walk(path) for name in names)
+    if may_be_empty or not IMAGE_SUFFIXES.isdisjoint(suffixes):
+        return
+    unlisted: list[Path] = []
+    if not find_images(paths, on_error=lambda folder, _: unlisted.append(folder)) and not unlisted:
+        listed = ", ".join(map(printable, paths))
+        raise CocoaError(f"there are no images in {listed}; name a folder that holds some (jpg, png, webp, ...)")
 
 
 def check_page(file: Path) -> None:
@@ -192,16 +201,13 @@ def check_page(file: Path) -> None:
 def query_image(image: str, allowed_hosts: Sequence[str]) -> Image:
     """Load the image of a query: a file, a ``data:`` URI, or an address on an allowed host.
 
-    :raises UsageError: If it is on the web, and no host is allowed.
     :raises ImageError: If it cannot be used.
     """
     from cocoa_embed.images.http import Fetcher
     from cocoa_embed.images.load import load_image
 
-    if not allowed_hosts and image.lower().startswith(WEB):
-        raise UsageError("--image is a web address; allow its host with --allow-host HOST")
     try:
-        return load_image(image, fetcher=Fetcher(allowed_hosts) if allowed_hosts else None)
+        return load_image(image, fetcher=Fetcher(allowed_hosts))
     except ImageError as error:
         if not error.reason.endswith("allowed hosts"):
             raise
@@ -234,10 +240,3 @@ def report_hits(hits: Sequence[Hit], console: Console) -> None:
         say(console, f"{hit.score:.4f}  {printable(hit.path)}{caption}")
     if not hits:
         say(console, "nothing found")
-
-
-def hit_document(hit: Hit) -> dict[str, Any]:
-    """Return the JSON document of a hit, without the fields of its payload that only LlamaIndex reads."""
-    from cocoa_embed.integrations.qdrant.points import plain_payload
-
-    return {**dataclasses.asdict(hit), "payload": plain_payload(hit.payload)}

@@ -6,12 +6,13 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cocoa_embed.cli.output import DeviceOption, JsonOption, print_json, say, silence_libraries, working
+from cocoa_embed.cli.output import DeviceOption, JsonOption, check_all, print_json, say, silence_libraries, working
 from cocoa_embed.errors import CocoaError, UsageError, one_line, printable, require
 from cocoa_embed.report.words import GEOMETRY
 
@@ -107,9 +108,11 @@ def diagnose(
 ) -> None:
     """Measure how much of an image a checkpoint's <EOS> carries, and the geometry of its embeddings."""
     with working() as console:
+        from cocoa_embed.data.image_folder import find_metadata
         from cocoa_embed.model.training_record import read_training
 
-        read_training(checkpoint)  # before torch, which takes seconds
+        # Before torch, which takes seconds.
+        check_all(partial(read_training, checkpoint), *([partial(find_metadata, data)] if data else []))
         require("accelerate", "train")
         silence_libraries()
         from cocoa_embed.train.diagnosis import diagnose as measure

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cocoa_embed.cli.output import JsonOption, print_json, say, silence_libraries, working
-from cocoa_embed.errors import require
+from cocoa_embed.cli.output import JsonOption, check_all, print_json, say, silence_libraries, working
+from cocoa_embed.errors import CocoaError, did_you_mean, printable, require
+from cocoa_embed.folders import RUN_MARKER, refuse_checkpoint, refuse_foreign_folder
 from cocoa_embed.report.words import duration
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ def train(
     is_first = os.environ.get("RANK", "0") == "0"
     with working() as console:
         require("yaml", "train")
-        loaded = _load(recipe, overrides or []) if is_first else None  # before torch, which takes seconds
+        loaded = _load(recipe, overrides or [], out) if is_first else None  # before torch, which takes seconds
         require("accelerate", "train")
         silence_libraries()
         from cocoa_embed.train import run
@@ -45,7 +47,7 @@ def train(
         from cocoa_embed.train.plan.dry_run import plan
 
         silence_nonzero_ranks()
-        chosen = by_first_process(lambda: loaded or _load(recipe, overrides or []))
+        chosen = by_first_process(lambda: loaded or _load(recipe, overrides or [], out))
         folder = out or Path("runs") / chosen.name
         if dry_run:
             planned = by_first_process(lambda: plan(chosen, folder, resume=resume))
@@ -60,10 +62,38 @@ def train(
         print_json(document)
 
 
-def _load(recipe: str, overrides: list[str]) -> Recipe:
+def _load(recipe: str, overrides: list[str], out: Path | None) -> Recipe:
+    """Read a recipe, and find the faults of local files and folders."""
     from cocoa_embed.train import Recipe
 
-    return Recipe.load(recipe, overrides, check_paths=True)
+    loaded = Recipe.load(recipe, overrides, check_paths=True)
+    folder = out or Path("runs") / loaded.name
+    check_all(partial(refuse_foreign_folder, folder, marker=RUN_MARKER), partial(check_columns, loaded))
+    return loaded
+
+
+def check_columns(recipe: Recipe) -> None:
+    """Check that the tables and the image folders of a recipe have the columns that training reads.
+
+    :raises CocoaError: If one has not, or cannot be read.
+    """
+    require("datasets", "train")
+    from cocoa_embed.data.columns import map_columns
+    from cocoa_embed.data.image_folder import find_metadata
+    from cocoa_embed.data.tables import find_tables, open_table
+
+    columns_of = cache(lambda path: open_table(path).columns)
+    stages = [stage for stage in recipe.registry() if getattr(recipe, stage) is not None]
+    for source in (source for stage in stages for source in recipe.sources_of(stage).values()):
+        if source.folder is not None:
+            metadata = find_metadata(source.folder)
+            found = columns_of(metadata)
+            if found and not {"text", source.captions} & {*found}:
+                raise CocoaError(f"{printable(metadata)} has no column 'text' {did_you_mean('text', found)}")
+        elif source.file is not None:
+            found = [column for path in find_tables(source.file) for column in columns_of(path)]
+            given = source.columns.model_dump(exclude_none=True) if source.columns else None
+            map_columns(printable(source.file), list(dict.fromkeys(found)), given)
 
 
 def export(
@@ -72,9 +102,14 @@ def export(
 ) -> None:
     """Write a checkpoint as a SentenceTransformer folder, which needs nothing of this package."""
     with working() as console:
-        from cocoa_embed.model.training_record import read_training
+        from cocoa_embed.model.training_record import TRAINING_FILE, read_training
 
-        read_training(checkpoint)  # before torch, which takes seconds
+        # Before torch, which takes seconds.
+        check_all(
+            partial(read_training, checkpoint),
+            partial(refuse_checkpoint, out),
+            partial(refuse_foreign_folder, out, marker=TRAINING_FILE),
+        )
         silence_libraries()
         from cocoa_embed.model.export import export_model
 

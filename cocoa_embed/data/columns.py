@@ -111,7 +111,7 @@ class RowReader:
         found_text = None if _is_empty(text) else text
         if found_text is None and found_image is None:
             return None
-        return Item(found_text, () if found_image is None else ((found_image,),))
+        return Item(found_text, () if found_image is None else (found_image,))
 
     def _image(self, value: object, source: str) -> ItemImage:
         if isinstance(value, ArrowImage):

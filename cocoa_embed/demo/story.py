@@ -10,26 +10,24 @@ from rich.console import Console
 from sentence_transformers import SentenceTransformer
 
 from cocoa_embed.data.rows import Row
+from cocoa_embed.demo import MARKER, check_folders
 from cocoa_embed.demo.gallery import answer_queries
 from cocoa_embed.demo.meter import Meter, peak_memory_bytes
 from cocoa_embed.demo.scenes import write_image_folder
 from cocoa_embed.encode.encoder import Encoder
-from cocoa_embed.errors import UsageError
 from cocoa_embed.evaluation.pairs import evaluate_pairs
 from cocoa_embed.evaluation.pairs_reader import read_pairs
-from cocoa_embed.evaluation.pairs_tables import SHOWN_METRICS, pairs_tables, score_tables
-from cocoa_embed.folders import claim_folder, refuse_foreign_folder
+from cocoa_embed.evaluation.pairs_tables import SHOWN_METRICS, pairs_tables
+from cocoa_embed.folders import claim_folder
 from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
-from cocoa_embed.model.export import refuse_checkpoint, save_sentence_transformer
+from cocoa_embed.model.export import save_sentence_transformer
 from cocoa_embed.model.loading import load_model
-from cocoa_embed.model.training_record import TRAINING_FILE, read_run, read_training
+from cocoa_embed.model.training_record import read_run, read_training
 from cocoa_embed.report.content import EvalResult, Search
 from cocoa_embed.report.page import render_page
 from cocoa_embed.report.tables import to_terminal
 from cocoa_embed.train import Recipe, StageResult, run
 from cocoa_embed.train.data.caption_rows import read_image_folder
-
-MARKER = ".cocoa-demo"
 
 Metrics = dict[str, dict[str, float]]
 
@@ -62,7 +60,8 @@ class Demo:
         """
         started = time.perf_counter()
         console, meter = Console(stderr=True), Meter()
-        self._claim_folders()
+        check_folders(self.out, self.work)
+        claim_folder(self.work, marker=MARKER)
         with meter.part("data", console):
             held_out = self._draw()
         stages, comparison = self._train(meter)
@@ -86,21 +85,13 @@ class Demo:
         console.print(
             f"Retrieval among {self.held_out_scenes} held-out scenes, with 95% intervals; bold: best of a column"
         )
-        for table in score_tables(scores, SHOWN_METRICS):
+        for table in pairs_tables(scores, SHOWN_METRICS, compare=False):
             console.print(to_terminal(table))
         for label, written in {"model": self.out, "report": self.work / "report.html"}.items():
             console.print(f"{label:8} {written}", soft_wrap=True, markup=False, highlight=False)
         minutes, memory = meter.seconds["total"] / 60, meter.peak_memory_bytes["total"] / 2**30
         console.print(f"{minutes:.1f} minutes, at most {memory:.1f} GiB of memory")
         return results
-
-    def _claim_folders(self) -> None:
-        out, work = self.out.resolve(), self.work.resolve()
-        if work.is_relative_to(out) or out.is_relative_to(work):
-            raise UsageError(f"{self.out} and {self.work} lie inside each other; give --out and --work folders apart.")
-        refuse_checkpoint(self.out)
-        refuse_foreign_folder(self.out, marker=TRAINING_FILE)
-        claim_folder(self.work, marker=MARKER)
 
     def _draw(self) -> list[Row]:
         write_image_folder(self.work / "data" / "train", "train", self.training_scenes, self.seed)
@@ -163,7 +154,6 @@ class Demo:
                 "The model has 3 million parameters and has seen drawn scenes only. It finds a photograph's copies, "
                 "not its meaning.",
             ],
-            command="cocoa-embed demo",
         )
         (self.work / "report.html").write_text(page, encoding="utf-8")
 

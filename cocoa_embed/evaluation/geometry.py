@@ -6,9 +6,7 @@ from scipy.spatial.distance import pdist
 from scipy.special import entr, logsumexp
 
 ALIGNMENT = "alignment"
-UNIFORMITY = "uniformity"
-MODALITY_GAP = "modality_gap"
-EFFECTIVE_RANK = "effective_rank"
+"""The name of the first measure, which training logs more often than the others."""
 
 
 def alignment(first: NDArray[np.floating], second: NDArray[np.floating]) -> float:
@@ -74,12 +72,12 @@ def geometry(
     :param second_has_image: The same of ``second``.
     :raises ValueError: If the widths differ, there are fewer than two pairs, or a value is not finite.
     """
-    measures = {ALIGNMENT: alignment(first, second), UNIFORMITY: (uniformity(first) + uniformity(second)) / 2}
+    measures = {ALIGNMENT: alignment(first, second), "uniformity": (uniformity(first) + uniformity(second)) / 2}
     together = np.concatenate([first, second])
     has_image = np.concatenate([first_has_image, second_has_image])
     if has_image.any() and not has_image.all():
-        measures[MODALITY_GAP] = modality_gap(together[has_image], together[~has_image])
-    return {**measures, EFFECTIVE_RANK: effective_rank(together)}
+        measures["modality_gap"] = modality_gap(together[has_image], together[~has_image])
+    return {**measures, "effective_rank": effective_rank(together)}
 
 
 def _checked(embeddings: NDArray[np.floating], fewest: int = 1) -> NDArray[np.float64]:

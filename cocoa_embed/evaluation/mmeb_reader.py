@@ -203,7 +203,7 @@ class _Numbering:
             clean = without_image_token(text or "", bool(path), name)
             if not clean and not path:
                 raise CocoaError(f"{name} has neither a text nor an image")
-            item = Item(clean or None, () if path else ((),))
+            item = Item(clean or None, (Path(path),) if path else ())
             self._cells[text, path] = self.items.setdefault(item, len(self.items))
         return self._cells[text, path]
 

@@ -8,7 +8,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
 from cocoa_embed.errors import CocoaError, one_line
-from cocoa_embed.folders import RUN_MARKER, claim_folder
+from cocoa_embed.folders import claim_folder, refuse_checkpoint
 from cocoa_embed.model.attention import assert_bidirectional
 from cocoa_embed.model.card import model_card
 from cocoa_embed.model.training_record import TRAINING_FILE, read_training, write_training
@@ -41,15 +41,6 @@ def embedding_model(
     return SentenceTransformer(
         modules=[transformer, pooling, Normalize()], prompts=prompts, similarity_fn_name="cosine", device=device
     )
-
-
-def refuse_checkpoint(out: Path) -> None:
-    """Check that an output folder is not inside a training run: a checkpoint looks like an earlier export.
-
-    :raises CocoaError: If it is.
-    """
-    if any((parent / RUN_MARKER).is_file() for parent in out.resolve().parents):
-        raise CocoaError(f"{out} is in the folder of a training run; give a folder outside of it.")
 
 
 def save_sentence_transformer(model: SentenceTransformer, out: Path, training: dict[str, Any]) -> Path:

@@ -106,23 +106,24 @@ def plateau_panel(curves: Sequence[Curve]) -> Panel | None:
         found = {name: curve.series.get(name) for name in (MATCHING, SHUFFLED, NO_IMAGE)}
         if found[MATCHING] and found[SHUFFLED]:
             lines = [Line(*SERIES[name], points) for name, points in found.items() if points]
-            return Panel(curve.stage, _pace(curve), "accuracy", lines, _chart("plateau", "accuracy", lines, band=True))
+            return Panel(curve.stage, _pace(curve), "accuracy", lines, _chart("plateau", "accuracy", lines))
     return None
 
 
 def measures(curves: Sequence[Curve]) -> list[Measure]:
     """Return the geometry of the embeddings in each stage; a stage that measured it more than once has a chart."""
     found = []
-    for name, (title, _, meaning) in GEOMETRY.items():
+    for name, meaning in GEOMETRY.items():
+        title = name.replace("_", " ")
         measured = [(curve.stage, points) for curve in curves if (points := curve.series.get(name))]
         panels = [
-            Panel(stage, "", title.lower(), lines, _chart(f"{name}-{number}", title.lower(), lines))
+            Panel(stage, "", title, lines, _chart(f"{name}-{number}", title, lines))
             for number, (stage, points) in enumerate(measured)
             for lines in [[Line(stage, ("text", "image")[number % 2], points)]]
             if len(points) > 1
         ]
         lasts = [(stage, f"{points[-1][1]:.3g}".replace("-", "−")) for stage, points in measured]
-        found += [Measure(title, meaning, lasts, panels)] if measured else []
+        found += [Measure(title.capitalize(), meaning.full, lasts, panels)] if measured else []
     return found
 
 
@@ -135,7 +136,8 @@ def _by_quantity(series: Mapping[str, Points]) -> dict[str, list[Line]]:
     """Group the lines of a stage by "loss" and "accuracy"; a total loss that equals its one part is left out."""
     groups: dict[str, list[Line]] = {}
     for name, points in series.items():
-        repeats = name == "loss" and any(_same(points, series[other]) for other in series if other.endswith("_loss"))
+        parts = [series[other] for other in series if other.endswith("_loss")] if name == "loss" else []
+        repeats = any(len(part) == len(points) and np.allclose(part, points, rtol=1e-3) for part in parts)
         if name in (MATCHING, SHUFFLED, NO_IMAGE, *GEOMETRY) or repeats or not points:
             continue
         label, colour = SERIES.get(name, (name.replace("_", " "), "other"))
@@ -143,15 +145,8 @@ def _by_quantity(series: Mapping[str, Points]) -> dict[str, list[Line]]:
     return groups
 
 
-def _same(left: Points, right: Points) -> bool:
-    return len(left) == len(right) and np.allclose(left, right, rtol=1e-3)
-
-
-def _chart(key: str, quantity: str, lines: list[Line], *, band: bool = False) -> str:
-    """Draw ``lines`` over the steps and return an SVG element whose ids begin with ``key``.
-
-    With ``band``, the area between the first two lines is tinted.
-    """
+def _chart(key: str, quantity: str, lines: list[Line]) -> str:
+    """Draw ``lines`` over the steps and return an SVG element whose ids begin with ``key``."""
     matplotlib = require("matplotlib", "report")
     figure = require("matplotlib.figure", "report").Figure(
         figsize=LARGE if quantity in _AXES else SMALL, layout="constrained"
@@ -159,10 +154,6 @@ def _chart(key: str, quantity: str, lines: list[Line], *, band: bool = False) ->
     axes = figure.add_subplot()
     for line in lines:
         _draw_line(axes, line)
-    if band:
-        steps = sorted({step for line in lines[:2] for step, _ in line.points})
-        edges = [np.interp(steps, *np.transpose(smoothed(line.points))) for line in lines[:2]]
-        axes.fill_between(steps, *edges, color=_PLACEHOLDERS[lines[0].colour], alpha=0.14, linewidth=0)
     _style(axes, quantity, lines)
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": key}):

@@ -1,5 +1,6 @@
 """Chooses what the page of a run shows, from ``run.json`` and results of ``cocoa-embed eval``; reads no file."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -168,16 +169,12 @@ def recipe_tables(run: Mapping[str, Any]) -> tuple[Table, Table]:
 
 
 def setting(value: object) -> str:
-    """Return a value of a recipe as text; nothing for what is not set."""
-    if value is None or value in ([], {}):
-        return ""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
+    """Return a value of a recipe as text, as a recipe gives it; nothing for what is not set."""
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {setting(each)}" for key, each in value.items() if each is not None)
-    if isinstance(value, list):
-        return ", ".join(map(setting, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if value is None or value == []:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def facts(run: Mapping[str, Any], folder: str) -> Iterator[tuple[str, str]]:

@@ -29,7 +29,6 @@ def render_page(
     compared: Mapping[str, Mapping[str, Any]] | None = None,
     searches: Sequence[Search] = (),
     notes: Sequence[str] = (),
-    command: str = "cocoa-embed report",
 ) -> str:
     """Return the page of a run: one HTML document with its styles, images and charts; empty sections are left out.
 
@@ -40,7 +39,6 @@ def render_page(
     :param compared: ``run.json`` of runs whose losses are drawn beside this run's, by the names to show.
     :param searches: Searches to show, those of one title together.
     :param notes: Sentences at the end.
-    :param command: The command that writes the page.
     :raises MissingExtraError: If jinja2 or matplotlib is not installed.
     """
     jinja2 = require("jinja2", "report")
@@ -49,7 +47,7 @@ def render_page(
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"token": token_text, "breakable": _breakable, "cut": cut, "correct_count": correct_count}
+    environment.filters |= {"token": token_text, "cut": cut, "correct_count": correct_count}
     environment.filters |= {"setting": content.setting, "samples_note": content.samples_note}
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     curves = charts.read_curves(stages, compared or {})
@@ -82,7 +80,6 @@ def render_page(
         stages=stages,
         notes=notes,
         run_facts=list(content.facts(run, folder)),
-        command=command,
     )
     return html.encode("utf-8", errors="backslashreplace").decode("utf-8")  # names of files need not be Unicode
 
@@ -97,12 +94,3 @@ def _mask_table(mask: Mask) -> Table:
     views = mask.table()
     rows = [(f"{reader} attends to", *seen.values()) for reader, seen in views.items()]
     return Table("", ("", *views), rows)
-
-
-def _breakable(text: str) -> Any:  # noqa: ANN401  markup of a library that is optional
-    """Return ``text`` escaped, with its underscores and slashes as places where a line may break."""
-    markupsafe = require("markupsafe", "report")
-    escaped = markupsafe.escape(text)
-    for mark in "_/":
-        escaped = escaped.replace(mark, markupsafe.Markup(f"{mark}<wbr>"))
-    return escaped

@@ -1,6 +1,5 @@
 """Words of the report: labels and meanings of logged metrics, durations, tokens as text."""
 
-from functools import cache
 from typing import NamedTuple
 
 SHOWN_CHARACTERS = 300
@@ -21,34 +20,29 @@ MATCHING, SHUFFLED, NO_IMAGE = list(SERIES)[-3:]
 
 
 class Meaning(NamedTuple):
-    """A metric of the embeddings' geometry: its title, what it means in a few words, and in full."""
+    """What a metric of the embeddings' geometry means, in a few words and in full."""
 
-    title: str
     short: str
     full: str
 
 
 GEOMETRY = {
     "alignment": Meaning(
-        "Alignment",
         "mean squared distance of a pair, 0 is equal",
         "The mean squared distance between the two embeddings of a pair: 0 for equal ones, about 2 for unrelated ones. "
         "Lower is better, as long as the embeddings stay spread out.",
     ),
     "uniformity": Meaning(
-        "Uniformity",
         "0 is all in one place, -4 an even spread",
         "How evenly the embeddings are spread over the sphere: 0 is all in one place, about −4 an even spread. Lower "
         "is better, as long as pairs stay close.",
     ),
     "modality_gap": Meaning(
-        "Modality gap",
         "distance between the centres of images and texts",
         "The distance between the centre of the images and the centre of the texts. At 0 they are one; a gap "
         "separates images from texts regardless of what they show.",
     ),
     "effective_rank": Meaning(
-        "Effective rank",
         "dimensions in use",
         "How many dimensions the embeddings use. Higher is better: a low rank means that they have collapsed. It is at "
         "most their dimension, and at most the number of embeddings.",
@@ -76,24 +70,5 @@ def listed(names: list[str]) -> str:
 
 
 def token_text(token: str) -> str:
-    """Return ``token`` as text: without its leading space, white space alone made visible.
-
-    Byte-level tokenizers write each byte as one character; their tokens are decoded, half a character as �.
-    """
-    spelt = _bytes_by_character()
-    text = token
-    if token and all(character in spelt for character in token):
-        text = bytes(spelt[character] for character in token).decode("utf-8", errors="replace")
-    return text.strip() or {"": "∅"}.get(text, "⏎" if "\n" in text else "␣")
-
-
-@cache
-def _bytes_by_character() -> dict[str, int]:
-    """Return the byte that each character of a byte-level token stands for.
-
-    Printable bytes of Latin-1 stand for themselves, the others in their order for the characters from 256 on, as GPT-2
-    introduced it.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = (byte for byte in range(256) if byte not in set(printable))
-    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+    """Return the text of a token without its leading space, white space alone made visible."""
+    return token.strip() or {"": "∅"}.get(token, "⏎" if "\n" in token else "␣")

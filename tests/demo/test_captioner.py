@@ -1,5 +1,4 @@
 import json
-from collections.abc import Iterable
 from copy import copy
 from itertools import islice
 from pathlib import Path
@@ -9,7 +8,6 @@ from unittest.mock import Mock
 import pytest
 import torch
 from safetensors import safe_open
-from scene_captions import parse_caption
 from tiny_backbones import qwen2_vl
 from transformers import Qwen2Tokenizer
 
@@ -23,7 +21,7 @@ from cocoa_embed.demo.captioner import (
     build_tokenizer,
     pretrain,
 )
-from cocoa_embed.demo.scenes import captions, split_of
+from cocoa_embed.demo.scenes import captions, sample_scene, split_of
 from cocoa_embed.model.backbone import load_backbone, resolve_backbone
 
 
@@ -36,23 +34,20 @@ def first_rows(seed: int, count: int) -> list[dict[str, Any]]:
     return list(islice(CaptionedScenes(seed), count))
 
 
-def comparable(rows: Iterable[dict[str, Any]]) -> list[tuple[str, bytes]]:
-    return [(row["text"], row["image"].tobytes()) for row in rows]
-
-
-def test_captioned_scenes_are_deterministic_and_each_pass_begins_anew() -> None:
+def test_captioned_scenes_are_training_scenes_in_every_wording_the_same_in_each_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn = []
+    monkeypatch.setattr(captioner, "sample_scene", lambda *split: drawn.append(sample_scene(*split)) or drawn[-1])
     stream = CaptionedScenes(3)
-    first, again = (comparable(islice(stream, 20)) for _ in range(2))
-    assert len(first) == 20
-    assert first == again
-    assert first != comparable(first_rows(4, 20))
-
-
-def test_captioned_scenes_are_of_the_train_split_in_every_wording() -> None:
-    texts = [row["text"] for row in first_rows(0, 300)]
-    scenes = [parse_caption(text) for text in texts]
-    assert {split_of(scene) for scene in scenes} == {"train"}
-    assert {captions(scene).index(text) for scene, text in zip(scenes, texts, strict=True)} == {0, 1, 2, 3}
+    first, again, other = (
+        [(row["text"], row["image"].tobytes()) for row in islice(each, 100)]
+        for each in (stream, stream, CaptionedScenes(4))
+    )
+    assert first == again != other
+    assert {split_of(scene) for scene in drawn} == {"train"}
+    wordings = {captions(scene).index(text) for scene, (text, _) in zip(drawn, [*first, *again, *other], strict=True)}
+    assert wordings == {0, 1, 2, 3}
 
 
 def test_the_tokenizer_is_deterministic_and_sees_training_scenes_alone(

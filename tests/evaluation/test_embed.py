@@ -28,26 +28,22 @@ def mixed(tmp_path: Path) -> list[Item]:
     return found
 
 
-def test_each_item_gets_the_embedding_that_it_has_alone(mixed: list[Item]) -> None:
-    model = ScoredModel()
-    found = embed_items(Encoder(model), mixed, "document", batch_tokens=20)
-    alone = [model.encode_document([item.load()], 1, False)[0] for item in mixed]
-    assert len(model.batches) > len(mixed) + 5, "there were several batches"
+def test_each_item_gets_the_embedding_that_it_has_alone_in_batches_of_one_kind_within_the_limit(
+    mixed: list[Item],
+) -> None:
+    class Watched(ScoredModel):
+        def _encode(self, inputs: list[Any], prompt: str | None, task: str) -> np.ndarray:
+            kinds.append({frozenset(item) for item in inputs})
+            assert len(inputs) == 1 or sum(map(estimated_tokens, inputs)) <= 20
+            return super()._encode(inputs, prompt, task)
+
+    kinds: list[set[frozenset[str]]] = []
+    found = embed_items(Encoder(Watched()), mixed, "document", batch_tokens=20)
+    assert all(len(each) == 1 for each in kinds)
+    assert 5 < len(kinds) < len(mixed), "there were several batches"
+    alone = [ScoredModel().encode_document([item.load()], 1, False)[0] for item in mixed]
     np.testing.assert_allclose(found.vectors, alone, atol=1e-6)
     assert found.broken == set()
-
-
-def test_batches_hold_one_kind_and_no_more_than_the_limit(mixed: list[Item]) -> None:
-    class Watched(ScoredModel):
-        def encode_query(self, inputs: list[Any], batch_size: int, show_progress_bar: bool) -> np.ndarray:
-            assert batch_size == len(inputs)
-            assert len({frozenset(item) for item in inputs}) == 1
-            assert len(inputs) == 1 or sum(map(estimated_tokens, inputs)) <= 20
-            return super().encode_query(inputs, batch_size, show_progress_bar)
-
-    model = Watched()
-    embed_items(Encoder(model), mixed, "query", batch_tokens=20)
-    assert 5 < model.calls < len(mixed)
 
 
 def test_batches_of_short_texts_and_tokens_are_bounded() -> None:
@@ -71,15 +67,12 @@ def test_only_a_few_images_are_in_memory_at_once(tmp_path: Path, monkeypatch: py
 
     class Releasing(FakeModel):
         def encode_document(self, inputs: list[Any], batch_size: int, show_progress_bar: bool) -> np.ndarray:
-            vectors = super().encode_document(inputs, batch_size, show_progress_bar)
             held.difference_update(id(item["image"]) for item in inputs)
-            self.documents.clear()
-            return vectors
+            return np.ones((len(inputs), self.dimension))
 
     monkeypatch.setattr(rows_module, "load_image", load)
-    embed_items(
-        Encoder(Releasing()), [Item(None, (Path(str(number)),)) for number in range(300)], "document", batch_tokens=4
-    )
+    items = [Item(None, (Path(str(number)),)) for number in range(300)]
+    embed_items(Encoder(Releasing()), items, "document", batch_tokens=4)
     assert 4 < most <= 4 + embed_module.IMAGES_AHEAD + 2
 
 
@@ -95,26 +88,24 @@ def test_a_broken_image_is_an_error_or_skipped(tmp_path: Path) -> None:
     assert not found.vectors[1:].any()
 
 
-@pytest.mark.parametrize("role", ["query", "document"])
-def test_an_item_that_the_model_refuses_is_named(role: Role) -> None:
-    items = [Item("red"), Item(f"{IMAGE_TOKEN} blue"), Item("green")]
-    with pytest.raises(CocoaError, match=r"fake cannot embed the text '<\|image_pad\|> blue' \(.*image tokens do not"):
-        embed_items(Encoder(FakeModel(), "fake"), items, role)
+class Faulty(FakeModel):
+    """A model that has too little memory for the word huge, and no finite embedding of the word red."""
 
-
-def test_out_of_memory_says_what_to_lower() -> None:
-    class Small(FakeModel):
-        def _encode(self, inputs: list[Any], prompt: str | None, task: str) -> np.ndarray:
+    def _embed(self, item: Mapping[str, Any]) -> np.ndarray:
+        if "huge" in item["text"]:
             raise torch.OutOfMemoryError("CUDA out of memory")
-
-    with pytest.raises(CocoaError, match=r"2 items at once, the text 'a' .* memory .* smaller --batch-tokens"):
-        embed_items(Encoder(Small()), [Item("a"), Item("b")], "query")
+        return super()._embed(item) * (np.nan if "red" in item["text"] else 1)
 
 
-def test_an_embedding_that_is_not_finite_names_its_item() -> None:
-    class Diverged(FakeModel):
-        def _embed(self, item: Mapping[str, Any]) -> np.ndarray:
-            return super()._embed(item) * (np.nan if "red" in item["text"] else 1)
-
-    with pytest.raises(CocoaError, match="fake embeds the text 'red' as a vector that is not finite"):
-        embed_items(Encoder(Diverged(), "fake"), [Item("blue"), Item("red")], "query")
+@pytest.mark.parametrize("role", ["query", "document"])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"{IMAGE_TOKEN} blue", r"fake cannot embed the text '<\|image_pad\|> blue' \(.*image tokens do not"),
+        ("huge", r"2 items at once, the text 'green' .* memory .* smaller --batch-tokens"),
+        ("red", "fake embeds the text 'red' as a vector that is not finite"),
+    ],
+)
+def test_an_item_that_the_model_cannot_embed_is_named(role: Role, text: str, message: str) -> None:
+    with pytest.raises(CocoaError, match=message):
+        embed_items(Encoder(Faulty(), "fake"), [Item("green"), Item(text)], role)

@@ -7,7 +7,7 @@ import pytest
 from mmeb_layout import mmeb_row, write_benchmark, write_mosaics, write_subset
 
 from cocoa_embed.data.rows import Item
-from cocoa_embed.errors import CocoaError, UsageError
+from cocoa_embed.errors import CocoaError
 from cocoa_embed.evaluation.mmeb_reader import MmebFolder, SubsetData
 
 NAME = "MSCOCO_i2t"
@@ -55,80 +55,55 @@ def test_shards_are_read_in_order_and_rows_named_by_their_file(tmp_path: Path, i
     assert [data.targets[each.targets[0]].text for each in data.rows] == [f"right {number}" for number in range(7)]
     assert data.rows[-1].source.endswith("test-00002-of-00003.parquet, row 3")
     limited = MmebFolder(tmp_path / "data", images, limit=3).read(NAME)
-    assert ([each.source for each in limited.rows], limited.rows_in_data) == (
-        [each.source for each in data.rows[:3]],
-        7,
-    )
+    assert [each.source for each in limited.rows] == [each.source for each in data.rows[:3]]
+    assert limited.rows_in_data == 7
 
 
-def test_a_download_cut_short_is_an_error(tmp_path: Path, images: Path) -> None:
-    write_subset(tmp_path / "data", NAME, [row()] * 3, shards=3)
-    (tmp_path / "data" / NAME / "test-00001-of-00003.parquet").unlink()
-    with pytest.raises(CocoaError, match=r"MSCOCO_i2t holds 2 of 3 Parquet files"):
-        MmebFolder(tmp_path / "data", images).read(NAME)
-
-
-def test_a_file_that_is_no_parquet_is_named(tmp_path: Path, images: Path) -> None:
-    folder = write_subset(tmp_path / "data", NAME, [row()])
-    (folder / "test-00000-of-00001.parquet").write_text("version https://git-lfs.github.com/spec/v1\n")
-    with pytest.raises(CocoaError, match=r"test-00000-of-00001\.parquet cannot be read"):
-        MmebFolder(tmp_path / "data", images).read(NAME)
-
-
-def test_missing_columns_are_named_with_the_file(tmp_path: Path, images: Path) -> None:
-    folder = tmp_path / "data" / NAME
-    folder.mkdir(parents=True)
-    table = pa.Table.from_pylist([{"qry_text": "a", "qry_img_path": "", "pos_text": ["b"]}])
-    parquet.write_table(table, folder / "test-00000-of-00001.parquet")
-    with pytest.raises(CocoaError) as caught:
-        MmebFolder(tmp_path / "data", images).read(NAME)
-    assert str(caught.value) == (
-        f"{folder / 'test-00000-of-00001.parquet'} has no column tgt_text and no tgt_img_path;"
-        " expected qry_text, qry_img_path, tgt_text, tgt_img_path, found qry_text, qry_img_path, pos_text"
-    )
-
-
-def test_columns_of_another_kind_are_refused(tmp_path: Path, images: Path) -> None:
-    folder = tmp_path / "data" / NAME
-    folder.mkdir(parents=True)
-    for changed, message in (
-        ({"tgt_text": "a"}, "tgt_text holds 'a'; expected a list of texts"),
-        ({"qry_text": 5}, "qry_text holds 5; expected a text"),
-        ({"tgt_img_path": [1, 2]}, "tgt_img_path holds \\[1, 2\\]; expected a list of texts"),
-        ({"tgt_text": None}, "tgt_text holds None; expected a list of texts"),
+def test_missing_and_broken_files_and_columns_are_named(tmp_path: Path, images: Path) -> None:
+    file = write_subset(tmp_path / "data", NAME, [row()] * 3, shards=3) / "test-00001-of-00003.parquet"
+    parquet.write_table(pa.Table.from_pylist([{"qry_text": "a", "qry_img_path": "", "pos_text": ["b"]}]), file)
+    for break_it, message in (
+        (
+            lambda: None,
+            "has no column tgt_text and no tgt_img_path; expected qry_text, qry_img_path, tgt_text, tgt_img_path,"
+            " found qry_text, qry_img_path, pos_text",
+        ),
+        (lambda: file.write_text("version https://git-lfs.github.com/spec/v1\n"), "cannot be read"),
+        (file.unlink, "MSCOCO_i2t holds 2 of 3 Parquet files"),
     ):
-        parquet.write_table(pa.Table.from_pylist([row(**changed)]), folder / "test.parquet")
-        with pytest.raises(CocoaError, match=rf"test\.parquet, row 1: {message}"):
+        break_it()
+        with pytest.raises(CocoaError) as caught:
             MmebFolder(tmp_path / "data", images).read(NAME)
+        assert message in str(caught.value)
+        assert str(caught.value).startswith(str(file if file.exists() else file.parent))
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (
-            {"tgt_text": [], "tgt_img_path": []},
-            "row 2: tgt_text lists 0 candidates and tgt_img_path 0; expected as many",
-        ),
-        ({"tgt_img_path": [""]}, "row 2: tgt_text lists 2 candidates and tgt_img_path 1; expected as many"),
-        ({"tgt_text": ["a", ""]}, "row 2: candidate 2 has neither a text nor an image"),
-        (
-            {"tgt_text": ["a", "<|image_1|> x"]},
-            "row 2: candidate 2: '<|image_1|> x' holds <|image_1|>, but there is no",
-        ),
-        ({"qry_img_path": ""}, "row 2: the query: '<|image_1|>\\nFind it\\n' holds <|image_1|>, but there is no path"),
-        ({"qry_text": " ", "qry_img_path": ""}, "row 2: the query has neither a text nor an image"),
-        (
-            {"tgt_text": ["a", "b", "c", " b "], "tgt_img_path": [""] * 4},
-            "row 2: candidates 2 and 4 are the same target (the text 'b'); remove one, or count it once with",
-        ),
+        ({"tgt_text": "a"}, "tgt_text holds 'a'; expected a list of texts"),
+        ({"qry_text": 5}, "qry_text holds 5; expected a text"),
+        ({"tgt_img_path": [1, 2]}, "tgt_img_path holds [1, 2]; expected a list of texts"),
+        ({"tgt_text": None}, "tgt_text holds None; expected a list of texts"),
+        ({"tgt_text": [], "tgt_img_path": []}, "tgt_text lists 0 candidates and tgt_img_path 0; expected as many"),
+        ({"tgt_img_path": [""]}, "tgt_text lists 2 candidates and tgt_img_path 1; expected as many"),
+        ({"tgt_text": ["a", ""]}, "candidate 2 has neither a text nor an image"),
+        ({"tgt_text": ["a", "<|image_1|> x"]}, "candidate 2: '<|image_1|> x' holds <|image_1|>, but there is no"),
+        ({"qry_img_path": ""}, "the query: '<|image_1|>\\nFind it\\n' holds <|image_1|>, but there is no path"),
+        ({"qry_text": " ", "qry_img_path": ""}, "the query has neither a text nor an image"),
+        ({"tgt_text": ["a", "b", "c", " b "], "tgt_img_path": [""] * 4},
+         "candidates 2 and 4 are the same target (the text 'b'); remove one, or count it once with"),
     ],
-)
+)  # fmt: skip
 def test_a_malformed_row_is_an_error_with_its_source(
     tmp_path: Path, images: Path, changed: dict[str, Any], message: str
 ) -> None:
+    folder = tmp_path / "data" / NAME
+    folder.mkdir(parents=True)
+    parquet.write_table(pa.Table.from_pylist([row(**changed)]), folder / "test.parquet")
     with pytest.raises(CocoaError) as caught:
-        read(tmp_path, [row(), row(**changed)])
-    assert f"test-00000-of-00001.parquet, {message}" in str(caught.value)
+        MmebFolder(tmp_path / "data", images).read(NAME)
+    assert f"test.parquet, row 1: {message}" in str(caught.value)
 
 
 def test_a_target_listed_twice_can_count_once(tmp_path: Path, images: Path) -> None:
@@ -141,44 +116,43 @@ def test_a_target_listed_twice_can_count_once(tmp_path: Path, images: Path) -> N
 def test_no_images_are_found_says_where_they_should_be(tmp_path: Path, images: Path) -> None:
     write_subset(tmp_path / "data", NAME, [row()])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CocoaError, match=r"none of the 1 images of MSCOCO_i2t is in .*empty; the first should be 'MSC"):
-        MmebFolder(tmp_path / "data", tmp_path / "empty", skip_missing_images=True).read(NAME)
-    for wrong in (tmp_path, images / NAME):
-        with pytest.raises(CocoaError) as caught:
-            MmebFolder(tmp_path / "data", wrong).read(NAME)
-        assert f"did you mean --images {images}?" in str(caught.value)
+    for folder, message in (
+        (tmp_path / "empty", "none of the 1 images of MSCOCO_i2t is in .*empty; the first should be 'MSCOCO"),
+        (tmp_path, f"did you mean --images {images}\\?"),
+        (images / NAME, f"did you mean --images {images}\\?"),
+    ):
+        with pytest.raises(CocoaError, match=message):
+            MmebFolder(tmp_path / "data", folder, skip_missing_images=True).read(NAME)
 
 
-def test_skipping_all_rows_is_an_error(tmp_path: Path, images: Path) -> None:
-    rows = [row(tgt_text=["", ""], tgt_img_path=["gone.png", "MSCOCO_i2t/0001.png"])]
-    with pytest.raises(CocoaError, match="MSCOCO_i2t: every one of its 1 rows has an image that is missing"):
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([row(tgt_img_path=["gone.png", ""])], "MSCOCO_i2t: every one of its 1 rows has an image that is missing"),
+        ([], "MSCOCO_i2t has no rows"),
+    ],
+)
+def test_a_subset_without_rows_is_an_error(tmp_path: Path, images: Path, rows: list[Any], message: str) -> None:
+    with pytest.raises(CocoaError, match=message):
         read(tmp_path, rows, skip_missing_images=True)
-    with pytest.raises(CocoaError, match="MSCOCO_i2t has no rows"):
-        read(tmp_path, [])
 
 
-def test_subsets_are_found_selected_and_missed(tmp_path: Path) -> None:
+def test_subsets_are_found_and_selected_and_wrong_names_and_folders_are_errors(tmp_path: Path) -> None:
     data, images = write_benchmark(tmp_path, 4)
-    (data / "notes").mkdir()
-    (data / "GQA").mkdir()
+    for name in ("notes", "GQA"):
+        (data / name).mkdir()
+    (tmp_path / "file").touch()
     folder = MmebFolder(data, images)
     assert folder.subsets() == ["ImageNet-1K", "OK-VQA", "MSCOCO_t2i", "RefCOCO-Matching"]
     assert folder.subsets(["MSCOCO_t2i", "OK-VQA", "OK-VQA"]) == ["OK-VQA", "MSCOCO_t2i"]
-    for name, closest in (("MSCOCO-t2i", "MSCOCO_t2i"), ("ImageNet_1K", "ImageNet-1K")):
-        with pytest.raises(UsageError, match=rf"MMEB-V1 has no subset '{name}' \(did you mean '{closest}'\?"):
-            folder.subsets([name])
-    with pytest.raises(CocoaError, match=r"GQA holds no test\*\.parquet \(known: ImageNet-1K"):
-        folder.subsets(["GQA"])
-
-
-def test_missing_folders_are_named_with_their_content(tmp_path: Path) -> None:
-    data, images = write_benchmark(tmp_path, 4)
-    (tmp_path / "file").touch()
-    for folder, message in (
-        (MmebFolder(tmp_path / "no", images), "no does not exist; name the folder that holds the subsets of MMEB-V1"),
-        (MmebFolder(data, tmp_path / "no"), "no does not exist; name the folder that holds its images"),
-        (MmebFolder(data, tmp_path / "file"), "file is not a folder; name the folder that holds its images"),
-        (MmebFolder(images, images), "eval_images holds no subset of MMEB-V1; expected folders of Parquet files"),
+    for wrong, selected, message in (
+        (folder, ["MSCOCO-t2i"], r"MMEB-V1 has no subset 'MSCOCO-t2i' \(did you mean 'MSCOCO_t2i'\?"),
+        (folder, ["ImageNet_1K"], r"MMEB-V1 has no subset 'ImageNet_1K' \(did you mean 'ImageNet-1K'\?"),
+        (folder, ["GQA"], r"GQA holds no test\*\.parquet \(known: ImageNet-1K"),
+        (MmebFolder(tmp_path / "no", images), [], "no does not exist; name the folder that holds the subsets"),
+        (MmebFolder(data, tmp_path / "no"), [], "no does not exist; name the folder that holds its images"),
+        (MmebFolder(data, tmp_path / "file"), [], "file is not a folder; name the folder that holds its images"),
+        (MmebFolder(images, images), [], "eval_images holds no subset of MMEB-V1; expected folders of Parquet files"),
     ):
         with pytest.raises(CocoaError, match=message):
-            folder.subsets()
+            wrong.subsets(selected)

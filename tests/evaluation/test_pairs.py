@@ -1,5 +1,4 @@
 import json
-import math
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +7,7 @@ import numpy as np
 import pytest
 from fake_model import COLOURS
 from PIL import Image
-from scored_model import ScoredModel, mosaic
+from scored_model import ScoredModel, write_captioned
 
 from cocoa_embed.data.rows import Item
 from cocoa_embed.encode.encoder import Encoder
@@ -24,44 +23,33 @@ NAMES = list(COLOURS)
 @pytest.fixture
 def captioned(tmp_path: Path) -> Path:
     """An image folder: 20 images with two captions each, one caption of two images."""
-    folder = tmp_path / "captioned"
-    folder.mkdir()
-    lines = []
-    for number in range(20):
-        mosaic(number, NAMES[number % 4]).save(folder / f"{number}.png")
-        captions = [f"{NAMES[number % 4]} number {number}", "the red pair" if number in (4, 8) else f"a {number}th"]
-        lines += [json.dumps({"file_name": f"{number}.png", "text": caption}) for caption in captions]
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
-    return folder
+    common = ["the red pair" if number in (4, 8) else f"a {number}th" for number in range(20)]
+    return write_captioned(
+        tmp_path / "captioned", [[f"{NAMES[number % 4]} number {number}", common[number]] for number in range(20)]
+    )
 
 
 def by_brute_force(model: ScoredModel, folder: Path) -> dict[str, dict[str, float]]:
     """Score an image folder query by query, without the package."""
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     texts, files = sorted({row["text"] for row in rows}), sorted({row["file_name"] for row in rows})
-    pictures = {file: Image.open(folder / file).convert("RGB") for file in files}
+    related = {(row["text"], row["file_name"]) for row in rows}
 
     def embed(key: str, encode: Callable[..., np.ndarray]) -> np.ndarray:
-        item = {"image": pictures[key]} if key in pictures else {"text": key}
+        item = {"image": Image.open(folder / key).convert("RGB")} if key in files else {"text": key}
         return encode([item], batch_size=1, show_progress_bar=False)[0].astype(float)
 
     measured = {}
     for name, queries, documents in (("text_to_image", texts, files), ("image_to_text", files, texts)):
         vectors = {document: embed(document, model.encode_document) for document in documents}
-        values: dict[str, list[float]] = {metric: [] for metric in METRICS}
+        values = []
         for query in queries:
             vector = embed(query, model.encode_query)
             order = sorted(documents, key=lambda document: -float(vectors[document] @ vector))
-            right = {row["file_name"] for row in rows if row["text"] == query}
-            right |= {row["text"] for row in rows if row["file_name"] == query}
-            places = [place for place, document in enumerate(order, 1) if document in right]
-            for cut_off in (1, 5, 10):
-                values[f"recall@{cut_off}"].append(sum(place <= cut_off for place in places) / len(right))
-                values[f"hit@{cut_off}"].append(float(places[0] <= cut_off))
-            values["mrr"].append(1 / places[0])
-            best = sum(1 / math.log2(place + 1) for place in range(1, len(right) + 1))
-            values["ndcg@10"].append(sum(1 / math.log2(place + 1) for place in places if place <= 10) / best)
-        measured[name] = {metric: sum(each) / len(each) for metric, each in values.items()}
+            places = [place for place, each in enumerate(order, 1) if {(query, each), (each, query)} & related]
+            ratio = sum(place <= 5 for place in places) / len(places)
+            values.append((ratio, float(places[0] == 1), 1 / places[0]))
+        measured[name] = dict(zip(("recall@5", "hit@1", "mrr"), np.mean(values, axis=0).tolist(), strict=True))
     return measured
 
 
@@ -74,11 +62,10 @@ def test_scores_of_both_directions_equal_those_of_brute_force(
     expected = by_brute_force(ScoredModel(noise=noise), captioned)
     assert document["subsets"].keys() == expected.keys() == {"text_to_image", "image_to_text"}
     for direction, metrics in expected.items():
-        assert document["subsets"][direction] == pytest.approx(metrics), direction
+        assert {name: document["subsets"][direction][name] for name in metrics} == pytest.approx(metrics), direction
         assert 0 < metrics["mrr"] < 1
-    for metric in METRICS:
-        both = [metrics[metric] for metrics in expected.values()]
-        assert document["averages"][metric] == pytest.approx(sum(both) / 2)
+    both = [[metrics[name] for name in METRICS] for metrics in document["subsets"].values()]
+    assert list(document["averages"].values()) == pytest.approx(np.mean(both, axis=0).tolist())
     assert document["counts"]["text_to_image"] == {"queries": 39, "documents": 20, "groups": 19}
     assert document["counts"]["image_to_text"] == {"queries": 20, "documents": 39, "groups": 19}
     assert document["chance"]["image_to_text"]["recall@10"] == pytest.approx(10 / 39)
@@ -89,26 +76,32 @@ def test_captions_of_an_image_and_images_of_a_caption_are_all_relevant() -> None
     a, b, c = (Item(images=(Path(name),)) for name in "abc")
     x, y, z = (Item(name) for name in "xyz")
     there, back = directions([Pair(x, a), Pair(y, a), Pair(y, b), Pair(z, c), Pair(z, c)])
-    assert (there.name, back.name) == ("text_to_image", "image_to_text")
     assert [each.tolist() for each in there.relevant] == [[0], [0, 1], [2]]
     assert [each.tolist() for each in back.relevant] == [[0, 1], [1], [2]]
-    assert there.groups[0] == there.groups[1] != there.groups[2]
-    assert back.groups[0] == back.groups[1] != back.groups[2]
+    for direction in (there, back):
+        assert direction.groups[0] == direction.groups[1] != direction.groups[2]
 
 
-def test_directions_are_named_by_the_parts_of_their_items() -> None:
-    text, image, both = Item("a"), Item(None, (Path("b"),)), Item("a", (Path("b"),))
-    for pairs, names in (
-        (
-            [Pair(text, both), Pair(Item("c"), Item("c", (Path("d"),)))],
-            ["text_to_image_and_text", "image_and_text_to_text"],
-        ),
-        ([Pair(text, Item("b")), Pair(Item("c"), Item("d"))], ["first_to_second", "second_to_first"]),
-        ([Pair(text, image), Pair(both, Item(None, (Path("d"),)))], ["mixed_to_image", "image_to_mixed"]),
-    ):
-        assert [each.name for each in directions(pairs)] == names
+TEXT, IMAGE, BOTH = Item("a"), Item(None, (Path("b"),)), Item("a", (Path("b"),))
+
+
+@pytest.mark.parametrize(
+    ("pairs", "names"),
+    [
+        ([Pair(TEXT, BOTH), Pair(Item("c"), Item("c", (Path("d"),)))], "text_to_image_and_text image_and_text_to_text"),
+        ([Pair(TEXT, Item("b")), Pair(Item("c"), Item("d"))], "first_to_second second_to_first"),
+        ([Pair(TEXT, IMAGE), Pair(BOTH, Item(None, (Path("d"),)))], "mixed_to_image image_to_mixed"),
+    ],
+)
+def test_directions_are_named_by_the_parts_of_their_items(pairs: list[Pair], names: str) -> None:
+    assert " ".join(each.name for each in directions(pairs)) == names
+
+
+def test_pairs_of_one_document_and_of_another_kind_than_the_models_are_refused(captioned: Path) -> None:
     with pytest.raises(CocoaError, match="2 pairs hold only one query or one document"):
-        directions([Pair(text, image), Pair(Item("c"), image)])
+        directions([Pair(TEXT, IMAGE), Pair(Item("c"), IMAGE)])
+    with pytest.raises(CocoaError, match="words does not embed image; these pairs need a model that does"):
+        evaluate_pairs([Encoder(ScoredModel(modalities=("text",)), "words")], read_pairs(captioned))
 
 
 def test_intervals_hold_the_scores_and_depend_on_the_seed(captioned: Path) -> None:
@@ -116,11 +109,9 @@ def test_intervals_hold_the_scores_and_depend_on_the_seed(captioned: Path) -> No
     model = Encoder(ScoredModel(noise=100.0), "one")
     document = evaluate_pairs([model], pairs, seed=3)
     for direction, metrics in document["subsets"].items():
-        for metric, value in metrics.items():
-            low, high = document["intervals"][direction][metric]
-            assert 0 <= low <= value <= high <= 1
-        low, high = document["intervals"][direction]["mrr"]
-        assert high - low > 0.02
+        intervals = document["intervals"][direction]
+        assert all(0 <= intervals[name][0] <= value <= intervals[name][1] <= 1 for name, value in metrics.items())
+        assert np.ptp(intervals["mrr"]) > 0.02
     assert evaluate_pairs([model], pairs, seed=3) == document == json.loads(json.dumps(document))
     assert evaluate_pairs([model], pairs, seed=4)["intervals"] != document["intervals"]
 
@@ -154,8 +145,3 @@ def test_the_first_model_is_freed_before_the_second_is_loaded(captioned: Path) -
 
     evaluate_pairs((load(seed) for seed in range(2)), read_pairs(captioned), resamples=10)
     assert len(loaded) == 2
-
-
-def test_a_model_that_cannot_embed_the_pairs_is_refused(captioned: Path) -> None:
-    with pytest.raises(CocoaError, match="words does not embed image; these pairs need a model that does"):
-        evaluate_pairs([Encoder(ScoredModel(modalities=("text",)), "words")], read_pairs(captioned))

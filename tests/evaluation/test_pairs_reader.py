@@ -1,5 +1,5 @@
+import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from scored_model import ScoredModel
@@ -7,7 +7,7 @@ from table_files import png, write_images, write_table
 
 from cocoa_embed.data.rows import ArrowImage, Item
 from cocoa_embed.encode.encoder import Encoder
-from cocoa_embed.errors import CocoaError, UsageError
+from cocoa_embed.errors import CocoaError
 from cocoa_embed.evaluation.pairs import Pair, evaluate_pairs
 from cocoa_embed.evaluation.pairs_reader import read_pairs
 
@@ -25,11 +25,11 @@ def test_tables_of_all_kinds_give_the_same_pairs(tmp_path: Path, suffix: str) ->
     assert read_pairs(bare, tmp_path / "pictures", columns) == read_pairs(table, None, columns)
 
 
-def test_columns_of_common_names_need_not_be_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", [("text", "file_name"), ("caption", "image"), ("query_text", "positive_image")])
+def test_columns_of_common_names_need_not_be_named(tmp_path: Path, names: tuple[str, str]) -> None:
     write_images(tmp_path, "ab")
-    for names in (("text", "file_name"), ("caption", "image"), ("query_text", "positive_image")):
-        table = write_table(tmp_path / "rows.jsonl", [{names[0]: name, names[1]: f"{name}.png"} for name in "ab"])
-        assert [pair.first.text for pair in read_pairs(table)] == ["a", "b"]
+    rows = [dict(zip(names, (name, f"{name}.png"), strict=True)) for name in "ab"]
+    assert [pair.first.text for pair in read_pairs(write_table(tmp_path / "rows.jsonl", rows))] == ["a", "b"]
 
 
 def test_images_inside_parquet_and_lists_of_captions_are_read(tmp_path: Path) -> None:
@@ -56,41 +56,36 @@ def test_pairs_of_any_items_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "message"),
+    ("name", "columns", "message"),
     [
-        ({"text": "a", "image": "gone.png"}, r"rows.jsonl:2: the image .*gone.png does not exist"),
-        ({"text": "a"}, r"rows.jsonl:2: the positive is empty \(image\)"),
-        ({"text": ["", None], "image": "a.png"}, r"rows.jsonl:2: the query is empty \(text\)"),
-        ({"text": "caf\udce9", "image": "a.png"}, "rows.jsonl:2: the text .* is not valid Unicode"),
+        ("rows.csv", None, r"no column holds the query; give --query-text or --query-image \(columns found: a, b\)"),
+        ("rows.csv", {"query_text": "a", "positive_image": "c"}, r"no column 'c' for positive_image \(known: a, b\)"),
+        ("empty.jsonl", None, "has no rows"),
+        ("broken.jsonl", None, "broken.jsonl:2: is not JSON"),
+        ("missing.jsonl", None, r"missing.jsonl:2: the image .*gone.png does not exist"),
+        ("untitled.jsonl", None, r"untitled.jsonl:1: the query is empty \(text\)"),
+        ("strange.jsonl", None, "strange.jsonl:1: the text .* is not valid Unicode"),
+        ("gone.csv", None, "does not exist; name an image folder"),
+        ("untitled", None, r"metadata\.jsonl, a\.png: has no 'text' \(columns found: file_name\)"),
+        ("untitled", {"query_text": "text"}, "is an image folder"),
+        ("bare", None, r"has no metadata\.jsonl"),
     ],
 )
-def test_a_row_that_cannot_be_used_is_an_error_with_its_source(
-    tmp_path: Path, row: dict[str, Any], message: str
+def test_a_table_or_a_folder_that_cannot_be_used_is_an_error_with_the_row_or_the_option(
+    tmp_path: Path, name: str, columns: dict[str, str] | None, message: str
 ) -> None:
-    write_images(tmp_path, "a")
-    table = write_table(tmp_path / "rows.jsonl", [{"text": "a", "image": "a.png"}, row])
+    for folder in ("untitled", "bare"):
+        write_images(tmp_path / folder, "a")
+    good, gone = ({"text": "a", "image": image} for image in ("bare/a.png", "gone.png"))
+    write_table(tmp_path / "rows.csv", [{"a": "1", "b": "2"}])
+    write_table(tmp_path / "empty.jsonl", [])
+    write_table(tmp_path / "missing.jsonl", [good, gone])
+    write_table(tmp_path / "untitled.jsonl", [{**good, "text": ["", None]}])
+    write_table(tmp_path / "strange.jsonl", [{**good, "text": "caf\udce9"}])
+    write_table(tmp_path / "untitled/metadata.jsonl", [{"file_name": "a.png"}])
+    (tmp_path / "broken.jsonl").write_text(f"{json.dumps(good)}\n{{")
     with pytest.raises(CocoaError, match=message):
-        read_pairs(table)
-
-
-def test_a_table_that_cannot_be_used_is_an_error_with_the_option(tmp_path: Path) -> None:
-    table = write_table(tmp_path / "rows.csv", [{"a": "1", "b": "2"}])
-    for columns, message in (
-        (None, r"rows.csv: no column holds the query; give --query-text or --query-image \(columns found: a, b\)"),
-        ({"query_text": "a"}, "no column holds the positive; give --positive-text or --positive-image"),
-        ({"query_text": "a", "positive_image": "c"}, r"rows.csv has no column 'c' for positive_image \(known: a, b\)"),
-    ):
-        with pytest.raises(CocoaError, match=message):
-            read_pairs(table, None, columns)
-    (tmp_path / "empty.jsonl").touch()
-    (tmp_path / "broken.jsonl").write_text('{"text": "a", "image": "rows.csv"}\n{')
-    for name, message in {
-        "empty.jsonl": "has no rows",
-        "broken.jsonl": "broken.jsonl:2: is not JSON",
-        "gone.csv": "does not exist; name an image folder",
-    }.items():
-        with pytest.raises(CocoaError, match=message):
-            read_pairs(tmp_path / name)
+        read_pairs(tmp_path / name, None, columns)
 
 
 def test_an_image_folder_gives_a_pair_for_each_row(tmp_path: Path) -> None:
@@ -99,14 +94,3 @@ def test_an_image_folder_gives_a_pair_for_each_row(tmp_path: Path) -> None:
     assert read_pairs(tmp_path) == [
         Pair(Item(f"text {name}"), Item(images=(tmp_path / f"{name}.png",))) for name in "aab"
     ]
-
-
-def test_an_image_folder_needs_a_text_for_each_image_and_no_columns(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="is an image folder"):
-        read_pairs(tmp_path, None, {"query_text": "text"})
-    with pytest.raises(CocoaError, match=r"has no metadata\.jsonl"):
-        read_pairs(tmp_path)
-    write_images(tmp_path, "a")
-    write_table(tmp_path / "metadata.jsonl", [{"file_name": "a.png"}])
-    with pytest.raises(CocoaError, match=r"metadata\.jsonl, a\.png: has no 'text' \(columns found: file_name\)"):
-        read_pairs(tmp_path)

@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 from browser import needs_chromium, seen
+from run_records import pairs_document
 from scored_model import ScoredModel
 
 from cocoa_embed.data.mmeb import SUBSETS
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.evaluation.metrics import METRICS
+from cocoa_embed.evaluation.mmeb import METRICS as METRICS_OF_MMEB
 from cocoa_embed.evaluation.mmeb import summary
 from cocoa_embed.evaluation.mmeb_tables import mmeb_tables
 from cocoa_embed.evaluation.pairs_tables import SHOWN_METRICS, pairs_tables
@@ -17,11 +19,9 @@ from cocoa_embed.report.tables import Table, to_html
 
 
 def result(precision: float, **changed: Any) -> dict[str, Any]:
-    names = ("precision@1", "hit@1", "hit@5", "hit@10", "mrr", "ndcg@5", "ndcg@10")
-    return {
-        **dict.fromkeys(names, precision), "chance": 0.01, "rows": 1000, "rows_in_data": 1000, "rows_without_image": 0,
-        "rows_merged": 0, "tied_rows": 0, "partial": False, "queries": 1000, "targets": 5000, "seconds": 1.5, **changed,
-    }  # fmt: skip
+    counts = dict.fromkeys(("rows_without_image", "rows_merged", "tied_rows"), 0)
+    scores = dict.fromkeys(("precision@1", *METRICS_OF_MMEB), precision)
+    return {**scores, **counts, "chance": 0.01, "rows": 1000, "rows_in_data": 1000, "partial": False, **changed}
 
 
 def mmeb_document(results: dict[str, dict[str, Any]], model: str = "my model") -> dict[str, Any]:
@@ -36,24 +36,12 @@ PARTLY_RUN = {
 }
 
 
-def pairs_document(*models: str) -> dict[str, Any]:
-    scores = [
-        {
-            "model": model,
-            "subsets": {"text_to_image": dict.fromkeys(METRICS, 0.5 + number / 10)},
-            "intervals": {"text_to_image": dict.fromkeys(METRICS, (0.4, 0.71))},
-        }
-        for number, model in enumerate(models)
-    ]
-    counts = {"queries": 40, "documents": 20, "groups": 19}
-    document: dict[str, Any] = {
-        **scores[0], "level": 0.95, "resamples": 5000, "seed": 7, "counts": {"text_to_image": counts},
-        "chance": {"text_to_image": dict.fromkeys(METRICS, 0.05)},
-    }  # fmt: skip
-    if len(models) == 2:
-        difference = {"difference": -0.1, "low": -0.3, "high": 0.01, "p": 0.0312}
-        document |= {"other": scores[1], "comparison": {"text_to_image": dict.fromkeys(METRICS, difference)}}
-    return document
+def compared(*models: str) -> dict[str, Any]:
+    """Return the document of two models, the second of which is better."""
+    better = {"subsets": {"text_to_image": dict.fromkeys(METRICS, 0.6)}}
+    ours, theirs = (pairs_document(model, **scores) for model, scores in zip(models, ({}, better), strict=True))
+    difference = {"difference": -0.1, "low": -0.3, "high": 0.01, "p": 0.0312}
+    return {**ours, "other": theirs, "comparison": {"text_to_image": dict.fromkeys(METRICS, difference)}}
 
 
 def rows_of(table: Table) -> dict[str, list[str]]:
@@ -98,15 +86,13 @@ def test_a_complete_run_is_compared_with_the_published_numbers() -> None:
 
 def test_pairs_show_intervals_chance_and_differences() -> None:
     (table,) = pairs_tables(pairs_document("mine"))
-    assert rows_of(table) == {
-        "mine": ["0.500 (0.400–0.710)"] * len(METRICS),
-        "chance": ["0.050"] * len(METRICS),
-    }
-    assert "40 queries in 19 groups, 20 documents" in table.notes[0]
-    table, comparison = pairs_tables(pairs_document("mine", "theirs"), SHOWN_METRICS)
+    mine = dict.fromkeys(METRICS, "0.500 (0.400–0.800)") | {"hit@1": "0.750 (0.400–0.800)"}
+    assert rows_of(table) == {"mine": [mine[name] for name in METRICS], "chance": ["0.250"] * len(METRICS)}
+    assert "3 queries in 3 groups, 4 documents" in table.notes[0]
+    table, comparison = pairs_tables(compared("mine", "theirs"), SHOWN_METRICS)
     assert table.header == ("model", *SHOWN_METRICS)
-    assert rows_of(table)["mine"] == ["0.500 (0.400–0.710)"] * 4
-    assert rows_of(table)["theirs"] == ["*0.600* (0.400–0.710)"] * 4
+    assert rows_of(table)["mine"] == ["0.500 (0.400–0.800)"] * 4
+    assert rows_of(table)["theirs"] == ["*0.600* (0.400–0.800)"] * 4
     assert rows_of(comparison) == {name: ["-0.100 (-0.300 to +0.010)", "0.0312"] for name in SHOWN_METRICS}
     assert "mine minus theirs" in comparison.notes[0]
 
@@ -115,7 +101,7 @@ def test_pairs_show_intervals_chance_and_differences() -> None:
 def test_a_page_fits_the_screen_and_breaks_no_word(tmp_path: Path) -> None:
     long = "runs/a_long_name_of_a-run/contrastive"
     pages = {
-        "pairs": to_html(f"Pairs of {'x' * 80}", pairs_tables(pairs_document(long, "owner/" + long))),
+        "pairs": to_html(f"Pairs of {'x' * 80}", pairs_tables(compared(long, f"owner/{long}"))),
         "mmeb": to_html("MMEB-V1", mmeb_tables(mmeb_document(PARTLY_RUN, long))),
     }
     frames = {f"{name} {width}": (width, page) for name, page in pages.items() for width in (1100, 390)}

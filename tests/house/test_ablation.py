@@ -13,26 +13,16 @@ import numpy as np
 import pytest
 from datasets import Dataset
 from matplotlib.axes import Axes
-from PIL import Image
+from matplotlib.container import ErrorbarContainer
+from scored_model import write_captioned
 from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 
 import ablation
 from arms.families import FAMILY, families, variations
 from arms.figure import draw, figure_svg
-from arms.grid import (
-    ALL_THREE,
-    ALONE,
-    CAPTIONS_AS_PAIRS,
-    EQUAL,
-    FRACTIONS,
-    LENGTHS,
-    NO_BRIDGE,
-    Grid,
-    Sizes,
-    StageRun,
-)
+from arms.grid import ALL_THREE, ALONE, CAPTIONS_AS_PAIRS, EQUAL, FRACTIONS, LENGTHS, NO_BRIDGE, Grid, Sizes, StageRun
 from arms.runner import jobs_of, outcome, run_jobs
-from arms.summary import estimate, results_document, tables
+from arms.summary import estimate, results_document, tables, values
 from arms.workspace import UserFolders, Workspace
 from cocoa_embed.demo.scenes import Scene, SceneObject, split_of
 from cocoa_embed.encode.encoder import Encoder
@@ -74,20 +64,20 @@ def workspace(tiny: Sizes, tmp_path: Path) -> Workspace:
 
 def test_the_scenes_of_a_family_are_variations_of_the_first_in_one_attribute() -> None:
     def attributes(drawn: Scene) -> set[Any]:
-        objects = {(number, *vars(item).items()) for number, item in enumerate(drawn.objects)}
-        return {drawn.background, *((number, each) for number, *values in objects for each in values)}
+        objects = {(number, each) for number, item in enumerate(drawn.objects) for each in vars(item).items()}
+        return {drawn.background, *objects}
 
     drawn = list(islice(families(random.Random(0)), 10 * FAMILY))
     assert len(set(drawn)) == len(drawn)
-    assert all(split_of(scene) == "held-out" for scene in drawn)
+    assert {split_of(scene) for scene in drawn} == {"held-out"}
     for start in range(0, len(drawn), FAMILY):
         first, *others = drawn[start : start + FAMILY]
         assert set(others) <= set(variations(first))
         same_places = [each for each in others if [o.place for o in each.objects] == [o.place for o in first.objects]]
         assert all(len(attributes(first) - attributes(other)) == 1 for other in same_places)
-    scene = Scene("white", (SceneObject("small", "red", "ring", "top left"),))
+    found = variations(Scene("white", (SceneObject("small", "red", "ring", "top left"),)))
     # Three other backgrounds, one size, five colours, five shapes, three places.
-    assert len(variations(scene)) == len(set(variations(scene))) == 3 + 1 + 5 + 5 + 3
+    assert len(found) == len(set(found)) == 3 + 1 + 5 + 5 + 3
 
 
 # What is compared
@@ -99,6 +89,10 @@ def test_contrastive_learning_alone_gets_the_compute_of_the_arm_that_it_is_compa
     for arm, other in compared:
         nearest = grid.flops_per_step("contrastive", arm.fraction) / 2
         assert abs(grid.flops(arm) - grid.flops(other)) <= nearest, "as near as whole steps come"
+    (captions,) = (arm for arm in grid.arms if arm.name == CAPTIONS_AS_PAIRS)
+    (equal,) = (arm for arm in grid.arms if arm.group == "stages" and arm.name == EQUAL)
+    assert grid.flops(captions) == pytest.approx(grid.flops(equal), rel=1e-2)
+    assert {"contrastive.data.limit=8000", "contrastive.data.captions=captions"} <= set(captions.last.settings)
 
 
 @pytest.mark.parametrize(("pairs", "rows"), [(100, 50), (64, 64), (63, 63), (1000, 62.5), (300, 60)])
@@ -112,20 +106,10 @@ def test_a_step_costs_what_its_rows_cost_also_where_an_epochs_last_batch_is_smal
     assert np.mean([len(batch) for batch in sampler]) == rows
 
 
-def test_every_captioned_image_as_a_pair_gets_as_much_compute_and_every_wording(grid: Grid) -> None:
-    (captions,) = (arm for arm in grid.arms if arm.name == CAPTIONS_AS_PAIRS)
-    (equal,) = (arm for arm in grid.arms if arm.group == "stages" and arm.name == EQUAL)
-    assert grid.flops(captions) == pytest.approx(grid.flops(equal), rel=1e-2)
-    assert {"contrastive.data.limit=8000", "contrastive.data.captions=captions"} <= set(captions.last.settings)
-
-
 def test_arms_are_compared_with_those_that_differ_in_one_thing(grid: Grid) -> None:
     def names(group: str, name: str) -> list[list[str]]:
-        return [
-            [other.name for other in grid.references(arm)]
-            for arm in grid.arms
-            if (arm.group, arm.name) == (group, name)
-        ]
+        arms = [arm for arm in grid.arms if (arm.group, arm.name) == (group, name)]
+        return [[other.name for other in grid.references(arm)] for arm in arms]
 
     assert names("stages", ALL_THREE) == [[ALONE, EQUAL, NO_BRIDGE]]
     assert names("stages", EQUAL) == names("stages", NO_BRIDGE) == names("stages", "bridge, contrastive") == [[ALONE]]
@@ -138,17 +122,13 @@ def test_arms_are_compared_with_those_that_differ_in_one_thing(grid: Grid) -> No
 
 
 def test_weights_that_are_scored_or_started_from_before_the_end_are_snapshots(grid: Grid) -> None:
-    def snapshots(stage_run: StageRun) -> list[int]:
-        settings = dict(setting.split("=") for setting in stage_run.settings)
-        return json.loads(settings.get(f"{stage_run.stage}.snapshot_steps", "[]"))
-
     scored = [(arm.last, arm.at_step) for arm in grid.arms if arm.at_step is not None]
     started = [(arm.last.start, arm.last.at_step) for arm in grid.arms if arm.last.at_step is not None]
     assert scored
     assert started
     for stage_run, step in [*scored, *started]:
-        assert stage_run is not None
-        assert step in snapshots(stage_run)
+        settings = dict(setting.split("=") for setting in stage_run.settings)
+        assert step in json.loads(settings[f"{stage_run.stage}.snapshot_steps"])
         assert step < stage_run.steps
 
 
@@ -186,55 +166,49 @@ def test_the_key_of_a_stage_depends_on_all_that_changes_its_weights(workspace: W
 def test_contrastive_pairs_are_not_among_the_rows_held_out_of_the_bridge(workspace: Workspace, is_given: bool) -> None:
     data = workspace.data(0)
     if is_given:
-        workspace = replace(workspace, folders=UserFolders(data.training, data.held_out))
-        data = workspace.data(0)
+        data = replace(workspace, folders=UserFolders(data.training, data.held_out)).data(0)
     training, pairs = (read_image_folder(folder) for folder in (data.training, data.pairs))
     probe_rows, _ = hold_out_rows(training, workspace.sizes.probe_rows)
-    assert len(probe_rows) == workspace.sizes.probe_rows
-    assert len(pairs) == len(training) - workspace.sizes.probe_rows
-    own = {Path(str(row.image)).name for row in pairs}
-    assert not own & {Path(str(row.image)).name for row in probe_rows}
+    own, probed = ({Path(str(row.image)).name for row in rows} for rows in (pairs, probe_rows))
+    assert len(probed) == len(training) - len(pairs) == workspace.sizes.probe_rows
+    assert not own & probed
 
 
 def test_an_image_folders_lines_are_those_that_training_reads(workspace: Workspace, tmp_path: Path) -> None:
     """A caption may hold a line separator, and a file may begin with a byte order mark."""
-    folder = tmp_path / "own"
-    folder.mkdir()
-    lines = []
-    for number in range(6):
-        Image.new("RGB", (28, 28)).save(folder / f"{number}.png")
-        row = {"file_name": f"{number}.png", "text": f"over\u2028two lines, {number}"}
-        lines.append(json.dumps(row, ensure_ascii=False))
+    folder = write_captioned(tmp_path / "own", [[f"over\u2028two lines, {number}"] for number in range(6)])
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().split("\n")]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8-sig")
-    sizes = replace(workspace.sizes, probe_rows=2)
-    data = replace(workspace, sizes=sizes, folders=UserFolders(folder, folder)).data(0)
-    assert [row.positive for row in read_image_folder(data.pairs)] == [
-        row.positive for row in read_image_folder(folder)[2:]
-    ]
+    data = replace(workspace, sizes=replace(workspace.sizes, probe_rows=2), folders=UserFolders(folder, folder)).data(0)
+    linked, all_rows = (read_image_folder(each) for each in (data.pairs, folder))
+    assert [row.positive for row in linked] == [row.positive for row in all_rows[2:]]
 
 
 def test_the_users_folders_are_checked_before_anything_is_trained(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = workspace.data(0)
-
-    def planned(*arguments: object) -> Workspace:
-        monkeypatch.setattr(sys, "argv", ["ablation.py", "--work", str(tmp_path / "own"), *map(str, arguments)])
-        return ablation.open_workspace(ablation.parse())
-
-    own = planned("--training", data.training, "--held-out", data.held_out, "--pairs", 30)
-    images = len(read_image_folder(data.training))
-    assert (own.sizes.training, own.sizes.probe_rows, own.sizes.held_out) == (images - images // 4, images // 4, 8)
-    with pytest.raises(UsageError, match=f"--pairs 37 is more than the {images - images // 4} images"):
-        planned("--training", data.training, "--held-out", data.held_out, "--pairs", 37)
-    with pytest.raises(UsageError, match="are both"):
-        planned("--training", data.training, "--held-out", data.training)
     (tmp_path / "table").mkdir()
     (tmp_path / "table" / "metadata.csv").write_text("file_name,text\n")
-    with pytest.raises(UsageError, match=r"table has no metadata\.jsonl"):
-        planned("--training", data.training, "--held-out", tmp_path / "table")
+
+    def planned(*arguments: object) -> Workspace:
+        training = ("--work", tmp_path / "own", "--training", data.training)
+        monkeypatch.setattr(sys, "argv", list(map(str, ["ablation.py", *training, *arguments])))
+        return ablation.open_workspace(ablation.parse())
+
+    own = planned("--held-out", data.held_out, "--pairs", 30)
+    images = len(read_image_folder(data.training))
+    assert (own.sizes.training, own.sizes.probe_rows, own.sizes.held_out) == (images - images // 4, images // 4, 8)
+    for arguments, message in (
+        (["--held-out", data.held_out, "--pairs", 37], f"--pairs 37 is more than the {images - images // 4} images"),
+        (["--held-out", data.training], "are both"),
+        (["--held-out", tmp_path / "table"], r"table has no metadata\.jsonl"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            planned(*arguments)
     with pytest.raises(SystemExit, match="2"):
-        planned("--training", data.training)
+        planned()
     assert "--training and --held-out go together" in capsys.readouterr().err
 
 
@@ -249,9 +223,8 @@ def test_settings_of_the_ablation_itself_are_refused(tmp_path: Path, tiny: Sizes
 
 def test_two_ablations_do_not_work_in_one_folder(tmp_path: Path, tiny: Sizes) -> None:
     first, second = Workspace(tmp_path, tiny, "tiny"), Workspace(tmp_path, tiny, "tiny")
-    with first.lock():
-        with pytest.raises(CocoaError, match="another ablation runs in"), second.lock():
-            pass
+    with first.lock(), pytest.raises(CocoaError, match="another ablation runs in"), second.lock():
+        pass
     with second.lock():
         pass
 
@@ -280,10 +253,6 @@ def results(grid: Grid, seeds: int = 3) -> dict[str, Any]:
     return {"seeds": list(range(seeds)), "processes": 2, "data": "drawn", **results_document(grid, outcomes)}
 
 
-def recalls(arm: dict[str, Any]) -> list[float]:
-    return [outcome["recall@1"] for outcome in arm["outcomes"]]
-
-
 def by_title(document: dict[str, Any]) -> dict[str, Axes]:
     return {axes.get_title(): axes for axes in draw(document).axes}
 
@@ -298,36 +267,38 @@ def panels(document: dict[str, Any]) -> dict[str, Axes]:
     return by_title(document)
 
 
-def test_bars_are_the_numbers_of_the_results(document: dict[str, Any], panels: dict[str, Axes]) -> None:
-    stages = [arm for arm in document["arms"] if arm["group"] == "stages"]
-    axes = panels["The stages, 1000 pairs"]
-    for bar, line, arm in zip(axes.patches, axes.containers[1::2], reversed(stages), strict=True):
-        assert bar.get_width() == pytest.approx(np.mean(recalls(arm)))
-        ((left, _), (right, _)) = line.lines[2][0].get_segments()[0]
-        assert (right - left) / 2 == pytest.approx(arm["recall@1"]["half_width"])
+def drawn(line: ErrorbarContainer) -> tuple[list[float], list[float]]:
+    """Return the values of a line or a bar along its error, and half the widths of the intervals."""
+    axis = int(line.has_yerr)
+    widths = [np.ptp(segment[:, axis]) / 2 for segment in line.lines[2][0].get_segments()]
+    return line.lines[0].get_xydata()[:, axis].tolist(), widths
 
 
-@pytest.mark.parametrize(
-    ("title", "group", "pairs", "name", "x"),
-    [
-        ("100 pairs: a longer bridge, or contrastive steps", "length", 100, ALL_THREE, "flops"),
-        ("1000 pairs: a longer bridge, or contrastive steps", "length", 1000, EQUAL, "flops"),
-        ("Fewer pairs", "pairs", None, ALL_THREE, "pairs"),
-        ("Fewer pairs", "pairs", None, CAPTIONS_AS_PAIRS, "pairs"),
-    ],
-)
-def test_lines_are_the_numbers_of_the_results(
-    document: dict[str, Any], panels: dict[str, Axes], title: str, group: str, pairs: int | None, name: str, x: str
-) -> None:
-    arms = [arm for arm in document["arms"] if arm["group"] == group and arm["name"] == name]
-    arms = sorted((arm for arm in arms if pairs in (None, arm["pairs"])), key=lambda arm: arm[x])
-    assert arms
-    (line,) = (line for line in panels[title].containers if line.get_label() == name)
-    scale = 1e12 if x == "flops" else 1
-    expected = np.array([(arm[x] / scale, np.mean(recalls(arm))) for arm in arms])
-    assert line.lines[0].get_xydata() == pytest.approx(expected)
-    widths = [np.ptp(segment[:, 1]) / 2 for segment in line.lines[2][0].get_segments()]
-    assert widths == pytest.approx([arm["recall@1"]["half_width"] for arm in arms])
+def expected(arms: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    means = [np.mean(values(arm)) for arm in arms]
+    return pytest.approx(means), pytest.approx([arm["recall@1"]["half_width"] for arm in arms])
+
+
+def test_the_figure_has_the_numbers_of_the_results(document: dict[str, Any], panels: dict[str, Axes]) -> None:
+    def of(group: str, name: str | None = None, pairs: int | None = None) -> list[dict[str, Any]]:
+        arms = [arm for arm in document["arms"] if arm["group"] == group and name in (None, arm["name"])]
+        return sorted((arm for arm in arms if pairs in (None, arm["pairs"])), key=lambda arm: arm["x"] or 0)
+
+    bars = panels["The stages, 1000 pairs"]
+    assert [bar.get_width() for bar in reversed(bars.patches)] == expected(of("stages"))[0]
+    for line, arm in zip(bars.containers[1::2], reversed(of("stages")), strict=True):
+        assert drawn(line) == expected([arm])
+    lengths = "{} pairs: a longer bridge, or contrastive steps".format
+    for title, arms in (
+        (lengths(100), of("length", ALL_THREE, 100)),
+        (lengths(1000), of("length", EQUAL, 1000)),
+        ("Fewer pairs", of("pairs", ALL_THREE)),
+        ("Fewer pairs", of("pairs", CAPTIONS_AS_PAIRS)),
+    ):
+        (line,) = (line for line in panels[title].containers if line.get_label() == arms[0]["name"])
+        assert drawn(line) == expected(arms)
+        places = [arm["pairs"] if title == "Fewer pairs" else arm["flops"] / 1e12 for arm in arms]
+        assert line.lines[0].get_xydata()[:, 0] == pytest.approx(places)
 
 
 def test_the_figure_of_some_groups_has_only_their_panels(grid: Grid, panels: dict[str, Axes]) -> None:
@@ -337,33 +308,31 @@ def test_the_figure_of_some_groups_has_only_their_panels(grid: Grid, panels: dic
     assert set(some) == set(panels) - panels_of_others
 
 
-def test_a_results_file_is_drawn_again_as_it_was(grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    document = results(replace(grid, groups=["stages"]))
-    (tmp_path / "results.json").write_text(json.dumps(document))
-    draw = ["ablation.py", "--draw", str(tmp_path / "results.json"), "--out", str(tmp_path / "new" / "folder")]
-    monkeypatch.setattr(sys, "argv", draw)
-    ablation.main()
-    assert (tmp_path / "new" / "folder" / "ablation.svg").read_text() == figure_svg(document)
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"arms": []}'])
-def test_another_file_is_no_results_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    (tmp_path / "other.json").write_text(text)
-    monkeypatch.setattr(sys, "argv", ["ablation.py", "--draw", str(tmp_path / "other.json")])
-    with pytest.raises(SystemExit, match=r"other\.json is not a complete results file"):
+def test_a_results_file_is_drawn_again_as_it_was_and_another_file_is_refused(
+    grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def draw_again(text: str) -> str:
+        (tmp_path / "results.json").write_text(text)
+        command = ["ablation.py", "--draw", str(tmp_path / "results.json"), "--out", str(tmp_path / "new" / "folder")]
+        monkeypatch.setattr(sys, "argv", command)
         ablation.main()
+        return (tmp_path / "new" / "folder" / "ablation.svg").read_text()
+
+    document = results(replace(grid, groups=["stages"]))
+    assert draw_again(json.dumps(document)) == figure_svg(document)
+    for text in ("", "[]", "{}", '{"arms": []}'):
+        with pytest.raises(SystemExit, match=r"results\.json is not a complete results file"):
+            draw_again(text)
 
 
 def test_the_tables_show_the_numbers_of_the_results(document: dict[str, Any]) -> None:
     stages = next(table for table in tables(document) if table.title == "The stages")
-    arms = {arm["name"]: recalls(arm) for arm in document["arms"] if arm["group"] == "stages"}
-    assert len(stages.rows) == len(arms)
-    for row in stages.cells:
-        cells = dict(zip(stages.header, (cell.text for cell in row), strict=True))
-        mean = np.mean(arms[cells["arm"]])
-        assert cells["recall@1"].startswith(f"{mean:.3f} ± ")
-        if cells["arm"] != ALONE:
-            assert cells["difference to contrastive only"].startswith(f"{mean - np.mean(arms[ALONE]):+.3f} ± ")
+    arms = {arm["name"]: np.mean(values(arm)) for arm in document["arms"] if arm["group"] == "stages"}
+    column, difference = (stages.header.index(name) for name in ("recall@1", "difference to contrastive only"))
+    for (name, mean), row in zip(arms.items(), stages.cells, strict=True):
+        assert row[0].text == name
+        assert row[column].text.startswith(f"{mean:.3f} ± ")
+        assert row[difference].text.startswith("" if name == ALONE else f"{mean - arms[ALONE]:+.3f} ± ")
     assert "over 3 seeds with its 95% interval" in stages.notes[0]
     for table in tables(results(grid_of(SIZES), seeds=1)):
         assert "of one seed" in table.notes[0]
@@ -385,8 +354,8 @@ def test_the_documented_tables_are_those_of_the_documented_numbers(name: str) ->
 def test_an_interrupted_ablation_trains_each_stage_once_and_scores_as_eval_pairs_does(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arms = [arm for arm in workspace.grid().arms if (arm.group, arm.fraction, arm.name) == ("length", 1.0, ALL_THREE)]
-    arms = [arm for arm in arms if arm.x in (0.25, 1.0)]
+    wanted = [("length", 1.0, ALL_THREE, length) for length in (0.25, 1.0)]
+    arms = [arm for arm in workspace.grid().arms if (arm.group, arm.fraction, arm.name, arm.x) in wanted]
     jobs = jobs_of(workspace, arms, [0])
     assert [job.stage for job in jobs.values()].count("contrastive") == 2, "the premise"
 

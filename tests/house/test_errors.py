@@ -1,67 +1,52 @@
 import json
 import pickle
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from cocoa_embed import errors
-from cocoa_embed.errors import CocoaError, ImageError, MissingExtraError, did_you_mean, install_command, require
+from cocoa_embed.errors import CocoaError, ImageError, MissingExtraError, did_you_mean, require
 
-
-class Installed:
-    """A distribution that remembers where it was installed from."""
-
-    def __init__(self, origin: dict | None) -> None:
-        self.origin = origin
-
-    def read_text(self, name: str) -> str | None:
-        assert name == "direct_url.json"
-        return None if self.origin is None else json.dumps(self.origin)
+EDITABLE = {"dir_info": {"editable": True}}
 
 
 @pytest.mark.parametrize(
     ("origin", "command"),
     [
         (None, "pip install 'cocoa-embed[train]'"),
-        ({"url": "file:///src/my%20clone", "dir_info": {"editable": True}}, "pip install -e '/src/my clone[train]'"),
+        ({"url": "file:///src/my%20clone", **EDITABLE}, "pip install -e '/src/my clone[train]'"),
         ({"url": "file:///dist/cocoa.whl", "archive_info": {}}, "pip install '/dist/cocoa.whl[train]'"),
         (
             {"url": "https://host/cocoa.git", "vcs_info": {"vcs": "git", "commit_id": "1"}},
             "pip install 'cocoa-embed[train] @ git+https://host/cocoa.git'",
         ),
+        ({"url": Path.cwd().as_uri(), **EDITABLE}, "pip install -e '.[train]'"),
     ],
 )
-def test_the_install_command_names_the_place_that_the_project_came_from(
+def test_a_missing_extra_names_the_command_for_the_place_that_the_project_came_from(
     origin: dict | None, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(errors, "distribution", lambda _: Installed(origin))
-    assert install_command("train") == command
-
-
-def test_inside_its_clone_the_install_command_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    origin = {"url": tmp_path.as_uri(), "dir_info": {"editable": True}}
-    monkeypatch.setattr(errors, "distribution", lambda _: Installed(origin))
-    with pytest.raises(MissingExtraError, match=r"no_such_module is not installed; run: pip install -e '\.\[train\]'"):
+    distribution = Mock(read_text={"direct_url.json": origin and json.dumps(origin)}.__getitem__)
+    monkeypatch.setattr(errors, "distribution", lambda _: distribution)
+    with pytest.raises(MissingExtraError) as caught:
         require("no_such_module", "train")
+    assert str(caught.value) == f"no_such_module is not installed; run: {command}"
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"),
+    ("name", "known", "hint"),
     [
-        ("CIFAR_1", "(did you mean 'cifar-1'? known: cifar-1, other)"),
-        ("zzz", "(known: cifar-1, other)"),
+        ("CIFAR_1", ["cifar-1", "other"], "(did you mean 'cifar-1'? known: cifar-1, other)"),
+        ("zzz", ["cifar-1", "other"], "(known: cifar-1, other)"),
+        ("x", [], "(known: none)"),
     ],
 )
-def test_an_unknown_name_is_answered_with_the_closest_known_one(name: str, hint: str) -> None:
-    assert did_you_mean(name, ["cifar-1", "other"]) == hint
+def test_an_unknown_name_is_answered_with_the_closest_known_one(name: str, known: list[str], hint: str) -> None:
+    assert did_you_mean(name, known) == hint
 
 
-def test_no_known_name_is_said_so() -> None:
-    assert did_you_mean("x", []) == "(known: none)"
-
-
-def test_an_error_crosses_processes() -> None:
+@pytest.mark.parametrize("error", [ImageError("red.png", "does not exist"), CocoaError("no")])
+def test_an_error_crosses_processes(error: CocoaError) -> None:
     """A pool of processes waits for ever for an error that cannot be unpickled."""
-    for error in (ImageError("red.png", "does not exist"), CocoaError("no")):
-        assert str(pickle.loads(pickle.dumps(error))) == str(error)
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)

@@ -65,49 +65,30 @@ def project() -> dict:
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
-def installed_names() -> set[str]:
-    """Return where every file of the three source trees belongs in the wheel."""
+def shipped_files() -> dict[str, Path]:
+    """Return every file of the three source trees, by its place in the wheel."""
     return {
-        f"{package}/{path.relative_to(tree).as_posix()}"
+        f"{package}/{path.relative_to(tree).as_posix()}": path
         for package, tree in SOURCE_TREES.items()
         for path in tree.rglob("*")
         if path.is_file() and "__pycache__" not in path.parts and not any(map(Path.is_symlink, path.parents))
     }
 
 
-def test_wheel_has_one_top_level_name(built: Built) -> None:
-    top_level = {name.split("/")[0] for name in built.wheel}
-    assert {name for name in top_level if not name.endswith(".dist-info")} == {"cocoa_embed"}
-
-
-def test_wheel_holds_every_module_and_data_file_and_nothing_else(built: Built) -> None:
-    expected = installed_names()
+def test_wheel_and_source_archive_hold_every_module_and_data_file_and_nothing_else(built: Built) -> None:
+    expected = set(shipped_files())
     assert {"cocoa_embed/py.typed", *(f"{package}/__init__.py" for package in SOURCE_TREES)} <= expected
-    shipped = {name for name in built.wheel if name.startswith("cocoa_embed/")}
+    shipped = {name for name in built.wheel if ".dist-info/" not in name}
     assert shipped - expected == set()
     assert expected - shipped == set(), "list its package, or its pattern under package-data, in pyproject.toml"
-
-
-def test_source_archive_builds_alone(built: Built) -> None:
-    assert {
-        *PROJECT_FILES,
-        "cocoa_embed/train/__init__.py",
-        "cocoa_embed/integrations/__init__.py",
-        "cocoa_embed/py.typed",
-    } <= built.sdist
+    assert expected | set(PROJECT_FILES) <= built.sdist
 
 
 def test_git_ignores_nothing_that_is_shipped() -> None:
-    shipped = [
-        str(path.relative_to(ROOT))
-        for tree in SOURCE_TREES.values()
-        for path in tree.rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts and not any(map(Path.is_symlink, path.parents))
-    ]
-    assert shipped
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
         pytest.skip("not in a git checkout")
-    done = subprocess.run(["git", "check-ignore", "--no-index", *shipped], cwd=ROOT, capture_output=True, text=True)
+    command = ["git", "check-ignore", "--no-index", *map(str, shipped_files().values())]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1, f"ignored, or git failed: {done.stdout}{done.stderr}"
 
 
@@ -123,47 +104,35 @@ def test_metadata_names_licence_python_and_extras(built: Built, project: dict) -
 def test_base_install_has_none_of_the_extras(project: dict) -> None:
     base = {Requirement(line).name for line in project["dependencies"]}
     assert {"torch", "transformers", "sentence-transformers"} <= base
-    optional = {
-        Requirement(line).name
-        for extra, lines in project["optional-dependencies"].items()
-        if extra not in {"all", "dev"}
-        for line in lines
-    }
-    assert optional
-    assert not base & optional
+    extras = {extra: lines for extra, lines in project["optional-dependencies"].items() if extra not in ("all", "dev")}
+    assert base.isdisjoint(Requirement(line).name for lines in extras.values() for line in lines)
 
 
-def test_the_floor_of_transformers_is_the_documented_one(project: dict) -> None:
+@pytest.fixture(scope="module")
+def constraints() -> list[Requirement]:
+    return list(map(Requirement, (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()))
+
+
+def test_constraints_pin_every_direct_dependency_by_version_alone(
+    project: dict, constraints: list[Requirement]
+) -> None:
+    direct = chain(project["dependencies"], *project["optional-dependencies"].values())
+    names = {Requirement(line).name for line in direct} - {"cocoa-embed"}
+    assert {"torch", "setuptools"} <= names <= {requirement.name for requirement in constraints}
+    for requirement in constraints:
+        assert requirement.url is None
+        assert [each.operator for each in requirement.specifier] == ["=="]
+
+
+def test_the_floor_of_transformers_is_the_documented_one(project: dict, constraints: list[Requirement]) -> None:
     requirements = {(parsed := Requirement(line)).name: parsed.specifier for line in project["dependencies"]}
     assert str(requirements["transformers"]) == f">={TRANSFORMERS_FLOOR}"
     assert f"transformers {TRANSFORMERS_FLOOR} or newer" in (ROOT / "README.md").read_text(encoding="utf-8")
-    pins = [parsed for line in constraint_lines() if (parsed := Requirement(line)).name == "transformers"]
+    pins = [pin.version for each in constraints if each.name == "transformers" for pin in each.specifier]
     assert pins
-    for pin in pins:
-        (pinned,) = pin.specifier
-        assert pinned.version in requirements["transformers"], "what is pinned is older than what is needed"
+    assert all(pin in requirements["transformers"] for pin in pins), "what is pinned is older than what is needed"
 
 
 def test_version_is_the_same_everywhere(built: Built, project: dict) -> None:
     assert built.metadata["Version"] == project["version"] == cocoa_embed.__version__
     assert f"## [{project['version']}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-
-
-def constraint_lines() -> list[str]:
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    assert lines
-    return lines
-
-
-def test_constraints_pin_by_version_alone() -> None:
-    lines = constraint_lines()
-    assert not [line for line in lines if "://" in line or "@" in line or line.startswith("-")]
-    specifiers = [Requirement(line).specifier for line in lines]
-    assert all(len(specifier) == 1 and str(specifier).startswith("==") for specifier in specifiers)
-
-
-def test_constraints_pin_every_direct_dependency(project: dict) -> None:
-    direct = chain(project["dependencies"], *project["optional-dependencies"].values())
-    names = {Requirement(line).name for line in direct} - {"cocoa-embed"}
-    assert {"torch", "setuptools"} <= names
-    assert names <= {Requirement(line).name for line in constraint_lines()}

@@ -112,7 +112,11 @@ def test_the_dense_mask_gives_the_models_own_result_under_padding(
 ) -> None:
     backbone = load_tiny(implementation)
     text = scene_rows[0].positive.text
-    items = [Item(text="a red ring"), Item(text=text, images=(scene_rows[0].image,)), Item(images=(scene_rows[1].image,))]
+    items = [
+        Item(text="a red ring"),
+        Item(text=text, images=(scene_rows[0].image,)),
+        Item(images=(scene_rows[1].image,)),
+    ]
     batch = render_items(backbone.processor, items)
     assert len(batch["attention_mask"].sum(dim=1).unique()) == len(items), "there is padding"
     positions = position_ids(backbone.model, batch)

@@ -32,15 +32,11 @@ def test_values_that_are_not_finite_are_left_out() -> None:
 
 
 def test_losses_and_accuracies_of_a_stage_have_a_panel_each_and_probes_their_own() -> None:
-    found = curves(
-        warmup=stage("loss", "mntp_loss", "mae_loss", "masked_token_accuracy"), bridge=stage("loss", MATCHING)
-    )
+    warmup = stage("loss", "mntp_loss", "mae_loss", "masked_token_accuracy")
+    found = curves(warmup=warmup, bridge=stage("loss", MATCHING))
     panels = stage_panels(found)
-    assert [(panel.title, panel.quantity, len(panel.lines)) for panel in panels] == [
-        ("warmup", "loss", 3),
-        ("warmup", "accuracy", 1),
-        ("bridge", "loss", 1),
-    ]
+    shown = [(panel.title, panel.quantity, len(panel.lines)) for panel in panels]
+    assert shown == [("warmup", "loss", 3), ("warmup", "accuracy", 1), ("bridge", "loss", 1)]
     assert panels[0].detail == "495 steps in 1 min 15 s"
     assert "var(--total)" in panels[0].svg
     assert "#0102" not in panels[0].svg, "the colours are those of the page"
@@ -49,9 +45,8 @@ def test_losses_and_accuracies_of_a_stage_have_a_panel_each_and_probes_their_own
 
 def test_a_total_loss_of_one_part_is_drawn_once() -> None:
     same = [{**line, "mntp_loss": line["loss"]} for line in log("loss")]
-    assert [line.label for line in stage_panels(curves(warmup=stage(log=same)))[0].lines] == [
-        "masked tokens: cross-entropy"
-    ]
+    (panel,) = stage_panels(curves(warmup=stage(log=same)))
+    assert [line.label for line in panel.lines] == ["masked tokens: cross-entropy"]
 
 
 @pytest.mark.parametrize("names", [(MATCHING, SHUFFLED), (MATCHING, SHUFFLED, NO_IMAGE)])
@@ -76,10 +71,9 @@ def test_a_single_point_has_one_tick_at_its_step() -> None:
 
 def test_many_points_are_smoothed_without_moving_a_line() -> None:
     level = [(step, 2.0) for step in range(100)]
-    assert smoothed(level) == level
-    noise = [(step, float(value)) for step, value in enumerate(np.random.default_rng(0).normal(size=200))]
-    assert smoothed(noise[:59]) == noise[:59]
-    assert np.std([value for _, value in smoothed(noise)]) < np.std([value for _, value in noise]) / 2
+    noise = list(enumerate(np.random.default_rng(0).normal(size=200).tolist()))
+    assert (smoothed(level), smoothed(noise[:59])) == (level, noise[:59])
+    assert np.std(smoothed(noise), axis=0)[1] < np.std(noise, axis=0)[1] / 2
 
 
 @pytest.mark.parametrize(
@@ -90,9 +84,6 @@ def test_durations_are_rounded_once(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-@pytest.mark.parametrize(
-    ("token", "text"),
-    [("Ġred", "red"), ("red", "red"), ("Ġ", "␣"), ("Ċ", "⏎"), ("", "∅"), ("Ã¤", "ä"), ("Ã", "�"), ("日", "日")],
-)
-def test_tokens_read_as_text(token: str, text: str) -> None:
+@pytest.mark.parametrize(("token", "text"), [(" red", "red"), ("red", "red"), (" ", "␣"), ("\n", "⏎"), ("", "∅")])
+def test_white_space_alone_is_visible(token: str, text: str) -> None:
     assert token_text(token) == text

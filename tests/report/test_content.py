@@ -43,51 +43,36 @@ def test_samples_have_a_note_about_their_rows() -> None:
     assert content.samples_note(own_data) == f"{held_out}."
 
 
-def test_headlines_have_interval_other_model_and_chance() -> None:
-    (headline,) = content.headlines(result(other=pairs_document("contrastive only")), STAGES)
-    assert (headline.label, headline.value) == ("text to image", "75.0%")
-    assert headline.detail == "40.0% to 80.0% · contrastive only: 75.0% · chance: 25.0% of 4"
+def mmeb(mean: float | None, *, is_complete: bool) -> EvalResult:
+    coverage = {"run": 1, "of": 36, "complete": is_complete}
+    averages = {"averages": {"overall": mean}, "chance": {"overall": 0.001}, "coverage": {"overall": coverage}}
+    return EvalResult({"benchmark": "MMEB-V1", "model": "ours", **averages}, [], "mmeb.json", is_own=True)
 
 
 @pytest.mark.parametrize(
-    ("changes", "words", "headlines"),
+    ("scored", "words", "headlines"),
     [
-        ({}, "The pairs are those of /held-out.", 1),
-        ({"data": None}, "From pairs.json.", 1),
-        ({"data": "/scenes"}, "These are training data of warmup and bridge:", 0),
-        ({"is_own": False}, "not known to be of this run", 0),
+        (result(), "The pairs are those of /held-out.", ["75.0% 40.0% to 80.0% · chance: 25.0% of 4"]),
+        (result(other=pairs_document("alone")), "", ["75.0% 40.0% to 80.0% · alone: 75.0% · chance: 25.0% of 4"]),
+        (result(data=None), "From pairs.json.", ["75.0% 40.0% to 80.0% · chance: 25.0% of 4"]),
+        (result(data="/scenes"), "These are training data of warmup and bridge:", []),
+        (result(is_own=False), "not known to be of this run", []),
+        (mmeb(0.25, is_complete=True), "", ["25.0% chance: 0.1%"]),
+        (mmeb(0.25, is_complete=False), "", ["25.0% chance: 0.1% · 1 of 36 subsets"]),
+        (mmeb(None, is_complete=False), "", []),
     ],
 )
-def test_only_the_runs_own_model_on_data_it_was_not_trained_on_has_a_headline(
-    changes: dict[str, Any], words: str, headlines: int
+def test_only_the_runs_own_model_on_data_it_was_not_trained_on_has_headlines_beside_chance(
+    scored: EvalResult, words: str, headlines: list[str]
 ) -> None:
-    scored = result(**changes)
     assert words in content.evaluation_note(scored, STAGES)
-    assert len(list(content.headlines(scored, STAGES))) == headlines
-    assert content.evaluation_title(scored).startswith("Pairs: " if scored.is_own else "Another model: ")
-
-
-@pytest.mark.parametrize(
-    ("mean", "is_complete", "details"),
-    [(0.25, True, ["chance: 0.1%"]), (0.25, False, ["chance: 0.1% · 1 of 36 subsets"]), (None, False, [])],
-)
-def test_the_headline_of_mmeb_has_the_number_of_subsets(
-    mean: float | None, is_complete: bool, details: list[str]
-) -> None:
-    document = {
-        "benchmark": "MMEB-V1",
-        "model": "ours",
-        "averages": {"overall": mean},
-        "chance": {"overall": 0.001},
-        "coverage": {"overall": {"run": 1, "of": 36, "complete": is_complete}},
-    }
-    found = content.headlines(EvalResult(document, [], "mmeb.json", is_own=True), STAGES)
-    assert [headline.detail for headline in found] == details
+    assert [f"{each.value} {each.detail}" for each in content.headlines(scored, STAGES)] == headlines
+    assert content.evaluation_title(scored).startswith("Another model: ") != scored.is_own
 
 
 def test_the_recipe_separates_given_settings_from_defaults() -> None:
     assert content.recipe_settings(run_record()) == [
-        ("seed", "17"), ("bidirectional", "yes"), ("prompts.query", "find: ")
+        ("seed", "17"), ("bidirectional", "true"), ("prompts.query", "find: ")
     ]  # fmt: skip
     given, defaults = content.recipe_tables(run_record())
     assert given.header == ("key", "warmup", "bridge", "contrastive")

@@ -17,15 +17,12 @@ pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
 HOSTILE = "<script>alert('caption')</script>"
-SECTIONS = [
-    *("evaluations", "searches", "curves", "patches", "bridge", "plateau", "words", "measures"),
-    *("recipe", "data", "notes", "run"),
-]
+SECTIONS = "evaluations searches curves patches bridge plateau words measures recipe data notes run".split()
 
 
-def search(*correct: bool, text: str = "the right one") -> Search:
+def search(*correct: bool, text: str = "the right one", title: str = "text → image") -> Search:
     hits = [SearchHit(PICTURE, 0.91 - 0.49 * place, text, is_right) for place, is_right in enumerate(correct)]
-    return Search("text → image", text, None, hits, text)
+    return Search(title, text, None, hits, text)
 
 
 def result(table: Table | None = None, **changes: Any) -> EvalResult:
@@ -87,43 +84,39 @@ def test_the_page_loads_nothing(full: str) -> None:
     assert targets <= set(re.findall(r'\bid="([^"]*)"', full))
 
 
-def hostile(value: Any) -> Any:  # noqa: ANN401  JSON of any kind
-    """Return a record with every text replaced but pictures."""
-    if isinstance(value, dict):
-        return {key: hostile(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return list(map(hostile, value))
-    return HOSTILE if isinstance(value, str) and value != PICTURE else value
-
-
 def test_hostile_texts_are_escaped_everywhere() -> None:
+    def hostile(value: Any) -> Any:  # noqa: ANN401  JSON of any kind
+        """Return a record with every text replaced but pictures."""
+        if isinstance(value, dict):
+            return {key: hostile(each) for key, each in value.items()}
+        if isinstance(value, list):
+            return list(map(hostile, value))
+        return HOSTILE if isinstance(value, str) and value != PICTURE else value
+
     record, stage_name = hostile(run_record()), f"{HOSTILE} loss"
     record["stages"][stage_name] = stage(f"{HOSTILE} $x loss", bad_rows={"count": 1, "first": [[HOSTILE] * 3]})
     record["recipe"][stage_name] = {HOSTILE: HOSTILE}
     record["stages"]["bridge"]["samples"]["mask"] = {**MASK, "labels": ["<script>"] * 5}
     record["stages"]["contrastive"] |= {"finished": False, "samples": {"failure": HOSTILE}}
-    table = Table(HOSTILE, [HOSTILE], [[HOSTILE], [HOSTILE]], notes=[HOSTILE])
-    searches = [search(False, text=HOSTILE)._replace(title=HOSTILE, expected=f"{HOSTILE}!")]
-    results = [result(table, model=HOSTILE)]
-    text = render_page(record, HOSTILE, results, searches=searches, notes=[HOSTILE], command=HOSTILE)
+    results = [result(Table(HOSTILE, [HOSTILE], [[HOSTILE], [HOSTILE]], notes=[HOSTILE]), model=HOSTILE)]
+    searches = [search(False, text=HOSTILE, title=HOSTILE)._replace(expected=f"{HOSTILE}!")]
+    text = render_page(record, HOSTILE, results, searches=searches, notes=[HOSTILE])
     assert text.count("&lt;script&gt;") > 45
     assert "<script" not in text
     assert HtmlElements(text).find("h1")
 
 
-def test_empty_sections_are_left_out() -> None:
+def test_empty_sections_are_left_out_and_searches_without_a_right_hit_say_so(full: str) -> None:
     record = without_charts(tokens=[])
     record["stages"]["warmup"]["samples"]["patches"] = []
     for key in ("samples", "held_out"):  # a stage that has not begun has neither
         del record["stages"]["contrastive"][key]
-    page = HtmlElements(page_of(record, results=[], searches=[], notes=()))
-    assert [each.attributes["id"] for each in page.find("section")] == ["words", "recipe", "data", "run"]
-
-
-def test_a_search_without_a_right_hit_says_so(full: str) -> None:
+    text = page_of(record, results=[], searches=[search(False)], notes=())
+    sections = [each.attributes["id"] for each in HtmlElements(text).find("section")]
+    assert sections == ["searches", "words", "recipe", "data", "run"]
     words = "The right answer is not among these."
+    assert words in text
     assert words not in full
-    assert words in page_of(without_charts(), searches=[search(False)])
 
 
 @pytest.mark.parametrize(

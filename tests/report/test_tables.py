@@ -42,41 +42,36 @@ EXPECTED = [
 ]
 
 
-def test_the_best_score_of_each_column_is_bold(scores: Table) -> None:
+def test_html_markdown_and_terminal_show_the_same_cells_and_the_best_of_each_column_in_bold(scores: Table) -> None:
     """Scores that read the same are equally good; chance and incomplete scores are not compared."""
-    assert [[cell.is_best for cell in row] for row in scores.cells] == [
-        [False, True, False],
-        [False, True, True],
-        [False] * 3,
-        [False] * 3,
-    ]
-    alone = Table("One model", ["model", "mrr"], [["ours", Score("0.31", 0.31)], ["chance", Score("0.02")]])
-    assert not any(cell.is_best for row in alone.cells for cell in row), "there is nothing to compare it with"
-
-
-def test_where_lower_is_better_values_are_negated() -> None:
-    losses = Table("Losses", ["model", "loss"], [["a", Score("2.0", -2.0)], ["b", Score("1.5", -1.5)]])
-    assert [row[1].is_best for row in losses.cells] == [False, True]
-
-
-def test_html_markdown_and_terminal_show_the_same_cells_in_bold(scores: Table) -> None:
     page = HtmlElements(to_html("Results", [scores]))
     assert cells_of(page) == EXPECTED
     assert [each.text for each in page.find("strong")] == ["0.50", "0.50", "0.42"]
     text = to_markdown("Results", [scores])
     lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
     assert lines[1] == ["---", "---:", "---:"]
-    shown = [[cell.replace("*", "").replace("\\", "") for cell in row] for row in (lines[0], *lines[2:4])]
-    assert shown == EXPECTED[:3]
+    shown = [[cell.replace("**", "").replace("\\", "") for cell in row] for row in (lines[0], *lines[2:])]
+    assert shown == EXPECTED
     assert "| theirs | **0.50** (0.3–0.7) | **0.42** |" in text
-    assert "| partial | 0.90\\* | – |" in text
+    assert "| ours | **0.50** (0.4–0.6) | 0.31 |" in text
     assert text.endswith("Of 12 queries.\n")
     console = Console(width=60, record=True, force_terminal=True)
     console.print(to_terminal(scores))
     assert console.export_text(styles=True, clear=False).count("\x1b[1m   0.50\x1b[0m") == 2
-    assert [line.split() for line in console.export_text().splitlines() if "0." in line][:2] == [
-        ["ours", "0.50", "0.31"], ["0.4–0.6"]
-    ]  # fmt: skip
+    words = [line.split() for line in console.export_text().splitlines() if "0." in line]
+    assert words[:2] == [["ours", "0.50", "0.31"], ["0.4–0.6"]]
+
+
+@pytest.mark.parametrize(
+    ("scores", "best"),
+    [
+        ([Score("2.0", -2.0), Score("1.5", -1.5)], [False, True]),  # negated where lower is better
+        ([Score("0.31", 0.31), Score("0.02")], [False, False]),  # with nothing to compare it with
+    ],
+)
+def test_negated_and_single_values(scores: list[Score], best: list[bool]) -> None:
+    table = Table("Scores", ["model", "score"], [["a model", score] for score in scores])
+    assert [row[1].is_best for row in table.cells] == best
 
 
 def test_texts_are_escaped(scores: Table) -> None:

@@ -1,7 +1,9 @@
 """A multimodal model of arithmetic that tells any two texts and any two pictures apart, and is quick."""
 
+import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -62,3 +64,14 @@ def mosaic(seed: int, colour: str | None = None) -> Image.Image:
     if colour is not None:
         blocks = (blocks + 2 * np.array(COLOURS[colour])) // 3
     return Image.fromarray(blocks.astype(np.uint8)).resize((8 * SIZE, 8 * SIZE), Image.Resampling.NEAREST)
+
+
+def write_captioned(folder: Path, captions: Sequence[Sequence[str]]) -> Path:
+    """Write an image folder of mosaics, each with some captions; every fourth has the same colour."""
+    folder.mkdir()
+    colours = list(COLOURS)
+    for number in range(len(captions)):
+        mosaic(number, colours[number % 4]).save(folder / f"{number}.png")
+    rows = [{"file_name": f"{number}.png", "text": text} for number, texts in enumerate(captions) for text in texts]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder

@@ -110,18 +110,23 @@ def token_samples(
     left = iter(images)
     return [
         {
-            "tokens": spelt_tokens(truth[number][is_text[number]], processor),
+            "tokens": token_texts(truth[number][is_text[number]], processor),
             "masked": masked[number][is_text[number]].tolist(),
-            "predicted": spelt_tokens(predicted[number][is_text[number]], processor),
+            "predicted": token_texts(predicted[number][is_text[number]], processor),
             "image": None if row.image is None else next(left),
         }
         for number, row in enumerate(rows)
     ]
 
 
-def spelt_tokens(ids: Tensor, processor: ProcessorMixin) -> list[str]:
-    """Return tokens as they are spelt; an id that the tokenizer lacks, as Qwen's wider heads can predict, is empty."""
-    return [token or "" for token in processor.tokenizer.convert_ids_to_tokens(ids)]
+def token_texts(ids: Tensor, processor: ProcessorMixin) -> list[str]:
+    """Return the text of each token: as it is spelt if it is half a character, and empty for an unknown id.
+
+    Qwen's heads are wider than its tokenizer, so that they can predict an id that it lacks.
+    """
+    spelt = [token or "" for token in processor.tokenizer.convert_ids_to_tokens(ids)]
+    texts = [processor.tokenizer.convert_tokens_to_string([token]) for token in spelt]
+    return [token if "\ufffd" in text else text for token, text in zip(spelt, texts, strict=True)]
 
 
 def shown_images(batch: Batch, pixels: Tensor, geometry: PatchGeometry, processor: ProcessorMixin) -> list[str]:

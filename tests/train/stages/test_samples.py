@@ -22,7 +22,7 @@ from cocoa_embed.train.stages.bridge.model import BridgeModel
 from cocoa_embed.train.stages.bridge.settings import BridgeSettings
 from cocoa_embed.train.stages.bridge.stage import Bridge
 from cocoa_embed.train.stages.reconstruction import bridge_model_mask
-from cocoa_embed.train.stages.samples import SAMPLE_ROWS, sample_batches, stage_samples
+from cocoa_embed.train.stages.samples import SAMPLE_ROWS, sample_batches, stage_samples, token_texts
 from cocoa_embed.train.stages.warmup.stage import Warmup
 
 TEXT = Row(query=Item(text="blue cross on white"), positive=Item(text="white picture; blue cross"), source="")
@@ -140,6 +140,15 @@ def test_no_more_rows_run_at_once_than_a_device_trains_on(
     settings = BridgeSettings(steps=1, batch_size=4, mini_batch_size=mini_batch_size)
     parts = sample_batches(trainer_of(tiny_backbone, devices), settings, scene_rows[:6])
     assert [len(batch["input_ids"]) for batch, _ in parts] == [len(rows) for _, rows in parts] == expected
+
+
+def test_tokens_are_text_and_half_a_character_is_as_it_is_spelt(tiny_backbone: Backbone) -> None:
+    tokenizer = SimpleNamespace(
+        convert_ids_to_tokens=["Ġred", "red", "Ċ", "Ã¤", "Ã", "<|image_pad|>", None].__getitem__,
+        convert_tokens_to_string=tiny_backbone.processor.tokenizer.convert_tokens_to_string,
+    )
+    found = token_texts(slice(None), SimpleNamespace(tokenizer=tokenizer))
+    assert found == [" red", "red", "\n", "ä", "Ã", "<|image_pad|>", ""]
 
 
 def test_samples_that_cannot_be_made_say_why_and_raise_nothing(

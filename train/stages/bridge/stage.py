@@ -26,7 +26,7 @@ from cocoa_embed.train.stages.bridge.probe import (
     hold_out_rows,
 )
 from cocoa_embed.train.stages.bridge.settings import BridgeSettings
-from cocoa_embed.train.stages.samples import shown_images, spelt_tokens, token_samples
+from cocoa_embed.train.stages.samples import shown_images, token_samples, token_texts
 from cocoa_embed.train.stages.stage import Stage
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class Bridge(Stage[BridgeSettings]):
             allowed = allowed.tril()
         mask = {
             "allowed": ["".join(map(str, row)) for row in allowed[0, :length, :length].int().tolist()],
-            "labels": spelt_tokens(batch["input_ids"][0, :length], processor),
+            "labels": token_texts(batch["input_ids"][0, :length], processor),
             "blocks": [Block(block).name for block in batch["blocks"][0, :length].tolist()],
         }
         return {"tokens": token_samples(batch, logits, processor, rows, images), "mask": mask}

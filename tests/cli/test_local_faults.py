@@ -1,0 +1,71 @@
+"""Faults of local input are found, all in one message, before torch is imported; so is what ``--help`` prints."""
+
+import json
+from pathlib import Path
+
+import pytest
+from command_line import modules_of_command
+from table_files import write_images, write_table
+
+HEAVY = {"torch", "transformers", "qdrant_client", "sentence_transformers", "accelerate"}
+
+ON_HUB = ("--model", "owner/name")
+FAULTY_SEARCH = "search red --model ./mdl --image gone.png --html nodir/x.html --filter".split()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of faulty input, and of an image folder and a table whose columns have other names."""
+    folder = tmp_path_factory.mktemp("faults")
+    for name in ("empty", "foreign"):
+        (folder / name).mkdir()
+    (folder / "foreign" / "thesis.txt").touch()
+    write_images(folder / "photos", "a")
+    write_table(folder / "photos" / "metadata.jsonl", [{"file_name": "a.png", "caption": "a"}])
+    write_table(folder / "rows.csv", [{"words": "a", "image": "photos/a.png"}])
+    write_table(folder / "good" / "metadata.jsonl", [{"file_name": "../photos/a.png", "text": "a"}])
+    recipe = {"name": "r", "backbone": "scene-captioner", "contrastive": {"steps": 1, "batch_size": 2}}
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "faults"),
+    [
+        (["index", "photoz", *ON_HUB], 1, ["photoz does not exist"]),
+        (["index", "empty", *ON_HUB], 1, ["there are no images in empty; name a folder that holds some"]),
+        (["index", "photoz", "empty/x*.png", "--model", "./mdl", "--collection", "a/b"], 2,
+         ["'a/b'", "photoz", "x*.png", "mdl"]),
+        ([*FAULTY_SEARCH, "width 1000"], 2, ["index", "mdl", "=1000", "nodir", "gone"]),
+        (["eval", "pairs", "photoz", *ON_HUB], 1, ["photoz does not exist"]),
+        (["eval", "pairs", "photoz", *ON_HUB, "--model", "nowhere", "--out", "rows.csv"], 1,
+         ["photoz does not exist", "nowhere: there is no such model folder", "rows.csv cannot be made"]),
+        (["eval", "mmeb", "photoz", "--images", "photoz", "--model", "nowhere", "--out", "rows.csv"], 1,
+         ["photoz does not exist", "nowhere: there is no such model folder", "rows.csv cannot be made"]),
+        (["train", "recipe.yaml", "data.folder=photos", "--out", "foreign"], 1,
+         ["foreign holds something else", "metadata.jsonl has no column 'text' (known: file_name, caption)"]),
+        (["train", "recipe.yaml", "data.folder=good", "--out", "foreign"], 1, ["foreign holds something else"]),
+        (["train", "recipe.yaml", "data.file=rows.csv"], 1,
+         ["rows.csv: no column holds the query; give columns.query_text"]),
+        (["train", "recipe.yaml"], 2, ["stage contrastive, data: no data; give one of data.folder"]),
+        (["export", "photos", "foreign"], 1, ["photos is no checkpoint", "foreign holds something else"]),
+        (["diagnose", "photos", "--data", "photoz"], 1, ["photos is no checkpoint", "photoz does not exist"]),
+        (["demo", "--out", "foreign", "--work", "new"], 1, ["foreign holds something else"]),
+        (["report", "photoz"], 2, ["photoz does not exist"]),
+    ],
+)  # fmt: skip
+def test_local_faults_are_all_named_before_torch_is_imported(
+    folder: Path, arguments: list[str], status: int, faults: list[str]
+) -> None:
+    done, modules = modules_of_command(arguments, folder)
+    assert done.status == status, done
+    assert not HEAVY & modules
+    for line, fault in zip(done.err.splitlines(), faults, strict=True):
+        assert fault in line
+
+
+@pytest.mark.parametrize("command", ["", "index", "eval mmeb", "train"])
+def test_help_imports_nothing_heavy(command: str, tmp_path: Path) -> None:
+    done, modules = modules_of_command([*command.split(), "--help"], tmp_path)
+    assert (done.status, "--help" in done.out) == (0, True), done.err
+    assert not (HEAVY | {"PIL", "numpy", "pandas", "pyarrow", "jinja2", "datasets", "matplotlib"}) & modules
