@@ -20,7 +20,8 @@ from cocoa_embed.images.to_rgb import draw_thumbnail
 from cocoa_embed.integrations.qdrant.image_metadata import ImageFiles
 from cocoa_embed.integrations.qdrant.index_state import Content, IndexState, description_digest
 from cocoa_embed.integrations.qdrant.points import FileLocation, ImageFile, make_payload, point_id
-from cocoa_embed.integrations.qdrant.stores.base import Point, Store
+from cocoa_embed.integrations.qdrant.stores.base import Point
+from cocoa_embed.integrations.qdrant.stores.store import Store
 from cocoa_embed.integrations.qdrant.thumbnails import THUMBNAIL_SIZE, ThumbnailFolder
 from cocoa_embed.integrations.qdrant.writer import Writer
 
@@ -129,7 +130,7 @@ class IndexRun:
                 continue
             content, (data, mtime, _) = read
             location = file.location(mtime)
-            if content.id in self.state:
+            if content.id in self.state.contents:
                 self._record_stored(file, location, content.id, data)
                 self.on_file_done()
             elif content.id in self._embedding:
@@ -140,15 +141,16 @@ class IndexRun:
 
     def _record_stored(self, file: ImageFile, location: FileLocation, id_: str, data: bytes) -> None:
         """Record that a file holds a stored content."""
+        content = self.state.contents[id_]
         if self.thumbnails is not None and self._lacks_thumbnail(id_):
             try:
                 image, _ = decode_image(data, printable(file.path))
             except ImageError as error:
                 self._fail(file, error)
                 return
-            self.state.set_thumbnail(id_, self.thumbnails.write(id_, draw_thumbnail(image, THUMBNAIL_SIZE)))
-        id_before = self.state.id_of(location.path)
-        content = self.state.contents[id_]
+            content.thumbnail = self.thumbnails.write(id_, draw_thumbnail(image, THUMBNAIL_SIZE))
+            content.has_changed = True
+        id_before = self.state.ids.get(location.path)
         is_known = location.path in content.locations
         self.state.remove_missing(id_, self.files.misses)
         self.state.attach(id_, location)
@@ -176,7 +178,7 @@ class IndexRun:
         self, content: ContentKey, locations: dict[str, FileLocation], first: ImageFile, embedded: EmbeddedImage
     ) -> Point:
         """Return the point of a new content, described by its first file, and record its files."""
-        replaced = {path for path in locations if self.state.id_of(path) is not None}
+        replaced = locations.keys() & self.state.ids.keys()
         self.replaced |= replaced
         self.indexed += not replaced
         self.embedded += 1

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -15,6 +16,7 @@ from tqdm.auto import tqdm
 from cocoa_embed.encode.encoder import Encoder, ModelInput, make_input
 from cocoa_embed.encode.load import load_encoder
 from cocoa_embed.errors import CocoaError, UsageError, printable, require
+from cocoa_embed.folders import DEFAULT_INDEX
 from cocoa_embed.images.load import ImageSource
 from cocoa_embed.integrations.qdrant.image_metadata import ImageFiles
 from cocoa_embed.integrations.qdrant.index_run import IndexRun, IndexSummary
@@ -22,8 +24,9 @@ from cocoa_embed.integrations.qdrant.index_state import STATE_KEYS, IndexState
 from cocoa_embed.integrations.qdrant.points import storable
 from cocoa_embed.integrations.qdrant.settle import settle
 from cocoa_embed.integrations.qdrant.stores import open_store
-from cocoa_embed.integrations.qdrant.stores.base import Hit, Query, Signature, Store, StoreOptions, require_signature
+from cocoa_embed.integrations.qdrant.stores.base import Hit, Query, Signature, StoreOptions
 from cocoa_embed.integrations.qdrant.stores.client_filters import read_filter
+from cocoa_embed.integrations.qdrant.stores.store import Store
 from cocoa_embed.integrations.qdrant.thumbnails import ThumbnailFolder
 
 require("qdrant_client", "qdrant")
@@ -33,7 +36,6 @@ from qdrant_client import QdrantClient, models  # noqa: E402 - after the error t
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-DEFAULT_PATH = "cocoa-index"
 FINGERPRINT_DIGITS = 12
 """Hexadecimal digits of a fingerprint in messages."""
 
@@ -86,7 +88,7 @@ class QdrantIndexer:
             if number is not None and number < 1:
                 raise UsageError(f"{name} is {number}; it must be 1 or more")
         if client is None and url is None and edge is None:
-            path = path or DEFAULT_PATH
+            path = path or DEFAULT_INDEX
         options = StoreOptions(quantization=quantization, on_disk=on_disk, api_key=api_key)
         self.store: Store = open_store(
             client=client, path=path, url=url, edge=edge, collection=collection, options=options
@@ -186,7 +188,7 @@ class QdrantIndexer:
         query = make_input(text, image)
         conditions = read_filter(query_filter)
         queries = orientations(query) if any_orientation else [query]
-        vectors = self._encoder_for(require_signature(self.store)).embed_queries(queries)
+        vectors = self._encoder_for(self.store.require_signature()).embed_queries(queries)
         if not any_orientation:
             return self.store.search(Query(vectors[0], limit, offset, score_threshold, conditions))
         searches = (Query(vector, offset + limit, 0, score_threshold, conditions) for vector in vectors)
@@ -275,7 +277,6 @@ def orientations(item: ModelInput) -> list[ModelInput]:
 def best_hits(searches: Iterable[list[Hit]]) -> list[Hit]:
     """Return the hits of several searches, each point once with its best score, best first."""
     best: dict[str, Hit] = {}
-    for hit in (hit for hits in searches for hit in hits):
-        if hit.id not in best or hit.score > best[hit.id].score:
-            best[hit.id] = hit
-    return sorted(best.values(), key=lambda hit: -hit.score)
+    for hit in sorted(chain.from_iterable(searches), key=lambda hit: -hit.score):
+        best.setdefault(hit.id, hit)
+    return list(best.values())

@@ -6,7 +6,8 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
-from cocoa_embed.integrations.qdrant.stores.base import Point, Store
+from cocoa_embed.integrations.qdrant.stores.base import Point
+from cocoa_embed.integrations.qdrant.stores.store import Store
 
 BATCH_POINTS = 64
 

@@ -19,9 +19,9 @@ from cocoa_embed.integrations.qdrant.stores.base import (
     Point,
     Query,
     Signature,
-    Store,
     StoreOptions,
 )
+from cocoa_embed.integrations.qdrant.stores.store import Store
 
 pytestmark = pytest.mark.usefixtures("few_payload_indexes")
 
@@ -113,7 +113,7 @@ class TestEdge:
         other.upsert(make_points(0, 1))
         assert (store.count(), other.count()) == (3, 1)
         other.close()
-        lock = edge.lock_file(folder / ".cocoa-edge", "here")
+        lock = edge.folder_lock(folder / ".cocoa-edge").acquire().lock
         third = open_store(edge=folder, collection="3rd")
         with pytest.raises(CocoaError, match="in use by another process"):
             third.create(SIGNATURE)

@@ -28,7 +28,8 @@ from cocoa_embed.errors import CocoaError
 from cocoa_embed.images.load import FileContent
 from cocoa_embed.integrations.qdrant import QdrantIndexer, index_run, writer
 from cocoa_embed.integrations.qdrant.points import storable
-from cocoa_embed.integrations.qdrant.stores.base import Point, Store
+from cocoa_embed.integrations.qdrant.stores.base import Point
+from cocoa_embed.integrations.qdrant.stores.store import Store
 
 MEBIBYTE = 2**20
 
@@ -246,7 +247,7 @@ def test_hostile_files_are_indexed_or_reported_in_bounded_memory(tmp_path: Path,
         assert reason_part in failed[path]
         assert failed[path].isprintable()
     assert all("cannot be embedded" in failed[path] for path in refused_by_models)
-    points, _ = index.store._client.scroll("images", limit=1000, with_vectors=True)  # type: ignore[attr-defined]
+    points, _ = index.store._opened.scroll("images", limit=1000, with_vectors=True)  # type: ignore[attr-defined]
     assert {path for point in points for path in point.payload["paths"]} == {storable(path) for path in good}
 
     again = index.index(tmp_path / "hostile", prune=True, progress=False)

@@ -428,7 +428,7 @@ class TestSearch:
 
     def test_a_search_names_missing_files_before_the_model_is_loaded(self, tmp_path: Path) -> None:
         index = QdrantIndexer(tmp_path / "no-model", path=tmp_path / "none")
-        with pytest.raises(CocoaError, match="there is no index in"):
+        with pytest.raises(CocoaError, match="there is no collection 'images' in"):
             index.search("red")
         with pytest.raises(CocoaError, match=r"gone\.png: does not exist"):
             index.search(image=tmp_path / "gone.png")

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from fake_qdrant import (
@@ -36,9 +37,11 @@ OpenRemote = Callable[..., ServerStore]
 
 
 @pytest.fixture
-def waits() -> list[float]:
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The seconds that a store would have waited."""
-    return []
+    waits: list[float] = []
+    monkeypatch.setattr("tenacity.nap.time", Mock(sleep=waits.append))
+    return waits
 
 
 @pytest.fixture
@@ -53,7 +56,7 @@ def remote(fake: FakeServer, waits: list[float]) -> Iterator[OpenRemote]:
     stores: list[ServerStore] = []
 
     def open_(url: str = fake.url, **options: Any) -> ServerStore:
-        stores.append(ServerStore(url, "images", StoreOptions(**options), sleep=waits.append))
+        stores.append(ServerStore(url, "images", StoreOptions(**options)))
         return stores[-1]
 
     yield open_

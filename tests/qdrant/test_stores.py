@@ -23,11 +23,10 @@ from cocoa_embed.integrations.qdrant.stores.base import (
     Point,
     Query,
     Signature,
-    Store,
     StoreOptions,
-    require_signature,
 )
 from cocoa_embed.integrations.qdrant.stores.checks import check_points
+from cocoa_embed.integrations.qdrant.stores.store import Store
 
 pytestmark = pytest.mark.usefixtures("few_payload_indexes")
 
@@ -75,13 +74,13 @@ class TestCollections:
         store = opener()
         assert store.signature() is None
         assert store.collections() in (None, [])
-        for call in (lambda: require_signature(store), store.count):
+        for call in (store.require_signature, store.count):
             with pytest.raises(CocoaError, match=r"no index in|no collection 'images' in|images not found|404"):
                 call()
         assert list(tmp_path.iterdir()) == []
 
     def test_a_collection_is_created_once_and_other_models_are_refused(self, store: Store, opener: Opener) -> None:
-        assert store.signature() == require_signature(store) == SIGNATURE
+        assert store.signature() == store.require_signature() == SIGNATURE
         assert (store.count(), list(store.scan(["path"])), store.collections()) == (0, [], ["images"])
         assert store.search(Query(ONES, limit=3)) == []
         store.upsert(make_points(1, 2))
@@ -115,7 +114,7 @@ class TestCollections:
             with pytest.raises(CocoaError, match="other"):
                 call()
         with pytest.raises(CocoaError, match=r"no collection 'other' in .*\(it holds images\); run cocoa-embed index"):
-            require_signature(other)
+            other.require_signature()
 
     def test_a_foreign_collection_can_be_signed_once(self) -> None:
         with fake_server() as server:
@@ -343,7 +342,7 @@ class TestFolders:
         assert store.count() == 3
         store.close()
 
-    @pytest.mark.parametrize("step", ["lock_file", "write_atomically"])
+    @pytest.mark.parametrize("step", ["folder_lock", "write_atomically"])
     def test_a_folder_that_cannot_be_written_is_named(
         self, backend: str, step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -442,5 +441,5 @@ class TestArguments:
         point = Point(name(1), vector, {"path": "/a/😀", "metadata": {"n": [1.5, None, "\n\u0007"]}})
         struct = models.PointStruct(id=point.id, vector=vector.tolist(), payload=point.payload)
         body = models.PointsList(points=[struct]).model_dump_json()
-        assert len(body.encode()) <= check_points([point])[0]
+        assert len(body.encode()) <= check_points([point], vector.size)[0]
         assert max(map(len, body.partition("vector")[2].partition("[")[2].partition("]")[0].split(","))) < 26
