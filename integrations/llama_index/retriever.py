@@ -51,12 +51,7 @@ class CocoaRetriever(BaseRetriever):
         self._indexer = indexer
         self.similarity_top_k = similarity_top_k
         self.score_threshold = score_threshold
-        if isinstance(filters, MetadataFilters):
-            from cocoa_embed.integrations.qdrant.stores.client_filters import to_client_filter
-
-            condition = to_condition(filters)
-            filters = None if condition is None else to_client_filter(condition)
-        self.query_filter = filters
+        self.query_filter = to_condition(filters) if isinstance(filters, MetadataFilters) else filters
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         hits = self._indexer.search(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -25,19 +25,16 @@ from cocoa_embed.integrations.qdrant.points import storable
 from cocoa_embed.integrations.qdrant.settle import settle
 from cocoa_embed.integrations.qdrant.stores import open_store
 from cocoa_embed.integrations.qdrant.stores.base import Hit, Query, Signature, StoreOptions
-from cocoa_embed.integrations.qdrant.stores.client_filters import read_filter
+from cocoa_embed.integrations.qdrant.stores.client_filters import Filter, read_filter
 from cocoa_embed.integrations.qdrant.stores.store import Store
 from cocoa_embed.integrations.qdrant.thumbnails import ThumbnailFolder
 
 require("qdrant_client", "qdrant")
 
-from qdrant_client import QdrantClient, models  # noqa: E402 - after the error that names the extra
+from qdrant_client import QdrantClient  # noqa: E402 - after the error that names the extra
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-
-FINGERPRINT_DIGITS = 12
-"""Hexadecimal digits of a fingerprint in messages."""
 
 
 class QdrantIndexer:
@@ -166,7 +163,7 @@ class QdrantIndexer:
         limit: int = 10,
         offset: int = 0,
         score_threshold: float | None = None,
-        query_filter: models.Filter | Sequence[str] | str | None = None,
+        query_filter: Filter = None,
         any_orientation: bool = False,
     ) -> list[Hit]:
         """Return the images nearest to a text, to an image, or to both as one query, best first.
@@ -216,8 +213,7 @@ class QdrantIndexer:
                     f"{self._name()} was not made by cocoa-embed index, and its vectors may be another model's; choose"
                     " another collection"
                 )
-            signature = Signature(model=encoder.name, fingerprint=encoder.fingerprint, dimension=encoder.dimension)
-            self.store.create(signature)
+            self.store.create(Signature(encoder.name, encoder.fingerprint, encoder.dimension))
         return encoder
 
     def _encoder_for(self, signature: Signature) -> Encoder:
@@ -228,9 +224,9 @@ class QdrantIndexer:
         encoder = self._whole_encoder()
         if signature.fingerprint not in (None, encoder.fingerprint):
             raise CocoaError(
-                f"{self._name()} was made with {signature.model} (fingerprint"
-                f" {signature.fingerprint[:FINGERPRINT_DIGITS]}), not with {encoder.name} (fingerprint"
-                f" {encoder.fingerprint[:FINGERPRINT_DIGITS]}); choose another collection, or the model that made it"
+                f"{self._name()} was made with {signature.model} (fingerprint {signature.fingerprint:.12}), not with"
+                f" {encoder.name} (fingerprint {encoder.fingerprint:.12}); choose another collection, or the model that"
+                " made it"
             )
         encoder = cut(encoder, self._dimension or (signature.dimension if signature.fingerprint else None))
         if signature.dimension != encoder.dimension:

@@ -52,8 +52,8 @@ def new_descriptions(run: IndexRun) -> dict[str, Payload]:
             continue
         if has_new_description(file, content, run.files):
             descriptions[id_] = file.description
-            if not content.is_new and path not in run.replaced:
-                run.updated.add(path)
+            if not content.is_new:
+                run.outcomes.setdefault(path, "updated")
     return descriptions
 
 

@@ -128,57 +128,6 @@ class TestRuns:
         assert all(hit.id == point_id(hit.payload["sha256"]) for hit in album.search("red"))
         assert max(len(str(value)) for value in red.values()) < 2000
 
-    @pytest.mark.parametrize(("size", "batches"), [(1, [1, 1, 1, 1]), (3, [3, 1]), (32, [4])])
-    def test_copies_are_one_point_with_all_their_paths(self, album: Album, size: int, batches: list[int]) -> None:
-        red = album.folder / "red.png"
-        copies = [album.folder / "again.png", red, album.folder / "sub" / "copy.png"]
-        shutil.copy(red, copies[0])
-        album.index = album.indexer(batch_size=size)
-        assert album.run() == (4, 1, 0, 0, 0)
-        assert album.index.encoder.model.batches == batches  # type: ignore[comparison-overlap]
-        shutil.copy(red, copies[2])
-        assert album.run() == (0, 5, 1, 0, 0)
-        assert album.payloads["again.png"]["paths"] == list(map(str, copies))
-        assert album.payloads["again.png"]["relative_paths"] == ["again.png", "red.png", "sub/copy.png"]
-        assert len(album.vectors) == 4
-
-    def test_a_touched_file_is_read_once_and_not_embedded(self, album: Album, reads: list[str]) -> None:
-        album.run()
-        os.utime(album.folder / "red.png", (1_000_000_000, 1_000_000_000.5))
-        reads.clear()
-        for _ in range(2):
-            assert album.run() == (0, 4, 0, 0, 0)
-        assert album.payloads["red.png"]["mtime"] == 1_000_000_000.5
-        assert (reads, len(album.embedded)) == (["red.png"], 4)
-
-    def test_a_changed_file_replaces_its_point_even_if_its_size_is_the_same(self, album: Album) -> None:
-        bitmap = album.folder / "a.bmp"
-        Image.new("RGB", (4, 4), (1, 1, 1)).save(bitmap)
-        size = bitmap.stat().st_size
-        shutil.copy(album.folder / "blue.png", album.folder / "zz.png")
-        album.run()
-        Image.new("RGB", (4, 4), (200, 0, 0)).save(bitmap)
-        colour_image("red", (30, 30)).save(album.folder / "blue.png")
-        assert bitmap.stat().st_size == size
-        assert album.run() == (0, 4, 0, 2, 0)
-        assert album.search(image=bitmap, limit=1)[0].score == pytest.approx(1)
-        assert album.names == {"a.bmp", "blue.png", "green.png", "red.png", "yellow.jpg", "zz.png"}
-        (hit,) = album.search(image=album.folder / "zz.png", limit=1)
-        assert hit.payload["relative_path"] == "zz.png", "content that another file holds stays under that file"
-        assert album.run() == (0, 6, 0, 0, 0)
-
-    def test_renamed_and_swapped_files_keep_their_points(self, album: Album) -> None:
-        album.run()
-        (album.folder / "red.png").rename(album.folder / "crimson.png")
-        assert album.run() == (0, 3, 1, 0, 0)
-        assert album.names == {"blue.png", "crimson.png", "green.png", "yellow.jpg"}
-        assert album.search("red", limit=1)[0].payload["relative_path"] == "crimson.png"
-        for before, after in (("crimson.png", "x"), ("blue.png", "crimson.png"), ("x", "blue.png")):
-            (album.folder / before).rename(album.folder / after)
-        assert album.run() == (0, 2, 0, 2, 0)
-        assert Path(album.search("red", limit=1)[0].path).name == "blue.png"
-        assert len(album.embedded) == len(album.vectors) == 4
-
     def test_pruning_removes_deleted_files_below_the_named_folders_only(self, album: Album) -> None:
         shutil.copy(album.folder / "red.png", album.folder / "another.png")
         stick = album.folder.parent / "stick"

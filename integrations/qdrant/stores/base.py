@@ -70,7 +70,7 @@ class Hit:
         return caption if isinstance(caption, str) else ""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Signature:
     """The model that made the vectors of a collection."""
 
@@ -131,5 +131,5 @@ def image_path(payload: Payload) -> str:
 def read_signature(fields: Mapping[str, Any] | None, dimension: int) -> Signature:
     """Return the signature from its JSON object; without one, the collection's model is unknown."""
     if not fields:
-        return Signature(model="an unknown model", fingerprint=None, dimension=dimension)
+        return Signature("an unknown model", None, dimension)
     return Signature(model=fields["model"], fingerprint=fields["fingerprint"], dimension=dimension)

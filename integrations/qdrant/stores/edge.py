@@ -172,7 +172,8 @@ class EdgeStore(Store):
         scratch.mkdir()
         shard = edge.EdgeShard.create(str(scratch), shard_config(signature.dimension, self.options))
         for key, kind in base.PAYLOAD_INDEXES.items():
-            shard.update(edge.UpdateOperation.create_field_index(key, FIELD_INDEXES[kind]))
+            schema = TEXT_INDEX if kind == base.TEXT else getattr(edge.PayloadSchemaType, kind.capitalize())
+            shard.update(edge.UpdateOperation.create_field_index(key, schema))
         flush_and_close(shard)
         write_signature(scratch, signature)
 
@@ -250,12 +251,7 @@ class EdgeStore(Store):
         return self._opened
 
 
-FIELD_INDEXES: dict[str, Any] = {
-    base.KEYWORD: edge.PayloadSchemaType.Keyword,
-    base.INTEGER: edge.PayloadSchemaType.Integer,
-    base.FLOAT: edge.PayloadSchemaType.Float,
-    base.TEXT: edge.TextIndexParams(tokenizer=edge.TokenizerType.Word, lowercase=True, phrase_matching=True),
-}
+TEXT_INDEX = edge.TextIndexParams(tokenizer=edge.TokenizerType.Word, lowercase=True, phrase_matching=True)
 
 
 def flush_and_close(shard: edge.EdgeShard) -> None:
