@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from cocoa_embed.errors import UsageError, require
+from llama_index.core.vector_stores import FilterCondition, FilterOperator, MetadataFilter, MetadataFilters
+
+from cocoa_embed.errors import UsageError
 from cocoa_embed.integrations.qdrant import conditions
 from cocoa_embed.integrations.qdrant.conditions import Condition, Not, all_of, any_of, one_of
-
-require("llama_index.core", "llama-index")
-
-from llama_index.core.vector_stores import FilterCondition, FilterOperator, MetadataFilter, MetadataFilters  # noqa: E402
 
 LIST_OPERATORS = (FilterOperator.IN, FilterOperator.NIN, FilterOperator.ANY, FilterOperator.ALL)
 

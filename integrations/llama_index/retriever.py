@@ -5,15 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from cocoa_embed.errors import require
+from llama_index.core.base.base_retriever import BaseRetriever
+from llama_index.core.schema import NodeWithScore, QueryBundle
+from llama_index.core.vector_stores import MetadataFilters
+
 from cocoa_embed.integrations.llama_index.filters import to_condition
 from cocoa_embed.integrations.llama_index.nodes import to_node
-
-require("llama_index.core", "llama-index")
-
-from llama_index.core.base.base_retriever import BaseRetriever  # noqa: E402 - after the error that names the extra
-from llama_index.core.schema import NodeWithScore, QueryBundle  # noqa: E402
-from llama_index.core.vector_stores import MetadataFilters  # noqa: E402
 
 if TYPE_CHECKING:
     from qdrant_client import models

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from cocoa_embed.encode.encoder import Encoder, ModelInput, make_input
 from cocoa_embed.encode.load import load_encoder
-from cocoa_embed.errors import CocoaError, UsageError, printable, require
+from cocoa_embed.errors import CocoaError, UsageError, printable
 from cocoa_embed.folders import DEFAULT_INDEX
 from cocoa_embed.images.load import ImageSource
 from cocoa_embed.integrations.qdrant.image_metadata import ImageFiles
@@ -29,11 +29,8 @@ from cocoa_embed.integrations.qdrant.stores.client_filters import Filter, read_f
 from cocoa_embed.integrations.qdrant.stores.store import Store
 from cocoa_embed.integrations.qdrant.thumbnails import ThumbnailFolder
 
-require("qdrant_client", "qdrant")
-
-from qdrant_client import QdrantClient  # noqa: E402 - after the error that names the extra
-
 if TYPE_CHECKING:
+    from qdrant_client import QdrantClient
     from sentence_transformers import SentenceTransformer
 
 
@@ -210,8 +207,8 @@ class QdrantIndexer:
         if signature is None or signature.fingerprint is None:
             if signature is not None and self.store.count():
                 raise CocoaError(
-                    f"{self._name()} was not made by cocoa-embed index, and its vectors may be another model's; choose"
-                    " another collection"
+                    f"{self.store.name} was not made by cocoa-embed index, and its vectors may be another model's;"
+                    " choose another collection"
                 )
             self.store.create(Signature(encoder.name, encoder.fingerprint, encoder.dimension))
         return encoder
@@ -224,20 +221,16 @@ class QdrantIndexer:
         encoder = self._whole_encoder()
         if signature.fingerprint not in (None, encoder.fingerprint):
             raise CocoaError(
-                f"{self._name()} was made with {signature.model} (fingerprint {signature.fingerprint:.12}), not with"
-                f" {encoder.name} (fingerprint {encoder.fingerprint:.12}); choose another collection, or the model that"
-                " made it"
+                f"{self.store.name} was made with {signature.model} (fingerprint {signature.fingerprint:.12}), not with"
+                f" {encoder.name} ({encoder.fingerprint:.12}); choose another collection, or the model that made it"
             )
         encoder = cut(encoder, self._dimension or (signature.dimension if signature.fingerprint else None))
         if signature.dimension != encoder.dimension:
             raise CocoaError(
-                f"{self._name()} holds vectors of {signature.dimension} dimensions, {encoder.name} makes"
+                f"{self.store.name} holds vectors of {signature.dimension} dimensions, {encoder.name} makes"
                 f" {encoder.dimension}; choose another collection, or the model that made it"
             )
         return encoder
-
-    def _name(self) -> str:
-        return f"collection {self.collection!r} in {self.store.location}"
 
     def _whole_encoder(self) -> Encoder:
         """Return the model with all dimensions, loaded at first use.

@@ -5,6 +5,7 @@ import time
 from base64 import b64encode
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,23 +65,30 @@ def test_an_image_may_be_a_path_bytes_or_a_picture(embedding: CocoaEmbedding, fi
     assert {tuple(item) for item in model_of(embedding).documents} == {("image",)}
 
 
-def test_async_equals_sync_batch_by_batch(embedding: CocoaEmbedding, files: list[str]) -> None:
+def test_async_equals_sync_and_many_batches_at_once_share_two_threads(
+    embedding: CocoaEmbedding, files: list[str]
+) -> None:
     calls = [
         ("query_embedding", "red"),
         ("text_embedding", "blue"),
         ("image_embedding", files[0]),
         ("text_embedding_batch", list(COLOURS)),
-        ("image_embedding_batch", files * 5),
+        *[("image_embedding_batch", files * 5)] * 5,
         ("image_embedding_batch", []),
     ]
     expected = [getattr(embedding, f"get_{name}")(argument) for name, argument in calls]
-    assert model_of(embedding).batches == [1, 1, 3, 1, 3, 3, 3, 3, 3, 3, 2]
+    assert model_of(embedding).batches == [1, 1, 3, 1, *[3, 3, 3, 3, 3, 3, 2] * 5]
+    query, *documents = calls
 
-    async def embed() -> list:
+    async def embed(calls: list[tuple[str, Any]]) -> list:
         return await asyncio.gather(*(getattr(embedding, f"aget_{name}")(argument) for name, argument in calls))
 
-    assert asyncio.run(embed()) == expected
-    assert len(model_of(embedding).threads) > 1
+    for embedding.num_workers in (None, 4):
+        model_of(embedding).threads.clear()
+        assert asyncio.run(embed(documents)) == expected[1:]
+        assert len(model_of(embedding).threads) == 2
+    assert asyncio.run(embed([query])) == expected[:1]
+    assert max(model_of(embedding).batches) == embedding.embed_batch_size
 
 
 def test_errors_name_the_input(embedding: CocoaEmbedding, files: list[str], tmp_path: Path) -> None:
@@ -148,22 +156,6 @@ def test_the_dimension_truncates_the_embeddings() -> None:
     for dimension in (0, 49):
         with pytest.raises((UsageError, ValueError), match="dimension"):
             CocoaEmbedding(model=FakeModel(), dimension=dimension)
-
-
-def test_many_batches_at_once_share_two_threads(embedding: CocoaEmbedding, files: list[str]) -> None:
-    embedding.num_workers = 4
-
-    async def embed() -> tuple[list, ...]:
-        return await asyncio.gather(
-            *(embedding.aget_image_embedding_batch(files * 5) for _ in range(10)),
-            embedding.aget_text_embedding_batch(list(COLOURS) * 10),
-        )
-
-    *images, texts = asyncio.run(embed())
-    assert len(model_of(embedding).threads) <= 2
-    assert images == [embedding.get_image_embedding_batch(files) * 5] * 10
-    assert texts == embedding.get_text_embedding_batch(list(COLOURS)) * 10
-    assert max(model_of(embedding).batches) == embedding.embed_batch_size
 
 
 def test_a_query_does_not_wait_behind_all_documents(

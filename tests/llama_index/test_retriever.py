@@ -6,7 +6,6 @@ import pytest
 from fake_model import FakeModel, colour_image
 from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayload, LlamaDebugHandler
 from llama_index.core.llms import ImageBlock, MockLLM
-from llama_index.core.postprocessor import SimilarityPostprocessor
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.retrievers import QueryFusionRetriever
 from llama_index.core.schema import ImageNode, NodeWithScore, QueryBundle, TextNode
@@ -84,10 +83,9 @@ def test_foreign_points_are_retrieved_too(indexer: QdrantIndexer, client: Qdrant
 
 def test_query_engines_and_fusion_take_the_retriever(indexer: QdrantIndexer, files: list[str], llm: MockLLM) -> None:
     handler = LlamaDebugHandler(print_trace_on_end=False)
-    retriever = CocoaRetriever(indexer, callback_manager=CallbackManager([handler]))
+    retriever = CocoaRetriever(indexer, similarity_top_k=1, callback_manager=CallbackManager([handler]))
     llm.reply = "a red picture"
-    cutoff = SimilarityPostprocessor(similarity_cutoff=0.999)
-    engine = RetrieverQueryEngine.from_args(retriever, llm=llm, node_postprocessors=[cutoff], multimodal=True)
+    engine = RetrieverQueryEngine.from_args(retriever, llm=llm, multimodal=True)
     for response in (engine.query("red"), asyncio.run(engine.aquery("red"))):
         assert str(response) == "a red picture"
         assert paths(response.source_nodes) == files[:1]

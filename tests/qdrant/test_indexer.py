@@ -350,7 +350,7 @@ class TestModels:
         album.run()
         album.index = album.indexer(Encoder(FakeModel(seed=2), "cocoa-new"))
         for use in (album.run, lambda: album.index.search("red")):
-            with pytest.raises(CocoaError, match=r"made with cocoa-old \(fingerprint .*not with cocoa-new \(fingerpri"):
+            with pytest.raises(CocoaError, match=r"made with cocoa-old \(fingerprint .*not with cocoa-new \("):
                 use()
         assert album.indexer(Encoder(FakeModel(seed=1), "renamed")).search("red")
 

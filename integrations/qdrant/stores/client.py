@@ -42,13 +42,15 @@ class ClientStore(Store):
         self._opened = client
 
     def collections(self) -> list[str] | None:
-        """Return the names of all collections, sorted."""
+        """Return the names of all collections, sorted; None if the location does not exist."""
+        if not self._exists():
+            return None
         found = self._call(lambda client: client.get_collections())
         return sorted(collection.name for collection in found.collections)
 
     def signature(self) -> Signature | None:
         """Return the signature of the collection, or None if there is no such collection."""
-        if not self._call(lambda client: client.collection_exists(self.collection)):
+        if not self._exists() or not self._call(lambda client: client.collection_exists(self.collection)):
             return None
         config = self._call(lambda client: client.get_collection(self.collection)).config
         vectors = config.params.vectors
@@ -136,6 +138,9 @@ class ClientStore(Store):
                 return call(client)
             except FAILURES as error:
                 raise self._failure(error) from error
+
+    def _exists(self) -> bool:
+        return True
 
     def _connected(self) -> QdrantClient:
         return self._opened

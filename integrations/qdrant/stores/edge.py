@@ -96,7 +96,7 @@ class EdgeStore(Store):
                 found = self.signature()
                 if found is not None:
                     self._check_may_sign(found, signature)
-                    write_signature(self._shard_folder, signature)
+                    write_atomically(self._shard_folder / SIGNATURE_FILE, json.dumps(asdict(signature)))
                 else:
                     self._require_room(RESERVE)
                     self._build(self._folder / SCRATCH, signature)
@@ -175,7 +175,7 @@ class EdgeStore(Store):
             schema = TEXT_INDEX if kind == base.TEXT else getattr(edge.PayloadSchemaType, kind.capitalize())
             shard.update(edge.UpdateOperation.create_field_index(key, schema))
         flush_and_close(shard)
-        write_signature(scratch, signature)
+        write_atomically(scratch / SIGNATURE_FILE, json.dumps(asdict(signature)))
 
     def _update(self, operation: edge.UpdateOperation, size: int) -> None:
         with self._engine() as shard:
@@ -274,14 +274,6 @@ def shard_config(dimension: int, options: StoreOptions) -> edge.EdgeConfig:
         quantization_config=quantization.get(options.quantization),
     )
     return edge.EdgeConfig(vectors=vectors)
-
-
-def write_signature(shard_folder: Path, signature: Signature) -> None:
-    """Write the signature of a shard atomically.
-
-    :raises OSError: If it cannot be written.
-    """
-    write_atomically(shard_folder / SIGNATURE_FILE, json.dumps(asdict(signature)))
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -6,15 +6,11 @@ from datetime import date, datetime, timezone
 from typing import Any
 
 import numpy as np
+import qdrant_edge as edge
 from pydantic import BaseModel
+from qdrant_client import models
 
-from cocoa_embed.errors import UsageError, require
-
-require("qdrant_client", "qdrant")
-require("qdrant_edge", "edge")
-
-import qdrant_edge as edge  # noqa: E402 - after the errors that name the extras
-from qdrant_client import models  # noqa: E402
+from cocoa_embed.errors import UsageError
 
 OTHER_NAMES = {"Range": "RangeFloat", "DatetimeRange": "RangeDateTime"}
 

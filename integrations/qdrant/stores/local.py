@@ -52,14 +52,6 @@ class LocalStore(ClientStore):
         super().__init__(location, collection, options)
         self._path = path
 
-    def collections(self) -> list[str] | None:
-        """Return the names of all collections, sorted; None if the folder is no store."""
-        return super().collections() if self._exists() else None
-
-    def signature(self) -> Signature | None:
-        """Return the signature of the collection, or None if there is no such collection."""
-        return super().signature() if self._exists() else None
-
     def create(self, signature: Signature) -> None:
         """Create the collection with its signature, and the folder if needed."""
         with self._lock:

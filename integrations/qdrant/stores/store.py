@@ -33,6 +33,7 @@ class Store(ABC):
         """
         self.location = location
         self.collection = collection
+        self.name = f"collection {collection!r} in {location}"
         self.options = options
         self._lock = threading.RLock()
         self._opened: Any = None
@@ -149,15 +150,11 @@ class Store(ABC):
         return self._dimension
 
     def _no_collection(self, detail: str = "") -> CocoaError:
-        return CocoaError(
-            f"there is no collection {self.collection!r} in {self.location}{detail}; run cocoa-embed index first, or"
-            " give another place"
-        )
+        return CocoaError(f"there is no {self.name}{detail}; run cocoa-embed index first, or give another place")
 
     def _other_vectors(self, found: str) -> CocoaError:
         return CocoaError(
-            f"collection {self.collection!r} in {self.location} holds {found}, not one unnamed vector per image"
-            " compared by cosine; choose another collection"
+            f"{self.name} holds {found}, not one unnamed vector per image compared by cosine; choose another collection"
         )
 
     def _check_may_sign(self, found: Signature, signature: Signature) -> None:
@@ -167,6 +164,6 @@ class Store(ABC):
         """
         if found.fingerprint not in (None, signature.fingerprint) or found.dimension != signature.dimension:
             raise CocoaError(
-                f"collection {self.collection!r} in {self.location} was made with {found.model} ({found.dimension}"
-                f" dimensions), not with {signature.model} ({signature.dimension}); choose another collection"
+                f"{self.name} was made with {found.model} ({found.dimension} dimensions), not with {signature.model}"
+                f" ({signature.dimension}); choose another collection"
             )
