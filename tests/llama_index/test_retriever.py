@@ -1,17 +1,14 @@
 import asyncio
-from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_model import FakeModel, colour_image
 from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayload, LlamaDebugHandler
 from llama_index.core.llms import ImageBlock, MockLLM
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.retrievers import QueryFusionRetriever
-from llama_index.core.schema import ImageNode, NodeWithScore, QueryBundle, TextNode
+from llama_index.core.schema import ImageNode, NodeWithScore, QueryBundle
 from llama_index.core.vector_stores import FilterOperator, MetadataFilter, MetadataFilters
 from PIL import Image
-from qdrant_client import QdrantClient, models
 
 from cocoa_embed.errors import ImageError, UsageError
 from cocoa_embed.integrations.llama_index import CocoaRetriever
@@ -61,24 +58,6 @@ def test_threshold_and_filters_narrow_the_nodes(indexer: QdrantIndexer, files: l
     assert found(filters=where(">=", n=2)) == found(filters=late.query_filter) == sorted(files[2:])
     with pytest.raises(UsageError, match="with in 9: the operator needs a list"):
         CocoaRetriever(indexer, filters=where("in", n=9))
-
-
-def test_edge_is_retrieved_from(files: list[str], tmp_path: Path) -> None:
-    with QdrantIndexer(FakeModel(), edge=tmp_path / "store") as indexer:
-        indexer.index(files, progress=False)
-        assert paths(CocoaRetriever(indexer, filters=where(">", n=0)).retrieve("green"))[0] == files[1]
-        assert CocoaRetriever(indexer, filters=where("<", width=24)).retrieve("green") == []
-
-
-def test_foreign_points_are_retrieved_too(indexer: QdrantIndexer, client: QdrantClient, files: list[str]) -> None:
-    vector = indexer.encoder.embed_documents([{"image": colour_image("red")}])[0].tolist()
-    others = [{"path": "/theirs.png", "caption": "theirs"}, {"text": "a text of theirs"}, {"_node_content": "{"}]
-    points = [models.PointStruct(id=n, vector=vector, payload=payload) for n, payload in enumerate(others)]
-    client.upsert("images", points=points)
-    found = CocoaRetriever(indexer).retrieve("red")
-    nodes = {node.node_id: node.node for node in found}
-    assert (len(nodes), set(paths(found))) == (7, {"/theirs.png", *files})
-    assert (type(nodes["1"]), nodes["1"].text) == (TextNode, "a text of theirs")
 
 
 def test_query_engines_and_fusion_take_the_retriever(indexer: QdrantIndexer, files: list[str], llm: MockLLM) -> None:

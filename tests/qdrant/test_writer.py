@@ -15,21 +15,16 @@ class SharedStore:
     def __init__(self, parallel: int = 1, fails_at: int | None = None) -> None:
         self.parallel = parallel
         self.batches: list[list[str]] = []
-        self.active = 0
-        self.most_active = 0
+        self.threads: set[int] = set()
         self._fails_at = fails_at
-        self._changed = threading.Condition()
+        self._barrier = threading.Barrier(parallel)
 
     def upsert(self, points: Sequence[Point]) -> None:
-        with self._changed:
-            self.active += 1
-            self.most_active = max(self.most_active, self.active)
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: self.most_active >= self.parallel, timeout=60)
-            self.active -= 1
-            if len(self.batches) == self._fails_at:
-                raise CocoaError("the disk is full")
-            self.batches.append([point.id for point in points])
+        self.threads.add(threading.get_ident())
+        self._barrier.wait(60)
+        if len(self.batches) == self._fails_at:
+            raise CocoaError("the disk is full")
+        self.batches.append([point.id for point in points])
 
 
 def points(count: int, store: SharedStore) -> Iterator[Point]:
@@ -45,10 +40,10 @@ def test_every_point_is_stored_once_by_as_many_threads_as_the_store_allows(
 ) -> None:
     monkeypatch.setattr(writer, "BATCH_POINTS", 4)
     store = SharedStore(parallel)
-    writer.write_points(store, points(50, store))
-    assert sorted(map(len, store.batches)) == [2, *[4] * 12]
-    assert sorted(int(id_) for batch in store.batches for id_ in batch) == list(range(50))
-    assert store.most_active == parallel
+    writer.write_points(store, points(46, store))
+    assert sorted(map(len, store.batches)) == [2, *[4] * 11]
+    assert sorted(int(id_) for batch in store.batches for id_ in batch) == list(range(46))
+    assert len(store.threads) == parallel
 
 
 @pytest.mark.parametrize(("fails_at", "count"), [(10, 50), (0, 1)])
