@@ -57,10 +57,8 @@ def split_by_image(nodes: Sequence[BaseNode]) -> tuple[list[tuple[BaseNode, Imag
     :raises ImageError: If the image in a node is not in base64.
     """
     pairs = [(node, image_of(node)) for node in nodes]
-    return (
-        [(node, image) for node, image in pairs if image is not None],
-        [node for node, image in pairs if image is None],
-    )
+    images = [(node, image) for node, image in pairs if image is not None]
+    return images, [node for node, image in pairs if image is None]
 
 
 def to_node(hit: Hit) -> NodeWithScore:

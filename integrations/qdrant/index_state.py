@@ -56,15 +56,10 @@ class IndexState:
         for id_, payload in points:
             if not payload.get("sha256"):
                 continue
-            description = {key: payload.get(key) for key in DESCRIPTION_KEYS}
             locations = {location.path: location for location in stored_locations(payload)}
-            state.contents[id_] = Content(
-                payload.get("bytes", 0),
-                locations,
-                description_digest(description),
-                payload.get("caption_source"),
-                payload.get("thumbnail"),
-            )
+            digest = description_digest({key: payload.get(key) for key in DESCRIPTION_KEYS})
+            source, thumbnail = payload.get("caption_source"), payload.get("thumbnail")
+            state.contents[id_] = Content(payload.get("bytes", 0), locations, digest, source, thumbnail)
             for path in locations:
                 if state.ids.setdefault(path, id_) != id_:
                     state._conflicts.setdefault(path, set()).add(id_)

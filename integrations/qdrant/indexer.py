@@ -97,11 +97,6 @@ class QdrantIndexer:
         self._indexing = threading.Lock()
 
     @property
-    def collection(self) -> str:
-        """The name of the collection."""
-        return self.store.collection
-
-    @property
     def encoder(self) -> Encoder:
         """The model, loaded at first use.
 
@@ -143,14 +138,13 @@ class QdrantIndexer:
             encoder = self._prepare_collection()
             started = time.perf_counter()
             state = IndexState.read(self.store.scan(STATE_KEYS))
-            with tqdm(
-                total=len(files), desc=f"indexing into {self.collection}", unit="image", disable=not progress
-            ) as bar:
+            title = f"indexing into {self.store.collection}"
+            with tqdm(total=len(files), desc=title, unit="image", disable=not progress) as bar:
                 run = IndexRun(files, self.store, encoder, state, folder, bar.update)
                 run.store_new_content(self.batch_size)
                 settle(run, prune=prune)
             self.store.finish()
-        return run.summary(self.collection, time.perf_counter() - started)
+        return run.summary(self.store.collection, time.perf_counter() - started)
 
     def search(
         self,

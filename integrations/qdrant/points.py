@@ -103,13 +103,8 @@ def node_fields(node_id: str, fields: Payload) -> Payload:
     :param node_id: The id of the point.
     :param fields: The node's metadata: the payload without these fields.
     """
-    source: Payload = {
-        "node_id": node_id,
-        "node_type": "4",
-        "metadata": {},
-        "hash": None,
-        "class_name": "RelatedNodeInfo",
-    }
+    source: Payload = {"node_id": node_id, "node_type": "4", "metadata": {}, "hash": None}
+    source["class_name"] = "RelatedNodeInfo"
     node = {
         "id_": node_id,
         "embedding": None,

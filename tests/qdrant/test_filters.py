@@ -164,7 +164,7 @@ STORED = st.fixed_dictionaries(
 
 def ranges(limits: list[Any]) -> st.SearchStrategy[tree.Condition]:
     bounds = st.dictionaries(st.sampled_from(["gt", "gte", "lt", "lte"]), st.sampled_from(limits), min_size=1)
-    return st.builds(lambda path, bounds: tree.Range(path, **bounds), PATHS, bounds)
+    return st.builds(tree.Range, PATHS, bounds)
 
 
 def groups(parts: st.SearchStrategy[tree.Condition]) -> st.SearchStrategy[tree.Condition]:

@@ -115,7 +115,6 @@ class ClientStore(Store):
                 offset=query.offset,
                 score_threshold=query.score_threshold,
                 search_params=self._search_params(query.limit + query.offset),
-                with_payload=True,
             )
         )
         return answer.points

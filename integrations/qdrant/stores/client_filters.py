@@ -52,11 +52,10 @@ def _convert(condition: tree.Condition) -> models.Condition:
             return models.Filter(must_not=[_convert(negated)])
         case tree.OneOf(path, values):
             return models.Filter(should=_equal_to_one_of(path, values))
-        case tree.Range(path, gt, gte, lt, lte):
-            bounds: dict[str, Any] = {"gt": gt, "gte": gte, "lt": lt, "lte": lte}
+        case tree.Range(path, bounds):
             is_time = any(isinstance(bound, datetime) for bound in bounds.values())
-            limits = models.DatetimeRange(**bounds) if is_time else models.Range(**bounds)
-            return models.FieldCondition(key=path, range=limits)
+            limits: Any = models.DatetimeRange if is_time else models.Range
+            return models.FieldCondition(key=path, range=limits(**bounds))
         case tree.HasWords(path, text):
             return models.FieldCondition(key=path, match=models.MatchText(text=text))
         case tree.Exists(path):

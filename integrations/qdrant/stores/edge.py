@@ -122,8 +122,9 @@ class EdgeStore(Store):
         with self._engine() as shard:
             info = shard.info()
             if info.indexed_vectors_count < info.points_count:
-                # Segments are rewritten beside the old ones, which the next flush deletes.
-                self._require_room(RESERVE + allocated_bytes(self._shard_folder / "segments"))
+                # Segments are rewritten beside the old ones, which the next flush deletes; mapped files have holes.
+                files = filter(Path.is_file, self._shard_folder.glob("segments/**/*"))
+                self._require_room(RESERVE + sum(file.stat().st_blocks * 512 for file in files))
             shard.optimize()
             shard.flush()
 
@@ -262,10 +263,9 @@ def flush_and_close(shard: edge.EdgeShard) -> None:
 
 def shard_config(dimension: int, options: StoreOptions) -> edge.EdgeConfig:
     """Return how a new shard keeps its vectors."""
-    in_memory = edge.Memory.Pinned
     quantization: dict[str | None, Any] = {
-        "scalar": edge.ScalarQuantizationConfig(type=edge.ScalarType.Int8, quantile=0.99, memory=in_memory),
-        "binary": edge.BinaryQuantizationConfig(memory=in_memory),
+        "scalar": edge.ScalarQuantizationConfig(type=edge.ScalarType.Int8, quantile=0.99, memory=edge.Memory.Pinned),
+        "binary": edge.BinaryQuantizationConfig(memory=edge.Memory.Pinned),
     }
     vectors = edge.EdgeVectorParams(
         size=dimension,
@@ -289,8 +289,3 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CocoaError(f"{printable(file)} holds no JSON object; the index cannot be opened")
     return value
-
-
-def allocated_bytes(folder: Path) -> int:
-    """Return the bytes on disk of the files below a folder, without the holes in mapped files."""
-    return sum(file.stat().st_blocks * 512 for file in folder.rglob("*") if file.is_file())
