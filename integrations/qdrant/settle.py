@@ -48,7 +48,7 @@ def new_descriptions(run: IndexRun) -> dict[str, Payload]:
     for file in (file for file in run.files if str(file.path) not in failed):
         path = file.stored_path
         id_ = run.state.ids.get(path)
-        if id_ is None or next(iter((content := run.state.contents[id_]).locations)) != path:
+        if id_ is None or next(iter((content := run.state.contents[id_]).locations), None) != path:
             continue
         if has_new_description(file, content, run.files):
             descriptions[id_] = file.description
