@@ -298,11 +298,6 @@ class TestSearch:
         png = models.FieldCondition(key="mime", match=models.MatchValue(value="image/png"))
         for condition in (models.Filter(must=[png]), "mime=image/png", ["mime=image/png", "width>1"]):
             assert len(album.search("red", query_filter=condition)) == 3
-        texts = [str(album.folder / "red.png"), "https://example.com/red.png", "data:image/png;base64,iVBORw0KGgo="]
-        for text in texts:
-            album.search(text)
-        queries = album.index.encoder.model.queries
-        assert queries[-3:] == [{"text": text} for text in texts], "a text is always text"
 
     def test_a_rotated_or_mirrored_image_is_found_on_request(self, album: Album) -> None:
         generator = np.random.default_rng(0)
