@@ -21,8 +21,9 @@ from qdrant_client import models
 
 from cocoa_embed.integrations.qdrant.points import FileLocation, make_payload, point_id
 from cocoa_embed.integrations.qdrant.stores import open_store
-from cocoa_embed.integrations.qdrant.stores.base import Point, Query, Signature, Store
+from cocoa_embed.integrations.qdrant.stores.base import Point, Query, Signature
 from cocoa_embed.integrations.qdrant.stores.client_filters import read_filter
+from cocoa_embed.integrations.qdrant.stores.store import Store
 from shared.measuring import best_device, machine, seconds_of
 
 STORES = ("path", "edge")

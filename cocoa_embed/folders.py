@@ -6,6 +6,9 @@ from pathlib import Path
 
 from cocoa_embed.errors import CocoaError
 
+DEFAULT_INDEX = "cocoa-index"
+"""The folder of the local index, where no other place is named."""
+
 RUN_MARKER = ".cocoa-run"
 """Marks the output folder of a training run, which holds its checkpoints."""
 

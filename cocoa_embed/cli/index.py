@@ -13,6 +13,7 @@ import typer
 
 from cocoa_embed.cli.output import DeviceOption, JsonOption, check_all, print_json, say, silence_libraries, working
 from cocoa_embed.errors import CocoaError, ImageError, UsageError, printable, require
+from cocoa_embed.folders import DEFAULT_INDEX
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from cocoa_embed.integrations.qdrant.indexer import IndexSummary, QdrantIndexer
     from cocoa_embed.integrations.qdrant.stores.base import Hit
 
-DEFAULT_INDEX = Path("cocoa-index")
 WEB = ("http://", "https://")
 
 ModelOption = Annotated[str, typer.Option(help="A SentenceTransformer folder, or owner/name on the Hugging Face hub.")]
@@ -163,7 +163,7 @@ def check_storage(collection: str, storage: dict[str, Any], *, exists: bool = Fa
     if len(given) > 1:
         raise UsageError(f"{' and '.join(f'--{name}' for name in given)} were given together; give one of them")
     check_collection_name(collection)
-    folder: Any = storage[given[0]] or DEFAULT_INDEX
+    folder: Any = storage[given[0]] or Path(DEFAULT_INDEX)
     if given == ["url"]:
         check_url(folder)
     elif exists and not folder.is_dir():

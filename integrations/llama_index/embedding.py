@@ -10,19 +10,17 @@ from contextvars import copy_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from llama_index.core.base.embeddings.base import Embedding
+from llama_index.core.bridge.pydantic import Field, PrivateAttr
+from llama_index.core.embeddings import MultiModalEmbedding
+from llama_index.core.schema import BaseNode, ImageType
+
 from cocoa_embed.encode.encoder import Encoder, ModelInput, make_input
 from cocoa_embed.encode.load import load_encoder
-from cocoa_embed.errors import CocoaError, ImageError, UsageError, one_line, printable, require
+from cocoa_embed.errors import CocoaError, ImageError, UsageError, one_line, printable
 from cocoa_embed.images.load import ImageSource
 from cocoa_embed.integrations.llama_index.nodes import split_by_image
 from cocoa_embed.model.loading import is_hub_name
-
-require("llama_index.core", "llama-index")
-
-from llama_index.core.base.embeddings.base import Embedding  # noqa: E402 - after the error that names the extra
-from llama_index.core.bridge.pydantic import Field, PrivateAttr  # noqa: E402
-from llama_index.core.embeddings import MultiModalEmbedding  # noqa: E402
-from llama_index.core.schema import BaseNode, ImageType  # noqa: E402
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -8,26 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from cocoa_embed.errors import UsageError, require
-from cocoa_embed.integrations.qdrant.conditions import (
-    Condition,
-    Not,
-    all_of,
-    any_of,
-    compare,
-    exists,
-    has_words,
-    one_of,
-)
+from llama_index.core.vector_stores import FilterCondition, FilterOperator, MetadataFilter, MetadataFilters
 
-require("llama_index.core", "llama-index")
-
-from llama_index.core.vector_stores import (  # noqa: E402 - after the error that names the extra
-    FilterCondition,
-    FilterOperator,
-    MetadataFilter,
-    MetadataFilters,
-)
+from cocoa_embed.errors import UsageError
+from cocoa_embed.integrations.qdrant import conditions
+from cocoa_embed.integrations.qdrant.conditions import Condition, Not, all_of, any_of, one_of
 
 LIST_OPERATORS = (FilterOperator.IN, FilterOperator.NIN, FilterOperator.ANY, FilterOperator.ALL)
 
@@ -75,11 +60,11 @@ def read_filter(filter_: MetadataFilter) -> Condition:
             case FilterOperator.ALL:
                 return all_of(one_of(key, [each]) for each in values)
             case FilterOperator.TEXT_MATCH | FilterOperator.TEXT_MATCH_INSENSITIVE:
-                return has_words(key, str(values[0]))
+                return conditions.has_words(key, str(values[0]))
             case FilterOperator.IS_EMPTY:
-                return Not(exists(key))
+                return Not(conditions.exists(key))
             case FilterOperator.GT | FilterOperator.GTE | FilterOperator.LT | FilterOperator.LTE:
-                return compare(key, operator.name.lower(), values[0])
+                return conditions.compare(key, operator.name.lower(), values[0])
     except UsageError as error:
         raise UsageError(f"the filter on {key!r} with {operator.value} {value!r}: {error}") from None
     raise UsageError(f"the filter operator {operator!r} is not known; use one of {', '.join(FilterOperator)}")

@@ -10,13 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
-from cocoa_embed.errors import ImageError, require
+from llama_index.core.schema import BaseNode, ImageNode, ImageType, Node, NodeWithScore, TextNode
+from llama_index.core.vector_stores.utils import metadata_dict_to_node
+
+from cocoa_embed.errors import ImageError
 from cocoa_embed.integrations.qdrant.points import plain_payload
-
-require("llama_index.core", "llama-index")
-
-from llama_index.core.schema import BaseNode, ImageNode, ImageType, Node, NodeWithScore, TextNode  # noqa: E402
-from llama_index.core.vector_stores.utils import metadata_dict_to_node  # noqa: E402
 
 if TYPE_CHECKING:
     from cocoa_embed.integrations.qdrant.indexer import Hit
@@ -59,10 +57,8 @@ def split_by_image(nodes: Sequence[BaseNode]) -> tuple[list[tuple[BaseNode, Imag
     :raises ImageError: If the image in a node is not in base64.
     """
     pairs = [(node, image_of(node)) for node in nodes]
-    return (
-        [(node, image) for node, image in pairs if image is not None],
-        [node for node, image in pairs if image is None],
-    )
+    images = [(node, image) for node, image in pairs if image is not None]
+    return images, [node for node, image in pairs if image is None]
 
 
 def to_node(hit: Hit) -> NodeWithScore:

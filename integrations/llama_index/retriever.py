@@ -5,15 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from cocoa_embed.errors import require
+from llama_index.core.base.base_retriever import BaseRetriever
+from llama_index.core.schema import NodeWithScore, QueryBundle
+from llama_index.core.vector_stores import MetadataFilters
+
 from cocoa_embed.integrations.llama_index.filters import to_condition
 from cocoa_embed.integrations.llama_index.nodes import to_node
-
-require("llama_index.core", "llama-index")
-
-from llama_index.core.base.base_retriever import BaseRetriever  # noqa: E402 - after the error that names the extra
-from llama_index.core.schema import NodeWithScore, QueryBundle  # noqa: E402
-from llama_index.core.vector_stores import MetadataFilters  # noqa: E402
 
 if TYPE_CHECKING:
     from qdrant_client import models
@@ -51,12 +48,7 @@ class CocoaRetriever(BaseRetriever):
         self._indexer = indexer
         self.similarity_top_k = similarity_top_k
         self.score_threshold = score_threshold
-        if isinstance(filters, MetadataFilters):
-            from cocoa_embed.integrations.qdrant.stores.client_filters import to_client_filter
-
-            condition = to_condition(filters)
-            filters = None if condition is None else to_client_filter(condition)
-        self.query_filter = filters
+        self.query_filter = to_condition(filters) if isinstance(filters, MetadataFilters) else filters
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         hits = self._indexer.search(

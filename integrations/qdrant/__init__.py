@@ -4,9 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cocoa_embed.integrations.qdrant.index_run import IndexSummary
-    from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
-    from cocoa_embed.integrations.qdrant.stores.base import Hit
+    from cocoa_embed.integrations.qdrant.indexer import Hit, IndexSummary, QdrantIndexer
 
 __all__ = ["Hit", "IndexSummary", "QdrantIndexer"]
 

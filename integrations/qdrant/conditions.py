@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import TypeAlias, TypeGuard
@@ -71,10 +71,8 @@ class Range:
     """The field, or an element of a list in it, is a number or an ISO 8601 date within the bounds."""
 
     path: str
-    gt: float | datetime | None = None
-    gte: float | datetime | None = None
-    lt: float | datetime | None = None
-    lte: float | datetime | None = None
+    bounds: Mapping[str, float | datetime]
+    """By ``gt``, ``gte``, ``lt`` or ``lte``."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +147,7 @@ def _at_time(key: str, value: Scalar) -> Condition:
     if is_number(value):
         return on_paths(key, lambda path: OneOf(path, (value,)))
     start, end = (moment.timestamp() for moment in parse_period(str(value)))
-    return on_paths(key, lambda path: Range(path, gte=start, lt=end) if start < end else OneOf(path, (start,)))
+    return on_paths(key, lambda path: Range(path, {"gte": start, "lt": end}) if start < end else OneOf(path, (start,)))
 
 
 def compare(key: str, bound: str, value: Scalar) -> Condition:
@@ -165,7 +163,7 @@ def compare(key: str, bound: str, value: Scalar) -> Condition:
     limit = value if is_number(value) else parse_period(str(value))[0]
     if type_ == TIME and isinstance(limit, datetime):
         limit = limit.timestamp()
-    return on_paths(key, lambda path: Range(path, **{bound: limit}))
+    return on_paths(key, lambda path: Range(path, {bound: limit}))
 
 
 def has_words(key: str, text: str) -> Condition:

@@ -21,9 +21,8 @@ def write_hits_page(file: Path, title: str, hits: Sequence[Hit]) -> None:
     :raises CocoaError: If Jinja2 is not installed or the file cannot be written.
     """
     environment = require("jinja2", "report").Environment(autoescape=True)
-    page = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
-        title=printable(title), cards=[card(hit) for hit in hits]
-    )
+    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    page = template.render(title=printable(title), cards=[card(hit) for hit in hits])
     try:
         file.write_text(page, encoding="utf-8")
     except OSError as error:

@@ -34,18 +34,16 @@ class ImageFiles:
         self.unlisted: list[dict[str, str]] = []
         self.covered: list[str] = []
         """The folders and files that the run covers, as payloads name them."""
-        self._roots: list[tuple[Path, list[Path]]] = []
-        """Folders, each with the files found by it; a file's relative path starts there."""
+        self._roots: dict[Path, Path] = {}
+        """The folder where the relative path of each file starts."""
         self._columns: dict[Path, dict[str, Any]] = {}
         """The metadata of each file."""
         self._caption_source: dict[Path, str] = {}
         """The first metadata file that describes each file."""
-        seen: set[Path] = set()
         for path in outermost(paths):
-            found = (Path(os.path.abspath(file)) for file in find_images([path], on_error=self._note))
-            new = [file for file in found if file not in seen]
-            seen.update(new)
-            self._roots.append((search_folder(path), new))
+            root = search_folder(path)
+            for file in find_images([path], on_error=self._note):
+                self._roots.setdefault(Path(os.path.abspath(file)), root)
             self.covered += [storable(os.path.abspath(place)) for place in places_covered(path)]
         self._checked_sources = self._read_all_metadata()
         """The metadata files, read without a fault, that may describe the files in each folder."""
@@ -55,7 +53,7 @@ class ImageFiles:
 
     def _read_all_metadata(self) -> dict[Path, frozenset[str]]:
         """Read the metadata files of all folders and the folders above; return the names of the good ones by folder."""
-        first = {(root, file.parent): file for root, files in self._roots for file in reversed(files)}
+        first = {(root, file.parent): file for file, root in reversed(self._roots.items())}
         above: dict[Path, set[Path]] = defaultdict(set)
         for root, folder in first:
             above[folder] |= {folder, *(up for up in folder.parents if up.is_relative_to(root))}
@@ -67,12 +65,11 @@ class ImageFiles:
 
     def __len__(self) -> int:
         """Return how many files there are."""
-        return sum(len(files) for _, files in self._roots)
+        return len(self._roots)
 
     def __iter__(self) -> Iterator[ImageFile]:
         """Yield the files with their metadata."""
-        for root, files in self._roots:
-            yield from (self._describe(root, file) for file in files)
+        return (self._describe(root, file) for file, root in self._roots.items())
 
     def covers(self, path: str) -> bool:
         """Return whether the run would have found a file of this path, as a payload names it, if it existed."""

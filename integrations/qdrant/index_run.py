@@ -6,10 +6,11 @@ content of a file is stored before the old content is deleted, and a file that t
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.encode.jobs import EmbeddedImage
@@ -20,9 +21,10 @@ from cocoa_embed.images.to_rgb import draw_thumbnail
 from cocoa_embed.integrations.qdrant.image_metadata import ImageFiles
 from cocoa_embed.integrations.qdrant.index_state import Content, IndexState, description_digest
 from cocoa_embed.integrations.qdrant.points import FileLocation, ImageFile, make_payload, point_id
-from cocoa_embed.integrations.qdrant.stores.base import Point, Store
+from cocoa_embed.integrations.qdrant.stores.base import Point
+from cocoa_embed.integrations.qdrant.stores.store import Store
 from cocoa_embed.integrations.qdrant.thumbnails import THUMBNAIL_SIZE, ThumbnailFolder
-from cocoa_embed.integrations.qdrant.writer import Writer
+from cocoa_embed.integrations.qdrant.writer import write_points
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,8 @@ class IndexRun:
     state: IndexState
     thumbnails: ThumbnailFolder | None = None
     on_file_done: Callable[[], object] = lambda: None
-    indexed: int = 0
-    updated: set[str] = field(default_factory=set)
-    """Paths, because a file may be updated for more than one reason."""
-    replaced: set[str] = field(default_factory=set)
+    outcomes: dict[str, Literal["indexed", "updated", "replaced"]] = field(default_factory=dict)
+    """What was done with a file, by path; a file that is not here is unchanged or has failed."""
     pruned: int = 0
     embedded: int = 0
     """Contents that the model has embedded."""
@@ -86,17 +86,18 @@ class IndexRun:
         changed = self._skip_unchanged(self.files)
         new = self._skip_stored(read_ahead(read_file, changed))
         size = None if self.thumbnails is None else THUMBNAIL_SIZE
-        self._write(self.encoder.stream_images(new, batch_size=batch_size, thumbnail_size=size))
+        embedded = self.encoder.stream_images(new, batch_size=batch_size, thumbnail_size=size)
+        write_points(self.store, self._points(embedded))
 
     def summary(self, collection: str, seconds: float) -> IndexSummary:
         """Return the summary of the finished run."""
-        changed = self.indexed + len(self.updated) + len(self.replaced) + len(self.failed)
+        counts = Counter(self.outcomes.values())
         return IndexSummary(
             collection=collection,
-            indexed=self.indexed,
-            unchanged=len(self.files) - changed,
-            updated=len(self.updated),
-            replaced=len(self.replaced),
+            indexed=counts["indexed"],
+            unchanged=len(self.files) - counts.total() - len(self.failed),
+            updated=counts["updated"],
+            replaced=counts["replaced"],
             pruned=self.pruned,
             failed=sorted([*self.failed, *self.files.unlisted], key=lambda failure: failure["path"]),
             seconds=seconds,
@@ -118,18 +119,18 @@ class IndexRun:
                 self.on_file_done()
 
     def _skip_stored(
-        self, files: Iterable[tuple[ImageFile, Future[tuple[ContentKey, FileContent] | ImageError]]]
+        self, files: Iterable[tuple[ImageFile, Future[tuple[ContentKey, FileContent]]]]
     ) -> Iterator[tuple[ContentKey, bytes]]:
         """Yield each new content once; record the files whose content is stored, and those that cannot be read."""
         for file, reading in files:
-            read = reading.result()
-            if isinstance(read, ImageError):
-                self._fail(file, read)
+            try:
+                content, (data, mtime, _) = reading.result()
+            except ImageError as error:
+                self._fail(file, error)
                 self.on_file_done()
                 continue
-            content, (data, mtime, _) = read
             location = file.location(mtime)
-            if content.id in self.state:
+            if content.id in self.state.contents:
                 self._record_stored(file, location, content.id, data)
                 self.on_file_done()
             elif content.id in self._embedding:
@@ -140,45 +141,44 @@ class IndexRun:
 
     def _record_stored(self, file: ImageFile, location: FileLocation, id_: str, data: bytes) -> None:
         """Record that a file holds a stored content."""
+        content = self.state.contents[id_]
         if self.thumbnails is not None and self._lacks_thumbnail(id_):
             try:
                 image, _ = decode_image(data, printable(file.path))
             except ImageError as error:
                 self._fail(file, error)
                 return
-            self.state.set_thumbnail(id_, self.thumbnails.write(id_, draw_thumbnail(image, THUMBNAIL_SIZE)))
-        id_before = self.state.id_of(location.path)
-        content = self.state.contents[id_]
+            content.thumbnail = self.thumbnails.write(id_, draw_thumbnail(image, THUMBNAIL_SIZE))
+            content.has_changed = True
+        id_before = self.state.ids.get(location.path)
         is_known = location.path in content.locations
         self.state.remove_missing(id_, self.files.misses)
         self.state.attach(id_, location)
         if id_before not in (None, id_):
-            self.replaced.add(location.path)
+            self.outcomes[location.path] = "replaced"
         elif not is_known and not content.is_new:
-            self.updated.add(location.path)
+            self.outcomes[location.path] = "updated"
 
-    def _write(self, contents: Iterable[tuple[ContentKey, EmbeddedImage | ImageError]]) -> None:
-        """Store the embedded contents and record the files that hold them."""
-        with Writer(self.store) as writer:
-            for content, embedded in contents:
-                files = self._embedding.pop(content.id)
-                if isinstance(embedded, ImageError):
-                    for file, location in files:
-                        self._fail(file, embedded)
-                        self.state.detach(location.path)
-                else:
-                    locations = {location.path: location for _, location in files}
-                    writer.add(self._make_point(content, locations, files[0][0], embedded))
-                for _ in files:
-                    self.on_file_done()
+    def _points(self, contents: Iterable[tuple[ContentKey, EmbeddedImage | ImageError]]) -> Iterator[Point]:
+        """Yield the points of the embedded contents and record the files that hold them."""
+        for content, embedded in contents:
+            files = self._embedding.pop(content.id)
+            if isinstance(embedded, ImageError):
+                for file, location in files:
+                    self._fail(file, embedded)
+                    self.state.detach(location.path)
+            else:
+                locations = {location.path: location for _, location in files}
+                yield self._make_point(content, locations, files[0][0], embedded)
+            for _ in files:
+                self.on_file_done()
 
     def _make_point(
         self, content: ContentKey, locations: dict[str, FileLocation], first: ImageFile, embedded: EmbeddedImage
     ) -> Point:
         """Return the point of a new content, described by its first file, and record its files."""
-        replaced = {path for path in locations if self.state.id_of(path) is not None}
-        self.replaced |= replaced
-        self.indexed += not replaced
+        replaced = locations.keys() & self.state.ids.keys()
+        self.outcomes |= dict.fromkeys(replaced, "replaced") or {next(iter(locations)): "indexed"}
         self.embedded += 1
         description, thumbnail = first.description, None
         if self.thumbnails is not None and embedded.thumbnail is not None:
@@ -202,11 +202,11 @@ class IndexRun:
         self.failed.append({"path": str(file.path), "reason": error.reason})
 
 
-def read_file(file: ImageFile) -> tuple[ContentKey, FileContent] | ImageError:
-    """Read and hash a file; an error is returned instead of raised."""
-    try:
-        read = read_stable_file(file.path)
-    except ImageError as error:
-        return error
+def read_file(file: ImageFile) -> tuple[ContentKey, FileContent]:
+    """Read and hash a file.
+
+    :raises ImageError: If it cannot be read.
+    """
+    read = read_stable_file(file.path)
     sha256 = hashlib.sha256(read.data).hexdigest()
     return ContentKey(point_id(sha256), sha256, read.size), read

@@ -26,7 +26,7 @@ class Content:
     size: int
     """In bytes."""
     locations: dict[str, FileLocation]
-    """By path."""
+    """By path; the first file describes the content."""
     description_digest: bytes
     """Of the stored caption and metadata."""
     caption_source: str | None = None
@@ -38,19 +38,14 @@ class Content:
     is_new: bool = False
     """Whether this run has stored it."""
 
-    @property
-    def first_path(self) -> str | None:
-        """The path of the file that describes the content; None if no file holds it."""
-        return next(iter(self.locations), None)
-
 
 @dataclass
 class IndexState:
     """The contents of a collection by id."""
 
     contents: dict[str, Content] = field(default_factory=dict)
-    _ids: dict[str, str] = field(default_factory=dict)
-    """The id of the content of each path."""
+    ids: dict[str, str] = field(default_factory=dict)
+    """The id of the content that each file had when it was last read, by path."""
     _conflicts: dict[str, set[str]] = field(default_factory=dict)
     """Other contents stored with a path: a run was killed before it had updated them."""
 
@@ -61,31 +56,18 @@ class IndexState:
         for id_, payload in points:
             if not payload.get("sha256"):
                 continue
-            description = {key: payload.get(key) for key in DESCRIPTION_KEYS}
             locations = {location.path: location for location in stored_locations(payload)}
-            state.contents[id_] = Content(
-                payload.get("bytes", 0),
-                locations,
-                description_digest(description),
-                payload.get("caption_source"),
-                payload.get("thumbnail"),
-            )
+            digest = description_digest({key: payload.get(key) for key in DESCRIPTION_KEYS})
+            source, thumbnail = payload.get("caption_source"), payload.get("thumbnail")
+            state.contents[id_] = Content(payload.get("bytes", 0), locations, digest, source, thumbnail)
             for path in locations:
-                if state._ids.setdefault(path, id_) != id_:
+                if state.ids.setdefault(path, id_) != id_:
                     state._conflicts.setdefault(path, set()).add(id_)
         return state
 
-    def __contains__(self, id_: str) -> bool:
-        """Return whether a content is stored."""
-        return id_ in self.contents
-
-    def id_of(self, path: str) -> str | None:
-        """Return the id of the content that a file had when it was last read; None if the file is not indexed."""
-        return self._ids.get(path)
-
     def unchanged_id(self, path: str, mtime: float, size: int) -> str | None:
         """Return the id of a file's content if the file has the mtime and the size that it had when it was indexed."""
-        id_ = self._ids.get(path)
+        id_ = self.ids.get(path)
         if id_ is None or path in self._conflicts or self.contents[id_].size != size:
             return None
         location = self.contents[id_].locations.get(path)
@@ -109,21 +91,16 @@ class IndexState:
     def detach(self, path: str) -> None:
         """Record that a file holds no stored content."""
         self._detach(path, None)
-        self._ids.pop(path, None)
+        self.ids.pop(path, None)
 
     def remove_missing(self, id_: str, is_missing: Callable[[str], bool]) -> int:
         """Remove the files of a content that no longer exist, and return their number."""
         missing = list(filter(is_missing, self.contents[id_].locations))
         for path in missing:
             self._remove(path, id_)
-            if self._ids.get(path) == id_:
-                del self._ids[path]
+            if self.ids.get(path) == id_:
+                del self.ids[path]
         return len(missing)
-
-    def set_thumbnail(self, id_: str, path: str) -> None:
-        """Record that a content has a new thumbnail."""
-        self.contents[id_].thumbnail = path
-        self.contents[id_].has_changed = True
 
     def changed(self) -> dict[str, Content]:
         """Return the contents whose payload is out of date; one without locations is to be deleted."""
@@ -131,10 +108,10 @@ class IndexState:
 
     def _detach(self, path: str, id_: str | None) -> None:
         """Take a path from every content but ``id_``, and give it to that one."""
-        for other in {self._ids.get(path), *self._conflicts.pop(path, ())} - {None, id_}:
+        for other in {self.ids.get(path), *self._conflicts.pop(path, ())} - {None, id_}:
             self._remove(path, str(other))
         if id_ is not None:
-            self._ids[path] = id_
+            self.ids[path] = id_
 
     def _remove(self, path: str, id_: str) -> None:
         content = self.contents[id_]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -14,7 +15,8 @@ from tqdm.auto import tqdm
 
 from cocoa_embed.encode.encoder import Encoder, ModelInput, make_input
 from cocoa_embed.encode.load import load_encoder
-from cocoa_embed.errors import CocoaError, UsageError, printable, require
+from cocoa_embed.errors import CocoaError, UsageError, printable
+from cocoa_embed.folders import DEFAULT_INDEX
 from cocoa_embed.images.load import ImageSource
 from cocoa_embed.integrations.qdrant.image_metadata import ImageFiles
 from cocoa_embed.integrations.qdrant.index_run import IndexRun, IndexSummary
@@ -22,20 +24,14 @@ from cocoa_embed.integrations.qdrant.index_state import STATE_KEYS, IndexState
 from cocoa_embed.integrations.qdrant.points import storable
 from cocoa_embed.integrations.qdrant.settle import settle
 from cocoa_embed.integrations.qdrant.stores import open_store
-from cocoa_embed.integrations.qdrant.stores.base import Hit, Query, Signature, Store, StoreOptions, require_signature
-from cocoa_embed.integrations.qdrant.stores.client_filters import read_filter
+from cocoa_embed.integrations.qdrant.stores.base import Hit, Query, Signature, StoreOptions
+from cocoa_embed.integrations.qdrant.stores.client_filters import Filter, read_filter
+from cocoa_embed.integrations.qdrant.stores.store import Store
 from cocoa_embed.integrations.qdrant.thumbnails import ThumbnailFolder
 
-require("qdrant_client", "qdrant")
-
-from qdrant_client import QdrantClient, models  # noqa: E402 - after the error that names the extra
-
 if TYPE_CHECKING:
+    from qdrant_client import QdrantClient
     from sentence_transformers import SentenceTransformer
-
-DEFAULT_PATH = "cocoa-index"
-FINGERPRINT_DIGITS = 12
-"""Hexadecimal digits of a fingerprint in messages."""
 
 
 class QdrantIndexer:
@@ -86,7 +82,7 @@ class QdrantIndexer:
             if number is not None and number < 1:
                 raise UsageError(f"{name} is {number}; it must be 1 or more")
         if client is None and url is None and edge is None:
-            path = path or DEFAULT_PATH
+            path = path or DEFAULT_INDEX
         options = StoreOptions(quantization=quantization, on_disk=on_disk, api_key=api_key)
         self.store: Store = open_store(
             client=client, path=path, url=url, edge=edge, collection=collection, options=options
@@ -99,11 +95,6 @@ class QdrantIndexer:
         self._encoder: Encoder | None = None
         self._lock = threading.Lock()
         self._indexing = threading.Lock()
-
-    @property
-    def collection(self) -> str:
-        """The name of the collection."""
-        return self.store.collection
 
     @property
     def encoder(self) -> Encoder:
@@ -147,14 +138,13 @@ class QdrantIndexer:
             encoder = self._prepare_collection()
             started = time.perf_counter()
             state = IndexState.read(self.store.scan(STATE_KEYS))
-            with tqdm(
-                total=len(files), desc=f"indexing into {self.collection}", unit="image", disable=not progress
-            ) as bar:
+            title = f"indexing into {self.store.collection}"
+            with tqdm(total=len(files), desc=title, unit="image", disable=not progress) as bar:
                 run = IndexRun(files, self.store, encoder, state, folder, bar.update)
                 run.store_new_content(self.batch_size)
                 settle(run, prune=prune)
             self.store.finish()
-        return run.summary(self.collection, time.perf_counter() - started)
+        return run.summary(self.store.collection, time.perf_counter() - started)
 
     def search(
         self,
@@ -164,7 +154,7 @@ class QdrantIndexer:
         limit: int = 10,
         offset: int = 0,
         score_threshold: float | None = None,
-        query_filter: models.Filter | Sequence[str] | str | None = None,
+        query_filter: Filter = None,
         any_orientation: bool = False,
     ) -> list[Hit]:
         """Return the images nearest to a text, to an image, or to both as one query, best first.
@@ -186,7 +176,7 @@ class QdrantIndexer:
         query = make_input(text, image)
         conditions = read_filter(query_filter)
         queries = orientations(query) if any_orientation else [query]
-        vectors = self._encoder_for(require_signature(self.store)).embed_queries(queries)
+        vectors = self._encoder_for(self.store.require_signature()).embed_queries(queries)
         if not any_orientation:
             return self.store.search(Query(vectors[0], limit, offset, score_threshold, conditions))
         searches = (Query(vector, offset + limit, 0, score_threshold, conditions) for vector in vectors)
@@ -211,11 +201,10 @@ class QdrantIndexer:
         if signature is None or signature.fingerprint is None:
             if signature is not None and self.store.count():
                 raise CocoaError(
-                    f"{self._name()} was not made by cocoa-embed index, and its vectors may be another model's; choose"
-                    " another collection"
+                    f"{self.store.name} was not made by cocoa-embed index, and its vectors may be another model's;"
+                    " choose another collection"
                 )
-            signature = Signature(model=encoder.name, fingerprint=encoder.fingerprint, dimension=encoder.dimension)
-            self.store.create(signature)
+            self.store.create(Signature(encoder.name, encoder.fingerprint, encoder.dimension))
         return encoder
 
     def _encoder_for(self, signature: Signature) -> Encoder:
@@ -226,20 +215,16 @@ class QdrantIndexer:
         encoder = self._whole_encoder()
         if signature.fingerprint not in (None, encoder.fingerprint):
             raise CocoaError(
-                f"{self._name()} was made with {signature.model} (fingerprint"
-                f" {signature.fingerprint[:FINGERPRINT_DIGITS]}), not with {encoder.name} (fingerprint"
-                f" {encoder.fingerprint[:FINGERPRINT_DIGITS]}); choose another collection, or the model that made it"
+                f"{self.store.name} was made with {signature.model} (fingerprint {signature.fingerprint:.12}), not with"
+                f" {encoder.name} ({encoder.fingerprint:.12}); choose another collection, or the model that made it"
             )
         encoder = cut(encoder, self._dimension or (signature.dimension if signature.fingerprint else None))
         if signature.dimension != encoder.dimension:
             raise CocoaError(
-                f"{self._name()} holds vectors of {signature.dimension} dimensions, {encoder.name} makes"
+                f"{self.store.name} holds vectors of {signature.dimension} dimensions, {encoder.name} makes"
                 f" {encoder.dimension}; choose another collection, or the model that made it"
             )
         return encoder
-
-    def _name(self) -> str:
-        return f"collection {self.collection!r} in {self.store.location}"
 
     def _whole_encoder(self) -> Encoder:
         """Return the model with all dimensions, loaded at first use.
@@ -275,7 +260,6 @@ def orientations(item: ModelInput) -> list[ModelInput]:
 def best_hits(searches: Iterable[list[Hit]]) -> list[Hit]:
     """Return the hits of several searches, each point once with its best score, best first."""
     best: dict[str, Hit] = {}
-    for hit in (hit for hits in searches for hit in hits):
-        if hit.id not in best or hit.score > best[hit.id].score:
-            best[hit.id] = hit
-    return sorted(best.values(), key=lambda hit: -hit.score)
+    for hit in sorted(chain.from_iterable(searches), key=lambda hit: -hit.score):
+        best.setdefault(hit.id, hit)
+    return list(best.values())

@@ -77,24 +77,15 @@ def make_payload(
 
     :param content: ``sha256`` and ``bytes`` of the file, ``width`` and ``height`` of the upright image in pixels, and
         ``mime``; or a stored payload, whose other fields are replaced where the arguments give them.
-    :param locations: The files with this content, at least one; the first gives the payload its ``path``.
+    :param locations: The files with this content, at least one: the first as single fields, all as parallel lists.
     :param description: ``caption``, ``metadata`` and ``caption_source``; empty to keep those of a stored payload.
     :param thumbnail: The path of a small copy.
     """
-    fields = {**plain_payload(content), **location_fields(locations), **description}
+    lists = {f"{name}s": [getattr(each, name) for each in locations] for name in FileLocation._fields}
+    fields = {**plain_payload(content), **locations[0]._asdict(), **lists, **description}
     if thumbnail is not None:
         fields["thumbnail"] = thumbnail
     return {**fields, **node_fields(point_id(fields["sha256"]), fields)}
-
-
-def location_fields(locations: Sequence[FileLocation]) -> Payload:
-    """Return the first location as single fields and all locations as parallel lists."""
-    return {
-        **locations[0]._asdict(),
-        "paths": [location.path for location in locations],
-        "relative_paths": [location.relative_path for location in locations],
-        "mtimes": [location.mtime for location in locations],
-    }
 
 
 def stored_locations(stored: Mapping[str, Any]) -> list[FileLocation]:
@@ -112,13 +103,8 @@ def node_fields(node_id: str, fields: Payload) -> Payload:
     :param node_id: The id of the point.
     :param fields: The node's metadata: the payload without these fields.
     """
-    source: Payload = {
-        "node_id": node_id,
-        "node_type": "4",
-        "metadata": {},
-        "hash": None,
-        "class_name": "RelatedNodeInfo",
-    }
+    source: Payload = {"node_id": node_id, "node_type": "4", "metadata": {}, "hash": None}
+    source["class_name"] = "RelatedNodeInfo"
     node = {
         "id_": node_id,
         "embedding": None,

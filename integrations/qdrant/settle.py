@@ -6,7 +6,7 @@ from cocoa_embed.integrations.qdrant.image_metadata import ImageFiles, is_delete
 from cocoa_embed.integrations.qdrant.index_run import IndexRun
 from cocoa_embed.integrations.qdrant.index_state import Content, IndexState, description_digest
 from cocoa_embed.integrations.qdrant.points import ImageFile, Payload, make_payload
-from cocoa_embed.integrations.qdrant.stores.base import Store
+from cocoa_embed.integrations.qdrant.stores.store import Store
 from cocoa_embed.integrations.qdrant.thumbnails import remove_thumbnail
 
 BATCH_POINTS = 256
@@ -47,13 +47,13 @@ def new_descriptions(run: IndexRun) -> dict[str, Payload]:
     failed = {failure["path"] for failure in run.failed}
     for file in (file for file in run.files if str(file.path) not in failed):
         path = file.stored_path
-        id_ = run.state.id_of(path)
-        if id_ is None or (content := run.state.contents[id_]).first_path != path:
+        id_ = run.state.ids.get(path)
+        if id_ is None or next(iter((content := run.state.contents[id_]).locations), None) != path:
             continue
         if has_new_description(file, content, run.files):
             descriptions[id_] = file.description
-            if not content.is_new and path not in run.replaced:
-                run.updated.add(path)
+            if not content.is_new:
+                run.outcomes.setdefault(path, "updated")
     return descriptions
 
 

@@ -1,6 +1,8 @@
 """A folder of small copies of images, named by point id."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from cocoa_embed.errors import CocoaError, one_line, printable
@@ -18,12 +20,8 @@ class ThumbnailFolder:
         :raises CocoaError: If it cannot be created.
         """
         self.folder = Path(os.path.abspath(folder))
-        try:
+        with readable_errors("folder for thumbnails", folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CocoaError(
-                f"the folder for thumbnails {printable(folder)} cannot be made ({one_line(error)})"
-            ) from error
 
     def path(self, id_: str) -> Path:
         """Return the path of a point's thumbnail."""
@@ -35,12 +33,9 @@ class ThumbnailFolder:
         :raises CocoaError: If it cannot be written.
         """
         path = self.path(id_)
-        partial = path.with_suffix(".partial")
-        try:
-            partial.write_bytes(jpeg)
-            os.replace(partial, path)
-        except OSError as error:
-            raise CocoaError(f"the thumbnail {printable(path)} cannot be written ({one_line(error)})") from error
+        with readable_errors("thumbnail", path):
+            path.with_suffix(".partial").write_bytes(jpeg)
+            os.replace(path.with_suffix(".partial"), path)
         return str(path)
 
 
@@ -49,9 +44,15 @@ def remove_thumbnail(id_: str, path: str | None) -> None:
 
     :raises CocoaError: If it cannot be removed.
     """
-    if not isinstance(path, str) or Path(path).name != f"{id_}.jpg":
-        return
+    if isinstance(path, str) and Path(path).name == f"{id_}.jpg":
+        with readable_errors("thumbnail", path):
+            Path(path).unlink(missing_ok=True)
+
+
+@contextmanager
+def readable_errors(kind: str, path: str | Path) -> Iterator[None]:
+    """Turn errors of the file system into ``CocoaError``."""
     try:
-        Path(path).unlink(missing_ok=True)
+        yield
     except OSError as error:
-        raise CocoaError(f"the thumbnail {printable(path)} cannot be removed ({one_line(error)})") from error
+        raise CocoaError(f"the {kind} {printable(path)} cannot be written or removed ({one_line(error)})") from error

@@ -1,6 +1,5 @@
 """The same points through LlamaIndex's own store and index."""
 
-import uuid
 from pathlib import Path
 
 import pytest
@@ -32,20 +31,10 @@ def retrieve(client: QdrantClient, embedding: CocoaEmbedding, text: str, key: st
 
 def image_nodes(folder: Path) -> list[ImageNode]:
     """The images as LlamaIndex's nodes, each of its own document."""
-    nodes = [
-        ImageNode(id_=str(uuid.uuid4()), image_path=file_of(folder, colour), metadata={"author": colour[0]})
-        for colour in COLOURS
-    ]
+    nodes = [ImageNode(image_path=file_of(folder, colour), metadata={"author": colour[0]}) for colour in COLOURS]
     for node in nodes:
         node.relationships[NodeRelationship.SOURCE] = RelatedNodeInfo(node_id=f"document {node.image_path}")
     return nodes
-
-
-def build_index(client: QdrantClient, embedding: CocoaEmbedding, nodes: list) -> MultiModalVectorStoreIndex:
-    stores = StorageContext.from_defaults(
-        vector_store=QdrantVectorStore("texts", client=client), image_store=QdrantVectorStore("theirs", client=client)
-    )
-    return MultiModalVectorStoreIndex(nodes, storage_context=stores, embed_model=embedding, image_embed_model=embedding)
 
 
 def test_llama_index_reads_and_deletes_what_the_indexer_wrote(
@@ -71,13 +60,16 @@ def test_llama_index_reads_and_deletes_what_the_indexer_wrote(
 def test_the_retriever_finds_what_an_index_or_a_pipeline_of_llama_index_wrote(
     client: QdrantClient, embedding: CocoaEmbedding, folder: Path
 ) -> None:
-    index = build_index(client, embedding, [TextNode(text="a text")])
+    store = QdrantVectorStore("theirs", client=client)
+    models = {"embed_model": embedding, "image_embed_model": embedding}
+    stores = StorageContext.from_defaults(vector_store=QdrantVectorStore("texts", client=client), image_store=store)
+    index = MultiModalVectorStoreIndex([TextNode(text="a text")], storage_context=stores, **models)
     index.insert_nodes(image_nodes(folder))
     assert index.as_retriever().text_to_image_retrieve("green") == [], "trap: the index began with texts alone"
     assert retrieve(client, embedding, "green")[0] == file_of(folder, "green")
     assert retrieve(client, embedding, "blue", "author") == [file_of(folder, "blue")]
     client.delete_collection("theirs")
-    without_text = [ImageNode(id_=str(uuid.uuid4()), image_path=file_of(folder, colour)) for colour in COLOURS]
+    without_text = [ImageNode(image_path=node.image_path) for node in image_nodes(folder)]
     store = QdrantVectorStore("theirs", client=client)
     IngestionPipeline(transformations=[embedding], vector_store=store, disable_cache=True).run(nodes=without_text)
     assert retrieve(client, embedding, "yellow")[0] == file_of(folder, "yellow")
@@ -86,7 +78,7 @@ def test_the_retriever_finds_what_an_index_or_a_pipeline_of_llama_index_wrote(
 def test_nodes_that_llama_index_adds_to_a_collection_are_kept(
     indexer: QdrantIndexer, client: QdrantClient, embedding: CocoaEmbedding, folder: Path
 ) -> None:
-    node = ImageNode(id_=str(uuid.uuid4()), image_path="/other.png", embedding=embedding.get_text_embedding("red"))
+    node = ImageNode(image_path="/other.png", embedding=embedding.get_text_embedding("red"))
     QdrantVectorStore("images", client=client).add([node])
     indexer.index(folder, prune=True, progress=False)
     assert {hit.path for hit in indexer.search("red", limit=2)} == {"/other.png", file_of(folder, "red")}

@@ -1,5 +1,4 @@
 import json
-from collections.abc import Iterator
 from datetime import datetime, timezone
 from typing import Any
 
@@ -11,18 +10,7 @@ from qdrant_client import models
 from qdrant_client.local.payload_filters import check_filter
 
 from cocoa_embed.errors import UsageError
-from cocoa_embed.integrations.qdrant.conditions import (
-    OWN_FIELDS,
-    And,
-    Condition,
-    Exists,
-    HasWords,
-    Not,
-    OneOf,
-    Or,
-    Range,
-    field_paths,
-)
+from cocoa_embed.integrations.qdrant import conditions as tree
 from cocoa_embed.integrations.qdrant.stores.base import PAYLOAD_INDEXES
 from cocoa_embed.integrations.qdrant.stores.client_filters import read_filter, to_client_filter
 from cocoa_embed.integrations.qdrant.stores.edge_filters import to_edge_filter
@@ -38,6 +26,7 @@ BEACH: Payload = {
     "width": 1000,
     "mtime": NEW_YEAR + 0.5,
     "caption": "A dog on the Beach, at sunset",
+    "place": {"lon": 13.5, "lat": 52.4},
     "metadata": {
         **{"author": "Ann", "year": 1900, "score": 0.5, "ok": True, "tags": ["a", "b"], "date": "2025-12-31"},
         **{"a.b": "dotted", "sp ace": "blank", "größe": 7, "exif": {"iso": [1, 2]}},
@@ -122,16 +111,14 @@ WRONG = {
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Any]]:
+def shards(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """An Edge shard without payload indexes, and one with those of the indexer."""
     config = edge.EdgeConfig(vectors=edge.EdgeVectorParams(size=1, distance=edge.Distance.Cosine))
     plain, indexed = (edge.EdgeShard.create(str(tmp_path_factory.mktemp("edge")), config) for _ in range(2))
     for field, kind in PAYLOAD_INDEXES.items():
         schema = getattr(edge.PayloadSchemaType, kind.capitalize())
         indexed.update(edge.UpdateOperation.create_field_index(field, schema))
-    yield [plain, indexed]
-    for shard in (plain, indexed):
-        shard.close()
+    return [plain, indexed]
 
 
 def found_by_edge(shard: Any, query_filter: models.Filter, payloads: list[Payload]) -> set[int]:  # noqa: ANN401
@@ -143,8 +130,11 @@ def found_by_edge(shard: Any, query_filter: models.Filter, payloads: list[Payloa
 
 def found(query_filter: models.Filter | None, payloads: list[Payload]) -> set[int]:
     """Return the payloads that qdrant-client's local mode finds."""
-    assert query_filter is not None
     return {number for number, payload in enumerate(payloads) if check_filter(query_filter, payload, number, {})}
+
+
+def found_by_each(shards: list[Any], query_filter: models.Filter, payloads: list[Payload]) -> list[set[int]]:
+    return [found(query_filter, payloads), *(found_by_edge(shard, query_filter, payloads) for shard in shards)]
 
 
 def test_every_backend_finds_what_a_filter_says(shards: list[Any]) -> None:
@@ -152,12 +142,7 @@ def test_every_backend_finds_what_a_filter_says(shards: list[Any]) -> None:
     for text, names in EXPECTED.items():
         expected = {list(PAYLOADS).index(name) for name in names.split()}
         query_filter = read_filter(text)
-        assert query_filter is not None
-        for results in (
-            found(query_filter, payloads),
-            *(found_by_edge(shard, query_filter, payloads) for shard in shards),
-        ):
-            assert results == expected, text
+        assert found_by_each(shards, query_filter, payloads) == [expected] * 3, text
         assert models.Filter.model_validate_json(query_filter.model_dump_json()) == query_filter, "as for a server"
     assert found(read_filter([]), payloads) == {0, 1, 2, 3, 4}
     assert found(read_filter(["width>1", "author=Ann", "mime!=image/png"]), payloads) == {0}
@@ -165,7 +150,6 @@ def test_every_backend_finds_what_a_filter_says(shards: list[Any]) -> None:
 
 SCALARS: list[Any] = ["", "1", "Ann", "a red kite", "Kite, red!", 0, 1, 1.0, 0.5, 640, 2**53 + 1, True, False]
 SCALARS += ["2026-01-01", "2026-01-01T12:00:00+01:00", "2026-01-01T11:00:00Z"]
-MOMENTS = [datetime(2026, 1, 1, hour, tzinfo=timezone.utc) for hour in (0, 11, 12)]
 PATHS = st.sampled_from(
     ["width", "mtime", "caption", "a", "metadata.a", 'metadata."b c"', "metadata.d.a", "d[].a", "a[1]"]
 )
@@ -177,28 +161,28 @@ STORED = st.fixed_dictionaries(
 )
 
 
-def ranges(limits: list[Any]) -> st.SearchStrategy[Condition]:
+def ranges(limits: list[Any]) -> st.SearchStrategy[tree.Condition]:
     bounds = st.dictionaries(st.sampled_from(["gt", "gte", "lt", "lte"]), st.sampled_from(limits), min_size=1)
-    return st.builds(lambda path, bounds: Range(path, **bounds), PATHS, bounds)
+    return st.builds(tree.Range, PATHS, bounds)
 
 
-def groups(parts: st.SearchStrategy[Condition]) -> st.SearchStrategy[Condition]:
+def groups(parts: st.SearchStrategy[tree.Condition]) -> st.SearchStrategy[tree.Condition]:
     several = st.lists(parts, min_size=1, max_size=3).map(tuple)
-    return st.one_of(st.builds(And, several), st.builds(Or, several), st.builds(Not, parts))
+    return st.one_of(st.builds(tree.And, several), st.builds(tree.Or, several), st.builds(tree.Not, parts))
 
 
 LEAVES = st.one_of(
-    st.builds(OneOf, PATHS, st.lists(st.sampled_from(SCALARS), min_size=1, max_size=3).map(tuple)),
+    st.builds(tree.OneOf, PATHS, st.lists(st.sampled_from(SCALARS), min_size=1, max_size=3).map(tuple)),
     ranges([0, 0.5, 1, 640]),
-    ranges(MOMENTS),
-    st.builds(HasWords, PATHS, st.sampled_from(["ann", "Kite RED", "1"])),
-    st.builds(Exists, PATHS),
+    ranges([datetime(2026, 1, 1, hour, tzinfo=timezone.utc) for hour in (0, 11, 12)]),
+    st.builds(tree.HasWords, PATHS, st.sampled_from(["ann", "Kite RED", "1"])),
+    st.builds(tree.Exists, PATHS),
 )
 
 
 @given(st.recursive(LEAVES, groups, max_leaves=6), st.lists(STORED, min_size=4, max_size=4))
 @settings(max_examples=100)
-def test_backends_agree_on_any_condition(shards: list[Any], condition: Condition, payloads: list[Payload]) -> None:
+def test_backends_agree_on_any_condition(shards: list[Any], condition: tree.Condition, payloads: list[Payload]) -> None:
     query_filter = to_client_filter(condition)
     assert found_by_edge(shards[0], query_filter, payloads) == found(query_filter, payloads)
 
@@ -219,10 +203,10 @@ def test_filters_of_a_wrong_type_are_usage_errors() -> None:
 
 
 def test_the_indexers_fields_are_found_at_the_top_level_and_others_below_metadata_too() -> None:
-    assert [field_paths(key) for key in OWN_FIELDS] == [[key] for key in OWN_FIELDS]
-    assert field_paths("width2") == ["width2", "metadata.width2"]
-    assert field_paths(' "paths[x]" . b c[0]') == ['"paths[x]"."b c"[0]', 'metadata."paths[x]"."b c"[0]']
-    assert field_paths("paths[0]") == ["paths[0]"]
+    assert [tree.field_paths(key) for key in tree.OWN_FIELDS] == [[key] for key in tree.OWN_FIELDS]
+    assert tree.field_paths("width2") == ["width2", "metadata.width2"]
+    assert tree.field_paths(' "paths[x]" . b c[0]') == ['"paths[x]"."b c"[0]', 'metadata."paths[x]"."b c"[0]']
+    assert tree.field_paths("paths[0]") == ["paths[0]"]
 
 
 NAMES = st.text(st.characters(exclude_characters='"\\', exclude_categories=("Cs", "Cc")), min_size=1)
@@ -236,7 +220,7 @@ COLUMN_VALUES = st.one_of(
 
 @given(NAMES, COLUMN_VALUES)
 def test_any_column_is_found_by_its_value_alone(column: str, value: str | int | float | bool) -> None:
-    assume(column not in OWN_FIELDS and value not in ("", "other"))
+    assume(column not in tree.OWN_FIELDS and value not in ("", "other"))
     payloads: list[Payload] = [{"metadata": {column: stored}} for stored in (value, [None, value], "other")]
     written = json.dumps(value)
     assert found(read_filter(f'"{column}"={written}'), payloads) == {0, 1}
@@ -252,7 +236,6 @@ def test_any_text_is_a_usage_error_or_a_filter(text: str) -> None:
         query_filter = read_filter(text)
     except UsageError:
         return
-    assert query_filter is not None
     found(query_filter, [{"metadata": {"a": 1}}])
     to_edge_filter(query_filter)
 
@@ -260,6 +243,7 @@ def test_any_text_is_a_usage_error_or_a_filter(text: str) -> None:
 def test_edge_and_local_mode_agree_on_qdrant_filters(shards: list[Any]) -> None:
     payloads = list(PAYLOADS.values())
     field = models.FieldCondition
+    center, corner = models.GeoPoint(lon=13.4, lat=52.5), models.GeoPoint(lon=14, lat=50)
     above_one = models.Filter(must=field(key="k", range=models.Range(gt=1)))
     conditions: list[Any] = [
         field(key="metadata.ok", match=models.MatchValue(value=True)),
@@ -273,6 +257,8 @@ def test_edge_and_local_mode_agree_on_qdrant_filters(shards: list[Any]) -> None:
         field(key="metadata.tags", values_count=models.ValuesCount(gte=2)),
         field(key="caption", is_null=True),
         field(key="metadata.tags", is_empty=True),
+        field(key="place", geo_radius=models.GeoRadius(center=center, radius=20_000)),
+        field(key="place", geo_bounding_box=models.GeoBoundingBox(top_left=center, bottom_right=corner)),
         models.IsNullCondition(is_null=models.PayloadField(key="caption")),
         models.HasIdCondition(has_id=[0, 2, 99]),
         models.NestedCondition(nested=models.Nested(key="metadata.rows", filter=above_one)),
@@ -281,15 +267,14 @@ def test_edge_and_local_mode_agree_on_qdrant_filters(shards: list[Any]) -> None:
     filters += [models.Filter(must_not=condition) for condition in conditions]
     filters += [models.Filter(min_should=models.MinShould(conditions=conditions, min_count=count)) for count in (2, 5)]
     for query_filter in filters:
-        expected = found(query_filter, payloads)
-        assert [found_by_edge(shard, query_filter, payloads) for shard in shards] == [expected] * 2, query_filter
+        first, *others = found_by_each(shards, query_filter, payloads)
+        assert others == [first] * 2, query_filter
 
 
 def test_conditions_that_edge_lacks_are_usage_errors() -> None:
-    center = models.GeoPoint(lon=0, lat=0)
-    near = models.FieldCondition(key="place", geo_radius=models.GeoRadius(center=center, radius=1))
-    with pytest.raises(UsageError, match="no GeoRadius here; use a Qdrant server"):
-        to_edge_filter(models.Filter(must=[models.Filter(should=near)]))
     malformed = models.FieldCondition(key="a b", match=models.MatchPhrase(phrase="x"))
-    with pytest.raises(UsageError, match="the filter is not one for Qdrant Edge"):
-        to_edge_filter(models.Filter(must=malformed))
+    line = models.GeoLineString(points=[models.GeoPoint(lon=n % 2, lat=n // 2) for n in (0, 1, 2, 0)])
+    inside = models.FieldCondition(key="place", geo_polygon=models.GeoPolygon(exterior=line))
+    for condition in (malformed, models.Filter(should=inside)):
+        with pytest.raises(UsageError, match="the filter is not one for Qdrant Edge"):
+            to_edge_filter(models.Filter(must=condition))

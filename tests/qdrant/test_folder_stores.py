@@ -1,39 +1,164 @@
-"""The local store and Qdrant Edge: their files, and what can break them."""
+"""The local store and Qdrant Edge: their folders, and what can break them."""
 
+import errno
 import json
+import random
 import sqlite3
+import subprocess
+import sys
 from collections import namedtuple
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import qdrant_edge
-from fake_qdrant import DIMENSION, OTHER, SIGNATURE, make_points, name
+from fake_qdrant import OTHER, SIGNATURE, make_points, make_vector, name
+from other_processes import BATCH, fill, run_and_kill
+from qdrant_client import QdrantClient
 
 from cocoa_embed.errors import CocoaError
-from cocoa_embed.integrations.qdrant.stores import base, edge, open_store
-from cocoa_embed.integrations.qdrant.stores.base import (
-    PAYLOAD_INDEXES,
-    Point,
-    Query,
-    Signature,
-    Store,
-    StoreOptions,
-)
+from cocoa_embed.integrations.qdrant.stores import base, edge, local, open_store
+from cocoa_embed.integrations.qdrant.stores.base import PAYLOAD_INDEXES, Point, Query, Signature, StoreOptions
+from cocoa_embed.integrations.qdrant.stores.store import Store
 
 pytestmark = pytest.mark.usefixtures("few_payload_indexes")
 
 MEBIBYTE = 2**20
 Usage = namedtuple("Usage", "total used free")
+Opener = Callable[..., Store]
 
 
+@pytest.fixture(params=["path", "edge"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def opener(backend: str, tmp_path: Path) -> Iterator[Opener]:
+    """Opens a collection in a folder of ``tmp_path``, in one backend."""
+    stores = []
+
+    def open_(folder: str = "store", collection: str = "images", **options: Any) -> Store:
+        stores.append(
+            open_store(**{backend: tmp_path / folder}, collection=collection, options=StoreOptions(**options))
+        )
+        return stores[-1]
+
+    yield open_
+    for store in stores:
+        store.close()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def store(opener: Opener) -> Store:
+    store = opener()
+    store.create(SIGNATURE)
+    return store
+
+
+class TestBoth:
+    def test_a_second_user_is_refused_at_once_whether_ours_or_plain(
+        self, backend: str, store: Store, opener: Opener, folder: Path
+    ) -> None:
+        store.upsert(make_points(0, 3))
+        with pytest.raises(CocoaError, match=r"store is in use by another process; wait for it, or run a Qdrant"):
+            opener().upsert(make_points(3, 4))
+        store.close()
+        is_edge = backend == "edge"
+        plain: Any = qdrant_edge.EdgeShard.load(str(folder / "images")) if is_edge else QdrantClient(path=str(folder))
+        with pytest.raises(CocoaError, match="in use by another process"):
+            store.count()
+        plain.close()
+        assert store.count() == 3
+
+    def test_foreign_files_and_folders_are_refused_and_kept(self, opener: Opener, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        (tmp_path / "photos").mkdir()
+        (tmp_path / "photos" / "a.png").touch()
+        for path, words in (("file", "file is a file"), ("photos", "holds something else")):
+            store = opener(path)
+            for call in (store.signature, lambda store=store: store.create(SIGNATURE)):
+                with pytest.raises(CocoaError, match=words):
+                    call()
+        assert [entry.name for entry in (tmp_path / "photos").iterdir()] == ["a.png"]
+
+    @pytest.mark.parametrize("left", [[".cocoa-lock"], ["meta.json.7.new"], ["meta.json", ".lock"], [".cocoa-edge"]])
+    def test_a_store_whose_creation_was_killed_is_created_anew(self, left: list[str], tmp_path: Path) -> None:
+        for file in left:
+            (tmp_path / file).touch()
+        store = open_store(**{"edge" if left == [".cocoa-edge"] else "path": tmp_path}, collection="images")
+        assert store.signature() is None
+        assert store.collections() in (None, [])
+        store.create(SIGNATURE)
+        store.close()
+        assert store.count() == 0
+        store.close()
+
+    @pytest.mark.parametrize("step", ["folder_lock", "write_atomically"])
+    def test_a_folder_that_cannot_be_written_is_named(
+        self, backend: str, step: str, opener: Opener, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*_: object) -> None:
+            raise OSError(errno.EROFS, "Read-only file system")
+
+        store = opener()
+        with monkeypatch.context() as patch:
+            patch.setattr({"path": local, "edge": edge}[backend], step, fail)
+            with pytest.raises(CocoaError, match=r"store cannot be (opened|used) \(.*Read-only file system"):
+                store.create(SIGNATURE)
+        assert store.signature() is None
+        store.create(SIGNATURE)
+        assert store.signature() == SIGNATURE
+
+    @pytest.mark.parametrize("seed", [0, *[pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 6)]])
+    def test_a_killed_store_has_everything_that_it_confirmed(
+        self, backend: str, seed: int, opener: Opener, folder: Path
+    ) -> None:
+        moments = random.Random(seed)
+        stored = 0
+        for seconds in (0.0, moments.random() * 0.1, moments.random() * 0.5, 1.0, 8.0):
+            if seconds >= 1 and stored:
+                break  # only a busy machine has stored nothing yet
+            _, reports = run_and_kill(seconds, fill, {backend: str(folder)}, stored, BATCH, 3000)
+            store = opener()
+            if store.signature() is not None:
+                assert store.signature() == SIGNATURE
+                assert reports[-1] <= store.count() <= reports[-1] + BATCH
+                stored = store.count()
+                assert sorted(payload["number"] for _, payload in store.scan(["number"])) == list(range(stored))
+                for number in range(max(0, stored - 10), stored):
+                    assert store.search(Query(make_vector(number), limit=1))[0].id == name(number)
+            store.close()
+        assert stored > 0
+
+    def test_an_unclosed_store_keeps_its_points_and_prints_nothing(
+        self, backend: str, opener: Opener, folder: Path
+    ) -> None:
+        code = (
+            f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1] / 'support')!r})\n"
+            "from cocoa_embed.integrations.qdrant.stores import open_store\n"
+            "from fake_qdrant import SIGNATURE, make_points\n"
+            f"store = open_store({backend}={str(folder)!r}, collection='images')\n"
+            "store.create(SIGNATURE); store.upsert(make_points(0, 7)); print(store.count())"
+        )
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+        assert (done.stdout.split(), done.stderr) == (["7"], "")
+        assert opener().count() == 7
+
+
+@pytest.mark.parametrize("backend", ["path"], indirect=True)
 class TestLocal:
     @pytest.mark.parametrize("meta", ["{", "[]", "{}", '{"collections": null}', '{"collections": {"a": {}}}'])
-    def test_a_broken_store_is_named_and_not_changed(self, tmp_path: Path, meta: str) -> None:
+    def test_a_broken_store_is_named_and_not_changed(self, opener: Opener, tmp_path: Path, meta: str) -> None:
         (tmp_path / "meta.json").write_text(meta)
-        store = open_store(path=tmp_path, collection="images")
+        store = opener(".")
         for call in (store.signature, lambda: store.create(SIGNATURE)):
             with pytest.raises(CocoaError, match="cannot be opened"):
                 call()
@@ -44,54 +169,35 @@ class TestLocal:
         [("collection/images/storage.sqlite", b"x" * 5000, r"\(file is not a database\)"), ("meta.json", b"", "")],
     )
     def test_a_store_with_a_damaged_file_is_not_created_anew(
-        self, tmp_path: Path, file: str, content: bytes, words: str
+        self, store: Store, folder: Path, file: str, content: bytes, words: str
     ) -> None:
-        store = open_store(path=tmp_path, collection="images")
-        store.create(SIGNATURE)
         store.close()
-        (tmp_path / file).write_bytes(content)
+        (folder / file).write_bytes(content)
         with pytest.raises(CocoaError, match="cannot be opened .*" + words):
             store.signature()
-        store.close()
 
-    def test_changes_go_to_a_log_that_closing_removes(self, tmp_path: Path) -> None:
-        store: Any = open_store(path=tmp_path, collection="images")
-        store.create(SIGNATURE)
-        folder = tmp_path / "collection" / "images"
+    def test_changes_go_to_a_log_that_closing_removes(self, store: Any, folder: Path) -> None:  # noqa: ANN401
+        files = folder / "collection" / "images"
         for start in (0, 50):
             store.upsert(make_points(start, start + 50))
             connection = store._connected()._client.collections["images"].storage.storage
             assert connection.execute("PRAGMA synchronous").fetchone() == (1,), "a commit does not wait for the disk"
-            assert (folder / "storage.sqlite-wal").stat().st_size > 0
+            assert (files / "storage.sqlite-wal").stat().st_size > 0
             store.close()
-        assert [entry.name for entry in folder.iterdir()] == ["storage.sqlite"]
-        with sqlite3.connect(folder / "storage.sqlite") as connection:
-            assert connection.execute("SELECT count(*) FROM points").fetchone() == (100,)
+        assert [entry.name for entry in files.iterdir()] == ["storage.sqlite"]
+        connection = sqlite3.connect(files / "storage.sqlite")
+        assert connection.execute("SELECT count(*) FROM points").fetchone() == (100,)
         connection.close()
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path / "shards"
-
-
-@pytest.fixture
-def store(folder: Path, few_payload_indexes: None) -> Iterator[Store]:
-    store = open_store(edge=folder, collection="images")
-    store.create(SIGNATURE)
-    yield store
-    store.close()
-
-
+@pytest.mark.parametrize("backend", ["edge"], indirect=True)
 class TestEdge:
     def test_a_collection_is_a_folder_with_a_shard_and_a_signature(
-        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+        self, opener: Opener, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(base, "PAYLOAD_INDEXES", PAYLOAD_INDEXES)
-        store = open_store(edge=folder, collection="images")
+        store = opener()
         store.create(SIGNATURE)
-        signature = json.loads((folder / "images" / "signature.json").read_text())
-        assert signature == {"model": "m", "fingerprint": "0f", "dimension": DIMENSION}
         store.close()
         shard = qdrant_edge.EdgeShard.load(str(folder / "images"))
         schema = shard.info().payload_schema
@@ -102,39 +208,28 @@ class TestEdge:
         (folder / "photos").mkdir()
         (folder / "photos" / "a.png").touch()
         with pytest.raises(CocoaError, match="photos holds something else"):
-            open_store(edge=folder, collection="photos").create(SIGNATURE)
+            opener(collection="photos").create(SIGNATURE)
         with pytest.raises(CocoaError, match="holds something else"):
             open_store(path=folder, collection="images").signature()
 
-    def test_collections_can_be_open_at_once_and_only_one_process_creates(self, store: Store, folder: Path) -> None:
-        other = open_store(edge=folder, collection="2nd")
+    def test_collections_can_be_open_at_once_and_only_one_process_creates(
+        self, store: Store, opener: Opener, folder: Path
+    ) -> None:
+        other = opener(collection="2nd")
         other.create(OTHER)
         store.upsert(make_points(0, 3))
-        other.upsert(make_points(0, 1))
-        assert (store.count(), other.count()) == (3, 1)
-        other.close()
-        lock = edge.lock_file(folder / ".cocoa-edge", "here")
-        third = open_store(edge=folder, collection="3rd")
-        with pytest.raises(CocoaError, match="in use by another process"):
+        assert (store.count(), other.count()) == (3, 0)
+        third = opener(collection="3rd")
+        with edge.folder_lock(folder / ".cocoa-edge"), pytest.raises(CocoaError, match="in use by another process"):
             third.create(SIGNATURE)
         assert third.signature() is None
-        lock.release()
         third.create(SIGNATURE)
-
-    def test_a_shard_without_a_signature_has_an_unknown_model_until_it_is_signed(
-        self, store: Store, folder: Path
-    ) -> None:
-        store.upsert(make_points(0, 3))
-        (folder / "images" / "signature.json").unlink()
-        assert store.signature() == Signature(model="an unknown model", fingerprint=None, dimension=DIMENSION)
-        store.create(SIGNATURE)
-        assert (store.signature(), store.count()) == (SIGNATURE, 3)
 
     def test_a_broken_file_is_named(self, store: Store, folder: Path) -> None:
         store.close()
         for segment in list((folder / "images" / "segments").rglob("*.json")):
             segment.write_text("{")
-        with pytest.raises(CocoaError, match="shards failed: "):
+        with pytest.raises(CocoaError, match="store failed: "):
             store.count()
         for file in ("signature.json", "edge_config.json"):
             for text in ("", "{", "[]", "5"):
@@ -143,38 +238,33 @@ class TestEdge:
                     store.signature()
 
     def test_a_kill_at_any_step_of_a_creation_leaves_no_collection(
-        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+        self, opener: Opener, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        class Kill(BaseException):
-            pass
-
         def kill(*_: object, **__: object) -> None:
-            raise Kill
+            raise KeyboardInterrupt
 
+        store = opener()
         steps = [(edge, name) for name in ("shard_config", "flush_and_close", "write_atomically")]
         for owner, step in (*steps, (edge.os, "replace")):
-            store = open_store(edge=folder, collection="images")
             with monkeypatch.context() as patch:
                 patch.setattr(owner, step, kill)
-                with pytest.raises(Kill):
+                with pytest.raises(KeyboardInterrupt):
                     store.create(SIGNATURE)
             assert (store.signature(), store.collections()) == (None, [])
         store.create(SIGNATURE)
         store.upsert(make_points(0, 3))
         assert store.count() == 3
-        store.close()
 
     @pytest.mark.parametrize(("quantization", "on_disk"), [(None, False), ("scalar", True), ("binary", True)])
     def test_scores_are_exact_before_and_after_the_index_is_built(
-        self, folder: Path, monkeypatch: pytest.MonkeyPatch, quantization: str | None, on_disk: bool
+        self, opener: Opener, folder: Path, monkeypatch: pytest.MonkeyPatch, quantization: str | None, on_disk: bool
     ) -> None:
         # So few points would not be indexed at all.
         optimizers = qdrant_edge.EdgeOptimizersConfig(indexing_threshold=100)
         config = qdrant_edge.EdgeConfig
         monkeypatch.setattr(edge.edge, "EdgeConfig", lambda **options: config(**options, optimizers=optimizers))
-        options = StoreOptions(quantization=quantization, on_disk=on_disk)  # type: ignore[arg-type]
-        store = open_store(edge=folder, collection="images", options=options)
-        store.create(Signature(model="m", fingerprint="0f", dimension=128))
+        store = opener(quantization=quantization, on_disk=on_disk)
+        store.create(Signature("m", "0f", 128))
         rng = np.random.default_rng(0)
         centers = rng.normal(size=(40, 128))
         vectors = (centers[np.arange(1000) % 40] + 0.5 * rng.normal(size=(1000, 128))).astype(np.float32)
@@ -193,20 +283,10 @@ class TestEdge:
                 assert found[0].id == name(number)
             store.finish()
             assert len(list((folder / "images" / "segments").iterdir())) <= 2, "old segments are deleted"
-        store.close()
-        shard = qdrant_edge.EdgeShard.load(str(folder / "images"))
-        assert shard.info().indexed_vectors_count == 1000
-        shard.close()
-
-    def test_a_failed_write_is_reported_and_the_next_one_reloads_the_shard(self, store: Store) -> None:
-        store.upsert(make_points(0, 5))
-        with pytest.raises(CocoaError, match=rf"Qdrant Edge at .*shards failed: No point with id {name(7)}"):
-            store.overwrite_payload(name(7), {})
-        store.upsert(make_points(5, 7))
-        assert store.count() == 7
+        assert store._opened.info().indexed_vectors_count == 1000
 
     def test_nothing_is_written_created_or_opened_without_enough_disk_space(
-        self, store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch
+        self, store: Store, opener: Opener, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         store.upsert(make_points(0, 5))
 
@@ -216,7 +296,7 @@ class TestEdge:
 
         leave_free(100)
         for call in (lambda: store.upsert(make_points(5, 10)), lambda: store.delete([name(1)]), store.finish):
-            with pytest.raises(CocoaError, match=r"shards is full: 100 MiB are free, .* needs 1\d\d MiB; .* is safe"):
+            with pytest.raises(CocoaError, match=r"store is full: 100 MiB are free, .* needs 1\d\d MiB; .* is safe"):
                 call()
         assert store.count() == 5
         store.close()
@@ -225,7 +305,7 @@ class TestEdge:
         with pytest.raises(CocoaError, match="is full: 10 MiB are free, Qdrant Edge needs 32 MiB"):
             store.count()
         with pytest.raises(CocoaError, match="is full: 10 MiB are free, Qdrant Edge needs 128 MiB"):
-            open_store(edge=folder, collection="others").create(SIGNATURE)
+            opener(collection="others").create(SIGNATURE)
         assert sorted(entry.name for entry in folder.iterdir()) == [".cocoa-edge", "images"]
         monkeypatch.undo()
         store.upsert(make_points(5, 10))

@@ -1,5 +1,5 @@
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -7,7 +7,6 @@ import pytest
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.integrations.qdrant import writer
 from cocoa_embed.integrations.qdrant.stores.base import Point
-from cocoa_embed.integrations.qdrant.writer import Writer
 
 
 class SharedStore:
@@ -16,28 +15,23 @@ class SharedStore:
     def __init__(self, parallel: int = 1, fails_at: int | None = None) -> None:
         self.parallel = parallel
         self.batches: list[list[str]] = []
-        self.active = 0
-        self.most_active = 0
+        self.threads: set[int] = set()
         self._fails_at = fails_at
-        self._changed = threading.Condition()
+        self._barrier = threading.Barrier(parallel)
 
     def upsert(self, points: Sequence[Point]) -> None:
-        with self._changed:
-            self.active += 1
-            self.most_active = max(self.most_active, self.active)
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: self.most_active >= self.parallel, timeout=60)
-            self.active -= 1
-            if len(self.batches) == self._fails_at:
-                raise CocoaError("the disk is full")
-            self.batches.append([point.id for point in points])
+        self.threads.add(threading.get_ident())
+        self._barrier.wait(60)
+        if len(self.batches) == self._fails_at:
+            raise CocoaError("the disk is full")
+        self.batches.append([point.id for point in points])
 
 
-def write(store: SharedStore, count: int, then: Callable[[int], None] = lambda written: None) -> None:
-    with Writer(store) as writer:  # type: ignore[arg-type]
-        for number in range(count):
-            writer.add(Point(str(number), np.zeros(2, np.float32), {}))
-            then(number + 1)
+def points(count: int, store: SharedStore) -> Iterator[Point]:
+    """Yield points, which must not be far ahead of those stored."""
+    for number in range(count):
+        yield Point(str(number), np.zeros(2, np.float32), {})
+        assert number - sum(map(len, store.batches)) < 5 * writer.BATCH_POINTS * store.parallel
 
 
 @pytest.mark.parametrize("parallel", [1, 3])
@@ -46,32 +40,28 @@ def test_every_point_is_stored_once_by_as_many_threads_as_the_store_allows(
 ) -> None:
     monkeypatch.setattr(writer, "BATCH_POINTS", 4)
     store = SharedStore(parallel)
-    write(store, 50)
-    assert sorted(map(len, store.batches)) == [2, *[4] * 12]
-    assert sorted(int(id_) for batch in store.batches for id_ in batch) == list(range(50))
-    assert store.most_active == parallel
+    writer.write_points(store, points(46, store))
+    assert sorted(map(len, store.batches)) == [2, *[4] * 11]
+    assert sorted(int(id_) for batch in store.batches for id_ in batch) == list(range(46))
+    assert len(store.threads) == parallel
 
 
-def test_a_slow_store_delays_the_model_and_its_failure_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("fails_at", "count"), [(10, 50), (0, 1)])
+def test_a_failure_of_the_store_is_raised_soon(fails_at: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "BATCH_POINTS", 1)
-    store = SharedStore(fails_at=10)
-
-    def check(written: int) -> None:
-        assert written - len(store.batches) <= 5
-
+    store = SharedStore(fails_at=fails_at)
     with pytest.raises(CocoaError, match="disk is full"):
-        write(store, 50, check)
-    assert 10 <= len(store.batches) <= 14
-    with pytest.raises(CocoaError, match="disk is full"):
-        write(SharedStore(fails_at=0), 1)
+        writer.write_points(store, points(count, store))
+    assert fails_at <= len(store.batches) <= fails_at + 4
 
 
 def test_an_exception_is_raised_and_nothing_more_is_stored() -> None:
-    def fail(written: int) -> None:
+    def broken() -> Iterator[Point]:
+        yield from points(1, store)
         raise RuntimeError("the model broke")
 
     store = SharedStore()
     with pytest.raises(RuntimeError, match="the model broke"):
-        write(store, 1, fail)
+        writer.write_points(store, broken())
     assert store.batches == []
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("cocoa-embed-writer")]

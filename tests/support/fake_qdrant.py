@@ -208,8 +208,8 @@ class Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def fake_server(**options: Any) -> Iterator[FakeServer]:
-    fake = FakeServer(**options)
+def fake_server() -> Iterator[FakeServer]:
+    fake = FakeServer()
     server = Server(fake)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()

@@ -4,8 +4,9 @@ from importlib import import_module
 from typing import Any
 
 from cocoa_embed.errors import UsageError
-from cocoa_embed.integrations.qdrant.stores.base import Store, StoreOptions
+from cocoa_embed.integrations.qdrant.stores.base import StoreOptions
 from cocoa_embed.integrations.qdrant.stores.checks import check_collection_name
+from cocoa_embed.integrations.qdrant.stores.store import Store
 
 BACKENDS = {"client": "given_client", "path": "local", "url": "server", "edge": "edge"}
 """The module of each backend, by the keyword that gives its location; imported when needed, as their packages are."""

@@ -1,15 +1,15 @@
-"""The interface of the storage backends: ``Store``, ``Point``, ``Query``, ``Hit``, ``Signature``, ``StoreOptions``."""
+"""What storage backends take and return: ``Point``, ``Query``, ``Hit``, ``Signature``, ``StoreOptions``."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from cocoa_embed.errors import CocoaError, UsageError
+from cocoa_embed.errors import UsageError
 from cocoa_embed.integrations.qdrant.points import Payload
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Hit:
         return caption if isinstance(caption, str) else ""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Signature:
     """The model that made the vectors of a collection."""
 
@@ -95,91 +95,6 @@ class StoreOptions:
     def __post_init__(self) -> None:
         if self.quantization not in (None, "scalar", "binary"):
             raise UsageError(f"quantization is {self.quantization!r}; it can be scalar, binary or none")
-
-
-class Store(Protocol):
-    """One collection of points in a storage backend.
-
-    A store opens at first use and raises ``CocoaError`` for every failure. Threads may share it; when a call returns,
-    its effect is visible to all of them.
-    """
-
-    location: str
-    """The folder or address, for messages."""
-    collection: str
-    parallel: int
-    """The number of threads that should upsert at once."""
-
-    def collections(self) -> list[str] | None:
-        """Return the names of all collections at this location, sorted; None if the location does not exist."""
-
-    def signature(self) -> Signature | None:
-        """Return the signature of the collection, or None if there is no such collection.
-
-        :raises CocoaError: If it holds anything but one unnamed vector per point, compared by cosine.
-        """
-
-    def create(self, signature: Signature) -> None:
-        """Create the collection with its signature and payload indexes, or sign an existing one without a signature.
-
-        :raises CocoaError: If it exists with another signature or another dimension.
-        """
-
-    def scan(self, keys: Sequence[str]) -> Iterator[tuple[str, Payload]]:
-        """Yield the id of every point and, of ``keys``, those that its payload has."""
-        ...
-
-    def retrieve(self, ids: Sequence[str]) -> dict[str, Payload]:
-        """Return the payloads of points by id; ids that do not exist are left out."""
-        ...
-
-    def count(self) -> int:
-        """Return the number of points."""
-        ...
-
-    def upsert(self, points: Sequence[Point]) -> None:
-        """Store points, replace those with the same ids, and wait until they are stored.
-
-        :raises CocoaError: If a vector or a payload cannot be stored; then nothing was written.
-        """
-
-    def overwrite_payload(self, id_: str, payload: Payload) -> None:
-        """Replace the payload of a stored point and wait until it is stored."""
-
-    def delete(self, ids: Sequence[str]) -> None:
-        """Delete points and wait until they are deleted; ids that do not exist are ignored."""
-
-    def search(self, query: Query) -> list[Hit]:
-        """Return the points nearest to the query's vector by cosine, best first."""
-        ...
-
-    def finish(self) -> None:
-        """Do the work that follows many writes: Qdrant Edge builds its search index."""
-
-    def close(self) -> None:
-        """Release files, locks and connections; the next use opens the store again."""
-
-
-def require_signature(store: Store) -> Signature:
-    """Return the signature of a collection that must exist.
-
-    :raises CocoaError: If it does not exist; the message lists the collections that do.
-    """
-    signature = store.signature()
-    if signature is not None:
-        return signature
-    names = store.collections()
-    if names is None:
-        raise CocoaError(f"there is no index in {store.location}; run cocoa-embed index first, or give another place")
-    raise no_collection(store, f" (it holds {', '.join(names)})" if names else " (it is empty)")
-
-
-def no_collection(store: Store, detail: str = "") -> CocoaError:
-    """Return the error for a collection that does not exist."""
-    return CocoaError(
-        f"there is no collection {store.collection!r} in {store.location}{detail}; run cocoa-embed index first, or give"
-        " another place"
-    )
 
 
 def lower_bound(score_threshold: float | None) -> float | None:
@@ -216,5 +131,5 @@ def image_path(payload: Payload) -> str:
 def read_signature(fields: Mapping[str, Any] | None, dimension: int) -> Signature:
     """Return the signature from its JSON object; without one, the collection's model is unknown."""
     if not fields:
-        return Signature(model="an unknown model", fingerprint=None, dimension=dimension)
+        return Signature("an unknown model", None, dimension)
     return Signature(model=fields["model"], fingerprint=fields["fingerprint"], dimension=dimension)

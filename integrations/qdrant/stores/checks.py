@@ -1,4 +1,4 @@
-"""Check names, points, queries and collections before a backend sees them. No input or output."""
+"""Check names, points and queries before a backend sees them. No input or output."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from cocoa_embed.errors import CocoaError, UsageError
-from cocoa_embed.integrations.qdrant.stores.base import Payload, Point, Query, Signature, Store
+from cocoa_embed.integrations.qdrant.stores.base import Payload, Point, Query
 
 MAX_COLLECTION_NAME = 255
 """Bytes in the name of a collection, which is the name of a folder in a local store."""
@@ -36,32 +36,32 @@ def check_url(url: str) -> None:
 
     :raises UsageError: If it is one.
     """
-    try:
-        parts = urlsplit(url)
-        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        is_address = False
-    if is_address and "@" in urlsplit(url).netloc:
+    if "@" in url:
         raise UsageError(
             "the address of a Qdrant server holds a user name or a password; give an API key (api_key, --api-key)"
         )
-    if not is_address or not url.isprintable():
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and url.isprintable()
+    except ValueError:
+        is_address = False
+    if not is_address:
         raise UsageError(f"{url!r} is no address of a Qdrant server; give one such as http://localhost:6333")
 
 
-def check_points(points: Sequence[Point], dimension: int | None = None) -> list[int]:
+def check_points(points: Sequence[Point], dimension: int) -> list[int]:
     """Refuse points that a backend refuses or changes.
 
-    :param dimension: The dimension of the collection, if it is known.
+    :param dimension: The dimension of the collection.
     :returns: The maximum size of each point in bytes, as JSON.
     :raises CocoaError: If a vector is not finite or has another dimension, or a payload is not JSON.
     """
     sizes = []
     for point in points:
         name = f"point {point.id} ({point.payload.get('path', 'no path')!a})"
-        if point.vector.shape != (dimension or point.vector.size,) or not np.isfinite(point.vector).all():
+        if point.vector.shape != (dimension,) or not np.isfinite(point.vector).all():
             raise CocoaError(
-                f"{name} has a vector of shape {point.vector.shape}, expected {dimension or 'some'} finite values;"
+                f"{name} has a vector of shape {point.vector.shape}, expected {dimension} finite values;"
                 " nothing was written"
             )
         sizes.append(payload_size(name, point.payload) + BYTES_PER_VALUE * point.vector.size + BYTES_PER_POINT)
@@ -79,31 +79,11 @@ def payload_size(name: str, payload: Payload) -> int:
         raise CocoaError(f"{name} has a payload that is not JSON ({error!a}); nothing was written") from error
 
 
-def query_values(query: Query, dimension: int | None) -> list[float]:
-    """Return a query's vector as a list.
+def check_query(query: Query, dimension: int) -> Query:
+    """Return a query with its vector in float32.
 
-    :raises CocoaError: If it is not finite or has another dimension than the collection.
+    :raises CocoaError: If the vector is not finite or has another dimension than the collection.
     """
-    if query.vector.shape != (dimension or query.vector.size,) or not np.isfinite(query.vector).all():
+    if query.vector.shape != (dimension,) or not np.isfinite(query.vector).all():
         raise CocoaError(f"the query's vector has shape {query.vector.shape}, expected {dimension} finite values")
-    return np.asarray(query.vector, dtype=np.float32).tolist()
-
-
-def other_vectors(store: Store, found: str) -> CocoaError:
-    """Return the error for a collection with other vectors than this indexer writes."""
-    return CocoaError(
-        f"collection {store.collection!r} in {store.location} holds {found}, not one unnamed vector per image compared"
-        " by cosine; choose another collection"
-    )
-
-
-def check_may_sign(store: Store, found: Signature, signature: Signature) -> None:
-    """Refuse to write ``signature`` over another one or into a collection with another dimension.
-
-    :raises CocoaError: If the collection has one.
-    """
-    if found.fingerprint not in (None, signature.fingerprint) or found.dimension != signature.dimension:
-        raise CocoaError(
-            f"collection {store.collection!r} in {store.location} was made with {found.model} ({found.dimension}"
-            f" dimensions), not with {signature.model} ({signature.dimension}); choose another collection"
-        )
+    return query._replace(vector=np.asarray(query.vector, dtype=np.float32))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeAlias
 
 from cocoa_embed.errors import UsageError, require
 from cocoa_embed.integrations.qdrant import conditions as tree
@@ -14,14 +14,18 @@ require("qdrant_client", "qdrant")
 
 from qdrant_client import models  # noqa: E402 - after the error that names the extra
 
+Filter: TypeAlias = models.Filter | tree.Condition | Sequence[str] | str | None
 
-def read_filter(query_filter: models.Filter | Sequence[str] | str | None) -> models.Filter | None:
-    """Return a filter that a caller gives: as texts (``parse_filters``), or as a filter of qdrant-client.
+
+def read_filter(query_filter: Filter) -> models.Filter | None:
+    """Return a filter that a caller gives: as texts (``parse_filters``), a condition, or a filter of qdrant-client.
 
     :raises UsageError: If it is neither.
     """
     if query_filter is None or isinstance(query_filter, models.Filter):
         return query_filter
+    if isinstance(query_filter, tree.Condition):
+        return to_client_filter(query_filter)
     if isinstance(query_filter, str):
         query_filter = [query_filter]
     if not isinstance(query_filter, Sequence):
@@ -48,11 +52,10 @@ def _convert(condition: tree.Condition) -> models.Condition:
             return models.Filter(must_not=[_convert(negated)])
         case tree.OneOf(path, values):
             return models.Filter(should=_equal_to_one_of(path, values))
-        case tree.Range(path, gt, gte, lt, lte):
-            bounds: dict[str, Any] = {"gt": gt, "gte": gte, "lt": lt, "lte": lte}
+        case tree.Range(path, bounds):
             is_time = any(isinstance(bound, datetime) for bound in bounds.values())
-            limits = models.DatetimeRange(**bounds) if is_time else models.Range(**bounds)
-            return models.FieldCondition(key=path, range=limits)
+            limits: Any = models.DatetimeRange if is_time else models.Range
+            return models.FieldCondition(key=path, range=limits(**bounds))
         case tree.HasWords(path, text):
             return models.FieldCondition(key=path, match=models.MatchText(text=text))
         case tree.Exists(path):

@@ -5,22 +5,22 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import Timeout
 
 from cocoa_embed.errors import CocoaError, one_line, printable, require
 from cocoa_embed.folders import refuse_foreign_folder, write_atomically
-from cocoa_embed.integrations.qdrant.stores import base, checks
-from cocoa_embed.integrations.qdrant.stores.base import Hit, Payload, Point, Query, Signature, StoreOptions
-from cocoa_embed.integrations.qdrant.stores.locks import in_use, lock_file
+from cocoa_embed.integrations.qdrant.stores import base
+from cocoa_embed.integrations.qdrant.stores.base import Payload, Point, Query, Signature, StoreOptions
+from cocoa_embed.integrations.qdrant.stores.locks import folder_lock, in_use
+from cocoa_embed.integrations.qdrant.stores.store import Store
 
 require("qdrant_edge", "edge")
 
@@ -36,7 +36,6 @@ CONFIG_FILE = "edge_config.json"
 SIGNATURE_FILE = "signature.json"
 SCRATCH = "creating:"
 """An unfinished shard; no collection can have this name."""
-SCROLL_LIMIT = 1000
 RESERVE = 128 * 2**20
 """Free bytes that the disk must have before a write: where the engine's mapped files find no room, the kernel kills the
 process. An empty shard is 200 MB of holes, 100 MB of which some file systems fill."""
@@ -54,24 +53,15 @@ def open_collection(folder: str | Path, collection: str, options: StoreOptions) 
     return EdgeStore(Path(folder), collection, options)
 
 
-class EdgeStore:
+class EdgeStore(Store):
     """A shard in a folder of shards; it gets its name when it is complete."""
 
-    parallel = 1
-
     def __init__(self, folder: Path, collection: str, options: StoreOptions) -> None:
-        """Name a folder and a shard; nothing is opened or created yet."""
-        self.location = printable(folder)
-        self.collection = collection
-        self.options = options
+        """Name a folder and a shard."""
+        super().__init__(printable(folder), collection, options)
         self._folder = folder
         self._shard_folder = folder / collection
-        self._shard: edge.EdgeShard | None = None
-        self._dimension: int | None = None
-        self._file_lock: FileLock | None = None
-        self._closing: weakref.finalize | None = None
         self._last_flush = 0.0
-        self._lock = threading.RLock()
 
     def collections(self) -> list[str] | None:
         """Return the names of all collections, sorted; None if there is no such folder."""
@@ -89,89 +79,38 @@ class EdgeStore:
                 return None
             vectors = read_json(self._shard_folder / CONFIG_FILE).get("vectors", {})
             if list(vectors) != [""]:
-                raise checks.other_vectors(self, f"named vectors ({', '.join(vectors)})")
+                raise self._other_vectors(f"named vectors ({', '.join(vectors)})")
             size, distance = int(vectors[""]["size"]), vectors[""]["distance"]
             if distance != "Cosine" or vectors[""].get("multivector_config"):
-                raise checks.other_vectors(self, f"vectors of {size} dimensions ({distance})")
+                raise self._other_vectors(f"vectors of {size} dimensions ({distance})")
             self._dimension = size
             file = self._shard_folder / SIGNATURE_FILE
-            return base.read_signature(read_json(file) if file.exists() else None, self._dimension)
+            return base.read_signature(read_json(file) if file.exists() else None, size)
 
     def create(self, signature: Signature) -> None:
         """Create the collection with its signature, or sign an existing one without a signature."""
         with self._readable_errors():
             self._refuse_foreign_folders()
             self._folder.mkdir(parents=True, exist_ok=True)
-            lock = lock_file(self._folder / MARKER, self.location)
-            try:
+            with folder_lock(self._folder / MARKER):
                 found = self.signature()
                 if found is not None:
-                    checks.check_may_sign(self, found, signature)
-                    write_signature(self._shard_folder, signature)
+                    self._check_may_sign(found, signature)
+                    write_atomically(self._shard_folder / SIGNATURE_FILE, json.dumps(asdict(signature)))
                 else:
                     self._require_room(RESERVE)
                     self._build(self._folder / SCRATCH, signature)
                     os.replace(self._folder / SCRATCH, self._shard_folder)
-            finally:
-                lock.release()
         self._dimension = signature.dimension
-
-    def scan(self, keys: Sequence[str]) -> Iterator[tuple[str, Payload]]:
-        """Yield the id of every point and, of ``keys``, those that its payload has."""
-        offset = None
-        while True:
-            request = edge.ScrollRequest(
-                limit=SCROLL_LIMIT, offset=offset, with_payload=list(keys) or False, with_vector=False
-            )
-            with self._engine() as shard:
-                records, offset = shard.scroll(request)
-            yield from ((str(record.id), record.payload or {}) for record in records)
-            if offset is None:
-                return
-
-    def retrieve(self, ids: Sequence[str]) -> dict[str, Payload]:
-        """Return the payloads of points by id; ids that do not exist are left out."""
-        with self._engine() as shard:
-            records = shard.retrieve(list(ids), True, False)
-        return {str(record.id): record.payload or {} for record in records}
 
     def count(self) -> int:
         """Return the number of points."""
         with self._engine() as shard:
             return shard.count(edge.CountRequest(exact=True))
 
-    def upsert(self, points: Sequence[Point]) -> None:
-        """Store points and wait until they are in the engine's log."""
-        # The engine, unlike a server, takes vectors that are not finite, and half of a batch with a wrong dimension.
-        sizes = checks.check_points(points, self._required_dimension())
-        if points:
-            structs = [edge.Point(point.id, point.vector.tolist(), point.payload) for point in points]
-            self._update(edge.UpdateOperation.upsert_points(structs), sum(sizes))
-
-    def overwrite_payload(self, id_: str, payload: Payload) -> None:
-        """Replace the payload of a stored point and wait until it is stored."""
-        size = checks.payload_size(f"point {id_}", payload)
-        self._update(edge.UpdateOperation.overwrite_payload([id_], payload), size)
-
     def delete(self, ids: Sequence[str]) -> None:
         """Delete points and wait until they are deleted."""
         self._update(edge.UpdateOperation.delete_points(list(ids)), 100 * len(ids))
-
-    def search(self, query: Query) -> list[Hit]:
-        """Return the points nearest to the query's vector by cosine, best first."""
-        oversampling = base.oversampling(query.limit + query.offset)
-        quantization = edge.QuantizationSearchParams(rescore=True, oversampling=oversampling)
-        request = edge.QueryRequest(
-            limit=query.limit,
-            offset=query.offset,
-            query=edge.Query.Nearest(checks.query_values(query, self._required_dimension())),
-            filter=None if query.filter is None else to_edge_filter(query.filter),
-            score_threshold=base.lower_bound(query.score_threshold),
-            params=edge.SearchParams(quantization=quantization),
-            with_payload=True,
-        )
-        with self._engine() as shard:
-            return [base.make_hit(point.id, point.score, point.payload) for point in shard.query(request)]
 
     def finish(self) -> None:
         """Build the search index, without which a search takes longer the more points there are.
@@ -183,23 +122,47 @@ class EdgeStore:
         with self._engine() as shard:
             info = shard.info()
             if info.indexed_vectors_count < info.points_count:
-                # Segments are rewritten beside the old ones, which the next flush deletes.
-                self._require_room(RESERVE + allocated_bytes(self._shard_folder / "segments"))
+                # Segments are rewritten beside the old ones, which the next flush deletes; mapped files have holes.
+                files = filter(Path.is_file, self._shard_folder.glob("segments/**/*"))
+                self._require_room(RESERVE + sum(file.stat().st_blocks * 512 for file in files))
             shard.optimize()
             shard.flush()
 
     def close(self) -> None:
         """Close the shard and release its folder."""
-        with self._lock:
-            closing, self._closing, self._shard = self._closing, None, None
-            try:
-                if closing is not None:
-                    with self._readable_errors():
-                        closing()
-            finally:
-                if self._file_lock is not None:
-                    self._file_lock.release()
-                    self._file_lock = None
+        with self._readable_errors():
+            super().close()
+
+    def _scroll(self, keys: list[str], offset: Any) -> tuple[Sequence[Any], Any]:  # noqa: ANN401
+        page = {"limit": self.scroll_limit, "offset": offset, "with_payload": keys or False, "with_vector": False}
+        with self._engine() as shard:
+            return shard.scroll(edge.ScrollRequest(**page))
+
+    def _retrieve(self, ids: Sequence[str]) -> Sequence[Any]:
+        with self._engine() as shard:
+            return shard.retrieve(list(ids), True, False)
+
+    def _upsert(self, points: Sequence[Point], sizes: Sequence[int]) -> None:
+        structs = [edge.Point(point.id, point.vector.tolist(), point.payload) for point in points]
+        self._update(edge.UpdateOperation.upsert_points(structs), sum(sizes))
+
+    def _overwrite_payload(self, id_: str, payload: Payload, size: int) -> None:
+        self._update(edge.UpdateOperation.overwrite_payload([id_], payload), size)
+
+    def _search(self, query: Query) -> Sequence[Any]:
+        oversampling = base.oversampling(query.limit + query.offset)
+        quantization = edge.QuantizationSearchParams(rescore=True, oversampling=oversampling)
+        request = edge.QueryRequest(
+            limit=query.limit,
+            offset=query.offset,
+            query=edge.Query.Nearest(query.vector.tolist()),
+            filter=None if query.filter is None else to_edge_filter(query.filter),
+            score_threshold=query.score_threshold,
+            params=edge.SearchParams(quantization=quantization),
+            with_payload=True,
+        )
+        with self._engine() as shard:
+            return shard.query(request)
 
     def _exists(self) -> bool:
         return (self._shard_folder / CONFIG_FILE).exists()
@@ -210,9 +173,10 @@ class EdgeStore:
         scratch.mkdir()
         shard = edge.EdgeShard.create(str(scratch), shard_config(signature.dimension, self.options))
         for key, kind in base.PAYLOAD_INDEXES.items():
-            shard.update(edge.UpdateOperation.create_field_index(key, FIELD_INDEXES[kind]))
+            schema = TEXT_INDEX if kind == base.TEXT else getattr(edge.PayloadSchemaType, kind.capitalize())
+            shard.update(edge.UpdateOperation.create_field_index(key, schema))
         flush_and_close(shard)
-        write_signature(scratch, signature)
+        write_atomically(scratch / SIGNATURE_FILE, json.dumps(asdict(signature)))
 
     def _update(self, operation: edge.UpdateOperation, size: int) -> None:
         with self._engine() as shard:
@@ -221,12 +185,6 @@ class EdgeStore:
             if time.monotonic() - self._last_flush > FLUSH_SECONDS:
                 shard.flush()
                 self._last_flush = time.monotonic()
-
-    def _required_dimension(self) -> int:
-        if self._dimension is None and self.signature() is None:
-            raise base.no_collection(self)
-        assert self._dimension is not None
-        return self._dimension
 
     def _refuse_foreign_folders(self) -> None:
         """Refuse to create a shard in a folder that holds something else.
@@ -271,6 +229,8 @@ class EdgeStore:
             yield
         except CocoaError:
             raise
+        except Timeout as error:
+            raise in_use(self.location) from error
         except OSError as error:
             raise CocoaError(f"the index {self.location} cannot be used ({one_line(error)})") from error
         except Exception as error:  # the engine raises nothing more specific
@@ -279,27 +239,20 @@ class EdgeStore:
             raise CocoaError(f"Qdrant Edge at {self.location} failed: {one_line(error)}") from error
 
     def _open(self) -> edge.EdgeShard:
-        if self._shard is None:
+        if self._opened is None:
             if not self._exists():
-                raise base.no_collection(self)
-            self._file_lock = lock_file(self._shard_folder / LOCK_FILE, self.location)
-            try:
+                raise self._no_collection()
+            with ExitStack() as stack:
+                stack.enter_context(folder_lock(self._shard_folder / LOCK_FILE))
                 self._require_room(READING_RESERVE)
-                self._shard = edge.EdgeShard.load(str(self._shard_folder))
-            except BaseException:
-                self.close()
-                raise
+                shard = edge.EdgeShard.load(str(self._shard_folder))
+                stack.callback(flush_and_close, shard)
+                self._opened, self._closing = shard, weakref.finalize(self, stack.pop_all().close)
             self._last_flush = time.monotonic()
-            self._closing = weakref.finalize(self, flush_and_close, self._shard)
-        return self._shard
+        return self._opened
 
 
-FIELD_INDEXES: dict[str, Any] = {
-    base.KEYWORD: edge.PayloadSchemaType.Keyword,
-    base.INTEGER: edge.PayloadSchemaType.Integer,
-    base.FLOAT: edge.PayloadSchemaType.Float,
-    base.TEXT: edge.TextIndexParams(tokenizer=edge.TokenizerType.Word, lowercase=True, phrase_matching=True),
-}
+TEXT_INDEX = edge.TextIndexParams(tokenizer=edge.TokenizerType.Word, lowercase=True, phrase_matching=True)
 
 
 def flush_and_close(shard: edge.EdgeShard) -> None:
@@ -310,10 +263,9 @@ def flush_and_close(shard: edge.EdgeShard) -> None:
 
 def shard_config(dimension: int, options: StoreOptions) -> edge.EdgeConfig:
     """Return how a new shard keeps its vectors."""
-    in_memory = edge.Memory.Pinned
     quantization: dict[str | None, Any] = {
-        "scalar": edge.ScalarQuantizationConfig(type=edge.ScalarType.Int8, quantile=0.99, memory=in_memory),
-        "binary": edge.BinaryQuantizationConfig(memory=in_memory),
+        "scalar": edge.ScalarQuantizationConfig(type=edge.ScalarType.Int8, quantile=0.99, memory=edge.Memory.Pinned),
+        "binary": edge.BinaryQuantizationConfig(memory=edge.Memory.Pinned),
     }
     vectors = edge.EdgeVectorParams(
         size=dimension,
@@ -322,14 +274,6 @@ def shard_config(dimension: int, options: StoreOptions) -> edge.EdgeConfig:
         quantization_config=quantization.get(options.quantization),
     )
     return edge.EdgeConfig(vectors=vectors)
-
-
-def write_signature(shard_folder: Path, signature: Signature) -> None:
-    """Write the signature of a shard atomically.
-
-    :raises OSError: If it cannot be written.
-    """
-    write_atomically(shard_folder / SIGNATURE_FILE, json.dumps(asdict(signature)))
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -345,8 +289,3 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CocoaError(f"{printable(file)} holds no JSON object; the index cannot be opened")
     return value
-
-
-def allocated_bytes(folder: Path) -> int:
-    """Return the bytes on disk of the files below a folder, without the holes in mapped files."""
-    return sum(file.stat().st_blocks * 512 for file in folder.rglob("*") if file.is_file())

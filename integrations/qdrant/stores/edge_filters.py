@@ -2,45 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from datetime import date, datetime, timezone
 from typing import Any
 
 import numpy as np
+import qdrant_edge as edge
 from pydantic import BaseModel
+from qdrant_client import models
 
-from cocoa_embed.errors import UsageError, require
+from cocoa_embed.errors import UsageError
 
-require("qdrant_client", "qdrant")
-require("qdrant_edge", "edge")
-
-import qdrant_edge as edge  # noqa: E402 - after the errors that name the extras
-from qdrant_client import models  # noqa: E402
-
-MATCHES = ("MatchValue", "MatchAny", "MatchExcept", "MatchText", "MatchTextAny", "MatchPhrase")
-BY_POSITION: dict[type, Callable[..., Any]] = {
-    getattr(models, name): getattr(edge, name) for name in ("IsEmptyCondition", "IsNullCondition", *MATCHES)
-}
-BY_KEYWORD: dict[type, Callable[..., Any]] = {
-    models.MinShould: edge.MinShould,
-    models.FieldCondition: edge.FieldCondition,
-    models.Range: edge.RangeFloat,
-    models.DatetimeRange: edge.RangeDateTime,
-    models.ValuesCount: edge.ValuesCount,
-}
+OTHER_NAMES = {"Range": "RangeFloat", "DatetimeRange": "RangeDateTime"}
 
 
 def to_edge_filter(query_filter: models.Filter) -> edge.Filter:
     """Return a filter for Qdrant Edge that lets the same points through.
 
-    :raises UsageError: If it contains a condition that is not supported (on places on Earth, on slices of the
-        collection), or a malformed key.
+    :raises UsageError: If it contains a condition that Qdrant Edge does not have, or a malformed key.
     """
     clauses = {name: getattr(query_filter, name) for name in ("must", "should", "must_not")}
     try:
         lists = {name: _convert([part] if isinstance(part, BaseModel) else part) for name, part in clauses.items()}
         return edge.Filter(**lists, min_should=_convert(query_filter.min_should))
-    except (ValueError, TypeError) as error:
+    except (AttributeError, ValueError, TypeError) as error:
         raise UsageError(f"the filter is not one for Qdrant Edge ({error})") from error
 
 
@@ -52,14 +36,14 @@ def _convert(value: Any) -> Any:  # noqa: ANN401 - conditions have no common typ
             return edge.HasIdCondition(set(value.has_id))
         case models.NestedCondition():
             return edge.NestedCondition(value.nested.key, to_edge_filter(value.nested.filter))
-        case models.PayloadField():
-            return value.key
-        case BaseModel() if type(value) in BY_POSITION:
-            return BY_POSITION[type(value)](*(_convert(field) for _, field in value))
-        case BaseModel() if type(value) in BY_KEYWORD:
-            return BY_KEYWORD[type(value)](**{name: _convert(field) for name, field in value})
+        case models.IsEmptyCondition(is_empty=field):
+            return edge.IsEmptyCondition(field.key)
+        case models.IsNullCondition(is_null=field):
+            return edge.IsNullCondition(field.key)
         case BaseModel():
-            raise UsageError(f"Qdrant Edge has no {type(value).__name__} here; use a Qdrant server for such filters")
+            name = type(value).__name__
+            converted = {field.rstrip("_"): _convert(part) for field, part in value}
+            return getattr(edge, OTHER_NAMES.get(name, name))(**converted)
     return _convert_plain(value)
 
 

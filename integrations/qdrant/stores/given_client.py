@@ -1,7 +1,7 @@
 """A collection behind a ``QdrantClient`` that the caller made and closes."""
 
 from qdrant_client import QdrantClient
-from qdrant_client.http import SyncApis
+from qdrant_client.qdrant_remote import QdrantRemote
 
 from cocoa_embed.integrations.qdrant.stores.base import StoreOptions
 from cocoa_embed.integrations.qdrant.stores.client import ClientStore
@@ -10,9 +10,5 @@ from cocoa_embed.integrations.qdrant.stores.server import ServerStore
 
 def open_collection(client: QdrantClient, collection: str, options: StoreOptions) -> ClientStore:
     """Return a collection behind a client, which may be connected to a server or local."""
-    try:
-        is_remote = isinstance(client.http, SyncApis)
-    except NotImplementedError:
-        is_remote = False
-    store = ServerStore if is_remote else ClientStore
+    store = ServerStore if isinstance(client._client, QdrantRemote) else ClientStore
     return store("the given client", collection, options, client=client)

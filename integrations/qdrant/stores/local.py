@@ -7,17 +7,18 @@ import json
 import pickle
 import sqlite3
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import Timeout
 from qdrant_client import QdrantClient
 from qdrant_client.local.qdrant_local import QdrantLocal
 
 from cocoa_embed.errors import CocoaError, UsageError, one_line, printable
 from cocoa_embed.folders import is_scratch_of, refuse_foreign_folder, write_atomically
-from cocoa_embed.integrations.qdrant.stores.base import Signature, StoreOptions, no_collection
+from cocoa_embed.integrations.qdrant.stores.base import Signature, StoreOptions
 from cocoa_embed.integrations.qdrant.stores.client import ClientStore
-from cocoa_embed.integrations.qdrant.stores.locks import in_use, lock_file
+from cocoa_embed.integrations.qdrant.stores.locks import folder_lock, in_use
 
 META_FILE = "meta.json"
 """The client's list of collections; it marks a folder as a local store."""
@@ -47,73 +48,51 @@ class LocalStore(ClientStore):
     scroll_limit = 10_000
 
     def __init__(self, location: str, collection: str, options: StoreOptions, *, path: Path) -> None:
-        """Name a folder and a collection; nothing is opened or created yet."""
+        """Name a folder and a collection."""
         super().__init__(location, collection, options)
         self._path = path
-        self._file_lock: FileLock | None = None
-        self._closing: weakref.finalize | None = None
-
-    def collections(self) -> list[str] | None:
-        """Return the names of all collections, sorted; None if the folder is no store."""
-        return super().collections() if self._exists() else None
-
-    def signature(self) -> Signature | None:
-        """Return the signature of the collection, or None if there is no such collection."""
-        return super().signature() if self._exists() else None
 
     def create(self, signature: Signature) -> None:
         """Create the collection with its signature, and the folder if needed."""
         with self._lock:
-            client = self._open(create=True)
+            client = self._open()
             super().create(signature)
             use_write_ahead_log(client, self.collection)
 
-    def close(self) -> None:
-        """Close the client and release the folder."""
-        with self._lock:
-            if self._closing is not None:
-                self._closing()
-            self._client = self._closing = None
-            if self._file_lock is not None:
-                self._file_lock.release()
-                self._file_lock = None
-
     def _exists(self) -> bool:
-        try:
+        with self._readable_errors():
             refuse_foreign_store(self._path)
             return (self._path / META_FILE).is_file()
-        except OSError as error:
-            raise self._unopenable(error) from error
 
     def _connected(self) -> QdrantClient:
-        if self._client is None and not self._exists():
-            raise no_collection(self)
-        return self._open(create=False)
+        if self._opened is None and not self._exists():
+            raise self._no_collection()
+        return self._open()
 
-    def _open(self, *, create: bool) -> QdrantClient:
-        if self._client is not None:
-            return self._client
-        try:
-            refuse_foreign_store(self._path)
-            if create:
+    def _open(self) -> QdrantClient:
+        """Return the client; it is opened, and the folder created, if needed."""
+        if self._opened is None:
+            with self._readable_errors(), contextlib.ExitStack() as stack:
+                refuse_foreign_store(self._path)
                 self._path.mkdir(parents=True, exist_ok=True)
-            self._file_lock = lock_file(self._path / LOCK_FILE, self.location)
-            write_empty_meta(self._path)
-            # This class lets in one thread at a time, which SQLite's own check cannot know.
-            self._client = QdrantClient(path=str(self._path), force_disable_check_same_thread=True)
-        except UNOPENABLE as error:
-            self.close()
-            raise self._unopenable(error) from error
-        except RuntimeError as error:  # the client's own lock
-            self.close()
-            raise in_use(self.location) from error
-        # The client's own destructor may run too late in the interpreter's exit.
-        self._closing = weakref.finalize(self, self._client.close)
-        use_write_ahead_log(self._client, self.collection)
-        return self._client
+                stack.enter_context(folder_lock(self._path / LOCK_FILE))
+                write_empty_meta(self._path)
+                # This class lets in one thread at a time, which SQLite's own check cannot know.
+                client = QdrantClient(path=str(self._path), force_disable_check_same_thread=True)
+                # The client's own destructor may run too late in the interpreter's exit.
+                stack.callback(client.close)
+                self._opened, self._closing = client, weakref.finalize(self, stack.pop_all().close)
+            use_write_ahead_log(client, self.collection)
+        return self._opened
 
-    def _unopenable(self, error: BaseException) -> CocoaError:
-        return CocoaError(f"the index {self.location} cannot be opened ({one_line(error)})")
+    @contextlib.contextmanager
+    def _readable_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (Timeout, RuntimeError) as error:  # our lock and the client's own
+            raise in_use(self.location) from error
+        except UNOPENABLE as error:
+            raise CocoaError(f"the index {self.location} cannot be opened ({one_line(error)})") from error
 
 
 def refuse_foreign_store(path: Path) -> None:

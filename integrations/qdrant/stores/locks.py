@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from cocoa_embed.errors import CocoaError
 
@@ -14,16 +14,7 @@ def in_use(location: str) -> CocoaError:
     )
 
 
-def lock_file(file: Path, location: str) -> FileLock:
-    """Create ``file`` if needed and lock it until ``release`` is called or the process ends.
-
-    :raises CocoaError: If it is locked.
-    :raises OSError: If it cannot be created or locked.
-    """
+def folder_lock(file: Path) -> FileLock:
+    """Return a lock on ``file``, which is created if needed; it raises ``Timeout`` if another process holds it."""
     # A soft lock, the fallback where flock is missing, would survive a killed process.
-    lock = FileLock(file, thread_local=False, fallback_to_soft=False)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout as error:
-        raise in_use(location) from error
-    return lock
+    return FileLock(file, thread_local=False, fallback_to_soft=False, blocking=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from operator import methodcaller
@@ -11,7 +10,7 @@ from typing import Any
 from cocoa_embed.errors import CocoaError, UsageError, require
 from cocoa_embed.integrations.qdrant.stores import base
 from cocoa_embed.integrations.qdrant.stores.base import Point, Signature, StoreOptions
-from cocoa_embed.integrations.qdrant.stores.checks import check_points, check_url
+from cocoa_embed.integrations.qdrant.stores.checks import check_url
 from cocoa_embed.integrations.qdrant.stores.client import FAILURES, Answer, ClientStore
 
 require("tenacity", "qdrant")
@@ -54,28 +53,8 @@ class ServerStore(ClientStore):
     """A collection on a server, which several threads use at once."""
 
     parallel = 4
-
-    def __init__(
-        self,
-        location: str,
-        collection: str,
-        options: StoreOptions,
-        *,
-        client: QdrantClient | None = None,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
-        """Name a server and a collection; nothing is sent yet.
-
-        :param location: The address of the server, to which the store connects if no client is given.
-        :param sleep: Waits for a number of seconds.
-        """
-        super().__init__(location, collection, options, client=client)
-        self._closing: weakref.finalize | None = None
-        self._has_answered = False
-        self._has_indexes = False
-        self._retrying = Retrying(
-            retry=retry_if_exception(is_temporary), stop=self._is_last, wait=waiting_time, sleep=sleep, reraise=True
-        )
+    _has_answered = False
+    _has_indexes = False
 
     def create(self, signature: Signature) -> None:
         """Create the collection with its signature and its payload indexes, or sign an existing one."""
@@ -87,21 +66,6 @@ class ServerStore(ClientStore):
                 f" {FIRST_VERSION} or newer"
             )
         self._index_payloads()
-
-    def upsert(self, points: Sequence[Point]) -> None:
-        """Store points, in several requests if one would be too large, and wait until they are stored."""
-        sizes = check_points(points, self._known_dimension())
-        # The process that created the collection may have been killed before the last index.
-        self._index_payloads()
-        for batch in bounded_batches(points, sizes):
-            self._send_halving(batch)
-
-    def close(self) -> None:
-        """Close the connections, unless the client was given."""
-        with self._lock:
-            if self._closing is not None:
-                self._closing()
-                self._client = self._closing = None
 
     def _vector_settings(self, dimension: int) -> dict[str, Any]:
         on_disk = self.options.on_disk or None
@@ -126,31 +90,32 @@ class ServerStore(ClientStore):
                     self._call(create)
             self._has_indexes = True
 
-    def _send_halving(self, points: Sequence[Point]) -> None:
+    def _upsert(self, points: Sequence[Point], sizes: Sequence[int]) -> None:
+        """Store points, in several requests if one would be too large."""
+        # The process that created the collection may have been killed before the last index.
+        self._index_payloads()
+        for batch in bounded_batches(points, sizes):
+            self._upsert_halving(batch)
+
+    def _upsert_halving(self, points: Sequence[Point]) -> None:
         """Send points, in smaller requests if a proxy refuses the size."""
         try:
-            self._send(points)
+            super()._upsert(points, ())
         except CocoaError as error:
             cause = error.__cause__
             if len(points) == 1 or not isinstance(cause, UnexpectedResponse) or cause.status_code != 413:
                 raise
             middle = len(points) // 2
-            self._send_halving(points[:middle])
-            self._send_halving(points[middle:])
+            self._upsert_halving(points[:middle])
+            self._upsert_halving(points[middle:])
 
     def _call(self, call: Callable[[QdrantClient], Answer]) -> Answer:
         client = self._connected()
-        attempts = 0
-
-        def attempt() -> Answer:
-            nonlocal attempts
-            attempts += 1
-            return call(client)
-
+        retrying = Retrying(retry=retry_if_exception(is_temporary), stop=self._is_last, wait=wait, reraise=True)
         try:
-            answer = self._retrying(attempt)
+            answer = retrying(call, client)
         except FAILURES as error:
-            raise self._failure(error, attempts) from error
+            raise self._failure(error, retrying.statistics["attempt_number"]) from error
         self._has_answered = True
         return answer
 
@@ -162,13 +127,13 @@ class ServerStore(ClientStore):
 
     def _connected(self) -> QdrantClient:
         with self._lock:
-            if self._client is None:
+            if self._opened is None:
                 key = self.options.api_key
-                self._client = QdrantClient(
+                client = QdrantClient(
                     url=self.location, api_key=key, timeout=TIMEOUT_SECONDS, check_compatibility=False
                 )
-                self._closing = weakref.finalize(self, self._client.close)
-            return self._client
+                self._opened, self._closing = client, weakref.finalize(self, client.close)
+            return self._opened
 
 
 TEXT_INDEX = models.TextIndexParams(
@@ -193,7 +158,7 @@ def is_temporary(error: BaseException) -> bool:
     return isinstance(error, QdrantException)
 
 
-def waiting_time(state: RetryCallState) -> float:
+def wait(state: RetryCallState) -> float:
     """Return the seconds to wait before the next attempt: longer each time, and as long as the server asks."""
     error = state.outcome.exception() if state.outcome is not None else None
     retry_after = float(error.retry_after_s) if isinstance(error, ResourceExhaustedResponse) else 0.0

@@ -1,0 +1,169 @@
+"""The interface of the storage backends, and what they have in common."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from cocoa_embed.errors import CocoaError
+from cocoa_embed.integrations.qdrant.points import Payload
+from cocoa_embed.integrations.qdrant.stores import base, checks
+from cocoa_embed.integrations.qdrant.stores.base import Hit, Point, Query, Signature, StoreOptions
+
+
+class Store(ABC):
+    """One collection of points in a storage backend.
+
+    A store opens at first use and raises ``CocoaError`` for every failure. Threads may share it; when a call returns,
+    its effect is visible to all of them.
+    """
+
+    parallel = 1
+    """The number of threads that should upsert at once."""
+    scroll_limit = 1000
+    """Points per page of a scan."""
+
+    def __init__(self, location: str, collection: str, options: StoreOptions) -> None:
+        """Name a location and a collection; nothing is opened or created yet.
+
+        :param location: The folder or address, for messages.
+        """
+        self.location = location
+        self.collection = collection
+        self.name = f"collection {collection!r} in {location}"
+        self.options = options
+        self._lock = threading.RLock()
+        self._opened: Any = None
+        """The client or the shard, while it is open."""
+        self._closing: weakref.finalize | None = None
+        """Closes what this store has opened, at the latest when the interpreter exits."""
+        self._dimension: int | None = None
+
+    @abstractmethod
+    def collections(self) -> list[str] | None:
+        """Return the names of all collections at this location, sorted; None if the location does not exist."""
+
+    @abstractmethod
+    def signature(self) -> Signature | None:
+        """Return the signature of the collection, or None if there is no such collection.
+
+        :raises CocoaError: If it holds anything but one unnamed vector per point, compared by cosine.
+        """
+
+    def require_signature(self) -> Signature:
+        """Return the signature of a collection that must exist.
+
+        :raises CocoaError: If it does not exist; the message lists the collections that do.
+        """
+        signature = self.signature()
+        if signature is None:
+            names = self.collections()
+            raise self._no_collection("" if names is None else f" (it holds {', '.join(names) or 'none'})")
+        return signature
+
+    @abstractmethod
+    def create(self, signature: Signature) -> None:
+        """Create the collection with its signature and payload indexes, or sign an existing one without a signature.
+
+        :raises CocoaError: If it exists with another signature or another dimension.
+        """
+
+    def scan(self, keys: Sequence[str]) -> Iterator[tuple[str, Payload]]:
+        """Yield the id of every point and, of ``keys``, those that its payload has."""
+        offset = None
+        while True:
+            records, offset = self._scroll(list(keys), offset)
+            yield from ((str(record.id), record.payload or {}) for record in records)
+            if offset is None:
+                return
+
+    def retrieve(self, ids: Sequence[str]) -> dict[str, Payload]:
+        """Return the payloads of points by id; ids that do not exist are left out."""
+        return {str(record.id): record.payload or {} for record in self._retrieve(ids)}
+
+    @abstractmethod
+    def count(self) -> int:
+        """Return the number of points."""
+
+    def upsert(self, points: Sequence[Point]) -> None:
+        """Store points, replace those with the same ids, and wait until they are stored.
+
+        :raises CocoaError: If a vector or a payload cannot be stored; then nothing was written.
+        """
+        sizes = checks.check_points(points, self._required_dimension())
+        if points:
+            self._upsert(points, sizes)
+
+    def overwrite_payload(self, id_: str, payload: Payload) -> None:
+        """Replace the payload of a stored point and wait until it is stored."""
+        self._overwrite_payload(id_, payload, checks.payload_size(f"point {id_}", payload))
+
+    @abstractmethod
+    def delete(self, ids: Sequence[str]) -> None:
+        """Delete points and wait until they are deleted; ids that do not exist are ignored."""
+
+    def search(self, query: Query) -> list[Hit]:
+        """Return the points nearest to the query's vector by cosine, best first."""
+        checked = checks.check_query(query, self._required_dimension())
+        found = self._search(checked._replace(score_threshold=base.lower_bound(query.score_threshold)))
+        return [base.make_hit(point.id, point.score, point.payload) for point in found]
+
+    def finish(self) -> None:  # noqa: B027 - most backends have nothing to do
+        """Do the work that follows many writes: Qdrant Edge builds its search index."""
+
+    def close(self) -> None:
+        """Release files, locks and connections; the next use opens the store again. A given client stays open."""
+        with self._lock:
+            if self._closing is not None:
+                closing, self._closing, self._opened = self._closing, None, None
+                closing()
+
+    @abstractmethod
+    def _scroll(self, keys: list[str], offset: Any) -> tuple[Sequence[Any], Any]:  # noqa: ANN401
+        """Return a page of records with ``id`` and ``payload``, and the offset of the next page."""
+
+    @abstractmethod
+    def _retrieve(self, ids: Sequence[str]) -> Sequence[Any]: ...
+
+    @abstractmethod
+    def _upsert(self, points: Sequence[Point], sizes: Sequence[int]) -> None: ...
+
+    @abstractmethod
+    def _overwrite_payload(self, id_: str, payload: Payload, size: int) -> None: ...
+
+    @abstractmethod
+    def _search(self, query: Query) -> Sequence[Any]:
+        """Return records with ``id``, ``score`` and ``payload``."""
+
+    def _required_dimension(self) -> int:
+        """Return the dimension of the collection's vectors.
+
+        :raises CocoaError: If there is no such collection.
+        """
+        if self._dimension is None:
+            self.signature()
+        if self._dimension is None:
+            raise self._no_collection()
+        return self._dimension
+
+    def _no_collection(self, detail: str = "") -> CocoaError:
+        return CocoaError(f"there is no {self.name}{detail}; run cocoa-embed index first, or give another place")
+
+    def _other_vectors(self, found: str) -> CocoaError:
+        return CocoaError(
+            f"{self.name} holds {found}, not one unnamed vector per image compared by cosine; choose another collection"
+        )
+
+    def _check_may_sign(self, found: Signature, signature: Signature) -> None:
+        """Refuse to write ``signature`` over another one or into a collection with another dimension.
+
+        :raises CocoaError: If the collection has one.
+        """
+        if found.fingerprint not in (None, signature.fingerprint) or found.dimension != signature.dimension:
+            raise CocoaError(
+                f"{self.name} was made with {found.model} ({found.dimension} dimensions), not with {signature.model}"
+                f" ({signature.dimension}); choose another collection"
+            )
