@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeAlias
 from PIL import Image
 
 from cocoa_embed.errors import RowError, is_valid_unicode, printable
-from cocoa_embed.images.load import decode_image, load_image
+from cocoa_embed.images.load import UsedPixels, decode_image, load_image
 
 SHOWN_CHARACTERS = 60
 
@@ -57,12 +57,15 @@ ItemImage: TypeAlias = Path | ArrowImage
 """An image file, or an image inside a table. Its ``str`` identifies it."""
 
 
-def load_item_image(image: ItemImage) -> Image.Image:
+def load_item_image(image: ItemImage, used_pixels: UsedPixels | None = None) -> Image.Image:
     """Load an image as upright RGB.
 
+    :param used_pixels: As in ``decode_image``.
     :raises ImageError: If it cannot be used.
     """
-    return decode_image(image.read(), printable(str(image)))[0] if isinstance(image, ArrowImage) else load_image(image)
+    if isinstance(image, ArrowImage):
+        return decode_image(image.read(), printable(str(image)), used_pixels)[0]
+    return load_image(image, used_pixels=used_pixels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +94,8 @@ class Item:
     @property
     def full_text(self) -> str | None:
         """Instruction and text, as the model sees them."""
-        return "".join(filter(None, (self.instruction, self.text))) or None
+        parts = [part for part in (self.instruction, self.text) if part is not None]
+        return "".join(parts) if parts else None
 
     @property
     def parts(self) -> frozenset[str]:

@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 
 from cocoa_embed.data.rows import ArrowImage, ItemImage, Row, load_item_image
 from cocoa_embed.errors import ImageError, RowError, printable
+from cocoa_embed.images.load import UsedPixels
 from cocoa_embed.model.backbone import MAX_ASPECT_RATIO
 from cocoa_embed.model.template import RESERVED_TOKENS
 
@@ -51,16 +52,20 @@ def numbered(rows: Sequence[Row]) -> list[tuple[Draw, Row]]:
     return [(Draw(index), row) for index, row in enumerate(rows)]
 
 
-def load_row_image(image: ItemImage) -> Image.Image:
+def load_row_image(image: ItemImage, used_pixels: UsedPixels | None = None) -> Image.Image:
     """Load a row's image for training.
 
+    :param used_pixels: As in ``decode_image``; it is asked only about images that can be used.
     :raises ImageError: If it cannot be used, or one side is more than 200 times the other, which processors refuse.
     """
-    loaded = load_item_image(image)
-    if max(loaded.size) > MAX_ASPECT_RATIO * min(loaded.size):
-        size = f"{loaded.width} x {loaded.height}"
-        raise ImageError(printable(str(image)), f"is {size}: one side is more than {MAX_ASPECT_RATIO} times the other")
-    return loaded
+
+    def used(width: int, height: int) -> int:
+        if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+            reason = f"is {width} x {height}: one side is more than {MAX_ASPECT_RATIO} times the other"
+            raise ImageError(printable(str(image)), reason)
+        return width * height if used_pixels is None else used_pixels(width, height)
+
+    return load_item_image(image, used)
 
 
 def arrow_images(rows: Iterable[Row]) -> dict[str, ArrowImage]:

@@ -1,5 +1,6 @@
 """From rows to model inputs, for the stages that reconstruct what is masked of them."""
 
+import re
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -8,8 +9,9 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from cocoa_embed.data.rows import Item, Row
-from cocoa_embed.model.template import render
-from cocoa_embed.train.data.rows import load_row_image
+from cocoa_embed.errors import CocoaError
+from cocoa_embed.model.template import IMAGE_PAD, render
+from cocoa_embed.train.data.image_patches import image_patches, normalised
 from cocoa_embed.train.loop.batch_facts import Batch
 
 Each = TypeVar("Each")
@@ -26,17 +28,35 @@ def render_items(processor: ProcessorMixin, items: Sequence[Item], *, prompt: st
     :returns: ``input_ids``, ``attention_mask``, ``mm_token_type_ids`` (int64 ``[B, L]``) and, where there are images,
         ``pixel_values`` (float ``[patches, patch_width]``) and ``image_grid_thw`` (int64 ``[images, 3]``).
     """
-    images = [load_row_image(image) for item in items for image in item.images]
-    return dict(
-        processor(
-            images=images or None,
-            text=[render(text=item.full_text, images=len(item.images), prompt=prompt) for item in items],
-            padding=True,
-            truncation=True,
-            max_length=processor.tokenizer.model_max_length,
-            return_tensors="pt",
+    batch = render_compact(processor, items, prompt=prompt)
+    if "pixel_values" in batch:
+        batch["pixel_values"] = normalised(batch["pixel_values"], processor.image_processor)
+    return batch
+
+
+def render_compact(processor: ProcessorMixin, items: Sequence[Item], *, prompt: str = "") -> Batch:
+    """Do as ``render_items``, with the ``pixel_values`` of ``image_patches``: an eighth of the bytes.
+
+    The caller normalises them (``normalised``), on the device.
+    """
+    images = [image for item in items for image in item.images]
+    texts = [render(text=item.full_text, images=len(item.images), prompt=prompt) for item in items]
+    pixels = {}
+    if images:
+        pixels["pixel_values"], pixels["image_grid_thw"] = image_patches(images, processor.image_processor)
+        counts = iter((pixels["image_grid_thw"].prod(dim=1) // processor.image_processor.merge_size**2).tolist())
+        texts = [re.sub(re.escape(IMAGE_PAD), lambda _: IMAGE_PAD * next(counts), text) for text in texts]
+    tokenizer = processor.tokenizer
+    limit = tokenizer.model_max_length
+    tokens = dict(tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt"))
+    is_visual = tokens["input_ids"] == tokenizer.convert_tokens_to_ids(IMAGE_PAD)
+    if is_visual.sum() != sum(text.count(IMAGE_PAD) for text in texts):
+        longest = max(text.count(IMAGE_PAD) for text in texts)
+        raise CocoaError(
+            f"The images of an item are {longest} visual tokens, which max_length={limit} cuts; raise it, or lower "
+            "max_pixels."
         )
-    )
+    return {**tokens, "mm_token_type_ids": is_visual.long(), **pixels}
 
 
 def joined(row: Row) -> Item:

@@ -1,0 +1,72 @@
+"""The patches of a batch are those of the image processor, made of one image at a time."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cocoa_embed.data.rows import Item
+from cocoa_embed.errors import CocoaError
+from cocoa_embed.images.load import decode_image, load_image
+from cocoa_embed.model.backbone import Backbone
+from cocoa_embed.train.data.image_patches import image_patches, normalised
+from cocoa_embed.train.stages.rendering import render_items
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[Path]:
+    """Images that are enlarged, kept and reduced by the processor."""
+    generator = np.random.default_rng(0)
+    for number, (width, height) in enumerate([(30, 40), (56, 56), (200, 90), (900, 700)]):
+        pixels = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    return sorted(tmp_path.glob("*.png"))
+
+
+def test_patches_are_those_of_the_image_processor(tiny_backbone: Backbone, pictures: list[Path]) -> None:
+    processor = tiny_backbone.processor.image_processor
+    expected = processor([load_image(path) for path in pictures], return_tensors="pt")
+    patches, grid = image_patches(pictures, processor)
+    assert patches.dtype == torch.uint8
+    assert torch.equal(grid, expected["image_grid_thw"])
+    torch.testing.assert_close(normalised(patches, processor), expected["pixel_values"], atol=1e-6, rtol=0)
+
+
+def test_items_of_several_images_are_rendered_as_the_processor_renders_them(
+    tiny_backbone: Backbone, pictures: list[Path]
+) -> None:
+    items = [Item("a", tuple(pictures[:2])), Item("two words"), Item(images=(pictures[2],), instruction="find: ")]
+    batch = render_items(tiny_backbone.processor, items)
+    vision = "<|vision_start|><|image_pad|><|vision_end|>"
+    expected = tiny_backbone.processor(
+        text=[f"{vision}{vision}a", "two words", f"{vision}find: "],
+        images=[load_image(path) for path in pictures[:3]],
+        padding=True,
+        return_tensors="pt",
+    )
+    assert batch.keys() == expected.keys()
+    for name in ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw"):
+        assert torch.equal(batch[name], expected[name]), name
+
+
+def test_images_that_do_not_fit_into_a_sequence_are_an_error(tiny_backbone: Backbone, pictures: list[Path]) -> None:
+    with pytest.raises(CocoaError, match=r"are \d+ visual tokens, which max_length=\d+ cuts"):
+        render_items(tiny_backbone.processor, [Item("a", tuple(pictures[2:3] * 20))])
+
+
+def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(tmp_path: Path) -> None:
+    gradient = Image.linear_gradient("L").resize((1600, 1200)).convert("RGB")
+    for orientation in (1, 6):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        path = tmp_path / f"{orientation}.jpg"
+        gradient.save(path, exif=exif)
+        data, whole = path.read_bytes(), load_image(path)
+        sizes = {
+            used: decode_image(data, "it", lambda width, height, used=used: used)[0].size for used in (10**6, 10**5, 10)
+        }
+        assert sizes[10**6] == whole.size, "less than four times the pixels are not reduced"
+        assert sizes[10**5] == tuple(side // 2 for side in whole.size)
+        assert sizes[10] == tuple(side // 8 for side in whole.size)

@@ -1,0 +1,67 @@
+"""From image files to the patches of a batch: one image in memory at a time, as bytes until the model runs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from cocoa_embed.data.rows import ItemImage
+from cocoa_embed.train.data.rows import load_row_image
+
+
+def image_patches(images: Sequence[ItemImage], image_processor: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+    """Load images one after the other as the raw patches of an image processor, before it scales their values.
+
+    :param image_processor: Of a supported backbone.
+    :returns: Patches, uint8 ``[patches, channels * patch_size ** 2]``, in memory that a worker shares with its trainer;
+        and ``image_grid_thw``, int64 ``[images, 3]``.
+    :raises ImageError: If an image cannot be used.
+    """
+    grids, filled, area = [], 0, image_processor.patch_size**2
+    # Memory is taken where it is written to, so room for the largest images costs nothing.
+    room = len(images) * image_processor.size["longest_edge"] // area
+    patches = _empty_bytes(room, len(image_processor.image_mean) * area)
+
+    def used_pixels(width: int, height: int) -> int:
+        return int(image_processor.get_number_of_image_patches(height, width, {})) * area
+
+    for image in images:
+        loaded = load_row_image(image, used_pixels)
+        # The tests hold that this is the processor's own output, before its last step and without the repetition that
+        # makes two frames of an image.
+        done = image_processor(loaded, do_rescale=False, do_normalize=False, return_tensors="pt")
+        frames = done["pixel_values"].unflatten(1, (3, image_processor.temporal_patch_size, -1))
+        grids.append(done["image_grid_thw"])
+        rows = frames[:, :, 0].flatten(1)
+        if filled + len(rows) > len(patches):  # of images so thin that the limit cannot be kept
+            larger = _empty_bytes(2 * (filled + len(rows)), patches.shape[1])
+            larger[:filled] = patches[:filled]
+            patches = larger
+        patches[filled : filled + len(rows)] = rows
+        filled += len(rows)
+    return patches[:filled], torch.cat(grids)
+
+
+def normalised(patches: Tensor, image_processor: Any) -> Tensor:  # noqa: ANN401
+    """Return the pixel values of patches, as the image processor scales them, on the patches' device.
+
+    :param patches: From ``image_patches``.
+    :returns: float32 ``[patches, patch_width]``.
+    """
+    scale = 1 / image_processor.rescale_factor
+    mean, std = (
+        torch.tensor(values, device=patches.device)[:, None] * scale
+        for values in (image_processor.image_mean, image_processor.image_std)
+    )
+    channels = patches.unflatten(1, (len(image_processor.image_mean), -1))
+    values = (channels.float() - mean) / std
+    return values[:, :, None].expand(-1, -1, image_processor.temporal_patch_size, -1).flatten(1)
+
+
+def _empty_bytes(rows: int, width: int) -> Tensor:
+    if get_worker_info() is None:
+        return torch.empty(rows, width, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(rows * width, device="cpu")
+    return torch.tensor([], dtype=torch.uint8).set_(storage).view(rows, width)
