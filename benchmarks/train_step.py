@@ -7,7 +7,7 @@
 
 Plain: ``labels=`` on the stock class, and so logits ``[B, L, V]``; a dense 4-D mask; batches of rows in their order,
 padded to the longest; in the contrastive stage the whole batch in one forward pass. Ours: the head at masked positions
-only, rows of similar length together, FlexAttention for the bridge on CUDA; gradient-cached chunks of pairs sorted by
+only, rows of similar length together; gradient-cached chunks of pairs sorted by
 length. Both have the same rows and the same random weights, and the losses of one common batch are compared first.
 
 With ``--adapter`` both sides train an adapter of PEFT, which merges nothing. ``--side`` measures one side alone, and
@@ -46,7 +46,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--adapter", choices=("lora", "dora"), help="train an adapter, not the weights")
     parser.add_argument("--dropout", type=float, default=0.0, help="of the adapter")
-    parser.add_argument("--attention", default="auto", help="ours: auto, sdpa or flex_attention")
+    parser.add_argument("--attention", default="sdpa", help="ours: sdpa or flex_attention")
     parser.add_argument("--lengths", action="store_true", help="ours at 1, 2 and 4 times the rows, of one length")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--side", choices=("ours", "plain"), help="measure one side, and print JSON")

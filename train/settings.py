@@ -182,7 +182,8 @@ class RunSettings(Settings):
     :param backbone: A folder, the name of a backbone of this package, or a hub name.
     :param data: The rows of every stage, where the stage's own ``data`` does not say otherwise.
     :param mixed_precision: ``bf16`` runs forward and backward passes under bfloat16 autocast; weights stay float32.
-    :param attn_implementation: ``auto`` is FlexAttention for the bridge mask on CUDA, and sdpa elsewhere.
+    :param attn_implementation: ``flex_attention`` skips what the bridge mask hides, on CUDA; at short sequences sdpa is
+        as fast (docs/experiments.md, section 10).
     :param bidirectional: False leaves the language model causal in every stage, for comparison.
     :param gradient_checkpointing: Recompute activations in the backward pass instead of storing them.
     :param sharding: ``fsdp2`` shards weights, gradients and optimiser states over the devices, in stages that allow it.
@@ -197,7 +198,7 @@ class RunSettings(Settings):
     backbone: str
     data: DataSettings | None = None
     mixed_precision: Literal["no", "bf16"] = "no"
-    attn_implementation: Literal["auto", "sdpa", "eager", "flex_attention"] = "auto"
+    attn_implementation: Literal["sdpa", "eager", "flex_attention"] = "sdpa"
     bidirectional: bool = True
     gradient_checkpointing: bool = False
     sharding: Literal["none", "fsdp2"] = "none"

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 
 from cocoa_embed.model.attention import bidirectional_mask, bridge_mask, make_bidirectional
 from cocoa_embed.model.backbone import SUPPORTED, PatchGeometry
-from cocoa_embed.model.flex_attention import FLEX, resolve_attention, use_flex_attention
+from cocoa_embed.model.flex_attention import FLEX, use_flex_attention
 from cocoa_embed.train.loop.adapters import add_adapter
 from cocoa_embed.train.plan.cost import BatchShape, StepCost, batch_shape, measure_matmul_flops, model_size
 from cocoa_embed.train.settings import AdapterSettings
@@ -102,8 +102,7 @@ def build(
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     is_ours = options.side == "ours"
-    attention = resolve_attention(options.attention, sparse=options.stage == "bridge", device_type=device.type)
-    if is_ours and attention == FLEX:
+    if is_ours and options.attention == FLEX:
         use_flex_attention(model)
     model.train()
     if options.stage == "contrastive":

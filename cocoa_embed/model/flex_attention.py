@@ -26,19 +26,17 @@ FIRST_DYNAMIC_TORCH = "2.7"
 """With torch 2.6, transformers recompiles FlexAttention for every sequence length, and stops after a few."""
 
 
-def resolve_attention(attn_implementation: str, *, sparse: bool, device_type: str) -> str:
-    """Return the attention implementation to train with; ``auto`` is FlexAttention for sparse masks on CUDA, else sdpa.
+def refuse_flex_attention(device_type: str) -> None:
+    """Check that FlexAttention can be trained here; elsewhere it has no backward pass.
 
-    :param sparse: The mask leaves whole tiles out, as the bridge mask does.
     :param device_type: As in ``torch.device(...).type``.
-    :raises UsageError: For FlexAttention without CUDA: it has no backward pass there.
+    :raises UsageError: Without CUDA, or with an older torch.
     """
-    if attn_implementation == "auto":
-        has_kernel = device_type == "cuda" and torch.__version__ >= FIRST_DYNAMIC_TORCH
-        return FLEX if sparse and has_kernel else "sdpa"
-    if attn_implementation == FLEX and device_type != "cuda":
-        raise UsageError(f"{FLEX} cannot be trained on {device_type!r}, only on 'cuda'; use auto or sdpa.")
-    return attn_implementation
+    if device_type != "cuda" or torch.__version__ < FIRST_DYNAMIC_TORCH:
+        raise UsageError(
+            f"{FLEX} can be trained with torch {FIRST_DYNAMIC_TORCH} or newer on 'cuda', not with {torch.__version__} "
+            f"on {device_type!r}; use sdpa."
+        )
 
 
 def use_flex_attention(model: PreTrainedModel) -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from cocoa_embed.data.rows import Row
 from cocoa_embed.errors import UsageError
 from cocoa_embed.model.backbone import Backbone
-from cocoa_embed.model.flex_attention import FLEX, resolve_attention
+from cocoa_embed.model.flex_attention import FLEX, refuse_flex_attention
 from cocoa_embed.train.loop.arguments import training_arguments
 from cocoa_embed.train.loop.batch_facts import Batch, Example
 from cocoa_embed.train.loop.trainer import CocoaTrainer, StageContext
@@ -31,9 +31,6 @@ class Stage(ABC, Generic[Own]):
     :param settings: The stage's own settings.
     :param run: The settings of the whole run.
     """
-
-    has_sparse_mask: ClassVar[bool] = False
-    """Whether its attention mask leaves whole tiles out, which FlexAttention then skips."""
 
     can_shard: ClassVar[bool] = True
     """Whether its weights may be sharded over devices."""
@@ -125,11 +122,9 @@ class Stage(ABC, Generic[Own]):
         asked = self.run.attn_implementation
         if not self.run.bidirectional and asked == FLEX:
             raise UsageError(f"bidirectional=false needs attn_implementation sdpa or eager, not {FLEX}.")
-        return resolve_attention(
-            asked,
-            sparse=self.has_sparse_mask and self.run.bidirectional,
-            device_type=str(PartialState().device).split(":")[0],
-        )
+        if asked == FLEX:
+            refuse_flex_attention(str(PartialState().device).split(":")[0])
+        return asked
 
     def arguments(self, *, steps: int, folder: Path, layers: Sequence[str] = ()) -> dict[str, Any]:
         """Return the stage's ``TrainingArguments`` as keywords.

@@ -35,7 +35,6 @@ logger = logging.getLogger(__name__)
 class Bridge(Stage[BridgeSettings]):
     """``[block A] <EOS> [block B]`` under the bridge mask, with most of block B masked."""
 
-    has_sparse_mask = True
     has_samples = True
 
     @property
