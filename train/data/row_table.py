@@ -15,13 +15,16 @@ import pyarrow as pa
 
 from cocoa_embed.data.arrow_table import ArrowTable, reopen
 from cocoa_embed.data.rows import ArrowImage, Item, ItemImage, Row
+from cocoa_embed.errors import CocoaError, printable
 
 FORMAT_VERSION = 1
 """Of the files; it changes with ``SCHEMA`` and with what the columns mean."""
 
 ROWS_A_CHUNK = 10_000
 
-_IMAGE = pa.struct({"path": pa.string(), "table": pa.int32(), "row": pa.int64(), "position": pa.int32()})
+_IMAGE = pa.struct(
+    {"id": pa.int64(), "path": pa.string(), "table": pa.int32(), "row": pa.int64(), "position": pa.int32()}
+)
 _ITEM = pa.struct({"text": pa.string(), "instruction": pa.string(), "images": pa.list_(_IMAGE)})
 _NUMBERS = ("subset", "query_id", "positive_id", "negatives_id", "image_id", "images", "query_text", "positive_text")
 
@@ -99,7 +102,8 @@ class RowTable(Sequence[Row]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._path is not None:
-            return _reopened, (self._path, self._indices)
+            everything = len(self._indices) == len(self._table) and bool((np.diff(self._indices) == 1).all())
+        return _reopened, (self._path, None if everything else self._indices)
         return RowTable.of, (list(self),)
 
     def __len__(self) -> int:
@@ -122,6 +126,37 @@ class RowTable(Sequence[Row]):
         chosen = self._indices[np.asarray(indices, dtype=np.int64)]
         return RowTable(self._table, self.subsets, self._image_tables, indices=chosen, path=self._path)
 
+    def distinct_images(self) -> Iterator[tuple[int, ItemImage]]:
+        """Yield each image of the rows' queries, positives and negatives once, with its ``image_id``."""
+        used = np.zeros(len(self._table), dtype=bool)
+        used[self._indices] = True
+        pieces = [(np.flatnonzero(used[rows]), images) for rows, images in self._images()]
+        ids = np.concatenate([np.zeros(0, np.int64), *(images.field("id").to_numpy()[some] for some, images in pieces)])
+        firsts = np.sort(np.unique(ids, return_index=True)[1])
+        ends = np.cumsum([len(some) for some, _ in pieces])
+        of_pieces = np.split(firsts, np.searchsorted(firsts, ends))
+        for (some, images), end, new in zip(pieces, ends, of_pieces, strict=False):
+            for cells in images.take(pa.array(some[new - (end - len(some))])).to_pylist():
+                yield cells["id"], self._image(cells)
+
+    def with_images(self, image_ids: np.ndarray) -> np.ndarray:
+        """Return for each row whether its query, its positive or a negative has one of these images, bool ``[rows]``."""
+        found = np.zeros(len(self._table), dtype=bool)
+        for rows, images in self._images():
+            found[rows[np.isin(images.field("id").to_numpy(), image_ids)]] = True
+        return found[self._indices]
+
+    def _images(self) -> Iterator[tuple[np.ndarray, pa.StructArray]]:
+        """Yield the images of the whole table, chunk by chunk, with the numbers of their rows."""
+        for start, batch in zip(self._starts, self._batches, strict=False):
+            for side in ("query", "positive"):
+                images = batch.field(side).field("images")
+                yield start + images.value_parent_indices().to_numpy(), images.flatten()
+            negatives = batch.field("negatives")
+            images = negatives.flatten().field("images")
+            rows = negatives.value_parent_indices().to_numpy()
+            yield start + rows[images.value_parent_indices().to_numpy()], images.flatten()
+
     def column(self, name: str) -> np.ndarray:
         """Return a number for each row, int64 ``[rows]``.
 
@@ -130,7 +165,8 @@ class RowTable(Sequence[Row]):
         0 without one; ``images`` counts the images of query and positive; ``query_text`` and ``positive_text`` are the
         characters of their content, without instructions.
         """
-        return self._numbers[name][self._indices]
+        found: np.ndarray = self._table[name].to_numpy()[self._indices]
+        return found
 
     @property
     def fingerprint(self) -> str:
@@ -139,10 +175,6 @@ class RowTable(Sequence[Row]):
         for name in ("subset", "query_id", "positive_id", "negatives_id"):
             digest.update(self.column(name).astype("<i8").tobytes())
         return digest.hexdigest()
-
-    @cached_property
-    def _numbers(self) -> dict[str, np.ndarray]:
-        return {name: self._table[name].to_numpy() for name in _NUMBERS}
 
     @cached_property
     def _starts(self) -> np.ndarray:
@@ -173,8 +205,15 @@ class RowTable(Sequence[Row]):
         return ArrowImage(self._image_tables[cells["table"]], cells["row"], cells["path"], cells["position"])
 
 
-def _reopened(path: Path, indices: np.ndarray) -> RowTable:
-    return RowTable.open(path).select(indices)
+def _reopened(path: Path, indices: np.ndarray | None) -> RowTable:
+    try:
+        table = RowTable.open(path)
+    except FileNotFoundError as error:
+        raise CocoaError(
+            f"The rows in {printable(path)} are not there any more, or not on this machine; if a run has several "
+            "machines, set COCOA_CACHE to a folder that all of them share."
+        ) from error
+    return table if indices is None else table.select(indices)
 
 
 class _Chunks:
@@ -199,7 +238,7 @@ class _Chunks:
             "query_id": content_id(row.query),
             "positive_id": content_id(row.positive),
             "negatives_id": content_id(*row.negatives) if row.negatives else 0,
-            "image_id": 0 if row.image is None else _digest(str(row.image)),
+            "image_id": 0 if row.image is None else image_id(row.image),
             "images": len(row.query.images) + len(row.positive.images),
             "query_text": len(row.query.text or ""),
             "positive_text": len(row.positive.text or ""),
@@ -210,15 +249,21 @@ class _Chunks:
 
     def _image(self, image: ItemImage) -> dict[str, Any]:
         if not isinstance(image, ArrowImage):
-            return {"path": str(image)}
+            return {"id": image_id(image), "path": str(image)}
         table: Any = image.table
         number = self.image_tables.setdefault(table, len(self.image_tables))
-        return {"path": image.column, "table": number, "row": image.row, "position": image.position}
+        return {"id": image_id(image), "path": image.column, "table": number, "row": image.row,
+                "position": image.position}  # fmt: skip
 
 
 def content_id(*items: Item) -> int:
     """Return a number that is equal for equal items: their full texts, and the names of their images."""
     return _digest(json.dumps([(item.full_text, *map(str, item.images)) for item in items]))
+
+
+def image_id(image: ItemImage) -> int:
+    """Return a number that identifies an image by its name; never 0."""
+    return _digest(str(image))
 
 
 def _digest(text: str) -> int:
