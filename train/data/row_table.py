@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, overload
@@ -22,22 +21,12 @@ FORMAT_VERSION = 1
 
 ROWS_A_CHUNK = 10_000
 
-_IMAGE = pa.struct(
-    {"id": pa.int64(), "path": pa.string(), "table": pa.int32(), "row": pa.int64(), "position": pa.int32()}
-)
-_ITEM = pa.struct({"text": pa.string(), "instruction": pa.string(), "images": pa.list_(_IMAGE)})
 _NUMBERS = ("subset", "query_id", "positive_id", "negatives_id", "image_id", "images", "query_text", "positive_text")
 
 SCHEMA = pa.schema(
-    {
-        "source": pa.string(),
-        "query": _ITEM,
-        "positive": _ITEM,
-        "negatives": pa.list_(_ITEM),
-        **{name: pa.int64() for name in _NUMBERS},
-    }
+    {"row": pa.string(), "image_ids": pa.list_(pa.int64()), **{name: pa.int64() for name in _NUMBERS}}
 )
-"""An image outside a table is its path; one inside has the number of its table, and its column as ``path``."""
+"""``row`` is JSON, which is read ten times as fast as nested columns. ``image_ids`` are of all items, in their order."""
 
 
 class RowTable(Sequence[Row]):
@@ -60,7 +49,7 @@ class RowTable(Sequence[Row]):
         path: Path | None = None,
     ) -> None:
         self.subsets = tuple(subsets)
-        self._table = table
+        self._table, self._rows = table, table["row"]
         self._image_tables = tuple(image_tables)
         self._indices = np.arange(len(table)) if indices is None else indices
         self._path = path
@@ -116,7 +105,7 @@ class RowTable(Sequence[Row]):
     def __getitem__(self, index: int | slice) -> Row | RowTable:
         if isinstance(index, slice):
             return self.select(np.arange(len(self))[index])
-        return self._row(self._cells(int(self._indices[index])))
+        return self._row(int(self._indices[index]))
 
     def __iter__(self) -> Iterator[Row]:
         return (self[index] for index in range(len(self)))
@@ -128,34 +117,22 @@ class RowTable(Sequence[Row]):
 
     def distinct_images(self) -> Iterator[tuple[int, ItemImage]]:
         """Yield each image of the rows' queries, positives and negatives once, with its ``image_id``."""
-        used = np.zeros(len(self._table), dtype=bool)
-        used[self._indices] = True
-        pieces = [(np.flatnonzero(used[rows]), images) for rows, images in self._images()]
-        ids = np.concatenate([np.zeros(0, np.int64), *(images.field("id").to_numpy()[some] for some, images in pieces)])
-        firsts = np.sort(np.unique(ids, return_index=True)[1])
-        ends = np.cumsum([len(some) for some, _ in pieces])
-        of_pieces = np.split(firsts, np.searchsorted(firsts, ends))
-        for (some, images), end, new in zip(pieces, ends, of_pieces, strict=False):
-            for cells in images.take(pa.array(some[new - (end - len(some))])).to_pylist():
-                yield cells["id"], self._image(cells)
+        unseen = np.unique(self._indices)
+        ids, rows = self._images()
+        ids, rows = ids[np.isin(rows, unseen)], rows[np.isin(rows, unseen)]
+        distinct, firsts = np.unique(ids, return_index=True)
+        for number, row in zip(distinct.tolist(), rows[firsts].tolist(), strict=True):
+            yield number, next(image for image in self._row(row).images() if image_id(image) == number)
 
     def with_images(self, image_ids: np.ndarray) -> np.ndarray:
         """Return for each row whether its query, its positive or a negative has one of these images, bool ``[rows]``."""
-        found = np.zeros(len(self._table), dtype=bool)
-        for rows, images in self._images():
-            found[rows[np.isin(images.field("id").to_numpy(), image_ids)]] = True
-        return found[self._indices]
+        ids, rows = self._images()
+        return np.isin(self._indices, rows[np.isin(ids, image_ids)])
 
-    def _images(self) -> Iterator[tuple[np.ndarray, pa.StructArray]]:
-        """Yield the images of the whole table, chunk by chunk, with the numbers of their rows."""
-        for start, batch in zip(self._starts, self._batches, strict=False):
-            for side in ("query", "positive"):
-                images = batch.field(side).field("images")
-                yield start + images.value_parent_indices().to_numpy(), images.flatten()
-            negatives = batch.field("negatives")
-            images = negatives.flatten().field("images")
-            rows = negatives.value_parent_indices().to_numpy()
-            yield start + rows[images.value_parent_indices().to_numpy()], images.flatten()
+    def _images(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the images of the whole table in order: their ``image_id``, and the numbers of their rows."""
+        lists = self._table["image_ids"].combine_chunks()
+        return lists.flatten().to_numpy(), lists.value_parent_indices().to_numpy()
 
     def column(self, name: str) -> np.ndarray:
         """Return a number for each row, int64 ``[rows]``.
@@ -176,33 +153,20 @@ class RowTable(Sequence[Row]):
             digest.update(self.column(name).astype("<i8").tobytes())
         return digest.hexdigest()
 
-    @cached_property
-    def _starts(self) -> np.ndarray:
-        """The first row of each chunk, and the number of all rows."""
-        return np.cumsum([0, *(len(batch) for batch in self._batches)])
+    def _row(self, number: int) -> Row:
+        source, query, positive, negatives, subset = json.loads(self._rows[number].as_py())
+        rest = tuple(map(self._item, negatives))
+        return Row(self._item(query), self._item(positive), source, rest, self.subsets[subset])
 
-    @cached_property
-    def _batches(self) -> list[pa.StructArray]:
-        return [pa.StructArray.from_arrays([*batch.columns[:4], batch["subset"]], [*SCHEMA.names[:4], "subset"])
-                for batch in self._table.to_batches()]  # fmt: skip
+    def _item(self, cells: list[Any]) -> Item:
+        text, instruction, images = cells
+        return Item(text, tuple(map(self._image, images)), instruction)
 
-    def _cells(self, row: int) -> dict[str, Any]:
-        chunk = int(np.searchsorted(self._starts, row, side="right")) - 1
-        cells: dict[str, Any] = self._batches[chunk][row - int(self._starts[chunk])].as_py()
-        return cells
-
-    def _row(self, cells: dict[str, Any]) -> Row:
-        query, positive = self._item(cells["query"]), self._item(cells["positive"])
-        negatives = tuple(map(self._item, cells["negatives"]))
-        return Row(query, positive, cells["source"], negatives, self.subsets[cells["subset"]])
-
-    def _item(self, cells: dict[str, Any]) -> Item:
-        return Item(cells["text"], tuple(map(self._image, cells["images"])), cells["instruction"])
-
-    def _image(self, cells: dict[str, Any]) -> ItemImage:
-        if cells["table"] is None:
-            return Path(cells["path"])
-        return ArrowImage(self._image_tables[cells["table"]], cells["row"], cells["path"], cells["position"])
+    def _image(self, cells: str | list[Any]) -> ItemImage:
+        if isinstance(cells, str):
+            return Path(cells)
+        table, row, column, position = cells
+        return ArrowImage(self._image_tables[table], row, column, position)
 
 
 def _reopened(path: Path, indices: np.ndarray | None) -> RowTable:
@@ -226,39 +190,40 @@ class _Chunks:
     def batches(self, rows: Iterable[Row]) -> Iterator[pa.RecordBatch]:
         remaining = iter(rows)
         while chunk := list(islice(remaining, ROWS_A_CHUNK)):
-            yield pa.RecordBatch.from_pylist([self._cells(row) for row in chunk], SCHEMA)
+            columns = zip(*map(self._cells, chunk), strict=True)
+            arrays = [pa.array(cells, field.type) for cells, field in zip(columns, SCHEMA, strict=True)]
+            yield pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
 
-    def _cells(self, row: Row) -> dict[str, Any]:
-        return {
-            "source": row.source,
-            "query": self._item(row.query),
-            "positive": self._item(row.positive),
-            "negatives": [self._item(item) for item in row.negatives],
-            "subset": self.subsets.setdefault(row.subset, len(self.subsets)),
-            "query_id": content_id(row.query),
-            "positive_id": content_id(row.positive),
-            "negatives_id": content_id(*row.negatives) if row.negatives else 0,
-            "image_id": 0 if row.image is None else image_id(row.image),
-            "images": len(row.query.images) + len(row.positive.images),
-            "query_text": len(row.query.text or ""),
-            "positive_text": len(row.positive.text or ""),
-        }
+    def _cells(self, row: Row) -> tuple[Any, ...]:
+        subset = self.subsets.setdefault(row.subset, len(self.subsets))
+        query, positive, *negatives = map(self._item, row.items())
+        return (
+            json.dumps((row.source, query, positive, negatives, subset)),
+            [image_id(image) for image in row.images()],
+            subset,
+            content_id(row.query),
+            content_id(row.positive),
+            content_id(*row.negatives) if row.negatives else 0,
+            0 if row.image is None else image_id(row.image),
+            len(row.query.images) + len(row.positive.images),
+            len(row.query.text or ""),
+            len(row.positive.text or ""),
+        )
 
-    def _item(self, item: Item) -> dict[str, Any]:
-        return {"text": item.text, "instruction": item.instruction, "images": [self._image(i) for i in item.images]}
+    def _item(self, item: Item) -> tuple[Any, ...]:
+        return item.text, item.instruction, [self._image(image) for image in item.images]
 
-    def _image(self, image: ItemImage) -> dict[str, Any]:
+    def _image(self, image: ItemImage) -> str | tuple[Any, ...]:
         if not isinstance(image, ArrowImage):
-            return {"id": image_id(image), "path": str(image)}
+            return str(image)
         table: Any = image.table
-        number = self.image_tables.setdefault(table, len(self.image_tables))
-        return {"id": image_id(image), "path": image.column, "table": number, "row": image.row,
-                "position": image.position}  # fmt: skip
+        return self.image_tables.setdefault(table, len(self.image_tables)), image.row, image.column, image.position
 
 
 def content_id(*items: Item) -> int:
     """Return a number that is equal for equal items: their full texts, and the names of their images."""
-    return _digest(json.dumps([(item.full_text, *map(str, item.images)) for item in items]))
+    parts = [part for item in items for part in (item.full_text or "", len(item.images), *map(str, item.images))]
+    return _digest(json.dumps(parts))
 
 
 def image_id(image: ItemImage) -> int:
@@ -267,4 +232,4 @@ def image_id(image: ItemImage) -> int:
 
 
 def _digest(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True) or 1
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little", signed=True) or 1
