@@ -11,6 +11,7 @@ import interrupted
 import numpy as np
 import pytest
 from safetensors.torch import load_file
+from table_files import write_table
 from tiny_backbones import MakeRecipe
 
 from cocoa_embed.model.training_record import read_run
@@ -57,15 +58,21 @@ with acting_at(3, lambda: os.kill(os.getpid(), signal.SIGKILL), os.environ.get("
 
 
 @pytest.fixture(scope="module")
-def recipe(tiny_recipe: MakeRecipe, scene_folder: Path) -> Recipe:
-    # Two steps make an epoch.
-    contrastive = {"data": {"paraphrases": 0, "limit": 16}, "directions": "symmetric", "probe_rows": 6}
+def recipe(tiny_recipe: MakeRecipe, scene_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """Rows of which one process has images at some steps and the other has none, and a subset of two classes of texts.
+
+    In the contrastive stage each subset has two batches, and four steps make an epoch.
+    """
+    table = tmp_path_factory.mktemp("texts") / "texts.csv"
+    texts = [{"query_text": f"ring number {n}", "positive_text": ("red", "blue")[n % 3 > 0]} for n in range(16)]
+    pictures = {"folder": str(scene_folder), "paraphrases": 1}
+    subsets = {"pictures": pictures, "texts": {"file": str(write_table(table, texts))}}
+    contrastive = {"data": {"subsets": {**subsets, "pictures": {**pictures, "limit": 8}}}, "directions": "symmetric"}
     return tiny_recipe(
-        # With text-only rows, one process has images at some steps and the other has none.
-        data={"folder": str(scene_folder), "paraphrases": 1},
+        data={"subsets": subsets},
         warmup={**STAGE, "mini_batch_size": 2},
         bridge={**STAGE, "probe_rows": 4, "probe_steps": 2},
-        contrastive={**STAGE, **contrastive, "mini_batch_size": 2, "probe_steps": 2},
+        contrastive={**STAGE, **contrastive, "mini_batch_size": 2, "probe_rows": 6, "probe_steps": 2},
     )
 
 
