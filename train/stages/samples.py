@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
 from PIL import Image
@@ -20,7 +21,7 @@ from cocoa_embed.train.loop.batch_facts import Batch
 from cocoa_embed.train.loop.trainer import CocoaTrainer
 from cocoa_embed.train.settings import StageSettings
 from cocoa_embed.train.stages.probe import first_of_images
-from cocoa_embed.train.stages.rendering import batched, is_special
+from cocoa_embed.train.stages.rendering import batched, is_special, row_images
 from cocoa_embed.train.stages.stage import Stage
 
 SAMPLE_ROWS = 8
@@ -98,22 +99,22 @@ def token_samples(
     """Return the text tokens of each row of a batch, and what a model predicts for those that are masked.
 
     :param logits: Of the masked tokens, ``[masked tokens, V]``.
-    :param images: Of the rows that have one.
+    :param images: All images of the batch.
     :returns: For each row ``tokens``, ``masked`` (a flag per token), ``predicted`` (the token itself if it is not
-        masked) and ``image``.
+        masked) and ``image``, the row's first.
     """
     masked = batch["masked_tokens"]
     truth, predicted = batch["input_ids"].clone(), batch["input_ids"].clone()
     truth[masked] = batch["target_ids"]
     predicted[masked] = logits.argmax(dim=-1).cpu()
     is_text = ~is_special(truth, processor) & batch["attention_mask"].bool()
-    left = iter(images)
+    firsts = np.cumsum([0, *(len(row_images(row)) for row in rows)])
     return [
         {
             "tokens": spelt_tokens(truth[number][is_text[number]], processor),
             "masked": masked[number][is_text[number]].tolist(),
             "predicted": spelt_tokens(predicted[number][is_text[number]], processor),
-            "image": None if row.image is None else next(left),
+            "image": None if row.image is None else images[firsts[number]],
         }
         for number, row in enumerate(rows)
     ]

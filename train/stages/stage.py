@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
+import numpy as np
 from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
@@ -14,6 +15,7 @@ from cocoa_embed.data.rows import Row
 from cocoa_embed.errors import UsageError
 from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.model.flex_attention import FLEX, resolve_attention
+from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.loop.arguments import training_arguments
 from cocoa_embed.train.loop.batch_facts import Batch, Example
 from cocoa_embed.train.loop.trainer import CocoaTrainer, StageContext
@@ -60,6 +62,10 @@ class Stage(ABC, Generic[Own]):
     def unusable(self, row: Row) -> str | None:
         """Return why the stage cannot use a row, None if it can."""
         return None
+
+    def usable(self, rows: RowTable) -> np.ndarray:
+        """Return which rows the stage can use, as ``unusable`` does one by one, bool ``[rows]``."""
+        return np.ones(len(rows), dtype=bool)
 
     def check_rows(self, rows: Sequence[Row]) -> None:
         """Check that the stage can train on these rows.

@@ -16,7 +16,7 @@ from cocoa_embed.train.loop.batch_facts import Batch, Example
 from cocoa_embed.train.loop.trainer import Measure
 from cocoa_embed.train.stages.bridge.collator import BridgeCollator
 from cocoa_embed.train.stages.probe import evaluating, first_of_images, geometry_probe
-from cocoa_embed.train.stages.rendering import batched, render_items
+from cocoa_embed.train.stages.rendering import batched, render_items, row_images
 
 MATCHING_IMAGE = "accuracy_matching_image"
 SHUFFLED_IMAGE = "accuracy_shuffled_image"
@@ -88,19 +88,14 @@ def without_images(batch: Batch) -> Batch:
 
 
 def shuffle_images(rows: Sequence[Row]) -> list[Row]:
-    """Give each row the image of the next one, and the last row the first image; on both sides, if both have one.
-
-    Block A may be made of either side.
-    """
-    images = [row.image for row in rows]
-    return [_with_image(row, image) for row, image in zip(rows, images[1:] + images[:1], strict=True)]
+    """Give each row the images of the next one, and the last row those of the first; texts stay."""
+    images = [row_images(row) for row in rows]
+    return [_with_images(row, others) for row, others in zip(rows, images[1:] + images[:1], strict=True)]
 
 
-def _with_image(row: Row, image: ItemImage | None) -> Row:
-    query, positive = (
-        item if item.image is None or image is None else replace(item, images=(image,))
-        for item in (row.query, row.positive)
-    )
+def _with_images(row: Row, images: tuple[ItemImage, ...]) -> Row:
+    """Give all images to each side that has one: together they are the images of block A."""
+    query, positive = (replace(item, images=images) if item.images else item for item in (row.query, row.positive))
     return replace(row, query=query, positive=positive)
 
 
