@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cocoa_embed.data.rows import ArrowImage, Item, ItemImage, Row, check_unicode, shortened
-from cocoa_embed.data.tables import RowTable
+from cocoa_embed.data.tables import Table
 from cocoa_embed.errors import CocoaError, RowError, did_you_mean, printable
 
 PARTS = ("query_text", "query_image", "positive_text", "positive_image", "negative_text", "negative_image")
@@ -71,7 +71,7 @@ class RowReader:
     subset: str = "data"
     clean: CleanText | None = None
 
-    def read(self, table: RowTable) -> Iterator[Row | RowError]:
+    def read(self, table: Table) -> Iterator[Row | RowError]:
         """Yield a table's rows in order, or the errors of rows that cannot be used."""
         lists = [self.mapping[part] for part in NEGATIVE_PARTS if part in self.mapping]
         for source, values in table.read(set(self.mapping.values()), lists):
@@ -109,11 +109,9 @@ class RowReader:
             check_unicode(text, source)
             text = text if self.clean is None else self.clean(text, found_image is not None, source)
         found_text = None if _is_empty(text) else text
-        return (
-            None
-            if found_text is None and found_image is None
-            else Item(found_text, () if found_image is None else (found_image,))
-        )
+        if found_text is None and found_image is None:
+            return None
+        return Item(found_text, () if found_image is None else (found_image,))
 
     def _image(self, value: object, source: str) -> ItemImage:
         if isinstance(value, ArrowImage):

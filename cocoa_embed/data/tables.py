@@ -3,8 +3,9 @@
 import csv
 import glob
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ Entry = tuple[str, dict[str, Any] | RowError]
 TABLE_SUFFIXES = ".jsonl, .csv or .parquet"
 
 
-class RowTable(Protocol):
+class Table(Protocol):
     """Rows of named values."""
 
     def __len__(self) -> int: ...
@@ -36,21 +37,23 @@ class RowTable(Protocol):
 
 @dataclass(frozen=True)
 class TextTable:
-    """The rows of a JSONL or CSV file.
+    """The rows of a JSONL or CSV file, which is read anew whenever they are.
 
+    :param entries: Reads the file.
     :param lists_are_json: Lists are written as JSON inside of strings.
     """
 
     columns: Sequence[str]
-    entries: Sequence[Entry]
+    length: int
+    entries: Callable[[], Iterator[Entry]]
     lists_are_json: bool = False
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return self.length
 
     def read(self, columns: Collection[str], lists: Collection[str] = ()) -> Iterator[Entry]:
         """Yield the rows, with lists in the columns of ``lists``."""
-        for source, row in self.entries:
+        for source, row in self.entries():
             if self.lists_are_json and isinstance(row, dict):
                 row = row | {column: _parse_list(row[column]) for column in lists if column in row}
             yield source, row
@@ -65,13 +68,13 @@ def find_tables(pattern: str) -> list[Path]:
         return [Path(pattern)]
     found = sorted(path for name in glob.glob(pattern, recursive=True) if (path := Path(name)).is_file())
     if not found:
-        kind = "is a folder" if Path(pattern).is_dir() else "does not exist"
-        fault = f"{kind} and matches no file" if glob.has_magic(pattern) else kind
+        fault = "is a folder" if Path(pattern).is_dir() else "does not exist"
+        fault += " and matches no file" if glob.has_magic(pattern) else ""
         raise CocoaError(f"{printable(pattern)} {fault}; give a {TABLE_SUFFIXES} file, or a glob of such files.")
     return found
 
 
-def open_table(path: Path) -> RowTable:
+def open_table(path: Path) -> Table:
     """Open a JSONL, CSV or Parquet file, by its suffix. The rows of a Parquet file stay on disk.
 
     :raises CocoaError: If it has another suffix, or cannot be read.
@@ -84,18 +87,23 @@ def open_table(path: Path) -> RowTable:
         return open_parquet(path)
     if suffix not in (".jsonl", ".csv"):
         raise CocoaError(f"{printable(path)} is not a table; expected a {TABLE_SUFFIXES} file.")
+    entries = partial(_read_jsonl if suffix == ".jsonl" else _read_csv, path)
+    length = 0
     try:
-        return _open_jsonl(path) if suffix == ".jsonl" else _open_csv(path)
+        columns = dict.fromkeys(_read_header(path) if suffix == ".csv" else ())
+        for _, row in entries():
+            length += 1
+            columns |= dict.fromkeys(row) if isinstance(row, dict) else {}
     except (OSError, ValueError, csv.Error) as error:
         raise CocoaError(f"{printable(path)} cannot be read ({one_line(error)}).") from error
+    return TextTable(list(columns), length, entries, lists_are_json=suffix == ".csv")
 
 
-def _open_jsonl(path: Path) -> TextTable:
+def _read_jsonl(path: Path) -> Iterator[Entry]:
     with path.open(encoding="utf-8-sig", newline="\n") as lines:
-        entries = [
-            _read_line(f"{printable(path)}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()
-        ]
-    return TextTable(list(dict.fromkeys(key for _, row in entries if isinstance(row, dict) for key in row)), entries)
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield _read_line(f"{printable(path)}:{number}", line)
 
 
 def _read_line(source: str, line: str) -> Entry:
@@ -112,17 +120,20 @@ def _refuse_constant(constant: str) -> float:
     raise ValueError(f"{constant} is not a JSON value")
 
 
-def _open_csv(path: Path) -> TextTable:
+def _read_header(path: Path) -> list[str]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        header = next(csv.reader(file, strict=True), [])
+    if repeated := [column for column in header if header.count(column) > 1]:
+        raise ValueError(f"its header has the column {repeated[0]!r} twice")
+    return header
+
+
+def _read_csv(path: Path) -> Iterator[Entry]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         lines = csv.reader(file, strict=True)
         header = next(lines, [])
-        if repeated := [column for column in header if header.count(column) > 1]:
-            raise ValueError(f"its header has the column {repeated[0]!r} twice")
-        entries = [
-            _read_cells(f"{printable(path)}, row {number}", header, cells)
-            for number, cells in enumerate(filter(None, lines), 1)
-        ]
-    return TextTable(header, entries, lists_are_json=True)
+        for number, cells in enumerate(filter(None, lines), 1):
+            yield _read_cells(f"{printable(path)}, row {number}", header, cells)
 
 
 def _read_cells(source: str, header: Sequence[str], cells: Sequence[str]) -> Entry:

@@ -60,7 +60,13 @@ def read_rows(
     :raises CocoaError: If a source cannot be read, too many rows cannot be used, or a subset is left without rows.
     """
     bad: list[BadRow] = []
-    subsets = {name: read_subset(name, source, bad) for name, source in sources.items()}
+    subsets: dict[str, list[Row]] = {name: [] for name in sources}
+    for name, source in sources.items():
+        for row in read_subset(name, source):
+            if isinstance(row, Row):
+                subsets[name].append(row)
+            else:
+                bad.append(BadRow(name, row.source, row.reason))
     if refuse is not None:
         subsets = _leave_out(subsets, refuse, bad)
     _refuse_bad_rows(bad, sum(map(len, subsets.values())), on_bad_row)

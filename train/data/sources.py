@@ -1,5 +1,6 @@
 """Reads rows from every kind of source: image folders, tables, MMEB-train and data sets of the hub."""
 
+from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
 
@@ -7,10 +8,10 @@ from cocoa_embed.data.arrow_table import open_data_set
 from cocoa_embed.data.columns import NEGATIVE_PARTS, RowReader, map_columns
 from cocoa_embed.data.mmeb import TRAIN_SUBSETS, without_image_token
 from cocoa_embed.data.rows import Row
-from cocoa_embed.data.tables import RowTable, find_tables, open_table
+from cocoa_embed.data.tables import Table, find_tables, open_table
 from cocoa_embed.errors import CocoaError, RowError, did_you_mean, printable
-from cocoa_embed.train.data.caption_rows import read_image_folder
-from cocoa_embed.train.data.rows import BadRow, check_text
+from cocoa_embed.train.data.caption_rows import read_captions
+from cocoa_embed.train.data.rows import check_text
 from cocoa_embed.train.settings import SourceSettings
 
 MMEB_COLUMNS = {
@@ -23,17 +24,16 @@ MMEB_COLUMNS = {
 }
 
 
-def read_subset(subset: str, source: SourceSettings, bad: list[BadRow]) -> list[Row]:
-    """Read the rows of one source, in order.
+def read_subset(subset: str, source: SourceSettings) -> Iterator[Row | RowError]:
+    """Yield the rows of one source in order, or the errors of rows that cannot be used.
 
     :param subset: The rows' subset. In the ``mmeb`` layout it is also the name of the subset to read, unless
         ``config`` is given.
-    :param bad: Collects the rows that cannot be used.
     :raises CocoaError: If the source cannot be read: a folder, file, column or data set is missing.
     """
     if source.folder is not None:
-        return read_image_folder(source.folder, captions=source.captions, paraphrases=source.paraphrases,
-                                 limit=source.limit, subset=subset, bad=bad)  # fmt: skip
+        yield from read_captions(source.folder, source.captions, source.paraphrases, source.limit, subset)
+        return
     name, tables = _open_source(subset, source)
     found = list(dict.fromkeys(column for table, _ in tables for column in table.columns))
     columns = source.columns.model_dump(exclude_none=True) if source.columns else None
@@ -41,15 +41,13 @@ def read_subset(subset: str, source: SourceSettings, bad: list[BadRow]) -> list[
         columns = {part: each for part, each in MMEB_COLUMNS.items() if each in found or part not in NEGATIVE_PARTS}
     mapping = map_columns(name, found, columns)
     clean = _check_text if source.mmeb is None else _clean_mmeb_text
-    read = (RowReader(mapping, images, subset, clean).read(table) for table, images in tables)
-    rows = list(islice(chain.from_iterable(read), source.limit))
-    if not rows:
+    if not any(len(table) for table, _ in tables):
         raise CocoaError(f"{name} has no rows.")
-    bad += [BadRow(subset, row.source, row.reason) for row in rows if isinstance(row, RowError)]
-    return [row for row in rows if isinstance(row, Row)]
+    rows = (RowReader(mapping, images, subset, clean).read(table) for table, images in tables)
+    yield from islice(chain.from_iterable(rows), source.limit)
 
 
-def _open_source(subset: str, source: SourceSettings) -> tuple[str, list[tuple[RowTable, Path | None]]]:
+def _open_source(subset: str, source: SourceSettings) -> tuple[str, list[tuple[Table, Path | None]]]:
     """Return the source's name in error messages, and its tables, each with the folder of its relative image paths."""
     if source.file is not None:
         paths = find_tables(source.file)
@@ -61,7 +59,7 @@ def _open_source(subset: str, source: SourceSettings) -> tuple[str, list[tuple[R
     name = source.config or subset
     folder = _folder(source.mmeb)
     images = source.images or folder
-    tables: list[RowTable]
+    tables: list[Table]
     if folder is not None:
         tables = [open_table(path) for path in _mmeb_files(folder, name, source.split)]
     elif source.config is None and name not in TRAIN_SUBSETS:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from cocoa_embed.data.arrow_table import open_parquet
 from cocoa_embed.data.rows import ArrowImage, Item, Row
-from cocoa_embed.train.data.row_table import RowTable
+from cocoa_embed.errors import CocoaError
+from cocoa_embed.train.data.row_table import RowTable, image_id
 
 texts = st.none() | st.text(min_size=1, max_size=5)
 images = st.lists(st.sampled_from([Path("/a.png"), Path("/b.png")]), max_size=2).map(tuple)
@@ -45,6 +46,17 @@ def test_columns_identify_content(given_rows: list[Row]) -> None:
     assert table.column("positive_text").tolist() == [len(row.positive.text or "") for row in given_rows]
 
 
+@given(st.lists(rows, max_size=5), st.data())
+def test_images_are_found_once_and_rows_by_their_images(given_rows: list[Row], data: st.DataObject) -> None:
+    places = data.draw(st.lists(st.integers(0, len(given_rows) - 1), max_size=6)) if given_rows else []
+    table = RowTable.of(given_rows).select(np.array(places))
+    found = list(table.distinct_images())
+    assert sorted(image for _, image in found) == sorted({image for row in table for image in row.images()})
+    assert [image_id(image) for _, image in found] == [number for number, _ in found]
+    of_a = table.with_images(np.array([image_id(Path("/a.png"))]))
+    assert of_a.tolist() == [Path("/a.png") in row.images() for row in table]
+
+
 def test_a_file_is_opened_anew_where_a_table_is_sent(tmp_path: Path) -> None:
     parquet.write_table(pa.table({"image": [b"one", b"two"]}), tmp_path / "images.parquet")
     inside = open_parquet(tmp_path / "images.parquet")
@@ -56,7 +68,7 @@ def test_a_file_is_opened_anew_where_a_table_is_sent(tmp_path: Path) -> None:
     sent = pickle.dumps(table)
     assert len(sent) < 1000
     (tmp_path / "rows.arrow").rename(tmp_path / "moved.arrow")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(CocoaError, match=r"rows\.arrow are not there any more.*COCOA_CACHE"):
         pickle.loads(sent)
     (tmp_path / "moved.arrow").rename(tmp_path / "rows.arrow")
     received = pickle.loads(sent)
