@@ -67,7 +67,7 @@ class Stage(ABC, Generic[Own]):
         """Return which rows the stage can use, as ``unusable`` does one by one, bool ``[rows]``."""
         return np.ones(len(rows), dtype=bool)
 
-    def check_rows(self, rows: Sequence[Row]) -> None:
+    def check_rows(self, rows: RowTable) -> None:
         """Check that the stage can train on these rows.
 
         :raises UsageError: If it cannot.
@@ -107,9 +107,9 @@ class Stage(ABC, Generic[Own]):
         """Return how many sequences a device runs in one forward pass."""
         return self.micro_batches(devices)[0] // devices
 
-    def held_out(self, rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-        """Split rows into those held out of training, to measure on, and the others."""
-        return [], list(rows)
+    def held_out(self, rows: RowTable) -> tuple[np.ndarray, np.ndarray]:
+        """Return the places of the rows held out of training, to measure on, and of those to train on, int64."""
+        return np.arange(0), np.arange(len(rows))
 
     # Costs
 
@@ -161,7 +161,7 @@ class Stage(ABC, Generic[Own]):
         return {"loss": "loss"}
 
     @abstractmethod
-    def trainer(self, backbone: Backbone, rows: Sequence[Row], context: StageContext) -> CocoaTrainer:
+    def trainer(self, backbone: Backbone, rows: RowTable, context: StageContext) -> CocoaTrainer:
         """Return the trainer of the stage, which changes the weights of ``backbone`` in place.
 
         :param rows: All rows of the stage, those held out too.

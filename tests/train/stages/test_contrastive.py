@@ -20,6 +20,7 @@ from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.evaluation.geometry import geometry
 from cocoa_embed.model.backbone import Backbone
+from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.loop.callbacks import LogLastStep
 from cocoa_embed.train.loop.trainer import Probe, StageContext
 from cocoa_embed.train.stages.contrastive import pairs as pairs_module
@@ -55,7 +56,7 @@ def trainer_of(
         **values,
     }
     stage = alone(Contrastive, settings or section(), prompts=PROMPTS)
-    return stage.trainer(backbone, rows, StageContext(arguments))
+    return stage.trainer(backbone, RowTable.of(rows), StageContext(arguments))
 
 
 @pytest.fixture

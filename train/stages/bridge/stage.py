@@ -55,9 +55,9 @@ class Bridge(Stage[BridgeSettings]):
         found: np.ndarray = rows.column("query_text") + rows.column("positive_text") > 0
         return found
 
-    def held_out(self, rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    def held_out(self, rows: RowTable) -> tuple[np.ndarray, np.ndarray]:
         """Hold the probe's rows out of training, with every row that would leak them."""
-        return hold_out_rows(rows, self.settings.probe_rows)
+        return hold_out_rows(rows, self.settings.probe_rows, self.run.seed)
 
     def collator(self, processor: ProcessorMixin) -> BridgeCollator:
         """Return what makes the stage's batches."""
@@ -67,12 +67,12 @@ class Bridge(Stage[BridgeSettings]):
         """Return the row's one sequence."""
         return [self.collator(processor)([example])]
 
-    def trainer(self, backbone: Backbone, rows: Sequence[Row], context: StageContext) -> StageTrainer:
+    def trainer(self, backbone: Backbone, rows: RowTable, context: StageContext) -> StageTrainer:
         """Return the trainer, with a probe on the rows held out."""
         settings, probe = self.settings, None
         collator = self.collator(backbone.processor)
-        probe_rows, training_rows = self.held_out(rows)
-        if probe_rows:
+        probe_rows, training_rows = map(rows.select, self.held_out(rows))
+        if len(probe_rows):
             size = settings.mini_batch_size or settings.batch_size
             measure = bridge_probe(collator, probe_rows, prompts=self.run.prompts.model_dump(), batch_size=size)
             probe = Probe(measure, settings.probe_steps, PROBE_METRICS)

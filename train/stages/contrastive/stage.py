@@ -10,11 +10,11 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraini
 from sentence_transformers.sentence_transformer.training_args import BatchSamplers, MultiDatasetBatchSamplers
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin, set_seed
 
-from cocoa_embed.data.rows import Row
 from cocoa_embed.errors import UsageError
 from cocoa_embed.evaluation.geometry import ALIGNMENT
 from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.model.flex_attention import FLEX
+from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.data.rows import arrow_images
 from cocoa_embed.train.loop.adapters import prepare_trainable
 from cocoa_embed.train.loop.batch_facts import Batch, Example
@@ -52,7 +52,7 @@ class Contrastive(Stage[ContrastiveSettings]):
                 f"give lengths up to {width}."
             )
 
-    def check_rows(self, rows: Sequence[Row]) -> None:
+    def check_rows(self, rows: RowTable) -> None:
         """Check that there are at least two rows, as negatives of each other.
 
         :raises UsageError: If there is only one.
@@ -90,7 +90,7 @@ class Contrastive(Stage[ContrastiveSettings]):
             "dataloader_prefetch_factor": 1 if arguments["dataloader_num_workers"] else None,  # a batch is large
         }
 
-    def trainer(self, backbone: Backbone, rows: Sequence[Row], context: StageContext) -> ContrastiveTrainer:
+    def trainer(self, backbone: Backbone, rows: RowTable, context: StageContext) -> ContrastiveTrainer:
         """Return the trainer, whose model is a SentenceTransformer over the backbone."""
         settings, probe = self.settings, None
         model = as_sentence_transformer(backbone, self.run)
@@ -100,7 +100,7 @@ class Contrastive(Stage[ContrastiveSettings]):
         prompts = {"anchor": query, "positive": document}
         prompts |= {f"negative_{place + 1}": document for place in range(settings.hard_negatives)}
         adapter = prepare_trainable(cast(PreTrainedModel, model[0].auto_model), settings)
-        if probe_rows := pictured_rows(rows, settings.probe_rows):
+        if probe_rows := pictured_rows(rows, settings.probe_rows, self.run.seed):
             measure = embedding_probe(model, probe_rows, self.sequences_at_once(1))
             probe = Probe(measure, settings.probe_steps, {ALIGNMENT})
         return ContrastiveTrainer(
