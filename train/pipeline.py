@@ -88,7 +88,7 @@ def _run_stage(
     trainer.resume_clock(0.0 if checkpoint is None else float(read_complete(checkpoint)["seconds"]))
     save = partial(_save, stage, prepared, before, trainer, processor)
     if trainer.is_world_process_zero():
-        record_begin(out, name, trainer, rows, held_out)
+        record_begin(out, name, trainer, held_out)
     trainer.add_callback(RecordProgress(out, name, trainer))
     snapshots = stage.settings.snapshot_steps
     trainer.add_callback(SaveSnapshots(snapshots, lambda step: save(snapshot_folder(out / name, step))))

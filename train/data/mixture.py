@@ -10,6 +10,7 @@ from typing import Literal
 from cocoa_embed.data.rows import ItemImage, Row
 from cocoa_embed.errors import CocoaError, printable
 from cocoa_embed.train.data.image_check import CheckedImages, ImageSize, check_images
+from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.data.rows import BadRow
 from cocoa_embed.train.data.sources import read_subset
 from cocoa_embed.train.settings import SourceSettings
@@ -33,7 +34,7 @@ class ReadRows:
     :param fingerprint: SHA-256 of the rows' texts and image names, in order.
     """
 
-    rows: list[Row]
+    rows: RowTable
     bad: list[BadRow]
     sizes: dict[ItemImage, ImageSize]
     counts: dict[str, int]
@@ -82,7 +83,7 @@ def read_rows(
             raise CocoaError(f"Subset {name!r} has {usable}, and none to draw at the weight {sources[name].weight}.")
     rows = [row for of_subset in weighted.values() for row in of_subset]
     counts = {name: len(of_subset) for name, of_subset in weighted.items()}
-    return ReadRows(rows, bad, sizes, counts, fingerprint(rows))
+    return ReadRows(RowTable.of(rows), bad, sizes, counts, fingerprint(rows))
 
 
 def _leave_out(

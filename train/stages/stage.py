@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
+import numpy as np
 from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
@@ -14,6 +15,7 @@ from cocoa_embed.data.rows import Row
 from cocoa_embed.errors import UsageError
 from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.model.flex_attention import FLEX, resolve_attention
+from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.loop.arguments import training_arguments
 from cocoa_embed.train.loop.batch_facts import Batch, Example
 from cocoa_embed.train.loop.trainer import CocoaTrainer, StageContext
@@ -61,7 +63,11 @@ class Stage(ABC, Generic[Own]):
         """Return why the stage cannot use a row, None if it can."""
         return None
 
-    def check_rows(self, rows: Sequence[Row]) -> None:
+    def usable(self, rows: RowTable) -> np.ndarray:
+        """Return which rows the stage can use, as ``unusable`` does one by one, bool ``[rows]``."""
+        return np.ones(len(rows), dtype=bool)
+
+    def check_rows(self, rows: RowTable) -> None:
         """Check that the stage can train on these rows.
 
         :raises UsageError: If it cannot.
@@ -101,9 +107,9 @@ class Stage(ABC, Generic[Own]):
         """Return how many sequences a device runs in one forward pass."""
         return self.micro_batches(devices)[0] // devices
 
-    def held_out(self, rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-        """Split rows into those held out of training, to measure on, and the others."""
-        return [], list(rows)
+    def held_out(self, rows: RowTable) -> tuple[np.ndarray, np.ndarray]:
+        """Return the places of the rows held out of training, to measure on, and of those to train on, int64."""
+        return np.arange(0), np.arange(len(rows))
 
     # Costs
 
@@ -155,7 +161,7 @@ class Stage(ABC, Generic[Own]):
         return {"loss": "loss"}
 
     @abstractmethod
-    def trainer(self, backbone: Backbone, rows: Sequence[Row], context: StageContext) -> CocoaTrainer:
+    def trainer(self, backbone: Backbone, rows: RowTable, context: StageContext) -> CocoaTrainer:
         """Return the trainer of the stage, which changes the weights of ``backbone`` in place.
 
         :param rows: All rows of the stage, those held out too.
