@@ -13,7 +13,6 @@ from accelerate.utils import send_to_device
 from accelerate.utils.memory import clear_device_cache
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, set_seed
 
-from cocoa_embed.errors import CocoaError
 from cocoa_embed.model.backbone import Backbone, load_backbone
 from cocoa_embed.model.training_record import TRAINING_FILE
 from cocoa_embed.train.data.lengths import row_lengths
