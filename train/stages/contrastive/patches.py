@@ -37,20 +37,21 @@ def preprocess_patches(model: SentenceTransformer, items: Sequence[Item], **kwar
     float32 are 4.8 MB: a batch of a thousand takes a seventh of that here. ``unpack_patches`` is the way back.
     """
     module: Any = model[0]
-    processor, options = module.processor, {**kwargs, "processing_kwargs": AS_READ}
-    parts = [preprocess_items(model, some, **options) for some in _one_image_at_a_time(items)]
+    processor, patches, parts = module.processor, bytearray(), []
+    for some in _one_image_at_a_time(items):
+        part = preprocess_items(model, some, processing_kwargs=AS_READ, **kwargs)
+        if (of_image := part.pop("pixel_values", None)) is not None:
+            patches += _first_frame(of_image, processor.image_processor).numpy().data
+        parts.append(part)
     width = max(part["input_ids"].shape[1] for part in parts)
     joined: dict[str, Any] = {"modality": parts[0]["modality"]}
-    for name, padding in (
-        ("input_ids", processor.tokenizer.pad_token_id),
-        ("attention_mask", 0),
-        ("mm_token_type_ids", 0),
-    ):
+    paddings = {"input_ids": processor.tokenizer.pad_token_id, "attention_mask": 0, "mm_token_type_ids": 0}
+    for name, padding in paddings.items():
         joined[name] = torch.cat([pad(part[name], (0, width - part[name].shape[1]), value=padding) for part in parts])
-    if pictured := [part for part in parts if "pixel_values" in part]:
-        frames = processor.image_processor.temporal_patch_size
-        joined["pixel_values"] = torch.cat([_first_frame(part["pixel_values"], frames) for part in pictured])
-        joined["image_grid_thw"] = torch.cat([part["image_grid_thw"] for part in pictured])
+    if patches:
+        grids = torch.cat([part["image_grid_thw"] for part in parts if "image_grid_thw" in part])
+        joined["pixel_values"] = torch.frombuffer(patches, dtype=torch.uint8).view(int(grids.prod(dim=1).sum()), -1)
+        joined["image_grid_thw"] = grids
         joined["num_images_per_sample"] = torch.tensor([len(item.images) for item in items])
     return joined
 
@@ -76,7 +77,7 @@ def _one_image_at_a_time(items: Sequence[Item]) -> Iterator[list[Item]]:
         yield from ([item] for item in together) if is_pictured else [together]
 
 
-def _first_frame(patches: Tensor, frames: int) -> Tensor:
+def _first_frame(patches: Tensor, processor: Any) -> Tensor:  # noqa: ANN401
     """Return the first of the equal frames of an image's patches, uint8 ``[patches, channels * size**2]``."""
-    colours = 3
-    return patches.unflatten(1, (colours, frames, -1))[:, :, 0].flatten(1)
+    frames = patches.unflatten(1, (-1, processor.temporal_patch_size, processor.patch_size**2))
+    return frames[:, :, 0].flatten(1)
