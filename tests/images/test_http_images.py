@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from raw_images import encoded
 
-from cocoa_embed.errors import ImageError, UsageError
+from cocoa_embed.errors import ImageError
 from cocoa_embed.images import http as remote
 from cocoa_embed.images.http import Fetcher
 from cocoa_embed.images.load import load_image

@@ -23,10 +23,8 @@ ROWS_A_CHUNK = 10_000
 
 _NUMBERS = ("subset", "query_id", "positive_id", "negatives_id", "image_id", "images", "query_text", "positive_text")
 
-SCHEMA = pa.schema(
-    {"row": pa.string(), "image_ids": pa.list_(pa.int64()), **{name: pa.int64() for name in _NUMBERS}}
-)
-"""``row`` is JSON, which is read ten times as fast as nested columns. ``image_ids`` are of all items, in their order."""
+SCHEMA = pa.schema({"row": pa.string(), "image_ids": pa.list_(pa.int64()), **{name: pa.int64() for name in _NUMBERS}})
+"""``row`` is JSON, which is read faster than nested columns. ``image_ids`` are of all items, in their order."""
 
 
 class RowTable(Sequence[Row]):
@@ -52,7 +50,7 @@ class RowTable(Sequence[Row]):
         self._table, self._rows = table, table["row"]
         self._image_tables = tuple(image_tables)
         self._indices = np.arange(len(table)) if indices is None else indices
-        self._path = path
+        self.path = path
 
     @classmethod
     def of(cls, rows: Iterable[Row]) -> RowTable:
@@ -90,10 +88,10 @@ class RowTable(Sequence[Row]):
         return cls(table, found["subsets"], [reopen(tuple(origin)) for origin in found["image_tables"]], path=path)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self._path is not None:
-            everything = len(self._indices) == len(self._table) and bool((np.diff(self._indices) == 1).all())
-        return _reopened, (self._path, None if everything else self._indices)
-        return RowTable.of, (list(self),)
+        if self.path is None:
+            return RowTable.of, (list(self),)
+        in_order = len(self._indices) == len(self._table) and bool((np.diff(self._indices) == 1).all())
+        return _reopened, (self.path, None if in_order else self._indices)
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -113,19 +111,23 @@ class RowTable(Sequence[Row]):
     def select(self, indices: np.ndarray) -> RowTable:
         """Return the rows at these places, in this order; rows may repeat."""
         chosen = self._indices[np.asarray(indices, dtype=np.int64)]
-        return RowTable(self._table, self.subsets, self._image_tables, indices=chosen, path=self._path)
+        return RowTable(self._table, self.subsets, self._image_tables, indices=chosen, path=self.path)
 
-    def distinct_images(self) -> Iterator[tuple[int, ItemImage]]:
-        """Yield each image of the rows' queries, positives and negatives once, with its ``image_id``."""
-        unseen = np.unique(self._indices)
+    def image_ids(self) -> np.ndarray:
+        """Return the ``image_id`` of each image of the rows once, negatives included, int64 ``[images]``."""
         ids, rows = self._images()
-        ids, rows = ids[np.isin(rows, unseen)], rows[np.isin(rows, unseen)]
+        return np.unique(ids[np.isin(rows, self._indices)])
+
+    def images(self, image_ids: np.ndarray) -> Iterator[tuple[int, ItemImage]]:
+        """Yield the images with some of the ``image_ids``, each once and with its own."""
+        ids, rows = self._images()
         distinct, firsts = np.unique(ids, return_index=True)
-        for number, row in zip(distinct.tolist(), rows[firsts].tolist(), strict=True):
+        chosen = np.isin(distinct, image_ids)
+        for number, row in zip(distinct[chosen].tolist(), rows[firsts[chosen]].tolist(), strict=True):
             yield number, next(image for image in self._row(row).images() if image_id(image) == number)
 
     def with_images(self, image_ids: np.ndarray) -> np.ndarray:
-        """Return for each row whether its query, its positive or a negative has one of these images, bool ``[rows]``."""
+        """Return whether rows have one of these images, bool ``[rows]``."""
         ids, rows = self._images()
         return np.isin(self._indices, rows[np.isin(ids, image_ids)])
 
@@ -222,14 +224,20 @@ class _Chunks:
 
 def content_id(*items: Item) -> int:
     """Return a number that is equal for equal items: their full texts, and the names of their images."""
-    parts = [part for item in items for part in (item.full_text or "", len(item.images), *map(str, item.images))]
-    return _digest(json.dumps(parts))
+    parts = [[item.full_text, *map(str, item.images)] for item in items]
+    return digest(json.dumps(parts))
 
 
 def image_id(image: ItemImage) -> int:
     """Return a number that identifies an image by its name; never 0."""
-    return _digest(str(image))
+    return digest(str(image))
 
 
-def _digest(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little", signed=True) or 1
+def digest(text: str) -> int:
+    """Return a number that identifies a text, int64 and never 0."""
+    return (
+        int.from_bytes(
+            hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little", signed=True
+        )
+        or 1
+    )
