@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any, cast
@@ -36,10 +37,12 @@ class ArrowTable:
 
     :param name: Its name in error messages and in the names of its images; tables of the same name are equal.
     :param dataset: In the format ``arrow``, which decodes nothing.
+    :param origin: What ``reopen`` opens it by.
     """
 
     name: str
     dataset: datasets.Dataset = field(compare=False, repr=False)
+    origin: tuple[str | None, ...] = field(default=(), compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -132,7 +135,7 @@ def open_parquet(path: Path) -> ArrowTable:
             dataset = datasets.Dataset(parquet.read_table(path))
     except UNREADABLE as error:
         raise CocoaError(f"{printable(path)} cannot be read ({_cause(error)}).") from error
-    return ArrowTable(printable(path), dataset.with_format("arrow"))
+    return ArrowTable(printable(path), dataset.with_format("arrow"), (str(path),))
 
 
 def open_data_set(name: str, config: str | None, splits: Sequence[str]) -> ArrowTable:
@@ -150,12 +153,27 @@ def open_data_set(name: str, config: str | None, splits: Sequence[str]) -> Arrow
             if "split" not in str(error).lower():
                 break
         else:
-            return ArrowTable(", ".join(filter(None, (name, config, split))), dataset.with_format("arrow"))
+            title = ", ".join(filter(None, (name, config, split)))
+            return ArrowTable(title, dataset.with_format("arrow"), (name, config, split))
     what = printable(", ".join(filter(None, (name, config))))
     raise CocoaError(
         f"The data set {what} cannot be loaded ({_cause(faults[0])}); check its name, config and split, and the "
         "connection to the hub if it is not a folder."
     ) from faults[0]
+
+
+@cache
+def reopen(origin: tuple[str | None, ...]) -> ArrowTable:
+    """Open a table again by its ``origin``: the path of a Parquet file; or a data set's name, config and split.
+
+    :raises CocoaError: If it cannot be opened any more.
+    """
+    name, *config_and_split = origin
+    assert name is not None
+    if not config_and_split:
+        return open_parquet(Path(name))
+    config, split = config_and_split
+    return open_data_set(name, config, (str(split),))
 
 
 def _load_data_set(name: str, config: str | None, split: str) -> datasets.Dataset:

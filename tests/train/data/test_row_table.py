@@ -1,0 +1,72 @@
+"""Rows come back from a table as they went in; its columns and its fingerprint identify content."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cocoa_embed.data.arrow_table import open_parquet
+from cocoa_embed.data.rows import ArrowImage, Item, Row
+from cocoa_embed.train.data.row_table import RowTable
+
+texts = st.none() | st.text(min_size=1, max_size=5)
+images = st.lists(st.sampled_from([Path("/a.png"), Path("/b.png")]), max_size=2).map(tuple)
+items = st.tuples(texts, images, texts).filter(lambda parts: parts[0] or parts[1]).map(lambda parts: Item(*parts))
+rows = st.builds(Row, items, items, st.text(max_size=3), st.lists(items, max_size=2).map(tuple), st.sampled_from("ab"))
+
+
+@given(st.lists(rows, max_size=5), st.data())
+def test_rows_come_back_as_they_went_in(given_rows: list[Row], data: st.DataObject) -> None:
+    table = RowTable.of(given_rows)
+    assert list(table) == given_rows
+    places = data.draw(st.lists(st.integers(0, len(given_rows) - 1), max_size=6)) if given_rows else []
+    chosen = table.select(np.array(places))
+    assert list(chosen) == [given_rows[place] for place in places]
+    assert list(chosen[1:]) == list(chosen)[1:]
+    assert (chosen.fingerprint == table.fingerprint) == (
+        places == list(range(len(table))) or list(chosen) == given_rows
+    )
+
+
+@given(st.lists(rows, min_size=2, max_size=4))
+def test_columns_identify_content(given_rows: list[Row]) -> None:
+    table = RowTable.of(given_rows)
+    sides = [(row.query.full_text, row.query.images) for row in given_rows]
+    ids = table.column("query_id")
+    assert [[a == b for b in sides] for a in sides] == (ids[:, None] == ids[None, :]).tolist()
+    assert [table.subsets[subset] for subset in table.column("subset")] == [row.subset for row in given_rows]
+    assert (table.column("image_id") == 0).tolist() == [row.image is None for row in given_rows]
+    assert table.column("images").tolist() == [len(row.query.images + row.positive.images) for row in given_rows]
+    assert table.column("positive_text").tolist() == [len(row.positive.text or "") for row in given_rows]
+
+
+def test_a_file_is_opened_anew_where_a_table_is_sent(tmp_path: Path) -> None:
+    parquet.write_table(pa.table({"image": [b"one", b"two"]}), tmp_path / "images.parquet")
+    inside = open_parquet(tmp_path / "images.parquet")
+    given_rows = [
+        Row(Item(images=(ArrowImage(inside, number, "image"),)), Item(f"text {number}"), f"row {number}")
+        for number in range(2)
+    ]
+    table = RowTable.write(tmp_path / "rows.arrow", given_rows).select(np.array([1, 1, 0]))
+    sent = pickle.dumps(table)
+    assert len(sent) < 1000
+    (tmp_path / "rows.arrow").rename(tmp_path / "moved.arrow")
+    with pytest.raises(FileNotFoundError):
+        pickle.loads(sent)
+    (tmp_path / "moved.arrow").rename(tmp_path / "rows.arrow")
+    received = pickle.loads(sent)
+    assert list(received) == [given_rows[1], given_rows[1], given_rows[0]]
+    assert [image.read() for row in received for image in row.images()] == [b"two", b"two", b"one"]
+
+
+def test_a_file_of_another_version_is_refused(tmp_path: Path) -> None:
+    RowTable.write(tmp_path / "rows.arrow", [])
+    written = tmp_path / "rows.json"
+    written.write_text(written.read_text().replace('"version": 1', '"version": 0'))
+    with pytest.raises(ValueError, match="version 0; expected 1"):
+        RowTable.open(tmp_path / "rows.arrow")
