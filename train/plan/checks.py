@@ -14,7 +14,13 @@ from transformers import TrainingArguments
 from cocoa_embed.data.rows import ItemImage
 from cocoa_embed.errors import CocoaError, UsageError, one_line
 from cocoa_embed.folders import RUN_MARKER, claim_folder, refuse_foreign_folder, write_atomically
-from cocoa_embed.model.backbone import load_backbone, load_processor, read_config, resolve_backbone
+from cocoa_embed.model.backbone import (
+    fitting_max_pixels,
+    load_backbone,
+    load_processor,
+    read_config,
+    resolve_backbone,
+)
 from cocoa_embed.model.training_record import RUN_FILE, TRAINING_FILE, read_run, read_training, write_run
 from cocoa_embed.train.data.image_check import ImageSize
 from cocoa_embed.train.data.mixture import ReadRows, read_rows
@@ -100,7 +106,7 @@ def examine(recipe: Recipe, out: Path, *, resume: bool = False) -> Prepared:
     """
     if missing := missing_paths(type(recipe), recipe.model_dump()):
         raise CocoaError(f"Recipe {recipe.name!r}: {'; '.join(missing)}.")
-    recipe = _inherit(recipe)
+    recipe = _limit_images(_inherit(recipe))
     _check_stages(recipe)
     config = read_config(recipe.backbone)
     for stage in recipe.stages.values():
@@ -132,6 +138,18 @@ def _inherit(recipe: Recipe) -> Recipe:
         listed = ", ".join(f"{key} {json.dumps(value)}" for key, value in taken.items())
         logger.warning("inherited from %s: %s", folder, listed)
     return recipe.parse({**recipe.model_dump(exclude_unset=True), **taken}, source=str(folder))
+
+
+def _limit_images(recipe: Recipe) -> Recipe:
+    """Return the recipe; with a limit for images, if it gives none and the backbone's own is too large for it."""
+    pixels = None if recipe.max_pixels else fitting_max_pixels(recipe.backbone, recipe.max_length)
+    if pixels is None:
+        return recipe
+    logger.warning(
+        f"max_pixels is {pixels}, half of max_length {recipe.max_length}, as the largest images that {recipe.backbone} "
+        "takes are longer than that; set max_pixels to choose."
+    )
+    return recipe.parse({**recipe.model_dump(exclude_unset=True), "max_pixels": pixels}, source=recipe.name)
 
 
 def _check_stages(recipe: Recipe) -> None:

@@ -79,7 +79,8 @@ class Stage(ABC, Generic[Own]):
         if self.settings.steps is not None:
             return self.settings.steps
         assert self.settings.epochs is not None  # validated with the settings
-        return max(1, math.ceil(self.settings.epochs * rows * self.passes_per_epoch / self.settings.batch_size))
+        steps = math.ceil(self.settings.epochs * rows * self.passes_per_epoch / self.settings.batch_size)
+        return max(steps, self.settings.min_steps or 1)
 
     def micro_batches(self, devices: int) -> tuple[int, int]:
         """Return how many rows all devices take at once, and how many times that makes a step.

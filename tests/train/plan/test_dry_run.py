@@ -1,6 +1,7 @@
 """The plan of a dry run agrees with the run, and fails where the run would."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 from exported import contents
 from table_files import write_images, write_table
 from tiny_backbones import SCENES, TINY_MAX_LENGTH
-from transformers import Qwen2VLConfig
+from transformers import AutoProcessor, Qwen2VLConfig
 
 from cocoa_embed.cli import main as cli
 from cocoa_embed.data.rows import Item, Row
@@ -18,7 +19,7 @@ from cocoa_embed.model.backbone import Backbone, load_processor
 from cocoa_embed.model.training_record import read_run
 from cocoa_embed.train import Recipe, run
 from cocoa_embed.train.data import mixture
-from cocoa_embed.train.plan.checks import prepare
+from cocoa_embed.train.plan.checks import examine, prepare
 from cocoa_embed.train.plan.dry_run import SAMPLE, plan, sample_rows
 from cocoa_embed.train.plan.memory import count_parameters
 from cocoa_embed.train.recipe import STAGES
@@ -139,6 +140,20 @@ def test_rows_to_leave_out_are_planned_and_listed_with_their_stages(
     (bad,) = map(json.loads, (tmp_path / "out" / "bad_rows.jsonl").read_text().splitlines())
     assert [bad] == json.loads(json.dumps(planned.bad_rows))
     assert (bad["source"].split(", ")[-1], bad["stages"]) == ("c.png", ["warmup", "bridge"])
+
+
+def test_a_backbone_without_a_fitting_pixel_limit_gets_one_and_the_plan_says_so(
+    recipe: MakeRecipe, tiny_backbone_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    backbone = Path(shutil.copytree(tiny_backbone_path, tmp_path / "stock"))
+    processor = AutoProcessor.from_pretrained(backbone)
+    processor.image_processor.size["longest_edge"] = 12_845_056
+    processor.save_pretrained(backbone)
+    prepared = examine(recipe(backbone=str(backbone)), tmp_path / "out")
+    assert prepared.recipe.max_pixels == TINY_MAX_LENGTH // 2 * 28**2
+    assert f"max_pixels is {prepared.recipe.max_pixels}, half of max_length 128" in caplog.text
+    with pytest.raises(UsageError, match="lower max_pixels"):
+        examine(recipe(backbone=str(backbone), max_pixels=10**6), tmp_path / "out")
 
 
 def test_a_finished_run_has_nothing_to_plan_and_a_changed_recipe_is_refused(

@@ -96,6 +96,8 @@ def test_contrastive_learning_from_one_row_is_refused(scene_rows: list[Row]) -> 
         (Contrastive, {}, 10),
         (Contrastive, {"directions": "symmetric"}, 5),
         (Contrastive, {"epochs": None, "steps": 7}, 7),
+        (Warmup, {"min_steps": 4}, 5),
+        (Warmup, {"min_steps": 6}, 6),
     ],
 )
 def test_an_epoch_draws_each_row_once_in_each_direction(
