@@ -4,12 +4,13 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from cocoa_embed.data.rows import ItemImage, Row
 from cocoa_embed.errors import CocoaError, printable
 from cocoa_embed.train.data.image_check import CheckedImages, ImageSize, check_images
+from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.data.rows import BadRow
 from cocoa_embed.train.data.sources import read_subset
 from cocoa_embed.train.settings import SourceSettings
@@ -31,13 +32,15 @@ class ReadRows:
     :param sizes: Width and height in pixels of every usable image, upright.
     :param counts: The number of ``rows`` of each subset.
     :param fingerprint: SHA-256 of the rows' texts and image names, in order.
+    :param left_out: The number of rows of each subset that the stage cannot use.
     """
 
-    rows: list[Row]
+    rows: RowTable
     bad: list[BadRow]
     sizes: dict[ItemImage, ImageSize]
     counts: dict[str, int]
     fingerprint: str
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 def read_rows(
@@ -74,9 +77,9 @@ def read_rows(
         if not rows:
             usable = f"{len(subsets[name])} usable rows"
             raise CocoaError(f"Subset {name!r} has {usable}, and none to draw at the weight {sources[name].weight}.")
-    rows = [row for of_subset in weighted.values() for row in of_subset]
+    rows = RowTable.of(row for of_subset in weighted.values() for row in of_subset)
     counts = {name: len(of_subset) for name, of_subset in weighted.items()}
-    return ReadRows(rows, bad, sizes, counts, fingerprint(rows))
+    return ReadRows(rows, bad, sizes, counts, rows.fingerprint)
 
 
 def _leave_out(

@@ -138,13 +138,13 @@ def record_begin(out: Path, stage: str, trainer: CocoaTrainer, rows: Sequence[Ro
     """Record how many parameters a stage trains, and which of its ``rows`` are ``held_out`` from training."""
     stages = read_run(out)["stages"]
     earlier = list(stages)[: list(stages).index(stage)]
-    number_of = {id(row): number for number, row in reversed(list(enumerate(rows)))}  # a weight repeats rows
+    number_of = {row: number for number, row in reversed(list(enumerate(rows)))}  # a weight repeats rows
     update_stage(
         out,
         stage,
         trained_parameters=trainer.get_num_trainable_parameters(),
         held_out={
-            "rows": [number_of[id(row)] for row in held_out],
+            "rows": [number_of[row] for row in held_out],
             "seen_by": [name for name in earlier if set(stages[name]["places"]) & set(stages[stage]["places"])],
         },
     )

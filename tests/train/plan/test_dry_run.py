@@ -19,6 +19,7 @@ from cocoa_embed.model.backbone import Backbone, load_processor
 from cocoa_embed.model.training_record import read_run
 from cocoa_embed.train import Recipe, run
 from cocoa_embed.train.data import mixture
+from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.plan.checks import examine, prepare
 from cocoa_embed.train.plan.dry_run import SAMPLE, plan, sample_rows
 from cocoa_embed.train.plan.memory import count_parameters
@@ -77,7 +78,8 @@ def test_tokens_and_flops_are_those_of_the_batches(recipe: MakeRecipe, tmp_path:
 def test_the_sample_has_rows_with_and_without_an_image_in_their_ratio(scene_rows: list[Row]) -> None:
     """Each image has six rows, one of them with the image, so that every n-th row could be the same one of each."""
     text_row = Row(query=Item(text="a caption of some words"), positive=Item(text="another one"), source="a row")
-    sample = sample_rows([row for _ in range(SAMPLE) for row in (scene_rows[0], *[text_row] * 5)], seed=0)
+    rows = RowTable.of(row for _ in range(SAMPLE) for row in (scene_rows[0], *[text_row] * 5))
+    sample = sample_rows(rows, seed=0)
     assert len(sample) == SAMPLE
     with_image = sum(row.image is not None for row in sample)
     assert with_image == pytest.approx(SAMPLE / 6, abs=3 * (SAMPLE * 5 / 36) ** 0.5), "within three standard deviations"

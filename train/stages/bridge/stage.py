@@ -4,18 +4,19 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from transformers import PreTrainedConfig, ProcessorMixin
 
 from cocoa_embed.data.rows import Row
-from cocoa_embed.errors import RowError
 from cocoa_embed.model.attention import Block, before_or_itself, bridge_mask, is_causal
 from cocoa_embed.model.backbone import Backbone, PatchGeometry
+from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.loop.batch_facts import Batch, Example
 from cocoa_embed.train.loop.stage_trainer import StageTrainer, stage_trainer
 from cocoa_embed.train.loop.trainer import Probe, StageContext
-from cocoa_embed.train.stages.bridge.collator import BridgeCollator, split_blocks
+from cocoa_embed.train.stages.bridge.collator import BridgeCollator
 from cocoa_embed.train.stages.bridge.model import BridgeModel
 from cocoa_embed.train.stages.bridge.probe import (
     MATCHING_IMAGE,
@@ -36,6 +37,8 @@ class Bridge(Stage[BridgeSettings]):
     """``[block A] <EOS> [block B]`` under the bridge mask, with most of block B masked."""
 
     has_sparse_mask = True
+    fewest_steps = 500
+    needs = "block B takes a text beside the instructions; caption their images"
     has_samples = True
 
     @property
@@ -45,13 +48,15 @@ class Bridge(Stage[BridgeSettings]):
             return {"loss": "loss", "masked_token_accuracy": "accuracy"}
         return {"loss": "loss", MATCHING_IMAGE: "matching image", SHUFFLED_IMAGE: "shuffled", NO_IMAGE: "no image"}
 
-    def unusable(self, row: Row) -> str | None:
-        """Return why a row cannot be split into blocks."""
-        try:
-            split_blocks(row)
-        except RowError as error:
-            return error.reason
-        return None
+    @property
+    def probe_images(self) -> int:
+        """As many to train on as are held out."""
+        return max(4, 2 * self.settings.probe_rows) if self.settings.probe_rows else 0
+
+    def usable(self, rows: RowTable) -> np.ndarray:
+        """Return which rows have a text for block B."""
+        usable: np.ndarray = rows.column("query_text") + rows.column("positive_text") > 0
+        return usable
 
     def held_out(self, rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
         """Hold the probe's rows out of training, with every row that would leak them."""

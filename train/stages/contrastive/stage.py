@@ -61,6 +61,11 @@ class Contrastive(Stage[ContrastiveSettings]):
             raise UsageError(f"Stage {self.name} has one row, but in-batch negatives take two; give it two or more.")
 
     @property
+    def probe_images(self) -> int:
+        """Two, to compare."""
+        return 2 if self.settings.probe_rows else 0
+
+    @property
     def passes_per_epoch(self) -> int:
         """Once per direction that is a row of its own."""
         return 2 if self.settings.directions == "both" else 1
