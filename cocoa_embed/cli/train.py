@@ -121,6 +121,12 @@ def plan_lines(planned: RunPlan) -> Iterator[str]:
         yield f"{stage.stage}: writes {stage.folder}"
         for name, text in stage_facts(stage, planned.card):
             yield f"  {name:<11} {text}"
+    for place, times in (
+        ("here", [stage.seconds for stage in planned.stages]),
+        (f"on one {planned.card}", [stage.card_seconds for stage in planned.stages]),
+    ):
+        if known := [seconds for seconds in times if seconds is not None]:
+            yield f"all stages: about {duration(sum(known))} {place}"
     if planned.checked_images == "sample":
         yield "images: a sample was checked; --dry-run=full checks all"
     yield from (f"would be skipped: {row['source']}: {row['reason']}" for row in planned.bad_rows)
@@ -159,15 +165,16 @@ def subset_words(subset: SubsetPlan) -> str:
     """Return how many rows a subset has, and how they come about."""
     weight, texts = float(subset.source.get("weight", 1)), subset.rows - subset.rows_with_image
     if "folder" in subset.source and subset.images:
-        per_image = [count / subset.images / weight for count in (subset.rows_with_image, texts, subset.rows)]
-        parts = ["{:.3g} captions", "{:.3g} paraphrases"] if texts else ["{:.3g} captions"]
-        sums = " + ".join(part.format(count) for part, count in zip(parts, per_image, strict=False))
-        how = f"{subset.images:,} images, {sums}" + f" = {per_image[2]:.3g} rows an image" * bool(texts)
+        captions, paraphrases, all_rows = (
+            f"{count / subset.images / weight:.3g}" for count in (subset.rows_with_image, texts, subset.rows)
+        )
+        second = f" + {paraphrases} paraphrases" if texts else ""
+        how = f"{subset.images:,} images; {captions} captions{second} = {all_rows} rows an image"
     else:
         counts = {"with an image": subset.rows_with_image, "of text alone": texts}
         how = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
-    limit = f", limit {subset.source['limit']:,}" if "limit" in subset.source else ""
-    return f"{subset.rows:,} ({how}{limit}{f', each drawn {weight:g} times' if weight != 1 else ''})"
+    limit = f"; limit {subset.source['limit']:,}" if "limit" in subset.source else ""
+    return f"{subset.rows:,} ({how}{limit}{f'; each drawn {weight:g} times' if weight != 1 else ''})"
 
 
 def binary_size(count: float) -> str:
