@@ -77,9 +77,9 @@ def read_rows(
         if not rows:
             usable = f"{len(subsets[name])} usable rows"
             raise CocoaError(f"Subset {name!r} has {usable}, and none to draw at the weight {sources[name].weight}.")
-    rows = RowTable.of(row for of_subset in weighted.values() for row in of_subset)
+    table = RowTable.of(row for of_subset in weighted.values() for row in of_subset)
     counts = {name: len(of_subset) for name, of_subset in weighted.items()}
-    return ReadRows(rows, bad, sizes, counts, rows.fingerprint)
+    return ReadRows(table, bad, sizes, counts, fingerprint(table))
 
 
 def _leave_out(

@@ -46,7 +46,7 @@ class SubsetPlan:
     rows_with_image: int
     images: int
     left_out: int
-    source: dict[str, object]
+    source: dict[str, Any]
 
 
 @dataclass(frozen=True)
