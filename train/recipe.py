@@ -32,7 +32,18 @@ LOCAL_PREFIXES = (".", "/", "~")
 OTHER_LENGTH = {"steps": ("epochs", "min_steps"), "epochs": ("steps",)}
 """The keys of a stage's length, and those that an override of one replaces."""
 
-_OF_ONE_SOURCE = {*SOURCE_KINDS, "subsets", "config", "split", "images", "columns", "captions", "paraphrases"}
+_OF_ONE_SOURCE = {
+    *SOURCE_KINDS,
+    "subsets",
+    "config",
+    "split",
+    "images",
+    "columns",
+    "captions",
+    "paraphrases",
+    "query_instruction",
+    "positive_instruction",
+}
 """The keys that describe only their own source."""
 
 
@@ -170,17 +181,13 @@ def _valid_data(values: object) -> DataSettings | None:
 
 def _missing(source: SourceSettings) -> list[tuple[str, str]]:
     """Return the keys and paths of a source's local files and folders that do not exist."""
-    paths = {
-        kind: str(path)
-        for kind in ("folder", "images", "file", "mmeb", "hub")
-        if (path := getattr(source, kind)) is not None
-    }
+    paths = {kind: str(path) for kind in ("images", *SOURCE_KINDS) if (path := getattr(source, kind)) is not None}
     return [
         (kind, path)
         for kind, path in paths.items()
         if (kind not in ("mmeb", "hub") or path.startswith(LOCAL_PREFIXES))
         and not Path(path).exists()
-        and not (kind == "file" and glob(path, recursive=True))
+        and not (kind in ("file", "webdataset") and ("://" in path or glob(path, recursive=True)))
     ]
 
 

@@ -127,8 +127,8 @@ def plan_lines(planned: RunPlan) -> Iterator[str]:
     ):
         if known := [seconds for seconds in times if seconds is not None]:
             yield f"all stages: about {duration(sum(known))} {place}"
-    if planned.checked_images == "sample":
-        yield "images: a sample was checked; --dry-run=full checks all"
+    if planned.unchecked_images:
+        yield f"images: a sample was checked, and {planned.unchecked_images:,} were not; --dry-run=full checks all"
     yield from (f"would be skipped: {row['source']}: {row['reason']}" for row in planned.bad_rows)
     yield from (f"warning: {warning}" for warning in planned.warnings)
 

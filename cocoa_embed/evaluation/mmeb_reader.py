@@ -22,7 +22,7 @@ import numpy as np
 
 from cocoa_embed.data.mmeb import SUBSETS, without_image_token
 from cocoa_embed.data.rows import Item, shortened
-from cocoa_embed.data.tables import RowTable, open_table
+from cocoa_embed.data.tables import Table, open_table
 from cocoa_embed.errors import CocoaError, UsageError, did_you_mean, printable
 
 LIST_COLUMNS = ("tgt_text", "tgt_img_path")
@@ -230,7 +230,7 @@ def _subset_files(folder: Path) -> list[Path]:
     return files
 
 
-def _read_table(file: Path, table: RowTable) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _read_table(file: Path, table: Table) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield the checked rows of a table.
 
     :raises CocoaError: If a column is missing, or a row is malformed.

@@ -17,7 +17,6 @@ def test_the_images_of_a_row_include_those_of_its_negatives() -> None:
     row = Row(Item("find", (one,)), Item(images=(other,)), "", negatives=(Item("a star"), Item("a ring", (third,))))
     assert row.images() == (one, other, third)
     assert [item.text for item in row.items()] == ["find", None, "a star", "a ring"]
-    assert Row(Item("a"), Item("b"), "").images() == ()
 
 
 def test_an_item_needs_a_text_or_an_image() -> None:

@@ -2,6 +2,7 @@ from ipaddress import ip_address
 
 import pytest
 
+from cocoa_embed.errors import UsageError
 from cocoa_embed.images.urls import Refused, is_public, next_address, read_address, read_rule, shown_address
 
 NOT_PUBLIC = """
@@ -56,6 +57,15 @@ def test_a_rule_allows_its_hosts_and_no_others(rule: str, allowed: list[str], re
 
     assert all(map(is_allowed, allowed))
     assert not any(map(is_allowed, refused))
+
+
+@pytest.mark.parametrize(
+    "rule",
+    ["", "*", "*.", "*.*.org", "a*.org", "http://example.org", "example.org/a", "me@a.org", "a b", "a.org:x", "."],
+)
+def test_a_malformed_rule_is_wrong_usage(rule: str) -> None:
+    with pytest.raises(UsageError, match=r"is not an allowed host .* give example\.com"):
+        read_rule(rule)
 
 
 def test_an_address_is_shown_without_its_secrets() -> None:

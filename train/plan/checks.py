@@ -12,7 +12,6 @@ import numpy as np
 from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 
-from cocoa_embed.data.rows import ItemImage
 from cocoa_embed.errors import CocoaError, UsageError, one_line
 from cocoa_embed.folders import RUN_MARKER, claim_folder, refuse_foreign_folder, write_atomically
 from cocoa_embed.model.backbone import (
@@ -23,7 +22,7 @@ from cocoa_embed.model.backbone import (
     resolve_backbone,
 )
 from cocoa_embed.model.training_record import RUN_FILE, TRAINING_FILE, read_run, read_training, write_run
-from cocoa_embed.train.data.image_check import ImageSize
+from cocoa_embed.train.data.image_check import ImageCheck
 from cocoa_embed.train.data.mixture import ReadRows, read_rows
 from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.data.rows import BadRow
@@ -199,7 +198,7 @@ def read_stages(recipe: Recipe, names: list[str], *, check: Check = "all") -> di
     :raises CocoaError: If the data cannot be used.
     """
     read: dict[str, ReadRows] = {}
-    checked: dict[ItemImage, ImageSize | str] = {}
+    images = ImageCheck()
     rows = {}
     for name in names:
         stage, data = recipe.stages[name], recipe.data_of(name)
@@ -210,7 +209,8 @@ def read_stages(recipe: Recipe, names: list[str], *, check: Check = "all") -> di
                 on_bad_row=data.on_bad_row,
                 seed=recipe.seed,
                 workers=checking_worker_count(recipe),
-                checked=checked,
+                images=images,
+                check=check,
             )
         rows[name] = _usable(stage, read[key])
         stage.check_rows(rows[name].rows)
@@ -229,7 +229,7 @@ def _usable(stage: Stage[StageSettings], read: ReadRows) -> ReadRows:
         raise UsageError(f"Stage {stage.name} can use none of its {len(rows):,} rows: {stage.needs}.")
     kept = rows.select(np.flatnonzero(usable))
     counts, left_out = _count(kept), _count(rows.select(np.flatnonzero(~usable)))
-    return replace(read, rows=kept, counts=counts, left_out=left_out, fingerprint=kept.fingerprint)
+    return replace(read, rows=kept, counts=counts, left_out=left_out)
 
 
 def _count(rows: RowTable) -> dict[str, int]:
@@ -289,7 +289,8 @@ def _refuse_impossible_arguments(recipe: Recipe, steps: dict[str, int], out: Pat
 def _refuse_to_overwrite_inputs(recipe: Recipe, out: Path) -> None:
     backbone = Path(resolve_backbone(recipe.backbone))
     sources = [source for stage in recipe.stages for source in recipe.sources_of(stage).values()]
-    given = [path for s in sources for path in (s.folder, s.file, s.mmeb, s.hub, s.images) if path]
+    given = [path for s in sources for path in (s.folder, s.file, s.webdataset, s.mmeb, s.hub, s.images)
+             if path and "://" not in str(path)]  # fmt: skip
     for path in [*([backbone] if backbone.is_dir() else []), *map(Path, given)]:
         if path.resolve().is_relative_to(out.resolve()):
             raise UsageError(f"{out} holds {path}, which the run reads; give another output folder.")

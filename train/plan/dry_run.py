@@ -99,7 +99,7 @@ class RunPlan:
     """The plan of a run.
 
     :param devices: The number of devices.
-    :param checked_images: Whether all images were checked, or a sample of them.
+    :param unchecked_images: Images that were not checked, of a stage that has most of them.
     :param card: The card of the stages' ``card_seconds``, if one was named.
     :param warnings: What does not fit together, one sentence each.
     :param bad_rows: The rows to leave out, as in ``bad_rows.jsonl``.
@@ -109,7 +109,7 @@ class RunPlan:
     recipe: str
     backbone: str
     devices: int
-    checked_images: Check
+    unchecked_images: int
     card: str | None
     stages: list[StagePlan]
     warnings: list[str]
@@ -137,10 +137,10 @@ def plan(
     """
     prepared = by_first_process(lambda: examine(recipe, out, resume=resume, check=check))
     timed = {} if seconds_per_step is None else seconds_per_step(prepared)
-    return by_first_process(lambda: _plan(prepared, out, check, card, timed))
+    return by_first_process(lambda: _plan(prepared, out, card, timed))
 
 
-def _plan(prepared: Prepared, out: Path, check: Check, card: str | None, timed: Mapping[str, float]) -> RunPlan:
+def _plan(prepared: Prepared, out: Path, card: str | None, timed: Mapping[str, float]) -> RunPlan:
     recipe = prepared.recipe
     config = read_config(recipe.backbone)
     processor = load_processor(recipe.backbone, max_length=recipe.max_length, max_pixels=recipe.max_pixels)
@@ -156,7 +156,7 @@ def _plan(prepared: Prepared, out: Path, check: Check, card: str | None, timed: 
         recipe=recipe.name,
         backbone=recipe.backbone,
         devices=PartialState().num_processes,
-        checked_images=check,
+        unchecked_images=max((read.unchecked for read in prepared.rows.values()), default=0),
         card=card,
         stages=stages,
         warnings=prepared.warnings,

@@ -69,8 +69,7 @@ def _idle_vision_pass(model: PreTrainedModel) -> Tensor:
 
 def model_mask(model: PreTrainedModel, allowed: Tensor) -> Tensor:
     """Return ``allowed`` (bool ``[B, L, L]``) in the form that the model's attention implementation takes."""
-    implementation = "sdpa" if uses_flex_attention(model) else str(model.config._attn_implementation)
-    return as_model_mask(allowed, attn_implementation=implementation, dtype=model.dtype)
+    return as_model_mask(allowed, attn_implementation=model.config._attn_implementation, dtype=model.dtype)
 
 
 def bidirectional_model_mask(model: PreTrainedModel, attention_mask: Tensor) -> Tensor | BlockMask:
@@ -95,11 +94,10 @@ def bridge_model_mask(model: PreTrainedModel, blocks: Tensor, *, eos_attends_to_
 
     In a causal model, no token attends to those after it.
     """
-    if is_causal(model):
-        return model_mask(model, before_or_itself(bridge_mask(blocks, eos_attends_to_b=eos_attends_to_b)))
     if uses_flex_attention(model):
         return bridge_block_mask(blocks, eos_attends_to_b=eos_attends_to_b)
-    return model_mask(model, bridge_mask(blocks, eos_attends_to_b=eos_attends_to_b))
+    allowed = bridge_mask(blocks, eos_attends_to_b=eos_attends_to_b)
+    return model_mask(model, before_or_itself(allowed) if is_causal(model) else allowed)
 
 
 def masked_token_logits(model: PreTrainedModel, hidden_states: Tensor, masked: Tensor) -> Tensor:

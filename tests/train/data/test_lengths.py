@@ -40,12 +40,9 @@ def test_lengths_are_those_of_the_rendered_sequences(
 def test_a_rows_length_is_that_of_its_bridge_sequence(
     tiny_backbone: Backbone, pictures: dict[Path, tuple[int, int]]
 ) -> None:
-    image = next(iter(pictures))
-    rows = [
-        Row(query=Item(images=(image,)), positive=Item(text="a red ring"), source=""),
-        Row(query=Item(text="blue cross"), positive=Item(text="a cross, blue, on white"), source=""),
-        Row(query=Item(images=(image,)), positive=Item(text="blue cross on white " * 200), source=""),
-    ]
+    picture, cross = Item(images=(next(iter(pictures)),)), Item(text="blue cross")
+    texts = (Item(text="a red ring"), Item(text="a cross, blue, on white"), Item(text="blue cross on white " * 200))
+    rows = [Row(query, text, source="") for query, text in zip((picture, cross, picture), texts, strict=True)]
     lengths = row_lengths(rows, tiny_backbone.processor, pictures)
     batch = BridgeCollator(tiny_backbone.processor, seed=0)(numbered(rows))
     np.testing.assert_array_equal(lengths, batch["attention_mask"].sum(dim=1).numpy())

@@ -19,11 +19,8 @@ def proportional(devices: int) -> BatchSampler:
 
 
 def described(index: int) -> tuple[str, int]:
-    for name, size in SIZES.items():
-        if index < size:
-            return name, index // 2
-        index -= size
-    raise IndexError(index)
+    names = [(name, n // 2) for name, size in SIZES.items() for n in range(size)]
+    return names[index]
 
 
 def dealt(sampler: BatchSampler, devices: int, device: int) -> list[list[int]]:

@@ -1,42 +1,39 @@
+import json
+import pickle
 import re
+import tarfile
+from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import datasets
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 from datasets import Dataset, DatasetDict, Features, List, Value
+from pydantic import ValidationError
 from table_files import Values, png, write_images, write_table
 
 from cocoa_embed.data.rows import ArrowImage, Item, Row
-from cocoa_embed.errors import CocoaError, ImageError
+from cocoa_embed.errors import CocoaError, ImageError, RowError
 from cocoa_embed.model.template import RESERVED_TOKENS
-from cocoa_embed.train.data.caption_rows import read_image_folder
-from cocoa_embed.train.data.rows import BadRow
-from cocoa_embed.train.data.sources import read_subset
+from cocoa_embed.train.data.row_table import RowTable
+from cocoa_embed.train.data.sources import MMEB_COLUMNS, read_subset, source_version
 from cocoa_embed.train.settings import SourceSettings
 
 FORMATS = ("jsonl", "csv", "parquet")
 
+parquet.write_table(pa.table({"query_text": pa.array([], pa.string()), "positive_text": []}), buffer := BytesIO())
+NO_ROWS = buffer.getvalue()
+
 ROWS: list[Values] = [
-    {
-        "query_text": "what is left of the ring?",
-        "query_image": "a.png",
-        "positive_text": 'a cross, "blue"\nand small',
-        "positive_image": None,
-        "negative_text": ["a star", "a ring"],
-        "negative_image": ["", "b.png"],
-    },
-    {
-        "query_text": "",
-        "query_image": "b.png",
-        "positive_text": "ein Würfel",
-        "positive_image": "c.png",
-        "negative_text": ["[1] is no list"],
-        "negative_image": [],
-    },
-]
+    {"query_text": "left of it?", "query_image": "a.png", "positive_text": 'a "cross"\nand', "positive_image": None,
+     "negative_text": ["a star", "a ring"], "negative_image": ["", "b.png"]},
+    {"query_text": "", "query_image": "b.png", "positive_text": "ein Würfel", "positive_image": "c.png",
+     "negative_text": ["[1] is no list"], "negative_image": []},
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -45,46 +42,33 @@ def images(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def read(bad: list[BadRow] | None = None, subset: str = "data", **source: Any) -> list[Row]:
-    found: list[BadRow] = []
-    rows = read_subset(subset, SourceSettings(**source), found if bad is None else bad)
-    assert bad is not None or not found
+def read(subset: str = "data", **source: Any) -> list[Row]:
+    rows, errors = read_all(subset, **source)
+    assert not errors
     return rows
+
+
+def read_all(subset: str = "data", **source: Any) -> tuple[list[Row], list[RowError]]:
+    found = [row for _, row in read_subset(subset, SourceSettings(**source))]
+    return [row for row in found if isinstance(row, Row)], [row for row in found if isinstance(row, RowError)]
 
 
 def content(rows: list[Row]) -> list[tuple[Item, ...]]:
     return [row.items() for row in rows]
 
 
-def reasons(path: Path) -> list[str]:
-    bad: list[BadRow] = []
-    read(bad, file=str(path))
-    assert {row.subset for row in bad} == {"data"}
-    return [row.reason for row in bad]
-
-
 # Files
 
 
-def test_every_format_has_the_same_rows(images: Path) -> None:
-    found = {kind: read(file=str(write_table(images / f"rows.{kind}", ROWS)), subset="mine") for kind in FORMATS}
-    assert {kind: rows[1].source for kind, rows in found.items()} == {
-        "jsonl": f"{images}/rows.jsonl:2",
-        "csv": f"{images}/rows.csv, row 2",
-        "parquet": f"{images}/rows.parquet, row 2",
-    }
-    assert {row.subset for rows in found.values() for row in rows} == {"mine"}
-    one, other, third = (images.absolute() / f"{name}.png" for name in "abc")
-    expected = [
-        (
-            Item("what is left of the ring?", (one,)),
-            Item('a cross, "blue"\nand small'),
-            Item("a star"),
-            Item("a ring", (other,)),
-        ),
+@pytest.mark.parametrize(("kind", "place"), [("jsonl", ":2"), ("csv", ", row 2"), ("parquet", ", row 2")])
+def test_every_format_has_the_same_rows(images: Path, kind: str, place: str) -> None:
+    rows = read("mine", file=str(write_table(images / f"rows.{kind}", ROWS)))
+    assert (rows[1].source, {row.subset for row in rows}) == (f"{images}/rows.{kind}{place}", {"mine"})
+    one, other, third = (images / f"{name}.png" for name in "abc")
+    assert content(rows) == [
+        (Item("left of it?", (one,)), Item('a "cross"\nand'), Item("a star"), Item("a ring", (other,))),
         (Item(images=(other,)), Item("ein Würfel", (third,)), Item("[1] is no list")),
     ]
-    assert {kind: content(rows) for kind, rows in found.items()} == dict.fromkeys(FORMATS, expected)
 
 
 def test_columns_of_other_names_are_mapped(images: Path) -> None:
@@ -93,134 +77,209 @@ def test_columns_of_other_names_are_mapped(images: Path) -> None:
     assert content(rows) == [(Item("find"), Item(images=(images.absolute() / "a.png",)), Item("a star"))]
 
 
-def test_a_missing_column_is_named_with_the_closest(images: Path) -> None:
-    path = write_table(images / "rows.csv", [{"question": "x", "answer": "y"}])
-    expected = r"'questions' for query_text \(did you mean 'question'\? known: question, answer\)"
-    with pytest.raises(CocoaError, match=expected):
-        read(file=str(path), columns={"query_text": "questions", "positive_text": "answer"})
-
-
-@pytest.mark.parametrize("columns", [None, {"query_text": "question"}])
-def test_a_table_without_a_positive_is_refused_with_its_columns(images: Path, columns: dict[str, str] | None) -> None:
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            {"query_text": "questions"},
+            r"'questions' for query_text \(did you mean 'question'\? known: question, query_",
+        ),
+        (
+            {"query_text": "question"},
+            r"no column holds the positive; give columns\.positive_text .*found: question, que",
+        ),
+        (None, r"no column holds the positive; give columns\.positive_text .*found: question, query_text"),
+    ],
+)
+def test_a_missing_column_is_an_error_with_those_found(
+    images: Path, columns: dict[str, str] | None, message: str
+) -> None:
     path = write_table(images / "rows.csv", [{"question": "x", "query_text": "y"}])
-    with pytest.raises(
-        CocoaError,
-        match=r"no column holds the positive; give columns\.positive_text .*columns found: question, query_text",
-    ):
+    with pytest.raises(CocoaError, match=message):
         read(file=str(path), columns=columns)
 
 
 def test_a_glob_reads_its_files_in_order_up_to_the_limit(tmp_path: Path) -> None:
     for name in ("b", "a", "c"):
         write_table(tmp_path / f"{name}.csv", [{"query_text": f"{name}{n}", "positive_text": "x"} for n in range(2)])
-    rows = read(file=str(tmp_path / "*.csv"), limit=5)
+    rows = read(file=str(tmp_path / "*.csv"), limit=5, limit_order="first")
     assert [row.query.text for row in rows] == ["a0", "a1", "b0", "b1", "c0"]
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "content", "message"),
     [
-        ("gone.jsonl", r"gone\.jsonl does not exist"),
-        ("gone-*.parquet", r"\*\.parquet does not exist and matches no file; give"),
-        ("", r"is a folder; give a \.jsonl, \.csv or \.parquet file"),
-        ("rows.txt", r"rows\.txt is not a table"),
-        ("broken.parquet", r"broken\.parquet cannot be read"),
-        ("latin.csv", r"latin\.csv cannot be read"),
-        ("twice.csv", r"twice\.csv cannot be read \(its header has the column 'query_text' twice\)"),
-        ("open.csv", r"open\.csv cannot be read \(unexpected end of data\)"),
-        ("empty.jsonl", r"empty\.jsonl: no column holds the query"),
-        ("header.csv", r"header\.csv has no rows"),
-        ("none.parquet", r"none\.parquet has no rows"),
+        ("gone.jsonl", None, r"gone\.jsonl does not exist"),
+        ("gone-*.parquet", None, r"\*\.parquet does not exist and matches no file; give"),
+        ("", None, r"is a folder; give a \.jsonl, \.csv or \.parquet file"),
+        ("rows.txt", b"x", r"rows\.txt is not a table"),
+        ("broken.parquet", b"PAR1 no table", r"broken\.parquet cannot be read"),
+        ("odd.csv", b"query_text,positive_text\n\x81,x\n", r"cannot be read \(it is not UTF-8; save it as UTF-8\)"),
+        ("odd.jsonl", b'{"query_text": "\xe9"}', r"cannot be read \(it is not UTF-8; save it as UTF-8\)"),
+        ("wide.csv", "query_text".encode("utf-16-le"), r"it holds NUL bytes, as UTF-16 without a byte order mark does"),
+        ("twice.csv", b"query_text,query_text\na,b\n", r"read \(its header has the column 'query_text' twice\)"),
+        ("open.csv", b'query_text,positive_text\n"a,x\nb,y\n', r"cannot be read \(unexpected end of data\)"),
+        ("empty.jsonl", b"\n", r"empty\.jsonl: no column holds the query"),
+        ("header.csv", b"query_text,positive_text\n", r"header\.csv has no rows"),
+        ("none.parquet", NO_ROWS, r"none\.parquet has no rows"),
     ],
 )
-def test_a_file_that_is_no_table_is_an_error(tmp_path: Path, name: str, message: str) -> None:
-    (tmp_path / "rows.txt").write_text("x")
-    (tmp_path / "broken.parquet" if "broken" in name else tmp_path / "x").write_bytes(b"PAR1 no table")
-    (tmp_path / "latin.csv").write_bytes(b"query_text,positive_text\n\xe9t\xe9,x\n")
-    (tmp_path / "twice.csv").write_text("query_text,query_text\na,b\n")
-    (tmp_path / "open.csv").write_text('query_text,positive_text\n"a,x\nb,y\n')
-    (tmp_path / "empty.jsonl").write_text("\n")
-    texts = pa.array([], pa.string())
-    parquet.write_table(pa.table({"query_text": texts, "positive_text": texts}), tmp_path / "none.parquet")
-    (tmp_path / "header.csv").write_text("query_text,positive_text\n")
+def test_a_file_that_is_no_table_is_an_error(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
     with pytest.raises(CocoaError, match=message):
         read(file=str(tmp_path / name))
 
 
-WRONG_ROWS = (
-    ({"query_text": "", "query_image": None}, "the query is empty (query_text and query_image)"),
-    ({"positive_text": " \n", "positive_image": ""}, "the positive is empty"),
-    ({"query_image": "gone.png"}, "gone.png does not exist"),
-    ({"query_image": "https://example.org/a.png"}, "is a URL; download it"),
-    ({"query_image": "data:image/png;base64,AAAA"}, "is a URL"),
-    ({"negative_text": ["a", "b", "c"]}, "it has 3 negative texts and 2 negative images"),
-    ({"query_text": f"a {RESERVED_TOKENS[2]}"}, "the text contains <|image_pad|>"),
-    ({"negative_text": ["a", RESERVED_TOKENS[0]]}, "the text contains <|vision_start|>"),
+WRONG_ROWS: dict[str, Values] = {
+    "the query is empty (query_text and query_image)": {"query_text": "", "query_image": None},
+    "the positive is empty": {"positive_text": " \n", "positive_image": ""},
+    "is a URL; download it": {"query_image": "https://example.org/a.png"},
+    "is a URL": {"query_image": "data:image/png;base64,AAAA"},
+    "it has 3 negative texts and 2 negative images": {"negative_text": ["a", "b", "c"]},
+    "the text contains <|image_pad|>": {"query_text": f"a {RESERVED_TOKENS[2]}"},
+    "the text contains <|vision_start|>": {"negative_text": ["a", RESERVED_TOKENS[0]]},
+}
+WRONG_LINES = {
+    "is not JSON": '{"query_text": "a"',
+    "is a JSON list": '["a"]',
+    "7 is not a text": '{"query_text": 7, "positive_text": "x"}',
+    "['a'] is not a text": '{"query_text": ["a"], "positive_text": "x"}',
+    "is not the path of an image": '{"query_image": {"path": "a.png"}, "positive_text": "x"}',
+    "half of a surrogate pair": '{"query_text": "\\ud800", "positive_text": "x"}',
+    "is a JSON int": "7",
+}
+WRONG_CELLS = {"has 3 cells; the header has 2 columns": "a,b,c", "has 1 cells; the header has 2 columns": "d"}
+
+
+@pytest.mark.parametrize(
+    ("name", "reasons", "first"),
+    [
+        *((f"rows.{kind}", WRONG_ROWS, place) for kind, place in zip(FORMATS, (":2", *[", row 2"] * 2), strict=True)),
+        ("lines.jsonl", WRONG_LINES, ":1"),
+        ("cells.csv", WRONG_CELLS, ", row 1"),
+    ],
 )
-
-
-@pytest.mark.parametrize(("kind", "first"), [("jsonl", ":2"), ("csv", ", row 2"), ("parquet", ", row 2")])
-def test_rows_that_cannot_be_used_are_left_out_with_their_reasons(images: Path, kind: str, first: str) -> None:
-    wrong = [{**ROWS[0], **changes} for changes, _ in WRONG_ROWS]
-    path = write_table(images / f"rows.{kind}", [ROWS[1], *wrong, ROWS[0]])
-    bad: list[BadRow] = []
-    rows = read(bad, file=str(path))
-    assert content(rows) == content(read(file=str(write_table(images / "good.jsonl", [ROWS[1], ROWS[0]]))))
-    assert bad[0].source == f"{path}{first}"
-    for row, (_, reason) in zip(bad, WRONG_ROWS, strict=True):
-        assert reason in row.reason
-
-
-def test_malformed_lines_are_bad_rows(images: Path) -> None:
-    lines = {
-        '{"query_text": "a"': "is not JSON",
-        '["a"]': "is a JSON list",
-        '{"query_text": 7, "positive_text": "x"}': "7 is not a text",
-        '{"query_text": ["a"], "positive_text": "x"}': "['a'] is not a text",
-        '{"query_image": {"path": "a.png"}, "positive_text": "x"}': "is not the path of an image",
-        '{"query_text": "\\ud800", "positive_text": "x"}': "half of a surrogate pair",
-        "7": "is a JSON int",
-    }
-    good = '{"query_text": "a", "positive_text": "x", "query_image": null}'
-    (images / "rows.jsonl").write_text("\n".join([*lines, good]))
-    for found, reason in zip(reasons(images / "rows.jsonl"), lines.values(), strict=True):
-        assert reason in found
-
-
-def test_a_csv_row_of_another_length_is_a_bad_row(tmp_path: Path) -> None:
-    (tmp_path / "rows.csv").write_text("query_text,positive_text\na,b,c\nd\n\ne,f\n")
-    header = "the header has 2 columns"
-    assert reasons(tmp_path / "rows.csv") == [f"has 3 cells; {header}", f"has 1 cells; {header}"]
+def test_rows_that_cannot_be_used_are_named_with_their_reasons(
+    images: Path, name: str, reasons: dict[str, Any], first: str
+) -> None:
+    write_table(images / name, [ROWS[1], *({**ROWS[0], **changes} for changes in WRONG_ROWS.values()), ROWS[0]])
+    (images / "lines.jsonl").write_text("\n".join([*WRONG_LINES.values(), json.dumps(ROWS[0])]))
+    (images / "cells.csv").write_text("\n".join(["query_text,positive_text", *WRONG_CELLS.values(), "", "e,f"]))
+    rows, errors = read_all(file=str(images / name))
+    assert rows[-1].items() == (read(file=str(write_table(images / "good.jsonl", [ROWS[0]])))[0].items()
+                                if name != "cells.csv" else (Item("e"), Item("f")))  # fmt: skip
+    assert errors[0].source == f"{images / name}{first}"
+    assert len(errors) == len(reasons)
+    assert all(reason in error.reason for error, reason in zip(errors, reasons, strict=True))
 
 
 def test_relative_image_paths_start_from_the_given_folder(images: Path, tmp_path: Path) -> None:
     write_images(tmp_path / "pictures", "x")
-    path = write_table(
-        tmp_path / "tables" / "rows.jsonl",
-        [{"query_image": name, "positive_text": "t"} for name in ("x.png", str(images / "a.png"))],
-    )
+    names = ("x.png", str(images / "a.png"))
+    path = write_table(tmp_path / "tables.jsonl", [{"query_image": name, "positive_text": "t"} for name in names])
     rows = read(file=str(path), images=tmp_path / "pictures")
     assert [row.image for row in rows] == [tmp_path / "pictures" / "x.png", images / "a.png"]
 
 
-# Image folders
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp1252", "utf-16"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_csv_files_of_any_european_spreadsheet_are_read(
+    tmp_path: Path, encoding: str, delimiter: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    cells = [["query_text", "positive_text"], ["Où est l'été?", f'"a, b; c{delimiter}"'], ["Größe", "€ 5"]]
+    (tmp_path / "rows.csv").write_bytes("\r\n".join(map(delimiter.join, cells)).encode(encoding))
+    expected = [(Item("Où est l'été?"), Item(f"a, b; c{delimiter}")), (Item("Größe"), Item("€ 5"))]
+    assert content(read(file=str(tmp_path / "rows.csv"))) == expected
+    assert [message for message in caplog.messages if "is read as Windows-1252" in message] == caplog.messages
+    assert bool(caplog.messages) == (encoding == "cp1252")
 
 
-def test_an_image_folder_without_its_bad_images_has_the_same_paraphrases_of_the_others(tmp_path: Path) -> None:
-    captions = ["one", "two", "three"]
-    lines = [{"file_name": f"{name}.png", "text": name, "captions": captions} for name in "abcd"]
-    write_images(tmp_path, "abcd")
-    write_table(tmp_path / "metadata.jsonl", lines)
-    whole = read_image_folder(tmp_path, paraphrases=2)
-    (tmp_path / "b.png").unlink()
-    lines[2]["text"] = ""
-    write_table(tmp_path / "metadata.jsonl", lines)
-    bad: list[BadRow] = []
-    rows = read(bad, subset="mine", folder=tmp_path, paraphrases=2)
-    assert rows == [Row(*row.items(), source=row.source, subset="mine") for row in whole if "b.png" not in row.source
-                    and "c.png" not in row.source]  # fmt: skip
-    assert [row.source for row in bad] == [f"{tmp_path}/metadata.jsonl:2", f"{tmp_path}/metadata.jsonl, c.png"]
-    assert len(read(bad, folder=tmp_path, limit=1)) == 1
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_remote_file_is_read_as_a_local_one(images: Path, kind: str) -> None:
+    local = write_table(images / f"rows.{kind}", ROWS)
+    address = f"memory://{images.name}/rows.{kind}"
+    with fsspec.open(address, "wb") as file:
+        file.write(local.read_bytes())
+    expected = content(read(file=str(local)))
+    assert content(read(file=address, images=images)) == expected
+    assert content(read(file=f"memory://{images.name}/*.{kind}", images=images)) == expected
+    before = source_version("data", SourceSettings(file=address))
+    with fsspec.open(address, "wb") as file:
+        file.write(local.read_bytes() + b"\n")
+    assert source_version("data", SourceSettings(file=address)) != before
+    if kind != "parquet":
+        ((), errors) = read_all(file=address)
+        assert all("give the folder it starts from as data.images" in error.reason for error in errors)
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("memory://nothing/*.csv", r"memory://nothing/\*\.csv does not exist and matches no file"),
+        ("nosuchprotocol://a.csv", r"nosuchprotocol://a\.csv cannot be read \(Protocol not known: nosuchprotocol"),
+        ("http://127.0.0.1:9/a.csv", r"http://127\.0\.0\.1:9/a\.csv cannot be read|does not exist"),
+    ],
+)
+def test_a_remote_file_that_cannot_be_read_is_an_error_in_one_sentence(address: str, message: str) -> None:
+    with pytest.raises(CocoaError, match=message):
+        read(file=address)
+
+
+def write_shard(path: Path, **members: bytes) -> None:
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            entry = tarfile.TarInfo(name.replace("_", "."))
+            entry.size = len(content)
+            archive.addfile(entry, BytesIO(content))
+
+
+def test_the_shards_of_a_webdataset_are_one_table(tmp_path: Path) -> None:
+    write_shard(tmp_path / "0.tar", a_png=png(1), a_txt=b"one", b_png=png(2), b_txt="zwölf".encode())
+    write_shard(tmp_path / "1.tar", c_png=png(3), c_txt=b"three")
+    rows = read(webdataset=str(tmp_path / "*.tar"))
+    assert [row.query.text for row in rows] == ["one", "zwölf", "three"]
+    images = [pickle.loads(pickle.dumps(row.positive.image)) for row in rows]
+    assert [image.read() for image in images] == [png(1), png(2), png(3)]
+    table = RowTable.write(tmp_path / "rows.arrow", rows)
+    assert [image.read() for row in table for image in row.images()] == [png(1), png(2), png(3)]
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"a_txt": b"x", "b_txt": b"y"}, r"0\.tar has no images \(files found: txt\)"),
+        ({"a_png": png(), "a_txt": b"x", "b_txt": b"y"}, r"0\.tar cannot be read \(.*don't share the same prefix"),
+        ({"a_png": png()}, r"0\.tar: no column holds the query; give columns\.query_text .*columns found: .*png"),
+    ],
+)
+def test_a_shard_without_images_or_texts_is_an_error(tmp_path: Path, members: dict[str, bytes], message: str) -> None:
+    write_shard(tmp_path / "0.tar", **members)
+    with pytest.raises(CocoaError, match=message):
+        read(webdataset=str(tmp_path / "0.tar"))
+
+
+def test_instructions_come_from_a_column_or_are_the_same_for_all(images: Path) -> None:
+    rows = [
+        {"query_text": "a ring", "query_instruction": "Find:", "positive_image": "a.png", "negative_text": "x"},
+        {"query_text": "a star", "query_instruction": "Look for\n", "positive_image": "b.png", "negative_text": ""},
+        {"query_text": "a cross", "query_instruction": " ", "positive_image": "c.png", "negative_text": ""},
+    ]
+    found = read(file=str(write_table(images / "rows.jsonl", rows)), positive_instruction="Represent it:")
+    instructions = [(row.query.instruction, row.positive.instruction) for row in found]
+    assert instructions == [("Find: ", "Represent it:"), ("Look for\n", "Represent it:"), (None, "Represent it:")]
+    assert [row.query.full_text for row in found] == ["Find: a ring", "Look for\na star", "a cross"]
+    assert found[0].negatives == (Item("x", (), "Represent it: "),)
+    ((), errors) = read_all(file=str(write_table(images / "empty.jsonl", [{**rows[0], "query_text": ""}])))
+    assert "the query is empty" in errors[0].reason
+    write_table(images / "metadata.jsonl", [{"file_name": "a.png", "text": "a ring"}])
+    (row,) = read(folder=images, query_instruction="Describe:", positive_instruction="Caption:")
+    assert row.items() == (Item(None, (images / "a.png",), "Describe:"), Item("a ring", (), "Caption: "))
+
+
+def test_a_stream_is_refused_with_the_reason() -> None:
+    with pytest.raises(ValidationError, match="a stream can neither be resumed at a row nor drawn from at random"):
+        SourceSettings(hub="some/set", streaming=True)
 
 
 # The MMEB layout
@@ -229,8 +288,7 @@ IMAGE = "<|image_1|>"
 
 
 def mmeb_row(**values: str) -> Values:
-    empty = dict.fromkeys(("qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path"), "")
-    return {**empty, **values}
+    return {**dict.fromkeys(MMEB_COLUMNS.values(), ""), **values}
 
 
 @pytest.fixture
@@ -239,11 +297,10 @@ def mmeb(tmp_path: Path) -> Path:
     rows = [
         mmeb_row(qry=f"{IMAGE}\nWhat is it?\n", qry_image_path="images/a.png", pos_text="a ring", neg_text="a star"),
         mmeb_row(qry="Find a star.\n", pos_text=f"{IMAGE}\nRepresent it.\n", pos_image_path="images/b.png"),
-        mmeb_row(qry=f"{IMAGE}\n", qry_image_path="images/a.png", pos_text=f"Here {IMAGE} is.",
-                 pos_image_path="images/b.png", neg_text=f"{IMAGE}\n", neg_image_path="images/a.png"),
+        mmeb_row(qry=f"{IMAGE}\n", qry_image_path="images/a.png", pos_text=f"Here {IMAGE} is.", neg_text=f"{IMAGE}\n",
+                 pos_image_path="images/b.png", neg_image_path="images/a.png"),
         mmeb_row(qry="Like this", qry_image_path="images/a.png", pos_text="x", neg_image_path="images/b.png"),
         mmeb_row(qry=f"{IMAGE}\nNo image", pos_text="x"),
-        mmeb_row(qry=f"{IMAGE}\nGone", qry_image_path="images/gone.png", pos_text="x"),
         mmeb_row(qry=f"{RESERVED_TOKENS[2]} x", pos_text="x"),
     ]  # fmt: skip
     write_table(tmp_path / "OK-VQA" / "original-00000-of-00001.parquet", rows)
@@ -252,8 +309,7 @@ def mmeb(tmp_path: Path) -> Path:
 
 
 def test_the_mmeb_layout_gives_every_combination_of_text_and_image(mmeb: Path) -> None:
-    bad: list[BadRow] = []
-    rows = read(bad, subset="OK-VQA", mmeb=str(mmeb))
+    rows, bad = read_all("OK-VQA", mmeb=str(mmeb))
     one, other = (mmeb.absolute() / "images" / f"{name}.png" for name in "ab")
     assert content(rows) == [
         (Item("What is it?", (one,)), Item("a ring"), Item("a star")),
@@ -262,23 +318,19 @@ def test_the_mmeb_layout_gives_every_combination_of_text_and_image(mmeb: Path) -
         (Item("Like this", (one,)), Item("x"), Item(images=(other,))),
     ]
     assert {row.subset for row in rows} == {"OK-VQA"}
-    assert [row.source.rpartition(", ")[2] for row in bad] == ["row 5", "row 6", "row 7"]
-    assert [row.reason.split()[-1] for row in bad] == ["image", "exist", "it"]
+    assert [row.source.rpartition(", ")[2] for row in bad] == ["row 5", "row 6"]
+    assert [row.reason.split()[-1] for row in bad] == ["image", "it"]
 
 
-def test_the_mmeb_split_is_the_files_prefix(mmeb: Path) -> None:
-    assert content(read(subset="OK-VQA", mmeb=str(mmeb), split="diverse_instruction")) == [(Item("q"), Item("p"))]
+def test_an_mmeb_subset_has_splits_and_may_have_another_name_or_be_the_folder_itself(mmeb: Path) -> None:
+    expected, split = [(Item("q"), Item("p"))], "diverse_instruction"
+    assert content(read("OK-VQA", mmeb=str(mmeb), split=split)) == expected
+    assert content(read("mine", mmeb=str(mmeb), config="OK-VQA", split=split)) == expected
+    assert content(read("mine", mmeb=str(mmeb / "OK-VQA"), images=mmeb, split=split)) == expected
     with pytest.raises(CocoaError, match=r"no files of the split 'test' \(known: diverse_instruction, original\)"):
-        read(subset="OK-VQA", mmeb=str(mmeb), split="test")
+        read("OK-VQA", mmeb=str(mmeb), split="test")
     write_table(mmeb / "OK-VQA" / "train.parquet", [mmeb_row(qry="first", pos_text="p")])
-    assert content(read(subset="OK-VQA", mmeb=str(mmeb))) == [(Item("first"), Item("p"))]
-
-
-def test_an_mmeb_subset_may_have_another_name_in_the_recipe_or_be_the_folder_itself(mmeb: Path) -> None:
-    expected = [(Item("q"), Item("p"))]
-    split = "diverse_instruction"
-    assert content(read(subset="mine", mmeb=str(mmeb), config="OK-VQA", split=split)) == expected
-    assert content(read(subset="mine", mmeb=str(mmeb / "OK-VQA"), images=mmeb, split=split)) == expected
+    assert content(read("OK-VQA", mmeb=str(mmeb))) == [(Item("first"), Item("p"))]
 
 
 def test_an_mmeb_table_may_leave_negatives_out_and_nothing_else(tmp_path: Path) -> None:
@@ -326,14 +378,8 @@ def test_mmeb_from_the_hub_falls_back_to_the_original_split(mmeb: Path, monkeypa
 
 def image_data_set(count: int = 4) -> Dataset:
     features = Features({"text": Value("string"), "picture": datasets.Image(), "others": List(datasets.Image())})
-    rows = [
-        {
-            "text": f"number {n}",
-            "picture": {"bytes": png(n), "path": f"{n}.png"},
-            "others": [{"bytes": png(100 + n), "path": None}, {"bytes": png(200 + n), "path": None}],
-        }
-        for n in range(count)
-    ]
+    images = [[{"bytes": png(n + start), "path": f"{n}.png"} for start in (0, 100, 200)] for n in range(count)]
+    rows = [{"text": f"number {n}", "picture": first, "others": others} for n, (first, *others) in enumerate(images)]
     return Dataset.from_list(rows, features=features)
 
 
@@ -350,7 +396,7 @@ def test_a_data_set_in_a_folder_is_read_with_its_images_left_on_disk(tmp_path: P
         image_data_set().to_parquet(folder / "train-00000.parquet")
     else:
         DatasetDict(train=image_data_set(), test=image_data_set(1)).save_to_disk(folder)
-    rows = read(hub=str(folder), columns=COLUMNS, limit=3)
+    rows = read(hub=str(folder), columns=COLUMNS, limit=3, limit_order="first")
     assert [row.positive.text for row in rows] == ["number 0", "number 1", "number 2"]
     for number, row in enumerate(rows):
         stored = [image for image in row.images() if isinstance(image, ArrowImage)]
@@ -360,19 +406,18 @@ def test_a_data_set_in_a_folder_is_read_with_its_images_left_on_disk(tmp_path: P
         ]
 
 
-def test_a_data_set_that_cannot_be_loaded_is_an_error_in_one_sentence(tmp_path: Path) -> None:
+def test_a_data_set_that_cannot_be_loaded_is_an_error_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("Couldn't reach\n'some/set' on the Hub")
+
     folder = tmp_path / "set"
     DatasetDict(train=image_data_set(), test=image_data_set(1)).save_to_disk(folder)
     with pytest.raises(CocoaError, match=re.escape(f"{folder} cannot be loaded (no split 'dev'; it has train, test)")):
         read(hub=str(folder), split="dev", columns=COLUMNS)
     with pytest.raises(CocoaError, match=r"The data set .*nowhere cannot be loaded"):
         read(hub=str(tmp_path / "nowhere"), columns=COLUMNS)
-
-
-def test_a_hub_that_cannot_be_reached_is_an_error_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(*_: object, **__: object) -> None:
-        raise ConnectionError("Couldn't reach\n'some/set' on the Hub")
-
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(CocoaError, match=r"some/set, en cannot be loaded \(Couldn't reach 'some/set' on the Hub\)"):
         read(hub="some/set", config="en", columns=COLUMNS)
@@ -381,9 +426,8 @@ def test_a_hub_that_cannot_be_reached_is_an_error_in_one_sentence(monkeypatch: p
 def test_relative_paths_in_a_data_set_of_the_hub_are_bad_rows(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = Dataset.from_list([{"query_image": "a.png", "positive_text": "x"}])
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
-    bad: list[BadRow] = []
-    assert read(bad, hub="some/set") == []
-    assert "relative path; give the folder it starts from as data.images" in bad[0].reason
+    ((), (error,)) = read_all(hub="some/set")
+    assert "relative path; give the folder it starts from as data.images" in error.reason
     assert [row.image for row in read(hub="some/set", images=images)] == [images.absolute() / "a.png"]
 
 
@@ -392,13 +436,8 @@ def test_an_empty_cell_of_images_is_absent_and_a_stored_path_is_a_path(images: P
     cells = [{"bytes": png(), "path": "x.png"}, {"bytes": None, "path": "a.png"}, {"bytes": b"", "path": None}, None]
     write_table(path, [{"query_text": "q", "query_image": cell, "positive_text": "p"} for cell in cells])
     rows = read(file=str(path))
-    assert isinstance(rows[0].query.image, ArrowImage)
-    assert [row.query.image for row in rows[1:]] == [images.absolute() / "a.png", None, None]
-
-
-def test_an_image_beyond_the_end_of_its_table_is_an_image_error(tmp_path: Path) -> None:
-    write_table(tmp_path / "rows.parquet", [{"query_image": png(), "positive_text": "p"}])
-    image = read(file=str(tmp_path / "rows.parquet"))[0].query.image
+    image = rows[0].query.image
     assert isinstance(image, ArrowImage)
     with pytest.raises(ImageError, match=r"rows\.parquet, row 9, query_image: cannot be read"):
-        ArrowImage(image.table, 8, "query_image").read()
+        replace(image, row=8).read()
+    assert [row.query.image for row in rows[1:]] == [images.absolute() / "a.png", None, None]

@@ -17,7 +17,6 @@ from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.evaluation.geometry import geometry
 from cocoa_embed.model.attention import Block
 from cocoa_embed.model.backbone import Backbone
-from cocoa_embed.train.loop.trainer import Measure
 from cocoa_embed.train.stages.bridge.collator import split_blocks
 from cocoa_embed.train.stages.bridge.probe import (
     bridge_probe,
@@ -181,34 +180,23 @@ def random_state() -> str:
 # Geometry
 
 
-class Points(torch.nn.Module):
-    """Looks embeddings up by the numbers that stand for items; they have any length."""
-
-    def __init__(self, vectors: Tensor) -> None:
-        super().__init__()
-        self.vectors = torch.nn.Parameter(vectors)
-
-
-def points_probe(rows: list[Row], seen: list[Any]) -> Measure:
-    """Embed the n-th query as vector n, and the n-th positive as vector n + 10."""
-    numbers = {id(item): n + 10 * side for n, row in enumerate(rows) for side, item in enumerate(row.items())}
-
-    def collate(items: Sequence[Item], is_document: bool) -> dict[str, Any]:
-        return {"numbers": torch.tensor([numbers[id(item)] for item in items]), "documents": is_document}
-
-    def embed(model: torch.nn.Module, batch: dict[str, Any]) -> Tensor:
-        seen.append((len(batch["numbers"]), batch["documents"], model.training, torch.is_grad_enabled()))
-        assert isinstance(model, Points)
-        return model.vectors[batch["numbers"]]
-
-    return geometry_probe(collate, embed, rows, batch_size=2)
-
-
 def test_the_geometry_is_that_of_all_pairs_at_once_and_none_if_an_embedding_is_not_finite() -> None:
-    rows = [*image_rows(range(4)), TEXT]
+    """The n-th query has vector n, the n-th positive vector n + 10."""
+    texts = [(Item(text=str(n)), Item(text=str(n + 10))) for n in range(5)]
+    rows = [Row(replace(query, images=(Path("a.png"),) * (n < 4)), *rest, "") for n, (query, *rest) in enumerate(texts)]
     vectors = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
     seen: list[Any] = []
-    found = points_probe(rows, seen)(Points(vectors.clone()))
+
+    def collate(items: Sequence[Item], is_document: bool) -> dict[str, Any]:
+        return {"numbers": torch.tensor([int(str(item.text)) for item in items]), "is_document": is_document}
+
+    def embed(model: torch.nn.Module, batch: dict[str, Any]) -> Tensor:
+        seen.append((len(batch["numbers"]), batch["is_document"], model.training, torch.is_grad_enabled()))
+        embeddings: Tensor = model(batch["numbers"])
+        return embeddings
+
+    probe = geometry_probe(collate, embed, rows, batch_size=2)
+    found = probe(torch.nn.Embedding.from_pretrained(vectors))
     unit = torch.nn.functional.normalize(vectors.double(), dim=1).numpy()
     has_image = np.array([True] * 4 + [False])
     expected = geometry(unit[:5], unit[10:15], first_has_image=has_image, second_has_image=has_image & False)
@@ -216,4 +204,4 @@ def test_the_geometry_is_that_of_all_pairs_at_once_and_none_if_an_embedding_is_n
     assert list(found) == GEOMETRY
     assert seen == [(n, document, False, False) for document in (False, True) for n in (2, 2, 1)]
     vectors[11, 0] = torch.inf
-    assert points_probe(rows, seen)(Points(vectors)) == {}
+    assert probe(torch.nn.Embedding.from_pretrained(vectors)) == {}

@@ -22,7 +22,7 @@ from cocoa_embed.train.stages.bridge.model import BridgeModel
 from cocoa_embed.train.stages.bridge.settings import BridgeSettings
 from cocoa_embed.train.stages.bridge.stage import Bridge
 from cocoa_embed.train.stages.reconstruction import bridge_model_mask
-from cocoa_embed.train.stages.samples import SAMPLE_ROWS, patches_to_image, sample_batches, stage_samples
+from cocoa_embed.train.stages.samples import SAMPLE_ROWS, sample_batches, stage_samples
 from cocoa_embed.train.stages.warmup.stage import Warmup
 
 TEXT = Row(query=Item(text="blue cross on white"), positive=Item(text="white picture; blue cross"), source="")
@@ -46,24 +46,14 @@ def bridge_of(backbone: Backbone, rows: list[Row], model: BridgeModel | None = N
     return BRIDGE.samples(model or bridge_model(backbone), backbone.processor, batch, rows)
 
 
-@pytest.mark.parametrize("size", [(56, 56), (112, 56), (56, 84)])
-def test_patches_put_together_are_the_image(tiny_backbone: Backbone, size: tuple[int, int]) -> None:
-    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    prepared = tiny_backbone.processor.image_processor(images=[Image.fromarray(noise)], return_tensors="pt")
-    grid = prepared["image_grid_thw"][0]
-    image = patches_to_image(prepared["pixel_values"], grid, tiny_backbone.geometry, tiny_backbone.processor)
-    side = tiny_backbone.geometry.patch_size
-    assert image.size == (int(grid[2]) * side, int(grid[1]) * side) == size, "the premise: nothing was resized"
-    assert np.array_equal(np.asarray(image), noise)
-
-
-def test_the_warm_ups_images_differ_only_in_masked_patches(tiny_backbone: Backbone, scene_rows: list[Row]) -> None:
-    rows = scene_rows[:3]
-    masked_patches = warmup_collator(tiny_backbone)(numbered(rows))["masked_patches"].chunk(3)
+def test_the_warm_ups_images_differ_only_in_masked_patches(tiny_backbone: Backbone, sized_rows: list[Row]) -> None:
+    rows = sized_rows[:4]
+    batch = warmup_collator(tiny_backbone)(numbered(rows))
+    masked_patches = batch["masked_patches"].split(batch["image_grid_thw"].prod(dim=1).tolist())
     for row, shown, masked in zip(rows, warmup_of(tiny_backbone, rows)["patches"], masked_patches, strict=True):
         assert isinstance(row.image, Path)
         original = pixels(shown["original"])
-        assert np.array_equal(original, np.asarray(load_image(row.image)))
+        assert np.array_equal(original, np.asarray(load_image(row.image))), "nothing was resized"
         assert shown["caption"] == row.positive.text
         covered = int(masked.sum()) * tiny_backbone.geometry.patch_size**2
         assert 0 < covered < original[..., 0].size
@@ -72,14 +62,21 @@ def test_the_warm_ups_images_differ_only_in_masked_patches(tiny_backbone: Backbo
         assert shown["masked"] != shown["reconstructed"]
 
 
-def test_tokens_that_are_not_masked_are_shown_as_they_are(tiny_backbone: Backbone, scene_rows: list[Row]) -> None:
-    rows = scene_rows[:4]
-    found = [*warmup_of(tiny_backbone, rows)["tokens"], *bridge_of(tiny_backbone, rows)["tokens"]]
-    for shown, row in zip(found, [*rows, *rows], strict=True):
-        assert tiny_backbone.processor.tokenizer.convert_tokens_to_string(shown["tokens"]) == row.positive.text
-        assert 0 < sum(shown["masked"]) < len(shown["masked"])
-        kept = [index for index, masked in enumerate(shown["masked"]) if not masked]
-        assert [shown["predicted"][index] for index in kept] == [shown["tokens"][index] for index in kept]
+@pytest.mark.parametrize("pictured", [[False], [False, True, False]])
+def test_tokens_that_are_not_masked_are_shown_as_they_are_with_the_image_if_any(
+    tiny_backbone: Backbone, scene_rows: list[Row], pictured: list[bool]
+) -> None:
+    rows = [scene_rows[0] if has_image else TEXT for has_image in pictured]
+    warmup, bridge = warmup_of(tiny_backbone, rows), bridge_of(tiny_backbone, rows)
+    assert [each["caption"] for each in warmup["patches"]] == [scene_rows[0].positive.text] * sum(pictured)
+    for found in (warmup["tokens"], bridge["tokens"]):
+        assert [each["image"] is not None for each in found] == pictured
+        for shown, row in zip(found, rows, strict=True):
+            text = tiny_backbone.processor.tokenizer.convert_tokens_to_string(shown["tokens"])
+            assert text.endswith(str(row.positive.text))
+            assert 0 < sum(shown["masked"]) < len(shown["masked"])
+            kept = [index for index, masked in enumerate(shown["masked"]) if not masked]
+            assert [shown["predicted"][index] for index in kept] == [shown["tokens"][index] for index in kept]
 
 
 @pytest.mark.parametrize(("causal", "eos_attends_to_b"), [(False, True), (False, False), (True, True)])
@@ -97,17 +94,6 @@ def test_the_shown_mask_is_the_one_that_is_trained_with(
     length = len(mask["labels"])
     assert [[int(cell) for cell in row] for row in mask["allowed"]] == used[0, 0, :length, :length].int().tolist()
     assert [Block[name] for name in mask["blocks"]] == batch["blocks"][0, :length].tolist()
-
-
-@pytest.mark.parametrize("pictured", [[False], [False, True, False]])
-def test_rows_without_an_image_have_tokens_and_no_images(
-    tiny_backbone: Backbone, scene_rows: list[Row], pictured: list[bool]
-) -> None:
-    rows = [scene_rows[0] if has_image else TEXT for has_image in pictured]
-    warmup, bridge = warmup_of(tiny_backbone, rows), bridge_of(tiny_backbone, rows)
-    for shown in (warmup, bridge):
-        assert [each["image"] is not None for each in shown["tokens"]] == pictured
-    assert [each["caption"] for each in warmup["patches"]] == [scene_rows[0].positive.text] * sum(pictured)
 
 
 def test_a_predicted_id_that_the_tokenizer_lacks_is_an_empty_token(

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 
-from cocoa_embed.model.attention import is_causal
 from cocoa_embed.model.backbone import PatchGeometry
 from cocoa_embed.train.loop.batch_facts import Batch
 from cocoa_embed.train.stages.losses import accuracy, mae_loss, mntp_loss
@@ -81,7 +80,7 @@ class WarmupModel(nn.Module):
         """
         positions = position_ids(self.backbone, batch)
         mask = bidirectional_model_mask(self.backbone, batch["attention_mask"])  # the pixel decoder is never causal
-        own_mask = full_model_mask(self.backbone, batch["attention_mask"]) if is_causal(self.backbone) else mask
+        own_mask = full_model_mask(self.backbone, batch["attention_mask"])
         hidden_states = last_hidden_states(self.backbone, batch, own_mask, positions)
         logits = masked_token_logits(self.backbone, hidden_states, batch["masked_tokens"])
         visual = batch["mm_token_type_ids"] == 1
