@@ -1,6 +1,7 @@
 """Stages and their parts without a run, and a stage of another kind in one file: masked-LM on texts."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
@@ -37,6 +38,21 @@ AStage = TypeVar("AStage", bound=Stage[Any])
 def alone(kind: type[AStage], settings: StageSettings, **run: Any) -> AStage:
     """Return a stage outside of a recipe."""
     return kind(kind.__name__.lower(), settings, RunSettings(name="test", backbone="none", **run))
+
+
+def trainer_arguments(folder: Path, **values: Any) -> dict[str, Any]:
+    """Return ``TrainingArguments`` of a stage of a few steps that saves nothing."""
+    return {
+        "output_dir": str(folder),
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "remove_unused_columns": False,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **values,
+    }
 
 
 def warmup_collator(backbone: Backbone, **settings: Any) -> WarmupCollator:

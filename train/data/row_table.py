@@ -21,7 +21,10 @@ FORMAT_VERSION = 1
 
 ROWS_A_CHUNK = 10_000
 
-_NUMBERS = ("subset", "query_id", "positive_id", "negatives_id", "image_id", "images", "query_text", "positive_text")
+_NUMBERS = (
+    *("subset", "query_id", "positive_id", "negatives_id", "negatives"),
+    *("image_id", "images", "query_text", "positive_text"),
+)
 
 SCHEMA = pa.schema({"row": pa.string(), "image_ids": pa.list_(pa.int64()), **{name: pa.int64() for name in _NUMBERS}})
 """``row`` is JSON, which is read faster than nested columns. ``image_ids`` are of all items, in their order."""
@@ -140,9 +143,9 @@ class RowTable(Sequence[Row]):
         """Return a number for each row, int64 ``[rows]``.
 
         ``subset`` is the place of its subset in ``subsets``; ``query_id`` and ``positive_id`` are equal for sides with
-        equal texts and images; ``negatives_id`` identifies all negatives; ``image_id`` identifies ``Row.image``, and is
-        0 without one; ``images`` counts the images of query and positive; ``query_text`` and ``positive_text`` are the
-        characters of their content, without instructions.
+        equal texts and images; ``negatives_id`` identifies all negatives, and ``negatives`` counts them; ``image_id``
+        identifies ``Row.image``, and is 0 without one; ``images`` counts the images of query and positive;
+        ``query_text`` and ``positive_text`` are the characters of their content, without instructions.
         """
         found: np.ndarray = self._table[name].to_numpy()[self._indices]
         return found
@@ -206,6 +209,7 @@ class _Chunks:
             content_id(row.query),
             content_id(row.positive),
             content_id(*row.negatives) if row.negatives else 0,
+            len(row.negatives),
             0 if row.image is None else image_id(row.image),
             len(row.query.images) + len(row.positive.images),
             len(row.query.text or ""),

@@ -1,5 +1,6 @@
 """Warnings before the first step: settings that do not fit a stage's rows, each with what to change."""
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,10 +12,11 @@ from cocoa_embed.train.stages.stage import Stage
 MOST_EPOCHS = 20
 
 
-def epoch_count(stage: Stage[StageSettings], rows: int, steps: int) -> float:
-    """Return how often so many steps draw each of so many rows."""
-    size = stage.settings.batch_size if stage.accumulates else min(stage.settings.batch_size, rows)
-    return steps * size / (rows * stage.passes_per_epoch)
+def epoch_count(stage: Stage[StageSettings], rows: RowTable, steps: int) -> float:
+    """Return how often so many steps draw each of the rows."""
+    held = stage.step_contents(rows)
+    batches = sum(math.ceil(each["rows"] / max(each["rows_a_step"], 1)) for each in held)
+    return steps / stage.passes_per_epoch / (batches or len(rows) / stage.settings.batch_size)
 
 
 def different_rows(rows: RowTable) -> int:
@@ -32,7 +34,7 @@ def different_images(rows: RowTable) -> int:
 def advise(stage: Stage[StageSettings], rows: RowTable, steps: int) -> Iterator[str]:
     """Yield one sentence for each setting that does not fit the stage's rows."""
     name, settings = stage.name, stage.settings
-    epochs, different, images = epoch_count(stage, len(rows), steps), different_rows(rows), different_images(rows)
+    epochs, different, images = epoch_count(stage, rows, steps), different_rows(rows), different_images(rows)
     length = f"{name}.steps" if settings.epochs is None else f"{name}.epochs or {name}.min_steps"
     if steps < stage.fewest_steps:
         yield (
@@ -50,7 +52,8 @@ def advise(stage: Stage[StageSettings], rows: RowTable, steps: int) -> Iterator[
             f"The learning rate of stage {name} rises for {settings.warmup_steps} steps, and the stage has {steps}; "
             f"lower {name}.warmup_steps."
         )
-    if settings.batch_size > different:
+    yield from stage.row_warnings(rows)
+    if stage.accumulates and settings.batch_size > different:
         yield (
             f"A batch of stage {name} has {settings.batch_size:,} rows, but only {different:,} of its rows are "
             f"different; lower {name}.batch_size."

@@ -201,7 +201,7 @@ def _plan_stage(
         step_contents=stage.step_contents(read.rows),
         steps=steps,
         steps_done=steps_done,
-        epochs=epoch_count(stage, len(read.rows), steps),
+        epochs=epoch_count(stage, read.rows, steps),
         batch_size=settings.batch_size,
         rows_at_once=at_once,
         tokens_per_step=settings.batch_size * fmean(sum(shape.tokens for shape in of_row) for of_row in shapes),

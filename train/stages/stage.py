@@ -80,6 +80,10 @@ class Stage(ABC, Generic[Own]):
         """How many different images the stage's probe needs."""
         return 0
 
+    def row_warnings(self, rows: RowTable) -> list[str]:
+        """Return a sentence, with what to change, for each thing that is unusual about these rows."""
+        return []
+
     # How rows make steps
 
     @property

@@ -38,32 +38,24 @@ def contrastive(**values: Any) -> Stage[Any]:
     [
         (bridge(), rows(200), []),
         (bridge(steps=499), rows(200), ["Stage bridge ends at step 499, before * raise bridge.steps to 500 "]),
-        (
-            bridge(steps=None, epochs=19),
-            rows(200),
-            ["raise bridge.epochs or bridge.min_steps to 500 "],
-        ),
+        (bridge(steps=None, epochs=19), rows(200), ["raise bridge.epochs or bridge.min_steps to 500 "]),
         (bridge(), rows(199), ["199 rows 20 times; * set bridge.steps=497, "]),
         (bridge(steps=800), rows(160, each=2), []),
-        (
-            bridge(warmup_steps=500),
-            rows(200),
-            ["for 500 steps, and the stage has 500; lower bridge."],
-        ),
-        (
-            bridge(batch_size=65),
-            rows(64, each=50),
-            ["65 rows, but only 64 of its rows are different; lower"],
-        ),
-        (
-            bridge(probe_rows=101),
-            rows(200),
-            ["200 different images, * needs 202, * lower bridge."],
-        ),
+        (bridge(warmup_steps=500), rows(200), ["for 500 steps, and the stage has 500; lower bridge."]),
+        (bridge(batch_size=65), rows(64, each=50), ["65 rows, but only 64 of its rows are different; lower"]),
+        (bridge(probe_rows=101), rows(200), ["200 different images, * needs 202, * lower bridge."]),
         (bridge(probe_rows=0), rows(200, each=5), []),
         (contrastive(), rows(100), []),
-        (contrastive(directions="forward"), rows(1, each=90), ["only 1 of its", "has 1 different images, * needs 2"]),
-        (contrastive(directions="forward", steps=180, batch_size=100), rows(9), ["9 rows 180 times", "only 9 of its"]),
+        (
+            contrastive(directions="forward"),
+            rows(1, each=90),
+            ["few negatives; give it more", "1 different images, * needs 2"],
+        ),
+        (
+            contrastive(directions="forward", steps=180, batch_size=100),
+            rows(9),
+            ["9 rows 180 times", "9, not 100; * lower contrastive."],
+        ),
     ],
 )
 def test_each_warning_names_the_setting_to_change(stage: Stage[Any], table: RowTable, expected: list[str]) -> None:
@@ -82,7 +74,7 @@ def test_a_thousand_photographs_are_too_few_for_the_papers_recipe_and_not_for_th
 
     assert warnings("own-folder") == []
     parts = ("warmup draws each of its 1,000 rows 384 times", "bridge ends at step 32", "and the stage has 32",
-             "contrastive draws each of its 1,000 rows 2000 times", "only 1,000 of its rows")  # fmt: skip
+             "contrastive draws each of its 1,000 rows 2000 times", "its batches have 1000, not 1024")  # fmt: skip
     assert [part in warning for part, warning in zip(parts, warnings("qwen2-vl-2b"), strict=True)] == [True] * 5
 
 
