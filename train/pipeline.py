@@ -78,9 +78,9 @@ def _run_stage(
     name, recipe = stage.name, prepared.recipe
     checkpoints = out / CHECKPOINTS / name
     checkpoint = newest_complete(checkpoints)
-    backbone = _load_weights(recipe, str(before[-1].folder) if before else recipe.backbone, stage.attention())
+    backbone = load_weights(recipe, str(before[-1].folder) if before else recipe.backbone, stage.attention())
     processor = backbone.processor
-    context = _context(stage, prepared, backbone.model, processor, checkpoints)
+    context = stage_context(stage, prepared, backbone.model, processor, checkpoints)
     rows = prepared.rows[name].rows
     held_out, _ = stage.held_out(rows)
     trainer = stage.trainer(backbone, rows, context)
@@ -134,7 +134,7 @@ def _train(trainer: CocoaTrainer, stop: SaveAndStop, checkpoint: Path | None, na
         )
 
 
-def _load_weights(recipe: Recipe, start: str, attention: str) -> Backbone:
+def load_weights(recipe: Recipe, start: str, attention: str) -> Backbone:
     """Load the backbone that a stage starts from, by folder or by name."""
     set_seed(recipe.seed)  # a mask token that needs a wider embedding matrix is drawn
     with PartialState().main_process_first():  # the others find what the first has downloaded
@@ -150,13 +150,14 @@ def _load_weights(recipe: Recipe, start: str, attention: str) -> Backbone:
     return backbone
 
 
-def _context(
+def stage_context(
     stage: Stage[StageSettings],
     prepared: Prepared,
     model: PreTrainedModel,
     processor: ProcessorMixin,
     checkpoints: Path,
 ) -> StageContext:
+    """Return the arguments of a stage's trainer that come from the run."""
     recipe, layers = prepared.recipe, sorted(model._no_split_modules or ())
     dtype = torch.bfloat16 if recipe.mixed_precision == "bf16" else torch.float32
     return StageContext(

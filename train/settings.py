@@ -137,6 +137,7 @@ class StageSettings(Settings):
     """The data and the optimisation of a stage.
 
     :param steps: Optimisation steps; or give ``epochs``.
+    :param min_steps: With ``epochs``, the fewest steps: a small set is drawn more often.
     :param batch_size: Rows per step, over all devices.
     :param mini_batch_size: Rows that a device runs at once; all of its part of the batch by default. Lower it when
         memory runs out: it does not change what is learned.
@@ -155,6 +156,7 @@ class StageSettings(Settings):
     data: DataSettings | None = None
     steps: Positive | None = None
     epochs: Rate | None = None
+    min_steps: Positive | None = None
     batch_size: Positive
     mini_batch_size: Positive | None = None
     adapter: AdapterSettings | None = None
@@ -178,6 +180,8 @@ class StageSettings(Settings):
     def _check_together(self) -> "StageSettings":
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give either steps or epochs")
+        if self.min_steps is not None and self.epochs is None:
+            raise ValueError("min_steps belongs to epochs; leave it out beside steps")
         if self.snapshot_steps and self.adapter is not None:
             raise ValueError("snapshot_steps and adapter exclude each other; remove one of them")
         return self

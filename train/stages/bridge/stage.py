@@ -16,7 +16,7 @@ from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.loop.batch_facts import Batch, Example
 from cocoa_embed.train.loop.stage_trainer import StageTrainer, stage_trainer
 from cocoa_embed.train.loop.trainer import Probe, StageContext
-from cocoa_embed.train.stages.bridge.collator import NO_CONTENT, BridgeCollator
+from cocoa_embed.train.stages.bridge.collator import BridgeCollator
 from cocoa_embed.train.stages.bridge.model import BridgeModel
 from cocoa_embed.train.stages.bridge.probe import (
     MATCHING_IMAGE,
@@ -37,6 +37,8 @@ class Bridge(Stage[BridgeSettings]):
     """``[block A] <EOS> [block B]`` under the bridge mask, with most of block B masked."""
 
     has_sparse_mask = True
+    fewest_steps = 500
+    needs = "block B takes a text beside the instructions; caption their images"
     has_samples = True
 
     @property
@@ -46,9 +48,10 @@ class Bridge(Stage[BridgeSettings]):
             return {"loss": "loss", "masked_token_accuracy": "accuracy"}
         return {"loss": "loss", MATCHING_IMAGE: "matching image", SHUFFLED_IMAGE: "shuffled", NO_IMAGE: "no image"}
 
-    def unusable(self, row: Row) -> str | None:
-        """Return why a row has no block B."""
-        return None if row.query.text or row.positive.text else NO_CONTENT
+    @property
+    def probe_images(self) -> int:
+        """As many to train on as are held out."""
+        return max(4, 2 * self.settings.probe_rows) if self.settings.probe_rows else 0
 
     def usable(self, rows: RowTable) -> np.ndarray:
         """Return which rows have a content text."""

@@ -1,7 +1,7 @@
 """Stage 3: its batches, its loss and its trainer."""
 
-import logging
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -36,8 +36,6 @@ DIRECTIONS = {
     "symmetric": " Each positive looks for its query too, in the same loss.",
 }
 
-logger = logging.getLogger(__name__)
-
 
 class Contrastive(Stage[ContrastiveSettings]):
     """InfoNCE with in-batch negatives over the embeddings of queries and documents."""
@@ -58,19 +56,36 @@ class Contrastive(Stage[ContrastiveSettings]):
             )
 
     def check_rows(self, rows: RowTable) -> None:
-        """Check that every subset can give a batch with something to contrast; log what is unusual.
+        """Check that every subset can give a batch with something to contrast.
 
         :raises UsageError: If one cannot.
         """
-        devices, size = PartialState().num_processes, self.settings.batch_size
+        devices = PartialState().num_processes
         for content in step_contents(rows, self.settings, devices):
             if fault := content.fault(devices):
                 raise UsageError(
                     f"Subset {content.subset!r} of stage {self.name} {fault}; leave it out of the stage, or give it "
                     "more different pairs."
                 )
-            if warning := content.warning(size):
-                logger.warning("subset %r of stage %s %s", content.subset, self.name, warning)
+
+    def step_contents(self, rows: RowTable) -> list[dict[str, Any]]:
+        """Return what a step on each subset holds."""
+        return [asdict(content) for content in step_contents(rows, self.settings, PartialState().num_processes)]
+
+    def row_warnings(self, rows: RowTable) -> list[str]:
+        """Return a sentence for each subset whose batches are small, or have few negatives."""
+        contents = step_contents(rows, self.settings, PartialState().num_processes)
+        remedy = f"give it more different pairs, lower {self.name}.batch_size, or leave it out of the stage"
+        return [
+            f"Subset {content.subset!r} of stage {self.name} {warning}; {remedy}."
+            for content in contents
+            if (warning := content.warning(self.settings.batch_size))
+        ]
+
+    @property
+    def probe_images(self) -> int:
+        """Two, to compare."""
+        return 2 if self.settings.probe_rows else 0
 
     @property
     def passes_per_epoch(self) -> int:
