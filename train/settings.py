@@ -147,6 +147,7 @@ class StageSettings(Settings):
     :param schedule: Of the learning rate after ``warmup_steps``; ``warmup_stable_decay`` holds it and lets it fall to
         zero over the last 30 % of the steps.
     :param save_steps: Steps between two checkpoints to resume from.
+    :param save_minutes: The most minutes between two checkpoints; null saves by steps alone.
     :param snapshot_steps: Also save the weights after these steps, each in ``step-N`` of the stage's folder: to
         export, or as the ``backbone`` of another run. Under a constant learning rate, and without
         ``group_by_length``, they equal the result of a stage of N steps. Not with an adapter.
@@ -167,6 +168,7 @@ class StageSettings(Settings):
     schedule: Literal["linear", "cosine", "constant_with_warmup", "warmup_stable_decay"] = "linear"
     logging_steps: Positive = 10
     save_steps: Positive = 500
+    save_minutes: Rate | None = 10
     snapshot_steps: tuple[Positive, ...] = ()
 
     @property

@@ -21,10 +21,8 @@ FORMAT_VERSION = 1
 
 ROWS_A_CHUNK = 10_000
 
-_NUMBERS = (
-    *("subset", "query_id", "positive_id", "negatives_id", "negatives"),
-    *("image_id", "images", "query_text", "positive_text"),
-)
+_NUMBERS = ("subset", "query_id", "positive_id", "negatives_id", "negatives", "image_id", "images", "query_text",
+            "positive_text", "source_id")  # fmt: skip
 
 SCHEMA = pa.schema({"row": pa.string(), "image_ids": pa.list_(pa.int64()), **{name: pa.int64() for name in _NUMBERS}})
 """``row`` is JSON, which is read faster than nested columns. ``image_ids`` are of all items, in their order."""
@@ -145,7 +143,8 @@ class RowTable(Sequence[Row]):
         ``subset`` is the place of its subset in ``subsets``; ``query_id`` and ``positive_id`` are equal for sides with
         equal texts and images; ``negatives_id`` identifies all negatives, and ``negatives`` counts them; ``image_id``
         identifies ``Row.image``, and is 0 without one; ``images`` counts the images of query and positive;
-        ``query_text`` and ``positive_text`` are the characters of their content, without instructions.
+        ``query_text`` and ``positive_text`` are the characters of their content, without instructions; ``source_id``
+        identifies ``Row.source``.
         """
         found: np.ndarray = self._table[name].to_numpy()[self._indices]
         return found
@@ -214,6 +213,7 @@ class _Chunks:
             len(row.query.images) + len(row.positive.images),
             len(row.query.text or ""),
             len(row.positive.text or ""),
+            digest(row.source),
         )
 
     def _item(self, item: Item) -> tuple[Any, ...]:

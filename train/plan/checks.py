@@ -42,7 +42,9 @@ CHECKPOINTS = "checkpoints"
 
 BAD_ROWS_FILE = "bad_rows.jsonl"
 
-NOT_LEARNED = frozenset({"workers", "report_to", "mini_batch_size", "gradient_checkpointing", "probe_steps"})
+NOT_LEARNED = frozenset(
+    {"workers", "report_to", "mini_batch_size", "gradient_checkpointing", "probe_steps", "save_steps", "save_minutes"}
+)
 """Settings that have no effect on the trained weights, and may change when a run is resumed."""
 
 INHERITED = ("prompts", "max_length", "max_pixels", "bidirectional")

@@ -69,16 +69,11 @@ class Stage(ABC, Generic[Own]):
         """Return which rows the stage can use, bool ``[rows]``; the others are left out of it, and counted."""
         return np.ones(len(rows), dtype=bool)
 
-    def check_rows(self, rows: Sequence[Row]) -> None:
+    def check_rows(self, rows: RowTable) -> None:
         """Check that the stage can train on these rows.
 
         :raises UsageError: If it cannot.
         """
-
-    @property
-    def probe_images(self) -> int:
-        """How many different images the stage's probe needs."""
-        return 0
 
     def row_warnings(self, rows: RowTable) -> list[str]:
         """Return a sentence, with what to change, for each thing that is unusual about these rows."""
@@ -123,9 +118,9 @@ class Stage(ABC, Generic[Own]):
         """Return how many sequences a device runs in one forward pass."""
         return self.micro_batches(devices)[0] // devices
 
-    def held_out(self, rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-        """Split rows into those held out of training, to measure on, and the others."""
-        return [], list(rows)
+    def held_out(self, rows: RowTable) -> tuple[np.ndarray, np.ndarray]:
+        """Return the places of the rows held out of training, to measure on, and of those to train on, int64."""
+        return np.arange(0), np.arange(len(rows))
 
     # Costs
 
@@ -177,7 +172,7 @@ class Stage(ABC, Generic[Own]):
         return {"loss": "loss"}
 
     @abstractmethod
-    def trainer(self, backbone: Backbone, rows: Sequence[Row], context: StageContext) -> CocoaTrainer:
+    def trainer(self, backbone: Backbone, rows: RowTable, context: StageContext) -> CocoaTrainer:
         """Return the trainer of the stage, which changes the weights of ``backbone`` in place.
 
         :param rows: All rows of the stage, those held out too.

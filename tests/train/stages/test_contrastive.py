@@ -18,7 +18,7 @@ from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.evaluation.geometry import geometry
 from cocoa_embed.model.backbone import Backbone
-from cocoa_embed.train.data.row_table import content_id
+from cocoa_embed.train.data.row_table import RowTable, content_id
 from cocoa_embed.train.loop.batch_facts import FACTS
 from cocoa_embed.train.loop.callbacks import LogLastStep
 from cocoa_embed.train.loop.processes import meet
@@ -42,7 +42,7 @@ def trainer_of(
 ) -> ContrastiveTrainer:
     arguments = {"max_steps": 2, "seed": 0, **values}
     stage = alone(Contrastive, settings or section(), prompts=PROMPTS)
-    return stage.trainer(backbone, rows, StageContext(trainer_arguments(folder, **arguments)))
+    return stage.trainer(backbone, RowTable.of(rows), StageContext(trainer_arguments(folder, **arguments)))
 
 
 @pytest.fixture
@@ -264,7 +264,9 @@ def test_a_batch_is_sorted_by_lengths_that_are_counted_for_it_alone(
     rows = [replace(row, source=f"{number % 5}.jpg") for number, row in enumerate(scene_rows)]
     arguments = trainer_arguments(tmp_path, max_steps=2, dataloader_num_workers=workers)
     stage = alone(Contrastive, section(directions="both"))
-    for batch in stage.trainer(tiny_backbone, rows, StageContext(arguments, lengths_of)).get_train_dataloader():
+    for batch in stage.trainer(
+        tiny_backbone, RowTable.of(rows), StageContext(arguments, lengths_of)
+    ).get_train_dataloader():
         lengths = [-(number % 5) for number in batch[FACTS].rows]
         assert lengths == sorted(lengths)
         texts = batch["anchor_input_ids" if "positive_pixel_values" in batch else "positive_input_ids"]

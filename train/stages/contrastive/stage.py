@@ -12,7 +12,6 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin, set_seed
 
-from cocoa_embed.data.rows import Row
 from cocoa_embed.errors import UsageError
 from cocoa_embed.evaluation.geometry import ALIGNMENT
 from cocoa_embed.model.backbone import Backbone
@@ -38,11 +37,6 @@ DIRECTIONS = {
 }
 
 
-def as_table(rows: Sequence[Row]) -> RowTable:
-    """Return rows as a table."""
-    return rows if isinstance(rows, RowTable) else RowTable.of(rows)
-
-
 class Contrastive(Stage[ContrastiveSettings]):
     """InfoNCE with in-batch negatives over the embeddings of queries and documents."""
 
@@ -61,13 +55,13 @@ class Contrastive(Stage[ContrastiveSettings]):
                 f"give lengths up to {width}."
             )
 
-    def check_rows(self, rows: Sequence[Row]) -> None:
+    def check_rows(self, rows: RowTable) -> None:
         """Check that every subset can give a batch with something to contrast.
 
         :raises UsageError: If one cannot.
         """
         devices = PartialState().num_processes
-        for content in step_contents(as_table(rows), self.settings, devices):
+        for content in step_contents(rows, self.settings, devices):
             if fault := content.fault(devices):
                 raise UsageError(
                     f"Subset {content.subset!r} of stage {self.name} {fault}; leave it out of the stage, or give it "
@@ -87,11 +81,6 @@ class Contrastive(Stage[ContrastiveSettings]):
             for content in contents
             if (warning := content.warning(self.settings.batch_size))
         ]
-
-    @property
-    def probe_images(self) -> int:
-        """Two, to compare."""
-        return 2 if self.settings.probe_rows else 0
 
     @property
     def passes_per_epoch(self) -> int:
@@ -123,9 +112,9 @@ class Contrastive(Stage[ContrastiveSettings]):
             "dataloader_prefetch_factor": 1 if arguments["dataloader_num_workers"] else None,  # a batch is large
         }
 
-    def trainer(self, backbone: Backbone, rows: Sequence[Row], context: StageContext) -> ContrastiveTrainer:
+    def trainer(self, backbone: Backbone, rows: RowTable, context: StageContext) -> ContrastiveTrainer:
         """Return the trainer, whose model is a SentenceTransformer over the backbone."""
-        settings, probe, table = self.settings, None, as_table(rows)
+        settings, probe = self.settings, None
         model = as_sentence_transformer(backbone, self.run)
         model.model_card_data.widget = [{}]  # otherwise the trainer picks examples for a card that is not written
         set_seed(self.run.seed)
@@ -133,28 +122,28 @@ class Contrastive(Stage[ContrastiveSettings]):
         prompts = {"anchor": query, "positive": document}
         prompts |= {f"negative_{place + 1}": document for place in range(settings.hard_negatives)}
         adapter = prepare_trainable(cast(PreTrainedModel, model[0].auto_model), settings)
-        if probe_rows := pictured_rows(rows, settings.probe_rows):
+        if probe_rows := pictured_rows(rows, settings.probe_rows, self.run.seed):
             measure = embedding_probe(model, probe_rows, self.sequences_at_once(1))
             probe = Probe(measure, settings.probe_steps, {ALIGNMENT})
         arguments = SentenceTransformerTrainingArguments(**context.arguments)
-        groups = pair_groups(table, settings)
+        groups = pair_groups(rows, settings)
         return ContrastiveTrainer(
             model=model,
             args=arguments,
             batches=PairBatches(
                 groups, settings.batch_size, arguments.max_steps, arguments.seed, PartialState().num_processes
             ),
-            train_dataset=Dataset.from_dict({"row": np.arange(len(table) * self.passes_per_epoch)}),
+            train_dataset=Dataset.from_dict({"row": np.arange(len(rows) * self.passes_per_epoch)}),
             loss=contrastive_loss(model, settings),
             data_collator=PairCollator(
                 preprocess_fn=partial(preprocess_items, model),
                 prompts={column: prompt for column, prompt in prompts.items() if prompt},
-                rows=table,
+                rows=rows,
                 hard_negatives=settings.hard_negatives,
                 flops_of=context.flops_of,
                 lengths_of=context.lengths_of,
             ),
-            rows=table,
+            rows=rows,
             context=context,
             adapter=adapter,
             probe=probe,
