@@ -21,8 +21,10 @@ FORMAT_VERSION = 1
 
 ROWS_A_CHUNK = 10_000
 
-_NUMBERS = ("subset", "query_id", "positive_id", "negatives_id", "negatives", "image_id", "images", "query_text",
-            "positive_text", "source_id")  # fmt: skip
+_NUMBERS = (
+    *("subset", "source_id", "query_id", "positive_id", "negatives_id", "negatives"),
+    *("image_id", "images", "query_text", "positive_text"),
+)
 
 SCHEMA = pa.schema({"row": pa.string(), "image_ids": pa.list_(pa.int64()), **{name: pa.int64() for name in _NUMBERS}})
 """``row`` is JSON, which is read faster than nested columns. ``image_ids`` are of all items, in their order."""
@@ -140,11 +142,11 @@ class RowTable(Sequence[Row]):
     def column(self, name: str) -> np.ndarray:
         """Return a number for each row, int64 ``[rows]``.
 
-        ``subset`` is the place of its subset in ``subsets``; ``query_id`` and ``positive_id`` are equal for sides with
-        equal texts and images; ``negatives_id`` identifies all negatives, and ``negatives`` counts them; ``image_id``
-        identifies ``Row.image``, and is 0 without one; ``images`` counts the images of query and positive;
-        ``query_text`` and ``positive_text`` are the characters of their content, without instructions; ``source_id``
-        identifies ``Row.source``.
+        ``subset`` is the place of its subset in ``subsets``; ``source_id`` identifies ``Row.source``; ``query_id`` and
+        ``positive_id`` are equal for sides with equal texts and images; ``negatives_id`` identifies all negatives, and
+        ``negatives`` counts them; ``image_id`` identifies ``Row.image``, and is 0 without one; ``images`` counts the
+        images of query and positive; ``query_text`` and ``positive_text`` are the characters of their content, without
+        instructions.
         """
         found: np.ndarray = self._table[name].to_numpy()[self._indices]
         return found
@@ -205,6 +207,7 @@ class _Chunks:
             json.dumps((row.source, query, positive, negatives, subset)),
             [image_id(image) for image in row.images()],
             subset,
+            digest(row.source),
             content_id(row.query),
             content_id(row.positive),
             content_id(*row.negatives) if row.negatives else 0,
@@ -213,7 +216,6 @@ class _Chunks:
             len(row.query.images) + len(row.positive.images),
             len(row.query.text or ""),
             len(row.positive.text or ""),
-            digest(row.source),
         )
 
     def _item(self, item: Item) -> tuple[Any, ...]:

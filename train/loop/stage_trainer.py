@@ -34,14 +34,20 @@ def stage_trainer(
         target in the step, and returns scalars, ``loss`` among them, that are means over these totals.
     """
     arguments = TrainingArguments(**context.arguments)
-    lengths = context.lengths_of(rows) if settings.group_by_length and context.lengths_of is not None else None
+    lengths_of = context.lengths_of if settings.group_by_length else None
     draws = arguments.max_steps * settings.batch_size
     return StageTrainer(
         model=model,
         args=arguments,
         train_dataset=Rows(rows),
         data_collator=DescribedBatches(collator, row_numbers, context.flops_of),
-        stream=RowStream(len(rows), draws, batch_size=settings.batch_size, seed=arguments.seed, lengths=lengths),
+        stream=RowStream(
+            len(rows),
+            draws,
+            batch_size=settings.batch_size,
+            seed=arguments.seed,
+            lengths_of=lengths_of and (lambda numbers: lengths_of([rows[number] for number in numbers])),
+        ),
         rows=rows,
         context=context,
         adapter=prepare_trainable(backbone, settings),
