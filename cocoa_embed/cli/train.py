@@ -172,8 +172,8 @@ def subset_words(subset: SubsetPlan) -> str:
         captions, paraphrases, all_rows = (
             f"{count / subset.images / weight:.3g}" for count in (subset.rows_with_image, texts, subset.rows)
         )
-        second = f" + {paraphrases} paraphrases" if texts else ""
-        how = f"{subset.images:,} images; {captions} captions{second} = {all_rows} rows an image"
+        each = f"{captions} captions + {paraphrases} paraphrases = {all_rows}" if texts else all_rows
+        how = f"{subset.images:,} images; {each} row{'s' * (all_rows != '1')} an image"
     else:
         counts = {"with an image": subset.rows_with_image, "of text alone": texts}
         how = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
