@@ -144,11 +144,9 @@ def stage_facts(stage: StagePlan, card: str | None) -> Iterator[tuple[str, str]]
         if subset.left_out
     )
     done = f", of which {stage.steps_done:,} are done" if stage.steps_done else ""
-    fewer = f" ({stage.mean_batch_size:,.0f} on average)" if stage.mean_batch_size < stage.batch_size else ""
-    yield (
-        "steps",
-        f"{stage.steps:,} of {stage.batch_size:,} rows{fewer}{done}, {stage.rows_at_once} at once on a device",
-    )
+    fewer = f" ({stage.mean_batch_size:,.0f} on average)" if round(stage.mean_batch_size) < stage.batch_size else ""
+    at_once = f"{stage.rows_at_once} at once on a device"
+    yield "steps", f"{stage.steps:,} of {stage.batch_size:,} rows{fewer}{done}, {at_once}"
     yield "epochs", f"{stage.epochs:.3g}"
     for held in stage.step_contents:
         of_step = "{subset}: {rows_a_step:,} of its rows, which have {positives:,} different positives"
