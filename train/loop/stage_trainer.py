@@ -2,18 +2,21 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
 from cocoa_embed.data.rows import Row
 from cocoa_embed.train.data.rows import Rows
 from cocoa_embed.train.data.sampling import RowStream
 from cocoa_embed.train.loop.adapters import prepare_trainable
 from cocoa_embed.train.loop.batch_facts import FACTS, Batch, BatchFacts, DescribedBatches, Example
+from cocoa_embed.train.loop.checkpoints import step_of
 from cocoa_embed.train.loop.processes import reduce
 from cocoa_embed.train.loop.trainer import CocoaTrainer, Probe, StageContext
 from cocoa_embed.train.settings import ReconstructionSettings
@@ -78,6 +81,12 @@ class StageTrainer(CocoaTrainer):
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> RowStream:
         return self._stream
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train, from a checkpoint if there is one."""
+        if isinstance(resume_from_checkpoint, str):
+            self._stream.skipped = step_of(Path(resume_from_checkpoint)) * self._stream.batch_size
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
