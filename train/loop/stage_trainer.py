@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from cocoa_embed.data.rows import Row
+from cocoa_embed.train.data.broken_rows import ReplaceBroken
 from cocoa_embed.train.data.rows import Rows
 from cocoa_embed.train.data.sampling import RowStream
 from cocoa_embed.train.loop.adapters import prepare_trainable
@@ -39,11 +40,13 @@ def stage_trainer(
     arguments = TrainingArguments(**context.arguments)
     lengths_of = context.lengths_of if settings.group_by_length else None
     draws = arguments.max_steps * settings.batch_size
+    dataset = Rows(rows)
+    usable = ReplaceBroken(collator, row_of, dataset.after, context.on_bad_row, len(rows))
     return StageTrainer(
         model=model,
         args=arguments,
-        train_dataset=Rows(rows),
-        data_collator=DescribedBatches(collator, row_numbers, context.flops_of),
+        train_dataset=dataset,
+        data_collator=DescribedBatches(usable, row_numbers, context.flops_of),
         stream=RowStream(
             len(rows),
             draws,
@@ -56,6 +59,11 @@ def stage_trainer(
         adapter=prepare_trainable(backbone, settings),
         probe=probe,
     )
+
+
+def row_of(example: Example) -> Row:
+    """Return the row of an example."""
+    return example[1]
 
 
 def row_numbers(examples: Sequence[Example]) -> list[int]:
