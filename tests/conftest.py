@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
-from tiny_backbones import SCENES, STAGE, TINY_MAX_LENGTH, LoadTiny, write_tiny_backbone
+from tiny_backbones import SCENES, STAGE, TINY_MAX_LENGTH, LoadTiny, MakeRecipe, write_tiny_backbone
 
 from cocoa_embed.data.rows import Row
 from cocoa_embed.demo.scenes import write_image_folder
@@ -77,25 +77,27 @@ def scene_rows(scene_folder: Path) -> list[Row]:
 
 
 @pytest.fixture(scope="session")
-def small_recipe(tiny_backbone_path: Path, scene_folder: Path) -> Recipe:
+def tiny_recipe(tiny_backbone_path: Path, scene_folder: Path) -> MakeRecipe:
+    """Make a recipe with the tiny backbone and the drawn scenes; keywords change it."""
+
+    def make(**values: object) -> Recipe:
+        given = {"backbone": str(tiny_backbone_path), "data": {"folder": str(scene_folder)}, **values}
+        return Recipe.parse({"name": "tiny-test", "max_length": TINY_MAX_LENGTH, **given})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def small_recipe(tiny_recipe: MakeRecipe, scene_folder: Path) -> Recipe:
     """All three stages, two steps each."""
-    return Recipe.parse(
-        {
-            "name": "small",
-            "backbone": str(tiny_backbone_path),
-            "max_length": TINY_MAX_LENGTH,
-            "data": {"folder": str(scene_folder), "captions": "captions"},
-            "prompts": {"query": "find: "},
-            "warmup": STAGE,
-            "bridge": {**STAGE, "probe_rows": 4, "probe_steps": 1, "data": {"paraphrases": 1}},
-            "contrastive": {
-                "steps": 2,
-                "batch_size": 4,
-                "warmup_steps": 0,
-                "logging_steps": 1,
-                "data": {"captions": "text", "limit": 9},
-            },
-        }
+    contrastive = {"steps": 2, "batch_size": 4, "warmup_steps": 0, "logging_steps": 1}
+    return tiny_recipe(
+        name="small",
+        data={"folder": str(scene_folder), "captions": "captions"},
+        prompts={"query": "find: "},
+        warmup=STAGE,
+        bridge={**STAGE, "probe_rows": 4, "probe_steps": 1, "data": {"paraphrases": 1}},
+        contrastive={**contrastive, "data": {"captions": "text", "limit": 9}},
     )
 
 

@@ -29,6 +29,9 @@ YAML_NULLS = ("", "~", "null")
 LOCAL_PREFIXES = (".", "/", "~")
 """A name that begins like this is a path, and not a name on the hub."""
 
+OTHER_LENGTH = {"steps": ("epochs", "min_steps"), "epochs": ("steps",)}
+"""The keys of a stage's length, and those that an override of one replaces."""
+
 _OF_ONE_SOURCE = {
     *SOURCE_KINDS,
     "subsets",
@@ -220,6 +223,9 @@ def _apply_override(recipe: type[Recipe], values: dict[str, Any], override: str)
         values[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UsageError(f"Override {override!r}: {text!r} is not a YAML value.") from error
+    if parents and last in OTHER_LENGTH and values[last] is not None:
+        for replaced in OTHER_LENGTH[last]:
+            values.pop(replaced, None)
 
 
 def _takes_text(recipe: type[Recipe], location: list[str]) -> bool:

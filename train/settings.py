@@ -137,6 +137,7 @@ class StageSettings(Settings):
     """The data and the optimisation of a stage.
 
     :param steps: Optimisation steps; or give ``epochs``.
+    :param min_steps: With ``epochs``, the fewest steps: a small set is drawn more often.
     :param batch_size: Rows per step, over all devices.
     :param mini_batch_size: Rows that a device runs at once; all of its part of the batch by default. Lower it when
         memory runs out: it does not change what is learned.
@@ -146,6 +147,7 @@ class StageSettings(Settings):
     :param schedule: Of the learning rate after ``warmup_steps``; ``warmup_stable_decay`` holds it and lets it fall to
         zero over the last 30 % of the steps.
     :param save_steps: Steps between two checkpoints to resume from.
+    :param save_minutes: The most minutes between two checkpoints; null saves by steps alone.
     :param snapshot_steps: Also save the weights after these steps, each in ``step-N`` of the stage's folder: to
         export, or as the ``backbone`` of another run. Under a constant learning rate, and without
         ``group_by_length``, they equal the result of a stage of N steps. Not with an adapter.
@@ -154,6 +156,7 @@ class StageSettings(Settings):
     data: DataSettings | None = None
     steps: Positive | None = None
     epochs: Rate | None = None
+    min_steps: Positive | None = None
     batch_size: Positive
     mini_batch_size: Positive | None = None
     adapter: AdapterSettings | None = None
@@ -165,6 +168,7 @@ class StageSettings(Settings):
     schedule: Literal["linear", "cosine", "constant_with_warmup", "warmup_stable_decay"] = "linear"
     logging_steps: Positive = 10
     save_steps: Positive = 500
+    save_minutes: Rate | None = 10
     snapshot_steps: tuple[Positive, ...] = ()
 
     @property
@@ -176,6 +180,8 @@ class StageSettings(Settings):
     def _check_together(self) -> "StageSettings":
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give either steps or epochs")
+        if self.min_steps is not None and self.epochs is None:
+            raise ValueError("min_steps belongs to epochs; leave it out beside steps")
         if self.snapshot_steps and self.adapter is not None:
             raise ValueError("snapshot_steps and adapter exclude each other; remove one of them")
         return self

@@ -3,6 +3,7 @@ from collections import Counter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mmeb_texts import EXAMPLES
 
 from cocoa_embed.data.mmeb import (
     AVERAGES,
@@ -14,48 +15,6 @@ from cocoa_embed.data.mmeb import (
     without_image_token,
 )
 from cocoa_embed.errors import RowError
-
-QUESTION = "Represent the given image with the following question: |Where is this picture taken?"
-IMAGE = "Represent the given image.|"
-EXAMPLES = {
-    "ImageNet_1K": ("Represent the given image for classification|", "|plane, carpenter's plane, woodworking plane"),
-    "N24News": (
-        "Represent the given news image with the following caption for domain classification: |Danai Gurira.",
-        "|Theater",
-    ),
-    "HatefulMemes": (
-        "Represent the given image for binary classification to determine whether it constitutes hateful speech or not"
-        "|",
-        "|Yes",
-    ),
-    "VOC2007": ("Identify the object shown in the image|", "|chair"),
-    "SUN397": ("Identify the scene shown in the image|", "|firing range indoor"),
-    **dict.fromkeys(
-        ("OK-VQA", "A-OKVQA", "DocVQA", "InfographicsVQA", "ChartQA", "Visual7W"), (QUESTION, "|On a railway.")
-    ),
-    "VisDial": (
-        "Represent the given dialogue about an image, which is used for image retrieval: |Q:male or female\nA:male",
-        "Represent the given image|",
-    ),
-    "CIRR": (
-        "Given an image, find a similar everyday image with the described changes: |Many hamsters together.",
-        IMAGE,
-    ),
-    "VisualNews_t2i": ("Retrieve an image of this news caption. |The lift gave him silver. A second sentence.", IMAGE),
-    "VisualNews_i2t": ("Find a caption for the news in the given photo.|", "|The lift gave him silver."),
-    "MSCOCO_t2i": ("Find me an everyday image that matches the given caption: |A teddy bear shop.", IMAGE),
-    "MSCOCO_i2t": ("Find an image caption describing the given everyday image.|", "|A teddy bear shop."),
-    "NIGHTS": ("Find a day-to-day image that looks similar to the provided image.|", IMAGE),
-    "WebQA": (
-        "Find a Wikipedia image that answers this question: |Who has longer hair?",
-        "Represent the given Wikipedia image with related text information: |Island Women by Bakusen Tsuchida, 1912.",
-    ),
-    "MSCOCO": (
-        'Select the portion of the image that isolates the object labeled as |"hot dog"',
-        "Represent the given cropped image of the object|",
-    ),
-}
-"""A query and a positive of each subset of MMEB-train; a bar separates instruction and content."""
 
 
 def test_the_benchmark_has_36_subsets_in_four_meta_tasks() -> None:

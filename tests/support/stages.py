@@ -1,13 +1,16 @@
 """Stages and their parts without a run, and a stage of another kind in one file: masked-LM on texts."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import numpy as np
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from cocoa_embed.data.rows import Row
 from cocoa_embed.model.backbone import Backbone
+from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.loop.batch_facts import Batch, Example
 from cocoa_embed.train.loop.stage_trainer import StageTrainer, stage_trainer
 from cocoa_embed.train.loop.trainer import StageContext
@@ -35,6 +38,21 @@ AStage = TypeVar("AStage", bound=Stage[Any])
 def alone(kind: type[AStage], settings: StageSettings, **run: Any) -> AStage:
     """Return a stage outside of a recipe."""
     return kind(kind.__name__.lower(), settings, RunSettings(name="test", backbone="none", **run))
+
+
+def trainer_arguments(folder: Path, **values: Any) -> dict[str, Any]:
+    """Return ``TrainingArguments`` of a stage of a few steps that saves nothing."""
+    return {
+        "output_dir": str(folder),
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "remove_unused_columns": False,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **values,
+    }
 
 
 def warmup_collator(backbone: Backbone, **settings: Any) -> WarmupCollator:
@@ -81,8 +99,8 @@ class MaskedLanguageModel(nn.Module):
 
 
 class MaskedLanguage(Stage[MaskedLanguageSettings]):
-    def unusable(self, row: Row) -> str | None:
-        return None if row.positive.text else "it has no text"
+    def usable(self, rows: RowTable) -> np.ndarray:
+        return rows.column("positive_text") > 0
 
     def collate(self, processor: ProcessorMixin, examples: list[Example]) -> Batch:
         batch = render_items(processor, [joined(row) for _, row in examples])

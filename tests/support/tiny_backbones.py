@@ -32,12 +32,16 @@ from transformers import (
 from cocoa_embed.demo.captioner import build_processor, build_tokenizer
 from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.model.template import CHAT_TEMPLATE, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
+from cocoa_embed.train.recipe import Recipe
 
 WIDTH = 32
 
 TINY_MAX_LENGTH = 128
 SCENES = 24
 """Images of the fixture ``scene_folder``."""
+
+MakeRecipe = Callable[..., Recipe]
+"""Makes a recipe with the tiny backbone and the drawn scenes; keywords change it."""
 
 LoadTiny = Callable[[str], Backbone]
 """Loads the tiny backbone with an attention implementation."""

@@ -1,8 +1,8 @@
 """Mixes the rows of a stage's sources: limited, checked and weighted, all by the numbers of rows in a table."""
 
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -32,6 +32,7 @@ class ReadRows:
     :param sizes: Width and height in pixels of images, upright.
     :param counts: The number of ``rows`` of each subset.
     :param unchecked: The number of images that were not checked.
+    :param left_out: The number of rows of each subset that the stage cannot use.
     """
 
     rows: RowTable
@@ -39,6 +40,7 @@ class ReadRows:
     sizes: ImageSizes
     counts: dict[str, int]
     unchecked: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
@@ -54,7 +56,6 @@ def read_rows(
     workers: int = 0,
     check: Literal["all", "sample"] = "all",
     images: ImageCheck | None = None,
-    refuse: Callable[[Row], str | None] | None = None,
 ) -> ReadRows:
     """Read the rows of several sources, by the names of their subsets, and check their images.
 
@@ -64,7 +65,6 @@ def read_rows(
     :param workers: Images to check at once.
     :param check: ``sample`` checks some images only.
     :param images: The check of an earlier call, which knows the images of then even without a cache.
-    :param refuse: Returns why a stage cannot use a row, or None.
     :raises CocoaError: If a source cannot be read, too many rows cannot be used, or a subset is left without rows.
     """
     read = read_sources(sources)
@@ -75,12 +75,6 @@ def read_rows(
     rows = {name: np.flatnonzero(subset == numbers.get(name, -1)) for name in sources}
     rows = {name: some[np.isin(read.entries[some], list(entries[name]))] if len(entries[name]) < read.counts[name]
             else some for name, some in rows.items()}  # fmt: skip
-    if refuse is not None:
-        for name, some in rows.items():
-            reasons = [refuse(read.table[number]) for number in some.tolist()]
-            bad += [BadRow(name, read.table[number].source, reason)
-                    for number, reason in zip(some.tolist(), reasons, strict=True) if reason is not None]  # fmt: skip
-            rows[name] = some[[reason is None for reason in reasons]]
     total = len(bad) + sum(map(len, rows.values()))
     _refuse_bad_rows(bad, len(bad), total, on_bad_row)
 

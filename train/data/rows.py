@@ -1,13 +1,13 @@
 """Rows and their draws, bad rows, and the images of rows."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from PIL import Image
 from torch.utils.data import Dataset
 
-from cocoa_embed.data.rows import ArrowImage, ItemImage, Row, load_item_image
+from cocoa_embed.data.rows import ItemImage, Row, load_item_image
 from cocoa_embed.errors import ImageError, RowError, printable
 from cocoa_embed.model.backbone import MAX_ASPECT_RATIO
 from cocoa_embed.model.template import RESERVED_TOKENS
@@ -74,11 +74,6 @@ def check_aspect_ratio(size: tuple[int, int], name: str) -> tuple[int, int]:
         reason = f"is {size[0]} x {size[1]}: one side is more than {MAX_ASPECT_RATIO} times the other"
         raise ImageError(name, reason)
     return size
-
-
-def arrow_images(rows: Iterable[Row]) -> dict[str, ArrowImage]:
-    """Return the rows' images inside tables, by their names."""
-    return {str(image): image for row in rows for image in row.images() if isinstance(image, ArrowImage)}
 
 
 def check_text(text: str, source: str) -> str:

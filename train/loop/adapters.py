@@ -115,24 +115,22 @@ def add_adapter(model: PreTrainedModel, settings: AdapterSettings, *, vision: bo
 def _targets(model: PreTrainedModel, vision: bool) -> list[str]:
     """Return the names in ``model`` of the projections to adapt."""
     base: Any = model.base_model
-    names = _linears(model, base.language_model.layers, LANGUAGE_LINEARS, "the language model's layers")
-    if vision:
-        names += _linears(model, base.visual.blocks, VISION_LINEARS, "the vision encoder's blocks")
-    return names
-
-
-def _linears(model: nn.Module, part: nn.Module, known: frozenset[str], place: str) -> list[str]:
-    within = set(part.modules())
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module in within]
-    chosen = [name for name in names if name.rpartition(".")[2] in known]
-    if not chosen:
-        found = sorted({name.rpartition(".")[2] for name in names})
-        raise CocoaError(
-            f"No adapter fits {type(model).__name__}: {place} have no linear layer named {', '.join(sorted(known))}, "
-            f"but {', '.join(found) or 'none at all'}. Train the weights themselves: remove adapter from the stage's "
-            "settings."
-        )
-    return chosen
+    parts = [("the language model's layers", base.language_model.layers, LANGUAGE_LINEARS)]
+    parts += [("the vision encoder's blocks", base.visual.blocks, VISION_LINEARS)] if vision else []
+    targets = []
+    for place, part, known in parts:
+        within = set(part.modules())
+        names = [name for name, each in model.named_modules() if isinstance(each, nn.Linear) and each in within]
+        chosen = [name for name in names if name.rpartition(".")[2] in known]
+        if not chosen:
+            found = sorted({name.rpartition(".")[2] for name in names})
+            raise CocoaError(
+                f"No adapter fits {type(model).__name__}: {place} have no linear layer named "
+                f"{', '.join(sorted(known))}, but {', '.join(found) or 'none at all'}. Train the weights themselves: "
+                "remove adapter from the stage's settings."
+            )
+        targets += chosen
+    return targets
 
 
 def _last_hidden_states(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:

@@ -4,11 +4,14 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from cocoa_embed.data.rows import Item, Row
+from cocoa_embed.data.rows import Item, ItemImage, Row
+from cocoa_embed.errors import CocoaError
 from cocoa_embed.model.template import render
+from cocoa_embed.model.visual_tokens import visual_tokens
 from cocoa_embed.train.data.rows import load_row_image
 from cocoa_embed.train.loop.batch_facts import Batch
 
@@ -23,10 +26,15 @@ def batched(items: Sequence[Each], size: int) -> list[list[Each]]:
 def render_items(processor: ProcessorMixin, items: Sequence[Item], *, prompt: str = "") -> Batch:
     """Turn items into model inputs ``[vision][prompt][text]<EOS>``, right-padded, truncated to the processor's limit.
 
+    :raises CocoaError: If the images of an item do not fit into a sequence.
     :returns: ``input_ids``, ``attention_mask``, ``mm_token_type_ids`` (int64 ``[B, L]``) and, where there are images,
         ``pixel_values`` (float ``[patches, patch_width]``) and ``image_grid_thw`` (int64 ``[images, 3]``).
     """
-    images = [load_row_image(image) for item in items for image in item.images]
+    of_items = [[load_row_image(image) for image in item.images] for item in items]
+    for item, several in zip(items, of_items, strict=True):
+        if len(several) > 1:
+            _check_room(processor, item, several)
+    images = [image for of_item in of_items for image in of_item]
     return dict(
         processor(
             images=images or None,
@@ -39,10 +47,42 @@ def render_items(processor: ProcessorMixin, items: Sequence[Item], *, prompt: st
     )
 
 
+def _check_room(processor: ProcessorMixin, item: Item, images: Sequence[Image.Image]) -> None:
+    # Two more tokens mark the start and the end of an image, and one more is ``<EOS>``.
+    needed = sum(visual_tokens(processor.image_processor, *image.size) + 2 for image in images) + 1
+    if needed > (limit := processor.tokenizer.model_max_length):
+        raise CocoaError(
+            f"{item} takes {needed} tokens before its text, more than max_length {limit}; lower max_pixels or raise "
+            "max_length."
+        )
+
+
+def row_images(row: Row) -> tuple[ItemImage, ...]:
+    """Return the images of query and positive, the query's first, each once."""
+    return tuple(dict.fromkeys(row.query.images + row.positive.images))
+
+
 def joined(row: Row) -> Item:
-    """Return the row as one item: its image and its texts, the query's first."""
+    """Return the row as one item: its images and its texts, the query's first."""
     texts = [item.full_text for item in (row.query, row.positive) if item.full_text is not None]
-    return Item(text=" ".join(texts) or None, images=() if row.image is None else (row.image,))
+    return Item(text=" ".join(texts) or None, images=row_images(row))
+
+
+def instruction_tokens(batch: Batch, rows: Sequence[Row], processor: ProcessorMixin) -> Tensor:
+    """Return which tokens of ``joined`` rows come from instructions, bool ``[B, L]``."""
+    found = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+    for number, row in enumerate(rows):
+        ends, start = set[int](), 0
+        for item in (row.query, row.positive):
+            ends |= set(range(start + 1, start + len(item.instruction or "") + 1))
+            start += len(item.full_text or "") + (item.full_text is not None)
+        if ends:
+            text = processor.tokenizer(joined(row).text, add_special_tokens=False, return_offsets_mapping=True)
+            tokens = torch.tensor([end in ends for _, end in text["offset_mapping"]])
+            visual = (batch["mm_token_type_ids"][number] != 0).nonzero()
+            first = int(visual.max()) + 2 if len(visual) else 0  # after the token that ends an image
+            found[number, first : first + len(tokens)] = tokens[: found.shape[1] - first]
+    return found
 
 
 def text_tokens(batch: Batch, processor: ProcessorMixin) -> Tensor:

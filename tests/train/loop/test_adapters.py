@@ -1,9 +1,9 @@
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from exported import PROMPTS, write_checkpoint
 from peft import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny_backbones import TINY_MAX_LENGTH, every_family
@@ -14,9 +14,8 @@ from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.model.attention import assert_bidirectional
 from cocoa_embed.model.backbone import SUPPORTED, Backbone, load_backbone
-from cocoa_embed.model.export import build_sentence_transformer
 from cocoa_embed.train.data.rows import numbered
-from cocoa_embed.train.loop.adapters import Adapter, add_adapter, prepare_trainable
+from cocoa_embed.train.loop.adapters import add_adapter, prepare_trainable
 from cocoa_embed.train.settings import AdapterSettings, StageSettings
 from cocoa_embed.train.stages.rendering import render_items
 from cocoa_embed.train.stages.warmup.collator import WarmupCollator
@@ -29,14 +28,11 @@ VISION = {
     "qwen2_5_vl": ("attn.qkv", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
     "qwen3_vl": ("attn.qkv", "mlp.linear_fc1", "mlp.linear_fc2"),
 }
-KINDS = pytest.mark.parametrize("kind", ["lora", "dora"])
 
 
-def expected_targets(family: str, *, vision: bool, prefix: str = "model.") -> set[str]:
+def expected_targets(family: str, *, vision: bool = True, prefix: str = "model.") -> set[str]:
     names = {f"{prefix}language_model.layers.{layer}.{name}" for layer in range(3) for name in LANGUAGE}
-    if vision:
-        names |= {f"{prefix}visual.blocks.{block}.{name}" for block in range(2) for name in VISION[family]}
-    return names
+    return names | {f"{prefix}visual.blocks.{n}.{name}" for n in range(2) for name in VISION[family] if vision}
 
 
 def adapted(model: nn.Module) -> set[str]:
@@ -59,17 +55,18 @@ def hidden_states(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     return model.base_model(**batch).last_hidden_state
 
 
-def train(model: PreTrainedModel, batch: dict[str, Tensor], *, steps: int = 3) -> None:
-    """Change the last hidden states."""
+def backward(model: PreTrainedModel, batch: dict[str, Tensor]) -> None:
     model.train()
+    model.base_model(**batch).last_hidden_state[..., 0].square().mean().neg().backward()
+
+
+def train(model: PreTrainedModel, batch: dict[str, Tensor]) -> None:
+    """Change the last hidden states."""
     optimizer = torch.optim.AdamW(trained(model).values(), lr=1e-2)
-    for _ in range(steps):
-        model.base_model(**batch).last_hidden_state[..., 0].square().mean().neg().backward()
+    for _ in range(3):
+        backward(model, batch)
         optimizer.step()
         optimizer.zero_grad()
-
-
-# Targets
 
 
 @every_family
@@ -95,46 +92,24 @@ def test_a_model_without_projections_is_refused(tiny_backbone: Backbone) -> None
         add_adapter(model, AdapterSettings(), vision=False)
 
 
-def test_the_settings_set_rank_scale_dropout_and_kind(tiny_backbone: Backbone) -> None:
-    add_adapter(tiny_backbone.model, AdapterSettings(kind="lora", r=4, alpha=12, dropout=0.25))
-    for layer in (module for module in tiny_backbone.model.modules() if isinstance(module, BaseTunerLayer)):
-        assert layer.lora_A["default"].out_features == layer.lora_B["default"].in_features == 4
-        assert layer.scaling["default"] == 3
-        assert layer.lora_dropout["default"].p == 0.25
-        assert not layer.lora_magnitude_vector
-
-
-# Training
-
-
-@KINDS
-def test_all_weights_of_the_adapter_and_no_others_are_trained_in_float32(
-    family: str, tiny_backbone: Backbone, batch: dict[str, Tensor], kind: str
+@pytest.mark.parametrize(
+    ("kind", "weights", "autocast"),
+    [("lora", torch.bfloat16, False), ("dora", torch.float32, True), ("dora", torch.float32, False)],
+)
+def test_gradients_reach_all_weights_of_the_adapter_in_float32_and_no_others(
+    family: str, tiny_backbone: Backbone, batch: dict[str, Tensor], kind: str, weights: torch.dtype, autocast: bool
 ) -> None:
-    model = tiny_backbone.model.to(torch.bfloat16)
-    add_adapter(model, AdapterSettings(kind=kind, r=2))
-    found = trained(model)
+    model = tiny_backbone.model.to(weights)
+    add_adapter(model, AdapterSettings(kind=kind, r=2, alpha=6, dropout=0.25))
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    assert {(layer.scaling["default"], layer.lora_dropout["default"].p) for layer in layers} == {(3, 0.25)}
     parts = ("lora_A", "lora_B") + (("lora_magnitude_vector",) if kind == "dora" else ())
-    assert len(found) == len(parts) * len(expected_targets(family, vision=True))
-    assert all(any(f".{part}." in name for part in parts) for name in found)
-    assert {parameter.dtype for parameter in found.values()} == {torch.float32}
-    assert model.dtype == torch.bfloat16
-    train(model, batch, steps=1)
-
-
-@KINDS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_reach_every_adapter(
-    tiny_backbone: Backbone, batch: dict[str, Tensor], kind: str, dtype: torch.dtype
-) -> None:
-    model = tiny_backbone.model
-    add_adapter(model, AdapterSettings(kind=kind, dropout=0.0))
-    model.train()
-    with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
-        loss = model.base_model(**batch).last_hidden_state[..., 0].square().mean()
-    loss.backward()
+    assert len(trained(model)) == len(parts) * len(expected_targets(family))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        backward(model, batch)
     for name, parameter in model.named_parameters():
-        assert (parameter.grad is not None) == parameter.requires_grad, name
+        assert (parameter.grad is not None) == parameter.requires_grad == any(f".{part}." in name for part in parts)
+        assert parameter.dtype == (torch.float32 if parameter.requires_grad else weights)
         if "lora_B" in name:  # which starts at zero, so that no gradient passes it yet
             assert parameter.grad.abs().max() > 0, name
 
@@ -150,21 +125,25 @@ def test_the_pixel_decoder_is_trained_whole_beside_an_adapter(tiny_backbone: Bac
     assert tiny_backbone.model.lm_head.weight.grad is None
 
 
-# The merge
-
-
 @pytest.mark.parametrize(
-    ("family", "kind"),
-    [("qwen2_vl", "lora"), ("qwen2_vl", "dora"), ("qwen2_5_vl", "dora"), ("qwen3_vl", "dora")],
+    ("family", "kind", "has_head"),
+    [
+        ("qwen2_vl", "lora", True),
+        ("qwen2_vl", "dora", False),
+        ("qwen2_5_vl", "dora", True),
+        ("qwen3_vl", "dora", True),
+    ],
     indirect=["family"],
     scope="session",
 )
 def test_a_merged_model_is_the_stock_one_and_computes_the_same(
-    family: str, tiny_backbone: Backbone, batch: dict[str, Tensor], tmp_path: Path, kind: str
+    family: str, tiny_backbone: Backbone, batch: dict[str, Tensor], tmp_path: Path, kind: str, has_head: bool
 ) -> None:
-    model = tiny_backbone.model
-    untrained, keys, config = hidden_states(model, batch), list(model.state_dict()), model.config.to_dict()
+    """Of the whole model, and of the one without its head that embeds."""
+    model = tiny_backbone.model if has_head else tiny_backbone.model.base_model
+    untrained, stock = hidden_states(model, batch), (type(model), list(model.state_dict()), model.config.to_dict())
     adapter = add_adapter(model, AdapterSettings(kind=kind))
+    assert adapted(model) == expected_targets(family, prefix="model." if has_head else "")
     torch.testing.assert_close(hidden_states(model, batch), untrained, rtol=1e-5, atol=1e-5)
     train(model, batch)
     expected = hidden_states(model, batch)
@@ -174,40 +153,15 @@ def test_a_merged_model_is_the_stock_one_and_computes_the_same(
     assert model.training
     assert not adapted(model)
     assert not hasattr(model, "peft_config")
-    assert (type(model), list(model.state_dict()), model.config.to_dict()) == (SUPPORTED[family], keys, config)
-    assert model.lm_head.weight is model.get_input_embeddings().weight
-    torch.testing.assert_close(hidden_states(model, batch), expected, rtol=1e-4, atol=1e-4)
-    tiny_backbone.save(tmp_path / "stage")
-    again = load_backbone(str(tmp_path / "stage"), max_length=TINY_MAX_LENGTH).model
+    assert (type(model), list(model.state_dict()), model.config.to_dict()) == stock
+    model.save_pretrained(tmp_path)
+    tiny_backbone.processor.save_pretrained(tmp_path)
+    again = load_backbone(str(tmp_path), max_length=TINY_MAX_LENGTH).model
     torch.testing.assert_close(hidden_states(again, batch), expected, rtol=1e-4, atol=1e-4)
     assert_bidirectional(again)
-    assert not any("adapter" in path.name for path in (tmp_path / "stage").iterdir())
-    assert "peft" not in (tmp_path / "stage" / "config.json").read_text()
-
-
-def test_a_model_without_its_head_is_adapted_and_merged_too(
-    family: str, tiny_backbone: Backbone, batch: dict[str, Tensor], tmp_path: Path
-) -> None:
-    checkpoint = write_checkpoint(tiny_backbone, tmp_path / "bridge")
-    embedder = build_sentence_transformer(checkpoint, prompts=PROMPTS).to("cpu")
-    model = embedder[0].auto_model
-    stock, keys = type(model), list(model.state_dict())
-    adapter = add_adapter(model, AdapterSettings())
-    assert adapted(model) == expected_targets(family, vision=True, prefix="")
-    train(model, batch)
-    expected = hidden_states(model, batch)
-    adapter.merge(batch)
-    assert (type(embedder[0].auto_model), list(model.state_dict())) == (stock, keys)
-    embedder.save(str(tmp_path / "merged"), create_model_card=False)
-    again = load_backbone(str(tmp_path / "merged")).model
-    torch.testing.assert_close(hidden_states(again, batch), expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.fixture
-def learned(tiny_backbone: Backbone, batch: dict[str, Tensor]) -> Adapter:
-    adapter = add_adapter(tiny_backbone.model, AdapterSettings())
-    train(tiny_backbone.model, batch)
-    return adapter
+    assert again.lm_head.weight is again.get_input_embeddings().weight
+    assert not any("adapter" in path.name for path in tmp_path.iterdir())
+    assert "peft" not in (tmp_path / "config.json").read_text()
 
 
 def lose_adapter(self: LoraModel, safe_merge: bool) -> None:
@@ -219,62 +173,45 @@ def lose_weights(self: LoraModel, safe_merge: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("merge", "message"),
+    ("merge", "weight", "message"),
     [
-        (lose_adapter, r"hidden states by \d\.\d+ of .* explains 0\.001 in torch\.float32"),
-        (lose_weights, "hidden states by nan"),
+        (lose_adapter, None, r"hidden states by \d\.\d+ of .* explains 0\.001 in torch\.float32"),
+        (lose_weights, None, "hidden states by nan"),
+        (None, float("nan"), r"cannot be merged: .* Lower learning_rate"),
+        (None, float("inf"), r"cannot be merged: .* Lower learning_rate"),
     ],
 )
-def test_a_merge_that_changes_the_hidden_states_is_refused(
-    learned: Adapter,
+def test_a_merge_that_changes_the_hidden_states_or_is_not_finite_is_refused(
+    tiny_backbone: Backbone,
     batch: dict[str, Tensor],
     monkeypatch: pytest.MonkeyPatch,
-    merge: Callable[[LoraModel, bool], None],
+    merge: Callable[[LoraModel, bool], None] | None,
+    weight: float | None,
     message: str,
 ) -> None:
-    monkeypatch.setattr(LoraModel, "merge_and_unload", merge)
+    learned = add_adapter(tiny_backbone.model, AdapterSettings())
+    train(learned.model, batch)
+    if merge is not None:
+        monkeypatch.setattr(LoraModel, "merge_and_unload", merge)
+    if weight is not None:
+        next(iter(trained(learned.model).values())).data[0] = weight
     with pytest.raises(CocoaError, match=message):
         learned.merge(batch)
 
 
-@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
-def test_a_merged_weight_that_is_not_finite_is_refused(
-    learned: Adapter, batch: dict[str, Tensor], broken: float
-) -> None:
-    with torch.no_grad():
-        next(iter(trained(learned.model).values()))[0] = broken
-    with pytest.raises(CocoaError, match=r"cannot be merged: .* Lower learning_rate"):
-        learned.merge(batch)
-
-
-# The settings of a stage
-
-
-def prepared(model: PreTrainedModel, **values: object) -> Adapter | None:
-    return prepare_trainable(model, StageSettings.model_validate({"steps": 1, "batch_size": 1, **values}))
-
-
-def test_without_an_adapter_the_weights_are_trained_but_those_of_a_frozen_vision_encoder(
-    tiny_backbone: Backbone,
-) -> None:
-    model = tiny_backbone.model
-    names = {name for name, _ in model.named_parameters()}
-    assert prepared(model) is None
-    assert set(trained(model)) == names
-    assert prepared(model, freeze_vision=True) is None
-    assert set(trained(model)) == {name for name in names if "visual" not in name}
-    assert any("visual.merger" in name for name in names)
-
-
 @pytest.mark.parametrize("freeze_vision", [False, True])
-def test_a_frozen_vision_encoder_has_no_adapter_and_stays_frozen_after_the_merge(
-    tiny_backbone: Backbone, batch: dict[str, Tensor], freeze_vision: bool
+@pytest.mark.parametrize("values", [{}, {"adapter": {}}])
+def test_a_frozen_vision_encoder_is_not_trained_and_has_no_adapter(
+    tiny_backbone: Backbone, batch: dict[str, Tensor], freeze_vision: bool, values: dict[str, Any]
 ) -> None:
-    model = tiny_backbone.model
-    names = {name for name, _ in model.named_parameters()}
-    adapter = prepared(model, adapter={}, freeze_vision=freeze_vision)
-    assert adapter is not None
-    assert any("visual" in name for name in trained(model)) is not freeze_vision
-    assert all("lora_" in name for name in trained(model))
-    adapter.merge(batch)
+    """Without an adapter all other weights are trained; with one they are trainable again after the merge."""
+    model, names = tiny_backbone.model, {name for name, _ in tiny_backbone.model.named_parameters()}
+    settings = StageSettings.model_validate({"steps": 1, "batch_size": 1, "freeze_vision": freeze_vision, **values})
+    adapter = prepare_trainable(model, settings)
+    assert (adapter is not None) == bool(values)
+    if adapter is not None:
+        assert any("visual" in name for name in trained(model)) is not freeze_vision
+        assert all("lora_" in name for name in trained(model))
+        adapter.merge(batch)
+    assert any("visual.merger" in name for name in names)
     assert set(trained(model)) == {name for name in names if not (freeze_vision and "visual" in name)}

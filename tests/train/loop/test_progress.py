@@ -1,8 +1,8 @@
-from typing import Any
+from io import StringIO
 
 import pytest
 from stages import alone
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from tqdm import tqdm
 
 from cocoa_embed.train.loop.callbacks import StageProgressCallback
 from cocoa_embed.train.stages.bridge.settings import BridgeSettings
@@ -12,27 +12,18 @@ STEP = {"loss": 2.345678, "masked_token_accuracy": 0.41, "learning_rate": 1e-3, 
 PROBED = {"accuracy_matching_image": 0.51, "accuracy_shuffled_image": 0.31, "accuracy_no_image": 0.3, "alignment": 1.2}
 
 
-class Bar:
-    """Keeps what is beside it, as a reader sees it."""
-
-    def __init__(self) -> None:
-        self.shown: list[str] = []
-
-    def set_postfix(self, values: dict[str, Any]) -> None:
-        self.shown.append(", ".join(f"{name}={value}" for name, value in values.items()))
-
-
 @pytest.mark.parametrize("probe_rows", [0, 4])
 def test_the_bar_shows_the_stages_newest_metrics(probe_rows: int) -> None:
     settings = BridgeSettings(steps=1, batch_size=1, probe_rows=probe_rows)
     callback = StageProgressCallback("bridge", alone(Bridge, settings).shown_metrics)
-    bar = callback.training_bar = Bar()
-    nothing: Any = (TrainingArguments(report_to="none", use_cpu=True), TrainerState(), TrainerControl())
+    bar = callback.training_bar = tqdm(file=StringIO())
+    shown = []
     for logs in (STEP, {**STEP, **PROBED}, {**STEP, "loss": 1.0}):
-        callback.on_log(*nothing, logs=logs)
+        callback.on_log(logs=logs)
+        shown.append(bar.postfix)
     probed = "matching image=0.510, shuffled=0.310, no image=0.300"
     if probe_rows:
-        assert bar.shown == ["loss=2.346", f"loss=2.346, {probed}", f"loss=1.000, {probed}"]
-        assert len(bar.shown[1]) <= 64, "there is room for it beside a bar"
+        assert shown == ["loss=2.346", f"loss=2.346, {probed}", f"loss=1.000, {probed}"]
+        assert len(shown[1]) <= 64, "there is room for it beside a bar"
     else:
-        assert bar.shown == [f"loss={loss}, accuracy=0.410" for loss in ("2.346", "2.346", "1.000")]
+        assert shown == [f"loss={loss}, accuracy=0.410" for loss in ("2.346", "2.346", "1.000")]

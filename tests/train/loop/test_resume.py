@@ -3,24 +3,25 @@
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from interrupted import Killed, acting_at, die, killed_at, same_weights
 from safetensors.torch import load_file, save_model
-from tiny_backbones import TINY_MAX_LENGTH
-from transformers import Trainer, TrainerCallback
+from tiny_backbones import MakeRecipe
+from transformers import TrainerControl, TrainerState
 
 from cocoa_embed.errors import UsageError
 from cocoa_embed.model.training_record import read_run
 from cocoa_embed.train import pipeline
-from cocoa_embed.train.loop import trainer
-from cocoa_embed.train.loop.callbacks import Stopped
+from cocoa_embed.train.loop import callbacks, trainer
+from cocoa_embed.train.loop.callbacks import SaveAndStop, Stopped
 from cocoa_embed.train.loop.checkpoints import newest_complete
 from cocoa_embed.train.pipeline import run
 from cocoa_embed.train.recipe import STAGES, Recipe
@@ -38,31 +39,13 @@ STAGE: dict[str, Any] = {
 Whole = Callable[[str], Path]
 
 
-class Killed(BaseException):
-    """Stands for the end of the process: the code under test must not catch it."""
-
-
 @pytest.fixture(scope="module")
-def recipe(tiny_backbone_path: Path, scene_folder: Path) -> Recipe:
+def recipe(tiny_recipe: MakeRecipe) -> Recipe:
+    # Dropout draws from the state that a checkpoint must restore; two steps make an epoch.
     adapter = {"kind": "lora", "r": 2, "alpha": 4, "dropout": 0.1}
-    return Recipe.parse(
-        {
-            "name": "resumed",
-            "backbone": str(tiny_backbone_path),
-            "max_length": TINY_MAX_LENGTH,
-            "data": {"folder": str(scene_folder)},
-            "warmup": STAGE,
-            "bridge": {**STAGE, "data": {"paraphrases": 1}, "probe_rows": 4, "probe_steps": 1, "mini_batch_size": 2},
-            # Dropout draws from the state that a checkpoint must restore; two steps make an epoch.
-            "contrastive": {
-                **STAGE,
-                "data": {"limit": 8},
-                "directions": "forward",
-                "mini_batch_size": 2,
-                "adapter": adapter,
-            },
-        }
-    )
+    contrastive = {"data": {"limit": 8}, "directions": "forward", "mini_batch_size": 2, "adapter": adapter}
+    bridge = {"data": {"paraphrases": 1}, "probe_rows": 4, "probe_steps": 1, "mini_batch_size": 2}
+    return tiny_recipe(warmup=STAGE, bridge={**STAGE, **bridge}, contrastive={**STAGE, **contrastive})
 
 
 def only(recipe: Recipe, *stages: str, **changes: Any) -> Recipe:
@@ -72,64 +55,37 @@ def only(recipe: Recipe, *stages: str, **changes: Any) -> Recipe:
 
 @pytest.fixture(scope="module")
 def whole(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    """Return the folder of an uninterrupted run of one stage, trained once for all tests."""
+    """Return the folder of an uninterrupted run of one stage, trained once for all tests.
+
+    ``resume`` begins a run that has not begun.
+    """
 
     @cache
     def trained(stage: str) -> Path:
         out = tmp_path_factory.mktemp("whole") / "out"
-        run(only(recipe, stage), out)
+        run(only(recipe, stage), out, resume=True)
         return out
 
     return trained
 
 
 def assert_same(out: Path, whole: Path, stage: str) -> None:
-    found, expected = (load_file(folder / stage / "model.safetensors") for folder in (out, whole))
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in found)
-    logs = [read_run(folder)["stages"][stage]["log"] for folder in (out, whole)]
-    last, expected_last = ([line["loss"] for line in log if "loss" in line][-1] for log in logs)
+    assert same_weights(out / stage, whole / stage)
+    found, expected = (read_run(folder)["stages"][stage]["log"] for folder in (out, whole))
+    last, expected_last = ([line["loss"] for line in log if "loss" in line][-1] for log in (found, expected))
     assert last == expected_last
-    assert [line["step"] for line in logs[0]][-1] == STEPS
+    assert found[-1]["step"] == STEPS
     assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in whole.iterdir())
 
 
-class AtStep(TrainerCallback):
-    def __init__(self, step: int, act: Callable[[], None]) -> None:
-        self.step = step
-        self.act = act
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        if args[1].global_step == self.step:
-            self.act()
-
-
-def die(*args: Any, **kwargs: Any) -> None:
-    raise Killed
-
-
-def terminate() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-@contextmanager
-def acting_at(step: int, act: Callable[[], None], stage: str = "") -> Iterator[None]:
-    """Call ``act`` at the end of a step of the stage, by default of all stages."""
-    show = pipeline.show_progress
-
-    def show_and_act(built: Trainer, name: str, shown: dict[str, str]) -> None:
-        show(built, name, shown)
-        if name == stage or not stage:
-            built.add_callback(AtStep(step, act))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "show_progress", show_and_act)
-        yield
-
-
-def cases(default: tuple[Any, ...], *others: Any) -> list[Any]:
+def cases(default: tuple[Any, ...], *others: tuple[Any, ...]) -> list[Any]:
     """Return a case of the default suite, and others for the slow one."""
     return [default, *(pytest.param(*other, marks=pytest.mark.slow) for other in others)]
+
+
+def newest_step(out: Path, stage: str) -> int | None:
+    newest = newest_complete(out / "checkpoints" / stage)
+    return None if newest is None else int(newest.name.removeprefix("checkpoint-"))
 
 
 @pytest.mark.parametrize(
@@ -140,79 +96,123 @@ def test_a_run_killed_at_a_step_resumes_to_the_same_weights(
     recipe: Recipe, whole: Whole, tmp_path: Path, stage: str, step: int
 ) -> None:
     given, out = only(recipe, stage), tmp_path / "out"
-    with acting_at(step, die), pytest.raises(Killed):
+    with killed_at(step):
         run(given, out)
     assert not (out / stage).exists(), "the stage is not finished"
-    saved = newest_complete(out / "checkpoints" / stage)
-    assert (saved is None) == (step < 3), "a step's checkpoint is written after it"
+    assert newest_step(out, stage) == {1: None, 3: 2, 5: 4}[step], "a step's checkpoint is written after it"
     run(given, out, resume=True)
     assert_same(out, whole(stage), stage)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_half_written_checkpoint_is_not_resumed_from(
-    recipe: Recipe, whole: Whole, tmp_path: Path, stage: str
-) -> None:
-    def write_half(model: torch.nn.Module, path: str) -> None:
-        save_model(model, path)
-        if "checkpoint-4" in path:
-            content = Path(path).read_bytes()
-            Path(path).write_bytes(content[: len(content) // 2])
-            raise Killed
-
-    given, out = only(recipe, stage), tmp_path / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "save_model", write_half)
-        with pytest.raises(Killed):
-            run(given, out)
-    assert (out / "checkpoints" / stage / "checkpoint-4" / "model.safetensors").is_file()
-    assert newest_complete(out / "checkpoints" / stage) == out / "checkpoints" / stage / "checkpoint-2"
-    run(given, out, resume=True)
-    assert_same(out, whole(stage), stage)
+def write_half(model: torch.nn.Module, path: str) -> None:
+    save_model(model, path)
+    if "checkpoint-4" in path:
+        os.truncate(path, os.path.getsize(path) // 2)
+        raise Killed
 
 
 @pytest.mark.parametrize(
-    ("stage", "module", "function"),
+    ("stage", "module", "function", "fail", "newest"),
     cases(
-        ("contrastive", pipeline, "write_record"),
-        ("warmup", pipeline, "write_record"),
-        ("bridge", pipeline, "write_record"),
-        ("bridge", trainer, "mark_complete"),
-        ("bridge", shutil, "rmtree"),
+        ("contrastive", pipeline, "write_record", die, STEPS),
+        ("warmup", pipeline, "write_record", die, STEPS),
+        ("bridge", pipeline, "write_record", die, STEPS),
+        ("bridge", trainer, "mark_complete", die, None),
+        ("bridge", shutil, "rmtree", die, 4),
+        *((stage, trainer, "save_model", write_half, 2) for stage in STAGES),
     ),
 )
-def test_a_run_killed_between_two_writes_resumes_to_the_same_weights(
-    recipe: Recipe, whole: Whole, tmp_path: Path, stage: str, module: ModuleType, function: str
+def test_a_run_killed_while_it_writes_resumes_to_the_same_weights(
+    recipe: Recipe,
+    whole: Whole,
+    tmp_path: Path,
+    stage: str,
+    module: ModuleType,
+    function: str,
+    fail: Callable[..., None],
+    newest: int | None,
 ) -> None:
-    """Killed before the training record, it has the checkpoint of its last step: no step is left to train."""
+    """A half-written checkpoint is not used. Before the training record, no step is left to train."""
     given, out = only(recipe, stage), tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, function, die)
+        patch.setattr(module, function, fail)
         with pytest.raises(Killed):
             run(given, out)
-    newest = newest_complete(out / "checkpoints" / stage)
-    assert (newest is not None and newest.name == f"checkpoint-{STEPS}") == (function == "write_record")
+    assert newest_step(out, stage) == newest
     run(given, out, resume=True)
     assert_same(out, whole(stage), stage)
 
 
-def test_sigterm_saves_a_checkpoint_and_stops_and_the_run_resumes(recipe: Recipe, whole: Whole, tmp_path: Path) -> None:
+def sending(number: int) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "status"), cases((signal.SIGINT, "Ctrl-C", 130), (signal.SIGTERM, "SIGTERM", 143))
+)
+def test_a_signal_saves_a_checkpoint_and_stops_and_the_run_resumes(
+    recipe: Recipe, whole: Whole, tmp_path: Path, number: int, name: str, status: int
+) -> None:
     given, out = only(recipe, "bridge"), tmp_path / "out"
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     # Python handles the signal during the next step.
-    with acting_at(2, terminate), pytest.raises(Stopped, match=r"step 3 of 5 of stage bridge; .* --resume") as stopped:
+    where = f"Stopped by {name} at step 3 of 5 of stage bridge; .* --resume"
+    with acting_at(2, sending(number)), pytest.raises(Stopped, match=where) as stopped:
         run(given, out)
-    assert stopped.value.exit_status == 143
-    assert signal.getsignal(signal.SIGTERM) is before
-    assert newest_complete(out / "checkpoints" / "bridge") == out / "checkpoints" / "bridge" / "checkpoint-3"
+    assert stopped.value.exit_status == status
+    assert signal.getsignal(number) is before
+    assert newest_step(out, "bridge") == 3
     run(given, out, resume=True)
     assert_same(out, whole("bridge"), "bridge")
 
 
+def test_a_second_ctrl_c_ends_at_once(recipe: Recipe, tmp_path: Path) -> None:
+    def twice() -> None:
+        sending(signal.SIGINT)()
+        time.sleep(0)  # Python handles a signal between two instructions
+        sending(signal.SIGINT)()
+
+    with acting_at(3, twice), pytest.raises(KeyboardInterrupt):
+        run(only(recipe, "bridge"), tmp_path / "out")
+    assert newest_step(tmp_path / "out", "bridge") == 2
+
+
+def test_a_checkpoint_is_saved_by_time_and_resumed_to_the_same_weights(
+    recipe: Recipe, whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every step takes four minutes: after the third, ten have passed."""
+    given, out = only(recipe, "bridge"), tmp_path / "out"
+    assert given.bridge is not None
+    given = only(given, "bridge", bridge=given.bridge.model_copy(update={"save_steps": 500}))
+    clock = iter(range(0, 10**6, 4 * 60))
+    monkeypatch.setattr(callbacks, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with killed_at(5):
+        run(given, out)
+    assert newest_step(out, "bridge") == 3
+    run(only(recipe, "bridge"), out, resume=True)
+    assert_same(out, whole("bridge"), "bridge")
+
+
+def test_processes_save_by_the_clock_of_the_first_and_stop_at_a_signal_of_any() -> None:
+    seen: list[list[list[int]]] = []
+    gathered = {"num_processes": 2, "device": "cpu", "gather": lambda own: torch.tensor(seen.pop(0))}
+    callback = SaveAndStop(SimpleNamespace(accelerator=SimpleNamespace(**gathered)), minutes=10)
+    seen += [[[0, 0], [0, 1]], [[0, 1], [0, 0]], [[0, 0], [signal.SIGINT, 0]]]
+    state, found = TrainerState(max_steps=9), []
+    for _ in range(len(seen)):
+        control = TrainerControl()
+        callback.on_step_end(None, state, control)
+        found.append((control.should_save, control.should_training_stop))
+    assert found == [(False, False), (True, False), (True, True)]
+    assert callback.requested == signal.SIGINT
+
+
 def test_sigterm_in_the_last_step_of_a_stage_stops_before_the_next(recipe: Recipe, tmp_path: Path) -> None:
     given, out = only(recipe, "warmup", "bridge"), tmp_path / "out"
-    with acting_at(STEPS, terminate, "warmup"), pytest.raises(Stopped, match="at the end of stage warmup"):
+    with (
+        acting_at(STEPS, sending(signal.SIGTERM), "warmup"),
+        pytest.raises(Stopped, match="at the end of stage warmup"),
+    ):
         run(given, out)
     assert (out / "warmup").is_dir()
     assert not (out / "bridge").exists()
@@ -227,7 +227,7 @@ def test_settings_without_effect_on_the_weights_may_change_on_resume(
     recipe: Recipe, whole: Whole, tmp_path: Path
 ) -> None:
     given, out = only(recipe, "bridge"), tmp_path / "out"
-    with acting_at(3, die), pytest.raises(Killed):
+    with killed_at(3):
         run(given, out)
     assert given.bridge is not None
     changed = given.bridge.model_copy(update={"mini_batch_size": 4})
@@ -242,11 +242,6 @@ def test_a_finished_run_is_not_run_again(small_recipe: Recipe, copy: Path) -> No
     assert all(result.final["loss"] > 0 for result in results)
 
 
-def test_resume_begins_a_run_that_has_not_begun(recipe: Recipe, whole: Whole, tmp_path: Path) -> None:
-    run(only(recipe, "bridge"), tmp_path / "out", resume=True)
-    assert_same(tmp_path / "out", whole("bridge"), "bridge")
-
-
 def test_a_changed_recipe_is_refused_with_its_differences(recipe: Recipe, whole: Whole) -> None:
     assert recipe.bridge is not None
     changed = only(recipe, "bridge", seed=7, bridge=recipe.bridge.model_copy(update={"learning_rate": 0.5}))
@@ -258,7 +253,7 @@ def test_changed_rows_are_refused(recipe: Recipe, scene_folder: Path, tmp_path: 
     data = Path(shutil.copytree(scene_folder, tmp_path / "scenes"))
     assert recipe.data is not None
     given = only(recipe, "bridge", data=recipe.data.model_copy(update={"folder": data}))
-    with acting_at(1, die), pytest.raises(Killed):
+    with killed_at(1):
         run(given, tmp_path / "out")
     lines = (data / "metadata.jsonl").read_text().splitlines()
     (data / "metadata.jsonl").write_text("\n".join(lines[1:]) + "\n")

@@ -3,12 +3,12 @@
 import shutil
 from pathlib import Path
 
-import pytest
-from tiny_backbones import STAGE, TINY_MAX_LENGTH
+from interrupted import killed_at
+from tiny_backbones import STAGE, MakeRecipe
 
 from cocoa_embed.model.training_record import read_run, read_training
 from cocoa_embed.train import Recipe, run
-from cocoa_embed.train.loop.run_record import RecordProgress, read_start
+from cocoa_embed.train.loop.run_record import read_start
 from cocoa_embed.train.plan.checks import CHECKPOINTS
 
 
@@ -40,16 +40,10 @@ def test_a_finished_run_records_recipe_data_and_machine(
 
 
 def test_a_run_from_a_checkpoint_records_the_stages_and_data_before_it(
-    finished: Path, scene_folder: Path, tmp_path: Path
+    finished: Path, tiny_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
     start = finished / "warmup"
-    values = {
-        "name": "next",
-        "backbone": str(start),
-        "max_length": TINY_MAX_LENGTH,
-        "data": {"folder": str(scene_folder)},
-    }
-    run(Recipe.parse({**values, "bridge": {**STAGE, "steps": 1, "probe_rows": 0}}), tmp_path / "out")
+    run(tiny_recipe(name="next", backbone=str(start), bridge={**STAGE, "steps": 1, "probe_rows": 0}), tmp_path / "out")
     found, earlier = read_run(tmp_path / "out"), read_training(start)
     assert found["inherited"] == {"stages": earlier["stages"], "data": [earlier["data"]]}
     assert found["backbone"] == earlier["backbone"]
@@ -57,23 +51,9 @@ def test_a_run_from_a_checkpoint_records_the_stages_and_data_before_it(
     assert [stage["stage"] for stage in read_start(str(tmp_path / "out" / "bridge")).stages] == ["warmup", "bridge"]
 
 
-def test_a_killed_run_has_recorded_the_step_of_its_newest_checkpoint(
-    small_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Killed(BaseException):
-        pass
-
-    def die(self: RecordProgress, *arguments: object, **_: object) -> None:
-        record(self, *arguments)
-        if self.stage == "bridge":
-            raise Killed
-
-    record = RecordProgress.on_save
-    assert small_recipe.bridge is not None
-    bridge = small_recipe.bridge.model_copy(update={"save_steps": 1})
-    monkeypatch.setattr(RecordProgress, "on_save", die)
-    with pytest.raises(Killed):
-        run(small_recipe.model_copy(update={"warmup": None, "bridge": bridge}), tmp_path / "out")
+def test_a_killed_run_has_recorded_the_step_of_its_newest_checkpoint(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+    with killed_at(2):
+        run(tiny_recipe(bridge={**STAGE, "save_steps": 1}, contrastive=STAGE), tmp_path / "out")
     stages = read_run(tmp_path / "out")["stages"]
     assert [(stage["finished"], stage["step"]) for stage in stages.values()] == [(False, 1), (False, 0)]
     assert [line["step"] for line in stages["bridge"]["log"]] == [1]

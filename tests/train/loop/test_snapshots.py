@@ -1,23 +1,19 @@
 """Snapshots, weights saved during a stage, are checkpoints like any other."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
+from interrupted import killed_at, same_weights
 from sentence_transformers import SentenceTransformer
-from tiny_backbones import TINY_MAX_LENGTH
+from tiny_backbones import MakeRecipe
 from transformers import PreTrainedModel
 
 from cocoa_embed.errors import UsageError
 from cocoa_embed.model.export import export_model
 from cocoa_embed.model.training_record import TRAINING_FILE, read_training
-from cocoa_embed.train import pipeline
 from cocoa_embed.train.loop.checkpoints import remove_unfinished
-from cocoa_embed.train.loop.run_record import StageResult, Start
 from cocoa_embed.train.pipeline import run
 from cocoa_embed.train.recipe import Recipe
 
@@ -36,23 +32,15 @@ WHOLE: dict[str, Any] = {
     "contrastive": {"steps": 2, "snapshot_steps": [1]},
 }
 
-MakeRecipe = Callable[..., Recipe]
-
 
 @pytest.fixture(scope="module")
-def recipe(tiny_backbone_path: Path, scene_folder: Path) -> MakeRecipe:
+def recipe(tiny_recipe: MakeRecipe, tiny_backbone_path: Path) -> MakeRecipe:
     def make(backbone: Path = tiny_backbone_path, **stages: Any) -> Recipe:
-        values = {"name": "snapshots", "max_length": TINY_MAX_LENGTH, "data": {"folder": str(scene_folder)}}
-        sections = {stage: {**STAGE, **settings} for stage, settings in stages.items()}
-        return Recipe.parse({**values, "backbone": str(backbone), **sections})
+        return tiny_recipe(
+            **{key: {**STAGE, **value} if isinstance(value, dict) else value for key, value in stages.items()}
+        )
 
     return make
-
-
-def same_weights(first: Path, second: Path) -> bool:
-    one, other = (load_file(folder / "model.safetensors") for folder in (first, second))
-    assert one.keys() == other.keys()
-    return all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +65,6 @@ def test_so_has_a_snapshot_of_a_contrastive_stage_past_an_epochs_end(recipe: Mak
     assert same_weights(tmp_path / "long" / "contrastive" / "step-3", tmp_path / "short" / "contrastive")
 
 
-def test_a_snapshot_records_its_stages_and_metrics(whole: Path) -> None:
-    record = read_training(whole / "contrastive" / "step-1")
-    assert [(stage["stage"], stage["steps"]) for stage in record["stages"]] == [("bridge", 4), ("contrastive", 1)]
-    assert record["stages"][1]["final"]["step"] == 1
-
-
 def test_a_snapshot_is_incomplete_while_it_is_written_again(
     whole: Path, recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,38 +80,31 @@ def test_a_snapshot_is_incomplete_while_it_is_written_again(
     assert not (out / "bridge" / "step-2" / TRAINING_FILE).exists()
 
 
-def test_a_snapshot_exports_and_starts_another_stage(whole: Path, recipe: MakeRecipe, tmp_path: Path) -> None:
-    start = whole / "bridge" / "step-3"
+def test_a_snapshot_records_its_stages_exports_and_starts_another_stage(
+    whole: Path, recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    start = whole / "contrastive" / "step-1"
+    record = read_training(start)["stages"]
+    assert record[1]["final"]["step"] == 1
     exported = SentenceTransformer(str(export_model(start, tmp_path / "model")), device="cpu")
     assert exported.encode("a ring").shape == (32,)
     run(recipe(start, contrastive={"steps": 1}), tmp_path / "next")
     stages = read_training(tmp_path / "next" / "contrastive")["stages"]
-    assert [(stage["stage"], stage["steps"]) for stage in stages] == [("bridge", 3), ("contrastive", 1)]
+    assert stages[:2] == record
+    assert [(stage["stage"], stage["steps"]) for stage in stages] == [("bridge", 4), *[("contrastive", 1)] * 2]
 
 
 @pytest.mark.slow
 def test_a_resumed_run_keeps_the_snapshots_from_before_its_checkpoint(
-    whole: Path, recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: Path, recipe: MakeRecipe, tmp_path: Path
 ) -> None:
-    class Killed(BaseException):
-        pass
-
     given = recipe(bridge=WHOLE["bridge"])
-    write = pipeline.write_record
-
-    def die_at_the_last_step(recipe: Recipe, start: Start, results: list[StageResult]) -> None:
-        if results[-1].steps == 4:
-            raise Killed
-        write(recipe, start, results)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "write_record", die_at_the_last_step)
-        with pytest.raises(Killed):
-            run(given, tmp_path / "out")
+    with killed_at(4):
+        run(given, tmp_path / "out")
     snapshot = tmp_path / "out" / "bridge" / "step-2" / "model.safetensors"
     written = snapshot.stat().st_mtime_ns
     run(given, tmp_path / "out", resume=True)
-    assert snapshot.stat().st_mtime_ns == written, "it was resumed from a later step"
+    assert snapshot.stat().st_mtime_ns == written, "it was resumed from step 2"
     for folder in ("bridge", "bridge/step-2", "bridge/step-3"):
         assert same_weights(tmp_path / "out" / folder, whole / folder)
 

@@ -1,20 +1,19 @@
 """The base trainer: losses over micro-batches, speed, and errors that name rows and settings."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from stages import alone
+from stages import alone, trainer_arguments
 from torch import nn
 
 from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.train.data.rows import Draw, Rows
 from cocoa_embed.train.loop.batch_facts import FACTS, BatchFacts, DescribedBatches
-from cocoa_embed.train.loop.stage_trainer import StageTrainer, stage_trainer
+from cocoa_embed.train.loop.stage_trainer import StageTrainer, row_numbers, stage_trainer
 from cocoa_embed.train.loop.trainer import StageContext
 from cocoa_embed.train.stages.bridge.settings import BridgeSettings
 from cocoa_embed.train.stages.bridge.stage import Bridge
@@ -43,31 +42,23 @@ def collate(examples: list[tuple[Draw, Row]]) -> dict[str, torch.Tensor]:
     return {"target_ids": targets, "attention_mask": torch.ones(len(numbers), 2)}
 
 
-Collate = Callable[[list[tuple[Draw, Row]]], dict[str, torch.Tensor]]
-
-
-def trainer(folder: Path, rows: list[Row] = ROWS, collator: Collate = collate, **values: Any) -> StageTrainer:
+def trainer(folder: Path, **values: Any) -> StageTrainer:
     section = BridgeSettings(**{"steps": 4, "batch_size": 4, "mini_batch_size": 2, **values})
     size = section.mini_batch_size or section.batch_size
-    arguments = {
-        "output_dir": str(folder / "checkpoints"),
-        "max_steps": 4,
-        "per_device_train_batch_size": size,
-        "gradient_accumulation_steps": section.batch_size // size,
-        "learning_rate": 0.5,
-        "optim": "sgd",
-        "max_grad_norm": 0.0,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 2,
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "report_to": "none",
-        "save_strategy": "no",
-        "remove_unused_columns": False,
-    }
+    arguments = trainer_arguments(
+        folder / "checkpoints",
+        max_steps=4,
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=section.batch_size // size,
+        learning_rate=0.5,
+        optim="sgd",
+        max_grad_norm=0.0,
+        lr_scheduler_type="constant",
+        logging_steps=2,
+    )
     model = Line()
     context = StageContext(arguments, memory_remedy=alone(Bridge, section).memory_remedy())
-    return stage_trainer(model, model, rows, collator, section, context)
+    return stage_trainer(model, model, ROWS, collate, section, context)
 
 
 @pytest.mark.parametrize("mini_batch_size", [1, 2, 4])
@@ -100,40 +91,30 @@ def test_a_log_line_has_losses_speed_and_utilisation(tmp_path: Path) -> None:
     assert line["mfu"] == pytest.approx(batches * 5e5 / seconds / 1e9)
 
 
-def broken_from(bad: Callable[[int], bool], value: float) -> Collate:
-    """Return a collator of batches with targets that are not finite, if one of their rows is bad."""
+@pytest.mark.parametrize(("value", "size", "place"), [("nan", 2, 9), ("inf", 20, 0)])
+def test_a_loss_that_is_not_finite_names_the_rows_of_its_batch(
+    tmp_path: Path, value: str, size: int, place: int
+) -> None:
+    """All in a file, and up to 16 in the error; the step does not change the weights."""
+    stage = trainer(tmp_path, batch_size=2 * size, mini_batch_size=size)
+    draws = list(stage._stream)
+    start = place // size * size
+    in_batch = [f"pairs.csv, row {draw.row}" for draw in draws[start : start + size]]
 
-    def collator(examples: list[tuple[Draw, Row]]) -> dict[str, torch.Tensor]:
+    def broken(examples: list[tuple[Draw, Row]]) -> dict[str, torch.Tensor]:
         batch = collate(examples)
-        if any(bad(draw.row) for draw, _ in examples):
-            batch["target_ids"][:] = value
+        if draws[place] in [draw for draw, _ in examples]:
+            batch["target_ids"][:] = float(value)
         return batch
 
-    return collator
-
-
-def test_a_loss_that_is_not_finite_names_the_rows_of_its_batch(tmp_path: Path) -> None:
-    stage = trainer(tmp_path, collator=broken_from(lambda row: row == bad, float("nan")))
-    draws = list(stage._stream)
-    place = 9
-    bad = draws[place].row
-    in_batch = [draw.row for draw in draws[place // 2 * 2 : place // 2 * 2 + 2]]
-    with pytest.raises(CocoaError) as raised:
+    stage.data_collator = DescribedBatches(broken, row_numbers)
+    with pytest.raises(CocoaError, match=f"The loss of step {place // (2 * size) + 1} is {value}") as raised:
         stage.train()
-    assert f"The loss of step {place // 4 + 1} is nan" in str(raised.value)
-    for number in in_batch:
-        assert f"pairs.csv, row {number}" in str(raised.value)
-    record = json.loads((tmp_path / "failed_step.json").read_text())
-    assert sorted(record["rows"]) == sorted(f"pairs.csv, row {number}" for number in in_batch)
-    assert stage.state.global_step == place // 4, "the step does not change the weights"
-
-
-def test_a_file_names_all_rows_if_they_are_many(tmp_path: Path) -> None:
-    collator = broken_from(lambda row: True, float("inf"))
-    stage = trainer(tmp_path, collator=collator, batch_size=30, mini_batch_size=30)
-    with pytest.raises(CocoaError, match=r"and 14 more, all in .*failed_step\.json"):
-        stage.train()
-    assert len(json.loads((tmp_path / "failed_step.json").read_text())["rows"]) == 30
+    named = [row for row in in_batch if f"{row};" in f"{raised.value};".replace(" and", ";").replace(". No", ";")]
+    assert len(named) == min(size, 16)
+    assert (f"and {size - 16} more, all in " in str(raised.value)) == (size > 16)
+    assert sorted(json.loads((tmp_path / "failed_step.json").read_text())["rows"]) == sorted(in_batch)
+    assert stage.state.global_step == place // (2 * size)
 
 
 TOO_LARGE = r"Step 1 does not fit .* lower bridge\.mini_batch_size \(2\)"
@@ -164,14 +145,13 @@ def test_a_row_that_cannot_be_read_raises_its_own_error_from_any_worker(tmp_path
     def unreadable(examples: list[tuple[Draw, Row]]) -> dict[str, torch.Tensor]:
         raise CocoaError("photo.jpg: is truncated")
 
-    stage = trainer(tmp_path, collator=unreadable)
+    stage = trainer(tmp_path)
+    stage.data_collator = DescribedBatches(unreadable, row_numbers)
     stage.args.dataloader_num_workers = workers
     with pytest.raises(CocoaError, match=r"^photo\.jpg: is truncated$"):
         stage.train()
 
 
 def test_facts_are_counted_from_the_batch() -> None:
-    batch = DescribedBatches(collate, lambda examples: [draw.row for draw, _ in examples])(
-        [Rows(ROWS)[Draw(4)], Rows(ROWS)[Draw(2)]]
-    )
+    batch = DescribedBatches(collate, row_numbers)([Rows(ROWS)[Draw(4)], Rows(ROWS)[Draw(2)]])
     assert batch[FACTS] == BatchFacts(rows=(4, 2), tokens=4, padded_tokens=4, targets={"target_ids": 5})

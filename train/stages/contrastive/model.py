@@ -1,7 +1,6 @@
 """The model of stage 3: a SentenceTransformer around a backbone that is loaded already, and its probe."""
 
 from collections.abc import Sequence
-from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -14,10 +13,9 @@ from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.model.attention import assert_bidirectional
 from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.model.export import embedding_model
-from cocoa_embed.train.data.rows import arrow_images
 from cocoa_embed.train.loop.trainer import Measure
 from cocoa_embed.train.settings import RunSettings
-from cocoa_embed.train.stages.contrastive.pairs import as_record, preprocess_records
+from cocoa_embed.train.stages.contrastive.pairs import preprocess_items
 from cocoa_embed.train.stages.probe import geometry_probe
 
 
@@ -49,11 +47,10 @@ def embedding_probe(model: SentenceTransformer, rows: Sequence[Row], batch_size:
     :param rows: Two rows or more.
     :param batch_size: Items to run at once.
     """
-    preprocess = partial(preprocess_records, model, arrow_images(rows))
 
     def collate(items: Sequence[Item], is_document: bool) -> dict[str, Any]:
         prompt = model.prompts.get("document" if is_document else "query") or None
-        return preprocess([as_record(item) for item in items], prompt=prompt)
+        return preprocess_items(model, items, prompt=prompt)
 
     def embed(model: nn.Module, batch: dict[str, Any]) -> Tensor:
         embeddings: Tensor = model(batch)["sentence_embedding"]
