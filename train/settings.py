@@ -115,9 +115,12 @@ class DataSettings(SourceSettings):
 
     :param on_bad_row: ``stop`` ends the run at an unusable row; ``skip`` leaves out up to 1 % of a stage's rows and
         lists them in ``bad_rows.jsonl``.
+    :param max_rows: The most rows of all subsets together. The recipe's seed draws them from the rows that the stage
+        can use, so that subsets keep their proportions.
     """
 
     subsets: dict[str, SourceSettings] | None = None
+    max_rows: Positive | None = None
     on_bad_row: Literal["stop", "skip"] = "stop"
 
 

@@ -214,7 +214,7 @@ def read_stages(recipe: Recipe, names: list[str], *, check: Check = "all") -> di
                 images=images,
                 check=check,
             )
-        rows[name] = _usable(stage, read[key])
+        rows[name] = _capped(_usable(stage, read[key]), data.max_rows, recipe.seed)
         stage.check_rows(rows[name].rows)
     return rows
 
@@ -232,6 +232,14 @@ def _usable(stage: Stage[StageSettings], read: ReadRows) -> ReadRows:
     kept = rows.select(np.flatnonzero(usable))
     counts, left_out = _count(kept), _count(rows.select(np.flatnonzero(~usable)))
     return replace(read, rows=kept, counts=counts, left_out=left_out)
+
+
+def _capped(read: ReadRows, max_rows: int | None, seed: int) -> ReadRows:
+    """Return at most ``max_rows`` rows, drawn by the seed, in order."""
+    if max_rows is None or len(read.rows) <= max_rows:
+        return read
+    kept = read.rows.select(np.sort(np.random.default_rng(seed).choice(len(read.rows), max_rows, replace=False)))
+    return replace(read, rows=kept, counts=_count(kept))
 
 
 def _count(rows: RowTable) -> dict[str, int]:

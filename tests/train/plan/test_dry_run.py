@@ -20,10 +20,11 @@ from cocoa_embed.model.backbone import Backbone, load_processor
 from cocoa_embed.model.training_record import read_run
 from cocoa_embed.train import Recipe, run
 from cocoa_embed.train.data import mixture
+from cocoa_embed.train.data.mixture import ReadRows
 from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.loop.trainer import CocoaTrainer
 from cocoa_embed.train.plan.cards import CARDS, UTILISATION
-from cocoa_embed.train.plan.checks import examine, prepare
+from cocoa_embed.train.plan.checks import examine, prepare, read_stages
 from cocoa_embed.train.plan.dry_run import SAMPLE, plan, sample_rows
 from cocoa_embed.train.plan.memory import count_parameters
 from cocoa_embed.train.recipe import STAGES
@@ -199,6 +200,22 @@ def test_rows_say_how_they_come_about_and_which_are_left_out_of_the_bridge(
     ]
     assert warmup.epochs == pytest.approx(2 * 4 / 33)
     assert not any(subset.left_out for subset in warmup.subsets.values())
+
+
+def test_max_rows_draws_from_all_subsets_by_the_seed_after_unusable_rows_are_left_out(
+    recipe: MakeRecipe, captions_and_pairs: dict[str, Any]
+) -> None:
+    def rows(max_rows: int, seed: int = 0) -> ReadRows:
+        read = recipe(data=captions_and_pairs, seed=seed, bridge={**STAGE, "data": {"max_rows": max_rows}})
+        return read_stages(read, ["bridge"])["bridge"]
+
+    whole, some = rows(32), rows(20)
+    assert (whole.counts, whole.left_out) == ({"photos": 30, "pairs": 2}, {"photos": 0, "pairs": 1})
+    assert len(some.rows) == sum(some.counts.values()) == 20
+    assert some.left_out == whole.left_out
+    assert some.fingerprint == rows(20).fingerprint != rows(20, seed=1).fingerprint
+    sources = [row.subset for row in some.rows]
+    assert sources == sorted(sources, reverse=True), "in the order of the subsets"
 
 
 def test_a_bridge_without_any_text_is_refused(recipe: MakeRecipe, tmp_path: Path) -> None:
