@@ -163,6 +163,7 @@ def stage_context(
     return StageContext(
         arguments=stage.arguments(steps=prepared.steps[stage.name], folder=checkpoints, layers=layers),
         lengths_of=partial(row_lengths, processor=processor, sizes=prepared.rows[stage.name].sizes),
+        on_bad_row=recipe.data_of(stage.name).on_bad_row,
         flops_of=StepCost.of(model.config, stage.settings),
         peak_flops=measure_matmul_flops(torch.device(str(PartialState().device)), dtype),
         memory_remedy=stage.memory_remedy(),
