@@ -144,7 +144,9 @@ def stage_facts(stage: StagePlan, card: str | None) -> Iterator[tuple[str, str]]
         if subset.left_out
     )
     done = f", of which {stage.steps_done:,} are done" if stage.steps_done else ""
-    yield "steps", f"{stage.steps:,} of {stage.batch_size} rows{done}, {stage.rows_at_once} at once on a device"
+    fewer = f" ({stage.mean_batch_size:,.0f} on average)" if round(stage.mean_batch_size) < stage.batch_size else ""
+    at_once = f"{stage.rows_at_once} at once on a device"
+    yield "steps", f"{stage.steps:,} of {stage.batch_size:,} rows{fewer}{done}, {at_once}"
     yield "epochs", f"{stage.epochs:.3g}"
     for held in stage.step_contents:
         of_step = "{subset}: {rows_a_step:,} of its rows, which have {positives:,} different positives"
@@ -168,8 +170,8 @@ def subset_words(subset: SubsetPlan) -> str:
         captions, paraphrases, all_rows = (
             f"{count / subset.images / weight:.3g}" for count in (subset.rows_with_image, texts, subset.rows)
         )
-        second = f" + {paraphrases} paraphrases" if texts else ""
-        how = f"{subset.images:,} images; {captions} captions{second} = {all_rows} rows an image"
+        each = f"{captions} captions + {paraphrases} paraphrases = {all_rows}" if texts else all_rows
+        how = f"{subset.images:,} images; {each} row{'s' * (all_rows != '1')} an image"
     else:
         counts = {"with an image": subset.rows_with_image, "of text alone": texts}
         how = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)

@@ -45,6 +45,10 @@ class Rows(Dataset[tuple[Draw, Row]]):
     def __getitem__(self, draw: Draw) -> tuple[Draw, Row]:
         return draw, self.rows[draw.row]
 
+    def after(self, example: tuple[Draw, Row]) -> tuple[Draw, Row]:
+        """Return the row after an example's, in the same epoch."""
+        return self[example[0]._replace(row=(example[0].row + 1) % len(self))]
+
 
 def numbered(rows: Sequence[Row]) -> list[tuple[Draw, Row]]:
     """Return rows as a collator takes them, all of the first epoch."""

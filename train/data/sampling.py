@@ -24,6 +24,7 @@ class RowStream(Sampler[Draw]):
     :param batch_size: Rows of a step, over all devices.
     :param lengths_of: Returns the numbers of tokens of rows, given the rows' numbers. With it, batches have rows
         of similar length: the rows of ``WINDOW`` batches are sorted by length, and the batches come in random order.
+    :param skipped: The first draws that a resumed run drops: windows of these alone are not sorted.
     :raises ValueError: If there are no rows.
     """
 
@@ -32,6 +33,7 @@ class RowStream(Sampler[Draw]):
     batch_size: int
     seed: int
     lengths_of: Callable[[Sequence[int]], Sequence[int]] | None = None
+    skipped: int = 0
 
     def __post_init__(self) -> None:
         if self.rows < 1:
@@ -50,10 +52,12 @@ class RowStream(Sampler[Draw]):
             yield from (Draw(int(index), epoch) for index in order)
 
     def _grouped(self, draws: Iterator[Draw], lengths_of: Callable[[Sequence[int]], Sequence[int]]) -> Iterator[Draw]:
-        generator = np.random.default_rng([self.seed, self.rows, self.draws])
+        generator, end = np.random.default_rng([self.seed, self.rows, self.draws]), 0
         while window := list(islice(draws, WINDOW * self.batch_size)):
-            order = np.argsort(lengths_of([draw.row for draw in window]), kind="stable")
-            window = [window[place] for place in order]
+            end += len(window)
+            if end > self.skipped:
+                order = np.argsort(lengths_of([draw.row for draw in window]), kind="stable")
+                window = [window[place] for place in order]
             starts = np.arange(0, len(window), self.batch_size)
             for start in generator.permutation(starts):
                 yield from window[start : start + self.batch_size]

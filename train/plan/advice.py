@@ -12,11 +12,16 @@ from cocoa_embed.train.stages.stage import Stage
 MOST_EPOCHS = 20
 
 
-def epoch_count(stage: Stage[StageSettings], rows: RowTable, steps: int) -> float:
-    """Return how often so many steps draw each of the rows."""
+def mean_batch_size(stage: Stage[StageSettings], rows: RowTable) -> float:
+    """Return the rows of a step; fewer than ``batch_size`` if a step is of one subset, and a subset is smaller."""
     held = stage.step_contents(rows)
     batches = sum(math.ceil(each["rows"] / max(each["rows_a_step"], 1)) for each in held)
-    return steps / stage.passes_per_epoch / (batches or len(rows) / stage.settings.batch_size)
+    return len(rows) / batches if batches else stage.settings.batch_size
+
+
+def epoch_count(stage: Stage[StageSettings], rows: RowTable, steps: int) -> float:
+    """Return how often so many steps draw each of the rows."""
+    return steps * mean_batch_size(stage, rows) / (len(rows) * stage.passes_per_epoch)
 
 
 def different_rows(rows: RowTable) -> int:
@@ -34,7 +39,7 @@ def different_images(rows: RowTable) -> int:
 def advise(stage: Stage[StageSettings], rows: RowTable, steps: int) -> Iterator[str]:
     """Yield one sentence for each setting that does not fit the stage's rows."""
     name, settings = stage.name, stage.settings
-    epochs, different, images = epoch_count(stage, rows, steps), different_rows(rows), different_images(rows)
+    epochs, different = epoch_count(stage, rows, steps), different_rows(rows)
     length = f"{name}.steps" if settings.epochs is None else f"{name}.epochs or {name}.min_steps"
     if steps < stage.fewest_steps:
         yield (
@@ -57,9 +62,4 @@ def advise(stage: Stage[StageSettings], rows: RowTable, steps: int) -> Iterator[
         yield (
             f"A batch of stage {name} has {settings.batch_size:,} rows, but only {different:,} of its rows are "
             f"different; lower {name}.batch_size."
-        )
-    if images < stage.probe_images:
-        yield (
-            f"Stage {name} has {images:,} different images, and its probe needs {stage.probe_images:,}, so it measures "
-            f"nothing; lower {name}.probe_rows, or set it to 0."
         )

@@ -18,7 +18,7 @@ from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.loop.checkpoints import newest_complete, step_of
 from cocoa_embed.train.loop.processes import by_first_process
-from cocoa_embed.train.plan.advice import different_images, epoch_count
+from cocoa_embed.train.plan.advice import different_images, epoch_count, mean_batch_size
 from cocoa_embed.train.plan.cards import seconds_on
 from cocoa_embed.train.plan.checks import CHECKPOINTS, Check, Prepared, bad_rows, examine
 from cocoa_embed.train.plan.cost import BatchShape, StepCost, batch_shape
@@ -59,6 +59,7 @@ class StagePlan:
     :param step_contents: What a step holds, by subset, if its rows are of one subset.
     :param steps: The steps of the whole stage; ``steps_done`` of them are in the checkpoint that it resumes from.
     :param epochs: How often the steps draw each row.
+    :param mean_batch_size: The rows of a step, of which ``batch_size`` are not always at hand.
     :param tokens_per_step: Tokens without padding, from a sample of the rows.
     :param flops: FLOPs of the remaining steps, forward and backward, from the same sample.
     :param rows_at_once: Rows that a device runs in one forward pass; in the contrastive stage, items.
@@ -83,6 +84,7 @@ class StagePlan:
     steps_done: int
     epochs: float
     batch_size: int
+    mean_batch_size: float
     rows_at_once: int
     tokens_per_step: float
     flops: float
@@ -187,6 +189,7 @@ def _plan_stage(
         freeze_vision=settings.freeze_vision,
         dense_mask=stage.attention() != FLEX,
     )
+    batch_size = mean_batch_size(stage, read.rows)
     rows_on_device = stage.micro_batches(devices)[0] // devices
     patches = fmean(sum(shape.patches for shape in of_row) for of_row in shapes)
     inputs = round(rows_on_device * patches * cost.size.geometry.patch_width * FULL)
@@ -204,8 +207,9 @@ def _plan_stage(
         epochs=epoch_count(stage, read.rows, steps),
         batch_size=settings.batch_size,
         rows_at_once=at_once,
-        tokens_per_step=settings.batch_size * fmean(sum(shape.tokens for shape in of_row) for of_row in shapes),
-        flops=(steps - steps_done) * settings.batch_size * flops_per_row,
+        mean_batch_size=batch_size,
+        tokens_per_step=batch_size * fmean(sum(shape.tokens for shape in of_row) for of_row in shapes),
+        flops=(steps - steps_done) * batch_size * flops_per_row,
         memory_bytes={"total": memory.total + inputs, **dataclasses.asdict(memory), "inputs": inputs},
         checkpoint_bytes=FULL * counts.total + ADAM_MOMENTS * FULL * counts.trainable,
         folder=str(out / name),

@@ -75,11 +75,6 @@ class Stage(ABC, Generic[Own]):
         :raises UsageError: If it cannot.
         """
 
-    @property
-    def probe_images(self) -> int:
-        """How many different images the stage's probe needs."""
-        return 0
-
     def row_warnings(self, rows: RowTable) -> list[str]:
         """Return a sentence, with what to change, for each thing that is unusual about these rows."""
         return []

@@ -50,6 +50,12 @@ def test_rows_of_similar_length_come_together_in_random_order() -> None:
     assert asked == [WINDOW * 8], "only the lengths of a window are computed"
     grouped = batches(RowStream(len(lengths), len(lengths), batch_size=8, seed=0, lengths_of=lengths_of))
     assert grouped[0][0] == first
+    asked.clear()
+    resumed = batches(
+        RowStream(len(lengths), len(lengths), batch_size=8, seed=0, lengths_of=lengths_of, skipped=8 * WINDOW + 8)
+    )
+    assert resumed[WINDOW + 1 :] == grouped[WINDOW + 1 :]
+    assert asked == [WINDOW * 8], "the skipped windows are not sorted"
     plain = batches(RowStream(len(lengths), len(lengths), batch_size=8, seed=0))
 
     def padding(drawn: list[list[Draw]]) -> int:

@@ -1,6 +1,5 @@
 """Stage 2: its trainer and its samples."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,8 +29,6 @@ from cocoa_embed.train.stages.bridge.settings import BridgeSettings
 from cocoa_embed.train.stages.samples import shown_images, spelt_tokens, token_samples
 from cocoa_embed.train.stages.stage import Stage
 
-logger = logging.getLogger(__name__)
-
 
 class Bridge(Stage[BridgeSettings]):
     """``[block A] <EOS> [block B]`` under the bridge mask, with most of block B masked."""
@@ -48,11 +45,6 @@ class Bridge(Stage[BridgeSettings]):
             return {"loss": "loss", "masked_token_accuracy": "accuracy"}
         return {"loss": "loss", MATCHING_IMAGE: "matching image", SHUFFLED_IMAGE: "shuffled", NO_IMAGE: "no image"}
 
-    @property
-    def probe_images(self) -> int:
-        """As many to train on as are held out."""
-        return max(4, 2 * self.settings.probe_rows) if self.settings.probe_rows else 0
-
     def usable(self, rows: RowTable) -> np.ndarray:
         """Return which rows have a content text."""
         found: np.ndarray = rows.column("query_text") + rows.column("positive_text") > 0
@@ -61,6 +53,16 @@ class Bridge(Stage[BridgeSettings]):
     def held_out(self, rows: RowTable) -> tuple[np.ndarray, np.ndarray]:
         """Hold the probe's rows out of training, with every row that would leak them."""
         return hold_out_rows(rows, self.settings.probe_rows, self.run.seed)
+
+    def row_warnings(self, rows: RowTable) -> list[str]:
+        """Return a sentence if there are too few images to hold some out."""
+        count = self.settings.probe_rows
+        if not count or len(self.held_out(rows)[0]):
+            return []
+        return [
+            f"Stage {self.name} has too few images to hold {count} of them out of training (it takes "
+            f"{max(4, 2 * count)}), so what <EOS> carries is not measured; lower {self.name}.probe_rows."
+        ]
 
     def collator(self, processor: ProcessorMixin) -> BridgeCollator:
         """Return what makes the stage's batches."""
@@ -79,12 +81,6 @@ class Bridge(Stage[BridgeSettings]):
             size = settings.mini_batch_size or settings.batch_size
             measure = bridge_probe(collator, probe_rows, prompts=self.run.prompts.model_dump(), batch_size=size)
             probe = Probe(measure, settings.probe_steps, PROBE_METRICS)
-        elif settings.probe_rows:
-            needed = max(4, 2 * settings.probe_rows)
-            logger.warning(
-                f"Too few images to hold {settings.probe_rows} of them out of training (it takes {needed}), so what "
-                f"<EOS> carries is not measured. Lower {self.name}.probe_rows."
-            )
         model = BridgeModel(backbone.model, eos_attends_to_b=settings.eos_attends_to_b)
         return stage_trainer(model, backbone.model, training_rows, collator, settings, context, probe)
 
