@@ -13,7 +13,6 @@ from accelerate.utils import send_to_device
 from accelerate.utils.memory import clear_device_cache
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, set_seed
 
-from cocoa_embed.errors import CocoaError
 from cocoa_embed.model.backbone import Backbone, load_backbone
 from cocoa_embed.model.training_record import TRAINING_FILE
 from cocoa_embed.train.data.lengths import row_lengths
@@ -117,7 +116,6 @@ def _train(trainer: CocoaTrainer, stop: SaveAndStop, checkpoint: Path | None, na
     """Train a stage to its last step, from a checkpoint if there is one.
 
     :raises Stopped: If a signal has stopped it before.
-    :raises CocoaError: If the rows do not give enough batches.
     """
     if checkpoint is not None and step_of(checkpoint) >= steps and not trainer.is_fsdp_enabled:
         trainer.load_finished(checkpoint)  # killed after its last step, before its weights were written
@@ -127,11 +125,6 @@ def _train(trainer: CocoaTrainer, stop: SaveAndStop, checkpoint: Path | None, na
     reached = trainer.state.global_step
     if stop.requested and reached < trainer.state.max_steps:
         raise Stopped(stop.requested, f"at step {reached} of {trainer.state.max_steps} of stage {name}")
-    if reached < steps:
-        raise CocoaError(
-            f"Stage {name} ended at step {reached} of {steps}, as no more batches could be drawn; lower its "
-            "batch_size, or give it more different rows."
-        )
 
 
 def load_weights(recipe: Recipe, start: str, attention: str) -> Backbone:

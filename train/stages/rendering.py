@@ -33,7 +33,7 @@ def render_items(processor: ProcessorMixin, items: Sequence[Item], *, prompt: st
     of_items = [[load_row_image(image) for image in item.images] for item in items]
     for item, several in zip(items, of_items, strict=True):
         if len(several) > 1:
-            _check_room(processor, item, several)
+            check_room(processor, item, several)
     images = [image for of_item in of_items for image in of_item]
     return dict(
         processor(
@@ -47,7 +47,11 @@ def render_items(processor: ProcessorMixin, items: Sequence[Item], *, prompt: st
     )
 
 
-def _check_room(processor: ProcessorMixin, item: Item, images: Sequence[Image.Image]) -> None:
+def check_room(processor: ProcessorMixin, item: Item, images: Sequence[Image.Image]) -> None:
+    """Check that an item's images, with one token of its text, fit into a sequence.
+
+    :raises CocoaError: If they do not.
+    """
     # Two more tokens mark the start and the end of an image, and one more is ``<EOS>``.
     needed = sum(visual_tokens(processor.image_processor, *image.size) + 2 for image in images) + 1
     if needed > (limit := processor.tokenizer.model_max_length):

@@ -25,7 +25,7 @@ from cocoa_embed.train.loop.processes import meet
 from cocoa_embed.train.loop.trainer import Probe, StageContext
 from cocoa_embed.train.stages.contrastive.loss import CachedRankingLoss, contrastive_loss
 from cocoa_embed.train.stages.contrastive.model import as_sentence_transformer, embedding_probe
-from cocoa_embed.train.stages.contrastive.pairs import preprocess_items
+from cocoa_embed.train.stages.contrastive.patches import preprocess_items, preprocess_patches, unpack_patches
 from cocoa_embed.train.stages.contrastive.settings import ContrastiveSettings
 from cocoa_embed.train.stages.contrastive.stage import Contrastive
 from cocoa_embed.train.stages.contrastive.trainer import ContrastiveTrainer
@@ -91,6 +91,39 @@ def test_items_become_the_models_own_inputs_and_have_several_images(
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         assert torch.equal(found[key], value) if isinstance(value, Tensor) else found[key] == value
+
+
+def test_uint8_patches_are_the_models_own_inputs_once_they_are_unpacked(
+    model: SentenceTransformer, mixed_rows: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image is read once the one before it is patches."""
+    seen: list[int] = []
+    preprocess = SentenceTransformer.preprocess
+    monkeypatch.setattr(
+        SentenceTransformer,
+        "preprocess",
+        lambda self, inputs, **how: seen.append(len(inputs)) or preprocess(self, inputs, **how),
+    )
+    two = Item(text="two", images=(mixed_rows[0].query.images[0], mixed_rows[3].query.images[0]))
+    texts = [Item(text="a ring"), Item(text="a large red ring")]
+    for items in ([*texts, *(row.query for row in mixed_rows[:3]), two], texts, [two]):
+        expected = preprocessed(model, items, prompt="of ")
+        seen.clear()
+        found = preprocess_patches(model, items, prompt="of ")
+        assert sum(seen) == len(items)
+        assert max(seen) == len(texts) or items == [two]
+        pixels = found.get("pixel_values", torch.zeros(0))
+        assert pixels.shape[0] == 0 or (pixels.dtype, pixels.shape[1]) == (torch.uint8, 588)
+        (unpacked,) = unpack_patches(model[0].processor.image_processor, model[0], (found,))
+        assert unpacked.keys() == expected.keys()
+        for key, value in expected.items():
+            assert torch.equal(unpacked[key], value) if isinstance(value, Tensor) else unpacked[key] == value
+
+
+def test_images_that_leave_no_room_for_a_text_are_named(model: SentenceTransformer, mixed_rows: list[Row]) -> None:
+    many = Item(text="many", images=mixed_rows[0].query.images * 30)
+    with pytest.raises(CocoaError, match=r"the text 'many' takes 181 tokens .* than max_length 128"):
+        preprocessed(model, [many])
 
 
 def test_a_broken_image_is_named_where_it_is_read(model: SentenceTransformer, tmp_path: Path) -> None:

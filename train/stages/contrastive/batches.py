@@ -104,10 +104,13 @@ class PairBatches(BatchSampler):
 
     :param batch_size: Rows of a batch, over all devices.
     :param steps: The number of batches.
+    :raises ValueError: If an epoch has no batch.
     """
 
     def __init__(self, groups: list[PairGroup], batch_size: int, steps: int, seed: int, devices: int) -> None:
         self.groups, self.size, self.steps, self.seed, self.devices = groups, batch_size, steps, seed, devices
+        if not any(map(self.batches_of, groups)):
+            raise ValueError("no group has enough rows for a batch")
         # So accelerate expects batches of different sizes, and uses each.
         self.batch_size = None  # type: ignore[assignment]
         self.drop_last = False

@@ -15,7 +15,7 @@ from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.model.export import embedding_model
 from cocoa_embed.train.loop.trainer import Measure
 from cocoa_embed.train.settings import RunSettings
-from cocoa_embed.train.stages.contrastive.pairs import preprocess_items
+from cocoa_embed.train.stages.contrastive.patches import preprocess_items
 from cocoa_embed.train.stages.probe import geometry_probe
 
 

@@ -1,23 +1,16 @@
 """The batches of stage 3 as sentence-transformers takes them, read from the rows in the data loader's workers."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 
-from cocoa_embed.data.rows import Item, Row
+from cocoa_embed.data.rows import Row
 from cocoa_embed.train.data.row_table import RowTable, content_id
-from cocoa_embed.train.data.rows import load_row_image
 from cocoa_embed.train.loop.batch_facts import DescribedBatches
-
-
-def preprocess_items(model: SentenceTransformer, items: Iterable[Item], **kwargs: Any) -> dict[str, Any]:
-    """Return items as inputs of the model, by its own ``preprocess``, with their images read."""
-    return model.preprocess([item.load(load_row_image) for item in items], **kwargs)
 
 
 @dataclass(kw_only=True)

@@ -8,6 +8,8 @@ from cocoa_embed.train.settings import Count, Positive, Rate, StageSettings
 class ContrastiveSettings(StageSettings):
     """Stage 3: the contrastive loss, and how the stage is measured.
 
+    A candidate that equals a query's positive, or is the positive of an equal query, is no negative of it.
+
     Gradients are cached, so that the batch may be larger than memory allows: ``mini_batch_size`` is in items.
 
     :param directions: ``forward``: queries are matched to their positives. ``both``: each pair is trained from either

@@ -23,7 +23,8 @@ from cocoa_embed.train.loop.trainer import CocoaTrainer, Probe, StageContext
 from cocoa_embed.train.stages.contrastive.batches import PairBatches, pair_groups, step_contents
 from cocoa_embed.train.stages.contrastive.loss import contrastive_loss
 from cocoa_embed.train.stages.contrastive.model import as_sentence_transformer, embedding_probe
-from cocoa_embed.train.stages.contrastive.pairs import PairCollator, preprocess_items
+from cocoa_embed.train.stages.contrastive.pairs import PairCollator
+from cocoa_embed.train.stages.contrastive.patches import preprocess_patches, unpack_patches
 from cocoa_embed.train.stages.contrastive.settings import ContrastiveSettings
 from cocoa_embed.train.stages.contrastive.trainer import ContrastiveTrainer
 from cocoa_embed.train.stages.probe import pictured_rows
@@ -121,6 +122,7 @@ class Contrastive(Stage[ContrastiveSettings]):
         query, document = self.run.prompts.query, self.run.prompts.document
         prompts = {"anchor": query, "positive": document}
         prompts |= {f"negative_{place + 1}": document for place in range(settings.hard_negatives)}
+        model[0].register_forward_pre_hook(partial(unpack_patches, backbone.processor.image_processor))
         adapter = prepare_trainable(cast(PreTrainedModel, model[0].auto_model), settings)
         if probe_rows := pictured_rows(rows, settings.probe_rows, self.run.seed):
             measure = embedding_probe(model, probe_rows, self.sequences_at_once(1))
@@ -136,7 +138,7 @@ class Contrastive(Stage[ContrastiveSettings]):
             train_dataset=Dataset.from_dict({"row": np.arange(len(rows) * self.passes_per_epoch)}),
             loss=contrastive_loss(model, settings),
             data_collator=PairCollator(
-                preprocess_fn=partial(preprocess_items, model),
+                preprocess_fn=partial(preprocess_patches, model),
                 prompts={column: prompt for column, prompt in prompts.items() if prompt},
                 rows=rows,
                 hard_negatives=settings.hard_negatives,
