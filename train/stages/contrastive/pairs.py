@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -40,7 +39,7 @@ class PairCollator(SentenceTransformerDataCollator):
         pairs = [self._pair(feature["row"]) for feature in features]
         lengths = None if self.lengths_of is None else self.lengths_of([row for _, row in pairs])
         order = range(len(pairs)) if lengths is None else np.argsort(lengths, kind="stable").tolist()
-        usable = ReplaceBroken(self._collate, itemgetter(1), self._after, self.on_bad_row, len(self.rows))
+        usable = ReplaceBroken(self._collate, lambda pair: pair[1], self._after, self.on_bad_row, len(self.rows))
         described = DescribedBatches(usable, self._row_numbers, self.flops_of)
         return described([pairs[place] for place in order])
 
