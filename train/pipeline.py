@@ -77,9 +77,9 @@ def _run_stage(
     name, recipe = stage.name, prepared.recipe
     checkpoints = out / CHECKPOINTS / name
     checkpoint = newest_complete(checkpoints)
-    backbone = _load_weights(recipe, str(before[-1].folder) if before else recipe.backbone, stage.attention())
+    backbone = load_weights(recipe, str(before[-1].folder) if before else recipe.backbone, stage.attention())
     processor = backbone.processor
-    context = _context(stage, prepared, backbone.model, processor, checkpoints)
+    context = stage_context(stage, prepared, backbone.model, processor, checkpoints)
     rows = prepared.rows[name].rows
     held_out, _ = stage.held_out(rows)
     trainer = stage.trainer(backbone, rows, context)
@@ -127,7 +127,7 @@ def _train(trainer: CocoaTrainer, stop: SaveAndStop, checkpoint: Path | None, na
         raise Stopped(stop.requested, f"at step {reached} of {trainer.state.max_steps} of stage {name}")
 
 
-def _load_weights(recipe: Recipe, start: str, attention: str) -> Backbone:
+def load_weights(recipe: Recipe, start: str, attention: str) -> Backbone:
     """Load the backbone that a stage starts from, by folder or by name."""
     set_seed(recipe.seed)  # a mask token that needs a wider embedding matrix is drawn
     with PartialState().main_process_first():  # the others find what the first has downloaded
@@ -143,18 +143,20 @@ def _load_weights(recipe: Recipe, start: str, attention: str) -> Backbone:
     return backbone
 
 
-def _context(
+def stage_context(
     stage: Stage[StageSettings],
     prepared: Prepared,
     model: PreTrainedModel,
     processor: ProcessorMixin,
     checkpoints: Path,
 ) -> StageContext:
+    """Return the arguments of a stage's trainer that come from the run."""
     recipe, layers = prepared.recipe, sorted(model._no_split_modules or ())
     dtype = torch.bfloat16 if recipe.mixed_precision == "bf16" else torch.float32
     return StageContext(
         arguments=stage.arguments(steps=prepared.steps[stage.name], folder=checkpoints, layers=layers),
         lengths_of=partial(row_lengths, processor=processor, sizes=prepared.rows[stage.name].sizes),
+        on_bad_row=recipe.data_of(stage.name).on_bad_row,
         flops_of=StepCost.of(model.config, stage.settings),
         peak_flops=measure_matmul_flops(torch.device(str(PartialState().device)), dtype),
         memory_remedy=stage.memory_remedy(),

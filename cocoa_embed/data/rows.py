@@ -18,6 +18,11 @@ SHOWN_CHARACTERS = 60
 class ImageTable(Protocol):
     """A table that holds images."""
 
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the table."""
+        ...
+
     def row_name(self, row: int) -> str:
         """Return the name of a row in error messages."""
         ...

@@ -198,6 +198,7 @@ def test_all_local_faults_are_in_one_message_before_torch_is_imported() -> None:
     for arguments, status, faults in (
         (["index", "photoz", "--model", "on/hub"], 1, ["photoz does not exist"]),
         (index, 2, ["photoz", "x*.png", "mdl", "a/b"]),
+        (["train", "tiny", "data.folder=photoz", "--dry-run"], 1, ["data.folder photoz does not exist"]),
         (search, 2, ["index", "mdl", "=1000", "nodir", "gone"]),
     ):
         code = (

@@ -21,11 +21,13 @@ FORMAT_VERSION = 1
 
 ROWS_A_CHUNK = 10_000
 
-_NUMBERS = ("subset", "query_id", "positive_id", "negatives_id", "negatives", "image_id", "images", "query_text",
-            "positive_text", "source_id")  # fmt: skip
+_NUMBERS = (
+    *("subset", "source_id", "query_id", "positive_id", "negatives_id", "negatives"),
+    *("image_id", "images", "query_text", "positive_text"),
+)
 
 SCHEMA = pa.schema({"row": pa.string(), "image_ids": pa.list_(pa.int64()), **{name: pa.int64() for name in _NUMBERS}})
-"""``row`` is JSON, which is read ten times as fast as nested columns. ``image_ids`` are of all items, in their order."""
+"""``row`` is JSON, which is read faster than nested columns. ``image_ids`` are of all items, in their order."""
 
 
 class RowTable(Sequence[Row]):
@@ -51,7 +53,7 @@ class RowTable(Sequence[Row]):
         self._table, self._rows = table, table["row"]
         self._image_tables = tuple(image_tables)
         self._indices = np.arange(len(table)) if indices is None else indices
-        self._path = path
+        self.path = path
 
     @classmethod
     def of(cls, rows: Iterable[Row]) -> RowTable:
@@ -89,10 +91,10 @@ class RowTable(Sequence[Row]):
         return cls(table, found["subsets"], [reopen(tuple(origin)) for origin in found["image_tables"]], path=path)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self._path is not None:
-            everything = len(self._indices) == len(self._table) and bool((np.diff(self._indices) == 1).all())
-            return _reopened, (self._path, None if everything else self._indices)
-        return RowTable.of, (list(self),)
+        if self.path is None:
+            return RowTable.of, (list(self),)
+        in_order = len(self._indices) == len(self._table) and bool((np.diff(self._indices) == 1).all())
+        return _reopened, (self.path, None if in_order else self._indices)
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -112,19 +114,23 @@ class RowTable(Sequence[Row]):
     def select(self, indices: np.ndarray) -> RowTable:
         """Return the rows at these places, in this order; rows may repeat."""
         chosen = self._indices[np.asarray(indices, dtype=np.int64)]
-        return RowTable(self._table, self.subsets, self._image_tables, indices=chosen, path=self._path)
+        return RowTable(self._table, self.subsets, self._image_tables, indices=chosen, path=self.path)
 
-    def distinct_images(self) -> Iterator[tuple[int, ItemImage]]:
-        """Yield each image of the rows' queries, positives and negatives once, with its ``image_id``."""
-        unseen = np.unique(self._indices)
+    def image_ids(self) -> np.ndarray:
+        """Return the ``image_id`` of each image of the rows once, negatives included, int64 ``[images]``."""
         ids, rows = self._images()
-        ids, rows = ids[np.isin(rows, unseen)], rows[np.isin(rows, unseen)]
+        return np.unique(ids[np.isin(rows, self._indices)])
+
+    def images(self, image_ids: np.ndarray) -> Iterator[tuple[int, ItemImage]]:
+        """Yield the images with some of the ``image_ids``, each once and with its own."""
+        ids, rows = self._images()
         distinct, firsts = np.unique(ids, return_index=True)
-        for number, row in zip(distinct.tolist(), rows[firsts].tolist(), strict=True):
+        chosen = np.isin(distinct, image_ids)
+        for number, row in zip(distinct[chosen].tolist(), rows[firsts[chosen]].tolist(), strict=True):
             yield number, next(image for image in self._row(row).images() if image_id(image) == number)
 
     def with_images(self, image_ids: np.ndarray) -> np.ndarray:
-        """Return for each row whether its query, its positive or a negative has one of these images, bool ``[rows]``."""
+        """Return whether rows have one of these images, bool ``[rows]``."""
         ids, rows = self._images()
         return np.isin(self._indices, rows[np.isin(ids, image_ids)])
 
@@ -136,11 +142,11 @@ class RowTable(Sequence[Row]):
     def column(self, name: str) -> np.ndarray:
         """Return a number for each row, int64 ``[rows]``.
 
-        ``subset`` is the place of its subset in ``subsets``; ``query_id`` and ``positive_id`` are equal for sides with
-        equal texts and images; ``negatives_id`` identifies all negatives, and ``negatives`` counts them; ``image_id``
-        identifies ``Row.image``, and is 0 without one; ``images`` counts the images of query and positive;
-        ``query_text`` and ``positive_text`` are the characters of their content, without instructions; ``source_id``
-        identifies ``Row.source``.
+        ``subset`` is the place of its subset in ``subsets``; ``source_id`` identifies ``Row.source``; ``query_id`` and
+        ``positive_id`` are equal for sides with equal texts and images; ``negatives_id`` identifies all negatives, and
+        ``negatives`` counts them; ``image_id`` identifies ``Row.image``, and is 0 without one; ``images`` counts the
+        images of query and positive; ``query_text`` and ``positive_text`` are the characters of their content, without
+        instructions.
         """
         found: np.ndarray = self._table[name].to_numpy()[self._indices]
         return found
@@ -201,6 +207,7 @@ class _Chunks:
             json.dumps((row.source, query, positive, negatives, subset)),
             [image_id(image) for image in row.images()],
             subset,
+            digest(row.source),
             content_id(row.query),
             content_id(row.positive),
             content_id(*row.negatives) if row.negatives else 0,
@@ -209,7 +216,6 @@ class _Chunks:
             len(row.query.images) + len(row.positive.images),
             len(row.query.text or ""),
             len(row.positive.text or ""),
-            _digest(row.source),
         )
 
     def _item(self, item: Item) -> tuple[Any, ...]:
@@ -224,16 +230,17 @@ class _Chunks:
 
 def content_id(*items: Item) -> int:
     """Return a number that is equal for equal items: their full texts, and the names of their images."""
-    parts = [part for item in items for part in (item.full_text or "", len(item.images), *map(str, item.images))]
-    return _digest(json.dumps(parts))
+    parts = [[item.full_text, *map(str, item.images)] for item in items]
+    return digest(json.dumps(parts))
 
 
 def image_id(image: ItemImage) -> int:
     """Return a number that identifies an image by its name; never 0."""
-    return _digest(str(image))
+    return digest(str(image))
 
 
-def _digest(text: str) -> int:
+def digest(text: str) -> int:
+    """Return a number that identifies a text, int64 and never 0."""
     return (
         int.from_bytes(
             hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little", signed=True

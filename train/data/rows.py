@@ -45,6 +45,10 @@ class Rows(Dataset[tuple[Draw, Row]]):
     def __getitem__(self, draw: Draw) -> tuple[Draw, Row]:
         return draw, self.rows[draw.row]
 
+    def after(self, example: tuple[Draw, Row]) -> tuple[Draw, Row]:
+        """Return the row after an example's, in the same epoch."""
+        return self[example[0]._replace(row=(example[0].row + 1) % len(self))]
+
 
 def numbered(rows: Sequence[Row]) -> list[tuple[Draw, Row]]:
     """Return rows as a collator takes them, all of the first epoch."""
@@ -54,13 +58,22 @@ def numbered(rows: Sequence[Row]) -> list[tuple[Draw, Row]]:
 def load_row_image(image: ItemImage) -> Image.Image:
     """Load a row's image for training.
 
-    :raises ImageError: If it cannot be used, or one side is more than 200 times the other, which processors refuse.
+    :raises ImageError: If it cannot be used, as in ``check_aspect_ratio``, too.
     """
     loaded = load_item_image(image)
-    if max(loaded.size) > MAX_ASPECT_RATIO * min(loaded.size):
-        size = f"{loaded.width} x {loaded.height}"
-        raise ImageError(printable(str(image)), f"is {size}: one side is more than {MAX_ASPECT_RATIO} times the other")
+    check_aspect_ratio(loaded.size, printable(str(image)))
     return loaded
+
+
+def check_aspect_ratio(size: tuple[int, int], name: str) -> tuple[int, int]:
+    """Return the size of an image as it is.
+
+    :raises ImageError: If one side is more than 200 times the other, which processors refuse.
+    """
+    if max(size) > MAX_ASPECT_RATIO * min(size):
+        reason = f"is {size[0]} x {size[1]}: one side is more than {MAX_ASPECT_RATIO} times the other"
+        raise ImageError(name, reason)
+    return size
 
 
 def check_text(text: str, source: str) -> str:

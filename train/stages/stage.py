@@ -43,6 +43,12 @@ class Stage(ABC, Generic[Own]):
     has_samples: ClassVar[bool] = False
     """Whether the report shows what the stage predicts for a few rows (``samples``)."""
 
+    fewest_steps: ClassVar[int] = 1
+    """A stage of fewer steps learns nothing that the next one can use."""
+
+    needs: ClassVar[str] = ""
+    """What rows that the stage cannot use lack, and what to do."""
+
     accumulates: ClassVar[bool] = True
     """Whether mini-batches are steps of the trainer, which adds up their gradients."""
 
@@ -59,12 +65,8 @@ class Stage(ABC, Generic[Own]):
         :raises UsageError: If they do not fit.
         """
 
-    def unusable(self, row: Row) -> str | None:
-        """Return why the stage cannot use a row, None if it can."""
-        return None
-
     def usable(self, rows: RowTable) -> np.ndarray:
-        """Return which rows the stage can use, as ``unusable`` does one by one, bool ``[rows]``."""
+        """Return which rows the stage can use, bool ``[rows]``; the others are left out of it, and counted."""
         return np.ones(len(rows), dtype=bool)
 
     def check_rows(self, rows: RowTable) -> None:
@@ -72,6 +74,10 @@ class Stage(ABC, Generic[Own]):
 
         :raises UsageError: If it cannot.
         """
+
+    def row_warnings(self, rows: RowTable) -> list[str]:
+        """Return a sentence, with what to change, for each thing that is unusual about these rows."""
+        return []
 
     # How rows make steps
 
@@ -85,7 +91,12 @@ class Stage(ABC, Generic[Own]):
         if self.settings.steps is not None:
             return self.settings.steps
         assert self.settings.epochs is not None  # validated with the settings
-        return max(1, math.ceil(self.settings.epochs * rows * self.passes_per_epoch / self.settings.batch_size))
+        steps = math.ceil(self.settings.epochs * rows * self.passes_per_epoch / self.settings.batch_size)
+        return max(steps, self.settings.min_steps or 1)
+
+    def step_contents(self, rows: RowTable) -> list[dict[str, Any]]:
+        """Return what a step holds, if its rows are of one ``subset``: an entry for each, with ``rows_a_step``."""
+        return []
 
     def micro_batches(self, devices: int) -> tuple[int, int]:
         """Return how many rows all devices take at once, and how many times that makes a step.

@@ -60,6 +60,8 @@ def stage_of(kind: type[Stage[Any]], **values: Any) -> Stage[Any]:
         (Contrastive, {}, 10),
         (Contrastive, {"directions": "symmetric"}, 5),
         (Contrastive, {"epochs": None, "steps": 7}, 7),
+        (Warmup, {"min_steps": 4}, 5),
+        (Warmup, {"min_steps": 6}, 6),
     ],
 )
 def test_an_epoch_draws_each_row_once_in_each_direction(

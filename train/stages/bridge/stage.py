@@ -1,6 +1,5 @@
 """Stage 2: its trainer and its samples."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,11 +11,12 @@ from transformers import PreTrainedConfig, ProcessorMixin
 from cocoa_embed.data.rows import Row
 from cocoa_embed.model.attention import Block, before_or_itself, bridge_mask, is_causal
 from cocoa_embed.model.backbone import Backbone, PatchGeometry
+from cocoa_embed.train.data.broken_rows import unbroken
 from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.loop.batch_facts import Batch, Example
 from cocoa_embed.train.loop.stage_trainer import StageTrainer, stage_trainer
 from cocoa_embed.train.loop.trainer import Probe, StageContext
-from cocoa_embed.train.stages.bridge.collator import NO_CONTENT, BridgeCollator
+from cocoa_embed.train.stages.bridge.collator import BridgeCollator
 from cocoa_embed.train.stages.bridge.model import BridgeModel
 from cocoa_embed.train.stages.bridge.probe import (
     MATCHING_IMAGE,
@@ -30,13 +30,13 @@ from cocoa_embed.train.stages.bridge.settings import BridgeSettings
 from cocoa_embed.train.stages.samples import shown_images, spelt_tokens, token_samples
 from cocoa_embed.train.stages.stage import Stage
 
-logger = logging.getLogger(__name__)
-
 
 class Bridge(Stage[BridgeSettings]):
     """``[block A] <EOS> [block B]`` under the bridge mask, with most of block B masked."""
 
     has_sparse_mask = True
+    fewest_steps = 500
+    needs = "block B takes a text beside the instructions; caption their images"
     has_samples = True
 
     @property
@@ -46,10 +46,6 @@ class Bridge(Stage[BridgeSettings]):
             return {"loss": "loss", "masked_token_accuracy": "accuracy"}
         return {"loss": "loss", MATCHING_IMAGE: "matching image", SHUFFLED_IMAGE: "shuffled", NO_IMAGE: "no image"}
 
-    def unusable(self, row: Row) -> str | None:
-        """Return why a row has no block B."""
-        return None if row.query.text or row.positive.text else NO_CONTENT
-
     def usable(self, rows: RowTable) -> np.ndarray:
         """Return which rows have a content text."""
         found: np.ndarray = rows.column("query_text") + rows.column("positive_text") > 0
@@ -58,6 +54,16 @@ class Bridge(Stage[BridgeSettings]):
     def held_out(self, rows: RowTable) -> tuple[np.ndarray, np.ndarray]:
         """Hold the probe's rows out of training, with every row that would leak them."""
         return hold_out_rows(rows, self.settings.probe_rows, self.run.seed)
+
+    def row_warnings(self, rows: RowTable) -> list[str]:
+        """Return a sentence if there are too few images to hold some out."""
+        count = self.settings.probe_rows
+        if not count or len(self.held_out(rows)[0]):
+            return []
+        return [
+            f"Stage {self.name} has too few images to hold {count} of them out of training (it takes "
+            f"{max(4, 2 * count)}), so what <EOS> carries is not measured; lower {self.name}.probe_rows."
+        ]
 
     def collator(self, processor: ProcessorMixin) -> BridgeCollator:
         """Return what makes the stage's batches."""
@@ -71,17 +77,11 @@ class Bridge(Stage[BridgeSettings]):
         """Return the trainer, with a probe on the rows held out."""
         settings, probe = self.settings, None
         collator = self.collator(backbone.processor)
-        probe_rows, training_rows = map(rows.select, self.held_out(rows))
-        if len(probe_rows):
+        held_out, training_rows = map(rows.select, self.held_out(rows))
+        if probe_rows := unbroken(held_out, context.on_bad_row):
             size = settings.mini_batch_size or settings.batch_size
             measure = bridge_probe(collator, probe_rows, prompts=self.run.prompts.model_dump(), batch_size=size)
             probe = Probe(measure, settings.probe_steps, PROBE_METRICS)
-        elif settings.probe_rows:
-            needed = max(4, 2 * settings.probe_rows)
-            logger.warning(
-                f"Too few images to hold {settings.probe_rows} of them out of training (it takes {needed}), so what "
-                f"<EOS> carries is not measured. Lower {self.name}.probe_rows."
-            )
         model = BridgeModel(backbone.model, eos_attends_to_b=settings.eos_attends_to_b)
         return stage_trainer(model, backbone.model, training_rows, collator, settings, context, probe)
 

@@ -1,7 +1,7 @@
 """Stage 3: its batches, its loss and its trainer."""
 
-import logging
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +16,7 @@ from cocoa_embed.errors import UsageError
 from cocoa_embed.evaluation.geometry import ALIGNMENT
 from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.model.flex_attention import FLEX
+from cocoa_embed.train.data.broken_rows import unbroken
 from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.loop.adapters import prepare_trainable
 from cocoa_embed.train.loop.batch_facts import Batch, Example
@@ -37,8 +38,6 @@ DIRECTIONS = {
     "symmetric": " Each positive looks for its query too, in the same loss.",
 }
 
-logger = logging.getLogger(__name__)
-
 
 class Contrastive(Stage[ContrastiveSettings]):
     """InfoNCE with in-batch negatives over the embeddings of queries and documents."""
@@ -59,19 +58,31 @@ class Contrastive(Stage[ContrastiveSettings]):
             )
 
     def check_rows(self, rows: RowTable) -> None:
-        """Check that every subset can give a batch with something to contrast; log what is unusual.
+        """Check that every subset can give a batch with something to contrast.
 
         :raises UsageError: If one cannot.
         """
-        devices, size = PartialState().num_processes, self.settings.batch_size
+        devices = PartialState().num_processes
         for content in step_contents(rows, self.settings, devices):
             if fault := content.fault(devices):
                 raise UsageError(
                     f"Subset {content.subset!r} of stage {self.name} {fault}; leave it out of the stage, or give it "
                     "more different pairs."
                 )
-            if warning := content.warning(size):
-                logger.warning("subset %r of stage %s %s", content.subset, self.name, warning)
+
+    def step_contents(self, rows: RowTable) -> list[dict[str, Any]]:
+        """Return what a step on each subset holds."""
+        return [asdict(content) for content in step_contents(rows, self.settings, PartialState().num_processes)]
+
+    def row_warnings(self, rows: RowTable) -> list[str]:
+        """Return a sentence for each subset whose batches are small, or have few negatives."""
+        contents = step_contents(rows, self.settings, PartialState().num_processes)
+        remedy = f"give it more different pairs, lower {self.name}.batch_size, or leave it out of the stage"
+        return [
+            f"Subset {content.subset!r} of stage {self.name} {warning}; {remedy}."
+            for content in contents
+            if (warning := content.warning(self.settings.batch_size))
+        ]
 
     @property
     def passes_per_epoch(self) -> int:
@@ -114,7 +125,7 @@ class Contrastive(Stage[ContrastiveSettings]):
         prompts |= {f"negative_{place + 1}": document for place in range(settings.hard_negatives)}
         model[0].register_forward_pre_hook(partial(unpack_patches, backbone.processor.image_processor))
         adapter = prepare_trainable(cast(PreTrainedModel, model[0].auto_model), settings)
-        if probe_rows := pictured_rows(rows, settings.probe_rows, self.run.seed):
+        if probe_rows := unbroken(pictured_rows(rows, settings.probe_rows, self.run.seed), context.on_bad_row):
             measure = embedding_probe(model, probe_rows, self.sequences_at_once(1))
             probe = Probe(measure, settings.probe_steps, {ALIGNMENT})
         arguments = SentenceTransformerTrainingArguments(**context.arguments)
@@ -134,6 +145,7 @@ class Contrastive(Stage[ContrastiveSettings]):
                 hard_negatives=settings.hard_negatives,
                 flops_of=context.flops_of,
                 lengths_of=context.lengths_of,
+                on_bad_row=context.on_bad_row,
             ),
             rows=rows,
             context=context,
