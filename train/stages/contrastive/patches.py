@@ -33,8 +33,8 @@ def preprocess_items(model: SentenceTransformer, items: Sequence[Item], **kwargs
 def preprocess_patches(model: SentenceTransformer, items: Sequence[Item], **kwargs: Any) -> dict[str, Any]:
     """Return ``preprocess_items`` with ``pixel_values`` as uint8 patches of one frame each.
 
-    One image of 12 megapixels takes 89 MiB on the way to ``pixel_values``, and 1.2 MB as patches of 448 x 448 pixels in
-    float32 are 4.8 MB: a batch of a thousand takes a seventh of that here. ``unpack_patches`` is the way back.
+    On the way to ``pixel_values`` an image of 12 megapixels takes some 90 MB, so images take it one after the other. Of
+    448 x 448 pixels, ``pixel_values`` are 4.8 MB and the patches 0.6. ``unpack_patches`` is the way back.
     """
     module: Any = model[0]
     processor, patches, parts = module.processor, bytearray(), []
