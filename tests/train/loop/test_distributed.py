@@ -142,6 +142,19 @@ def test_two_processes_train_the_weights_of_one(recipe: Recipe, alone: Path, tmp
 
 
 @pytest.mark.slow
+def test_pairs_from_either_side_do_too(recipe: Recipe, tmp_path: Path) -> None:
+    """The last pass of a step has images on one process and none on the other; gradients are exchanged in it."""
+    assert recipe.contrastive is not None
+    both = recipe.contrastive.model_copy(update={"directions": "both", "steps": 8})
+    given = recipe.model_copy(update={"warmup": None, "bridge": None, "contrastive": both})
+    (tmp_path / "two").mkdir()
+    launched = launch(given, tmp_path / "two")
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    run(given, tmp_path / "one")
+    assert_same(tmp_path / "two" / "out", tmp_path / "one", ("contrastive",))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [
