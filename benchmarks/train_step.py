@@ -7,7 +7,8 @@
 
 Plain: ``labels=`` on the stock class, and so logits ``[B, L, V]``; a dense 4-D mask; batches of rows in their order,
 padded to the longest; in the contrastive stage the whole batch in one forward pass. Ours: the head at masked positions
-only, rows of similar length together; gradient-cached chunks of pairs sorted by length. Both have the same rows and the same random weights, and the losses of one common batch are compared first.
+only, rows of similar length together; gradient-cached chunks of pairs sorted by length. Both have the same rows and the
+same random weights, and the losses of one common batch are compared first.
 
 With ``--adapter`` both sides train an adapter of PEFT, which merges nothing. ``--side`` measures one side alone, and
 with ``--grow`` at twice the rows again and again, until memory does not suffice.

@@ -23,8 +23,9 @@ settings.load_profile("cocoa-embed")
 
 @pytest.fixture(scope="session", autouse=True)
 def data_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Let ``datasets`` keep its copies of Parquet files with the tests' own files."""
+    """Keep the cache of rows, and the copies that ``datasets`` makes of Parquet files, with the tests' own files."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COCOA_CACHE", str(tmp_path_factory.mktemp("rows")))
         patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
         yield
 

@@ -10,6 +10,7 @@ from cocoa_embed.model.backbone import SUPPORTED, load_backbone, read_config
 from cocoa_embed.model.loading import find_device, load_model
 from cocoa_embed.model.training_record import read_run, read_training, run_of
 from cocoa_embed.train.data.caption_rows import read_image_folder
+from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.loop.oom import is_out_of_memory
 from cocoa_embed.train.plan.checks import read_stages
 from cocoa_embed.train.recipe import Recipe
@@ -69,7 +70,7 @@ def diagnose(
         held_out_by, held_out, seen_by = held_out_rows(checkpoint)
         chosen, source = held_out[:rows], f"rows that the {held_out_by} stage held out of its training"
     else:
-        chosen = pictured_rows(read_image_folder(data, limit=rows or ROWS), rows or ROWS)
+        chosen = pictured_rows(RowTable.of(read_image_folder(data, limit=rows or ROWS)), rows or ROWS, recipe.seed)
         held_out_by, seen_by, source = None, [], f"first rows of {printable(data)}"
         if not chosen:
             raise CocoaError(f"{printable(data)} has one image; two are needed, as images are exchanged.")

@@ -13,14 +13,13 @@ from accelerate.utils import send_to_device
 from accelerate.utils.memory import clear_device_cache
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, set_seed
 
-from cocoa_embed.errors import CocoaError
 from cocoa_embed.model.backbone import Backbone, load_backbone
 from cocoa_embed.model.training_record import TRAINING_FILE
 from cocoa_embed.train.data.lengths import row_lengths
 from cocoa_embed.train.loop.callbacks import (
     TENSORBOARD,
+    SaveAndStop,
     SaveSnapshots,
-    StopOnSigterm,
     Stopped,
     end_reports,
     show_progress,
@@ -54,7 +53,7 @@ def run(recipe: Recipe, out: Path, *, resume: bool = False, inspect: Inspect | N
     :returns: The stages' results; ``export_model`` takes the folder of the last one.
     :raises UsageError: If the recipe has no stage, a stage has no data, this machine cannot run it, or the interrupted
         run had another recipe or other rows.
-    :raises Stopped: If SIGTERM has stopped the run; it can be resumed.
+    :raises Stopped: If SIGTERM or Ctrl-C has stopped the run; it can be resumed.
     :raises CocoaError: If data, backbone or output folder cannot be used, or a loss is not finite.
     """
     refuse_idle_accelerators()
@@ -78,9 +77,9 @@ def _run_stage(
     name, recipe = stage.name, prepared.recipe
     checkpoints = out / CHECKPOINTS / name
     checkpoint = newest_complete(checkpoints)
-    backbone = _load_weights(recipe, str(before[-1].folder) if before else recipe.backbone, stage.attention())
+    backbone = load_weights(recipe, str(before[-1].folder) if before else recipe.backbone, stage.attention())
     processor = backbone.processor
-    context = _context(stage, prepared, backbone.model, processor, checkpoints)
+    context = stage_context(stage, prepared, backbone.model, processor, checkpoints)
     rows = prepared.rows[name].rows
     held_out, _ = stage.held_out(rows)
     trainer = stage.trainer(backbone, rows, context)
@@ -88,11 +87,11 @@ def _run_stage(
     trainer.resume_clock(0.0 if checkpoint is None else float(read_complete(checkpoint)["seconds"]))
     save = partial(_save, stage, prepared, before, trainer, processor)
     if trainer.is_world_process_zero():
-        record_begin(out, name, trainer, rows, held_out)
+        record_begin(out, name, trainer, held_out)
     trainer.add_callback(RecordProgress(out, name, trainer))
     snapshots = stage.settings.snapshot_steps
     trainer.add_callback(SaveSnapshots(snapshots, lambda step: save(snapshot_folder(out / name, step))))
-    stop = StopOnSigterm(trainer)
+    stop = SaveAndStop(trainer, stage.settings.save_minutes)
     trainer.add_callback(stop)
     show_progress(trainer, name, stage.shown_metrics)
     if TENSORBOARD in recipe.report_to:
@@ -109,15 +108,14 @@ def _run_stage(
         end_reports(recipe.report_to)
     trainer.accelerator.wait_for_everyone()
     if name != list(recipe.stages)[-1] and stop.any_requested():
-        raise Stopped(f"Stopped by SIGTERM at the end of stage {name}; the same command with --resume continues.")
+        raise Stopped(stop.requested, f"at the end of stage {name}")
     return result
 
 
-def _train(trainer: CocoaTrainer, stop: StopOnSigterm, checkpoint: Path | None, name: str, steps: int) -> None:
+def _train(trainer: CocoaTrainer, stop: SaveAndStop, checkpoint: Path | None, name: str, steps: int) -> None:
     """Train a stage to its last step, from a checkpoint if there is one.
 
-    :raises Stopped: If SIGTERM has stopped it before.
-    :raises CocoaError: If the rows do not give enough batches.
+    :raises Stopped: If a signal has stopped it before.
     """
     if checkpoint is not None and step_of(checkpoint) >= steps and not trainer.is_fsdp_enabled:
         trainer.load_finished(checkpoint)  # killed after its last step, before its weights were written
@@ -126,18 +124,10 @@ def _train(trainer: CocoaTrainer, stop: StopOnSigterm, checkpoint: Path | None, 
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     reached = trainer.state.global_step
     if stop.requested and reached < trainer.state.max_steps:
-        raise Stopped(
-            f"Stopped by SIGTERM at step {reached} of {trainer.state.max_steps} of stage {name}; the same command with "
-            "--resume continues from there."
-        )
-    if reached < steps:
-        raise CocoaError(
-            f"Stage {name} ended at step {reached} of {steps}, as no more batches could be drawn; lower its "
-            "batch_size, or give it more different rows."
-        )
+        raise Stopped(stop.requested, f"at step {reached} of {trainer.state.max_steps} of stage {name}")
 
 
-def _load_weights(recipe: Recipe, start: str, attention: str) -> Backbone:
+def load_weights(recipe: Recipe, start: str, attention: str) -> Backbone:
     """Load the backbone that a stage starts from, by folder or by name."""
     set_seed(recipe.seed)  # a mask token that needs a wider embedding matrix is drawn
     with PartialState().main_process_first():  # the others find what the first has downloaded
@@ -153,18 +143,20 @@ def _load_weights(recipe: Recipe, start: str, attention: str) -> Backbone:
     return backbone
 
 
-def _context(
+def stage_context(
     stage: Stage[StageSettings],
     prepared: Prepared,
     model: PreTrainedModel,
     processor: ProcessorMixin,
     checkpoints: Path,
 ) -> StageContext:
+    """Return the arguments of a stage's trainer that come from the run."""
     recipe, layers = prepared.recipe, sorted(model._no_split_modules or ())
     dtype = torch.bfloat16 if recipe.mixed_precision == "bf16" else torch.float32
     return StageContext(
         arguments=stage.arguments(steps=prepared.steps[stage.name], folder=checkpoints, layers=layers),
         lengths_of=partial(row_lengths, processor=processor, sizes=prepared.rows[stage.name].sizes),
+        on_bad_row=recipe.data_of(stage.name).on_bad_row,
         flops_of=StepCost.of(model.config, stage.settings),
         peak_flops=measure_matmul_flops(torch.device(str(PartialState().device)), dtype),
         memory_remedy=stage.memory_remedy(),

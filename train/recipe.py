@@ -29,7 +29,21 @@ YAML_NULLS = ("", "~", "null")
 LOCAL_PREFIXES = (".", "/", "~")
 """A name that begins like this is a path, and not a name on the hub."""
 
-_OF_ONE_SOURCE = {*SOURCE_KINDS, "subsets", "config", "split", "images", "columns", "captions", "paraphrases"}
+OTHER_LENGTH = {"steps": ("epochs", "min_steps"), "epochs": ("steps",)}
+"""The keys of a stage's length, and those that an override of one replaces."""
+
+_OF_ONE_SOURCE = {
+    *SOURCE_KINDS,
+    "subsets",
+    "config",
+    "split",
+    "images",
+    "columns",
+    "captions",
+    "paraphrases",
+    "query_instruction",
+    "positive_instruction",
+}
 """The keys that describe only their own source."""
 
 
@@ -167,17 +181,13 @@ def _valid_data(values: object) -> DataSettings | None:
 
 def _missing(source: SourceSettings) -> list[tuple[str, str]]:
     """Return the keys and paths of a source's local files and folders that do not exist."""
-    paths = {
-        kind: str(path)
-        for kind in ("folder", "images", "file", "mmeb", "hub")
-        if (path := getattr(source, kind)) is not None
-    }
+    paths = {kind: str(path) for kind in ("images", *SOURCE_KINDS) if (path := getattr(source, kind)) is not None}
     return [
         (kind, path)
         for kind, path in paths.items()
         if (kind not in ("mmeb", "hub") or path.startswith(LOCAL_PREFIXES))
         and not Path(path).exists()
-        and not (kind == "file" and glob(path, recursive=True))
+        and not (kind in ("file", "webdataset") and ("://" in path or glob(path, recursive=True)))
     ]
 
 
@@ -213,6 +223,9 @@ def _apply_override(recipe: type[Recipe], values: dict[str, Any], override: str)
         values[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UsageError(f"Override {override!r}: {text!r} is not a YAML value.") from error
+    if parents and last in OTHER_LENGTH and values[last] is not None:
+        for replaced in OTHER_LENGTH[last]:
+            values.pop(replaced, None)
 
 
 def _takes_text(recipe: type[Recipe], location: list[str]) -> bool:

@@ -20,7 +20,7 @@ Rate = Annotated[float, Field(gt=0)]
 
 CaptionChoice: TypeAlias = Literal["text", "captions"]
 
-SOURCE_KINDS = ("folder", "file", "mmeb", "hub")
+SOURCE_KINDS = ("folder", "file", "webdataset", "mmeb", "hub")
 """The keys of ``SourceSettings`` of which a source gives exactly one."""
 
 
@@ -34,11 +34,13 @@ class ColumnsSettings(Settings):
     """The table column of each part of a row; a part without a column is absent.
 
     A column of negatives holds one value or a list of values, as JSON in a CSV file. An image is a path, or the bytes
-    of a file inside the table.
+    of a file inside the table. An instruction precedes its text; a row whose instruction is empty has none.
     """
 
+    query_instruction: str | None = None
     query_text: str | None = None
     query_image: str | None = None
+    positive_instruction: str | None = None
     positive_text: str | None = None
     positive_image: str | None = None
     negative_text: str | None = None
@@ -46,10 +48,12 @@ class ColumnsSettings(Settings):
 
 
 class SourceSettings(Settings):
-    """Where rows come from: one of ``folder``, ``file``, ``mmeb`` and ``hub``.
+    """Where rows come from: one of ``folder``, ``file``, ``webdataset``, ``mmeb`` and ``hub``.
 
     :param folder: An image folder with ``metadata.jsonl``, ``metadata.csv`` or ``metadata.parquet``.
     :param file: A ``.jsonl``, ``.csv`` or ``.parquet`` file, or a glob of such files, with ``columns``.
+        A file may be remote, as in ``s3://bucket/rows.csv``.
+    :param webdataset: A ``.tar`` file with an image and a text of the same name for each row, or a glob of such files.
     :param mmeb: The MMEB-train layout: a folder, or a name on the hub. Without ``subsets``, its 20 in-domain subsets.
     :param hub: A data set on the hub, or a folder in the format of ``datasets``, with ``columns``.
     :param columns: By default, columns named as the keys of ``ColumnsSettings``.
@@ -57,24 +61,45 @@ class SourceSettings(Settings):
     :param split: The split of a ``hub`` or ``mmeb`` data set; ``train`` also means MMEB-train's ``original``.
     :param images: The folder that relative image paths start from; by default the folder of the file or data set.
         ``mmeb`` from the hub needs it, since the images are not part of the data set.
+    :param query_instruction: The instruction of every query (of images, in an image folder), if no column has it.
+    :param positive_instruction: The instruction of every positive and negative, if no column has it.
     :param captions: For image folders: one row per image (its ``text``), or one per entry of its ``captions``.
     :param paraphrases: For image folders: this many text-only rows per image, from one caption to another.
-    :param limit: Read only the first entries (images of a folder, else rows); all by default.
+    :param limit: Draw only so many entries (images of a folder, else rows), by the recipe's seed; all by default.
+    :param limit_order: ``first`` takes the first entries instead.
+    :param streaming: Refused: a stream cannot be resumed at a row, nor can rows be drawn from it at random.
     :param weight: How often each row is drawn. The rows of a fraction are drawn by the recipe's seed.
     """
 
     folder: Path | None = None
     file: str | None = None
+    webdataset: str | None = None
     mmeb: str | None = None
     hub: str | None = None
     config: str | None = None
     split: str = "train"
     images: Path | None = None
     columns: ColumnsSettings | None = None
+    query_instruction: str | None = None
+    positive_instruction: str | None = None
+    streaming: bool = False
     captions: CaptionChoice = "text"
     paraphrases: Count = 0
     limit: Positive | None = None
+    limit_order: Literal["random", "first"] = "random"
     weight: Rate = 1.0
+
+    @property
+    def instructions(self) -> dict[Literal["query", "positive"], str]:
+        """The constant instructions by side."""
+        return {side: given for side in ("query", "positive") if (given := getattr(self, f"{side}_instruction"))}
+
+    @field_validator("streaming")
+    @classmethod
+    def _refuse_streams(cls, streaming: bool) -> bool:
+        if streaming:
+            raise ValueError("a stream can neither be resumed at a row nor drawn from at random; download the data set")
+        return streaming
 
     @model_serializer(mode="wrap")
     def _as_given(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -90,9 +115,12 @@ class DataSettings(SourceSettings):
 
     :param on_bad_row: ``stop`` ends the run at an unusable row; ``skip`` leaves out up to 1 % of a stage's rows and
         lists them in ``bad_rows.jsonl``.
+    :param max_rows: The most rows of all subsets together. The recipe's seed draws them from the rows that the stage
+        can use, so that subsets keep their proportions.
     """
 
     subsets: dict[str, SourceSettings] | None = None
+    max_rows: Positive | None = None
     on_bad_row: Literal["stop", "skip"] = "stop"
 
 
@@ -112,6 +140,7 @@ class StageSettings(Settings):
     """The data and the optimisation of a stage.
 
     :param steps: Optimisation steps; or give ``epochs``.
+    :param min_steps: With ``epochs``, the fewest steps: a small set is drawn more often.
     :param batch_size: Rows per step, over all devices.
     :param mini_batch_size: Rows that a device runs at once; all of its part of the batch by default. Lower it when
         memory runs out: it does not change what is learned.
@@ -121,6 +150,7 @@ class StageSettings(Settings):
     :param schedule: Of the learning rate after ``warmup_steps``; ``warmup_stable_decay`` holds it and lets it fall to
         zero over the last 30 % of the steps.
     :param save_steps: Steps between two checkpoints to resume from.
+    :param save_minutes: The most minutes between two checkpoints; null saves by steps alone.
     :param snapshot_steps: Also save the weights after these steps, each in ``step-N`` of the stage's folder: to
         export, or as the ``backbone`` of another run. Under a constant learning rate, and without
         ``group_by_length``, they equal the result of a stage of N steps. Not with an adapter.
@@ -129,6 +159,7 @@ class StageSettings(Settings):
     data: DataSettings | None = None
     steps: Positive | None = None
     epochs: Rate | None = None
+    min_steps: Positive | None = None
     batch_size: Positive
     mini_batch_size: Positive | None = None
     adapter: AdapterSettings | None = None
@@ -140,6 +171,7 @@ class StageSettings(Settings):
     schedule: Literal["linear", "cosine", "constant_with_warmup", "warmup_stable_decay"] = "linear"
     logging_steps: Positive = 10
     save_steps: Positive = 500
+    save_minutes: Rate | None = 10
     snapshot_steps: tuple[Positive, ...] = ()
 
     @property
@@ -151,6 +183,8 @@ class StageSettings(Settings):
     def _check_together(self) -> "StageSettings":
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give either steps or epochs")
+        if self.min_steps is not None and self.epochs is None:
+            raise ValueError("min_steps belongs to epochs; leave it out beside steps")
         if self.snapshot_steps and self.adapter is not None:
             raise ValueError("snapshot_steps and adapter exclude each other; remove one of them")
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -16,6 +17,9 @@ from cocoa_embed.cli.report import diagnose, report
 from cocoa_embed.cli.train import export, train
 from cocoa_embed.cpu_threads import limit_spinning
 from cocoa_embed.errors import CocoaError
+
+OPTIONAL_VALUES = {"--dry-run": "--dry-run=sample"}
+"""Options without a value, which typer does not take, and what they stand for."""
 
 INTERRUPTED = 130
 """The exit status after Ctrl-C."""
@@ -42,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     limit_spinning()
     try:
-        app(args=None if arguments is None else list(arguments), prog_name="cocoa-embed")
+        words = sys.argv[1:] if arguments is None else arguments
+        app(args=[OPTIONAL_VALUES.get(word, word) for word in words], prog_name="cocoa-embed")
     except CocoaError as error:
         if not error.is_raised_by_all or os.environ.get("RANK", "0") == "0":
             typer.echo(f"cocoa-embed: {error}", err=True)

@@ -7,18 +7,21 @@ import os
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
 
 from cocoa_embed.cli.output import JsonOption, check_all, print_json, say, silence_libraries, working
-from cocoa_embed.errors import CocoaError, did_you_mean, printable, require
+from cocoa_embed.errors import CocoaError, UsageError, did_you_mean, printable, require
 from cocoa_embed.folders import RUN_MARKER, refuse_checkpoint, refuse_foreign_folder
 from cocoa_embed.report.words import duration
+from cocoa_embed.train.plan.cards import CARDS, UTILISATION
 
 if TYPE_CHECKING:
     from cocoa_embed.train import Recipe, StageResult
-    from cocoa_embed.train.plan.dry_run import RunPlan
+    from cocoa_embed.train.plan.dry_run import RunPlan, StagePlan, SubsetPlan
+
+DryRun: TypeAlias = Literal["sample", "full", "timed"]
 
 
 def train(
@@ -31,26 +34,36 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in --out, if any.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print what the run would do and cost, and stop.")
-    ] = False,
+        DryRun | None,
+        typer.Option(
+            help="Print what the run would do and cost, and stop. It checks a sample of the images; full checks all. "
+            "timed loads the weights and times a few steps of each stage."
+        ),
+    ] = None,
+    card: Annotated[str | None, typer.Option(help=f"With --dry-run, estimate the hours on {', '.join(CARDS)}.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train a model by a recipe: warm-up, bridge, contrastive. Each stage writes a checkpoint."""
     is_first = os.environ.get("RANK", "0") == "0"
     with working() as console:
         require("yaml", "train")
+        if card is not None and card not in CARDS:
+            raise UsageError(f"--card {card!r} is unknown {did_you_mean(card, list(CARDS))}.")
         loaded = _load(recipe, overrides or [], out) if is_first else None  # before torch, which takes seconds
         require("accelerate", "train")
         silence_libraries()
         from cocoa_embed.train import run
         from cocoa_embed.train.loop.processes import by_first_process, silence_nonzero_ranks
         from cocoa_embed.train.plan.dry_run import plan
+        from cocoa_embed.train.timing import seconds_per_step
 
         silence_nonzero_ranks()
         chosen = by_first_process(lambda: loaded or _load(recipe, overrides or [], out))
         folder = out or Path("runs") / chosen.name
-        if dry_run:
-            planned = by_first_process(lambda: plan(chosen, folder, resume=resume))
+        if dry_run is not None:
+            check: Any = "all" if dry_run == "full" else "sample"
+            timer = seconds_per_step if dry_run == "timed" else None
+            planned = plan(chosen, folder, resume=resume, check=check, card=card, seconds_per_step=timer)
             document, lines = dataclasses.asdict(planned), plan_lines(planned)
         else:
             results = run(chosen, folder, resume=resume)
@@ -80,7 +93,7 @@ def check_columns(recipe: Recipe) -> None:
     require("datasets", "train")
     from cocoa_embed.data.columns import map_columns
     from cocoa_embed.data.image_folder import find_metadata
-    from cocoa_embed.data.tables import find_tables, open_table
+    from cocoa_embed.data.tables import find_files, open_table
 
     columns_of = cache(lambda path: open_table(path).columns)
     stages = [stage for stage in recipe.registry() if getattr(recipe, stage) is not None]
@@ -91,7 +104,7 @@ def check_columns(recipe: Recipe) -> None:
             if found and not {"text", source.captions} & {*found}:
                 raise CocoaError(f"{printable(metadata)} has no column 'text' {did_you_mean('text', found)}")
         elif source.file is not None:
-            found = [column for path in find_tables(source.file) for column in columns_of(path)]
+            found = [column for path in find_files(source.file) for column in columns_of(path)]
             given = source.columns.model_dump(exclude_none=True) if source.columns else None
             map_columns(printable(source.file), list(dict.fromkeys(found)), given)
 
@@ -140,21 +153,65 @@ def plan_lines(planned: RunPlan) -> Iterator[str]:
     yield f"{planned.recipe}: {planned.backbone}, {planned.devices} device{'s' * (planned.devices > 1)}"
     yield from (f"{stage}: finished already" for stage in planned.finished)
     for stage in planned.stages:
-        ratio = stage.trainable_parameters / stage.parameters
-        rows = ", ".join(f"{name} {count}" for name, count in stage.rows.items())
-        held_bytes = [(name, held) for name, held in stage.memory_bytes.items() if held and name != "total"]
-        kept = ", ".join(f"{name} {binary_size(held)}" for name, held in held_bytes)
-        yield from (
-            f"{stage.stage}: writes {stage.folder}",
-            f"  parameters  {stage.parameters:,}, of them trained {stage.trainable_parameters:,} ({ratio:.1%})",
-            f"  rows        {sum(stage.rows.values()):,} ({rows})",
-            f"  steps       {stage.steps:,} of {stage.batch_size} rows, {stage.rows_at_once} at once on a device",
-            f"  tokens      about {stage.tokens_per_step:,.0f} a step",
-            f"  memory      about {binary_size(stage.memory_bytes['total'])} a device ({kept})",
-            f"  disk        up to three checkpoints of {binary_size(stage.checkpoint_bytes)} while it runs",
-            f"  compute     about {stage.flops:.2g} FLOP in all",
-        )
+        yield f"{stage.stage}: writes {stage.folder}"
+        for name, text in stage_facts(stage, planned.card):
+            yield f"  {name:<11} {text}"
+    for place, times in (
+        ("here", [stage.seconds for stage in planned.stages]),
+        (f"on one {planned.card}", [stage.card_seconds for stage in planned.stages]),
+    ):
+        if known := [seconds for seconds in times if seconds is not None]:
+            yield f"all stages: about {duration(sum(known))} {place}"
+    if planned.unchecked_images:
+        yield f"images: a sample was checked, and {planned.unchecked_images:,} were not; --dry-run=full checks all"
     yield from (f"would be skipped: {row['source']}: {row['reason']}" for row in planned.bad_rows)
+    yield from (f"warning: {warning}" for warning in planned.warnings)
+
+
+def stage_facts(stage: StagePlan, card: str | None) -> Iterator[tuple[str, str]]:
+    """Yield what a plan says of a stage, as names and texts."""
+    ratio = stage.trainable_parameters / stage.parameters
+    yield "parameters", f"{stage.parameters:,}, of them trained {stage.trainable_parameters:,} ({ratio:.1%})"
+    yield from (("rows", f"{name} {subset_words(subset)}") for name, subset in stage.subsets.items())
+    yield from (
+        ("left out", f"{subset.left_out:,} rows of {name}: {stage.needs}")
+        for name, subset in stage.subsets.items()
+        if subset.left_out
+    )
+    done = f", of which {stage.steps_done:,} are done" if stage.steps_done else ""
+    fewer = f" ({stage.mean_batch_size:,.0f} on average)" if round(stage.mean_batch_size) < stage.batch_size else ""
+    at_once = f"{stage.rows_at_once} at once on a device"
+    yield "steps", f"{stage.steps:,} of {stage.batch_size:,} rows{fewer}{done}, {at_once}"
+    yield "epochs", f"{stage.epochs:.3g}"
+    for held in stage.step_contents:
+        of_step = "{subset}: {rows_a_step:,} of its rows, which have {positives:,} different positives"
+        yield "a step", of_step.format(**held)
+    yield "tokens", f"about {stage.tokens_per_step:,.0f} a step"
+    kept = [f"{name} {binary_size(size)}" for name, size in stage.memory_bytes.items() if size and name != "total"]
+    yield "memory", f"about {binary_size(stage.memory_bytes['total'])} a device ({', '.join(kept)})"
+    yield "disk", f"up to three checkpoints of {binary_size(stage.checkpoint_bytes)} while it runs"
+    yield "compute", f"about {stage.flops:.2g} FLOP in all"
+    if stage.seconds is not None and stage.seconds_per_step is not None:
+        yield "time", f"about {duration(stage.seconds)} here, at {stage.seconds_per_step:.3g} s a step"
+    if stage.card_seconds is not None:
+        assumed = f"assuming {UTILISATION:.0%} of its speed"
+        yield "time", f"about {duration(stage.card_seconds)} on one {card}, {assumed}"
+
+
+def subset_words(subset: SubsetPlan) -> str:
+    """Return how many rows a subset has, and how they come about."""
+    weight, texts = float(subset.source.get("weight", 1)), subset.rows - subset.rows_with_image
+    if "folder" in subset.source and subset.images:
+        captions, paraphrases, all_rows = (
+            f"{count / subset.images / weight:.3g}" for count in (subset.rows_with_image, texts, subset.rows)
+        )
+        each = f"{captions} captions + {paraphrases} paraphrases = {all_rows}" if texts else all_rows
+        how = f"{subset.images:,} images; {each} row{'s' * (all_rows != '1')} an image"
+    else:
+        counts = {"with an image": subset.rows_with_image, "of text alone": texts}
+        how = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
+    limit = f"; limit {subset.source['limit']:,}" if "limit" in subset.source else ""
+    return f"{subset.rows:,} ({how}{limit}{f'; each drawn {weight:g} times' if weight != 1 else ''})"
 
 
 def binary_size(count: float) -> str:

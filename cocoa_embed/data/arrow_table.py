@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as parquet
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
+from cocoa_embed.data.places import Place, open_binary, reading
 from cocoa_embed.data.rows import ArrowImage
 from cocoa_embed.errors import CocoaError, ImageError, one_line, printable
 from cocoa_embed.images.load import check_size
@@ -51,6 +52,11 @@ class ArrowTable:
     def columns(self) -> tuple[str, ...]:
         """The names of the columns."""
         return tuple(self.dataset.column_names)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the table."""
+        return self.dataset._fingerprint
 
     def row_name(self, row: int) -> str:
         """Return the name of a row in error messages, counting from 1."""
@@ -123,19 +129,41 @@ def _without_bytes(cells: pa.Array | pa.ChunkedArray) -> list[Any]:
     return [content or path for content, path in zip(embedded, paths, strict=True)]
 
 
-def open_parquet(path: Path) -> ArrowTable:
+def open_parquet(path: Place) -> ArrowTable:
     """Open a Parquet file.
 
     :raises CocoaError: If it cannot be read.
     """
+    with reading(path):
+        with open_binary(path) as file:
+            empty = None if parquet.read_metadata(file).num_rows else parquet.read_table(file)
+        if empty is None:
+            return _open_files("parquet", [path])
+    return ArrowTable(printable(path), datasets.Dataset(empty).with_format("arrow"), ("parquet", str(path)))
+
+
+def open_shards(paths: Sequence[Place]) -> ArrowTable:
+    """Open the tar files of a WebDataset: files of the same name make a row, with a column for each suffix.
+
+    :raises CocoaError: If they cannot be read.
+    """
+    name = printable(paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more")
+    with reading(name):
+        table = replace(_open_files("webdataset", paths), name=name)
+    if not any(_holds_images(kind) for kind in table.dataset.features.arrow_schema.types):
+        kinds = ", ".join(column for column in table.columns if not column.startswith("__"))
+        raise CocoaError(f"{name} has no images (files found: {kinds}); a row is an image and a text of one name.")
+    return table
+
+
+def _open_files(builder: str, paths: Sequence[Place]) -> ArrowTable:
+    """Open files by a builder of ``datasets``."""
+    files = [str(path.absolute() if isinstance(path, Path) else path) for path in paths]
     try:
-        if parquet.read_metadata(path).num_rows:
-            dataset = datasets.load_dataset("parquet", data_files=[str(path.absolute())], split="train")
-        else:  # load_dataset refuses an empty file
-            dataset = datasets.Dataset(parquet.read_table(path))
-    except UNREADABLE as error:
-        raise CocoaError(f"{printable(path)} cannot be read ({_cause(error)}).") from error
-    return ArrowTable(printable(path), dataset.with_format("arrow"), (str(path),))
+        dataset = datasets.load_dataset(builder, data_files=files, split="train")
+    except DatasetGenerationError as error:  # its message says nothing
+        raise error.__cause__ or error from None
+    return ArrowTable(printable(paths[0]), dataset.with_format("arrow"), (builder, *map(str, paths)))
 
 
 def open_data_set(name: str, config: str | None, splits: Sequence[str]) -> ArrowTable:
@@ -154,7 +182,7 @@ def open_data_set(name: str, config: str | None, splits: Sequence[str]) -> Arrow
                 break
         else:
             title = ", ".join(filter(None, (name, config, split)))
-            return ArrowTable(title, dataset.with_format("arrow"), (name, config, split))
+            return ArrowTable(title, dataset.with_format("arrow"), ("hub", name, config, split))
     what = printable(", ".join(filter(None, (name, config))))
     raise CocoaError(
         f"The data set {what} cannot be loaded ({_cause(faults[0])}); check its name, config and split, and the "
@@ -164,16 +192,16 @@ def open_data_set(name: str, config: str | None, splits: Sequence[str]) -> Arrow
 
 @cache
 def reopen(origin: tuple[str | None, ...]) -> ArrowTable:
-    """Open a table again by its ``origin``: the path of a Parquet file; or a data set's name, config and split.
+    """Open a table again by its ``origin``: its kind, then its files, or a data set's name, config and split.
 
     :raises CocoaError: If it cannot be opened any more.
     """
-    name, *config_and_split = origin
-    assert name is not None
-    if not config_and_split:
-        return open_parquet(Path(name))
-    config, split = config_and_split
-    return open_data_set(name, config, (str(split),))
+    kind, *rest = origin
+    if kind == "hub":
+        name, config, split = rest
+        return open_data_set(str(name), config, (str(split),))
+    paths = [str(path) if "://" in str(path) else Path(str(path)) for path in rest]
+    return open_shards(paths) if kind == "webdataset" else open_parquet(paths[0])
 
 
 def _load_data_set(name: str, config: str | None, split: str) -> datasets.Dataset:

@@ -59,10 +59,11 @@ def find_metadata(folder: Path) -> Path:
     return folder / found[0]
 
 
-def read_metadata(metadata: Path) -> Iterator[DescribedImage | RowError]:
+def read_metadata(metadata: Path, must_exist: bool = True) -> Iterator[DescribedImage | RowError]:
     """Yield the rows of a metadata file in order, or the errors of rows that cannot be used.
 
     :param metadata: The file; ``file_name`` is relative to its folder.
+    :param must_exist: Whether a missing image is an error.
     :raises CocoaError: If the file cannot be read.
     """
     table = open_table(metadata)
@@ -70,20 +71,20 @@ def read_metadata(metadata: Path) -> Iterator[DescribedImage | RowError]:
         try:
             if isinstance(row, RowError):
                 raise row
-            path = _image_path(metadata.parent, source, row)
+            path = _image_path(metadata.parent, source, row, must_exist)
             yield DescribedImage(f"{printable(metadata)}, {row['file_name']}", path, row)
         except RowError as error:
             yield error
 
 
-def _image_path(folder: Path, source: str, row: Mapping[str, Any]) -> Path:
+def _image_path(folder: Path, source: str, row: Mapping[str, Any], must_exist: bool) -> Path:
     name = row.get("file_name")
     if not isinstance(name, str) or not name:
         raise RowError(source, f"has no 'file_name' ({_found(row)}); give the image's path, relative to the folder")
     if not isinstance(row.get("text"), str | None):
         raise RowError(source, f"has a text that is a {type(row['text']).__name__}; expected a string")
     image = (folder / name).absolute()
-    if "\0" in name or not image.is_file():
+    if "\0" in name or (must_exist and not image.is_file()):
         raise RowError(source, f"names {name!r}, which is not in {printable(folder)}")
     return image
 

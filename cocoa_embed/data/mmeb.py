@@ -1,11 +1,13 @@
-"""MMEB: the 36 subsets of MMEB-V1, the 20 of MMEB-train, the published scores, and the image token of its texts.
+"""MMEB: the 36 subsets of MMEB-V1, the 20 of MMEB-train, the published scores, and what its texts consist of.
 
 Names are those of ``TIGER-Lab/MMEB-eval`` (VLM2Vec, arXiv 2410.05160); the scores are from CoCoA (arXiv 2603.01471).
 """
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Literal
 
 from cocoa_embed.data.rows import shortened
 from cocoa_embed.errors import RowError
@@ -82,12 +84,73 @@ def default_train_subsets(mmeb: str) -> tuple[str, ...]:
 IMAGE_TOKEN = re.compile(r"\s*<\|image_1\|>\s*")
 """The place of the image in a text; our template puts images first, so it is removed with the space around it."""
 
+IMAGELESS_QUERY = re.compile(r"\s*<\|image_1\|>\s*Find a (Wikipedia image that answers|news image that matches)")
+"""How WebQA's and EDIS's queries begin: they have the image token, and no image."""
+
 
 def without_image_token(text: str, has_image: bool, source: str) -> str:
     """Return a text without the image token, and without the space at its ends.
 
-    :raises RowError: If the text has the token but no image.
+    :raises RowError: If the text has the token but no image, unless it is a query that is published like this.
     """
-    if not has_image and IMAGE_TOKEN.search(text):
+    if not has_image and IMAGE_TOKEN.search(text) and not IMAGELESS_QUERY.match(text):
         raise RowError(source, f"{shortened(text)} holds <|image_1|>, but there is no path of an image")
     return IMAGE_TOKEN.sub(" ", text).strip()
+
+
+_QUESTION = "Represent the given image with the following question: {}"
+
+_QUERIES = {
+    "ImageNet-1K": ("Represent the given image for classification",),
+    "N24News": ("Represent the given news image with the following caption for domain classification: {}",),
+    "HatefulMemes": (
+        "Represent the given image for binary classification to determine whether it constitutes hateful speech or not",
+    ),
+    "VOC2007": ("Identify the object shown in the image",),
+    "SUN397": ("Identify the scene shown in the image",),
+    **dict.fromkeys(_NAMES["VQA", True].split(), (_QUESTION,)),
+    "VisDial": ("Represent the given dialogue about an image, which is used for image retrieval: {}",),
+    "CIRR": ("Given an image, find a similar everyday image with the described changes: {}",),
+    "VisualNews_t2i": ("Retrieve an image of this news caption. {}",),
+    "VisualNews_i2t": ("Find a caption for the news in the given photo.",),
+    "MSCOCO_t2i": ("Find me an everyday image that matches the given caption: {}",),
+    "MSCOCO_i2t": ("Find an image caption describing the given everyday image.",),
+    "NIGHTS": ("Find a day-to-day image that looks similar to the provided image.",),
+    "WebQA": ("Find a Wikipedia image that answers this question: {}",),
+    "MSCOCO": (
+        "Select the portion of the image that isolates the object labeled as {}",
+        "Crop the image to to isolate the object labeled as {}",
+    ),
+}
+"""The instructions of MMEB-train's queries, and of MMEB-V1's where they differ; ``{}`` is the content."""
+
+_TARGETS = {
+    **dict.fromkeys(("CIRR", "VisualNews_t2i", "MSCOCO_t2i", "NIGHTS", "VisDial"), ("Represent the given image.",)),
+    "WebQA": ("Represent the given Wikipedia image with related text information: {}",),
+    "MSCOCO": ("Represent the given cropped image of the object",),
+}
+"""The instructions of the other side; the targets of other subsets are content alone."""
+
+
+def split_instruction(subset: str, side: Literal["query", "target"], text: str) -> tuple[str | None, str | None]:
+    """Split a text of one of MMEB-train's subsets into its instruction and its content; joined, they are the text.
+
+    :param subset: Its name in MMEB-train or in MMEB-V1.
+    :param side: ``target`` for positives, negatives and candidates.
+    :param text: Without the image token.
+    :returns: The instruction with the space that follows it, and the content; None for an empty part. A text that does
+        not begin with an instruction of its subset and side is all content.
+    """
+    for pattern in _patterns(subset.replace("_1K", "-1K"), side):
+        if found := pattern.fullmatch(text):
+            instruction, content = found.groups()
+            return instruction, content or None
+    return None, text or None
+
+
+@cache
+def _patterns(subset: str, side: str) -> list[re.Pattern[str]]:
+    """Return what the texts of a subset look like, whether or not punctuation ends the instruction."""
+    known = (_QUERIES if side == "query" else _TARGETS).get(subset, ())
+    heads = [(template.removesuffix("{}").rstrip(" .:"), "{}" in template) for template in known]
+    return [re.compile(rf"({re.escape(head)}(?!\w)[.:]?\s*)({'.*' * takes})", re.DOTALL) for head, takes in heads]

@@ -1,20 +1,28 @@
 """Tables of named values in JSONL, CSV and Parquet files."""
 
+import codecs
 import csv
 import glob
 import json
+import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
+from cocoa_embed.data.places import Place, open_text, reading, remote_places, suffix_of
 from cocoa_embed.errors import CocoaError, RowError, one_line, printable, require
 
 Entry = tuple[str, dict[str, Any] | RowError]
 """A row's name in error messages, and its values by column, or the error of a malformed row."""
 
 TABLE_SUFFIXES = ".jsonl, .csv or .parquet"
+
+DELIMITERS = ",;\t"
+
+logger = logging.getLogger(__name__)
 
 
 class Table(Protocol):
@@ -59,27 +67,30 @@ class TextTable:
             yield source, row
 
 
-def find_tables(pattern: str) -> list[Path]:
-    """Return the file of this name, or the files that match a glob, sorted.
+def find_files(pattern: str, kind: str = f"{TABLE_SUFFIXES} file") -> list[Place]:
+    """Return the file of this name, or the files that match a glob, sorted; also those of a remote file system.
 
     :raises CocoaError: If there are none.
     """
-    if Path(pattern).is_file():
-        return [Path(pattern)]
-    found = sorted(path for name in glob.glob(pattern, recursive=True) if (path := Path(name)).is_file())
+    if "://" in pattern:
+        found: list[Place] = [*remote_places(pattern)]
+    elif Path(pattern).is_file():
+        found = [Path(pattern)]
+    else:
+        found = [*sorted(path for name in glob.glob(pattern, recursive=True) if (path := Path(name)).is_file())]
     if not found:
         fault = "is a folder" if Path(pattern).is_dir() else "does not exist"
         fault += " and matches no file" if glob.has_magic(pattern) else ""
-        raise CocoaError(f"{printable(pattern)} {fault}; give a {TABLE_SUFFIXES} file, or a glob of such files.")
+        raise CocoaError(f"{printable(pattern)} {fault}; give a {kind}, or a glob of such files.")
     return found
 
 
-def open_table(path: Path) -> Table:
-    """Open a JSONL, CSV or Parquet file, by its suffix. The rows of a Parquet file stay on disk.
+def open_table(path: Place) -> Table:
+    """Open a JSONL, CSV or Parquet file, by its suffix. Its rows stay on disk.
 
     :raises CocoaError: If it has another suffix, or cannot be read.
     """
-    suffix = path.suffix.lower()
+    suffix = suffix_of(path)
     if suffix == ".parquet":
         require("datasets", "eval")
         from cocoa_embed.data.arrow_table import open_parquet
@@ -87,20 +98,45 @@ def open_table(path: Path) -> Table:
         return open_parquet(path)
     if suffix not in (".jsonl", ".csv"):
         raise CocoaError(f"{printable(path)} is not a table; expected a {TABLE_SUFFIXES} file.")
-    entries = partial(_read_jsonl if suffix == ".jsonl" else _read_csv, path)
-    length = 0
-    try:
-        columns = dict.fromkeys(_read_header(path) if suffix == ".csv" else ())
+    is_csv = suffix == ".csv"
+    with reading(path):
+        encoding = _encoding(path, others=is_csv)
+        entries = partial(_read_csv if is_csv else _read_jsonl, path, encoding)
+        columns = dict.fromkeys(_read_header(path, encoding) if is_csv else ())
+        length = 0
         for _, row in entries():
             length += 1
             columns |= dict.fromkeys(row) if isinstance(row, dict) else {}
-    except (OSError, ValueError, csv.Error) as error:
-        raise CocoaError(f"{printable(path)} cannot be read ({one_line(error)}).") from error
-    return TextTable(list(columns), length, entries, lists_are_json=suffix == ".csv")
+    return TextTable(list(columns), length, entries, lists_are_json=is_csv)
 
 
-def _read_jsonl(path: Path) -> Iterator[Entry]:
-    with path.open(encoding="utf-8-sig", newline="\n") as lines:
+def _encoding(path: Place, *, others: bool) -> str:
+    """Return the encoding of a file; if it is neither UTF-8 nor UTF-16, Windows-1252 if ``others`` are allowed.
+
+    :raises ValueError: If it is in none of them.
+    """
+    with open_text(path, "latin-1") as file:
+        start = file.read(1000)
+    if start.startswith((codecs.BOM_UTF16_LE.decode("latin-1"), codecs.BOM_UTF16_BE.decode("latin-1"))):
+        return "utf-16"
+    if "\0" in start:
+        raise ValueError("it holds NUL bytes, as UTF-16 without a byte order mark does; save it as UTF-8")
+    for encoding in ("utf-8-sig", *(["cp1252"] if others else [])):
+        try:
+            with open_text(path, encoding) as file:
+                while file.read(2**20):
+                    pass
+        except UnicodeDecodeError:
+            continue
+        if encoding == "cp1252":
+            logger.warning("%s is not UTF-8 and is read as Windows-1252; if its letters come out wrong, save it as "
+                           "UTF-8.", printable(path))  # fmt: skip
+        return encoding
+    raise ValueError("it is not UTF-8; save it as UTF-8")
+
+
+def _read_jsonl(path: Place, encoding: str) -> Iterator[Entry]:
+    with reading(path), open_text(path, encoding, newline="\n") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 yield _read_line(f"{printable(path)}:{number}", line)
@@ -120,17 +156,23 @@ def _refuse_constant(constant: str) -> float:
     raise ValueError(f"{constant} is not a JSON value")
 
 
-def _read_header(path: Path) -> list[str]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        header = next(csv.reader(file, strict=True), [])
+def _read_header(path: Place, encoding: str) -> list[str]:
+    with open_text(path, encoding) as file:
+        header = next(_csv_cells(file), [])
     if repeated := [column for column in header if header.count(column) > 1]:
         raise ValueError(f"its header has the column {repeated[0]!r} twice")
     return header
 
 
-def _read_csv(path: Path) -> Iterator[Entry]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        lines = csv.reader(file, strict=True)
+def _csv_cells(lines: Iterator[str]) -> Iterator[list[str]]:
+    """Yield the cells of each line, separated by what separates those of the first line."""
+    header = next(lines, "")
+    return csv.reader(chain([header], lines), delimiter=max(DELIMITERS, key=header.count), strict=True)
+
+
+def _read_csv(path: Place, encoding: str) -> Iterator[Entry]:
+    with reading(path), open_text(path, encoding) as file:
+        lines = _csv_cells(file)
         header = next(lines, [])
         for number, cells in enumerate(filter(None, lines), 1):
             yield _read_cells(f"{printable(path)}, row {number}", header, cells)

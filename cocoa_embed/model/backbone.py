@@ -32,6 +32,9 @@ MASK_TOKEN = "<|mask|>"
 MAX_ASPECT_RATIO = 200
 """Qwen's image processors refuse images with a greater ratio of the longer side to the shorter."""
 
+OTHER_TOKENS = 8
+"""Tokens of a sequence that are kept free beside the largest image."""
+
 SUPPORTED: dict[str, type[PreTrainedModel]] = {
     "qwen2_vl": Qwen2VLForConditionalGeneration,
     "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
@@ -224,15 +227,32 @@ def prepare_processor(
     _check_room_for_images(processor)
 
 
-def _check_room_for_images(processor: ProcessorMixin) -> None:
-    image_processor = processor.image_processor
-    largest = image_processor.size["longest_edge"]
-    tokens = largest // (image_processor.patch_size * image_processor.merge_size) ** 2
+def fitting_max_pixels(name_or_path: str, max_length: int) -> int | None:
+    """Return a limit for images if a backbone's own limit does not fit into ``max_length`` tokens, else None.
+
+    The largest image then takes half of a sequence.
+
+    :raises CocoaError: If the backbone's processor cannot be loaded.
+    """
+    image_processor = load_processor(name_or_path).image_processor
+    if _most_visual_tokens(image_processor, image_processor.size["longest_edge"]) <= max_length - OTHER_TOKENS:
+        return None
+    return (max_length // 2) * (image_processor.patch_size * image_processor.merge_size) ** 2
+
+
+def _most_visual_tokens(image_processor: Any, pixels: int) -> int:  # noqa: ANN401
+    """Return the most visual tokens of an image of up to ``pixels``."""
+    tokens: int = pixels // (image_processor.patch_size * image_processor.merge_size) ** 2
     # The shorter side of a long image is rounded up to one token, and sides may differ by a factor of 200.
-    tokens = max(tokens, math.isqrt(MAX_ASPECT_RATIO * tokens))
-    room = processor.tokenizer.model_max_length - 8
+    return max(tokens, math.isqrt(MAX_ASPECT_RATIO * tokens))
+
+
+def _check_room_for_images(processor: ProcessorMixin) -> None:
+    largest = processor.image_processor.size["longest_edge"]
+    tokens = _most_visual_tokens(processor.image_processor, largest)
+    room = processor.tokenizer.model_max_length - OTHER_TOKENS
     if tokens > room:
         raise UsageError(
             f"An image of up to {largest} pixels takes {tokens} visual tokens, more than the {room} that a sequence of "
-            f"{room + 8} has room for; lower max_pixels or raise max_length."
+            f"{room + OTHER_TOKENS} has room for; lower max_pixels or raise max_length."
         )

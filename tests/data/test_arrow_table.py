@@ -18,7 +18,7 @@ from cocoa_embed.train.settings import SourceSettings
 
 def table_rows(path: Path, cells: list[bytes]) -> list[Row]:
     write_table(path, [{"query_image": cell, "positive_text": f"text {n}"} for n, cell in enumerate(cells)])
-    return [row for row in read_subset("data", SourceSettings(file=str(path))) if isinstance(row, Row)]
+    return [row for _, row in read_subset("data", SourceSettings(file=str(path))) if isinstance(row, Row)]
 
 
 def arrow_image(row: Row) -> ArrowImage:

@@ -32,6 +32,7 @@ from cocoa_embed.evaluation.pairs_reader import read_pairs
 from cocoa_embed.model.export import build_sentence_transformer
 from cocoa_embed.report.tables import to_markdown
 from cocoa_embed.train.data.caption_rows import read_image_folder
+from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.stages.bridge.probe import hold_out_rows
 
 PER_ROW = {"warmup": 0.42, "bridge": 0.34, "contrastive": 0.35}
@@ -168,7 +169,8 @@ def test_contrastive_pairs_are_not_among_the_rows_held_out_of_the_bridge(workspa
     if is_given:
         data = replace(workspace, folders=UserFolders(data.training, data.held_out)).data(0)
     training, pairs = (read_image_folder(folder) for folder in (data.training, data.pairs))
-    probe_rows, _ = hold_out_rows(training, workspace.sizes.probe_rows)
+    table = RowTable.of(training)
+    probe_rows = table.select(hold_out_rows(table, workspace.sizes.probe_rows, seed=0)[0])
     own, probed = ({Path(str(row.image)).name for row in rows} for rows in (pairs, probe_rows))
     assert len(probed) == len(training) - len(pairs) == workspace.sizes.probe_rows
     assert not own & probed

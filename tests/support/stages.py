@@ -4,11 +4,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import numpy as np
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from cocoa_embed.data.rows import Row
 from cocoa_embed.model.backbone import Backbone
+from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.loop.batch_facts import Batch, Example
 from cocoa_embed.train.loop.stage_trainer import StageTrainer, stage_trainer
 from cocoa_embed.train.loop.trainer import StageContext
@@ -97,8 +99,8 @@ class MaskedLanguageModel(nn.Module):
 
 
 class MaskedLanguage(Stage[MaskedLanguageSettings]):
-    def unusable(self, row: Row) -> str | None:
-        return None if row.positive.text else "it has no text"
+    def usable(self, rows: RowTable) -> np.ndarray:
+        return rows.column("positive_text") > 0
 
     def collate(self, processor: ProcessorMixin, examples: list[Example]) -> Batch:
         batch = render_items(processor, [joined(row) for _, row in examples])

@@ -58,6 +58,8 @@ def test_a_recipe_takes_the_rest_from_the_method(recipe_file: Path) -> None:
         ),
         ("bridge={steps: 1}", "key 'bridge.batch_size' is missing"),
         ("bridge.steps=0", "bridge.steps = 0: input should be greater than 0"),
+        ("bridge.min_steps=9", "bridge: min_steps belongs to epochs; leave it out beside steps"),
+        ("bridge={steps: 1, epochs: 1, batch_size: 1}", "bridge: give either steps or epochs"),
         ("bridge.steps=2.5", "bridge.steps = 2.5: input should be a valid integer"),
         ("bridge.mask_ratio=1.5", "bridge.mask_ratio = 1.5: input should be less than or equal to 1"),
         ("bridge.mask_ratio=0", "bridge.mask_ratio = 0: input should be greater than 0"),
@@ -87,6 +89,12 @@ ODD_TEXTS = ["2024", "2024-01-31", "my: folder", "no", "[a]", "# b", "a b", "~us
     ("overrides", "expected"),
     [
         (["bridge.steps=7", "bridge.steps=9"], {"bridge.steps": 9, "bridge.batch_size": 2}),
+        (["bridge.epochs=2"], {"bridge.epochs": 2, "bridge.steps": None}),
+        (
+            ["bridge.epochs=2", "bridge.min_steps=9", "bridge.steps=7"],
+            {"bridge.epochs": None, "bridge.min_steps": None},
+        ),
+        (["bridge.steps=7", "bridge.epochs=null"], {"bridge.steps": 7}),
         (["bridge=null", "warmup.steps=2", "warmup.batch_size=4"], {"bridge": None, "warmup.batch_size": 4}),
         *(([f"data.folder={text}"], {"data.folder": Path(text)}) for text in ODD_TEXTS),
         *(([f"prompts.query={text}: ", f"name={text}"], {"prompts.query": f"{text}: "}) for text in ODD_TEXTS),
@@ -173,7 +181,7 @@ ADAPTER = {"kind": "dora", "r": 8, "alpha": 64, "dropout": 0.1}
 def test_the_packages_recipes_are_valid_and_have_the_papers_settings(name: str) -> None:
     recipe = Recipe.load(name, ["bridge.adapter.r=16"])
     assert recipe.name == name
-    if name == "tiny":
+    if name in ("tiny", "own-folder"):
         return
     for stage, expected in PAPER.items():
         # An override changes its own stage alone: the recipes give the adapter once, by a YAML alias.
@@ -182,6 +190,15 @@ def test_the_packages_recipes_are_valid_and_have_the_papers_settings(name: str) 
         expected = {**expected, "learning_rate": 2e-5, "schedule": "linear", "adapter": adapter, "freeze_vision": False}
         assert {key: settings[key] for key in expected} == expected
     assert [recipe.data_of(stage).limit for stage in ("warmup", "contrastive")] == [20_000, 100_000]
+
+
+@pytest.mark.parametrize(
+    ("images", "steps"), [(1000, [200, 500, 75]), (10_000, [313, 625, 196]), (100_000, [3125, 6250, 1954])]
+)
+def test_the_recipe_for_an_own_folder_scales_with_it(images: int, steps: list[int]) -> None:
+    stages = Recipe.load("own-folder").stages.values()
+    assert [stage.step_count(images) for stage in stages] == steps
+    assert all(count * stage.settings.batch_size <= 20 * images for count, stage in zip(steps, stages, strict=True))
 
 
 def test_wrong_keys_and_missing_folders_are_found_together() -> None:

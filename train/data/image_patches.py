@@ -50,14 +50,10 @@ def normalised(patches: Tensor, image_processor: Any) -> Tensor:  # noqa: ANN401
     :param patches: From ``image_patches``.
     :returns: float32 ``[patches, patch_width]``.
     """
-    scale = 1 / image_processor.rescale_factor
-    mean, std = (
-        torch.tensor(values, device=patches.device)[:, None] * scale
-        for values in (image_processor.image_mean, image_processor.image_std)
-    )
-    channels = patches.unflatten(1, (len(image_processor.image_mean), -1))
-    values = (channels.float() - mean) / std
-    return values[:, :, None].expand(-1, -1, image_processor.temporal_patch_size, -1).flatten(1)
+    images = patches.unflatten(1, (-1, image_processor.patch_size, image_processor.patch_size))
+    mean, std = tuple(image_processor.image_mean), tuple(image_processor.image_std)
+    pixels = image_processor.rescale_and_normalize(images, True, image_processor.rescale_factor, True, mean, std)
+    return pixels[:, :, None].expand(-1, -1, image_processor.temporal_patch_size, -1, -1).flatten(1)
 
 
 def _empty_bytes(rows: int, width: int) -> Tensor:

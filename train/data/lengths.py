@@ -1,24 +1,23 @@
 """The sequence lengths of rows, computed without preprocessing an image."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from transformers import ProcessorMixin
 
-from cocoa_embed.data.rows import Item, ItemImage, Row
+from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.model.visual_tokens import visual_tokens
+from cocoa_embed.train.data.image_check import Sizes
 
 TEXTS_AT_ONCE = 10_000
 """Texts that are tokenized together; the number of their tokens is kept, the tokens are not."""
 
 
-def row_lengths(
-    rows: Sequence[Row], processor: ProcessorMixin, sizes: Mapping[ItemImage, tuple[int, int]]
-) -> list[int]:
+def row_lengths(rows: Sequence[Row], processor: ProcessorMixin, sizes: Sizes) -> list[int]:
     """Return the number of tokens of each row, with its query and positive in one sequence.
 
     :param sizes: Width and height of every image, in pixels.
-    :raises KeyError: If an image has no size.
+    :raises ImageError: If an image without a known size cannot be used.
     """
     items = [item for row in rows for item in (row.query, row.positive)]
     untruncated = item_lengths(items, processor, sizes).reshape(len(rows), 2).sum(axis=1) + 1
@@ -26,12 +25,10 @@ def row_lengths(
     return lengths
 
 
-def item_lengths(
-    items: Sequence[Item], processor: ProcessorMixin, sizes: Mapping[ItemImage, tuple[int, int]]
-) -> np.ndarray:
+def item_lengths(items: Sequence[Item], processor: ProcessorMixin, sizes: Sizes) -> np.ndarray:
     """Return the number of tokens of each item without ``<EOS>`` and without truncation, int64 ``[items]``.
 
-    :raises KeyError: If an image has no size.
+    :raises ImageError: If an image without a known size cannot be used.
     """
     texts = list({item.full_text for item in items if item.full_text is not None})
     of_text: dict[str | None, int] = {None: 0}

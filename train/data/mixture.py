@@ -1,17 +1,18 @@
-"""Mixes the rows of a stage's sources: checked, weighted, and identified by a fingerprint."""
+"""Mixes the rows of a stage's sources: limited, checked and weighted, all by the numbers of rows in a table."""
 
-import hashlib
-import json
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
-from cocoa_embed.data.rows import ItemImage, Row
+import numpy as np
+
+from cocoa_embed.data.rows import Row
 from cocoa_embed.errors import CocoaError, printable
-from cocoa_embed.train.data.image_check import CheckedImages, ImageSize, check_images
+from cocoa_embed.train.data.image_check import ImageCheck, ImageSizes
+from cocoa_embed.train.data.row_cache import read_sources
+from cocoa_embed.train.data.row_table import RowTable, image_id
 from cocoa_embed.train.data.rows import BadRow
-from cocoa_embed.train.data.sources import read_subset
 from cocoa_embed.train.settings import SourceSettings
 
 BAD_ROW_LIMIT = 0.01
@@ -28,16 +29,23 @@ class ReadRows:
 
     :param rows: In the order of the subsets, each repeated by its weight.
     :param bad: The rows that were left out.
-    :param sizes: Width and height in pixels of every usable image, upright.
+    :param sizes: Width and height in pixels of images, upright.
     :param counts: The number of ``rows`` of each subset.
-    :param fingerprint: SHA-256 of the rows' texts and image names, in order.
+    :param unchecked: The number of images that were not checked.
+    :param left_out: The number of rows of each subset that the stage cannot use.
     """
 
-    rows: list[Row]
+    rows: RowTable
     bad: list[BadRow]
-    sizes: dict[ItemImage, ImageSize]
+    sizes: ImageSizes
     counts: dict[str, int]
-    fingerprint: str
+    unchecked: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the content of the rows, in order."""
+        return self.rows.fingerprint
 
 
 def read_rows(
@@ -46,93 +54,84 @@ def read_rows(
     on_bad_row: OnBadRow,
     seed: int,
     workers: int = 0,
-    checked: CheckedImages | None = None,
-    refuse: Callable[[Row], str | None] | None = None,
+    check: Literal["all", "sample"] = "all",
+    images: ImageCheck | None = None,
 ) -> ReadRows:
-    """Read the rows of several sources, by the names of their subsets, and check every image.
+    """Read the rows of several sources, by the names of their subsets, and check their images.
 
     :param on_bad_row: ``stop`` raises at rows that cannot be used, those with broken images included; ``skip`` leaves
         out up to 1 % of all rows.
-    :param seed: Draws, with a subset's name, the rows of a fractional weight.
-    :param workers: Processes to decode images in; 0 is this one.
-    :param checked: The results of earlier image checks; new ones are added.
-    :param refuse: Returns why a stage cannot use a row, or None.
+    :param seed: Draws, with a subset's name, the entries of a ``limit`` and the rows of a fractional weight.
+    :param workers: Images to check at once.
+    :param check: ``sample`` checks some images only.
+    :param images: The check of an earlier call, which knows the images of then even without a cache.
     :raises CocoaError: If a source cannot be read, too many rows cannot be used, or a subset is left without rows.
     """
-    bad: list[BadRow] = []
-    subsets: dict[str, list[Row]] = {name: [] for name in sources}
-    for name, source in sources.items():
-        for row in read_subset(name, source):
-            if isinstance(row, Row):
-                subsets[name].append(row)
-            else:
-                bad.append(BadRow(name, row.source, row.reason))
-    if refuse is not None:
-        subsets = _leave_out(subsets, refuse, bad)
-    _refuse_bad_rows(bad, sum(map(len, subsets.values())), on_bad_row)
-    images = (image for rows in subsets.values() for row in rows for image in row.images())
-    found = check_images(images, workers, checked)
-    subsets = _leave_out(subsets, lambda row: _broken_image(row, found), bad)
-    _refuse_bad_rows(bad, sum(map(len, subsets.values())), on_bad_row)
-    sizes = {image: size for image, size in found.items() if not isinstance(size, str)}
-    weighted = {name: weigh(rows, sources[name].weight, seed=seed, subset=name) for name, rows in subsets.items()}
-    for name, rows in weighted.items():
-        if not rows:
-            usable = f"{len(subsets[name])} usable rows"
+    read = read_sources(sources)
+    entries = {name: draw_entries(read.counts[name], source.limit, seed, name) for name, source in sources.items()}
+    bad = [row for entry, row in read.bad if entry in entries[row.subset]]
+    subset = read.table.column("subset")
+    numbers = {name: number for number, name in enumerate(read.table.subsets)}
+    rows = {name: np.flatnonzero(subset == numbers.get(name, -1)) for name in sources}
+    rows = {name: some[np.isin(read.entries[some], list(entries[name]))] if len(entries[name]) < read.counts[name]
+            else some for name, some in rows.items()}  # fmt: skip
+    total = len(bad) + sum(map(len, rows.values()))
+    _refuse_bad_rows(bad, len(bad), total, on_bad_row)
+
+    table = read.table.select(np.concatenate(list(rows.values())))
+    checked = (images or ImageCheck())(table, workers=workers, sample=seed if check == "sample" else None)
+    broken = read.table.with_images(np.array(list(checked.faults), dtype=np.int64))
+    found = np.concatenate([some[broken[some]] for some in rows.values()])
+    bad += [_broken(read.table[number], checked.faults) for number in found[:SHOWN_BAD_ROWS].tolist()]
+    _refuse_bad_rows(bad, len(bad) + max(0, len(found) - SHOWN_BAD_ROWS), total, on_bad_row)
+    bad += [_broken(read.table[number], checked.faults) for number in found[SHOWN_BAD_ROWS:].tolist()]
+    rows = {name: some[~broken[some]] for name, some in rows.items()}
+
+    weighted = {name: weigh(some, sources[name].weight, seed=seed, subset=name) for name, some in rows.items()}
+    for name, some in weighted.items():
+        if not len(some):
+            usable = f"{len(rows[name])} usable rows"
             raise CocoaError(f"Subset {name!r} has {usable}, and none to draw at the weight {sources[name].weight}.")
-    rows = [row for of_subset in weighted.values() for row in of_subset]
-    counts = {name: len(of_subset) for name, of_subset in weighted.items()}
-    return ReadRows(rows, bad, sizes, counts, fingerprint(rows))
+    counts = {name: len(some) for name, some in weighted.items()}
+    chosen = read.table.select(np.concatenate(list(weighted.values())))
+    return ReadRows(chosen, bad, checked.sizes, counts, checked.unchecked)
 
 
-def _leave_out(
-    subsets: Mapping[str, Sequence[Row]], refuse: Callable[[Row], str | None], bad: list[BadRow]
-) -> dict[str, list[Row]]:
-    """Return the rows that are not refused, and add the others to ``bad``."""
-    kept: dict[str, list[Row]] = {name: [] for name in subsets}
-    for name, rows in subsets.items():
-        for row in rows:
-            reason = refuse(row)
-            if reason is None:
-                kept[name].append(row)
-            else:
-                bad.append(BadRow(name, row.source, reason))
-    return kept
+def _broken(row: Row, faults: Mapping[int, str]) -> BadRow:
+    image, fault = next((image, faults[image_id(image)]) for image in row.images() if image_id(image) in faults)
+    return BadRow(row.subset, row.source, f"the image {printable(str(image))} {fault}")
 
 
-def _broken_image(row: Row, found: CheckedImages) -> str | None:
-    broken = (image for image in row.images() if isinstance(found[image], str))
-    return next((f"the image {printable(str(image))} {found[image]}" for image in broken), None)
+def _refuse_bad_rows(bad: Sequence[BadRow], count: int, total: int, on_bad_row: OnBadRow) -> None:
+    """Refuse bad rows if they are too many.
 
-
-def _refuse_bad_rows(bad: Sequence[BadRow], usable: int, on_bad_row: OnBadRow) -> None:
+    :param bad: The first ones.
+    :raises CocoaError: If they are.
+    """
     sentences = [f"{str(row).rstrip('.')}." for row in bad[:SHOWN_BAD_ROWS]]
     if bad and on_bad_row == "stop":
-        others = f" ({len(bad) - 1} more rows cannot be used either)" if len(bad) > 1 else ""
+        others = f" ({count - 1} more rows cannot be used either)" if count > 1 else ""
         raise CocoaError(f"{sentences[0]}{others} Repair it, or leave such rows out by data.on_bad_row=skip.")
-    total = usable + len(bad)
-    if len(bad) > BAD_ROW_LIMIT * total:
+    if count > BAD_ROW_LIMIT * total:
         raise CocoaError(
-            f"{len(bad)} of {total} rows cannot be used; at most {BAD_ROW_LIMIT:.0%} may be left out. First: "
+            f"{count} of {total} rows cannot be used; at most {BAD_ROW_LIMIT:.0%} may be left out. First: "
             f"{' '.join(sentences)}"
         )
 
 
-def weigh(rows: Sequence[Row], weight: float, *, seed: int, subset: str) -> list[Row]:
-    """Return the rows repeated by ``weight``: at 2.5, all rows twice, then half of them once more.
+def draw_entries(count: int, limit: int | None, seed: int, subset: str) -> Sequence[int] | set[int]:
+    """Return the numbers of ``limit`` of ``count`` entries, drawn by the seed and the subset's name, or of all."""
+    if limit is None or limit >= count:
+        return range(count)
+    return set(random.Random(f"{seed} {subset} limit").sample(range(count), k=limit))
+
+
+def weigh(rows: np.ndarray, weight: float, *, seed: int, subset: str) -> np.ndarray:
+    """Return numbers of rows repeated by ``weight``: at 2.5, all rows twice, then half of them once more.
 
     The rows of a fraction are drawn by ``seed`` and the subset's name, and stay in order.
     """
     whole = int(weight)
     generator = random.Random(f"{seed} {subset}")
-    drawn = generator.sample(range(len(rows)), k=round((weight - whole) * len(rows)))
-    return [*rows] * whole + [rows[index] for index in sorted(drawn)]
-
-
-def fingerprint(rows: Iterable[Row]) -> str:
-    """Return the SHA-256 of all rows in order: subsets, texts, and the names of images, not their pixels."""
-    digest = hashlib.sha256()
-    for row in rows:
-        items = [(item.full_text, *map(str, item.images)) for item in row.items()]
-        digest.update(json.dumps([row.subset, items]).encode() + b"\n")
-    return digest.hexdigest()
+    drawn = sorted(generator.sample(range(len(rows)), k=round((weight - whole) * len(rows))))
+    return np.concatenate([rows] * whole + [rows[np.array(drawn, dtype=np.int64)]])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, overload
@@ -15,26 +14,20 @@ import pyarrow as pa
 
 from cocoa_embed.data.arrow_table import ArrowTable, reopen
 from cocoa_embed.data.rows import ArrowImage, Item, ItemImage, Row
+from cocoa_embed.errors import CocoaError, printable
 
 FORMAT_VERSION = 1
 """Of the files; it changes with ``SCHEMA`` and with what the columns mean."""
 
 ROWS_A_CHUNK = 10_000
 
-_IMAGE = pa.struct({"path": pa.string(), "table": pa.int32(), "row": pa.int64(), "position": pa.int32()})
-_ITEM = pa.struct({"text": pa.string(), "instruction": pa.string(), "images": pa.list_(_IMAGE)})
-_NUMBERS = ("subset", "query_id", "positive_id", "negatives_id", "image_id", "images", "query_text", "positive_text")
-
-SCHEMA = pa.schema(
-    {
-        "source": pa.string(),
-        "query": _ITEM,
-        "positive": _ITEM,
-        "negatives": pa.list_(_ITEM),
-        **{name: pa.int64() for name in _NUMBERS},
-    }
+_NUMBERS = (
+    *("subset", "source_id", "query_id", "positive_id", "negatives_id", "negatives"),
+    *("image_id", "images", "query_text", "positive_text"),
 )
-"""An image outside a table is its path; one inside has the number of its table, and its column as ``path``."""
+
+SCHEMA = pa.schema({"row": pa.string(), "image_ids": pa.list_(pa.int64()), **{name: pa.int64() for name in _NUMBERS}})
+"""``row`` is JSON, which is read faster than nested columns. ``image_ids`` are of all items, in their order."""
 
 
 class RowTable(Sequence[Row]):
@@ -57,10 +50,10 @@ class RowTable(Sequence[Row]):
         path: Path | None = None,
     ) -> None:
         self.subsets = tuple(subsets)
-        self._table = table
+        self._table, self._rows = table, table["row"]
         self._image_tables = tuple(image_tables)
         self._indices = np.arange(len(table)) if indices is None else indices
-        self._path = path
+        self.path = path
 
     @classmethod
     def of(cls, rows: Iterable[Row]) -> RowTable:
@@ -98,9 +91,10 @@ class RowTable(Sequence[Row]):
         return cls(table, found["subsets"], [reopen(tuple(origin)) for origin in found["image_tables"]], path=path)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self._path is not None:
-            return _reopened, (self._path, self._indices)
-        return RowTable.of, (list(self),)
+        if self.path is None:
+            return RowTable.of, (list(self),)
+        in_order = len(self._indices) == len(self._table) and bool((np.diff(self._indices) == 1).all())
+        return _reopened, (self.path, None if in_order else self._indices)
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -112,7 +106,7 @@ class RowTable(Sequence[Row]):
     def __getitem__(self, index: int | slice) -> Row | RowTable:
         if isinstance(index, slice):
             return self.select(np.arange(len(self))[index])
-        return self._row(self._cells(int(self._indices[index])))
+        return self._row(int(self._indices[index]))
 
     def __iter__(self) -> Iterator[Row]:
         return (self[index] for index in range(len(self)))
@@ -120,17 +114,42 @@ class RowTable(Sequence[Row]):
     def select(self, indices: np.ndarray) -> RowTable:
         """Return the rows at these places, in this order; rows may repeat."""
         chosen = self._indices[np.asarray(indices, dtype=np.int64)]
-        return RowTable(self._table, self.subsets, self._image_tables, indices=chosen, path=self._path)
+        return RowTable(self._table, self.subsets, self._image_tables, indices=chosen, path=self.path)
+
+    def image_ids(self) -> np.ndarray:
+        """Return the ``image_id`` of each image of the rows once, negatives included, int64 ``[images]``."""
+        ids, rows = self._images()
+        return np.unique(ids[np.isin(rows, self._indices)])
+
+    def images(self, image_ids: np.ndarray) -> Iterator[tuple[int, ItemImage]]:
+        """Yield the images with some of the ``image_ids``, each once and with its own."""
+        ids, rows = self._images()
+        distinct, firsts = np.unique(ids, return_index=True)
+        chosen = np.isin(distinct, image_ids)
+        for number, row in zip(distinct[chosen].tolist(), rows[firsts[chosen]].tolist(), strict=True):
+            yield number, next(image for image in self._row(row).images() if image_id(image) == number)
+
+    def with_images(self, image_ids: np.ndarray) -> np.ndarray:
+        """Return whether rows have one of these images, bool ``[rows]``."""
+        ids, rows = self._images()
+        return np.isin(self._indices, rows[np.isin(ids, image_ids)])
+
+    def _images(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the images of the whole table in order: their ``image_id``, and the numbers of their rows."""
+        lists = self._table["image_ids"].combine_chunks()
+        return lists.flatten().to_numpy(), lists.value_parent_indices().to_numpy()
 
     def column(self, name: str) -> np.ndarray:
         """Return a number for each row, int64 ``[rows]``.
 
-        ``subset`` is the place of its subset in ``subsets``; ``query_id`` and ``positive_id`` are equal for sides with
-        equal texts and images; ``negatives_id`` identifies all negatives; ``image_id`` identifies ``Row.image``, and is
-        0 without one; ``images`` counts the images of query and positive; ``query_text`` and ``positive_text`` are the
-        characters of their content, without instructions.
+        ``subset`` is the place of its subset in ``subsets``; ``source_id`` identifies ``Row.source``; ``query_id`` and
+        ``positive_id`` are equal for sides with equal texts and images; ``negatives_id`` identifies all negatives, and
+        ``negatives`` counts them; ``image_id`` identifies ``Row.image``, and is 0 without one; ``images`` counts the
+        images of query and positive; ``query_text`` and ``positive_text`` are the characters of their content, without
+        instructions.
         """
-        return self._numbers[name][self._indices]
+        found: np.ndarray = self._table[name].to_numpy()[self._indices]
+        return found
 
     @property
     def fingerprint(self) -> str:
@@ -140,41 +159,31 @@ class RowTable(Sequence[Row]):
             digest.update(self.column(name).astype("<i8").tobytes())
         return digest.hexdigest()
 
-    @cached_property
-    def _numbers(self) -> dict[str, np.ndarray]:
-        return {name: self._table[name].to_numpy() for name in _NUMBERS}
+    def _row(self, number: int) -> Row:
+        source, query, positive, negatives, subset = json.loads(self._rows[number].as_py())
+        rest = tuple(map(self._item, negatives))
+        return Row(self._item(query), self._item(positive), source, rest, self.subsets[subset])
 
-    @cached_property
-    def _starts(self) -> np.ndarray:
-        """The first row of each chunk, and the number of all rows."""
-        return np.cumsum([0, *(len(batch) for batch in self._batches)])
+    def _item(self, cells: list[Any]) -> Item:
+        text, instruction, images = cells
+        return Item(text, tuple(map(self._image, images)), instruction)
 
-    @cached_property
-    def _batches(self) -> list[pa.StructArray]:
-        return [pa.StructArray.from_arrays([*batch.columns[:4], batch["subset"]], [*SCHEMA.names[:4], "subset"])
-                for batch in self._table.to_batches()]  # fmt: skip
-
-    def _cells(self, row: int) -> dict[str, Any]:
-        chunk = int(np.searchsorted(self._starts, row, side="right")) - 1
-        cells: dict[str, Any] = self._batches[chunk][row - int(self._starts[chunk])].as_py()
-        return cells
-
-    def _row(self, cells: dict[str, Any]) -> Row:
-        query, positive = self._item(cells["query"]), self._item(cells["positive"])
-        negatives = tuple(map(self._item, cells["negatives"]))
-        return Row(query, positive, cells["source"], negatives, self.subsets[cells["subset"]])
-
-    def _item(self, cells: dict[str, Any]) -> Item:
-        return Item(cells["text"], tuple(map(self._image, cells["images"])), cells["instruction"])
-
-    def _image(self, cells: dict[str, Any]) -> ItemImage:
-        if cells["table"] is None:
-            return Path(cells["path"])
-        return ArrowImage(self._image_tables[cells["table"]], cells["row"], cells["path"], cells["position"])
+    def _image(self, cells: str | list[Any]) -> ItemImage:
+        if isinstance(cells, str):
+            return Path(cells)
+        table, row, column, position = cells
+        return ArrowImage(self._image_tables[table], row, column, position)
 
 
-def _reopened(path: Path, indices: np.ndarray) -> RowTable:
-    return RowTable.open(path).select(indices)
+def _reopened(path: Path, indices: np.ndarray | None) -> RowTable:
+    try:
+        table = RowTable.open(path)
+    except FileNotFoundError as error:
+        raise CocoaError(
+            f"The rows in {printable(path)} are not there any more, or not on this machine; if a run has several "
+            "machines, set COCOA_CACHE to a folder that all of them share."
+        ) from error
+    return table if indices is None else table.select(indices)
 
 
 class _Chunks:
@@ -187,39 +196,54 @@ class _Chunks:
     def batches(self, rows: Iterable[Row]) -> Iterator[pa.RecordBatch]:
         remaining = iter(rows)
         while chunk := list(islice(remaining, ROWS_A_CHUNK)):
-            yield pa.RecordBatch.from_pylist([self._cells(row) for row in chunk], SCHEMA)
+            columns = zip(*map(self._cells, chunk), strict=True)
+            arrays = [pa.array(cells, field.type) for cells, field in zip(columns, SCHEMA, strict=True)]
+            yield pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
 
-    def _cells(self, row: Row) -> dict[str, Any]:
-        return {
-            "source": row.source,
-            "query": self._item(row.query),
-            "positive": self._item(row.positive),
-            "negatives": [self._item(item) for item in row.negatives],
-            "subset": self.subsets.setdefault(row.subset, len(self.subsets)),
-            "query_id": content_id(row.query),
-            "positive_id": content_id(row.positive),
-            "negatives_id": content_id(*row.negatives) if row.negatives else 0,
-            "image_id": 0 if row.image is None else _digest(str(row.image)),
-            "images": len(row.query.images) + len(row.positive.images),
-            "query_text": len(row.query.text or ""),
-            "positive_text": len(row.positive.text or ""),
-        }
+    def _cells(self, row: Row) -> tuple[Any, ...]:
+        subset = self.subsets.setdefault(row.subset, len(self.subsets))
+        query, positive, *negatives = map(self._item, row.items())
+        return (
+            json.dumps((row.source, query, positive, negatives, subset)),
+            [image_id(image) for image in row.images()],
+            subset,
+            digest(row.source),
+            content_id(row.query),
+            content_id(row.positive),
+            content_id(*row.negatives) if row.negatives else 0,
+            len(row.negatives),
+            0 if row.image is None else image_id(row.image),
+            len(row.query.images) + len(row.positive.images),
+            len(row.query.text or ""),
+            len(row.positive.text or ""),
+        )
 
-    def _item(self, item: Item) -> dict[str, Any]:
-        return {"text": item.text, "instruction": item.instruction, "images": [self._image(i) for i in item.images]}
+    def _item(self, item: Item) -> tuple[Any, ...]:
+        return item.text, item.instruction, [self._image(image) for image in item.images]
 
-    def _image(self, image: ItemImage) -> dict[str, Any]:
+    def _image(self, image: ItemImage) -> str | tuple[Any, ...]:
         if not isinstance(image, ArrowImage):
-            return {"path": str(image)}
+            return str(image)
         table: Any = image.table
-        number = self.image_tables.setdefault(table, len(self.image_tables))
-        return {"path": image.column, "table": number, "row": image.row, "position": image.position}
+        return self.image_tables.setdefault(table, len(self.image_tables)), image.row, image.column, image.position
 
 
 def content_id(*items: Item) -> int:
     """Return a number that is equal for equal items: their full texts, and the names of their images."""
-    return _digest(json.dumps([(item.full_text, *map(str, item.images)) for item in items]))
+    parts = [[item.full_text, *map(str, item.images)] for item in items]
+    return digest(json.dumps(parts))
 
 
-def _digest(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True) or 1
+def image_id(image: ItemImage) -> int:
+    """Return a number that identifies an image by its name; never 0."""
+    return digest(str(image))
+
+
+def digest(text: str) -> int:
+    """Return a number that identifies a text, int64 and never 0."""
+    return (
+        int.from_bytes(
+            hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little", signed=True
+        )
+        or 1
+    )

@@ -1,13 +1,13 @@
 """Rows and their draws, bad rows, and the images of rows."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from PIL import Image
 from torch.utils.data import Dataset
 
-from cocoa_embed.data.rows import ArrowImage, ItemImage, Row, load_item_image
+from cocoa_embed.data.rows import ItemImage, Row, load_item_image
 from cocoa_embed.errors import ImageError, RowError, printable
 from cocoa_embed.images.load import UsedPixels
 from cocoa_embed.model.backbone import MAX_ASPECT_RATIO
@@ -46,6 +46,10 @@ class Rows(Dataset[tuple[Draw, Row]]):
     def __getitem__(self, draw: Draw) -> tuple[Draw, Row]:
         return draw, self.rows[draw.row]
 
+    def after(self, example: tuple[Draw, Row]) -> tuple[Draw, Row]:
+        """Return the row after an example's, in the same epoch."""
+        return self[example[0]._replace(row=(example[0].row + 1) % len(self))]
+
 
 def numbered(rows: Sequence[Row]) -> list[tuple[Draw, Row]]:
     """Return rows as a collator takes them, all of the first epoch."""
@@ -56,21 +60,26 @@ def load_row_image(image: ItemImage, used_pixels: UsedPixels | None = None) -> I
     """Load a row's image for training.
 
     :param used_pixels: As in ``decode_image``; it is asked only about images that can be used.
-    :raises ImageError: If it cannot be used, or one side is more than 200 times the other, which processors refuse.
+    :raises ImageError: If it cannot be used, as in ``check_aspect_ratio``, too.
     """
+    name = printable(str(image))
 
     def used(width: int, height: int) -> int:
-        if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-            reason = f"is {width} x {height}: one side is more than {MAX_ASPECT_RATIO} times the other"
-            raise ImageError(printable(str(image)), reason)
+        check_aspect_ratio((width, height), name)
         return width * height if used_pixels is None else used_pixels(width, height)
 
     return load_item_image(image, used)
 
 
-def arrow_images(rows: Iterable[Row]) -> dict[str, ArrowImage]:
-    """Return the rows' images inside tables, by their names."""
-    return {str(image): image for row in rows for image in row.images() if isinstance(image, ArrowImage)}
+def check_aspect_ratio(size: tuple[int, int], name: str) -> tuple[int, int]:
+    """Return the size of an image as it is.
+
+    :raises ImageError: If one side is more than 200 times the other, which processors refuse.
+    """
+    if max(size) > MAX_ASPECT_RATIO * min(size):
+        reason = f"is {size[0]} x {size[1]}: one side is more than {MAX_ASPECT_RATIO} times the other"
+        raise ImageError(name, reason)
+    return size
 
 
 def check_text(text: str, source: str) -> str:

@@ -1,6 +1,6 @@
 """The order of rows: a function of the seed, the same on any number of devices."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 
@@ -22,8 +22,9 @@ class RowStream(Sampler[Draw]):
     :param rows: The number of rows.
     :param draws: The number of draws, a multiple of ``batch_size``.
     :param batch_size: Rows of a step, over all devices.
-    :param lengths: The number of tokens of each row. With it, batches have rows of similar length: the rows of
-        ``WINDOW`` batches are sorted by length, and the batches come in random order.
+    :param lengths_of: Returns the numbers of tokens of rows, given the rows' numbers. With it, batches have rows
+        of similar length: the rows of ``WINDOW`` batches are sorted by length, and the batches come in random order.
+    :param skipped: The first draws that a resumed run drops: windows of these alone are not sorted.
     :raises ValueError: If there are no rows.
     """
 
@@ -31,7 +32,8 @@ class RowStream(Sampler[Draw]):
     draws: int
     batch_size: int
     seed: int
-    lengths: Sequence[int] | None = None
+    lengths_of: Callable[[Sequence[int]], Sequence[int]] | None = None
+    skipped: int = 0
 
     def __post_init__(self) -> None:
         if self.rows < 1:
@@ -42,17 +44,20 @@ class RowStream(Sampler[Draw]):
 
     def __iter__(self) -> Iterator[Draw]:
         draws = islice(self._epochs(), self.draws)
-        return draws if self.lengths is None else self._grouped(draws, self.lengths)
+        return draws if self.lengths_of is None else self._grouped(draws, self.lengths_of)
 
     def _epochs(self) -> Iterator[Draw]:
         for epoch in count():
             order = np.random.default_rng([self.seed, epoch]).permutation(self.rows)
             yield from (Draw(int(index), epoch) for index in order)
 
-    def _grouped(self, draws: Iterator[Draw], lengths: Sequence[int]) -> Iterator[Draw]:
-        generator = np.random.default_rng([self.seed, self.rows, self.draws])
+    def _grouped(self, draws: Iterator[Draw], lengths_of: Callable[[Sequence[int]], Sequence[int]]) -> Iterator[Draw]:
+        generator, end = np.random.default_rng([self.seed, self.rows, self.draws]), 0
         while window := list(islice(draws, WINDOW * self.batch_size)):
-            window.sort(key=lambda draw: lengths[draw.row])
+            end += len(window)
+            if end > self.skipped:
+                order = np.argsort(lengths_of([draw.row for draw in window]), kind="stable")
+                window = [window[place] for place in order]
             starts = np.arange(0, len(window), self.batch_size)
             for start in generator.permutation(starts):
                 yield from window[start : start + self.batch_size]

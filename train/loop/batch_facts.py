@@ -57,8 +57,9 @@ class DescribedBatches:
     def __call__(self, examples: list[Any]) -> dict[str, Any]:
         """Collate, and add the batch's ``BatchFacts``."""
         if get_worker_info() is not None:
-            # SIGTERM may go to all processes of a run; the first one saves, then ends its workers.
+            # Signals may go to all processes of a run; the first one saves, then ends its workers.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             batch = self.collate(examples)
         except CocoaError as error:

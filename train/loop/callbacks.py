@@ -1,7 +1,9 @@
-"""Callbacks of a stage's trainer: the progress bar, TensorBoard, snapshots, and an orderly stop at SIGTERM."""
+"""Callbacks of a stage's trainer: the progress bar, TensorBoard, snapshots, checkpoints by time and at signals."""
 
+import logging
 import signal
 import threading
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
@@ -22,9 +24,10 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
 from cocoa_embed.errors import CocoaError
-from cocoa_embed.train.loop.processes import reduce
 
 TENSORBOARD = "tensorboard"
+
+logger = logging.getLogger(__name__)
 
 
 class StageProgressCallback(ProgressCallback):
@@ -109,43 +112,81 @@ class SaveSnapshots(TrainerCallback):
 
 
 class Stopped(CocoaError):
-    """The run was stopped by SIGTERM, and can be resumed."""
+    """The run was stopped by a signal, and can be resumed.
 
-    exit_status = 128 + signal.SIGTERM
+    :param number: SIGTERM, or SIGINT of Ctrl-C.
+    :param where: The step that it has reached.
+    """
+
     is_raised_by_all = True
 
+    def __init__(self, number: int, where: str) -> None:
+        name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        super().__init__(f"Stopped by {name} {where}; the same command with --resume continues from there.")
+        self.exit_status = 128 + number
 
-class StopOnSigterm(TrainerCallback):
-    """Saves a checkpoint and stops at the end of the step in which SIGTERM arrives, at any of the processes."""
 
-    def __init__(self, trainer: Trainer) -> None:
+class SaveAndStop(TrainerCallback):
+    """Saves a checkpoint every few minutes; saves one and stops at the end of the step in which a signal arrives.
+
+    The signal is SIGTERM or Ctrl-C, at any of the processes. A second Ctrl-C ends the process at once.
+
+    :param minutes: From one checkpoint to the next, by the clock of the first process; None saves none by time.
+    """
+
+    def __init__(self, trainer: Trainer, minutes: float | None) -> None:
         self.trainer = trainer
-        self.requested = False
+        self.seconds = float("inf") if minutes is None else minutes * 60
+        self.requested = 0
+        """The number of the signal that arrived, if any."""
+        self._saved_at = time.monotonic()
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Note SIGTERM instead of ending the process, until the block ends."""
+        """Note signals instead of ending the process, until the block ends; a signal that is ignored stays ignored."""
         if threading.current_thread() is not threading.main_thread():
             yield  # only the main thread can handle signals
             return
-        before = signal.signal(signal.SIGTERM, self._request)
+        self._handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        for number, before in self._handlers.items():
+            signal.signal(number, self._request if before != signal.SIG_IGN else before)
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, before in self._handlers.items():
+                signal.signal(number, before)
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self._saved_at = time.monotonic()
+
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        """Restart the clock."""
+        self._saved_at = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save and stop if any process got the signal, so that all do at the same step."""
-        if self.any_requested() and state.global_step < state.max_steps:
-            control.should_save = control.should_training_stop = True
+        """Save, and stop, if the processes agree on it, so that all do at the same step."""
+        is_due = self._agree()
+        if state.global_step < state.max_steps:
+            control.should_save |= is_due or bool(self.requested)
+            control.should_training_stop |= bool(self.requested)
 
     def any_requested(self) -> bool:
-        """Return whether any process got the signal; all of them must call this."""
-        accelerator = self.trainer.accelerator
-        if accelerator.num_processes > 1:
-            requested = torch.tensor([int(self.requested)], device=accelerator.device)
-            self.requested = bool(reduce(accelerator, requested, "sum").item())
-        return self.requested
+        """Return whether any process got a signal; all of them must call this."""
+        self._agree()
+        return bool(self.requested)
+
+    def _agree(self) -> bool:
+        """Return whether the first process finds a checkpoint due, and take over a signal of any process."""
+        is_due = time.monotonic() - self._saved_at >= self.seconds
+        seen: Any = torch.tensor([[self.requested, is_due]])
+        if (accelerator := self.trainer.accelerator).num_processes > 1:
+            seen = accelerator.gather(seen.to(accelerator.device))
+        self.requested = int(seen[:, 0].max())
+        return bool(seen[0, 1])
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        self.requested = number
+        if number == signal.SIGINT:
+            signal.signal(number, self._handlers[signal.SIGINT])
+            logger.warning("stopping after this step, with a checkpoint; another Ctrl-C ends at once, without")

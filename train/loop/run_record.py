@@ -9,12 +9,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from cocoa_embed import __version__
-from cocoa_embed.data.rows import Row
 from cocoa_embed.model.backbone import Origin, origin
 from cocoa_embed.model.training_record import (
     TRAINING_FILE,
@@ -134,17 +134,16 @@ def update_stage(out: Path, stage: str, **values: Any) -> None:
     write_run(out, run)
 
 
-def record_begin(out: Path, stage: str, trainer: CocoaTrainer, rows: Sequence[Row], held_out: Sequence[Row]) -> None:
-    """Record how many parameters a stage trains, and which of its ``rows`` are ``held_out`` from training."""
+def record_begin(out: Path, stage: str, trainer: CocoaTrainer, held_out: np.ndarray) -> None:
+    """Record how many parameters a stage trains, and the places of its rows that are held out of training."""
     stages = read_run(out)["stages"]
     earlier = list(stages)[: list(stages).index(stage)]
-    number_of = {id(row): number for number, row in reversed(list(enumerate(rows)))}  # a weight repeats rows
     update_stage(
         out,
         stage,
         trained_parameters=trainer.get_num_trainable_parameters(),
         held_out={
-            "rows": [number_of[id(row)] for row in held_out],
+            "rows": held_out.tolist(),
             "seen_by": [name for name in earlier if set(stages[name]["places"]) & set(stages[stage]["places"])],
         },
     )

@@ -2,18 +2,22 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
 from cocoa_embed.data.rows import Row
+from cocoa_embed.train.data.broken_rows import ReplaceBroken
 from cocoa_embed.train.data.rows import Rows
 from cocoa_embed.train.data.sampling import RowStream
 from cocoa_embed.train.loop.adapters import prepare_trainable
 from cocoa_embed.train.loop.batch_facts import FACTS, Batch, BatchFacts, DescribedBatches, Example
+from cocoa_embed.train.loop.checkpoints import step_of
 from cocoa_embed.train.loop.processes import reduce
 from cocoa_embed.train.loop.trainer import CocoaTrainer, Probe, StageContext
 from cocoa_embed.train.settings import ReconstructionSettings
@@ -34,19 +38,32 @@ def stage_trainer(
         target in the step, and returns scalars, ``loss`` among them, that are means over these totals.
     """
     arguments = TrainingArguments(**context.arguments)
-    lengths = context.lengths_of(rows) if settings.group_by_length and context.lengths_of is not None else None
+    lengths_of = context.lengths_of if settings.group_by_length else None
     draws = arguments.max_steps * settings.batch_size
+    dataset = Rows(rows)
+    usable = ReplaceBroken(collator, row_of, dataset.after, context.on_bad_row, len(rows))
     return StageTrainer(
         model=model,
         args=arguments,
-        train_dataset=Rows(rows),
-        data_collator=DescribedBatches(collator, row_numbers, context.flops_of),
-        stream=RowStream(len(rows), draws, batch_size=settings.batch_size, seed=arguments.seed, lengths=lengths),
+        train_dataset=dataset,
+        data_collator=DescribedBatches(usable, row_numbers, context.flops_of),
+        stream=RowStream(
+            len(rows),
+            draws,
+            batch_size=settings.batch_size,
+            seed=arguments.seed,
+            lengths_of=lengths_of and (lambda numbers: lengths_of([rows[number] for number in numbers])),
+        ),
         rows=rows,
         context=context,
         adapter=prepare_trainable(backbone, settings),
         probe=probe,
     )
+
+
+def row_of(example: Example) -> Row:
+    """Return the row of an example."""
+    return example[1]
 
 
 def row_numbers(examples: Sequence[Example]) -> list[int]:
@@ -72,6 +89,12 @@ class StageTrainer(CocoaTrainer):
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> RowStream:
         return self._stream
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train, from a checkpoint if there is one."""
+        if isinstance(resume_from_checkpoint, str):
+            self._stream.skipped = step_of(Path(resume_from_checkpoint)) * self._stream.batch_size
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device

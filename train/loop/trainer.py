@@ -50,6 +50,7 @@ class StageContext:
 
     :param arguments: The keywords of transformers' ``TrainingArguments``.
     :param lengths_of: Returns the number of tokens of each row; without it, rows are not grouped by length.
+    :param on_bad_row: What happens at a row whose image proves broken: ``stop`` or ``skip``, as in ``DataSettings``.
     :param flops_of: Returns the FLOPs of training on a batch.
     :param peak_flops: FLOP/s of a matrix product, the peak of the utilisation.
     :param memory_remedy: The change in the recipe if a step does not fit into memory.
@@ -58,6 +59,7 @@ class StageContext:
 
     arguments: dict[str, Any]
     lengths_of: Callable[[Sequence[Row]], Sequence[int]] | None = None
+    on_bad_row: str = "stop"
     flops_of: Callable[[dict[str, Any]], float] | None = None
     peak_flops: float | None = None
     memory_remedy: str = ""

@@ -6,31 +6,45 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 
-from cocoa_embed.data.rows import ItemImage
 from cocoa_embed.errors import CocoaError, UsageError, one_line
 from cocoa_embed.folders import RUN_MARKER, claim_folder, refuse_foreign_folder, write_atomically
-from cocoa_embed.model.backbone import load_backbone, load_processor, read_config, resolve_backbone
+from cocoa_embed.model.backbone import (
+    fitting_max_pixels,
+    load_backbone,
+    load_processor,
+    read_config,
+    resolve_backbone,
+)
 from cocoa_embed.model.training_record import RUN_FILE, TRAINING_FILE, read_run, read_training, write_run
-from cocoa_embed.train.data.image_check import ImageSize
+from cocoa_embed.train.data.image_check import ImageCheck
 from cocoa_embed.train.data.mixture import ReadRows, read_rows
+from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.data.rows import BadRow
 from cocoa_embed.train.loop.arguments import checking_worker_count
 from cocoa_embed.train.loop.checkpoints import remove_unfinished
 from cocoa_embed.train.loop.processes import meet
 from cocoa_embed.train.loop.run_record import StageResult, Start, finished_stages, new_run, read_start
+from cocoa_embed.train.plan.advice import advise
 from cocoa_embed.train.recipe import Recipe, missing_paths
+from cocoa_embed.train.settings import StageSettings
+from cocoa_embed.train.stages.stage import Stage
+
+Check = Literal["all", "sample"]
 
 CHECKPOINTS = "checkpoints"
 """The folder in a run's folder with the checkpoints to resume from, until the stage is finished."""
 
 BAD_ROWS_FILE = "bad_rows.jsonl"
 
-NOT_LEARNED = frozenset({"workers", "report_to", "mini_batch_size", "gradient_checkpointing", "probe_steps"})
+NOT_LEARNED = frozenset(
+    {"workers", "report_to", "mini_batch_size", "gradient_checkpointing", "probe_steps", "save_steps", "save_minutes"}
+)
 """Settings that have no effect on the trained weights, and may change when a run is resumed."""
 
 INHERITED = ("prompts", "max_length", "max_pixels", "bidirectional")
@@ -49,6 +63,7 @@ class Prepared:
     :param start: The origin of its weights.
     :param rows: The rows of each unfinished stage.
     :param steps: The optimisation steps of each unfinished stage.
+    :param warnings: What does not fit together, one sentence each.
     :param results: The results of the finished stages.
     :param is_resumed: Whether it resumes an interrupted run.
     """
@@ -57,6 +72,7 @@ class Prepared:
     start: Start
     rows: dict[str, ReadRows]
     steps: dict[str, int]
+    warnings: list[str]
     results: list[StageResult] = field(default_factory=list)
     is_resumed: bool = False
 
@@ -69,6 +85,8 @@ def prepare(recipe: Recipe, out: Path, *, resume: bool) -> Prepared:
     :raises CocoaError: As ``examine`` does, or if the folder cannot be written.
     """
     prepared = examine(recipe, out, resume=resume)
+    for warning in prepared.warnings:
+        logger.warning(warning)
     if prepared.is_resumed:
         for stage in prepared.rows:
             remove_unfinished(out / stage)
@@ -91,16 +109,17 @@ def bad_rows(rows: Mapping[str, ReadRows]) -> list[BadRow]:
     return [replace(row, stages=tuple(those)) for row, those in stages.items()]
 
 
-def examine(recipe: Recipe, out: Path, *, resume: bool = False) -> Prepared:
+def examine(recipe: Recipe, out: Path, *, resume: bool = False, check: Check = "all") -> Prepared:
     """Check a recipe against data, machine and output folder, without changing any file.
 
+    :param check: Check all images, or a sample of them.
     :raises UsageError: If the recipe has no stage, a stage has no data, this machine cannot run it, or the interrupted
         run had another recipe or other rows.
     :raises CocoaError: If data, backbone or output folder cannot be used.
     """
     if missing := missing_paths(type(recipe), recipe.model_dump()):
         raise CocoaError(f"Recipe {recipe.name!r}: {'; '.join(missing)}.")
-    recipe = _inherit(recipe)
+    recipe = _limit_images(_inherit(recipe))
     _check_stages(recipe)
     config = read_config(recipe.backbone)
     for stage in recipe.stages.values():
@@ -113,12 +132,15 @@ def examine(recipe: Recipe, out: Path, *, resume: bool = False) -> Prepared:
         _refuse_another_recipe(recipe, out)
     results = finished_stages(recipe, out) if resume else []
     start = read_start(recipe.backbone)
-    rows = read_stages(recipe, list(recipe.stages)[len(results) :])
+    rows = read_stages(recipe, list(recipe.stages)[len(results) :], check=check)
     steps = {stage: recipe.stages[stage].step_count(len(read.rows)) for stage, read in rows.items()}
     _refuse_impossible_arguments(recipe, steps, out)
     if resume:
         _refuse_other_rows(rows, out)
-    return Prepared(recipe, start, rows, steps, results, is_resumed=resume)
+    warnings = [
+        warning for name, read in rows.items() for warning in advise(recipe.stages[name], read.rows, steps[name])
+    ]
+    return Prepared(recipe, start, rows, steps, warnings, results, is_resumed=resume)
 
 
 def _inherit(recipe: Recipe) -> Recipe:
@@ -132,6 +154,18 @@ def _inherit(recipe: Recipe) -> Recipe:
         listed = ", ".join(f"{key} {json.dumps(value)}" for key, value in taken.items())
         logger.warning("inherited from %s: %s", folder, listed)
     return recipe.parse({**recipe.model_dump(exclude_unset=True), **taken}, source=str(folder))
+
+
+def _limit_images(recipe: Recipe) -> Recipe:
+    """Return the recipe; with a limit for images, if it gives none and the backbone's own is too large for it."""
+    pixels = None if recipe.max_pixels else fitting_max_pixels(recipe.backbone, recipe.max_length)
+    if pixels is None:
+        return recipe
+    logger.warning(
+        f"max_pixels is {pixels}, half of max_length {recipe.max_length}, as the largest images that {recipe.backbone} "
+        "takes are longer than that; set max_pixels to choose."
+    )
+    return recipe.parse({**recipe.model_dump(exclude_unset=True), "max_pixels": pixels}, source=recipe.name)
 
 
 def _check_stages(recipe: Recipe) -> None:
@@ -158,29 +192,60 @@ def _check_stages(recipe: Recipe) -> None:
             raise UsageError(f"{sharding} does not work with adapters; leave out sharding or {name}.adapter.")
 
 
-def read_stages(recipe: Recipe, names: list[str]) -> dict[str, ReadRows]:
+def read_stages(recipe: Recipe, names: list[str], *, check: Check = "all") -> dict[str, ReadRows]:
     """Read the rows of stages. Data of several stages are read once, and each image is checked once.
 
+    :param check: Check all images, or a sample of them.
+    :raises UsageError: If a stage cannot train on its rows.
     :raises CocoaError: If the data cannot be used.
     """
-    read: dict[tuple[str, object], ReadRows] = {}
-    checked: dict[ItemImage, ImageSize | str] = {}
+    read: dict[str, ReadRows] = {}
+    images = ImageCheck()
     rows = {}
     for name in names:
         stage, data = recipe.stages[name], recipe.data_of(name)
-        key = data.model_dump_json(), type(stage).unusable
+        key = data.model_dump_json()
         if key not in read:
             read[key] = read_rows(
                 recipe.sources_of(name),
                 on_bad_row=data.on_bad_row,
                 seed=recipe.seed,
                 workers=checking_worker_count(recipe),
-                checked=checked,
-                refuse=stage.unusable,
+                images=images,
+                check=check,
             )
-        rows[name] = read[key]
+        rows[name] = _capped(_usable(stage, read[key]), data.max_rows, recipe.seed)
         stage.check_rows(rows[name].rows)
     return rows
+
+
+def _usable(stage: Stage[StageSettings], read: ReadRows) -> ReadRows:
+    """Return the rows that a stage can use, with the number of others by subset.
+
+    :raises UsageError: If there are none.
+    """
+    rows, usable = read.rows, stage.usable(read.rows)
+    if usable.all():
+        return read
+    if not usable.any():
+        raise UsageError(f"Stage {stage.name} can use none of its {len(rows):,} rows: {stage.needs}.")
+    kept = rows.select(np.flatnonzero(usable))
+    counts, left_out = _count(kept), _count(rows.select(np.flatnonzero(~usable)))
+    return replace(read, rows=kept, counts=counts, left_out=left_out)
+
+
+def _capped(read: ReadRows, max_rows: int | None, seed: int) -> ReadRows:
+    """Return at most ``max_rows`` rows, drawn by the seed, in order."""
+    if max_rows is None or len(read.rows) <= max_rows:
+        return read
+    kept = read.rows.select(np.sort(np.random.default_rng(seed).choice(len(read.rows), max_rows, replace=False)))
+    return replace(read, rows=kept, counts=_count(kept))
+
+
+def _count(rows: RowTable) -> dict[str, int]:
+    """Return the number of rows of each subset."""
+    counts = np.bincount(rows.column("subset"), minlength=len(rows.subsets))
+    return dict(zip(rows.subsets, counts.tolist(), strict=True))
 
 
 def _recipe_changes(before: dict[str, Any], after: dict[str, Any], *, prefix: str = "") -> list[str]:
@@ -234,7 +299,8 @@ def _refuse_impossible_arguments(recipe: Recipe, steps: dict[str, int], out: Pat
 def _refuse_to_overwrite_inputs(recipe: Recipe, out: Path) -> None:
     backbone = Path(resolve_backbone(recipe.backbone))
     sources = [source for stage in recipe.stages for source in recipe.sources_of(stage).values()]
-    given = [path for s in sources for path in (s.folder, s.file, s.mmeb, s.hub, s.images) if path]
+    given = [path for s in sources for path in (s.folder, s.file, s.webdataset, s.mmeb, s.hub, s.images)
+             if path and "://" not in str(path)]  # fmt: skip
     for path in [*([backbone] if backbone.is_dir() else []), *map(Path, given)]:
         if path.resolve().is_relative_to(out.resolve()):
             raise UsageError(f"{out} holds {path}, which the run reads; give another output folder.")

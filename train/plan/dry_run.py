@@ -1,26 +1,30 @@
 """The plan and the cost of a run, without loading weights: ``cocoa-embed train RECIPE --dry-run``."""
 
 import dataclasses
-import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
+import numpy as np
 from accelerate import PartialState
 from transformers import PreTrainedConfig, ProcessorMixin
 
-from cocoa_embed.data.rows import Row
 from cocoa_embed.model.backbone import load_processor, read_config
 from cocoa_embed.model.flex_attention import FLEX
-from cocoa_embed.train.data.lengths import row_lengths
 from cocoa_embed.train.data.mixture import ReadRows
+from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.data.rows import numbered
-from cocoa_embed.train.plan.checks import bad_rows, examine
-from cocoa_embed.train.plan.cost import StepCost, batch_shape
+from cocoa_embed.train.loop.checkpoints import newest_complete, step_of
+from cocoa_embed.train.loop.processes import by_first_process
+from cocoa_embed.train.plan.advice import different_images, epoch_count, mean_batch_size
+from cocoa_embed.train.plan.cards import seconds_on
+from cocoa_embed.train.plan.checks import CHECKPOINTS, Check, Prepared, bad_rows, examine
+from cocoa_embed.train.plan.cost import BatchShape, StepCost, batch_shape
 from cocoa_embed.train.plan.memory import ADAM_MOMENTS, FULL, stage_parameters, training_memory
 from cocoa_embed.train.recipe import Recipe
-from cocoa_embed.train.settings import StageSettings
+from cocoa_embed.train.settings import SourceSettings, StageSettings
 from cocoa_embed.train.stages.stage import Stage
 
 SAMPLE = 256
@@ -28,31 +32,68 @@ SAMPLE = 256
 
 
 @dataclass(frozen=True)
+class SubsetPlan:
+    """The rows of a subset.
+
+    :param rows: After caps and weights, without those left out.
+    :param rows_with_image: Those of them with an image on either side.
+    :param images: The different images that rows begin with.
+    :param left_out: The rows that the stage cannot use.
+    :param source: The settings that rows come from.
+    """
+
+    rows: int
+    rows_with_image: int
+    images: int
+    left_out: int
+    source: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class StagePlan:
     """The plan of a stage, with estimates of its cost.
 
     :param rows: Rows by subset, after caps and weights.
+    :param subsets: More about the rows of each subset.
+    :param needs: What rows that are left out lack, and what to do.
+    :param step_contents: What a step holds, by subset, if its rows are of one subset.
+    :param steps: The steps of the whole stage; ``steps_done`` of them are in the checkpoint that it resumes from.
+    :param epochs: How often the steps draw each row.
+    :param mean_batch_size: The rows of a step, of which ``batch_size`` are not always at hand.
     :param tokens_per_step: Tokens without padding, from a sample of the rows.
-    :param flops: FLOPs of all steps, forward and backward, from the same sample.
+    :param flops: FLOPs of the remaining steps, forward and backward, from the same sample.
     :param rows_at_once: Rows that a device runs in one forward pass; in the contrastive stage, items.
-    :param memory_bytes: Bytes on one device by use, if all rows of a forward pass are as long as the longest row.
+    :param memory_bytes: Bytes on one device by use, if all rows of a forward pass are as long as the longest row of the
+        sample, which has the longest text and the most images of all.
     :param checkpoint_bytes: Bytes of one checkpoint to resume from. While the stage trains there are up to three, in
         ``checkpoints`` beside ``folder``.
     :param folder: The folder of the stage's weights.
+    :param seconds_per_step: The time of a step on this machine, if steps were timed.
+    :param seconds: The time of the remaining steps on this machine, if steps were timed.
+    :param card_seconds: The time of the remaining steps on one card, if one was named.
     """
 
     stage: str
     parameters: int
     trainable_parameters: int
     rows: dict[str, int]
+    subsets: dict[str, SubsetPlan]
+    needs: str
+    step_contents: list[dict[str, Any]]
     steps: int
+    steps_done: int
+    epochs: float
     batch_size: int
+    mean_batch_size: float
     rows_at_once: int
     tokens_per_step: float
     flops: float
     memory_bytes: dict[str, int]
     checkpoint_bytes: int
     folder: str
+    seconds_per_step: float | None = None
+    seconds: float | None = None
+    card_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +101,9 @@ class RunPlan:
     """The plan of a run.
 
     :param devices: The number of devices.
+    :param unchecked_images: Images that were not checked, of a stage that has most of them.
+    :param card: The card of the stages' ``card_seconds``, if one was named.
+    :param warnings: What does not fit together, one sentence each.
     :param bad_rows: The rows to leave out, as in ``bad_rows.jsonl``.
     :param finished: The stages that are finished already.
     """
@@ -67,52 +111,73 @@ class RunPlan:
     recipe: str
     backbone: str
     devices: int
+    unchecked_images: int
+    card: str | None
     stages: list[StagePlan]
+    warnings: list[str]
     bad_rows: list[dict[str, str]]
     finished: list[str]
 
 
-def plan(recipe: Recipe, out: Path, *, resume: bool = False) -> RunPlan:
-    """Return the plan of a run, or fail as the run would.
+def plan(
+    recipe: Recipe,
+    out: Path,
+    *,
+    resume: bool = False,
+    check: Check = "sample",
+    card: str | None = None,
+    seconds_per_step: Callable[[Prepared], Mapping[str, float]] | None = None,
+) -> RunPlan:
+    """Return the plan of a run, or fail as the run would. Every process of the run calls this.
 
+    :param resume: Plan what is left of the interrupted run in ``out``.
+    :param check: Check all images, or a sample of them.
+    :param card: Estimate the time on one of ``CARDS``, too.
+    :param seconds_per_step: Times a step of each stage, by its name.
     :raises UsageError: As ``run`` does.
     :raises CocoaError: As ``run`` does, except for missing or broken weights, which are not loaded.
     """
-    prepared = examine(recipe, out, resume=resume)
+    prepared = by_first_process(lambda: examine(recipe, out, resume=resume, check=check))
+    timed = {} if seconds_per_step is None else seconds_per_step(prepared)
+    return by_first_process(lambda: _plan(prepared, out, card, timed))
+
+
+def _plan(prepared: Prepared, out: Path, card: str | None, timed: Mapping[str, float]) -> RunPlan:
     recipe = prepared.recipe
     config = read_config(recipe.backbone)
     processor = load_processor(recipe.backbone, max_length=recipe.max_length, max_pixels=recipe.max_pixels)
+    stages = [_plan_stage(prepared, name, processor, config, out) for name in prepared.rows]
+    for place, stage in enumerate(stages):
+        if stage.stage in timed:
+            seconds = (stage.steps - stage.steps_done) * timed[stage.stage]
+            stages[place] = dataclasses.replace(stage, seconds_per_step=timed[stage.stage], seconds=seconds)
+        if card is not None:
+            seconds = seconds_on(card, stage.flops, mixed_precision=recipe.mixed_precision)
+            stages[place] = dataclasses.replace(stages[place], card_seconds=seconds)
     return RunPlan(
         recipe=recipe.name,
         backbone=recipe.backbone,
         devices=PartialState().num_processes,
-        stages=[
-            _plan_stage(recipe.stages[name], read, processor, config, steps=prepared.steps[name], folder=out / name)
-            for name, read in prepared.rows.items()
-        ],
+        unchecked_images=max((read.unchecked for read in prepared.rows.values()), default=0),
+        card=card,
+        stages=stages,
+        warnings=prepared.warnings,
         bad_rows=[dataclasses.asdict(row) for row in bad_rows(prepared.rows)],
         finished=[result.stage for result in prepared.results],
     )
 
 
 def _plan_stage(
-    stage: Stage[StageSettings],
-    read: ReadRows,
-    processor: ProcessorMixin,
-    config: PreTrainedConfig,
-    *,
-    steps: int,
-    folder: Path,
+    prepared: Prepared, name: str, processor: ProcessorMixin, config: PreTrainedConfig, out: Path
 ) -> StagePlan:
+    stage, read, steps = prepared.recipe.stages[name], prepared.rows[name], prepared.steps[name]
     run, settings, devices = stage.run, stage.settings, PartialState().num_processes
+    checkpoint = newest_complete(out / CHECKPOINTS / name) if prepared.is_resumed else None
+    steps_done = 0 if checkpoint is None else step_of(checkpoint)
     at_once = stage.sequences_at_once(devices)
-    lengths = row_lengths(read.rows, processor, read.sizes)
-    longest_row = read.rows[lengths.index(max(lengths))]
-    examples = [*numbered(sample_rows(read.rows, run.seed)), *numbered([longest_row])]
-    all_shapes = [[batch_shape(batch) for batch in stage.sequences(example, processor, config)]
-                  for example in examples]  # fmt: skip
-    longest = max((shape for of_row in all_shapes for shape in of_row), key=lambda shape: shape.tokens)
-    shapes = all_shapes[:-1]
+    shapes = _sequence_shapes(stage, sample_rows(read.rows, run.seed), processor, config)
+    largest = _sequence_shapes(stage, largest_rows(read.rows), processor, config)
+    longest = max((shape for of_row in shapes + largest for shape in of_row), key=lambda shape: shape.tokens)
     cost, counts = StepCost.of(config, settings), stage_parameters(config, settings, stage.extra_module)
     memory = training_memory(
         counts,
@@ -124,28 +189,66 @@ def _plan_stage(
         freeze_vision=settings.freeze_vision,
         dense_mask=stage.attention() != FLEX,
     )
+    batch_size = mean_batch_size(stage, read.rows)
     rows_on_device = stage.micro_batches(devices)[0] // devices
     patches = fmean(sum(shape.patches for shape in of_row) for of_row in shapes)
     inputs = round(rows_on_device * patches * cost.size.geometry.patch_width * FULL)
+    flops_per_row = fmean(sum(map(cost.of_shape, of_row)) for of_row in shapes)
     return StagePlan(
-        stage=stage.name,
+        stage=name,
         parameters=counts.total,
         trainable_parameters=counts.trainable,
         rows=read.counts,
+        subsets=_subsets(read, prepared.recipe.sources_of(name)),
+        needs=stage.needs,
+        step_contents=stage.step_contents(read.rows),
         steps=steps,
+        steps_done=steps_done,
+        epochs=epoch_count(stage, read.rows, steps),
         batch_size=settings.batch_size,
         rows_at_once=at_once,
-        tokens_per_step=settings.batch_size * fmean(sum(shape.tokens for shape in of_row) for of_row in shapes),
-        flops=steps * settings.batch_size * fmean(sum(map(cost.of_shape, of_row)) for of_row in shapes),
+        mean_batch_size=batch_size,
+        tokens_per_step=batch_size * fmean(sum(shape.tokens for shape in of_row) for of_row in shapes),
+        flops=(steps - steps_done) * batch_size * flops_per_row,
         memory_bytes={"total": memory.total + inputs, **dataclasses.asdict(memory), "inputs": inputs},
         checkpoint_bytes=FULL * counts.total + ADAM_MOMENTS * FULL * counts.trainable,
-        folder=str(folder),
+        folder=str(out / name),
     )
 
 
-def sample_rows(rows: Sequence[Row], seed: int) -> list[Row]:
+def _subsets(read: ReadRows, sources: Mapping[str, SourceSettings]) -> dict[str, SubsetPlan]:
+    subset, with_image = read.rows.column("subset"), read.rows.column("images") > 0
+    plans = {}
+    for place, name in enumerate(read.rows.subsets):
+        own = subset == place
+        plans[name] = SubsetPlan(
+            rows=int(own.sum()),
+            rows_with_image=int((own & with_image).sum()),
+            images=different_images(read.rows.select(np.flatnonzero(own))),
+            left_out=read.left_out.get(name, 0),
+            source=sources[name].model_dump(mode="json", exclude_none=True),
+        )
+    return plans
+
+
+def _sequence_shapes(
+    stage: Stage[StageSettings], rows: RowTable, processor: ProcessorMixin, config: PreTrainedConfig
+) -> list[list[BatchShape]]:
+    """Return the shapes of each row's sequences."""
+    return [[batch_shape(batch) for batch in stage.sequences(example, processor, config)] for example in numbered(rows)]
+
+
+def sample_rows(rows: RowTable, seed: int) -> RowTable:
     """Return at most ``SAMPLE`` of the rows.
 
     They are drawn at random: with a fixed number of rows per image, every n-th row may be the first of its image.
     """
-    return list(rows) if len(rows) <= SAMPLE else random.Random(seed).sample(list(rows), SAMPLE)
+    if len(rows) <= SAMPLE:
+        return rows
+    return rows.select(np.random.default_rng(seed).choice(len(rows), SAMPLE, replace=False))
+
+
+def largest_rows(rows: RowTable) -> RowTable:
+    """Return the row with the longest texts, with and without an image, and the row with the most images."""
+    images, texts = rows.column("images"), rows.column("query_text") + rows.column("positive_text")
+    return rows.select(np.array([texts.argmax(), (texts * (images > 0)).argmax(), images.argmax()]))

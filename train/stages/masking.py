@@ -27,15 +27,16 @@ def draw_uniform(eligible: Tensor, generators: Sequence[Generator]) -> Tensor:
     return draw
 
 
-def mask_each(eligible: Tensor, probability: float, generators: Sequence[Generator]) -> Tensor:
-    """Mask each eligible token with ``probability``, and at least one in a row that has any.
+def mask_each(eligible: Tensor, probability: Tensor | float, generators: Sequence[Generator]) -> Tensor:
+    """Mask each eligible token with its ``probability``, and at least one in a row that has any.
 
     :param eligible: Tokens that may be masked, bool ``[B, L]``.
+    :param probability: Above 0; of all tokens, or of each, float ``[B, L]``.
     :returns: Masked tokens, bool ``[B, L]``, a subset of ``eligible``.
     """
     draw = draw_uniform(eligible, generators)
     lowest = torch.zeros_like(eligible)
-    lowest[torch.arange(len(eligible)), draw.argmin(dim=1)] = True
+    lowest[torch.arange(len(eligible)), (draw / probability).argmin(dim=1)] = True
     return ((draw < probability) | lowest) & eligible
 
 

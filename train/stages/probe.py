@@ -9,8 +9,9 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from cocoa_embed.data.rows import Item, ItemImage, Row
+from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.evaluation.geometry import geometry
+from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.loop.trainer import Measure
 from cocoa_embed.train.stages.rendering import batched
 
@@ -61,18 +62,24 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
         model.train(was_training)
 
 
-def pictured_rows(rows: Sequence[Row], count: int) -> list[Row]:
-    """Return the first rows with an image, one for each image, at most ``count``; none for fewer than two."""
-    found = first_of_images(rows, count)
-    return found if len(found) > 1 else []
+def pictured_rows(rows: RowTable, count: int, seed: int) -> list[Row]:
+    """Return ``draw_images`` rows in order; none for fewer than two images."""
+    found = draw_images(rows, count, seed)
+    return list(rows.select(np.sort(found))) if len(found) > 1 else []
 
 
-def first_of_images(rows: Sequence[Row], count: int) -> list[Row]:
-    """Return the first row of each of the first ``count`` images."""
-    of_image: dict[ItemImage, Row] = {}
-    for row in rows:
-        if len(of_image) == count:
-            break
-        if row.image is not None:
-            of_image.setdefault(row.image, row)
-    return list(of_image.values())
+def draw_images(rows: RowTable, count: int, seed: int) -> np.ndarray:
+    """Return the first row of each of at most ``count`` images: places in ``rows``, int64 ``[images]``.
+
+    If several subsets have images, the seed draws them, from each subset as many; else they are the first images.
+    """
+    images, firsts = np.unique(rows.column("image_id"), return_index=True)
+    places = np.sort(firsts[images != 0])
+    subsets = rows.column("subset")[places]
+    if len(np.unique(subsets)) > 1:
+        generator = np.random.default_rng([seed, len(places)])
+        shuffled = np.lexsort((generator.random(len(places)), subsets))
+        _, starts, counts = np.unique(subsets[shuffled], return_index=True, return_counts=True)
+        turn = np.arange(len(places)) - np.repeat(starts, counts)
+        places = places[shuffled[np.lexsort((generator.random(len(places)), turn))]]
+    return places[:count]

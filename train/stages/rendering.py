@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from cocoa_embed.data.rows import Item, Row
+from cocoa_embed.data.rows import Item, ItemImage, Row
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.model.template import IMAGE_PAD, render
 from cocoa_embed.train.data.image_patches import image_patches, normalised
@@ -25,44 +25,64 @@ def batched(items: Sequence[Each], size: int) -> list[list[Each]]:
 def render_items(processor: ProcessorMixin, items: Sequence[Item], *, prompt: str = "") -> Batch:
     """Turn items into model inputs ``[vision][prompt][text]<EOS>``, right-padded, truncated to the processor's limit.
 
+    :raises CocoaError: If the images of an item do not fit into a sequence.
     :returns: ``input_ids``, ``attention_mask``, ``mm_token_type_ids`` (int64 ``[B, L]``) and, where there are images,
         ``pixel_values`` (float ``[patches, patch_width]``) and ``image_grid_thw`` (int64 ``[images, 3]``).
     """
-    batch = render_compact(processor, items, prompt=prompt)
+    batch = render_patches(processor, items, prompt=prompt)
     if "pixel_values" in batch:
         batch["pixel_values"] = normalised(batch["pixel_values"], processor.image_processor)
     return batch
 
 
-def render_compact(processor: ProcessorMixin, items: Sequence[Item], *, prompt: str = "") -> Batch:
-    """Do as ``render_items``, with the ``pixel_values`` of ``image_patches``: an eighth of the bytes.
-
-    The caller normalises them (``normalised``), on the device.
-    """
-    images = [image for item in items for image in item.images]
+def render_patches(processor: ProcessorMixin, items: Sequence[Item], *, prompt: str = "") -> Batch:
+    """Do as ``render_items``, with ``pixel_values`` before they are ``normalised``: an eighth of the bytes."""
+    tokenizer, pixels = processor.tokenizer, {}
+    limit = tokenizer.model_max_length
     texts = [render(text=item.full_text, images=len(item.images), prompt=prompt) for item in items]
-    pixels = {}
-    if images:
+    if images := [image for item in items for image in item.images]:
         pixels["pixel_values"], pixels["image_grid_thw"] = image_patches(images, processor.image_processor)
         counts = iter((pixels["image_grid_thw"].prod(dim=1) // processor.image_processor.merge_size**2).tolist())
         texts = [re.sub(re.escape(IMAGE_PAD), lambda _: IMAGE_PAD * next(counts), text) for text in texts]
-    tokenizer = processor.tokenizer
-    limit = tokenizer.model_max_length
+    for item, text in zip(items, texts, strict=True):
+        # Two more tokens mark the start and the end of an image, and one more is ``<EOS>``.
+        needed = text.count(IMAGE_PAD) + 2 * len(item.images) + 1
+        if needed > limit:
+            raise CocoaError(
+                f"{item} takes {needed} tokens before its text, more than max_length {limit}; lower max_pixels or "
+                "raise max_length."
+            )
     tokens = dict(tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt"))
     is_visual = tokens["input_ids"] == tokenizer.convert_tokens_to_ids(IMAGE_PAD)
-    if is_visual.sum() != sum(text.count(IMAGE_PAD) for text in texts):
-        longest = max(text.count(IMAGE_PAD) for text in texts)
-        raise CocoaError(
-            f"The images of an item are {longest} visual tokens, which max_length={limit} cuts; raise it, or lower "
-            "max_pixels."
-        )
     return {**tokens, "mm_token_type_ids": is_visual.long(), **pixels}
 
 
+def row_images(row: Row) -> tuple[ItemImage, ...]:
+    """Return the images of query and positive, the query's first, each once."""
+    return tuple(dict.fromkeys(row.query.images + row.positive.images))
+
+
 def joined(row: Row) -> Item:
-    """Return the row as one item: its image and its texts, the query's first."""
+    """Return the row as one item: its images and its texts, the query's first."""
     texts = [item.full_text for item in (row.query, row.positive) if item.full_text is not None]
-    return Item(text=" ".join(texts) or None, images=() if row.image is None else (row.image,))
+    return Item(text=" ".join(texts) or None, images=row_images(row))
+
+
+def instruction_tokens(batch: Batch, rows: Sequence[Row], processor: ProcessorMixin) -> Tensor:
+    """Return which tokens of ``joined`` rows come from instructions, bool ``[B, L]``."""
+    found = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+    for number, row in enumerate(rows):
+        ends, start = set[int](), 0
+        for item in (row.query, row.positive):
+            ends |= set(range(start + 1, start + len(item.instruction or "") + 1))
+            start += len(item.full_text or "") + (item.full_text is not None)
+        if ends:
+            text = processor.tokenizer(joined(row).text, add_special_tokens=False, return_offsets_mapping=True)
+            tokens = torch.tensor([end in ends for _, end in text["offset_mapping"]])
+            visual = (batch["mm_token_type_ids"][number] != 0).nonzero()
+            first = int(visual.max()) + 2 if len(visual) else 0  # after the token that ends an image
+            found[number, first : first + len(tokens)] = tokens[: found.shape[1] - first]
+    return found
 
 
 def text_tokens(batch: Batch, processor: ProcessorMixin) -> Tensor:

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
 from PIL import Image
@@ -15,12 +16,13 @@ from cocoa_embed.data.rows import Row
 from cocoa_embed.errors import CocoaError, one_line
 from cocoa_embed.images.data_uri import data_uri
 from cocoa_embed.model.backbone import PatchGeometry
+from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.loop.batch_facts import Batch
 from cocoa_embed.train.loop.trainer import CocoaTrainer
 from cocoa_embed.train.settings import StageSettings
-from cocoa_embed.train.stages.probe import first_of_images
-from cocoa_embed.train.stages.rendering import batched, is_special
+from cocoa_embed.train.stages.probe import draw_images
+from cocoa_embed.train.stages.rendering import batched, is_special, row_images
 from cocoa_embed.train.stages.stage import Stage
 
 SAMPLE_ROWS = 8
@@ -32,8 +34,8 @@ def stage_samples(
     trainer: CocoaTrainer,
     stage: Stage[StageSettings],
     processor: ProcessorMixin,
-    rows: Sequence[Row],
-    held_out: Sequence[Row],
+    rows: RowTable,
+    held_out: np.ndarray,
 ) -> dict[str, Any] | None:
     """Return the samples of a reconstruction stage that has ended; None for other stages, and in other processes.
 
@@ -42,13 +44,15 @@ def stage_samples(
     a warning too. Only a failure inside a sharded model ends it, as the other processes would wait for ever.
 
     :param rows: All rows of the stage.
-    :param held_out: Those held out of training; they are shown if there are any.
+    :param held_out: The places of those held out of training; they are shown if there are any.
     :returns: As ``Stage.samples``, and ``held_out``: the stage was not trained on these rows.
     """
     is_writer, is_sharded = trainer.is_world_process_zero(), trainer.is_fsdp_enabled
     if not (stage.has_samples and (is_writer or is_sharded)):
         return None
-    chosen = list(held_out[:SAMPLE_ROWS]) or first_of_images(rows, SAMPLE_ROWS) or list(rows[:SAMPLE_ROWS])
+    shown = rows.select(held_out) if len(held_out) else rows
+    places = draw_images(shown, SAMPLE_ROWS, stage.run.seed)
+    chosen = shown.select(places) if len(places) else shown[:SAMPLE_ROWS]
     samples: dict[str, Any] = {}
     batches: list[tuple[Batch, list[Row]]] = []
     failure = None
@@ -65,7 +69,7 @@ def stage_samples(
     if failure is not None:
         logger.warning("Samples for the report cannot be made (%s).", failure)
         return {"failure": failure}
-    return {"held_out": bool(held_out), **samples} if is_writer else None
+    return {"held_out": len(held_out) > 0, **samples} if is_writer else None
 
 
 def sample_batches(
@@ -98,22 +102,22 @@ def token_samples(
     """Return the text tokens of each row of a batch, and what a model predicts for those that are masked.
 
     :param logits: Of the masked tokens, ``[masked tokens, V]``.
-    :param images: Of the rows that have one.
+    :param images: All images of the batch.
     :returns: For each row ``tokens``, ``masked`` (a flag per token), ``predicted`` (the token itself if it is not
-        masked) and ``image``.
+        masked) and ``image``, the row's first.
     """
     masked = batch["masked_tokens"]
     truth, predicted = batch["input_ids"].clone(), batch["input_ids"].clone()
     truth[masked] = batch["target_ids"]
     predicted[masked] = logits.argmax(dim=-1).cpu()
     is_text = ~is_special(truth, processor) & batch["attention_mask"].bool()
-    left = iter(images)
+    firsts = np.cumsum([0, *(len(row_images(row)) for row in rows)])
     return [
         {
             "tokens": token_texts(truth[number][is_text[number]], processor),
             "masked": masked[number][is_text[number]].tolist(),
             "predicted": token_texts(predicted[number][is_text[number]], processor),
-            "image": None if row.image is None else next(left),
+            "image": None if row.image is None else images[firsts[number]],
         }
         for number, row in enumerate(rows)
     ]

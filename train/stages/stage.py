@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
+import numpy as np
 from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
@@ -14,6 +15,7 @@ from cocoa_embed.data.rows import Row
 from cocoa_embed.errors import UsageError
 from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.model.flex_attention import FLEX, refuse_flex_attention
+from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.loop.arguments import training_arguments
 from cocoa_embed.train.loop.batch_facts import Batch, Example
 from cocoa_embed.train.loop.trainer import CocoaTrainer, StageContext
@@ -38,6 +40,12 @@ class Stage(ABC, Generic[Own]):
     has_samples: ClassVar[bool] = False
     """Whether the report shows what the stage predicts for a few rows (``samples``)."""
 
+    fewest_steps: ClassVar[int] = 1
+    """A stage of fewer steps learns nothing that the next one can use."""
+
+    needs: ClassVar[str] = ""
+    """What rows that the stage cannot use lack, and what to do."""
+
     accumulates: ClassVar[bool] = True
     """Whether mini-batches are steps of the trainer, which adds up their gradients."""
 
@@ -54,15 +62,19 @@ class Stage(ABC, Generic[Own]):
         :raises UsageError: If they do not fit.
         """
 
-    def unusable(self, row: Row) -> str | None:
-        """Return why the stage cannot use a row, None if it can."""
-        return None
+    def usable(self, rows: RowTable) -> np.ndarray:
+        """Return which rows the stage can use, bool ``[rows]``; the others are left out of it, and counted."""
+        return np.ones(len(rows), dtype=bool)
 
-    def check_rows(self, rows: Sequence[Row]) -> None:
+    def check_rows(self, rows: RowTable) -> None:
         """Check that the stage can train on these rows.
 
         :raises UsageError: If it cannot.
         """
+
+    def row_warnings(self, rows: RowTable) -> list[str]:
+        """Return a sentence, with what to change, for each thing that is unusual about these rows."""
+        return []
 
     # How rows make steps
 
@@ -76,7 +88,12 @@ class Stage(ABC, Generic[Own]):
         if self.settings.steps is not None:
             return self.settings.steps
         assert self.settings.epochs is not None  # validated with the settings
-        return max(1, math.ceil(self.settings.epochs * rows * self.passes_per_epoch / self.settings.batch_size))
+        steps = math.ceil(self.settings.epochs * rows * self.passes_per_epoch / self.settings.batch_size)
+        return max(steps, self.settings.min_steps or 1)
+
+    def step_contents(self, rows: RowTable) -> list[dict[str, Any]]:
+        """Return what a step holds, if its rows are of one ``subset``: an entry for each, with ``rows_a_step``."""
+        return []
 
     def micro_batches(self, devices: int) -> tuple[int, int]:
         """Return how many rows all devices take at once, and how many times that makes a step.
@@ -98,9 +115,9 @@ class Stage(ABC, Generic[Own]):
         """Return how many sequences a device runs in one forward pass."""
         return self.micro_batches(devices)[0] // devices
 
-    def held_out(self, rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-        """Split rows into those held out of training, to measure on, and the others."""
-        return [], list(rows)
+    def held_out(self, rows: RowTable) -> tuple[np.ndarray, np.ndarray]:
+        """Return the places of the rows held out of training, to measure on, and of those to train on, int64."""
+        return np.arange(0), np.arange(len(rows))
 
     # Costs
 
@@ -150,7 +167,7 @@ class Stage(ABC, Generic[Own]):
         return {"loss": "loss"}
 
     @abstractmethod
-    def trainer(self, backbone: Backbone, rows: Sequence[Row], context: StageContext) -> CocoaTrainer:
+    def trainer(self, backbone: Backbone, rows: RowTable, context: StageContext) -> CocoaTrainer:
         """Return the trainer of the stage, which changes the weights of ``backbone`` in place.
 
         :param rows: All rows of the stage, those held out too.

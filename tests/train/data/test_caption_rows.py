@@ -42,7 +42,8 @@ def test_bad_images_are_errors_and_change_no_paraphrases_of_others(tmp_path: Pat
     whole = read_image_folder(write_folder(tmp_path, lines, images="abcd"), paraphrases=2)
     (tmp_path / "b.png").unlink()
     write_folder(tmp_path, [*lines[:2], {**lines[2], "text": ""}, lines[3]], images="")
-    found = list(read_captions(tmp_path, "text", 2))
+    numbers, found = zip(*read_captions(tmp_path, "text", 2), strict=True)
+    assert numbers == (0, 0, 0, 1, 2, 3, 3, 3)
     assert [row for row in found if isinstance(row, Row)] == [row for row in whole if row.source[-5] in "ad"]
     errors = [row.source for row in found if isinstance(row, RowError)]
     assert errors == [f"{tmp_path}/metadata.jsonl:2", f"{tmp_path}/metadata.jsonl, c.png"]

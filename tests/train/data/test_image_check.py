@@ -1,20 +1,32 @@
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
 from PIL import Image
 from table_files import png, write_table
 
-from cocoa_embed.data.rows import ItemImage, Row
+from cocoa_embed.data.rows import Item, ItemImage, Row
+from cocoa_embed.errors import ImageError
 from cocoa_embed.images.to_rgb import ORIENTATION_TAG
-from cocoa_embed.train.data.image_check import check_images
+from cocoa_embed.train.data import image_check
+from cocoa_embed.train.data.image_check import CheckedImages, ImageCheck, read_size
+from cocoa_embed.train.data.row_table import RowTable, image_id
+from cocoa_embed.train.data.rows import load_row_image
 from cocoa_embed.train.data.sources import read_subset
 from cocoa_embed.train.settings import SourceSettings
 
 
 @pytest.fixture
-def images(tmp_path: Path) -> list[ItemImage]:
-    """Good and bad images, as files and inside a table, one of them twice."""
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("COCOA_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> dict[str, ItemImage]:
+    """Good and bad images, as files and inside a table."""
     files = {"wide.png": png(size=(60, 40)), "broken.png": png()[:60], "text.png": b"no image",
              "long.png": png(1, (1, 201))}  # fmt: skip
     for name, content in files.items():
@@ -24,35 +36,105 @@ def images(tmp_path: Path) -> list[ItemImage]:
     Image.new("RGB", (60, 40)).save(tmp_path / "turned.jpg", exif=turned)
     cells = [png(size=(28, 56)), b"no image", png(size=(84, 28))]
     write_table(tmp_path / "rows.parquet", [{"query_image": cell, "positive_text": "p"} for cell in cells])
-    rows = read_subset("data", SourceSettings(file=str(tmp_path / "rows.parquet")))
-    inside = [row.images()[0] for row in rows if isinstance(row, Row)]
-    return [*(tmp_path / name for name in files), tmp_path / "gone.png", tmp_path / "turned.jpg", *inside, inside[0]]
+    rows = [row for _, row in read_subset("data", SourceSettings(file=str(tmp_path / "rows.parquet")))]
+    inside = {f"cell {number}": row.images()[0] for number, row in enumerate(rows) if isinstance(row, Row)}
+    return {name: tmp_path / name for name in (*files, "gone.png", "turned.jpg")} | inside
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_each_image_has_its_upright_size_or_the_reason_why_it_cannot_be_used(
-    images: list[ItemImage], workers: int
+def check(images: list[ItemImage], **options: int) -> CheckedImages:
+    return ImageCheck()(RowTable.of(Row(Item(images=(image,)), Item("x"), "") for image in images), **options)
+
+
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[ItemImage]:
+    """The images that are opened from now on."""
+    found: list[ItemImage] = []
+
+    def read(image: ItemImage) -> tuple[int, int]:
+        found.append(image)
+        return read_size(image)
+
+    monkeypatch.setattr(image_check, "read_size", read)
+    return found
+
+
+def test_each_image_has_its_upright_size_or_the_reason_why_it_cannot_be_used(images: dict[str, ItemImage]) -> None:
+    found = check([*images.values(), images["wide.png"]])
+    sizes = {"wide.png": (60, 40), "turned.jpg": (40, 60), "cell 0": (28, 56), "cell 2": (84, 28)}
+    assert {name: found.sizes[images[name]] for name in sizes} == sizes
+    assert (len(found.sizes), found.unchecked) == (4, 0)
+    reasons = {"broken.png": "truncated", "text.png": "is not an image", "long.png": "more than 200 times",
+               "gone.png": "does not exist", "cell 1": "is not an image"}  # fmt: skip
+    assert found.faults.keys() == {image_id(images[name]) for name in reasons}
+    for name, reason in reasons.items():
+        assert reason in found.faults[image_id(images[name])]
+        with pytest.raises(ImageError, match=reason):
+            _ = found.sizes[images[name]]
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "gif", "bmp"])
+def test_sizes_from_headers_are_those_of_the_pixels_and_a_missing_end_is_found(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"image.{suffix}"
+    noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path, **({"exif": Image.Exif()} if suffix == "jpg" else {}))
+    assert path.stat().st_size > image_check.HEAD_BYTES
+    assert read_size(path) == load_row_image(path).size == (400, 300)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ImageError):
+        read_size(path)
+
+
+def test_a_second_check_opens_only_what_has_changed(
+    images: dict[str, ItemImage], cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = check_images(images, workers)
-    assert list(found) == images[:-1]
-    sizes = {0: (60, 40), 5: (40, 60), 6: (28, 56), 8: (84, 28)}
-    assert {number: found[images[number]] for number in sizes} == sizes
-    no_image, too_long = "is not an image", "more than 200 times"
-    for number, reason in {1: "truncated", 2: no_image, 3: too_long, 4: "does not exist", 7: no_image}.items():
-        assert reason in str(found[images[number]])
-
-
-def test_an_image_of_several_rows_is_decoded_once_and_without_the_runs_random_numbers(
-    images: list[ItemImage], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    decoded: list[ItemImage] = []
-    monkeypatch.setattr("cocoa_embed.train.data.image_check.load_row_image",
-                        lambda image: decoded.append(image) or Image.new("RGB", (1, 1)))  # fmt: skip
-    before = torch.get_rng_state()
-    assert check_images([]) == {}
+    good = [images[name] for name in ("wide.png", "turned.jpg", "cell 0")]
+    read = opened(monkeypatch)
+    before = check(good * 2)
+    assert sorted(map(str, read)) == sorted(map(str, good))
+    read.clear()
+    again = check(good)
+    assert (read, again.faults) == ([], {})
+    assert np.array_equal(again.sizes.ids, before.sizes.ids)
+    changed = Path(str(images["wide.png"]))
+    changed.write_bytes(png(size=(30, 10)))
+    os.utime(changed, (1, 1))
+    assert check(good).sizes[changed] == (30, 10)
+    assert read == [changed]
+    capsys.readouterr()
+    check([])
     assert capsys.readouterr() == ("", "")
-    check_images(images * 3)
-    assert decoded == images[:-1]
-    assert torch.equal(before, torch.get_rng_state())
+    check(good)
     shown = capsys.readouterr()
     assert (shown.out, "checking images" in shown.err) == ("", True)
+
+
+def test_a_cache_that_cannot_be_used_is_no_obstacle(
+    images: dict[str, ItemImage], cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache.mkdir()
+    (cache / image_check.CACHE_FILE).write_bytes(b"no array")
+    assert len(check([images["wide.png"]]).sizes) == 1
+    monkeypatch.setenv("COCOA_CACHE", str(images["text.png"]))
+    checking = ImageCheck()
+    rows = RowTable.of([Row(Item(images=(images["wide.png"],)), Item("x"), "")])
+    assert len(checking(rows).sizes) == 1
+    (message,) = caplog.messages
+    assert "text.png cannot be written" in message
+    assert "COCOA_CACHE names another folder" in message
+    read = opened(monkeypatch)
+    assert len(checking(rows).sizes) == 1
+    assert read == [], "one check remembers what it has found"
+
+
+def test_a_sample_leaves_the_others_unchecked_and_reads_their_sizes_when_they_are_needed(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths: list[ItemImage] = [tmp_path / f"{number}.png" for number in range(8)]
+    for number, path in enumerate(paths):
+        Path(str(path)).write_bytes(png(size=(10 + number, 10)))
+    monkeypatch.setattr(image_check, "SAMPLE", 3)
+    samples = [check(paths, sample=seed) for seed in (0, 0, 1)]
+    assert [len(found.sizes) for found in samples] == [3] * 3
+    assert [found.unchecked for found in samples] == [5] * 3
+    ids = [set(found.sizes.ids.tolist()) for found in samples]
+    assert ids[0] == ids[1] != ids[2]
+    assert [samples[0].sizes[path] for path in paths] == [(10 + number, 10) for number in range(8)]

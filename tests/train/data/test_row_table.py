@@ -1,7 +1,9 @@
 """Rows come back from a table as they went in; its columns and its fingerprint identify content."""
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +14,8 @@ from hypothesis import strategies as st
 
 from cocoa_embed.data.arrow_table import open_parquet
 from cocoa_embed.data.rows import ArrowImage, Item, Row
-from cocoa_embed.train.data.row_table import RowTable
+from cocoa_embed.errors import CocoaError
+from cocoa_embed.train.data.row_table import RowTable, image_id
 
 texts = st.none() | st.text(min_size=1, max_size=5)
 images = st.lists(st.sampled_from([Path("/a.png"), Path("/b.png")]), max_size=2).map(tuple)
@@ -45,6 +48,18 @@ def test_columns_identify_content(given_rows: list[Row]) -> None:
     assert table.column("positive_text").tolist() == [len(row.positive.text or "") for row in given_rows]
 
 
+@given(st.lists(rows, max_size=5), st.data())
+def test_images_are_found_once_and_rows_by_their_images(given_rows: list[Row], data: st.DataObject) -> None:
+    places = data.draw(st.lists(st.integers(0, len(given_rows) - 1), max_size=6)) if given_rows else []
+    table = RowTable.of(given_rows).select(np.array(places))
+    found = list(table.images(table.image_ids()))
+    assert [number for number, _ in table.images(table.image_ids()[:1])] == table.image_ids()[:1].tolist()
+    assert sorted(image for _, image in found) == sorted({image for row in table for image in row.images()})
+    assert [image_id(image) for _, image in found] == [number for number, _ in found]
+    of_a = table.with_images(np.array([image_id(Path("/a.png"))]))
+    assert of_a.tolist() == [Path("/a.png") in row.images() for row in table]
+
+
 def test_a_file_is_opened_anew_where_a_table_is_sent(tmp_path: Path) -> None:
     parquet.write_table(pa.table({"image": [b"one", b"two"]}), tmp_path / "images.parquet")
     inside = open_parquet(tmp_path / "images.parquet")
@@ -56,12 +71,25 @@ def test_a_file_is_opened_anew_where_a_table_is_sent(tmp_path: Path) -> None:
     sent = pickle.dumps(table)
     assert len(sent) < 1000
     (tmp_path / "rows.arrow").rename(tmp_path / "moved.arrow")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(CocoaError, match=r"rows\.arrow are not there any more.*COCOA_CACHE"):
         pickle.loads(sent)
     (tmp_path / "moved.arrow").rename(tmp_path / "rows.arrow")
     received = pickle.loads(sent)
     assert list(received) == [given_rows[1], given_rows[1], given_rows[0]]
     assert [image.read() for row in received for image in row.images()] == [b"two", b"two", b"one"]
+
+
+def test_the_fingerprint_is_that_of_the_content_and_the_same_in_every_release() -> None:
+    """Otherwise no run could be resumed, and the held-out rows of no checkpoint could be found."""
+    negative = Item(images=(Path("/b.png"),))
+    row = Row(Item("a ring", (Path("/a.png"),)), Item("é"), "rows.csv, row 1", (negative,), "mine")
+    found = RowTable.of([row, row.reversed()]).fingerprint
+    assert found == "47b2029e4b2f63094b455f2cb90c11f252c979e735fb269cd35e0ff03eb4782c"
+    changes: list[dict[str, Any]] = [{"query": negative}, {"positive": Item("e")}, {"negatives": ()}, {"subset": "m"}]
+    others = [RowTable.of([changed, changed.reversed()]) for changed in (replace(row, **each) for each in changes)]
+    assert len({found, *(table.fingerprint for table in others)}) == 5
+    elsewhere = replace(row, source="there")
+    assert RowTable.of([elsewhere, elsewhere.reversed()]).fingerprint == found
 
 
 def test_a_file_of_another_version_is_refused(tmp_path: Path) -> None:

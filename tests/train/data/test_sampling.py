@@ -1,4 +1,5 @@
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
@@ -21,8 +22,8 @@ def batches(stream: RowStream) -> list[list[Draw]]:
     grouped=st.booleans(),
 )
 def test_every_row_comes_once_an_epoch(rows: int, steps: int, batch_size: int, seed: int, grouped: bool) -> None:
-    lengths = [3 * index % 11 for index in range(rows)] if grouped else None
-    stream = RowStream(rows, steps * batch_size, batch_size=batch_size, seed=seed, lengths=lengths)
+    lengths_of = (lambda numbers: [3 * number % 11 for number in numbers]) if grouped else None
+    stream = RowStream(rows, steps * batch_size, batch_size=batch_size, seed=seed, lengths_of=lengths_of)
     draws = list(stream)
     assert len(draws) == len(stream) == steps * batch_size
     assert len(set(draws)) == len(draws), "no row is drawn twice in an epoch"
@@ -38,8 +39,23 @@ def test_the_order_depends_on_the_seed_and_the_epoch() -> None:
 
 
 def test_rows_of_similar_length_come_together_in_random_order() -> None:
-    lengths = [(7 * index) % 500 for index in range(WINDOW * 8)]
-    grouped = batches(RowStream(len(lengths), len(lengths), batch_size=8, seed=0, lengths=lengths))
+    lengths = [(7 * index) % 500 for index in range(WINDOW * 16)]
+    asked: list[int] = []
+
+    def lengths_of(numbers: Sequence[int]) -> list[int]:
+        asked.append(len(numbers))
+        return [lengths[number] for number in numbers]
+
+    first = next(iter(RowStream(len(lengths), len(lengths), batch_size=8, seed=0, lengths_of=lengths_of)))
+    assert asked == [WINDOW * 8], "only the lengths of a window are computed"
+    grouped = batches(RowStream(len(lengths), len(lengths), batch_size=8, seed=0, lengths_of=lengths_of))
+    assert grouped[0][0] == first
+    asked.clear()
+    resumed = batches(
+        RowStream(len(lengths), len(lengths), batch_size=8, seed=0, lengths_of=lengths_of, skipped=8 * WINDOW + 8)
+    )
+    assert resumed[WINDOW + 1 :] == grouped[WINDOW + 1 :]
+    assert asked == [WINDOW * 8], "the skipped windows are not sorted"
     plain = batches(RowStream(len(lengths), len(lengths), batch_size=8, seed=0))
 
     def padding(drawn: list[list[Draw]]) -> int:

@@ -3,10 +3,11 @@
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,12 +15,13 @@ import torch
 from interrupted import Killed, acting_at, die, killed_at, same_weights
 from safetensors.torch import load_file, save_model
 from tiny_backbones import MakeRecipe
+from transformers import TrainerControl, TrainerState
 
 from cocoa_embed.errors import UsageError
 from cocoa_embed.model.training_record import read_run
 from cocoa_embed.train import pipeline
-from cocoa_embed.train.loop import trainer
-from cocoa_embed.train.loop.callbacks import Stopped
+from cocoa_embed.train.loop import callbacks, trainer
+from cocoa_embed.train.loop.callbacks import SaveAndStop, Stopped
 from cocoa_embed.train.loop.checkpoints import newest_complete
 from cocoa_embed.train.pipeline import run
 from cocoa_embed.train.recipe import STAGES, Recipe
@@ -141,26 +143,76 @@ def test_a_run_killed_while_it_writes_resumes_to_the_same_weights(
     assert_same(out, whole(stage), stage)
 
 
-def terminate() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
+def sending(number: int) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
 
 
-def test_sigterm_saves_a_checkpoint_and_stops_and_the_run_resumes(recipe: Recipe, whole: Whole, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "name", "status"), cases((signal.SIGINT, "Ctrl-C", 130), (signal.SIGTERM, "SIGTERM", 143))
+)
+def test_a_signal_saves_a_checkpoint_and_stops_and_the_run_resumes(
+    recipe: Recipe, whole: Whole, tmp_path: Path, number: int, name: str, status: int
+) -> None:
     given, out = only(recipe, "bridge"), tmp_path / "out"
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     # Python handles the signal during the next step.
-    with acting_at(2, terminate), pytest.raises(Stopped, match=r"step 3 of 5 of stage bridge; .* --resume") as stopped:
+    where = f"Stopped by {name} at step 3 of 5 of stage bridge; .* --resume"
+    with acting_at(2, sending(number)), pytest.raises(Stopped, match=where) as stopped:
         run(given, out)
-    assert stopped.value.exit_status == 143
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert stopped.value.exit_status == status
+    assert signal.getsignal(number) is before
     assert newest_step(out, "bridge") == 3
     run(given, out, resume=True)
     assert_same(out, whole("bridge"), "bridge")
 
 
+def test_a_second_ctrl_c_ends_at_once(recipe: Recipe, tmp_path: Path) -> None:
+    def twice() -> None:
+        sending(signal.SIGINT)()
+        time.sleep(0)  # Python handles a signal between two instructions
+        sending(signal.SIGINT)()
+
+    with acting_at(3, twice), pytest.raises(KeyboardInterrupt):
+        run(only(recipe, "bridge"), tmp_path / "out")
+    assert newest_step(tmp_path / "out", "bridge") == 2
+
+
+def test_a_checkpoint_is_saved_by_time_and_resumed_to_the_same_weights(
+    recipe: Recipe, whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every step takes four minutes: after the third, ten have passed."""
+    given, out = only(recipe, "bridge"), tmp_path / "out"
+    assert given.bridge is not None
+    given = only(given, "bridge", bridge=given.bridge.model_copy(update={"save_steps": 500}))
+    clock = iter(range(0, 10**6, 4 * 60))
+    monkeypatch.setattr(callbacks, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with killed_at(5):
+        run(given, out)
+    assert newest_step(out, "bridge") == 3
+    run(only(recipe, "bridge"), out, resume=True)
+    assert_same(out, whole("bridge"), "bridge")
+
+
+def test_processes_save_by_the_clock_of_the_first_and_stop_at_a_signal_of_any() -> None:
+    seen: list[list[list[int]]] = []
+    gathered = {"num_processes": 2, "device": "cpu", "gather": lambda own: torch.tensor(seen.pop(0))}
+    callback = SaveAndStop(SimpleNamespace(accelerator=SimpleNamespace(**gathered)), minutes=10)
+    seen += [[[0, 0], [0, 1]], [[0, 1], [0, 0]], [[0, 0], [signal.SIGINT, 0]]]
+    state, found = TrainerState(max_steps=9), []
+    for _ in range(len(seen)):
+        control = TrainerControl()
+        callback.on_step_end(None, state, control)
+        found.append((control.should_save, control.should_training_stop))
+    assert found == [(False, False), (True, False), (True, True)]
+    assert callback.requested == signal.SIGINT
+
+
 def test_sigterm_in_the_last_step_of_a_stage_stops_before_the_next(recipe: Recipe, tmp_path: Path) -> None:
     given, out = only(recipe, "warmup", "bridge"), tmp_path / "out"
-    with acting_at(STEPS, terminate, "warmup"), pytest.raises(Stopped, match="at the end of stage warmup"):
+    with (
+        acting_at(STEPS, sending(signal.SIGTERM), "warmup"),
+        pytest.raises(Stopped, match="at the end of stage warmup"),
+    ):
         run(given, out)
     assert (out / "warmup").is_dir()
     assert not (out / "bridge").exists()

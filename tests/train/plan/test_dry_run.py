@@ -1,6 +1,7 @@
 """The plan of a dry run agrees with the run, and fails where the run would."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,19 +10,25 @@ import pytest
 from exported import contents
 from table_files import write_images, write_table
 from tiny_backbones import SCENES, TINY_MAX_LENGTH
-from transformers import Qwen2VLConfig
+from transformers import AutoProcessor, Qwen2VLConfig
 
 from cocoa_embed.cli import main as cli
+from cocoa_embed.cli.train import subset_words
 from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.model.backbone import Backbone, load_processor
 from cocoa_embed.model.training_record import read_run
 from cocoa_embed.train import Recipe, run
 from cocoa_embed.train.data import mixture
-from cocoa_embed.train.plan.checks import prepare
+from cocoa_embed.train.data.mixture import ReadRows
+from cocoa_embed.train.data.row_table import RowTable
+from cocoa_embed.train.loop.trainer import CocoaTrainer
+from cocoa_embed.train.plan.cards import CARDS, UTILISATION
+from cocoa_embed.train.plan.checks import examine, prepare, read_stages
 from cocoa_embed.train.plan.dry_run import SAMPLE, plan, sample_rows
 from cocoa_embed.train.plan.memory import count_parameters
 from cocoa_embed.train.recipe import STAGES
+from cocoa_embed.train.timing import seconds_per_step
 
 STAGE: dict[str, Any] = {"steps": 2, "batch_size": 4, "warmup_steps": 0, "logging_steps": 1}
 
@@ -76,7 +83,8 @@ def test_tokens_and_flops_are_those_of_the_batches(recipe: MakeRecipe, tmp_path:
 def test_the_sample_has_rows_with_and_without_an_image_in_their_ratio(scene_rows: list[Row]) -> None:
     """Each image has six rows, one of them with the image, so that every n-th row could be the same one of each."""
     text_row = Row(query=Item(text="a caption of some words"), positive=Item(text="another one"), source="a row")
-    sample = sample_rows([row for _ in range(SAMPLE) for row in (scene_rows[0], *[text_row] * 5)], seed=0)
+    rows = RowTable.of(row for _ in range(SAMPLE) for row in (scene_rows[0], *[text_row] * 5))
+    sample = sample_rows(rows, seed=0)
     assert len(sample) == SAMPLE
     with_image = sum(row.image is not None for row in sample)
     assert with_image == pytest.approx(SAMPLE / 6, abs=3 * (SAMPLE * 5 / 36) ** 0.5), "within three standard deviations"
@@ -141,6 +149,20 @@ def test_rows_to_leave_out_are_planned_and_listed_with_their_stages(
     assert (bad["source"].split(", ")[-1], bad["stages"]) == ("c.png", ["warmup", "bridge"])
 
 
+def test_a_backbone_without_a_fitting_pixel_limit_gets_one_and_the_plan_says_so(
+    recipe: MakeRecipe, tiny_backbone_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    backbone = Path(shutil.copytree(tiny_backbone_path, tmp_path / "stock"))
+    processor = AutoProcessor.from_pretrained(backbone)
+    processor.image_processor.size["longest_edge"] = 12_845_056
+    processor.save_pretrained(backbone)
+    prepared = examine(recipe(backbone=str(backbone)), tmp_path / "out")
+    assert prepared.recipe.max_pixels == TINY_MAX_LENGTH // 2 * 28**2
+    assert f"max_pixels is {prepared.recipe.max_pixels}, half of max_length 128" in caplog.text
+    with pytest.raises(UsageError, match="lower max_pixels"):
+        examine(recipe(backbone=str(backbone), max_pixels=10**6), tmp_path / "out")
+
+
 def test_a_finished_run_has_nothing_to_plan_and_a_changed_recipe_is_refused(
     small_recipe: Recipe, finished: Path
 ) -> None:
@@ -152,17 +174,97 @@ def test_a_finished_run_has_nothing_to_plan_and_a_changed_recipe_is_refused(
     assert contents(finished) == before
 
 
+@pytest.fixture
+def captions_and_pairs(tmp_path: Path) -> dict[str, Any]:
+    """Five images with two captions each, and a table in which one of three rows has no text."""
+    write_images(tmp_path, "abcde")
+    lines = [{"file_name": f"{n}.png", "text": n, "captions": [f"an {n}", f"one {n}"]} for n in "abcde"]
+    write_table(tmp_path / "metadata.jsonl", lines)
+    pairs = [{"query_image": "a.png", "positive_text": "a"}, {"query_text": "b", "positive_text": "c"}]
+    pairs.append({"query_image": "b.png", "positive_image": "c.png"})
+    file = write_table(tmp_path / "pairs.jsonl", pairs)
+    folder = {"folder": str(tmp_path), "captions": "captions", "paraphrases": 1, "weight": 2}
+    return {"subsets": {"photos": folder, "pairs": {"file": str(file), "limit": 9}}}
+
+
+def test_rows_say_how_they_come_about_and_which_are_left_out_of_the_bridge(
+    recipe: MakeRecipe, captions_and_pairs: dict[str, Any], tmp_path: Path
+) -> None:
+    warmup, bridge = plan(recipe(data=captions_and_pairs, contrastive=None), tmp_path / "out").stages
+    assert warmup.rows == {"photos": 30, "pairs": 3}
+    assert (bridge.rows, bridge.needs.split("; ")[-1]) == ({"photos": 30, "pairs": 2}, "caption their images")
+    assert [subset.left_out for subset in bridge.subsets.values()] == [0, 1]
+    assert [subset_words(subset) for subset in warmup.subsets.values()] == [
+        "30 (5 images; 2 captions + 1 paraphrases = 3 rows an image; each drawn 2 times)",
+        "3 (2 with an image, 1 of text alone; limit 9)",
+    ]
+    assert warmup.epochs == pytest.approx(2 * 4 / 33)
+    assert not any(subset.left_out for subset in warmup.subsets.values())
+
+
+def test_max_rows_draws_from_all_subsets_by_the_seed_after_unusable_rows_are_left_out(
+    recipe: MakeRecipe, captions_and_pairs: dict[str, Any]
+) -> None:
+    def rows(max_rows: int, seed: int = 0) -> ReadRows:
+        read = recipe(data=captions_and_pairs, seed=seed, bridge={**STAGE, "data": {"max_rows": max_rows}})
+        return read_stages(read, ["bridge"])["bridge"]
+
+    whole, some = rows(32), rows(20)
+    assert (whole.counts, whole.left_out) == ({"photos": 30, "pairs": 2}, {"photos": 0, "pairs": 1})
+    assert len(some.rows) == sum(some.counts.values()) == 20
+    assert some.left_out == whole.left_out
+    assert some.fingerprint == rows(20).fingerprint != rows(20, seed=1).fingerprint
+    sources = [row.subset for row in some.rows]
+    assert sources == sorted(sources, reverse=True), "in the order of the subsets"
+
+
+def test_a_bridge_without_any_text_is_refused(recipe: MakeRecipe, tmp_path: Path) -> None:
+    write_images(tmp_path, "ab")
+    pairs = write_table(tmp_path / "pairs.jsonl", [{"query_image": "a.png", "positive_image": "b.png"}])
+    with pytest.raises(UsageError, match=r"bridge can use none of its 1 rows: .*; caption their images"):
+        plan(recipe(warmup=None, bridge={**STAGE, "data": {"folder": None, "file": str(pairs)}}), tmp_path / "out")
+
+
+def test_an_interrupted_run_is_planned_from_its_newest_checkpoint(
+    recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, out = recipe(bridge=None, contrastive=None, warmup={**STAGE, "steps": 4, "save_steps": 3}), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(CocoaTrainer, "seconds", lambda trainer: 1 / (trainer.state.global_step < 4))  # fails at the end
+        with pytest.raises(ZeroDivisionError):
+            run(given, out)
+    whole, rest = plan(given, out), plan(given, out, resume=True)
+    assert [(each.stages[0].steps, each.stages[0].steps_done) for each in (whole, rest)] == [(4, 0), (4, 3)]
+    assert rest.stages[0].flops == pytest.approx(whole.stages[0].flops / 4)
+
+
+def test_steps_are_timed_without_a_trace_of_them(recipe: MakeRecipe, tmp_path: Path) -> None:
+    given = recipe(warmup=None, bridge={**STAGE, "probe_rows": 4, "probe_steps": 1})
+    planned = plan(given, tmp_path / "out", card="h100", seconds_per_step=seconds_per_step)
+    for stage in planned.stages:
+        assert stage.seconds_per_step is not None
+        assert stage.seconds == pytest.approx(2 * stage.seconds_per_step) != 0
+        assert stage.card_seconds == pytest.approx(stage.flops / (CARDS["h100"].full * 1e12 * UTILISATION))
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_command_prints_the_plan(recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "planned.yaml").write_text(recipe().model_dump_json())
-    arguments = ["train", str(tmp_path / "planned.yaml"), "--dry-run", "--json", "--out", str(tmp_path / "out")]
+    arguments = ["train", str(tmp_path / "planned.yaml"), "--dry-run", "warmup.steps=3", "--card", "h100", "--json"]
     with pytest.raises(SystemExit) as ended:
-        cli.main(arguments)
+        cli.main([*arguments, "--out", str(tmp_path / "out")])
     assert ended.value.code == 0
     printed = capsys.readouterr()
     document = json.loads(printed.out)
-    assert [stage["stage"] for stage in document["stages"]] == list(STAGES)
+    assert [(stage["stage"], stage["steps"]) for stage in document["stages"]] == [*zip(STAGES, (3, 2, 2), strict=True)]
     for stage in document["stages"]:
-        assert {"parameters", "trainable_parameters", "rows", "tokens_per_step", "steps", "flops"} <= stage.keys()
         assert stage["memory_bytes"]["total"] == sum(v for name, v in stage["memory_bytes"].items() if name != "total")
         assert f"writes {stage['folder']}" in printed.err
+    assert "all stages: about 0 s on one h100" in printed.err
+    assert all(f"warning: {warning}" in printed.err for warning in document["warnings"])
+    assert "before its loss can leave the plateau" in document["warnings"][0]
     assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*arguments, "--card", "h10"])
+    assert ended.value.code == 2
+    assert "--card 'h10' is unknown (did you mean 'h100'?" in capsys.readouterr().err

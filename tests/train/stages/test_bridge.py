@@ -19,6 +19,7 @@ from cocoa_embed.model.attention import Block
 from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.model.export import build_sentence_transformer
 from cocoa_embed.model.flex_attention import FLEX, uses_flex_attention
+from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.loop.batch_facts import Batch
 from cocoa_embed.train.loop.trainer import StageContext
@@ -195,18 +196,18 @@ def test_the_trainer_follows_its_settings(
     tiny_backbone: Backbone,
     scene_rows: list[Row],
     tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
     probe_rows: int,
     held_out: int,
 ) -> None:
     settings = BridgeSettings(steps=1, batch_size=2, mask_ratio=0.4, eos_attends_to_b=False, probe_rows=probe_rows)
     arguments = {"output_dir": str(tmp_path), "max_steps": 1, "report_to": "none", "gradient_accumulation_steps": 2}
-    trainer = alone(Bridge, settings, seed=5).trainer(tiny_backbone, scene_rows, StageContext(arguments))
+    stage, rows = alone(Bridge, settings, seed=5), RowTable.of(scene_rows)
+    trainer = stage.trainer(tiny_backbone, rows, StageContext(arguments))
     collator = trainer.data_collator.collate
     assert (collator.seed, collator.mask_ratio, trainer.model.eos_attends_to_b) == (5, 0.4, False)
-    assert trainer.train_dataset.rows == scene_rows[held_out:]
+    assert list(trainer.train_dataset.rows) == scene_rows[held_out:]
     assert (trainer.probe is not None) is (held_out > 0)
-    assert ("Lower bridge.probe_rows" in caplog.text) is (probe_rows > held_out)
+    assert any("lower bridge.probe_rows" in warning for warning in stage.row_warnings(rows)) is (probe_rows > held_out)
     # Else transformers divides the loss by the micro-batches of a step; it is a mean over the step already.
     assert trainer.model_accepts_loss_kwargs is True
 

@@ -1,4 +1,3 @@
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -6,18 +5,25 @@ from typing import Any
 
 import pytest
 import torch
-from stages import bridge_collator, warmup_collator
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mmeb_layout import EXAMPLES, example_row
+from stages import alone, bridge_collator, warmup_collator, warmup_settings
 from torch import Tensor
 from transformers import ProcessorMixin
 
 from cocoa_embed.data.rows import Item, Row
-from cocoa_embed.errors import CocoaError
+from cocoa_embed.errors import CocoaError, RowError
 from cocoa_embed.model.attention import Block
 from cocoa_embed.model.backbone import Backbone, load_backbone
+from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.data.rows import Draw, numbered
 from cocoa_embed.train.loop.batch_facts import Batch
-from cocoa_embed.train.stages.bridge.collator import BridgeCollator, split_blocks
+from cocoa_embed.train.stages.bridge.collator import LONG_TEXT_WORDS, BridgeCollator, join_blocks, split_blocks
+from cocoa_embed.train.stages.bridge.settings import BridgeSettings, Split
+from cocoa_embed.train.stages.bridge.stage import Bridge
 from cocoa_embed.train.stages.rendering import joined, render_items, text_tokens
+from cocoa_embed.train.stages.warmup.collator import WarmupCollator
 
 LONG_TEXT = "large red circle at top left and small blue ring at bottom right on white " * 20
 
@@ -28,6 +34,12 @@ Make = Callable[[Backbone], Any]
 @pytest.fixture
 def processor(tiny_backbone: Backbone) -> ProcessorMixin:
     return tiny_backbone.processor
+
+
+@pytest.fixture
+def roomy(tiny_backbone_path: Path) -> ProcessorMixin:
+    """A processor that truncates none of the examples."""
+    return load_backbone(str(tiny_backbone_path), max_length=512).processor
 
 
 def row_of(query: Item, caption: str) -> Row:
@@ -120,28 +132,6 @@ def test_the_bridge_masks_exactly_its_ratio_of_block_b(
     assert batch["masked_tokens"].sum(1).tolist() == [max(1, round(ratio * of)) for of in is_b.sum(1).tolist()]
 
 
-def test_a_bridge_row_is_block_a_one_eos_and_block_b(tiny_backbone: Backbone, scene_rows: list[Row]) -> None:
-    processor = tiny_backbone.processor
-    instructed = row_of(Item(text="find the image: ", images=(scene_rows[0].image,)), "small red ring")
-    rows = [scene_rows[1], instructed, row_of(Item(text="blue cross, white background"), "a blue cross on white")]
-    batch = bridge_collator(tiny_backbone)(numbered(rows))
-    input_ids = originals(batch)
-    assert len(batch["attention_mask"].sum(dim=1).unique()) > 1
-    for index, row in enumerate(rows):
-        block_a = render_items(processor, [row.query])
-        block_b = processor.tokenizer(row.positive.text, add_special_tokens=False)["input_ids"]
-        count = block_a["input_ids"].shape[1]
-        padding = input_ids.shape[1] - count - len(block_b)
-        layout = [Block.A] * (count - 1) + [Block.EOS] + [Block.B] * len(block_b) + [Block.PAD] * padding
-        assert batch["blocks"][index].tolist() == layout
-        pads = [processor.tokenizer.pad_token_id] * padding
-        assert input_ids[index].tolist() == [*block_a["input_ids"][0].tolist(), *block_b, *pads]
-        token_types = [*block_a["mm_token_type_ids"][0].tolist(), *[0] * (len(block_b) + padding)]
-        assert batch["mm_token_type_ids"][index].tolist() == token_types
-    assert torch.equal(input_ids == processor.tokenizer.eos_token_id, batch["blocks"] == Block.EOS)
-    assert torch.equal(batch["attention_mask"].bool(), batch["blocks"] != Block.PAD)
-
-
 @pytest.mark.parametrize(("instruction", "caption"), [(LONG_TEXT, "red ring"), (None, LONG_TEXT), (LONG_TEXT,) * 2])
 @COLLATORS
 def test_truncation_cuts_text_and_never_eos_or_a_visual_token(
@@ -161,52 +151,124 @@ def test_truncation_cuts_text_and_never_eos_or_a_visual_token(
         assert eos.nonzero().tolist() == [[tokenizer.model_max_length - 1]]
 
 
-@pytest.mark.parametrize("room", [8, 12, 48])
-def test_a_long_block_b_leaves_the_largest_allowed_image_whole(
-    tiny_backbone_path: Path, sized_rows: list[Row], room: int
+def test_warmup_masks_instructions_less_than_content_and_takes_the_images_of_both_sides(
+    roomy: ProcessorMixin, tiny_backbone: Backbone, sized_rows: list[Row]
 ) -> None:
-    largest = 24
-    longest_panorama = math.isqrt(200 * largest)
-    max_length = longest_panorama + room
-    processor = load_backbone(str(tiny_backbone_path), max_length=max_length, max_pixels=largest * 28**2).processor
-    image = Item(images=(sized_rows[-1].image,))
-    batch = BridgeCollator(processor, seed=0)(numbered([row_of(image, LONG_TEXT)]))
-    assert (batch["mm_token_type_ids"] == 1).sum() == largest
-    in_block_a = torch.isin(batch["blocks"], torch.tensor([Block.A, Block.EOS]))
-    assert batch["input_ids"][in_block_a].tolist() == render_items(processor, [image])["input_ids"][0].tolist()
-    assert (batch["blocks"] == Block.B).any()
-    assert batch["input_ids"].shape[1] <= max_length
+    rows = [example_row(subset, *(row.query.images[0] for row in sized_rows[:2])) for subset in EXAMPLES]
+    ratios = warmup_settings(text_mask_ratio=1.0, instruction_mask_ratio=1e-9)
+    batch = WarmupCollator(roomy, tiny_backbone.geometry, 0, ratios)(numbered(rows))
+    assert len(batch["image_grid_thw"]) == sum(len(row.images()) for row in rows)
+    for ids, masked, row in zip(originals(batch), batch["masked_tokens"], rows, strict=True):
+        content = f"{row.query.text or ''} {row.positive.text or ''}".strip()
+        assert roomy.tokenizer.decode(ids[masked]).strip() == content or (not content and masked.sum() == 1)
+
+
+# The blocks of the bridge
+
+ASKED, QUESTION, GIVEN, ANSWER = "query instruction", "query", "positive instruction", "positive"
+BLOCKS = {
+    **dict.fromkeys(("ImageNet_1K", "HatefulMemes", "VOC2007", "SUN397"), ([ASKED], ANSWER)),
+    **dict.fromkeys(("VisualNews_i2t", "MSCOCO_i2t"), ([ASKED], ANSWER)),
+    "N24News": ([ASKED, ANSWER], QUESTION),
+    **dict.fromkeys(
+        ("OK-VQA", "A-OKVQA", "DocVQA", "InfographicsVQA", "ChartQA", "Visual7W"), ([ASKED, ANSWER], QUESTION)
+    ),
+    **dict.fromkeys(("VisDial", "VisualNews_t2i", "MSCOCO_t2i"), ([GIVEN], QUESTION)),
+    **dict.fromkeys(("CIRR", "MSCOCO"), ([ASKED, GIVEN], QUESTION)),
+    "WebQA": ([GIVEN, ASKED, QUESTION], ANSWER),
+}
+"""The texts of block A and of block B for the example of each subset; block A has all images."""
+
+
+def test_the_blocks_of_every_mmeb_subset_are_images_and_instructions_around_one_content(
+    roomy: ProcessorMixin, sized_rows: list[Row]
+) -> None:
+    images = [row.query.images[0] for row in sized_rows[:2]]
+    rows = [example_row(subset, *images) for subset in BLOCKS]
+    batch = BridgeCollator(roomy, seed=0)(numbered(rows))
+    input_ids = originals(batch)
+    assert {*BLOCKS, "NIGHTS"} == set(EXAMPLES)
+    for number, row in enumerate(rows):
+        texts = {
+            f"{side}{part}": text
+            for side, item in (("query", row.query), ("positive", row.positive))
+            for part, text in ((" instruction", item.instruction), ("", item.text))
+        }
+        of_a, of_b = BLOCKS[row.subset]
+        own = [image for image, side in zip(images, (row.query, row.positive), strict=True) if side.images]
+        item = Item(text="".join(texts[part] for part in of_a), images=tuple(own))
+        block_a = render_items(roomy, [item])
+        block_b = roomy.tokenizer(texts[of_b], add_special_tokens=False)["input_ids"]
+        count = block_a["input_ids"].shape[1]
+        padding = input_ids.shape[1] - count - len(block_b)
+        layout = [Block.A] * (count - 1) + [Block.EOS] + [Block.B] * len(block_b) + [Block.PAD] * padding
+        assert batch["blocks"][number].tolist() == layout, row.subset
+        pads = [roomy.tokenizer.pad_token_id] * padding
+        assert input_ids[number].tolist() == [*block_a["input_ids"][0].tolist(), *block_b, *pads], row.subset
+        token_types = [*block_a["mm_token_type_ids"][0].tolist(), *[0] * (len(block_b) + padding)]
+        assert batch["mm_token_type_ids"][number].tolist() == token_types
+    assert len(batch["image_grid_thw"]) == sum(len(row.images()) for row in rows)
+    assert torch.equal(input_ids == roomy.tokenizer.eos_token_id, batch["blocks"] == Block.EOS)
+    assert torch.equal(batch["attention_mask"].bool(), batch["blocks"] != Block.PAD)
 
 
 A, B = Path("a.png"), Path("b.png")
+LONG = " ".join(f"word{number}" for number in range(LONG_TEXT_WORDS))
+FIRST, SECOND = (" ".join(LONG.split()[half * 16 : half * 16 + 16]) for half in (0, 1))
 
 
 @pytest.mark.parametrize(
-    ("query", "positive", "expected"),
+    ("query", "positive", "split", "expected"),
     [
-        (Item(images=(A,)), Item(text="red ring"), (Item(images=(A,)), "red ring")),
-        (Item(text="red ring"), Item(images=(A,)), (Item(images=(A,)), "red ring")),
-        (Item(text="a question"), Item(text="an answer"), (Item(text="a question"), "an answer")),
-        (
-            Item(images=(A,)),
-            Item(text="red ring on white", images=(B,)),
-            (Item(text="red ring", images=(B,)), "on white"),
-        ),
-        (
-            Item(text="red ring on white", images=(B,)),
-            Item(images=(A,)),
-            (Item(text="red ring", images=(B,)), "on white"),
-        ),
+        (Item("a ring", (A,)), Item("red hat", (B,)), "whole", (Item("a ring", (A, B)), "red hat")),
+        (Item("red ring", (A,)), Item("red hat", (A,)), "whole", (Item("red hat", (A,)), "red ring")),
+        (Item("red ring"), Item("ring", (A, B)), "halves", (Item("ring", (A, B)), "red ring")),
+        (Item("red ring"), Item("a ring"), "halves", (Item("red ring"), "a ring")),
+        (Item("ring", (), "find "), Item(LONG, (), "given "), "whole", (Item("ring", (), "find "), LONG)),
+        (Item("ring", (), "find "), Item(LONG, (), "given "), "halves", (Item(FIRST, (), "given "), SECOND)),
+        (Item("red ring"), Item(LONG, (A,)), "halves", (Item("red ring", (A,)), LONG)),
     ],
 )
-def test_block_b_is_a_side_of_only_text_or_half_of_one(query: Item, positive: Item, expected: tuple[Item, str]) -> None:
-    assert split_blocks(Row(query, positive, source="")) == expected
+def test_block_b_is_the_longer_content_the_positives_in_ties_and_texts_or_half_of_a_long_text(
+    query: Item, positive: Item, split: Split, expected: tuple[Item, str]
+) -> None:
+    assert split_blocks(Row(query, positive, source=""), split) == expected
 
 
-@pytest.mark.parametrize("positive", [Item(images=(A,)), Item(text="red", images=(A,)), Item(text=" ")])
-def test_a_row_without_a_block_b_is_an_error_that_names_it(positive: Item) -> None:
-    with pytest.raises(CocoaError, match=r"pairs\.jsonl, line 17: the row has no block B"):
-        split_blocks(Row(query=Item(images=(A,)), positive=positive, source="pairs.jsonl, line 17"))
+def test_a_row_without_content_is_unusable_and_an_error_that_names_it(scene_rows: list[Row]) -> None:
+    nothing = example_row("NIGHTS", A, B)
+    rows = [*scene_rows[:2], nothing, *(example_row(subset, A, B) for subset in BLOCKS)]
+    stage = alone(Bridge, BridgeSettings(steps=1, batch_size=1))
+    assert stage.usable(RowTable.of(rows)).tolist() == [row != nothing for row in rows]
+    with pytest.raises(RowError, match="NIGHTS, row 1: the row has no text beside its instructions"):
+        split_blocks(nothing)
+
+
+# Truncation and special tokens
+
+
+def test_images_that_do_not_fit_into_a_sequence_are_refused(tiny_backbone: Backbone, sized_rows: list[Row]) -> None:
+    images = tuple(image for row in sized_rows for image in row.query.images)
+    batch = bridge_collator(tiny_backbone)(numbered([row_of(Item(images=images[:4]), "red ring")]))
+    assert (batch["mm_token_type_ids"] == 1).sum() == 29
+    with pytest.raises(CocoaError, match="tokens before its text, more than max_length 128; lower max_pixels"):
+        render_items(tiny_backbone.processor, [Item(images=images * 3)])
+
+
+@settings(max_examples=100)
+@given(visual=st.integers(0, 20), text=st.integers(0, 30), tail=st.integers(1, 60), room=st.integers(2, 60))
+def test_blocks_are_cut_to_the_length_and_never_the_image_or_eos(visual: int, text: int, tail: int, room: int) -> None:
+    ids = torch.arange(visual + text + 1)
+    kinds = (ids < visual).long()
+    is_text = (ids >= visual) & (ids < visual + text)
+    joined_ids, joined_kinds, blocks = join_blocks(ids, kinds, is_text, torch.full((tail,), 99), visual + room)
+    assert len(joined_ids) == min(visual + text + 1 + tail, visual + room)
+    kept = joined_ids[blocks != Block.B].tolist()
+    assert kept == [*range(visual + len(kept) - visual - 1), visual + text], "text is cut at its end"
+    assert joined_kinds.sum() == visual
+    of_b = int((blocks == Block.B).sum())
+    assert of_b >= min(tail, (visual + room) // 4, room - 1)
+    assert of_b == tail or len(joined_ids) == visual + room
 
 
 def test_special_tokens_of_block_b_are_never_masked(tiny_backbone: Backbone, scene_rows: list[Row]) -> None:

@@ -1,8 +1,7 @@
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,25 +9,26 @@ import pytest
 import torch
 from exported import PROMPTS
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardData
 from stages import alone, trainer_arguments
 from torch import Tensor
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import normalize
 
 from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.evaluation.geometry import geometry
 from cocoa_embed.model.backbone import Backbone
+from cocoa_embed.train.data.row_table import RowTable, content_id
+from cocoa_embed.train.loop.batch_facts import FACTS
 from cocoa_embed.train.loop.callbacks import LogLastStep
+from cocoa_embed.train.loop.processes import meet
 from cocoa_embed.train.loop.trainer import Probe, StageContext
-from cocoa_embed.train.stages.contrastive import pairs as pairs_module
-from cocoa_embed.train.stages.contrastive import trainer as trainer_module
+from cocoa_embed.train.stages.contrastive.loss import CachedRankingLoss, contrastive_loss
 from cocoa_embed.train.stages.contrastive.model import as_sentence_transformer, embedding_probe
-from cocoa_embed.train.stages.contrastive.pairs import as_record, distinct_enough, pair_datasets, preprocess_records
+from cocoa_embed.train.stages.contrastive.patches import normalise_patches, preprocess_items
 from cocoa_embed.train.stages.contrastive.settings import ContrastiveSettings
 from cocoa_embed.train.stages.contrastive.stage import Contrastive
-from cocoa_embed.train.stages.contrastive.trainer import ContrastiveTrainer, contrastive_loss
+from cocoa_embed.train.stages.contrastive.trainer import ContrastiveTrainer
 
 BATCH = 8
 
@@ -40,9 +40,9 @@ def section(**values: Any) -> ContrastiveSettings:
 def trainer_of(
     backbone: Backbone, rows: list[Row], folder: Path, settings: ContrastiveSettings | None = None, **values: Any
 ) -> ContrastiveTrainer:
-    arguments = {"max_steps": 2, "per_device_train_batch_size": BATCH, "seed": 0, **values}
+    arguments = {"max_steps": 2, "seed": 0, **values}
     stage = alone(Contrastive, settings or section(), prompts=PROMPTS)
-    return stage.trainer(backbone, rows, StageContext(trainer_arguments(folder, **arguments)))
+    return stage.trainer(backbone, RowTable.of(rows), StageContext(trainer_arguments(folder, **arguments)))
 
 
 @pytest.fixture
@@ -71,42 +71,33 @@ def subset_rows(scene_rows: list[Row]) -> list[Row]:
     return rows
 
 
-# Pairs
-
-
-def test_few_different_values_are_warned_of_and_too_few_for_the_devices_refused(
-    scene_rows: list[Row], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Yes-or-no answers, say: a batch that holds nothing twice then has two rows."""
-    distinct_enough(pair_datasets(scene_rows, section()), BATCH)
-    assert not caplog.text
-    answers = [replace(row, positive=Item(text="yes" if n % 2 else "no")) for n, row in enumerate(scene_rows)]
-    pairs = pair_datasets(answers, section())
-    assert distinct_enough(pairs, BATCH) is pairs
-    assert f"2 different positive in {len(scene_rows)} rows" in caplog.text
-    monkeypatch.setattr(pairs_module, "PartialState", lambda: SimpleNamespace(num_processes=8))
-    with pytest.raises(UsageError, match=r"2 different positive in 24 rows.*each of the 8 devices"):
-        distinct_enough(pairs, BATCH)
-
-
 # Preprocessing
 
 
 def preprocessed(model: SentenceTransformer, items: list[Item], **values: Any) -> dict[str, Any]:
-    return preprocess_records(model, {}, [as_record(item) for item in items], **values)
+    batch = preprocess_items(model, items, **values)
+    assert batch.get("pixel_values", torch.empty(0, dtype=torch.uint8)).dtype == torch.uint8
+    return normalise_patches(model[0].processor.image_processor, model[0], (batch,))[0]
 
 
 @pytest.mark.parametrize("prompt", [None, PROMPTS["query"]])
-def test_records_become_the_models_own_inputs(
+def test_items_become_the_models_own_inputs_and_have_several_images(
     model: SentenceTransformer, mixed_rows: list[Row], prompt: str | None
 ) -> None:
-    items = [row.query for row in mixed_rows[:3]]
-    found = preprocessed(model, items, prompt=prompt)
-    expected = model.preprocess([item.load() for item in items], prompt=prompt)
-    assert found["pixel_values"].shape == (2 * 16, 1176)
-    assert found.keys() == expected.keys()
-    for key, value in expected.items():
-        assert torch.equal(found[key], value) if isinstance(value, Tensor) else found[key] == value
+    two = Item(text="two", images=(mixed_rows[0].query.images[0], mixed_rows[3].query.images[0]), instruction="of ")
+    texts = [Item(text="a ring"), Item(text="a large red ring")]
+    for items in ([*texts, *(row.query for row in mixed_rows[:3]), two], texts, [two]):
+        found = preprocessed(model, items, prompt=prompt)
+        expected = model.preprocess([item.load() for item in items], prompt=prompt)
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert torch.equal(found[key], value) if isinstance(value, Tensor) else found[key] == value
+
+
+def test_images_that_leave_no_room_for_a_text_are_named(model: SentenceTransformer, mixed_rows: list[Row]) -> None:
+    many = Item(text="many", images=mixed_rows[0].query.images * 30)
+    with pytest.raises(CocoaError, match=r"the text 'many' takes 181 tokens .* than max_length 128"):
+        preprocessed(model, [many])
 
 
 def test_a_broken_image_is_named_where_it_is_read(model: SentenceTransformer, tmp_path: Path) -> None:
@@ -122,59 +113,104 @@ def test_on_several_devices_gradients_are_cached_and_candidates_gathered(
     model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert not contrastive_loss(model, section(mini_batch_size=BATCH)).gather_across_devices
-    monkeypatch.setattr(trainer_module, "PartialState", lambda: SimpleNamespace(num_processes=2))
+    monkeypatch.setitem(meet()._shared_state, "num_processes", 2)
     loss = contrastive_loss(model, section(mini_batch_size=BATCH))
-    assert isinstance(loss, CachedMultipleNegativesRankingLoss)
+    assert isinstance(loss, CachedRankingLoss)
     assert loss.gather_across_devices
 
 
-def closed_form(columns: list[Tensor], settings: ContrastiveSettings, dims: list[int]) -> Tensor:
-    """Return the loss written out: a sum over lengths of the mean over directions."""
-    targets = torch.arange(len(columns[0]))
-    total = torch.zeros(())
+def closed_form(columns: list[Tensor], content: Tensor, settings: ContrastiveSettings, dims: list[int]) -> Tensor:
+    """Return the loss written out: a sum over lengths of the mean over directions, a row and a candidate at a time."""
+    rows = range(len(content))
+    losses = []
     for dim in dims:
         queries, positives, *negatives = (normalize(column[:, :dim], dim=1) for column in columns)
-        scores = queries @ torch.cat([positives, *negatives]).T
-        losses = [cross_entropy(scores / settings.temperature, targets)]
-        if settings.directions == "symmetric":
-            losses.append(cross_entropy(positives @ queries.T / settings.temperature, targets))
-        total = total + torch.stack(losses).mean()
-    return total
+        for i in rows:
+            answer, candidates, askers = content[i, 1], [positives[i]], [queries[i]]
+            for j in rows:
+                if (content[i, :2] != content[j, :2]).all():
+                    candidates.append(positives[j])
+                    askers.append(queries[j])
+                candidates += [each[j] for n, each in enumerate(negatives, start=2) if content[j, n] != answer]
+            sides = [(queries[i], candidates)]
+            sides += [(positives[i], askers)] if settings.directions == "symmetric" else []
+            for side, those in sides:
+                scores = torch.stack(those) @ side / settings.temperature
+                losses.append((scores.logsumexp(0) - scores[0]) / len(sides))
+    return torch.stack(losses).sum() / len(rows)
 
 
+@pytest.fixture
+def features(model: SentenceTransformer, mixed_rows: list[Row], scene_rows: list[Row]) -> list[dict[str, Any]]:
+    """Eight pairs, with two hard negatives each: a text, and an image."""
+    columns = [[row.query for row in mixed_rows], [row.positive for row in mixed_rows]]
+    columns += [[Item(text=f"scene {number} without it") for number in range(BATCH)]]
+    columns += [[row.query for row in scene_rows[BATCH : 2 * BATCH]]]
+    return [preprocessed(model.eval(), items) for items in columns]
+
+
+def gradients(model: SentenceTransformer, loss: Tensor) -> Tensor:
+    model.zero_grad()
+    loss.backward()
+    return torch.cat([each.grad.flatten() for each in model.parameters() if each.grad is not None])
+
+
+NO_DUPLICATES = torch.arange(4 * BATCH).reshape(BATCH, 4)
+DUPLICATES = torch.tensor(
+    # Rows 0 and 1 have one positive, rows 2 and 3 one query; row 4 has the positive of row 0 as a negative; negatives
+    # of rows 5 and 6 are equal, which no rule is about; row 7 equals row 3.
+    [[1, 2, 3, 4], [5, 2, 6, 7], [8, 9, 10, 11], [8, 12, 13, 14],
+     [15, 16, 2, 17], [18, 19, 20, 21], [22, 23, 24, 20], [8, 12, 25, 26]]
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("content", [NO_DUPLICATES, DUPLICATES])
 @pytest.mark.parametrize("mini_batch_size", [3, BATCH])
 @pytest.mark.parametrize(("dims", "trained"), [(None, [32]), ([8, 32, 16, 8], [32, 16, 8])])
 @pytest.mark.parametrize(("directions", "temperature"), [("forward", 0.05), ("symmetric", 0.5)])
 def test_the_loss_and_its_gradients_are_the_closed_form(
     model: SentenceTransformer,
-    mixed_rows: list[Row],
-    scene_rows: list[Row],
+    features: list[dict[str, Any]],
+    content: Tensor,
     mini_batch_size: int,
     dims: list[int] | None,
     trained: list[int],
     directions: str,
     temperature: float,
 ) -> None:
-    """With cached gradients and without, for pairs with two hard negatives each: a text, and an image."""
+    """With cached gradients and without; a candidate that is another right answer is no negative."""
     settings = section(temperature=temperature, directions=directions, mini_batch_size=mini_batch_size,
                        matryoshka_dims=dims)  # fmt: skip
-    columns = [[row.query for row in mixed_rows], [row.positive for row in mixed_rows]]
-    columns += [[Item(text=f"scene {number} without it") for number in range(BATCH)]]
-    columns += [[row.query for row in scene_rows[BATCH : 2 * BATCH]]]
-    features = [preprocessed(model.eval(), items) for items in columns]
-
-    def gradients(loss: Tensor) -> Tensor:
-        model.zero_grad()
-        loss.backward()
-        return torch.cat([each.grad.flatten() for each in model.parameters() if each.grad is not None])
-
-    expected = closed_form([model(dict(batch))["sentence_embedding"] for batch in features], settings, trained)
-    slow = gradients(expected)
+    embeddings = [model(dict(batch))["sentence_embedding"] for batch in features]
+    expected = closed_form(embeddings, content, settings, trained)
+    slow = gradients(model, expected)
     assert slow.abs().max() > 1e-2
-    value = contrastive_loss(model, settings)(features, torch.arange(BATCH) * 3)  # it ignores the rows' numbers
-    fast = gradients(value)
+    value = contrastive_loss(model, settings)(features, content)
     assert value.item() == pytest.approx(expected.item(), rel=1e-4)
-    assert (fast - slow).abs().max() < 1e-4 * slow.abs().max()
+    assert (gradients(model, value) - slow).abs().max() < 1e-4 * slow.abs().max()
+
+
+@pytest.mark.parametrize("mini_batch_size", [3, BATCH])
+@pytest.mark.parametrize("side", [0, 1])
+def test_equal_positives_leave_nothing_to_contrast_and_two_classes_the_other_class(
+    model: SentenceTransformer, features: list[dict[str, Any]], mini_batch_size: int, side: int
+) -> None:
+    """And so do equal queries."""
+    settings = section(mini_batch_size=mini_batch_size, directions="symmetric")
+    content = NO_DUPLICATES[:, :2].clone()
+    content[:, side] = 99
+    loss = contrastive_loss(model, settings)(features[:2], content)
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+    assert gradients(model, loss).abs().max() < 1e-6
+    content[-1, side] = 100  # of which there is one: a row of the others has two candidates
+    queries, positives = (model(dict(batch))["sentence_embedding"] for batch in features[:2])
+    scores = queries @ positives.T / settings.temperature
+    rest = torch.full((BATCH - 1,), BATCH - 1)
+    own, other = scores.diag(), [scores[[*range(BATCH - 1)], rest], scores[rest, [*range(BATCH - 1)]]]
+    two = sum(torch.logaddexp(own[:-1], each).sum() - own[:-1].sum() for each in other)
+    alone = scores[-1].logsumexp(0) + scores[:, -1].logsumexp(0) - 2 * own[-1]
+    found = contrastive_loss(model, settings)(features[:2], content)
+    assert found.item() == pytest.approx(((two + alone) / 2 / BATCH).item(), rel=1e-4)
 
 
 def test_more_dimensions_than_the_model_has_are_refused(tiny_backbone: Backbone) -> None:
@@ -185,58 +221,37 @@ def test_more_dimensions_than_the_model_has_are_refused(tiny_backbone: Backbone)
 # The trainer
 
 
-def test_no_batch_holds_a_duplicate_or_a_negative_twice(
-    tiny_backbone: Backbone, scene_rows: list[Row], tmp_path: Path
-) -> None:
-    """Two rows with one caption would be each other's negatives."""
-    shared = Item(text="an empty scene")
-    rows = [replace(row, negatives=(shared,)) if number < 3 else row for number, row in enumerate(scene_rows[:12])]
-    rows += scene_rows[:12]
-    settings = section(hard_negatives=1)
-    trainer = trainer_of(tiny_backbone, rows, tmp_path, settings, per_device_train_batch_size=4)
-    seen: list[int] = []
-    for batch in trainer.get_train_dataloader():
-        texts = [tuple(ids) for ids in batch["positive_input_ids"].tolist()]
-        assert len(set(texts)) == len(texts)
-        numbers = batch["label"].tolist()
-        assert len(set(numbers) & {0, 1, 2}) <= 1
-        seen += numbers
-    assert {*range(3, 24)} <= {*seen}
-    assert {*seen} & {0, 1, 2}
-
-
 @pytest.mark.parametrize("most", [0, 1, 5])
 def test_a_batch_has_one_subset_as_many_hard_negatives_a_row_and_the_prompts_of_inference(
     tiny_backbone: Backbone, subset_rows: list[Row], tmp_path: Path, most: int
 ) -> None:
     """A subset that does not fill a batch gives a smaller one; every row is seen from either side."""
     settings = section(hard_negatives=most, directions="both")
-    trainer = trainer_of(tiny_backbone, subset_rows, tmp_path, settings)
-    seen = {"query": [], "document": []}
+    trainer = trainer_of(tiny_backbone, subset_rows, tmp_path, settings, max_steps=20)
+    seen: dict[str, list[int]] = {"query": [], "document": []}
     for batch in trainer.get_train_dataloader():
-        rows = [subset_rows[number] for number in batch["label"].tolist()]
+        rows = [subset_rows[number] for number in batch[FACTS].rows]
         assert len({row.subset for row in rows}) == 1
         side, kind = ("positive", "document") if "anchor_pixel_values" in batch else ("anchor", "query")
-        columns = {side: [row.positive.text for row in rows]}
+        columns = {side: [row.positive for row in rows]}
         for place in range(min({len(row.negatives[:most]) for row in rows}) if side == "positive" else 0):
-            columns[f"negative_{place + 1}"] = [row.negatives[place].text for row in rows]
-        assert {key.removesuffix("_input_ids") for key in batch if "input_ids" in key} == {
-            "anchor",
-            "positive",
-            *columns,
-        }
-        for column, texts in columns.items():
-            inference = trainer.model.preprocess([{"text": text} for text in texts], prompt=PROMPTS[kind])
+            columns[f"negative_{place + 1}"] = [row.negatives[place] for row in rows]
+        found = {key.removesuffix("_input_ids") for key in batch if "input_ids" in key}
+        assert found == {"anchor", "positive", *columns}
+        for place, (column, items) in enumerate(columns.items(), start=1):
+            inference = trainer.model.preprocess([item.load() for item in items], prompt=PROMPTS[kind])
             assert torch.equal(batch[f"{column}_input_ids"], inference["input_ids"])
-        seen[kind] += batch["label"].tolist()
-    assert sorted(seen["query"]) == sorted(seen["document"]) == [*range(len(subset_rows))]
+            ids = batch["label"][:, 0 if side == "anchor" else place]
+            assert ids.tolist() == [content_id(item) for item in items]
+        seen[kind] += batch[FACTS].rows
+    assert {*seen["query"]} == {*seen["document"]} == {*range(len(subset_rows))}
 
 
 @pytest.mark.parametrize("mini_batch_size", [4, BATCH])
 def test_subsets_that_do_not_fill_a_batch_are_trained_on(
     tiny_backbone: Backbone, subset_rows: list[Row], tmp_path: Path, mini_batch_size: int
 ) -> None:
-    rows = [*subset_rows[:3], replace(subset_rows[3], subset="alone")]
+    rows = [*subset_rows[:6], *(replace(row, subset="small", negatives=()) for row in subset_rows[7:9])]
     settings = section(hard_negatives=2, matryoshka_dims=[8], directions="symmetric", mini_batch_size=mini_batch_size)
     trainer = trainer_of(tiny_backbone, rows, tmp_path, settings, max_steps=9, seed=1)
     trainer.train()
@@ -245,16 +260,25 @@ def test_subsets_that_do_not_fill_a_batch_are_trained_on(
     assert max(losses) > 0
 
 
-def test_each_epoch_has_its_own_order(
-    tiny_backbone: Backbone, scene_rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_is_sorted_by_lengths_that_are_counted_for_it_alone(
+    tiny_backbone: Backbone, scene_rows: list[Row], tmp_path: Path, workers: int
 ) -> None:
-    seen: list[tuple[int, ...]] = []
-    trainer = trainer_of(tiny_backbone, scene_rows, tmp_path, max_steps=9)
-    monkeypatch.setattr(trainer.throughput, "count", lambda facts: seen.extend(fact.rows for fact in facts))
-    trainer.train()
-    epochs = [seen[start : start + 3] for start in (0, 3, 6)]
-    assert all(sorted(row for batch in epoch for row in batch) == list(range(len(scene_rows))) for epoch in epochs)
-    assert len({str(epoch) for epoch in epochs}) == 3
+    def lengths_of(rows: Sequence[Row]) -> list[int]:
+        assert len(rows) == BATCH
+        return [-int(Path(row.source).stem[-1]) for row in rows]
+
+    rows = [replace(row, source=f"{number % 5}.jpg") for number, row in enumerate(scene_rows)]
+    arguments = trainer_arguments(tmp_path, max_steps=2, dataloader_num_workers=workers)
+    stage = alone(Contrastive, section(directions="both"))
+    for batch in stage.trainer(
+        tiny_backbone, RowTable.of(rows), StageContext(arguments, lengths_of)
+    ).get_train_dataloader():
+        lengths = [-(number % 5) for number in batch[FACTS].rows]
+        assert lengths == sorted(lengths)
+        texts = batch["anchor_input_ids" if "positive_pixel_values" in batch else "positive_input_ids"]
+        expected = [rows[number].positive.text for number in batch[FACTS].rows]
+        assert tiny_backbone.processor.tokenizer.batch_decode(texts, skip_special_tokens=True) == expected
 
 
 def test_no_examples_are_picked_for_a_card_that_is_not_written(

@@ -30,6 +30,8 @@ def test_eligible_positions_alone_are_masked_at_least_one_or_their_rounded_ratio
     for found in (each, masked):
         assert not (found & ~eligible).any()
         assert torch.equal(found.any(dim=1), eligible.any(dim=1))
+    of_each = mask_each(eligible, torch.full(eligible.shape, ratio), [seeded(seed)] * len(eligible))
+    assert torch.equal(of_each, each), "one ratio, and that of every token"
     for count, of in zip(masked.sum(dim=1).tolist(), eligible.sum(dim=1).tolist(), strict=True):
         assert count == 1 or abs(count - ratio * of) <= 0.5 + 1e-4
 

@@ -1,4 +1,5 @@
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from PIL import Image
 from stages import bridge_collator, bridge_model
 from torch import Tensor
 
-from cocoa_embed.data.rows import Item, Row
+from cocoa_embed.data.rows import Item, ItemImage, Row
 from cocoa_embed.evaluation.geometry import geometry
 from cocoa_embed.model.attention import Block
 from cocoa_embed.model.backbone import Backbone
+from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.stages.bridge.collator import split_blocks
 from cocoa_embed.train.stages.bridge.probe import (
     bridge_probe,
@@ -25,7 +27,7 @@ from cocoa_embed.train.stages.bridge.probe import (
     hold_out_rows,
     shuffle_images,
 )
-from cocoa_embed.train.stages.probe import geometry_probe, pictured_rows
+from cocoa_embed.train.stages.probe import draw_images, geometry_probe, pictured_rows
 
 ACCURACIES = ["accuracy_matching_image", "accuracy_shuffled_image", "accuracy_no_image"]
 GEOMETRY = ["alignment", "uniformity", "modality_gap", "effective_rank"]
@@ -39,62 +41,59 @@ def image_rows(images: Sequence[int]) -> list[Row]:
     ]
 
 
-@settings(max_examples=60)
-@given(images=st.lists(st.integers(0, 9), max_size=20), count=st.integers(0, 6), texts=st.integers(0, 3))
-def test_rows_of_different_images_are_held_out_or_the_first_of_each_probed(
-    images: list[int], count: int, texts: int
+@st.composite
+def tables(draw: st.DrawFn) -> RowTable:
+    """Rows of few images, texts, sources and subsets; of texts alone, or with an image on either side or both."""
+    texts = st.sampled_from("abc").map(lambda name: Item(text=f"caption {name}"))
+    images = st.integers(0, 12).map(lambda name: Item(images=(Path(f"{name}.png"),)))
+    side, source = texts | images, st.sampled_from("stuvw")
+    return RowTable.of(draw(st.lists(st.builds(Row, side, side, source, subset=st.sampled_from("xy")), max_size=24)))
+
+
+def images_of(rows: Iterable[Row]) -> set[ItemImage]:
+    return {image for row in rows for image in row.images()}
+
+
+@settings(max_examples=200)
+@given(rows=tables(), count=st.integers(0, 4), seed=st.integers(0, 3))
+def test_rows_of_different_images_are_held_out_and_nothing_that_leaks_them_is_trained_on(
+    rows: RowTable, count: int, seed: int
 ) -> None:
-    rows = [TEXT] * texts + image_rows(images)
-    held_out, kept = hold_out_rows(rows, count)
-    is_enough = count > 1 and len(set(images)) >= 2 * count
-    held_images = {row.image for row in held_out}
-    assert len(held_images) == len(held_out) == (count if is_enough else 0)
-    assert all(row in rows for row in held_out)
-    assert kept == [row for row in rows if row.image not in held_images], "what shares nothing with them stays"
-    firsts = [row for n, row in enumerate(image_rows(images)) if images[n] not in images[:n]][:count]
-    assert pictured_rows(rows, count) == (firsts if len(firsts) > 1 else [])
+    held_out, kept = (list(rows.select(places)) for places in hold_out_rows(rows, count, seed))
+    if not held_out:
+        assert kept == list(rows)
+        return
+    chosen = {row.image for row in held_out}
+    assert len(chosen) == len(held_out) == count <= len({row.image for row in kept} - {None})
+    leaking = [row for row in rows if row.image in chosen]
+    sources = {row.source for row in leaking}
+    texts = {item.text for row in leaking for item in row.items()} - {None}
+    for row in rows:
+        tells = row.source in sources or not texts.isdisjoint(item.text for item in row.items())
+        leaks = tells if row.image is None else not images_of(leaking).isdisjoint(row.images())
+        assert (row in kept) is not leaks
 
 
 @settings(max_examples=100)
-@given(sides=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=20), count=st.integers(2, 5))
-def test_no_image_of_a_held_out_row_is_trained_on_from_either_side(sides: list[tuple[int, int]], count: int) -> None:
-    rows = [
-        Row(
-            query=Item(text="as in", images=(Path(f"{one}.png"),)),
-            positive=Item(images=(Path(f"{two}.png"),)),
-            source="row",
-        )
-        for one, two in sides
-    ]
-    held_out, kept = hold_out_rows(rows, count)
-    of_kept = {image for row in kept for image in row.images()}
-    assert of_kept.isdisjoint(image for row in held_out for image in row.images())
-    assert len(held_out) == count <= len(of_kept) if held_out else kept == rows
+@given(images=st.lists(st.integers(0, 9), max_size=20), count=st.integers(0, 6), texts=st.integers(0, 3))
+def test_the_first_images_of_one_subset_are_held_out_or_probed(images: list[int], count: int, texts: int) -> None:
+    rows = RowTable.of([TEXT] * texts + image_rows(images))
+    firsts = [row for n, row in enumerate(image_rows(images)) if images[n] not in images[:n]][:count]
+    assert pictured_rows(rows, count, seed=0) == (firsts if len(firsts) > 1 else [])
+    held_out = rows.select(hold_out_rows(rows, count, seed=0)[0])
+    is_enough = count > 1 and len(set(images)) >= 2 * count
+    assert {row.image for row in held_out} == ({row.image for row in firsts} if is_enough else set())
 
 
-@settings(max_examples=60)
-@given(
-    images=st.lists(st.none() | st.integers(0, 5), max_size=20),
-    count=st.integers(0, 3),
-    shared=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=20, max_size=20),
-)
-def test_no_text_row_with_a_source_or_a_text_of_a_held_out_image_is_trained_on(
-    images: list[int | None], count: int, shared: list[tuple[int, int]]
-) -> None:
-    rows = [
-        Row(
-            query=Item(text=f"caption {text}") if image is None else Item(images=(Path(f"{image}.png"),)),
-            positive=Item(text=f"another {number}") if image is None else Item(text=f"caption {text}"),
-            source=f"place {place}",
-        )
-        for number, (image, (place, text)) in enumerate(zip(images, shared, strict=False))
-    ]
-    held_out, kept = hold_out_rows(rows, count)
-    of_images = [row for row in rows if row.image is not None and row.image in {row.image for row in held_out}]
-    sources, texts = {row.source for row in of_images}, {row.positive.text for row in of_images}
-    for row in rows:
-        leaks = row.image is None and (row.source in sources or row.query.text in texts)
-        assert (row in kept) is not (row in of_images or leaks)
+def test_images_of_several_subsets_are_drawn_by_the_seed_and_from_each_as_many() -> None:
+    rows = RowTable.of([replace(row, subset="abc"[min(n // 20, 2)]) for n, row in enumerate(image_rows(range(43)))])
+    found = [rows.select(draw_images(rows, 12, seed)) for seed in (0, 1, 0)]
+    for drawn in found:
+        counts = Counter(row.subset for row in drawn)
+        assert (counts["c"], abs(counts["a"] - counts["b"]), len(images_of(drawn))) == (3, 1, 12)
+    assert list(found[0]) == list(found[2]) != list(found[1])
+    assert len({row.subset for row in rows.select(draw_images(rows, 2, seed=0))}) == 2
+    assert len(draw_images(rows, 99, seed=0)) == 43
 
 
 @settings(max_examples=60)
@@ -111,14 +110,12 @@ def test_a_shuffled_row_has_another_rows_image_and_its_own_text(reverse: list[bo
             assert new == Item(text=old.text, images=() if old.image is None else (after.image,))
 
 
-def test_a_shuffled_row_with_an_image_on_either_side_has_another_in_block_a() -> None:
-    """``Row.image`` is the query's, but block A is made of the positive."""
+def test_a_shuffled_row_has_all_images_of_another_in_block_a() -> None:
     rows = [replace(row, positive=Item(text="red ring", images=(Path(f"{n}-b.png"),))) for n, row in
             enumerate(image_rows(range(4)))]  # fmt: skip
-    assert {split_blocks(row)[0].image for row in rows}.isdisjoint(row.image for row in rows)
-    for before, after in zip(map(split_blocks, rows), map(split_blocks, shuffle_images(rows)), strict=True):
-        assert after[0].image != before[0].image
-        assert after[1] == before[1]
+    before, after = (list(map(split_blocks, each)) for each in (rows, shuffle_images(rows)))
+    assert [block_a.images for block_a, _ in after] == [block_a.images for block_a, _ in [*before[1:], before[0]]]
+    assert [block_b for _, block_b in after] == [block_b for _, block_b in before]
 
 
 # The bridge's probe

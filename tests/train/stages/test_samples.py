@@ -14,6 +14,7 @@ from cocoa_embed.images.load import load_image
 from cocoa_embed.model.attention import Block, make_causal
 from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.model.training_record import read_run
+from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.loop.batch_facts import DescribedBatches
 from cocoa_embed.train.loop.stage_trainer import row_numbers
@@ -159,7 +160,7 @@ def test_samples_that_cannot_be_made_say_why_and_raise_nothing(
 
     trainer = trainer_of(tiny_backbone)
     monkeypatch.setattr(trainer.model, "predict", fail)
-    found = stage_samples(trainer, BRIDGE, tiny_backbone.processor, scene_rows[:2], [])
+    found = stage_samples(trainer, BRIDGE, tiny_backbone.processor, RowTable.of(scene_rows[:2]), np.arange(0))
     assert found == {"failure": "RuntimeError: no memory is left"}
     assert "no memory is left" in caplog.text
 
@@ -169,10 +170,11 @@ def test_held_out_rows_are_shown_or_else_the_first_of_each_image(
 ) -> None:
     monkeypatch.setattr(samples, "_run", lambda *given: {"rows": [row for _, rows in given[-1] for row in rows]})
 
-    def shown(rows: list[Row], *held_out: Row) -> Any:  # noqa: ANN401
-        return stage_samples(trainer_of(tiny_backbone), BRIDGE, tiny_backbone.processor, rows, held_out)
+    def shown(rows: list[Row], *held_out: int) -> Any:  # noqa: ANN401
+        table, places = RowTable.of(rows), np.array(held_out, dtype=np.int64)
+        return stage_samples(trainer_of(tiny_backbone), BRIDGE, tiny_backbone.processor, table, places)
 
     assert shown([TEXT] * 20) == {"held_out": False, "rows": [TEXT] * SAMPLE_ROWS}
     twice = [TEXT, *(row for row in scene_rows for _ in range(2))]
     assert shown(twice)["rows"] == scene_rows[:SAMPLE_ROWS]
-    assert shown(twice, scene_rows[9]) == {"held_out": True, "rows": [scene_rows[9]]}
+    assert shown(twice, 9, 1) == {"held_out": True, "rows": [twice[9], twice[1]]}

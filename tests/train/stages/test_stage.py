@@ -10,7 +10,6 @@ from tiny_backbones import TINY_MAX_LENGTH
 from cocoa_embed.errors import UsageError
 from cocoa_embed.model.export import export_model
 from cocoa_embed.model.training_record import read_run
-from cocoa_embed.train.data.rows import Row
 from cocoa_embed.train.pipeline import run
 from cocoa_embed.train.plan.dry_run import plan
 from cocoa_embed.train.stages.contrastive.settings import ContrastiveSettings
@@ -54,12 +53,6 @@ def stage_of(kind: type[Stage[Any]], **values: Any) -> Stage[Any]:
     return alone(kind, settings(**{"batch_size": 8, "epochs": 2, **values}))
 
 
-def test_contrastive_learning_from_one_row_is_refused(scene_rows: list[Row]) -> None:
-    stage_of(Contrastive).check_rows(scene_rows[:2])
-    with pytest.raises(UsageError, match="has one row"):
-        stage_of(Contrastive).check_rows(scene_rows[:1])
-
-
 @pytest.mark.parametrize(
     ("kind", "values", "steps"),
     [
@@ -67,6 +60,8 @@ def test_contrastive_learning_from_one_row_is_refused(scene_rows: list[Row]) -> 
         (Contrastive, {}, 10),
         (Contrastive, {"directions": "symmetric"}, 5),
         (Contrastive, {"epochs": None, "steps": 7}, 7),
+        (Warmup, {"min_steps": 4}, 5),
+        (Warmup, {"min_steps": 6}, 6),
     ],
 )
 def test_an_epoch_draws_each_row_once_in_each_direction(

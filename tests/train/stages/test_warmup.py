@@ -8,6 +8,7 @@ from tiny_backbones import every_family
 from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.model.attention import as_model_mask, bidirectional_mask, make_causal
 from cocoa_embed.model.backbone import Backbone
+from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.loop.batch_facts import Batch
 from cocoa_embed.train.loop.trainer import StageContext
@@ -76,7 +77,7 @@ def test_gradients_of_each_loss_reach_every_weight_that_it_depends_on(
 def test_the_trainer_follows_its_settings(tiny_backbone: Backbone, scene_rows: list[Row], tmp_path: Path) -> None:
     settings = warmup_settings(patch_fill="zero", mae_weight=2.0)
     arguments = {"output_dir": str(tmp_path), "max_steps": 1, "report_to": "none", "gradient_accumulation_steps": 2}
-    trainer = alone(Warmup, settings, seed=5).trainer(tiny_backbone, scene_rows, StageContext(arguments))
+    trainer = alone(Warmup, settings, seed=5).trainer(tiny_backbone, RowTable.of(scene_rows), StageContext(arguments))
     collator = trainer.data_collator.collate
     assert (collator.seed, collator.settings, trainer.model.settings) == (5, settings, settings)
     assert len(trainer.train_dataset) == len(scene_rows)

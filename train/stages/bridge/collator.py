@@ -1,7 +1,7 @@
 """Rows to batches of stage 2: ``[block A] <EOS> [block B]``, with most of block B masked."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,18 +12,21 @@ from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import RowError
 from cocoa_embed.model.attention import Block
 from cocoa_embed.train.loop.batch_facts import Batch, Example
+from cocoa_embed.train.stages.bridge.settings import Split
 from cocoa_embed.train.stages.masking import mask_ratio, row_generators
-from cocoa_embed.train.stages.rendering import is_special, render_items, replace_masked, text_tokens
+from cocoa_embed.train.stages.rendering import is_special, render_items, replace_masked, row_images, text_tokens
 
-NO_BLOCK_B = (
-    "the row has no block B for the bridge stage; one of its sides must be a text without image, or have a text of two "
-    "words or more."
+NO_CONTENT = (
+    "the row has no text beside its instructions, and the bridge stage needs one for block B; caption its image."
 )
+
+LONG_TEXT_WORDS = 32
+"""The fewest words of a text that ``split: halves`` cuts in two."""
 
 
 @dataclass(frozen=True)
 class BridgeCollator:
-    """Put the two sides of a row around ``<EOS>`` and mask a ratio of block B's tokens.
+    """Put the two blocks of a row around ``<EOS>`` and mask a ratio of block B's tokens.
 
     Adds to ``render_items``: ``blocks`` (``Block``, int64 ``[B, L]``), ``masked_tokens`` (bool ``[B, L]``) and
     ``target_ids`` (int64 ``[masked tokens]``).
@@ -32,6 +35,7 @@ class BridgeCollator:
     processor: ProcessorMixin
     seed: int
     mask_ratio: float = 0.7
+    split: Split = "whole"
 
     def __call__(self, examples: list[Example]) -> Batch:
         """Collate rows with their draws.
@@ -41,7 +45,7 @@ class BridgeCollator:
         generators = row_generators(self.seed, [draw for draw, _ in examples])
         tokenizer = self.processor.tokenizer
         max_length = tokenizer.model_max_length
-        pairs = [split_blocks(row) for _, row in examples]
+        pairs = [split_blocks(row, self.split) for _, row in examples]
         block_a = render_items(self.processor, [item for item, _ in pairs])
         block_b = tokenizer(
             [text for _, text in pairs], add_special_tokens=False, truncation=True, max_length=max_length
@@ -70,22 +74,28 @@ class BridgeCollator:
         return replace_masked(batch, mask_ratio(eligible, self.mask_ratio, generators), tokenizer.mask_token_id)
 
 
-def split_blocks(row: Row) -> tuple[Item, str]:
-    """Return block A's item and block B's text: the side that is only a text, preferably the positive.
+def split_blocks(row: Row, split: Split = "whole") -> tuple[Item, str]:
+    """Return block A's item and block B's text.
 
-    If neither side is, block B is the second half of the words beside an image, preferably the positive's.
+    Block B is the content of the side that has more of it, whole. It is the positive's if both have as much, and in a
+    row without images. Block A is the rest: the images of both sides, and the other side's instruction and content. If
+    the side of block B has an image, its instruction comes before them.
 
-    :raises RowError: If there is no text to split.
+    :param split: ``halves`` makes both blocks of block B's text, if the row has no image and the text is long.
+    :raises RowError: If the row has no content text.
     """
-    for block_a, block_b in ((row.query, row.positive), (row.positive, row.query)):
-        if block_b.image is None and block_b.text and block_b.text.strip():
-            return block_a, block_b.text
-    for item in (row.positive, row.query):
-        words = (item.text or "").split()
-        if len(words) > 1:
-            middle = len(words) // 2
-            return Item(text=" ".join(words[:middle]), images=item.images), " ".join(words[middle:])
-    raise RowError(row.source, NO_BLOCK_B)
+    images = row_images(row)
+    with_b, other = row.positive, row.query
+    if images and len(other.text or "") > len(with_b.text or ""):
+        with_b, other = other, with_b
+    if with_b.text is None:
+        raise RowError(row.source, NO_CONTENT)
+    words = with_b.text.split()
+    if split == "halves" and not images and len(words) >= LONG_TEXT_WORDS:
+        middle = len(words) // 2
+        return replace(with_b, text=" ".join(words[:middle])), " ".join(words[middle:])
+    instructions = (with_b.instruction if with_b.images else None, other.instruction)
+    return Item(other.text, images, "".join(filter(None, instructions)) or None), with_b.text
 
 
 def join_blocks(

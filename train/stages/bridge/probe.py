@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch import nn
@@ -11,12 +12,13 @@ from torch import nn
 from cocoa_embed.data.rows import Item, ItemImage, Row
 from cocoa_embed.evaluation.geometry import ALIGNMENT
 from cocoa_embed.model.attention import Block
+from cocoa_embed.train.data.row_table import RowTable, content_id, image_id
 from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.loop.batch_facts import Batch, Example
 from cocoa_embed.train.loop.trainer import Measure
 from cocoa_embed.train.stages.bridge.collator import BridgeCollator
-from cocoa_embed.train.stages.probe import evaluating, first_of_images, geometry_probe
-from cocoa_embed.train.stages.rendering import batched, render_items
+from cocoa_embed.train.stages.probe import draw_images, evaluating, geometry_probe
+from cocoa_embed.train.stages.rendering import batched, render_items, row_images
 
 MATCHING_IMAGE = "accuracy_matching_image"
 SHUFFLED_IMAGE = "accuracy_shuffled_image"
@@ -88,50 +90,40 @@ def without_images(batch: Batch) -> Batch:
 
 
 def shuffle_images(rows: Sequence[Row]) -> list[Row]:
-    """Give each row the image of the next one, and the last row the first image; on both sides, if both have one.
-
-    Block A may be made of either side.
-    """
-    images = [row.image for row in rows]
-    return [_with_image(row, image) for row, image in zip(rows, images[1:] + images[:1], strict=True)]
+    """Give each row the images of the next one, and the last row those of the first; texts stay."""
+    images = [row_images(row) for row in rows]
+    return [_with_images(row, others) for row, others in zip(rows, images[1:] + images[:1], strict=True)]
 
 
-def _with_image(row: Row, image: ItemImage | None) -> Row:
-    query, positive = (
-        item if item.image is None or image is None else replace(item, images=(image,))
-        for item in (row.query, row.positive)
-    )
+def _with_images(row: Row, images: tuple[ItemImage, ...]) -> Row:
+    """Give all images to each side that has one: together they are the images of block A."""
+    query, positive = (replace(item, images=images) if item.images else item for item in (row.query, row.positive))
     return replace(row, query=query, positive=positive)
 
 
-def hold_out_rows(rows: Sequence[Row], count: int) -> tuple[list[Row], list[Row]]:
-    """Take ``count`` rows with different images from ``rows``; return them and the rows that do not leak them.
+def hold_out_rows(rows: RowTable, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Hold out rows of ``count`` different images (``draw_images``), and leave out all rows that would leak them.
 
-    Neither has other rows of the same images, on either side, nor text-only rows that share a source or a text with a
-    row of a held-out image: its captions would give away each other's masked words. Another image with the same
-    caption stays.
+    Rows leak them that have an image of any row of these images; and rows without images that share a source or a text
+    with one, as captions of one image give away each other's masked words. Another image with the same caption stays.
 
-    Nothing is taken if fewer images would be left than are taken, nor for a count of one, which cannot be shuffled.
+    Nothing is held out if fewer images would be left than are taken, nor for a count of one, which cannot be shuffled.
+
+    :returns: Places in ``rows`` of those held out, one for each image, and of those to train on, int64.
     """
-    chosen = {row.image for row in first_of_images(rows, count)}
-    held_out = [row for row in rows if row.image in chosen]
-    images = {image for row in held_out for image in _images(row)}
-    sources, texts = {row.source for row in held_out}, {text for row in held_out for text in _texts(row)}
-    training_rows = [
-        row
-        for row in rows
-        if images.isdisjoint(_images(row))
-        and (row.image is not None or (row.source not in sources and texts.isdisjoint(_texts(row))))
-    ]
-    left = {image for row in training_rows for image in _images(row)}
+    everything, images = np.arange(len(rows)), rows.column("image_id")
+    chosen = images[draw_images(rows, count, seed)]
+    of_chosen = np.flatnonzero(np.isin(images, chosen))
+    held_out = rows.select(of_chosen)
+    sides = [side for row in held_out for side in (row.query, row.positive)]
+    texts = [content_id(Item(side.text)) for side in sides if side.text is not None]
+    leaks = np.isin(rows.column("source_id"), held_out.column("source_id"))
+    for side in ("query_id", "positive_id"):
+        leaks |= np.isin(rows.column(side), texts)
+    leaks &= rows.column("images") == 0
+    leaks |= rows.with_images(np.array([image_id(image) for side in sides for image in side.images]))
+    left = np.unique(images[~leaks & (images != 0)])
     if count < 2 or len(chosen) < count or len(left) < count:
-        return [], list(rows)
-    return list({row.image: row for row in held_out}.values()), training_rows
-
-
-def _images(row: Row) -> list[ItemImage]:
-    return [image for item in (row.query, row.positive) for image in item.images]
-
-
-def _texts(row: Row) -> list[str]:
-    return [item.text for item in (row.query, row.positive) if item.text is not None]
+        return everything[:0], everything
+    lasts = [of_chosen[images[of_chosen] == image][-1] for image in chosen]
+    return np.sort(np.array(lasts)), everything[~leaks]

@@ -1,17 +1,23 @@
 """The settings of stage 2."""
 
+from typing import Literal, TypeAlias
+
 from cocoa_embed.train.settings import Count, Positive, Ratio, ReconstructionSettings
+
+Split: TypeAlias = Literal["whole", "halves"]
 
 
 class BridgeSettings(ReconstructionSettings):
-    """Stage 2: how much of block B is masked, and how the stage is measured.
+    """Stage 2: what block B is, how much of it is masked, and how the stage is measured.
 
+    :param split: ``halves`` cuts the long texts of rows without images in two, one half for each block.
     :param mask_ratio: The ratio of block B's tokens that is masked.
     :param eos_attends_to_b: False: ``<EOS>`` does not attend to block B, for comparison.
     :param probe_rows: Rows held out of training to measure, every ``probe_steps`` steps, what ``<EOS>`` carries and
         the geometry of the embeddings.
     """
 
+    split: Split = "whole"
     mask_ratio: Ratio = 0.7
     eos_attends_to_b: bool = True
     probe_rows: Count = 64

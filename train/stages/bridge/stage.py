@@ -1,21 +1,22 @@
 """Stage 2: its trainer and its samples."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from transformers import PreTrainedConfig, ProcessorMixin
 
 from cocoa_embed.data.rows import Row
-from cocoa_embed.errors import RowError
 from cocoa_embed.model.attention import Block, bridge_mask, is_causal
 from cocoa_embed.model.backbone import Backbone, PatchGeometry
+from cocoa_embed.train.data.broken_rows import unbroken
+from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.loop.batch_facts import Batch, Example
 from cocoa_embed.train.loop.stage_trainer import StageTrainer, stage_trainer
 from cocoa_embed.train.loop.trainer import Probe, StageContext
-from cocoa_embed.train.stages.bridge.collator import BridgeCollator, split_blocks
+from cocoa_embed.train.stages.bridge.collator import BridgeCollator
 from cocoa_embed.train.stages.bridge.model import BridgeModel
 from cocoa_embed.train.stages.bridge.probe import (
     MATCHING_IMAGE,
@@ -29,12 +30,12 @@ from cocoa_embed.train.stages.bridge.settings import BridgeSettings
 from cocoa_embed.train.stages.samples import shown_images, token_samples, token_texts
 from cocoa_embed.train.stages.stage import Stage
 
-logger = logging.getLogger(__name__)
-
 
 class Bridge(Stage[BridgeSettings]):
     """``[block A] <EOS> [block B]`` under the bridge mask, with most of block B masked."""
 
+    fewest_steps = 500
+    needs = "block B takes a text beside the instructions; caption their images"
     has_samples = True
 
     @property
@@ -44,37 +45,42 @@ class Bridge(Stage[BridgeSettings]):
             return {"loss": "loss", "masked_token_accuracy": "accuracy"}
         return {"loss": "loss", MATCHING_IMAGE: "matching image", SHUFFLED_IMAGE: "shuffled", NO_IMAGE: "no image"}
 
-    def unusable(self, row: Row) -> str | None:
-        """Return why a row cannot be split into blocks."""
-        try:
-            split_blocks(row)
-        except RowError as error:
-            return error.reason
-        return None
+    def usable(self, rows: RowTable) -> np.ndarray:
+        """Return which rows have a content text."""
+        found: np.ndarray = rows.column("query_text") + rows.column("positive_text") > 0
+        return found
 
-    def held_out(self, rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    def held_out(self, rows: RowTable) -> tuple[np.ndarray, np.ndarray]:
         """Hold the probe's rows out of training, with every row that would leak them."""
-        return hold_out_rows(rows, self.settings.probe_rows)
+        return hold_out_rows(rows, self.settings.probe_rows, self.run.seed)
+
+    def row_warnings(self, rows: RowTable) -> list[str]:
+        """Return a sentence if there are too few images to hold some out."""
+        count = self.settings.probe_rows
+        if not count or len(self.held_out(rows)[0]):
+            return []
+        return [
+            f"Stage {self.name} has too few images to hold {count} of them out of training (it takes "
+            f"{max(4, 2 * count)}), so what <EOS> carries is not measured; lower {self.name}.probe_rows."
+        ]
+
+    def collator(self, processor: ProcessorMixin) -> BridgeCollator:
+        """Return what makes the stage's batches."""
+        return BridgeCollator(processor, self.run.seed, self.settings.mask_ratio, self.settings.split)
 
     def sequences(self, example: Example, processor: ProcessorMixin, config: PreTrainedConfig) -> list[Batch]:
         """Return the row's one sequence."""
-        return [BridgeCollator(processor, self.run.seed, self.settings.mask_ratio)([example])]
+        return [self.collator(processor)([example])]
 
-    def trainer(self, backbone: Backbone, rows: Sequence[Row], context: StageContext) -> StageTrainer:
+    def trainer(self, backbone: Backbone, rows: RowTable, context: StageContext) -> StageTrainer:
         """Return the trainer, with a probe on the rows held out."""
         settings, probe = self.settings, None
-        collator = BridgeCollator(backbone.processor, self.run.seed, settings.mask_ratio)
-        probe_rows, training_rows = self.held_out(rows)
-        if probe_rows:
+        collator = self.collator(backbone.processor)
+        held_out, training_rows = map(rows.select, self.held_out(rows))
+        if probe_rows := unbroken(held_out, context.on_bad_row):
             size = settings.mini_batch_size or settings.batch_size
             measure = bridge_probe(collator, probe_rows, prompts=self.run.prompts.model_dump(), batch_size=size)
             probe = Probe(measure, settings.probe_steps, PROBE_METRICS)
-        elif settings.probe_rows:
-            needed = max(4, 2 * settings.probe_rows)
-            logger.warning(
-                f"Too few images to hold {settings.probe_rows} of them out of training (it takes {needed}), so what "
-                f"<EOS> carries is not measured. Lower {self.name}.probe_rows."
-            )
         model = BridgeModel(backbone.model, eos_attends_to_b=settings.eos_attends_to_b)
         return stage_trainer(model, backbone.model, training_rows, collator, settings, context, probe)
 

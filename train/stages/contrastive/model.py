@@ -14,10 +14,9 @@ from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.model.attention import assert_bidirectional
 from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.model.export import embedding_model
-from cocoa_embed.train.data.rows import arrow_images
 from cocoa_embed.train.loop.trainer import Measure
 from cocoa_embed.train.settings import RunSettings
-from cocoa_embed.train.stages.contrastive.pairs import as_record, preprocess_records
+from cocoa_embed.train.stages.contrastive.patches import normalise_patches, preprocess_items
 from cocoa_embed.train.stages.probe import geometry_probe
 
 
@@ -38,6 +37,7 @@ def as_sentence_transformer(backbone: Backbone, run: RunSettings) -> SentenceTra
         backbone.processor.save_pretrained(folder)
         module = Loaded(folder)
     object.__setattr__(module, "__class__", Transformer)  # a saved model names the classes of its modules
+    module.register_forward_pre_hook(partial(normalise_patches, backbone.processor.image_processor))
     if run.bidirectional:
         assert_bidirectional(model)
     return embedding_model(module, run.prompts.model_dump())
@@ -49,11 +49,10 @@ def embedding_probe(model: SentenceTransformer, rows: Sequence[Row], batch_size:
     :param rows: Two rows or more.
     :param batch_size: Items to run at once.
     """
-    preprocess = partial(preprocess_records, model, arrow_images(rows))
 
     def collate(items: Sequence[Item], is_document: bool) -> dict[str, Any]:
         prompt = model.prompts.get("document" if is_document else "query") or None
-        return preprocess([as_record(item) for item in items], prompt=prompt)
+        return preprocess_items(model, items, prompt=prompt)
 
     def embed(model: nn.Module, batch: dict[str, Any]) -> Tensor:
         embeddings: Tensor = model(batch)["sentence_embedding"]

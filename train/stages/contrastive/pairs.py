@@ -1,115 +1,68 @@
-"""Rows as the pairs that sentence-transformers trains on: records in data sets, whose images are read per batch."""
+"""The batches of stage 3 as sentence-transformers takes them, read from the rows in the data loader's workers."""
 
-import logging
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from accelerate import PartialState
-from datasets import Dataset, DatasetDict
-from sentence_transformers import SentenceTransformer
+import numpy as np
+import torch
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 
-from cocoa_embed.data.rows import ArrowImage, Item, Row
-from cocoa_embed.errors import UsageError
-from cocoa_embed.train.data.rows import load_row_image
+from cocoa_embed.data.rows import Row
+from cocoa_embed.train.data.broken_rows import ReplaceBroken
+from cocoa_embed.train.data.row_table import RowTable, content_id
 from cocoa_embed.train.loop.batch_facts import DescribedBatches
-from cocoa_embed.train.stages.contrastive.settings import ContrastiveSettings
-
-logger = logging.getLogger(__name__)
 
 
-def as_record(item: Item) -> dict[str, str | None]:
-    """Return an item as plain values for a ``datasets.Dataset``."""
-    return {"text": item.full_text, "image": None if item.image is None else str(item.image)}
-
-
-def preprocess_records(
-    model: SentenceTransformer,
-    images: Mapping[str, ArrowImage],
-    records: Sequence[dict[str, str | None]],
-    **kwargs: Any,
-) -> dict[str, Any]:
-    """Return records of ``as_record`` as inputs of the model's own ``preprocess``, with their images read.
-
-    :param images: The images inside tables, by their names; any other name is a path.
-    """
-    inputs: list[dict[str, Any]] = []
-    for record in records:
-        text, image = record["text"], record["image"]
-        given = {} if image is None else {"image": load_row_image(images.get(image) or Path(image))}
-        inputs.append(given if text is None else {**given, "text": text})
-    return model.preprocess(inputs, **kwargs)
-
-
-@dataclass
+@dataclass(kw_only=True)
 class PairCollator(SentenceTransformerDataCollator):
     """The collator of sentence-transformers, with ``BatchFacts`` in each batch.
 
+    It takes row numbers; the number of all rows is added to those seen from the other side. Columns are ``anchor``,
+    ``positive``, ``negative_1``..., and ``label`` has the content of each row's items, int64 ``[B, items]``.
+
+    :param hard_negatives: The most of a row's negatives to use.
     :param flops_of: Returns the operations of training on a batch.
-    :param lengths: Tokens of each row, by its number. A batch is sorted by them, so that what runs at once is of
-        similar length; the order does not matter to in-batch losses.
+    :param lengths_of: Returns the number of tokens of each row. A batch is sorted by them, so that what runs at once is
+        of similar length; the order does not matter to in-batch losses.
+    :param on_bad_row: What happens at a row whose image proves broken.
     """
 
+    rows: RowTable
+    hard_negatives: int = 0
     flops_of: Callable[[dict[str, Any]], float] | None = None
-    lengths: Sequence[int] | None = None
+    lengths_of: Callable[[Sequence[Row]], Sequence[int]] | None = None
+    on_bad_row: str = "stop"
 
-    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, features: list[dict[str, int]]) -> dict[str, Any]:
         """Collate pairs."""
-        lengths = self.lengths
-        if lengths is not None:
-            features = sorted(features, key=lambda feature: lengths[feature["label"]])
-        numbers = [feature["label"] for feature in features]
-        return DescribedBatches(super().__call__, lambda _: numbers, self.flops_of)(features)
+        pairs = [self._pair(feature["row"]) for feature in features]
+        lengths = None if self.lengths_of is None else self.lengths_of([row for _, row in pairs])
+        order = range(len(pairs)) if lengths is None else np.argsort(lengths, kind="stable").tolist()
+        usable = ReplaceBroken(self._collate, lambda pair: pair[1], self._after, self.on_bad_row, len(self.rows))
+        described = DescribedBatches(usable, self._row_numbers, self.flops_of)
+        return described([pairs[place] for place in order])
 
+    def _pair(self, number: int) -> tuple[int, Row]:
+        side, place = divmod(number, len(self.rows))
+        return number, self.rows[place].reversed() if side else self.rows[place]
 
-def pair_datasets(rows: Sequence[Row], settings: ContrastiveSettings) -> DatasetDict:
-    """Return the rows as data sets with the columns ``anchor``, ``positive``, ``negative_1``... and ``label``.
+    def _after(self, pair: tuple[int, Row]) -> tuple[int, Row]:
+        """Return the next pair from the same side that has the same subset and as many negatives."""
+        side, place = divmod(pair[0], len(self.rows))
+        for step in range(1, len(self.rows)):
+            number, row = self._pair(side * len(self.rows) + (place + step) % len(self.rows))
+            if (row.subset, len(row.negatives)) == (pair[1].subset, len(pair[1].negatives)):
+                return number, row
+        return pair
 
-    A batch is drawn from one data set, which has the same columns throughout: there is one for each subset, number of
-    hard negatives and, if ``directions`` is ``both``, direction.
+    def _row_numbers(self, pairs: Sequence[tuple[int, Row]]) -> list[int]:
+        return [number % len(self.rows) for number, _ in pairs]
 
-    ``label`` is the row's index in ``rows``; neither the model nor the losses nor the search for duplicates use it.
-    """
-    groups: dict[tuple[str, str], list[tuple[int, Row]]] = defaultdict(list)
-    for number, row in enumerate(rows):
-        kept = replace(row, negatives=row.negatives[: settings.hard_negatives])
-        groups[row.subset, f"hard negatives: {len(kept.negatives)}"].append((number, kept))
-        if settings.directions == "both":
-            groups[row.subset, "reversed"].append((number, row.reversed()))
-    return DatasetDict({f"{subset} ({kind})": _columns(members) for (subset, kind), members in groups.items()})
+    def _collate(self, pairs: list[tuple[int, Row]]) -> dict[str, Any]:
+        return super().__call__([self._record(row) for _, row in pairs])
 
-
-def distinct_enough(datasets: DatasetDict, batch_size: int) -> DatasetDict:
-    """Return the data sets; warn of columns with few different values: a batch holds nothing twice, so it is small.
-
-    :raises UsageError: If a data set cannot give every device a row.
-    """
-    devices = PartialState().num_processes
-    for name, dataset in datasets.items():
-        columns = [column for column in dataset.column_names if column != "label"]
-        distinct = {column: len({str(value) for value in dataset[column]}) for column in columns}
-        rarest = min(distinct, key=lambda column: distinct[column])
-        if distinct[rarest] < devices:
-            raise UsageError(
-                f"Subset {name!r} has {distinct[rarest]} different {rarest} in {len(dataset)} rows; a batch holds none "
-                f"twice and needs one for each of the {devices} devices. Leave the subset out of the contrastive stage."
-            )
-        if distinct[rarest] < min(batch_size, len(dataset)):
-            logger.warning(
-                f"Subset {name!r} has {distinct[rarest]} different {rarest} in {len(dataset)} rows; a batch holds none "
-                f"twice, so its batches have at most {distinct[rarest]} rows, not {batch_size}."
-            )
-    return datasets
-
-
-def _columns(members: Sequence[tuple[int, Row]]) -> Dataset:
-    columns = {
-        "anchor": [as_record(row.query) for _, row in members],
-        "positive": [as_record(row.positive) for _, row in members],
-    }
-    for place, negatives in enumerate(zip(*(row.negatives for _, row in members), strict=True), start=1):
-        columns[f"negative_{place}"] = [as_record(item) for item in negatives]
-    return Dataset.from_dict({**columns, "label": [number for number, _ in members]})
+    def _record(self, row: Row) -> dict[str, Any]:
+        items = (row.query, row.positive, *row.negatives[: self.hard_negatives])
+        names = ("anchor", "positive", *(f"negative_{place}" for place in range(1, len(items) - 1)))
+        return {**dict(zip(names, items, strict=True)), "label": torch.tensor([content_id(item) for item in items])}

@@ -8,12 +8,13 @@ from cocoa_embed.train.settings import Count, Positive, Rate, StageSettings
 class ContrastiveSettings(StageSettings):
     """Stage 3: the contrastive loss, and how the stage is measured.
 
+    A candidate that equals a query's positive, or is the positive of an equal query, is no negative of it.
+
     Gradients are cached, so that the batch may be larger than memory allows: ``mini_batch_size`` is in items.
 
     :param directions: ``forward``: queries are matched to their positives. ``both``: each pair is trained from either
         side, in batches of their own. ``symmetric``: one loss matches queries to positives and positives to queries.
-    :param hard_negatives: The most of a row's own negatives to use. They are candidates of every query of the batch,
-        and rows that share one are never in the same batch.
+    :param hard_negatives: The most of a row's own negatives to use. They are candidates of every query of the batch.
     :param matryoshka_dims: Lengths at which the first values of an embedding are embeddings themselves, beside the
         whole length.
     :param probe_rows: Pairs to measure the embeddings' geometry on, every ``probe_steps`` steps: the first with an

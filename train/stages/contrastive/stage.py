@@ -1,28 +1,33 @@
 """Stage 3: its batches, its loss and its trainer."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 from accelerate import PartialState
+from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
-from sentence_transformers.sentence_transformer.training_args import BatchSamplers, MultiDatasetBatchSamplers
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin, set_seed
 
-from cocoa_embed.data.rows import Row
 from cocoa_embed.errors import UsageError
 from cocoa_embed.evaluation.geometry import ALIGNMENT
 from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.model.flex_attention import FLEX
-from cocoa_embed.train.data.rows import arrow_images
+from cocoa_embed.train.data.broken_rows import unbroken
+from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.loop.adapters import prepare_trainable
 from cocoa_embed.train.loop.batch_facts import Batch, Example
 from cocoa_embed.train.loop.trainer import CocoaTrainer, Probe, StageContext
+from cocoa_embed.train.stages.contrastive.batches import PairBatches, pair_groups, step_contents
+from cocoa_embed.train.stages.contrastive.loss import contrastive_loss
 from cocoa_embed.train.stages.contrastive.model import as_sentence_transformer, embedding_probe
-from cocoa_embed.train.stages.contrastive.pairs import PairCollator, distinct_enough, pair_datasets, preprocess_records
+from cocoa_embed.train.stages.contrastive.pairs import PairCollator
+from cocoa_embed.train.stages.contrastive.patches import preprocess_items
 from cocoa_embed.train.stages.contrastive.settings import ContrastiveSettings
-from cocoa_embed.train.stages.contrastive.trainer import ContrastiveTrainer, contrastive_loss
+from cocoa_embed.train.stages.contrastive.trainer import ContrastiveTrainer
 from cocoa_embed.train.stages.probe import pictured_rows
 from cocoa_embed.train.stages.rendering import render_items
 from cocoa_embed.train.stages.stage import Stage
@@ -52,13 +57,32 @@ class Contrastive(Stage[ContrastiveSettings]):
                 f"give lengths up to {width}."
             )
 
-    def check_rows(self, rows: Sequence[Row]) -> None:
-        """Check that there are at least two rows, as negatives of each other.
+    def check_rows(self, rows: RowTable) -> None:
+        """Check that every subset can give a batch with something to contrast.
 
-        :raises UsageError: If there is only one.
+        :raises UsageError: If one cannot.
         """
-        if len(rows) < 2:
-            raise UsageError(f"Stage {self.name} has one row, but in-batch negatives take two; give it two or more.")
+        devices = PartialState().num_processes
+        for content in step_contents(rows, self.settings, devices):
+            if fault := content.fault(devices):
+                raise UsageError(
+                    f"Subset {content.subset!r} of stage {self.name} {fault}; leave it out of the stage, or give it "
+                    "more different pairs."
+                )
+
+    def step_contents(self, rows: RowTable) -> list[dict[str, Any]]:
+        """Return what a step on each subset holds."""
+        return [asdict(content) for content in step_contents(rows, self.settings, PartialState().num_processes)]
+
+    def row_warnings(self, rows: RowTable) -> list[str]:
+        """Return a sentence for each subset whose batches are small, or have few negatives."""
+        contents = step_contents(rows, self.settings, PartialState().num_processes)
+        remedy = f"give it more different pairs, lower {self.name}.batch_size, or leave it out of the stage"
+        return [
+            f"Subset {content.subset!r} of stage {self.name} {warning}; {remedy}."
+            for content in contents
+            if (warning := content.warning(self.settings.batch_size))
+        ]
 
     @property
     def passes_per_epoch(self) -> int:
@@ -90,7 +114,7 @@ class Contrastive(Stage[ContrastiveSettings]):
             "dataloader_prefetch_factor": 1 if arguments["dataloader_num_workers"] else None,  # a batch is large
         }
 
-    def trainer(self, backbone: Backbone, rows: Sequence[Row], context: StageContext) -> ContrastiveTrainer:
+    def trainer(self, backbone: Backbone, rows: RowTable, context: StageContext) -> ContrastiveTrainer:
         """Return the trainer, whose model is a SentenceTransformer over the backbone."""
         settings, probe = self.settings, None
         model = as_sentence_transformer(backbone, self.run)
@@ -100,23 +124,27 @@ class Contrastive(Stage[ContrastiveSettings]):
         prompts = {"anchor": query, "positive": document}
         prompts |= {f"negative_{place + 1}": document for place in range(settings.hard_negatives)}
         adapter = prepare_trainable(cast(PreTrainedModel, model[0].auto_model), settings)
-        if probe_rows := pictured_rows(rows, settings.probe_rows):
+        if probe_rows := unbroken(pictured_rows(rows, settings.probe_rows, self.run.seed), context.on_bad_row):
             measure = embedding_probe(model, probe_rows, self.sequences_at_once(1))
             probe = Probe(measure, settings.probe_steps, {ALIGNMENT})
+        arguments = SentenceTransformerTrainingArguments(**context.arguments)
+        groups = pair_groups(rows, settings)
         return ContrastiveTrainer(
             model=model,
-            args=SentenceTransformerTrainingArguments(
-                batch_sampler=BatchSamplers.NO_DUPLICATES,
-                multi_dataset_batch_sampler=MultiDatasetBatchSamplers.PROPORTIONAL,
-                **context.arguments,
+            args=arguments,
+            batches=PairBatches(
+                groups, settings.batch_size, arguments.max_steps, arguments.seed, PartialState().num_processes
             ),
-            train_dataset=distinct_enough(pair_datasets(rows, settings), settings.batch_size),
+            train_dataset=Dataset.from_dict({"row": np.arange(len(rows) * self.passes_per_epoch)}),
             loss=contrastive_loss(model, settings),
             data_collator=PairCollator(
-                preprocess_fn=partial(preprocess_records, model, arrow_images(rows)),
+                preprocess_fn=partial(preprocess_items, model),
                 prompts={column: prompt for column, prompt in prompts.items() if prompt},
+                rows=rows,
+                hard_negatives=settings.hard_negatives,
                 flops_of=context.flops_of,
-                lengths=None if context.lengths_of is None else context.lengths_of(rows),
+                lengths_of=context.lengths_of,
+                on_bad_row=context.on_bad_row,
             ),
             rows=rows,
             context=context,

@@ -8,10 +8,11 @@ from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from cocoa_embed.data.rows import Row
 from cocoa_embed.model.backbone import Backbone, PatchGeometry
+from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.loop.batch_facts import Batch, Example
 from cocoa_embed.train.loop.stage_trainer import StageTrainer, stage_trainer
 from cocoa_embed.train.loop.trainer import StageContext
-from cocoa_embed.train.stages.rendering import joined
+from cocoa_embed.train.stages.rendering import joined, row_images
 from cocoa_embed.train.stages.samples import shown_images, token_samples
 from cocoa_embed.train.stages.stage import Stage
 from cocoa_embed.train.stages.warmup.collator import WarmupCollator
@@ -41,7 +42,7 @@ class Warmup(Stage[WarmupSettings]):
         """Return the pixel decoder."""
         return PixelDecoder(model, PatchGeometry.from_config(model.config))
 
-    def trainer(self, backbone: Backbone, rows: Sequence[Row], context: StageContext) -> StageTrainer:
+    def trainer(self, backbone: Backbone, rows: RowTable, context: StageContext) -> StageTrainer:
         """Return the trainer; the pixel decoder in its model is not saved."""
         model = WarmupModel(backbone.model, backbone.geometry, self.settings)
         collator = self.collator(backbone.processor, backbone.geometry)
@@ -52,8 +53,8 @@ class Warmup(Stage[WarmupSettings]):
     ) -> dict[str, Any]:
         """Fill in the masked patches and tokens of a batch.
 
-        :returns: ``tokens`` (``token_samples``), and ``patches``: for each row with an image ``caption`` and the images
-            ``original``, ``masked`` and ``reconstructed``.
+        :returns: ``tokens`` (``token_samples``), and ``patches``: for each image its row's text as ``caption``, and the
+            images ``original``, ``masked`` and ``reconstructed``.
         """
         logits, predicted = model.predict(dict(send_to_device(batch, model.backbone.device)))
         shown = batch.get("pixel_values", batch["target_patches"])
@@ -65,7 +66,7 @@ class Warmup(Stage[WarmupSettings]):
                 shown.masked_scatter(batch["masked_patches"][:, None], predicted.float().cpu()),
             )
         )
-        captions = [joined(row).text or "" for row in rows if row.image is not None]
+        captions = [joined(row).text or "" for row in rows for _ in row_images(row)]
         patches = [
             {"caption": caption, "original": first, "masked": second, "reconstructed": third}
             for caption, first, second, third in zip(captions, before, masked, after, strict=True)

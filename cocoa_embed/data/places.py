@@ -1,0 +1,68 @@
+"""Files on this machine, or on any file system that fsspec knows."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import TextIOWrapper
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, TextIO, TypeAlias
+
+from cocoa_embed.errors import CocoaError, one_line, printable, require
+
+Place: TypeAlias = Path | str
+"""A local file, or the address of a remote one (``s3://bucket/rows.csv``)."""
+
+
+@contextmanager
+def reading(place: Place) -> Iterator[None]:
+    """Turn any exception into a ``CocoaError`` that names the file.
+
+    :raises CocoaError: Instead of the exception.
+    """
+    try:
+        yield
+    except CocoaError:
+        raise
+    except Exception as error:  # remote file systems raise nearly anything
+        raise CocoaError(f"{printable(place)} cannot be read ({one_line(error).rstrip('.')}).") from error
+
+
+def open_binary(place: Place) -> BinaryIO:
+    """Open a file."""
+    file: BinaryIO = (
+        place.open("rb") if isinstance(place, Path) else require("fsspec", "train").open(place, "rb").open()
+    )
+    return file
+
+
+def open_text(place: Place, encoding: str, newline: str = "") -> TextIO:
+    """Open a text file; its line ends stay as they are."""
+    return TextIOWrapper(open_binary(place), encoding, newline=newline)
+
+
+def suffix_of(place: Place) -> str:
+    """Return the suffix of a file's name in lower case, ``.csv``."""
+    return PurePosixPath(place).suffix.lower()
+
+
+def remote_places(pattern: str) -> list[str]:
+    """Return the remote files that a glob matches, sorted.
+
+    :raises CocoaError: If the file system does not answer.
+    """
+    with reading(pattern):
+        system, path = require("fsspec", "train").core.url_to_fs(pattern)
+        return [system.unstrip_protocol(name) for name in sorted(system.glob(path))]
+
+
+def version_of(place: Place) -> tuple[str, ...]:
+    """Return a file's name with what changes when the file does: its size and date, or the file system's key of both.
+
+    :raises CocoaError: If it cannot be read.
+    """
+    with reading(place):
+        if isinstance(place, Path):
+            found = os.stat(place)
+            return str(place.absolute()), str(found.st_size), str(found.st_mtime_ns)
+        system, path = require("fsspec", "train").core.url_to_fs(place)
+        return place, system.ukey(path)

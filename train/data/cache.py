@@ -1,0 +1,45 @@
+"""The folder in which training keeps what it has read and checked, so that a later run need not do it again."""
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from cocoa_embed.errors import one_line, printable
+
+logger = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """Return the folder, which may not exist: ``$COCOA_CACHE``, by default ``~/.cache/cocoa-embed/rows``."""
+    return Path(os.environ.get("COCOA_CACHE") or Path.home() / ".cache" / "cocoa-embed" / "rows")
+
+
+def replace_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` make a file or folder at a path beside ``path``, then put it in the place of ``path``.
+
+    :raises OSError: If it cannot be written; then nothing is left of it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        write(scratch / path.name)
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(scratch / path.name, path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def warn_without_cache(error: OSError) -> None:
+    """Warn that the cache cannot be written, once for each reason."""
+    _warn(cache_folder(), error.strerror or one_line(error))
+
+
+@cache
+def _warn(folder: Path, reason: str) -> None:
+    logger.warning("The cache %s cannot be written (%s); the next run reads and checks the data again. COCOA_CACHE "
+                   "names another folder.", printable(folder), reason)  # fmt: skip

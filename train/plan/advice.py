@@ -1,0 +1,65 @@
+"""Warnings before the first step: settings that do not fit a stage's rows, each with what to change."""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from cocoa_embed.train.data.row_table import RowTable
+from cocoa_embed.train.settings import StageSettings
+from cocoa_embed.train.stages.stage import Stage
+
+MOST_EPOCHS = 20
+
+
+def mean_batch_size(stage: Stage[StageSettings], rows: RowTable) -> float:
+    """Return the rows of a step; fewer than ``batch_size`` if a step is of one subset, and a subset is smaller."""
+    held = stage.step_contents(rows)
+    batches = sum(math.ceil(each["rows"] / max(each["rows_a_step"], 1)) for each in held)
+    return len(rows) / batches if batches else stage.settings.batch_size
+
+
+def epoch_count(stage: Stage[StageSettings], rows: RowTable, steps: int) -> float:
+    """Return how often so many steps draw each of the rows."""
+    return steps * mean_batch_size(stage, rows) / (len(rows) * stage.passes_per_epoch)
+
+
+def different_rows(rows: RowTable) -> int:
+    """Return the number of rows that differ in their query or their positive."""
+    pairs = rows.column("query_id") * np.int64(1_000_003) + rows.column("positive_id")
+    return len(np.unique(pairs))
+
+
+def different_images(rows: RowTable) -> int:
+    """Return the number of different images that rows begin with."""
+    images = rows.column("image_id")
+    return len(np.unique(images[images != 0]))
+
+
+def advise(stage: Stage[StageSettings], rows: RowTable, steps: int) -> Iterator[str]:
+    """Yield one sentence for each setting that does not fit the stage's rows."""
+    name, settings = stage.name, stage.settings
+    epochs, different = epoch_count(stage, rows, steps), different_rows(rows)
+    length = f"{name}.steps" if settings.epochs is None else f"{name}.epochs or {name}.min_steps"
+    if steps < stage.fewest_steps:
+        yield (
+            f"Stage {name} ends at step {steps}, before its loss can leave the plateau; raise {length} to "
+            f"{stage.fewest_steps} steps or more, or lower {name}.batch_size."
+        )
+    if epochs > MOST_EPOCHS:
+        fewer = int(steps * MOST_EPOCHS / epochs)
+        yield (
+            f"Stage {name} draws each of its {len(rows):,} rows {epochs:.0f} times; more than {MOST_EPOCHS} epochs "
+            f"overfit: set {name}.steps={max(fewer, 1)}, or give it more rows."
+        )
+    if settings.warmup_steps >= steps:
+        yield (
+            f"The learning rate of stage {name} rises for {settings.warmup_steps} steps, and the stage has {steps}; "
+            f"lower {name}.warmup_steps."
+        )
+    yield from stage.row_warnings(rows)
+    if stage.accumulates and settings.batch_size > different:
+        yield (
+            f"A batch of stage {name} has {settings.batch_size:,} rows, but only {different:,} of its rows are "
+            f"different; lower {name}.batch_size."
+        )

@@ -1,0 +1,36 @@
+"""Items as inputs of a SentenceTransformer, with images that are uint8 until the model runs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import nn
+
+from cocoa_embed.data.rows import Item
+from cocoa_embed.train.data.image_patches import normalised
+from cocoa_embed.train.stages.rendering import render_patches
+
+
+def preprocess_items(model: SentenceTransformer, items: Sequence[Item], **kwargs: Any) -> dict[str, Any]:
+    """Return items as inputs of a model that ``normalise_patches`` runs before: as its own ``preprocess`` makes them.
+
+    :param kwargs: ``prompt``, and others that make no difference here.
+    :raises CocoaError: If an image cannot be used, or the images of an item do not fit into a sequence.
+    """
+    module: Any = model[0]
+    batch: dict[str, Any] = render_patches(module.processor, items, prompt=kwargs.get("prompt") or "")
+    if "pixel_values" in batch:
+        batch["num_images_per_sample"] = torch.tensor([len(item.images) for item in items])
+    return {**batch, "modality": "message"}
+
+
+def normalise_patches(processor: Any, module: nn.Module, args: tuple[dict[str, Any]]) -> tuple[dict[str, Any]]:  # noqa: ANN401
+    """Turn uint8 patches into pixel values on their device, as a forward pre-hook of a model's first module.
+
+    :param processor: The image processor that made them.
+    """
+    patches = args[0].get("pixel_values")
+    if patches is None or patches.dtype != torch.uint8:
+        return args
+    return ({**args[0], "pixel_values": normalised(patches, processor)},)

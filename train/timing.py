@@ -1,0 +1,67 @@
+"""Time a few steps of each stage on this machine: ``cocoa-embed train RECIPE --dry-run=timed``."""
+
+import gc
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils.memory import clear_device_cache
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from cocoa_embed.train.loop.oom import explain_out_of_memory
+from cocoa_embed.train.pipeline import load_weights, stage_context
+from cocoa_embed.train.plan.checks import Prepared
+from cocoa_embed.train.settings import StageSettings
+from cocoa_embed.train.stages.stage import Stage
+
+TIMED_STEPS = 3
+"""Steps that are timed, after one that is not."""
+
+
+class Stopwatch(TrainerCallback):
+    """Takes the time at the end of each step, when the device has finished it."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Wait for the device."""
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        self.ends.append(time.perf_counter())
+
+
+def seconds_per_step(prepared: Prepared) -> dict[str, float]:
+    """Return the seconds of an optimisation step of each unfinished stage; every process of the run calls this.
+
+    The steps are those of the run, with its rows, batches and weights; what they learn is thrown away.
+
+    :raises CocoaError: If the weights cannot be loaded, or a step does not fit into memory.
+    """
+    start = str(prepared.results[-1].folder) if prepared.results else prepared.recipe.backbone
+    seconds = {}
+    for name in prepared.rows:
+        stage = prepared.recipe.stages[name]
+        with explain_out_of_memory(name, stage.memory_remedy()), tempfile.TemporaryDirectory() as folder:
+            seconds[name] = _time(stage, prepared, start, Path(folder))
+        gc.collect()
+        clear_device_cache()
+    return seconds
+
+
+def _time(stage: Stage[StageSettings], prepared: Prepared, start: str, folder: Path) -> float:
+    steps = {**prepared.steps, stage.name: 1 + TIMED_STEPS}
+    backbone = load_weights(prepared.recipe, start, stage.attention())
+    context = stage_context(stage, replace(prepared, steps=steps), backbone.model, backbone.processor, folder)
+    context = replace(context, arguments={**context.arguments, "save_strategy": "no", "report_to": "none"})
+    trainer, watch = stage.trainer(backbone, prepared.rows[stage.name].rows, context), Stopwatch()
+    trainer.probe = None
+    for shown in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(shown)
+    trainer.add_callback(watch)
+    trainer.train()
+    return (watch.ends[-1] - watch.ends[0]) / (len(watch.ends) - 1)
