@@ -1,7 +1,7 @@
 """Rows whose images prove broken when they are decoded in training: they stop it, or the next row replaces them."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -10,6 +10,8 @@ from cocoa_embed.errors import CocoaError, ImageError
 from cocoa_embed.train.data.rows import load_row_image
 
 Example = TypeVar("Example")
+
+REMEDY = "Repair it, or leave such rows out by data.on_bad_row=skip."
 
 logger = logging.getLogger(__name__)
 
@@ -40,19 +42,40 @@ class ReplaceBroken(Generic[Example]):
             return self.collate(examples)
         except ImageError as error:
             if self.on_bad_row == "stop":
-                message = f"{error}. Repair it, or leave such rows out by data.on_bad_row=skip."
-                raise CocoaError(message) from error
+                raise CocoaError(f"{error}. {REMEDY}") from error
         return self.collate([self._usable(example) for example in examples])
 
     def _usable(self, example: Example) -> Example:
         for _ in range(self.rows):
             row = self.row_of(example)
-            try:
-                for image in row.images():
-                    load_row_image(image)
-            except ImageError as error:
-                logger.warning("%s: the image %s. The next row replaces it.", row.source, str(error).rstrip("."))
-                example = self.next_of(example)
-            else:
+            if (fault := _fault(row)) is None:
                 return example
+            logger.warning("%s: %s The next row replaces it.", row.source, fault)
+            example = self.next_of(example)
         raise CocoaError("The images of all rows are broken.")
+
+
+def unbroken(rows: Iterable[Row], on_bad_row: str) -> list[Row]:
+    """Return the rows whose images can be decoded.
+
+    :raises CocoaError: If one cannot, and ``on_bad_row`` is ``stop``.
+    """
+    found = []
+    for row in rows:
+        if (fault := _fault(row)) is None:
+            found.append(row)
+        elif on_bad_row == "stop":
+            raise CocoaError(f"{row.source}: {fault} {REMEDY}")
+        else:
+            logger.warning("%s: %s It is left out of the measurements.", row.source, fault)
+    return found
+
+
+def _fault(row: Row) -> str | None:
+    """Return a sentence about the first image that cannot be decoded."""
+    try:
+        for image in row.images():
+            load_row_image(image)
+    except ImageError as error:
+        return f"the image {str(error).rstrip('.')}."
+    return None

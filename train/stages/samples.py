@@ -50,8 +50,9 @@ def stage_samples(
     is_writer, is_sharded = trainer.is_world_process_zero(), trainer.is_fsdp_enabled
     if not (stage.has_samples and (is_writer or is_sharded)):
         return None
-    places: np.ndarray = held_out if len(held_out) else draw_images(rows, SAMPLE_ROWS, stage.run.seed)
-    chosen = rows.select(places[:SAMPLE_ROWS]) if len(places) else rows[:SAMPLE_ROWS]
+    shown = rows.select(held_out) if len(held_out) else rows
+    places = draw_images(shown, SAMPLE_ROWS, stage.run.seed)
+    chosen = shown.select(places) if len(places) else shown[:SAMPLE_ROWS]
     samples: dict[str, Any] = {}
     batches: list[tuple[Batch, list[Row]]] = []
     failure = None

@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import pytest
@@ -5,6 +6,7 @@ from table_files import png, write_table
 
 from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import CocoaError
+from cocoa_embed.train import Recipe, run
 from cocoa_embed.train.data.broken_rows import ReplaceBroken
 from cocoa_embed.train.data.image_check import read_size
 from cocoa_embed.train.data.mixture import read_rows
@@ -57,3 +59,25 @@ def test_a_collator_without_broken_images_is_called_once(rows: Rows) -> None:
                              rows.after, "skip", len(rows))  # fmt: skip
     counting([(Draw(0), Row(Item("a"), Item("b"), ""))])
     assert calls == [1]
+
+
+@pytest.mark.parametrize("stage", ["warmup", "bridge", "contrastive"])
+def test_each_stage_trains_on_without_a_row_that_proves_broken(
+    small_recipe: Recipe, scene_folder: Path, tmp_path: Path, stage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(scene_folder, tmp_path / "scenes")
+    for path in sorted((tmp_path / "scenes").glob("**/*.png"))[::2]:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 255
+        path.write_bytes(bytes(content))
+    values = small_recipe.model_dump(exclude_unset=True)
+    others = dict.fromkeys({"warmup", "bridge", "contrastive"} - {stage})
+    for on_bad_row in ("stop", "skip"):
+        data = {"folder": str(tmp_path / "scenes"), "on_bad_row": on_bad_row}
+        recipe = Recipe.parse({**values, **others, "data": data})
+        if on_bad_row == "stop":
+            with pytest.raises(CocoaError, match=r"\.png: .*leave such rows out by data\.on_bad_row=skip"):
+                run(recipe, tmp_path / "out")
+        else:
+            assert run(recipe, tmp_path / "out")[0].steps == 2
+    assert any("The next row replaces it" in message for message in caplog.messages)

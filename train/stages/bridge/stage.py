@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, ProcessorMixin
 from cocoa_embed.data.rows import Row
 from cocoa_embed.model.attention import Block, before_or_itself, bridge_mask, is_causal
 from cocoa_embed.model.backbone import Backbone, PatchGeometry
+from cocoa_embed.train.data.broken_rows import unbroken
 from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.loop.batch_facts import Batch, Example
 from cocoa_embed.train.loop.stage_trainer import StageTrainer, stage_trainer
@@ -76,8 +77,8 @@ class Bridge(Stage[BridgeSettings]):
         """Return the trainer, with a probe on the rows held out."""
         settings, probe = self.settings, None
         collator = self.collator(backbone.processor)
-        probe_rows, training_rows = map(rows.select, self.held_out(rows))
-        if len(probe_rows):
+        held_out, training_rows = map(rows.select, self.held_out(rows))
+        if probe_rows := unbroken(held_out, context.on_bad_row):
             size = settings.mini_batch_size or settings.batch_size
             measure = bridge_probe(collator, probe_rows, prompts=self.run.prompts.model_dump(), batch_size=size)
             probe = Probe(measure, settings.probe_steps, PROBE_METRICS)

@@ -9,6 +9,7 @@ import torch
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 
 from cocoa_embed.data.rows import Row
+from cocoa_embed.train.data.broken_rows import ReplaceBroken
 from cocoa_embed.train.data.row_table import RowTable, content_id
 from cocoa_embed.train.loop.batch_facts import DescribedBatches
 
@@ -24,25 +25,42 @@ class PairCollator(SentenceTransformerDataCollator):
     :param flops_of: Returns the operations of training on a batch.
     :param lengths_of: Returns the number of tokens of each row. A batch is sorted by them, so that what runs at once is
         of similar length; the order does not matter to in-batch losses.
+    :param on_bad_row: What happens at a row whose image proves broken.
     """
 
     rows: RowTable
     hard_negatives: int = 0
     flops_of: Callable[[dict[str, Any]], float] | None = None
     lengths_of: Callable[[Sequence[Row]], Sequence[int]] | None = None
+    on_bad_row: str = "stop"
 
     def __call__(self, features: list[dict[str, int]]) -> dict[str, Any]:
         """Collate pairs."""
-        count = len(self.rows)
-        numbers = np.array([feature["row"] for feature in features])
-        rows = [self.rows[int(number)] for number in numbers % count]
-        order = np.arange(len(rows)) if self.lengths_of is None else np.argsort(self.lengths_of(rows), kind="stable")
-        pairs = [rows[place].reversed() if numbers[place] >= count else rows[place] for place in order]
-        described = DescribedBatches(self._collate, lambda _: (numbers[order] % count).tolist(), self.flops_of)
-        return described(pairs)
+        pairs = [self._pair(feature["row"]) for feature in features]
+        lengths = None if self.lengths_of is None else self.lengths_of([row for _, row in pairs])
+        order = range(len(pairs)) if lengths is None else np.argsort(lengths, kind="stable").tolist()
+        usable = ReplaceBroken(self._collate, lambda pair: pair[1], self._after, self.on_bad_row, len(self.rows))
+        described = DescribedBatches(usable, self._row_numbers, self.flops_of)
+        return described([pairs[place] for place in order])
 
-    def _collate(self, pairs: list[Row]) -> dict[str, Any]:
-        return super().__call__([self._record(pair) for pair in pairs])
+    def _pair(self, number: int) -> tuple[int, Row]:
+        side, place = divmod(number, len(self.rows))
+        return number, self.rows[place].reversed() if side else self.rows[place]
+
+    def _after(self, pair: tuple[int, Row]) -> tuple[int, Row]:
+        """Return the next pair from the same side that has the same subset and as many negatives."""
+        side, place = divmod(pair[0], len(self.rows))
+        for step in range(1, len(self.rows)):
+            number, row = self._pair(side * len(self.rows) + (place + step) % len(self.rows))
+            if (row.subset, len(row.negatives)) == (pair[1].subset, len(pair[1].negatives)):
+                return number, row
+        return pair
+
+    def _row_numbers(self, pairs: Sequence[tuple[int, Row]]) -> list[int]:
+        return [number % len(self.rows) for number, _ in pairs]
+
+    def _collate(self, pairs: list[tuple[int, Row]]) -> dict[str, Any]:
+        return super().__call__([self._record(row) for _, row in pairs])
 
     def _record(self, row: Row) -> dict[str, Any]:
         items = (row.query, row.positive, *row.negatives[: self.hard_negatives])

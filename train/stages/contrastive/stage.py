@@ -16,6 +16,7 @@ from cocoa_embed.errors import UsageError
 from cocoa_embed.evaluation.geometry import ALIGNMENT
 from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.model.flex_attention import FLEX
+from cocoa_embed.train.data.broken_rows import unbroken
 from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.loop.adapters import prepare_trainable
 from cocoa_embed.train.loop.batch_facts import Batch, Example
@@ -124,7 +125,7 @@ class Contrastive(Stage[ContrastiveSettings]):
         prompts |= {f"negative_{place + 1}": document for place in range(settings.hard_negatives)}
         model[0].register_forward_pre_hook(partial(unpack_patches, backbone.processor.image_processor))
         adapter = prepare_trainable(cast(PreTrainedModel, model[0].auto_model), settings)
-        if probe_rows := pictured_rows(rows, settings.probe_rows, self.run.seed):
+        if probe_rows := unbroken(pictured_rows(rows, settings.probe_rows, self.run.seed), context.on_bad_row):
             measure = embedding_probe(model, probe_rows, self.sequences_at_once(1))
             probe = Probe(measure, settings.probe_steps, {ALIGNMENT})
         arguments = SentenceTransformerTrainingArguments(**context.arguments)
@@ -144,6 +145,7 @@ class Contrastive(Stage[ContrastiveSettings]):
                 hard_negatives=settings.hard_negatives,
                 flops_of=context.flops_of,
                 lengths_of=context.lengths_of,
+                on_bad_row=context.on_bad_row,
             ),
             rows=rows,
             context=context,
