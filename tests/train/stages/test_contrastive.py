@@ -1,3 +1,4 @@
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,7 +19,7 @@ from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.evaluation.geometry import geometry
 from cocoa_embed.model.backbone import Backbone
-from cocoa_embed.train.data.row_table import RowTable, content_id
+from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.loop.batch_facts import FACTS
 from cocoa_embed.train.loop.callbacks import LogLastStep
 from cocoa_embed.train.loop.processes import meet
@@ -242,9 +243,19 @@ def test_a_batch_has_one_subset_as_many_hard_negatives_a_row_and_the_prompts_of_
             inference = trainer.model.preprocess([item.load() for item in items], prompt=PROMPTS[kind])
             assert torch.equal(batch[f"{column}_input_ids"], inference["input_ids"])
             ids = batch["label"][:, 0 if side == "anchor" else place]
-            assert ids.tolist() == [content_id(item) for item in items]
+            assert [[one == other for other in items] for one in items] == (ids[:, None] == ids).tolist()
         seen[kind] += batch[FACTS].rows
     assert {*seen["query"]} == {*seen["document"]} == {*range(len(subset_rows))}
+
+
+def test_copies_of_an_image_are_one_content(tiny_backbone: Backbone, scene_rows: list[Row], tmp_path: Path) -> None:
+    copy = tmp_path / "copy.png"
+    shutil.copy(str(scene_rows[0].image), copy)
+    rows = [*scene_rows[:2], replace(scene_rows[2], query=Item(images=(copy,)))]
+    trainer = trainer_of(tiny_backbone, rows, tmp_path, section(directions="forward"), max_steps=1)
+    (batch,) = trainer.get_train_dataloader()
+    of_row = dict(zip(batch[FACTS].rows, batch["label"][:, 0].tolist(), strict=True))
+    assert of_row[0] == of_row[2] != of_row[1]
 
 
 @pytest.mark.parametrize("mini_batch_size", [4, BATCH])

@@ -1,16 +1,19 @@
 """The batches of stage 3 as sentence-transformers takes them, read from the rows in the data loader's workers."""
 
-from collections.abc import Callable, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 
-from cocoa_embed.data.rows import Row
+from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.train.data.broken_rows import ReplaceBroken
-from cocoa_embed.train.data.row_table import RowTable, content_id
+from cocoa_embed.train.data.row_table import RowTable, digest
 from cocoa_embed.train.loop.batch_facts import DescribedBatches
 
 
@@ -19,7 +22,8 @@ class PairCollator(SentenceTransformerDataCollator):
     """The collator of sentence-transformers, with ``BatchFacts`` in each batch.
 
     It takes row numbers; the number of all rows is added to those seen from the other side. Columns are ``anchor``,
-    ``positive``, ``negative_1``..., and ``label`` has the content of each row's items, int64 ``[B, items]``.
+    ``positive``, ``negative_1``..., and ``label`` identifies the content of each row's items (its full text and the
+    patches of its images), int64 ``[B, items]``.
 
     :param hard_negatives: The most of a row's negatives to use.
     :param flops_of: Returns the operations of training on a batch.
@@ -60,9 +64,18 @@ class PairCollator(SentenceTransformerDataCollator):
         return [number % len(self.rows) for number, _ in pairs]
 
     def _collate(self, pairs: list[tuple[int, Row]]) -> dict[str, Any]:
-        return super().__call__([self._record(row) for _, row in pairs])
+        sides = [(row.query, row.positive, *row.negatives[: self.hard_negatives]) for _, row in pairs]
+        names = ["anchor", "positive", *(f"negative_{place}" for place in range(1, len(sides[0]) - 1))]
+        batch = super().__call__([dict(zip(names, items, strict=True)) for items in sides])
+        columns = zip(names, zip(*sides, strict=True), strict=True)
+        contents = [content_ids(items, batch, name) for name, items in columns]
+        return {**batch, "label": torch.tensor(contents).T.contiguous()}
 
-    def _record(self, row: Row) -> dict[str, Any]:
-        items = (row.query, row.positive, *row.negatives[: self.hard_negatives])
-        names = ("anchor", "positive", *(f"negative_{place}" for place in range(1, len(items) - 1)))
-        return {**dict(zip(names, items, strict=True)), "label": torch.tensor([content_id(item) for item in items])}
+
+def content_ids(items: Sequence[Item], batch: dict[str, Any], column: str) -> list[int]:
+    """Return numbers that are equal for equal items of a column: of the same text, and images of equal pixels."""
+    images: Iterator[str] = iter(())
+    if f"{column}_pixel_values" in batch:
+        counts = batch[f"{column}_image_grid_thw"].prod(dim=1).tolist()
+        images = (hashlib.blake2b(part.numpy()).hexdigest() for part in batch[f"{column}_pixel_values"].split(counts))
+    return [digest(json.dumps([item.full_text, *islice(images, len(item.images))])) for item in items]
