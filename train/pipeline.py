@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import send_to_device
@@ -178,7 +179,8 @@ def _save(
         if trainer.is_world_process_zero():
             (folder / TRAINING_FILE).unlink(missing_ok=True)  # of an earlier attempt: the weights are not complete yet
         if trainer.adapter is not None:  # the merge is checked on a row, with an image if any row has one
-            batch = render_items(processor, [joined(next((row for row in rows if row.image is not None), rows[0]))])
+            row = rows[int(np.argmax(rows.column("images") > 0))]
+            batch = render_items(processor, [joined(row)])
             trainer.adapter.merge(send_to_device(batch, trainer.adapter.model.device))
         stage.save(trainer, processor, folder)
         state = trainer.state

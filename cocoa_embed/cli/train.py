@@ -13,7 +13,6 @@ import typer
 from cocoa_embed.cli.output import JsonOption, print_json, say, silence_libraries, working
 from cocoa_embed.errors import UsageError, did_you_mean, require
 from cocoa_embed.report.words import duration
-from cocoa_embed.train.plan.cards import CARDS, UTILISATION
 
 if TYPE_CHECKING:
     from cocoa_embed.train import Recipe, StageResult
@@ -38,13 +37,17 @@ def train(
             "timed loads the weights and times a few steps of each stage."
         ),
     ] = None,
-    card: Annotated[str | None, typer.Option(help=f"With --dry-run, estimate the hours on {', '.join(CARDS)}.")] = None,
+    card: Annotated[
+        str | None, typer.Option(help="With --dry-run, estimate the hours on a card such as a100, h100 or l40s.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train a model by a recipe: warm-up, bridge, contrastive. Each stage writes a checkpoint."""
     is_first = os.environ.get("RANK", "0") == "0"
     with working() as console:
         require("yaml", "train")
+        from cocoa_embed.train.plan.cards import CARDS
+
         if card is not None and card not in CARDS:
             raise UsageError(f"--card {card!r} is unknown {did_you_mean(card, list(CARDS))}.")
         loaded = _load(recipe, overrides or []) if is_first else None  # before torch, which takes seconds
@@ -135,6 +138,8 @@ def plan_lines(planned: RunPlan) -> Iterator[str]:
 
 def stage_facts(stage: StagePlan, card: str | None) -> Iterator[tuple[str, str]]:
     """Yield what a plan says of a stage, as names and texts."""
+    from cocoa_embed.train.plan.cards import UTILISATION
+
     ratio = stage.trainable_parameters / stage.parameters
     yield "parameters", f"{stage.parameters:,}, of them trained {stage.trainable_parameters:,} ({ratio:.1%})"
     yield from (("rows", f"{name} {subset_words(subset)}") for name, subset in stage.subsets.items())

@@ -27,13 +27,18 @@ def epoch_count(stage: Stage[StageSettings], rows: RowTable, steps: int) -> floa
 def different_rows(rows: RowTable) -> int:
     """Return the number of rows that differ in their query or their positive."""
     pairs = rows.column("query_id") * np.int64(1_000_003) + rows.column("positive_id")
-    return len(np.unique(pairs))
+    return _count_different(pairs)
 
 
 def different_images(rows: RowTable) -> int:
     """Return the number of different images that rows begin with."""
     images = rows.column("image_id")
-    return len(np.unique(images[images != 0]))
+    return _count_different(images[images != 0])
+
+
+def _count_different(values: np.ndarray) -> int:
+    ordered = np.sort(values)  # for a million values quicker than np.unique
+    return len(values[:1]) + int(np.count_nonzero(ordered[1:] != ordered[:-1]))
 
 
 def advise(stage: Stage[StageSettings], rows: RowTable, steps: int) -> Iterator[str]:

@@ -203,7 +203,7 @@ def test_the_trainer_follows_its_settings(
     arguments = {"output_dir": str(tmp_path), "max_steps": 1, "report_to": "none", "gradient_accumulation_steps": 2}
     stage, rows = alone(Bridge, settings, seed=5), RowTable.of(scene_rows)
     trainer = stage.trainer(tiny_backbone, rows, StageContext(arguments))
-    collator = trainer.data_collator.collate
+    collator = trainer.data_collator.collate.collate
     assert (collator.seed, collator.mask_ratio, trainer.model.eos_attends_to_b) == (5, 0.4, False)
     assert list(trainer.train_dataset.rows) == scene_rows[held_out:]
     assert (trainer.probe is not None) is (held_out > 0)

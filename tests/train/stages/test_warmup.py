@@ -78,7 +78,7 @@ def test_the_trainer_follows_its_settings(tiny_backbone: Backbone, scene_rows: l
     settings = warmup_settings(patch_fill="zero", mae_weight=2.0)
     arguments = {"output_dir": str(tmp_path), "max_steps": 1, "report_to": "none", "gradient_accumulation_steps": 2}
     trainer = alone(Warmup, settings, seed=5).trainer(tiny_backbone, RowTable.of(scene_rows), StageContext(arguments))
-    collator = trainer.data_collator.collate
+    collator = trainer.data_collator.collate.collate
     assert (collator.seed, collator.settings, trainer.model.settings) == (5, settings, settings)
     assert len(trainer.train_dataset) == len(scene_rows)
     # Else transformers divides the loss by the micro-batches of a step; it is a mean over the step already.
