@@ -79,10 +79,12 @@ class CheckedImages(NamedTuple):
 
 
 class ImageCheck:
-    """Checks images that are not in the cache, or have changed since."""
+    """Checks images that are not in the cache or have changed since, each of them once."""
 
     def __init__(self) -> None:
         self.known = np.zeros(0, RECORD)
+        self.checked = np.zeros(0, np.int64)
+        self.faults: dict[int, str] = {}
         try:
             found = np.load(cache_folder() / CACHE_FILE, mmap_mode="r")
         except (OSError, ValueError, EOFError):  # there is none yet, or it is broken
@@ -100,20 +102,25 @@ class ImageCheck:
         total = len(ids)
         if sample is not None and total > SAMPLE:
             ids = np.random.default_rng(sample).choice(ids, SAMPLE, replace=False)
-        records, faults = np.zeros(len(ids), RECORD), {}
-        found = tqdm(self._check(rows.images(ids), max(workers, THREADS)), "checking images", len(ids), unit="image",
-                     disable=not len(ids))  # fmt: skip
-        usable = 0
+        new = np.setdiff1d(ids, self.checked)
+        records, usable = np.zeros(len(new), RECORD), 0
+        found = tqdm(self._check(rows.images(new), max(workers, THREADS)), "checking images", len(new), unit="image",
+                     disable=not len(new))  # fmt: skip
         for number, checked in found:
             if isinstance(checked, str):
-                faults[number] = checked
+                self.faults[number] = checked
             else:
                 records[usable] = (number, *checked)
                 usable += 1
-        records = np.sort(records[:usable], order="id")
-        self._add(records)
-        sizes = np.stack([records["width"], records["height"]], axis=1)
-        return CheckedImages(ImageSizes(records["id"].copy(), sizes), faults, total - len(ids))
+        self.checked = np.union1d(self.checked, new)
+        self._add(records[:usable])
+        faults = {
+            number: self.faults[number]
+            for number in np.intersect1d(ids, np.array(list(self.faults), np.int64)).tolist()
+        }
+        good = self.known[np.isin(self.known["id"], np.setdiff1d(ids, np.array(list(faults), np.int64)))]
+        sizes = ImageSizes(good["id"].copy(), np.stack([good["width"], good["height"]], axis=1))
+        return CheckedImages(sizes, faults, total - len(ids))
 
     def _check(self, images: Iterator[tuple[int, ItemImage]], threads: int) -> Iterator["_Checked"]:
         with ThreadPoolExecutor(threads) as pool:

@@ -10,7 +10,7 @@ import numpy as np
 from cocoa_embed.data.rows import Row
 from cocoa_embed.errors import CocoaError, printable
 from cocoa_embed.train.data.image_check import ImageCheck, ImageSizes
-from cocoa_embed.train.data.row_cache import read_sources
+from cocoa_embed.train.data.row_cache import SourceRows, read_sources
 from cocoa_embed.train.data.row_table import RowTable, image_id
 from cocoa_embed.train.data.rows import BadRow
 from cocoa_embed.train.settings import SourceSettings
@@ -68,33 +68,42 @@ def read_rows(
     :raises CocoaError: If a source cannot be read, too many rows cannot be used, or a subset is left without rows.
     """
     read = read_sources(sources)
-    entries = {name: draw_entries(read.counts[name], source.limit, seed, name) for name, source in sources.items()}
-    bad = [row for entry, row in read.bad if entry in entries[row.subset]]
-    subset = read.table.column("subset")
-    numbers = {name: number for number, name in enumerate(read.table.subsets)}
-    rows = {name: np.flatnonzero(subset == numbers.get(name, -1)) for name in sources}
-    rows = {name: some[np.isin(read.entries[some], list(entries[name]))] if len(entries[name]) < read.counts[name]
-            else some for name, some in rows.items()}  # fmt: skip
+    rows, bad = _limited(read, sources, seed)
     total = len(bad) + sum(map(len, rows.values()))
     _refuse_bad_rows(bad, len(bad), total, on_bad_row)
-
     table = read.table.select(np.concatenate(list(rows.values())))
     checked = (images or ImageCheck())(table, workers=workers, sample=seed if check == "sample" else None)
     broken = read.table.with_images(np.array(list(checked.faults), dtype=np.int64))
-    found = np.concatenate([some[broken[some]] for some in rows.values()])
-    bad += [_broken(read.table[number], checked.faults) for number in found[:SHOWN_BAD_ROWS].tolist()]
-    _refuse_bad_rows(bad, len(bad) + max(0, len(found) - SHOWN_BAD_ROWS), total, on_bad_row)
-    bad += [_broken(read.table[number], checked.faults) for number in found[SHOWN_BAD_ROWS:].tolist()]
-    rows = {name: some[~broken[some]] for name, some in rows.items()}
-
-    weighted = {name: weigh(some, sources[name].weight, seed=seed, subset=name) for name, some in rows.items()}
+    unusable = np.concatenate([some[broken[some]] for some in rows.values()]).tolist()
+    # Only the first ones are made if they are too many: all images of a large set may be missing.
+    first = [_broken(read.table[number], checked.faults) for number in unusable[:SHOWN_BAD_ROWS]]
+    _refuse_bad_rows([*bad, *first], len(bad) + len(unusable), total, on_bad_row)
+    bad += [_broken(read.table[number], checked.faults) for number in unusable]
+    usable = {name: some[~broken[some]] for name, some in rows.items()}
+    weighted = {name: weigh(some, sources[name].weight, seed=seed, subset=name) for name, some in usable.items()}
     for name, some in weighted.items():
         if not len(some):
-            usable = f"{len(rows[name])} usable rows"
-            raise CocoaError(f"Subset {name!r} has {usable}, and none to draw at the weight {sources[name].weight}.")
+            raise CocoaError(
+                f"Subset {name!r} has {len(usable[name])} usable rows, and none to draw at the weight "
+                f"{sources[name].weight}."
+            )
     counts = {name: len(some) for name, some in weighted.items()}
-    chosen = read.table.select(np.concatenate(list(weighted.values())))
-    return ReadRows(chosen, bad, checked.sizes, counts, checked.unchecked)
+    mixed = read.table.select(np.concatenate(list(weighted.values())))
+    return ReadRows(mixed, bad, checked.sizes, counts, checked.unchecked)
+
+
+def _limited(
+    read: SourceRows, sources: Mapping[str, SourceSettings], seed: int
+) -> tuple[dict[str, np.ndarray], list[BadRow]]:
+    """Return the numbers of the rows that belong to drawn entries, by subset, and the bad rows among these entries."""
+    rows, entries = {}, {}
+    subset, number_of = read.table.column("subset"), {name: number for number, name in enumerate(read.table.subsets)}
+    for name, source in sources.items():
+        entries[name] = draw_entries(read.counts[name], source.limit, seed, name)
+        rows[name] = np.flatnonzero(subset == number_of.get(name, -1))
+        if len(entries[name]) < read.counts[name]:
+            rows[name] = rows[name][np.isin(read.entries[rows[name]], list(entries[name]))]
+    return rows, [row for entry, row in read.bad if entry in entries[row.subset]]
 
 
 def _broken(row: Row, faults: Mapping[int, str]) -> BadRow:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from cocoa_embed.data.rows import Row
 from cocoa_embed.errors import one_line, printable
@@ -108,7 +109,8 @@ class _Reading:
     def rows(self) -> Iterator[Row]:
         for subset, source in self.sources.items():
             entry = -1
-            for entry, row in read_subset(subset, source):
+            read = tqdm(read_subset(subset, source), f"reading {subset}", unit="row", leave=False, delay=5)
+            for entry, row in read:
                 if isinstance(row, Row):
                     self.entries.append(entry)
                     yield row

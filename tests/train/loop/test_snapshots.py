@@ -36,9 +36,8 @@ WHOLE: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def recipe(tiny_recipe: MakeRecipe, tiny_backbone_path: Path) -> MakeRecipe:
     def make(backbone: Path = tiny_backbone_path, **stages: Any) -> Recipe:
-        return tiny_recipe(
-            **{key: {**STAGE, **value} if isinstance(value, dict) else value for key, value in stages.items()}
-        )
+        sections = {name: {**STAGE, **values} for name, values in stages.items()}
+        return tiny_recipe(backbone=str(backbone), **sections)
 
     return make
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from exported import PROMPTS
+from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardData
 from stages import alone, trainer_arguments
@@ -118,6 +119,24 @@ def test_uint8_patches_are_the_models_own_inputs_once_they_are_unpacked(
         assert unpacked.keys() == expected.keys()
         for key, value in expected.items():
             assert torch.equal(unpacked[key], value) if isinstance(value, Tensor) else unpacked[key] == value
+
+
+def test_large_images_are_scaled_down_to_the_same_patches_off_by_one_at_most(
+    model: SentenceTransformer, tmp_path: Path
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 41, 3), dtype=np.uint8)
+    sizes = {"large": (1230, 900), "wide": (1230, 90), "small": (41, 30)}
+    for name, size in sizes.items():
+        Image.fromarray(pixels).resize(size).save(tmp_path / f"{name}.png")
+    items = [Item(images=(tmp_path / f"{name}.png",)) for name in sizes]
+    expected, found = preprocessed(model, items), preprocess_patches(model, items)
+    (unpacked,) = unpack_patches(model[0].processor.image_processor, model[0], (found,))
+    assert torch.equal(unpacked["image_grid_thw"], expected["image_grid_thw"])
+    level = 1 / 255 / min(model[0].processor.image_processor.image_std)
+    assert (unpacked["pixel_values"] - expected["pixel_values"]).abs().max() <= 1.01 * level
+    with torch.no_grad():
+        cosines = [model.eval()(dict(each))["sentence_embedding"] for each in (unpacked, expected)]
+    assert (cosines[0] * cosines[1]).sum(dim=1).min() > 1 - 1e-3
 
 
 def test_images_that_leave_no_room_for_a_text_are_named(model: SentenceTransformer, mixed_rows: list[Row]) -> None:

@@ -97,25 +97,15 @@ def test_images_of_several_subsets_are_drawn_by_the_seed_and_from_each_as_many()
 
 
 @settings(max_examples=60)
-@given(reverse=st.lists(st.booleans(), min_size=2, max_size=9))
-def test_a_shuffled_row_has_another_rows_image_and_its_own_text(reverse: list[bool]) -> None:
-    rows = [
-        row.reversed() if turned else row for row, turned in zip(image_rows(range(len(reverse))), reverse, strict=True)
-    ]
-    shuffled = shuffle_images(rows)
-    assert {row.image for row in shuffled} == {row.image for row in rows}
-    for before, after in zip(rows, shuffled, strict=True):
-        assert after.image != before.image
-        for old, new in zip(before.items(), after.items(), strict=True):
-            assert new == Item(text=old.text, images=() if old.image is None else (after.image,))
-
-
-def test_a_shuffled_row_has_all_images_of_another_in_block_a() -> None:
-    rows = [replace(row, positive=Item(text="red ring", images=(Path(f"{n}-b.png"),))) for n, row in
-            enumerate(image_rows(range(4)))]  # fmt: skip
+@given(sides=st.lists(st.sampled_from(["query", "positive", "both"]), min_size=2, max_size=9))
+def test_a_shuffled_row_has_the_images_of_the_next_in_block_a_and_its_own_texts(sides: list[str]) -> None:
+    rows = []
+    for number, side in enumerate(sides):
+        images = [(Path(f"{number}{name}.png"),) * (side in (name, "both")) for name in ("query", "positive")]
+        rows.append(Row(Item("a ring", images[0], "find "), Item("red ring", images[1]), source=""))
     before, after = (list(map(split_blocks, each)) for each in (rows, shuffle_images(rows)))
-    assert [block_a.images for block_a, _ in after] == [block_a.images for block_a, _ in [*before[1:], before[0]]]
-    assert [block_b for _, block_b in after] == [block_b for _, block_b in before]
+    for (own, text), (block_a, block_b), (following, _) in zip(before, after, [*before[1:], before[0]], strict=True):
+        assert (block_a, block_b) == (replace(own, images=following.images), text)
 
 
 # The bridge's probe
