@@ -1,11 +1,15 @@
 """Measure how long training takes to reach its first step on many rows, and the memory that the rows take.
 
     python benchmarks/rows.py --rows 130000 [--stage warmup] [--processes 2] [--json]
+    python benchmarks/rows.py --photos 1024 [--json]
 
 It writes rows in the layout of MMEB-train (20 subsets, a few thousand small images that all rows share), and starts a
 stage of the smallest backbone on them with an empty cache, with a warm one, and from a checkpoint at a late step. A
 start ends when the first batch reaches the model. Memory is what a process has for itself alone, above the same start
 with 2000 rows: the model, torch and the libraries are in both.
+
+With ``--photos`` it collates one batch of the contrastive stage, each row with a photograph of 12 megapixels, as a
+worker of the data loader does, and measures the peak of its memory above the start, and the time.
 """
 
 import argparse
@@ -31,6 +35,7 @@ from cocoa_embed.train.loop.trainer import CocoaTrainer
 from shared.measuring import machine
 
 FEW_ROWS = 2000
+DIFFERENT_PHOTOS = 4
 
 
 def parse() -> argparse.Namespace:
@@ -41,6 +46,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, help="rows of a step; by default the paper's")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--late-step", type=int, default=1500, help="the step of the checkpoint to resume from")
+    parser.add_argument("--photos", type=int, help="measure a batch of so many photographs instead")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--start", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -158,18 +164,67 @@ def measure(work: Path) -> dict[str, Any]:
     }
 
 
+def resident_bytes(name: str) -> int:
+    """Return this process's memory, ``VmRSS``, or its peak, ``VmHWM``."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+def measure_photos(work: Path) -> dict[str, Any]:
+    """Collate photographs and hand the batch over, in this process."""
+    from multiprocessing.reduction import ForkingPickler
+
+    from cocoa_embed.data.rows import Item, Row
+    from cocoa_embed.model.backbone import load_backbone
+    from cocoa_embed.train.data.row_table import RowTable
+    from cocoa_embed.train.loop.trainer import StageContext
+    from cocoa_embed.train.settings import RunSettings
+    from cocoa_embed.train.stages.contrastive.settings import ContrastiveSettings
+    from cocoa_embed.train.stages.contrastive.stage import Contrastive
+
+    torch.set_num_threads(1)  # as in a worker
+    generator = np.random.default_rng(0)
+    for number in range(DIFFERENT_PHOTOS):
+        pixels = generator.integers(0, 256, (75, 100, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((4000, 3000), Image.Resampling.BICUBIC).save(work / f"{number}.jpg", quality=85)
+    rows = [
+        Row(Item(images=(work / f"{n % DIFFERENT_PHOTOS}.jpg",)), Item(text=f"photo {n}"), "")
+        for n in range(OPTIONS.photos)
+    ]
+    settings = ContrastiveSettings(steps=1, batch_size=len(rows), directions="forward", probe_rows=0)
+    run = RunSettings(name="photos", backbone="scene-captioner")
+    backbone = load_backbone(run.backbone, max_length=512, max_pixels=448 * 448)
+    context = StageContext({"output_dir": str(work), "max_steps": 1, "report_to": "none", "use_cpu": True})
+    collator = Contrastive("contrastive", settings, run).trainer(backbone, RowTable.of(rows), context).data_collator
+    collator([{"row": 0}])
+    start, began = resident_bytes("VmRSS"), time.perf_counter()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    batch = collator([{"row": number} for number in range(len(rows))])
+    seconds = time.perf_counter() - began
+    ForkingPickler.dumps(batch)
+    return {
+        "photos": len(rows),
+        "seconds": round(seconds, 1),
+        "peak_bytes_above_start": resident_bytes("VmHWM") - start,
+        "batch_bytes": sum(value.nbytes for value in batch.values() if isinstance(value, torch.Tensor)),
+    }
+
+
 def main() -> None:
     work = Path(tempfile.mkdtemp(prefix="cocoa-rows-"))
     try:
-        measured = measure(work)
+        measured = measure_photos(work) if OPTIONS.photos else measure(work)
     finally:
         shutil.rmtree(work)
-    settings = {
-        key: getattr(OPTIONS, key) for key in ("rows", "images", "stage", "batch_size", "processes", "late_step")
-    }
+    names = ("rows", "images", "stage", "batch_size", "processes", "late_step")
+    settings = {} if OPTIONS.photos else {key: getattr(OPTIONS, key) for key in names}
     document = {**settings, **measured, "load_average": os.getloadavg()[1], "machine": machine(torch.device("cpu"))}
     if OPTIONS.json:
         print(json.dumps(document, indent=2))
+        return
+    if OPTIONS.photos:
+        peak, batch = (document[name] / 2**20 for name in ("peak_bytes_above_start", "batch_bytes"))
+        print(f"{document['seconds']:.1f} s   {peak:.0f} MiB above the start, the batch {batch:.0f} MiB")
         return
     for name in ("cold", "warm", "resumed"):
         memory = document[f"{name}_bytes_for_rows"] / 2**20
