@@ -52,7 +52,10 @@ def embedding_probe(model: SentenceTransformer, rows: Sequence[Row], batch_size:
 
     def collate(items: Sequence[Item], is_document: bool) -> dict[str, Any]:
         prompt = model.prompts.get("document" if is_document else "query") or None
-        return preprocess_items(model, items, prompt=prompt)
+        module: Any = model[0]  # of a checkpoint that is measured, without the hook
+        return normalise_patches(
+            module.processor.image_processor, module, (preprocess_items(model, items, prompt=prompt),)
+        )[0]
 
     def embed(model: nn.Module, batch: dict[str, Any]) -> Tensor:
         embeddings: Tensor = model(batch)["sentence_embedding"]
