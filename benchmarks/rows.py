@@ -224,8 +224,7 @@ def main() -> None:
         return
     if OPTIONS.photos:
         peak, batch = (document[name] / 2**20 for name in ("peak_bytes_above_start", "batch_bytes"))
-        print(f"{OPTIONS.photos} photos {document['seconds']:.1f} s   {peak:.0f} MiB above the start, "
-              f"batch {batch:.0f} MiB")  # fmt: skip
+        print(f"{document['seconds']:.1f} s   {peak:.0f} MiB above the start, the batch {batch:.0f} MiB")
         return
     for name in ("cold", "warm", "resumed"):
         memory = document[f"{name}_bytes_for_rows"] / 2**20

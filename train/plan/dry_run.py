@@ -20,9 +20,10 @@ from cocoa_embed.train.loop.checkpoints import newest_complete, step_of
 from cocoa_embed.train.loop.processes import by_first_process
 from cocoa_embed.train.plan.advice import different_images, epoch_count, mean_batch_size
 from cocoa_embed.train.plan.cards import seconds_on
-from cocoa_embed.train.plan.checks import CHECKPOINTS, Check, Prepared, bad_rows, examine
+from cocoa_embed.train.plan.checks import CHECKPOINTS, Prepared, bad_rows, examine
 from cocoa_embed.train.plan.cost import BatchShape, StepCost, batch_shape
 from cocoa_embed.train.plan.memory import ADAM_MOMENTS, FULL, stage_parameters, training_memory
+from cocoa_embed.train.plan.stage_rows import Check
 from cocoa_embed.train.recipe import Recipe
 from cocoa_embed.train.settings import SourceSettings, StageSettings
 from cocoa_embed.train.stages.stage import Stage
@@ -56,6 +57,7 @@ class StagePlan:
     :param rows: Rows by subset, after caps and weights.
     :param subsets: More about the rows of each subset.
     :param needs: What rows that are left out lack, and what to do.
+    :param max_rows: The cap that the rows of all subsets were drawn to, if there were more.
     :param step_contents: What a step holds, by subset, if its rows are of one subset.
     :param steps: The steps of the whole stage; ``steps_done`` of them are in the checkpoint that it resumes from.
     :param epochs: How often the steps draw each row.
@@ -79,6 +81,7 @@ class StagePlan:
     rows: dict[str, int]
     subsets: dict[str, SubsetPlan]
     needs: str
+    max_rows: int | None
     step_contents: list[dict[str, Any]]
     steps: int
     steps_done: int
@@ -201,6 +204,7 @@ def _plan_stage(
         rows=read.counts,
         subsets=_subsets(read, prepared.recipe.sources_of(name)),
         needs=stage.needs,
+        max_rows=len(read.rows) if len(read.rows) == prepared.recipe.data_of(name).max_rows else None,
         step_contents=stage.step_contents(read.rows),
         steps=steps,
         steps_done=steps_done,

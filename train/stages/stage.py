@@ -86,12 +86,16 @@ class Stage(ABC, Generic[Own]):
         """How many times an epoch draws each row."""
         return 1
 
+    def full_batch(self, rows: int) -> int:
+        """Return how many of so many rows a step holds."""
+        return self.settings.batch_size
+
     def step_count(self, rows: int) -> int:
         """Return the optimisation steps over so many rows."""
         if self.settings.steps is not None:
             return self.settings.steps
         assert self.settings.epochs is not None  # validated with the settings
-        steps = math.ceil(self.settings.epochs * rows * self.passes_per_epoch / self.settings.batch_size)
+        steps = math.ceil(self.settings.epochs * rows * self.passes_per_epoch / self.full_batch(rows))
         return max(steps, self.settings.min_steps or 1)
 
     def step_contents(self, rows: RowTable) -> list[dict[str, Any]]:

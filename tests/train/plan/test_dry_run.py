@@ -24,9 +24,10 @@ from cocoa_embed.train.data.mixture import ReadRows
 from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.loop.trainer import CocoaTrainer
 from cocoa_embed.train.plan.cards import CARDS, UTILISATION
-from cocoa_embed.train.plan.checks import examine, prepare, read_stages
+from cocoa_embed.train.plan.checks import examine, prepare
 from cocoa_embed.train.plan.dry_run import SAMPLE, plan, sample_rows
 from cocoa_embed.train.plan.memory import count_parameters
+from cocoa_embed.train.plan.stage_rows import read_stages
 from cocoa_embed.train.recipe import STAGES
 from cocoa_embed.train.timing import seconds_per_step
 

@@ -59,6 +59,7 @@ def stage_of(kind: type[Stage[Any]], **values: Any) -> Stage[Any]:
         (Warmup, {}, 5),
         (Contrastive, {}, 10),
         (Contrastive, {"directions": "symmetric"}, 5),
+        (Contrastive, {"batch_size": 64}, 4),
         (Contrastive, {"epochs": None, "steps": 7}, 7),
         (Warmup, {"min_steps": 4}, 5),
         (Warmup, {"min_steps": 6}, 6),

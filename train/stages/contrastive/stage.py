@@ -89,6 +89,10 @@ class Contrastive(Stage[ContrastiveSettings]):
         """Once per direction that is a row of its own."""
         return 2 if self.settings.directions == "both" else 1
 
+    def full_batch(self, rows: int) -> int:
+        """Return ``batch_size``, or all rows if they are fewer: a batch does not go on in the next epoch."""
+        return min(self.settings.batch_size, rows)
+
     def sequences_at_once(self, devices: int) -> int:
         """Return the items of a mini-batch."""
         return min(self.settings.mini_batch_size or self.settings.batch_size, self.settings.batch_size)
