@@ -18,7 +18,7 @@ from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.loop.checkpoints import newest_complete, step_of
 from cocoa_embed.train.loop.processes import by_first_process
-from cocoa_embed.train.plan.advice import different_images, epoch_count, mean_batch_size
+from cocoa_embed.train.plan.advice import different_images, epoch_count
 from cocoa_embed.train.plan.cards import seconds_on
 from cocoa_embed.train.plan.checks import CHECKPOINTS, Prepared, bad_rows, examine
 from cocoa_embed.train.plan.cost import BatchShape, StepCost, batch_shape
@@ -192,7 +192,7 @@ def _plan_stage(
         freeze_vision=settings.freeze_vision,
         dense_mask=stage.attention() != FLEX,
     )
-    batch_size = mean_batch_size(stage, read.rows)
+    batch_size = stage.mean_batch_size(read.rows)
     rows_on_device = stage.micro_batches(devices)[0] // devices
     patches = fmean(sum(shape.patches for shape in of_row) for of_row in shapes)
     inputs = round(rows_on_device * patches * cost.size.geometry.patch_width * FULL)
