@@ -164,15 +164,15 @@ def measure(work: Path) -> dict[str, Any]:
     }
 
 
-def resident_bytes(name: str) -> int:
-    """Return this process's memory, ``VmRSS``, or its peak, ``VmHWM``."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+def resident_bytes(name: str, process: int | str = "self") -> int:
+    """Return a process's memory, ``VmRSS``, or its peak, ``VmHWM``."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 def measure_photos(work: Path) -> dict[str, Any]:
-    """Collate photographs and hand the batch over, in this process."""
-    from multiprocessing.reduction import ForkingPickler
+    """Collate photographs in a worker of a data loader, which hands the batch over."""
+    from torch.utils.data import DataLoader
 
     from cocoa_embed.data.rows import Item, Row
     from cocoa_embed.model.backbone import load_backbone
@@ -197,15 +197,19 @@ def measure_photos(work: Path) -> dict[str, Any]:
     context = StageContext({"output_dir": str(work), "max_steps": 1, "report_to": "none", "use_cpu": True})
     collator = Contrastive("contrastive", settings, run).trainer(backbone, RowTable.of(rows), context).data_collator
     collator([{"row": 0}])
-    start, began = resident_bytes("VmRSS"), time.perf_counter()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    batch = collator([{"row": number} for number in range(len(rows))])
-    seconds = time.perf_counter() - began
-    ForkingPickler.dumps(batch)
+
+    def collate(numbers: list[int]) -> tuple[dict[str, Any], int, int]:
+        start = resident_bytes("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+        return collator([{"row": number} for number in numbers]), start, os.getpid()
+
+    began = time.perf_counter()
+    batches = iter(DataLoader(range(len(rows)), len(rows), collate_fn=collate, num_workers=1, persistent_workers=True))
+    batch, start, worker = next(batches)
     return {
         "photos": len(rows),
-        "seconds": round(seconds, 1),
-        "peak_bytes_above_start": resident_bytes("VmHWM") - start,
+        "seconds": round(time.perf_counter() - began, 1),
+        "peak_bytes_above_start": resident_bytes("VmHWM", worker) - start,
         "batch_bytes": sum(value.nbytes for value in batch.values() if isinstance(value, torch.Tensor)),
     }
 
