@@ -127,7 +127,7 @@ def examine(recipe: Recipe, out: Path, *, resume: bool = False, check: Check = "
     start = read_start(recipe.backbone)
     # A sample may miss a broken image that the run has left out, and its rows would be others.
     rows = read_stages(recipe, list(recipe.stages)[len(results) :], check="all" if resume else check)
-    steps = {stage: recipe.stages[stage].step_count(len(read.rows)) for stage, read in rows.items()}
+    steps = {stage: recipe.stages[stage].step_count(read.rows) for stage, read in rows.items()}
     _refuse_impossible_arguments(recipe, steps, out)
     if resume:
         _refuse_other_rows(rows, out)
