@@ -52,6 +52,8 @@ def train(
 
         if card is not None and card not in CARDS:
             raise UsageError(f"--card {card!r} is unknown {did_you_mean(card, list(CARDS))}.")
+        if card is not None and dry_run is None:
+            raise UsageError("--card estimates hours without a run; give --dry-run, too.")
         loaded = _load(recipe, overrides or [], out) if is_first else None  # before torch, which takes seconds
         require("accelerate", "train")
         silence_libraries()

@@ -11,8 +11,10 @@ import numpy as np
 from accelerate import PartialState
 from transformers import PreTrainedConfig, ProcessorMixin
 
+from cocoa_embed.errors import CocoaError, ImageError
 from cocoa_embed.model.backbone import load_processor, read_config
 from cocoa_embed.model.flex_attention import FLEX
+from cocoa_embed.train.data.broken_rows import REMEDY
 from cocoa_embed.train.data.mixture import ReadRows
 from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.data.rows import numbered
@@ -174,12 +176,15 @@ def _plan_stage(
     prepared: Prepared, name: str, processor: ProcessorMixin, config: PreTrainedConfig, out: Path
 ) -> StagePlan:
     stage, read, steps = prepared.recipe.stages[name], prepared.rows[name], prepared.steps[name]
-    run, settings, devices = stage.run, stage.settings, PartialState().num_processes
+    run, settings, data = stage.run, stage.settings, prepared.recipe.data_of(name)
+    devices = PartialState().num_processes
     checkpoint = newest_complete(out / CHECKPOINTS / name) if prepared.is_resumed else None
     steps_done = 0 if checkpoint is None else step_of(checkpoint)
     at_once = stage.sequences_at_once(devices)
-    shapes = _sequence_shapes(stage, sample_rows(read.rows, run.seed), processor, config)
-    largest = _sequence_shapes(stage, largest_rows(read.rows), processor, config)
+    shapes, largest = (
+        _sequence_shapes(stage, rows, processor, config, data.on_bad_row)
+        for rows in (sample_rows(read.rows, run.seed), largest_rows(read.rows))
+    )
     longest = max((shape for of_row in shapes + largest for shape in of_row), key=lambda shape: shape.tokens)
     cost, counts = StepCost.of(config, settings), stage_parameters(config, settings, stage.extra_module)
     memory = training_memory(
@@ -204,7 +209,7 @@ def _plan_stage(
         rows=read.counts,
         subsets=_subsets(read, prepared.recipe.sources_of(name)),
         needs=stage.needs,
-        max_rows=len(read.rows) if len(read.rows) == prepared.recipe.data_of(name).max_rows else None,
+        max_rows=len(read.rows) if len(read.rows) == data.max_rows else None,
         step_contents=stage.step_contents(read.rows),
         steps=steps,
         steps_done=steps_done,
@@ -236,10 +241,20 @@ def _subsets(read: ReadRows, sources: Mapping[str, SourceSettings]) -> dict[str,
 
 
 def _sequence_shapes(
-    stage: Stage[StageSettings], rows: RowTable, processor: ProcessorMixin, config: PreTrainedConfig
+    stage: Stage[StageSettings], rows: RowTable, processor: ProcessorMixin, config: PreTrainedConfig, on_bad_row: str
 ) -> list[list[BatchShape]]:
-    """Return the shapes of each row's sequences."""
-    return [[batch_shape(batch) for batch in stage.sequences(example, processor, config)] for example in numbered(rows)]
+    """Return the shapes of each row's sequences.
+
+    :raises CocoaError: If an image proves broken, and ``on_bad_row`` is ``stop``; ``skip`` leaves its row out.
+    """
+    shapes = []
+    for example in numbered(rows):
+        try:
+            shapes.append([batch_shape(batch) for batch in stage.sequences(example, processor, config)])
+        except ImageError as error:
+            if on_bad_row == "stop":
+                raise CocoaError(f"{error}. {REMEDY}") from error
+    return shapes
 
 
 def sample_rows(rows: RowTable, seed: int) -> RowTable:

@@ -219,6 +219,18 @@ def test_max_rows_draws_from_all_subsets_by_the_seed_after_unusable_rows_are_lef
     assert sources == sorted(sources, reverse=True), "in the order of the subsets"
 
 
+def test_images_that_only_decoding_finds_broken_stop_a_plan_or_are_left_out_of_its_sample(
+    recipe: MakeRecipe, captions_and_pairs: dict[str, Any], tmp_path: Path
+) -> None:
+    image = tmp_path / "e.png"
+    image.write_bytes(image.read_bytes().replace(b"IDAT", b"IDAT" + bytes(8)))
+    with pytest.raises(CocoaError, match=r"e\.png: .*data\.on_bad_row=skip"):
+        plan(recipe(data=captions_and_pairs, bridge=None, contrastive=None), tmp_path / "out")
+    skipping = {**captions_and_pairs, "on_bad_row": "skip"}
+    (planned,) = plan(recipe(data=skipping, bridge=None, contrastive=None), tmp_path / "out").stages
+    assert planned.rows == {"photos": 30, "pairs": 3}
+
+
 def test_a_bridge_without_any_text_is_refused(recipe: MakeRecipe, tmp_path: Path) -> None:
     write_images(tmp_path, "ab")
     pairs = write_table(tmp_path / "pairs.jsonl", [{"query_image": "a.png", "positive_image": "b.png"}])
@@ -265,7 +277,11 @@ def test_the_command_prints_the_plan(recipe: MakeRecipe, tmp_path: Path, capsys:
     assert all(f"warning: {warning}" in printed.err for warning in document["warnings"])
     assert "before its loss can leave the plateau" in document["warnings"][0]
     assert not (tmp_path / "out").exists()
-    with pytest.raises(SystemExit) as ended:
-        cli.main([*arguments, "--card", "h10"])
-    assert ended.value.code == 2
-    assert "--card 'h10' is unknown (did you mean 'h100'?" in capsys.readouterr().err
+    for options, message in (
+        (["--dry-run", "--card", "h10"], "--card 'h10' is unknown (did you mean 'h100'?"),
+        (["--card", "h100"], "give --dry-run, too"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*arguments[:2], *options])
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err
