@@ -19,7 +19,7 @@ from cocoa_embed.data.rows import Row
 from cocoa_embed.errors import CocoaError, one_line
 from cocoa_embed.folders import write_atomically
 from cocoa_embed.train.loop.adapters import Adapter
-from cocoa_embed.train.loop.batch_facts import FACTS, BatchFacts
+from cocoa_embed.train.loop.batch_facts import FACTS, BatchFacts, end_workers
 from cocoa_embed.train.loop.checkpoints import mark_complete
 from cocoa_embed.train.loop.oom import is_out_of_memory
 from cocoa_embed.train.loop.throughput import Throughput
@@ -100,6 +100,13 @@ class CocoaTrainer(Trainer):
         self.probe = probe
         self._clock = time.perf_counter()
         super().__init__(*args, **kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Train, and end the data loader's workers whatever happens."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            end_workers()
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device

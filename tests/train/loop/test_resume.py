@@ -1,5 +1,6 @@
 """An interrupted run resumes, and ends with the weights and logs of an uninterrupted one."""
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -164,6 +165,17 @@ def test_a_signal_saves_a_checkpoint_and_stops_and_the_run_resumes(
     assert newest_step(out, "bridge") == 3
     run(given, out, resume=True)
     assert_same(out, whole("bridge"), "bridge")
+
+
+def test_workers_outlive_a_signal_to_all_processes_and_end_with_the_run(recipe: Recipe, tmp_path: Path) -> None:
+    def to_all() -> None:
+        for process in multiprocessing.active_children():
+            os.kill(process.pid or 0, signal.SIGINT)
+        sending(signal.SIGINT)()
+
+    with acting_at(2, to_all), pytest.raises(Stopped, match="at step 3 of 5") as stopped:
+        run(only(recipe, "bridge", workers=2), tmp_path / "out")
+    assert not multiprocessing.active_children(), f"{stopped.traceback} does not keep them"
 
 
 def test_a_second_ctrl_c_ends_at_once(recipe: Recipe, tmp_path: Path) -> None:
