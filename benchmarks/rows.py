@@ -48,7 +48,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--late-step", type=int, default=1500, help="the step of the checkpoint to resume from")
     parser.add_argument("--photos", type=int, help="measure a batch of so many photographs instead")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.add_argument("--start", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.batch_size = options.batch_size or {"warmup": 128, "bridge": 64, "contrastive": 1024}[options.stage]
     return options
@@ -119,7 +119,7 @@ def started(out: Path, data: Path, *, saves: bool = False) -> dict[str, float]:
         *several,
         __file__,
         *options,
-        "--start",
+        "--child",
         str(out),
         str(data),
         str(time.time()),
@@ -236,8 +236,8 @@ def main() -> None:
 OPTIONS = parse()
 
 if __name__ == "__main__":
-    if OPTIONS.start:
-        folder, rows, moment, saving = OPTIONS.start
+    if OPTIONS.child:
+        folder, rows, moment, saving = OPTIONS.child
         start(Path(folder), Path(rows), float(moment), saving == "True")
     else:
         main()

@@ -12,7 +12,7 @@ from cocoa_embed.model.training_record import read_run, read_training, run_of
 from cocoa_embed.train.data.caption_rows import read_image_folder
 from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.loop.oom import is_out_of_memory
-from cocoa_embed.train.plan.checks import read_stages
+from cocoa_embed.train.plan.stage_rows import read_stages
 from cocoa_embed.train.recipe import Recipe
 from cocoa_embed.train.stages.bridge.collator import BridgeCollator
 from cocoa_embed.train.stages.bridge.model import BridgeModel

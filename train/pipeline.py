@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, ProcessorMixin, Trainer, set_seed
 
 from cocoa_embed.model.backbone import Backbone, load_backbone
 from cocoa_embed.model.training_record import TRAINING_FILE
+from cocoa_embed.train.data.broken_rows import unbroken
 from cocoa_embed.train.data.lengths import row_lengths
 from cocoa_embed.train.loop.callbacks import (
     TENSORBOARD,
@@ -38,6 +39,9 @@ from cocoa_embed.train.settings import StageSettings
 from cocoa_embed.train.stages.rendering import joined, render_items
 from cocoa_embed.train.stages.samples import stage_samples
 from cocoa_embed.train.stages.stage import Stage
+
+MERGED_ROWS = 16
+"""Rows of which the first with an image, and an unbroken one, checks the merge of an adapter."""
 
 Inspect = Callable[[str, Trainer], None]
 
@@ -179,7 +183,8 @@ def _save(
         if trainer.is_world_process_zero():
             (folder / TRAINING_FILE).unlink(missing_ok=True)  # of an earlier attempt: the weights are not complete yet
         if trainer.adapter is not None:  # the merge is checked on a row, with an image if any row has one
-            row = rows[int(np.argmax(rows.column("images") > 0))]
+            with_image_first = np.argsort(rows.column("images") == 0, kind="stable")
+            row = unbroken(rows.select(with_image_first[:MERGED_ROWS]), "skip")[0]
             batch = render_items(processor, [joined(row)])
             trainer.adapter.merge(send_to_device(batch, trainer.adapter.model.device))
         stage.save(trainer, processor, folder)

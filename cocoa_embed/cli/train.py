@@ -33,8 +33,8 @@ def train(
     dry_run: Annotated[
         DryRun | None,
         typer.Option(
-            help="Print what the run would do and cost, and stop. It checks a sample of the images; full checks all. "
-            "timed loads the weights and times a few steps of each stage."
+            help="Print what the run would do and cost, and stop. Alone it checks a sample of the images; =full checks "
+            "all; =timed loads the weights, too, and times a few steps of each stage."
         ),
     ] = None,
     card: Annotated[
@@ -50,6 +50,8 @@ def train(
 
         if card is not None and card not in CARDS:
             raise UsageError(f"--card {card!r} is unknown {did_you_mean(card, list(CARDS))}.")
+        if card is not None and dry_run is None:
+            raise UsageError("--card estimates hours without a run; give --dry-run, too.")
         loaded = _load(recipe, overrides or []) if is_first else None  # before torch, which takes seconds
         require("accelerate", "train")
         silence_libraries()
@@ -143,6 +145,8 @@ def stage_facts(stage: StagePlan, card: str | None) -> Iterator[tuple[str, str]]
     ratio = stage.trainable_parameters / stage.parameters
     yield "parameters", f"{stage.parameters:,}, of them trained {stage.trainable_parameters:,} ({ratio:.1%})"
     yield from (("rows", f"{name} {subset_words(subset)}") for name, subset in stage.subsets.items())
+    if stage.max_rows is not None:
+        yield "drawn", f"{stage.max_rows:,} rows of all subsets (max_rows)"
     yield from (
         ("left out", f"{subset.left_out:,} rows of {name}: {stage.needs}")
         for name, subset in stage.subsets.items()

@@ -54,8 +54,10 @@ def map_columns(
     :raises CocoaError: If a column is missing, or the query or the positive has none.
     """
     named = {part: part for part in PARTS if part in found}
+    instructions = {part: part for part in named if part.endswith("_instruction")}
     layouts = (layout for layout in (named, *KNOWN_LAYOUTS) if {*found} >= {*layout.values()})
-    mapping = given or next((layout for layout in layouts if _missing_side(layout) is None), named)
+    default = next((layout for layout in layouts if _missing_side(layout) is None), named)
+    mapping = given or {**instructions, **default}
     for part, column in mapping.items():
         if column not in found:
             raise CocoaError(f"{name} has no column {column!r} for {part} {did_you_mean(column, found)}.")

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import has_magic
 from io import TextIOWrapper
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, TextIO, TypeAlias
@@ -46,13 +47,21 @@ def suffix_of(place: Place) -> str:
 
 
 def remote_places(pattern: str) -> list[str]:
-    """Return the remote files that a glob matches, sorted.
+    """Return the remote file of this name, or the files that match a glob, sorted; none if there are none.
 
     :raises CocoaError: If the file system does not answer.
     """
     with reading(pattern):
         system, path = require("fsspec", "train").core.url_to_fs(pattern)
-        return [system.unstrip_protocol(name) for name in sorted(system.glob(path))]
+        if has_magic(path):
+            return [system.unstrip_protocol(name) for name in sorted(system.glob(path))]
+        try:
+            system.info(path)
+        except FileNotFoundError as error:
+            if error.__cause__ is not None:  # over http, anything that goes wrong
+                raise error.__cause__ from None
+            return []
+        return [pattern]
 
 
 def version_of(place: Place) -> tuple[str, ...]:

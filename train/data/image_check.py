@@ -106,19 +106,19 @@ class ImageCheck:
         records, usable = np.zeros(len(new), RECORD), 0
         found = tqdm(self._check(rows.images(new), max(workers, THREADS)), "checking images", len(new), unit="image",
                      disable=not len(new))  # fmt: skip
-        for number, checked in found:
-            if isinstance(checked, str):
-                self.faults[number] = checked
-            else:
-                records[usable] = (number, *checked)
-                usable += 1
+        try:
+            for number, checked in found:
+                if isinstance(checked, str):
+                    self.faults[number] = checked
+                else:
+                    records[usable] = (number, *checked)
+                    usable += 1
+        finally:  # an interrupted check is not lost
+            self._add(records[:usable])
         self.checked = np.union1d(self.checked, new)
-        self._add(records[:usable])
-        faults = {
-            number: self.faults[number]
-            for number in np.intersect1d(ids, np.array(list(self.faults), np.int64)).tolist()
-        }
-        good = self.known[np.isin(self.known["id"], np.setdiff1d(ids, np.array(list(faults), np.int64)))]
+        bad = np.intersect1d(ids, np.array(list(self.faults), dtype=np.int64))
+        faults = {number: self.faults[number] for number in bad.tolist()}
+        good = self.known[np.isin(self.known["id"], np.setdiff1d(ids, bad))]
         sizes = ImageSizes(good["id"].copy(), np.stack([good["width"], good["height"]], axis=1))
         return CheckedImages(sizes, faults, total - len(ids))
 

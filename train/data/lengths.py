@@ -16,7 +16,7 @@ TEXTS_AT_ONCE = 10_000
 def row_lengths(rows: Sequence[Row], processor: ProcessorMixin, sizes: Sizes) -> list[int]:
     """Return the number of tokens of each row, with its query and positive in one sequence.
 
-    :param sizes: Width and height of every image, in pixels.
+    :param sizes: Width and height of images, in pixels.
     :raises ImageError: If an image without a known size cannot be used.
     """
     items = [item for row in rows for item in (row.query, row.positive)]

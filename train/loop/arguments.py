@@ -95,5 +95,5 @@ def worker_count(run: RunSettings) -> int:
 
 
 def checking_worker_count(run: RunSettings) -> int:
-    """Return the number of processes that decode all images before training, when all cores are free."""
+    """Return the number of threads that check images before training, when all cores are free."""
     return available_cores() - 1 if run.workers is None and torch.accelerator.is_available() else worker_count(run)

@@ -17,7 +17,7 @@ from cocoa_embed.errors import CocoaError, UsageError
 Result = TypeVar("Result")
 
 PATIENCE = timedelta(hours=3)
-"""The longest wait for the first process, which decodes every image before training."""
+"""The longest wait for the first process, which reads the rows and checks their images before training."""
 
 
 def silence_nonzero_ranks() -> None:

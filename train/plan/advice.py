@@ -1,6 +1,5 @@
 """Warnings before the first step: settings that do not fit a stage's rows, each with what to change."""
 
-import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,16 +11,9 @@ from cocoa_embed.train.stages.stage import Stage
 MOST_EPOCHS = 20
 
 
-def mean_batch_size(stage: Stage[StageSettings], rows: RowTable) -> float:
-    """Return the rows of a step; fewer than ``batch_size`` if a step is of one subset, and a subset is smaller."""
-    held = stage.step_contents(rows)
-    batches = sum(math.ceil(each["rows"] / max(each["rows_a_step"], 1)) for each in held)
-    return len(rows) / batches if batches else stage.settings.batch_size
-
-
 def epoch_count(stage: Stage[StageSettings], rows: RowTable, steps: int) -> float:
     """Return how often so many steps draw each of the rows."""
-    return steps * mean_batch_size(stage, rows) / (len(rows) * stage.passes_per_epoch)
+    return steps * stage.mean_batch_size(rows) / (len(rows) * stage.passes_per_epoch)
 
 
 def different_rows(rows: RowTable) -> int:

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 
@@ -22,20 +21,14 @@ from cocoa_embed.model.backbone import (
     resolve_backbone,
 )
 from cocoa_embed.model.training_record import RUN_FILE, TRAINING_FILE, read_run, read_training, write_run
-from cocoa_embed.train.data.image_check import ImageCheck
-from cocoa_embed.train.data.mixture import ReadRows, read_rows
-from cocoa_embed.train.data.row_table import RowTable
+from cocoa_embed.train.data.mixture import ReadRows
 from cocoa_embed.train.data.rows import BadRow
-from cocoa_embed.train.loop.arguments import checking_worker_count
 from cocoa_embed.train.loop.checkpoints import remove_unfinished
 from cocoa_embed.train.loop.processes import meet
 from cocoa_embed.train.loop.run_record import StageResult, Start, finished_stages, new_run, read_start
 from cocoa_embed.train.plan.advice import advise
+from cocoa_embed.train.plan.stage_rows import Check, read_stages
 from cocoa_embed.train.recipe import Recipe, missing_paths
-from cocoa_embed.train.settings import StageSettings
-from cocoa_embed.train.stages.stage import Stage
-
-Check = Literal["all", "sample"]
 
 CHECKPOINTS = "checkpoints"
 """The folder in a run's folder with the checkpoints to resume from, until the stage is finished."""
@@ -112,7 +105,7 @@ def bad_rows(rows: Mapping[str, ReadRows]) -> list[BadRow]:
 def examine(recipe: Recipe, out: Path, *, resume: bool = False, check: Check = "all") -> Prepared:
     """Check a recipe against data, machine and output folder, without changing any file.
 
-    :param check: Check all images, or a sample of them.
+    :param check: Check all images, or a sample of them; a resumed run checks all.
     :raises UsageError: If the recipe has no stage, a stage has no data, this machine cannot run it, or the interrupted
         run had another recipe or other rows.
     :raises CocoaError: If data, backbone or output folder cannot be used.
@@ -132,8 +125,9 @@ def examine(recipe: Recipe, out: Path, *, resume: bool = False, check: Check = "
         _refuse_another_recipe(recipe, out)
     results = finished_stages(recipe, out) if resume else []
     start = read_start(recipe.backbone)
-    rows = read_stages(recipe, list(recipe.stages)[len(results) :], check=check)
-    steps = {stage: recipe.stages[stage].step_count(len(read.rows)) for stage, read in rows.items()}
+    # A sample may miss a broken image that the run has left out, and its rows would be others.
+    rows = read_stages(recipe, list(recipe.stages)[len(results) :], check="all" if resume else check)
+    steps = {stage: recipe.stages[stage].step_count(read.rows) for stage, read in rows.items()}
     _refuse_impossible_arguments(recipe, steps, out)
     if resume:
         _refuse_other_rows(rows, out)
@@ -190,62 +184,6 @@ def _check_stages(recipe: Recipe) -> None:
             )
         if is_sharded and stage.settings.adapter is not None:
             raise UsageError(f"{sharding} does not work with adapters; leave out sharding or {name}.adapter.")
-
-
-def read_stages(recipe: Recipe, names: list[str], *, check: Check = "all") -> dict[str, ReadRows]:
-    """Read the rows of stages. Data of several stages are read once, and each image is checked once.
-
-    :param check: Check all images, or a sample of them.
-    :raises UsageError: If a stage cannot train on its rows.
-    :raises CocoaError: If the data cannot be used.
-    """
-    read: dict[str, ReadRows] = {}
-    images = ImageCheck()
-    rows = {}
-    for name in names:
-        stage, data = recipe.stages[name], recipe.data_of(name)
-        key = data.model_dump_json()
-        if key not in read:
-            read[key] = read_rows(
-                recipe.sources_of(name),
-                on_bad_row=data.on_bad_row,
-                seed=recipe.seed,
-                workers=checking_worker_count(recipe),
-                images=images,
-                check=check,
-            )
-        rows[name] = _capped(_usable(stage, read[key]), data.max_rows, recipe.seed)
-        stage.check_rows(rows[name].rows)
-    return rows
-
-
-def _usable(stage: Stage[StageSettings], read: ReadRows) -> ReadRows:
-    """Return the rows that a stage can use, with the number of others by subset.
-
-    :raises UsageError: If there are none.
-    """
-    rows, usable = read.rows, stage.usable(read.rows)
-    if usable.all():
-        return read
-    if not usable.any():
-        raise UsageError(f"Stage {stage.name} can use none of its {len(rows):,} rows: {stage.needs}.")
-    kept = rows.select(np.flatnonzero(usable))
-    counts, left_out = _count(kept), _count(rows.select(np.flatnonzero(~usable)))
-    return replace(read, rows=kept, counts=counts, left_out=left_out)
-
-
-def _capped(read: ReadRows, max_rows: int | None, seed: int) -> ReadRows:
-    """Return at most ``max_rows`` rows, drawn by the seed, in order."""
-    if max_rows is None or len(read.rows) <= max_rows:
-        return read
-    kept = read.rows.select(np.sort(np.random.default_rng(seed).choice(len(read.rows), max_rows, replace=False)))
-    return replace(read, rows=kept, counts=_count(kept))
-
-
-def _count(rows: RowTable) -> dict[str, int]:
-    """Return the number of rows of each subset."""
-    counts = np.bincount(rows.column("subset"), minlength=len(rows.subsets))
-    return dict(zip(rows.subsets, counts.tolist(), strict=True))
 
 
 def _recipe_changes(before: dict[str, Any], after: dict[str, Any], *, prefix: str = "") -> list[str]:

@@ -11,18 +11,21 @@ import numpy as np
 from accelerate import PartialState
 from transformers import PreTrainedConfig, ProcessorMixin
 
+from cocoa_embed.errors import CocoaError, ImageError
 from cocoa_embed.model.backbone import load_processor, read_config
 from cocoa_embed.model.flex_attention import FLEX
+from cocoa_embed.train.data.broken_rows import REMEDY
 from cocoa_embed.train.data.mixture import ReadRows
 from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.loop.checkpoints import newest_complete, step_of
 from cocoa_embed.train.loop.processes import by_first_process
-from cocoa_embed.train.plan.advice import different_images, epoch_count, mean_batch_size
+from cocoa_embed.train.plan.advice import different_images, epoch_count
 from cocoa_embed.train.plan.cards import seconds_on
-from cocoa_embed.train.plan.checks import CHECKPOINTS, Check, Prepared, bad_rows, examine
+from cocoa_embed.train.plan.checks import CHECKPOINTS, Prepared, bad_rows, examine
 from cocoa_embed.train.plan.cost import BatchShape, StepCost, batch_shape
 from cocoa_embed.train.plan.memory import ADAM_MOMENTS, FULL, stage_parameters, training_memory
+from cocoa_embed.train.plan.stage_rows import Check
 from cocoa_embed.train.recipe import Recipe
 from cocoa_embed.train.settings import SourceSettings, StageSettings
 from cocoa_embed.train.stages.stage import Stage
@@ -56,6 +59,7 @@ class StagePlan:
     :param rows: Rows by subset, after caps and weights.
     :param subsets: More about the rows of each subset.
     :param needs: What rows that are left out lack, and what to do.
+    :param max_rows: The cap that the rows of all subsets were drawn to, if there were more.
     :param step_contents: What a step holds, by subset, if its rows are of one subset.
     :param steps: The steps of the whole stage; ``steps_done`` of them are in the checkpoint that it resumes from.
     :param epochs: How often the steps draw each row.
@@ -79,6 +83,7 @@ class StagePlan:
     rows: dict[str, int]
     subsets: dict[str, SubsetPlan]
     needs: str
+    max_rows: int | None
     step_contents: list[dict[str, Any]]
     steps: int
     steps_done: int
@@ -171,12 +176,15 @@ def _plan_stage(
     prepared: Prepared, name: str, processor: ProcessorMixin, config: PreTrainedConfig, out: Path
 ) -> StagePlan:
     stage, read, steps = prepared.recipe.stages[name], prepared.rows[name], prepared.steps[name]
-    run, settings, devices = stage.run, stage.settings, PartialState().num_processes
+    run, settings, data = stage.run, stage.settings, prepared.recipe.data_of(name)
+    devices = PartialState().num_processes
     checkpoint = newest_complete(out / CHECKPOINTS / name) if prepared.is_resumed else None
     steps_done = 0 if checkpoint is None else step_of(checkpoint)
     at_once = stage.sequences_at_once(devices)
-    shapes = _sequence_shapes(stage, sample_rows(read.rows, run.seed), processor, config)
-    largest = _sequence_shapes(stage, largest_rows(read.rows), processor, config)
+    shapes, largest = (
+        _sequence_shapes(stage, rows, processor, config, data.on_bad_row)
+        for rows in (sample_rows(read.rows, run.seed), largest_rows(read.rows))
+    )
     longest = max((shape for of_row in shapes + largest for shape in of_row), key=lambda shape: shape.tokens)
     cost, counts = StepCost.of(config, settings), stage_parameters(config, settings, stage.extra_module)
     memory = training_memory(
@@ -189,7 +197,7 @@ def _plan_stage(
         freeze_vision=settings.freeze_vision,
         dense_mask=stage.attention() != FLEX,
     )
-    batch_size = mean_batch_size(stage, read.rows)
+    batch_size = stage.mean_batch_size(read.rows)
     rows_on_device = stage.micro_batches(devices)[0] // devices
     patches = fmean(sum(shape.patches for shape in of_row) for of_row in shapes)
     inputs = round(rows_on_device * patches * cost.size.geometry.patch_width * FULL)
@@ -201,6 +209,7 @@ def _plan_stage(
         rows=read.counts,
         subsets=_subsets(read, prepared.recipe.sources_of(name)),
         needs=stage.needs,
+        max_rows=len(read.rows) if len(read.rows) == data.max_rows else None,
         step_contents=stage.step_contents(read.rows),
         steps=steps,
         steps_done=steps_done,
@@ -232,10 +241,20 @@ def _subsets(read: ReadRows, sources: Mapping[str, SourceSettings]) -> dict[str,
 
 
 def _sequence_shapes(
-    stage: Stage[StageSettings], rows: RowTable, processor: ProcessorMixin, config: PreTrainedConfig
+    stage: Stage[StageSettings], rows: RowTable, processor: ProcessorMixin, config: PreTrainedConfig, on_bad_row: str
 ) -> list[list[BatchShape]]:
-    """Return the shapes of each row's sequences."""
-    return [[batch_shape(batch) for batch in stage.sequences(example, processor, config)] for example in numbered(rows)]
+    """Return the shapes of each row's sequences.
+
+    :raises CocoaError: If an image proves broken, and ``on_bad_row`` is ``stop``; ``skip`` leaves its row out.
+    """
+    shapes = []
+    for example in numbered(rows):
+        try:
+            shapes.append([batch_shape(batch) for batch in stage.sequences(example, processor, config)])
+        except ImageError as error:
+            if on_bad_row == "stop":
+                raise CocoaError(f"{error}. {REMEDY}") from error
+    return shapes
 
 
 def sample_rows(rows: RowTable, seed: int) -> RowTable:

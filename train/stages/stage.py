@@ -86,16 +86,17 @@ class Stage(ABC, Generic[Own]):
         """How many times an epoch draws each row."""
         return 1
 
-    def full_batch(self, rows: int) -> int:
-        """Return how many of so many rows a step holds."""
+    def mean_batch_size(self, rows: RowTable) -> float:
+        """Return how many of these rows a step holds on average."""
         return self.settings.batch_size
 
-    def step_count(self, rows: int) -> int:
-        """Return the optimisation steps over so many rows."""
+    def step_count(self, rows: RowTable) -> int:
+        """Return the optimisation steps over these rows."""
         if self.settings.steps is not None:
             return self.settings.steps
         assert self.settings.epochs is not None  # validated with the settings
-        steps = math.ceil(self.settings.epochs * rows * self.passes_per_epoch / self.full_batch(rows))
+        draws = self.settings.epochs * len(rows) * self.passes_per_epoch
+        steps = math.ceil(draws / self.mean_batch_size(rows) - 1e-9)
         return max(steps, self.settings.min_steps or 1)
 
     def step_contents(self, rows: RowTable) -> list[dict[str, Any]]:

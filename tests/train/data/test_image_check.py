@@ -107,6 +107,27 @@ def test_a_second_check_opens_only_what_has_changed(
     assert (shown.out, "checking images" in shown.err) == ("", True)
 
 
+def test_an_interrupted_check_keeps_what_it_has_found(
+    images: dict[str, ItemImage], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = [images[name] for name in ("wide.png", "turned.jpg", "cell 0")]
+    monkeypatch.setattr(image_check, "IMAGES_IN_MEMORY", 1)
+    read: list[ItemImage] = []
+
+    def interrupted(image: ItemImage) -> tuple[int, int]:
+        if len(read) == 2:
+            raise KeyboardInterrupt
+        read.append(image)
+        return read_size(image)
+
+    monkeypatch.setattr(image_check, "read_size", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        check(good)
+    read.clear()
+    check(good)
+    assert len(read) == 1
+
+
 def test_a_cache_that_cannot_be_used_is_no_obstacle(
     images: dict[str, ItemImage], cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

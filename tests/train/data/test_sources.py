@@ -218,7 +218,8 @@ def test_a_remote_file_is_read_as_a_local_one(images: Path, kind: str) -> None:
     [
         ("memory://nothing/*.csv", r"memory://nothing/\*\.csv does not exist and matches no file"),
         ("nosuchprotocol://a.csv", r"nosuchprotocol://a\.csv cannot be read \(Protocol not known: nosuchprotocol"),
-        ("http://127.0.0.1:9/a.csv", r"http://127\.0\.0\.1:9/a\.csv cannot be read|does not exist"),
+        ("memory://nothing/a.csv", r"memory://nothing/a\.csv does not exist; give"),
+        ("http://127.0.0.1:9/a.csv", r"http://127\.0\.0\.1:9/a\.csv cannot be read \(.+\)\.$"),
     ],
 )
 def test_a_remote_file_that_cannot_be_read_is_an_error_in_one_sentence(address: str, message: str) -> None:
@@ -270,6 +271,8 @@ def test_instructions_come_from_a_column_or_are_the_same_for_all(images: Path) -
     assert instructions == [("Find: ", "Represent it:"), ("Look for\n", "Represent it:"), (None, "Represent it:")]
     assert [row.query.full_text for row in found] == ["Find: a ring", "Look for\na star", "a cross"]
     assert found[0].negatives == (Item("x", (), "Represent it: "),)
+    other = write_table(images / "other.jsonl", [{"text": "a ring", "image": "a.png", "query_instruction": "Find:"}])
+    assert read(file=str(other))[0].query == Item("a ring", (), "Find: "), "beside columns of other names, too"
     ((), errors) = read_all(file=str(write_table(images / "empty.jsonl", [{**rows[0], "query_text": ""}])))
     assert "the query is empty" in errors[0].reason
     write_table(images / "metadata.jsonl", [{"file_name": "a.png", "text": "a ring"}])
@@ -299,6 +302,8 @@ def mmeb(tmp_path: Path) -> Path:
         mmeb_row(qry="Find a star.\n", pos_text=f"{IMAGE}\nRepresent it.\n", pos_image_path="images/b.png"),
         mmeb_row(qry=f"{IMAGE}\n", qry_image_path="images/a.png", pos_text=f"Here {IMAGE} is.", neg_text=f"{IMAGE}\n",
                  pos_image_path="images/b.png", neg_image_path="images/a.png"),
+        mmeb_row(qry=f"{IMAGE}\nRepresent the given image with the following question: What is it?\n",
+                 qry_image_path="images/a.png", pos_text="a cross", neg_text="a star"),
         mmeb_row(qry="Like this", qry_image_path="images/a.png", pos_text="x", neg_image_path="images/b.png"),
         mmeb_row(qry=f"{IMAGE}\nNo image", pos_text="x"),
         mmeb_row(qry=f"{RESERVED_TOKENS[2]} x", pos_text="x"),
@@ -315,10 +320,12 @@ def test_the_mmeb_layout_gives_every_combination_of_text_and_image(mmeb: Path) -
         (Item("What is it?", (one,)), Item("a ring"), Item("a star")),
         (Item("Find a star."), Item("Represent it.", (other,))),
         (Item(images=(one,)), Item("Here is.", (other,)), Item(images=(one,))),
+        (Item("What is it?", (one,), "Represent the given image with the following question: "), Item("a cross"),
+         Item("a star")),
         (Item("Like this", (one,)), Item("x"), Item(images=(other,))),
-    ]
+    ]  # fmt: skip
     assert {row.subset for row in rows} == {"OK-VQA"}
-    assert [row.source.rpartition(", ")[2] for row in bad] == ["row 5", "row 6"]
+    assert [row.source.rpartition(", ")[2] for row in bad] == ["row 6", "row 7"]
     assert [row.reason.split()[-1] for row in bad] == ["image", "it"]
 
 

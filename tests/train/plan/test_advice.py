@@ -55,7 +55,7 @@ def contrastive(**values: Any) -> Stage[Any]:
     ],
 )
 def test_each_warning_names_the_setting_to_change(stage: Stage[Any], table: RowTable, expected: list[str]) -> None:
-    steps = stage.step_count(len(table))
+    steps = stage.step_count(table)
     found = list(advise(stage, table, steps))
     assert len(found) == len(expected), found
     for sentence, parts in zip(found, expected, strict=True):
@@ -66,7 +66,7 @@ def test_each_warning_names_the_setting_to_change(stage: Stage[Any], table: RowT
 def test_a_thousand_photographs_are_too_few_for_the_papers_recipe_and_not_for_that_of_an_own_folder() -> None:
     def warnings(recipe: str) -> list[str]:
         stages = Recipe.load(recipe).stages.values()
-        return [warning for stage in stages for warning in advise(stage, rows(1000), stage.step_count(1000))]
+        return [warning for stage in stages for warning in advise(stage, rows(1000), stage.step_count(rows(1000)))]
 
     assert warnings("own-folder") == []
     parts = ("warmup draws each of its 1,000 rows 384 times", "bridge ends at step 32", "and the stage has 32",

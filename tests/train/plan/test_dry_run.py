@@ -24,9 +24,10 @@ from cocoa_embed.train.data.mixture import ReadRows
 from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.loop.trainer import CocoaTrainer
 from cocoa_embed.train.plan.cards import CARDS, UTILISATION
-from cocoa_embed.train.plan.checks import examine, prepare, read_stages
+from cocoa_embed.train.plan.checks import examine, prepare
 from cocoa_embed.train.plan.dry_run import SAMPLE, plan, sample_rows
 from cocoa_embed.train.plan.memory import count_parameters
+from cocoa_embed.train.plan.stage_rows import read_stages
 from cocoa_embed.train.recipe import STAGES
 from cocoa_embed.train.timing import seconds_per_step
 
@@ -218,6 +219,18 @@ def test_max_rows_draws_from_all_subsets_by_the_seed_after_unusable_rows_are_lef
     assert sources == sorted(sources, reverse=True), "in the order of the subsets"
 
 
+def test_images_that_only_decoding_finds_broken_stop_a_plan_or_are_left_out_of_its_sample(
+    recipe: MakeRecipe, captions_and_pairs: dict[str, Any], tmp_path: Path
+) -> None:
+    image = tmp_path / "e.png"
+    image.write_bytes(image.read_bytes().replace(b"IDAT", b"IDAT" + bytes(8)))
+    with pytest.raises(CocoaError, match=r"e\.png: .*data\.on_bad_row=skip"):
+        plan(recipe(data=captions_and_pairs, bridge=None, contrastive=None), tmp_path / "out")
+    skipping = {**captions_and_pairs, "on_bad_row": "skip"}
+    (planned,) = plan(recipe(data=skipping, bridge=None, contrastive=None), tmp_path / "out").stages
+    assert planned.rows == {"photos": 30, "pairs": 3}
+
+
 def test_a_bridge_without_any_text_is_refused(recipe: MakeRecipe, tmp_path: Path) -> None:
     write_images(tmp_path, "ab")
     pairs = write_table(tmp_path / "pairs.jsonl", [{"query_image": "a.png", "positive_image": "b.png"}])
@@ -264,7 +277,11 @@ def test_the_command_prints_the_plan(recipe: MakeRecipe, tmp_path: Path, capsys:
     assert all(f"warning: {warning}" in printed.err for warning in document["warnings"])
     assert "before its loss can leave the plateau" in document["warnings"][0]
     assert not (tmp_path / "out").exists()
-    with pytest.raises(SystemExit) as ended:
-        cli.main([*arguments, "--card", "h10"])
-    assert ended.value.code == 2
-    assert "--card 'h10' is unknown (did you mean 'h100'?" in capsys.readouterr().err
+    for options, message in (
+        (["--dry-run", "--card", "h10"], "--card 'h10' is unknown (did you mean 'h100'?"),
+        (["--card", "h100"], "give --dry-run, too"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*arguments[:2], *options])
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Stage 3: its batches, its loss and its trainer."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -74,6 +75,11 @@ class Contrastive(Stage[ContrastiveSettings]):
         """Return what a step on each subset holds."""
         return [asdict(content) for content in step_contents(rows, self.settings, PartialState().num_processes)]
 
+    def mean_batch_size(self, rows: RowTable) -> float:
+        """Return how many rows a step holds on average: a subset's last batch of an epoch may be smaller."""
+        contents = step_contents(rows, self.settings, PartialState().num_processes)
+        return len(rows) / sum(math.ceil(content.rows / max(content.rows_a_step, 1)) for content in contents)
+
     def row_warnings(self, rows: RowTable) -> list[str]:
         """Return a sentence for each subset whose batches are small, or have few negatives."""
         contents = step_contents(rows, self.settings, PartialState().num_processes)
@@ -88,10 +94,6 @@ class Contrastive(Stage[ContrastiveSettings]):
     def passes_per_epoch(self) -> int:
         """Once per direction that is a row of its own."""
         return 2 if self.settings.directions == "both" else 1
-
-    def full_batch(self, rows: int) -> int:
-        """Return ``batch_size``, or all rows if they are fewer: a batch does not go on in the next epoch."""
-        return min(self.settings.batch_size, rows)
 
     def sequences_at_once(self, devices: int) -> int:
         """Return the items of a mini-batch."""

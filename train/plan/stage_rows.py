@@ -1,0 +1,74 @@
+"""Read the rows of a run's stages: those that each can use, at most ``max_rows``."""
+
+from dataclasses import replace
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from cocoa_embed.errors import UsageError
+from cocoa_embed.train.data.image_check import ImageCheck
+from cocoa_embed.train.data.mixture import ReadRows, read_rows
+from cocoa_embed.train.data.row_table import RowTable
+from cocoa_embed.train.loop.arguments import checking_worker_count
+from cocoa_embed.train.recipe import Recipe
+from cocoa_embed.train.settings import StageSettings
+from cocoa_embed.train.stages.stage import Stage
+
+Check: TypeAlias = Literal["all", "sample"]
+"""The images to check before a run."""
+
+
+def read_stages(recipe: Recipe, names: list[str], *, check: Check = "all") -> dict[str, ReadRows]:
+    """Read the rows of stages. Data of several stages are read once, and each image is checked once.
+
+    :param check: Check all images, or a sample of them.
+    :raises UsageError: If a stage cannot train on its rows.
+    :raises CocoaError: If the data cannot be used.
+    """
+    read: dict[str, ReadRows] = {}
+    images = ImageCheck()
+    rows = {}
+    for name in names:
+        stage, data = recipe.stages[name], recipe.data_of(name)
+        key = data.model_dump_json()
+        if key not in read:
+            read[key] = read_rows(
+                recipe.sources_of(name),
+                on_bad_row=data.on_bad_row,
+                seed=recipe.seed,
+                workers=checking_worker_count(recipe),
+                images=images,
+                check=check,
+            )
+        rows[name] = _capped(_usable(stage, read[key]), data.max_rows, recipe.seed)
+        stage.check_rows(rows[name].rows)
+    return rows
+
+
+def _usable(stage: Stage[StageSettings], read: ReadRows) -> ReadRows:
+    """Return the rows that a stage can use, with the number of others by subset.
+
+    :raises UsageError: If there are none.
+    """
+    rows, usable = read.rows, stage.usable(read.rows)
+    if usable.all():
+        return read
+    if not usable.any():
+        raise UsageError(f"Stage {stage.name} can use none of its {len(rows):,} rows: {stage.needs}.")
+    kept = rows.select(np.flatnonzero(usable))
+    counts, left_out = _count(kept), _count(rows.select(np.flatnonzero(~usable)))
+    return replace(read, rows=kept, counts=counts, left_out=left_out)
+
+
+def _capped(read: ReadRows, max_rows: int | None, seed: int) -> ReadRows:
+    """Return at most ``max_rows`` rows, drawn by the seed, in order."""
+    if max_rows is None or len(read.rows) <= max_rows:
+        return read
+    kept = read.rows.select(np.sort(np.random.default_rng(seed).choice(len(read.rows), max_rows, replace=False)))
+    return replace(read, rows=kept, counts=_count(kept))
+
+
+def _count(rows: RowTable) -> dict[str, int]:
+    """Return the number of rows of each subset."""
+    counts = np.bincount(rows.column("subset"), minlength=len(rows.subsets))
+    return dict(zip(rows.subsets, counts.tolist(), strict=True))
