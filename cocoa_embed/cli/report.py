@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from cocoa_embed.report.content import EvalResult
     from cocoa_embed.train.diagnosis import Diagnosis
 
-REPORT_FILE = "report.html"
 RESULT_FILES = ("pairs.json", "mmeb.json")
 
 
@@ -45,7 +44,7 @@ def report(
         from cocoa_embed.report.page import render_page
 
         record = read_run(run)
-        page = out or run / REPORT_FILE
+        page = out or run / "report.html"
         if page.is_dir():
             raise UsageError(f"{printable(page)} is a folder; give --out the name of a file")
         inside = sorted(file for name in RESULT_FILES for file in run.rglob(name))
@@ -138,4 +137,4 @@ def diagnosis_lines(diagnosis: Diagnosis) -> Iterator[str]:
             f"{none:.1%} with none; matched minus shuffled {100 * (matching - shuffled):+.1f} points"
         )
     for name, value in diagnosis.geometry.items():
-        yield f"  {name.replace('_', ' '):<14}  {value:.3f} ({GEOMETRY[name].short})"
+        yield f"  {name.replace('_', ' '):<14}  {value:.3f} ({GEOMETRY[name]})"
