@@ -19,7 +19,7 @@ MATCHING, SHUFFLED, NO_IMAGE = list(SERIES)[-3:]
 
 GEOMETRY = {
     "alignment": "mean squared distance of a pair: 0 for equal embeddings, about 2 for unrelated ones",
-    "uniformity": "how evenly they are spread over the sphere: 0 is all in one place, about −4 an even spread",
+    "uniformity": "how evenly they are spread over the sphere: 0 is all in one place, about -4 an even spread",
     "modality_gap": "distance between the centres of images and texts: 0 if they are in the same place",
     "effective_rank": "dimensions in use: few mean that the embeddings have collapsed",
 }

@@ -29,13 +29,6 @@ def test_groups_are_resampled_whole() -> None:
     assert np.ptp(naive) == pytest.approx(np.ptp(once) / math.sqrt(5), rel=0.1)
 
 
-def test_an_interval_is_close_to_that_of_the_normal_distribution() -> None:
-    values = seeded(3).normal(size=(500, 2)) * [1, 3] + [0, 10]
-    for column, interval in zip(values.T, mean_intervals(values, alone(500), seeded()), strict=True):
-        error = column.std() / math.sqrt(500)
-        assert interval == pytest.approx((column.mean() - 1.96 * error, column.mean() + 1.96 * error), abs=0.15 * error)
-
-
 def test_equal_values_and_a_single_group_give_a_point_and_a_seed_the_same_interval() -> None:
     assert mean_intervals(np.ones((9, 1)), alone(9), seeded()).tolist() == [[1.0, 1.0]]
     values = seeded(4).random((50, 3))
