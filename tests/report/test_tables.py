@@ -60,18 +60,8 @@ def test_html_markdown_and_terminal_show_the_same_cells_and_the_best_of_each_col
     assert console.export_text(styles=True, clear=False).count("\x1b[1m   0.50\x1b[0m") == 2
     words = [line.split() for line in console.export_text().splitlines() if "0." in line]
     assert words[:2] == [["ours", "0.50", "0.31"], ["0.4–0.6"]]
-
-
-@pytest.mark.parametrize(
-    ("scores", "best"),
-    [
-        ([Score("2.0", -2.0), Score("1.5", -1.5)], [False, True]),  # negated where lower is better
-        ([Score("0.31", 0.31), Score("0.02")], [False, False]),  # with nothing to compare it with
-    ],
-)
-def test_negated_and_single_values(scores: list[Score], best: list[bool]) -> None:
-    table = Table("Scores", ["model", "score"], [["a model", score] for score in scores])
-    assert [row[1].is_best for row in table.cells] == best
+    single = Table("Scores", ["model", "score"], [["ours", Score("0.31", 0.31)], ["chance", Score("0.02")]])
+    assert not single.cells[0][1].is_best, "there is nothing to compare it with"
 
 
 def test_texts_are_escaped(scores: Table) -> None:
