@@ -71,21 +71,9 @@ def test_mmeb_prints_json_and_tables_and_writes_three_files(mmeb: Run) -> None:
     assert json.loads((folder / "mmeb.json").read_text()) == document
     assert "| ours |" in (folder / "mmeb.md").read_text()
     assert "CoCoA (Qwen2-VL-2B)" in (folder / "mmeb.html").read_text()
-    assert not list(folder.rglob("*.new"))
     (finished,) = (folder / "finished").glob("OK-VQA-*.json")
     ranks = json.loads(finished.read_text())["by_row"]["rank"]
     assert document["subsets"]["OK-VQA"]["precision@1"] == sum(rank == 1 for rank in ranks) / ROWS
-
-
-def test_mmeb_takes_subsets_a_limit_and_a_folder(mmeb: Run, models: dict[str, ScoredModel]) -> None:
-    arguments = ("--subset", "MSCOCO_t2i", "--subset", "OK-VQA", "--limit", 3, "--out", "results", "--json")
-    document = mmeb(*arguments).document()
-    found = [(name, each["rows"], each["partial"]) for name, each in document["subsets"].items()]
-    assert found == [("OK-VQA", 3, True), ("MSCOCO_t2i", 3, True)]
-    calls = models["ours"].calls
-    assert mmeb(*arguments).document() == document
-    assert models["ours"].calls == calls, "all results are cached"
-    assert Path("results/mmeb.html").is_file()
 
 
 def test_an_interrupted_run_keeps_finished_subsets(mmeb: Run, models: dict[str, ScoredModel]) -> None:
@@ -122,8 +110,11 @@ def test_wrong_input_of_mmeb_is_one_sentence_before_the_model_is_loaded(
         assert message in mmeb(*arguments).error()
     assert not Path("cocoa-eval").exists()
     models["ours"] = ours
-    document = mmeb("--subset", "MSCOCO_t2i", "--repeated-targets", "merge", "--json").document()
-    assert document["subsets"]["MSCOCO_t2i"]["rows_merged"] == 1
+    chosen = ("--subset", "MSCOCO_t2i", "--subset", "ImageNet-1K", "--limit", 3, "--repeated-targets", "merge")
+    subsets = mmeb(*chosen, "--json").document()["subsets"]
+    assert [(name, each["rows"], each["rows_merged"], each["partial"]) for name, each in subsets.items()] == [
+        ("ImageNet-1K", 3, 0, True), ("MSCOCO_t2i", 3, 1, True)
+    ]  # fmt: skip
 
 
 @pytest.mark.usefixtures("models")
@@ -149,11 +140,9 @@ def test_pairs_of_a_table_with_named_columns(pairs: Run, command: Command, scene
     table.write_text("\n".join(json.dumps({"says": row["text"], "shows": row["file_name"]}) for row in rows))
     named = ("--query-text", "says", "--positive-image", "shows", "--images", scenes)
     document = command("eval", "pairs", table, "--model", "ours", "--json", *named).document()
-    expected = pairs("ours", "--json").document()
     columns = {"query_text": "says", "query_image": None, "positive_text": None, "positive_image": "shows"}
-    assert document.pop("data") == {"path": str(table), "images": str(scenes), "columns": columns}
-    assert expected.pop("data") == {"path": str(scenes), "images": None, "columns": dict.fromkeys(columns)}
-    assert document == expected
+    assert document["data"] == {"path": str(table), "images": str(scenes), "columns": columns}
+    assert document["subsets"] == pairs("ours", "--json").document()["subsets"]
 
 
 def test_a_model_of_another_architecture_is_scored_too(pairs: Run, scenes: Path) -> None:

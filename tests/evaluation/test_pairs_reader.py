@@ -48,29 +48,25 @@ def test_pairs_of_any_items_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "columns", "message"),
+    ("name", "message"),
     [
-        ("rows.csv", None, r"no column holds the query; give --query-text or --query-image \(columns found: a, b\)"),
-        ("empty.jsonl", None, "has no rows"),
-        ("missing.jsonl", None, r"missing.jsonl:2: the image .*gone.png does not exist"),
-        ("gone.csv", None, "does not exist; name an image folder"),
-        ("untitled", None, r"metadata\.jsonl, a\.png: has no 'text' \(columns found: file_name\)"),
-        ("untitled", {"query_text": "text"}, "is an image folder"),
-        ("bare", None, r"has no metadata\.jsonl"),
+        ("rows.csv", r"no column holds the query; give --query-text or --query-image \(columns found: a, b\)"),
+        ("empty.jsonl", "has no rows"),
+        ("missing.jsonl", r"missing.jsonl:2: the image .*gone.png does not exist"),
+        ("gone.csv", "does not exist; name an image folder"),
+        ("untitled", r"metadata\.jsonl, a\.png: has no 'text' \(columns found: file_name\)"),
     ],
 )
-def test_a_table_or_a_folder_that_cannot_be_used_is_an_error_with_the_row_or_the_option(
-    tmp_path: Path, name: str, columns: dict[str, str] | None, message: str
+def test_data_that_cannot_be_used_are_an_error_with_the_row_or_the_option(
+    tmp_path: Path, name: str, message: str
 ) -> None:
-    for folder in ("untitled", "bare"):
-        write_images(tmp_path / folder, "a")
-    good, gone = ({"text": "a", "image": image} for image in ("bare/a.png", "gone.png"))
+    write_images(tmp_path / "untitled", "a")
     write_table(tmp_path / "rows.csv", [{"a": "1", "b": "2"}])
     write_table(tmp_path / "empty.jsonl", [])
-    write_table(tmp_path / "missing.jsonl", [good, gone])
+    write_table(tmp_path / "missing.jsonl", [{"text": "a", "image": each} for each in ("untitled/a.png", "gone.png")])
     write_table(tmp_path / "untitled/metadata.jsonl", [{"file_name": "a.png"}])
     with pytest.raises(CocoaError, match=message):
-        read_pairs(tmp_path / name, None, columns)
+        read_pairs(tmp_path / name)
 
 
 def test_an_image_folder_gives_a_pair_for_each_row(tmp_path: Path) -> None:

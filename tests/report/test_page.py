@@ -118,16 +118,13 @@ def test_empty_sections_are_left_out_and_searches_without_a_right_hit_say_so(ful
     assert words not in full
 
 
-@pytest.mark.parametrize(
-    ("rows", "words"),
-    [
+def test_the_text_beside_the_mask_names_leaks_and_variants(full: str) -> None:
+    for rows, words in (
         (["11101", *MASK["allowed"][1:]], "which the bridge must not allow"),
         (["11100", "11100", "11100", "00111", "00111"], "<code>&lt;EOS&gt;</code> itself does not attend to B"),
-    ],
-)
-def test_the_text_beside_the_mask_names_leaks_and_variants(full: str, rows: list[str], words: str) -> None:
-    assert words not in full
-    assert words in " ".join(page_of(without_charts(mask={**MASK, "allowed": rows})).split())
+    ):
+        assert words not in full
+        assert words in " ".join(page_of(without_charts(mask={**MASK, "allowed": rows})).split())
 
 
 def test_the_data_show_held_out_and_skipped_rows_and_long_texts_are_cut(full: str) -> None:
