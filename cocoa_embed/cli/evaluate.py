@@ -49,7 +49,6 @@ def mmeb(
         from cocoa_embed.evaluation.mmeb_tables import mmeb_tables
         from cocoa_embed.evaluation.result_cache import ResultCache
         from cocoa_embed.model.loading import check_model
-        from cocoa_embed.report.tables import to_terminal
 
         folder = MmebFolder(data, images, limit, repeated_targets == "merge")
         subsets, *_ = check_all(
@@ -79,7 +78,10 @@ def mmeb(
                 f"interrupted; {finished} of {len(subsets)} subsets are finished in {results}; the same command"
                 " continues from there"
             ) from None
-        console.print(to_terminal(mmeb_tables(document)[0]))
+        for name, average in document["averages"].items():
+            if average is not None:
+                covered = document["coverage"][name]
+                say(console, f"{name}: precision@1 {average:.3f} of {covered['run']}/{covered['of']} subsets")
         say(console, f"wrote {results / 'mmeb'}.json, .md and .html")
     if as_json:
         print_json(document)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cocoa_embed.cli.output import DeviceOption, JsonOption, check_all, print_json, say, silence_libraries, working
-from cocoa_embed.errors import CocoaError, UsageError, one_line, printable, require
+from cocoa_embed.errors import CocoaError, one_line, printable, require
 from cocoa_embed.report.words import GEOMETRY
 
 if TYPE_CHECKING:
@@ -45,8 +45,6 @@ def report(
 
         record = read_run(run)
         page = out or run / "report.html"
-        if page.is_dir():
-            raise UsageError(f"{printable(page)} is a folder; give --out the name of a file")
         inside = sorted(file for name in RESULT_FILES for file in run.rglob(name))
         files = dict.fromkeys(file.resolve() for file in (*(results or ()), *inside))
         found = [read_result(file, run, record) for file in files]

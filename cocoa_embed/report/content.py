@@ -108,9 +108,7 @@ def headlines(result: EvalResult, stages: Mapping[str, Any]) -> Iterator[Headlin
             yield Headline(way.replace("_", " "), f"{score:.1%}", meaning, " · ".join(beside))
     elif (mean := document["averages"]["overall"]) is not None:
         covered = document["coverage"]["overall"]
-        beside = [f"chance: {document['chance']['overall']:.1%}"]
-        if not covered["complete"]:
-            beside.append(f"{covered['run']} of {covered['of']} subsets")
+        beside = [f"chance: {document['chance']['overall']:.1%}", f"{covered['run']} of {covered['of']} subsets"]
         yield Headline(document["benchmark"], f"{mean:.1%}", "precision@1, the mean over subsets", " · ".join(beside))
 
 

@@ -69,7 +69,7 @@ def test_a_file_that_is_no_result_is_named(finished: Path, tmp_path: Path, comma
 def test_what_cannot_be_read_or_written_is_one_sentence(copy: Path, tmp_path: Path, command: Command) -> None:
     for arguments, words in (
         ((copy / "bridge",), f"it is part of the run {copy}"),
-        ((copy, "--out", copy), "is a folder; give --out the name of a file"),
+        ((copy, "--out", copy), "small cannot be written"),
         ((copy, "--eval", tmp_path / "missing.json"), "missing.json cannot be read"),
     ):
         assert words in command("report", *arguments).error()

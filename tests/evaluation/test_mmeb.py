@@ -10,9 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from fake_model import colour_image
-from mmeb_layout import mmeb_row, subset_rows, write_benchmark, write_mosaics, write_subset
 from PIL import Image
-from scored_model import ScoredModel
+from scored_model import ScoredModel, mmeb_row, subset_rows, write_benchmark, write_mosaics, write_subset
 
 from cocoa_embed.data.mmeb import SUBSETS
 from cocoa_embed.encode.encoder import Encoder

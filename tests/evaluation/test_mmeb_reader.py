@@ -4,7 +4,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
-from mmeb_layout import mmeb_row, write_benchmark, write_mosaics, write_subset
+from scored_model import mmeb_row, write_benchmark, write_mosaics, write_subset
 
 from cocoa_embed.data.rows import Item
 from cocoa_embed.errors import CocoaError
