@@ -34,7 +34,6 @@ def mmeb(
     model: Annotated[str, typer.Option(help="A SentenceTransformer folder, or owner/name on the Hugging Face hub.")],
     subset: Annotated[list[str] | None, typer.Option(help="A subset, repeatable [default: all].")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Score only the first rows, as partial scores.")] = None,
-    missing_images: Annotated[Literal["error", "skip"], typer.Option(help="Rows with missing images.")] = "error",
     repeated_targets: Annotated[Literal["error", "merge"], typer.Option(help="Targets listed twice.")] = "error",
     batch_tokens: BatchTokensOption = BATCH_TOKENS,
     out: Annotated[Path | None, typer.Option(help="For results [default: cocoa-eval/MODEL-FINGERPRINT].")] = None,
@@ -51,7 +50,7 @@ def mmeb(
         from cocoa_embed.evaluation.result_cache import ResultCache
         from cocoa_embed.model.loading import check_model
 
-        folder = MmebFolder(data, images, limit, missing_images == "skip", repeated_targets == "merge")
+        folder = MmebFolder(data, images, limit, repeated_targets == "merge")
         subsets, *_ = check_all(
             partial(folder.read_subsets, subset or []), partial(check_model, model), *_checks_of_out(out)
         )
@@ -79,18 +78,13 @@ def mmeb(
                 f"interrupted; {finished} of {len(subsets)} subsets are finished in {results}; the same command"
                 " continues from there"
             ) from None
-        say(console, averages_line(document))
+        for name, average in document["averages"].items():
+            if average is not None:
+                covered = document["coverage"][name]
+                say(console, f"{name}: precision@1 {average:.3f} of {covered['run']}/{covered['of']} subsets")
         say(console, f"wrote {results / 'mmeb'}.json, .md and .html")
     if as_json:
         print_json(document)
-
-
-def averages_line(document: Mapping[str, Any]) -> str:
-    """Return the averages, and the number of their subsets if some are missing."""
-    covered = document["coverage"]
-    averages = {name: mean for name, mean in document["averages"].items() if mean is not None}
-    counts = {name: "" if each["complete"] else f" ({each['run']}/{each['of']})" for name, each in covered.items()}
-    return "precision@1: " + ", ".join(f"{name} {mean:.3f}{counts[name]}" for name, mean in averages.items())
 
 
 @evaluation.command()

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cocoa_embed.cli.output import DeviceOption, JsonOption, check_all, print_json, say, silence_libraries, working
-from cocoa_embed.errors import CocoaError, UsageError, one_line, printable, require
+from cocoa_embed.errors import CocoaError, one_line, printable, require
 from cocoa_embed.report.words import GEOMETRY
 
 if TYPE_CHECKING:
     from cocoa_embed.report.content import EvalResult
     from cocoa_embed.train.diagnosis import Diagnosis
 
-REPORT_FILE = "report.html"
 RESULT_FILES = ("pairs.json", "mmeb.json")
 
 
@@ -45,9 +44,7 @@ def report(
         from cocoa_embed.report.page import render_page
 
         record = read_run(run)
-        page = out or run / REPORT_FILE
-        if page.is_dir():
-            raise UsageError(f"{printable(page)} is a folder; give --out the name of a file")
+        page = out or run / "report.html"
         inside = sorted(file for name in RESULT_FILES for file in run.rglob(name))
         files = dict.fromkeys(file.resolve() for file in (*(results or ()), *inside))
         found = [read_result(file, run, record) for file in files]
@@ -138,4 +135,4 @@ def diagnosis_lines(diagnosis: Diagnosis) -> Iterator[str]:
             f"{none:.1%} with none; matched minus shuffled {100 * (matching - shuffled):+.1f} points"
         )
     for name, value in diagnosis.geometry.items():
-        yield f"  {name.replace('_', ' '):<14}  {value:.3f} ({GEOMETRY[name].short})"
+        yield f"  {name.replace('_', ' '):<14}  {value:.3f} ({GEOMETRY[name]})"

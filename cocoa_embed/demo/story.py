@@ -85,7 +85,7 @@ class Demo:
         console.print(
             f"Retrieval among {self.held_out_scenes} held-out scenes, with 95% intervals; bold: best of a column"
         )
-        for table in pairs_tables(scores, SHOWN_METRICS, compare=False):
+        for table in pairs_tables(scores, SHOWN_METRICS)[: len(scores["subsets"])]:
             console.print(to_terminal(table))
         for label, written in {"model": self.out, "report": self.work / "report.html"}.items():
             console.print(f"{label:8} {written}", soft_wrap=True, markup=False, highlight=False)
@@ -146,7 +146,6 @@ class Demo:
             title="CoCoA on drawn scenes",
             subtitle="A small vision-language model made bidirectional, trained to reconstruct through <EOS>, and "
             f"trained to retrieve. Measured on {self.held_out_scenes} scenes that no stage has seen.",
-            compared={"contrastive only": read_run(runs / "contrastive-only")},
             searches=searches,
             notes=[
                 "Contrastive only: the same backbone, the same pairs, the same number of contrastive steps, without "

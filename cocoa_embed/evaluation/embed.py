@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -12,7 +12,7 @@ from tqdm import tqdm
 from cocoa_embed.cpu_threads import available_cores
 from cocoa_embed.data.rows import Item
 from cocoa_embed.encode.read_ahead import read_ahead
-from cocoa_embed.errors import CocoaError, ImageError, one_line
+from cocoa_embed.errors import CocoaError, one_line
 
 if TYPE_CHECKING:
     from cocoa_embed.encode.encoder import Encoder, ModelInput
@@ -31,17 +31,6 @@ PIXELS_A_TOKEN = 28 * 28
 """The pixels of a visual token of Qwen2-VL."""
 
 
-class Embedded(NamedTuple):
-    """The embeddings of items.
-
-    :param vectors: float32 ``[items, dimension]``; zero for broken items.
-    :param broken: The numbers of the items whose images cannot be used.
-    """
-
-    vectors: np.ndarray
-    broken: set[int]
-
-
 def unsupported(encoder: Encoder, parts: Collection[frozenset[str]]) -> str | None:
     """Return why a model cannot embed items of these ``Item.parts``; None if it can."""
     for kind in sorted(map(sorted, parts)):
@@ -56,39 +45,27 @@ def embed_items(
     items: Sequence[Item],
     role: Role,
     batch_tokens: int = BATCH_TOKENS,
-    *,
-    skip_broken: bool = False,
     progress: str | None = None,
-) -> Embedded:
+) -> np.ndarray:
     """Embed items with the model's query prompt or document prompt; images are loaded when their batch is made.
 
     :param batch_tokens: The most tokens of a batch, by ``estimated_tokens``; a larger item is embedded alone.
-    :param skip_broken: Skip items whose images cannot be used.
     :param progress: The label of a progress bar; None for no bar.
-    :raises ImageError: If an image cannot be used and is not skipped.
+    :returns: float32 ``[items, dimension]``.
+    :raises ImageError: If an image cannot be used.
     :raises CocoaError: If the model refuses an item or an embedding is not finite; the message names the item.
     """
     vectors = np.zeros((len(items), encoder.dimension), dtype=np.float32)
-    broken: set[int] = set()
     # One kind and similar lengths together.
     order = sorted(range(len(items)), key=lambda index: (sorted(items[index].parts), -len(items[index].text or "")))
-
-    def loaded() -> Iterator[tuple[int, ModelInput]]:
-        workers = max(1, available_cores() - 1)
-        for index, loading in read_ahead(lambda index: items[index].load(), order, workers=workers, ahead=IMAGES_AHEAD):
-            try:
-                yield index, loading.result()
-            except ImageError:
-                if not skip_broken:
-                    raise
-                broken.add(index)
-
+    workers = max(1, available_cores() - 1)
+    loading = read_ahead(lambda index: items[index].load(), order, workers=workers, ahead=IMAGES_AHEAD)
     with tqdm(total=len(items), desc=progress, disable=progress is None, leave=False) as bar:
-        for batch in batches(loaded(), batch_tokens):
+        for batch in batches(((index, item.result()) for index, item in loading), batch_tokens):
             indices = [index for index, _ in batch]
             vectors[indices] = _embed_batch(encoder, [(items[index], item) for index, item in batch], role)
             bar.update(len(batch))
-    return Embedded(vectors, broken)
+    return vectors
 
 
 def batches(loaded: Iterable[tuple[int, ModelInput]], batch_tokens: int) -> Iterator[list[tuple[int, ModelInput]]]:

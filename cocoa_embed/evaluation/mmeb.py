@@ -16,7 +16,7 @@ import numpy as np
 from cocoa_embed.data.mmeb import AVERAGES, SUBSETS
 from cocoa_embed.data.rows import Item
 from cocoa_embed.errors import CocoaError, ImageError
-from cocoa_embed.evaluation.embed import BATCH_TOKENS, Embedded, Role, embed_items, unsupported
+from cocoa_embed.evaluation.embed import BATCH_TOKENS, Role, embed_items, unsupported
 from cocoa_embed.evaluation.metrics import cosine_similarities, query_metrics, ranks_of_relevant
 from cocoa_embed.evaluation.mmeb_reader import CandidateRow, MmebFolder, SubsetData
 from cocoa_embed.evaluation.result_cache import ResultCache
@@ -78,51 +78,35 @@ def score_subset(
 ) -> dict[str, Any]:
     """Embed each distinct query and target of a subset once, and score its rows.
 
-    If rows with missing images are skipped, so are rows with images that cannot be read.
-
     :returns: precision@1 and ``METRICS``, each in [0, 1]; ``chance``, the expected precision@1 of random order; counts;
         ``partial``; ``seconds``; and ``by_row``, the source and the rank of the correct candidate of each row.
-    :raises CocoaError: If an image cannot be used and is not skipped, or the model fails.
+    :raises CocoaError: If an image cannot be used, or the model fails.
     """
     started = time.perf_counter()
 
-    def embed(items: Sequence[Item], role: Role) -> Embedded:
-        return embed_items(
-            encoder,
-            [item.under(folder.images) for item in items],
-            role,
-            batch_tokens,
-            skip_broken=folder.skip_missing_images,
-            progress=f"{data.name}, {role}" if progress else None,
-        )
+    def embed(items: Sequence[Item], role: Role) -> np.ndarray:
+        label = f"{data.name}, {role}" if progress else None
+        return embed_items(encoder, [item.under(folder.images) for item in items], role, batch_tokens, label)
 
     try:
         queries, targets = embed(data.queries, "query"), embed(data.targets, "document")
     except ImageError as error:
-        raise CocoaError(
-            f"{data.name}: {error}; get the image again, or skip its rows with --missing-images skip"
-        ) from error
-    rows = [
-        row for row in data.rows if row.query not in queries.broken and targets.broken.isdisjoint(row.targets.tolist())
-    ]
-    if not rows:
-        raise CocoaError(f"{data.name}: every one of its rows has an image that is missing or cannot be read")
-    ranks, is_tied = zip(*(_score_row(row, queries.vectors, targets.vectors) for row in rows), strict=True)
+        raise CocoaError(f"{data.name}: {error}; get the image again") from error
+    ranks, is_tied = zip(*(_score_row(row, queries, targets) for row in data.rows), strict=True)
     metrics = query_metrics([np.array([rank]) for rank in ranks])
     return {
         "precision@1": float(metrics["hit@1"].mean()),
         **{name: float(metrics[name].mean()) for name in METRICS},
-        "chance": float(np.mean([1 / len(row.targets) for row in rows])),
-        "rows": len(rows),
+        "chance": float(np.mean([1 / len(row.targets) for row in data.rows])),
+        "rows": len(data.rows),
         "rows_in_data": data.rows_in_data,
-        "rows_without_image": data.rows_without_image + len(data.rows) - len(rows),
         "rows_merged": data.rows_merged,
         "tied_rows": sum(is_tied),
-        "partial": len(rows) < data.rows_in_data,
+        "partial": len(data.rows) < data.rows_in_data,
         "queries": len(data.queries),
         "targets": len(data.targets),
         "seconds": round(time.perf_counter() - started, 2),
-        "by_row": {"place": [row.source for row in rows], "rank": list(ranks)},
+        "by_row": {"place": [row.source for row in data.rows], "rank": list(ranks)},
     }
 
 

@@ -7,9 +7,7 @@ candidates, the first of which is correct. An empty path is no image. The benchm
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -25,16 +23,12 @@ from cocoa_embed.data.rows import Item, shortened
 from cocoa_embed.data.tables import Table, open_table
 from cocoa_embed.errors import CocoaError, UsageError, did_you_mean, printable
 
-LIST_COLUMNS = ("tgt_text", "tgt_img_path")
-COLUMNS = ("qry_text", "qry_img_path", *LIST_COLUMNS)
+COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
 
 SHARD = re.compile(r"test-\d+-of-(?P<count>\d+)")
 """The name of a file that is one of several: ``test-00000-of-00002``."""
 
 TEST_FILES = "test*.parquet"
-
-Status = tuple[int, int] | None
-"""The size of a file in bytes and its modification time in nanoseconds; None if there is no file."""
 
 
 class CandidateRow(NamedTuple):
@@ -50,10 +44,9 @@ class SubsetData:
     """The rows of a subset, and their distinct queries and targets.
 
     :param queries: Image paths are relative to the folder of images, here and in ``targets``.
-    :param rows_in_data: The number of rows, including those beyond the limit and those skipped.
-    :param rows_without_image: The number of rows skipped because one of their images is missing.
+    :param rows_in_data: The number of rows, including those beyond the limit.
     :param rows_merged: The number of rows in which a repeated target counts once.
-    :param found: The status of each item's image.
+    :param digest: A digest of the rows, and of the size and the modification time of each image.
     """
 
     name: str
@@ -61,17 +54,8 @@ class SubsetData:
     targets: Sequence[Item]
     rows: Sequence[CandidateRow]
     rows_in_data: int
-    rows_without_image: int
     rows_merged: int
-    found: Mapping[Item, Status]
-
-    @property
-    def digest(self) -> str:
-        """A digest of the rows, and of the size and the modification time of each image."""
-        items = [(item.text, str(item.image), self.found.get(item)) for item in (*self.queries, *self.targets)]
-        rows = [(row.query, row.targets.tolist()) for row in self.rows]
-        content = repr((self.rows_in_data, len(self.queries), items, rows))
-        return hashlib.sha256(content.encode()).hexdigest()
+    digest: str
 
     @property
     def parts(self) -> set[frozenset[str]]:
@@ -86,14 +70,12 @@ class MmebFolder:
     :param data: The folder that holds a folder for each subset.
     :param images: The folder of the image paths.
     :param limit: The most rows of each subset to read.
-    :param skip_missing_images: Skip and count rows with a missing image, instead of an error.
     :param merge_repeated_targets: Count a target that a row lists twice once, instead of an error.
     """
 
     data: Path
     images: Path
     limit: int | None = None
-    skip_missing_images: bool = False
     merge_repeated_targets: bool = False
 
     def subsets(self, selected: Sequence[str] = ()) -> list[str]:
@@ -107,8 +89,7 @@ class MmebFolder:
                 raise UsageError(f"MMEB-V1 has no subset {name!r} {did_you_mean(name, tuple(SUBSETS))}")
         for folder, content in ((self.data, "the subsets of MMEB-V1"), (self.images, "its images")):
             if not folder.is_dir():
-                kind = "is not a folder" if folder.exists() else "does not exist"
-                raise CocoaError(f"{printable(folder)} {kind}; name the folder that holds {content}")
+                raise CocoaError(f"{printable(folder)} does not exist; name the folder that holds {content}")
         found = [name for name in SUBSETS if any((self.data / name).glob(TEST_FILES))]
         if not found:
             raise CocoaError(
@@ -130,90 +111,66 @@ class MmebFolder:
     def read(self, name: str) -> SubsetData:
         """Read a subset and look for its images, which are not opened.
 
-        :raises CocoaError: If a file or a row is malformed; the message says which.
+        :raises CocoaError: If a file or a row is malformed, or an image is missing; the message says which.
         """
         tables = {file: open_table(file) for file in _subset_files(self.data / name)}
-        cells = islice(chain.from_iterable(starmap(_read_table, tables.items())), self.limit)
-        numbering, read, merged = _Numbering(), [], 0
-        for source, values in cells:
-            query = numbering.number(values["qry_text"], values["qry_img_path"], source)
-            candidates = enumerate(zip(values["tgt_text"], values["tgt_img_path"], strict=True), 1)
-            listed = [numbering.number(*each, source, position) for position, each in candidates]
+        queries, targets, rows, merged = _Numbering("the query"), _Numbering("a candidate"), [], 0
+        for source, cells in islice(chain.from_iterable(starmap(_read_table, tables.items())), self.limit):
+            try:
+                query = queries.number(cells["qry_text"], cells["qry_img_path"])
+                listed = list(map(targets.number, cells["tgt_text"], cells["tgt_img_path"]))
+            except CocoaError as error:
+                raise CocoaError(f"{source}: {error}") from error
             distinct = list(dict.fromkeys(listed))
             if len(distinct) < len(listed) and not self.merge_repeated_targets:
-                _refuse_repeated(source, listed, list(numbering.items))
+                again = next(number for number in distinct if listed.count(number) > 1)
+                raise CocoaError(
+                    f"{source}: two candidates are the same target ({list(targets.items)[again]}); remove one, or"
+                    " count it once with --repeated-targets merge"
+                )
             merged += len(distinct) < len(listed)
-            read.append(CandidateRow(source, query, np.array(distinct)))
-        if not read:
-            raise CocoaError(f"{printable(self.data / name)} has no rows")
-        items = list(numbering.items)
-        found = self._find_images(name, items)
-        missing = np.array([item in found and found[item] is None for item in items])
-        rows = [row for row in read if not missing[row.query] and not missing[row.targets].any()]
+            rows.append(CandidateRow(source, query, np.array(distinct)))
         if not rows:
-            raise CocoaError(f"{name}: every one of its {len(read)} rows has an image that is missing")
-        queries, query_numbers = np.unique([row.query for row in rows], return_inverse=True)
-        targets = np.unique(np.concatenate([row.targets for row in rows]))
-        return SubsetData(
-            name,
-            [items[number] for number in queries],
-            [items[number] for number in targets],
-            [CandidateRow(row.source, int(query), np.searchsorted(targets, row.targets))
-             for row, query in zip(rows, query_numbers, strict=True)],
-            rows_in_data=sum(map(len, tables.values())),
-            rows_without_image=len(read) - len(rows),
-            rows_merged=merged,
-            found=found,
-        )  # fmt: skip
+            raise CocoaError(f"{printable(self.data / name)} has no rows")
+        items = [*queries.items, *targets.items]
+        status = self._image_status(name, items)
+        rows_in_data = sum(map(len, tables.values()))
+        content = [(item.text, item.image, each) for item, each in zip(items, status, strict=True)]
+        numbers = [(row.query, row.targets.tolist()) for row in rows]
+        digest = hashlib.sha256(repr((rows_in_data, len(queries.items), content, numbers)).encode()).hexdigest()
+        return SubsetData(name, list(queries.items), list(targets.items), rows, rows_in_data, merged, digest)
 
-    def _find_images(self, name: str, items: Iterable[Item]) -> dict[Item, Status]:
-        """Return the status of the image of each item that has one."""
-        status_of = cache(lambda path: _status(self.images / path))
-        found = {item: status_of(item.image) for item in items if item.image is not None}
-        paths = dict.fromkeys(item.image for item in found)
-        missing = [str(path) for path in paths if status_of(path) is None]
-        if missing and len(missing) == len(paths):
+    def _image_status(self, name: str, items: Iterable[Item]) -> list[tuple[int, int] | None]:
+        """Return the size and the modification time of each item's image; None for items without one."""
+        files = [None if item.image is None else self.images / str(item.image) for item in items]
+        missing = list(dict.fromkeys(file for file in files if file and not file.is_file()))
+        if missing:
+            first = str(missing[0].relative_to(self.images))
             raise CocoaError(
-                f"none of the {len(missing)} images of {name} is in {printable(self.images)}; the first should be"
-                f" {missing[0]!r}: {_suggest_folder(self.images, missing[0])}"
+                f"{len(missing)} images of {name} are not in {printable(self.images)}, the first is {first!r};"
+                " get them, or give the folder of these paths as --images"
             )
-        if missing and not self.skip_missing_images:
-            raise CocoaError(
-                f"{len(missing)} of the {len(paths)} images of {name} are not in {printable(self.images)}, the first is"
-                f" {missing[0]!r}; get them, or skip their rows with --missing-images skip"
-            )
-        return found
+        status = (None if file is None else file.stat() for file in files)
+        return [each and (each.st_size, each.st_mtime_ns) for each in status]
 
 
 class _Numbering:
     """Numbers distinct items in their order."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
         self.items: dict[Item, int] = {}
-        self._cells: dict[tuple[str | None, str | None], int] = {}
+        self.number = cache(self._number)  # a subset has up to a million candidates
 
-    def number(self, text: str | None, path: str | None, source: str, candidate: int | None = None) -> int:
+    def _number(self, text: str | None, path: str | None) -> int:
         """Return the number of the item of two cells.
 
-        :param candidate: The candidate's position, from 1; None for the query.
         :raises CocoaError: If the item is empty.
         """
-        if (text, path) not in self._cells:
-            name = f"{source}: " + ("the query" if candidate is None else f"candidate {candidate}")
-            clean = without_image_token(text or "", bool(path), name)
-            if not clean and not path:
-                raise CocoaError(f"{name} has neither a text nor an image")
-            item = Item(clean or None, (Path(path),) if path else ())
-            self._cells[text, path] = self.items.setdefault(item, len(self.items))
-        return self._cells[text, path]
-
-
-def _refuse_repeated(source: str, listed: Sequence[int], items: Sequence[Item]) -> None:
-    again = next(position for position, number in enumerate(listed) if number in listed[:position])
-    raise CocoaError(
-        f"{source}: candidates {listed.index(listed[again]) + 1} and {again + 1} are the same target"
-        f" ({items[listed[again]]}); remove one, or count it once with --repeated-targets merge"
-    )
+        clean = without_image_token(text or "", bool(path), self.kind)
+        if not clean and not path:
+            raise CocoaError(f"{self.kind} has neither a text nor an image")
+        return self.items.setdefault(Item(clean or None, (Path(path),) if path else ()), len(self.items))
 
 
 def _subset_files(folder: Path) -> list[Path]:
@@ -240,27 +197,11 @@ def _read_table(file: Path, table: Table) -> Iterator[tuple[str, Mapping[str, An
                          f" expected {', '.join(COLUMNS)}, found {', '.join(table.columns)}")  # fmt: skip
     for source, cells in table.read(COLUMNS):
         assert isinstance(cells, dict)
-        for column in COLUMNS:
-            texts = cells[column] if column in LIST_COLUMNS else [cells[column]]
-            if not isinstance(texts, list) or not {type(text) for text in texts} <= {str, NoneType}:
-                expected = "a list of texts" if column in LIST_COLUMNS else "a text"
-                raise CocoaError(f"{source}: {column} holds {shortened(cells[column])}; expected {expected}")
-        count, paths = (len(cells[column]) for column in LIST_COLUMNS)
-        if count != paths or not count:
-            raise CocoaError(f"{source}: tgt_text lists {count} candidates and tgt_img_path {paths}; expected as many"
-                             " of one as of the other, at least one")  # fmt: skip
+        *query, texts, paths = (cells[column] for column in COLUMNS)
+        are_lists = isinstance(texts, list) and isinstance(paths, list) and len(texts) == len(paths) > 0
+        if not are_lists or not set(map(type, (*query, *texts, *paths))) <= {str, NoneType}:
+            raise CocoaError(
+                f"{source}: expected qry_text and qry_img_path as texts, tgt_text and tgt_img_path as lists of as many"
+                f" texts, at least one; found {', '.join(map(shortened, (*query, texts, paths)))}"
+            )
         yield source, cells
-
-
-def _status(path: Path) -> Status:
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):
-        return None
-    return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None
-
-
-def _suggest_folder(images: Path, path: str) -> str:
-    near = (images.absolute().parent, *sorted(entry for entry in images.iterdir() if entry.is_dir()))
-    found = next((folder for folder in near if _status(folder / path)), None)
-    return f"did you mean --images {printable(found)}?" if found else "give the folder of this path"

@@ -83,7 +83,6 @@ def _remarks(result: Mapping[str, Any]) -> str:
     remarks = {
         f"partial: {result['rows']} of {result['rows_in_data']} rows": result["partial"],
         f"the public data have {ROWS_OF_A_SUBSET} rows": _has_other_rows(result),
-        f"{result['rows_without_image']} rows without their images skipped": result["rows_without_image"],
         f"{result['rows_merged']} rows list a target twice": result["rows_merged"],
         f"{result['tied_rows']} ties": result["tied_rows"],
     }

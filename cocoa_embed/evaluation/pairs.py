@@ -103,8 +103,8 @@ def score_queries(
     :raises CocoaError: If an item cannot be embedded.
     """
     label = f"{encoder.name}, {direction.name}" if progress else None
-    queries = embed_items(encoder, direction.queries, "query", batch_tokens, progress=label).vectors
-    documents = embed_items(encoder, direction.documents, "document", batch_tokens, progress=label).vectors
+    queries = embed_items(encoder, direction.queries, "query", batch_tokens, label)
+    documents = embed_items(encoder, direction.documents, "document", batch_tokens, label)
     ranks = []
     for start in range(0, len(queries), QUERIES_AT_ONCE):
         some = slice(start, start + QUERIES_AT_ONCE)

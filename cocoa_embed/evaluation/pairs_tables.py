@@ -12,15 +12,13 @@ SHOWN_METRICS = ("recall@1", "recall@5", "recall@10", "mrr")
 """The metrics for a terminal, which has no room for all."""
 
 
-def pairs_tables(document: Mapping[str, Any], metrics: Sequence[str] = METRICS, *, compare: bool = True) -> list[Table]:
-    """Return a table of the scores of each direction, with a row for each model and chance.
+def pairs_tables(document: Mapping[str, Any], metrics: Sequence[str] = METRICS) -> list[Table]:
+    """Return a table of the scores of each direction, with a row for each model and chance, then the comparisons.
 
     :param document: From ``evaluate_pairs``.
-    :param compare: Add a table for each comparison of two models.
     """
-    compared = document.get("comparison", ()) if compare else ()
     scores = [_scores(document, direction, metrics) for direction in document["subsets"]]
-    return [*scores, *(_comparison(document, direction, metrics) for direction in compared)]
+    return scores + [_comparison(document, direction, metrics) for direction in document.get("comparison", ())]
 
 
 def _scores(document: Mapping[str, Any], direction: str, metrics: Sequence[str]) -> Table:

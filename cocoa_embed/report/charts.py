@@ -27,15 +27,11 @@ _SMOOTHED_FROM = 60
 
 
 class Curve(NamedTuple):
-    """The log of a stage: ``series`` maps a metric to its (step, value) points; ``seconds`` is the stage's duration.
-
-    ``compared`` are the losses of the stage of the same name in other runs, by the name of the run.
-    """
+    """The log of a stage: ``series`` maps a metric to its (step, value) points; ``seconds`` is the stage's duration."""
 
     stage: str
     series: dict[str, Points]
     seconds: float
-    compared: dict[str, Points]
 
 
 class Line(NamedTuple):
@@ -65,21 +61,18 @@ class Measure(NamedTuple):
     panels: list[Panel]
 
 
-def read_curves(stages: Mapping[str, Any], compared: Mapping[str, Mapping[str, Any]]) -> list[Curve]:
+def read_curves(stages: Mapping[str, Any]) -> list[Curve]:
     """Return the losses, accuracies and measures that stages logged, finite values only.
 
     :param stages: ``stages`` of ``run.json``.
-    :param compared: ``run.json`` of runs whose losses are drawn beside these.
     """
     curves = []
     for name, stage in stages.items():
         logged = dict.fromkeys(key for line in stage["log"] for key in line)
         drawn = [key for key in logged if key.endswith(("loss", "accuracy")) and key != "train_loss"]
         drawn += [key for key in logged if key in SERIES or key in GEOMETRY]
-        others = {other: run["stages"].get(name) for other, run in compared.items()}
-        losses = {other: _points(each, "loss") for other, each in others.items() if each}
         series = {key: _points(stage, key) for key in logged if key in drawn}
-        curves += [Curve(name, series, stage["seconds"], losses)] if logged else []
+        curves += [Curve(name, series, stage["seconds"])] if logged else []
     return curves
 
 
@@ -93,8 +86,6 @@ def stage_panels(curves: Sequence[Curve]) -> list[Panel]:
     panels: list[Panel] = []
     for curve in curves:
         for quantity, lines in _by_quantity(curve.series).items():
-            if quantity == "loss":
-                lines += [Line(name, "shuffled", points) for name, points in curve.compared.items()]
             svg = _chart(f"stage-{len(panels)}", quantity, lines)
             panels.append(Panel(curve.stage, _pace(curve), quantity, lines, svg))
     return panels
@@ -123,7 +114,7 @@ def measures(curves: Sequence[Curve]) -> list[Measure]:
             if len(points) > 1
         ]
         lasts = [(stage, f"{points[-1][1]:.3g}".replace("-", "−")) for stage, points in measured]
-        found += [Measure(title.capitalize(), meaning.full, lasts, panels)] if measured else []
+        found += [Measure(title.capitalize(), meaning, lasts, panels)] if measured else []
     return found
 
 
@@ -133,12 +124,10 @@ def _pace(curve: Curve) -> str:
 
 
 def _by_quantity(series: Mapping[str, Points]) -> dict[str, list[Line]]:
-    """Group the lines of a stage by "loss" and "accuracy"; a total loss that equals its one part is left out."""
+    """Group the lines of a stage by "loss" and "accuracy"."""
     groups: dict[str, list[Line]] = {}
     for name, points in series.items():
-        parts = [series[other] for other in series if other.endswith("_loss")] if name == "loss" else []
-        repeats = any(len(part) == len(points) and np.allclose(part, points, rtol=1e-3) for part in parts)
-        if name in (MATCHING, SHUFFLED, NO_IMAGE, *GEOMETRY) or repeats or not points:
+        if name in (MATCHING, SHUFFLED, NO_IMAGE, *GEOMETRY) or not points:
             continue
         label, colour = SERIES.get(name, (name.replace("_", " "), "other"))
         groups.setdefault("loss" if name.endswith("loss") else "accuracy", []).append(Line(label, colour, points))

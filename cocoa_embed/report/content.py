@@ -1,6 +1,5 @@
 """Chooses what the page of a run shows, from ``run.json`` and results of ``cocoa-embed eval``; reads no file."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,7 +7,6 @@ from typing import Any, NamedTuple
 from cocoa_embed.report.tables import Table
 from cocoa_embed.report.words import duration, listed
 
-ABSENT = "–"
 FIRST = "hit@1"
 
 
@@ -110,9 +108,7 @@ def headlines(result: EvalResult, stages: Mapping[str, Any]) -> Iterator[Headlin
             yield Headline(way.replace("_", " "), f"{score:.1%}", meaning, " · ".join(beside))
     elif (mean := document["averages"]["overall"]) is not None:
         covered = document["coverage"]["overall"]
-        beside = [f"chance: {document['chance']['overall']:.1%}"]
-        if not covered["complete"]:
-            beside.append(f"{covered['run']} of {covered['of']} subsets")
+        beside = [f"chance: {document['chance']['overall']:.1%}", f"{covered['run']} of {covered['of']} subsets"]
         yield Headline(document["benchmark"], f"{mean:.1%}", "precision@1, the mean over subsets", " · ".join(beside))
 
 
@@ -143,38 +139,6 @@ def samples_note(stage: Mapping[str, Any]) -> str:
         return "The stage trains on these rows: they show what it has learned, not how it does on other rows."
     seen_by = listed(stage["held_out"]["seen_by"])
     return "The stage was not trained on these rows" + f"; they are of the data of {seen_by}" * bool(seen_by) + "."
-
-
-def recipe_settings(run: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the settings of the whole run that have a value."""
-    settings = []
-    for key, values in run["recipe"].items():
-        if key not in (*run["stages"], "name", "data"):
-            named = {f"{key}.{each}": value for each, value in values.items()} if isinstance(values, dict) else None
-            settings += [(name, setting(value)) for name, value in (named or {key: values}).items()]
-    return [each for each in settings if each[1]]
-
-
-def recipe_tables(run: Mapping[str, Any]) -> tuple[Table, Table]:
-    """Return the settings of the stages as two tables: those that the recipe gives, and defaults."""
-    recipe, stages = run["recipe"], list(run["stages"])
-    given: list[tuple[str, ...]] = []
-    defaults: list[tuple[str, ...]] = []
-    for key in dict.fromkeys(key for stage in stages for key in recipe[stage] if key != "data"):
-        values = [setting(recipe[stage].get(key)) or ABSENT for stage in stages]
-        is_given = any(key in run["given"].get(stage, {}) for stage in stages)
-        if set(values) != {ABSENT}:
-            (given if is_given else defaults).append((key, *values))
-    return Table("", ("key", *stages), given), Table("", ("key", *stages), defaults)
-
-
-def setting(value: object) -> str:
-    """Return a value of a recipe as text, as a recipe gives it; nothing for what is not set."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {setting(each)}" for key, each in value.items() if each is not None)
-    if value is None or value == []:
-        return ""
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def facts(run: Mapping[str, Any], folder: str) -> Iterator[tuple[str, str]]:

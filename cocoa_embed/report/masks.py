@@ -1,4 +1,4 @@
-"""Lays out the bridge's attention mask: as coloured runs to draw, and as a table of blocks."""
+"""Lays out the bridge's attention mask as coloured runs to draw."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ class Mask:
         return cls(allowed, sample["labels"], sample["blocks"])
 
     def condensed(self) -> "Mask":
-        """Return the mask, if it is longer than ``SHOWN_WHOLE``, with fewer positions to draw and the same table.
+        """Return the mask, if it is longer than ``SHOWN_WHOLE``, with fewer positions to draw.
 
         Neighbours that attend to, and are attended by, the same positions are merged: those with one label
         ("256 × <|image_pad|>"), and in a long sequence of them all but the first ``SHOWN_POSITIONS`` ("… 40 more").
@@ -89,17 +89,10 @@ class Mask:
             runs += [Run(row, start, length, kind) for kind, start, length in spans(kinds) if kind]
         return runs
 
-    def table(self) -> dict[str, dict[str, str]]:
-        """Return by block whether it attends to each block: "yes", "no" or "partly"."""
+    def attends(self, reader: str, read: str) -> bool:
+        """Return whether any position of a block attends to one of another block."""
         blocks = np.array(self.blocks)
-        names = [name for name in ("A", "EOS", "B") if name in self.blocks]
-        words = {(True, True): "yes", (False, False): "no", (False, True): "partly"}
-
-        def view(reader: str, read: str) -> str:
-            cells = self.allowed[np.ix_(blocks == reader, blocks == read)]
-            return words[bool(cells.all()), bool(cells.any())]
-
-        return {reader: {read: view(reader, read) for read in names} for reader in names}
+        return bool(self.allowed[np.ix_(blocks == reader, blocks == read)].any())
 
     @property
     def is_causal(self) -> bool:

@@ -10,7 +10,6 @@ from cocoa_embed.errors import require
 from cocoa_embed.report import charts, content
 from cocoa_embed.report.content import EvalResult, Search
 from cocoa_embed.report.masks import Mask, spans
-from cocoa_embed.report.tables import Table
 from cocoa_embed.report.words import cut, token_text
 
 SHOWN_TOKENS = 300
@@ -26,7 +25,6 @@ def render_page(
     *,
     title: str | None = None,
     subtitle: str | None = None,
-    compared: Mapping[str, Mapping[str, Any]] | None = None,
     searches: Sequence[Search] = (),
     notes: Sequence[str] = (),
 ) -> str:
@@ -36,7 +34,6 @@ def render_page(
     :param folder: The run's folder, for the page.
     :param title: By default the name of the folder, and of the recipe.
     :param subtitle: By default a sentence about backbone and stages.
-    :param compared: ``run.json`` of runs whose losses are drawn beside this run's, by the names to show.
     :param searches: Searches to show, those of one title together.
     :param notes: Sentences at the end.
     :raises MissingExtraError: If jinja2 or matplotlib is not installed.
@@ -48,9 +45,9 @@ def render_page(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"token": token_text, "cut": cut, "correct_count": correct_count}
-    environment.filters |= {"setting": content.setting, "samples_note": content.samples_note}
+    environment.filters["samples_note"] = content.samples_note
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    curves = charts.read_curves(stages, compared or {})
+    curves = charts.read_curves(stages)
     sampled = {name: stage for name, stage in stages.items() if (stage["samples"] or {}).get("tokens")}
     samples = [stage["samples"] for stage in sampled.values()]
     mask = next((Mask.parse(each["mask"]).condensed() for each in samples if each.get("mask")), None)
@@ -70,13 +67,10 @@ def render_page(
         sampled=sampled,
         patched={name: stage for name, stage in sampled.items() if stage["samples"].get("patches")},
         mask=mask,
-        mask_table=mask and _mask_table(mask),
         spans=mask and spans(mask.blocks),
         has_images=any(token["image"] for each in samples for token in each["tokens"]),
         shown_tokens=SHOWN_TOKENS,
-        settings=content.recipe_settings(run),
-        recipe_tables=content.recipe_tables(run),
-        recipe_file=json.dumps(run["given"], indent=2, ensure_ascii=False),
+        recipes=[json.dumps(run[key], indent=2, ensure_ascii=False) for key in ("given", "recipe")],
         stages=stages,
         notes=notes,
         run_facts=list(content.facts(run, folder)),
@@ -88,9 +82,3 @@ def correct_count(sample: Mapping[str, Any]) -> int:
     """Return the number of masked tokens of a sample that were predicted correctly."""
     parts = zip(sample["masked"], sample["tokens"], sample["predicted"], strict=True)
     return sum(masked and token == predicted for masked, token, predicted in parts)
-
-
-def _mask_table(mask: Mask) -> Table:
-    views = mask.table()
-    rows = [(f"{reader} attends to", *seen.values()) for reader, seen in views.items()]
-    return Table("", ("", *views), rows)

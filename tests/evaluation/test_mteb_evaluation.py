@@ -1,7 +1,5 @@
 """An exported model in mteb 2, and mteb's scores against our own. Skipped where mteb is not installed."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -44,11 +42,3 @@ def test_mteb_gives_the_scores_that_eval_pairs_gives(
     encoder.model.prompts = dict.fromkeys(encoder.model.prompts, "")
     # The prompts make a difference, so mteb has used them.
     assert evaluate_pairs([encoder], pairs, resamples=10)["subsets"] != ours
-
-
-@pytest.mark.slow
-def test_the_example_runs_alone(exported: Path, scene_folder: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(EXAMPLE), str(exported), str(scene_folder)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert [line.split(":")[0] for line in done.stdout.splitlines()[-2:]] == ["LocalTextToImage", "LocalImageToText"]

@@ -85,16 +85,13 @@ def test_captions_of_an_image_and_images_of_a_caption_are_all_relevant() -> None
 TEXT, IMAGE, BOTH = Item("a"), Item(None, (Path("b"),)), Item("a", (Path("b"),))
 
 
-@pytest.mark.parametrize(
-    ("pairs", "names"),
-    [
-        ([Pair(TEXT, BOTH), Pair(Item("c"), Item("c", (Path("d"),)))], "text_to_image_and_text image_and_text_to_text"),
-        ([Pair(TEXT, Item("b")), Pair(Item("c"), Item("d"))], "first_to_second second_to_first"),
-        ([Pair(TEXT, IMAGE), Pair(BOTH, Item(None, (Path("d"),)))], "mixed_to_image image_to_mixed"),
-    ],
-)
-def test_directions_are_named_by_the_parts_of_their_items(pairs: list[Pair], names: str) -> None:
-    assert " ".join(each.name for each in directions(pairs)) == names
+def test_directions_are_named_by_the_parts_of_their_items() -> None:
+    for pairs, names in (
+        ([(TEXT, BOTH), (Item("c"), Item("c", (Path("d"),)))], ["text_to_image_and_text", "image_and_text_to_text"]),
+        ([(TEXT, Item("b")), (Item("c"), Item("d"))], ["first_to_second", "second_to_first"]),
+        ([(TEXT, IMAGE), (BOTH, Item(None, (Path("d"),)))], ["mixed_to_image", "image_to_mixed"]),
+    ):
+        assert [each.name for each in directions([Pair(*pair) for pair in pairs])] == names
 
 
 def test_pairs_of_one_document_and_of_another_kind_than_the_models_are_refused(captioned: Path) -> None:
@@ -105,15 +102,13 @@ def test_pairs_of_one_document_and_of_another_kind_than_the_models_are_refused(c
 
 
 def test_intervals_hold_the_scores_and_depend_on_the_seed(captioned: Path) -> None:
-    pairs = read_pairs(captioned)
-    model = Encoder(ScoredModel(noise=100.0), "one")
-    document = evaluate_pairs([model], pairs, seed=3)
-    for direction, metrics in document["subsets"].items():
-        intervals = document["intervals"][direction]
+    pairs, model = read_pairs(captioned), Encoder(ScoredModel(noise=100.0), "one")
+    first, again, other = (evaluate_pairs([model], pairs, seed=seed) for seed in (3, 3, 4))
+    for direction, metrics in first["subsets"].items():
+        intervals = first["intervals"][direction]
         assert all(0 <= intervals[name][0] <= value <= intervals[name][1] <= 1 for name, value in metrics.items())
-        assert np.ptp(intervals["mrr"]) > 0.02
-    assert evaluate_pairs([model], pairs, seed=3) == document == json.loads(json.dumps(document))
-    assert evaluate_pairs([model], pairs, seed=4)["intervals"] != document["intervals"]
+    assert first == again == json.loads(json.dumps(first))
+    assert first["intervals"] != other["intervals"]
 
 
 def test_two_models_are_compared_on_the_same_queries(captioned: Path) -> None:

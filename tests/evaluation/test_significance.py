@@ -1,10 +1,7 @@
-import itertools
 import math
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from cocoa_embed.evaluation.significance import mean_intervals, sign_flip_p
 
@@ -29,13 +26,6 @@ def test_groups_are_resampled_whole() -> None:
     assert np.ptp(naive) == pytest.approx(np.ptp(once) / math.sqrt(5), rel=0.1)
 
 
-def test_an_interval_is_close_to_that_of_the_normal_distribution() -> None:
-    values = seeded(3).normal(size=(500, 2)) * [1, 3] + [0, 10]
-    for column, interval in zip(values.T, mean_intervals(values, alone(500), seeded()), strict=True):
-        error = column.std() / math.sqrt(500)
-        assert interval == pytest.approx((column.mean() - 1.96 * error, column.mean() + 1.96 * error), abs=0.15 * error)
-
-
 def test_equal_values_and_a_single_group_give_a_point_and_a_seed_the_same_interval() -> None:
     assert mean_intervals(np.ones((9, 1)), alone(9), seeded()).tolist() == [[1.0, 1.0]]
     values = seeded(4).random((50, 3))
@@ -44,16 +34,6 @@ def test_equal_values_and_a_single_group_give_a_point_and_a_seed_the_same_interv
     assert sign_flip_p(values, one_group, seeded()).tolist() == [1.0] * 3
     first, again, other = (mean_intervals(values, alone(50), seeded(seed)).tolist() for seed in (5, 5, 6))
     assert first == again != other
-
-
-def test_p_is_that_of_all_signs() -> None:
-    differences = np.array([0.4, -0.1, 0.3, 0.2, 0.5, -0.2, 0.1, 0.3, 0.25, 0.15])
-    signs = itertools.product((-1, 1), repeat=len(differences))
-    exact = np.mean([abs(np.dot(each, differences)) >= abs(differences.sum()) - 1e-12 for each in signs])
-    assert 0.01 < exact < 0.05
-    assert sign_flip_p(differences[:, None], alone(10), seeded()) == pytest.approx([exact])
-    sampled = sign_flip_p(np.repeat(differences, 2)[:, None], np.repeat(alone(10), 2), seeded(), resamples=1000)
-    assert sampled == pytest.approx([exact], abs=0.01)
 
 
 def test_p_of_no_difference_is_1_and_that_of_the_largest_is_never_0() -> None:
@@ -66,21 +46,3 @@ def test_the_differences_of_a_group_change_sign_together() -> None:
     whole = sign_flip_p(differences, np.repeat(alone(12), 20), seeded())
     assert whole == pytest.approx(sign_flip_p(differences[::20], alone(12), seeded()))
     assert sign_flip_p(differences, alone(240), seeded()) < whole / 2
-
-
-@given(
-    values=st.lists(st.tuples(st.floats(-1, 1), st.integers(0, 4)), min_size=1, max_size=20),
-    seed=st.integers(0, 99),
-)
-def test_an_interval_lies_among_the_values_and_swapping_the_models_mirrors_it(
-    values: list[tuple[float, int]], seed: int
-) -> None:
-    column = np.array([[value] for value, _ in values])
-    groups = np.array([group for _, group in values])
-    (low, high), (back_low, back_high) = (
-        mean_intervals(each, groups, seeded(seed), resamples=50)[0] for each in (column, -column)
-    )
-    assert column.min() - 1e-9 <= low <= high + 1e-9 <= column.max() + 2e-9
-    assert (low, high) == pytest.approx((-back_high, -back_low))
-    p, back = (sign_flip_p(each, groups, seeded(seed), resamples=50) for each in (column, -column))
-    assert p == pytest.approx(back)

@@ -16,7 +16,6 @@ EDITABLE = {"dir_info": {"editable": True}}
     [
         (None, "pip install 'cocoa-embed[train]'"),
         ({"url": "file:///src/my%20clone", **EDITABLE}, "pip install -e '/src/my clone[train]'"),
-        ({"url": "file:///dist/cocoa.whl", "archive_info": {}}, "pip install '/dist/cocoa.whl[train]'"),
         (
             {"url": "https://host/cocoa.git", "vcs_info": {"vcs": "git", "commit_id": "1"}},
             "pip install 'cocoa-embed[train] @ git+https://host/cocoa.git'",
@@ -34,16 +33,10 @@ def test_a_missing_extra_names_the_command_for_the_place_that_the_project_came_f
     assert str(caught.value) == f"no_such_module is not installed; run: {command}"
 
 
-@pytest.mark.parametrize(
-    ("name", "known", "hint"),
-    [
-        ("CIFAR_1", ["cifar-1", "other"], "(did you mean 'cifar-1'? known: cifar-1, other)"),
-        ("zzz", ["cifar-1", "other"], "(known: cifar-1, other)"),
-        ("x", [], "(known: none)"),
-    ],
-)
-def test_an_unknown_name_is_answered_with_the_closest_known_one(name: str, known: list[str], hint: str) -> None:
-    assert did_you_mean(name, known) == hint
+def test_an_unknown_name_is_answered_with_the_closest_known_one() -> None:
+    known = ["cifar-1", "other"]
+    assert did_you_mean("CIFAR_1", known) == "(did you mean 'cifar-1'? known: cifar-1, other)"
+    assert did_you_mean("zzz", known) == "(known: cifar-1, other)"
 
 
 @pytest.mark.parametrize("error", [ImageError("red.png", "does not exist"), CocoaError("no")])

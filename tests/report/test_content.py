@@ -23,7 +23,7 @@ def test_a_run_goes_by_its_folder() -> None:
     assert list(content.alerts(STAGES, "runs/small")) == []
 
 
-def test_a_stage_without_an_end_or_without_samples_has_an_alert() -> None:
+def test_a_stage_without_an_end_or_samples_has_an_alert_and_samples_a_note_about_their_rows() -> None:
     stages = {
         "bridge": stage(finished=False, step=13, steps=60),
         "contrastive": stage(samples={"failure": "an image is gone"}),
@@ -33,18 +33,13 @@ def test_a_stage_without_an_end_or_without_samples_has_an_alert() -> None:
     assert "cocoa-embed train RECIPE --out runs/small --resume" in unfinished
     assert failed == "Stage contrastive could not make its samples: an image is gone."
     assert "has finished no stage yet" in content.subtitle(run_record(stages={"bridge": stages["bridge"]}))
-
-
-def test_samples_have_a_note_about_their_rows() -> None:
+    held_out = "The stage was not trained on these rows; they are of the data of warmup."
+    assert content.samples_note(STAGES["bridge"]) == held_out
     assert "trains on these rows" in content.samples_note(STAGES["warmup"])
-    held_out = "The stage was not trained on these rows"
-    assert content.samples_note(STAGES["bridge"]) == f"{held_out}; they are of the data of warmup."
-    own_data = {**STAGES["bridge"], "held_out": {"seen_by": []}}
-    assert content.samples_note(own_data) == f"{held_out}."
 
 
-def mmeb(mean: float | None, *, is_complete: bool) -> EvalResult:
-    coverage = {"run": 1, "of": 36, "complete": is_complete}
+def mmeb(mean: float | None) -> EvalResult:
+    coverage = {"run": 1, "of": 36, "complete": False}
     averages = {"averages": {"overall": mean}, "chance": {"overall": 0.001}, "coverage": {"overall": coverage}}
     return EvalResult({"benchmark": "MMEB-V1", "model": "ours", **averages}, [], "mmeb.json", is_own=True)
 
@@ -54,12 +49,10 @@ def mmeb(mean: float | None, *, is_complete: bool) -> EvalResult:
     [
         (result(), "The pairs are those of /held-out.", ["75.0% 40.0% to 80.0% · chance: 25.0% of 4"]),
         (result(other=pairs_document("alone")), "", ["75.0% 40.0% to 80.0% · alone: 75.0% · chance: 25.0% of 4"]),
-        (result(data=None), "From pairs.json.", ["75.0% 40.0% to 80.0% · chance: 25.0% of 4"]),
         (result(data="/scenes"), "These are training data of warmup and bridge:", []),
         (result(is_own=False), "not known to be of this run", []),
-        (mmeb(0.25, is_complete=True), "", ["25.0% chance: 0.1%"]),
-        (mmeb(0.25, is_complete=False), "", ["25.0% chance: 0.1% · 1 of 36 subsets"]),
-        (mmeb(None, is_complete=False), "", []),
+        (mmeb(0.25), "", ["25.0% chance: 0.1% · 1 of 36 subsets"]),
+        (mmeb(None), "", []),
     ],
 )
 def test_only_the_runs_own_model_on_data_it_was_not_trained_on_has_headlines_beside_chance(
@@ -68,16 +61,6 @@ def test_only_the_runs_own_model_on_data_it_was_not_trained_on_has_headlines_bes
     assert words in content.evaluation_note(scored, STAGES)
     assert [f"{each.value} {each.detail}" for each in content.headlines(scored, STAGES)] == headlines
     assert content.evaluation_title(scored).startswith("Another model: ") != scored.is_own
-
-
-def test_the_recipe_separates_given_settings_from_defaults() -> None:
-    assert content.recipe_settings(run_record()) == [
-        ("seed", "17"), ("bidirectional", "true"), ("prompts.query", "find: ")
-    ]  # fmt: skip
-    given, defaults = content.recipe_tables(run_record())
-    assert given.header == ("key", "warmup", "bridge", "contrastive")
-    assert ("learning_rate", "2e-05", "2e-05", "2e-05") in given.rows
-    assert [row[0] for row in defaults.rows] == ["probe_rows"]
 
 
 def test_the_facts_have_speed_machine_and_inherited_stages() -> None:

@@ -35,7 +35,6 @@ def page_of(record: dict[str, Any] | None = None, **changes: Any) -> str:
         "results": [result()],
         "searches": [search(False, True)],
         "notes": ["One seed."],
-        "compared": {"contrastive only": {"stages": {"contrastive": stage("loss")}}},
         **changes,
     }
     return render_page(record or run_record(), "runs/small", **given)
@@ -119,45 +118,31 @@ def test_empty_sections_are_left_out_and_searches_without_a_right_hit_say_so(ful
     assert words not in full
 
 
-@pytest.mark.parametrize(
-    ("rows", "words"),
-    [
+def test_the_text_beside_the_mask_names_leaks_and_variants(full: str) -> None:
+    for rows, words in (
         (["11101", *MASK["allowed"][1:]], "which the bridge must not allow"),
-        (["10000", "11000", "11100", "00110", "00111"], "No position of this model attends to a later one"),
         (["11100", "11100", "11100", "00111", "00111"], "<code>&lt;EOS&gt;</code> itself does not attend to B"),
-    ],
-)
-def test_the_text_beside_the_mask_names_leaks_and_variants(full: str, rows: list[str], words: str) -> None:
-    assert words not in full
-    assert words in " ".join(page_of(without_charts(mask={**MASK, "allowed": rows})).split())
+    ):
+        assert words not in full
+        assert words in " ".join(page_of(without_charts(mask={**MASK, "allowed": rows})).split())
 
 
-def test_a_run_on_text_alone_mentions_no_images(full: str) -> None:
-    record = without_charts(tokens=[tokens(image=None)])
-    del record["stages"]["warmup"]
-    page = page_of(record, searches=())
-    for words in ("Block A holds the image", "The image that the words describe"):
-        assert words in full
-        assert words not in page
-
-
-def test_the_data_show_held_out_and_skipped_rows() -> None:
-    record = without_charts()
+def test_the_data_show_held_out_and_skipped_rows_and_long_texts_are_cut(full: str) -> None:
+    many = ["word"] * 10_000
+    record = without_charts(tokens=[tokens(tokens=many, masked=[False] * 10_000, predicted=many, image=None)])
     record["stages"]["warmup"] |= {"bad_rows": {"count": 40, "first": [["data", "row 1", "is broken"]]}}
-    warmup, bridge, contrastive = (each.text for each in HtmlElements(page_of(record)).find("div", "sources"))
+    record["stages"]["warmup"]["samples"] = None
+    text = page_of(record, searches=[search(False, text="word " * 10_000)], notes=["caf\udce9"])
+    warmup, bridge, contrastive = (each.text for each in HtmlElements(text).find("div", "sources"))
     assert "warmup 1,200 rows 500 steps of 4 rows folder scenes fingerprint 0123456789ab" in warmup
     assert "40 rows skipped; bad_rows.jsonl lists all of them: row 1 (data): is broken" in warmup
     assert "2 of them held out, with all rows that show their images" in bridge
     assert "held out" not in contrastive
-
-
-def test_long_texts_and_sequences_are_cut_and_names_need_not_be_unicode() -> None:
-    many = ["word"] * 10_000
-    record = without_charts(tokens=[tokens(tokens=many, masked=[False] * 10_000, predicted=many)])
-    page = page_of(record, searches=[search(False, text="word " * 10_000)], notes=["caf\udce9"])
-    assert page.count("word") < 2 * SHOWN_TOKENS
-    assert f"… {10_000 - SHOWN_TOKENS:,} more" in page
-    assert "caf\\udce9" in page
+    assert text.count("word") < 2 * SHOWN_TOKENS
+    assert f"… {10_000 - SHOWN_TOKENS:,} more" in text
+    assert "caf\\udce9" in text, "names need not be Unicode"
+    words = "Block A holds the image"
+    assert (words in full, words in text) == (True, False), "a run on texts alone mentions no images"
 
 
 @needs_chromium

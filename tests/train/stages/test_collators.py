@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mmeb_layout import EXAMPLES, example_row
+from mmeb_rows import EXAMPLES, example_row
 from stages import alone, bridge_collator, warmup_collator, warmup_settings
 from torch import Tensor
 from transformers import ProcessorMixin
