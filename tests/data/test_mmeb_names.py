@@ -3,7 +3,7 @@ from collections import Counter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mmeb_rows import EXAMPLES
+from table_files import EXAMPLES
 
 from cocoa_embed.data.mmeb import (
     AVERAGES,

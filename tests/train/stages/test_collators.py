@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mmeb_rows import EXAMPLES, example_row
 from stages import alone, bridge_collator, warmup_collator, warmup_settings
+from table_files import EXAMPLES, example_row
 from torch import Tensor
 from transformers import ProcessorMixin
 
