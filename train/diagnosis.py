@@ -9,6 +9,7 @@ from cocoa_embed.errors import CocoaError, UsageError, one_line, printable
 from cocoa_embed.model.backbone import SUPPORTED, load_backbone, read_config
 from cocoa_embed.model.loading import find_device, load_model
 from cocoa_embed.model.training_record import read_run, read_training, run_of
+from cocoa_embed.train.data.broken_rows import unbroken
 from cocoa_embed.train.data.caption_rows import read_image_folder
 from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.loop.oom import is_out_of_memory
@@ -106,7 +107,8 @@ def held_out_rows(checkpoint: Path) -> tuple[str, list[Row], list[str]]:
         raise CocoaError(f"No stage of {printable(run)} held rows out of its training; give --data FOLDER.")
     stage, entry = next(iter(holding.items()))
     try:
-        read = read_stages(Recipe.parse(record["recipe"], source=str(run)), [stage])[stage]
+        recipe = Recipe.parse(record["recipe"], source=str(run))
+        read = read_stages(recipe, [stage])[stage]
     except CocoaError as error:
         raise CocoaError(
             f"The data of stage {stage} of {printable(run)} cannot be read ({one_line(error)}); give --data FOLDER."
@@ -116,7 +118,8 @@ def held_out_rows(checkpoint: Path) -> tuple[str, list[Row], list[str]]:
             f"The rows of stage {stage} have changed since the run in {printable(run)} (then {entry['rows']}, now "
             f"{read.counts}), so the rows that it held out are unknown; give --data FOLDER."
         )
-    return stage, [read.rows[number] for number in entry["held_out"]["rows"]], entry["held_out"]["seen_by"]
+    rows = read.rows.select(entry["held_out"]["rows"])
+    return stage, unbroken(rows, recipe.data_of(stage).on_bad_row), entry["held_out"]["seen_by"]
 
 
 def _measure(checkpoint: Path, recipe: Recipe, rows: Sequence[Row], device: str) -> dict[str, float]:
@@ -128,7 +131,7 @@ def _measure(checkpoint: Path, recipe: Recipe, rows: Sequence[Row], device: str)
     backbone = load_backbone(str(checkpoint), bidirectional=recipe.bidirectional)
     section = recipe.bridge or BridgeSettings(steps=1, batch_size=ROWS_AT_ONCE)
     probe = bridge_probe(
-        BridgeCollator(backbone.processor, recipe.seed, section.mask_ratio),
+        BridgeCollator(backbone.processor, recipe.seed, section.mask_ratio, section.split),
         rows,
         prompts=recipe.prompts.model_dump(),
         batch_size=ROWS_AT_ONCE,
