@@ -69,7 +69,7 @@ def _idle_vision_pass(model: PreTrainedModel) -> Tensor:
 
 def model_mask(model: PreTrainedModel, allowed: Tensor) -> Tensor:
     """Return ``allowed`` (bool ``[B, L, L]``) in the form that the model's attention implementation takes."""
-    return as_model_mask(allowed, attn_implementation=model.config._attn_implementation, dtype=model.dtype)
+    return as_model_mask(allowed, attn_implementation=str(model.config._attn_implementation), dtype=model.dtype)
 
 
 def bidirectional_model_mask(model: PreTrainedModel, attention_mask: Tensor) -> Tensor | BlockMask:
