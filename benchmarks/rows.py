@@ -171,7 +171,7 @@ def resident_bytes(name: str) -> int:
 
 
 def measure_photos(work: Path) -> dict[str, Any]:
-    """Collate photographs and hand the batch over, in this process."""
+    """Collate photographs in a worker, and move the batch to the memory that it sends."""
     from multiprocessing.reduction import ForkingPickler
 
     from cocoa_embed.data.rows import Item, Row
@@ -182,7 +182,6 @@ def measure_photos(work: Path) -> dict[str, Any]:
     from cocoa_embed.train.stages.contrastive.settings import ContrastiveSettings
     from cocoa_embed.train.stages.contrastive.stage import Contrastive
 
-    torch.set_num_threads(1)  # as in a worker
     generator = np.random.default_rng(0)
     for number in range(DIFFERENT_PHOTOS):
         pixels = generator.integers(0, 256, (75, 100, 3), dtype=np.uint8)
@@ -196,18 +195,21 @@ def measure_photos(work: Path) -> dict[str, Any]:
     backbone = load_backbone(run.backbone, max_length=512, max_pixels=448 * 448)
     context = StageContext({"output_dir": str(work), "max_steps": 1, "report_to": "none", "use_cpu": True})
     collator = Contrastive("contrastive", settings, run).trainer(backbone, RowTable.of(rows), context).data_collator
-    collator([{"row": 0}])
-    start, began = resident_bytes("VmRSS"), time.perf_counter()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    batch = collator([{"row": number} for number in range(len(rows))])
-    seconds = time.perf_counter() - began
-    ForkingPickler.dumps(batch)
-    return {
-        "photos": len(rows),
-        "seconds": round(seconds, 1),
-        "peak_bytes_above_start": resident_bytes("VmHWM") - start,
-        "batch_bytes": sum(value.nbytes for value in batch.values() if isinstance(value, torch.Tensor)),
-    }
+
+    def collate(features: list[dict[str, int]]) -> dict[str, Any]:
+        collator(features[:1])
+        start, began = resident_bytes("VmRSS"), time.perf_counter()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+        batch = collator(features)
+        seconds = time.perf_counter() - began
+        ForkingPickler.dumps(batch)
+        peak = resident_bytes("VmHWM") - start
+        size = sum(value.nbytes for value in batch.values() if isinstance(value, torch.Tensor))
+        return {"seconds": round(seconds, 1), "peak_bytes_above_start": peak, "batch_bytes": size}
+
+    numbers = [{"row": number} for number in range(len(rows))]
+    loader = torch.utils.data.DataLoader(numbers, len(rows), num_workers=1, collate_fn=collate)
+    return {"photos": len(rows), **next(iter(loader))}
 
 
 def main() -> None:

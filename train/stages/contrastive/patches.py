@@ -9,14 +9,18 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from torch.utils.data import get_worker_info
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from cocoa_embed.data.rows import Item, ItemImage
+from cocoa_embed.train.data.image_check import read_size
 from cocoa_embed.train.data.rows import load_row_image
 from cocoa_embed.train.stages.rendering import check_room
 
 AS_READ = {"image": {"do_rescale": False, "do_normalize": False}}
 """Options of the processor that leave pixels as they are, uint8."""
+
+COLOURS = 3
 
 
 def preprocess_items(
@@ -44,25 +48,26 @@ def preprocess_patches(model: SentenceTransformer, items: Sequence[Item], **kwar
     processor. ``pixel_values`` of 448 x 448 pixels are 4.8 MB, the patches 0.6 MB. ``unpack_patches`` is the way back.
     """
     module: Any = model[0]
-    processor, patches, parts = module.processor, bytearray(), []
+    processor, images = module.processor, module.processor.image_processor
+    patches, filled, parts = _room_for_patches(items, images), 0, []
 
     def load(image: ItemImage) -> Image.Image:
-        return scaled_down(load_row_image(image), processor.image_processor)
+        return scaled_down(load_row_image(image), images)
 
     for some in _one_image_at_a_time(items):
         part = preprocess_items(model, some, load, processing_kwargs=AS_READ, **kwargs)
-        if (of_image := part.pop("pixel_values", None)) is not None:
-            patches += _first_frame(of_image, processor.image_processor).numpy().data
+        if (frames := part.pop("pixel_values", None)) is not None:
+            patches[filled : filled + len(frames)] = _first_frame(frames, images)
+            filled += len(frames)
         parts.append(part)
     width = max(part["input_ids"].shape[1] for part in parts)
     joined: dict[str, Any] = {"modality": parts[0]["modality"]}
     paddings = {"input_ids": processor.tokenizer.pad_token_id, "attention_mask": 0, "mm_token_type_ids": 0}
     for name, padding in paddings.items():
         joined[name] = torch.cat([pad(part[name], (0, width - part[name].shape[1]), value=padding) for part in parts])
-    if patches:
-        grids = torch.cat([part["image_grid_thw"] for part in parts if "image_grid_thw" in part])
-        joined["pixel_values"] = torch.frombuffer(patches, dtype=torch.uint8).view(int(grids.prod(dim=1).sum()), -1)
-        joined["image_grid_thw"] = grids
+    if len(patches):
+        joined["pixel_values"] = patches
+        joined["image_grid_thw"] = torch.cat([part["image_grid_thw"] for part in parts if "image_grid_thw" in part])
         joined["num_images_per_sample"] = torch.tensor([len(item.images) for item in items])
     return joined
 
@@ -102,7 +107,15 @@ def _one_image_at_a_time(items: Sequence[Item]) -> Iterator[list[Item]]:
         yield from ([item] for item in together) if is_pictured else [together]
 
 
+def _room_for_patches(items: Sequence[Item], processor: Any) -> Tensor:  # noqa: ANN401
+    """Return an empty tensor for the patches of all images; a worker has it in the memory that it sends, not twice."""
+    sizes = [read_size(image) for item in items for image in item.images]
+    count = sum(processor.get_number_of_image_patches(height, width, {}) for width, height in sizes)
+    room = torch.empty(count, COLOURS * processor.patch_size**2, dtype=torch.uint8)
+    return room if get_worker_info() is None else room.share_memory_()
+
+
 def _first_frame(patches: Tensor, processor: Any) -> Tensor:  # noqa: ANN401
     """Return the first of the equal frames of an image's patches, uint8 ``[patches, channels * size**2]``."""
-    frames = patches.unflatten(1, (-1, processor.temporal_patch_size, processor.patch_size**2))
+    frames = patches.unflatten(1, (COLOURS, processor.temporal_patch_size, processor.patch_size**2))
     return frames[:, :, 0].flatten(1)
