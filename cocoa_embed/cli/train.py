@@ -191,7 +191,7 @@ def stage_facts(stage: StagePlan, card: str | None) -> Iterator[tuple[str, str]]
     fewer = f" ({stage.mean_batch_size:,.0f} on average)" if round(stage.mean_batch_size) < stage.batch_size else ""
     at_once = f"{stage.rows_at_once} at once on a device"
     yield "steps", f"{stage.steps:,} of {stage.batch_size:,} rows{fewer}{done}, {at_once}"
-    yield "epochs", f"{stage.epochs:.3g}"
+    yield "epochs", f"{stage.epochs:,.0f}" if stage.epochs >= 100 else f"{stage.epochs:.3g}"
     for held in stage.step_contents:
         of_step = "{subset}: {rows_a_step:,} of its rows, which have {positives:,} different positives"
         yield "a step", of_step.format(**held)

@@ -46,7 +46,7 @@ def advise(stage: Stage[StageSettings], rows: RowTable, steps: int) -> Iterator[
     if epochs > MOST_EPOCHS:
         fewer = int(steps * MOST_EPOCHS / epochs)
         yield (
-            f"Stage {name} draws each of its {len(rows):,} rows {epochs:.0f} times; more than {MOST_EPOCHS} epochs "
+            f"Stage {name} draws each of its {len(rows):,} rows {epochs:,.0f} times; more than {MOST_EPOCHS} epochs "
             f"overfit: set {name}.steps={max(fewer, 1)}, or give it more rows."
         )
     if settings.warmup_steps >= steps:

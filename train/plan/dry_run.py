@@ -200,7 +200,8 @@ def _plan_stage(
     batch_size = stage.mean_batch_size(read.rows)
     rows_on_device = stage.micro_batches(devices)[0] // devices
     patches = fmean(sum(shape.patches for shape in of_row) for of_row in shapes)
-    inputs = round(rows_on_device * patches * cost.size.geometry.patch_width * FULL)
+    width, frames = cost.size.geometry.patch_width, cost.size.geometry.temporal_patch_size
+    inputs = round(rows_on_device * patches * (width // frames if stage.sends_uint8 else width * FULL))
     flops_per_row = fmean(sum(map(cost.of_shape, of_row)) for of_row in shapes)
     return StagePlan(
         stage=name,

@@ -43,6 +43,9 @@ class Stage(ABC, Generic[Own]):
     fewest_steps: ClassVar[int] = 1
     """A stage of fewer steps learns nothing that the next one can use."""
 
+    sends_uint8: ClassVar[bool] = False
+    """Whether images come to the device as uint8 patches of one frame, not as float32 ones of all."""
+
     needs: ClassVar[str] = ""
     """What rows that the stage cannot use lack, and what to do."""
 

@@ -70,7 +70,7 @@ def test_a_thousand_photographs_are_too_few_for_the_papers_recipe_and_not_for_th
 
     assert warnings("own-folder") == []
     parts = ("warmup draws each of its 1,000 rows 384 times", "bridge ends at step 32", "and the stage has 32",
-             "contrastive draws each of its 1,000 rows 2000 times", "its batches have 1000, not 1024")  # fmt: skip
+             "contrastive draws each of its 1,000 rows 2,000 times", "its batches have 1000, not 1024")  # fmt: skip
     assert [part in warning for part, warning in zip(parts, warnings("qwen2-vl-2b"), strict=True)] == [True] * 5
 
 

@@ -44,6 +44,7 @@ class Contrastive(Stage[ContrastiveSettings]):
     """InfoNCE with in-batch negatives over the embeddings of queries and documents."""
 
     can_shard = False
+    sends_uint8 = True
     accumulates = False  # cached gradients cut a batch into mini-batches
 
     def check_backbone(self, config: PreTrainedConfig) -> None:
