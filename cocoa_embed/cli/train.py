@@ -203,7 +203,7 @@ def stage_facts(stage: StagePlan, card: str | None) -> Iterator[tuple[str, str]]
     if stage.seconds is not None and stage.seconds_per_step is not None:
         yield "time", f"about {duration(stage.seconds)} here, at {stage.seconds_per_step:.3g} s a step"
     if stage.card_seconds is not None:
-        assumed = f"assuming {UTILISATION:.0%} of its speed"
+        assumed = f"assuming {UTILISATION[stage.adapter or 'none']:.1%} of its speed, as measured on an H200"
         yield "time", f"about {duration(stage.card_seconds)} on one {card}, {assumed}"
 
 

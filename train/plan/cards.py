@@ -19,11 +19,17 @@ CARDS = {
     "rtx4090": Card(165, 82.6),
 }
 
-UTILISATION = 0.3
-"""The assumed ratio of a card's speed that training reaches, without recomputed activations: not measured."""
+UTILISATION = {"dora": 0.018, "lora": 0.028, "none": 0.18}
+"""The ratio of a card's speed that training reached by kind of adapter, without recomputed activations.
+
+Measured with Qwen2-VL-2B on one H200 (docs/experiments.md, section 10); other cards are assumed to reach the same.
+"""
 
 
-def seconds_on(card: str, flops: float, *, mixed_precision: str) -> float:
-    """Return the seconds that so many FLOPs take on one card."""
+def seconds_on(card: str, flops: float, *, mixed_precision: str, adapter: str) -> float:
+    """Return the seconds that so many FLOPs take on one card.
+
+    :param adapter: A key of ``UTILISATION``.
+    """
     speed = CARDS[card].bf16 if mixed_precision == "bf16" else CARDS[card].full
-    return flops / (speed * 1e12 * UTILISATION)
+    return flops / (speed * 1e12 * UTILISATION[adapter])

@@ -72,6 +72,7 @@ class StagePlan:
     :param checkpoint_bytes: Bytes of one checkpoint to resume from. While the stage trains there are up to three, in
         ``checkpoints`` beside ``folder``.
     :param folder: The folder of the stage's weights.
+    :param adapter: The kind of the stage's adapter, if it has one.
     :param seconds_per_step: The time of a step on this machine, if steps were timed.
     :param seconds: The time of the remaining steps on this machine, if steps were timed.
     :param card_seconds: The time of the remaining steps on one card, if one was named.
@@ -96,6 +97,7 @@ class StagePlan:
     memory_bytes: dict[str, int]
     checkpoint_bytes: int
     folder: str
+    adapter: str | None
     seconds_per_step: float | None = None
     seconds: float | None = None
     card_seconds: float | None = None
@@ -157,7 +159,8 @@ def _plan(prepared: Prepared, out: Path, card: str | None, timed: Mapping[str, f
             seconds = (stage.steps - stage.steps_done) * timed[stage.stage]
             stages[place] = dataclasses.replace(stage, seconds_per_step=timed[stage.stage], seconds=seconds)
         if card is not None:
-            seconds = seconds_on(card, stage.flops, mixed_precision=recipe.mixed_precision)
+            kind = stage.adapter or "none"
+            seconds = seconds_on(card, stage.flops, mixed_precision=recipe.mixed_precision, adapter=kind)
             stages[place] = dataclasses.replace(stages[place], card_seconds=seconds)
     return RunPlan(
         recipe=recipe.name,
@@ -223,6 +226,7 @@ def _plan_stage(
         memory_bytes={"total": memory.total + inputs, **dataclasses.asdict(memory), "inputs": inputs},
         checkpoint_bytes=FULL * counts.total + ADAM_MOMENTS * FULL * counts.trainable,
         folder=str(out / name),
+        adapter=None if settings.adapter is None else settings.adapter.kind,
     )
 
 

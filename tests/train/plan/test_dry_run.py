@@ -257,7 +257,7 @@ def test_steps_are_timed_without_a_trace_of_them(recipe: MakeRecipe, tmp_path: P
     for stage in planned.stages:
         assert stage.seconds_per_step is not None
         assert stage.seconds == pytest.approx(2 * stage.seconds_per_step) != 0
-        assert stage.card_seconds == pytest.approx(stage.flops / (CARDS["h100"].full * 1e12 * UTILISATION))
+        assert stage.card_seconds == pytest.approx(stage.flops / (CARDS["h100"].full * 1e12 * UTILISATION["none"]))
     assert not (tmp_path / "out").exists()
 
 
