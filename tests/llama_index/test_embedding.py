@@ -149,10 +149,10 @@ def test_a_pickled_embedding_loads_its_model_when_it_is_needed(real: CocoaEmbedd
 def test_the_dimension_truncates_the_embeddings() -> None:
     assert CocoaEmbedding(model=FakeModel()).dimension == 48
     encoder = Encoder(FakeModel(), dimension=12)
-    for embedding in (CocoaEmbedding(model=FakeModel(), dimension=12), CocoaEmbedding(model=encoder)):
-        assert embedding.dimension == len(embedding.get_query_embedding("red")) == 12
-    with pytest.raises(UsageError, match="12 dimensions, not 24; give the dimension to the Encoder"):
-        CocoaEmbedding(model=encoder, dimension=24)
+    assert CocoaEmbedding(model=encoder).dimension == 12
+    for model in (FakeModel(), encoder):
+        embedding = CocoaEmbedding(model=model, dimension=24)
+        assert embedding.dimension == len(embedding.get_query_embedding("red")) == 24
     for dimension in (0, 49):
         with pytest.raises((UsageError, ValueError), match="dimension"):
             CocoaEmbedding(model=FakeModel(), dimension=dimension)

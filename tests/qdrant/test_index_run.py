@@ -4,6 +4,7 @@ import os
 import random
 import resource
 import shutil
+import threading
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ from qdrant_client import QdrantClient
 
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.images.load import FileContent
-from cocoa_embed.integrations.qdrant import IndexSummary, QdrantIndexer, index_run, writer
+from cocoa_embed.integrations.qdrant import IndexSummary, QdrantIndexer, index_run
 from cocoa_embed.integrations.qdrant.points import storable
 from cocoa_embed.integrations.qdrant.stores.base import Point
 from cocoa_embed.integrations.qdrant.stores.store import Store
@@ -193,12 +194,27 @@ def test_a_full_disk_is_one_sentence_and_the_next_run_finishes(tmp_path: Path, l
     assert_a_run_finishes(location, folder)
 
 
+def test_points_are_written_once_by_as_many_threads_as_the_store_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_run, "BATCH_POINTS", 4)
+    barrier, ids, threads = threading.Barrier(3), list[str](), set[int]()
+
+    def upsert(points: Sequence[Point]) -> None:
+        barrier.wait(60)
+        threads.add(threading.get_ident())
+        ids.extend(point.id for point in points)
+
+    made = [Point(str(number), np.zeros(2, np.float32), {}) for number in range(46)]
+    index_run.write_points(Mock(parallel=3, upsert=upsert), iter(made))
+    assert sorted(ids, key=int) == [point.id for point in made]
+    assert len(threads) == 3
+
+
 @pytest.mark.parametrize("fault", ["before", "half", "after"])
 @pytest.mark.parametrize("at", [0, 2])
 def test_a_store_that_fails_in_the_middle_is_reported_and_the_next_run_finishes(
     tmp_path: Path, index: QdrantIndexer, monkeypatch: pytest.MonkeyPatch, fault: str, at: int
 ) -> None:
-    monkeypatch.setattr(writer, "BATCH_POINTS", 4)
+    monkeypatch.setattr(index_run, "BATCH_POINTS", 4)
     folder = ChangingFolder(tmp_path / "pictures", seed=0)
     upsert, faults = index.store.upsert, list[str | None]()
 

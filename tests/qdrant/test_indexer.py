@@ -385,8 +385,3 @@ class TestModels:
         assert album.index.search("red")
         with pytest.raises(CocoaError, match="does not embed image and text together"):
             album.index.search("red", colour_image("red"))
-
-    @pytest.mark.parametrize("arguments", [{"batch_size": 0}, {"dimension": 0}, {"path": "x", "edge": "y"}])
-    def test_invalid_arguments_are_usage_errors(self, arguments: dict[str, Any]) -> None:
-        with pytest.raises(UsageError, match=r"(batch_size|dimension) is 0; it must|more than one place"):
-            QdrantIndexer(FakeModel(), **arguments)
