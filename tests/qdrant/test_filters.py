@@ -188,13 +188,6 @@ def test_a_dictionary_is_no_filter() -> None:
         read_filter({"must": []})  # type: ignore[arg-type]
 
 
-def test_the_indexers_fields_are_found_at_the_top_level_and_others_below_metadata_too() -> None:
-    assert [tree.field_paths(key) for key in tree.OWN_FIELDS] == [[key] for key in tree.OWN_FIELDS]
-    assert tree.field_paths("width2") == ["width2", "metadata.width2"]
-    assert tree.field_paths(' "paths[x]" . b c[0]') == ['"paths[x]"."b c"[0]', 'metadata."paths[x]"."b c"[0]']
-    assert tree.field_paths("paths[0]") == ["paths[0]"]
-
-
 NAMES = st.text(st.characters(exclude_characters='"\\', exclude_categories=("Cs", "Cc")), min_size=1)
 COLUMN_VALUES = st.one_of(
     st.text(st.characters(exclude_categories=("Cs",))),

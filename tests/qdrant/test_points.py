@@ -46,6 +46,7 @@ def test_the_payload_has_plain_fields_and_no_image() -> None:
     lists = {f"{field}s": [getattr(ZEBRA, field), getattr(AGAIN, field)] for field in FileLocation._fields}
     assert plain_payload(stored) == {**ZEBRA._asdict(), **lists, **CONTENT, **DESCRIPTION}
     assert json.loads(stored["_node_content"])["image"] is None
+    assert metadata_dict_to_node(stored).get_content(MetadataMode.EMBED) == "a zebra at dusk"
     assert stored_locations(json.loads(json.dumps(stored))) == [ZEBRA, AGAIN]
 
 
@@ -59,15 +60,6 @@ def test_a_changed_payload_is_what_llama_index_itself_would_write(changes: dict[
     again = node_to_metadata_dict(metadata_dict_to_node(stored), remove_text=False, flat_metadata=False)
     assert json.loads(again.pop("_node_content")) == json.loads(stored.pop("_node_content"))
     assert again == stored
-
-
-def test_llama_index_embeds_the_caption_and_shows_a_language_model_the_metadata_too() -> None:
-    node = metadata_dict_to_node(payload())
-    assert (node.node_id, node.image_mimetype) == (node.ref_doc_id, "image/jpeg")
-    assert node.get_content(MetadataMode.EMBED) == "a zebra at dusk"
-    shown = node.get_content(MetadataMode.LLM)
-    assert all(shown.count(part) == 1 for part in ("relative_path: zebra ünï.jpg", "CC0", "a zebra at dusk"))
-    assert SHA256 not in shown
 
 
 def test_a_description_and_a_location_are_valid_json() -> None:

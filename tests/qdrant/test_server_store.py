@@ -7,18 +7,7 @@ from unittest.mock import Mock
 
 import fake_qdrant
 import pytest
-from fake_qdrant import (
-    DIMENSION,
-    OTHER,
-    SIGNATURE,
-    FakeServer,
-    answer_status,
-    drop,
-    drop_after,
-    make_points,
-    make_vector,
-    name,
-)
+from fake_qdrant import OTHER, SIGNATURE, FakeServer, answer_status, drop, drop_after, make_points, make_vector, name
 from qdrant_client import QdrantClient
 
 from cocoa_embed.errors import CocoaError
@@ -161,8 +150,8 @@ def test_a_collection_has_its_signature_and_indexes_before_the_first_point_also_
         store.create(SIGNATURE)
         store.upsert(make_points(start, start + 1))
     (created,) = fake.bodies("PUT", "/collections/images")
-    assert created["vectors"] == {"size": DIMENSION, "distance": "Cosine"}
-    assert created["metadata"] == {"cocoa_embed": {"model": "m", "fingerprint": "0f", "dimension": DIMENSION}}
+    assert created["vectors"] == {"size": SIGNATURE.dimension, "distance": "Cosine"}
+    assert created["metadata"] == {"cocoa_embed": {"model": "m", "fingerprint": "0f", "dimension": SIGNATURE.dimension}}
     assert "quantization_config" not in created
     indexed = {body["field_name"]: body["field_schema"] for body in fake.bodies("PUT", "/index")}
     text = {"type": "text", "tokenizer": "word", "lowercase": True, "phrase_matching": True}
@@ -178,7 +167,7 @@ def test_vectors_are_quantized_kept_on_disk_and_rescored(fake: FakeServer, remot
     store.search(QUERY._replace(limit=500))
     (created,) = fake.bodies("PUT", "/collections/images")
     assert created["quantization_config"] == {"scalar": {"type": "int8", "quantile": 0.99, "always_ram": True}}
-    assert created["vectors"] == {"size": DIMENSION, "distance": "Cosine", "on_disk": True}
+    assert created["vectors"] == {"size": SIGNATURE.dimension, "distance": "Cosine", "on_disk": True}
     searches = [body["params"]["quantization"] for body in fake.bodies("POST", "/query")]
     assert searches == [{"rescore": True, "oversampling": 20}, {"rescore": True, "oversampling": 3}]
 
