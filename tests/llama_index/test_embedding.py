@@ -108,7 +108,6 @@ def test_settings_are_serialised(model_folder: Path) -> None:
 def test_a_copy_shares_the_model(embedding: CocoaEmbedding) -> None:
     for copied in (copy.copy(embedding), copy.deepcopy(embedding), embedding.model_copy(deep=True)):
         assert copied.encoder is embedding.encoder
-        assert copied.to_dict() == embedding.to_dict()
         copied.embed_batch_size = 7
         assert embedding.embed_batch_size == 3
         assert asyncio.run(copied.aget_text_embedding("red")) == embedding.get_text_embedding("red")

@@ -107,11 +107,3 @@ def test_errors_name_the_filter(key: str, operator: str, value: object, needed: 
     named = f"the filter on {key!r} with {operator} {value!r}: "
     with pytest.raises(UsageError, match=re.escape(named) + ".*" + re.escape(needed)):
         to_condition(one(key, operator, value))
-
-
-def test_unknown_operators_and_conditions_are_named() -> None:
-    unknown = MetadataFilter.model_construct(key="year", value=1, operator="near")
-    with pytest.raises(UsageError, match="operator 'near' is not known; use one of ==, "):
-        to_condition(MetadataFilters.model_construct(filters=[unknown], condition=AND))
-    with pytest.raises(UsageError, match="condition 'xor' is not known"):
-        to_condition(MetadataFilters.model_construct(filters=one("year", "==", 1).filters, condition="xor"))

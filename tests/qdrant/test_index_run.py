@@ -120,8 +120,7 @@ def assert_exactly(store: Store, files: list[Path], indexer: QdrantIndexer) -> N
             assert abs(Path(path).stat().st_mtime - mtime) < 1e-6
             assert Path(path).stat().st_size == payload["bytes"]
     for file in files[::7]:
-        best = indexer.search(image=file, limit=1)[0]
-        assert np.isclose(best.score, 1, atol=1e-5)
+        assert indexer.search(image=file, limit=1)[0].score == pytest.approx(1, abs=1e-5)
 
 
 @pytest.fixture
@@ -264,9 +263,7 @@ def test_hostile_files_are_indexed_or_reported_in_bounded_memory(tmp_path: Path,
 
     failed = {failure["path"]: failure["reason"] for failure in summary.failed}
     assert failed.keys() == bad.keys() | refused_by_models
-    for path, reason_part in bad.items():
-        assert reason_part in failed[path]
-        assert failed[path].isprintable()
+    assert all(reason in failed[path] and failed[path].isprintable() for path, reason in bad.items())
     assert all("cannot be embedded" in failed[path] for path in refused_by_models)
     stored = {path for _, payload in index.store.scan(["paths"]) for path in payload["paths"]}
     assert stored == {storable(path) for path in good}
