@@ -73,8 +73,3 @@ def write_atomically(file: Path, text: str) -> None:
     except OSError:
         scratch.unlink(missing_ok=True)
         raise
-
-
-def is_scratch_of(name: str, file_name: str) -> bool:
-    """Return whether a name is that of a scratch file of ``write_atomically`` for ``file_name``."""
-    return name.startswith(f"{file_name}.") and name.endswith(SCRATCH_SUFFIX)

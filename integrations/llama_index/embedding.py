@@ -6,7 +6,6 @@ import asyncio
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,7 +16,7 @@ from llama_index.core.schema import BaseNode, ImageType
 
 from cocoa_embed.encode.encoder import Encoder, ModelInput, make_input
 from cocoa_embed.encode.load import load_encoder
-from cocoa_embed.errors import CocoaError, ImageError, UsageError, one_line, printable
+from cocoa_embed.errors import CocoaError, ImageError, one_line, printable
 from cocoa_embed.images.load import ImageSource
 from cocoa_embed.integrations.llama_index.nodes import split_by_image
 from cocoa_embed.model.loading import is_hub_name
@@ -73,13 +72,9 @@ class CocoaEmbedding(MultiModalEmbedding):
             model_name = DEFAULT_MODEL if model is None else model.name if isinstance(model, Encoder) else "the model"
         super().__init__(**{**kwargs, "model_name": str(model_name), "dimension": dimension})
         if model is not None:
-            self._encoder = model if isinstance(model, Encoder) else Encoder(model, self.model_name, dimension)
+            encoder = model if isinstance(model, Encoder) else Encoder(model, self.model_name)
+            self._encoder = encoder if dimension is None else encoder.truncate(dimension)
         self.encoder.require_images()
-        if dimension not in (None, self.encoder.dimension):
-            raise UsageError(
-                f"the Encoder of {self.encoder.name} has {self.encoder.dimension} dimensions, not {dimension};"
-                " give the dimension to the Encoder"
-            )
         self.dimension = self.encoder.dimension
 
     @property
@@ -172,8 +167,7 @@ class CocoaEmbedding(MultiModalEmbedding):
     async def _in_thread(self, embed: Callable[[Input], Output], inputs: Input) -> Output:
         # LlamaIndex starts all batches at once: in the event loop's own threads, each would read its images and hold
         # them in memory while it waits for the model.
-        context = copy_context()
-        return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: context.run(embed, inputs))
+        return await asyncio.get_running_loop().run_in_executor(self._threads, embed, inputs)
 
     def _embed_documents(self, items: Sequence[ModelInput], sources: Sequence[ImageSource]) -> list[Embedding]:
         """Embed texts or images with the document prompt.

@@ -62,7 +62,7 @@ def read_filter(filter_: MetadataFilter) -> Condition:
             case FilterOperator.TEXT_MATCH | FilterOperator.TEXT_MATCH_INSENSITIVE:
                 return conditions.has_words(key, str(values[0]))
             case FilterOperator.IS_EMPTY:
-                return Not(conditions.exists(key))
+                return Not(conditions.on_paths(key, conditions.Exists))
             case FilterOperator.GT | FilterOperator.GTE | FilterOperator.LT | FilterOperator.LTE:
                 return conditions.compare(key, operator.name.lower(), values[0])
     except UsageError as error:

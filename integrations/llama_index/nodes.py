@@ -23,12 +23,6 @@ PATH_KEYS = ("path", "image_path")
 TEXT_KEYS = ("caption", "text", "page_content")
 """The payload keys of a path and a text: the indexer's, those of LlamaIndex's older stores and of LangChain."""
 
-NODE_FIELDS = (
-    "id_ metadata excluded_embed_metadata_keys excluded_llm_metadata_keys relationships"
-    " metadata_template metadata_separator text_template"
-).split()
-"""The fields that all kinds of stored nodes have in common."""
-
 
 def image_of(node: BaseNode) -> ImageType | None:
     """Return the image of a node: its bytes, or else its path or address; None if it has none.
@@ -82,8 +76,7 @@ def stored_node(payload: dict[str, Any]) -> BaseNode | None:
         if not (image.get("path") or image.get("url")):
             return metadata_dict_to_node(payload)
         text = (fields.get("text_resource") or {}).get("text")
-        common = {name: fields[name] for name in NODE_FIELDS if name in fields}
-        return ImageNode(text=text or "", image_resource=image, **common)
+        return ImageNode(**{**fields, "text": text or "", "image_resource": image})
     except (LookupError, ValueError, TypeError, AttributeError):
         return None  # other programs may store anything under this key
 

@@ -178,14 +178,6 @@ def has_words(key: str, text: str) -> Condition:
     return on_paths(key, lambda path: HasWords(path, text))
 
 
-def exists(key: str) -> Condition:
-    """Return the condition that a field is there and not empty.
-
-    :raises UsageError: If the key is malformed.
-    """
-    return on_paths(key, Exists)
-
-
 def on_paths(key: str, condition: Callable[[str], Condition]) -> Condition:
     """Return the condition that the field at one of the paths of a key fulfils ``condition``.
 

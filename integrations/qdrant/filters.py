@@ -45,8 +45,6 @@ def parse_filter(text: str) -> Condition:
 
     :raises UsageError: If the text is not a filter.
     """
-    if not isinstance(text, str):
-        raise UsageError(f"a filter is a text such as 'mime=image/png', not {text!a:.80}")
     try:
         return _parse(storable(text))
     except UsageError as error:
@@ -58,7 +56,8 @@ def _parse(text: str) -> Condition:
         key = presence["key"]
         if mistyped := _MISTYPED.fullmatch(key):
             raise UsageError(f'write {mistyped[1]}={mistyped[2]} or, for a key of this name, "{key}"')
-        return Not(conditions.exists(key)) if presence["absent"] else conditions.exists(key)
+        exists = conditions.on_paths(key, conditions.Exists)
+        return Not(exists) if presence["absent"] else exists
     parts = _COMPARISON.fullmatch(text)
     if parts is None:
         raise UsageError(FORMS)

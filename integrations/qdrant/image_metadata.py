@@ -1,21 +1,17 @@
 """The image files of an indexing run, with the metadata of their folders and the folders above."""
 
 import json
-import logging
 import os
 import re
 import stat
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from cocoa_embed.data.image_folder import METADATA_FILE, METADATA_FILES, DescribedImage, find_metadata, read_metadata
-from cocoa_embed.errors import CocoaError, RowError, UsageError, printable
+from cocoa_embed.data.image_folder import METADATA_FILES, DescribedImage, find_metadata, read_metadata
+from cocoa_embed.errors import CocoaError, RowError, UsageError
 from cocoa_embed.images.find_files import LIST_SUFFIX, find_images, read_file_list, search_folder
 from cocoa_embed.integrations.qdrant.points import ImageFile, storable
-
-logger = logging.getLogger(__name__)
 
 
 class ImageFiles:
@@ -53,15 +49,10 @@ class ImageFiles:
 
     def _read_all_metadata(self) -> dict[Path, frozenset[str]]:
         """Read the metadata files of all folders and the folders above; return the names of the good ones by folder."""
-        first = {(root, file.parent): file for file, root in reversed(self._roots.items())}
-        above: dict[Path, set[Path]] = defaultdict(set)
-        for root, folder in first:
-            above[folder] |= {folder, *(up for up in folder.parents if up.is_relative_to(root))}
-        read = {folder: self._read_metadata(folder) for folder in sorted(set().union(*above.values()))}
-        if beside := next((text for file in first.values() if (text := file.with_suffix(".txt")).is_file()), None):
-            logger.warning("%s: text files beside images are not read; write captions to %s, with the columns file_name"
-                           " and text", printable(beside), METADATA_FILE)  # fmt: skip
-        return {folder: frozenset(filter(None, map(read.get, each))) for folder, each in above.items()}
+        folders = {(file.parent, root) for file, root in self._roots.items()}
+        above = {(folder, *(up for up in folder.parents if up.is_relative_to(root))) for folder, root in folders}
+        read = {folder: self._read_metadata(folder) for folder in sorted(set().union(*above))}
+        return {folder: frozenset(filter(None, map(read.get, (folder, *folder.parents)))) for folder, _ in folders}
 
     def __len__(self) -> int:
         """Return how many files there are."""
@@ -114,7 +105,7 @@ class ImageFiles:
         text = image.columns.get("text")
         if isinstance(text, str):
             known["text"] = f"{known['text']}\n{text}" if "text" in known else text
-        # Parquet files have values that JSON does not have: dates become strings, NaN becomes null.
+        # Tables have values that JSON does not have: dates become strings, numbers that are not finite become null.
         columns = {name: value for name, value in image.columns.items() if name not in ("file_name", "text")}
         for name, value in json.loads(json.dumps(columns, default=str), parse_constant=lambda _: None).items():
             known.setdefault(name, value)
@@ -135,8 +126,6 @@ def outermost(paths: Iterable[str | Path]) -> list[Path]:
 
 def places_covered(path: Path) -> list[Path]:
     """Return the folders and files that a path stands for, whether they exist or not."""
-    if path.is_dir():
-        return [path]
     if path.suffix.lower() == LIST_SUFFIX and path.is_file():
         return read_file_list(path)
     return [path] if os.path.lexists(path) else [search_folder(path)]
@@ -150,12 +139,7 @@ def is_deleted(path: str) -> bool:
     :param path: As a payload has it: with ``\udcNN`` for undecodable bytes.
     """
     undecoded = re.sub(r"\\udc([89a-f][0-9a-f])", lambda match: chr(0xDC00 + int(match[1], 16)), path)
-    for spelling in {path, undecoded}:
-        try:
-            if stat.S_ISREG(os.stat(spelling).st_mode):
-                return False
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except OSError:
-            return False
-    return True
+    try:
+        return not stat.S_ISREG(os.stat(undecoded).st_mode)
+    except OSError as error:
+        return isinstance(error, (FileNotFoundError, NotADirectoryError))

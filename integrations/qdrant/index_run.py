@@ -9,7 +9,9 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Literal, NamedTuple
 
 from cocoa_embed.encode.encoder import Encoder
@@ -24,7 +26,9 @@ from cocoa_embed.integrations.qdrant.points import FileLocation, ImageFile, make
 from cocoa_embed.integrations.qdrant.stores.base import Point
 from cocoa_embed.integrations.qdrant.stores.store import Store
 from cocoa_embed.integrations.qdrant.thumbnails import THUMBNAIL_SIZE, ThumbnailFolder
-from cocoa_embed.integrations.qdrant.writer import write_points
+
+BATCH_POINTS = 64
+"""Points per write."""
 
 
 @dataclass(frozen=True)
@@ -210,3 +214,17 @@ def read_file(file: ImageFile) -> tuple[ContentKey, FileContent]:
     read = read_stable_file(file.path)
     sha256 = hashlib.sha256(read.data).hexdigest()
     return ContentKey(point_id(sha256), sha256, read.size), read
+
+
+def write_points(store: Store, points: Iterable[Point]) -> None:
+    """Store points in batches in threads, ``store.parallel`` at once; the next point waits while twice as many wait.
+
+    After an exception, the batches that no thread has begun are not stored.
+
+    :raises CocoaError: If a write fails.
+    """
+    remaining = iter(points)
+    batches = iter(lambda: list(islice(remaining, BATCH_POINTS)), [])
+    with closing(read_ahead(store.upsert, batches, workers=store.parallel)) as writes:
+        for _, write in writes:
+            write.result()

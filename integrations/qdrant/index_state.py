@@ -77,21 +77,23 @@ class IndexState:
         """Add a content that was just stored; its files no longer hold any other content."""
         self.contents[id_] = content
         for path in content.locations:
-            self._detach(path, id_)
+            self.detach(path, id_)
 
     def attach(self, id_: str, location: FileLocation) -> None:
         """Record that a file holds a stored content, and no other."""
-        self._detach(location.path, id_)
+        self.detach(location.path, id_)
         content = self.contents[id_]
         known = content.locations.get(location.path)
         if known is None or abs(known.mtime - location.mtime) >= MTIME_TOLERANCE:
             content.locations[location.path] = location
             content.has_changed = True
 
-    def detach(self, path: str) -> None:
-        """Record that a file holds no stored content."""
-        self._detach(path, None)
-        self.ids.pop(path, None)
+    def detach(self, path: str, new_id: str | None = None) -> None:
+        """Record that a file holds no stored content, or only the content ``new_id``."""
+        for other in {self.ids.pop(path, None), *self._conflicts.pop(path, ())} - {None, new_id}:
+            self._remove(path, str(other))
+        if new_id is not None:
+            self.ids[path] = new_id
 
     def remove_missing(self, id_: str, is_missing: Callable[[str], bool]) -> int:
         """Remove the files of a content that no longer exist, and return their number."""
@@ -101,17 +103,6 @@ class IndexState:
             if self.ids.get(path) == id_:
                 del self.ids[path]
         return len(missing)
-
-    def changed(self) -> dict[str, Content]:
-        """Return the contents whose payload is out of date; one without locations is to be deleted."""
-        return {id_: content for id_, content in self.contents.items() if content.has_changed}
-
-    def _detach(self, path: str, id_: str | None) -> None:
-        """Take a path from every content but ``id_``, and give it to that one."""
-        for other in {self.ids.get(path), *self._conflicts.pop(path, ())} - {None, id_}:
-            self._remove(path, str(other))
-        if id_ is not None:
-            self.ids[path] = id_
 
     def _remove(self, path: str, id_: str) -> None:
         content = self.contents[id_]

@@ -78,9 +78,6 @@ class QdrantIndexer:
             is invalid.
         :raises MissingExtraError: If a package that the location needs is not installed.
         """
-        for name, number in {"batch_size": batch_size, "dimension": dimension}.items():
-            if number is not None and number < 1:
-                raise UsageError(f"{name} is {number}; it must be 1 or more")
         if client is None and url is None and edge is None:
             path = path or DEFAULT_INDEX
         options = StoreOptions(quantization=quantization, on_disk=on_disk, api_key=api_key)
@@ -102,7 +99,7 @@ class QdrantIndexer:
 
         :raises CocoaError: If it cannot be loaded, or embeds no images.
         """
-        return cut(self._whole_encoder(), self._dimension)
+        return self._encoder_for(None)
 
     def index(
         self,
@@ -195,31 +192,32 @@ class QdrantIndexer:
         self.close()
 
     def _prepare_collection(self) -> Encoder:
-        """Create and sign the collection if needed, and return the model for it."""
+        """Create, sign and complete the collection if needed, and return the model for it."""
         signature = self.store.signature()
-        encoder = self.encoder if signature is None else self._encoder_for(signature)
-        if signature is None or signature.fingerprint is None:
-            if signature is not None and self.store.count():
-                raise CocoaError(
-                    f"{self.store.name} was not made by cocoa-embed index, and its vectors may be another model's;"
-                    " choose another collection"
-                )
-            self.store.create(Signature(encoder.name, encoder.fingerprint, encoder.dimension))
+        encoder = self._encoder_for(signature)
+        if signature is not None and signature.fingerprint is None and self.store.count():
+            raise CocoaError(
+                f"{self.store.name} was not made by cocoa-embed index, and its vectors may be another model's;"
+                " choose another collection"
+            )
+        self.store.create(Signature(encoder.name, encoder.fingerprint, encoder.dimension))
         return encoder
 
-    def _encoder_for(self, signature: Signature) -> Encoder:
-        """Return the model, cut to the dimension of a collection.
+    def _encoder_for(self, signature: Signature | None) -> Encoder:
+        """Return the model, truncated to the dimension of a collection, if there is one.
 
         :raises CocoaError: If another model made the collection, or it has another dimension.
         """
         encoder = self._whole_encoder()
-        if signature.fingerprint not in (None, encoder.fingerprint):
+        if signature is not None and signature.fingerprint not in (None, encoder.fingerprint):
             raise CocoaError(
                 f"{self.store.name} was made with {signature.model} (fingerprint {signature.fingerprint:.12}), not with"
                 f" {encoder.name} ({encoder.fingerprint:.12}); choose another collection, or the model that made it"
             )
-        encoder = cut(encoder, self._dimension or (signature.dimension if signature.fingerprint else None))
-        if signature.dimension != encoder.dimension:
+        dimension = self._dimension or (signature.dimension if signature and signature.fingerprint else None)
+        if dimension not in (None, encoder.dimension):
+            encoder = encoder.truncate(dimension)
+        if signature is not None and signature.dimension != encoder.dimension:
             raise CocoaError(
                 f"{self.store.name} holds vectors of {signature.dimension} dimensions, {encoder.name} makes"
                 f" {encoder.dimension}; choose another collection, or the model that made it"
@@ -239,11 +237,6 @@ class QdrantIndexer:
                 encoder.require_images()
                 self._encoder = encoder
             return self._encoder
-
-
-def cut(encoder: Encoder, dimension: int | None) -> Encoder:
-    """Return a model with the first ``dimension`` values of its embeddings; all of them for None."""
-    return encoder if dimension in (None, encoder.dimension) else encoder.truncate(dimension)
 
 
 def orientations(item: ModelInput) -> list[ModelInput]:

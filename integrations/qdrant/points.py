@@ -1,7 +1,6 @@
 """An image content as a Qdrant point: its id, and a payload that LlamaIndex reads back as an ``ImageNode``."""
 
 import json
-import math
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -136,15 +135,12 @@ def plain_payload(stored: Mapping[str, Any]) -> Payload:
 
 
 def storable(value: Any) -> Any:  # noqa: ANN401 - any JSON value
-    r"""Return a JSON value with valid Unicode and finite numbers, as a server requires.
+    r"""Return a JSON value with valid Unicode, as a server requires.
 
-    Undecodable bytes of a file name, which Python has as lone surrogates, become ``\udcNN``. A number such as 1e999,
-    which Python reads as infinite, becomes null.
+    Undecodable bytes of a file name, which Python has as lone surrogates, become ``\udcNN``.
     """
     if isinstance(value, str):
         return value.encode("utf-8", "backslashreplace").decode("utf-8")
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
     if isinstance(value, dict):
         return {storable(key): storable(element) for key, element in value.items()}
     if isinstance(value, list):

@@ -1,6 +1,6 @@
 """The end of an indexing run: bring the stored points up to date with files that changed, moved or were deleted."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from cocoa_embed.integrations.qdrant.image_metadata import ImageFiles, is_deleted
 from cocoa_embed.integrations.qdrant.index_run import IndexRun
@@ -24,10 +24,13 @@ def settle(run: IndexRun, *, prune: bool) -> None:
         run.pruned += sum(state.remove_missing(id_, run.files.misses) for id_ in state.contents)
     replace_missing_first_files(state, run.files)
     descriptions = new_descriptions(run)
-    changed = state.changed()
-    held = [id_ for id_ in {**changed, **descriptions} if state.contents[id_].locations]
+    changed = [id_ for id_, content in state.contents.items() if content.has_changed]
+    held = [id_ for id_ in dict.fromkeys([*changed, *descriptions]) if state.contents[id_].locations]
     update_payloads(run.store, state, held, descriptions)
-    delete_points(run.store, state, sorted(changed.keys() - held))
+    deleted = sorted(set(changed).difference(held))
+    run.store.delete(deleted)
+    for id_ in deleted:
+        remove_thumbnail(id_, state.contents[id_].thumbnail)
 
 
 def replace_missing_first_files(state: IndexState, files: ImageFiles) -> None:
@@ -70,23 +73,9 @@ def has_new_description(file: ImageFile, content: Content, files: ImageFiles) ->
 
 def update_payloads(store: Store, state: IndexState, ids: Sequence[str], descriptions: Mapping[str, Payload]) -> None:
     """Store the locations, thumbnails and new descriptions of contents."""
-    for batch in batches(ids):
-        for id_, stored in store.retrieve(batch).items():
+    for start in range(0, len(ids), BATCH_POINTS):
+        for id_, stored in store.retrieve(ids[start : start + BATCH_POINTS]).items():
             content = state.contents[id_]
             locations = list(content.locations.values())
             payload = make_payload(stored, locations, descriptions.get(id_, {}), content.thumbnail)
             store.overwrite_payload(id_, payload)
-
-
-def delete_points(store: Store, state: IndexState, ids: Sequence[str]) -> None:
-    """Delete the points of contents and their thumbnails."""
-    for batch in batches(ids):
-        store.delete(batch)
-        for id_ in batch:
-            remove_thumbnail(id_, state.contents[id_].thumbnail)
-
-
-def batches(ids: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Yield ids in batches of at most ``BATCH_POINTS``."""
-    for start in range(0, len(ids), BATCH_POINTS):
-        yield ids[start : start + BATCH_POINTS]

@@ -65,7 +65,6 @@ def test_the_retriever_finds_what_an_index_or_a_pipeline_of_llama_index_wrote(
     stores = StorageContext.from_defaults(vector_store=QdrantVectorStore("texts", client=client), image_store=store)
     index = MultiModalVectorStoreIndex([TextNode(text="a text")], storage_context=stores, **models)
     index.insert_nodes(image_nodes(folder))
-    assert index.as_retriever().text_to_image_retrieve("green") == [], "trap: the index began with texts alone"
     assert retrieve(client, embedding, "green")[0] == file_of(folder, "green")
     assert retrieve(client, embedding, "blue", "author") == [file_of(folder, "blue")]
     client.delete_collection("theirs")
@@ -73,12 +72,3 @@ def test_the_retriever_finds_what_an_index_or_a_pipeline_of_llama_index_wrote(
     store = QdrantVectorStore("theirs", client=client)
     IngestionPipeline(transformations=[embedding], vector_store=store, disable_cache=True).run(nodes=without_text)
     assert retrieve(client, embedding, "yellow")[0] == file_of(folder, "yellow")
-
-
-def test_nodes_that_llama_index_adds_to_a_collection_are_kept(
-    indexer: QdrantIndexer, client: QdrantClient, embedding: CocoaEmbedding, folder: Path
-) -> None:
-    node = ImageNode(image_path="/other.png", embedding=embedding.get_text_embedding("red"))
-    QdrantVectorStore("images", client=client).add([node])
-    indexer.index(folder, prune=True, progress=False)
-    assert {hit.path for hit in indexer.search("red", limit=2)} == {"/other.png", file_of(folder, "red")}

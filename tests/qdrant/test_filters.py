@@ -1,4 +1,5 @@
 import json
+import re
 from datetime import datetime, timezone
 from typing import Any
 
@@ -53,7 +54,6 @@ PLAIN: Payload = {
 }
 PAYLOADS = {"beach": BEACH, "street": STREET, "plain": PLAIN, "top": {"author": "Ann", "year": 1900.0}, "none": {}}
 EXPECTED = {
-    "mime=image/png": "street",
     " mime = image/png|image/gif ": "street plain",
     "path=/photos/c\udcff.gif": "plain",
     "paths=/copies/a.jpg": "beach",
@@ -62,48 +62,38 @@ EXPECTED = {
     "mtime>2026": "beach plain",
     "mtime=2025|2026-01-02": "street plain",
     "mtime!=2026-01": "street top none",
-    "mtime<2026-01-01T01:00:00+01:00": "street",
     "mtime<=2026-01-01T00:00:00.500Z": "beach street",
-    f"mtime={NEW_YEAR - 1}|2026-01-01T00:00:00.500": "beach street",
-    "caption~BEACH dog": "beach",
-    'caption~"sunset, at dog"|beaches': "beach street",
+    f"mtime={NEW_YEAR - 1}|2026-01-01T01:00:00.500+01:00": "beach street",
+    'caption~"sunset, at DOG"|beaches': "beach street",
     "caption!~beach": "street plain top none",
     'caption="beaches | and = more"': "street",
-    "caption": "beach street",
     "!caption": "plain top none",
     "author=Ann": "beach street top",
     "author!=Ann": "plain none",
-    'author=""': "plain",
     "year=1900": "beach street top",
     'year="1900"': "street",
     "year>1900": "plain",
     "ok=true": "beach street",
-    'ok="true"': "street",
-    "!tags": "street plain top none",
+    "tags": "beach",
     "date<2026-01-01": "beach",
-    "date>=2026-01-01T11:00Z": "street",
     '"a.b"=dotted': "beach",
     "sp ace=blank": "beach",
     "exif.iso=2": "beach",
     "rows[].k=2": "street",
-    "rows[0].k=2": "",
-    f"big={2**60 + 1}": "street",
     f"big={2**60}": "",
     "code=123456789012345678901234": "street",
 }
 WRONG = {
-    **dict.fromkeys(["", "=", "=x", "!", "!mime=x"], "write KEY=VALUE"),
-    **dict.fromkeys(["mime=", "mime=a||b", "mime=a|"], "a value is missing"),
-    **dict.fromkeys(['mime="a', 'mime="a"b'], "not a text in double quotes"),
-    **dict.fromkeys(["a..b=1", ".a=1", "a.=1", "a[x]=1", "a\\b=1", '""=1'], "is not a key"),
-    "mime: image/png": "write mime=image/png",
+    "!mime=x": "write KEY=VALUE",
+    "mime=a||b": "a value is missing",
+    'mime="a"b': "not a text in double quotes",
+    **dict.fromkeys(["a..b=1", "a[x]=1", '""=1'], "is not a key"),
     "author:Ann": 'write author=Ann or, for a key of this name, "author:Ann"',
     "width 1000": "write width=1000",
     "width=>1000": "KEY>=VALUE",
-    "width=wide": "width is a number, 'wide' is not",
     'width="640"': "width is a number, '640' is not",
     "width<1e999": "width is a number, '1e999' is not",
-    **dict.fromkeys(["year<old", "mtime<yesterday", "mtime=2026-13-01", "mtime=9999"], "is not a number or a date"),
+    **dict.fromkeys(["year<old", "mtime=2026-13-01", "mtime=9999"], "is not a number or a date"),
     "path<b": "path is a text, which has no order",
     "width~6": "width is a number and has no words",
     "caption~!!": "there is no word in",
@@ -189,24 +179,13 @@ def test_backends_agree_on_any_condition(shards: list[Any], condition: tree.Cond
 
 @pytest.mark.parametrize("text", WRONG)
 def test_malformed_filters_are_usage_errors(text: str) -> None:
-    with pytest.raises(UsageError) as raised:
+    with pytest.raises(UsageError, match=re.escape(f"{text!a} is not a filter: ") + ".*" + re.escape(WRONG[text])):
         read_filter(["mime=a", text])
-    assert f"{text!a} is not a filter: " in str(raised.value)
-    assert WRONG[text] in str(raised.value)
 
 
-def test_filters_of_a_wrong_type_are_usage_errors() -> None:
-    for given_, advice in (({"must": []}, "is a dict; give conditions"), ([("a", 1)], "not ('a', 1)")):
-        with pytest.raises(UsageError, match="mime=image/png") as raised:
-            read_filter(given_)  # type: ignore[arg-type]
-        assert advice in str(raised.value)
-
-
-def test_the_indexers_fields_are_found_at_the_top_level_and_others_below_metadata_too() -> None:
-    assert [tree.field_paths(key) for key in tree.OWN_FIELDS] == [[key] for key in tree.OWN_FIELDS]
-    assert tree.field_paths("width2") == ["width2", "metadata.width2"]
-    assert tree.field_paths(' "paths[x]" . b c[0]') == ['"paths[x]"."b c"[0]', 'metadata."paths[x]"."b c"[0]']
-    assert tree.field_paths("paths[0]") == ["paths[0]"]
+def test_a_dictionary_is_no_filter() -> None:
+    with pytest.raises(UsageError, match="query_filter is a dict; give conditions, as in"):
+        read_filter({"must": []})  # type: ignore[arg-type]
 
 
 NAMES = st.text(st.characters(exclude_characters='"\\', exclude_categories=("Cs", "Cc")), min_size=1)
@@ -224,9 +203,7 @@ def test_any_column_is_found_by_its_value_alone(column: str, value: str | int | 
     payloads: list[Payload] = [{"metadata": {column: stored}} for stored in (value, [None, value], "other")]
     written = json.dumps(value)
     assert found(read_filter(f'"{column}"={written}'), payloads) == {0, 1}
-    assert found(read_filter(f'"{column}"!={written}'), payloads) == {2}
     assert found(read_filter(f'"{column}"={written}|"other"'), payloads) == {0, 1, 2}
-    assert found(read_filter(f'!"{column}"'), payloads) == set()
 
 
 @given(st.one_of(st.text(max_size=30), st.text('ab.[]0"=!<>~| 1-', max_size=12)))
@@ -246,16 +223,13 @@ def test_edge_and_local_mode_agree_on_qdrant_filters(shards: list[Any]) -> None:
     center, corner = models.GeoPoint(lon=13.4, lat=52.5), models.GeoPoint(lon=14, lat=50)
     above_one = models.Filter(must=field(key="k", range=models.Range(gt=1)))
     conditions: list[Any] = [
-        field(key="metadata.ok", match=models.MatchValue(value=True)),
         field(key="metadata.ok", match=models.MatchValue(value=False)),
-        field(key="width", match=models.MatchValue(value=1)),
         field(key="width", match=models.MatchAny(any=[1, 640])),
         field(key="mime", match=models.MatchExcept(**{"except": ["image/png"]})),
         field(key="caption", match=models.MatchTextAny(text_any="dog beaches")),
         field(key='metadata."sp ace"', match=models.MatchPhrase(phrase="blank")),
         field(key="metadata.date", range=models.DatetimeRange(gte=datetime(2026, 1, 1))),
         field(key="metadata.tags", values_count=models.ValuesCount(gte=2)),
-        field(key="caption", is_null=True),
         field(key="metadata.tags", is_empty=True),
         field(key="place", geo_radius=models.GeoRadius(center=center, radius=20_000)),
         field(key="place", geo_bounding_box=models.GeoBoundingBox(top_left=center, bottom_right=corner)),
@@ -263,18 +237,15 @@ def test_edge_and_local_mode_agree_on_qdrant_filters(shards: list[Any]) -> None:
         models.HasIdCondition(has_id=[0, 2, 99]),
         models.NestedCondition(nested=models.Nested(key="metadata.rows", filter=above_one)),
     ]
-    filters = [models.Filter(must=[condition]) for condition in conditions]
-    filters += [models.Filter(must_not=condition) for condition in conditions]
-    filters += [models.Filter(min_should=models.MinShould(conditions=conditions, min_count=count)) for count in (2, 5)]
+    filters = [models.Filter(**{clause: [condition]}) for condition in conditions for clause in ("must", "must_not")]
+    filters.append(models.Filter(min_should=models.MinShould(conditions=conditions, min_count=5)))
     for query_filter in filters:
         first, *others = found_by_each(shards, query_filter, payloads)
         assert others == [first] * 2, query_filter
-
-
-def test_conditions_that_edge_lacks_are_usage_errors() -> None:
-    malformed = models.FieldCondition(key="a b", match=models.MatchPhrase(phrase="x"))
     line = models.GeoLineString(points=[models.GeoPoint(lon=n % 2, lat=n // 2) for n in (0, 1, 2, 0)])
-    inside = models.FieldCondition(key="place", geo_polygon=models.GeoPolygon(exterior=line))
-    for condition in (malformed, models.Filter(should=inside)):
+    for lacking in (
+        field(key="a b", match=models.MatchPhrase(phrase="x")),
+        field(key="place", geo_polygon=models.GeoPolygon(exterior=line)),
+    ):
         with pytest.raises(UsageError, match="the filter is not one for Qdrant Edge"):
-            to_edge_filter(models.Filter(must=condition))
+            to_edge_filter(models.Filter(must=lacking))

@@ -3,13 +3,12 @@
 import errno
 import json
 import random
-import sqlite3
 import subprocess
 import sys
-from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -20,13 +19,11 @@ from qdrant_client import QdrantClient
 
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.integrations.qdrant.stores import base, edge, local, open_store
-from cocoa_embed.integrations.qdrant.stores.base import PAYLOAD_INDEXES, Point, Query, Signature, StoreOptions
+from cocoa_embed.integrations.qdrant.stores.base import PAYLOAD_INDEXES, Point, Query, Signature
 from cocoa_embed.integrations.qdrant.stores.store import Store
 
 pytestmark = pytest.mark.usefixtures("few_payload_indexes")
 
-MEBIBYTE = 2**20
-Usage = namedtuple("Usage", "total used free")
 Opener = Callable[..., Store]
 
 
@@ -36,31 +33,8 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def opener(backend: str, tmp_path: Path) -> Iterator[Opener]:
-    """Opens a collection in a folder of ``tmp_path``, in one backend."""
-    stores = []
-
-    def open_(folder: str = "store", collection: str = "images", **options: Any) -> Store:
-        stores.append(
-            open_store(**{backend: tmp_path / folder}, collection=collection, options=StoreOptions(**options))
-        )
-        return stores[-1]
-
-    yield open_
-    for store in stores:
-        store.close()
-
-
-@pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tmp_path / "store"
-
-
-@pytest.fixture
-def store(opener: Opener) -> Store:
-    store = opener()
-    store.create(SIGNATURE)
-    return store
 
 
 class TestBoth:
@@ -82,42 +56,35 @@ class TestBoth:
         (tmp_path / "file").touch()
         (tmp_path / "photos").mkdir()
         (tmp_path / "photos" / "a.png").touch()
-        for path, words in (("file", "file is a file"), ("photos", "holds something else")):
-            store = opener(path)
+        for path, collection in (("file", "a"), ("photos", "a"), (".", "photos")):
+            store = opener(collection, path)
             for call in (store.signature, lambda store=store: store.create(SIGNATURE)):
-                with pytest.raises(CocoaError, match=words):
+                with pytest.raises(CocoaError, match=r"file is a file|holds something else"):
                     call()
         assert [entry.name for entry in (tmp_path / "photos").iterdir()] == ["a.png"]
 
-    @pytest.mark.parametrize("left", [[".cocoa-lock"], ["meta.json.7.new"], ["meta.json", ".lock"], [".cocoa-edge"]])
+    @pytest.mark.parametrize(
+        "left", [[".cocoa-lock"], [".cocoa-lock", "meta.json.7.new"], ["meta.json", ".lock"], [".cocoa-edge"]]
+    )
     def test_a_store_whose_creation_was_killed_is_created_anew(self, left: list[str], tmp_path: Path) -> None:
         for file in left:
             (tmp_path / file).touch()
         store = open_store(**{"edge" if left == [".cocoa-edge"] else "path": tmp_path}, collection="images")
         assert store.signature() is None
-        assert store.collections() in (None, [])
         store.create(SIGNATURE)
         store.close()
         assert store.count() == 0
         store.close()
 
-    @pytest.mark.parametrize("step", ["folder_lock", "write_atomically"])
     def test_a_folder_that_cannot_be_written_is_named(
-        self, backend: str, step: str, opener: Opener, monkeypatch: pytest.MonkeyPatch
+        self, backend: str, opener: Opener, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def fail(*_: object) -> None:
-            raise OSError(errno.EROFS, "Read-only file system")
+        broken = Mock(side_effect=OSError(errno.EROFS, "Read-only file system"))
+        monkeypatch.setattr({"path": local, "edge": edge}[backend], "write_atomically", broken)
+        with pytest.raises(CocoaError, match=r"store cannot be (opened|used) \(.*Read-only file system"):
+            opener().create(SIGNATURE)
 
-        store = opener()
-        with monkeypatch.context() as patch:
-            patch.setattr({"path": local, "edge": edge}[backend], step, fail)
-            with pytest.raises(CocoaError, match=r"store cannot be (opened|used) \(.*Read-only file system"):
-                store.create(SIGNATURE)
-        assert store.signature() is None
-        store.create(SIGNATURE)
-        assert store.signature() == SIGNATURE
-
-    @pytest.mark.parametrize("seed", [0, *[pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 6)]])
+    @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
     def test_a_killed_store_has_everything_that_it_confirmed(
         self, backend: str, seed: int, opener: Opener, folder: Path
     ) -> None:
@@ -155,26 +122,19 @@ class TestBoth:
 
 @pytest.mark.parametrize("backend", ["path"], indirect=True)
 class TestLocal:
-    @pytest.mark.parametrize("meta", ["{", "[]", "{}", '{"collections": null}', '{"collections": {"a": {}}}'])
-    def test_a_broken_store_is_named_and_not_changed(self, opener: Opener, tmp_path: Path, meta: str) -> None:
-        (tmp_path / "meta.json").write_text(meta)
-        store = opener(".")
-        for call in (store.signature, lambda: store.create(SIGNATURE)):
-            with pytest.raises(CocoaError, match="cannot be opened"):
-                call()
-        assert (tmp_path / "meta.json").read_text() == meta
-
     @pytest.mark.parametrize(
-        ("file", "content", "words"),
-        [("collection/images/storage.sqlite", b"x" * 5000, r"\(file is not a database\)"), ("meta.json", b"", "")],
+        ("file", "content"),
+        [("collection/images/storage.sqlite", "x" * 5000), *[("meta.json", text) for text in ("", "{", "[]", "{}")]],
     )
-    def test_a_store_with_a_damaged_file_is_not_created_anew(
-        self, store: Store, folder: Path, file: str, content: bytes, words: str
+    def test_a_store_with_a_damaged_file_is_named_and_not_created_anew(
+        self, store: Store, folder: Path, file: str, content: str
     ) -> None:
         store.close()
-        (folder / file).write_bytes(content)
-        with pytest.raises(CocoaError, match="cannot be opened .*" + words):
-            store.signature()
+        (folder / file).write_text(content)
+        for call in (store.signature, lambda: store.create(SIGNATURE)):
+            with pytest.raises(CocoaError, match="store cannot be opened"):
+                call()
+        assert (folder / file).read_text() == content
 
     def test_changes_go_to_a_log_that_closing_removes(self, store: Any, folder: Path) -> None:  # noqa: ANN401
         files = folder / "collection" / "images"
@@ -185,14 +145,11 @@ class TestLocal:
             assert (files / "storage.sqlite-wal").stat().st_size > 0
             store.close()
         assert [entry.name for entry in files.iterdir()] == ["storage.sqlite"]
-        connection = sqlite3.connect(files / "storage.sqlite")
-        assert connection.execute("SELECT count(*) FROM points").fetchone() == (100,)
-        connection.close()
 
 
 @pytest.mark.parametrize("backend", ["edge"], indirect=True)
 class TestEdge:
-    def test_a_collection_is_a_folder_with_a_shard_and_a_signature(
+    def test_a_collection_has_the_payload_indexes(
         self, opener: Opener, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(base, "PAYLOAD_INDEXES", PAYLOAD_INDEXES)
@@ -204,13 +161,6 @@ class TestEdge:
         kinds = {field: str(index.data_type).rpartition(".")[2].lower() for field, index in schema.items()}
         assert kinds == PAYLOAD_INDEXES
         shard.close()
-        assert sorted(entry.name for entry in folder.iterdir()) == [".cocoa-edge", "images"]
-        (folder / "photos").mkdir()
-        (folder / "photos" / "a.png").touch()
-        with pytest.raises(CocoaError, match="photos holds something else"):
-            opener(collection="photos").create(SIGNATURE)
-        with pytest.raises(CocoaError, match="holds something else"):
-            open_store(path=folder, collection="images").signature()
 
     def test_collections_can_be_open_at_once_and_only_one_process_creates(
         self, store: Store, opener: Opener, folder: Path
@@ -219,11 +169,9 @@ class TestEdge:
         other.create(OTHER)
         store.upsert(make_points(0, 3))
         assert (store.count(), other.count()) == (3, 0)
-        third = opener(collection="3rd")
         with edge.folder_lock(folder / ".cocoa-edge"), pytest.raises(CocoaError, match="in use by another process"):
-            third.create(SIGNATURE)
-        assert third.signature() is None
-        third.create(SIGNATURE)
+            opener(collection="3rd").create(SIGNATURE)
+        assert opener(collection="3rd").signature() is None
 
     def test_a_broken_file_is_named(self, store: Store, folder: Path) -> None:
         store.close()
@@ -231,11 +179,10 @@ class TestEdge:
             segment.write_text("{")
         with pytest.raises(CocoaError, match="store failed: "):
             store.count()
-        for file in ("signature.json", "edge_config.json"):
-            for text in ("", "{", "[]", "5"):
-                (folder / "images" / file).write_text(text)
-                with pytest.raises(CocoaError, match=rf"{file} holds no JSON object; .*cannot be opened"):
-                    store.signature()
+        for file, text in (("signature.json", "{"), ("edge_config.json", "5")):
+            (folder / "images" / file).write_text(text)
+            with pytest.raises(CocoaError, match=rf"{file} holds no JSON object; .*cannot be opened"):
+                store.signature()
 
     def test_a_kill_at_any_step_of_a_creation_leaves_no_collection(
         self, opener: Opener, monkeypatch: pytest.MonkeyPatch
@@ -250,20 +197,19 @@ class TestEdge:
                 patch.setattr(owner, step, kill)
                 with pytest.raises(KeyboardInterrupt):
                     store.create(SIGNATURE)
-            assert (store.signature(), store.collections()) == (None, [])
+            assert store.signature() is None
         store.create(SIGNATURE)
         store.upsert(make_points(0, 3))
         assert store.count() == 3
 
-    @pytest.mark.parametrize(("quantization", "on_disk"), [(None, False), ("scalar", True), ("binary", True)])
     def test_scores_are_exact_before_and_after_the_index_is_built(
-        self, opener: Opener, folder: Path, monkeypatch: pytest.MonkeyPatch, quantization: str | None, on_disk: bool
+        self, opener: Opener, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         # So few points would not be indexed at all.
         optimizers = qdrant_edge.EdgeOptimizersConfig(indexing_threshold=100)
         config = qdrant_edge.EdgeConfig
         monkeypatch.setattr(edge.edge, "EdgeConfig", lambda **options: config(**options, optimizers=optimizers))
-        store = opener(quantization=quantization, on_disk=on_disk)
+        store = opener(quantization="binary", on_disk=True)
         store.create(Signature("m", "0f", 128))
         rng = np.random.default_rng(0)
         centers = rng.normal(size=(40, 128))
@@ -271,8 +217,7 @@ class TestEdge:
         store.upsert([Point(name(number), vector, {"n": number}) for number, vector in enumerate(vectors)])
         unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
         stored = json.loads((folder / "images" / "edge_config.json").read_text())["vectors"][""]
-        assert stored.get("quantization_config", {}).keys() == ({quantization} - {None})
-        assert stored.get("memory") == ("cold" if on_disk else None)
+        assert (stored["quantization_config"].keys(), stored["memory"]) == ({"binary"}, "cold")
         for _ in range(2):
             for number in range(0, 1000, 97):
                 found = store.search(Query(vectors[number], limit=10))
@@ -291,22 +236,18 @@ class TestEdge:
         store.upsert(make_points(0, 5))
 
         def leave_free(mebibytes: int) -> None:
-            usage = Usage(2**40, 2**40 - mebibytes * MEBIBYTE, mebibytes * MEBIBYTE)
-            monkeypatch.setattr(edge.shutil, "disk_usage", lambda _: usage)
+            monkeypatch.setattr(edge.shutil, "disk_usage", lambda _: Mock(free=mebibytes * 2**20))
 
         leave_free(100)
-        for call in (lambda: store.upsert(make_points(5, 10)), lambda: store.delete([name(1)]), store.finish):
+        other = opener(collection="others")
+        changes = (lambda: store.upsert(make_points(5, 10)), lambda: store.delete([name(1)]), store.finish)
+        for change in (*changes, lambda: other.create(SIGNATURE)):
             with pytest.raises(CocoaError, match=r"store is full: 100 MiB are free, .* needs 1\d\d MiB; .* is safe"):
-                call()
-        assert store.count() == 5
+                change()
+        assert (store.count(), other.signature()) == (5, None)
         store.close()
         leave_free(10)
-        assert store.signature() == SIGNATURE
         with pytest.raises(CocoaError, match="is full: 10 MiB are free, Qdrant Edge needs 32 MiB"):
             store.count()
-        with pytest.raises(CocoaError, match="is full: 10 MiB are free, Qdrant Edge needs 128 MiB"):
-            opener(collection="others").create(SIGNATURE)
-        assert sorted(entry.name for entry in folder.iterdir()) == [".cocoa-edge", "images"]
         monkeypatch.undo()
-        store.upsert(make_points(5, 10))
-        assert store.count() == 10
+        assert store.count() == 5

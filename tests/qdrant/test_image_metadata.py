@@ -10,7 +10,7 @@ from cocoa_embed.integrations.qdrant.image_metadata import ImageFiles
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_captions_and_columns_of_every_format_are_read(tmp_path: Path, kind: str) -> None:
     write_images(tmp_path / "sub", "ab")
-    extra = {"day": datetime.date(2026, 1, 2), "score": float("nan"), "tags": ["x"]} if kind == "parquet" else {}
+    extra = {"day": datetime.date(2026, 1, 2), "score": float("inf"), "tags": ["x"]} if kind == "parquet" else {}
     rows = [{"file_name": "sub/a.png", "text": "a ring", "path": "my/own"}, {"file_name": "gone.png", "text": "x"}]
     metadata = write_table(tmp_path / f"metadata.{kind}", [{**row, **extra} for row in rows])
     files = ImageFiles([tmp_path])
@@ -28,14 +28,3 @@ def test_two_metadata_files_in_a_folder_are_reported_and_neither_is_read(tmp_pat
     files = ImageFiles([tmp_path])
     assert [described.caption for described in files] == [None]
     assert "has metadata.jsonl and metadata.csv; keep one" in files.unlisted[0]["reason"]
-
-
-def test_text_files_beside_images_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_images(tmp_path, "a")
-    ImageFiles([tmp_path])
-    assert not caplog.records
-    (tmp_path / "a.txt").write_text("a caption")
-    ImageFiles([tmp_path])
-    assert (
-        f"{tmp_path / 'a.txt'}: text files beside images are not read; write captions to metadata.jsonl" in caplog.text
-    )

@@ -19,7 +19,6 @@ from rich.console import Console
 from cocoa_embed.cli.index import report_hits
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError, UsageError
-from cocoa_embed.images.load import load_image
 from cocoa_embed.integrations.qdrant import IndexSummary, QdrantIndexer, image_metadata, index_run
 from cocoa_embed.integrations.qdrant.hits_page import write_hits_page
 
@@ -96,14 +95,6 @@ class TestRuns:
         assert {call[0] for call in watched.method_calls} == {"collection_exists", "get_collection", "scroll"}
         assert (album.payloads, album.vectors) == before
 
-    def test_all_paths_of_a_content_are_in_its_payload(self, album: Album) -> None:
-        copies = [album.folder / name for name in ("again.png", "red.png", "sub/copy.png")]
-        for copy in copies[::2]:
-            shutil.copy(copies[1], copy)
-            album.run()
-        assert album.payloads["again.png"]["paths"] == list(map(str, copies))
-        assert album.payloads["again.png"]["relative_paths"] == ["again.png", "red.png", "sub/copy.png"]
-
     def test_pruning_removes_deleted_files_below_the_named_folders_only(self, album: Album) -> None:
         shutil.copy(album.folder / "red.png", album.folder / "another.png")
         stick = album.folder.parent / "stick"
@@ -121,8 +112,6 @@ class TestRuns:
         assert album.payloads["green.png"]["paths"] == [str(album.folder / "green.png"), str(stick / "a.png")]
         for path in album.folder.rglob("*.png"):
             path.unlink()
-        with pytest.raises(CocoaError, match="there are no images in"):
-            album.run()
         album.run(prune=True)
         assert (album.summary.pruned, set(album.payloads)) == (2, {"a.png"})
 
@@ -148,11 +137,6 @@ class TestRuns:
         (album.folder / "red.png").write_bytes(b"no image any more")
         album.run()
         assert (list(album.failures), set(album.payloads)) == (["red.png"], {"green.png", "blue.png", "yellow.jpg"})
-        for make in (lambda path: path.symlink_to("nowhere"), lambda path: path.mkdir()):
-            (album.folder / "blue.png").unlink(missing_ok=True)
-            make(album.folder / "blue.png")
-            album.run(prune=True)
-            assert "blue.png" not in album.payloads
 
     def test_foreign_points_are_neither_counted_nor_pruned(self, album: Album) -> None:
         album.run()
@@ -181,12 +165,10 @@ class TestPaths:
 
     def test_paths_without_images_are_an_error(self, album: Album) -> None:
         (album.folder / "notes").mkdir()
-        wrong = {"notes": "are no images in", "nowhere": "does not exist", "": "a path is empty"}
+        wrong = {str(album.folder / "notes"): "are no images in", "nowhere": "does not exist", "": "a path is empty"}
         for path, words in wrong.items():
             with pytest.raises(CocoaError, match=words):
-                album.index.index(album.folder / path if path else ["a", ""])
-        with pytest.raises(CocoaError, match="there are no images in nothing"):
-            album.index.index([])
+                album.index.index(path)
 
     def test_thumbnails_follow_their_points_and_the_given_folder(self, album: Album, tmp_path: Path) -> None:
         Image.new("RGB", (1000, 500), "red").save(album.folder / "large.png")
@@ -264,8 +246,8 @@ class TestCaptions:
         album.describe({"red.png": "of red.png", "again.png": "of again.png"})
         album.index = album.indexer(batch_size=size)
         assert album.run() == (4, 1, 0, 0, 0)
-        for paths in ([""], ["red.png", "again.png"], ["again.png", "red.png"], ["red.png"]):
-            assert album.run(*paths) == (0, 5 if paths == [""] else len(paths), 0, 0, 0)
+        for paths in (["red.png", "again.png"], ["red.png"]):
+            assert album.run(*paths) == (0, len(paths), 0, 0, 0)
             assert album.captions == {"again.png": "of again.png"}
         album.describe({"red.png": "of red.png", "again.png": "new"})
         assert album.run() == (0, 4, 1, 0, 0)
@@ -274,13 +256,11 @@ class TestCaptions:
         album.describe({"red.png": "of red.png"})
         assert album.run() == (0, 3, 1, 0, 0)
         assert album.captions == {"red.png": "of red.png"}
-        assert album.run() == (0, 4, 0, 0, 0)
 
-    @pytest.mark.parametrize("line", ['{"file_name": "gone.png", "text": ""}', "{", '{"text": "no name"}'])
-    def test_a_broken_line_is_reported_and_removes_no_caption(self, album: Album, line: str) -> None:
+    def test_a_broken_line_is_reported_and_removes_no_caption(self, album: Album) -> None:
         album.describe({"red.png": "a red thing", "blue.png": "the sea"})
         album.run()
-        (album.folder / "metadata.jsonl").write_text(f'{{"file_name": "blue.png", "text": "a lake"}}\n{line}')
+        (album.folder / "metadata.jsonl").write_text('{"file_name": "blue.png", "text": "a lake"}\n{')
         assert album.run() == (0, 3, 1, 0, 1)
         assert list(album.failures) == ["metadata.jsonl:2"]
         assert album.captions == {"red.png": "a red thing", "blue.png": "a lake"}
@@ -300,26 +280,21 @@ class TestSearch:
             assert len(album.search("red", query_filter=condition)) == 3
 
     def test_a_rotated_or_mirrored_image_is_found_on_request(self, album: Album) -> None:
-        generator = np.random.default_rng(0)
-        for number in range(5):
-            pixels = generator.integers(0, 256, (4, 4, 3), dtype=np.uint8)
-            Image.fromarray(pixels).resize((40, 40), Image.Resampling.NEAREST).save(album.folder / f"{number}.png")
+        pixels = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        noise = Image.fromarray(pixels).resize((40, 40), Image.Resampling.NEAREST)
+        noise.save(album.folder / "noise.png")
         album.run()
-        for turn in Image.Transpose:
-            turned = load_image(album.folder / "3.png").transpose(turn)
+        for turned in map(noise.transpose, Image.Transpose):
             assert album.search(image=turned, limit=1)[0].score < 0.999
             best, second = album.search(image=turned, limit=2, any_orientation=True)
-            assert (Path(best.path).name, best.score) == ("3.png", pytest.approx(1))
+            assert (Path(best.path).name, best.score) == ("noise.png", pytest.approx(1))
             assert album.search(image=turned, limit=1, offset=1, any_orientation=True) == [second]
-            found = album.search(image=turned, score_threshold=0.999, any_orientation=True)
-            assert [hit.id for hit in found] == [best.id]
 
     def test_an_impossible_search_is_an_error_before_the_model_is_loaded(self, tmp_path: Path) -> None:
         index = QdrantIndexer(tmp_path / "no-model", path=tmp_path / "none")
         for arguments, error, words in (
             ({"text": ""}, UsageError, "give one of them"),
-            ({"limit": 0}, UsageError, "limit must be 1 or more"),
-            ({"offset": -1}, UsageError, "offset 0 or more"),
+            ({"offset": -1}, UsageError, "limit must be 1 or more, offset 0 or more"),
             ({"any_orientation": True}, UsageError, "give an image"),
             ({"image": tmp_path / "gone.png"}, CocoaError, r"gone\.png: does not exist"),
             ({}, CocoaError, "there is no collection 'images' in"),
@@ -351,8 +326,6 @@ class TestModels:
     def test_a_foreign_collection_is_searched_but_filled_only_if_empty(self, album: Album) -> None:
         album.client.create_collection("images", COSINE)
         assert album.run() == (4, 0, 0, 0, 0)
-        with pytest.raises(CocoaError, match="was made with"):
-            album.indexer(FakeModel(seed=2)).search("red")
         album.client.create_collection("theirs", COSINE)
         album.client.upsert("theirs", [models.PointStruct(id=1, vector=[1.0] * 48, payload={"path": "/a.png"})])
         album.index = album.indexer(collection="theirs")
@@ -367,26 +340,8 @@ class TestModels:
         assert album.search(image=album.folder / "red.png", limit=1)[0].score == pytest.approx(1)
         with pytest.raises(CocoaError, match=r"12 dimensions.* makes 24"):
             album.indexer(dimension=24).search("red")
-        small = models.VectorParams(size=32, distance=models.Distance.COSINE)
-        album.client.create_collection("small", small)
-        album.index = album.indexer(collection="small")
-        for use in (album.run, lambda: album.index.search("red")):
-            with pytest.raises(CocoaError, match=r"32 dimensions.* makes 48; choose another collection"):
-                use()
 
-    def test_a_model_without_images_or_joint_inputs_is_refused(self, album: Album) -> None:
+    def test_a_model_without_images_is_refused(self, album: Album) -> None:
         album.index = album.indexer(FakeModel(modalities=["text"]))
         with pytest.raises(CocoaError, match="does not embed images"):
             album.run()
-        model = FakeModel()
-        model.supports = lambda modality: isinstance(modality, str)
-        album.index = album.indexer(model)
-        album.run()
-        assert album.index.search("red")
-        with pytest.raises(CocoaError, match="does not embed image and text together"):
-            album.index.search("red", colour_image("red"))
-
-    @pytest.mark.parametrize("arguments", [{"batch_size": 0}, {"dimension": 0}, {"path": "x", "edge": "y"}])
-    def test_invalid_arguments_are_usage_errors(self, arguments: dict[str, Any]) -> None:
-        with pytest.raises(UsageError, match=r"(batch_size|dimension) is 0; it must|more than one place"):
-            QdrantIndexer(FakeModel(), **arguments)

@@ -1,8 +1,6 @@
 """The contract that all storage backends fulfil."""
 
-import contextlib
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -14,7 +12,7 @@ import qdrant_edge
 from fake_qdrant import DIMENSION, OTHER, SIGNATURE, fake_server, make_points, make_vector, name, turned
 from qdrant_client import QdrantClient, models
 
-from cocoa_embed.errors import CocoaError, MissingExtraError, UsageError
+from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.integrations.qdrant.stores import edge, open_store
 from cocoa_embed.integrations.qdrant.stores.base import Point, Query, Signature, StoreOptions
 from cocoa_embed.integrations.qdrant.stores.checks import check_points
@@ -28,25 +26,8 @@ Opener = Callable[..., Store]
 
 
 @pytest.fixture(params=["client", "path", "url", "edge"])
-def opener(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Opener]:
-    """Opens a collection in one backend, at the same location at each call."""
-    with fake_server() as server, contextlib.ExitStack() as stack:
-        locations: dict[str, Any] = {"client": server.client, "url": server.url}
-        location = {request.param: locations.get(request.param, tmp_path / "store")}
-
-        def open_(collection: str = "images") -> Store:
-            store = open_store(**location, collection=collection)
-            stack.callback(store.close)
-            return store
-
-        yield open_
-
-
-@pytest.fixture
-def store(opener: Opener) -> Store:
-    store = opener()
-    store.create(SIGNATURE)
-    return store
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 class TestCollections:
@@ -61,23 +42,20 @@ class TestCollections:
             lambda: store.overwrite_payload(name(1), {}),
             lambda: store.search(Query(ONES, limit=1)),
         ]
-        for names, words in (([], "run cocoa-embed index"), (["other"], r"\(it holds other\); run cocoa-embed index")):
-            assert (store.signature(), store.collections() or []) == (None, names)
-            with pytest.raises(CocoaError, match="no collection 'images' in .*" + words):
-                store.require_signature()
-            for call in calls:
-                with pytest.raises(CocoaError, match="images"):
-                    call()
-            store.close()
-            assert names or list(tmp_path.iterdir()) == []
-            other = opener("other")
-            other.create(OTHER)
-            other.close()
+        with pytest.raises(CocoaError, match=r"no collection 'images' in .*run cocoa-embed index"):
+            store.require_signature()
+        assert list(tmp_path.iterdir()) == []
+        other = opener("other")
+        other.create(OTHER)
+        other.close()
+        for call in calls:
+            with pytest.raises(CocoaError, match="images"):
+                call()
+        assert store.signature() is None
 
     def test_a_collection_is_created_once_and_other_models_are_refused(self, store: Store, opener: Opener) -> None:
         assert store.signature() == store.require_signature() == SIGNATURE
-        assert (store.count(), list(store.scan(["path"])), store.collections()) == (0, [], ["images"])
-        assert store.search(Query(ONES, limit=3)) == []
+        assert (store.count(), store.search(Query(ONES, limit=3))) == (0, [])
         store.upsert(make_points(1, 2))
         store.create(SIGNATURE)
         for other in (OTHER, Signature("m", "0f", 5)):
@@ -88,9 +66,7 @@ class TestCollections:
         second = opener("2nd žluť")
         second.create(OTHER)
         second.close()
-        third = opener("2nd žluť")
-        assert third.signature() == OTHER
-        assert third.collections() == ["2nd žluť", "images"]
+        assert opener("2nd žluť").signature() == OTHER
 
     def test_a_foreign_collection_can_be_signed_once(self, tmp_path: Path) -> None:
         with fake_server() as server:
@@ -105,20 +81,19 @@ class TestCollections:
                 assert store.signature() == SIGNATURE
             assert server.client.get_collection("images").config.metadata["theirs"] == {"kept": 1}
 
-    @pytest.mark.parametrize("kind", ["named vectors", "48 dimensions"])
-    @pytest.mark.parametrize("backend", ["client", "edge"])
-    def test_collections_with_other_vectors_are_refused(self, backend: str, kind: str, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("is_named", [True, False])
+    def test_collections_with_other_vectors_are_refused(self, is_named: bool, tmp_path: Path) -> None:
         client = QdrantClient(":memory:")
         several = models.MultiVectorConfig(comparator=models.MultiVectorComparator.MAX_SIM)
         cosine = models.VectorParams(size=48, distance=models.Distance.COSINE, multivector_config=several)
-        client.create_collection("images", {"v": cosine} if kind == "named vectors" else cosine)
+        client.create_collection("images", {"v": cosine} if is_named else cosine)
         (tmp_path / "images").mkdir()
         dot = qdrant_edge.EdgeVectorParams(size=48, distance=qdrant_edge.Distance.Dot)
-        config = qdrant_edge.EdgeConfig(vectors={"v": dot} if kind == "named vectors" else dot)
+        config = qdrant_edge.EdgeConfig(vectors={"v": dot} if is_named else dot)
         qdrant_edge.EdgeShard.create(str(tmp_path / "images"), config).close()
-        store = open_store(collection="images", **{backend: client if backend == "client" else tmp_path})
-        with pytest.raises(CocoaError, match=rf"holds .*{kind}.*; choose another collection"):
-            store.signature()
+        for location in ({"client": client}, {"edge": tmp_path}):
+            with pytest.raises(CocoaError, match=r"does not hold one unnamed vector per point, .*; choose another"):
+                open_store(collection="images", **location).signature()
 
 
 class TestPoints:
@@ -126,12 +101,8 @@ class TestPoints:
         payload = {
             "path": "/a/žluť 😀\n\t\"'.png",
             "caption": None,
-            "empty": {},
-            "none": [],
-            "metadata": {"a.b": [1, -1, 2**62, 1.5, 1e-300, True, None, "x", {"deep": [[]]}], "": "no name"},
+            "metadata": {"a.b": [-1, 2**62, 1e-300, -0.0, 1.0, True, None, "x", {"deep": [[]]}], "": {}},
             "mtime": 1759000000.123456,
-            "zero": -0.0,
-            "whole": 1.0,
             "long": "x" * 100_000,
         }
         point = Point(name(1), make_vector(1), payload)
@@ -154,7 +125,6 @@ class TestPoints:
         store.upsert([])
         for ids in ([], [name(4)]):
             store.delete(ids)
-            assert store.retrieve(ids) == {}
         store.finish()
         assert store.count() == 2
 
@@ -162,10 +132,7 @@ class TestPoints:
         store.upsert(make_points(0, 2_345))
         some = [name(number) for number in range(1_000, 3_000)]
         assert store.retrieve(some).keys() == set(some[:1_345])
-        for _ in range(2):
-            assert sorted(store.scan(["number", "absent"])) == sorted((name(n), {"number": n}) for n in range(2_345))
-            store.close()
-            store = opener()
+        assert sorted(store.scan(["number", "absent"])) == sorted((name(n), {"number": n}) for n in range(2_345))
         assert {str(payload) for _, payload in store.scan([])} == {"{}"}
         store.delete(some)
         store.overwrite_payload(name(6), {"path": "/new"})
@@ -192,12 +159,9 @@ class TestPoints:
         ("change", "words"),
         [
             ({"vector": ONES * np.nan}, rf"point {name(7)} \('/a/7.png'\) .* finite values; noth"),
-            ({"vector": ONES * -np.inf}, "expected 8 finite values"),
             ({"vector": np.ones(DIMENSION + 1, np.float32)}, r"vector of shape \(9,\), expected 8 finite"),
             ({"payload": {"a": [1, {"b": float("nan")}]}}, "not JSON"),
-            ({"payload": {"a": "\udcff"}}, "not JSON"),
             ({"payload": {"\ud800": 1}}, "not JSON"),
-            ({"payload": {"a": b"image"}}, "not JSON"),
         ],
     )
     def test_invalid_points_are_refused_before_anything_is_written(
@@ -239,7 +203,6 @@ class TestSearch:
         assert store.search(query._replace(limit=3, offset=2)) == every[2:5]
         assert store.search(query._replace(offset=10)) == []
         assert store.search(query._replace(score_threshold=0.7)) == every[:5]
-        assert store.search(query._replace(vector=2 * query.vector, limit=1)) == every[:1]
         assert store.search(query._replace(score_threshold=1.0)) == every[:1], "the threshold itself is enough"
         assert store.search(query._replace(score_threshold=1.001)) == []
 
@@ -259,22 +222,19 @@ SERVER = {"url": "http://localhost:6333"}
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"path": "x", "edge": "y"}, "more than one place to store points was given"),
-        ({}, "no place to store points was given; give one of client, path, url, edge"),
+        ({"path": "x", "edge": "y"}, "2 places to store points were given"),
+        ({}, "0 places to store points were given; give one of client, path, url, edge"),
         *[
             ({"edge": "x", "collection": collection}, "is no name for a collection; use 1 to 255 bytes")
-            for collection in ("", ".", "..", "a/b", "a\\b", 'a"b', "a\0b", "c:", "what?", "n" * 256)
+            for collection in ("", "..", "a/b", "a\0b", "n" * 256)
         ],
         *[
             ({"url": url}, "is no address of a Qdrant server; .*http://localhost:6333")
-            for url in ("", "ftp://x", "localhost:6333", "http://localhost:0", "http://", "http://a\nb")
+            for url in ("", "localhost:6333", "http://localhost:0", "http://a\nb")
         ],
         ({"url": "http://me:secret@localhost:6333"}, "password; give an API key"),
-        *[({**SERVER, "options": {"api_key": key}}, "API key") for key in ("sécret", "secret\n")],
-        *[
-            ({"path": "x", "options": options}, "a local store .* has no quantization")
-            for options in ({"quantization": "scalar"}, {"on_disk": True})
-        ],
+        ({**SERVER, "options": {"api_key": "secret\n"}}, "API key"),
+        ({"path": "x", "options": {"on_disk": True}}, "a local store .* has no quantization"),
         ({**SERVER, "options": {"quantization": "ternary"}}, "quantization is 'ternary'"),
     ],
 )
@@ -282,13 +242,6 @@ def test_invalid_arguments_are_usage_errors_that_print_no_secret(arguments: dict
     with pytest.raises(UsageError, match=words) as raised:
         open_store(**{"collection": "c", **arguments, "options": StoreOptions(**arguments.get("options", {}))})
     assert "cret" not in f"{raised.value}{StoreOptions(api_key='secret')}"
-
-
-def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, edge.__name__)
-    monkeypatch.setitem(sys.modules, "qdrant_edge", None)
-    with pytest.raises(MissingExtraError, match=r"qdrant_edge is not installed; run: pip install .*edge\]"):
-        open_store(edge="x", collection="c")
 
 
 def test_a_point_is_never_larger_than_computed() -> None:

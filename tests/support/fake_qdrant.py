@@ -15,8 +15,6 @@ from qdrant_client import QdrantClient, models
 
 from cocoa_embed.integrations.qdrant.stores.base import Point, Signature
 
-MAX_BODY = 32 * 2**20
-
 
 @dataclass
 class Request:
@@ -32,9 +30,7 @@ class FakeServer:
     """The part of Qdrant's REST API that a store uses, with strict checks, in memory."""
 
     url: str = ""
-    version: str = "1.16.2"
     keeps_metadata: bool = True
-    max_body: int = MAX_BODY
     requests: list[Request] = field(default_factory=list)
     faults: list[tuple[str, Callable[["Handler"], bool]]] = field(default_factory=list)
     """For the next request whose "METHOD path" ends in the text: a function that answers it, or lets it pass."""
@@ -108,10 +104,7 @@ class Handler(BaseHTTPRequestHandler):
         fault = fake.next_fault(f"{self.command} {self.path_only}")
         if fault is not None and fault(self):
             return
-        if size > fake.max_body:
-            self.answer(413, {"status": {"error": "Payload too large"}}, {})
-        else:
-            self.answer(*self.work(), {})
+        self.answer(*self.work(), {})
 
     do_GET = do_PUT = do_POST = do_PATCH = do_DELETE = handle_one
 
@@ -128,8 +121,6 @@ class Handler(BaseHTTPRequestHandler):
                 return code, {"status": {"error": str(error)}}
 
     def answer(self, code: int, value: object, headers: dict[str, str]) -> None:
-        if code == 200 and self.path_only == "/":
-            value = {"title": "qdrant", "version": self.server.fake.version}
         self.send(code, json.dumps(value, allow_nan=False).encode(), {"Content-Type": "application/json", **headers})
 
     def send(self, code: int, content: bytes, headers: dict[str, str]) -> None:
@@ -156,10 +147,6 @@ def respond(fake: FakeServer, method: str, path: str, body: dict[str, Any]) -> o
     metadata = body.get("metadata") if fake.keeps_metadata else None
     condition = models.Filter.model_validate(body["filter"]) if body.get("filter") else None
     match method, action:
-        case "GET", _ if path == "/":
-            return {"title": "qdrant", "version": fake.version}
-        case "GET", _ if path == "/collections":
-            return client.get_collections().model_dump(mode="json")
         case "GET", "exists":
             return {"exists": client.collection_exists(name)}
         case "GET", "":

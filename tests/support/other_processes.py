@@ -34,9 +34,9 @@ class SlowModel(FakeModel):
 
 
 def index_slowly(reports: Connection, location: Location, folder: Path) -> None:
-    from cocoa_embed.integrations.qdrant import QdrantIndexer, writer
+    from cocoa_embed.integrations.qdrant import QdrantIndexer, index_run
 
-    writer.BATCH_POINTS = 3
+    index_run.BATCH_POINTS = 3
     with QdrantIndexer(SlowModel(), **location, batch_size=3) as indexer:
         reports.send("started")
         indexer.index(folder, prune=True, progress=False)

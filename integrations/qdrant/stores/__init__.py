@@ -22,9 +22,8 @@ def open_store(*, collection: str, options: StoreOptions | None = None, **locati
     :raises MissingExtraError: If a package that the backend needs is not installed.
     """
     given = {name: location for name, location in locations.items() if location is not None}
-    if len(given) != 1 or not given.keys() <= BACKENDS.keys():
-        count = "more than one" if len(given) > 1 else "no"
-        raise UsageError(f"{count} place to store points was given; give one of {', '.join(BACKENDS)}")
+    if len(given) != 1:
+        raise UsageError(f"{len(given)} places to store points were given; give one of {', '.join(BACKENDS)}")
     check_collection_name(collection)
     ((name, location),) = given.items()
     backend = import_module(f"{__name__}.{BACKENDS[name]}")

@@ -112,12 +112,6 @@ def oversampling(limit: int) -> float:
     return max(MIN_OVERSAMPLING, MIN_CANDIDATES / limit)
 
 
-def make_hit(id_: object, score: float, payload: Payload | None) -> Hit:
-    """Return a backend's search result as a ``Hit``."""
-    stored = payload or {}
-    return Hit(id=str(id_), score=float(score), path=image_path(stored), payload=stored)
-
-
 def image_path(payload: Payload) -> str:
     """Return the path of a point's image, also from a node that LlamaIndex wrote; empty if there is none."""
     if "path" in payload or "_node_content" not in payload:

@@ -30,6 +30,14 @@ REFUSALS = (ValueError, KeyError, RuntimeError, AssertionError)
 FAILURES = (ApiException, QdrantException, RpcError, sqlite3.Error, OSError, *REFUSALS)
 """What a client raises."""
 
+COSINE = models.Distance.COSINE
+QUANTIZATION: dict[str | None, models.QuantizationConfig] = {
+    "scalar": models.ScalarQuantization(
+        scalar=models.ScalarQuantizationConfig(type=models.ScalarType.INT8, quantile=0.99, always_ram=True)
+    ),
+    "binary": models.BinaryQuantization(binary=models.BinaryQuantizationConfig(always_ram=True)),
+}
+
 
 class ClientStore(Store):
     """A collection behind a client, which one thread at a time uses."""
@@ -41,24 +49,14 @@ class ClientStore(Store):
         super().__init__(location, collection, options)
         self._opened = client
 
-    def collections(self) -> list[str] | None:
-        """Return the names of all collections, sorted; None if the location does not exist."""
-        if not self._exists():
-            return None
-        found = self._call(lambda client: client.get_collections())
-        return sorted(collection.name for collection in found.collections)
-
     def signature(self) -> Signature | None:
         """Return the signature of the collection, or None if there is no such collection."""
         if not self._exists() or not self._call(lambda client: client.collection_exists(self.collection)):
             return None
         config = self._call(lambda client: client.get_collection(self.collection)).config
         vectors = config.params.vectors
-        if not isinstance(vectors, models.VectorParams):
-            raise self._other_vectors(f"named vectors ({', '.join(vectors or {})})")
-        if vectors.multivector_config or vectors.distance != models.Distance.COSINE:
-            distance = "several per point" if vectors.multivector_config else vectors.distance.value
-            raise self._other_vectors(f"vectors of {vectors.size} dimensions ({distance})")
+        if not isinstance(vectors, models.VectorParams) or vectors.multivector_config or vectors.distance != COSINE:
+            raise self._other_vectors()
         self._dimension = vectors.size
         return base.read_signature((config.metadata or {}).get(SIGNATURE_KEY), vectors.size)
 
@@ -67,15 +65,17 @@ class ClientStore(Store):
         metadata = {SIGNATURE_KEY: asdict(signature)}
         found = self.signature()
         if found is not None:
-            self._check_may_sign(found, signature)
-            self._call(lambda client: client.update_collection(self.collection, metadata=metadata))
+            if self._needs_signature(found, signature):
+                self._call(lambda client: client.update_collection(self.collection, metadata=metadata))
             return
-        settings = self._vector_settings(signature.dimension)
+        on_disk = self.options.on_disk or None
+        vectors = models.VectorParams(size=signature.dimension, distance=COSINE, on_disk=on_disk)
+        settings: dict[str, Any] = {"quantization_config": QUANTIZATION.get(self.options.quantization)}
         try:
-            self._call(lambda client: client.create_collection(self.collection, metadata=metadata, **settings))
-        except CocoaError as error:
+            self._call(lambda client: client.create_collection(self.collection, vectors, metadata=metadata, **settings))
+        except CocoaError:
             # It may exist by now: the answer to an earlier attempt was lost, or another process created it.
-            if not is_conflict(error.__cause__) or self.signature() != signature:
+            if self.signature() != signature:
                 raise
         self._dimension = signature.dimension
 
@@ -119,10 +119,6 @@ class ClientStore(Store):
         )
         return answer.points
 
-    def _vector_settings(self, dimension: int) -> dict[str, Any]:
-        """Return how a new collection keeps its vectors, as arguments of ``create_collection``."""
-        return {"vectors_config": models.VectorParams(size=dimension, distance=models.Distance.COSINE)}
-
     def _search_params(self, limit: int) -> models.SearchParams | None:
         return None
 
@@ -149,15 +145,8 @@ class ClientStore(Store):
         return CocoaError(f"Qdrant at {self.location} failed: {reason(error)}{tried}")
 
 
-def is_conflict(error: BaseException | None) -> bool:
-    """Return whether a collection could not be created because it exists; a local client raises ``ValueError``."""
-    return isinstance(error, ValueError) or (isinstance(error, UnexpectedResponse) and error.status_code in (400, 409))
-
-
 def reason(error: BaseException) -> str:
     """Return the message of a client's error on one line."""
-    if isinstance(error, KeyError):
-        return f"there is no {one_line(error)}"
     if isinstance(error, (json.JSONDecodeError, AssertionError)):
         return f"the answer is not one of Qdrant's ({one_line(error)})"
     if isinstance(error, UnexpectedResponse):

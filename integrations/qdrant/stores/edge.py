@@ -7,11 +7,11 @@ import os
 import shutil
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import Timeout
 
@@ -27,6 +27,8 @@ require("qdrant_edge", "edge")
 import qdrant_edge as edge  # noqa: E402 - after the error that names the extra
 
 from cocoa_embed.integrations.qdrant.stores.edge_filters import to_edge_filter  # noqa: E402
+
+Answer = TypeVar("Answer")
 
 MARKER = ".cocoa-edge"
 """Marks a folder of shards; locked while a shard is created in it."""
@@ -63,14 +65,6 @@ class EdgeStore(Store):
         self._shard_folder = folder / collection
         self._last_flush = 0.0
 
-    def collections(self) -> list[str] | None:
-        """Return the names of all collections, sorted; None if there is no such folder."""
-        with self._readable_errors():
-            if not self._folder.is_dir():
-                return None
-            names = (file.parent.name for file in self._folder.glob(f"*/{CONFIG_FILE}"))
-            return sorted(name for name in names if name != SCRATCH)
-
     def signature(self) -> Signature | None:
         """Return the signature of the collection, or None if there is no such collection."""
         with self._readable_errors():
@@ -78,14 +72,12 @@ class EdgeStore(Store):
                 self._refuse_foreign_folders()
                 return None
             vectors = read_json(self._shard_folder / CONFIG_FILE).get("vectors", {})
-            if list(vectors) != [""]:
-                raise self._other_vectors(f"named vectors ({', '.join(vectors)})")
-            size, distance = int(vectors[""]["size"]), vectors[""]["distance"]
-            if distance != "Cosine" or vectors[""].get("multivector_config"):
-                raise self._other_vectors(f"vectors of {size} dimensions ({distance})")
-            self._dimension = size
+            vector = vectors.get("", {})
+            if len(vectors) != 1 or vector.get("distance") != "Cosine" or vector.get("multivector_config"):
+                raise self._other_vectors()
+            self._dimension = vector["size"]
             file = self._shard_folder / SIGNATURE_FILE
-            return base.read_signature(read_json(file) if file.exists() else None, size)
+            return base.read_signature(read_json(file) if file.exists() else None, vector["size"])
 
     def create(self, signature: Signature) -> None:
         """Create the collection with its signature, or sign an existing one without a signature."""
@@ -95,8 +87,8 @@ class EdgeStore(Store):
             with folder_lock(self._folder / MARKER):
                 found = self.signature()
                 if found is not None:
-                    self._check_may_sign(found, signature)
-                    write_atomically(self._shard_folder / SIGNATURE_FILE, json.dumps(asdict(signature)))
+                    if self._needs_signature(found, signature):
+                        write_atomically(self._shard_folder / SIGNATURE_FILE, json.dumps(asdict(signature)))
                 else:
                     self._require_room(RESERVE)
                     self._build(self._folder / SCRATCH, signature)
@@ -105,12 +97,12 @@ class EdgeStore(Store):
 
     def count(self) -> int:
         """Return the number of points."""
-        with self._engine() as shard:
-            return shard.count(edge.CountRequest(exact=True))
+        return self._call(lambda shard: shard.count(edge.CountRequest(exact=True)))
 
     def delete(self, ids: Sequence[str]) -> None:
         """Delete points and wait until they are deleted."""
-        self._update(edge.UpdateOperation.delete_points(list(ids)), 100 * len(ids))
+        if ids:
+            self._update(edge.UpdateOperation.delete_points(list(ids)), 100 * len(ids))
 
     def finish(self) -> None:
         """Build the search index, without which a search takes longer the more points there are.
@@ -119,7 +111,8 @@ class EdgeStore(Store):
 
         :raises CocoaError: If the disk has no room for it.
         """
-        with self._engine() as shard:
+
+        def optimize(shard: edge.EdgeShard) -> None:
             info = shard.info()
             if info.indexed_vectors_count < info.points_count:
                 # Segments are rewritten beside the old ones, which the next flush deletes; mapped files have holes.
@@ -128,6 +121,8 @@ class EdgeStore(Store):
             shard.optimize()
             shard.flush()
 
+        self._call(optimize)
+
     def close(self) -> None:
         """Close the shard and release its folder."""
         with self._readable_errors():
@@ -135,12 +130,10 @@ class EdgeStore(Store):
 
     def _scroll(self, keys: list[str], offset: Any) -> tuple[Sequence[Any], Any]:  # noqa: ANN401
         page = {"limit": self.scroll_limit, "offset": offset, "with_payload": keys or False, "with_vector": False}
-        with self._engine() as shard:
-            return shard.scroll(edge.ScrollRequest(**page))
+        return self._call(lambda shard: shard.scroll(edge.ScrollRequest(**page)))
 
     def _retrieve(self, ids: Sequence[str]) -> Sequence[Any]:
-        with self._engine() as shard:
-            return shard.retrieve(list(ids), True, False)
+        return self._call(lambda shard: shard.retrieve(list(ids), True, False))
 
     def _upsert(self, points: Sequence[Point], sizes: Sequence[int]) -> None:
         structs = [edge.Point(point.id, point.vector.tolist(), point.payload) for point in points]
@@ -161,8 +154,7 @@ class EdgeStore(Store):
             params=edge.SearchParams(quantization=quantization),
             with_payload=True,
         )
-        with self._engine() as shard:
-            return shard.query(request)
+        return self._call(lambda shard: shard.query(request))
 
     def _exists(self) -> bool:
         return (self._shard_folder / CONFIG_FILE).exists()
@@ -179,12 +171,14 @@ class EdgeStore(Store):
         write_atomically(scratch / SIGNATURE_FILE, json.dumps(asdict(signature)))
 
     def _update(self, operation: edge.UpdateOperation, size: int) -> None:
-        with self._engine() as shard:
+        def update(shard: edge.EdgeShard) -> None:
             self._require_room(RESERVE + BYTES_PER_BYTE * size)
             shard.update(operation)
             if time.monotonic() - self._last_flush > FLUSH_SECONDS:
                 shard.flush()
                 self._last_flush = time.monotonic()
+
+        self._call(update)
 
     def _refuse_foreign_folders(self) -> None:
         """Refuse to create a shard in a folder that holds something else.
@@ -206,16 +200,15 @@ class EdgeStore(Store):
                 f" {-(-needed // 2**20)} MiB; what was stored so far is safe"
             )
 
-    @contextmanager
-    def _engine(self) -> Iterator[edge.EdgeShard]:
-        """Give the open shard to one thread at a time.
+    def _call(self, call: Callable[[edge.EdgeShard], Answer]) -> Answer:
+        """Return the result of a call of the open shard, which one thread at a time uses.
 
         :raises CocoaError: If it cannot be opened or fails.
         """
         with self._lock, self._readable_errors():
             shard = self._open()
             try:
-                yield shard
+                return call(shard)
             except BaseException:
                 # Memory and log may differ after a failed write; the next use loads the log.
                 with suppress(CocoaError):
@@ -280,12 +273,8 @@ def read_json(file: Path) -> dict[str, Any]:
     """Return the JSON object in a file.
 
     :raises CocoaError: If it holds anything else.
-    :raises OSError: If it cannot be read.
     """
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise CocoaError(f"{printable(file)} holds no JSON object; the index cannot be opened")
-    return value
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise CocoaError(f"{printable(file)} holds no JSON object; the index cannot be opened") from error

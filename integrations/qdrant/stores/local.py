@@ -15,7 +15,7 @@ from qdrant_client import QdrantClient
 from qdrant_client.local.qdrant_local import QdrantLocal
 
 from cocoa_embed.errors import CocoaError, UsageError, one_line, printable
-from cocoa_embed.folders import is_scratch_of, refuse_foreign_folder, write_atomically
+from cocoa_embed.folders import refuse_foreign_folder, write_atomically
 from cocoa_embed.integrations.qdrant.stores.base import Signature, StoreOptions
 from cocoa_embed.integrations.qdrant.stores.client import ClientStore
 from cocoa_embed.integrations.qdrant.stores.locks import folder_lock, in_use
@@ -23,7 +23,8 @@ from cocoa_embed.integrations.qdrant.stores.locks import folder_lock, in_use
 META_FILE = "meta.json"
 """The client's list of collections; it marks a folder as a local store."""
 LOCK_FILE = ".cocoa-lock"
-"""The client takes its own lock only after it has read files that another process may be writing."""
+"""The first file in a new store. The client takes its own lock only after it has read files that another process may
+be writing."""
 UNOPENABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, sqlite3.Error, pickle.PickleError)
 """What the client raises for broken files."""
 
@@ -100,11 +101,7 @@ def refuse_foreign_store(path: Path) -> None:
 
     :raises CocoaError: If it is one.
     """
-    if path.is_dir() and all(
-        entry.name in (LOCK_FILE, META_FILE) or is_scratch_of(entry.name, META_FILE) for entry in path.iterdir()
-    ):
-        return
-    refuse_foreign_folder(path, marker=META_FILE)
+    refuse_foreign_folder(path, marker=LOCK_FILE if (path / LOCK_FILE).exists() else META_FILE)
 
 
 def write_empty_meta(path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from operator import methodcaller
-from typing import Any
 
 from cocoa_embed.errors import CocoaError, UsageError, require
 from cocoa_embed.integrations.qdrant.stores import base
@@ -23,16 +22,13 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, wait_exponent
 
 TIMEOUT_SECONDS = 60
 """Qdrant's default of 5 is short for a batch of large vectors."""
-MAX_BATCH_POINTS = 256
-MAX_BATCH_BYTES = 8 * 2**20
-"""Per request. A server takes 32 MiB; a time-out of a smaller request loses less."""
+MAX_BATCH_BYTES = 2**20
+"""Per request. A server takes 32 MiB, but a proxy before it often takes no more than this."""
 ATTEMPTS = 6
 FIRST_ATTEMPTS = 3
 """Until the server has answered once, so that a wrong address is reported soon."""
 MAX_WAIT_SECONDS = 60.0
 """Between two attempts, even if the server asks for more."""
-FIRST_VERSION = "1.16"
-"""The first version of Qdrant that stores metadata of a collection."""
 
 back_off = wait_exponential(multiplier=0.5, max=20) + wait_random(0, 0.5)
 
@@ -54,60 +50,31 @@ class ServerStore(ClientStore):
 
     parallel = 4
     _has_answered = False
-    _has_indexes = False
 
     def create(self, signature: Signature) -> None:
         """Create the collection with its signature and its payload indexes, or sign an existing one."""
         super().create(signature)
-        if self.signature() != signature:
-            version = self._call(lambda client: client.info()).version
+        stored = self.signature()
+        if stored is None or stored.fingerprint != signature.fingerprint:
             raise CocoaError(
-                f"Qdrant at {self.location} is of version {version}, which does not keep a collection's metadata; run"
-                f" {FIRST_VERSION} or newer"
+                f"Qdrant at {self.location} does not keep a collection's metadata; run version 1.16 or newer"
             )
-        self._index_payloads()
+        # The process that created the collection may have been killed before the last index.
+        indexed = self._call(lambda client: client.get_collection(self.collection)).payload_schema
+        for key, kind in base.PAYLOAD_INDEXES.items():
+            if key not in indexed:
+                schema = TEXT_INDEX if kind == base.TEXT else models.PayloadSchemaType(kind)
+                self._call(methodcaller("create_payload_index", self.collection, key, schema, wait=True))
 
-    def _vector_settings(self, dimension: int) -> dict[str, Any]:
-        on_disk = self.options.on_disk or None
-        vectors = models.VectorParams(size=dimension, distance=models.Distance.COSINE, on_disk=on_disk)
-        return {"vectors_config": vectors, "quantization_config": QUANTIZATION.get(self.options.quantization)}
+    def _upsert(self, points: Sequence[Point], sizes: Sequence[int]) -> None:
+        """Store points, in several requests if one would be too large."""
+        for batch in bounded_batches(points, sizes):
+            super()._upsert(batch, ())
 
     def _search_params(self, limit: int) -> models.SearchParams:
         # Without effect in a collection that is not quantized.
         quantization = models.QuantizationSearchParams(rescore=True, oversampling=base.oversampling(limit))
         return models.SearchParams(quantization=quantization)
-
-    def _index_payloads(self) -> None:
-        """Create the payload indexes that the collection does not have."""
-        with self._lock:
-            if self._has_indexes:
-                return
-            indexed = self._call(lambda client: client.get_collection(self.collection)).payload_schema
-            for key, kind in base.PAYLOAD_INDEXES.items():
-                if key not in indexed:
-                    schema = TEXT_INDEX if kind == base.TEXT else models.PayloadSchemaType(kind)
-                    create = methodcaller("create_payload_index", self.collection, key, schema, wait=True)
-                    self._call(create)
-            self._has_indexes = True
-
-    def _upsert(self, points: Sequence[Point], sizes: Sequence[int]) -> None:
-        """Store points, in several requests if one would be too large."""
-        # The process that created the collection may have been killed before the last index.
-        self._index_payloads()
-        for batch in bounded_batches(points, sizes):
-            self._upsert_halving(batch)
-
-    def _upsert_halving(self, points: Sequence[Point]) -> None:
-        """Send points, in smaller requests if a proxy refuses the size."""
-        try:
-            super()._upsert(points, ())
-        except CocoaError as error:
-            cause = error.__cause__
-            if len(points) == 1 or not isinstance(cause, UnexpectedResponse) or cause.status_code != 413:
-                raise
-            middle = len(points) // 2
-            self._upsert_halving(points[:middle])
-            self._upsert_halving(points[middle:])
 
     def _call(self, call: Callable[[QdrantClient], Answer]) -> Answer:
         client = self._connected()
@@ -139,12 +106,6 @@ class ServerStore(ClientStore):
 TEXT_INDEX = models.TextIndexParams(
     type=models.TextIndexType.TEXT, tokenizer=models.TokenizerType.WORD, lowercase=True, phrase_matching=True
 )
-QUANTIZATION: dict[str | None, models.QuantizationConfig] = {
-    "scalar": models.ScalarQuantization(
-        scalar=models.ScalarQuantizationConfig(type=models.ScalarType.INT8, quantile=0.99, always_ram=True)
-    ),
-    "binary": models.BinaryQuantization(binary=models.BinaryQuantizationConfig(always_ram=True)),
-}
 
 
 def is_temporary(error: BaseException) -> bool:
@@ -166,13 +127,13 @@ def wait(state: RetryCallState) -> float:
 
 
 def bounded_batches(points: Sequence[Point], sizes: Sequence[int]) -> Iterator[Sequence[Point]]:
-    """Yield points in batches of at most ``MAX_BATCH_POINTS`` and ``MAX_BATCH_BYTES``; a larger point goes alone.
+    """Yield points in batches of at most ``MAX_BATCH_BYTES``; a larger point goes alone.
 
     :param sizes: The size of each point in bytes.
     """
     start = total = 0
     for index, size in enumerate(sizes):
-        if index > start and (index - start == MAX_BATCH_POINTS or total + size > MAX_BATCH_BYTES):
+        if index > start and total + size > MAX_BATCH_BYTES:
             yield points[start:index]
             start, total = index, 0
         total += size

@@ -43,10 +43,6 @@ class Store(ABC):
         self._dimension: int | None = None
 
     @abstractmethod
-    def collections(self) -> list[str] | None:
-        """Return the names of all collections at this location, sorted; None if the location does not exist."""
-
-    @abstractmethod
     def signature(self) -> Signature | None:
         """Return the signature of the collection, or None if there is no such collection.
 
@@ -56,17 +52,16 @@ class Store(ABC):
     def require_signature(self) -> Signature:
         """Return the signature of a collection that must exist.
 
-        :raises CocoaError: If it does not exist; the message lists the collections that do.
+        :raises CocoaError: If it does not exist.
         """
         signature = self.signature()
         if signature is None:
-            names = self.collections()
-            raise self._no_collection("" if names is None else f" (it holds {', '.join(names) or 'none'})")
+            raise self._no_collection()
         return signature
 
     @abstractmethod
     def create(self, signature: Signature) -> None:
-        """Create the collection with its signature and payload indexes, or sign an existing one without a signature.
+        """Create the collection with its signature and payload indexes, or add what an existing one lacks of them.
 
         :raises CocoaError: If it exists with another signature or another dimension.
         """
@@ -109,7 +104,8 @@ class Store(ABC):
         """Return the points nearest to the query's vector by cosine, best first."""
         checked = checks.check_query(query, self._required_dimension())
         found = self._search(checked._replace(score_threshold=base.lower_bound(query.score_threshold)))
-        return [base.make_hit(point.id, point.score, point.payload) for point in found]
+        scored = ((point, point.payload or {}) for point in found)
+        return [Hit(str(point.id), float(point.score), base.image_path(payload), payload) for point, payload in scored]
 
     def finish(self) -> None:  # noqa: B027 - most backends have nothing to do
         """Do the work that follows many writes: Qdrant Edge builds its search index."""
@@ -143,27 +139,24 @@ class Store(ABC):
 
         :raises CocoaError: If there is no such collection.
         """
-        if self._dimension is None:
-            self.signature()
-        if self._dimension is None:
-            raise self._no_collection()
-        return self._dimension
+        return self._dimension or self.require_signature().dimension
 
-    def _no_collection(self, detail: str = "") -> CocoaError:
-        return CocoaError(f"there is no {self.name}{detail}; run cocoa-embed index first, or give another place")
+    def _no_collection(self) -> CocoaError:
+        return CocoaError(f"there is no {self.name}; run cocoa-embed index first, or give another place or collection")
 
-    def _other_vectors(self, found: str) -> CocoaError:
+    def _other_vectors(self) -> CocoaError:
         return CocoaError(
-            f"{self.name} holds {found}, not one unnamed vector per image compared by cosine; choose another collection"
+            f"{self.name} does not hold one unnamed vector per point, compared by cosine; choose another collection"
         )
 
-    def _check_may_sign(self, found: Signature, signature: Signature) -> None:
-        """Refuse to write ``signature`` over another one or into a collection with another dimension.
+    def _needs_signature(self, found: Signature, signature: Signature) -> bool:
+        """Return whether an existing collection has no signature yet.
 
-        :raises CocoaError: If the collection has one.
+        :raises CocoaError: If it has the signature of another model, or another dimension.
         """
         if found.fingerprint not in (None, signature.fingerprint) or found.dimension != signature.dimension:
             raise CocoaError(
                 f"{self.name} was made with {found.model} ({found.dimension} dimensions), not with {signature.model}"
                 f" ({signature.dimension}); choose another collection"
             )
+        return found.fingerprint is None
