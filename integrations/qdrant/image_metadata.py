@@ -1,6 +1,7 @@
 """The image files of an indexing run, with the metadata of their folders and the folders above."""
 
 import json
+import logging
 import os
 import re
 import stat
@@ -8,10 +9,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from cocoa_embed.data.image_folder import METADATA_FILES, DescribedImage, find_metadata, read_metadata
-from cocoa_embed.errors import CocoaError, RowError, UsageError
+from cocoa_embed.data.image_folder import METADATA_FILE, METADATA_FILES, DescribedImage, find_metadata, read_metadata
+from cocoa_embed.errors import CocoaError, RowError, UsageError, printable
 from cocoa_embed.images.find_files import LIST_SUFFIX, find_images, read_file_list, search_folder
 from cocoa_embed.integrations.qdrant.points import ImageFile, storable
+
+logger = logging.getLogger(__name__)
 
 
 class ImageFiles:
@@ -52,6 +55,9 @@ class ImageFiles:
         folders = {(file.parent, root) for file, root in self._roots.items()}
         above = {(folder, *(up for up in folder.parents if up.is_relative_to(root))) for folder, root in folders}
         read = {folder: self._read_metadata(folder) for folder in sorted(set().union(*above))}
+        if beside := next((text for file in self._roots if (text := file.with_suffix(".txt")).is_file()), None):
+            logger.warning("%s: text files beside images are not read; write captions to %s, with the columns file_name"
+                           " and text", printable(beside), METADATA_FILE)  # fmt: skip
         return {folder: frozenset(filter(None, map(read.get, (folder, *folder.parents)))) for folder, _ in folders}
 
     def __len__(self) -> int:
@@ -139,7 +145,12 @@ def is_deleted(path: str) -> bool:
     :param path: As a payload has it: with ``\udcNN`` for undecodable bytes.
     """
     undecoded = re.sub(r"\\udc([89a-f][0-9a-f])", lambda match: chr(0xDC00 + int(match[1], 16)), path)
-    try:
-        return not stat.S_ISREG(os.stat(undecoded).st_mode)
-    except OSError as error:
-        return isinstance(error, (FileNotFoundError, NotADirectoryError))
+    for spelling in {path, undecoded}:  # a file may have these characters in its name
+        try:
+            if stat.S_ISREG(os.stat(spelling).st_mode):
+                return False
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError:
+            return False
+    return True

@@ -78,6 +78,9 @@ class QdrantIndexer:
             is invalid.
         :raises MissingExtraError: If a package that the location needs is not installed.
         """
+        for name, number in {"batch_size": batch_size, "dimension": dimension}.items():
+            if number is not None and number < 1:
+                raise UsageError(f"{name} is {number}; it must be 1 or more")
         if client is None and url is None and edge is None:
             path = path or DEFAULT_INDEX
         options = StoreOptions(quantization=quantization, on_disk=on_disk, api_key=api_key)

@@ -28,7 +28,8 @@ def settle(run: IndexRun, *, prune: bool) -> None:
     held = [id_ for id_ in dict.fromkeys([*changed, *descriptions]) if state.contents[id_].locations]
     update_payloads(run.store, state, held, descriptions)
     deleted = sorted(set(changed).difference(held))
-    run.store.delete(deleted)
+    for start in range(0, len(deleted), BATCH_POINTS):
+        run.store.delete(deleted[start : start + BATCH_POINTS])
     for id_ in deleted:
         remove_thumbnail(id_, state.contents[id_].thumbnail)
 

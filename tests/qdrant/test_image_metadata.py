@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from table_files import write_images, write_table
 
-from cocoa_embed.integrations.qdrant.image_metadata import ImageFiles
+from cocoa_embed.integrations.qdrant.image_metadata import ImageFiles, is_deleted
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
@@ -28,3 +28,19 @@ def test_two_metadata_files_in_a_folder_are_reported_and_neither_is_read(tmp_pat
     files = ImageFiles([tmp_path])
     assert [described.caption for described in files] == [None]
     assert "has metadata.jsonl and metadata.csv; keep one" in files.unlisted[0]["reason"]
+
+
+def test_text_files_beside_images_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_images(tmp_path, "a")
+    ImageFiles([tmp_path])
+    assert not caplog.records
+    (tmp_path / "a.txt").write_text("a caption")
+    ImageFiles([tmp_path])
+    assert f"{tmp_path / 'a.txt'}: text files beside images are not read; write captions to" in caplog.text
+
+
+def test_a_file_exists_under_its_name_and_under_the_spelling_of_a_payload(tmp_path: Path) -> None:
+    for name in (r"\udc80.png", "\udc81.png"):
+        (tmp_path / name).touch()
+    stored = [rf"{tmp_path}/\udc{byte}.png" for byte in (80, 81, 82)]
+    assert [is_deleted(path) for path in stored] == [False, False, True]

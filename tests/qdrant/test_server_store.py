@@ -183,6 +183,14 @@ def test_requests_are_bounded_in_bytes(fake: FakeServer, remote: OpenRemote) -> 
     assert store.count() == 102
 
 
+def test_a_request_too_large_for_a_proxy_is_halved(fake: FakeServer, store: ServerStore) -> None:
+    fake.fail(UPSERT, *[answer_status(413)] * 2)
+    store.upsert(make_points(0, 8))
+    sent = [len(body["points"]) for body in fake.bodies("PUT", "/points")]
+    assert sent[sent.index(8) :] == [8, 4, 2, 2, 4]
+    assert store.count() == 8
+
+
 def test_a_server_without_metadata_is_refused(fake: FakeServer, remote: OpenRemote) -> None:
     fake.keeps_metadata = False
     for _ in range(2):

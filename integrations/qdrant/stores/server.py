@@ -69,7 +69,19 @@ class ServerStore(ClientStore):
     def _upsert(self, points: Sequence[Point], sizes: Sequence[int]) -> None:
         """Store points, in several requests if one would be too large."""
         for batch in bounded_batches(points, sizes):
-            super()._upsert(batch, ())
+            self._upsert_halving(batch)
+
+    def _upsert_halving(self, points: Sequence[Point]) -> None:
+        """Send points, in smaller requests if a proxy refuses the size."""
+        try:
+            super()._upsert(points, ())
+        except CocoaError as error:
+            cause = error.__cause__
+            if len(points) == 1 or not isinstance(cause, UnexpectedResponse) or cause.status_code != 413:
+                raise
+            middle = len(points) // 2
+            self._upsert_halving(points[:middle])
+            self._upsert_halving(points[middle:])
 
     def _search_params(self, limit: int) -> models.SearchParams:
         # Without effect in a collection that is not quantized.
