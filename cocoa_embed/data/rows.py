@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeAlias
 from PIL import Image
 
 from cocoa_embed.errors import RowError, is_valid_unicode, printable
-from cocoa_embed.images.load import UsedPixels, decode_image, load_image
+from cocoa_embed.images.load import decode_image, load_image
 
 SHOWN_CHARACTERS = 60
 
@@ -62,15 +62,12 @@ ItemImage: TypeAlias = Path | ArrowImage
 """An image file, or an image inside a table. Its ``str`` identifies it."""
 
 
-def load_item_image(image: ItemImage, used_pixels: UsedPixels | None = None) -> Image.Image:
+def load_item_image(image: ItemImage) -> Image.Image:
     """Load an image as upright RGB.
 
-    :param used_pixels: As in ``decode_image``.
     :raises ImageError: If it cannot be used.
     """
-    if isinstance(image, ArrowImage):
-        return decode_image(image.read(), printable(str(image)), used_pixels)[0]
-    return load_image(image, used_pixels=used_pixels)
+    return decode_image(image.read(), printable(str(image)))[0] if isinstance(image, ArrowImage) else load_image(image)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import math
 import os
 import re
 import stat
@@ -28,12 +27,6 @@ if TYPE_CHECKING:
 ImageSource: TypeAlias = str | Path | bytes | BytesIO | Image.Image
 """A string is a path, a ``data:`` URI or, with a ``Fetcher``, an http or https address."""
 
-UsedPixels: TypeAlias = Callable[[int, int], int]
-"""Returns how many pixels are left when an image of some width and height, upright, has been scaled for a model."""
-
-DRAFT_MARGIN = 2
-"""With 2, embeddings differ by at most 2e-5 of cosine, with 1 by up to 4e-2 (docs/experiments.md, section 4)."""
-
 Result = TypeVar("Result")
 
 MAX_IMAGE_BYTES = 256 * 2**20
@@ -57,15 +50,12 @@ class FileContent(NamedTuple):
     size: int
 
 
-def load_image(
-    source: ImageSource, *, fetcher: Fetcher | None = None, used_pixels: UsedPixels | None = None
-) -> Image.Image:
+def load_image(source: ImageSource, *, fetcher: Fetcher | None = None) -> Image.Image:
     """Load an image as upright RGB: EXIF orientation applied, alpha over white, the first frame of an animation.
 
     :param source: A path, the bytes of a file, a ``BytesIO``, or a PIL image. A string is a path, unless it begins
         with ``data:``, ``http://`` or ``https://``.
     :param fetcher: Downloads web addresses; without it they are refused.
-    :param used_pixels: As in ``decode_image``.
     :raises ImageError: If it is missing, unreadable, not an image, truncated, or above ``MAX_IMAGE_BYTES`` or
         ``MAX_IMAGE_PIXELS``.
     """
@@ -74,7 +64,7 @@ def load_image(
             check_pixels(source.width, source.height, "PIL image")
             return upright_rgb(source)
     data, name = read_image_source(source, fetcher)
-    return decode_image(data, name, used_pixels)[0]
+    return decode_image(data, name)[0]
 
 
 def read_image_source(source: str | Path | bytes | BytesIO, fetcher: Fetcher | None) -> tuple[bytes, str]:
@@ -184,25 +174,14 @@ def check_pixels(width: int, height: int, name: str) -> None:
         raise ImageError(name, f"has no pixels ({width} x {height})")
 
 
-def decode_image(data: bytes, name: str, used_pixels: UsedPixels | None = None) -> tuple[Image.Image, str]:
+def decode_image(data: bytes, name: str) -> tuple[Image.Image, str]:
     """Decode an image file; return it as upright RGB, with its media type (``image/jpeg``).
 
     :param data: The bytes of the whole file.
     :param name: The image's name in errors.
-    :param used_pixels: Allows a JPEG file to be decoded at a half, a quarter or an eighth of its size, which takes less
-        time and memory, if that leaves at least ``DRAFT_MARGIN`` times the used pixels along each side.
     :raises ImageError: If it is not an image, is truncated, or exceeds the limits.
     """
-
-    def decode(image: ImageFile.ImageFile, data: bytes) -> tuple[Image.Image, str]:
-        if used_pixels is not None:
-            width, height = upright_size(image, data)
-            factor = int(math.sqrt(width * height / used_pixels(width, height)) / DRAFT_MARGIN)
-            if factor > 1:
-                image.draft(None, (math.ceil(image.width / factor), math.ceil(image.height / factor)))
-        return upright_rgb(image), media_type(image)
-
-    return with_opened_image(decode, data, name)
+    return with_opened_image(lambda image, _: (upright_rgb(image), media_type(image)), data, name)
 
 
 def image_size(data: bytes, name: str) -> tuple[int, int]:

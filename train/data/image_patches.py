@@ -29,11 +29,8 @@ def image_patches(images: Sequence[ItemImage], image_processor: Any) -> tuple[Te
     room = len(images) * image_processor.size["longest_edge"] // area
     patches = _empty_bytes(room, len(image_processor.image_mean) * area)
 
-    def used_pixels(width: int, height: int) -> int:
-        return int(image_processor.get_number_of_image_patches(height, width, {})) * area
-
     for number, image in enumerate(images, 1):
-        loaded = load_row_image(image, used_pixels)
+        loaded = load_row_image(image)
         # The tests hold that this is the processor's own output, before its last step and without the repetition that
         # makes two frames of an image.
         done = image_processor(loaded, do_rescale=False, do_normalize=False, return_tensors="pt")

@@ -9,7 +9,6 @@ from torch.utils.data import Dataset
 
 from cocoa_embed.data.rows import ItemImage, Row, load_item_image
 from cocoa_embed.errors import ImageError, RowError, printable
-from cocoa_embed.images.load import UsedPixels
 from cocoa_embed.model.backbone import MAX_ASPECT_RATIO
 from cocoa_embed.model.template import RESERVED_TOKENS
 
@@ -56,19 +55,14 @@ def numbered(rows: Sequence[Row]) -> list[tuple[Draw, Row]]:
     return [(Draw(index), row) for index, row in enumerate(rows)]
 
 
-def load_row_image(image: ItemImage, used_pixels: UsedPixels | None = None) -> Image.Image:
+def load_row_image(image: ItemImage) -> Image.Image:
     """Load a row's image for training.
 
-    :param used_pixels: As in ``decode_image``; it is asked only about images that can be used.
     :raises ImageError: If it cannot be used, as in ``check_aspect_ratio``, too.
     """
-    name = printable(str(image))
-
-    def used(width: int, height: int) -> int:
-        check_aspect_ratio((width, height), name)
-        return width * height if used_pixels is None else used_pixels(width, height)
-
-    return load_item_image(image, used)
+    loaded = load_item_image(image)
+    check_aspect_ratio(loaded.size, printable(str(image)))
+    return loaded
 
 
 def check_aspect_ratio(size: tuple[int, int], name: str) -> tuple[int, int]:

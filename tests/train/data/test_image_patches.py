@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from cocoa_embed.data.rows import Item
-from cocoa_embed.images.load import decode_image, load_image
+from cocoa_embed.images.load import load_image
 from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.train.data.image_patches import image_patches, normalised
 from cocoa_embed.train.stages.rendering import render_items
@@ -48,19 +48,3 @@ def test_items_of_several_images_are_rendered_as_the_processor_renders_them(
     assert batch.keys() == expected.keys()
     for name in ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw"):
         assert torch.equal(batch[name], expected[name]), name
-
-
-def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(tmp_path: Path) -> None:
-    gradient = Image.linear_gradient("L").resize((1600, 1200)).convert("RGB")
-    for orientation in (1, 6):
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        path = tmp_path / f"{orientation}.jpg"
-        gradient.save(path, exif=exif)
-        data, whole = path.read_bytes(), load_image(path)
-        sizes = {
-            used: decode_image(data, "it", lambda width, height, used=used: used)[0].size for used in (10**6, 10**5, 10)
-        }
-        assert sizes[10**6] == whole.size, "less than four times the pixels are not reduced"
-        assert sizes[10**5] == tuple(side // 2 for side in whole.size)
-        assert sizes[10] == tuple(side // 8 for side in whole.size)
