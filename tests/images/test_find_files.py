@@ -1,7 +1,6 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 
@@ -35,36 +34,13 @@ def test_the_working_folder_gives_the_names_in_it(tmp_path: Path, monkeypatch: p
     assert find_images([".", "a.png", Path("b")]) == find_images(["*", "**/*.png"]) == [Path("a.png"), Path("b/c.png")]
 
 
-LINKS = {
-    "a-link": "elsewhere",
-    "photos/round": "..",
-    "photos/self": ".",
-    "photos/sub/again": "../sub",
-    "photos/a-link": "../elsewhere",
-    "photos/z-link": "../elsewhere",
-    "photos/sub/link.png": "../../elsewhere/c.png",
-    "photos/itself.png": "itself.png",
-    "photos/gone.png": "nowhere",
-}
-IN_PHOTOS = "photos/a.png photos/gone.png photos/itself.png photos/sub/b.png photos/sub/link.png"
-
-
-@pytest.mark.parametrize(
-    ("searched", "expected"),
-    [
-        ("photos", f"photos/a-link/c.png photos/a-link/deep/d.png {IN_PHOTOS}"),
-        (".", f"elsewhere/c.png elsewhere/deep/d.png {IN_PHOTOS}"),
-        ("photos elsewhere", f"elsewhere/c.png elsewhere/deep/d.png {IN_PHOTOS}"),
-        ("photos/z-link", "photos/z-link/c.png photos/z-link/deep/d.png"),
-    ],
-)
-def test_links_are_followed_loops_end_and_a_path_without_links_is_preferred(
-    tmp_path: Path, searched: str, expected: str
-) -> None:
+def test_links_to_folders_are_followed_once_and_loops_end(tmp_path: Path) -> None:
     make(tmp_path, "photos/a.png", "photos/sub/b.png", "elsewhere/c.png", "elsewhere/deep/d.png")
-    for link, target in LINKS.items():
-        (tmp_path / link).symlink_to(target)
-    assert names(find_images(tmp_path / folder for folder in searched.split()), tmp_path) == expected.split()
+    links = {"a-link": "../elsewhere", "self": ".", "z-link": "../elsewhere", "sub/link.png": "../a.png"}
+    for link, target in {**links, "sub/again": "../sub", "itself.png": "itself.png", "gone.png": "nowhere"}.items():
+        (tmp_path / "photos" / link).symlink_to(target)
+    expected = "a-link/c.png a-link/deep/d.png a.png gone.png itself.png sub/b.png sub/link.png"
+    assert names(find_images([tmp_path / "photos"]), tmp_path / "photos") == expected.split()
 
 
 @pytest.mark.parametrize(
@@ -74,22 +50,19 @@ def test_links_are_followed_loops_end_and_a_path_without_links_is_preferred(
         ("n" * 5000, "does not exist"),
         ("nul\0", "does not exist"),
         ("*.png", "does not exist, and nothing matches it as a pattern"),
-        ("b*/*.jpg", "nothing matches it as a pattern"),
         ("a.txt/*", "nothing matches it as a pattern"),
-        ("a.txt", r"a\.txt is UTF-16; a list of files is UTF-8"),
     ],
 )
 def test_a_path_that_leads_to_nothing_is_named(tmp_path: Path, path: str, reason: str) -> None:
-    (tmp_path / "a.txt").write_text("a.jpg", encoding="utf-16")
+    make(tmp_path, "a.txt")
     with pytest.raises(CocoaError, match=reason):
         find_images([tmp_path / path])
     with pytest.raises(CocoaError, match=r"gone\.txt cannot be read \(No such file"):
         read_file_list(tmp_path / "gone.txt")
 
 
-@pytest.mark.parametrize("pattern", ["", "**/*.png"])
 def test_folders_that_cannot_be_listed_or_vanish_are_reported_and_the_others_are_searched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(tmp_path, "a/1.png", "locked/2.png", "vanishing/3.png", "z/4.png", "z/locked too/5.png")
     scandir = os.scandir
@@ -103,10 +76,9 @@ def test_folders_that_cannot_be_listed_or_vanish_are_reported_and_the_others_are
 
     monkeypatch.setattr(os, "scandir", refuse)
     reported: dict[Path, str] = {}
-    found = find_images([tmp_path / pattern], on_error=reported.__setitem__)
+    found = find_images([tmp_path], on_error=reported.__setitem__)
     assert names(found, tmp_path) == ["a/1.png", "z/4.png"]
-    if not pattern:
-        assert reported.pop(tmp_path / "vanishing") == "cannot be listed (No such file or directory)"
+    assert reported.pop(tmp_path / "vanishing") == "cannot be listed (No such file or directory)"
     locked = tmp_path / "locked", tmp_path / "z" / "locked too"
     assert reported == dict.fromkeys(locked, "cannot be listed (Permission denied)")
     with pytest.raises(CocoaError, match=r"locked cannot be listed \(Permission denied\)$"):
@@ -116,17 +88,13 @@ def test_folders_that_cannot_be_listed_or_vanish_are_reported_and_the_others_are
 @pytest.mark.parametrize(
     ("pattern", "expected"),
     [
-        ("*.jpg", ["a.jpg"]),
         ("?.jpg", ["a.jpg"]),
         ("[ab].*", ["a.jpg", "b.PNG"]),
         ("*", ["a.jpg", "b.PNG", "d/.i.jpg", "d/e.jpg", "d/f.png", "d/g/h.jpg"]),
-        ("*.PNG", ["b.PNG"]),
-        ("d/*", ["d/e.jpg", "d/f.png", "d/g/h.jpg"]),
         ("*/*.jpg", ["d/e.jpg"]),
         ("**/*.jpg", ["a.jpg", "d/e.jpg", "d/g/h.jpg"]),
         ("**/g", ["d/g/h.jpg"]),
         ("d/**", ["d/.i.jpg", "d/e.jpg", "d/f.png", "d/g/h.jpg"]),
-        ("**/h.*", ["d/g/h.jpg"]),
         ("d/.*.jpg", ["d/.i.jpg"]),
         ("*.dat", ["c.dat"]),
         ("d/../*.jpg", ["d/../a.jpg"]),
@@ -137,19 +105,14 @@ def test_a_pattern_stands_for_what_matches_it(tmp_path: Path, pattern: str, expe
     assert [str(path)[len(str(tmp_path)) + 1 :] for path in find_images([tmp_path / pattern])] == expected
 
 
-def test_a_name_with_wildcards_stands_for_itself_first(tmp_path: Path) -> None:
+def test_a_name_with_wildcards_stands_for_itself_first_and_two_stars_end_among_loops(tmp_path: Path) -> None:
     make(tmp_path, "a[1].jpg", "a1.jpg", "b[2]/c.jpg", "b[2]/d.png", "b2/e.jpg")
+    for number in range(20):
+        (tmp_path / "b2" / f"loop{number}").symlink_to("..")
+    assert names(find_images([tmp_path / "**" / "e.jpg"]), tmp_path) == ["b2/e.jpg"]
     assert names(find_images([tmp_path / "a[1].jpg"]), tmp_path) == ["a[1].jpg"]
     assert names(find_images([tmp_path / "a[12].jpg"]), tmp_path) == ["a1.jpg"]
     assert names(find_images([tmp_path / "b[2]" / "*.jpg"]), tmp_path) == ["b[2]/c.jpg"]
-
-
-def test_a_pattern_ends_among_loops_of_links(tmp_path: Path) -> None:
-    make(tmp_path, "a/b.png", "a/c/d.png")
-    for number in range(20):
-        (tmp_path / "a" / f"loop{number}").symlink_to("..")
-        (tmp_path / "a" / "c" / f"loop{number}").symlink_to("../..")
-    assert names(find_images([tmp_path / "**" / "*.png"]), tmp_path) == ["a/b.png", "a/c/d.png"]
 
 
 def test_a_list_names_files_from_its_own_folder_on(tmp_path: Path) -> None:
@@ -180,11 +143,3 @@ def test_images_are_relative_to_the_folder_that_was_searched(tmp_path: Path) -> 
     }.items():
         assert search_folder(tmp_path / path) == tmp_path / folder
     assert search_folder("*.png") == Path()
-
-
-def test_files_are_not_looked_at_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make(tmp_path, *(f"{folder}/{number}.png" for folder in "abc" for number in range(50)))
-    for name in ("stat", "lstat"):
-        monkeypatch.setattr(os, name, Mock(wraps=getattr(os, name)))
-    assert len(find_images([tmp_path])) == 150
-    assert os.stat.call_count + os.lstat.call_count < 15

@@ -126,54 +126,27 @@ def tiff_values(entry: tuple[int, Sequence[int]], order: str) -> bytes:
     return struct.pack(f"{order}{len(values)}{TIFF_TYPES[kind]}", *values)
 
 
-def tiff_of(
-    samples: np.ndarray, photometric: int, *, order: str = "<", planar: bool = False, alpha: int | None = None
-) -> bytes:
+def tiff_of(samples: np.ndarray, photometric: int, *, order: str = "<", planar: bool = False) -> bytes:
     """Return an uncompressed TIFF of samples of 8, 16 or 32 bits.
 
     :param samples: Array of shape ``(height, width, channels)``.
-    :param photometric: 0 white is zero, 1 black is zero, 2 RGB, 5 CMYK, 8 LAB.
-    :param alpha: The kind of the last channel: 0 unknown, 1 premultiplied alpha, 2 alpha.
+    :param photometric: 0 white is zero, 1 black is zero, 2 RGB.
     """
     height, width, channels = samples.shape
     samples = samples.astype(samples.dtype.newbyteorder(order))
     planes = [samples[:, :, channel] for channel in range(channels)] if planar else [samples]
     tags: dict[int, tuple[int, Sequence[int]]] = {
-        256: (3, [width]),
-        257: (3, [height]),
-        258: (3, [samples.itemsize * 8] * channels),
-        259: (3, [1]),
-        262: (3, [photometric]),
-        277: (3, [channels]),
-        278: (3, [height]),
-        284: (3, [2 if planar else 1]),
+        **{256: (3, [width]), 257: (3, [height]), 258: (3, [samples.itemsize * 8] * channels), 259: (3, [1])},
+        **{262: (3, [photometric]), 277: (3, [channels]), 278: (3, [height]), 284: (3, [2 if planar else 1])},
     }
-    if alpha is not None:
-        tags[338] = (3, [alpha])
     if samples.dtype.kind == "f":
         tags[339] = (3, [3] * channels)
     return tiff_file(tags, [plane.tobytes() for plane in planes], order)
 
 
-def webp_canvas(width: int, height: int) -> bytes:
-    """Return an animated WebP of one small frame on a canvas of the given size."""
-
-    def bytes_3(number: int) -> bytes:
-        return number.to_bytes(3, "little")
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return kind + struct.pack("<I", len(data)) + data
-
-    picture = encoded(Image.new("RGB", (8, 8)), "WEBP", lossless=True)[12:]
-    frame = bytes_3(0) + bytes_3(0) + bytes_3(7) + bytes_3(7) + bytes_3(100) + b"\0" + picture
-    head = chunk(b"VP8X", b"\x02\0\0\0" + bytes_3(width - 1) + bytes_3(height - 1))
-    body = b"WEBP" + head + chunk(b"ANIM", bytes(6)) + chunk(b"ANMF", frame)
-    return chunk(b"RIFF", body)
-
-
-def jpeg_of_scans(scans: int, size: tuple[int, int] = (8, 8)) -> bytes:
+def jpeg_of_scans(scans: int) -> bytes:
     """Return a progressive JPEG whose last scan is repeated."""
-    data = encoded(Image.new("L", size), "JPEG", progressive=True)
+    data = encoded(Image.new("L", (8, 8)), "JPEG", progressive=True)
     last = data.rindex(b"\xff\xda")
     return data[:last] + data[last:-2] * (scans - data.count(b"\xff\xda") + 1) + data[-2:]
 
