@@ -71,7 +71,6 @@ def test_the_cards_code_runs_without_this_project_and_gives_the_same_embeddings(
     assert list(found["modules"]) == [
         f"sentence_transformers.{name}" for name in ("Transformer", "Pooling", "Normalize")
     ]
-    assert found["similarity"].shape == (1, 3)
     image = load_image(tmp_path / "photo.jpg")
     items = [{"text": "a red ring"}, {"image": image}, {"image": image, "text": "a red ring"}]
     for name in ("plain", "bare"):
@@ -87,12 +86,7 @@ def test_an_embedding_is_the_normalised_last_hidden_state_at_eos(
     """Computed from the checkpoint by the training code, one item at a time."""
     backbone = load_backbone(str(checkpoint))
     backbone.model.eval()
-    items = [
-        Item(text="a red ring"),
-        Item(text=LONG_TEXT),
-        Item(images=(scene_rows[0].image,)),
-        Item(images=(scene_rows[1].image,), text="what is left of the ring?"),
-    ]
+    items = [Item(text=LONG_TEXT), Item(images=(scene_rows[1].image,), text="what is left of the ring?")]
     expected = []
     for item in items:
         batch = render_items(backbone.processor, [item])
@@ -118,12 +112,9 @@ def test_saved_again_it_has_the_same_files_and_embeddings(tiny_export: Path, tmp
     assert np.array_equal(first.encode(items), second.encode(items))
 
 
-def test_a_causal_model_is_not_exported(tiny_backbone_path: Path, tmp_path: Path) -> None:
-    checkpoint = tmp_path / "causal"
-    shutil.copytree(tiny_backbone_path, checkpoint)
-    assert "is_causal" not in (checkpoint / "config.json").read_text()
+def test_a_causal_model_is_not_exported(tiny_backbone_path: Path) -> None:
     with pytest.raises(CocoaError, match="is causal"):
-        build_sentence_transformer(checkpoint, prompts=PROMPTS)
+        build_sentence_transformer(tiny_backbone_path, prompts=PROMPTS)
 
 
 def truncate(weights: Path) -> None:
@@ -156,7 +147,7 @@ def test_an_export_never_replaces_a_checkpoint(
     before = contents(tmp_path / "run")
     monkeypatch.chdir(tmp_path / "run")
     stage = Path("contrastive").absolute()
-    for out in (stage, Path("contrastive"), stage / ".." / "contrastive", stage.parent):
+    for out in (Path("contrastive"), stage.parent):
         with pytest.raises(CocoaError, match="is or holds the checkpoint"):
             export_model(stage, out)
     assert contents(tmp_path / "run") == before
@@ -173,57 +164,44 @@ def card(model: SentenceTransformer, **changes: Any) -> tuple[dict[str, Any], st
     return yaml.safe_load(front_matter), " ".join(body.split())
 
 
-def with_contrastive(**changes: Any) -> dict[str, Any]:
-    """Return a change of the record: other values of its contrastive stage."""
-    warmup, contrastive = TRAINING["stages"]
-    return {"stages": [warmup, {**contrastive, **changes}]}
-
-
 @pytest.mark.parametrize(
-    ("changes", "shown", "absent"),
+    ("changes", "contrastive", "shown", "absent"),
     [
         (
+            {},
             {},
             [
                 *("a-tiny-backbone", "32 dimensions", f'"{PROMPTS["query"]}"', f'"{PROMPTS["document"]}"'),
                 *(f"{TINY_MAX_LENGTH} tokens", "12544 pixels", "Seed 17", 'SentenceTransformer("my-model")'),
                 *("| warmup | 11 | 4 | 0.0003 | 1.234 |", "| contrastive | 13 | 8 | 0.0005 | 0.567 |"),
-                "Nothing was measured",
             ],
             ["| bridge |", "Adapters", "truncate_dim"],
         ),
         (
-            {
-                "results": {"all": {"recall@1": 0.875, "recall@5": 0.95, "recall@10": 1.0, "mrr": 0.9014}},
-                "data": "drawn",
-            },
-            ["| all | 0.875 | 0.950 | 1.000 | 0.901 |", "Data: drawn."],
+            {"results": {"all": {"recall@1": 0.875, "recall@5": 0.95, "recall@10": 1.0, "mrr": 0.9014}}},
+            {"adapter": {"kind": "dora", "r": 4, "alpha": 64}, "description": "With InfoNCE."},
+            ["| all | 0.875 | 0.950 | 1.000 | 0.901 |", "stage: contrastive dora (r 4, alpha 64). With InfoNCE."],
             ["Nothing was measured"],
         ),
         (
-            with_contrastive(adapter={"kind": "dora", "r": 4, "alpha": 64}, description="With InfoNCE."),
-            ["merged into the weights at the end of their stage: contrastive DoRA (r 4, alpha 64). With InfoNCE."],
-            [],
-        ),
-        ({"stages": []}, ["No stage was run"], []),
-        (
             {"recipe": {**TRAINING["recipe"], "prompts": {"query": "", "document": ""}}},
-            ["`encode_query` puts nothing before a query"],
-            [],
-        ),
-        (with_contrastive(matryoshka_dims=[32]), [], ["truncate_dim"]),
-        (
-            with_contrastive(matryoshka_dims=[8, 32, 16]),
-            ["first 16 or 8 values", 'SentenceTransformer("my-model", truncate_dim=16)', "`normalize_embeddings=True`"],
+            {"matryoshka_dims": [8, 32, 16]},
+            ["puts nothing before a query", "first 16 or 8 values", 'SentenceTransformer("my-model", truncate_dim=16)'],
             [],
         ),
     ],
 )
 def test_the_card_describes_the_model_its_training_and_its_results(
-    model: SentenceTransformer, changes: dict[str, Any], shown: list[str], absent: list[str]
+    model: SentenceTransformer,
+    changes: dict[str, Any],
+    contrastive: dict[str, Any],
+    shown: list[str],
+    absent: list[str],
 ) -> None:
-    _, body = card(model, **changes)
+    stages = [TRAINING["stages"][0], {**TRAINING["stages"][1], **contrastive}]
+    _, body = card(model, stages=stages, **changes)
     assert [part for part in shown if part not in body] == [part for part in absent if part in body] == []
+    assert "No stage was run" in card(model, stages=[])[1]
 
 
 def test_the_cards_instructions_for_shorter_embeddings_work(model: SentenceTransformer, tiny_export: Path) -> None:
@@ -233,7 +211,7 @@ def test_the_cards_instructions_for_shorter_embeddings_work(model: SentenceTrans
     np.testing.assert_allclose(embeddings, expected / np.linalg.norm(expected, axis=1, keepdims=True), **SAME)
 
 
-@pytest.mark.parametrize("backbone", ["Qwen/Qwen2-VL-2B-Instruct", "./my: models/#1", "[a] & *b", "007"])
+@pytest.mark.parametrize("backbone", ["Qwen/Qwen2-VL-2B-Instruct", "./my: models/#1"])
 def test_the_cards_front_matter_holds_a_hub_backbone_of_any_name_or_the_built_in_licence(
     model: SentenceTransformer, backbone: str
 ) -> None:
