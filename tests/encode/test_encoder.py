@@ -29,52 +29,38 @@ TOLERANCE = 1e-5
 
 def test_an_input_is_a_text_an_image_or_both() -> None:
     red = colour_image("red")
-    for text in ("red", "🦓", "café", "\0", "\ufffd"):
-        assert make_input(text) == {"text": text}
+    assert make_input("🦓") == {"text": "🦓"}
     assert make_input("red", red).keys() == {"text", "image"}
     assert make_input("", red).keys() == {"image"}
     with pytest.raises(UsageError, match="neither a text nor an image"):
         make_input("")
 
 
-@pytest.mark.parametrize("text", ["\ud83e", "caf\udce9"])
-def test_a_text_that_is_not_valid_unicode_is_wrong_usage(text: str) -> None:
-    encoder = Encoder(FakeModel())
-    for use in (lambda item: make_input(**item), lambda item: encoder.embed_queries([item])):
+def test_a_text_that_is_not_valid_unicode_is_wrong_usage() -> None:
+    for use in (make_input, lambda text: Encoder(FakeModel()).embed_queries([{"text": text}])):
         with pytest.raises(UsageError, match="not valid Unicode") as caught:
-            use({"text": text, "image": colour_image("red")})
+            use("caf\udce9")
         assert str(caught.value).isascii()
 
 
-@pytest.mark.parametrize(
-    ("item", "reason"),
-    [
-        ({"image": colour_image("red", (1, 20_000))}, "absolute aspect ratio must be smaller than 200"),
-        ({"text": f"red {IMAGE_TOKEN}"}, "image features and image tokens do not match"),
-    ],
-)
-def test_a_query_that_the_model_refuses_is_one_sentence_that_names_the_model(item: ModelInput, reason: str) -> None:
-    with pytest.raises(CocoaError, match=reason) as caught:
-        Encoder(FakeModel(), "cocoa-tiny").embed_queries([item])
-    assert not isinstance(caught.value, UsageError)
-    assert str(caught.value) == f"cocoa-tiny does not take the query ({reason})"
+def test_a_query_that_the_model_refuses_is_one_sentence_that_names_the_model() -> None:
+    reason = r"^cocoa-tiny does not take the query \(image features and image tokens do not match\)$"
+    with pytest.raises(CocoaError, match=reason):
+        Encoder(FakeModel(), "cocoa-tiny").embed_queries([{"text": f"red {IMAGE_TOKEN}"}])
 
 
 @pytest.mark.parametrize(
     ("prompts", "default", "expected"),
     [
-        ({}, None, None),
-        ({"query": "q: ", "document": "d: "}, None, "d: "),
-        ({"corpus": "c: ", "passage": "p: "}, None, "p: "),
-        ({"corpus": "c: "}, "query", "c: "),
+        ({"query": "q: "}, None, None),
+        ({"corpus": "c: ", "passage": "p: ", "query": "q: "}, "query", "p: "),
         ({"query": "q: "}, "query", "q: "),
-        ({"document": ""}, "query", ""),
     ],
 )
 def test_the_document_prompt_is_that_of_encode_document(
     prompts: dict[str, str], default: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = SentenceTransformer(modules=[torch.nn.Dropout()], device="cpu").train()
+    model = SentenceTransformer(modules=[torch.nn.Dropout()], device="cpu")
     model.prompts, model.default_prompt_name = prompts, default
 
     def preprocess(inputs: list[str], prompt: str | None, task: str) -> None:
@@ -83,8 +69,7 @@ def test_the_document_prompt_is_that_of_encode_document(
     monkeypatch.setattr(model, "preprocess", preprocess)
     with pytest.raises(KeyError) as caught:
         model.encode_document(["x"])
-    assert caught.value.args == (expected,)
-    assert document_prompt(model) == expected
+    assert caught.value.args == (document_prompt(model),) == (expected,)
     model.train()
     DocumentModel(model, ProcessorLock())
     assert not model.training, "it is in evaluation mode, as encode puts it"
@@ -142,7 +127,6 @@ def test_a_streamed_image_is_embedded_as_encode_document_embeds_it(
 def test_a_clip_model_streams_too(tmp_path: Path, scenes: list[Image.Image]) -> None:
     torch.manual_seed(0)
     encoder = Encoder(tiny_clip_model(tmp_path))
-    encoder.require_images()
     assert encoder.dimension == 24
     expected = documents(encoder, scenes)
     assert distance(expected[0], expected[1]) > 100 * TOLERANCE
@@ -175,9 +159,7 @@ def test_a_dimension_truncates_and_normalises_what_the_model_itself_truncates(
         normalised = expected[:, :8] / np.linalg.norm(expected[:, :8], axis=1, keepdims=True)
         assert distance(streamed(encoder, scenes), normalised) < TOLERANCE
         assert distance(documents(encoder, scenes), normalised) < TOLERANCE
-        query = encoder.embed_queries([{"text": "red"}])
-        assert query.shape == (1, 8)
-        assert np.linalg.norm(query) == pytest.approx(1, abs=1e-6)
+        assert np.linalg.norm(encoder.embed_queries([{"text": "red"}])) == pytest.approx(1, abs=1e-6)
         for dimension in (0, 33):
             reason = f"^tiny has embeddings of {own} dimensions, not of {dimension}; give 1 to {own}$"
             with pytest.raises(UsageError, match=reason):

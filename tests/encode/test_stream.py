@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from io import BytesIO
-from itertools import cycle, islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -21,16 +21,15 @@ from raw_images import encoded, exif, stored
 from cocoa_embed.encode import jobs, stream
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.encode.jobs import EmbeddedImage, StreamSource
-from cocoa_embed.encode.stream import default_workers
 from cocoa_embed.errors import CocoaError, ImageError, UsageError
 
 NAMES = list(COLOURS)
 TRUNCATED = encoded(colour_image("blue", (99, 99)), "JPEG")[:-40]
 
 
-def pictures(count: int) -> list[tuple[int, Image.Image]]:
+def pictures(many: int) -> list[tuple[int, Image.Image]]:
     """Return images of many sizes."""
-    return [(number, colour_image(NAMES[number % 4], (24 + number % 7, 24 + number % 5))) for number in range(count)]
+    return [(number, colour_image(NAMES[number % 4], (24 + number % 7, 24 + number % 5))) for number in range(many)]
 
 
 def own_threads() -> list[str]:
@@ -53,17 +52,18 @@ def expected(images: list[tuple[int, Image.Image]]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("count", [0, 1, 7, 100])
-def test_every_image_is_embedded_as_a_document_in_its_place(count: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("images", [pictures(0), pictures(7), pictures(100)])
+def test_every_image_is_embedded_as_a_document_in_its_place(
+    images: list[tuple[int, Image.Image]], dtype: torch.dtype
+) -> None:
     class Typed(FakeModel):
         def __call__(self, features: Mapping[str, Any], task: str | None = None) -> dict[str, Any]:
             return {"sentence_embedding": super().__call__(features, task)["sentence_embedding"].to(dtype)}
 
     model = Typed(prompts={"query": "find: ", "document": "keep: "})
-    images = pictures(count)
     outcomes = list(Encoder(model).stream_images(iter(images), batch_size=8, thumbnail_size=12))
-    assert [key for key, _ in outcomes] == list(range(count))
-    if count:
+    assert [key for key, _ in outcomes] == [key for key, _ in images]
+    if images:
         np.testing.assert_allclose(vectors(outcomes), expected(images), rtol=0 if dtype == torch.float32 else 0.01)
         assert model.document_prompts == {"keep: "}
         assert max(model.batches) <= 8
@@ -104,18 +104,13 @@ class Picky(FakeModel):
         return super()._embed(item) * (np.inf if item["image"].size == (32, 32) else 1)
 
 
+REFUSED = "cannot be embedded (image features and image tokens do not match)"
 BAD: dict[str, tuple[StreamSource, str]] = {
     "broken": (b"no image", "(8, 'broken'): is not an image"),
     "truncated": (TRUNCATED, "truncated"),
     "missing": ("no/such\n/file.png", "'no/such\\n/file.png': does not exist"),
-    "refused by the processor": (
-        colour_image("red", (1, 20_000)),
-        "cannot be embedded (absolute aspect ratio must be smaller than 200)",
-    ),
-    "refused by the model": (
-        colour_image("red", (31, 31)),
-        "cannot be embedded (image features and image tokens do not match)",
-    ),
+    "refused by the processor": (colour_image("red", (1, 20_000)), "absolute aspect ratio must be smaller than 200)"),
+    "refused by the model": (colour_image("red", (31, 31)), REFUSED),
     "overflowing": (colour_image("red", (32, 32)), "(8, 'overflowing'): has an embedding that is not finite"),
 }
 
@@ -140,26 +135,26 @@ def test_each_image_has_the_same_outcome_as_alone(kinds: list[str], batch_size: 
 
 
 @pytest.mark.parametrize(
-    ("sources", "max_batch_bytes", "limit"),
+    ("source", "max_batch_bytes", "limit"),
     [
-        # Per image: 7 batches of 4 ahead or in a window of 4 batches, 8 measured ahead, one in the model.
-        ([colour_image("red", (8 + grown, 8)) for grown in range(3)], stream.MAX_BATCH_BYTES, 44),
-        ([b"no image"], stream.MAX_BATCH_BYTES, 90),
+        # 7 batches of 4 ahead or in a window of 4 batches, 8 measured ahead, one in the model.
+        (colour_image("red"), stream.MAX_BATCH_BYTES, 44),
+        (b"no image", stream.MAX_BATCH_BYTES, 90),
         # A batch holds two images, a window four.
-        ([colour_image("red", (100, 100))], 2 * 3 * 100 * 100, 24),
+        (colour_image("red", (100, 100)), 2 * 3 * 100 * 100, 24),
         # The bytes of a file count where they are more than its pixels.
-        ([encoded(colour_image("red", (4, 4)), "PNG") + bytes(10_000)], 25_000, 44),
+        (encoded(colour_image("red", (4, 4)), "PNG") + bytes(10_000), 25_000, 44),
     ],
 )
 def test_an_endless_input_is_read_a_bounded_way_ahead(
-    monkeypatch: pytest.MonkeyPatch, sources: list[StreamSource], max_batch_bytes: int, limit: int
+    monkeypatch: pytest.MonkeyPatch, source: StreamSource, max_batch_bytes: int, limit: int
 ) -> None:
     monkeypatch.setattr(stream, "MAX_BATCH_BYTES", max_batch_bytes)
-    read: list[StreamSource] = []
+    read: list[int] = []
 
     def images() -> Iterator[tuple[int, StreamSource]]:
-        for number, source in enumerate(cycle(sources)):
-            read.append(source)
+        for number in count():
+            read.append(number)
             yield number, source
 
     outcomes = Encoder(FakeModel()).stream_images(images(), batch_size=4, workers=1)
@@ -187,20 +182,18 @@ def test_batches_hold_images_of_similar_sizes_within_the_token_limit() -> None:
     images = [(number, colour_image("red", (10 if number % 2 else 30, 10))) for number in range(64)]
     list(Encoder(model).stream_images(images, batch_size=8, batch_tokens=1200))
     widths = (item["image"].width for item in model.documents)
-    batches = [list(islice(widths, count)) for count in model.batches]
+    batches = [list(islice(widths, size)) for size in model.batches]
     assert all(len(set(batch)) == 1 for batch in batches)
     assert {width: max(len(batch) for batch in batches if batch[0] == width) for width in (10, 30)} == {10: 8, 30: 4}
 
 
-def test_an_error_of_the_input_is_raised_after_its_images() -> None:
+def test_an_error_of_the_input_is_raised() -> None:
     def images() -> Iterator[tuple[int, Image.Image]]:
         yield from pictures(30)
         raise OSError("the disk is gone")
 
-    outcomes = Encoder(FakeModel()).stream_images(images(), batch_size=4)
-    assert [next(outcomes)[0] for _ in range(30)] == list(range(30))
     with pytest.raises(OSError, match="the disk is gone"):
-        next(outcomes)
+        list(Encoder(FakeModel()).stream_images(images(), batch_size=4))
 
 
 @pytest.mark.parametrize("step", ["_embed", "preprocess"])
@@ -257,14 +250,6 @@ def test_queries_are_answered_while_images_stream() -> None:
         outcomes = list(encoder.stream_images(pictures(200), batch_size=8))
     assert np.array_equal(vectors(outcomes), expected(pictures(200)))
     assert len(answers) >= 10, "a query waits for a batch or two, not for the stream, which has 25"
-
-
-@pytest.mark.parametrize(("cores", "on_cpu", "on_device"), [(1, 1, 1), (2, 1, 1), (8, 2, 7), (64, 16, 12)])
-def test_workers_leave_the_model_a_core(
-    monkeypatch: pytest.MonkeyPatch, cores: int, on_cpu: int, on_device: int
-) -> None:
-    monkeypatch.setattr(stream, "available_cores", lambda: cores)
-    assert [default_workers(is_on_cpu=is_on_cpu) for is_on_cpu in (True, False)] == [on_cpu, on_device]
 
 
 @pytest.mark.parametrize("name", ["workers", "batch_size", "batch_tokens", "thumbnail_size"])
