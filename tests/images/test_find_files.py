@@ -115,18 +115,13 @@ def test_a_name_with_wildcards_stands_for_itself_first_and_two_stars_end_among_l
     assert names(find_images([tmp_path / "b[2]" / "*.jpg"]), tmp_path) == ["b[2]/c.jpg"]
 
 
-def test_a_list_names_files_from_its_own_folder_on(tmp_path: Path) -> None:
-    make(tmp_path, "lists/a.jpg", "b c.png", "folder/not listed.gif", "#e.png")
+def test_a_list_names_files_from_its_own_folder_on_and_with_nul_names_with_newlines(tmp_path: Path) -> None:
     lines = ["a.jpg", "", "# a comment", "../b c.png\r", "missing.jpg", str(tmp_path / "folder"), "../#e.png", "  "]
-    (tmp_path / "lists" / "photos.txt").write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())
-    listed = read_file_list(tmp_path / "lists" / "photos.txt")
-    expected = ("a.jpg", "../b c.png", "missing.jpg", tmp_path / "folder", "../#e.png")
-    assert listed == [tmp_path / "lists" / name for name in expected]
-    assert find_images([tmp_path / "lists" / "photos.txt"]) == sorted(listed)
-
-
-def test_a_list_with_nul_has_names_with_newlines(tmp_path: Path) -> None:
-    make(tmp_path, "two\nlines.png", "#1.png")
+    (tmp_path / "photos.txt").write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())
+    listed = read_file_list(tmp_path / "photos.txt")
+    expected = ("a.jpg", "../b c.png", "missing.jpg", "folder", "../#e.png")
+    assert listed == [tmp_path / name for name in expected]
+    assert find_images([tmp_path / "photos.txt"]) == sorted(listed)
     (tmp_path / "photos.TXT").write_bytes(b"two\nlines.png\0#1.png\0caf\xe9.png\0")
     found = find_images([tmp_path / "photos.TXT"])
     assert [os.fsencode(path.name) for path in found] == [b"#1.png", b"caf\xe9.png", b"two\nlines.png"]

@@ -78,24 +78,17 @@ def png_file(width: int, height: int, depth: int, colour: int, *chunks: bytes) -
     return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + b"".join(chunks) + png_chunk(b"IEND", b"")
 
 
-def png_of(samples: np.ndarray, *chunks: bytes, colour: int, depth: int = 0) -> bytes:
-    """Return a PNG of samples of 8 or 16 bits, or of packed ones.
+def png_of(samples: np.ndarray, *chunks: bytes, colour: int) -> bytes:
+    """Return a PNG of samples of 8 or 16 bits.
 
     :param samples: Array of shape ``(height, width)`` or ``(height, width, channels)``, uint8 or uint16.
     :param chunks: The chunks before the pixels.
-    :param colour: 0 grey, 2 RGB, 3 palette, 4 grey and alpha, 6 RGB and alpha.
-    :param depth: The bits of a sample where they are fewer than 8.
+    :param colour: 0 grey, 2 RGB, 4 grey and alpha, 6 RGB and alpha.
     """
     height, width = samples.shape[:2]
-    pixels = png_chunk(b"IDAT", zlib.compress(b"".join(b"\0" + packed(row, depth) for row in samples)))
-    return png_file(width, height, depth or samples.itemsize * 8, colour, *chunks, pixels)
-
-
-def packed(row: np.ndarray, depth: int) -> bytes:
-    if not depth:
-        return row.astype(row.dtype.newbyteorder(">")).tobytes()
-    bits = (row[:, None] >> np.arange(depth - 1, -1, -1)) & 1
-    return np.packbits(bits.reshape(-1)).tobytes()
+    rows = samples.astype(samples.dtype.newbyteorder(">"))
+    pixels = png_chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows)))
+    return png_file(width, height, samples.itemsize * 8, colour, *chunks, pixels)
 
 
 def tiff_file(tags: Mapping[int, tuple[int, Sequence[int]]], strips: Sequence[bytes], order: str = "<") -> bytes:
