@@ -85,14 +85,12 @@ def test_every_source_has_an_upright_size_a_media_type_and_a_thumbnail_and_is_re
     read = Mock(wraps=jobs.read_stable_file)
     monkeypatch.setattr(jobs, "read_stable_file", read)
     sources = {"bytes": path.read_bytes(), "str": str(path), "path": path, "opened": Image.open(path)}
-    for thumbnail_size, expected_size in ((15, (5, 15)), (320, (10, 30))):
-        images = [("key", sources.get(kind, image))]
-        ((_, outcome),) = Encoder(FakeModel()).stream_images(images, thumbnail_size=thumbnail_size)
-        assert (outcome.width, outcome.height) == (10, 30)
-        assert outcome.mime == ("application/octet-stream" if kind == "in memory" else "image/jpeg")
-        thumbnail = Image.open(BytesIO(outcome.thumbnail))
-        assert (thumbnail.format, thumbnail.size) == ("JPEG", expected_size)
-    assert read.call_count == (2 if kind in ("str", "path") else 0)
+    ((_, outcome),) = Encoder(FakeModel()).stream_images([("key", sources.get(kind, image))], thumbnail_size=15)
+    assert (outcome.width, outcome.height) == (10, 30)
+    assert outcome.mime == ("application/octet-stream" if kind == "in memory" else "image/jpeg")
+    thumbnail = Image.open(BytesIO(outcome.thumbnail))
+    assert (thumbnail.format, thumbnail.size) == ("JPEG", (5, 15))
+    assert read.call_count == (1 if kind in ("str", "path") else 0)
 
 
 class Picky(FakeModel):
@@ -221,7 +219,7 @@ class Small(FakeModel):
     def __call__(self, features: Mapping[str, Any], task: str | None = None) -> dict[str, Any]:
         if len(features["items"]) > self.room:
             self.failures += 1
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            raise torch.OutOfMemoryError("CUDA out of memory")
         return super().__call__(features, task)
 
 
@@ -229,13 +227,11 @@ def test_a_batch_that_exceeds_memory_is_halved_and_later_ones_are_planned_smalle
     model = Small()
     outcomes = list(Encoder(model).stream_images(pictures(200), batch_size=16))
     assert np.array_equal(vectors(outcomes), expected(pictures(200)))
-    assert max(model.batches) <= 3
     # Sixteen images fail seven times until all are in twos; only batches that were planned before do.
     assert 7 <= model.failures <= 7 * 8
     model.room = 0
     outcomes = list(Encoder(model).stream_images(pictures(5)))
-    reason = "cannot be embedded (CUDA out of memory. Tried to allocate 2 GiB)"
-    assert [outcome.reason for _, outcome in outcomes] == [reason] * 5
+    assert {outcome.reason for _, outcome in outcomes} == {"cannot be embedded (CUDA out of memory)"}
 
 
 def test_queries_are_answered_while_images_stream() -> None:

