@@ -112,8 +112,7 @@ def icon_sizes(data: bytes) -> Iterator[tuple[int, int]]:
         if data[start : start + 8] == PNG_SIGNATURE:
             yield struct.unpack_from(">II", data, start + 16)
         else:
-            is_oldest = data[start : start + 4] == b"\x0c\0\0\0"
-            width, height = struct.unpack_from("<HH" if is_oldest else "<ii", data, start + 4)
+            width, height = struct.unpack_from("<ii", data, start + 4)
             yield abs(width), abs(height) // 2  # the mask, of the same height, is below the colours
 
 

@@ -154,7 +154,7 @@ def test_a_dimension_truncates_and_normalises_what_the_model_itself_truncates(
         for embed in (streamed, documents):
             assert distance(embed(encoder, scenes[:3]), normalised) < TOLERANCE
         assert np.linalg.norm(encoder.embed_queries([{"text": "red"}])) == pytest.approx(1, abs=1e-6)
-        with pytest.raises(UsageError, match="^tiny has embeddings of 12 dimensions, not of 33; give 1 to 12$"):
+        with pytest.raises(UsageError, match="tiny has embeddings of 12 dimensions, not of 33; give 1 to 12"):
             Encoder(qwen, "tiny", 33)
 
 
@@ -189,7 +189,7 @@ def test_truncated_queries_change_no_streamed_image(
 def test_a_model_that_embeds_only_text_is_refused_at_once() -> None:
     encoder = Encoder(SentenceTransformer(modules=[BoW(vocab=["red", "green"])], device="cpu"), "cocoa-words")
     for ask in (encoder.require_images, lambda: encoder.stream_images([])):
-        with pytest.raises(CocoaError, match="cocoa-words does not embed images; use a multimodal model"):
+        with pytest.raises(CocoaError, match="cocoa-words does not embed images"):
             ask()
 
 

@@ -60,6 +60,11 @@ def test_queries_run_alone_in_turn_with_documents(lock: ProcessorLock) -> None:
     assert not Visit(lock.use(for_documents=True)).is_inside(0.05), "the first documents after a query run alone"
 
 
+def test_queries_run_one_at_a_time(lock: ProcessorLock) -> None:
+    assert Visit(lock.use(for_documents=False)).is_inside()
+    assert not Visit(lock.use(for_documents=False)).is_inside(0.05)
+
+
 def test_documents_that_are_refused_leave_the_processor_unset() -> None:
     lock = ProcessorLock()
     with pytest.raises(KeyError), lock.use(for_documents=True):

@@ -1,7 +1,6 @@
 """The stream as a whole, over a model made of arithmetic; test_encoder.py has real ones."""
 
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from io import BytesIO
 from itertools import count, islice
@@ -12,7 +11,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from fake_model import COLOURS, FakeModel, asking, colour_image
+from fake_model import COLOURS, FakeModel, colour_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -232,20 +231,6 @@ def test_a_batch_that_exceeds_memory_is_halved_and_later_ones_are_planned_smalle
     model.room = 0
     outcomes = list(Encoder(model).stream_images(pictures(5)))
     assert {outcome.reason for _, outcome in outcomes} == {"cannot be embedded (CUDA out of memory)"}
-
-
-def test_queries_are_answered_while_images_stream() -> None:
-    class Slow(FakeModel):
-        def _embed(self, item: Mapping[str, Any]) -> np.ndarray:
-            if "image" in item:
-                time.sleep(0.002)
-            return super()._embed(item)
-
-    encoder = Encoder(Slow())
-    with asking(encoder, {"text": "red"}) as answers:
-        outcomes = list(encoder.stream_images(pictures(200), batch_size=8))
-    assert np.array_equal(vectors(outcomes), expected(pictures(200)))
-    assert len(answers) >= 10, "a query waits for a batch or two, not for the stream, which has 25"
 
 
 @pytest.mark.parametrize("name", ["workers", "batch_size", "batch_tokens", "thumbnail_size"])

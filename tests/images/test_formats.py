@@ -63,9 +63,6 @@ def test_the_size_of_an_icon_is_that_of_its_picture() -> None:
     assert list(icon_sizes(data)) == [(300, 200)]
     old = encoded(Image.new("RGB", (32, 32), "red"), "ICO", bitmap_format="bmp", sizes=[(32, 32)])
     assert list(icon_sizes(old)) == [(32, 32)]
-    at = old.index(struct.pack("<III", 40, 32, 64))
-    oldest = old[:at] + struct.pack("<IHH", 12, 32, 64) + old[at + 8 :]
-    assert list(icon_sizes(oldest)) == [(32, 32)]
 
 
 def test_an_orientation_behind_the_pixels_of_a_png_counts_too() -> None:

