@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from fake_model import COLOURS, FakeModel, colour_image
+from hostile_files import encoded, exif, stored
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from raw_images import encoded, exif, stored
 
 from cocoa_embed.encode import jobs, stream
 from cocoa_embed.encode.encoder import Encoder

@@ -4,8 +4,8 @@ import sys
 from io import BytesIO
 
 import pytest
+from hostile_files import corners, encoded, exif, heic, icon_of, jpeg_of_scans, png_chunk, same, stored
 from PIL import Image, UnidentifiedImageError
-from raw_images import corners, encoded, exif, heic, icon_of, jpeg_of_scans, png_chunk, same, stored
 
 from cocoa_embed.errors import ImageError, install_command
 from cocoa_embed.images.formats import MAX_JPEG_SCANS, MAX_JPEG_SEGMENTS, icon_sizes

@@ -13,8 +13,8 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+from hostile_files import encoded
 from PIL import Image
-from raw_images import encoded
 
 from cocoa_embed.errors import ImageError
 from cocoa_embed.images import http as remote

@@ -7,8 +7,8 @@ from urllib.parse import quote
 
 import numpy as np
 import pytest
+from hostile_files import corners, encoded, exif, heic, same, stored
 from PIL import Image
-from raw_images import corners, encoded, exif, heic, same, stored
 
 from cocoa_embed.errors import ImageError
 from cocoa_embed.images import load as images

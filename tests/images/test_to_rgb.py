@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from hostile_files import encoded, exif, heic, png_chunk, png_file, png_of, tiff_file, tiff_of
 from PIL import Image, ImageOps
-from raw_images import encoded, exif, heic, png_chunk, png_file, png_of, tiff_file, tiff_of
 
 from cocoa_embed.errors import ImageError
 from cocoa_embed.images.load import load_image
