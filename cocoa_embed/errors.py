@@ -31,9 +31,12 @@ class MissingExtraError(CocoaError):
 class SourceError(CocoaError):
     """A file, row or image of the user's cannot be used: ``source`` names it, ``reason`` says why."""
 
+    separator = ": "
+    """Between the two in the message."""
+
     def __init__(self, source: str, reason: str) -> None:
         """Join both parts to the message."""
-        super().__init__(f"{source}: {reason}")
+        super().__init__(f"{source}{self.separator}{reason}")
         self.source = source
         self.reason = reason
 

@@ -32,8 +32,8 @@ CORES_PER_WORKER = 4
 MAX_BATCH_BYTES = 128 * 2**20
 """The decoded images of a batch (128 MiB); a window holds at most as much as two batches."""
 
-WINDOW_BATCHES = 4
-"""Batches' worth of images that are sorted together."""
+MAX_WINDOW_BATCHES = 4
+"""Batches' worth of images that are sorted together. Windows grow to it, so that the first batch is ready soon."""
 
 
 def default_workers(*, is_on_cpu: bool) -> int:
@@ -60,6 +60,7 @@ class ImageStream:
     """The longest side of thumbnails, in pixels; None for no thumbnails."""
     _unfinished: deque[ImageJob] = field(default_factory=deque, init=False)
     _launched: deque[tuple[list[ImageJob], Fetch]] = field(default_factory=deque, init=False)
+    _input_error: Exception | None = field(default=None, init=False)
 
     def run(self) -> Iterator[tuple[Any, EmbeddedImage | ImageError]]:
         """Yield each key with its embedding, or with the error of an image that cannot be used.
@@ -79,24 +80,30 @@ class ImageStream:
                 yield from self._finished()
             self._fetch(0)
             yield from self._finished()
+        if self._input_error is not None:
+            raise self._input_error
 
     def _jobs(self) -> Iterator[ImageJob]:
-        """Yield the images of the input as jobs."""
-        for key, source in self.images:
-            job = ImageJob(key, printable(source if isinstance(source, str | Path) else str(key)), source)
-            self._unfinished.append(job)
-            yield job
+        """Yield the images of the input as jobs; an error of the input is raised after all of them are embedded."""
+        try:
+            for key, source in self.images:
+                job = ImageJob(key, printable(source if isinstance(source, str | Path) else str(key)), source)
+                self._unfinished.append(job)
+                yield job
+        except Exception as error:  # noqa: BLE001 - `run` raises it
+            self._input_error = error
 
     def _batches(self, measured: Iterator[tuple[ImageJob, Future[None]]]) -> Generator[list[ImageJob]]:
         """Cut the input into windows, and each window into batches of similar sizes."""
         window: list[ImageJob] = []
+        window_batches = 1
         for job, measuring in measured:
             measuring.result()
             window.append(job)
             is_large = sum(job.bytes_held for job in window) >= 2 * MAX_BATCH_BYTES
-            if is_large or len(window) >= WINDOW_BATCHES * self.batch_size:
+            if is_large or len(window) >= window_batches * self.batch_size:
                 yield from self._plan(window)
-                window = []
+                window, window_batches = [], min(2 * window_batches, MAX_WINDOW_BATCHES)
         yield from self._plan(window)
 
     def _plan(self, window: list[ImageJob]) -> list[list[ImageJob]]:

@@ -11,13 +11,19 @@ LARGEST_SIDE = 384
 """Longest side in pixels; larger images are scaled down."""
 
 LOSSLESS_PIXELS = 128 * 128
-"""Images of at most this many pixels keep their exact colours."""
+"""Images of at most this many pixels are always PNG."""
+
+JPEG_QUALITY = 88
 
 
 def data_uri(image: "Image.Image", largest_side: int = LARGEST_SIDE) -> str:
-    """Return ``image`` as a ``data:`` URI of WebP, lossless for small images."""
+    """Return ``image`` as a ``data:`` URI: PNG, or JPEG for larger images where that is smaller, as for photographs."""
     image = image.convert("RGB")
     image.thumbnail((largest_side, largest_side))
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", lossless=image.width * image.height <= LOSSLESS_PIXELS, quality=88)
-    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+    encoded: dict[str, bytes] = {}
+    for kind in ("png", "jpeg") if image.width * image.height > LOSSLESS_PIXELS else ("png",):
+        buffer = io.BytesIO()
+        image.save(buffer, kind, optimize=True, quality=JPEG_QUALITY)
+        encoded[kind] = buffer.getvalue()
+    smallest = min(encoded, key=lambda kind: len(encoded[kind]))
+    return f"data:image/{smallest};base64,{base64.b64encode(encoded[smallest]).decode('ascii')}"

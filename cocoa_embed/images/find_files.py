@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from fnmatch import translate
 from pathlib import Path
 from typing import TypeAlias
 
@@ -29,10 +30,10 @@ def find_images(paths: Iterable[str | Path], *, on_error: OnError | None = None)
     - A file is taken, with any suffix. A ``.txt`` file is a list (``read_file_list``): the files that it lists are
       taken, whether they exist or not; folders in it are not searched.
     - A folder is searched, with its subfolders, for files with an image's suffix (``IMAGE_SUFFIXES``, in either case).
-      Links to folders are followed, each folder once.
+      Links to folders are followed, each folder once; a file that is reached both ways keeps the path without a link.
     - A path that does not exist is a pattern if it has ``*``, ``?`` or ``[``: as in a shell, with ``**`` for folders of
-      any depth, links to folders not followed. Folders that match are searched; files that match are taken if they have
-      an image's suffix or the pattern's.
+      any depth. Folders that match are searched; files that match are taken if they have an image's suffix or the
+      pattern's.
 
     :param on_error: Called for each folder that cannot be listed; the search then skips it.
     :raises CocoaError: If a path does not exist, a pattern matches nothing, a list cannot be read or, without
@@ -48,6 +49,7 @@ def find_images(paths: Iterable[str | Path], *, on_error: OnError | None = None)
             search.found.add(str(path))
         else:
             search.add_pattern(path)
+    search.follow_links()
     # NUL sorts before everything, so that a folder's files are neighbours, as when paths are compared.
     return [Path(path) for path in sorted(search.found, key=lambda path: path.replace(os.sep, "\0"))]
 
@@ -66,12 +68,14 @@ def read_file_list(path: str | Path) -> list[Path]:
 
     Empty lines and lines that begin with ``#`` are skipped. The files need not exist.
 
-    :raises CocoaError: If the list cannot be read.
+    :raises CocoaError: If the list cannot be read, or is UTF-16.
     """
     try:
         data = Path(path).read_bytes()
     except OSError as error:
         raise CocoaError(f"{printable(path)} cannot be read ({error.strerror})") from error
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise CocoaError(f"{printable(path)} is UTF-16; a list of files is UTF-8, save it as that")
     if b"\0" in data:
         names = data.split(b"\0")
     else:
@@ -101,18 +105,28 @@ class FolderSearch:
         self.found: set[str] = set()
         self._on_error = on_error
         self._listed: set[tuple[int, int]] = set()
+        self._links: list[str] = []
+        self._refused: set[str] = set()
 
     def add_folder(self, folder: str) -> None:
-        """Find the images in a folder and its subfolders."""
-        for path, folders, files in os.walk(folder, onerror=self._refuse, followlinks=True):
+        """Find the images in a folder and its subfolders. Links to folders are kept for later."""
+        for path, folders, files in os.walk(folder, onerror=self._refuse):
             identity = self._identity(path)
             if identity in self._listed:
                 folders.clear()
                 continue
             self._listed.add(identity)
             folders.sort()
+            self._links += filter(os.path.islink, (os.path.join(path, name) for name in folders))
             found = (name for name in files if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)
             self.found.update(os.path.join(path, name).removeprefix("./") for name in found)
+
+    def follow_links(self) -> None:
+        """Find the images in folders that only links lead to."""
+        while self._links:
+            links, self._links = sorted(self._links), []
+            for link in links:
+                self.add_folder(link)
 
     def add_pattern(self, pattern: Path) -> None:
         """Add what matches a pattern: folders are searched, files need an image's suffix or the pattern's.
@@ -122,30 +136,58 @@ class FolderSearch:
         folder, parts = split_pattern(pattern)
         if not parts:
             raise CocoaError(f"{printable(pattern)} does not exist; name a folder of images or an image file")
-        takes_hidden = any(part.startswith(".") for part in parts)
-        matches = [
-            match
-            for match in (folder.glob(os.path.join(*parts)) if folder.is_dir() else ())
-            if takes_hidden or not any(name.startswith(".") for name in match.relative_to(folder).parts)
-        ]
+        matches = list(self._matching(str(folder), parts, set())) if folder.is_dir() else []
         if not matches:
             raise CocoaError(f"{printable(pattern)} does not exist, and nothing matches it as a pattern")
         suffixes = {*IMAGE_SUFFIXES, os.path.splitext(parts[-1])[1].lower()}
         for match in matches:
-            if match.is_dir():
-                self.add_folder(str(match))
-            elif match.suffix.lower() in suffixes:
-                self.found.add(str(match))
+            if os.path.isdir(match):
+                self.add_folder(match)
+            elif os.path.splitext(match)[1].lower() in suffixes:
+                self.found.add(match.removeprefix("./"))
+
+    def _matching(self, folder: str, parts: tuple[str, ...], seen: set[tuple[int, int, int]]) -> Iterator[str]:
+        """Yield the matches of a pattern's parts in a folder; ``seen`` ends loops of links."""
+        key = (*self._identity(folder), len(parts))
+        if key in seen:
+            return
+        seen.add(key)
+        part, rest = parts[0], parts[1:]
+        if part == "**" and not rest:
+            yield folder
+        elif part == "**":
+            yield from self._matching(folder, rest, seen)
+        is_match = re.compile("" if part == "**" else translate(part)).match
+        for entry in sorted(self._entries(folder), key=lambda entry: entry.name):
+            is_hidden = entry.name.startswith(".") and not part.startswith(".")
+            if is_hidden or not is_match(entry.name):
+                continue
+            below = parts if part == "**" else rest
+            if below and os.path.isdir(entry.path):
+                yield from self._matching(entry.path, below, seen)
+            elif not below:
+                yield entry.path
+
+    def _entries(self, folder: str) -> list[os.DirEntry[str]]:
+        """Return the entries of a folder; none if it cannot be listed."""
+        try:
+            with os.scandir(folder) as entries:
+                return list(entries)
+        except OSError as error:
+            self._refuse(error)
+            return []
 
     def _refuse(self, error: OSError) -> None:
-        """Report a folder that cannot be listed.
+        """Report a folder that cannot be listed, once.
 
         :raises CocoaError: If errors are not reported.
         """
         reason = f"cannot be listed ({error.strerror or one_line(error)})"
         if self._on_error is None:
             raise CocoaError(f"{printable(error.filename)} {reason}") from error
-        self._on_error(Path(error.filename), reason)
+        if error.filename not in self._refused:
+            self._refused.add(error.filename)
+            self._on_error(Path(error.filename), reason)
 
     def _identity(self, folder: str) -> tuple[int, int]:
         """Return a key that is the same for every path to a folder."""

@@ -5,8 +5,9 @@ Nothing is decoded here: an opened image knows its size, and its pixels are deco
 
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from io import BytesIO
+from itertools import islice, takewhile
 
 from PIL import Image, ImageFile, TiffImagePlugin
 
@@ -39,8 +40,8 @@ MAX_JPEG_SCANS = 256
 bytes can take a tenth of a second."""
 
 MAX_JPEG_SEGMENTS = 5000
-"""JPEG files with more segments are refused: a hundred megabytes of metadata need 1600. The time in which Pillow joins
-EXIF segments grows with the square of their number."""
+"""JPEG files with more segments before their pixels are refused: a hundred megabytes of metadata need 1600. The time in
+which Pillow joins EXIF segments grows with the square of their number."""
 
 
 def open_image(data: bytes) -> ImageFile.ImageFile:
@@ -59,7 +60,7 @@ def open_image(data: bytes) -> ImageFile.ImageFile:
     if image.format == "PNG":
         scale_transparent_colour(image, bits=data[24])
     if isinstance(image, TiffImagePlugin.TiffImageFile):
-        refuse_planes_of_16_bits(image)
+        unpack_planes_of_16_bits(image)
     return image
 
 
@@ -81,15 +82,24 @@ def is_heif(data: bytes) -> bool:
 
 
 def refuse_endless_jpeg(data: bytes) -> None:
-    """Refuse a JPEG file with more than ``MAX_JPEG_SCANS`` scans or ``MAX_JPEG_SEGMENTS`` segments.
+    """Refuse a JPEG file with more than ``MAX_JPEG_SCANS`` scans, or ``MAX_JPEG_SEGMENTS`` segments before them.
 
     :raises ValueError: If it is one.
     """
-    scans = 0
-    for number, marker in enumerate(jpeg_markers(data) if data.startswith(b"\xff\xd8") else (), 1):
-        scans += marker == START_OF_SCAN
-        if scans > MAX_JPEG_SCANS or number > MAX_JPEG_SEGMENTS:
-            raise ValueError(f"it has more than {MAX_JPEG_SCANS} scans or {MAX_JPEG_SEGMENTS} segments")
+    if not data.startswith(b"\xff\xd8"):
+        return
+    if exceeds(takewhile(START_OF_SCAN.__ne__, jpeg_markers(data)), MAX_JPEG_SEGMENTS):
+        raise ValueError(f"it has more than {MAX_JPEG_SEGMENTS} segments before its pixels")
+    # Counting the marker anywhere in the file is fast and enough for nearly all. Data behind the image may hold it too.
+    if data.count(b"\xff" + START_OF_SCAN) <= MAX_JPEG_SCANS:
+        return
+    if exceeds(filter(START_OF_SCAN.__eq__, jpeg_markers(data)), MAX_JPEG_SCANS):
+        raise ValueError(f"it has more than {MAX_JPEG_SCANS} scans")
+
+
+def exceeds(items: Iterable[object], limit: int) -> bool:
+    """Return whether there are more items than the limit; consume no more than one beyond it."""
+    return sum(1 for _ in islice(items, limit + 1)) > limit
 
 
 def jpeg_markers(data: bytes) -> Iterator[bytes]:
@@ -112,7 +122,8 @@ def icon_sizes(data: bytes) -> Iterator[tuple[int, int]]:
         if data[start : start + 8] == PNG_SIGNATURE:
             yield struct.unpack_from(">II", data, start + 16)
         else:
-            width, height = struct.unpack_from("<ii", data, start + 4)
+            is_oldest = data[start : start + 4] == b"\x0c\0\0\0"
+            width, height = struct.unpack_from("<HH" if is_oldest else "<ii", data, start + 4)
             yield abs(width), abs(height) // 2  # the mask, of the same height, is below the colours
 
 
@@ -139,11 +150,35 @@ def scale_transparent_colour(image: Image.Image, *, bits: int) -> None:
         image.info["transparency"] = tuple(value >> 8 for value in colour)
 
 
-def refuse_planes_of_16_bits(image: TiffImagePlugin.TiffImageFile) -> None:
-    """Refuse an opened TIFF with separate colour planes of 16-bit samples, which Pillow would read as bytes.
-
-    :raises ValueError: If it is one.
-    """
+def unpack_planes_of_16_bits(image: TiffImagePlugin.TiffImageFile) -> None:
+    """Read the colour planes of an opened TIFF as 16-bit samples where Pillow would read bytes."""
     is_16_bit = set(image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, ())) == {16}
-    if image.tag_v2.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2 and is_16_bit:
-        raise ValueError("it has separate colour planes of 16 bits; save it with interleaved colours")
+    if image.tag_v2.get(TiffImagePlugin.PLANAR_CONFIGURATION) != 2 or not is_16_bit:
+        return
+    order = "L" if image.tag_v2.prefix == b"II" else "B"
+    image.tile = [
+        tile._replace(args=(f"{tile.args[0]};16{order}", *tile.args[1:]))
+        if tile.codec_name == "raw" and isinstance(tile.args, tuple) and len(str(tile.args[0])) == 1
+        else tile
+        for tile in image.tile
+    ]
+
+
+def png_without_metadata(data: bytes) -> bytes:
+    """Return a PNG file without its metadata chunks; other files unchanged.
+
+    Pillow refuses an image for a text of more than a megabyte, or for a wrong colour profile or metadata checksum.
+    """
+    if not data.startswith(PNG_SIGNATURE):
+        return data
+    kept, position = [PNG_SIGNATURE], len(PNG_SIGNATURE)
+    while position + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, position)
+        # An upper-case first letter marks a critical chunk, which every decoder must understand.
+        if kind[:1].isupper() or kind in (b"tRNS", b"eXIf"):
+            kept.append(data[position : position + length + 12])
+        position += length + 12
+        if kind == b"IEND":
+            break
+    picture = b"".join(kept)
+    return data if picture == data else picture

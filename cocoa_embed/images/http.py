@@ -67,7 +67,7 @@ class Fetcher:
         """Download an http or https address.
 
         :raises ImageError: If the address, or one that it redirects to, is not allowed or not public; if the response
-            has a status other than 200, ends early, or exceeds the limits; if it takes too long.
+            has a status other than 200, is compressed, ends early, or exceeds the limits; if it takes too long.
         """
         end = time.monotonic() + self.deadline
         here, leads = address, ""
@@ -116,7 +116,12 @@ class Fetcher:
             return response.getheader("Location") or ""
         if response.status != 200:
             raise Refused(f"answers with the status {response.status}")
+        encoding = response.getheader("Content-Encoding", "identity")
+        if encoding.strip().lower() not in ("", "identity"):
+            raise Refused(f"answers with the content encoding {encoding!a}, which was not requested")
         announced = response.length
+        if announced is not None and announced > self.max_bytes:
+            raise Refused(f"is too large: {announced} bytes, the limit is {self.max_bytes}")
         body = bytearray()
         while chunk := response.read(READ_SIZE):
             body += chunk

@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import math
 import os
+import re
 import stat
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -16,7 +18,7 @@ from urllib.parse import unquote_to_bytes
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from cocoa_embed.errors import ImageError, MissingExtraError, one_line, printable
-from cocoa_embed.images.formats import icon_sizes, media_type, open_image, upright_size
+from cocoa_embed.images.formats import icon_sizes, media_type, open_image, png_without_metadata, upright_size
 from cocoa_embed.images.to_rgb import upright_rgb
 from cocoa_embed.images.urls import shown_address
 
@@ -39,6 +41,9 @@ MAX_IMAGE_BYTES = 256 * 2**20
 
 MAX_IMAGE_PIXELS = 2**30 // 12
 """Larger images (width x height) are refused before they are decoded: 89 megapixels, Pillow's own limit."""
+
+TRUNCATED = re.compile("truncated|end of file|but only got", re.IGNORECASE)
+"""Matches the messages of decoders that miss data."""
 
 READS = 2
 """How often a file is read if it changes meanwhile."""
@@ -96,17 +101,22 @@ def read_data_uri(uri: str, name: str) -> bytes:
     """Return the bytes that a ``data:`` URI holds, in base64 or percent-encoded.
 
     :param name: The URI's name in errors, which never quote the URI.
-    :raises ImageError: If it is malformed.
+    :raises ImageError: If it is malformed, is empty, or holds more than ``MAX_IMAGE_BYTES``.
     """
     header, comma, payload = uri.partition(",")
+    if not comma:
+        raise ImageError(name, "has no comma; a data: URI is data:image/png;base64,... or data:image/png,...")
+    is_base64 = header.lower().rstrip().endswith(";base64")
+    size = len(payload) - 2 * payload.count("%")
+    check_size(size * 3 // 4 if is_base64 else size, name)
     try:
         data = unquote_to_bytes(payload)
-        # Decoding skips white space, and padding beyond the needed.
-        data = base64.b64decode(data + b"==") if header.lower().rstrip().endswith(";base64") else data
+        if is_base64:
+            text = b"".join(data.split()).rstrip(b"=")
+            data = base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
     except ValueError:
-        comma = ""
-    if not comma:
-        raise ImageError(name, "is malformed; a data: URI is data:image/png;base64,... or data:image/png,...")
+        raise ImageError(name, f"is not valid {'base64' if is_base64 else 'percent-encoding'}") from None
+    check_size(len(data), name)
     return data
 
 
@@ -211,6 +221,20 @@ def with_opened_image(use: Callable[[ImageFile.ImageFile, bytes], Result], data:
     :raises ImageError: If there is no image, it exceeds the limits, or ``use`` finds it broken.
     """
     check_size(len(data), name)
+    try:
+        return with_decoder(use, data, name)
+    except ImageError:
+        picture = png_without_metadata(data)
+        if picture is data:
+            raise
+        return with_decoder(use, picture, name)
+
+
+def with_decoder(use: Callable[[ImageFile.ImageFile, bytes], Result], data: bytes, name: str) -> Result:
+    """Call ``use`` as ``with_opened_image`` does, with the file as it is.
+
+    :raises ImageError: If there is no image, it exceeds the limits, or ``use`` finds it broken.
+    """
     with image_errors(name):
         for width, height in icon_sizes(data):
             check_pixels(width, height, name)
@@ -234,5 +258,9 @@ def image_errors(name: str) -> Iterator[None]:
     except UnidentifiedImageError:
         reason = "is not an image that can be read (its format is unknown, or its beginning broken or incomplete)"
         raise ImageError(name, reason) from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(name, f"is too large: more pixels than the limit of {MAX_IMAGE_PIXELS}") from error
     except Exception as error:  # decoders raise nearly anything for a broken file
-        raise ImageError(name, f"cannot be decoded ({one_line(error)})") from error
+        truncated = isinstance(error, struct.error) or TRUNCATED.search(str(error))
+        reason = "is truncated (its data end early)" if truncated else f"cannot be decoded ({one_line(error)})"
+        raise ImageError(name, reason) from error

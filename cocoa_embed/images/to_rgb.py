@@ -3,7 +3,7 @@
 from io import BytesIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
 ORIENTATION_TAG = 0x0112
@@ -42,7 +42,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Return a new RGB image: 16-bit and float grey scaled to 8 bits, transparency composited over white."""
     if image.mode == "F" or image.mode.startswith("I"):
         return Image.fromarray(grey_levels(image)).convert("RGB")
+    if image.mode == "LAB":
+        return lab_to_rgb(image)
     return over_white(image) if image.has_transparency_data else image.convert("RGB")
+
+
+def lab_to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image of mode LAB, for which Pillow needs a colour profile."""
+    lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    rgb = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+    assert rgb is not None
+    return rgb
 
 
 def over_white(image: Image.Image) -> Image.Image:
@@ -50,7 +60,9 @@ def over_white(image: Image.Image) -> Image.Image:
     rgb = Image.new("RGB", image.size)
     rows = max(1, PIXELS_AT_ONCE // image.width)
     for top in range(0, image.height, rows):
-        rgba = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
+        band = image.crop((0, top, image.width, min(top + rows, image.height)))
+        # Pillow converts La (premultiplied grey) to RGBA only by way of LA.
+        rgba = band.convert("LA").convert("RGBA") if band.mode == "La" else band.convert("RGBA")
         rgb.paste(Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB"), (0, top))
     return rgb
 

@@ -15,9 +15,10 @@ from sentence_transformers.sentence_transformer.modules import BoW
 from tiny_backbones import TINY_MAX_LENGTH, every_family, tiny_clip_model
 
 from cocoa_embed.demo.scenes import draw, sample_scene
-from cocoa_embed.encode.document_model import document_prompt
+from cocoa_embed.encode.document_model import DocumentModel, document_prompt
 from cocoa_embed.encode.encoder import Encoder, ModelInput, make_input
 from cocoa_embed.encode.jobs import EmbeddedImage
+from cocoa_embed.encode.processor_lock import ProcessorLock
 from cocoa_embed.encode.stream import ImageStream
 from cocoa_embed.errors import CocoaError, ImageError, UsageError
 from cocoa_embed.model.backbone import load_backbone
@@ -28,38 +29,52 @@ TOLERANCE = 1e-5
 
 def test_an_input_is_a_text_an_image_or_both() -> None:
     red = colour_image("red")
-    assert make_input("🦓") == {"text": "🦓"}
+    for text in ("red", "🦓", "café", "\0", "\ufffd"):
+        assert make_input(text) == {"text": text}
     assert make_input("red", red).keys() == {"text", "image"}
     assert make_input("", red).keys() == {"image"}
     with pytest.raises(UsageError, match="neither a text nor an image"):
         make_input("")
 
 
-def test_a_text_that_is_not_valid_unicode_is_wrong_usage() -> None:
-    for use in (make_input, lambda text: Encoder(FakeModel()).embed_queries([{"text": text}])):
+@pytest.mark.parametrize("text", ["\ud83e", "caf\udce9"])
+def test_a_text_that_is_not_valid_unicode_is_wrong_usage(text: str) -> None:
+    encoder = Encoder(FakeModel())
+    for use in (lambda item: make_input(**item), lambda item: encoder.embed_queries([item])):
         with pytest.raises(UsageError, match="not valid Unicode") as caught:
-            use("caf\udce9")
+            use({"text": text, "image": colour_image("red")})
         assert str(caught.value).isascii()
 
 
-def test_a_query_that_the_model_refuses_is_one_sentence_that_names_the_model() -> None:
-    reason = r"^cocoa-tiny does not take the query \(image features and image tokens do not match\)$"
-    with pytest.raises(CocoaError, match=reason):
-        Encoder(FakeModel(), "cocoa-tiny").embed_queries([{"text": f"red {IMAGE_TOKEN}"}])
+@pytest.mark.parametrize(
+    ("item", "reason"),
+    [
+        ({"image": colour_image("red", (1, 20_000))}, "absolute aspect ratio must be smaller than 200"),
+        ({"text": f"red {IMAGE_TOKEN}"}, "image features and image tokens do not match"),
+    ],
+)
+def test_a_query_that_the_model_refuses_is_one_sentence_that_names_the_model(item: ModelInput, reason: str) -> None:
+    with pytest.raises(CocoaError, match=reason) as caught:
+        Encoder(FakeModel(), "cocoa-tiny").embed_queries([item])
+    assert not isinstance(caught.value, UsageError)
+    assert str(caught.value) == f"cocoa-tiny does not take the query ({reason})"
 
 
 @pytest.mark.parametrize(
     ("prompts", "default", "expected"),
     [
-        ({"query": "q: "}, None, None),
-        ({"corpus": "c: ", "passage": "p: ", "query": "q: "}, "query", "p: "),
+        ({}, None, None),
+        ({"query": "q: ", "document": "d: "}, None, "d: "),
+        ({"corpus": "c: ", "passage": "p: "}, None, "p: "),
+        ({"corpus": "c: "}, "query", "c: "),
         ({"query": "q: "}, "query", "q: "),
+        ({"document": ""}, "query", ""),
     ],
 )
 def test_the_document_prompt_is_that_of_encode_document(
     prompts: dict[str, str], default: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = SentenceTransformer(modules=[torch.nn.Dropout()], device="cpu")
+    model = SentenceTransformer(modules=[torch.nn.Dropout()], device="cpu").train()
     model.prompts, model.default_prompt_name = prompts, default
 
     def preprocess(inputs: list[str], prompt: str | None, task: str) -> None:
@@ -68,7 +83,11 @@ def test_the_document_prompt_is_that_of_encode_document(
     monkeypatch.setattr(model, "preprocess", preprocess)
     with pytest.raises(KeyError) as caught:
         model.encode_document(["x"])
-    assert caught.value.args == (document_prompt(model),) == (expected,)
+    assert caught.value.args == (expected,)
+    assert document_prompt(model) == expected
+    model.train()
+    DocumentModel(model, ProcessorLock())
+    assert not model.training, "it is in evaluation mode, as encode puts it"
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +142,7 @@ def test_a_streamed_image_is_embedded_as_encode_document_embeds_it(
 def test_a_clip_model_streams_too(tmp_path: Path, scenes: list[Image.Image]) -> None:
     torch.manual_seed(0)
     encoder = Encoder(tiny_clip_model(tmp_path))
+    encoder.require_images()
     assert encoder.dimension == 24
     expected = documents(encoder, scenes)
     assert distance(expected[0], expected[1]) > 100 * TOLERANCE
@@ -141,21 +161,27 @@ def test_an_image_that_does_not_fit_into_the_sequence_is_refused_by_itself(
     assert np.allclose(outcomes[0].vector, outcomes[2].vector)
 
 
+@pytest.mark.parametrize("own", [32, 12])
 def test_a_dimension_truncates_and_normalises_what_the_model_itself_truncates(
-    qwen: SentenceTransformer, scenes: list[Image.Image]
+    qwen: SentenceTransformer, scenes: list[Image.Image], own: int
 ) -> None:
-    with qwen.truncate_embeddings(12):
+    scenes = scenes[:3]
+    with qwen.truncate_embeddings(own):
         whole, encoder = Encoder(qwen), Encoder(qwen, dimension=8)
-        assert (whole.dimension, encoder.dimension) == (12, 8)
-        expected = documents(whole, scenes[:3])
-        assert distance(streamed(whole, scenes[:3]), expected) < TOLERANCE
-        assert np.linalg.norm(expected[0]) < 0.99, "the model does not normalise what it truncates"
+        assert (whole.dimension, encoder.dimension) == (own, 8)
+        expected = documents(whole, scenes)
+        assert distance(streamed(whole, scenes), expected) < TOLERANCE
+        assert (np.linalg.norm(expected[0]) < 0.99) == (own == 12), "the model does not normalise what it truncates"
         normalised = expected[:, :8] / np.linalg.norm(expected[:, :8], axis=1, keepdims=True)
-        for embed in (streamed, documents):
-            assert distance(embed(encoder, scenes[:3]), normalised) < TOLERANCE
-        assert np.linalg.norm(encoder.embed_queries([{"text": "red"}])) == pytest.approx(1, abs=1e-6)
-        with pytest.raises(UsageError, match="tiny has embeddings of 12 dimensions, not of 33; give 1 to 12"):
-            Encoder(qwen, "tiny", 33)
+        assert distance(streamed(encoder, scenes), normalised) < TOLERANCE
+        assert distance(documents(encoder, scenes), normalised) < TOLERANCE
+        query = encoder.embed_queries([{"text": "red"}])
+        assert query.shape == (1, 8)
+        assert np.linalg.norm(query) == pytest.approx(1, abs=1e-6)
+        for dimension in (0, 33):
+            reason = f"^tiny has embeddings of {own} dimensions, not of {dimension}; give 1 to {own}$"
+            with pytest.raises(UsageError, match=reason):
+                Encoder(qwen, "tiny", dimension)
 
 
 @pytest.mark.parametrize("modalities", [("text",), ("image",), ("text", "image")])
@@ -189,7 +215,7 @@ def test_truncated_queries_change_no_streamed_image(
 def test_a_model_that_embeds_only_text_is_refused_at_once() -> None:
     encoder = Encoder(SentenceTransformer(modules=[BoW(vocab=["red", "green"])], device="cpu"), "cocoa-words")
     for ask in (encoder.require_images, lambda: encoder.stream_images([])):
-        with pytest.raises(CocoaError, match="cocoa-words does not embed images"):
+        with pytest.raises(CocoaError, match="cocoa-words does not embed images; use a multimodal model"):
             ask()
 
 

@@ -26,6 +26,13 @@ def test_results_keep_the_order_of_the_inputs_and_few_are_processed_ahead() -> N
     assert taken == [threading.current_thread()] * 100
 
 
+def test_an_error_of_the_function_stays_in_its_place() -> None:
+    first, second, third = (result for _, result in read_ahead(int, ["1", "one", "3"]))
+    assert (first.result(), third.result()) == (1, 3)
+    with pytest.raises(ValueError, match="one"):
+        second.result()
+
+
 def test_no_thread_is_left_after_an_early_end_or_an_error_of_the_inputs() -> None:
     def inputs() -> Iterator[int]:
         yield from range(1000)

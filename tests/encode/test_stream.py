@@ -1,9 +1,10 @@
 """The stream as a whole, over a model made of arithmetic; test_encoder.py has real ones."""
 
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from io import BytesIO
-from itertools import count, islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -11,24 +12,25 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from fake_model import COLOURS, FakeModel, colour_image
-from hostile_files import encoded, exif, stored
+from fake_model import COLOURS, FakeModel, asking, colour_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from raw_images import encoded, exif, stored
 
 from cocoa_embed.encode import jobs, stream
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.encode.jobs import EmbeddedImage, StreamSource
+from cocoa_embed.encode.stream import default_workers
 from cocoa_embed.errors import CocoaError, ImageError, UsageError
 
 NAMES = list(COLOURS)
 TRUNCATED = encoded(colour_image("blue", (99, 99)), "JPEG")[:-40]
 
 
-def pictures(many: int) -> list[tuple[int, Image.Image]]:
+def pictures(count: int) -> list[tuple[int, Image.Image]]:
     """Return images of many sizes."""
-    return [(number, colour_image(NAMES[number % 4], (24 + number % 7, 24 + number % 5))) for number in range(many)]
+    return [(number, colour_image(NAMES[number % 4], (24 + number % 7, 24 + number % 5))) for number in range(count)]
 
 
 def own_threads() -> list[str]:
@@ -51,18 +53,17 @@ def expected(images: list[tuple[int, Image.Image]]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("images", [pictures(0), pictures(7), pictures(100)])
-def test_every_image_is_embedded_as_a_document_in_its_place(
-    images: list[tuple[int, Image.Image]], dtype: torch.dtype
-) -> None:
+@pytest.mark.parametrize("count", [0, 1, 7, 100])
+def test_every_image_is_embedded_as_a_document_in_its_place(count: int, dtype: torch.dtype) -> None:
     class Typed(FakeModel):
         def __call__(self, features: Mapping[str, Any], task: str | None = None) -> dict[str, Any]:
             return {"sentence_embedding": super().__call__(features, task)["sentence_embedding"].to(dtype)}
 
     model = Typed(prompts={"query": "find: ", "document": "keep: "})
+    images = pictures(count)
     outcomes = list(Encoder(model).stream_images(iter(images), batch_size=8, thumbnail_size=12))
-    assert [key for key, _ in outcomes] == [key for key, _ in images]
-    if images:
+    assert [key for key, _ in outcomes] == list(range(count))
+    if count:
         np.testing.assert_allclose(vectors(outcomes), expected(images), rtol=0 if dtype == torch.float32 else 0.01)
         assert model.document_prompts == {"keep: "}
         assert max(model.batches) <= 8
@@ -84,12 +85,14 @@ def test_every_source_has_an_upright_size_a_media_type_and_a_thumbnail_and_is_re
     read = Mock(wraps=jobs.read_stable_file)
     monkeypatch.setattr(jobs, "read_stable_file", read)
     sources = {"bytes": path.read_bytes(), "str": str(path), "path": path, "opened": Image.open(path)}
-    ((_, outcome),) = Encoder(FakeModel()).stream_images([("key", sources.get(kind, image))], thumbnail_size=15)
-    assert (outcome.width, outcome.height) == (10, 30)
-    assert outcome.mime == ("application/octet-stream" if kind == "in memory" else "image/jpeg")
-    thumbnail = Image.open(BytesIO(outcome.thumbnail))
-    assert (thumbnail.format, thumbnail.size) == ("JPEG", (5, 15))
-    assert read.call_count == (1 if kind in ("str", "path") else 0)
+    for thumbnail_size, expected_size in ((15, (5, 15)), (320, (10, 30))):
+        images = [("key", sources.get(kind, image))]
+        ((_, outcome),) = Encoder(FakeModel()).stream_images(images, thumbnail_size=thumbnail_size)
+        assert (outcome.width, outcome.height) == (10, 30)
+        assert outcome.mime == ("application/octet-stream" if kind == "in memory" else "image/jpeg")
+        thumbnail = Image.open(BytesIO(outcome.thumbnail))
+        assert (thumbnail.format, thumbnail.size) == ("JPEG", expected_size)
+    assert read.call_count == (2 if kind in ("str", "path") else 0)
 
 
 class Picky(FakeModel):
@@ -101,13 +104,18 @@ class Picky(FakeModel):
         return super()._embed(item) * (np.inf if item["image"].size == (32, 32) else 1)
 
 
-REFUSED = "cannot be embedded (image features and image tokens do not match)"
 BAD: dict[str, tuple[StreamSource, str]] = {
     "broken": (b"no image", "(8, 'broken'): is not an image"),
     "truncated": (TRUNCATED, "truncated"),
     "missing": ("no/such\n/file.png", "'no/such\\n/file.png': does not exist"),
-    "refused by the processor": (colour_image("red", (1, 20_000)), "absolute aspect ratio must be smaller than 200)"),
-    "refused by the model": (colour_image("red", (31, 31)), REFUSED),
+    "refused by the processor": (
+        colour_image("red", (1, 20_000)),
+        "cannot be embedded (absolute aspect ratio must be smaller than 200)",
+    ),
+    "refused by the model": (
+        colour_image("red", (31, 31)),
+        "cannot be embedded (image features and image tokens do not match)",
+    ),
     "overflowing": (colour_image("red", (32, 32)), "(8, 'overflowing'): has an embedding that is not finite"),
 }
 
@@ -132,26 +140,26 @@ def test_each_image_has_the_same_outcome_as_alone(kinds: list[str], batch_size: 
 
 
 @pytest.mark.parametrize(
-    ("source", "max_batch_bytes", "limit"),
+    ("sources", "max_batch_bytes", "limit"),
     [
-        # 7 batches of 4 ahead or in a window of 4 batches, 8 measured ahead, one in the model.
-        (colour_image("red"), stream.MAX_BATCH_BYTES, 44),
-        (b"no image", stream.MAX_BATCH_BYTES, 90),
+        # Per image: 7 batches of 4 ahead or in a window of 4 batches, 8 measured ahead, one in the model.
+        ([colour_image("red", (8 + grown, 8)) for grown in range(3)], stream.MAX_BATCH_BYTES, 44),
+        ([b"no image"], stream.MAX_BATCH_BYTES, 90),
         # A batch holds two images, a window four.
-        (colour_image("red", (100, 100)), 2 * 3 * 100 * 100, 24),
+        ([colour_image("red", (100, 100))], 2 * 3 * 100 * 100, 24),
         # The bytes of a file count where they are more than its pixels.
-        (encoded(colour_image("red", (4, 4)), "PNG") + bytes(10_000), 25_000, 44),
+        ([encoded(colour_image("red", (4, 4)), "PNG") + bytes(10_000)], 25_000, 44),
     ],
 )
 def test_an_endless_input_is_read_a_bounded_way_ahead(
-    monkeypatch: pytest.MonkeyPatch, source: StreamSource, max_batch_bytes: int, limit: int
+    monkeypatch: pytest.MonkeyPatch, sources: list[StreamSource], max_batch_bytes: int, limit: int
 ) -> None:
     monkeypatch.setattr(stream, "MAX_BATCH_BYTES", max_batch_bytes)
-    read: list[int] = []
+    read: list[StreamSource] = []
 
     def images() -> Iterator[tuple[int, StreamSource]]:
-        for number in count():
-            read.append(number)
+        for number, source in enumerate(cycle(sources)):
+            read.append(source)
             yield number, source
 
     outcomes = Encoder(FakeModel()).stream_images(images(), batch_size=4, workers=1)
@@ -179,18 +187,20 @@ def test_batches_hold_images_of_similar_sizes_within_the_token_limit() -> None:
     images = [(number, colour_image("red", (10 if number % 2 else 30, 10))) for number in range(64)]
     list(Encoder(model).stream_images(images, batch_size=8, batch_tokens=1200))
     widths = (item["image"].width for item in model.documents)
-    batches = [list(islice(widths, size)) for size in model.batches]
+    batches = [list(islice(widths, count)) for count in model.batches]
     assert all(len(set(batch)) == 1 for batch in batches)
     assert {width: max(len(batch) for batch in batches if batch[0] == width) for width in (10, 30)} == {10: 8, 30: 4}
 
 
-def test_an_error_of_the_input_is_raised() -> None:
+def test_an_error_of_the_input_is_raised_after_its_images() -> None:
     def images() -> Iterator[tuple[int, Image.Image]]:
         yield from pictures(30)
         raise OSError("the disk is gone")
 
+    outcomes = Encoder(FakeModel()).stream_images(images(), batch_size=4)
+    assert [next(outcomes)[0] for _ in range(30)] == list(range(30))
     with pytest.raises(OSError, match="the disk is gone"):
-        list(Encoder(FakeModel()).stream_images(images(), batch_size=4))
+        next(outcomes)
 
 
 @pytest.mark.parametrize("step", ["_embed", "preprocess"])
@@ -218,7 +228,7 @@ class Small(FakeModel):
     def __call__(self, features: Mapping[str, Any], task: str | None = None) -> dict[str, Any]:
         if len(features["items"]) > self.room:
             self.failures += 1
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return super().__call__(features, task)
 
 
@@ -226,11 +236,35 @@ def test_a_batch_that_exceeds_memory_is_halved_and_later_ones_are_planned_smalle
     model = Small()
     outcomes = list(Encoder(model).stream_images(pictures(200), batch_size=16))
     assert np.array_equal(vectors(outcomes), expected(pictures(200)))
+    assert max(model.batches) <= 3
     # Sixteen images fail seven times until all are in twos; only batches that were planned before do.
     assert 7 <= model.failures <= 7 * 8
     model.room = 0
     outcomes = list(Encoder(model).stream_images(pictures(5)))
-    assert {outcome.reason for _, outcome in outcomes} == {"cannot be embedded (CUDA out of memory)"}
+    reason = "cannot be embedded (CUDA out of memory. Tried to allocate 2 GiB)"
+    assert [outcome.reason for _, outcome in outcomes] == [reason] * 5
+
+
+def test_queries_are_answered_while_images_stream() -> None:
+    class Slow(FakeModel):
+        def _embed(self, item: Mapping[str, Any]) -> np.ndarray:
+            if "image" in item:
+                time.sleep(0.002)
+            return super()._embed(item)
+
+    encoder = Encoder(Slow())
+    with asking(encoder, {"text": "red"}) as answers:
+        outcomes = list(encoder.stream_images(pictures(200), batch_size=8))
+    assert np.array_equal(vectors(outcomes), expected(pictures(200)))
+    assert len(answers) >= 10, "a query waits for a batch or two, not for the stream, which has 25"
+
+
+@pytest.mark.parametrize(("cores", "on_cpu", "on_device"), [(1, 1, 1), (2, 1, 1), (8, 2, 7), (64, 16, 12)])
+def test_workers_leave_the_model_a_core(
+    monkeypatch: pytest.MonkeyPatch, cores: int, on_cpu: int, on_device: int
+) -> None:
+    monkeypatch.setattr(stream, "available_cores", lambda: cores)
+    assert [default_workers(is_on_cpu=is_on_cpu) for is_on_cpu in (True, False)] == [on_cpu, on_device]
 
 
 @pytest.mark.parametrize("name", ["workers", "batch_size", "batch_tokens", "thumbnail_size"])

@@ -1,6 +1,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -28,13 +29,42 @@ def test_images_are_found_by_suffix_sorted_and_once(tmp_path: Path) -> None:
     assert found == sorted(found)
 
 
-def test_links_to_folders_are_followed_once_and_loops_end(tmp_path: Path) -> None:
+def test_the_working_folder_gives_the_names_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, "a.png", "b/c.png")
+    monkeypatch.chdir(tmp_path)
+    assert find_images([".", "a.png", Path("b")]) == find_images(["*", "**/*.png"]) == [Path("a.png"), Path("b/c.png")]
+
+
+LINKS = {
+    "a-link": "elsewhere",
+    "photos/round": "..",
+    "photos/self": ".",
+    "photos/sub/again": "../sub",
+    "photos/a-link": "../elsewhere",
+    "photos/z-link": "../elsewhere",
+    "photos/sub/link.png": "../../elsewhere/c.png",
+    "photos/itself.png": "itself.png",
+    "photos/gone.png": "nowhere",
+}
+IN_PHOTOS = "photos/a.png photos/gone.png photos/itself.png photos/sub/b.png photos/sub/link.png"
+
+
+@pytest.mark.parametrize(
+    ("searched", "expected"),
+    [
+        ("photos", f"photos/a-link/c.png photos/a-link/deep/d.png {IN_PHOTOS}"),
+        (".", f"elsewhere/c.png elsewhere/deep/d.png {IN_PHOTOS}"),
+        ("photos elsewhere", f"elsewhere/c.png elsewhere/deep/d.png {IN_PHOTOS}"),
+        ("photos/z-link", "photos/z-link/c.png photos/z-link/deep/d.png"),
+    ],
+)
+def test_links_are_followed_loops_end_and_a_path_without_links_is_preferred(
+    tmp_path: Path, searched: str, expected: str
+) -> None:
     make(tmp_path, "photos/a.png", "photos/sub/b.png", "elsewhere/c.png", "elsewhere/deep/d.png")
-    links = {"a-link": "../elsewhere", "self": ".", "z-link": "../elsewhere", "sub/link.png": "../a.png"}
-    for link, target in {**links, "sub/again": "../sub", "itself.png": "itself.png", "gone.png": "nowhere"}.items():
-        (tmp_path / "photos" / link).symlink_to(target)
-    expected = "a-link/c.png a-link/deep/d.png a.png gone.png itself.png sub/b.png sub/link.png"
-    assert names(find_images([tmp_path / "photos"]), tmp_path / "photos") == expected.split()
+    for link, target in LINKS.items():
+        (tmp_path / link).symlink_to(target)
+    assert names(find_images(tmp_path / folder for folder in searched.split()), tmp_path) == expected.split()
 
 
 @pytest.mark.parametrize(
@@ -44,31 +74,39 @@ def test_links_to_folders_are_followed_once_and_loops_end(tmp_path: Path) -> Non
         ("n" * 5000, "does not exist"),
         ("nul\0", "does not exist"),
         ("*.png", "does not exist, and nothing matches it as a pattern"),
+        ("b*/*.jpg", "nothing matches it as a pattern"),
         ("a.txt/*", "nothing matches it as a pattern"),
+        ("a.txt", r"a\.txt is UTF-16; a list of files is UTF-8"),
     ],
 )
 def test_a_path_that_leads_to_nothing_is_named(tmp_path: Path, path: str, reason: str) -> None:
-    make(tmp_path, "a.txt")
+    (tmp_path / "a.txt").write_text("a.jpg", encoding="utf-16")
     with pytest.raises(CocoaError, match=reason):
         find_images([tmp_path / path])
     with pytest.raises(CocoaError, match=r"gone\.txt cannot be read \(No such file"):
         read_file_list(tmp_path / "gone.txt")
 
 
-def test_folders_that_cannot_be_listed_are_reported_and_the_others_are_searched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("pattern", ["", "**/*.png"])
+def test_folders_that_cannot_be_listed_or_vanish_are_reported_and_the_others_are_searched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
 ) -> None:
-    make(tmp_path, "a/1.png", "locked/2.png", "z/4.png", "z/locked too/5.png")
+    make(tmp_path, "a/1.png", "locked/2.png", "vanishing/3.png", "z/4.png", "z/locked too/5.png")
     scandir = os.scandir
 
     def refuse(path: str) -> Iterator[os.DirEntry[str]]:
         if "locked" in os.path.basename(path):  # to root, every folder can be listed
             raise PermissionError(13, "Permission denied", path)
+        if os.path.basename(path) == "a" and (tmp_path / "vanishing").exists():
+            (tmp_path / "vanishing").rename(f"{tmp_path} gone")
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
     reported: dict[Path, str] = {}
-    assert names(find_images([tmp_path], on_error=reported.__setitem__), tmp_path) == ["a/1.png", "z/4.png"]
+    found = find_images([tmp_path / pattern], on_error=reported.__setitem__)
+    assert names(found, tmp_path) == ["a/1.png", "z/4.png"]
+    if not pattern:
+        assert reported.pop(tmp_path / "vanishing") == "cannot be listed (No such file or directory)"
     locked = tmp_path / "locked", tmp_path / "z" / "locked too"
     assert reported == dict.fromkeys(locked, "cannot be listed (Permission denied)")
     with pytest.raises(CocoaError, match=r"locked cannot be listed \(Permission denied\)$"):
@@ -78,13 +116,17 @@ def test_folders_that_cannot_be_listed_are_reported_and_the_others_are_searched(
 @pytest.mark.parametrize(
     ("pattern", "expected"),
     [
+        ("*.jpg", ["a.jpg"]),
         ("?.jpg", ["a.jpg"]),
         ("[ab].*", ["a.jpg", "b.PNG"]),
         ("*", ["a.jpg", "b.PNG", "d/.i.jpg", "d/e.jpg", "d/f.png", "d/g/h.jpg"]),
+        ("*.PNG", ["b.PNG"]),
+        ("d/*", ["d/e.jpg", "d/f.png", "d/g/h.jpg"]),
         ("*/*.jpg", ["d/e.jpg"]),
         ("**/*.jpg", ["a.jpg", "d/e.jpg", "d/g/h.jpg"]),
         ("**/g", ["d/g/h.jpg"]),
         ("d/**", ["d/.i.jpg", "d/e.jpg", "d/f.png", "d/g/h.jpg"]),
+        ("**/h.*", ["d/g/h.jpg"]),
         ("d/.*.jpg", ["d/.i.jpg"]),
         ("*.dat", ["c.dat"]),
         ("d/../*.jpg", ["d/../a.jpg"]),
@@ -95,32 +137,54 @@ def test_a_pattern_stands_for_what_matches_it(tmp_path: Path, pattern: str, expe
     assert [str(path)[len(str(tmp_path)) + 1 :] for path in find_images([tmp_path / pattern])] == expected
 
 
-def test_a_name_with_wildcards_stands_for_itself_first_and_two_stars_end_among_loops(tmp_path: Path) -> None:
+def test_a_name_with_wildcards_stands_for_itself_first(tmp_path: Path) -> None:
     make(tmp_path, "a[1].jpg", "a1.jpg", "b[2]/c.jpg", "b[2]/d.png", "b2/e.jpg")
-    for number in range(20):
-        (tmp_path / "b2" / f"loop{number}").symlink_to("..")
-    assert names(find_images([tmp_path / "**" / "e.jpg"]), tmp_path) == ["b2/e.jpg"]
     assert names(find_images([tmp_path / "a[1].jpg"]), tmp_path) == ["a[1].jpg"]
     assert names(find_images([tmp_path / "a[12].jpg"]), tmp_path) == ["a1.jpg"]
     assert names(find_images([tmp_path / "b[2]" / "*.jpg"]), tmp_path) == ["b[2]/c.jpg"]
 
 
-def test_a_list_names_files_from_its_own_folder_on_and_with_nul_names_with_newlines(tmp_path: Path) -> None:
+def test_a_pattern_ends_among_loops_of_links(tmp_path: Path) -> None:
+    make(tmp_path, "a/b.png", "a/c/d.png")
+    for number in range(20):
+        (tmp_path / "a" / f"loop{number}").symlink_to("..")
+        (tmp_path / "a" / "c" / f"loop{number}").symlink_to("../..")
+    assert names(find_images([tmp_path / "**" / "*.png"]), tmp_path) == ["a/b.png", "a/c/d.png"]
+
+
+def test_a_list_names_files_from_its_own_folder_on(tmp_path: Path) -> None:
+    make(tmp_path, "lists/a.jpg", "b c.png", "folder/not listed.gif", "#e.png")
     lines = ["a.jpg", "", "# a comment", "../b c.png\r", "missing.jpg", str(tmp_path / "folder"), "../#e.png", "  "]
-    (tmp_path / "photos.txt").write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())
-    listed = read_file_list(tmp_path / "photos.txt")
-    expected = ("a.jpg", "../b c.png", "missing.jpg", "folder", "../#e.png")
-    assert listed == [tmp_path / name for name in expected]
-    assert find_images([tmp_path / "photos.txt"]) == sorted(listed)
+    (tmp_path / "lists" / "photos.txt").write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())
+    listed = read_file_list(tmp_path / "lists" / "photos.txt")
+    expected = ("a.jpg", "../b c.png", "missing.jpg", tmp_path / "folder", "../#e.png")
+    assert listed == [tmp_path / "lists" / name for name in expected]
+    assert find_images([tmp_path / "lists" / "photos.txt"]) == sorted(listed)
+
+
+def test_a_list_with_nul_has_names_with_newlines(tmp_path: Path) -> None:
+    make(tmp_path, "two\nlines.png", "#1.png")
     (tmp_path / "photos.TXT").write_bytes(b"two\nlines.png\0#1.png\0caf\xe9.png\0")
     found = find_images([tmp_path / "photos.TXT"])
     assert [os.fsencode(path.name) for path in found] == [b"#1.png", b"caf\xe9.png", b"two\nlines.png"]
 
 
-def test_images_are_relative_to_the_folder_that_was_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make(tmp_path, "a.png", "sub/b.png", "list.txt", "photos[1]/c.png")
-    monkeypatch.chdir(tmp_path)
-    folders = {"sub": "sub", "a.png": "", "sub/**/*.png": "sub", "photos[1]/*.png": "photos[1]", "list.txt": ""}
-    assert [search_folder(path) for path in folders] == list(map(Path, folders.values()))
-    expected = [Path("a.png"), Path("photos[1]/c.png"), Path("sub/b.png")]
-    assert find_images([".", "sub"]) == find_images(["**/*.png"]) == expected
+def test_images_are_relative_to_the_folder_that_was_searched(tmp_path: Path) -> None:
+    make(tmp_path, "photos/a.png", "photos/sub/b.png", "list.txt", "photos[1]/c.png")
+    for path, folder in {
+        "photos": "photos",
+        "photos/a.png": "photos",
+        "photos/**/*.png": "photos",
+        "photos[1]/*.png": "photos[1]",
+        "list.txt": "",
+    }.items():
+        assert search_folder(tmp_path / path) == tmp_path / folder
+    assert search_folder("*.png") == Path()
+
+
+def test_files_are_not_looked_at_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, *(f"{folder}/{number}.png" for folder in "abc" for number in range(50)))
+    for name in ("stat", "lstat"):
+        monkeypatch.setattr(os, name, Mock(wraps=getattr(os, name)))
+    assert len(find_images([tmp_path])) == 150
+    assert os.stat.call_count + os.lstat.call_count < 15

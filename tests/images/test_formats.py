@@ -4,11 +4,11 @@ import sys
 from io import BytesIO
 
 import pytest
-from hostile_files import corners, encoded, exif, heic, icon_of, jpeg_of_scans, png_chunk, same, stored
 from PIL import Image, UnidentifiedImageError
+from raw_images import corners, encoded, exif, heic, icon_of, jpeg_of_scans, png_chunk, png_file, same, stored
 
 from cocoa_embed.errors import ImageError, install_command
-from cocoa_embed.images.formats import MAX_JPEG_SCANS, MAX_JPEG_SEGMENTS, icon_sizes
+from cocoa_embed.images.formats import MAX_JPEG_SCANS, MAX_JPEG_SEGMENTS, icon_sizes, jpeg_markers
 from cocoa_embed.images.load import decode_image, image_size, load_image
 
 
@@ -42,10 +42,11 @@ def test_media_types_are_those_of_the_content() -> None:
 def test_a_jpeg_of_more_scans_or_segments_than_the_limit_is_refused() -> None:
     picture = encoded(corners(), "JPEG")
     segment = b"\xff\xe1\0\x09Exif\0\0x"
-    for data in (jpeg_of_scans(MAX_JPEG_SCANS + 1), picture[:2] + segment * MAX_JPEG_SEGMENTS + picture[2:]):
-        with pytest.raises(ImageError, match=f"more than {MAX_JPEG_SCANS} scans or {MAX_JPEG_SEGMENTS} segments"):
-            load_image(data)
+    with pytest.raises(ImageError, match=f"more than {MAX_JPEG_SCANS} scans"):
+        load_image(jpeg_of_scans(MAX_JPEG_SCANS + 1))
     assert load_image(jpeg_of_scans(MAX_JPEG_SCANS)).size == (8, 8)
+    with pytest.raises(ImageError, match=f"more than {MAX_JPEG_SEGMENTS} segments"):
+        load_image(picture[:2] + segment * (MAX_JPEG_SEGMENTS + 1) + picture[2:])
     assert load_image(picture[:2] + segment * (MAX_JPEG_SEGMENTS - 50) + picture[2:]).size == (64, 32)
 
 
@@ -55,14 +56,20 @@ def test_scans_of_other_pictures_in_a_jpeg_are_not_counted() -> None:
     picture = encoded(corners(), "JPEG")
     data = picture[:2] + segment + picture[2:] + b"film" + b"\xff\xda" * 300
     assert data.count(b"\xff\xda") > MAX_JPEG_SCANS
+    assert list(jpeg_markers(data)).count(b"\xda") == 1
     assert load_image(data).size == (64, 32)
 
 
 def test_the_size_of_an_icon_is_that_of_its_picture() -> None:
     data = icon_of(encoded(Image.new("RGB", (300, 200), "red"), "PNG"))
     assert list(icon_sizes(data)) == [(300, 200)]
+    assert image_size(data, "icon") == load_image(data).size == (300, 200)
     old = encoded(Image.new("RGB", (32, 32), "red"), "ICO", bitmap_format="bmp", sizes=[(32, 32)])
     assert list(icon_sizes(old)) == [(32, 32)]
+    at = old.index(struct.pack("<III", 40, 32, 64))
+    oldest = old[:at] + struct.pack("<IHH", 12, 32, 64) + old[at + 8 :]
+    assert list(icon_sizes(oldest)) == [(32, 32)]
+    assert list(icon_sizes(encoded(corners(), "PNG"))) == []
 
 
 def test_an_orientation_behind_the_pixels_of_a_png_counts_too() -> None:
@@ -72,3 +79,10 @@ def test_an_orientation_behind_the_pixels_of_a_png_counts_too() -> None:
     late = data[:end] + chunk + data[end:]
     assert image_size(late, "photo") == load_image(late).size == (64, 32)
     assert same(load_image(late), corners())
+
+
+def test_the_size_is_read_without_the_pixels() -> None:
+    broken = png_file(500, 400, 8, 2, png_chunk(b"IDAT", b"no zlib"))
+    assert image_size(broken, "photo") == (500, 400)
+    with pytest.raises(ImageError):
+        load_image(broken)

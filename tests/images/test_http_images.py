@@ -13,8 +13,8 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-from hostile_files import encoded
 from PIL import Image
+from raw_images import encoded
 
 from cocoa_embed.errors import ImageError
 from cocoa_embed.images import http as remote
@@ -83,7 +83,7 @@ def endless(start: bytes, more: bytes, seconds: float = 0.0) -> Respond:
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     """The addresses of names, which ``socket.getaddrinfo`` finds; others it looks up, if they are numbers."""
-    addresses = {"photos.test": ["127.0.0.1"], "other.test": ["127.0.0.1"]}
+    addresses = {"photos.test": ["127.0.0.1"], "other.test": ["127.0.0.1"], "empty.test": []}
     look_up = socket.getaddrinfo
 
     def found(host: str, *args: object, **options: object) -> list:
@@ -125,11 +125,15 @@ def test_an_image_is_fetched_from_an_allowed_host_at_the_address_that_was_checke
     looked_up = [call.args[0] for call in socket.getaddrinfo.call_args_list]
     assert looked_up == ["photos.test", "127.0.0.1"], "a second look-up of the name may lead to another machine"
     assert load_image(server.address(), fetcher=fetcher).size == (9, 5)
+    server.respond = answer(PNG, Content_Length="-5")
+    assert fetcher.fetch(server.address()) == PNG
     server.respond = answer(PNG, Content_Length="20")
-    with pytest.raises(ImageError, match="cannot be decoded"):
+    with pytest.raises(ImageError, match="truncated"):
         load_image(server.address(), fetcher=fetcher)
     path, headers = server.asked[0]
-    assert (path, headers["Host"]) == ("/a%20b.png?gr%C3%B6%C3%9Fe=1&x=%41", f"photos.test:{server.server_port}")
+    assert path == "/a%20b.png?gr%C3%B6%C3%9Fe=1&x=%41"
+    assert headers["Host"] == f"photos.test:{server.server_port}"
+    assert headers["Accept-Encoding"] == "identity"
 
 
 THIS_MACHINE = (
@@ -154,9 +158,13 @@ def test_each_redirect_is_checked_as_the_first_address_is(server: Server, names:
     for location, reason in {
         "http://inner.test/": "leads to http://inner.test/, which is on inner.test, whose address 10.0.0.1 is not",
         "http://169.254.169.254/latest/": "whose address 169.254.169.254 is not public",
+        "//other.test/": "which is on other.test, which is not among the allowed hosts",
         server.address(host="other.test"): f"other.test:{server.server_port}, which is not among the allowed hosts",
         "file:///etc/passwd": "which is not an http or https address",
+        "ftp://photos.test/a.png": "which is not an http or https address",
+        "data:image/png;base64,AAAA": "which is not an http or https address",
         "http://me:secret@photos.test/": "leads to http://photos.test/, which has a user name in it",
+        "http://photos.test/": "which is on photos.test, which is not among the allowed hosts",
         "http://[bad": "leads to a malformed address",
         "": "redirects without an address",
     }.items():
@@ -165,16 +173,20 @@ def test_each_redirect_is_checked_as_the_first_address_is(server: Server, names:
         assert "secret" not in refusal(fetcher, server.address())
 
 
-def test_redirects_on_the_host_are_followed(server: Server) -> None:
-    places = {301: "one", 302: "/two", 303: server.address("/three"), 307: "/four", 308: "end"}
-    steps = iter([*(answer(b"", status, Location=place) for status, place in places.items()), answer(PNG)])
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_redirects_on_the_host_are_followed(server: Server, status: int) -> None:
+    places = ("one", "/two", server.address("/end"))
+    steps = iter([*(answer(b"", status, Location=place) for place in places), answer(PNG)])
     server.respond = lambda handler: next(steps)(handler)
     assert fetcher_for(server).fetch(server.address("/")) == PNG
-    assert [path for path, _ in server.asked] == ["/", "/one", "/two", "/three", "/four", "/end"]
+    assert [path for path, _ in server.asked] == ["/", "/one", "/two", "/end"]
 
 
 def test_an_unknown_host_is_named_and_an_endless_lookup_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(socket, "getaddrinfo", Mock(side_effect=socket.gaierror(-2, "Name or service not known")))
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
     reason = refusal(Fetcher(["photos.test"]), "http://photos.test/")
     assert reason == "is on photos.test, which cannot be found ([Errno -2] Name or service not known)"
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(30))
@@ -200,9 +212,12 @@ STATUSES = (204, 206, 304, 403, 404, 500)
         (redirect_slowly, {"deadline": 0.5, "max_redirects": 100}, "takes too long"),
         (endless(OK + b"\r\n", b".", 0.1), SHORT, SLOW),
         (endless(OK + b"X-Long: ", b".", 0.1), SHORT, SLOW),
+        (lambda handler: time.sleep(30), SHORT, SLOW),
         (endless(OK + b"\r\n", bytes(100_000)), SMALL, "is too large: the limit is 100000 bytes"),
         (endless(CHUNKED, b"1000\r\n" + bytes(0x1000) + b"\r\n"), SMALL, "is too large: the limit is 100000 bytes"),
+        (answer(PNG, Content_Length="100001"), SMALL, "is too large: 100001 bytes, the limit is 100000"),
         (answer(PNG, Content_Length="9999"), {}, f"ends early: {len(PNG)} of 9999 bytes came"),
+        (answer(PNG, Content_Encoding="gzip"), {}, "answers with the content encoding 'gzip', which was not requested"),
         *((lambda handler, raw=raw: handler.wfile.write(raw), {}, "cannot be fetched") for raw in MALFORMED),
     ],
 )
@@ -220,10 +235,13 @@ def test_the_next_address_of_a_host_is_tried(
     loopback = remote.is_public
     monkeypatch.setattr(remote, "is_public", lambda address: str(address) == "127.0.0.2" or loopback(address))
     assert fetcher_for(server).fetch(server.address()) == PNG
+    names["photos.test"] = ["127.0.0.2"]
+    assert "cannot be fetched (" in refusal(fetcher_for(server), server.address())
     names["photos.test"] = []
     assert "cannot be fetched (it has no network address)" in refusal(fetcher_for(server), server.address())
 
 
+ELSEWHERE = "is on {}, which is not among the allowed hosts"
 REFUSED = {
     "is not an http or https address": ["ftp://photos.test/", "photo.png"],
     "has a user name in it": ["http://me@photos.test/", "http://me:secret@photos.test/", "http://@photos.test/"],
@@ -236,10 +254,10 @@ REFUSED = {
         *("http://photos..test/", "http://photos.test%2eother.test/", "http://%70hotos.test/", "http://[::1"),
         *("http://" + "a" * 300 + ".test/", "http://photos.test/\udcff"),
     ],
-    "which is not among the allowed hosts": [
-        *("http://photos.test:443/", "http://other.test#@photos.test/", "http://other.test?@photos.test/"),
-        "http://photos.test.other.test/",
-    ],
+    ELSEWHERE.format("photos.test:8080"): ["http://photos.test:8080/"],
+    ELSEWHERE.format("photos.test:443"): ["http://photos.test:443/"],
+    ELSEWHERE.format("other.test"): ["http://other.test#@photos.test/", "http://other.test?@photos.test/"],
+    ELSEWHERE.format("photos.test.other.test"): ["http://photos.test.other.test/"],
     "": ["http://[fe80::1%25eth0]/"],
 }
 
@@ -263,8 +281,10 @@ def test_https_checks_the_certificate_and_the_name(
     command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=photos.test -addext"
     files = ["-keyout", str(key), "-out", str(certificate)]
     subprocess.run([*command.split(), "subjectAltName=DNS:photos.test", *files], check=True, capture_output=True)
+    asked: list[str | None] = []
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
+    context.sni_callback = lambda _socket, name, _context: asked.append(name)
     server.socket = context.wrap_socket(server.socket, server_side=True)
     hosts = [f"{host}:{server.server_port}" for host in ("photos.test", "other.test")]
     address = server.address().replace("http:", "https:")
@@ -273,4 +293,7 @@ def test_https_checks_the_certificate_and_the_name(
     monkeypatch.setattr(ssl, "create_default_context", lambda: trusting)
     fetcher = Fetcher(hosts)
     assert fetcher.fetch(address) == PNG
+    assert asked[-1] == "photos.test"
+    assert server.asked[-1][1]["Host"] == f"photos.test:{server.server_port}"
     assert "Hostname mismatch" in refusal(fetcher, address.replace("photos.test", "other.test"))
+    assert "cannot be fetched" in refusal(fetcher, server.address())

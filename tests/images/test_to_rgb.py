@@ -1,12 +1,12 @@
 """The same pixels from every lossless container, and every mode as RGB."""
 
-import zlib
+import struct
 from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hostile_files import encoded, exif, heic, png_chunk, png_file, png_of, tiff_file, tiff_of
 from PIL import Image, ImageOps
+from raw_images import encoded, exif, heic, png_chunk, png_of, tiff_file, tiff_of
 
 from cocoa_embed.errors import ImageError
 from cocoa_embed.images.load import load_image
@@ -38,19 +38,31 @@ LOSSLESS: dict[str, Callable[[np.ndarray], bytes]] = {
     "ico": lambda samples: encoded(image_of(samples), "ICO", sizes=[(21, 27)]),
     "tiff": lambda samples: encoded(image_of(samples), "TIFF"),
     "heic": lambda samples: heic(image_of(samples)),
+    **{
+        f"tiff {name}": lambda samples, name=name: encoded(image_of(samples), "TIFF", compression=name)
+        for name in ("tiff_lzw", "tiff_adobe_deflate", "packbits", "tiff_lzma")
+    },
 }
 
 SAME: dict[str, bytes] = {
     **{container: encode(NOISE) for container, encode in LOSSLESS.items()},
     "ppm": encoded(image_of(NOISE), "PPM"),
     "png, 16 bits": png_of(wide(NOISE), colour=2),
-    "tiff, planes": tiff_of(NOISE, 2, planar=True),
-    **{f"tiff, 16 bits, order {order}": tiff_of(wide(NOISE), 2, order=order) for order in "<>"},
+    **{
+        f"tiff, order {order}, planes {planar}, {samples.itemsize} bytes": tiff_of(
+            samples, 2, order=order, planar=planar
+        )
+        for order in "<>"
+        for planar in (False, True)
+        for samples in (NOISE, wide(NOISE))
+    },
     "grey png, 16 bits": png_of(wide(GREY)[:, :, 0], colour=0),
     "grey png, 16 bits and alpha": png_of(np.dstack([wide(GREY), np.full_like(GREY, 65535, np.uint16)]), colour=4),
+    "grey png, 16 bits of RGB": png_of(np.repeat(wide(GREY), 3, axis=2), colour=2),
     "grey tiff, 16 bits": tiff_of(wide(GREY), 1),
     "grey tiff, 16 bits, big-endian": tiff_of(wide(GREY), 1, order=">"),
     "grey tiff, 16 bits, white is 0": tiff_of(65535 - wide(GREY), 0),
+    "grey tiff, 8 bits, white is 0": tiff_of(255 - GREY, 0),
     "grey tiff, floats to 1": tiff_of((GREY / 255).astype(np.float32), 1),
     "grey heic": heic(image_of(GREY), matrix_coefficients=1),
     "grey gif, animated": encoded(image_of(GREY), "GIF", save_all=True, append_images=[image_of(255 - GREY)]),
@@ -70,32 +82,29 @@ def test_transparency_looks_the_same_in_every_container(container: str) -> None:
     np.testing.assert_array_equal(load_image(LOSSLESS[container](ALPHA)), over_white(image_of(ALPHA)))
 
 
-def test_12_bits_fill_the_whole_range() -> None:
+def test_12_bits_fill_the_whole_range_and_floats_are_finite() -> None:
+    with pytest.raises(ImageError, match="not finite"):
+        load_image(tiff_of(np.full((2, 2, 1), np.nan, dtype=np.float32), 1))
     tags = {256: (3, [2]), 257: (3, [1]), 258: (3, [12]), 259: (3, [1]), 262: (3, [1]), 277: (3, [1])}
     loaded = load_image(tiff_file(tags, [b"\xff\xf8\x00"]))
     assert [loaded.getpixel((column, 0)) for column in (0, 1)] == [(255, 255, 255), (128, 128, 128)]
 
 
 @pytest.mark.parametrize(
-    "data",
+    ("samples", "colour", "depth", "transparent"),
     [
-        png_file(2, 1, 4, 0, png_chunk(b"tRNS", b"\0\x09"), png_chunk(b"IDAT", zlib.compress(b"\0\x09"))),
-        png_of(np.array([[0, 0x1234]], np.uint16), png_chunk(b"tRNS", b"\x12\x34"), colour=0),
-        png_of(np.array([[[0, 0, 0], [257, 512, 769]]], np.uint16), png_chunk(b"tRNS", b"\1\1\2\0\3\1"), colour=2),
+        (np.array([[0, 9]], dtype=np.uint8), 0, 4, struct.pack(">H", 9)),
+        (np.array([[0, 99]], dtype=np.uint8), 0, 0, struct.pack(">H", 99)),
+        (np.array([[0, 0x1234]], dtype=np.uint16), 0, 0, struct.pack(">H", 0x1234)),
+        (np.array([[[0, 0, 0], [1, 2, 3]]], dtype=np.uint8), 2, 0, struct.pack(">HHH", 1, 2, 3)),
+        (np.array([[[0, 0, 0], [257, 512, 769]]], dtype=np.uint16), 2, 0, struct.pack(">HHH", 257, 512, 769)),
     ],
 )
-def test_the_transparent_colour_of_a_png_is_white_at_every_depth(data: bytes) -> None:
-    loaded = load_image(data)
+def test_the_transparent_colour_of_a_png_is_white_at_every_depth(
+    samples: np.ndarray, colour: int, depth: int, transparent: bytes
+) -> None:
+    loaded = load_image(png_of(samples, png_chunk(b"tRNS", transparent), colour=colour, depth=depth))
     assert [loaded.getpixel((column, 0)) for column in (0, 1)] == [(0, 0, 0), (255, 255, 255)]
-
-
-@pytest.mark.parametrize(
-    ("samples", "photometric", "reason"),
-    [(np.full((2, 2, 1), np.nan, np.float32), 1, "not finite"), (wide(NOISE), 2, "separate colour planes of 16 bits")],
-)
-def test_pixels_that_would_be_read_wrongly_are_refused(samples: np.ndarray, photometric: int, reason: str) -> None:
-    with pytest.raises(ImageError, match=reason):
-        load_image(tiff_of(samples, photometric, planar=True))
 
 
 def test_the_inverted_cmyk_of_adobe_has_the_right_colours() -> None:
@@ -106,8 +115,13 @@ def test_the_inverted_cmyk_of_adobe_has_the_right_colours() -> None:
     assert load_image(encoded(ink, "TIFF")).getpixel((8, 8)) == (255, 0, 0)
 
 
-@pytest.mark.parametrize("mode", [*sorted({*Image.MODES} - {"La"}), "PA", "RGBX", "RGBa", "I;16B"])
-def test_every_mode_of_files_becomes_rgb(mode: str) -> None:
+def test_lab_is_converted_by_its_definition() -> None:
+    red = load_image(tiff_of(np.array([[[136, 80, 67]]], dtype=np.uint8), 8)).getpixel((0, 0))
+    assert np.abs(np.subtract(red, (255, 0, 0))).max() < 16
+
+
+@pytest.mark.parametrize("mode", [*Image.MODES, "La", "PA", "RGBX", "RGBa", "LAB", "HSV", "I;16B", "I;16L"])
+def test_every_mode_becomes_rgb(mode: str) -> None:
     loaded = upright_rgb(Image.new(mode, (3, 2)))
     assert (loaded.mode, loaded.size) == ("RGB", (3, 2))
 
@@ -116,6 +130,9 @@ def test_transparency_is_composited_in_bands_as_all_at_once(monkeypatch: pytest.
     at_once = over_white(image_of(ALPHA))
     monkeypatch.setattr("cocoa_embed.images.to_rgb.PIXELS_AT_ONCE", 50)
     np.testing.assert_array_equal(over_white(image_of(ALPHA)), at_once)
+    palette = image_of(NOISE).quantize(5)
+    palette.info["transparency"] = 2
+    np.testing.assert_array_equal(over_white(palette), over_white(palette.convert("RGBA")))
 
 
 def test_no_metadata_is_left_that_a_reader_would_apply_again() -> None:
