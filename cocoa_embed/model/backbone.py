@@ -23,6 +23,7 @@ from transformers import (
 from cocoa_embed.errors import CocoaError, UsageError, one_line
 from cocoa_embed.model.attention import make_bidirectional, make_causal
 from cocoa_embed.model.flex_attention import FLEX, use_flex_attention
+from cocoa_embed.model.loading import is_hub_name
 from cocoa_embed.model.template import CHAT_TEMPLATE
 from cocoa_embed.model.training_record import explain_unfinished
 
@@ -106,7 +107,7 @@ def origin(name_or_path: str) -> Origin:
         return "folder"
     if name_or_path in builtin_backbones():
         return "built-in"
-    if name_or_path.startswith((".", "/", "~")) or "/" not in name_or_path:
+    if not is_hub_name(name_or_path):
         raise CocoaError(
             f"No backbone {name_or_path!r}: it is neither a folder nor one of this package's "
             f"({', '.join(builtin_backbones())}); give a folder, one of those, or a hub name such as "

@@ -59,8 +59,6 @@ Data: {data}. Seed {seed}. The whole recipe is in `cocoa_training.json`.
 {results}
 """
 
-_KINDS = {"lora": "LoRA", "dora": "DoRA"}
-
 _METRICS = ("recall@1", "recall@5", "recall@10", "mrr")
 
 
@@ -111,7 +109,7 @@ def _training_text(name: str, stages: list[dict[str, Any]], dimension: int | Non
         for stage in stages
     ]
     adapters = [
-        f"{stage['stage']} {_KINDS[adapter['kind']]} (r {adapter['r']}, alpha {adapter['alpha']})"
+        f"{stage['stage']} {adapter['kind']} (r {adapter['r']}, alpha {adapter['alpha']})"
         for stage in stages
         if (adapter := stage["adapter"])
     ]

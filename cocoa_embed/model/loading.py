@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cocoa_embed.errors import CocoaError, UsageError, one_line, printable
-from cocoa_embed.model.training_record import TRAINING_FILE, explain_unfinished, read_training
+from cocoa_embed.model.training_record import explain_unfinished, read_training
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -80,11 +80,6 @@ def check_model(model: str | Path) -> None:
                 " Hugging Face hub as owner/name"
             )
     elif not (folder / MODULES_FILE).is_file():
-        if not (folder / TRAINING_FILE).is_file():
-            raise CocoaError(
-                f"{name} is no SentenceTransformer (it has no {MODULES_FILE}); name a folder that cocoa-embed export "
-                "wrote"
-            )
         read_training(folder)
     elif not any(any(folder.rglob(pattern)) for pattern in WEIGHT_FILES):
         raise CocoaError(

@@ -22,7 +22,7 @@ def read_training(checkpoint: Path) -> dict[str, Any]:
     :raises CocoaError: If the folder is not a checkpoint, or its stage is not finished.
     """
     path = checkpoint / TRAINING_FILE
-    remedy = "Give the folder of a stage that `cocoa-embed train` has written."
+    remedy = "Give a folder that `cocoa-embed train` or `cocoa-embed export` has written."
     if not path.is_file() or not any(checkpoint.glob("*.safetensors")):
         raise CocoaError(
             explain_unfinished(checkpoint)
@@ -43,15 +43,13 @@ def write_training(checkpoint: Path, training: dict[str, Any]) -> None:
 def read_run(folder: Path) -> dict[str, Any]:
     """Read ``run.json`` of a run.
 
-    :raises UsageError: If the folder is not a run; the error names a run near it.
+    :raises UsageError: If the folder is not a run; the error names the run that it is part of.
     :raises CocoaError: If the file is broken, or of another version.
     """
     path, name = folder / RUN_FILE, printable(folder)
     if not path.is_file():
         run = run_of(folder)
-        inside = sorted(file.parent for depth in ("*", "*/*") for file in folder.glob(f"{depth}/{RUN_FILE}"))
         hint = f"it is part of the run {printable(run)}" if run else "name the --out of cocoa-embed train"
-        hint = f"did you mean {printable(inside[0])}?" if inside else hint
         fault = f"is no training run: it has no {RUN_FILE}" if folder.exists() else "does not exist"
         raise UsageError(f"{name} {fault}; {hint}")
     run_record = _read_object(path, "Restore it.")

@@ -18,6 +18,7 @@ from cocoa_embed.model.attention import (
     bidirectional_mask,
     bridge_mask,
     make_bidirectional,
+    make_causal,
 )
 from cocoa_embed.model.backbone import load_backbone
 from cocoa_embed.train.data.rows import numbered
@@ -58,19 +59,20 @@ def test_the_probe_detects_a_model_that_is_causal_with_or_without_padding_only(
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("training", [False, True])
 @every_family
 def test_make_bidirectional_satisfies_the_probe_and_keeps_the_mode(
-    tiny_backbone_path: Path, implementation: str, training: bool
+    tiny_backbone_path: Path, implementation: str
 ) -> None:
     model = AutoModelForImageTextToText.from_pretrained(tiny_backbone_path, attn_implementation=implementation)
-    model.train(training)
-    with pytest.raises(CocoaError, match=f"'{implementation}' is causal without padding"):
-        assert_bidirectional(model)
-    make_bidirectional(model)
-    assert model.config.get_text_config().is_causal is False
-    assert_bidirectional(model)
-    assert all(module.training is training for module in model.modules())
+    for training in (True, False):
+        with pytest.raises(CocoaError, match=f"'{implementation}' is causal without padding"):
+            assert_bidirectional(model.train(training))
+        make_bidirectional(model)
+        assert all(module.training is training for module in model.modules())
+        make_causal(model)
+    model.get_input_embeddings().weight.data.fill_(torch.nan)
+    with pytest.raises(CocoaError, match="not finite"):
+        make_bidirectional(model)
 
 
 @st.composite
@@ -87,8 +89,6 @@ def layouts(draw: st.DrawFn) -> Tensor:
 def test_the_bridge_mask_follows_the_table_in_the_method(blocks: Tensor, eos_attends_to_b: bool) -> None:
     sees = SEES | {(Block.EOS, Block.B): eos_attends_to_b}
     allowed = bridge_mask(blocks, eos_attends_to_b=eos_attends_to_b)
-    assert allowed.dtype == torch.bool
-    assert allowed.shape == (*blocks.shape, blocks.shape[1])
     assert allowed.any(dim=2).all(), "no row of the softmax is empty"
     for row, kinds in enumerate(blocks.tolist()):
         for i, attending in enumerate(kinds):
@@ -111,14 +111,8 @@ def test_the_dense_mask_gives_the_models_own_result_under_padding(
     load_tiny: LoadTiny, scene_rows: list[Row], implementation: str
 ) -> None:
     backbone = load_tiny(implementation)
-    text = scene_rows[0].positive.text
-    items = [
-        Item(text="a red ring"),
-        Item(text=text, images=(scene_rows[0].image,)),
-        Item(images=(scene_rows[1].image,)),
-    ]
-    batch = render_items(backbone.processor, items)
-    assert len(batch["attention_mask"].sum(dim=1).unique()) == len(items), "there is padding"
+    batch = render_items(backbone.processor, [Item(text="a red ring"), Item(images=(scene_rows[0].image,))])
+    assert (batch["attention_mask"] == 0).any(), "there is padding"
     positions = position_ids(backbone.model, batch)
     dense = as_model_mask(
         bidirectional_mask(batch["attention_mask"]), attn_implementation=implementation, dtype=torch.float32
@@ -129,15 +123,6 @@ def test_the_dense_mask_gives_the_models_own_result_under_padding(
     real = batch["attention_mask"].bool()
     torch.testing.assert_close(ours[real], own[real], atol=1e-5, rtol=0)
     assert not torch.allclose(unmasked[real], own[real], atol=1e-3), "padding changes an unmasked result"
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_eager_mask_is_finite_in_the_models_dtype(dtype: torch.dtype) -> None:
-    mask = as_model_mask(torch.tensor([[[True, False], [True, True]]]), attn_implementation="eager", dtype=dtype)
-    assert mask.dtype == dtype
-    assert mask.shape == (1, 1, 2, 2)
-    assert mask.isfinite().all()
-    assert (mask == 0).flatten().tolist() == [True, False, True, True]
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
 import re
 import shutil
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from cocoa_embed.model.backbone import (
     Backbone,
     builtin_backbones,
     load_backbone,
+    load_processor,
     prepare_processor,
     resolve_backbone,
 )
@@ -39,10 +39,6 @@ def make_image(tmp_path: Path) -> Callable[[int, int], Path]:
     return make
 
 
-def assert_one_line(error: pytest.ExceptionInfo[CocoaError]) -> None:
-    assert "\n" not in str(error.value).strip()
-
-
 def visual_tokens(backbone: Backbone, ids: torch.Tensor) -> int:
     return int((ids == backbone.model.config.image_token_id).sum())
 
@@ -50,44 +46,36 @@ def visual_tokens(backbone: Backbone, ids: torch.Tensor) -> int:
 def test_the_packaged_backbone_loads_by_name_in_float32_and_bidirectional_with_qwens_tokens() -> None:
     assert builtin_backbones() == ["scene-captioner"]
     model, tokenizer = (backbone := load_backbone("scene-captioner")).model, backbone.processor.tokenizer
-    assert type(model) is Qwen2VLForConditionalGeneration
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert (type(model), model.dtype) == (Qwen2VLForConditionalGeneration, torch.float32)
     assert_bidirectional(model)
-    assert 2_000_000 <= sum(parameter.numel() for parameter in model.parameters()) <= 4_000_000
     assert set(QWEN_SPECIAL_TOKENS) <= set(tokenizer.all_special_tokens)
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
     assert model.config.image_token_id == tokenizer.convert_tokens_to_ids("<|image_pad|>")
     assert model.config.get_text_config().eos_token_id == tokenizer.eos_token_id
 
 
-@pytest.mark.parametrize("name", ["scene-captoner", "./nowhere", "/no/where", "~/nowhere"])
+@pytest.mark.parametrize("name", ["scene-captoner", "./nowhere"])
 def test_an_unknown_name_and_a_missing_folder_are_refused_without_a_look_at_the_hub(name: str) -> None:
     reason = rf"No backbone '{name}': it is neither a folder nor one of this package's \(scene-captioner\)"
     with pytest.raises(CocoaError, match=reason) as error:
         load_backbone(name)
-    assert_one_line(error)
+    assert "\n" not in str(error.value)
 
 
 def test_a_folder_precedes_a_built_in_name_and_a_hub_name_stays_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert resolve_backbone("Qwen/Qwen2-VL-2B-Instruct") == "Qwen/Qwen2-VL-2B-Instruct"
-    assert Path(resolve_backbone("scene-captioner")).is_absolute()
     (tmp_path / "scene-captioner").mkdir()
     monkeypatch.chdir(tmp_path)
     assert resolve_backbone("scene-captioner") == "scene-captioner"
-
-
-NO_CONFIG = "Cannot read a model config from {}"
 
 
 @pytest.mark.parametrize(
     ("removed", "written", "reason"),
     [
         ("", BertConfig().to_json_string(), r"is a 'bert' model; supported are qwen2_5_vl, qwen2_vl, qwen3_vl\."),
-        ("config.json", None, NO_CONFIG),
-        ("", "{", NO_CONFIG),
-        ("", '{"no": "model type"}', NO_CONFIG),
+        ("config.json", None, "Cannot read a model config from {}"),
         ("*.safetensors", None, "Cannot load weights from {}"),
         ("*token* *processor* *.jinja", None, "Cannot load the processor of {}"),
     ],
@@ -102,7 +90,7 @@ def test_a_folder_of_another_model_or_an_incomplete_one_is_refused(
     with pytest.raises(CocoaError, match=reason.replace("{}", re.escape(str(folder)))) as error:
         load_backbone(str(folder))
     assert error.type is (UsageError if "supported" in reason else CocoaError)
-    assert_one_line(error)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -121,9 +109,8 @@ def test_weights_that_do_not_fit_the_model_are_an_error_that_lists_them(
     weights.pop(name, None)
     added = {} if value is None else {name: value}
     save_file({**weights, **added}, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CocoaError, match=fault) as error:
+    with pytest.raises(CocoaError, match=fault):
         load_backbone(str(folder))
-    assert_one_line(error)
 
 
 @pytest.mark.parametrize("spare_rows", [0, 10])
@@ -131,16 +118,13 @@ def test_a_mask_token_is_added_and_the_matrix_grows_only_if_it_is_full(tmp_path:
     tokens = len(build_tokenizer(0))
     config = qwen2_vl(build_tokenizer(0))[0].config
     config.text_config.vocab_size = tokens + spare_rows
-    model, processor = Qwen2VLForConditionalGeneration(config), build_processor(build_tokenizer(0))
-    assert processor.tokenizer.mask_token is None
-    Backbone(model, processor).save(tmp_path)
+    model = Qwen2VLForConditionalGeneration(config)
+    Backbone(model, build_processor(build_tokenizer(0))).save(tmp_path)
     backbone = load_backbone(str(tmp_path), max_length=TINY_MAX_LENGTH)
     matrix = backbone.model.get_input_embeddings().weight
-    assert backbone.processor.tokenizer.mask_token == MASK_TOKEN
-    assert backbone.processor.tokenizer.mask_token_id == tokens
+    assert backbone.processor.tokenizer.convert_tokens_to_ids(MASK_TOKEN) == tokens
     assert torch.equal(matrix[:tokens], model.get_input_embeddings().weight[:tokens])
     assert len(matrix) == backbone.model.config.get_text_config().vocab_size == tokens + (spare_rows or 1)
-    assert backbone.model.get_output_embeddings().weight.shape == matrix.shape
     backbone.save(tmp_path / "again")
     again = load_backbone(str(tmp_path / "again"), max_length=TINY_MAX_LENGTH)
     assert torch.equal(again.model.get_input_embeddings().weight, matrix)
@@ -153,33 +137,31 @@ def test_max_pixels_and_max_length_are_applied_and_saved(
     backbone = load_backbone(str(tiny_backbone_path), max_length=80, max_pixels=4 * PIXELS_PER_TOKEN)
     backbone.save(tmp_path)
     for loaded in (backbone, load_backbone(str(tmp_path))):
-        assert loaded.processor.image_processor.size["longest_edge"] == 4 * PIXELS_PER_TOKEN
-        assert loaded.processor.tokenizer.model_max_length == 80
         batch = render_items(loaded.processor, [Item(text=LONG_TEXT, images=(make_image(112, 112),))])
         assert batch["input_ids"].shape == (1, 80)
         assert visual_tokens(loaded, batch["input_ids"]) == 4
 
 
 @pytest.mark.parametrize(
-    ("max_length", "tokens", "reason"),
+    ("tokens", "reason"),
     [
-        (128, 128, "100352 pixels takes 160 visual tokens, more than the 120 that a sequence of 128 has room for"),
-        (40, 16, "takes 56 visual tokens, more than the 32 .*; lower max_pixels or raise max_length"),  # a panorama
-        (64, 16, None),
+        (
+            128,
+            "100352 pixels takes 160 visual tokens, more than the 120 that a sequence of 128 has room for",
+        ),
+        (96, "takes 138 visual tokens, more than the 120"),  # a panorama
     ],
 )
-def test_an_image_limit_too_large_for_the_sequence_is_refused_with_both_numbers(
-    tiny_backbone_path: Path, max_length: int, tokens: int, reason: str | None
-) -> None:
-    with nullcontext() if reason is None else pytest.raises(UsageError, match=reason):
-        load_backbone(str(tiny_backbone_path), max_length=max_length, max_pixels=tokens * PIXELS_PER_TOKEN)
+def test_an_image_limit_too_large_for_the_sequence_is_refused_with_both_numbers(tokens: int, reason: str) -> None:
+    with pytest.raises(UsageError, match=reason):
+        load_processor("scene-captioner", max_length=128, max_pixels=tokens * PIXELS_PER_TOKEN)
 
 
 @pytest.mark.parametrize(
     ("text", "size"),
     [
-        *((text, size) for text in ("", "a red ring", LONG_TEXT) for size in (None, (112, 112))),
-        *((None, size) for size in ((84, 28), (112, 84), (28 * 150, 28), (12, 2000))),
+        *((text, size) for text in ("", LONG_TEXT) for size in (None, (112, 112))),
+        *((None, size) for size in ((112, 84), (28 * 150, 28), (12, 2000))),
     ],
 )
 def test_every_sequence_ends_in_eos_and_keeps_its_visual_tokens(
@@ -191,15 +173,14 @@ def test_every_sequence_ends_in_eos_and_keeps_its_visual_tokens(
     batch = render_items(processor, [item, Item(text="small blue ring " * 10)])
     length = int(batch["attention_mask"][0].sum())
     ids = batch["input_ids"][0, :length]
-    assert ids[-1] == processor.tokenizer.eos_token_id
-    assert (ids == processor.tokenizer.eos_token_id).sum() == 1
+    assert (ids == processor.tokenizer.eos_token_id).nonzero().tolist() == [[length - 1]]
     if size is not None:
         geometry = tiny_backbone.geometry
         patches = visual_tokens(tiny_backbone, ids) * geometry.patches_per_token
         assert int(batch["image_grid_thw"].prod()) == patches
         assert batch["pixel_values"].shape == (patches, geometry.patch_width) == (patches, 1176)
     assert (length == TINY_MAX_LENGTH) == (text == LONG_TEXT), "the long text, and no other, is truncated"
-    assert batch["attention_mask"][0].tolist() == [1] * length + [0] * (batch["input_ids"].shape[1] - length)
+    assert batch["attention_mask"][0, :length].all(), "padding is on the right"
 
 
 def test_a_processor_is_prepared_the_same_from_any_earlier_settings() -> None:
@@ -209,12 +190,8 @@ def test_a_processor_is_prepared_the_same_from_any_earlier_settings() -> None:
 
     plain, other = (build_processor(build_tokenizer(0)) for _ in range(2))
     other.tokenizer.add_special_tokens({"mask_token": "[MASK]"})
-    size = len(other.tokenizer)
     other.tokenizer.padding_side = "left"
-    other.chat_template = "{{ 'something else' }}"
-    other.tokenizer.chat_template = "{{ 'yet another' }}"
+    other.chat_template = other.tokenizer.chat_template = "{{ 'something else' }}"
     assert rendered(plain) == rendered(other) == rendered(other), "preparing it again changes nothing"
-    assert (other.tokenizer.mask_token, len(other.tokenizer)) == ("[MASK]", size)
-    assert other.tokenizer.padding_side == "right"
-    assert other.chat_template == plain.chat_template
-    assert other.tokenizer.chat_template is None
+    assert (other.tokenizer.mask_token, other.tokenizer.padding_side) == ("[MASK]", "right")
+    assert (other.chat_template, other.tokenizer.chat_template) == (plain.chat_template, None)

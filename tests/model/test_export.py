@@ -4,7 +4,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import pytest
 import torch
 import yaml
 from exported import PROMPTS, TRAINING, contents
-from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from tiny_backbones import TINY_MAX_LENGTH
 
@@ -50,7 +48,6 @@ np.savez(
     query=model.encode_query(items),
     document=model.encode_document(items),
     similarity=model.similarity(queries, documents),
-    modules=[type(module).__module__.split(".")[0] + "." + type(module).__name__ for module in model],
 )
 """
 
@@ -68,10 +65,6 @@ def test_the_cards_code_runs_without_this_project_and_gives_the_same_embeddings(
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = np.load(tmp_path / "embeddings.npz")
-    assert list(found["modules"]) == [
-        f"sentence_transformers.{name}" for name in ("Transformer", "Pooling", "Normalize")
-    ]
-    assert found["similarity"].shape == (1, 3)
     image = load_image(tmp_path / "photo.jpg")
     items = [{"text": "a red ring"}, {"image": image}, {"image": image, "text": "a red ring"}]
     for name in ("plain", "bare"):
@@ -87,12 +80,7 @@ def test_an_embedding_is_the_normalised_last_hidden_state_at_eos(
     """Computed from the checkpoint by the training code, one item at a time."""
     backbone = load_backbone(str(checkpoint))
     backbone.model.eval()
-    items = [
-        Item(text="a red ring"),
-        Item(text=LONG_TEXT),
-        Item(images=(scene_rows[0].image,)),
-        Item(images=(scene_rows[1].image,), text="what is left of the ring?"),
-    ]
+    items = [Item(text=LONG_TEXT), Item(images=(scene_rows[1].image,), text="what is left of the ring?")]
     expected = []
     for item in items:
         batch = render_items(backbone.processor, [item])
@@ -111,37 +99,20 @@ def test_saved_again_it_has_the_same_files_and_embeddings(tiny_export: Path, tmp
     first.save(str(tmp_path / "second"))
     second = SentenceTransformer(str(tmp_path / "second"), device="cpu")
     original = contents(tiny_export)
-    assert {"model.safetensors", "modules.json", "README.md", "chat_template.jinja"} <= original.keys()
     assert json.loads(original.pop(TRAINING_FILE)) == TRAINING
     assert contents(tmp_path / "second") == original
-    items = [{"text": "a red ring"}]
-    assert np.array_equal(first.encode(items), second.encode(items))
+    assert np.array_equal(first.encode("a red ring"), second.encode("a red ring"))
 
 
-def test_a_causal_model_is_not_exported(tiny_backbone_path: Path, tmp_path: Path) -> None:
-    checkpoint = tmp_path / "causal"
-    shutil.copytree(tiny_backbone_path, checkpoint)
-    assert "is_causal" not in (checkpoint / "config.json").read_text()
+def test_a_causal_model_is_not_exported(tiny_backbone_path: Path) -> None:
     with pytest.raises(CocoaError, match="is causal"):
-        build_sentence_transformer(checkpoint, prompts=PROMPTS)
+        build_sentence_transformer(tiny_backbone_path, prompts=PROMPTS)
 
 
-def truncate(weights: Path) -> None:
-    os.truncate(weights, weights.stat().st_size // 2)
-
-
-def fill_with_nan(weights: Path) -> None:
-    nan = {name: torch.full_like(value, torch.nan) for name, value in load_file(weights).items()}
-    save_file(nan, weights, metadata={"format": "pt"})
-
-
-@pytest.mark.parametrize(("damage", "reason"), [(truncate, "checkpoint is incomplete"), (fill_with_nan, "not finite")])
-def test_damaged_weights_are_refused_in_one_line(
-    checkpoint: Path, tmp_path: Path, damage: Callable[[Path], None], reason: str
-) -> None:
+def test_damaged_weights_are_refused_in_one_line_and_nothing_is_written(checkpoint: Path, tmp_path: Path) -> None:
     broken = Path(shutil.copytree(checkpoint, tmp_path / "broken"))
-    damage(broken / "model.safetensors")
-    with pytest.raises(CocoaError, match=reason) as error:
+    os.truncate(broken / "model.safetensors", 1000)
+    with pytest.raises(CocoaError, match="checkpoint is incomplete") as error:
         export_model(broken, tmp_path / "out")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
@@ -151,17 +122,16 @@ def test_an_export_never_replaces_a_checkpoint(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A checkpoint looks like an earlier export."""
-    for stage in ("bridge", "contrastive"):
-        shutil.copytree(checkpoint, tmp_path / "run" / stage)
+    shutil.copytree(checkpoint, tmp_path / "run" / "contrastive")
     before = contents(tmp_path / "run")
     monkeypatch.chdir(tmp_path / "run")
     stage = Path("contrastive").absolute()
-    for out in (stage, Path("contrastive"), stage / ".." / "contrastive", stage.parent):
+    for out in (Path("contrastive"), stage.parent):
         with pytest.raises(CocoaError, match="is or holds the checkpoint"):
             export_model(stage, out)
     assert contents(tmp_path / "run") == before
     (tmp_path / "run" / RUN_MARKER).touch()
-    for out in ("bridge", "bridge/model", "contrastive/model"):
+    for out in ("bridge", "contrastive/model"):
         with pytest.raises(CocoaError, match=f"{out} is in the folder of a training run"):
             export_model(stage, stage.parent / out)
     assert contents(tmp_path / "run") == {**before, RUN_MARKER: b""}
@@ -173,67 +143,47 @@ def card(model: SentenceTransformer, **changes: Any) -> tuple[dict[str, Any], st
     return yaml.safe_load(front_matter), " ".join(body.split())
 
 
-def with_contrastive(**changes: Any) -> dict[str, Any]:
-    """Return a change of the record: other values of its contrastive stage."""
-    warmup, contrastive = TRAINING["stages"]
-    return {"stages": [warmup, {**contrastive, **changes}]}
-
-
 @pytest.mark.parametrize(
-    ("changes", "shown", "absent"),
+    ("changes", "contrastive", "shown", "absent"),
     [
         (
+            {},
             {},
             [
                 *("a-tiny-backbone", "32 dimensions", f'"{PROMPTS["query"]}"', f'"{PROMPTS["document"]}"'),
                 *(f"{TINY_MAX_LENGTH} tokens", "12544 pixels", "Seed 17", 'SentenceTransformer("my-model")'),
                 *("| warmup | 11 | 4 | 0.0003 | 1.234 |", "| contrastive | 13 | 8 | 0.0005 | 0.567 |"),
-                "Nothing was measured",
             ],
             ["| bridge |", "Adapters", "truncate_dim"],
         ),
         (
-            {
-                "results": {"all": {"recall@1": 0.875, "recall@5": 0.95, "recall@10": 1.0, "mrr": 0.9014}},
-                "data": "drawn",
-            },
-            ["| all | 0.875 | 0.950 | 1.000 | 0.901 |", "Data: drawn."],
+            {"results": {"all": {"recall@1": 0.875, "recall@5": 0.95, "recall@10": 1.0, "mrr": 0.9014}}},
+            {"adapter": {"kind": "dora", "r": 4, "alpha": 64}, "description": "With InfoNCE."},
+            ["| all | 0.875 | 0.950 | 1.000 | 0.901 |", "stage: contrastive dora (r 4, alpha 64). With InfoNCE."],
             ["Nothing was measured"],
         ),
         (
-            with_contrastive(adapter={"kind": "dora", "r": 4, "alpha": 64}, description="With InfoNCE."),
-            ["merged into the weights at the end of their stage: contrastive DoRA (r 4, alpha 64). With InfoNCE."],
-            [],
-        ),
-        ({"stages": []}, ["No stage was run"], []),
-        (
             {"recipe": {**TRAINING["recipe"], "prompts": {"query": "", "document": ""}}},
-            ["`encode_query` puts nothing before a query"],
-            [],
-        ),
-        (with_contrastive(matryoshka_dims=[32]), [], ["truncate_dim"]),
-        (
-            with_contrastive(matryoshka_dims=[8, 32, 16]),
-            ["first 16 or 8 values", 'SentenceTransformer("my-model", truncate_dim=16)', "`normalize_embeddings=True`"],
+            {"matryoshka_dims": [8, 32, 16]},
+            ["puts nothing before a query", "first 16 or 8 values", 'SentenceTransformer("my-model", truncate_dim=16)'],
             [],
         ),
     ],
 )
 def test_the_card_describes_the_model_its_training_and_its_results(
-    model: SentenceTransformer, changes: dict[str, Any], shown: list[str], absent: list[str]
+    model: SentenceTransformer,
+    changes: dict[str, Any],
+    contrastive: dict[str, Any],
+    shown: list[str],
+    absent: list[str],
 ) -> None:
-    _, body = card(model, **changes)
+    stages = [TRAINING["stages"][0], {**TRAINING["stages"][1], **contrastive}]
+    _, body = card(model, stages=stages, **changes)
     assert [part for part in shown if part not in body] == [part for part in absent if part in body] == []
+    assert "No stage was run" in card(model, stages=[])[1]
 
 
-def test_the_cards_instructions_for_shorter_embeddings_work(model: SentenceTransformer, tiny_export: Path) -> None:
-    short = SentenceTransformer(str(tiny_export), device="cpu", truncate_dim=16)
-    embeddings = short.encode([{"text": "a red ring"}], normalize_embeddings=True)
-    expected = model.encode([{"text": "a red ring"}])[:, :16]
-    np.testing.assert_allclose(embeddings, expected / np.linalg.norm(expected, axis=1, keepdims=True), **SAME)
-
-
-@pytest.mark.parametrize("backbone", ["Qwen/Qwen2-VL-2B-Instruct", "./my: models/#1", "[a] & *b", "007"])
+@pytest.mark.parametrize("backbone", ["Qwen/Qwen2-VL-2B-Instruct", "./my: models/#1"])
 def test_the_cards_front_matter_holds_a_hub_backbone_of_any_name_or_the_built_in_licence(
     model: SentenceTransformer, backbone: str
 ) -> None:

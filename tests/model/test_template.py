@@ -8,15 +8,7 @@ from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.model.template import CHAT_TEMPLATE, render
 
 VISION = "<|vision_start|><|image_pad|><|vision_end|>"
-AWKWARD = [
-    "two\nlines",
-    "  spaces around  ",
-    "\n\ttab and newline\n",
-    "{{ braces }} {% for %} {# comment #}",
-    "\"double\" and 'single' quotes \\ backslash",
-    "<b>&amp; &</b>",
-    "日本語 – ñ – 🟥",
-]
+AWKWARD = ["  spaces \n\ttab\n", "{{ braces }} {% for %} {# comment #}", "\"'\\ <b>&amp;", "日本語 🟥"]
 
 texts = st.text(max_size=30) | st.sampled_from(AWKWARD)
 image_part = {"type": "image"}
@@ -52,11 +44,7 @@ def test_the_processor_renders_as_the_template_does(tiny_backbone: Backbone) -> 
         return tiny_backbone.processor.apply_chat_template(messages, tokenize=False)
 
     for text in AWKWARD:
-        for has_image, image_first in ((False, False), (True, False), (True, True)):
-            one = rendered(messages("find: ", item_parts(text, has_image, image_first)))
-            assert one == render(text=text, images=int(has_image), prompt="find: ")
+        item = item_parts(text, has_image=True, image_first=False)
+        assert rendered(messages("find: ", item)) == render(text=text, images=1, prompt="find: ")
     batch = [messages(None, "one"), messages("find: ", [image_part]), messages(None, [image_part, image_part])]
     assert rendered(batch) == ["one", f"{VISION}find: ", VISION * 2]
-    system = {"role": "system", "content": [{"type": "text", "text": "find: "}]}
-    user = {"role": "user", "content": item_parts("a ring", has_image=True, image_first=False)}
-    assert rendered([system, user]) == f"{VISION}find: a ring"

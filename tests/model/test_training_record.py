@@ -32,23 +32,14 @@ def stopped(tmp_path: Path) -> Path:
     return run
 
 
-READERS: list[Callable[[Path], object]] = [
-    read_training,
-    diagnose,
-    check_model,
-    lambda path: export_model(path, path / "out"),
-    lambda path: read_start(str(path)),
-]
-
-
-@pytest.mark.parametrize("part", ["warmup", "checkpoints/warmup", "checkpoints/warmup/checkpoint-13"])
-@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize("part", ["warmup", "checkpoints/warmup/checkpoint-13"])
+@pytest.mark.parametrize("read", [diagnose, check_model, lambda path: export_model(path, path / "out"), read_start])
 def test_an_unfinished_stage_is_refused_with_its_step_and_the_command_that_continues(
     stopped: Path, part: str, read: Callable[[Path], object]
 ) -> None:
     words = f"stage warmup of that run stopped at step 13 of 60; `cocoa-embed train RECIPE --out {stopped} --resume`"
     with pytest.raises(CocoaError, match=re.escape(words)):
-        read(stopped / part)
+        read(stopped / part if read is not read_start else str(stopped / part))
 
 
 def test_snapshots_and_finished_stages_are_not_unfinished(stopped: Path) -> None:
@@ -60,24 +51,17 @@ def test_snapshots_and_finished_stages_are_not_unfinished(stopped: Path) -> None
     assert explain_unfinished(stopped / "warmup") is None
     with pytest.raises(CocoaError, match="is no checkpoint: it needs"):
         read_training(stopped / "warmup")
-    assert explain_unfinished(stopped) is explain_unfinished(stopped.parent) is None
 
 
-def test_a_folder_that_is_no_run_is_refused_with_the_run_near_it(stopped: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    (tmp_path / "empty").mkdir()
+def test_a_folder_that_is_no_run_is_refused_with_the_run_that_it_is_part_of(stopped: Path, tmp_path: Path) -> None:
     part = stopped / "checkpoints" / "warmup"
     for folder, words in (
         (tmp_path / "nothing", "does not exist; name the --out of cocoa-embed train"),
-        (tmp_path / "file", "is no training run"),
-        (tmp_path / "empty", "is no training run: it has no run.json; name the --out of cocoa-embed train"),
-        (stopped.parent, f"did you mean {stopped}?"),
+        (tmp_path, "is no training run: it has no run.json; name the --out of cocoa-embed train"),
         (part, f"it is part of the run {stopped}"),
     ):
         with pytest.raises(UsageError, match=re.escape(words)):
             read_run(folder)
-    assert run_of(part) == stopped
-    assert run_of(stopped) is None
     assert run_of(part / "checkpoint-13" / "deeper") is None, "three folders deep"
 
 
@@ -85,9 +69,7 @@ def test_a_folder_that_is_no_run_is_refused_with_the_run_near_it(stopped: Path, 
     ("file", "text", "reason"),
     [
         (RUN_FILE, "{", "cannot be read"),
-        (RUN_FILE, "[]", "is no JSON object"),
         (RUN_FILE, '{"version": 2}', "has version 2, this cocoa-embed reads 1"),
-        (TRAINING_FILE, "{", "cannot be read"),
         (TRAINING_FILE, "[]", "is no JSON object"),
         (TRAINING_FILE, '{"stages": []}', "lacks one of"),
     ],

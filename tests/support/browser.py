@@ -5,9 +5,10 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
@@ -15,34 +16,9 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on the PATH")
 
-OPTIONS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking")
+LOOK = Path(__file__).with_suffix(".js").read_text(encoding="utf-8")
 
-LOOK = """<pre id="seen"></pre><script>
-const brokenWords = cell => {
-  const texts = document.createTreeWalker(cell, NodeFilter.SHOW_TEXT), broken = [], range = document.createRange();
-  while (texts.nextNode()) {
-    for (const word of texts.currentNode.data.matchAll(/[\\p{L}\\p{N}.]+/gu)) {
-      range.setStart(texts.currentNode, word.index);
-      range.setEnd(texts.currentNode, word.index + word[0].length);
-      if (new Set([...range.getClientRects()].map(line => line.top)).size > 1) broken.push(word[0]);
-    }
-  }
-  return broken;
-};
-onload = () => {
-  const seen = [...document.querySelectorAll("iframe")].map(frame => {
-    const page = frame.contentDocument;
-    return [frame.id, {
-      width: page.documentElement.scrollWidth,
-      sections: [...page.querySelectorAll("section")].filter(each => each.offsetHeight > 0).map(each => each.id),
-      images: page.images.length,
-      decoded: [...page.images].filter(each => each.complete && each.naturalWidth > 0).length,
-      scrolled: [...page.querySelectorAll(".scroll")].filter(each => each.scrollWidth > each.clientWidth).length,
-      broken: [...page.querySelectorAll("td, th")].flatMap(brokenWords),
-    }];
-  });
-  document.getElementById("seen").textContent = JSON.stringify(Object.fromEntries(seen));
-}</script>"""
+OPTIONS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking")
 
 
 def seen(pages: dict[str, tuple[int, str]], folder: Path) -> dict[str, dict[str, Any]]:
@@ -56,7 +32,9 @@ def seen(pages: dict[str, tuple[int, str]], folder: Path) -> dict[str, dict[str,
         for name, (width, page) in pages.items()
     )
     wrapper = folder / "frames.html"
-    wrapper.write_text(f'<!DOCTYPE html><meta charset="utf-8">{frames}{LOOK}', encoding="utf-8")
+    wrapper.write_text(
+        f'<!DOCTYPE html><meta charset="utf-8">{frames}<pre id="seen"></pre><script>{LOOK}</script>', encoding="utf-8"
+    )
     command = [str(CHROMIUM), *OPTIONS, f"--user-data-dir={folder / 'profile'}", "--dump-dom", wrapper.as_uri()]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     found = re.search(r'<pre id="seen">(\{.*?\})</pre>', dom)
@@ -68,13 +46,19 @@ def seen(pages: dict[str, tuple[int, str]], folder: Path) -> dict[str, dict[str,
 VOID = {"meta", "img", "br", "hr", "input", "link", "wbr"}
 
 
-class Element(NamedTuple):
-    """An element with all text inside it, white space collapsed; ``parent`` is the tag of the element around it."""
+@dataclass
+class Element:
+    """An element; ``parent`` is the tag of the element around it."""
 
     tag: str
     attributes: dict[str, str]
-    text: str
     parent: str
+    pieces: list[str] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """All text inside it, white space collapsed."""
+        return " ".join("".join(self.pieces).split())
 
 
 class HtmlElements(HTMLParser):
@@ -82,32 +66,27 @@ class HtmlElements(HTMLParser):
 
     def __init__(self, page: str) -> None:
         super().__init__()
-        self._found: list[tuple[str, dict[str, str], list[str], str]] = []
-        self._open: list[int] = []
+        self.all: list[Element] = []
+        self._open: list[Element] = []
         self.feed(page)
         self.close()
-        assert not self._open, f"not closed: {[self._found[index][0] for index in self._open]}"
-        self.all = [
-            Element(tag, attributes, " ".join("".join(text).split()), parent)
-            for tag, attributes, text, parent in self._found
-        ]
+        assert not self._open
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.handle_startendtag(tag, attrs)
         if tag not in VOID:
-            self._open.append(len(self._found) - 1)
+            self._open.append(self.all[-1])
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        parent = self._found[self._open[-1]][0] if self._open else ""
-        self._found.append((tag, {name: value or "" for name, value in attrs}, [], parent))
+        parent = self._open[-1].tag if self._open else ""
+        self.all.append(Element(tag, {name: value or "" for name, value in attrs}, parent))
 
     def handle_endtag(self, tag: str) -> None:
-        opened = self._found[self._open.pop()][0]
-        assert opened == tag, f"</{tag}> closes <{opened}>"
+        assert self._open.pop().tag == tag, f"</{tag}> closes another element"
 
     def handle_data(self, data: str) -> None:
-        for index in self._open:
-            self._found[index][2].append(data)
+        for each in self._open:
+            each.pieces.append(data)
 
     def find(self, tag: str, css_class: str | None = None) -> list[Element]:
         """Return the elements of a tag, and of a class if one is given."""

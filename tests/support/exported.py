@@ -25,16 +25,11 @@ TRAINING: dict[str, Any] = {
         }
     ).model_dump(mode="json"),
     "stages": [
-        {
-            "stage": stage,
-            "steps": steps,
-            "batch_size": size,
-            "learning_rate": rate,
-            "rows": 24,
-            "adapter": None,
-            "final": {"loss": loss},
-        }
-        for stage, steps, size, rate, loss in (("warmup", 11, 4, 3e-4, 1.234), ("contrastive", 13, 8, 5e-4, 0.567))
+        {"stage": stage, "steps": steps, "batch_size": size, "learning_rate": rate, "adapter": None, "final": final}
+        for stage, steps, size, rate, final in (
+            ("warmup", 11, 4, 3e-4, {"loss": 1.234}),
+            ("contrastive", 13, 8, 5e-4, {"loss": 0.567}),
+        )
     ],
     "data": "24 rows of scenes",
 }

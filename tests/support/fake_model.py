@@ -87,10 +87,8 @@ class FakeModel:
         self.threads.add(threading.get_ident())
         try:
             items = features["items"]
-            if task == "query":
-                self.queries += items
-            else:
-                self.documents += items
+            (self.queries if task == "query" else self.documents).extend(items)
+            if task != "query":
                 self.batches.append(len(items))
                 self.document_prompts.add(features["prompt"])
             embeddings = np.stack([self._embed(item) for item in items])
@@ -103,18 +101,14 @@ class FakeModel:
         return embeddings[..., : self.truncate_dim].numpy()
 
     def _check(self, item: object) -> None:
-        assert isinstance(item, dict), f"expected a dictionary, got {type(item).__name__}"
-        assert {"text", "image"} >= item.keys() != set(), f"unexpected keys {sorted(item)}"
+        assert isinstance(item, dict)
+        assert {"text", "image"} >= item.keys() != set()
         if "image" in item:
-            image = item["image"]
-            assert isinstance(image, Image.Image)
-            assert image.mode == "RGB"
-            if max(image.size) > LARGEST_ASPECT_RATIO * min(image.size):
+            assert item["image"].mode == "RGB"
+            if max(item["image"].size) > LARGEST_ASPECT_RATIO * min(item["image"].size):
                 raise ValueError(f"absolute aspect ratio must be smaller than {LARGEST_ASPECT_RATIO}")
-        if "text" in item:
-            assert isinstance(item["text"], str)
-            if IMAGE_TOKEN in item["text"]:
-                raise ValueError("image features and image tokens do not match")
+        if IMAGE_TOKEN in item.get("text", ""):
+            raise ValueError("image features and image tokens do not match")
 
     def _embed(self, item: Mapping[str, Any]) -> np.ndarray:
         parts = []

@@ -84,32 +84,21 @@ def start(work: Callable[..., None], *arguments: object) -> tuple[ForkServerProc
     return process, ours
 
 
-def received(reports: Connection) -> list[Any]:
-    """Return everything that a process reports until it ends."""
-    values = []
+def run(work: Callable[..., None], *arguments: object) -> list[Any]:
+    """Run work to its end and return its reports."""
+    return run_and_kill(None, work, *arguments)[1]
+
+
+def run_and_kill(seconds: float | None, work: Callable[..., None], *arguments: object) -> tuple[bool, list[Any]]:
+    """Kill work ``seconds`` after its first report; return whether it was still running, and its reports."""
+    process, reports = start(work, *arguments)
+    values = [reports.recv()]
+    if seconds is not None:
+        time.sleep(seconds)
+        process.kill()
     with contextlib.suppress(EOFError):
         while True:
             values.append(reports.recv())
-    return values
-
-
-def run(work: Callable[..., None], *arguments: object) -> list[Any]:
-    """Run work to its end and return its reports."""
-    process, reports = start(work, *arguments)
-    values = received(reports)
     process.join()
-    assert process.exitcode == 0
-    return values
-
-
-def run_and_kill(seconds: float, work: Callable[..., None], *arguments: object) -> tuple[bool, list[Any]]:
-    """Kill work ``seconds`` after its first report; return whether it was still running, and its reports."""
-    process, reports = start(work, *arguments)
-    first = reports.recv()
-    time.sleep(seconds)
-    if process.is_alive():
-        os.kill(process.pid or 0, signal.SIGKILL)
-    values = [first, *received(reports)]
-    process.join()
-    assert process.exitcode in (0, -signal.SIGKILL), "the work failed by itself"
+    assert process.exitcode in (0, None if seconds is None else -signal.SIGKILL), "the work failed by itself"
     return process.exitcode != 0, values

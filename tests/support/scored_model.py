@@ -2,7 +2,7 @@
 
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,8 @@ class ScoredModel(FakeModel):
         self.prompts = {"query": "find: ", "document": ""}
         self.calls = 0
 
-    def __iter__(self) -> Iterator[Any]:
-        return iter(())
-
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {"seed": torch.tensor([self.seed, self.noise])}
-
-    def supports(self, modality: str | tuple[str, ...]) -> bool:
-        return modality in self.modalities if isinstance(modality, str) else {"text", "image"} <= {*self.modalities}
 
     def encode_query(self, inputs: list[Any], batch_size: int, show_progress_bar: bool) -> np.ndarray:
         self.calls += 1

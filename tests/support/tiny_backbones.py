@@ -35,6 +35,7 @@ from cocoa_embed.model.template import CHAT_TEMPLATE, IMAGE_PAD, VIDEO_PAD, VISI
 from cocoa_embed.train.recipe import Recipe
 
 WIDTH = 32
+VISION = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": WIDTH}
 
 TINY_MAX_LENGTH = 128
 SCENES = 24
@@ -46,14 +47,8 @@ MakeRecipe = Callable[..., Recipe]
 LoadTiny = Callable[[str], Backbone]
 """Loads the tiny backbone with an attention implementation."""
 
-STAGE: dict[str, Any] = {
-    "steps": 2,
-    "batch_size": 4,
-    "mini_batch_size": 2,
-    "learning_rate": 1e-3,
-    "warmup_steps": 0,
-    "logging_steps": 1,
-}
+STAGE: dict[str, Any] = {"steps": 2, "batch_size": 4, "mini_batch_size": 2, "learning_rate": 1e-3, "logging_steps": 1}
+STAGE["warmup_steps"] = 0
 """The settings of a stage of a tiny run."""
 
 
@@ -102,24 +97,11 @@ def qwen2_5_vl(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMix
     """Attend in windows of 56 pixels in the first vision layer, over the whole image in the second."""
     config = Qwen2_5_VLConfig(
         text_config=text_config(tokenizer),
-        vision_config={
-            "depth": 2,
-            "hidden_size": 32,
-            "num_heads": 2,
-            "intermediate_size": 64,
-            "out_hidden_size": WIDTH,
-            "fullatt_block_indexes": [1],
-            "window_size": 56,
-        },
+        vision_config={**VISION, "fullatt_block_indexes": [1], "window_size": 56},
         **special_ids(tokenizer),
     )
     parts = build_processor(tokenizer)
-    processor = Qwen2_5_VLProcessor(
-        image_processor=parts.image_processor,
-        tokenizer=tokenizer,
-        video_processor=parts.video_processor,
-        chat_template=CHAT_TEMPLATE,
-    )
+    processor = Qwen2_5_VLProcessor(parts.image_processor, tokenizer, parts.video_processor, CHAT_TEMPLATE)
     return Qwen2_5_VLForConditionalGeneration(config), processor
 
 
@@ -128,24 +110,13 @@ def qwen3_vl(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMixin
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
     config = Qwen3VLConfig(
         text_config=text_config(tokenizer, head_dim=8, rope_parameters=rope),
-        vision_config={
-            "depth": 2,
-            "hidden_size": 32,
-            "num_heads": 2,
-            "intermediate_size": 64,
-            "out_hidden_size": WIDTH,
-            "deepstack_visual_indexes": [0],
-            "num_position_embeddings": 64,
-        },
+        vision_config={**VISION, "deepstack_visual_indexes": [0], "num_position_embeddings": 64},
         **special_ids(tokenizer),
     )
     one_to_sixteen_tokens = {"shortest_edge": 32**2, "longest_edge": 16 * 32**2}
-    processor = Qwen3VLProcessor(
-        image_processor=Qwen2VLImageProcessor(size=one_to_sixteen_tokens, patch_size=16),
-        tokenizer=tokenizer,
-        video_processor=Qwen3VLVideoProcessor(size=one_to_sixteen_tokens),
-        chat_template=CHAT_TEMPLATE,
-    )
+    images = Qwen2VLImageProcessor(size=one_to_sixteen_tokens, patch_size=16)
+    videos = Qwen3VLVideoProcessor(size=one_to_sixteen_tokens)
+    processor = Qwen3VLProcessor(images, tokenizer, videos, CHAT_TEMPLATE)
     return Qwen3VLForConditionalGeneration(config), processor
 
 
