@@ -194,6 +194,7 @@ def stage_facts(stage: StagePlan, card: str | None) -> Iterator[tuple[str, str]]
     yield "epochs", f"{stage.epochs:,.0f}" if stage.epochs >= 100 else f"{stage.epochs:.3g}"
     for held in stage.step_contents:
         of_step = "{subset}: {rows_a_step:,} of its rows, which have {positives:,} different positives"
+        of_step += " and {hard_negatives} hard negatives each" if held["hard_negatives"] else ""
         yield "a step", of_step.format(**held)
     yield "tokens", f"about {stage.tokens_per_step:,.0f} a step"
     kept = [f"{name} {binary_size(size)}" for name, size in stage.memory_bytes.items() if size and name != "total"]
