@@ -14,6 +14,7 @@ from accelerate.utils import send_to_device
 from accelerate.utils.memory import clear_device_cache
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, set_seed
 
+from cocoa_embed.errors import CocoaError
 from cocoa_embed.model.backbone import Backbone, load_backbone
 from cocoa_embed.model.training_record import TRAINING_FILE
 from cocoa_embed.train.data.broken_rows import unbroken
@@ -184,8 +185,11 @@ def _save(
             (folder / TRAINING_FILE).unlink(missing_ok=True)  # of an earlier attempt: the weights are not complete yet
         if trainer.adapter is not None:  # the merge is checked on a row, with an image if any row has one
             with_image_first = np.argsort(rows.column("images") == 0, kind="stable")
-            row = unbroken(rows.select(with_image_first[:MERGED_ROWS]), "skip")[0]
-            batch = render_items(processor, [joined(row)])
+            usable = unbroken(rows.select(with_image_first[:MERGED_ROWS]), "skip")
+            if not usable:
+                raise CocoaError("No image can be read to check the merge of the adapter; repair the images, then run "
+                                 "again with --resume.")  # fmt: skip
+            batch = render_items(processor, [joined(usable[0])])
             trainer.adapter.merge(send_to_device(batch, trainer.adapter.model.device))
         stage.save(trainer, processor, folder)
         state = trainer.state

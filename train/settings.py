@@ -56,7 +56,8 @@ class SourceSettings(Settings):
     :param webdataset: A ``.tar`` file with an image and a text of the same name for each row, or a glob of such files.
     :param mmeb: The MMEB-train layout: a folder, or a name on the hub. Without ``subsets``, its 20 in-domain subsets.
     :param hub: A data set on the hub, or a folder in the format of ``datasets``, with ``columns``.
-    :param columns: By default, columns named as the keys of ``ColumnsSettings``.
+    :param columns: By default, columns named as the keys of ``ColumnsSettings``, or those of a common layout
+        (``KNOWN_LAYOUTS`` in ``data/columns.py``).
     :param config: The configuration of a ``hub`` or ``mmeb`` data set; by default the name of an ``mmeb`` subset.
     :param split: The split of a ``hub`` or ``mmeb`` data set; ``train`` also means MMEB-train's ``original``.
     :param images: The folder that relative image paths start from; by default the folder of the file or data set.

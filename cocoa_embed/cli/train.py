@@ -91,7 +91,7 @@ def _load(recipe: str, overrides: list[str], out: Path | None) -> Recipe:
 
 
 def check_columns(recipe: Recipe) -> None:
-    """Check that the tables and the image folders of a recipe have the columns that training reads.
+    """Check that local tables and the image folders of a recipe have the columns that training reads.
 
     :raises CocoaError: If one has not, or cannot be read.
     """
@@ -108,7 +108,7 @@ def check_columns(recipe: Recipe) -> None:
             found = columns_of(metadata)
             if found and not {"text", source.captions} & {*found}:
                 raise CocoaError(f"{printable(metadata)} has no column 'text' {did_you_mean('text', found)}")
-        elif source.file is not None:
+        elif source.file is not None and "://" not in source.file:  # a remote file would be downloaded twice
             found = [column for path in find_files(source.file) for column in columns_of(path)]
             given = source.columns.model_dump(exclude_none=True) if source.columns else None
             map_columns(printable(source.file), list(dict.fromkeys(found)), given)
@@ -194,6 +194,7 @@ def stage_facts(stage: StagePlan, card: str | None) -> Iterator[tuple[str, str]]
     yield "epochs", f"{stage.epochs:,.0f}" if stage.epochs >= 100 else f"{stage.epochs:.3g}"
     for held in stage.step_contents:
         of_step = "{subset}: {rows_a_step:,} of its rows, which have {positives:,} different positives"
+        of_step += " and {hard_negatives} hard negatives each" if held["hard_negatives"] else ""
         yield "a step", of_step.format(**held)
     yield "tokens", f"about {stage.tokens_per_step:,.0f} a step"
     kept = [f"{name} {binary_size(size)}" for name, size in stage.memory_bytes.items() if size and name != "total"]

@@ -27,8 +27,8 @@ def replace_atomically(path: Path, write: Callable[[Path], object]) -> None:
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         write(scratch / path.name)
-        if path.is_dir():
-            shutil.rmtree(path)
+        if path.is_dir():  # which another process may be about to open: it is gone for an instant only
+            os.replace(path, scratch / "earlier")
         os.replace(scratch / path.name, path)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

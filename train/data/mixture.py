@@ -9,6 +9,7 @@ import numpy as np
 
 from cocoa_embed.data.rows import Row
 from cocoa_embed.errors import CocoaError, printable
+from cocoa_embed.train.data.broken_rows import REMEDY
 from cocoa_embed.train.data.image_check import ImageCheck, ImageSizes
 from cocoa_embed.train.data.row_cache import SourceRows, read_sources
 from cocoa_embed.train.data.row_table import RowTable, image_id
@@ -120,7 +121,7 @@ def _refuse_bad_rows(bad: Sequence[BadRow], count: int, total: int, on_bad_row: 
     sentences = [f"{str(row).rstrip('.')}." for row in bad[:SHOWN_BAD_ROWS]]
     if bad and on_bad_row == "stop":
         others = f" ({count - 1} more rows cannot be used either)" if count > 1 else ""
-        raise CocoaError(f"{sentences[0]}{others} Repair it, or leave such rows out by data.on_bad_row=skip.")
+        raise CocoaError(f"{sentences[0]}{others} {REMEDY}")
     if count > BAD_ROW_LIMIT * total:
         raise CocoaError(
             f"{count} of {total} rows cannot be used; at most {BAD_ROW_LIMIT:.0%} may be left out. First: "

@@ -12,6 +12,7 @@ import tempfile
 import time
 from array import array
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -146,6 +147,9 @@ def _open(folder: Path) -> SourceRows:
 
 
 def _remove_unused(root: Path) -> None:
-    for folder in root.iterdir():
-        if (folder / TABLE).is_file() and time.time() - folder.stat().st_mtime > UNUSED_DAYS * 86400:
-            shutil.rmtree(folder, ignore_errors=True)
+    """Remove tables that no run has opened for long, and what runs have left that were killed while they wrote one."""
+    for table in (*root.glob(f"*/{TABLE}"), *root.glob(f".*/*/{TABLE}")):
+        folder = root / table.relative_to(root).parts[0]
+        with suppress(FileNotFoundError):  # another run removes it
+            if time.time() - folder.stat().st_mtime > UNUSED_DAYS * 86400:
+                shutil.rmtree(folder, ignore_errors=True)

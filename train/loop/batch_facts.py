@@ -1,20 +1,16 @@
 """Facts of a batch beside its tensors, counted in the worker that collates it."""
 
-import gc
-import os
-import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, TypeAlias
 
 from torch import Tensor
 from torch.utils.data import get_worker_info
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from cocoa_embed.data.rows import Row
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.train.data.rows import Draw
+from cocoa_embed.train.loop.workers import outlive_a_signal
 
 Batch: TypeAlias = dict[str, Tensor]
 """Named model inputs and targets; a batch without images has no tensors of images."""
@@ -44,25 +40,6 @@ class BatchFacts:
     flops: float | None = None
     targets: dict[str, int] = field(default_factory=dict)
     failure: str | None = None
-
-
-@cache
-def outlive_a_signal() -> None:
-    """Let this worker ignore one signal, which may go to all processes of a run while it saves; the next ends it."""
-
-    def ignore(*_: Any) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: os._exit(0))
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, ignore)
-
-
-def end_workers() -> None:
-    """End the workers of all data loaders: at Python's exit each would take five seconds."""
-    for each in gc.get_objects():
-        if type(each) is _MultiProcessingDataLoaderIter:
-            each._shutdown_workers()  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)

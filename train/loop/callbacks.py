@@ -138,7 +138,8 @@ class SaveAndStop(TrainerCallback):
         self.trainer = trainer
         self.seconds = float("inf") if minutes is None else minutes * 60
         self.requested = 0
-        """The number of the signal that arrived, if any."""
+        """The number of the signal that the processes have agreed to stop at, if any."""
+        self._arrived = 0
         self._saved_at = time.monotonic()
 
     @contextmanager
@@ -177,16 +178,19 @@ class SaveAndStop(TrainerCallback):
         return bool(self.requested)
 
     def _agree(self) -> bool:
-        """Return whether the first process finds a checkpoint due, and take over a signal of any process."""
+        """Return whether the first process finds a checkpoint due, and take over a signal of any process.
+
+        A signal that arrives meanwhile counts at the next step.
+        """
         is_due = time.monotonic() - self._saved_at >= self.seconds
-        seen: Any = torch.tensor([[self.requested, is_due]])
+        seen: Any = torch.tensor([[self._arrived, is_due]])
         if (accelerator := self.trainer.accelerator).num_processes > 1:
             seen = accelerator.gather(seen.to(accelerator.device))
         self.requested = int(seen[:, 0].max())
         return bool(seen[0, 1])
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = number
+        self._arrived = number
         if number == signal.SIGINT:
             signal.signal(number, self._handlers[signal.SIGINT])
             logger.warning("stopping after this step, with a checkpoint; another Ctrl-C ends at once, without")

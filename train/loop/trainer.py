@@ -19,10 +19,11 @@ from cocoa_embed.data.rows import Row
 from cocoa_embed.errors import CocoaError, one_line
 from cocoa_embed.folders import write_atomically
 from cocoa_embed.train.loop.adapters import Adapter
-from cocoa_embed.train.loop.batch_facts import FACTS, BatchFacts, end_workers
+from cocoa_embed.train.loop.batch_facts import FACTS, BatchFacts
 from cocoa_embed.train.loop.checkpoints import mark_complete
 from cocoa_embed.train.loop.oom import is_out_of_memory
 from cocoa_embed.train.loop.throughput import Throughput
+from cocoa_embed.train.loop.workers import end_workers
 
 WEIGHTS = "model.safetensors"
 NAMED_ROWS = 16

@@ -156,8 +156,8 @@ def _limit_images(recipe: Recipe) -> Recipe:
     if pixels is None:
         return recipe
     logger.warning(
-        f"max_pixels is {pixels}, half of max_length {recipe.max_length}, as the largest images that {recipe.backbone} "
-        "takes are longer than that; set max_pixels to choose."
+        f"Images are scaled down to {pixels} pixels, which take half of max_length {recipe.max_length}: the limit of "
+        f"{recipe.backbone} allows longer ones. Set max_pixels to choose."
     )
     return recipe.parse({**recipe.model_dump(exclude_unset=True), "max_pixels": pixels}, source=recipe.name)
 

@@ -121,8 +121,14 @@ def test_tables_that_no_run_has_opened_for_long_are_removed(tmp_path: Path, cach
     old, used, new = ({"data": source(write(tmp_path / f"{name}.jsonl", name))} for name in ("a", "b", "c"))
     read_sources(old)
     read_sources(used)
+    of_killed_run = cache / ".key-scratch"
+    (of_killed_run / "key").mkdir(parents=True)
+    (of_killed_run / "key" / row_cache.TABLE).touch()
+    (cache / "other").mkdir()
     for folder in cache.iterdir():
         os.utime(folder, (1, 1))
     read_sources(used)
     read_sources(new)
-    assert len(list(cache.iterdir())) == 2
+    assert not of_killed_run.exists()
+    assert (cache / "other").is_dir(), "what is no table is not ours to remove"
+    assert len(list(cache.iterdir())) == 3

@@ -158,7 +158,7 @@ def test_pairs_from_either_side_do_too(recipe: Recipe, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("data.folder=nowhere",), "data.folder nowhere does not exist"),
+        (("data.subsets.pictures.folder=nowhere",), "data.folder nowhere does not exist"),
         (("bridge=null", "contrastive=null", "warmup.learning_rate=1e30"), "The loss of step"),
         (("contrastive=null", "sharding=fsdp2"), "sharding=fsdp2 needs several accelerators"),
     ],

@@ -219,6 +219,25 @@ def test_processes_save_by_the_clock_of_the_first_and_stop_at_a_signal_of_any() 
     assert callback.requested == signal.SIGINT
 
 
+def test_a_signal_that_arrives_while_processes_agree_counts_at_the_next_step() -> None:
+    arriving = [signal.SIGTERM]
+
+    def gather(own: torch.Tensor) -> torch.Tensor:
+        if arriving:
+            signal.raise_signal(arriving.pop())
+        return own
+
+    accelerator = SimpleNamespace(num_processes=2, device="cpu", gather=gather)
+    callback = SaveAndStop(SimpleNamespace(accelerator=accelerator), minutes=None)
+    stops = []
+    with callback.listening():
+        for _ in range(2):
+            control = TrainerControl()
+            callback.on_step_end(None, TrainerState(max_steps=9), control)
+            stops.append(control.should_training_stop)
+    assert stops == [False, True]
+
+
 def test_sigterm_in_the_last_step_of_a_stage_stops_before_the_next(recipe: Recipe, tmp_path: Path) -> None:
     given, out = only(recipe, "warmup", "bridge"), tmp_path / "out"
     with (

@@ -159,7 +159,7 @@ def test_a_backbone_without_a_fitting_pixel_limit_gets_one_and_the_plan_says_so(
     processor.save_pretrained(backbone)
     prepared = examine(recipe(backbone=str(backbone)), tmp_path / "out")
     assert prepared.recipe.max_pixels == TINY_MAX_LENGTH // 2 * 28**2
-    assert f"max_pixels is {prepared.recipe.max_pixels}, half of max_length 128" in caplog.text
+    assert f"down to {prepared.recipe.max_pixels} pixels, which take half of max_length 128" in caplog.text
     with pytest.raises(UsageError, match="lower max_pixels"):
         examine(recipe(backbone=str(backbone), max_pixels=10**6), tmp_path / "out")
 

@@ -248,6 +248,17 @@ def test_a_batch_has_one_subset_as_many_hard_negatives_a_row_and_the_prompts_of_
     assert {*seen["query"]} == {*seen["document"]} == {*range(len(subset_rows))}
 
 
+def test_a_broken_row_that_no_other_can_replace_is_an_error(
+    tiny_backbone: Backbone, scene_rows: list[Row], tmp_path: Path
+) -> None:
+    (tmp_path / "broken.png").touch()
+    broken = replace(scene_rows[0], query=Item(images=(tmp_path / "broken.png",)), negatives=(Item("red"),))
+    settings = section(hard_negatives=1, directions="forward", probe_rows=0)
+    collator = trainer_of(tiny_backbone, [broken, *scene_rows[1:4]], tmp_path, settings, max_steps=1).data_collator
+    batch = replace(collator, on_bad_row="skip")([{"row": 0}])
+    assert "no other row can replace this one" in batch[FACTS].failure
+
+
 def test_copies_of_an_image_are_one_content(tiny_backbone: Backbone, scene_rows: list[Row], tmp_path: Path) -> None:
     copy = tmp_path / "copy.png"
     shutil.copy(str(scene_rows[0].image), copy)

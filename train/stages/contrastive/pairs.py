@@ -12,6 +12,7 @@ import torch
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 
 from cocoa_embed.data.rows import Item, Row
+from cocoa_embed.errors import CocoaError
 from cocoa_embed.train.data.broken_rows import ReplaceBroken
 from cocoa_embed.train.data.row_table import RowTable, digest
 from cocoa_embed.train.loop.batch_facts import DescribedBatches
@@ -52,13 +53,20 @@ class PairCollator(SentenceTransformerDataCollator):
         return number, self.rows[place].reversed() if side else self.rows[place]
 
     def _after(self, pair: tuple[int, Row]) -> tuple[int, Row]:
-        """Return the next pair from the same side that has the same subset and as many negatives."""
+        """Return the next pair that may be in the same batch: of the same side and subset, with as many negatives.
+
+        :raises CocoaError: If there is none.
+        """
+        kind = self._kind(pair[1])
         side, place = divmod(pair[0], len(self.rows))
         for step in range(1, len(self.rows)):
             number, row = self._pair(side * len(self.rows) + (place + step) % len(self.rows))
-            if (row.subset, len(row.negatives)) == (pair[1].subset, len(pair[1].negatives)):
+            if self._kind(row) == kind:
                 return number, row
-        return pair
+        raise CocoaError(f"{pair[1].source}: no other row can replace this one.")
+
+    def _kind(self, row: Row) -> tuple[str, int]:
+        return row.subset, min(len(row.negatives), self.hard_negatives)
 
     def _row_numbers(self, pairs: Sequence[tuple[int, Row]]) -> list[int]:
         return [number % len(self.rows) for number, _ in pairs]
