@@ -90,8 +90,14 @@ def _load(recipe: str, overrides: list[str], out: Path | None) -> Recipe:
     return loaded
 
 
+QUICK_BYTES = 16 * 2**20
+"""Files up to this size are read in a moment."""
+
+
 def check_columns(recipe: Recipe) -> None:
     """Check that local tables and the image folders of a recipe have the columns that training reads.
+
+    Larger files than ``QUICK_BYTES`` are left to training, which reads them once.
 
     :raises CocoaError: If one has not, or cannot be read.
     """
@@ -104,14 +110,20 @@ def check_columns(recipe: Recipe) -> None:
     stages = [stage for stage in recipe.registry() if getattr(recipe, stage) is not None]
     for source in (source for stage in stages for source in recipe.sources_of(stage).values()):
         if source.folder is not None:
-            metadata = find_metadata(source.folder)
-            found = columns_of(metadata)
-            if found and not {"text", source.captions} & {*found}:
-                raise CocoaError(f"{printable(metadata)} has no column 'text' {did_you_mean('text', found)}")
+            files = [find_metadata(source.folder)]
         elif source.file is not None and "://" not in source.file:  # a remote file would be downloaded twice
-            found = [column for path in find_files(source.file) for column in columns_of(path)]
-            given = source.columns.model_dump(exclude_none=True) if source.columns else None
-            map_columns(printable(source.file), list(dict.fromkeys(found)), given)
+            files = [Path(str(file)) for file in find_files(source.file)]
+        else:
+            continue
+        if any(file.stat().st_size > QUICK_BYTES for file in files):
+            continue
+        found = list(dict.fromkeys(column for file in files for column in columns_of(file)))
+        if source.folder is None:
+            map_columns(
+                printable(source.file or ""), found, source.columns and source.columns.model_dump(exclude_none=True)
+            )
+        elif found and not {"text", source.captions} & {*found}:
+            raise CocoaError(f"{printable(files[0])} has no column 'text' {did_you_mean('text', found)}")
 
 
 def export(
