@@ -119,9 +119,8 @@ def check_columns(recipe: Recipe) -> None:
             continue
         found = list(dict.fromkeys(column for file in files for column in columns_of(file)))
         if source.folder is None:
-            map_columns(
-                printable(source.file or ""), found, source.columns and source.columns.model_dump(exclude_none=True)
-            )
+            given = source.columns.model_dump(exclude_none=True) if source.columns else None
+            map_columns(printable(source.file or ""), found, given)
         elif found and not {"text", source.captions} & {*found}:
             raise CocoaError(f"{printable(files[0])} has no column 'text' {did_you_mean('text', found)}")
 
