@@ -6,12 +6,15 @@ from contextlib import contextmanager
 from glob import has_magic
 from io import TextIOWrapper
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, TextIO, TypeAlias
+from typing import Any, BinaryIO, TextIO, TypeAlias
 
 from cocoa_embed.errors import CocoaError, one_line, printable, require
 
 Place: TypeAlias = Path | str
 """A local file, or the address of a remote one (``s3://bucket/rows.csv``)."""
+
+ANSWER_SECONDS = 60
+"""How long an http server may take to answer, or to send more."""
 
 
 @contextmanager
@@ -31,7 +34,9 @@ def reading(place: Place) -> Iterator[None]:
 def open_binary(place: Place) -> BinaryIO:
     """Open a file."""
     file: BinaryIO = (
-        place.open("rb") if isinstance(place, Path) else require("fsspec", "train").open(place, "rb").open()
+        place.open("rb")
+        if isinstance(place, Path)
+        else require("fsspec", "train").open(place, "rb", **_options(place)).open()
     )
     return file
 
@@ -52,7 +57,7 @@ def remote_places(pattern: str) -> list[str]:
     :raises CocoaError: If the file system does not answer.
     """
     with reading(pattern):
-        system, path = require("fsspec", "train").core.url_to_fs(pattern)
+        system, path = require("fsspec", "train").core.url_to_fs(pattern, **_options(pattern))
         if has_magic(path):
             return [system.unstrip_protocol(name) for name in sorted(system.glob(path))]
         try:
@@ -73,5 +78,13 @@ def version_of(place: Place) -> tuple[str, ...]:
         if isinstance(place, Path):
             found = os.stat(place)
             return str(place.absolute()), str(found.st_size), str(found.st_mtime_ns)
-        system, path = require("fsspec", "train").core.url_to_fs(place)
+        system, path = require("fsspec", "train").core.url_to_fs(place, **_options(place))
         return place, system.ukey(path)
+
+
+def _options(place: str) -> dict[str, Any]:
+    """Return the options of a file system: over http, a limit for a server that does not answer."""
+    if not place.startswith(("http://", "https://")):
+        return {}
+    timeout = require("aiohttp", "train").ClientTimeout(sock_connect=ANSWER_SECONDS, sock_read=ANSWER_SECONDS)
+    return {"client_kwargs": {"timeout": timeout}}

@@ -38,12 +38,19 @@ def advise(stage: Stage[StageSettings], rows: RowTable, steps: int) -> Iterator[
     name, settings = stage.name, stage.settings
     epochs, different = epoch_count(stage, rows, steps), different_rows(rows)
     length = f"{name}.steps" if settings.epochs is None else f"{name}.epochs or {name}.min_steps"
-    if steps < stage.fewest_steps:
+    shortest = epoch_count(stage, rows, stage.fewest_steps)
+    if shortest > MOST_EPOCHS:
+        yield (
+            f"Stage {name} has {len(rows):,} rows, too few for the {stage.fewest_steps} steps that it takes to leave "
+            f"its plateau, which draw each of them {shortest:,.0f} times; give it more rows, lower {name}.batch_size, "
+            f"or leave it out by {name}=null."
+        )
+    elif steps < stage.fewest_steps:
         yield (
             f"Stage {name} ends at step {steps}, before its loss can leave the plateau; raise {length} to "
             f"{stage.fewest_steps} steps or more, or lower {name}.batch_size."
         )
-    if epochs > MOST_EPOCHS:
+    if epochs > MOST_EPOCHS >= shortest:
         fewer = int(steps * MOST_EPOCHS / epochs)
         yield (
             f"Stage {name} draws each of its {len(rows):,} rows {epochs:,.0f} times; more than {MOST_EPOCHS} epochs "

@@ -36,9 +36,12 @@ CHECKPOINTS = "checkpoints"
 BAD_ROWS_FILE = "bad_rows.jsonl"
 
 NOT_LEARNED = frozenset(
-    {"workers", "report_to", "mini_batch_size", "gradient_checkpointing", "probe_steps", "save_steps", "save_minutes"}
+    {
+        *("workers", "report_to", "mini_batch_size", "gradient_checkpointing", "probe_steps", "save_steps"),
+        *("save_minutes", "on_bad_row"),
+    }
 )
-"""Settings that have no effect on the trained weights, and may change when a run is resumed."""
+"""Settings that may change when a run is resumed: they have no effect on the weights, or rows are compared for it."""
 
 INHERITED = ("prompts", "max_length", "max_pixels", "bidirectional")
 """Settings that a run inherits from the checkpoint that it starts from."""

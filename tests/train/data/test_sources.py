@@ -1,6 +1,7 @@
 import json
 import pickle
 import re
+import socket
 import tarfile
 from dataclasses import replace
 from io import BytesIO
@@ -16,6 +17,7 @@ from datasets import Dataset, DatasetDict, Features, List, Value
 from pydantic import ValidationError
 from table_files import Values, png, write_images, write_table
 
+from cocoa_embed.data import places
 from cocoa_embed.data.rows import ArrowImage, Item, Row
 from cocoa_embed.errors import CocoaError, ImageError, RowError
 from cocoa_embed.model.template import RESERVED_TOKENS
@@ -244,6 +246,12 @@ def test_the_shards_of_a_webdataset_are_one_table(tmp_path: Path) -> None:
     assert [image.read() for image in images] == [png(1), png(2), png(3)]
     table = RowTable.write(tmp_path / "rows.arrow", rows)
     assert [image.read() for row in table for image in row.images()] == [png(1), png(2), png(3)]
+
+
+def test_a_server_that_does_not_answer_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "ANSWER_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as mute, pytest.raises(CocoaError, match="cannot be read"):
+        read(file=f"http://127.0.0.1:{mute.getsockname()[1]}/rows.csv")
 
 
 @pytest.mark.parametrize(

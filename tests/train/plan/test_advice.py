@@ -39,7 +39,9 @@ def contrastive(**values: Any) -> Stage[Any]:
         (bridge(), rows(200), []),
         (bridge(steps=499), rows(200), ["Stage bridge ends at step 499, before * raise bridge.steps to 500 "]),
         (bridge(steps=None, epochs=19), rows(200), ["raise bridge.epochs or bridge.min_steps to 500 "]),
-        (bridge(), rows(199), ["199 rows 20 times; * set bridge.steps=497, "]),
+        (bridge(), rows(199), ["199 rows, too few for the 500 steps * 20 times; * bridge=null"]),
+        (bridge(steps=1100), rows(400), ["400 rows 22 times; * set bridge.steps=1000, "]),
+        (bridge(), rows(200, captions=1), ["Block B of stage bridge is 'caption 0' in all rows of data"]),
         (bridge(steps=800), rows(160, each=2), []),
         (bridge(warmup_steps=500), rows(200), ["for 500 steps, and the stage has 500; lower bridge."]),
         (bridge(batch_size=65), rows(64, each=50), ["65 rows, but only 64 of its rows are different; lower"]),
@@ -69,8 +71,13 @@ def test_a_thousand_photographs_are_too_few_for_the_papers_recipe_and_not_for_th
         return [warning for stage in stages for warning in advise(stage, rows(1000), stage.step_count(rows(1000)))]
 
     assert warnings("own-folder") == []
-    parts = ("warmup draws each of its 1,000 rows 384 times", "bridge ends at step 32", "and the stage has 32",
-             "contrastive draws each of its 1,000 rows 2,000 times", "its batches have 1000, not 1024")  # fmt: skip
+    parts = (
+        "warmup draws each of its 1,000 rows 384 times",
+        "bridge has 1,000 rows, too few for the 500 steps",
+        "and the stage has 32",
+        "contrastive draws each of its 1,000 rows 2,000 times",
+        "its batches have 1000, not 1024",
+    )
     assert [part in warning for part, warning in zip(parts, warnings("qwen2-vl-2b"), strict=True)] == [True] * 5
 
 

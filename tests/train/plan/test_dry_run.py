@@ -271,7 +271,7 @@ def test_the_command_prints_the_plan(recipe: MakeRecipe, tmp_path: Path, capsys:
         assert f"writes {stage['folder']}" in printed.err
     assert "all stages: about 0 s on one h100" in printed.err
     assert all(f"warning: {warning}" in printed.err for warning in document["warnings"])
-    assert "before its loss can leave the plateau" in document["warnings"][0]
+    assert "too few for the 500 steps" in document["warnings"][0]
     assert not (tmp_path / "out").exists()
     for options, message in (
         (["--dry-run", "--card", "h10"], "--card 'h10' is unknown (did you mean 'h100'?"),

@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import send_to_device
 from transformers import PreTrainedConfig, ProcessorMixin
 
-from cocoa_embed.data.rows import Row
+from cocoa_embed.data.rows import Row, shortened
 from cocoa_embed.model.attention import Block, bridge_mask, is_causal
 from cocoa_embed.model.backbone import Backbone, PatchGeometry
 from cocoa_embed.train.data.broken_rows import unbroken
@@ -16,7 +16,7 @@ from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.loop.batch_facts import Batch, Example
 from cocoa_embed.train.loop.stage_trainer import StageTrainer, stage_trainer
 from cocoa_embed.train.loop.trainer import Probe, StageContext
-from cocoa_embed.train.stages.bridge.collator import BridgeCollator
+from cocoa_embed.train.stages.bridge.collator import BridgeCollator, split_blocks
 from cocoa_embed.train.stages.bridge.model import BridgeModel
 from cocoa_embed.train.stages.bridge.probe import (
     MATCHING_IMAGE,
@@ -29,6 +29,9 @@ from cocoa_embed.train.stages.bridge.probe import (
 from cocoa_embed.train.stages.bridge.settings import BridgeSettings
 from cocoa_embed.train.stages.samples import shown_images, token_samples, token_texts
 from cocoa_embed.train.stages.stage import Stage
+
+SAMPLED_TEXTS = 64
+"""Rows of a subset whose texts are compared."""
 
 
 class Bridge(Stage[BridgeSettings]):
@@ -55,14 +58,28 @@ class Bridge(Stage[BridgeSettings]):
         return hold_out_rows(rows, self.settings.probe_rows, self.run.seed)
 
     def row_warnings(self, rows: RowTable) -> list[str]:
-        """Return a sentence if there are too few images to hold some out."""
-        count = self.settings.probe_rows
-        if not count or len(self.held_out(rows)[0]):
-            return []
-        return [
-            f"Stage {self.name} has too few images to hold {count} of them out of training (it takes "
-            f"{max(4, 2 * count)}), so what <EOS> carries is not measured; lower {self.name}.probe_rows."
-        ]
+        """Return a sentence if there are too few images to hold some out, and for each subset with one text for all."""
+        warnings, count = self._same_texts(rows), self.settings.probe_rows
+        if count and not len(self.held_out(rows)[0]):
+            warnings.append(
+                f"Stage {self.name} has too few images to hold {count} of them out of training (it takes "
+                f"{max(4, 2 * count)}), so what <EOS> carries is not measured; lower {self.name}.probe_rows."
+            )
+        return warnings
+
+    def _same_texts(self, rows: RowTable) -> list[str]:
+        """Return a sentence for each subset whose rows all have one text as block B, judged by a sample of them."""
+        subset, warnings = rows.column("subset"), []
+        for number, name in enumerate(rows.subsets):
+            own = np.flatnonzero(subset == number)
+            sample = rows.select(own[:: len(own) // SAMPLED_TEXTS + 1])
+            texts = {split_blocks(row, self.settings.split)[1] for row in sample}
+            if len(sample) > 1 and len(texts) == 1:
+                warnings.append(
+                    f"Block B of stage {self.name} is {shortened(texts.pop())} in all rows of {name}, and so says "
+                    "nothing of an image; if it is an instruction, give it as one, or leave the subset out."
+                )
+        return warnings
 
     def collator(self, processor: ProcessorMixin) -> BridgeCollator:
         """Return what makes the stage's batches."""
