@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import tarfile
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as parquet
 from datasets.exceptions import DatasetGenerationError, DatasetsError
+from datasets.packaged_modules.webdataset.webdataset import WebDataset, base_plus_ext
 
 from cocoa_embed.data.places import Place, open_binary, reading
 from cocoa_embed.data.rows import ArrowImage
@@ -22,6 +24,9 @@ from cocoa_embed.images.load import check_size
 
 ROWS_AT_ONCE = 256
 """Rows that are converted to Python values together."""
+
+SHARD_MEMBERS = 1000
+"""Files of a shard whose suffixes are its columns."""
 
 EMBEDDED = object()
 """The placeholder of an image's bytes."""
@@ -149,18 +154,32 @@ def open_shards(paths: Sequence[Place]) -> ArrowTable:
     """
     name = printable(paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more")
     with reading(name):
-        table = replace(_open_files("webdataset", paths), name=name)
+        table = replace(_open_files("webdataset", paths, _shard_features(paths[0])), name=name)
     if not any(_holds_images(kind) for kind in table.dataset.features.arrow_schema.types):
         kinds = ", ".join(column for column in table.columns if not column.startswith("__"))
         raise CocoaError(f"{name} has no images (files found: {kinds}); a row is an image and a text of one name.")
     return table
 
 
-def _open_files(builder: str, paths: Sequence[Place]) -> ArrowTable:
+def _shard_features(shard: Place) -> datasets.Features | None:
+    """Return the columns of images and texts that the beginning of a shard has, None if it has others.
+
+    Without them, ``datasets`` refuses all shards where one of the first samples lacks a file.
+    """
+    with open_binary(shard) as file, tarfile.open(fileobj=file, mode="r|*") as archive:
+        suffixes = {base_plus_ext(member.name)[1] for member in islice(archive, SHARD_MEMBERS) if member.isfile()}
+    images = suffixes & {*WebDataset.IMAGE_EXTENSIONS}
+    if not images or suffixes - images != {"txt"}:
+        return None
+    kinds = {suffix: datasets.Image() if suffix in images else datasets.Value("string") for suffix in sorted(suffixes)}
+    return datasets.Features({**kinds, "__key__": datasets.Value("string"), "__url__": datasets.Value("string")})
+
+
+def _open_files(builder: str, paths: Sequence[Place], features: datasets.Features | None = None) -> ArrowTable:
     """Open files by a builder of ``datasets``."""
     files = [str(path.absolute() if isinstance(path, Path) else path) for path in paths]
     try:
-        dataset = datasets.load_dataset(builder, data_files=files, split="train")
+        dataset = datasets.load_dataset(builder, data_files=files, split="train", features=features)
     except DatasetGenerationError as error:  # its message says nothing
         raise error.__cause__ or error from None
     return ArrowTable(printable(paths[0]), dataset.with_format("arrow"), (builder, *map(str, paths)))
