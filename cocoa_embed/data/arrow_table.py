@@ -167,7 +167,8 @@ def _shard_features(shard: Place) -> datasets.Features | None:
     Without them, ``datasets`` refuses all shards where one of the first samples lacks a file.
     """
     with open_binary(shard) as file, tarfile.open(fileobj=file, mode="r|*") as archive:
-        suffixes = {base_plus_ext(member.name)[1] for member in islice(archive, SHARD_MEMBERS) if member.isfile()}
+        names = [member.name for member in islice(archive, SHARD_MEMBERS) if member.isfile()]
+    suffixes = {suffix for name in names if (suffix := base_plus_ext(name)[1]) is not None}
     images = suffixes & {*WebDataset.IMAGE_EXTENSIONS}
     if not images or suffixes - images != {"txt"}:
         return None
