@@ -18,13 +18,6 @@ from cocoa_embed.train.settings import SourceSettings
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "cache"
-    monkeypatch.setenv("COCOA_CACHE", str(folder))
-    return folder
-
-
-@pytest.fixture
 def images(tmp_path: Path) -> dict[str, ItemImage]:
     """Good and bad images, as files and inside a table."""
     files = {"wide.png": png(size=(60, 40)), "broken.png": png()[:60], "text.png": b"no image",

@@ -12,13 +12,6 @@ from cocoa_embed.train.settings import SourceSettings
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "cache"
-    monkeypatch.setenv("COCOA_CACHE", str(folder))
-    return folder
-
-
-@pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The subsets that are read from their sources, in the order in which they are."""
     found: list[str] = []
