@@ -76,11 +76,11 @@ class PairCollator(SentenceTransformerDataCollator):
         names = ["anchor", "positive", *(f"negative_{place}" for place in range(1, len(sides[0]) - 1))]
         batch = super().__call__([dict(zip(names, items, strict=True)) for items in sides])
         columns = zip(names, zip(*sides, strict=True), strict=True)
-        contents = [content_ids(items, batch, name) for name, items in columns]
+        contents = [pixel_content_ids(items, batch, name) for name, items in columns]
         return {**batch, "label": torch.tensor(contents).T.contiguous()}
 
 
-def content_ids(items: Sequence[Item], batch: dict[str, Any], column: str) -> list[int]:
+def pixel_content_ids(items: Sequence[Item], batch: dict[str, Any], column: str) -> list[int]:
     """Return numbers that are equal for equal items of a column: of the same text, and images of equal pixels."""
     images: Iterator[str] = iter(())
     if f"{column}_pixel_values" in batch:
