@@ -12,8 +12,9 @@ import typer
 from cocoa_embed import __version__
 from cocoa_embed.cli.demo import demo
 from cocoa_embed.cli.evaluate import evaluation
-from cocoa_embed.cli.index import index, search
+from cocoa_embed.cli.index import index
 from cocoa_embed.cli.report import diagnose, report
+from cocoa_embed.cli.search import search
 from cocoa_embed.cli.train import export, train
 from cocoa_embed.cpu_threads import limit_spinning
 from cocoa_embed.errors import CocoaError

@@ -16,7 +16,7 @@ from PIL import Image
 from qdrant_client import QdrantClient, models
 from rich.console import Console
 
-from cocoa_embed.cli.index import report_hits
+from cocoa_embed.cli.search import report_hits
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.integrations.qdrant import IndexSummary, QdrantIndexer, image_metadata, index_run

@@ -1,0 +1,55 @@
+"""What a source of images yields: shards of records, each read, skipped and completed as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image of a source."""
+
+    key: str
+    """Names the image on this machine: an absolute path, ``/data/a.tar#0001.jpg``, ``/data/report.pdf#page=3``,
+    ``s3://bucket/a.jpg``."""
+    relative_key: str
+    """The key below the source's root."""
+    read: Callable[[], bytes]
+    """Returns the bytes of an image file; raises an ``ImageError`` if they cannot be read."""
+    mtime: float = 0.0
+    """When the file that holds the image was changed, in seconds since 1970; 0 where that is unknown."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """JSON values: the caption as ``text``, and other columns."""
+    metadata_source: str | None = None
+    """The file that the metadata is from; None if the image has none."""
+
+
+class Shard(Protocol):
+    """Records that are read together: the files of a folder, an archive, a table, a document."""
+
+    key: str
+    """Names the shard: an absolute path or a URL."""
+    version: str
+    """Changes when any of its records may have changed; an unchanged shard is skipped. Empty: its records are checked
+    one by one."""
+
+    def records(self) -> Iterator[Record]:
+        """Yield the records in order.
+
+        :raises ImageError: If the shard cannot be read, or not to its end.
+        """
+        ...
+
+
+class Source(Protocol):
+    """One of the places that a run indexes or embeds."""
+
+    def shards(self) -> Iterator[Shard]:
+        """Yield the shards in order, lazily."""
+        ...
+
+    def covers(self, key: str) -> bool:
+        """Return whether the source would have a record of this key, if it existed."""
+        ...
