@@ -20,10 +20,17 @@ class Record:
     """Returns the bytes of an image file; raises an ``ImageError`` if they cannot be read."""
     mtime: float = 0.0
     """When the file that holds the image was changed, in seconds since 1970; 0 where that is unknown."""
+    size: int | None = None
+    """Bytes of the image's own file; None for an image inside a shard, and where that is unknown."""
+    shard: str | None = None
+    """The key of the archive, table or document that holds the image; None if it is a file of its own."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """JSON values: the caption as ``text``, and other columns."""
     metadata_source: str | None = None
     """The file that the metadata is from; None if the image has none."""
+    checked_sources: frozenset[str] = frozenset()
+    """Files of metadata, read without a fault, that could describe the image. A description that a run has stored from
+    one of them is removed if they no longer have it."""
 
 
 class Shard(Protocol):
@@ -46,6 +53,9 @@ class Shard(Protocol):
 class Source(Protocol):
     """One of the places that a run indexes or embeds."""
 
+    name: str
+    """The place, for messages."""
+
     def shards(self) -> Iterator[Shard]:
         """Yield the shards in order, lazily."""
         ...
@@ -53,3 +63,21 @@ class Source(Protocol):
     def covers(self, key: str) -> bool:
         """Return whether the source would have a record of this key, if it existed."""
         ...
+
+    def is_deleted(self, key: str) -> bool:
+        """Return whether there is certainly no record of this key any more; False where that cannot be checked."""
+        ...
+
+
+def storable(value: Any) -> Any:  # noqa: ANN401 - any JSON value
+    r"""Return a JSON value with valid Unicode, as a server requires.
+
+    Undecodable bytes of a file name, which Python has as lone surrogates, become ``\udcNN``.
+    """
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode("utf-8")
+    if isinstance(value, dict):
+        return {storable(key): storable(element) for key, element in value.items()}
+    if isinstance(value, list):
+        return [storable(element) for element in value]
+    return value
