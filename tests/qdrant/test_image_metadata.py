@@ -1,10 +1,30 @@
 import datetime
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from table_files import write_images, write_table
 
-from cocoa_embed.integrations.qdrant.image_metadata import ImageFiles, is_deleted
+from cocoa_embed.sources.base import Record
+from cocoa_embed.sources.files import file_sources, is_deleted
+
+
+class ImageFiles:
+    """The records of a folder, and the faults that were found."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.unlisted: list[dict[str, str]] = []
+        sources = file_sources(paths, lambda path, reason: self.unlisted.append({"path": str(path), "reason": reason}))
+        self.records = [record for source in sources for shard in source.shards() for record in shard.records()]
+
+    def __iter__(self) -> Iterator[tuple[str | None, dict[str, Any]]]:
+        return map(caption_and_columns, self.records)
+
+
+def caption_and_columns(record: Record) -> tuple[str | None, dict[str, Any]]:
+    columns = dict(record.metadata)
+    return columns.pop("text", None), columns
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
@@ -16,8 +36,8 @@ def test_captions_and_columns_of_every_format_are_read(tmp_path: Path, kind: str
     files = ImageFiles([tmp_path])
     described, other = files
     stored = {"day": "2026-01-02", "score": None, "tags": ["x"]} if extra else {}
-    assert (described.caption, described.metadata) == ("a ring", {"path": "my/own", **stored})
-    assert (other.caption, other.metadata) == (None, {})
+    assert described == ("a ring", {"path": "my/own", **stored})
+    assert other == (None, {})
     assert [fault["path"] for fault in files.unlisted] == [f"{metadata}:2" if kind == "jsonl" else f"{metadata}, row 2"]
 
 
@@ -26,17 +46,8 @@ def test_two_metadata_files_in_a_folder_are_reported_and_neither_is_read(tmp_pat
     for kind in ("csv", "jsonl"):
         write_table(tmp_path / f"metadata.{kind}", [{"file_name": "a.png", "text": kind}])
     files = ImageFiles([tmp_path])
-    assert [described.caption for described in files] == [None]
+    assert [caption for caption, _ in files] == [None]
     assert "has metadata.jsonl and metadata.csv; keep one" in files.unlisted[0]["reason"]
-
-
-def test_text_files_beside_images_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_images(tmp_path, "a")
-    ImageFiles([tmp_path])
-    assert not caplog.records
-    (tmp_path / "a.txt").write_text("a caption")
-    ImageFiles([tmp_path])
-    assert f"{tmp_path / 'a.txt'}: text files beside images are not read; write captions to" in caplog.text
 
 
 def test_a_file_exists_under_its_name_and_under_the_spelling_of_a_payload(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ class TestRuns:
         album.index = QdrantIndexer(FakeModel(), client=watched)
         assert album.run() == (0, 4, 0, 0, 0)
         assert album.summary.images_per_second == 0
-        assert {call[0] for call in watched.method_calls} == {"collection_exists", "get_collection", "scroll"}
+        assert {call[0] for call in watched.method_calls} == {"collection_exists", "get_collection", "retrieve", "scroll"}
         assert (album.payloads, album.vectors) == before
 
     def test_pruning_removes_deleted_files_below_the_named_folders_only(self, album: Album) -> None:
@@ -105,15 +105,15 @@ class TestRuns:
         for name in ("another.png", "blue.png", "sub/yellow.jpg"):
             (album.folder / name).unlink()
         stick.rename(stick.with_name("unplugged"))
-        for paths, prune, pruned in (([], False, 0), (["sub"], True, 1), ([], True, 1)):
-            album.run(*paths, prune=prune)
+        for paths, options, pruned in (([], {}, 0), (["sub"], {"prune_all": True}, 1), ([], {"prune_all": True}, 2)):
+            album.run(*paths, **options)
             assert album.summary.pruned == pruned
         assert set(album.payloads) == {"red.png", "green.png"}
         assert album.payloads["red.png"]["paths"] == [str(album.folder / "red.png")]
         assert album.payloads["green.png"]["paths"] == [str(album.folder / "green.png"), str(stick / "a.png")]
         for path in album.folder.rglob("*.png"):
             path.unlink()
-        album.run(prune=True)
+        album.run(prune_all=True)
         assert (album.summary.pruned, set(album.payloads)) == (2, {"a.png"})
 
     def test_a_file_that_cannot_be_checked_is_not_pruned(self, album: Album, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,10 +183,22 @@ class TestPaths:
         colour_image("green", (9, 9)).save(album.folder / "new.png")
         album.run(thumbnails=tmp_path / "other", prune=True)
         named = {payload["thumbnail"] for payload in album.payloads.values()}
-        assert {str(file) for file in (tmp_path / "other").iterdir()} == named
-        with pytest.raises(UsageError, match="would be indexed with the images"):
-            album.run(thumbnails=album.folder / "small")
-        assert not (album.folder / "small").exists()
+        assert {str(file) for file in (tmp_path / "other").glob("*.jpg")} == named
+
+    def test_thumbnails_below_the_indexed_folder_are_passed_over_also_through_links_and_patterns(
+        self, album: Album
+    ) -> None:
+        (album.folder / "sub" / "link").symlink_to(album.folder / "small")
+        (album.folder.parent / "link").symlink_to(album.folder / "small")
+        for count in ((4, 0, 0, 0, 0), (0, 4, 0, 0, 0), (0, 4, 0, 0, 0)):
+            assert album.run(thumbnails=album.folder / "small") == count
+        assert len(list((album.folder / "small").glob("*.jpg"))) == 4
+        assert album.run("**/*.[jp][pn]g") == (0, 4, 0, 0, 0)
+        for folder in ("small", "../link", "small/*.jpg"):
+            with pytest.raises(CocoaError, match="no images in|nothing matches"):
+                album.run(folder)
+        with pytest.raises(CocoaError, match="holds something else"):
+            album.run(thumbnails=album.folder)
 
 
 class TestCaptions:
@@ -246,7 +258,7 @@ class TestCaptions:
         shutil.copy(album.folder / "red.png", album.folder / "again.png")
         album.describe({"red.png": "of red.png", "again.png": "of again.png"})
         album.index = album.indexer(batch_size=size)
-        assert album.run() == (4, 1, 0, 0, 0)
+        assert album.run() == (4, 0, 1, 0, 0), "a copy of a stored content is an update"
         for paths in (["red.png", "again.png"], ["red.png"]):
             assert album.run(*paths) == (0, len(paths), 0, 0, 0)
             assert album.captions == {"again.png": "of again.png"}

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.encode.jobs import EmbeddedImage
@@ -101,9 +101,11 @@ def points_of(
     """
     stream = _PointStream(stored, on_stored, known_fault, thumbnails, llama_index)
     size = None if thumbnails is None else THUMBNAIL_SIZE
-    with closing(read_ahead(read_record, records)) as reading:
-        embedded = encoder.stream_images(stream.new_contents(reading), batch_size=batch_size, thumbnail_size=size)
-        for content, outcome in embedded:
+    with ExitStack() as stack:
+        reading = stack.enter_context(closing(read_ahead(read_record, records)))
+        new = stream.new_contents(reading)
+        embedded = encoder.stream_images(new, batch_size=batch_size, thumbnail_size=size)
+        for content, outcome in stack.enter_context(closing(cast("Generator[tuple[Content, Any]]", embedded))):
             yield from stream.take_failures()
             yield from stream.finish(content, outcome)
         yield from stream.take_failures()

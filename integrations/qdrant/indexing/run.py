@@ -171,8 +171,8 @@ class IndexRun:
 
     def _skip(self, shard: Shard, number: int) -> bool:
         """Return whether the collection has an unchanged shard completely; then count its records."""
-        known = self.manifest.shard(shard.key)
-        faults = self.manifest.faults_in(shard.key)
+        known = self.manifest.shard(storable(shard.key))
+        faults = self.manifest.faults_in(storable(shard.key))
         if known is None or known.version != self._version(shard.version) or (faults and self.retry_failed):
             return False
         if self.store.count(Where("shard", [storable(shard.key)])) != known.points:
@@ -186,7 +186,7 @@ class IndexRun:
     def _read_shard(self, shard: Shard, number: int) -> Iterator[Record]:
         """Yield the records of a shard, and remember it when they are all stored."""
         progress = self._shards[shard.key] = ShardProgress(self._version(shard.version))
-        self.manifest.forget_faults(shard.key)
+        self.manifest.forget_faults(storable(shard.key))
         try:
             for record in shard.records():
                 self.found[number] += 1
@@ -225,7 +225,7 @@ class IndexRun:
     def _remember(self, key: str, complete: CompleteShard) -> None:
         points = self.store.count(Where("shard", [storable(key)]))
         self._complete[key] = complete._replace(points=points)
-        self.manifest.complete(key, self._complete[key])
+        self.manifest.complete(storable(key), self._complete[key])
 
     def _version(self, version: str) -> str:
         """Return the version of a shard, with what a run adds to its points."""
@@ -277,7 +277,7 @@ class IndexRun:
     def _has_known_fault(self, record: Record, named: Sequence[tuple[str, Payload]]) -> bool:
         """Return whether a record has the size and mtime that it had when it could not be used."""
         version = version_of(record)
-        reason = None if self.retry_failed or not version else self.manifest.fault(record.key, version)
+        reason = None if self.retry_failed or not version else self.manifest.fault(storable(record.key), version)
         if reason is None:
             return False
         for id_, _ in named:
@@ -323,8 +323,8 @@ class IndexRun:
             self._detach_others(record, "")
         is_lasting = sha256 is not None and not isinstance(error, TransientImageError)
         if is_lasting:
-            fault = Fault(record.key, error.reason)
-            self.manifest.add_fault(fault, record.shard, version_of(record), str(sha256))
+            fault = Fault(storable(record.key), error.reason)
+            self.manifest.add_fault(fault, storable(record.shard), version_of(record), str(sha256))
         elif record.shard in self._shards:
             self._shards[record.shard].is_faulty = True
         self._fail(record, error.reason)
