@@ -8,9 +8,9 @@ from pathlib import Path
 from cocoa_embed.errors import CocoaError, ImageError, printable, require
 from cocoa_embed.images.load import load_image
 from cocoa_embed.images.to_rgb import draw_thumbnail
+from cocoa_embed.integrations.qdrant.indexing.thumbnails import THUMBNAIL_SIZE
 from cocoa_embed.integrations.qdrant.points import stored_locations
 from cocoa_embed.integrations.qdrant.stores.base import Hit
-from cocoa_embed.integrations.qdrant.indexing.thumbnails import THUMBNAIL_SIZE
 
 _TEMPLATE = Path(__file__).with_name("hits.html.jinja")
 

@@ -102,12 +102,11 @@ def place_fields(locations: Sequence[FileLocation], shards: Iterable[str]) -> Pa
     if not held:
         return {}
     fields: Payload = {"shard": held[0] if len(held) == 1 else held}
-    place = PLACE.search(locations[0].path)
-    if place is not None and place["page"]:
-        fields["page"] = int(place["page"])
-    elif place is not None:
-        fields["seconds"] = float(place["seconds"])
-    return fields
+    first = locations[0].path
+    place = PLACE.search(first) if any(first.startswith(f"{shard}#") for shard in held) else None
+    if place is None:
+        return fields
+    return fields | ({"page": int(place["page"])} if place["page"] else {"seconds": float(place["seconds"])})
 
 
 def shards_of(stored: Mapping[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import qdrant_edge
-from fake_qdrant import OTHER, SIGNATURE, make_points, make_vector, name
+from fake_qdrant import OTHER, SIGNATURE, delete, make_points, make_vector, name
 from other_processes import BATCH, fill, run_and_kill
 from qdrant_client import QdrantClient
 
@@ -41,9 +41,9 @@ class TestBoth:
     def test_a_second_user_is_refused_at_once_whether_ours_or_plain(
         self, backend: str, store: Store, opener: Opener, folder: Path
     ) -> None:
-        store.upsert(make_points(0, 3))
+        store.insert(make_points(0, 3))
         with pytest.raises(CocoaError, match=r"store is in use by another process; wait for it, or run a Qdrant"):
-            opener().upsert(make_points(3, 4))
+            opener().insert(make_points(3, 4))
         store.close()
         is_edge = backend == "edge"
         plain: Any = qdrant_edge.EdgeShard.load(str(folder / "images")) if is_edge else QdrantClient(path=str(folder))
@@ -113,7 +113,7 @@ class TestBoth:
             "from cocoa_embed.integrations.qdrant.stores import open_store\n"
             "from fake_qdrant import SIGNATURE, make_points\n"
             f"store = open_store({backend}={str(folder)!r}, collection='images')\n"
-            "store.create(SIGNATURE); store.upsert(make_points(0, 7)); print(store.count())"
+            "store.create(SIGNATURE); store.insert(make_points(0, 7)); print(store.count())"
         )
         done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
         assert (done.stdout.split(), done.stderr) == (["7"], "")
@@ -139,7 +139,7 @@ class TestLocal:
     def test_changes_go_to_a_log_that_closing_removes(self, store: Any, folder: Path) -> None:  # noqa: ANN401
         files = folder / "collection" / "images"
         for start in (0, 50):
-            store.upsert(make_points(start, start + 50))
+            store.insert(make_points(start, start + 50))
             connection = store._connected()._client.collections["images"].storage.storage
             assert connection.execute("PRAGMA synchronous").fetchone() == (1,), "a commit does not wait for the disk"
             assert (files / "storage.sqlite-wal").stat().st_size > 0
@@ -167,7 +167,7 @@ class TestEdge:
     ) -> None:
         other = opener(collection="2nd")
         other.create(OTHER)
-        store.upsert(make_points(0, 3))
+        store.insert(make_points(0, 3))
         assert (store.count(), other.count()) == (3, 0)
         with edge.folder_lock(folder / ".cocoa-edge"), pytest.raises(CocoaError, match="in use by another process"):
             opener(collection="3rd").create(SIGNATURE)
@@ -199,7 +199,7 @@ class TestEdge:
                     store.create(SIGNATURE)
             assert store.signature() is None
         store.create(SIGNATURE)
-        store.upsert(make_points(0, 3))
+        store.insert(make_points(0, 3))
         assert store.count() == 3
 
     def test_scores_are_exact_before_and_after_the_index_is_built(
@@ -214,7 +214,7 @@ class TestEdge:
         rng = np.random.default_rng(0)
         centers = rng.normal(size=(40, 128))
         vectors = (centers[np.arange(1000) % 40] + 0.5 * rng.normal(size=(1000, 128))).astype(np.float32)
-        store.upsert([Point(name(number), vector, {"n": number}) for number, vector in enumerate(vectors)])
+        store.insert([Point(name(number), vector, {"n": number}) for number, vector in enumerate(vectors)])
         unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
         stored = json.loads((folder / "images" / "edge_config.json").read_text())["vectors"][""]
         assert (stored["quantization_config"].keys(), stored["memory"]) == ({"binary"}, "cold")
@@ -233,14 +233,14 @@ class TestEdge:
     def test_nothing_is_written_created_or_opened_without_enough_disk_space(
         self, store: Store, opener: Opener, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        store.upsert(make_points(0, 5))
+        store.insert(make_points(0, 5))
 
         def leave_free(mebibytes: int) -> None:
             monkeypatch.setattr(edge.shutil, "disk_usage", lambda _: Mock(free=mebibytes * 2**20))
 
         leave_free(100)
         other = opener(collection="others")
-        changes = (lambda: store.upsert(make_points(5, 10)), lambda: store.delete([name(1)]), store.finish)
+        changes = (lambda: store.insert(make_points(5, 10)), lambda: delete(store, name(1)), store.finish)
         for change in (*changes, lambda: other.create(SIGNATURE)):
             with pytest.raises(CocoaError, match=r"store is full: 100 MiB are free, .* needs 1\d\d MiB; .* is safe"):
                 change()

@@ -296,7 +296,9 @@ def test_memory_does_not_grow_with_the_number_of_files(tmp_path: Path) -> None:
     model, memory, stored = FakeModel(), list[int](), dict[str, dict[str, Any]]()
     model.documents = deque(maxlen=0)  # type: ignore[assignment] - remembers nothing
     index = QdrantIndexer(model, batch_size=50)
-    index.store = Mock(place=None, location="nowhere", collection="images", parallel=1, **{"signature.return_value": None})
+    index.store = Mock(
+        place=None, location="nowhere", collection="images", parallel=1, **{"signature.return_value": None}
+    )
     index.store.by_paths.return_value = {}
     index.store.retrieve = lambda ids: {id_: stored[id_] for id_ in ids if id_ in stored}
 

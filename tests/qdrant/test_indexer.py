@@ -93,7 +93,12 @@ class TestRuns:
         album.index = QdrantIndexer(FakeModel(), client=watched)
         assert album.run() == (0, 4, 0, 0, 0)
         assert album.summary.images_per_second == 0
-        assert {call[0] for call in watched.method_calls} == {"collection_exists", "get_collection", "retrieve", "scroll"}
+        assert {call[0] for call in watched.method_calls} == {
+            "collection_exists",
+            "get_collection",
+            "retrieve",
+            "scroll",
+        }
         assert (album.payloads, album.vectors) == before
 
     def test_pruning_removes_deleted_files_below_the_named_folders_only(self, album: Album) -> None:
@@ -195,7 +200,7 @@ class TestPaths:
         assert len(list((album.folder / "small").glob("*.jpg"))) == 4
         assert album.run("**/*.[jp][pn]g") == (0, 4, 0, 0, 0)
         for folder in ("small", "../link", "small/*.jpg"):
-            with pytest.raises(CocoaError, match="no images in|nothing matches"):
+            with pytest.raises(CocoaError, match=r"no images in|nothing matches"):
                 album.run(folder)
         with pytest.raises(CocoaError, match="holds something else"):
             album.run(thumbnails=album.folder)

@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,12 +7,15 @@ from llama_index.core.vector_stores.utils import metadata_dict_to_node, node_to_
 
 from cocoa_embed.integrations.qdrant.points import (
     FileLocation,
-    ImageFile,
+    describe,
+    location_of,
     make_payload,
     plain_payload,
     point_id,
     stored_locations,
+    with_node_fields,
 )
+from cocoa_embed.sources.base import Record
 
 SHA256 = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
 CONTENT = {"sha256": SHA256, "bytes": 1234, "width": 640, "height": 480, "mime": "image/jpeg"}
@@ -34,7 +36,8 @@ CHANGES: list[dict[str, Any]] = [
 
 
 def payload(**changes: Any) -> dict[str, Any]:
-    return make_payload(**{"content": CONTENT, "locations": [ZEBRA], "description": DESCRIPTION, **changes})
+    arguments = {"content": CONTENT, "locations": [ZEBRA], "description": DESCRIPTION, "llama_index": True}
+    return make_payload(**{**arguments, **changes})
 
 
 def test_the_id_depends_on_the_content_alone_and_never_changes() -> None:
@@ -54,7 +57,7 @@ def test_the_payload_has_plain_fields_and_no_image() -> None:
 def test_a_changed_payload_is_what_llama_index_itself_would_write(changes: dict[str, Any]) -> None:
     before = payload()
     kept = dict(before)
-    stored = make_payload(before, **{"description": {}, **changes})
+    stored = make_payload(before, **{"description": {}, **changes})  # keeps the node of the stored payload
     assert stored == payload(**changes) != before
     assert before == kept
     again = node_to_metadata_dict(metadata_dict_to_node(stored), remove_text=False, flat_metadata=False)
@@ -62,12 +65,37 @@ def test_a_changed_payload_is_what_llama_index_itself_would_write(changes: dict[
     assert again == stored
 
 
+def test_without_llama_index_a_payload_has_at_most_600_bytes() -> None:
+    slim = payload(description=NONE, llama_index=False)
+    assert len(json.dumps(slim)) < 600 < 2000 < len(json.dumps(payload(description=NONE)))
+    assert slim == plain_payload(payload(description=NONE))
+    assert make_payload(slim, [AGAIN], {}).keys() == slim.keys()
+    assert with_node_fields({**slim, "revision": 3})["_node_content"] == payload(description=NONE)["_node_content"]
+
+
+def test_the_place_in_a_shard_is_that_of_the_first_file_that_is_in_one() -> None:
+    page = FileLocation("/data/report.pdf#page=3", "report.pdf#page=3", 1.0)
+    frame = FileLocation("/data/clip.mp4#t=12.5", "clip.mp4#t=12.5", 2.0)
+    misleading = FileLocation("/data/C#page=3", "C#page=3", 3.0)
+    shards = ["/data/report.pdf", "/data/clip.mp4"]
+
+    def place(stored: dict[str, Any]) -> dict[str, Any]:
+        return {key: stored[key] for key in ("shard", "page", "seconds") if key in stored}
+
+    both = payload(locations=[page, frame], shards=shards)
+    assert place(both) == {"shard": shards, "page": 3}
+    assert place(make_payload(both, [frame], {})) == {"shard": shards[1], "seconds": 12.5}
+    assert place(make_payload(both, [misleading, page], {})) == {"shard": shards[0]}
+    assert place(make_payload(both, [misleading], {})) == {}
+
+
 def test_a_description_and_a_location_are_valid_json() -> None:
-    metadata = {"n\udcff": ["\udcfe", 1, None, 1.5, True]}
-    file = ImageFile(Path("/z\udcff.jpg"), "z\udcff.jpg", "n\udcff", metadata, "/metadata.jsonl")
-    stored = payload(locations=[file.location(1.0)], description=file.description)
+    metadata: dict[str, Any] = {"n\udcff": ["\udcfe", 1, None, 1.5, True]}
+    metadata["text"] = "n\udcff"
+    record = Record("/z\udcff.jpg", "z\udcff.jpg", bytes, 1.0, 5, None, metadata, "/metadata.jsonl")
+    stored = payload(locations=[location_of(record)], description=describe(record))
     json.dumps(stored, ensure_ascii=False, allow_nan=False).encode("utf-8")
     assert (stored["path"], stored["relative_path"]) == (r"/z\udcff.jpg", r"z\udcff.jpg")
-    assert file.description == {key: stored[key] for key in ("caption", "metadata", "caption_source")}
+    assert describe(record) == {key: stored[key] for key in ("caption", "metadata", "caption_source")}
     assert stored["caption"] == r"n\udcff"
     assert stored["metadata"] == {r"n\udcff": [r"\udcfe", 1, None, 1.5, True]}

@@ -61,15 +61,15 @@ def test_temporary_failures_are_retried_and_everything_is_there_once(
 ) -> None:
     store = remote()
     reads = ["/exists", "POST /collections/images/points", "/scroll", "/count", "/query"]
-    ends = [CREATE, INDEX, UPSERT, "/points/delete", "/payload", *reads]
+    ends = [CREATE, INDEX, UPSERT, "/points/batch", *reads]
     for end in ends:
         fake.fail(end, fault, fault)
     store.create(SIGNATURE)
-    store.upsert(make_points(0, 300))
-    store.delete([name(5), name(6)])
-    store.overwrite_payload(name(7), {"number": 7, "new": True})
+    store.insert(make_points(0, 300))
+    new = {"number": 7, "new": True}
+    store.replace_payloads([(name(5), {}, None), (name(6), {}, None), (name(7), {}, new)])
     assert len(list(store.scan(["number"]))) == store.count() == 298
-    assert store.retrieve([name(7)]) == {name(7): {"number": 7, "new": True}}
+    assert store.retrieve([name(7)]) == {name(7): {**new, "revision": 1}}
     assert (len(store.search(QUERY)), store.signature()) == (5, SIGNATURE)
     assert (fake.faults, len(waits)) == ([], 2 * len(ends))
 
@@ -79,11 +79,11 @@ def test_a_lasting_failure_ends_after_a_few_attempts_and_the_next_run_completes_
 ) -> None:
     fake.fail(UPSERT, fake_qdrant.store_half, *[answer_status(503)] * (server.ATTEMPTS - 1))
     with pytest.raises(CocoaError, match=rf"^Qdrant at {fake.url} failed: 503 .*: status 503 \(tried 6 times\)$"):
-        store.upsert(make_points(0, 10))
+        store.insert(make_points(0, 10))
     assert sum(waits) < 30
     assert waits == sorted(waits)
     assert store.count() == 5
-    store.upsert(make_points(0, 10))
+    store.insert(make_points(0, 10))
     assert store.count() == 10
 
 
@@ -121,7 +121,7 @@ def test_the_servers_retry_after_is_kept_within_limits(
 
 
 def test_a_thread_that_waits_does_not_block_the_others(fake: FakeServer, store: ServerStore) -> None:
-    store.upsert(make_points(0, 1))
+    store.insert(make_points(0, 1))
     waiting, go_on = threading.Event(), threading.Event()
 
     def hang(handler: Any) -> bool:  # noqa: ANN401
@@ -129,7 +129,7 @@ def test_a_thread_that_waits_does_not_block_the_others(fake: FakeServer, store: 
         return not go_on.wait(60)
 
     fake.fail(UPSERT, hang)
-    thread = threading.Thread(target=store.upsert, args=(make_points(1, 2),))
+    thread = threading.Thread(target=store.insert, args=(make_points(1, 2),))
     thread.start()
     assert waiting.wait(60)
     assert (store.count(), len(store.search(QUERY))) == (1, 1)
@@ -148,7 +148,7 @@ def test_a_collection_has_its_signature_and_indexes_before_the_first_point_also_
     store = remote()
     for start in range(2):
         store.create(SIGNATURE)
-        store.upsert(make_points(start, start + 1))
+        store.insert(make_points(start, start + 1))
     (created,) = fake.bodies("PUT", "/collections/images")
     assert created["vectors"] == {"size": SIGNATURE.dimension, "distance": "Cosine"}
     assert created["metadata"] == {"cocoa_embed": {"model": "m", "fingerprint": "0f", "dimension": SIGNATURE.dimension}}
@@ -175,17 +175,17 @@ def test_vectors_are_quantized_kept_on_disk_and_rescored(fake: FakeServer, remot
 def test_requests_are_bounded_in_bytes(fake: FakeServer, remote: OpenRemote) -> None:
     store = remote()
     store.create(Signature(model="m", fingerprint="0f", dimension=2048))
-    store.upsert(make_points(0, 100, 2048, text="😀\n" * 1000))
+    store.insert(make_points(0, 100, 2048, text="😀\n" * 1000))
     sizes = [request.size for request in fake.requests if request.path.endswith("/points")]
     assert store.count() == 100
     assert server.MAX_BATCH_BYTES / 2 < min(sizes[:-1]) <= max(sizes) <= server.MAX_BATCH_BYTES
-    store.upsert(make_points(100, 102, 2048, text="x" * server.MAX_BATCH_BYTES))
+    store.insert(make_points(100, 102, 2048, text="x" * server.MAX_BATCH_BYTES))
     assert store.count() == 102
 
 
 def test_a_request_too_large_for_a_proxy_is_halved(fake: FakeServer, store: ServerStore) -> None:
     fake.fail(UPSERT, *[answer_status(413)] * 2)
-    store.upsert(make_points(0, 8))
+    store.insert(make_points(0, 8))
     sent = [len(body["points"]) for body in fake.bodies("PUT", "/points")]
     assert sent[sent.index(8) :] == [8, 4, 2, 2, 4]
     assert store.count() == 8

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import qdrant_edge
-from fake_qdrant import DIMENSION, OTHER, SIGNATURE, fake_server, make_points, make_vector, name, turned
+from fake_qdrant import DIMENSION, OTHER, SIGNATURE, delete, fake_server, make_points, make_vector, name, turned
 from qdrant_client import QdrantClient, models
 
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.integrations.qdrant.stores import edge, open_store
-from cocoa_embed.integrations.qdrant.stores.base import Point, Query, Signature, StoreOptions
+from cocoa_embed.integrations.qdrant.stores.base import Point, Query, Signature, StoreOptions, Where
 from cocoa_embed.integrations.qdrant.stores.checks import check_points
 from cocoa_embed.integrations.qdrant.stores.store import Store
 
@@ -37,9 +37,9 @@ class TestCollections:
             store.count,
             lambda: list(store.scan(["path"])),
             lambda: store.retrieve([name(1)]),
-            lambda: store.upsert(make_points(1, 2)),
-            lambda: store.delete([name(1)]),
-            lambda: store.overwrite_payload(name(1), {}),
+            lambda: store.insert(make_points(1, 2)),
+            lambda: store.by_paths(["/a/1.png"]),
+            lambda: store.replace_payloads([(name(1), {}, {})]),
             lambda: store.search(Query(ONES, limit=1)),
         ]
         with pytest.raises(CocoaError, match=r"no collection 'images' in .*run cocoa-embed index"):
@@ -56,7 +56,7 @@ class TestCollections:
     def test_a_collection_is_created_once_and_other_models_are_refused(self, store: Store, opener: Opener) -> None:
         assert store.signature() == store.require_signature() == SIGNATURE
         assert (store.count(), store.search(Query(ONES, limit=3))) == (0, [])
-        store.upsert(make_points(1, 2))
+        store.insert(make_points(1, 2))
         store.create(SIGNATURE)
         for other in (OTHER, Signature("m", "0f", 5)):
             with pytest.raises(CocoaError, match=r"was made with m \(8 dimensions\), not with (another|m \(5\))"):
@@ -106,36 +106,49 @@ class TestPoints:
             "long": "x" * 100_000,
         }
         point = Point(name(1), make_vector(1), payload)
-        store.upsert([point])
+        store.insert([point])
         (hit,) = store.search(Query(point.vector, limit=10))
         assert (hit.id, hit.path, hit.score) == (point.id, payload["path"], pytest.approx(1, abs=1e-6))
         for found in (hit.payload, store.retrieve([point.id])[point.id], dict(store.scan(list(payload)))[point.id]):
             assert repr(sorted(found.items())) == repr(sorted(payload.items()))
 
-    def test_a_point_with_the_same_id_and_a_payload_are_replaced_whole(self, store: Store) -> None:
-        store.upsert([turned(1, 0, old=True), turned(2, 45)])
-        store.upsert([turned(1, 60), turned(1, 90, last=True)])
-        assert store.count() == 2
-        assert store.retrieve([name(1)]) == {name(1): {"path": "/a/1.png", "number": 1, "last": True}}
-        store.overwrite_payload(name(1), {"path": "/b", "metadata": {"x": [None]}})
-        assert store.retrieve([name(1)]) == {name(1): {"path": "/b", "metadata": {"x": [None]}}}
+    def test_a_stored_point_is_not_inserted_again_and_its_payload_is_replaced_whole(self, store: Store) -> None:
+        store.insert([turned(1, 90, first=True), turned(2, 45)])
+        store.insert([turned(1, 60), turned(3, 0)])
+        stored = store.retrieve([name(1)])[name(1)]
+        assert (store.count(), stored) == (3, {"path": "/a/1.png", "number": 1, "first": True})
+        store.replace_payloads([(name(1), stored, {"path": "/b", "metadata": {"x": [None]}}), (name(3), {}, None)])
+        assert store.retrieve([name(1), name(3)]) == {name(1): {"path": "/b", "metadata": {"x": [None]}, "revision": 1}}
         assert store.search(Query(turned(1, 90).vector, limit=1))[0].score == pytest.approx(1, abs=1e-6)
-        with pytest.raises(CocoaError):
-            store.overwrite_payload(name(3), {"path": "/c"})
-        store.upsert([])
-        for ids in ([], [name(4)]):
-            store.delete(ids)
+        store.insert([])
+        store.replace_payloads([])
         store.finish()
         assert store.count() == 2
 
+    def test_points_are_found_by_any_of_their_paths_and_counted_by_a_value(self, store: Store) -> None:
+        def paths(number: int) -> dict[str, Any]:
+            return {"paths": [f"/{number}.png", f"/{number + 1}.png"], "shard": ["/a.tar", "/b.tar"][number % 2]}
+
+        store.insert([turned(number, number, **paths(number)) for number in range(9)])
+        found = store.by_paths(["/4.png", "/none.png"])
+        assert {id_: payload["paths"] for id_, payload in found.items()} == {
+            name(3): ["/3.png", "/4.png"],
+            name(4): ["/4.png", "/5.png"],
+        }
+        store.replace_payloads([(name(4), found[name(4)], {"paths": ["/new.png"]}), (name(3), found[name(3)], None)])
+        assert (store.by_paths(["/4.png"]), store.by_paths([])) == ({}, {})
+        assert store.by_paths(["/new.png"]).keys() == {name(4)}
+        assert store.count(Where("shard", ["/a.tar"])) == 4
+        assert {id_ for id_, _ in store.scan([], Where("shard", ["/b.tar", "/c.tar"]))} == {name(1), name(5), name(7)}
+
     def test_more_points_than_a_page_are_all_seen_once_also_after_reopening(self, store: Store, opener: Opener) -> None:
-        store.upsert(make_points(0, 2_345))
+        store.insert(make_points(0, 2_345))
         some = [name(number) for number in range(1_000, 3_000)]
         assert store.retrieve(some).keys() == set(some[:1_345])
         assert sorted(store.scan(["number", "absent"])) == sorted((name(n), {"number": n}) for n in range(2_345))
         assert {str(payload) for _, payload in store.scan([])} == {"{}"}
-        store.delete(some)
-        store.overwrite_payload(name(6), {"path": "/new"})
+        delete(store, *some)
+        store.replace_payloads([(name(6), {}, {"path": "/new"})])
         for _ in range(2):
             store.close()
         store = opener()
@@ -143,7 +156,7 @@ class TestPoints:
         assert store.search(Query(make_vector(6), limit=1))[0].path == "/new"
 
     def test_foreign_points_are_listed_and_kept(self, store: Store) -> None:
-        store.upsert(make_points(1, 2))
+        store.insert(make_points(1, 2))
         store.close()
         if isinstance(store, edge.EdgeStore):
             shard = qdrant_edge.EdgeShard.load(str(store._shard_folder))
@@ -170,10 +183,10 @@ class TestPoints:
         bad = turned(7, 0)._replace(**change)
         store.close()
         with pytest.raises(CocoaError, match=words):
-            store.upsert([turned(1, 0), bad, turned(8, 0)])
+            store.insert([turned(1, 0), bad, turned(8, 0)])
         assert store.count() == 0
-        store.upsert([turned(7, 0)])
-        use = partial(store.overwrite_payload, name(7), bad.payload)
+        store.insert([turned(7, 0)])
+        use = partial(store.replace_payloads, [(name(7), {}, bad.payload)])
         if "vector" in change:
             use, words = partial(store.search, Query(bad.vector, limit=1)), "the query's vector"
         with pytest.raises(CocoaError, match=words):
@@ -183,7 +196,7 @@ class TestPoints:
     def test_threads_share_a_store(self, store: Store) -> None:
         def work(first: int) -> None:
             for start in range(first, first + 60, 20):
-                store.upsert(make_points(start, start + 20))
+                store.insert(make_points(start, start + 20))
                 assert store.retrieve([name(start)]).keys() == {name(start)}
                 assert store.search(Query(make_vector(start), limit=1))
                 assert len(list(store.scan(["number"]))) >= 20
@@ -195,7 +208,7 @@ class TestPoints:
 
 class TestSearch:
     def test_hits_are_the_best_first_with_limit_offset_and_threshold(self, store: Store) -> None:
-        store.upsert([turned(number, 10 * number) for number in range(10)])
+        store.insert([turned(number, 10 * number) for number in range(10)])
         query = Query(turned(0, 0).vector, limit=100)
         every = store.search(query)
         assert [hit.payload["number"] for hit in every] == list(range(10))
@@ -207,7 +220,7 @@ class TestSearch:
         assert store.search(query._replace(score_threshold=1.001)) == []
 
     def test_filters_are_applied_before_limit_and_offset(self, store: Store) -> None:
-        store.upsert([turned(number, 5 * number, mime=["a", "b"][number % 2]) for number in range(10)])
+        store.insert([turned(number, 5 * number, mime=["a", "b"][number % 2]) for number in range(10)])
         mime = models.FieldCondition(key="mime", match=models.MatchValue(value="b"))
         query = Query(turned(0, 0).vector, limit=2, offset=1, filter=models.Filter(must=[mime]))
         assert [hit.payload["number"] for hit in store.search(query)] == [3, 5]

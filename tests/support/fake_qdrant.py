@@ -14,6 +14,7 @@ import numpy as np
 from qdrant_client import QdrantClient, models
 
 from cocoa_embed.integrations.qdrant.stores.base import Point, Signature
+from cocoa_embed.integrations.qdrant.stores.store import Store
 
 
 @dataclass
@@ -163,11 +164,12 @@ def respond(fake: FakeServer, method: str, path: str, body: dict[str, Any]) -> o
             kind = kind if isinstance(kind, str) else kind["type"]
             fake.indexes.setdefault(name, {})[body["field_name"]] = {"data_type": kind, "points": 0}
         case "PUT", "points":
-            client.upsert(name, points=[models.PointStruct.model_validate(point) for point in body["points"]])
-        case "PUT", "points/payload":
-            client.overwrite_payload(name, payload=body["payload"], points=body["points"])
-        case "POST", "points/delete":
-            client.delete(name, points_selector=models.PointIdsList(points=body["points"]))
+            points = [models.PointStruct.model_validate(point) for point in body["points"]]
+            client.upsert(name, points=points, update_mode=models.UpdateMode(body.get("update_mode") or "upsert"))
+        case "POST", "points/batch":
+            operations = models.UpdateOperations.model_validate(body).operations
+            client.batch_update_points(name, operations)
+            return [done] * len(operations)
         case "POST", "points":
             records = client.retrieve(name, body["ids"], with_payload=body["with_payload"])
             return [record.model_dump(mode="json") for record in records]
@@ -208,6 +210,11 @@ def fake_server() -> Iterator[FakeServer]:
         server.server_close()
         thread.join()
         fake.client.close()
+
+
+def delete(store: Store, *ids: str) -> None:
+    """Delete the points with these ids that exist."""
+    store.replace_payloads([(id_, payload, None) for id_, payload in store.retrieve(ids).items()])
 
 
 DIMENSION = 8

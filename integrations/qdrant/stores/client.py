@@ -87,8 +87,8 @@ class ClientStore(Store):
     def _scroll(
         self,
         keys: Sequence[str] | None,
-        offset: Any,
-        where: Where | None,  # noqa: ANN401
+        offset: Any,  # noqa: ANN401
+        where: Where | None,
     ) -> tuple[Sequence[models.Record], Any]:
         page = {"limit": self.scroll_limit, "offset": offset, "with_vectors": False}
         fields: Any = True if keys is None else list(keys) or False

@@ -127,8 +127,8 @@ class EdgeStore(Store):
     def _scroll(
         self,
         keys: Sequence[str] | None,
-        offset: Any,
-        where: Where | None,  # noqa: ANN401
+        offset: Any,  # noqa: ANN401
+        where: Where | None,
     ) -> tuple[Sequence[Any], Any]:
         fields: Any = True if keys is None else list(keys) or False
         page = {"limit": self.scroll_limit, "offset": offset, "with_payload": fields, "with_vector": False}

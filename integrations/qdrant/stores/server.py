@@ -127,7 +127,7 @@ TEXT_INDEX = models.TextIndexParams(
 
 
 def is_temporary(error: BaseException) -> bool:
-    """Return whether a retry may succeed: no connection, no answer, too many requests, status 5xx or its like in gRPC."""
+    """Return whether a retry may succeed: no connection, no answer, too many requests, status 5xx or the like."""
     if isinstance(error, RpcError):
         return isinstance(error, Call) and error.code() in TEMPORARY_CODES and not is_too_large(error)
     if isinstance(error, UnexpectedResponse):

@@ -139,8 +139,8 @@ class Store(ABC):
     def _scroll(
         self,
         keys: Sequence[str] | None,
-        offset: Any,
-        where: Where | None,  # noqa: ANN401
+        offset: Any,  # noqa: ANN401
+        where: Where | None,
     ) -> tuple[Sequence[Any], Any]:
         """Return a page of records with ``id`` and ``payload``, and the offset of the next page."""
 
