@@ -14,7 +14,7 @@ from llama_index.core.schema import BaseNode, ImageNode, ImageType, Node, NodeWi
 from llama_index.core.vector_stores.utils import metadata_dict_to_node
 
 from cocoa_embed.errors import ImageError
-from cocoa_embed.integrations.qdrant.points import plain_payload
+from cocoa_embed.integrations.qdrant.points import plain_payload, with_node_fields
 
 if TYPE_CHECKING:
     from cocoa_embed.integrations.qdrant.indexer import Hit
@@ -61,7 +61,17 @@ def to_node(hit: Hit) -> NodeWithScore:
     A point that the indexer or LlamaIndex wrote becomes the stored node. Any other point, or one whose node cannot be
     read, becomes a node with the path and the caption or text of its payload, and the other keys as metadata.
     """
-    return NodeWithScore(node=stored_node(hit.payload) or described_node(hit), score=hit.score)
+    return NodeWithScore(node=stored_node(node_payload(hit)) or described_node(hit), score=hit.score)
+
+
+def node_payload(hit: Hit) -> dict[str, Any]:
+    """Return the payload of a hit with the fields of LlamaIndex, and the path of a file that exists, if one does.
+
+    They are made from the fields of the indexer, which stores LlamaIndex's on request only.
+    """
+    if hit.payload.get("sha256") and hit.payload.get("paths"):
+        return with_node_fields({**plain_payload(hit.payload), "path": hit.path})
+    return hit.payload
 
 
 def stored_node(payload: dict[str, Any]) -> BaseNode | None:

@@ -40,6 +40,9 @@ def image_nodes(folder: Path) -> list[ImageNode]:
 def test_llama_index_reads_and_deletes_what_the_indexer_wrote(
     indexer: QdrantIndexer, client: QdrantClient, embedding: CocoaEmbedding, folder: Path
 ) -> None:
+    assert len(embedding.encoder.model.documents) == 4
+    assert indexer.index(folder, llama_index=True, progress=False).unchanged == 4
+    assert len(embedding.encoder.model.documents) == 4, "LlamaIndex's fields are added without embedding anything"
     store = QdrantVectorStore("images", client=client)
     result = store.query(VectorStoreQuery(embedding.get_query_embedding("blue"), similarity_top_k=2))
     (hit,) = indexer.search("blue", limit=1)

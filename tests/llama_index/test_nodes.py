@@ -12,6 +12,8 @@ from llama_index.core.vector_stores.utils import node_to_metadata_dict
 from cocoa_embed.errors import ImageError
 from cocoa_embed.integrations.llama_index.nodes import image_of, split_by_image, to_node
 from cocoa_embed.integrations.qdrant.indexer import Hit
+from cocoa_embed.integrations.qdrant.points import FileLocation, make_payload
+from cocoa_embed.integrations.qdrant.stores.base import image_path
 
 ENCODED = b64encode(b"an image").decode()
 
@@ -61,6 +63,20 @@ def test_stored_nodes_are_restored_and_those_with_an_image_are_image_nodes(file:
         assert found.get_content(schema.MetadataMode.LLM).strip() == "a red thing"
     without_image = to_node(hit(node_to_metadata_dict(ImageDocument(image=ENCODED, text="a red thing")))).node
     assert (type(without_image), without_image.get_content()) == (TextNode, "a red thing")
+
+
+def test_a_node_has_the_path_of_the_file_that_exists(file: str) -> None:
+    gone = FileLocation("/gone.png", "gone.png", 1.0)
+    content = {"sha256": "0" * 64, "bytes": 5, "width": 6, "height": 7, "mime": "image/png"}
+    none = {"caption": None, "metadata": {}, "caption_source": None}
+    for llama_index in (False, True):
+        locations = [gone, FileLocation(file, "red.png", 2.0)]
+        payload = make_payload(content, locations, none, llama_index=llama_index)
+        assert ("_node_content" in payload) == llama_index
+        assert image_path(payload) == file != payload["path"]
+        node = to_node(Hit("7", 0.5, image_path(payload), payload)).node
+        assert (type(node), node.image_path, node.metadata["path"]) == (ImageNode, file, file)
+    assert image_path(make_payload(content, [gone], none)) == "/gone.png"
 
 
 @pytest.mark.parametrize(
