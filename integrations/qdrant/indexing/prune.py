@@ -40,23 +40,28 @@ class Pruning:
     doubtful: Counter[str] = field(default_factory=Counter)
     """The images below each folder that is empty, as a mount point is whose disk is missing."""
 
+    def __post_init__(self) -> None:
+        self._doubtful_folder = lru_cache(maxsize=1024)(doubtful_folder)
+
     def find(self, store: Store, *, even_doubtful: bool) -> Iterator[tuple[str, str, list[int]]]:
         """Yield the id and the path of each image that no longer exists, and the sources that cover it."""
         for id_, payload in store.scan(LOCATION_KEYS):
             paths = [each.path for each in stored_locations(payload)]
             covering = {path: [i for i, source in enumerate(self.sources) if source.covers(path)] for path in paths}
-            deleted = [
-                path for path, numbers in covering.items() if any(self.sources[i].is_deleted(path) for i in numbers)
-            ]
             self.totals.update({i for numbers in covering.values() for i in numbers})
+            deleted = []
+            for path, numbers in covering.items():
+                if any(self.sources[i].is_deleted(path) for i in numbers):
+                    root = self.sources[numbers[0]].name
+                    folder = None if even_doubtful else self._doubtful_folder(os.path.dirname(path), root)
+                    if folder is None:
+                        deleted.append(path)
+                    else:
+                        self.doubtful[folder] += 1
             self.going.update({i for path in deleted for i in covering[path]} if len(deleted) == len(paths) else ())
             for path in deleted:
-                folder = None if even_doubtful else doubtful_folder(path, self.sources[covering[path][0]].name)
-                if folder is not None:
-                    self.doubtful[folder] += 1
-                else:
-                    self.paths.update(covering[path])
-                    yield id_, path, covering[path]
+                self.paths.update(covering[path])
+                yield id_, path, covering[path]
 
     def refusals(self, found: Counter[int]) -> dict[int, str]:
         """Return the sources that must not be pruned, each with the reason.
@@ -100,13 +105,16 @@ def prune_deleted(
     return pruned, kept
 
 
-@lru_cache(maxsize=1024)
-def doubtful_folder(path: str, root: str) -> str | None:
-    """Return the folder below ``root`` where a missing path ends, if it is empty or a link that leads nowhere."""
-    folder = os.path.dirname(path)
+def doubtful_folder(folder: str, root: str) -> str | None:
+    """Return the last part of a missing file's folder that exists, if it is empty or a link that leads nowhere.
+
+    :param root: The folder that is searched; those above are in no doubt.
+    """
     while not os.path.lexists(folder):
+        if not is_below(folder, root):
+            return None
         folder = os.path.dirname(folder)
-    if not (folder + os.sep).startswith(root.rstrip(os.sep) + os.sep):
+    if not is_below(folder, root):
         return None
     try:
         return folder if NO_FILES.issuperset(os.listdir(folder)) else None

@@ -252,8 +252,8 @@ class IndexRun:
         ((id_, payload),) = named
         path = storable(record.key)
         mtime = next(each.mtime for each in stored_locations(payload) if each.path == path)
-        same_size = payload.get("bytes") == record.size if record.shard is None else record.mtime != 0
-        if not (same_size and is_same_moment(mtime, record.mtime)):
+        has_time = record.mtime != 0 or record.shard is None  # what has neither is as its shard or its address
+        if not (has_time and record.size in (None, payload.get("bytes")) and is_same_moment(mtime, record.mtime)):
             return False
         if self.thumbnails is not None and self.thumbnails.lacks(id_, payload):
             return False
