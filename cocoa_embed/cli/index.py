@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cocoa_embed.cli.output import DeviceOption, JsonOption, check_all, print_json, say, working
+from cocoa_embed.cli.output import DeviceOption, JsonOption, check_all, print_json, say, silence_libraries, working
 from cocoa_embed.cli.storage import (
     ApiKeyOption,
     CollectionOption,
@@ -19,7 +19,8 @@ from cocoa_embed.cli.storage import (
     check_storage,
     open_indexer,
 )
-from cocoa_embed.errors import UsageError, printable
+from cocoa_embed.errors import UsageError, printable, require
+from cocoa_embed.folders import DEFAULT_INDEX
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -86,6 +87,41 @@ def index(
     if as_json:
         print_json(dataclasses.asdict(summary))
     if summary.failed:
+        raise typer.Exit(1)
+
+
+def forget(
+    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Files, folders, archives, addresses.")],
+    collection: CollectionOption = "images",
+    path: PathOption = None,
+    url: UrlOption = None,
+    edge: EdgeOption = None,
+    api_key: ApiKeyOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove images from an index, whether they exist or not. Copies elsewhere stay in it."""
+    require("qdrant_client", "qdrant")
+    from cocoa_embed.integrations.qdrant.indexing.prune import forget as forget_paths
+    from cocoa_embed.integrations.qdrant.stores import StoreOptions, open_store
+
+    storage = {"path": path, "url": url, "edge": edge}
+    check_storage(collection, storage, exists=True)
+    if url is None and edge is None:
+        storage["path"] = path or Path(DEFAULT_INDEX)
+    with working() as console:
+        silence_libraries()
+        store = open_store(**storage, collection=collection, options=StoreOptions(api_key=api_key))
+        try:
+            store.require_signature()
+            forgotten = forget_paths(store, paths)
+            store.finish()
+        finally:
+            store.close()
+        for name, count in forgotten.images.items():
+            say(console, f"{printable(name)}: {count} images forgotten" if count else f"{printable(name)}: not indexed")
+    if as_json:
+        print_json({"collection": collection, "forgotten": forgotten.images, "deleted": forgotten.deleted})
+    if not all(forgotten.images.values()):
         raise typer.Exit(1)
 
 

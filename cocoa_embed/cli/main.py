@@ -12,7 +12,7 @@ import typer
 from cocoa_embed import __version__
 from cocoa_embed.cli.demo import demo
 from cocoa_embed.cli.evaluate import evaluation
-from cocoa_embed.cli.index import index
+from cocoa_embed.cli.index import forget, index
 from cocoa_embed.cli.report import diagnose, report
 from cocoa_embed.cli.search import search
 from cocoa_embed.cli.train import export, train
@@ -34,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (index, search, demo, train, export, diagnose, report):
+for command in (index, search, forget, demo, train, export, diagnose, report):
     app.command()(command)
 app.add_typer(evaluation, name="eval", help="Score a model on MMEB-V1, or on pairs.")
 

@@ -84,6 +84,28 @@ def test_changes_are_counted_and_unusable_files_are_named_with_exit_status_1(com
     assert (code, out, err.endswith("red.png  a rose\n")) == (0, "", True)
 
 
+def test_an_empty_folder_is_not_pruned_and_images_are_forgotten_by_name(command: Command, indexed: Path) -> None:
+    for file in indexed.iterdir():
+        file.unlink()
+    code, _, err = command("index", indexed, "--model", "fake", "--prune")
+    assert (code, err.count("is a disk missing? To prune, use --prune-all")) == (1, 1)
+    done = command("forget", indexed / "red.png", "pictures/green.png", "--json")
+    assert (done.status, done.document()["deleted"]) == (0, 2)
+    assert done.document()["forgotten"] == {str(indexed / "red.png"): 1, "pictures/green.png": 1}
+    code, _, err = command("forget", indexed, "elsewhere")
+    assert (code, err) == (1, f"{indexed}: 1 images forgotten\nelsewhere: not indexed\n")
+    assert found(command, "red") == []
+    for wrong, status, words in (
+        (["forget"], 2, "Missing argument"),
+        (["forget", "x", "--path", "nowhere"], 1, "there is no index in nowhere"),
+        (["forget", "x", "--collection", "other"], 1, "no collection 'other'"),
+        (["forget", "x", "--path", "a", "--edge", "b"], 2, "given together"),
+    ):
+        code, _, err = command(*wrong)
+        assert code == status
+        assert words in err
+
+
 def test_a_search_is_narrowed_by_filters_threshold_and_limit(command: Command, indexed: Path) -> None:
     Image.new("RGB", (100, 50), "red").save(indexed / "wide.png")
     command("index", indexed, "--model", "fake")

@@ -98,6 +98,16 @@ def test_up_to_three_in_ten_points_are_pruned(disk: Disk, deleted: int, pruned: 
     assert len(disk.paths) == COUNT - pruned
 
 
+def test_the_only_one_of_two_pictures_may_go_but_not_the_last(disk: Disk, tmp_path: Path) -> None:
+    two = tmp_path / "two"
+    disk.paint(two, 2, first=100)
+    disk.run(two)
+    (two / "100.bmp").unlink()
+    assert disk.run(two, prune=True).pruned == 1
+    (two / "101.bmp").unlink()
+    assert (disk.run(two, prune=True).pruned, disk.run(two, prune_all=True).pruned) == (0, 1)
+
+
 @pytest.mark.parametrize("unmount", [empty, with_lost_and_found, dangling])
 def test_an_empty_subfolder_is_not_pruned_and_the_rest_is(disk: Disk, unmount: Callable[[Path], None]) -> None:
     mounted = disk.folder / "holidays" / "stick"

@@ -22,6 +22,9 @@ from cocoa_embed.integrations.qdrant.stores.store import Store
 from cocoa_embed.sources.base import Record
 from cocoa_embed.sources.files import is_deleted
 
+BATCH_CHANGES = 256
+"""Points that are changed together."""
+
 ATTEMPTS = 50
 """How often a batch is merged: of several writers one succeeds each time."""
 

@@ -11,16 +11,18 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from cocoa_embed.integrations.qdrant.indexing.merge import Change, Merger
-from cocoa_embed.integrations.qdrant.indexing.writer import BATCH_CHANGES, Writer
+from cocoa_embed.integrations.qdrant.indexing.merge import BATCH_CHANGES, Change, Merger
 from cocoa_embed.integrations.qdrant.points import LOCATION_KEYS, stored_locations
 from cocoa_embed.integrations.qdrant.stores.store import Store
 from cocoa_embed.sources.base import Source, storable
 
+if TYPE_CHECKING:
+    from cocoa_embed.integrations.qdrant.indexing.writer import Writer
+
 MAX_PRUNED = 0.3
-"""The fraction of a source's points that a run may prune unless it is told to prune them all."""
+"""The fraction of a source's points that a run may prune unless it is told to prune all; one point may always go."""
 
 NO_FILES = frozenset({"lost+found"})
 """What is in a file system without files."""
@@ -73,7 +75,7 @@ class Pruning:
             lost = f"{self.going[i]} of its {self.totals[i]} points would be pruned"
             if self.paths[i] and not found[i] and (self.going[i] or os.path.lexists(source.name)):
                 refused[i] = f"has no images, and {lost}; is a disk missing? To prune them, use --prune-all"
-            elif self.going[i] > MAX_PRUNED * self.totals[i]:
+            elif self.going[i] > max(1, MAX_PRUNED * self.totals[i]):
                 refused[i] = f"{lost}; is a disk missing? To prune them, use --prune-all"
         return refused
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from cocoa_embed.integrations.qdrant.indexing.embed_records import NewPoint
-from cocoa_embed.integrations.qdrant.indexing.merge import Change, Merger
+from cocoa_embed.integrations.qdrant.indexing.merge import BATCH_CHANGES, Change, Merger
 from cocoa_embed.integrations.qdrant.points import Payload
 from cocoa_embed.integrations.qdrant.stores.base import Point
 from cocoa_embed.integrations.qdrant.stores.store import Store
@@ -19,8 +19,6 @@ from cocoa_embed.sources.base import Record
 
 BATCH_POINTS = 64
 """New points a write."""
-BATCH_CHANGES = 256
-"""Changed points a write."""
 
 
 @dataclass(eq=False)
