@@ -7,6 +7,18 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """What the caller wants of sources; each kind takes what concerns it."""
+
+    allowed_hosts: tuple[str, ...] = ()
+    """The hosts from which web addresses are fetched, as ``Fetcher`` takes them."""
+    every: float = 10.0
+    """Seconds between two frames of a video."""
+    include: frozenset[str] = frozenset()
+    """The kinds of files (``KINDS`` of ``open.py``) that a folder gives beside its photographs."""
+
+
 @dataclass(frozen=True)
 class Record:
     """One image of a source."""
@@ -20,10 +32,17 @@ class Record:
     """Returns the bytes of an image file; raises an ``ImageError`` if they cannot be read."""
     mtime: float = 0.0
     """When the file that holds the image was changed, in seconds since 1970; 0 where that is unknown."""
+    size: int | None = None
+    """Bytes of the image's own file; None for an image inside a shard, and where that is unknown."""
+    shard: str | None = None
+    """The key of the archive, table or document that holds the image; None if it is a file of its own."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """JSON values: the caption as ``text``, and other columns."""
     metadata_source: str | None = None
     """The file that the metadata is from; None if the image has none."""
+    checked_sources: frozenset[str] = frozenset()
+    """Files of metadata, read without a fault, that could describe the image. A description that a run has stored from
+    one of them is removed if they no longer have it."""
 
 
 class Shard(Protocol):

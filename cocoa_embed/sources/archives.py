@@ -1,0 +1,175 @@
+"""Images inside of tar files, as WebDataset and img2dataset write them, and of zip files."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator
+from functools import cache
+from itertools import groupby
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from cocoa_embed.data.places import Place, open_binary, reading, suffix_of
+from cocoa_embed.errors import CocoaError, ImageError, one_line
+from cocoa_embed.images.find_files import IMAGE_SUFFIXES
+from cocoa_embed.images.load import check_size
+from cocoa_embed.sources.base import Record
+from cocoa_embed.sources.shard_files import Kind, ShardFile, shard_error
+from cocoa_embed.sources.tables import batches
+
+DESCRIPTIONS = frozenset({".txt", ".caption", ".json", ".cls"})
+"""The suffixes of the files that describe the image of the same name."""
+
+MAX_DESCRIPTION_BYTES = 2**20
+
+
+class Member(NamedTuple):
+    """A file in an archive."""
+
+    name: str
+    size: int
+    read: Callable[[], bytes]
+    """Called before the next member is asked for."""
+
+    @property
+    def sample(self) -> str:
+        """What the files of one sample of a WebDataset have in common: the name up to the first dot."""
+        path = PurePosixPath(self.name)
+        return str(path.with_name(path.name.split(".")[0] or path.name))
+
+
+# Both are in every version of Python, though its documentation does not name them.
+EndOfArchive: type[Exception] = vars(tarfile)["EOFHeaderError"]
+HeaderError: type[Exception] = vars(tarfile)["HeaderError"]
+
+
+class StrictTarInfo(tarfile.TarInfo):
+    """Raises an error where ``tarfile`` takes a broken header, or the end of the file, for the end of the archive."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile: tarfile.TarFile) -> tarfile.TarInfo:
+        """Read the next header."""
+        try:
+            return super().fromtarfile(tarfile)
+        except EndOfArchive:
+            raise
+        except HeaderError as error:
+            raise BrokenTar(f"it breaks off, or is no tar file: {one_line(error)}") from error
+
+
+class BrokenTar(tarfile.TarError):
+    """A tar file ends before its end, or has something else where a file begins."""
+
+
+def read_archive(file: ShardFile) -> Iterator[Record]:
+    """Yield the images of an archive, described by the files of the same name that follow or precede them.
+
+    :raises ImageError: If the archive cannot be read to its end.
+    """
+    records = 0
+    columns = cache(lambda: columns_beside(file.place))
+    try:
+        for sample, members in groupby(filter(is_wanted, read_members(file.place)), key=lambda each: each.sample):
+            images, metadata = read_sample(members, file.key)
+            metadata = {**columns().get(PurePosixPath(sample).name, {}), **metadata}
+            for name, content in images.items():
+                yield file.make_record(name, content, metadata)
+                records += 1
+    except CocoaError:
+        raise
+    except Exception as error:  # remote file systems raise nearly anything, and decompressors all of their own
+        raise shard_error(file, records, one_line(error)) from error
+
+
+def is_wanted(member: Member) -> bool:
+    """Return whether a file is an image or describes one; those that macOS adds to archives are neither."""
+    path = PurePosixPath(member.name)
+    is_of_macos = path.name.startswith("._") or "__MACOSX" in path.parts
+    return path.suffix.lower() in IMAGE_SUFFIXES | DESCRIPTIONS and not is_of_macos
+
+
+def read_sample(members: Iterator[Member], archive: str) -> tuple[dict[str, bytes | ImageError], dict[str, Any]]:
+    """Return the images of a sample by name, and what its other files say about them."""
+    images: dict[str, bytes | ImageError] = {}
+    metadata: dict[str, Any] = {}
+    for member in members:
+        suffix = suffix_of(member.name)
+        if suffix in IMAGE_SUFFIXES:
+            images[member.name] = read_image(member, archive)
+        elif member.size <= MAX_DESCRIPTION_BYTES:
+            metadata |= read_description(suffix, member.read())
+    return images, metadata
+
+
+def read_image(member: Member, archive: str) -> bytes | ImageError:
+    """Return the bytes of an image, or the error if they are too many, or broken in a zip file."""
+    name = f"{archive}#{member.name}"
+    try:
+        check_size(member.size, name)
+        return member.read()
+    except ImageError as error:
+        return error
+    except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:  # broken, encrypted, unknown method
+        return ImageError(name, f"cannot be read ({one_line(error)})")
+
+
+def read_description(suffix: str, content: bytes) -> dict[str, Any]:
+    """Return what a file says about the image of the same name: its text, or columns; nothing if it is malformed."""
+    text = content.decode("utf-8-sig", "replace").strip()
+    if suffix == ".json":
+        try:
+            columns = json.loads(text)
+        except ValueError:
+            return {}
+        return columns if isinstance(columns, dict) else {}
+    if suffix == ".cls":
+        return {"cls": int(text) if text.isdigit() else text}
+    return {"text": text} if text else {}
+
+
+def columns_beside(place: Place) -> dict[str, dict[str, Any]]:
+    """Return the rows of the Parquet file that img2dataset writes beside an archive, by ``key``; none without it."""
+    beside = str(place)[: -len(".tar")] + ".parquet"
+    table: Place = Path(beside) if isinstance(place, Path) else beside
+    if suffix_of(place) != ".tar" or (isinstance(table, Path) and not table.is_file()):
+        return {}
+    try:
+        with reading(table):
+            return {str(row["key"]): row for batch in batches(table) for row in batch.to_pylist() if "key" in row}
+    except CocoaError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return {}
+        raise ImageError(str(table), f"cannot be read ({one_line(error)})") from error
+
+
+def read_members(place: Place) -> Iterator[Member]:
+    """Yield the files of an archive in order.
+
+    :raises Exception: If it cannot be read, or is broken behind the files that were yielded.
+    """
+    with open_binary(place) as file:
+        if suffix_of(place) == ".zip":
+            with zipfile.ZipFile(file) as archive:
+                for entry in archive.infolist():
+                    if not entry.is_dir():
+                        yield Member(entry.filename, entry.file_size, lambda entry=entry: archive.read(entry))
+            return
+        with tarfile.open(fileobj=file, mode="r|*", tarinfo=StrictTarInfo) as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # or all headers stay in memory
+                if member.isfile():
+                    yield Member(member.name, member.size, lambda member=member: _read_whole(tar, member))
+
+
+def _read_whole(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    opened = tar.extractfile(member)
+    data = opened.read() if opened is not None else b""
+    if len(data) < member.size:
+        raise BrokenTar(f"{member.name} breaks off: {len(data)} of {member.size} bytes")
+    return data
+
+
+SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
+KIND = Kind("archive", SUFFIXES, read_archive, "tarfile", "tables")
