@@ -104,7 +104,7 @@ def _open_address(address: str, options: SourceOptions) -> list[Source]:
         found = [(name, kind) for name in listed if (kind := named_kind(name))]
         images = {name: info for name, info in listed.items() if is_image(name)}
     if images == {} and not found:
-        raise CocoaError(f"{printable(address)} does not exist, or has no images; name a folder or a file that has some")
+        raise CocoaError(f"{printable(address)} does not exist, or has no images; name a folder or file that has some")
     sources: list[Source] = [shard_files(found, options, root)] if found else []
     return sources if images == {} else [RemoteImages(root, images), *sources]
 
