@@ -65,6 +65,9 @@ class Shard(Protocol):
 class Source(Protocol):
     """One of the places that a run indexes or embeds."""
 
+    name: str
+    """The place, for messages."""
+
     def shards(self) -> Iterator[Shard]:
         """Yield the shards in order, lazily."""
         ...
@@ -72,3 +75,21 @@ class Source(Protocol):
     def covers(self, key: str) -> bool:
         """Return whether the source would have a record of this key, if it existed."""
         ...
+
+    def is_deleted(self, key: str) -> bool:
+        """Return whether there is certainly no record of this key any more; False where that cannot be checked."""
+        ...
+
+
+def storable(value: Any) -> Any:  # noqa: ANN401 - any JSON value
+    r"""Return a JSON value with valid Unicode, as a server requires.
+
+    Undecodable bytes of a file name, which Python has as lone surrogates, become ``\udcNN``.
+    """
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode("utf-8")
+    if isinstance(value, dict):
+        return {storable(key): storable(element) for key, element in value.items()}
+    if isinstance(value, list):
+        return [storable(element) for element in value]
+    return value

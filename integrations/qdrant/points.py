@@ -1,11 +1,12 @@
-"""An image content as a Qdrant point: its id, and a payload that LlamaIndex reads back as an ``ImageNode``."""
+"""An image content as a Qdrant point: its id, and its payload, which becomes an ``ImageNode`` of LlamaIndex."""
 
 import json
+import re
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+from cocoa_embed.sources.base import Record, storable
 
 Payload = dict[str, Any]
 
@@ -15,50 +16,39 @@ NAMESPACE = uuid.UUID("6f1d3c52-8f0e-5f57-9a3c-0c0a1e3b7d11")
 NODE_KEYS = frozenset({"_node_content", "_node_type", "document_id", "doc_id", "ref_doc_id"})
 """The payload keys that only LlamaIndex reads."""
 
+MTIME_TOLERANCE = 1e-6
+"""In seconds."""
+
+PLACE_KEYS = frozenset({"shard", "page", "seconds"})
+"""The payload keys of an image that is in an archive, a table, a document or a video."""
+
+PLACE = re.compile(r"#(?:page=(?P<page>\d+)|t=(?P<seconds>\d+(?:\.\d+)?))$")
+"""Ends the key of a page of a document, or of a frame of a video."""
+
 LLM_KEYS = frozenset({"relative_path", "metadata"})
 """The payload keys that LlamaIndex shows to a language model beside the node's text, which is the caption."""
 
 
-@dataclass(frozen=True)
-class ImageFile:
-    """An image file and its description in ``metadata.jsonl`` files."""
-
-    path: Path
-    """Absolute."""
-    relative_path: str
-    """Relative to the folder that is indexed."""
-    caption: str | None = None
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    """The other columns of ``metadata.jsonl``."""
-    caption_source: str | None = None
-    """The first metadata file that has a row for the file, as the payload names it."""
-    checked_sources: frozenset[str] = frozenset()
-    """The metadata files, read without a fault, that could have a row for the file."""
-
-    @property
-    def stored_path(self) -> str:
-        """The path as the payload has it."""
-        return storable(str(self.path))
-
-    @property
-    def description(self) -> Payload:
-        """The part of the payload that comes from ``metadata.jsonl``."""
-        text, columns = storable(self.caption), storable(dict(self.metadata))
-        return {"caption": text, "metadata": columns, "caption_source": self.caption_source}
-
-    def location(self, mtime: float) -> "FileLocation":
-        """Return the location of the file as the payload has it."""
-        return FileLocation(self.stored_path, storable(self.relative_path), mtime)
-
-
 class FileLocation(NamedTuple):
-    """A file that holds a content, as the payload has it."""
+    """A file, or a place in a shard, that holds a content, as the payload has it."""
 
     path: str
-    """Absolute."""
+    """Absolute, or a URL."""
     relative_path: str
     mtime: float
-    """Seconds since 1970."""
+    """Seconds since 1970; 0 where that is unknown."""
+
+
+def location_of(record: Record) -> FileLocation:
+    """Return the location of a record as the payload has it."""
+    return FileLocation(storable(record.key), storable(record.relative_key), record.mtime)
+
+
+def describe(record: Record) -> Payload:
+    """Return the part of the payload that comes from a record's metadata."""
+    columns = storable(dict(record.metadata))
+    text = columns.pop("text", None)
+    return {"caption": text, "metadata": columns, "caption_source": storable(record.metadata_source)}
 
 
 def point_id(sha256: str) -> str:
@@ -70,27 +60,65 @@ def point_id(sha256: str) -> str:
 
 
 def make_payload(
-    content: Payload, locations: Sequence[FileLocation], description: Payload, thumbnail: str | None = None
+    content: Payload,
+    locations: Sequence[FileLocation],
+    description: Payload,
+    thumbnail: str | None = None,
+    *,
+    shards: Iterable[str] = (),
+    llama_index: bool = False,
 ) -> Payload:
-    """Return the payload of a point: these fields, and the same as a LlamaIndex node. It never holds the image.
+    """Return the payload of a point. It never holds the image.
 
     :param content: ``sha256`` and ``bytes`` of the file, ``width`` and ``height`` of the upright image in pixels, and
         ``mime``; or a stored payload, whose other fields are replaced where the arguments give them.
     :param locations: The files with this content, at least one: the first as single fields, all as parallel lists.
     :param description: ``caption``, ``metadata`` and ``caption_source``; empty to keep those of a stored payload.
     :param thumbnail: The path of a small copy.
+    :param shards: The archives, tables and documents that new locations are in.
+    :param llama_index: Whether to add the fields that LlamaIndex's own ``QdrantVectorStore`` reads; a stored payload
+        that has them keeps them.
     """
     lists = {f"{name}s": [getattr(each, name) for each in locations] for name in FileLocation._fields}
     fields = {**plain_payload(content), **locations[0]._asdict(), **lists, **description}
+    fields = {**without(PLACE_KEYS, fields), **place_fields(locations, [*shards_of(content), *shards])}
     if thumbnail is not None:
         fields["thumbnail"] = thumbnail
-    return {**fields, **node_fields(point_id(fields["sha256"]), fields)}
+    return with_node_fields(fields) if llama_index or "_node_content" in content else fields
+
+
+def place_fields(locations: Sequence[FileLocation], shards: Iterable[str]) -> Payload:
+    """Return where in shards a content is: ``shard`` of all locations, ``page`` or ``seconds`` of the first.
+
+    :param shards: The keys of the shards that the locations may be in. The field is a list if they are in several.
+    """
+    held = [shard for shard in dict.fromkeys(shards) if any(each.path.startswith(f"{shard}#") for each in locations)]
+    if not held:
+        return {}
+    fields: Payload = {"shard": held[0] if len(held) == 1 else held}
+    place = PLACE.search(locations[0].path)
+    if place is not None and place["page"]:
+        fields["page"] = int(place["page"])
+    elif place is not None:
+        fields["seconds"] = float(place["seconds"])
+    return fields
+
+
+def shards_of(stored: Mapping[str, Any]) -> list[str]:
+    """Return the keys of the shards that hold the content of a stored payload."""
+    shards = stored.get("shard") or []
+    return [shards] if isinstance(shards, str) else list(shards)
 
 
 def stored_locations(stored: Mapping[str, Any]) -> list[FileLocation]:
     """Return the locations in a payload; none if another program wrote it."""
     columns = [stored.get(key) or [] for key in ("paths", "relative_paths", "mtimes")]
     return [FileLocation(*row) for row in zip(*columns, strict=False)]
+
+
+def with_node_fields(fields: Payload) -> Payload:
+    """Return a payload of the indexer with the fields that LlamaIndex reads; it has none of them yet."""
+    return {**fields, **node_fields(point_id(fields["sha256"]), fields)}
 
 
 def node_fields(node_id: str, fields: Payload) -> Payload:
@@ -131,18 +159,19 @@ def node_fields(node_id: str, fields: Payload) -> Payload:
 
 def plain_payload(stored: Mapping[str, Any]) -> Payload:
     """Return a payload without the fields that only LlamaIndex reads."""
-    return {key: value for key, value in stored.items() if key not in NODE_KEYS}
+    return without(NODE_KEYS, stored)
 
 
-def storable(value: Any) -> Any:  # noqa: ANN401 - any JSON value
-    r"""Return a JSON value with valid Unicode, as a server requires.
+def without(keys: Container[str], payload: Mapping[str, Any]) -> Payload:
+    """Return a payload without some of its keys."""
+    return {key: value for key, value in payload.items() if key not in keys}
 
-    Undecodable bytes of a file name, which Python has as lone surrogates, become ``\udcNN``.
-    """
-    if isinstance(value, str):
-        return value.encode("utf-8", "backslashreplace").decode("utf-8")
-    if isinstance(value, dict):
-        return {storable(key): storable(element) for key, element in value.items()}
-    if isinstance(value, list):
-        return [storable(element) for element in value]
-    return value
+
+def is_same_moment(one: float, other: float) -> bool:
+    """Return whether two mtimes are equal; a stored one has passed through JSON."""
+    return abs(one - other) < MTIME_TOLERANCE
+
+
+def is_same_json(one: Payload | None, other: Payload | None) -> bool:
+    """Return whether two payloads are equal as JSON, where 1 and true differ."""
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)

@@ -156,7 +156,7 @@ def test_a_list_names_files_from_its_own_folder_on(tmp_path: Path) -> None:
     make(tmp_path, "lists/a.jpg", "b c.png", "folder/not listed.gif", "#e.png")
     lines = ["a.jpg", "", "# a comment", "../b c.png\r", "missing.jpg", str(tmp_path / "folder"), "../#e.png", "  "]
     (tmp_path / "lists" / "photos.txt").write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())
-    listed = read_file_list(tmp_path / "lists" / "photos.txt")
+    listed = list(read_file_list(tmp_path / "lists" / "photos.txt"))
     expected = ("a.jpg", "../b c.png", "missing.jpg", tmp_path / "folder", "../#e.png")
     assert listed == [tmp_path / "lists" / name for name in expected]
     assert find_images([tmp_path / "lists" / "photos.txt"]) == sorted(listed)

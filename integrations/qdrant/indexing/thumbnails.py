@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cocoa_embed.errors import CocoaError, one_line, printable
+from cocoa_embed.integrations.qdrant.points import Payload
 
 THUMBNAIL_SIZE = 320
 """The maximum of width and height, in pixels."""
@@ -26,6 +27,11 @@ class ThumbnailFolder:
     def path(self, id_: str) -> Path:
         """Return the path of a point's thumbnail."""
         return self.folder / f"{id_}.jpg"
+
+    def lacks(self, id_: str, payload: Payload) -> bool:
+        """Return whether a point has no thumbnail in this folder, or its payload does not name it."""
+        path = self.path(id_)
+        return payload.get("thumbnail") != str(path) or not path.exists()
 
     def write(self, id_: str, jpeg: bytes) -> str:
         """Write the thumbnail of a point atomically and return its path.

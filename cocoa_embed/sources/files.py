@@ -1,0 +1,135 @@
+"""Local image files as a source: folders, single files, patterns, lists of files."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import chain
+from pathlib import Path
+
+from cocoa_embed.errors import UsageError, printable
+from cocoa_embed.images.find_files import FolderSearch, is_file_list, is_literal, read_file_list, search_folder
+from cocoa_embed.images.load import read_stable_file
+from cocoa_embed.sources.base import Record, storable
+from cocoa_embed.sources.image_metadata import ImageMetadata
+
+@dataclass(frozen=True)
+class FileShard:
+    """Files of one folder, or a part of a list."""
+
+    key: str
+    files: Sequence[str]
+    root: Path
+    """The folder where relative paths start."""
+    metadata: ImageMetadata
+    version: str = ""
+
+    def records(self) -> Iterator[Record]:
+        """Yield the files in order, also those that do not exist."""
+        return map(self._record, self.files)
+
+    def _record(self, file: str) -> Record:
+        path = Path(os.path.abspath(file))
+        try:
+            status = os.stat(path)
+            mtime, size = status.st_mtime, status.st_size
+        except (OSError, ValueError):  # reading it gives the reason
+            mtime, size = 0.0, None
+        metadata, source, checked = self.metadata.describe(path, self.root)
+        relative = str(path.relative_to(self.root)) if path.is_relative_to(self.root) else path.name
+        read = partial(read_file, path)
+        return Record(str(path), relative, read, mtime, size, None, metadata, source, checked)
+
+
+def read_file(path: Path) -> bytes:
+    """Return the bytes of a file.
+
+    :raises ImageError: If it cannot be read, or changes meanwhile.
+    """
+    return read_stable_file(path).data
+
+
+@dataclass
+class FileSource:
+    """The image files that one path stands for: a folder, a file, a pattern or a list (``find_images``)."""
+
+    path: Path
+    """Absolute."""
+    search: FolderSearch
+    """Shared by the sources of a run, so that each folder is searched once."""
+    metadata: ImageMetadata
+
+    @property
+    def name(self) -> str:
+        """The path, for messages."""
+        return printable(self.path)
+
+    def shards(self) -> Iterator[FileShard]:
+        """Yield the files, some of a folder at a time; none if a path without a pattern does not exist.
+
+        :raises CocoaError: If nothing matches a pattern.
+        """
+        if not os.path.lexists(self.path) and is_literal(self.path):
+            return
+        root = search_folder(self.path)
+        for files in chain(self.search.find(self.path), self.search.follow_links()):
+            yield FileShard(os.path.dirname(files[0]), files, root, self.metadata)
+
+    def covers(self, key: str) -> bool:
+        """Return whether a file of this path, as payloads name it, would have been found, if it existed."""
+        folder, files = self._covered
+        return key in files or key == folder or key.startswith(folder.rstrip(os.sep) + os.sep)
+
+    def is_deleted(self, key: str) -> bool:
+        """Return whether there is certainly no file at a path."""
+        return is_deleted(key)
+
+    @cached_property
+    def _covered(self) -> tuple[str, frozenset[str]]:
+        """The folder and the files that the path stands for, whether they exist or not."""
+        if is_file_list(self.path):
+            return os.devnull, frozenset(storable(os.path.abspath(file)) for file in read_file_list(self.path))
+        is_pattern = not os.path.lexists(self.path) and not is_literal(self.path)
+        return storable(str(search_folder(self.path) if is_pattern else self.path)), frozenset()
+
+
+def file_sources(paths: Iterable[str | Path], on_error: Callable[[str | Path, str], object]) -> list[FileSource]:
+    """Return the sources of local paths, each once, without those inside a folder that is also named.
+
+    :param on_error: Called with a folder or a row of metadata that cannot be used, and the reason.
+    :raises UsageError: If a path is empty.
+    """
+    given = list(paths)
+    if "" in given:
+        raise UsageError("a path is empty; name a folder of images or an image file")
+    named = list(dict.fromkeys(Path(os.path.abspath(path)) for path in given))
+    folders = {path for path in named if os.path.isdir(path)}
+    outermost = [path for path in named if folders.isdisjoint(path.parents)]
+    search, metadata = FolderSearch(on_error, outermost), ImageMetadata(on_error)
+    return [FileSource(path, search, metadata) for path in outermost]
+
+
+def is_deleted(key: str) -> bool:
+    r"""Return whether there is certainly no file at a path, or no file that holds a shard's image.
+
+    A path that cannot be checked, for lack of permission or of a network, is not deleted, nor is a URL.
+
+    :param key: As a payload has it: with ``\udcNN`` for undecodable bytes.
+    """
+    if "://" in key:
+        return False
+    undecoded = re.sub(r"\\udc([89a-f][0-9a-f])", lambda match: chr(0xDC00 + int(match[1], 16)), key)
+    # A file may have these characters in its name, and an image in a shard has a number sign before its name.
+    for spelling in dict.fromkeys((key, undecoded, key.rpartition("#")[0] or key)):
+        try:
+            if stat.S_ISREG(os.stat(spelling).st_mode):
+                return False
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (OSError, ValueError):
+            return False
+    return True

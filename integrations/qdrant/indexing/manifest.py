@@ -1,0 +1,98 @@
+"""What earlier runs found out, in a small SQLite file in the cache: complete shards, and contents that are no images.
+
+It only saves work: without it, a run reads more, and its result is the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sqlite3
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS shards (key TEXT PRIMARY KEY, version TEXT, records INTEGER, points INTEGER);
+CREATE TABLE IF NOT EXISTS faults (key TEXT PRIMARY KEY, shard TEXT, version TEXT, sha256 TEXT, reason TEXT);
+CREATE INDEX IF NOT EXISTS contents ON faults (sha256);
+CREATE INDEX IF NOT EXISTS fault_shards ON faults (shard);
+"""
+
+
+class CompleteShard(NamedTuple):
+    """A shard of which every record was indexed or has a fault."""
+
+    version: str
+    records: int
+    points: int
+    """In the collection with the key of this shard."""
+
+
+class Fault(NamedTuple):
+    """Why the content of a record cannot be used."""
+
+    key: str
+    reason: str
+
+
+def manifest_file(collection: str) -> Path:
+    """Return the file for a collection: in ``$COCOA_CACHE``, by default ``~/.cache/cocoa-embed``.
+
+    :param collection: Names the collection and where it is.
+    """
+    folder = Path(os.environ.get("COCOA_CACHE") or Path.home() / ".cache" / "cocoa-embed")
+    return folder / "collections" / f"{hashlib.blake2b(collection.encode(), digest_size=12).hexdigest()}.sqlite"
+
+
+class Manifest:
+    """The manifest of one collection, for one thread at a time."""
+
+    def __init__(self, file: Path | None) -> None:
+        """Open or create it; in memory if there is no file, or if it cannot be used."""
+        self._database = sqlite3.connect(":memory:", isolation_level=None)
+        with suppress(OSError, sqlite3.Error):
+            if file is not None:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                database = sqlite3.connect(file, timeout=30, isolation_level=None)
+                database.execute("PRAGMA synchronous = OFF")
+                database.executescript(SCHEMA)
+                self._database = database
+        self._database.executescript(SCHEMA)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._database.close()
+
+    def shard(self, key: str) -> CompleteShard | None:
+        """Return what is known of a shard; None if it is not complete."""
+        row = self._database.execute("SELECT version, records, points FROM shards WHERE key = ?", [key]).fetchone()
+        return None if row is None else CompleteShard(*row)
+
+    def complete(self, key: str, shard: CompleteShard) -> None:
+        """Remember a complete shard."""
+        self._database.execute("INSERT OR REPLACE INTO shards VALUES (?, ?, ?, ?)", [key, *shard])
+
+    def faults_in(self, shard: str) -> list[Fault]:
+        """Return the faults of the records of a shard."""
+        rows = self._database.execute("SELECT key, reason FROM faults WHERE shard = ? ORDER BY key", [shard])
+        return [Fault(*row) for row in rows]
+
+    def fault(self, key: str, version: str) -> str | None:
+        """Return why a record could not be used when it had this version."""
+        sql = "SELECT reason FROM faults WHERE key = ? AND version = ?"
+        return next((reason for (reason,) in self._database.execute(sql, [key, version])), None)
+
+    def content_fault(self, sha256: str) -> str | None:
+        """Return why a content could not be used."""
+        sql = "SELECT reason FROM faults WHERE sha256 = ?"
+        return next((reason for (reason,) in self._database.execute(sql, [sha256])), None)
+
+    def add_fault(self, fault: Fault, shard: str | None, version: str, sha256: str) -> None:
+        """Remember why a record cannot be used."""
+        row = [fault.key, shard, version, sha256, fault.reason]
+        self._database.execute("INSERT OR REPLACE INTO faults VALUES (?, ?, ?, ?, ?)", row)
+
+    def forget_faults(self, shard: str) -> None:
+        """Forget the faults of the records of a shard, which is read again."""
+        self._database.execute("DELETE FROM faults WHERE shard = ?", [shard])

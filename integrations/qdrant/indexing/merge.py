@@ -1,0 +1,110 @@
+"""Change stored points by optimistic merges, so that indexers that write at the same time lose nothing of each other's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from cocoa_embed.errors import CocoaError
+from cocoa_embed.integrations.qdrant.points import (
+    FileLocation,
+    Payload,
+    describe,
+    is_same_json,
+    is_same_moment,
+    location_of,
+    make_payload,
+    storable,
+    stored_locations,
+)
+from cocoa_embed.integrations.qdrant.stores.store import Store
+from cocoa_embed.sources.base import Record
+from cocoa_embed.sources.files import is_deleted
+
+ATTEMPTS = 50
+"""How often a batch is merged: of several writers one succeeds each time."""
+
+DESCRIPTION_KEYS = ("caption", "metadata", "caption_source")
+
+
+@dataclass
+class Change:
+    """What a run changes about one stored point."""
+
+    held: dict[str, Record] = field(default_factory=dict)
+    """The records that hold the content, by path as the payload has it."""
+    removed: set[str] = field(default_factory=set)
+    """Paths that hold it no longer."""
+    thumbnail: str | None = None
+
+    def hold(self, record: Record) -> None:
+        """Add a record that holds the content."""
+        path = storable(record.key)
+        self.held[path] = record
+        self.removed.discard(path)
+
+
+@dataclass(frozen=True)
+class Merger:
+    """Applies changes to payloads."""
+
+    misses: Callable[[str], bool]
+    """Whether a file is gone that the run would have found."""
+    llama_index: bool = False
+    """Whether payloads get the fields of LlamaIndex."""
+
+    def apply(self, stored: Payload, change: Change) -> Payload | None:
+        """Return the payload of a point after a change; None if no file holds its content any more.
+
+        The first file that exists comes first and describes the content.
+        """
+        locations = {each.path: each for each in stored_locations(stored) if each.path not in change.removed}
+        for path, record in change.held.items():
+            new = location_of(record)
+            known = locations.get(path)
+            locations[path] = new if known is None or not is_same_moment(known.mtime, new.mtime) else known
+        if not locations:
+            return None
+        ordered = self.living_first([*locations.values()])
+        first = change.held.get(ordered[0].path)
+        shards = [record.shard for record in change.held.values() if record.shard]
+        return make_payload(
+            stored,
+            ordered,
+            describe(first) if first is not None and self.has_new_description(first, stored) else {},
+            change.thumbnail,
+            shards=shards,
+            llama_index=self.llama_index,
+        )
+
+    def living_first(self, locations: Sequence[FileLocation]) -> Sequence[FileLocation]:
+        """Return locations with those that no longer exist last."""
+        return locations if len(locations) == 1 else sorted(locations, key=lambda each: is_deleted(each.path))
+
+    def has_new_description(self, record: Record, stored: Payload) -> bool:
+        """Return whether a record's caption and metadata differ from those stored with its content.
+
+        A record without a description keeps the stored one, unless the file that gave it was read or deleted.
+        """
+        if record.metadata_source is None:
+            source = stored.get("caption_source")
+            return source is not None and (source in map(storable, record.checked_sources) or self.misses(source))
+        return not is_same_json(describe(record), {key: stored.get(key) for key in DESCRIPTION_KEYS})
+
+    def merge(self, store: Store, changes: Mapping[str, Change]) -> list[str]:
+        """Change stored points and wait until they are changed; points that no file holds are deleted.
+
+        :param changes: By the id of the point.
+        :returns: The ids that were to hold a record, and have no point: another process has deleted it.
+        :raises CocoaError: If the store fails.
+        """
+        pending, lost = dict(changes), list[str]()
+        for _ in range(ATTEMPTS):
+            stored = store.retrieve([*pending])
+            lost += [id_ for id_, change in pending.items() if change.held and id_ not in stored]
+            after = {id_: self.apply(payload, pending[id_]) for id_, payload in stored.items()}
+            pending = {id_: pending[id_] for id_ in stored if not is_same_json(after[id_], stored[id_])}
+            if not pending:
+                return lost
+            store.replace_payloads([(id_, stored[id_], after[id_]) for id_ in pending])
+        raise CocoaError(f"{store.name}: other processes change {len(pending)} points all the time; run again")

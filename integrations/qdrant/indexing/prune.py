@@ -1,0 +1,139 @@
+"""Remove images from a collection: those that no longer exist, and those that a user names."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import islice
+
+from cocoa_embed.errors import printable
+from cocoa_embed.integrations.qdrant.indexing.merge import Change, Merger
+from cocoa_embed.integrations.qdrant.indexing.writer import BATCH_CHANGES, Writer
+from cocoa_embed.integrations.qdrant.points import stored_locations
+from cocoa_embed.integrations.qdrant.stores.store import Store
+from cocoa_embed.sources.base import Source
+
+MAX_PRUNED = 0.3
+"""The fraction of a source's points that a run may prune unless it is told to prune them all."""
+
+NO_FILES = frozenset({"lost+found"})
+"""What is in a file system without files."""
+
+
+@dataclass
+class Pruning:
+    """The images of a collection that no longer exist, and how many points each source would lose."""
+
+    sources: Sequence[Source]
+    totals: Counter[int] = field(default_factory=Counter)
+    """Points with an image that a source covers, by the number of the source."""
+    going: Counter[int] = field(default_factory=Counter)
+    """Of these, the points that no image would be left of."""
+    paths: Counter[int] = field(default_factory=Counter)
+    """The images that no longer exist."""
+    doubtful: Counter[str] = field(default_factory=Counter)
+    """The images below each folder that is empty, as a mount point is whose disk is missing."""
+
+    def find(self, store: Store, *, even_doubtful: bool) -> Iterator[tuple[str, str, list[int]]]:
+        """Yield the id and the path of each image that no longer exists, and the sources that cover it."""
+        for id_, payload in store.scan(["paths", "relative_paths", "mtimes"]):
+            paths = [each.path for each in stored_locations(payload)]
+            covering = {path: [i for i, source in enumerate(self.sources) if source.covers(path)] for path in paths}
+            deleted = [
+                path for path, numbers in covering.items() if any(self.sources[i].is_deleted(path) for i in numbers)
+            ]
+            self.totals.update({i for numbers in covering.values() for i in numbers})
+            self.going.update({i for path in deleted for i in covering[path]} if len(deleted) == len(paths) else ())
+            for path in deleted:
+                folder = None if even_doubtful else doubtful_folder(path, self.sources[covering[path][0]].name)
+                if folder is not None:
+                    self.doubtful[folder] += 1
+                else:
+                    self.paths.update(covering[path])
+                    yield id_, path, covering[path]
+
+    def refusals(self, found: Counter[int]) -> dict[int, str]:
+        """Return the sources that must not be pruned, each with the reason.
+
+        :param found: The number of images that each source has now.
+        """
+        refused = {}
+        for i, source in enumerate(self.sources):
+            lost = f"{self.going[i]} of its {self.totals[i]} points would be pruned"
+            if self.paths[i] and not found[i] and (self.going[i] or os.path.lexists(source.name)):
+                refused[i] = f"has no images, and {lost}; is a disk missing? To prune them, use --prune-all"
+            elif self.going[i] > MAX_PRUNED * self.totals[i]:
+                refused[i] = f"{lost}; is a disk missing? To prune them, use --prune-all"
+        return refused
+
+
+def prune_deleted(
+    store: Store, sources: Sequence[Source], found: Counter[int], writer: Writer, *, even_most: bool
+) -> tuple[int, list[dict[str, str]]]:
+    """Detach the images that no longer exist from their points, unless a source or a folder seems not to be mounted.
+
+    :param found: The number of images that each source has now, by its number.
+    :param even_most: Whether to do so in any case.
+    :returns: The number of images, and the sources and folders that were not pruned, as ``{"path", "reason"}``.
+    """
+    pruning = Pruning(sources)
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as deleted:
+        for row in pruning.find(store, even_doubtful=even_most):
+            deleted.write(json.dumps(row) + "\n")
+        refused = {} if even_most else pruning.refusals(found)
+        deleted.seek(0)
+        pruned = 0
+        for id_, path, numbers in map(json.loads, deleted):
+            if refused.keys().isdisjoint(numbers):
+                writer.detach(id_, path)
+                pruned += 1
+    kept = [{"path": sources[i].name, "reason": reason} for i, reason in refused.items()]
+    for folder, count in sorted(pruning.doubtful.items()):
+        reason = f"is empty, and {count} images below it would be pruned; is a disk missing? To prune, use --prune-all"
+        kept.append({"path": folder, "reason": reason})
+    return pruned, kept
+
+
+@lru_cache(maxsize=1024)
+def doubtful_folder(path: str, root: str) -> str | None:
+    """Return the folder below ``root`` where a missing path ends, if it is empty or a link that leads nowhere."""
+    folder = os.path.dirname(path)
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    if not (folder + os.sep).startswith(root.rstrip(os.sep) + os.sep):
+        return None
+    try:
+        return folder if NO_FILES.issuperset(os.listdir(folder)) else None
+    except OSError:
+        return folder
+
+
+def forget(store: Store, keys: Sequence[str]) -> tuple[Counter[str], int]:
+    """Remove files, folders, shards and URLs from a collection, whether they exist or not.
+
+    :param keys: As payloads have them: absolute, or URLs.
+    :returns: The number of images removed by key, and the number of points that no image is left of.
+    """
+    merger, forgotten, deleted = Merger(lambda _: False), Counter[str](), 0
+    points = iter(store.scan(["paths", "relative_paths", "mtimes"]))
+    while page := list(islice(points, BATCH_CHANGES)):
+        changes: dict[str, Change] = {}
+        for id_, payload in page:
+            paths = [each.path for each in stored_locations(payload)]
+            named = {path: key for path in paths for key in keys if is_below(path, key)}
+            if named:
+                changes[id_] = Change(removed=set(named))
+                forgotten.update(named.values())
+                deleted += len(named) == len(paths)
+        merger.merge(store, changes)
+    return forgotten, deleted
+
+
+def is_below(path: str, key: str) -> bool:
+    """Return whether an image is the named one, below the named folder or URL, or in the named shard."""
+    return path == key or path.startswith((key.rstrip("/") + "/", f"{key}#"))

@@ -1,0 +1,138 @@
+"""Write new points and changes in threads, and remember which paths old points lose once everything new is stored."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from itertools import islice
+from types import TracebackType
+
+from cocoa_embed.integrations.qdrant.indexing.embed_records import NewPoint
+from cocoa_embed.integrations.qdrant.indexing.merge import Change, Merger
+from cocoa_embed.integrations.qdrant.indexing.thumbnails import remove_thumbnail
+from cocoa_embed.integrations.qdrant.points import Payload
+from cocoa_embed.integrations.qdrant.stores.base import Point
+from cocoa_embed.integrations.qdrant.stores.store import Store
+from cocoa_embed.sources.base import Record
+
+BATCH_POINTS = 64
+"""New points a write."""
+BATCH_CHANGES = 256
+"""Changed points a write."""
+
+
+@dataclass(eq=False)
+class Batch:
+    """What one thread writes: points, then changes of these and of others."""
+
+    points: dict[str, Point] = field(default_factory=dict)
+    changes: dict[str, Change] = field(default_factory=dict)
+    """By id; also of the new points, which another process may have inserted meanwhile."""
+    shards: Counter[str] = field(default_factory=Counter)
+    """How many records of each shard the batch completes."""
+    writing: Future[list[str]] | None = None
+
+
+class Writer:
+    """Writes the points and changes of a run; what a batch needs of an earlier one waits for that."""
+
+    def __init__(self, store: Store, merger: Merger, on_written: Callable[[Batch, list[str]], object]) -> None:
+        """Start the threads.
+
+        :param on_written: Called in the thread of the caller with each written batch, and the ids that it did not
+            find (``Merger.merge``).
+        """
+        self._store = store
+        self._merger = merger
+        self._on_written = on_written
+        self._pool = ThreadPoolExecutor(store.parallel, thread_name_prefix="cocoa-write")
+        self._batch = Batch()
+        self._written: deque[Batch] = deque()
+        """Batches that are being written, the oldest first."""
+        self._detached = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 - closed in `__exit__`
+        """Ids and paths of points that lose a path, one JSON list a line."""
+        self.detached = 0
+
+    def __enter__(self) -> Writer:
+        """Return the writer."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Wait for the writes that have begun, and drop the others."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._detached.close()
+
+    def pending(self, ids: Sequence[str]) -> dict[str, Payload]:
+        """Return the payloads of those points that are on their way to the store."""
+        points = [self._batch.points, *(batch.points for batch in self._written)]
+        return {id_: each[id_].payload for each in points for id_ in ids if id_ in each}
+
+    def insert(self, new: NewPoint) -> None:
+        """Store a new point."""
+        self._batch.points[new.point.id] = new.point
+        for record in new.records:
+            self._hold(new.point.id, record)
+        if len(self._batch.points) >= BATCH_POINTS:
+            self.flush()
+
+    def hold(self, id_: str, record: Record, thumbnail: str | None = None) -> None:
+        """Record that a stored point's content is held by a record, which describes it if it is the first."""
+        self._hold(id_, record).thumbnail = thumbnail
+        if len(self._batch.changes) >= BATCH_CHANGES:
+            self.flush()
+
+    def _hold(self, id_: str, record: Record) -> Change:
+        change = self._batch.changes.setdefault(id_, Change())
+        change.hold(record)
+        if record.shard is not None:
+            self._batch.shards[record.shard] += 1
+        return change
+
+    def detach(self, id_: str, path: str) -> None:
+        """Record that a path holds a point's content no longer; ``finish`` removes it, when all that is new is stored.
+
+        :param path: As the payload has it.
+        """
+        print(json.dumps([id_, path]), file=self._detached)  # noqa: T201
+        self.detached += 1
+
+    def flush(self) -> None:
+        """Begin to write what has come; wait while twice as many batches wait as there are threads."""
+        batch, self._batch = self._batch, Batch()
+        if batch.changes:
+            # Threads take batches in order, so that no batch waits for one behind it.
+            earlier = [each.writing for each in self._written if each.points.keys() & batch.changes.keys()]
+            batch.writing = self._pool.submit(self._write, batch, [future for future in earlier if future is not None])
+            self._written.append(batch)
+        while len(self._written) > 2 * self._store.parallel:
+            self._take_written()
+
+    def finish(self) -> None:
+        """Write everything, then remove the detached paths, and points without any.
+
+        :raises CocoaError: If the store fails.
+        """
+        self.flush()
+        while self._written:
+            self._take_written()
+        self._detached.seek(0)
+        lines = iter(self._detached)
+        while batch := list(map(json.loads, islice(lines, BATCH_CHANGES))):
+            changes: dict[str, Change] = {}
+            for id_, path in batch:
+                changes.setdefault(id_, Change()).removed.add(path)
+            self._merger.merge(self._store, changes)
+
+    def _take_written(self) -> None:
+        batch = self._written.popleft()
+        assert batch.writing is not None, "only batches that are being written wait"
+        self._on_written(batch, batch.writing.result())
+
+    def _write(self, batch: Batch, earlier: Sequence[Future[list[str]]]) -> list[str]:
+        wait(earlier)
+        self._store.insert([*batch.points.values()])
+        return self._merger.merge(self._store, batch.changes)
