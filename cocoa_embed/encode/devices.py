@@ -13,6 +13,7 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
+from copy import copy
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -70,6 +71,70 @@ def read_devices(text: str) -> list[str]:
     return names
 
 
+def open_encoder(
+    model: str | Path, device: str | None = None, devices: str | None = None, **options: Any
+) -> Encoder | DeviceEncoder:
+    """Return a model on one device, or on several.
+
+    :param device: The torch device; None takes the fastest.
+    :param devices: A list for ``read_devices``, instead of ``device``.
+    :param options: ``dimension``, and those of ``load_encoder``.
+    :raises CocoaError: If the model cannot be loaded on one device; on several, its first use says so.
+    """
+    if devices is None:
+        return load_encoder(model, device, **options)
+    return DeviceEncoder(model, read_devices(devices), **options)
+
+
+class Processes:
+    """The processes of a model, each with a few connections that take one request at a time."""
+
+    def __init__(self, model: str | Path, devices: Sequence[str], options: dict[str, Any]) -> None:
+        """Start the processes, and wait until each has loaded the model.
+
+        :raises CocoaError: If one cannot load it.
+        """
+        # A process that is forked from one that uses CUDA cannot use it; the fork server only imports.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__, "sentence_transformers"])
+        threads = max(1, available_cores() // len(devices))
+        self.lanes: list[Lane] = []
+        for device in devices:
+            ours, theirs = zip(*(context.Pipe() for _ in range(LANES)), strict=True)
+            process = context.Process(target=serve, args=(theirs, model, device, options, threads), daemon=True)
+            process.start()
+            for connection in theirs:
+                connection.close()
+            self.lanes += [Lane(connection, device, process) for connection in ours]
+        try:
+            descriptions: list[Description] = [_answer_of(lane, None) for lane in self.lanes]
+        except BaseException:
+            self.close()
+            raise
+        self.description = descriptions[0]
+        self._free: queue.SimpleQueue[Lane] = queue.SimpleQueue()
+        for lane in self.lanes:
+            self._free.put(lane)
+
+    def ask(self, method: str, dimension: int | None, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:  # noqa: ANN401
+        """Return what a method of a process's encoder returns; wait for a process that is free.
+
+        :raises CocoaError: If the process has ended, or the method raises an error.
+        """
+        lane = self._free.get()
+        try:
+            return _answer_of(lane, (method, dimension, arguments, options))
+        finally:
+            self._free.put(lane)  # also after the end of its process, so that nobody waits for it
+
+    def close(self) -> None:
+        """End the processes."""
+        for lane in self.lanes:
+            lane.process.terminate()
+        for lane in self.lanes:
+            lane.process.join()
+
+
 class DeviceEncoder:
     """An ``Encoder`` whose model runs on several devices. Its processes are started at first use."""
 
@@ -82,23 +147,37 @@ class DeviceEncoder:
         :param options: Those of ``load_encoder``.
         """
         self.name = printable(model)
-        self._lanes = _Lanes(model, list(devices), options)
         self._dimension = dimension
+        self._start = partial(Processes, model, devices, options)
+        self._lock = threading.Lock()
+        self._running: list[Processes] = []
+        """None or one; truncated encoders share the list."""
+
+    @property
+    def processes(self) -> Processes:
+        """The processes, which are started if they do not run.
+
+        :raises CocoaError: If one cannot load the model.
+        """
+        with self._lock:
+            if not self._running:
+                self._running.append(self._start())
+            return self._running[0]
 
     @property
     def fingerprint(self) -> str:
         """A digest of the model."""
-        return self._lanes.describe().fingerprint
+        return self.processes.description.fingerprint
 
     @property
     def dimension(self) -> int:
         """The length of an embedding."""
-        return self._dimension or self._lanes.describe().dimension
+        return self._dimension or self.processes.description.dimension
 
     def truncate(self, dimension: int) -> DeviceEncoder:
         """Return an encoder in the same processes with shorter embeddings."""
-        shorter = DeviceEncoder(self.name, (), dimension)
-        shorter._lanes = self._lanes
+        shorter = copy(self)
+        shorter._dimension = dimension
         return shorter
 
     def require_images(self) -> None:
@@ -106,12 +185,12 @@ class DeviceEncoder:
 
         :raises CocoaError: If it embeds only text.
         """
-        if not self._lanes.describe().takes_images:
+        if not self.processes.description.takes_images:
             raise CocoaError(f"{self.name} does not embed images; use a multimodal model")
 
     def embed_queries(self, inputs: Sequence[ModelInput], batch_size: int = 32) -> np.ndarray:
         """Embed queries as ``Encoder.embed_queries`` does, on one of the devices."""
-        return self._lanes.ask("embed_queries", self._dimension, (list(inputs), batch_size), {})
+        return self.processes.ask("embed_queries", self._dimension, (list(inputs), batch_size), {})
 
     def stream_images(
         self, images: Iterable[tuple[Key, StreamSource]], *, batch_size: int = 32, **options: Any
@@ -121,91 +200,26 @@ class DeviceEncoder:
         :raises CocoaError: If a process ends, or the model does not embed images.
         """
         self.require_images()
-        embed = partial(self._embed, options={"batch_size": batch_size, **options})
-        lanes = self._lanes.count
-        with closing(read_ahead(embed, cut(images, CHUNK_BATCHES * batch_size), workers=lanes, ahead=lanes)) as chunks:
+        processes = self.processes
+
+        def embed(chunk: list[tuple[Key, StreamSource]]) -> list[EmbeddedImage | ImageError]:
+            named = [(str(key), source) for key, source in chunk]
+            return processes.ask("stream_images", self._dimension, (named,), {"batch_size": batch_size, **options})
+
+        lanes, chunks = len(processes.lanes), cut(images, CHUNK_BATCHES * batch_size)
+        with closing(read_ahead(embed, chunks, workers=lanes, ahead=lanes)) as embedded:
             try:
-                for chunk, embedded in chunks:
-                    yield from zip((key for key, _ in chunk), embedded.result(), strict=True)
+                for chunk, outcomes in embedded:
+                    yield from zip((key for key, _ in chunk), outcomes.result(), strict=True)
             except BaseException:
                 self.close()  # or the threads would wait for the chunks that are being embedded
                 raise
 
     def close(self) -> None:
         """End the processes; the next use starts them again."""
-        self._lanes.close()
-
-    def _embed(
-        self, chunk: list[tuple[Any, StreamSource]], options: dict[str, Any]
-    ) -> list[EmbeddedImage | ImageError]:
-        named = [(str(key), source) for key, source in chunk]
-        return self._lanes.ask("stream_images", self._dimension, (named,), options)
-
-
-class _Lanes:
-    """The processes of a model, and who may ask which of them."""
-
-    def __init__(self, model: str | Path, devices: list[str], options: dict[str, Any]) -> None:
-        self.count = LANES * len(devices)
-        self._work = model, devices, options
-        self._lock = threading.RLock()
-        self._lanes: list[Lane] = []
-        self._free: queue.SimpleQueue[Lane] = queue.SimpleQueue()
-        self._description: Description | None = None
-
-    def describe(self) -> Description:
-        """Start the processes if need be; return what they say of the model.
-
-        :raises CocoaError: If a process cannot load it.
-        """
         with self._lock:
-            if not self._lanes:
-                self._start()
-            assert self._description is not None
-            return self._description
-
-    def ask(self, method: str, dimension: int | None, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:  # noqa: ANN401
-        """Return what a method of a process's encoder returns; wait for a process that is free.
-
-        :raises CocoaError: If the process ends, or the method raises an error.
-        """
-        self.describe()
-        lane = self._free.get()
-        try:
-            return _answer_of(lane, (method, dimension, arguments, options))
-        finally:
-            self._free.put(lane)
-
-    def close(self) -> None:
-        """End the processes."""
-        with self._lock:
-            for lane in self._lanes:
-                lane.process.terminate()
-            for lane in self._lanes:
-                lane.process.join()
-                lane.connection.close()
-            self._lanes, self._free = [], queue.SimpleQueue()
-
-    def _start(self) -> None:
-        model, devices, options = self._work
-        # A process that is forked from one that uses CUDA cannot use it; the fork server only imports.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__, "sentence_transformers"])
-        threads = max(1, available_cores() // len(devices))
-        for device in devices:
-            ours, theirs = zip(*(context.Pipe() for _ in range(LANES)), strict=True)
-            process = context.Process(target=serve, args=(theirs, model, device, options, threads), daemon=True)
-            process.start()
-            for connection in theirs:
-                connection.close()
-            self._lanes += [Lane(connection, device, process) for connection in ours]
-        try:
-            self._description, *_ = [_answer_of(lane, None) for lane in self._lanes]
-        except BaseException:
-            self.close()
-            raise
-        for lane in self._lanes:
-            self._free.put(lane)
+            while self._running:
+                self._running.pop().close()
 
 
 def cut(images: Iterable[tuple[Key, StreamSource]], most: int) -> Iterator[list[tuple[Key, StreamSource]]]:

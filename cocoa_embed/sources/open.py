@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -15,6 +15,7 @@ from cocoa_embed.images.find_files import LIST_SUFFIX, split_pattern
 from cocoa_embed.sources import addresses, archives, documents, tables, videos
 from cocoa_embed.sources.addresses import OneAddress, first_address, is_address, require_host
 from cocoa_embed.sources.base import Source, SourceOptions
+from cocoa_embed.sources.files import file_sources
 from cocoa_embed.sources.remote import RemoteImages, is_image, walk
 from cocoa_embed.sources.shard_files import Kind, ShardFiles
 
@@ -26,6 +27,20 @@ DATA_SET_MARKERS = ("state.json", "dataset_dict.json")
 
 NO_OPTIONS = SourceOptions()
 """The defaults."""
+
+
+def all_sources(
+    places: Iterable[str | Path],
+    options: SourceOptions = NO_OPTIONS,
+    on_error: Callable[[str | Path, str], object] = lambda path, reason: None,
+) -> list[Source]:
+    """Return the sources of places: folders, files, patterns, lists, addresses.
+
+    :param on_error: Called with what is passed over because it cannot be read, and the reason.
+    :raises CocoaError: If a place does not exist, or has no images.
+    """
+    photographs, others = open_sources(places, options)
+    return [*file_sources(photographs, on_error), *others]
 
 
 def open_sources(places: Iterable[str | Path], options: SourceOptions = NO_OPTIONS) -> tuple[list[str], list[Source]]:

@@ -93,7 +93,7 @@ def test_a_process_that_dies_is_a_sentence_and_the_next_run_starts_it_again(
     encoder = DeviceEncoder(model, ["cpu"])
     stream = encoder.stream_images(images * 20, batch_size=1)
     next(stream)
-    os.kill(encoder._lanes._lanes[0].process.pid, signal.SIGKILL)
+    os.kill(encoder.processes.lanes[0].process.pid, signal.SIGKILL)
     with pytest.raises(CocoaError, match=r"the process for cpu ended \(exit status -9\)"):
         list(stream)
     assert len(list(encoder.stream_images(images))) == len(images)
@@ -104,7 +104,7 @@ def test_a_stream_that_is_left_ends_the_processes(model: Path, images: list[tupl
     encoder = DeviceEncoder(model, ["cpu"])
     stream = encoder.stream_images(images * 50, batch_size=1)
     next(stream)
-    process = encoder._lanes._lanes[0].process
+    process = encoder.processes.lanes[0].process
     started = time.monotonic()
     stream.close()  # type: ignore[attr-defined]
     assert not process.is_alive()
