@@ -49,6 +49,10 @@ class ImageError(SourceError):
     """An image cannot be used."""
 
 
+class TransientImageError(ImageError):
+    """An image could not be used for a reason that may pass, such as a lack of memory."""
+
+
 class RowError(SourceError):
     """A row cannot be used."""
 

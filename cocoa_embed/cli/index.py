@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -22,7 +19,7 @@ from cocoa_embed.cli.storage import (
     check_storage,
     open_indexer,
 )
-from cocoa_embed.errors import CocoaError, UsageError, printable
+from cocoa_embed.errors import UsageError, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,6 +38,15 @@ def index(
     edge: EdgeOption = None,
     api_key: ApiKeyOption = None,
     prune: Annotated[bool, typer.Option("--prune", help="Remove files below PATH that no longer exist.")] = False,
+    prune_all: Annotated[
+        bool, typer.Option("--prune-all", help="Like --prune, even where no files are left, or few.")
+    ] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try unchanged files again that could not be used before.")
+    ] = False,
+    llama_index: Annotated[
+        bool, typer.Option("--llama-index", help="Also store what LlamaIndex's QdrantVectorStore reads.")
+    ] = False,
     thumbnails: Annotated[Path | None, typer.Option(help="A folder for small copies of the images.")] = None,
     dimension: Annotated[int | None, typer.Option(min=1, help="Truncate embeddings to this many dimensions.")] = None,
     quantization: Annotated[
@@ -54,6 +60,7 @@ def index(
 ) -> None:
     """Embed images and store them in Qdrant. Unchanged files are skipped by size and mtime."""
     from cocoa_embed.model.loading import check_model
+    from cocoa_embed.sources.files import require_images
 
     storage = {"path": path, "url": url, "edge": edge}
     options: dict[str, Any] = {"dimension": dimension, "quantization": quantization, "on_disk": on_disk}
@@ -62,34 +69,24 @@ def index(
         raise UsageError("--quantization and --on-disk need --url or --edge; a local index (--path) has neither")
     check_all(
         lambda: check_storage(collection, storage),
-        lambda: check_sources(paths, may_be_empty=prune),
+        *([] if prune or prune_all else [lambda: require_images(paths)]),
         lambda: check_model(model),
     )
     with working() as console, open_indexer(model, collection, storage, **options) as indexer:
-        summary = indexer.index(paths, prune=prune, thumbnails=thumbnails, progress=console.is_terminal)
+        summary = indexer.index(
+            paths,
+            prune=prune,
+            prune_all=prune_all,
+            thumbnails=thumbnails,
+            llama_index=llama_index,
+            retry_failed=retry_failed,
+            progress=console.is_terminal,
+        )
         report_summary(summary, console)
     if as_json:
         print_json(dataclasses.asdict(summary))
     if summary.failed:
         raise typer.Exit(1)
-
-
-def check_sources(paths: Sequence[str], *, may_be_empty: bool) -> None:
-    """Check that the paths to index exist, and hold an image.
-
-    :raises CocoaError: If they do not.
-    """
-    from cocoa_embed.images.find_files import IMAGE_SUFFIXES, find_images
-
-    # A pattern, or missing.
-    check_all(*(partial(find_images, [path]) for path in paths if path and not os.path.lexists(path)))
-    suffixes = (Path(name).suffix.lower() for path in paths for *_, names in os.walk(path) for name in names)
-    if may_be_empty or not IMAGE_SUFFIXES.isdisjoint(suffixes):
-        return
-    unlisted: list[Path] = []
-    if not find_images(paths, on_error=lambda folder, _: unlisted.append(folder)) and not unlisted:
-        listed = ", ".join(map(printable, paths))
-        raise CocoaError(f"there are no images in {listed}; name a folder that holds some (jpg, png, webp, ...)")
 
 
 def report_summary(summary: IndexSummary, console: Console) -> None:

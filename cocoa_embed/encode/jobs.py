@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from cocoa_embed.encode.batches import CountTokens, ImageCost
-from cocoa_embed.errors import ImageError, one_line
+from cocoa_embed.errors import ImageError, TransientImageError, one_line
 from cocoa_embed.images.load import decode_image, image_size, load_image, read_stable_file
 from cocoa_embed.images.to_rgb import draw_thumbnail
 
@@ -64,7 +64,9 @@ class ImageJob:
 
     def refuse(self, error: Exception) -> None:
         """Finish with the error of a processor or a model that does not take the image."""
-        self.finish(ImageError(self.name, f"cannot be embedded ({one_line(error)})"))
+        is_lasting = isinstance(error, (ValueError, ArithmeticError))
+        kind = ImageError if is_lasting else TransientImageError
+        self.finish(kind(self.name, f"cannot be embedded ({one_line(error)})"))
 
 
 def measure(job: ImageJob, count_tokens: CountTokens) -> None:

@@ -20,6 +20,9 @@ IMAGE_SUFFIXES = frozenset(
 LIST_SUFFIX = ".txt"
 """The suffix of a file that lists other files, one per line."""
 
+THUMBNAILS_MARKER = ".cocoa-thumbnails"
+"""The file in a folder of thumbnails for which the folder is passed over."""
+
 OnError: TypeAlias = Callable[[Path, str], None]
 """Called with a folder that cannot be listed, and the reason."""
 
@@ -141,7 +144,8 @@ class FolderSearch:
         """Yield the images in a folder and its subfolders, folder by folder."""
         for path, folders, files in os.walk(root, onerror=self._refuse):
             identity = self._identity(path)
-            if identity in self._listed or (identity in self._roots and path != root):
+            is_other_root = identity in self._roots and path != root
+            if identity in self._listed or is_other_root or THUMBNAILS_MARKER in files:
                 folders.clear()
                 continue
             self._listed.add(identity)
@@ -203,7 +207,8 @@ class FolderSearch:
         """Return the entries of a folder; none if it cannot be listed."""
         try:
             with os.scandir(folder) as entries:
-                return list(entries)
+                found = list(entries)
+            return [] if any(entry.name == THUMBNAILS_MARKER for entry in found) else found
         except OSError as error:
             self._refuse(error)
             return []

@@ -11,11 +11,12 @@ from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 
-from cocoa_embed.errors import UsageError, printable
+from cocoa_embed.errors import CocoaError, UsageError, printable
 from cocoa_embed.images.find_files import FolderSearch, is_file_list, is_literal, read_file_list, search_folder
 from cocoa_embed.images.load import read_stable_file
 from cocoa_embed.sources.base import Record, storable
 from cocoa_embed.sources.image_metadata import ImageMetadata
+
 
 @dataclass(frozen=True)
 class FileShard:
@@ -62,6 +63,8 @@ class FileSource:
     search: FolderSearch
     """Shared by the sources of a run, so that each folder is searched once."""
     metadata: ImageMetadata
+    may_be_gone: bool
+    """Whether a path that does not exist is a source without files."""
 
     @property
     def name(self) -> str:
@@ -69,11 +72,11 @@ class FileSource:
         return printable(self.path)
 
     def shards(self) -> Iterator[FileShard]:
-        """Yield the files, some of a folder at a time; none if a path without a pattern does not exist.
+        """Yield the files, some of a folder at a time.
 
-        :raises CocoaError: If nothing matches a pattern.
+        :raises CocoaError: As ``find_images``.
         """
-        if not os.path.lexists(self.path) and is_literal(self.path):
+        if self.may_be_gone and not os.path.lexists(self.path) and is_literal(self.path):
             return
         root = search_folder(self.path)
         for files in chain(self.search.find(self.path), self.search.follow_links()):
@@ -97,10 +100,13 @@ class FileSource:
         return storable(str(search_folder(self.path) if is_pattern else self.path)), frozenset()
 
 
-def file_sources(paths: Iterable[str | Path], on_error: Callable[[str | Path, str], object]) -> list[FileSource]:
+def file_sources(
+    paths: Iterable[str | Path], on_error: Callable[[str | Path, str], object], *, may_be_gone: bool = False
+) -> list[FileSource]:
     """Return the sources of local paths, each once, without those inside a folder that is also named.
 
     :param on_error: Called with a folder or a row of metadata that cannot be used, and the reason.
+    :param may_be_gone: Whether a path that does not exist is a source without files.
     :raises UsageError: If a path is empty.
     """
     given = list(paths)
@@ -110,7 +116,24 @@ def file_sources(paths: Iterable[str | Path], on_error: Callable[[str | Path, st
     folders = {path for path in named if os.path.isdir(path)}
     outermost = [path for path in named if folders.isdisjoint(path.parents)]
     search, metadata = FolderSearch(on_error, outermost), ImageMetadata(on_error)
-    return [FileSource(path, search, metadata) for path in outermost]
+    return [FileSource(path, search, metadata, may_be_gone) for path in outermost]
+
+
+def require_images(paths: Sequence[str | Path]) -> None:
+    """Check that there are images in local paths, or a folder that cannot be listed, which the run reports.
+
+    :raises CocoaError: If there are none, or as ``find_images``.
+    """
+    faults: list[str | Path] = []
+    sources = file_sources(paths, lambda path, _: faults.append(path))
+    if not any(True for source in sources for _ in source.shards()) and not faults:
+        names = ", ".join(map(printable, paths)) or "nothing"
+        raise CocoaError(f"there are no images in {names}; name a folder that holds some (jpg, png, webp, ...)")
+
+
+def count_files(sources: Iterable[FileSource]) -> int:
+    """Return how many files sources have; they cannot be searched again afterwards."""
+    return sum(len(shard.files) for source in sources for shard in source.shards())
 
 
 def is_deleted(key: str) -> bool:

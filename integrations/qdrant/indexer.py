@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -15,19 +14,18 @@ from tqdm.auto import tqdm
 
 from cocoa_embed.encode.encoder import Encoder, ModelInput, make_input
 from cocoa_embed.encode.load import load_encoder
-from cocoa_embed.errors import CocoaError, UsageError, printable
+from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.folders import DEFAULT_INDEX
 from cocoa_embed.images.load import ImageSource
-from cocoa_embed.integrations.qdrant.image_metadata import ImageFiles
-from cocoa_embed.integrations.qdrant.index_run import IndexRun, IndexSummary
-from cocoa_embed.integrations.qdrant.index_state import STATE_KEYS, IndexState
-from cocoa_embed.integrations.qdrant.points import storable
-from cocoa_embed.integrations.qdrant.settle import settle
+from cocoa_embed.integrations.qdrant.indexing.manifest import Manifest, manifest_file
+from cocoa_embed.integrations.qdrant.indexing.prune import Forgotten, forget
+from cocoa_embed.integrations.qdrant.indexing.run import IndexRun, IndexSummary
+from cocoa_embed.integrations.qdrant.indexing.thumbnails import ThumbnailFolder
 from cocoa_embed.integrations.qdrant.stores import open_store
 from cocoa_embed.integrations.qdrant.stores.base import Hit, Query, Signature, StoreOptions
 from cocoa_embed.integrations.qdrant.stores.client_filters import Filter, read_filter
 from cocoa_embed.integrations.qdrant.stores.store import Store
-from cocoa_embed.integrations.qdrant.thumbnails import ThumbnailFolder
+from cocoa_embed.sources.files import count_files, file_sources, require_images
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient
@@ -93,6 +91,7 @@ class QdrantIndexer:
         self._dimension = dimension
         self._device = device
         self._encoder: Encoder | None = None
+        self._manifest: Manifest | None = None
         self._lock = threading.Lock()
         self._indexing = threading.Lock()
 
@@ -109,7 +108,10 @@ class QdrantIndexer:
         paths: str | Path | Iterable[str | Path],
         *,
         prune: bool = False,
+        prune_all: bool = False,
         thumbnails: str | Path | None = None,
+        llama_index: bool = False,
+        retry_failed: bool = False,
         progress: bool = True,
     ) -> IndexSummary:
         """Embed and store the images in ``paths``; unchanged files are skipped by size and mtime.
@@ -119,32 +121,57 @@ class QdrantIndexer:
 
         :param paths: A folder, a file, a pattern such as ``photos/**/*.png``, a ``.txt`` file with one path per line,
             or several of them.
-        :param prune: Whether to remove files below ``paths`` that no longer exist from the index.
+        :param prune: Whether to remove files below ``paths`` that no longer exist from the index. A path without
+            images, or of which more than 30 % of the points would go, is not pruned and listed in the summary.
+        :param prune_all: Whether to remove them even then.
         :param thumbnails: A folder for small copies of the images, created if needed.
+        :param llama_index: Whether to store what LlamaIndex's own ``QdrantVectorStore`` reads, too, about 2 KB a point;
+            ``CocoaRetriever`` does not need it.
+        :param retry_failed: Whether to try contents again that could not be used before.
         :param progress: Whether to show a progress bar on standard error.
         :raises CocoaError: If there are no images, the model embeds no images, another model made the collection, or
             the collection holds other vectors.
         """
-        files = ImageFiles([paths] if isinstance(paths, (str, Path)) else paths)
-        if not len(files) and not files.unlisted and not prune:
-            names = ", ".join(files.covered) or "nothing"
-            raise CocoaError(f"there are no images in {names}; name a folder that holds some (jpg, png, webp, ...)")
-        if thumbnails is not None and files.covers(storable(os.path.abspath(thumbnails))):
-            raise UsageError(
-                f"the thumbnails in {printable(thumbnails)} would be indexed with the images; give a folder elsewhere"
-            )
+        places = [paths] if isinstance(paths, (str, Path)) else list(paths)
+        prune = prune or prune_all
+        if not prune:
+            require_images(places)
+        folder = None if thumbnails is None else ThumbnailFolder(thumbnails)
         with self._indexing:
-            folder = None if thumbnails is None else ThumbnailFolder(thumbnails)
             encoder = self._prepare_collection()
             started = time.perf_counter()
-            state = IndexState.read(self.store.scan(STATE_KEYS))
+            failed: list[dict[str, str]] = []
+            run = IndexRun(
+                file_sources(places, note_in(failed), may_be_gone=prune),
+                self.store,
+                encoder,
+                self._open_manifest(encoder),
+                folder,
+                llama_index=llama_index,
+                prune=prune,
+                prune_all=prune_all,
+                retry_failed=retry_failed,
+                failed=failed,
+            )
+            total = count_files(file_sources(places, note_in([]), may_be_gone=prune)) if progress else None
             title = f"indexing into {self.store.collection}"
-            with tqdm(total=len(files), desc=title, unit="image", disable=not progress) as bar:
-                run = IndexRun(files, self.store, encoder, state, folder, bar.update)
-                run.store_new_content(self.batch_size)
-                settle(run, prune=prune)
+            with tqdm(total=total, desc=title, unit="image", disable=not progress) as bar:
+                run.on_done = bar.update
+                run.run(self.batch_size)
             self.store.finish()
-        return run.summary(self.store.collection, time.perf_counter() - started)
+        return run.summary(time.perf_counter() - started)
+
+    def forget(self, paths: str | Path | Iterable[str | Path]) -> Forgotten:
+        """Remove images from the index, whether they exist or not. A copy elsewhere keeps its point.
+
+        :param paths: Files, folders with all that is below, archives and documents with all that is in them, URLs.
+        :raises CocoaError: If there is no such collection.
+        """
+        with self._indexing:
+            self.store.require_signature()
+            forgotten = forget(self.store, [paths] if isinstance(paths, (str, Path)) else list(paths))
+            self.store.finish()
+        return forgotten
 
     def search(
         self,
@@ -185,6 +212,9 @@ class QdrantIndexer:
     def close(self) -> None:
         """Close the store, unless its client was given; the next use opens it again."""
         self.store.close()
+        if self._manifest is not None and self.store.place is not None:
+            self._manifest.close()
+            self._manifest = None
 
     def __enter__(self) -> QdrantIndexer:
         """Return the indexer."""
@@ -205,6 +235,14 @@ class QdrantIndexer:
             )
         self.store.create(Signature(encoder.name, encoder.fingerprint, encoder.dimension))
         return encoder
+
+    def _open_manifest(self, encoder: Encoder) -> Manifest:
+        """Return the manifest of the collection; in memory if the collection is."""
+        if self._manifest is None:
+            place = self.store.place
+            name = f"{place} {self.store.collection} {encoder.fingerprint}"
+            self._manifest = Manifest(None if place is None else manifest_file(name))
+        return self._manifest
 
     def _encoder_for(self, signature: Signature | None) -> Encoder:
         """Return the model, truncated to the dimension of a collection, if there is one.
@@ -240,6 +278,11 @@ class QdrantIndexer:
                 encoder.require_images()
                 self._encoder = encoder
             return self._encoder
+
+
+def note_in(faults: list[dict[str, str]]) -> Callable[[str | Path, str], None]:
+    """Return a function that appends a fault, as ``{"path", "reason"}``."""
+    return lambda path, reason: faults.append({"path": str(path), "reason": reason})
 
 
 def orientations(item: ModelInput) -> list[ModelInput]:

@@ -19,6 +19,12 @@ NODE_KEYS = frozenset({"_node_content", "_node_type", "document_id", "doc_id", "
 MTIME_TOLERANCE = 1e-6
 """In seconds."""
 
+LOCATION_KEYS = ("paths", "relative_paths", "mtimes")
+"""The payload keys of the files that hold a content: parallel lists."""
+
+REVISION = "revision"
+"""The payload key that counts the changes of a stored point."""
+
 PLACE_KEYS = frozenset({"shard", "page", "seconds"})
 """The payload keys of an image that is in an archive, a table, a document or a video."""
 
@@ -112,13 +118,13 @@ def shards_of(stored: Mapping[str, Any]) -> list[str]:
 
 def stored_locations(stored: Mapping[str, Any]) -> list[FileLocation]:
     """Return the locations in a payload; none if another program wrote it."""
-    columns = [stored.get(key) or [] for key in ("paths", "relative_paths", "mtimes")]
+    columns = [stored.get(key) or [] for key in LOCATION_KEYS]
     return [FileLocation(*row) for row in zip(*columns, strict=False)]
 
 
 def with_node_fields(fields: Payload) -> Payload:
     """Return a payload of the indexer with the fields that LlamaIndex reads; it has none of them yet."""
-    return {**fields, **node_fields(point_id(fields["sha256"]), fields)}
+    return {**fields, **node_fields(point_id(fields["sha256"]), without({REVISION}, fields))}
 
 
 def node_fields(node_id: str, fields: Payload) -> Payload:

@@ -19,8 +19,9 @@ from rich.console import Console
 from cocoa_embed.cli.search import report_hits
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError, UsageError
-from cocoa_embed.integrations.qdrant import IndexSummary, QdrantIndexer, image_metadata, index_run
+from cocoa_embed.integrations.qdrant import IndexSummary, QdrantIndexer
 from cocoa_embed.integrations.qdrant.hits_page import write_hits_page
+from cocoa_embed.sources import files
 
 COSINE = models.VectorParams(size=48, distance=models.Distance.COSINE)
 
@@ -87,7 +88,7 @@ class TestRuns:
         red, before = album.payloads["red.png"], (album.payloads, album.vectors)
         assert (red["path"], red["relative_path"]) == (str(album.folder / "red.png"), "red.png")
         assert (red["width"], red["height"], red["mime"]) == (24, 16, "image/png")
-        monkeypatch.setattr(index_run, "read_stable_file", None)
+        monkeypatch.setattr(files, "read_stable_file", None)
         watched = Mock(wraps=album.client)
         album.index = QdrantIndexer(FakeModel(), client=watched)
         assert album.run() == (0, 4, 0, 0, 0)
@@ -127,7 +128,7 @@ class TestRuns:
         album.run()
         with monkeypatch.context() as patch:
             patch.setattr(os, "scandir", refuse(os.scandir))
-            patch.setattr(image_metadata.os, "stat", refuse(os.stat))
+            patch.setattr(os, "stat", refuse(os.stat))
             assert album.run(prune=True) == (0, 3, 0, 0, 1)
         assert (album.summary.pruned, album.failures) == (0, {"sub": "cannot be listed (Permission denied)"})
         assert "yellow.jpg" in album.payloads

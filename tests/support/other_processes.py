@@ -34,9 +34,10 @@ class SlowModel(FakeModel):
 
 
 def index_slowly(reports: Connection, location: Location, folder: Path) -> None:
-    from cocoa_embed.integrations.qdrant import QdrantIndexer, index_run
+    from cocoa_embed.integrations.qdrant import QdrantIndexer
+    from cocoa_embed.integrations.qdrant.indexing import writer
 
-    index_run.BATCH_POINTS = 3
+    writer.BATCH_POINTS = 3
     with QdrantIndexer(SlowModel(), **location, batch_size=3) as indexer:
         reports.send("started")
         indexer.index(folder, prune=True, progress=False)
@@ -65,7 +66,7 @@ def fill(reports: Connection, location: Location, start: int, batch: int, text_b
         store.create(SIGNATURE)
     try:
         while True:
-            store.upsert(make_points(start, start + batch, text=os.urandom(text_bytes // 2).hex()))
+            store.insert(make_points(start, start + batch, text=os.urandom(text_bytes // 2).hex()))
             start += batch
             reports.send(start)
     except CocoaError as error:

@@ -50,11 +50,11 @@ class Manifest:
 
     def __init__(self, file: Path | None) -> None:
         """Open or create it; in memory if there is no file, or if it cannot be used."""
-        self._database = sqlite3.connect(":memory:", isolation_level=None)
+        self._database = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
         with suppress(OSError, sqlite3.Error):
             if file is not None:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                database = sqlite3.connect(file, timeout=30, isolation_level=None)
+                database = sqlite3.connect(file, timeout=30, isolation_level=None, check_same_thread=False)
                 database.execute("PRAGMA synchronous = OFF")
                 database.executescript(SCHEMA)
                 self._database = database

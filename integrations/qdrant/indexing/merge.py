@@ -1,4 +1,4 @@
-"""Change stored points by optimistic merges, so that indexers that write at the same time lose nothing of each other's."""
+"""Change stored points by optimistic merges, so that indexers that write at once lose nothing of each other's."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cocoa_embed.errors import CocoaError
+from cocoa_embed.integrations.qdrant.indexing.thumbnails import remove_thumbnail
 from cocoa_embed.integrations.qdrant.points import (
     FileLocation,
     Payload,
@@ -98,13 +99,16 @@ class Merger:
         :returns: The ids that were to hold a record, and have no point: another process has deleted it.
         :raises CocoaError: If the store fails.
         """
-        pending, lost = dict(changes), list[str]()
+        pending, lost, deleted = dict(changes), list[str](), dict[str, Payload]()
         for _ in range(ATTEMPTS):
             stored = store.retrieve([*pending])
             lost += [id_ for id_, change in pending.items() if change.held and id_ not in stored]
+            for id_ in deleted.keys() - stored.keys():
+                remove_thumbnail(id_, deleted.pop(id_).get("thumbnail"))
             after = {id_: self.apply(payload, pending[id_]) for id_, payload in stored.items()}
             pending = {id_: pending[id_] for id_ in stored if not is_same_json(after[id_], stored[id_])}
             if not pending:
                 return lost
+            deleted = {id_: stored[id_] for id_ in pending if after[id_] is None}
             store.replace_payloads([(id_, stored[id_], after[id_]) for id_ in pending])
         raise CocoaError(f"{store.name}: other processes change {len(pending)} points all the time; run again")

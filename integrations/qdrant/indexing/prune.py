@@ -6,17 +6,18 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
 
-from cocoa_embed.errors import printable
 from cocoa_embed.integrations.qdrant.indexing.merge import Change, Merger
 from cocoa_embed.integrations.qdrant.indexing.writer import BATCH_CHANGES, Writer
-from cocoa_embed.integrations.qdrant.points import stored_locations
+from cocoa_embed.integrations.qdrant.points import LOCATION_KEYS, stored_locations
 from cocoa_embed.integrations.qdrant.stores.store import Store
-from cocoa_embed.sources.base import Source
+from cocoa_embed.sources.base import Source, storable
 
 MAX_PRUNED = 0.3
 """The fraction of a source's points that a run may prune unless it is told to prune them all."""
@@ -41,7 +42,7 @@ class Pruning:
 
     def find(self, store: Store, *, even_doubtful: bool) -> Iterator[tuple[str, str, list[int]]]:
         """Yield the id and the path of each image that no longer exists, and the sources that cover it."""
-        for id_, payload in store.scan(["paths", "relative_paths", "mtimes"]):
+        for id_, payload in store.scan(LOCATION_KEYS):
             paths = [each.path for each in stored_locations(payload)]
             covering = {path: [i for i, source in enumerate(self.sources) if source.covers(path)] for path in paths}
             deleted = [
@@ -73,7 +74,7 @@ class Pruning:
 
 
 def prune_deleted(
-    store: Store, sources: Sequence[Source], found: Counter[int], writer: Writer, *, even_most: bool
+    store: Store, sources: Sequence[Source], found: Counter[int], writer: Writer, even_most: bool
 ) -> tuple[int, list[dict[str, str]]]:
     """Detach the images that no longer exist from their points, unless a source or a folder seems not to be mounted.
 
@@ -113,25 +114,32 @@ def doubtful_folder(path: str, root: str) -> str | None:
         return folder
 
 
-def forget(store: Store, keys: Sequence[str]) -> tuple[Counter[str], int]:
-    """Remove files, folders, shards and URLs from a collection, whether they exist or not.
+class Forgotten(NamedTuple):
+    """What was removed on request."""
 
-    :param keys: As payloads have them: absolute, or URLs.
-    :returns: The number of images removed by key, and the number of points that no image is left of.
-    """
-    merger, forgotten, deleted = Merger(lambda _: False), Counter[str](), 0
-    points = iter(store.scan(["paths", "relative_paths", "mtimes"]))
+    images: dict[str, int]
+    """How many images, by the path that was given."""
+    deleted: int
+    """Points that no image was left of."""
+
+
+def forget(store: Store, paths: Sequence[str | Path]) -> Forgotten:
+    """Remove files, folders, shards and URLs from a collection, whether they exist or not."""
+    keys = {storable(str(path) if "://" in str(path) else os.path.abspath(path)): str(path) for path in paths}
+    merger, images, deleted = Merger(lambda _: False), dict.fromkeys(keys.values(), 0), 0
+    points = iter(store.scan(LOCATION_KEYS))
     while page := list(islice(points, BATCH_CHANGES)):
         changes: dict[str, Change] = {}
         for id_, payload in page:
-            paths = [each.path for each in stored_locations(payload)]
-            named = {path: key for path in paths for key in keys if is_below(path, key)}
+            held = [each.path for each in stored_locations(payload)]
+            named = {path: key for path in held for key in keys if is_below(path, key)}
+            for key in named.values():
+                images[keys[key]] += 1
             if named:
                 changes[id_] = Change(removed=set(named))
-                forgotten.update(named.values())
-                deleted += len(named) == len(paths)
+                deleted += len(named) == len(held)
         merger.merge(store, changes)
-    return forgotten, deleted
+    return Forgotten(images, deleted)
 
 
 def is_below(path: str, key: str) -> bool:

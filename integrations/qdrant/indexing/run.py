@@ -8,27 +8,27 @@ run keeps in memory does not grow with the number of records or points.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 from typing import Literal, TypeAlias
 
 from cocoa_embed.encode.encoder import Encoder
-from cocoa_embed.errors import CocoaError, ImageError
-from cocoa_embed.images.load import TransientImageError
+from cocoa_embed.errors import ImageError, TransientImageError
 from cocoa_embed.integrations.qdrant.indexing.embed_records import FailedRecord, NewPoint, StoredContent, points_of
 from cocoa_embed.integrations.qdrant.indexing.manifest import CompleteShard, Fault, Manifest
-from cocoa_embed.integrations.qdrant.indexing.merge import Change, Merger
-from cocoa_embed.integrations.qdrant.indexing.prune import prune_deleted, prune_shard
+from cocoa_embed.integrations.qdrant.indexing.merge import DESCRIPTION_KEYS, Change, Merger
+from cocoa_embed.integrations.qdrant.indexing.prune import prune_deleted
 from cocoa_embed.integrations.qdrant.indexing.thumbnails import ThumbnailFolder
 from cocoa_embed.integrations.qdrant.indexing.writer import Batch, Writer
 from cocoa_embed.integrations.qdrant.points import (
+    LOCATION_KEYS,
     Payload,
     is_same_json,
     is_same_moment,
     stored_locations,
 )
+from cocoa_embed.integrations.qdrant.stores.base import Where
 from cocoa_embed.integrations.qdrant.stores.store import Store
 from cocoa_embed.sources.base import Record, Shard, Source, storable
 
@@ -67,9 +67,10 @@ class ShardProgress:
 
     version: str
     seen: set[str] = field(default_factory=set)
-    """The paths of its records, as payloads have them."""
+    """The paths of its records, as payloads have them; only if the run prunes."""
+    records: int = 0
     in_flight: int = 0
-    """Records that have been read and are not written yet."""
+    """Records that are not written yet."""
     is_read: bool = False
     is_faulty: bool = False
     """Whether a record could not be read, so that the next run has to look again."""
@@ -85,57 +86,62 @@ class IndexRun:
     manifest: Manifest
     thumbnails: ThumbnailFolder | None = None
     llama_index: bool = False
+    """Whether payloads get the fields that LlamaIndex's own ``QdrantVectorStore`` reads."""
+    prune: bool = False
+    """Whether to remove images that no longer exist from the index."""
+    prune_all: bool = False
+    """Whether to do so where most of them are gone, too."""
     retry_failed: bool = False
     """Whether to try contents again that could not be used before."""
-    on_record_done: Callable[[int], object] = lambda _: None
-    """Called with the number of records that are done."""
+    on_done: Callable[[int], object] = lambda _: None
+    """Called with the number of images that are done."""
     counts: Counter[Count] = field(default_factory=Counter)
     found: Counter[int] = field(default_factory=Counter)
-    """How many records each source has, by its number."""
+    """How many images each source has, by its number."""
     pruned: int = 0
     embedded: int = 0
     """Contents that the model has embedded."""
     failed: list[dict[str, str]] = field(default_factory=list)
     _before: dict[str, list[str]] = field(default_factory=dict)
     """The points that name each record in flight, by its key."""
-    _open: dict[str, ShardProgress] = field(default_factory=dict)
-    """Shards that are not complete yet."""
-    _completed: dict[str, CompleteShard] = field(default_factory=dict)
+    _shards: dict[str, ShardProgress] = field(default_factory=dict)
+    """The shards that are not complete yet."""
+    _complete: dict[str, CompleteShard] = field(default_factory=dict)
 
-    def run(self, batch_size: int, *, prune: bool = False, prune_all: bool = False) -> None:
+    def __post_init__(self) -> None:
+        self.prune = self.prune or self.prune_all
+        self._merger = Merger(self._misses, self.llama_index)
+
+    def run(self, batch_size: int) -> None:
         """Bring the collection up to date with the sources.
 
         :param batch_size: The maximum number of images in a batch.
-        :param prune: Whether to remove images that no longer exist from the index.
-        :param prune_all: Whether to do so where most of them are gone, too.
         :raises CocoaError: If the store or a source fails.
         """
-        merger = Merger(self._misses, self.llama_index)
-        with Writer(self.store, merger, self._on_written) as writer:
+        with Writer(self.store, self._merger, self._on_written) as self._writer:
             outcomes = points_of(
-                self._changed_records(writer, merger),
+                self._changed_records(),
                 self.encoder,
                 batch_size=batch_size,
-                stored=partial(self._stored, writer),
-                on_stored=partial(self._on_stored, writer, merger),
-                known_fault=self._content_fault,
+                stored=self._stored,
+                on_stored=self._on_stored,
+                known_fault=self._known_fault,
                 thumbnails=self.thumbnails,
                 llama_index=self.llama_index,
             )
             for outcome in outcomes:
                 if isinstance(outcome, NewPoint):
-                    self._on_new(writer, outcome)
+                    self._on_new(outcome)
                 else:
-                    self._on_failed(writer, outcome)
-            if prune or prune_all:
-                writer.flush()
-                found = self.found
-                pruned, kept = prune_deleted(self.store, self.sources, found, writer, even_most=prune_all)
+                    self._on_failed(outcome)
+            self._writer.flush()
+            if self.prune:
+                pruned, kept = prune_deleted(self.store, self.sources, self.found, self._writer, self.prune_all)
                 self.pruned += pruned
                 self.failed += kept
-            writer.finish()
-            if writer.detached:  # points have left shards, too
-                for key, complete in self._completed.items():
+            self._writer.finish()
+            if self._writer.detached:  # points may have left complete shards
+                for key, complete in self._complete.items():
                     self._remember(key, complete)
 
     def summary(self, seconds: float) -> IndexSummary:
@@ -153,35 +159,197 @@ class IndexRun:
         )
 
     def _records(self) -> Iterator[Record]:
-        """Yield the records of all shards that are not complete in the collection."""
+        """Yield the records of all shards that the collection does not have completely."""
         for number, source in enumerate(self.sources):
             for shard in source.shards():
-                if shard.version and self._is_complete(shard, number):
-                    continue
-                progress = self._open[shard.key] = ShardProgress(shard.version)
-                try:
+                if not shard.version:
                     for record in shard.records():
                         self.found[number] += 1
-                        if shard.version:
-                            progress.seen.add(storable(record.key))
-                            progress.in_flight += 1
                         yield record
-                except ImageError as error:
-                    self.failed.append({"path": shard.key, "reason": error.reason})
-                    progress.is_faulty = True
-                progress.is_read = True
-                self._complete_if_done(shard.key)
+                elif not self._skip(shard, number):
+                    yield from self._read_shard(shard, number)
 
-    def _is_complete(self, shard: Shard, number: int) -> bool:
-        """Return whether the collection has an unchanged shard; count its records, and repeat its faults."""
+    def _skip(self, shard: Shard, number: int) -> bool:
+        """Return whether the collection has an unchanged shard completely; then count its records."""
         known = self.manifest.shard(shard.key)
         faults = self.manifest.faults_in(shard.key)
         if known is None or known.version != self._version(shard.version) or (faults and self.retry_failed):
             return False
-        if self.store.count(("shard", [shard.key])) != known.points:
+        if self.store.count(Where("shard", [storable(shard.key)])) != known.points:
             return False
         self.found[number] += known.records
         self.failed += [{"path": fault.key, "reason": fault.reason} for fault in faults]
         self.counts["unchanged"] += known.records - len(faults)
-        self.on_record_done(known.records)
+        self.on_done(known.records)
         return True
+
+    def _read_shard(self, shard: Shard, number: int) -> Iterator[Record]:
+        """Yield the records of a shard, and remember it when they are all stored."""
+        progress = self._shards[shard.key] = ShardProgress(self._version(shard.version))
+        self.manifest.forget_faults(shard.key)
+        try:
+            for record in shard.records():
+                self.found[number] += 1
+                progress.records += 1
+                progress.in_flight += 1
+                if self.prune:
+                    progress.seen.add(storable(record.key))
+                yield record
+        except ImageError as error:
+            self.failed.append({"path": shard.key, "reason": error.reason})
+            progress.is_faulty = True
+        if self.prune and not progress.is_faulty:
+            self._prune_shard(storable(shard.key), progress.seen)
+        progress.seen.clear()
+        progress.is_read = True
+        self._finish_records(shard.key, 0)
+
+    def _prune_shard(self, key: str, seen: set[str]) -> None:
+        for id_, payload in self.store.scan(LOCATION_KEYS, Where("shard", [key])):
+            for path in (each.path for each in stored_locations(payload)):
+                if path.startswith(f"{key}#") and path not in seen:
+                    self._writer.detach(id_, path)
+                    self.pruned += 1
+
+    def _finish_records(self, shard: str | None, count: int) -> None:
+        """Note that records of a shard are stored or have failed; remember the shard when all are."""
+        progress = None if shard is None else self._shards.get(shard)
+        if shard is None or progress is None:
+            return
+        progress.in_flight -= count
+        if progress.is_read and not progress.in_flight:
+            del self._shards[shard]
+            if not progress.is_faulty:
+                self._remember(shard, CompleteShard(progress.version, progress.records, 0))
+
+    def _remember(self, key: str, complete: CompleteShard) -> None:
+        points = self.store.count(Where("shard", [storable(key)]))
+        self._complete[key] = complete._replace(points=points)
+        self.manifest.complete(key, self._complete[key])
+
+    def _version(self, version: str) -> str:
+        """Return the version of a shard, with what a run adds to its points."""
+        return f"{version} {self.thumbnails and self.thumbnails.folder} {self.llama_index}"
+
+    def _changed_records(self) -> Iterator[Record]:
+        """Yield the records that have to be read; the points that name them are looked up in groups."""
+        records = self._records()
+        while group := list(islice(records, LOOKUP_RECORDS)):
+            points: dict[str, list[tuple[str, Payload]]] = {storable(record.key): [] for record in group}
+            for id_, payload in self.store.by_paths([*points]).items():
+                for path in points.keys() & {each.path for each in stored_locations(payload)}:
+                    points[path].append((id_, payload))
+            for record in group:
+                named = points[storable(record.key)]
+                if not self._is_unchanged(record, named) and not self._has_known_fault(record, named):
+                    self._before[record.key] = [id_ for id_, _ in named]
+                    yield record
+
+    def _is_unchanged(self, record: Record, named: Sequence[tuple[str, Payload]]) -> bool:
+        """Return whether a record has the size and mtime that it had; then bring its description up to date."""
+        if len(named) != 1:  # new, or a run was killed before it had removed the old one
+            return False
+        ((id_, payload),) = named
+        path = storable(record.key)
+        mtime = next(each.mtime for each in stored_locations(payload) if each.path == path)
+        same_size = payload.get("bytes") == record.size if record.shard is None else record.mtime != 0
+        if not (same_size and is_same_moment(mtime, record.mtime)):
+            return False
+        if self.thumbnails is not None and self.thumbnails.lacks(id_, payload):
+            return False
+        self._hold(record, id_, payload, "unchanged")
+        return True
+
+    def _hold(self, record: Record, id_: str, payload: Payload, count: Count, thumbnail: str | None = None) -> None:
+        """Note that a stored content is held by a record; write it only if that changes the payload."""
+        change = Change(thumbnail=thumbnail)
+        change.hold(record)
+        after = self._merger.apply(payload, change)
+        assert after is not None, "a record holds the content"
+        if is_same_json(after, payload):
+            self._finish_records(record.shard, 1)
+        else:
+            self._writer.hold(id_, record, thumbnail)
+            is_described = all(is_same_json(after[key], payload.get(key)) for key in DESCRIPTION_KEYS)
+            count = count if is_described or count != "unchanged" else "updated"
+        self._count(count)
+
+    def _has_known_fault(self, record: Record, named: Sequence[tuple[str, Payload]]) -> bool:
+        """Return whether a record has the size and mtime that it had when it could not be used."""
+        version = version_of(record)
+        reason = None if self.retry_failed or not version else self.manifest.fault(record.key, version)
+        if reason is None:
+            return False
+        for id_, _ in named:
+            self._writer.detach(id_, storable(record.key))
+        self._fail(record, reason)
+        return True
+
+    def _stored(self, ids: Sequence[str]) -> dict[str, Payload]:
+        """Return the payloads of points that are in the collection, or on their way to it."""
+        pending = self._writer.pending(ids)
+        return {**self.store.retrieve([id_ for id_ in ids if id_ not in pending]), **pending}
+
+    def _known_fault(self, sha256: str) -> str | None:
+        return None if self.retry_failed else self.manifest.content_fault(sha256)
+
+    def _on_stored(self, stored: StoredContent) -> None:
+        record, id_, payload, thumbnail = stored
+        path = storable(record.key)
+        is_known = any(each.path == path for each in stored_locations(payload))
+        is_replaced = self._detach_others(record, id_)
+        count: Count = "replaced" if is_replaced else "unchanged" if is_known else "updated"
+        self._hold(record, id_, payload, count, thumbnail)
+
+    def _on_new(self, new: NewPoint) -> None:
+        self.embedded += 1
+        for number, record in enumerate(new.records):
+            is_replaced = self._detach_others(record, new.point.id)
+            self._count("replaced" if is_replaced else "updated" if number else "indexed")
+        self._writer.insert(new)
+
+    def _detach_others(self, record: Record, id_: str) -> bool:
+        """Detach a record from the points of its earlier contents; return whether there are any."""
+        others = [other for other in self._before.pop(record.key, []) if other != id_]
+        for other in others:
+            self._writer.detach(other, storable(record.key))
+        return bool(others)
+
+    def _on_failed(self, failed: FailedRecord) -> None:
+        record, error, sha256 = failed
+        if sha256 is None:
+            self._before.pop(record.key, None)
+        else:
+            self._detach_others(record, "")
+        is_lasting = sha256 is not None and not isinstance(error, TransientImageError)
+        if is_lasting:
+            fault = Fault(record.key, error.reason)
+            self.manifest.add_fault(fault, record.shard, version_of(record), str(sha256))
+        elif record.shard in self._shards:
+            self._shards[record.shard].is_faulty = True
+        self._fail(record, error.reason)
+
+    def _fail(self, record: Record, reason: str) -> None:
+        self.failed.append({"path": record.key, "reason": reason})
+        self._finish_records(record.shard, 1)
+        self.on_done(1)
+
+    def _count(self, count: Count) -> None:
+        self.counts[count] += 1
+        self.on_done(1)
+
+    def _on_written(self, batch: Batch, lost: Sequence[str]) -> None:
+        for shard, count in batch.shards.items():
+            self._finish_records(shard, count)
+        for record in (record for id_ in lost for record in batch.changes[id_].held.values()):
+            reason = "another process removed its point at the same time; run again"
+            self.failed.append({"path": record.key, "reason": reason})
+
+    def _misses(self, key: str) -> bool:
+        """Return whether a file is gone that the run would have found."""
+        return any(source.covers(key) and source.is_deleted(key) for source in self.sources)
+
+
+def version_of(record: Record) -> str:
+    """Return what changes when the content of a record may have changed; empty if that is unknown."""
+    return f"{record.size} {record.mtime}" if record.mtime else ""

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cocoa_embed.errors import CocoaError, one_line, printable
+from cocoa_embed.folders import refuse_foreign_folder
+from cocoa_embed.images.find_files import THUMBNAILS_MARKER
 from cocoa_embed.integrations.qdrant.points import Payload
 
 THUMBNAIL_SIZE = 320
@@ -16,13 +18,15 @@ class ThumbnailFolder:
     """A folder of JPEG files, one for each point."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Create the folder if needed.
+        """Create the folder if needed, with the marker for which the search for images passes it over.
 
-        :raises CocoaError: If it cannot be created.
+        :raises CocoaError: If it cannot be created, or holds something else.
         """
         self.folder = Path(os.path.abspath(folder))
         with readable_errors("folder for thumbnails", folder):
+            refuse_foreign_folder(self.folder, marker=THUMBNAILS_MARKER)
             self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / THUMBNAILS_MARKER).touch()
 
     def path(self, id_: str) -> Path:
         """Return the path of a point's thumbnail."""

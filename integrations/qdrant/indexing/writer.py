@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import islice
-from types import TracebackType
 
 from cocoa_embed.integrations.qdrant.indexing.embed_records import NewPoint
 from cocoa_embed.integrations.qdrant.indexing.merge import Change, Merger
-from cocoa_embed.integrations.qdrant.indexing.thumbnails import remove_thumbnail
 from cocoa_embed.integrations.qdrant.points import Payload
 from cocoa_embed.integrations.qdrant.stores.base import Point
 from cocoa_embed.integrations.qdrant.stores.store import Store
@@ -53,7 +51,7 @@ class Writer:
         self._batch = Batch()
         self._written: deque[Batch] = deque()
         """Batches that are being written, the oldest first."""
-        self._detached = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 - closed in `__exit__`
+        self._detached = tempfile.TemporaryFile("w+", encoding="utf-8")
         """Ids and paths of points that lose a path, one JSON list a line."""
         self.detached = 0
 
@@ -61,7 +59,7 @@ class Writer:
         """Return the writer."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         """Wait for the writes that have begun, and drop the others."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._detached.close()
@@ -97,7 +95,7 @@ class Writer:
 
         :param path: As the payload has it.
         """
-        print(json.dumps([id_, path]), file=self._detached)  # noqa: T201
+        self._detached.write(json.dumps([id_, path]) + "\n")
         self.detached += 1
 
     def flush(self) -> None:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
 from cocoa_embed.errors import UsageError
-from cocoa_embed.integrations.qdrant.points import Payload
+from cocoa_embed.integrations.qdrant.points import REVISION, Payload
+from cocoa_embed.sources.files import is_deleted
 
 if TYPE_CHECKING:
     from qdrant_client import models
 
 KEYWORD, INTEGER, FLOAT, TEXT = "keyword", "integer", "float", "text"
 PAYLOAD_INDEXES = {
-    **dict.fromkeys(("path", "relative_path", "paths", "sha256", "mime"), KEYWORD),
-    **dict.fromkeys(("width", "height", "bytes"), INTEGER),
+    **dict.fromkeys(("path", "relative_path", "paths", "sha256", "mime", "shard"), KEYWORD),
+    **dict.fromkeys(("width", "height", "bytes", REVISION), INTEGER),
     "mtime": FLOAT,
     "caption": TEXT,
 }
@@ -37,6 +38,25 @@ class Point(NamedTuple):
     """float32, shape ``(dimension,)``."""
     payload: Payload
     """A JSON object."""
+
+
+class Replacement(NamedTuple):
+    """A change of a stored point, which is made only if nothing else has changed it since it was read."""
+
+    id: str
+    revision: int | None
+    """The payload's when it was read; None if it had none."""
+    payload: Payload | None
+    """The new payload; None deletes the point."""
+    size: int
+    """Of the payload, in bytes."""
+
+
+class Where(NamedTuple):
+    """The points whose payload has one of these values under a key."""
+
+    key: str
+    values: Sequence[str]
 
 
 class Query(NamedTuple):
@@ -113,7 +133,13 @@ def oversampling(limit: int) -> float:
 
 
 def image_path(payload: Payload) -> str:
-    """Return the path of a point's image, also from a node that LlamaIndex wrote; empty if there is none."""
+    """Return the path of a point's image, also from a node that LlamaIndex wrote; empty if there is none.
+
+    It is the first of ``paths`` that exists; ``path`` if there is none, as where the files are on another machine.
+    """
+    if paths := payload.get("paths"):
+        living = (path for path in paths if isinstance(path, str) and not is_deleted(path))
+        return str(next(living, payload.get("path", "")))
     if "path" in payload or "_node_content" not in payload:
         return str(payload.get("path", ""))
     try:

@@ -9,13 +9,14 @@ from dataclasses import asdict
 from typing import Any, TypeVar
 
 from cocoa_embed.errors import CocoaError, one_line, require
+from cocoa_embed.integrations.qdrant.points import REVISION
 from cocoa_embed.integrations.qdrant.stores import base
-from cocoa_embed.integrations.qdrant.stores.base import Payload, Point, Query, Signature, StoreOptions
+from cocoa_embed.integrations.qdrant.stores.base import Point, Query, Replacement, Signature, StoreOptions, Where
 from cocoa_embed.integrations.qdrant.stores.store import Store
 
 require("qdrant_client", "qdrant")
 
-from grpc import RpcError  # noqa: E402 - after the error that names the extra
+from grpc import Call, RpcError  # noqa: E402 - after the error that names the extra
 from qdrant_client import QdrantClient, models  # noqa: E402
 from qdrant_client.common.client_exceptions import QdrantException  # noqa: E402
 from qdrant_client.http.exceptions import ApiException, UnexpectedResponse  # noqa: E402
@@ -79,31 +80,49 @@ class ClientStore(Store):
                 raise
         self._dimension = signature.dimension
 
-    def count(self) -> int:
+    def count(self, where: Where | None = None) -> int:
         """Return the number of points."""
-        return self._call(lambda client: client.count(self.collection, exact=True)).count
+        return self._call(lambda client: client.count(self.collection, to_filter(where), exact=True)).count
 
-    def delete(self, ids: Sequence[str]) -> None:
-        """Delete points and wait until they are deleted."""
-        selector = models.PointIdsList(points=list(ids))
-        if ids:
-            self._call(lambda client: client.delete(self.collection, selector, wait=True))
-
-    def _scroll(self, keys: list[str], offset: Any) -> tuple[Sequence[models.Record], Any]:  # noqa: ANN401
-        page = {"limit": self.scroll_limit, "offset": offset, "with_payload": keys or False, "with_vectors": False}
-        return self._call(lambda client: client.scroll(self.collection, **page))
+    def _scroll(
+        self,
+        keys: Sequence[str] | None,
+        offset: Any,
+        where: Where | None,  # noqa: ANN401
+    ) -> tuple[Sequence[models.Record], Any]:
+        page = {"limit": self.scroll_limit, "offset": offset, "with_vectors": False}
+        fields: Any = True if keys is None else list(keys) or False
+        return self._call(lambda client: client.scroll(self.collection, to_filter(where), with_payload=fields, **page))
 
     def _retrieve(self, ids: Sequence[str]) -> Sequence[models.Record]:
         return self._call(lambda client: client.retrieve(self.collection, list(ids), with_payload=True))
 
-    def _upsert(self, points: Sequence[Point], sizes: Sequence[int]) -> None:
+    def _insert(self, points: Sequence[Point], sizes: Sequence[int]) -> None:
         structs = [
             models.PointStruct(id=point.id, vector=point.vector.tolist(), payload=point.payload) for point in points
         ]
-        self._call(lambda client: client.upsert(self.collection, points=structs, wait=True))
+        mode = models.UpdateMode.INSERT_ONLY
+        self._call(lambda client: client.upsert(self.collection, points=structs, wait=True, update_mode=mode))
 
-    def _overwrite_payload(self, id_: str, payload: Payload, size: int) -> None:
-        self._call(lambda client: client.overwrite_payload(self.collection, payload=payload, points=[id_], wait=True))
+    def _replace(self, replacements: Sequence[Replacement]) -> None:
+        operations = [
+            models.DeleteOperation(delete=models.FilterSelector(filter=condition))
+            if each.payload is None
+            else models.OverwritePayloadOperation(
+                overwrite_payload=models.SetPayload(payload=each.payload, filter=condition)
+            )
+            for each in replacements
+            for condition in [self._condition(each)]
+        ]
+        self._call(lambda client: client.batch_update_points(self.collection, operations, wait=True))
+
+    def _condition(self, replacement: Replacement) -> models.Filter:
+        """Return a filter for the point, if its payload still has the revision."""
+        if replacement.revision is None:
+            field: models.Condition = models.IsEmptyCondition(is_empty=models.PayloadField(key=REVISION))
+        else:
+            field = models.FieldCondition(key=REVISION, match=models.MatchValue(value=replacement.revision))
+        return models.Filter(must=[models.HasIdCondition(has_id=[replacement.id]), field])
 
     def _search(self, query: Query) -> Sequence[models.ScoredPoint]:
         answer = self._call(
@@ -147,6 +166,8 @@ class ClientStore(Store):
 
 def reason(error: BaseException) -> str:
     """Return the message of a client's error on one line."""
+    if isinstance(error, Call):
+        return f"{error.code().name}: {' '.join((error.details() or '').split())}"
     if isinstance(error, (json.JSONDecodeError, AssertionError)):
         return f"the answer is not one of Qdrant's ({one_line(error)})"
     if isinstance(error, UnexpectedResponse):
@@ -156,3 +177,10 @@ def reason(error: BaseException) -> str:
             return one_line(error)
         return f"{error.status_code} {error.reason_phrase}: {' '.join(str(message).split())}"
     return one_line(error)
+
+
+def to_filter(where: Where | None) -> models.Filter | None:
+    """Return a filter for points by the values of a payload key."""
+    if where is None:
+        return None
+    return models.Filter(must=[models.FieldCondition(key=where.key, match=models.MatchAny(any=list(where.values)))])

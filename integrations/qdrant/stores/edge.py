@@ -18,7 +18,7 @@ from filelock import Timeout
 from cocoa_embed.errors import CocoaError, one_line, printable, require
 from cocoa_embed.folders import refuse_foreign_folder, write_atomically
 from cocoa_embed.integrations.qdrant.stores import base
-from cocoa_embed.integrations.qdrant.stores.base import Payload, Point, Query, Signature, StoreOptions
+from cocoa_embed.integrations.qdrant.stores.base import Point, Query, Replacement, Signature, StoreOptions, Where
 from cocoa_embed.integrations.qdrant.stores.locks import folder_lock, in_use
 from cocoa_embed.integrations.qdrant.stores.store import Store
 
@@ -62,6 +62,7 @@ class EdgeStore(Store):
         """Name a folder and a shard."""
         super().__init__(printable(folder), collection, options)
         self._folder = folder
+        self.place = str(folder.absolute())
         self._shard_folder = folder / collection
         self._last_flush = 0.0
 
@@ -95,14 +96,9 @@ class EdgeStore(Store):
                     os.replace(self._folder / SCRATCH, self._shard_folder)
         self._dimension = signature.dimension
 
-    def count(self) -> int:
+    def count(self, where: Where | None = None) -> int:
         """Return the number of points."""
-        return self._call(lambda shard: shard.count(edge.CountRequest(exact=True)))
-
-    def delete(self, ids: Sequence[str]) -> None:
-        """Delete points and wait until they are deleted."""
-        if ids:
-            self._update(edge.UpdateOperation.delete_points(list(ids)), 100 * len(ids))
+        return self._call(lambda shard: shard.count(edge.CountRequest(exact=True, filter=to_filter(where))))
 
     def finish(self) -> None:
         """Build the search index, without which a search takes longer the more points there are.
@@ -128,19 +124,33 @@ class EdgeStore(Store):
         with self._readable_errors():
             super().close()
 
-    def _scroll(self, keys: list[str], offset: Any) -> tuple[Sequence[Any], Any]:  # noqa: ANN401
-        page = {"limit": self.scroll_limit, "offset": offset, "with_payload": keys or False, "with_vector": False}
-        return self._call(lambda shard: shard.scroll(edge.ScrollRequest(**page)))
+    def _scroll(
+        self,
+        keys: Sequence[str] | None,
+        offset: Any,
+        where: Where | None,  # noqa: ANN401
+    ) -> tuple[Sequence[Any], Any]:
+        fields: Any = True if keys is None else list(keys) or False
+        page = {"limit": self.scroll_limit, "offset": offset, "with_payload": fields, "with_vector": False}
+        return self._call(lambda shard: shard.scroll(edge.ScrollRequest(**page, filter=to_filter(where))))
 
     def _retrieve(self, ids: Sequence[str]) -> Sequence[Any]:
         return self._call(lambda shard: shard.retrieve(list(ids), True, False))
 
-    def _upsert(self, points: Sequence[Point], sizes: Sequence[int]) -> None:
+    def _insert(self, points: Sequence[Point], sizes: Sequence[int]) -> None:
         structs = [edge.Point(point.id, point.vector.tolist(), point.payload) for point in points]
-        self._update(edge.UpdateOperation.upsert_points(structs), sum(sizes))
+        operation = edge.UpdateOperation.upsert_points(structs, update_mode=edge.UpdateMode.InsertOnly)
+        self._update(operation, sum(sizes))
 
-    def _overwrite_payload(self, id_: str, payload: Payload, size: int) -> None:
-        self._update(edge.UpdateOperation.overwrite_payload([id_], payload), size)
+    def _replace(self, replacements: Sequence[Replacement]) -> None:
+        # The lock on the folder keeps other writers out: there is no revision to check.
+        for id_, _, payload, size in replacements:
+            operation = (
+                edge.UpdateOperation.delete_points([id_])
+                if payload is None
+                else edge.UpdateOperation.overwrite_payload([id_], payload)
+            )
+            self._update(operation, size)
 
     def _search(self, query: Query) -> Sequence[Any]:
         oversampling = base.oversampling(query.limit + query.offset)
@@ -243,6 +253,13 @@ class EdgeStore(Store):
                 self._opened, self._closing = shard, weakref.finalize(self, stack.pop_all().close)
             self._last_flush = time.monotonic()
         return self._opened
+
+
+def to_filter(where: Where | None) -> edge.Filter | None:
+    """Return a filter for points by the values of a payload key."""
+    if where is None:
+        return None
+    return edge.Filter(must=[edge.FieldCondition(where.key, match=edge.MatchAny(list(where.values)))])
 
 
 TEXT_INDEX = edge.TextIndexParams(tokenizer=edge.TokenizerType.Word, lowercase=True, phrase_matching=True)

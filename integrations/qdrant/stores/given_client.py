@@ -5,10 +5,16 @@ from qdrant_client.qdrant_remote import QdrantRemote
 
 from cocoa_embed.integrations.qdrant.stores.base import StoreOptions
 from cocoa_embed.integrations.qdrant.stores.client import ClientStore
+from cocoa_embed.integrations.qdrant.stores.local import InMemoryStore
 from cocoa_embed.integrations.qdrant.stores.server import ServerStore
 
 
 def open_collection(client: QdrantClient, collection: str, options: StoreOptions) -> ClientStore:
     """Return a collection behind a client, which may be connected to a server or local."""
-    store = ServerStore if isinstance(client._client, QdrantRemote) else ClientStore
-    return store("the given client", collection, options, client=client)
+    if isinstance(client._client, QdrantRemote):
+        server = ServerStore("the given client", collection, options, client=client)
+        server.place = client._client.rest_uri
+        return server
+    memory = InMemoryStore("the given client", collection, options, client=client)
+    memory.place = None
+    return memory

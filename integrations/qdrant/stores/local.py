@@ -7,16 +7,18 @@ import json
 import pickle
 import sqlite3
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from operator import methodcaller
 from pathlib import Path
 
 from filelock import Timeout
-from qdrant_client import QdrantClient
+from qdrant_client import QdrantClient, models
 from qdrant_client.local.qdrant_local import QdrantLocal
 
 from cocoa_embed.errors import CocoaError, UsageError, one_line, printable
 from cocoa_embed.folders import refuse_foreign_folder, write_atomically
-from cocoa_embed.integrations.qdrant.stores.base import Signature, StoreOptions
+from cocoa_embed.integrations.qdrant.points import Payload
+from cocoa_embed.integrations.qdrant.stores.base import Point, Replacement, Signature, StoreOptions
 from cocoa_embed.integrations.qdrant.stores.client import ClientStore
 from cocoa_embed.integrations.qdrant.stores.locks import folder_lock, in_use
 
@@ -42,7 +44,52 @@ def open_collection(path: str | Path, collection: str, options: StoreOptions) ->
     return LocalStore(printable(path), collection, options, path=Path(path))
 
 
-class LocalStore(ClientStore):
+class InMemoryStore(ClientStore):
+    """A collection behind a local client, which has no indexes: filters look at every point."""
+
+    _ids_by_path: dict[str, set[str]] | None = None
+    """The points that have, or have had, a path; None until they are needed."""
+
+    def create(self, signature: Signature) -> None:
+        """Create the collection with its signature, or sign an existing one without a signature."""
+        self._ids_by_path = None  # between two runs, others may have used the client
+        super().create(signature)
+
+    def by_paths(self, paths: Sequence[str]) -> dict[str, Payload]:
+        """Return the payloads, by id, of the points that have one of these among their ``paths``."""
+        with self._lock:
+            if self._ids_by_path is None:
+                self._ids_by_path = {}
+                for id_, payload in self.scan(["paths"]):
+                    self._note(id_, payload)
+            ids = {id_ for path in paths for id_ in self._ids_by_path.get(path, ())}
+            found = self.retrieve(sorted(ids))
+        return {id_: payload for id_, payload in found.items() if not set(paths).isdisjoint(payload.get("paths") or ())}
+
+    def _insert(self, points: Sequence[Point], sizes: Sequence[int]) -> None:
+        with self._lock:
+            super()._insert(points, sizes)
+            for point in points:
+                self._note(point.id, point.payload)
+
+    def _replace(self, replacements: Sequence[Replacement]) -> None:
+        # Nobody else can change a point meanwhile: there is no revision to check.
+        with self._lock:
+            for id_, _, payload, _ in replacements:
+                if payload is None:
+                    selector = models.PointIdsList(points=[id_])
+                    self._call(methodcaller("delete", self.collection, selector, wait=True))
+                else:
+                    self._call(methodcaller("overwrite_payload", self.collection, payload, points=[id_], wait=True))
+                    self._note(id_, payload)
+
+    def _note(self, id_: str, payload: Payload) -> None:
+        if self._ids_by_path is not None:
+            for path in payload.get("paths") or ():
+                self._ids_by_path.setdefault(path, set()).add(id_)
+
+
+class LocalStore(InMemoryStore):
     """A collection in a folder, all of it in memory while it is open."""
 
     # Each page of a scroll sorts all ids and reads all payloads, so pages are large.
@@ -52,6 +99,7 @@ class LocalStore(ClientStore):
         """Name a folder and a collection."""
         super().__init__(location, collection, options)
         self._path = path
+        self.place = str(path.absolute())
 
     def create(self, signature: Signature) -> None:
         """Create the collection with its signature, and the folder if needed."""

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from operator import methodcaller
+from typing import TypeVar
 
 from cocoa_embed.errors import CocoaError, UsageError, require
 from cocoa_embed.integrations.qdrant.stores import base
-from cocoa_embed.integrations.qdrant.stores.base import Point, Signature, StoreOptions
+from cocoa_embed.integrations.qdrant.stores.base import Point, Replacement, Signature, StoreOptions
 from cocoa_embed.integrations.qdrant.stores.checks import check_url
 from cocoa_embed.integrations.qdrant.stores.client import FAILURES, Answer, ClientStore
 
 require("tenacity", "qdrant")
 
+from grpc import Call, RpcError  # noqa: E402
+from grpc import StatusCode as Status  # noqa: E402
 from httpx import LocalProtocolError, TransportError, UnsupportedProtocol  # noqa: E402 - qdrant-client brings it
 from qdrant_client import QdrantClient, models  # noqa: E402
 from qdrant_client.common.client_exceptions import QdrantException, ResourceExhaustedResponse  # noqa: E402
@@ -29,6 +33,14 @@ FIRST_ATTEMPTS = 3
 """Until the server has answered once, so that a wrong address is reported soon."""
 MAX_WAIT_SECONDS = 60.0
 """Between two attempts, even if the server asks for more."""
+
+TEMPORARY_CODES = frozenset(
+    (Status.UNAVAILABLE, Status.DEADLINE_EXCEEDED, Status.RESOURCE_EXHAUSTED, Status.ABORTED, Status.INTERNAL)
+)
+TOO_LARGE = re.compile(r"message (length )?(too large|larger than max)", re.IGNORECASE)
+"""Matches what gRPC says of a request above the limit of its own side or of the server's."""
+
+Sent = TypeVar("Sent")
 
 back_off = wait_exponential(multiplier=0.5, max=20) + wait_random(0, 0.5)
 
@@ -66,22 +78,14 @@ class ServerStore(ClientStore):
                 schema = TEXT_INDEX if kind == base.TEXT else models.PayloadSchemaType(kind)
                 self._call(methodcaller("create_payload_index", self.collection, key, schema, wait=True))
 
-    def _upsert(self, points: Sequence[Point], sizes: Sequence[int]) -> None:
+    def _insert(self, points: Sequence[Point], sizes: Sequence[int]) -> None:
         """Store points, in several requests if one would be too large."""
         for batch in bounded_batches(points, sizes):
-            self._upsert_halving(batch)
+            halving(lambda part: super(ServerStore, self)._insert(part, ()), batch)
 
-    def _upsert_halving(self, points: Sequence[Point]) -> None:
-        """Send points, in smaller requests if a proxy refuses the size."""
-        try:
-            super()._upsert(points, ())
-        except CocoaError as error:
-            cause = error.__cause__
-            if len(points) == 1 or not isinstance(cause, UnexpectedResponse) or cause.status_code != 413:
-                raise
-            middle = len(points) // 2
-            self._upsert_halving(points[:middle])
-            self._upsert_halving(points[middle:])
+    def _replace(self, replacements: Sequence[Replacement]) -> None:
+        for batch in bounded_batches(replacements, [each.size for each in replacements]):
+            halving(super()._replace, batch)
 
     def _search_params(self, limit: int) -> models.SearchParams:
         # Without effect in a collection that is not quantized.
@@ -102,6 +106,8 @@ class ServerStore(ClientStore):
         """Return whether an attempt is the last; an error status is an answer too."""
         error = state.outcome.exception() if state.outcome is not None else None
         self._has_answered = self._has_answered or isinstance(error, (UnexpectedResponse, QdrantException))
+        if isinstance(error, Call):
+            self._has_answered |= error.code() not in (Status.UNAVAILABLE, Status.DEADLINE_EXCEEDED)
         return state.attempt_number >= (ATTEMPTS if self._has_answered else FIRST_ATTEMPTS)
 
     def _connected(self) -> QdrantClient:
@@ -121,7 +127,9 @@ TEXT_INDEX = models.TextIndexParams(
 
 
 def is_temporary(error: BaseException) -> bool:
-    """Return whether a retry may succeed: no connection, no answer, too many requests, status 5xx."""
+    """Return whether a retry may succeed: no connection, no answer, too many requests, status 5xx or its like in gRPC."""
+    if isinstance(error, RpcError):
+        return isinstance(error, Call) and error.code() in TEMPORARY_CODES and not is_too_large(error)
     if isinstance(error, UnexpectedResponse):
         return error.status_code is not None and (error.status_code == 429 or error.status_code >= 500)
     if isinstance(error, ResponseHandlingException):
@@ -138,7 +146,26 @@ def wait(state: RetryCallState) -> float:
     return min(max(back_off(state), retry_after), MAX_WAIT_SECONDS)
 
 
-def bounded_batches(points: Sequence[Point], sizes: Sequence[int]) -> Iterator[Sequence[Point]]:
+def halving(send: Callable[[Sequence[Sent]], object], parts: Sequence[Sent]) -> None:
+    """Send what a request holds, in smaller requests if the server or a proxy refuses the size."""
+    try:
+        send(parts)
+    except CocoaError as error:
+        if len(parts) == 1 or not is_too_large(error.__cause__):
+            raise
+        middle = len(parts) // 2
+        halving(send, parts[:middle])
+        halving(send, parts[middle:])
+
+
+def is_too_large(error: BaseException | None) -> bool:
+    """Return whether a request was refused because of its size."""
+    if isinstance(error, RpcError):
+        return isinstance(error, Call) and TOO_LARGE.search(error.details() or "") is not None
+    return isinstance(error, UnexpectedResponse) and error.status_code == 413
+
+
+def bounded_batches(points: Sequence[Sent], sizes: Sequence[int]) -> Iterator[Sequence[Sent]]:
     """Yield points in batches of at most ``MAX_BATCH_BYTES``; a larger point goes alone.
 
     :param sizes: The size of each point in bytes.

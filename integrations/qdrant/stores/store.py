@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cocoa_embed.errors import CocoaError
-from cocoa_embed.integrations.qdrant.points import Payload
+from cocoa_embed.integrations.qdrant.points import REVISION, Payload
 from cocoa_embed.integrations.qdrant.stores import base, checks
-from cocoa_embed.integrations.qdrant.stores.base import Hit, Point, Query, Signature, StoreOptions
+from cocoa_embed.integrations.qdrant.stores.base import Hit, Point, Query, Replacement, Signature, StoreOptions, Where
 
 
 class Store(ABC):
@@ -22,7 +22,7 @@ class Store(ABC):
     """
 
     parallel = 1
-    """The number of threads that should upsert at once."""
+    """The number of threads that should write at once."""
     scroll_limit = 1000
     """Points per page of a scan."""
 
@@ -32,6 +32,8 @@ class Store(ABC):
         :param location: The folder or address, for messages.
         """
         self.location = location
+        self.place: str | None = location
+        """Names the location for all processes of this machine; None if it is this process's memory."""
         self.collection = collection
         self.name = f"collection {collection!r} in {location}"
         self.options = options
@@ -66,39 +68,55 @@ class Store(ABC):
         :raises CocoaError: If it exists with another signature or another dimension.
         """
 
-    def scan(self, keys: Sequence[str]) -> Iterator[tuple[str, Payload]]:
-        """Yield the id of every point and, of ``keys``, those that its payload has."""
+    def scan(self, keys: Sequence[str] | None, where: Where | None = None) -> Iterator[tuple[str, Payload]]:
+        """Yield the id of every point and, of ``keys``, those that its payload has; all keys if there are none given.
+
+        :param where: Yield only these points.
+        """
         offset = None
         while True:
-            records, offset = self._scroll(list(keys), offset)
+            records, offset = self._scroll(keys, offset, where)
             yield from ((str(record.id), record.payload or {}) for record in records)
             if offset is None:
                 return
 
     def retrieve(self, ids: Sequence[str]) -> dict[str, Payload]:
         """Return the payloads of points by id; ids that do not exist are left out."""
-        return {str(record.id): record.payload or {} for record in self._retrieve(ids)}
+        return {str(record.id): record.payload or {} for record in self._retrieve(ids)} if ids else {}
+
+    def by_paths(self, paths: Sequence[str]) -> dict[str, Payload]:
+        """Return the payloads, by id, of the points that have one of these among their ``paths``."""
+        return dict(self.scan(None, Where("paths", paths))) if paths else {}
 
     @abstractmethod
-    def count(self) -> int:
-        """Return the number of points."""
+    def count(self, where: Where | None = None) -> int:
+        """Return the number of points.
 
-    def upsert(self, points: Sequence[Point]) -> None:
-        """Store points, replace those with the same ids, and wait until they are stored.
+        :param where: Count only these points.
+        """
+
+    def insert(self, points: Sequence[Point]) -> None:
+        """Store points whose ids do not exist yet, and wait until they are stored; the others stay as they are.
 
         :raises CocoaError: If a vector or a payload cannot be stored; then nothing was written.
         """
         sizes = checks.check_points(points, self._required_dimension())
         if points:
-            self._upsert(points, sizes)
+            self._insert(points, sizes)
 
-    def overwrite_payload(self, id_: str, payload: Payload) -> None:
-        """Replace the payload of a stored point and wait until it is stored."""
-        self._overwrite_payload(id_, payload, checks.payload_size(f"point {id_}", payload))
+    def replace_payloads(self, changes: Sequence[tuple[str, Payload, Payload | None]]) -> None:
+        """Replace payloads and wait until they are stored; a point that something else has changed stays as it is.
 
-    @abstractmethod
-    def delete(self, ids: Sequence[str]) -> None:
-        """Delete points and wait until they are deleted; ids that do not exist are ignored."""
+        :param changes: The id of a point, its payload as it was read, and the new one; None deletes the point.
+        """
+        replacements = []
+        for id_, before, after in changes:
+            revision = before.get(REVISION)
+            new = None if after is None else {**after, REVISION: (revision or 0) + 1}
+            size = 0 if new is None else checks.payload_size(f"point {id_}", new)
+            replacements.append(Replacement(id_, revision, new, size + checks.BYTES_PER_POINT))
+        if replacements:
+            self._replace(replacements)
 
     def search(self, query: Query) -> list[Hit]:
         """Return the points nearest to the query's vector by cosine, best first."""
@@ -118,17 +136,22 @@ class Store(ABC):
                 closing()
 
     @abstractmethod
-    def _scroll(self, keys: list[str], offset: Any) -> tuple[Sequence[Any], Any]:  # noqa: ANN401
+    def _scroll(
+        self,
+        keys: Sequence[str] | None,
+        offset: Any,
+        where: Where | None,  # noqa: ANN401
+    ) -> tuple[Sequence[Any], Any]:
         """Return a page of records with ``id`` and ``payload``, and the offset of the next page."""
 
     @abstractmethod
     def _retrieve(self, ids: Sequence[str]) -> Sequence[Any]: ...
 
     @abstractmethod
-    def _upsert(self, points: Sequence[Point], sizes: Sequence[int]) -> None: ...
+    def _insert(self, points: Sequence[Point], sizes: Sequence[int]) -> None: ...
 
     @abstractmethod
-    def _overwrite_payload(self, id_: str, payload: Payload, size: int) -> None: ...
+    def _replace(self, replacements: Sequence[Replacement]) -> None: ...
 
     @abstractmethod
     def _search(self, query: Query) -> Sequence[Any]:
