@@ -98,6 +98,18 @@ def modified_at(place: Place) -> float:
         return 0.0
 
 
+def is_gone(address: str) -> bool:
+    """Return whether there is certainly no file at a remote address; False if its file system does not answer."""
+    try:
+        system, path = file_system(address)
+        system.info(path, refresh=True)
+    except FileNotFoundError as error:
+        return error.__cause__ is None  # over http, anything that goes wrong
+    except Exception:  # noqa: BLE001 - it cannot be checked
+        return False
+    return False
+
+
 def mtime_of(info: Mapping[str, Any]) -> float:
     """Return when a remote file was changed, in seconds since 1970, from what its file system lists; 0 if unknown."""
     found = next((info[name] for name in MTIME_NAMES if info.get(name)), 0.0)

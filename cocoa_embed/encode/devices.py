@@ -7,7 +7,6 @@ and the results keep the order of the input. So the embeddings are the same for 
 from __future__ import annotations
 
 import multiprocessing
-import os
 import queue
 import signal
 import threading
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from transformers.utils.logging import disable_progress_bar
 
 from cocoa_embed.cpu_threads import available_cores
 from cocoa_embed.encode.encoder import Encoder, Key, ModelInput
@@ -71,9 +71,7 @@ def read_devices(text: str) -> list[str]:
     return names
 
 
-def open_encoder(
-    model: str | Path, device: str | None = None, devices: str | None = None, **options: Any
-) -> Encoder | DeviceEncoder:
+def open_encoder(model: str | Path, device: str | None = None, devices: str | None = None, **options: Any) -> Encoder:
     """Return a model on one device, or on several.
 
     :param device: The torch device; None takes the fastest.
@@ -99,6 +97,7 @@ class Processes:
         context.set_forkserver_preload([__name__, "sentence_transformers"])
         threads = max(1, available_cores() // len(devices))
         self.lanes: list[Lane] = []
+        self._free: queue.SimpleQueue[Lane] = queue.SimpleQueue()
         for device in devices:
             ours, theirs = zip(*(context.Pipe() for _ in range(LANES)), strict=True)
             process = context.Process(target=serve, args=(theirs, model, device, options, threads), daemon=True)
@@ -112,7 +111,6 @@ class Processes:
             self.close()
             raise
         self.description = descriptions[0]
-        self._free: queue.SimpleQueue[Lane] = queue.SimpleQueue()
         for lane in self.lanes:
             self._free.put(lane)
 
@@ -128,15 +126,16 @@ class Processes:
             self._free.put(lane)  # also after the end of its process, so that nobody waits for it
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes: at once if they work, by themselves if they wait for a request."""
+        is_idle = self._free.qsize() == len(self.lanes)
         for lane in self.lanes:
-            lane.process.terminate()
+            lane.connection.close() if is_idle else lane.process.terminate()
         for lane in self.lanes:
             lane.process.join()
 
 
-class DeviceEncoder:
-    """An ``Encoder`` whose model runs on several devices. Its processes are started at first use."""
+class DeviceEncoder(Encoder):
+    """An encoder whose model is in other processes, one for each device; they are started at first use."""
 
     def __init__(self, model: str | Path, devices: Sequence[str], dimension: int | None = None, **options: Any) -> None:
         """Name the model and the devices; nothing is started yet.
@@ -147,7 +146,7 @@ class DeviceEncoder:
         :param options: Those of ``load_encoder``.
         """
         self.name = printable(model)
-        self._dimension = dimension
+        self._dimension = dimension  # the model is elsewhere: nothing else of an encoder's own is needed
         self._start = partial(Processes, model, devices, options)
         self._lock = threading.Lock()
         self._running: list[Processes] = []
@@ -190,10 +189,20 @@ class DeviceEncoder:
 
     def embed_queries(self, inputs: Sequence[ModelInput], batch_size: int = 32) -> np.ndarray:
         """Embed queries as ``Encoder.embed_queries`` does, on one of the devices."""
-        return self.processes.ask("embed_queries", self._dimension, (list(inputs), batch_size), {})
+        return np.asarray(self.processes.ask("embed_queries", self._dimension, (list(inputs), batch_size), {}))
+
+    def embed_documents(self, inputs: Sequence[ModelInput], batch_size: int = 32) -> np.ndarray:
+        """Embed documents as ``Encoder.embed_documents`` does, on one of the devices."""
+        return np.asarray(self.processes.ask("embed_documents", self._dimension, (list(inputs), batch_size), {}))
 
     def stream_images(
-        self, images: Iterable[tuple[Key, StreamSource]], *, batch_size: int = 32, **options: Any
+        self,
+        images: Iterable[tuple[Key, StreamSource]],
+        *,
+        workers: int | None = None,
+        batch_size: int = 32,
+        batch_tokens: int | None = None,
+        thumbnail_size: int | None = None,
     ) -> Iterator[tuple[Key, EmbeddedImage | ImageError]]:
         """Embed images as ``Encoder.stream_images`` does, in the order given, on all devices.
 
@@ -201,10 +210,14 @@ class DeviceEncoder:
         """
         self.require_images()
         processes = self.processes
+        options = {"workers": workers, "batch_size": batch_size, "batch_tokens": batch_tokens}
+        options["thumbnail_size"] = thumbnail_size
 
         def embed(chunk: list[tuple[Key, StreamSource]]) -> list[EmbeddedImage | ImageError]:
             named = [(str(key), source) for key, source in chunk]
-            return processes.ask("stream_images", self._dimension, (named,), {"batch_size": batch_size, **options})
+            answers: list[EmbeddedImage | ImageError]
+            answers = processes.ask("stream_images", self._dimension, (named,), options)
+            return answers
 
         lanes, chunks = len(processes.lanes), cut(images, CHUNK_BATCHES * batch_size)
         with closing(read_ahead(embed, chunks, workers=lanes, ahead=lanes)) as embedded:
@@ -258,8 +271,9 @@ def _answer_of(lane: Lane, request: object) -> Any:  # noqa: ANN401
 def serve(
     connections: Sequence[Connection], model: str | Path, device: str, options: dict[str, Any], threads: int
 ) -> None:
-    """Answer the requests of each connection until the process that asks is gone; the work of a process."""
+    """Answer the requests of each connection until it is closed: the work of a process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the first one ends all
+    disable_progress_bar()
     loaded: Encoder | Exception
     try:
         if device == "cpu":
@@ -270,11 +284,7 @@ def serve(
     except Exception as error:  # noqa: BLE001 - the process that asks raises it
         loaded = error
     for connection in connections:
-        threading.Thread(target=_answer_all, args=(connection, loaded), daemon=True).start()
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-    os._exit(0)
+        threading.Thread(target=_answer_all, args=(connection, loaded)).start()
 
 
 def _answer_all(connection: Connection, encoder: Encoder | Exception) -> None:

@@ -107,6 +107,15 @@ class OneAddress:
         """Yield the image."""
         yield address_record(self.key, self.options)
 
+    @property
+    def name(self) -> str:
+        """The address, for messages."""
+        return shown_address(self.key)
+
+    def is_deleted(self, key: str) -> bool:
+        """Return False: a server that does not answer may answer tomorrow."""
+        return False
+
     def covers(self, key: str) -> bool:
         """Return whether the key is the address."""
         return key == self.key

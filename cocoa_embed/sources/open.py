@@ -15,7 +15,7 @@ from cocoa_embed.images.find_files import LIST_SUFFIX, split_pattern
 from cocoa_embed.sources import addresses, archives, documents, tables, videos
 from cocoa_embed.sources.addresses import OneAddress, first_address, is_address, require_host
 from cocoa_embed.sources.base import Source, SourceOptions
-from cocoa_embed.sources.files import file_sources
+from cocoa_embed.sources.files import file_sources, require_images
 from cocoa_embed.sources.remote import RemoteImages, is_image, walk
 from cocoa_embed.sources.shard_files import Kind, ShardFiles
 
@@ -40,15 +40,20 @@ def all_sources(
     :raises CocoaError: If a place does not exist, or has no images.
     """
     photographs, others = open_sources(places, options)
+    if photographs or not others:
+        require_images(photographs)
     return [*file_sources(photographs, on_error), *others]
 
 
-def open_sources(places: Iterable[str | Path], options: SourceOptions = NO_OPTIONS) -> tuple[list[str], list[Source]]:
+def open_sources(
+    places: Iterable[str | Path], options: SourceOptions = NO_OPTIONS, *, may_be_gone: bool = False
+) -> tuple[list[str], list[Source]]:
     """Return the local places that give photographs, for ``files.py`` to find, and the sources of everything else.
 
     A folder gives its photographs, and the kinds of files in ``options.include``; a folder without photographs gives
     the files of all kinds.
 
+    :param may_be_gone: Whether a place that does not exist is a source without images.
     :raises CocoaError: If a place does not exist or cannot be listed, or a package that reads it is not installed.
     :raises UsageError: If a place is empty, or ``options.include`` has an unknown kind.
     """
@@ -61,15 +66,15 @@ def open_sources(places: Iterable[str | Path], options: SourceOptions = NO_OPTIO
         if text.startswith("file://"):
             text = unquote(urlsplit(text).path)
         if "://" in text:
-            sources += _open_address(text, options)
+            sources += _open_address(text, options, may_be_gone)
         else:
-            has_photographs, others = _open_path(text, options)
+            has_photographs, others = _open_path(text, options, may_be_gone)
             photographs += [text] * has_photographs
             sources += others
     return photographs, sources
 
 
-def _open_path(text: str, options: SourceOptions) -> tuple[bool, list[Source]]:
+def _open_path(text: str, options: SourceOptions, may_be_gone: bool) -> tuple[bool, list[Source]]:
     """Return whether a local place gives photographs, or is to be refused with them; and the sources of what else."""
     path = Path(os.path.abspath(text)) if text else Path()
     if path.is_dir() and text:
@@ -87,12 +92,13 @@ def _open_path(text: str, options: SourceOptions) -> tuple[bool, list[Source]]:
         return False, [shard_files([(path, kind)], options)]
     folder, _ = split_pattern(Path(text))
     matches = [Path(os.path.abspath(name)) for name in sorted(glob.glob(text, recursive=True))]
-    if not matches:
+    if not matches and not may_be_gone:
         raise CocoaError(f"{printable(text)} does not exist, and nothing matches it as a pattern")
-    return False, [shard_files([(match, kind) for match in matches], options, os.path.abspath(folder))]
+    found = [(match, kind) for match in matches]
+    return False, [shard_files(found, options, os.path.abspath(folder), kind.suffixes)]
 
 
-def _open_address(address: str, options: SourceOptions) -> list[Source]:
+def _open_address(address: str, options: SourceOptions, may_be_gone: bool) -> list[Source]:
     """Return the sources of a place on the web or on a remote file system.
 
     :raises CocoaError: If there is nothing.
@@ -111,16 +117,19 @@ def _open_address(address: str, options: SourceOptions) -> list[Source]:
         else:
             matches = system.glob(path, detail=True)
             listed = {system.unstrip_protocol(name): info for name, info in sorted(matches.items())}
-            root = system.unstrip_protocol(path[: re.search(r"[*?[]|$", path).start()].rpartition("/")[0])
+            wildcard = re.search(r"[*?[]", path)
+            root = "" if wildcard is None else system.unstrip_protocol(path[: wildcard.start()].rpartition("/")[0])
     if is_folder:
         has_photographs, found = search((name for _, files in walk(root) for name in sorted(files)), options)
         images = None if has_photographs else {}
     else:
         found = [(name, kind) for name in listed if (kind := named_kind(name))]
         images = {name: info for name, info in listed.items() if is_image(name)}
+    if images == {} and not found and may_be_gone:
+        return [RemoteImages(root, images)]
     if images == {} and not found:
         raise CocoaError(f"{printable(address)} does not exist, or has no images; name a folder or file that has some")
-    sources: list[Source] = [shard_files(found, options, root)] if found else []
+    sources: list[Source] = [shard_files(found, options, root or None)] if found else []
     return sources if images == {} else [RemoteImages(root, images), *sources]
 
 
@@ -148,7 +157,9 @@ def search(places: Iterable[Place], options: SourceOptions) -> tuple[bool, list[
     return has_photographs, [(place, kind) for place, kind in found if str(place) not in described]
 
 
-def shard_files(files: Sequence[tuple[Place, Kind]], options: SourceOptions, root: str | None = None) -> ShardFiles:
+def shard_files(
+    files: Sequence[tuple[Place, Kind]], options: SourceOptions, root: str | None = None, suffixes: tuple[str, ...] = ()
+) -> ShardFiles:
     """Return a source of files; tables without images, but with addresses, give the images at the addresses.
 
     :raises MissingExtraError: If a package that reads one of the kinds is not installed.
@@ -160,7 +171,7 @@ def shard_files(files: Sequence[tuple[Place, Kind]], options: SourceOptions, roo
         files = [(place, addresses.KIND if kind is tables.KIND else kind) for place, kind in files]
     for place in (place for place, kind in files if kind is addresses.KIND):
         require_host(first_address(place), options)
-    return ShardFiles(files, options, root)
+    return ShardFiles(files, options, root, suffixes or tuple({end for _, kind in files for end in kind.suffixes}))
 
 
 def _files_below(folder: Path) -> Iterator[Path]:

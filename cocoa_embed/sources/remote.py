@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
-from cocoa_embed.data.places import file_system, mtime_of, open_binary
+from cocoa_embed.data.places import file_system, is_gone, mtime_of, open_binary
 from cocoa_embed.errors import ImageError, one_line, printable
 from cocoa_embed.images.find_files import IMAGE_SUFFIXES
 from cocoa_embed.images.load import check_size
@@ -37,7 +37,7 @@ class RemoteFolder:
             size = info.get("size")
             yield Record(
                 key=address,
-                relative_key=relative_key(address, self.root),
+                relative_key=relative_key(address, self.root or None),
                 read=partial(download, address),
                 mtime=mtime_of(info),
                 size=size if isinstance(size, int) else None,
@@ -49,20 +49,30 @@ class RemoteImages:
     """A source: the images below an address, or some of them."""
 
     root: str
+    """Empty if the images were named."""
     files: dict[str, dict[str, Any]] | None = None
     """The images that were named, with what is known of them; None for all below the address."""
 
     def shards(self) -> Iterator[Shard]:
         """Yield the folders that hold images, each listed when its turn comes."""
-        folders = walk(self.root) if self.files is None else [(self.root, self.files)]
+        folders = walk(self.root) if self.files is None else [(self.name, self.files)]
         for folder, files in folders:
             images = {address: info for address, info in files.items() if is_image(address)}
             if images:
                 yield RemoteFolder(folder, self.root, images)
 
+    @property
+    def name(self) -> str:
+        """The address, or that of the first image, for messages."""
+        return printable(self.root or next(iter(self.files or ()), ""))
+
+    def is_deleted(self, key: str) -> bool:
+        """Return whether there is certainly no image at an address any more."""
+        return is_gone(key)
+
     def covers(self, key: str) -> bool:
         """Return whether the key is below the address."""
-        return key in (self.files or ()) or (is_below(key, self.root) and "#" not in key)
+        return key in (self.files or ()) or (self.root != "" and is_below(key, self.root) and "#" not in key)
 
 
 def is_image(name: str) -> bool:

@@ -12,9 +12,10 @@ from functools import cached_property, partial
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
-from cocoa_embed.data.places import Place, modified_at, version_of
+from cocoa_embed.data.places import Place, is_gone, modified_at, version_of
 from cocoa_embed.errors import CocoaError, ImageError, printable
-from cocoa_embed.sources.base import Record, Shard, SourceOptions
+from cocoa_embed.sources.base import Record, Shard, SourceOptions, storable
+from cocoa_embed.sources.files import is_deleted
 
 Item = TypeVar("Item")
 
@@ -55,17 +56,14 @@ class ShardFile:
 
     @property
     def version(self) -> str:
-        """Changes with the file and with the settings that concern it; empty if its images have their own versions.
-
-        :raises ImageError: If the file cannot be found.
-        """
+        """Changes with the file and with the settings that concern it; empty if its images have their own versions."""
         if not self.kind.is_versioned:
             return ""
         try:
             settings = [str(getattr(self.options, name)) for name in self.kind.settings]
             return ":".join([*version_of(self.place)[1:], *settings])
-        except CocoaError as error:
-            raise ImageError(self.key, str(error)) from error
+        except CocoaError:  # reading it gives the reason
+            return "missing"
 
     @cached_property
     def mtime(self) -> float:
@@ -103,8 +101,15 @@ class ShardFiles:
 
     files: Sequence[tuple[Place, Kind]]
     options: SourceOptions
-    root: str | None = None
+    root: str | None
     """The folder or the address where the files were found; None if they were named."""
+    suffixes: tuple[str, ...]
+    """Of the files that would have been found there."""
+
+    @property
+    def name(self) -> str:
+        """The folder, or the first file, for messages."""
+        return printable(self.root or str(self.files[0][0]))
 
     def shards(self) -> Iterator[Shard]:
         """Yield the files in order."""
@@ -114,10 +119,13 @@ class ShardFiles:
     def covers(self, key: str) -> bool:
         """Return whether the key is that of an image in one of the files, or in one that could be among them."""
         file, mark, _ = key.rpartition("#")
-        if not mark or any(file == str(place) for place, _ in self.files):
+        if not mark or any(file == storable(str(place)) for place, _ in self.files):
             return bool(mark)
-        suffixes = tuple(suffix for _, kind in self.files for suffix in kind.suffixes)
-        return self.root is not None and is_below(file, self.root) and file.lower().endswith(suffixes)
+        return self.root is not None and is_below(file, storable(self.root)) and file.lower().endswith(self.suffixes)
+
+    def is_deleted(self, key: str) -> bool:
+        """Return whether there is certainly no file any more that has had the image."""
+        return is_deleted(key) or is_gone(key.rpartition("#")[0])
 
 
 def is_below(key: str, root: str) -> bool:

@@ -107,7 +107,7 @@ def is_done(part: Part, names: set[str], *, retry_failed: bool) -> bool:
     return part.name + SUFFIX in names or (part.name + FAILED_SUFFIX in names and not retry_failed)
 
 
-def sign(folder: EmbeddingFolder, encoder: Encoder | DeviceEncoder) -> None:
+def sign(folder: EmbeddingFolder, encoder: Encoder) -> None:
     """Name the model in the folder.
 
     :raises CocoaError: If the folder has embeddings of another model.
@@ -116,9 +116,7 @@ def sign(folder: EmbeddingFolder, encoder: Encoder | DeviceEncoder) -> None:
     folder.sign(Signature(encoder.name, encoder.fingerprint, encoder.dimension))
 
 
-def embed_part(
-    part: Part, folder: EmbeddingFolder, encoder: Encoder | DeviceEncoder, *, batch_size: int = 32
-) -> EmbedSummary:
+def embed_part(part: Part, folder: EmbeddingFolder, encoder: Encoder, *, batch_size: int = 32) -> EmbedSummary:
     """Embed the images of a part and write its file.
 
     :raises CocoaError: If the file cannot be written.
@@ -147,7 +145,7 @@ def embed_part(
 def embed(
     sources: Iterable[Source],
     folder: EmbeddingFolder,
-    encoder: Encoder | DeviceEncoder,
+    encoder: Encoder,
     *,
     number: int = 1,
     count: int = 1,
@@ -169,7 +167,7 @@ def embed(
         return embed_part(part, folder, encoder, batch_size=batch_size)
 
     parts = share(parts_of(sources), number, count)
-    if isinstance(encoder, Encoder):
+    if not isinstance(encoder, DeviceEncoder):
         yield from map(finish, parts)
         return
     # Two at once, so that no device waits for the last images of a part.
