@@ -123,4 +123,5 @@ def _start(address: str | None) -> Any:  # noqa: ANN401
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise CocoaError(f"there is no Ray cluster at {address} ({one_line(error)})") from error
     ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     return ray

@@ -95,12 +95,12 @@ class Processes:
         # A process that is forked from one that uses CUDA cannot use it; the fork server only imports.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__, "sentence_transformers"])
-        threads = max(1, available_cores() // len(devices))
+        cores = max(1, available_cores() // len(devices))
         self.lanes: list[Lane] = []
         self._free: queue.SimpleQueue[Lane] = queue.SimpleQueue()
         for device in devices:
             ours, theirs = zip(*(context.Pipe() for _ in range(LANES)), strict=True)
-            process = context.Process(target=serve, args=(theirs, model, device, options, threads), daemon=True)
+            process = context.Process(target=serve, args=(theirs, model, device, options, cores), daemon=True)
             process.start()
             for connection in theirs:
                 connection.close()
@@ -269,7 +269,7 @@ def _answer_of(lane: Lane, request: object) -> Any:  # noqa: ANN401
 
 
 def serve(
-    connections: Sequence[Connection], model: str | Path, device: str, options: dict[str, Any], threads: int
+    connections: Sequence[Connection], model: str | Path, device: str, options: dict[str, Any], cores: int
 ) -> None:
     """Answer the requests of each connection until it is closed: the work of a process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the first one ends all
@@ -279,12 +279,15 @@ def serve(
         if device == "cpu":
             import torch
 
-            torch.set_num_threads(min(threads, torch.get_num_threads()))
+            torch.set_num_threads(min(cores, torch.get_num_threads()))
         loaded = load_encoder(model, device, **options)
     except Exception as error:  # noqa: BLE001 - the process that asks raises it
         loaded = error
-    for connection in connections:
-        threading.Thread(target=_answer_all, args=(connection, loaded)).start()
+    threads = [threading.Thread(target=_answer_all, args=(each, loaded)) for each in connections]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def _answer_all(connection: Connection, encoder: Encoder | Exception) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 from cocoa_embed.data.places import Place, open_binary, reading, suffix_of
 from cocoa_embed.errors import CocoaError, ImageError, one_line
 from cocoa_embed.images.find_files import IMAGE_SUFFIXES
-from cocoa_embed.images.load import check_size
+from cocoa_embed.images.load import MAX_IMAGE_BYTES
 from cocoa_embed.sources.base import Record
 from cocoa_embed.sources.shard_files import Kind, ShardFile, shard_error
 from cocoa_embed.sources.tables import batches
@@ -23,15 +24,20 @@ DESCRIPTIONS = frozenset({".txt", ".caption", ".json", ".cls"})
 """The suffixes of the files that describe the image of the same name."""
 
 MAX_DESCRIPTION_BYTES = 2**20
+"""A larger text, or more columns, are passed over."""
 
 
 class Member(NamedTuple):
     """A file in an archive."""
 
     name: str
-    size: int
-    read: Callable[[], bytes]
-    """Called before the next member is asked for."""
+    content: bytes | ImageError
+    """The error of a file that is too large, or broken where others are not."""
+
+    @property
+    def suffix(self) -> str:
+        """The suffix of the name, in lower case."""
+        return suffix_of(self.name)
 
     @property
     def sample(self) -> str:
@@ -69,50 +75,35 @@ def read_archive(file: ShardFile) -> Iterator[Record]:
     :raises ImageError: If the archive cannot be read to its end.
     """
     records = 0
+    faults: list[Exception] = []
     columns = cache(lambda: columns_beside(file.place))
+    for sample, members in groupby(until_fault(read_members(file), faults), key=lambda each: each.sample):
+        together = list(members)
+        images = [each for each in together if each.suffix in IMAGE_SUFFIXES]
+        metadata = columns().get(PurePosixPath(sample).name, {}) if images else {}
+        for each in together:
+            if each not in images and isinstance(each.content, bytes):
+                metadata = metadata | read_description(each.suffix, each.content)
+        for image in images:
+            yield file.make_record(image.name, image.content, metadata)
+            records += 1
+    for fault in faults:
+        raise fault if isinstance(fault, CocoaError) else shard_error(file, records, one_line(fault)) from fault
+
+
+def until_fault(members: Iterator[Member], faults: list[Exception]) -> Iterator[Member]:
+    """Yield what comes before an exception, and append that to ``faults``."""
     try:
-        for sample, members in groupby(filter(is_wanted, read_members(file.place)), key=lambda each: each.sample):
-            images, metadata = read_sample(members, file.key)
-            metadata = {**columns().get(PurePosixPath(sample).name, {}), **metadata}
-            for name, content in images.items():
-                yield file.make_record(name, content, metadata)
-                records += 1
-    except CocoaError:
-        raise
-    except Exception as error:  # remote file systems raise nearly anything, and decompressors all of their own
-        raise shard_error(file, records, one_line(error)) from error
+        yield from members
+    except Exception as error:  # noqa: BLE001 - remote file systems and decompressors raise nearly anything
+        faults.append(error)
 
 
-def is_wanted(member: Member) -> bool:
+def is_wanted(name: str) -> bool:
     """Return whether a file is an image or describes one; those that macOS adds to archives are neither."""
-    path = PurePosixPath(member.name)
+    path = PurePosixPath(name)
     is_of_macos = path.name.startswith("._") or "__MACOSX" in path.parts
     return path.suffix.lower() in IMAGE_SUFFIXES | DESCRIPTIONS and not is_of_macos
-
-
-def read_sample(members: Iterator[Member], archive: str) -> tuple[dict[str, bytes | ImageError], dict[str, Any]]:
-    """Return the images of a sample by name, and what its other files say about them."""
-    images: dict[str, bytes | ImageError] = {}
-    metadata: dict[str, Any] = {}
-    for member in members:
-        suffix = suffix_of(member.name)
-        if suffix in IMAGE_SUFFIXES:
-            images[member.name] = read_image(member, archive)
-        elif member.size <= MAX_DESCRIPTION_BYTES:
-            metadata |= read_description(suffix, member.read())
-    return images, metadata
-
-
-def read_image(member: Member, archive: str) -> bytes | ImageError:
-    """Return the bytes of an image, or the error if they are too many, or broken in a zip file."""
-    name = f"{archive}#{member.name}"
-    try:
-        check_size(member.size, name)
-        return member.read()
-    except ImageError as error:
-        return error
-    except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:  # broken, encrypted, unknown method
-        return ImageError(name, f"cannot be read ({one_line(error)})")
 
 
 def read_description(suffix: str, content: bytes) -> dict[str, Any]:
@@ -144,23 +135,38 @@ def columns_beside(place: Place) -> dict[str, dict[str, Any]]:
         raise ImageError(str(table), f"cannot be read ({one_line(error)})") from error
 
 
-def read_members(place: Place) -> Iterator[Member]:
-    """Yield the files of an archive in order.
+def read_members(file: ShardFile) -> Iterator[Member]:
+    """Yield the images of an archive, and the files that describe them, in order.
 
     :raises Exception: If it cannot be read, or is broken behind the files that were yielded.
     """
+    for name, size, read in read_entries(file.place):
+        if not is_wanted(name):
+            continue
+        most = MAX_IMAGE_BYTES if suffix_of(name) in IMAGE_SUFFIXES else MAX_DESCRIPTION_BYTES
+        key = f"{file.key}#{name}"
+        if not 0 < size <= most:
+            yield Member(name, ImageError(key, f"has {size} bytes; between 1 and {most} are read"))
+            continue
+        try:
+            yield Member(name, read())
+        except (zipfile.BadZipFile, zlib.error, RuntimeError) as error:  # broken, encrypted, an unknown method
+            yield Member(name, ImageError(key, f"cannot be read ({one_line(error)})"))
+
+
+def read_entries(place: Place) -> Iterator[tuple[str, int, Callable[[], bytes]]]:
+    """Yield the name and the size of each file in an archive, and what reads it before the next is asked for."""
     with open_binary(place) as file:
         if suffix_of(place) == ".zip":
             with zipfile.ZipFile(file) as archive:
                 for entry in archive.infolist():
-                    if not entry.is_dir():
-                        yield Member(entry.filename, entry.file_size, lambda entry=entry: archive.read(entry))
+                    yield entry.filename, entry.file_size, partial(archive.read, entry)
             return
         with tarfile.open(fileobj=file, mode="r|*", tarinfo=StrictTarInfo) as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # or all headers stay in memory
                 if member.isfile():
-                    yield Member(member.name, member.size, lambda member=member: _read_whole(tar, member))
+                    yield member.name, member.size, partial(_read_whole, tar, member)
 
 
 def _read_whole(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

@@ -30,6 +30,7 @@ from cocoa_embed.integrations.qdrant.points import (
 )
 from cocoa_embed.integrations.qdrant.stores.base import Where
 from cocoa_embed.integrations.qdrant.stores.store import Store
+from cocoa_embed.sources.addresses import is_address
 from cocoa_embed.sources.base import Record, Shard, Source, storable
 
 LOOKUP_RECORDS = 256
@@ -252,7 +253,10 @@ class IndexRun:
         ((id_, payload),) = named
         path = storable(record.key)
         mtime = next(each.mtime for each in stored_locations(payload) if each.path == path)
-        same_size = payload.get("bytes") == record.size if record.shard is None else record.mtime != 0
+        if record.shard is None and is_address(record.key):  # a server says nothing of it before it is fetched
+            same_size = True
+        else:
+            same_size = payload.get("bytes") == record.size if record.shard is None else record.mtime != 0
         if not (same_size and is_same_moment(mtime, record.mtime)):
             return False
         if self.thumbnails is not None and self.thumbnails.lacks(id_, payload):
