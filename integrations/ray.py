@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -98,8 +99,9 @@ def embed_on_ray(
         for row in embedded.iter_rows():
             yield pickle.loads(row["summary"])
     except ray.exceptions.RayError as error:
-        cause = error.__cause__ if isinstance(error.__cause__, CocoaError) else None
-        raise cause or CocoaError(f"Ray failed ({one_line(error)[:500]})") from error
+        # Ray hands on an actor's error as the text of its traceback.
+        told = re.search(rf"^{CocoaError.__module__}\.\w+: (.*)", str(error), re.MULTILINE)
+        raise CocoaError(told[1] if told else f"Ray failed ({str(error).strip().splitlines()[-1]})") from error
     finally:
         ray.shutdown()
 
@@ -112,7 +114,7 @@ def _start(address: str | None) -> Any:  # noqa: ANN401
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
-    alone = {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
+    alone: dict[str, Any] = {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
     try:
         ray.init(
             address=address or "local",

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import cache, partial
 from itertools import groupby
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cocoa_embed.data.places import Place, open_binary, reading, suffix_of
 from cocoa_embed.errors import CocoaError, ImageError, one_line
@@ -19,6 +19,9 @@ from cocoa_embed.images.load import MAX_IMAGE_BYTES
 from cocoa_embed.sources.base import Record
 from cocoa_embed.sources.shard_files import Kind, ShardFile, shard_error
 from cocoa_embed.sources.tables import batches
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 DESCRIPTIONS = frozenset({".txt", ".caption", ".json", ".cls"})
 """The suffixes of the files that describe the image of the same name."""
@@ -55,7 +58,7 @@ class StrictTarInfo(tarfile.TarInfo):
     """Raises an error where ``tarfile`` takes a broken header, or the end of the file, for the end of the archive."""
 
     @classmethod
-    def fromtarfile(cls, tarfile: tarfile.TarFile) -> tarfile.TarInfo:
+    def fromtarfile(cls, tarfile: tarfile.TarFile) -> Self:
         """Read the next header."""
         try:
             return super().fromtarfile(tarfile)
@@ -164,7 +167,7 @@ def read_entries(place: Place) -> Iterator[tuple[str, int, Callable[[], bytes]]]
             return
         with tarfile.open(fileobj=file, mode="r|*", tarinfo=StrictTarInfo) as tar:
             while (member := tar.next()) is not None:
-                tar.members.clear()  # or all headers stay in memory
+                vars(tar)["members"].clear()  # or all headers stay in memory
                 if member.isfile():
                     yield member.name, member.size, partial(_read_whole, tar, member)
 

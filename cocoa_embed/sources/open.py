@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from cocoa_embed.data.places import Place, file_system, reading, suffix_of
@@ -119,6 +120,7 @@ def _open_address(address: str, options: SourceOptions, may_be_gone: bool) -> li
             listed = {system.unstrip_protocol(name): info for name, info in sorted(matches.items())}
             wildcard = re.search(r"[*?[]", path)
             root = "" if wildcard is None else system.unstrip_protocol(path[: wildcard.start()].rpartition("/")[0])
+    images: dict[str, Any] | None
     if is_folder:
         has_photographs, found = search((name for _, files in walk(root) for name in sorted(files)), options)
         images = None if has_photographs else {}

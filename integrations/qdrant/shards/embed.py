@@ -195,5 +195,11 @@ def total(
     """
     every = list(summaries)
     failed = sorted(chain(faults, *(each.failed for each in every)), key=lambda failure: failure["path"])
-    counts = (sum(getattr(each, name) for each in every) for name in ("parts", "skipped", "embedded"))
-    return EmbedSummary(out, *counts, failed, seconds())
+    return EmbedSummary(
+        out,
+        parts=sum(each.parts for each in every),
+        skipped=sum(each.skipped for each in every),
+        embedded=sum(each.embedded for each in every),
+        failed=failed,
+        seconds=seconds(),
+    )

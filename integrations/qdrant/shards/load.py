@@ -81,7 +81,7 @@ def records_of(point: Point) -> list[Record]:
     """Return the records of a point's payload, without their images; the first has the description."""
     payload = point.payload
     shards = shards_of(payload)
-    records = []
+    records: list[Record] = []
     for location in stored_locations(payload):
         shard = next((shard for shard in shards if location.path.startswith(f"{shard}#")), None)
         is_first = not records
