@@ -8,6 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from cocoa_embed.cli.options import (
+    AllowHostOption,
+    BatchTokensOption,
+    DevicesOption,
+    DtypeOption,
+    EveryOption,
+    IncludeOption,
+    RevisionOption,
+    TrustOption,
+    WorkersOption,
+    model_options,
+    source_options,
+)
 from cocoa_embed.cli.output import DeviceOption, JsonOption, check_all, print_json, say, silence_libraries, working
 from cocoa_embed.cli.storage import (
     ApiKeyOption,
@@ -30,7 +43,8 @@ if TYPE_CHECKING:
 
 def index(
     paths: Annotated[
-        list[str], typer.Argument(metavar="PATH...", help="Folders, images, 'patterns', .txt file lists.")
+        list[str],
+        typer.Argument(metavar="PATH...", help="Folders, images, 'patterns', .txt lists, archives, tables, addresses."),
     ],
     model: ModelOption,
     collection: CollectionOption = "images",
@@ -57,20 +71,31 @@ def index(
         bool, typer.Option("--on-disk", help="Keep the vectors of a new collection on disk (--url, --edge).")
     ] = False,
     device: DeviceOption = None,
+    devices: DevicesOption = None,
+    workers: WorkersOption = None,
+    batch_tokens: BatchTokensOption = None,
+    dtype: DtypeOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
+    allow_host: AllowHostOption = None,
+    every: EveryOption = 10.0,
+    include: IncludeOption = "",
     as_json: JsonOption = False,
 ) -> None:
     """Embed images and store them in Qdrant. Unchanged files are skipped by size and mtime."""
     from cocoa_embed.model.loading import check_model
-    from cocoa_embed.sources.files import require_images
+    from cocoa_embed.sources.open import all_sources
 
     storage = {"path": path, "url": url, "edge": edge}
     options: dict[str, Any] = {"dimension": dimension, "quantization": quantization, "on_disk": on_disk}
-    options |= {"api_key": api_key, "device": device}
+    options |= {"api_key": api_key, **model_options(device, devices, workers=workers, batch_tokens=batch_tokens)}
+    options |= {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
+    sources = source_options(allow_host, every, include)
     if (quantization or on_disk) and url is None and edge is None:
         raise UsageError("--quantization and --on-disk need --url or --edge; a local index (--path) has neither")
     check_all(
         lambda: check_storage(collection, storage),
-        *([] if prune or prune_all else [lambda: require_images(paths)]),
+        *([] if prune or prune_all else [lambda: all_sources(paths, sources)]),
         lambda: check_model(model),
     )
     with working() as console, open_indexer(model, collection, storage, **options) as indexer:
@@ -81,6 +106,7 @@ def index(
             thumbnails=thumbnails,
             llama_index=llama_index,
             retry_failed=retry_failed,
+            sources=sources,
             progress=console.is_terminal,
         )
         report_summary(summary, console)

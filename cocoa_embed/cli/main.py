@@ -11,6 +11,7 @@ import typer
 
 from cocoa_embed import __version__
 from cocoa_embed.cli.demo import demo
+from cocoa_embed.cli.embed import embed, load
 from cocoa_embed.cli.evaluate import evaluation
 from cocoa_embed.cli.index import forget, index
 from cocoa_embed.cli.report import diagnose, report
@@ -19,7 +20,7 @@ from cocoa_embed.cli.train import export, train
 from cocoa_embed.cpu_threads import limit_spinning
 from cocoa_embed.errors import CocoaError
 
-OPTIONAL_VALUES = {"--dry-run": "--dry-run=sample"}
+OPTIONAL_VALUES = {"--dry-run": "--dry-run=sample", "--ray": "--ray=local"}
 """Options without a value, which typer does not take, and what they stand for."""
 
 INTERRUPTED = 130
@@ -34,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (index, search, forget, demo, train, export, diagnose, report):
+for command in (index, search, forget, embed, load, demo, train, export, diagnose, report):
     app.command()(command)
 app.add_typer(evaluation, name="eval", help="Score a model on MMEB-V1, or on pairs.")
 

@@ -1,8 +1,9 @@
 """Files on this machine, or on any file system that fsspec knows."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from glob import has_magic
 from io import TextIOWrapper
 from pathlib import Path, PurePosixPath
@@ -12,6 +13,9 @@ from cocoa_embed.errors import CocoaError, one_line, printable, require
 
 Place: TypeAlias = Path | str
 """A local file, or the address of a remote one (``s3://bucket/rows.csv``)."""
+
+MTIME_NAMES = ("mtime", "LastModified", "last_modified", "updated", "modified", "created")
+"""What file systems call the time of the last change."""
 
 ANSWER_SECONDS = 60
 """How long an http server may take to answer, or to send more."""
@@ -36,7 +40,7 @@ def open_binary(place: Place) -> BinaryIO:
     file: BinaryIO = (
         place.open("rb")
         if isinstance(place, Path)
-        else require("fsspec", "train").open(place, "rb", **_options(place)).open()
+        else require("fsspec", "tables").open(place, "rb", **_options(place)).open()
     )
     return file
 
@@ -57,7 +61,7 @@ def remote_places(pattern: str) -> list[str]:
     :raises CocoaError: If the file system does not answer.
     """
     with reading(pattern):
-        system, path = require("fsspec", "train").core.url_to_fs(pattern, **_options(pattern))
+        system, path = file_system(pattern)
         if has_magic(path):
             return [system.unstrip_protocol(name) for name in sorted(system.glob(path))]
         try:
@@ -78,8 +82,52 @@ def version_of(place: Place) -> tuple[str, ...]:
         if isinstance(place, Path):
             found = os.stat(place)
             return str(place.absolute()), str(found.st_size), str(found.st_mtime_ns)
-        system, path = require("fsspec", "train").core.url_to_fs(place, **_options(place))
-        return place, system.ukey(path)
+        system, path = file_system(place)
+        is_web = place.startswith(("http://", "https://"))  # whose key is the address alone
+        return place, str(system.info(path)) if is_web else system.ukey(path)
+
+
+def modified_at(place: Place) -> float:
+    """Return when a file was changed, in seconds since 1970; 0 if that is unknown."""
+    try:
+        if isinstance(place, Path):
+            return os.stat(place).st_mtime
+        system, path = file_system(place)
+        return mtime_of(system.info(path))
+    except Exception:  # noqa: BLE001 - reading the file says what is wrong
+        return 0.0
+
+
+def is_gone(address: str) -> bool:
+    """Return whether there is certainly no file at a remote address; False if its file system does not answer."""
+    try:
+        system, path = file_system(address)
+        system.info(path, refresh=True)
+    except FileNotFoundError as error:
+        return error.__cause__ is None  # over http, anything that goes wrong
+    except Exception:  # noqa: BLE001 - it cannot be checked
+        return False
+    return False
+
+
+def mtime_of(info: Mapping[str, Any]) -> float:
+    """Return when a remote file was changed, in seconds since 1970, from what its file system lists; 0 if unknown."""
+    found = next((info[name] for name in MTIME_NAMES if info.get(name)), 0.0)
+    if isinstance(found, str):
+        with suppress(ValueError):
+            found = datetime.fromisoformat(found.replace("Z", "+00:00"))
+    if isinstance(found, datetime):
+        return found.timestamp()
+    return float(found) if isinstance(found, int | float) else 0.0
+
+
+def file_system(address: str) -> tuple[Any, str]:
+    """Return the file system of an address, and the path in it.
+
+    :raises Exception: Anything that the file system raises.
+    """
+    system, path = require("fsspec", "tables").core.url_to_fs(address, **_options(address))
+    return system, path
 
 
 def _options(place: str) -> dict[str, Any]:

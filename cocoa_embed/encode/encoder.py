@@ -33,6 +33,9 @@ ModelInput: TypeAlias = Mapping[str, "str | Image.Image"]
 
 Key = TypeVar("Key")
 
+BATCH_TOKENS = 8192
+"""The most visual tokens in a batch, if nobody sets another number."""
+
 
 def require_unicode(text: str) -> None:
     """Refuse a text that UTF-8 cannot encode.
@@ -63,15 +66,26 @@ def make_input(text: str | None = None, image: ImageSource | None = None) -> Mod
 class Encoder:
     """A model that several threads may share; it embeds one batch at a time."""
 
-    def __init__(self, model: SentenceTransformer, name: str = "the model", dimension: int | None = None) -> None:
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        name: str = "the model",
+        dimension: int | None = None,
+        *,
+        workers: int | None = None,
+        batch_tokens: int | None = None,
+    ) -> None:
         """Wrap a loaded model.
 
         :param name: The model's name in errors.
         :param dimension: Truncate every embedding to this many dimensions and normalise it, as Matryoshka models allow.
+        :param workers: The threads that prepare the images of a stream, if the stream sets no other number.
+        :param batch_tokens: The most visual tokens in a batch of a stream, if the stream sets no other number.
         :raises UsageError: If the model's embeddings have fewer dimensions.
         """
         self.model = model
         self.name = name
+        self._streaming = {"workers": workers, "batch_tokens": batch_tokens}
         # A thread that waits for the model holds the queue, so that a stream's next batch cannot overtake a query.
         self._queue = threading.Lock()
         self._lock = threading.Lock()
@@ -101,7 +115,7 @@ class Encoder:
 
         :raises UsageError: If the model's embeddings have fewer dimensions.
         """
-        shorter = Encoder(self.model, self.name, dimension)
+        shorter = Encoder(self.model, self.name, dimension, **self._streaming)
         shorter._queue, shorter._lock, shorter._processor = self._queue, self._lock, self._processor
         return shorter
 
@@ -150,7 +164,7 @@ class Encoder:
         *,
         workers: int | None = None,
         batch_size: int = 32,
-        batch_tokens: int = 8192,
+        batch_tokens: int | None = None,
         thumbnail_size: int | None = None,
     ) -> Iterator[tuple[Key, EmbeddedImage | ImageError]]:
         """Embed any number of images as documents, in the order given, while others are read and prepared.
@@ -160,14 +174,18 @@ class Encoder:
         embed queries at the same time; one stream belongs to one thread.
 
         :param images: Pairs of a key and an image: a path, the bytes of a file, or a PIL image.
-        :param workers: Threads that prepare images while the model runs; None chooses by device and cores.
+        :param workers: Threads that prepare images while the model runs; None takes the encoder's number, or chooses by
+            device and cores.
         :param batch_size: The most images in a batch.
-        :param batch_tokens: The most visual tokens in a batch, including those that pad images to the longest.
+        :param batch_tokens: The most visual tokens in a batch, including those that pad images to the longest; None
+            takes the encoder's number, or ``BATCH_TOKENS``.
         :param thumbnail_size: Draw thumbnails, with this many pixels on their longest side.
         :raises CocoaError: If the model does not embed images.
         :raises UsageError: If a number is not positive.
         """
         self.require_images()
+        workers = self._streaming["workers"] if workers is None else workers
+        batch_tokens = self._streaming["batch_tokens"] if batch_tokens is None else batch_tokens
         numbers = {"workers": workers, "batch_size": batch_size, "batch_tokens": batch_tokens}
         for name, number in {**numbers, "thumbnail_size": thumbnail_size}.items():
             if number is not None and number < 1:
@@ -179,7 +197,7 @@ class Encoder:
             finish=self._finish,
             workers=workers or default_workers(is_on_cpu=self.model.device.type == "cpu"),
             batch_size=batch_size,
-            batch_tokens=batch_tokens,
+            batch_tokens=batch_tokens or BATCH_TOKENS,
             thumbnail_size=thumbnail_size,
         ).run()
 

@@ -7,6 +7,18 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """What the caller wants of sources; each kind takes what concerns it."""
+
+    allowed_hosts: tuple[str, ...] = ()
+    """The hosts from which web addresses are fetched, as ``Fetcher`` takes them."""
+    every: float = 10.0
+    """Seconds between two frames of a video."""
+    include: frozenset[str] = frozenset()
+    """The kinds of files (``KINDS`` of ``open.py``) that a folder gives beside its photographs."""
+
+
 @dataclass(frozen=True)
 class Record:
     """One image of a source."""
@@ -36,11 +48,18 @@ class Record:
 class Shard(Protocol):
     """Records that are read together: the files of a folder, an archive, a table, a document."""
 
-    key: str
-    """Names the shard: an absolute path or a URL."""
-    version: str
-    """Changes when any of its records may have changed; an unchanged shard is skipped. Empty: its records are checked
-    one by one."""
+    @property
+    def key(self) -> str:
+        """Names the shard: an absolute path or a URL."""
+        ...
+
+    @property
+    def version(self) -> str:
+        """Changes when any of its records may have changed; an unchanged shard is skipped.
+
+        Empty: its records are checked one by one.
+        """
+        ...
 
     def records(self) -> Iterator[Record]:
         """Yield the records in order.
@@ -53,8 +72,10 @@ class Shard(Protocol):
 class Source(Protocol):
     """One of the places that a run indexes or embeds."""
 
-    name: str
-    """The place, for messages."""
+    @property
+    def name(self) -> str:
+        """The place, for messages."""
+        ...
 
     def shards(self) -> Iterator[Shard]:
         """Yield the shards in order, lazily."""

@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable, Iterable
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
 from tqdm.auto import tqdm
 
+from cocoa_embed.encode.devices import DeviceEncoder, open_encoder
 from cocoa_embed.encode.encoder import Encoder, ModelInput, make_input
-from cocoa_embed.encode.load import load_encoder
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.folders import DEFAULT_INDEX
 from cocoa_embed.images.load import ImageSource
@@ -25,7 +25,9 @@ from cocoa_embed.integrations.qdrant.stores import open_store
 from cocoa_embed.integrations.qdrant.stores.base import Hit, Query, Signature, StoreOptions
 from cocoa_embed.integrations.qdrant.stores.client_filters import Filter, read_filter
 from cocoa_embed.integrations.qdrant.stores.store import Store
+from cocoa_embed.sources.base import SourceOptions
 from cocoa_embed.sources.files import count_files, file_sources, require_images
+from cocoa_embed.sources.open import NO_OPTIONS, open_sources
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient
@@ -55,6 +57,8 @@ class QdrantIndexer:
         on_disk: bool = False,
         batch_size: int = 32,
         device: str | None = None,
+        devices: str | None = None,
+        **model_options: Any,
     ) -> None:
         """Name the model and the collection; nothing is opened yet.
 
@@ -72,6 +76,9 @@ class QdrantIndexer:
         :param on_disk: Whether a new collection on a server or in Qdrant Edge keeps its vectors on disk.
         :param batch_size: The maximum number of images in a batch.
         :param device: The torch device for a model that has to be loaded.
+        :param devices: Several devices, a process each: ``"cuda:0,cuda:1"`` or ``"all"``.
+        :param model_options: ``dtype``, ``revision``, ``trust_remote_code``, ``workers`` and ``batch_tokens``
+            (``load_encoder``), for a model that has to be loaded.
         :raises UsageError: If more than one of ``client``, ``path``, ``url`` and ``edge`` is given, or if an argument
             is invalid.
         :raises MissingExtraError: If a package that the location needs is not installed.
@@ -89,7 +96,7 @@ class QdrantIndexer:
         self.batch_size = batch_size
         self._model = model
         self._dimension = dimension
-        self._device = device
+        self._model_options = {"device": device, "devices": devices, **model_options}
         self._encoder: Encoder | None = None
         self._manifest: Manifest | None = None
         self._lock = threading.Lock()
@@ -112,6 +119,7 @@ class QdrantIndexer:
         thumbnails: str | Path | None = None,
         llama_index: bool = False,
         retry_failed: bool = False,
+        sources: SourceOptions = NO_OPTIONS,
         progress: bool = True,
     ) -> IndexSummary:
         """Embed and store the images in ``paths``; unchanged files are skipped by size and mtime.
@@ -119,8 +127,8 @@ class QdrantIndexer:
         Captions and other columns of a folder's ``metadata.jsonl`` go into the payload, not into the embedding. Files
         that cannot be used are listed in the summary. Files with the same content are one point.
 
-        :param paths: A folder, a file, a pattern such as ``photos/**/*.png``, a ``.txt`` file with one path per line,
-            or several of them.
+        :param paths: A folder, a file, a pattern such as ``photos/**/*.png``, a ``.txt`` file with one path or address
+            per line, an archive, a table, a document, a video, an address, or several of them (``open_sources``).
         :param prune: Whether to remove files below ``paths`` that no longer exist from the index. A path without
             images, or that would lose more than one point and 30 %, is not pruned and listed in the summary.
         :param prune_all: Whether to remove them even then.
@@ -128,21 +136,23 @@ class QdrantIndexer:
         :param llama_index: Whether to store what LlamaIndex's own ``QdrantVectorStore`` reads, too, about 2 KB a point;
             ``CocoaRetriever`` does not need it.
         :param retry_failed: Whether to try contents again that could not be used before.
+        :param sources: What places other than folders of photographs give.
         :param progress: Whether to show a progress bar on standard error.
         :raises CocoaError: If there are no images, the model embeds no images, another model made the collection, or
             the collection holds other vectors.
         """
         places = [paths] if isinstance(paths, (str, Path)) else list(paths)
         prune = prune or prune_all
-        if not prune:
-            require_images(places)
+        photographs, others = open_sources(places, sources, may_be_gone=prune)
+        if not prune and (photographs or not others):
+            require_images(photographs)
         folder = None if thumbnails is None else ThumbnailFolder(thumbnails)
         with self._indexing:
             encoder = self._prepare_collection()
             started = time.perf_counter()
             failed: list[dict[str, str]] = []
             run = IndexRun(
-                file_sources(places, note_in(failed), may_be_gone=prune),
+                [*file_sources(photographs, note_in(failed), may_be_gone=prune), *others],
                 self.store,
                 encoder,
                 self._open_manifest(encoder),
@@ -153,7 +163,9 @@ class QdrantIndexer:
                 retry_failed=retry_failed,
                 failed=failed,
             )
-            total = count_files(file_sources(places, note_in([]), may_be_gone=prune)) if progress else None
+            total = None
+            if progress and not others:
+                total = count_files(file_sources(photographs, note_in([]), may_be_gone=prune))
             title = f"indexing into {self.store.collection}"
             with tqdm(total=total, desc=title, unit="image", disable=not progress) as bar:
                 run.on_done = bar.update
@@ -212,6 +224,8 @@ class QdrantIndexer:
     def close(self) -> None:
         """Close the store, unless its client was given; the next use opens it again."""
         self.store.close()
+        if isinstance(self._encoder, DeviceEncoder):
+            self._encoder.close()
         if self._manifest is not None and self.store.place is not None:
             self._manifest.close()
             self._manifest = None
@@ -273,7 +287,7 @@ class QdrantIndexer:
         with self._lock:
             if self._encoder is None:
                 if isinstance(self._model, (str, Path)):
-                    self._model = load_encoder(self._model, self._device)
+                    self._model = open_encoder(self._model, **self._model_options)
                 encoder = self._model if isinstance(self._model, Encoder) else Encoder(self._model)
                 encoder.require_images()
                 self._encoder = encoder

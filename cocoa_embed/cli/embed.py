@@ -1,0 +1,166 @@
+"""The commands ``embed`` and ``load``. Heavy imports are inside functions, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from cocoa_embed.cli.options import (
+    AllowHostOption,
+    BatchTokensOption,
+    DevicesOption,
+    DtypeOption,
+    EveryOption,
+    IncludeOption,
+    RevisionOption,
+    TrustOption,
+    WorkersOption,
+    model_options,
+    read_share,
+    source_options,
+)
+from cocoa_embed.cli.output import DeviceOption, JsonOption, check_all, print_json, say, silence_libraries, working
+from cocoa_embed.cli.storage import (
+    ApiKeyOption,
+    CollectionOption,
+    EdgeOption,
+    ModelOption,
+    PathOption,
+    UrlOption,
+    check_storage,
+)
+from cocoa_embed.errors import printable, require
+from cocoa_embed.folders import DEFAULT_INDEX
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from cocoa_embed.integrations.qdrant.shards.embed import EmbedSummary
+
+
+def embed(
+    sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="What `cocoa-embed index` takes.")],
+    model: ModelOption,
+    out: Annotated[str, typer.Option(help="A folder for embeddings, or its address (s3://bucket/embeddings).")],
+    shard: Annotated[str, typer.Option(help="i/n, on the i-th of n machines: embed its parts only.")] = "1/1",
+    dimension: Annotated[int | None, typer.Option(min=1, help="Truncate embeddings to this many dimensions.")] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Embed parts again of which some images could not be used.")
+    ] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(help="Embed on Ray: on this machine, or with =ADDRESS on a cluster."),
+    ] = None,
+    device: DeviceOption = None,
+    devices: DevicesOption = None,
+    workers: WorkersOption = None,
+    batch_tokens: BatchTokensOption = None,
+    dtype: DtypeOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
+    allow_host: AllowHostOption = None,
+    every: EveryOption = 10.0,
+    include: IncludeOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Embed images into Parquet files, for `cocoa-embed load`. What is there already is not embedded again."""
+    from cocoa_embed.model.loading import check_model
+
+    require("pyarrow", "tables")
+    options = model_options(device, devices, workers=workers, batch_tokens=batch_tokens, dtype=dtype)
+    options |= {"revision": revision, "trust_remote_code": trust_remote_code, "dimension": dimension}
+    (number, count), _ = check_all(partial(read_share, shard), lambda: check_model(model))
+    wanted = source_options(allow_host, every, include)
+    with working() as console:
+        silence_libraries()
+        from cocoa_embed.encode.devices import open_encoder
+        from cocoa_embed.integrations.qdrant.shards.embed import embed as embed_parts
+        from cocoa_embed.integrations.qdrant.shards.embed import total
+        from cocoa_embed.integrations.qdrant.shards.files import EmbeddingFolder
+        from cocoa_embed.sources.open import all_sources
+
+        started = time.perf_counter()
+        faults: list[dict[str, str]] = []
+        found = all_sources(sources, wanted, lambda path, reason: faults.append({"path": str(path), "reason": reason}))
+        folder = EmbeddingFolder(out)
+        limits: dict[str, Any] = {"number": number, "count": count, "retry_failed": retry_failed}
+        if ray is None:
+            done = embed_parts(found, folder, open_encoder(model, **options), **limits)
+        else:
+            from cocoa_embed.integrations.ray import embed_on_ray
+
+            done = embed_on_ray(found, folder, model, options, address=None if ray == "local" else ray, **limits)
+        summary = total(tell(done, console), out, lambda: time.perf_counter() - started, faults)
+        say_summary(summary, console)
+    if as_json:
+        print_json(dataclasses.asdict(summary))
+    if summary.failed:
+        raise typer.Exit(1)
+
+
+def tell(done: Iterable[EmbedSummary], console: Console) -> Iterator[EmbedSummary]:
+    """Pass on what became of each part; print a line for each that was embedded."""
+    for number, part in enumerate(done, 1):
+        if part.embedded or part.failed:
+            rate = f"{part.embedded / part.seconds:.1f} images/s" if part.seconds else "embedded before"
+            say(console, f"part {number}: {part.embedded} images, {len(part.failed)} left out ({rate})")
+        yield part
+
+
+def say_summary(summary: EmbedSummary, console: Console) -> None:
+    """Print the counts of all parts, and the images that could not be used."""
+    say(
+        console,
+        f"{summary.out}: {summary.embedded} images embedded into {summary.parts} files, {summary.skipped} files were"
+        f" there, {len(summary.failed)} images left out ({summary.seconds:.1f} s)",
+    )
+    for failure in summary.failed:
+        say(console, f"left out: {printable(failure['path'])}: {failure['reason']}")
+
+
+def load(
+    embeddings: Annotated[str, typer.Argument(metavar="DIR", help="A folder or address that `embed` wrote.")],
+    collection: CollectionOption = "images",
+    path: PathOption = None,
+    url: UrlOption = None,
+    edge: EdgeOption = None,
+    api_key: ApiKeyOption = None,
+    quantization: Annotated[
+        Literal["scalar", "binary"] | None, typer.Option(help="Quantize a new collection (--url, --edge).")
+    ] = None,
+    on_disk: Annotated[
+        bool, typer.Option("--on-disk", help="Keep the vectors of a new collection on disk (--url, --edge).")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Load embeddings into Qdrant, without a model. Loading them again changes nothing."""
+    require("qdrant_client", "qdrant")
+    storage = {"path": path, "url": url, "edge": edge}
+    check_storage(collection, storage)
+    if not any(storage.values()):
+        storage["path"] = Path(DEFAULT_INDEX)
+    with working() as console:
+        from tqdm.auto import tqdm
+
+        from cocoa_embed.integrations.qdrant.shards.files import EmbeddingFolder
+        from cocoa_embed.integrations.qdrant.shards.load import load as load_folder
+        from cocoa_embed.integrations.qdrant.stores import open_store
+        from cocoa_embed.integrations.qdrant.stores.base import StoreOptions
+
+        options = StoreOptions(quantization=quantization, on_disk=on_disk, api_key=api_key)
+        folder, store = EmbeddingFolder(embeddings), open_store(collection=collection, options=options, **storage)
+        with (
+            closing(store),
+            tqdm(desc=f"loading into {collection}", unit="file", disable=not console.is_terminal) as bar,
+        ):
+            summary = load_folder(folder, store, bar.update)
+        say(console, f"{collection}: {summary.points} points of {summary.files} files ({summary.seconds:.1f} s)")
+    if as_json:
+        print_json(dataclasses.asdict(summary))

@@ -1,0 +1,184 @@
+"""Images inside of tar files, as WebDataset and img2dataset write them, and of zip files."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from itertools import groupby
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cocoa_embed.data.places import Place, open_binary, reading, suffix_of
+from cocoa_embed.errors import CocoaError, ImageError, one_line
+from cocoa_embed.images.find_files import IMAGE_SUFFIXES
+from cocoa_embed.images.load import MAX_IMAGE_BYTES
+from cocoa_embed.sources.base import Record
+from cocoa_embed.sources.shard_files import Kind, ShardFile, shard_error
+from cocoa_embed.sources.tables import batches
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+DESCRIPTIONS = frozenset({".txt", ".caption", ".json", ".cls"})
+"""The suffixes of the files that describe the image of the same name."""
+
+MAX_DESCRIPTION_BYTES = 2**20
+"""A larger text, or more columns, are passed over."""
+
+
+class Member(NamedTuple):
+    """A file in an archive."""
+
+    name: str
+    content: bytes | ImageError
+    """The error of a file that is too large, or broken where others are not."""
+
+    @property
+    def suffix(self) -> str:
+        """The suffix of the name, in lower case."""
+        return suffix_of(self.name)
+
+    @property
+    def sample(self) -> str:
+        """What the files of one sample of a WebDataset have in common: the name up to the first dot."""
+        path = PurePosixPath(self.name)
+        return str(path.with_name(path.name.split(".")[0] or path.name))
+
+
+# Both are in every version of Python, though its documentation does not name them.
+EndOfArchive: type[Exception] = vars(tarfile)["EOFHeaderError"]
+HeaderError: type[Exception] = vars(tarfile)["HeaderError"]
+
+
+class StrictTarInfo(tarfile.TarInfo):
+    """Raises an error where ``tarfile`` takes a broken header, or the end of the file, for the end of the archive."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile: tarfile.TarFile) -> Self:
+        """Read the next header."""
+        try:
+            return super().fromtarfile(tarfile)
+        except EndOfArchive:
+            raise
+        except HeaderError as error:
+            raise BrokenTar(f"it breaks off, or is no tar file: {one_line(error)}") from error
+
+
+class BrokenTar(tarfile.TarError):
+    """A tar file ends before its end, or has something else where a file begins."""
+
+
+def read_archive(file: ShardFile) -> Iterator[Record]:
+    """Yield the images of an archive, described by the files of the same name that follow or precede them.
+
+    :raises ImageError: If the archive cannot be read to its end.
+    """
+    records = 0
+    faults: list[Exception] = []
+    columns = cache(lambda: columns_beside(file.place))
+    for sample, members in groupby(until_fault(read_members(file), faults), key=lambda each: each.sample):
+        together = list(members)
+        images = [each for each in together if each.suffix in IMAGE_SUFFIXES]
+        metadata = columns().get(PurePosixPath(sample).name, {}) if images else {}
+        for each in together:
+            if each not in images and isinstance(each.content, bytes):
+                metadata = metadata | read_description(each.suffix, each.content)
+        for image in images:
+            yield file.make_record(image.name, image.content, metadata)
+            records += 1
+    for fault in faults:
+        raise fault if isinstance(fault, CocoaError) else shard_error(file, records, one_line(fault)) from fault
+
+
+def until_fault(members: Iterator[Member], faults: list[Exception]) -> Iterator[Member]:
+    """Yield what comes before an exception, and append that to ``faults``."""
+    try:
+        yield from members
+    except Exception as error:  # noqa: BLE001 - remote file systems and decompressors raise nearly anything
+        faults.append(error)
+
+
+def is_wanted(name: str) -> bool:
+    """Return whether a file is an image or describes one; those that macOS adds to archives are neither."""
+    path = PurePosixPath(name)
+    is_of_macos = path.name.startswith("._") or "__MACOSX" in path.parts
+    return path.suffix.lower() in IMAGE_SUFFIXES | DESCRIPTIONS and not is_of_macos
+
+
+def read_description(suffix: str, content: bytes) -> dict[str, Any]:
+    """Return what a file says about the image of the same name: its text, or columns; nothing if it is malformed."""
+    text = content.decode("utf-8-sig", "replace").strip()
+    if suffix == ".json":
+        try:
+            columns = json.loads(text)
+        except ValueError:
+            return {}
+        return columns if isinstance(columns, dict) else {}
+    if suffix == ".cls":
+        return {"cls": int(text) if text.isdigit() else text}
+    return {"text": text} if text else {}
+
+
+def columns_beside(place: Place) -> dict[str, dict[str, Any]]:
+    """Return the rows of the Parquet file that img2dataset writes beside an archive, by ``key``; none without it."""
+    beside = str(place)[: -len(".tar")] + ".parquet"
+    table: Place = Path(beside) if isinstance(place, Path) else beside
+    if suffix_of(place) != ".tar" or (isinstance(table, Path) and not table.is_file()):
+        return {}
+    try:
+        with reading(table):
+            return {str(row["key"]): row for batch in batches(table) for row in batch.to_pylist() if "key" in row}
+    except CocoaError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return {}
+        raise ImageError(str(table), f"cannot be read ({one_line(error)})") from error
+
+
+def read_members(file: ShardFile) -> Iterator[Member]:
+    """Yield the images of an archive, and the files that describe them, in order.
+
+    :raises Exception: If it cannot be read, or is broken behind the files that were yielded.
+    """
+    for name, size, read in read_entries(file.place):
+        if not is_wanted(name):
+            continue
+        most = MAX_IMAGE_BYTES if suffix_of(name) in IMAGE_SUFFIXES else MAX_DESCRIPTION_BYTES
+        key = f"{file.key}#{name}"
+        if not 0 < size <= most:
+            yield Member(name, ImageError(key, f"has {size} bytes; between 1 and {most} are read"))
+            continue
+        try:
+            yield Member(name, read())
+        except (zipfile.BadZipFile, zlib.error, RuntimeError) as error:  # broken, encrypted, an unknown method
+            yield Member(name, ImageError(key, f"cannot be read ({one_line(error)})"))
+
+
+def read_entries(place: Place) -> Iterator[tuple[str, int, Callable[[], bytes]]]:
+    """Yield the name and the size of each file in an archive, and what reads it before the next is asked for."""
+    with open_binary(place) as file:
+        if suffix_of(place) == ".zip":
+            with zipfile.ZipFile(file) as archive:
+                for entry in archive.infolist():
+                    yield entry.filename, entry.file_size, partial(archive.read, entry)
+            return
+        with tarfile.open(fileobj=file, mode="r|*", tarinfo=StrictTarInfo) as tar:
+            while (member := tar.next()) is not None:
+                vars(tar)["members"].clear()  # or all headers stay in memory
+                if member.isfile():
+                    yield member.name, member.size, partial(_read_whole, tar, member)
+
+
+def _read_whole(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    opened = tar.extractfile(member)
+    data = opened.read() if opened is not None else b""
+    if len(data) < member.size:
+        raise BrokenTar(f"{member.name} breaks off: {len(data)} of {member.size} bytes")
+    return data
+
+
+SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
+KIND = Kind("archive", SUFFIXES, read_archive, "tarfile", "tables")

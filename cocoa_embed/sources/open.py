@@ -1,0 +1,182 @@
+"""Pick the sources that places stand for, by what they look like. A new kind of file is a module with a ``KIND``."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from cocoa_embed.data.places import Place, file_system, reading, suffix_of
+from cocoa_embed.errors import CocoaError, UsageError, did_you_mean, printable, require
+from cocoa_embed.images.find_files import LIST_SUFFIX, split_pattern
+from cocoa_embed.sources import addresses, archives, documents, tables, videos
+from cocoa_embed.sources.addresses import OneAddress, first_address, is_address, require_host
+from cocoa_embed.sources.base import Source, SourceOptions
+from cocoa_embed.sources.files import file_sources, require_images
+from cocoa_embed.sources.remote import RemoteImages, is_image, walk
+from cocoa_embed.sources.shard_files import Kind, ShardFiles
+
+KINDS = {kind.name: kind for kind in (archives.KIND, tables.KIND, documents.KIND, videos.KIND)}
+"""The kinds of files that hold images, by what ``--include`` calls them."""
+
+DATA_SET_MARKERS = ("state.json", "dataset_dict.json")
+"""In a folder that ``datasets`` has saved."""
+
+NO_OPTIONS = SourceOptions()
+"""The defaults."""
+
+
+def all_sources(
+    places: Iterable[str | Path],
+    options: SourceOptions = NO_OPTIONS,
+    on_error: Callable[[str | Path, str], object] = lambda path, reason: None,
+) -> list[Source]:
+    """Return the sources of places: folders, files, patterns, lists, addresses.
+
+    :param on_error: Called with what is passed over because it cannot be read, and the reason.
+    :raises CocoaError: If a place does not exist, or has no images.
+    """
+    photographs, others = open_sources(places, options)
+    if photographs or not others:
+        require_images(photographs)
+    return [*file_sources(photographs, on_error), *others]
+
+
+def open_sources(
+    places: Iterable[str | Path], options: SourceOptions = NO_OPTIONS, *, may_be_gone: bool = False
+) -> tuple[list[str], list[Source]]:
+    """Return the local places that give photographs, for ``files.py`` to find, and the sources of everything else.
+
+    A folder gives its photographs, and the kinds of files in ``options.include``; a folder without photographs gives
+    the files of all kinds.
+
+    :param may_be_gone: Whether a place that does not exist is a source without images.
+    :raises CocoaError: If a place does not exist or cannot be listed, or a package that reads it is not installed.
+    :raises UsageError: If a place is empty, or ``options.include`` has an unknown kind.
+    """
+    for name in sorted(options.include - KINDS.keys()):
+        raise UsageError(f"--include {name} is no kind of file {did_you_mean(name, [*KINDS])}")
+    photographs: list[str] = []
+    sources: list[Source] = []
+    for place in places:
+        text = os.fspath(place)
+        if text.startswith("file://"):
+            text = unquote(urlsplit(text).path)
+        if "://" in text:
+            sources += _open_address(text, options, may_be_gone)
+        else:
+            has_photographs, others = _open_path(text, options, may_be_gone)
+            photographs += [text] * has_photographs
+            sources += others
+    return photographs, sources
+
+
+def _open_path(text: str, options: SourceOptions, may_be_gone: bool) -> tuple[bool, list[Source]]:
+    """Return whether a local place gives photographs, or is to be refused with them; and the sources of what else."""
+    path = Path(os.path.abspath(text)) if text else Path()
+    if path.is_dir() and text:
+        if any((path / marker).is_file() for marker in DATA_SET_MARKERS):
+            parts = (part for part in sorted(path.rglob("*.arrow")) if not part.name.startswith("cache-"))
+            return False, [shard_files([(part, tables.KIND) for part in parts], options, str(path))]
+        has_photographs, found = search(_files_below(path), options)
+        others: list[Source] = [shard_files(found, options, str(path))] if found else []
+        return has_photographs or not found, others
+    is_list = path.suffix.lower() == LIST_SUFFIX and path.is_file() and "://" in first_address(path)
+    kind = addresses.KIND if is_list else named_kind(text)
+    if kind is None or not text:
+        return True, []
+    if os.path.lexists(path):
+        return False, [shard_files([(path, kind)], options)]
+    folder, _ = split_pattern(Path(text))
+    matches = [Path(os.path.abspath(name)) for name in sorted(glob.glob(text, recursive=True))]
+    if not matches and not may_be_gone:
+        raise CocoaError(f"{printable(text)} does not exist, and nothing matches it as a pattern")
+    found = [(match, kind) for match in matches]
+    return False, [shard_files(found, options, os.path.abspath(folder), kind.suffixes)]
+
+
+def _open_address(address: str, options: SourceOptions, may_be_gone: bool) -> list[Source]:
+    """Return the sources of a place on the web or on a remote file system.
+
+    :raises CocoaError: If there is nothing.
+    """
+    if is_address(address):
+        kind = named_kind(urlsplit(address).path)
+        if kind is not None:
+            return [shard_files([(address, kind)], options)]
+        require_host(address, options)
+        return [OneAddress(address, options)]
+    with reading(address):
+        system, path = file_system(address)
+        is_folder = not glob.has_magic(path) and system.isdir(path)
+        if is_folder:
+            root, listed = system.unstrip_protocol(path).rstrip("/"), {}
+        else:
+            matches = system.glob(path, detail=True)
+            listed = {system.unstrip_protocol(name): info for name, info in sorted(matches.items())}
+            wildcard = re.search(r"[*?[]", path)
+            root = "" if wildcard is None else system.unstrip_protocol(path[: wildcard.start()].rpartition("/")[0])
+    images: dict[str, Any] | None
+    if is_folder:
+        has_photographs, found = search((name for _, files in walk(root) for name in sorted(files)), options)
+        images = None if has_photographs else {}
+    else:
+        found = [(name, kind) for name in listed if (kind := named_kind(name))]
+        images = {name: info for name, info in listed.items() if is_image(name)}
+    if images == {} and not found and may_be_gone:
+        return [RemoteImages(root, images)]
+    if images == {} and not found:
+        raise CocoaError(f"{printable(address)} does not exist, or has no images; name a folder or file that has some")
+    sources: list[Source] = [shard_files(found, options, root or None)] if found else []
+    return sources if images == {} else [RemoteImages(root, images), *sources]
+
+
+def named_kind(name: str) -> Kind | None:
+    """Return the kind of a file that is named itself; None for an image, and for anything unknown."""
+    known = (*KINDS.values(), addresses.KIND)
+    return next((kind for kind in known if name.lower().endswith(kind.suffixes)), None)
+
+
+def search(places: Iterable[Place], options: SourceOptions) -> tuple[bool, list[tuple[Place, Kind]]]:
+    """Return whether a folder has photographs, and which other files it gives.
+
+    A Parquet file beside an archive of the same name, as img2dataset writes it, describes the archive.
+    """
+    found: list[tuple[Place, Kind]] = []
+    has_photographs = False
+    for place in places:
+        if is_image(str(place)):
+            has_photographs = True
+            if not options.include:
+                return True, []
+        elif (kind := named_kind(str(place))) and kind.name in (options.include or KINDS):
+            found.append((place, kind))
+    described = {str(place).removesuffix(".tar") + ".parquet" for place, _ in found if suffix_of(place) == ".tar"}
+    return has_photographs, [(place, kind) for place, kind in found if str(place) not in described]
+
+
+def shard_files(
+    files: Sequence[tuple[Place, Kind]], options: SourceOptions, root: str | None = None, suffixes: tuple[str, ...] = ()
+) -> ShardFiles:
+    """Return a source of files; tables without images, but with addresses, give the images at the addresses.
+
+    :raises MissingExtraError: If a package that reads one of the kinds is not installed.
+    """
+    for kind in {kind.name: kind for _, kind in files}.values():
+        require(kind.package, kind.extra)
+    first = next((place for place, kind in files if kind is tables.KIND), None)
+    if first is not None and tables.has_addresses(first):
+        files = [(place, addresses.KIND if kind is tables.KIND else kind) for place, kind in files]
+    for place in (place for place, kind in files if kind is addresses.KIND):
+        require_host(first_address(place), options)
+    return ShardFiles(files, options, root, suffixes or tuple({end for _, kind in files for end in kind.suffixes}))
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    for path, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(path, name) for name in sorted(names) if not name.startswith("."))

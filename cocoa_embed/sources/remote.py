@@ -1,0 +1,123 @@
+"""Images and files of images on any file system that fsspec knows: ``s3://``, ``gs://``, ``hf://``, ``memory://``..."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import PurePosixPath
+from typing import Any
+
+from cocoa_embed.data.places import file_system, is_gone, mtime_of, open_binary
+from cocoa_embed.errors import ImageError, one_line, printable
+from cocoa_embed.images.find_files import IMAGE_SUFFIXES
+from cocoa_embed.images.load import check_size
+from cocoa_embed.sources.base import Record, Shard
+from cocoa_embed.sources.shard_files import is_below, relative_key
+
+ATTEMPTS = 3
+"""How often a file is read if the connection fails."""
+
+
+@dataclass(frozen=True)
+class RemoteFolder:
+    """One folder of a remote file system, without its subfolders; or one file in it."""
+
+    key: str
+    """The address of the folder."""
+    root: str
+    """The address where the relative keys start."""
+    files: dict[str, dict[str, Any]]
+    """What the file system knows of each image, by its address."""
+    version: str = ""
+
+    def records(self) -> Iterator[Record]:
+        """Yield the images; each is downloaded when it is read."""
+        for address, info in sorted(self.files.items()):
+            size = info.get("size")
+            yield Record(
+                key=address,
+                relative_key=relative_key(address, self.root or None),
+                read=partial(download, address),
+                mtime=mtime_of(info),
+                size=size if isinstance(size, int) else None,
+            )
+
+
+@dataclass(frozen=True)
+class RemoteImages:
+    """A source: the images below an address, or some of them."""
+
+    root: str
+    """Empty if the images were named."""
+    files: dict[str, dict[str, Any]] | None = None
+    """The images that were named, with what is known of them; None for all below the address."""
+
+    def shards(self) -> Iterator[Shard]:
+        """Yield the folders that hold images, each listed when its turn comes."""
+        folders = walk(self.root) if self.files is None else [(self.name, self.files)]
+        for folder, files in folders:
+            images = {address: info for address, info in files.items() if is_image(address)}
+            if images:
+                yield RemoteFolder(folder, self.root, images)
+
+    @property
+    def name(self) -> str:
+        """The address, or that of the first image, for messages."""
+        return printable(self.root or next(iter(self.files or ()), ""))
+
+    def is_deleted(self, key: str) -> bool:
+        """Return whether there is certainly no image at an address any more."""
+        return is_gone(key)
+
+    def covers(self, key: str) -> bool:
+        """Return whether the key is below the address."""
+        return key in (self.files or ()) or (self.root != "" and is_below(key, self.root) and "#" not in key)
+
+
+def is_image(name: str) -> bool:
+    """Return whether a name has the suffix of an image, and is no companion file of macOS."""
+    path = PurePosixPath(name)
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("._")
+
+
+def walk(root: str) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
+    """Yield the address of each folder below an address, and what is known of its files, by their addresses.
+
+    :raises ImageError: If the file system does not answer.
+    """
+    try:
+        system, path = file_system(root)
+        for folder, folders, files in system.walk(path, detail=True):
+            folders_in_order = dict(sorted(folders.items()))
+            folders.clear()
+            folders.update(folders_in_order)  # the walk follows this order
+            there = {system.unstrip_protocol(info["name"]): info for info in files.values() if info["type"] == "file"}
+            yield system.unstrip_protocol(folder), there
+    except ImageError:
+        raise
+    except Exception as error:  # remote file systems raise nearly anything
+        raise ImageError(printable(root), f"cannot be listed ({one_line(error)})") from error
+
+
+def download(address: str) -> bytes:
+    """Return the bytes of a remote image.
+
+    :raises ImageError: If it cannot be read, or is too large.
+    """
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            system, path = file_system(address)
+            size = system.info(path)["size"]
+            if size is not None:
+                check_size(size, address)
+            with open_binary(address) as file:
+                return file.read()
+        except ImageError:
+            raise
+        except FileNotFoundError:
+            raise ImageError(printable(address), "does not exist") from None
+        except Exception as error:  # remote file systems raise nearly anything
+            if attempt == ATTEMPTS or not isinstance(error, OSError):
+                raise ImageError(printable(address), f"cannot be read ({one_line(error)})") from error
+    raise AssertionError("unreachable")

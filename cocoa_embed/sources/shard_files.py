@@ -1,0 +1,199 @@
+"""Files that hold many images, each file a shard: archives, tables, documents, videos; local or remote."""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple, TypeVar
+
+from cocoa_embed.data.places import Place, is_gone, modified_at, version_of
+from cocoa_embed.errors import CocoaError, ImageError, printable
+from cocoa_embed.sources.base import Record, Shard, SourceOptions, storable
+from cocoa_embed.sources.files import is_deleted
+
+Item = TypeVar("Item")
+
+RECORDS_AHEAD = 16
+"""Records that are read before they are asked for."""
+
+
+class Kind(NamedTuple):
+    """A kind of file that holds images."""
+
+    name: str
+    suffixes: tuple[str, ...]
+    """In lower case."""
+    read: Callable[[ShardFile], Iterator[Record]]
+    """Yields the records in order; raises an ``ImageError`` that names what the file lacks after the good ones."""
+    package: str
+    """What reads it, and the extra that installs that."""
+    extra: str
+    settings: tuple[str, ...] = ()
+    """The fields of ``SourceOptions`` that decide which records a file has."""
+    is_versioned: bool = True
+    """Whether a file that is unchanged has unchanged images."""
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One file whose images are read together."""
+
+    place: Place
+    relative_key: str
+    kind: Kind
+    options: SourceOptions
+
+    @property
+    def key(self) -> str:
+        """The absolute path or the address."""
+        return str(self.place)
+
+    @property
+    def version(self) -> str:
+        """Changes with the file and with the settings that concern it; empty if its images have their own versions."""
+        if not self.kind.is_versioned:
+            return ""
+        try:
+            settings = [str(getattr(self.options, name)) for name in self.kind.settings]
+            return ":".join([*version_of(self.place)[1:], *settings])
+        except CocoaError:  # reading it gives the reason
+            return "missing"
+
+    @cached_property
+    def mtime(self) -> float:
+        """When the file was changed, in seconds since 1970; 0 if that is unknown."""
+        return modified_at(self.place)
+
+    def records(self) -> Iterator[Record]:
+        """Yield the images, which a thread reads ahead.
+
+        :raises ImageError: If the file cannot be read, or not to its end.
+        """
+        return in_background(partial(self.kind.read, self))
+
+    def make_record(self, name: str, content: bytes | ImageError, metadata: Mapping[str, Any]) -> Record:
+        """Return the record of one image.
+
+        :param name: Its name inside of the file.
+        :param content: The bytes of an image file, or the error that reading it raises.
+        :param metadata: Values of any kind; those that JSON does not have become strings, or null.
+        """
+        return Record(
+            key=f"{self.key}#{name}",
+            relative_key=f"{self.relative_key}#{name}",
+            read=partial(_give, content),
+            mtime=self.mtime,
+            shard=self.key,
+            metadata=json_values(metadata),
+            metadata_source=self.key if metadata else None,
+        )
+
+
+@dataclass(frozen=True)
+class ShardFiles:
+    """A source: files of images, named one by one or found in a folder."""
+
+    files: Sequence[tuple[Place, Kind]]
+    options: SourceOptions
+    root: str | None
+    """The folder or the address where the files were found; None if they were named."""
+    suffixes: tuple[str, ...]
+    """Of the files that would have been found there."""
+
+    @property
+    def name(self) -> str:
+        """The folder, or the first file, for messages."""
+        return printable(self.root or str(self.files[0][0]))
+
+    def shards(self) -> Iterator[Shard]:
+        """Yield the files in order."""
+        for place, kind in self.files:
+            yield ShardFile(place, relative_key(str(place), self.root), kind, self.options)
+
+    def covers(self, key: str) -> bool:
+        """Return whether the key is that of an image in one of the files, or in one that could be among them."""
+        file, mark, _ = key.rpartition("#")
+        if not mark or any(file == storable(str(place)) for place, _ in self.files):
+            return bool(mark)
+        return self.root is not None and is_below(file, storable(self.root)) and file.lower().endswith(self.suffixes)
+
+    def is_deleted(self, key: str) -> bool:
+        """Return whether there is certainly no file any more that has had the image."""
+        return is_deleted(key) or is_gone(key.rpartition("#")[0])
+
+
+def is_below(key: str, root: str) -> bool:
+    """Return whether a path or an address is in a folder."""
+    return key.startswith(root.rstrip("/") + "/")
+
+
+def relative_key(key: str, root: str | None) -> str:
+    """Return a key below a folder or an address; the name of the file if it is elsewhere."""
+    is_inside = root is not None and is_below(key, root)
+    return key[len(str(root).rstrip("/")) + 1 :] if is_inside else PurePosixPath(key).name
+
+
+def json_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values as JSON has them: dates become strings, numbers that are not finite null; bytes are left out.
+
+    A ``caption`` without a ``text`` beside it is the text.
+    """
+    kept = {name: value for name, value in values.items() if not isinstance(value, bytes | bytearray)}
+    if "text" not in kept and isinstance(kept.get("caption"), str):
+        kept["text"] = kept.pop("caption")
+    result: dict[str, Any] = json.loads(json.dumps(kept, default=str), parse_constant=lambda _: None)
+    return result
+
+
+def in_background(read: Callable[[], Iterator[Item]], ahead: int = RECORDS_AHEAD) -> Iterator[Item]:
+    """Yield what an iterator yields; a thread runs it, up to ``ahead`` items before they are asked for.
+
+    :raises Exception: What the iterator raises, after the items before it.
+    """
+    handed: queue.Queue[tuple[bool, Any]] = queue.Queue(ahead)
+    stopped = threading.Event()
+
+    def hand_over(is_item: bool, value: object) -> None:
+        while not stopped.is_set():
+            with suppress(queue.Full):
+                return handed.put((is_item, value), timeout=0.1)
+
+    def run() -> None:
+        try:
+            with closing(read()) as items:  # type: ignore[type-var]
+                for item in items:
+                    hand_over(True, item)
+                    if stopped.is_set():
+                        return
+            hand_over(False, None)
+        except BaseException as error:  # noqa: BLE001 - raised again in the thread that asks
+            hand_over(False, error)
+
+    thread = threading.Thread(target=run, name="cocoa-shard", daemon=True)
+    thread.start()
+    try:
+        while (handed_over := handed.get())[0]:
+            yield handed_over[1]
+        if handed_over[1] is not None:
+            raise handed_over[1]
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def _give(content: bytes | ImageError) -> bytes:
+    if isinstance(content, ImageError):
+        raise content
+    return content
+
+
+def shard_error(file: ShardFile, good: int, reason: str) -> ImageError:
+    """Return the error of a file that cannot be read to its end."""
+    after = f" after {good} image{'s' * (good > 1)}" if good else ""
+    return ImageError(printable(file.key), f"cannot be read{after} ({reason})")

@@ -1,0 +1,142 @@
+"""Images inside of Parquet and Arrow files, as data sets of the Hugging Face hub have them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+from cocoa_embed.data.places import Place, open_binary, suffix_of
+from cocoa_embed.errors import ImageError, one_line
+from cocoa_embed.images.load import check_size, image_size
+from cocoa_embed.sources.base import Record
+from cocoa_embed.sources.shard_files import Kind, ShardFile, shard_error
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+ROWS_AT_ONCE = 64
+"""Rows that are decoded together."""
+
+ADDRESS_COLUMNS = ("url", "image_url", "img_url", "image", "address")
+"""The names of a column of addresses, in lower case; the first that a table has is read."""
+
+BUFFER_BYTES = 2**20
+"""What is read of a column at once, instead of all that a row group has of it."""
+
+
+def read_table(file: ShardFile) -> Iterator[Record]:
+    """Yield the images of a table's rows; a row is named by its number from 0, and its other columns are metadata.
+
+    :raises ImageError: If the table cannot be read to its end, or has no images.
+    """
+    first = records = 0
+    columns: list[str] | None = None
+    try:
+        for batch in batches(file.place):
+            columns = image_columns(batch) if columns is None else columns
+            if not columns:
+                raise ImageError(file.key, f"has no images (columns: {', '.join(batch.schema.names)}); a column of"
+                                 " images has bytes, or {bytes, path}")  # fmt: skip
+            others = [name for name in batch.schema.names if name not in columns]
+            for number, row in enumerate(batch.select(others).to_pylist(), first):
+                for column in columns:
+                    cell = batch[column][number - first].as_py()
+                    for place, (content, path) in enumerate(_images(cell, file.key)):
+                        name = _name(number, column if len(columns) > 1 else "", place)
+                        yield file.make_record(name, content, {**row, **({"file_name": path} if path else {})})
+                        records += 1
+            first += batch.num_rows
+    except ImageError:
+        raise
+    except Exception as error:  # remote file systems raise nearly anything
+        raise shard_error(file, records, one_line(error)) from error
+
+
+def batches(place: Place) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of a Parquet or Arrow file.
+
+    :raises Exception: If it cannot be read.
+    """
+    import pyarrow.ipc as ipc
+    import pyarrow.parquet as parquet
+
+    with open_binary(place) as file:
+        if suffix_of(place) == ".parquet":
+            yield from parquet.ParquetFile(file, buffer_size=BUFFER_BYTES).iter_batches(batch_size=ROWS_AT_ONCE)
+            return
+        is_file = file.read(6) == b"ARROW1"
+        file.seek(0)
+        if is_file:
+            reader = ipc.open_file(file)
+            whole = (reader.get_batch(number) for number in range(reader.num_record_batches))
+        else:
+            whole = iter(ipc.open_stream(file))
+        for batch in whole:
+            yield from (batch.slice(start, ROWS_AT_ONCE) for start in range(0, batch.num_rows, ROWS_AT_ONCE))
+
+
+def has_addresses(place: Place) -> bool:
+    """Return whether a table has no images, but a column that may hold the addresses of images."""
+    batch = None
+    with suppress(Exception):  # reading it to its end says what is wrong
+        batch = next(batches(place), None)
+    return batch is not None and not image_columns(batch) and address_column(batch.schema.names) is not None
+
+
+def address_column(names: Iterable[str]) -> str | None:
+    """Return the column that may hold addresses, None if there is none."""
+    by_lower_case = {name.lower(): name for name in names}
+    return next((by_lower_case[name] for name in ADDRESS_COLUMNS if name in by_lower_case), None)
+
+
+def image_columns(batch: pa.RecordBatch) -> list[str]:
+    """Return the columns that hold the bytes of images: of several that hold bytes, those whose first are an image."""
+    names = [field.name for field in batch.schema if _holds_bytes(field.type)]
+    return [name for name in names if _begins_with_image(batch[name])] or names
+
+
+def _begins_with_image(cells: pa.Array) -> bool:
+    first = next(chain.from_iterable(_images(cell.as_py(), "") for cell in cells), None)
+    try:
+        return first is not None and isinstance(first[0], bytes) and image_size(first[0], "") is not None
+    except ImageError:
+        return False
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return _holds_bytes(kind.value_type)
+    if pa.types.is_struct(kind):
+        return any(member.name == "bytes" and _holds_bytes(member.type) for member in kind)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+
+
+def _images(cell: Any, name: str) -> Iterator[tuple[bytes | ImageError, str | None]]:  # noqa: ANN401
+    """Yield the images of a cell, with the names of their files; nothing for a cell without a value."""
+    if isinstance(cell, list):
+        for each in cell:
+            yield from _images(each, name)
+    elif isinstance(cell, dict):
+        path = cell.get("path")
+        if cell.get("bytes") is not None:
+            yield from ((content, path) for content, _ in _images(cell["bytes"], name))
+        elif path:
+            yield ImageError(name, f"has no bytes, only the path {path!a}"), path
+    elif isinstance(cell, bytes):
+        try:
+            check_size(len(cell), name)
+            yield cell, None
+        except ImageError as error:
+            yield error, None
+
+
+def _name(row: int, column: str, place: int) -> str:
+    """Return the name of an image: the row, with the column if there are several, and the place in a list."""
+    return str(row) + (f":{column}" if column else "") + (f"[{place}]" if place else "")
+
+
+KIND = Kind("table", (".parquet", ".arrow"), read_table, "pyarrow", "tables")

@@ -1,0 +1,1 @@
+"""Embed and load as two steps: embeddings go into Parquet files, and from there into a collection."""

@@ -1,0 +1,205 @@
+"""Embed the images of sources into a folder of Parquet files, part by part; parts that are there are skipped."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from itertools import chain, groupby, islice
+
+from cocoa_embed.encode.devices import DeviceEncoder
+from cocoa_embed.encode.encoder import Encoder
+from cocoa_embed.encode.read_ahead import read_ahead
+from cocoa_embed.errors import ImageError
+from cocoa_embed.integrations.qdrant.indexing.embed_records import NewPoint, points_of
+from cocoa_embed.integrations.qdrant.shards.files import FAILED_SUFFIX, SUFFIX, EmbeddingFolder
+from cocoa_embed.integrations.qdrant.stores.base import Point, Signature
+from cocoa_embed.sources.base import Record, Shard, Source
+
+PART_RECORDS = 2048
+"""Images of a part that is no shard, on average; at most four times as many."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What becomes one file: a shard, or files that are neighbours."""
+
+    name: str
+    """A digest of the keys and versions of what it holds: the name of its file."""
+    shards: Sequence[Shard]
+
+
+@dataclass(frozen=True)
+class SomeRecords:
+    """Records as a shard."""
+
+    key: str
+    kept: Sequence[Record]
+    version: str = ""
+
+    def records(self) -> Iterator[Record]:
+        """Yield the records."""
+        return iter(self.kept)
+
+
+@dataclass(frozen=True)
+class EmbedSummary:
+    """The result of embedding sources, or one part."""
+
+    out: str
+    parts: int = 0
+    """Files that were written."""
+    skipped: int = 0
+    """Files that were there."""
+    embedded: int = 0
+    """Images that were embedded: copies in one part count once."""
+    failed: list[dict[str, str]] = field(default_factory=list)
+    """Images that could not be used, also those of skipped files, as ``{"path", "reason"}``."""
+    seconds: float = 0.0
+
+
+def parts_of(sources: Iterable[Source]) -> Iterator[Part]:
+    """Yield the parts of sources: each shard that has a version, and the records of the others in groups.
+
+    A group ends where a digest of the last record's key says so: another file changes one or two groups, not all.
+
+    :raises ImageError: If a folder cannot be listed.
+    """
+    shards = chain.from_iterable(source.shards() for source in sources)
+    for is_versioned, together in groupby(shards, key=lambda shard: bool(shard.version)):
+        if is_versioned:
+            yield from (Part(digest([shard.key, shard.version]), [shard]) for shard in together)
+        else:
+            records = chain.from_iterable(shard.records() for shard in together)
+            while group := list(take_group(records)):
+                versions = (f"{record.key} {record.mtime} {record.size}" for record in group)
+                yield Part(digest(versions), [SomeRecords(group[0].key, group)])
+
+
+def take_group(records: Iterator[Record]) -> Iterator[Record]:
+    """Yield records up to the end of their group."""
+    for record in islice(records, 4 * PART_RECORDS):
+        yield record
+        if int(digest([record.key]), 16) % PART_RECORDS == 0:
+            return
+
+
+def digest(texts: Iterable[str]) -> str:
+    """Return 32 hexadecimal digits that identify texts in their order."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for text in texts:
+        hashed.update(text.encode("utf-8", "surrogatepass") + b"\0")
+    return hashed.hexdigest()
+
+
+def share(parts: Iterable[Part], number: int, count: int) -> Iterator[Part]:
+    """Yield the parts of one of several machines that embed the same sources.
+
+    :param number: From 1 to ``count``.
+    """
+    return islice(parts, number - 1, None, count)
+
+
+def is_done(part: Part, names: set[str], *, retry_failed: bool) -> bool:
+    """Return whether a part's file is among the names of those that are complete."""
+    return part.name + SUFFIX in names or (part.name + FAILED_SUFFIX in names and not retry_failed)
+
+
+def sign(folder: EmbeddingFolder, encoder: Encoder) -> None:
+    """Name the model in the folder.
+
+    :raises CocoaError: If the folder has embeddings of another model.
+    """
+    encoder.require_images()
+    folder.sign(Signature(encoder.name, encoder.fingerprint, encoder.dimension))
+
+
+def embed_part(part: Part, folder: EmbeddingFolder, encoder: Encoder, *, batch_size: int = 32) -> EmbedSummary:
+    """Embed the images of a part and write its file.
+
+    :raises CocoaError: If the file cannot be written.
+    """
+    failed: list[dict[str, str]] = []
+
+    def records() -> Iterator[Record]:
+        for shard in part.shards:
+            try:
+                yield from shard.records()
+            except ImageError as error:
+                failed.append({"path": shard.key, "reason": error.reason})
+
+    def points() -> Iterator[Point]:
+        for outcome in points_of(records(), encoder, batch_size=batch_size):
+            if isinstance(outcome, NewPoint):
+                yield outcome.point
+            else:
+                failed.append({"path": outcome.record.key, "reason": outcome.error.reason})
+
+    started = time.perf_counter()
+    count = folder.write(part.name, points(), failed, encoder.dimension)
+    return EmbedSummary(folder.place, int(count > 0), 0, count, failed, time.perf_counter() - started)
+
+
+def embed(
+    sources: Iterable[Source],
+    folder: EmbeddingFolder,
+    encoder: Encoder,
+    *,
+    number: int = 1,
+    count: int = 1,
+    batch_size: int = 32,
+    retry_failed: bool = False,
+) -> Iterator[EmbedSummary]:
+    """Embed what the folder lacks of the sources; yield what became of each part.
+
+    :param number: Of this machine, from 1 to ``count``, of those that embed the same sources.
+    :param retry_failed: Whether to embed parts again of which some images could not be used.
+    :raises CocoaError: If the folder has embeddings of another model, or cannot be written.
+    """
+    sign(folder, encoder)
+    names = folder.names()
+
+    def finish(part: Part) -> EmbedSummary:
+        if is_done(part, names, retry_failed=retry_failed):
+            return skipped(part, folder, names)
+        return embed_part(part, folder, encoder, batch_size=batch_size)
+
+    parts = share(parts_of(sources), number, count)
+    if not isinstance(encoder, DeviceEncoder):
+        yield from map(finish, parts)
+        return
+    # Two at once, so that no device waits for the last images of a part.
+    with closing(read_ahead(finish, parts, workers=2, ahead=1)) as finished:
+        try:
+            for _, summary in finished:
+                yield summary.result()
+        except BaseException:
+            encoder.close()
+            raise
+
+
+def skipped(part: Part, folder: EmbeddingFolder, names: set[str]) -> EmbedSummary:
+    """Return the summary of a part that is done, with the images that could not be used."""
+    failed = folder.failed(part.name + FAILED_SUFFIX) if part.name + FAILED_SUFFIX in names else []
+    return EmbedSummary(folder.place, skipped=1, failed=failed)
+
+
+def total(
+    summaries: Iterable[EmbedSummary], out: str, seconds: Callable[[], float], faults: Iterable[dict[str, str]] = ()
+) -> EmbedSummary:
+    """Return the summary of all parts.
+
+    :param faults: What of the sources could not be used before there were parts, as ``{"path", "reason"}``.
+    """
+    every = list(summaries)
+    failed = sorted(chain(faults, *(each.failed for each in every)), key=lambda failure: failure["path"])
+    return EmbedSummary(
+        out,
+        parts=sum(each.parts for each in every),
+        skipped=sum(each.skipped for each in every),
+        embedded=sum(each.embedded for each in every),
+        failed=failed,
+        seconds=seconds(),
+    )

@@ -1,0 +1,175 @@
+"""A folder of Parquet files with embeddings, local or remote, each file there whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from cocoa_embed.data.places import file_system, reading
+from cocoa_embed.errors import CocoaError, one_line, printable, require
+from cocoa_embed.folders import SCRATCH_SUFFIX
+from cocoa_embed.integrations.qdrant.stores.base import Point, Signature
+
+SIGNATURE_FILE = "cocoa-embed.json"
+"""Names the model that made the embeddings of a folder."""
+
+SUFFIX, FAILED_SUFFIX = ".parquet", ".failed.parquet"
+"""Of a file, and of one where some images could not be used."""
+
+FAILED_KEY = "cocoa_embed.failed"
+"""The key in a file's metadata of the images that could not be used, as JSON."""
+
+ROWS_AT_ONCE = 1024
+"""Rows of a row group: what a writer and a reader hold in memory."""
+
+
+@dataclass(frozen=True)
+class EmbeddingFolder:
+    """A folder of embeddings: a path, or an address that fsspec knows."""
+
+    place: str
+
+    @cached_property
+    def _opened(self) -> tuple[Any, str]:
+        require("pyarrow", "tables")
+        with reading(self.place):
+            return file_system(self.place)
+
+    @property
+    def _system(self) -> Any:  # noqa: ANN401
+        return self._opened[0]
+
+    @property
+    def _path(self) -> str:
+        return self._opened[1].rstrip("/")
+
+    def names(self) -> set[str]:
+        """Return the names of the Parquet files that are complete.
+
+        :raises CocoaError: If the folder cannot be listed.
+        """
+        try:
+            listed = self._system.ls(self._path, detail=False, refresh=True)
+        except FileNotFoundError:
+            return set()
+        except Exception as error:  # remote file systems raise nearly anything
+            raise CocoaError(f"{printable(self.place)} cannot be listed ({one_line(error)})") from error
+        names = (PurePosixPath(name).name for name in listed)
+        return {name for name in names if name.endswith(SUFFIX) and not name.startswith(".")}
+
+    def signature(self) -> Signature | None:
+        """Return the model that made the embeddings; None for a folder without any.
+
+        :raises CocoaError: If that cannot be read.
+        """
+        file = f"{self._path}/{SIGNATURE_FILE}"
+        with reading(file):
+            return Signature(**json.loads(self._system.cat_file(file))) if self._system.exists(file) else None
+
+    def sign(self, signature: Signature) -> None:
+        """Name the model of a folder's embeddings.
+
+        :raises CocoaError: If the folder has those of another model, or cannot be written.
+        """
+        found = self.signature()
+        if found is None:
+            content = json.dumps(asdict(signature), indent=2).encode()
+            self._write(lambda file: (file.write(content), SIGNATURE_FILE)[1])
+        elif (found.fingerprint, found.dimension) != (signature.fingerprint, signature.dimension):
+            raise CocoaError(
+                f"{printable(self.place)} has embeddings of {found.model} ({found.dimension} dimensions), not of"
+                f" {signature.model} ({signature.dimension}); give another folder"
+            )
+
+    def write(self, stem: str, points: Iterable[Point], failed: list[dict[str, str]], dimension: int) -> int:
+        """Write a file, or none if there are no points; return their number.
+
+        :param stem: Its name without a suffix. A file of this name with the other suffix is removed.
+        :param points: Taken one by one.
+        :param failed: The images that could not be used, complete when all points are taken.
+        :raises CocoaError: If the file cannot be written.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as parquet
+
+        vectors = pa.list_(pa.float16(), dimension)
+        schema = pa.schema([("id", pa.string()), ("vector", vectors), ("payload", pa.string())])
+        count = 0
+
+        def fill(file: Any) -> str | None:  # noqa: ANN401
+            nonlocal count
+            remaining = iter(points)
+            with parquet.ParquetWriter(file, schema) as writer:
+                for rows in iter(lambda: list(islice(remaining, ROWS_AT_ONCE)), []):
+                    flat = np.concatenate([point.vector for point in rows]).astype(np.float16)
+                    columns = [
+                        pa.array([point.id for point in rows]),
+                        pa.FixedSizeListArray.from_arrays(pa.array(flat), dimension),
+                        pa.array([json.dumps(point.payload, ensure_ascii=False) for point in rows]),
+                    ]
+                    writer.write_table(pa.table(columns, schema=schema))
+                    count += len(rows)
+                if failed:
+                    writer.add_key_value_metadata({FAILED_KEY: json.dumps(failed)})
+            return None if count == 0 else stem + (FAILED_SUFFIX if failed else SUFFIX)
+
+        self._write(fill)
+        other = f"{self._path}/{stem}{SUFFIX if failed else FAILED_SUFFIX}"
+        with reading(other):
+            if count and self._system.exists(other):
+                self._system.rm_file(other)
+        return count
+
+    def read(self, name: str) -> Iterator[Point]:
+        """Yield the points of a file, some rows in memory.
+
+        :raises CocoaError: If it cannot be read.
+        """
+        import pyarrow.parquet as parquet
+
+        with reading(f"{self.place}/{name}"), self._system.open(f"{self._path}/{name}", "rb") as file:
+            for rows in parquet.ParquetFile(file).iter_batches(batch_size=ROWS_AT_ONCE):
+                flat = rows["vector"].flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+                vectors = flat.reshape(rows.num_rows, -1)
+                for id_, vector, payload in zip(rows["id"], vectors, rows["payload"], strict=True):
+                    yield Point(id_.as_py(), vector, json.loads(payload.as_py()))
+
+    def failed(self, name: str) -> list[dict[str, str]]:
+        """Return the images that could not be used when a file was written, as ``{"path", "reason"}``.
+
+        :raises CocoaError: If it cannot be read.
+        """
+        import pyarrow.parquet as parquet
+
+        with reading(f"{self.place}/{name}"), self._system.open(f"{self._path}/{name}", "rb") as file:
+            found = (parquet.read_metadata(file).metadata or {}).get(FAILED_KEY.encode(), b"[]")
+            return list(json.loads(found))
+
+    def _write(self, fill: Callable[[Any], str | None]) -> None:
+        """Write a file that gets its name when it is complete.
+
+        :param fill: Writes it, and returns its name, None to drop it.
+        """
+        scratch = f"{self._path}/.{uuid.uuid4().hex}{SCRATCH_SUFFIX}"
+        try:
+            self._system.makedirs(self._path, exist_ok=True)
+            try:
+                with self._system.open(scratch, "wb") as file:
+                    name = fill(file)
+                if name is not None:
+                    self._system.mv(scratch, f"{self._path}/{name}")
+            finally:
+                if self._system.exists(scratch):
+                    self._system.rm_file(scratch)
+        except CocoaError:
+            raise
+        except Exception as error:  # remote file systems raise nearly anything
+            raise CocoaError(f"{printable(self.place)} cannot be written ({one_line(error)})") from error

@@ -1,0 +1,129 @@
+"""Embed on a Ray cluster: parts are read, embedded and written by actors, each with a model of its own."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from cocoa_embed.encode.load import load_encoder
+from cocoa_embed.errors import CocoaError, UsageError, one_line, require
+from cocoa_embed.integrations.qdrant.shards.embed import (
+    EmbedSummary,
+    embed_part,
+    is_done,
+    parts_of,
+    share,
+    sign,
+    skipped,
+)
+from cocoa_embed.integrations.qdrant.shards.files import EmbeddingFolder
+from cocoa_embed.sources.base import Source
+
+MOST_BLOCKS = 4096
+"""Blocks of a Ray data set; what an actor's end repeats is at most one."""
+
+
+class Embedder:
+    """The work of an actor: it embeds parts and writes their files.
+
+    Embedding and writing are one step, so that the file of a part is whole or not there: Ray splits and repeats blocks
+    as it likes. A part that is embedded twice, because its actor ended, has the same file.
+    """
+
+    def __init__(self, model: str, folder: EmbeddingFolder, options: Mapping[str, Any]) -> None:
+        """Load the model onto the actor's device."""
+        self.folder = folder
+        self.encoder = load_encoder(model, **options)
+        sign(folder, self.encoder)
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[bytes]]:
+        """Embed parts, pickled in the column ``part``; return their summaries in the column ``summary``."""
+        summaries = [embed_part(pickle.loads(part), self.folder, self.encoder) for part in batch["part"]]
+        return {"summary": [pickle.dumps(summary) for summary in summaries]}
+
+
+def embed_on_ray(
+    sources: Iterable[Source],
+    folder: EmbeddingFolder,
+    model: str | Path,
+    options: Mapping[str, Any],
+    *,
+    address: str | None = None,
+    actors: int | None = None,
+    number: int = 1,
+    count: int = 1,
+    retry_failed: bool = False,
+    embedder: type[Embedder] = Embedder,
+) -> Iterator[EmbedSummary]:
+    """Embed what the folder lacks of the sources; yield what became of each part, in any order.
+
+    :param folder: One that all machines of the cluster reach, as they do the sources and the model.
+    :param options: Those of ``load_encoder``, with ``dimension``.
+    :param address: The address of a cluster; ``auto`` is the one on this machine. None starts Ray for this run alone.
+    :param actors: How many actors embed; None takes one for each GPU, or for each core if there are none.
+    :param number: Of this run, from 1 to ``count``, of those that embed the same sources.
+    :param retry_failed: Whether to embed parts again of which some images could not be used.
+    :param embedder: The class of the actors.
+    :raises CocoaError: If the cluster cannot be reached, or the model cannot be loaded.
+    """
+    ray_data = require("ray.data", "ray")
+    given = {name: value for name, value in options.items() if value is not None and value is not False}
+    if fixed := {"device", "devices"} & given.keys():
+        raise UsageError(f"--{min(fixed)} and --ray were given together; Ray chooses the device of each actor")
+    names = folder.names()
+    waiting = []
+    for part in share(parts_of(sources), number, count):
+        if is_done(part, names, retry_failed=retry_failed):
+            yield skipped(part, folder, names)
+        else:
+            waiting.append({"part": pickle.dumps(part)})
+    if not waiting:
+        return
+    ray = _start(address)
+    try:
+        resources = ray.cluster_resources()
+        gpus = int(resources.get("GPU", 0))
+        parts = ray_data.from_items(waiting, override_num_blocks=min(len(waiting), MOST_BLOCKS))
+        embedded = parts.map_batches(
+            embedder,
+            fn_constructor_args=(str(model), folder, given),
+            batch_size=1,
+            compute=ray_data.ActorPoolStrategy(size=min(actors or gpus or int(resources["CPU"]), len(waiting))),
+            num_gpus=1 if gpus else None,
+        )
+        for row in embedded.iter_rows():
+            yield pickle.loads(row["summary"])
+    except ray.exceptions.RayError as error:
+        # Ray hands on an actor's error as the text of its traceback.
+        told = re.search(rf"^{CocoaError.__module__}\.\w+: (.*)", str(error), re.MULTILINE)
+        raise CocoaError(told[1] if told else f"Ray failed ({str(error).strip().splitlines()[-1]})") from error
+    finally:
+        ray.shutdown()
+
+
+def _start(address: str | None) -> Any:  # noqa: ANN401
+    """Connect to a cluster, or start Ray on this machine, reachable from it alone and without usage statistics.
+
+    :raises CocoaError: If there is no cluster.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    alone: dict[str, Any] = {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
+    try:
+        ray.init(
+            address=address or "local",
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            **({} if address else alone),
+        )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise CocoaError(f"there is no Ray cluster at {address} ({one_line(error)})") from error
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    return ray

@@ -1,0 +1,75 @@
+"""``cocoa-embed embed`` and ``load`` as a stranger runs them; and ``index`` with every kind of source."""
+
+import json
+from pathlib import Path
+
+import pytest
+from command_line import Command
+from fake_model import FakeModel, write_colours
+from source_files import pdf, tar
+from table_files import png
+
+
+@pytest.fixture(autouse=True)
+def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("fake").mkdir()
+    for file in ("fake/modules.json", "fake/model.safetensors"):
+        Path(file).touch()
+    monkeypatch.setattr("sentence_transformers.SentenceTransformer", lambda *_, **__: FakeModel())
+    write_colours(Path("photos"), "red", "green", "blue")
+    Path("a.tar").write_bytes(tar([("x.png", png(1)), ("y.png", b"no image")]))
+    Path("report.pdf").write_bytes(pdf("red", "blue"))
+
+
+def test_embed_then_load_then_search(command: Command) -> None:
+    done = command("embed", "photos", "a.tar", "--model", "fake", "--out", "out", "--json")
+    assert done.status == 1
+    document = json.loads(done.out)
+    assert (document["parts"], document["skipped"], document["embedded"]) == (2, 0, 4)
+    (failure,) = document["failed"]
+    assert failure["path"].endswith("a.tar#y.png")
+    assert "left out: " in done.err
+    again = json.loads(command("embed", "photos", "a.tar", "--model", "fake", "--out", "out", "--json").out)
+    assert (again["parts"], again["skipped"], again["failed"]) == (0, 2, document["failed"])
+    loaded = command("load", "out", "--json")
+    assert (loaded.status, loaded.document()["points"]) == (0, 4)
+    hits = command("search", "blue", "--model", "fake", "--limit", 1, "--json").document()["hits"]
+    assert [Path(hit["path"]).name for hit in hits] == ["blue.png"]
+
+
+def test_index_takes_archives_documents_and_addresses(command: Command) -> None:
+    words = ("index", "photos", "a.tar", "report.pdf", "--model", "fake", "--json")
+    summary = json.loads(command(*words).out)
+    assert (summary["indexed"], len(summary["failed"])) == (6, 1)
+    hits = command("search", "red", "--model", "fake", "--filter", "page=1", "--json").document()["hits"]
+    assert [hit["path"].rpartition("/")[2] for hit in hits] == ["report.pdf#page=1"]
+    again = json.loads(command(*words).out)
+    assert (again["indexed"], again["unchanged"], len(again["failed"])) == (0, 6, 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["embed", "photos", "--shard", "3/2"], 2, "--shard 3/2 is not of the form i/n"),
+        (["embed", "photos", "--shard", "0/2"], 2, "--shard 0/2 is not of the form i/n"),
+        (["embed", "photos", "--device", "cpu", "--devices", "cpu"], 2, "--device and --devices were given together"),
+        (["embed", "https://example.com/a.jpg"], 2, "give --allow-host example.com"),
+        (["embed", "nowhere"], 1, "nowhere does not exist"),
+        (["embed", "photos", "--include", "pdfs"], 2, "--include pdfs is no kind of file"),
+        (["embed", "photos", "--ray", "--devices", "cpu"], 2, "--devices and --ray were given together"),
+        (["embed", "photos", "--revision", "main"], 2, "--revision main is of a model on the hub"),
+        (["embed", "photos", "--every", "0"], 2, "'--every'"),
+    ],
+)
+def test_wrong_usage_is_one_sentence(command: Command, words: list[str], code: int, message: str) -> None:
+    done = command(*words, "--model", "fake", "--out", "out")
+    assert (done.status, done.out) == (code, "")
+    assert message in done.err.replace("\n", " ")
+
+
+def test_a_folder_without_embeddings_cannot_be_loaded(command: Command) -> None:
+    for place in ("photos", "nowhere"):
+        done = command("load", place)
+        assert done.status == 1
+        assert f"{place} has no cocoa-embed.json" in done.err

@@ -1,0 +1,101 @@
+"""Ray's actors embed what one process embeds, and an actor that is killed loses and doubles nothing."""
+
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from exported import write_checkpoint
+from source_files import tar
+from table_files import png, write_images
+from tiny_backbones import TINY_MAX_LENGTH
+
+from cocoa_embed.encode.load import load_encoder
+from cocoa_embed.errors import CocoaError, UsageError
+from cocoa_embed.integrations.qdrant.shards.embed import EmbedSummary, embed
+from cocoa_embed.integrations.qdrant.shards.files import EmbeddingFolder
+from cocoa_embed.integrations.ray import Embedder, embed_on_ray
+from cocoa_embed.model.backbone import load_backbone
+from cocoa_embed.model.export import export_model
+from cocoa_embed.sources.open import all_sources
+
+ray = pytest.importorskip("ray")
+
+
+class Mortal(Embedder):
+    """An actor whose process is killed at its second part, the first time that one of them comes to that."""
+
+    parts = 0
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[bytes]]:
+        self.parts += 1
+        died = Path(self.folder.place).parent / "died"
+        if self.parts == 2 and not died.exists():
+            died.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(batch)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_backbone_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    backbone = load_backbone(str(tiny_backbone_path), max_length=TINY_MAX_LENGTH)
+    return export_model(write_checkpoint(backbone, folder / "run"), folder / "model")
+
+
+def points(folder: EmbeddingFolder) -> dict[str, np.ndarray]:
+    found = [point for name in folder.names() for point in folder.read(name)]
+    assert len({point.id for point in found}) == len(found)
+    return {point.id: point.vector for point in found}
+
+
+def test_devices_are_left_to_ray(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--devices and --ray were given together"):
+        list(embed_on_ray([], EmbeddingFolder(str(tmp_path)), "model", {"devices": "all"}))
+
+
+@pytest.mark.slow
+def test_a_killed_actor_loses_and_doubles_no_part(model: Path, tmp_path: Path) -> None:
+    places: list[str | Path] = [tmp_path / "photos"]
+    write_images(tmp_path / "photos", ["a", "b", "c"])
+    for number in range(6):
+        places.append(tmp_path / f"{number}.tar")
+        (tmp_path / f"{number}.tar").write_bytes(
+            tar([(f"{each}.png", png(100 + 10 * number + each)) for each in range(3)])
+        )
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    out = EmbeddingFolder(str(tmp_path / "out"))
+    summaries = list(embed_on_ray(all_sources(places), out, model, {"dtype": None}, actors=2, embedder=Mortal))
+    assert (tmp_path / "died").exists()
+    assert not ray.is_initialized()
+    assert sorted(summary.embedded for summary in summaries) == [3] * 7
+    assert not any(summary.failed for summary in summaries)
+    alone = EmbeddingFolder(str(tmp_path / "alone"))
+    list(embed(all_sources(places), alone, load_encoder(model, "cpu")))
+    assert out.names() == alone.names()
+    expected, found = points(alone), points(out)
+    assert found.keys() == expected.keys()
+    for id_, vector in found.items():
+        np.testing.assert_allclose(vector, expected[id_], atol=2e-3)
+    again = list(embed_on_ray(all_sources(places), out, model, {}))
+    assert again == [EmbedSummary(out.place, skipped=1)] * 7
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_be_loaded_is_its_own_error(tmp_path: Path) -> None:
+    write_images(tmp_path / "photos", ["a"])
+    out = EmbeddingFolder(str(tmp_path / "out"))
+    with pytest.raises(CocoaError, match="there is no such model folder"):
+        list(embed_on_ray(all_sources([tmp_path / "photos"]), out, tmp_path / "nowhere", {}, actors=1))
+    assert not ray.is_initialized()
+
+
+def test_a_cluster_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
+    write_images(tmp_path / "photos", ["a"])
+    out = EmbeddingFolder(str(tmp_path / "out"))
+    with pytest.raises(CocoaError, match="there is no Ray cluster at auto"):
+        list(embed_on_ray(all_sources([tmp_path / "photos"]), out, "model", {}, address="auto"))
