@@ -64,7 +64,7 @@ def search(
     as_json: JsonOption = False,
 ) -> None:
     """Find the images nearest to a text, to an image, or to both."""
-    from cocoa_embed.integrations.qdrant.filters import parse_filters
+    from cocoa_embed.integrations.qdrant.searching.filters import parse_filters
     from cocoa_embed.model.loading import check_model
 
     if not (text and text.strip()) and image is None:
@@ -98,7 +98,7 @@ def search(
 
         print_json({"hits": [{**dataclasses.asdict(hit), "payload": plain_payload(hit.payload)} for hit in hits]})
     if html is not None:
-        from cocoa_embed.integrations.qdrant.hits_page import write_hits_page
+        from cocoa_embed.integrations.qdrant.searching.hits_page import write_hits_page
 
         image_name = "an image" if image and image.startswith("data:") else Path(image or "").name
         write_hits_page(html, " + ".join(filter(None, (text, image_name))), hits)

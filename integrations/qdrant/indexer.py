@@ -5,27 +5,25 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterable
-from itertools import chain
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from PIL import Image
+import numpy as np
 from tqdm.auto import tqdm
 
-from cocoa_embed.encode.encoder import Encoder, ModelInput, make_input
+from cocoa_embed.encode.encoder import Encoder, ModelInput
 from cocoa_embed.encode.load import load_encoder
 from cocoa_embed.errors import CocoaError, UsageError, printable
 from cocoa_embed.folders import DEFAULT_INDEX
-from cocoa_embed.images.load import ImageSource
 from cocoa_embed.integrations.qdrant.image_metadata import ImageFiles
 from cocoa_embed.integrations.qdrant.index_run import IndexRun, IndexSummary
 from cocoa_embed.integrations.qdrant.index_state import STATE_KEYS, IndexState
 from cocoa_embed.integrations.qdrant.points import storable
+from cocoa_embed.integrations.qdrant.searching.searcher import Searcher
 from cocoa_embed.integrations.qdrant.settle import settle
 from cocoa_embed.integrations.qdrant.stores import open_store
-from cocoa_embed.integrations.qdrant.stores.base import Hit, Query, Signature, StoreOptions
-from cocoa_embed.integrations.qdrant.stores.client_filters import Filter, read_filter
+from cocoa_embed.integrations.qdrant.stores.base import Hit, Signature, StoreOptions
 from cocoa_embed.integrations.qdrant.stores.store import Store
 from cocoa_embed.integrations.qdrant.thumbnails import ThumbnailFolder
 
@@ -33,8 +31,10 @@ if TYPE_CHECKING:
     from qdrant_client import QdrantClient
     from sentence_transformers import SentenceTransformer
 
+__all__ = ["Hit", "IndexSummary", "QdrantIndexer"]
 
-class QdrantIndexer:
+
+class QdrantIndexer(Searcher):
     """A collection of images in Qdrant, and the multimodal model that embeds images and queries.
 
     The collection is in a local folder, in a folder of Qdrant Edge, or on a Qdrant server. It stores the fingerprint of
@@ -44,7 +44,7 @@ class QdrantIndexer:
 
     def __init__(
         self,
-        model: SentenceTransformer | Encoder | str | Path,
+        model: SentenceTransformer | Encoder | str | Path | None,
         *,
         client: QdrantClient | None = None,
         path: str | Path | None = None,
@@ -60,7 +60,8 @@ class QdrantIndexer:
     ) -> None:
         """Name the model and the collection; nothing is opened yet.
 
-        :param model: A SentenceTransformer that embeds text and images, or the folder or hub name of one.
+        :param model: A SentenceTransformer that embeds text and images, or the folder or hub name of one; None if
+            nothing will be embedded: to search by indexed images.
         :param client: A client, which the caller closes.
         :param path: The folder of a local store, created if needed; ``cocoa-index`` if no location is given.
         :param url: The address of a Qdrant server.
@@ -146,42 +147,6 @@ class QdrantIndexer:
             self.store.finish()
         return run.summary(self.store.collection, time.perf_counter() - started)
 
-    def search(
-        self,
-        text: str | None = None,
-        image: ImageSource | None = None,
-        *,
-        limit: int = 10,
-        offset: int = 0,
-        score_threshold: float | None = None,
-        query_filter: Filter = None,
-        any_orientation: bool = False,
-    ) -> list[Hit]:
-        """Return the images nearest to a text, to an image, or to both as one query, best first.
-
-        :param text: Always text, even if it is the name of a file or an address.
-        :param image: A path, bytes, a ``BytesIO``, a ``data:`` address or a PIL image.
-        :param limit: The maximum number of hits.
-        :param offset: The number of best hits to skip.
-        :param score_threshold: The minimum cosine of a hit.
-        :param query_filter: Conditions on the payload that must all hold, such as ``["mime=image/png", "width>=800"]``
-            (see ``parse_filters``), or a Qdrant filter.
-        :param any_orientation: Whether to search for the rotated and mirrored image too, with eight queries; the score
-            of a hit is the best of them.
-        :raises UsageError: If there is neither text nor image, or ``limit``, ``offset`` or a condition is invalid.
-        :raises CocoaError: If there is no such collection, or another model made it.
-        """
-        if limit < 1 or offset < 0:
-            raise UsageError(f"limit is {limit} and offset {offset}; limit must be 1 or more, offset 0 or more")
-        query = make_input(text, image)
-        conditions = read_filter(query_filter)
-        queries = orientations(query) if any_orientation else [query]
-        vectors = self._encoder_for(self.store.require_signature()).embed_queries(queries)
-        if not any_orientation:
-            return self.store.search(Query(vectors[0], limit, offset, score_threshold, conditions))
-        searches = (Query(vector, offset + limit, 0, score_threshold, conditions) for vector in vectors)
-        return best_hits(map(self.store.search, searches))[offset : offset + limit]
-
     def close(self) -> None:
         """Close the store, unless its client was given; the next use opens it again."""
         self.store.close()
@@ -227,6 +192,9 @@ class QdrantIndexer:
             )
         return encoder
 
+    def _embed_queries(self, items: Sequence[ModelInput]) -> np.ndarray:
+        return self._encoder_for(self.store.require_signature()).embed_queries(items)
+
     def _whole_encoder(self) -> Encoder:
         """Return the model with all dimensions, loaded at first use.
 
@@ -234,28 +202,13 @@ class QdrantIndexer:
         """
         with self._lock:
             if self._encoder is None:
+                if self._model is None:
+                    raise UsageError(
+                        "no model was given, which a text or an image needs; give the one of the collection"
+                    )
                 if isinstance(self._model, (str, Path)):
                     self._model = load_encoder(self._model, self._device)
                 encoder = self._model if isinstance(self._model, Encoder) else Encoder(self._model)
                 encoder.require_images()
                 self._encoder = encoder
             return self._encoder
-
-
-def orientations(item: ModelInput) -> list[ModelInput]:
-    """Return a query with its image in each of the eight orientations.
-
-    :raises UsageError: If it has no image.
-    """
-    image = item.get("image")
-    if not isinstance(image, Image.Image):
-        raise UsageError("any_orientation turns the image of a query, and this query has none; give an image")
-    return [item, *({**item, "image": image.transpose(turn)} for turn in Image.Transpose)]
-
-
-def best_hits(searches: Iterable[list[Hit]]) -> list[Hit]:
-    """Return the hits of several searches, each point once with its best score, best first."""
-    best: dict[str, Hit] = {}
-    for hit in sorted(chain.from_iterable(searches), key=lambda hit: -hit.score):
-        best.setdefault(hit.id, hit)
-    return list(best.values())
