@@ -26,6 +26,7 @@ from cocoa_embed.integrations.qdrant.stores.store import Store
 SAMPLE = 256
 """Points that are read to learn which keys there are."""
 KINDS = {bool: base.BOOL, int: base.INTEGER, float: base.FLOAT, str: base.KEYWORD}
+INDEX_KINDS = (base.KEYWORD, base.TEXT, base.INTEGER, base.FLOAT, base.BOOL, base.DATETIME)
 OTHER_NAMES = {
     **dict.fromkeys(("text", "title", "description"), "caption"),
     **dict.fromkeys(("format", "type", "mimetype", "content_type"), "mime"),
@@ -94,9 +95,11 @@ def index_for(store: Store, key: str, kind: str | None) -> tuple[str, str]:
     """Return the path of the field that a key names, and the type of index that its values need.
 
     :param kind: The type; None infers it from a sample of points: texts get ``keyword``, whole values.
-    :raises UsageError: If no point of the sample has the key, and ``kind`` is not given; or its values have no type.
+    :raises UsageError: If ``kind`` is no type, or is not given and the values in the sample have no one type.
     """
     paths = field_paths(key)
+    if kind not in (None, *INDEX_KINDS):
+        raise UsageError(f"{kind!r} is no type of index; give {', '.join(INDEX_KINDS)}")
     if key in NODE_KEYS:
         return key, kind or base.KEYWORD
     payloads = [point.payload for point in store.points(limit=SAMPLE)]

@@ -258,8 +258,8 @@ def listed(examples: Any) -> list[str]:  # noqa: ANN401
 
     :raises UsageError: If one is neither a path nor an id nor a hit.
     """
-    one = isinstance(examples, (str, int, Path, Hit))
-    names = [examples] if one else list(examples or ())
+    several = isinstance(examples, Sequence) and not isinstance(examples, str)
+    names = list(examples) if several else [] if examples is None else [examples]
     for name in names:
         if not isinstance(name, (str, int, Path, Hit)):
             raise UsageError(
