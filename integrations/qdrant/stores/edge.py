@@ -195,7 +195,7 @@ class EdgeStore(Store):
         self._call(update)
 
     def _refuse_foreign_folders(self) -> None:
-        """Refuse to create a shard in a folder that holds something else.
+        """Refuse to look for or create a shard in a folder that holds something else.
 
         :raises CocoaError: If the folder of shards or the shard's own does.
         """
@@ -248,6 +248,7 @@ class EdgeStore(Store):
     def _open(self) -> edge.EdgeShard:
         if self._opened is None:
             if not self._exists():
+                self._refuse_foreign_folders()
                 raise self._no_collection()
             with ExitStack() as stack:
                 stack.enter_context(folder_lock(self._shard_folder / LOCK_FILE))
