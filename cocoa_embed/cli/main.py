@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from cocoa_embed import __version__
+from cocoa_embed.cli.collection import export_points, filterable, info, list_collections
 from cocoa_embed.cli.demo import demo
 from cocoa_embed.cli.evaluate import evaluation
 from cocoa_embed.cli.index import index
@@ -34,8 +35,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (index, search, demo, train, export, diagnose, report):
+for command in (index, search, info, export_points, filterable, demo, train, export, diagnose, report):
     app.command()(command)
+app.command("list")(list_collections)
 app.add_typer(evaluation, name="eval", help="Score a model on MMEB-V1, or on pairs.")
 
 

@@ -1,6 +1,8 @@
 """Export a checkpoint as a plain SentenceTransformer folder with a model card."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from safetensors import SafetensorError
@@ -15,17 +17,23 @@ from cocoa_embed.model.training_record import TRAINING_FILE, read_training, writ
 
 
 def build_sentence_transformer(
-    checkpoint: Path, *, prompts: dict[str, str], bidirectional: bool = True, device: str | None = None
+    checkpoint: Path,
+    *,
+    prompts: dict[str, str],
+    bidirectional: bool = True,
+    device: str | None = None,
+    model_kwargs: Mapping[str, Any] = MappingProxyType({}),
 ) -> SentenceTransformer:
     """Return a SentenceTransformer over the backbone in ``checkpoint``: the normalised last hidden state of ``<EOS>``.
 
     :param prompts: The prompts for ``query`` and ``document``, stored with the model.
     :param bidirectional: False for a checkpoint that was trained causal, as a baseline.
     :param device: The torch device; None takes the fastest.
+    :param model_kwargs: More keyword arguments for transformers, such as ``dtype``.
     :raises CocoaError: If it cannot be loaded, or is causal although it should be bidirectional.
     """
     try:
-        transformer = Transformer(str(checkpoint), model_kwargs={"attn_implementation": "sdpa"})
+        transformer = Transformer(str(checkpoint), model_kwargs={"attn_implementation": "sdpa", **model_kwargs})
     except (OSError, SafetensorError) as error:
         raise CocoaError(f"{checkpoint} cannot be loaded ({one_line(error)}): the checkpoint is incomplete.") from error
     if bidirectional:

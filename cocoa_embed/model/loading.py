@@ -18,30 +18,61 @@ MODULES_FILE = "modules.json"
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 
-def load_model(model: str | Path, device: str | None = None) -> SentenceTransformer:
+DTYPES = ("float32", "bfloat16", "float16")
+"""What weights can be loaded as."""
+
+
+def load_model(
+    model: str | Path,
+    device: str | None = None,
+    *,
+    dtype: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> SentenceTransformer:
     """Load an exported model, a checkpoint of any stage, or a model of the Hugging Face hub (``owner/name``).
 
     A checkpoint keeps the prompts of its recipe, and stays causal if it was trained causal.
 
     :param model: A folder, or a name on the hub if no folder has it.
     :param device: The torch device; None takes the fastest.
+    :param dtype: One of ``DTYPES``; None takes the one in which the weights are stored.
+    :param revision: The branch, tag or commit of a model on the hub.
+    :param trust_remote_code: Whether to run Python code that comes with the model.
     :raises CocoaError: If the folder is missing, holds no model, has no weights, or cannot be loaded.
+    :raises UsageError: If a folder is to have a revision, or the dtype is unknown.
     """
     check_model(model)
+    if dtype not in (None, *DTYPES):
+        raise UsageError(f"dtype is {dtype!r}; it can be {', '.join(DTYPES)}")
     from sentence_transformers import SentenceTransformer
 
     device = None if device is None else find_device(device)
     folder = Path(model).expanduser()
     is_local = folder.exists()
+    if is_local and revision is not None:
+        raise UsageError(f"--revision {revision} is of a model on the hub, and {printable(model)} is a folder")
+    model_kwargs = {} if dtype is None else {"dtype": dtype}
     if is_local and not (folder / MODULES_FILE).is_file():
         from cocoa_embed.model.export import build_sentence_transformer
 
         recipe = read_training(folder)["recipe"]
         return build_sentence_transformer(
-            folder, prompts=recipe["prompts"], bidirectional=recipe["bidirectional"], device=device
+            folder,
+            prompts=recipe["prompts"],
+            bidirectional=recipe["bidirectional"],
+            device=device,
+            model_kwargs=model_kwargs,
         )
     try:
-        return SentenceTransformer(str(folder if is_local else model), device=device, local_files_only=is_local)
+        return SentenceTransformer(
+            str(folder if is_local else model),
+            device=device,
+            local_files_only=is_local,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            model_kwargs=model_kwargs,
+        )
     except Exception as error:  # loading runs code of four libraries with different errors
         raise CocoaError(
             f"{printable(model)} cannot be loaded as a SentenceTransformer ({type(error).__name__}: {one_line(error)})"

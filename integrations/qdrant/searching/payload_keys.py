@@ -91,6 +91,16 @@ def sampled_keys(store: Store) -> set[str]:
     return {key for payload in (*payloads, *columns) for key in payload} - NODE_KEYS - {"metadata"}
 
 
+def create_index(store: Store, key: str, kind: str | None = None) -> tuple[str, str]:
+    """Create the index that filters on a key need; return the path of its field, and its type.
+
+    :raises UsageError: If the type is unknown, or not given and cannot be inferred.
+    """
+    field, found = index_for(store, key, kind)
+    store.create_payload_index(field, found)
+    return field, found
+
+
 def index_for(store: Store, key: str, kind: str | None) -> tuple[str, str]:
     """Return the path of the field that a key names, and the type of index that its values need.
 

@@ -22,7 +22,7 @@ from cocoa_embed.errors import CocoaError, UsageError, printable
 from cocoa_embed.images.load import ImageSource
 from cocoa_embed.integrations.qdrant.points import storable
 from cocoa_embed.integrations.qdrant.searching.conditions import field_paths
-from cocoa_embed.integrations.qdrant.searching.payload_keys import index_for, refuse_unknown_keys, values
+from cocoa_embed.integrations.qdrant.searching.payload_keys import create_index, refuse_unknown_keys, values
 from cocoa_embed.integrations.qdrant.stores.base import MAX_HITS, MIN_CANDIDATES, Hit, Query, StoredPoint
 from cocoa_embed.integrations.qdrant.stores.checks import check_numbers
 from cocoa_embed.integrations.qdrant.stores.client_filters import Filter, read_conditions, read_filter
@@ -147,9 +147,7 @@ class Searcher(ABC):
         :raises UsageError: If the type is not given and cannot be inferred.
         """
         self.store.require_signature()
-        field, found = index_for(self.store, key, kind)
-        self.store.create_payload_index(field, found)
-        return field
+        return create_index(self.store, key, kind)[0]
 
     def _search(self, queries: Sequence[Mapping[str, Any]], options: SearchOptions) -> list[list[Hit]]:
         inputs = [query_inputs(query, options.any_orientation) for query in queries]
