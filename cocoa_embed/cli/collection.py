@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -74,12 +75,8 @@ def list_collections(
             names, location = place.collections(), place.location
         listed = [describe(name, storage, api_key) for name in names]
         for each in listed:
-            say(
-                console,
-                ", ".join(
-                    f"{value} {key}" if key in ("points", "dimension") else str(value) for key, value in each.items()
-                ),
-            )
+            about = each.get("error") or "{points} points, {dimension} dimensions, {model}".format(**each)
+            say(console, f"{each['collection']}: {about}")
         if not listed:
             say(console, f"no collections in {location}")
     if as_json:
@@ -112,11 +109,12 @@ def export_points(
 
     storage = {"path": path, "url": url, "edge": edge}
     check_all(lambda: check_out(out), lambda: parse_filters(filters or []))
+    standard_output = sys.stdout
     with working() as console, reading(collection, storage, api_key) as store:
         from cocoa_embed.integrations.qdrant.stores.client_filters import read_filter
 
         condition = read_filter(filters, store.payload_indexes())
-        count = write_points(out, store.points(condition, with_vectors=vectors))
+        count = write_points(out, store.points(condition, with_vectors=vectors), standard_output)
         say(console, f"{count} points of {store.name} written to {'standard output' if out == '-' else printable(out)}")
 
 

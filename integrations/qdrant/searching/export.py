@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from cocoa_embed.errors import CocoaError, UsageError, printable, require
 from cocoa_embed.folders import SCRATCH_SUFFIX
@@ -37,16 +36,16 @@ def check_out(out: str) -> None:
         raise CocoaError(f"{printable(out)} cannot be written, its folder does not exist")
 
 
-def write_points(out: str, points: Iterator[StoredPoint]) -> int:
+def write_points(out: str, points: Iterator[StoredPoint], standard_output: IO[str]) -> int:
     """Write points to a file, or as JSON lines to standard output; return their number.
 
     :raises CocoaError: If the file cannot be written.
     """
     if out == STANDARD_OUTPUT:
-        return write_json_lines(nullcontext(sys.__stdout__.buffer), points)
+        return write_json_lines(nullcontext(standard_output), points)
     scratch = Path(f"{out}.{os.getpid()}{SCRATCH_SUFFIX}")
     try:
-        count = WRITERS[Path(out).suffix](scratch.open("wb"), points)
+        count = WRITERS[Path(out).suffix](scratch, points)
         os.replace(scratch, out)
     except OSError as error:
         raise CocoaError(f"{printable(out)} cannot be written ({error.strerror})") from error
@@ -55,26 +54,26 @@ def write_points(out: str, points: Iterator[StoredPoint]) -> int:
     return count
 
 
-def write_json_lines(opened: Any, points: Iterator[StoredPoint]) -> int:  # noqa: ANN401
-    """Write a JSON object a line: ``id``, ``payload`` and, where it was read, ``vector``."""
+def write_json_lines(file: Path | AbstractContextManager[IO[str]], points: Iterator[StoredPoint]) -> int:
+    """Write a JSON object a line, in ASCII: ``id``, ``payload`` and, where it was read, ``vector``."""
     count = 0
-    with opened as file:
+    with file.open("w", encoding="ascii") if isinstance(file, Path) else file as lines:
         for id_, payload, vector in points:
             count += 1
             row = {"id": id_, "payload": plain_payload(payload)}
             if vector is not None:
                 row["vector"] = vector.tolist()
-            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            lines.write(f"{json.dumps(row)}\n")
     return count
 
 
-def write_parquet(opened: IO[bytes], points: Iterator[StoredPoint]) -> int:
+def write_parquet(out: Path, points: Iterator[StoredPoint]) -> int:
     """Write the columns ``id``, ``payload`` as JSON and, where it was read, ``vector`` (float32)."""
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
     count, writer = 0, None
-    with opened as file:
+    with out.open("wb") as file:
         for rows in iter(lambda: list(islice(points, ROWS_AT_ONCE)), []):
             columns = {
                 "id": pa.array([point.id for point in rows], pa.string()),
@@ -94,7 +93,7 @@ def write_parquet(opened: IO[bytes], points: Iterator[StoredPoint]) -> int:
     return count
 
 
-WRITERS: dict[str, Callable[[Any, Iterator[StoredPoint]], int]] = {
+WRITERS: dict[str, Callable[[Path, Iterator[StoredPoint]], int]] = {
     ".jsonl": write_json_lines,
     ".parquet": write_parquet,
 }
