@@ -7,13 +7,13 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from cocoa_embed.encode.encoder import Encoder, ModelInput
-from cocoa_embed.encode.load import load_encoder
+from cocoa_embed.encode.load import load_encoder, require_findable
 from cocoa_embed.errors import CocoaError, UsageError, printable
 from cocoa_embed.folders import DEFAULT_INDEX
 from cocoa_embed.integrations.qdrant.image_metadata import ImageFiles
@@ -23,7 +23,7 @@ from cocoa_embed.integrations.qdrant.points import storable
 from cocoa_embed.integrations.qdrant.searching.searcher import Searcher
 from cocoa_embed.integrations.qdrant.settle import settle
 from cocoa_embed.integrations.qdrant.stores import open_store
-from cocoa_embed.integrations.qdrant.stores.base import Hit, Signature, StoreOptions
+from cocoa_embed.integrations.qdrant.stores.base import MEMORY, Hit, Signature, StoreOptions
 from cocoa_embed.integrations.qdrant.stores.store import Store
 from cocoa_embed.integrations.qdrant.thumbnails import ThumbnailFolder
 
@@ -39,7 +39,7 @@ class QdrantIndexer(Searcher):
 
     The collection is in a local folder, in a folder of Qdrant Edge, or on a Qdrant server. It stores the fingerprint of
     the model that made it, and refuses any other. The store and the model are opened at first use. Threads may share an
-    indexer. It is a context manager.
+    indexer; a pickled one is its settings. It is a context manager.
     """
 
     def __init__(
@@ -79,6 +79,8 @@ class QdrantIndexer(Searcher):
             is invalid.
         :raises MissingExtraError: If a package that the location needs is not installed.
         """
+        given = {name: value for name, value in locals().items() if name not in ("self", "model", "client")}
+        self._settings = None if client is not None or str(path) == MEMORY else given
         for name, number in {"batch_size": batch_size, "dimension": dimension}.items():
             if number is not None and number < 1:
                 raise UsageError(f"{name} is {number}; it must be 1 or more")
@@ -151,6 +153,25 @@ class QdrantIndexer(Searcher):
         """Close the store, unless its client was given; the next use opens it again."""
         self.store.close()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the settings, the API key among them, by which another process opens the collection and the model.
+
+        :raises CocoaError: If the client or the model were given, and another process cannot find them.
+        """
+        if self._settings is None:
+            raise CocoaError(
+                "the indexer cannot go to another process, which cannot share its client; give path, url or edge"
+            )
+        model = self._model
+        if model is not None and not isinstance(model, (str, Path)):
+            name = model.name if isinstance(model, Encoder) else self.encoder.name
+            model = require_findable(name, "the indexer")
+        return {"model": model, **self._settings}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore the settings; the collection and the model are opened at first use."""
+        self.__init__(**state)  # type: ignore[misc]
+
     def __enter__(self) -> QdrantIndexer:
         """Return the indexer."""
         return self
@@ -206,9 +227,13 @@ class QdrantIndexer(Searcher):
                     raise UsageError(
                         "no model was given, which a text or an image needs; give the one of the collection"
                     )
-                if isinstance(self._model, (str, Path)):
-                    self._model = load_encoder(self._model, self._device)
-                encoder = self._model if isinstance(self._model, Encoder) else Encoder(self._model)
+                encoder = (
+                    load_encoder(self._model, self._device)
+                    if isinstance(self._model, (str, Path))
+                    else self._model
+                    if isinstance(self._model, Encoder)
+                    else Encoder(self._model)
+                )
                 encoder.require_images()
                 self._encoder = encoder
             return self._encoder

@@ -37,11 +37,9 @@ def test_an_indexed_image_finds_others_without_a_model(command: Command, storage
 
     everything = found("--like", "pictures/red.png")
     assert sorted(everything) == ["blue.png", "green.png", "yellow.png"]
-    assert (
-        found("--like", "pictures/red.png", "--unlike", everything[0], "--limit", 1, "--filter", "author=a")
-        == ["blue.png"]
-        or everything[0] != "pictures/red.png"
-    )
+    first = f"pictures/{everything[0]}"
+    assert set(found("--like", "pictures/red.png", "--unlike", first)) == {*everything[1:]}
+    assert found("--like", "pictures/red.png", "--filter", "author=b", "--limit", 1)[0] in ("green.png", "yellow.png")
     assert found("--like", "pictures/red.png", "--diversity", 0, "--limit", 2) == everything[:2]
     assert len(found("--like", "pictures/red.png", "--group-by", "author")) == 2
     page = command("search", "--like", "pictures/red.png", *storage, "--html", "page.html")

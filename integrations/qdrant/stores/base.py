@@ -24,6 +24,8 @@ PAYLOAD_INDEXES = {
 }
 """The payload indexes of a collection and their types, for the backends that have payload indexes."""
 
+MEMORY = ":memory:"
+"""The client's name for a local store without a folder, which is gone when the process ends."""
 MAX_HITS = 2**31 - 1
 """The most hits of a search, those that it skips included."""
 MAX_DIVERSE_HITS = 2**14

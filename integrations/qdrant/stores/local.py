@@ -16,15 +16,13 @@ from qdrant_client.local.qdrant_local import QdrantLocal
 
 from cocoa_embed.errors import CocoaError, UsageError, one_line, printable
 from cocoa_embed.folders import write_atomically
-from cocoa_embed.integrations.qdrant.stores.base import Signature, StoreOptions
+from cocoa_embed.integrations.qdrant.stores.base import MEMORY, Signature, StoreOptions
 from cocoa_embed.integrations.qdrant.stores.client import ClientStore
 from cocoa_embed.integrations.qdrant.stores.foreign import LOCAL_META, refuse_foreign_index
 from cocoa_embed.integrations.qdrant.stores.locks import folder_lock, in_use
 
 META_FILE = LOCAL_META
 """The client's list of collections; it marks a folder as a local store."""
-MEMORY = ":memory:"
-"""The client's name for a store without a folder, which is gone when the process ends."""
 LOCK_FILE = ".cocoa-lock"
 """The first file in a new store. The client takes its own lock only after it has read files that another process may
 be writing."""
