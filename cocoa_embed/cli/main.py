@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from cocoa_embed import __version__
+from cocoa_embed.cli.collection import export_points, filterable, info, list_collections
 from cocoa_embed.cli.demo import demo
 from cocoa_embed.cli.embed import embed, load
 from cocoa_embed.cli.evaluate import evaluation
@@ -35,8 +36,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (index, search, forget, embed, load, demo, train, export, diagnose, report):
+for command in (
+    index,
+    search,
+    forget,
+    info,
+    export_points,
+    filterable,
+    embed,
+    load,
+    demo,
+    train,
+    export,
+    diagnose,
+    report,
+):
     app.command()(command)
+app.command("list")(list_collections)
 app.add_typer(evaluation, name="eval", help="Score a model on MMEB-V1, or on pairs.")
 
 

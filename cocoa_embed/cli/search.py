@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import typer
 
 from cocoa_embed.cli.output import DeviceOption, JsonOption, check_all, print_json, say, working
 from cocoa_embed.cli.storage import (
+    MODEL_HELP,
     ApiKeyOption,
     CollectionOption,
     EdgeOption,
-    ModelOption,
+    FilterOption,
     PathOption,
     UrlOption,
     check_storage,
@@ -33,21 +37,21 @@ WEB = ("http://", "https://")
 
 
 def search(
-    model: ModelOption,
+    model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
     text: Annotated[str | None, typer.Argument(help="The query; always a text, never a file name.")] = None,
     image: Annotated[str | None, typer.Option(help="A query image, alone or with a text: a file or data: URI.")] = None,
     allow_host: Annotated[
         list[str] | None,
         typer.Option(metavar="HOST", help="A host from which --image may be fetched over HTTP; repeatable."),
     ] = None,
-    filters: Annotated[
+    like: Annotated[
         list[str] | None,
-        typer.Option(
-            "--filter",
-            metavar="CONDITION",
-            help="A condition, such as mime=image/png, width>=800 or caption~beach; repeatable.",
-        ),
+        typer.Option(metavar="PATH|ID", help="An indexed image to be near to; alone it needs no --model; repeatable."),
     ] = None,
+    unlike: Annotated[
+        list[str] | None, typer.Option(metavar="PATH|ID", help="An indexed image to be far from; repeatable.")
+    ] = None,
+    filters: FilterOption = None,
     collection: CollectionOption = "images",
     path: PathOption = None,
     url: UrlOption = None,
@@ -59,23 +63,32 @@ def search(
     any_orientation: Annotated[
         bool, typer.Option("--any-orientation", help="Also search for the rotated and mirrored image.")
     ] = False,
+    diversity: Annotated[
+        float | None, typer.Option(help="From 0 (the nearest) to 1 (as different from each other as can be).")
+    ] = None,
+    group_by: Annotated[
+        str | None, typer.Option(metavar="KEY", help="Of all images with one value of this key, only the best.")
+    ] = None,
     device: DeviceOption = None,
     html: Annotated[Path | None, typer.Option(help="Write the hits to this file as an HTML page.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Find the images nearest to a text, to an image, or to both."""
-    from cocoa_embed.integrations.qdrant.filters import parse_filters
+    """Find the images nearest to a text, to an image, or to indexed images."""
+    from cocoa_embed.integrations.qdrant.searching.filters import parse_filters
     from cocoa_embed.model.loading import check_model
 
-    if not (text and text.strip()) and image is None:
-        raise UsageError("nothing to search for; give a text, --image FILE, or both")
+    is_embedded = bool(text and text.strip()) or image is not None
+    if not is_embedded and not like:
+        raise UsageError("nothing to search for; give a text, --image FILE, --like PATH, or several of them")
+    if is_embedded and model is None:
+        raise UsageError("a text or an image needs the model of the collection; give it as --model")
     if any_orientation and image is None:
         raise UsageError("--any-orientation needs --image")
     storage = {"path": path, "url": url, "edge": edge}
     is_download = bool(allow_host) and image is not None and image.lower().startswith(WEB)
     *_, picture = check_all(
         lambda: check_storage(collection, storage, exists=True),
-        lambda: check_model(model),
+        lambda: model and check_model(model),
         lambda: parse_filters(filters or []),
         *([partial(check_page, html)] if html else []),
         lambda: image and not is_download and query_image(image, []),
@@ -84,13 +97,17 @@ def search(
         picture = query_image(image, allow_host or [])
     with working() as console, open_indexer(model, collection, storage, api_key=api_key, device=device) as indexer:
         hits = indexer.search(
-            text,
+            text if is_embedded else None,
             picture or None,
+            like=like or (),
+            unlike=unlike or (),
             limit=limit,
             offset=offset,
             score_threshold=score_threshold,
             query_filter=filters,
             any_orientation=any_orientation,
+            diversity=diversity,
+            group_by=group_by,
         )
         report_hits(hits, console)
     if as_json:
@@ -98,10 +115,14 @@ def search(
 
         print_json({"hits": [{**dataclasses.asdict(hit), "payload": plain_payload(hit.payload)} for hit in hits]})
     if html is not None:
-        from cocoa_embed.integrations.qdrant.hits_page import write_hits_page
+        from cocoa_embed.integrations.qdrant.searching.hits_page import write_hits_page
 
         image_name = "an image" if image and image.startswith("data:") else Path(image or "").name
-        write_hits_page(html, " + ".join(filter(None, (text, image_name))), hits)
+        examples = [
+            *(f"like {Path(each).name}" for each in like or ()),
+            *(f"unlike {Path(each).name}" for each in unlike or ()),
+        ]
+        write_hits_page(html, " + ".join(filter(None, (text, image_name, *examples))), hits, picture or None)
         typer.echo(f"wrote {printable(html)}", err=True)
 
 
@@ -123,6 +144,10 @@ def query_image(image: str, allowed_hosts: Sequence[str]) -> Image:
     from cocoa_embed.images.http import Fetcher
     from cocoa_embed.images.load import load_image
 
+    if image[:7].lower() == "file://":
+        image = url2pathname(urlsplit(image).path)
+    elif (scheme := re.match(r"([\w+.-]+)://", image)) and not image.lower().startswith(WEB):
+        raise ImageError(image, f"is an address of {scheme[1]}; --image takes a file, a data: URI, or http(s)")
     try:
         return load_image(image, fetcher=Fetcher(allowed_hosts))
     except ImageError as error:

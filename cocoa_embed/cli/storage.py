@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,12 +14,22 @@ from cocoa_embed.folders import DEFAULT_INDEX
 
 if TYPE_CHECKING:
     from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
+    from cocoa_embed.integrations.qdrant.stores.store import Store
 
-ModelOption = Annotated[str, typer.Option(help="A SentenceTransformer folder, or owner/name on the Hugging Face hub.")]
+MODEL_HELP = "A SentenceTransformer folder, or owner/name on the Hugging Face hub."
+ModelOption = Annotated[str, typer.Option(help=MODEL_HELP)]
 CollectionOption = Annotated[str, typer.Option(help="The Qdrant collection.")]
 PathOption = Annotated[Path | None, typer.Option(help=f"A local index folder [default: {DEFAULT_INDEX}].")]
 UrlOption = Annotated[str | None, typer.Option(help="The URL of a Qdrant server, instead of --path.")]
 EdgeOption = Annotated[Path | None, typer.Option(help="A Qdrant Edge folder, instead of --path; for many images.")]
+FilterOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--filter",
+        metavar="CONDITION",
+        help="A condition, such as mime=image/png, width>=800 or caption~beach; repeatable.",
+    ),
+]
 ApiKeyOption = Annotated[str | None, typer.Option(envvar="QDRANT_API_KEY", help="API key for the Qdrant server.")]
 
 
@@ -37,16 +48,32 @@ def check_storage(collection: str, storage: dict[str, Any], *, exists: bool = Fa
         raise UsageError(f"{' and '.join(f'--{name}' for name in given)} were given together; give one of them")
     check_collection_name(collection)
     folder: Any = storage[given[0]] or Path(DEFAULT_INDEX)
+    if given != ["url"] and (address := re.match(r"(https?):/+", str(folder))):
+        raise UsageError(f"--{given[0]} is a folder, and {folder} an address; give --url {address[1]}://HOST:6333")
     if given == ["url"]:
         check_url(folder)
     elif exists and not folder.is_dir():
-        raise CocoaError(f"there is no index in {printable(folder)}; run cocoa-embed index, or change --{given[0]}")
+        others = "" if storage[given[0]] else ", or give --edge or --url"
+        raise CocoaError(
+            f"there is no index in {printable(folder)}; run cocoa-embed index, or change --{given[0]}{others}"
+        )
 
 
-def open_indexer(model: str, collection: str, storage: dict[str, Any], **options: Any) -> QdrantIndexer:
+def open_collection(collection: str, storage: dict[str, Any], api_key: str | None) -> Store:
+    """Return the store of the collection that the options name, without a model."""
+    require("qdrant_client", "qdrant")
+    from cocoa_embed.integrations.qdrant.stores import open_store
+    from cocoa_embed.integrations.qdrant.stores.base import StoreOptions
+
+    place = storage if any(storage.values()) else {"path": Path(DEFAULT_INDEX)}
+    return open_store(collection=collection, options=StoreOptions(api_key=api_key), **place)
+
+
+def open_indexer(model: str | None, collection: str, storage: dict[str, Any], **options: Any) -> QdrantIndexer:
     """Return an indexer for the collection that the options name."""
     require("qdrant_client", "qdrant")
-    silence_libraries()
+    if model is not None:
+        silence_libraries()
     from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
 
     return QdrantIndexer(model, collection=collection, **storage, **options)

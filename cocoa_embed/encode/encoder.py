@@ -53,6 +53,13 @@ def make_input(text: str | None = None, image: ImageSource | None = None) -> Mod
     :raises ImageError: If the image cannot be used.
     """
     made: dict[str, str | Image.Image] = {}
+    if not isinstance(text, str | None):
+        raise UsageError(f"the text is a {type(text).__name__}; give one text, as a str")
+    if not isinstance(image, ImageSource | None):
+        raise UsageError(
+            f"the image is a {type(image).__name__}; give one image: a path, bytes, or a PIL image, such as"
+            " PIL.Image.fromarray(array)"
+        )
     if image is not None:
         made["image"] = load_image(image)
     if text:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cocoa_embed.errors import printable
+from cocoa_embed.errors import CocoaError, printable
 from cocoa_embed.model import loading
 
 if TYPE_CHECKING:
@@ -17,8 +17,8 @@ def load_encoder(model: str | Path, device: str | None = None, dimension: int | 
 
     :param device: The torch device; None takes the fastest.
     :param dimension: Truncate every embedding to this many dimensions.
-    :param options: ``dtype``, ``revision`` and ``trust_remote_code`` of ``load_model``, ``workers`` and
-        ``batch_tokens`` of ``Encoder``.
+    :param options: ``dtype``, ``revision``, ``trust_remote_code``, ``cache_folder`` and ``model_kwargs`` of
+        ``load_model``, ``workers`` and ``batch_tokens`` of ``Encoder``.
     :raises CocoaError: If the model cannot be loaded. A folder that is missing or broken is refused before any heavy
         library is imported.
     """
@@ -27,3 +27,17 @@ def load_encoder(model: str | Path, device: str | None = None, dimension: int | 
     from cocoa_embed.encode.encoder import Encoder
 
     return Encoder(loaded, printable(model), dimension, **streaming)
+
+
+def require_findable(name: str, owner: str) -> str:
+    """Return the name of a model, if another process can load it by that name.
+
+    :param owner: What holds the loaded model, for the error.
+    :raises CocoaError: If it is neither a folder nor a hub name.
+    """
+    if not (Path(name).expanduser().is_dir() or loading.is_hub_name(name)):
+        raise CocoaError(
+            f"{owner} cannot go to another process, which would find no model {name!r}; give the folder or the hub name"
+            " that the loaded model is from as its name"
+        )
+    return name

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cocoa_embed.errors import CocoaError, UsageError, one_line, printable
 from cocoa_embed.model.training_record import explain_unfinished, read_training
@@ -29,6 +30,8 @@ def load_model(
     dtype: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    cache_folder: str | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
 ) -> SentenceTransformer:
     """Load an exported model, a checkpoint of any stage, or a model of the Hugging Face hub (``owner/name``).
 
@@ -39,6 +42,8 @@ def load_model(
     :param dtype: One of ``DTYPES``; None takes the one in which the weights are stored.
     :param revision: The branch, tag or commit of a model on the hub.
     :param trust_remote_code: Whether to run Python code that comes with the model.
+    :param cache_folder: Where models of the hub are stored [default: the hub's cache].
+    :param model_kwargs: Further options of the Transformers model, such as ``attn_implementation``.
     :raises CocoaError: If the folder is missing, holds no model, has no weights, or cannot be loaded.
     :raises UsageError: If a folder is to have a revision, or the dtype is unknown.
     """
@@ -52,7 +57,7 @@ def load_model(
     is_local = folder.exists()
     if is_local and revision is not None:
         raise UsageError(f"--revision {revision} is of a model on the hub, and {printable(model)} is a folder")
-    model_kwargs = {} if dtype is None else {"dtype": dtype}
+    model_kwargs = {**(model_kwargs or {}), **({} if dtype is None else {"dtype": dtype})}
     if is_local and not (folder / MODULES_FILE).is_file():
         from cocoa_embed.model.export import build_sentence_transformer
 
@@ -71,6 +76,7 @@ def load_model(
             local_files_only=is_local,
             revision=revision,
             trust_remote_code=trust_remote_code,
+            cache_folder=cache_folder,
             model_kwargs=model_kwargs,
         )
     except Exception as error:  # loading runs code of four libraries with different errors

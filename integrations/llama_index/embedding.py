@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from llama_index.core.base.embeddings.base import Embedding
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
@@ -15,17 +15,18 @@ from llama_index.core.embeddings import MultiModalEmbedding
 from llama_index.core.schema import BaseNode, ImageType
 
 from cocoa_embed.encode.encoder import Encoder, ModelInput, make_input
-from cocoa_embed.encode.load import load_encoder
+from cocoa_embed.encode.load import load_encoder, require_findable
 from cocoa_embed.errors import CocoaError, ImageError, one_line, printable
 from cocoa_embed.images.load import ImageSource
-from cocoa_embed.integrations.llama_index.nodes import split_by_image
-from cocoa_embed.model.loading import is_hub_name
+from cocoa_embed.integrations.llama_index.nodes import image_of, load_source, refuse_binary, text_of
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 Input = TypeVar("Input")
 Output = TypeVar("Output")
+Illustrated: TypeAlias = tuple[BaseNode, ImageType]
+"""A node with its image."""
 
 DEFAULT_MODEL = "cocoa-qwen2vl"
 THREADS = 2
@@ -45,6 +46,10 @@ class CocoaEmbedding(MultiModalEmbedding):
 
     device: str | None = Field(default=None, description="The torch device [default: the fastest].")
     dimension: int | None = Field(default=None, gt=0, description="The length of an embedding.")
+    allowed_hosts: list[str] = Field(default_factory=list, description="Hosts from which images may be fetched.")
+    trust_remote_code: bool = Field(default=False, description="Whether to run Python code that the model comes with.")
+    cache_folder: str | None = Field(default=None, description="Where models of the hub are stored.")
+    model_kwargs: dict[str, Any] = Field(default_factory=dict, description="Options of the Transformers model.")
     embeddings_cache: Any | None = Field(default=None, exclude=True, description="A LlamaIndex store of embeddings.")
     _encoder: Encoder | None = PrivateAttr(default=None)
     _lock: threading.Lock = PrivateAttr(default_factory=threading.Lock)
@@ -64,7 +69,9 @@ class CocoaEmbedding(MultiModalEmbedding):
             ``model``, its name in errors and where another process finds it.
         :param model: A loaded model.
         :param dimension: Truncate embeddings to this many dimensions, for a model trained for it [default: all].
-        :param kwargs: ``device`` and the fields of LlamaIndex's ``BaseEmbedding``, such as ``embed_batch_size``.
+        :param kwargs: ``device``; ``allowed_hosts``, the hosts from which images on the web may be fetched, such as
+            ``["example.com"]``; ``trust_remote_code``, ``cache_folder`` and ``model_kwargs`` for loading the model; the
+            fields of LlamaIndex's ``BaseEmbedding``, such as ``embed_batch_size``.
         :raises CocoaError: If the model cannot be loaded, or does not embed images.
         :raises UsageError: If the model has fewer dimensions.
         """
@@ -85,7 +92,14 @@ class CocoaEmbedding(MultiModalEmbedding):
         """
         with self._lock:
             if self._encoder is None:
-                self._encoder = load_encoder(self.model_name, self.device, self.dimension)
+                self._encoder = load_encoder(
+                    self.model_name,
+                    self.device,
+                    self.dimension,
+                    trust_remote_code=self.trust_remote_code,
+                    cache_folder=self.cache_folder,
+                    model_kwargs=self.model_kwargs,
+                )
             return self._encoder
 
     @classmethod
@@ -102,11 +116,7 @@ class CocoaEmbedding(MultiModalEmbedding):
 
         :raises CocoaError: If the model was given loaded, and ``model_name`` is neither a folder nor a hub name.
         """
-        if not (Path(self.model_name).expanduser().is_dir() or is_hub_name(self.model_name)):
-            raise CocoaError(
-                f"the embedding cannot go to another process, which would find no model {self.model_name!r};"
-                " give the folder or the hub name that the loaded model is from as model_name"
-            )
+        require_findable(self.model_name, "the embedding")
         return self.to_dict()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -114,12 +124,14 @@ class CocoaEmbedding(MultiModalEmbedding):
         super().__init__(**{name: value for name, value in state.items() if name != "class_name"})
 
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
-        """Embed nodes in place, as a step of a pipeline: image nodes by their image, others by their text.
+        """Embed nodes in place, as a step of a pipeline: by text, by image or, if the model takes them, by both.
 
         :raises ImageError: If an image cannot be used.
         """
-        images, texts = split_by_image(nodes)
+        images, both, texts = self._split(nodes)
         set_embeddings(images, self.get_image_embedding_batch([image for _, image in images], **kwargs))
+        for batch in self._batches(both):
+            set_embeddings(batch, self._get_illustrated_embeddings(batch))
         super().__call__(texts, **kwargs)
         return nodes
 
@@ -128,10 +140,36 @@ class CocoaEmbedding(MultiModalEmbedding):
 
         :raises ImageError: If an image cannot be used.
         """
-        images, texts = split_by_image(nodes)
+        images, both, texts = self._split(nodes)
         set_embeddings(images, await self.aget_image_embedding_batch([image for _, image in images], **kwargs))
+        for batch in self._batches(both):
+            set_embeddings(batch, await self._in_thread(self._get_illustrated_embeddings, batch))
         await super().acall(texts, **kwargs)
         return nodes
+
+    def _split(self, nodes: Sequence[BaseNode]) -> tuple[list[Illustrated], list[Illustrated], list[BaseNode]]:
+        """Return the nodes to embed by their image, with it; by image and text; and by text.
+
+        :raises ImageError: If the image in a node is not in base64.
+        """
+        takes_both = self.encoder.model.supports(("image", "text"))
+        images: list[Illustrated] = []
+        both: list[Illustrated] = []
+        texts: list[BaseNode] = []
+        for node in nodes:
+            if (image := image_of(node)) is None:
+                texts.append(node)
+            else:
+                (both if takes_both and text_of(node) else images).append((node, image))
+        return images, both, texts
+
+    def _batches(self, pairs: list[Illustrated]) -> Iterator[list[Illustrated]]:
+        for start in range(0, len(pairs), self.embed_batch_size):
+            yield pairs[start : start + self.embed_batch_size]
+
+    def _get_illustrated_embeddings(self, pairs: list[Illustrated]) -> list[Embedding]:
+        items = [make_input(text_of(node), load_source(image, self.allowed_hosts)) for node, image in pairs]
+        return self._embed_documents(items, [image for _, image in pairs])
 
     def _get_query_embedding(self, query: str) -> Embedding:
         return self.encoder.embed_queries([{"text": query}])[0].tolist()
@@ -140,13 +178,16 @@ class CocoaEmbedding(MultiModalEmbedding):
         return self._get_text_embeddings([text])[0]
 
     def _get_text_embeddings(self, texts: list[str]) -> list[Embedding]:
+        for text in texts:
+            refuse_binary(text)
         return self._embed_documents([{"text": text} for text in texts], texts)
 
     def _get_image_embedding(self, img_file_path: ImageType) -> Embedding:
         return self._get_image_embeddings([img_file_path])[0]
 
     def _get_image_embeddings(self, img_file_paths: list[ImageType]) -> list[Embedding]:
-        return self._embed_documents([make_input(image=image) for image in img_file_paths], img_file_paths)
+        items = [make_input(image=load_source(image, self.allowed_hosts)) for image in img_file_paths]
+        return self._embed_documents(items, img_file_paths)
 
     async def _aget_query_embedding(self, query: str) -> Embedding:
         # In a thread of its own: a query does not wait behind all documents.
@@ -185,7 +226,7 @@ class CocoaEmbedding(MultiModalEmbedding):
         return [embedding for item, source in pairs for embedding in self._embed_documents([item], [source])]
 
 
-def set_embeddings(images: Sequence[tuple[BaseNode, ImageType]], embeddings: Sequence[Embedding]) -> None:
+def set_embeddings(images: Sequence[Illustrated], embeddings: Sequence[Embedding]) -> None:
     """Store the embeddings of images in their nodes."""
     for (node, _), embedding in zip(images, embeddings, strict=True):
         node.embedding = embedding

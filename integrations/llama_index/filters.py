@@ -11,8 +11,8 @@ from typing import Any
 from llama_index.core.vector_stores import FilterCondition, FilterOperator, MetadataFilter, MetadataFilters
 
 from cocoa_embed.errors import UsageError
-from cocoa_embed.integrations.qdrant import conditions
-from cocoa_embed.integrations.qdrant.conditions import Condition, Not, all_of, any_of, one_of
+from cocoa_embed.integrations.qdrant.searching import conditions
+from cocoa_embed.integrations.qdrant.searching.conditions import Condition, Not, all_of, any_of, one_of
 
 LIST_OPERATORS = (FilterOperator.IN, FilterOperator.NIN, FilterOperator.ANY, FilterOperator.ALL)
 

@@ -1,20 +1,26 @@
-"""Convert between LlamaIndex's nodes and images or search hits. Pure."""
+"""Convert between LlamaIndex's nodes and images or search hits."""
 
 from __future__ import annotations
 
 import json
 import mimetypes
+import os
+import re
 from base64 import b64decode
-from binascii import Error as Base64Error
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
-from llama_index.core.schema import BaseNode, ImageNode, ImageType, Node, NodeWithScore, TextNode
+from llama_index.core.schema import BaseNode, ImageNode, MetadataMode, Node, NodeWithScore, TextNode
 from llama_index.core.vector_stores.utils import metadata_dict_to_node
 
-from cocoa_embed.errors import ImageError
-from cocoa_embed.integrations.qdrant.points import plain_payload, with_node_fields
+from cocoa_embed.errors import CocoaError, ImageError
+from cocoa_embed.images.http import Fetcher
+from cocoa_embed.images.load import ImageSource, load_image
+from cocoa_embed.integrations.qdrant.points import node_fields, plain_payload, stored_locations
 
 if TYPE_CHECKING:
     from cocoa_embed.integrations.qdrant.indexer import Hit
@@ -23,9 +29,15 @@ PATH_KEYS = ("path", "image_path")
 TEXT_KEYS = ("caption", "text", "page_content")
 """The payload keys of a path and a text: the indexer's, those of LlamaIndex's older stores and of LangChain."""
 
+URL_SAFE = str.maketrans("-_", "+/")
+"""From the characters of URL-safe base64 to those of the usual one."""
+CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f\ufffd]")
+BINARY_SAMPLE, BINARY_CONTROLS, BINARY_SHARE = 2000, 4, 0.05
+"""A text is binary if of so many characters at its start at least so many, and this share, are control characters."""
 
-def image_of(node: BaseNode) -> ImageType | None:
-    """Return the image of a node: its bytes, or else its path or address; None if it has none.
+
+def image_of(node: BaseNode) -> str | BytesIO | None:
+    """Return the image of a node: its bytes or ``data:`` URI, or else its path or address; None if it has none.
 
     :raises ImageError: If the node's bytes are not in base64.
     """
@@ -39,39 +51,83 @@ def image_of(node: BaseNode) -> ImageType | None:
         return None
     if not data:
         return source
+    text = data if isinstance(data, str) else data.decode("ascii", "replace")
+    header, comma, payload = text.partition(",")
+    if comma and header[:5].lower() == "data:":
+        is_base64 = header.lower().rstrip().endswith(";base64")
+        return f"{header},{payload.translate(URL_SAFE) if is_base64 else payload}"
     try:
-        return BytesIO(b64decode(data))
-    except Base64Error as error:
+        encoded = "".join(text.split()).translate(URL_SAFE).rstrip("=")
+        return BytesIO(b64decode(encoded + "=" * (-len(encoded) % 4), validate=True))
+    except ValueError as error:
         raise ImageError(f"node {node.node_id}", f"holds an image that is not in base64 ({error})") from error
 
 
-def split_by_image(nodes: Sequence[BaseNode]) -> tuple[list[tuple[BaseNode, ImageType]], list[BaseNode]]:
-    """Return the nodes that have an image, each with it, and those that have none.
+def load_source(source: ImageSource, allowed_hosts: Sequence[str]) -> ImageSource:
+    """Return an image as it is, or from where it is: a ``file:`` address, or one on the web.
 
-    :raises ImageError: If the image in a node is not in base64.
+    :param allowed_hosts: The hosts from which images may be fetched, as for ``Fetcher``.
+    :raises ImageError: If it cannot be fetched.
     """
-    pairs = [(node, image_of(node)) for node in nodes]
-    images = [(node, image) for node, image in pairs if image is not None]
-    return images, [node for node, image in pairs if image is None]
+    if isinstance(source, Path):
+        source = str(source)
+    if isinstance(source, str) and source[:7].lower() == "file://":
+        return url2pathname(urlsplit(source).path)
+    if not isinstance(source, str) or not source[:8].lower().startswith(("http://", "https://")):
+        return source
+    try:
+        return load_image(source, fetcher=Fetcher(allowed_hosts))
+    except ImageError as error:
+        if not error.reason.endswith("allowed hosts"):
+            raise
+        raise ImageError(error.source, f"{error.reason}; give its host in allowed_hosts=[...]") from error
+
+
+def text_of(node: BaseNode) -> str:
+    """Return the text that is embedded with a node's image: its own and its metadata; empty if it has none itself."""
+    has_text = isinstance(node, (TextNode, Node)) and node.get_content(MetadataMode.NONE).strip()
+    return node.get_content(MetadataMode.EMBED) if has_text else ""
+
+
+def refuse_binary(text: str) -> None:
+    """Refuse a text that is the content of a binary file, as LlamaIndex's ``SimpleDirectoryReader`` makes of images.
+
+    :raises CocoaError: If it is one.
+    """
+    start = text[:BINARY_SAMPLE]
+    controls = len(CONTROLS.findall(start))
+    if controls >= BINARY_CONTROLS and controls > BINARY_SHARE * len(start):
+        raise CocoaError(
+            f"the text {start[:20]!a}... is the content of a binary file, such as an image, and not text;"
+            " SimpleDirectoryReader reads images so unless llama-index-readers-file is installed: install it, or index"
+            " the folder with QdrantIndexer, or give ImageNode(image_path=...)"
+        )
 
 
 def to_node(hit: Hit) -> NodeWithScore:
     """Return a hit as a node of LlamaIndex, an ``ImageNode`` with ``image_path`` if the point is an image.
 
-    A point that the indexer or LlamaIndex wrote becomes the stored node. Any other point, or one whose node cannot be
-    read, becomes a node with the path and the caption or text of its payload, and the other keys as metadata.
+    A point that the indexer or LlamaIndex wrote becomes the node that LlamaIndex's own store reads. Any other point, or
+    one whose node cannot be read, becomes a node with the path and the caption or text of its payload, and the other
+    keys as metadata.
     """
-    return NodeWithScore(node=stored_node(node_payload(hit)) or described_node(hit), score=hit.score)
+    node = own_node(hit) or stored_node(hit.payload) or described_node(hit)
+    return NodeWithScore(node=node, score=hit.score)
 
 
-def node_payload(hit: Hit) -> dict[str, Any]:
-    """Return the payload of a hit with the fields of LlamaIndex, and the path of a file that exists, if one does.
+def own_node(hit: Hit) -> BaseNode | None:
+    """Return the node for a point that the indexer wrote; None for any other.
 
-    They are made from the fields of the indexer, which stores LlamaIndex's on request only.
+    Its ``image_path`` is the first of the image's files that exists, or else its thumbnail if that exists.
     """
-    if hit.payload.get("sha256") and hit.payload.get("paths"):
-        return with_node_fields({**plain_payload(hit.payload), "path": hit.path})
-    return hit.payload
+    fields: dict[str, Any] = {"caption": None, "metadata": {}, **plain_payload(hit.payload)}
+    if not all(isinstance(fields.get(key), str) for key in ("path", "sha256", "mime")):
+        return None
+    node = stored_node(node_fields(hit.id, fields))
+    if isinstance(node, ImageNode):
+        places = [hit.path, *(each.path for each in stored_locations(fields)), fields.get("thumbnail") or ""]
+        node.image_path = next(filter(os.path.exists, places), hit.path)
+    return node
 
 
 def stored_node(payload: dict[str, Any]) -> BaseNode | None:

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
-from itertools import chain
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from PIL import Image
+import numpy as np
 from tqdm.auto import tqdm
 
 from cocoa_embed.encode.devices import DeviceEncoder, open_encoder
-from cocoa_embed.encode.encoder import Encoder, ModelInput, make_input
+from cocoa_embed.encode.encoder import Encoder, ModelInput
+from cocoa_embed.encode.load import require_findable
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.folders import DEFAULT_INDEX
-from cocoa_embed.images.load import ImageSource
 from cocoa_embed.integrations.qdrant.indexing.manifest import Manifest, manifest_file
 from cocoa_embed.integrations.qdrant.indexing.prune import Forgotten, forget
 from cocoa_embed.integrations.qdrant.indexing.run import IndexRun, IndexSummary
 from cocoa_embed.integrations.qdrant.indexing.thumbnails import ThumbnailFolder
+from cocoa_embed.integrations.qdrant.searching.searcher import Searcher
 from cocoa_embed.integrations.qdrant.stores import open_store
-from cocoa_embed.integrations.qdrant.stores.base import Hit, Query, Signature, StoreOptions
-from cocoa_embed.integrations.qdrant.stores.client_filters import Filter, read_filter
+from cocoa_embed.integrations.qdrant.stores.base import MEMORY, Hit, Signature, StoreOptions
 from cocoa_embed.integrations.qdrant.stores.store import Store
 from cocoa_embed.sources.base import SourceOptions
 from cocoa_embed.sources.files import count_files, file_sources, require_images
@@ -33,18 +32,20 @@ if TYPE_CHECKING:
     from qdrant_client import QdrantClient
     from sentence_transformers import SentenceTransformer
 
+__all__ = ["Hit", "IndexSummary", "QdrantIndexer"]
 
-class QdrantIndexer:
+
+class QdrantIndexer(Searcher):
     """A collection of images in Qdrant, and the multimodal model that embeds images and queries.
 
     The collection is in a local folder, in a folder of Qdrant Edge, or on a Qdrant server. It stores the fingerprint of
     the model that made it, and refuses any other. The store and the model are opened at first use. Threads may share an
-    indexer. It is a context manager.
+    indexer; a pickled one is its settings. It is a context manager.
     """
 
     def __init__(
         self,
-        model: SentenceTransformer | Encoder | str | Path,
+        model: SentenceTransformer | Encoder | str | Path | None,
         *,
         client: QdrantClient | None = None,
         path: str | Path | None = None,
@@ -62,7 +63,8 @@ class QdrantIndexer:
     ) -> None:
         """Name the model and the collection; nothing is opened yet.
 
-        :param model: A SentenceTransformer that embeds text and images, or the folder or hub name of one.
+        :param model: A SentenceTransformer that embeds text and images, or the folder or hub name of one; None if
+            nothing will be embedded: to search by indexed images.
         :param client: A client, which the caller closes.
         :param path: The folder of a local store, created if needed; ``cocoa-index`` if no location is given.
         :param url: The address of a Qdrant server.
@@ -83,6 +85,8 @@ class QdrantIndexer:
             is invalid.
         :raises MissingExtraError: If a package that the location needs is not installed.
         """
+        given = {name: value for name, value in locals().items() if name not in ("self", "model", "client")}
+        self._settings = None if client is not None or str(path) == MEMORY else given
         for name, number in {"batch_size": batch_size, "dimension": dimension}.items():
             if number is not None and number < 1:
                 raise UsageError(f"{name} is {number}; it must be 1 or more")
@@ -185,42 +189,6 @@ class QdrantIndexer:
             self.store.finish()
         return forgotten
 
-    def search(
-        self,
-        text: str | None = None,
-        image: ImageSource | None = None,
-        *,
-        limit: int = 10,
-        offset: int = 0,
-        score_threshold: float | None = None,
-        query_filter: Filter = None,
-        any_orientation: bool = False,
-    ) -> list[Hit]:
-        """Return the images nearest to a text, to an image, or to both as one query, best first.
-
-        :param text: Always text, even if it is the name of a file or an address.
-        :param image: A path, bytes, a ``BytesIO``, a ``data:`` address or a PIL image.
-        :param limit: The maximum number of hits.
-        :param offset: The number of best hits to skip.
-        :param score_threshold: The minimum cosine of a hit.
-        :param query_filter: Conditions on the payload that must all hold, such as ``["mime=image/png", "width>=800"]``
-            (see ``parse_filters``), or a Qdrant filter.
-        :param any_orientation: Whether to search for the rotated and mirrored image too, with eight queries; the score
-            of a hit is the best of them.
-        :raises UsageError: If there is neither text nor image, or ``limit``, ``offset`` or a condition is invalid.
-        :raises CocoaError: If there is no such collection, or another model made it.
-        """
-        if limit < 1 or offset < 0:
-            raise UsageError(f"limit is {limit} and offset {offset}; limit must be 1 or more, offset 0 or more")
-        query = make_input(text, image)
-        conditions = read_filter(query_filter)
-        queries = orientations(query) if any_orientation else [query]
-        vectors = self._encoder_for(self.store.require_signature()).embed_queries(queries)
-        if not any_orientation:
-            return self.store.search(Query(vectors[0], limit, offset, score_threshold, conditions))
-        searches = (Query(vector, offset + limit, 0, score_threshold, conditions) for vector in vectors)
-        return best_hits(map(self.store.search, searches))[offset : offset + limit]
-
     def close(self) -> None:
         """Close the store, unless its client was given; the next use opens it again."""
         self.store.close()
@@ -229,6 +197,25 @@ class QdrantIndexer:
         if self._manifest is not None and self.store.place is not None:
             self._manifest.close()
             self._manifest = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the settings, the API key among them, by which another process opens the collection and the model.
+
+        :raises CocoaError: If the client or the model were given, and another process cannot find them.
+        """
+        if self._settings is None:
+            raise CocoaError(
+                "the indexer cannot go to another process, which cannot share its client; give path, url or edge"
+            )
+        model = self._model
+        if model is not None and not isinstance(model, (str, Path)):
+            name = model.name if isinstance(model, Encoder) else self.encoder.name
+            model = require_findable(name, "the indexer")
+        return {"model": model, **self._settings}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore the settings; the collection and the model are opened at first use."""
+        self.__init__(**state)  # type: ignore[misc]
 
     def __enter__(self) -> QdrantIndexer:
         """Return the indexer."""
@@ -279,6 +266,9 @@ class QdrantIndexer:
             )
         return encoder
 
+    def _embed_queries(self, items: Sequence[ModelInput]) -> np.ndarray:
+        return self._encoder_for(self.store.require_signature()).embed_queries(items)
+
     def _whole_encoder(self) -> Encoder:
         """Return the model with all dimensions, loaded at first use.
 
@@ -286,6 +276,10 @@ class QdrantIndexer:
         """
         with self._lock:
             if self._encoder is None:
+                if self._model is None:
+                    raise UsageError(
+                        "no model was given, which a text or an image needs; give the one of the collection"
+                    )
                 if isinstance(self._model, (str, Path)):
                     self._model = open_encoder(self._model, **self._model_options)
                 encoder = self._model if isinstance(self._model, Encoder) else Encoder(self._model)
@@ -297,22 +291,3 @@ class QdrantIndexer:
 def note_in(faults: list[dict[str, str]]) -> Callable[[str | Path, str], None]:
     """Return a function that appends a fault, as ``{"path", "reason"}``."""
     return lambda path, reason: faults.append({"path": str(path), "reason": reason})
-
-
-def orientations(item: ModelInput) -> list[ModelInput]:
-    """Return a query with its image in each of the eight orientations.
-
-    :raises UsageError: If it has no image.
-    """
-    image = item.get("image")
-    if not isinstance(image, Image.Image):
-        raise UsageError("any_orientation turns the image of a query, and this query has none; give an image")
-    return [item, *({**item, "image": image.transpose(turn)} for turn in Image.Transpose)]
-
-
-def best_hits(searches: Iterable[list[Hit]]) -> list[Hit]:
-    """Return the hits of several searches, each point once with its best score, best first."""
-    best: dict[str, Hit] = {}
-    for hit in sorted(chain.from_iterable(searches), key=lambda hit: -hit.score):
-        best.setdefault(hit.id, hit)
-    return list(best.values())

@@ -2,7 +2,7 @@ import asyncio
 import copy
 import pickle
 import time
-from base64 import b64encode
+from base64 import b64encode, urlsafe_b64encode
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 from exported import write_checkpoint
 from fake_model import COLOURS, FakeModel
+from llama_index.core import SimpleDirectoryReader
 from llama_index.core.ingestion import IngestionPipeline
-from llama_index.core.schema import ImageDocument, ImageNode, TextNode
+from llama_index.core.readers.base import BaseReader
+from llama_index.core.schema import Document, ImageDocument, ImageNode, TextNode
 from llama_index.core.storage.kvstore import SimpleKVStore
 from PIL import Image
 
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError, ImageError, UsageError
+from cocoa_embed.images.http import Fetcher, Refused
 from cocoa_embed.integrations.llama_index import CocoaEmbedding
 from cocoa_embed.model.backbone import load_backbone
 from cocoa_embed.model.export import export_model
@@ -97,6 +100,8 @@ def test_errors_name_the_input(embedding: CocoaEmbedding, files: list[str], tmp_
 
 def test_settings_are_serialised(model_folder: Path) -> None:
     settings = {"device": "cpu", "dimension": 16, "embed_batch_size": 3, "num_workers": 2}
+    settings |= {"allowed_hosts": ["a.example"], "trust_remote_code": False, "cache_folder": "hub"}
+    settings["model_kwargs"] = {"attn_implementation": "eager"}
     embedding = CocoaEmbedding(model_folder, embeddings_cache=SimpleKVStore(), **settings)
     stored = embedding.to_dict()
     assert stored == {"class_name": "CocoaEmbedding", "model_name": str(model_folder), **settings}
@@ -166,5 +171,89 @@ def test_a_pipeline_embeds_images_as_images_and_texts_as_texts(embedding: CocoaE
         lambda copies: IngestionPipeline(transformations=[embedding]).run(nodes=copies),
     ):
         assert [node.embedding for node in embed([node.model_copy() for node in nodes])] == expected
-    with pytest.raises(ImageError, match=r"gone\.png"):
+    with pytest.raises(ImageError, match=r"gone\.png: .* not among the allowed hosts; give its host in allowed_hosts="):
         embedding([ImageNode(image_url="http://127.0.0.1:9/gone.png")])
+
+
+def test_a_node_with_text_and_image_is_embedded_by_both_if_the_model_takes_them(
+    embedding: CocoaEmbedding, files: list[str], real: CocoaEmbedding
+) -> None:
+    def nodes() -> list[ImageNode]:
+        illustrated = [ImageNode(text=f"{colour} thing", image_path=files[2]) for colour in COLOURS]
+        return [*illustrated, ImageNode(image_path=files[2], metadata={"author": "Ann"}), TextNode(text="red")]
+
+    both = [node.embedding for node in embedding(nodes())]
+    assert len({tuple(vector) for vector in both}) == 5, "of the colours, blue with a blue image is that image"
+    assert both[4:] == [embedding.get_image_embedding(files[2]), embedding.get_text_embedding("red")]
+    for node, vector in zip(nodes()[:4], both, strict=False):
+        item = {"text": node.text, "image": Image.open(files[2]).convert("RGB")}
+        assert vector == embedding.encoder.embed_documents([item])[0].tolist()
+    assert [node.embedding for node in asyncio.run(embedding.acall(nodes()))] == both
+    assert max(model_of(embedding).batches) == 3, "images are read a batch at a time"
+    assert np.ptp(np.array([node.embedding for node in real(nodes())[:4]]), axis=0).max() > 1e-4
+    alone = CocoaEmbedding(model=FakeModel(modalities=["text", "image"]))
+    alone.encoder.model.supports = lambda modality: isinstance(modality, str)
+    assert {tuple(node.embedding) for node in alone(nodes()[:4])} == {tuple(alone.get_image_embedding(files[2]))}
+
+
+def test_images_come_from_files_data_and_allowed_hosts(
+    embedding: CocoaEmbedding, files: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, data = embedding.get_image_embedding(files[2]), Path(files[2]).read_bytes()
+    fetched: list[str] = []
+
+    def fetch(fetcher: Fetcher, address: str) -> bytes:
+        fetcher._check(address)
+        fetched.append(address)
+        return data
+
+    monkeypatch.setattr(Fetcher, "fetch", fetch)
+    online = CocoaEmbedding(model=embedding.encoder, allowed_hosts=["a.example"])
+    for node in (
+        ImageNode(image_url=Path(files[2]).as_uri()),
+        ImageNode(image_url="https://a.example/blue.png"),
+        ImageNode(image=f"data:image/png;base64,{b64encode(data).decode()}"),
+        ImageNode(image=urlsafe_b64encode(data).decode().rstrip("=")),
+    ):
+        assert online([node])[0].embedding == expected
+    assert online.get_image_embedding("https://a.example/blue.png") == expected
+    assert fetched == ["https://a.example/blue.png"] * 2
+    with pytest.raises(Refused, match=r"b\.example"):
+        online.get_image_embedding("https://b.example/blue.png")
+
+
+def test_the_bytes_of_a_file_are_no_text(embedding: CocoaEmbedding, folder: Path, files: list[str]) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "noise.jpg")
+    for file in (folder / "noise.jpg", Path(files[0])):
+        text = file.read_bytes().decode("utf-8", "ignore")  # as SimpleDirectoryReader does
+        for embed in (embedding.get_text_embedding, lambda text: embedding([TextNode(text=text)])):
+            with pytest.raises(CocoaError, match=r"is the content of a binary file.* install it, or index"):
+                embed(text)
+    with pytest.raises(CocoaError, match="binary file"):
+        IngestionPipeline(transformations=[embedding]).run(
+            documents=SimpleDirectoryReader(
+                input_files=[str(folder / "noise.jpg")], file_extractor={".jpg": Plain()}
+            ).load_data()
+        )
+    for text in ("", "a\x00", "page one\x0cpage two\r\n\tcolumn", "žluť 猫 \u200b", "\x1b[1mbold\x1b[0m text"):
+        assert embedding.get_text_embedding(text)
+
+
+class Plain(BaseReader):
+    """Reads a file as SimpleDirectoryReader does if no reader knows its suffix."""
+
+    def load_data(self, file: Path, **_: Any) -> list[Document]:
+        return [Document(text=file.read_bytes().decode("utf-8", "ignore"))]
+
+
+def test_the_options_of_a_model_reach_sentence_transformers(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(
+        "sentence_transformers.SentenceTransformer", lambda *_, **all_: given.update(all_) or FakeModel()
+    )
+    options = {"trust_remote_code": True, "cache_folder": "hub", "model_kwargs": {"attn_implementation": "eager"}}
+    CocoaEmbedding(model_folder, **options)
+    assert given.items() >= options.items()

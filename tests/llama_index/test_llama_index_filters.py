@@ -10,7 +10,7 @@ from qdrant_client.local.payload_filters import check_filter
 
 from cocoa_embed.errors import UsageError
 from cocoa_embed.integrations.llama_index.filters import to_condition
-from cocoa_embed.integrations.qdrant.filters import parse_filters
+from cocoa_embed.integrations.qdrant.searching.filters import parse_filters
 from cocoa_embed.integrations.qdrant.stores.client_filters import to_client_filter
 
 AND, OR, NOT = FilterCondition.AND, FilterCondition.OR, FilterCondition.NOT

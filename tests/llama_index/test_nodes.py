@@ -1,5 +1,5 @@
 import json
-from base64 import b64encode
+from base64 import b64encode, urlsafe_b64encode
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from llama_index.core.schema import Document, ImageDocument, ImageNode, IndexNod
 from llama_index.core.vector_stores.utils import node_to_metadata_dict
 
 from cocoa_embed.errors import ImageError
-from cocoa_embed.integrations.llama_index.nodes import image_of, split_by_image, to_node
+from cocoa_embed.integrations.llama_index.nodes import image_of, to_node
 from cocoa_embed.integrations.qdrant.indexer import Hit
 from cocoa_embed.integrations.qdrant.points import FileLocation, make_payload
 from cocoa_embed.integrations.qdrant.stores.base import image_path
@@ -37,8 +37,13 @@ def test_the_image_of_every_kind_of_node_is_found(file: str) -> None:
     assert image_of(Node(image_resource=MediaResource(data=b"an image"))).read() == b"an image"
     for node in (TextNode(text="red"), Document(text="red"), ImageNode(text="red"), Node(), IndexNode(index_id="i")):
         assert image_of(node) is None
-    image, text = ImageNode(image_path="a.png"), TextNode(text="red")
-    assert split_by_image([text, image]) == ([(image, "a.png")], [text])
+    data = bytes(range(248, 256))  # with characters of its own in URL-safe base64
+    assert "-" in urlsafe_b64encode(data).decode()
+    for encoded in (urlsafe_b64encode(data).decode(), urlsafe_b64encode(data).decode().rstrip("="), "+Pn6-_z9_v8 \n"):
+        assert image_of(ImageNode(image=encoded)).read() == data
+    uri = "data:image/png;base64,"
+    assert image_of(ImageNode(image=uri + urlsafe_b64encode(data).decode())) == uri + b64encode(data).decode()
+    assert image_of(ImageNode(image="data:image/svg+xml,a-b")) == "data:image/svg+xml,a-b"
     with pytest.raises(ImageError, match="node n7: holds an image that is not in base64"):
         image_of(ImageNode(id_="n7", image="a"))
 

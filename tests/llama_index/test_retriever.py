@@ -1,17 +1,28 @@
 import asyncio
+import pickle
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_model import FakeModel
+from llama_index.core.base.base_multi_modal_retriever import MultiModalRetriever
+from llama_index.core.constants import DEFAULT_SIMILARITY_TOP_K
+from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.llms import ImageBlock, MockLLM
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.retrievers import QueryFusionRetriever
-from llama_index.core.schema import ImageNode, NodeWithScore, QueryBundle
+from llama_index.core.schema import ImageNode, MetadataMode, NodeWithScore, QueryBundle, TextNode
 from llama_index.core.vector_stores import FilterOperator, MetadataFilter, MetadataFilters
+from llama_index.vector_stores.qdrant import QdrantVectorStore
 from PIL import Image
+from qdrant_client import QdrantClient
 
-from cocoa_embed.errors import ImageError
-from cocoa_embed.integrations.llama_index import CocoaRetriever
+from cocoa_embed.encode.encoder import Encoder
+from cocoa_embed.errors import CocoaError, ImageError
+from cocoa_embed.integrations.llama_index import CocoaEmbedding, CocoaRetriever
 from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
+from cocoa_embed.integrations.qdrant.points import plain_payload
 
 
 def paths(nodes: list[NodeWithScore]) -> list[str]:
@@ -44,12 +55,12 @@ def test_a_query_is_a_text_an_image_or_both(indexer: QdrantIndexer, files: list[
 
 def test_threshold_and_filters_narrow_the_nodes(indexer: QdrantIndexer, files: list[str]) -> None:
     def found(**options: Any) -> list[str]:
-        return sorted(paths(CocoaRetriever(indexer, **options).retrieve("red")))
+        return sorted(paths(CocoaRetriever(indexer, similarity_top_k=10, **options).retrieve("red")))
 
     assert found() == found(filters=MetadataFilters(filters=[])) == sorted(files)
     assert found(score_threshold=0.999) == files[:1]
     assert found(filters=where(n=9)) == found(score_threshold=1.5) == []
-    late = CocoaRetriever(indexer, filters=where(">=", n=2))
+    late = CocoaRetriever(indexer, 10, filters=where(">=", n=2))
     assert found(filters=where(">=", n=2)) == found(filters=late.query_filter) == sorted(files[2:])
 
 
@@ -64,3 +75,87 @@ def test_query_engines_and_fusion_take_the_retriever(indexer: QdrantIndexer, fil
         assert Image.open(image.resolve_image()).getpixel((0, 0)) == (255, 0, 0)
     fused = QueryFusionRetriever([retriever, retriever], llm=llm, num_queries=1, similarity_top_k=2, use_async=False)
     assert paths(fused.retrieve("blue"))[0] == paths(asyncio.run(fused.aretrieve("blue")))[0] == files[2]
+
+
+def test_it_has_the_methods_and_defaults_of_llama_indexs_retriever(
+    indexer: QdrantIndexer, files: list[str], embedding: CocoaEmbedding, client: QdrantClient
+) -> None:
+    retriever = CocoaRetriever(indexer)
+    assert isinstance(retriever, MultiModalRetriever)
+    assert retriever.similarity_top_k == retriever.image_similarity_top_k == DEFAULT_SIMILARITY_TOP_K == 2
+    assert paths(retriever.retrieve("red"))[0] == files[0]
+    by_image = retriever.image_to_image_retrieve(files[2])
+    assert (paths(by_image)[0], len(by_image)) == (files[2], 2)
+    assert retriever.image_to_image_retrieve(QueryBundle("", image_path=Path(files[2]).as_uri())) == by_image
+    assert asyncio.run(retriever.aimage_to_image_retrieve(files[2])) == by_image
+    by_text = CocoaRetriever(indexer, image_similarity_top_k=1).text_to_image_retrieve("blue")
+    assert paths(by_text) == files[2:3]
+    assert asyncio.run(retriever.atext_to_image_retrieve("blue"))[:1] == by_text
+    assert retriever.text_retrieve("red") == asyncio.run(retriever.atext_retrieve("red")) == []
+    with pytest.raises(ImageError, match=r"not among the allowed hosts; give its host in allowed_hosts"):
+        retriever.image_to_image_retrieve("http://127.0.0.1/a.png")
+    store = QdrantVectorStore("mixed", client=client)
+    nodes = [TextNode(text="red"), ImageNode(image_path=files[1])]
+    IngestionPipeline(transformations=[embedding], vector_store=store, disable_cache=True).run(nodes=nodes)
+    mixed = CocoaRetriever(QdrantIndexer(embedding.encoder, client=client, collection="mixed"))
+    assert [each.node.text for each in mixed.text_retrieve("green")] == ["red"]
+    assert paths(mixed.text_to_image_retrieve("red")) == files[1:2]
+
+
+def test_diverse_nodes_are_retrieved_on_request(indexer: QdrantIndexer, files: list[str]) -> None:
+    near = paths(CocoaRetriever(indexer, 4).image_to_image_retrieve(files[0]))
+    assert paths(CocoaRetriever(indexer, 2, diversity=0.0).image_to_image_retrieve(files[0])) == near[:2]
+    apart = paths(CocoaRetriever(indexer, 4, diversity=0.95).image_to_image_retrieve(files[0]))
+    assert (apart[0], sorted(apart)) == (near[0], sorted(near))
+    assert apart != near
+
+
+def test_a_pickled_retriever_and_indexer_open_again_where_they_are_used(
+    tmp_path: Path, folder: Path, files: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "fake").mkdir()
+    monkeypatch.setattr("cocoa_embed.integrations.qdrant.indexer.load_encoder", lambda *_, **__: Encoder(FakeModel()))
+    encoder = Encoder(FakeModel(), str(tmp_path / "fake"))
+    for model in (encoder, str(tmp_path / "fake")):
+        with QdrantIndexer(model, path=tmp_path / "index", collection="mine", batch_size=7) as indexer:
+            indexer.index(folder, progress=False)
+            retriever = CocoaRetriever(indexer, 3, filters=where(">=", n=1), score_threshold=0.1)
+            expected = retriever.retrieve("blue")
+            pickled = pickle.dumps(retriever)
+        assert len(pickled) < 3000
+        again = pickle.loads(pickled)
+        assert [each.node for each in again.retrieve("blue")] == [each.node for each in expected]
+        assert (again._indexer.batch_size, again._indexer.store.collection) == (7, "mine")
+        again._indexer.close()
+    for lost, words in (
+        (QdrantIndexer(encoder, client=QdrantClient(":memory:")), "cannot share its client; give path, url or edge"),
+        (QdrantIndexer(encoder, path=":memory:"), "cannot share its client"),
+        (QdrantIndexer(FakeModel(), path=tmp_path / "index"), "would find no model 'the model'"),
+    ):
+        with pytest.raises(CocoaError, match=words):
+            pickle.dumps(lost)
+
+
+def test_a_payload_without_a_node_becomes_the_node_that_llama_index_would_read(
+    indexer: QdrantIndexer, files: list[str]
+) -> None:
+    retriever = CocoaRetriever(indexer, 4)
+    expected = {each.node.node_id: each.node for each in retriever.retrieve("red")}
+    for id_, payload in indexer.store.retrieve([*expected]).items():
+        indexer.store.overwrite_payload(id_, plain_payload(payload))
+    for each in retriever.retrieve("red"):
+        assert each.node == expected[each.node.node_id]
+        assert each.node.get_content(MetadataMode.LLM).count("\n") < 6, "a model sees no hashes"
+        assert "sha256" not in each.node.get_content(MetadataMode.EMBED)
+
+
+def test_a_node_has_the_first_path_that_exists_or_the_thumbnail(
+    indexer: QdrantIndexer, folder: Path, files: list[str], tmp_path: Path
+) -> None:
+    shutil.copy(files[0], folder / "copy.png")
+    indexer.index(folder, thumbnails=tmp_path / "small", progress=False)
+    (thumbnail,) = {hit.payload["thumbnail"] for hit in indexer.search("red", limit=1)}
+    for gone, expected in ((files[0], str(folder / "copy.png")), (str(folder / "copy.png"), thumbnail)):
+        Path(gone).unlink()
+        (found,) = CocoaRetriever(indexer, 1).retrieve("red")
+        assert found.node.image_path == expected

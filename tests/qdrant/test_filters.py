@@ -11,7 +11,7 @@ from qdrant_client import models
 from qdrant_client.local.payload_filters import check_filter
 
 from cocoa_embed.errors import UsageError
-from cocoa_embed.integrations.qdrant import conditions as tree
+from cocoa_embed.integrations.qdrant.searching import conditions as tree
 from cocoa_embed.integrations.qdrant.stores.base import PAYLOAD_INDEXES
 from cocoa_embed.integrations.qdrant.stores.client_filters import read_filter, to_client_filter
 from cocoa_embed.integrations.qdrant.stores.edge_filters import to_edge_filter
@@ -56,10 +56,17 @@ PAYLOADS = {"beach": BEACH, "street": STREET, "plain": PLAIN, "top": {"author": 
 EXPECTED = {
     " mime = image/png|image/gif ": "street plain",
     "path=/photos/c\udcff.gif": "plain",
-    "paths=/copies/a.jpg": "beach",
+    **dict.fromkeys(["paths=/copies/a.jpg", "path=/copies/a.jpg"], "beach"),
+    **dict.fromkeys(["mime=png", "mime=.PNG", "mime='image/png'", "mime==IMAGE/PNG"], "street"),
+    "mime≠jpg|gif": "street top none",
+    **dict.fromkeys(["author='Ann'", "author=“Ann”", "author = 'x|y'|Ann"], "beach street top"),
+    **dict.fromkeys(["width≥640", "width ≥ 640"], "beach street"),
+    "path~holiday": "beach",
     "width>=640": "beach street",
     "width=1e3|1": "beach plain",
-    "mtime>2026": "beach plain",
+    **dict.fromkeys(["mtime>2026", "mtime>=2026"], "beach plain"),
+    "mtime<=2026-01-01": "beach street",
+    "mtime<2026": "street",
     "mtime=2025|2026-01-02": "street plain",
     "mtime!=2026-01": "street top none",
     "mtime<=2026-01-01T00:00:00.500Z": "beach street",
@@ -75,7 +82,8 @@ EXPECTED = {
     "year>1900": "plain",
     "ok=true": "beach street",
     "tags": "beach",
-    "date<2026-01-01": "beach",
+    **dict.fromkeys(["date<2026-01-01", "date<2026", "date<=2025-12-31", "date<=2025"], "beach"),
+    "date>2026": "street",
     '"a.b"=dotted': "beach",
     "sp ace=blank": "beach",
     "exif.iso=2": "beach",
@@ -88,8 +96,12 @@ WRONG = {
     "mime=a||b": "a value is missing",
     'mime="a"b': "not a text in double quotes",
     **dict.fromkeys(["a..b=1", "a[x]=1", '""=1'], "is not a key"),
-    "author:Ann": 'write author=Ann or, for a key of this name, "author:Ann"',
-    "width 1000": "write width=1000",
+    "author:Ann": 'did you mean author=Ann? A key of this name stands in quotes: "author:Ann"',
+    "mime: image/png": "did you mean mime=image/png?",
+    "width 1000": "did you mean width=1000?",
+    **dict.fromkeys(["author=Ann and width>5", "author=Ann, width>5", "author=Ann && year=5"], "each filter is one"),
+    "mime=image/*": "'image/*' is no pattern; look for words with ~",
+    "path=photos/b.png": "path holds absolute paths, 'photos/b.png' is not one",
     "width=>1000": "KEY>=VALUE",
     'width="640"': "width is a number, '640' is not",
     "width<1e999": "width is a number, '1e999' is not",
@@ -134,7 +146,7 @@ def test_every_backend_finds_what_a_filter_says(shards: list[Any]) -> None:
         query_filter = read_filter(text)
         assert found_by_each(shards, query_filter, payloads) == [expected] * 3, text
         assert models.Filter.model_validate_json(query_filter.model_dump_json()) == query_filter, "as for a server"
-    assert found(read_filter([]), payloads) == {0, 1, 2, 3, 4}
+    assert read_filter([]) is read_filter(None) is None
     assert found(read_filter(["width>1", "author=Ann", "mime!=image/png"]), payloads) == {0}
 
 
@@ -183,9 +195,17 @@ def test_malformed_filters_are_usage_errors(text: str) -> None:
         read_filter(["mime=a", text])
 
 
-def test_a_dictionary_is_no_filter() -> None:
-    with pytest.raises(UsageError, match="query_filter is a dict; give conditions, as in"):
-        read_filter({"must": []})  # type: ignore[arg-type]
+def test_filters_of_every_kind_are_taken_together() -> None:
+    mime = models.FieldCondition(key="mime", match=models.MatchValue(value="image/png"))
+    filters: list[Any] = ["width>1", models.Filter(must=[mime]), mime, tree.Exists("caption")]
+    assert found(read_filter(filters), list(PAYLOADS.values())) == {1}
+    assert read_filter(filters[1]) is read_filter([filters[1]]) is filters[1]
+
+
+def test_anything_else_is_no_filter() -> None:
+    for wrong, kind in (({"must": []}, "dict"), (5, "int"), (["a", 5], "list of int, str"), ([{}], "list of dict")):
+        with pytest.raises(UsageError, match=f"query_filter is a {kind}; give conditions, as in"):
+            read_filter(wrong)  # type: ignore[arg-type]
 
 
 NAMES = st.text(st.characters(exclude_characters='"\\', exclude_categories=("Cs", "Cc")), min_size=1)

@@ -20,7 +20,7 @@ from cocoa_embed.cli.search import report_hits
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.integrations.qdrant import IndexSummary, QdrantIndexer
-from cocoa_embed.integrations.qdrant.hits_page import write_hits_page
+from cocoa_embed.integrations.qdrant.searching.hits_page import write_hits_page
 from cocoa_embed.sources import files
 
 COSINE = models.VectorParams(size=48, distance=models.Distance.COSINE)
@@ -311,7 +311,7 @@ class TestSearch:
     def test_an_impossible_search_is_an_error_before_the_model_is_loaded(self, tmp_path: Path) -> None:
         index = QdrantIndexer(tmp_path / "no-model", path=tmp_path / "none")
         for arguments, error, words in (
-            ({"text": ""}, UsageError, "give one of them"),
+            ({"text": ""}, UsageError, "nothing to search for; give a text, an image, or like"),
             ({"offset": -1}, UsageError, "limit must be 1 or more, offset 0 or more"),
             ({"any_orientation": True}, UsageError, "give an image"),
             ({"image": tmp_path / "gone.png"}, CocoaError, r"gone\.png: does not exist"),

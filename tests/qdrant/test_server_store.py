@@ -60,7 +60,7 @@ def test_temporary_failures_are_retried_and_everything_is_there_once(
     fake: FakeServer, remote: OpenRemote, waits: list[float], fault: Callable[[Any], bool]
 ) -> None:
     store = remote()
-    reads = ["/exists", "POST /collections/images/points", "/scroll", "/count", "/query"]
+    reads = ["/exists", "POST /collections/images/points", "/scroll", "/count", "/query/batch"]
     ends = [CREATE, INDEX, UPSERT, "/points/batch", *reads]
     for end in ends:
         fake.fail(end, fault, fault)
@@ -168,7 +168,8 @@ def test_vectors_are_quantized_kept_on_disk_and_rescored(fake: FakeServer, remot
     (created,) = fake.bodies("PUT", "/collections/images")
     assert created["quantization_config"] == {"scalar": {"type": "int8", "quantile": 0.99, "always_ram": True}}
     assert created["vectors"] == {"size": SIGNATURE.dimension, "distance": "Cosine", "on_disk": True}
-    searches = [body["params"]["quantization"] for body in fake.bodies("POST", "/query")]
+    batches = fake.bodies("POST", "/query/batch")
+    searches = [search["params"]["quantization"] for body in batches for search in body["searches"]]
     assert searches == [{"rescore": True, "oversampling": 20}, {"rescore": True, "oversampling": 3}]
 
 

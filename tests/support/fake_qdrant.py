@@ -39,6 +39,18 @@ class FakeServer:
     indexes: dict[str, dict[str, Any]] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
+    is_strict: bool = False
+    """Whether filters on fields without an index are refused, as hosted clusters do."""
+
+    def check_strictly(self, name: str, condition: models.Filter | None) -> None:
+        """Refuse a filter as a server in strict mode does."""
+        for key, kinds in required_indexes(condition) if self.is_strict and condition else ():
+            if self.indexes.get(name, {}).get(key, {}).get("data_type") not in kinds:
+                raise ValueError(
+                    f'Bad request: Index required but not found for "{key}" of one of the following types: '
+                    f"[{', '.join(kinds)}]. Help: Create an index for this key or use a different filter."
+                )
+
     def bodies(self, method: str, end: str) -> list[Any]:
         return [request.body for request in self.requests if request.method == method and request.path.endswith(end)]
 
@@ -148,10 +160,14 @@ def respond(fake: FakeServer, method: str, path: str, body: dict[str, Any]) -> o
     metadata = body.get("metadata") if fake.keeps_metadata else None
     condition = models.Filter.model_validate(body["filter"]) if body.get("filter") else None
     match method, action:
+        case "GET", _ if name == path.strip("/") == "collections":
+            return client.get_collections().model_dump(mode="json")
         case "GET", "exists":
             return {"exists": client.collection_exists(name)}
         case "GET", "":
             info = client.get_collection(name).model_dump(mode="json")
+            if fake.is_strict:
+                info["config"]["strict_mode_config"] = {"enabled": True, "unindexed_filtering_retrieve": False}
             return {**info, "payload_schema": fake.indexes.get(name, {})}
         case "PUT", "":
             request = models.CreateCollection.model_validate(body)
@@ -176,16 +192,54 @@ def respond(fake: FakeServer, method: str, path: str, body: dict[str, Any]) -> o
         case "POST", "points/count":
             return {"count": client.count(name, count_filter=condition, exact=True).count}
         case "POST", "points/scroll":
+            fake.check_strictly(name, condition)
             page = {key: body.get(key) for key in ("limit", "offset", "with_payload")}
-            records, offset = client.scroll(name, scroll_filter=condition, **page)
+            vectors = body.get("with_vector") or False
+            records, offset = client.scroll(name, scroll_filter=condition, with_vectors=vectors, **page)
             return {"points": [record.model_dump(mode="json") for record in records], "next_page_offset": offset}
-        case "POST", "points/query":
-            page = {key: body.get(key) for key in ("limit", "offset", "score_threshold", "with_payload")}
-            found = client.query_points(name, query=body["query"]["nearest"], query_filter=condition, **page)
-            return found.model_dump(mode="json")
+        case "POST", "points/query/batch":
+            searches = [{**search, "params": None} for search in body["searches"]]  # the local mode warns of them
+            requests = list(map(models.QueryRequest.model_validate, searches))
+            for request in requests:
+                fake.check_strictly(name, request.filter)
+            answers = client.query_batch_points(name, requests)
+            return [answer.model_dump(mode="json") for answer in answers]
         case _:
             raise LookupError(f"{method} {path}")
     return done
+
+
+ANY_INDEX = ["keyword", "integer", "float", "text", "bool", "datetime"]
+
+
+def required_indexes(part: Any) -> Iterator[tuple[str, list[str]]]:  # noqa: ANN401, C901 - a table
+    """Yield the fields in a filter, each with the types of index that serve its condition."""
+    match part:
+        case None | models.HasIdCondition():
+            return
+        case list():
+            for each in part:
+                yield from required_indexes(each)
+        case models.Filter():
+            yield from required_indexes([*map(as_list, (part.must, part.should, part.must_not))])
+        case models.IsEmptyCondition(is_empty=field):
+            yield field.key, ANY_INDEX
+        case models.FieldCondition(range=models.Range()):
+            yield part.key, ["integer", "float"]
+        case models.FieldCondition(range=models.DatetimeRange()):
+            yield part.key, ["datetime"]
+        case models.FieldCondition(match=models.MatchText()):
+            yield part.key, ["text"]
+        case models.FieldCondition(match=models.MatchAny(any=[str(), *_])):
+            yield part.key, ["keyword"]
+        case models.FieldCondition(match=models.MatchValue(value=value)):
+            yield part.key, [{bool: "bool", int: "integer"}.get(type(value), "keyword")]
+        case _:
+            raise LookupError(f"the fake does not know {part!r}")
+
+
+def as_list(clause: Any) -> list[Any]:  # noqa: ANN401
+    return clause if isinstance(clause, list) else [] if clause is None else [clause]
 
 
 class Server(ThreadingHTTPServer):

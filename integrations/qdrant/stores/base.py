@@ -16,7 +16,7 @@ from cocoa_embed.sources.files import is_deleted
 if TYPE_CHECKING:
     from qdrant_client import models
 
-KEYWORD, INTEGER, FLOAT, TEXT = "keyword", "integer", "float", "text"
+KEYWORD, INTEGER, FLOAT, TEXT, BOOL, DATETIME = "keyword", "integer", "float", "text", "bool", "datetime"
 PAYLOAD_INDEXES = {
     **dict.fromkeys(("path", "relative_path", "paths", "sha256", "mime", "shard"), KEYWORD),
     **dict.fromkeys(("width", "height", "bytes", REVISION), INTEGER),
@@ -25,6 +25,14 @@ PAYLOAD_INDEXES = {
 }
 """The payload indexes of a collection and their types, for the backends that have payload indexes."""
 
+MEMORY = ":memory:"
+"""The client's name for a local store without a folder, which is gone when the process ends."""
+MAX_HITS = 2**31 - 1
+"""The most hits of a search, those that it skips included."""
+MAX_DIVERSE_HITS = 2**14
+"""The same where diversity chooses among candidates."""
+DIVERSE_CANDIDATES = 4
+"""Candidates per hit that diversity chooses from, and at least ``MIN_CANDIDATES`` in total."""
 MIN_CANDIDATES = 200
 MIN_OVERSAMPLING = 3.0
 
@@ -72,6 +80,22 @@ class Query(NamedTuple):
     """The minimum cosine of a hit."""
     filter: models.Filter | None = None
     """Conditions on the payload."""
+    diversity: float | None = None
+    """From 0 (the nearest) to 1 (the most different from each other): maximal marginal relevance."""
+
+    @property
+    def candidates(self) -> int:
+        """The number of nearest points that diversity chooses from."""
+        return min(max(DIVERSE_CANDIDATES * (self.limit + self.offset), MIN_CANDIDATES), MAX_DIVERSE_HITS)
+
+
+class StoredPoint(NamedTuple):
+    """A point as it is stored."""
+
+    id: str
+    payload: Payload
+    vector: np.ndarray | None
+    """float32, shape ``(dimension,)``; None if it was not requested."""
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 import numpy as np
 
 from cocoa_embed.errors import CocoaError, UsageError
-from cocoa_embed.integrations.qdrant.stores.base import Payload, Point, Query
+from cocoa_embed.integrations.qdrant.stores.base import (
+    MAX_DIVERSE_HITS,
+    MAX_HITS,
+    Payload,
+    Point,
+    Query,
+    lower_bound,
+)
 
 MAX_COLLECTION_NAME = 255
 """Bytes in the name of a collection, which is the name of a folder in a local store."""
@@ -80,10 +88,30 @@ def payload_size(name: str, payload: Payload) -> int:
 
 
 def check_query(query: Query, dimension: int) -> Query:
-    """Return a query with its vector in float32.
+    """Return a query with its vector in float32, and its threshold the next smaller one, which Qdrant leaves out.
 
     :raises CocoaError: If the vector is not finite or has another dimension than the collection.
+    :raises UsageError: If a number is not one that every backend takes.
     """
+    check_numbers(query.limit, query.offset, query.score_threshold, query.diversity)
     if query.vector.shape != (dimension,) or not np.isfinite(query.vector).all():
         raise CocoaError(f"the query's vector has shape {query.vector.shape}, expected {dimension} finite values")
-    return query._replace(vector=np.asarray(query.vector, dtype=np.float32))
+    threshold = lower_bound(query.score_threshold)
+    return query._replace(vector=np.asarray(query.vector, dtype=np.float32), score_threshold=threshold)
+
+
+def check_numbers(limit: int, offset: int, score_threshold: float | None, diversity: float | None) -> None:
+    """Refuse numbers of a query that not every backend takes.
+
+    :raises UsageError: If one is out of its range.
+    """
+    most = MAX_HITS if diversity is None else MAX_DIVERSE_HITS
+    if limit < 1 or offset < 0 or limit + offset > most:
+        raise UsageError(
+            f"limit is {limit} and offset {offset}; limit must be 1 or more, offset 0 or more, and both"
+            f" together at most {most}{'' if diversity is None else ' with diversity'}"
+        )
+    if score_threshold is not None and not math.isfinite(score_threshold):
+        raise UsageError(f"score_threshold is {score_threshold}; give a cosine, from -1 to 1")
+    if diversity is not None and not 0 <= diversity <= 1:
+        raise UsageError(f"diversity is {diversity}; give a number from 0 to 1")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import sqlite3
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
-from cocoa_embed.errors import CocoaError, one_line, require
+from cocoa_embed.errors import CocoaError, UsageError, one_line, require
 from cocoa_embed.integrations.qdrant.points import REVISION
 from cocoa_embed.integrations.qdrant.stores import base
 from cocoa_embed.integrations.qdrant.stores.base import Point, Query, Replacement, Signature, StoreOptions, Where
@@ -25,6 +27,9 @@ Answer = TypeVar("Answer")
 
 SIGNATURE_KEY = "cocoa_embed"
 """The key of the signature in the metadata of a collection."""
+
+UNINDEXED = re.compile(r'Index required but not found for \\?"(.+?)\\?" of one of the following types: \[(.*?)\]')
+"""What a server in strict mode, as hosted ones are, says to a filter on a field without an index."""
 
 REFUSALS = (ValueError, KeyError, RuntimeError, AssertionError)
 """Raised by the local client's checks, and by the remote one for an answer that Qdrant does not give."""
@@ -49,12 +54,15 @@ class ClientStore(Store):
         """Name a collection; the client is not used yet."""
         super().__init__(location, collection, options)
         self._opened = client
+        self._info: models.CollectionInfo
+        """What ``signature`` has read of the collection."""
 
     def signature(self) -> Signature | None:
         """Return the signature of the collection, or None if there is no such collection."""
         if not self._exists() or not self._call(lambda client: client.collection_exists(self.collection)):
             return None
-        config = self._call(lambda client: client.get_collection(self.collection)).config
+        self._info = self._call(lambda client: client.get_collection(self.collection))
+        config = self._info.config
         vectors = config.params.vectors
         if not isinstance(vectors, models.VectorParams) or vectors.multivector_config or vectors.distance != COSINE:
             raise self._other_vectors()
@@ -79,6 +87,12 @@ class ClientStore(Store):
             if self.signature() != signature:
                 raise
         self._dimension = signature.dimension
+
+    def collections(self) -> list[str]:
+        """Return the names of all collections in this place."""
+        if not self._exists():
+            return []
+        return sorted(each.name for each in self._call(lambda client: client.get_collections()).collections)
 
     def count(self, where: Where | None = None) -> int:
         """Return the number of points."""
@@ -124,19 +138,31 @@ class ClientStore(Store):
             field = models.FieldCondition(key=REVISION, match=models.MatchValue(value=replacement.revision))
         return models.Filter(must=[models.HasIdCondition(has_id=[replacement.id]), field])
 
-    def _search(self, query: Query) -> Sequence[models.ScoredPoint]:
-        answer = self._call(
-            lambda client: client.query_points(
-                self.collection,
-                query=query.vector.tolist(),
-                query_filter=query.filter,
+    def _page(
+        self,
+        query_filter: models.Filter | None,
+        limit: int,
+        offset: Any,  # noqa: ANN401
+        with_vectors: bool,
+    ) -> tuple[Sequence[models.Record], Any]:
+        page: dict[str, Any] = {"limit": limit, "offset": offset, "with_vectors": with_vectors}
+        return self._call(lambda client: client.scroll(self.collection, query_filter, **page))
+
+    def _search(self, queries: Sequence[Query]) -> Sequence[Sequence[models.ScoredPoint]]:
+        requests = [
+            models.QueryRequest(
+                query=nearest(query),
+                filter=query.filter,
                 limit=query.limit,
                 offset=query.offset,
                 score_threshold=query.score_threshold,
-                search_params=self._search_params(query.limit + query.offset),
+                params=self._search_params(query.limit + query.offset),
+                with_payload=True,
             )
-        )
-        return answer.points
+            for query in queries
+        ]
+        answers = self._call(lambda client: client.query_batch_points(self.collection, requests))
+        return [answer.points for answer in answers]
 
     def _search_params(self, limit: int) -> models.SearchParams | None:
         return None
@@ -161,7 +187,29 @@ class ClientStore(Store):
 
     def _failure(self, error: BaseException, attempts: int = 1) -> CocoaError:
         tried = f" (tried {attempts} times)" if attempts > 1 else ""
+        if unindexed := UNINDEXED.search(reason(error)):
+            return self._no_index(*unindexed.groups())
         return CocoaError(f"Qdrant at {self.location} failed: {reason(error)}{tried}")
+
+    def _no_index(self, field: str, kinds: str) -> UsageError:
+        """Return the error for a filter on a field that has no payload index, or one of another type."""
+        key = field.removeprefix("metadata.")
+        if index := self._info.payload_schema.get(field):
+            return UsageError(
+                f"{self.name} takes filters on indexed fields only, and the {index.data_type.value} index of {key} does"
+                f" not serve this condition, which needs one of: {kinds}"
+            )
+        return UsageError(
+            f"{self.name} takes filters on indexed fields only, and {key} has no index; run: cocoa-embed filterable"
+            f" {shlex.quote(key)} --url URL --collection {shlex.quote(self.collection)}, or in Python"
+            f" QdrantIndexer.create_payload_index({key!r})"
+        )
+
+
+def nearest(query: Query) -> models.NearestQuery:
+    """Return what a query searches for."""
+    mmr = query.diversity is not None and models.Mmr(diversity=query.diversity, candidates_limit=query.candidates)
+    return models.NearestQuery(nearest=query.vector.tolist(), mmr=mmr or None)
 
 
 def reason(error: BaseException) -> str:

@@ -2,56 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 from cocoa_embed.errors import UsageError, require
-from cocoa_embed.integrations.qdrant import conditions as tree
-from cocoa_embed.integrations.qdrant.filters import parse_filters
+from cocoa_embed.integrations.qdrant.searching import conditions as tree
+from cocoa_embed.integrations.qdrant.searching.filters import parse_filter
 
 require("qdrant_client", "qdrant")
 
 from qdrant_client import models  # noqa: E402 - after the error that names the extra
 
-Filter: TypeAlias = models.Filter | tree.Condition | Sequence[str] | str | None
+Part: TypeAlias = tree.Condition | models.Condition
+Filter: TypeAlias = Part | Sequence[str | Part] | str | None
+CLIENT_CONDITIONS = get_args(models.Condition)
+
+Indexes: TypeAlias = Mapping[str, str] | None
+"""The types of payload indexes by field, where a server takes filters on no other field; None if any field may be in a
+filter."""
+SERVED = {"bool": bool, "integer": (int, float), "float": (int, float), "keyword": str}
+"""The Python types of the values that an index of a type finds."""
 
 
-def read_filter(query_filter: Filter) -> models.Filter | None:
-    """Return a filter that a caller gives: as texts (``parse_filters``), a condition, or a filter of qdrant-client.
+def read_conditions(query_filter: Filter) -> list[Part]:
+    """Return the conditions that a caller gives, which must all hold.
 
-    :raises UsageError: If it is neither.
+    :param query_filter: A text (``parse_filters``), a condition of ours or of qdrant-client, or several of these.
+    :raises UsageError: If it is something else.
     """
-    if query_filter is None or isinstance(query_filter, models.Filter):
-        return query_filter
-    if isinstance(query_filter, tree.Condition):
-        return to_client_filter(query_filter)
-    if isinstance(query_filter, str):
-        query_filter = [query_filter]
-    if not isinstance(query_filter, Sequence):
-        raise UsageError(
-            f"query_filter is a {type(query_filter).__name__}; give conditions, as in"
-            ' ["mime=image/png", "width>=800"], or a qdrant_client.models.Filter'
-        )
-    return to_client_filter(parse_filters(query_filter))
+    if query_filter is None:
+        return []
+    is_one = isinstance(query_filter, (str, tree.Condition, *CLIENT_CONDITIONS))
+    parts: Any = [query_filter] if is_one else query_filter
+    if isinstance(parts, Sequence) and all(
+        isinstance(part, (str, tree.Condition, *CLIENT_CONDITIONS)) for part in parts
+    ):
+        return [parse_filter(part) if isinstance(part, str) else part for part in parts]
+    kinds = type(query_filter).__name__
+    if isinstance(parts, Sequence):
+        kinds += f" of {', '.join(sorted({type(part).__name__ for part in parts}))}"
+    raise UsageError(
+        f"query_filter is a {kinds}; give conditions, as in"
+        ' ["mime=image/png", "width>=800"], or a qdrant_client.models.Filter'
+    )
+
+
+def read_filter(query_filter: Filter, indexes: Indexes = None) -> models.Filter | None:
+    """Return the filter of qdrant-client for what a caller gives; None if it has no conditions.
+
+    :param indexes: Leave out what no index of these serves: a second place where a payload may have a key, and values
+        of other types.
+    :raises UsageError: If it is no filter.
+    """
+    parts = read_conditions(query_filter)
+    if len(parts) == 1 and isinstance(parts[0], models.Filter):
+        return parts[0]
+    converted = [_convert(part, indexes) if isinstance(part, tree.Condition) else part for part in parts]
+    return models.Filter(must=converted) if converted else None
 
 
 def to_client_filter(condition: tree.Condition) -> models.Filter:
     """Return a condition as a filter of qdrant-client."""
-    converted = _convert(condition)
+    converted = _convert(condition, None)
     return converted if isinstance(converted, models.Filter) else models.Filter(must=[converted])
 
 
-def _convert(condition: tree.Condition) -> models.Condition:
+def _convert(condition: tree.Condition, indexes: Indexes) -> models.Condition:
     match condition:
         case tree.And(parts):
-            return models.Filter(must=[_convert(part) for part in parts])
+            return models.Filter(must=[_convert(part, indexes) for part in parts])
+        case tree.AnyPlace(parts):
+            indexed = [part for part in parts if indexes is None or part.path in indexes]
+            return models.Filter(should=[_convert(part, indexes) for part in indexed or parts])
         case tree.Or(parts):
-            return models.Filter(should=[_convert(part) for part in parts])
+            return models.Filter(should=[_convert(part, indexes) for part in parts])
         case tree.Not(negated):
-            return models.Filter(must_not=[_convert(negated)])
+            return models.Filter(must_not=[_convert(negated, indexes)])
         case tree.OneOf(path, values):
-            return models.Filter(should=_equal_to_one_of(path, values))
+            return models.Filter(should=_equal_to_one_of(path, values, indexes))
         case tree.Range(path, bounds):
             is_time = any(isinstance(bound, datetime) for bound in bounds.values())
             limits: Any = models.DatetimeRange if is_time else models.Range
@@ -60,16 +89,18 @@ def _convert(condition: tree.Condition) -> models.Condition:
             return models.FieldCondition(key=path, match=models.MatchText(text=text))
         case tree.Exists(path):
             empty = models.IsEmptyCondition(is_empty=models.PayloadField(key=path))
-            return models.Filter(must_not=[empty, *_equal_to_one_of(path, [""])])
+            has_texts = indexes is None or indexes.get(path) == "keyword"
+            return models.Filter(must_not=[empty, *(_equal_to_one_of(path, [""], None) if has_texts else [])])
 
 
-def _equal_to_one_of(path: str, values: Sequence[tree.Scalar]) -> list[models.Condition]:
+def _equal_to_one_of(path: str, values: Sequence[tree.Scalar], indexes: Indexes) -> list[models.Condition]:
     """Return conditions of which one holds where a field equals a value.
 
     Numbers are ranges, to which 1 and 1.0 are equal; to a match they are not.
     """
     conditions: list[models.Condition] = []
-    for value in values:
+    served: Any = SERVED.get((indexes or {}).get(path, ""), object)
+    for value in [value for value in values if isinstance(value, served)] or values:
         if isinstance(value, float) or (type(value) is int and abs(value) <= tree.EXACT_INTEGER):
             conditions.append(models.FieldCondition(key=path, range=models.Range(gte=value, lte=value)))
         else:

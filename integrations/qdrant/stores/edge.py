@@ -11,14 +11,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import Timeout
 
 from cocoa_embed.errors import CocoaError, one_line, printable, require
-from cocoa_embed.folders import refuse_foreign_folder, write_atomically
+from cocoa_embed.folders import write_atomically
 from cocoa_embed.integrations.qdrant.stores import base
 from cocoa_embed.integrations.qdrant.stores.base import Point, Query, Replacement, Signature, StoreOptions, Where
+from cocoa_embed.integrations.qdrant.stores.foreign import EDGE_COLLECTION, EDGE_MARKER, refuse_foreign_index
 from cocoa_embed.integrations.qdrant.stores.locks import folder_lock, in_use
 from cocoa_embed.integrations.qdrant.stores.store import Store
 
@@ -28,12 +29,15 @@ import qdrant_edge as edge  # noqa: E402 - after the error that names the extra
 
 from cocoa_embed.integrations.qdrant.stores.edge_filters import to_edge_filter  # noqa: E402
 
+if TYPE_CHECKING:
+    from qdrant_client import models
+
 Answer = TypeVar("Answer")
 
-MARKER = ".cocoa-edge"
+MARKER = EDGE_MARKER
 """Marks a folder of shards; locked while a shard is created in it."""
 LOCK_FILE = ".cocoa-lock"
-CONFIG_FILE = "edge_config.json"
+CONFIG_FILE = EDGE_COLLECTION
 """The engine's own file in each shard."""
 SIGNATURE_FILE = "signature.json"
 SCRATCH = "creating:"
@@ -96,6 +100,16 @@ class EdgeStore(Store):
                     os.replace(self._folder / SCRATCH, self._shard_folder)
         self._dimension = signature.dimension
 
+    def collections(self) -> list[str]:
+        """Return the names of all collections in this place."""
+        return sorted(file.parent.name for file in self._folder.glob(f"*/{CONFIG_FILE}") if file.parent.name != SCRATCH)
+
+    def create_payload_index(self, field: str, kind: str) -> None:
+        """Create an index for filters on a field, unless there is one."""
+        operation = edge.UpdateOperation.create_field_index(field, payload_schema(kind))
+        if field not in self._call(lambda shard: shard.info()).payload_schema:
+            self._update(operation, 0)
+
     def count(self, where: Where | None = None) -> int:
         """Return the number of points."""
         return self._call(lambda shard: shard.count(edge.CountRequest(exact=True, filter=to_filter(where))))
@@ -152,19 +166,20 @@ class EdgeStore(Store):
             )
             self._update(operation, size)
 
-    def _search(self, query: Query) -> Sequence[Any]:
-        oversampling = base.oversampling(query.limit + query.offset)
-        quantization = edge.QuantizationSearchParams(rescore=True, oversampling=oversampling)
-        request = edge.QueryRequest(
-            limit=query.limit,
-            offset=query.offset,
-            query=edge.Query.Nearest(query.vector.tolist()),
-            filter=None if query.filter is None else to_edge_filter(query.filter),
-            score_threshold=query.score_threshold,
-            params=edge.SearchParams(quantization=quantization),
-            with_payload=True,
-        )
-        return self._call(lambda shard: shard.query(request))
+    def _page(
+        self,
+        query_filter: models.Filter | None,
+        limit: int,
+        offset: Any,  # noqa: ANN401
+        with_vectors: bool,
+    ) -> tuple[Sequence[Any], Any]:
+        conditions = None if query_filter is None else to_edge_filter(query_filter)
+        page = {"limit": limit, "offset": offset, "with_payload": True, "with_vector": with_vectors}
+        return self._call(lambda shard: shard.scroll(edge.ScrollRequest(filter=conditions, **page)))
+
+    def _search(self, queries: Sequence[Query]) -> Sequence[Sequence[Any]]:
+        batch = edge.QueryBatchRequest(list(map(query_request, queries)))
+        return self._call(lambda shard: shard.query_batch(batch))
 
     def _exists(self) -> bool:
         return (self._shard_folder / CONFIG_FILE).exists()
@@ -175,8 +190,7 @@ class EdgeStore(Store):
         scratch.mkdir()
         shard = edge.EdgeShard.create(str(scratch), shard_config(signature.dimension, self.options))
         for key, kind in base.PAYLOAD_INDEXES.items():
-            schema = TEXT_INDEX if kind == base.TEXT else getattr(edge.PayloadSchemaType, kind.capitalize())
-            shard.update(edge.UpdateOperation.create_field_index(key, schema))
+            shard.update(edge.UpdateOperation.create_field_index(key, payload_schema(kind)))
         flush_and_close(shard)
         write_atomically(scratch / SIGNATURE_FILE, json.dumps(asdict(signature)))
 
@@ -191,12 +205,12 @@ class EdgeStore(Store):
         self._call(update)
 
     def _refuse_foreign_folders(self) -> None:
-        """Refuse to create a shard in a folder that holds something else.
+        """Refuse to look for or create a shard in a folder that holds something else.
 
         :raises CocoaError: If the folder of shards or the shard's own does.
         """
-        refuse_foreign_folder(self._folder, marker=MARKER)
-        refuse_foreign_folder(self._shard_folder, marker=CONFIG_FILE)
+        refuse_foreign_index(self._folder, markers=(MARKER,))
+        refuse_foreign_index(self._shard_folder, markers=(CONFIG_FILE,))
 
     def _require_room(self, needed: int) -> None:
         """Check that the disk has ``needed`` free bytes.
@@ -244,6 +258,7 @@ class EdgeStore(Store):
     def _open(self) -> edge.EdgeShard:
         if self._opened is None:
             if not self._exists():
+                self._refuse_foreign_folders()
                 raise self._no_collection()
             with ExitStack() as stack:
                 stack.enter_context(folder_lock(self._shard_folder / LOCK_FILE))
@@ -263,6 +278,30 @@ def to_filter(where: Where | None) -> edge.Filter | None:
 
 
 TEXT_INDEX = edge.TextIndexParams(tokenizer=edge.TokenizerType.Word, lowercase=True, phrase_matching=True)
+
+
+def query_request(query: Query) -> edge.QueryRequest:
+    """Return a query for the engine."""
+    vector = query.vector.tolist()
+    quantization = edge.QuantizationSearchParams(
+        rescore=True, oversampling=base.oversampling(query.limit + query.offset)
+    )
+    return edge.QueryRequest(
+        limit=query.limit,
+        offset=query.offset,
+        query=edge.Query.Nearest(vector)
+        if query.diversity is None
+        else edge.Mmr(vector, 1 - query.diversity, query.candidates),
+        filter=None if query.filter is None else to_edge_filter(query.filter),
+        score_threshold=query.score_threshold,
+        params=edge.SearchParams(quantization=quantization),
+        with_payload=True,
+    )
+
+
+def payload_schema(kind: str) -> Any:  # noqa: ANN401
+    """Return the engine's name of a type of payload index."""
+    return TEXT_INDEX if kind == base.TEXT else getattr(edge.PayloadSchemaType, kind.capitalize())
 
 
 def flush_and_close(shard: edge.EdgeShard) -> None:

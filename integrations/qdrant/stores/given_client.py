@@ -1,8 +1,11 @@
 """A collection behind a ``QdrantClient`` that the caller made and closes."""
 
-from qdrant_client import QdrantClient
+from pathlib import Path
+
+from qdrant_client import AsyncQdrantClient, QdrantClient
 from qdrant_client.qdrant_remote import QdrantRemote
 
+from cocoa_embed.errors import UsageError
 from cocoa_embed.integrations.qdrant.stores.base import StoreOptions
 from cocoa_embed.integrations.qdrant.stores.client import ClientStore
 from cocoa_embed.integrations.qdrant.stores.local import InMemoryStore
@@ -10,7 +13,15 @@ from cocoa_embed.integrations.qdrant.stores.server import ServerStore
 
 
 def open_collection(client: QdrantClient, collection: str, options: StoreOptions) -> ClientStore:
-    """Return a collection behind a client, which may be connected to a server or local."""
+    """Return a collection behind a client, which may be connected to a server or local.
+
+    :raises UsageError: If it is an asynchronous client, or a location.
+    """
+    if isinstance(client, (AsyncQdrantClient, str, Path)):
+        raise UsageError(
+            f"client is of type {type(client).__name__}; give a qdrant_client.QdrantClient, or an address as url; the"
+            " asynchronous methods (asearch) use it too"
+        )
     if isinstance(client._client, QdrantRemote):
         server = ServerStore("the given client", collection, options, client=client)
         server.place = client._client.rest_uri

@@ -16,13 +16,14 @@ from qdrant_client import QdrantClient, models
 from qdrant_client.local.qdrant_local import QdrantLocal
 
 from cocoa_embed.errors import CocoaError, UsageError, one_line, printable
-from cocoa_embed.folders import refuse_foreign_folder, write_atomically
+from cocoa_embed.folders import write_atomically
 from cocoa_embed.integrations.qdrant.points import Payload
-from cocoa_embed.integrations.qdrant.stores.base import Point, Replacement, Signature, StoreOptions
+from cocoa_embed.integrations.qdrant.stores.base import MEMORY, Point, Replacement, Signature, StoreOptions
 from cocoa_embed.integrations.qdrant.stores.client import ClientStore
+from cocoa_embed.integrations.qdrant.stores.foreign import LOCAL_META, refuse_foreign_index
 from cocoa_embed.integrations.qdrant.stores.locks import folder_lock, in_use
 
-META_FILE = "meta.json"
+META_FILE = LOCAL_META
 """The client's list of collections; it marks a folder as a local store."""
 LOCK_FILE = ".cocoa-lock"
 """The first file in a new store. The client takes its own lock only after it has read files that another process may
@@ -31,8 +32,8 @@ UNOPENABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError
 """What the client raises for broken files."""
 
 
-def open_collection(path: str | Path, collection: str, options: StoreOptions) -> LocalStore:
-    """Return a collection in a folder; nothing is opened or created yet.
+def open_collection(path: str | Path, collection: str, options: StoreOptions) -> ClientStore:
+    """Return a collection in a folder, or in memory (``:memory:``); nothing is opened or created yet.
 
     :raises UsageError: If ``options`` has any that a local store does not support.
     """
@@ -41,6 +42,8 @@ def open_collection(path: str | Path, collection: str, options: StoreOptions) ->
             "a local store (path) has no quantization and keeps vectors in memory; give the url of a server, or edge,"
             " for these options"
         )
+    if str(path) == MEMORY:
+        return ClientStore("memory", collection, options, client=QdrantClient(MEMORY))
     return LocalStore(printable(path), collection, options, path=Path(path))
 
 
@@ -149,7 +152,7 @@ def refuse_foreign_store(path: Path) -> None:
 
     :raises CocoaError: If it is one.
     """
-    refuse_foreign_folder(path, marker=LOCK_FILE if (path / LOCK_FILE).exists() else META_FILE)
+    refuse_foreign_index(path, markers=(LOCK_FILE, META_FILE))
 
 
 def write_empty_meta(path: Path) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
+import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import methodcaller
 from typing import TypeVar
 
 from cocoa_embed.errors import CocoaError, UsageError, require
 from cocoa_embed.integrations.qdrant.stores import base
-from cocoa_embed.integrations.qdrant.stores.base import Point, Replacement, Signature, StoreOptions
+from cocoa_embed.integrations.qdrant.stores.base import Point, Query, Replacement, Signature, StoreOptions
 from cocoa_embed.integrations.qdrant.stores.checks import check_url
 from cocoa_embed.integrations.qdrant.stores.client import FAILURES, Answer, ClientStore
 
@@ -41,6 +42,8 @@ TOO_LARGE = re.compile(r"message (length )?(too large|larger than max)", re.IGNO
 """Matches what gRPC says of a request above the limit of its own side or of the server's."""
 
 Sent = TypeVar("Sent")
+SIGNATURE_SECONDS = 30.0
+"""How long a search trusts what it knows of a collection, which another process may have made anew."""
 
 back_off = wait_exponential(multiplier=0.5, max=20) + wait_random(0, 0.5)
 
@@ -62,6 +65,8 @@ class ServerStore(ClientStore):
 
     parallel = 4
     _has_answered = False
+    _known: Signature | None = None
+    _known_until = 0.0
 
     def create(self, signature: Signature) -> None:
         """Create the collection with its signature and its payload indexes, or sign an existing one."""
@@ -72,11 +77,52 @@ class ServerStore(ClientStore):
                 f"Qdrant at {self.location} does not keep a collection's metadata; run version 1.16 or newer"
             )
         # The process that created the collection may have been killed before the last index.
-        indexed = self._call(lambda client: client.get_collection(self.collection)).payload_schema
         for key, kind in base.PAYLOAD_INDEXES.items():
-            if key not in indexed:
-                schema = TEXT_INDEX if kind == base.TEXT else models.PayloadSchemaType(kind)
-                self._call(methodcaller("create_payload_index", self.collection, key, schema, wait=True))
+            self._create_payload_index(key, kind)
+
+    def require_signature(self) -> Signature:
+        """Return the signature of a collection that must exist; it is read again after ``SIGNATURE_SECONDS``.
+
+        :raises CocoaError: If it does not exist.
+        """
+        known = self._known
+        if known is None or time.monotonic() > self._known_until:
+            self._known = known = super().require_signature()
+            self._known_until = time.monotonic() + SIGNATURE_SECONDS
+        return known
+
+    def signature(self) -> Signature | None:
+        """Return the signature of the collection, or None if there is no such collection."""
+        self._known = None
+        return super().signature()
+
+    def payload_indexes(self) -> Mapping[str, str] | None:
+        """Return the types of the payload indexes by field, if the server takes filters on no other field."""
+        self.require_signature()
+        strict = self._info.config.strict_mode_config
+        if not (strict and strict.enabled and strict.unindexed_filtering_retrieve is False):
+            return None
+        return {field: index.data_type.value for field, index in self._info.payload_schema.items()}
+
+    def create_payload_index(self, field: str, kind: str) -> None:
+        """Create an index for filters on a field, unless there is one."""
+        self.signature()
+        self._create_payload_index(field, kind)
+
+    def _create_payload_index(self, field: str, kind: str) -> None:
+        if field not in self._info.payload_schema:
+            schema = TEXT_INDEX if kind == base.TEXT else models.PayloadSchemaType(kind)
+            self._call(methodcaller("create_payload_index", self.collection, field, schema, wait=True))
+            self._known = None
+
+    def _search(self, queries: Sequence[Query]) -> Sequence[Sequence[models.ScoredPoint]]:
+        try:
+            return super()._search(queries)
+        except CocoaError:
+            if self._known is not None:
+                self._known = None
+                self.require_signature()  # raises what is the matter, if the collection is gone
+            raise
 
     def _insert(self, points: Sequence[Point], sizes: Sequence[int]) -> None:
         """Store points, in several requests if one would be too large."""

@@ -5,13 +5,28 @@ from __future__ import annotations
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
-from cocoa_embed.errors import CocoaError
+import numpy as np
+
+from cocoa_embed.errors import CocoaError, did_you_mean
 from cocoa_embed.integrations.qdrant.points import REVISION, Payload
 from cocoa_embed.integrations.qdrant.stores import base, checks
-from cocoa_embed.integrations.qdrant.stores.base import Hit, Point, Query, Replacement, Signature, StoreOptions, Where
+from cocoa_embed.integrations.qdrant.stores.base import (
+    Hit,
+    Point,
+    Query,
+    Replacement,
+    Signature,
+    StoredPoint,
+    StoreOptions,
+    Where,
+)
+
+if TYPE_CHECKING:
+    from qdrant_client import models
 
 
 class Store(ABC):
@@ -88,6 +103,43 @@ class Store(ABC):
         """Return the payloads, by id, of the points that have one of these among their ``paths``."""
         return dict(self.scan(None, Where("paths", paths))) if paths else {}
 
+    def points(
+        self, query_filter: models.Filter | None = None, *, limit: int | None = None, with_vectors: bool = False
+    ) -> Iterator[StoredPoint]:
+        """Yield the points that a filter lets through, in no order that means anything.
+
+        :param limit: The maximum number of points; None for all.
+        :param with_vectors: Whether to read their vectors too.
+        """
+        return islice(
+            self._points(query_filter, min(limit or self.scroll_limit, self.scroll_limit), with_vectors), limit
+        )
+
+    def _points(self, query_filter: models.Filter | None, page: int, with_vectors: bool) -> Iterator[StoredPoint]:
+        offset = None
+        while True:
+            records, offset = self._page(query_filter, page, offset, with_vectors)
+            for record in records:
+                vector = np.asarray(record.vector, dtype=np.float32) if with_vectors else None
+                yield StoredPoint(str(record.id), record.payload or {}, vector)
+            if offset is None:
+                return
+
+    @abstractmethod
+    def collections(self) -> list[str]:
+        """Return the names of all collections in this place."""
+
+    def payload_indexes(self) -> Mapping[str, str] | None:
+        """Return the types of the payload indexes by field, if only those can be in a filter; None if any field can."""
+        return None
+
+    def create_payload_index(self, field: str, kind: str) -> None:  # noqa: B027 - a local store has none
+        """Create an index for filters on a field, unless there is one.
+
+        :param field: The path of the field in Qdrant's notation.
+        :param kind: The type of the field, such as ``KEYWORD``.
+        """
+
     @abstractmethod
     def count(self, where: Where | None = None) -> int:
         """Return the number of points.
@@ -120,10 +172,21 @@ class Store(ABC):
 
     def search(self, query: Query) -> list[Hit]:
         """Return the points nearest to the query's vector by cosine, best first."""
-        checked = checks.check_query(query, self._required_dimension())
-        found = self._search(checked._replace(score_threshold=base.lower_bound(query.score_threshold)))
-        scored = ((point, point.payload or {}) for point in found)
-        return [Hit(str(point.id), float(point.score), base.image_path(payload), payload) for point, payload in scored]
+        return self.search_batch([query])[0]
+
+    def search_batch(self, queries: Sequence[Query]) -> list[list[Hit]]:
+        """Return the hits of several queries, with one request.
+
+        :raises UsageError: If a number in a query is not one that every backend takes.
+        """
+        dimension = self._required_dimension()
+        checked = [checks.check_query(query, dimension) for query in queries]
+        return [[self._hit(point) for point in found] for found in self._search(checked)] if checked else []
+
+    @staticmethod
+    def _hit(point: Any) -> Hit:  # noqa: ANN401
+        payload = point.payload or {}
+        return Hit(str(point.id), float(point.score), base.image_path(payload), payload)
 
     def finish(self) -> None:  # noqa: B027 - most backends have nothing to do
         """Do the work that follows many writes: Qdrant Edge builds its search index."""
@@ -154,8 +217,18 @@ class Store(ABC):
     def _replace(self, replacements: Sequence[Replacement]) -> None: ...
 
     @abstractmethod
-    def _search(self, query: Query) -> Sequence[Any]:
-        """Return records with ``id``, ``score`` and ``payload``."""
+    def _page(
+        self,
+        query_filter: models.Filter | None,
+        limit: int,
+        offset: Any,  # noqa: ANN401
+        with_vectors: bool,
+    ) -> tuple[Sequence[Any], Any]:
+        """Return a page of records with ``id``, ``payload`` and ``vector``, and the offset of the next page."""
+
+    @abstractmethod
+    def _search(self, queries: Sequence[Query]) -> Sequence[Sequence[Any]]:
+        """Return for each query its records with ``id``, ``score`` and ``payload``."""
 
     def _required_dimension(self) -> int:
         """Return the dimension of the collection's vectors.
@@ -165,7 +238,14 @@ class Store(ABC):
         return self._dimension or self.require_signature().dimension
 
     def _no_collection(self) -> CocoaError:
-        return CocoaError(f"there is no {self.name}; run cocoa-embed index first, or give another place or collection")
+        try:
+            others = self.collections()
+        except CocoaError:
+            others = []
+        known = f" {did_you_mean(self.collection, others)}" if others else ""
+        return CocoaError(
+            f"there is no {self.name}{known}; run cocoa-embed index first, or give another place or collection"
+        )
 
     def _other_vectors(self) -> CocoaError:
         return CocoaError(

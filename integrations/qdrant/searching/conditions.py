@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mimetypes
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,6 +47,13 @@ class Or:
     """At least one condition holds."""
 
     conditions: tuple[Condition, ...]
+
+
+@dataclass(frozen=True)
+class AnyPlace(Or):
+    """One condition on each of the paths at which a payload may hold a key."""
+
+    conditions: tuple[OneOf | Range | HasWords | Exists, ...]
 
 
 @dataclass(frozen=True)
@@ -109,7 +117,8 @@ def field_paths(key: str) -> list[str]:
     """Return the paths, in Qdrant's notation, at which a payload may hold what a filter calls ``key``.
 
     A dot leads to a nested field, ``[]`` to all elements of a list and ``[0]`` to its first; a name that contains a dot
-    stands in double quotes. ``author`` is found as ``author``, where LlamaIndex writes it, and as ``metadata.author``.
+    stands in double quotes. ``author`` is found as ``author``, where LlamaIndex writes it, and as ``metadata.author``;
+    the ``path`` of a copy in ``paths``.
 
     :raises UsageError: If the key is malformed.
     """
@@ -117,6 +126,8 @@ def field_paths(key: str) -> list[str]:
         raise UsageError(f'{key!a} is not a key; name a field, as in width, exif.iso or "a.b"')
     steps = [(name.strip('"'), brackets) for name, brackets in re.findall(_STEP, key)]
     path = ".".join((name if re.fullmatch(r"[\w-]+", name) else f'"{name}"') + brackets for name, brackets in steps)
+    if path in ("path", "relative_path"):
+        return [path, f"{path}s"]
     return [path] if steps[0][0] in OWN_FIELDS else [path, f"metadata.{path}"]
 
 
@@ -140,7 +151,30 @@ def one_of(key: str, values: Sequence[Scalar]) -> Condition:
         return any_of(_at_time(key, value) for value in values)
     for value in values:
         check_type(key, type_, value)
+    if key == "mime":
+        values = [media_type(str(value)) for value in values]
+    for value in values if type_ == TEXT and key != "caption" else ():
+        check_whole(key, str(value))
     return on_paths(key, lambda path: OneOf(path, tuple(values)))
+
+
+def media_type(name: str) -> str:
+    """Return the media type that a name stands for: ``png``, ``.jpg`` and ``IMAGE/JPG`` too."""
+    kind, _, suffix = name.lower().rpartition("/")
+    return mimetypes.guess_type(f"x.{suffix.lstrip('.')}")[0] or f"{kind or 'image'}/{suffix.lstrip('.')}"
+
+
+def check_whole(key: str, value: str) -> None:
+    """Refuse a value that no image can have in a field that is compared as a whole.
+
+    :raises UsageError: If it is a pattern, or a relative path in a field of absolute paths.
+    """
+    if "*" in value:
+        raise UsageError(
+            f"{key} is compared as a whole, {value!a} is no pattern; look for words with ~, as in {key}~jpeg"
+        )
+    if key in ("path", "paths") and not re.match(r"[/\\]|[A-Za-z][\w+.-]*:", value):
+        raise UsageError(f"{key} holds absolute paths, {value!a} is not one; compare it with relative_path")
 
 
 def _at_time(key: str, value: Scalar) -> Condition:
@@ -153,16 +187,21 @@ def _at_time(key: str, value: Scalar) -> Condition:
 def compare(key: str, bound: str, value: Scalar) -> Condition:
     """Return the condition that a field is above or below a value, a number or a date.
 
-    :param bound: The name of a bound of ``Range``. A date stands for its first moment.
+    :param bound: The name of a bound of ``Range``. A year, a month or a day stands for its first moment; in "up to and
+        with" it, for its last.
     :raises UsageError: If the value does not fit the field.
     """
     type_ = field_type(key)
     if type_ == TEXT:
         raise UsageError(f"{key} is a text, which has no order")
     check_type(key, type_, value)
-    limit = value if is_number(value) else parse_period(str(value))[0]
-    if type_ == TIME and isinstance(limit, datetime):
-        limit = limit.timestamp()
+    limit: float | datetime
+    if is_number(value):
+        limit = value
+    else:
+        start, end = parse_period(str(value))
+        bound, limit = ("lt", end) if bound == "lte" and start < end else (bound, start)
+        limit = limit.timestamp() if type_ == TIME else limit
     return on_paths(key, lambda path: Range(path, {bound: limit}))
 
 
@@ -178,12 +217,13 @@ def has_words(key: str, text: str) -> Condition:
     return on_paths(key, lambda path: HasWords(path, text))
 
 
-def on_paths(key: str, condition: Callable[[str], Condition]) -> Condition:
+def on_paths(key: str, condition: Callable[[str], OneOf | Range | HasWords | Exists]) -> Condition:
     """Return the condition that the field at one of the paths of a key fulfils ``condition``.
 
     :raises UsageError: If the key is malformed.
     """
-    return any_of(condition(path) for path in field_paths(key))
+    places = tuple(map(condition, field_paths(key)))
+    return places[0] if len(places) == 1 else AnyPlace(places)
 
 
 def check_type(key: str, type_: str | None, value: Scalar) -> None:

@@ -7,21 +7,25 @@ import re
 from collections.abc import Sequence
 
 from cocoa_embed.errors import UsageError
-from cocoa_embed.integrations.qdrant import conditions
-from cocoa_embed.integrations.qdrant.conditions import TEXT, TIME, Condition, Not, Scalar, all_of, any_of
 from cocoa_embed.integrations.qdrant.points import storable
+from cocoa_embed.integrations.qdrant.searching import conditions
+from cocoa_embed.integrations.qdrant.searching.conditions import TEXT, TIME, Condition, Not, Scalar, all_of, any_of
 
 FORMS = (
     "write KEY=VALUE, KEY!=VALUE, KEY<VALUE, KEY<=VALUE, KEY>VALUE, KEY>=VALUE, KEY~WORDS, KEY!~WORDS,"
     " KEY=ONE|OTHER, KEY (has a value) or !KEY (has none)"
 )
+SIGNS = {"≠": "!=", "≤": "<=", "≥": ">="}
+QUOTES = {'"': '"', "'": "'", "“": "”"}
 BOUNDS = {"<": "lt", "<=": "lte", ">": "gt", ">=": "gte"}
 
-_KEY = r"""\s*(?P<key>(?:"[^"]*"|[^"=<>!~])+?)\s*"""
+_KEY = r"""\s*(?P<key>(?:"[^"]*"|[^"=<>!~≠≤≥])+?)\s*"""
 _PRESENCE = re.compile(rf"\s*(?P<absent>!?){_KEY}", re.DOTALL)
-_COMPARISON = re.compile(rf"{_KEY}(?P<operator>!=|!~|<=|>=|==?|<|>|~)\s*(?P<value>.*?)\s*", re.DOTALL)
+_COMPARISON = re.compile(rf"{_KEY}(?P<operator>!=|!~|<=|>=|==?|<|>|~|≠|≤|≥)\s*(?P<value>.*?)\s*", re.DOTALL)
 _MISTYPED = re.compile(r"""([^\s:"]+)(?:\s*:\s*|\s+)(\S.*)""", re.DOTALL)
-_CHOICE = re.compile(r"""\s*("(?:[^"\\]|\\.)*"|[^|]*?)\s*(\||\Z)""", re.DOTALL)
+_CHOICE = re.compile(r"""\s*("(?:[^"\\]|\\.)*"|'[^']*'|“[^”]*”|[^|]*?)\s*(\||\Z)""", re.DOTALL)
+_SECOND = re.compile(r"""(?:[\s;,&]|\b)(?:and|&&?|,|;)\s*!?[\w.]+\s*[<>!~≠≤≥=]""", re.IGNORECASE)
+"""Matches where a value seems to go on with a second condition."""
 _NUMBER = re.compile(r"-?(?:0|[1-9]\d{0,18})(?:\.\d+)?(?:[eE][+-]?\d+)?")
 
 
@@ -29,7 +33,7 @@ def parse_filters(texts: Sequence[str]) -> Condition:
     """Return the condition that all filters hold.
 
     ``=`` compares whole values: a number or a boolean with one, or with a string of the same characters; a value in
-    double quotes is a string. ``!=`` is the opposite and also holds where the key is missing. ``<``, ``<=``, ``>`` and
+    quotes is a string. ``!=`` is the opposite and also holds where the key is missing. ``<``, ``<=``, ``>`` and
     ``>=`` compare numbers and dates. ``~`` looks for words: all of them must be in the text, in any order and case. In
     a list, one element must match. A key alone holds where it has a value that is not empty. Any key that is not a
     field of the payload is a column of ``metadata.jsonl``: ``author`` means ``metadata.author`` too. A date is in UTC
@@ -55,13 +59,13 @@ def _parse(text: str) -> Condition:
     if presence := _PRESENCE.fullmatch(text):
         key = presence["key"]
         if mistyped := _MISTYPED.fullmatch(key):
-            raise UsageError(f'write {mistyped[1]}={mistyped[2]} or, for a key of this name, "{key}"')
+            raise UsageError(f'did you mean {mistyped[1]}={mistyped[2]}? A key of this name stands in quotes: "{key}"')
         exists = conditions.on_paths(key, conditions.Exists)
         return Not(exists) if presence["absent"] else exists
     parts = _COMPARISON.fullmatch(text)
     if parts is None:
         raise UsageError(FORMS)
-    key, operator = parts["key"], parts["operator"]
+    key, operator = parts["key"], SIGNS.get(parts["operator"], parts["operator"])
     condition = _compare(key, operator.removeprefix("!"), split_choices(parts["value"]))
     return Not(condition) if operator.startswith("!") else condition
 
@@ -71,8 +75,15 @@ def _compare(key: str, operator: str, choices: Sequence[str]) -> Condition:
         return any_of(conditions.has_words(key, unquote(choice)) for choice in choices)
     values = [read_values(choice, conditions.field_type(key)) for choice in choices]
     if operator in BOUNDS:
-        return any_of(conditions.compare(key, BOUNDS[operator], value[0]) for value in values)
+        # Of a column, 2026 may be a number or a year.
+        limits = [limit for value in values for limit in (value if is_year(value[0]) else value[:1])]
+        return any_of(conditions.compare(key, BOUNDS[operator], limit) for limit in limits)
     return conditions.one_of(key, [value for alternatives in values for value in alternatives])
+
+
+def is_year(value: Scalar) -> bool:
+    """Return whether a number may be a year."""
+    return type(value) is int and 1000 <= value <= 9999
 
 
 def split_choices(value: str) -> list[str]:
@@ -86,6 +97,10 @@ def split_choices(value: str) -> list[str]:
             raise UsageError(f'a value is missing; {FORMS}, and "" for an empty text')
         if choice[0] in "=<>~":
             raise UsageError(f'{FORMS}; a value that begins with {choice[0]} stands in quotes: "{choice}"')
+        if choice[0] not in QUOTES and _SECOND.search(choice):
+            raise UsageError(
+                f'each filter is one condition, and all must hold; give several, or put the value in quotes: "{choice}"'
+            )
         choices.append(choice)
         if not bar:
             break
@@ -93,10 +108,12 @@ def split_choices(value: str) -> list[str]:
 
 
 def unquote(choice: str) -> str:
-    """Return a value without its double quotes, if it has any.
+    """Return a value without its quotes, if it has any; only in double quotes is a backslash special.
 
     :raises UsageError: If a quote is missing.
     """
+    if QUOTES.get(choice[0]) == choice[-1] and len(choice) > 1 and choice[0] != '"':
+        return choice[1:-1]
     if not choice.startswith('"'):
         return choice
     try:
@@ -112,7 +129,7 @@ def read_values(choice: str, type_: str | None) -> list[Scalar]:
     :raises UsageError: If a quote is missing.
     """
     text = unquote(choice)
-    if choice.startswith('"') or type_ == TEXT or (type_ == TIME and re.fullmatch(r"\d{4}", choice)):
+    if text != choice or type_ == TEXT or (type_ == TIME and re.fullmatch(r"\d{4}", choice)):
         return [text]
     number = json.loads(text) if _NUMBER.fullmatch(text) else None
     number = number if number is not None and conditions.is_storable(number) else None

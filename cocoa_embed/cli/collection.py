@@ -1,0 +1,142 @@
+"""The commands about a collection: ``info``, ``list``, ``export-points`` and ``filterable``. None loads a model."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from cocoa_embed.cli.output import JsonOption, check_all, print_json, say, working
+from cocoa_embed.cli.storage import (
+    ApiKeyOption,
+    CollectionOption,
+    EdgeOption,
+    FilterOption,
+    PathOption,
+    UrlOption,
+    check_storage,
+    open_collection,
+)
+from cocoa_embed.errors import CocoaError, UsageError, printable
+
+if TYPE_CHECKING:
+    from cocoa_embed.integrations.qdrant.stores.store import Store
+
+
+@contextlib.contextmanager
+def reading(collection: str, storage: dict[str, Any], api_key: str | None) -> Iterator[Store]:
+    """Open a collection that must be there."""
+    check_storage(collection, storage, exists=True)
+    with contextlib.closing(open_collection(collection, storage, api_key)) as store:
+        yield store
+
+
+def info(
+    collection: CollectionOption = "images",
+    path: PathOption = None,
+    url: UrlOption = None,
+    edge: EdgeOption = None,
+    api_key: ApiKeyOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show a collection: its model, the number of images, and the keys that filters can use."""
+    with working() as console, reading(collection, {"path": path, "url": url, "edge": edge}, api_key) as store:
+        from cocoa_embed.integrations.qdrant.searching.payload_keys import sampled_keys
+
+        found = dataclasses.asdict(store.require_signature())
+        indexes = store.payload_indexes()
+        document = {"collection": collection, "points": store.count(), **found, "keys": sorted(sampled_keys(store))}
+        document["indexed_keys"] = None if indexes is None else sorted(indexes)
+        fingerprint = f"fingerprint {found['fingerprint']:.12}" if found["fingerprint"] else "made by another program"
+        say(console, f"{store.name}: {document['points']} images")
+        say(console, f"model: {found['model']} ({fingerprint}), {found['dimension']} dimensions")
+        say(console, f"keys: {', '.join(document['keys']) or 'none'}")
+        if indexes is not None:
+            say(console, f"filters only on: {', '.join(document['indexed_keys'])}")
+    if as_json:
+        print_json(document)
+
+
+def list_collections(
+    path: PathOption = None,
+    url: UrlOption = None,
+    edge: EdgeOption = None,
+    api_key: ApiKeyOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the collections in an index or on a server."""
+    storage = {"path": path, "url": url, "edge": edge}
+    with working() as console:
+        with reading("images", storage, api_key) as place:  # of a folder, one collection is open at a time
+            names, location = place.collections(), place.location
+        listed = [describe(name, storage, api_key) for name in names]
+        for each in listed:
+            about = each.get("error") or "{points} points, {dimension} dimensions, {model}".format(**each)
+            say(console, f"{each['collection']}: {about}")
+        if not listed:
+            say(console, f"no collections in {location}")
+    if as_json:
+        print_json({"collections": listed})
+
+
+def describe(name: str, storage: dict[str, Any], api_key: str | None) -> dict[str, Any]:
+    """Return the name, size and model of a collection; of one that this program cannot search, only the reason."""
+    with contextlib.closing(open_collection(name, storage, api_key)) as store:
+        try:
+            signature = store.require_signature()
+        except CocoaError as error:
+            return {"collection": name, "error": str(error)}
+        return {"collection": name, "points": store.count(), "dimension": signature.dimension, "model": signature.model}
+
+
+def export_points(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="A .jsonl or .parquet file, or - for standard output.")],
+    filters: FilterOption = None,
+    vectors: Annotated[bool, typer.Option("--vectors", help="Write the embeddings too.")] = False,
+    collection: CollectionOption = "images",
+    path: PathOption = None,
+    url: UrlOption = None,
+    edge: EdgeOption = None,
+    api_key: ApiKeyOption = None,
+) -> None:
+    """Write the points of a collection, id and payload, as JSON lines or as a Parquet file."""
+    from cocoa_embed.integrations.qdrant.searching.export import check_out, write_points
+    from cocoa_embed.integrations.qdrant.searching.filters import parse_filters
+
+    storage = {"path": path, "url": url, "edge": edge}
+    check_all(lambda: check_out(out), lambda: parse_filters(filters or []))
+    standard_output = sys.stdout
+    with working() as console, reading(collection, storage, api_key) as store:
+        from cocoa_embed.integrations.qdrant.stores.client_filters import read_filter
+
+        condition = read_filter(filters, store.payload_indexes())
+        count = write_points(out, store.points(condition, with_vectors=vectors), standard_output)
+        say(console, f"{count} points of {store.name} written to {'standard output' if out == '-' else printable(out)}")
+
+
+Kind = Literal["keyword", "text", "integer", "float", "bool", "datetime"]
+
+
+def filterable(
+    keys: Annotated[list[str], typer.Argument(metavar="KEY...", help="Keys as filters name them, such as licence.")],
+    kind: Annotated[Kind | None, typer.Option(help="The type of index [default: by the values].")] = None,
+    collection: CollectionOption = "images",
+    path: PathOption = None,
+    url: UrlOption = None,
+    edge: EdgeOption = None,
+    api_key: ApiKeyOption = None,
+) -> None:
+    """Create indexes for filters on columns, which hosted servers want and all servers and Edge are faster with."""
+    if url is None and edge is None:
+        raise UsageError("a local index (--path) filters by any key and has no indexes; --url and --edge have them")
+    with working() as console, reading(collection, {"path": path, "url": url, "edge": edge}, api_key) as store:
+        from cocoa_embed.integrations.qdrant.searching.payload_keys import create_index
+
+        store.require_signature()
+        for key in keys:
+            field, made = create_index(store, key, kind)
+            say(console, f"{store.name}: {made} index on {field}")

@@ -1,0 +1,1 @@
+"""Search a collection: filters, queries by text, image and example, and pages of hits."""

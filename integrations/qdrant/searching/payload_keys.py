@@ -1,0 +1,148 @@
+"""The keys that points have: why a filter finds nothing, and which type of index a key needs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from cocoa_embed.errors import CocoaError, UsageError, did_you_mean
+from cocoa_embed.integrations.qdrant.points import NODE_KEYS, Payload
+from cocoa_embed.integrations.qdrant.searching.conditions import (
+    FIELD_TYPES,
+    OWN_FIELDS,
+    And,
+    AnyPlace,
+    Condition,
+    Exists,
+    Not,
+    Or,
+    field_paths,
+)
+from cocoa_embed.integrations.qdrant.stores import base
+from cocoa_embed.integrations.qdrant.stores.client_filters import read_filter
+from cocoa_embed.integrations.qdrant.stores.store import Store
+
+SAMPLE = 256
+"""Points that are read to learn which keys there are."""
+KINDS = {bool: base.BOOL, int: base.INTEGER, float: base.FLOAT, str: base.KEYWORD}
+INDEX_KINDS = (base.KEYWORD, base.TEXT, base.INTEGER, base.FLOAT, base.BOOL, base.DATETIME)
+OTHER_NAMES = {
+    **dict.fromkeys(("text", "title", "description"), "caption"),
+    **dict.fromkeys(("format", "type", "mimetype", "content_type"), "mime"),
+    **dict.fromkeys(("size", "filesize", "file_size"), "bytes"),
+    **dict.fromkeys(("date", "modified", "time"), "mtime"),
+    **dict.fromkeys(("file", "filename", "file_name", "file_path", "image_path"), "path"),
+}
+"""What people and other programs call the fields of a payload."""
+
+
+def refuse_unknown_keys(store: Store, conditions: Sequence[Any]) -> None:
+    """Explain a search that found nothing, if that is because no point has one of the keys in its filter.
+
+    Reads ``SAMPLE`` points, and looks for one point with each key that those do not have.
+
+    :param conditions: Conditions that must all hold; filters of qdrant-client are not looked at.
+    :raises UsageError: If there are points, and none has such a key; the message holds the nearest key.
+    """
+    keys: set[str] = set()
+    for places in (places for each in conditions for places in required_places(each)):
+        key = places[0]
+        if key.partition(".")[0].partition("[")[0] in OWN_FIELDS or any(map(store_has, [store] * len(places), places)):
+            continue
+        keys = keys or sampled_keys(store)
+        if keys:
+            known = sorted(keys | FIELD_TYPES.keys())
+            guess = (
+                f"(did you mean {other!r}?)" if (other := OTHER_NAMES.get(key.lower())) else did_you_mean(key, known)
+            )
+            raise UsageError(f"nothing was found: no image in {store.name} has the key {key!r} {guess}")
+
+
+def required_places(condition: Any) -> Iterator[list[str]]:  # noqa: ANN401
+    """Yield the paths of each key that a point must have, one of them, for a condition to hold."""
+    match condition:
+        case And(parts):
+            for part in parts:
+                yield from required_places(part)
+        case AnyPlace(parts):
+            yield [part.path for part in parts]
+        case Or(parts):
+            alternatives = [list(required_places(part)) for part in parts]
+            yield from alternatives[0] if all(each == alternatives[0] for each in alternatives) else ()
+        case Not():
+            return
+        case _ if isinstance(condition, Condition):
+            yield [condition.path]
+
+
+def store_has(store: Store, path: str) -> bool:
+    """Return whether a point has a value at a path, or the store does not say."""
+    try:
+        return any(store.points(read_filter(Exists(path), store.payload_indexes()), limit=1))
+    except CocoaError:
+        return True
+
+
+def sampled_keys(store: Store) -> set[str]:
+    """Return the keys of a sample of points, as filters name them: columns without ``metadata``."""
+    payloads = [point.payload for point in store.points(limit=SAMPLE)]
+    columns = (each for payload in payloads if isinstance(each := payload.get("metadata"), dict))
+    return {key for payload in (*payloads, *columns) for key in payload} - NODE_KEYS - {"metadata"}
+
+
+def create_index(store: Store, key: str, kind: str | None = None) -> tuple[str, str]:
+    """Create the index that filters on a key need; return the path of its field, and its type.
+
+    :raises UsageError: If the type is unknown, or not given and cannot be inferred.
+    """
+    field, found = index_for(store, key, kind)
+    store.create_payload_index(field, found)
+    return field, found
+
+
+def index_for(store: Store, key: str, kind: str | None) -> tuple[str, str]:
+    """Return the path of the field that a key names, and the type of index that its values need.
+
+    :param kind: The type; None infers it from a sample of points: texts get ``keyword``, whole values.
+    :raises UsageError: If ``kind`` is no type, or is not given and the values in the sample have no one type.
+    """
+    paths = field_paths(key)
+    if kind not in (None, *INDEX_KINDS):
+        raise UsageError(f"{kind!r} is no type of index; give {', '.join(INDEX_KINDS)}")
+    if key in NODE_KEYS:
+        return key, kind or base.KEYWORD
+    payloads = [point.payload for point in store.points(limit=SAMPLE)]
+    found = {
+        path: kinds for path in paths if (kinds := {type(value) for each in payloads for value in values(each, path)})
+    }
+    if not found:
+        if kind is not None:
+            return paths[-1], kind
+        raise UsageError(
+            f"none of {len(payloads)} images in {store.name} has the key {key!r}, so its type is not known; index such"
+            " images first, or give the type"
+        )
+    path, types = next(iter(found.items()))
+    if kind is None:
+        types = {float} if types == {int, float} else types
+        kind = KINDS.get(next(iter(types))) if len(types) == 1 else None
+    if kind is None:
+        names = ", ".join(sorted(each.__name__ for each in types))
+        raise UsageError(f"{key} has values of the types {names}; give the type of index")
+    return path, kind
+
+
+def values(payload: Payload, path: str) -> Iterator[Any]:
+    """Yield the values at a path in Qdrant's notation, and the elements of lists there; empty ones are left out."""
+    steps = [name.strip('"') for name, _ in re.findall(r'("[^"]+"|[^".\[\]]+)((?:\[\d*\])*)', path)]
+    found: list[Any] = [payload]
+    for step in steps:
+        found = [value[step] for value in flat(found) if isinstance(value, dict) and step in value]
+    yield from (value for value in flat(found) if value is not None and value != "")
+
+
+def flat(found: Sequence[Any]) -> Iterator[Any]:
+    """Yield values, and the elements of those that are lists."""
+    for value in found:
+        yield from flat(value) if isinstance(value, list) else [value]

@@ -1,0 +1,335 @@
+"""Search a collection by texts, images and examples: embed all queries at once, and send them as one request."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, ParamSpec, TypeAlias, TypeVar
+
+import numpy as np
+from PIL import Image
+from qdrant_client import models
+
+from cocoa_embed.encode.encoder import ModelInput, make_input
+from cocoa_embed.errors import CocoaError, UsageError, printable
+from cocoa_embed.images.load import ImageSource
+from cocoa_embed.integrations.qdrant.points import storable
+from cocoa_embed.integrations.qdrant.searching.conditions import field_paths
+from cocoa_embed.integrations.qdrant.searching.payload_keys import create_index, refuse_unknown_keys, values
+from cocoa_embed.integrations.qdrant.stores.base import MAX_HITS, MIN_CANDIDATES, Hit, Query, StoredPoint
+from cocoa_embed.integrations.qdrant.stores.checks import check_numbers
+from cocoa_embed.integrations.qdrant.stores.client_filters import Filter, read_conditions, read_filter
+from cocoa_embed.integrations.qdrant.stores.store import Store
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+Example: TypeAlias = str | int | Path | Hit
+"""An indexed image: its path, the id of its point, or a hit."""
+QueryLike: TypeAlias = str | Mapping[str, Any]
+"""A text, or a mapping with ``text``, ``image``, ``like`` and ``unlike``, as ``search`` takes them."""
+
+
+def in_thread(method: Callable[Arguments, Result]) -> Callable[Arguments, Awaitable[Result]]:
+    """Return a method that runs another one in a thread, so that an event loop can await it."""
+
+    @functools.wraps(method)
+    async def run(*args: Arguments.args, **options: Arguments.kwargs) -> Result:
+        return await asyncio.to_thread(method, *args, **options)
+
+    return run
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """What the hits of a query must be; ``Searcher.search`` describes them."""
+
+    limit: int = 10
+    offset: int = 0
+    score_threshold: float | None = None
+    query_filter: Filter = None
+    any_orientation: bool = False
+    diversity: float | None = None
+    group_by: str | None = None
+
+    def __post_init__(self) -> None:
+        check_numbers(self.limit, self.offset, self.score_threshold, self.diversity)
+        if self.diversity is not None and (self.any_orientation or self.group_by is not None):
+            raise UsageError("diversity does not go together with any_orientation or group_by; give one of them")
+
+
+class Searcher(ABC):
+    """Searches the collection of a store; a subclass embeds the queries."""
+
+    store: Store
+
+    @abstractmethod
+    def _embed_queries(self, items: Sequence[ModelInput]) -> np.ndarray:
+        """Embed queries with the model of the collection; float32, shape ``(len(items), dimension)``."""
+
+    def search(
+        self,
+        text: str | None = None,
+        image: ImageSource | None = None,
+        *,
+        like: Example | Sequence[Example] = (),
+        unlike: Example | Sequence[Example] = (),
+        limit: int = 10,
+        offset: int = 0,
+        score_threshold: float | None = None,
+        query_filter: Filter = None,
+        any_orientation: bool = False,
+        diversity: float | None = None,
+        group_by: str | None = None,
+    ) -> list[Hit]:
+        """Return the images nearest to a text, to an image, to indexed images, or to all of them, best first.
+
+        :param text: Always text, even if it is the name of a file or an address.
+        :param image: A path, bytes, a ``BytesIO``, a ``data:`` address or a PIL image. With a text, both are one query.
+        :param like: Indexed images to be near to: paths, ids or hits. They are not among the hits themselves. Without
+            text and image, no model is loaded.
+        :param unlike: Indexed images to be far from.
+        :param limit: The maximum number of hits.
+        :param offset: The number of best hits to skip.
+        :param score_threshold: The minimum cosine of a hit.
+        :param query_filter: Conditions on the payload that must all hold, such as ``["mime=image/png", "width>=800"]``
+            (see ``parse_filters``), or a Qdrant filter.
+        :param any_orientation: Whether to search for the rotated and mirrored image too; the score of a hit is the best
+            of the eight.
+        :param diversity: From 0 (the nearest) to 1 (hits as different from each other as can be), by maximal marginal
+            relevance.
+        :param group_by: A key of the payload, such as ``album``: of all images with one value, only the best is a hit.
+        :raises UsageError: If there is nothing to search for, a number or a condition is invalid, or nothing is found
+            because no image has a key of the filter.
+        :raises CocoaError: If there is no such collection, another model made it, or it does not hold an example.
+        """
+        options = SearchOptions(
+            limit=limit,
+            offset=offset,
+            score_threshold=score_threshold,
+            query_filter=query_filter,
+            any_orientation=any_orientation,
+            diversity=diversity,
+            group_by=group_by,
+        )
+        return self._search([{"text": text, "image": image, "like": like, "unlike": unlike}], options)[0]
+
+    def search_many(self, queries: Iterable[QueryLike], **options: Any) -> list[list[Hit]]:
+        """Return the hits of each of several queries, which are embedded together and sent as one request.
+
+        :param queries: Texts, or mappings with ``text``, ``image``, ``like`` and ``unlike``.
+        :param options: Those of ``search``, from ``limit`` on.
+        :raises UsageError: As ``search`` does.
+        :raises CocoaError: As ``search`` does.
+        """
+        if isinstance(queries, str):
+            raise UsageError("queries is a text; give a list of texts")
+        listed = [{"text": query} if isinstance(query, str) else query for query in queries]
+        return self._search(listed, SearchOptions(**options)) if listed else []
+
+    asearch = in_thread(search)
+    asearch_many = in_thread(search_many)
+
+    def create_payload_index(self, key: str, kind: str | None = None) -> str:
+        """Create an index for filters on a key, which a server in strict mode needs and others are faster with.
+
+        :param key: As in a filter: ``licence`` is the column of that name.
+        :param kind: ``keyword`` (whole texts), ``text`` (words), ``integer``, ``float``, ``bool`` or ``datetime``
+            [default: what the values of some images are].
+        :returns: The path of the field that the index is on.
+        :raises UsageError: If the type is not given and cannot be inferred.
+        """
+        self.store.require_signature()
+        return create_index(self.store, key, kind)[0]
+
+    def _search(self, queries: Sequence[Mapping[str, Any]], options: SearchOptions) -> list[list[Hit]]:
+        inputs = [query_inputs(query, options.any_orientation) for query in queries]
+        conditions = read_conditions(options.query_filter)
+        self.store.require_signature()
+        filter_ = read_filter(options.query_filter, self.store.payload_indexes())
+        examples = self._find_examples(queries)
+        flat = list(chain.from_iterable(inputs))
+        embedded = iter(self._embed_queries(flat) if flat else ())
+        vectors = [
+            [combine(next(embedded), used) for _ in each] or [combine(None, used)]
+            for each, used in zip(inputs, examples, strict=True)
+        ]
+        searches = [
+            [
+                Query(
+                    vector,
+                    options.limit,
+                    options.offset,
+                    options.score_threshold,
+                    without(filter_, used),
+                    options.diversity,
+                )
+                for vector in each
+            ]
+            for each, used in zip(vectors, examples, strict=True)
+        ]
+        if options.any_orientation or options.group_by is not None:
+            hits = [self._merged(each, options) for each in searches]
+        else:
+            hits = self.store.search_batch([query for (query,) in searches])
+        if conditions and not any(hits):
+            refuse_unknown_keys(self.store, conditions)
+        return hits
+
+    def _merged(self, searches: Sequence[Query], options: SearchOptions) -> list[Hit]:
+        """Return the hits of several searches as one list, of which each group has only the best."""
+        needed = options.offset + options.limit
+        size = needed if options.group_by is None else max(4 * needed, MIN_CANDIDATES)
+        while True:
+            size = min(size, MAX_HITS)
+            found = self.store.search_batch([query._replace(limit=size, offset=0) for query in searches])
+            hits = best_hits(found)
+            if options.group_by is not None:
+                hits = first_of_groups(hits, field_paths(options.group_by))
+            if len(hits) >= needed or all(len(each) < size for each in found) or size == MAX_HITS:
+                return hits[options.offset : needed]
+            size *= 4
+
+    def _find_examples(self, queries: Sequence[Mapping[str, Any]]) -> list[Examples]:
+        """Read the vectors of all examples with one request."""
+        named = [[listed(query.get(side)) for side in ("like", "unlike")] for query in queries]
+        names = {name for sides in named for side in sides for name in side}
+        if not names:
+            return [Examples([], [])] * len(queries)
+        ids = [id_ for name in names if (id_ := as_id(name)) is not None]
+        paths = sorted({storable(path) for name in names for path in (name, os.path.abspath(name))})
+        clauses = [
+            models.FieldCondition(key="paths", match=models.MatchAny(any=paths)),
+            models.FieldCondition(key="path", match=models.MatchAny(any=paths)),
+            *([models.HasIdCondition(has_id=ids)] if ids else []),
+        ]
+        found: dict[str, StoredPoint] = {}
+        for point in self.store.points(models.Filter(should=clauses), with_vectors=True):
+            stored = (point.payload.get("path"), *(point.payload.get("paths") or ()))
+            found |= dict.fromkeys((point.id, *filter(lambda path: isinstance(path, str), stored)), point)
+        return [Examples(*([self._example(found, name) for name in side] for side in sides)) for sides in named]
+
+    def _example(self, found: Mapping[str, StoredPoint], name: str) -> StoredPoint:
+        for key in (name, str(as_id(name)), storable(name), storable(os.path.abspath(name))):
+            if key in found:
+                return found[key]
+        raise CocoaError(
+            f"{self.store.name} has no image {printable(name)}; give the path or the id of one that is indexed, or"
+            " search by image, which embeds it"
+        )
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The indexed images that a query names."""
+
+    like: list[StoredPoint]
+    unlike: list[StoredPoint]
+
+
+def query_inputs(query: Mapping[str, Any], any_orientation: bool) -> list[ModelInput]:
+    """Return what the model embeds of a query: nothing for examples alone, or one input for each orientation.
+
+    :raises UsageError: If there is nothing to search for.
+    :raises ImageError: If the image cannot be used.
+    """
+    if unknown := sorted(query.keys() - {"text", "image", "like", "unlike"}):
+        raise UsageError(f"a query has the key {unknown[0]!r}; it can have text, image, like and unlike")
+    text, image = query.get("text"), query.get("image")
+    if not text and image is None:
+        if not listed(query.get("like")):
+            raise UsageError("there is nothing to search for; give a text, an image, or like, or several of them")
+        return orientations({}) if any_orientation else []
+    item = make_input(text, image)
+    return orientations(item) if any_orientation else [item]
+
+
+def listed(examples: Any) -> list[str]:  # noqa: ANN401
+    """Return the names of one example or several.
+
+    :raises UsageError: If one is neither a path nor an id nor a hit.
+    """
+    several = isinstance(examples, Sequence) and not isinstance(examples, str)
+    names = list(examples) if several else [] if examples is None else [examples]
+    for name in names:
+        if not isinstance(name, (str, int, Path, Hit)):
+            raise UsageError(
+                f"an example is a {type(name).__name__}; give the path or the id of an indexed image, or a hit"
+            )
+    return [name.id if isinstance(name, Hit) else str(name) for name in names]
+
+
+def as_id(name: str) -> str | int | None:
+    """Return the id of a point, if a name can be one."""
+    try:
+        return int(name) if name.isdecimal() else str(uuid.UUID(name))
+    except ValueError:
+        return None
+
+
+def combine(query: np.ndarray | None, examples: Examples) -> np.ndarray:
+    """Return the vector to search for: the mean of query and liked examples, moved away from the mean of the others.
+
+    As Qdrant's strategy ``average_vector`` does; each vector counts by its direction.
+
+    :param query: float32, shape ``(dimension,)``.
+    """
+    if query is not None and not (examples.like or examples.unlike):
+        return query
+    liked = [*([] if query is None else [query]), *(np.asarray(each.vector) for each in examples.like)]
+    mean = np.mean([unit(vector) for vector in liked], axis=0)
+    if examples.unlike:
+        mean = 2 * mean - np.mean([unit(np.asarray(each.vector)) for each in examples.unlike], axis=0)
+    return unit(mean)
+
+
+def unit(vector: np.ndarray) -> np.ndarray:
+    """Return a vector of length 1 in the same direction; zero stays zero."""
+    return vector / (np.linalg.norm(vector) or 1)
+
+
+def without(query_filter: models.Filter | None, examples: Examples) -> models.Filter | None:
+    """Return a filter that also leaves out the examples."""
+    ids: list[Any] = [as_id(each.id) for each in (*examples.like, *examples.unlike)]
+    if not ids:
+        return query_filter
+    must = None if query_filter is None else [query_filter]
+    return models.Filter(must=must, must_not=[models.HasIdCondition(has_id=ids)])
+
+
+def orientations(item: ModelInput) -> list[ModelInput]:
+    """Return a query with its image in each of the eight orientations.
+
+    :raises UsageError: If it has no image.
+    """
+    image = item.get("image")
+    if not isinstance(image, Image.Image):
+        raise UsageError("any_orientation turns the image of a query, and this query has none; give an image")
+    return [item, *({**item, "image": image.transpose(turn)} for turn in Image.Transpose)]
+
+
+def best_hits(searches: Iterable[list[Hit]]) -> list[Hit]:
+    """Return the hits of several searches, each point once with its best score, best first."""
+    best: dict[str, Hit] = {}
+    for hit in sorted(chain.from_iterable(searches), key=lambda hit: -hit.score):
+        best.setdefault(hit.id, hit)
+    return list(best.values())
+
+
+def first_of_groups(hits: Iterable[Hit], paths: Sequence[str]) -> list[Hit]:
+    """Return the first hit of each group: those with the same values at the first path where they have any.
+
+    A hit without a value is a group of its own.
+    """
+    groups: dict[str, Hit] = {}
+    for hit in hits:
+        found = next(filter(None, (list(values(hit.payload, path)) for path in paths)), None)
+        groups.setdefault(hit.id if found is None else repr(found), hit)
+    return list(groups.values())
