@@ -85,7 +85,8 @@ class QdrantIndexer(Searcher):
             is invalid.
         :raises MissingExtraError: If a package that the location needs is not installed.
         """
-        given = {name: value for name, value in locals().items() if name not in ("self", "model", "client")}
+        own = ("self", "model", "client", "model_options", "__class__")
+        given = {**{name: value for name, value in locals().items() if name not in own}, **model_options}
         self._settings = None if client is not None or str(path) == MEMORY else given
         for name, number in {"batch_size": batch_size, "dimension": dimension}.items():
             if number is not None and number < 1:
