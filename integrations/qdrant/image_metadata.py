@@ -1,20 +1,15 @@
 """The image files of an indexing run, with the metadata of their folders and the folders above."""
 
-import json
-import logging
 import os
 import re
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-from cocoa_embed.data.image_folder import METADATA_FILE, METADATA_FILES, DescribedImage, find_metadata, read_metadata
-from cocoa_embed.errors import CocoaError, RowError, UsageError, printable
+from cocoa_embed.errors import UsageError
 from cocoa_embed.images.find_files import LIST_SUFFIX, find_images, read_file_list, search_folder
 from cocoa_embed.integrations.qdrant.points import ImageFile, storable
-
-logger = logging.getLogger(__name__)
+from cocoa_embed.sources.image_metadata import ImageMetadata
 
 
 class ImageFiles:
@@ -35,30 +30,16 @@ class ImageFiles:
         """The folders and files that the run covers, as payloads name them."""
         self._roots: dict[Path, Path] = {}
         """The folder where the relative path of each file starts."""
-        self._columns: dict[Path, dict[str, Any]] = {}
-        """The metadata of each file."""
-        self._caption_source: dict[Path, str] = {}
-        """The first metadata file that describes each file."""
         for path in outermost(paths):
             root = search_folder(path)
             for file in find_images([path], on_error=self._note):
                 self._roots.setdefault(Path(os.path.abspath(file)), root)
             self.covered += [storable(os.path.abspath(place)) for place in places_covered(path)]
-        self._checked_sources = self._read_all_metadata()
-        """The metadata files, read without a fault, that may describe the files in each folder."""
+        metadata = ImageMetadata(self._note)
+        self._files = [self._describe(root, file, metadata) for file, root in self._roots.items()]
 
     def _note(self, source: str | Path, reason: str) -> None:
         self.unlisted.append({"path": str(source), "reason": reason})
-
-    def _read_all_metadata(self) -> dict[Path, frozenset[str]]:
-        """Read the metadata files of all folders and the folders above; return the names of the good ones by folder."""
-        folders = {(file.parent, root) for file, root in self._roots.items()}
-        above = {(folder, *(up for up in folder.parents if up.is_relative_to(root))) for folder, root in folders}
-        read = {folder: self._read_metadata(folder) for folder in sorted(set().union(*above))}
-        if beside := next((text for file in self._roots if (text := file.with_suffix(".txt")).is_file()), None):
-            logger.warning("%s: text files beside images are not read; write captions to %s, with the columns file_name"
-                           " and text", printable(beside), METADATA_FILE)  # fmt: skip
-        return {folder: frozenset(filter(None, map(read.get, (folder, *folder.parents)))) for folder, _ in folders}
 
     def __len__(self) -> int:
         """Return how many files there are."""
@@ -66,7 +47,7 @@ class ImageFiles:
 
     def __iter__(self) -> Iterator[ImageFile]:
         """Yield the files with their metadata."""
-        return (self._describe(root, file) for file, root in self._roots.items())
+        return iter(self._files)
 
     def covers(self, path: str) -> bool:
         """Return whether the run would have found a file of this path, as a payload names it, if it existed."""
@@ -76,45 +57,16 @@ class ImageFiles:
         """Return whether a file no longer exists that the run would have found."""
         return self.covers(path) and is_deleted(path)
 
-    def _describe(self, root: Path, file: Path) -> ImageFile:
-        columns = dict(self._columns.get(file, {}))
+    def _describe(self, root: Path, file: Path, metadata: ImageMetadata) -> ImageFile:
+        columns, source, checked_sources = metadata.describe(file, root)
         return ImageFile(
             file,
             str(file.relative_to(root)) if file.is_relative_to(root) else file.name,
             columns.pop("text", None),
             columns,
-            caption_source=self._caption_source.get(file),
-            checked_sources=self._checked_sources.get(file.parent, frozenset()),
+            caption_source=storable(source),
+            checked_sources=frozenset(map(storable, checked_sources)),
         )
-
-    def _read_metadata(self, folder: Path) -> str | None:
-        """Read the metadata file of a folder, if it has one; return its name if every row could be used."""
-        metadata = next((path for name in METADATA_FILES if (path := folder / name).exists()), None)
-        if metadata is None:
-            return None
-        name, faults = storable(str(metadata)), len(self.unlisted)
-        try:
-            for row in read_metadata(find_metadata(folder)):
-                if isinstance(row, RowError):
-                    self._note(row.source, row.reason)
-                else:
-                    self._add(row, name)
-        except CocoaError as error:
-            self._note(metadata, str(error))
-        return name if len(self.unlisted) == faults else None
-
-    def _add(self, image: DescribedImage, metadata: str) -> None:
-        """Add a row of metadata. Of several rows of an image, all texts count, as lines; of other columns the first."""
-        path = Path(os.path.abspath(image.path))
-        self._caption_source.setdefault(path, metadata)
-        known = self._columns.setdefault(path, {})
-        text = image.columns.get("text")
-        if isinstance(text, str):
-            known["text"] = f"{known['text']}\n{text}" if "text" in known else text
-        # Tables have values that JSON does not have: dates become strings, numbers that are not finite become null.
-        columns = {name: value for name, value in image.columns.items() if name not in ("file_name", "text")}
-        for name, value in json.loads(json.dumps(columns, default=str), parse_constant=lambda _: None).items():
-            known.setdefault(name, value)
 
 
 def outermost(paths: Iterable[str | Path]) -> list[Path]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from cocoa_embed.data.arrow_table import ArrowTable, open_data_set, open_shards
 from cocoa_embed.data.columns import NEGATIVE_PARTS, RowReader, map_columns
-from cocoa_embed.data.image_folder import find_metadata
+from cocoa_embed.data.image_folder import caption_files
 from cocoa_embed.data.mmeb import TRAIN_SUBSETS, split_instruction, without_image_token
 from cocoa_embed.data.places import Place, version_of
 from cocoa_embed.data.rows import Row
@@ -77,7 +77,7 @@ def _files(subset: str, source: SourceSettings) -> list[Place] | None:
     :raises CocoaError: If there are none.
     """
     if source.folder is not None:
-        return [find_metadata(source.folder)]
+        return [*caption_files(source.folder)]
     if source.file is not None:
         return find_files(source.file)
     if source.webdataset is not None:
