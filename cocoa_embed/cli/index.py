@@ -41,6 +41,10 @@ def index(
     edge: EdgeOption = None,
     api_key: ApiKeyOption = None,
     prune: Annotated[bool, typer.Option("--prune", help="Remove files below PATH that no longer exist.")] = False,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Pass over files and folders, as in .gitignore (repeatable)."),
+    ] = None,
     thumbnails: Annotated[Path | None, typer.Option(help="A folder for small copies of the images.")] = None,
     dimension: Annotated[int | None, typer.Option(min=1, help="Truncate embeddings to this many dimensions.")] = None,
     quantization: Annotated[
@@ -66,7 +70,9 @@ def index(
         lambda: check_model(model),
     )
     with working() as console, open_indexer(model, collection, storage, **options) as indexer:
-        summary = indexer.index(paths, prune=prune, thumbnails=thumbnails, progress=console.is_terminal)
+        summary = indexer.index(
+            paths, prune=prune, exclude=exclude or (), thumbnails=thumbnails, progress=console.is_terminal
+        )
         report_summary(summary, console)
     if as_json:
         print_json(dataclasses.asdict(summary))
@@ -98,5 +104,7 @@ def report_summary(summary: IndexSummary, console: Console) -> None:
     counts = ", ".join(f"{values[name]} {name}" for name in ("indexed", "unchanged", "updated", "replaced", "pruned"))
     rate = f"{summary.seconds:.1f} s, {summary.images_per_second:.1f} images/s"
     say(console, f"{summary.collection}: {counts}, {len(summary.failed)} left out ({rate})")
+    if summary.skipped:
+        say(console, f"passed over: {', '.join(f'{number} {why}' for why, number in summary.skipped_reasons.items())}")
     for failure in summary.failed:
         say(console, f"left out: {printable(failure['path'])}: {failure['reason']}")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from cocoa_embed.data.rows import check_unicode
 from cocoa_embed.data.tables import open_table
 from cocoa_embed.errors import CocoaError, RowError, printable
-from cocoa_embed.images.file_names import as_on_disk, cached_by_folder
+from cocoa_embed.images.file_names import as_on_disk, cached_by_folder, why_missing
 from cocoa_embed.images.find_files import find_images
 
 METADATA_FILE = "metadata.jsonl"
@@ -165,13 +165,10 @@ def _image_path(folder: Path, source: str, row: Mapping[str, Any], column: str, 
     name = row.get(column)
     if not isinstance(name, str) or not name:
         raise RowError(source, f"has no {column!r} ({_found(row)}); give the image's path, relative to the folder")
-    image = (folder / name).absolute()
-    try:
-        image = image if "\0" in name else as_on_disk(image)
-    except CocoaError as error:
-        raise RowError(source, f"names {name!r}: {error}") from error
+    image = as_on_disk((folder / name).absolute())
     if "\0" in name or (must_exist and not image.is_file()):
-        raise RowError(source, f"names {name!r}, which is not in {printable(folder)}")
+        _, _, hint = why_missing(image).partition("; ")
+        raise RowError(source, f"names {name!r}, which is not in {printable(folder)}" + f"; {hint}" * bool(hint))
     return image
 
 

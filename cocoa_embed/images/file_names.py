@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import TypeVar
 from unicodedata import normalize
 
-from cocoa_embed.errors import CocoaError, printable
-
 Names = TypeVar("Names")
 
 SETTLED_NS = 2 * 10**9
@@ -19,23 +17,36 @@ SETTLED_NS = 2 * 10**9
 def as_on_disk(path: Path) -> Path:
     """Return a path as the disk spells it: file systems and tables differ in whether accents are composed (é).
 
-    A path that exists, or whose spelling nothing matches, is returned as it is.
-
-    :raises CocoaError: If it does not exist and several files differ from it only in how accents are composed.
+    A path that exists, that nothing matches, or that several files match, is returned as it is.
     """
+    found = spellings(path)
+    return found[0] if len(found) == 1 else path
+
+
+def spellings(path: Path) -> list[Path]:
+    """Return the path itself if it exists, else those that differ from it only in how accents are composed."""
     if str(path).isascii() or os.path.lexists(path):
-        return path
-    found = Path(path.anchor)
+        return [path]
+    found = [Path(path.anchor)]
     for part in path.relative_to(path.anchor).parts:
-        spellings = [part]
-        if not part.isascii() and not os.path.lexists(found / part) and os.access(found, os.R_OK):
-            spellings = _spellings(found).get(normalize("NFC", part), spellings)
-        if len(spellings) > 1:
-            names = ", ".join(map(ascii, spellings))
-            raise CocoaError(f"{printable(path)} does not exist, and {names} in {printable(found)} are all spelled like"
-                             " it but for how their accents are composed; rename all but one")  # fmt: skip
-        found /= spellings[0]
+        found = [folder / name for folder in found for name in _names_like(folder, part)]
     return found
+
+
+def why_missing(path: Path) -> str:
+    """Return the reason why a path that does not exist cannot be used."""
+    names = ", ".join(ascii(str(each)) for each in spellings(path)) if not os.path.lexists(path) else ""
+    several = f"; {names} differ from it and from one another only in how accents are composed, rename all but one"
+    return "does not exist" + several * ("," in names)
+
+
+def _names_like(folder: Path, name: str) -> list[str]:
+    if name.isascii() or os.path.lexists(folder / name):
+        return [name]
+    try:
+        return _names_by_composed(folder).get(normalize("NFC", name), [])
+    except OSError:  # it is no folder, or cannot be listed
+        return []
 
 
 def cached_by_folder(read: Callable[[Path], Names]) -> Callable[[Path], Names]:
@@ -51,7 +62,7 @@ def cached_by_folder(read: Callable[[Path], Names]) -> Callable[[Path], Names]:
 
 
 @cached_by_folder
-def _spellings(folder: Path) -> dict[str, list[str]]:
+def _names_by_composed(folder: Path) -> dict[str, list[str]]:
     """Return the names in a folder by their composed form."""
     names: dict[str, list[str]] = {}
     for name in sorted(os.listdir(folder)):

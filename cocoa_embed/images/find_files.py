@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TypeAlias
 
 from cocoa_embed.errors import CocoaError, one_line, printable
+from cocoa_embed.images.file_names import as_on_disk
+from cocoa_embed.images.passed_over import PassedOver
 
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .apng .webp .gif .bmp .dib .tif .tiff .avif .heic .heif .hif"
@@ -24,8 +26,13 @@ OnError: TypeAlias = Callable[[Path, str], None]
 WILDCARD = re.compile(r"[*?[]")
 
 
-def find_images(paths: Iterable[str | Path], *, on_error: OnError | None = None) -> list[Path]:
-    """Return the image files that ``paths`` name, sorted, each once. No file is opened: broken images are included.
+def find_images(
+    paths: Iterable[str | Path],
+    *,
+    on_error: OnError | None = None,
+    passed_over: PassedOver | None = None,
+) -> list[Path]:
+    """Return the image files that ``paths`` name, sorted, each once. Broken images are included.
 
     - A file is taken, with any suffix. A ``.txt`` file is a list (``read_file_list``): the files that it lists are
       taken, whether they exist or not; folders in it are not searched.
@@ -34,19 +41,23 @@ def find_images(paths: Iterable[str | Path], *, on_error: OnError | None = None)
     - A path that does not exist is a pattern if it has ``*``, ``?`` or ``[``: as in a shell, with ``**`` for folders of
       any depth. Folders that match are searched; files that match are taken if they have an image's suffix or the
       pattern's.
+    - Companions of other files (``._a.jpg``) are passed over, and so are system folders (``is_system_folder``), folders
+      that are marked as caches, and what is excluded; a folder that is named itself is searched in any case.
 
     :param on_error: Called for each folder that cannot be listed; the search then skips it.
+    :param passed_over: Excludes more, relative to ``search_folder`` of a path, and counts what is passed over.
     :raises CocoaError: If a path does not exist, a pattern matches nothing, a list cannot be read or, without
         ``on_error``, a folder cannot be listed.
     """
-    search = FolderSearch(on_error)
-    for path in map(Path, paths):
+    search = FolderSearch(on_error, passed_over or PassedOver())
+    for path in (as_on_disk(Path(path)) for path in paths):
+        search.root = str(search_folder(path))
         if os.path.isdir(path):
             search.add_folder(str(path))
         elif path.suffix.lower() == LIST_SUFFIX and os.path.isfile(path):
-            search.found.update(map(str, read_file_list(path)))
+            search.add_files(map(str, read_file_list(path)))
         elif os.path.lexists(path):
-            search.found.add(str(path))
+            search.add_files([str(path)])
         else:
             search.add_pattern(path)
     search.follow_links()
@@ -82,7 +93,7 @@ def read_file_list(path: str | Path) -> list[Path]:
         lines = (line.removesuffix(b"\r") for line in data.removeprefix(b"\xef\xbb\xbf").split(b"\n"))
         names = [line for line in lines if line.strip() and not line.startswith(b"#")]
     folder = Path(path).parent
-    return [folder / os.fsdecode(name) for name in names if name]
+    return [as_on_disk(folder / os.fsdecode(name)) for name in names if name]
 
 
 def split_pattern(pattern: Path) -> tuple[Path, tuple[str, ...]]:
@@ -101,11 +112,14 @@ def split_pattern(pattern: Path) -> tuple[Path, tuple[str, ...]]:
 class FolderSearch:
     """The images found so far, and the folders already listed."""
 
-    def __init__(self, on_error: OnError | None) -> None:
+    def __init__(self, on_error: OnError | None, passed_over: PassedOver) -> None:
         self.found: set[str] = set()
+        self.root = ""
+        """The folder that excluded paths are relative to."""
         self._on_error = on_error
+        self._passed_over = passed_over
         self._listed: set[tuple[int, int]] = set()
-        self._links: list[str] = []
+        self._links: list[tuple[str, str]] = []
         self._refused: set[str] = set()
 
     def add_folder(self, folder: str) -> None:
@@ -116,16 +130,24 @@ class FolderSearch:
                 folders.clear()
                 continue
             self._listed.add(identity)
-            folders.sort()
-            self._links += filter(os.path.islink, (os.path.join(path, name) for name in folders))
+            if path != self.root and self._passed_over.has_cache(path, files):
+                folders.clear()
+                continue
+            folders[:] = sorted(name for name in folders if not self._passed_over.has_folder(path, name, self.root))
+            links = filter(os.path.islink, (os.path.join(path, name) for name in folders))
+            self._links += ((self.root, link) for link in links)
             found = (name for name in files if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)
-            self.found.update(os.path.join(path, name).removeprefix("./") for name in found)
+            self.add_files(os.path.join(path, name).removeprefix("./") for name in found)
+
+    def add_files(self, paths: Iterable[str]) -> None:
+        """Add files, but not those that are passed over."""
+        self.found.update(path for path in paths if not self._passed_over.has_file(path, self.root))
 
     def follow_links(self) -> None:
         """Find the images in folders that only links lead to."""
         while self._links:
             links, self._links = sorted(self._links), []
-            for link in links:
+            for self.root, link in links:
                 self.add_folder(link)
 
     def add_pattern(self, pattern: Path) -> None:
@@ -144,7 +166,7 @@ class FolderSearch:
             if os.path.isdir(match):
                 self.add_folder(match)
             elif os.path.splitext(match)[1].lower() in suffixes:
-                self.found.add(match.removeprefix("./"))
+                self.add_files([match.removeprefix("./")])
 
     def _matching(self, folder: str, parts: tuple[str, ...], seen: set[tuple[int, int, int]]) -> Iterator[str]:
         """Yield the matches of a pattern's parts in a folder; ``seen`` ends loops of links."""
@@ -161,6 +183,8 @@ class FolderSearch:
         for entry in sorted(self._entries(folder), key=lambda entry: entry.name):
             is_hidden = entry.name.startswith(".") and not part.startswith(".")
             if is_hidden or not is_match(entry.name):
+                continue
+            if part != entry.name and entry.is_dir() and self._passed_over.has_folder(folder, entry.name, self.root):
                 continue
             below = parts if part == "**" else rest
             if below and os.path.isdir(entry.path):

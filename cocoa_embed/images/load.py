@@ -17,6 +17,7 @@ from urllib.parse import unquote_to_bytes
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from cocoa_embed.errors import ImageError, MissingExtraError, one_line, printable
+from cocoa_embed.images.file_names import why_missing
 from cocoa_embed.images.formats import icon_sizes, media_type, open_image, png_without_metadata, upright_size
 from cocoa_embed.images.to_rgb import upright_rgb
 from cocoa_embed.images.urls import shown_address
@@ -132,7 +133,7 @@ def read_stable_file(path: str | Path) -> FileContent:
             if is_one_state and len(data) == before.st_size:
                 return FileContent(data, before.st_mtime, before.st_size)
     except FileNotFoundError:
-        reason = "is a link to a file that does not exist" if os.path.islink(path) else "does not exist"
+        reason = "is a link to a file that does not exist" if os.path.islink(path) else why_missing(Path(path))
         raise ImageError(name, reason) from None
     except (OSError, ValueError) as error:
         cause = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)

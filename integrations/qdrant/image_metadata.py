@@ -1,15 +1,19 @@
 """The image files of an indexing run, with the metadata of their folders and the folders above."""
 
+import logging
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from cocoa_embed.errors import UsageError
+from cocoa_embed.errors import UsageError, printable
 from cocoa_embed.images.find_files import LIST_SUFFIX, find_images, read_file_list, search_folder
+from cocoa_embed.images.passed_over import PassedOver, in_system_folder
 from cocoa_embed.integrations.qdrant.points import ImageFile, storable
 from cocoa_embed.sources.image_metadata import ImageMetadata
+
+logger = logging.getLogger(__name__)
 
 
 class ImageFiles:
@@ -19,22 +23,26 @@ class ImageFiles:
     missing file of a list is kept, for the run to report.
     """
 
-    def __init__(self, paths: Iterable[str | Path]) -> None:
+    def __init__(self, paths: Iterable[str | Path], exclude: Sequence[str] = ()) -> None:
         """Find the images that ``paths`` name, as ``find_images`` does, and read the metadata.
 
+        :param exclude: Patterns of files and folders to pass over (``PassedOver``).
         :raises CocoaError: If a path does not exist, or a pattern matches nothing.
         :raises UsageError: If a path is empty.
         """
         self.unlisted: list[dict[str, str]] = []
+        self.passed_over = PassedOver(exclude)
         self.covered: list[str] = []
         """The folders and files that the run covers, as payloads name them."""
         self._roots: dict[Path, Path] = {}
         """The folder where the relative path of each file starts."""
         for path in outermost(paths):
             root = search_folder(path)
-            for file in find_images([path], on_error=self._note):
+            for file in find_images([path], on_error=self._note, passed_over=self.passed_over):
                 self._roots.setdefault(Path(os.path.abspath(file)), root)
             self.covered += [storable(os.path.abspath(place)) for place in places_covered(path)]
+        for pattern in self.passed_over.unused:
+            logger.warning("--exclude %s: nothing matches it", printable(pattern))
         metadata = ImageMetadata(self._note)
         self._files = [self._describe(root, file, metadata) for file, root in self._roots.items()]
 
@@ -70,7 +78,7 @@ class ImageFiles:
 
 
 def outermost(paths: Iterable[str | Path]) -> list[Path]:
-    """Return absolute paths, each once, without those inside a folder that is also named.
+    """Return absolute paths, each once, without those that the search of a folder that is also named finds.
 
     :raises UsageError: If one is empty.
     """
@@ -79,7 +87,14 @@ def outermost(paths: Iterable[str | Path]) -> list[Path]:
         raise UsageError("a path is empty; name a folder of images or an image file")
     named = list(dict.fromkeys(Path(os.path.abspath(path)) for path in given))
     folders = {path for path in named if path.is_dir()}
-    return [path for path in named if folders.isdisjoint(path.parents)]
+    return [
+        path for path in named if not any(is_searched(folder, path) for folder in folders.intersection(path.parents))
+    ]
+
+
+def is_searched(folder: Path, path: Path) -> bool:
+    """Return whether the search of a folder comes by a path below it: through no system folder."""
+    return not in_system_folder(str(path.relative_to(folder) / "_"))
 
 
 def places_covered(path: Path) -> list[Path]:

@@ -48,6 +48,10 @@ class IndexSummary:
     """Files that no longer exist and were removed from the index."""
     failed: list[dict[str, str]]
     """Files that could not be used, as ``{"path", "reason"}``."""
+    skipped: int
+    """Files and folders that were passed over."""
+    skipped_reasons: dict[str, int]
+    """Their numbers by the reason: ``system folder``, ``companion of another file``, ``cache``, ``excluded``."""
     seconds: float
     """Without loading the model."""
     images_per_second: float
@@ -104,6 +108,8 @@ class IndexRun:
             replaced=counts["replaced"],
             pruned=self.pruned,
             failed=sorted([*self.failed, *self.files.unlisted], key=lambda failure: failure["path"]),
+            skipped=self.files.passed_over.counts.total(),
+            skipped_reasons=dict(self.files.passed_over.counts),
             seconds=seconds,
             images_per_second=self.embedded / seconds,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -109,6 +109,7 @@ class QdrantIndexer:
         paths: str | Path | Iterable[str | Path],
         *,
         prune: bool = False,
+        exclude: Sequence[str] = (),
         thumbnails: str | Path | None = None,
         progress: bool = True,
     ) -> IndexSummary:
@@ -120,15 +121,21 @@ class QdrantIndexer:
         :param paths: A folder, a file, a pattern such as ``photos/**/*.png``, a ``.txt`` file with one path per line,
             or several of them.
         :param prune: Whether to remove files below ``paths`` that no longer exist from the index.
+        :param exclude: Patterns of files and folders to pass over, as in a ``.gitignore`` file, such as ``*_small.jpg``
+            or ``drafts/``. System folders and companions of other files are passed over in any case.
         :param thumbnails: A folder for small copies of the images, created if needed.
         :param progress: Whether to show a progress bar on standard error.
         :raises CocoaError: If there are no images, the model embeds no images, another model made the collection, or
             the collection holds other vectors.
         """
-        files = ImageFiles([paths] if isinstance(paths, (str, Path)) else paths)
+        files = ImageFiles([paths] if isinstance(paths, (str, Path)) else paths, exclude)
         if not len(files) and not files.unlisted and not prune:
             names = ", ".join(files.covered) or "nothing"
-            raise CocoaError(f"there are no images in {names}; name a folder that holds some (jpg, png, webp, ...)")
+            skipped = files.passed_over.counts.total()
+            passed_over = f" but for {skipped} passed over" if skipped else ""
+            raise CocoaError(
+                f"there are no images in {names}{passed_over}; name a folder that holds some (jpg, png, webp, ...)"
+            )
         if thumbnails is not None and files.covers(storable(os.path.abspath(thumbnails))):
             raise UsageError(
                 f"the thumbnails in {printable(thumbnails)} would be indexed with the images; give a folder elsewhere"

@@ -54,7 +54,8 @@ def test_index_then_search_as_json(command: Command, pictures: Path) -> None:
     done = command("index", pictures, "--model", "fake", "--json")
     summary = done.document()
     assert list(summary) == [
-        "collection", "indexed", "unchanged", "updated", "replaced", "pruned", "failed", "seconds", "images_per_second"
+        "collection", "indexed", "unchanged", "updated", "replaced", "pruned", "failed", "skipped",
+        "skipped_reasons", "seconds", "images_per_second"
     ]  # fmt: skip
     assert (summary["indexed"], summary["unchanged"], summary["failed"]) == (3, 0, [])
     assert "hello" in done.err

@@ -130,7 +130,7 @@ def test_a_name_that_two_files_differ_from_in_the_same_way_is_an_error(tmp_path:
     first, second, fault = read_metadata(metadata)
     assert [row.path.stem for row in (first, second) if isinstance(row, DescribedImage)] == three[:2]
     assert isinstance(fault, RowError)
-    assert "are all spelled like it but for how their accents are composed; rename all but one" in fault.reason
+    assert "only in how accents are composed, rename all but one" in fault.reason
 
 
 def test_metadata_that_cannot_be_read_are_an_error(tmp_path: Path) -> None:

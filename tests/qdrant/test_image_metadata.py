@@ -71,3 +71,11 @@ def test_a_file_exists_under_its_name_and_under_the_spelling_of_a_payload(tmp_pa
         (tmp_path / name).touch()
     stored = [rf"{tmp_path}/\udc{byte}.png" for byte in (80, 81, 82)]
     assert [is_deleted(path) for path in stored] == [False, False, True]
+
+
+def test_a_system_folder_that_is_named_beside_the_folder_around_it_is_searched(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / ".thumbnails", tmp_path / "sub"):
+        write_images(folder, "a")
+    named = [tmp_path, tmp_path / ".thumbnails" / "a.png", tmp_path / "sub"]
+    assert [file.relative_path for file in ImageFiles(named)] == ["a.png", "sub/a.png", "a.png"]
+    assert ImageFiles([tmp_path], exclude=["sub/"]).passed_over.counts == {"system folder": 1, "excluded": 1}
