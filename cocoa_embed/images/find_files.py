@@ -13,7 +13,7 @@ from cocoa_embed.images.passed_over import PassedOver
 
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .apng .webp .gif .bmp .dib .tif .tiff .avif .heic .heif .hif"
-    " .jp2 .j2k .jpx .jpc .ppm .pgm .pbm .pnm .tga .ico".split()
+    " .jp2 .j2k .jpx .jpc .ppm .pgm .pbm .pnm .tga .ico .icns .psd".split()
 )
 """The suffixes of image files in a folder, in lower case."""
 
