@@ -5,7 +5,6 @@ from table_files import Values, write_images, write_table
 
 from cocoa_embed.data.rows import Row
 from cocoa_embed.errors import CocoaError, RowError
-from cocoa_embed.model.template import RESERVED_TOKENS
 from cocoa_embed.train.data.caption_rows import read_captions, read_image_folder
 
 LINES: list[Values] = [
@@ -58,8 +57,6 @@ def test_bad_images_are_errors_and_change_no_paraphrases_of_others(tmp_path: Pat
         ({"captions": "ring"}, "'captions' is 'ring'; expected a list of texts"),
         ({"captions": ["a ring", ""]}, "an entry of 'captions' is empty or not a text"),
         ({"captions": ["a ring", 7]}, "an entry of 'captions' is empty or not a text"),
-        *(({"text": f"a ring {token}"}, f"the text contains {token}") for token in RESERVED_TOKENS),
-        ({"captions": [f"a {RESERVED_TOKENS[0]}"]}, f"the text contains {RESERVED_TOKENS[0]}"),
     ],
 )
 def test_a_row_with_a_wrong_text_is_an_error_that_names_it(tmp_path: Path, line: Values, message: str) -> None:
