@@ -4,6 +4,8 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from fnmatch import translate
+from io import BytesIO
+from itertools import chain, islice
 from pathlib import Path
 from typing import TypeAlias
 
@@ -23,14 +25,14 @@ LIST_SUFFIX = ".txt"
 OnError: TypeAlias = Callable[[Path, str], None]
 """Called with a folder that cannot be listed, and the reason."""
 
+BATCH_FILES = 1024
+"""Files of a list or a pattern that are yielded together."""
+
 WILDCARD = re.compile(r"[*?[]")
 
 
 def find_images(
-    paths: Iterable[str | Path],
-    *,
-    on_error: OnError | None = None,
-    passed_over: PassedOver | None = None,
+    paths: Iterable[str | Path], *, on_error: OnError | None = None, passed_over: PassedOver | None = None
 ) -> list[Path]:
     """Return the image files that ``paths`` name, sorted, each once. Broken images are included.
 
@@ -49,20 +51,16 @@ def find_images(
     :raises CocoaError: If a path does not exist, a pattern matches nothing, a list cannot be read or, without
         ``on_error``, a folder cannot be listed.
     """
-    search = FolderSearch(on_error, passed_over or PassedOver())
-    for path in (as_on_disk(Path(path)) for path in paths):
-        search.root = str(search_folder(path))
-        if os.path.isdir(path):
-            search.add_folder(str(path))
-        elif path.suffix.lower() == LIST_SUFFIX and os.path.isfile(path):
-            search.add_files(map(str, read_file_list(path)))
-        elif os.path.lexists(path):
-            search.add_files([str(path)])
-        else:
-            search.add_pattern(path)
-    search.follow_links()
+    search = FolderSearch(on_error, passed_over=passed_over)
+    found = {file for path in paths for files in search.find(Path(path)) for file in files}
+    found.update(file for files in search.follow_links() for file in files)
     # NUL sorts before everything, so that a folder's files are neighbours, as when paths are compared.
-    return [Path(path) for path in sorted(search.found, key=lambda path: path.replace(os.sep, "\0"))]
+    return [Path(path) for path in sorted(found, key=lambda path: path.replace(os.sep, "\0"))]
+
+
+def is_file_list(path: Path) -> bool:
+    """Return whether a path is a list of files."""
+    return path.suffix.lower() == LIST_SUFFIX and os.path.isfile(path)
 
 
 def search_folder(path: str | Path) -> Path:
@@ -74,7 +72,7 @@ def search_folder(path: str | Path) -> Path:
     return folder if os.path.isdir(folder) else folder.parent
 
 
-def read_file_list(path: str | Path) -> list[Path]:
+def read_file_list(path: str | Path) -> Iterator[Path]:
     """Read a list of files: one path per line, relative to the list's folder; names with newlines end in NUL instead.
 
     Empty lines and lines that begin with ``#`` are skipped. The files need not exist.
@@ -88,12 +86,17 @@ def read_file_list(path: str | Path) -> list[Path]:
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise CocoaError(f"{printable(path)} is UTF-16; a list of files is UTF-8, save it as that")
     if b"\0" in data:
-        names = data.split(b"\0")
+        names: Iterable[bytes] = data.split(b"\0")
     else:
-        lines = (line.removesuffix(b"\r") for line in data.removeprefix(b"\xef\xbb\xbf").split(b"\n"))
-        names = [line for line in lines if line.strip() and not line.startswith(b"#")]
+        lines = (line.rstrip(b"\r\n") for line in BytesIO(data.removeprefix(b"\xef\xbb\xbf")))
+        names = (line for line in lines if line.strip() and not line.startswith(b"#"))
     folder = Path(path).parent
-    return [as_on_disk(folder / os.fsdecode(name)) for name in names if name]
+    return (as_on_disk(folder / os.fsdecode(name)) for name in names if name)
+
+
+def is_literal(path: Path) -> bool:
+    """Return whether a path that may not exist has no wildcard."""
+    return not split_pattern(path)[1]
 
 
 def split_pattern(pattern: Path) -> tuple[Path, tuple[str, ...]]:
@@ -110,63 +113,87 @@ def split_pattern(pattern: Path) -> tuple[Path, tuple[str, ...]]:
 
 
 class FolderSearch:
-    """The images found so far, and the folders already listed."""
+    """Finds image files folder by folder, each folder once."""
 
-    def __init__(self, on_error: OnError | None, passed_over: PassedOver) -> None:
-        self.found: set[str] = set()
-        self.root = ""
-        """The folder that excluded paths are relative to."""
+    def __init__(
+        self, on_error: OnError | None, roots: Iterable[Path] = (), passed_over: PassedOver | None = None
+    ) -> None:
+        """Remember the folders that are searched for themselves, which no link to a folder above them leads to."""
         self._on_error = on_error
-        self._passed_over = passed_over
+        self._passed_over = PassedOver() if passed_over is None else passed_over
+        self._root = ""
+        """The folder that excluded paths are relative to."""
+        self._roots = {self._identity(str(root)) for root in roots if os.path.isdir(root)}
         self._listed: set[tuple[int, int]] = set()
         self._links: list[tuple[str, str]] = []
         self._refused: set[str] = set()
 
-    def add_folder(self, folder: str) -> None:
-        """Find the images in a folder and its subfolders. Links to folders are kept for later."""
-        for path, folders, files in os.walk(folder, onerror=self._refuse):
+    def find(self, path: Path) -> Iterator[list[str]]:
+        """Yield the files that a path names, some at a time (``find_images``); links to folders are kept for later.
+
+        :raises CocoaError: As ``find_images``.
+        """
+        path = as_on_disk(path)
+        self._root = str(search_folder(path))
+        if os.path.isdir(path):
+            yield from self._search(str(path))
+        elif is_file_list(path):
+            yield from self._batches(map(str, read_file_list(path)))
+        elif os.path.lexists(path):
+            yield from self._batches([str(path)])
+        else:
+            yield from self._match(path)
+
+    def follow_links(self) -> Iterator[list[str]]:
+        """Yield the images in folders that only links lead to."""
+        while self._links:
+            links, self._links = sorted(self._links), []
+            for self._root, link in links:
+                yield from self._search(link)
+
+    def _search(self, root: str) -> Iterator[list[str]]:
+        """Yield the images in a folder and its subfolders, folder by folder."""
+        for path, folders, files in os.walk(root, onerror=self._refuse):
             identity = self._identity(path)
-            if identity in self._listed:
+            is_other_root = identity in self._roots and path != root
+            is_cache = path != self._root and self._passed_over.has_cache(path, files)
+            if identity in self._listed or is_other_root or is_cache:
                 folders.clear()
                 continue
             self._listed.add(identity)
-            if path != self.root and self._passed_over.has_cache(path, files):
-                folders.clear()
-                continue
-            folders[:] = sorted(name for name in folders if not self._passed_over.has_folder(path, name, self.root))
+            folders[:] = sorted(name for name in folders if not self._passed_over.has_folder(path, name, self._root))
             links = filter(os.path.islink, (os.path.join(path, name) for name in folders))
-            self._links += ((self.root, link) for link in links)
-            found = (name for name in files if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)
-            self.add_files(os.path.join(path, name).removeprefix("./") for name in found)
+            self._links += ((self._root, link) for link in links)
+            images = sorted(name for name in files if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)
+            found = [os.path.join(path, name).removeprefix("./") for name in images]
+            if found := [file for file in found if not self._passed_over.has_file(file, self._root)]:
+                yield found
 
-    def add_files(self, paths: Iterable[str]) -> None:
-        """Add files, but not those that are passed over."""
-        self.found.update(path for path in paths if not self._passed_over.has_file(path, self.root))
-
-    def follow_links(self) -> None:
-        """Find the images in folders that only links lead to."""
-        while self._links:
-            links, self._links = sorted(self._links), []
-            for self.root, link in links:
-                self.add_folder(link)
-
-    def add_pattern(self, pattern: Path) -> None:
-        """Add what matches a pattern: folders are searched, files need an image's suffix or the pattern's.
+    def _match(self, pattern: Path) -> Iterator[list[str]]:
+        """Yield what matches a pattern: folders are searched, files need an image's suffix or the pattern's.
 
         :raises CocoaError: If nothing matches.
         """
         folder, parts = split_pattern(pattern)
         if not parts:
             raise CocoaError(f"{printable(pattern)} does not exist; name a folder of images or an image file")
-        matches = list(self._matching(str(folder), parts, set())) if folder.is_dir() else []
-        if not matches:
+        matches = iter(self._matching(str(folder), parts, set()) if os.path.isdir(folder) else ())
+        first = next(matches, None)
+        if first is None:
             raise CocoaError(f"{printable(pattern)} does not exist, and nothing matches it as a pattern")
         suffixes = {*IMAGE_SUFFIXES, os.path.splitext(parts[-1])[1].lower()}
-        for match in matches:
-            if os.path.isdir(match):
-                self.add_folder(match)
-            elif os.path.splitext(match)[1].lower() in suffixes:
-                self.add_files([match.removeprefix("./")])
+        folders: list[str] = []
+
+        def matching_files() -> Iterator[str]:
+            for match in chain([first], matches):
+                if os.path.isdir(match):
+                    folders.append(match)
+                elif os.path.splitext(match)[1].lower() in suffixes:
+                    yield match.removeprefix("./")
+
+        yield from self._batches(matching_files())
+        for match in folders:
+            yield from self._search(match)
 
     def _matching(self, folder: str, parts: tuple[str, ...], seen: set[tuple[int, int, int]]) -> Iterator[str]:
         """Yield the matches of a pattern's parts in a folder; ``seen`` ends loops of links."""
@@ -184,7 +211,7 @@ class FolderSearch:
             is_hidden = entry.name.startswith(".") and not part.startswith(".")
             if is_hidden or not is_match(entry.name):
                 continue
-            if part != entry.name and entry.is_dir() and self._passed_over.has_folder(folder, entry.name, self.root):
+            if part != entry.name and entry.is_dir() and self._passed_over.has_folder(folder, entry.name, self._root):
                 continue
             below = parts if part == "**" else rest
             if below and os.path.isdir(entry.path):
@@ -196,7 +223,9 @@ class FolderSearch:
         """Return the entries of a folder; none if it cannot be listed."""
         try:
             with os.scandir(folder) as entries:
-                return list(entries)
+                found = list(entries)
+            is_cache = folder != self._root and self._passed_over.has_cache(folder, {entry.name for entry in found})
+            return [] if is_cache else found
         except OSError as error:
             self._refuse(error)
             return []
@@ -220,3 +249,9 @@ class FolderSearch:
         except OSError:
             return -1, hash(folder)  # it is gone: listing it says so
         return status.st_dev, status.st_ino
+
+    def _batches(self, files: Iterable[str]) -> Iterator[list[str]]:
+        """Yield files in batches, in each of which a file is once, without those that are passed over."""
+        remaining = (file for file in files if not self._passed_over.has_file(file, self._root))
+        while batch := list(dict.fromkeys(islice(remaining, BATCH_FILES))):
+            yield batch

@@ -34,8 +34,11 @@ LIBRARY = re.compile(r".+\.(photoslibrary|photolibrary|migratedphotolibrary|apli
 LIBRARY_FOLDERS = frozenset({"resources", "database", "thumbnails", "previews", "cache"})
 """The folders in a photo library that hold copies of its pictures."""
 
-CACHE_MARKER = "CACHEDIR.TAG"
-"""A file that marks a folder as a cache, of thumbnails for example, by the Cache Directory Tagging Specification."""
+THUMBNAILS_MARKER = ".cocoa-thumbnails"
+"""The file in our folders of thumbnails."""
+
+CACHE_MARKERS = frozenset({THUMBNAILS_MARKER, "CACHEDIR.TAG"})
+"""Files that mark a folder as a cache; the second by the Cache Directory Tagging Specification."""
 
 APPLE_DOUBLE = (b"\x00\x05\x16\x07", b"\x00\x05\x16\x00")
 """The first bytes of the files that macOS writes beside others on foreign disks and in archives, as ``._a.jpg``."""
@@ -111,7 +114,7 @@ class PassedOver:
 
     def has_cache(self, folder: str, names: Collection[str]) -> bool:
         """Return whether a folder that holds files of these names is passed over as a cache."""
-        return CACHE_MARKER in names and self._count(folder, "cache")
+        return not CACHE_MARKERS.isdisjoint(names) and self._count(folder, "cache")
 
     def _excludes(self, path: str, root: str, slash: str = "") -> bool:
         if not self._exclude:

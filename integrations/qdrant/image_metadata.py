@@ -100,7 +100,7 @@ def is_searched(folder: Path, path: Path) -> bool:
 def places_covered(path: Path) -> list[Path]:
     """Return the folders and files that a path stands for, whether they exist or not."""
     if path.suffix.lower() == LIST_SUFFIX and path.is_file():
-        return read_file_list(path)
+        return list(read_file_list(path))
     return [path] if os.path.lexists(path) else [search_folder(path)]
 
 

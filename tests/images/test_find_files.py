@@ -8,7 +8,7 @@ import pytest
 
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.images.find_files import find_images, read_file_list, search_folder
-from cocoa_embed.images.passed_over import PassedOver, in_system_folder, is_companion
+from cocoa_embed.images.passed_over import CACHE_MARKERS, PassedOver, in_system_folder, is_companion
 
 
 def make(folder: Path, *names: str) -> None:
@@ -158,7 +158,7 @@ def test_a_list_names_files_from_its_own_folder_on(tmp_path: Path) -> None:
     make(tmp_path, "lists/a.jpg", "b c.png", "folder/not listed.gif", "#e.png")
     lines = ["a.jpg", "", "# a comment", "../b c.png\r", "missing.jpg", str(tmp_path / "folder"), "../#e.png", "  "]
     (tmp_path / "lists" / "photos.txt").write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())
-    listed = read_file_list(tmp_path / "lists" / "photos.txt")
+    listed = list(read_file_list(tmp_path / "lists" / "photos.txt"))
     expected = ("a.jpg", "../b c.png", "missing.jpg", tmp_path / "folder", "../#e.png")
     assert listed == [tmp_path / "lists" / name for name in expected]
     assert find_images([tmp_path / "lists" / "photos.txt"]) == sorted(listed)
@@ -225,10 +225,13 @@ def test_companions_are_told_by_their_bytes(tmp_path: Path) -> None:
     assert names(find_images([tmp_path / "list.txt"]), tmp_path) == ["a.jpg"]
 
 
-def test_a_folder_that_is_marked_as_a_cache_is_passed_over_unless_it_is_named(tmp_path: Path) -> None:
-    make(tmp_path, "a.jpg", "small/CACHEDIR.TAG", "small/b.jpg", "small/deep/c.jpg")
+@pytest.mark.parametrize("marker", sorted(CACHE_MARKERS))
+def test_a_folder_that_is_marked_as_a_cache_is_passed_over_unless_it_is_named(tmp_path: Path, marker: str) -> None:
+    make(tmp_path, "a.jpg", f"small/{marker}", "small/b.jpg", "small/deep/c.jpg")
     (tmp_path / "link").symlink_to("small")
     assert names(find_images([tmp_path]), tmp_path) == ["a.jpg"]
+    assert names(find_images([tmp_path / "**" / "*.jpg"]), tmp_path) == ["a.jpg"]
+    assert names(find_images([tmp_path / "small" / "*.jpg"]), tmp_path) == ["small/b.jpg"]
     assert names(find_images([tmp_path / "small"]), tmp_path) == ["small/b.jpg", "small/deep/c.jpg"]
 
 
