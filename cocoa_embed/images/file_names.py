@@ -45,7 +45,7 @@ def _names_like(folder: Path, name: str) -> list[str]:
         return [name]
     try:
         return _names_by_composed(folder).get(normalize("NFC", name), [])
-    except OSError:  # it is no folder, or cannot be listed
+    except (OSError, ValueError):  # it is no folder, or cannot be listed
         return []
 
 

@@ -52,7 +52,7 @@ class FileContent(NamedTuple):
 
 
 def load_image(source: ImageSource, *, fetcher: Fetcher | None = None) -> Image.Image:
-    """Load an image as upright RGB: EXIF orientation applied, alpha over white, the first frame of an animation.
+    """Load an image as upright sRGB: the full picture, orientation and colour profile applied, without transparency.
 
     :param source: A path, the bytes of a file, a ``BytesIO``, or a PIL image. A string is a path, unless it begins
         with ``data:``, ``http://`` or ``https://``.

@@ -85,6 +85,29 @@ def test_changes_are_counted_and_unusable_files_are_named_with_exit_status_1(com
     assert (code, out, err.endswith("red.png  a rose\n")) == (0, "", True)
 
 
+def test_what_is_passed_over_is_counted_with_exit_status_0(
+    command: Command, pictures: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (pictures / "._red.png").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
+    write_colours(pictures / "@eaDir" / "red.png", "yellow")
+    write_colours(pictures / "drafts", "yellow")
+    words = ("index", pictures, "--model", "fake", "--exclude", "drafts/", "--exclude", "*.GIF", "--json")
+    code, out, err = command(*words)
+    summary = json.loads(out)
+    assert (code, summary["indexed"], summary["failed"], summary["skipped"]) == (0, 3, [], 3)
+    assert summary["skipped_reasons"] == {"companion of another file": 1, "system folder": 1, "excluded": 1}
+    (line,) = (line for line in err.splitlines() if line.startswith("passed over: "))
+    parts = line.removeprefix("passed over: ").split(", ")
+    assert sorted(parts) == ["1 companion of another file", "1 excluded", "1 system folder"]
+    assert "--exclude *.GIF: nothing matches it" in caplog.text
+    assert command("index", pictures, pictures / "@eaDir", "--model", "fake", "--json").document()["indexed"] == 1
+    (pictures / "only").mkdir()
+    (pictures / "._red.png").rename(pictures / "only" / "._red.png")
+    code, _, err = command("index", pictures / "only", "--model", "fake")
+    assert (code, "there are no images in" in err, "but for 1 passed over" in err) == (1, True, True)
+    assert command("index", pictures, "--model", "fake", "--exclude", "!").status == 2
+
+
 def test_a_search_is_narrowed_by_filters_threshold_and_limit(command: Command, indexed: Path) -> None:
     Image.new("RGB", (100, 50), "red").save(indexed / "wide.png")
     command("index", indexed, "--model", "fake")

@@ -7,6 +7,7 @@ from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import datasets
 import fsspec
@@ -461,3 +462,22 @@ def test_an_empty_cell_of_images_is_absent_and_a_stored_path_is_a_path(images: P
     with pytest.raises(ImageError, match=r"rows\.parquet, row 9, query_image: cannot be read"):
         replace(image, row=8).read()
     assert [row.query.image for row in rows[1:]] == [images.absolute() / "a.png", None, None]
+
+
+def test_the_version_of_a_folder_changes_with_its_text_files_and_images(tmp_path: Path) -> None:
+    write_images(tmp_path, "a")
+    (tmp_path / "a.txt").write_text("a ring")
+    versions = [source_version("data", SourceSettings(folder=tmp_path))]
+    (tmp_path / "a.txt").write_text("a star, not a ring")
+    versions.append(source_version("data", SourceSettings(folder=tmp_path)))
+    write_images(tmp_path / "sub", "b")
+    versions.append(source_version("data", SourceSettings(folder=tmp_path)))
+    assert len({*map(str, versions)}) == 3
+    assert versions[-1] == source_version("data", SourceSettings(folder=tmp_path))
+
+
+def test_an_image_of_a_table_is_found_however_its_accents_are_composed(tmp_path: Path) -> None:
+    write_images(tmp_path, [normalize("NFD", "Café")])
+    row = {"query_text": "a ring", "positive_image": normalize("NFC", "Café.png")}
+    ((item,),) = ([row.positive.images for row in read(file=str(write_table(tmp_path / "rows.csv", [row])))],)
+    assert item == (tmp_path / f"{normalize('NFD', 'Café')}.png",)
