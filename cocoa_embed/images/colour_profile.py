@@ -61,7 +61,7 @@ def transform_to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform |
         flags = FLAGS | ImageCms.Flags.NOOPTIMIZE if mode == "L" else FLAGS
         transform = ImageCms.buildTransform(source, srgb, mode, "RGB", renderingIntent=intent, flags=flags)
         colours = sample(mode)
-        change = np.abs(np.subtract(apply(transform, colours), colours.convert("RGB"), dtype=int)).max()
+        change = np.abs(np.asarray(apply(transform, colours), int) - np.asarray(colours.convert("RGB"), int)).max()
     except Exception:  # noqa: BLE001 - a broken profile raises nearly anything, and the pixels themselves are fine
         return None
     return None if mode != "CMYK" and change <= UNSEEN else transform

@@ -34,6 +34,9 @@ LIBRARY = re.compile(r".+\.(photoslibrary|photolibrary|migratedphotolibrary|apli
 LIBRARY_FOLDERS = frozenset({"resources", "database", "thumbnails", "previews", "cache"})
 """The folders in a photo library that hold copies of its pictures."""
 
+DELETED = re.compile(r"\.(trashed|pending)-\d+-")
+"""The beginning of a file's name in a telephone's bin, or before its end has arrived."""
+
 THUMBNAILS_MARKER = ".cocoa-thumbnails"
 """The file in our folders of thumbnails."""
 
@@ -101,6 +104,8 @@ class PassedOver:
 
     def has_file(self, path: str, root: str) -> bool:
         """Return whether a file below ``root``, the folder that is searched, is passed over."""
+        if DELETED.match(os.path.basename(path)):
+            return self._count(path, "deleted file")
         if is_companion(path, first_bytes(path) if may_be_companion(path) else b""):
             return self._count(path, "companion of another file")
         return self._excludes(path, root) and self._count(path, "excluded")

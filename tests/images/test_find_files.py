@@ -213,15 +213,15 @@ def test_system_folders_are_passed_over_unless_they_are_named(tmp_path: Path) ->
         assert names(find_images([(tmp_path / file).parent / "*.*"]), tmp_path) == [file]
 
 
-def test_companions_are_told_by_their_bytes(tmp_path: Path) -> None:
-    make(tmp_path, "a.jpg", "sub/._empty.jpg")
+def test_companions_are_told_by_their_bytes_and_deleted_files_by_their_names(tmp_path: Path) -> None:
+    make(tmp_path, "a.jpg", "sub/._empty.jpg", ".trashed-1700000000-b.jpg")
     (tmp_path / "._a.jpg").write_bytes(b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X")
     (tmp_path / "._photo.jpg").write_bytes(b"\xff\xd8\xff\xe0")
     (tmp_path / "list.txt").write_text("._a.jpg\na.jpg\n")
     passed_over = PassedOver()
     found = find_images([tmp_path], passed_over=passed_over)
     assert names(found, tmp_path) == ["._photo.jpg", "a.jpg", "sub/._empty.jpg"]
-    assert passed_over.counts == {"companion of another file": 1}
+    assert passed_over.counts == {"companion of another file": 1, "deleted file": 1}
     assert names(find_images([tmp_path / "list.txt"]), tmp_path) == ["a.jpg"]
 
 
