@@ -5,7 +5,7 @@ import numpy as np
 import pillow_heif
 import pytest
 from PIL import Image
-from raw_images import corners, encoded, png_file, same, tiff_file, tiff_of, tiff_of_pages
+from raw_images import corners, encoded, icns_of, png_file, psd_of, same, tiff_file, tiff_of, tiff_of_pages
 
 from cocoa_embed.errors import ImageError
 from cocoa_embed.images.load import image_size, load_image
@@ -87,15 +87,12 @@ def test_of_an_icon_the_largest_picture_is_taken() -> None:
     large = corners((1024, 1024))
     data = encoded(corners((512, 512)), "ICNS", append_images=[large])
     assert same(loaded(data), large)
-    head, jpeg_2000 = b"ic07" + struct.pack(">I", 8), encoded(corners((128, 128)), "JPEG2000", irreversible=False)
-    one = b"ic07" + struct.pack(">I", 8 + len(jpeg_2000)) + jpeg_2000
-    assert same(loaded(b"icns" + struct.pack(">I", 8 + len(one)) + one), corners((128, 128)))
+    jpeg_2000 = encoded(corners((128, 128)), "JPEG2000", irreversible=False)
+    assert same(loaded(icns_of(jpeg_2000)), corners((128, 128)))
     with pytest.raises(ImageError):
-        load_image(b"icns" + struct.pack(">I", 16) + head)
-    bomb = png_file(30000, 30000, 8, 0)
-    entry = b"ic10" + struct.pack(">I", 8 + len(bomb)) + bomb
+        load_image(icns_of(b""))
     with pytest.raises(ImageError, match="is too large"):
-        load_image(b"icns" + struct.pack(">I", 8 + len(entry)) + entry)
+        load_image(icns_of(png_file(30000, 30000, 8, 0)))
 
 
 def test_of_a_photograph_with_more_pictures_the_main_one_is_taken() -> None:
@@ -117,7 +114,4 @@ def test_of_an_animation_the_first_frame_is_taken(image_format: str) -> None:
 
 
 def test_of_a_layered_picture_the_whole_is_taken() -> None:
-    """A Photoshop file: header, no colours, no resources, no layers, and the pixels, plane by plane."""
-    planes = np.asarray(SMALL).transpose(2, 0, 1).tobytes()
-    header = b"8BPS\0\1" + bytes(6) + struct.pack(">HIIHH", 3, 30, 40, 8, 3)
-    assert same(loaded(header + bytes(12) + struct.pack(">H", 0) + planes), SMALL)
+    assert same(loaded(psd_of(SMALL)), SMALL)

@@ -183,6 +183,18 @@ def icon_of(png: bytes) -> bytes:
     return struct.pack("<HHH", 0, 1, 1) + struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(png), 22) + png
 
 
+def icns_of(picture: bytes) -> bytes:
+    """Return an ``.icns`` file with any picture, whose entry says 128 x 128."""
+    entry = b"ic07" + struct.pack(">I", 8 + len(picture)) + picture
+    return b"icns" + struct.pack(">I", 8 + len(entry)) + entry
+
+
+def psd_of(image: Image.Image) -> bytes:
+    """Return a Photoshop file of an RGB picture: header, no colours, resources or layers, and the pixels by planes."""
+    header = b"8BPS\0\1" + bytes(6) + struct.pack(">HIIHH", 3, image.height, image.width, 8, 3)
+    return header + bytes(14) + np.asarray(image).transpose(2, 0, 1).tobytes()
+
+
 def icc_profile(space: bytes, tags: Mapping[bytes, bytes], size: int = 0) -> bytes:
     """Return an ICC profile of a display with these tags, padded to ``size``.
 
