@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from cocoa_embed.integrations.qdrant.indexer import IndexSummary
+    from cocoa_embed.sources.base import SourceOptions
 
 
 def index(
@@ -62,6 +66,10 @@ def index(
     llama_index: Annotated[
         bool, typer.Option("--llama-index", help="Also store what LlamaIndex's QdrantVectorStore reads.")
     ] = False,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Pass over files and folders, as in .gitignore (repeatable)."),
+    ] = None,
     thumbnails: Annotated[Path | None, typer.Option(help="A folder for small copies of the images.")] = None,
     dimension: Annotated[int | None, typer.Option(min=1, help="Truncate embeddings to this many dimensions.")] = None,
     quantization: Annotated[
@@ -84,7 +92,6 @@ def index(
 ) -> None:
     """Embed images and store them in Qdrant. Unchanged files are skipped by size and mtime."""
     from cocoa_embed.model.loading import check_model
-    from cocoa_embed.sources.open import all_sources
 
     storage = {"path": path, "url": url, "edge": edge}
     options: dict[str, Any] = {"dimension": dimension, "quantization": quantization, "on_disk": on_disk}
@@ -95,7 +102,7 @@ def index(
         raise UsageError("--quantization and --on-disk need --url or --edge; a local index (--path) has neither")
     check_all(
         lambda: check_storage(collection, storage),
-        *([] if prune or prune_all else [lambda: all_sources(paths, sources)]),
+        *([] if prune or prune_all else source_checks(paths, sources)),
         lambda: check_model(model),
     )
     with working() as console, open_indexer(model, collection, storage, **options) as indexer:
@@ -103,6 +110,7 @@ def index(
             paths,
             prune=prune,
             prune_all=prune_all,
+            exclude=exclude or (),
             thumbnails=thumbnails,
             llama_index=llama_index,
             retry_failed=retry_failed,
@@ -151,11 +159,21 @@ def forget(
         raise typer.Exit(1)
 
 
+def source_checks(paths: Sequence[str], options: SourceOptions) -> list[Callable[[], object]]:
+    """Return checks of the paths to index: of each that does not exist or, without any, that there are images."""
+    from cocoa_embed.sources.open import all_sources
+
+    missing = [path for path in paths if path and "://" not in path and not os.path.lexists(path)]
+    return [partial(all_sources, [path], options) for path in missing] or [partial(all_sources, paths, options)]
+
+
 def report_summary(summary: IndexSummary, console: Console) -> None:
     """Print the counts of an indexing run, and the files that could not be used."""
     values = dataclasses.asdict(summary)
     counts = ", ".join(f"{values[name]} {name}" for name in ("indexed", "unchanged", "updated", "replaced", "pruned"))
     rate = f"{summary.seconds:.1f} s, {summary.images_per_second:.1f} images/s"
     say(console, f"{summary.collection}: {counts}, {len(summary.failed)} left out ({rate})")
+    if summary.skipped:
+        say(console, f"passed over: {', '.join(f'{number} {why}' for why, number in summary.skipped_reasons.items())}")
     for failure in summary.failed:
         say(console, f"left out: {printable(failure['path'])}: {failure['reason']}")

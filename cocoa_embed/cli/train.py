@@ -103,14 +103,14 @@ def check_columns(recipe: Recipe) -> None:
     """
     require("datasets", "train")
     from cocoa_embed.data.columns import map_columns
-    from cocoa_embed.data.image_folder import find_metadata
+    from cocoa_embed.data.image_folder import TEXT_COLUMNS, find_metadata
     from cocoa_embed.data.tables import find_files, open_table
 
     columns_of = cache(lambda path: open_table(path).columns)
     stages = [stage for stage in recipe.registry() if getattr(recipe, stage) is not None]
     for source in (source for stage in stages for source in recipe.sources_of(stage).values()):
         if source.folder is not None:
-            files = [find_metadata(source.folder)]
+            files = [file for file in [find_metadata(source.folder)] if file.is_file()]
         elif source.file is not None and "://" not in source.file:  # a remote file would be downloaded twice
             files = [Path(str(file)) for file in find_files(source.file)]
         else:
@@ -121,7 +121,7 @@ def check_columns(recipe: Recipe) -> None:
         if source.folder is None:
             given = source.columns.model_dump(exclude_none=True) if source.columns else None
             map_columns(printable(source.file or ""), found, given)
-        elif found and not {"text", source.captions} & {*found}:
+        elif found and not {*TEXT_COLUMNS, "captions"} & {*found}:
             raise CocoaError(f"{printable(files[0])} has no column 'text' {did_you_mean('text', found)}")
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 from cocoa_embed.data.rows import ArrowImage, Item, ItemImage, Row, check_unicode, shortened
 from cocoa_embed.data.tables import Table
 from cocoa_embed.errors import CocoaError, RowError, did_you_mean, printable
+from cocoa_embed.images.file_names import as_on_disk
 
 Side: TypeAlias = Literal["query", "positive"]
 
@@ -157,6 +158,7 @@ class RowReader:
                 raise RowError(source, f"the image {printable(path)} is a relative path; give the folder it starts "
                                "from as data.images")  # fmt: skip
             path = (self.images / path).absolute()
+        path = as_on_disk(path)
         if "\0" in value or (self.must_exist and not path.is_file()):
             raise RowError(source, f"the image {printable(path)} does not exist")
         return path

@@ -1,93 +1,223 @@
-"""Reads the metadata of an image folder: a file name, usually a text, and other columns for each image."""
+"""Reads the captions of an image folder: from a metadata file, or from text files beside the images."""
 
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cocoa_embed.data.rows import check_unicode
 from cocoa_embed.data.tables import open_table
 from cocoa_embed.errors import CocoaError, RowError, printable
+from cocoa_embed.images.file_names import as_on_disk, cached_by_folder, why_missing
+from cocoa_embed.images.find_files import find_images
 
 METADATA_FILE = "metadata.jsonl"
 METADATA_FILES = (METADATA_FILE, "metadata.csv", "metadata.parquet")
 """The files that may hold an image folder's metadata; a folder has one of them."""
 
+FILE_COLUMNS = ("file_name", "filename", "path", "image", "image_path")
+"""The columns that may name the image's file; the first that a table has does."""
+
+TEXT_COLUMNS = ("text", "caption")
+"""The columns that may hold the caption; the first with a value does, then the list ``captions``."""
+
+TEXT_SUFFIXES = (".txt", ".caption")
+"""The suffixes of a text file beside an image, of the same name, that holds its caption."""
+
+MAX_TEXT_BYTES = 2**16
+"""Larger text files beside images are no captions."""
+
+UNREAD_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
+"""The suffixes of other tables, whose presence a message mentions where metadata are missing."""
+
 
 class DescribedImage(NamedTuple):
-    """A row of an image folder's metadata.
+    """An image with what its folder says about it.
 
     :param source: The row's name in error messages.
     :param path: The absolute path of the image.
     :param columns: All values, by column.
+    :param file_column: The column that names the image.
     """
 
     source: str
     path: Path
     columns: Mapping[str, Any]
+    file_column: str = FILE_COLUMNS[0]
+
+    @property
+    def text_column(self) -> str | None:
+        """The column that holds the caption."""
+        return next((column for column in TEXT_COLUMNS if self.columns.get(column) is not None), None)
+
+    @property
+    def wordings(self) -> list[str]:
+        """The captions: the text, or else the entries of the column ``captions``."""
+        if self.text_column is not None:
+            return [self.columns[self.text_column]]
+        captions = self.columns.get("captions")
+        return [text for text in captions if isinstance(text, str)] if isinstance(captions, list) else []
+
+    @property
+    def others(self) -> dict[str, Any]:
+        """The columns besides those of the file and the text."""
+        used = (self.file_column, self.text_column)
+        return {name: value for name, value in self.columns.items() if name not in used}
 
     @property
     def text(self) -> str:
-        """The image's non-empty text.
+        """The image's non-empty text, or its first caption.
 
         :raises RowError: If it has none.
         """
-        text = self.columns.get("text")
-        if not isinstance(text, str):
+        text = next(iter(self.wordings), None)
+        if text is None:
             raise RowError(self.source, f"has no 'text' ({_found(self.columns)}); call the column of captions 'text', "
                            "or remove the row")  # fmt: skip
         if not text.strip():
-            raise RowError(self.source, "has an empty 'text'; write one, or remove the row")
+            raise RowError(self.source, f"has an empty {(self.text_column or 'captions')!r}; write one, or remove the "
+                           "row")  # fmt: skip
         return check_unicode(text, self.source)
 
 
 def find_metadata(folder: Path) -> Path:
-    """Return the metadata file of an image folder.
+    """Return the metadata file of an image folder, or the folder itself if text files beside its images describe them.
 
-    :raises CocoaError: If the folder does not exist, or has not exactly one of ``METADATA_FILES``.
+    :raises CocoaError: If the folder does not exist, has several of ``METADATA_FILES``, or has no captions.
     """
     name = printable(folder)
     if not folder.is_dir():
         kind = "is a file" if folder.exists() else "does not exist"
         raise CocoaError(f"{name} {kind}; give a folder of images with {METADATA_FILE}.")
+    if (found := metadata_file(folder)) is not None:
+        return found
+    if any(text_beside(image) for image in find_images([folder])):
+        return folder
+    others = " or ".join(METADATA_FILES[1:])
+    raise CocoaError(
+        f"{name} has no {METADATA_FILE} (nor {others}), and no text file beside an image; "
+        + (unread_table(os.listdir(folder)) or "write one JSON object a line, with file_name and text.")
+    )
+
+
+def caption_files(folder: Path) -> list[Path]:
+    """Return the files that a folder's captions are read from: its metadata file, or its images and their text files.
+
+    :raises CocoaError: As ``find_metadata`` does.
+    """
+    if (metadata := find_metadata(folder)) != folder:
+        return [metadata]
+    images = find_images([folder])
+    return [*images, *filter(None, map(text_beside, images))]
+
+
+def metadata_file(folder: Path) -> Path | None:
+    """Return the metadata file of a folder, if it has one.
+
+    :raises CocoaError: If it has several.
+    """
     found = [file for file in METADATA_FILES if (folder / file).is_file()]
     if len(found) > 1:
-        raise CocoaError(f"{name} has {' and '.join(found)}; keep one of them.")
-    if not found:
-        others = " or ".join(METADATA_FILES[1:])
-        raise CocoaError(f"{name} has no {METADATA_FILE} (nor {others}); write one JSON object a line, with file_name "
-                         "and text.")  # fmt: skip
-    return folder / found[0]
+        raise CocoaError(f"{printable(folder)} has {' and '.join(found)}; keep one of them.")
+    return folder / found[0] if found else None
+
+
+def unread_table(names: Iterable[str]) -> str | None:
+    """Return what to do with a table under another name than ``METADATA_FILES``; None if there is none."""
+    table = next((name for name in sorted(names) if name.lower().endswith(UNREAD_SUFFIXES)), None)
+    if table is None:
+        return None
+    suffix = os.path.splitext(table)[1].lower().replace(".tsv", ".csv")
+    return f"{table!a} is not read: if it describes the images, call it metadata{suffix}."
 
 
 def read_metadata(metadata: Path, must_exist: bool = True) -> Iterator[DescribedImage | RowError]:
     """Yield the rows of a metadata file in order, or the errors of rows that cannot be used.
 
-    :param metadata: The file; ``file_name`` is relative to its folder.
+    :param metadata: The file, as from ``find_metadata``; names are relative to its folder. A folder: its images with
+        the text files beside them.
     :param must_exist: Whether a missing image is an error.
     :raises CocoaError: If the file cannot be read.
     """
+    if metadata.is_dir():
+        yield from _read_texts(metadata)
+        return
     table = open_table(metadata)
+    column = next((column for column in FILE_COLUMNS if column in table.columns), None)
+    if column is None and len(table) and table.columns:
+        raise CocoaError(f"{printable(metadata)} has no column that names the images ({_found(table.columns)}); call it"
+                         f" {FILE_COLUMNS[0]!r}.")  # fmt: skip
     for source, row in table.read(table.columns, lists=("captions",)):
         try:
             if isinstance(row, RowError):
                 raise row
-            path = _image_path(metadata.parent, source, row, must_exist)
-            yield DescribedImage(f"{printable(metadata)}, {row['file_name']}", path, row)
+            column = column or FILE_COLUMNS[0]
+            path = _image_path(metadata.parent, source, row, column, must_exist)
+            image = DescribedImage(f"{printable(metadata)}, {row[column]}", path, row, column)
+            if not isinstance(text := row.get(image.text_column or ""), str | None):
+                raise RowError(source, f"has a {image.text_column} that is a {type(text).__name__}; expected a string")
+            yield image
         except RowError as error:
             yield error
 
 
-def _image_path(folder: Path, source: str, row: Mapping[str, Any], must_exist: bool) -> Path:
-    name = row.get("file_name")
+def _image_path(folder: Path, source: str, row: Mapping[str, Any], column: str, must_exist: bool) -> Path:
+    name = row.get(column)
     if not isinstance(name, str) or not name:
-        raise RowError(source, f"has no 'file_name' ({_found(row)}); give the image's path, relative to the folder")
-    if not isinstance(row.get("text"), str | None):
-        raise RowError(source, f"has a text that is a {type(row['text']).__name__}; expected a string")
-    image = (folder / name).absolute()
+        raise RowError(source, f"has no {column!r} ({_found(row)}); give the image's path, relative to the folder")
+    image = as_on_disk((folder / name).absolute())
     if "\0" in name or (must_exist and not image.is_file()):
-        raise RowError(source, f"names {name!r}, which is not in {printable(folder)}")
+        _, _, hint = why_missing(image).partition("; ")
+        raise RowError(source, f"names {name!r}, which is not in {printable(folder)}" + f"; {hint}" * bool(hint))
     return image
 
 
-def _found(row: Mapping[str, Any]) -> str:
-    return f"columns found: {', '.join(row) or 'none'}"
+def _found(columns: Iterable[str]) -> str:
+    return f"columns found: {', '.join(columns) or 'none'}"
+
+
+def _read_texts(folder: Path) -> Iterator[DescribedImage | RowError]:
+    """Yield the images of a folder and its subfolders with the text files beside them."""
+    for image in (path.absolute() for path in find_images([folder])):
+        text = text_beside(image)
+        try:
+            caption = None if text is None else read_text(text)
+            if caption is None:
+                raise RowError(
+                    printable(image), f"has no caption in {image.stem}.txt beside it; write one, or remove it"
+                )
+            yield DescribedImage(printable(str(text)), image, {"text": caption})
+        except RowError as error:
+            yield error
+
+
+def text_beside(image: Path) -> Path | None:
+    """Return the text file beside an image that holds its caption, if there is one."""
+    names = _text_names(image.parent)
+    beside = (image.with_suffix(suffix) for suffix in TEXT_SUFFIXES)
+    return next((text for text in beside if text.name in names), None)
+
+
+@cached_by_folder
+def _text_names(folder: Path) -> frozenset[str]:
+    return frozenset(name for name in os.listdir(folder) if name.endswith(TEXT_SUFFIXES))
+
+
+def read_text(path: Path) -> str | None:
+    """Read the caption in a text file beside an image; None if it has no words, as the boxes of an object detector.
+
+    :raises RowError: If it cannot be read, is too large, or is not UTF-8.
+    """
+    source = printable(path)
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_TEXT_BYTES + 1)
+    except OSError as error:
+        raise RowError(source, f"cannot be read ({error.strerror})") from error
+    if len(data) > MAX_TEXT_BYTES:
+        raise RowError(source, f"is too large for a caption: more than {MAX_TEXT_BYTES} bytes")
+    try:
+        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise RowError(source, "is not UTF-8; save it as UTF-8") from error
+    return text if any(map(str.isalpha, text)) else None

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from cocoa_embed.demo.scenes import captions, distinct_scenes, draw, sample_scene
-from cocoa_embed.model.template import CHAT_TEMPLATE, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
+from cocoa_embed.model.template import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START, chat_template
 
 PAD = "<|endoftext|>"
 EOS = "<|im_end|>"
@@ -63,7 +63,7 @@ def build_processor(tokenizer: Qwen2Tokenizer) -> Qwen2VLProcessor:
         image_processor=Qwen2VLImageProcessor(size=bounds),
         tokenizer=tokenizer,
         video_processor=Qwen2VLVideoProcessor(size=bounds),
-        chat_template=CHAT_TEMPLATE,
+        chat_template=chat_template(tokenizer),
     )
 
 

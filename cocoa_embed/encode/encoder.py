@@ -148,7 +148,7 @@ class Encoder:
         try:
             return self._embed(self.model.encode_query, inputs, batch_size)
         except ValueError as error:
-            # Processors refuse an image much longer than wide, and a text with the image token.
+            # Processors refuse an image much longer than wide, and those of others a text with their image token.
             raise CocoaError(f"{self.name} does not take the query ({one_line(error)})") from error
 
     def embed_documents(self, inputs: Sequence[ModelInput], batch_size: int = 32) -> np.ndarray:

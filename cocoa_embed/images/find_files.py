@@ -10,18 +10,17 @@ from pathlib import Path
 from typing import TypeAlias
 
 from cocoa_embed.errors import CocoaError, one_line, printable
+from cocoa_embed.images.file_names import as_on_disk
+from cocoa_embed.images.passed_over import PassedOver
 
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .apng .webp .gif .bmp .dib .tif .tiff .avif .heic .heif .hif"
-    " .jp2 .j2k .jpx .jpc .ppm .pgm .pbm .pnm .tga .ico".split()
+    " .jp2 .j2k .jpx .jpc .ppm .pgm .pbm .pnm .tga .ico .icns .psd".split()
 )
 """The suffixes of image files in a folder, in lower case."""
 
 LIST_SUFFIX = ".txt"
 """The suffix of a file that lists other files, one per line."""
-
-THUMBNAILS_MARKER = ".cocoa-thumbnails"
-"""The file in a folder of thumbnails for which the folder is passed over."""
 
 OnError: TypeAlias = Callable[[Path, str], None]
 """Called with a folder that cannot be listed, and the reason."""
@@ -32,8 +31,10 @@ BATCH_FILES = 1024
 WILDCARD = re.compile(r"[*?[]")
 
 
-def find_images(paths: Iterable[str | Path], *, on_error: OnError | None = None) -> list[Path]:
-    """Return the image files that ``paths`` name, sorted, each once. No file is opened: broken images are included.
+def find_images(
+    paths: Iterable[str | Path], *, on_error: OnError | None = None, passed_over: PassedOver | None = None
+) -> list[Path]:
+    """Return the image files that ``paths`` name, sorted, each once. Broken images are included.
 
     - A file is taken, with any suffix. A ``.txt`` file is a list (``read_file_list``): the files that it lists are
       taken, whether they exist or not; folders in it are not searched.
@@ -42,12 +43,15 @@ def find_images(paths: Iterable[str | Path], *, on_error: OnError | None = None)
     - A path that does not exist is a pattern if it has ``*``, ``?`` or ``[``: as in a shell, with ``**`` for folders of
       any depth. Folders that match are searched; files that match are taken if they have an image's suffix or the
       pattern's.
+    - Companions of other files (``._a.jpg``) are passed over, and so are system folders (``is_system_folder``), folders
+      that are marked as caches, and what is excluded; a folder that is named itself is searched in any case.
 
     :param on_error: Called for each folder that cannot be listed; the search then skips it.
+    :param passed_over: Excludes more, relative to ``search_folder`` of a path, and counts what is passed over.
     :raises CocoaError: If a path does not exist, a pattern matches nothing, a list cannot be read or, without
         ``on_error``, a folder cannot be listed.
     """
-    search = FolderSearch(on_error)
+    search = FolderSearch(on_error, passed_over=passed_over)
     found = {file for path in paths for files in search.find(Path(path)) for file in files}
     found.update(file for files in search.follow_links() for file in files)
     # NUL sorts before everything, so that a folder's files are neighbours, as when paths are compared.
@@ -87,7 +91,7 @@ def read_file_list(path: str | Path) -> Iterator[Path]:
         lines = (line.rstrip(b"\r\n") for line in BytesIO(data.removeprefix(b"\xef\xbb\xbf")))
         names = (line for line in lines if line.strip() and not line.startswith(b"#"))
     folder = Path(path).parent
-    return (folder / os.fsdecode(name) for name in names if name)
+    return (as_on_disk(folder / os.fsdecode(name)) for name in names if name)
 
 
 def is_literal(path: Path) -> bool:
@@ -111,12 +115,17 @@ def split_pattern(pattern: Path) -> tuple[Path, tuple[str, ...]]:
 class FolderSearch:
     """Finds image files folder by folder, each folder once."""
 
-    def __init__(self, on_error: OnError | None, roots: Iterable[Path] = ()) -> None:
+    def __init__(
+        self, on_error: OnError | None, roots: Iterable[Path] = (), passed_over: PassedOver | None = None
+    ) -> None:
         """Remember the folders that are searched for themselves, which no link to a folder above them leads to."""
         self._on_error = on_error
+        self._passed_over = PassedOver() if passed_over is None else passed_over
+        self._root = ""
+        """The folder that excluded paths are relative to."""
         self._roots = {self._identity(str(root)) for root in roots if os.path.isdir(root)}
         self._listed: set[tuple[int, int]] = set()
-        self._links: list[str] = []
+        self._links: list[tuple[str, str]] = []
         self._refused: set[str] = set()
 
     def find(self, path: Path) -> Iterator[list[str]]:
@@ -124,12 +133,14 @@ class FolderSearch:
 
         :raises CocoaError: As ``find_images``.
         """
+        path = as_on_disk(path)
+        self._root = str(search_folder(path))
         if os.path.isdir(path):
             yield from self._search(str(path))
         elif is_file_list(path):
-            yield from _batches(map(str, read_file_list(path)))
+            yield from self._batches(map(str, read_file_list(path)))
         elif os.path.lexists(path):
-            yield [str(path)]
+            yield from self._batches([str(path)])
         else:
             yield from self._match(path)
 
@@ -137,7 +148,7 @@ class FolderSearch:
         """Yield the images in folders that only links lead to."""
         while self._links:
             links, self._links = sorted(self._links), []
-            for link in links:
+            for self._root, link in links:
                 yield from self._search(link)
 
     def _search(self, root: str) -> Iterator[list[str]]:
@@ -145,15 +156,18 @@ class FolderSearch:
         for path, folders, files in os.walk(root, onerror=self._refuse):
             identity = self._identity(path)
             is_other_root = identity in self._roots and path != root
-            if identity in self._listed or is_other_root or THUMBNAILS_MARKER in files:
+            is_cache = path != self._root and self._passed_over.has_cache(path, files)
+            if identity in self._listed or is_other_root or is_cache:
                 folders.clear()
                 continue
             self._listed.add(identity)
-            folders.sort()
-            self._links += filter(os.path.islink, (os.path.join(path, name) for name in folders))
+            folders[:] = sorted(name for name in folders if not self._passed_over.has_folder(path, name, self._root))
+            links = filter(os.path.islink, (os.path.join(path, name) for name in folders))
+            self._links += ((self._root, link) for link in links)
             images = sorted(name for name in files if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)
-            if images:
-                yield [os.path.join(path, name).removeprefix("./") for name in images]
+            found = [os.path.join(path, name).removeprefix("./") for name in images]
+            if found := [file for file in found if not self._passed_over.has_file(file, self._root)]:
+                yield found
 
     def _match(self, pattern: Path) -> Iterator[list[str]]:
         """Yield what matches a pattern: folders are searched, files need an image's suffix or the pattern's.
@@ -177,7 +191,7 @@ class FolderSearch:
                 elif os.path.splitext(match)[1].lower() in suffixes:
                     yield match.removeprefix("./")
 
-        yield from _batches(matching_files())
+        yield from self._batches(matching_files())
         for match in folders:
             yield from self._search(match)
 
@@ -197,6 +211,8 @@ class FolderSearch:
             is_hidden = entry.name.startswith(".") and not part.startswith(".")
             if is_hidden or not is_match(entry.name):
                 continue
+            if part != entry.name and entry.is_dir() and self._passed_over.has_folder(folder, entry.name, self._root):
+                continue
             below = parts if part == "**" else rest
             if below and os.path.isdir(entry.path):
                 yield from self._matching(entry.path, below, seen)
@@ -208,7 +224,8 @@ class FolderSearch:
         try:
             with os.scandir(folder) as entries:
                 found = list(entries)
-            return [] if any(entry.name == THUMBNAILS_MARKER for entry in found) else found
+            is_cache = folder != self._root and self._passed_over.has_cache(folder, {entry.name for entry in found})
+            return [] if is_cache else found
         except OSError as error:
             self._refuse(error)
             return []
@@ -233,9 +250,8 @@ class FolderSearch:
             return -1, hash(folder)  # it is gone: listing it says so
         return status.st_dev, status.st_ino
 
-
-def _batches(files: Iterable[str]) -> Iterator[list[str]]:
-    """Yield files in batches, in each of which a file is once."""
-    remaining = iter(files)
-    while batch := list(dict.fromkeys(islice(remaining, BATCH_FILES))):
-        yield batch
+    def _batches(self, files: Iterable[str]) -> Iterator[list[str]]:
+        """Yield files in batches, in each of which a file is once, without those that are passed over."""
+        remaining = (file for file in files if not self._passed_over.has_file(file, self._root))
+        while batch := list(dict.fromkeys(islice(remaining, BATCH_FILES))):
+            yield batch

@@ -12,9 +12,10 @@ from itertools import islice, takewhile
 from PIL import Image, ImageFile, TiffImagePlugin
 
 from cocoa_embed.errors import require
+from cocoa_embed.images.parts import PNG_SIGNATURE, full_picture
 from cocoa_embed.images.to_rgb import ORIENTATION_TAG, read_orientation
 
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO", "ICNS", "PSD")
 """The Pillow decoders that are tried. EPS and WMF are not among them: they start other programs."""
 
 HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"})
@@ -30,8 +31,6 @@ JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd8])", re.DOTALL)
 
 START_OF_SCAN, END_OF_PICTURE = b"\xda", b"\xd9"
 
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-
 PNG_ORIENTATION_KEYWORDS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 """Where a PNG may keep its orientation, possibly behind the pixels."""
 
@@ -45,7 +44,7 @@ which Pillow joins EXIF segments grows with the square of their number."""
 
 
 def open_image(data: bytes) -> ImageFile.ImageFile:
-    """Open the image in a file's bytes; its pixels are not decoded yet.
+    """Open the image in a file's bytes, the full one of several; its pixels are not decoded yet.
 
     :raises UnidentifiedImageError: If it is not an image.
     :raises ValueError: If it would take hours to decode.
@@ -56,6 +55,7 @@ def open_image(data: bytes) -> ImageFile.ImageFile:
         # The class alone: registering it with Pillow would change how other libraries in the process behave.
         return require("pillow_heif", "heic").HeifImageFile(BytesIO(data))
     refuse_endless_jpeg(data)
+    data = full_picture(data)
     image = Image.open(BytesIO(data), formats=IMAGE_FORMATS)
     if image.format == "PNG":
         scale_transparent_colour(image, bits=data[24])

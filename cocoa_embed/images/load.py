@@ -17,6 +17,7 @@ from urllib.parse import unquote_to_bytes
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from cocoa_embed.errors import ImageError, MissingExtraError, one_line, printable
+from cocoa_embed.images.file_names import why_missing
 from cocoa_embed.images.formats import icon_sizes, media_type, open_image, png_without_metadata, upright_size
 from cocoa_embed.images.to_rgb import upright_rgb
 from cocoa_embed.images.urls import shown_address
@@ -51,7 +52,7 @@ class FileContent(NamedTuple):
 
 
 def load_image(source: ImageSource, *, fetcher: Fetcher | None = None) -> Image.Image:
-    """Load an image as upright RGB: EXIF orientation applied, alpha over white, the first frame of an animation.
+    """Load an image as upright sRGB: the full picture, orientation and colour profile applied, without transparency.
 
     :param source: A path, the bytes of a file, a ``BytesIO``, or a PIL image. A string is a path, unless it begins
         with ``data:``, ``http://`` or ``https://``.
@@ -132,7 +133,7 @@ def read_stable_file(path: str | Path) -> FileContent:
             if is_one_state and len(data) == before.st_size:
                 return FileContent(data, before.st_mtime, before.st_size)
     except FileNotFoundError:
-        reason = "is a link to a file that does not exist" if os.path.islink(path) else "does not exist"
+        reason = "is a link to a file that does not exist" if os.path.islink(path) else why_missing(Path(path))
         raise ImageError(name, reason) from None
     except (OSError, ValueError) as error:
         cause = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)

@@ -4,14 +4,17 @@ from io import BytesIO
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
-from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT, TiffImageFile
+
+from cocoa_embed.images.colour_profile import to_srgb
+from cocoa_embed.images.transparency import PIXELS_AT_ONCE, over_background
 
 ORIENTATION_TAG = 0x0112
 THUMBNAIL_QUALITY = 80
 """JPEG quality, on Pillow's scale."""
 
-PIXELS_AT_ONCE = 2**20
-"""Pixels that are composited over white at once: a whole image of 89 megapixels would take another gibibyte."""
+FULL_SCALES = (1.0, 255.0, 65535.0)
+"""The values of white: integers have the last one."""
 
 
 def read_orientation(image: Image.Image) -> int:
@@ -39,12 +42,17 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return a new RGB image: 16-bit and float grey scaled to 8 bits, transparency composited over white."""
+    """Return a new RGB image in sRGB: other depths scaled to 8 bits, transparency over a background that shows it."""
+    return to_srgb(pixels_to_rgb(image), image)
+
+
+def pixels_to_rgb(image: Image.Image) -> Image.Image:
+    """Return a new RGB image, whose colours are still those of the image's profile."""
     if image.mode == "F" or image.mode.startswith("I"):
-        return Image.fromarray(grey_levels(image)).convert("RGB")
+        image = grey_image(image)
     if image.mode == "LAB":
         return lab_to_rgb(image)
-    return over_white(image) if image.has_transparency_data else image.convert("RGB")
+    return over_background(image) if image.has_transparency_data else image.convert("RGB")
 
 
 def lab_to_rgb(image: Image.Image) -> Image.Image:
@@ -55,52 +63,76 @@ def lab_to_rgb(image: Image.Image) -> Image.Image:
     return rgb
 
 
-def over_white(image: Image.Image) -> Image.Image:
-    """Composite an image with transparency over white."""
-    rgb = Image.new("RGB", image.size)
-    rows = max(1, PIXELS_AT_ONCE // image.width)
-    for top in range(0, image.height, rows):
-        band = image.crop((0, top, image.width, min(top + rows, image.height)))
-        # Pillow converts La (premultiplied grey) to RGBA only by way of LA.
-        rgba = band.convert("LA").convert("RGBA") if band.mode == "La" else band.convert("RGBA")
-        rgb.paste(Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB"), (0, top))
-    return rgb
+def grey_image(image: Image.Image) -> Image.Image:
+    """Return a 16-bit, 32-bit or float grey image with 8 bits, and with its transparency.
 
-
-def grey_levels(image: Image.Image) -> np.ndarray:
-    """Return the 8-bit grey levels of a 16-bit, 32-bit or float grey image; its transparent colour becomes white.
-
-    :return: Array of shape ``(height, width)``, uint8.
-    :raises ValueError: If a value is not finite.
+    :raises ValueError: If no value is finite.
     """
-    pixels = np.asarray(image)
-    levels = grey_to_8_bit(pixels)
+    pixels, is_inverted = np.asarray(image), False
     if isinstance(image, TiffImageFile):
-        # Pillow leaves these as they are in the file: 12 bits in the lower end of 16, and white as 0.
+        # Pillow leaves these as they are in the file: 12 bits in the lower end of 16, unsigned values, and white as 0.
         if image.tag_v2.get(BITSPERSAMPLE) == (12,):
-            levels = grey_to_8_bit(pixels << 4)
-        if image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0:
-            levels = 255 - levels
-    transparent = image.info.get("transparency")
-    return levels if transparent is None else np.where(pixels == transparent, np.uint8(255), levels)
+            pixels = pixels << 4
+        if (
+            image.mode == "I"
+            and image.tag_v2.get(BITSPERSAMPLE) == (32,)
+            and image.tag_v2.get(SAMPLEFORMAT) in (None, (1,))
+        ):
+            pixels = pixels.view(np.uint32)
+        is_inverted = image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0
+    levels = grey_to_8_bit(pixels)
+    grey = Image.fromarray(255 - levels if is_inverted else levels)
+    if (transparent := image.info.get("transparency")) is not None:
+        grey.putalpha(Image.fromarray((pixels != transparent).astype(np.uint8) * 255))
+    return grey
 
 
 def grey_to_8_bit(pixels: np.ndarray) -> np.ndarray:
-    """Scale grey values to 8 bits: integers from 0 to 65535; floats from 0 to 1, 255 or 65535, judged by the largest.
-
-    Integers keep their upper 8 bits, as Pillow does with 16-bit colour channels.
+    """Scale grey values to 8 bits, by ``grey_range``. Values that are not finite become black, infinity white.
 
     :param pixels: Array of shape ``(height, width)``.
     :return: Array of the same shape, uint8.
-    :raises ValueError: If a value is not finite.
+    :raises ValueError: If no value is finite.
     """
-    if np.issubdtype(pixels.dtype, np.integer):
-        return (np.clip(pixels, 0, 65535) >> 8).astype(np.uint8)
-    if not np.isfinite(pixels).all():
-        raise ValueError("a pixel value is not finite")
-    largest = float(pixels.max())
-    scale = 255 if largest <= 1 else 1 if largest <= 255 else 255 / 65535
-    return np.clip(pixels * scale, 0, 255).astype(np.uint8)
+    darkest, brightest = grey_range(pixels)
+    levels = np.empty(pixels.shape, np.uint8)
+    rows = max(1, PIXELS_AT_ONCE // pixels.shape[1])
+    for top in range(0, len(pixels), rows):
+        band = (pixels[top : top + rows].astype(np.float64) - darkest) * (255 / (brightest - darkest))
+        levels[top : top + rows] = np.nan_to_num(np.clip(band, 0, 255), nan=0)
+    return levels
+
+
+def grey_range(pixels: np.ndarray) -> tuple[float, float]:
+    """Return the values that become black and white: 0 and the largest of ``FULL_SCALES``, if that shows the picture.
+
+    It does not where values are outside of it, all in its lowest quarter (as 12 bits in 16), or within a 16th of it
+    (temperatures, heights). Then it is the range of the values; a lowest or highest value far from all others, which
+    marks what was not measured, takes a quarter of the range for itself.
+
+    :raises ValueError: If no value is finite.
+    """
+    finite = pixels[np.isfinite(pixels)] if pixels.dtype.kind == "f" else pixels
+    if not finite.size:
+        raise ValueError("no pixel value is finite")
+    lowest, highest = float(finite.min()), float(finite.max())
+    scales = FULL_SCALES if pixels.dtype.kind == "f" else FULL_SCALES[-1:]
+    scale = next((scale for scale in scales if 0 <= lowest and highest <= scale), None)
+    spread = highest - lowest
+    # Of 16-bit integers the upper 8 bits are kept, as Pillow does with 16-bit colour channels.
+    white = 65280 if scale and pixels.dtype.kind != "f" else scale
+    if white and (spread == 0 or (highest >= white / 4 and not white / 256 <= spread < white / 16)):
+        return 0, white
+    if spread == 0:
+        return lowest - abs(lowest), lowest + abs(lowest)
+    inner = finite[(finite > lowest) & (finite < highest)]
+    if inner.size:
+        second, last = float(inner.min()), float(inner.max())
+        if second - lowest > highest - second:
+            lowest = second - (highest - second) / 3
+        elif highest - last > last - lowest:
+            highest = last + (last - lowest) / 3
+    return lowest, highest
 
 
 def draw_thumbnail(image: Image.Image, size: int) -> bytes:

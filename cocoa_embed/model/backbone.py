@@ -24,7 +24,7 @@ from cocoa_embed.errors import CocoaError, UsageError, one_line
 from cocoa_embed.model.attention import make_bidirectional, make_causal
 from cocoa_embed.model.flex_attention import FLEX, use_flex_attention
 from cocoa_embed.model.loading import is_hub_name
-from cocoa_embed.model.template import CHAT_TEMPLATE
+from cocoa_embed.model.template import chat_template
 from cocoa_embed.model.training_record import explain_unfinished
 
 MASK_TOKEN = "<|mask|>"
@@ -223,7 +223,7 @@ def prepare_processor(
         tokenizer.model_max_length = max_length
     if max_pixels is not None:
         processor.image_processor.size["longest_edge"] = max_pixels
-    processor.chat_template = CHAT_TEMPLATE
+    processor.chat_template = chat_template(tokenizer)
     tokenizer.chat_template = None
     _check_room_for_images(processor)
 

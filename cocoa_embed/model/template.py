@@ -5,15 +5,21 @@ The tokenizer appends ``<EOS>``, whose last hidden state is the embedding, after
 that it is never truncated.
 """
 
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 VISION_START = "<|vision_start|>"
 VISION_END = "<|vision_end|>"
 IMAGE_PAD = "<|image_pad|>"
 VIDEO_PAD = "<|video_pad|>"
 
-RESERVED_TOKENS = (VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)
-"""Tokens of images and videos in a rendered sequence; a text must not contain them."""
-
-CHAT_TEMPLATE = f"""\
+TEMPLATE = f"""\
 {{%- for message in messages if message.content is not string -%}}
 {{%- for part in message.content -%}}
 {{%- if part.type == 'image' -%}}{VISION_START}{IMAGE_PAD}{VISION_END}
@@ -21,16 +27,46 @@ CHAT_TEMPLATE = f"""\
 {{%- endif -%}}
 {{%- endfor -%}}
 {{%- endfor -%}}
+{{%- set all = namespace(text='') -%}}
 {{%- for message in messages -%}}
-{{%- if message.content is string -%}}{{{{- message.content -}}}}
+{{%- if message.content is string -%}}{{%- set all.text = all.text ~ message.content -%}}
 {{%- else -%}}
-{{%- for part in message.content if part.type == 'text' -%}}{{{{- part.text -}}}}{{%- endfor -%}}
+{{%- for part in message.content if part.type == 'text' -%}}
+{{%- set all.text = all.text ~ part.text -%}}
+{{%- endfor -%}}
 {{%- endif -%}}
 {{%- endfor -%}}
+{{%- for token in SPECIAL_TOKENS -%}}
+{{%- set all.text = all.text | replace(token, token[:1] ~ ' ' ~ token[1:]) -%}}
+{{%- endfor -%}}
+{{{{- all.text -}}}}
 """
-"""Renders messages as ``[vision][prompt][text]``, in Jinja."""
+"""Renders messages as ``[vision][prompt][text]``, in Jinja, once SPECIAL_TOKENS are filled in."""
 
 
-def render(*, text: str | None, images: int, prompt: str = "") -> str:
-    """Render one input with any number of images as ``CHAT_TEMPLATE`` does, without the Jinja engine."""
-    return f"{f'{VISION_START}{IMAGE_PAD}{VISION_END}' * images}{prompt}{text or ''}"
+def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the template of a tokenizer: a special token in a text or a prompt becomes ordinary, as by ``literal``."""
+    return TEMPLATE.replace("SPECIAL_TOKENS", json.dumps(special_tokens(tokenizer)))
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the tokens that stand for something else than their characters: images, masks, ``<EOS>``, padding."""
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+
+
+def literal(text: str, tokens: Sequence[str]) -> str:
+    """Return a text in which each special token has a space behind its first character: ``< |image_pad|>``.
+
+    The tokenizer then finds its ordinary characters: a text that mentions a token is no image, and has no end.
+    """
+    for token in tokens:
+        text = text.replace(token, f"{token[:1]} {token[1:]}")
+    return text
+
+
+def render(*, text: str | None, images: int, prompt: str = "", tokens: Sequence[str] = ()) -> str:
+    """Render one input with any number of images as the chat template does, without the Jinja engine.
+
+    :param tokens: The tokenizer's ``special_tokens``.
+    """
+    return f"{VISION_START}{IMAGE_PAD}{VISION_END}" * images + literal(f"{prompt}{text or ''}", tokens)

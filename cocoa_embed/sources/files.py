@@ -14,6 +14,7 @@ from pathlib import Path
 from cocoa_embed.errors import CocoaError, UsageError, printable
 from cocoa_embed.images.find_files import FolderSearch, is_file_list, is_literal, read_file_list, search_folder
 from cocoa_embed.images.load import read_stable_file
+from cocoa_embed.images.passed_over import PassedOver, in_system_folder
 from cocoa_embed.sources.base import Record, storable
 from cocoa_embed.sources.image_metadata import ImageMetadata
 
@@ -101,11 +102,16 @@ class FileSource:
 
 
 def file_sources(
-    paths: Iterable[str | Path], on_error: Callable[[str | Path, str], object], *, may_be_gone: bool = False
+    paths: Iterable[str | Path],
+    on_error: Callable[[str | Path, str], object],
+    passed_over: PassedOver | None = None,
+    *,
+    may_be_gone: bool = False,
 ) -> list[FileSource]:
-    """Return the sources of local paths, each once, without those inside a folder that is also named.
+    """Return the sources of local paths, each once, without those that the search of a folder that is also named finds.
 
     :param on_error: Called with a folder or a row of metadata that cannot be used, and the reason.
+    :param passed_over: Decides what is passed over, and counts it.
     :param may_be_gone: Whether a path that does not exist is a source without files.
     :raises UsageError: If a path is empty.
     """
@@ -114,21 +120,32 @@ def file_sources(
         raise UsageError("a path is empty; name a folder of images or an image file")
     named = list(dict.fromkeys(Path(os.path.abspath(path)) for path in given))
     folders = {path for path in named if os.path.isdir(path)}
-    outermost = [path for path in named if folders.isdisjoint(path.parents)]
-    search, metadata = FolderSearch(on_error, outermost), ImageMetadata(on_error)
+    outermost = [
+        path for path in named if not any(is_searched(folder, path) for folder in folders.intersection(path.parents))
+    ]
+    search, metadata = FolderSearch(on_error, outermost, passed_over), ImageMetadata(on_error)
     return [FileSource(path, search, metadata, may_be_gone) for path in outermost]
 
 
-def require_images(paths: Sequence[str | Path]) -> None:
+def is_searched(folder: Path, path: Path) -> bool:
+    """Return whether the search of a folder comes by a path below it: through no system folder."""
+    return not in_system_folder(str(path.relative_to(folder) / "_"))
+
+
+def require_images(paths: Sequence[str | Path], exclude: Sequence[str] = ()) -> None:
     """Check that there are images in local paths, or a folder that cannot be listed, which the run reports.
 
+    :param exclude: Patterns of files and folders that do not count.
     :raises CocoaError: If there are none, or as ``find_images``.
     """
     faults: list[str | Path] = []
-    sources = file_sources(paths, lambda path, _: faults.append(path))
+    passed_over = PassedOver(exclude)
+    sources = file_sources(paths, lambda path, _: faults.append(path), passed_over)
     if not any(True for source in sources for _ in source.shards()) and not faults:
         names = ", ".join(map(printable, paths)) or "nothing"
-        raise CocoaError(f"there are no images in {names}; name a folder that holds some (jpg, png, webp, ...)")
+        skipped = passed_over.counts.total()
+        but = f" but for {skipped} passed over" if skipped else ""
+        raise CocoaError(f"there are no images in {names}{but}; name a folder that holds some (jpg, png, webp, ...)")
 
 
 def count_files(sources: Iterable[FileSource]) -> int:

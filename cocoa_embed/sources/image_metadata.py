@@ -1,8 +1,9 @@
-"""Describes the images of a source: the metadata of their folder and the folders above."""
+"""Describes images: by the metadata of their folder and the folders above, and by text files beside them."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,8 +11,17 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cocoa_embed.data.image_folder import METADATA_FILES, find_metadata, read_metadata
-from cocoa_embed.errors import CocoaError, RowError
+from cocoa_embed.data.image_folder import (
+    DescribedImage,
+    metadata_file,
+    read_metadata,
+    read_text,
+    text_beside,
+    unread_table,
+)
+from cocoa_embed.errors import CocoaError, RowError, printable
+
+logger = logging.getLogger(__name__)
 
 FOLDERS_KEPT = 64
 """Folders whose metadata stay in memory: those of the images at hand and the folders above."""
@@ -25,7 +35,7 @@ class Description(NamedTuple):
     source: str | None
     """The first file that describes the image; None if none does."""
     checked_sources: frozenset[str]
-    """The metadata files, read without a fault, that could describe the image: it has left the others unread."""
+    """The metadata files, read without a fault, that could describe the image, whether they do or not."""
 
 
 @dataclass
@@ -35,14 +45,27 @@ class FolderMetadata:
     source: str | None = None
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
     is_whole: bool = False
+    """Whether every row could be used."""
+
+    def add(self, image: DescribedImage) -> None:
+        """Add a row. Of several rows of an image, all texts count, as lines; of other columns the first."""
+        known = self.rows.setdefault(os.path.abspath(image.path), {})
+        merge(known, {"text": "\n".join(image.wordings), **image.others} if image.wordings else image.others)
 
 
 class ImageMetadata:
-    """Describes images; each metadata file is read once, when the first image that it may describe is."""
+    """Describes images; each metadata file is read once, when the first image that it may describe is.
+
+    Images are best asked for folder by folder: the metadata of the last ``FOLDERS_KEPT`` folders stay in memory.
+    """
 
     def __init__(self, on_error: Callable[[str, str], object]) -> None:
-        """Remember whom to tell of faults."""
+        """Remember whom to tell of faults.
+
+        :param on_error: Called with the name of a file or a row that cannot be used, and the reason, once each.
+        """
         self._on_error = on_error
+        self._noted: set[tuple[str, str]] = set()
         self._read = lru_cache(maxsize=FOLDERS_KEPT)(self._read_folder)
 
     def describe(self, image: Path, root: Path) -> Description:
@@ -58,28 +81,48 @@ class ImageMetadata:
         for folder in found:
             merge(metadata, folder.rows[str(image)])
         checked = frozenset(folder.source for folder in folders if folder.source and folder.is_whole)
-        return Description(metadata, found[0].source if found else None, checked)
+        source = found[0].source if found else None
+        if "text" not in metadata and (text := self._text_beside(image)):
+            metadata["text"] = text[0]
+            source = source or text[1]
+        return Description(metadata, source, checked)
+
+    def _text_beside(self, image: Path) -> tuple[str, str] | None:
+        try:
+            path = text_beside(image)
+            text = None if path is None else read_text(path)
+            return None if text is None else (text, str(path))
+        except RowError as error:
+            self._note(error.source, error.reason)
+        except OSError:  # the folder is gone, or cannot be listed: the image says so
+            pass
+        return None
 
     def _read_folder(self, folder: Path) -> FolderMetadata:
         found = FolderMetadata()
-        metadata = next((path for name in METADATA_FILES if (path := folder / name).exists()), None)
-        if metadata is None:
-            return found
-        found.source, found.is_whole = str(metadata), True
         try:
-            for row in read_metadata(find_metadata(folder)):
+            if (metadata := metadata_file(folder)) is None:
+                if hint := unread_table(os.listdir(folder)):
+                    logger.warning("%s: %s", printable(folder), hint)
+                return found
+            found.source, found.is_whole = str(metadata), True
+            for row in read_metadata(metadata):
                 if isinstance(row, RowError):
-                    self._on_error(row.source, row.reason)
+                    self._note(row.source, row.reason)
                     found.is_whole = False
                 else:
-                    columns = {name: value for name, value in row.columns.items() if name != "file_name"}
-                    if columns.get("text") is None:
-                        columns.pop("text", None)
-                    merge(found.rows.setdefault(os.path.abspath(row.path), {}), columns)
+                    found.add(row)
         except CocoaError as error:
-            self._on_error(str(metadata), str(error))
+            self._note(str(folder if found.source is None else metadata), str(error))
             found.is_whole = False
+        except OSError:  # the folder cannot be listed: the search says so
+            pass
         return found
+
+    def _note(self, source: str, reason: str) -> None:
+        if (source, reason) not in self._noted:
+            self._noted.add((source, reason))
+            self._on_error(source, reason)
 
 
 def merge(known: dict[str, Any], new: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from llama_index.core.vector_stores.utils import metadata_dict_to_node
 from cocoa_embed.errors import CocoaError, ImageError
 from cocoa_embed.images.http import Fetcher
 from cocoa_embed.images.load import ImageSource, load_image
-from cocoa_embed.integrations.qdrant.points import node_fields, plain_payload, stored_locations
+from cocoa_embed.integrations.qdrant.points import node_fields, plain_payload
 
 if TYPE_CHECKING:
     from cocoa_embed.integrations.qdrant.indexer import Hit
@@ -120,13 +120,12 @@ def own_node(hit: Hit) -> BaseNode | None:
 
     Its ``image_path`` is the first of the image's files that exists, or else its thumbnail if that exists.
     """
-    fields: dict[str, Any] = {"caption": None, "metadata": {}, **plain_payload(hit.payload)}
+    fields: dict[str, Any] = {"caption": None, "metadata": {}, **plain_payload(hit.payload), "path": hit.path}
     if not all(isinstance(fields.get(key), str) for key in ("path", "sha256", "mime")):
         return None
     node = stored_node(node_fields(hit.id, fields))
     if isinstance(node, ImageNode):
-        places = [hit.path, *(each.path for each in stored_locations(fields)), fields.get("thumbnail") or ""]
-        node.image_path = next(filter(os.path.exists, places), hit.path)
+        node.image_path = next(filter(os.path.exists, (hit.path, fields.get("thumbnail") or "")), hit.path)
     return node
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -14,8 +15,9 @@ from tqdm.auto import tqdm
 from cocoa_embed.encode.devices import DeviceEncoder, open_encoder
 from cocoa_embed.encode.encoder import Encoder, ModelInput
 from cocoa_embed.encode.load import require_findable
-from cocoa_embed.errors import CocoaError, UsageError
+from cocoa_embed.errors import CocoaError, UsageError, printable
 from cocoa_embed.folders import DEFAULT_INDEX
+from cocoa_embed.images.passed_over import PassedOver
 from cocoa_embed.integrations.qdrant.indexing.manifest import Manifest, manifest_file
 from cocoa_embed.integrations.qdrant.indexing.prune import Forgotten, forget
 from cocoa_embed.integrations.qdrant.indexing.run import IndexRun, IndexSummary
@@ -31,6 +33,8 @@ from cocoa_embed.sources.open import NO_OPTIONS, open_sources
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient
     from sentence_transformers import SentenceTransformer
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["Hit", "IndexSummary", "QdrantIndexer"]
 
@@ -121,6 +125,7 @@ class QdrantIndexer(Searcher):
         *,
         prune: bool = False,
         prune_all: bool = False,
+        exclude: Sequence[str] = (),
         thumbnails: str | Path | None = None,
         llama_index: bool = False,
         retry_failed: bool = False,
@@ -137,6 +142,8 @@ class QdrantIndexer(Searcher):
         :param prune: Whether to remove files below ``paths`` that no longer exist from the index. A path without
             images, or that would lose more than one point and 30 %, is not pruned and listed in the summary.
         :param prune_all: Whether to remove them even then.
+        :param exclude: Patterns of files and folders to pass over, as in a ``.gitignore`` file, such as ``*_small.jpg``
+            or ``drafts/``. System folders and companions of other files are passed over in any case.
         :param thumbnails: A folder for small copies of the images, created if needed.
         :param llama_index: Whether to store what LlamaIndex's own ``QdrantVectorStore`` reads, too, about 2 KB a point;
             ``CocoaRetriever`` does not need it.
@@ -148,16 +155,17 @@ class QdrantIndexer(Searcher):
         """
         places = [paths] if isinstance(paths, (str, Path)) else list(paths)
         prune = prune or prune_all
+        passed_over = PassedOver(exclude)
         photographs, others = open_sources(places, sources, may_be_gone=prune)
         if not prune and (photographs or not others):
-            require_images(photographs)
+            require_images(photographs, exclude)
         folder = None if thumbnails is None else ThumbnailFolder(thumbnails)
         with self._indexing:
             encoder = self._prepare_collection()
             started = time.perf_counter()
             failed: list[dict[str, str]] = []
             run = IndexRun(
-                [*file_sources(photographs, note_in(failed), may_be_gone=prune), *others],
+                [*file_sources(photographs, note_in(failed), passed_over, may_be_gone=prune), *others],
                 self.store,
                 encoder,
                 self._open_manifest(encoder),
@@ -167,14 +175,17 @@ class QdrantIndexer(Searcher):
                 prune_all=prune_all,
                 retry_failed=retry_failed,
                 failed=failed,
+                passed_over=passed_over.counts,
             )
             total = None
             if progress and not others:
-                total = count_files(file_sources(photographs, note_in([]), may_be_gone=prune))
+                total = count_files(file_sources(photographs, note_in([]), PassedOver(exclude), may_be_gone=prune))
             title = f"indexing into {self.store.collection}"
             with tqdm(total=total, desc=title, unit="image", disable=not progress) as bar:
                 run.on_done = bar.update
                 run.run(self.batch_size)
+            for pattern in passed_over.unused:
+                logger.warning("--exclude %s: nothing matches it", printable(pattern))
             self.store.finish()
         return run.summary(time.perf_counter() - started)
 

@@ -54,7 +54,8 @@ def test_index_then_search_as_json(command: Command, pictures: Path) -> None:
     done = command("index", pictures, "--model", "fake", "--json")
     summary = done.document()
     assert list(summary) == [
-        "collection", "indexed", "unchanged", "updated", "replaced", "pruned", "failed", "seconds", "images_per_second"
+        "collection", "indexed", "unchanged", "updated", "replaced", "pruned", "failed", "skipped",
+        "skipped_reasons", "seconds", "images_per_second"
     ]  # fmt: skip
     assert (summary["indexed"], summary["unchanged"], summary["failed"]) == (3, 0, [])
     assert "hello" in done.err
@@ -104,6 +105,29 @@ def test_an_empty_folder_is_not_pruned_and_images_are_forgotten_by_name(command:
         code, _, err = command(*wrong)
         assert code == status
         assert words in err
+
+
+def test_what_is_passed_over_is_counted_with_exit_status_0(
+    command: Command, pictures: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (pictures / "._red.png").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
+    write_colours(pictures / "@eaDir" / "red.png", "yellow")
+    write_colours(pictures / "drafts", "yellow")
+    words = ("index", pictures, "--model", "fake", "--exclude", "drafts/", "--exclude", "*.GIF", "--json")
+    code, out, err = command(*words)
+    summary = json.loads(out)
+    assert (code, summary["indexed"], summary["failed"], summary["skipped"]) == (0, 3, [], 3)
+    assert summary["skipped_reasons"] == {"companion of another file": 1, "system folder": 1, "excluded": 1}
+    (line,) = (line for line in err.splitlines() if line.startswith("passed over: "))
+    parts = line.removeprefix("passed over: ").split(", ")
+    assert sorted(parts) == ["1 companion of another file", "1 excluded", "1 system folder"]
+    assert "--exclude *.GIF: nothing matches it" in caplog.text
+    assert command("index", pictures, pictures / "@eaDir", "--model", "fake", "--json").document()["indexed"] == 1
+    (pictures / "only").mkdir()
+    (pictures / "._red.png").rename(pictures / "only" / "._red.png")
+    code, _, err = command("index", pictures / "only", "--model", "fake")
+    assert (code, "there are no images in" in err, "but for 1 passed over" in err) == (1, True, True)
+    assert command("index", pictures, "--model", "fake", "--exclude", "!").status == 2
 
 
 def test_a_search_is_narrowed_by_filters_threshold_and_limit(command: Command, indexed: Path) -> None:

@@ -60,7 +60,7 @@ def test_info_and_list_name_model_size_and_keys(command: Command, storage: list[
     location: dict[str, Any] = {storage[0].removeprefix("--"): "index"}
     store = open_store(**location, collection="other")
     store.create(SIGNATURE)
-    store.upsert(make_points(0, 2))
+    store.insert(make_points(0, 2))
     store.close()
     listed = command("list", *storage, "--json").document()["collections"]
     assert [(each["collection"], each["points"], each["dimension"]) for each in listed] == [
@@ -110,7 +110,7 @@ def test_a_column_becomes_filterable_on_a_server(command: Command) -> None:
         server.is_strict = True
         store = open_store(url=server.url, collection="images")
         store.create(SIGNATURE)
-        store.upsert(make_points(0, 3, metadata={"licence": "CC0", "year": 1900}, path="/a.png"))
+        store.insert(make_points(0, 3, metadata={"licence": "CC0", "year": 1900}, path="/a.png"))
         search = ("search", "--like", "/a.png", "--filter", "licence=CC0", "--url", server.url)
         assert "run: cocoa-embed filterable licence --url URL --collection images" in command(*search).error()
         done = command("filterable", "licence", "year", "--url", server.url)

@@ -21,7 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).mkdir()
     (folder / "foreign" / "thesis.txt").touch()
     write_images(folder / "photos", "a")
-    write_table(folder / "photos" / "metadata.jsonl", [{"file_name": "a.png", "caption": "a"}])
+    write_table(folder / "photos" / "metadata.jsonl", [{"file_name": "a.png", "title": "a"}])
     (folder / "rows.csv").touch()
     recipe = {"name": "r", "backbone": "scene-captioner", "contrastive": {"steps": 1, "batch_size": 2}}
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["eval", "pairs", "photoz", *ON_HUB, "--model", "nowhere", "--out", "rows.csv"], 1,
          ["photoz does not exist", "nowhere: there is no such model folder", "rows.csv cannot be made"]),
         (["train", "recipe.yaml", "data.folder=photos", "--out", "foreign"], 1,
-         ["foreign holds something else", "metadata.jsonl has no column 'text' (known: file_name, caption)"]),
+         ["foreign holds something else", "metadata.jsonl has no column 'text' (known: file_name, title)"]),
         (["train", "recipe.yaml"], 2, ["stage contrastive, data: no data; give one of data.folder"]),
         (["export", "photos", "foreign"], 1, ["photos is no checkpoint", "foreign holds something else"]),
         (["diagnose", "photos", "--data", "photoz"], 1, ["photos is no checkpoint", "photoz does not exist"]),

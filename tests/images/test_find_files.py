@@ -1,12 +1,14 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from unicodedata import normalize
 from unittest.mock import Mock
 
 import pytest
 
-from cocoa_embed.errors import CocoaError
+from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.images.find_files import find_images, read_file_list, search_folder
+from cocoa_embed.images.passed_over import CACHE_MARKERS, PassedOver, in_system_folder, is_companion
 
 
 def make(folder: Path, *names: str) -> None:
@@ -188,3 +190,92 @@ def test_files_are_not_looked_at_one_by_one(tmp_path: Path, monkeypatch: pytest.
         monkeypatch.setattr(os, name, Mock(wraps=getattr(os, name)))
     assert len(find_images([tmp_path])) == 150
     assert os.stat.call_count + os.lstat.call_count < 15
+
+
+SYSTEM_FILES = (
+    *("@eaDir/a.jpg/SYNOPHOTO_THUMB_XL.jpg", ".Trash-1000/files/a.jpg", ".Trashes/501/a.jpg", "$Recycle.Bin/S-1/a.jpg"),
+    *("#recycle/a.jpg", "@Recycle/a.jpg", ".@__thumb/a.jpg", ".thumbnails/a.png", "__MACOSX/a.jpg", ".git/a.png"),
+    *("System Volume Information/a.jpg", "lost+found/#1.jpg", "FOUND.000/a.jpg", ".Spotlight-V100/a.png"),
+    *("My Previews.lrdata/a.jpg", "P.photoslibrary/resources/derivatives/a.jpg", "deep/er/@eaDir/a.jpg"),
+)
+
+
+def test_system_folders_are_passed_over_unless_they_are_named(tmp_path: Path) -> None:
+    kept = ["P.photoslibrary/originals/a.jpg", "a.jpg", "deep/er/a.jpg", "git/a.jpg", "resources/a.jpg", "trash/a.jpg"]
+    make(tmp_path, *kept, *SYSTEM_FILES)
+    for path in (tmp_path, tmp_path / "**", tmp_path / "**" / "*.jpg"):
+        passed_over = PassedOver()
+        assert names(find_images([path], passed_over=passed_over), tmp_path) == kept
+        if path == tmp_path:
+            assert passed_over.counts == {"system folder": len(SYSTEM_FILES)}
+    for file in SYSTEM_FILES:
+        assert find_images([tmp_path / Path(file).parts[0]]), file
+        assert names(find_images([(tmp_path / file).parent / "*.*"]), tmp_path) == [file]
+
+
+def test_companions_are_told_by_their_bytes_and_deleted_files_by_their_names(tmp_path: Path) -> None:
+    make(tmp_path, "a.jpg", "sub/._empty.jpg", ".trashed-1700000000-b.jpg")
+    (tmp_path / "._a.jpg").write_bytes(b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X")
+    (tmp_path / "._photo.jpg").write_bytes(b"\xff\xd8\xff\xe0")
+    (tmp_path / "list.txt").write_text("._a.jpg\na.jpg\n")
+    passed_over = PassedOver()
+    found = find_images([tmp_path], passed_over=passed_over)
+    assert names(found, tmp_path) == ["._photo.jpg", "a.jpg", "sub/._empty.jpg"]
+    assert passed_over.counts == {"companion of another file": 1, "deleted file": 1}
+    assert names(find_images([tmp_path / "list.txt"]), tmp_path) == ["a.jpg"]
+
+
+@pytest.mark.parametrize("marker", sorted(CACHE_MARKERS))
+def test_a_folder_that_is_marked_as_a_cache_is_passed_over_unless_it_is_named(tmp_path: Path, marker: str) -> None:
+    make(tmp_path, "a.jpg", f"small/{marker}", "small/b.jpg", "small/deep/c.jpg")
+    (tmp_path / "link").symlink_to("small")
+    assert names(find_images([tmp_path]), tmp_path) == ["a.jpg"]
+    assert names(find_images([tmp_path / "**" / "*.jpg"]), tmp_path) == ["a.jpg"]
+    assert names(find_images([tmp_path / "small" / "*.jpg"]), tmp_path) == ["small/b.jpg"]
+    assert names(find_images([tmp_path / "small"]), tmp_path) == ["small/b.jpg", "small/deep/c.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("patterns", "excluded"),
+    [
+        (["*.PNG"], "a/b.png a/drafts/d.png e.png Café.png"),
+        (["drafts/"], "a/drafts/c.jpg a/drafts/d.png"),
+        (["/e.png", "a/*/c.jpg"], "e.png a/drafts/c.jpg"),
+        (["a/**"], "a/b.png a/drafts/c.jpg a/drafts/d.png"),
+        (["#x.jpg", normalize("NFD", "café.*")], "#x.jpg Café.png"),
+        (["*", "!*.png"], "#x.jpg a/b.png a/drafts/c.jpg a/drafts/d.png"),
+        (["nothing"], ""),
+    ],
+)
+def test_excluded_files_and_folders_are_those_of_a_gitignore_file(
+    tmp_path: Path, patterns: list[str], excluded: str
+) -> None:
+    files = {"a/b.png", "a/drafts/c.jpg", "a/drafts/d.png", "e.png", normalize("NFC", "Café.png"), "#x.jpg"}
+    make(tmp_path, *files)
+    passed_over = PassedOver(patterns)
+    assert {*names(find_images([tmp_path], passed_over=passed_over), tmp_path)} == files - {*excluded.split()}
+    assert passed_over.unused == (["nothing"] if patterns == ["nothing"] else [])
+    by_pattern = find_images([tmp_path / "**" / "*.*"], passed_over=PassedOver(patterns))
+    assert by_pattern == find_images([tmp_path], passed_over=PassedOver(patterns))
+
+
+@pytest.mark.parametrize("pattern", ["", "/", "!", "\\", " "])
+def test_what_excludes_nothing_is_refused(pattern: str) -> None:
+    with pytest.raises(UsageError, match=r"is not a pattern to exclude; give \*\.gif"):
+        PassedOver([pattern])
+
+
+def test_a_list_and_a_name_match_files_however_their_accents_are_composed(tmp_path: Path) -> None:
+    make(tmp_path, normalize("NFD", "é/Café.png"))
+    (tmp_path / "list.txt").write_text(normalize("NFC", "é/Café.png"))
+    expected = [tmp_path / normalize("NFD", "é/Café.png")]
+    assert find_images([tmp_path / "list.txt"]) == expected
+    assert find_images([tmp_path / normalize("NFC", "é")]) == expected
+
+
+def test_paths_in_archives_are_passed_over_by_the_same_rule() -> None:
+    assert [in_system_folder(path) for path in ("__MACOSX/a/._b.jpg", "a/@eaDir/b.jpg", "a/b.jpg", ".git")] == [
+        *(True, True, False, False)
+    ]
+    assert is_companion("x/._b.jpg", b"\0\5\x16\7\0")
+    assert not is_companion("x/b.jpg", b"\0\5\x16\7\0")

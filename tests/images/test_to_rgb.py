@@ -10,7 +10,8 @@ from raw_images import encoded, exif, heic, png_chunk, png_of, tiff_file, tiff_o
 
 from cocoa_embed.errors import ImageError
 from cocoa_embed.images.load import load_image
-from cocoa_embed.images.to_rgb import over_white, upright_rgb
+from cocoa_embed.images.to_rgb import upright_rgb
+from cocoa_embed.images.transparency import over_background
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(0, 256, (27, 21, 3), dtype=np.uint8)
@@ -79,15 +80,72 @@ def test_the_same_pixels_come_out_of_every_lossless_container(container: str) ->
 
 @pytest.mark.parametrize("container", sorted(LOSSLESS.keys() - {"bmp"}))  # Pillow writes BMP without transparency
 def test_transparency_looks_the_same_in_every_container(container: str) -> None:
-    np.testing.assert_array_equal(load_image(LOSSLESS[container](ALPHA)), over_white(image_of(ALPHA)))
+    np.testing.assert_array_equal(load_image(LOSSLESS[container](ALPHA)), over_background(image_of(ALPHA)))
 
 
-def test_12_bits_fill_the_whole_range_and_floats_are_finite() -> None:
-    with pytest.raises(ImageError, match="not finite"):
-        load_image(tiff_of(np.full((2, 2, 1), np.nan, dtype=np.float32), 1))
+def test_12_bits_fill_the_whole_range() -> None:
     tags = {256: (3, [2]), 257: (3, [1]), 258: (3, [12]), 259: (3, [1]), 262: (3, [1]), 277: (3, [1])}
     loaded = load_image(tiff_file(tags, [b"\xff\xf8\x00"]))
     assert [loaded.getpixel((column, 0)) for column in (0, 1)] == [(255, 255, 255), (128, 128, 128)]
+
+
+RAMP = np.linspace(0, 1, 27 * 21).reshape(27, 21, 1)
+SCALED: dict[str, np.ndarray] = {
+    "uint32, 70,000 to 1,070,000": (70_000 + RAMP * 1_000_000).astype(np.uint32),
+    "uint32, beyond int32": (2**31 + RAMP * 2**31 * 0.99).astype(np.uint32),
+    "int32, both signs": (RAMP * 4000 - 1024).astype(np.int32),
+    "int16, both signs": (RAMP * 4000 - 1024).astype(np.int16),
+    "uint16 of 12 bits": (RAMP * 4095).astype(np.uint16),
+    "uint16 of 14 bits": (RAMP * 16000).astype(np.uint16),
+    "uint16 of 8 bits": (RAMP * 255).astype(np.uint16),
+    "uint16, temperatures": (29000 + RAMP * 2000).astype(np.uint16),
+    "float, both signs": (RAMP - 0.5).astype(np.float32),
+    "float, heights": (RAMP * 3000 - 400).astype(np.float32),
+    "float, millions": (RAMP * 3e6).astype(np.float32),
+    "float, small": (RAMP * 1e-3).astype(np.float32),
+    "float, temperatures": (290 + RAMP * 20).astype(np.float32),
+}
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("kind", SCALED)
+def test_values_that_no_full_scale_shows_are_scaled_by_their_range(kind: str, order: str) -> None:
+    expected = RAMP.repeat(3, axis=2) * 255
+    if kind.startswith("uint32"):
+        order = "<"  # Pillow reads no others
+    np.testing.assert_allclose(load_image(tiff_of(SCALED[kind], 1, order=order)), expected, atol=1.5)
+    if SCALED[kind].dtype == np.uint16 and order == "<":  # Pillow reads no others with white as 0
+        np.testing.assert_allclose(load_image(tiff_of(SCALED[kind], 0)), 255 - expected, atol=1.5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "factor"), [(np.uint16, 65535), (np.float32, 1.0), (np.float32, 255.0), (np.float32, 65535.0)]
+)
+@pytest.mark.parametrize("brightest", [0.4, 1.0])
+def test_values_of_a_full_scale_keep_their_brightness(kind: type, factor: float, brightest: float) -> None:
+    values = (RAMP * factor * brightest).astype(kind)
+    np.testing.assert_allclose(load_image(tiff_of(values, 1)), RAMP.repeat(3, axis=2) * 255 * brightest, atol=1.5)
+
+
+@pytest.mark.parametrize("kind", ["float, both signs", "float, heights", "int16, both signs", "int32, both signs"])
+def test_what_was_not_measured_leaves_the_range_to_the_rest(kind: str) -> None:
+    values = SCALED[kind].copy()
+    clean = np.asarray(load_image(tiff_of(values, 1)), dtype=int)
+    is_float = values.dtype.kind == "f"
+    missing = [np.nan, np.inf, -np.inf, -3.4e38] if is_float else [-32768]
+    for value in missing:
+        values[13, :3] = value
+        levels = np.asarray(load_image(tiff_of(values, 1)), dtype=int)
+        assert np.ptp(levels[:13]) > 80
+        assert np.ptp(levels[14:]) > 80
+        if not np.isfinite(value):
+            np.testing.assert_array_equal(np.delete(levels, 13, axis=0), np.delete(clean, 13, axis=0))
+    for constant in (500_000, -7) if is_float else (-7,):
+        flat = load_image(tiff_of(np.full_like(values, constant), 1))
+        assert flat.getcolors() == [(27 * 21, (127, 127, 127))]
+    if is_float:
+        with pytest.raises(ImageError, match="no pixel value is finite"):
+            load_image(tiff_of(np.full_like(values, np.nan), 1))
 
 
 @pytest.mark.parametrize(
@@ -100,7 +158,7 @@ def test_12_bits_fill_the_whole_range_and_floats_are_finite() -> None:
         (np.array([[[0, 0, 0], [257, 512, 769]]], dtype=np.uint16), 2, 0, struct.pack(">HHH", 257, 512, 769)),
     ],
 )
-def test_the_transparent_colour_of_a_png_is_white_at_every_depth(
+def test_the_transparent_colour_of_a_png_is_the_background_at_every_depth(
     samples: np.ndarray, colour: int, depth: int, transparent: bytes
 ) -> None:
     loaded = load_image(png_of(samples, png_chunk(b"tRNS", transparent), colour=colour, depth=depth))
@@ -127,12 +185,12 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
 
 
 def test_transparency_is_composited_in_bands_as_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    at_once = over_white(image_of(ALPHA))
-    monkeypatch.setattr("cocoa_embed.images.to_rgb.PIXELS_AT_ONCE", 50)
-    np.testing.assert_array_equal(over_white(image_of(ALPHA)), at_once)
+    at_once = over_background(image_of(ALPHA))
+    monkeypatch.setattr("cocoa_embed.images.transparency.PIXELS_AT_ONCE", 50)
+    np.testing.assert_array_equal(over_background(image_of(ALPHA)), at_once)
     palette = image_of(NOISE).quantize(5)
     palette.info["transparency"] = 2
-    np.testing.assert_array_equal(over_white(palette), over_white(palette.convert("RGBA")))
+    np.testing.assert_array_equal(over_background(palette), over_background(palette.convert("RGBA")))
 
 
 def test_no_metadata_is_left_that_a_reader_would_apply_again() -> None:

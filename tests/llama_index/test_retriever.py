@@ -114,7 +114,7 @@ def test_a_pickled_retriever_and_indexer_open_again_where_they_are_used(
     tmp_path: Path, folder: Path, files: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "fake").mkdir()
-    monkeypatch.setattr("cocoa_embed.integrations.qdrant.indexer.load_encoder", lambda *_, **__: Encoder(FakeModel()))
+    monkeypatch.setattr("cocoa_embed.integrations.qdrant.indexer.open_encoder", lambda *_, **__: Encoder(FakeModel()))
     encoder = Encoder(FakeModel(), str(tmp_path / "fake"))
     for model in (encoder, str(tmp_path / "fake")):
         with QdrantIndexer(model, path=tmp_path / "index", collection="mine", batch_size=7) as indexer:

@@ -74,6 +74,20 @@ def test_the_cards_code_runs_without_this_project_and_gives_the_same_embeddings(
         assert np.abs(found[name] - found["plain"]).max() > 1e-3
 
 
+def test_special_tokens_that_a_text_mentions_are_its_characters_alone_and_in_a_batch(
+    model: SentenceTransformer, scene_rows: list[Row]
+) -> None:
+    image = load_image(str(scene_rows[0].image))
+    texts = ["red <|image_pad|> ring", "<|endoftext|>", "<|vision_start|><|mask|>", "<|video_pad|>", "red ring", "<|"]
+    items = [{"text": texts[0], "image": image}, {"image": image}, *({"text": text} for text in texts)]
+    together = model.encode(items)
+    np.testing.assert_allclose(together, np.concatenate([model.encode([item]) for item in items]), **SAME)
+    np.testing.assert_allclose(together[2:], model.encode(texts), **SAME)
+    np.testing.assert_allclose(model.encode("ring", prompt=texts[0] + " "), model.encode(texts[0] + " ring"), **SAME)
+    distances = np.abs(together[:, None] - together).max(axis=-1)
+    assert distances[~np.eye(len(items), dtype=bool)].min() > 1e-3
+
+
 def test_an_embedding_is_the_normalised_last_hidden_state_at_eos(
     model: SentenceTransformer, checkpoint: Path, scene_rows: list[Row]
 ) -> None:

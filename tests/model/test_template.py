@@ -1,20 +1,27 @@
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from cocoa_embed.model.backbone import Backbone
-from cocoa_embed.model.template import CHAT_TEMPLATE, render
+from cocoa_embed.demo.captioner import build_tokenizer
+from cocoa_embed.model.backbone import MASK_TOKEN, Backbone
+from cocoa_embed.model.template import chat_template, literal, render, special_tokens
 
 VISION = "<|vision_start|><|image_pad|><|vision_end|>"
 AWKWARD = ["  spaces \n\ttab\n", "{{ braces }} {% for %} {# comment #}", "\"'\\ <b>&amp;", "日本語 🟥"]
 
-texts = st.text(max_size=30) | st.sampled_from(AWKWARD)
+MENTIONS = ["<|image_pad|>", "the <|endoftext|> token", "<|vision_start|><|im_start|>", "<|", "<|<|im_end|>im_end|>"]
+
+texts = st.text(max_size=30) | st.sampled_from([*AWKWARD, *MENTIONS, "<|image_pad", "|>"])
 image_part = {"type": "image"}
 
 
-TEMPLATE = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(CHAT_TEMPLATE)
+TOKENIZER = build_tokenizer(seed=0)
+SPECIAL = special_tokens(TOKENIZER)
+
+TEMPLATE = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(chat_template(TOKENIZER))
 """Compiled with the settings of transformers."""
 
 
@@ -35,8 +42,11 @@ def test_an_item_renders_as_vision_prompt_text_in_any_order_of_its_parts(
     prompt: str | None, text: str | None, has_image: bool, image_first: bool
 ) -> None:
     rendered = TEMPLATE.render(messages=messages(prompt, item_parts(text, has_image, image_first)))
-    assert rendered == (VISION if has_image else "") + (prompt or "") + (text or "")
-    assert rendered == render(text=text, images=int(has_image), prompt=prompt or "")
+    content = (prompt or "") + (text or "")
+    assert rendered == (VISION if has_image else "") + literal(content, SPECIAL)
+    assert rendered == render(text=text, images=int(has_image), prompt=prompt or "", tokens=SPECIAL)
+    if not any(token in content for token in SPECIAL):
+        assert rendered.endswith(content)
 
 
 def test_the_processor_renders_as_the_template_does(tiny_backbone: Backbone) -> None:
@@ -48,3 +58,27 @@ def test_the_processor_renders_as_the_template_does(tiny_backbone: Backbone) -> 
         assert rendered(messages("find: ", item)) == render(text=text, images=1, prompt="find: ")
     batch = [messages(None, "one"), messages("find: ", [image_part]), messages(None, [image_part, image_part])]
     assert rendered(batch) == ["one", f"{VISION}find: ", VISION * 2]
+
+
+@pytest.mark.parametrize("text", MENTIONS)
+def test_a_special_token_in_a_text_is_read_as_its_characters(tiny_backbone: Backbone, text: str) -> None:
+    tokenizer = tiny_backbone.processor.tokenizer
+    special, eos = set(tokenizer.added_tokens_decoder), tokenizer.eos_token_id
+    rendered = render(text=text, images=0, tokens=special_tokens(tokenizer))
+    *ids, end = tokenizer(rendered)["input_ids"]
+    assert special.isdisjoint(ids)
+    assert end == eos
+    assert tokenizer.decode(ids).replace("< |", "<|") == text
+    if text != "<|":
+        assert not special.isdisjoint(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+@given(text=st.text(max_size=40) | st.sampled_from([*AWKWARD, "a <| b |> c"]))
+def test_the_tokens_of_other_texts_stay_as_they_are(text: str) -> None:
+    if not any(token in text for token in SPECIAL):
+        assert TOKENIZER(literal(text, SPECIAL))["input_ids"] == TOKENIZER(text)["input_ids"]
+
+
+def test_a_mask_token_is_special_too(tiny_backbone: Backbone) -> None:
+    assert MASK_TOKEN in special_tokens(tiny_backbone.processor.tokenizer)
+    assert MASK_TOKEN in tiny_backbone.processor.chat_template

@@ -11,7 +11,19 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from raw_images import encoded, exif, heic, icon_of, jpeg_of_scans, png_chunk, png_file, tiff_file, webp_canvas
+from raw_images import (
+    encoded,
+    exif,
+    heic,
+    icns_of,
+    icon_of,
+    jpeg_of_scans,
+    png_chunk,
+    png_file,
+    psd_of,
+    tiff_file,
+    webp_canvas,
+)
 
 from cocoa_embed.images.load import MAX_IMAGE_BYTES
 
@@ -79,6 +91,8 @@ def good_files() -> Iterator[Made]:
     """Yield images that are odd but can be loaded."""
     for number, (suffix, image_format) in enumerate(FORMATS.items()):
         yield Made(image_format.lower(), f"good.{suffix}", encoded(picture(number), image_format))
+    yield Made("icns", "good.icns", icns_of(encoded(picture(13), "PNG")))
+    yield Made("psd", "good.psd", psd_of(picture(14)))
     yield Made("heic, turned", "turned.hif", heic(picture(21), orientation=6))
     arithmetic = encoded(picture(23).convert("L"), "JPEG").replace(b"\xff\xc0", b"\xff\xc9", 1)
     yield Made("jpeg, arithmetic coding", "arithmetic.jpg", arithmetic)
@@ -139,7 +153,7 @@ def truncated_files() -> Iterator[Made]:
     whole = {suffix: encoded(grain(0), image_format) for suffix, image_format in FORMATS.items() if suffix != "ppm"}
     whole["progressive.jpg"] = encoded(grain(0), "JPEG", progressive=True)
     whole["lzw.tif"] = encoded(grain(0), "TIFF", compression="tiff_lzw")
-    whole["heic"] = heic(grain(0))
+    whole["heic"], whole["icns"], whole["psd"] = heic(grain(0)), icns_of(encoded(grain(0), "PNG")), psd_of(grain(0))
     del whole["tga"]
     for suffix, data in whole.items():
         for percent in (3, 40, 95):
@@ -202,6 +216,11 @@ def bombs() -> Iterator[Made]:
     jpeg = encoded(grain(1), "JPEG")
     yield Made("jpeg, half a million segments", "segments.jpg", jpeg[:2] + metadata + jpeg[2:], "segments")
     yield Made("ico, a huge picture in it", "bomb.ico", icon_of(png_file(60_000, 60_000, 8, 6)), "is too large")
+    yield Made("icns, a huge picture in it", "bomb.icns", icns_of(png_file(60_000, 60_000, 8, 6)), "is too large")
+    psd = psd_of(grain(1))
+    yield Made("psd, lying about its size", "bomb.psd", psd[:14] + struct.pack(">II", 30_000, 30_000) + psd[22:], "")
+    children = {256: (3, [9]), 257: (3, [9]), 254: (4, [1]), 330: (4, [8] * 500_000)}
+    yield Made("tiff, half a million directories in one", "children.tif", tiff_file(children, [TINY]), "")
     heif = bytearray(heic(grain(1)))
     at = heif.index(b"ispe") + 8
     struct.pack_into(">II", heif, at, 60_000, 60_000)
@@ -232,6 +251,7 @@ def noise() -> Iterator[Made]:
         *(b"RIFF\xf0\x03\0\0WEBPVP8 ", b"BM", b"II*\0\x08\0\0\0", b"II+\0\x08\0\0\0\x10\0\0\0\0\0\0\0"),
         *(b"\0\0\0\x20ftypavif\0\0\0\0avifmif1miafMA1B", b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf"),
         *(b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51", b"P6\n48 32\n255\n", b"\0\0\1\0\1\0"),
+        *(b"icns\0\0\4\0ic07\0\0\3\0\x89PNG\r\n\x1a\n", b"8BPS\0\1\0\0\0\0\0\0\0\3\0\0\0\x20\0\0\0\x20\0\x08\0\3"),
     )
     for number, start in enumerate(starts):
         data = start + np.random.default_rng(number).bytes(1000)

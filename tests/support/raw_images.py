@@ -150,8 +150,8 @@ def tiff_of(
     }
     if alpha is not None:
         tags[338] = (3, [alpha])
-    if samples.dtype.kind == "f":
-        tags[339] = (3, [3] * channels)
+    if samples.dtype.kind != "u":
+        tags[339] = (3, [3 if samples.dtype.kind == "f" else 2] * channels)
     return tiff_file(tags, [plane.tobytes() for plane in planes], order)
 
 
@@ -181,3 +181,70 @@ def jpeg_of_scans(scans: int, size: tuple[int, int] = (8, 8)) -> bytes:
 def icon_of(png: bytes) -> bytes:
     """Return an ``.ico`` file with any picture, whose directory says 16 x 16."""
     return struct.pack("<HHH", 0, 1, 1) + struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(png), 22) + png
+
+
+def icns_of(picture: bytes) -> bytes:
+    """Return an ``.icns`` file with any picture, whose entry says 128 x 128."""
+    entry = b"ic07" + struct.pack(">I", 8 + len(picture)) + picture
+    return b"icns" + struct.pack(">I", 8 + len(entry)) + entry
+
+
+def psd_of(image: Image.Image) -> bytes:
+    """Return a Photoshop file of an RGB picture: header, no colours, resources or layers, and the pixels by planes."""
+    header = b"8BPS\0\1" + bytes(6) + struct.pack(">HIIHH", 3, image.height, image.width, 8, 3)
+    return header + bytes(14) + np.asarray(image).transpose(2, 0, 1).tobytes()
+
+
+def icc_profile(space: bytes, tags: Mapping[bytes, bytes], size: int = 0) -> bytes:
+    """Return an ICC profile of a display with these tags, padded to ``size``.
+
+    :param space: The colour space, of four letters: ``RGB ``, ``GRAY`` or ``CMYK``.
+    """
+    offset, table, body = 128 + 4 + 12 * len(tags), b"", b""
+    for name, data in tags.items():
+        table += name + struct.pack(">II", offset + len(body), len(data))
+        body += data.ljust(-(-len(data) // 4) * 4, b"\0")
+    tagged = (struct.pack(">I", len(tags)) + table + body).ljust(size - 128, b"\0")
+    pcs = b"Lab " if space == b"CMYK" else b"XYZ "
+    head = struct.pack(">II4s4s4s4s", 128 + len(tagged), 0, b"\x02\x40\0\0", b"mntr", space, pcs)
+    d50 = struct.pack(">iii", 63190, 65536, 54061)
+    return (head + bytes(12) + b"acsp" + bytes(28) + d50).ljust(128, b"\0") + tagged
+
+
+def adobe_rgb(size: int = 0) -> bytes:
+    """Return a profile with the primaries and the gamma of Adobe RGB (1998), padded to ``size``."""
+    primaries = {b"rXYZ": (39960, 20389, 1276), b"gXYZ": (13453, 41004, 3989), b"bXYZ": (9777, 4143, 48796)}
+    tags = {name: b"XYZ " + bytes(4) + struct.pack(">iii", *values) for name, values in primaries.items()}
+    return icc_profile(b"RGB ", tags | dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), gamma(563)), size)
+
+
+def gamma(value: int) -> bytes:
+    """Return the curve of a gamma, in 256ths."""
+    return b"curv" + bytes(4) + struct.pack(">IH", 1, value) + bytes(2)
+
+
+def in_adobe_rgb(image: Image.Image) -> Image.Image:
+    """Return an sRGB picture as Adobe RGB has it, by the definitions of both, without profile."""
+    srgb = np.asarray(image) / 255
+    linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+    matrix = [[0.71513, 0.28487, 0.0], [0.0, 1.0, 0.0], [0.0, 0.04117, 0.95883]]
+    adobe = np.clip(linear @ np.array(matrix).T, 0, 1) ** (256 / 563)
+    return Image.fromarray(np.round(adobe * 255).astype(np.uint8))
+
+
+def tiff_of_pages(*pages: tuple[Image.Image, int]) -> bytes:
+    """Return a TIFF of several directories, each of a picture and its NewSubfileType."""
+    buffer = BytesIO()
+    first, *others = (image for image, _ in pages)
+    first.save(buffer, "TIFF", save_all=True, append_images=others)
+    data, place = bytearray(buffer.getvalue()), 4
+    for _, subfile in pages:
+        (offset,) = struct.unpack_from("<I", data, place)
+        (count,) = struct.unpack_from("<H", data, offset)
+        entries = data[offset + 2 : offset + 2 + 12 * count]
+        (following,) = struct.unpack_from("<I", data, offset + 2 + 12 * count)
+        struct.pack_into("<I", data, place, len(data))
+        # The lowest tag, which Pillow does not write.
+        data += struct.pack("<HHHII", count + 1, 254, 4, 1, subfile) + entries + struct.pack("<I", following)
+        place = len(data) - 4
+    return bytes(data)

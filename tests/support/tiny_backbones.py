@@ -31,7 +31,7 @@ from transformers import (
 
 from cocoa_embed.demo.captioner import build_processor, build_tokenizer
 from cocoa_embed.model.backbone import Backbone
-from cocoa_embed.model.template import CHAT_TEMPLATE, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
+from cocoa_embed.model.template import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START, chat_template
 from cocoa_embed.train.recipe import Recipe
 
 WIDTH = 32
@@ -101,7 +101,7 @@ def qwen2_5_vl(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMix
         **special_ids(tokenizer),
     )
     parts = build_processor(tokenizer)
-    processor = Qwen2_5_VLProcessor(parts.image_processor, tokenizer, parts.video_processor, CHAT_TEMPLATE)
+    processor = Qwen2_5_VLProcessor(parts.image_processor, tokenizer, parts.video_processor, chat_template(tokenizer))
     return Qwen2_5_VLForConditionalGeneration(config), processor
 
 
@@ -116,7 +116,7 @@ def qwen3_vl(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMixin
     one_to_sixteen_tokens = {"shortest_edge": 32**2, "longest_edge": 16 * 32**2}
     images = Qwen2VLImageProcessor(size=one_to_sixteen_tokens, patch_size=16)
     videos = Qwen3VLVideoProcessor(size=one_to_sixteen_tokens)
-    processor = Qwen3VLProcessor(images, tokenizer, videos, CHAT_TEMPLATE)
+    processor = Qwen3VLProcessor(images, tokenizer, videos, chat_template(tokenizer))
     return Qwen3VLForConditionalGeneration(config), processor
 
 

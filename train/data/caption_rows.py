@@ -9,7 +9,6 @@ from cocoa_embed.data.columns import SIDES, Side, separated
 from cocoa_embed.data.image_folder import DescribedImage, find_metadata, read_metadata
 from cocoa_embed.data.rows import Item, Row, check_unicode
 from cocoa_embed.errors import CocoaError, RowError, printable
-from cocoa_embed.train.data.rows import check_text
 from cocoa_embed.train.settings import CaptionChoice
 
 
@@ -69,7 +68,7 @@ def read_captions(
 
 def _captions(image: DescribedImage, choice: CaptionChoice) -> list[str]:
     wordings = _wordings(image) if choice == "captions" else []
-    return wordings or [check_text(image.text, image.source)]
+    return wordings or [image.text]
 
 
 def _paraphrases(image: DescribedImage, count: int, seed: int) -> list[tuple[str, str]]:
@@ -89,4 +88,4 @@ def _wordings(image: DescribedImage) -> list[str]:
         raise RowError(image.source, f"'captions' is {captions!r}; expected a list of texts")
     if not all(isinstance(caption, str) and caption.strip() for caption in captions):
         raise RowError(image.source, "an entry of 'captions' is empty or not a text")
-    return [check_text(check_unicode(caption, image.source), image.source) for caption in captions]
+    return [check_unicode(caption, image.source) for caption in captions]

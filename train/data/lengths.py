@@ -6,6 +6,7 @@ import numpy as np
 from transformers import ProcessorMixin
 
 from cocoa_embed.data.rows import Item, Row
+from cocoa_embed.model.template import literal, special_tokens
 from cocoa_embed.model.visual_tokens import visual_tokens
 from cocoa_embed.train.data.image_check import Sizes
 
@@ -32,9 +33,11 @@ def item_lengths(items: Sequence[Item], processor: ProcessorMixin, sizes: Sizes)
     """
     texts = list({item.full_text for item in items if item.full_text is not None})
     of_text: dict[str | None, int] = {None: 0}
+    special = special_tokens(processor.tokenizer)
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         some = texts[start : start + TEXTS_AT_ONCE]
-        of_text |= zip(some, map(len, processor.tokenizer(some, add_special_tokens=False)["input_ids"]), strict=True)
+        ids = processor.tokenizer([literal(text, special) for text in some], add_special_tokens=False)["input_ids"]
+        of_text |= zip(some, map(len, ids), strict=True)
     distinct = {sizes[image] for item in items for image in item.images}
     of_size = {size: visual_tokens(processor.image_processor, *size) for size in distinct}
     # Two more tokens mark the start and the end of an image.

@@ -8,9 +8,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from cocoa_embed.data.rows import ItemImage, Row, load_item_image
-from cocoa_embed.errors import ImageError, RowError, printable
+from cocoa_embed.errors import ImageError, printable
 from cocoa_embed.model.backbone import MAX_ASPECT_RATIO
-from cocoa_embed.model.template import RESERVED_TOKENS
 
 
 @dataclass(frozen=True)
@@ -74,13 +73,3 @@ def check_aspect_ratio(size: tuple[int, int], name: str) -> tuple[int, int]:
         reason = f"is {size[0]} x {size[1]}: one side is more than {MAX_ASPECT_RATIO} times the other"
         raise ImageError(name, reason)
     return size
-
-
-def check_text(text: str, source: str) -> str:
-    """Return a row's text as it is.
-
-    :raises RowError: If it contains a special token that stands for an image.
-    """
-    if reserved := [token for token in RESERVED_TOKENS if token in text]:
-        raise RowError(source, f"the text contains {', '.join(reserved)}, which stands for an image; remove it")
-    return text

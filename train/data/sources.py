@@ -8,14 +8,13 @@ from typing import Any
 
 from cocoa_embed.data.arrow_table import ArrowTable, open_data_set, open_shards
 from cocoa_embed.data.columns import NEGATIVE_PARTS, RowReader, map_columns
-from cocoa_embed.data.image_folder import find_metadata
+from cocoa_embed.data.image_folder import caption_files
 from cocoa_embed.data.mmeb import TRAIN_SUBSETS, split_instruction, without_image_token
 from cocoa_embed.data.places import Place, version_of
 from cocoa_embed.data.rows import Row
 from cocoa_embed.data.tables import Table, find_files, open_table
 from cocoa_embed.errors import CocoaError, RowError, did_you_mean, printable
 from cocoa_embed.train.data.caption_rows import read_captions
-from cocoa_embed.train.data.rows import check_text
 from cocoa_embed.train.settings import SourceSettings
 
 MMEB_COLUMNS = {
@@ -49,10 +48,8 @@ def read_subset(subset: str, source: SourceSettings) -> Iterator[tuple[int, Row 
         columns = {part: each for part, each in MMEB_COLUMNS.items() if each in found or part not in NEGATIVE_PARTS}
     mapping = map_columns(name, found, columns)
     reader = partial(RowReader, mapping, subset=subset, instructions=source.instructions, must_exist=False)
-    if source.mmeb is None:
-        reader = partial(reader, clean=_check_text)
-    else:
-        reader = partial(reader, clean=_clean_mmeb_text, split=partial(split_instruction, source.config or subset))
+    if source.mmeb is not None:
+        reader = partial(reader, clean=without_image_token, split=partial(split_instruction, source.config or subset))
     if not any(len(table) for table, _ in tables):
         raise CocoaError(f"{name} has no rows.")
     rows = (reader(images=images).read(table) for table, images in tables)
@@ -77,7 +74,7 @@ def _files(subset: str, source: SourceSettings) -> list[Place] | None:
     :raises CocoaError: If there are none.
     """
     if source.folder is not None:
-        return [find_metadata(source.folder)]
+        return [*caption_files(source.folder)]
     if source.file is not None:
         return find_files(source.file)
     if source.webdataset is not None:
@@ -121,14 +118,6 @@ def _open_source(subset: str, source: SourceSettings) -> tuple[str, list[tuple[T
 
 def _folder(name: str) -> Path | None:
     return Path(name) if Path(name).is_dir() else None
-
-
-def _check_text(text: str, has_image: bool, source: str) -> str:
-    return check_text(text, source)
-
-
-def _clean_mmeb_text(text: str, has_image: bool, source: str) -> str:
-    return check_text(without_image_token(text, has_image, source), source)
 
 
 def _mmeb_splits(split: str) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from transformers import ProcessorMixin
 
 from cocoa_embed.data.rows import Item, ItemImage, Row
 from cocoa_embed.errors import CocoaError
-from cocoa_embed.model.template import IMAGE_PAD, render
+from cocoa_embed.model.template import IMAGE_PAD, literal, render, special_tokens
 from cocoa_embed.train.data.image_patches import image_patches, normalised
 from cocoa_embed.train.loop.batch_facts import Batch
 
@@ -38,8 +38,8 @@ def render_items(processor: ProcessorMixin, items: Sequence[Item], *, prompt: st
 def render_patches(processor: ProcessorMixin, items: Sequence[Item], *, prompt: str = "") -> Batch:
     """Do as ``render_items``, with ``pixel_values`` before they are ``normalised``: an eighth of the bytes."""
     tokenizer, pixels = processor.tokenizer, {}
-    limit = tokenizer.model_max_length
-    texts = [render(text=item.full_text, images=len(item.images), prompt=prompt) for item in items]
+    limit, special = tokenizer.model_max_length, special_tokens(tokenizer)
+    texts = [render(text=item.full_text, images=len(item.images), prompt=prompt, tokens=special) for item in items]
     if images := [image for item in items for image in item.images]:
         pixels["pixel_values"], pixels["image_grid_thw"] = image_patches(images, processor.image_processor)
         counts = iter((pixels["image_grid_thw"].prod(dim=1) // processor.image_processor.merge_size**2).tolist())
@@ -71,13 +71,16 @@ def joined(row: Row) -> Item:
 def instruction_tokens(batch: Batch, rows: Sequence[Row], processor: ProcessorMixin) -> Tensor:
     """Return which tokens of ``joined`` rows come from instructions, bool ``[B, L]``."""
     found = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+    special = special_tokens(processor.tokenizer)
     for number, row in enumerate(rows):
         ends, start = set[int](), 0
         for item in (row.query, row.positive):
-            ends |= set(range(start + 1, start + len(item.instruction or "") + 1))
-            start += len(item.full_text or "") + (item.full_text is not None)
+            ends |= set(range(start + 1, start + len(literal(item.instruction or "", special)) + 1))
+            start += len(literal(item.full_text or "", special)) + (item.full_text is not None)
         if ends:
-            text = processor.tokenizer(joined(row).text, add_special_tokens=False, return_offsets_mapping=True)
+            text = processor.tokenizer(
+                literal(joined(row).text or "", special), add_special_tokens=False, return_offsets_mapping=True
+            )
             tokens = torch.tensor([end in ends for _, end in text["offset_mapping"]])
             visual = (batch["mm_token_type_ids"][number] != 0).nonzero()
             first = int(visual.max()) + 2 if len(visual) else 0  # after the token that ends an image

@@ -55,6 +55,10 @@ class IndexSummary:
     """Images that no longer exist and were removed from the index; without ``prune`` none are."""
     failed: list[dict[str, str]]
     """Images that could not be used, and places that were not pruned, as ``{"path", "reason"}``."""
+    skipped: int
+    """Files and folders that were passed over."""
+    skipped_reasons: dict[str, int]
+    """Their numbers by the reason: ``system folder``, ``companion of another file``, ``cache``, ``excluded``."""
     seconds: float
     """Without loading the model."""
     images_per_second: float
@@ -102,6 +106,8 @@ class IndexRun:
     embedded: int = 0
     """Contents that the model has embedded."""
     failed: list[dict[str, str]] = field(default_factory=list)
+    passed_over: Counter[str] = field(default_factory=Counter)
+    """The number of files and folders that the sources have passed over, by the reason."""
     _before: dict[str, list[str]] = field(default_factory=dict)
     """The points that name each record in flight, by its key."""
     _shards: dict[str, ShardProgress] = field(default_factory=dict)
@@ -154,6 +160,8 @@ class IndexRun:
             replaced=self.counts["replaced"],
             pruned=self.pruned,
             failed=sorted(self.failed, key=lambda failure: failure["path"]),
+            skipped=self.passed_over.total(),
+            skipped_reasons=dict(self.passed_over),
             seconds=seconds,
             images_per_second=self.embedded / seconds,
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cocoa_embed.errors import CocoaError, one_line, printable
 from cocoa_embed.folders import refuse_foreign_folder
-from cocoa_embed.images.find_files import THUMBNAILS_MARKER
+from cocoa_embed.images.passed_over import THUMBNAILS_MARKER
 from cocoa_embed.integrations.qdrant.points import Payload
 
 THUMBNAIL_SIZE = 320

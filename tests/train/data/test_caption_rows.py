@@ -5,7 +5,6 @@ from table_files import Values, write_images, write_table
 
 from cocoa_embed.data.rows import Row
 from cocoa_embed.errors import CocoaError, RowError
-from cocoa_embed.model.template import RESERVED_TOKENS
 from cocoa_embed.train.data.caption_rows import read_captions, read_image_folder
 
 LINES: list[Values] = [
@@ -58,8 +57,6 @@ def test_bad_images_are_errors_and_change_no_paraphrases_of_others(tmp_path: Pat
         ({"captions": "ring"}, "'captions' is 'ring'; expected a list of texts"),
         ({"captions": ["a ring", ""]}, "an entry of 'captions' is empty or not a text"),
         ({"captions": ["a ring", 7]}, "an entry of 'captions' is empty or not a text"),
-        *(({"text": f"a ring {token}"}, f"the text contains {token}") for token in RESERVED_TOKENS),
-        ({"captions": [f"a {RESERVED_TOKENS[0]}"]}, f"the text contains {RESERVED_TOKENS[0]}"),
     ],
 )
 def test_a_row_with_a_wrong_text_is_an_error_that_names_it(tmp_path: Path, line: Values, message: str) -> None:
@@ -72,3 +69,15 @@ def test_a_row_with_a_wrong_text_is_an_error_that_names_it(tmp_path: Path, line:
 def test_a_folder_without_rows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CocoaError, match=r"metadata\.jsonl has no rows"):
         read_image_folder(write_folder(tmp_path, []))
+
+
+def test_text_files_beside_images_are_captions_of_a_folder_without_metadata(tmp_path: Path) -> None:
+    write_images(tmp_path / "sub", "ab")
+    write_images(tmp_path / "@eaDir", "c")
+    for name, text in {"sub/a": "a <|image_pad|> ring", "sub/b": "a star", "@eaDir/c": "none"}.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    rows = read_image_folder(tmp_path, captions="captions", paraphrases=1)
+    assert names_and_texts(rows) == [("a.png", "a <|image_pad|> ring"), ("b.png", "a star")]
+    (tmp_path / "sub" / "b.txt").unlink()
+    with pytest.raises(RowError, match=r"b\.png: has no caption in b\.txt beside it"):
+        read_image_folder(tmp_path)

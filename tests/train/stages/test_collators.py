@@ -16,8 +16,9 @@ from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import CocoaError, RowError
 from cocoa_embed.model.attention import Block
 from cocoa_embed.model.backbone import Backbone, load_backbone
+from cocoa_embed.train.data.lengths import item_lengths
 from cocoa_embed.train.data.row_table import RowTable
-from cocoa_embed.train.data.rows import Draw, numbered
+from cocoa_embed.train.data.rows import Draw, load_row_image, numbered
 from cocoa_embed.train.loop.batch_facts import Batch
 from cocoa_embed.train.stages.bridge.collator import LONG_TEXT_WORDS, BridgeCollator, join_blocks, split_blocks
 from cocoa_embed.train.stages.bridge.settings import BridgeSettings, Split
@@ -263,8 +264,20 @@ def test_blocks_are_cut_to_the_length_and_never_the_image_or_eos(visual: int, te
     assert of_b == tail or len(joined_ids) == visual + room
 
 
-def test_special_tokens_of_block_b_are_never_masked(tiny_backbone: Backbone, scene_rows: list[Row]) -> None:
-    row = row_of(scene_rows[0].query, "red <|im_end|> ring <|mask|> on white")
+def test_special_tokens_that_a_text_mentions_are_ordinary_in_both_blocks(
+    tiny_backbone: Backbone, scene_rows: list[Row]
+) -> None:
+    text, tokenizer = "red <|image_pad|> ring <|mask|> on <|endoftext|> white", tiny_backbone.processor.tokenizer
+    image = scene_rows[0].query.images
+    row = row_of(Item("a <|vision_start|><|im_end|> ring", image), text)
     batch = bridge_collator(tiny_backbone, mask_ratio=1.0)(numbered([row]))
-    kept = originals(batch)[(batch["blocks"] == Block.B) & ~batch["masked_tokens"]]
-    assert tiny_backbone.processor.tokenizer.convert_ids_to_tokens(kept) == ["<|im_end|>", "<|mask|>"]
+    ids = originals(batch)
+    is_b = batch["blocks"] == Block.B
+    assert batch["masked_tokens"][is_b].all()
+    assert tokenizer.decode(ids[is_b]).replace("< |", "<|") == text
+    (plain,) = render_items(tiny_backbone.processor, [Item(images=image)])["input_ids"]
+    added = [token for token in ids[0].tolist() if token in tokenizer.added_tokens_decoder]
+    assert added == [token for token in plain.tolist() if token in tokenizer.added_tokens_decoder]
+    joined_row = joined(row)
+    (length,) = item_lengths([joined_row], tiny_backbone.processor, {image[0]: load_row_image(image[0]).size})
+    assert render_items(tiny_backbone.processor, [joined_row])["input_ids"].shape == (1, length + 1)

@@ -11,6 +11,7 @@ from transformers import ProcessorMixin
 from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import RowError
 from cocoa_embed.model.attention import Block
+from cocoa_embed.model.template import literal, special_tokens
 from cocoa_embed.train.loop.batch_facts import Batch, Example
 from cocoa_embed.train.stages.bridge.settings import Split
 from cocoa_embed.train.stages.masking import mask_ratio, row_generators
@@ -44,11 +45,14 @@ class BridgeCollator:
         """
         generators = row_generators(self.seed, [draw for draw, _ in examples])
         tokenizer = self.processor.tokenizer
-        max_length = tokenizer.model_max_length
+        max_length, special = tokenizer.model_max_length, special_tokens(tokenizer)
         pairs = [split_blocks(row, self.split) for _, row in examples]
         block_a = render_items(self.processor, [item for item, _ in pairs])
         block_b = tokenizer(
-            [text for _, text in pairs], add_special_tokens=False, truncation=True, max_length=max_length
+            [literal(text, special) for _, text in pairs],
+            add_special_tokens=False,
+            truncation=True,
+            max_length=max_length,
         )
         rows = [
             join_blocks(ids[keep], kinds[keep], is_text[keep], torch.tensor(tail, dtype=torch.long), max_length)

@@ -18,7 +18,7 @@ def places(tmp_path: Path) -> Path:
     for location in ("path", "edge"):
         store = open_store(**{location: tmp_path / location}, collection="images")  # type: ignore[arg-type]
         store.create(SIGNATURE)
-        store.upsert(make_points(0, 1))
+        store.insert(make_points(0, 1))
         store.close()
     for file in (
         "server/raft_state.json",

@@ -24,7 +24,7 @@ COLUMNS: list[dict[str, Any]] = [
 
 def searcher(store: Store) -> QdrantIndexer:
     """Three points with columns, near ``/a/0.png``, and no model."""
-    store.upsert([turned(0, 0), *(turned(n, n, width=n, metadata=each) for n, each in enumerate(COLUMNS, 1))])
+    store.insert([turned(0, 0), *(turned(n, n, width=n, metadata=each) for n, each in enumerate(COLUMNS, 1))])
     indexer = QdrantIndexer(None, client=QdrantClient(":memory:"))
     indexer.store = store
     return indexer

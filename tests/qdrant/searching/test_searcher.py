@@ -41,7 +41,7 @@ def album_of(number: int) -> dict[str, Any]:
 def points(store: Store) -> QdrantIndexer:
     """Points at angles in one plane, in two albums and none, and no model."""
     paths = {4: ["/a/4.png", "/copies/4.png"]}
-    store.upsert(
+    store.insert(
         [turned(n, angle, paths=paths.get(n, [f"/a/{n}.png"]), **album_of(n)) for n, angle in enumerate(ANGLES)]
     )
     indexer = QdrantIndexer(None, client=QdrantClient(":memory:"))

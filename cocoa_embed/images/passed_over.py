@@ -1,0 +1,147 @@
+"""What a search for images passes over: folders of systems and programs, companions of files, and excluded patterns."""
+
+import os
+import re
+import stat
+from collections import Counter
+from collections.abc import Collection, Sequence
+from itertools import pairwise
+from pathlib import PurePosixPath
+from unicodedata import normalize
+
+from pathspec import GitIgnoreSpec
+
+from cocoa_embed.errors import UsageError
+
+SYSTEM_FOLDERS = frozenset(
+    # Thumbnails and indexes of network storage, desktops and telephones.
+    "@eadir @tmp .@__thumb .@upload_cache .thumbnails .thumbs .picasaoriginals .cache"
+    # Bins.
+    " $recycle.bin recycler recycled #recycle @recycle .recycle .recycle.bin .trash .trashes .trashed"
+    # Snapshots and versions.
+    " #snapshot @snapshot @recently-snapshot .snapshot .snapshots ~snapshot .zfs .stversions .sync .dropbox.cache"
+    # Systems.
+    " __macosx .appledouble .spotlight-v100 .fseventsd .temporaryitems .documentrevisions-v100 lost+found"
+    # Version control and notebooks.
+    " .git .hg .svn .ipynb_checkpoints".split()
+) | {"system volume information", "network trash folder", "temporary items"}
+"""The names of folders that hold no pictures of a user's, in lower case."""
+
+SYSTEM_FOLDER = re.compile(r"\.trash-\d+|found\.\d{3}|.+\.lrdata")
+"""More of them: the bins of users, what a disk check found, the previews of Lightroom."""
+
+LIBRARY = re.compile(r".+\.(photoslibrary|photolibrary|migratedphotolibrary|aplibrary|cocatalog)")
+LIBRARY_FOLDERS = frozenset({"resources", "database", "thumbnails", "previews", "cache"})
+"""The folders in a photo library that hold copies of its pictures."""
+
+DELETED = re.compile(r"\.(trashed|pending)-\d+-")
+"""The beginning of a file's name in a telephone's bin, or before its end has arrived."""
+
+THUMBNAILS_MARKER = ".cocoa-thumbnails"
+"""The file in our folders of thumbnails."""
+
+CACHE_MARKERS = frozenset({THUMBNAILS_MARKER, "CACHEDIR.TAG"})
+"""Files that mark a folder as a cache; the second by the Cache Directory Tagging Specification."""
+
+APPLE_DOUBLE = (b"\x00\x05\x16\x07", b"\x00\x05\x16\x00")
+"""The first bytes of the files that macOS writes beside others on foreign disks and in archives, as ``._a.jpg``."""
+
+
+def is_system_folder(name: str, parent: str = "") -> bool:
+    """Return whether a folder of this name, in a folder named ``parent``, holds no pictures of a user's."""
+    lower = name.lower()
+    in_library = lower in LIBRARY_FOLDERS and LIBRARY.fullmatch(parent.lower()) is not None
+    return lower in SYSTEM_FOLDERS or in_library or SYSTEM_FOLDER.fullmatch(lower) is not None
+
+
+def in_system_folder(path: str) -> bool:
+    """Return whether a relative path, as in an archive, leads through a system folder."""
+    folders = ("", *PurePosixPath(path).parts[:-1])
+    return any(is_system_folder(name, parent) for parent, name in pairwise(folders))
+
+
+def may_be_companion(name: str) -> bool:
+    """Return whether a file's name is that of a companion, which its first bytes decide."""
+    return os.path.basename(name).startswith("._")
+
+
+def is_companion(name: str, start: bytes) -> bool:
+    """Return whether a file is the companion of another one, as ``._a.jpg`` is of ``a.jpg``.
+
+    :param start: The file's first bytes, at least four.
+    """
+    return may_be_companion(name) and start.startswith(APPLE_DOUBLE)
+
+
+class PassedOver:
+    """Decides what a search passes over, and counts it."""
+
+    def __init__(self, exclude: Sequence[str] = ()) -> None:
+        """Read patterns of files and folders to exclude, as in a ``.gitignore`` file, in upper or lower case alike.
+
+        :raises UsageError: If one is not a pattern.
+        """
+        self.counts: Counter[str] = Counter()
+        """The number of files and folders passed over, by the reason."""
+        self._exclude = exclude
+        self._used: set[int] = set()
+        self._seen: set[str] = set()
+        # In a .gitignore file, a line that begins with # is a comment; here it is a name, such as #snapshot.
+        lines = [re.sub(r"^#", r"\\#", normalize("NFC", pattern).lower()) for pattern in exclude]
+        for line, pattern in zip(lines, exclude, strict=True):
+            try:
+                is_empty = not any(each.include is not None for each in GitIgnoreSpec.from_lines([line]).patterns)
+            except ValueError:
+                is_empty = True
+            if is_empty:
+                raise UsageError(f"{pattern!a} is not a pattern to exclude; give *.gif, drafts/ or 2019/**/small")
+        self._spec = GitIgnoreSpec.from_lines(lines)
+
+    @property
+    def unused(self) -> list[str]:
+        """The patterns that have matched nothing so far."""
+        return [pattern for number, pattern in enumerate(self._exclude) if number not in self._used]
+
+    def has_file(self, path: str, root: str) -> bool:
+        """Return whether a file below ``root``, the folder that is searched, is passed over."""
+        if DELETED.match(os.path.basename(path)):
+            return self._count(path, "deleted file")
+        if is_companion(path, first_bytes(path) if may_be_companion(path) else b""):
+            return self._count(path, "companion of another file")
+        return self._excludes(path, root) and self._count(path, "excluded")
+
+    def has_folder(self, parent: str, name: str, root: str) -> bool:
+        """Return whether a folder in ``parent``, which is ``root`` or below it, is passed over."""
+        path = os.path.join(parent, name)
+        if is_system_folder(name, os.path.basename(parent)):
+            return self._count(path, "system folder")
+        return self._excludes(path, root, slash="/") and self._count(path, "excluded")
+
+    def has_cache(self, folder: str, names: Collection[str]) -> bool:
+        """Return whether a folder that holds files of these names is passed over as a cache."""
+        return not CACHE_MARKERS.isdisjoint(names) and self._count(folder, "cache")
+
+    def _excludes(self, path: str, root: str, slash: str = "") -> bool:
+        if not self._exclude:
+            return False
+        relative = normalize("NFC", os.path.relpath(path, root or os.curdir)).lower()
+        found = self._spec.check_file(relative + slash)
+        if found.index is not None:
+            self._used.add(found.index)
+        return bool(found.include)
+
+    def _count(self, path: str, reason: str) -> bool:
+        """Count a path once, which a pattern may meet several times."""
+        if path not in self._seen:
+            self._seen.add(path)
+            self.counts[reason] += 1
+        return True
+
+
+def first_bytes(path: str) -> bytes:
+    """Return the first four bytes of a regular file; none if it cannot be read."""
+    try:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            return file.read(4) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else b""
+    except (OSError, ValueError):
+        return b""
