@@ -36,11 +36,18 @@ class Record:
 class Shard(Protocol):
     """Records that are read together: the files of a folder, an archive, a table, a document."""
 
-    key: str
-    """Names the shard: an absolute path or a URL."""
-    version: str
-    """Changes when any of its records may have changed; an unchanged shard is skipped. Empty: its records are checked
-    one by one."""
+    @property
+    def key(self) -> str:
+        """The name of the shard: an absolute path or a URL."""
+        ...
+
+    @property
+    def version(self) -> str:
+        """What changes when any of its records may have changed; an unchanged shard is skipped.
+
+        Empty: its records are checked one by one.
+        """
+        ...
 
     def records(self) -> Iterator[Record]:
         """Yield the records in order.
@@ -53,8 +60,10 @@ class Shard(Protocol):
 class Source(Protocol):
     """One of the places that a run indexes or embeds."""
 
-    name: str
-    """The place, for messages."""
+    @property
+    def name(self) -> str:
+        """The place: an absolute path or a URL."""
+        ...
 
     def shards(self) -> Iterator[Shard]:
         """Yield the shards in order, lazily."""
