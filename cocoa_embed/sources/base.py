@@ -74,7 +74,7 @@ class Source(Protocol):
 
     @property
     def name(self) -> str:
-        """The place, for messages."""
+        """The place: an absolute path or a URL."""
         ...
 
     def shards(self) -> Iterator[Shard]:

@@ -12,7 +12,14 @@ from itertools import chain
 from pathlib import Path
 
 from cocoa_embed.errors import CocoaError, UsageError, printable
-from cocoa_embed.images.find_files import FolderSearch, is_file_list, is_literal, read_file_list, search_folder
+from cocoa_embed.images.find_files import (
+    IMAGE_SUFFIXES,
+    FolderSearch,
+    is_file_list,
+    is_literal,
+    read_file_list,
+    search_folder,
+)
 from cocoa_embed.images.load import read_stable_file
 from cocoa_embed.images.passed_over import PassedOver, in_system_folder
 from cocoa_embed.sources.base import Record, storable
@@ -57,9 +64,9 @@ def read_file(path: Path) -> bytes:
 
 @dataclass
 class FileSource:
-    """The image files that one path stands for: a folder, a file, a pattern or a list (``find_images``)."""
+    """The image files that paths stand for: one folder, pattern or list, or any number of files (``find_images``)."""
 
-    path: Path
+    paths: Sequence[Path]
     """Absolute."""
     search: FolderSearch
     """Shared by the sources of a run, so that each folder is searched once."""
@@ -69,36 +76,41 @@ class FileSource:
 
     @property
     def name(self) -> str:
-        """The path, for messages."""
-        return printable(self.path)
+        """The path; of several files, the folder that holds all."""
+        return str(self.paths[0]) if len(self.paths) == 1 else os.path.commonpath([path.parent for path in self.paths])
 
     def shards(self) -> Iterator[FileShard]:
         """Yield the files, some of a folder at a time.
 
         :raises CocoaError: As ``find_images``.
         """
-        if self.may_be_gone and not os.path.lexists(self.path) and is_literal(self.path):
-            return
-        root = search_folder(self.path)
-        for files in chain(self.search.find(self.path), self.search.follow_links()):
-            yield FileShard(os.path.dirname(files[0]), files, root, self.metadata)
+        for path in self.paths:
+            if self.may_be_gone and not os.path.lexists(path) and is_literal(path):
+                continue
+            root = search_folder(path)
+            for files in chain(self.search.find(path), self.search.follow_links()):
+                yield FileShard(os.path.dirname(files[0]), files, root, self.metadata)
 
     def covers(self, key: str) -> bool:
         """Return whether a file of this path, as payloads name it, would have been found, if it existed."""
         folder, files = self._covered
-        return key in files or key == folder or key.startswith(folder.rstrip(os.sep) + os.sep)
+        return key in files or (folder is not None and key.startswith(folder.rstrip(os.sep) + os.sep))
 
     def is_deleted(self, key: str) -> bool:
         """Return whether there is certainly no file at a path."""
         return is_deleted(key)
 
     @cached_property
-    def _covered(self) -> tuple[str, frozenset[str]]:
-        """The folder and the files that the path stands for, whether they exist or not."""
-        if is_file_list(self.path):
-            return os.devnull, frozenset(storable(os.path.abspath(file)) for file in read_file_list(self.path))
-        is_pattern = not os.path.lexists(self.path) and not is_literal(self.path)
-        return storable(str(search_folder(self.path) if is_pattern else self.path)), frozenset()
+    def _covered(self) -> tuple[str | None, frozenset[str]]:
+        """The folder and the files that the paths stand for, whether they exist or not."""
+        path = self.paths[0]
+        if len(self.paths) == 1 and is_file_list(path):
+            return None, frozenset(storable(os.path.abspath(file)) for file in read_file_list(path))
+        files = frozenset(storable(str(each)) for each in self.paths)
+        if len(self.paths) > 1:
+            return None, files
+        is_pattern = not os.path.lexists(path) and not is_literal(path)
+        return storable(str(search_folder(path) if is_pattern else path)), files
 
 
 def file_sources(
@@ -124,7 +136,17 @@ def file_sources(
         path for path in named if not any(is_searched(folder, path) for folder in folders.intersection(path.parents))
     ]
     search, metadata = FolderSearch(on_error, outermost, passed_over), ImageMetadata(on_error)
-    return [FileSource(path, search, metadata, may_be_gone) for path in outermost]
+    files = [path for path in outermost if path not in folders and is_image_file(path)]
+    single = set(files)
+    groups = [*([path] for path in outermost if path not in single), *([files] if files else [])]
+    return [FileSource(group, search, metadata, may_be_gone) for group in groups]
+
+
+def is_image_file(path: Path) -> bool:
+    """Return whether a path is a file and no list, or was an image by its name."""
+    return (os.path.isfile(path) and not is_file_list(path)) or (
+        path.suffix.lower() in IMAGE_SUFFIXES and is_literal(path)
+    )
 
 
 def is_searched(folder: Path, path: Path) -> bool:

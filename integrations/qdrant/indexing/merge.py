@@ -69,7 +69,7 @@ class Merger:
             locations[path] = new if known is None or not is_same_moment(known.mtime, new.mtime) else known
         if not locations:
             return None
-        ordered = self.living_first([*locations.values()])
+        ordered = living_first([*locations.values()])
         first = change.held.get(ordered[0].path)
         shards = [record.shard for record in change.held.values() if record.shard]
         return make_payload(
@@ -80,10 +80,6 @@ class Merger:
             shards=shards,
             llama_index=self.llama_index,
         )
-
-    def living_first(self, locations: Sequence[FileLocation]) -> Sequence[FileLocation]:
-        """Return locations with those that no longer exist last."""
-        return locations if len(locations) == 1 else sorted(locations, key=lambda each: is_deleted(each.path))
 
     def has_new_description(self, record: Record, stored: Payload) -> bool:
         """Return whether a record's caption and metadata differ from those stored with its content.
@@ -115,3 +111,11 @@ class Merger:
             deleted = {id_: stored[id_] for id_ in pending if after[id_] is None}
             store.replace_payloads([(id_, stored[id_], after[id_]) for id_ in pending])
         raise CocoaError(f"{store.name}: other processes change {len(pending)} points all the time; run again")
+
+
+def living_first(locations: Sequence[FileLocation]) -> Sequence[FileLocation]:
+    """Return locations with the first that exists before the others; as they are if none does."""
+    if len(locations) == 1:
+        return locations
+    first = next((each for each in locations if not is_deleted(each.path)), locations[0])
+    return [first, *(each for each in locations if each is not first)]

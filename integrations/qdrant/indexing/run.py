@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from typing import Literal, TypeAlias
 
@@ -17,12 +18,13 @@ from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import ImageError, TransientImageError
 from cocoa_embed.integrations.qdrant.indexing.embed_records import FailedRecord, NewPoint, StoredContent, points_of
 from cocoa_embed.integrations.qdrant.indexing.manifest import CompleteShard, Fault, Manifest
-from cocoa_embed.integrations.qdrant.indexing.merge import DESCRIPTION_KEYS, Change, Merger
+from cocoa_embed.integrations.qdrant.indexing.merge import DESCRIPTION_KEYS, Change, Merger, living_first
 from cocoa_embed.integrations.qdrant.indexing.prune import prune_deleted
 from cocoa_embed.integrations.qdrant.indexing.thumbnails import ThumbnailFolder
 from cocoa_embed.integrations.qdrant.indexing.writer import Batch, Writer
 from cocoa_embed.integrations.qdrant.points import (
     LOCATION_KEYS,
+    FileLocation,
     Payload,
     is_same_json,
     is_same_moment,
@@ -63,6 +65,28 @@ class IndexSummary:
     """Without loading the model."""
     images_per_second: float
     """Images embedded and stored per second."""
+
+
+@dataclass(eq=False)
+class NamedPoint:
+    """A stored point that names records of a group."""
+
+    id: str
+    payload: Payload
+    locations: dict[str, FileLocation]
+    """By path."""
+    is_reordered: bool = False
+
+    @cached_property
+    def living(self) -> str:
+        """The first path that exists."""
+        return living_first([*self.locations.values()])[0].path
+
+    def has_to_change(self, path: str) -> bool:
+        """Return whether a path that is as it was may change the payload: it describes it, or the order is stale."""
+        is_stale = not self.is_reordered and self.living != next(iter(self.locations))
+        self.is_reordered |= is_stale
+        return is_stale or path == self.living
 
 
 @dataclass
@@ -243,53 +267,59 @@ class IndexRun:
         """Yield the records that have to be read; the points that name them are looked up in groups."""
         records = self._records()
         while group := list(islice(records, LOOKUP_RECORDS)):
-            points: dict[str, list[tuple[str, Payload]]] = {storable(record.key): [] for record in group}
+            points: dict[str, list[NamedPoint]] = {storable(record.key): [] for record in group}
             for id_, payload in self.store.by_paths([*points]).items():
-                for path in points.keys() & {each.path for each in stored_locations(payload)}:
-                    points[path].append((id_, payload))
+                point = NamedPoint(id_, payload, {each.path: each for each in stored_locations(payload)})
+                for path in points.keys() & point.locations.keys():
+                    points[path].append(point)
             for record in group:
                 named = points[storable(record.key)]
                 if not self._is_unchanged(record, named) and not self._has_known_fault(record, named):
-                    self._before[record.key] = [id_ for id_, _ in named]
+                    self._before[record.key] = [point.id for point in named]
                     yield record
 
-    def _is_unchanged(self, record: Record, named: Sequence[tuple[str, Payload]]) -> bool:
+    def _is_unchanged(self, record: Record, named: Sequence[NamedPoint]) -> bool:
         """Return whether a record has the size and mtime that it had; then bring its description up to date."""
         if len(named) != 1:  # new, or a run was killed before it had removed the old one
             return False
-        ((id_, payload),) = named
-        path = storable(record.key)
-        mtime = next(each.mtime for each in stored_locations(payload) if each.path == path)
+        (point,) = named
+        id_, payload, path = point.id, point.payload, storable(record.key)
         has_time = record.mtime != 0 or record.shard is None  # what has neither is as its shard or its address
-        if not (has_time and record.size in (None, payload.get("bytes")) and is_same_moment(mtime, record.mtime)):
+        is_as_it_was = record.size in (None, payload.get("bytes")) and is_same_moment(
+            point.locations[path].mtime, record.mtime
+        )
+        if not (has_time and is_as_it_was) or (self.thumbnails is not None and self.thumbnails.lacks(id_, payload)):
             return False
-        if self.thumbnails is not None and self.thumbnails.lacks(id_, payload):
-            return False
-        self._hold(record, id_, payload, "unchanged")
+        if point.has_to_change(path):
+            self._hold(record, id_, payload, "unchanged")
+        else:  # another file describes the content
+            self._finish_records(record.shard, 1)
+            self._count("unchanged")
         return True
 
     def _hold(self, record: Record, id_: str, payload: Payload, count: Count, thumbnail: str | None = None) -> None:
         """Note that a stored content is held by a record; write it only if that changes the payload."""
         change = Change(thumbnail=thumbnail)
         change.hold(record)
-        after = self._merger.apply(payload, change)
-        assert after is not None, "a record holds the content"
-        if is_same_json(after, payload):
+        is_known = storable(record.key) in payload["paths"]
+        after = self._merger.apply(payload, change) if is_known else None
+        if after is not None and is_same_json(after, payload):
             self._finish_records(record.shard, 1)
         else:
             self._writer.hold(id_, record, thumbnail)
+        if after is not None and count == "unchanged":
             is_described = all(is_same_json(after[key], payload.get(key)) for key in DESCRIPTION_KEYS)
-            count = count if is_described or count != "unchanged" else "updated"
+            count = "unchanged" if is_described else "updated"
         self._count(count)
 
-    def _has_known_fault(self, record: Record, named: Sequence[tuple[str, Payload]]) -> bool:
+    def _has_known_fault(self, record: Record, named: Sequence[NamedPoint]) -> bool:
         """Return whether a record has the size and mtime that it had when it could not be used."""
         version = version_of(record)
         reason = None if self.retry_failed or not version else self.manifest.fault(storable(record.key), version)
         if reason is None:
             return False
-        for id_, _ in named:
-            self._writer.detach(id_, storable(record.key))
+        for point in named:
+            self._writer.detach(point.id, storable(record.key))
         self._fail(record, reason)
         return True
 
@@ -303,8 +333,7 @@ class IndexRun:
 
     def _on_stored(self, stored: StoredContent) -> None:
         record, id_, payload, thumbnail = stored
-        path = storable(record.key)
-        is_known = any(each.path == path for each in stored_locations(payload))
+        is_known = storable(record.key) in payload["paths"]
         is_replaced = self._detach_others(record, id_)
         count: Count = "replaced" if is_replaced else "unchanged" if is_known else "updated"
         self._hold(record, id_, payload, count, thumbnail)

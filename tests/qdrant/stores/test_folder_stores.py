@@ -109,7 +109,7 @@ class TestBoth:
         self, backend: str, opener: Opener, folder: Path
     ) -> None:
         code = (
-            f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1] / 'support')!r})\n"
+            f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2] / 'support')!r})\n"
             "from cocoa_embed.integrations.qdrant.stores import open_store\n"
             "from fake_qdrant import SIGNATURE, make_points\n"
             f"store = open_store({backend}={str(folder)!r}, collection='images')\n"
