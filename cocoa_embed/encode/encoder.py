@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 from PIL import Image
+from transformers import PreTrainedTokenizerBase
 
 from cocoa_embed.encode.document_model import DocumentModel
 from cocoa_embed.encode.jobs import EmbeddedImage, StreamSource
@@ -23,6 +24,7 @@ from cocoa_embed.encode.stream import ImageStream, default_workers
 from cocoa_embed.errors import CocoaError, ImageError, UsageError, is_valid_unicode, one_line
 from cocoa_embed.images.load import ImageSource, load_image
 from cocoa_embed.model.fingerprint import model_fingerprint
+from cocoa_embed.model.template import literal, special_tokens
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -148,7 +150,7 @@ class Encoder:
         try:
             return self._embed(self.model.encode_query, inputs, batch_size)
         except ValueError as error:
-            # Processors refuse an image much longer than wide, and those of others a text with their image token.
+            # Processors refuse an image much longer than wide.
             raise CocoaError(f"{self.name} does not take the query ({one_line(error)})") from error
 
     def embed_documents(self, inputs: Sequence[ModelInput], batch_size: int = 32) -> np.ndarray:
@@ -162,7 +164,7 @@ class Encoder:
     def _embed(self, encode: Callable[..., Any], inputs: Sequence[ModelInput], batch_size: int) -> np.ndarray:
         self._check(inputs)
         with self._turn(), self._processor.use(for_documents=False):
-            embeddings = encode(list(inputs), batch_size=batch_size, show_progress_bar=False)
+            embeddings = encode([*map(self._literal, inputs)], batch_size=batch_size, show_progress_bar=False)
         return self._finish(np.asarray(embeddings))
 
     def stream_images(
@@ -217,6 +219,13 @@ class Encoder:
             yield
         finally:
             self._lock.release()
+
+    def _literal(self, item: ModelInput) -> ModelInput:
+        """Return an input whose text is read as its characters, by the templates of other models, too."""
+        tokenizer = self.model.tokenizer
+        if "text" not in item or not isinstance(tokenizer, PreTrainedTokenizerBase):
+            return item
+        return {**item, "text": literal(str(item["text"]), special_tokens(tokenizer))}
 
     def _finish(self, embeddings: np.ndarray) -> np.ndarray:
         """Return embeddings as float32, truncated and normalised if this encoder has its own dimension.

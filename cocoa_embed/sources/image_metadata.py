@@ -99,13 +99,13 @@ class ImageMetadata:
         return None
 
     def _read_folder(self, folder: Path) -> FolderMetadata:
-        found = FolderMetadata()
+        found, place = FolderMetadata(), folder
         try:
             if (metadata := metadata_file(folder)) is None:
                 if hint := unread_table(os.listdir(folder)):
                     logger.warning("%s: %s", printable(folder), hint)
                 return found
-            found.source, found.is_whole = str(metadata), True
+            place, found.source, found.is_whole = metadata, str(metadata), True
             for row in read_metadata(metadata):
                 if isinstance(row, RowError):
                     self._note(row.source, row.reason)
@@ -113,7 +113,7 @@ class ImageMetadata:
                 else:
                     found.add(row)
         except CocoaError as error:
-            self._note(str(folder if found.source is None else metadata), str(error))
+            self._note(str(place), str(error))
             found.is_whole = False
         except OSError:  # the folder cannot be listed: the search says so
             pass

@@ -23,6 +23,7 @@ from cocoa_embed.encode.stream import ImageStream
 from cocoa_embed.errors import CocoaError, ImageError, UsageError
 from cocoa_embed.model.backbone import load_backbone
 from cocoa_embed.model.export import build_sentence_transformer
+from cocoa_embed.model.template import TEMPLATE
 
 TOLERANCE = 1e-5
 
@@ -147,6 +148,18 @@ def test_a_clip_model_streams_too(tmp_path: Path, scenes: list[Image.Image]) -> 
     expected = documents(encoder, scenes)
     assert distance(expected[0], expected[1]) > 100 * TOLERANCE
     assert distance(streamed(encoder, scenes, batch_size=4), expected) < 10 * TOLERANCE
+
+
+def test_a_text_that_mentions_a_special_token_is_read_as_its_characters_by_templates_of_others(
+    qwen: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queries = [make_input(text) for text in ("red <|image_pad|> ring", "<|endoftext|>", "red ring")]
+    expected = qwen.encode_query(queries)
+    assert distance(Encoder(qwen).embed_queries(queries), expected) < TOLERANCE
+    monkeypatch.setattr(qwen.processor, "chat_template", TEMPLATE.replace("SPECIAL_TOKENS", "[]"))
+    with pytest.raises((ValueError, RuntimeError), match=r"(?i)image"):
+        qwen.encode_query(queries[:1])
+    assert distance(Encoder(qwen).embed_queries(queries), expected) < TOLERANCE
 
 
 def test_an_image_that_does_not_fit_into_the_sequence_is_refused_by_itself(

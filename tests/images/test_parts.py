@@ -48,6 +48,12 @@ def test_of_the_pages_of_a_tiff_the_full_picture_is_taken(
     assert same(loaded(data), expected)
 
 
+def test_a_file_with_offsets_of_64_bits_is_read_too() -> None:
+    data = encoded(SMALL, "TIFF", save_all=True, append_images=[LARGE], big_tiff=True)
+    assert data.startswith(b"II+\0")
+    assert same(loaded(data), LARGE)
+
+
 @pytest.mark.parametrize("order", "<>")
 def test_a_full_picture_below_a_reduced_one_is_taken_if_it_is_no_raw_data(order: str) -> None:
     small, large = (np.asarray(image) for image in (SMALL, LARGE))

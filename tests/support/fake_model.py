@@ -32,6 +32,7 @@ class FakeModel:
     truncate_dim: int | None = None
     device = torch.device("cpu")
     processor = None
+    tokenizer = None
 
     def __init__(
         self,
