@@ -30,8 +30,8 @@ from cocoa_embed.integrations.qdrant.points import (
 )
 from cocoa_embed.integrations.qdrant.stores.base import Where
 from cocoa_embed.integrations.qdrant.stores.store import Store
-from cocoa_embed.sources.addresses import is_address
 from cocoa_embed.sources.base import Record, Shard, Source, storable
+from cocoa_embed.sources.remote import is_web
 
 LOOKUP_RECORDS = 256
 """Records whose points are looked up together."""
@@ -253,7 +253,7 @@ class IndexRun:
         ((id_, payload),) = named
         path = storable(record.key)
         mtime = next(each.mtime for each in stored_locations(payload) if each.path == path)
-        if record.shard is None and is_address(record.key):  # a server says nothing of it before it is fetched
+        if record.shard is None and is_web(record.key):  # a server says nothing of it before it is fetched
             same_size = True
         else:
             same_size = payload.get("bytes") == record.size if record.shard is None else record.mtime != 0
