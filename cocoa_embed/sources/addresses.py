@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
-from typing import Any
 from urllib.parse import urlsplit
 
-from cocoa_embed.data.places import Place, open_text, suffix_of
-from cocoa_embed.data.tables import open_table
-from cocoa_embed.errors import ImageError, RowError, UsageError, one_line
+from cocoa_embed.data.places import Place
+from cocoa_embed.errors import ImageError, UsageError, one_line
 from cocoa_embed.images.urls import shown_address
-from cocoa_embed.sources import tables
 from cocoa_embed.sources.base import Record, SourceOptions
 from cocoa_embed.sources.remote import is_web, read_address
 from cocoa_embed.sources.shard_files import Kind, ShardFile, json_values, shard_error
-from cocoa_embed.sources.tables import ADDRESS_COLUMNS, address_column, batches
+from cocoa_embed.sources.tables import ADDRESS_COLUMNS, address_column, table_rows
 
 
 def read_addresses(file: ShardFile) -> Iterator[Record]:
@@ -26,7 +23,7 @@ def read_addresses(file: ShardFile) -> Iterator[Record]:
     """
     count = 0
     try:
-        for number, row in _table(file.place):
+        for number, row in table_rows(file.place):
             column = address_column(row)
             address = "" if column is None else str(row[column]).strip()
             others = {key: value for key, value in row.items() if key != column}
@@ -46,26 +43,10 @@ def read_addresses(file: ShardFile) -> Iterator[Record]:
         raise shard_error(file, count, one_line(error)) from error
 
 
-def _table(place: Place) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the rows of a list or a table, each with its number: lines count from 1, rows from 0."""
-    suffix = suffix_of(place)
-    if suffix == ".txt":
-        with open_text(place, "utf-8-sig") as file:
-            lines = ((str(number), line.strip()) for number, line in enumerate(file, 1))
-            yield from ((number, {"url": line}) for number, line in lines if line and not line.startswith("#"))
-        return
-    if suffix in tables.KIND.suffixes:
-        rows: Iterator[Any] = (row for batch in batches(place) for row in batch.to_pylist())
-    else:
-        table = open_table(place)
-        rows = (row for _, row in table.read(table.columns))
-    yield from ((str(number), {} if isinstance(row, RowError) else row) for number, row in enumerate(rows))
-
-
 def first_address(place: Place) -> str:
     """Return the first address of a list or a table; empty if it has none, or cannot be read."""
     with suppress(Exception):  # reading it to its end says what is wrong
-        _, row = next(_table(place))
+        _, row = next(table_rows(place))
         return str(row[address_column(row) or ""])
     return ""
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import PurePosixPath
 from typing import Any
 
-from cocoa_embed.data.places import file_system, is_gone, mtime_of, open_binary
+from cocoa_embed.data.image_folder import METADATA_FILES
+from cocoa_embed.data.places import file_system, is_gone, mtime_of, open_binary, reading
 from cocoa_embed.errors import ImageError, one_line, printable
 from cocoa_embed.images.find_files import IMAGE_SUFFIXES
 from cocoa_embed.images.http import Fetcher
 from cocoa_embed.images.load import check_size
 from cocoa_embed.sources.base import Record, Shard
-from cocoa_embed.sources.shard_files import is_below, relative_key
+from cocoa_embed.sources.shard_files import is_below, json_values, relative_key
+from cocoa_embed.sources.tables import table_rows
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -28,18 +33,23 @@ class RemoteFolder:
     files: dict[str, dict[str, Any]]
     """What the file system knows of each image, by its address."""
     allowed_hosts: tuple[str, ...]
+    described: Mapping[str, tuple[dict[str, Any], str]]
+    """What is said about images, by address, and the file that says it."""
     version: str = ""
 
     def records(self) -> Iterator[Record]:
         """Yield the images; each is downloaded when it is read."""
         for address, info in sorted(self.files.items()):
             size = info.get("size")
+            metadata, source = self.described.get(address, ({}, None))
             yield Record(
                 key=address,
                 relative_key=relative_key(address, self.root or None),
                 read=partial(read_address, address, self.allowed_hosts),
                 mtime=mtime_of(info),
                 size=size if isinstance(size, int) else None,
+                metadata=metadata,
+                metadata_source=source,
             )
 
 
@@ -57,10 +67,12 @@ class RemoteImages:
     def shards(self) -> Iterator[Shard]:
         """Yield the folders that hold images, each listed when its turn comes."""
         folders = walk(self.root) if self.files is None else [(self.name, self.files)]
+        described: dict[str, tuple[dict[str, Any], str]] = {}
         for folder, files in folders:
+            described |= descriptions(folder, files)
             images = {address: info for address, info in files.items() if self.files or is_image(address)}
             if images:
-                yield RemoteFolder(folder, self.root, images, self.allowed_hosts)
+                yield RemoteFolder(folder, self.root, images, self.allowed_hosts, described)
 
     @property
     def name(self) -> str:
@@ -80,6 +92,22 @@ def is_image(name: str) -> bool:
     """Return whether a name has the suffix of an image, and is no companion file of macOS."""
     path = PurePosixPath(name)
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("._")
+
+
+def descriptions(folder: str, files: Iterable[str]) -> dict[str, tuple[dict[str, Any], str]]:
+    """Return what the metadata file of a folder says about images, by their addresses; and the file's address.
+
+    :raises CocoaError: If it cannot be read.
+    """
+    found: dict[str, tuple[dict[str, Any], str]] = {}
+    for source in (f"{folder}/{name}" for name in METADATA_FILES):
+        if source in files:
+            with reading(source):
+                for number, row in table_rows(source):
+                    if not (name := row.pop("file_name", None)):
+                        logger.warning("%s#%s has no file_name, and describes no image", printable(source), number)
+                    found[f"{folder}/{name}"] = json_values(row), source
+    return found
 
 
 def walk(root: str) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:

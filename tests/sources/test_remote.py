@@ -10,7 +10,7 @@ import fsspec
 import pytest
 from moto.server import ThreadedMotoServer
 from source_files import parquet_file, pdf, read, tar
-from table_files import png
+from table_files import png, write_table
 
 from cocoa_embed.data.places import mtime_of
 from cocoa_embed.errors import CocoaError, ImageError
@@ -66,6 +66,24 @@ def test_a_folder_gives_its_photographs_and_the_kinds_that_are_asked_for(root: s
     found = read(f"{root}/photos/", include=frozenset({"pdf"}))
     assert [*found.contents] == ["a.png", "b/c.PNG", "report.pdf#page=1", "report.pdf#page=2"]
     assert read(f"{root}/shards").metadata == {"0.tar#x.png": {"text": "words"}, "1.parquet#0": {"text": "more"}}
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "metadata.parquet"])
+def test_the_metadata_of_a_folder_describe_its_images(
+    root: str, name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"file_name": "b/c.PNG", "text": "a caption", "licence": "CC0"}]
+    content = write_table(tmp_path / name, rows).read_bytes()
+    system, path = fsspec.core.url_to_fs(f"{root}/photos/{name}")
+    system.pipe(path, content)
+    assert read(f"{root}/photos").metadata == {"a.png": {}, "b/c.PNG": {"text": "a caption", "licence": "CC0"}}
+    system.pipe(path, b"{" if name == "metadata.jsonl" else b"text\nalone\n")
+    if name == "metadata.parquet":
+        with pytest.raises(CocoaError, match=r"metadata\.parquet cannot be read"):
+            read(f"{root}/photos")
+    else:
+        assert not any(read(f"{root}/photos").metadata.values())
+        assert f"{name}#0 has no file_name" in caplog.text
 
 
 def test_files_and_patterns_are_taken_as_they_are_named(root: str) -> None:
