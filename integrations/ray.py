@@ -12,17 +12,8 @@ from typing import Any
 
 from cocoa_embed.encode.load import load_encoder
 from cocoa_embed.errors import CocoaError, UsageError, one_line, require
-from cocoa_embed.integrations.qdrant.shards.embed import (
-    EmbedSummary,
-    embed_part,
-    is_done,
-    parts_of,
-    share,
-    sign,
-    skipped,
-)
+from cocoa_embed.integrations.qdrant.shards.embed import EmbedSummary, Part, embed_part, sign
 from cocoa_embed.integrations.qdrant.shards.files import EmbeddingFolder
-from cocoa_embed.sources.base import Source
 
 MOST_BLOCKS = 4096
 """Blocks of a Ray data set; what an actor's end repeats is at most one."""
@@ -48,40 +39,31 @@ class Embedder:
 
 
 def embed_on_ray(
-    sources: Iterable[Source],
+    planned: Iterable[Part | EmbedSummary],
     folder: EmbeddingFolder,
     model: str | Path,
     options: Mapping[str, Any],
     *,
     address: str | None = None,
     actors: int | None = None,
-    number: int = 1,
-    count: int = 1,
-    retry_failed: bool = False,
     embedder: type[Embedder] = Embedder,
 ) -> Iterator[EmbedSummary]:
-    """Embed what the folder lacks of the sources; yield what became of each part, in any order.
+    """Embed what a ``plan`` has; yield what became of each part, in any order.
 
     :param folder: One that all machines of the cluster reach, as they do the sources and the model.
     :param options: Those of ``load_encoder``, with ``dimension``.
     :param address: The address of a cluster; ``auto`` is the one on this machine. None starts Ray for this run alone.
     :param actors: How many actors embed; None takes one for each GPU, or for each core if there are none.
-    :param number: Of this run, from 1 to ``count``, of those that embed the same sources.
-    :param retry_failed: Whether to embed parts again of which some images could not be used.
     :param embedder: The class of the actors.
-    :raises CocoaError: If the cluster cannot be reached, or the model cannot be loaded.
+    :raises CocoaError: If the cluster cannot be reached, or an actor fails.
     """
     ray_data = require("ray.data", "ray")
     given = {name: value for name, value in options.items() if value is not None and value is not False}
     if fixed := {"device", "devices"} & given.keys():
         raise UsageError(f"--{min(fixed)} and --ray were given together; Ray chooses the device of each actor")
-    names = folder.names()
-    waiting = []
-    for part in share(parts_of(sources), number, count):
-        if is_done(part, names, retry_failed=retry_failed):
-            yield skipped(part, folder, names)
-        else:
-            waiting.append({"part": pickle.dumps(part)})
+    every = list(planned)
+    yield from (each for each in every if isinstance(each, EmbedSummary))
+    waiting = [{"part": pickle.dumps(each)} for each in every if isinstance(each, Part)]
     if not waiting:
         return
     ray = _start(address)
@@ -96,8 +78,7 @@ def embed_on_ray(
             compute=ray_data.ActorPoolStrategy(size=min(actors or gpus or int(resources["CPU"]), len(waiting))),
             num_gpus=1 if gpus else None,
         )
-        for row in embedded.iter_rows():
-            yield pickle.loads(row["summary"])
+        yield from (pickle.loads(row["summary"]) for row in embedded.iter_rows())
     except ray.exceptions.RayError as error:
         # Ray hands on an actor's error as the text of its traceback.
         told = re.search(rf"^{CocoaError.__module__}\.\w+: (.*)", str(error), re.MULTILINE)
@@ -114,14 +95,9 @@ def _start(address: str | None) -> Any:  # noqa: ANN401
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
-    alone: dict[str, Any] = {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
+    alone: dict[str, Any] = {} if address else {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
     try:
-        ray.init(
-            address=address or "local",
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            **({} if address else alone),
-        )
+        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **alone)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise CocoaError(f"there is no Ray cluster at {address} ({one_line(error)})") from error
     ray.data.DataContext.get_current().enable_progress_bars = False

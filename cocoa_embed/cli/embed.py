@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -81,8 +81,7 @@ def embed(
     with working() as console:
         silence_libraries()
         from cocoa_embed.encode.devices import open_encoder
-        from cocoa_embed.integrations.qdrant.shards.embed import embed as embed_parts
-        from cocoa_embed.integrations.qdrant.shards.embed import total
+        from cocoa_embed.integrations.qdrant.shards import embed as shards
         from cocoa_embed.integrations.qdrant.shards.files import EmbeddingFolder
         from cocoa_embed.sources.open import all_sources
 
@@ -90,14 +89,14 @@ def embed(
         faults: list[dict[str, str]] = []
         found = all_sources(sources, wanted, lambda path, reason: faults.append({"path": str(path), "reason": reason}))
         folder = EmbeddingFolder(out)
-        limits: dict[str, Any] = {"number": number, "count": count, "retry_failed": retry_failed}
+        planned = shards.plan(found, folder, number=number, count=count, retry_failed=retry_failed)
         if ray is None:
-            done = embed_parts(found, folder, open_encoder(model, **options), **limits)
+            done = shards.embed(planned, folder, open_encoder(model, **options))
         else:
             from cocoa_embed.integrations.ray import embed_on_ray
 
-            done = embed_on_ray(found, folder, model, options, address=None if ray == "local" else ray, **limits)
-        summary = total(tell(done, console), out, lambda: time.perf_counter() - started, faults)
+            done = embed_on_ray(planned, folder, model, options, address=None if ray == "local" else ray)
+        summary = shards.total(tell(done, console), out, lambda: time.perf_counter() - started, faults)
         say_summary(summary, console)
     if as_json:
         print_json(dataclasses.asdict(summary))

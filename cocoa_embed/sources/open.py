@@ -14,10 +14,10 @@ from cocoa_embed.data.places import Place, file_system, reading, suffix_of
 from cocoa_embed.errors import CocoaError, UsageError, did_you_mean, printable, require
 from cocoa_embed.images.find_files import LIST_SUFFIX, split_pattern
 from cocoa_embed.sources import addresses, archives, documents, tables, videos
-from cocoa_embed.sources.addresses import OneAddress, first_address, is_address, require_host
+from cocoa_embed.sources.addresses import first_address, require_host
 from cocoa_embed.sources.base import Source, SourceOptions
 from cocoa_embed.sources.files import file_sources, require_images
-from cocoa_embed.sources.remote import RemoteImages, is_image, walk
+from cocoa_embed.sources.remote import RemoteImages, is_image, is_web, walk
 from cocoa_embed.sources.shard_files import Kind, ShardFiles
 
 KINDS = {kind.name: kind for kind in (archives.KIND, tables.KIND, documents.KIND, videos.KIND)}
@@ -104,14 +104,15 @@ def _open_address(address: str, options: SourceOptions, may_be_gone: bool) -> li
 
     :raises CocoaError: If there is nothing.
     """
-    if is_address(address):
+    if is_web(address):
         kind = named_kind(urlsplit(address).path)
         if kind is not None:
             return [shard_files([(address, kind)], options)]
         require_host(address, options)
-        return [OneAddress(address, options)]
+        return [RemoteImages("", {address: {}}, options.allowed_hosts)]
     with reading(address):
         system, path = file_system(address)
+        system.invalidate_cache()
         is_folder = not glob.has_magic(path) and system.isdir(path)
         if is_folder:
             root, listed = system.unstrip_protocol(path).rstrip("/"), {}

@@ -1,22 +1,25 @@
-"""Images and files of images on any file system that fsspec knows: ``s3://``, ``gs://``, ``hf://``, ``memory://``..."""
+"""Images on any file system that fsspec knows (``s3://``, ``gs://``, ``hf://``...), and on allowed hosts of the web."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import PurePosixPath
 from typing import Any
 
-from cocoa_embed.data.places import file_system, is_gone, mtime_of, open_binary
+from cocoa_embed.data.image_folder import METADATA_FILES
+from cocoa_embed.data.places import file_system, is_gone, mtime_of, open_binary, reading
 from cocoa_embed.errors import ImageError, one_line, printable
 from cocoa_embed.images.find_files import IMAGE_SUFFIXES
+from cocoa_embed.images.http import Fetcher
 from cocoa_embed.images.load import check_size
 from cocoa_embed.sources.base import Record, Shard
-from cocoa_embed.sources.shard_files import is_below, relative_key
+from cocoa_embed.sources.shard_files import is_below, json_values, relative_key
+from cocoa_embed.sources.tables import table_rows
 
-ATTEMPTS = 3
-"""How often a file is read if the connection fails."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,18 +32,24 @@ class RemoteFolder:
     """The address where the relative keys start."""
     files: dict[str, dict[str, Any]]
     """What the file system knows of each image, by its address."""
+    allowed_hosts: tuple[str, ...]
+    described: Mapping[str, tuple[dict[str, Any], str]]
+    """What is said about images, by address, and the file that says it."""
     version: str = ""
 
     def records(self) -> Iterator[Record]:
         """Yield the images; each is downloaded when it is read."""
         for address, info in sorted(self.files.items()):
             size = info.get("size")
+            metadata, source = self.described.get(address, ({}, None))
             yield Record(
                 key=address,
                 relative_key=relative_key(address, self.root or None),
-                read=partial(download, address),
+                read=partial(read_address, address, self.allowed_hosts),
                 mtime=mtime_of(info),
                 size=size if isinstance(size, int) else None,
+                metadata=metadata,
+                metadata_source=source,
             )
 
 
@@ -52,14 +61,18 @@ class RemoteImages:
     """Empty if the images were named."""
     files: dict[str, dict[str, Any]] | None = None
     """The images that were named, with what is known of them; None for all below the address."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Where web addresses may be fetched."""
 
     def shards(self) -> Iterator[Shard]:
         """Yield the folders that hold images, each listed when its turn comes."""
         folders = walk(self.root) if self.files is None else [(self.name, self.files)]
+        described: dict[str, tuple[dict[str, Any], str]] = {}
         for folder, files in folders:
-            images = {address: info for address, info in files.items() if is_image(address)}
+            described |= descriptions(folder, files)
+            images = {address: info for address, info in files.items() if self.files or is_image(address)}
             if images:
-                yield RemoteFolder(folder, self.root, images)
+                yield RemoteFolder(folder, self.root, images, self.allowed_hosts, described)
 
     @property
     def name(self) -> str:
@@ -67,8 +80,8 @@ class RemoteImages:
         return printable(self.root or next(iter(self.files or ()), ""))
 
     def is_deleted(self, key: str) -> bool:
-        """Return whether there is certainly no image at an address any more."""
-        return is_gone(key)
+        """Return whether there is certainly no image at an address any more; False on the web."""
+        return not is_web(key) and is_gone(key)
 
     def covers(self, key: str) -> bool:
         """Return whether the key is below the address."""
@@ -81,6 +94,22 @@ def is_image(name: str) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("._")
 
 
+def descriptions(folder: str, files: Iterable[str]) -> dict[str, tuple[dict[str, Any], str]]:
+    """Return what the metadata file of a folder says about images, by their addresses; and the file's address.
+
+    :raises CocoaError: If it cannot be read.
+    """
+    found: dict[str, tuple[dict[str, Any], str]] = {}
+    for source in (f"{folder}/{name}" for name in METADATA_FILES):
+        if source in files:
+            with reading(source):
+                for number, row in table_rows(source):
+                    if not (name := row.pop("file_name", None)):
+                        logger.warning("%s#%s has no file_name, and describes no image", printable(source), number)
+                    found[f"{folder}/{name}"] = json_values(row), source
+    return found
+
+
 def walk(root: str) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
     """Yield the address of each folder below an address, and what is known of its files, by their addresses.
 
@@ -89,9 +118,9 @@ def walk(root: str) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
     try:
         system, path = file_system(root)
         for folder, folders, files in system.walk(path, detail=True):
-            folders_in_order = dict(sorted(folders.items()))
+            in_order = sorted(folders.items())
             folders.clear()
-            folders.update(folders_in_order)  # the walk follows this order
+            folders.update(in_order)  # the walk follows it
             there = {system.unstrip_protocol(info["name"]): info for info in files.values() if info["type"] == "file"}
             yield system.unstrip_protocol(folder), there
     except ImageError:
@@ -100,24 +129,31 @@ def walk(root: str) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
         raise ImageError(printable(root), f"cannot be listed ({one_line(error)})") from error
 
 
-def download(address: str) -> bytes:
-    """Return the bytes of a remote image.
+def is_web(text: object) -> bool:
+    """Return whether a value is an http or https address."""
+    return isinstance(text, str) and text[:8].lower().startswith(("http://", "https://"))
+
+
+@lru_cache(maxsize=4)
+def _fetcher(allowed_hosts: tuple[str, ...]) -> Fetcher:
+    return Fetcher(allowed_hosts)
+
+
+def read_address(address: str, allowed_hosts: tuple[str, ...]) -> bytes:
+    """Return the bytes of an image on the web or on a remote file system.
 
     :raises ImageError: If it cannot be read, or is too large.
     """
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            system, path = file_system(address)
-            size = system.info(path)["size"]
-            if size is not None:
-                check_size(size, address)
-            with open_binary(address) as file:
-                return file.read()
-        except ImageError:
-            raise
-        except FileNotFoundError:
-            raise ImageError(printable(address), "does not exist") from None
-        except Exception as error:  # remote file systems raise nearly anything
-            if attempt == ATTEMPTS or not isinstance(error, OSError):
-                raise ImageError(printable(address), f"cannot be read ({one_line(error)})") from error
-    raise AssertionError("unreachable")
+    if is_web(address):
+        return _fetcher(allowed_hosts).fetch(address)
+    try:
+        system, path = file_system(address)
+        check_size(system.info(path)["size"] or 1, address)
+        with open_binary(address) as file:
+            return file.read()
+    except ImageError:
+        raise
+    except FileNotFoundError:
+        raise ImageError(printable(address), "does not exist") from None
+    except Exception as error:  # remote file systems raise nearly anything
+        raise ImageError(printable(address), f"cannot be read ({one_line(error)})") from error

@@ -7,8 +7,9 @@ from contextlib import suppress
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from cocoa_embed.data.places import Place, open_binary, suffix_of
-from cocoa_embed.errors import ImageError, one_line
+from cocoa_embed.data.places import Place, open_binary, open_text, suffix_of
+from cocoa_embed.data.tables import open_table
+from cocoa_embed.errors import ImageError, RowError, one_line
 from cocoa_embed.images.load import check_size, image_size
 from cocoa_embed.sources.base import Record
 from cocoa_embed.sources.shard_files import Kind, ShardFile, shard_error
@@ -89,6 +90,25 @@ def address_column(names: Iterable[str]) -> str | None:
     """Return the column that may hold addresses, None if there is none."""
     by_lower_case = {name.lower(): name for name in names}
     return next((by_lower_case[name] for name in ADDRESS_COLUMNS if name in by_lower_case), None)
+
+
+def table_rows(place: Place) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the rows of a table, or the lines of a list as ``url``, each with its number: lines from 1, rows from 0.
+
+    :raises Exception: If it cannot be read.
+    """
+    suffix = suffix_of(place)
+    if suffix == ".txt":
+        with open_text(place, "utf-8-sig") as file:
+            lines = ((str(number), line.strip()) for number, line in enumerate(file, 1))
+            yield from ((number, {"url": line}) for number, line in lines if line and not line.startswith("#"))
+        return
+    if suffix in KIND.suffixes:
+        rows: Iterator[Any] = (row for batch in batches(place) for row in batch.to_pylist())
+    else:
+        table = open_table(place)
+        rows = (row for _, row in table.read(table.columns))
+    yield from ((str(number), {} if isinstance(row, RowError) else row) for number, row in enumerate(rows))
 
 
 def image_columns(batch: pa.RecordBatch) -> list[str]:

@@ -16,7 +16,7 @@ from tiny_backbones import TINY_MAX_LENGTH
 
 from cocoa_embed.encode.load import load_encoder
 from cocoa_embed.errors import CocoaError, UsageError
-from cocoa_embed.integrations.qdrant.shards.embed import EmbedSummary, embed
+from cocoa_embed.integrations.qdrant.shards.embed import EmbedSummary, embed, plan
 from cocoa_embed.integrations.qdrant.shards.files import EmbeddingFolder
 from cocoa_embed.integrations.ray import Embedder, embed_on_ray
 from cocoa_embed.model.backbone import load_backbone
@@ -69,19 +69,21 @@ def test_a_killed_actor_loses_and_doubles_no_part(model: Path, tmp_path: Path) -
         )
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     out = EmbeddingFolder(str(tmp_path / "out"))
-    summaries = list(embed_on_ray(all_sources(places), out, model, {"dtype": None}, actors=2, embedder=Mortal))
+    summaries = list(
+        embed_on_ray(plan(all_sources(places), out), out, model, {"dtype": None}, actors=2, embedder=Mortal)
+    )
     assert (tmp_path / "died").exists()
     assert not ray.is_initialized()
     assert sorted(summary.embedded for summary in summaries) == [3] * 7
     assert not any(summary.failed for summary in summaries)
     alone = EmbeddingFolder(str(tmp_path / "alone"))
-    list(embed(all_sources(places), alone, load_encoder(model, "cpu")))
+    list(embed(plan(all_sources(places), alone), alone, load_encoder(model, "cpu")))
     assert out.names() == alone.names()
     expected, found = points(alone), points(out)
     assert found.keys() == expected.keys()
     for id_, vector in found.items():
         np.testing.assert_allclose(vector, expected[id_], atol=2e-3)
-    again = list(embed_on_ray(all_sources(places), out, model, {}))
+    again = list(embed_on_ray(plan(all_sources(places), out), out, model, {}))
     assert again == [EmbedSummary(out.place, skipped=1)] * 7
 
 
@@ -90,7 +92,7 @@ def test_a_model_that_cannot_be_loaded_is_its_own_error(tmp_path: Path) -> None:
     write_images(tmp_path / "photos", ["a"])
     out = EmbeddingFolder(str(tmp_path / "out"))
     with pytest.raises(CocoaError, match="there is no such model folder"):
-        list(embed_on_ray(all_sources([tmp_path / "photos"]), out, tmp_path / "nowhere", {}, actors=1))
+        list(embed_on_ray(plan(all_sources([tmp_path / "photos"]), out), out, tmp_path / "nowhere", {}, actors=1))
     assert not ray.is_initialized()
 
 
@@ -98,4 +100,4 @@ def test_a_cluster_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
     write_images(tmp_path / "photos", ["a"])
     out = EmbeddingFolder(str(tmp_path / "out"))
     with pytest.raises(CocoaError, match="there is no Ray cluster at auto"):
-        list(embed_on_ray(all_sources([tmp_path / "photos"]), out, "model", {}, address="auto"))
+        list(embed_on_ray(plan(all_sources([tmp_path / "photos"]), out), out, "model", {}, address="auto"))

@@ -21,7 +21,7 @@ from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError, ImageError
 from cocoa_embed.integrations.qdrant import QdrantIndexer
 from cocoa_embed.integrations.qdrant.shards import embed as embed_module
-from cocoa_embed.integrations.qdrant.shards.embed import EmbedSummary, embed, parts_of, total
+from cocoa_embed.integrations.qdrant.shards.embed import EmbedSummary, embed, parts_of, plan, total
 from cocoa_embed.integrations.qdrant.shards.files import EmbeddingFolder
 from cocoa_embed.integrations.qdrant.shards.load import load
 from cocoa_embed.integrations.qdrant.stores import open_store
@@ -46,7 +46,8 @@ class Job:
 
     def embed(self, model: FakeModel | None = None, **options: Any) -> EmbedSummary:
         sources = all_sources(self.places, SourceOptions())
-        return total(embed(sources, self.out, Encoder(model or self.model), **options), self.out.place, lambda: 1.0)
+        done = embed(plan(sources, self.out, **options), self.out, Encoder(model or self.model))
+        return total(done, self.out.place, lambda: 1.0)
 
     def load(self, **location: Any) -> tuple[int, int]:
         store = open_store(collection="images", **location or {"client": self.client})

@@ -29,7 +29,7 @@ def web(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_address_is_an_image() -> None:
     address = "https://photos.test/a/1"
     found = read(address, **HOSTS)
-    assert found.contents == {"photos.test/a/1": png(1)}
+    assert found.contents == {"1": png(1)}
     assert found.versions == {address: ""}
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, groupby, islice
+from typing import NamedTuple
 
 from cocoa_embed.encode.devices import DeviceEncoder
 from cocoa_embed.encode.encoder import Encoder
@@ -16,32 +18,21 @@ from cocoa_embed.errors import ImageError
 from cocoa_embed.integrations.qdrant.indexing.embed_records import NewPoint, points_of
 from cocoa_embed.integrations.qdrant.shards.files import FAILED_SUFFIX, SUFFIX, EmbeddingFolder
 from cocoa_embed.integrations.qdrant.stores.base import Point, Signature
-from cocoa_embed.sources.base import Record, Shard, Source
+from cocoa_embed.sources.base import Record, Source
 
 PART_RECORDS = 2048
 """Images of a part that is no shard, on average; at most four times as many."""
 
 
-@dataclass(frozen=True)
-class Part:
-    """What becomes one file: a shard, or files that are neighbours."""
+class Part(NamedTuple):
+    """What becomes one file: a shard, or records that are neighbours."""
 
     name: str
     """A digest of the keys and versions of what it holds: the name of its file."""
-    shards: Sequence[Shard]
-
-
-@dataclass(frozen=True)
-class SomeRecords:
-    """Records as a shard."""
-
     key: str
-    kept: Sequence[Record]
-    version: str = ""
-
-    def records(self) -> Iterator[Record]:
-        """Yield the records."""
-        return iter(self.kept)
+    """Of the shard, or of the first record."""
+    records: Callable[[], Iterator[Record]]
+    """Yields the records, as those of a shard."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +61,12 @@ def parts_of(sources: Iterable[Source]) -> Iterator[Part]:
     shards = chain.from_iterable(source.shards() for source in sources)
     for is_versioned, together in groupby(shards, key=lambda shard: bool(shard.version)):
         if is_versioned:
-            yield from (Part(digest([shard.key, shard.version]), [shard]) for shard in together)
+            yield from (Part(digest([shard.key, shard.version]), shard.key, shard.records) for shard in together)
         else:
             records = chain.from_iterable(shard.records() for shard in together)
             while group := list(take_group(records)):
                 versions = (f"{record.key} {record.mtime} {record.size}" for record in group)
-                yield Part(digest(versions), [SomeRecords(group[0].key, group)])
+                yield Part(digest(versions), group[0].key, partial(iter, group))
 
 
 def take_group(records: Iterator[Record]) -> Iterator[Record]:
@@ -94,17 +85,23 @@ def digest(texts: Iterable[str]) -> str:
     return hashed.hexdigest()
 
 
-def share(parts: Iterable[Part], number: int, count: int) -> Iterator[Part]:
-    """Yield the parts of one of several machines that embed the same sources.
+def plan(
+    sources: Iterable[Source], folder: EmbeddingFolder, *, number: int = 1, count: int = 1, retry_failed: bool = False
+) -> Iterator[Part | EmbedSummary]:
+    """Yield the parts that a folder lacks, and the summaries of those that it has.
 
-    :param number: From 1 to ``count``.
+    :param number: Of this machine, from 1 to ``count``, of those that embed the same sources, each every ``count``-th.
+    :param retry_failed: Whether it lacks parts of which some images could not be used.
+    :raises CocoaError: If the folder or a source cannot be listed.
     """
-    return islice(parts, number - 1, None, count)
-
-
-def is_done(part: Part, names: set[str], *, retry_failed: bool) -> bool:
-    """Return whether a part's file is among the names of those that are complete."""
-    return part.name + SUFFIX in names or (part.name + FAILED_SUFFIX in names and not retry_failed)
+    names = folder.names()
+    for part in islice(parts_of(sources), number - 1, None, count):
+        if part.name + SUFFIX in names:
+            yield EmbedSummary(folder.place, skipped=1)
+        elif part.name + FAILED_SUFFIX in names and not retry_failed:
+            yield EmbedSummary(folder.place, skipped=1, failed=folder.failed(part.name + FAILED_SUFFIX))
+        else:
+            yield part
 
 
 def sign(folder: EmbeddingFolder, encoder: Encoder) -> None:
@@ -124,11 +121,10 @@ def embed_part(part: Part, folder: EmbeddingFolder, encoder: Encoder, *, batch_s
     failed: list[dict[str, str]] = []
 
     def records() -> Iterator[Record]:
-        for shard in part.shards:
-            try:
-                yield from shard.records()
-            except ImageError as error:
-                failed.append({"path": shard.key, "reason": error.reason})
+        try:
+            yield from part.records()
+        except ImageError as error:
+            failed.append({"path": part.key, "reason": error.reason})
 
     def points() -> Iterator[Point]:
         for outcome in points_of(records(), encoder, batch_size=batch_size):
@@ -143,47 +139,28 @@ def embed_part(part: Part, folder: EmbeddingFolder, encoder: Encoder, *, batch_s
 
 
 def embed(
-    sources: Iterable[Source],
-    folder: EmbeddingFolder,
-    encoder: Encoder,
-    *,
-    number: int = 1,
-    count: int = 1,
-    batch_size: int = 32,
-    retry_failed: bool = False,
+    planned: Iterable[Part | EmbedSummary], folder: EmbeddingFolder, encoder: Encoder, *, batch_size: int = 32
 ) -> Iterator[EmbedSummary]:
-    """Embed what the folder lacks of the sources; yield what became of each part.
+    """Embed what a ``plan`` has; yield what became of each part.
 
-    :param number: Of this machine, from 1 to ``count``, of those that embed the same sources.
-    :param retry_failed: Whether to embed parts again of which some images could not be used.
     :raises CocoaError: If the folder has embeddings of another model, or cannot be written.
     """
     sign(folder, encoder)
-    names = folder.names()
 
-    def finish(part: Part) -> EmbedSummary:
-        if is_done(part, names, retry_failed=retry_failed):
-            return skipped(part, folder, names)
-        return embed_part(part, folder, encoder, batch_size=batch_size)
+    def finish(each: Part | EmbedSummary) -> EmbedSummary:
+        return each if isinstance(each, EmbedSummary) else embed_part(each, folder, encoder, batch_size=batch_size)
 
-    parts = share(parts_of(sources), number, count)
     if not isinstance(encoder, DeviceEncoder):
-        yield from map(finish, parts)
+        yield from map(finish, planned)
         return
     # Two at once, so that no device waits for the last images of a part.
-    with closing(read_ahead(finish, parts, workers=2, ahead=1)) as finished:
+    with closing(read_ahead(finish, planned, workers=2, ahead=1)) as finished:
         try:
             for _, summary in finished:
                 yield summary.result()
         except BaseException:
             encoder.close()
             raise
-
-
-def skipped(part: Part, folder: EmbeddingFolder, names: set[str]) -> EmbedSummary:
-    """Return the summary of a part that is done, with the images that could not be used."""
-    failed = folder.failed(part.name + FAILED_SUFFIX) if part.name + FAILED_SUFFIX in names else []
-    return EmbedSummary(folder.place, skipped=1, failed=failed)
 
 
 def total(
