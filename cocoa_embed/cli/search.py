@@ -88,7 +88,7 @@ def search(
     is_download = bool(allow_host) and image is not None and image.lower().startswith(WEB)
     *_, picture = check_all(
         lambda: check_storage(collection, storage, exists=True),
-        lambda: model and check_model(model),
+        *([] if model is None else [partial(check_model, model)]),
         lambda: parse_filters(filters or []),
         *([partial(check_page, html)] if html else []),
         lambda: image and not is_download and query_image(image, []),

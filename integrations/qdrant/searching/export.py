@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from cocoa_embed.errors import CocoaError, UsageError, printable, require
 from cocoa_embed.folders import SCRATCH_SUFFIX
@@ -36,7 +36,7 @@ def check_out(out: str) -> None:
         raise CocoaError(f"{printable(out)} cannot be written, its folder does not exist")
 
 
-def write_points(out: str, points: Iterator[StoredPoint], standard_output: IO[str]) -> int:
+def write_points(out: str, points: Iterable[StoredPoint], standard_output: IO[str]) -> int:
     """Write points to a file, or as JSON lines to standard output; return their number.
 
     :raises CocoaError: If the file cannot be written.
@@ -54,46 +54,36 @@ def write_points(out: str, points: Iterator[StoredPoint], standard_output: IO[st
     return count
 
 
-def write_json_lines(file: Path | AbstractContextManager[IO[str]], points: Iterator[StoredPoint]) -> int:
+def rows(points: Iterable[StoredPoint]) -> Iterator[dict[str, Any]]:
+    """Yield id, payload and, where it was read, vector of points."""
+    for id_, payload, vector in points:
+        yield {"id": id_, "payload": plain_payload(payload)} | ({} if vector is None else {"vector": vector.tolist()})
+
+
+def write_json_lines(file: Path | AbstractContextManager[IO[str]], points: Iterable[StoredPoint]) -> int:
     """Write a JSON object a line, in ASCII: ``id``, ``payload`` and, where it was read, ``vector``."""
     count = 0
     with file.open("w", encoding="ascii") if isinstance(file, Path) else file as lines:
-        for id_, payload, vector in points:
-            count += 1
-            row = {"id": id_, "payload": plain_payload(payload)}
-            if vector is not None:
-                row["vector"] = vector.tolist()
+        for count, row in enumerate(rows(points), 1):  # noqa: B007 - the last is returned
             lines.write(f"{json.dumps(row)}\n")
     return count
 
 
-def write_parquet(out: Path, points: Iterator[StoredPoint]) -> int:
-    """Write the columns ``id``, ``payload`` as JSON and, where it was read, ``vector`` (float32)."""
+def write_parquet(out: Path, points: Iterable[StoredPoint]) -> int:
+    """Write the columns ``id``, ``payload`` as JSON, and ``vector``, null where it was not read."""
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
-    count, writer = 0, None
-    with out.open("wb") as file:
-        for rows in iter(lambda: list(islice(points, ROWS_AT_ONCE)), []):
-            columns = {
-                "id": pa.array([point.id for point in rows], pa.string()),
-                "payload": pa.array([json.dumps(plain_payload(point.payload), ensure_ascii=False) for point in rows]),
-            }
-            if rows[0].vector is not None:
-                vectors = [point.vector.tolist() for point in rows if point.vector is not None]
-                columns["vector"] = pa.array(vectors, pa.list_(pa.float32(), len(vectors[0])))
-            table = pa.table(columns)
-            writer = writer or parquet.ParquetWriter(file, table.schema)
-            writer.write_table(table)
-            count += len(rows)
-        if writer is None:
-            parquet.write_table(pa.table({"id": pa.array([], pa.string()), "payload": pa.array([], pa.string())}), file)
-        else:
-            writer.close()
+    schema = pa.schema([("id", pa.string()), ("payload", pa.string()), ("vector", pa.list_(pa.float32()))])
+    count, listed = 0, ({**row, "payload": json.dumps(row["payload"], ensure_ascii=False)} for row in rows(points))
+    with out.open("wb") as file, parquet.ParquetWriter(file, schema) as writer:
+        for batch in iter(lambda: list(islice(listed, ROWS_AT_ONCE)), []):
+            writer.write_table(pa.Table.from_pylist(batch, schema=schema))
+            count += len(batch)
     return count
 
 
-WRITERS: dict[str, Callable[[Path, Iterator[StoredPoint]], int]] = {
+WRITERS: dict[str, Callable[[Path, Iterable[StoredPoint]], int]] = {
     ".jsonl": write_json_lines,
     ".parquet": write_parquet,
 }

@@ -13,10 +13,12 @@ from cocoa_embed.integrations.qdrant.searching.conditions import (
     OWN_FIELDS,
     And,
     AnyPlace,
-    Condition,
     Exists,
+    HasWords,
     Not,
+    OneOf,
     Or,
+    Range,
     field_paths,
 )
 from cocoa_embed.integrations.qdrant.stores import base
@@ -72,8 +74,8 @@ def required_places(condition: Any) -> Iterator[list[str]]:  # noqa: ANN401
             yield from alternatives[0] if all(each == alternatives[0] for each in alternatives) else ()
         case Not():
             return
-        case _ if isinstance(condition, Condition):
-            yield [condition.path]
+        case OneOf(path=path) | Range(path=path) | HasWords(path=path) | Exists(path=path):
+            yield [path]
 
 
 def store_has(store: Store, path: str) -> bool:
@@ -94,43 +96,29 @@ def sampled_keys(store: Store) -> set[str]:
 def create_index(store: Store, key: str, kind: str | None = None) -> tuple[str, str]:
     """Create the index that filters on a key need; return the path of its field, and its type.
 
-    :raises UsageError: If the type is unknown, or not given and cannot be inferred.
-    """
-    field, found = index_for(store, key, kind)
-    store.create_payload_index(field, found)
-    return field, found
-
-
-def index_for(store: Store, key: str, kind: str | None) -> tuple[str, str]:
-    """Return the path of the field that a key names, and the type of index that its values need.
-
     :param kind: The type; None infers it from a sample of points: texts get ``keyword``, whole values.
     :raises UsageError: If ``kind`` is no type, or is not given and the values in the sample have no one type.
     """
-    paths = field_paths(key)
+    paths = [key] if key in NODE_KEYS else field_paths(key)
     if kind not in (None, *INDEX_KINDS):
         raise UsageError(f"{kind!r} is no type of index; give {', '.join(INDEX_KINDS)}")
-    if key in NODE_KEYS:
-        return key, kind or base.KEYWORD
     payloads = [point.payload for point in store.points(limit=SAMPLE)]
-    found = {
-        path: kinds for path in paths if (kinds := {type(value) for each in payloads for value in values(each, path)})
-    }
-    if not found:
-        if kind is not None:
-            return paths[-1], kind
+    types = {path: {type(value) for payload in payloads for value in values(payload, path)} for path in paths}
+    field = next(filter(types.get, paths), paths[-1])
+    found = {float} if types[field] == {int, float} else types[field]
+    if kind is None and key in NODE_KEYS:
+        kind = base.KEYWORD
+    elif kind is None and not found:
         raise UsageError(
             f"none of {len(payloads)} images in {store.name} has the key {key!r}, so its type is not known; index such"
             " images first, or give the type"
         )
-    path, types = next(iter(found.items()))
-    if kind is None:
-        types = {float} if types == {int, float} else types
-        kind = KINDS.get(next(iter(types))) if len(types) == 1 else None
-    if kind is None:
-        names = ", ".join(sorted(each.__name__ for each in types))
+    elif kind is None and (len(found) > 1 or not found <= KINDS.keys()):
+        names = ", ".join(sorted(each.__name__ for each in found))
         raise UsageError(f"{key} has values of the types {names}; give the type of index")
-    return path, kind
+    kind = kind or KINDS[next(iter(found))]
+    store.create_payload_index(field, kind)
+    return field, kind
 
 
 def values(payload: Payload, path: str) -> Iterator[Any]:

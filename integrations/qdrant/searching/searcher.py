@@ -157,23 +157,13 @@ class Searcher(ABC):
         examples = self._find_examples(queries)
         flat = list(chain.from_iterable(inputs))
         embedded = iter(self._embed_queries(flat) if flat else ())
-        vectors = [
-            [combine(next(embedded), used) for _ in each] or [combine(None, used)]
-            for each, used in zip(inputs, examples, strict=True)
-        ]
+        plain = Query(np.empty(0), options.limit, options.offset, options.score_threshold, None, options.diversity)
         searches = [
             [
-                Query(
-                    vector,
-                    options.limit,
-                    options.offset,
-                    options.score_threshold,
-                    without(filter_, used),
-                    options.diversity,
-                )
-                for vector in each
+                plain._replace(vector=combine(next(embedded) if each else None, used), filter=without(filter_, used))
+                for _ in each or (None,)
             ]
-            for each, used in zip(vectors, examples, strict=True)
+            for each, used in zip(inputs, examples, strict=True)
         ]
         if options.any_orientation or options.group_by is not None:
             hits = [self._merged(each, options) for each in searches]

@@ -57,6 +57,12 @@ class ClientStore(Store):
         self._info: models.CollectionInfo
         """What ``signature`` has read of the collection."""
 
+    def collections(self) -> list[str]:
+        """Return the names of all collections in this place."""
+        if not self._exists():
+            return []
+        return sorted(each.name for each in self._call(lambda client: client.get_collections()).collections)
+
     def signature(self) -> Signature | None:
         """Return the signature of the collection, or None if there is no such collection."""
         if not self._exists() or not self._call(lambda client: client.collection_exists(self.collection)):
@@ -87,12 +93,6 @@ class ClientStore(Store):
             if self.signature() != signature:
                 raise
         self._dimension = signature.dimension
-
-    def collections(self) -> list[str]:
-        """Return the names of all collections in this place."""
-        if not self._exists():
-            return []
-        return sorted(each.name for each in self._call(lambda client: client.get_collections()).collections)
 
     def count(self, where: Where | None = None) -> int:
         """Return the number of points."""

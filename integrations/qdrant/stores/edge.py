@@ -70,6 +70,16 @@ class EdgeStore(Store):
         self._shard_folder = folder / collection
         self._last_flush = 0.0
 
+    def collections(self) -> list[str]:
+        """Return the names of all collections in this place."""
+        return sorted(file.parent.name for file in self._folder.glob(f"*/{CONFIG_FILE}") if file.parent.name != SCRATCH)
+
+    def create_payload_index(self, field: str, kind: str) -> None:
+        """Create an index for filters on a field, unless there is one."""
+        operation = edge.UpdateOperation.create_field_index(field, payload_schema(kind))
+        if field not in self._call(lambda shard: shard.info()).payload_schema:
+            self._update(operation, 0)
+
     def signature(self) -> Signature | None:
         """Return the signature of the collection, or None if there is no such collection."""
         with self._readable_errors():
@@ -99,16 +109,6 @@ class EdgeStore(Store):
                     self._build(self._folder / SCRATCH, signature)
                     os.replace(self._folder / SCRATCH, self._shard_folder)
         self._dimension = signature.dimension
-
-    def collections(self) -> list[str]:
-        """Return the names of all collections in this place."""
-        return sorted(file.parent.name for file in self._folder.glob(f"*/{CONFIG_FILE}") if file.parent.name != SCRATCH)
-
-    def create_payload_index(self, field: str, kind: str) -> None:
-        """Create an index for filters on a field, unless there is one."""
-        operation = edge.UpdateOperation.create_field_index(field, payload_schema(kind))
-        if field not in self._call(lambda shard: shard.info()).payload_schema:
-            self._update(operation, 0)
 
     def count(self, where: Where | None = None) -> int:
         """Return the number of points."""

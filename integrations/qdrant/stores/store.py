@@ -103,43 +103,6 @@ class Store(ABC):
         """Return the payloads, by id, of the points that have one of these among their ``paths``."""
         return dict(self.scan(None, Where("paths", paths))) if paths else {}
 
-    def points(
-        self, query_filter: models.Filter | None = None, *, limit: int | None = None, with_vectors: bool = False
-    ) -> Iterator[StoredPoint]:
-        """Yield the points that a filter lets through, in no order that means anything.
-
-        :param limit: The maximum number of points; None for all.
-        :param with_vectors: Whether to read their vectors too.
-        """
-        return islice(
-            self._points(query_filter, min(limit or self.scroll_limit, self.scroll_limit), with_vectors), limit
-        )
-
-    def _points(self, query_filter: models.Filter | None, page: int, with_vectors: bool) -> Iterator[StoredPoint]:
-        offset = None
-        while True:
-            records, offset = self._page(query_filter, page, offset, with_vectors)
-            for record in records:
-                vector = np.asarray(record.vector, dtype=np.float32) if with_vectors else None
-                yield StoredPoint(str(record.id), record.payload or {}, vector)
-            if offset is None:
-                return
-
-    @abstractmethod
-    def collections(self) -> list[str]:
-        """Return the names of all collections in this place."""
-
-    def payload_indexes(self) -> Mapping[str, str] | None:
-        """Return the types of the payload indexes by field, if only those can be in a filter; None if any field can."""
-        return None
-
-    def create_payload_index(self, field: str, kind: str) -> None:  # noqa: B027 - a local store has none
-        """Create an index for filters on a field, unless there is one.
-
-        :param field: The path of the field in Qdrant's notation.
-        :param kind: The type of the field, such as ``KEYWORD``.
-        """
-
     @abstractmethod
     def count(self, where: Where | None = None) -> int:
         """Return the number of points.
@@ -187,6 +150,43 @@ class Store(ABC):
     def _hit(point: Any) -> Hit:  # noqa: ANN401
         payload = point.payload or {}
         return Hit(str(point.id), float(point.score), base.image_path(payload), payload)
+
+    def points(
+        self, query_filter: models.Filter | None = None, *, limit: int | None = None, with_vectors: bool = False
+    ) -> Iterator[StoredPoint]:
+        """Yield the points that a filter lets through, in no order that means anything.
+
+        :param limit: The maximum number of points; None for all.
+        :param with_vectors: Whether to read their vectors too.
+        """
+        return islice(
+            self._points(query_filter, min(limit or self.scroll_limit, self.scroll_limit), with_vectors), limit
+        )
+
+    def _points(self, query_filter: models.Filter | None, page: int, with_vectors: bool) -> Iterator[StoredPoint]:
+        offset = None
+        while True:
+            records, offset = self._page(query_filter, page, offset, with_vectors)
+            for record in records:
+                vector = np.asarray(record.vector, dtype=np.float32) if with_vectors else None
+                yield StoredPoint(str(record.id), record.payload or {}, vector)
+            if offset is None:
+                return
+
+    @abstractmethod
+    def collections(self) -> list[str]:
+        """Return the names of all collections in this place."""
+
+    def payload_indexes(self) -> Mapping[str, str] | None:
+        """Return the types of the payload indexes by field, if only those can be in a filter; None if any field can."""
+        return None
+
+    def create_payload_index(self, field: str, kind: str) -> None:  # noqa: B027 - a local store has none
+        """Create an index for filters on a field, unless there is one.
+
+        :param field: The path of the field in Qdrant's notation.
+        :param kind: The type of the field, such as ``KEYWORD``.
+        """
 
     def finish(self) -> None:  # noqa: B027 - most backends have nothing to do
         """Do the work that follows many writes: Qdrant Edge builds its search index."""

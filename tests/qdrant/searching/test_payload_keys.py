@@ -36,7 +36,7 @@ def found(points: QdrantIndexer, *filters: object) -> list[int]:
 
 
 class TestUnknownKeys:
-    @pytest.fixture(params=["client", "path", "url", "edge"])
+    @pytest.fixture(params=["url", "edge"])
     def backend(self, request: pytest.FixtureRequest) -> str:
         return request.param
 

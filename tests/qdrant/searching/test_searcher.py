@@ -122,6 +122,7 @@ class TestMany:
 
 
 class TestNumbers:
+    @pytest.mark.parametrize("backend", ["client"], indirect=True)
     @pytest.mark.parametrize(
         ("options", "words"),
         [
