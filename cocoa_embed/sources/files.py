@@ -136,7 +136,9 @@ def file_sources(
 
 def is_image_file(path: Path) -> bool:
     """Return whether a path is a file and no list, or was an image by its name."""
-    return (os.path.isfile(path) and not is_file_list(path)) or (path.suffix.lower() in IMAGE_SUFFIXES and is_literal(path))
+    return (os.path.isfile(path) and not is_file_list(path)) or (
+        path.suffix.lower() in IMAGE_SUFFIXES and is_literal(path)
+    )
 
 
 def require_images(paths: Sequence[str | Path]) -> None:
