@@ -14,10 +14,10 @@ from cocoa_embed.integrations.qdrant import QdrantIndexer
 def main(model: str, folder: str, text: str) -> None:
     with QdrantIndexer(model, path="cocoa-index") as indexer:
         summary = indexer.index(folder)
-        # Files with the same content are one point: the first is indexed, its copies are unchanged.
+        # Files with the same content are one point: the first is new, its copies update the point.
         print(
             f"{summary.indexed} new, {summary.replaced} replaced, {summary.updated} updated,"
-            f" {summary.unchanged} unchanged or copies, {len(summary.failed)} failed"
+            f" {summary.unchanged} unchanged, {len(summary.failed)} failed"
         )
         for failure in summary.failed:
             print(f"  {failure['path']}: {failure['reason']}")

@@ -26,7 +26,7 @@ def main(model: str, folder: str, text: str) -> None:
     embedding = CocoaEmbedding(model)
     client = QdrantClient(":memory:")
     indexer = QdrantIndexer(embedding.encoder, client=client)
-    for failure in indexer.index(folder).failed:
+    for failure in indexer.index(folder, llama_index=True).failed:
         print(f"not indexed: {failure['path']}: {failure['reason']}")
 
     retriever = CocoaRetriever(indexer, similarity_top_k=3)

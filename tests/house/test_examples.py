@@ -39,7 +39,7 @@ def example(name: str) -> ModuleType:
 def test_every_copy_of_an_image_counts_as_found(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     example("index_and_search").main(FakeModel(), str(folder), "red")
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "3 new, 0 replaced, 0 updated, 2 unchanged or copies, 1 failed"
+    assert lines[0] == "3 new, 0 replaced, 2 updated, 0 unchanged, 1 failed"
     best = lines[lines.index("nearest to 'red':") + 1]
     assert best.endswith(f"{folder / 'a.png'}  (and 2 more with this content)")
 
