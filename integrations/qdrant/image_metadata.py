@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cocoa_embed.errors import UsageError, printable
 from cocoa_embed.images.find_files import LIST_SUFFIX, find_images, read_file_list, search_folder
-from cocoa_embed.images.passed_over import PassedOver, in_system_folder
+from cocoa_embed.images.passed_over import PassedOver, is_searched
 from cocoa_embed.integrations.qdrant.points import ImageFile, storable
 from cocoa_embed.sources.image_metadata import ImageMetadata
 
@@ -90,11 +90,6 @@ def outermost(paths: Iterable[str | Path]) -> list[Path]:
     return [
         path for path in named if not any(is_searched(folder, path) for folder in folders.intersection(path.parents))
     ]
-
-
-def is_searched(folder: Path, path: Path) -> bool:
-    """Return whether the search of a folder comes by a path below it: through no system folder."""
-    return not in_system_folder(str(path.relative_to(folder) / "_"))
 
 
 def places_covered(path: Path) -> list[Path]:
