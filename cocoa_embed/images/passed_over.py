@@ -6,7 +6,7 @@ import stat
 from collections import Counter
 from collections.abc import Collection, Sequence
 from itertools import pairwise
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from unicodedata import normalize
 
 from pathspec import GitIgnoreSpec
@@ -58,6 +58,11 @@ def in_system_folder(path: str) -> bool:
     """Return whether a relative path, as in an archive, leads through a system folder."""
     folders = ("", *PurePosixPath(path).parts[:-1])
     return any(is_system_folder(name, parent) for parent, name in pairwise(folders))
+
+
+def is_searched(folder: Path, path: Path) -> bool:
+    """Return whether the search of a folder comes by a path below it: through no system folder."""
+    return not in_system_folder(str(path.relative_to(folder) / "_"))
 
 
 def may_be_companion(name: str) -> bool:

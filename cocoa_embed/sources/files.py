@@ -21,7 +21,7 @@ from cocoa_embed.images.find_files import (
     search_folder,
 )
 from cocoa_embed.images.load import read_stable_file
-from cocoa_embed.images.passed_over import PassedOver, in_system_folder
+from cocoa_embed.images.passed_over import PassedOver, is_searched
 from cocoa_embed.sources.base import Record, storable
 from cocoa_embed.sources.image_metadata import ImageMetadata
 
@@ -147,11 +147,6 @@ def is_image_file(path: Path) -> bool:
     return (os.path.isfile(path) and not is_file_list(path)) or (
         path.suffix.lower() in IMAGE_SUFFIXES and is_literal(path)
     )
-
-
-def is_searched(folder: Path, path: Path) -> bool:
-    """Return whether the search of a folder comes by a path below it: through no system folder."""
-    return not in_system_folder(str(path.relative_to(folder) / "_"))
 
 
 def require_images(paths: Sequence[str | Path], exclude: Sequence[str] = ()) -> None:

@@ -164,3 +164,10 @@ def test_a_file_that_becomes_a_pipe_or_vanishes_before_it_is_opened_is_refused(
 def test_a_web_address_is_refused_without_a_fetcher_and_shown_without_secrets() -> None:
     with pytest.raises(ImageError, match=r"^https://example\.com/a\.jpg\?\.\.\.: is a web address; .*Fetcher"):
         load_image("https://me:secret@example.com/a.jpg?key=secret")
+
+
+def test_a_missing_file_that_several_are_spelled_like_is_told_so(tmp_path: Path) -> None:
+    for name in ("\u00c5\u0301.png", "A\u030a\u0301.png"):  # Ǻ
+        (tmp_path / name).touch()
+    with pytest.raises(ImageError, match=r"does not exist; .* differ from it and .* rename all but one$"):
+        load_image(tmp_path / "\u01fa.png")

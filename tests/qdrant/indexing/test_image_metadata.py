@@ -6,9 +6,13 @@ from typing import Any
 import pytest
 from table_files import write_images, write_table
 
+<<<<<<< HEAD:tests/qdrant/indexing/test_image_metadata.py
 from cocoa_embed.sources.base import Record
 from cocoa_embed.sources.files import file_sources, is_deleted
 from cocoa_embed.sources.image_metadata import ImageMetadata
+=======
+from cocoa_embed.integrations.qdrant.image_metadata import ImageFiles, is_deleted
+>>>>>>> h-pictures:tests/qdrant/test_image_metadata.py
 
 
 class ImageFiles:
@@ -51,38 +55,8 @@ def test_two_metadata_files_in_a_folder_are_reported_and_neither_is_read(tmp_pat
     assert "has metadata.jsonl and metadata.csv; keep one" in files.unlisted[0]["reason"]
 
 
-def test_text_files_describe_images_that_no_row_gives_a_text(tmp_path: Path) -> None:
-    write_images(tmp_path, "abcd")
-    write_table(tmp_path / "metadata.jsonl", [{"file_name": "a.png", "text": "a ring"}, {"file_name": "b.png", "n": 1}])
-    for name, text in {"a": "another", "b": "a star", "c": "a cross", "d": "0 0.5 0.5 1 1"}.items():
-        (tmp_path / f"{name}.txt").write_text(text)
-    files = ImageFiles([tmp_path])
-    assert list(files) == [("a ring", {}), ("a star", {"n": 1}), ("a cross", {}), (None, {})]
-    names = [record.metadata_source and Path(record.metadata_source).name for record in files.records]
-    assert names == ["metadata.jsonl", "metadata.jsonl", "c.txt", None]
-    assert not files.unlisted
+<<<<<<< HEAD:tests/qdrant/indexing/test_image_metadata.py
 
-
-def test_a_table_under_another_name_is_mentioned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_images(tmp_path, "a")
-    (tmp_path / "captions.tsv").touch()
-    ImageFiles([tmp_path])
-    assert f"{tmp_path}: 'captions.tsv' is not read: if it describes the images, call it metadata.csv." in caplog.text
-
-
-def test_the_metadata_of_a_folder_are_read_once_and_not_above_the_root(tmp_path: Path) -> None:
-    write_images(tmp_path / "sub", "ab")
-    for folder, text in ((tmp_path, "outside"), (tmp_path / "sub", "inside")):
-        start = "sub/" if folder == tmp_path else ""
-        write_table(folder / "metadata.csv", [{"file_name": f"{start}{name}.png", "text": text} for name in "ab"])
-    assert [caption for caption, _ in ImageFiles([tmp_path / "sub"])] == ["inside", "inside"]
-    assert [caption for caption, _ in ImageFiles([tmp_path])] == ["outside\ninside"] * 2
-    faults: list[str] = []
-    metadata = ImageMetadata(lambda source, reason: faults.append(f"{source}: {reason}"))
-    (tmp_path / "sub" / "a.png").unlink()
-    for _ in range(2):
-        assert metadata.describe(tmp_path / "sub" / "b.png", tmp_path / "sub").metadata == {"text": "inside"}
-    assert [fault.partition(": ")[2] for fault in faults] == [f"names 'a.png', which is not in {tmp_path / 'sub'}"]
 
 
 def test_a_file_exists_under_its_name_and_under_the_spelling_of_a_payload(tmp_path: Path) -> None:

@@ -1,0 +1,60 @@
+from pathlib import Path
+
+import pytest
+from table_files import write_images, write_table
+
+from cocoa_embed.sources.image_metadata import Description, ImageMetadata
+
+
+def described(root: Path, *names: str, faults: list[str] | None = None) -> list[Description]:
+    noted = [] if faults is None else faults
+    metadata = ImageMetadata(lambda source, reason: noted.append(f"{Path(source).name}: {reason}"))
+    found = [metadata.describe(root / name, root) for name in names for _ in range(2)][::2]
+    assert noted == ([] if faults is None else faults)
+    return found
+
+
+def test_text_files_describe_images_that_no_row_gives_a_text(tmp_path: Path) -> None:
+    write_images(tmp_path, "abcd")
+    write_table(tmp_path / "metadata.jsonl", [{"file_name": "a.png", "text": "a ring"}, {"file_name": "b.png", "n": 1}])
+    for name, text in {"a": "another", "b": "a star", "c": "a cross", "d": "0 0.5 0.5 1 1"}.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    found = described(tmp_path, "a.png", "b.png", "c.png", "d.png")
+    expected = [{"text": "a ring"}, {"n": 1, "text": "a star"}, {"text": "a cross"}, {}]
+    assert [each.metadata for each in found] == expected
+    names = [each.source and Path(each.source).name for each in found]
+    assert names == ["metadata.jsonl", "metadata.jsonl", "c.txt", None]
+    assert {each.checked_sources for each in found} == {frozenset({str(tmp_path / "metadata.jsonl")})}
+
+
+def test_all_captions_of_an_image_are_lines_and_the_first_of_other_columns_counts(tmp_path: Path) -> None:
+    write_images(tmp_path / "sub", "ab")
+    rows = [{"image": "sub/a.png", "caption": "one", "n": 1}, {"image": "sub/a.png", "caption": "two", "n": 2}]
+    write_table(tmp_path / "metadata.jsonl", [*rows, {"image": "sub/b.png", "captions": ["three", "four"]}])
+    write_table(tmp_path / "sub" / "metadata.csv", [{"path": "a.png", "text": "five"}])
+    first, second = described(tmp_path, "sub/a.png", "sub/b.png")
+    assert first.metadata == {"text": "one\ntwo\nfive", "n": 1}
+    assert second.metadata == {"text": "three\nfour", "captions": ["three", "four"]}
+    (inside,) = described(tmp_path / "sub", "a.png")
+    assert inside.metadata == {"text": "five"}, "nothing above the root is read"
+
+
+def test_faults_are_told_once_and_the_other_rows_count(tmp_path: Path) -> None:
+    write_images(tmp_path, "ab")
+    write_table(tmp_path / "metadata.csv", [{"path": "gone.png", "text": "x"}, {"path": "a.png", "text": "a ring"}])
+    (tmp_path / "b.txt").write_bytes(b"Fu\xdf")
+    faults: list[str] = []
+    first, second = described(tmp_path, "a.png", "b.png", faults=faults)
+    assert (first.metadata, second.metadata, first.checked_sources) == ({"text": "a ring"}, {}, frozenset())
+    assert [fault.partition(":")[0] for fault in faults] == ["metadata.csv, row 1", "b.txt"]
+
+
+def test_a_table_under_another_name_is_mentioned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_images(tmp_path, "a")
+    (tmp_path / "captions.tsv").touch()
+    described(tmp_path, "a.png")
+    assert f"{tmp_path}: 'captions.tsv' is not read: if it describes the images, call it metadata.csv." in caplog.text
+
+
+def test_a_folder_that_is_gone_describes_nothing(tmp_path: Path) -> None:
+    assert described(tmp_path, "gone/a.png") == [({}, None, frozenset())]
