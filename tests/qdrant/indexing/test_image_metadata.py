@@ -1,26 +1,24 @@
 import datetime
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from table_files import write_images, write_table
 
-<<<<<<< HEAD:tests/qdrant/indexing/test_image_metadata.py
+from cocoa_embed.images.passed_over import PassedOver
 from cocoa_embed.sources.base import Record
 from cocoa_embed.sources.files import file_sources, is_deleted
-from cocoa_embed.sources.image_metadata import ImageMetadata
-=======
-from cocoa_embed.integrations.qdrant.image_metadata import ImageFiles, is_deleted
->>>>>>> h-pictures:tests/qdrant/test_image_metadata.py
 
 
 class ImageFiles:
     """The records of a folder, and the faults that were found."""
 
-    def __init__(self, paths: list[Path]) -> None:
+    def __init__(self, paths: list[Path], exclude: Sequence[str] = ()) -> None:
         self.unlisted: list[dict[str, str]] = []
-        sources = file_sources(paths, lambda path, reason: self.unlisted.append({"path": str(path), "reason": reason}))
+        self.passed_over = PassedOver(exclude)
+        note = lambda path, reason: self.unlisted.append({"path": str(path), "reason": reason})  # noqa: E731
+        sources = file_sources(paths, note, self.passed_over)
         self.records = [record for source in sources for shard in source.shards() for record in shard.records()]
 
     def __iter__(self) -> Iterator[tuple[str | None, dict[str, Any]]]:
@@ -55,10 +53,6 @@ def test_two_metadata_files_in_a_folder_are_reported_and_neither_is_read(tmp_pat
     assert "has metadata.jsonl and metadata.csv; keep one" in files.unlisted[0]["reason"]
 
 
-<<<<<<< HEAD:tests/qdrant/indexing/test_image_metadata.py
-
-
-
 def test_a_file_exists_under_its_name_and_under_the_spelling_of_a_payload(tmp_path: Path) -> None:
     for name in (r"\udc80.png", "\udc81.png"):
         (tmp_path / name).touch()
@@ -70,5 +64,5 @@ def test_a_system_folder_that_is_named_beside_the_folder_around_it_is_searched(t
     for folder in (tmp_path, tmp_path / ".thumbnails", tmp_path / "sub"):
         write_images(folder, "a")
     named = [tmp_path, tmp_path / ".thumbnails" / "a.png", tmp_path / "sub"]
-    assert [file.relative_path for file in ImageFiles(named)] == ["a.png", "sub/a.png", "a.png"]
-    assert ImageFiles([tmp_path], exclude=["sub/"]).passed_over.counts == {"system folder": 1, "excluded": 1}
+    assert sorted(record.relative_key for record in ImageFiles(named).records) == ["a.png", "a.png", "sub/a.png"]
+    assert ImageFiles([tmp_path], ["sub/"]).passed_over.counts == {"system folder": 1, "excluded": 1}
