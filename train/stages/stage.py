@@ -133,6 +133,10 @@ class Stage(ABC, Generic[Own]):
     def sequences(self, example: Example, processor: ProcessorMixin, config: PreTrainedConfig) -> list[Batch]:
         """Return the sequences that a step makes of one row, each as its own batch."""
 
+    def alike(self, row: Row) -> list[Row]:
+        """Return for each sequence of a row a row of which all sequences are like it."""
+        return [row]
+
     def extra_module(self, model: PreTrainedModel) -> nn.Module | None:
         """Return a module that is trained beside the backbone and not saved with it."""
         return None
