@@ -99,7 +99,7 @@ def step(
     alike, card = stage.alike(row), CARDS[where.card]
     meter = StageMeter(stage, *backbone, alike, card)
     at_once, on_device = stage.sequences_at_once(where.devices), stage.settings.batch_size // where.devices
-    mini_batches = [meter.cost(place, at_once) * (1 / len(stage.alike(each))) for place, each in enumerate(alike)]
+    mini_batches = [meter.mini_batch(place, at_once) for place in range(len(alike))]
     seconds = sum(each.seconds for each in mini_batches) * on_device / at_once + meter.optimizer_seconds
     flops = sum(each.flops for each in mini_batches) * on_device / at_once
     settings, parameters = stage.settings, meter.parameters

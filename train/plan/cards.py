@@ -52,18 +52,3 @@ CARDS = {
     "l40s": Card(362, 91.6, 0.864, 48),
     "rtx4090": Card(165, 82.6, 1.01, 24),
 }
-
-UTILISATION = {"dora": 0.018, "lora": 0.028, "none": 0.18}
-"""The ratio of a card's speed that training reached by kind of adapter, without recomputed activations.
-
-Measured with Qwen2-VL-2B on one H200 (docs/experiments.md, section 10); other cards are assumed to reach the same.
-"""
-
-
-def seconds_on(card: str, flops: float, *, mixed_precision: str, adapter: str) -> float:
-    """Return the seconds that so many FLOPs take on one card.
-
-    :param adapter: A key of ``UTILISATION``.
-    """
-    speed = CARDS[card].bf16_tflops if mixed_precision == "bf16" else CARDS[card].full_tflops
-    return flops / (speed * 1e12 * UTILISATION[adapter])

@@ -33,6 +33,11 @@ FEW_LAYERS = 8
 
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
+FULL = 4
+"""Bytes of float32."""
+
+ADAM_MOMENTS = 2
+
 OPTIMIZER_PASSES = 11
 """Float32 values that a step moves for each trained weight: Adam reads four and writes three, clipping moves four."""
 
@@ -77,7 +82,7 @@ class StageMeter:
 
     :param config: Of the backbone.
     :param processor: Of the backbone.
-    :param rows: What can be measured, each by its place.
+    :param rows: What can be measured, each by its place: rows whose sequences are all alike (``Stage.alike``).
     """
 
     def __init__(
@@ -92,6 +97,7 @@ class StageMeter:
         self._roofline = Roofline(card, fake)
         self._batches: dict[tuple[int, int], dict[str, Any]] = {}
         table = RowTable.of(row for row in rows for _ in range(2))  # a batch needs something to contrast
+        self._sequences = [len(stage.alike(row)) for row in rows]
         stage = _short(stage)
         with _alone(), self._measuring():
             self._variants = [
@@ -112,6 +118,15 @@ class StageMeter:
             contexts.enter_context(as_on_cuda(self._roofline))
             yield
 
+    def mini_batch(self, place: int, sequences: int) -> Cost:
+        """Return the cost of a mini-batch of so many sequences of the row at a place.
+
+        That is all that a step does with them, in the contrastive stage two forward passes and a backward pass.
+        """
+        cost = self.cost(place, sequences)
+        memory = {name: getattr(cost, name) for name in ("forward_bytes", "kept_bytes", "backward_bytes")}
+        return replace(cost * (1 / self._sequences[place]), **memory)
+
     def cost(self, place: int, copies: int) -> Cost:
         """Return the cost of a pass over ``copies`` of the row at a place, whose backward pass adds to gradients."""
         trainers = [each.trainer for each in self._variants]
@@ -121,8 +136,8 @@ class StageMeter:
             self._batches[key] = first.data_collator([first.train_dataset[2 * place]] * copies)  # type: ignore[index]
         costs = [self._pass(trainer, self._batches[key]) for trainer in trainers]
         whole = sum((cost * each.weight for cost, each in zip(costs, self._variants, strict=True)), Cost())
-        # The most memory is in use while the gradients of the last layers are computed, in any depth.
-        return replace(whole, peak_bytes=whole.kept_bytes + max(cost.peak_bytes - cost.kept_bytes for cost in costs))
+        # A backward pass frees as it goes: what it takes beside is one layer's, in any depth.
+        return replace(whole, backward_bytes=max(cost.backward_bytes for cost in costs))
 
     def _pass(self, trainer: CocoaTrainer, batch: dict[str, Any]) -> Cost:
         tensors = {name: self._faked(value) for name, value in batch.items() if name != FACTS}
@@ -139,7 +154,7 @@ class StageMeter:
     @property
     def optimizer_seconds(self) -> float:
         """The seconds of an optimiser step."""
-        return OPTIMIZER_PASSES * 4 * self.parameters.trainable / self._roofline.card.bandwidth
+        return OPTIMIZER_PASSES * FULL * self.parameters.trainable / self._roofline.card.bandwidth
 
 
 def _short(stage: Stage[StageSettings]) -> Stage[StageSettings]:

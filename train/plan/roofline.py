@@ -39,8 +39,9 @@ class Cost:
     :param kernels: Kernels launched.
     :param host_reads: Times that the host waits for a value of the device.
     :param seconds: Each kernel takes the longest of its launch, its bytes and its FLOPs.
-    :param kept_bytes: The memory at the start of the backward pass, above what was there before.
-    :param peak_bytes: The most memory at once, above what was there before.
+    :param forward_bytes: The most memory at once outside of backward passes, above what was there before.
+    :param kept_bytes: The memory at the start of a backward pass, above what was there before.
+    :param backward_bytes: The most memory at once in a backward pass, above ``kept_bytes``.
     """
 
     flops: float = 0.0
@@ -48,8 +49,14 @@ class Cost:
     kernels: float = 0.0
     host_reads: float = 0.0
     seconds: float = 0.0
+    forward_bytes: float = 0.0
     kept_bytes: float = 0.0
-    peak_bytes: float = 0.0
+    backward_bytes: float = 0.0
+
+    @property
+    def peak_bytes(self) -> float:
+        """The most memory at once, above what was there before."""
+        return max(self.forward_bytes, self.kept_bytes + self.backward_bytes)
 
     def _each(self, function: Callable[..., float], *others: "Cost") -> "Cost":
         return Cost(*map(function, astuple(self), *map(astuple, others)))
@@ -73,13 +80,27 @@ class Tally:
     kernels: int = 0
     host_reads: int = 0
     seconds: float = 0.0
+    forward_bytes: int = 0
     kept_bytes: int = 0
-    peak_bytes: int = 0
+    backward_bytes: int = 0
     live_bytes: int = 0
+    peak_bytes: int = 0
     bytes_by_operator: Counter[str] = field(default_factory=Counter)
+
+    def begin_backward(self) -> None:
+        """Note the memory of the forward pass that ends."""
+        self.forward_bytes = max(self.forward_bytes, self.peak_bytes)
+        self.peak_bytes = self.live_bytes
+
+    def end_backward(self, kept: int) -> None:
+        """Note the memory of the backward pass that ends; it began with ``kept`` bytes."""
+        self.kept_bytes = max(self.kept_bytes, kept)
+        self.backward_bytes = max(self.backward_bytes, self.peak_bytes - kept)
+        self.peak_bytes = self.live_bytes
 
     def cost(self) -> Cost:
         """Return the cost so far."""
+        self.begin_backward()
         return Cost(*(getattr(self, each.name) for each in fields(Cost)))
 
 
@@ -113,7 +134,7 @@ class Roofline(TorchDispatchMode):
             return func(*args, **kwargs)
         kind = _kind(func)
         if kind.name in ("_local_scalar_dense", "equal") and any(isinstance(each, FakeTensor) for each in args):
-            self.tally.host_reads += 1
+            self.tally.host_reads += kind.name == "equal"  # the others are counted by name in ``as_on_cuda``
             return kind.name != "equal" and torch.ones((), dtype=args[0].dtype).item()
         if kind.name in ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"):
             self.tally.host_reads += any(each is not None and each.dtype == torch.bool for each in args[1])
@@ -229,12 +250,6 @@ HOST_READS = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__")
 def as_on_cuda(meter: Roofline) -> Iterator[None]:
     """Let functions be one kernel and run in the dtype that they are on CUDA; note host reads and backward passes."""
 
-    def noted(tensor: Tensor) -> None:
-        meter.tally.host_reads += 1
-
-    def kept(tensor: Tensor) -> None:
-        meter.tally.kept_bytes = max(meter.tally.kept_bytes, meter.tally.live_bytes)
-
     with ExitStack() as patches:
         functions = {
             "scaled_dot_product_attention": partial(_attention, meter),
@@ -243,20 +258,34 @@ def as_on_cuda(meter: Roofline) -> Iterator[None]:
         }
         for name, function in functions.items():
             patches.enter_context(patch.object(functional, name, function))
-        for note, names in ((noted, HOST_READS), (kept, ("backward",))):
-            for name in names:
-                patches.enter_context(patch.object(Tensor, name, _preceded(note, getattr(Tensor, name))))
+        for name in HOST_READS:
+            patches.enter_context(patch.object(Tensor, name, _counted(meter, getattr(Tensor, name))))
+        patches.enter_context(patch.object(Tensor, "backward", _watched(meter, Tensor.backward)))
         yield
 
 
-def _preceded(note: Callable[[Tensor], None], method: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a method of tensors that calls ``note`` first."""
+def _counted(meter: Roofline, read: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method of tensors that waits for their values, and is counted."""
 
-    def noting(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        note(tensor)
-        return method(tensor, *args, **kwargs)
+    def counted(tensor: Tensor, *args: Any) -> Any:  # noqa: ANN401
+        before = meter.tally.host_reads
+        value = read(tensor, *args)
+        meter.tally.host_reads = before + 1  # one may call another
+        return value
 
-    return noting
+    return counted
+
+
+def _watched(meter: Roofline, backward: Callable[..., None]) -> Callable[..., None]:
+    """Return ``Tensor.backward`` with its memory noted; one inside another (of a gradient cache) counts for itself."""
+
+    def watched(tensor: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        meter.tally.begin_backward()
+        kept = meter.tally.live_bytes
+        backward(tensor, *args, **kwargs)
+        meter.tally.end_backward(kept)
+
+    return watched
 
 
 def _attention(
