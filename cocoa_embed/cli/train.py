@@ -213,7 +213,7 @@ def stage_facts(stage: StagePlan, card: str | None) -> Iterator[tuple[str, str]]
     if stage.seconds is not None and stage.seconds_per_step is not None:
         yield "time", f"about {duration(stage.seconds)} here, at {stage.seconds_per_step:.3g} s a step"
     if stage.card_seconds is not None:
-        yield "time", f"about {duration(stage.card_seconds)} on one {card}, by the FLOPs and bytes of each kernel"
+        yield "time", f"about {duration(stage.card_seconds)} on one {card}, counted kernel by kernel"
 
 
 def subset_words(subset: SubsetPlan) -> str:

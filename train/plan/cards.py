@@ -5,6 +5,12 @@ from typing import NamedTuple
 LAUNCH_SECONDS = 5e-6
 """The least time of a kernel."""
 
+HOST_SECONDS = 28e-6
+"""The time that the host takes to launch a kernel from Python, where the card does not wait for the one before.
+
+On one H200 three steps of small mini-batches took 27 to 33 microseconds a kernel (docs/experiments.md, section 12).
+"""
+
 MATRIX_SPEED, MEMORY_SPEED = 0.61, 0.78
 """The ratio of the data sheet that large matrix products, and kernels bound by memory, reach."""
 

@@ -211,7 +211,7 @@ def _plan_stage(
     seconds = None
     if card:
         passes = [(place, batch_size * a_row / at_once) for place, (_, a_row) in enumerate(typical, 1)]
-        a_step = sum(count * meter.mini_batch(place, at_once).seconds for place, count in passes)
+        a_step = sum(count * meter.mini_batch(place, at_once).eager_seconds for place, count in passes)
         seconds = (steps - steps_done) * (a_step + meter.optimizer_seconds)
     return StagePlan(
         stage=name,

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from cocoa_embed.train.plan.cards import Card
+from cocoa_embed.train.plan.cards import HOST_SECONDS, Card
 
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh")
 """Operators without a kernel, beside views."""
@@ -52,6 +52,11 @@ class Cost:
     forward_bytes: float = 0.0
     kept_bytes: float = 0.0
     backward_bytes: float = 0.0
+
+    @property
+    def eager_seconds(self) -> float:
+        """The seconds of card or host, whichever takes longer: the host launches kernels while the card runs others."""
+        return max(self.seconds, self.kernels * HOST_SECONDS)
 
     @property
     def peak_bytes(self) -> float:
@@ -249,7 +254,6 @@ HOST_READS = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__")
 @contextmanager
 def as_on_cuda(meter: Roofline) -> Iterator[None]:
     """Let functions be one kernel and run in the dtype that they are on CUDA; note host reads and backward passes."""
-
     with ExitStack() as patches:
         functions = {
             "scaled_dot_product_attention": partial(_attention, meter),
@@ -279,7 +283,7 @@ def _counted(meter: Roofline, read: Callable[..., Any]) -> Callable[..., Any]:
 def _watched(meter: Roofline, backward: Callable[..., None]) -> Callable[..., None]:
     """Return ``Tensor.backward`` with its memory noted; one inside another (of a gradient cache) counts for itself."""
 
-    def watched(tensor: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+    def watched(tensor: Tensor, *args: Any, **kwargs: Any) -> None:
         meter.tally.begin_backward()
         kept = meter.tally.live_bytes
         backward(tensor, *args, **kwargs)

@@ -12,9 +12,9 @@ from stages import alone, trainer_arguments
 from tiny_backbones import LoadTiny, every_family
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
-from cocoa_embed.data.rows import Item, Row
+from cocoa_embed.data.rows import Row
 from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.loop.batch_facts import FACTS
@@ -94,13 +94,14 @@ def test_parameters_are_those_of_the_real_module_tree(
     assert (counted.trainable < counted.total) == (freeze_vision or adapter is not None)
 
 
-def deep_config(backbone: Backbone) -> Any:
+def deep_config(backbone: Backbone) -> PreTrainedConfig:
     """Return a config of more layers than ``FEW_LAYERS``."""
-    config = copy.deepcopy(backbone.model.config)
+    config: Any = copy.deepcopy(backbone.model.config)
     config.get_text_config().num_hidden_layers, config.vision_config.depth = 6, 7
     if getattr(config.get_text_config(), "layer_types", None):
         config.get_text_config().layer_types *= 2
-    return AutoConfig.for_model(**config.to_dict())
+    changed: PreTrainedConfig = AutoConfig.for_model(**config.to_dict())
+    return changed
 
 
 @pytest.mark.parametrize(
