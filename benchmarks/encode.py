@@ -23,7 +23,6 @@ import torch
 import transformers
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modality import infer_modality
-from transformers import Qwen2VLImageProcessor
 
 from cocoa_embed.demo.scenes import write_image_folder
 from cocoa_embed.encode.batches import BatchLimits, ImageCost, plan_batches, token_counter
@@ -33,17 +32,15 @@ from cocoa_embed.encode.processor_lock import ProcessorLock
 from cocoa_embed.images.find_files import find_images
 from cocoa_embed.images.load import load_image
 from cocoa_embed.model.attention import make_bidirectional
-from cocoa_embed.model.backbone import SUPPORTED, Backbone, load_backbone, load_processor
+from cocoa_embed.model.backbone import SUPPORTED, Backbone, load_backbone
 from cocoa_embed.model.export import build_sentence_transformer
 from cocoa_embed.model.loading import load_model
-from cocoa_embed.model.template import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
 from shared.measuring import best_device, machine, seconds_of
-from shared.models import model_config
+from shared.models import MAX_LENGTH, model_config, stand_in_processor
 
 SIZES = {"small": "small", "2b": "qwen2-vl-2b"}
 BACKBONE = "scene-captioner"
 DRAWN_SCENES = 200
-MAX_LENGTH = 32_768
 LEAST_COSINE = 0.99
 """Between the two embeddings of one file; the two ways decode JPEG files with different libraries."""
 
@@ -67,12 +64,8 @@ def parse() -> argparse.Namespace:
 
 def random_backbone(name: str, device: torch.device) -> Backbone:
     """Return a model with random weights whose config has the token ids of the demo's tokenizer."""
-    processor = load_processor(BACKBONE, max_length=MAX_LENGTH)
-    processor.image_processor = Qwen2VLImageProcessor()
     config = model_config(SIZES[name])
-    config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id = (
-        processor.tokenizer.convert_tokens_to_ids([IMAGE_PAD, VIDEO_PAD, VISION_START, VISION_END])
-    )
+    processor = stand_in_processor(config)
     torch.manual_seed(0)
     with device:
         model = SUPPORTED[config.model_type](config)

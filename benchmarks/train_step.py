@@ -34,7 +34,7 @@ from steps.sides import measure, measure_growing
 MIB = 2**20
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="small")
     parser.add_argument("--stage", choices=("warmup", "bridge", "contrastive"), default="warmup")
@@ -46,13 +46,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--adapter", choices=("lora", "dora"), help="train an adapter, not the weights")
     parser.add_argument("--dropout", type=float, default=0.0, help="of the adapter")
+    parser.add_argument("--peft", action="store_true", help="the adapter as PEFT has it, on both sides")
     parser.add_argument("--attention", default="sdpa", help="ours: sdpa or flex_attention")
     parser.add_argument("--lengths", action="store_true", help="ours at 1, 2 and 4 times the rows, of one length")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--side", choices=("ours", "plain"), help="measure one side, and print JSON")
     parser.add_argument("--grow", action="store_true", help="with --side: double the rows while they fit into memory")
+    parser.add_argument("--most-rows", type=int, help="with --grow: the most rows to try")
     parser.add_argument("--same-length", type=int, default=0, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     options.batch_size = options.batch_size or (64 if options.stage == "contrastive" else 8)
     options.image_sides = tuple(options.image_sides or ((2, 4) if options.model == "small" else (8, 16)))
     return options

@@ -9,7 +9,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, ProcessorMixin, Qwen2VLImageProcessor
+
+from cocoa_embed.model.backbone import load_processor
+from cocoa_embed.model.template import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
+
+TOKENIZER = "scene-captioner"
+MAX_LENGTH = 32_768
 
 MODELS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 
@@ -17,3 +23,13 @@ MODELS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_suffix(".json
 def model_config(name: str) -> PreTrainedConfig:
     """Return the config of one of ``MODELS``."""
     return AutoConfig.for_model(**MODELS[name])
+
+
+def stand_in_processor(config: PreTrainedConfig, *, max_length: int = MAX_LENGTH) -> ProcessorMixin:
+    """Return a processor with the demo's tokenizer, whose token ids the config is given."""
+    processor = load_processor(TOKENIZER, max_length=max_length)
+    processor.image_processor = Qwen2VLImageProcessor(patch_size=config.vision_config.patch_size)
+    config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id = (
+        processor.tokenizer.convert_tokens_to_ids([IMAGE_PAD, VIDEO_PAD, VISION_START, VISION_END])
+    )
+    return processor

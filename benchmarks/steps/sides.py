@@ -9,17 +9,18 @@ from contextlib import nullcontext
 from statistics import fmean, median
 
 import torch
+from peft import LoraConfig, LoraModel
 from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
     MultipleNegativesRankingLoss,
 )
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from cocoa_embed.model.attention import bidirectional_mask, bridge_mask, make_bidirectional
 from cocoa_embed.model.backbone import SUPPORTED, PatchGeometry
 from cocoa_embed.model.flex_attention import FLEX, use_flex_attention
-from cocoa_embed.train.loop.adapters import add_adapter
+from cocoa_embed.train.loop.adapters import LANGUAGE_LINEARS, VISION_LINEARS, add_adapter
 from cocoa_embed.train.plan.cost import BatchShape, StepCost, batch_shape, measure_matmul_flops, model_size
 from cocoa_embed.train.settings import AdapterSettings
 from cocoa_embed.train.stages.bridge.model import BridgeModel
@@ -98,7 +99,8 @@ def build(
         model = SUPPORTED[config.model_type](config)
     make_bidirectional(model)
     if options.adapter:
-        add_adapter(model, AdapterSettings(kind=options.adapter, dropout=options.dropout))
+        settings = AdapterSettings(kind=options.adapter, dropout=options.dropout)
+        (peft_adapter if options.peft else add_adapter)(model, settings)
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     is_ours = options.side == "ours"
@@ -120,6 +122,21 @@ def build(
         )
     runs = stage if is_ours else PlainModel(stage)
     return stage, lambda batches: runs(**batches[0])["loss"]
+
+
+def peft_adapter(model: PreTrainedModel, settings: AdapterSettings) -> None:
+    """Add an adapter as PEFT has it, on all projections."""
+    targets = sorted(LANGUAGE_LINEARS | VISION_LINEARS)
+    use_dora = settings.kind == "dora"
+    config = LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        init_lora_weights="gaussian",
+        use_dora=use_dora,
+        target_modules=targets,
+    )
+    LoraModel(model, config, "default")
 
 
 def draw(options: argparse.Namespace) -> list[SyntheticRow]:
@@ -211,13 +228,15 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
 
 def measure_growing(options: argparse.Namespace) -> list[dict[str, float]]:
     """Measure one side at ``--batch-size`` rows, twice as many, and so on, as long as they fit into memory."""
-    found = []
-    while True:
+    found: list[dict[str, float]] = []
+    while options.most_rows is None or options.batch_size <= options.most_rows:
         try:
             found.append(measure(options))
         except torch.OutOfMemoryError:
-            return found
+            break
         gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         options.batch_size *= 2
+    return found

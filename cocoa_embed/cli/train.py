@@ -186,8 +186,6 @@ def plan_lines(planned: RunPlan) -> Iterator[str]:
 
 def stage_facts(stage: StagePlan, card: str | None) -> Iterator[tuple[str, str]]:
     """Yield what a plan says of a stage, as names and texts."""
-    from cocoa_embed.train.plan.cards import UTILISATION
-
     ratio = stage.trainable_parameters / stage.parameters
     yield "parameters", f"{stage.parameters:,}, of them trained {stage.trainable_parameters:,} ({ratio:.1%})"
     yield from (("rows", f"{name} {subset_words(subset)}") for name, subset in stage.subsets.items())
@@ -215,8 +213,7 @@ def stage_facts(stage: StagePlan, card: str | None) -> Iterator[tuple[str, str]]
     if stage.seconds is not None and stage.seconds_per_step is not None:
         yield "time", f"about {duration(stage.seconds)} here, at {stage.seconds_per_step:.3g} s a step"
     if stage.card_seconds is not None:
-        assumed = f"assuming {UTILISATION[stage.adapter or 'none']:.1%} of its speed, as measured on an H200"
-        yield "time", f"about {duration(stage.card_seconds)} on one {card}, {assumed}"
+        yield "time", f"about {duration(stage.card_seconds)} on one {card}, counted kernel by kernel"
 
 
 def subset_words(subset: SubsetPlan) -> str:

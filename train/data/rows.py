@@ -41,7 +41,9 @@ class Rows(Dataset[tuple[Draw, Row]]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, draw: Draw) -> tuple[Draw, Row]:
+    def __getitem__(self, draw: Draw | int) -> tuple[Draw, Row]:
+        """Return a row with its draw; by its number, of the first epoch."""
+        draw = Draw(draw) if isinstance(draw, int) else draw
         return draw, self.rows[draw.row]
 
     def after(self, example: tuple[Draw, Row]) -> tuple[Draw, Row]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from cocoa_embed.model.backbone import SUPPORTED, PatchGeometry
 from cocoa_embed.train.settings import StageSettings
@@ -50,12 +50,6 @@ class BatchShape:
         """Raw patches of all images."""
         return sum(math.prod(grid) for grid in self.image_grids)
 
-    def repeated(self, times: int) -> "BatchShape":
-        """Return the shape of a batch with ``times`` copies of this one."""
-        return BatchShape(
-            self.lengths * times, self.image_grids * times, self.masked_tokens * times, self.masked_patches * times
-        )
-
 
 def batch_shape(batch: Mapping[str, Tensor], prefix: str = "") -> BatchShape:
     """Return the shape, without padding, of the part of a collator's batch whose keys start with ``prefix``."""
@@ -72,46 +66,28 @@ def batch_shape(batch: Mapping[str, Tensor], prefix: str = "") -> BatchShape:
 class LayerSize:
     """A stack of equal transformer layers.
 
-    :param linears: The number of linear modules of one layer; ``weights`` is the number of their weights.
+    :param weights: Of the linear modules of one layer.
     :param attention_width: Heads times the width of a head.
-    :param intermediate: The width inside the MLP.
-    :param is_gated: The MLP has a gate (SwiGLU), and the norms are RMSNorm; else they are LayerNorm.
-    :param normalises_queries: Queries and keys are normalised too.
     """
 
     layers: int
-    linears: int
     weights: int
     width: int
     attention_width: int
-    intermediate: int
-    is_gated: bool
-    normalises_queries: bool
 
     @classmethod
     def of(cls, stack: nn.Module, *, attention_output: str) -> "LayerSize":
         """Measure the first layer of a stack; ``attention_output`` is the name of its attention's last matrix."""
-        layer = stack.get_submodule("0")
-        linears = _linears(layer)
+        linears = _linears(stack.get_submodule("0"))
         output = linears[attention_output]
-        mlp = [linear for name, linear in linears.items() if name.startswith("mlp.")]
-        return cls(
-            layers=len(list(stack.children())),
-            linears=len(linears),
-            weights=_weights(linears),
-            width=output.out_features,
-            attention_width=output.in_features,
-            intermediate=max(linear.in_features for linear in mlp),
-            is_gated=len(mlp) == 3,
-            normalises_queries=any(name.endswith("q_norm") for name, _ in layer.named_modules()),
-        )
+        return cls(len(list(stack.children())), _weights(linears), output.out_features, output.in_features)
 
 
 @dataclass(frozen=True)
 class ModelSize:
     """The properties of a model that determine its cost.
 
-    :param merger_weights: The weights of all ``mergers``, those of the deep stack (Qwen3-VL) included.
+    :param merger_weights: The weights of all mergers, those of the deep stack (Qwen3-VL) included.
     :param full_layers: The number of vision layers that attend to the whole image; the others attend inside windows
         with a side of ``window`` raw patches.
     """
@@ -121,21 +97,15 @@ class ModelSize:
     vocabulary: int
     patch_weights: int
     merger_weights: int
-    mergers: int
     full_layers: int
     window: int
     geometry: PatchGeometry
 
 
-def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """Return the stock model of a config on the meta device: shapes without weights."""
-    with torch.device("meta"):
-        return SUPPORTED[config.model_type](config)
-
-
 def model_size(config: PreTrainedConfig) -> ModelSize:
     """Measure the stock model of a config, which takes about a second."""
-    model = meta_model(config)
+    with torch.device("meta"):
+        model = SUPPORTED[config.model_type](config)
     visual = model.base_model.get_submodule("visual")
     mergers = {name: linear for name, linear in _linears(visual).items() if not name.startswith("blocks.")}
     geometry, vision = PatchGeometry.from_config(config), config.vision_config
@@ -148,7 +118,6 @@ def model_size(config: PreTrainedConfig) -> ModelSize:
         vocabulary=config.get_text_config().vocab_size,
         patch_weights=visual.get_parameter("patch_embed.proj.weight").numel(),
         merger_weights=_weights(mergers),
-        mergers=len(mergers) // 2,  # each has two matrices
         full_layers=len(vision.fullatt_block_indexes) if is_windowed else layers.layers,
         window=window * geometry.merge_size,
         geometry=geometry,

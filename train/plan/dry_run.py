@@ -5,15 +5,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from accelerate import PartialState
 from transformers import PreTrainedConfig, ProcessorMixin
 
+from cocoa_embed.data.rows import Row
 from cocoa_embed.errors import CocoaError, ImageError
-from cocoa_embed.model.backbone import load_processor, read_config
-from cocoa_embed.model.flex_attention import FLEX
+from cocoa_embed.model.backbone import PatchGeometry, load_processor, read_config
 from cocoa_embed.train.data.broken_rows import REMEDY
 from cocoa_embed.train.data.mixture import ReadRows
 from cocoa_embed.train.data.row_table import RowTable
@@ -21,14 +21,17 @@ from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.loop.checkpoints import newest_complete, step_of
 from cocoa_embed.train.loop.processes import by_first_process
 from cocoa_embed.train.plan.advice import different_images, epoch_count
-from cocoa_embed.train.plan.cards import seconds_on
+from cocoa_embed.train.plan.cards import CARDS
 from cocoa_embed.train.plan.checks import CHECKPOINTS, Prepared, bad_rows, examine
 from cocoa_embed.train.plan.cost import BatchShape, StepCost, batch_shape
-from cocoa_embed.train.plan.memory import ADAM_MOMENTS, FULL, stage_parameters, training_memory
+from cocoa_embed.train.plan.meter import ADAM_MOMENTS, FULL, StageMeter
 from cocoa_embed.train.plan.stage_rows import Check
 from cocoa_embed.train.recipe import Recipe
 from cocoa_embed.train.settings import SourceSettings, StageSettings
 from cocoa_embed.train.stages.stage import Stage
+
+DEFAULT_CARD = "h100"
+"""Where no card is named: memory is the same on all."""
 
 SAMPLE = 256
 """Rows of a stage that are rendered to estimate the length of all."""
@@ -153,15 +156,11 @@ def _plan(prepared: Prepared, out: Path, card: str | None, timed: Mapping[str, f
     recipe = prepared.recipe
     config = read_config(recipe.backbone)
     processor = load_processor(recipe.backbone, max_length=recipe.max_length, max_pixels=recipe.max_pixels)
-    stages = [_plan_stage(prepared, name, processor, config, out) for name in prepared.rows]
+    stages = [_plan_stage(prepared, name, processor, config, out, card) for name in prepared.rows]
     for place, stage in enumerate(stages):
         if stage.stage in timed:
             seconds = (stage.steps - stage.steps_done) * timed[stage.stage]
             stages[place] = dataclasses.replace(stage, seconds_per_step=timed[stage.stage], seconds=seconds)
-        if card is not None:
-            kind = stage.adapter or "none"
-            seconds = seconds_on(card, stage.flops, mixed_precision=recipe.mixed_precision, adapter=kind)
-            stages[place] = dataclasses.replace(stages[place], card_seconds=seconds)
     return RunPlan(
         recipe=recipe.name,
         backbone=recipe.backbone,
@@ -176,7 +175,7 @@ def _plan(prepared: Prepared, out: Path, card: str | None, timed: Mapping[str, f
 
 
 def _plan_stage(
-    prepared: Prepared, name: str, processor: ProcessorMixin, config: PreTrainedConfig, out: Path
+    prepared: Prepared, name: str, processor: ProcessorMixin, config: PreTrainedConfig, out: Path, card: str | None
 ) -> StagePlan:
     stage, read, steps = prepared.recipe.stages[name], prepared.rows[name], prepared.steps[name]
     run, settings, data = stage.run, stage.settings, prepared.recipe.data_of(name)
@@ -184,28 +183,36 @@ def _plan_stage(
     checkpoint = newest_complete(out / CHECKPOINTS / name) if prepared.is_resumed else None
     steps_done = 0 if checkpoint is None else step_of(checkpoint)
     at_once = stage.sequences_at_once(devices)
-    shapes, largest = (
-        _sequence_shapes(stage, rows, processor, config, data.on_bad_row)
+    sample, largest = (
+        _sequences(stage, rows, processor, config, data.on_bad_row)
         for rows in (sample_rows(read.rows, run.seed), largest_rows(read.rows))
     )
-    longest = max((shape for of_row in shapes + largest for shape in of_row), key=lambda shape: shape.tokens)
-    cost, counts = StepCost.of(config, settings), stage_parameters(config, settings, stage.extra_module)
-    memory = training_memory(
-        counts,
-        cost.size,
-        longest.repeated(at_once),
-        world_size=devices if run.sharding != "none" else 1,
-        autocast=run.mixed_precision == "bf16",
-        gradient_checkpointing=run.gradient_checkpointing,
-        freeze_vision=settings.freeze_vision,
-        dense_mask=stage.attention() != FLEX,
-    )
+    typical = _typical(sample)
+    longest = max((each for of_row in sample + largest for each in of_row), key=lambda each: each.shape.tokens)
+    measured = [longest, *(each for each, _ in typical)] if card else [longest]
+    meter = StageMeter(stage, config, processor, [each.alike for each in measured], CARDS[card or DEFAULT_CARD])
+    counts, shards = meter.parameters, devices if run.sharding != "none" else 1
     batch_size = stage.mean_batch_size(read.rows)
     rows_on_device = stage.micro_batches(devices)[0] // devices
-    patches = fmean(sum(shape.patches for shape in of_row) for of_row in shapes)
-    width, frames = cost.size.geometry.patch_width, cost.size.geometry.temporal_patch_size
-    inputs = round(rows_on_device * patches * (width // frames if stage.sends_uint8 else width * FULL))
-    flops_per_row = fmean(sum(map(cost.of_shape, of_row)) for of_row in shapes)
+    geometry, patches = (
+        PatchGeometry.from_config(config),
+        fmean(sum(e.shape.patches for e in of_row) for of_row in sample),
+    )
+    width, frames = geometry.patch_width, geometry.temporal_patch_size
+    memory = {
+        "weights": counts.bytes // shards,
+        "gradients": counts.trainable_bytes // shards,
+        "optimizer": ADAM_MOMENTS * FULL * counts.trainable // shards,
+        "activations": round(meter.mini_batch(0, at_once).peak_bytes),
+        "inputs": round(rows_on_device * patches * (width // frames if stage.sends_uint8 else width * FULL)),
+    }
+    cost = StepCost.of(config, settings)
+    flops_per_row = fmean(sum(cost.of_shape(each.shape) for each in of_row) for of_row in sample)
+    seconds = None
+    if card:
+        passes = [(place, batch_size * a_row / at_once) for place, (_, a_row) in enumerate(typical, 1)]
+        a_step = sum(count * meter.mini_batch(place, at_once).eager_seconds for place, count in passes)
+        seconds = (steps - steps_done) * (a_step + meter.optimizer_seconds)
     return StagePlan(
         stage=name,
         parameters=counts.total,
@@ -221,12 +228,13 @@ def _plan_stage(
         batch_size=settings.batch_size,
         rows_at_once=at_once,
         mean_batch_size=batch_size,
-        tokens_per_step=batch_size * fmean(sum(shape.tokens for shape in of_row) for of_row in shapes),
+        tokens_per_step=batch_size * fmean(sum(each.shape.tokens for each in of_row) for of_row in sample),
         flops=(steps - steps_done) * batch_size * flops_per_row,
-        memory_bytes={"total": memory.total + inputs, **dataclasses.asdict(memory), "inputs": inputs},
+        memory_bytes={"total": sum(memory.values()), **memory},
         checkpoint_bytes=FULL * counts.total + ADAM_MOMENTS * FULL * counts.trainable,
         folder=str(out / name),
         adapter=None if settings.adapter is None else settings.adapter.kind,
+        card_seconds=seconds,
     )
 
 
@@ -245,21 +253,37 @@ def _subsets(read: ReadRows, sources: Mapping[str, SourceSettings]) -> dict[str,
     return plans
 
 
-def _sequence_shapes(
+class _Sequence(NamedTuple):
+    """A sequence of a row, and a row of which all sequences are like it."""
+
+    shape: BatchShape
+    alike: Row
+
+
+def _sequences(
     stage: Stage[StageSettings], rows: RowTable, processor: ProcessorMixin, config: PreTrainedConfig, on_bad_row: str
-) -> list[list[BatchShape]]:
-    """Return the shapes of each row's sequences.
+) -> list[list[_Sequence]]:
+    """Return each row's sequences.
 
     :raises CocoaError: If an image proves broken, and ``on_bad_row`` is ``stop``; ``skip`` leaves its row out.
     """
-    shapes = []
+    found = []
     for example in numbered(rows):
         try:
-            shapes.append([batch_shape(batch) for batch in stage.sequences(example, processor, config)])
+            shapes = map(batch_shape, stage.sequences(example, processor, config))
+            found.append([_Sequence(*pair) for pair in zip(shapes, stage.alike(example[1]), strict=True)])
         except ImageError as error:
             if on_bad_row == "stop":
                 raise CocoaError(f"{error}. {REMEDY}") from error
-    return shapes
+    return found
+
+
+def _typical(sample: list[list[_Sequence]]) -> list[tuple[_Sequence, float]]:
+    """Return a sequence of medium length with images and one without, and how many of its kind a row has."""
+    every = [each for of_row in sample for each in of_row]
+    kinds = [[each for each in every if bool(each.shape.patches) == pictured] for pictured in (True, False)]
+    ordered = [sorted(kind, key=lambda each: each.shape.tokens) for kind in kinds if kind]
+    return [(kind[len(kind) // 2], len(kind) / len(sample)) for kind in ordered]
 
 
 def sample_rows(rows: RowTable, seed: int) -> RowTable:

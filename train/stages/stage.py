@@ -8,8 +8,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 from accelerate import PartialState
-from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedConfig, ProcessorMixin
 
 from cocoa_embed.data.rows import Row
 from cocoa_embed.errors import UsageError
@@ -133,9 +132,9 @@ class Stage(ABC, Generic[Own]):
     def sequences(self, example: Example, processor: ProcessorMixin, config: PreTrainedConfig) -> list[Batch]:
         """Return the sequences that a step makes of one row, each as its own batch."""
 
-    def extra_module(self, model: PreTrainedModel) -> nn.Module | None:
-        """Return a module that is trained beside the backbone and not saved with it."""
-        return None
+    def alike(self, row: Row) -> list[Row]:
+        """Return for each sequence of a row a row of which all sequences are like it."""
+        return [row]
 
     # Training
 

@@ -1,4 +1,4 @@
-"""The cost model agrees with torch's FLOP counter and with the memory that the backward pass keeps."""
+"""The FLOPs of a batch agree with torch's counter."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,9 +14,7 @@ from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.demo.captioner import build_tokenizer
 from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.train.data.rows import numbered
-from cocoa_embed.train.loop.adapters import prepare_trainable
 from cocoa_embed.train.plan.cost import BatchShape, StepCost, batch_shape, forward_flops, model_size
-from cocoa_embed.train.plan.memory import Parameters, count_parameters, stage_parameters, training_memory
 from cocoa_embed.train.settings import StageSettings
 from cocoa_embed.train.stages import reconstruction
 from cocoa_embed.train.stages.bridge.collator import BridgeCollator
@@ -104,73 +102,3 @@ def test_a_batch_costs_the_sum_of_its_columns_without_padding(tiny_backbone: Bac
     cost = StepCost(model_size(tiny_backbone.model.config))
     anchor, positive = BatchShape((5, 2), image_grids=((1, 4, 6),)), BatchShape((3, 3))
     assert cost(batch) == cost.of_shape(anchor) + cost.of_shape(positive)
-
-
-@pytest.mark.parametrize(
-    ("kind", "freeze_vision"), [(None, False), (None, True), ("lora", False), ("dora", False), ("dora", True)]
-)
-def test_parameters_are_counted_without_weights_and_tied_ones_once(
-    tiny_backbone: Backbone, kind: str | None, freeze_vision: bool
-) -> None:
-    model = tiny_backbone.model
-    whole = sum(value.numel() for name, value in model.state_dict().items() if name != "lm_head.weight")
-    vision = sum(value.numel() for value in model.base_model.visual.parameters())
-    section = stage(adapter=kind and {"kind": kind, "r": 4}, freeze_vision=freeze_vision)
-    counts = stage_parameters(model.config, section, lambda model: None)
-    prepare_trainable(model, section)
-    added = sum(value.numel() for name, value in model.named_parameters() if "lora_" in name)
-    assert (added > 0) == (kind is not None)
-    trained = added if kind else whole - vision * freeze_vision
-    assert counts == count_parameters(model) == Parameters(whole + added, trained)
-
-
-def kept_bytes(model: nn.Module, batch: dict[str, Tensor], *, autocast: bool = False) -> int:
-    """Return the bytes that the backward pass keeps, each storage once, without the model's weights."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        address = tensor.untyped_storage().data_ptr()
-        if address not in weights:
-            kept[address] = tensor
-        return tensor
-
-    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with hooks, torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        model(**batch)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-
-
-@pytest.mark.parametrize(
-    ("images", "autocast", "checkpointing", "tolerance"),
-    [(True, False, False, 0.1), (False, False, False, 0.1), (True, True, False, 0.25), (False, False, True, 0.15)],
-)
-@every_family
-def test_activations_are_those_that_the_backward_pass_keeps(
-    load_tiny: LoadTiny, scene_rows: list[Row], images: bool, autocast: bool, checkpointing: bool, tolerance: float
-) -> None:
-    backbone = load_tiny("sdpa")
-    model, batch = case(backbone, scene_rows[:4], images=images)
-    size, shape = model_size(backbone.model.config), padded_shape(batch)
-    kept = kept_bytes(model, batch, autocast=autocast)
-    if checkpointing:  # each layer keeps its input, and one layer everything
-        model.backbone.gradient_checkpointing_enable()
-        inputs = kept_bytes(model, batch)
-        assert inputs < kept / 3
-        kept = inputs + (kept - inputs) // size.text.layers
-    how = {"autocast": autocast, "gradient_checkpointing": checkpointing}
-    estimate = training_memory(count_parameters(model), size, shape, **how)
-    log_softmax = 4 * shape.masked_tokens * size.vocabulary
-    assert estimate.activations + estimate.casts + log_softmax == pytest.approx(kept, rel=tolerance)
-
-
-def test_sharding_divides_weights_and_optimizer_states(tiny_backbone: Backbone) -> None:
-    config = tiny_backbone.model.config
-    size, shape = model_size(config), BatchShape(lengths=(16, 16), masked_tokens=4)
-    counts = stage_parameters(config, stage(), lambda model: None)
-    alone = training_memory(counts, size, shape)
-    sharded = training_memory(counts, size, shape, world_size=4)
-    assert alone.weights + alone.gradients + alone.optimizer == 16 * counts.total
-    assert (sharded.weights, sharded.activations) == (alone.weights // 4, alone.activations)
-    assert alone.total == 16 * counts.total + alone.casts + alone.activations + alone.logits
-    assert training_memory(counts, size, shape, dense_mask=False).activations < alone.activations

@@ -10,7 +10,7 @@ import pytest
 from exported import contents
 from interrupted import killed_at
 from table_files import write_images, write_table
-from tiny_backbones import SCENES, TINY_MAX_LENGTH
+from tiny_backbones import SCENES, TINY_MAX_LENGTH, special_ids
 from transformers import AutoProcessor, Qwen2VLConfig
 
 from cocoa_embed.cli import main as cli
@@ -23,10 +23,10 @@ from cocoa_embed.train import Recipe, run
 from cocoa_embed.train.data import mixture
 from cocoa_embed.train.data.mixture import ReadRows
 from cocoa_embed.train.data.row_table import RowTable
-from cocoa_embed.train.plan.cards import CARDS, UTILISATION
+from cocoa_embed.train.plan.cards import CARDS
 from cocoa_embed.train.plan.checks import examine, prepare
 from cocoa_embed.train.plan.dry_run import SAMPLE, plan, sample_rows
-from cocoa_embed.train.plan.memory import count_parameters
+from cocoa_embed.train.plan.meter import Parameters
 from cocoa_embed.train.plan.stage_rows import read_stages
 from cocoa_embed.train.recipe import STAGES
 from cocoa_embed.train.timing import seconds_per_step
@@ -56,7 +56,7 @@ def recipe(tiny_backbone_path: Path, scene_folder: Path) -> MakeRecipe:
 def test_the_run_does_as_planned(small_recipe: Recipe, finished: Path, tiny_backbone: Backbone, tmp_path: Path) -> None:
     planned = plan(small_recipe, tmp_path / "out")
     assert not (tmp_path / "out").exists(), "a plan writes nothing"
-    counted = count_parameters(tiny_backbone.model).total
+    counted = Parameters.of(tiny_backbone.model).total
     recorded = read_run(finished)["stages"]
     assert [stage.stage for stage in planned.stages] == list(recorded)
     for stage in planned.stages:
@@ -93,8 +93,10 @@ def test_the_sample_has_rows_with_and_without_an_image_in_their_ratio(scene_rows
 
 def test_a_plan_needs_no_weights(recipe: MakeRecipe, tiny_backbone_path: Path, tmp_path: Path) -> None:
     """So a backbone of billions of parameters can be planned on any machine."""
-    load_processor(str(tiny_backbone_path)).save_pretrained(tmp_path / "large")
-    Qwen2VLConfig().save_pretrained(tmp_path / "large")
+    processor = load_processor(str(tiny_backbone_path))
+    processor.save_pretrained(tmp_path / "large")
+    ids, width = special_ids(processor.tokenizer), Qwen2VLConfig().get_text_config().hidden_size
+    Qwen2VLConfig(**ids, vision_config={"hidden_size": width}).save_pretrained(tmp_path / "large")
     adapter = {"kind": "lora", "r": 8}
     given = recipe(backbone=str(tmp_path / "large"), warmup={**STAGE, "adapter": adapter}, bridge=STAGE)
     adapted, whole, _ = plan(given, tmp_path / "out").stages
@@ -253,7 +255,8 @@ def test_steps_are_timed_without_a_trace_of_them(recipe: MakeRecipe, tmp_path: P
     for stage in planned.stages:
         assert stage.seconds_per_step is not None
         assert stage.seconds == pytest.approx(2 * stage.seconds_per_step) != 0
-        assert stage.card_seconds == pytest.approx(stage.flops / (CARDS["h100"].full * 1e12 * UTILISATION["none"]))
+        assert stage.card_seconds is not None
+        assert stage.card_seconds > stage.flops / CARDS["h100"].full
     assert not (tmp_path / "out").exists()
 
 

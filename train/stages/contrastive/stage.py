@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +13,7 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin, set_seed
 
+from cocoa_embed.data.rows import Row
 from cocoa_embed.errors import UsageError
 from cocoa_embed.evaluation.geometry import ALIGNMENT
 from cocoa_embed.model.backbone import Backbone
@@ -105,6 +106,11 @@ class Contrastive(Stage[ContrastiveSettings]):
         _, row = example
         items = (row.query, row.positive, *row.negatives[: self.settings.hard_negatives])
         return [render_items(processor, [item]) for item in items]
+
+    def alike(self, row: Row) -> list[Row]:
+        """Return for each item of the row a pair of it with itself."""
+        items = (row.query, row.positive, *row.negatives[: self.settings.hard_negatives])
+        return [replace(row, query=item, positive=item, negatives=()) for item in items]
 
     def attention(self) -> str:
         """Return the attention implementation; sentence-transformers makes the masks, which have no tiles."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from accelerate.utils import send_to_device
-from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedConfig, ProcessorMixin
 
 from cocoa_embed.data.rows import Row
 from cocoa_embed.model.backbone import Backbone, PatchGeometry
@@ -16,7 +16,7 @@ from cocoa_embed.train.stages.rendering import joined, row_images
 from cocoa_embed.train.stages.samples import shown_images, token_samples
 from cocoa_embed.train.stages.stage import Stage
 from cocoa_embed.train.stages.warmup.collator import WarmupCollator
-from cocoa_embed.train.stages.warmup.model import PixelDecoder, WarmupModel
+from cocoa_embed.train.stages.warmup.model import WarmupModel
 from cocoa_embed.train.stages.warmup.settings import WarmupSettings
 
 
@@ -37,10 +37,6 @@ class Warmup(Stage[WarmupSettings]):
     def sequences(self, example: Example, processor: ProcessorMixin, config: PreTrainedConfig) -> list[Batch]:
         """Return the row's one sequence."""
         return [self.collator(processor, PatchGeometry.from_config(config))([example])]
-
-    def extra_module(self, model: PreTrainedModel) -> PixelDecoder:
-        """Return the pixel decoder."""
-        return PixelDecoder(model, PatchGeometry.from_config(model.config))
 
     def trainer(self, backbone: Backbone, rows: RowTable, context: StageContext) -> StageTrainer:
         """Return the trainer; the pixel decoder in its model is not saved."""

@@ -1,0 +1,179 @@
+"""What every recipe would cost on cards that are not here: each kernel's FLOPs and bytes, counted on fake tensors.
+
+    python benchmarks/roofline.py [RECIPE...] [--json]
+    python benchmarks/roofline.py --variants
+
+No GPU and no weights: the stages' own trainers, models and batches run without numbers (``train/plan/meter.py``), at
+the depths that tell what a layer costs. A kernel takes the longest of its launch, its bytes and its FLOPs. Trust the
+ratios; nothing is said of waiting for data, of the host or of other devices.
+
+A row has an image of 256 visual tokens with 64 tokens of text, and a text of 40 tokens. ``--variants`` measures one
+mini-batch of the contrastive stage of Qwen2-VL-2B with different adapters.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import PreTrainedConfig, ProcessorMixin
+
+from cocoa_embed.data.rows import Item, Row
+from cocoa_embed.model.backbone import load_processor, read_config
+from cocoa_embed.train import Recipe
+from cocoa_embed.train.plan.cards import CARDS
+from cocoa_embed.train.plan.meter import StageMeter
+from cocoa_embed.train.settings import StageSettings
+from cocoa_embed.train.stages.stage import Stage
+from shared.models import MODELS, model_config, stand_in_processor
+
+GIB = 2**30
+WORD = "the "
+"""One token."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a recipe runs: the card, how many of them, and the rows of its data."""
+
+    card: str = "h100"
+    devices: int = 8
+    rows: int = 300_000
+
+
+SETTINGS = {
+    "qwen2-vl-2b": Setting(),
+    "qwen2.5-vl-3b": Setting(),
+    "qwen2.5-vl-7b": Setting(),
+    "qwen3-vl-2b": Setting(),
+    "own-folder": Setting("rtx4090", 1, 50_000),
+    "tiny": Setting("h100", 1, 4_000),
+}
+
+VARIANTS = {
+    "the recipe": [],
+    "DoRA, dropout 0": ["contrastive.adapter.dropout=0"],
+    "LoRA, dropout 0.1": ["contrastive.adapter.kind=lora"],
+    "LoRA, dropout 0": ["contrastive.adapter.kind=lora", "contrastive.adapter.dropout=0"],
+    "DoRA, dropout 0, no checkpointing": ["contrastive.adapter.dropout=0", "gradient_checkpointing=false"],
+    "full fine-tuning, no checkpointing": ["contrastive.adapter=null", "gradient_checkpointing=false"],
+}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipes", nargs="*", choices=[[], *SETTINGS], metavar="RECIPE", help="all by default")
+    parser.add_argument("--variants", action="store_true", help="one mini-batch at 2B with different adapters instead")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    return parser.parse_args()
+
+
+def open_backbone(recipe: Recipe) -> tuple[PreTrainedConfig, ProcessorMixin]:
+    """Return config and processor of a recipe's backbone, or stand-ins of its size."""
+    name = recipe.backbone.rpartition("/")[2].lower().removesuffix("-instruct")
+    if name not in MODELS:
+        return read_config(name), load_processor(name, max_length=recipe.max_length)
+    config = model_config(name)
+    processor = stand_in_processor(config, max_length=recipe.max_length)
+    processor.image_processor.size["longest_edge"] = recipe.max_pixels
+    return config, processor
+
+
+def draw_row(folder: Path, processor: ProcessorMixin) -> Row:
+    """Return a row of the data, with the largest square image."""
+    side = int(processor.image_processor.size["longest_edge"] ** 0.5)
+    image = folder / f"{side}.png"
+    Image.new("RGB", (side, side)).save(image)
+    return Row(Item(WORD * 61, (image,)), Item(WORD * 38), source="drawn")
+
+
+def step(
+    stage: Stage[StageSettings], row: Row, backbone: tuple[PreTrainedConfig, ProcessorMixin], where: Setting
+) -> dict[str, Any]:
+    """Return what a step of a stage costs one device, by mini-batch."""
+    alike, card = stage.alike(row), CARDS[where.card]
+    meter = StageMeter(stage, *backbone, alike, card)
+    at_once, on_device = stage.sequences_at_once(where.devices), stage.settings.batch_size // where.devices
+    mini_batches = [meter.mini_batch(place, at_once) for place in range(len(alike))]
+    seconds = sum(each.seconds for each in mini_batches) * on_device / at_once + meter.optimizer_seconds
+    flops = sum(each.flops for each in mini_batches) * on_device / at_once
+    settings, parameters = stage.settings, meter.parameters
+    epochs_steps = -(-where.rows * (settings.epochs or 0) * stage.passes_per_epoch // settings.batch_size)
+    steps = settings.steps or max(int(epochs_steps), settings.min_steps or 1)
+    states = parameters.bytes + 3 * parameters.trainable_bytes
+    return {
+        "stage": stage.name,
+        "mini_batches": [asdict(each) for each in mini_batches],
+        "rows_at_once": at_once,
+        "seconds_per_step": seconds,
+        "flops_per_step": flops,
+        "steps": steps,
+        "hours": steps * seconds / 3600,
+        "parameters": asdict(parameters),
+        "memory_bytes": states + max(each.peak_bytes for each in mini_batches),
+    }
+
+
+def measure(names: list[str]) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    with TemporaryDirectory() as folder:
+        for name in names:
+            recipe = Recipe.load(name)
+            backbone = open_backbone(recipe)
+            row = draw_row(Path(folder), backbone[1])
+            stages = [step(stage, row, backbone, SETTINGS[name]) for stage in recipe.stages.values()]
+            results[name] = {**asdict(SETTINGS[name]), "hours": sum(each["hours"] for each in stages), "stages": stages}
+            print(f"{name}: {results[name]['hours']:.1f} hours", file=sys.stderr)
+    return results
+
+
+def measure_variants() -> dict[str, Any]:
+    results = {}
+    with TemporaryDirectory() as folder:
+        for name, changes in VARIANTS.items():
+            recipe = Recipe.load("qwen2-vl-2b", changes)
+            backbone = open_backbone(recipe)
+            row = draw_row(Path(folder), backbone[1])
+            results[name] = step(recipe.stages["contrastive"], row, backbone, Setting())
+    return results
+
+
+def show(results: dict[str, Any]) -> None:
+    print("| recipe | on | stage | ms a mini-batch | s a step | memory GiB | hours |\n|---|---|---|---|---|---|---|")
+    for name, result in results.items():
+        for stage in result["stages"]:
+            cells = [name, f"{result['devices']} {result['card']}", *cells_of(stage)]
+            print(f"| {' | '.join(cells)} | {stage['hours']:.1f} |")
+        print(f"| **{name}** | | | | | | **{result['hours']:.1f}** |")
+
+
+def show_variants(results: dict[str, Any]) -> None:
+    print("| adapter | stage | ms a mini-batch | s a step | memory GiB | kernels |\n|---|---|---|---|---|---|")
+    for name, stage in results.items():
+        kernels = ", ".join(f"{each['kernels']:,.0f}" for each in stage["mini_batches"])
+        print(f"| {name} | {' | '.join(cells_of(stage))} | {kernels} |")
+
+
+def cells_of(stage: dict[str, Any]) -> list[str]:
+    times = ", ".join(f"{each['seconds'] * 1000:,.0f}" for each in stage["mini_batches"])
+    memory = f"{stage['memory_bytes'] / GIB:.1f}"
+    return [stage["stage"], f"{times} ({stage['rows_at_once']} rows)", f"{stage['seconds_per_step']:.2f}", memory]
+
+
+def main() -> None:
+    options = parse()
+    torch.set_num_threads(1)
+    results = measure_variants() if options.variants else measure(options.recipes or list(SETTINGS))
+    if options.json:
+        print(json.dumps(results, indent=2))
+    else:
+        (show_variants if options.variants else show)(results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""What a stage's steps cost on a card: its own trainer, model and batches on fake tensors, without weights."""
+
+import copy
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState, GradientState
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+
+from cocoa_embed.data.rows import Row
+from cocoa_embed.model.backbone import SUPPORTED, Backbone
+from cocoa_embed.train.data.row_table import RowTable
+from cocoa_embed.train.loop.batch_facts import FACTS
+from cocoa_embed.train.loop.trainer import CocoaTrainer, StageContext
+from cocoa_embed.train.plan.cards import Card
+from cocoa_embed.train.plan.roofline import Cost, Roofline, Tally, as_on_cuda
+from cocoa_embed.train.settings import StageSettings
+from cocoa_embed.train.stages.stage import Stage
+
+FEW_LAYERS = 8
+"""Models of so few layers are measured whole, others at depths that tell what each layer adds."""
+
+RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+FULL = 4
+"""Bytes of float32."""
+
+ADAM_MOMENTS = 2
+
+OPTIMIZER_PASSES = 11
+"""Float32 values that a step moves for each trained weight: Adam reads four and writes three, clipping moves four."""
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """The parameters of a model, tied ones counted once.
+
+    :param total: How many there are.
+    :param trainable: How many are trained.
+    :param bytes: Of all.
+    :param trainable_bytes: Of those that are trained, and so of their gradients.
+    """
+
+    total: int
+    trainable: int
+    bytes: int
+    trainable_bytes: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Parameters":
+        """Count a model's parameters."""
+        every = list(model.parameters())
+        trained = [each for each in every if each.requires_grad]
+        return cls(*(sum(map(how, group)) for how in (Tensor.numel, _size) for group in (every, trained)))
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """A model of few layers; the whole model costs the sum of all variants by their weights."""
+
+    trainer: CocoaTrainer
+    weight: int
+
+
+class StageMeter:
+    """A stage on fake tensors. Every measurement is of one forward and backward pass, as on one device of one process.
+
+    :param config: Of the backbone.
+    :param processor: Of the backbone.
+    :param rows: What can be measured, each by its place: rows whose sequences are all alike (``Stage.alike``).
+    """
+
+    def __init__(
+        self,
+        stage: Stage[StageSettings],
+        config: PreTrainedConfig,
+        processor: ProcessorMixin,
+        rows: Sequence[Row],
+        card: Card,
+    ) -> None:
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._roofline = Roofline(card, fake)
+        self._batches: dict[tuple[int, int], dict[str, Any]] = {}
+        table = RowTable.of(row for row in rows for _ in range(2))  # a batch needs something to contrast
+        self._sequences = [len(stage.alike(row)) for row in rows]
+        stage = _short(stage)
+        with _alone(), self._measuring():
+            self._variants = [
+                _Variant(_trainer(stage, shallow, processor, table, fake), weight) for shallow, weight in depths(config)
+            ]
+        counts = [(Parameters.of(each.trainer.model), each.weight) for each in self._variants]
+        self.parameters = Parameters(
+            *(sum(getattr(count, name) * weight for count, weight in counts) for name in Parameters.__annotations__)
+        )
+
+    @contextmanager
+    def _measuring(self) -> Iterator[None]:
+        with ExitStack() as contexts:
+            contexts.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")  # fake tensors have no data to point to, which torch warns of
+            contexts.enter_context(patch.object(torch.utils, "swap_tensors", _set_data))
+            contexts.enter_context(self._roofline)
+            contexts.enter_context(as_on_cuda(self._roofline))
+            yield
+
+    def mini_batch(self, place: int, sequences: int) -> Cost:
+        """Return the cost of a mini-batch of so many sequences of the row at a place.
+
+        That is all that a step does with them, in the contrastive stage two forward passes and a backward pass.
+        """
+        cost = self.cost(place, sequences)
+        memory = {name: getattr(cost, name) for name in ("forward_bytes", "kept_bytes", "backward_bytes")}
+        return replace(cost * (1 / self._sequences[place]), **memory)
+
+    def cost(self, place: int, copies: int) -> Cost:
+        """Return the cost of a pass over ``copies`` of the row at a place, whose backward pass adds to gradients."""
+        trainers = [each.trainer for each in self._variants]
+        key = (place, copies)
+        if key not in self._batches:
+            first = trainers[0]
+            self._batches[key] = first.data_collator([first.train_dataset[2 * place]] * copies)  # type: ignore[index]
+        costs = [self._pass(trainer, self._batches[key]) for trainer in trainers]
+        whole = sum((cost * each.weight for cost, each in zip(costs, self._variants, strict=True)), Cost())
+        # A backward pass frees as it goes: what it takes beside is one layer's, in any depth.
+        return replace(whole, backward_bytes=max(cost.backward_bytes for cost in costs))
+
+    def _pass(self, trainer: CocoaTrainer, batch: dict[str, Any]) -> Cost:
+        tensors = {name: self._faked(value) for name, value in batch.items() if name != FACTS}
+        self._roofline.tally = tally = Tally()
+        with self._measuring():
+            trainer.compute_loss(trainer.model, tensors).backward()
+        return tally.cost()
+
+    def _faked(self, value: Any) -> Any:  # noqa: ANN401
+        if isinstance(value, Tensor) and (value.is_floating_point() or value.dtype == torch.uint8):
+            return self._roofline.fake.from_tensor(value)
+        return value
+
+    @property
+    def optimizer_seconds(self) -> float:
+        """The seconds of an optimiser step."""
+        return OPTIMIZER_PASSES * FULL * self.parameters.trainable / self._roofline.card.bandwidth
+
+
+def _short(stage: Stage[StageSettings]) -> Stage[StageSettings]:
+    """Return the stage with settings for a meter: one step, no probe, one process that collates."""
+    changes = {"steps": 1, "epochs": None, "min_steps": None}
+    changes |= {name: 0 for name in ("probe_rows", "warmup_steps") if name in type(stage.settings).model_fields}
+    run = {"sharding": "none", "attn_implementation": "sdpa", "report_to": (), "workers": 0}
+    return type(stage)(stage.name, stage.settings.model_copy(update=changes), stage.run.model_copy(update=run))
+
+
+def _trainer(
+    stage: Stage[StageSettings],
+    config: PreTrainedConfig,
+    processor: ProcessorMixin,
+    rows: RowTable,
+    fake: FakeTensorMode,
+) -> CocoaTrainer:
+    """Return the trainer of a stage, on fake tensors, with gradients of an earlier pass."""
+    backbone = Backbone(_fake_model(config, stage, fake), processor)
+    with TemporaryDirectory() as folder:
+        arguments = stage.arguments(steps=1, folder=Path(folder)) | {"use_cpu": True}
+        trainer = stage.trainer(backbone, rows, StageContext(arguments=arguments))
+    model: Any = trainer.model
+    if stage.run.mixed_precision == "bf16":
+        model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)  # as accelerate does
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    model.train()
+    return trainer
+
+
+def _fake_model(config: PreTrainedConfig, stage: Stage[StageSettings], fake: FakeTensorMode) -> PreTrainedModel:
+    """Return the stock model of a config, as ``load_backbone`` would load it."""
+    with torch.device("meta"):
+        model = SUPPORTED[config.model_type](config)
+    model.config.get_text_config().is_causal = not stage.run.bidirectional
+    with fake:
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(torch.empty(parameter.shape), parameter.requires_grad)
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    model.tie_weights()
+    if stage.run.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def _set_data(parameter: Tensor, other: Tensor) -> None:
+    """Do for fake tensors what ``swap_tensors`` refuses to."""
+    parameter.data = other
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Be one process on the CPU, whatever the run is: other processes do not take part in a measurement."""
+    states: tuple[Any, ...] = (PartialState, AcceleratorState, GradientState)
+    before = [dict(state._shared_state) for state in states]
+    with patch.dict(os.environ):
+        for name in RANKS:
+            os.environ.pop(name, None)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        PartialState(cpu=True)
+        try:
+            yield
+        finally:
+            for state, values in zip(states, before, strict=True):
+                state._shared_state.clear()
+                state._shared_state.update(values)
+
+
+def depths(config: PreTrainedConfig) -> list[tuple[PreTrainedConfig, int]]:
+    """Return configs of few layers with weights: the whole model costs the weighted sum of theirs.
+
+    The first has each kind of layer once, and each of the others one layer of some kind more. The weight of one is how
+    often the whole model has its layer beyond the first.
+    """
+    text, vision = config.get_text_config(), config.vision_config
+    stacked = len(getattr(vision, "deepstack_visual_indexes", ()))  # features that early layers of the text take
+    full = getattr(vision, "fullatt_block_indexes", None)
+    text_layers, vision_layers = text.num_hidden_layers, vision.depth
+    if text_layers + vision_layers <= FEW_LAYERS:
+        return [(config, 1)]
+    least = max(1, stacked)
+    base = (least, least, 1) if full is None else (least, 1, 1)
+    more = {(least + 1, *base[1:]): text_layers - least}
+    if full is None:
+        more[(least, least + 1, 1)] = vision_layers - least
+    else:
+        more[(least, 2, 1)] = vision_layers - len(full) - 1
+        more[(least, 1, 2)] = len(full) - 1
+    weights = {base: 1 - sum(more.values()), **more}
+    return [(_shallow(config, *layers), weight) for layers, weight in weights.items() if weight]
+
+
+def _shallow(config: PreTrainedConfig, text_layers: int, vision_layers: int, full_layers: int) -> PreTrainedConfig:
+    """Return a config with fewer layers; ``full_layers`` more attend to the whole image where others do to windows."""
+    config = copy.deepcopy(config)
+    text, vision = config.get_text_config(), config.vision_config
+    text.num_hidden_layers = text_layers
+    if getattr(text, "layer_types", None) is not None:
+        text.layer_types = text.layer_types[:text_layers]
+    vision.depth = vision_layers
+    if config.model_type == "qwen2_5_vl":
+        vision.depth += full_layers
+        vision.fullatt_block_indexes = list(range(vision_layers, vision.depth))
+    if stacked := len(getattr(vision, "deepstack_visual_indexes", ())):
+        vision.deepstack_visual_indexes = list(range(stacked))
+    return config

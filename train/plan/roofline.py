@@ -1,0 +1,324 @@
+"""Count what a device would do: FLOPs, bytes, kernels, seconds and memory of whatever runs on fake tensors."""
+
+import operator
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import astuple, dataclass, field, fields
+from functools import cache, partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from cocoa_embed.train.plan.cards import HOST_SECONDS, Card
+
+ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh")
+"""Operators without a kernel, beside views."""
+
+GATHERS = ("embedding", "index", "index_select", "gather")
+"""Operators that read only what they return of their first argument."""
+
+ATTENTION_SPEED = 0.75
+"""The speed of a fused attention kernel, relative to a matrix product."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What some work costs on one device.
+
+    :param flops: Of matrix products and attention, recomputed ones included.
+    :param moved_bytes: Read and written by kernels.
+    :param kernels: Kernels launched.
+    :param host_reads: Times that the host waits for a value of the device.
+    :param seconds: Each kernel takes the longest of its launch, its bytes and its FLOPs.
+    :param forward_bytes: The most memory at once outside of backward passes, above what was there before.
+    :param kept_bytes: The memory at the start of a backward pass, above what was there before.
+    :param backward_bytes: The most memory at once in a backward pass, above ``kept_bytes``.
+    """
+
+    flops: float = 0.0
+    moved_bytes: float = 0.0
+    kernels: float = 0.0
+    host_reads: float = 0.0
+    seconds: float = 0.0
+    forward_bytes: float = 0.0
+    kept_bytes: float = 0.0
+    backward_bytes: float = 0.0
+
+    @property
+    def eager_seconds(self) -> float:
+        """The seconds of card or host, whichever takes longer: the host launches kernels while the card runs others."""
+        return max(self.seconds, self.kernels * HOST_SECONDS)
+
+    @property
+    def peak_bytes(self) -> float:
+        """The most memory at once, above what was there before."""
+        return max(self.forward_bytes, self.kept_bytes + self.backward_bytes)
+
+    def _each(self, function: Callable[..., float], *others: "Cost") -> "Cost":
+        return Cost(*map(function, astuple(self), *map(astuple, others)))
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return self._each(operator.add, other)
+
+    def __sub__(self, other: "Cost") -> "Cost":
+        return self._each(operator.sub, other)
+
+    def __mul__(self, factor: float) -> "Cost":
+        return self._each(lambda value: value * factor)
+
+
+@dataclass
+class Tally:
+    """A running ``Cost``."""
+
+    flops: float = 0.0
+    moved_bytes: float = 0.0
+    kernels: int = 0
+    host_reads: int = 0
+    seconds: float = 0.0
+    forward_bytes: int = 0
+    kept_bytes: int = 0
+    backward_bytes: int = 0
+    live_bytes: int = 0
+    peak_bytes: int = 0
+    bytes_by_operator: Counter[str] = field(default_factory=Counter)
+
+    def begin_backward(self) -> None:
+        """Note the memory of the forward pass that ends."""
+        self.forward_bytes = max(self.forward_bytes, self.peak_bytes)
+        self.peak_bytes = self.live_bytes
+
+    def end_backward(self, kept: int) -> None:
+        """Note the memory of the backward pass that ends; it began with ``kept`` bytes."""
+        self.kept_bytes = max(self.kept_bytes, kept)
+        self.backward_bytes = max(self.backward_bytes, self.peak_bytes - kept)
+        self.peak_bytes = self.live_bytes
+
+    def cost(self) -> Cost:
+        """Return the cost so far."""
+        self.begin_backward()
+        return Cost(*(getattr(self, each.name) for each in fields(Cost)))
+
+
+class Roofline(TorchDispatchMode):
+    """Counts what operators would cost on a card, whether tensors are fake or real.
+
+    Real tensors are for what decides on shapes: token ids, masks, image grids. What the host asks of a fake tensor is
+    answered with one, or, of two tensors, that they differ.
+
+    :param card: The card that runs it.
+    :param fake: Of the fake tensors; new tensors of numbers that are no integers are fake, too.
+    """
+
+    def __init__(self, card: Card, fake: FakeTensorMode) -> None:
+        super().__init__()
+        self.card = card
+        self.fake = fake
+        self.tally = Tally()
+        self._storages: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(
+        self,
+        func: Any,  # noqa: ANN401
+        types: Any,  # noqa: ANN401
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        """Run an operator and count it."""
+        kwargs = kwargs or {}
+        if func.namespace == "prim":  # a question such as for the device
+            return func(*args, **kwargs)
+        kind = _kind(func)
+        if kind.name in ("_local_scalar_dense", "equal") and any(isinstance(each, FakeTensor) for each in args):
+            self.tally.host_reads += kind.name == "equal"  # the others are counted by name in ``as_on_cuda``
+            return kind.name != "equal" and torch.ones((), dtype=args[0].dtype).item()
+        if kind.name in ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"):
+            self.tally.host_reads += any(each is not None and each.dtype == torch.bool for each in args[1])
+            args = (args[0], [*_as_positions(args[1])], *args[2:])
+        given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        with self.fake if not given and _makes_floats(kind.name, kwargs.get("dtype")) else nullcontext():
+            out = func(*args, **kwargs)
+        if kind.is_view:
+            return out
+        results = [each for each in tree_leaves(out) if isinstance(each, Tensor)]
+        if not kind.is_in_place:
+            for result in results:
+                self._track(result)
+        if kind.is_free or not results:
+            return out
+        counted = results + (results + given[1:] if kind.name in GATHERS else given)
+        flops = kind.flops(*args, **kwargs, out_val=out) if kind.flops else 0
+        self.count(kind.name, flops, sum(map(_bytes, counted)), results[0].dtype)
+        return out
+
+    def count(self, name: str, flops: float, moved: float, dtype: torch.dtype, speed: float = 1.0) -> None:
+        """Count a kernel."""
+        card, tally = self.card, self.tally
+        peak = speed * (card.bf16 if dtype == torch.bfloat16 else card.full)
+        tally.kernels += 1
+        tally.flops += flops
+        tally.moved_bytes += moved
+        tally.bytes_by_operator[name] += int(moved)
+        tally.seconds += max(card.launch_seconds, moved / card.bandwidth, flops / peak)
+
+    def _track(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = id(storage), storage.nbytes()
+        if key in self._storages and self._storages[key]() is storage:
+            return
+
+        tally = self.tally
+
+        def freed(_: object) -> None:
+            tally.live_bytes -= size
+            self._storages.pop(key, None)
+
+        self._storages[key] = weakref.ref(storage, freed)
+        tally.live_bytes += size
+        tally.peak_bytes = max(tally.peak_bytes, tally.live_bytes)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    name: str
+    is_view: bool
+    is_in_place: bool
+    is_free: bool
+    flops: Callable[..., int] | None
+
+
+@cache
+def _kind(func: Any) -> _Kind:  # noqa: ANN401
+    """Return what kind of operator ``func`` is."""
+    name = func._schema.name.split("::")[1]
+    aliases = [each.alias_info for each in func._schema.returns if each.alias_info is not None]
+    is_view = any(not alias.is_write for alias in aliases)
+    is_free = name.startswith("sym_") or name in ALLOCATIONS
+    return _Kind(name, is_view, bool(aliases), is_free, flop_registry.get(func.overloadpacket))
+
+
+def _makes_floats(name: str, dtype: torch.dtype | None) -> bool:
+    """Return whether an operator without tensors makes a tensor of no integers."""
+    if dtype is None:
+        return name in ("empty", "empty_strided", "zeros", "ones", "eye", "rand", "randn", "linspace")
+    return dtype.is_floating_point
+
+
+def _as_positions(indices: Any) -> Iterator[Tensor | None]:  # noqa: ANN401
+    """Yield indices with real bool ones as positions: a fake tensor cannot tell how many there are."""
+    for index in indices:
+        if index is not None and index.dtype in (torch.bool, torch.uint8) and not isinstance(index, FakeTensor):
+            yield from index.nonzero().unbind(1)
+        else:
+            yield index
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Return the bytes of a tensor's values; those that it repeats by a stride of 0 count once."""
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+
+
+class _Attention(torch.autograd.Function):
+    """Attention as one kernel forward and one backward, which keep queries, keys, values, output and mask."""
+
+    @staticmethod
+    def forward(ctx: Any, meter: Roofline, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, pairs: int) -> Tensor:  # noqa: ANN401
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        ctx.save_for_backward(q, k, v, out, mask)
+        ctx.meter, ctx.flops = meter, 2 * pairs * (q.shape[-1] + v.shape[-1])
+        moved = sum(map(_bytes, (q, k, v, out, *([] if mask is None else [mask]))))
+        meter.count("attention", ctx.flops, moved, q.dtype, ATTENTION_SPEED)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # noqa: ANN401
+        q, k, v, out, mask = ctx.saved_tensors
+        moved = sum(map(_bytes, (q, k, v, q, k, v, out, grad, *([] if mask is None else [mask]))))
+        ctx.meter.count("attention_backward", 2.5 * ctx.flops, moved, q.dtype, ATTENTION_SPEED)
+        return None, torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None, None
+
+
+HOST_READS = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__")
+"""Methods of a tensor that wait for its value."""
+
+
+@contextmanager
+def as_on_cuda(meter: Roofline) -> Iterator[None]:
+    """Let functions be one kernel and run in the dtype that they are on CUDA; note host reads and backward passes."""
+    with ExitStack() as patches:
+        functions = {
+            "scaled_dot_product_attention": partial(_attention, meter),
+            "dropout": _dropout,
+            "layer_norm": partial(_layer_norm, functional.layer_norm),
+        }
+        for name, function in functions.items():
+            patches.enter_context(patch.object(functional, name, function))
+        for name in HOST_READS:
+            patches.enter_context(patch.object(Tensor, name, _counted(meter, getattr(Tensor, name))))
+        patches.enter_context(patch.object(Tensor, "backward", _watched(meter, Tensor.backward)))
+        yield
+
+
+def _counted(meter: Roofline, read: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method of tensors that waits for their values, and is counted."""
+
+    def counted(tensor: Tensor, *args: Any) -> Any:  # noqa: ANN401
+        before = meter.tally.host_reads
+        value = read(tensor, *args)
+        meter.tally.host_reads = before + 1  # one may call another
+        return value
+
+    return counted
+
+
+def _watched(meter: Roofline, backward: Callable[..., None]) -> Callable[..., None]:
+    """Return ``Tensor.backward`` with its memory noted; one inside another (of a gradient cache) counts for itself."""
+
+    def watched(tensor: Tensor, *args: Any, **kwargs: Any) -> None:
+        meter.tally.begin_backward()
+        kept = meter.tally.live_bytes
+        backward(tensor, *args, **kwargs)
+        meter.tally.end_backward(kept)
+
+    return watched
+
+
+def _attention(
+    meter: Roofline,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *args: object,
+    **kwargs: object,
+) -> Tensor:
+    """Do as ``scaled_dot_product_attention``, in one kernel."""
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if attn_mask is not None:
+        attn_mask = attn_mask if isinstance(attn_mask, FakeTensor) else meter.fake.from_tensor(attn_mask)
+        if attn_mask.dtype == torch.bool:  # the kernels take an additive mask
+            attn_mask = torch.where(attn_mask, query.new_empty(()), query.new_empty(()))
+    pairs = query.shape[:-1].numel() * key.shape[-2]
+    out: Tensor = _Attention.apply(meter, query, key, value, attn_mask, pairs)
+    return out
+
+
+def _dropout(values: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """Do as ``dropout``, in one kernel."""
+    return torch.native_dropout(values, p, True)[0] if training and p else values
+
+
+def _layer_norm(function: Callable[..., Tensor], values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Do as ``layer_norm``, which CUDA's autocast runs in float32."""
+    return function(values.float() if torch.is_autocast_enabled("cpu") else values, *args, **kwargs)
