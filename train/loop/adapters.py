@@ -91,7 +91,7 @@ class Adapter:
         return difference
 
     def return_to(self, device: torch.device) -> None:
-        """Move the merged model from the host, where its weights are saved, to a device, in bfloat16 as it was there."""
+        """Move the merged model from the host, where its weights were saved, to a device, in bfloat16 as before."""
         if self.model.device != device:
             _to_bfloat16(self.model.parameters())
             self.model.to(device)
@@ -127,6 +127,8 @@ def add_adapter(
     :raises CocoaError: If the model has no such projections.
     """
     peft = require("peft", "train")
+    from cocoa_embed.train.loop.dora import WeightNorms
+
     trainable = tuple(parameter for parameter in model.parameters() if parameter.requires_grad)
     config = peft.LoraConfig(
         r=settings.r,
@@ -140,12 +142,8 @@ def add_adapter(
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    norms: tuple[WeightNorms, ...] = ()
-    if settings.kind == "dora":
-        from cocoa_embed.train.loop.dora import WeightNorms
-
-        base: Any = model.base_model
-        norms = (WeightNorms(base.language_model), WeightNorms(base.visual))
+    base: Any = model.base_model
+    norms = (WeightNorms(base.language_model), WeightNorms(base.visual)) if settings.kind == "dora" else ()
     exact = []
     if bf16:
         frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]

@@ -1,4 +1,4 @@
-"""DoRA that computes the base output once and weight norms once per optimizer step, as a variant of PEFT's LoRA layers."""
+"""DoRA that computes base outputs once and weight norms once per optimizer step, as a variant of PEFT's layers."""
 
 import weakref
 from typing import Any
@@ -39,7 +39,7 @@ class CachedDora(DoraLinearVariant):
 
 
 class WeightNorms:
-    """Keeps the norms of the rows of ``W + scaling * B A`` of all DoRA layers of ``part``, which it gives ``CachedDora``.
+    """Keeps the row norms of ``W + scaling * B A`` in all DoRA layers of ``part``, and has ``CachedDora`` use them.
 
     DoRA takes them as constants (section 4.3 of arXiv 2402.09353), so they change with the weights alone: at an
     optimizer step, or when weights are loaded. The next forward pass of ``part`` computes them, without the sum of the

@@ -165,9 +165,9 @@ def test_a_checkpoint_of_an_adapter_has_no_frozen_weights_and_resumes_to_the_sam
     assert all(any(part in name for part in trained) for name in weights)
     assert all(any(part in name for name in weights) for part in trained)
     saved = sum(path.stat().st_size for path in checkpoint.iterdir())
-    names_and_digests = 80_000
-    adapted = sum(value.nbytes for value in weights.values())
-    assert saved < 3 * adapted + names_and_digests, "weights and two moments of Adam"
+    adapted, others = sum(value.nbytes for value in weights.values()), 120_000  # names, digests, random states
+    assert saved < 3 * adapted + others, "the weights and two moments of Adam"
+    assert others < (tmp_path / "whole" / stage / "model.safetensors").stat().st_size / 3
     run(given, tmp_path / "out", resume=True)
     assert_same(tmp_path / "out", tmp_path / "whole", stage)
 
