@@ -74,6 +74,7 @@ def test_loss_and_gradients_are_those_of_peft_through_optimizer_steps(
     learned(ours)
     theirs = stock(tiny_backbone.model, ours)
     sides = [(model, AdamW(trained(model).values(), lr=1e-2, **optimizer)) for model in (ours, theirs)]
+    loss_of(ours, batches[0])
     started = norms_of(ours)
     for _ in range(3):
         losses: list[list[float]] = []
@@ -98,7 +99,7 @@ def test_loss_and_gradients_are_those_of_peft_through_optimizer_steps(
 
 
 def norms_of(model: nn.Module) -> list[Tensor]:
-    return [layer.lora_magnitude_vector["default"].norm for layer in layers_of(model)]
+    return [layer.lora_magnitude_vector["default"].factors.norm for layer in layers_of(model)]
 
 
 def exact_norms(model: nn.Module) -> list[Tensor]:
@@ -153,13 +154,13 @@ def test_dropout_reaches_the_low_rank_path_alone(tiny_backbone: Backbone, bias: 
     model = tiny_backbone.model
     add_adapter(model, SETTINGS)
     learned(model)
-    model(torch.tensor([[1]]))
     attention = model.base_model.language_model.layers[0].self_attn
     layer = attention.q_proj if bias else attention.o_proj
     weight, bias_of = layer.get_base_layer().weight, layer.get_base_layer().bias
     assert (bias_of is not None) == bias
     layer.lora_dropout["default"] = FixedDropout()
-    layer.lora_magnitude_vector["default"].weight.data *= 1.1
+    nn.init.constant_(layer.lora_magnitude_vector["default"].weight, 1.1)
+    model(torch.tensor([[1]]))
     x = torch.randn(3, 5, weight.shape[1])
     dropped = FixedDropout()(x) @ layer.get_delta_weight("default").T
     factor = layer.lora_magnitude_vector["default"].weight / torch.linalg.norm(
