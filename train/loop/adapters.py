@@ -61,8 +61,9 @@ class Adapter:
         :returns: The relative difference of the last hidden states of ``batch`` before and after the merge.
         :raises CocoaError: If the difference is larger than rounding explains, or a merged weight is not finite.
         """
+        model: Any = self.model
         if self.exact:
-            self.model.to("cpu")
+            model.to("cpu")
         while self.exact:
             parameter, value = self.exact.pop()
             parameter.data = value
@@ -92,9 +93,10 @@ class Adapter:
 
     def return_to(self, device: torch.device) -> None:
         """Move the merged model from the host, where its weights were saved, to a device, in bfloat16 as before."""
-        if self.model.device != device:
-            _to_bfloat16(self.model.parameters())
-            self.model.to(device)
+        model: Any = self.model
+        if model.device != device:
+            _to_bfloat16(model.parameters())
+            model.to(device)
 
 
 def prepare_trainable(model: PreTrainedModel, settings: StageSettings, *, bf16: bool = False) -> Adapter | None:
@@ -150,9 +152,9 @@ def add_adapter(
         if PartialState().is_main_process:
             exact = [(parameter, parameter.data.to("cpu")) for parameter in frozen]
         _to_bfloat16(frozen)
-        for module in model.modules():
-            if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
-                module.cast_input_dtype_enabled = False  # to float32, which autocast would undo
+        for name in layers.targeted_module_names:
+            layer: Any = model.get_submodule(name)
+            layer.cast_input_dtype_enabled = False  # to float32, which autocast would undo
     return Adapter(model, layers, trainable, norms, exact)
 
 

@@ -1,13 +1,12 @@
 """DoRA that computes base outputs once and weight norms once per optimizer step, as a variant of PEFT's layers."""
 
 import weakref
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners.lora import Linear
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -45,9 +44,10 @@ class CachedDora(DoraLinearVariant):
     """
 
     @staticmethod
-    def forward(module: Linear, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:  # noqa: ANN401
         """Return ``magnitude / norm * (W x + scaling * B A dropout(x)) + bias`` in the dtype of ``result``.
 
+        :param module: PEFT's ``Linear``.
         :param x: Inputs, ``[..., in]``.
         :param result: The output of the base layer, ``[..., out]``.
         """
@@ -85,8 +85,8 @@ class _Adapted(torch.autograd.Function):
         return delta.add_(result).addcmul_(result, factors.change.to(dtype))
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        (grad,) = grad_outputs
         x, result, low_rank = ctx.saved_tensors
         factors, dtype, needs = ctx.factors, grad.dtype, ctx.needs_input_grad
         grad_low = grad @ factors.scaled_up.to(dtype)
@@ -116,7 +116,7 @@ class WeightNorms:
         self.layers = [module for module in part.modules() if isinstance(module, Linear)]
         for module in self.layers:
             module.lora_variant[ADAPTER] = CachedDora()
-            layer = module.lora_magnitude_vector[ADAPTER]  # its weight starts as the norm of W
+            layer: Any = module.lora_magnitude_vector[ADAPTER]  # its weight starts as the norm of W
             layer.register_buffer("base_square", layer.weight.detach().float().square(), persistent=False)
         self._seen: list[Any] | None = None
         self._hook = part.register_forward_pre_hook(lambda *_: self.refresh())
@@ -142,16 +142,16 @@ class WeightNorms:
             return
         with torch.inference_mode(False), torch.no_grad():  # a probe may be the first to see new weights
             for module in self.layers:
-                module.lora_magnitude_vector[ADAPTER].factors = _factors(module)
+                layer: Any = module.lora_magnitude_vector[ADAPTER]
+                layer.factors = _factors(module)
         self._seen = seen
 
 
 def _weights(module: Linear) -> tuple[nn.Linear, Tensor, Tensor, Tensor]:
     """Return the base layer, and the adapter's A ``[r, in]``, B ``[out, r]`` and magnitude ``[out]``."""
-    down, up, magnitude = (
-        each[ADAPTER].weight for each in (module.lora_A, module.lora_B, module.lora_magnitude_vector)
-    )
-    return module.get_base_layer(), down, up, magnitude
+    parts: tuple[Any, ...] = (module.lora_A, module.lora_B, module.lora_magnitude_vector)
+    down, up, magnitude = (part[ADAPTER].weight for part in parts)
+    return cast(nn.Linear, module.get_base_layer()), down, up, magnitude
 
 
 def _factors(module: Linear) -> Factors:
@@ -159,7 +159,8 @@ def _factors(module: Linear) -> Factors:
     dtype, scaled = base.weight.dtype, module.scaling[ADAPTER] * up
     with torch.autocast(down.device.type, enabled=False):
         inner = 2 * (base.weight @ down.to(dtype).T) + scaled @ (down @ down.T)
-    norm = (module.lora_magnitude_vector[ADAPTER].base_square + (scaled * inner).sum(dim=1)).sqrt()
+    base_square = cast(Tensor, module.lora_magnitude_vector[ADAPTER].base_square)
+    norm = (base_square + (scaled * inner).sum(dim=1)).sqrt()
     scale = magnitude / norm
     shift = None if base.bias is None else ((1 - scale) * base.bias).to(dtype)
     return Factors(
