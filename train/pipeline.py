@@ -17,6 +17,7 @@ from cocoa_embed.errors import CocoaError
 from cocoa_embed.model.backbone import Backbone, load_backbone
 from cocoa_embed.model.training_record import TRAINING_FILE
 from cocoa_embed.train.data.broken_rows import unbroken
+from cocoa_embed.train.data.image_patches import trim_memory
 from cocoa_embed.train.data.lengths import row_lengths
 from cocoa_embed.train.loop.callbacks import (
     TENSORBOARD,
@@ -90,6 +91,7 @@ def _run_stage(
         context = stage_context(stage, prepared, backbone.model, processor, checkpoints)
         trainer = stage.trainer(backbone, rows, context)
         del backbone  # of which the trainer may not need the head
+        trim_memory()
     trainer.resume_clock(0.0 if checkpoint is None else float(read_complete(checkpoint)["seconds"]))
     save = partial(_save, stage, prepared, before, trainer, processor)
     if trainer.is_world_process_zero():
