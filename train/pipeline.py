@@ -193,11 +193,11 @@ def _save(
                                  "again with --resume.")  # fmt: skip
             adapter.merge(render_items(processor, [joined(usable[0])]))
         stage.save(trainer, processor, folder)
-        if adapter is not None:
-            adapter.return_to(trainer.accelerator.device)
         state = trainer.state
         log: list[dict[str, Any]] = list(state.log_history)
         result = StageResult(stage.name, folder, state.global_step, len(rows), trainer.seconds(), log, stage.facts())
         if trainer.is_world_process_zero():
             write_record(prepared.recipe, prepared.start, [*before, result])
+        if adapter is not None:
+            adapter.return_to(trainer.accelerator.device)
     return result

@@ -10,6 +10,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from cocoa_embed.cpu_threads import available_cores
 from cocoa_embed.errors import CocoaError, require
 from cocoa_embed.train.settings import AdapterSettings, StageSettings
 
@@ -61,13 +62,23 @@ class Adapter:
         :returns: The relative difference of the last hidden states of ``batch`` before and after the merge.
         :raises CocoaError: If the difference is larger than rounding explains, or a merged weight is not finite.
         """
-        model: Any = self.model
+        threads = torch.get_num_threads()
         if self.exact:
-            model.to("cpu")
+            self._restore()
+            torch.set_num_threads(available_cores())  # a launcher leaves one to each process, and the others wait
+        try:
+            return self._merge(dict(send_to_device(dict(batch), self.model.device)))
+        finally:
+            torch.set_num_threads(threads)
+
+    def _restore(self) -> None:
+        model: Any = self.model
+        model.to("cpu")
         while self.exact:
             parameter, value = self.exact.pop()
             parameter.data = value
-        batch = dict(send_to_device(dict(batch), self.model.device))
+
+    def _merge(self, batch: Mapping[str, Tensor]) -> float:
         before = _last_hidden_states(self.model, batch)
         try:
             self.layers.merge_and_unload(safe_merge=True)

@@ -10,6 +10,7 @@ from peft.tuners.lora import Linear
 from peft.tuners.lora.variants import DoraLinearVariant
 from tiny_backbones import every_family
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.optim import AdamW
 from transformers import PreTrainedModel
 
@@ -217,3 +218,25 @@ def test_a_merge_adds_to_the_float32_weights_that_the_first_process_keeps(
     assert all(torch.equal(value, expected[name]) for name, value in merged.items())
     changed = [name for name, value in tiny_backbone.model.state_dict().items() if not torch.equal(value, merged[name])]
     assert len(changed) == len(whole.layers.targeted_module_names)
+
+
+@pytest.mark.slow
+def test_compiled_layers_follow_the_norms_without_being_compiled_again(tiny_backbone: Backbone) -> None:
+    model, tokens = tiny_backbone.model, torch.arange(8)[None] + 5
+    add_adapter(model, SETTINGS)
+    learned(model)
+    eager = copy.deepcopy(model.base_model.language_model.layers)
+    compiled = CompileCounterWithBackend("aot_eager")
+    for layer in model.base_model.language_model.layers:
+        layer.compile(backend=compiled, dynamic=True, fullgraph=True)
+    for _ in range(2):
+        loss_of(model, {"input_ids": tokens}).backward()
+        graphs = compiled.frame_count
+        AdamW(trained(model).values(), lr=1e-2, fused=True).step()
+    found = loss_of(model, {"input_ids": tokens})
+    assert compiled.frame_count == graphs > 0
+    eager.load_state_dict(model.base_model.language_model.layers.state_dict())
+    for new, old in zip(layers_of(eager), layers_of(model.base_model.language_model), strict=True):
+        new.lora_magnitude_vector["default"].factors = old.lora_magnitude_vector["default"].factors
+    model.base_model.language_model.layers = eager
+    torch.testing.assert_close(loss_of(model, {"input_ids": tokens}), found)
