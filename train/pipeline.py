@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import send_to_device
 from accelerate.utils.memory import clear_device_cache
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, set_seed
 
@@ -18,6 +17,7 @@ from cocoa_embed.errors import CocoaError
 from cocoa_embed.model.backbone import Backbone, load_backbone
 from cocoa_embed.model.training_record import TRAINING_FILE
 from cocoa_embed.train.data.broken_rows import unbroken
+from cocoa_embed.train.data.image_patches import trim_memory
 from cocoa_embed.train.data.lengths import row_lengths
 from cocoa_embed.train.loop.callbacks import (
     TENSORBOARD,
@@ -30,7 +30,7 @@ from cocoa_embed.train.loop.callbacks import (
 )
 from cocoa_embed.train.loop.checkpoints import newest_complete, read_complete, snapshot_folder, step_of
 from cocoa_embed.train.loop.oom import explain_out_of_memory
-from cocoa_embed.train.loop.processes import by_first_process, refuse_idle_accelerators
+from cocoa_embed.train.loop.processes import by_first_process, refuse_idle_accelerators, taking_turns, training_patience
 from cocoa_embed.train.loop.run_record import RecordProgress, StageResult, record_begin, update_stage, write_record
 from cocoa_embed.train.loop.trainer import CocoaTrainer, StageContext
 from cocoa_embed.train.plan.checks import CHECKPOINTS, Prepared, prepare
@@ -83,13 +83,15 @@ def _run_stage(
     name, recipe = stage.name, prepared.recipe
     checkpoints = out / CHECKPOINTS / name
     checkpoint = newest_complete(checkpoints)
-    backbone = load_weights(recipe, str(before[-1].folder) if before else recipe.backbone, stage.attention())
-    processor = backbone.processor
-    context = stage_context(stage, prepared, backbone.model, processor, checkpoints)
     rows = prepared.rows[name].rows
     held_out, _ = stage.held_out(rows)
-    trainer = stage.trainer(backbone, rows, context)
-    del backbone  # of which the trainer may not need the head
+    with taking_turns():  # the host has room for the weights of one process, until they are on its device
+        backbone = load_weights(recipe, str(before[-1].folder) if before else recipe.backbone, stage.attention())
+        processor = backbone.processor
+        context = stage_context(stage, prepared, backbone.model, processor, checkpoints)
+        trainer = stage.trainer(backbone, rows, context)
+        del backbone  # of which the trainer may not need the head
+        trim_memory()
     trainer.resume_clock(0.0 if checkpoint is None else float(read_complete(checkpoint)["seconds"]))
     save = partial(_save, stage, prepared, before, trainer, processor)
     if trainer.is_world_process_zero():
@@ -126,7 +128,7 @@ def _train(trainer: CocoaTrainer, stop: SaveAndStop, checkpoint: Path | None, na
     if checkpoint is not None and step_of(checkpoint) >= steps and not trainer.is_fsdp_enabled:
         trainer.load_finished(checkpoint)  # killed after its last step, before its weights were written
     else:
-        with stop.listening():
+        with stop.listening(), training_patience():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     reached = trainer.state.global_step
     if stop.requested and reached < trainer.state.max_steps:
@@ -136,14 +138,13 @@ def _train(trainer: CocoaTrainer, stop: SaveAndStop, checkpoint: Path | None, na
 def load_weights(recipe: Recipe, start: str, attention: str) -> Backbone:
     """Load the backbone that a stage starts from, by folder or by name."""
     set_seed(recipe.seed)  # a mask token that needs a wider embedding matrix is drawn
-    with PartialState().main_process_first():  # the others find what the first has downloaded
-        backbone = load_backbone(
-            start,
-            attn_implementation=attention,
-            max_length=recipe.max_length,
-            max_pixels=recipe.max_pixels,
-            bidirectional=recipe.bidirectional,
-        )
+    backbone = load_backbone(
+        start,
+        attn_implementation=attention,
+        max_length=recipe.max_length,
+        max_pixels=recipe.max_pixels,
+        bidirectional=recipe.bidirectional,
+    )
     if recipe.gradient_checkpointing:
         backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
     return backbone
@@ -183,18 +184,20 @@ def _save(
     with trainer.throughput.paused():
         if trainer.is_world_process_zero():
             (folder / TRAINING_FILE).unlink(missing_ok=True)  # of an earlier attempt: the weights are not complete yet
-        if trainer.adapter is not None:  # the merge is checked on a row, with an image if any row has one
+        adapter = trainer.adapter if trainer.is_world_process_zero() else None
+        if adapter is not None:  # the merge is checked on a row, with an image if any row has one
             with_image_first = np.argsort(rows.column("images") == 0, kind="stable")
             usable = unbroken(rows.select(with_image_first[:MERGED_ROWS]), "skip")
             if not usable:
                 raise CocoaError("No image can be read to check the merge of the adapter; repair the images, then run "
                                  "again with --resume.")  # fmt: skip
-            batch = render_items(processor, [joined(usable[0])])
-            trainer.adapter.merge(send_to_device(batch, trainer.adapter.model.device))
+            adapter.merge(render_items(processor, [joined(usable[0])]))
         stage.save(trainer, processor, folder)
         state = trainer.state
         log: list[dict[str, Any]] = list(state.log_history)
         result = StageResult(stage.name, folder, state.global_step, len(rows), trainer.seconds(), log, stage.facts())
         if trainer.is_world_process_zero():
             write_record(prepared.recipe, prepared.start, [*before, result])
+        if adapter is not None:
+            adapter.return_to(trainer.accelerator.device)
     return result

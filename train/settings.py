@@ -129,6 +129,8 @@ class AdapterSettings(Settings):
     """Low-rank matrices trained beside the frozen weights and merged into them at the end of the stage.
 
     The vision encoder is adapted too, unless ``freeze_vision`` is set.
+
+    :param dropout: Of the inputs of the low-rank matrices; those of the frozen weights are whole.
     """
 
     kind: Literal["lora", "dora"] = "dora"
@@ -216,7 +218,8 @@ class RunSettings(Settings):
     :param name: The name of the run, and by default of its folder in ``runs/``.
     :param backbone: A folder, the name of a backbone of this package, or a hub name.
     :param data: The rows of every stage, where the stage's own ``data`` does not say otherwise.
-    :param mixed_precision: ``bf16`` runs forward and backward passes under bfloat16 autocast; weights stay float32.
+    :param mixed_precision: ``bf16`` runs forward and backward passes under bfloat16 autocast; trained weights stay
+        float32, and those frozen beside an adapter are bfloat16 until it is merged.
     :param attn_implementation: ``flex_attention`` skips what the bridge mask hides, on CUDA; at short sequences sdpa is
         as fast (docs/experiments.md, section 10).
     :param bidirectional: False leaves the language model causal in every stage, for comparison.

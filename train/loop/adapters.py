@@ -1,18 +1,23 @@
 """Low-rank adapters (LoRA, DoRA) inside the stock model during a stage, merged into its weights at the end."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from cocoa_embed.cpu_threads import available_cores
 from cocoa_embed.errors import CocoaError, require
 from cocoa_embed.train.settings import AdapterSettings, StageSettings
 
 if TYPE_CHECKING:
     from peft import LoraModel
+
+    from cocoa_embed.train.loop.dora import WeightNorms
 
 LANGUAGE_LINEARS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
 """Adapted in the language model's layers."""
@@ -36,21 +41,44 @@ class Adapter:
     :param model: The model, adapted in place.
     :param layers: PEFT's handle on the adapted layers.
     :param trainable: The parameters that were trainable before, and are again after ``merge``.
+    :param norms: The weight norms of DoRA's layers.
+    :param exact: The frozen parameters and their float32 values on the host, if the model has them in bfloat16.
     """
 
     model: PreTrainedModel
     layers: "LoraModel"
     trainable: tuple[nn.Parameter, ...]
+    norms: "tuple[WeightNorms, ...]" = ()
+    exact: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
 
     @torch.no_grad()
     def merge(self, batch: Mapping[str, Tensor]) -> float:
         """Add the adapter to the weights, in place; the model is then a stock model again.
 
-        :param batch: Inputs of ``model.base_model`` (``input_ids``, ``attention_mask``, ``pixel_values``...), on the
-            model's device; with an image, so that the vision encoder is compared too.
+        A model with frozen weights in bfloat16 moves to the host, and all its weights are float32 again.
+
+        :param batch: Inputs of ``model.base_model`` (``input_ids``, ``attention_mask``, ``pixel_values``...); with an
+            image, so that the vision encoder is compared too.
         :returns: The relative difference of the last hidden states of ``batch`` before and after the merge.
         :raises CocoaError: If the difference is larger than rounding explains, or a merged weight is not finite.
         """
+        threads = torch.get_num_threads()
+        if self.exact:
+            self._restore()
+            torch.set_num_threads(available_cores())  # a launcher leaves one to each process, and the others wait
+        try:
+            return self._merge(dict(send_to_device(dict(batch), self.model.device)))
+        finally:
+            torch.set_num_threads(threads)
+
+    def _restore(self) -> None:
+        model: Any = self.model
+        model.to("cpu")
+        while self.exact:
+            parameter, value = self.exact.pop()
+            parameter.data = value
+
+    def _merge(self, batch: Mapping[str, Tensor]) -> float:
         before = _last_hidden_states(self.model, batch)
         try:
             self.layers.merge_and_unload(safe_merge=True)
@@ -58,6 +86,8 @@ class Adapter:
             raise CocoaError(
                 f"The adapter cannot be merged: {error} Lower learning_rate or raise warmup_steps."
             ) from error
+        for norms in self.norms:
+            norms.remove()
         vars(self.model).pop("peft_config", None)  # some versions of peft leave it there
         for parameter in self.trainable:
             parameter.requires_grad_(True)
@@ -72,20 +102,32 @@ class Adapter:
             )
         return difference
 
+    def return_to(self, device: torch.device) -> None:
+        """Move the merged model from the host, where its weights were saved, to a device, in bfloat16 as before."""
+        model: Any = self.model
+        if model.device != device:
+            _to_bfloat16(model.parameters())
+            model.to(device)
 
-def prepare_trainable(model: PreTrainedModel, settings: StageSettings) -> Adapter | None:
+
+def prepare_trainable(model: PreTrainedModel, settings: StageSettings, *, bf16: bool = False) -> Adapter | None:
     """Freeze the vision encoder and its merger, and add an adapter, if the stage's settings say so, in place.
 
     Call it after copying parts of the model: a layer copied later would have an adapter too, and be frozen.
 
+    :param bf16: The model runs under bfloat16 autocast, so that weights frozen beside an adapter need not be float32.
     :returns: The adapter, which is merged at the end of the stage; None if the weights themselves are trained.
     """
     if settings.freeze_vision:
         model.base_model.visual.requires_grad_(False)
-    return None if settings.adapter is None else add_adapter(model, settings.adapter, vision=settings.adapts_vision)
+    if settings.adapter is None:
+        return None
+    return add_adapter(model, settings.adapter, vision=settings.adapts_vision, bf16=bf16)
 
 
-def add_adapter(model: PreTrainedModel, settings: AdapterSettings, *, vision: bool = True) -> Adapter:
+def add_adapter(
+    model: PreTrainedModel, settings: AdapterSettings, *, vision: bool = True, bf16: bool = False
+) -> Adapter:
     """Add an adapter to ``model``, in place, and freeze everything else in it.
 
     Adapted are the projections of the language model's layers (``LANGUAGE_LINEARS``) and, with ``vision``, those of
@@ -93,9 +135,13 @@ def add_adapter(model: PreTrainedModel, settings: AdapterSettings, *, vision: bo
     merger. The adapter's weights are float32, in a model of any dtype.
 
     :param model: A supported model, with its head or without (``Qwen2VLForConditionalGeneration``, ``Qwen2VLModel``).
+    :param bf16: Make all other weights bfloat16; the first process, which merges, keeps their values on the host.
+        The model then runs under autocast alone.
     :raises CocoaError: If the model has no such projections.
     """
     peft = require("peft", "train")
+    from cocoa_embed.train.loop.dora import WeightNorms
+
     trainable = tuple(parameter for parameter in model.parameters() if parameter.requires_grad)
     config = peft.LoraConfig(
         r=settings.r,
@@ -105,11 +151,27 @@ def add_adapter(model: PreTrainedModel, settings: AdapterSettings, *, vision: bo
         use_dora=settings.kind == "dora",
         target_modules=_targets(model, vision),
     )
-    adapter = Adapter(model, peft.LoraModel(model, config, "default"), trainable)
+    layers = peft.LoraModel(model, config, "default")
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    return adapter
+    base: Any = model.base_model
+    norms = (WeightNorms(base.language_model), WeightNorms(base.visual)) if settings.kind == "dora" else ()
+    exact = []
+    if bf16:
+        frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+        if PartialState().is_main_process:
+            exact = [(parameter, parameter.data.to("cpu")) for parameter in frozen]
+        _to_bfloat16(frozen)
+        for name in layers.targeted_module_names:
+            layer: Any = model.get_submodule(name)
+            layer.cast_input_dtype_enabled = False  # to float32, which autocast would undo
+    return Adapter(model, layers, trainable, norms, exact)
+
+
+def _to_bfloat16(parameters: Iterable[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.data = parameter.data.bfloat16()
 
 
 def _targets(model: PreTrainedModel, vision: bool) -> list[str]:

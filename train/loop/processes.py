@@ -3,21 +3,30 @@
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from cocoa_embed.errors import CocoaError, UsageError
+
+try:
+    from torch.distributed import set_timeout
+except ImportError:  # torch before 2.15
+    from torch.distributed.distributed_c10d import _set_pg_timeout as set_timeout
 
 Result = TypeVar("Result")
 
 PATIENCE = timedelta(hours=3)
 """The longest wait for the first process, which reads the rows and checks their images before training."""
+
+TRAINING_PATIENCE = timedelta(minutes=15)
+"""The longest wait during training, for another process's part of a step or for the first one to write a checkpoint."""
 
 
 def silence_nonzero_ranks() -> None:
@@ -35,6 +44,34 @@ def meet() -> PartialState:
     # cpu=None lets accelerate choose the device and its backend
     on_cpu: Any = None if torch.accelerator.is_available() else True
     return PartialState(cpu=on_cpu, timeout=PATIENCE)
+
+
+@contextmanager
+def training_patience() -> Iterator[None]:
+    """Give up on the other processes after ``TRAINING_PATIENCE`` inside the block, as one of them may have died."""
+    state = meet()
+    if state.num_processes == 1:
+        yield
+        return
+    state.wait_for_everyone()
+    set_timeout(TRAINING_PATIENCE)
+    try:
+        yield
+    finally:
+        set_timeout(PATIENCE)
+
+
+@contextmanager
+def taking_turns() -> Iterator[None]:
+    """Let the processes of one machine run the block one after the other; they must not exchange anything in it."""
+    state = meet()
+    turn = state.local_process_index
+    turns = 1 + max(gather_object([turn]))
+    for _ in range(turn):
+        state.wait_for_everyone()
+    yield
+    for _ in range(turns - turn):
+        state.wait_for_everyone()
 
 
 def reduce(accelerator: Accelerator, value: Tensor, how: str) -> Tensor:

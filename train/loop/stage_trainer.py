@@ -56,7 +56,7 @@ def stage_trainer(
         ),
         rows=rows,
         context=context,
-        adapter=prepare_trainable(backbone, settings),
+        adapter=prepare_trainable(backbone, settings, bf16=arguments.bf16),
         probe=probe,
     )
 

@@ -4,13 +4,14 @@ import json
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from accelerate.utils import gather_object
-from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -18,6 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from cocoa_embed.data.rows import Row
 from cocoa_embed.errors import CocoaError, one_line
 from cocoa_embed.folders import write_atomically
+from cocoa_embed.model.fingerprint import weights_digest
 from cocoa_embed.train.loop.adapters import Adapter
 from cocoa_embed.train.loop.batch_facts import FACTS, BatchFacts
 from cocoa_embed.train.loop.checkpoints import mark_complete
@@ -26,6 +28,9 @@ from cocoa_embed.train.loop.throughput import Throughput
 from cocoa_embed.train.loop.workers import end_workers
 
 WEIGHTS = "model.safetensors"
+FROZEN = "frozen"
+"""The key of the digest of the frozen weights in the metadata of ``WEIGHTS``."""
+
 NAMED_ROWS = 16
 """The most rows that an error names; a file lists all."""
 
@@ -79,7 +84,8 @@ class CocoaTrainer(Trainer):
     - A step whose loss is not finite ends the run before the weights change, and the error names its rows.
     - A step that does not fit into memory ends the run, and the error names the settings to lower.
     - Log lines have the stage's speed (``Throughput``), without the time of probes.
-    - Checkpoints hold the state of the whole model, adapters and pixel decoder included, and are marked when complete.
+    - Checkpoints hold what is trained, adapters and pixel decoder included, and a digest of what is frozen, which a
+      resumed run loads from where the stage began. They are marked when complete.
 
     :param rows: The stage's rows; batches have their numbers.
     :param adapter: The adapter, which is merged into the weights at the end of the stage.
@@ -189,7 +195,7 @@ class CocoaTrainer(Trainer):
         """Add the stage's speed and, if due, the probe's metrics to each line of losses."""
         if "loss" in logs:
             if self.probe is not None and self._is_due(self.probe):
-                with self.throughput.paused():
+                with self.throughput.paused(), self.accelerator.autocast():
                     logs |= self.probe.measure(self.accelerator.unwrap_model(self.model))
             logs |= self.throughput.metrics(self.accelerator)
             self.throughput.restart()
@@ -218,10 +224,31 @@ class CocoaTrainer(Trainer):
         if self.args.should_save:
             folder = Path(output_dir or self.folder)
             folder.mkdir(parents=True, exist_ok=True)
-            save_model(self.accelerator.unwrap_model(self.model), str(folder / WEIGHTS))
+            trained = {name: value.contiguous() for name, value in self._trained().items()}
+            save_file(trained, str(folder / WEIGHTS), metadata={FROZEN: self._frozen_digest})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
             Trainer._load_from_checkpoint(self, resume_from_checkpoint, model)
-        else:
-            load_model(model or self.accelerator.unwrap_model(self.model), str(Path(resume_from_checkpoint) / WEIGHTS))
+            return
+        path = Path(resume_from_checkpoint) / WEIGHTS
+        with safe_open(path, "pt") as file:
+            frozen, names = file.metadata()[FROZEN], set(file.keys())
+        if frozen != self._frozen_digest or names != self._trained().keys():
+            raise CocoaError(
+                f"The weights under {path} belong to another model than the one that the stage starts from: it has "
+                "changed since; restore it, or run again without --resume."
+            )
+        self.accelerator.unwrap_model(self.model).load_state_dict(load_file(path), strict=False)
+
+    def _trained(self) -> dict[str, Tensor]:
+        """Return the trained parameters, and the buffers that a model is saved with."""
+        model = self.accelerator.unwrap_model(self.model)
+        state = model.state_dict()
+        names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        return {name: state[name] for name in [*names, *(name for name, _ in model.named_buffers() if name in state)]}
+
+    @cached_property
+    def _frozen_digest(self) -> str:
+        model = self.accelerator.unwrap_model(self.model)
+        return weights_digest({name: each for name, each in model.named_parameters() if not each.requires_grad})

@@ -231,7 +231,7 @@ def _plan_stage(
         tokens_per_step=batch_size * fmean(sum(each.shape.tokens for each in of_row) for of_row in sample),
         flops=(steps - steps_done) * batch_size * flops_per_row,
         memory_bytes={"total": sum(memory.values()), **memory},
-        checkpoint_bytes=FULL * counts.total + ADAM_MOMENTS * FULL * counts.trainable,
+        checkpoint_bytes=(1 + ADAM_MOMENTS) * FULL * counts.trainable,
         folder=str(out / name),
         adapter=None if settings.adapter is None else settings.adapter.kind,
         card_seconds=seconds,

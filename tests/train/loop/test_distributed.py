@@ -18,6 +18,7 @@ from tiny_backbones import MakeRecipe
 from cocoa_embed.model.training_record import read_run
 from cocoa_embed.train import Recipe, run
 from cocoa_embed.train.recipe import STAGES
+from cocoa_embed.train.settings import AdapterSettings
 
 STAGE: dict[str, Any] = {
     "steps": 4,
@@ -152,6 +153,23 @@ def test_pairs_from_either_side_do_too(recipe: Recipe, tmp_path: Path) -> None:
     assert launched.returncode == 0, launched.stderr[-3000:]
     run(given, tmp_path / "one")
     assert_same(tmp_path / "two" / "out", tmp_path / "one", ("contrastive",))
+
+
+@pytest.mark.slow
+def test_an_adapter_of_two_processes_is_that_of_one(recipe: Recipe, tmp_path: Path) -> None:
+    """The first process alone keeps float32 weights and merges; the others wait for it."""
+    adapter = AdapterSettings(r=2, alpha=4, dropout=0)
+    stages = {name: getattr(recipe, name).model_copy(update={"adapter": adapter}) for name in ("warmup", "contrastive")}
+    given = recipe.model_copy(update={"bridge": None, **stages})
+    run(given, tmp_path / "one")
+    for folder, options in (("two", ()), ("half", ("mixed_precision=bf16",))):
+        (tmp_path / folder).mkdir()
+        launched = launch(given, tmp_path / folder, *options)
+        assert launched.returncode == 0, launched.stderr[-3000:]
+    assert_same(tmp_path / "two" / "out", tmp_path / "one", ("warmup", "contrastive"))
+    merged = load_file(tmp_path / "half" / "out" / "contrastive" / "model.safetensors")
+    assert {value.dtype for value in merged.values()} == {torch.float32}
+    assert any((value.bfloat16() != value).any() for value in merged.values())
 
 
 @pytest.mark.slow

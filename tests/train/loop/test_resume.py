@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 from interrupted import Killed, acting_at, die, killed_at, same_weights
-from safetensors.torch import load_file, save_model
+from safetensors.torch import load_file, save_file
 from tiny_backbones import MakeRecipe
 from transformers import TrainerControl, TrainerState
 
-from cocoa_embed.errors import UsageError
+from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.model.training_record import read_run
 from cocoa_embed.train import pipeline
 from cocoa_embed.train.loop import callbacks, trainer
@@ -26,6 +26,7 @@ from cocoa_embed.train.loop.callbacks import SaveAndStop, Stopped
 from cocoa_embed.train.loop.checkpoints import newest_complete
 from cocoa_embed.train.pipeline import run
 from cocoa_embed.train.recipe import STAGES, Recipe
+from cocoa_embed.train.settings import AdapterSettings
 
 STEPS = 5
 STAGE: dict[str, Any] = {
@@ -105,8 +106,8 @@ def test_a_run_killed_at_a_step_resumes_to_the_same_weights(
     assert_same(out, whole(stage), stage)
 
 
-def write_half(model: torch.nn.Module, path: str) -> None:
-    save_model(model, path)
+def write_half(weights: dict[str, torch.Tensor], path: str, **values: Any) -> None:
+    save_file(weights, path, **values)
     if "checkpoint-4" in path:
         os.truncate(path, os.path.getsize(path) // 2)
         raise Killed
@@ -120,7 +121,7 @@ def write_half(model: torch.nn.Module, path: str) -> None:
         ("bridge", pipeline, "write_record", die, STEPS),
         ("bridge", trainer, "mark_complete", die, None),
         ("bridge", shutil, "rmtree", die, 4),
-        *((stage, trainer, "save_model", write_half, 2) for stage in STAGES),
+        *((stage, trainer, "save_file", write_half, 2) for stage in STAGES),
     ),
 )
 def test_a_run_killed_while_it_writes_resumes_to_the_same_weights(
@@ -142,6 +143,46 @@ def test_a_run_killed_while_it_writes_resumes_to_the_same_weights(
     assert newest_step(out, stage) == newest
     run(given, out, resume=True)
     assert_same(out, whole(stage), stage)
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind", "trained"), [("warmup", "dora", ("lora_", "pixel_decoder")), ("contrastive", "lora", ("lora_",))]
+)
+def test_a_checkpoint_of_an_adapter_has_no_frozen_weights_and_resumes_to_the_same_weights(
+    recipe: Recipe, tmp_path: Path, stage: str, kind: str, trained: tuple[str, ...]
+) -> None:
+    """In bfloat16, with dropout: the weights that are merged into are those of the stage's start."""
+    settings = getattr(recipe, stage)
+    adapter = AdapterSettings.model_validate({"kind": kind, "r": 1})
+    changed = settings.model_copy(update={"adapter": adapter})
+    given = only(recipe, stage, mixed_precision="bf16", **{stage: changed})
+    run(given, tmp_path / "whole")
+    with killed_at(3):
+        run(given, tmp_path / "out")
+    checkpoint = newest_complete(tmp_path / "out" / "checkpoints" / stage)
+    assert checkpoint is not None
+    weights = load_file(checkpoint / "model.safetensors")
+    assert all(any(part in name for part in trained) for name in weights)
+    assert all(any(part in name for name in weights) for part in trained)
+    saved = sum(path.stat().st_size for path in checkpoint.iterdir())
+    adapted, others = sum(value.nbytes for value in weights.values()), 120_000  # names, digests, random states
+    assert saved < 3 * adapted + others, "the weights and two moments of Adam"
+    assert others < (tmp_path / "whole" / stage / "model.safetensors").stat().st_size / 3
+    run(given, tmp_path / "out", resume=True)
+    assert_same(tmp_path / "out", tmp_path / "whole", stage)
+
+
+def test_a_checkpoint_of_an_adapter_is_refused_beside_other_frozen_weights(
+    recipe: Recipe, tiny_backbone_path: Path, tmp_path: Path
+) -> None:
+    backbone = Path(shutil.copytree(tiny_backbone_path, tmp_path / "backbone"))
+    given = only(recipe, "contrastive", backbone=str(backbone))
+    with killed_at(3):
+        run(given, tmp_path / "out")
+    weights = load_file(backbone / "model.safetensors")
+    save_file({**weights, (name := max(weights)): weights[name] + 1}, backbone / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CocoaError, match=r"checkpoint-2.* belong to another model .* without --resume"):
+        run(given, tmp_path / "out", resume=True)
 
 
 def sending(number: int) -> Callable[[], None]:

@@ -136,7 +136,8 @@ class Contrastive(Stage[ContrastiveSettings]):
         query, document = self.run.prompts.query, self.run.prompts.document
         prompts = {"anchor": query, "positive": document}
         prompts |= {f"negative_{place + 1}": document for place in range(settings.hard_negatives)}
-        adapter = prepare_trainable(cast(PreTrainedModel, model[0].auto_model), settings)
+        inner = cast(PreTrainedModel, model[0].auto_model)
+        adapter = prepare_trainable(inner, settings, bf16=self.run.mixed_precision == "bf16")
         if probe_rows := unbroken(pictured_rows(rows, settings.probe_rows, self.run.seed), context.on_bad_row):
             measure = embedding_probe(model, probe_rows, self.sequences_at_once(1))
             probe = Probe(measure, settings.probe_steps, {ALIGNMENT})
