@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from cocoa_embed.data.rows import Row
+from cocoa_embed.model.forward_inputs import HostInputs
 from cocoa_embed.train.data.broken_rows import ReplaceBroken
 from cocoa_embed.train.data.rows import Rows
 from cocoa_embed.train.data.sampling import RowStream
@@ -41,7 +42,10 @@ def stage_trainer(
     lengths_of = context.lengths_of if settings.group_by_length else None
     draws = arguments.max_steps * settings.batch_size
     dataset = Rows(rows)
-    usable = ReplaceBroken(collator, row_of, dataset.after, context.on_bad_row, len(rows))
+    prepared = HostInputs(backbone.config)
+    usable = ReplaceBroken(
+        lambda examples: prepared(collator(examples)), row_of, dataset.after, context.on_bad_row, len(rows)
+    )
     return StageTrainer(
         model=model,
         args=arguments,

@@ -9,10 +9,11 @@ def predicting_states(hidden_states: Tensor, masked: Tensor) -> Tensor:
     """Return the states that predict the masked tokens: the one before each (masked next-token prediction).
 
     :param hidden_states: ``[B, L, D]``.
-    :param masked: Masked tokens, bool ``[B, L]``; never the first position of a row, which has no state before it.
-    :returns: ``[masked tokens, D]``, in the order of ``input_ids[masked]``.
+    :param masked: Where the masked tokens are in ``[B * L]``, int64 ``[masked tokens]``; never the first position of a
+        row, which has no state before it.
+    :returns: ``[masked tokens, D]``.
     """
-    return hidden_states[:, :-1][masked[:, 1:]]
+    return hidden_states.flatten(0, 1).index_select(0, masked - 1)
 
 
 def mntp_loss(logits: Tensor, targets: Tensor, *, total: float | None = None) -> Tensor:
