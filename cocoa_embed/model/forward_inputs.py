@@ -1,6 +1,7 @@
 """The inputs of a forward pass, made on the CPU where it would otherwise read values back from its device."""
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -40,7 +41,7 @@ class HostTensor(Tensor):
         return result.as_subclass(cls) if func in _STAYING else result
 
 
-_STAYING = {Tensor.__getitem__, Tensor.pin_memory}
+_STAYING = {Tensor.__getitem__, Tensor.index_select, Tensor.pin_memory}
 
 
 def on_host(tensor: Tensor) -> HostTensor:
@@ -74,6 +75,7 @@ class HostInputs:
         :raises ValueError: If the visual tokens are not those of the images.
         """
         rows, length = batch["input_ids"].shape
+        batch = {name: on_host(each.cpu()) if name.startswith("image_") else each for name, each in batch.items()}
         if "image_grid_thw" not in batch:
             return {**batch, "position_ids": torch.arange(length).expand(3, rows, length)}
         ids, mask, kinds, grids = (
@@ -87,6 +89,10 @@ class HostInputs:
             ids, mm_token_type_ids=kinds, image_grid_thw=grids, attention_mask=mask
         )
         return {**batch, "position_ids": positions, **self.of_images(grids)}
+
+    def after(self, collate: Callable[[Any], Mapping[str, Any]]) -> Callable[[Any], dict[str, Any]]:
+        """Return a collator that adds to the batches of another."""
+        return partial(_collate, self, collate)
 
     def of_images(self, grids: Tensor) -> dict[str, Any]:
         """Return the part of the result that depends on ``image_grid_thw`` alone, with the grids."""
@@ -108,6 +114,12 @@ class HostInputs:
             found |= {"window_index": index, "cu_window_seqlens": on_host(boundaries)}
             found["max_window_seqlen"] = int(boundaries.diff().max())
         return {f"image_{name}": value for name, value in found.items()}
+
+
+def _collate(
+    prepare: HostInputs, collate: Callable[[Any], Mapping[str, Any]], examples: Any  # noqa: ANN401
+) -> dict[str, Any]:
+    return prepare(collate(examples))
 
 
 def with_host_inputs(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Any]:

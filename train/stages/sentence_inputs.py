@@ -3,20 +3,24 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from cocoa_embed.model.forward_inputs import forward_inputs, on_host, with_host_inputs
 from cocoa_embed.train.stages.reconstruction import full_model_mask
-
-HOST_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw", "num_images_per_sample")
-"""What a cached loss reads to cut a batch, and ``HostInputs`` to complete its parts."""
 
 MODEL_INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "image_grid_thw", "mm_token_type_ids")
 
 
 def keep_on_host(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a batch, of any columns, whose ``HOST_INPUTS`` stay on the CPU, as ``prepare_forward`` takes them."""
-    return {name: on_host(value) if name.endswith(HOST_INPUTS) else value for name, value in batch.items()}
+    """Return a batch whose tensors of int64 stay on the CPU.
+
+    There a cached loss reads them to cut the batch, and ``prepare_forward`` to complete its parts.
+    """
+    return {
+        name: on_host(value) if isinstance(value, Tensor) and value.dtype == torch.int64 else value
+        for name, value in batch.items()
+    }
 
 
 def prepare_forward(

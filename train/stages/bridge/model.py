@@ -41,7 +41,7 @@ class BridgeModel(nn.Module):
         return nn.functional.normalize(hidden_states[rows, eos].float(), dim=1)
 
     def forward(
-        self, *, totals: Mapping[str, float] | None = None, embeds: bool = False, **batch: Tensor
+        self, *, totals: Mapping[str, float | Tensor] | None = None, embeds: bool = False, **batch: Tensor
     ) -> dict[str, Tensor]:
         """Return ``loss`` and ``masked_token_accuracy``, scalars, for a batch of the collator.
 

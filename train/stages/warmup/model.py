@@ -89,7 +89,7 @@ class WarmupModel(nn.Module):
         patches = self.pixel_decoder(hidden_states, visual, mask, batch["position_ids"])
         return logits, patches.index_select(0, masked_places(batch, "masked_patches", "target_patches"))
 
-    def forward(self, *, totals: Mapping[str, float] | None = None, **batch: Tensor) -> dict[str, Tensor]:
+    def forward(self, *, totals: Mapping[str, float | Tensor] | None = None, **batch: Tensor) -> dict[str, Tensor]:
         """Return ``loss`` and its parts, scalars, for a batch of the collator.
 
         :param totals: How many ``target_ids`` and ``target_patches`` the whole step has, if the batch is a part of it.
