@@ -38,7 +38,9 @@ class HostTensor(Tensor):
         """Let slices stay on the CPU too; all other results are ordinary tensors."""
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
-        return result.as_subclass(cls) if func in _STAYING else result
+            if func in _STAYING:
+                return result.as_subclass(cls)
+            return result.as_subclass(Tensor) if isinstance(result, cls) else result
 
 
 _STAYING = {Tensor.__getitem__, Tensor.index_select, Tensor.pin_memory}
