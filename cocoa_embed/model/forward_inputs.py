@@ -1,6 +1,6 @@
 """The inputs of a forward pass, made on the CPU where it would otherwise read values back from its device."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -33,7 +33,11 @@ class HostTensor(Tensor):
 
     @classmethod
     def __torch_function__(
-        cls, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: dict[str, Any] | None = None
+        cls,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
         """Let slices stay on the CPU too; all other results are ordinary tensors."""
         with torch._C.DisableTorchFunctionSubclass():
@@ -119,7 +123,9 @@ class HostInputs:
 
 
 def _collate(
-    prepare: HostInputs, collate: Callable[[Any], Mapping[str, Any]], examples: Any  # noqa: ANN401
+    prepare: HostInputs,
+    collate: Callable[[Any], Mapping[str, Any]],
+    examples: Any,  # noqa: ANN401
 ) -> dict[str, Any]:
     return prepare(collate(examples))
 

@@ -13,16 +13,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from cocoa_embed.model.forward_inputs import HostTensor
 
 REGISTERED = "cocoa_flash_varlen"
-"""Its name in the config of the vision encoder's attention. Model classes pass packed sequences on only if a name contains ``flash``."""
+"""Its name for transformers, whose models pass packed sequences to a name with ``flash`` in it alone."""
 
 FIRST_CAPABILITY = 8
 """The oldest generation of CUDA devices with kernels for packed sequences (Ampere)."""
 
 
 def pack_vision_attention(model: PreTrainedModel) -> None:
-    """Let the vision encoder call attention once a layer, in place; the model's config, and so a saved model, does not
-    know of it.
-    """
+    """Let the vision encoder call attention once a layer, in place. The model's config does not keep this setting."""
     AttentionInterface.register(REGISTERED, packed_attention)
     visual: Any = model.base_model.visual
     config = copy(visual.config)
@@ -38,7 +36,7 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     cu_seq_lens_q: Tensor | None = None,
-    max_length_q: int | None = None,
+    max_length_q: int = 0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute full attention within each of the packed sequences; a transformers attention function.
@@ -56,7 +54,8 @@ def packed_attention(
     if (kernel := _kernel(query)) is not None:
         on_device = cu_seq_lens_q.on(query.device) if isinstance(cu_seq_lens_q, HostTensor) else cu_seq_lens_q
         packed = (each[0].transpose(0, 1) for each in (query, key, value))
-        return kernel(*packed, on_device, on_device, int(max_length_q), int(max_length_q))[None], None
+        longest = int(max_length_q)  # a tensor of the CPU in older versions of transformers
+        return kernel(*packed, on_device, on_device, longest, longest)[None], None
     lengths = [end - begin for begin, end in pairwise(cu_seq_lens_q.tolist())]
     sequences = [each.split(lengths, dim=2) for each in (query, key, value)]
     outputs: dict[int, Tensor] = {}
@@ -68,7 +67,7 @@ def packed_attention(
     return torch.cat([outputs[place] for place in range(len(lengths))], dim=1), None
 
 
-def _kernel(query: Tensor) -> Callable[..., Tensor] | None:
+def _kernel(query: Tensor) -> Callable[..., Any] | None:
     """Return torch's attention over packed sequences, if it runs here."""
     if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16) or query.shape[-1] % 8:
         return None

@@ -133,8 +133,6 @@ def test_in_both_stages_the_last_token_changes_earlier_states_only_if_attention_
     ):
         ids, last = batch["input_ids"].clone(), batch["attention_mask"].sum(dim=1) - 1
         ids[torch.arange(len(ids)), last] = 100
-        first, second = (
-            last_hidden_states(model, each, mask) for each in (batch, {**batch, "input_ids": ids})
-        )
+        first, second = (last_hidden_states(model, each, mask) for each in (batch, {**batch, "input_ids": ids}))
         earlier = torch.arange(ids.shape[1]) < last[:, None]
         assert torch.equal(first[earlier], second[earlier]) is not bidirectional

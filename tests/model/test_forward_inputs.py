@@ -1,9 +1,8 @@
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_backbones import TINY_MAX_LENGTH, every_family
+from tiny_backbones import every_family
 from torch.utils.data import DataLoader
 
 from cocoa_embed.data.rows import Item, Row

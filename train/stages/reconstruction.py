@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from cocoa_embed.model.attention import as_model_mask, bidirectional_mask, bridge_mask, is_causal
 from cocoa_embed.model.backbone import PatchGeometry
-from cocoa_embed.model.forward_inputs import HostInputs, forward_inputs, on_device, places, run_vision
 from cocoa_embed.model.flex_attention import bidirectional_block_mask, bridge_block_mask, uses_flex_attention
+from cocoa_embed.model.forward_inputs import HostInputs, forward_inputs, on_device, places, run_vision
 from cocoa_embed.train.loop.batch_facts import Batch
 from cocoa_embed.train.stages.losses import predicting_states
 

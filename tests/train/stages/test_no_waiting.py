@@ -1,6 +1,6 @@
-"""No pass of a stage reads a value from its device: here the device's tensors have none, and reading one is an error."""
+"""No pass of a stage reads a value from its device: here its tensors have none, and reading one is an error."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from cocoa_embed.model import forward_inputs
 from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.model.forward_inputs import FEEDS_INNER_LAYERS, HostInputs, HostTensor
 from cocoa_embed.train.data.rows import numbered
+from cocoa_embed.train.loop.batch_facts import Batch
 from cocoa_embed.train.stages.contrastive.loss import contrastive_loss
 from cocoa_embed.train.stages.contrastive.model import as_sentence_transformer
 from cocoa_embed.train.stages.contrastive.patches import preprocess_items
@@ -70,8 +71,8 @@ def test_a_pass_of_warm_up_or_bridge_reads_nothing(
     rows: list[Row],
     device: FakeTensorMode,
     family: str,
-    make_model: Any,
-    make_collator: Any,
+    make_model: Callable[[Backbone], nn.Module],
+    make_collator: Callable[[Backbone], Callable[..., Batch]],
     with_images: bool,
 ) -> None:
     """Of Qwen3-VL only with texts: its stock class counts visual tokens, and adds features where they are."""
@@ -98,7 +99,9 @@ def test_a_pass_of_the_contrastive_stage_reads_nothing_though_it_cuts_batches(
 ) -> None:
     settings = ContrastiveSettings(steps=1, batch_size=4, mini_batch_size=mini_batch_size)
     model = as_sentence_transformer(tiny_backbone, alone(Contrastive, settings).run)
-    columns = [preprocess_items(model, items) for items in zip(*((row.query, row.positive) for row in rows))]
+    columns = [
+        preprocess_items(model, items) for items in zip(*((row.query, row.positive) for row in rows), strict=True)
+    ]
     move(model, device)
     loss = contrastive_loss(model, settings)
     labels = without_values(torch.arange(8).view(4, 2), device)
