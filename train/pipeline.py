@@ -168,6 +168,7 @@ def stage_context(
         peak_flops=measure_matmul_flops(torch.device(str(PartialState().device)), dtype),
         memory_remedy=stage.memory_remedy(),
         checkpoint_facts={"stage": stage.name, "recipe": recipe.model_dump(mode="json")},
+        compile=recipe.compile,
     )
 
 

@@ -224,6 +224,8 @@ class RunSettings(Settings):
         as fast (docs/experiments.md, section 10).
     :param bidirectional: False leaves the language model causal in every stage, for comparison.
     :param gradient_checkpointing: Recompute activations in the backward pass instead of storing them.
+    :param compile: Compile the language model's layers, which takes the first steps a minute or more; where that fails,
+        they run as they are, with a warning.
     :param sharding: ``fsdp2`` shards weights, gradients and optimiser states over the devices, in stages that allow it.
     :param workers: Processes per device that read and preprocess rows; by default the free cores, at most 8, and none
         without an accelerator.
@@ -239,6 +241,7 @@ class RunSettings(Settings):
     attn_implementation: Literal["sdpa", "eager", "flex_attention"] = "sdpa"
     bidirectional: bool = True
     gradient_checkpointing: bool = False
+    compile: bool = False
     sharding: Literal["none", "fsdp2"] = "none"
     workers: Count | None = None
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from statistics import fmean, median
 
 import torch
+from accelerate.utils import send_to_device
 from peft import LoraConfig, LoraModel
 from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
@@ -20,12 +21,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from cocoa_embed.model.attention import bidirectional_mask, bridge_mask, make_bidirectional
 from cocoa_embed.model.backbone import SUPPORTED, PatchGeometry
 from cocoa_embed.model.flex_attention import FLEX, use_flex_attention
+from cocoa_embed.model.forward_inputs import HostInputs, with_host_inputs
+from cocoa_embed.model.vision_attention import pack_vision_attention
 from cocoa_embed.train.loop.adapters import LANGUAGE_LINEARS, VISION_LINEARS, add_adapter
 from cocoa_embed.train.plan.cost import BatchShape, StepCost, batch_shape, measure_matmul_flops, model_size
 from cocoa_embed.train.settings import AdapterSettings
 from cocoa_embed.train.stages.bridge.model import BridgeModel
 from cocoa_embed.train.stages.losses import mae_loss
-from cocoa_embed.train.stages.reconstruction import model_mask, position_ids
+from cocoa_embed.train.stages.reconstruction import model_mask
 from cocoa_embed.train.stages.warmup.model import WarmupModel
 from cocoa_embed.train.stages.warmup.settings import WarmupSettings
 from shared.measuring import best_device
@@ -49,7 +52,7 @@ class PlainModel(nn.Module):
         model = self.ours.backbone
         is_bridge = "blocks" in batch
         allowed = bridge_mask(batch["blocks"]) if is_bridge else bidirectional_mask(batch["attention_mask"])
-        mask, positions = model_mask(model, allowed), position_ids(model, batch)
+        mask, positions = model_mask(model, allowed), with_host_inputs(model, batch)["position_ids"]
         labels = torch.full_like(batch["input_ids"], -100)
         labels[batch["masked_tokens"]] = batch["target_ids"]
         outputs = model(
@@ -65,7 +68,7 @@ class PlainModel(nn.Module):
         )
         loss = outputs.loss
         if "masked_patches" in batch:
-            visual = batch["mm_token_type_ids"] == 1
+            visual = (batch["mm_token_type_ids"] == 1).flatten().nonzero().flatten()
             decoded = self.ours.pixel_decoder(outputs.hidden_states[-1], visual, mask, positions)
             loss = loss + MAE_WEIGHT * mae_loss(decoded[batch["masked_patches"]], batch["target_patches"])
         return {"loss": loss, "logits": outputs.logits}
@@ -79,7 +82,7 @@ class Embedder(nn.Sequential):
         states = model.base_model(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
-            position_ids=position_ids(model, batch),
+            position_ids=with_host_inputs(model, batch)["position_ids"],
             pixel_values=batch.get("pixel_values"),
             image_grid_thw=batch.get("image_grid_thw"),
             mm_token_type_ids=batch["mm_token_type_ids"],
@@ -106,6 +109,8 @@ def build(
     is_ours = options.side == "ours"
     if is_ours and options.attention == FLEX:
         use_flex_attention(model)
+    if is_ours:
+        pack_vision_attention(model)
     model.train()
     if options.stage == "contrastive":
         embedder = Embedder(model)
@@ -198,7 +203,9 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         """Run a step on rows; return its seconds and its loss."""
         made = make_inputs(batch_rows, config, options.stage, seed)
         shapes.extend(map(batch_shape, made))
-        batches = [{name: value.to(device) for name, value in batch.items()} for batch in made]
+        if options.side == "ours" and options.stage != "contrastive":
+            made = list(map(HostInputs(config), made))
+        batches = [send_to_device(batch, device) for batch in made]
         started = time.perf_counter()
         loss = step(batches)
         return time.perf_counter() - started, loss

@@ -26,6 +26,7 @@ from cocoa_embed.model.flex_attention import FLEX, use_flex_attention
 from cocoa_embed.model.loading import is_hub_name
 from cocoa_embed.model.template import chat_template
 from cocoa_embed.model.training_record import explain_unfinished
+from cocoa_embed.model.vision_attention import pack_vision_attention
 
 MASK_TOKEN = "<|mask|>"
 """Replaces a masked text token; added to tokenizers without a mask token, such as Qwen's."""
@@ -166,6 +167,8 @@ def load_backbone(
     (make_bidirectional if bidirectional else make_causal)(model)
     if attn_implementation == FLEX:
         use_flex_attention(model)
+    if attn_implementation != "eager":
+        pack_vision_attention(model)
     return Backbone(model=model, processor=processor)
 
 

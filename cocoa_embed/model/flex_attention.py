@@ -4,13 +4,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from cocoa_embed.errors import UsageError
+from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.model.attention import Block, sees
 
 FLEX = "flex_attention"
@@ -44,6 +45,8 @@ def use_flex_attention(model: PreTrainedModel) -> None:
 
     Other masks and the vision encoder use sdpa. A saved model does not keep this setting.
     """
+    # Else it would run unfused, once there are more shapes than torch compiles for.
+    torch._dynamo.config.fail_on_cache_limit_hit = True
     AttentionInterface.register(REGISTERED, flex_or_sdpa)
     AttentionMaskInterface.register(REGISTERED, sdpa_mask)
     model.set_attn_implementation({"text_config": REGISTERED, "vision_config": "sdpa"})
@@ -67,13 +70,25 @@ def flex_or_sdpa(
     Under autocast, rotary embeddings leave queries and keys in float32 beside bfloat16 values. sdpa casts them itself;
     FlexAttention before torch 2.9 refuses them.
 
+    Sequences are padded to whole tiles, as their mask is: torch compiles FlexAttention for few lengths.
+
     :param query: ``[B, heads, L, head width]``; ``key`` and ``value`` may have fewer heads.
-    :returns: ``[B, L, heads, head width]``, and the log-sum-exp or None.
+    :returns: ``[B, L, heads, head width]``, and None.
+    :raises CocoaError: If there are more shapes than torch compiles for.
     """
     if not isinstance(attention_mask, BlockMask):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    query, key = query.to(value.dtype), key.to(value.dtype)
-    return flex_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    length = query.shape[2]
+    padding = (0, 0, 0, attention_mask.seq_lengths[0] - length)
+    padded = [functional.pad(each.to(value.dtype), padding) for each in (query, key, value)]
+    try:
+        found, _ = flex_attention_forward(module, *padded, attention_mask, **kwargs)
+    except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+        raise CocoaError(
+            f"{FLEX} meets more shapes than torch compiles for, the last of {len(query)} sequences of up to {length} "
+            "tokens; use attn_implementation=sdpa."
+        ) from error
+    return found[:, :length], None
 
 
 def bridge_block_mask(blocks: Tensor, *, eos_attends_to_b: bool = True) -> BlockMask:
@@ -83,9 +98,10 @@ def bridge_block_mask(blocks: Tensor, *, eos_attends_to_b: bool = True) -> Block
     where none is the tile is not computed.
 
     :param blocks: ``Block`` of every position, int64 ``[B, L]``.
-    :returns: A ``BlockMask`` of shape ``[B, 1, L, L]``.
+    :returns: A ``BlockMask`` of shape ``[B, 1, L, L]``, where L is rounded up to whole tiles of padding.
     """
-    length = blocks.shape[1]
+    length = -(-blocks.shape[1] // TILE) * TILE
+    blocks = functional.pad(blocks, (0, length - blocks.shape[1]), value=int(Block.PAD))
     some, every = _tiles(blocks, eos_attends_to_b=eos_attends_to_b)
 
     def mask_mod(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -104,12 +120,13 @@ def bidirectional_block_mask(attention_mask: Tensor) -> BlockMask:
 
 
 def _tiles(blocks: Tensor, *, eos_attends_to_b: bool) -> tuple[Tensor, Tensor]:
-    """Return in which tiles some pair of positions is allowed, and in which all are: bool ``[B, 1, tiles, tiles]``."""
+    """Return in which tiles some pair of positions is allowed, and in which all are: bool ``[B, 1, tiles, tiles]``.
+
+    Padding makes no tile full and, off the diagonal, none visible.
+    """
     kinds = torch.arange(len(Block), device=blocks.device)
-    tiles = -(-blocks.shape[1] // TILE)
-    # Positions beyond the end count as padding: they make no tile full and, off the diagonal, none visible.
-    padded = torch.nn.functional.pad(blocks, (0, tiles * TILE - blocks.shape[1]), value=int(Block.PAD))
-    present = (padded.view(-1, tiles, TILE, 1) == kinds).any(dim=2)
+    tiles = blocks.shape[1] // TILE
+    present = (blocks.view(-1, tiles, TILE, 1) == kinds).any(dim=2)
     pairs = present[:, :, None, :, None] & present[:, None, :, None, :]
     allowed = sees(kinds[:, None], kinds[None, :], eos_attends_to_b=eos_attends_to_b)
     diagonal = torch.eye(tiles, dtype=torch.bool, device=blocks.device)

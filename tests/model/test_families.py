@@ -15,9 +15,9 @@ from cocoa_embed.errors import CocoaError
 from cocoa_embed.model.attention import assert_bidirectional
 from cocoa_embed.model.backbone import SUPPORTED, Backbone, load_backbone
 from cocoa_embed.model.export import export_model
+from cocoa_embed.model.forward_inputs import HostInputs
 from cocoa_embed.model.training_record import read_run
 from cocoa_embed.train import Recipe, run
-from cocoa_embed.train.stages.reconstruction import position_ids
 from cocoa_embed.train.stages.rendering import render_items
 
 
@@ -73,7 +73,7 @@ def test_an_image_has_the_temporal_position_after_its_marker(tiny_backbone: Back
     batch = render_items(
         tiny_backbone.processor, [Item(text="a red ring", images=(row.image,)) for row in scene_rows[:2]]
     )
-    positions = position_ids(tiny_backbone.model, batch)
+    positions = HostInputs(tiny_backbone.model.config)(batch)["position_ids"]
     is_image = batch["input_ids"] == tiny_backbone.model.config.image_token_id
     first = is_image.int().argmax(dim=1)
     for row, start in enumerate(first.tolist()):

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,8 @@ from torch.nn.attention import flex_attention as torch_flex
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 from transformers.integrations import flex_attention as transformers_flex
 
-from cocoa_embed.data.rows import Row
-from cocoa_embed.errors import UsageError
+from cocoa_embed.data.rows import Item, Row
+from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.model.attention import Block, assert_bidirectional, bidirectional_mask, bridge_mask
 from cocoa_embed.model.backbone import load_backbone
 from cocoa_embed.model.flex_attention import (
@@ -63,8 +64,9 @@ def long_layouts(draw: st.DrawFn) -> Tensor:
 @settings(max_examples=15)
 @given(blocks=long_layouts(), eos_attends_to_b=st.booleans())
 def test_the_tiles_are_those_of_the_dense_mask(blocks: Tensor, eos_attends_to_b: bool) -> None:
-    rows, length = blocks.shape
+    rows, length = len(blocks), -(-blocks.shape[1] // TILE) * TILE
     ours = bridge_block_mask(blocks, eos_attends_to_b=eos_attends_to_b)
+    blocks = torch.nn.functional.pad(blocks, (0, length - blocks.shape[1]), value=Block.PAD)
     dense = bridge_mask(blocks, eos_attends_to_b=eos_attends_to_b)
     made = create_mask(ours.mask_mod, rows, None, length, length, device="cpu")
     assert torch.equal(made[:, 0], dense)
@@ -133,6 +135,35 @@ def test_flex_runs_in_the_warmup_stage_with_its_pixel_decoder_and_under_autocast
     assert len(flex_calls) == 2 * (layers + 1), "the pixel decoder's layer too"
     torch.testing.assert_close(losses[0], losses[2], atol=1e-4, rtol=0)
     torch.testing.assert_close(losses[1], losses[3], atol=0.05, rtol=0)
+
+
+def test_batches_of_different_lengths_are_one_shape(
+    load_tiny: LoadTiny, scene_rows: list[Row], flex_calls: list[BlockMask]
+) -> None:
+    backbone = load_tiny(FLEX)
+    model, collator = BridgeModel(backbone.model), BridgeCollator(backbone.processor, seed=0)
+    longer = replace(scene_rows[0], positive=Item(text="a small red ring at the top left " * 4))
+    batches = [collator(numbered(rows)) for rows in (scene_rows[:2], [longer, scene_rows[1]])]
+    assert len({batch["input_ids"].shape[1] for batch in batches}) == 2
+    for batch in batches:
+        assert len(model.predict(batch)) == len(batch["target_ids"])
+    assert {mask.seq_lengths for mask in flex_calls} == {(TILE, TILE)}
+
+
+def test_more_shapes_than_torch_compiles_for_end_the_run(
+    load_tiny: LoadTiny, scene_rows: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else FlexAttention would go on unfused."""
+
+    def refused(*args: object, **kwargs: object) -> None:
+        raise torch._dynamo.exc.FailOnRecompileLimitHit
+
+    backbone = load_tiny(FLEX)
+    assert torch._dynamo.config.fail_on_recompile_limit_hit
+    monkeypatch.setattr(transformers_flex, "compile_friendly_flex_attention", refused)
+    batch = BridgeCollator(backbone.processor, seed=0)(numbered(scene_rows[:2]))
+    with pytest.raises(CocoaError, match=r"more shapes than torch compiles for, the last of 2 sequences .*=sdpa"):
+        BridgeModel(backbone.model).predict(batch)
 
 
 def test_any_other_mask_uses_sdpa(load_tiny: LoadTiny, flex_calls: list[BlockMask]) -> None:

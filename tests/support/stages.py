@@ -24,7 +24,6 @@ from cocoa_embed.train.stages.reconstruction import (
     full_model_mask,
     last_hidden_states,
     masked_token_logits,
-    position_ids,
 )
 from cocoa_embed.train.stages.rendering import joined, render_items, replace_masked, text_tokens
 from cocoa_embed.train.stages.stage import Stage
@@ -93,8 +92,7 @@ class MaskedLanguageModel(nn.Module):
 
     def forward(self, totals: Mapping[str, float], **batch: Tensor) -> dict[str, Tensor]:
         mask = full_model_mask(self.backbone, batch["attention_mask"])
-        states = last_hidden_states(self.backbone, batch, mask, position_ids(self.backbone, batch))
-        logits = masked_token_logits(self.backbone, states, batch["masked_tokens"])
+        logits = masked_token_logits(self.backbone, last_hidden_states(self.backbone, batch, mask), batch)
         return {"loss": mntp_loss(logits, batch["target_ids"], total=totals["target_ids"])}
 
 

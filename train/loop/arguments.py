@@ -55,13 +55,15 @@ def training_arguments(
         "output_dir": str(folder),
         "max_steps": steps,
         "per_device_train_batch_size": at_once,
-        "accelerator_config": {"split_batches": True},  # a batch of the data loader is one of all devices
+        # A batch of the data loader is one of all devices.
+        "accelerator_config": {"split_batches": True, "non_blocking": torch.cuda.is_available()},
         "gradient_accumulation_steps": accumulated,
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": settings.schedule,
         "lr_scheduler_kwargs": decay if settings.schedule == "warmup_stable_decay" else {},
         "warmup_steps": settings.warmup_steps,
         "weight_decay": settings.weight_decay,
+        **({"optim": "adamw_torch_fused"} if torch.cuda.is_available() else {}),  # ``CocoaTrainer`` skips its steps
         "adam_beta2": settings.adam_beta2,
         "logging_steps": settings.logging_steps,
         "logging_nan_inf_filter": False,
@@ -69,6 +71,7 @@ def training_arguments(
         "use_cpu": on_cpu,
         "ddp_backend": "gloo" if on_cpu and PartialState().num_processes > 1 else None,
         "ddp_find_unused_parameters": False,
+        "ddp_broadcast_buffers": False,  # they are constants
         "save_strategy": "steps",
         "save_steps": settings.save_steps,
         "save_total_limit": 2,  # the checkpoint before stays until the newest is complete

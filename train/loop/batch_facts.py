@@ -1,9 +1,10 @@
-"""Facts of a batch beside its tensors, counted in the worker that collates it."""
+"""What the host knows of a batch without waiting for a device: counted where it is collated, or read late."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
@@ -73,3 +74,22 @@ class DescribedBatches:
                 targets={name: len(value) for name, value in batch.items() if name.startswith("target_")},
             ),
         }
+
+
+class LateReading:
+    """A copy of a tensor on its way to the CPU; read it when the device has worked on for a while.
+
+    :param value: On any device.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        self._copy = value.to("cpu", non_blocking=True)
+        self._arrived = torch.cuda.Event() if value.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def read(self) -> Tensor:
+        """Return the copy, once it has arrived."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._copy

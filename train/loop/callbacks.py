@@ -24,6 +24,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
 from cocoa_embed.errors import CocoaError
+from cocoa_embed.train.loop.batch_facts import LateReading
 
 TENSORBOARD = "tensorboard"
 
@@ -140,6 +141,7 @@ class SaveAndStop(TrainerCallback):
         self.requested = 0
         """The number of the signal that the processes have agreed to stop at, if any."""
         self._arrived = 0
+        self._unread: LateReading | None = None
         self._saved_at = time.monotonic()
 
     @contextmanager
@@ -174,20 +176,27 @@ class SaveAndStop(TrainerCallback):
 
     def any_requested(self) -> bool:
         """Return whether any process got a signal; all of them must call this."""
-        self._agree()
+        self._agree(at_once=True)
         return bool(self.requested)
 
-    def _agree(self) -> bool:
+    def _agree(self, *, at_once: bool = False) -> bool:
         """Return whether the first process finds a checkpoint due, and take over a signal of any process.
 
-        A signal that arrives meanwhile counts at the next step.
+        A signal that arrives meanwhile counts at the next step. On CUDA, several processes take over what they saw at
+        the step before, so that none has to wait, unless it is ``at_once``.
         """
         is_due = time.monotonic() - self._saved_at >= self.seconds
         seen: Any = torch.tensor([[self._arrived, is_due]])
         if (accelerator := self.trainer.accelerator).num_processes > 1:
-            seen = accelerator.gather(seen.to(accelerator.device))
-        self.requested = int(seen[:, 0].max())
-        return bool(seen[0, 1])
+            seen = accelerator.gather(seen.to(accelerator.device, non_blocking=True))
+        before, self._unread = self._unread, LateReading(seen)
+        if not seen.is_cuda or at_once:
+            before = self._unread
+        if before is None:
+            return False
+        agreed = before.read()
+        self.requested = int(agreed[:, 0].max())
+        return bool(agreed[0, 1])
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self._arrived = number

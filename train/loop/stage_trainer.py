@@ -84,7 +84,7 @@ class StageTrainer(CocoaTrainer):
         self._stream = stream
         self._parts: dict[str, list[Tensor]] = defaultdict(list)
         self._steps = 0
-        self._totals: dict[str, float] = {}
+        self._totals: dict[str, float | Tensor] = {}
         super().__init__(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> RowStream:
@@ -99,18 +99,18 @@ class StageTrainer(CocoaTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], int]:
-        """Return the micro-batches of a step, and the number of its targets on all devices."""
+        """Return the micro-batches of a step, and the number of their targets."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         facts: list[BatchFacts] = [batch[FACTS] for batch in batches]
         names = sorted({name for fact in facts for name in fact.targets})
-        counts = torch.tensor(
-            [sum(fact.targets[name] for fact in facts) for name in names], device=self.accelerator.device
-        )
-        counts, devices = reduce(self.accelerator, counts, "sum"), self.accelerator.num_processes
-        # Gradients are averaged over the devices, so each divides by its part of the step's total.
-        self._totals = {name: count / devices for name, count in zip(names, counts.tolist(), strict=True)}
+        counts = [sum(fact.targets[name] for fact in facts) for name in names]
+        self._totals = dict(zip(names, map(float, counts), strict=True))
+        if self.accelerator.num_processes > 1:
+            # Gradients are averaged over the devices, so each divides by its part of the step's total.
+            own = torch.tensor(counts, dtype=torch.float32).to(self.accelerator.device, non_blocking=True)
+            self._totals = dict(zip(names, reduce(self.accelerator, own, "mean"), strict=True))
         self._steps += 1
-        return batches, int(counts.sum())
+        return batches, sum(counts)
 
     def compute_loss(
         self,

@@ -1,6 +1,7 @@
 """The base of all stages' trainers: transformers' ``Trainer`` with checks of each step and atomic checkpoints."""
 
 import json
+import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,13 +20,16 @@ from transformers.trainer import TRAINER_STATE_NAME
 from cocoa_embed.data.rows import Row
 from cocoa_embed.errors import CocoaError, one_line
 from cocoa_embed.folders import write_atomically
+from cocoa_embed.model.compiling import CompileError, compile_layers, run_uncompiled
 from cocoa_embed.model.fingerprint import weights_digest
 from cocoa_embed.train.loop.adapters import Adapter
-from cocoa_embed.train.loop.batch_facts import FACTS, BatchFacts
+from cocoa_embed.train.loop.batch_facts import FACTS, BatchFacts, LateReading
 from cocoa_embed.train.loop.checkpoints import mark_complete
 from cocoa_embed.train.loop.oom import is_out_of_memory
 from cocoa_embed.train.loop.throughput import Throughput
 from cocoa_embed.train.loop.workers import end_workers
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
 FROZEN = "frozen"
@@ -61,6 +65,7 @@ class StageContext:
     :param peak_flops: FLOP/s of a matrix product, the peak of the utilisation.
     :param memory_remedy: The change in the recipe if a step does not fit into memory.
     :param checkpoint_facts: JSON values that each checkpoint records.
+    :param compile: Compile the language model's layers.
     """
 
     arguments: dict[str, Any]
@@ -70,6 +75,7 @@ class StageContext:
     peak_flops: float | None = None
     memory_remedy: str = ""
     checkpoint_facts: dict[str, Any] = field(default_factory=dict)
+    compile: bool = False
 
 
 class LossError(CocoaError):
@@ -81,7 +87,8 @@ class LossError(CocoaError):
 class CocoaTrainer(Trainer):
     """The ``Trainer`` of a stage, over ``DescribedBatches``.
 
-    - A step whose loss is not finite ends the run before the weights change, and the error names its rows.
+    - A step whose loss is not finite changes no weights and ends the run, and the error names its rows. With
+      ``checks_late``, as on CUDA, it ends with the next step, so that none has to wait for its loss.
     - A step that does not fit into memory ends the run, and the error names the settings to lower.
     - Log lines have the stage's speed (``Throughput``), without the time of probes.
     - Checkpoints hold what is trained, adapters and pixel decoder included, and a digest of what is frozen, which a
@@ -106,14 +113,29 @@ class CocoaTrainer(Trainer):
         self.adapter = adapter
         self.probe = probe
         self._clock = time.perf_counter()
+        self._is_started = False
+        self._losses: list[Tensor] = []
+        self._rows_at_once: list[int] = []
+        self._unread: tuple[int, tuple[int, ...], LateReading] | None = None
         super().__init__(*args, **kwargs)
+        self._compiled = compile_layers(self.model) if context.compile else []
+        self.checks_late = self.args.device.type == "cuda" and not self.is_fsdp_enabled
 
     def train(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Train, and end the data loader's workers whatever happens."""
         try:
-            return super().train(*args, **kwargs)
+            result = super().train(*args, **kwargs)
+            self._refuse_infinite()
+            return result
         finally:
+            run_uncompiled(self._compiled)
             end_workers()
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        arguments: dict[str, Any] = super()._build_accelerator_args(**kwargs)
+        for handler in arguments["kwargs_handlers"]:
+            handler.gradient_as_bucket_view = True  # gradients are not copied before they are averaged
+        return arguments
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
@@ -138,7 +160,11 @@ class CocoaTrainer(Trainer):
         facts: BatchFacts = inputs[FACTS]
         tensors = {name: value for name, value in inputs.items() if name != FACTS}
         try:
-            loss = super().training_step(model, tensors, *args, **kwargs)
+            try:
+                loss = super().training_step(model, tensors, *args, **kwargs)
+            except CompileError as error:
+                self._stop_compiling(error)
+                loss = super().training_step(model, tensors, *args, **kwargs)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -146,15 +172,55 @@ class CocoaTrainer(Trainer):
                 f"Step {self.state.global_step + 1} does not fit into memory ({facts.padded_tokens} tokens at once); "
                 f"{self._context.memory_remedy}."
             ) from error
-        self._refuse_infinite(loss, facts)
+        self._is_started = True
+        self._losses.append(loss.reshape(1))
+        self._rows_at_once.extend(facts.rows)
+        if not self.checks_late or self.accelerator.sync_gradients:
+            self._check_losses()
         return loss
 
-    def _refuse_infinite(self, loss: Tensor, facts: BatchFacts) -> None:
-        losses: Any = self.accelerator.gather(loss.reshape(1))
+    def _stop_compiling(self, error: CompileError) -> None:
+        """Run the layers uncompiled if they have never run, with a warning.
+
+        :raises CompileError: If they have.
+        """
+        if self._is_started:
+            raise error
+        reason = str(error).strip().partition("\n")[0]
+        logger.warning("compile has no effect: the layers cannot be compiled here (%s).", reason)
+        run_uncompiled(self._compiled)
+        self.model.zero_grad()
+
+    def _check_losses(self) -> None:
+        """Check the losses since the last check, at once or one step later.
+
+        :raises LossError: If one is not finite, of this step or of the one before.
+        """
+        self._refuse_infinite()  # of the step before, which the device has finished meanwhile
+        losses: Any = self.accelerator.gather(torch.cat(self._losses))
+        self._unread = self.state.global_step + 1, tuple(self._rows_at_once), LateReading(losses)
+        self._losses.clear()
+        self._rows_at_once.clear()
+        if self.checks_late:
+            optimizer: Any = self.optimizer
+            # The device itself leaves the weights alone, as it does for a scaler of float16 gradients.
+            optimizer.optimizer.found_inf = (~torch.isfinite(losses)).any().float()
+        else:
+            self._refuse_infinite()
+
+    def _refuse_infinite(self) -> None:
+        """Wait for the losses that were not read yet, and check them.
+
+        :raises LossError: If one is not finite.
+        """
+        if self._unread is None:
+            return
+        (step, rows, late), self._unread = self._unread, None
+        losses = late.read()
         if torch.isfinite(losses).all():
             return
-        sources = list(dict.fromkeys(gather_object([self._rows[number].source for number in facts.rows])))
-        step, record = self.state.global_step + 1, self.folder.parent / "failed_step.json"
+        sources = list(dict.fromkeys(gather_object([self._rows[number].source for number in rows])))
+        record = self.folder.parent / "failed_step.json"
         if self.is_world_process_zero():
             record.parent.mkdir(parents=True, exist_ok=True)
             failed = {"step": step, "losses": [str(value) for value in losses.tolist()], "rows": sources}
@@ -194,6 +260,7 @@ class CocoaTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the stage's speed and, if due, the probe's metrics to each line of losses."""
         if "loss" in logs:
+            self._refuse_infinite()
             if self.probe is not None and self._is_due(self.probe):
                 with self.throughput.paused(), self.accelerator.autocast():
                     logs |= self.probe.measure(self.accelerator.unwrap_model(self.model))
@@ -207,6 +274,7 @@ class CocoaTrainer(Trainer):
         return step - probed_at >= probe.steps or step == self.state.max_steps
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._refuse_infinite()
         with self.throughput.paused():
             try:
                 super()._save_checkpoint(*args, **kwargs)

@@ -37,7 +37,7 @@ BAD_ROWS_FILE = "bad_rows.jsonl"
 
 NOT_LEARNED = frozenset(
     {
-        *("workers", "report_to", "mini_batch_size", "gradient_checkpointing", "probe_steps", "save_steps"),
+        *("workers", "report_to", "mini_batch_size", "gradient_checkpointing", "compile", "probe_steps", "save_steps"),
         *("save_minutes", "on_bad_row"),
     }
 )

@@ -9,13 +9,14 @@ def predicting_states(hidden_states: Tensor, masked: Tensor) -> Tensor:
     """Return the states that predict the masked tokens: the one before each (masked next-token prediction).
 
     :param hidden_states: ``[B, L, D]``.
-    :param masked: Masked tokens, bool ``[B, L]``; never the first position of a row, which has no state before it.
-    :returns: ``[masked tokens, D]``, in the order of ``input_ids[masked]``.
+    :param masked: Where the masked tokens are in ``[B * L]``, int64 ``[masked tokens]``; never the first position of a
+        row, which has no state before it.
+    :returns: ``[masked tokens, D]``.
     """
-    return hidden_states[:, :-1][masked[:, 1:]]
+    return hidden_states.flatten(0, 1).index_select(0, masked - 1)
 
 
-def mntp_loss(logits: Tensor, targets: Tensor, *, total: float | None = None) -> Tensor:
+def mntp_loss(logits: Tensor, targets: Tensor, *, total: float | Tensor | None = None) -> Tensor:
     """Return the mean cross-entropy in nats over masked tokens, in float32; zero where none is masked.
 
     :param logits: ``[masked tokens, V]``, made from ``predicting_states`` alone.
@@ -26,7 +27,7 @@ def mntp_loss(logits: Tensor, targets: Tensor, *, total: float | None = None) ->
 
 
 def mae_loss(
-    predictions: Tensor, patches: Tensor, *, normalise_targets: bool = False, total: float | None = None
+    predictions: Tensor, patches: Tensor, *, normalise_targets: bool = False, total: float | Tensor | None = None
 ) -> Tensor:
     """Return the mean squared error over masked raw patches, in float32; zero where none is masked.
 
@@ -42,7 +43,7 @@ def mae_loss(
 
 
 @torch.no_grad()
-def accuracy(logits: Tensor, targets: Tensor, *, total: float | None = None) -> Tensor:
+def accuracy(logits: Tensor, targets: Tensor, *, total: float | Tensor | None = None) -> Tensor:
     """Return the ratio of masked tokens whose most likely prediction is correct; zero where none is masked.
 
     :param total: As in ``mntp_loss``.
@@ -50,5 +51,7 @@ def accuracy(logits: Tensor, targets: Tensor, *, total: float | None = None) -> 
     return (logits.argmax(dim=-1) == targets).sum() / _divisor(total, targets)
 
 
-def _divisor(total: float | None, parts: Tensor) -> float:
+def _divisor(total: float | Tensor | None, parts: Tensor) -> float | Tensor:
+    if isinstance(total, Tensor):
+        return total.masked_fill(total == 0, 1)
     return (len(parts) if total is None else total) or 1

@@ -1,4 +1,4 @@
-"""The forward pass of the reconstruction stages: positions, attention masks, and the head on masked tokens only."""
+"""The forward pass of the reconstruction stages: attention masks, and the head on masked tokens only."""
 
 from typing import Any
 
@@ -11,46 +11,23 @@ from transformers import PreTrainedModel
 from cocoa_embed.model.attention import as_model_mask, bidirectional_mask, bridge_mask, is_causal
 from cocoa_embed.model.backbone import PatchGeometry
 from cocoa_embed.model.flex_attention import bidirectional_block_mask, bridge_block_mask, uses_flex_attention
+from cocoa_embed.model.forward_inputs import HostInputs, forward_inputs, on_device, places, run_vision
+from cocoa_embed.train.loop.batch_facts import Batch
 from cocoa_embed.train.stages.losses import predicting_states
 
 
-def position_ids(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """Return the multimodal rotary positions of a right-padded batch, int64 ``[3, B, L]``.
-
-    A model cannot read padding from a prepared 4-D mask, so positions are passed with it.
-    """
-    if "image_grid_thw" not in batch:
-        rows, length = batch["input_ids"].shape
-        return torch.arange(length, device=batch["input_ids"].device).expand(3, rows, length)
-    base: Any = model.base_model
-    positions, _ = base.get_rope_index(
-        batch["input_ids"],
-        mm_token_type_ids=batch["mm_token_type_ids"],
-        image_grid_thw=batch["image_grid_thw"],
-        attention_mask=batch["attention_mask"],
-    )
-    return positions
-
-
-def last_hidden_states(
-    model: PreTrainedModel, batch: dict[str, Tensor], attention_mask: Tensor | BlockMask, positions: Tensor
-) -> Tensor:
+def last_hidden_states(model: PreTrainedModel, batch: Batch, attention_mask: Tensor | BlockMask) -> Tensor:
     """Run the backbone without its head under a prepared attention mask: ``[B, L, D]``.
 
     The vision encoder also runs for a batch without images, so that its gradients are zero and not missing: all
     processes that share its weights must run it, with any rows.
+
+    :param batch: Of ``HostInputs``; without what it adds, the device is waited for.
     """
     # Before the language model, as with images: all processes must run the parts in the same order.
     idle = None if "pixel_values" in batch else _idle_vision_pass(model)
-    hidden_states: Tensor = model.base_model(
-        input_ids=batch["input_ids"],
-        attention_mask=attention_mask,
-        position_ids=positions,
-        pixel_values=batch.get("pixel_values"),
-        image_grid_thw=batch.get("image_grid_thw"),
-        mm_token_type_ids=batch["mm_token_type_ids"],
-        use_cache=False,
-    ).last_hidden_state
+    outputs = model.base_model(**forward_inputs(model, batch), attention_mask=attention_mask, use_cache=False)
+    hidden_states: Tensor = outputs.last_hidden_state
     return hidden_states if idle is None else hidden_states + 0 * idle
 
 
@@ -58,11 +35,9 @@ def _idle_vision_pass(model: PreTrainedModel) -> Tensor:
     """Run the vision encoder on the smallest possible grid: a scalar, to be multiplied by 0."""
     geometry = PatchGeometry.from_config(model.config)
     side = geometry.merge_size
-    base: Any = model.base_model
-    outputs = base.visual(
-        torch.zeros(side * side, geometry.patch_width, device=model.device, dtype=model.dtype),
-        grid_thw=torch.tensor([[1, side, side]], device=model.device),
-    )
+    pixels = torch.zeros(side * side, geometry.patch_width, device=model.device, dtype=model.dtype)
+    of_image = HostInputs(model.config).of_images(torch.tensor([[1, side, side]]))
+    outputs = run_vision(model, on_device(model, {**of_image, "pixel_values": pixels}))
     leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
     return torch.stack([leaf.float().sum() for leaf in leaves]).sum()
 
@@ -100,7 +75,15 @@ def bridge_model_mask(model: PreTrainedModel, blocks: Tensor, *, eos_attends_to_
     return model_mask(model, allowed.tril() if is_causal(model) else allowed)
 
 
-def masked_token_logits(model: PreTrainedModel, hidden_states: Tensor, masked: Tensor) -> Tensor:
+def masked_token_logits(model: PreTrainedModel, hidden_states: Tensor, batch: Batch) -> Tensor:
     """Apply the language-model head only where a masked token is predicted: ``[masked tokens, V]``."""
     head: Any = model.get_output_embeddings()
-    return head(predicting_states(hidden_states, masked))
+    return head(predicting_states(hidden_states, masked_places(batch, "masked_tokens", "target_ids")))
+
+
+def masked_places(batch: Batch, masked: str, targets: str) -> Tensor:
+    """Return where a mask of the batch is true, as ``places``.
+
+    Its targets say how many that are; without them, the device is waited for.
+    """
+    return places(batch[masked], len(batch[targets]) if targets in batch else int(batch[masked].sum()))

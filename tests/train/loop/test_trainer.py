@@ -12,7 +12,7 @@ from torch import nn
 from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.train.data.rows import Draw, Rows
-from cocoa_embed.train.loop.batch_facts import FACTS, BatchFacts, DescribedBatches
+from cocoa_embed.train.loop.batch_facts import FACTS, BatchFacts, DescribedBatches, LateReading
 from cocoa_embed.train.loop.stage_trainer import StageTrainer, row_numbers, stage_trainer
 from cocoa_embed.train.loop.trainer import StageContext
 from cocoa_embed.train.stages.bridge.settings import BridgeSettings
@@ -155,3 +155,57 @@ def test_a_row_that_cannot_be_read_raises_its_own_error_from_any_worker(tmp_path
 def test_facts_are_counted_from_the_batch() -> None:
     batch = DescribedBatches(collate, row_numbers)([Rows(ROWS)[Draw(4)], Rows(ROWS)[Draw(2)]])
     assert batch[FACTS] == BatchFacts(rows=(4, 2), tokens=4, padded_tokens=4, targets={"target_ids": 5})
+
+
+@pytest.mark.parametrize("logging_steps", [1, 4])
+def test_a_loss_that_is_read_one_step_late_changes_no_weights_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logging_steps: int
+) -> None:
+    """The optimiser skips the step; the next one ends the run before its own update, or a log line before that."""
+    stage = trainer(tmp_path)
+    draws = list(stage._stream)
+    weights: list[float] = []
+
+    def broken(examples: list[tuple[Draw, Row]]) -> dict[str, torch.Tensor]:
+        batch = collate(examples)
+        if draws[6] in [draw for draw, _ in examples]:  # the second micro-batch of the second step
+            batch["target_ids"][:] = float("nan")
+        return batch
+
+    def noted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        weights.append(stage.model.weight.item())
+        return step(*args, **kwargs)
+
+    step = stage.training_step
+    monkeypatch.setattr(stage, "training_step", noted)
+    stage.data_collator = DescribedBatches(broken, row_numbers)
+    stage.args.optim, stage.args.logging_steps, stage.checks_late = "adamw_torch_fused", logging_steps, True
+    with pytest.raises(CocoaError, match="The loss of step 2 is nan") as raised:
+        stage.train()
+    assert {f"row {draw.row}" in str(raised.value) for draw in draws[4:8]} == {True}
+    assert weights == [0, 0, *[stage.model.weight.item()] * (2 if logging_steps == 1 else 4)]
+    assert stage.model.weight.item() != 0
+    assert stage.state.global_step == 2
+
+
+@pytest.mark.parametrize("checks_late", [False, True])
+def test_losses_that_are_checked_late_are_read_while_the_device_runs_a_later_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checks_late: bool
+) -> None:
+    stage = trainer(tmp_path)
+    stage.args.optim, stage.args.logging_steps, stage.checks_late = "adamw_torch_fused", 4, checks_late
+    steps: list[tuple[int, int]] = []
+
+    class Noted(LateReading):
+        def __init__(self, value: torch.Tensor) -> None:
+            super().__init__(value)
+            self.made_at = stage.state.global_step
+
+        def read(self) -> torch.Tensor:
+            steps.append((self.made_at, stage.state.global_step))
+            return super().read()
+
+    monkeypatch.setattr("cocoa_embed.train.loop.trainer.LateReading", Noted)
+    stage.train()
+    late, at_once = [(step, step + 1) for step in range(4)], [(step, step) for step in range(4) for _ in range(2)]
+    assert steps == (late if checks_late else at_once)

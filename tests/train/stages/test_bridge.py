@@ -99,7 +99,12 @@ def eos_states(model: BridgeModel, batch: Batch, held: list[Tensor] | None = Non
 
 def block_b_logits(model: BridgeModel, batch: Batch) -> Tensor:
     """Return the logits that predict each token of block B, masked or not."""
-    return model.predict({**batch, "masked_tokens": batch["blocks"] == Block.B})
+    return model.predict(predicting(batch, batch["blocks"] == Block.B))
+
+
+def predicting(batch: Batch, tokens: Tensor) -> Batch:
+    """Let a batch, without targets, predict these tokens, bool ``[B, L]``."""
+    return {**{name: value for name, value in batch.items() if name != "target_ids"}, "masked_tokens": tokens}
 
 
 @every_family
@@ -137,10 +142,10 @@ def test_block_b_reaches_block_a_only_through_eos_and_only_if_eos_attends_to_it(
     tiny_backbone: Backbone, batch: Batch, eos_attends_to_b: bool
 ) -> None:
     model, blocks = bridge_model(tiny_backbone, eos_attends_to_b=eos_attends_to_b), batch["blocks"]
-    in_a = {"masked_tokens": (blocks == Block.A).index_fill(1, torch.tensor([0]), False)}
-    changed = {**batch, **in_a, "input_ids": batch["input_ids"].masked_fill(blocks == Block.B, UNUSUAL_TOKEN)}
+    original = predicting(batch, (blocks == Block.A).index_fill(1, torch.tensor([0]), False))
+    changed = {**original, "input_ids": batch["input_ids"].masked_fill(blocks == Block.B, UNUSUAL_TOKEN)}
     with eos_states(model, batch) as reference:
-        original_logits = model.predict({**batch, **in_a})
+        original_logits = model.predict(original)
     with eos_states(model, batch) as free:
         assert torch.equal(model.predict(changed), original_logits) is not eos_attends_to_b
     assert torch.equal(free[-1], reference[-1]) is not eos_attends_to_b
@@ -203,7 +208,7 @@ def test_the_trainer_follows_its_settings(
     arguments = {"output_dir": str(tmp_path), "max_steps": 1, "report_to": "none", "gradient_accumulation_steps": 2}
     stage, rows = alone(Bridge, settings, seed=5), RowTable.of(scene_rows)
     trainer = stage.trainer(tiny_backbone, rows, StageContext(arguments))
-    collator = trainer.data_collator.collate.collate
+    _, collator = trainer.data_collator.collate.collate.args
     assert (collator.seed, collator.mask_ratio, trainer.model.eos_attends_to_b) == (5, 0.4, False)
     assert list(trainer.train_dataset.rows) == scene_rows[held_out:]
     assert (trainer.probe is not None) is (held_out > 0)

@@ -15,7 +15,7 @@ VOCABULARY = 37
 def test_a_masked_token_is_predicted_from_the_state_before_it(rows: list[list[bool]]) -> None:
     masked = torch.tensor([[False, *row] for row in rows])
     input_ids = torch.arange(masked.numel()).view_as(masked)
-    states = predicting_states(input_ids[..., None], masked)
+    states = predicting_states(input_ids[..., None], masked.flatten().nonzero().flatten())
     assert (states[:, 0] + 1).tolist() == input_ids[masked].tolist()
 
 

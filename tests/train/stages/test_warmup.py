@@ -8,12 +8,12 @@ from tiny_backbones import every_family
 from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.model.attention import as_model_mask, bidirectional_mask, make_causal
 from cocoa_embed.model.backbone import Backbone
+from cocoa_embed.model.forward_inputs import with_host_inputs
 from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.loop.batch_facts import Batch
 from cocoa_embed.train.loop.trainer import StageContext
 from cocoa_embed.train.stages.losses import mae_loss, mntp_loss
-from cocoa_embed.train.stages.reconstruction import position_ids
 from cocoa_embed.train.stages.warmup.collator import WarmupCollator
 from cocoa_embed.train.stages.warmup.model import WarmupModel
 from cocoa_embed.train.stages.warmup.stage import Warmup
@@ -78,7 +78,7 @@ def test_the_trainer_follows_its_settings(tiny_backbone: Backbone, scene_rows: l
     settings = warmup_settings(patch_fill="zero", mae_weight=2.0)
     arguments = {"output_dir": str(tmp_path), "max_steps": 1, "report_to": "none", "gradient_accumulation_steps": 2}
     trainer = alone(Warmup, settings, seed=5).trainer(tiny_backbone, RowTable.of(scene_rows), StageContext(arguments))
-    collator = trainer.data_collator.collate.collate
+    _, collator = trainer.data_collator.collate.collate.args
     assert (collator.seed, collator.settings, trainer.model.settings) == (5, settings, settings)
     assert len(trainer.train_dataset) == len(scene_rows)
     # Else transformers divides the loss by the micro-batches of a step; it is a mean over the step already.
@@ -120,13 +120,12 @@ def test_the_pixel_decoder_predicts_every_raw_patch_in_the_order_of_pixel_values
     width, geometry = tiny_backbone.model.config.get_text_config().hidden_size, tiny_backbone.geometry
     hidden_states = torch.randn(*batch["input_ids"].shape, width, generator=torch.Generator().manual_seed(0))
     mask = as_model_mask(bidirectional_mask(batch["attention_mask"]), attn_implementation="sdpa", dtype=torch.float32)
-    visual, positions = batch["mm_token_type_ids"] == 1, position_ids(tiny_backbone.model, batch)
+    positions = with_host_inputs(tiny_backbone.model, batch)["position_ids"]
+    visual = (batch["mm_token_type_ids"] == 1).flatten().nonzero().flatten()
     patches = model.pixel_decoder(hidden_states, visual, mask, positions)
-    patches = patches.view(int(visual.sum()), geometry.patches_per_token, geometry.patch_width)
-    for token, place in enumerate(visual.nonzero().tolist()[:20]):
-        one = torch.zeros_like(visual)
-        one[tuple(place)] = True
-        alone = model.pixel_decoder(hidden_states, one, mask, positions)
+    patches = patches.view(len(visual), geometry.patches_per_token, geometry.patch_width)
+    for token, place in enumerate(visual[:20]):
+        alone = model.pixel_decoder(hidden_states, place[None], mask, positions)
         torch.testing.assert_close(alone, patches[token], atol=1e-5, rtol=0)
     assert not torch.allclose(patches[0], patches[1], atol=1e-3)
 

@@ -13,7 +13,6 @@ from cocoa_embed.train.stages.reconstruction import (
     full_model_mask,
     last_hidden_states,
     masked_token_logits,
-    position_ids,
 )
 
 
@@ -31,19 +30,18 @@ class BridgeModel(nn.Module):
     def predict(self, batch: Batch) -> Tensor:
         """Predict block B's masked tokens in a batch of ``BridgeCollator``: logits ``[masked tokens, V]``."""
         mask = bridge_model_mask(self.backbone, batch["blocks"], eos_attends_to_b=self.eos_attends_to_b)
-        hidden_states = last_hidden_states(self.backbone, batch, mask, position_ids(self.backbone, batch))
-        return masked_token_logits(self.backbone, hidden_states, batch["masked_tokens"])
+        return masked_token_logits(self.backbone, last_hidden_states(self.backbone, batch, mask), batch)
 
     def embed(self, batch: Batch) -> Tensor:
         """Embed items of ``render_items`` as at inference, under full attention: ``[B, D]``, normalised."""
         mask = full_model_mask(self.backbone, batch["attention_mask"])
-        hidden_states = last_hidden_states(self.backbone, batch, mask, position_ids(self.backbone, batch))
+        hidden_states = last_hidden_states(self.backbone, batch, mask)
         eos = batch["attention_mask"].sum(dim=1) - 1
         rows = torch.arange(len(eos), device=eos.device)
         return nn.functional.normalize(hidden_states[rows, eos].float(), dim=1)
 
     def forward(
-        self, *, totals: Mapping[str, float] | None = None, embeds: bool = False, **batch: Tensor
+        self, *, totals: Mapping[str, float | Tensor] | None = None, embeds: bool = False, **batch: Tensor
     ) -> dict[str, Tensor]:
         """Return ``loss`` and ``masked_token_accuracy``, scalars, for a batch of the collator.
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, ProcessorMixin
 from cocoa_embed.data.rows import Row, shortened
 from cocoa_embed.model.attention import Block, bridge_mask, is_causal
 from cocoa_embed.model.backbone import Backbone, PatchGeometry
+from cocoa_embed.model.forward_inputs import HostInputs
 from cocoa_embed.train.data.broken_rows import unbroken
 from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.loop.batch_facts import Batch, Example
@@ -99,7 +100,8 @@ class Bridge(Stage[BridgeSettings]):
             measure = bridge_probe(collator, probe_rows, prompts=self.run.prompts.model_dump(), batch_size=size)
             probe = Probe(measure, settings.probe_steps, PROBE_METRICS)
         model = BridgeModel(backbone.model, eos_attends_to_b=settings.eos_attends_to_b)
-        return stage_trainer(model, backbone.model, training_rows, collator, settings, context, probe)
+        prepared = HostInputs(backbone.model.config).after(collator)
+        return stage_trainer(model, backbone.model, training_rows, prepared, settings, context, probe)
 
     def samples(
         self, model: BridgeModel, processor: ProcessorMixin, batch: Batch, rows: Sequence[Row]

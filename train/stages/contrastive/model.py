@@ -18,6 +18,7 @@ from cocoa_embed.train.loop.trainer import Measure
 from cocoa_embed.train.settings import RunSettings
 from cocoa_embed.train.stages.contrastive.patches import normalise_patches, preprocess_items
 from cocoa_embed.train.stages.probe import geometry_probe
+from cocoa_embed.train.stages.sentence_inputs import prepare_forward
 
 
 def as_sentence_transformer(backbone: Backbone, run: RunSettings) -> SentenceTransformer:
@@ -38,6 +39,7 @@ def as_sentence_transformer(backbone: Backbone, run: RunSettings) -> SentenceTra
         module = Loaded(folder)
     object.__setattr__(module, "__class__", Transformer)  # a saved model names the classes of its modules
     module.register_forward_pre_hook(partial(normalise_patches, backbone.processor.image_processor))
+    module.register_forward_pre_hook(prepare_forward, with_kwargs=True)
     if run.bidirectional:
         assert_bidirectional(model)
     return embedding_model(module, run.prompts.model_dump())

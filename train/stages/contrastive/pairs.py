@@ -16,6 +16,7 @@ from cocoa_embed.errors import CocoaError
 from cocoa_embed.train.data.broken_rows import ReplaceBroken
 from cocoa_embed.train.data.row_table import RowTable, digest
 from cocoa_embed.train.loop.batch_facts import DescribedBatches
+from cocoa_embed.train.stages.sentence_inputs import keep_on_host
 
 
 @dataclass(kw_only=True)
@@ -77,7 +78,7 @@ class PairCollator(SentenceTransformerDataCollator):
         batch = super().__call__([dict(zip(names, items, strict=True)) for items in sides])
         columns = zip(names, zip(*sides, strict=True), strict=True)
         contents = [pixel_content_ids(items, batch, name) for name, items in columns]
-        return {**batch, "label": torch.tensor(contents).T.contiguous()}
+        return {**keep_on_host(batch), "label": torch.tensor(contents).T.contiguous()}
 
 
 def pixel_content_ids(items: Sequence[Item], batch: dict[str, Any], column: str) -> list[int]:

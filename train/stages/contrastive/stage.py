@@ -120,10 +120,11 @@ class Contrastive(Stage[ContrastiveSettings]):
     def arguments(self, *, steps: int, folder: Path, layers: Sequence[str] = ()) -> dict[str, Any]:
         """Return the ``TrainingArguments``: the batch sampler itself gives each device its part of a batch."""
         arguments = super().arguments(steps=steps, folder=folder, layers=layers)
-        del arguments["accelerator_config"]
         return arguments | {
+            "accelerator_config": {**arguments["accelerator_config"], "split_batches": False},
             "per_device_train_batch_size": self.settings.batch_size // PartialState().num_processes,
-            "ddp_find_unused_parameters": True,  # texts and images are embedded in passes of their own
+            # Texts and images are embedded in passes of their own.
+            "ddp_find_unused_parameters": not self.settings.freeze_vision,
             "dataloader_prefetch_factor": 1 if arguments["dataloader_num_workers"] else None,  # a batch is large
         }
 

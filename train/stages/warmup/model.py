@@ -10,14 +10,15 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 
 from cocoa_embed.model.backbone import PatchGeometry
+from cocoa_embed.model.forward_inputs import places, with_host_inputs
 from cocoa_embed.train.loop.batch_facts import Batch
 from cocoa_embed.train.stages.losses import accuracy, mae_loss, mntp_loss
 from cocoa_embed.train.stages.reconstruction import (
     bidirectional_model_mask,
     full_model_mask,
     last_hidden_states,
+    masked_places,
     masked_token_logits,
-    position_ids,
 )
 from cocoa_embed.train.stages.warmup.settings import DEFAULTS, WarmupSettings
 
@@ -50,14 +51,14 @@ class PixelDecoder(nn.Module):
         """Predict the raw patches behind every visual token.
 
         :param hidden_states: Last hidden states of the language model, ``[B, L, D]``.
-        :param visual: Positions of the visual tokens, bool ``[B, L]``.
+        :param visual: Where the visual tokens are in ``[B * L]``, int64 ``[visual tokens]``.
         :param attention_mask: In the form of the model's attention implementation, ``[B, 1, L, L]``.
         :param position_ids: ``[3, B, L]``.
         :returns: ``[visual tokens * patches_per_token, patch_width]``, in the order of ``pixel_values``.
         """
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         decoded = self.layer(hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings)
-        patches = self.projection(self.norm(decoded[visual]))
+        patches = self.projection(self.norm(decoded.flatten(0, 1).index_select(0, visual)))
         return torch.reshape(patches, (-1, self.geometry.patch_width))
 
 
@@ -78,15 +79,17 @@ class WarmupModel(nn.Module):
 
         :returns: Logits ``[masked tokens, V]`` and patches ``[masked patches, patch_width]``.
         """
-        positions = position_ids(self.backbone, batch)
+        batch = with_host_inputs(self.backbone, batch)
         mask = bidirectional_model_mask(self.backbone, batch["attention_mask"])  # the pixel decoder is never causal
         own_mask = full_model_mask(self.backbone, batch["attention_mask"])
-        hidden_states = last_hidden_states(self.backbone, batch, own_mask, positions)
-        logits = masked_token_logits(self.backbone, hidden_states, batch["masked_tokens"])
-        visual = batch["mm_token_type_ids"] == 1
-        return logits, self.pixel_decoder(hidden_states, visual, mask, positions)[batch["masked_patches"]]
+        hidden_states = last_hidden_states(self.backbone, batch, own_mask)
+        logits = masked_token_logits(self.backbone, hidden_states, batch)
+        tokens = len(batch["masked_patches"]) // self.pixel_decoder.geometry.patches_per_token
+        visual = places(batch["mm_token_type_ids"] == 1, tokens)
+        patches = self.pixel_decoder(hidden_states, visual, mask, batch["position_ids"])
+        return logits, patches.index_select(0, masked_places(batch, "masked_patches", "target_patches"))
 
-    def forward(self, *, totals: Mapping[str, float] | None = None, **batch: Tensor) -> dict[str, Tensor]:
+    def forward(self, *, totals: Mapping[str, float | Tensor] | None = None, **batch: Tensor) -> dict[str, Tensor]:
         """Return ``loss`` and its parts, scalars, for a batch of the collator.
 
         :param totals: How many ``target_ids`` and ``target_patches`` the whole step has, if the batch is a part of it.

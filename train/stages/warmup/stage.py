@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig, ProcessorMixin
 
 from cocoa_embed.data.rows import Row
 from cocoa_embed.model.backbone import Backbone, PatchGeometry
+from cocoa_embed.model.forward_inputs import HostInputs
 from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.loop.batch_facts import Batch, Example
 from cocoa_embed.train.loop.stage_trainer import StageTrainer, stage_trainer
@@ -41,7 +42,7 @@ class Warmup(Stage[WarmupSettings]):
     def trainer(self, backbone: Backbone, rows: RowTable, context: StageContext) -> StageTrainer:
         """Return the trainer; the pixel decoder in its model is not saved."""
         model = WarmupModel(backbone.model, backbone.geometry, self.settings)
-        collator = self.collator(backbone.processor, backbone.geometry)
+        collator = HostInputs(backbone.model.config).after(self.collator(backbone.processor, backbone.geometry))
         return stage_trainer(model, backbone.model, rows, collator, self.settings, context)
 
     def samples(
