@@ -158,8 +158,8 @@ class IndexRun:
                     self._on_new(outcome)
                 else:
                     self._on_failed(outcome)
-            self._writer.flush()
             if self.prune:
+                self._writer.drain()  # a moved file's new path keeps its point
                 pruned, kept = prune_deleted(self.store, self.sources, self.found, self._writer, self.prune_all)
                 self.pruned += pruned
                 self.failed += kept

@@ -107,14 +107,18 @@ class Writer:
         while len(self._written) > 2 * self._store.parallel:
             self._take_written()
 
+    def drain(self) -> None:
+        """Wait until everything that has come is written."""
+        self.flush()
+        while self._written:
+            self._take_written()
+
     def finish(self) -> None:
         """Write everything, then remove the detached paths, and points without any.
 
         :raises CocoaError: If the store fails.
         """
-        self.flush()
-        while self._written:
-            self._take_written()
+        self.drain()
         self._detached.seek(0)
         lines = iter(self._detached)
         while batch := list(map(json.loads, islice(lines, BATCH_CHANGES))):
