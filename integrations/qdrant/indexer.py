@@ -141,16 +141,18 @@ class QdrantIndexer:
             encoder = self._prepare_collection()
             started = time.perf_counter()
             failed: list[dict[str, str]] = []
+            manifest = self._open_manifest(encoder)
+            if retry_failed:
+                manifest.forget_faults()
             run = IndexRun(
                 file_sources(places, note_in(failed), may_be_gone=prune),
                 self.store,
                 encoder,
-                self._open_manifest(encoder),
+                manifest,
                 folder,
                 llama_index=llama_index,
                 prune=prune,
                 prune_all=prune_all,
-                retry_failed=retry_failed,
                 failed=failed,
             )
             total = count_files(file_sources(places, note_in([]), may_be_gone=prune)) if progress else None

@@ -363,3 +363,20 @@ class TestModels:
         album.index = album.indexer(FakeModel(modalities=["text"]))
         with pytest.raises(CocoaError, match="does not embed images"):
             album.run()
+
+
+def test_a_broken_file_is_read_once_and_again_on_request_or_when_it_has_changed(
+    album: Album, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = album.folder / "broken.png"
+    broken.write_bytes(b"no image")
+    reads: list[Path] = []
+    read = files.read_stable_file
+    monkeypatch.setattr(files, "read_stable_file", lambda path: reads.append(path) or read(path))
+    album.run()
+    for options, count in (({}, 0), ({"retry_failed": True}, 1), ({}, 0)):
+        reads.clear()
+        assert album.run(**options) == (0, 4, 0, 0, 1)
+        assert reads == [broken] * count
+    colour_image("green", (9, 9)).save(broken)
+    assert album.run() == (1, 4, 0, 0, 0)

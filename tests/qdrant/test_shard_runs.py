@@ -228,9 +228,21 @@ class TestFaults:
         assert [failure["path"] for failure in summary.failed] == ["/data/one.tar#0.bmp", "/data/other.tar#copy.bmp"]
         assert len({failure["reason"] for failure in summary.failed}) == 1
 
+    def test_a_new_version_of_its_shard_does_not_decode_it_again(
+        self, broken: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        broken.one.version = "3"
+        with monkeypatch.context() as patch:
+            patch.setattr("cocoa_embed.encode.jobs.image_size", None)
+            assert len(broken.run().failed) == 1
+        broken.one.version = "4"
+        del broken.one.contents["0.bmp"]
+        assert [broken.run().failed, broken.run().failed] == [[], []], "it is in the shard no more"
+
     def test_it_is_tried_again_when_it_has_changed_or_on_request(self, broken: World) -> None:
-        broken.run(retry_failed=True)
-        assert broken.reads == ["0.bmp"]
+        broken.manifest.forget_faults()
+        assert (len(broken.run().failed), broken.reads) == (1, ["0.bmp"])
+        assert (len(broken.run().failed), broken.reads) == (1, [])
         broken.one.version, broken.one.contents["0.bmp"] = "3", image(70)
         assert counts(broken.run()) == (1, 9, 0, 0, 0, 0)
         assert counts(broken.run()) == (0, 10, 0, 0, 0, 0)

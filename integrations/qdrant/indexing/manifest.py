@@ -28,7 +28,7 @@ CREATE INDEX IF NOT EXISTS fault_shards ON faults (shard);
 SOFTWARE = f"cocoa-embed {__version__}, Pillow {PIL.__version__}"
 """What contents could not be read with; another may read them."""
 
-OUTDATED = """
+FORGET_FAULTS = """
 DELETE FROM shards WHERE key IN (SELECT shard FROM faults WHERE software != '{software}');
 DELETE FROM faults WHERE software != '{software}';
 """
@@ -72,7 +72,7 @@ class Manifest:
                 database.execute("PRAGMA synchronous = OFF")
                 database.executescript(SCHEMA)
                 self._database = database
-        self._database.executescript(SCHEMA + OUTDATED.format(software=SOFTWARE))
+        self._database.executescript(SCHEMA + FORGET_FAULTS.format(software=SOFTWARE))
 
     def close(self) -> None:
         """Close the file."""
@@ -107,6 +107,11 @@ class Manifest:
         row = [fault.key, shard, version, sha256, fault.reason, SOFTWARE]
         self._database.execute("INSERT OR REPLACE INTO faults VALUES (?, ?, ?, ?, ?, ?)", row)
 
-    def forget_faults(self, shard: str) -> None:
-        """Forget the faults of the records of a shard, which is read again."""
-        self._database.execute("DELETE FROM faults WHERE shard = ?", [shard])
+    def reopen(self, shard: str) -> None:
+        """Forget that a shard is complete and which of its records have faults; their contents stay known."""
+        self._database.execute("DELETE FROM shards WHERE key = ?", [shard])
+        self._database.execute("UPDATE faults SET shard = NULL WHERE shard = ?", [shard])
+
+    def forget_faults(self) -> None:
+        """Forget all faults, and that the shards with some are complete."""
+        self._database.executescript(FORGET_FAULTS.format(software=""))
