@@ -169,6 +169,12 @@ class TestPaths:
         album.run("**/*.png", prune=True)
         assert album.summary.pruned == 1
 
+    def test_a_file_that_is_named_twice_counts_once_more_as_unchanged(self, album: Album) -> None:
+        lines = [str(album.folder / "red.png")] * 2 + ["", str(album.folder / "blue.png")]
+        (album.folder.parent / "list.txt").write_text("\n".join(lines))
+        assert album.run("", "../list.txt") == (4, 2, 0, 0, 0)
+        assert [payload["paths"] for payload in album.payloads.values()].count([str(album.folder / "red.png")]) == 1
+
     def test_paths_without_images_are_an_error(self, album: Album) -> None:
         (album.folder / "notes").mkdir()
         wrong = {str(album.folder / "notes"): "are no images in", "nowhere": "does not exist", "": "a path is empty"}

@@ -327,9 +327,12 @@ class IndexRun:
 
     def _on_new(self, new: NewPoint) -> None:
         self.embedded += 1
-        for number, record in enumerate(new.records):
+        keys: set[str] = set()
+        for record in new.records:
             is_replaced = self._detach_others(record, new.point.id)
-            self._count("replaced" if is_replaced else "updated" if number else "indexed")
+            is_again = record.key in keys
+            self._count("unchanged" if is_again else "replaced" if is_replaced else "updated" if keys else "indexed")
+            keys.add(record.key)
         self._writer.insert(new)
 
     def _detach_others(self, record: Record, id_: str) -> bool:

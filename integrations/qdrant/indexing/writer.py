@@ -77,7 +77,8 @@ class Writer:
 
     def hold(self, id_: str, record: Record, thumbnail: str | None = None) -> None:
         """Record that a stored point's content is held by a record, which describes it if it is the first."""
-        self._hold(id_, record).thumbnail = thumbnail
+        change = self._hold(id_, record)
+        change.thumbnail = thumbnail or change.thumbnail
         if len(self._batch.changes) >= BATCH_CHANGES:
             self.flush()
 
