@@ -2,9 +2,9 @@
 
     python benchmarks/index_scale.py --images 100000 --store edge server [--json]
 
-A source yields records without files, in shards of 1000, and an encoder draws random vectors; what
-is between them and the store is the real run. ``edge`` is Qdrant Edge in a temporary folder, ``server`` one on this
-machine that keeps payloads in a process of its own. The first run stores every image, the second finds all unchanged.
+A source yields records without files, in shards of 1000 as folders have them, and an encoder draws random vectors. What
+is between them and the store is the real run. ``edge`` is Qdrant Edge in a temporary folder, ``server`` a server of
+our own that keeps payloads in a process of its own. The first run stores every image, the second finds all unchanged.
 Memory is what the process has for itself (anonymous), above that at the start of the run: at a tenth of the images and
 at the end. ``ratio`` is the end's over the tenth's.
 """

@@ -50,7 +50,7 @@ class ImageError(SourceError):
 
 
 class TransientImageError(ImageError):
-    """An image could not be used for a reason that may pass, such as a lack of memory."""
+    """An image could not be used for a reason that may pass: a lack of memory, a package that is not installed."""
 
 
 class RowError(SourceError):

@@ -16,7 +16,7 @@ from urllib.parse import unquote_to_bytes
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from cocoa_embed.errors import ImageError, MissingExtraError, one_line, printable
+from cocoa_embed.errors import ImageError, MissingExtraError, TransientImageError, one_line, printable
 from cocoa_embed.images.file_names import why_missing
 from cocoa_embed.images.formats import icon_sizes, media_type, open_image, png_without_metadata, upright_size
 from cocoa_embed.images.to_rgb import upright_rgb
@@ -234,7 +234,7 @@ def image_errors(name: str) -> Iterator[None]:
     except ImageError:
         raise
     except MissingExtraError as error:
-        raise ImageError(name, f"is a HEIC image, and {error}") from error
+        raise TransientImageError(name, f"is a HEIC image, and {error}") from error
     except UnidentifiedImageError:
         reason = "is not an image that can be read (its format is unknown, or its beginning broken or incomplete)"
         raise ImageError(name, reason) from None

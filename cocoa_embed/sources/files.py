@@ -180,8 +180,9 @@ def is_deleted(key: str) -> bool:
     if "://" in key:
         return False
     undecoded = re.sub(r"\\udc([89a-f][0-9a-f])", lambda match: chr(0xDC00 + int(match[1], 16)), key)
-    # A file may have these characters in its name, and an image in a shard has a number sign before its name.
-    for spelling in dict.fromkeys((key, undecoded, key.rpartition("#")[0] or key)):
+    # A file may have these characters in its name, and the name of an image in a shard begins with a number sign.
+    shards = (undecoded[: sign.start()] for sign in re.finditer("#", undecoded))
+    for spelling in dict.fromkeys((key, undecoded, *shards)):
         try:
             if stat.S_ISREG(os.stat(spelling).st_mode):
                 return False

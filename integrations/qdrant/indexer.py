@@ -164,16 +164,18 @@ class QdrantIndexer(Searcher):
             encoder = self._prepare_collection()
             started = time.perf_counter()
             failed: list[dict[str, str]] = []
+            manifest = self._open_manifest(encoder)
+            if retry_failed:
+                manifest.forget_faults()
             run = IndexRun(
                 [*file_sources(photographs, note_in(failed), passed_over, may_be_gone=prune), *others],
                 self.store,
                 encoder,
-                self._open_manifest(encoder),
+                manifest,
                 folder,
                 llama_index=llama_index,
                 prune=prune,
                 prune_all=prune_all,
-                retry_failed=retry_failed,
                 failed=failed,
                 passed_over=passed_over.counts,
             )

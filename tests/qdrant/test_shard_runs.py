@@ -14,6 +14,7 @@ from qdrant_client import QdrantClient
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError, ImageError
 from cocoa_embed.integrations.qdrant import IndexSummary
+from cocoa_embed.integrations.qdrant.indexing import manifest
 from cocoa_embed.integrations.qdrant.indexing.embed_records import NewPoint, points_of
 from cocoa_embed.integrations.qdrant.indexing.manifest import Manifest, manifest_file
 from cocoa_embed.integrations.qdrant.indexing.run import IndexRun
@@ -227,12 +228,35 @@ class TestFaults:
         assert [failure["path"] for failure in summary.failed] == ["/data/one.tar#0.bmp", "/data/other.tar#copy.bmp"]
         assert len({failure["reason"] for failure in summary.failed}) == 1
 
+    def test_a_new_version_of_its_shard_does_not_decode_it_again(
+        self, broken: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        broken.one.version = "3"
+        with monkeypatch.context() as patch:
+            patch.setattr("cocoa_embed.encode.jobs.image_size", None)
+            assert len(broken.run().failed) == 1
+        broken.one.version = "4"
+        del broken.one.contents["0.bmp"]
+        assert [broken.run().failed, broken.run().failed] == [[], []], "it is in the shard no more"
+
     def test_it_is_tried_again_when_it_has_changed_or_on_request(self, broken: World) -> None:
-        broken.run(retry_failed=True)
-        assert broken.reads == ["0.bmp"]
+        broken.manifest.forget_faults()
+        assert (len(broken.run().failed), broken.reads) == (1, ["0.bmp"])
+        assert (len(broken.run().failed), broken.reads) == (1, [])
         broken.one.version, broken.one.contents["0.bmp"] = "3", image(70)
         assert counts(broken.run()) == (1, 9, 0, 0, 0, 0)
         assert counts(broken.run()) == (0, 10, 0, 0, 0, 0)
+
+    def test_another_version_of_the_software_tries_it_again(
+        self, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        world.manifest = Manifest(tmp_path / "manifest")
+        world.one.version, world.one.contents["0.bmp"] = "2", BROKEN
+        world.run()
+        for software, reads in ((manifest.SOFTWARE, []), ("newer", ["0.bmp"]), ("newer", [])):
+            monkeypatch.setattr(manifest, "SOFTWARE", software)
+            world.manifest = Manifest(tmp_path / "manifest")
+            assert (len(world.run().failed), world.reads) == (1, reads)
 
     def test_a_lack_of_memory_is_not_remembered(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
         world.one.version, world.one.contents["0.bmp"] = "2", image(80)

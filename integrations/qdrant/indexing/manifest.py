@@ -12,11 +12,25 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import PIL
+
+from cocoa_embed import __version__
+
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS shards (key TEXT PRIMARY KEY, version TEXT, records INTEGER, points INTEGER);
-CREATE TABLE IF NOT EXISTS faults (key TEXT PRIMARY KEY, shard TEXT, version TEXT, sha256 TEXT, reason TEXT);
+CREATE TABLE IF NOT EXISTS faults
+    (key TEXT PRIMARY KEY, shard TEXT, version TEXT, sha256 TEXT, reason TEXT, software TEXT);
 CREATE INDEX IF NOT EXISTS contents ON faults (sha256);
 CREATE INDEX IF NOT EXISTS fault_shards ON faults (shard);
+"""
+
+
+SOFTWARE = f"cocoa-embed {__version__}, Pillow {PIL.__version__}"
+"""What contents could not be read with; another may read them."""
+
+FORGET_FAULTS = """
+DELETE FROM shards WHERE key IN (SELECT shard FROM faults WHERE software != '{software}');
+DELETE FROM faults WHERE software != '{software}';
 """
 
 
@@ -58,7 +72,7 @@ class Manifest:
                 database.execute("PRAGMA synchronous = OFF")
                 database.executescript(SCHEMA)
                 self._database = database
-        self._database.executescript(SCHEMA)
+        self._database.executescript(SCHEMA + FORGET_FAULTS.format(software=SOFTWARE))
 
     def close(self) -> None:
         """Close the file."""
@@ -90,9 +104,14 @@ class Manifest:
 
     def add_fault(self, fault: Fault, shard: str | None, version: str, sha256: str) -> None:
         """Remember why a record cannot be used."""
-        row = [fault.key, shard, version, sha256, fault.reason]
-        self._database.execute("INSERT OR REPLACE INTO faults VALUES (?, ?, ?, ?, ?)", row)
+        row = [fault.key, shard, version, sha256, fault.reason, SOFTWARE]
+        self._database.execute("INSERT OR REPLACE INTO faults VALUES (?, ?, ?, ?, ?, ?)", row)
 
-    def forget_faults(self, shard: str) -> None:
-        """Forget the faults of the records of a shard, which is read again."""
-        self._database.execute("DELETE FROM faults WHERE shard = ?", [shard])
+    def reopen(self, shard: str) -> None:
+        """Forget that a shard is complete and which of its records have faults; their contents stay known."""
+        self._database.execute("DELETE FROM shards WHERE key = ?", [shard])
+        self._database.execute("UPDATE faults SET shard = NULL WHERE shard = ?", [shard])
+
+    def forget_faults(self) -> None:
+        """Forget all faults, and that the shards with some are complete."""
+        self._database.executescript(FORGET_FAULTS.format(software=""))

@@ -119,8 +119,6 @@ class IndexRun:
     """Whether to remove images that no longer exist from the index."""
     prune_all: bool = False
     """Whether to do so where most of them are gone, too."""
-    retry_failed: bool = False
-    """Whether to try contents again that could not be used before."""
     on_done: Callable[[int], object] = lambda _: None
     """Called with the number of images that are done."""
     counts: Counter[Count] = field(default_factory=Counter)
@@ -155,7 +153,7 @@ class IndexRun:
                 batch_size=batch_size,
                 stored=self._stored,
                 on_stored=self._on_stored,
-                known_fault=self._known_fault,
+                known_fault=self.manifest.content_fault,
                 thumbnails=self.thumbnails,
                 llama_index=self.llama_index,
             )
@@ -164,8 +162,8 @@ class IndexRun:
                     self._on_new(outcome)
                 else:
                     self._on_failed(outcome)
-            self._writer.flush()
             if self.prune:
+                self._writer.drain()  # a moved file's new path keeps its point
                 pruned, kept = prune_deleted(self.store, self.sources, self.found, self._writer, self.prune_all)
                 self.pruned += pruned
                 self.failed += kept
@@ -205,7 +203,7 @@ class IndexRun:
         """Return whether the collection has an unchanged shard completely; then count its records."""
         known = self.manifest.shard(storable(shard.key))
         faults = self.manifest.faults_in(storable(shard.key))
-        if known is None or known.version != self._version(shard.version) or (faults and self.retry_failed):
+        if known is None or known.version != self._version(shard.version):
             return False
         if self.store.count(Where("shard", [storable(shard.key)])) != known.points:
             return False
@@ -218,7 +216,7 @@ class IndexRun:
     def _read_shard(self, shard: Shard, number: int) -> Iterator[Record]:
         """Yield the records of a shard, and remember it when they are all stored."""
         progress = self._shards[shard.key] = ShardProgress(self._version(shard.version))
-        self.manifest.forget_faults(storable(shard.key))
+        self.manifest.reopen(storable(shard.key))
         try:
             for record in shard.records():
                 self.found[number] += 1
@@ -315,7 +313,7 @@ class IndexRun:
     def _has_known_fault(self, record: Record, named: Sequence[NamedPoint]) -> bool:
         """Return whether a record has the size and mtime that it had when it could not be used."""
         version = version_of(record)
-        reason = None if self.retry_failed or not version else self.manifest.fault(storable(record.key), version)
+        reason = self.manifest.fault(storable(record.key), version) if version else None
         if reason is None:
             return False
         for point in named:
@@ -328,9 +326,6 @@ class IndexRun:
         pending = self._writer.pending(ids)
         return {**self.store.retrieve([id_ for id_ in ids if id_ not in pending]), **pending}
 
-    def _known_fault(self, sha256: str) -> str | None:
-        return None if self.retry_failed else self.manifest.content_fault(sha256)
-
     def _on_stored(self, stored: StoredContent) -> None:
         record, id_, payload, thumbnail = stored
         is_known = storable(record.key) in payload["paths"]
@@ -340,9 +335,12 @@ class IndexRun:
 
     def _on_new(self, new: NewPoint) -> None:
         self.embedded += 1
-        for number, record in enumerate(new.records):
+        keys: set[str] = set()
+        for record in new.records:
             is_replaced = self._detach_others(record, new.point.id)
-            self._count("replaced" if is_replaced else "updated" if number else "indexed")
+            is_again = record.key in keys
+            self._count("unchanged" if is_again else "replaced" if is_replaced else "updated" if keys else "indexed")
+            keys.add(record.key)
         self._writer.insert(new)
 
     def _detach_others(self, record: Record, id_: str) -> bool:

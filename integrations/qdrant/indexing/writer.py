@@ -77,7 +77,8 @@ class Writer:
 
     def hold(self, id_: str, record: Record, thumbnail: str | None = None) -> None:
         """Record that a stored point's content is held by a record, which describes it if it is the first."""
-        self._hold(id_, record).thumbnail = thumbnail
+        change = self._hold(id_, record)
+        change.thumbnail = thumbnail or change.thumbnail
         if len(self._batch.changes) >= BATCH_CHANGES:
             self.flush()
 
@@ -107,14 +108,18 @@ class Writer:
         while len(self._written) > 2 * self._store.parallel:
             self._take_written()
 
+    def drain(self) -> None:
+        """Wait until everything that has come is written."""
+        self.flush()
+        while self._written:
+            self._take_written()
+
     def finish(self) -> None:
         """Write everything, then remove the detached paths, and points without any.
 
         :raises CocoaError: If the store fails.
         """
-        self.flush()
-        while self._written:
-            self._take_written()
+        self.drain()
         self._detached.seek(0)
         lines = iter(self._detached)
         while batch := list(map(json.loads, islice(lines, BATCH_CHANGES))):

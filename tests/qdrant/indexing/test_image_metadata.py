@@ -56,6 +56,10 @@ def test_two_metadata_files_in_a_folder_are_reported_and_neither_is_read(tmp_pat
 def test_a_file_exists_under_its_name_and_under_the_spelling_of_a_payload(tmp_path: Path) -> None:
     for name in (r"\udc80.png", "\udc81.png"):
         (tmp_path / name).touch()
+    (tmp_path / "a.tar").touch()
+    assert not is_deleted(f"{tmp_path}/a.tar#deep#1.jpg")
+    assert is_deleted(f"{tmp_path}/b.tar#1.jpg")
+    assert not is_deleted("s3://bucket/a.jpg")
     stored = [rf"{tmp_path}/\udc{byte}.png" for byte in (80, 81, 82)]
     assert [is_deleted(path) for path in stored] == [False, False, True]
 

@@ -169,6 +169,12 @@ class TestPaths:
         album.run("**/*.png", prune=True)
         assert album.summary.pruned == 1
 
+    def test_a_file_that_is_named_twice_counts_once_more_as_unchanged(self, album: Album) -> None:
+        lines = [str(album.folder / "red.png")] * 2 + ["", str(album.folder / "blue.png")]
+        (album.folder.parent / "list.txt").write_text("\n".join(lines))
+        assert album.run("", "../list.txt") == (4, 2, 0, 0, 0)
+        assert [payload["paths"] for payload in album.payloads.values()].count([str(album.folder / "red.png")]) == 1
+
     def test_paths_without_images_are_an_error(self, album: Album) -> None:
         (album.folder / "notes").mkdir()
         wrong = {str(album.folder / "notes"): "are no images in", "nowhere": "does not exist", "": "a path is empty"}
@@ -363,3 +369,20 @@ class TestModels:
         album.index = album.indexer(FakeModel(modalities=["text"]))
         with pytest.raises(CocoaError, match="does not embed images"):
             album.run()
+
+
+def test_a_broken_file_is_read_once_and_again_on_request_or_when_it_has_changed(
+    album: Album, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = album.folder / "broken.png"
+    broken.write_bytes(b"no image")
+    reads: list[Path] = []
+    read = files.read_stable_file
+    monkeypatch.setattr(files, "read_stable_file", lambda path: reads.append(path) or read(path))
+    album.run()
+    for options, count in (({}, 0), ({"retry_failed": True}, 1), ({}, 0)):
+        reads.clear()
+        assert album.run(**options) == (0, 4, 0, 0, 1)
+        assert reads == [broken] * count
+    colour_image("green", (9, 9)).save(broken)
+    assert album.run() == (1, 4, 0, 0, 0)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,21 @@ class TestMoved:
         summary = disk.run(new, disk.folder, prune=True)
         assert (summary.unchanged, summary.pruned, summary.failed) == (COUNT, COUNT, [])
         assert {Path(path).parent for path in disk.paths} == {new}
+
+    def test_one_run_moves_a_folder_also_if_the_store_is_slow(
+        self, disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        replace = disk.indexer.store.replace_payloads
+
+        def replace_slowly(changes: Any) -> None:  # noqa: ANN401
+            time.sleep(0.2)
+            replace(changes)
+
+        disk.folder.rename(tmp_path / "new")
+        monkeypatch.setattr(disk.indexer.store, "replace_payloads", replace_slowly)
+        summary = disk.run(tmp_path / "new", disk.folder, prune=True)
+        assert (summary.updated, summary.pruned, summary.failed) == (COUNT, COUNT, [])
+        assert {Path(path).parent for path in disk.paths} == {tmp_path / "new"}
 
     def test_the_hits_of_a_moved_folder_name_files_that_exist_before_it_is_indexed_again(
         self, disk: Disk, tmp_path: Path
