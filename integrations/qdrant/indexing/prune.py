@@ -103,6 +103,8 @@ def prune_deleted(
 @lru_cache(maxsize=1024)
 def doubtful_folder(path: str, root: str) -> str | None:
     """Return the folder below ``root`` where a missing path ends, if it is empty or a link that leads nowhere."""
+    if "://" in path:
+        return None
     folder = os.path.dirname(path)
     while not os.path.lexists(folder):
         folder = os.path.dirname(folder)
