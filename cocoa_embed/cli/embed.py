@@ -115,11 +115,9 @@ def tell(done: Iterable[EmbedSummary], console: Console) -> Iterator[EmbedSummar
 
 def say_summary(summary: EmbedSummary, console: Console) -> None:
     """Print the counts of all parts, and the images that could not be used."""
-    say(
-        console,
-        f"{summary.out}: {summary.embedded} images embedded into {summary.parts} files, {summary.skipped} files were"
-        f" there, {len(summary.failed)} images left out ({summary.seconds:.1f} s)",
-    )
+    counts = f"{summary.embedded} images embedded, {len(summary.failed)} left out"
+    files = f"files: {summary.parts} written, {summary.skipped} there before"
+    say(console, f"{summary.out}: {counts}; {files} ({summary.seconds:.1f} s)")
     for failure in summary.failed:
         say(console, f"left out: {printable(failure['path'])}: {failure['reason']}")
 
@@ -160,6 +158,6 @@ def load(
             tqdm(desc=f"loading into {collection}", unit="file", disable=not console.is_terminal) as bar,
         ):
             summary = load_folder(folder, store, bar.update)
-        say(console, f"{collection}: {summary.points} points of {summary.files} files ({summary.seconds:.1f} s)")
+        say(console, f"{collection}: {summary.points} points loaded ({summary.seconds:.1f} s)")
     if as_json:
         print_json(dataclasses.asdict(summary))

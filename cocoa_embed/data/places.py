@@ -102,7 +102,7 @@ def is_gone(address: str) -> bool:
     """Return whether there is certainly no file at a remote address; False if its file system does not answer."""
     try:
         system, path = file_system(address)
-        system.info(path, refresh=True)
+        system.info(path)  # of the listing, if there is one
     except FileNotFoundError as error:
         return error.__cause__ is None  # over http, anything that goes wrong
     except Exception:  # noqa: BLE001 - it cannot be checked

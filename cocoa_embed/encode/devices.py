@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from copy import copy
-from functools import partial
+from functools import cached_property, partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -163,7 +163,7 @@ class DeviceEncoder(Encoder):
                 self._running.append(self._start())
             return self._running[0]
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """A digest of the model."""
         return self.processes.description.fingerprint

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cocoa_embed.data.places import open_binary
 from cocoa_embed.errors import ImageError, one_line
@@ -74,7 +74,7 @@ def draw_page(document: pypdfium2.PdfDocument, number: int, name: str) -> bytes 
             page = document[number - 1]
             try:
                 width, height = page.get_size()
-                scale = min(DOTS_PER_POINT, math.sqrt(MAX_PAGE_PIXELS / max(width * height, 1)))
+                scale: Any = min(DOTS_PER_POINT, math.sqrt(MAX_PAGE_PIXELS / max(width * height, 1)))
                 image = page.render(scale=scale).to_pil().convert("RGB")
             finally:
                 page.close()

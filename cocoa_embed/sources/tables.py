@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cocoa_embed.data.places import Place, open_binary, open_text, suffix_of
 from cocoa_embed.data.tables import open_table
-from cocoa_embed.errors import ImageError, RowError, one_line
+from cocoa_embed.errors import ImageError, RowError, one_line, require
 from cocoa_embed.images.load import check_size, image_size
 from cocoa_embed.sources.base import Record
 from cocoa_embed.sources.shard_files import Kind, ShardFile, shard_error
@@ -60,6 +60,7 @@ def batches(place: Place) -> Iterator[pa.RecordBatch]:
 
     :raises Exception: If it cannot be read.
     """
+    require("pyarrow", "tables")
     import pyarrow.ipc as ipc
     import pyarrow.parquet as parquet
 

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -109,6 +111,18 @@ def test_a_stream_that_is_left_ends_the_processes(model: Path, images: list[tupl
     stream.close()  # type: ignore[attr-defined]
     assert not process.is_alive()
     assert time.monotonic() - started < 60
+
+
+@pytest.mark.slow
+def test_what_the_fork_server_imports_asks_nothing_of_cuda() -> None:
+    """A process that is forked after a question to CUDA cannot use it."""
+    code = (
+        "import torch, sys\nasked = []\n"
+        "torch._C._cuda_getDeviceCount = lambda: asked.append(1) or 0\n"
+        "import cocoa_embed.encode.devices, sentence_transformers\n"
+        "before = len(asked); torch.cuda.is_available(); sys.exit(before or not asked)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_a_model_that_cannot_be_loaded_is_its_own_error(tmp_path: Path) -> None:

@@ -271,3 +271,12 @@ def test_workers_leave_the_model_a_core(
 def test_a_number_that_is_not_positive_is_wrong_usage_at_once(name: str) -> None:
     with pytest.raises(UsageError, match=f"{name} is 0; it must be 1 or more"):
         Encoder(FakeModel()).stream_images([], **{name: 0})
+
+
+def test_an_encoder_may_bring_the_limits_of_its_streams() -> None:
+    images = [(number, colour_image("red")) for number in range(6)]
+    model = FakeModel()
+    list(Encoder(model, batch_tokens=2, workers=1).truncate(8).stream_images(images))
+    assert model.batches == [2, 2, 2]
+    list(Encoder(model, batch_tokens=2).stream_images(images, batch_tokens=6))
+    assert model.batches[3:] == [6]

@@ -6,7 +6,7 @@ from exported import PROMPTS, TRAINING, write_checkpoint
 from tiny_backbones import TINY_MAX_LENGTH
 
 from cocoa_embed.encode.load import load_encoder
-from cocoa_embed.errors import CocoaError
+from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.model.attention import is_causal
 from cocoa_embed.model.backbone import load_backbone
 from cocoa_embed.model.export import export_model
@@ -39,6 +39,18 @@ def test_an_export_and_a_checkpoint_of_any_stage_load_with_prompts_and_attention
         assert is_causal(encoder.model[0].auto_model) is not bidirectional
         vectors.append(encoder.embed_queries([{"text": "a red ring"}]))
     assert (vectors[0] == vectors[1]).all()
+
+
+def test_weights_load_as_the_type_that_is_asked_for(tiny_backbone_path: Path) -> None:
+    checkpoint = write_checkpoint(load_backbone(str(tiny_backbone_path), max_length=TINY_MAX_LENGTH), Path("run") / "c")
+    for folder in (checkpoint, export_model(checkpoint, Path("model"))):
+        for dtype in (None, "float32", "bfloat16"):
+            weights = load_model(folder, "cpu", dtype=dtype).state_dict().values()
+            assert {str(weight.dtype).removeprefix("torch.") for weight in weights} == {dtype or "float32"}
+    with pytest.raises(UsageError, match="dtype is 'int8'"):
+        load_model(checkpoint, dtype="int8")
+    with pytest.raises(UsageError, match=r"--revision main is of a model on the hub, and .* is a folder"):
+        load_model(checkpoint, revision="main")
 
 
 def test_a_folder_that_is_no_model_is_refused_with_a_reason() -> None:

@@ -232,6 +232,28 @@ def test_loading_merges_with_what_is_stored(job: Job, tmp_path: Path) -> None:
     assert [other[1]] in [payload["paths"] for _, payload in job.points().values()]
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_latest_content_of_a_path_keeps_it_whatever_the_order_of_the_files(
+    job: Job, turned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job.places = [job.photos]
+    shutil.copy(job.photos / "green.png", job.photos / "vert.png")
+    job.embed()
+    colour_image("yellow", (70, 9)).save(job.photos / "green.png")
+    os.utime(job.photos / "green.png", (2e9, 2e9))
+    job.embed()
+    assert len(job.out.names()) == 2
+    monkeypatch.setattr(
+        "cocoa_embed.integrations.qdrant.shards.load.sorted", lambda each: sorted(each, reverse=turned), raising=False
+    )
+    job.load()
+    path = str(job.photos / "green.png")
+    (held,) = [payload for _, payload in job.points().values() if path in payload["paths"]]
+    assert (held["width"], held["height"]) == (70, 9)
+    (copy,) = [payload for _, payload in job.points().values() if str(job.photos / "vert.png") in payload["paths"]]
+    assert copy["paths"] == [str(job.photos / "vert.png")]
+
+
 @pytest.mark.parametrize("backend", ["path", "edge"])
 def test_local_stores_are_loaded_too(job: Job, backend: str, tmp_path: Path) -> None:
     job.embed()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import NoReturn
@@ -50,31 +50,39 @@ def load(folder: EmbeddingFolder, store: Store, on_file_done: Callable[[], objec
     store.create(signature)
     names = sorted(folder.names())
     points = 0
-    with Writer(store, Merger(lambda _: False), lambda *_: None) as writer:
-        for name in names:
+    for name in names:
+        # A writer a file: what it has written, the lookups of the next file find.
+        with Writer(store, Merger(lambda _: False), lambda *_: None) as writer:
             remaining = folder.read(name)
             while group := list(islice(remaining, LOOKUP_POINTS)):
-                holders = holders_of(store, group)
-                for point in group:
-                    writer.insert(NewPoint(point, records_of(point)))
-                    for path in (each.path for each in stored_locations(point.payload)):
-                        for id_ in holders.get(path, set()) - {point.id}:
-                            writer.detach(id_, path)
+                load_group(group, store, writer)
                 points += len(group)
-            on_file_done()
-        writer.finish()
+            writer.finish()
+        on_file_done()
     store.finish()
     return LoadSummary(store.collection, len(names), points, time.perf_counter() - started)
 
 
-def holders_of(store: Store, points: Iterable[Point]) -> dict[str, set[str]]:
-    """Return the ids of the stored points that name each path of some points."""
-    holders: dict[str, set[str]] = {each.path: set() for point in points for each in stored_locations(point.payload)}
-    for id_, payload in store.by_paths([*holders]).items():
-        for path in (each.path for each in stored_locations(payload)):
-            if path in holders:
-                holders[path].add(id_)
-    return holders
+def load_group(points: Sequence[Point], store: Store, writer: Writer) -> None:
+    """Write points; of several contents of one path, the one with the latest mtime keeps it."""
+    holders: dict[str, dict[str, float]] = {}
+    paths = [each.path for point in points for each in stored_locations(point.payload)]
+    for id_, payload in store.by_paths(paths).items():
+        for each in stored_locations(payload):
+            holders.setdefault(each.path, {})[id_] = each.mtime
+    for point in points:
+        records, late = records_of(point), set[str]()
+        for record in records:
+            others = {id_: mtime for id_, mtime in holders.get(record.key, {}).items() if id_ != point.id}
+            if any(mtime > record.mtime for mtime in others.values()):
+                late.add(record.key)
+            else:
+                for id_ in others:
+                    writer.detach(id_, record.key)
+        if held := [record for record in records if record.key not in late]:
+            writer.insert(NewPoint(point, held))
+            for path in late:  # which the new point names, too
+                writer.detach(point.id, path)
 
 
 def records_of(point: Point) -> list[Record]:
