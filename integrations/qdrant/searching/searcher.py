@@ -61,6 +61,8 @@ class SearchOptions:
 
     def __post_init__(self) -> None:
         check_numbers(self.limit, self.offset, self.score_threshold, self.diversity)
+        if not isinstance(self.group_by, str | None):
+            raise UsageError(f"group_by is {self.group_by!r}; give one key of the payload")
         if self.diversity is not None and (self.any_orientation or self.group_by is not None):
             raise UsageError("diversity does not go together with any_orientation or group_by; give one of them")
 
@@ -230,6 +232,10 @@ def query_inputs(query: Mapping[str, Any], any_orientation: bool) -> list[ModelI
     :raises UsageError: If there is nothing to search for.
     :raises ImageError: If the image cannot be used.
     """
+    if not isinstance(query, Mapping):
+        raise UsageError(
+            f"a query is a {type(query).__name__}; give a text, or a mapping with text, image, like, unlike"
+        )
     if unknown := sorted(query.keys() - {"text", "image", "like", "unlike"}):
         raise UsageError(f"a query has the key {unknown[0]!r}; it can have text, image, like and unlike")
     text, image = query.get("text"), query.get("image")
