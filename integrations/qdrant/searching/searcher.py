@@ -195,7 +195,7 @@ class Searcher(ABC):
         names = {name for sides in named for side in sides for name in side}
         if not names:
             return [Examples([], [])] * len(queries)
-        ids = [id_ for name in names if (id_ := as_id(name)) is not None]
+        ids: list[Any] = [id_ for name in names if (id_ := as_id(name)) is not None]
         paths = sorted({storable(path) for name in names for path in (name, os.path.abspath(name))})
         clauses = [
             models.FieldCondition(key="paths", match=models.MatchAny(any=paths)),
@@ -205,7 +205,7 @@ class Searcher(ABC):
         found: dict[str, StoredPoint] = {}
         for point in self.store.points(models.Filter(should=clauses), with_vectors=True):
             stored = (point.payload.get("path"), *(point.payload.get("paths") or ()))
-            found |= dict.fromkeys((point.id, *filter(lambda path: isinstance(path, str), stored)), point)
+            found |= dict.fromkeys((point.id, *(path for path in stored if isinstance(path, str))), point)
         return [Examples(*([self._example(found, name) for name in side] for side in sides)) for sides in named]
 
     def _example(self, found: Mapping[str, StoredPoint], name: str) -> StoredPoint:
@@ -296,8 +296,7 @@ def without(query_filter: models.Filter | None, examples: Examples) -> models.Fi
     ids: list[Any] = [as_id(each.id) for each in (*examples.like, *examples.unlike)]
     if not ids:
         return query_filter
-    must = None if query_filter is None else [query_filter]
-    return models.Filter(must=must, must_not=[models.HasIdCondition(has_id=ids)])
+    return models.Filter(must=query_filter, must_not=[models.HasIdCondition(has_id=ids)])
 
 
 def orientations(item: ModelInput) -> list[ModelInput]:
