@@ -49,7 +49,8 @@ def info(
 
         found = dataclasses.asdict(store.require_signature())
         indexes = store.payload_indexes()
-        document = {"collection": collection, "points": store.count(), **found, "keys": sorted(sampled_keys(store))}
+        document: dict[str, Any] = {"collection": collection, "points": store.count(), **found}
+        document["keys"] = sorted(sampled_keys(store))
         document["indexed_keys"] = None if indexes is None else sorted(indexes)
         fingerprint = f"fingerprint {found['fingerprint']:.12}" if found["fingerprint"] else "made by another program"
         say(console, f"{store.name}: {document['points']} images")

@@ -118,11 +118,10 @@ def search(
         from cocoa_embed.integrations.qdrant.searching.hits_page import write_hits_page
 
         image_name = "an image" if image and image.startswith("data:") else Path(image or "").name
-        examples = [
-            *(f"like {Path(each).name}" for each in like or ()),
-            *(f"unlike {Path(each).name}" for each in unlike or ()),
-        ]
-        write_hits_page(html, " + ".join(filter(None, (text, image_name, *examples))), hits, picture or None)
+        names = [text, image_name, *(f"like {Path(name).name}" for name in like or ())]
+        names += [f"unlike {Path(name).name}" for name in unlike or ()]
+        shown = picture or next((query_image(name, []) for name in like or () if Path(name).is_file()), None)
+        write_hits_page(html, " + ".join(filter(None, names)), hits, shown)
         typer.echo(f"wrote {printable(html)}", err=True)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,18 +40,18 @@ def check_storage(collection: str, storage: dict[str, Any], *, exists: bool = Fa
     :raises UsageError: If they contradict each other, or one is malformed.
     :raises CocoaError: If there is no such index.
     """
-    from cocoa_embed.integrations.qdrant.stores.checks import check_collection_name, check_url
+    from cocoa_embed.integrations.qdrant.stores.checks import check_collection_name, check_folder, check_url
 
     given = [name for name, value in storage.items() if value is not None] or ["path"]
     if len(given) > 1:
         raise UsageError(f"{' and '.join(f'--{name}' for name in given)} were given together; give one of them")
     check_collection_name(collection)
     folder: Any = storage[given[0]] or Path(DEFAULT_INDEX)
-    if given != ["url"] and (address := re.match(r"(https?):/+", str(folder))):
-        raise UsageError(f"--{given[0]} is a folder, and {folder} an address; give --url {address[1]}://HOST:6333")
     if given == ["url"]:
         check_url(folder)
-    elif exists and not folder.is_dir():
+        return
+    check_folder(folder, given[0])
+    if exists and not folder.is_dir():
         others = "" if storage[given[0]] else ", or give --edge or --url"
         raise CocoaError(
             f"there is no index in {printable(folder)}; run cocoa-embed index, or change --{given[0]}{others}"

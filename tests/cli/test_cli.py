@@ -182,6 +182,15 @@ EMPTY = ["index", "empty", "--model", "fake"]
             [*FROM_THE_WEB, "--allow-host", "a.example"],
             "is on 127.0.0.1, which is not among the allowed hosts; allow it with --allow-host HOST",
         ),
+        (
+            [*BESIDE_AN_INDEX, "--image", "s3://bucket/a.png"],
+            "is an address of s3; --image takes a file, a",
+        ),
+        ([*BESIDE_AN_INDEX, "--image", "file:///gone%20now.png"], "1 /gone now.png: does not exist"),
+        ([*RED, "--path", "http://a:6333"], "2 path (--path) takes a folder, and http:/a:6333 is an address"),
+        ([*BESIDE_AN_INDEX, "--limit", str(2**64)], "2 limit is 18446744073709551616 and offset 0; "),
+        ([*BESIDE_AN_INDEX, "--score-threshold", "nan"], "2 score_threshold is nan; give a cosine"),
+        ([*BESIDE_AN_INDEX, "--filter", "mime: image/png"], "did you mean mime=image/png?"),
         (["search", "caf\udce9", *BESIDE_AN_INDEX[2:]], r"'caf\udce9' is not valid Unicode"),
         ([*RED, "--url", "http://me:secret@host"], "--api-key"),
     ],
@@ -215,3 +224,15 @@ def test_a_missing_extra_is_named_with_the_command(
         monkeypatch.setitem(sys.modules, module, None)
     assert "[qdrant]'" in command("index", pictures, "--model", "fake").error()
     assert "[eval]'" in command("eval", "mmeb", pictures, "--images", pictures, "--model", "fake").error()
+
+
+def test_ctrl_c_is_told_while_a_model_is_loaded(
+    command: Command, indexed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sentence_transformers.SentenceTransformer", interrupt)
+    for words in (["search", "red"], ["index", indexed]):
+        done = command(*words, "--model", "fake")
+        assert (done.status, done.out, done.err.splitlines()[-1]) == (130, "", "cocoa-embed: interrupted")

@@ -43,7 +43,8 @@ def test_an_indexed_image_finds_others_without_a_model(command: Command, storage
     assert found("--like", "pictures/red.png", "--diversity", 0, "--limit", 2) == everything[:2]
     assert len(found("--like", "pictures/red.png", "--group-by", "author")) == 2
     page = command("search", "--like", "pictures/red.png", *storage, "--html", "page.html")
-    assert (page.status, "<title>like red.png</title>" in Path("page.html").read_text()) == (0, True)
+    text = Path("page.html").read_text()
+    assert (page.status, "<title>like red.png</title>" in text, "The query image" in text) == (0, True, True)
     for query, words in (
         (["--like", "pictures/none.png"], "1 collection 'images' in index has no image pictures/none.png"),
         (["red"], "2 a text or an image needs the model of the collection; give it as --model"),

@@ -160,7 +160,7 @@ def respond(fake: FakeServer, method: str, path: str, body: dict[str, Any]) -> o
     metadata = body.get("metadata") if fake.keeps_metadata else None
     condition = models.Filter.model_validate(body["filter"]) if body.get("filter") else None
     match method, action:
-        case "GET", _ if name == path.strip("/") == "collections":
+        case "GET", "collections" if not name:
             return client.get_collections().model_dump(mode="json")
         case "GET", "exists":
             return {"exists": client.collection_exists(name)}

@@ -31,7 +31,7 @@ def check_out(out: str) -> None:
     if Path(out).suffix not in WRITERS:
         raise UsageError(f"{printable(out)} is no file for points; give one that ends in .jsonl or .parquet, or -")
     if Path(out).suffix == ".parquet":
-        require("pyarrow", "train")
+        require("pyarrow", "tables")
     if not Path(out).absolute().parent.is_dir():
         raise CocoaError(f"{printable(out)} cannot be written, its folder does not exist")
 

@@ -27,6 +27,8 @@ from cocoa_embed.integrations.qdrant.stores.store import Store
 
 SAMPLE = 256
 """Points that are read to learn which keys there are."""
+MAX_SCANNED = 100_000
+"""Points that a store may look at, without an index, to find one with a key."""
 KINDS = {bool: base.BOOL, int: base.INTEGER, float: base.FLOAT, str: base.KEYWORD}
 INDEX_KINDS = (base.KEYWORD, base.TEXT, base.INTEGER, base.FLOAT, base.BOOL, base.DATETIME)
 OTHER_NAMES = {
@@ -42,23 +44,24 @@ OTHER_NAMES = {
 def refuse_unknown_keys(store: Store, conditions: Sequence[Any]) -> None:
     """Explain a search that found nothing, if that is because no point has one of the keys in its filter.
 
-    Reads ``SAMPLE`` points, and looks for one point with each key that those do not have.
+    Reads ``SAMPLE`` points. Whether another point has a key that those lack is looked up in collections of up to
+    ``MAX_SCANNED`` points; larger ones get no explanation.
 
     :param conditions: Conditions that must all hold; filters of qdrant-client are not looked at.
     :raises UsageError: If there are points, and none has such a key; the message holds the nearest key.
     """
-    keys: set[str] = set()
-    for places in (places for each in conditions for places in required_places(each)):
-        key = places[0]
-        if key.partition(".")[0].partition("[")[0] in OWN_FIELDS or any(map(store_has, [store] * len(places), places)):
+    required = [places for each in conditions for places in required_places(each)]
+    payloads = [point.payload for point in store.points(limit=SAMPLE)] if required else []
+    for places in required:
+        key = places[0].removeprefix("metadata.")
+        is_own = key == places[0] and re.split(r"[.[]", key)[0] in OWN_FIELDS
+        is_sampled = any(True for payload in payloads for path in places for _ in values(payload, path))
+        if is_own or is_sampled or not payloads or store.count() > MAX_SCANNED or store_has(store, places):
             continue
-        keys = keys or sampled_keys(store)
-        if keys:
-            known = sorted(keys | FIELD_TYPES.keys())
-            guess = (
-                f"(did you mean {other!r}?)" if (other := OTHER_NAMES.get(key.lower())) else did_you_mean(key, known)
-            )
-            raise UsageError(f"nothing was found: no image in {store.name} has the key {key!r} {guess}")
+        known = sorted(keys_of(payloads) | FIELD_TYPES.keys())
+        other = OTHER_NAMES.get(key.lower())
+        guess = f"(did you mean {other!r}?)" if other else did_you_mean(key, known)
+        raise UsageError(f"nothing was found: no image in {store.name} has the key {key!r} {guess}")
 
 
 def required_places(condition: Any) -> Iterator[list[str]]:  # noqa: ANN401
@@ -78,17 +81,22 @@ def required_places(condition: Any) -> Iterator[list[str]]:  # noqa: ANN401
             yield [path]
 
 
-def store_has(store: Store, path: str) -> bool:
-    """Return whether a point has a value at a path, or the store does not say."""
+def store_has(store: Store, places: Sequence[str]) -> bool:
+    """Return whether a point has a value at one of several paths, or the store does not say."""
     try:
-        return any(store.points(read_filter(Exists(path), store.payload_indexes()), limit=1))
+        either = AnyPlace(tuple(map(Exists, places)))
+        return any(store.points(read_filter(either, store.payload_indexes()), limit=1))
     except CocoaError:
         return True
 
 
 def sampled_keys(store: Store) -> set[str]:
-    """Return the keys of a sample of points, as filters name them: columns without ``metadata``."""
-    payloads = [point.payload for point in store.points(limit=SAMPLE)]
+    """Return the keys of a sample of points, as filters name them."""
+    return keys_of([point.payload for point in store.points(limit=SAMPLE)])
+
+
+def keys_of(payloads: Sequence[Payload]) -> set[str]:
+    """Return the keys of payloads, as filters name them: columns without ``metadata``."""
     columns = (each for payload in payloads if isinstance(each := payload.get("metadata"), dict))
     return {key for payload in (*payloads, *columns) for key in payload} - NODE_KEYS - {"metadata"}
 

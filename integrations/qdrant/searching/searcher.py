@@ -61,6 +61,8 @@ class SearchOptions:
 
     def __post_init__(self) -> None:
         check_numbers(self.limit, self.offset, self.score_threshold, self.diversity)
+        if not isinstance(self.group_by, str | None):
+            raise UsageError(f"group_by is {self.group_by!r}; give one key of the payload")
         if self.diversity is not None and (self.any_orientation or self.group_by is not None):
             raise UsageError("diversity does not go together with any_orientation or group_by; give one of them")
 
@@ -193,7 +195,7 @@ class Searcher(ABC):
         names = {name for sides in named for side in sides for name in side}
         if not names:
             return [Examples([], [])] * len(queries)
-        ids = [id_ for name in names if (id_ := as_id(name)) is not None]
+        ids: list[Any] = [id_ for name in names if (id_ := as_id(name)) is not None]
         paths = sorted({storable(path) for name in names for path in (name, os.path.abspath(name))})
         clauses = [
             models.FieldCondition(key="paths", match=models.MatchAny(any=paths)),
@@ -203,7 +205,7 @@ class Searcher(ABC):
         found: dict[str, StoredPoint] = {}
         for point in self.store.points(models.Filter(should=clauses), with_vectors=True):
             stored = (point.payload.get("path"), *(point.payload.get("paths") or ()))
-            found |= dict.fromkeys((point.id, *filter(lambda path: isinstance(path, str), stored)), point)
+            found |= dict.fromkeys((point.id, *(path for path in stored if isinstance(path, str))), point)
         return [Examples(*([self._example(found, name) for name in side] for side in sides)) for sides in named]
 
     def _example(self, found: Mapping[str, StoredPoint], name: str) -> StoredPoint:
@@ -230,6 +232,10 @@ def query_inputs(query: Mapping[str, Any], any_orientation: bool) -> list[ModelI
     :raises UsageError: If there is nothing to search for.
     :raises ImageError: If the image cannot be used.
     """
+    if not isinstance(query, Mapping):
+        raise UsageError(
+            f"a query is a {type(query).__name__}; give a text, or a mapping with text, image, like, unlike"
+        )
     if unknown := sorted(query.keys() - {"text", "image", "like", "unlike"}):
         raise UsageError(f"a query has the key {unknown[0]!r}; it can have text, image, like and unlike")
     text, image = query.get("text"), query.get("image")
@@ -290,8 +296,7 @@ def without(query_filter: models.Filter | None, examples: Examples) -> models.Fi
     ids: list[Any] = [as_id(each.id) for each in (*examples.like, *examples.unlike)]
     if not ids:
         return query_filter
-    must = None if query_filter is None else [query_filter]
-    return models.Filter(must=must, must_not=[models.HasIdCondition(has_id=ids)])
+    return models.Filter(must=query_filter, must_not=[models.HasIdCondition(has_id=ids)])
 
 
 def orientations(item: ModelInput) -> list[ModelInput]:

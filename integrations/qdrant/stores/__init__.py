@@ -5,7 +5,7 @@ from typing import Any
 
 from cocoa_embed.errors import UsageError
 from cocoa_embed.integrations.qdrant.stores.base import StoreOptions
-from cocoa_embed.integrations.qdrant.stores.checks import check_collection_name
+from cocoa_embed.integrations.qdrant.stores.checks import check_collection_name, check_folder
 from cocoa_embed.integrations.qdrant.stores.store import Store
 
 BACKENDS = {"client": "given_client", "path": "local", "url": "server", "edge": "edge"}
@@ -26,5 +26,7 @@ def open_store(*, collection: str, options: StoreOptions | None = None, **locati
         raise UsageError(f"{len(given)} places to store points were given; give one of {', '.join(BACKENDS)}")
     check_collection_name(collection)
     ((name, location),) = given.items()
+    if name in ("path", "edge"):
+        check_folder(location, name)
     backend = import_module(f"{__name__}.{BACKENDS[name]}")
     return backend.open_collection(location, collection, options or StoreOptions())

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -36,6 +40,19 @@ def check_collection_name(name: str) -> None:
         raise UsageError(
             f"{name!a} is no name for a collection; use 1 to {MAX_COLLECTION_NAME} bytes, printable, and none of"
             ' < > : " / \\ | ? *'
+        )
+
+
+def check_folder(folder: str | Path, option: str) -> None:
+    """Refuse an address where a folder is expected.
+
+    :param option: The keyword that names the folder.
+    :raises UsageError: If it is one.
+    """
+    if re.match("https?:/", str(folder)):
+        raise UsageError(
+            f"{option} (--{option}) takes a folder, and {folder} is an address; give an address such as"
+            " http://localhost:6333 as url (--url)"
         )
 
 
@@ -103,8 +120,14 @@ def check_query(query: Query, dimension: int) -> Query:
 def check_numbers(limit: int, offset: int, score_threshold: float | None, diversity: float | None) -> None:
     """Refuse numbers of a query that not every backend takes.
 
-    :raises UsageError: If one is out of its range.
+    :raises UsageError: If one is no number, or out of its range.
     """
+    given: dict[str, Any] = {"limit": limit, "offset": offset}
+    given |= {"score_threshold": score_threshold, "diversity": diversity}
+    for name, number in given.items():
+        kind: Any = Integral if name in ("limit", "offset") else Real | None
+        if not isinstance(number, kind):
+            raise UsageError(f"{name} is {number!r}; give a {'whole ' if kind is Integral else ''}number")
     most = MAX_HITS if diversity is None else MAX_DIVERSE_HITS
     if limit < 1 or offset < 0 or limit + offset > most:
         raise UsageError(

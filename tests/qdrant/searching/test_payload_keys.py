@@ -52,13 +52,14 @@ class TestUnknownKeys:
             ("text~dog", "did you mean 'caption'"),
             ("date>2026", "did you mean 'mtime'"),
             ("license=CC0|other", "did you mean 'licence'"),
+            ("metadata.license=CC0", "did you mean 'licence'"),
             ("zzz", "known: "),
         ],
     )
     def test_a_key_that_no_image_has_is_named_with_the_nearest(
         self, points: QdrantIndexer, text: str, guess: str
     ) -> None:
-        key = re.match(r"\w+", text)
+        key = re.match(r"\w+", text.removeprefix("metadata."))
         with pytest.raises(UsageError, match=rf"no image in .* has the key '{key[0]}' \({guess}"):
             found(points, "number", text)
 
@@ -69,6 +70,9 @@ class TestUnknownKeys:
             assert found(points, text) == [], text
         missing = models.FieldCondition(key="widht", match=models.MatchValue(value=1))
         assert found(points, missing) == found(points, "!number", "widht!=6") == [], "the last would fit all"
+        monkeypatch.setattr(payload_keys, "MAX_SCANNED", 3)
+        assert found(points, "zzz=1") == [], "in a collection too large to look through"
+        monkeypatch.undo()
         monkeypatch.setattr(payload_keys, "SAMPLE", 1)
         assert found(points, "mixed=y") == [], "a key that the sample does not have"
 

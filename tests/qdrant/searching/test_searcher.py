@@ -136,6 +136,9 @@ class TestNumbers:
             ],
             ({"diversity": 0.5, "group_by": "album"}, "does not go together"),
             ({"group_by": "a..b"}, "is not a key"),
+            ({"group_by": ["a"]}, "give one key of the payload"),
+            *[({"limit": value}, "give a whole number") for value in ("3", 2.5, None)],
+            ({"score_threshold": "0.5"}, "score_threshold is '0.5'; give a number"),
         ],
     )
     def test_what_a_backend_does_not_take_is_one_sentence(
@@ -228,7 +231,11 @@ class TestWrongInputs:
         ):
             with pytest.raises(UsageError, match=words):
                 memory.search(*arguments)
-        for queries, words in (("red", "give a list of texts"), ([{"txt": "red"}], "a query has the key 'txt'")):
+        for queries, words in (
+            ("red", "give a list of texts"),
+            ([{"txt": "red"}], "a query has the key 'txt'"),
+            ([5], "is a int"),
+        ):
             with pytest.raises(UsageError, match=words):
                 memory.search_many(queries)
         asynchronous: Any = AsyncQdrantClient(":memory:")
@@ -236,3 +243,8 @@ class TestWrongInputs:
             with pytest.raises(UsageError, match=f"client is of type {kind}; give a qdrant_client.QdrantClient"):
                 QdrantIndexer(FakeModel(), client=client)
         assert not Path(":memory:").exists()
+        for option in ("path", "edge"):
+            with pytest.raises(
+                UsageError, match=rf"{option} \(--{option}\) takes a folder, and http://a:6333 is an address"
+            ):
+                QdrantIndexer(FakeModel(), **{option: "http://a:6333"})

@@ -229,6 +229,45 @@ class TestSearch:
             store.search(query._replace(filter=models.Filter(must=[malformed])))
 
 
+class TestReading:
+    def test_points_are_read_by_filter_and_number_across_pages_with_their_vectors(
+        self, store: Store, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(type(store), "scroll_limit", 3)
+        store.upsert([turned(number, 5 * number, mime=["a", "b"][number % 2]) for number in range(10)])
+        mime = models.FieldCondition(key="mime", match=models.MatchValue(value="b"))
+        found = list(store.points(models.Filter(must=[mime]), with_vectors=True))
+        assert sorted(point.payload["number"] for point in found) == [1, 3, 5, 7, 9]
+        for point in found:
+            assert point.vector is not None
+            expected = turned(point.payload["number"], 5 * point.payload["number"])
+            assert (point.id, point.vector) == (expected.id, pytest.approx(expected.vector, abs=1e-6))
+        assert len({point.id for point in store.points()}) == 10
+        for limit in (1, 3, 4, 99):
+            assert len(list(store.points(limit=limit))) == min(limit, 10)
+        assert {point.vector for point in store.points()} == {None}
+
+    def test_several_queries_have_the_hits_that_each_has_alone(self, store: Store) -> None:
+        store.upsert([turned(number, 5 * number) for number in range(10)])
+        queries = [
+            Query(turned(0, angle).vector, limit=3, offset=offset) for angle, offset in ((0, 0), (40, 2), (0, 9))
+        ]
+        assert store.search_batch(queries) == [store.search(query) for query in queries]
+        assert store.search_batch([]) == []
+
+    def test_collections_are_listed_and_payload_indexes_may_be_made_again(self, store: Store, opener: Opener) -> None:
+        store.upsert([turned(number, 5 * number, n=number) for number in range(3)])
+        for _ in range(2):
+            store.create_payload_index("n", "integer")
+        above = models.FieldCondition(key="n", range=models.Range(gte=1))
+        hits = store.search(Query(ONES, limit=5, filter=models.Filter(must=[above])))
+        assert sorted(hit.payload["n"] for hit in hits) == [1, 2]
+        store.close()
+        other = opener("another")
+        other.create(SIGNATURE)
+        assert other.collections() == ["another", "images"]
+
+
 SERVER = {"url": "http://localhost:6333"}
 
 
