@@ -156,7 +156,7 @@ def test_activations_are_those_that_the_backward_pass_keeps(
     # On a CPU, dropout keeps a mask of floats where CUDA keeps booleans.
     stage = a_stage(kind, adapter=adapter and {**adapter, "dropout": 0})
     estimate = measured(stage, tiny_backbone, row).cost(0, COPIES)
-    assert estimate.kept_bytes == pytest.approx(kept_bytes(*real(stage, tiny_backbone, row, tmp_path)), rel=0.1)
+    assert estimate.kept_bytes == pytest.approx(kept_bytes(*real(stage, tiny_backbone, row, tmp_path)), rel=0.2)
     assert estimate.peak_bytes > estimate.kept_bytes
 
 
