@@ -27,7 +27,7 @@ On ${card:-a CPU, as a rehearsal}, results in $out, at most:
   b the tiny recipe in bf16 with DoRA: three stages, export, load and embed             90 s
   c bridge step at 2B: sdpa and FlexAttention, with and without checkpointing          100 s
   d contrastive step at 2B: the recipe, PEFT's DoRA, PEFT's LoRA, full fine-tuning      90 s
-  e the plain step of each stage, at growing batches                                   120 s
+  e the plain step of each stage, at growing batches                                   100 s
   f embedding 512 photographs: ours, SentenceTransformer.encode, the model alone        75 s
   g the utilisation of every step beside a bf16 matrix product of its own minute        10 s
 PLAN
@@ -91,11 +91,11 @@ UTILISATION
 failed=0
 export -f tiny encode utilisation
 export work python rehearse out
-measure gpu-tests 50 $python -m pytest -q -m gpu -p no:cacheprovider $(grep -rl --include="*.py" "mark.gpu" tests)
+measure gpu-tests 50 $python -m pytest -q -m gpu -p no:cacheprovider ${REHEARSE:+--collect-only} $(grep -rl --include="*.py" "mark.gpu" tests)
 measure tiny-recipe 90 bash -c tiny
 measure bridge 100 $python benchmarks/card_steps.py bridge "$out" $rehearse
 measure contrastive 90 $python benchmarks/card_steps.py contrastive "$out" $rehearse
-measure plain 120 $python benchmarks/card_steps.py plain "$out" $rehearse
+measure plain 100 $python benchmarks/card_steps.py plain "$out" $rehearse
 if [ -z "$rehearse" ]; then measure encode 75 bash -c "encode 512 2b 200704"; else measure encode 75 bash -c "encode 8 small 50176"; fi
 measure utilisation 10 bash -c utilisation
 echo "summary in $out/summary.txt" >&2

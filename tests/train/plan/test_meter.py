@@ -126,9 +126,10 @@ def test_few_layers_tell_what_all_cost(
     whole = StageMeter(stage, config, tiny_backbone.processor, [row], CARDS["h100"])
     assert few.parameters == whole.parameters
     whole.cost(0, COPIES)  # the first pass of all has a few kernels more
-    costs, expected = astuple(few.cost(0, COPIES)), astuple(whole.cost(0, COPIES))
-    assert costs[:5] == pytest.approx(expected[:5], rel=1e-3)
-    assert costs[5:] == pytest.approx(expected[5:], rel=0.15), "memory"
+    cost, expected = few.cost(0, COPIES), whole.cost(0, COPIES)
+    assert astuple(cost)[:5] == pytest.approx(astuple(expected)[:5], rel=1e-3)
+    assert cost.kept_bytes == pytest.approx(expected.kept_bytes, rel=1e-3)
+    assert cost.peak_bytes == pytest.approx(expected.peak_bytes, rel=0.15), "gradients on the way are estimated"
 
 
 def kept_bytes(trainer: CocoaTrainer, batch: dict[str, Any]) -> int:
@@ -156,7 +157,7 @@ def test_activations_are_those_that_the_backward_pass_keeps(
     # On a CPU, dropout keeps a mask of floats where CUDA keeps booleans.
     stage = a_stage(kind, adapter=adapter and {**adapter, "dropout": 0})
     estimate = measured(stage, tiny_backbone, row).cost(0, COPIES)
-    assert estimate.kept_bytes == pytest.approx(kept_bytes(*real(stage, tiny_backbone, row, tmp_path)), rel=0.1)
+    assert estimate.kept_bytes == pytest.approx(kept_bytes(*real(stage, tiny_backbone, row, tmp_path)), rel=0.2)
     assert estimate.peak_bytes > estimate.kept_bytes
 
 
