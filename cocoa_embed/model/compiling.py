@@ -4,12 +4,13 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 MOST_VERSIONS = 64
 """The most versions of a layer: with gradients and without, with a mask and without, in training and in evaluation."""
 
-CompileError = torch._dynamo.exc.TorchDynamoException
+CompileError = TorchDynamoException
 """What a layer raises, when it first runs, if it cannot be compiled."""
 
 
@@ -18,7 +19,7 @@ def compile_layers(model: nn.Module) -> list[nn.Module]:
 
     The vision encoder's layers stay as they are: each of them cuts its input by lengths that it reads from the CPU.
     """
-    layers = [
+    layers: list[nn.Module] = [
         module
         for name, module in model.named_modules()
         if isinstance(module, GradientCheckpointingLayer) and "visual" not in name.split(".")

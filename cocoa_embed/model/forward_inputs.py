@@ -25,7 +25,7 @@ class HostTensor(Tensor):
 
     def on(self, device: torch.device) -> Tensor:
         """Return an ordinary copy on a device, without waiting for it; the same one each time."""
-        copies: dict[torch.device, Tensor] = self.__dict__.setdefault("copies", {})
+        copies: dict[torch.device, Tensor] = vars(self).setdefault("copies", {})
         if device not in copies:
             with torch._C.DisableTorchFunctionSubclass():
                 copies[device] = self.as_subclass(Tensor).to(device, non_blocking=True)
@@ -63,7 +63,7 @@ class HostInputs:
 
     def __init__(self, config: PreTrainedConfig) -> None:
         self.config = config
-        kind = MODEL_MAPPING[type(config)]
+        kind: Any = MODEL_MAPPING[type(config)]
         # The class's own functions, of a model without weights: they take nothing but the config.
         self._model: Any = kind.__new__(kind)
         nn.Module.__init__(self._model)

@@ -61,8 +61,8 @@ def packed_attention(
     outputs: dict[int, Tensor] = {}
     for length in dict.fromkeys(lengths):
         equal = [place for place, each in enumerate(lengths) if each == length]
-        together = [torch.cat([of_all[place] for place in equal]) for of_all in sequences]
-        found, _ = sdpa_attention_forward(module, *together, None, **kwargs)
+        q, k, v = (torch.cat([of_all[place] for place in equal]) for of_all in sequences)
+        found, _ = sdpa_attention_forward(module, q, k, v, None, **kwargs)
         outputs |= zip(equal, found.split(1), strict=True)
     return torch.cat([outputs[place] for place in range(len(lengths))], dim=1), None
 

@@ -118,7 +118,8 @@ class CocoaTrainer(Trainer):
         self._rows_at_once: list[int] = []
         self._unread: tuple[int, tuple[int, ...], LateReading] | None = None
         super().__init__(*args, **kwargs)
-        self._compiled = compile_layers(self.model) if context.compile else []
+        whole: Any = self.model
+        self._compiled = compile_layers(whole) if context.compile else []
         self.checks_late = self.args.device.type == "cuda" and not self.is_fsdp_enabled
 
     def train(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
@@ -163,7 +164,7 @@ class CocoaTrainer(Trainer):
             try:
                 loss = super().training_step(model, tensors, *args, **kwargs)
             except CompileError as error:
-                self._stop_compiling(error)
+                self._stop_compiling(model, error)
                 loss = super().training_step(model, tensors, *args, **kwargs)
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -179,7 +180,7 @@ class CocoaTrainer(Trainer):
             self._check_losses()
         return loss
 
-    def _stop_compiling(self, error: CompileError) -> None:
+    def _stop_compiling(self, model: nn.Module, error: Exception) -> None:
         """Run the layers uncompiled if they have never run, with a warning.
 
         :raises CompileError: If they have.
@@ -189,7 +190,7 @@ class CocoaTrainer(Trainer):
         reason = str(error).strip().partition("\n")[0]
         logger.warning("compile has no effect: the layers cannot be compiled here (%s).", reason)
         run_uncompiled(self._compiled)
-        self.model.zero_grad()
+        model.zero_grad()
 
     def _check_losses(self) -> None:
         """Check the losses since the last check, at once or one step later.
