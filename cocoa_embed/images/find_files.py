@@ -156,7 +156,7 @@ class FolderSearch:
         for path, folders, files in os.walk(root, onerror=self._refuse):
             identity = self._identity(path)
             is_other_root = identity in self._roots and path != root
-            is_cache = path != self._root and self._passed_over.has_cache(path, files)
+            is_cache = self._passed_over.has_cache(path, files, is_named=path == self._root)
             if identity in self._listed or is_other_root or is_cache:
                 folders.clear()
                 continue
@@ -224,7 +224,8 @@ class FolderSearch:
         try:
             with os.scandir(folder) as entries:
                 found = list(entries)
-            is_cache = folder != self._root and self._passed_over.has_cache(folder, {entry.name for entry in found})
+            names = {entry.name for entry in found}
+            is_cache = self._passed_over.has_cache(folder, names, is_named=folder == self._root)
             return [] if is_cache else found
         except OSError as error:
             self._refuse(error)

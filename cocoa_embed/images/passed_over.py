@@ -122,9 +122,13 @@ class PassedOver:
             return self._count(path, "system folder")
         return self._excludes(path, root, slash="/") and self._count(path, "excluded")
 
-    def has_cache(self, folder: str, names: Collection[str]) -> bool:
-        """Return whether a folder that holds files of these names is passed over as a cache."""
-        return not CACHE_MARKERS.isdisjoint(names) and self._count(folder, "cache")
+    def has_cache(self, folder: str, names: Collection[str], *, is_named: bool) -> bool:
+        """Return whether a folder that holds files of these names is passed over as a cache.
+
+        :param is_named: Whether the search is for this folder, which only our own thumbnails are passed over for.
+        """
+        markers = {THUMBNAILS_MARKER} if is_named else CACHE_MARKERS
+        return not markers.isdisjoint(names) and self._count(folder, "cache")
 
     def _excludes(self, path: str, root: str, slash: str = "") -> bool:
         if not self._exclude:

@@ -78,7 +78,7 @@ def open_sources(
 def _open_path(text: str, options: SourceOptions, may_be_gone: bool) -> tuple[bool, list[Source]]:
     """Return whether a local place gives photographs, or is to be refused with them; and the sources of what else."""
     path = Path(os.path.abspath(text)) if text else Path()
-    if path.is_dir() and text:
+    if os.path.isdir(path) and text:  # False for a folder that cannot be read, which the run reports
         if any((path / marker).is_file() for marker in DATA_SET_MARKERS):
             parts = (part for part in sorted(path.rglob("*.arrow")) if not part.name.startswith("cache-"))
             return False, [shard_files([(part, tables.KIND) for part in parts], options, str(path))]

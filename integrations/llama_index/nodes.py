@@ -20,7 +20,7 @@ from llama_index.core.vector_stores.utils import metadata_dict_to_node
 from cocoa_embed.errors import CocoaError, ImageError
 from cocoa_embed.images.http import Fetcher
 from cocoa_embed.images.load import ImageSource, load_image
-from cocoa_embed.integrations.qdrant.points import node_fields, plain_payload
+from cocoa_embed.integrations.qdrant.points import plain_payload, with_node_fields
 
 if TYPE_CHECKING:
     from cocoa_embed.integrations.qdrant.indexer import Hit
@@ -123,7 +123,7 @@ def own_node(hit: Hit) -> BaseNode | None:
     fields: dict[str, Any] = {"caption": None, "metadata": {}, **plain_payload(hit.payload), "path": hit.path}
     if not all(isinstance(fields.get(key), str) for key in ("path", "sha256", "mime")):
         return None
-    node = stored_node(node_fields(hit.id, fields))
+    node = stored_node(with_node_fields(fields))
     if isinstance(node, ImageNode):
         node.image_path = next(filter(os.path.exists, (hit.path, fields.get("thumbnail") or "")), hit.path)
     return node

@@ -23,7 +23,7 @@ from cocoa_embed.integrations.qdrant.indexing.prune import Forgotten, forget
 from cocoa_embed.integrations.qdrant.indexing.run import IndexRun, IndexSummary
 from cocoa_embed.integrations.qdrant.indexing.thumbnails import ThumbnailFolder
 from cocoa_embed.integrations.qdrant.searching.searcher import Searcher
-from cocoa_embed.integrations.qdrant.stores import open_store
+from cocoa_embed.integrations.qdrant.stores import base, open_store
 from cocoa_embed.integrations.qdrant.stores.base import MEMORY, Hit, Signature, StoreOptions
 from cocoa_embed.integrations.qdrant.stores.store import Store
 from cocoa_embed.sources.base import SourceOptions
@@ -162,6 +162,8 @@ class QdrantIndexer(Searcher):
         folder = None if thumbnails is None else ThumbnailFolder(thumbnails)
         with self._indexing:
             encoder = self._prepare_collection()
+            if llama_index:
+                self.store.create_payload_index("doc_id", base.KEYWORD)  # LlamaIndex deletes by it
             started = time.perf_counter()
             failed: list[dict[str, str]] = []
             manifest = self._open_manifest(encoder)
@@ -295,8 +297,9 @@ class QdrantIndexer(Searcher):
                         "no model was given, which a text or an image needs; give the one of the collection"
                     )
                 if isinstance(self._model, (str, Path)):
-                    self._model = open_encoder(self._model, **self._model_options)
-                encoder = self._model if isinstance(self._model, Encoder) else Encoder(self._model)
+                    encoder = open_encoder(self._model, **self._model_options)
+                else:
+                    encoder = self._model if isinstance(self._model, Encoder) else Encoder(self._model)
                 encoder.require_images()
                 self._encoder = encoder
             return self._encoder

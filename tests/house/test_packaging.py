@@ -29,7 +29,8 @@ SOURCE_TREES = {
     "cocoa_embed/integrations": ROOT / "integrations",
 }
 PROJECT_FILES = ("pyproject.toml", "README.md", "LICENSE")
-EXTRAS = {"train", "llama-index", "qdrant", "edge", "heic", "report", "eval", "all", "dev"}
+EXTRAS = {"train", "llama-index", "qdrant", "edge", "heic", "report", "eval", "tables", "pdf", "video", "ray", "serve"}
+EXTRAS |= {"all", "dev"}
 
 
 class Built(NamedTuple):

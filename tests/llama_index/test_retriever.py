@@ -142,7 +142,7 @@ def test_a_payload_without_a_node_becomes_the_node_that_llama_index_would_read(
     retriever = CocoaRetriever(indexer, 4)
     expected = {each.node.node_id: each.node for each in retriever.retrieve("red")}
     for id_, payload in indexer.store.retrieve([*expected]).items():
-        indexer.store.overwrite_payload(id_, plain_payload(payload))
+        indexer.store.replace_payloads([(id_, payload, plain_payload(payload))])
     for each in retriever.retrieve("red"):
         assert each.node == expected[each.node.node_id]
         assert each.node.get_content(MetadataMode.LLM).count("\n") < 6, "a model sees no hashes"

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from fake_qdrant import SIGNATURE, FakeServer, fake_server, turned
+from fake_qdrant import SIGNATURE, FakeServer, delete, fake_server, turned
 from qdrant_client import QdrantClient, models
 
 from cocoa_embed.errors import CocoaError, UsageError
@@ -78,7 +78,7 @@ class TestUnknownKeys:
 
     def test_a_collection_without_points_says_nothing_of_keys(self, points: QdrantIndexer) -> None:
         payload_keys.refuse_unknown_keys(points.store, [payload_keys.Exists("number")])
-        points.store.delete([id_ for id_, _ in points.store.scan([])])
+        delete(points.store, *(id_ for id_, _ in points.store.scan([])))
         payload_keys.refuse_unknown_keys(points.store, [payload_keys.Exists("zzz")])
 
 
