@@ -50,12 +50,12 @@ class Shard(Protocol):
 
     @property
     def key(self) -> str:
-        """Names the shard: an absolute path or a URL."""
+        """The name of the shard: an absolute path or a URL."""
         ...
 
     @property
     def version(self) -> str:
-        """Changes when any of its records may have changed; an unchanged shard is skipped.
+        """What changes when any of its records may have changed; an unchanged shard is skipped.
 
         Empty: its records are checked one by one.
         """
@@ -74,7 +74,7 @@ class Source(Protocol):
 
     @property
     def name(self) -> str:
-        """The place, for messages."""
+        """The place: an absolute path or a URL."""
         ...
 
     def shards(self) -> Iterator[Shard]:

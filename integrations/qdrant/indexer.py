@@ -130,7 +130,7 @@ class QdrantIndexer:
         :param paths: A folder, a file, a pattern such as ``photos/**/*.png``, a ``.txt`` file with one path or address
             per line, an archive, a table, a document, a video, an address, or several of them (``open_sources``).
         :param prune: Whether to remove files below ``paths`` that no longer exist from the index. A path without
-            images, or of which more than 30 % of the points would go, is not pruned and listed in the summary.
+            images, or that would lose more than one point and 30 %, is not pruned and listed in the summary.
         :param prune_all: Whether to remove them even then.
         :param thumbnails: A folder for small copies of the images, created if needed.
         :param llama_index: Whether to store what LlamaIndex's own ``QdrantVectorStore`` reads, too, about 2 KB a point;
