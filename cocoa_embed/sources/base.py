@@ -50,12 +50,12 @@ class Shard(Protocol):
 
     @property
     def key(self) -> str:
-        """Names the shard: an absolute path or a URL."""
+        """The name of the shard: an absolute path or a URL."""
         ...
 
     @property
     def version(self) -> str:
-        """Changes when any of its records may have changed; an unchanged shard is skipped.
+        """What changes when any of its records may have changed; an unchanged shard is skipped.
 
         Empty: its records are checked one by one.
         """

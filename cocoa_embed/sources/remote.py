@@ -76,8 +76,8 @@ class RemoteImages:
 
     @property
     def name(self) -> str:
-        """The address, or that of the first image, for messages."""
-        return printable(self.root or next(iter(self.files or ()), ""))
+        """The address, or that of the first image."""
+        return self.root or next(iter(self.files or ()), "")
 
     def is_deleted(self, key: str) -> bool:
         """Return whether there is certainly no image at an address any more; False on the web."""

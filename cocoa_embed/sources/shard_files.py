@@ -108,8 +108,8 @@ class ShardFiles:
 
     @property
     def name(self) -> str:
-        """The folder, or the first file, for messages."""
-        return printable(self.root or str(self.files[0][0]))
+        """The folder, or the first file."""
+        return self.root or str(self.files[0][0])
 
     def shards(self) -> Iterator[Shard]:
         """Yield the files in order."""
