@@ -73,6 +73,8 @@ class Manifest:
                 database.executescript(SCHEMA)
                 self._database = database
         self._database.executescript(SCHEMA + FORGET_FAULTS.format(software=SOFTWARE))
+        self._has_faults = self._first("SELECT 1 FROM faults") is not None
+        """Whether there may be any: most collections have none, and every record would be looked up."""
 
     def close(self) -> None:
         """Close the file."""
@@ -94,16 +96,17 @@ class Manifest:
 
     def fault(self, key: str, version: str) -> str | None:
         """Return why a record could not be used when it had this version."""
-        sql = "SELECT reason FROM faults WHERE key = ? AND version = ?"
-        return next((reason for (reason,) in self._database.execute(sql, [key, version])), None)
+        if not self._has_faults:
+            return None
+        return self._first("SELECT reason FROM faults WHERE key = ? AND version = ?", key, version)
 
     def content_fault(self, sha256: str) -> str | None:
         """Return why a content could not be used."""
-        sql = "SELECT reason FROM faults WHERE sha256 = ?"
-        return next((reason for (reason,) in self._database.execute(sql, [sha256])), None)
+        return self._first("SELECT reason FROM faults WHERE sha256 = ?", sha256) if self._has_faults else None
 
     def add_fault(self, fault: Fault, shard: str | None, version: str, sha256: str) -> None:
         """Remember why a record cannot be used."""
+        self._has_faults = True
         row = [fault.key, shard, version, sha256, fault.reason, SOFTWARE]
         self._database.execute("INSERT OR REPLACE INTO faults VALUES (?, ?, ?, ?, ?, ?)", row)
 
@@ -115,3 +118,7 @@ class Manifest:
     def forget_faults(self) -> None:
         """Forget all faults, and that the shards with some are complete."""
         self._database.executescript(FORGET_FAULTS.format(software=""))
+
+    def _first(self, query: str, *values: str) -> str | None:
+        row = self._database.execute(query, values).fetchone()
+        return None if row is None else row[0]

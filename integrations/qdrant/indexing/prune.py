@@ -101,6 +101,9 @@ def prune_deleted(
                 writer.detach(id_, path)
                 pruned += 1
     kept = [{"path": sources[i].name, "reason": reason} for i, reason in refused.items()]
+    unknown = [i for i, _ in enumerate(sources) if not found[i] and not pruning.totals[i]]
+    gone = [sources[i].name for i in unknown if not os.path.lexists(sources[i].name)]
+    kept += [{"path": name, "reason": "does not exist, and the index has nothing below it"} for name in gone]
     for folder, count in sorted(pruning.doubtful.items()):
         reason = f"is empty, and {count} images below it would be pruned; is a disk missing? To prune, use --prune-all"
         kept.append({"path": folder, "reason": reason})

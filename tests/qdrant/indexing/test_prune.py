@@ -157,6 +157,15 @@ def test_a_folder_that_cannot_be_read_keeps_its_points(disk: Disk, monkeypatch: 
     assert (summary.pruned, len(disk.paths)) == (0, COUNT)
 
 
+@pytest.mark.parametrize("option", ["prune", "prune_all"])
+def test_a_name_that_neither_the_disk_nor_the_index_knows_is_reported(disk: Disk, tmp_path: Path, option: str) -> None:
+    summary = disk.run(disk.folder, tmp_path / "typo", **{option: True})
+    assert summary.failed == [
+        {"path": str(tmp_path / "typo"), "reason": "does not exist, and the index has nothing below it"}
+    ]
+    assert len(disk.paths) == COUNT
+
+
 class TestMoved:
     def test_the_path_of_a_moved_folder_is_the_one_that_exists_and_the_old_one_is_pruned_by_name(
         self, disk: Disk, tmp_path: Path
