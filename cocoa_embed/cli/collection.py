@@ -57,7 +57,7 @@ def info(
         say(console, f"model: {found['model']} ({fingerprint}), {found['dimension']} dimensions")
         say(console, f"keys: {', '.join(document['keys']) or 'none'}")
         if indexes is not None:
-            say(console, f"filters only on: {', '.join(document['indexed_keys'])}")
+            say(console, f"filters only on: {', '.join(sorted(indexes))}")
     if as_json:
         print_json(document)
 
