@@ -19,6 +19,7 @@ from cocoa_embed.model.backbone import Backbone, load_backbone
 from cocoa_embed.model.training_record import TRAINING_FILE
 from cocoa_embed.train.data.broken_rows import unbroken
 from cocoa_embed.train.data.lengths import row_lengths
+from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.loop.callbacks import (
     TENSORBOARD,
     SaveAndStop,
@@ -29,6 +30,7 @@ from cocoa_embed.train.loop.callbacks import (
     write_tensorboard,
 )
 from cocoa_embed.train.loop.checkpoints import newest_complete, read_complete, snapshot_folder, step_of
+from cocoa_embed.train.loop.memory_trial import fit_to_memory, recompute_activations
 from cocoa_embed.train.loop.oom import explain_out_of_memory
 from cocoa_embed.train.loop.processes import by_first_process, refuse_idle_accelerators
 from cocoa_embed.train.loop.run_record import RecordProgress, StageResult, record_begin, update_stage, write_record
@@ -88,7 +90,7 @@ def _run_stage(
     context = stage_context(stage, prepared, backbone.model, processor, checkpoints)
     rows = prepared.rows[name].rows
     held_out, _ = stage.held_out(rows)
-    trainer = stage.trainer(backbone, rows, context)
+    trainer = fitting_trainer(stage, backbone, rows, context)
     del backbone  # of which the trainer may not need the head
     trainer.resume_clock(0.0 if checkpoint is None else float(read_complete(checkpoint)["seconds"]))
     save = partial(_save, stage, prepared, before, trainer, processor)
@@ -144,9 +146,24 @@ def load_weights(recipe: Recipe, start: str, attention: str) -> Backbone:
             max_pixels=recipe.max_pixels,
             bidirectional=recipe.bidirectional,
         )
-    if recipe.gradient_checkpointing:
+    if recipe.gradient_checkpointing is True:
         backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
     return backbone
+
+
+def fitting_trainer(
+    stage: Stage[StageSettings], backbone: Backbone, rows: RowTable, context: StageContext
+) -> CocoaTrainer:
+    """Return a stage's trainer, with ``auto`` settings chosen by the memory of the device.
+
+    On a CPU nothing is tried, nor with sharded weights, where activations are always recomputed.
+    """
+    trainer, recompute = stage.trainer(backbone, rows, context), stage.run.gradient_checkpointing
+    if trainer.is_fsdp_enabled and recompute == "auto":
+        recompute_activations(trainer, on=True)
+    elif trainer.accelerator.device.type != "cpu" and not trainer.is_fsdp_enabled:
+        fit_to_memory(trainer, stage.trials(trainer, rows), recompute)
+    return trainer
 
 
 def stage_context(

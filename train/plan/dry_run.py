@@ -183,12 +183,12 @@ def _plan_stage(
     devices = PartialState().num_processes
     checkpoint = newest_complete(out / CHECKPOINTS / name) if prepared.is_resumed else None
     steps_done = 0 if checkpoint is None else step_of(checkpoint)
-    at_once = stage.sequences_at_once(devices)
     shapes, largest = (
         _sequence_shapes(stage, rows, processor, config, data.on_bad_row)
         for rows in (sample_rows(read.rows, run.seed), largest_rows(read.rows))
     )
     longest = max((shape for of_row in shapes + largest for shape in of_row), key=lambda shape: shape.tokens)
+    at_once = stage.sequences_at_once(devices, longest.tokens)
     cost, counts = StepCost.of(config, settings), stage_parameters(config, settings, stage.extra_module)
     memory = training_memory(
         counts,
@@ -196,7 +196,7 @@ def _plan_stage(
         longest.repeated(at_once),
         world_size=devices if run.sharding != "none" else 1,
         autocast=run.mixed_precision == "bf16",
-        gradient_checkpointing=run.gradient_checkpointing,
+        gradient_checkpointing=run.gradient_checkpointing is not False,
         freeze_vision=settings.freeze_vision,
         dense_mask=stage.attention() != FLEX,
     )

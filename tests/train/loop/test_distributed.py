@@ -73,7 +73,7 @@ def recipe(tiny_recipe: MakeRecipe, scene_folder: Path, tmp_path_factory: pytest
         data={"subsets": subsets},
         warmup={**STAGE, "mini_batch_size": 2},
         bridge={**STAGE, "probe_rows": 4, "probe_steps": 2},
-        contrastive={**STAGE, **contrastive, "mini_batch_size": 2, "probe_rows": 6, "probe_steps": 2},
+        contrastive={**STAGE, **contrastive, "mini_batch_tokens": 60, "probe_rows": 6, "probe_steps": 2},
     )
 
 

@@ -95,7 +95,7 @@ class Bridge(Stage[BridgeSettings]):
         collator = self.collator(backbone.processor)
         held_out, training_rows = map(rows.select, self.held_out(rows))
         if len(probe_rows := unbroken(held_out, context.on_bad_row)) > 1:
-            size = settings.mini_batch_size or settings.batch_size
+            size = settings.rows_at_once(settings.batch_size)
             measure = bridge_probe(collator, probe_rows, prompts=self.run.prompts.model_dump(), batch_size=size)
             probe = Probe(measure, settings.probe_steps, PROBE_METRICS)
         model = BridgeModel(backbone.model, eos_attends_to_b=settings.eos_attends_to_b)

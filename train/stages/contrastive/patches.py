@@ -1,9 +1,13 @@
 """Items as inputs of a SentenceTransformer, with images that are uint8 until the model runs."""
 
+import math
 from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from PIL import Image
 from sentence_transformers import SentenceTransformer
 from torch import nn
 
@@ -23,6 +27,18 @@ def preprocess_items(model: SentenceTransformer, items: Sequence[Item], **kwargs
     if "pixel_values" in batch:
         batch["num_images_per_sample"] = torch.tensor([len(item.images) for item in items])
     return {**batch, "modality": "message"}
+
+
+def worst_column(model: SentenceTransformer, max_length: int, *, with_image: bool) -> dict[str, Any]:
+    """Return the largest image, or the longest text, as a column of one item."""
+    if not with_image:
+        return preprocess_items(model, [Item(text="word " * max_length)])
+    module: Any = model[0]
+    side = math.isqrt(module.processor.image_processor.size["longest_edge"])
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "largest.png"
+        Image.new("RGB", (side, side)).save(path)
+        return preprocess_items(model, [Item(images=(path,))])
 
 
 def normalise_patches(processor: Any, module: nn.Module, args: tuple[dict[str, Any]]) -> tuple[dict[str, Any]]:  # noqa: ANN401
