@@ -174,8 +174,8 @@ def test_the_mmeb_layout_alone_stands_for_its_in_domain_subsets(tmp_path: Path) 
 PAPER = {
     "warmup": {"steps": 3000, "batch_size": 128, "warmup_steps": 100},
     "bridge": {"epochs": 2, "batch_size": 64, "warmup_steps": 100, "mask_ratio": 0.7},
-    "contrastive": {"steps": 2000, "batch_size": 1024, "warmup_steps": 200, "mini_batch_size": 8, "temperature": 0.02,
-                    "directions": "forward"},
+    "contrastive": {"steps": 2000, "batch_size": 1024, "warmup_steps": 200, "mini_batch_tokens": "auto",
+                    "temperature": 0.02, "directions": "forward"},
 }  # fmt: skip
 ADAPTER = {"kind": "dora", "r": 8, "alpha": 64, "dropout": 0.1}
 

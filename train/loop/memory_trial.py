@@ -107,7 +107,7 @@ def _fits(trainer: CocoaTrainer, trial: Trial, size: int) -> bool:
             raise
         fits = False
     trainer.model.zero_grad(set_to_none=True)
-    clear_device_cache(garbage_collection=True)
+    clear_device_cache()
     seen: Any = trainer.accelerator.gather(torch.tensor([fits], device=trainer.accelerator.device))
     return bool(seen.all())
 

@@ -11,7 +11,7 @@ from transformers import ProcessorMixin
 from cocoa_embed.data.rows import Item, ItemImage, Row
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.model.template import IMAGE_PAD, render
-from cocoa_embed.train.data.image_patches import image_patches, normalised
+from cocoa_embed.train.data.image_patches import image_patches, normalised, patch_digests
 from cocoa_embed.train.loop.batch_facts import Batch
 
 Each = TypeVar("Each")
@@ -22,7 +22,9 @@ def batched(items: Sequence[Each], size: int) -> list[list[Each]]:
     return [list(items[start : start + size]) for start in range(0, len(items), size)]
 
 
-def render_items(processor: ProcessorMixin, items: Sequence[Item], *, prompt: str = "") -> Batch:
+def render_items(
+    processor: ProcessorMixin, items: Sequence[Item], *, prompt: str = "", with_digests: bool = False
+) -> Batch:
     """Turn items into model inputs ``[vision][prompt][text]<EOS>``, right-padded, truncated to the processor's limit.
 
     :raises CocoaError: If the images of an item do not fit into a sequence.
@@ -31,6 +33,9 @@ def render_items(processor: ProcessorMixin, items: Sequence[Item], *, prompt: st
     """
     batch = render_patches(processor, items, prompt=prompt)
     if "pixel_values" in batch:
+        if with_digests:
+            grids = batch["image_grid_thw"]
+            batch["image_digests"] = patch_digests(batch["pixel_values"], grids, processor.image_processor)
         batch["pixel_values"] = normalised(batch["pixel_values"], processor.image_processor)
     return batch
 

@@ -230,7 +230,6 @@ class Stage(ABC, Generic[Own]):
             at_once = size * trainer.accelerator.num_processes
             trainer.args.per_device_train_batch_size = trainer._train_batch_size = at_once
             trainer.args.gradient_accumulation_steps = of_device // size
-            trainer.accelerator.gradient_accumulation_steps = of_device // size
 
         return [Trial("rows", self.settings.sizes_at_once(of_device), run, use, enough=ENOUGH_ROWS)]
 

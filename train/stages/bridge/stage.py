@@ -29,6 +29,7 @@ from cocoa_embed.train.stages.bridge.probe import (
 from cocoa_embed.train.stages.bridge.settings import BridgeSettings
 from cocoa_embed.train.stages.samples import shown_images, token_samples, token_texts
 from cocoa_embed.train.stages.stage import Stage
+from cocoa_embed.train.stages.vision_features import share_frozen_vision
 
 SAMPLED_TEXTS = 64
 """Rows of a subset whose texts are compared."""
@@ -83,7 +84,10 @@ class Bridge(Stage[BridgeSettings]):
 
     def collator(self, processor: ProcessorMixin) -> BridgeCollator:
         """Return what makes the stage's batches."""
-        return BridgeCollator(processor, self.run.seed, self.settings.mask_ratio, self.settings.split)
+        keeps_features = self.settings.freeze_vision and self.run.vision_cache is not None
+        return BridgeCollator(
+            processor, self.run.seed, self.settings.mask_ratio, self.settings.split, with_digests=keeps_features
+        )
 
     def sequences(self, example: Example, processor: ProcessorMixin, config: PreTrainedConfig) -> list[Batch]:
         """Return the row's one sequence."""
@@ -98,6 +102,9 @@ class Bridge(Stage[BridgeSettings]):
             size = settings.rows_at_once(settings.batch_size)
             measure = bridge_probe(collator, probe_rows, prompts=self.run.prompts.model_dump(), batch_size=size)
             probe = Probe(measure, settings.probe_steps, PROBE_METRICS)
+        if settings.freeze_vision:
+            base: Any = backbone.model.base_model
+            share_frozen_vision(base.visual, self.run, remembers=False)
         model = BridgeModel(backbone.model, eos_attends_to_b=settings.eos_attends_to_b)
         return stage_trainer(model, backbone.model, training_rows, collator, settings, context, probe)
 

@@ -22,6 +22,7 @@ from cocoa_embed.train.stages.contrastive.mini_batches import (
     take,
 )
 from cocoa_embed.train.stages.contrastive.settings import ContrastiveSettings
+from cocoa_embed.train.stages.vision_features import FrozenVision
 
 
 class CachedRankingLoss(CachedMultipleNegativesRankingLoss):
@@ -30,11 +31,14 @@ class CachedRankingLoss(CachedMultipleNegativesRankingLoss):
     On one device a batch that is within the limits as a whole is run once, and keeps its graph instead.
 
     :param limits: The most tokens of a mini-batch; they may change between two steps.
+    :param vision: The vision encoder, if it is frozen: both passes of a step share its features.
     """
 
-    def __init__(self, model: SentenceTransformer, limits: TokenLimits, **kwargs: Any) -> None:
+    def __init__(
+        self, model: SentenceTransformer, limits: TokenLimits, vision: FrozenVision | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(model, mini_batch_size=MOST_ITEMS, **kwargs)
-        self.limits = limits
+        self.limits, self._vision = limits, vision
         self._parts: list[list[list[int]]] = []
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor) -> Tensor:
@@ -43,6 +47,8 @@ class CachedRankingLoss(CachedMultipleNegativesRankingLoss):
         :param labels: The contents of the rows' items, as ``other_answers`` takes them.
         """
         columns = list(sentence_features)
+        if self._vision is not None:
+            self._vision.forget()
         total, limit = sum(map(padded_tokens, columns)), min(self.limits.texts, self.limits.images)
         if torch.is_grad_enabled() and not self.gather_across_devices and total <= limit:
             self._parts = [[list(range(len(labels)))] for _ in columns]
@@ -126,7 +132,10 @@ def other_answers(content: Tensor, rows: slice) -> Tensor:
 
 
 def contrastive_loss(
-    model: SentenceTransformer, settings: ContrastiveSettings, limits: TokenLimits
+    model: SentenceTransformer,
+    settings: ContrastiveSettings,
+    limits: TokenLimits,
+    vision: FrozenVision | None = None,
 ) -> CachedRankingLoss | MatryoshkaLoss:
     """Return InfoNCE with in-batch negatives, gathered across devices.
 
@@ -139,6 +148,7 @@ def contrastive_loss(
     loss = CachedRankingLoss(
         model,
         limits,
+        vision,
         scale=1 / settings.temperature,
         gather_across_devices=PartialState().num_processes > 1,
         directions=("query_to_doc", "doc_to_query") if symmetric else ("query_to_doc",),

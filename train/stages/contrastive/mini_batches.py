@@ -14,7 +14,10 @@ MOST_ITEMS = 1024
 """The most items of a mini-batch, and rows of the score matrix that are compared at once."""
 
 ITEM_KEYS = frozenset({"input_ids", "attention_mask", "mm_token_type_ids", "position_ids", "num_images_per_sample"})
-"""Tensors with a place for each item; the others have one for each image or, ``pixel_values``, for each patch."""
+"""Tensors with a place for each item."""
+
+IMAGE_KEYS = frozenset({"image_grid_thw", "image_digests"})
+"""Tensors with a place for each image; ``pixel_values`` have one for each patch, and others are left out."""
 
 
 @dataclass
@@ -69,7 +72,7 @@ def take(column: dict[str, Any], items: list[int]) -> dict[str, Any]:
         elif images and key == "pixel_values":
             parts = value.split(column["image_grid_thw"].prod(dim=1).tolist())
             taken[key] = torch.cat([parts[image] for image in images])
-        elif images:
+        elif images and key in IMAGE_KEYS:
             taken[key] = value[torch.tensor(images, device=value.device)]
     return taken
 

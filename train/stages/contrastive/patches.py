@@ -12,12 +12,15 @@ from sentence_transformers import SentenceTransformer
 from torch import nn
 
 from cocoa_embed.data.rows import Item
-from cocoa_embed.train.data.image_patches import normalised
+from cocoa_embed.train.data.image_patches import normalised, patch_digests
 from cocoa_embed.train.stages.rendering import render_patches
 
 
 def preprocess_items(model: SentenceTransformer, items: Sequence[Item], **kwargs: Any) -> dict[str, Any]:
     """Return items as inputs of a model that ``normalise_patches`` runs before: as its own ``preprocess`` makes them.
+
+    With images, there are ``image_digests`` too (``patch_digests``).
+
 
     :param kwargs: ``prompt``, and others that make no difference here.
     :raises CocoaError: If an image cannot be used, or the images of an item do not fit into a sequence.
@@ -26,11 +29,14 @@ def preprocess_items(model: SentenceTransformer, items: Sequence[Item], **kwargs
     batch: dict[str, Any] = render_patches(module.processor, items, prompt=kwargs.get("prompt") or "")
     if "pixel_values" in batch:
         batch["num_images_per_sample"] = torch.tensor([len(item.images) for item in items])
+        batch["image_digests"] = patch_digests(
+            batch["pixel_values"], batch["image_grid_thw"], module.processor.image_processor
+        )
     return {**batch, "modality": "message"}
 
 
 def worst_column(model: SentenceTransformer, max_length: int, *, with_image: bool) -> dict[str, Any]:
-    """Return the largest image, or the longest text, as a column of one item."""
+    """Return the largest image, or the longest text, as a column of one item, without ``image_digests``."""
     if not with_image:
         return preprocess_items(model, [Item(text="word " * max_length)])
     module: Any = model[0]
@@ -38,7 +44,9 @@ def worst_column(model: SentenceTransformer, max_length: int, *, with_image: boo
     with TemporaryDirectory() as folder:
         path = Path(folder) / "largest.png"
         Image.new("RGB", (side, side)).save(path)
-        return preprocess_items(model, [Item(images=(path,))])
+        column = preprocess_items(model, [Item(images=(path,))])
+    del column["image_digests"]  # the vision encoder is to run
+    return column
 
 
 def normalise_patches(processor: Any, module: nn.Module, args: tuple[dict[str, Any]]) -> tuple[dict[str, Any]]:  # noqa: ANN401

@@ -36,6 +36,7 @@ from cocoa_embed.train.stages.contrastive.trainer import ContrastiveTrainer
 from cocoa_embed.train.stages.probe import pictured_rows
 from cocoa_embed.train.stages.rendering import render_items
 from cocoa_embed.train.stages.stage import Stage
+from cocoa_embed.train.stages.vision_features import share_frozen_vision
 
 TRIED_TOKENS = (16384, 12288, 8192, 6144, 4096, 3072, 2048, 1536, 1024, 768, 512)
 """More at once are no faster."""
@@ -154,7 +155,9 @@ class Contrastive(Stage[ContrastiveSettings]):
         query, document = self.run.prompts.query, self.run.prompts.document
         prompts = {"anchor": query, "positive": document}
         prompts |= {f"negative_{place + 1}": document for place in range(settings.hard_negatives)}
-        adapter = prepare_trainable(cast(PreTrainedModel, model[0].auto_model), settings)
+        base = cast(PreTrainedModel, model[0].auto_model)
+        adapter = prepare_trainable(base, settings)
+        vision = share_frozen_vision(base.visual, self.run, remembers=True) if settings.freeze_vision else None
         if probe_rows := unbroken(pictured_rows(rows, settings.probe_rows, self.run.seed), context.on_bad_row):
             measure = embedding_probe(model, probe_rows, self.sequences_at_once(1, PROBED_TOKENS))
             probe = Probe(measure, settings.probe_steps, {ALIGNMENT})
@@ -168,7 +171,7 @@ class Contrastive(Stage[ContrastiveSettings]):
             ),
             train_dataset=Dataset.from_dict({"row": np.arange(len(rows) * self.passes_per_epoch)}),
             limits=limits,
-            loss=contrastive_loss(model, settings, limits),
+            loss=contrastive_loss(model, settings, limits, vision),
             data_collator=PairCollator(
                 preprocess_fn=partial(preprocess_items, model),
                 prompts={column: prompt for column, prompt in prompts.items() if prompt},

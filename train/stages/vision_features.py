@@ -1,0 +1,173 @@
+"""What a frozen vision encoder makes of images: computed once a step, and kept in a folder for later epochs."""
+
+import hashlib
+import logging
+import os
+import tempfile
+import zlib
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+
+from cocoa_embed.train.settings import RunSettings
+
+CHECKSUM_BYTES = 4
+
+logger = logging.getLogger(__name__)
+
+
+class FrozenVision:
+    """Runs a frozen vision encoder only for images that are not known, in place of the encoder's ``forward``.
+
+    Images are known by their ``image_digests``, which go to the model as a keyword beside ``pixel_values``, and by the
+    dtype of matrix products. If none of a batch is known, all run as they would without this, so that the features
+    are equal bit for bit; else only those that are not known run, and the order of sums may differ.
+
+    :param visual: Whose parameters no one trains. It keeps its class and its weights.
+    :param remembers: Keep the features until ``forget``, on their device.
+    :param store: Where features are kept for longer.
+    """
+
+    def __init__(self, visual: nn.Module, *, remembers: bool, store: "FeatureStore | None" = None) -> None:
+        self._run = visual.forward
+        self._patches_per_token = int(visual.spatial_merge_size) ** 2  # type: ignore[arg-type]
+        self._remembers, self._store = remembers, store
+        self._known: dict[str, list[Tensor]] = {}
+        visual.forward = self.forward
+
+    def forget(self) -> None:
+        """Free the features of the step before."""
+        self._known.clear()
+
+    @torch.no_grad()
+    def forward(self, hidden_states: Tensor, grid_thw: Tensor, **how: Any) -> Any:  # noqa: ANN401
+        """Return the features of images, as the encoder does.
+
+        :param hidden_states: Pixel values, ``[patches, patch_width]``.
+        :param grid_thw: int64 ``[images, 3]``.
+        :param how: ``image_digests``, of ``patch_digests``, int64 ``[images, 2]``; without it, all images run.
+        """
+        # transformers leaves the prefix out on the way here; versions before 5.10 do not.
+        digests = how.pop("digests", how.pop("image_digests", None))
+        if digests is None:
+            return self._run(hidden_states, grid_thw=grid_thw, **how)
+        device = hidden_states.device
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden_states.dtype
+        keys = [f"{one & 2**64 - 1:016x}{two & 2**64 - 1:016x}-{dtype}" for one, two in digests.tolist()]
+        patches = grid_thw.prod(dim=1).tolist()
+        found = [
+            self._find(key, count // self._patches_per_token, device) for key, count in zip(keys, patches, strict=True)
+        ]
+        if missing := [place for place, features in enumerate(found) if features is None]:
+            if len(missing) < len(found):  # what is prepared of positions is of all images
+                own, how = hidden_states.split(patches), {}
+                hidden_states, grid_thw = torch.cat([own[place] for place in missing]), grid_thw[missing]
+            computed = self._run(hidden_states, grid_thw=grid_thw, **how)
+            kinds = [computed.pooler_output, *(getattr(computed, "deepstack_features", None) or [])]
+            tokens = [patches[place] // self._patches_per_token for place in missing]
+            for place, *features in zip(missing, *(kind.split(tokens) for kind in kinds), strict=True):
+                found[place] = features
+                self._keep(keys[place], features)
+        pooled, *deep = (torch.cat(kind) for kind in zip(*(features or [] for features in found), strict=True))
+        if deep:
+            return BaseModelOutputWithDeepstackFeatures(pooler_output=pooled, deepstack_features=deep)
+        return BaseModelOutputWithPooling(pooler_output=pooled)
+
+    def _find(self, key: str, tokens: int, device: torch.device) -> list[Tensor] | None:
+        if key in self._known or self._store is None:
+            return self._known.get(key)
+        features = self._store.read(key)
+        if features is None or any(len(each) != tokens for each in features):
+            return None
+        features = [each.to(device, non_blocking=True) for each in features]
+        if self._remembers:
+            self._known[key] = features
+        return features
+
+    def _keep(self, key: str, features: list[Tensor]) -> None:
+        if self._remembers:
+            self._known[key] = features
+        if self._store is not None:
+            self._store.write(key, features)
+
+
+class FeatureStore:
+    """Features of images in a folder that processes and runs may share: one file an image, for one encoder's weights.
+
+    At the start, entries of other weights are removed, the oldest first, while the folder is more than half full. A
+    full folder takes no more: every epoch reads all images, and new entries would drive out those that are needed next.
+
+    :param limit: The most bytes of the folder.
+    """
+
+    def __init__(self, folder: Path, limit: float, visual: nn.Module) -> None:
+        self.folder = folder / weights_fingerprint(visual)
+        entries, size = [], 0
+        for path in folder.rglob("*") if folder.is_dir() else ():
+            with suppress(FileNotFoundError):  # another process removes it
+                entries.append((path.stat().st_mtime, path, path.stat().st_size * path.is_file()))
+                size += entries[-1][2]
+        for _, path, own in sorted(entries):
+            if size > limit / 2 and own and self.folder not in path.parents:
+                path.unlink(missing_ok=True)
+                size -= own
+        self.room = (limit - size) / PartialState().num_processes
+
+    def read(self, key: str) -> list[Tensor] | None:
+        """Return the features of an image, on the CPU; None if there are none, or they are broken."""
+        try:
+            content = self._path(key).read_bytes()
+            if zlib.crc32(content[CHECKSUM_BYTES:]) != int.from_bytes(content[:CHECKSUM_BYTES], "big"):
+                return None
+            features = load(content[CHECKSUM_BYTES:])
+        except (OSError, SafetensorError):
+            return None
+        return [features[name] for name in sorted(features, key=int)]
+
+    def write(self, key: str, features: Sequence[Tensor]) -> None:
+        """Keep the features of an image, if there is room."""
+        if self.room <= 0:
+            return
+        content = save({str(place): each.cpu().contiguous() for place, each in enumerate(features)})
+        path = self._path(key)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as scratch:
+                scratch.write(zlib.crc32(content).to_bytes(CHECKSUM_BYTES, "big") + content)
+            os.replace(scratch.name, path)
+            self.room -= len(content)
+        except OSError as error:
+            self.room = 0
+            logger.warning("vision_cache takes no more: %s cannot be written (%s)", path.parent, error.strerror)
+
+    def _path(self, key: str) -> Path:
+        return self.folder / key[:2] / key
+
+
+def weights_fingerprint(module: nn.Module) -> str:
+    """Return a digest of all values of a module's weights."""
+    digest = hashlib.blake2b(type(module).__name__.encode(), digest_size=16)
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def share_frozen_vision(visual: nn.Module, run: RunSettings, *, remembers: bool) -> FrozenVision | None:
+    """Return the vision encoder's ``FrozenVision``, None if it would keep nothing.
+
+    Sharded weights are gathered by all processes together, so none of them may leave the encoder out.
+    """
+    if run.sharding != "none" or not (remembers or run.vision_cache):
+        return None
+    store = None if run.vision_cache is None else FeatureStore(run.vision_cache, run.vision_cache_gb * 1e9, visual)
+    return FrozenVision(visual, remembers=remembers, store=store)
