@@ -27,8 +27,6 @@ from cocoa_embed.train.stages.contrastive.settings import ContrastiveSettings
 from cocoa_embed.train.stages.contrastive.stage import Contrastive
 from cocoa_embed.train.stages.vision_features import FeatureStore, FrozenVision, share_frozen_vision
 
-pytestmark = every_family
-
 SETTINGS = ContrastiveSettings(steps=2, batch_size=5, directions="symmetric", probe_rows=0, freeze_vision=True)
 
 
@@ -63,6 +61,7 @@ def step(backbone: Backbone, rows: list[Row], limit: int, vision: FrozenVision |
     return value.detach(), torch.cat([each.grad.flatten() for each in model.parameters() if each.grad is not None])
 
 
+@every_family
 @pytest.mark.parametrize("limit", [20, 45])
 def test_both_passes_of_a_step_share_features_and_change_no_bit(
     load_tiny: LoadTiny, sized_rows: list[Row], limit: int
@@ -82,6 +81,7 @@ def test_both_passes_of_a_step_share_features_and_change_no_bit(
     assert len(once.patches) == len(twice.patches), "the next step runs it again"
 
 
+@every_family
 def test_a_folder_keeps_features_for_other_epochs_and_processes(
     load_tiny: LoadTiny, sized_rows: list[Row], tmp_path: Path
 ) -> None:
