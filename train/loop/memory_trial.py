@@ -88,13 +88,11 @@ def _largest(trainer: CocoaTrainer, trials: Sequence[Trial], *, is_patient: bool
 
 def recompute_activations(trainer: CocoaTrainer, *, on: bool) -> None:
     """Turn gradient checkpointing on or off."""
-    for module in trainer.model.modules():
-        if isinstance(module, PreTrainedModel):
-            if on:
-                module.gradient_checkpointing_enable({"use_reentrant": False})
-            else:
-                module.gradient_checkpointing_disable()
-            return
+    model = next(module for module in trainer.model.modules() if isinstance(module, PreTrainedModel))
+    if on:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_disable()
 
 
 def _fits(trainer: CocoaTrainer, trial: Trial, size: int) -> bool:

@@ -42,7 +42,6 @@ def last_hidden_states(
     """
     # Before the language model, as with images: all processes must run the parts in the same order.
     idle = None if "pixel_values" in batch else _idle_vision_pass(model)
-    known = {name: batch[name] for name in ("image_digests",) if name in batch}
     hidden_states: Tensor = model.base_model(
         input_ids=batch["input_ids"],
         attention_mask=attention_mask,
@@ -51,7 +50,7 @@ def last_hidden_states(
         image_grid_thw=batch.get("image_grid_thw"),
         mm_token_type_ids=batch["mm_token_type_ids"],
         use_cache=False,
-        **known,
+        image_digests=batch.get("image_digests"),
     ).last_hidden_state
     return hidden_states if idle is None else hidden_states + 0 * idle
 

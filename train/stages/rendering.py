@@ -22,20 +22,16 @@ def batched(items: Sequence[Each], size: int) -> list[list[Each]]:
     return [list(items[start : start + size]) for start in range(0, len(items), size)]
 
 
-def render_items(
-    processor: ProcessorMixin, items: Sequence[Item], *, prompt: str = "", with_digests: bool = False
-) -> Batch:
+def render_items(processor: ProcessorMixin, items: Sequence[Item], *, prompt: str = "") -> Batch:
     """Turn items into model inputs ``[vision][prompt][text]<EOS>``, right-padded, truncated to the processor's limit.
 
     :raises CocoaError: If the images of an item do not fit into a sequence.
     :returns: ``input_ids``, ``attention_mask``, ``mm_token_type_ids`` (int64 ``[B, L]``) and, where there are images,
-        ``pixel_values`` (float ``[patches, patch_width]``) and ``image_grid_thw`` (int64 ``[images, 3]``).
+        ``pixel_values`` (float ``[patches, patch_width]``), ``image_grid_thw`` (int64 ``[images, 3]``) and
+        ``image_digests`` (``patch_digests``).
     """
     batch = render_patches(processor, items, prompt=prompt)
     if "pixel_values" in batch:
-        if with_digests:
-            grids = batch["image_grid_thw"]
-            batch["image_digests"] = patch_digests(batch["pixel_values"], grids, processor.image_processor)
         batch["pixel_values"] = normalised(batch["pixel_values"], processor.image_processor)
     return batch
 
@@ -46,7 +42,8 @@ def render_patches(processor: ProcessorMixin, items: Sequence[Item], *, prompt: 
     limit = tokenizer.model_max_length
     texts = [render(text=item.full_text, images=len(item.images), prompt=prompt) for item in items]
     if images := [image for item in items for image in item.images]:
-        pixels["pixel_values"], pixels["image_grid_thw"] = image_patches(images, processor.image_processor)
+        pixels["pixel_values"], pixels["image_grid_thw"] = patches = image_patches(images, processor.image_processor)
+        pixels["image_digests"] = patch_digests(*patches, processor.image_processor)
         counts = iter((pixels["image_grid_thw"].prod(dim=1) // processor.image_processor.merge_size**2).tolist())
         texts = [re.sub(re.escape(IMAGE_PAD), lambda _: IMAGE_PAD * next(counts), text) for text in texts]
     for item, text in zip(items, texts, strict=True):

@@ -5,14 +5,13 @@ import logging
 import os
 import tempfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -60,44 +59,35 @@ class FrozenVision:
         digests = how.pop("digests", how.pop("image_digests", None))
         if digests is None:
             return self._run(hidden_states, grid_thw=grid_thw, **how)
-        device = hidden_states.device
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden_states.dtype
-        keys = [f"{one & 2**64 - 1:016x}{two & 2**64 - 1:016x}-{dtype}" for one, two in digests.tolist()]
-        patches = grid_thw.prod(dim=1).tolist()
-        found = [
-            self._find(key, count // self._patches_per_token, device) for key, count in zip(keys, patches, strict=True)
-        ]
-        if missing := [place for place, features in enumerate(found) if features is None]:
+        kind = hidden_states.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_states.dtype
+        keys = [digest.tobytes().hex() + f"-{dtype}" for digest in digests.cpu().numpy()]
+        found = [self._known.get(key) or self._read(key, hidden_states.device) for key in keys]
+        if missing := [place for place, features in enumerate(found) if not features]:
+            patches = grid_thw.prod(dim=1).tolist()
             if len(missing) < len(found):  # what is prepared of positions is of all images
                 own, how = hidden_states.split(patches), {}
                 hidden_states, grid_thw = torch.cat([own[place] for place in missing]), grid_thw[missing]
             computed = self._run(hidden_states, grid_thw=grid_thw, **how)
-            kinds = [computed.pooler_output, *(getattr(computed, "deepstack_features", None) or [])]
+            of_layers = (
+                computed.deepstack_features if isinstance(computed, BaseModelOutputWithDeepstackFeatures) else []
+            )
             tokens = [patches[place] // self._patches_per_token for place in missing]
-            for place, *features in zip(missing, *(kind.split(tokens) for kind in kinds), strict=True):
+            parts = (features.split(tokens) for features in (computed.pooler_output, *of_layers))
+            for place, *features in zip(missing, *parts, strict=True):
                 found[place] = features
-                self._keep(keys[place], features)
-        pooled, *deep = (torch.cat(kind) for kind in zip(*(features or [] for features in found), strict=True))
-        if deep:
-            return BaseModelOutputWithDeepstackFeatures(pooler_output=pooled, deepstack_features=deep)
+                if self._store is not None:
+                    self._store.write(keys[place], features)
+        if self._remembers:
+            self._known |= zip(keys, found, strict=True)
+        pooled, *of_layers = (torch.cat(features) for features in zip(*found, strict=True))
+        if of_layers:
+            return BaseModelOutputWithDeepstackFeatures(pooler_output=pooled, deepstack_features=of_layers)
         return BaseModelOutputWithPooling(pooler_output=pooled)
 
-    def _find(self, key: str, tokens: int, device: torch.device) -> list[Tensor] | None:
-        if key in self._known or self._store is None:
-            return self._known.get(key)
-        features = self._store.read(key)
-        if features is None or any(len(each) != tokens for each in features):
-            return None
-        features = [each.to(device, non_blocking=True) for each in features]
-        if self._remembers:
-            self._known[key] = features
-        return features
-
-    def _keep(self, key: str, features: list[Tensor]) -> None:
-        if self._remembers:
-            self._known[key] = features
-        if self._store is not None:
-            self._store.write(key, features)
+    def _read(self, key: str, device: torch.device) -> list[Tensor]:
+        """Return the kept features of an image; none if there are none."""
+        return [] if self._store is None else [each.to(device) for each in self._store.read(key)]
 
 
 class FeatureStore:
@@ -111,26 +101,22 @@ class FeatureStore:
 
     def __init__(self, folder: Path, limit: float, visual: nn.Module) -> None:
         self.folder = folder / weights_fingerprint(visual)
-        entries, size = [], 0
-        for path in folder.rglob("*") if folder.is_dir() else ():
-            with suppress(FileNotFoundError):  # another process removes it
-                entries.append((path.stat().st_mtime, path, path.stat().st_size * path.is_file()))
-                size += entries[-1][2]
-        for _, path, own in sorted(entries):
-            if size > limit / 2 and own and self.folder not in path.parents:
+        entries = sorted(_entries(folder))
+        size = sum(own for _, own, _ in entries)
+        for _, own, path in entries:
+            if size > limit / 2 and self.folder not in path.parents:
                 path.unlink(missing_ok=True)
                 size -= own
         self.room = (limit - size) / PartialState().num_processes
 
-    def read(self, key: str) -> list[Tensor] | None:
-        """Return the features of an image, on the CPU; None if there are none, or they are broken."""
+    def read(self, key: str) -> list[Tensor]:
+        """Return the features of an image, on the CPU; none if there are none, or they are broken."""
         try:
             content = self._path(key).read_bytes()
-            if zlib.crc32(content[CHECKSUM_BYTES:]) != int.from_bytes(content[:CHECKSUM_BYTES], "big"):
-                return None
-            features = load(content[CHECKSUM_BYTES:])
-        except (OSError, SafetensorError):
-            return None
+        except OSError:
+            return []
+        checksum, content = content[:CHECKSUM_BYTES], content[CHECKSUM_BYTES:]
+        features = load(content) if checksum == _checksum(content) and content else {}
         return [features[name] for name in sorted(features, key=int)]
 
     def write(self, key: str, features: Sequence[Tensor]) -> None:
@@ -142,7 +128,7 @@ class FeatureStore:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as scratch:
-                scratch.write(zlib.crc32(content).to_bytes(CHECKSUM_BYTES, "big") + content)
+                scratch.write(_checksum(content) + content)
             os.replace(scratch.name, path)
             self.room -= len(content)
         except OSError as error:
@@ -151,6 +137,18 @@ class FeatureStore:
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / key
+
+
+def _checksum(content: bytes) -> bytes:
+    return zlib.crc32(content).to_bytes(CHECKSUM_BYTES, "big")
+
+
+def _entries(folder: Path) -> Iterator[tuple[float, int, Path]]:
+    """Yield time, size and path of each file."""
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # another process removes it
+            if path.is_file():
+                yield path.stat().st_mtime, path.stat().st_size, path
 
 
 def weights_fingerprint(module: nn.Module) -> str:

@@ -36,7 +36,6 @@ class BridgeCollator:
     seed: int
     mask_ratio: float = 0.7
     split: Split = "whole"
-    with_digests: bool = False
 
     def __call__(self, examples: list[Example]) -> Batch:
         """Collate rows with their draws.
@@ -47,7 +46,7 @@ class BridgeCollator:
         tokenizer = self.processor.tokenizer
         max_length = tokenizer.model_max_length
         pairs = [split_blocks(row, self.split) for _, row in examples]
-        block_a = render_items(self.processor, [item for item, _ in pairs], with_digests=self.with_digests)
+        block_a = render_items(self.processor, [item for item, _ in pairs])
         block_b = tokenizer(
             [text for _, text in pairs], add_special_tokens=False, truncation=True, max_length=max_length
         )

@@ -84,10 +84,7 @@ class Bridge(Stage[BridgeSettings]):
 
     def collator(self, processor: ProcessorMixin) -> BridgeCollator:
         """Return what makes the stage's batches."""
-        keeps_features = self.settings.freeze_vision and self.run.vision_cache is not None
-        return BridgeCollator(
-            processor, self.run.seed, self.settings.mask_ratio, self.settings.split, with_digests=keeps_features
-        )
+        return BridgeCollator(processor, self.run.seed, self.settings.mask_ratio, self.settings.split)
 
     def sequences(self, example: Example, processor: ProcessorMixin, config: PreTrainedConfig) -> list[Batch]:
         """Return the row's one sequence."""
@@ -103,8 +100,7 @@ class Bridge(Stage[BridgeSettings]):
             measure = bridge_probe(collator, probe_rows, prompts=self.run.prompts.model_dump(), batch_size=size)
             probe = Probe(measure, settings.probe_steps, PROBE_METRICS)
         if settings.freeze_vision:
-            base: Any = backbone.model.base_model
-            share_frozen_vision(base.visual, self.run, remembers=False)
+            share_frozen_vision(backbone.model.base_model.visual, self.run, remembers=False)
         model = BridgeModel(backbone.model, eos_attends_to_b=settings.eos_attends_to_b)
         return stage_trainer(model, backbone.model, training_rows, collator, settings, context, probe)
 

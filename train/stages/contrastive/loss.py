@@ -18,7 +18,6 @@ from cocoa_embed.train.stages.contrastive.mini_batches import (
     MOST_ITEMS,
     TokenLimits,
     mini_batches,
-    padded_tokens,
     take,
 )
 from cocoa_embed.train.stages.contrastive.settings import ContrastiveSettings
@@ -49,7 +48,10 @@ class CachedRankingLoss(CachedMultipleNegativesRankingLoss):
         columns = list(sentence_features)
         if self._vision is not None:
             self._vision.forget()
-        total, limit = sum(map(padded_tokens, columns)), min(self.limits.texts, self.limits.images)
+        total, limit = (
+            sum(column["attention_mask"].numel() for column in columns),
+            min(self.limits.texts, self.limits.images),
+        )
         if torch.is_grad_enabled() and not self.gather_across_devices and total <= limit:
             self._parts = [[list(range(len(labels)))] for _ in columns]
             return self._with_graph(embed_columns(self.model, columns), labels)
@@ -63,17 +65,11 @@ class CachedRankingLoss(CachedMultipleNegativesRankingLoss):
         loss.register_hook(lambda grad: torch.autograd.backward(embeddings, [each.grad * grad for each in leaves]))
         return loss
 
-    def embed_minibatch(
-        self,
-        sentence_feature: dict[str, Any],
-        begin: int,
-        end: int,
-        with_grad: bool,
-        copy_random_state: bool,
-        random_state: RandContext | None = None,
+    def embed_minibatch(  # type: ignore[override]
+        self, sentence_feature: dict[str, Any], *, with_grad: bool, copy_random_state: bool, **replayed: Any
     ) -> tuple[Tensor, RandContext | None]:
         """Embed a mini-batch, which is a column to ``forward_cached`` and needs no more cutting."""
-        with random_state or nullcontext(), nullcontext() if with_grad else torch.no_grad():
+        with replayed.get("random_state") or nullcontext(), torch.set_grad_enabled(with_grad):
             state = RandContext(*sentence_feature.values()) if copy_random_state else None
             return self.model(dict(sentence_feature))["sentence_embedding"], state
 

@@ -36,7 +36,7 @@ def mini_batches(column: dict[str, Any], limits: TokenLimits) -> list[list[int]]
     :param column: Of ``preprocess_items``.
     :returns: The numbers of the items of each mini-batch.
     """
-    lengths, images = _lengths(column), _images(column)
+    lengths, images = _counts(column)
     order = sorted(range(len(lengths)), key=lambda item: (images[item] > 0, lengths[item]))
     batches: list[list[int]] = []
     for pictured, items in groupby(order, key=lambda item: images[item] > 0):
@@ -50,41 +50,26 @@ def mini_batches(column: dict[str, Any], limits: TokenLimits) -> list[list[int]]
     return batches
 
 
-def padded_tokens(column: dict[str, Any]) -> int:
-    """Return the tokens of a column that runs at once."""
-    tokens: int = column["attention_mask"].numel()
-    return tokens
-
-
 def take(column: dict[str, Any], items: list[int]) -> dict[str, Any]:
     """Return some items of a right-padded column, an item maybe several times, padded to the longest of them."""
-    width, number = max(_lengths(column)[item] for item in items), torch.tensor(items)
-    counts, taken = _images(column), dict[str, Any]()
-    ends = list(accumulate(counts, initial=0))
-    images = list(chain.from_iterable(range(ends[item], ends[item] + counts[item]) for item in items))
+    (lengths, counts), taken = _counts(column), dict[str, Any]()
+    firsts, width = list(accumulate(counts, initial=0)), max(lengths[item] for item in items)
+    images = list(chain.from_iterable(range(firsts[item], firsts[item + 1]) for item in items))
     for key, value in column.items():
         if not isinstance(value, Tensor):
             taken[key] = value
-        elif key in ITEM_KEYS:
-            axis = value.ndim - 2 if value.ndim > 1 else 0  # position_ids begin with an axis of their kinds
-            own = value.index_select(axis, number.to(value.device))
-            taken[key] = own if value.ndim == 1 else own[..., :width]
+        elif key in ITEM_KEYS:  # position_ids begin with an axis of their kinds
+            taken[key] = value[items] if value.ndim == 1 else value[..., items, :width]
         elif images and key == "pixel_values":
             parts = value.split(column["image_grid_thw"].prod(dim=1).tolist())
             taken[key] = torch.cat([parts[image] for image in images])
         elif images and key in IMAGE_KEYS:
-            taken[key] = value[torch.tensor(images, device=value.device)]
+            taken[key] = value[images]
     return taken
 
 
-def _lengths(column: dict[str, Any]) -> list[int]:
-    lengths: list[int] = column["attention_mask"].sum(dim=1).tolist()
-    return lengths
-
-
-def _images(column: dict[str, Any]) -> list[int]:
-    """Return the number of images of each item."""
-    if "num_images_per_sample" not in column:
-        return [0] * len(column["input_ids"])
-    images: list[int] = column["num_images_per_sample"].tolist()
-    return images
+def _counts(column: dict[str, Any]) -> tuple[list[int], list[int]]:
+    """Return the numbers of tokens and of images of each item."""
+    tokens = column["attention_mask"].sum(dim=1)
+    images = column.get("num_images_per_sample", torch.zeros_like(tokens))
+    return tokens.tolist(), images.tolist()

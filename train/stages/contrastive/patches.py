@@ -12,14 +12,14 @@ from sentence_transformers import SentenceTransformer
 from torch import nn
 
 from cocoa_embed.data.rows import Item
-from cocoa_embed.train.data.image_patches import normalised, patch_digests
+from cocoa_embed.train.data.image_patches import normalised
 from cocoa_embed.train.stages.rendering import render_patches
 
 
 def preprocess_items(model: SentenceTransformer, items: Sequence[Item], **kwargs: Any) -> dict[str, Any]:
     """Return items as inputs of a model that ``normalise_patches`` runs before: as its own ``preprocess`` makes them.
 
-    With images, there are ``image_digests`` too (``patch_digests``).
+    With images, there are ``image_digests``, too.
 
 
     :param kwargs: ``prompt``, and others that make no difference here.
@@ -29,9 +29,6 @@ def preprocess_items(model: SentenceTransformer, items: Sequence[Item], **kwargs
     batch: dict[str, Any] = render_patches(module.processor, items, prompt=kwargs.get("prompt") or "")
     if "pixel_values" in batch:
         batch["num_images_per_sample"] = torch.tensor([len(item.images) for item in items])
-        batch["image_digests"] = patch_digests(
-            batch["pixel_values"], batch["image_grid_thw"], module.processor.image_processor
-        )
     return {**batch, "modality": "message"}
 
 

@@ -27,7 +27,7 @@ from cocoa_embed.train.loop.memory_trial import Trial
 from cocoa_embed.train.loop.trainer import CocoaTrainer, Probe, StageContext
 from cocoa_embed.train.stages.contrastive.batches import PairBatches, pair_groups, step_contents
 from cocoa_embed.train.stages.contrastive.loss import contrastive_loss
-from cocoa_embed.train.stages.contrastive.mini_batches import CPU_TOKENS, TokenLimits, padded_tokens, take
+from cocoa_embed.train.stages.contrastive.mini_batches import CPU_TOKENS, TokenLimits, take
 from cocoa_embed.train.stages.contrastive.model import as_sentence_transformer, embedding_probe
 from cocoa_embed.train.stages.contrastive.pairs import PairCollator
 from cocoa_embed.train.stages.contrastive.patches import preprocess_items, worst_column
@@ -188,23 +188,22 @@ class Contrastive(Stage[ContrastiveSettings]):
         )
 
     def trials(self, trainer: CocoaTrainer, rows: RowTable) -> list[Trial]:
-        """Return the tokens of texts, and of images if a row has one, that a device may run at once."""
+        """Return the tokens of texts, and of items with images, that a device may run at once."""
         model: Any = trainer.model
         limits, tokens = cast(ContrastiveTrainer, trainer).limits, self.settings.mini_batch_tokens
         sizes = TRIED_TOKENS if tokens == "auto" else (tokens,)
-        kinds = ["texts", "images"] if rows.column("images").any() else ["texts"]
 
         def trial(kind: str) -> Trial:
             column = worst_column(model, self.run.max_length, with_image=kind == "images")
 
             def run(size: int) -> Iterator[Tensor]:
-                batch = take(column, [0] * max(1, size // padded_tokens(column)))
+                batch = take(column, [0] * max(1, size // column["attention_mask"].numel()))
                 with trainer.accelerator.autocast():
                     yield model(send_to_device(batch, trainer.accelerator.device))["sentence_embedding"].sum()
 
             return Trial(f"tokens of {kind}", sizes, run, partial(setattr, limits, kind), enough=ENOUGH_TOKENS)
 
-        return [trial(kind) for kind in kinds]
+        return [trial("texts"), trial("images")]
 
     def save(self, trainer: CocoaTrainer, processor: ProcessorMixin, folder: Path) -> None:
         """Write the SentenceTransformer; every process calls this, and the first one writes."""
