@@ -206,7 +206,8 @@ class Stage(ABC, Generic[Own]):
 
     def memory_remedy(self) -> str:
         """Return what to change in the recipe when a step does not fit into memory."""
-        size = self.micro_batches(PartialState().num_processes)[0] // PartialState().num_processes
+        sizes = self.settings.sizes_at_once(self.settings.batch_size // PartialState().num_processes)
+        size = "auto" if len(sizes) > 1 else sizes[0]
         return f"lower {self.name}.mini_batch_size ({size}) or max_pixels, or set gradient_checkpointing=true"
 
     def trials(self, trainer: CocoaTrainer, rows: RowTable) -> list[Trial]:

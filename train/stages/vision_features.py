@@ -55,7 +55,7 @@ class FrozenVision:
         :param grid_thw: int64 ``[images, 3]``.
         :param how: ``image_digests``, of ``patch_digests``, int64 ``[images, 2]``; without it, all images run.
         """
-        # transformers leaves the prefix out on the way here; versions before 5.10 do not.
+        # transformers leaves the prefix out on the way here; older versions do not.
         digests = how.pop("digests", how.pop("image_digests", None))
         if digests is None:
             return self._run(hidden_states, grid_thw=grid_thw, **how)
@@ -69,9 +69,8 @@ class FrozenVision:
                 own, how = hidden_states.split(patches), {}
                 hidden_states, grid_thw = torch.cat([own[place] for place in missing]), grid_thw[missing]
             computed = self._run(hidden_states, grid_thw=grid_thw, **how)
-            of_layers = (
-                computed.deepstack_features if isinstance(computed, BaseModelOutputWithDeepstackFeatures) else []
-            )
+            is_deep = isinstance(computed, BaseModelOutputWithDeepstackFeatures)
+            of_layers = computed.deepstack_features if is_deep else []
             tokens = [patches[place] // self._patches_per_token for place in missing]
             parts = (features.split(tokens) for features in (computed.pooler_output, *of_layers))
             for place, *features in zip(missing, *parts, strict=True):
@@ -152,11 +151,10 @@ def _entries(folder: Path) -> Iterator[tuple[float, int, Path]]:
 
 
 def weights_fingerprint(module: nn.Module) -> str:
-    """Return a digest of all values of a module's weights."""
-    digest = hashlib.blake2b(type(module).__name__.encode(), digest_size=16)
+    """Return a digest of the names, shapes, dtypes and all values of a module's weights."""
+    digest = hashlib.blake2b(digest_size=16)
     for name, value in sorted(module.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(save({name: value.contiguous()}))
     return digest.hexdigest()
 
 

@@ -14,12 +14,7 @@ from sentence_transformers.sentence_transformer.losses import CachedMultipleNega
 from sentence_transformers.util import all_gather, cos_sim, get_rank
 from torch import Tensor
 
-from cocoa_embed.train.stages.contrastive.mini_batches import (
-    MOST_ITEMS,
-    TokenLimits,
-    mini_batches,
-    take,
-)
+from cocoa_embed.train.stages.contrastive.mini_batches import MOST_ITEMS, TokenLimits, mini_batches, take
 from cocoa_embed.train.stages.contrastive.settings import ContrastiveSettings
 from cocoa_embed.train.stages.vision_features import FrozenVision
 
@@ -48,11 +43,9 @@ class CachedRankingLoss(CachedMultipleNegativesRankingLoss):
         columns = list(sentence_features)
         if self._vision is not None:
             self._vision.forget()
-        total, limit = (
-            sum(column["attention_mask"].numel() for column in columns),
-            min(self.limits.texts, self.limits.images),
-        )
-        if torch.is_grad_enabled() and not self.gather_across_devices and total <= limit:
+        fits = sum(each["attention_mask"].numel() for each in columns) <= min(self.limits.texts, self.limits.images)
+        # DistributedDataParallel expects one forward pass, and here each column is one.
+        if fits and torch.is_grad_enabled() and not self.gather_across_devices:
             self._parts = [[list(range(len(labels)))] for _ in columns]
             return self._with_graph(embed_columns(self.model, columns), labels)
         self._parts = [mini_batches(column, self.limits) for column in columns]
@@ -128,10 +121,7 @@ def other_answers(content: Tensor, rows: slice) -> Tensor:
 
 
 def contrastive_loss(
-    model: SentenceTransformer,
-    settings: ContrastiveSettings,
-    limits: TokenLimits,
-    vision: FrozenVision | None = None,
+    model: SentenceTransformer, settings: ContrastiveSettings, limits: TokenLimits, vision: FrozenVision | None = None
 ) -> CachedRankingLoss | MatryoshkaLoss:
     """Return InfoNCE with in-batch negatives, gathered across devices.
 
