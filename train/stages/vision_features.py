@@ -64,10 +64,11 @@ class FrozenVision:
         keys = [digest.tobytes().hex() + f"-{dtype}" for digest in digests.cpu().numpy()]
         found = [self._known.get(key) or self._read(key, hidden_states.device) for key in keys]
         if missing := [place for place, features in enumerate(found) if not features]:
-            patches = grid_thw.prod(dim=1).tolist()
+            patches, grids = grid_thw.prod(dim=1).tolist(), grid_thw.tolist()
             if len(missing) < len(found):  # what is prepared of positions is of all images
                 own, how = hidden_states.split(patches), {}
-                hidden_states, grid_thw = torch.cat([own[place] for place in missing]), grid_thw[missing]
+                hidden_states = torch.cat([own[place] for place in missing])
+                grid_thw = torch.tensor([grids[place] for place in missing], device=hidden_states.device)
             computed = self._run(hidden_states, grid_thw=grid_thw, **how)
             is_deep = isinstance(computed, BaseModelOutputWithDeepstackFeatures)
             of_layers = computed.deepstack_features if is_deep else []
