@@ -3,11 +3,11 @@
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils.memory import clear_device_cache
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cocoa_embed.train.loop.oom import is_out_of_memory
@@ -73,22 +73,24 @@ def _largest(trainer: CocoaTrainer, trials: Sequence[Trial], *, is_patient: bool
 
     :param is_patient: Also try sizes that are not ``enough``.
     """
-    was_training, device = trainer.model.training, trainer.accelerator.device
-    fork = {"devices": []} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
-    trainer.model.train()
+    model: Any = trainer.model
+    was_training, device = model.training, trainer.accelerator.device
+    fork: Any = {"devices": []} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
+    model.train()
     with torch.random.fork_rng(**fork):
         least = [0 if is_patient else min(trial.enough, trial.sizes[0]) for trial in trials]
         sizes = [
             next((size for size in trial.sizes if size >= least[place] and _fits(trainer, trial, size)), None)
             for place, trial in enumerate(trials)
         ]
-    trainer.model.train(was_training)
+    model.train(was_training)
     return sizes
 
 
 def recompute_activations(trainer: CocoaTrainer, *, on: bool) -> None:
     """Turn gradient checkpointing on or off."""
-    model = next(module for module in trainer.model.modules() if isinstance(module, PreTrainedModel))
+    trained: Any = trainer.model
+    model = next(module for module in trained.modules() if isinstance(module, PreTrainedModel))
     if on:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     else:
@@ -97,6 +99,7 @@ def recompute_activations(trainer: CocoaTrainer, *, on: bool) -> None:
 
 def _fits(trainer: CocoaTrainer, trial: Trial, size: int) -> bool:
     """Return whether a size fits on every device."""
+    model: Any = trainer.model
     try:
         _run(trainer, trial, size)
         fits = True
@@ -104,7 +107,7 @@ def _fits(trainer: CocoaTrainer, trial: Trial, size: int) -> bool:
         if not is_out_of_memory(error):
             raise
         fits = False
-    trainer.model.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
     clear_device_cache()
     seen: Any = trainer.accelerator.gather(torch.tensor([fits], device=trainer.accelerator.device))
     return bool(seen.all())
@@ -112,8 +115,8 @@ def _fits(trainer: CocoaTrainer, trial: Trial, size: int) -> bool:
 
 def _run(trainer: CocoaTrainer, trial: Trial, size: int) -> None:
     """Run a size while the memory that training needs beside a pass is taken."""
-    device = trainer.accelerator.device
-    trained = sum(each.numel() for each in trainer.model.parameters() if each.requires_grad)
+    device, model = trainer.accelerator.device, cast(nn.Module, trainer.model)
+    trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
     copies = ADAM_BYTES + BUCKET_BYTES * (trainer.accelerator.num_processes > 1)
     taken = 0 if device.type == "cpu" else RESERVE + trained * copies
     held = torch.empty(taken, dtype=torch.uint8, device=device)

@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import numpy as np
 from accelerate import PartialState
@@ -217,7 +217,7 @@ class Stage(ABC, Generic[Own]):
         """
         texts, images = rows.column("query_text") + rows.column("positive_text"), rows.column("images")
         worst = [rows[int(place)] for place in {texts.argmax(), np.lexsort((texts, images))[-1]}]
-        described: Any = trainer.data_collator
+        described, model = cast(Any, trainer.data_collator), cast(nn.Module, trainer.model)
         of_device = self.settings.batch_size // trainer.accelerator.num_processes
 
         def run(size: int) -> Iterator[Tensor]:
@@ -225,7 +225,7 @@ class Stage(ABC, Generic[Own]):
                 batch = send_to_device(described.collate(numbered([row] * size)), trainer.accelerator.device)
                 totals = {name: len(value) for name, value in batch.items() if name.startswith("target_")}
                 with trainer.accelerator.autocast():
-                    yield trainer.model(**batch, totals=totals)["loss"]
+                    yield model(**batch, totals=totals)["loss"]
 
         def use(size: int) -> None:
             at_once = size * trainer.accelerator.num_processes

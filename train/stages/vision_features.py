@@ -71,7 +71,7 @@ class FrozenVision:
                 grid_thw = torch.tensor([grids[place] for place in missing], device=hidden_states.device)
             computed = self._run(hidden_states, grid_thw=grid_thw, **how)
             is_deep = isinstance(computed, BaseModelOutputWithDeepstackFeatures)
-            of_layers = computed.deepstack_features if is_deep else []
+            of_layers = (computed.deepstack_features or []) if is_deep else []
             tokens = [patches[place] // self._patches_per_token for place in missing]
             parts = (features.split(tokens) for features in (computed.pooler_output, *of_layers))
             for place, *features in zip(missing, *parts, strict=True):

@@ -13,7 +13,7 @@ from accelerate.utils import send_to_device
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin, set_seed
+from transformers import PreTrainedConfig, ProcessorMixin, set_seed
 
 from cocoa_embed.errors import UsageError
 from cocoa_embed.evaluation.geometry import ALIGNMENT
@@ -155,7 +155,7 @@ class Contrastive(Stage[ContrastiveSettings]):
         query, document = self.run.prompts.query, self.run.prompts.document
         prompts = {"anchor": query, "positive": document}
         prompts |= {f"negative_{place + 1}": document for place in range(settings.hard_negatives)}
-        base = cast(PreTrainedModel, model[0].auto_model)
+        base: Any = model[0].auto_model
         adapter = prepare_trainable(base, settings)
         vision = share_frozen_vision(base.visual, self.run, remembers=True) if settings.freeze_vision else None
         if probe_rows := unbroken(pictured_rows(rows, settings.probe_rows, self.run.seed), context.on_bad_row):
