@@ -90,8 +90,9 @@ def _run_stage(
     context = stage_context(stage, prepared, backbone.model, processor, checkpoints)
     rows = prepared.rows[name].rows
     held_out, _ = stage.held_out(rows)
-    trainer = fitting_trainer(stage, backbone, rows, context)
+    trainer = stage.trainer(backbone, rows, context)
     del backbone  # of which the trainer may not need the head
+    choose_sizes(stage, trainer, rows)
     trainer.resume_clock(0.0 if checkpoint is None else float(read_complete(checkpoint)["seconds"]))
     save = partial(_save, stage, prepared, before, trainer, processor)
     if trainer.is_world_process_zero():
@@ -151,19 +152,16 @@ def load_weights(recipe: Recipe, start: str, attention: str) -> Backbone:
     return backbone
 
 
-def fitting_trainer(
-    stage: Stage[StageSettings], backbone: Backbone, rows: RowTable, context: StageContext
-) -> CocoaTrainer:
-    """Return a stage's trainer, with ``auto`` settings chosen by the memory of the device.
+def choose_sizes(stage: Stage[StageSettings], trainer: CocoaTrainer, rows: RowTable) -> None:
+    """Choose a stage's ``auto`` settings by the memory of the devices; every process calls this before training.
 
     On a CPU nothing is tried, nor with sharded weights, where activations are always recomputed.
     """
-    trainer, recompute = stage.trainer(backbone, rows, context), stage.run.gradient_checkpointing
+    recompute = stage.run.gradient_checkpointing
     if trainer.is_fsdp_enabled and recompute == "auto":
         recompute_activations(trainer, on=True)
     elif trainer.accelerator.device.type != "cpu" and not trainer.is_fsdp_enabled:
         fit_to_memory(trainer, stage.trials(trainer, rows), recompute)
-    return trainer
 
 
 def stage_context(

@@ -13,7 +13,7 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 from transformers.trainer_callback import PrinterCallback
 
 from cocoa_embed.train.loop.oom import explain_out_of_memory
-from cocoa_embed.train.pipeline import fitting_trainer, load_weights, stage_context
+from cocoa_embed.train.pipeline import choose_sizes, load_weights, stage_context
 from cocoa_embed.train.plan.checks import Prepared
 from cocoa_embed.train.settings import StageSettings
 from cocoa_embed.train.stages.stage import Stage
@@ -58,7 +58,9 @@ def _time(stage: Stage[StageSettings], prepared: Prepared, start: str, folder: P
     backbone = load_weights(prepared.recipe, start, stage.attention())
     context = stage_context(stage, replace(prepared, steps=steps), backbone.model, backbone.processor, folder)
     context = replace(context, arguments={**context.arguments, "save_strategy": "no", "report_to": "none"})
-    trainer, watch = fitting_trainer(stage, backbone, prepared.rows[stage.name].rows, context), Stopwatch()
+    rows = prepared.rows[stage.name].rows
+    trainer, watch = stage.trainer(backbone, rows, context), Stopwatch()
+    choose_sizes(stage, trainer, rows)
     trainer.probe = None
     for shown in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(shown)

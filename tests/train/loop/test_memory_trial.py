@@ -179,8 +179,6 @@ def test_nothing_is_tried_on_a_cpu_nor_with_sharded_weights(
     trainer: Any = SimpleNamespace(
         is_fsdp_enabled=is_sharded, model=tiny_backbone.model, accelerator=SimpleNamespace(device=torch.device("cpu"))
     )
-    stage: Any = SimpleNamespace(
-        trainer=lambda *_: trainer, run=SimpleNamespace(gradient_checkpointing="auto"), trials=pytest.fail
-    )
-    assert pipeline.fitting_trainer(stage, tiny_backbone, RowTable.of([]), StageContext({})) is trainer
+    stage: Any = SimpleNamespace(run=SimpleNamespace(gradient_checkpointing="auto"), trials=pytest.fail)
+    pipeline.choose_sizes(stage, trainer, RowTable.of([]))
     assert is_recomputing(tiny_backbone.model) is is_on
