@@ -17,8 +17,8 @@ from cocoa_embed.train.settings import Auto
 RESERVE = 2 * 2**30
 """Bytes that stay free in a trial: batches of other shapes fragment memory."""
 
-ADAM_BYTES, BUCKET_BYTES = 8, 4
-"""Bytes of a trained parameter that a trial does not have yet: Adam's moments, and DistributedDataParallel's copy."""
+ADAM_BYTES = 8
+"""Bytes of a trained parameter's moments, which the optimizer does not have yet in a trial."""
 
 logger = logging.getLogger(__name__)
 
@@ -117,8 +117,7 @@ def _run(trainer: CocoaTrainer, trial: Trial, size: int) -> None:
     """Run a size while the memory that training needs beside a pass is taken."""
     device, model = trainer.accelerator.device, cast(nn.Module, trainer.model)
     trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
-    copies = ADAM_BYTES + BUCKET_BYTES * (trainer.accelerator.num_processes > 1)
-    taken = 0 if device.type == "cpu" else RESERVE + trained * copies
+    taken = 0 if device.type == "cpu" else RESERVE + trained * ADAM_BYTES
     held = torch.empty(taken, dtype=torch.uint8, device=device)
     for loss in trial.run(size):
         loss.backward()
