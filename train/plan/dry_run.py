@@ -182,13 +182,13 @@ def _plan_stage(
     devices = PartialState().num_processes
     checkpoint = newest_complete(out / CHECKPOINTS / name) if prepared.is_resumed else None
     steps_done = 0 if checkpoint is None else step_of(checkpoint)
-    at_once = stage.sequences_at_once(devices)
     sample, largest = (
         _sequences(stage, rows, processor, config, data.on_bad_row)
         for rows in (sample_rows(read.rows, run.seed), largest_rows(read.rows))
     )
     typical = _typical(sample)
     longest = max((each for of_row in sample + largest for each in of_row), key=lambda each: each.shape.tokens)
+    at_once = stage.sequences_at_once(devices, longest.shape.tokens)
     measured = [longest, *(each for each, _ in typical)] if card else [longest]
     meter = StageMeter(stage, config, processor, [each.alike for each in measured], CARDS[card or DEFAULT_CARD])
     counts, shards = meter.parameters, devices if run.sharding != "none" else 1
