@@ -26,7 +26,10 @@ from transformers import PreTrainedConfig, ProcessorMixin
 from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.model.backbone import load_processor, read_config
 from cocoa_embed.train import Recipe
+from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.plan.cards import CARDS
+from cocoa_embed.train.plan.cost import batch_shape
+from cocoa_embed.train.plan.fit import GB, fit_to_card
 from cocoa_embed.train.plan.meter import StageMeter
 from cocoa_embed.train.settings import StageSettings
 from cocoa_embed.train.stages.stage import Stage
@@ -55,11 +58,16 @@ SETTINGS = {
     "tiny": Setting("h100", 1, 4_000),
 }
 
+VARIANT_ROWS = 8
+
 VARIANTS = {
-    "the recipe": [],
-    "DoRA, dropout 0": ["contrastive.adapter.dropout=0"],
-    "LoRA, dropout 0.1": ["contrastive.adapter.kind=lora"],
-    "LoRA, dropout 0": ["contrastive.adapter.kind=lora", "contrastive.adapter.dropout=0"],
+    "the recipe: DoRA, dropout 0.1, checkpointing": ["gradient_checkpointing=true"],
+    "DoRA, dropout 0": ["gradient_checkpointing=true", "contrastive.adapter.dropout=0"],
+    "LoRA, dropout 0.1": ["gradient_checkpointing=true", "contrastive.adapter.kind=lora"],
+    "LoRA, dropout 0": [
+        *("gradient_checkpointing=true", "contrastive.adapter.kind=lora", "contrastive.adapter.dropout=0"),
+    ],
+    "the recipe, no checkpointing": ["gradient_checkpointing=false"],
     "DoRA, dropout 0, no checkpointing": ["contrastive.adapter.dropout=0", "gradient_checkpointing=false"],
     "full fine-tuning, no checkpointing": ["contrastive.adapter=null", "gradient_checkpointing=false"],
 }
@@ -93,29 +101,43 @@ def draw_row(folder: Path, processor: ProcessorMixin) -> Row:
 
 
 def step(
-    stage: Stage[StageSettings], row: Row, backbone: tuple[PreTrainedConfig, ProcessorMixin], where: Setting
+    stage: Stage[StageSettings],
+    row: Row,
+    backbone: tuple[PreTrainedConfig, ProcessorMixin],
+    where: Setting,
+    sequences: int | None = None,
 ) -> dict[str, Any]:
-    """Return what a step of a stage costs one device, by mini-batch."""
+    """Return what a step of a stage costs one device, by mini-batch.
+
+    :param sequences: Of a mini-batch, instead of what fits.
+    """
     alike, card = stage.alike(row), CARDS[where.card]
     meter = StageMeter(stage, *backbone, alike, card)
-    at_once, on_device = stage.sequences_at_once(where.devices), stage.settings.batch_size // where.devices
-    mini_batches = [meter.mini_batch(place, at_once) for place in range(len(alike))]
-    seconds = sum(each.seconds for each in mini_batches) * on_device / at_once + meter.optimizer_seconds
-    flops = sum(each.flops for each in mini_batches) * on_device / at_once
+    on_device, (config, processor) = stage.settings.batch_size // where.devices, backbone
+    shapes = [batch_shape(each) for each in stage.sequences(numbered([row])[0], processor, config)]
+    chosen = fit_to_card(stage, meter, shapes, where.devices, card.memory * GB)
+    at_once = [sequences or chosen.sequences(stage, where.devices, shape) for shape in shapes]
+    mini_batches = [meter.mini_batch(place, count) for place, count in enumerate(at_once)]
+    passes = [(on_device / count, each) for count, each in zip(at_once, mini_batches, strict=True)]
+    seconds = sum(count * each.seconds for count, each in passes) + meter.optimizer_seconds
+    eager_seconds = sum(count * each.eager_seconds for count, each in passes) + meter.optimizer_seconds
+    flops = sum(count * each.flops for count, each in passes)
     settings, parameters = stage.settings, meter.parameters
     epochs_steps = -(-where.rows * (settings.epochs or 0) * stage.passes_per_epoch // settings.batch_size)
     steps = settings.steps or max(int(epochs_steps), settings.min_steps or 1)
-    states = parameters.bytes + 3 * parameters.trainable_bytes
     return {
         "stage": stage.name,
         "mini_batches": [asdict(each) for each in mini_batches],
         "rows_at_once": at_once,
+        "sizes_at_once": chosen.sizes,
+        "gradient_checkpointing": chosen.recomputes,
         "seconds_per_step": seconds,
+        "eager_seconds_per_step": eager_seconds,
         "flops_per_step": flops,
         "steps": steps,
         "hours": steps * seconds / 3600,
         "parameters": asdict(parameters),
-        "memory_bytes": states + max(each.peak_bytes for each in mini_batches),
+        "memory_bytes": sum(meter.state_bytes().values()) + max(each.peak_bytes for each in mini_batches),
     }
 
 
@@ -139,7 +161,7 @@ def measure_variants() -> dict[str, Any]:
             recipe = Recipe.load("qwen2-vl-2b", changes)
             backbone = open_backbone(recipe)
             row = draw_row(Path(folder), backbone[1])
-            results[name] = step(recipe.stages["contrastive"], row, backbone, Setting())
+            results[name] = step(recipe.stages["contrastive"], row, backbone, Setting(), VARIANT_ROWS)
     return results
 
 
@@ -160,9 +182,11 @@ def show_variants(results: dict[str, Any]) -> None:
 
 
 def cells_of(stage: dict[str, Any]) -> list[str]:
-    times = ", ".join(f"{each['seconds'] * 1000:,.0f}" for each in stage["mini_batches"])
+    counted = zip(stage["mini_batches"], stage["rows_at_once"], strict=True)
+    times = ", ".join(f"{each['seconds'] * 1000:,.0f} ({rows} rows)" for each, rows in counted)
+    how = ", checkpointing" * stage["gradient_checkpointing"]
     memory = f"{stage['memory_bytes'] / GIB:.1f}"
-    return [stage["stage"], f"{times} ({stage['rows_at_once']} rows)", f"{stage['seconds_per_step']:.2f}", memory]
+    return [stage["stage"], times + how, f"{stage['seconds_per_step']:.2f}", memory]
 
 
 def main() -> None:

@@ -24,9 +24,6 @@ from cocoa_embed.train.loop.memory_trial import Trial
 from cocoa_embed.train.loop.trainer import CocoaTrainer, StageContext
 from cocoa_embed.train.settings import RunSettings, StageSettings
 
-ENOUGH_ROWS = 8
-"""Fewer rows at once leave a device idle between its kernels."""
-
 Own = TypeVar("Own", bound=StageSettings, covariant=True)
 
 
@@ -57,6 +54,9 @@ class Stage(ABC, Generic[Own]):
 
     accumulates: ClassVar[bool] = True
     """Whether mini-batches are steps of the trainer, which adds up their gradients."""
+
+    enough_at_once: ClassVar[int] = 8
+    """Fewer rows at once leave a device idle between its kernels."""
 
     def __init__(self, name: str, settings: Own, run: RunSettings) -> None:
         self.name = name
@@ -126,9 +126,20 @@ class Stage(ABC, Generic[Own]):
             )
         return at_once, total // at_once
 
-    def sequences_at_once(self, devices: int, longest: int = 1) -> int:
-        """Return how many sequences, of which the longest has ``longest`` tokens, a device runs in one forward pass."""
-        return self.micro_batches(devices)[0] // devices
+    def sizes_at_once(self, devices: int) -> Sequence[int]:
+        """Return what a device may run at once, in rows, the largest first; memory decides."""
+        return self.settings.sizes_at_once(self.settings.batch_size // devices)
+
+    def sequences_at_once(self, devices: int, longest: int = 1, size: int | None = None) -> int:
+        """Return how many sequences, of which the longest has ``longest`` tokens, a device runs in one forward pass.
+
+        :param size: Of ``sizes_at_once``; by default the one where memory does not decide.
+        """
+        return size or self.micro_batches(devices)[0] // devices
+
+    def kind_at_once(self, *, with_image: bool) -> str:
+        """Return what sequences are counted in: those of one kind are run together, and have a size."""
+        return "rows"
 
     def held_out(self, rows: RowTable) -> tuple[np.ndarray, np.ndarray]:
         """Return the places of the rows held out of training, to measure on, and of those to train on, int64."""
@@ -206,7 +217,7 @@ class Stage(ABC, Generic[Own]):
 
     def memory_remedy(self) -> str:
         """Return what to change in the recipe when a step does not fit into memory."""
-        sizes = self.settings.sizes_at_once(self.settings.batch_size // PartialState().num_processes)
+        sizes = self.sizes_at_once(PartialState().num_processes)
         size = "auto" if len(sizes) > 1 else sizes[0]
         return f"lower {self.name}.mini_batch_size ({size}) or max_pixels, or set gradient_checkpointing=true"
 
@@ -232,7 +243,11 @@ class Stage(ABC, Generic[Own]):
             trainer.args.per_device_train_batch_size = trainer._train_batch_size = at_once
             trainer.args.gradient_accumulation_steps = of_device // size
 
-        return [Trial("rows", self.settings.sizes_at_once(of_device), run, use, enough=ENOUGH_ROWS)]
+        sizes = self.sizes_at_once(trainer.accelerator.num_processes)
+        return [Trial(self.kind_at_once(with_image=True), sizes, run, use, self.enough_at_once)]
+
+    def run_whole(self, trainer: CocoaTrainer, tokens: int) -> None:
+        """Let the trainer run batches without cutting them, whose columns have ``tokens``, padding included."""
 
     def samples(self, model: Any, processor: ProcessorMixin, batch: Batch, rows: Sequence[Row]) -> dict[str, Any]:  # noqa: ANN401
         """Return what the report shows of the stage, as JSON takes it: what ``model`` predicts in a batch of ``rows``.

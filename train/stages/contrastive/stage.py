@@ -42,9 +42,6 @@ from cocoa_embed.train.stages.vision_features import share_frozen_vision
 TRIED_TOKENS = (16384, 12288, 8192, 6144, 4096, 3072, 2048, 1536, 1024, 768, 512)
 """More at once are no faster."""
 
-ENOUGH_TOKENS = 2048
-"""Fewer tokens at once leave a device idle between its kernels."""
-
 PROBED_TOKENS = 64
 """Tokens of a mini-batch for each item that the probe runs at once: without gradients, items take little memory."""
 
@@ -61,6 +58,7 @@ class Contrastive(Stage[ContrastiveSettings]):
     can_shard = False
     sends_uint8 = True
     accumulates = False  # cached gradients cut a batch into mini-batches
+    enough_at_once = 2048  # tokens
 
     def check_backbone(self, config: PreTrainedConfig) -> None:
         """Check ``matryoshka_dims`` against the width of the embeddings.
@@ -117,9 +115,18 @@ class Contrastive(Stage[ContrastiveSettings]):
         tokens = self.settings.mini_batch_tokens
         return CPU_TOKENS if tokens == "auto" else tokens
 
-    def sequences_at_once(self, devices: int, longest: int = 1) -> int:
+    def sizes_at_once(self, devices: int) -> Sequence[int]:
+        """Return how many tokens may make a mini-batch."""
+        tokens = self.settings.mini_batch_tokens
+        return TRIED_TOKENS if tokens == "auto" else (tokens,)
+
+    def sequences_at_once(self, devices: int, longest: int = 1, size: int | None = None) -> int:
         """Return how many of the longest items make a mini-batch."""
-        return max(1, min(self.tokens_at_once // longest, self.settings.batch_size // devices))
+        return max(1, min((size or self.tokens_at_once) // longest, self.settings.batch_size // devices))
+
+    def kind_at_once(self, *, with_image: bool) -> str:
+        """Return what items are counted in."""
+        return f"tokens of {'images' if with_image else 'texts'}"
 
     def memory_remedy(self) -> str:
         """Return what to change in the recipe when a step does not fit into memory."""
@@ -198,20 +205,25 @@ class Contrastive(Stage[ContrastiveSettings]):
     def trials(self, trainer: CocoaTrainer, rows: RowTable) -> list[Trial]:
         """Return the tokens of texts, and of items with images, that a device may run at once."""
         model: Any = trainer.model
-        limits, tokens = cast(ContrastiveTrainer, trainer).limits, self.settings.mini_batch_tokens
-        sizes = TRIED_TOKENS if tokens == "auto" else (tokens,)
+        limits, sizes = cast(ContrastiveTrainer, trainer).limits, self.sizes_at_once(1)
 
-        def trial(kind: str) -> Trial:
-            column = worst_column(model, self.run.max_length, with_image=kind == "images")
+        def trial(kind: str, *, with_image: bool) -> Trial:
+            column = worst_column(model, self.run.max_length, with_image=with_image)
 
             def run(size: int) -> Iterator[Tensor]:
                 batch = take(column, [0] * max(1, size // column["attention_mask"].numel()))
                 with trainer.accelerator.autocast():
                     yield model(send_to_device(batch, trainer.accelerator.device))["sentence_embedding"].sum()
 
-            return Trial(f"tokens of {kind}", sizes, run, partial(setattr, limits, kind), enough=ENOUGH_TOKENS)
+            name = self.kind_at_once(with_image=with_image)
+            return Trial(name, sizes, run, partial(setattr, limits, kind), self.enough_at_once)
 
-        return [trial("texts"), trial("images")]
+        return [trial("texts", with_image=False), trial("images", with_image=True)]
+
+    def run_whole(self, trainer: CocoaTrainer, tokens: int) -> None:
+        """Let a mini-batch be a column, and two of them be too many to be run once."""
+        limits = cast(ContrastiveTrainer, trainer).limits
+        limits.texts = limits.images = tokens
 
     def save(self, trainer: CocoaTrainer, processor: ProcessorMixin, folder: Path) -> None:
         """Write the SentenceTransformer; every process calls this, and the first one writes."""
