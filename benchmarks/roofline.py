@@ -2,13 +2,15 @@
 
     python benchmarks/roofline.py [RECIPE...] [--json]
     python benchmarks/roofline.py --variants
+    python benchmarks/roofline.py --plain
 
 No GPU and no weights: the stages' own trainers, models and batches run without numbers (``train/plan/meter.py``), at
 the depths that tell what a layer costs. A kernel takes the longest of its launch, its bytes and its FLOPs. Trust the
 ratios; nothing is said of waiting for data, of the host or of other devices.
 
 A row has an image of 256 visual tokens with 64 tokens of text, and a text of 40 tokens. ``--variants`` measures one
-mini-batch of the contrastive stage of Qwen2-VL-2B with different adapters.
+mini-batch of the contrastive stage of Qwen2-VL-2B with different adapters, ``--plain`` one of warm-up and of bridge
+beside the plain way: the stock class with logits of all tokens and PEFT's adapter, without packed vision attention.
 """
 
 import argparse
@@ -18,22 +20,28 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from PIL import Image
-from transformers import PreTrainedConfig, ProcessorMixin
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.model.backbone import load_processor, read_config
 from cocoa_embed.train import Recipe
 from cocoa_embed.train.data.rows import numbered
+from cocoa_embed.train.loop import stage_trainer
 from cocoa_embed.train.plan.cards import CARDS
-from cocoa_embed.train.plan.cost import batch_shape
+from cocoa_embed.train.plan.cost import StepCost, batch_shape
 from cocoa_embed.train.plan.fit import GB, fit_to_card
 from cocoa_embed.train.plan.meter import StageMeter
 from cocoa_embed.train.settings import StageSettings
+from cocoa_embed.train.stages.bridge.model import BridgeModel
 from cocoa_embed.train.stages.stage import Stage
+from cocoa_embed.train.stages.warmup.model import WarmupModel
 from shared.models import MODELS, model_config, stand_in_processor
+from steps.sides import PlainModel, peft_adapter
 
 GIB = 2**30
 WORD = "the "
@@ -60,6 +68,11 @@ SETTINGS = {
 
 VARIANT_ROWS = 8
 
+PLAIN = {
+    "full fine-tuning": [f"{stage}.adapter=null" for stage in ("warmup", "bridge")],
+    "DoRA, dropout 0.1": [],
+}
+
 VARIANTS = {
     "the recipe: DoRA, dropout 0.1, checkpointing": ["gradient_checkpointing=true"],
     "DoRA, dropout 0": ["gradient_checkpointing=true", "contrastive.adapter.dropout=0"],
@@ -77,6 +90,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipes", nargs="*", choices=[[], *SETTINGS], metavar="RECIPE", help="all by default")
     parser.add_argument("--variants", action="store_true", help="one mini-batch at 2B with different adapters instead")
+    parser.add_argument("--plain", action="store_true", help="warm-up and bridge at 2B beside the plain way instead")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser.parse_args()
 
@@ -165,6 +179,63 @@ def measure_variants() -> dict[str, Any]:
     return results
 
 
+class PlainMeter(StageMeter):
+    """A stage in the plain way, without checkpointing."""
+
+    def __init__(self, *args: Any) -> None:
+        with patch.object(stage_trainer, "prepare_trainable", plain_adapter):
+            super().__init__(*args)
+        for each in self._variants:
+            each.trainer.model = Plain(each.trainer.model)
+
+
+class Plain(PlainModel):
+    def __init__(self, ours: WarmupModel | BridgeModel) -> None:
+        super().__init__(ours)
+        visual: Any = ours.backbone.base_model.visual
+        for block in visual.blocks:
+            block.attn.config = visual.config
+
+    def forward(self, totals: object, **batch: Tensor) -> dict[str, Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return {"loss": super().forward(**batch)["loss"]}
+
+
+def plain_adapter(model: PreTrainedModel, settings: StageSettings, **_: bool) -> None:
+    if settings.adapter is not None:
+        peft_adapter(model, settings.adapter)
+
+
+def measure_plain() -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    with TemporaryDirectory() as folder:
+        for name, changes in PLAIN.items():
+            recipe = Recipe.load("qwen2-vl-2b", ["gradient_checkpointing=false", *changes])
+            backbone = open_backbone(recipe)
+            row = draw_row(Path(folder), backbone[1])
+            for key, stage in list(recipe.stages.items())[:2]:
+                batch = stage.sequences(numbered([row])[0], backbone[1], backbone[0])[0]
+                useful = VARIANT_ROWS * StepCost.of(backbone[0], stage.settings).of_shape(batch_shape(batch))
+                for kind in (StageMeter, PlainMeter):
+                    meter = kind(stage, *backbone, [row], CARDS["h100"])
+                    cost = meter.mini_batch(0, VARIANT_ROWS)
+                    results[f"{key}, {name}, {'plain' if kind is PlainMeter else 'ours'}"] = {
+                        **asdict(cost),
+                        "eager_seconds": cost.eager_seconds,
+                        "mfu": useful / cost.seconds / CARDS["h100"].bf16,
+                        "memory_bytes": sum(meter.state_bytes().values()) + cost.peak_bytes,
+                        "peak_bytes": cost.peak_bytes,
+                    }
+    return results
+
+
+def show_plain(results: dict[str, Any]) -> None:
+    print("| stage | ms a mini-batch | kernels | memory GiB | above the model GiB | MFU |\n|---|---|---|---|---|---|")
+    for name, each in results.items():
+        memory = " | ".join(f"{each[key] / GIB:.1f}" for key in ("memory_bytes", "peak_bytes"))
+        print(f"| {name} | {each['seconds'] * 1000:,.0f} | {each['kernels']:,.0f} | {memory} | {each['mfu']:.0%} |")
+
+
 def show(results: dict[str, Any]) -> None:
     print("| recipe | on | stage | ms a mini-batch | s a step | memory GiB | hours |\n|---|---|---|---|---|---|---|")
     for name, result in results.items():
@@ -192,11 +263,16 @@ def cells_of(stage: dict[str, Any]) -> list[str]:
 def main() -> None:
     options = parse()
     torch.set_num_threads(1)
-    results = measure_variants() if options.variants else measure(options.recipes or list(SETTINGS))
+    if options.variants:
+        results, shown = measure_variants(), show_variants
+    elif options.plain:
+        results, shown = measure_plain(), show_plain
+    else:
+        results, shown = measure(options.recipes or list(SETTINGS)), show
     if options.json:
         print(json.dumps(results, indent=2))
     else:
-        (show_variants if options.variants else show)(results)
+        shown(results)
 
 
 if __name__ == "__main__":

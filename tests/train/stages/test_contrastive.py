@@ -1,6 +1,6 @@
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.evaluation.geometry import geometry
 from cocoa_embed.model.backbone import Backbone
+from cocoa_embed.model.forward_inputs import HostTensor
 from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.loop.batch_facts import FACTS
 from cocoa_embed.train.loop.callbacks import LogLastStep
 from cocoa_embed.train.loop.processes import meet
 from cocoa_embed.train.loop.trainer import Probe, StageContext
+from cocoa_embed.train.stages.contrastive import loss as loss_module
 from cocoa_embed.train.stages.contrastive.loss import CachedRankingLoss, contrastive_loss
 from cocoa_embed.train.stages.contrastive.mini_batches import TokenLimits
 from cocoa_embed.train.stages.contrastive.model import as_sentence_transformer, embedding_probe
@@ -31,6 +33,7 @@ from cocoa_embed.train.stages.contrastive.patches import normalise_patches, prep
 from cocoa_embed.train.stages.contrastive.settings import ContrastiveSettings
 from cocoa_embed.train.stages.contrastive.stage import Contrastive
 from cocoa_embed.train.stages.contrastive.trainer import ContrastiveTrainer
+from cocoa_embed.train.stages.sentence_inputs import keep_on_host
 
 BATCH = 8
 
@@ -214,6 +217,19 @@ def test_equal_positives_leave_nothing_to_contrast_and_two_classes_the_other_cla
     alone = scores[-1].logsumexp(0) + scores[:, -1].logsumexp(0) - 2 * own[-1]
     found = contrastive_loss(model, settings, limits)(features[:2], content)
     assert found.item() == pytest.approx(((two + alone) / 2 / BATCH).item(), rel=1e-4)
+
+
+def test_the_draws_of_both_passes_are_those_of_the_device_of_the_weights(
+    model: SentenceTransformer, features: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of the inputs, which stay on the CPU: dropout would hide other values in the second pass."""
+    watched: list[Tensor] = []
+    monkeypatch.setattr(loss_module, "RandContext", lambda *tensors: watched.extend(tensors) or nullcontext())
+    columns = [keep_on_host(column) for column in features[:2]]
+    assert isinstance(columns[0]["input_ids"], HostTensor), "a premise"
+    contrastive_loss(model, section(), TokenLimits(40, 40))(columns, torch.arange(2 * BATCH).view(BATCH, 2))
+    assert len(watched) > 2
+    assert all(each is next(model.parameters()) for each in watched)
 
 
 def test_more_dimensions_than_the_model_has_are_refused(tiny_backbone: Backbone) -> None:
