@@ -50,7 +50,6 @@ TINY_SETTINGS = (
     "contrastive.learning_rate=6.0e-4",
     # Divides every number of pairs, so that all batches have the same size.
     "contrastive.batch_size=50",
-    "contrastive.mini_batch_size=50",
 )
 REDUCED = Sizes(8000, 320, 1000, 300, 480, 40, variant_part=0.5, equal_fractions=(0.1, 1.0), captions_as_pairs=False)
 PROFILES = {"reduced": REDUCED, "full": Sizes(40_000, 2000, 1000, 300, 3000, 150)}

@@ -2,13 +2,15 @@
 
     python benchmarks/roofline.py [RECIPE...] [--json]
     python benchmarks/roofline.py --variants
+    python benchmarks/roofline.py --plain
 
 No GPU and no weights: the stages' own trainers, models and batches run without numbers (``train/plan/meter.py``), at
 the depths that tell what a layer costs. A kernel takes the longest of its launch, its bytes and its FLOPs. Trust the
 ratios; nothing is said of waiting for data, of the host or of other devices.
 
 A row has an image of 256 visual tokens with 64 tokens of text, and a text of 40 tokens. ``--variants`` measures one
-mini-batch of the contrastive stage of Qwen2-VL-2B with different adapters.
+mini-batch of the contrastive stage of Qwen2-VL-2B with different adapters, ``--plain`` one of warm-up and of bridge
+beside the plain way: the stock class with logits of all tokens and PEFT's adapter, without packed vision attention.
 """
 
 import argparse
@@ -18,19 +20,28 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from PIL import Image
-from transformers import PreTrainedConfig, ProcessorMixin
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.model.backbone import load_processor, read_config
 from cocoa_embed.train import Recipe
+from cocoa_embed.train.data.rows import numbered
+from cocoa_embed.train.loop import stage_trainer
 from cocoa_embed.train.plan.cards import CARDS
+from cocoa_embed.train.plan.cost import StepCost, batch_shape
+from cocoa_embed.train.plan.fit import GB, fit_to_card
 from cocoa_embed.train.plan.meter import StageMeter
 from cocoa_embed.train.settings import StageSettings
+from cocoa_embed.train.stages.bridge.model import BridgeModel
 from cocoa_embed.train.stages.stage import Stage
+from cocoa_embed.train.stages.warmup.model import WarmupModel
 from shared.models import MODELS, model_config, stand_in_processor
+from steps.sides import PlainModel, peft_adapter
 
 GIB = 2**30
 WORD = "the "
@@ -55,11 +66,21 @@ SETTINGS = {
     "tiny": Setting("h100", 1, 4_000),
 }
 
+VARIANT_ROWS = 8
+
+PLAIN = {
+    "full fine-tuning": [f"{stage}.adapter=null" for stage in ("warmup", "bridge")],
+    "DoRA, dropout 0.1": [],
+}
+
 VARIANTS = {
-    "the recipe": [],
-    "DoRA, dropout 0": ["contrastive.adapter.dropout=0"],
-    "LoRA, dropout 0.1": ["contrastive.adapter.kind=lora"],
-    "LoRA, dropout 0": ["contrastive.adapter.kind=lora", "contrastive.adapter.dropout=0"],
+    "the recipe: DoRA, dropout 0.1, checkpointing": ["gradient_checkpointing=true"],
+    "DoRA, dropout 0": ["gradient_checkpointing=true", "contrastive.adapter.dropout=0"],
+    "LoRA, dropout 0.1": ["gradient_checkpointing=true", "contrastive.adapter.kind=lora"],
+    "LoRA, dropout 0": [
+        *("gradient_checkpointing=true", "contrastive.adapter.kind=lora", "contrastive.adapter.dropout=0"),
+    ],
+    "the recipe, no checkpointing": ["gradient_checkpointing=false"],
     "DoRA, dropout 0, no checkpointing": ["contrastive.adapter.dropout=0", "gradient_checkpointing=false"],
     "full fine-tuning, no checkpointing": ["contrastive.adapter=null", "gradient_checkpointing=false"],
 }
@@ -69,6 +90,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipes", nargs="*", choices=[[], *SETTINGS], metavar="RECIPE", help="all by default")
     parser.add_argument("--variants", action="store_true", help="one mini-batch at 2B with different adapters instead")
+    parser.add_argument("--plain", action="store_true", help="warm-up and bridge at 2B beside the plain way instead")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser.parse_args()
 
@@ -93,29 +115,43 @@ def draw_row(folder: Path, processor: ProcessorMixin) -> Row:
 
 
 def step(
-    stage: Stage[StageSettings], row: Row, backbone: tuple[PreTrainedConfig, ProcessorMixin], where: Setting
+    stage: Stage[StageSettings],
+    row: Row,
+    backbone: tuple[PreTrainedConfig, ProcessorMixin],
+    where: Setting,
+    sequences: int | None = None,
 ) -> dict[str, Any]:
-    """Return what a step of a stage costs one device, by mini-batch."""
+    """Return what a step of a stage costs one device, by mini-batch.
+
+    :param sequences: Of a mini-batch, instead of what fits.
+    """
     alike, card = stage.alike(row), CARDS[where.card]
     meter = StageMeter(stage, *backbone, alike, card)
-    at_once, on_device = stage.sequences_at_once(where.devices), stage.settings.batch_size // where.devices
-    mini_batches = [meter.mini_batch(place, at_once) for place in range(len(alike))]
-    seconds = sum(each.seconds for each in mini_batches) * on_device / at_once + meter.optimizer_seconds
-    flops = sum(each.flops for each in mini_batches) * on_device / at_once
+    on_device, (config, processor) = stage.settings.batch_size // where.devices, backbone
+    shapes = [batch_shape(each) for each in stage.sequences(numbered([row])[0], processor, config)]
+    chosen = fit_to_card(stage, meter, shapes, where.devices, card.memory * GB)
+    at_once = [sequences or chosen.sequences(stage, where.devices, shape) for shape in shapes]
+    mini_batches = [meter.mini_batch(place, count) for place, count in enumerate(at_once)]
+    passes = [(on_device / count, each) for count, each in zip(at_once, mini_batches, strict=True)]
+    seconds = sum(count * each.seconds for count, each in passes) + meter.optimizer_seconds
+    eager_seconds = sum(count * each.eager_seconds for count, each in passes) + meter.optimizer_seconds
+    flops = sum(count * each.flops for count, each in passes)
     settings, parameters = stage.settings, meter.parameters
     epochs_steps = -(-where.rows * (settings.epochs or 0) * stage.passes_per_epoch // settings.batch_size)
     steps = settings.steps or max(int(epochs_steps), settings.min_steps or 1)
-    states = parameters.bytes + 3 * parameters.trainable_bytes
     return {
         "stage": stage.name,
         "mini_batches": [asdict(each) for each in mini_batches],
         "rows_at_once": at_once,
+        "sizes_at_once": chosen.sizes,
+        "gradient_checkpointing": chosen.recomputes,
         "seconds_per_step": seconds,
+        "eager_seconds_per_step": eager_seconds,
         "flops_per_step": flops,
         "steps": steps,
         "hours": steps * seconds / 3600,
         "parameters": asdict(parameters),
-        "memory_bytes": states + max(each.peak_bytes for each in mini_batches),
+        "memory_bytes": sum(meter.state_bytes().values()) + max(each.peak_bytes for each in mini_batches),
     }
 
 
@@ -139,8 +175,65 @@ def measure_variants() -> dict[str, Any]:
             recipe = Recipe.load("qwen2-vl-2b", changes)
             backbone = open_backbone(recipe)
             row = draw_row(Path(folder), backbone[1])
-            results[name] = step(recipe.stages["contrastive"], row, backbone, Setting())
+            results[name] = step(recipe.stages["contrastive"], row, backbone, Setting(), VARIANT_ROWS)
     return results
+
+
+class PlainMeter(StageMeter):
+    """A stage in the plain way, without checkpointing."""
+
+    def __init__(self, *args: Any) -> None:
+        with patch.object(stage_trainer, "prepare_trainable", plain_adapter):
+            super().__init__(*args)
+        for each in self._variants:
+            each.trainer.model = Plain(each.trainer.model)
+
+
+class Plain(PlainModel):
+    def __init__(self, ours: WarmupModel | BridgeModel) -> None:
+        super().__init__(ours)
+        visual: Any = ours.backbone.base_model.visual
+        for block in visual.blocks:
+            block.attn.config = visual.config
+
+    def forward(self, totals: object, **batch: Tensor) -> dict[str, Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return {"loss": super().forward(**batch)["loss"]}
+
+
+def plain_adapter(model: PreTrainedModel, settings: StageSettings, **_: bool) -> None:
+    if settings.adapter is not None:
+        peft_adapter(model, settings.adapter)
+
+
+def measure_plain() -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    with TemporaryDirectory() as folder:
+        for name, changes in PLAIN.items():
+            recipe = Recipe.load("qwen2-vl-2b", ["gradient_checkpointing=false", *changes])
+            backbone = open_backbone(recipe)
+            row = draw_row(Path(folder), backbone[1])
+            for key, stage in list(recipe.stages.items())[:2]:
+                batch = stage.sequences(numbered([row])[0], backbone[1], backbone[0])[0]
+                useful = VARIANT_ROWS * StepCost.of(backbone[0], stage.settings).of_shape(batch_shape(batch))
+                for kind in (StageMeter, PlainMeter):
+                    meter = kind(stage, *backbone, [row], CARDS["h100"])
+                    cost = meter.mini_batch(0, VARIANT_ROWS)
+                    results[f"{key}, {name}, {'plain' if kind is PlainMeter else 'ours'}"] = {
+                        **asdict(cost),
+                        "eager_seconds": cost.eager_seconds,
+                        "mfu": useful / cost.seconds / CARDS["h100"].bf16,
+                        "memory_bytes": sum(meter.state_bytes().values()) + cost.peak_bytes,
+                        "peak_bytes": cost.peak_bytes,
+                    }
+    return results
+
+
+def show_plain(results: dict[str, Any]) -> None:
+    print("| stage | ms a mini-batch | kernels | memory GiB | above the model GiB | MFU |\n|---|---|---|---|---|---|")
+    for name, each in results.items():
+        memory = " | ".join(f"{each[key] / GIB:.1f}" for key in ("memory_bytes", "peak_bytes"))
+        print(f"| {name} | {each['seconds'] * 1000:,.0f} | {each['kernels']:,.0f} | {memory} | {each['mfu']:.0%} |")
 
 
 def show(results: dict[str, Any]) -> None:
@@ -160,19 +253,26 @@ def show_variants(results: dict[str, Any]) -> None:
 
 
 def cells_of(stage: dict[str, Any]) -> list[str]:
-    times = ", ".join(f"{each['seconds'] * 1000:,.0f}" for each in stage["mini_batches"])
+    counted = zip(stage["mini_batches"], stage["rows_at_once"], strict=True)
+    times = ", ".join(f"{each['seconds'] * 1000:,.0f} ({rows} rows)" for each, rows in counted)
+    how = ", checkpointing" * stage["gradient_checkpointing"]
     memory = f"{stage['memory_bytes'] / GIB:.1f}"
-    return [stage["stage"], f"{times} ({stage['rows_at_once']} rows)", f"{stage['seconds_per_step']:.2f}", memory]
+    return [stage["stage"], times + how, f"{stage['seconds_per_step']:.2f}", memory]
 
 
 def main() -> None:
     options = parse()
     torch.set_num_threads(1)
-    results = measure_variants() if options.variants else measure(options.recipes or list(SETTINGS))
+    if options.variants:
+        results, shown = measure_variants(), show_variants
+    elif options.plain:
+        results, shown = measure_plain(), show_plain
+    else:
+        results, shown = measure(options.recipes or list(SETTINGS)), show
     if options.json:
         print(json.dumps(results, indent=2))
     else:
-        (show_variants if options.variants else show)(results)
+        shown(results)
 
 
 if __name__ == "__main__":

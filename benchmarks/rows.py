@@ -104,7 +104,8 @@ def start(out: Path, data: Path, began: float, saves: bool) -> None:
 
     CocoaTrainer.training_step = first_step  # type: ignore[method-assign]
     save, CocoaTrainer._save_checkpoint = CocoaTrainer._save_checkpoint, saved  # type: ignore[method-assign]
-    settings = {"steps": 2000, "batch_size": OPTIONS.batch_size, "mini_batch_size": 8, "save_steps": 1}
+    settings = {"steps": 2000, "batch_size": OPTIONS.batch_size, "save_steps": 1}
+    settings |= {} if OPTIONS.stage == "contrastive" else {"mini_batch_size": 8}
     values = {"name": "rows", "backbone": "scene-captioner", "max_length": 256, "data": {"mmeb": str(data)},
               OPTIONS.stage: settings}  # fmt: skip
     run(Recipe.parse(values), out, resume=True)

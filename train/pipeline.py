@@ -19,6 +19,7 @@ from cocoa_embed.model.training_record import TRAINING_FILE
 from cocoa_embed.train.data.broken_rows import unbroken
 from cocoa_embed.train.data.image_patches import trim_memory
 from cocoa_embed.train.data.lengths import row_lengths
+from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.loop.callbacks import (
     TENSORBOARD,
     SaveAndStop,
@@ -29,6 +30,7 @@ from cocoa_embed.train.loop.callbacks import (
     write_tensorboard,
 )
 from cocoa_embed.train.loop.checkpoints import newest_complete, read_complete, snapshot_folder, step_of
+from cocoa_embed.train.loop.memory_trial import fit_to_memory, recompute_activations
 from cocoa_embed.train.loop.oom import explain_out_of_memory
 from cocoa_embed.train.loop.processes import by_first_process, refuse_idle_accelerators, taking_turns, training_patience
 from cocoa_embed.train.loop.run_record import RecordProgress, StageResult, record_begin, update_stage, write_record
@@ -92,6 +94,7 @@ def _run_stage(
         trainer = stage.trainer(backbone, rows, context)
         del backbone  # of which the trainer may not need the head
         trim_memory()
+    choose_sizes(stage, trainer, rows)
     trainer.resume_clock(0.0 if checkpoint is None else float(read_complete(checkpoint)["seconds"]))
     save = partial(_save, stage, prepared, before, trainer, processor)
     if trainer.is_world_process_zero():
@@ -145,9 +148,21 @@ def load_weights(recipe: Recipe, start: str, attention: str) -> Backbone:
         max_pixels=recipe.max_pixels,
         bidirectional=recipe.bidirectional,
     )
-    if recipe.gradient_checkpointing:
+    if recipe.gradient_checkpointing is True:
         backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
     return backbone
+
+
+def choose_sizes(stage: Stage[StageSettings], trainer: CocoaTrainer, rows: RowTable) -> None:
+    """Choose a stage's ``auto`` settings by the memory of the devices; every process calls this before training.
+
+    On a CPU nothing is tried, nor with sharded weights, where activations are always recomputed.
+    """
+    recompute = stage.run.gradient_checkpointing
+    if trainer.is_fsdp_enabled and recompute == "auto":
+        recompute_activations(trainer, on=True)
+    elif trainer.accelerator.device.type != "cpu" and not trainer.is_fsdp_enabled:
+        fit_to_memory(trainer, stage.trials(trainer, rows), recompute)
 
 
 def stage_context(

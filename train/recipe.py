@@ -29,6 +29,9 @@ YAML_NULLS = ("", "~", "null")
 LOCAL_PREFIXES = (".", "/", "~")
 """A name that begins like this is a path, and not a name on the hub."""
 
+UNION_MEMBERS = frozenset({"bool", "constrained-int", "literal['auto']"})
+"""What pydantic adds to the name of a setting that takes ``auto``, too."""
+
 OTHER_LENGTH = {"steps": ("epochs", "min_steps"), "epochs": ("steps",)}
 """The keys of a stage's length, and those that an override of one replaces."""
 
@@ -255,7 +258,7 @@ def _types_in(annotation: object) -> list[object]:
 
 
 def _describe(recipe: type[Recipe], fault: ErrorDetails) -> str:
-    location = [str(part) for part in fault["loc"]]
+    location = [str(part) for part in fault["loc"] if part not in UNION_MEMBERS]
     name = ".".join(location)
     if fault["type"] == "extra_forbidden":
         return f"unknown key {name!r} {_hint(recipe, location)}"

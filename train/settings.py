@@ -18,7 +18,13 @@ Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
 
+Auto: TypeAlias = Literal["auto"]
+"""Chosen by the memory of the device when a stage begins."""
+
 CaptionChoice: TypeAlias = Literal["text", "captions"]
+
+MOST_AUTO_ROWS = 16
+"""Rows of a micro-batch that is chosen where nothing is tried: on a CPU, with sharded weights, and in plans."""
 
 SOURCE_KINDS = ("folder", "file", "webdataset", "mmeb", "hub")
 """The keys of ``SourceSettings`` of which a source gives exactly one."""
@@ -145,8 +151,6 @@ class StageSettings(Settings):
     :param steps: Optimisation steps; or give ``epochs``.
     :param min_steps: With ``epochs``, the fewest steps: a small set is drawn more often.
     :param batch_size: Rows per step, over all devices.
-    :param mini_batch_size: Rows that a device runs at once; all of its part of the batch by default. Lower it when
-        memory runs out: it does not change what is learned.
     :param adapter: Train an adapter instead of the weights.
     :param freeze_vision: Do not train the vision encoder.
     :param warmup_steps: Steps in which the learning rate rises.
@@ -164,7 +168,6 @@ class StageSettings(Settings):
     epochs: Rate | None = None
     min_steps: Positive | None = None
     batch_size: Positive
-    mini_batch_size: Positive | None = None
     adapter: AdapterSettings | None = None
     freeze_vision: bool = False
     learning_rate: Rate = 2e-5
@@ -182,6 +185,15 @@ class StageSettings(Settings):
         """Whether the stage has an adapter in the vision encoder."""
         return self.adapter is not None and not self.freeze_vision
 
+    def sizes_at_once(self, rows: int) -> list[int]:
+        """Return how many of a device's ``rows`` of a step may make a micro-batch, the largest first."""
+        return [rows]
+
+    def rows_at_once(self, rows: int) -> int:
+        """Return how many of a device's ``rows`` of a step make a micro-batch, where memory does not decide."""
+        sizes = self.sizes_at_once(rows)
+        return next((size for size in sizes if size <= MOST_AUTO_ROWS), sizes[-1])
+
     @model_validator(mode="after")
     def _check_together(self) -> "StageSettings":
         if (self.steps is None) == (self.epochs is None):
@@ -196,10 +208,19 @@ class StageSettings(Settings):
 class ReconstructionSettings(StageSettings):
     """The settings of a stage that reconstructs masked parts of its rows.
 
+    :param mini_batch_size: Rows that a device runs at once; all of its part of the batch by default. Lower it when
+        memory runs out: it does not change what is learned. ``auto``: as many as fit into the device's memory.
     :param group_by_length: Put rows of similar length into one batch, so that there is little padding.
     """
 
+    mini_batch_size: Positive | Auto | None = None
     group_by_length: bool = True
+
+    def sizes_at_once(self, rows: int) -> list[int]:
+        """Return how many of a device's ``rows`` of a step may make a micro-batch, the largest first."""
+        if self.mini_batch_size == "auto":
+            return [size for size in range(rows, 0, -1) if rows % size == 0]
+        return [min(self.mini_batch_size or rows, rows)]
 
 
 class PromptSettings(Settings):
@@ -223,7 +244,11 @@ class RunSettings(Settings):
     :param attn_implementation: ``flex_attention`` skips what the bridge mask hides, on CUDA; at short sequences sdpa is
         as fast (docs/experiments.md, section 10).
     :param bidirectional: False leaves the language model causal in every stage, for comparison.
-    :param gradient_checkpointing: Recompute activations in the backward pass instead of storing them.
+    :param gradient_checkpointing: Recompute activations in the backward pass instead of storing them. ``auto``: only if
+        they do not fit into the device's memory; on a CPU, never.
+    :param vision_cache: A folder that keeps what a frozen vision encoder makes of each image, for later epochs, stages
+        and runs; several processes may share it.
+    :param vision_cache_gb: The most gigabytes in ``vision_cache``.
     :param compile: Compile the language model's layers, which takes the first steps a minute or more; where that fails,
         they run as they are, with a warning.
     :param sharding: ``fsdp2`` shards weights, gradients and optimiser states over the devices, in stages that allow it.
@@ -240,7 +265,9 @@ class RunSettings(Settings):
     mixed_precision: Literal["no", "bf16"] = "no"
     attn_implementation: Literal["sdpa", "eager", "flex_attention"] = "sdpa"
     bidirectional: bool = True
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Auto = False
+    vision_cache: Path | None = None
+    vision_cache_gb: Rate = 100
     compile: bool = False
     sharding: Literal["none", "fsdp2"] = "none"
     workers: Count | None = None

@@ -14,7 +14,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from cocoa_embed.train.loop.oom import explain_out_of_memory
 from cocoa_embed.train.loop.processes import taking_turns
-from cocoa_embed.train.pipeline import load_weights, stage_context
+from cocoa_embed.train.pipeline import choose_sizes, load_weights, stage_context
 from cocoa_embed.train.plan.checks import Prepared
 from cocoa_embed.train.settings import StageSettings
 from cocoa_embed.train.stages.stage import Stage
@@ -56,11 +56,13 @@ def seconds_per_step(prepared: Prepared) -> dict[str, float]:
 
 def _time(stage: Stage[StageSettings], prepared: Prepared, start: str, folder: Path) -> float:
     steps = {**prepared.steps, stage.name: 1 + TIMED_STEPS}
+    rows = prepared.rows[stage.name].rows
     with taking_turns():
         backbone = load_weights(prepared.recipe, start, stage.attention())
         context = stage_context(stage, replace(prepared, steps=steps), backbone.model, backbone.processor, folder)
         context = replace(context, arguments={**context.arguments, "save_strategy": "no", "report_to": "none"})
-        trainer, watch = stage.trainer(backbone, prepared.rows[stage.name].rows, context), Stopwatch()
+        trainer, watch = stage.trainer(backbone, rows, context), Stopwatch()
+    choose_sizes(stage, trainer, rows)
     trainer.probe = None
     for shown in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(shown)

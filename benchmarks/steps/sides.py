@@ -103,7 +103,10 @@ def build(
     make_bidirectional(model)
     if options.adapter:
         settings = AdapterSettings(kind=options.adapter, dropout=options.dropout)
-        (peft_adapter if options.peft else add_adapter)(model, settings)
+        if options.peft:
+            peft_adapter(model, settings)
+        else:
+            add_adapter(model, settings, bf16=device.type == "cuda")
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     is_ours = options.side == "ours"

@@ -206,6 +206,9 @@ def stage_facts(stage: StagePlan, card: str | None) -> Iterator[tuple[str, str]]
         of_step += " and {hard_negatives} hard negatives each" if held["hard_negatives"] else ""
         yield "a step", of_step.format(**held)
     yield "tokens", f"about {stage.tokens_per_step:,.0f} a step"
+    if chosen := [f"{size:,} {kind}" for kind, size in stage.sizes_at_once.items()]:
+        how = "with" if stage.gradient_checkpointing else "without"
+        yield "at once", f"{', '.join(chosen)} fit, {how} gradient checkpointing"
     kept = [f"{name} {binary_size(size)}" for name, size in stage.memory_bytes.items() if size and name != "total"]
     yield "memory", f"about {binary_size(stage.memory_bytes['total'])} a device ({', '.join(kept)})"
     yield "disk", f"up to three checkpoints of {binary_size(stage.checkpoint_bytes)} while it runs"

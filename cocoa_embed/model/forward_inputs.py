@@ -94,32 +94,11 @@ class HostInputs:
         positions, _ = self._model.get_rope_index(
             ids, mm_token_type_ids=kinds, image_grid_thw=grids, attention_mask=mask
         )
-        return {**batch, "position_ids": positions, **self.of_images(grids)}
+        return {**batch, "position_ids": positions, **image_inputs(grids, self.config.vision_config)}
 
     def after(self, collate: Callable[[Any], Mapping[str, Any]]) -> Callable[[Any], dict[str, Any]]:
         """Return a collator that adds to the batches of another."""
         return partial(_collate, self, collate)
-
-    def of_images(self, grids: Tensor) -> dict[str, Any]:
-        """Return the part of the result that depends on ``image_grid_thw`` alone, with the grids."""
-        if not TAKES_PREPARED_VISION:
-            return {"image_grid_thw": on_host(grids)}
-        from transformers import vision_utils as made
-
-        vision = self.config.vision_config
-        merge_size, window_size = vision.spatial_merge_size, vision.to_dict().get("window_size")
-        boundaries = made.get_vision_cu_seqlens(grids)
-        found = {
-            "grid_thw": on_host(grids),
-            "position_ids": made.get_vision_position_ids(grids, merge_size),
-            "cu_seqlens": on_host(boundaries),
-            "max_seqlen": int(boundaries.diff().max()),
-        }
-        if window_size is not None:
-            index, boundaries = made.get_vision_window_index(grids, merge_size, window_size, vision.patch_size)
-            found |= {"window_index": index, "cu_window_seqlens": on_host(boundaries)}
-            found["max_window_seqlen"] = int(boundaries.diff().max())
-        return {f"image_{name}": value for name, value in found.items()}
 
 
 def _collate(
@@ -128,6 +107,30 @@ def _collate(
     examples: Any,  # noqa: ANN401
 ) -> dict[str, Any]:
     return prepare(collate(examples))
+
+
+def image_inputs(grids: Tensor, config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the part of what ``HostInputs`` adds that depends on ``image_grid_thw`` alone, with the grids.
+
+    :param config: Of the vision encoder.
+    """
+    if not TAKES_PREPARED_VISION:
+        return {"image_grid_thw": on_host(grids)}
+    from transformers import vision_utils as made
+
+    merge_size, window_size = config.spatial_merge_size, config.to_dict().get("window_size")
+    boundaries = made.get_vision_cu_seqlens(grids)
+    found = {
+        "grid_thw": on_host(grids),
+        "position_ids": made.get_vision_position_ids(grids, merge_size),
+        "cu_seqlens": on_host(boundaries),
+        "max_seqlen": int(boundaries.diff().max()),
+    }
+    if window_size is not None:
+        index, boundaries = made.get_vision_window_index(grids, merge_size, window_size, config.patch_size)
+        found |= {"window_index": index, "cu_window_seqlens": on_host(boundaries)}
+        found["max_window_seqlen"] = int(boundaries.diff().max())
+    return {f"image_{name}": value for name, value in found.items()}
 
 
 def with_host_inputs(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -49,7 +49,9 @@ def test_the_vision_encoder_is_given_what_it_would_compute_itself(
         assert prepared[longest] == batch["image_grid_thw"].prod(1).max()
     assert ("image_window_index" in prepared) is (family == "qwen2_5_vl")
     on_cpu = {name for name, value in prepared.items() if isinstance(value, HostTensor)}
-    assert on_cpu == {"image_grid_thw", "image_cu_seqlens"} | ({"image_cu_window_seqlens"} & prepared.keys())
+    assert on_cpu == {"image_grid_thw", "image_digests", "image_cu_seqlens"} | (
+        {"image_cu_window_seqlens"} & prepared.keys()
+    )
 
 
 def test_visual_tokens_that_are_not_those_of_the_images_are_refused(

@@ -64,6 +64,9 @@ def test_a_recipe_takes_the_rest_from_the_method(recipe_file: Path) -> None:
         ("bridge.min_steps=9", "bridge: min_steps belongs to epochs; leave it out beside steps"),
         ("bridge={steps: 1, epochs: 1, batch_size: 1}", "bridge: give either steps or epochs"),
         ("bridge.steps=2.5", "bridge.steps = 2.5: input should be a valid integer"),
+        ("contrastive.mini_batch_tokens=0", "contrastive.mini_batch_tokens = 0: input should be greater than 0"),
+        ("warmup.mini_batch_size=all", "warmup.mini_batch_size = 'all': input should be 'auto'"),
+        ("contrastive.mini_batch_size=8", "unknown key 'contrastive.mini_batch_size'"),
         ("bridge.mask_ratio=1.5", "bridge.mask_ratio = 1.5: input should be less than or equal to 1"),
         ("bridge.mask_ratio=0", "bridge.mask_ratio = 0: input should be greater than 0"),
         ("bridge.schedule=triangle", "bridge.schedule = 'triangle': input should be 'linear'"),
@@ -174,8 +177,8 @@ def test_the_mmeb_layout_alone_stands_for_its_in_domain_subsets(tmp_path: Path) 
 PAPER = {
     "warmup": {"steps": 3000, "batch_size": 128, "warmup_steps": 100},
     "bridge": {"epochs": 2, "batch_size": 64, "warmup_steps": 100, "mask_ratio": 0.7},
-    "contrastive": {"steps": 2000, "batch_size": 1024, "warmup_steps": 200, "mini_batch_size": 8, "temperature": 0.02,
-                    "directions": "forward"},
+    "contrastive": {"steps": 2000, "batch_size": 1024, "warmup_steps": 200, "mini_batch_tokens": "auto",
+                    "temperature": 0.02, "directions": "forward"},
 }  # fmt: skip
 ADAPTER = {"kind": "dora", "r": 8, "alpha": 64, "dropout": 0.1}
 

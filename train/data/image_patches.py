@@ -1,10 +1,12 @@
 """From image files to the patches of a batch: one image in memory at a time, as bytes until the model runs."""
 
 import ctypes
+import hashlib
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
@@ -58,6 +60,20 @@ def normalised(patches: Tensor, image_processor: Any) -> Tensor:  # noqa: ANN401
     mean, std = tuple(image_processor.image_mean), tuple(image_processor.image_std)
     pixels = image_processor.rescale_and_normalize(images, True, image_processor.rescale_factor, True, mean, std)
     return pixels[:, :, None].expand(-1, -1, image_processor.temporal_patch_size, -1, -1).flatten(1)
+
+
+def patch_digests(patches: Tensor, grids: Tensor, image_processor: Any) -> Tensor:  # noqa: ANN401
+    """Return digests of images as the vision encoder sees them, int64 ``[images, 2]``: of patches, grid and scale.
+
+    :param patches: From ``image_patches``, with its ``image_grid_thw``.
+    """
+    scale = [image_processor.rescale_factor, *image_processor.image_mean, *image_processor.image_std]
+    digests = []
+    for own, grid in zip(patches.split(grids.prod(dim=1).tolist()), grids.tolist(), strict=True):
+        digest = hashlib.blake2b(own.numpy(), digest_size=16)
+        digest.update(repr((grid, scale)).encode())
+        digests.append(np.frombuffer(digest.digest(), np.int64))
+    return torch.from_numpy(np.stack(digests))
 
 
 def trim_memory() -> None:

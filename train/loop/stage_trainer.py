@@ -120,7 +120,8 @@ class StageTrainer(CocoaTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """Return the model's loss and keep its other scalars for the log."""
-        outputs = model(**inputs, totals=self._totals)
+        totals = self._totals or {name: len(each) for name, each in inputs.items() if name.startswith("target_")}
+        outputs = model(**inputs, totals=totals)
         for name, value in outputs.items():
             if name != "loss":
                 self._parts[name].append(value.detach())

@@ -37,8 +37,8 @@ BAD_ROWS_FILE = "bad_rows.jsonl"
 
 NOT_LEARNED = frozenset(
     {
-        *("workers", "report_to", "mini_batch_size", "gradient_checkpointing", "compile", "probe_steps", "save_steps"),
-        *("save_minutes", "on_bad_row"),
+        *("workers", "report_to", "mini_batch_size", "mini_batch_tokens", "gradient_checkpointing", "compile"),
+        *("probe_steps", "save_steps", "save_minutes", "on_bad_row", "vision_cache", "vision_cache_gb"),
     }
 )
 """Settings that may change when a run is resumed: they have no effect on the weights, or rows are compared for it."""

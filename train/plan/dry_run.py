@@ -24,6 +24,7 @@ from cocoa_embed.train.plan.advice import different_images, epoch_count
 from cocoa_embed.train.plan.cards import CARDS
 from cocoa_embed.train.plan.checks import CHECKPOINTS, Prepared, bad_rows, examine
 from cocoa_embed.train.plan.cost import BatchShape, StepCost, batch_shape
+from cocoa_embed.train.plan.fit import fit_to_card, memory_of
 from cocoa_embed.train.plan.meter import ADAM_MOMENTS, FULL, StageMeter
 from cocoa_embed.train.plan.stage_rows import Check
 from cocoa_embed.train.recipe import Recipe
@@ -70,6 +71,8 @@ class StagePlan:
     :param tokens_per_step: Tokens without padding, from a sample of the rows.
     :param flops: FLOPs of the remaining steps, forward and backward, from the same sample.
     :param rows_at_once: Rows that a device runs in one forward pass; in the contrastive stage, items.
+    :param sizes_at_once: What memory decides of that, for each kind of sequences: ``rows``, ``tokens of texts``...
+    :param gradient_checkpointing: Whether activations are recomputed.
     :param memory_bytes: Bytes on one device by use, if all rows of a forward pass are as long as the longest row of the
         sample, which has the longest text and the most images of all.
     :param checkpoint_bytes: Bytes of one checkpoint to resume from. While the stage trains there are up to three, in
@@ -95,6 +98,8 @@ class StagePlan:
     batch_size: int
     mean_batch_size: float
     rows_at_once: int
+    sizes_at_once: dict[str, int]
+    gradient_checkpointing: bool
     tokens_per_step: float
     flops: float
     memory_bytes: dict[str, int]
@@ -182,15 +187,16 @@ def _plan_stage(
     devices = PartialState().num_processes
     checkpoint = newest_complete(out / CHECKPOINTS / name) if prepared.is_resumed else None
     steps_done = 0 if checkpoint is None else step_of(checkpoint)
-    at_once = stage.sequences_at_once(devices)
     sample, largest = (
         _sequences(stage, rows, processor, config, data.on_bad_row)
         for rows in (sample_rows(read.rows, run.seed), largest_rows(read.rows))
     )
     typical = _typical(sample)
     longest = max((each for of_row in sample + largest for each in of_row), key=lambda each: each.shape.tokens)
-    measured = [longest, *(each for each, _ in typical)] if card else [longest]
+    measured = [longest, *(each for each, _ in typical)]
     meter = StageMeter(stage, config, processor, [each.alike for each in measured], CARDS[card or DEFAULT_CARD])
+    chosen = fit_to_card(stage, meter, [each.shape for each in measured], devices, memory_of(card))
+    at_once = [chosen.sequences(stage, devices, each.shape) for each in measured]
     counts, shards = meter.parameters, devices if run.sharding != "none" else 1
     batch_size = stage.mean_batch_size(read.rows)
     rows_on_device = stage.micro_batches(devices)[0] // devices
@@ -200,18 +206,18 @@ def _plan_stage(
     )
     width, frames = geometry.patch_width, geometry.temporal_patch_size
     memory = {
-        "weights": counts.bytes // shards,
-        "gradients": counts.trainable_bytes // shards,
-        "optimizer": ADAM_MOMENTS * FULL * counts.trainable // shards,
-        "activations": round(meter.mini_batch(0, at_once).peak_bytes),
+        **meter.state_bytes(shards),
+        "activations": round(meter.mini_batch(0, at_once[0]).peak_bytes),
         "inputs": round(rows_on_device * patches * (width // frames if stage.sends_uint8 else width * FULL)),
     }
     cost = StepCost.of(config, settings)
     flops_per_row = fmean(sum(cost.of_shape(each.shape) for each in of_row) for of_row in sample)
     seconds = None
     if card:
-        passes = [(place, batch_size * a_row / at_once) for place, (_, a_row) in enumerate(typical, 1)]
-        a_step = sum(count * meter.mini_batch(place, at_once).eager_seconds for place, count in passes)
+        a_step = sum(
+            batch_size * a_row / at_once[place] * meter.mini_batch(place, at_once[place]).eager_seconds
+            for place, (_, a_row) in enumerate(typical, 1)
+        )
         seconds = (steps - steps_done) * (a_step + meter.optimizer_seconds)
     return StagePlan(
         stage=name,
@@ -226,7 +232,9 @@ def _plan_stage(
         steps_done=steps_done,
         epochs=epoch_count(stage, read.rows, steps),
         batch_size=settings.batch_size,
-        rows_at_once=at_once,
+        rows_at_once=at_once[0],
+        sizes_at_once=chosen.sizes,
+        gradient_checkpointing=chosen.recomputes,
         mean_batch_size=batch_size,
         tokens_per_step=batch_size * fmean(sum(each.shape.tokens for each in of_row) for of_row in sample),
         flops=(steps - steps_done) * batch_size * flops_per_row,

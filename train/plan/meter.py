@@ -20,8 +20,10 @@ from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from cocoa_embed.data.rows import Row
 from cocoa_embed.model.backbone import SUPPORTED, Backbone
+from cocoa_embed.model.vision_attention import pack_vision_attention
 from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.loop.batch_facts import FACTS
+from cocoa_embed.train.loop.memory_trial import recompute_activations
 from cocoa_embed.train.loop.trainer import CocoaTrainer, StageContext
 from cocoa_embed.train.plan.cards import Card
 from cocoa_embed.train.plan.roofline import Cost, Roofline, Tally, as_on_cuda
@@ -96,9 +98,11 @@ class StageMeter:
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._roofline = Roofline(card, fake)
         self._batches: dict[tuple[int, int], dict[str, Any]] = {}
+        self._costs: dict[tuple[int, int, bool], Cost] = {}
         table = RowTable.of(row for row in rows for _ in range(2))  # a batch needs something to contrast
         self._sequences = [len(stage.alike(row)) for row in rows]
-        stage = _short(stage)
+        self._stage = stage = _short(stage)
+        self._recomputes = stage.run.gradient_checkpointing is True
         with _alone(), self._measuring():
             self._variants = [
                 _Variant(_trainer(stage, shallow, processor, table, fake), weight) for shallow, weight in depths(config)
@@ -127,8 +131,29 @@ class StageMeter:
         memory = {name: getattr(cost, name) for name in ("forward_bytes", "kept_bytes", "backward_bytes")}
         return replace(cost * (1 / self._sequences[place]), **memory)
 
+    def recompute_activations(self, *, on: bool) -> None:
+        """Turn gradient checkpointing on or off."""
+        self._recomputes = on
+        for each in self._variants:
+            recompute_activations(each.trainer, on=on)
+
+    def state_bytes(self, shards: int = 1) -> dict[str, int]:
+        """Return what a device holds between two passes, by use."""
+        counts = self.parameters
+        return {
+            "weights": counts.bytes // shards,
+            "gradients": counts.trainable_bytes // shards,
+            "optimizer": ADAM_MOMENTS * FULL * counts.trainable // shards,
+        }
+
     def cost(self, place: int, copies: int) -> Cost:
         """Return the cost of a pass over ``copies`` of the row at a place, whose backward pass adds to gradients."""
+        key = (place, copies, self._recomputes)
+        if key not in self._costs:
+            self._costs[key] = self._measure(place, copies)
+        return self._costs[key]
+
+    def _measure(self, place: int, copies: int) -> Cost:
         trainers = [each.trainer for each in self._variants]
         key = (place, copies)
         if key not in self._batches:
@@ -141,6 +166,7 @@ class StageMeter:
 
     def _pass(self, trainer: CocoaTrainer, batch: dict[str, Any]) -> Cost:
         tensors = {name: self._faked(value) for name, value in batch.items() if name != FACTS}
+        self._stage.run_whole(trainer, max(v.numel() for n, v in tensors.items() if n.endswith("attention_mask")))
         self._roofline.tally = tally = Tally()
         with self._measuring():
             trainer.compute_loss(trainer.model, tensors).backward()
@@ -161,7 +187,7 @@ def _short(stage: Stage[StageSettings]) -> Stage[StageSettings]:
     """Return the stage with settings for a meter: one step, no probe, one process that collates."""
     changes = {"steps": 1, "epochs": None, "min_steps": None}
     changes |= {name: 0 for name in ("probe_rows", "warmup_steps") if name in type(stage.settings).model_fields}
-    run = {"sharding": "none", "attn_implementation": "sdpa", "report_to": (), "workers": 0}
+    run = {"sharding": "none", "attn_implementation": "sdpa", "report_to": (), "workers": 0, "vision_cache": None}
     return type(stage)(stage.name, stage.settings.model_copy(update=changes), stage.run.model_copy(update=run))
 
 
@@ -201,7 +227,8 @@ def _fake_model(config: PreTrainedConfig, stage: Stage[StageSettings], fake: Fak
                 if buffer is not None:
                     module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
     model.tie_weights()
-    if stage.run.gradient_checkpointing:
+    pack_vision_attention(model)
+    if stage.run.gradient_checkpointing is True:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 

@@ -10,6 +10,7 @@ from functools import cache, partial
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from cocoa_embed.model import vision_attention
 from cocoa_embed.train.plan.cards import HOST_SECONDS, Card
 
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh")
@@ -262,6 +264,8 @@ def as_on_cuda(meter: Roofline) -> Iterator[None]:
         }
         for name, function in functions.items():
             patches.enter_context(patch.object(functional, name, function))
+        packed = partial(_packed_attention, meter)
+        patches.enter_context(patch.object(vision_attention, "_kernel", lambda _: packed))
         for name in HOST_READS:
             patches.enter_context(patch.object(Tensor, name, _counted(meter, getattr(Tensor, name))))
         patches.enter_context(patch.object(Tensor, "backward", _watched(meter, Tensor.backward)))
@@ -311,6 +315,15 @@ def _attention(
             attn_mask = torch.where(attn_mask, query.new_empty(()), query.new_empty(()))
     pairs = query.shape[:-1].numel() * key.shape[-2]
     out: Tensor = _Attention.apply(meter, query, key, value, attn_mask, pairs)
+    return out
+
+
+def _packed_attention(
+    meter: Roofline, query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, *_: Any
+) -> Tensor:
+    """Do as ``varlen_attn``, in one kernel."""
+    pairs = query.shape[1] * int((np.diff(boundaries.numpy()).astype(np.int64) ** 2).sum())
+    out: Tensor = _Attention.apply(meter, query, key, value, None, pairs)
     return out
 
 

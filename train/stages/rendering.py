@@ -11,7 +11,7 @@ from transformers import ProcessorMixin
 from cocoa_embed.data.rows import Item, ItemImage, Row
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.model.template import IMAGE_PAD, literal, render, special_tokens
-from cocoa_embed.train.data.image_patches import image_patches, normalised
+from cocoa_embed.train.data.image_patches import image_patches, normalised, patch_digests
 from cocoa_embed.train.loop.batch_facts import Batch
 
 Each = TypeVar("Each")
@@ -27,7 +27,8 @@ def render_items(processor: ProcessorMixin, items: Sequence[Item], *, prompt: st
 
     :raises CocoaError: If the images of an item do not fit into a sequence.
     :returns: ``input_ids``, ``attention_mask``, ``mm_token_type_ids`` (int64 ``[B, L]``) and, where there are images,
-        ``pixel_values`` (float ``[patches, patch_width]``) and ``image_grid_thw`` (int64 ``[images, 3]``).
+        ``pixel_values`` (float ``[patches, patch_width]``), ``image_grid_thw`` (int64 ``[images, 3]``) and
+        ``image_digests`` (``patch_digests``).
     """
     batch = render_patches(processor, items, prompt=prompt)
     if "pixel_values" in batch:
@@ -41,7 +42,8 @@ def render_patches(processor: ProcessorMixin, items: Sequence[Item], *, prompt: 
     limit, special = tokenizer.model_max_length, special_tokens(tokenizer)
     texts = [render(text=item.full_text, images=len(item.images), prompt=prompt, tokens=special) for item in items]
     if images := [image for item in items for image in item.images]:
-        pixels["pixel_values"], pixels["image_grid_thw"] = image_patches(images, processor.image_processor)
+        pixels["pixel_values"], pixels["image_grid_thw"] = patches = image_patches(images, processor.image_processor)
+        pixels["image_digests"] = patch_digests(*patches, processor.image_processor)
         counts = iter((pixels["image_grid_thw"].prod(dim=1) // processor.image_processor.merge_size**2).tolist())
         texts = [re.sub(re.escape(IMAGE_PAD), lambda _: IMAGE_PAD * next(counts), text) for text in texts]
     for item, text in zip(items, texts, strict=True):

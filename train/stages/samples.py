@@ -78,7 +78,7 @@ def sample_batches(
     """Return the rows in batches as large as those that a device trains on at once: what fits there fits here."""
     described: Any = trainer.data_collator
     of_device = max(1, settings.batch_size // trainer.accelerator.num_processes)
-    parts = batched(numbered(rows), min(settings.mini_batch_size or of_device, of_device))
+    parts = batched(numbered(rows), settings.rows_at_once(of_device))
     return [(described.collate(part), [row for _, row in part]) for part in parts]
 
 

@@ -2,12 +2,14 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import numpy as np
 from accelerate import PartialState
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, ProcessorMixin
 
 from cocoa_embed.data.rows import Row
@@ -15,8 +17,10 @@ from cocoa_embed.errors import UsageError
 from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.model.flex_attention import FLEX, refuse_flex_attention
 from cocoa_embed.train.data.row_table import RowTable
+from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.loop.arguments import training_arguments
 from cocoa_embed.train.loop.batch_facts import Batch, Example
+from cocoa_embed.train.loop.memory_trial import Trial
 from cocoa_embed.train.loop.trainer import CocoaTrainer, StageContext
 from cocoa_embed.train.settings import RunSettings, StageSettings
 
@@ -50,6 +54,9 @@ class Stage(ABC, Generic[Own]):
 
     accumulates: ClassVar[bool] = True
     """Whether mini-batches are steps of the trainer, which adds up their gradients."""
+
+    enough_at_once: ClassVar[int] = 8
+    """Fewer rows at once leave a device idle between its kernels."""
 
     def __init__(self, name: str, settings: Own, run: RunSettings) -> None:
         self.name = name
@@ -107,10 +114,11 @@ class Stage(ABC, Generic[Own]):
 
         :raises UsageError: If the batch cannot be divided like this.
         """
-        total, mini = self.settings.batch_size, self.settings.mini_batch_size if self.accumulates else None
+        total = self.settings.batch_size
         if total % devices:
             raise UsageError(f"{self.name}.batch_size {total} is not a multiple of the {devices} devices.")
-        at_once = total if mini is None else min(mini * devices, total)
+        mini = self.settings.rows_at_once(total // devices)
+        at_once = mini * devices
         if total % at_once:
             raise UsageError(
                 f"{self.name}.batch_size {total} is not a multiple of {at_once}, the mini_batch_size {mini} on "
@@ -118,9 +126,20 @@ class Stage(ABC, Generic[Own]):
             )
         return at_once, total // at_once
 
-    def sequences_at_once(self, devices: int) -> int:
-        """Return how many sequences a device runs in one forward pass."""
-        return self.micro_batches(devices)[0] // devices
+    def sizes_at_once(self, devices: int) -> Sequence[int]:
+        """Return what a device may run at once, in rows, the largest first; memory decides."""
+        return self.settings.sizes_at_once(self.settings.batch_size // devices)
+
+    def sequences_at_once(self, devices: int, longest: int = 1, size: int | None = None) -> int:
+        """Return how many sequences, of which the longest has ``longest`` tokens, a device runs in one forward pass.
+
+        :param size: Of ``sizes_at_once``; by default the one where memory does not decide.
+        """
+        return size or self.micro_batches(devices)[0] // devices
+
+    def kind_at_once(self, *, with_image: bool) -> str:
+        """Return what sequences are counted in: those of one kind are run together, and have a size."""
+        return "rows"
 
     def held_out(self, rows: RowTable) -> tuple[np.ndarray, np.ndarray]:
         """Return the places of the rows held out of training, to measure on, and of those to train on, int64."""
@@ -198,8 +217,37 @@ class Stage(ABC, Generic[Own]):
 
     def memory_remedy(self) -> str:
         """Return what to change in the recipe when a step does not fit into memory."""
-        size = self.settings.mini_batch_size or self.settings.batch_size
+        sizes = self.sizes_at_once(PartialState().num_processes)
+        size = "auto" if len(sizes) > 1 else sizes[0]
         return f"lower {self.name}.mini_batch_size ({size}) or max_pixels, or set gradient_checkpointing=true"
+
+    def trials(self, trainer: CocoaTrainer, rows: RowTable) -> list[Trial]:
+        """Return what a device may run at once, to be tried on its memory: here, the rows of a micro-batch.
+
+        :param rows: The rows of the stage; the longest and those with the most images are the worst.
+        """
+        texts, images = rows.column("query_text") + rows.column("positive_text"), rows.column("images")
+        worst = [rows[int(place)] for place in {texts.argmax(), np.lexsort((texts, images))[-1]}]
+        described, model = cast(Any, trainer.data_collator), cast(nn.Module, trainer.model)
+        of_device = self.settings.batch_size // trainer.accelerator.num_processes
+
+        def run(size: int) -> Iterator[Tensor]:
+            for row in worst:
+                batch = send_to_device(described.collate(numbered([row] * size)), trainer.accelerator.device)
+                totals = {name: len(value) for name, value in batch.items() if name.startswith("target_")}
+                with trainer.accelerator.autocast():
+                    yield model(**batch, totals=totals)["loss"]
+
+        def use(size: int) -> None:
+            at_once = size * trainer.accelerator.num_processes
+            trainer.args.per_device_train_batch_size = trainer._train_batch_size = at_once
+            trainer.args.gradient_accumulation_steps = of_device // size
+
+        sizes = self.sizes_at_once(trainer.accelerator.num_processes)
+        return [Trial(self.kind_at_once(with_image=True), sizes, run, use, self.enough_at_once)]
+
+    def run_whole(self, trainer: CocoaTrainer, tokens: int) -> None:
+        """Let the trainer run batches without cutting them, whose columns have ``tokens``, padding included."""
 
     def samples(self, model: Any, processor: ProcessorMixin, batch: Batch, rows: Sequence[Row]) -> dict[str, Any]:  # noqa: ANN401
         """Return what the report shows of the stage, as JSON takes it: what ``model`` predicts in a batch of ``rows``.

@@ -10,7 +10,7 @@ from PIL import Image
 from cocoa_embed.data.rows import Item
 from cocoa_embed.images.load import load_image
 from cocoa_embed.model.backbone import Backbone
-from cocoa_embed.train.data.image_patches import image_patches, normalised
+from cocoa_embed.train.data.image_patches import image_patches, normalised, patch_digests
 from cocoa_embed.train.stages.rendering import render_items
 
 
@@ -45,6 +45,24 @@ def test_items_of_several_images_are_rendered_as_the_processor_renders_them(
         padding=True,
         return_tensors="pt",
     )
-    assert batch.keys() == expected.keys()
+    assert batch.keys() == {*expected.keys(), "image_digests"}
     for name in ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw"):
         assert torch.equal(batch[name], expected[name]), name
+
+
+def test_digests_are_equal_for_equal_patches_of_equal_shape_and_scale(
+    tiny_backbone: Backbone, pictures: list[Path]
+) -> None:
+    processor = tiny_backbone.processor.image_processor
+    patches, grids = image_patches([*pictures, pictures[1]], processor)
+    found = [tuple(each) for each in patch_digests(patches, grids, processor).tolist()]
+    assert found[4] == found[1]
+    assert len({*found}) == len(pictures)
+    assert [tuple(each) for each in patch_digests(*image_patches(pictures[2:3], processor), processor).tolist()] == [
+        found[2]
+    ]
+    transposed = grids[:, [0, 2, 1]]
+    assert (grids[2] != transposed[2]).any()
+    assert tuple(patch_digests(patches, transposed, processor)[2].tolist()) != found[2]
+    processor.image_mean = [0.5, 0.5, 0.4]
+    assert tuple(patch_digests(patches, grids, processor)[2].tolist()) != found[2]

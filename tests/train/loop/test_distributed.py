@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from table_files import write_table
-from tiny_backbones import MakeRecipe
+from tiny_backbones import SCENES, MakeRecipe
 
 from cocoa_embed.model.training_record import read_run
 from cocoa_embed.train import Recipe, run
@@ -52,7 +52,15 @@ if os.environ.get("SHARD_ON_CPU"):
     PartialState.__init__ = meet_as_accelerators
 
 from cocoa_embed.cli.main import main
+from cocoa_embed.train.stages.contrastive.loss import CachedRankingLoss
 from interrupted import acting_at
+
+forward_cached = CachedRankingLoss.forward_cached
+def counting(self, batches, *args, **kwargs):
+    with open(f"mini-batches-{os.environ['RANK']}", "a") as file:
+        print(len(batches), file=file)
+    return forward_cached(self, batches, *args, **kwargs)
+CachedRankingLoss.forward_cached = counting
 
 with acting_at(3, lambda: os.kill(os.getpid(), signal.SIGKILL), os.environ.get("KILL_IN", "none")):
     main(["train", *sys.argv[1:]])
@@ -74,7 +82,7 @@ def recipe(tiny_recipe: MakeRecipe, scene_folder: Path, tmp_path_factory: pytest
         data={"subsets": subsets},
         warmup={**STAGE, "mini_batch_size": 2},
         bridge={**STAGE, "probe_rows": 4, "probe_steps": 2},
-        contrastive={**STAGE, **contrastive, "mini_batch_size": 2, "probe_rows": 6, "probe_steps": 2},
+        contrastive={**STAGE, **contrastive, "mini_batch_tokens": 60, "probe_rows": 6, "probe_steps": 2},
     )
 
 
@@ -140,6 +148,29 @@ def test_two_processes_train_the_weights_of_one(recipe: Recipe, alone: Path, tmp
     assert_same_samples(tmp_path / "out", alone)
     assert launched.stderr.count("contrastive: 4 steps") == 1, "one process reports"
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(path.name for path in alone.iterdir())
+
+
+def test_processes_with_different_numbers_of_mini_batches_share_the_features_of_a_frozen_vision_encoder(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    """They train the weights of one process without a cache, and write all images once."""
+    assert recipe.bridge is not None
+    assert recipe.contrastive is not None
+    bridge = recipe.bridge.model_copy(update={"freeze_vision": True, "probe_rows": 0})
+    contrastive = recipe.contrastive.model_copy(update={"freeze_vision": True, "mini_batch_tokens": 25})
+    given = recipe.model_copy(update={"warmup": None, "bridge": bridge, "contrastive": contrastive})
+    (tmp_path / "two").mkdir()
+    launched = launch(given, tmp_path / "two", "vision_cache=vision")
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    numbers = [(tmp_path / "two" / f"mini-batches-{rank}").read_text().split() for rank in (0, 1)]
+    assert len(numbers[0]) == len(numbers[1]) == STAGE["steps"]
+    assert numbers[0] != numbers[1]
+    run(given, tmp_path / "one")
+    for stage in ("bridge", "contrastive"):
+        logs = [read_run(out)["stages"][stage]["log"] for out in (tmp_path / "one", tmp_path / "two" / "out")]
+        losses = [[line["loss"] for line in log if "loss" in line] for log in logs]
+        assert losses[0] == pytest.approx(losses[1], rel=2e-3, abs=1e-5), stage
+    assert 0 < len([path for path in (tmp_path / "two" / "vision").rglob("*-torch.float32")]) <= SCENES
 
 
 @pytest.mark.slow

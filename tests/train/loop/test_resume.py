@@ -45,7 +45,7 @@ Whole = Callable[[str], Path]
 def recipe(tiny_recipe: MakeRecipe) -> Recipe:
     # Dropout draws from the state that a checkpoint must restore; two steps make an epoch.
     adapter = {"kind": "lora", "r": 2, "alpha": 4, "dropout": 0.1}
-    contrastive = {"data": {"limit": 8}, "directions": "forward", "mini_batch_size": 2, "adapter": adapter}
+    contrastive = {"data": {"limit": 8}, "directions": "forward", "mini_batch_tokens": 60, "adapter": adapter}
     bridge = {"data": {"paraphrases": 1}, "probe_rows": 4, "probe_steps": 1, "mini_batch_size": 2}
     return tiny_recipe(warmup=STAGE, bridge={**STAGE, **bridge}, contrastive={**STAGE, **contrastive})
 

@@ -46,7 +46,7 @@ def recipe(tiny_backbone_path: Path, scene_folder: Path) -> MakeRecipe:
             "data": {"folder": str(scene_folder)},
             "warmup": STAGE,
             "bridge": {"epochs": 0.5, "batch_size": 8, "mini_batch_size": 4, "probe_rows": 0},
-            "contrastive": {**STAGE, "mini_batch_size": 2, "data": {"folder": str(scene_folder), "limit": 10}},
+            "contrastive": {**STAGE, "mini_batch_tokens": 60, "data": {"folder": str(scene_folder), "limit": 10}},
         }
         return Recipe.parse({**given, **values})
 

@@ -163,7 +163,7 @@ def test_activations_are_those_that_the_backward_pass_keeps(
 
 def test_a_mini_batch_of_pairs_is_one_of_its_columns(tiny_backbone: Backbone, row: Row) -> None:
     """A step of so many texts and as many images costs the sum of a mini-batch of each."""
-    stage = a_stage("contrastive", mini_batch_size=COPIES)
+    stage = a_stage("contrastive")
     alike = stage.alike(row)
     assert [len(each.query.images) for each in alike] == [1, 0]
     args = (tiny_backbone.model.config, tiny_backbone.processor)

@@ -1,6 +1,6 @@
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,21 @@ from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.evaluation.geometry import geometry
 from cocoa_embed.model.backbone import Backbone
+from cocoa_embed.model.forward_inputs import HostTensor
 from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.loop.batch_facts import FACTS
 from cocoa_embed.train.loop.callbacks import LogLastStep
 from cocoa_embed.train.loop.processes import meet
 from cocoa_embed.train.loop.trainer import Probe, StageContext
+from cocoa_embed.train.stages.contrastive import loss as loss_module
 from cocoa_embed.train.stages.contrastive.loss import CachedRankingLoss, contrastive_loss
+from cocoa_embed.train.stages.contrastive.mini_batches import TokenLimits
 from cocoa_embed.train.stages.contrastive.model import as_sentence_transformer, embedding_probe
 from cocoa_embed.train.stages.contrastive.patches import normalise_patches, preprocess_items
 from cocoa_embed.train.stages.contrastive.settings import ContrastiveSettings
 from cocoa_embed.train.stages.contrastive.stage import Contrastive
 from cocoa_embed.train.stages.contrastive.trainer import ContrastiveTrainer
+from cocoa_embed.train.stages.sentence_inputs import keep_on_host
 
 BATCH = 8
 
@@ -89,6 +93,7 @@ def test_items_become_the_models_own_inputs_and_have_several_images(
     texts = [Item(text="a ring"), Item(text="a large red ring")]
     for items in ([*texts, *(row.query for row in mixed_rows[:3]), two], texts, [two]):
         found = preprocessed(model, items, prompt=prompt)
+        found.pop("image_digests", None)
         expected = model.preprocess([item.load() for item in items], prompt=prompt)
         assert found.keys() == expected.keys()
         for key, value in expected.items():
@@ -113,9 +118,10 @@ def test_a_broken_image_is_named_where_it_is_read(model: SentenceTransformer, tm
 def test_on_several_devices_gradients_are_cached_and_candidates_gathered(
     model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert not contrastive_loss(model, section(mini_batch_size=BATCH)).gather_across_devices
+    limits = TokenLimits(10_000, 10_000)
+    assert not contrastive_loss(model, section(), limits).gather_across_devices
     monkeypatch.setitem(meet()._shared_state, "num_processes", 2)
-    loss = contrastive_loss(model, section(mini_batch_size=BATCH))
+    loss = contrastive_loss(model, section(), limits)
     assert isinstance(loss, CachedRankingLoss)
     assert loss.gather_across_devices
 
@@ -166,41 +172,40 @@ DUPLICATES = torch.tensor(
 
 
 @pytest.mark.parametrize("content", [NO_DUPLICATES, DUPLICATES])
-@pytest.mark.parametrize("mini_batch_size", [3, BATCH])
+@pytest.mark.parametrize("tokens", [1, 40, 10_000])
 @pytest.mark.parametrize(("dims", "trained"), [(None, [32]), ([8, 32, 16, 8], [32, 16, 8])])
 @pytest.mark.parametrize(("directions", "temperature"), [("forward", 0.05), ("symmetric", 0.5)])
 def test_the_loss_and_its_gradients_are_the_closed_form(
     model: SentenceTransformer,
     features: list[dict[str, Any]],
     content: Tensor,
-    mini_batch_size: int,
+    tokens: int,
     dims: list[int] | None,
     trained: list[int],
     directions: str,
     temperature: float,
 ) -> None:
-    """With cached gradients and without; a candidate that is another right answer is no negative."""
-    settings = section(temperature=temperature, directions=directions, mini_batch_size=mini_batch_size,
-                       matryoshka_dims=dims)  # fmt: skip
+    """With any number of mini-batches, or one pass; a candidate that is another right answer is no negative."""
+    settings = section(temperature=temperature, directions=directions, matryoshka_dims=dims)
     embeddings = [model(dict(batch))["sentence_embedding"] for batch in features]
     expected = closed_form(embeddings, content, settings, trained)
     slow = gradients(model, expected)
     assert slow.abs().max() > 1e-2
-    value = contrastive_loss(model, settings)(features, content)
+    value = contrastive_loss(model, settings, TokenLimits(tokens, tokens))(features, content)
     assert value.item() == pytest.approx(expected.item(), rel=1e-4)
     assert (gradients(model, value) - slow).abs().max() < 1e-4 * slow.abs().max()
 
 
-@pytest.mark.parametrize("mini_batch_size", [3, BATCH])
+@pytest.mark.parametrize("tokens", [40, 10_000])
 @pytest.mark.parametrize("side", [0, 1])
 def test_equal_positives_leave_nothing_to_contrast_and_two_classes_the_other_class(
-    model: SentenceTransformer, features: list[dict[str, Any]], mini_batch_size: int, side: int
+    model: SentenceTransformer, features: list[dict[str, Any]], tokens: int, side: int
 ) -> None:
     """And so do equal queries."""
-    settings = section(mini_batch_size=mini_batch_size, directions="symmetric")
+    settings, limits = section(directions="symmetric"), TokenLimits(tokens, tokens)
     content = NO_DUPLICATES[:, :2].clone()
     content[:, side] = 99
-    loss = contrastive_loss(model, settings)(features[:2], content)
+    loss = contrastive_loss(model, settings, limits)(features[:2], content)
     assert loss.item() == pytest.approx(0, abs=1e-6)
     assert gradients(model, loss).abs().max() < 1e-6
     content[-1, side] = 100  # of which there is one: a row of the others has two candidates
@@ -210,8 +215,21 @@ def test_equal_positives_leave_nothing_to_contrast_and_two_classes_the_other_cla
     own, other = scores.diag(), [scores[[*range(BATCH - 1)], rest], scores[rest, [*range(BATCH - 1)]]]
     two = sum(torch.logaddexp(own[:-1], each).sum() - own[:-1].sum() for each in other)
     alone = scores[-1].logsumexp(0) + scores[:, -1].logsumexp(0) - 2 * own[-1]
-    found = contrastive_loss(model, settings)(features[:2], content)
+    found = contrastive_loss(model, settings, limits)(features[:2], content)
     assert found.item() == pytest.approx(((two + alone) / 2 / BATCH).item(), rel=1e-4)
+
+
+def test_the_draws_of_both_passes_are_those_of_the_device_of_the_weights(
+    model: SentenceTransformer, features: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of the inputs, which stay on the CPU: dropout would hide other values in the second pass."""
+    watched: list[Tensor] = []
+    monkeypatch.setattr(loss_module, "RandContext", lambda *tensors: watched.extend(tensors) or nullcontext())
+    columns = [keep_on_host(column) for column in features[:2]]
+    assert isinstance(columns[0]["input_ids"], HostTensor), "a premise"
+    contrastive_loss(model, section(), TokenLimits(40, 40))(columns, torch.arange(2 * BATCH).view(BATCH, 2))
+    assert len(watched) > 2
+    assert all(each is next(model.parameters()) for each in watched)
 
 
 def test_more_dimensions_than_the_model_has_are_refused(tiny_backbone: Backbone) -> None:
@@ -269,12 +287,12 @@ def test_copies_of_an_image_are_one_content(tiny_backbone: Backbone, scene_rows:
     assert of_row[0] == of_row[2] != of_row[1]
 
 
-@pytest.mark.parametrize("mini_batch_size", [4, BATCH])
+@pytest.mark.parametrize("tokens", [60, 10_000])
 def test_subsets_that_do_not_fill_a_batch_are_trained_on(
-    tiny_backbone: Backbone, subset_rows: list[Row], tmp_path: Path, mini_batch_size: int
+    tiny_backbone: Backbone, subset_rows: list[Row], tmp_path: Path, tokens: int
 ) -> None:
     rows = [*subset_rows[:6], *(replace(row, subset="small", negatives=()) for row in subset_rows[7:9])]
-    settings = section(hard_negatives=2, matryoshka_dims=[8], directions="symmetric", mini_batch_size=mini_batch_size)
+    settings = section(hard_negatives=2, matryoshka_dims=[8], directions="symmetric", mini_batch_tokens=tokens)
     trainer = trainer_of(tiny_backbone, rows, tmp_path, settings, max_steps=9, seed=1)
     trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]

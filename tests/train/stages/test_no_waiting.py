@@ -17,6 +17,7 @@ from cocoa_embed.model.forward_inputs import FEEDS_INNER_LAYERS, HostInputs, Hos
 from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.loop.batch_facts import Batch
 from cocoa_embed.train.stages.contrastive.loss import contrastive_loss
+from cocoa_embed.train.stages.contrastive.mini_batches import TokenLimits
 from cocoa_embed.train.stages.contrastive.model import as_sentence_transformer
 from cocoa_embed.train.stages.contrastive.patches import preprocess_items
 from cocoa_embed.train.stages.contrastive.settings import ContrastiveSettings
@@ -92,18 +93,18 @@ def test_a_pass_of_warm_up_or_bridge_reads_nothing(
             model.backbone.base_model(**{name: without_values(batch[name], device) for name in stock})
 
 
-@pytest.mark.parametrize("mini_batch_size", [3, 4])
+@pytest.mark.parametrize("limit", [60, 10_000])
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"], indirect=True, scope="session")
 def test_a_pass_of_the_contrastive_stage_reads_nothing_though_it_cuts_batches(
-    tiny_backbone: Backbone, rows: list[Row], device: FakeTensorMode, mini_batch_size: int
+    tiny_backbone: Backbone, rows: list[Row], device: FakeTensorMode, limit: int
 ) -> None:
-    settings = ContrastiveSettings(steps=1, batch_size=4, mini_batch_size=mini_batch_size)
+    settings = ContrastiveSettings(steps=1, batch_size=4)
     model = as_sentence_transformer(tiny_backbone, alone(Contrastive, settings).run)
     columns = [
         preprocess_items(model, items) for items in zip(*((row.query, row.positive) for row in rows), strict=True)
     ]
     move(model, device)
-    loss = contrastive_loss(model, settings)
+    loss = contrastive_loss(model, settings, TokenLimits(limit, limit))
     labels = without_values(torch.arange(8).view(4, 2), device)
     loss([send(keep_on_host(column), device) for column in columns], labels).backward()
     assert all(weight.grad is not None for weight in model[0].auto_model.language_model.layers.parameters())

@@ -81,16 +81,17 @@ def test_an_epoch_draws_each_row_once_in_each_direction(
         (Warmup, None, 2, (8, 1)),
         (Warmup, 2, 2, (4, 2)),
         (Warmup, 16, 2, (8, 1)),
-        (Contrastive, 2, 2, (8, 1)),
+        (Warmup, "auto", 2, (8, 1)),
+        (Contrastive, None, 2, (8, 1)),
         (Warmup, 3, 1, "8 is not a multiple of 3, the mini_batch_size 3 on 1 device"),
         (Warmup, None, 3, "8 is not a multiple of the 3 devices"),
-        (Contrastive, 2, 3, "8 is not a multiple of the 3 devices"),
+        (Contrastive, None, 3, "8 is not a multiple of the 3 devices"),
     ],
 )
 def test_a_batch_is_divided_into_equal_parts_or_refused(
-    kind: type[Stage[Any]], mini: int | None, devices: int, expected: tuple[int, int] | str
+    kind: type[Stage[Any]], mini: int | str | None, devices: int, expected: tuple[int, int] | str
 ) -> None:
-    stage = stage_of(kind, mini_batch_size=mini)
+    stage = stage_of(kind, **({} if mini is None else {"mini_batch_size": mini}))
     if isinstance(expected, tuple):
         assert stage.micro_batches(devices) == expected
     else:

@@ -1,7 +1,7 @@
 """Stage 2: its trainer and its samples."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from cocoa_embed.train.stages.bridge.probe import (
 from cocoa_embed.train.stages.bridge.settings import BridgeSettings
 from cocoa_embed.train.stages.samples import shown_images, token_samples, token_texts
 from cocoa_embed.train.stages.stage import Stage
+from cocoa_embed.train.stages.vision_features import share_frozen_vision
 
 SAMPLED_TEXTS = 64
 """Rows of a subset whose texts are compared."""
@@ -96,12 +97,15 @@ class Bridge(Stage[BridgeSettings]):
         collator = self.collator(backbone.processor)
         held_out, training_rows = map(rows.select, self.held_out(rows))
         if len(probe_rows := unbroken(held_out, context.on_bad_row)) > 1:
-            size = settings.mini_batch_size or settings.batch_size
+            size = settings.rows_at_once(settings.batch_size)
             measure = bridge_probe(collator, probe_rows, prompts=self.run.prompts.model_dump(), batch_size=size)
             probe = Probe(measure, settings.probe_steps, PROBE_METRICS)
         model = BridgeModel(backbone.model, eos_attends_to_b=settings.eos_attends_to_b)
         prepared = HostInputs(backbone.model.config).after(collator)
-        return stage_trainer(model, backbone.model, training_rows, prepared, settings, context, probe)
+        trainer = stage_trainer(model, backbone.model, training_rows, prepared, settings, context, probe)
+        if settings.freeze_vision:  # in the dtype that it trains with
+            share_frozen_vision(cast(Any, backbone.model.base_model).visual, self.run, remembers=False)
+        return trainer
 
     def samples(
         self, model: BridgeModel, processor: ProcessorMixin, batch: Batch, rows: Sequence[Row]

@@ -1,41 +1,88 @@
 """The losses of sentence-transformers, where another right answer is no negative."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from itertools import chain
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.losses import (
-    CachedMultipleNegativesRankingLoss,
-    MatryoshkaLoss,
-    MultipleNegativesRankingLoss,
-)
+from sentence_transformers.base.losses.gradcache import RandContext
+from sentence_transformers.base.losses.merged_forward import embed_columns
+from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss, MatryoshkaLoss
 from sentence_transformers.util import all_gather, cos_sim, get_rank
 from torch import Tensor
 
+from cocoa_embed.train.stages.contrastive.mini_batches import MOST_ITEMS, TokenLimits, mini_batches, take
 from cocoa_embed.train.stages.contrastive.settings import ContrastiveSettings
-
-
-class RankingLoss(MultipleNegativesRankingLoss):
-    """InfoNCE; ``labels`` are the contents of the rows' items, as ``other_answers`` takes them."""
-
-    def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
-        """Return the loss of a batch."""
-        mask_other_answers(self, labels, rows_at_once=len(labels))
-        return super().compute_loss_from_embeddings(embeddings, labels)
+from cocoa_embed.train.stages.vision_features import FrozenVision
 
 
 class CachedRankingLoss(CachedMultipleNegativesRankingLoss):
-    """``RankingLoss`` with cached gradients."""
+    """InfoNCE with cached gradients over mini-batches of tokens.
+
+    On one device a batch that is within the limits as a whole is run once, and keeps its graph instead.
+
+    :param limits: The most tokens of a mini-batch; they may change between two steps.
+    :param vision: The vision encoder, if it is frozen: both passes of a step share its features.
+    """
+
+    def __init__(
+        self, model: SentenceTransformer, limits: TokenLimits, vision: FrozenVision | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(model, mini_batch_size=MOST_ITEMS, **kwargs)
+        self.limits, self._vision = limits, vision
+        self._parts: list[list[list[int]]] = []
+
+    def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor) -> Tensor:
+        """Return the loss of a batch.
+
+        :param labels: The contents of the rows' items, as ``other_answers`` takes them.
+        """
+        columns = list(sentence_features)
+        if self._vision is not None:
+            self._vision.forget()
+        fits = sum(each["attention_mask"].numel() for each in columns) <= min(self.limits.texts, self.limits.images)
+        # DistributedDataParallel expects one forward pass, and here each column is one.
+        if fits and torch.is_grad_enabled() and not self.gather_across_devices:
+            self._parts = [[list(range(len(labels)))] for _ in columns]
+            return self._with_graph(embed_columns(self.model, columns), labels)
+        self._parts = [mini_batches(column, self.limits) for column in columns]
+        cut = zip(columns, self._parts, strict=True)
+        return self.forward_cached([take(column, items) for column, parts in cut for items in parts], labels)
+
+    def _with_graph(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
+        leaves = [each.detach().requires_grad_() for each in embeddings]
+        loss = self.calculate_loss([[leaf] for leaf in leaves], labels, with_backward=True).detach().requires_grad_()
+        loss.register_hook(lambda grad: torch.autograd.backward(embeddings, [each.grad * grad for each in leaves]))
+        return loss
+
+    def embed_minibatch(  # type: ignore[override]
+        self, sentence_feature: dict[str, Any], *, with_grad: bool, copy_random_state: bool, **replayed: Any
+    ) -> tuple[Tensor, RandContext | None]:
+        """Embed a mini-batch, which is a column to ``forward_cached`` and needs no more cutting."""
+        with replayed.get("random_state") or nullcontext(), torch.set_grad_enabled(with_grad):
+            # The inputs stay on the CPU until the model runs; its weights name the device whose draws are replayed.
+            state = RandContext(next(self.model.parameters())) if copy_random_state else None
+            return self.model(dict(sentence_feature))["sentence_embedding"], state
 
     def calculate_loss(self, reps: list[list[Tensor]], labels: Any = None, *, with_backward: bool = False) -> Tensor:  # noqa: ANN401
-        """Return the loss of a batch."""
+        """Return the loss of the embeddings of all mini-batches, with the rows in the order of ``labels``."""
         mask_other_answers(self, labels, rows_at_once=self.mini_batch_size)
-        return super().calculate_loss(reps, labels, with_backward=with_backward)
+        remaining = iter(reps)
+        embedded = [torch.cat([next(remaining)[0] for _ in parts]) for parts in self._parts]
+        orders = [torch.tensor(list(chain.from_iterable(parts)), device=embedded[0].device) for parts in self._parts]
+        ordered = zip(embedded, orders, strict=True)
+        columns = [column.detach()[order.argsort()].requires_grad_(with_backward) for column, order in ordered]
+        loss = super().calculate_loss([[column] for column in columns], labels, with_backward=with_backward)
+        if with_backward:
+            gradients = zip(columns, orders, strict=True)
+            torch.autograd.backward(embedded, [cast(Tensor, column.grad)[order] for column, order in gradients])
+        return loss
 
 
-def mask_other_answers(loss: RankingLoss | CachedRankingLoss, content: Tensor, rows_at_once: int) -> None:
+def mask_other_answers(loss: CachedRankingLoss, content: Tensor, rows_at_once: int) -> None:
     """Let the loss of the next batch ignore candidates that are other right answers.
 
     A loss compares ``rows_at_once`` rows of this device at a time with the candidates of all devices: queries with
@@ -75,31 +122,24 @@ def other_answers(content: Tensor, rows: slice) -> Tensor:
 
 
 def contrastive_loss(
-    model: SentenceTransformer, settings: ContrastiveSettings
-) -> RankingLoss | CachedRankingLoss | MatryoshkaLoss:
+    model: SentenceTransformer, settings: ContrastiveSettings, limits: TokenLimits, vision: FrozenVision | None = None
+) -> CachedRankingLoss | MatryoshkaLoss:
     """Return InfoNCE with in-batch negatives, gathered across devices.
 
     A query's candidates are all positives and all hard negatives of the batch, without ``other_answers``. The
     ``symmetric`` loss is the mean of that and of matching each positive to its query among the batch's queries; hard
     negatives are matched to nothing. With ``matryoshka_dims`` it is the sum over the whole length and these, cut and
     normalised again.
-
-    Gradients are cached if a batch is larger than ``mini_batch_size``; otherwise the cache gives the same loss and
-    gradients, and runs every batch forward twice. On several devices they always are: without the cache a step runs the
-    model forward once per column, and DistributedDataParallel expects one forward pass.
     """
-    devices, symmetric = PartialState().num_processes, settings.directions == "symmetric"
-    how: dict[str, Any] = {
-        "scale": 1 / settings.temperature,
-        "gather_across_devices": devices > 1,
-        "directions": ("query_to_doc", "doc_to_query") if symmetric else ("query_to_doc",),
-        "partition_mode": "per_direction" if symmetric else "joint",
-    }
-    loss: RankingLoss | CachedRankingLoss
-    mini_batch_size = settings.mini_batch_size or settings.batch_size
-    if devices == 1 and settings.batch_size <= mini_batch_size:
-        loss = RankingLoss(model, **how)
-    else:
-        loss = CachedRankingLoss(model, mini_batch_size=mini_batch_size, **how)
+    symmetric = settings.directions == "symmetric"
+    loss = CachedRankingLoss(
+        model,
+        limits,
+        vision,
+        scale=1 / settings.temperature,
+        gather_across_devices=PartialState().num_processes > 1,
+        directions=("query_to_doc", "doc_to_query") if symmetric else ("query_to_doc",),
+        partition_mode="per_direction" if symmetric else "joint",
+    )
     dims: set[Any] = {model.get_embedding_dimension(), *(settings.matryoshka_dims or [])}
     return loss if len(dims) < 2 else MatryoshkaLoss(model, loss, sorted(dims, reverse=True))

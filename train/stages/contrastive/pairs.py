@@ -1,6 +1,5 @@
 """The batches of stage 3 as sentence-transformers takes them, read from the rows in the data loader's workers."""
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -83,8 +82,7 @@ class PairCollator(SentenceTransformerDataCollator):
 
 def pixel_content_ids(items: Sequence[Item], batch: dict[str, Any], column: str) -> list[int]:
     """Return numbers that are equal for equal items of a column: of the same text, and images of equal pixels."""
-    images: Iterator[str] = iter(())
+    images: Iterator[list[int]] = iter(())
     if f"{column}_pixel_values" in batch:
-        counts = batch[f"{column}_image_grid_thw"].prod(dim=1).tolist()
-        images = (hashlib.blake2b(part.numpy()).hexdigest() for part in batch[f"{column}_pixel_values"].split(counts))
+        images = iter(batch[f"{column}_image_digests"].tolist())
     return [digest(json.dumps([item.full_text, *islice(images, len(item.images))])) for item in items]

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from cocoa_embed.train.settings import Count, Positive, Rate, StageSettings
+from cocoa_embed.train.settings import Auto, Count, Positive, Rate, StageSettings
 
 
 class ContrastiveSettings(StageSettings):
@@ -10,8 +10,11 @@ class ContrastiveSettings(StageSettings):
 
     A candidate that equals a query's positive, or is the positive of an equal query, is no negative of it.
 
-    Gradients are cached, so that the batch may be larger than memory allows: ``mini_batch_size`` is in items.
+    Gradients are cached, so that the batch may be larger than memory allows.
 
+    :param mini_batch_tokens: The most tokens that a device runs at once, visual tokens and padding included; a longer
+        item runs alone. ``auto``: as many as fit into the device's memory, one number for texts and one for images;
+        on a CPU 8192. It does not change what is learned.
     :param directions: ``forward``: queries are matched to their positives. ``both``: each pair is trained from either
         side, in batches of their own. ``symmetric``: one loss matches queries to positives and positives to queries.
     :param hard_negatives: The most of a row's own negatives to use. They are candidates of every query of the batch.
@@ -22,7 +25,7 @@ class ContrastiveSettings(StageSettings):
         and so do fewer than two images.
     """
 
-    mini_batch_size: Positive | None = 8
+    mini_batch_tokens: Positive | Auto = "auto"
     temperature: Rate = 0.02
     directions: Literal["forward", "both", "symmetric"] = "both"
     hard_negatives: Count = 0

@@ -1,7 +1,7 @@
 """Stage 3: its batches, its loss and its trainer."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -9,8 +9,10 @@ from typing import Any, cast
 
 import numpy as np
 from accelerate import PartialState
+from accelerate.utils import send_to_device
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin, set_seed
 
 from cocoa_embed.data.rows import Row
@@ -22,17 +24,26 @@ from cocoa_embed.train.data.broken_rows import unbroken
 from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.loop.adapters import prepare_trainable
 from cocoa_embed.train.loop.batch_facts import Batch, Example
+from cocoa_embed.train.loop.memory_trial import Trial
 from cocoa_embed.train.loop.trainer import CocoaTrainer, Probe, StageContext
 from cocoa_embed.train.stages.contrastive.batches import PairBatches, pair_groups, step_contents
 from cocoa_embed.train.stages.contrastive.loss import contrastive_loss
+from cocoa_embed.train.stages.contrastive.mini_batches import CPU_TOKENS, TokenLimits, take
 from cocoa_embed.train.stages.contrastive.model import as_sentence_transformer, embedding_probe
 from cocoa_embed.train.stages.contrastive.pairs import PairCollator
-from cocoa_embed.train.stages.contrastive.patches import preprocess_items
+from cocoa_embed.train.stages.contrastive.patches import preprocess_items, worst_column
 from cocoa_embed.train.stages.contrastive.settings import ContrastiveSettings
 from cocoa_embed.train.stages.contrastive.trainer import ContrastiveTrainer
 from cocoa_embed.train.stages.probe import pictured_rows
 from cocoa_embed.train.stages.rendering import render_items
 from cocoa_embed.train.stages.stage import Stage
+from cocoa_embed.train.stages.vision_features import share_frozen_vision
+
+TRIED_TOKENS = (16384, 12288, 8192, 6144, 4096, 3072, 2048, 1536, 1024, 768, 512)
+"""More at once are no faster."""
+
+PROBED_TOKENS = 64
+"""Tokens of a mini-batch for each item that the probe runs at once: without gradients, items take little memory."""
 
 DIRECTIONS = {
     "forward": "",
@@ -47,6 +58,7 @@ class Contrastive(Stage[ContrastiveSettings]):
     can_shard = False
     sends_uint8 = True
     accumulates = False  # cached gradients cut a batch into mini-batches
+    enough_at_once = 2048  # tokens
 
     def check_backbone(self, config: PreTrainedConfig) -> None:
         """Check ``matryoshka_dims`` against the width of the embeddings.
@@ -97,9 +109,29 @@ class Contrastive(Stage[ContrastiveSettings]):
         """Once per direction that is a row of its own."""
         return 2 if self.settings.directions == "both" else 1
 
-    def sequences_at_once(self, devices: int) -> int:
-        """Return the items of a mini-batch."""
-        return min(self.settings.mini_batch_size or self.settings.batch_size, self.settings.batch_size)
+    @property
+    def tokens_at_once(self) -> int:
+        """The tokens of a mini-batch, where memory does not decide."""
+        tokens = self.settings.mini_batch_tokens
+        return CPU_TOKENS if tokens == "auto" else tokens
+
+    def sizes_at_once(self, devices: int) -> Sequence[int]:
+        """Return how many tokens may make a mini-batch."""
+        tokens = self.settings.mini_batch_tokens
+        return TRIED_TOKENS if tokens == "auto" else (tokens,)
+
+    def sequences_at_once(self, devices: int, longest: int = 1, size: int | None = None) -> int:
+        """Return how many of the longest items make a mini-batch."""
+        return max(1, min((size or self.tokens_at_once) // longest, self.settings.batch_size // devices))
+
+    def kind_at_once(self, *, with_image: bool) -> str:
+        """Return what items are counted in."""
+        return f"tokens of {'images' if with_image else 'texts'}"
+
+    def memory_remedy(self) -> str:
+        """Return what to change in the recipe when a step does not fit into memory."""
+        tokens = self.settings.mini_batch_tokens
+        return f"lower {self.name}.mini_batch_tokens ({tokens}) or max_pixels, or set gradient_checkpointing=true"
 
     def sequences(self, example: Example, processor: ProcessorMixin, config: PreTrainedConfig) -> list[Batch]:
         """Return a sequence for each item of the row."""
@@ -139,11 +171,13 @@ class Contrastive(Stage[ContrastiveSettings]):
         prompts |= {f"negative_{place + 1}": document for place in range(settings.hard_negatives)}
         inner = cast(PreTrainedModel, model[0].auto_model)
         adapter = prepare_trainable(inner, settings, bf16=self.run.mixed_precision == "bf16")
+        visual = cast(PreTrainedModel, inner.base_model.visual)
+        vision = share_frozen_vision(visual, self.run, remembers=True) if settings.freeze_vision else None
         if probe_rows := unbroken(pictured_rows(rows, settings.probe_rows, self.run.seed), context.on_bad_row):
-            measure = embedding_probe(model, probe_rows, self.sequences_at_once(1))
+            measure = embedding_probe(model, probe_rows, self.sequences_at_once(1, PROBED_TOKENS))
             probe = Probe(measure, settings.probe_steps, {ALIGNMENT})
         arguments = SentenceTransformerTrainingArguments(**context.arguments)
-        groups = pair_groups(rows, settings)
+        groups, limits = pair_groups(rows, settings), TokenLimits(self.tokens_at_once, self.tokens_at_once)
         return ContrastiveTrainer(
             model=model,
             args=arguments,
@@ -151,7 +185,8 @@ class Contrastive(Stage[ContrastiveSettings]):
                 groups, settings.batch_size, arguments.max_steps, arguments.seed, PartialState().num_processes
             ),
             train_dataset=Dataset.from_dict({"row": np.arange(len(rows) * self.passes_per_epoch)}),
-            loss=contrastive_loss(model, settings),
+            limits=limits,
+            loss=contrastive_loss(model, settings, limits, vision),
             data_collator=PairCollator(
                 preprocess_fn=partial(preprocess_items, model),
                 prompts={column: prompt for column, prompt in prompts.items() if prompt},
@@ -166,6 +201,29 @@ class Contrastive(Stage[ContrastiveSettings]):
             adapter=adapter,
             probe=probe,
         )
+
+    def trials(self, trainer: CocoaTrainer, rows: RowTable) -> list[Trial]:
+        """Return the tokens of texts, and of items with images, that a device may run at once."""
+        model: Any = trainer.model
+        limits, sizes = cast(ContrastiveTrainer, trainer).limits, self.sizes_at_once(1)
+
+        def trial(kind: str, *, with_image: bool) -> Trial:
+            column = worst_column(model, self.run.max_length, with_image=with_image)
+
+            def run(size: int) -> Iterator[Tensor]:
+                batch = take(column, [0] * max(1, size // column["attention_mask"].numel()))
+                with trainer.accelerator.autocast():
+                    yield model(send_to_device(batch, trainer.accelerator.device))["sentence_embedding"].sum()
+
+            name = self.kind_at_once(with_image=with_image)
+            return Trial(name, sizes, run, partial(setattr, limits, kind), self.enough_at_once)
+
+        return [trial("texts", with_image=False), trial("images", with_image=True)]
+
+    def run_whole(self, trainer: CocoaTrainer, tokens: int) -> None:
+        """Let a mini-batch be a column, and two of them be too many to be run once."""
+        limits = cast(ContrastiveTrainer, trainer).limits
+        limits.texts = limits.images = tokens
 
     def save(self, trainer: CocoaTrainer, processor: ProcessorMixin, folder: Path) -> None:
         """Write the SentenceTransformer; every process calls this, and the first one writes."""

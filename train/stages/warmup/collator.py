@@ -45,6 +45,7 @@ class WarmupCollator:
         if "pixel_values" not in batch:
             no_patches = torch.empty(0, self.geometry.patch_width)
             return {**batch, "masked_patches": torch.empty(0, dtype=torch.bool), "target_patches": no_patches}
+        del batch["image_digests"]  # the vision encoder does not see these images
         of_images = [generator for generator, row in zip(generators, rows, strict=True) for _ in row_images(row)]
         return {**batch, **self._mask_patches(batch, of_images)}
 

@@ -1,0 +1,226 @@
+"""A frozen vision encoder runs once for an image, with the losses of one that always runs."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from stages import alone, trainer_arguments
+from tiny_backbones import LoadTiny, every_family
+from torch import Tensor, nn
+
+from cocoa_embed.data.rows import Item, Row
+from cocoa_embed.model.backbone import Backbone
+from cocoa_embed.train.data.row_table import RowTable
+from cocoa_embed.train.loop.trainer import StageContext
+from cocoa_embed.train.settings import RunSettings
+from cocoa_embed.train.stages.bridge.settings import BridgeSettings
+from cocoa_embed.train.stages.bridge.stage import Bridge
+from cocoa_embed.train.stages.contrastive.loss import contrastive_loss
+from cocoa_embed.train.stages.contrastive.mini_batches import TokenLimits
+from cocoa_embed.train.stages.contrastive.model import as_sentence_transformer
+from cocoa_embed.train.stages.contrastive.patches import preprocess_items
+from cocoa_embed.train.stages.contrastive.settings import ContrastiveSettings
+from cocoa_embed.train.stages.contrastive.stage import Contrastive
+from cocoa_embed.train.stages.vision_features import FeatureStore, FrozenVision, share_frozen_vision
+
+SETTINGS = ContrastiveSettings(steps=2, batch_size=5, directions="symmetric", probe_rows=0, freeze_vision=True)
+
+
+class Runs:
+    """The patches that a vision encoder is run for, by their number at each run."""
+
+    def __init__(self, visual: nn.Module) -> None:
+        self.patches: list[int] = []
+        visual.get_submodule("patch_embed").register_forward_pre_hook(self._count)
+
+    def _count(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.patches.append(len(args[0]))
+
+
+def base_of(backbone: Backbone) -> Any:  # noqa: ANN401
+    return backbone.model.base_model
+
+
+def features(model: SentenceTransformer, rows: list[Row]) -> list[dict[str, Any]]:
+    queries = [*(row.query for row in rows[:4]), Item(text="no image")]
+    return [preprocess_items(model, items) for items in (queries, [row.positive for row in rows[:5]])]
+
+
+def step(backbone: Backbone, rows: list[Row], limit: int, vision: FrozenVision | None) -> tuple[Tensor, Tensor]:
+    """Return the loss of a step on images of four sizes, and its gradients."""
+    model = as_sentence_transformer(backbone, alone(Contrastive, SETTINGS).run).to("cpu").train()
+    base_of(backbone).visual.requires_grad_(False)
+    loss = contrastive_loss(model, SETTINGS, TokenLimits(limit, limit), vision)
+    value = loss(features(model, rows), torch.arange(10).view(5, 2))
+    model.zero_grad()
+    value.backward()
+    return value.detach(), torch.cat([each.grad.flatten() for each in model.parameters() if each.grad is not None])
+
+
+@every_family
+@pytest.mark.parametrize("limit", [20, 45])
+def test_both_passes_of_a_step_share_features_and_change_no_bit(
+    load_tiny: LoadTiny, sized_rows: list[Row], limit: int
+) -> None:
+    slow, fast = load_tiny("sdpa"), load_tiny("sdpa")
+    twice = Runs(base_of(slow).visual)
+    expected, gradients = step(slow, sized_rows, limit, None)
+    vision = share_frozen_vision(base_of(fast).visual, RunSettings(name="a", backbone="b"), remembers=True)
+    once = Runs(base_of(fast).visual)
+    found, own = step(fast, sized_rows, limit, vision)
+    assert len(twice.patches) == 2 * len(once.patches) > 2
+    assert twice.patches == once.patches * 2
+    assert torch.equal(found, expected)
+    assert torch.equal(own, gradients)
+    assert gradients.abs().max() > 1e-3
+    step(fast, sized_rows, limit, vision)
+    assert len(once.patches) == len(twice.patches), "the next step runs it again"
+
+
+@every_family
+def test_a_folder_keeps_features_for_other_epochs_and_processes(
+    load_tiny: LoadTiny, sized_rows: list[Row], tmp_path: Path
+) -> None:
+    run, results = RunSettings(name="a", backbone="b", vision_cache=tmp_path / "vision"), []
+    for seen in (0, 1, 2):
+        backbone = load_tiny("sdpa")
+        vision = share_frozen_vision(base_of(backbone).visual, run, remembers=True)
+        runs = Runs(base_of(backbone).visual)
+        results += [step(backbone, sized_rows, 20, vision), step(backbone, sized_rows, 20, vision)]
+        assert bool(runs.patches) is (seen == 0)
+    assert all(torch.equal(loss, results[0][0]) and torch.equal(own, results[0][1]) for loss, own in results)
+
+
+def image_inputs(backbone: Backbone, rows: list[Row]) -> dict[str, Tensor]:
+    model = as_sentence_transformer(backbone, alone(Contrastive, SETTINGS).run).to("cpu")
+    batch = preprocess_items(model, [row.query for row in rows])
+    pixels = batch["pixel_values"].float().repeat(1, 2) / 255
+    return {"hidden_states": pixels, "grid_thw": batch["image_grid_thw"], "digests": batch["image_digests"]}
+
+
+def flat(output: Any) -> Tensor:  # noqa: ANN401
+    """Return the features, those for inner layers of the language model too."""
+    deep = getattr(output, "deepstack_features", None) or []
+    return torch.cat([output.pooler_output, *deep])
+
+
+Spoil = Callable[[Path], object]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        lambda path: path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1])),
+        lambda path: path.write_text("not ours"),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.unlink(),
+    ],
+)
+def test_an_entry_that_is_broken_or_foreign_is_computed_again(
+    load_tiny: LoadTiny, sized_rows: list[Row], tmp_path: Path, spoil: Spoil
+) -> None:
+    backbone = load_tiny("sdpa")
+    visual, inputs = base_of(backbone).visual.eval(), image_inputs(backbone, sized_rows)
+    expected = flat(visual(inputs["hidden_states"], grid_thw=inputs["grid_thw"]))
+    FrozenVision(visual, remembers=False, store=FeatureStore(tmp_path / "vision", 1e9, visual))
+    assert torch.equal(flat(visual(**inputs)), expected)
+    entries = sorted(path for path in (tmp_path / "vision").rglob("*") if path.is_file())
+    assert len(entries) == len(sized_rows)
+    spoil(entries[0])
+    runs = Runs(visual)
+    for ran in (1, 1):
+        found = flat(visual(**inputs))
+        assert torch.allclose(found, expected, atol=1e-5)
+        assert len(runs.patches) == ran, "one image, and none the next time"
+    assert runs.patches[0] < len(inputs["hidden_states"])
+
+
+def test_other_weights_another_dtype_and_another_image_have_entries_of_their_own(
+    load_tiny: LoadTiny, sized_rows: list[Row], tmp_path: Path
+) -> None:
+    backbone = load_tiny("sdpa")
+    visual, inputs = base_of(backbone).visual, image_inputs(backbone, sized_rows)
+    FrozenVision(visual, remembers=False, store=FeatureStore(tmp_path, 1e9, visual))
+    full = flat(visual(**inputs))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = flat(visual(**inputs))
+    assert (full.dtype, half.dtype) == (torch.float32, torch.bfloat16)
+    assert torch.equal(flat(visual(**inputs)), full)
+    other = load_tiny("sdpa")
+    changed = base_of(other).visual
+    list(changed.merger.parameters())[-1].data[0] += 1
+    FrozenVision(changed, remembers=False, store=FeatureStore(tmp_path, 1e9, changed))
+    runs = Runs(changed)
+    assert not torch.equal(flat(changed(**inputs)), full)
+    assert len(runs.patches) == 1
+    swapped = {**inputs, "digests": inputs["digests"] + 1}
+    changed(**swapped)
+    assert len(runs.patches) == 2
+
+
+def test_the_folder_is_bounded_and_entries_of_other_weights_make_room(
+    load_tiny: LoadTiny, sized_rows: list[Row], tmp_path: Path
+) -> None:
+    def kept(of: Path) -> int:
+        return sum(path.stat().st_size for path in of.rglob("*") if path.is_file())
+
+    folder = tmp_path / "vision"
+    backbone = load_tiny("sdpa")
+    visual, inputs = base_of(backbone).visual, image_inputs(backbone, sized_rows)
+    first = FeatureStore(folder, 1e9, visual)
+    FrozenVision(visual, remembers=False, store=first)
+    visual(**inputs)
+    whole = kept(folder)
+    changed = base_of(load_tiny("sdpa")).visual
+    next(changed.parameters()).data.add_(1)
+    FeatureStore(folder, whole * 4, changed)
+    assert kept(folder) == whole, "less than half full"
+    store = FeatureStore(folder, whole * 1.5, changed)
+    assert kept(first.folder) <= whole * 0.75 < whole
+    store.room = whole / 4
+    FrozenVision(changed, remembers=False, store=store)
+    changed(**inputs)
+    largest = max(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    assert 0 < kept(store.folder) <= whole / 4 + largest < whole
+
+
+def test_a_folder_that_cannot_be_written_is_a_warning(
+    load_tiny: LoadTiny, sized_rows: list[Row], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    backbone = load_tiny("sdpa")
+    visual, inputs = base_of(backbone).visual, image_inputs(backbone, sized_rows)
+    expected = flat(visual(inputs["hidden_states"], grid_thw=inputs["grid_thw"]))
+    FrozenVision(visual, remembers=False, store=FeatureStore(tmp_path / "file" / "vision", 1e9, visual))
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(flat(visual(**inputs)), expected)
+        visual(**inputs)
+    assert caplog.text.count("vision_cache takes no more") == 1
+
+
+@pytest.mark.parametrize("kind", [Bridge, Contrastive])
+@pytest.mark.parametrize("is_frozen", [True, False])
+def test_a_stage_keeps_the_features_of_an_encoder_that_it_does_not_train(
+    load_tiny: LoadTiny, scene_rows: list[Row], tmp_path: Path, kind: type[Any], is_frozen: bool
+) -> None:
+    """With the losses of a stage without the folder."""
+    logs = []
+    for cache in (tmp_path / "vision", None):
+        backbone = load_tiny("sdpa")
+        settings = BridgeSettings if kind is Bridge else ContrastiveSettings
+        own = settings(epochs=2, batch_size=4, freeze_vision=is_frozen, probe_rows=0, warmup_steps=0)
+        stage = alone(kind, own, vision_cache=cache)
+        arguments = trainer_arguments(tmp_path, max_steps=6, per_device_train_batch_size=4, seed=0)
+        trainer = stage.trainer(backbone, RowTable.of(scene_rows[:8]), StageContext(arguments))
+        runs = Runs(base_of(backbone).visual)
+        trainer.train()
+        logs.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
+        assert len(logs[-1]) == 6
+        assert (len(runs.patches) < 6) is (is_frozen and cache is not None)
+    assert logs[0] == pytest.approx(logs[1], rel=1e-5)
+    assert (tmp_path / "vision").exists() is is_frozen

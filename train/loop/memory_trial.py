@@ -1,0 +1,124 @@
+"""Choose what a device runs at once by trying it: one forward and backward pass of the worst case for each kind."""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from accelerate.utils.memory import clear_device_cache
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from cocoa_embed.train.loop.oom import is_out_of_memory
+from cocoa_embed.train.loop.trainer import CocoaTrainer
+from cocoa_embed.train.settings import Auto
+
+RESERVE = 2 * 2**30
+"""Bytes that stay free in a trial: batches of other shapes fragment memory."""
+
+ADAM_BYTES = 8
+"""Bytes of a trained parameter's moments, which the optimizer does not have yet in a trial."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a device may run at once.
+
+    :param name: In words, after a number: "tokens of texts".
+    :param sizes: To choose from, the largest first.
+    :param run: Runs worst batches of a size forward, one after the other, and yields their losses, scalars.
+    :param use: Makes the trainer use a size.
+    :param enough: Smaller sizes leave a device idle between its kernels: recomputing activations to run more at once
+        is then faster than keeping them.
+    """
+
+    name: str
+    sizes: Sequence[int]
+    run: Callable[[int], Iterable[Tensor]]
+    use: Callable[[int], None]
+    enough: int = 0
+
+
+def fit_to_memory(trainer: CocoaTrainer, trials: Sequence[Trial], recompute: bool | Auto) -> None:
+    """Use the largest sizes that fit on every device, and say so in a line, if there is a choice.
+
+    Every process calls this before training. It has no effect on weights, gradients, optimizer and random draws. If
+    even the smallest size does not fit, it is used: the first step says what to change.
+
+    :param recompute: Whether to recompute activations (gradient checkpointing); ``auto``: if they do not fit otherwise.
+    """
+    if recompute == "auto":
+        recompute_activations(trainer, on=False)
+        fitting = _largest(trainer, trials, is_patient=False)
+        if recompute := None in fitting:
+            recompute_activations(trainer, on=True)
+    else:
+        trials = [trial for trial in trials if len(trial.sizes) > 1]
+        fitting = [None]
+    if None in fitting:
+        fitting = _largest(trainer, trials, is_patient=True)
+    sizes = [size or trial.sizes[-1] for size, trial in zip(fitting, trials, strict=True)]
+    for size, trial in zip(sizes, trials, strict=True):
+        trial.use(size)
+    if trials:
+        listed = " and ".join(f"{size} {trial.name}" for size, trial in zip(sizes, trials, strict=True))
+        logger.warning("chosen by memory: %s at once, gradient checkpointing %s", listed, "on" if recompute else "off")
+
+
+def _largest(trainer: CocoaTrainer, trials: Sequence[Trial], *, is_patient: bool) -> list[int | None]:
+    """Return the largest size of each trial that fits; None where none does.
+
+    :param is_patient: Also try sizes that are not ``enough``.
+    """
+    model: Any = trainer.model
+    was_training, device = model.training, trainer.accelerator.device
+    fork: Any = {"devices": []} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
+    model.train()
+    with torch.random.fork_rng(**fork):
+        least = [0 if is_patient else min(trial.enough, trial.sizes[0]) for trial in trials]
+        sizes = [
+            next((size for size in trial.sizes if size >= least[place] and _fits(trainer, trial, size)), None)
+            for place, trial in enumerate(trials)
+        ]
+    model.train(was_training)
+    return sizes
+
+
+def recompute_activations(trainer: CocoaTrainer, *, on: bool) -> None:
+    """Turn gradient checkpointing on or off."""
+    trained: Any = trainer.model
+    model = next(module for module in trained.modules() if isinstance(module, PreTrainedModel))
+    if on:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_disable()
+
+
+def _fits(trainer: CocoaTrainer, trial: Trial, size: int) -> bool:
+    """Return whether a size fits on every device."""
+    model: Any = trainer.model
+    try:
+        _run(trainer, trial, size)
+        fits = True
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        fits = False
+    model.zero_grad(set_to_none=True)
+    clear_device_cache()
+    seen: Any = trainer.accelerator.gather(torch.tensor([fits], device=trainer.accelerator.device))
+    return bool(seen.all())
+
+
+def _run(trainer: CocoaTrainer, trial: Trial, size: int) -> None:
+    """Run a size while the memory that training needs beside a pass is taken."""
+    device, model = trainer.accelerator.device, cast(nn.Module, trainer.model)
+    trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    taken = 0 if device.type == "cpu" else RESERVE + trained * ADAM_BYTES
+    held = torch.empty(taken, dtype=torch.uint8, device=device)
+    for loss in trial.run(size):
+        loss.backward()
+    del held

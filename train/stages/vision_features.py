@@ -1,0 +1,173 @@
+"""What a frozen vision encoder makes of images: computed once a step, and kept in a folder for later epochs."""
+
+import hashlib
+import logging
+import os
+import tempfile
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from safetensors.torch import load, save
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+
+from cocoa_embed.model.forward_inputs import image_inputs, on_device
+from cocoa_embed.train.settings import RunSettings
+
+CHECKSUM_BYTES = 4
+
+logger = logging.getLogger(__name__)
+
+
+class FrozenVision:
+    """Runs a frozen vision encoder only for images that are not known, in place of the encoder's ``forward``.
+
+    Images are known by their ``image_digests``, which go to the model as a keyword beside ``pixel_values``, and by the
+    dtype of matrix products. If none of a batch is known, all run as they would without this, so that the features
+    are equal bit for bit; else only those that are not known run, and the order of sums may differ.
+
+    :param visual: Whose parameters no one trains. It keeps its class and its weights.
+    :param remembers: Keep the features until ``forget``, on their device.
+    :param store: Where features are kept for longer.
+    """
+
+    def __init__(self, visual: PreTrainedModel, *, remembers: bool, store: "FeatureStore | None" = None) -> None:
+        self._visual, self._run = visual, visual.forward
+        self._patches_per_token = visual.config.spatial_merge_size**2
+        self._remembers, self._store = remembers, store
+        self._known: dict[str, list[Tensor]] = {}
+        visual.forward = self.forward
+
+    def forget(self) -> None:
+        """Free the features of the step before."""
+        self._known.clear()
+
+    @torch.no_grad()
+    def forward(self, hidden_states: Tensor, grid_thw: Tensor, **how: Any) -> Any:  # noqa: ANN401
+        """Return the features of images, as the encoder does.
+
+        :param hidden_states: Pixel values, ``[patches, patch_width]``.
+        :param grid_thw: int64 ``[images, 3]``.
+        :param how: ``image_digests``, of ``patch_digests``, int64 ``[images, 2]``; without it, all images run.
+        """
+        # transformers leaves the prefix out on the way here; older versions do not.
+        digests = how.pop("digests", how.pop("image_digests", None))
+        if digests is None:
+            return self._run(hidden_states, grid_thw=grid_thw, **how)
+        kind = hidden_states.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_states.dtype
+        keys = [digest.tobytes().hex() + f"-{dtype}" for digest in digests.cpu().numpy()]
+        found = [self._known.get(key) or self._read(key, hidden_states.device) for key in keys]
+        if missing := [place for place, features in enumerate(found) if not features]:
+            patches = grid_thw.prod(dim=1).tolist()
+            if len(missing) < len(found):  # what is prepared of positions is of all images
+                hidden_states = torch.cat([hidden_states.split(patches)[place] for place in missing])
+                grid_thw = grid_thw[missing]
+                made = on_device(self._visual, image_inputs(grid_thw.cpu(), self._visual.config))
+                how = {name.removeprefix("image_"): each for name, each in made.items() if name != "image_grid_thw"}
+            computed = self._run(hidden_states, grid_thw=grid_thw, **how)
+            is_deep = isinstance(computed, BaseModelOutputWithDeepstackFeatures)
+            of_layers = (computed.deepstack_features or []) if is_deep else []
+            tokens = [patches[place] // self._patches_per_token for place in missing]
+            parts = (features.split(tokens) for features in (computed.pooler_output, *of_layers))
+            for place, *features in zip(missing, *parts, strict=True):
+                found[place] = features
+                if self._store is not None:
+                    self._store.write(keys[place], features)
+        if self._remembers:
+            self._known |= zip(keys, found, strict=True)
+        pooled, *of_layers = (torch.cat(features) for features in zip(*found, strict=True))
+        if of_layers:
+            return BaseModelOutputWithDeepstackFeatures(pooler_output=pooled, deepstack_features=of_layers)
+        return BaseModelOutputWithPooling(pooler_output=pooled)
+
+    def _read(self, key: str, device: torch.device) -> list[Tensor]:
+        """Return the kept features of an image; none if there are none."""
+        return [] if self._store is None else [each.to(device) for each in self._store.read(key)]
+
+
+class FeatureStore:
+    """Features of images in a folder that processes and runs may share: one file an image, for one encoder's weights.
+
+    At the start, entries of other weights are removed, the oldest first, while the folder is more than half full. A
+    full folder takes no more: every epoch reads all images, and new entries would drive out those that are needed next.
+
+    :param limit: The most bytes of the folder.
+    """
+
+    def __init__(self, folder: Path, limit: float, visual: nn.Module) -> None:
+        self.folder = folder / weights_fingerprint(visual)
+        entries = sorted(_entries(folder))
+        size = sum(own for _, own, _ in entries)
+        for _, own, path in entries:
+            if size > limit / 2 and self.folder not in path.parents:
+                path.unlink(missing_ok=True)
+                size -= own
+        self.room = (limit - size) / PartialState().num_processes
+
+    def read(self, key: str) -> list[Tensor]:
+        """Return the features of an image, on the CPU; none if there are none, or they are broken."""
+        try:
+            content = self._path(key).read_bytes()
+        except OSError:
+            return []
+        checksum, content = content[:CHECKSUM_BYTES], content[CHECKSUM_BYTES:]
+        features = load(content) if checksum == _checksum(content) and content else {}
+        return [features[name] for name in sorted(features, key=int)]
+
+    def write(self, key: str, features: Sequence[Tensor]) -> None:
+        """Keep the features of an image, if there is room."""
+        if self.room <= 0:
+            return
+        content = save({str(place): each.cpu().contiguous() for place, each in enumerate(features)})
+        path = self._path(key)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as scratch:
+                scratch.write(_checksum(content) + content)
+            os.replace(scratch.name, path)
+            self.room -= len(content)
+        except OSError as error:
+            self.room = 0
+            logger.warning("vision_cache takes no more: %s cannot be written (%s)", path.parent, error.strerror)
+
+    def _path(self, key: str) -> Path:
+        return self.folder / key[:2] / key
+
+
+def _checksum(content: bytes) -> bytes:
+    return zlib.crc32(content).to_bytes(CHECKSUM_BYTES, "big")
+
+
+def _entries(folder: Path) -> Iterator[tuple[float, int, Path]]:
+    """Yield time, size and path of each file."""
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # another process removes it
+            if path.is_file():
+                yield path.stat().st_mtime, path.stat().st_size, path
+
+
+def weights_fingerprint(module: nn.Module) -> str:
+    """Return a digest of the names, shapes, dtypes and all values of a module's weights."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(save({name: value.contiguous()}))
+    return digest.hexdigest()
+
+
+def share_frozen_vision(visual: PreTrainedModel, run: RunSettings, *, remembers: bool) -> FrozenVision | None:
+    """Return the vision encoder's ``FrozenVision``, None if it would keep nothing.
+
+    Sharded weights are gathered by all processes together, so none of them may leave the encoder out.
+    """
+    if run.sharding != "none" or not (remembers or run.vision_cache):
+        return None
+    store = None if run.vision_cache is None else FeatureStore(run.vision_cache, run.vision_cache_gb * 1e9, visual)
+    return FrozenVision(visual, remembers=remembers, store=store)
