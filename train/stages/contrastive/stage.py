@@ -58,7 +58,7 @@ class Contrastive(Stage[ContrastiveSettings]):
     can_shard = False
     sends_uint8 = True
     accumulates = False  # cached gradients cut a batch into mini-batches
-    enough_at_once = 2048  # tokens
+    enough_at_once = 1024  # tokens
 
     def check_backbone(self, config: PreTrainedConfig) -> None:
         """Check ``matryoshka_dims`` against the width of the embeddings.
