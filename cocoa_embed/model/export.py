@@ -1,19 +1,41 @@
-"""Export a checkpoint as a plain SentenceTransformer folder with a model card."""
+"""Export a checkpoint as a SentenceTransformer folder with a model card, which servers load too."""
 
+import copy
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from transformers import PreTrainedModel
 
 from cocoa_embed.errors import CocoaError, one_line
 from cocoa_embed.folders import claim_folder, refuse_checkpoint
-from cocoa_embed.model.attention import assert_bidirectional
-from cocoa_embed.model.card import model_card
+from cocoa_embed.model.attention import TRANSFORMERS_FLOOR, assert_bidirectional, is_causal
+from cocoa_embed.model.backbone import SUPPORTED
+from cocoa_embed.model.card import matryoshka_dimensions, model_card
+from cocoa_embed.model.template import eos_settings
 from cocoa_embed.model.training_record import TRAINING_FILE, read_training, write_training
+
+REQUIREMENTS = {
+    "transformers": {
+        "specifier": f">={TRANSFORMERS_FLOOR}",
+        "reason": "Earlier ones attend causally or misplace images, without an error.",
+    },
+    "sentence-transformers": {
+        "specifier": ">=6.2",
+        "reason": "Earlier ones fail on batches that mix texts and images.",
+    },
+    "torchvision": {"specifier": ">=0.21", "reason": "The image processor needs it."},
+}
+"""What sentence-transformers verifies before it loads an export."""
+
+POOLING_FLAGS = ("cls_token", "max_tokens", "mean_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
+"""Each is a key ``pooling_mode_...`` of a pooling config as sentence-transformers before 5.4 wrote it."""
 
 
 def build_sentence_transformer(
@@ -52,17 +74,76 @@ def embedding_model(
 
 
 def save_sentence_transformer(model: SentenceTransformer, out: Path, training: dict[str, Any]) -> Path:
-    """Write ``model`` to ``out`` with its model card.
+    """Write ``model`` to ``out`` with its model card, in a form that sentence-transformers and vLLM load.
 
     :param training: The training record, written to ``TRAINING_FILE`` and shown in the model card.
     :raises CocoaError: If ``out`` holds something else, or is a checkpoint of a run.
     """
     refuse_checkpoint(out)
     claim_folder(out, marker=TRAINING_FILE)
-    model.save(str(out), create_model_card=False)
+    transformer: Transformer = model[0]
+    base_model = transformer.model
+    transformer.model = as_generation_model(base_model, matryoshka_dimensions(training, model.get_embedding_dimension()))
+    try:
+        model.save(str(out), create_model_card=False)
+    finally:
+        transformer.model = base_model
+    _make_readable_by_servers(out, eos_settings(model.tokenizer))
     write_training(out, training)
     (out / "README.md").write_text(model_card(out.name, model, training), encoding="utf-8")
     return out
+
+
+def as_generation_model(base_model: PreTrainedModel, matryoshka_dims: list[int]) -> PreTrainedModel:
+    """Return the ``...ForConditionalGeneration`` around a base model, whose weights' names and config servers know.
+
+    It has no weights of its own: an embedding needs no language head, so the head is tied to the token embeddings. vLLM
+    decides on chunked prefill and prefix caching by ``is_causal`` at the top of the config, not by the language model's.
+
+    :param matryoshka_dims: The dimensions that embeddings can be cut to, largest first; recorded in the config.
+    """
+    config = copy.deepcopy(base_model.config)
+    config.is_causal = is_causal(base_model)
+    config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = True
+    if matryoshka_dims:
+        config.is_matryoshka, config.matryoshka_dimensions = True, matryoshka_dims
+    with torch.device("meta"):
+        model = SUPPORTED[config.model_type](config)
+    model.model = base_model
+    model.tie_weights()
+    return model
+
+
+def _make_readable_by_servers(out: Path, eos: Mapping[str, Any]) -> None:
+    """Change what sentence-transformers has written.
+
+    Servers find the pooling under the names of sentence-transformers before 5.4, and ``<EOS>`` in the template; only
+    sentence-transformers, which truncates, has the tokenizer append it.
+
+    :param eos: The arguments with which the tokenizer appends it.
+    """
+    _update(out / "tokenizer.json", post_processor=None)
+    _update(out / "tokenizer_config.json", **dict.fromkeys(eos))
+    _update(out / "sentence_bert_config.json", processor_kwargs=dict(eos))
+    _update(out / "config_sentence_transformers.json", requirements=REQUIREMENTS)
+    modules = json.loads((out / "modules.json").read_text(encoding="utf-8"))
+    for module in modules:
+        kind = module["type"].rpartition(".")[2]
+        module["type"] = f"sentence_transformers.models.{kind}"
+        if kind == "Pooling":
+            _update(
+                out / module["path"] / "config.json",
+                **{f"pooling_mode_{flag}": flag == "lasttoken" for flag in POOLING_FLAGS},
+            )
+    _write(out / "modules.json", modules)
+
+
+def _update(path: Path, **changes: object) -> None:
+    _write(path, {**json.loads(path.read_text(encoding="utf-8")), **changes})
+
+
+def _write(path: Path, document: object) -> None:
+    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def export_model(checkpoint: Path, out: Path) -> Path:
