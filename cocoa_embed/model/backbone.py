@@ -208,8 +208,8 @@ def prepare_processor(
 ) -> None:
     """Give a processor the rendering ``[vision][text]<EOS>``, a mask token and right padding, in place.
 
-    The tokenizer appends ``<EOS>`` after truncation (``append_eos``): every sequence ends in it, for texts of any length,
-    with or without an image.
+    The tokenizer appends ``<EOS>`` after truncation (``append_eos``): every sequence ends in it, for texts of any
+    length, with or without an image.
 
     :raises UsageError: If the largest image would not fit into ``max_length`` tokens.
     """

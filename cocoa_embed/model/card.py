@@ -42,8 +42,8 @@ documents = model.encode_document([
 print(model.similarity(queries, documents))
 ```
 
-It needs sentence-transformers 6.2 and transformers {transformers_floor}, or newer, and says so if they are older. It needs
-no code of its own.
+It needs sentence-transformers 6.2 and transformers {transformers_floor}, or newer, and refuses older ones. It has no
+code of its own.
 
 Prompts are stored with the model: `encode_query` puts {query_prompt} before a query, `encode_document` puts
 {document_prompt} before a document. Sequences are cut at {max_length} tokens, but never their images or their `{eos}`;

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,7 +18,7 @@ from cocoa_embed.folders import claim_folder, refuse_checkpoint
 from cocoa_embed.model.attention import TRANSFORMERS_FLOOR, assert_bidirectional, is_causal
 from cocoa_embed.model.backbone import SUPPORTED
 from cocoa_embed.model.card import matryoshka_dimensions, model_card
-from cocoa_embed.model.template import eos_settings
+from cocoa_embed.model.template import append_eos, chat_template, eos_settings
 from cocoa_embed.model.training_record import TRAINING_FILE, read_training, write_training
 
 REQUIREMENTS = {
@@ -33,6 +33,9 @@ REQUIREMENTS = {
     "torchvision": {"specifier": ">=0.21", "reason": "The image processor needs it."},
 }
 """What sentence-transformers verifies before it loads an export."""
+
+OLD_MODULES = "sentence_transformers.models."
+"""Where sentence-transformers before 5.4 has its modules, and newer ones find them too."""
 
 POOLING_FLAGS = ("cls_token", "max_tokens", "mean_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
 """Each is a key ``pooling_mode_...`` of a pooling config as sentence-transformers before 5.4 wrote it."""
@@ -58,6 +61,9 @@ def build_sentence_transformer(
         transformer = Transformer(str(checkpoint), model_kwargs={"attn_implementation": "sdpa", **model_kwargs})
     except (OSError, SafetensorError) as error:
         raise CocoaError(f"{checkpoint} cannot be loaded ({one_line(error)}): the checkpoint is incomplete.") from error
+    # A checkpoint may be older than this template.
+    transformer.processor.chat_template = chat_template(transformer.tokenizer)
+    append_eos(transformer.tokenizer)
     if bidirectional:
         assert_bidirectional(transformer.auto_model)
     return embedding_model(transformer, prompts, device)
@@ -81,9 +87,12 @@ def save_sentence_transformer(model: SentenceTransformer, out: Path, training: d
     """
     refuse_checkpoint(out)
     claim_folder(out, marker=TRAINING_FILE)
-    transformer: Transformer = model[0]
+    transformer = model[0]
+    assert isinstance(transformer, Transformer)
     base_model = transformer.model
-    transformer.model = as_generation_model(base_model, matryoshka_dimensions(training, model.get_embedding_dimension()))
+    transformer.model = as_generation_model(
+        base_model, matryoshka_dimensions(training, model.get_embedding_dimension())
+    )
     try:
         model.save(str(out), create_model_card=False)
     finally:
@@ -97,8 +106,9 @@ def save_sentence_transformer(model: SentenceTransformer, out: Path, training: d
 def as_generation_model(base_model: PreTrainedModel, matryoshka_dims: list[int]) -> PreTrainedModel:
     """Return the ``...ForConditionalGeneration`` around a base model, whose weights' names and config servers know.
 
-    It has no weights of its own: an embedding needs no language head, so the head is tied to the token embeddings. vLLM
-    decides on chunked prefill and prefix caching by ``is_causal`` at the top of the config, not by the language model's.
+    It has no weights of its own: an embedding needs no language head, so the head is tied to the token embeddings.
+    vLLM decides on chunked prefill and prefix caching by ``is_causal`` at the top of the config, on attention by that
+    of the language model.
 
     :param matryoshka_dims: The dimensions that embeddings can be cut to, largest first; recorded in the config.
     """
@@ -122,27 +132,24 @@ def _make_readable_by_servers(out: Path, eos: Mapping[str, Any]) -> None:
 
     :param eos: The arguments with which the tokenizer appends it.
     """
-    _update(out / "tokenizer.json", post_processor=None)
-    _update(out / "tokenizer_config.json", **dict.fromkeys(eos))
-    _update(out / "sentence_bert_config.json", processor_kwargs=dict(eos))
-    _update(out / "config_sentence_transformers.json", requirements=REQUIREMENTS)
-    modules = json.loads((out / "modules.json").read_text(encoding="utf-8"))
-    for module in modules:
-        kind = module["type"].rpartition(".")[2]
-        module["type"] = f"sentence_transformers.models.{kind}"
-        if kind == "Pooling":
-            _update(
-                out / module["path"] / "config.json",
-                **{f"pooling_mode_{flag}": flag == "lasttoken" for flag in POOLING_FLAGS},
-            )
-    _write(out / "modules.json", modules)
+    _rewrite(out / "tokenizer.json", lambda tokenizer: {**tokenizer, "post_processor": None})
+    _rewrite(
+        out / "tokenizer_config.json",
+        lambda settings: {name: value for name, value in settings.items() if name not in eos},
+    )
+    _rewrite(out / "sentence_bert_config.json", lambda settings: {**settings, "processor_kwargs": dict(eos)})
+    _rewrite(out / "config_sentence_transformers.json", lambda settings: {**settings, "requirements": REQUIREMENTS})
+    _rewrite(
+        out / "modules.json",
+        lambda modules: [{**each, "type": OLD_MODULES + each["type"].rpartition(".")[2]} for each in modules],
+    )
+    # Servers take the first flag that is true, and ``include_prompt`` is one of the others.
+    flags = {f"pooling_mode_{flag}": flag == "lasttoken" for flag in POOLING_FLAGS}
+    _rewrite(out / "1_Pooling" / "config.json", lambda settings: {**flags, **settings})
 
 
-def _update(path: Path, **changes: object) -> None:
-    _write(path, {**json.loads(path.read_text(encoding="utf-8")), **changes})
-
-
-def _write(path: Path, document: object) -> None:
+def _rewrite(path: Path, change: Callable[[Any], object]) -> None:
+    document = change(json.loads(path.read_text(encoding="utf-8")))
     path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
