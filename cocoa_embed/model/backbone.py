@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoConfig,
     AutoProcessor,
@@ -24,7 +23,7 @@ from cocoa_embed.errors import CocoaError, UsageError, one_line
 from cocoa_embed.model.attention import make_bidirectional, make_causal
 from cocoa_embed.model.flex_attention import FLEX, use_flex_attention
 from cocoa_embed.model.loading import is_hub_name
-from cocoa_embed.model.template import chat_template
+from cocoa_embed.model.template import append_eos, chat_template
 from cocoa_embed.model.training_record import explain_unfinished
 from cocoa_embed.model.vision_attention import pack_vision_attention
 
@@ -209,7 +208,7 @@ def prepare_processor(
 ) -> None:
     """Give a processor the rendering ``[vision][text]<EOS>``, a mask token and right padding, in place.
 
-    The tokenizer's post-processor appends ``<EOS>`` after truncation: every sequence ends in it, for texts of any
+    The tokenizer appends ``<EOS>`` after truncation (``append_eos``): every sequence ends in it, for texts of any
     length, with or without an image.
 
     :raises UsageError: If the largest image would not fit into ``max_length`` tokens.
@@ -217,10 +216,7 @@ def prepare_processor(
     tokenizer = processor.tokenizer
     if tokenizer.mask_token is None:
         tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
-    eos = tokenizer.eos_token
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=f"$A {eos}", pair=f"$A $B:1 {eos}:1", special_tokens=[(eos, tokenizer.eos_token_id)]
-    )
+    append_eos(tokenizer)
     tokenizer.padding_side = "right"
     if max_length is not None:
         tokenizer.model_max_length = max_length

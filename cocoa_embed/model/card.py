@@ -42,7 +42,8 @@ documents = model.encode_document([
 print(model.similarity(queries, documents))
 ```
 
-It needs transformers {transformers_floor} or newer: earlier ones load it without an error and may embed wrongly.
+It needs sentence-transformers 6.2 and transformers {transformers_floor}, or newer, and refuses older ones. It has no
+code of its own.
 
 Prompts are stored with the model: `encode_query` puts {query_prompt} before a query, `encode_document` puts
 {document_prompt} before a document. Sequences are cut at {max_length} tokens, but never their images or their `{eos}`;
@@ -120,6 +121,16 @@ def _training_text(name: str, stages: list[dict[str, Any]], dimension: int | Non
         *(_matryoshka_text(name, stage.get("matryoshka_dims") or [], dimension) for stage in stages),
     ]
     return "\n\n".join(filter(None, parts))
+
+
+def matryoshka_dimensions(training: dict[str, Any], dimension: int | None) -> list[int]:
+    """Return the dimensions that embeddings can be cut to, largest first; none if none was trained.
+
+    :param training: The training record.
+    :param dimension: The dimension of whole embeddings.
+    """
+    trained = {dim for stage in training["stages"] for dim in stage.get("matryoshka_dims") or []}
+    return sorted(trained | ({dimension} if trained and dimension else set()), reverse=True)
 
 
 def _matryoshka_text(name: str, matryoshka_dims: list[int], dimension: int | None) -> str:

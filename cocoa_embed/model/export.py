@@ -1,19 +1,44 @@
-"""Export a checkpoint as a plain SentenceTransformer folder with a model card."""
+"""Export a checkpoint as a SentenceTransformer folder with a model card, which servers load too."""
 
-from collections.abc import Mapping
+import copy
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from transformers import PreTrainedModel
 
 from cocoa_embed.errors import CocoaError, one_line
 from cocoa_embed.folders import claim_folder, refuse_checkpoint
-from cocoa_embed.model.attention import assert_bidirectional
-from cocoa_embed.model.card import model_card
+from cocoa_embed.model.attention import TRANSFORMERS_FLOOR, assert_bidirectional, is_causal
+from cocoa_embed.model.backbone import SUPPORTED
+from cocoa_embed.model.card import matryoshka_dimensions, model_card
+from cocoa_embed.model.template import append_eos, chat_template, eos_settings
 from cocoa_embed.model.training_record import TRAINING_FILE, read_training, write_training
+
+REQUIREMENTS = {
+    "transformers": {
+        "specifier": f">={TRANSFORMERS_FLOOR}",
+        "reason": "Earlier ones attend causally or misplace images, without an error.",
+    },
+    "sentence-transformers": {
+        "specifier": ">=6.2",
+        "reason": "Earlier ones fail on batches that mix texts and images.",
+    },
+    "torchvision": {"specifier": ">=0.21", "reason": "The image processor needs it."},
+}
+"""What sentence-transformers verifies before it loads an export."""
+
+OLD_MODULES = "sentence_transformers.models."
+"""Where sentence-transformers before 5.4 has its modules, and newer ones find them too."""
+
+POOLING_FLAGS = ("cls_token", "max_tokens", "mean_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
+"""Each is a key ``pooling_mode_...`` of a pooling config as sentence-transformers before 5.4 wrote it."""
 
 
 def build_sentence_transformer(
@@ -36,6 +61,9 @@ def build_sentence_transformer(
         transformer = Transformer(str(checkpoint), model_kwargs={"attn_implementation": "sdpa", **model_kwargs})
     except (OSError, SafetensorError) as error:
         raise CocoaError(f"{checkpoint} cannot be loaded ({one_line(error)}): the checkpoint is incomplete.") from error
+    # A checkpoint may be older than this template.
+    transformer.processor.chat_template = chat_template(transformer.tokenizer)
+    append_eos(transformer.tokenizer)
     if bidirectional:
         assert_bidirectional(transformer.auto_model)
     return embedding_model(transformer, prompts, device)
@@ -52,17 +80,77 @@ def embedding_model(
 
 
 def save_sentence_transformer(model: SentenceTransformer, out: Path, training: dict[str, Any]) -> Path:
-    """Write ``model`` to ``out`` with its model card.
+    """Write ``model`` to ``out`` with its model card, in a form that sentence-transformers and vLLM load.
 
     :param training: The training record, written to ``TRAINING_FILE`` and shown in the model card.
     :raises CocoaError: If ``out`` holds something else, or is a checkpoint of a run.
     """
     refuse_checkpoint(out)
     claim_folder(out, marker=TRAINING_FILE)
-    model.save(str(out), create_model_card=False)
+    transformer = model[0]
+    assert isinstance(transformer, Transformer)
+    base_model = transformer.model
+    transformer.model = as_generation_model(
+        base_model, matryoshka_dimensions(training, model.get_embedding_dimension())
+    )
+    try:
+        model.save(str(out), create_model_card=False)
+    finally:
+        transformer.model = base_model
+    _make_readable_by_servers(out, eos_settings(model.tokenizer))
     write_training(out, training)
     (out / "README.md").write_text(model_card(out.name, model, training), encoding="utf-8")
     return out
+
+
+def as_generation_model(base_model: PreTrainedModel, matryoshka_dims: list[int]) -> PreTrainedModel:
+    """Return the ``...ForConditionalGeneration`` around a base model, whose weights' names and config servers know.
+
+    It has no weights of its own: an embedding needs no language head, so the head is tied to the token embeddings.
+    vLLM decides on chunked prefill and prefix caching by ``is_causal`` at the top of the config, on attention by that
+    of the language model.
+
+    :param matryoshka_dims: The dimensions that embeddings can be cut to, largest first; recorded in the config.
+    """
+    config = copy.deepcopy(base_model.config)
+    config.is_causal = is_causal(base_model)
+    config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = True
+    if matryoshka_dims:
+        config.is_matryoshka, config.matryoshka_dimensions = True, matryoshka_dims
+    with torch.device("meta"):
+        model = SUPPORTED[config.model_type](config)
+    model.model = base_model
+    model.tie_weights()
+    return model
+
+
+def _make_readable_by_servers(out: Path, eos: Mapping[str, Any]) -> None:
+    """Change what sentence-transformers has written.
+
+    Servers find the pooling under the names of sentence-transformers before 5.4, and ``<EOS>`` in the template; only
+    sentence-transformers, which truncates, has the tokenizer append it.
+
+    :param eos: The arguments with which the tokenizer appends it.
+    """
+    _rewrite(out / "tokenizer.json", lambda tokenizer: {**tokenizer, "post_processor": None})
+    _rewrite(
+        out / "tokenizer_config.json",
+        lambda settings: {name: value for name, value in settings.items() if name not in eos},
+    )
+    _rewrite(out / "sentence_bert_config.json", lambda settings: {**settings, "processor_kwargs": dict(eos)})
+    _rewrite(out / "config_sentence_transformers.json", lambda settings: {**settings, "requirements": REQUIREMENTS})
+    _rewrite(
+        out / "modules.json",
+        lambda modules: [{**each, "type": OLD_MODULES + each["type"].rpartition(".")[2]} for each in modules],
+    )
+    # Servers take the first flag that is true, and ``include_prompt`` is one of the others.
+    flags = {f"pooling_mode_{flag}": flag == "lasttoken" for flag in POOLING_FLAGS}
+    _rewrite(out / "1_Pooling" / "config.json", lambda settings: {**flags, **settings})
+
+
+def _rewrite(path: Path, change: Callable[[Any], object]) -> None:
+    document = change(json.loads(path.read_text(encoding="utf-8")))
+    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def export_model(checkpoint: Path, out: Path) -> Path:

@@ -54,7 +54,7 @@ def describe_module(module: torch.nn.Module) -> dict[str, Any]:
     if isinstance(module, Transformer):
         described |= {
             "template": module.processor.chat_template,
-            "is_bidirectional": holds_false(module.config.to_dict(), "is_causal"),
+            "is_bidirectional": module.config.get_text_config().to_dict().get("is_causal") is False,
             "max_seq_length": module.max_seq_length,
             "images": image_settings(module.processor),
         }
@@ -69,12 +69,6 @@ def image_settings(processor: object) -> dict[str, Any]:
         return {}
     settings = json.loads(processor.image_processor.to_json_string())
     return {name: settings[name] for name in IMAGE_SETTINGS if settings.get(name) is not None}
-
-
-def holds_false(config: Mapping[str, Any], name: str) -> bool:
-    """Return whether a setting is false in a configuration or in a nested one."""
-    inner = (value for value in config.values() if isinstance(value, dict))
-    return config.get(name) is False or any(holds_false(value, name) for value in inner)
 
 
 def weights_digest(state: Mapping[str, torch.Tensor]) -> str:

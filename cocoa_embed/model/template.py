@@ -1,8 +1,10 @@
-"""The chat template ``[vision tokens][prompt][text]``, for training and inference alike.
+"""The chat template ``[vision tokens][prompt][text]<EOS>``, for training and inference alike.
 
 Images come first in any message, then the prompt (a system message, as sentence-transformers passes it), then the text.
-The tokenizer appends ``<EOS>``, whose last hidden state is the embedding, after truncation (``prepare_processor``), so
-that it is never truncated.
+The last hidden state of ``<EOS>`` is the embedding. Either the tokenizer appends ``<EOS>`` (``append_eos``): after
+truncation, so that it is never cut off, as training and sentence-transformers need it. Or the template ends in it, for
+servers, which truncate nothing and may tokenize without special tokens. Never both: the template leaves ``<EOS>`` out
+where the tokenizer has a ``sep_token``, one of the few properties of a tokenizer that a template sees.
 """
 
 from __future__ import annotations
@@ -40,13 +42,26 @@ TEMPLATE = f"""\
 {{%- set all.text = all.text | replace(token, token[:1] ~ ' ' ~ token[1:]) -%}}
 {{%- endfor -%}}
 {{{{- all.text -}}}}
+{{%- if not sep_token -%}}{{{{- EOS_TOKEN -}}}}{{%- endif -%}}
 """
-"""Renders messages as ``[vision][prompt][text]``, in Jinja, once SPECIAL_TOKENS are filled in."""
+"""Renders messages as ``[vision][prompt][text]<EOS>``, in Jinja, once SPECIAL_TOKENS and EOS_TOKEN are filled in."""
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the template of a tokenizer: a special token in a text or a prompt becomes ordinary, as by ``literal``."""
-    return TEMPLATE.replace("SPECIAL_TOKENS", json.dumps(special_tokens(tokenizer)))
+    template = TEMPLATE.replace("SPECIAL_TOKENS", json.dumps(special_tokens(tokenizer)))
+    return template.replace("EOS_TOKEN", json.dumps(tokenizer.eos_token))
+
+
+def append_eos(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Have a tokenizer append ``<EOS>`` to every sequence after truncation, and the template leave it out, in place."""
+    for name, value in eos_settings(tokenizer).items():
+        setattr(tokenizer, name, value)
+
+
+def eos_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool | str]:
+    """Return what ``append_eos`` sets, as arguments for loading a tokenizer."""
+    return {"add_eos_token": True, "sep_token": tokenizer.eos_token}
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -65,7 +80,7 @@ def literal(text: str, tokens: Sequence[str]) -> str:
 
 
 def render(*, text: str | None, images: int, prompt: str = "", tokens: Sequence[str] = ()) -> str:
-    """Render one input with any number of images as the chat template does, without the Jinja engine.
+    """Render one input with any number of images as the chat template does after ``append_eos``, without Jinja.
 
     :param tokens: The tokenizer's ``special_tokens``.
     """

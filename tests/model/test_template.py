@@ -19,7 +19,7 @@ image_part = {"type": "image"}
 
 
 TOKENIZER = build_tokenizer(seed=0)
-SPECIAL = special_tokens(TOKENIZER)
+SPECIAL, EOS = special_tokens(TOKENIZER), TOKENIZER.eos_token
 
 TEMPLATE = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(chat_template(TOKENIZER))
 """Compiled with the settings of transformers."""
@@ -41,9 +41,11 @@ def item_parts(text: str | None, has_image: bool, image_first: bool) -> list[dic
 def test_an_item_renders_as_vision_prompt_text_in_any_order_of_its_parts(
     prompt: str | None, text: str | None, has_image: bool, image_first: bool
 ) -> None:
-    rendered = TEMPLATE.render(messages=messages(prompt, item_parts(text, has_image, image_first)))
+    parts = messages(prompt, item_parts(text, has_image, image_first))
+    rendered = TEMPLATE.render(messages=parts, sep_token=EOS)
     content = (prompt or "") + (text or "")
     assert rendered == (VISION if has_image else "") + literal(content, SPECIAL)
+    assert TEMPLATE.render(messages=parts) == rendered + EOS, "unless the tokenizer appends it"
     assert rendered == render(text=text, images=int(has_image), prompt=prompt or "", tokens=SPECIAL)
     if not any(token in content for token in SPECIAL):
         assert rendered.endswith(content)
