@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +17,7 @@ from cocoa_embed.cli.options import (
     DevicesOption,
     DtypeOption,
     EveryOption,
+    ExcludeOption,
     IncludeOption,
     RevisionOption,
     TrustOption,
@@ -24,18 +25,29 @@ from cocoa_embed.cli.options import (
     model_options,
     source_options,
 )
-from cocoa_embed.cli.output import DeviceOption, JsonOption, check_all, print_json, say, silence_libraries, working
+from cocoa_embed.cli.output import (
+    DeviceOption,
+    JsonOption,
+    check_all,
+    print_json,
+    say,
+    say_passed_over,
+    silence_libraries,
+    working,
+)
 from cocoa_embed.cli.storage import (
     ApiKeyOption,
     CollectionOption,
+    CreateOption,
     EdgeOption,
+    GrpcOption,
     ModelOption,
     PathOption,
     UrlOption,
     check_storage,
     open_indexer,
 )
-from cocoa_embed.errors import UsageError, printable, require
+from cocoa_embed.errors import printable, require
 from cocoa_embed.folders import DEFAULT_INDEX
 
 if TYPE_CHECKING:
@@ -66,18 +78,11 @@ def index(
     llama_index: Annotated[
         bool, typer.Option("--llama-index", help="Also store what LlamaIndex's QdrantVectorStore reads.")
     ] = False,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATTERN", help="Pass over files and folders, as in .gitignore (repeatable)."),
-    ] = None,
+    exclude: ExcludeOption = None,
     thumbnails: Annotated[Path | None, typer.Option(help="A folder for small copies of the images.")] = None,
     dimension: Annotated[int | None, typer.Option(min=1, help="Truncate embeddings to this many dimensions.")] = None,
-    quantization: Annotated[
-        Literal["scalar", "binary"] | None, typer.Option(help="Quantize a new collection (--url, --edge).")
-    ] = None,
-    on_disk: Annotated[
-        bool, typer.Option("--on-disk", help="Keep the vectors of a new collection on disk (--url, --edge).")
-    ] = False,
+    create: CreateOption = None,
+    prefer_grpc: GrpcOption = False,
     device: DeviceOption = None,
     devices: DevicesOption = None,
     workers: WorkersOption = None,
@@ -94,12 +99,10 @@ def index(
     from cocoa_embed.model.loading import check_model
 
     storage = {"path": path, "url": url, "edge": edge}
-    options: dict[str, Any] = {"dimension": dimension, "quantization": quantization, "on_disk": on_disk}
+    options: dict[str, Any] = {"dimension": dimension, "create": create, "prefer_grpc": prefer_grpc}
     options |= {"api_key": api_key, **model_options(device, devices, workers=workers, batch_tokens=batch_tokens)}
     options |= {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
-    sources = source_options(allow_host, every, include)
-    if (quantization or on_disk) and url is None and edge is None:
-        raise UsageError("--quantization and --on-disk need --url or --edge; a local index (--path) has neither")
+    sources = source_options(allow_host, every, include, exclude)
     check_all(
         lambda: check_storage(collection, storage),
         *([] if prune or prune_all else source_checks(paths, sources)),
@@ -110,7 +113,6 @@ def index(
             paths,
             prune=prune,
             prune_all=prune_all,
-            exclude=exclude or (),
             thumbnails=thumbnails,
             llama_index=llama_index,
             retry_failed=retry_failed,
@@ -173,7 +175,6 @@ def report_summary(summary: IndexSummary, console: Console) -> None:
     counts = ", ".join(f"{values[name]} {name}" for name in ("indexed", "unchanged", "updated", "replaced", "pruned"))
     rate = f"{summary.seconds:.1f} s, {summary.images_per_second:.1f} images/s"
     say(console, f"{summary.collection}: {counts}, {len(summary.failed)} left out ({rate})")
-    if summary.skipped:
-        say(console, f"passed over: {', '.join(f'{number} {why}' for why, number in summary.skipped_reasons.items())}")
+    say_passed_over(summary.skipped_reasons, console)
     for failure in summary.failed:
         say(console, f"left out: {printable(failure['path'])}: {failure['reason']}")

@@ -30,6 +30,15 @@ FilterOption = Annotated[
         help="A condition, such as mime=image/png, width>=800 or caption~beach; repeatable.",
     ),
 ]
+GrpcOption = Annotated[bool, typer.Option("--prefer-grpc", help="Speak gRPC with --url, on port 6334.")]
+CreateOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KEY=VALUE,...",
+        help="How to create a new collection (--url, --edge): vectors=float16, quantization=scalar|binary|turbo,"
+        " memory=cold, graph=cold, tenant=KEY; for --url also hnsw=after, shards=N, replicas=N.",
+    ),
+]
 ApiKeyOption = Annotated[str | None, typer.Option(envvar="QDRANT_API_KEY", help="API key for the Qdrant server.")]
 
 
@@ -63,7 +72,7 @@ def open_collection(collection: str, storage: dict[str, Any], api_key: str | Non
     """Return the store of the collection that the options name, without a model."""
     require("qdrant_client", "qdrant")
     from cocoa_embed.integrations.qdrant.stores import open_store
-    from cocoa_embed.integrations.qdrant.stores.base import StoreOptions
+    from cocoa_embed.integrations.qdrant.stores.options import StoreOptions
 
     place = storage if any(storage.values()) else {"path": Path(DEFAULT_INDEX)}
     return open_store(collection=collection, options=StoreOptions(api_key=api_key), **place)

@@ -177,7 +177,12 @@ EMPTY = ["index", "empty", "--model", "fake"]
         ([*RED, "--path", "x"], "1 there is no index in x; run cocoa-embed index, or change --path"),
         (["search", "  ", "--model", "fake"], "2 nothing to search for"),
         ([*RED, "--path", "a", "--url", "b"], "2 --path and --url were given together"),
-        ([*EMPTY, "--on-disk"], "2 --quantization and --on-disk need --url or --edge"),
+        (
+            [*EMPTY, "--create", "memory=cold"],
+            "2 a local store (path) has no memory; give the url of a server, or edge",
+        ),
+        ([*EMPTY, "--create", "shard=4"], "2 there is no creation option 'shard' (did you mean 'shards'? known: "),
+        ([*EMPTY, "--prefer-grpc"], "2 a local store (path) has no prefer_grpc"),
         (
             [*FROM_THE_WEB, "--allow-host", "a.example"],
             "is on 127.0.0.1, which is not among the allowed hosts; allow it with --allow-host HOST",
