@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -47,9 +46,9 @@ from cocoa_embed.cli.storage import (
     PathOption,
     UrlOption,
     check_storage,
+    open_collection,
 )
 from cocoa_embed.errors import printable, require
-from cocoa_embed.folders import DEFAULT_INDEX
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -157,18 +156,14 @@ def load(
     require("qdrant_client", "qdrant")
     storage = {"path": path, "url": url, "edge": edge}
     check_storage(collection, storage)
-    if not any(storage.values()):
-        storage["path"] = Path(DEFAULT_INDEX)
+    store = open_collection(collection, storage, api_key, create=create, prefer_grpc=prefer_grpc)
     with working() as console:
         from tqdm.auto import tqdm
 
         from cocoa_embed.integrations.qdrant.shards.files import EmbeddingFolder
         from cocoa_embed.integrations.qdrant.shards.load import load as load_folder
-        from cocoa_embed.integrations.qdrant.stores import open_store
-        from cocoa_embed.integrations.qdrant.stores.options import StoreOptions, read_create
 
-        options = StoreOptions(api_key=api_key, prefer_grpc=prefer_grpc, **read_create(create))
-        folder, store = EmbeddingFolder(embeddings), open_store(collection=collection, options=options, **storage)
+        folder = EmbeddingFolder(embeddings)
         with (
             closing(store),
             tqdm(desc=f"loading into {collection}", unit="file", disable=not console.is_terminal) as bar,

@@ -45,10 +45,10 @@ from cocoa_embed.cli.storage import (
     PathOption,
     UrlOption,
     check_storage,
+    open_collection,
     open_indexer,
 )
 from cocoa_embed.errors import printable, require
-from cocoa_embed.folders import DEFAULT_INDEX
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -99,12 +99,14 @@ def index(
     from cocoa_embed.model.loading import check_model
 
     storage = {"path": path, "url": url, "edge": edge}
-    options: dict[str, Any] = {"dimension": dimension, "create": create, "prefer_grpc": prefer_grpc}
+    kept: dict[str, Any] = {"create": create, "prefer_grpc": prefer_grpc}
+    options: dict[str, Any] = {"dimension": dimension, **kept}
     options |= {"api_key": api_key, **model_options(device, devices, workers=workers, batch_tokens=batch_tokens)}
     options |= {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
     sources = source_options(allow_host, every, include, exclude)
     check_all(
         lambda: check_storage(collection, storage),
+        *([lambda: open_collection(collection, storage, None, **kept)] if any(kept.values()) else []),
         *([] if prune or prune_all else source_checks(paths, sources)),
         lambda: check_model(model),
     )
@@ -138,15 +140,12 @@ def forget(
     """Remove images from an index, whether they exist or not. Copies elsewhere stay in it."""
     require("qdrant_client", "qdrant")
     from cocoa_embed.integrations.qdrant.indexing.prune import forget as forget_paths
-    from cocoa_embed.integrations.qdrant.stores import StoreOptions, open_store
 
     storage = {"path": path, "url": url, "edge": edge}
     check_storage(collection, storage, exists=True)
-    if url is None and edge is None:
-        storage["path"] = path or Path(DEFAULT_INDEX)
     with working() as console:
         silence_libraries()
-        store = open_store(**storage, collection=collection, options=StoreOptions(api_key=api_key))
+        store = open_collection(collection, storage, api_key)
         try:
             store.require_signature()
             forgotten = forget_paths(store, paths)
