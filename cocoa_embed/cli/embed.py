@@ -143,6 +143,7 @@ def say_summary(summary: EmbedSummary, console: Console) -> None:
 
 def load(
     embeddings: Annotated[str, typer.Argument(metavar="DIR", help="A folder or address that `embed` wrote.")],
+    shard: Annotated[str, typer.Option(help="i/n, in the i-th of n processes: load its files only.")] = "1/1",
     collection: CollectionOption = "images",
     path: PathOption = None,
     url: UrlOption = None,
@@ -155,6 +156,7 @@ def load(
     """Load embeddings into Qdrant, without a model. Loading them again changes nothing."""
     require("qdrant_client", "qdrant")
     storage = {"path": path, "url": url, "edge": edge}
+    number, count = read_share(shard)
     check_storage(collection, storage)
     store = open_collection(collection, storage, api_key, create=create, prefer_grpc=prefer_grpc)
     with working() as console:
@@ -168,7 +170,7 @@ def load(
             closing(store),
             tqdm(desc=f"loading into {collection}", unit="file", disable=not console.is_terminal) as bar,
         ):
-            summary = load_folder(folder, store, bar.update)
+            summary = load_folder(folder, store, bar.update, number=number, count=count)
         say(console, f"{collection}: {summary.points} points of {summary.files} files ({summary.seconds:.1f} s)")
     if as_json:
         print_json(dataclasses.asdict(summary))

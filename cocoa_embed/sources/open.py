@@ -131,12 +131,12 @@ def _open_address(address: str, options: SourceOptions, passed_over: PassedOver,
             root, listed = system.unstrip_protocol(path).rstrip("/"), {}
         else:
             matches = system.glob(path, detail=True)
-            listed = {system.unstrip_protocol(name): info for name, info in sorted(matches.items())}
             wildcard = re.search(r"[*?[]", path)
             root = "" if wildcard is None else system.unstrip_protocol(path[: wildcard.start()].rpartition("/")[0])
+            found_files = {system.unstrip_protocol(name): info for name, info in sorted(matches.items())}
             listed = {
                 name: info
-                for name, info in listed.items()
+                for name, info in found_files.items()
                 if not passed_over.has_entry(name, root or name.rpartition("/")[0], remote_start)
             }
     images: dict[str, Any] | None

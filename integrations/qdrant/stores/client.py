@@ -39,6 +39,16 @@ FAILURES = (ApiException, QdrantException, RpcError, sqlite3.Error, OSError, *RE
 """What a client raises."""
 
 COSINE = models.Distance.COSINE
+PINNED: dict[str, Any] = {"always_ram": True, "memory": models.Memory.PINNED}
+QUANTIZATION: dict[str | None, models.QuantizationConfig] = {
+    "scalar": models.ScalarQuantization(
+        scalar=models.ScalarQuantizationConfig(type=models.ScalarType.INT8, quantile=0.99, **PINNED)
+    ),
+    "binary": models.BinaryQuantization(binary=models.BinaryQuantizationConfig(**PINNED)),
+}
+for _kind, _bits in TURBO_BITS.items():
+    _size = models.TurboQuantBitSize(f"bits{_bits}")
+    QUANTIZATION[_kind] = models.TurboQuantization(turbo=models.TurboQuantQuantizationConfig(bits=_size, **PINNED))
 HNSW_KEY = "cocoa_embed_hnsw"
 """The key, in the metadata of a collection, that says that its search index is still to be built."""
 
@@ -78,7 +88,7 @@ class ClientStore(Store):
         target = aliases.get(self.collection, self.collection)
         delete = models.DeleteAliasOperation(delete_alias=models.DeleteAlias(alias_name=alias))
         create = models.CreateAliasOperation(create_alias=models.CreateAlias(collection_name=target, alias_name=alias))
-        steps = [delete, create] if alias in aliases else [create]
+        steps: list[models.AliasOperations] = [delete, create] if alias in aliases else [create]
         self._call(lambda client: client.update_collection_aliases(steps))
         return aliases.get(alias)
 
@@ -247,25 +257,10 @@ def creation(dimension: int, options: StoreOptions) -> dict[str, Any]:
     return {
         "vectors_config": vectors,
         "hnsw_config": graph if options.graph or options.hnsw == "after" else None,
-        "quantization_config": quantization(options.quantization),
+        "quantization_config": QUANTIZATION.get(options.quantization),
         "shard_number": options.shards,
         "replication_factor": options.replicas,
     }
-
-
-def quantization(kind: str | None) -> models.QuantizationConfig | None:
-    """Return how a new collection compresses vectors."""
-    memory: dict[str, Any] = {"always_ram": True, "memory": models.Memory.PINNED}
-    match kind:
-        case None:
-            return None
-        case "scalar":
-            config = models.ScalarQuantizationConfig(type=models.ScalarType.INT8, quantile=0.99, **memory)
-            return models.ScalarQuantization(scalar=config)
-        case "binary":
-            return models.BinaryQuantization(binary=models.BinaryQuantizationConfig(**memory))
-    bits = models.TurboQuantBitSize(f"bits{TURBO_BITS[kind]}")
-    return models.TurboQuantization(turbo=models.TurboQuantQuantizationConfig(bits=bits, **memory))
 
 
 def nearest(query: Query) -> models.NearestQuery:

@@ -293,8 +293,8 @@ def to_filter(where: Where | None) -> edge.Filter | None:
     return edge.Filter(must=[edge.FieldCondition(where.key, match=edge.MatchAny(list(where.values)))])
 
 
-HNSW_DEFAULTS = {"m": 16, "ef_construct": 100, "full_scan_threshold": 10_000}
-"""Those of the engine, which has no way to name only one."""
+HNSW_DEFAULTS = (16, 100, 10_000)
+"""Edges, candidates while building, and KB below which there is no graph: those of the engine."""
 TEXT_INDEX = edge.TextIndexParams(tokenizer=edge.TokenizerType.Word, lowercase=True, phrase_matching=True)
 
 
@@ -346,7 +346,7 @@ def shard_config(dimension: int, options: StoreOptions) -> edge.EdgeConfig:
         memory=options.memory and getattr(edge.Memory, options.memory.capitalize()),
         quantization_config=quantization.get(options.quantization),
         hnsw_config=options.graph
-        and edge.HnswIndexConfig(**HNSW_DEFAULTS, memory=getattr(edge.Memory, options.graph.capitalize())),
+        and edge.HnswIndexConfig(*HNSW_DEFAULTS, memory=getattr(edge.Memory, options.graph.capitalize())),
     )
     return edge.EdgeConfig(vectors=vectors)
 
