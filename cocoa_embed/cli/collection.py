@@ -1,4 +1,4 @@
-"""The commands about a collection: ``info``, ``list``, ``export-points`` and ``filterable``. None loads a model."""
+"""The commands about a collection: ``info``, ``list``, ``alias``... None loads a model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -73,15 +74,17 @@ def list_collections(
     storage = {"path": path, "url": url, "edge": edge}
     with working() as console:
         with reading("images", storage, api_key) as place:  # of a folder, one collection is open at a time
-            names, location = place.collections(), place.location
+            names, location, aliases = place.collections(), place.location, place.aliases()
         listed = [describe(name, storage, api_key) for name in names]
         for each in listed:
             about = each.get("error") or "{points} points, {dimension} dimensions, {model}".format(**each)
             say(console, f"{each['collection']}: {about}")
+        for name, target in aliases.items():
+            say(console, f"{name}: an alias of {target}")
         if not listed:
             say(console, f"no collections in {location}")
     if as_json:
-        print_json({"collections": listed})
+        print_json({"collections": listed, "aliases": aliases})
 
 
 def describe(name: str, storage: dict[str, Any], api_key: str | None) -> dict[str, Any]:
@@ -141,3 +144,39 @@ def filterable(
         for key in keys:
             field, made = create_index(store, key, kind)
             say(console, f"{store.name}: {made} index on {field}")
+
+
+def alias(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The alias, which any command takes as --collection.")],
+    collection: Annotated[str, typer.Argument(metavar="COLLECTION", help="The collection that it names from now on.")],
+    path: PathOption = None,
+    url: UrlOption = None,
+    edge: EdgeOption = None,
+    api_key: ApiKeyOption = None,
+) -> None:
+    """Let a name stand for a collection; a later call switches it to another one in one step."""
+    with working() as console, reading(collection, {"path": path, "url": url, "edge": edge}, api_key) as store:
+        before = store.set_alias(name)
+        was = f", before {before}" if before not in (None, collection) else ""
+        say(console, f"{printable(name)} is an alias of {printable(collection)} in {store.location}{was}")
+
+
+def seed(
+    url: Annotated[str, typer.Option(help="The server.")],
+    edge: Annotated[Path, typer.Option(help="A Qdrant Edge folder, created if needed.")],
+    collection: CollectionOption = "images",
+    api_key: ApiKeyOption = None,
+) -> None:
+    """Copy a collection with one shard from a server to Qdrant Edge, with its search index, as a snapshot."""
+    from cocoa_embed.integrations.qdrant.stores.edge import EdgeStore
+    from cocoa_embed.integrations.qdrant.stores.server import ServerStore
+
+    with (
+        working() as console,
+        reading(collection, {"url": url}, api_key) as server,
+        contextlib.closing(open_collection(collection, {"edge": edge}, None)) as shard,
+    ):
+        assert isinstance(server, ServerStore)
+        assert isinstance(shard, EdgeStore)
+        shard.create(server.require_signature(), server.write_snapshot)
+        say(console, f"{shard.name}: {shard.count()} images, from {server.location}")

@@ -7,8 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,6 +17,7 @@ from cocoa_embed.cli.options import (
     DevicesOption,
     DtypeOption,
     EveryOption,
+    ExcludeOption,
     IncludeOption,
     RevisionOption,
     TrustOption,
@@ -26,18 +26,29 @@ from cocoa_embed.cli.options import (
     read_share,
     source_options,
 )
-from cocoa_embed.cli.output import DeviceOption, JsonOption, check_all, print_json, say, silence_libraries, working
+from cocoa_embed.cli.output import (
+    DeviceOption,
+    JsonOption,
+    check_all,
+    print_json,
+    say,
+    say_passed_over,
+    silence_libraries,
+    working,
+)
 from cocoa_embed.cli.storage import (
     ApiKeyOption,
     CollectionOption,
+    CreateOption,
     EdgeOption,
+    GrpcOption,
     ModelOption,
     PathOption,
     UrlOption,
     check_storage,
+    open_collection,
 )
 from cocoa_embed.errors import printable, require
-from cocoa_embed.folders import DEFAULT_INDEX
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -66,6 +77,7 @@ def embed(
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
     allow_host: AllowHostOption = None,
+    exclude: ExcludeOption = None,
     every: EveryOption = 10.0,
     include: IncludeOption = "",
     as_json: JsonOption = False,
@@ -77,17 +89,20 @@ def embed(
     options = model_options(device, devices, workers=workers, batch_tokens=batch_tokens, dtype=dtype)
     options |= {"revision": revision, "trust_remote_code": trust_remote_code, "dimension": dimension}
     (number, count), _ = check_all(partial(read_share, shard), lambda: check_model(model))
-    wanted = source_options(allow_host, every, include)
+    wanted = source_options(allow_host, every, include, exclude)
     with working() as console:
         silence_libraries()
         from cocoa_embed.encode.devices import open_encoder
+        from cocoa_embed.images.passed_over import PassedOver
         from cocoa_embed.integrations.qdrant.shards import embed as shards
         from cocoa_embed.integrations.qdrant.shards.files import EmbeddingFolder
         from cocoa_embed.sources.open import all_sources
 
         started = time.perf_counter()
         faults: list[dict[str, str]] = []
-        found = all_sources(sources, wanted, lambda path, reason: faults.append({"path": str(path), "reason": reason}))
+        passed_over = PassedOver(wanted.exclude)
+        note = lambda path, reason: faults.append({"path": str(path), "reason": reason})  # noqa: E731
+        found = all_sources(sources, wanted, note, passed_over)
         folder = EmbeddingFolder(out)
         planned = shards.plan(found, folder, number=number, count=count, retry_failed=retry_failed)
         if ray is None:
@@ -97,9 +112,11 @@ def embed(
 
             done = embed_on_ray(planned, folder, model, options, address=None if ray == "local" else ray)
         summary = shards.total(tell(done, console), out, lambda: time.perf_counter() - started, faults)
+        passed_over.warn_of_unused()
         say_summary(summary, console)
+        say_passed_over(passed_over.counts, console)
     if as_json:
-        print_json(dataclasses.asdict(summary))
+        print_json({**dataclasses.asdict(summary), "passed_over": dict(passed_over.counts)})
     if summary.failed:
         raise typer.Exit(1)
 
@@ -124,40 +141,34 @@ def say_summary(summary: EmbedSummary, console: Console) -> None:
 
 def load(
     embeddings: Annotated[str, typer.Argument(metavar="DIR", help="A folder or address that `embed` wrote.")],
+    shard: Annotated[str, typer.Option(help="i/n, in the i-th of n processes: load its files only.")] = "1/1",
     collection: CollectionOption = "images",
     path: PathOption = None,
     url: UrlOption = None,
     edge: EdgeOption = None,
     api_key: ApiKeyOption = None,
-    quantization: Annotated[
-        Literal["scalar", "binary"] | None, typer.Option(help="Quantize a new collection (--url, --edge).")
-    ] = None,
-    on_disk: Annotated[
-        bool, typer.Option("--on-disk", help="Keep the vectors of a new collection on disk (--url, --edge).")
-    ] = False,
+    create: CreateOption = None,
+    prefer_grpc: GrpcOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Load embeddings into Qdrant, without a model. Loading them again changes nothing."""
     require("qdrant_client", "qdrant")
     storage = {"path": path, "url": url, "edge": edge}
+    number, count = read_share(shard)
     check_storage(collection, storage)
-    if not any(storage.values()):
-        storage["path"] = Path(DEFAULT_INDEX)
+    store = open_collection(collection, storage, api_key, create=create, prefer_grpc=prefer_grpc)
     with working() as console:
         from tqdm.auto import tqdm
 
         from cocoa_embed.integrations.qdrant.shards.files import EmbeddingFolder
         from cocoa_embed.integrations.qdrant.shards.load import load as load_folder
-        from cocoa_embed.integrations.qdrant.stores import open_store
-        from cocoa_embed.integrations.qdrant.stores.base import StoreOptions
 
-        options = StoreOptions(quantization=quantization, on_disk=on_disk, api_key=api_key)
-        folder, store = EmbeddingFolder(embeddings), open_store(collection=collection, options=options, **storage)
+        folder = EmbeddingFolder(embeddings)
         with (
             closing(store),
             tqdm(desc=f"loading into {collection}", unit="file", disable=not console.is_terminal) as bar,
         ):
-            summary = load_folder(folder, store, bar.update)
+            summary = load_folder(folder, store, bar.update, number=number, count=count)
         say(console, f"{collection}: {summary.points} points loaded ({summary.seconds:.1f} s)")
     if as_json:
         print_json(dataclasses.asdict(summary))

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +17,7 @@ from cocoa_embed.cli.options import (
     DevicesOption,
     DtypeOption,
     EveryOption,
+    ExcludeOption,
     IncludeOption,
     RevisionOption,
     TrustOption,
@@ -24,19 +25,30 @@ from cocoa_embed.cli.options import (
     model_options,
     source_options,
 )
-from cocoa_embed.cli.output import DeviceOption, JsonOption, check_all, print_json, say, silence_libraries, working
+from cocoa_embed.cli.output import (
+    DeviceOption,
+    JsonOption,
+    check_all,
+    print_json,
+    say,
+    say_passed_over,
+    silence_libraries,
+    working,
+)
 from cocoa_embed.cli.storage import (
     ApiKeyOption,
     CollectionOption,
+    CreateOption,
     EdgeOption,
+    GrpcOption,
     ModelOption,
     PathOption,
     UrlOption,
     check_storage,
+    open_collection,
     open_indexer,
 )
-from cocoa_embed.errors import UsageError, printable, require
-from cocoa_embed.folders import DEFAULT_INDEX
+from cocoa_embed.errors import printable, require
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -66,18 +78,11 @@ def index(
     llama_index: Annotated[
         bool, typer.Option("--llama-index", help="Also store what LlamaIndex's QdrantVectorStore reads.")
     ] = False,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATTERN", help="Pass over files and folders, as in .gitignore (repeatable)."),
-    ] = None,
+    exclude: ExcludeOption = None,
     thumbnails: Annotated[Path | None, typer.Option(help="A folder for small copies of the images.")] = None,
     dimension: Annotated[int | None, typer.Option(min=1, help="Truncate embeddings to this many dimensions.")] = None,
-    quantization: Annotated[
-        Literal["scalar", "binary"] | None, typer.Option(help="Quantize a new collection (--url, --edge).")
-    ] = None,
-    on_disk: Annotated[
-        bool, typer.Option("--on-disk", help="Keep the vectors of a new collection on disk (--url, --edge).")
-    ] = False,
+    create: CreateOption = None,
+    prefer_grpc: GrpcOption = False,
     device: DeviceOption = None,
     devices: DevicesOption = None,
     workers: WorkersOption = None,
@@ -94,14 +99,14 @@ def index(
     from cocoa_embed.model.loading import check_model
 
     storage = {"path": path, "url": url, "edge": edge}
-    options: dict[str, Any] = {"dimension": dimension, "quantization": quantization, "on_disk": on_disk}
+    kept: dict[str, Any] = {"create": create, "prefer_grpc": prefer_grpc}
+    options: dict[str, Any] = {"dimension": dimension, **kept}
     options |= {"api_key": api_key, **model_options(device, devices, workers=workers, batch_tokens=batch_tokens)}
     options |= {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
-    sources = source_options(allow_host, every, include)
-    if (quantization or on_disk) and url is None and edge is None:
-        raise UsageError("--quantization and --on-disk need --url or --edge; a local index (--path) has neither")
+    sources = source_options(allow_host, every, include, exclude)
     check_all(
         lambda: check_storage(collection, storage),
+        *([lambda: open_collection(collection, storage, None, **kept)] if any(kept.values()) else []),
         *([] if prune or prune_all else source_checks(paths, sources)),
         lambda: check_model(model),
     )
@@ -110,7 +115,6 @@ def index(
             paths,
             prune=prune,
             prune_all=prune_all,
-            exclude=exclude or (),
             thumbnails=thumbnails,
             llama_index=llama_index,
             retry_failed=retry_failed,
@@ -136,15 +140,12 @@ def forget(
     """Remove images from an index, whether they exist or not. Copies elsewhere stay in it."""
     require("qdrant_client", "qdrant")
     from cocoa_embed.integrations.qdrant.indexing.prune import forget as forget_paths
-    from cocoa_embed.integrations.qdrant.stores import StoreOptions, open_store
 
     storage = {"path": path, "url": url, "edge": edge}
     check_storage(collection, storage, exists=True)
-    if url is None and edge is None:
-        storage["path"] = path or Path(DEFAULT_INDEX)
     with working() as console:
         silence_libraries()
-        store = open_store(**storage, collection=collection, options=StoreOptions(api_key=api_key))
+        store = open_collection(collection, storage, api_key)
         try:
             store.require_signature()
             forgotten = forget_paths(store, paths)
@@ -173,7 +174,6 @@ def report_summary(summary: IndexSummary, console: Console) -> None:
     counts = ", ".join(f"{values[name]} {name}" for name in ("indexed", "unchanged", "updated", "replaced", "pruned"))
     rate = f"{summary.seconds:.1f} s, {summary.images_per_second:.1f} images/s"
     say(console, f"{summary.collection}: {counts}, {len(summary.failed)} left out ({rate})")
-    if summary.skipped:
-        say(console, f"passed over: {', '.join(f'{number} {why}' for why, number in summary.skipped_reasons.items())}")
+    say_passed_over(summary.skipped_reasons, console)
     for failure in summary.failed:
         say(console, f"left out: {printable(failure['path'])}: {failure['reason']}")

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from cocoa_embed import __version__
-from cocoa_embed.cli.collection import export_points, filterable, info, list_collections
+from cocoa_embed.cli.collection import alias, export_points, filterable, info, list_collections, seed
 from cocoa_embed.cli.demo import demo
 from cocoa_embed.cli.embed import embed, load
 from cocoa_embed.cli.evaluate import evaluation
@@ -43,6 +43,8 @@ for command in (
     info,
     export_points,
     filterable,
+    alias,
+    seed,
     embed,
     load,
     demo,

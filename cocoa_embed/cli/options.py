@@ -31,12 +31,21 @@ IncludeOption = Annotated[
 ]
 
 
-def source_options(allow_host: list[str] | None, every: float, include: str) -> SourceOptions:
+ExcludeOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Pass over files and folders, as in .gitignore (repeatable)."),
+]
+
+
+def source_options(
+    allow_host: list[str] | None, every: float, include: str, exclude: list[str] | None
+) -> SourceOptions:
     """Return the options of sources."""
     from cocoa_embed.sources.base import SourceOptions
 
     kinds = frozenset(kind for each in include.split(",") if (kind := each.strip()))
-    return SourceOptions(allowed_hosts=tuple(allow_host or ()), every=every, include=kinds)
+    hosts, patterns = tuple(allow_host or ()), tuple(exclude or ())
+    return SourceOptions(allowed_hosts=hosts, every=every, include=kinds, exclude=patterns)
 
 
 def model_options(device: str | None, devices: str | None, **options: Any) -> dict[str, Any]:

@@ -70,6 +70,12 @@ def say(console: Console, line: str) -> None:
     console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
+def say_passed_over(counts: dict[str, int], console: Console) -> None:
+    """Print how many files and folders were passed over for which reason, if any were."""
+    if counts:
+        say(console, f"passed over: {', '.join(f'{number} {why}' for why, number in counts.items())}")
+
+
 def print_json(document: dict[str, Any]) -> None:
     """Print one JSON document on standard output, in ASCII, which any terminal's encoding can show."""
     typer.echo(json.dumps(document, indent=2))

@@ -69,6 +69,10 @@ def search(
     group_by: Annotated[
         str | None, typer.Option(metavar="KEY", help="Of all images with one value of this key, only the best.")
     ] = None,
+    hnsw_ef: Annotated[
+        int | None, typer.Option(min=1, help="Candidates that the search index keeps: more find more (--url, --edge).")
+    ] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Compare all vectors instead of using the index.")] = False,
     device: DeviceOption = None,
     html: Annotated[Path | None, typer.Option(help="Write the hits to this file as an HTML page.")] = None,
     as_json: JsonOption = False,
@@ -108,6 +112,8 @@ def search(
             any_orientation=any_orientation,
             diversity=diversity,
             group_by=group_by,
+            hnsw_ef=hnsw_ef,
+            exact=exact,
         )
         report_hits(hits, console)
     if as_json:

@@ -29,6 +29,15 @@ FilterOption = Annotated[
         help="A condition, such as mime=image/png, width>=800 or caption~beach; repeatable.",
     ),
 ]
+GrpcOption = Annotated[bool, typer.Option("--prefer-grpc", help="Speak gRPC with --url, on port 6334.")]
+CreateOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KEY=VALUE,...",
+        help="How to create a new collection (--url, --edge): vectors=float16, quantization=scalar|binary|turbo,"
+        " memory=cold, graph=cold, tenant=KEY; for --url also hnsw=after, shards=N, replicas=N.",
+    ),
+]
 ApiKeyOption = Annotated[str | None, typer.Option(envvar="QDRANT_API_KEY", help="API key for the Qdrant server.")]
 
 
@@ -58,14 +67,25 @@ def check_storage(collection: str, storage: dict[str, Any], *, exists: bool = Fa
         )
 
 
-def open_collection(collection: str, storage: dict[str, Any], api_key: str | None) -> Store:
-    """Return the store of the collection that the options name, without a model."""
+def open_collection(
+    collection: str,
+    storage: dict[str, Any],
+    api_key: str | None,
+    *,
+    create: str | None = None,
+    prefer_grpc: bool = False,
+) -> Store:
+    """Return the store of the collection that the options name, without a model; nothing is opened yet.
+
+    :raises UsageError: If the storage has none of the options, or one is malformed.
+    """
     require("qdrant_client", "qdrant")
     from cocoa_embed.integrations.qdrant.stores import open_store
-    from cocoa_embed.integrations.qdrant.stores.base import StoreOptions
+    from cocoa_embed.integrations.qdrant.stores.options import StoreOptions, read_create
 
     place = storage if any(storage.values()) else {"path": Path(DEFAULT_INDEX)}
-    return open_store(collection=collection, options=StoreOptions(api_key=api_key), **place)
+    options = StoreOptions(api_key=api_key, prefer_grpc=prefer_grpc, **read_create(create))
+    return open_store(collection=collection, options=options, **place)
 
 
 def open_indexer(model: str | None, collection: str, storage: dict[str, Any], **options: Any) -> QdrantIndexer:

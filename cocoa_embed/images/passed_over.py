@@ -1,17 +1,20 @@
 """What a search for images passes over: folders of systems and programs, companions of files, and excluded patterns."""
 
+import logging
 import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from unicodedata import normalize
 
 from pathspec import GitIgnoreSpec
 
-from cocoa_embed.errors import UsageError
+from cocoa_embed.errors import UsageError, printable
+
+logger = logging.getLogger(__name__)
 
 SYSTEM_FOLDERS = frozenset(
     # Thumbnails and indexes of network storage, desktops and telephones.
@@ -107,11 +110,28 @@ class PassedOver:
         """The patterns that have matched nothing so far."""
         return [pattern for number, pattern in enumerate(self._exclude) if number not in self._used]
 
-    def has_file(self, path: str, root: str) -> bool:
+    def warn_of_unused(self) -> None:
+        """Log a warning for each pattern that has matched nothing."""
+        for pattern in self.unused:
+            logger.warning("--exclude %s: nothing matches it", printable(pattern))
+
+    def has_entry(self, path: str, root: str, read_start: Callable[[str], bytes]) -> bool:
+        """Return whether a file below ``root``, an archive or an address, or a folder that it is in, is passed over.
+
+        :param read_start: Returns the first bytes of the file at ``path``.
+        """
+        folder = root
+        for name in path.removeprefix(root).strip("/").split("/")[:-1]:
+            if self.has_folder(folder, name, root):
+                return True
+            folder = f"{folder}/{name}"
+        return self.has_file(path, root, read_start)
+
+    def has_file(self, path: str, root: str, read_start: Callable[[str], bytes] | None = None) -> bool:
         """Return whether a file below ``root``, the folder that is searched, is passed over."""
         if DELETED.match(os.path.basename(path)):
             return self._count(path, "deleted file")
-        if is_companion(path, first_bytes(path) if may_be_companion(path) else b""):
+        if may_be_companion(path) and is_companion(path, (read_start or first_bytes)(path)):
             return self._count(path, "companion of another file")
         return self._excludes(path, root) and self._count(path, "excluded")
 

@@ -102,13 +102,6 @@ def until_fault(members: Iterator[Member], faults: list[Exception]) -> Iterator[
         faults.append(error)
 
 
-def is_wanted(name: str) -> bool:
-    """Return whether a file is an image or describes one; those that macOS adds to archives are neither."""
-    path = PurePosixPath(name)
-    is_of_macos = path.name.startswith("._") or "__MACOSX" in path.parts
-    return path.suffix.lower() in IMAGE_SUFFIXES | DESCRIPTIONS and not is_of_macos
-
-
 def read_description(suffix: str, content: bytes) -> dict[str, Any]:
     """Return what a file says about the image of the same name: its text, or columns; nothing if it is malformed."""
     text = content.decode("utf-8-sig", "replace").strip()
@@ -144,15 +137,19 @@ def read_members(file: ShardFile) -> Iterator[Member]:
     :raises Exception: If it cannot be read, or is broken behind the files that were yielded.
     """
     for name, size, read in read_entries(file.place):
-        if not is_wanted(name):
+        if suffix_of(name) not in IMAGE_SUFFIXES | DESCRIPTIONS:
             continue
         most = MAX_IMAGE_BYTES if suffix_of(name) in IMAGE_SUFFIXES else MAX_DESCRIPTION_BYTES
         key = f"{file.key}#{name}"
-        if not 0 < size <= most:
-            yield Member(name, ImageError(key, f"has {size} bytes; between 1 and {most} are read"))
-            continue
+        read_once = cache(read)  # in a tar file, which is read as a stream, there is no second time
+        path = f"{file.key}/{PurePosixPath(name.lstrip('/'))}"
         try:
-            yield Member(name, read())
+            if file.passed_over.has_entry(path, file.key, partial(_start, read_once, size)):
+                continue
+            if 0 < size <= most:
+                yield Member(name, read_once())
+            else:
+                yield Member(name, ImageError(key, f"has {size} bytes; between 1 and {most} are read"))
         except (zipfile.BadZipFile, zlib.error, RuntimeError) as error:  # broken, encrypted, an unknown method
             yield Member(name, ImageError(key, f"cannot be read ({one_line(error)})"))
 
@@ -172,6 +169,10 @@ def read_entries(place: Place) -> Iterator[tuple[str, int, Callable[[], bytes]]]
                     yield member.name, member.size, partial(_read_whole, tar, member)
 
 
+def _start(read: Callable[[], bytes], size: int, _: str) -> bytes:
+    return read() if size <= MAX_DESCRIPTION_BYTES else b""  # no companion is that large
+
+
 def _read_whole(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     opened = tar.extractfile(member)
     data = opened.read() if opened is not None else b""
@@ -181,4 +182,4 @@ def _read_whole(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
-KIND = Kind("archive", SUFFIXES, read_archive, "tarfile", "tables")
+KIND = Kind("archive", SUFFIXES, read_archive, "tarfile", "tables", settings=("exclude",))

@@ -15,6 +15,9 @@ class SourceOptions:
     """The hosts from which web addresses are fetched, as ``Fetcher`` takes them."""
     every: float = 10.0
     """Seconds between two frames of a video."""
+    exclude: tuple[str, ...] = ()
+    """Patterns of files and folders to pass over, as in a ``.gitignore`` file, such as ``*_small.jpg`` or ``drafts/``.
+    System folders and companions of other files are passed over in any case."""
     include: frozenset[str] = frozenset()
     """The kinds of files (``KINDS`` of ``open.py``) that a folder gives beside its photographs."""
 

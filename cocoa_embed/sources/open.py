@@ -13,11 +13,12 @@ from urllib.parse import unquote, urlsplit
 from cocoa_embed.data.places import Place, file_system, reading, suffix_of
 from cocoa_embed.errors import CocoaError, UsageError, did_you_mean, printable, require
 from cocoa_embed.images.find_files import LIST_SUFFIX, split_pattern
+from cocoa_embed.images.passed_over import PassedOver, first_bytes
 from cocoa_embed.sources import addresses, archives, documents, tables, videos
 from cocoa_embed.sources.addresses import first_address, require_host
 from cocoa_embed.sources.base import Source, SourceOptions
 from cocoa_embed.sources.files import file_sources, require_images
-from cocoa_embed.sources.remote import RemoteImages, is_image, is_web, walk
+from cocoa_embed.sources.remote import RemoteImages, is_image, is_web, remote_start, walk
 from cocoa_embed.sources.shard_files import Kind, ShardFiles
 
 KINDS = {kind.name: kind for kind in (archives.KIND, tables.KIND, documents.KIND, videos.KIND)}
@@ -34,30 +35,39 @@ def all_sources(
     places: Iterable[str | Path],
     options: SourceOptions = NO_OPTIONS,
     on_error: Callable[[str | Path, str], object] = lambda path, reason: None,
+    passed_over: PassedOver | None = None,
 ) -> list[Source]:
     """Return the sources of places: folders, files, patterns, lists, addresses.
 
-    :param on_error: Called with what is passed over because it cannot be read, and the reason.
+    :param on_error: Called with what cannot be read, and the reason.
+    :param passed_over: Decides what is passed over, and counts it; by default, what ``options`` exclude.
     :raises CocoaError: If a place does not exist, or has no images.
     """
-    photographs, others = open_sources(places, options)
+    passed_over = passed_over or PassedOver(options.exclude)
+    photographs, others = open_sources(places, options, passed_over)
     if photographs or not others:
-        require_images(photographs)
-    return [*file_sources(photographs, on_error), *others]
+        require_images(photographs, options.exclude)
+    return [*file_sources(photographs, on_error, passed_over), *others]
 
 
 def open_sources(
-    places: Iterable[str | Path], options: SourceOptions = NO_OPTIONS, *, may_be_gone: bool = False
+    places: Iterable[str | Path],
+    options: SourceOptions = NO_OPTIONS,
+    passed_over: PassedOver | None = None,
+    *,
+    may_be_gone: bool = False,
 ) -> tuple[list[str], list[Source]]:
     """Return the local places that give photographs, for ``files.py`` to find, and the sources of everything else.
 
     A folder gives its photographs, and the kinds of files in ``options.include``; a folder without photographs gives
     the files of all kinds.
 
+    :param passed_over: Decides what is passed over, and counts it; by default, what ``options`` exclude.
     :param may_be_gone: Whether a place that does not exist is a source without images.
     :raises CocoaError: If a place does not exist or cannot be listed, or a package that reads it is not installed.
     :raises UsageError: If a place is empty, or ``options.include`` has an unknown kind.
     """
+    passed_over = passed_over or PassedOver(options.exclude)
     for name in sorted(options.include - KINDS.keys()):
         raise UsageError(f"--include {name} is no kind of file {did_you_mean(name, [*KINDS])}")
     photographs: list[str] = []
@@ -67,39 +77,42 @@ def open_sources(
         if text.startswith("file://"):
             text = unquote(urlsplit(text).path)
         if "://" in text:
-            sources += _open_address(text, options, may_be_gone)
+            sources += _open_address(text, options, passed_over, may_be_gone)
         else:
-            has_photographs, others = _open_path(text, options, may_be_gone)
+            has_photographs, others = _open_path(text, options, passed_over, may_be_gone)
             photographs += [text] * has_photographs
             sources += others
     return photographs, sources
 
 
-def _open_path(text: str, options: SourceOptions, may_be_gone: bool) -> tuple[bool, list[Source]]:
+def _open_path(
+    text: str, options: SourceOptions, passed_over: PassedOver, may_be_gone: bool
+) -> tuple[bool, list[Source]]:
     """Return whether a local place gives photographs, or is to be refused with them; and the sources of what else."""
     path = Path(os.path.abspath(text)) if text else Path()
     if os.path.isdir(path) and text:  # False for a folder that cannot be read, which the run reports
         if any((path / marker).is_file() for marker in DATA_SET_MARKERS):
             parts = (part for part in sorted(path.rglob("*.arrow")) if not part.name.startswith("cache-"))
-            return False, [shard_files([(part, tables.KIND) for part in parts], options, str(path))]
-        has_photographs, found = search(_files_below(path), options)
-        others: list[Source] = [shard_files(found, options, str(path))] if found else []
+            return False, [shard_files([(part, tables.KIND) for part in parts], options, passed_over, str(path))]
+        has_photographs, found = search(_files_below(path, passed_over), options, passed_over, str(path))
+        others: list[Source] = [shard_files(found, options, passed_over, str(path))] if found else []
         return has_photographs or not found, others
     is_list = path.suffix.lower() == LIST_SUFFIX and path.is_file() and "://" in first_address(path)
     kind = addresses.KIND if is_list else named_kind(text)
     if kind is None or not text:
         return True, []
     if os.path.lexists(path):
-        return False, [shard_files([(path, kind)], options)]
-    folder, _ = split_pattern(Path(text))
+        return False, [shard_files([(path, kind)], options, passed_over)]
+    folder = os.path.abspath(split_pattern(Path(text))[0])
     matches = [Path(os.path.abspath(name)) for name in sorted(glob.glob(text, recursive=True))]
+    matches = [path for path in matches if not passed_over.has_entry(str(path), folder, first_bytes)]
     if not matches and not may_be_gone:
         raise CocoaError(f"{printable(text)} does not exist, and nothing matches it as a pattern")
     found = [(match, kind) for match in matches]
-    return False, [shard_files(found, options, os.path.abspath(folder), kind.suffixes)]
+    return False, [shard_files(found, options, passed_over, folder, kind.suffixes)]
 
 
-def _open_address(address: str, options: SourceOptions, may_be_gone: bool) -> list[Source]:
+def _open_address(address: str, options: SourceOptions, passed_over: PassedOver, may_be_gone: bool) -> list[Source]:
     """Return the sources of a place on the web or on a remote file system.
 
     :raises CocoaError: If there is nothing.
@@ -107,9 +120,9 @@ def _open_address(address: str, options: SourceOptions, may_be_gone: bool) -> li
     if is_web(address):
         kind = named_kind(urlsplit(address).path)
         if kind is not None:
-            return [shard_files([(address, kind)], options)]
+            return [shard_files([(address, kind)], options, passed_over)]
         require_host(address, options)
-        return [RemoteImages("", {address: {}}, options.allowed_hosts)]
+        return [RemoteImages("", passed_over, {address: {}}, options.allowed_hosts)]
     with reading(address):
         system, path = file_system(address)
         system.invalidate_cache()
@@ -118,22 +131,28 @@ def _open_address(address: str, options: SourceOptions, may_be_gone: bool) -> li
             root, listed = system.unstrip_protocol(path).rstrip("/"), {}
         else:
             matches = system.glob(path, detail=True)
-            listed = {system.unstrip_protocol(name): info for name, info in sorted(matches.items())}
             wildcard = re.search(r"[*?[]", path)
             root = "" if wildcard is None else system.unstrip_protocol(path[: wildcard.start()].rpartition("/")[0])
+            found_files = {system.unstrip_protocol(name): info for name, info in sorted(matches.items())}
+            listed = {
+                name: info
+                for name, info in found_files.items()
+                if not passed_over.has_entry(name, root or name.rpartition("/")[0], remote_start)
+            }
     images: dict[str, Any] | None
     if is_folder:
-        has_photographs, found = search((name for _, files in walk(root) for name in sorted(files)), options)
+        names = (name for _, files in walk(root, passed_over) for name in sorted(files))
+        has_photographs, found = search(names, options, passed_over, root, remote_start)
         images = None if has_photographs else {}
     else:
         found = [(name, kind) for name in listed if (kind := named_kind(name))]
         images = {name: info for name, info in listed.items() if is_image(name)}
     if images == {} and not found and may_be_gone:
-        return [RemoteImages(root, images)]
+        return [RemoteImages(root, passed_over, images)]
     if images == {} and not found:
         raise CocoaError(f"{printable(address)} does not exist, or has no images; name a folder or file that has some")
-    sources: list[Source] = [shard_files(found, options, root or None)] if found else []
-    return sources if images == {} else [RemoteImages(root, images), *sources]
+    sources: list[Source] = [shard_files(found, options, passed_over, root or None)] if found else []
+    return sources if images == {} else [RemoteImages(root, passed_over, images), *sources]
 
 
 def named_kind(name: str) -> Kind | None:
@@ -142,7 +161,13 @@ def named_kind(name: str) -> Kind | None:
     return next((kind for kind in known if name.lower().endswith(kind.suffixes)), None)
 
 
-def search(places: Iterable[Place], options: SourceOptions) -> tuple[bool, list[tuple[Place, Kind]]]:
+def search(
+    places: Iterable[Place],
+    options: SourceOptions,
+    passed_over: PassedOver,
+    root: str,
+    read_start: Callable[[str], bytes] = first_bytes,
+) -> tuple[bool, list[tuple[Place, Kind]]]:
     """Return whether a folder has photographs, and which other files it gives.
 
     A Parquet file beside an archive of the same name, as img2dataset writes it, describes the archive.
@@ -150,18 +175,26 @@ def search(places: Iterable[Place], options: SourceOptions) -> tuple[bool, list[
     found: list[tuple[Place, Kind]] = []
     has_photographs = False
     for place in places:
-        if is_image(str(place)):
-            has_photographs = True
-            if not options.include:
-                return True, []
-        elif (kind := named_kind(str(place))) and kind.name in (options.include or KINDS):
+        kind = named_kind(str(place))
+        is_wanted = kind is not None and kind.name in (options.include or KINDS)
+        if not (is_wanted or is_image(str(place))) or passed_over.has_file(str(place), root, read_start):
+            continue
+        if kind is not None and is_wanted:
             found.append((place, kind))
+            continue
+        has_photographs = True
+        if not options.include:
+            return True, []
     described = {str(place).removesuffix(".tar") + ".parquet" for place, _ in found if suffix_of(place) == ".tar"}
     return has_photographs, [(place, kind) for place, kind in found if str(place) not in described]
 
 
 def shard_files(
-    files: Sequence[tuple[Place, Kind]], options: SourceOptions, root: str | None = None, suffixes: tuple[str, ...] = ()
+    files: Sequence[tuple[Place, Kind]],
+    options: SourceOptions,
+    passed_over: PassedOver,
+    root: str | None = None,
+    suffixes: tuple[str, ...] = (),
 ) -> ShardFiles:
     """Return a source of files; tables without images, but with addresses, give the images at the addresses.
 
@@ -174,10 +207,15 @@ def shard_files(
         files = [(place, addresses.KIND if kind is tables.KIND else kind) for place, kind in files]
     for place in (place for place, kind in files if kind is addresses.KIND):
         require_host(first_address(place), options)
-    return ShardFiles(files, options, root, suffixes or tuple({end for _, kind in files for end in kind.suffixes}))
+    suffixes = suffixes or tuple({end for _, kind in files for end in kind.suffixes})
+    return ShardFiles(files, options, passed_over, root, suffixes)
 
 
-def _files_below(folder: Path) -> Iterator[Path]:
+def _files_below(folder: Path, passed_over: PassedOver) -> Iterator[Path]:
     for path, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(path, name) for name in sorted(names) if not name.startswith("."))
+        if path != str(folder) and passed_over.has_cache(path, names):
+            folders.clear()
+            continue
+        folders[:] = sorted(name for name in folders if not passed_over.has_folder(path, name, str(folder)))
+        # A photograph may be hidden; a hidden table or document is a program's.
+        yield from (Path(path, name) for name in sorted(names) if is_image(name) or not name.startswith("."))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import PurePosixPath
@@ -15,6 +16,7 @@ from cocoa_embed.errors import ImageError, one_line, printable
 from cocoa_embed.images.find_files import IMAGE_SUFFIXES
 from cocoa_embed.images.http import Fetcher
 from cocoa_embed.images.load import check_size
+from cocoa_embed.images.passed_over import PassedOver
 from cocoa_embed.sources.base import Record, Shard
 from cocoa_embed.sources.shard_files import is_below, json_values, relative_key
 from cocoa_embed.sources.tables import table_rows
@@ -59,6 +61,8 @@ class RemoteImages:
 
     root: str
     """Empty if the images were named."""
+    passed_over: PassedOver
+    """Decides what is passed over below the address."""
     files: dict[str, dict[str, Any]] | None = None
     """The images that were named, with what is known of them; None for all below the address."""
     allowed_hosts: tuple[str, ...] = ()
@@ -66,13 +70,16 @@ class RemoteImages:
 
     def shards(self) -> Iterator[Shard]:
         """Yield the folders that hold images, each listed when its turn comes."""
-        folders = walk(self.root) if self.files is None else [(self.name, self.files)]
+        folders = walk(self.root, self.passed_over) if self.files is None else [(self.name, self.files)]
         described: dict[str, tuple[dict[str, Any], str]] = {}
         for folder, files in folders:
             described |= descriptions(folder, files)
-            images = {address: info for address, info in files.items() if self.files or is_image(address)}
+            images = {address: info for address, info in files.items() if self.files or self._is_found(address)}
             if images:
                 yield RemoteFolder(folder, self.root, images, self.allowed_hosts, described)
+
+    def _is_found(self, address: str) -> bool:
+        return is_image(address) and not self.passed_over.has_file(address, self.root, remote_start)
 
     @property
     def name(self) -> str:
@@ -89,9 +96,15 @@ class RemoteImages:
 
 
 def is_image(name: str) -> bool:
-    """Return whether a name has the suffix of an image, and is no companion file of macOS."""
-    path = PurePosixPath(name)
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("._")
+    """Return whether a name has the suffix of an image."""
+    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+
+
+def remote_start(address: str) -> bytes:
+    """Return the first bytes of a file, none if they cannot be read."""
+    with suppress(Exception), open_binary(address) as file:  # reading it to its end says what is wrong
+        return file.read(4)
+    return b""
 
 
 def descriptions(folder: str, files: Iterable[str]) -> dict[str, tuple[dict[str, Any], str]]:
@@ -110,19 +123,23 @@ def descriptions(folder: str, files: Iterable[str]) -> dict[str, tuple[dict[str,
     return found
 
 
-def walk(root: str) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
+def walk(root: str, passed_over: PassedOver) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
     """Yield the address of each folder below an address, and what is known of its files, by their addresses.
 
+    :param passed_over: Decides which folders are passed over.
     :raises ImageError: If the file system does not answer.
     """
     try:
         system, path = file_system(root)
         for folder, folders, files in system.walk(path, detail=True):
-            in_order = sorted(folders.items())
+            address = system.unstrip_protocol(folder)
+            is_cache = address.rstrip("/") != root and passed_over.has_cache(address, files)
+            left = {} if is_cache else folders
+            in_order = [each for each in sorted(left.items()) if not passed_over.has_folder(address, each[0], root)]
             folders.clear()
             folders.update(in_order)  # the walk follows it
             there = {system.unstrip_protocol(info["name"]): info for info in files.values() if info["type"] == "file"}
-            yield system.unstrip_protocol(folder), there
+            yield address, {} if is_cache else there
     except ImageError:
         raise
     except Exception as error:  # remote file systems raise nearly anything

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from cocoa_embed.data.places import Place, is_gone, modified_at, version_of
 from cocoa_embed.errors import CocoaError, ImageError, printable
+from cocoa_embed.images.passed_over import PassedOver
 from cocoa_embed.sources.base import Record, Shard, SourceOptions, storable
 from cocoa_embed.sources.files import is_deleted
 
@@ -48,6 +49,8 @@ class ShardFile:
     relative_key: str
     kind: Kind
     options: SourceOptions
+    passed_over: PassedOver
+    """Decides what of an archive is passed over."""
 
     @property
     def key(self) -> str:
@@ -101,6 +104,7 @@ class ShardFiles:
 
     files: Sequence[tuple[Place, Kind]]
     options: SourceOptions
+    passed_over: PassedOver
     root: str | None
     """The folder or the address where the files were found; None if they were named."""
     suffixes: tuple[str, ...]
@@ -114,7 +118,7 @@ class ShardFiles:
     def shards(self) -> Iterator[Shard]:
         """Yield the files in order."""
         for place, kind in self.files:
-            yield ShardFile(place, relative_key(str(place), self.root), kind, self.options)
+            yield ShardFile(place, relative_key(str(place), self.root), kind, self.options, self.passed_over)
 
     def covers(self, key: str) -> bool:
         """Return whether the key is that of an image in one of the files, or in one that could be among them."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -15,7 +14,7 @@ from tqdm.auto import tqdm
 from cocoa_embed.encode.devices import DeviceEncoder, open_encoder
 from cocoa_embed.encode.encoder import Encoder, ModelInput
 from cocoa_embed.encode.load import require_findable
-from cocoa_embed.errors import CocoaError, UsageError, printable
+from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.folders import DEFAULT_INDEX
 from cocoa_embed.images.passed_over import PassedOver
 from cocoa_embed.integrations.qdrant.indexing.manifest import Manifest, manifest_file
@@ -24,7 +23,8 @@ from cocoa_embed.integrations.qdrant.indexing.run import IndexRun, IndexSummary
 from cocoa_embed.integrations.qdrant.indexing.thumbnails import ThumbnailFolder
 from cocoa_embed.integrations.qdrant.searching.searcher import Searcher
 from cocoa_embed.integrations.qdrant.stores import base, open_store
-from cocoa_embed.integrations.qdrant.stores.base import MEMORY, Hit, Signature, StoreOptions
+from cocoa_embed.integrations.qdrant.stores.base import MEMORY, Hit, Signature
+from cocoa_embed.integrations.qdrant.stores.options import StoreOptions, read_create
 from cocoa_embed.integrations.qdrant.stores.store import Store
 from cocoa_embed.sources.base import SourceOptions
 from cocoa_embed.sources.files import count_files, file_sources, require_images
@@ -33,8 +33,6 @@ from cocoa_embed.sources.open import NO_OPTIONS, open_sources
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient
     from sentence_transformers import SentenceTransformer
-
-logger = logging.getLogger(__name__)
 
 __all__ = ["Hit", "IndexSummary", "QdrantIndexer"]
 
@@ -58,8 +56,8 @@ class QdrantIndexer(Searcher):
         api_key: str | None = None,
         collection: str = "images",
         dimension: int | None = None,
-        quantization: Literal["scalar", "binary"] | None = None,
-        on_disk: bool = False,
+        prefer_grpc: bool = False,
+        create: str | Mapping[str, Any] | None = None,
         batch_size: int = 32,
         device: str | None = None,
         devices: str | None = None,
@@ -77,9 +75,9 @@ class QdrantIndexer(Searcher):
         :param collection: The name of the collection, which the first run of ``index`` creates.
         :param dimension: Keep only the first values of an embedding (Matryoshka); None for all, or for the dimension of
             an existing collection.
-        :param quantization: How a new collection on a server or in Qdrant Edge compresses vectors: ``"scalar"`` (a byte
-            per value) or ``"binary"`` (a bit).
-        :param on_disk: Whether a new collection on a server or in Qdrant Edge keeps its vectors on disk.
+        :param prefer_grpc: Whether to speak gRPC with the server at ``url``, on port 6334.
+        :param create: How a new collection on a server or in Qdrant Edge keeps its points, such as ``{"shards": 4,
+            "vectors": "float16", "hnsw": "after"}``: options of ``StoreOptions``.
         :param batch_size: The maximum number of images in a batch.
         :param device: The torch device for a model that has to be loaded.
         :param devices: Several devices, a process each: ``"cuda:0,cuda:1"`` or ``"all"``.
@@ -97,7 +95,7 @@ class QdrantIndexer(Searcher):
                 raise UsageError(f"{name} is {number}; it must be 1 or more")
         if client is None and url is None and edge is None:
             path = path or DEFAULT_INDEX
-        options = StoreOptions(quantization=quantization, on_disk=on_disk, api_key=api_key)
+        options = StoreOptions(api_key=api_key, prefer_grpc=prefer_grpc, **read_create(create))
         self.store: Store = open_store(
             client=client, path=path, url=url, edge=edge, collection=collection, options=options
         )
@@ -125,7 +123,6 @@ class QdrantIndexer(Searcher):
         *,
         prune: bool = False,
         prune_all: bool = False,
-        exclude: Sequence[str] = (),
         thumbnails: str | Path | None = None,
         llama_index: bool = False,
         retry_failed: bool = False,
@@ -142,23 +139,21 @@ class QdrantIndexer(Searcher):
         :param prune: Whether to remove files below ``paths`` that no longer exist from the index. A path without
             images, or that would lose more than one point and 30 %, is not pruned and listed in the summary.
         :param prune_all: Whether to remove them even then.
-        :param exclude: Patterns of files and folders to pass over, as in a ``.gitignore`` file, such as ``*_small.jpg``
-            or ``drafts/``. System folders and companions of other files are passed over in any case.
         :param thumbnails: A folder for small copies of the images, created if needed.
         :param llama_index: Whether to store what LlamaIndex's own ``QdrantVectorStore`` reads, too, about 2 KB a point;
             ``CocoaRetriever`` does not need it.
         :param retry_failed: Whether to try contents again that could not be used before.
-        :param sources: What places other than folders of photographs give.
+        :param sources: What to exclude, and what places other than folders of photographs give.
         :param progress: Whether to show a progress bar on standard error.
         :raises CocoaError: If there are no images, the model embeds no images, another model made the collection, or
             the collection holds other vectors.
         """
         places = [paths] if isinstance(paths, (str, Path)) else list(paths)
         prune = prune or prune_all
-        passed_over = PassedOver(exclude)
-        photographs, others = open_sources(places, sources, may_be_gone=prune)
+        passed_over = PassedOver(sources.exclude)
+        photographs, others = open_sources(places, sources, passed_over, may_be_gone=prune)
         if not prune and (photographs or not others):
-            require_images(photographs, exclude)
+            require_images(photographs, sources.exclude)
         folder = None if thumbnails is None else ThumbnailFolder(thumbnails)
         with self._indexing:
             encoder = self._prepare_collection()
@@ -183,13 +178,13 @@ class QdrantIndexer(Searcher):
             )
             total = None
             if progress and not others:
-                total = count_files(file_sources(photographs, note_in([]), PassedOver(exclude), may_be_gone=prune))
+                uncounted = PassedOver(sources.exclude)
+                total = count_files(file_sources(photographs, note_in([]), uncounted, may_be_gone=prune))
             title = f"indexing into {self.store.collection}"
             with tqdm(total=total, desc=title, unit="image", disable=not progress) as bar:
                 run.on_done = bar.update
                 run.run(self.batch_size)
-            for pattern in passed_over.unused:
-                logger.warning("--exclude %s: nothing matches it", printable(pattern))
+            passed_over.warn_of_unused()
             self.store.finish()
         return run.summary(time.perf_counter() - started)
 

@@ -168,7 +168,6 @@ def test_the_page_shows_copies_thumbnails_and_escaped_texts(command: Command, pi
 RED = ["search", "red", "--model", "fake"]
 BESIDE_AN_INDEX = [*RED, "--path", "empty"]
 FROM_THE_WEB = [*BESIDE_AN_INDEX, "--image", "http://127.0.0.1/a.png"]
-EMPTY = ["index", "empty", "--model", "fake"]
 
 
 @pytest.mark.parametrize(
@@ -177,7 +176,12 @@ EMPTY = ["index", "empty", "--model", "fake"]
         ([*RED, "--path", "x"], "1 there is no index in x; run cocoa-embed index, or change --path"),
         (["search", "  ", "--model", "fake"], "2 nothing to search for"),
         ([*RED, "--path", "a", "--url", "b"], "2 --path and --url were given together"),
-        ([*EMPTY, "--on-disk"], "2 --quantization and --on-disk need --url or --edge"),
+        (
+            ["load", "x", "--create", "memory=cold"],
+            "2 a local store (path) has no memory; give the url of a server, or edge",
+        ),
+        (["load", "x", "--create", "shard=4"], "2 there is no creation option 'shard' (did you mean 'shards'? known: "),
+        (["load", "x", "--prefer-grpc"], "2 a local store (path) has no prefer_grpc"),
         (
             [*FROM_THE_WEB, "--allow-host", "a.example"],
             "is on 127.0.0.1, which is not among the allowed hosts; allow it with --allow-host HOST",

@@ -38,6 +38,19 @@ def test_embed_then_load_then_search(command: Command) -> None:
     assert [Path(hit["path"]).name for hit in hits] == ["blue.png"]
 
 
+def test_both_commands_pass_over_the_same_and_say_so(command: Command, caplog: pytest.LogCaptureFixture) -> None:
+    write_colours(Path("photos/drafts"), "red")
+    Path("a.tar").write_bytes(tar([("x.png", png(1)), ("._x.png", b"\0\5\x16\7\0"), ("drafts/y.png", png(2))]))
+    words = ("photos", "a.tar", "--model", "fake", "--exclude", "drafts/", "--exclude", "*.gif", "--json")
+    counts = {"excluded": 2, "companion of another file": 1}
+    done = command("embed", *words, "--out", "out")
+    assert (done.document()["embedded"], done.document()["passed_over"]) == (4, counts)
+    assert "passed over: 2 excluded, 1 companion of another file" in done.err
+    indexed = command("index", *words).document()
+    assert (indexed["indexed"], indexed["skipped_reasons"], indexed["skipped"]) == (4, counts, 3)
+    assert caplog.text.count("--exclude *.gif: nothing matches it") == 2
+
+
 def test_index_takes_archives_documents_and_addresses(command: Command) -> None:
     words = ("index", "photos", "a.tar", "report.pdf", "--model", "fake", "--json")
     summary = json.loads(command(*words).out)

@@ -7,7 +7,7 @@ import pytest
 from fake_qdrant import SIGNATURE, fake_server
 
 from cocoa_embed.integrations.qdrant.stores import base, open_store
-from cocoa_embed.integrations.qdrant.stores.base import StoreOptions
+from cocoa_embed.integrations.qdrant.stores.options import StoreOptions
 from cocoa_embed.integrations.qdrant.stores.store import Store
 
 

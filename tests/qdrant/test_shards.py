@@ -254,6 +254,16 @@ def test_the_latest_content_of_a_path_keeps_it_whatever_the_order_of_the_files(
     assert copy["paths"] == [str(job.photos / "vert.png")]
 
 
+def test_processes_share_the_files_and_each_is_loaded_once(job: Job, tmp_path: Path) -> None:
+    job.embed()
+    store = open_store(collection="images", path=tmp_path / "store")
+    loaded = [load(job.out, store, number=number, count=2) for number in (1, 2)]
+    assert [summary.files for summary in loaded] == [2, 1]
+    assert sum(summary.points for summary in loaded) == 15
+    assert store.count() == len(job.indexed())
+    store.close()
+
+
 @pytest.mark.parametrize("backend", ["path", "edge"])
 def test_local_stores_are_loaded_too(job: Job, backend: str, tmp_path: Path) -> None:
     job.embed()

@@ -108,6 +108,8 @@ def test_the_version_of_an_archive_changes_with_the_file_alone(tmp_path: Path) -
     path.write_bytes(tar(SAMPLES))
     (before,) = read(path, every=3.0).versions.values()
     (again,) = read(path).versions.values()
+    (excluding,) = read(path, exclude=("*.gif",)).versions.values()
     path.write_bytes(tar(SAMPLES[:3]))
     (after,) = read(path).versions.values()
     assert before == again != after
+    assert excluding != before, "other patterns, other images"

@@ -37,6 +37,9 @@ class FakeServer:
     """For the next request whose "METHOD path" ends in the text: a function that answers it, or lets it pass."""
     client: QdrantClient = field(default_factory=lambda: QdrantClient(":memory:"))
     indexes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    graphs: dict[str, int] = field(default_factory=dict)
+    """Edges a point in the search index of each collection where they were named."""
+    shards: int = 1
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     is_strict: bool = False
@@ -156,16 +159,25 @@ def respond(fake: FakeServer, method: str, path: str, body: dict[str, Any]) -> o
     """Return the result of one request."""
     client, done = fake.client, {"operation_id": 0, "status": "completed"}
     name, _, action = path.removeprefix("/collections/").partition("/")
-    body = body or {}
+    aliases = {each.alias_name: each.collection_name for each in client.get_aliases().aliases}
+    name, body = aliases.get(name, name), body or {}
+    if "m" in body.get("hnsw_config", {}):
+        fake.graphs[name] = body["hnsw_config"]["m"]
     metadata = body.get("metadata") if fake.keeps_metadata else None
     condition = models.Filter.model_validate(body["filter"]) if body.get("filter") else None
     match method, action:
+        case "GET", "aliases" if not name:
+            return client.get_aliases().model_dump(mode="json")
+        case "POST", "" if path == "/collections/aliases":
+            return client.update_collection_aliases(models.ChangeAliasesOperation.model_validate(body).actions)
         case "GET", "collections" if not name:
             return client.get_collections().model_dump(mode="json")
         case "GET", "exists":
             return {"exists": client.collection_exists(name)}
         case "GET", "":
             info = client.get_collection(name).model_dump(mode="json")
+            info["config"]["hnsw_config"]["m"] = fake.graphs.get(name, 16)
+            info["config"]["params"]["shard_number"] = fake.shards
             if fake.is_strict:
                 info["config"]["strict_mode_config"] = {"enabled": True, "unindexed_filtering_retrieve": False}
             return {**info, "payload_schema": fake.indexes.get(name, {})}

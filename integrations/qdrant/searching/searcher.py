@@ -58,11 +58,15 @@ class SearchOptions:
     any_orientation: bool = False
     diversity: float | None = None
     group_by: str | None = None
+    hnsw_ef: int | None = None
+    exact: bool = False
 
     def __post_init__(self) -> None:
         check_numbers(self.limit, self.offset, self.score_threshold, self.diversity)
         if not isinstance(self.group_by, str | None):
             raise UsageError(f"group_by is {self.group_by!r}; give one key of the payload")
+        if self.hnsw_ef is not None and (self.exact or not 1 <= self.hnsw_ef <= MAX_HITS):
+            raise UsageError(f"hnsw_ef is {self.hnsw_ef}; give a number from 1 to {MAX_HITS}, or exact instead")
         if self.diversity is not None and (self.any_orientation or self.group_by is not None):
             raise UsageError("diversity does not go together with any_orientation or group_by; give one of them")
 
@@ -90,6 +94,8 @@ class Searcher(ABC):
         any_orientation: bool = False,
         diversity: float | None = None,
         group_by: str | None = None,
+        hnsw_ef: int | None = None,
+        exact: bool = False,
     ) -> list[Hit]:
         """Return the images nearest to a text, to an image, to indexed images, or to all of them, best first.
 
@@ -108,6 +114,9 @@ class Searcher(ABC):
         :param diversity: From 0 (the nearest) to 1 (hits as different from each other as can be), by maximal marginal
             relevance.
         :param group_by: A key of the payload, such as ``album``: of all images with one value, only the best is a hit.
+        :param hnsw_ef: How many candidates the search index of a server or of Edge keeps: more are slower, and find
+            more of the nearest.
+        :param exact: Whether to compare all vectors instead, as they are stored: slow, and finds all of the nearest.
         :raises UsageError: If there is nothing to search for, a number or a condition is invalid, or nothing is found
             because no image has a key of the filter.
         :raises CocoaError: If there is no such collection, another model made it, or it does not hold an example.
@@ -120,6 +129,8 @@ class Searcher(ABC):
             any_orientation=any_orientation,
             diversity=diversity,
             group_by=group_by,
+            hnsw_ef=hnsw_ef,
+            exact=exact,
         )
         return self._search([{"text": text, "image": image, "like": like, "unlike": unlike}], options)[0]
 
@@ -159,7 +170,15 @@ class Searcher(ABC):
         examples = self._find_examples(queries)
         flat = list(chain.from_iterable(inputs))
         embedded = iter(self._embed_queries(flat) if flat else ())
-        plain = Query(np.empty(0), options.limit, options.offset, options.score_threshold, None, options.diversity)
+        plain = Query(
+            np.empty(0),
+            options.limit,
+            options.offset,
+            options.score_threshold,
+            diversity=options.diversity,
+            hnsw_ef=options.hnsw_ef,
+            exact=options.exact,
+        )
         searches = [
             [
                 plain._replace(vector=combine(next(embedded) if each else None, used), filter=without(filter_, used))

@@ -33,12 +33,20 @@ class LoadSummary:
     seconds: float
 
 
-def load(folder: EmbeddingFolder, store: Store, on_file_done: Callable[[], object] = lambda: None) -> LoadSummary:
+def load(
+    folder: EmbeddingFolder,
+    store: Store,
+    on_file_done: Callable[[], object] = lambda: None,
+    *,
+    number: int = 1,
+    count: int = 1,
+) -> LoadSummary:
     """Load the points of a folder into a collection, which is created if it does not exist.
 
     A content that the collection has already, from an earlier file or run, keeps its vector and gets the paths of the
     new point; a path leaves the point of its earlier content.
 
+    :param number: Of this process, from 1 to ``count``, of those that load the folder, each every ``count``-th file.
     :raises CocoaError: If the folder has no embeddings, or those of another model than the collection.
     """
     signature = folder.signature()
@@ -48,7 +56,7 @@ def load(folder: EmbeddingFolder, store: Store, on_file_done: Callable[[], objec
         )
     started = time.perf_counter()
     store.create(signature)
-    names = sorted(folder.names())
+    names = sorted(folder.names())[number - 1 :: count]
     points = 0
     for name in names:
         # A writer a file: what it has written, the lookups of the next file find.

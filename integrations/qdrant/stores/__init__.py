@@ -4,8 +4,8 @@ from importlib import import_module
 from typing import Any
 
 from cocoa_embed.errors import UsageError
-from cocoa_embed.integrations.qdrant.stores.base import StoreOptions
 from cocoa_embed.integrations.qdrant.stores.checks import check_collection_name, check_folder
+from cocoa_embed.integrations.qdrant.stores.options import StoreOptions
 from cocoa_embed.integrations.qdrant.stores.store import Store
 
 BACKENDS = {"client": "given_client", "path": "local", "url": "server", "edge": "edge"}

@@ -1,15 +1,14 @@
-"""What storage backends take and return: ``Point``, ``Query``, ``Hit``, ``Signature``, ``StoreOptions``."""
+"""What storage backends take and return: ``Point``, ``Query``, ``Hit``, ``Signature``."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from cocoa_embed.errors import UsageError
 from cocoa_embed.integrations.qdrant.points import REVISION, Payload
 from cocoa_embed.sources.files import is_deleted
 
@@ -17,6 +16,8 @@ if TYPE_CHECKING:
     from qdrant_client import models
 
 KEYWORD, INTEGER, FLOAT, TEXT, BOOL, DATETIME = "keyword", "integer", "float", "text", "bool", "datetime"
+TENANT = "tenant"
+"""The type of a keyword index by whose values points are kept together."""
 PAYLOAD_INDEXES = {
     **dict.fromkeys(("path", "relative_path", "paths", "sha256", "mime", "shard"), KEYWORD),
     **dict.fromkeys(("width", "height", "bytes", REVISION), INTEGER),
@@ -82,6 +83,10 @@ class Query(NamedTuple):
     """Conditions on the payload."""
     diversity: float | None = None
     """From 0 (the nearest) to 1 (the most different from each other): maximal marginal relevance."""
+    hnsw_ef: int | None = None
+    """How many candidates the search index keeps: more are slower and find more."""
+    exact: bool = False
+    """Whether to compare all vectors, without the search index and the quantized vectors."""
 
     @property
     def candidates(self) -> int:
@@ -123,22 +128,6 @@ class Signature:
     fingerprint: str | None
     """In hexadecimal; None in a collection that another program made."""
     dimension: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoreOptions:
-    """How a backend connects, and how a new collection keeps its vectors."""
-
-    quantization: Literal["scalar", "binary"] | None = None
-    """Search vectors of one byte (scalar) or one bit (binary) per value, then rescore the best with the originals."""
-    on_disk: bool = False
-    """Keep the original vectors on disk instead of in memory."""
-    api_key: str | None = field(default=None, repr=False)
-    """API key for the Qdrant server; other backends ignore it."""
-
-    def __post_init__(self) -> None:
-        if self.quantization not in (None, "scalar", "binary"):
-            raise UsageError(f"quantization is {self.quantization!r}; it can be scalar, binary or none")
 
 
 def lower_bound(score_threshold: float | None) -> float | None:

@@ -13,7 +13,9 @@ from typing import Any, TypeVar
 from cocoa_embed.errors import CocoaError, UsageError, one_line, require
 from cocoa_embed.integrations.qdrant.points import REVISION
 from cocoa_embed.integrations.qdrant.stores import base
-from cocoa_embed.integrations.qdrant.stores.base import Point, Query, Replacement, Signature, StoreOptions, Where
+from cocoa_embed.integrations.qdrant.stores.base import Point, Query, Replacement, Signature, Where
+from cocoa_embed.integrations.qdrant.stores.checks import check_collection_name
+from cocoa_embed.integrations.qdrant.stores.options import TURBO_BITS, StoreOptions
 from cocoa_embed.integrations.qdrant.stores.store import Store
 
 require("qdrant_client", "qdrant")
@@ -37,12 +39,18 @@ FAILURES = (ApiException, QdrantException, RpcError, sqlite3.Error, OSError, *RE
 """What a client raises."""
 
 COSINE = models.Distance.COSINE
+PINNED: dict[str, Any] = {"always_ram": True, "memory": models.Memory.PINNED}
 QUANTIZATION: dict[str | None, models.QuantizationConfig] = {
     "scalar": models.ScalarQuantization(
-        scalar=models.ScalarQuantizationConfig(type=models.ScalarType.INT8, quantile=0.99, always_ram=True)
+        scalar=models.ScalarQuantizationConfig(type=models.ScalarType.INT8, quantile=0.99, **PINNED)
     ),
-    "binary": models.BinaryQuantization(binary=models.BinaryQuantizationConfig(always_ram=True)),
+    "binary": models.BinaryQuantization(binary=models.BinaryQuantizationConfig(**PINNED)),
 }
+for _kind, _bits in TURBO_BITS.items():
+    _size = models.TurboQuantBitSize(f"bits{_bits}")
+    QUANTIZATION[_kind] = models.TurboQuantization(turbo=models.TurboQuantQuantizationConfig(bits=_size, **PINNED))
+HNSW_KEY = "cocoa_embed_hnsw"
+"""The key, in the metadata of a collection, that says that its search index is still to be built."""
 
 
 class ClientStore(Store):
@@ -63,6 +71,27 @@ class ClientStore(Store):
             return []
         return sorted(each.name for each in self._call(lambda client: client.get_collections()).collections)
 
+    def aliases(self) -> dict[str, str]:
+        """Return the collection that each alias in this place names."""
+        if not self._exists():
+            return {}
+        found = self._call(lambda client: client.get_aliases()).aliases
+        return {each.alias_name: each.collection_name for each in found}
+
+    def set_alias(self, alias: str) -> str | None:
+        """Let an alias name this collection, in one step for all who use it; return what it has named before."""
+        self.require_signature()
+        check_collection_name(alias)
+        if alias in self.collections():
+            raise UsageError(f"{alias!r} is a collection in {self.location}, not an alias; give another name")
+        aliases = self.aliases()
+        target = aliases.get(self.collection, self.collection)
+        delete = models.DeleteAliasOperation(delete_alias=models.DeleteAlias(alias_name=alias))
+        create = models.CreateAliasOperation(create_alias=models.CreateAlias(collection_name=target, alias_name=alias))
+        steps: list[models.AliasOperations] = [delete, create] if alias in aliases else [create]
+        self._call(lambda client: client.update_collection_aliases(steps))
+        return aliases.get(alias)
+
     def signature(self) -> Signature | None:
         """Return the signature of the collection, or None if there is no such collection."""
         if not self._exists() or not self._call(lambda client: client.collection_exists(self.collection)):
@@ -77,17 +106,17 @@ class ClientStore(Store):
 
     def create(self, signature: Signature) -> None:
         """Create the collection with its signature, or sign an existing one without a signature."""
-        metadata = {SIGNATURE_KEY: asdict(signature)}
+        metadata: dict[str, Any] = {SIGNATURE_KEY: asdict(signature)}
         found = self.signature()
         if found is not None:
             if self._needs_signature(found, signature):
                 self._call(lambda client: client.update_collection(self.collection, metadata=metadata))
             return
-        on_disk = self.options.on_disk or None
-        vectors = models.VectorParams(size=signature.dimension, distance=COSINE, on_disk=on_disk)
-        settings: dict[str, Any] = {"quantization_config": QUANTIZATION.get(self.options.quantization)}
+        settings = creation(signature.dimension, self.options)
+        if self.options.hnsw == "after":
+            metadata[HNSW_KEY] = "to be built"
         try:
-            self._call(lambda client: client.create_collection(self.collection, vectors, metadata=metadata, **settings))
+            self._call(lambda client: client.create_collection(self.collection, metadata=metadata, **settings))
         except CocoaError:
             # It may exist by now: the answer to an earlier attempt was lost, or another process created it.
             if self.signature() != signature:
@@ -156,7 +185,7 @@ class ClientStore(Store):
                 limit=query.limit,
                 offset=query.offset,
                 score_threshold=query.score_threshold,
-                params=self._search_params(query.limit + query.offset),
+                params=self._search_params(query),
                 with_payload=True,
             )
             for query in queries
@@ -164,7 +193,9 @@ class ClientStore(Store):
         answers = self._call(lambda client: client.query_batch_points(self.collection, requests))
         return [answer.points for answer in answers]
 
-    def _search_params(self, limit: int) -> models.SearchParams | None:
+    def _search_params(self, query: Query) -> models.SearchParams | None:
+        if query.hnsw_ef is not None:
+            raise UsageError("a local store compares all vectors and has no hnsw_ef; give url or edge for that")
         return None
 
     def _call(self, call: Callable[[QdrantClient], Answer]) -> Answer:
@@ -204,6 +235,32 @@ class ClientStore(Store):
             f" {shlex.quote(key)} --url URL --collection {shlex.quote(self.collection)}, or in Python"
             f" QdrantIndexer.create_payload_index({key!r})"
         )
+
+
+def creation(dimension: int, options: StoreOptions) -> dict[str, Any]:
+    """Return how a new collection keeps its points.
+
+    Servers before 1.19 know no memory tiers, but ``on_disk`` and ``always_ram``, which newer ones then ignore.
+    """
+    vectors = models.VectorParams(
+        size=dimension,
+        distance=COSINE,
+        datatype=options.vectors and models.Datatype(options.vectors),
+        memory=options.memory and models.Memory(options.memory),
+        on_disk=options.memory and options.memory == "cold",
+    )
+    graph = models.HnswConfigDiff(
+        m=0 if options.hnsw == "after" else None,  # without a graph, and without waiting for one
+        memory=options.graph and models.Memory(options.graph),
+        on_disk=options.graph and options.graph == "cold",
+    )
+    return {
+        "vectors_config": vectors,
+        "hnsw_config": graph if options.graph or options.hnsw == "after" else None,
+        "quantization_config": QUANTIZATION.get(options.quantization),
+        "shard_number": options.shards,
+        "replication_factor": options.replicas,
+    }
 
 
 def nearest(query: Query) -> models.NearestQuery:

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import Timeout
 
-from cocoa_embed.errors import CocoaError, one_line, printable, require
+from cocoa_embed.errors import CocoaError, UsageError, one_line, printable, require
 from cocoa_embed.folders import write_atomically
 from cocoa_embed.integrations.qdrant.stores import base
-from cocoa_embed.integrations.qdrant.stores.base import Point, Query, Replacement, Signature, StoreOptions, Where
+from cocoa_embed.integrations.qdrant.stores.base import Point, Query, Replacement, Signature, Where
 from cocoa_embed.integrations.qdrant.stores.foreign import EDGE_COLLECTION, EDGE_MARKER, refuse_foreign_index
 from cocoa_embed.integrations.qdrant.stores.locks import folder_lock, in_use
+from cocoa_embed.integrations.qdrant.stores.options import TURBO_BITS, StoreOptions
 from cocoa_embed.integrations.qdrant.stores.store import Store
 
 require("qdrant_edge", "edge")
@@ -40,6 +41,7 @@ LOCK_FILE = ".cocoa-lock"
 CONFIG_FILE = EDGE_COLLECTION
 """The engine's own file in each shard."""
 SIGNATURE_FILE = "signature.json"
+SNAPSHOT_FILE = "snapshot.tar"
 SCRATCH = "creating:"
 """An unfinished shard; no collection can have this name."""
 RESERVE = 128 * 2**20
@@ -56,6 +58,7 @@ second on a busy disk and blocks all threads."""
 
 def open_collection(folder: str | Path, collection: str, options: StoreOptions) -> EdgeStore:
     """Return a collection in a folder of shards; nothing is opened or created yet."""
+    options.refuse("Qdrant Edge", ("prefer_grpc", "shards", "replicas"), "the url of a server")
     return EdgeStore(Path(folder), collection, options)
 
 
@@ -94,19 +97,24 @@ class EdgeStore(Store):
             file = self._shard_folder / SIGNATURE_FILE
             return base.read_signature(read_json(file) if file.exists() else None, vector["size"])
 
-    def create(self, signature: Signature) -> None:
-        """Create the collection with its signature, or sign an existing one without a signature."""
+    def create(self, signature: Signature, snapshot: Callable[[Path], object] | None = None) -> None:
+        """Create the collection with its signature, or sign an existing one without a signature.
+
+        :param snapshot: Writes the snapshot of a server's shard, of which a new collection is made, to a file.
+        """
         with self._readable_errors():
             self._refuse_foreign_folders()
             self._folder.mkdir(parents=True, exist_ok=True)
             with folder_lock(self._folder / MARKER):
                 found = self.signature()
+                if found is not None and snapshot is not None:
+                    raise UsageError(f"{self.name} exists already; give another collection, or another folder")
                 if found is not None:
                     if self._needs_signature(found, signature):
                         write_atomically(self._shard_folder / SIGNATURE_FILE, json.dumps(asdict(signature)))
                 else:
                     self._require_room(RESERVE)
-                    self._build(self._folder / SCRATCH, signature)
+                    self._build(self._folder / SCRATCH, signature, snapshot)
                     os.replace(self._folder / SCRATCH, self._shard_folder)
         self._dimension = signature.dimension
 
@@ -184,13 +192,21 @@ class EdgeStore(Store):
     def _exists(self) -> bool:
         return (self._shard_folder / CONFIG_FILE).exists()
 
-    def _build(self, scratch: Path, signature: Signature) -> None:
+    def _build(self, scratch: Path, signature: Signature, snapshot: Callable[[Path], object] | None) -> None:
         """Create a complete shard in a scratch folder."""
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
-        shard = edge.EdgeShard.create(str(scratch), shard_config(signature.dimension, self.options))
-        for key, kind in base.PAYLOAD_INDEXES.items():
-            shard.update(edge.UpdateOperation.create_field_index(key, payload_schema(kind)))
+        if snapshot is None:
+            shard = edge.EdgeShard.create(str(scratch), shard_config(signature.dimension, self.options))
+        else:
+            snapshot(scratch / SNAPSHOT_FILE)
+            edge.EdgeShard.unpack_snapshot(str(scratch / SNAPSHOT_FILE), str(scratch))
+            (scratch / SNAPSHOT_FILE).unlink()
+            shard = edge.EdgeShard.load(str(scratch))
+        there = shard.info().payload_schema
+        for key, kind in self.options.payload_indexes().items():
+            if key not in there:
+                shard.update(edge.UpdateOperation.create_field_index(key, payload_schema(kind)))
         flush_and_close(shard)
         write_atomically(scratch / SIGNATURE_FILE, json.dumps(asdict(signature)))
 
@@ -277,15 +293,16 @@ def to_filter(where: Where | None) -> edge.Filter | None:
     return edge.Filter(must=[edge.FieldCondition(where.key, match=edge.MatchAny(list(where.values)))])
 
 
+HNSW_DEFAULTS = (16, 100, 10_000)
+"""Edges, candidates while building, and KB below which there is no graph: those of the engine."""
 TEXT_INDEX = edge.TextIndexParams(tokenizer=edge.TokenizerType.Word, lowercase=True, phrase_matching=True)
 
 
 def query_request(query: Query) -> edge.QueryRequest:
     """Return a query for the engine."""
     vector = query.vector.tolist()
-    quantization = edge.QuantizationSearchParams(
-        rescore=True, oversampling=base.oversampling(query.limit + query.offset)
-    )
+    rescored: dict[str, Any] = {"rescore": True, "oversampling": base.oversampling(query.limit + query.offset)}
+    quantization = edge.QuantizationSearchParams(**({"ignore": True} if query.exact else rescored))
     return edge.QueryRequest(
         limit=query.limit,
         offset=query.offset,
@@ -294,13 +311,15 @@ def query_request(query: Query) -> edge.QueryRequest:
         else edge.Mmr(vector, 1 - query.diversity, query.candidates),
         filter=None if query.filter is None else to_edge_filter(query.filter),
         score_threshold=query.score_threshold,
-        params=edge.SearchParams(quantization=quantization),
+        params=edge.SearchParams(hnsw_ef=query.hnsw_ef, exact=query.exact, quantization=quantization),
         with_payload=True,
     )
 
 
 def payload_schema(kind: str) -> Any:  # noqa: ANN401
     """Return the engine's name of a type of payload index."""
+    if kind == base.TENANT:
+        return edge.KeywordIndexParams(is_tenant=True)
     return TEXT_INDEX if kind == base.TEXT else getattr(edge.PayloadSchemaType, kind.capitalize())
 
 
@@ -312,15 +331,22 @@ def flush_and_close(shard: edge.EdgeShard) -> None:
 
 def shard_config(dimension: int, options: StoreOptions) -> edge.EdgeConfig:
     """Return how a new shard keeps its vectors."""
+    pinned = edge.Memory.Pinned
     quantization: dict[str | None, Any] = {
-        "scalar": edge.ScalarQuantizationConfig(type=edge.ScalarType.Int8, quantile=0.99, memory=edge.Memory.Pinned),
-        "binary": edge.BinaryQuantizationConfig(memory=edge.Memory.Pinned),
+        "scalar": edge.ScalarQuantizationConfig(type=edge.ScalarType.Int8, quantile=0.99, memory=pinned),
+        "binary": edge.BinaryQuantizationConfig(memory=pinned),
     }
+    for kind, bits in TURBO_BITS.items():
+        size = getattr(edge.TurboQuantBitSize, f"Bits{bits}")
+        quantization[kind] = edge.TurboQuantQuantizationConfig(bits=size, memory=pinned)
     vectors = edge.EdgeVectorParams(
         size=dimension,
         distance=edge.Distance.Cosine,
-        memory=edge.Memory.Cold if options.on_disk else None,
+        datatype=options.vectors and getattr(edge.VectorStorageDatatype, options.vectors.capitalize()),
+        memory=options.memory and getattr(edge.Memory, options.memory.capitalize()),
         quantization_config=quantization.get(options.quantization),
+        hnsw_config=options.graph
+        and edge.HnswIndexConfig(*HNSW_DEFAULTS, memory=getattr(edge.Memory, options.graph.capitalize())),
     )
     return edge.EdgeConfig(vectors=vectors)
 

@@ -6,9 +6,9 @@ from qdrant_client import AsyncQdrantClient, QdrantClient
 from qdrant_client.qdrant_remote import QdrantRemote
 
 from cocoa_embed.errors import UsageError
-from cocoa_embed.integrations.qdrant.stores.base import StoreOptions
 from cocoa_embed.integrations.qdrant.stores.client import ClientStore
 from cocoa_embed.integrations.qdrant.stores.local import InMemoryStore
+from cocoa_embed.integrations.qdrant.stores.options import CREATE_KEYS, StoreOptions
 from cocoa_embed.integrations.qdrant.stores.server import ServerStore
 
 
@@ -23,9 +23,11 @@ def open_collection(client: QdrantClient, collection: str, options: StoreOptions
             " asynchronous methods (asearch) use it too"
         )
     if isinstance(client._client, QdrantRemote):
+        options.refuse("a given client", ("prefer_grpc",), "a client with prefer_grpc=True")
         server = ServerStore("the given client", collection, options, client=client)
         server.place = client._client.rest_uri
         return server
+    options.refuse("a local client", ("prefer_grpc", *CREATE_KEYS), "one that is connected to a server")
     memory = InMemoryStore("the given client", collection, options, client=client)
     memory.place = None
     return memory

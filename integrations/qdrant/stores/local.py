@@ -15,13 +15,14 @@ from filelock import Timeout
 from qdrant_client import QdrantClient, models
 from qdrant_client.local.qdrant_local import QdrantLocal
 
-from cocoa_embed.errors import CocoaError, UsageError, one_line, printable
+from cocoa_embed.errors import CocoaError, one_line, printable
 from cocoa_embed.folders import write_atomically
 from cocoa_embed.integrations.qdrant.points import Payload
-from cocoa_embed.integrations.qdrant.stores.base import MEMORY, Point, Replacement, Signature, StoreOptions
+from cocoa_embed.integrations.qdrant.stores.base import MEMORY, Point, Replacement, Signature
 from cocoa_embed.integrations.qdrant.stores.client import ClientStore
 from cocoa_embed.integrations.qdrant.stores.foreign import LOCAL_META, refuse_foreign_index
 from cocoa_embed.integrations.qdrant.stores.locks import folder_lock, in_use
+from cocoa_embed.integrations.qdrant.stores.options import CREATE_KEYS, StoreOptions
 
 META_FILE = LOCAL_META
 """The client's list of collections; it marks a folder as a local store."""
@@ -37,11 +38,7 @@ def open_collection(path: str | Path, collection: str, options: StoreOptions) ->
 
     :raises UsageError: If ``options`` has any that a local store does not support.
     """
-    if options.quantization is not None or options.on_disk:
-        raise UsageError(
-            "a local store (path) has no quantization and keeps vectors in memory; give the url of a server, or edge,"
-            " for these options"
-        )
+    options.refuse("a local store (path)", ("prefer_grpc", *CREATE_KEYS), "the url of a server, or edge")
     if str(path) == MEMORY:
         return ClientStore("memory", collection, options, client=QdrantClient(MEMORY))
     return LocalStore(printable(path), collection, options, path=Path(path))

@@ -7,24 +7,37 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import methodcaller
+from pathlib import Path
 from typing import TypeVar
+from urllib.parse import quote
 
 from cocoa_embed.errors import CocoaError, UsageError, require
 from cocoa_embed.integrations.qdrant.stores import base
-from cocoa_embed.integrations.qdrant.stores.base import Point, Query, Replacement, Signature, StoreOptions
+from cocoa_embed.integrations.qdrant.stores.base import Point, Query, Replacement, Signature
 from cocoa_embed.integrations.qdrant.stores.checks import check_url
-from cocoa_embed.integrations.qdrant.stores.client import FAILURES, Answer, ClientStore
+from cocoa_embed.integrations.qdrant.stores.client import FAILURES, HNSW_KEY, Answer, ClientStore
+from cocoa_embed.integrations.qdrant.stores.options import StoreOptions
 
 require("tenacity", "qdrant")
 
 from grpc import Call, RpcError  # noqa: E402
 from grpc import StatusCode as Status  # noqa: E402
-from httpx import LocalProtocolError, TransportError, UnsupportedProtocol  # noqa: E402 - qdrant-client brings it
+from httpx import (  # noqa: E402 - qdrant-client brings it
+    HTTPError,
+    LocalProtocolError,
+    TransportError,
+    UnsupportedProtocol,
+    stream,
+)
 from qdrant_client import QdrantClient, models  # noqa: E402
 from qdrant_client.common.client_exceptions import QdrantException, ResourceExhaustedResponse  # noqa: E402
 from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse  # noqa: E402
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_exponential, wait_random  # noqa: E402
 
+HNSW_M = 16
+"""Qdrant's default of edges a point in the search index."""
+SNAPSHOT_SECONDS = 600
+"""Until a server begins to send a snapshot, and between two parts of it."""
 TIMEOUT_SECONDS = 60
 """Qdrant's default of 5 is short for a batch of large vectors."""
 MAX_BATCH_BYTES = 2**20
@@ -77,8 +90,37 @@ class ServerStore(ClientStore):
                 f"Qdrant at {self.location} does not keep a collection's metadata; run version 1.16 or newer"
             )
         # The process that created the collection may have been killed before the last index.
-        for key, kind in base.PAYLOAD_INDEXES.items():
+        for key, kind in self.options.payload_indexes().items():
             self._create_payload_index(key, kind)
+
+    def finish(self) -> None:
+        """Let the server build the search index that a run, also one that was killed, has put off (``hnsw=after``)."""
+        if self.signature() is None or not (self._info.config.metadata or {}).get(HNSW_KEY):
+            return
+        graph = models.HnswConfigDiff(m=HNSW_M) if self._info.config.hnsw_config.m == 0 else None
+        done = {HNSW_KEY: None}
+        self._call(lambda client: client.update_collection(self.collection, hnsw_config=graph, metadata=done))
+
+    def write_snapshot(self, file: Path) -> None:
+        """Write a snapshot of the collection, which has one shard, to a file.
+
+        :raises CocoaError: If it has more, or the file cannot be written.
+        """
+        self.require_signature()
+        if (shards := self._info.config.params.shard_number) not in (None, 1):
+            raise CocoaError(
+                f"{self.name} has {shards} shards, and Qdrant Edge takes one; load the embeddings with --edge instead"
+            )
+        key, name = self.options.api_key, quote(self.aliases().get(self.collection, self.collection), safe="")
+        address = f"{self.location.rstrip('/')}/collections/{name}/shards/0/snapshot"
+        headers = {} if key is None else {"api-key": key}
+        try:
+            with file.open("wb") as out, stream("GET", address, headers=headers, timeout=SNAPSHOT_SECONDS) as answer:
+                answer.raise_for_status()
+                for part in answer.iter_bytes():
+                    out.write(part)
+        except (HTTPError, OSError) as error:
+            raise self._failure(error) from error
 
     def require_signature(self) -> Signature:
         """Return the signature of a collection that must exist; it is read again after ``SIGNATURE_SECONDS``.
@@ -111,7 +153,7 @@ class ServerStore(ClientStore):
 
     def _create_payload_index(self, field: str, kind: str) -> None:
         if field not in self._info.payload_schema:
-            schema = TEXT_INDEX if kind == base.TEXT else models.PayloadSchemaType(kind)
+            schema = SCHEMAS.get(kind) or models.PayloadSchemaType(kind)
             self._call(methodcaller("create_payload_index", self.collection, field, schema, wait=True))
             self._known = None
 
@@ -133,10 +175,11 @@ class ServerStore(ClientStore):
         for batch in bounded_batches(replacements, [each.size for each in replacements]):
             halving(super()._replace, batch)
 
-    def _search_params(self, limit: int) -> models.SearchParams:
+    def _search_params(self, query: Query) -> models.SearchParams:
         # Without effect in a collection that is not quantized.
-        quantization = models.QuantizationSearchParams(rescore=True, oversampling=base.oversampling(limit))
-        return models.SearchParams(quantization=quantization)
+        rescored = {"rescore": True, "oversampling": base.oversampling(query.limit + query.offset)}
+        quantization = models.QuantizationSearchParams(**({"ignore": True} if query.exact else rescored))
+        return models.SearchParams(hnsw_ef=query.hnsw_ef, exact=query.exact or None, quantization=quantization)
 
     def _call(self, call: Callable[[QdrantClient], Answer]) -> Answer:
         client = self._connected()
@@ -161,15 +204,22 @@ class ServerStore(ClientStore):
             if self._opened is None:
                 key = self.options.api_key
                 client = QdrantClient(
-                    url=self.location, api_key=key, timeout=TIMEOUT_SECONDS, check_compatibility=False
+                    url=self.location,
+                    api_key=key,
+                    prefer_grpc=self.options.prefer_grpc,
+                    timeout=TIMEOUT_SECONDS,
+                    check_compatibility=False,
                 )
                 self._opened, self._closing = client, weakref.finalize(self, client.close)
             return self._opened
 
 
-TEXT_INDEX = models.TextIndexParams(
-    type=models.TextIndexType.TEXT, tokenizer=models.TokenizerType.WORD, lowercase=True, phrase_matching=True
-)
+SCHEMAS = {
+    base.TEXT: models.TextIndexParams(
+        type=models.TextIndexType.TEXT, tokenizer=models.TokenizerType.WORD, lowercase=True, phrase_matching=True
+    ),
+    base.TENANT: models.KeywordIndexParams(type=models.KeywordIndexType.KEYWORD, is_tenant=True),
+}
 
 
 def is_temporary(error: BaseException) -> bool:

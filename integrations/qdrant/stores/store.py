@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cocoa_embed.errors import CocoaError, did_you_mean
+from cocoa_embed.errors import CocoaError, UsageError, did_you_mean
 from cocoa_embed.integrations.qdrant.points import REVISION, Payload
 from cocoa_embed.integrations.qdrant.stores import base, checks
 from cocoa_embed.integrations.qdrant.stores.base import (
@@ -21,9 +21,9 @@ from cocoa_embed.integrations.qdrant.stores.base import (
     Replacement,
     Signature,
     StoredPoint,
-    StoreOptions,
     Where,
 )
+from cocoa_embed.integrations.qdrant.stores.options import StoreOptions
 
 if TYPE_CHECKING:
     from qdrant_client import models
@@ -177,6 +177,18 @@ class Store(ABC):
     def collections(self) -> list[str]:
         """Return the names of all collections in this place."""
 
+    def aliases(self) -> dict[str, str]:
+        """Return the collection that each alias in this place names."""
+        return {}
+
+    def set_alias(self, alias: str) -> str | None:
+        """Let an alias name this collection, in one step for all who use it; return what it has named before.
+
+        :param alias: Any command and any client takes it for the name of the collection.
+        :raises UsageError: If a collection has this name, or the backend has no aliases.
+        """
+        raise UsageError(f"{self.location} has no aliases ({alias!r}); a server (url) and a local store (path) do")
+
     def payload_indexes(self) -> Mapping[str, str] | None:
         """Return the types of the payload indexes by field, if only those can be in a filter; None if any field can."""
         return None
@@ -189,7 +201,7 @@ class Store(ABC):
         """
 
     def finish(self) -> None:  # noqa: B027 - most backends have nothing to do
-        """Do the work that follows many writes: Qdrant Edge builds its search index."""
+        """Do the work that follows many writes: build the search index, where it was put off."""
 
     def close(self) -> None:
         """Release files, locks and connections; the next use opens the store again. A given client stays open."""

@@ -209,7 +209,7 @@ class TestEdge:
         optimizers = qdrant_edge.EdgeOptimizersConfig(indexing_threshold=100)
         config = qdrant_edge.EdgeConfig
         monkeypatch.setattr(edge.edge, "EdgeConfig", lambda **options: config(**options, optimizers=optimizers))
-        store = opener(quantization="binary", on_disk=True)
+        store = opener(quantization="binary", memory="cold")
         store.create(Signature("m", "0f", 128))
         rng = np.random.default_rng(0)
         centers = rng.normal(size=(40, 128))

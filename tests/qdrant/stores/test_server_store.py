@@ -12,7 +12,8 @@ from qdrant_client import QdrantClient
 
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.integrations.qdrant.stores import open_store, server
-from cocoa_embed.integrations.qdrant.stores.base import PAYLOAD_INDEXES, Query, Signature, StoreOptions
+from cocoa_embed.integrations.qdrant.stores.base import PAYLOAD_INDEXES, Query, Signature
+from cocoa_embed.integrations.qdrant.stores.options import StoreOptions
 from cocoa_embed.integrations.qdrant.stores.server import ServerStore
 
 pytestmark = pytest.mark.filterwarnings("ignore:Api key is used")
@@ -160,17 +161,22 @@ def test_a_collection_has_its_signature_and_indexes_before_the_first_point_also_
     assert writes == ["images", *["index"] * (len(PAYLOAD_INDEXES) + 1), "points", "points"]
 
 
-def test_vectors_are_quantized_kept_on_disk_and_rescored(fake: FakeServer, remote: OpenRemote) -> None:
-    store = remote(quantization="scalar", on_disk=True)
+def test_quantized_vectors_are_rescored_and_an_exact_search_goes_without_them(
+    fake: FakeServer, remote: OpenRemote
+) -> None:
+    store = remote(quantization="scalar")
     store.create(SIGNATURE)
     store.search(QUERY._replace(offset=5))
     store.search(QUERY._replace(limit=500))
-    (created,) = fake.bodies("PUT", "/collections/images")
-    assert created["quantization_config"] == {"scalar": {"type": "int8", "quantile": 0.99, "always_ram": True}}
-    assert created["vectors"] == {"size": SIGNATURE.dimension, "distance": "Cosine", "on_disk": True}
+    store.search(QUERY._replace(hnsw_ef=200))
+    store.search(QUERY._replace(exact=True))
     batches = fake.bodies("POST", "/query/batch")
-    searches = [search["params"]["quantization"] for body in batches for search in body["searches"]]
-    assert searches == [{"rescore": True, "oversampling": 20}, {"rescore": True, "oversampling": 3}]
+    assert [search["params"] for body in batches for search in body["searches"]] == [
+        {"quantization": {"rescore": True, "oversampling": 20}},
+        {"quantization": {"rescore": True, "oversampling": 3}},
+        {"hnsw_ef": 200, "quantization": {"rescore": True, "oversampling": 40}},
+        {"exact": True, "quantization": {"ignore": True}},
+    ]
 
 
 def test_requests_are_bounded_in_bytes(fake: FakeServer, remote: OpenRemote) -> None:

@@ -14,8 +14,9 @@ from qdrant_client import QdrantClient, models
 
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.integrations.qdrant.stores import edge, open_store
-from cocoa_embed.integrations.qdrant.stores.base import Point, Query, Signature, StoreOptions, Where
+from cocoa_embed.integrations.qdrant.stores.base import Point, Query, Signature, Where
 from cocoa_embed.integrations.qdrant.stores.checks import check_points
+from cocoa_embed.integrations.qdrant.stores.options import StoreOptions
 from cocoa_embed.integrations.qdrant.stores.store import Store
 
 pytestmark = pytest.mark.usefixtures("few_payload_indexes")
@@ -286,8 +287,6 @@ SERVER = {"url": "http://localhost:6333"}
         ],
         ({"url": "http://me:secret@localhost:6333"}, "password; give an API key"),
         ({**SERVER, "options": {"api_key": "secret\n"}}, "API key"),
-        ({"path": "x", "options": {"on_disk": True}}, "a local store .* has no quantization"),
-        ({**SERVER, "options": {"quantization": "ternary"}}, "quantization is 'ternary'"),
     ],
 )
 def test_invalid_arguments_are_usage_errors_that_print_no_secret(arguments: dict[str, Any], words: str) -> None:
