@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from cocoa_embed.cli.index import source_checks
 from cocoa_embed.cli.options import (
     AllowHostOption,
     BatchTokensOption,
@@ -36,7 +37,7 @@ from cocoa_embed.cli.storage import (
     UrlOption,
     check_storage,
 )
-from cocoa_embed.errors import printable, require
+from cocoa_embed.errors import CocoaError, printable, require
 from cocoa_embed.folders import DEFAULT_INDEX
 
 if TYPE_CHECKING:
@@ -73,11 +74,13 @@ def embed(
     """Embed images into Parquet files, for `cocoa-embed load`. What is there already is not embedded again."""
     from cocoa_embed.model.loading import check_model
 
-    require("pyarrow", "tables")
     options = model_options(device, devices, workers=workers, batch_tokens=batch_tokens, dtype=dtype)
     options |= {"revision": revision, "trust_remote_code": trust_remote_code, "dimension": dimension}
-    (number, count), _ = check_all(partial(read_share, shard), lambda: check_model(model))
     wanted = source_options(allow_host, every, include)
+    (number, count), *_ = check_all(
+        partial(read_share, shard), *source_checks(sources, wanted), lambda: check_model(model), partial(check_out, out)
+    )
+    require("pyarrow", "tables")
     with working() as console:
         silence_libraries()
         from cocoa_embed.encode.devices import open_encoder
@@ -102,6 +105,15 @@ def embed(
         print_json(dataclasses.asdict(summary))
     if summary.failed:
         raise typer.Exit(1)
+
+
+def check_out(out: str) -> None:
+    """Check that embeddings are not to be written to a file.
+
+    :raises CocoaError: If they are.
+    """
+    if Path(out).is_file():
+        raise CocoaError(f"{printable(out)} is a file; give the name of a folder to write to")
 
 
 def tell(done: Iterable[EmbedSummary], console: Console) -> Iterator[EmbedSummary]:
@@ -138,21 +150,23 @@ def load(
     as_json: JsonOption = False,
 ) -> None:
     """Load embeddings into Qdrant, without a model. Loading them again changes nothing."""
-    require("qdrant_client", "qdrant")
+    from cocoa_embed.integrations.qdrant.shards.files import EmbeddingFolder
+
     storage = {"path": path, "url": url, "edge": edge}
-    check_storage(collection, storage)
+    folder = EmbeddingFolder(embeddings)
+    check_all(folder.require_signature, lambda: check_storage(collection, storage))
+    require("qdrant_client", "qdrant")
     if not any(storage.values()):
         storage["path"] = Path(DEFAULT_INDEX)
     with working() as console:
         from tqdm.auto import tqdm
 
-        from cocoa_embed.integrations.qdrant.shards.files import EmbeddingFolder
         from cocoa_embed.integrations.qdrant.shards.load import load as load_folder
         from cocoa_embed.integrations.qdrant.stores import open_store
         from cocoa_embed.integrations.qdrant.stores.base import StoreOptions
 
         options = StoreOptions(quantization=quantization, on_disk=on_disk, api_key=api_key)
-        folder, store = EmbeddingFolder(embeddings), open_store(collection=collection, options=options, **storage)
+        store = open_store(collection=collection, options=options, **storage)
         with (
             closing(store),
             tqdm(desc=f"loading into {collection}", unit="file", disable=not console.is_terminal) as bar,

@@ -36,7 +36,7 @@ from cocoa_embed.cli.storage import (
     open_indexer,
 )
 from cocoa_embed.errors import UsageError, printable, require
-from cocoa_embed.folders import DEFAULT_INDEX
+from cocoa_embed.folders import DEFAULT_INDEX, refuse_foreign_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -91,6 +91,7 @@ def index(
     as_json: JsonOption = False,
 ) -> None:
     """Embed images and store them in Qdrant. Unchanged files are skipped by size and mtime."""
+    from cocoa_embed.images.passed_over import THUMBNAILS_MARKER
     from cocoa_embed.model.loading import check_model
 
     storage = {"path": path, "url": url, "edge": edge}
@@ -104,6 +105,7 @@ def index(
         lambda: check_storage(collection, storage),
         *([] if prune or prune_all else source_checks(paths, sources)),
         lambda: check_model(model),
+        lambda: thumbnails and refuse_foreign_folder(thumbnails, marker=THUMBNAILS_MARKER),
     )
     with working() as console, open_indexer(model, collection, storage, **options) as indexer:
         summary = indexer.index(
@@ -134,12 +136,12 @@ def forget(
     as_json: JsonOption = False,
 ) -> None:
     """Remove images from an index, whether they exist or not. Copies elsewhere stay in it."""
+    storage = {"path": path, "url": url, "edge": edge}
+    check_storage(collection, storage, exists=True)
     require("qdrant_client", "qdrant")
     from cocoa_embed.integrations.qdrant.indexing.prune import forget as forget_paths
     from cocoa_embed.integrations.qdrant.stores import StoreOptions, open_store
 
-    storage = {"path": path, "url": url, "edge": edge}
-    check_storage(collection, storage, exists=True)
     if url is None and edge is None:
         storage["path"] = path or Path(DEFAULT_INDEX)
     with working() as console:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -75,6 +75,7 @@ def search(
 ) -> None:
     """Find the images nearest to a text, to an image, or to indexed images."""
     from cocoa_embed.integrations.qdrant.searching.filters import parse_filters
+    from cocoa_embed.integrations.qdrant.searching.options import SearchOptions
     from cocoa_embed.model.loading import check_model
 
     is_embedded = bool(text and text.strip()) or image is not None
@@ -85,11 +86,14 @@ def search(
     if any_orientation and image is None:
         raise UsageError("--any-orientation needs --image")
     storage = {"path": path, "url": url, "edge": edge}
+    wanted: dict[str, Any] = {"limit": limit, "offset": offset, "score_threshold": score_threshold}
+    wanted |= {"any_orientation": any_orientation, "diversity": diversity, "group_by": group_by}
     is_download = bool(allow_host) and image is not None and image.lower().startswith(WEB)
     *_, picture = check_all(
         lambda: check_storage(collection, storage, exists=True),
         *([] if model is None else [partial(check_model, model)]),
         lambda: parse_filters(filters or []),
+        lambda: SearchOptions(**wanted),
         *([partial(check_page, html)] if html else []),
         lambda: image and not is_download and query_image(image, []),
     )
@@ -101,13 +105,8 @@ def search(
             picture or None,
             like=like or (),
             unlike=unlike or (),
-            limit=limit,
-            offset=offset,
-            score_threshold=score_threshold,
             query_filter=filters,
-            any_orientation=any_orientation,
-            diversity=diversity,
-            group_by=group_by,
+            **wanted,
         )
         report_hits(hits, console)
     if as_json:

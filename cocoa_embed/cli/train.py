@@ -101,7 +101,6 @@ def check_columns(recipe: Recipe) -> None:
 
     :raises CocoaError: If one has not, or cannot be read.
     """
-    require("datasets", "train")
     from cocoa_embed.data.columns import map_columns
     from cocoa_embed.data.image_folder import TEXT_COLUMNS, find_metadata
     from cocoa_embed.data.tables import find_files, open_table

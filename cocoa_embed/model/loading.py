@@ -50,8 +50,6 @@ def load_model(
     check_model(model)
     if dtype not in (None, *DTYPES):
         raise UsageError(f"dtype is {dtype!r}; it can be {', '.join(DTYPES)}")
-    from sentence_transformers import SentenceTransformer
-
     device = None if device is None else find_device(device)
     folder = Path(model).expanduser()
     is_local = folder.exists()
@@ -69,6 +67,8 @@ def load_model(
             device=device,
             model_kwargs=model_kwargs,
         )
+    from sentence_transformers import SentenceTransformer
+
     try:
         return SentenceTransformer(
             str(folder if is_local else model),
@@ -91,9 +91,12 @@ def find_device(device: str | None) -> str:
     :raises UsageError: If it cannot be used.
     """
     import torch
-    from sentence_transformers.util import get_device_name
 
-    name = device or get_device_name()
+    if device is None:
+        from sentence_transformers.util import get_device_name
+
+        device = get_device_name()
+    name = device
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch is built without the device
