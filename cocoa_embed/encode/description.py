@@ -69,10 +69,13 @@ def remembered_in(model: str | Path, options: Mapping[str, Any]) -> Path | None:
         return None
     local = Path(model).expanduser()
     folder = local if local.is_dir() else snapshot_folder(str(model), given.get("revision"))
-    if folder is None or any(folder.rglob(ADAPTER_FILE)):
+    if folder is None:
         return None
-    # A snapshot never changes, and may have more files after the model was loaded.
-    files = [*sorted(folder.rglob("*"))] if local.is_dir() else []
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    if any(file.name == ADAPTER_FILE for file in files):
+        return None
+    if folder is not local:  # a snapshot never changes, but may get more files when the model is loaded
+        files = []
     parts: list[object] = [str(folder.resolve()), given, [version(name) for name in SOFTWARE]]
     parts += states(*files, Path(fingerprint.__file__))
     cache = Path(os.environ.get("COCOA_CACHE") or Path.home() / ".cache" / "cocoa-embed")

@@ -10,6 +10,7 @@ import multiprocessing
 import queue
 import signal
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from copy import copy
@@ -144,6 +145,8 @@ class DeviceEncoder(Encoder):
         self._lock = threading.Lock()
         self._running: list[Processes] = []
         """None or one; truncated encoders share the list."""
+        self._seconds: list[float] = []
+        """How long each start took."""
 
     @property
     def processes(self) -> Processes:
@@ -153,8 +156,15 @@ class DeviceEncoder(Encoder):
         """
         with self._lock:
             if not self._running:
+                started = time.perf_counter()
                 self._running.append(self._start())
+                self._seconds.append(time.perf_counter() - started)
             return self._running[0]
+
+    @property
+    def load_seconds(self) -> float:
+        """The time that starting the processes has taken."""
+        return sum(self._seconds)
 
     @cached_property
     def description(self) -> Description:

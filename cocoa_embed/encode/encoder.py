@@ -132,6 +132,11 @@ class Encoder:
         return model_fingerprint(self.model)
 
     @property
+    def load_seconds(self) -> float:
+        """The time that this encoder has spent loading its model, which it may do at first use."""
+        return 0.0
+
+    @property
     def description(self) -> Description:
         """What an index has to know of the model."""
         return Description(self.fingerprint, self._model_dimension, self.model.supports("image"))

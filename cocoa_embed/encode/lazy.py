@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from functools import cached_property, partial
@@ -42,6 +43,8 @@ class LazyEncoder(Encoder):
         self._lock = threading.Lock()
         self._loaded: list[Encoder] = []
         """None or one; truncated encoders share the list."""
+        self._seconds: list[float] = []
+        """How long that took."""
 
     @property
     def loaded(self) -> Encoder:
@@ -52,9 +55,16 @@ class LazyEncoder(Encoder):
         """
         with self._lock:
             if not self._loaded:
+                started = time.perf_counter()
                 self._loaded.append(self._load())
+                self._seconds.append(time.perf_counter() - started)
         (whole,) = self._loaded
         return whole if self._dimension is None else whole.truncate(self._dimension)
+
+    @property
+    def load_seconds(self) -> float:
+        """The time that loading the model has taken."""
+        return sum(self._seconds)
 
     @cached_property
     def model(self) -> SentenceTransformer:
@@ -63,6 +73,7 @@ class LazyEncoder(Encoder):
 
     @cached_property
     def description(self) -> Description:
+        """What an index has to know of the model; one that was described before is not loaded for it."""
         return self._describe(lambda: self.loaded.description)
 
     @cached_property
@@ -72,16 +83,16 @@ class LazyEncoder(Encoder):
 
     @property
     def dimension(self) -> int:
-        """The length of an embedding."""
-        return self._dimension or self.description.dimension
-
-    def truncate(self, dimension: int) -> Encoder:
-        """Return an encoder of the same model with shorter embeddings.
+        """The length of an embedding.
 
         :raises UsageError: If the model's embeddings have fewer dimensions.
         """
-        if not 1 <= dimension <= self.description.dimension:
-            return self.loaded.truncate(dimension)
+        if self._dimension is None:
+            return self.description.dimension
+        return self._dimension if self._dimension <= self.description.dimension else self.loaded.dimension
+
+    def truncate(self, dimension: int) -> LazyEncoder:
+        """Return an encoder of the same model with shorter embeddings; ``dimension`` refuses longer ones."""
         shorter = copy(self)
         shorter._dimension = dimension
         return shorter

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,18 @@ WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 DTYPES = ("float32", "bfloat16", "float16")
 """What weights can be loaded as."""
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Import large libraries sooner: the garbage collector would visit all their objects many times, and free none."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def load_model(
@@ -50,7 +64,9 @@ def load_model(
     check_model(model)
     if dtype not in (None, *DTYPES):
         raise UsageError(f"dtype is {dtype!r}; it can be {', '.join(DTYPES)}")
-    device = None if device is None else find_device(device)
+    with collector_paused():
+        device = None if device is None else find_device(device)
+        from sentence_transformers import SentenceTransformer
     folder = Path(model).expanduser()
     is_local = folder.exists()
     if is_local and revision is not None:
@@ -67,8 +83,6 @@ def load_model(
             device=device,
             model_kwargs=model_kwargs,
         )
-    from sentence_transformers import SentenceTransformer
-
     try:
         return SentenceTransformer(
             str(folder if is_local else model),

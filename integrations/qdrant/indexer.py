@@ -164,7 +164,7 @@ class QdrantIndexer(Searcher):
             encoder = self._prepare_collection()
             if llama_index:
                 self.store.create_payload_index("doc_id", base.KEYWORD)  # LlamaIndex deletes by it
-            started = time.perf_counter()
+            started, loading = time.perf_counter(), encoder.load_seconds
             failed: list[dict[str, str]] = []
             manifest = self._open_manifest(encoder)
             if retry_failed:
@@ -191,7 +191,7 @@ class QdrantIndexer(Searcher):
             for pattern in passed_over.unused:
                 logger.warning("--exclude %s: nothing matches it", printable(pattern))
             self.store.finish()
-        return run.summary(time.perf_counter() - started)
+        return run.summary(time.perf_counter() - started - (encoder.load_seconds - loading))
 
     def forget(self, paths: str | Path | Iterable[str | Path]) -> Forgotten:
         """Remove images from the index, whether they exist or not. A copy elsewhere keeps its point.
