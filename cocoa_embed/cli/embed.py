@@ -7,10 +7,12 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cocoa_embed.cli.index import source_checks
 from cocoa_embed.cli.options import (
     AllowHostOption,
     BatchTokensOption,
@@ -48,7 +50,7 @@ from cocoa_embed.cli.storage import (
     check_storage,
     open_collection,
 )
-from cocoa_embed.errors import printable, require
+from cocoa_embed.errors import CocoaError, printable, require
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -85,11 +87,13 @@ def embed(
     """Embed images into Parquet files, for `cocoa-embed load`. What is there already is not embedded again."""
     from cocoa_embed.model.loading import check_model
 
-    require("pyarrow", "tables")
     options = model_options(device, devices, workers=workers, batch_tokens=batch_tokens, dtype=dtype)
     options |= {"revision": revision, "trust_remote_code": trust_remote_code, "dimension": dimension}
-    (number, count), _ = check_all(partial(read_share, shard), lambda: check_model(model))
     wanted = source_options(allow_host, every, include, exclude)
+    (number, count), *_ = check_all(
+        partial(read_share, shard), *source_checks(sources, wanted), lambda: check_model(model), partial(check_out, out)
+    )
+    require("pyarrow", "tables")
     with working() as console:
         silence_libraries()
         from cocoa_embed.encode.devices import open_encoder
@@ -119,6 +123,15 @@ def embed(
         print_json({**dataclasses.asdict(summary), "passed_over": dict(passed_over.counts)})
     if summary.failed:
         raise typer.Exit(1)
+
+
+def check_out(out: str) -> None:
+    """Check that embeddings are not to be written to a file.
+
+    :raises CocoaError: If they are.
+    """
+    if Path(out).is_file():
+        raise CocoaError(f"{printable(out)} is a file; give the name of a folder to write to")
 
 
 def tell(done: Iterable[EmbedSummary], console: Console) -> Iterator[EmbedSummary]:
@@ -152,18 +165,19 @@ def load(
     as_json: JsonOption = False,
 ) -> None:
     """Load embeddings into Qdrant, without a model. Loading them again changes nothing."""
-    require("qdrant_client", "qdrant")
+    from cocoa_embed.integrations.qdrant.shards.files import EmbeddingFolder
+
     storage = {"path": path, "url": url, "edge": edge}
-    number, count = read_share(shard)
-    check_storage(collection, storage)
+    folder = EmbeddingFolder(embeddings)
+    _, (number, count), _ = check_all(
+        folder.require_signature, partial(read_share, shard), lambda: check_storage(collection, storage)
+    )
     store = open_collection(collection, storage, api_key, create=create, prefer_grpc=prefer_grpc)
     with working() as console:
         from tqdm.auto import tqdm
 
-        from cocoa_embed.integrations.qdrant.shards.files import EmbeddingFolder
         from cocoa_embed.integrations.qdrant.shards.load import load as load_folder
 
-        folder = EmbeddingFolder(embeddings)
         with (
             closing(store),
             tqdm(desc=f"loading into {collection}", unit="file", disable=not console.is_terminal) as bar,

@@ -42,20 +42,20 @@ def mmeb(
 ) -> None:
     """Score a model on MMEB-V1. Finished subsets are not scored again."""
     with working() as console:
-        for module in ("datasets", "jinja2"):
-            require(module, "eval")
-        from cocoa_embed.evaluation.mmeb import evaluate_mmeb
         from cocoa_embed.evaluation.mmeb_reader import MmebFolder
-        from cocoa_embed.evaluation.mmeb_tables import mmeb_tables
-        from cocoa_embed.evaluation.result_cache import ResultCache
         from cocoa_embed.model.loading import check_model
 
         folder = MmebFolder(data, images, limit, repeated_targets == "merge")
         subsets, *_ = check_all(
             partial(folder.read_subsets, subset or []), partial(check_model, model), *_checks_of_out(out)
         )
+        for module in ("datasets", "jinja2"):
+            require(module, "eval")
         silence_libraries()
         from cocoa_embed.encode.load import load_encoder
+        from cocoa_embed.evaluation.mmeb import evaluate_mmeb
+        from cocoa_embed.evaluation.mmeb_tables import mmeb_tables
+        from cocoa_embed.evaluation.result_cache import ResultCache
 
         encoder = load_encoder(model, device)
         results = out or Path("cocoa-eval") / f"{plain_name(model)}-{encoder.fingerprint[:SHOWN_DIGITS]}"
@@ -112,11 +112,8 @@ def pairs(
     if len(model) > 2:
         raise UsageError(f"--model was given {len(model)} times; give one model, or two to compare")
     with working() as console:
-        from cocoa_embed.evaluation.pairs import evaluate_pairs
         from cocoa_embed.evaluation.pairs_reader import read_pairs
-        from cocoa_embed.evaluation.pairs_tables import SHOWN_METRICS, pairs_tables
         from cocoa_embed.model.loading import check_model
-        from cocoa_embed.report.tables import to_terminal
 
         columns = dict(zip(PAIR_COLUMNS, (query_text, query_image, positive_text, positive_image), strict=True))
         source = {"path": str(data.absolute()), "images": images and str(images.absolute()), "columns": columns}
@@ -127,6 +124,9 @@ def pairs(
         )
         silence_libraries()
         from cocoa_embed.encode.load import load_encoder
+        from cocoa_embed.evaluation.pairs import evaluate_pairs
+        from cocoa_embed.evaluation.pairs_tables import SHOWN_METRICS, pairs_tables
+        from cocoa_embed.report.tables import to_terminal
 
         document: dict[str, Any] = {}
 

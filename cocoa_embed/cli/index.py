@@ -49,6 +49,7 @@ from cocoa_embed.cli.storage import (
     open_indexer,
 )
 from cocoa_embed.errors import printable, require
+from cocoa_embed.folders import refuse_foreign_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -96,6 +97,7 @@ def index(
     as_json: JsonOption = False,
 ) -> None:
     """Embed images and store them in Qdrant. Unchanged files are skipped by size and mtime."""
+    from cocoa_embed.images.passed_over import THUMBNAILS_MARKER
     from cocoa_embed.model.loading import check_model
 
     storage = {"path": path, "url": url, "edge": edge}
@@ -109,6 +111,7 @@ def index(
         *([lambda: open_collection(collection, storage, None, **kept)] if any(kept.values()) else []),
         *([] if prune or prune_all else source_checks(paths, sources)),
         lambda: check_model(model),
+        lambda: thumbnails and refuse_foreign_folder(thumbnails, marker=THUMBNAILS_MARKER),
     )
     with working() as console, open_indexer(model, collection, storage, **options) as indexer:
         summary = indexer.index(
@@ -138,11 +141,11 @@ def forget(
     as_json: JsonOption = False,
 ) -> None:
     """Remove images from an index, whether they exist or not. Copies elsewhere stay in it."""
+    storage = {"path": path, "url": url, "edge": edge}
+    check_storage(collection, storage, exists=True)
     require("qdrant_client", "qdrant")
     from cocoa_embed.integrations.qdrant.indexing.prune import forget as forget_paths
 
-    storage = {"path": path, "url": url, "edge": edge}
-    check_storage(collection, storage, exists=True)
     with working() as console:
         silence_libraries()
         store = open_collection(collection, storage, api_key)

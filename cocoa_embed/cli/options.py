@@ -51,10 +51,14 @@ def source_options(
 def model_options(device: str | None, devices: str | None, **options: Any) -> dict[str, Any]:
     """Return the keyword arguments of ``open_encoder``.
 
-    :raises UsageError: If both one device and several are given.
+    :raises UsageError: If both one device and several are given, or the list of several names none.
     """
     if device is not None and devices is not None:
         raise UsageError("--device and --devices were given together; give one of them")
+    if devices is not None and devices != "all":
+        from cocoa_embed.encode.devices import read_devices
+
+        read_devices(devices)
     return {"device": device, "devices": devices, **options}
 
 

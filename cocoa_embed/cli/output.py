@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -30,17 +31,25 @@ def working() -> Iterator[Console]:
         yield Console(stderr=True)
 
 
+QUIET = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+"""What libraries read when they are imported."""
+
+
 def silence_libraries() -> None:
-    """Turn off the progress bars, the warnings and the informal messages of other libraries."""
-    from transformers.utils import logging as transformers_logging
+    """Turn off the progress bars, the warnings and the informal messages of other libraries; import none of them."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].disable_progress_bars()
+    if "transformers" in sys.modules:
+        from transformers.utils import logging as transformers_logging
 
-    with contextlib.suppress(ImportError):
-        import datasets
-
-        datasets.disable_progress_bars()
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", module="PIL")  # broken files are reported by name
     for name in ("sentence_transformers", "httpx"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -37,13 +37,14 @@ def report(
 ) -> None:
     """Write a page about a training run: recipe, data, curves, reconstructions, scores. It needs no network."""
     with working() as console:
-        for module in ("jinja2", "matplotlib"):
-            require(module, "report")
         from cocoa_embed.evaluation.result_cache import make_folder, write_result
         from cocoa_embed.model.training_record import read_run
+
+        record = read_run(run)  # before matplotlib
+        for module in ("jinja2", "matplotlib"):
+            require(module, "report")
         from cocoa_embed.report.page import render_page
 
-        record = read_run(run)
         page = out or run / "report.html"
         inside = sorted(file for name in RESULT_FILES for file in run.rglob(name))
         files = dict.fromkeys(file.resolve() for file in (*(results or ()), *inside))

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -79,6 +79,7 @@ def search(
 ) -> None:
     """Find the images nearest to a text, to an image, or to indexed images."""
     from cocoa_embed.integrations.qdrant.searching.filters import parse_filters
+    from cocoa_embed.integrations.qdrant.searching.options import SearchOptions
     from cocoa_embed.model.loading import check_model
 
     is_embedded = bool(text and text.strip()) or image is not None
@@ -89,11 +90,15 @@ def search(
     if any_orientation and image is None:
         raise UsageError("--any-orientation needs --image")
     storage = {"path": path, "url": url, "edge": edge}
+    wanted: dict[str, Any] = {"limit": limit, "offset": offset, "score_threshold": score_threshold}
+    wanted |= {"any_orientation": any_orientation, "diversity": diversity, "group_by": group_by}
+    wanted |= {"hnsw_ef": hnsw_ef, "exact": exact}
     is_download = bool(allow_host) and image is not None and image.lower().startswith(WEB)
     *_, picture = check_all(
         lambda: check_storage(collection, storage, exists=True),
         *([] if model is None else [partial(check_model, model)]),
         lambda: parse_filters(filters or []),
+        lambda: SearchOptions(**wanted),
         *([partial(check_page, html)] if html else []),
         lambda: image and not is_download and query_image(image, []),
     )
@@ -105,15 +110,8 @@ def search(
             picture or None,
             like=like or (),
             unlike=unlike or (),
-            limit=limit,
-            offset=offset,
-            score_threshold=score_threshold,
             query_filter=filters,
-            any_orientation=any_orientation,
-            diversity=diversity,
-            group_by=group_by,
-            hnsw_ef=hnsw_ef,
-            exact=exact,
+            **wanted,
         )
         report_hits(hits, console)
     if as_json:

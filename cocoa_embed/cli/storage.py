@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,9 +48,10 @@ def check_storage(collection: str, storage: dict[str, Any], *, exists: bool = Fa
     :param storage: The values of ``--path``, ``--url`` and ``--edge``; None for those that are not given.
     :param exists: Whether a local index has to be there.
     :raises UsageError: If they contradict each other, or one is malformed.
-    :raises CocoaError: If there is no such index.
+    :raises CocoaError: If there is no such index, or its folder holds something else.
     """
     from cocoa_embed.integrations.qdrant.stores.checks import check_collection_name, check_folder, check_url
+    from cocoa_embed.integrations.qdrant.stores.foreign import OWN_MARKERS, refuse_foreign_index
 
     given = [name for name, value in storage.items() if value is not None] or ["path"]
     if len(given) > 1:
@@ -60,6 +62,8 @@ def check_storage(collection: str, storage: dict[str, Any], *, exists: bool = Fa
         check_url(folder)
         return
     check_folder(folder, given[0])
+    with contextlib.suppress(OSError):  # which opening it explains
+        refuse_foreign_index(folder, markers=OWN_MARKERS[given[0]])
     if exists and not folder.is_dir():
         others = "" if storage[given[0]] else ", or give --edge or --url"
         raise CocoaError(

@@ -14,6 +14,7 @@ import typer
 from cocoa_embed.cli.output import JsonOption, check_all, print_json, say, silence_libraries, working
 from cocoa_embed.errors import CocoaError, UsageError, did_you_mean, printable, require
 from cocoa_embed.folders import RUN_MARKER, refuse_checkpoint, refuse_foreign_folder
+from cocoa_embed.model.loading import collector_paused
 from cocoa_embed.report.words import duration
 
 if TYPE_CHECKING:
@@ -57,10 +58,11 @@ def train(
         loaded = _load(recipe, overrides or [], out) if is_first else None  # before torch, which takes seconds
         require("accelerate", "train")
         silence_libraries()
-        from cocoa_embed.train import run
-        from cocoa_embed.train.loop.processes import by_first_process, silence_nonzero_ranks
-        from cocoa_embed.train.plan.dry_run import plan
-        from cocoa_embed.train.timing import seconds_per_step
+        with collector_paused():
+            from cocoa_embed.train import run
+            from cocoa_embed.train.loop.processes import by_first_process, silence_nonzero_ranks
+            from cocoa_embed.train.plan.dry_run import plan
+            from cocoa_embed.train.timing import seconds_per_step
 
         silence_nonzero_ranks()
         chosen = by_first_process(lambda: loaded or _load(recipe, overrides or [], out))
@@ -101,7 +103,6 @@ def check_columns(recipe: Recipe) -> None:
 
     :raises CocoaError: If one has not, or cannot be read.
     """
-    require("datasets", "train")
     from cocoa_embed.data.columns import map_columns
     from cocoa_embed.data.image_folder import TEXT_COLUMNS, find_metadata
     from cocoa_embed.data.tables import find_files, open_table
@@ -140,7 +141,8 @@ def export(
             partial(refuse_foreign_folder, out, marker=TRAINING_FILE),
         )
         silence_libraries()
-        from cocoa_embed.model.export import export_model
+        with collector_paused():
+            from cocoa_embed.model.export import export_model
 
         say(console, f"wrote {export_model(checkpoint, out)}")
 

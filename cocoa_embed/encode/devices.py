@@ -10,6 +10,7 @@ import multiprocessing
 import queue
 import signal
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from copy import copy
@@ -19,11 +20,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from transformers.utils.logging import disable_progress_bar
 
 from cocoa_embed.cpu_threads import available_cores
+from cocoa_embed.encode.description import Description, describe
 from cocoa_embed.encode.encoder import Encoder, Key, ModelInput
 from cocoa_embed.encode.jobs import EmbeddedImage, StreamSource
+from cocoa_embed.encode.lazy import LazyEncoder
 from cocoa_embed.encode.load import load_encoder
 from cocoa_embed.encode.read_ahead import read_ahead
 from cocoa_embed.errors import CocoaError, ImageError, UsageError, one_line, printable
@@ -47,14 +49,6 @@ class Lane(NamedTuple):
     """A ``BaseProcess``, whose class depends on how processes are started."""
 
 
-class Description(NamedTuple):
-    """What a process says of its model."""
-
-    fingerprint: str
-    dimension: int
-    takes_images: bool
-
-
 def read_devices(text: str) -> list[str]:
     """Return the torch devices of a list such as ``cuda:0,cuda:1``; ``all`` are all CUDA devices.
 
@@ -72,15 +66,14 @@ def read_devices(text: str) -> list[str]:
 
 
 def open_encoder(model: str | Path, device: str | None = None, devices: str | None = None, **options: Any) -> Encoder:
-    """Return a model on one device, or on several.
+    """Return a model on one device, or on several; it is loaded at first use.
 
     :param device: The torch device; None takes the fastest.
     :param devices: A list for ``read_devices``, instead of ``device``.
     :param options: ``dimension``, and those of ``load_encoder``.
-    :raises CocoaError: If the model cannot be loaded on one device; on several, its first use says so.
     """
     if devices is None:
-        return load_encoder(model, device, **options)
+        return LazyEncoder(model, device, **options)
     return DeviceEncoder(model, read_devices(devices), **options)
 
 
@@ -148,9 +141,12 @@ class DeviceEncoder(Encoder):
         self.name = printable(model)
         self._dimension = dimension  # the model is elsewhere: nothing else of an encoder's own is needed
         self._start = partial(Processes, model, devices, options)
+        self._describe = partial(describe, model, options)
         self._lock = threading.Lock()
         self._running: list[Processes] = []
         """None or one; truncated encoders share the list."""
+        self._seconds: list[float] = []
+        """How long each start took."""
 
     @property
     def processes(self) -> Processes:
@@ -160,18 +156,30 @@ class DeviceEncoder(Encoder):
         """
         with self._lock:
             if not self._running:
+                started = time.perf_counter()
                 self._running.append(self._start())
+                self._seconds.append(time.perf_counter() - started)
             return self._running[0]
+
+    @property
+    def load_seconds(self) -> float:
+        """The time that starting the processes has taken."""
+        return sum(self._seconds)
+
+    @cached_property
+    def description(self) -> Description:
+        """What an index has to know of the model; of one that was described before, no process is started."""
+        return self._describe(lambda: self.processes.description)
 
     @cached_property
     def fingerprint(self) -> str:
         """A digest of the model."""
-        return self.processes.description.fingerprint
+        return self.description.fingerprint
 
     @property
     def dimension(self) -> int:
         """The length of an embedding."""
-        return self._dimension or self.processes.description.dimension
+        return self._dimension or self.description.dimension
 
     def truncate(self, dimension: int) -> DeviceEncoder:
         """Return an encoder in the same processes with shorter embeddings."""
@@ -184,7 +192,7 @@ class DeviceEncoder(Encoder):
 
         :raises CocoaError: If it embeds only text.
         """
-        if not self.processes.description.takes_images:
+        if not self.description.takes_images:
             raise CocoaError(f"{self.name} does not embed images; use a multimodal model")
 
     def embed_queries(self, inputs: Sequence[ModelInput], batch_size: int = 32) -> np.ndarray:
@@ -273,6 +281,8 @@ def serve(
 ) -> None:
     """Answer the requests of each connection until it is closed: the work of a process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the first one ends all
+    from transformers.utils.logging import disable_progress_bar
+
     disable_progress_bar()
     loaded: Encoder | Exception
     try:
@@ -312,7 +322,7 @@ def _answer(request: Any, encoder: Encoder | Exception) -> Any:  # noqa: ANN401
     if isinstance(encoder, Exception):
         raise encoder
     if request is None:
-        return Description(encoder.fingerprint, encoder.dimension, encoder.model.supports("image"))
+        return encoder.description
     method, dimension, arguments, options = request
     used = encoder if dimension is None else encoder.truncate(dimension)
     if method == "stream_images":

@@ -15,12 +15,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 from PIL import Image
-from transformers import PreTrainedTokenizerBase
 
-from cocoa_embed.encode.document_model import DocumentModel
+from cocoa_embed.encode.description import Description
 from cocoa_embed.encode.jobs import EmbeddedImage, StreamSource
 from cocoa_embed.encode.processor_lock import ProcessorLock
-from cocoa_embed.encode.stream import ImageStream, default_workers
 from cocoa_embed.errors import CocoaError, ImageError, UsageError, is_valid_unicode, one_line
 from cocoa_embed.images.load import ImageSource, load_image
 from cocoa_embed.model.fingerprint import model_fingerprint
@@ -133,6 +131,16 @@ class Encoder:
         """A digest of the model (``model_fingerprint``)."""
         return model_fingerprint(self.model)
 
+    @property
+    def load_seconds(self) -> float:
+        """The time that this encoder has spent loading its model, which it may do at first use."""
+        return 0.0
+
+    @property
+    def description(self) -> Description:
+        """What an index has to know of the model."""
+        return Description(self.fingerprint, self._model_dimension, self.model.supports("image"))
+
     def require_images(self) -> None:
         """Check that the model takes images.
 
@@ -199,6 +207,9 @@ class Encoder:
         for name, number in {**numbers, "thumbnail_size": thumbnail_size}.items():
             if number is not None and number < 1:
                 raise UsageError(f"{name} is {number}; it must be 1 or more")
+        from cocoa_embed.encode.document_model import DocumentModel
+        from cocoa_embed.encode.stream import ImageStream, default_workers
+
         return ImageStream(
             model=DocumentModel(self.model, self._processor),
             images=images,
@@ -222,6 +233,8 @@ class Encoder:
 
     def _literal(self, item: ModelInput) -> ModelInput:
         """Return an input whose text is read as its characters, by the templates of other models, too."""
+        from transformers import PreTrainedTokenizerBase
+
         tokenizer = self.model.tokenizer
         if "text" not in item or not isinstance(tokenizer, PreTrainedTokenizerBase):
             return item

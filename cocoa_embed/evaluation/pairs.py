@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.sparse import block_array, csr_array
@@ -20,6 +20,7 @@ from cocoa_embed.evaluation.metrics import (
     query_metrics,
     ranks_of_relevant,
 )
+from cocoa_embed.evaluation.pairs_reader import Pair
 from cocoa_embed.evaluation.significance import LEVEL, RESAMPLES, mean_intervals, sign_flip_p
 
 if TYPE_CHECKING:
@@ -27,13 +28,6 @@ if TYPE_CHECKING:
 
 QUERIES_AT_ONCE = 512
 """Queries whose similarities to all documents are in memory together."""
-
-
-class Pair(NamedTuple):
-    """Two items that belong together. In one direction the first is the query, in the other the second."""
-
-    first: Item
-    second: Item
 
 
 @dataclass(frozen=True)

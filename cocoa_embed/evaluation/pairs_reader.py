@@ -7,14 +7,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cocoa_embed.data.columns import RowReader, map_columns
 from cocoa_embed.data.image_folder import find_metadata, read_metadata
 from cocoa_embed.data.rows import ArrowImage, Item
 from cocoa_embed.data.tables import TABLE_SUFFIXES, open_table
 from cocoa_embed.errors import CocoaError, RowError, UsageError, printable
-from cocoa_embed.evaluation.pairs import Pair
+
+
+class Pair(NamedTuple):
+    """Two items that belong together. In one direction the first is the query, in the other the second."""
+
+    first: Item
+    second: Item
 
 
 def read_pairs(data: Path, images: Path | None = None, columns: Mapping[str, str] | None = None) -> list[Pair]:

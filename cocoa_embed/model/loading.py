@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,18 @@ WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 DTYPES = ("float32", "bfloat16", "float16")
 """What weights can be loaded as."""
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Import large libraries sooner: the garbage collector would visit all their objects many times, and free none."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def load_model(
@@ -50,9 +64,9 @@ def load_model(
     check_model(model)
     if dtype not in (None, *DTYPES):
         raise UsageError(f"dtype is {dtype!r}; it can be {', '.join(DTYPES)}")
-    from sentence_transformers import SentenceTransformer
-
-    device = None if device is None else find_device(device)
+    with collector_paused():
+        device = None if device is None else find_device(device)
+        from sentence_transformers import SentenceTransformer
     folder = Path(model).expanduser()
     is_local = folder.exists()
     if is_local and revision is not None:
@@ -91,9 +105,12 @@ def find_device(device: str | None) -> str:
     :raises UsageError: If it cannot be used.
     """
     import torch
-    from sentence_transformers.util import get_device_name
 
-    name = device or get_device_name()
+    if device is None:
+        from sentence_transformers.util import get_device_name
+
+        device = get_device_name()
+    name = device
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch is built without the device

@@ -7,7 +7,8 @@ import pytest
 from command_line import modules_of_command
 from table_files import write_images, write_table
 
-HEAVY = {"torch", "transformers", "qdrant_client", "sentence_transformers", "accelerate"}
+HEAVY = {"torch", "transformers", "qdrant_client", "sentence_transformers", "accelerate", "datasets", "scipy"}
+HEAVY |= {"matplotlib", "jinja2", "pandas"}
 
 ON_HUB = ("--model", "owner/name")
 FAULTY_SEARCH = "search red --model ./mdl --image gone.png --html nodir/x.html --filter".split()
@@ -41,6 +42,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
          ["foreign holds something else", "metadata.jsonl has no column 'text' (known: file_name, title)"]),
         (["train", "recipe.yaml"], 2, ["stage contrastive, data: no data; give one of data.folder"]),
         (["export", "photos", "foreign"], 1, ["photos is no checkpoint", "foreign holds something else"]),
+        (["index", "photos", "--path", "foreign", "--thumbnails", "foreign", *ON_HUB], 1,
+         ["foreign holds something else, not an index", "foreign holds something else (it has no"]),
+        (["index", "photos", "--devices", ",", *ON_HUB], 2, ["--devices , names no device"]),
+        (["search", "--like", "a", "--edge", "foreign"], 1, ["foreign holds something else, not an index"]),
+        (["search", "--like", "a", "--diversity", "5"], 2, ["there is no index in cocoa-index", "diversity is 5.0"]),
+        (["search", "--like", "a", "--diversity", "1", "--group-by", "k", "--path", "empty"], 2,
+         ["diversity does not go together with any_orientation or group_by"]),
+        (["forget", "photos"], 1, ["there is no index in cocoa-index"]),
+        (["embed", "photoz", "--model", "nowhere", "--out", "rows.csv", "--shard", "3/2"], 2,
+         ["--shard 3/2", "photoz does not exist", "nowhere: there is no such model folder", "rows.csv is a file"]),
+        (["load", "photos", "--path", "foreign"], 1,
+         ["photos has no cocoa-embed.json", "foreign holds something else, not an index"]),
+        (["report", "photos"], 2, ["photos is no training run: it has no run.json"]),
+        (["train", "recipe.yaml", "contrastive.stepz=3"], 2, ["unknown key 'contrastive.stepz'"]),
+        (["eval", "mmeb", "empty", "--images", "photoz", "--model", "nowhere", "--subset", "Xyz"], 2,
+         ["Xyz", "nowhere: there is no such model folder"]),
         (["diagnose", "photos", "--data", "photoz"], 1, ["photos is no checkpoint", "photoz does not exist"]),
     ],
 )  # fmt: skip

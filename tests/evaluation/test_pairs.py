@@ -14,8 +14,8 @@ from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.evaluation import pairs as pairs_module
 from cocoa_embed.evaluation.metrics import METRICS
-from cocoa_embed.evaluation.pairs import Pair, directions, evaluate_pairs
-from cocoa_embed.evaluation.pairs_reader import read_pairs
+from cocoa_embed.evaluation.pairs import directions, evaluate_pairs
+from cocoa_embed.evaluation.pairs_reader import Pair, read_pairs
 
 NAMES = list(COLOURS)
 

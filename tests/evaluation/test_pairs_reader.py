@@ -7,8 +7,8 @@ from table_files import png, write_images, write_table
 from cocoa_embed.data.rows import ArrowImage, Item
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError
-from cocoa_embed.evaluation.pairs import Pair, evaluate_pairs
-from cocoa_embed.evaluation.pairs_reader import read_pairs
+from cocoa_embed.evaluation.pairs import evaluate_pairs
+from cocoa_embed.evaluation.pairs_reader import Pair, read_pairs
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])

@@ -22,9 +22,9 @@ from cocoa_embed.errors import CocoaError, UsageError, printable
 from cocoa_embed.images.load import ImageSource
 from cocoa_embed.integrations.qdrant.points import storable
 from cocoa_embed.integrations.qdrant.searching.conditions import field_paths
+from cocoa_embed.integrations.qdrant.searching.options import SearchOptions
 from cocoa_embed.integrations.qdrant.searching.payload_keys import create_index, refuse_unknown_keys, values
 from cocoa_embed.integrations.qdrant.stores.base import MAX_HITS, MIN_CANDIDATES, Hit, Query, StoredPoint
-from cocoa_embed.integrations.qdrant.stores.checks import check_numbers
 from cocoa_embed.integrations.qdrant.stores.client_filters import Filter, read_conditions, read_filter
 from cocoa_embed.integrations.qdrant.stores.store import Store
 
@@ -45,30 +45,6 @@ def in_thread(method: Callable[Arguments, Result]) -> Callable[Arguments, Awaita
         return await asyncio.to_thread(method, *args, **options)
 
     return run
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchOptions:
-    """What the hits of a query must be; ``Searcher.search`` describes them."""
-
-    limit: int = 10
-    offset: int = 0
-    score_threshold: float | None = None
-    query_filter: Filter = None
-    any_orientation: bool = False
-    diversity: float | None = None
-    group_by: str | None = None
-    hnsw_ef: int | None = None
-    exact: bool = False
-
-    def __post_init__(self) -> None:
-        check_numbers(self.limit, self.offset, self.score_threshold, self.diversity)
-        if not isinstance(self.group_by, str | None):
-            raise UsageError(f"group_by is {self.group_by!r}; give one key of the payload")
-        if self.hnsw_ef is not None and (self.exact or not 1 <= self.hnsw_ef <= MAX_HITS):
-            raise UsageError(f"hnsw_ef is {self.hnsw_ef}; give a number from 1 to {MAX_HITS}, or exact instead")
-        if self.diversity is not None and (self.any_orientation or self.group_by is not None):
-            raise UsageError("diversity does not go together with any_orientation or group_by; give one of them")
 
 
 class Searcher(ABC):

@@ -74,6 +74,17 @@ class EmbeddingFolder:
         with reading(file):
             return Signature(**json.loads(self._system.cat_file(file))) if self._system.exists(file) else None
 
+    def require_signature(self) -> Signature:
+        """Return the model that made the embeddings.
+
+        :raises CocoaError: If that cannot be read, or the folder has no embeddings.
+        """
+        if (found := self.signature()) is None:
+            raise CocoaError(
+                f"{printable(self.place)} has no {SIGNATURE_FILE}; name a folder that cocoa-embed embed wrote"
+            )
+        return found
+
     def sign(self, signature: Signature) -> None:
         """Name the model of a folder's embeddings.
 

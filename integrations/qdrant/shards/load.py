@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import NoReturn
 
-from cocoa_embed.errors import CocoaError, printable
 from cocoa_embed.integrations.qdrant.indexing.embed_records import NewPoint
 from cocoa_embed.integrations.qdrant.indexing.merge import Merger
 from cocoa_embed.integrations.qdrant.indexing.writer import Writer
 from cocoa_embed.integrations.qdrant.points import shards_of, stored_locations
-from cocoa_embed.integrations.qdrant.shards.files import SIGNATURE_FILE, EmbeddingFolder
+from cocoa_embed.integrations.qdrant.shards.files import EmbeddingFolder
 from cocoa_embed.integrations.qdrant.stores.base import Point
 from cocoa_embed.integrations.qdrant.stores.store import Store
 from cocoa_embed.sources.base import Record
@@ -49,11 +48,7 @@ def load(
     :param number: Of this process, from 1 to ``count``, of those that load the folder, each every ``count``-th file.
     :raises CocoaError: If the folder has no embeddings, or those of another model than the collection.
     """
-    signature = folder.signature()
-    if signature is None:
-        raise CocoaError(
-            f"{printable(folder.place)} has no {SIGNATURE_FILE}; name a folder that cocoa-embed embed wrote"
-        )
+    signature = folder.require_signature()
     started = time.perf_counter()
     store.create(signature)
     names = sorted(folder.names())[number - 1 :: count]

@@ -6,10 +6,12 @@ from pathlib import Path
 
 from cocoa_embed.errors import CocoaError, printable
 
-LOCAL_META, LOCAL_COLLECTION = "meta.json", "storage.sqlite"
+LOCAL_META, LOCAL_LOCK, LOCAL_COLLECTION = "meta.json", ".cocoa-lock", "storage.sqlite"
 EDGE_MARKER, EDGE_COLLECTION = ".cocoa-edge", "edge_config.json"
 MARKERS = {"path": LOCAL_META, "edge": EDGE_MARKER}
 """The file that marks the folder of an index, by the keyword that opens it."""
+OWN_MARKERS = {"path": (LOCAL_LOCK, LOCAL_META), "edge": (EDGE_MARKER,)}
+"""The same, and the file that is first in a folder, which a killed process may leave alone there."""
 SERVER_MARKERS = ("raft_state.json", ".qdrant-initialized")
 """In the storage folder of a Qdrant server, above its collections."""
 

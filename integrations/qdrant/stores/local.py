@@ -20,13 +20,18 @@ from cocoa_embed.folders import write_atomically
 from cocoa_embed.integrations.qdrant.points import Payload
 from cocoa_embed.integrations.qdrant.stores.base import MEMORY, Point, Replacement, Signature
 from cocoa_embed.integrations.qdrant.stores.client import ClientStore
-from cocoa_embed.integrations.qdrant.stores.foreign import LOCAL_META, refuse_foreign_index
+from cocoa_embed.integrations.qdrant.stores.foreign import (
+    LOCAL_LOCK,
+    LOCAL_META,
+    OWN_MARKERS,
+    refuse_foreign_index,
+)
 from cocoa_embed.integrations.qdrant.stores.locks import folder_lock, in_use
 from cocoa_embed.integrations.qdrant.stores.options import CREATE_KEYS, StoreOptions
 
 META_FILE = LOCAL_META
 """The client's list of collections; it marks a folder as a local store."""
-LOCK_FILE = ".cocoa-lock"
+LOCK_FILE = LOCAL_LOCK
 """The first file in a new store. The client takes its own lock only after it has read files that another process may
 be writing."""
 UNOPENABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, sqlite3.Error, pickle.PickleError)
@@ -149,7 +154,7 @@ def refuse_foreign_store(path: Path) -> None:
 
     :raises CocoaError: If it is one.
     """
-    refuse_foreign_index(path, markers=(LOCK_FILE, META_FILE))
+    refuse_foreign_index(path, markers=OWN_MARKERS["path"])
 
 
 def write_empty_meta(path: Path) -> None:

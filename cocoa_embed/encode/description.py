@@ -1,0 +1,101 @@
+"""What an index has to know of a model, remembered in the cache by the state of the model's files.
+
+Who only needs to know whether a model is the one that made a collection need not load it, nor torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cocoa_embed.folders import write_atomically
+from cocoa_embed.model import fingerprint, loading
+
+ADAPTER_FILE = "adapter_config.json"
+"""In a folder whose weights are partly elsewhere."""
+
+HARMLESS = ("workers", "batch_tokens")
+"""Options of ``load_encoder`` that change nothing of a description."""
+
+SOFTWARE = ("sentence-transformers", "transformers")
+"""The packages that may describe the same files otherwise in another version."""
+
+
+class Description(NamedTuple):
+    """A model as an index knows it."""
+
+    fingerprint: str
+    """As ``model_fingerprint`` returns it."""
+    dimension: int
+    """Of the model's own embeddings, before any truncation."""
+    takes_images: bool
+
+
+def describe(model: str | Path, options: Mapping[str, Any], load: Callable[[], Description]) -> Description:
+    """Return the description of a model: remembered if its files are as they were, else of the loaded model.
+
+    :param model: A folder or a name on the hub.
+    :param options: Those of ``load_encoder``.
+    :param load: Loads the model and describes it.
+    :raises CocoaError: If the model has to be loaded, and cannot be.
+    """
+    file = remembered_in(model, options)
+    if file is not None:
+        with suppress(OSError, ValueError, TypeError):
+            return Description(**json.loads(file.read_text(encoding="utf-8")))
+    described = load()
+    if file is not None and file == remembered_in(model, options):  # nothing has changed meanwhile
+        with suppress(OSError):  # then the next run loads the model again
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, json.dumps(described._asdict()))
+    return described
+
+
+def remembered_in(model: str | Path, options: Mapping[str, Any]) -> Path | None:
+    """Return the file of a description, in ``$COCOA_CACHE`` or ``~/.cache/cocoa-embed``.
+
+    Its name is a digest of size, mtime and ctime of all files of the model, and of what else a description depends on.
+
+    :returns: None for a model that depends on more than its own files: an adapter, code of the hub, other options.
+    """
+    given = {name: value for name, value in options.items() if value and name not in HARMLESS}
+    if given.keys() - {"dtype", "revision"}:
+        return None
+    local = Path(model).expanduser()
+    folder = local if local.is_dir() else snapshot_folder(str(model), given.get("revision"))
+    if folder is None:
+        return None
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    if any(file.name == ADAPTER_FILE for file in files):
+        return None
+    if folder is not local:  # a snapshot never changes, but may get more files when the model is loaded
+        files = []
+    parts: list[object] = [str(folder.resolve()), given, [version(name) for name in SOFTWARE]]
+    parts += states(*files, Path(fingerprint.__file__))
+    cache = Path(os.environ.get("COCOA_CACHE") or Path.home() / ".cache" / "cocoa-embed")
+    return cache / "models" / f"{hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()}.json"
+
+
+def states(*files: Path) -> Iterator[list[object]]:
+    """Yield the name of each file and what changes when its content does; copying mtime does not copy ctime."""
+    for file in files:
+        with suppress(FileNotFoundError):
+            found = file.stat()
+            yield [str(file), found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+
+
+def snapshot_folder(name: str, revision: str | None) -> Path | None:
+    """Return the folder of a hub's model in the hub's cache, named by its commit; None if it cannot be found out."""
+    if not loading.is_hub_name(name):
+        return None
+    from huggingface_hub import hf_hub_download
+
+    with suppress(Exception):  # whatever is wrong, loading the model says so
+        return Path(hf_hub_download(name, loading.MODULES_FILE, revision=revision)).parent
+    return None
