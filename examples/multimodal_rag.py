@@ -78,7 +78,7 @@ def answer(question: str, retriever: BaseRetriever, llm: LLM | LocalModel) -> An
     for found in retriever.retrieve(question):
         if isinstance(found.node, ImageNode) and found.node.image_path:
             try:
-                images.append((found.node, as_jpeg(found.node.image_path)))
+                images.append((found.node, as_jpeg(found.node.resolve_image())))
             except ImageError as error:
                 skipped.append(str(error))
     if not images:
@@ -111,9 +111,9 @@ def check_citations(text: str, count: int) -> tuple[str, list[int]]:
     return CITATION.sub(check, text), sorted(cited)
 
 
-def as_jpeg(path: str) -> bytes:
+def as_jpeg(source: str | BytesIO) -> bytes:
     """Read an image of any format that can be indexed, and make it small enough to send."""
-    image = load_image(path)
+    image = load_image(source)
     image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     buffer = BytesIO()
     image.save(buffer, "JPEG", quality=90)

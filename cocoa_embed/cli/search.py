@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 import typer
 
+from cocoa_embed.cli.options import DtypeOption, RevisionOption, TrustOption
 from cocoa_embed.cli.output import DeviceOption, JsonOption, check_all, print_json, say, working
 from cocoa_embed.cli.storage import (
     MODEL_HELP,
@@ -33,16 +33,20 @@ if TYPE_CHECKING:
 
     from cocoa_embed.integrations.qdrant.stores.base import Hit
 
-WEB = ("http://", "https://")
+WEB, REMOTE = r"(?!file:)[\w+.-]+://", r"(?!file:|https?:)[\w+.-]+://"
+"""Match addresses on any file system, and on those that are not the web."""
 
 
 def search(
     model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
     text: Annotated[str | None, typer.Argument(help="The query; always a text, never a file name.")] = None,
-    image: Annotated[str | None, typer.Option(help="A query image, alone or with a text: a file or data: URI.")] = None,
+    image: Annotated[
+        str | None,
+        typer.Option(help="A query image, alone or with a text: a file, a hit's path (a.pdf#page=3), an address."),
+    ] = None,
     allow_host: Annotated[
         list[str] | None,
-        typer.Option(metavar="HOST", help="A host from which --image may be fetched over HTTP; repeatable."),
+        typer.Option(metavar="HOST", help="A host from which images may be fetched over HTTP; repeatable."),
     ] = None,
     like: Annotated[
         list[str] | None,
@@ -74,6 +78,9 @@ def search(
     ] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Compare all vectors instead of using the index.")] = False,
     device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
     html: Annotated[Path | None, typer.Option(help="Write the hits to this file as an HTML page.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -93,7 +100,8 @@ def search(
     wanted: dict[str, Any] = {"limit": limit, "offset": offset, "score_threshold": score_threshold}
     wanted |= {"any_orientation": any_orientation, "diversity": diversity, "group_by": group_by}
     wanted |= {"hnsw_ef": hnsw_ef, "exact": exact}
-    is_download = bool(allow_host) and image is not None and image.lower().startswith(WEB)
+    is_download = image is not None and re.match(WEB if allow_host else REMOTE, image, re.IGNORECASE) is not None
+    model_options = {"device": device, "dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
     *_, picture = check_all(
         lambda: check_storage(collection, storage, exists=True),
         *([] if model is None else [partial(check_model, model)]),
@@ -104,7 +112,7 @@ def search(
     )
     if image and is_download:  # after all local checks
         picture = query_image(image, allow_host or [])
-    with working() as console, open_indexer(model, collection, storage, api_key=api_key, device=device) as indexer:
+    with working() as console, open_indexer(model, collection, storage, api_key=api_key, **model_options) as indexer:
         hits = indexer.search(
             text if is_embedded else None,
             picture or None,
@@ -124,8 +132,10 @@ def search(
         image_name = "an image" if image and image.startswith("data:") else Path(image or "").name
         names = [text, image_name, *(f"like {Path(name).name}" for name in like or ())]
         names += [f"unlike {Path(name).name}" for name in unlike or ()]
-        shown = picture or next((query_image(name, []) for name in like or () if Path(name).is_file()), None)
-        write_hits_page(html, " + ".join(filter(None, names)), hits, shown)
+        for name in like or ():
+            with suppress(ImageError):  # the id of a point, or an image that is gone
+                picture = picture or query_image(name, allow_host or [])
+        write_hits_page(html, " + ".join(filter(None, names)), hits, picture, allow_host or [])
         typer.echo(f"wrote {printable(html)}", err=True)
 
 
@@ -140,19 +150,18 @@ def check_page(file: Path) -> None:
 
 
 def query_image(image: str, allowed_hosts: Sequence[str]) -> Image:
-    """Load the image of a query: a file, a ``data:`` URI, or an address on an allowed host.
+    """Load the image of a query: a file, a ``data:`` URI, an address, or one image of an archive, a document...
 
     :raises ImageError: If it cannot be used.
     """
-    from cocoa_embed.images.http import Fetcher
     from cocoa_embed.images.load import load_image
+    from cocoa_embed.sources.base import SourceOptions
+    from cocoa_embed.sources.keys import load_key
 
-    if image[:7].lower() == "file://":
-        image = url2pathname(urlsplit(image).path)
-    elif (scheme := re.match(r"([\w+.-]+)://", image)) and not image.lower().startswith(WEB):
-        raise ImageError(image, f"is an address of {scheme[1]}; --image takes a file, a data: URI, or http(s)")
+    if image[:5].lower() == "data:":
+        return load_image(image)
     try:
-        return load_image(image, fetcher=Fetcher(allowed_hosts))
+        return load_key(image, SourceOptions(allowed_hosts=tuple(allowed_hosts)))
     except ImageError as error:
         if not error.reason.endswith("allowed hosts"):
             raise

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator
 from functools import cache, partial
 from itertools import groupby
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
 
 from cocoa_embed.data.places import Place, open_binary, reading, suffix_of
-from cocoa_embed.errors import CocoaError, ImageError, one_line
+from cocoa_embed.errors import CocoaError, ImageError, one_line, printable
 from cocoa_embed.images.find_files import IMAGE_SUFFIXES
-from cocoa_embed.images.load import MAX_IMAGE_BYTES
-from cocoa_embed.sources.base import Record
+from cocoa_embed.images.load import MAX_IMAGE_BYTES, check_size
+from cocoa_embed.sources.base import Record, storable
 from cocoa_embed.sources.shard_files import Kind, ShardFile, shard_error
 from cocoa_embed.sources.tables import batches
 
@@ -136,37 +136,54 @@ def read_members(file: ShardFile) -> Iterator[Member]:
 
     :raises Exception: If it cannot be read, or is broken behind the files that were yielded.
     """
-    for name, size, read in read_entries(file.place):
-        if suffix_of(name) not in IMAGE_SUFFIXES | DESCRIPTIONS:
-            continue
-        most = MAX_IMAGE_BYTES if suffix_of(name) in IMAGE_SUFFIXES else MAX_DESCRIPTION_BYTES
-        key = f"{file.key}#{name}"
-        read_once = cache(read)  # in a tar file, which is read as a stream, there is no second time
-        path = f"{file.key}/{PurePosixPath(name.lstrip('/'))}"
-        try:
-            if file.passed_over.has_entry(path, file.key, partial(_start, read_once, size)):
+    with open_binary(file.place) as opened:
+        for name, size, read in read_entries(opened, file.key, "r|*"):
+            if suffix_of(name) not in IMAGE_SUFFIXES | DESCRIPTIONS:
                 continue
-            if 0 < size <= most:
-                yield Member(name, read_once())
-            else:
-                yield Member(name, ImageError(key, f"has {size} bytes; between 1 and {most} are read"))
-        except (zipfile.BadZipFile, zlib.error, RuntimeError) as error:  # broken, encrypted, an unknown method
-            yield Member(name, ImageError(key, f"cannot be read ({one_line(error)})"))
+            most = MAX_IMAGE_BYTES if suffix_of(name) in IMAGE_SUFFIXES else MAX_DESCRIPTION_BYTES
+            key = f"{file.key}#{name}"
+            read_once = cache(read)  # in a tar file, which is read as a stream, there is no second time
+            path = f"{file.key}/{PurePosixPath(name.lstrip('/'))}"
+            try:
+                if file.passed_over.has_entry(path, file.key, partial(_start, read_once, size)):
+                    continue
+                if 0 < size <= most:
+                    yield Member(name, read_once())
+                else:
+                    yield Member(name, ImageError(key, f"has {size} bytes; between 1 and {most} are read"))
+            except (zipfile.BadZipFile, zlib.error, RuntimeError) as error:  # broken, encrypted, an unknown method
+                yield Member(name, ImageError(key, f"cannot be read ({one_line(error)})"))
 
 
-def read_entries(place: Place) -> Iterator[tuple[str, int, Callable[[], bytes]]]:
-    """Yield the name and the size of each file in an archive, and what reads it before the next is asked for."""
-    with open_binary(place) as file:
-        if suffix_of(place) == ".zip":
-            with zipfile.ZipFile(file) as archive:
-                for entry in archive.infolist():
-                    yield entry.filename, entry.file_size, partial(archive.read, entry)
-            return
-        with tarfile.open(fileobj=file, mode="r|*", tarinfo=StrictTarInfo) as tar:
-            while (member := tar.next()) is not None:
-                vars(tar)["members"].clear()  # or all headers stay in memory
-                if member.isfile():
-                    yield member.name, member.size, partial(_read_whole, tar, member)
+def read_member(opened: BinaryIO, file: str, name: str) -> bytes:
+    """Return the bytes of one image of an archive; a tar file that is not compressed is sought through.
+
+    :raises ImageError: If it is not there, or too large.
+    """
+    for each, size, read in read_entries(opened, file, "r:*"):
+        if storable(each) == name and suffix_of(each) in IMAGE_SUFFIXES:
+            check_size(size, printable(f"{file}#{name}"))
+            return read()
+    raise ImageError(printable(f"{file}#{name}"), "is no image in the archive")
+
+
+def read_entries(
+    opened: BinaryIO, file: str, mode: Literal["r|*", "r:*"]
+) -> Iterator[tuple[str, int, Callable[[], bytes]]]:
+    """Yield the name and the size of each file in an archive, and what reads it before the next is asked for.
+
+    :param mode: Of ``tarfile``: reads a tar file from its start to its end, or seeks.
+    """
+    if suffix_of(file) == ".zip":
+        with zipfile.ZipFile(opened) as archive:
+            for entry in archive.infolist():
+                yield entry.filename, entry.file_size, partial(archive.read, entry)
+        return
+    with tarfile.open(fileobj=opened, mode=mode, tarinfo=StrictTarInfo) as tar:
+        while (member := tar.next()) is not None:
+            vars(tar)["members"].clear()  # or all headers stay in memory
+            if member.isfile():
+                yield member.name, member.size, partial(_read_whole, tar, member)
 
 
 def _start(read: Callable[[], bytes], size: int, _: str) -> bytes:
@@ -182,4 +199,4 @@ def _read_whole(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
-KIND = Kind("archive", SUFFIXES, read_archive, "tarfile", "tables", settings=("exclude",))
+KIND = Kind("archive", SUFFIXES, read_archive, "tarfile", "tables", settings=("exclude",), read_one=read_member)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
+import re
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from cocoa_embed.data.places import open_binary
-from cocoa_embed.errors import ImageError, one_line
+from cocoa_embed.errors import ImageError, one_line, printable
 from cocoa_embed.images.load import check_size
 from cocoa_embed.sources.base import Record
-from cocoa_embed.sources.shard_files import Kind, ShardFile, shard_error
+from cocoa_embed.sources.shard_files import Kind, ShardFile, give, shard_error
 
 if TYPE_CHECKING:
     import pypdfium2
@@ -34,8 +35,6 @@ def read_pages(file: ShardFile) -> Iterator[Record]:
 
     :raises ImageError: If it is encrypted or broken.
     """
-    import pypdfium2
-
     drawn = 0
     with ExitStack() as stack:
         try:
@@ -45,17 +44,12 @@ def read_pages(file: ShardFile) -> Iterator[Record]:
             else:
                 with open_binary(file.place) as opened:
                     source = opened.read()
-            with PDFIUM:
-                document = pypdfium2.PdfDocument(source)
-                stack.callback(_close, document)
-                document.init_forms()
-                pages = len(document)
+            document = stack.enter_context(open_document(source))
+            pages = len(document)
         except ImageError:
             raise
         except Exception as error:  # remote file systems raise nearly anything
-            encrypted = "password" in str(error).lower()
-            reason = "it is encrypted; save it without a password" if encrypted else one_line(error)
-            raise shard_error(file, 0, reason) from error
+            raise shard_error(file, 0, one_line(error)) from error
         for number in range(1, pages + 1):
             name = f"page={number}"
             content = draw_page(document, number, f"{file.key}#{name}")
@@ -85,9 +79,42 @@ def draw_page(document: pypdfium2.PdfDocument, number: int, name: str) -> bytes 
         return ImageError(name, f"cannot be drawn ({one_line(error)})")
 
 
-def _close(document: pypdfium2.PdfDocument) -> None:
+def read_page(opened: BinaryIO, file: str, name: str) -> bytes:
+    """Return one page as the bytes of a PNG file; the other pages are not drawn.
+
+    :param name: ``page=3``.
+    :raises ImageError: If there is no such page, or it cannot be drawn.
+    """
+    digits = re.fullmatch(r"page=(\d+)", name)
+    key = printable(f"{file}#{name}")
+    with open_document(opened) as document:
+        if digits is None or not 1 <= int(digits[1]) <= len(document):
+            raise ImageError(key, f"is no page; the document has page=1 to page={len(document)}")
+        return give(draw_page(document, int(digits[1]), key))
+
+
+@contextmanager
+def open_document(source: Path | bytes | BinaryIO) -> Iterator[pypdfium2.PdfDocument]:
+    """Open a document, with its forms.
+
+    :raises ValueError: If it is encrypted.
+    :raises Exception: If it is broken.
+    """
+    import pypdfium2
+
     with PDFIUM:
-        document.close()
+        try:
+            document = pypdfium2.PdfDocument(source)
+        except pypdfium2.PdfiumError as error:
+            if "password" not in str(error).lower():
+                raise
+            raise ValueError("it is encrypted; save it without a password") from error
+        document.init_forms()
+    try:
+        yield document
+    finally:
+        with PDFIUM:
+            document.close()
 
 
-KIND = Kind("pdf", (".pdf",), read_pages, "pypdfium2", "pdf")
+KIND = Kind("pdf", (".pdf",), read_pages, "pypdfium2", "pdf", read_one=read_page)

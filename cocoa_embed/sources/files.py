@@ -170,6 +170,11 @@ def count_files(sources: Iterable[FileSource]) -> int:
     return sum(len(shard.files) for source in sources for shard in source.shards())
 
 
+def undecode(key: str) -> str:
+    r"""Return a path of a payload with the bytes that are there as ``\udcNN``."""
+    return re.sub(r"\\udc([89a-f][0-9a-f])", lambda match: chr(0xDC00 + int(match[1], 16)), key)
+
+
 def is_deleted(key: str) -> bool:
     r"""Return whether there is certainly no file at a path, or no file that holds a shard's image.
 
@@ -179,7 +184,7 @@ def is_deleted(key: str) -> bool:
     """
     if "://" in key:
         return False
-    undecoded = re.sub(r"\\udc([89a-f][0-9a-f])", lambda match: chr(0xDC00 + int(match[1], 16)), key)
+    undecoded = undecode(key)
     # A file may have these characters in its name, and the name of an image in a shard begins with a number sign.
     shards = (undecoded[: sign.start()] for sign in re.finditer("#", undecoded))
     for spelling in dict.fromkeys((key, undecoded, *shards)):

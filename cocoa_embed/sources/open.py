@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 
 from cocoa_embed.data.places import Place, file_system, reading, suffix_of
 from cocoa_embed.errors import CocoaError, UsageError, did_you_mean, printable, require
@@ -73,9 +73,7 @@ def open_sources(
     photographs: list[str] = []
     sources: list[Source] = []
     for place in places:
-        text = os.fspath(place)
-        if text.startswith("file://"):
-            text = unquote(urlsplit(text).path)
+        text = local_path(os.fspath(place))
         if "://" in text:
             sources += _open_address(text, options, passed_over, may_be_gone)
         else:
@@ -153,6 +151,12 @@ def _open_address(address: str, options: SourceOptions, passed_over: PassedOver,
         raise CocoaError(f"{printable(address)} does not exist, or has no images; name a folder or file that has some")
     sources: list[Source] = [shard_files(found, options, passed_over, root or None)] if found else []
     return sources if images == {} else [RemoteImages(root, passed_over, images), *sources]
+
+
+def local_path(text: str) -> str:
+    """Return the path of a ``file:`` address; anything else as it is."""
+    address = re.match("file://[^/]*", text, re.IGNORECASE)
+    return text if address is None else os.fsdecode(unquote_to_bytes(text[address.end() :]))
 
 
 def named_kind(name: str) -> Kind | None:

@@ -10,7 +10,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from cocoa_embed.data.places import Place, is_gone, modified_at, version_of
 from cocoa_embed.errors import CocoaError, ImageError, printable
@@ -39,6 +39,9 @@ class Kind(NamedTuple):
     """The fields of ``SourceOptions`` that decide which records a file has."""
     is_versioned: bool = True
     """Whether a file that is unchanged has unchanged images."""
+    read_one: Callable[[BinaryIO, str, str], bytes] | None = None
+    """Returns the bytes of one image: of the opened file, of this key, the image of this name. None if the images are
+    not in the file."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class ShardFile:
         return Record(
             key=f"{self.key}#{name}",
             relative_key=f"{self.relative_key}#{name}",
-            read=partial(_give, content),
+            read=partial(give, content),
             mtime=self.mtime,
             shard=self.key,
             metadata=json_values(metadata),
@@ -191,7 +194,8 @@ def in_background(read: Callable[[], Iterator[Item]], ahead: int = RECORDS_AHEAD
         thread.join()
 
 
-def _give(content: bytes | ImageError) -> bytes:
+def give(content: bytes | ImageError) -> bytes:
+    """Return the bytes of an image, or raise the error that is there instead."""
     if isinstance(content, ImageError):
         raise content
     return content

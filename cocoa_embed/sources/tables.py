@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from itertools import chain
-from typing import TYPE_CHECKING, Any
+from itertools import accumulate, chain
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from cocoa_embed.data.places import Place, open_binary, open_text, suffix_of
 from cocoa_embed.data.tables import open_table
-from cocoa_embed.errors import ImageError, RowError, one_line, require
+from cocoa_embed.errors import ImageError, RowError, one_line, printable, require
 from cocoa_embed.images.load import check_size, image_size
 from cocoa_embed.sources.base import Record
-from cocoa_embed.sources.shard_files import Kind, ShardFile, shard_error
+from cocoa_embed.sources.shard_files import Kind, ShardFile, give, shard_error
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -55,28 +57,76 @@ def read_table(file: ShardFile) -> Iterator[Record]:
         raise shard_error(file, records, one_line(error)) from error
 
 
+def read_cell(opened: BinaryIO, file: str, name: str) -> bytes:
+    """Return the bytes of one image of a table, from the row group that holds it.
+
+    :param name: ``17``, ``17:column``, ``17[2]`` or ``17:column[2]``, as ``read_table`` names it.
+    :raises ImageError: If there is none, or it has no bytes.
+    """
+    key = printable(f"{file}#{name}")
+    digits = re.match(r"\d+", name)
+    row = {} if digits is None else image_cells(opened, file, int(digits[0]))
+    for column, cell in row.items():
+        for place, (content, _) in enumerate(_images(cell, key)):
+            if digits is not None and name == _name(int(digits[0]), column if len(row) > 1 else "", place):
+                return give(content)
+    raise ImageError(key, "is no image in the table")
+
+
+def image_cells(opened: BinaryIO, file: str, number: int) -> dict[str, Any]:
+    """Return what a row has in the columns of images, by column; nothing if there is no such row."""
+    import pyarrow.parquet as parquet
+
+    first = 0
+    if suffix_of(file) == ".parquet":
+        table = parquet.ParquetFile(opened, buffer_size=BUFFER_BYTES)
+        names = [field.name for field in table.schema_arrow if _holds_bytes(field.type)]
+        columns = names if len(names) < 2 else image_columns(next(table.iter_batches(ROWS_AT_ONCE, columns=names)))
+        starts = [0, *accumulate(table.metadata.row_group(group).num_rows for group in range(table.num_row_groups))]
+        group = max(0, bisect_right(starts[:-1], number) - 1)
+        first, rows = starts[group], table.iter_batches(ROWS_AT_ONCE, [group], columns)
+    else:
+        rows = batches_of(opened, file)
+        start = next(rows)
+        columns, rows = image_columns(start), chain([start], rows)
+    for batch in rows:
+        if number < first + batch.num_rows:
+            return {column: batch[column][number - first].as_py() for column in columns}
+        first += batch.num_rows
+    return {}
+
+
 def batches(place: Place) -> Iterator[pa.RecordBatch]:
     """Yield the rows of a Parquet or Arrow file.
 
     :raises Exception: If it cannot be read.
     """
     require("pyarrow", "tables")
+    with open_binary(place) as file:
+        yield from batches_of(file, str(place))
+
+
+def batches_of(opened: BinaryIO, file: str) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of an opened Parquet or Arrow file.
+
+    :param file: Its name.
+    :raises Exception: If it cannot be read.
+    """
     import pyarrow.ipc as ipc
     import pyarrow.parquet as parquet
 
-    with open_binary(place) as file:
-        if suffix_of(place) == ".parquet":
-            yield from parquet.ParquetFile(file, buffer_size=BUFFER_BYTES).iter_batches(batch_size=ROWS_AT_ONCE)
-            return
-        is_file = file.read(6) == b"ARROW1"
-        file.seek(0)
-        if is_file:
-            reader = ipc.open_file(file)
-            whole = (reader.get_batch(number) for number in range(reader.num_record_batches))
-        else:
-            whole = iter(ipc.open_stream(file))
-        for batch in whole:
-            yield from (batch.slice(start, ROWS_AT_ONCE) for start in range(0, batch.num_rows, ROWS_AT_ONCE))
+    if suffix_of(file) == ".parquet":
+        yield from parquet.ParquetFile(opened, buffer_size=BUFFER_BYTES).iter_batches(batch_size=ROWS_AT_ONCE)
+        return
+    is_file = opened.read(6) == b"ARROW1"
+    opened.seek(0)
+    if is_file:
+        reader = ipc.open_file(opened)
+        whole = (reader.get_batch(number) for number in range(reader.num_record_batches))
+    else:
+        whole = iter(ipc.open_stream(opened))
+    for batch in whole:
+        yield from (batch.slice(start, ROWS_AT_ONCE) for start in range(0, batch.num_rows, ROWS_AT_ONCE))
 
 
 def has_addresses(place: Place) -> bool:
@@ -160,4 +210,4 @@ def _name(row: int, column: str, place: int) -> str:
     return str(row) + (f":{column}" if column else "") + (f"[{place}]" if place else "")
 
 
-KIND = Kind("table", (".parquet", ".arrow"), read_table, "pyarrow", "tables")
+KIND = Kind("table", (".parquet", ".arrow"), read_table, "pyarrow", "tables", read_one=read_cell)

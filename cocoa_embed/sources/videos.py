@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from fractions import Fraction
 from io import BytesIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from PIL import Image
 
 from cocoa_embed.data.places import open_binary
-from cocoa_embed.errors import ImageError, one_line
+from cocoa_embed.errors import ImageError, one_line, printable
 from cocoa_embed.images.load import check_pixels
 from cocoa_embed.sources.base import Record
-from cocoa_embed.sources.shard_files import Kind, ShardFile, shard_error
+from cocoa_embed.sources.shard_files import Kind, ShardFile, give, shard_error
 
 if TYPE_CHECKING:
     import av
@@ -92,6 +93,33 @@ def sampled_frames(
         raise EOFError(f"it breaks off {missing:.1f} s before its end")
 
 
+def read_frame(opened: BinaryIO, file: str, name: str) -> bytes:
+    """Return one frame as the bytes of a JPEG file; decoding starts at the key frame before it.
+
+    :param name: ``t=12.0``.
+    :raises ImageError: If there is no such frame.
+    """
+    import av
+
+    key = printable(f"{file}#{name}")
+    digits = re.fullmatch(r"t=(\d+(\.\d+)?)", name)
+    if digits is not None:
+        wanted = float(digits[1])
+        with av.open(opened) as container:
+            stream = video_stream(container, file)
+            time_base = stream.time_base or Fraction(1, 1)
+            start = (stream.start_time or 0) * time_base
+            for target in (wanted, 0.0):  # from the start where the index of the file leads past the frame
+                container.seek(int((float(start) + target) / time_base), stream=stream)
+                for frame in container.decode(stream):
+                    seconds = round(float((frame.pts or 0) * time_base - start), 3)
+                    if seconds == wanted:
+                        return give(as_jpeg(frame, stream, key))
+                    if seconds > wanted:
+                        break
+    raise ImageError(key, "is no frame of the video")
+
+
 def as_jpeg(frame: av.VideoFrame, stream: av.VideoStream, name: str) -> bytes | ImageError:
     """Return a frame as the bytes of a JPEG file, upright and with square pixels, or its error."""
     try:
@@ -115,4 +143,5 @@ KIND = Kind(
     "av",
     "video",
     settings=("every",),
+    read_one=read_frame,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import mimetypes
 import os
 import re
@@ -11,19 +12,23 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
+from llama_index.core.base.llms.types import BaseContentBlock, ImageBlock
+from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.schema import BaseNode, ImageNode, MetadataMode, Node, NodeWithScore, TextNode
 from llama_index.core.vector_stores.utils import metadata_dict_to_node
 
 from cocoa_embed.errors import CocoaError, ImageError
-from cocoa_embed.images.http import Fetcher
-from cocoa_embed.images.load import ImageSource, load_image
+from cocoa_embed.images.load import ImageSource
 from cocoa_embed.integrations.qdrant.points import plain_payload, with_node_fields
+from cocoa_embed.sources.base import SourceOptions
+from cocoa_embed.sources.files import is_deleted
+from cocoa_embed.sources.keys import load_key, read_key
 
 if TYPE_CHECKING:
     from cocoa_embed.integrations.qdrant.indexer import Hit
+
+logger = logging.getLogger(__name__)
 
 PATH_KEYS = ("path", "image_path")
 TEXT_KEYS = ("caption", "text", "page_content")
@@ -64,19 +69,15 @@ def image_of(node: BaseNode) -> str | BytesIO | None:
 
 
 def load_source(source: ImageSource, allowed_hosts: Sequence[str]) -> ImageSource:
-    """Return an image as it is, or from where it is: a ``file:`` address, or one on the web.
+    """Return an image as it is, or from where it is: a file, an address, one image of an archive (``read_key``).
 
     :param allowed_hosts: The hosts from which images may be fetched, as for ``Fetcher``.
-    :raises ImageError: If it cannot be fetched.
+    :raises ImageError: If it cannot be used.
     """
-    if isinstance(source, Path):
-        source = str(source)
-    if isinstance(source, str) and source[:7].lower() == "file://":
-        return url2pathname(urlsplit(source).path)
-    if not isinstance(source, str) or not source[:8].lower().startswith(("http://", "https://")):
+    if not isinstance(source, str | Path) or str(source)[:5].lower() == "data:":
         return source
     try:
-        return load_image(source, fetcher=Fetcher(allowed_hosts))
+        return load_key(str(source), SourceOptions(allowed_hosts=tuple(allowed_hosts)))
     except ImageError as error:
         if not error.reason.endswith("allowed hosts"):
             raise
@@ -104,28 +105,68 @@ def refuse_binary(text: str) -> None:
         )
 
 
-def to_node(hit: Hit) -> NodeWithScore:
+class StoredImage(ImageNode):
+    """An image that is no file of its own, such as a page of a document, or whose file is gone.
+
+    Its bytes are read when they are asked for, and not kept. ``image_path`` is its path in the payload.
+    """
+
+    _allowed_hosts: tuple[str, ...] = PrivateAttr(default=())
+    _thumbnail: str = PrivateAttr(default="")
+
+    def resolve_image(self) -> BytesIO:
+        """Return the bytes of the image, or else of its thumbnail.
+
+        :raises ImageError: If neither can be read.
+        """
+        options = SourceOptions(allowed_hosts=self._allowed_hosts)
+        try:
+            return BytesIO(read_key(self.image_path or self.image_url or "", options))
+        except ImageError:
+            if not os.path.isfile(self._thumbnail):
+                raise
+            return BytesIO(read_key(self._thumbnail))
+
+    def get_content_blocks(self, metadata_mode: MetadataMode = MetadataMode.NONE) -> list[BaseContentBlock]:
+        """Return what a chat model is shown: the text and the image; the text alone if the image cannot be read."""
+        blocks = self.get_metadata_content_blocks(metadata_mode)
+        try:
+            data = self.resolve_image().getvalue()
+        except ImageError as error:
+            logger.warning("%s; a chat model is not shown the image", error)
+            return blocks
+        return [*blocks, ImageBlock(image=data, image_mimetype=self.image_mimetype)]
+
+
+def to_node(hit: Hit, allowed_hosts: Sequence[str] = ()) -> NodeWithScore:
     """Return a hit as a node of LlamaIndex, an ``ImageNode`` with ``image_path`` if the point is an image.
 
     A point that the indexer or LlamaIndex wrote becomes the node that LlamaIndex's own store reads. Any other point, or
     one whose node cannot be read, becomes a node with the path and the caption or text of its payload, and the other
     keys as metadata.
+
+    :param allowed_hosts: The hosts from which images on the web may be fetched once they are asked for.
     """
     node = own_node(hit) or stored_node(hit.payload) or described_node(hit)
+    if isinstance(node, ImageNode) and node.image is None and not os.path.isfile(node.image_path or ""):
+        node = StoredImage(**dict(node))
+        node._allowed_hosts = tuple(allowed_hosts)
+        node._thumbnail = next(texts(hit.payload, ["thumbnail"]), "")
     return NodeWithScore(node=node, score=hit.score)
 
 
 def own_node(hit: Hit) -> BaseNode | None:
     """Return the node for a point that the indexer wrote; None for any other.
 
-    Its ``image_path`` is the first of the image's files that exists, or else its thumbnail if that exists.
+    Its ``image_path`` is the first of the image's paths that exists, or else its thumbnail if that exists.
     """
     fields: dict[str, Any] = {"caption": None, "metadata": {}, **plain_payload(hit.payload), "path": hit.path}
     if not all(isinstance(fields.get(key), str) for key in ("path", "sha256", "mime")):
         return None
     node = stored_node(with_node_fields(fields))
     if isinstance(node, ImageNode):
-        node.image_path = next(filter(os.path.exists, (hit.path, fields.get("thumbnail") or "")), hit.path)
+        thumbnail = str(fields.get("thumbnail") or "")
+        node.image_path = thumbnail if is_deleted(hit.path) and os.path.isfile(thumbnail) else hit.path
     return node
 
 

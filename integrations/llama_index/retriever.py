@@ -31,6 +31,8 @@ class CocoaRetriever(MultiModalRetriever):
     Several texts in ``custom_embedding_strs`` are one query, joined by newlines. An ``embedding`` in the query is
     ignored: LlamaIndex's retrievers leave the embeddings of other models there. It has the methods of LlamaIndex's
     ``MultiModalVectorIndexRetriever``. A pickled retriever opens its collection again where it is used.
+    A node whose image is no file of its own (``a.tar#0.jpg``, ``s3://...``) reads it in ``resolve_image`` and
+    ``get_content_blocks``.
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class CocoaRetriever(MultiModalRetriever):
         :param filters: Conditions on the payload, as LlamaIndex's or Qdrant's filters.
         :param score_threshold: The minimum cosine similarity of a node.
         :param diversity: From 0 (the nearest) to 1 (as different from each other as can be).
-        :param allowed_hosts: The hosts from which the image of a query may be fetched.
+        :param allowed_hosts: The hosts from which the images of queries and of nodes may be fetched.
         :param kwargs: Options of LlamaIndex's ``BaseRetriever``, such as ``callback_manager``.
         :raises UsageError: If a filter's value does not fit its operator or its field.
         """
@@ -117,7 +119,7 @@ class CocoaRetriever(MultiModalRetriever):
             query_filter=[*conditions, *([] if self.query_filter is None else [self.query_filter])],
             diversity=self.diversity,
         )
-        return [to_node(hit) for hit in hits]
+        return [to_node(hit, self.allowed_hosts) for hit in hits]
 
 
 def as_bundle(query: QueryType) -> QueryBundle:

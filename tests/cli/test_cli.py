@@ -187,8 +187,8 @@ FROM_THE_WEB = [*BESIDE_AN_INDEX, "--image", "http://127.0.0.1/a.png"]
             "is on 127.0.0.1, which is not among the allowed hosts; allow it with --allow-host HOST",
         ),
         (
-            [*BESIDE_AN_INDEX, "--image", "s3://bucket/a.png"],
-            "is an address of s3; --image takes a file, a",
+            [*BESIDE_AN_INDEX, "--image", "nonsense://bucket/a.png"],
+            "1 nonsense://bucket/a.png: cannot be read (Protocol not known: nonsense",
         ),
         ([*BESIDE_AN_INDEX, "--image", "file:///gone%20now.png"], "1 /gone now.png: does not exist"),
         ([*RED, "--path", "http://a:6333"], "2 path (--path) takes a folder, and http:/a:6333 is an address"),

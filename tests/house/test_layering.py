@@ -35,7 +35,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "train.plan": (*CORE, "train.settings", "train.recipe", "train.data", "train.loop", "train.stages"),
     "train": (*CORE, "evaluation.geometry", "train"),
     "integrations.qdrant": (*CORE, "sources"),
-    "integrations.llama_index": (*CORE, "integrations.qdrant"),
+    "integrations.llama_index": (*CORE, "sources", "integrations.qdrant"),
     "integrations.ray": (*CORE, "sources", "integrations.qdrant"),
     "integrations": (),
     "demo": ("",),

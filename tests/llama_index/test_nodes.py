@@ -10,7 +10,7 @@ from llama_index.core.schema import Document, ImageDocument, ImageNode, IndexNod
 from llama_index.core.vector_stores.utils import node_to_metadata_dict
 
 from cocoa_embed.errors import ImageError
-from cocoa_embed.integrations.llama_index.nodes import image_of, to_node
+from cocoa_embed.integrations.llama_index.nodes import StoredImage, image_of, to_node
 from cocoa_embed.integrations.qdrant.indexer import Hit
 from cocoa_embed.integrations.qdrant.points import FileLocation, make_payload
 from cocoa_embed.integrations.qdrant.stores.base import image_path
@@ -102,7 +102,7 @@ def test_a_node_has_the_path_of_the_file_that_exists(file: str) -> None:
 )
 def test_foreign_points_become_nodes_by_their_payload(payload: dict, path: str | None, text: str) -> None:
     found = to_node(hit({**payload, "author": "Ann"}))
-    assert type(found.node) is (TextNode if path is None else ImageNode)
+    assert type(found.node) is (TextNode if path is None else StoredImage)
     assert getattr(found.node, "image_path", None) == path
     assert (found.node.text, found.node.node_id, found.score) == (text, "7", 0.5)
     assert found.node.metadata["author"] == "Ann"
