@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,9 +34,36 @@ def read_pages(file: ShardFile) -> Iterator[Record]:
 
     :raises ImageError: If it is encrypted or broken.
     """
+    with open_document(file) as document:
+        with PDFIUM:
+            pages = len(document)
+        for number in range(1, pages + 1):
+            name = f"page={number}"
+            content = draw_page(document, number, f"{file.key}#{name}")
+            yield file.make_record(name, content, {"page": number, "pages": pages})
+
+
+def read_page(file: ShardFile, number: int) -> bytes:
+    """Return one page of a document as the bytes of a PNG file.
+
+    :param number: Of the page, from 1.
+    :raises ImageError: If the document is encrypted or broken, or the page cannot be drawn.
+    """
+    with open_document(file) as document:
+        content = draw_page(document, number, f"{file.key}#page={number}")
+    if isinstance(content, ImageError):
+        raise content
+    return content
+
+
+@contextmanager
+def open_document(file: ShardFile) -> Iterator[pypdfium2.PdfDocument]:
+    """Open a document.
+
+    :raises ImageError: If it is encrypted or broken.
+    """
     import pypdfium2
 
-    drawn = 0
     with ExitStack() as stack:
         try:
             if isinstance(file.place, Path):
@@ -49,18 +76,13 @@ def read_pages(file: ShardFile) -> Iterator[Record]:
                 document = pypdfium2.PdfDocument(source)
                 stack.callback(_close, document)
                 document.init_forms()
-                pages = len(document)
         except ImageError:
             raise
         except Exception as error:  # remote file systems raise nearly anything
             encrypted = "password" in str(error).lower()
             reason = "it is encrypted; save it without a password" if encrypted else one_line(error)
             raise shard_error(file, 0, reason) from error
-        for number in range(1, pages + 1):
-            name = f"page={number}"
-            content = draw_page(document, number, f"{file.key}#{name}")
-            drawn += isinstance(content, bytes)
-            yield file.make_record(name, content, {"page": number, "pages": pages})
+        yield document
 
 
 def draw_page(document: pypdfium2.PdfDocument, number: int, name: str) -> bytes | ImageError:

@@ -1,0 +1,164 @@
+"""The pictures of an index by point id: full, as stored, or small. Nothing else on the machine is read."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections import OrderedDict
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from cocoa_embed.data.places import reading
+from cocoa_embed.errors import CocoaError, ImageError, printable, require
+from cocoa_embed.images.load import check_is_file, check_size, decode_image, load_image, read_stable_file
+from cocoa_embed.images.to_rgb import draw_thumbnail
+from cocoa_embed.integrations.qdrant.indexing.thumbnails import THUMBNAIL_SIZE
+from cocoa_embed.integrations.qdrant.points import Payload, stored_locations
+from cocoa_embed.integrations.qdrant.searching.searcher import NotIndexedError, as_id
+from cocoa_embed.integrations.qdrant.stores.base import image_path
+from cocoa_embed.integrations.qdrant.stores.store import Store
+from cocoa_embed.sources import archives, documents, videos
+from cocoa_embed.sources.archives import read_entries
+from cocoa_embed.sources.base import SourceOptions
+from cocoa_embed.sources.documents import read_page
+from cocoa_embed.sources.open import named_kind
+from cocoa_embed.sources.shard_files import Kind, ShardFile
+
+SHOWN_BY_BROWSERS = frozenset({"image/jpeg", "image/png", "image/webp", "image/gif", "image/avif", "image/bmp"})
+"""The media types that are served as they are stored; other pictures become JPEG."""
+
+CACHE_BYTES = 64 * 2**20
+"""Of thumbnails in memory."""
+
+
+class Pictures:
+    """The pictures of a collection's points; threads may share it."""
+
+    def __init__(self, store: Store) -> None:
+        """Name the collection; nothing is read yet."""
+        self._store = store
+        self._lock = threading.Lock()
+        self._thumbnails: OrderedDict[tuple[str, int], bytes] = OrderedDict()
+        self._bytes = 0
+
+    def payload(self, id_: str) -> Payload:
+        """Return the payload of a point.
+
+        :raises NotIndexedError: If there is no such point.
+        """
+        point: Any = as_id(id_)
+        found = {} if point is None else self._store.retrieve([point])
+        if not found:
+            raise NotIndexedError(f"{self._store.name} has no image with the id {printable(id_)}")
+        return next(iter(found.values()))
+
+    def full(self, payload: Payload) -> tuple[bytes, str]:
+        """Return the file of a point's picture, and its media type; as JPEG if browsers do not show that.
+
+        :raises NotIndexedError: If none of the point's files can be read, or all have changed since.
+        """
+        data, image, media_type = read_picture(payload)
+        if media_type in SHOWN_BY_BROWSERS:
+            return data, media_type
+        return draw_thumbnail(image, max(image.size)), "image/jpeg"
+
+    def thumbnail(self, id_: str, payload: Payload, size: int) -> bytes:
+        """Return a JPEG of a point's picture, its longer side at most ``size`` pixels.
+
+        :raises NotIndexedError: If neither the point's thumbnail nor one of its files can be read.
+        """
+        with self._lock:
+            if (id_, size) in self._thumbnails:
+                self._thumbnails.move_to_end((id_, size))
+                return self._thumbnails[id_, size]
+        jpeg = draw_thumbnail(self._small_picture(id_, payload, size), size)
+        with self._lock:
+            if (id_, size) not in self._thumbnails:
+                self._thumbnails[id_, size] = jpeg
+                self._bytes += len(jpeg)
+            while self._bytes > CACHE_BYTES:
+                self._bytes -= len(self._thumbnails.popitem(last=False)[1])
+        return jpeg
+
+    def _small_picture(self, id_: str, payload: Payload, size: int) -> Image.Image:
+        """Return the stored thumbnail, if it is large enough or there is nothing else, or the picture itself."""
+        stored = payload.get("thumbnail")
+        is_stored = isinstance(stored, str) and Path(stored).name == f"{id_}.jpg" and os.path.isabs(stored)
+        for may_be_small in (False, True) if is_stored else ():
+            try:
+                if may_be_small or size <= THUMBNAIL_SIZE:
+                    return load_image(Path(str(stored)))
+                return read_picture(payload)[1]
+            except (ImageError, NotIndexedError):
+                continue
+        return read_picture(payload)[1]
+
+
+def read_picture(payload: Payload) -> tuple[bytes, Image.Image, str]:
+    """Return the first of a point's files that holds its picture: the file, upright RGB, and the media type.
+
+    :raises NotIndexedError: If there is none; the message has the reason for the first.
+    """
+    paths = filter(None, dict.fromkeys((image_path(payload), *(str(each.path) for each in stored_locations(payload)))))
+    reasons: list[CocoaError] = []
+    for key in paths:
+        try:
+            data = read_key(key)
+            check_content(data, key, payload)
+            return data, *decode_image(data, printable(key))
+        except CocoaError as error:
+            reasons.append(error)
+    raise NotIndexedError(str(reasons[0]) if reasons else "the point names no file")
+
+
+def check_content(data: bytes, key: str, payload: Payload) -> None:
+    """Check that a file still is what was indexed; a page or a frame, drawn anew, may differ.
+
+    :raises ImageError: If it is not.
+    """
+    is_drawn = payload.get("page") is not None or payload.get("seconds") is not None
+    if not is_drawn and payload.get("sha256") not in (None, hashlib.sha256(data).hexdigest()):
+        raise ImageError(printable(key), "has changed since it was indexed; run cocoa-embed index again")
+
+
+def read_key(key: str) -> bytes:
+    """Return the image file of a key: a file of this machine, or an image in an archive, a table or a document.
+
+    :raises CocoaError: If it cannot be read, or is on another machine.
+    """
+    if "://" in key or not os.path.isabs(key):
+        raise ImageError(printable(key), "is not on this machine; its thumbnail is, if it is indexed with --thumbnails")
+    file, mark, name = key.rpartition("#")
+    kind = named_kind(file) if mark and not os.path.lexists(key) else None
+    return read_stable_file(key).data if kind is None else read_from_shard(Path(file), kind, name)
+
+
+def read_from_shard(path: Path, kind: Kind, name: str) -> bytes:
+    """Return an image in an archive, a table, a document or a video.
+
+    :raises CocoaError: If the file cannot be read, or has no such image.
+    """
+    require(kind.package, kind.extra)
+    key = f"{path}#{name}"
+    with reading(path):
+        check_is_file(os.stat(path).st_mode, printable(path))
+        if kind is archives.KIND:
+            for member, size, read in read_entries(path):
+                if member == name:
+                    check_size(size, printable(key))
+                    return read()
+        elif kind is documents.KIND:
+            return read_page(ShardFile(path, path.name, kind, SourceOptions()), int(name.removeprefix("page=")))
+        else:
+            # A video whose second frame is at this time has it whatever the interval was.
+            every = float(name.removeprefix("t=")) if kind is videos.KIND else 0.0
+            file = ShardFile(path, path.name, kind, SourceOptions(every=every or 10.0))
+            with closing(kind.read(file)) as records:  # type: ignore[type-var]
+                for record in records:
+                    if record.key == key:
+                        return record.read()
+    raise ImageError(printable(key), "is not in the file any more")

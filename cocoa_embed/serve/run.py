@@ -1,0 +1,99 @@
+"""Run the server: open the collection, load its model, and answer until a signal comes."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+
+from cocoa_embed.encode.encoder import Encoder
+from cocoa_embed.encode.load import load_encoder
+from cocoa_embed.errors import CocoaError
+from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
+from cocoa_embed.integrations.qdrant.stores.store import Store
+from cocoa_embed.model.loading import check_model
+from cocoa_embed.serve.app import make_app
+from cocoa_embed.serve.batching import Batches, BatchingEncoder
+from cocoa_embed.serve.limits import Limits
+
+MAX_CONNECTIONS = 512
+STOP_SECONDS = 5
+"""How long answers may still take when the server is to stop."""
+
+
+def model_of(store: Store) -> str:
+    """Return the model that made a collection.
+
+    :raises CocoaError: If it does not say, or the model cannot be found.
+    """
+    signature = store.require_signature()
+    if signature.fingerprint is None:
+        raise CocoaError(f"{store.name} was not made by cocoa-embed index; give the model that made its vectors")
+    try:
+        check_model(signature.model)
+    except CocoaError as error:
+        raise CocoaError(f"{store.name} was made with {signature.model}, which is not found; name the model") from error
+    return signature.model
+
+
+def open_app(
+    model: str | None, device: str | None, storage: dict[str, Any], limits: Limits, api_key: str | None
+) -> tuple[QdrantIndexer, Starlette]:
+    """Open a collection, load its model, and return both as an application.
+
+    :param model: None takes the one that made the collection.
+    :param storage: The arguments of ``QdrantIndexer`` that name the collection.
+    :raises CocoaError: If there is no such collection, or another model made it.
+    """
+    with QdrantIndexer(None, **storage) as looked_at:
+        model = model or model_of(looked_at.store)
+    encoder = load_encoder(model, device)
+    return serve_encoder(encoder, storage, limits, api_key)
+
+
+def serve_encoder(
+    encoder: Encoder, storage: dict[str, Any], limits: Limits, api_key: str | None = None
+) -> tuple[QdrantIndexer, Starlette]:
+    """Return a collection and an application over it, for a model that is loaded.
+
+    :raises CocoaError: If there is no such collection, or another model made it.
+    """
+    batches = Batches(encoder, limits.seconds)
+    indexer = QdrantIndexer(BatchingEncoder(batches), **storage)
+    try:
+        indexer.require_model()
+    except BaseException:
+        batches.close()
+        indexer.close()
+        raise
+    return indexer, make_app(indexer, batches, limits=limits, api_key=api_key)
+
+
+def answer_requests(app: Starlette, bound: socket.socket) -> None:
+    """Answer requests until SIGTERM or Ctrl-C, then finish those that are being answered.
+
+    :raises KeyboardInterrupt: After Ctrl-C.
+    :raises SystemExit: After SIGTERM, with status 143.
+    """
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan="on",
+        ws="none",
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_graceful_shutdown=STOP_SECONDS,
+    )
+    uvicorn.Server(config).run(sockets=[bound])
+
+
+def exit_on_sigterm() -> None:
+    """Let SIGTERM end this process as Ctrl-C does, with what has to be closed closed."""
+    on_signal: Callable[..., None] = lambda *_: sys.exit(128 + signal.SIGTERM)  # noqa: E731
+    signal.signal(signal.SIGTERM, on_signal)
