@@ -96,7 +96,8 @@ class Batches:
             self._changed.wait_for(lambda: self._jobs or self._is_closed)
             if self._is_closed:
                 for job in self._jobs:
-                    job.embedding.set_exception(BusyError("the server is stopping"))
+                    if job.embedding.set_running_or_notify_cancel():
+                        job.embedding.set_exception(BusyError("the server is stopping"))
                 return None
             taken: list[Job] = []
             left: deque[Job] = deque()

@@ -22,9 +22,9 @@ def post(server: str, path: str, document: Mapping[str, Any], api_key: str | Non
     :raises UsageError: If the address is malformed, or the server refuses the request as malformed.
     :raises CocoaError: If no server answers, or it fails.
     """
-    address = urlsplit(server)
-    kind = {"http": HTTPConnection, "https": HTTPSConnection}.get(address.scheme)
     try:
+        address = urlsplit(server)
+        kind = {"http": HTTPConnection, "https": HTTPSConnection}.get(address.scheme)
         if kind is None or not address.hostname or "@" in address.netloc:
             raise ValueError
         connection = kind(address.hostname, address.port, timeout=TIMEOUT_SECONDS)
