@@ -161,14 +161,10 @@ def main() -> None:
         return
     print(f"{result['model']}, {result['images']} images, {result['device']}, {result['cores']} cores")
     print(f"one client      p50 {result['one_client_p50_milliseconds']:.0f} ms")
-    print(
-        f"{result['clients']} clients      p50 {result['p50_milliseconds']:.0f} ms, p99 {result['p99_milliseconds']:.0f} ms,"
-        f" {result['searches_per_second']:.0f} searches/s"
-    )
+    p50, p99 = result["p50_milliseconds"], result["p99_milliseconds"]
+    print(f"{result['clients']} clients      p50 {p50:.0f} ms, p99 {p99:.0f} ms, {result['searches_per_second']:.0f}/s")
     for name, ratio in result["ratio"].items():
-        print(
-            f"model alone     {result[f'model_alone_{name}_per_second']:.0f} queries/s {name} (server: {ratio:.2f} of it)"
-        )
+        print(f"model alone     {result[f'model_alone_{name}_per_second']:.0f}/s {name} (ratio {ratio:.2f})")
 
 
 if __name__ == "__main__":

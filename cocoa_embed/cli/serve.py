@@ -66,6 +66,7 @@ def serve(
                 console,
                 f"{path or edge or DEFAULT_INDEX} is this process's while it runs; to index meanwhile, use a server",
             )
+        bound.listen()
         say(console, f"serving at http://{name}:{bound.getsockname()[1]}/ (Ctrl-C stops)")
         run.answer_requests(app, bound)
 

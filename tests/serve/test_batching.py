@@ -132,7 +132,7 @@ def test_who_waits_too_long_or_for_a_closed_queue_is_told_so() -> None:
     batches = Batches(Encoder(model, "fake"), seconds=0.2)
     encoder = BatchingEncoder(batches)
     for _ in range(2):
-        with pytest.raises(BusyError, match="no time for this within 0.2 seconds"):
+        with pytest.raises(BusyError, match=r"no time for this within 0\.2 seconds"):
             encoder.embed_queries([{"text": "red"}])
     model.opened.set()
     batches.close()

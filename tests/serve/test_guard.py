@@ -1,5 +1,6 @@
 """Who may ask, how much at once, and how large a request may be."""
 
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +9,6 @@ from typing import Any
 import pytest
 from fake_model import FakeModel
 from served import KEY, index_files, message, served
-from starlette.testclient import TestClient
 
 from cocoa_embed.errors import UsageError
 from cocoa_embed.serve.address import bind, check_address
@@ -135,6 +135,11 @@ def test_an_answer_is_for_the_servers_own_page_alone(index: dict[str, Any]) -> N
     assert headers["cross-origin-resource-policy"] == "same-origin"
     assert "access-control-allow-origin" not in headers
     assert "default-src 'self'" in headers["content-security-policy"]
+
+
+def test_an_answer_is_not_delayed_by_nagles_algorithm() -> None:
+    with bind("127.0.0.1", 0) as bound, bind("localhost", 0) as named:
+        assert bound.proto == named.proto == socket.IPPROTO_TCP, "asyncio sets TCP_NODELAY on no other socket"
 
 
 def test_a_port_that_is_taken_is_named() -> None:

@@ -177,7 +177,7 @@ def test_the_model_is_the_one_that_made_the_collection(
     indexer.encoder.batches.close()  # type: ignore[attr-defined]
     indexer.close()
     (tmp_path / "other").touch()
-    with pytest.raises(CocoaError, match="was made with fake .* not with fake"):
+    with pytest.raises(CocoaError, match=r"was made with fake .* not with fake"):
         open_app("fake", "cpu", index, Limits(), None)
 
 
