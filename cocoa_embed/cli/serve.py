@@ -15,9 +15,7 @@ from cocoa_embed.cli.storage import CollectionOption, EdgeOption, PathOption, Ur
 from cocoa_embed.errors import require
 from cocoa_embed.folders import DEFAULT_INDEX
 
-ServerKeyOption = Annotated[
-    str | None, typer.Option(envvar="COCOA_API_KEY", help="The API key of cocoa-embed serve.", show_envvar=True)
-]
+ServerKeyOption = Annotated[str | None, typer.Option(envvar="COCOA_API_KEY", help="The API key of cocoa-embed serve.")]
 
 
 def serve(
@@ -55,20 +53,16 @@ def serve(
         from cocoa_embed.serve import run
         from cocoa_embed.serve.limits import Limits
 
-        run.exit_on_sigterm()
         bound = bind(host, port)
         place = {**storage, "collection": collection, "api_key": qdrant_api_key}
         indexer, app = run.open_app(model, device, place, Limits(), api_key)
         name = f"[{host}]" if ":" in host else host
         say(console, f"{indexer.store.name}: {indexer.store.count()} images, {indexer.encoder.name}")
         if url is None:
-            say(
-                console,
-                f"{path or edge or DEFAULT_INDEX} is this process's while it runs; to index meanwhile, use a server",
-            )
-        bound.listen()
-        say(console, f"serving at http://{name}:{bound.getsockname()[1]}/ (Ctrl-C stops)")
-        run.answer_requests(app, bound)
+            folder = path or edge or DEFAULT_INDEX
+            say(console, f"no other process can open {folder} meanwhile; to index while serving, use a Qdrant server")
+        ready = f"serving at http://{name}:{bound.getsockname()[1]}/ (Ctrl-C stops)"
+        run.answer_requests(app, bound, partial(say, console, ready))
 
 
 def search_server(

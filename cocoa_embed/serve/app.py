@@ -32,7 +32,7 @@ from cocoa_embed.serve.facets import SAMPLE, make_facets
 from cocoa_embed.serve.guard import Guard, error_response
 from cocoa_embed.serve.limits import BodyError, BusyError, Limits, PixelBudget
 from cocoa_embed.serve.pictures import Pictures
-from cocoa_embed.serve.requests import EmbeddingRequest, SearchRequest, decoded, read_embedding_request, read_search
+from cocoa_embed.serve.requests import EmbeddingRequest, SearchRequest, check, decoded, read_json, read_search
 
 PAGE = Path(__file__).with_name("page")
 """The folder of the page's files."""
@@ -87,29 +87,22 @@ class Api:
         least, most = SIZES
         if not (size.isdecimal() and len(size) <= len(str(most)) and least <= int(size) <= most):
             raise UsageError(f"size is not a number of pixels from {least} to {most}")
-        return await self._picture(
-            request, f"{id_}-{size}", lambda payload: (self.pictures.thumbnail(id_, payload, int(size)), "image/jpeg")
-        )
+        return await self._picture(request, f"{id_}-{size}", partial(self.pictures.thumbnail, id_, int(size)))
 
     async def image(self, request: Request) -> Response:
         """Answer the full picture of a point."""
-        return await self._picture(request, request.path_params["id"], self.pictures.full)
+        id_ = request.path_params["id"]
+        return await self._picture(request, id_, partial(self.pictures.full, id_))
 
     async def embeddings(self, request: Request) -> Response:
         """Embed texts and images, as OpenAI's API does."""
-        asked = await read_embedding_request(request)
+        asked = check(EmbeddingRequest, await read_json(request))
         if asked.model not in (None, self.encoder.name):
             raise HTTPException(404, f"there is no model {asked.model!a} here; it is {self.encoder.name!a}")
         vectors = await self._in_thread(self._model_threads, partial(self._embed, asked))
         as_base64 = asked.encoding_format == "base64"
-        data = [
-            {
-                "object": "embedding",
-                "index": index,
-                "embedding": base64.b64encode(each.astype("<f4").tobytes()).decode() if as_base64 else each.tolist(),
-            }
-            for index, each in enumerate(vectors)
-        ]
+        written = [base64.b64encode(each.astype("<f4")).decode() if as_base64 else each.tolist() for each in vectors]
+        data = [{"object": "embedding", "index": index, "embedding": each} for index, each in enumerate(written)]
         usage = {"prompt_tokens": 0, "total_tokens": 0}  # not counted, but clients look for it
         return JSONResponse({"object": "list", "data": data, "model": self.encoder.name, "usage": usage})
 
@@ -125,13 +118,8 @@ class Api:
         if not read_at or time.monotonic() - read_at > FACET_SECONDS:
             facets = make_facets(point.payload for point in store.points(limit=SAMPLE))
             self._facets = time.monotonic(), facets
-        return {
-            "collection": store.collection,
-            "model": signature.model,
-            "dimension": signature.dimension,
-            "points": store.count(),
-            "facets": facets,
-        }
+        described = {"collection": store.collection, "model": signature.model, "points": store.count()}
+        return {**described, "facets": facets}
 
     def _search(self, asked: SearchRequest) -> list[Hit]:
         options = asked.model_dump(exclude={"text", "image", "filters"})
@@ -149,21 +137,14 @@ class Api:
                 vectors.append(embed(inputs))
         return np.concatenate(vectors)
 
-    async def _picture(
-        self, request: Request, tag: str, draw: Callable[[dict[str, Any]], tuple[bytes, str]]
-    ) -> Response:
+    async def _picture(self, request: Request, tag: str, draw: Callable[[], tuple[bytes, str]]) -> Response:
         """Answer a picture of a point, or that the browser has it: a point's content never changes."""
         headers = {"ETag": f'"{tag}"', "Cache-Control": "private, max-age=3600"}
-
-        def read() -> tuple[bytes, str] | None:
-            payload = self.pictures.payload(request.path_params["id"])
-            is_known = headers["ETag"] in request.headers.get("if-none-match", "")
-            return None if is_known else draw(payload)
-
-        found = await self._in_thread(self._other_threads, read)
-        if found is None:
+        await self._in_thread(self._other_threads, partial(self.pictures.payload, request.path_params["id"]))
+        if headers["ETag"] in request.headers.get("if-none-match", ""):
             return Response(status_code=304, headers=headers)
-        return Response(found[0], headers=headers, media_type=found[1])
+        data, media_type = await self._in_thread(self._other_threads, draw)
+        return Response(data, headers=headers, media_type=media_type)
 
     async def _in_thread(self, limiter: anyio.CapacityLimiter, work: Callable[[], Answer]) -> Answer:
         """Return what a function returns, which a thread runs to its end even if nobody waits any more.
@@ -219,15 +200,9 @@ def make_app(
 
 def hit_fields(hit: Hit) -> dict[str, Any]:
     """Return what the API says of a hit."""
-    return {
-        "id": hit.id,
-        "score": hit.score,
-        "path": hit.path,
-        "caption": hit.caption,
-        "width": hit.payload.get("width"),
-        "height": hit.payload.get("height"),
-        "payload": plain_payload(hit.payload),
-    }
+    fields = {name: getattr(hit, name) for name in ("id", "score", "path", "caption")}
+    size = {name: hit.payload.get(name) for name in ("width", "height")}
+    return {**fields, **size, "payload": plain_payload(hit.payload)}
 
 
 async def refused(request: Request, error: Exception) -> Response:

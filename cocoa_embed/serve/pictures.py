@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-import threading
-from collections import OrderedDict
-from contextlib import closing
+from contextlib import closing, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,8 @@ from cocoa_embed.sources.shard_files import Kind, ShardFile
 SHOWN_BY_BROWSERS = frozenset({"image/jpeg", "image/png", "image/webp", "image/gif", "image/avif", "image/bmp"})
 """The media types that are served as they are stored; other pictures become JPEG."""
 
-CACHE_BYTES = 64 * 2**20
-"""Of thumbnails in memory."""
+CACHED_THUMBNAILS = 2000
+"""In memory, some 20 KB each."""
 
 
 class Pictures:
@@ -41,9 +40,7 @@ class Pictures:
     def __init__(self, store: Store) -> None:
         """Name the collection; nothing is read yet."""
         self._store = store
-        self._lock = threading.Lock()
-        self._thumbnails: OrderedDict[tuple[str, int], bytes] = OrderedDict()
-        self._bytes = 0
+        self._drawn = lru_cache(CACHED_THUMBNAILS)(self._draw)
 
     def payload(self, id_: str) -> Payload:
         """Return the payload of a point.
@@ -56,46 +53,36 @@ class Pictures:
             raise NotIndexedError(f"{self._store.name} has no image with the id {printable(id_)}")
         return next(iter(found.values()))
 
-    def full(self, payload: Payload) -> tuple[bytes, str]:
+    def full(self, id_: str) -> tuple[bytes, str]:
         """Return the file of a point's picture, and its media type; as JPEG if browsers do not show that.
 
-        :raises NotIndexedError: If none of the point's files can be read, or all have changed since.
+        :raises NotIndexedError: If there is no such point, or none of its files holds the picture any more.
         """
-        data, image, media_type = read_picture(payload)
+        data, image, media_type = read_picture(self.payload(id_))
         if media_type in SHOWN_BY_BROWSERS:
             return data, media_type
         return draw_thumbnail(image, max(image.size)), "image/jpeg"
 
-    def thumbnail(self, id_: str, payload: Payload, size: int) -> bytes:
-        """Return a JPEG of a point's picture, its longer side at most ``size`` pixels.
+    def thumbnail(self, id_: str, size: int) -> tuple[bytes, str]:
+        """Return a JPEG of a point's picture, its longer side at most ``size`` pixels, and its media type.
 
-        :raises NotIndexedError: If neither the point's thumbnail nor one of its files can be read.
+        :raises NotIndexedError: If there is no such point, or neither its thumbnail nor one of its files can be read.
         """
-        with self._lock:
-            if (id_, size) in self._thumbnails:
-                self._thumbnails.move_to_end((id_, size))
-                return self._thumbnails[id_, size]
-        jpeg = draw_thumbnail(self._small_picture(id_, payload, size), size)
-        with self._lock:
-            if (id_, size) not in self._thumbnails:
-                self._thumbnails[id_, size] = jpeg
-                self._bytes += len(jpeg)
-            while self._bytes > CACHE_BYTES:
-                self._bytes -= len(self._thumbnails.popitem(last=False)[1])
-        return jpeg
+        return self._drawn(id_, size), "image/jpeg"
 
-    def _small_picture(self, id_: str, payload: Payload, size: int) -> Image.Image:
-        """Return the stored thumbnail, if it is large enough or there is nothing else, or the picture itself."""
-        stored = payload.get("thumbnail")
-        is_stored = isinstance(stored, str) and Path(stored).name == f"{id_}.jpg" and os.path.isabs(stored)
-        for may_be_small in (False, True) if is_stored else ():
-            try:
-                if may_be_small or size <= THUMBNAIL_SIZE:
-                    return load_image(Path(str(stored)))
-                return read_picture(payload)[1]
-            except (ImageError, NotIndexedError):
-                continue
-        return read_picture(payload)[1]
+    def _draw(self, id_: str, size: int) -> bytes:
+        payload = self.payload(id_)
+        stored = str(payload.get("thumbnail"))
+        is_stored = os.path.isabs(stored) and Path(stored).name == f"{id_}.jpg"
+        if is_stored and size <= THUMBNAIL_SIZE:
+            with suppress(ImageError):
+                return draw_thumbnail(load_image(stored), size)
+        try:
+            return draw_thumbnail(read_picture(payload)[1], size)
+        except NotIndexedError:
+            if not is_stored:
+                raise
+            return draw_thumbnail(load_image(stored), size)
 
 
 def read_picture(payload: Payload) -> tuple[bytes, Image.Image, str]:

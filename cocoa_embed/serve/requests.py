@@ -147,15 +147,6 @@ async def read_search(request: Request) -> SearchRequest:
     return check(SearchRequest, fields)
 
 
-async def read_embedding_request(request: Request) -> EmbeddingRequest:
-    """Return the embeddings that a request asks for.
-
-    :raises UsageError: If it is malformed.
-    :raises HTTPException: If it is not JSON by its media type.
-    """
-    return check(EmbeddingRequest, await read_json(request))
-
-
 def media_type(request: Request) -> str:
     """Return the media type of a request's body, without parameters."""
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()

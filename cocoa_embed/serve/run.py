@@ -50,21 +50,26 @@ def open_app(
     :param storage: The arguments of ``QdrantIndexer`` that name the collection.
     :raises CocoaError: If there is no such collection, or another model made it.
     """
-    with QdrantIndexer(None, **storage) as looked_at:
-        model = model or model_of(looked_at.store)
-    encoder = load_encoder(model, device)
-    return serve_encoder(encoder, storage, limits, api_key)
+    store = QdrantIndexer(None, **storage).store
+    store.require_signature()  # before the model, which takes seconds
+    return serve_encoder(load_encoder(model or model_of(store), device), storage, limits, api_key, store)
 
 
 def serve_encoder(
-    encoder: Encoder, storage: dict[str, Any], limits: Limits, api_key: str | None = None
+    encoder: Encoder,
+    storage: dict[str, Any],
+    limits: Limits,
+    api_key: str | None = None,
+    store: Store | None = None,
 ) -> tuple[QdrantIndexer, Starlette]:
     """Return a collection and an application over it, for a model that is loaded.
 
+    :param store: The collection, if it is open already: a local one is read as a whole.
     :raises CocoaError: If there is no such collection, or another model made it.
     """
     batches = Batches(encoder, limits.seconds)
     indexer = QdrantIndexer(BatchingEncoder(batches), **storage)
+    indexer.store = store or indexer.store
     try:
         indexer.require_model()
     except BaseException:
@@ -74,26 +79,16 @@ def serve_encoder(
     return indexer, make_app(indexer, batches, limits=limits, api_key=api_key)
 
 
-def answer_requests(app: Starlette, bound: socket.socket) -> None:
+def answer_requests(app: Starlette, bound: socket.socket, on_ready: Callable[[], object]) -> None:
     """Answer requests until SIGTERM or Ctrl-C, then finish those that are being answered.
 
+    :param on_ready: Called as soon as clients can connect.
     :raises KeyboardInterrupt: After Ctrl-C.
     :raises SystemExit: After SIGTERM, with status 143.
     """
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        lifespan="on",
-        ws="none",
-        limit_concurrency=MAX_CONNECTIONS,
-        timeout_graceful_shutdown=STOP_SECONDS,
-    )
-    uvicorn.Server(config).run(sockets=[bound])
-
-
-def exit_on_sigterm() -> None:
-    """Let SIGTERM end this process as Ctrl-C does, with what has to be closed closed."""
-    on_signal: Callable[..., None] = lambda *_: sys.exit(128 + signal.SIGTERM)  # noqa: E731
-    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # uvicorn raises it again at its end
+    options: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False, "lifespan": "on"}
+    options |= {"limit_concurrency": MAX_CONNECTIONS, "timeout_graceful_shutdown": STOP_SECONDS, "ws": "none"}
+    bound.listen()
+    on_ready()
+    uvicorn.Server(uvicorn.Config(app, **options)).run(sockets=[bound])
