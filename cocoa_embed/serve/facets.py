@@ -34,17 +34,16 @@ def make_facets(payloads: Iterable[Payload]) -> list[dict[str, Any]]:
         ``values``, pairs of a value and its count, or ``text``.
     """
     found: dict[str, list[Any]] = defaultdict(list)
+    points: Counter[str] = Counter()
     for payload in payloads:
         columns = payload.get("metadata")
         fields = {key: value for key, value in payload.items() if key not in HIDDEN}
         for key, value in {**(columns if isinstance(columns, dict) else {}), **fields}.items():
-            found[key] += [
-                each for each in flat([value]) if isinstance(each, str | int | float) and each not in ("", None)
-            ]
-    described = [
-        (len(values), {"key": filter_key(key), **describe(key, values)}) for key, values in found.items() if values
-    ]
-    return [facet for _, facet in sorted(described, key=lambda each: (-each[0], each[1]["key"]))]
+            values = [each for each in flat([value]) if isinstance(each, str | int | float) and each != ""]
+            found[key] += values
+            points[key] += bool(values)
+    keys = sorted(filter(found.get, found), key=lambda key: (-points[key], key))
+    return [{"key": filter_key(key), **describe(key, found[key])} for key in keys]
 
 
 def describe(key: str, values: list[Any]) -> dict[str, Any]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hmac
 import time
-from typing import Any
 
 import anyio
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cocoa_embed.serve.limits import BodyError, Limits
+from cocoa_embed.serve.limits import BodyError, BusyError, Limits
 
 OPEN_PATHS = frozenset({"/", "/page.css", "/page.js", "/health"})
 """What needs no key: the page, which asks for it, and the sign of life."""
@@ -47,6 +46,7 @@ class Guard:
         self._limits = limits
         self._expected = None if api_key is None else f"Bearer {api_key}".encode()
         self._active = 0
+        self._bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or pass it on."""
@@ -61,10 +61,12 @@ class Guard:
         if (refusal := self._refusal(scope)) is not None:
             return await refusal(scope, receive, send_with_headers)
         self._active += 1
+        received = [0]
         try:
-            await self._app(scope, self._limited(receive), send_with_headers)
+            await self._app(scope, self._limited(receive, received), send_with_headers)
         finally:
             self._active -= 1
+            self._bytes -= received[0]
 
     def _refusal(self, scope: Scope) -> JSONResponse | None:
         headers = Headers(scope=scope)
@@ -84,22 +86,27 @@ class Guard:
     def _too_large(self) -> str:
         return f"the body is larger than {self._limits.body_bytes} bytes, the most that a request may have"
 
-    def _limited(self, receive: Receive) -> Receive:
-        """Return what receives a body up to the limits of size and time."""
+    def _limited(self, receive: Receive, received: list[int]) -> Receive:
+        """Return what receives a body up to the limits of size and time, and notes its size."""
         deadline = time.monotonic() + self._limits.seconds
-        state: dict[str, Any] = {"bytes": 0, "is_complete": False}
+        is_complete = False
 
         async def limited() -> Message:
-            if state["is_complete"]:
+            nonlocal is_complete
+            if is_complete:
                 return await receive()
             with anyio.move_on_after(deadline - time.monotonic()) as waiting:
                 message = await receive()
             if waiting.cancelled_caught:
                 raise BodyError(408, f"the body took longer than {self._limits.seconds:g} seconds to arrive")
-            state["bytes"] += len(message.get("body", b""))
-            state["is_complete"] = not message.get("more_body", False)
-            if state["bytes"] > self._limits.body_bytes:
+            size = len(message.get("body", b""))
+            received[0] += size
+            self._bytes += size
+            is_complete = not message.get("more_body", False)
+            if received[0] > self._limits.body_bytes:
                 raise BodyError(413, self._too_large())
+            if self._bytes > self._limits.waiting_bytes:
+                raise BusyError("the bodies of all requests take too much memory; try again")
             return message
 
         return limited

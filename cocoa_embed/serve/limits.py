@@ -29,8 +29,10 @@ class Limits:
     body_bytes: int = 32 * 2**20
     seconds: float = 30.0
     """For a body to arrive, and again for the answer."""
-    waiting: int = 256
+    waiting: int = 1024
     """Requests at once, those included that wait; another one gets status 503."""
+    waiting_bytes: int = 2**29
+    """Of the bodies of all requests at once: 512 MiB."""
     threads: int = 32
     """Requests that are searched or embedded at once."""
     pixels: int = 2**28

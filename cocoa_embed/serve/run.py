@@ -21,7 +21,6 @@ from cocoa_embed.serve.app import make_app
 from cocoa_embed.serve.batching import Batches, BatchingEncoder
 from cocoa_embed.serve.limits import Limits
 
-MAX_CONNECTIONS = 512
 STOP_SECONDS = 5
 """How long answers may still take when the server is to stop."""
 
@@ -88,7 +87,7 @@ def answer_requests(app: Starlette, bound: socket.socket, on_ready: Callable[[],
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # uvicorn raises it again at its end
     options: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False, "lifespan": "on"}
-    options |= {"limit_concurrency": MAX_CONNECTIONS, "timeout_graceful_shutdown": STOP_SECONDS, "ws": "none"}
+    options |= {"timeout_graceful_shutdown": STOP_SECONDS, "ws": "none"}
     bound.listen()
     on_ready()
     uvicorn.Server(uvicorn.Config(app, **options)).run(sockets=[bound])

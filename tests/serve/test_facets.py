@@ -21,5 +21,5 @@ def test_values_decide_the_kind_and_are_written_as_filters_write_them() -> None:
 
 
 def test_keys_of_most_points_come_first() -> None:
-    assert [facet["key"] for facet in make_facets([{"b": 1}, {"a": 1, "b": 1}])] == ["b", "a"]
+    assert [facet["key"] for facet in make_facets([{"b": 1}, {"a": [1, 2, 3], "b": 1}])] == ["b", "a"]
     assert make_facets([]) == []

@@ -70,6 +70,15 @@ def test_a_body_above_the_limit_is_refused_whether_it_says_its_length_or_not(pat
         assert message(client.post("/search", **form)).startswith("413 ")
 
 
+def test_bodies_take_bounded_memory_together(index: dict[str, Any]) -> None:
+    with served(index, waiting_bytes=1000) as client:
+        for _ in range(3):
+            assert message(client.post("/search", content=b" " * 1001, headers=JSON)).startswith(
+                "503 the bodies of all"
+            )
+        assert client.post("/search", json={"text": "red"}).status_code == 200
+
+
 class SlowModel(FakeModel):
     """Holds every batch until it is let go."""
 
