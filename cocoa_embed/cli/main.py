@@ -17,6 +17,7 @@ from cocoa_embed.cli.evaluate import evaluation
 from cocoa_embed.cli.index import forget, index
 from cocoa_embed.cli.report import diagnose, report
 from cocoa_embed.cli.search import search
+from cocoa_embed.cli.serve import serve
 from cocoa_embed.cli.train import export, train
 from cocoa_embed.cpu_threads import limit_spinning
 from cocoa_embed.errors import CocoaError
@@ -39,6 +40,7 @@ app = typer.Typer(
 for command in (
     index,
     search,
+    serve,
     forget,
     info,
     export_points,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ import typer
 
 from cocoa_embed.cli.options import DtypeOption, RevisionOption, TrustOption
 from cocoa_embed.cli.output import DeviceOption, JsonOption, check_all, print_json, say, working
+from cocoa_embed.cli.serve import ServerKeyOption, search_server
 from cocoa_embed.cli.storage import (
     MODEL_HELP,
     ApiKeyOption,
@@ -30,8 +31,6 @@ from cocoa_embed.errors import CocoaError, ImageError, UsageError, printable, re
 if TYPE_CHECKING:
     from PIL.Image import Image
     from rich.console import Console
-
-    from cocoa_embed.integrations.qdrant.stores.base import Hit
 
 WEB, REMOTE = r"(?!file:)[\w+.-]+://", r"(?!file:|https?:)[\w+.-]+://"
 """Match addresses on any file system, and on those that are not the web."""
@@ -81,24 +80,41 @@ def search(
     dtype: DtypeOption = None,
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
+    server: Annotated[
+        str | None, typer.Option(metavar="URL", help="Ask a running cocoa-embed serve, instead of loading the model.")
+    ] = None,
+    server_api_key: ServerKeyOption = None,
     html: Annotated[Path | None, typer.Option(help="Write the hits to this file as an HTML page.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Find the images nearest to a text, to an image, or to indexed images."""
+    is_embedded = bool(text and text.strip()) or image is not None
+    if not is_embedded and not like:
+        raise UsageError("nothing to search for; give a text, --image FILE, --like PATH, or several of them")
+    wanted: dict[str, Any] = {"limit": limit, "offset": offset, "score_threshold": score_threshold}
+    wanted |= {"any_orientation": any_orientation, "diversity": diversity, "group_by": group_by}
+    examples = {"like": like or (), "unlike": unlike or ()}
+    if server is not None:
+        if given := [name for name, value in (("model", model), ("path", path), ("url", url), ("edge", edge)) if value]:
+            raise UsageError(f"--server has its own model and index; leave out --{given[0]}")
+        if html is not None:
+            raise UsageError("--html needs the images; --server shows them on its page")
+        with working() as console:
+            hosts = allow_host or ()
+            found = search_server(
+                server, server_api_key, image, hosts, text=text, filters=filters, **examples, **wanted
+            )
+            report_hits(((hit["score"], hit["path"], hit["caption"]) for hit in found["hits"]), console)
+        return print_json(found) if as_json else None
     from cocoa_embed.integrations.qdrant.searching.filters import parse_filters
     from cocoa_embed.integrations.qdrant.searching.options import SearchOptions
     from cocoa_embed.model.loading import check_model
 
-    is_embedded = bool(text and text.strip()) or image is not None
-    if not is_embedded and not like:
-        raise UsageError("nothing to search for; give a text, --image FILE, --like PATH, or several of them")
     if is_embedded and model is None:
         raise UsageError("a text or an image needs the model of the collection; give it as --model")
     if any_orientation and image is None:
         raise UsageError("--any-orientation needs --image")
     storage = {"path": path, "url": url, "edge": edge}
-    wanted: dict[str, Any] = {"limit": limit, "offset": offset, "score_threshold": score_threshold}
-    wanted |= {"any_orientation": any_orientation, "diversity": diversity, "group_by": group_by}
     wanted |= {"hnsw_ef": hnsw_ef, "exact": exact}
     is_download = image is not None and re.match(WEB if allow_host else REMOTE, image, re.IGNORECASE) is not None
     model_options = {"device": device, "dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
@@ -116,12 +132,11 @@ def search(
         hits = indexer.search(
             text if is_embedded else None,
             picture or None,
-            like=like or (),
-            unlike=unlike or (),
             query_filter=filters,
+            **examples,
             **wanted,
         )
-        report_hits(hits, console)
+        report_hits(((hit.score, hit.path, hit.caption) for hit in hits), console)
     if as_json:
         from cocoa_embed.integrations.qdrant.points import plain_payload
 
@@ -168,10 +183,12 @@ def query_image(image: str, allowed_hosts: Sequence[str]) -> Image:
         raise ImageError(error.source, f"{error.reason}; allow it with --allow-host HOST") from error
 
 
-def report_hits(hits: Sequence[Hit], console: Console) -> None:
-    """Print the hits of a search, best first."""
-    for hit in hits:
-        caption = f"  {' '.join(hit.caption.split())}" if hit.caption else ""
-        say(console, f"{hit.score:.4f}  {printable(hit.path)}{caption}")
-    if not hits:
+def report_hits(hits: Iterable[tuple[float, str, str]], console: Console) -> None:
+    """Print score, path and caption of the hits of a search, best first."""
+    is_empty = True
+    for score, path, text in hits:
+        is_empty = False
+        caption = f"  {' '.join(text.split())}" if text else ""
+        say(console, f"{score:.4f}  {printable(path)}{caption}")
+    if is_empty:
         say(console, "nothing found")

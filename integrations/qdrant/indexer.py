@@ -117,6 +117,13 @@ class QdrantIndexer(Searcher):
         """
         return self._encoder_for(None)
 
+    def require_model(self) -> None:
+        """Load the model, if it is not, and check that it made the collection.
+
+        :raises CocoaError: If there is no such collection, another model made it, or the model cannot be loaded.
+        """
+        self._encoder_for(self.store.require_signature())
+
     def index(
         self,
         paths: str | Path | Iterable[str | Path],

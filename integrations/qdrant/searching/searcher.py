@@ -37,6 +37,10 @@ QueryLike: TypeAlias = str | Mapping[str, Any]
 """A text, or a mapping with ``text``, ``image``, ``like`` and ``unlike``, as ``search`` takes them."""
 
 
+class NotIndexedError(CocoaError):
+    """The collection does not hold an image."""
+
+
 def in_thread(method: Callable[Arguments, Result]) -> Callable[Arguments, Awaitable[Result]]:
     """Return a method that runs another one in a thread, so that an event loop can await it."""
 
@@ -207,7 +211,7 @@ class Searcher(ABC):
         for key in (name, str(as_id(name)), storable(name), storable(os.path.abspath(name))):
             if key in found:
                 return found[key]
-        raise CocoaError(
+        raise NotIndexedError(
             f"{self.store.name} has no image {printable(name)}; give the path or the id of one that is indexed, or"
             " search by image, which embeds it"
         )

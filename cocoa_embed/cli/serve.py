@@ -1,0 +1,91 @@
+"""The command ``serve``, and ``search --server``. Heavy imports are inside functions, so that both start at once."""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Sequence
+from functools import partial
+from typing import Annotated, Any
+
+import typer
+
+from cocoa_embed.cli.output import DeviceOption, check_all, say, silence_libraries, working
+from cocoa_embed.cli.storage import CollectionOption, EdgeOption, PathOption, UrlOption, check_storage
+from cocoa_embed.errors import require
+from cocoa_embed.folders import DEFAULT_INDEX
+
+ServerKeyOption = Annotated[str | None, typer.Option(envvar="COCOA_API_KEY", help="The API key of cocoa-embed serve.")]
+
+
+def serve(
+    model: Annotated[str | None, typer.Argument(help="The model [default: the one that made the collection].")] = None,
+    collection: CollectionOption = "images",
+    path: PathOption = None,
+    url: UrlOption = None,
+    edge: EdgeOption = None,
+    qdrant_api_key: Annotated[
+        str | None, typer.Option(envvar="QDRANT_API_KEY", help="API key for the Qdrant server.")
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="The address to listen at; others than loopback need --api-key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="COCOA_API_KEY", help="The key that every request must bring.")
+    ] = None,
+    device: DeviceOption = None,
+) -> None:
+    """Serve an index over HTTP: a page to search in, an API, and embeddings as OpenAI's. Ctrl-C stops it."""
+    for module in ("qdrant_client", "starlette", "uvicorn", "python_multipart"):
+        require(module, "serve")
+    from cocoa_embed.model.loading import check_model
+    from cocoa_embed.serve.address import bind, check_address
+
+    storage: dict[str, Any] = {"path": path, "url": url, "edge": edge}
+    check_all(
+        lambda: check_storage(collection, storage, exists=True),
+        *([] if model is None else [partial(check_model, model)]),
+        partial(check_address, host, api_key),
+    )
+    with working() as console:
+        silence_libraries()
+        from cocoa_embed.serve import run
+        from cocoa_embed.serve.limits import Limits
+
+        bound = bind(host, port)
+        place = {**storage, "collection": collection, "api_key": qdrant_api_key}
+        indexer, app = run.open_app(model, device, place, Limits(), api_key)
+        name = f"[{host}]" if ":" in host else host
+        say(console, f"{indexer.store.name}: {indexer.store.count()} images, {indexer.encoder.name}")
+        if url is None:
+            folder = path or edge or DEFAULT_INDEX
+            say(console, f"no other process can open {folder} meanwhile; to index while serving, use a Qdrant server")
+        ready = f"serving at http://{name}:{bound.getsockname()[1]}/ (Ctrl-C stops)"
+        run.answer_requests(app, bound, partial(say, console, ready))
+
+
+def search_server(
+    server: str, api_key: str | None, image: str | None, allowed_hosts: Sequence[str], **asked: Any
+) -> dict[str, Any]:
+    """Return the answer of a server to a search, in which files of this machine go along.
+
+    :param image: As ``--image`` takes it.
+    :param asked: The other fields of the search; examples that are files here are named by their absolute paths.
+    :raises CocoaError: If the image cannot be read, or the server does not answer.
+    """
+    from cocoa_embed.serve.client import post
+
+    if image:
+        from cocoa_embed.images.load import read_image_source
+
+        fetcher = None
+        if allowed_hosts:
+            from cocoa_embed.images.http import Fetcher
+
+            fetcher = Fetcher(allowed_hosts)
+        data, _ = read_image_source(image, fetcher)
+        asked["image"] = f"data:application/octet-stream;base64,{base64.b64encode(data).decode('ascii')}"
+    for side in ("like", "unlike"):
+        asked[side] = [os.path.abspath(each) if os.path.lexists(each) else each for each in asked[side]]
+    return post(server, "/search", asked, api_key)

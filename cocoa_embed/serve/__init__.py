@@ -1,0 +1,1 @@
+"""A warm process over one index and one model: search, thumbnails and embeddings over HTTP."""

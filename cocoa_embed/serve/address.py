@@ -1,0 +1,46 @@
+"""Where the server listens. Imports nothing heavy, so that a wrong address is refused at once."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+
+from cocoa_embed.errors import CocoaError, UsageError, one_line
+
+
+def check_address(host: str, api_key: str | None) -> None:
+    """Check that what others can reach has a key.
+
+    :raises UsageError: If it has none, or one that no header can hold.
+    """
+    if api_key is not None and not (api_key and api_key.isascii() and api_key.isprintable() and " " not in api_key):
+        raise UsageError("the API key is empty or has characters that no header holds; give printable ASCII")
+    if api_key is None and not is_loopback(host):
+        raise UsageError(f"--host {host} can be reached from other machines; give --api-key too, or COCOA_API_KEY")
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine reaches an address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a socket at an address; nobody can connect before it listens.
+
+    :raises CocoaError: If the address is taken, or not this machine's.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        # Only with the protocol's number does asyncio turn off Nagle's algorithm, which delays an answer by 40 ms.
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        raise CocoaError(
+            f"{host} port {port} cannot be listened at ({one_line(error)}); give another --port"
+        ) from error
+    return bound

@@ -1,0 +1,67 @@
+"""What a page can filter by: the keys of a sample of points, and their values."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+from cocoa_embed.integrations.qdrant.points import NODE_KEYS, REVISION, Payload
+from cocoa_embed.integrations.qdrant.searching.payload_keys import flat
+
+SAMPLE = 2000
+"""Points that are read."""
+
+MAX_VALUES = 20
+"""Values of a facet."""
+
+MAX_CHARACTERS = 64
+"""A key with a longer value is text to search in."""
+
+HIDDEN = frozenset(
+    {"path", "paths", "relative_path", "relative_paths", "mtimes", "sha256", "thumbnail", "caption_source", "metadata"}
+    | {REVISION}
+    | NODE_KEYS
+)
+"""The payload keys that nobody chooses values of."""
+
+
+def make_facets(payloads: Iterable[Payload]) -> list[dict[str, Any]]:
+    """Return the facets of points, those of most points first.
+
+    :returns: ``key``, as a filter names it, and ``kind``: a ``number`` with ``min`` and ``max``, a ``keyword`` with
+        ``values``, pairs of a value and its count, or ``text``.
+    """
+    found: dict[str, list[Any]] = defaultdict(list)
+    points: Counter[str] = Counter()
+    for payload in payloads:
+        columns = payload.get("metadata")
+        fields = {key: value for key, value in payload.items() if key not in HIDDEN}
+        for key, value in {**(columns if isinstance(columns, dict) else {}), **fields}.items():
+            values = [each for each in flat([value]) if isinstance(each, str | int | float) and each != ""]
+            found[key] += values
+            points[key] += bool(values)
+    keys = sorted(filter(found.get, found), key=lambda key: (-points[key], key))
+    return [{"key": filter_key(key), **describe(key, found[key])} for key in keys]
+
+
+def describe(key: str, values: list[Any]) -> dict[str, Any]:
+    """Return the kind of a facet, and its values or its range."""
+    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        return {"kind": "number", "min": min(values), "max": max(values)}
+    counts = Counter(map(as_text, values))
+    repeats = len(counts) <= MAX_VALUES or 2 * len(counts) <= len(values)
+    if key == "caption" or not repeats or max(map(len, counts)) > MAX_CHARACTERS:
+        return {"kind": "text"}
+    return {"kind": "keyword", "values": [list(each) for each in counts.most_common(MAX_VALUES)]}
+
+
+def as_text(value: str | bool | float) -> str:
+    """Return a value as a filter writes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def filter_key(key: str) -> str:
+    """Return a key as a filter writes it: in quotes if it is more than a word."""
+    return key if re.fullmatch(r"[\w-]+", key) else f'"{key}"'

@@ -1,0 +1,181 @@
+"""Read what requests ask for: JSON or a form, checked. Nothing of the machine is opened here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from cocoa_embed.encode.encoder import ModelInput, make_input
+from cocoa_embed.errors import UsageError
+from cocoa_embed.images.load import image_size, read_image_source
+from cocoa_embed.serve.limits import PixelBudget
+
+MAX_HITS = 10_000
+"""The most hits of a search, those that it skips included."""
+MAX_INPUTS = 2048
+"""Of one request for embeddings, as OpenAI's."""
+MAX_FIELDS = 100
+"""Of a form."""
+JSON_TYPE = "application/json"
+FORM_TYPES = ("multipart/form-data", "application/x-www-form-urlencoded")
+
+Checked = TypeVar("Checked", bound=BaseModel)
+
+
+def _as_list(value: object) -> object:
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def _or_none(value: object) -> object:
+    return None if isinstance(value, str) and not value.strip() else value
+
+
+Texts = Annotated[list[str], BeforeValidator(_as_list), Field(max_length=MAX_FIELDS)]
+
+
+class SearchRequest(BaseModel):
+    """A search, as ``Searcher.search`` takes it; the image is a file's bytes, or a ``data:`` URI."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    text: Annotated[str | None, BeforeValidator(_or_none)] = None
+    image: Annotated[bytes | None, BeforeValidator(lambda value: picture_bytes(_or_none(value)))] = None
+    like: Texts = []
+    unlike: Texts = []
+    filters: Texts = []
+    limit: int = Field(10, ge=1, le=MAX_HITS)
+    offset: int = Field(0, ge=0, le=MAX_HITS)
+    score_threshold: float | None = Field(None, allow_inf_nan=False)
+    any_orientation: bool = False
+    diversity: float | None = Field(None, ge=0, le=1)
+    group_by: str | None = None
+
+
+class EmbeddingRequest(BaseModel):
+    """A request for embeddings, as OpenAI's API has it, with images, and queries apart from documents."""
+
+    input: Any
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(None, ge=1)
+    input_type: Literal["query", "document"] = "query"
+
+    def items(self) -> list[tuple[str | None, bytes | None]]:
+        """Return the texts and the image files to embed.
+
+        :raises UsageError: If there are none, too many, or something else is among them.
+        :raises ImageError: If the ``data:`` URI of an image is malformed.
+        """
+        given = self.input if isinstance(self.input, list) else [self.input]
+        if not 1 <= len(given) <= MAX_INPUTS:
+            raise UsageError(f"input has {len(given)} items; give 1 to {MAX_INPUTS}")
+        return [_read_item(each) for each in given]
+
+
+def _read_item(given: object) -> tuple[str | None, bytes | None]:
+    if isinstance(given, int | list):
+        raise UsageError("input has numbers of tokens; give texts (in LangChain: check_embedding_ctx_length=False)")
+    item = {"text": given} if isinstance(given, str) else given
+    if not isinstance(item, dict) or not item or item.keys() - {"text", "image"}:
+        raise UsageError("an input is a text, or an object with text, image (a data: URI), or both")
+    text, image = item.get("text"), item.get("image")
+    if not isinstance(text, str | None) or not isinstance(image, str | None):
+        raise UsageError("text and image of an input are strings")
+    return text, picture_bytes(image)
+
+
+def picture_bytes(value: object) -> bytes | None:
+    """Return the file of an image that is given as bytes or as a ``data:`` URI.
+
+    :raises UsageError: If it is anything else: a path or an address would be read on the server's side.
+    :raises ImageError: If the URI is malformed.
+    """
+    if value is None or isinstance(value, bytes):
+        return value
+    if not isinstance(value, str) or value[:5].lower() != "data:":
+        raise UsageError("the image is neither a file of a form nor a data: URI; give one of these")
+    return read_image_source(value, None)[0]
+
+
+@contextmanager
+def decoded(
+    items: Sequence[tuple[str | None, bytes | None]], budget: PixelBudget, copies: int = 1
+) -> Iterator[list[ModelInput]]:
+    """Decode pictures as far as there is room for them, and hold the room until the end of the block.
+
+    :param copies: How often the model gets each picture.
+    :raises ImageError: If one is no picture, or too large.
+    :raises UsageError: If an item has neither text nor picture.
+    :raises BusyError: If there is no room in time.
+    """
+    sizes = [image_size(image, f"image of {len(image)} bytes") for _, image in items if image is not None]
+    with budget.hold(copies * sum(width * height for width, height in sizes)):
+        yield [make_input(text, image) for text, image in items]
+
+
+async def read_search(request: Request) -> SearchRequest:
+    """Return the search that a request asks for, in JSON or in a form.
+
+    :raises UsageError: If it is malformed.
+    :raises ImageError: If the ``data:`` URI of the image is.
+    :raises HTTPException: If it is of another media type.
+    """
+    if media_type(request) not in FORM_TYPES:
+        return check(SearchRequest, await read_json(request))
+    fields: dict[str, Any] = {}
+    async with request.form(
+        max_files=1, max_fields=MAX_FIELDS, max_part_size=request.app.state.limits.body_bytes
+    ) as form:
+        for name, value in form.multi_items():
+            if isinstance(value, UploadFile):
+                data: str | bytes = await value.read()
+                if not value.filename and not data:  # what browsers send if no file is chosen
+                    continue
+            else:
+                data = value
+            is_list = name in ("like", "unlike", "filters")
+            if name in fields and not is_list:
+                raise UsageError(f"{name} is given twice; give it once")
+            fields[name] = [*fields.get(name, []), data] if is_list else data
+    return check(SearchRequest, fields)
+
+
+def media_type(request: Request) -> str:
+    """Return the media type of a request's body, without parameters."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+async def read_json(request: Request) -> Mapping[str, Any]:
+    """Return the JSON object of a request.
+
+    :raises UsageError: If it holds anything else.
+    :raises HTTPException: If it is of another media type.
+    """
+    if media_type(request) != JSON_TYPE:
+        raise HTTPException(415, f"the body is {media_type(request) or 'of no type'}; send {JSON_TYPE}")
+    try:
+        document = json.loads(await request.body())
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"the body is not JSON ({type(error).__name__})") from error
+    if not isinstance(document, dict):
+        raise UsageError(f"the body is a JSON {type(document).__name__}; send an object")
+    return document
+
+
+def check(model: type[Checked], fields: Mapping[str, Any]) -> Checked:
+    """Return checked fields.
+
+    :raises UsageError: If one is unknown or invalid; the message names all of them.
+    """
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors(include_input=False)]
+        raise UsageError("; ".join(faults)) from None

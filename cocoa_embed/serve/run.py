@@ -1,0 +1,93 @@
+"""Run the server: open the collection, load its model, and answer until a signal comes."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+
+from cocoa_embed.encode.encoder import Encoder
+from cocoa_embed.encode.load import load_encoder
+from cocoa_embed.errors import CocoaError
+from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
+from cocoa_embed.integrations.qdrant.stores.store import Store
+from cocoa_embed.model.loading import check_model
+from cocoa_embed.serve.app import make_app
+from cocoa_embed.serve.batching import Batches, BatchingEncoder
+from cocoa_embed.serve.limits import Limits
+
+STOP_SECONDS = 5
+"""How long answers may still take when the server is to stop."""
+
+
+def model_of(store: Store) -> str:
+    """Return the model that made a collection.
+
+    :raises CocoaError: If it does not say, or the model cannot be found.
+    """
+    signature = store.require_signature()
+    if signature.fingerprint is None:
+        raise CocoaError(f"{store.name} was not made by cocoa-embed index; give the model that made its vectors")
+    try:
+        check_model(signature.model)
+    except CocoaError as error:
+        raise CocoaError(f"{store.name} was made with {signature.model}, which is not found; name the model") from error
+    return signature.model
+
+
+def open_app(
+    model: str | None, device: str | None, storage: dict[str, Any], limits: Limits, api_key: str | None
+) -> tuple[QdrantIndexer, Starlette]:
+    """Open a collection, load its model, and return both as an application.
+
+    :param model: None takes the one that made the collection.
+    :param storage: The arguments of ``QdrantIndexer`` that name the collection.
+    :raises CocoaError: If there is no such collection, or another model made it.
+    """
+    store = QdrantIndexer(None, **storage).store
+    store.require_signature()  # before the model, which takes seconds
+    return serve_encoder(load_encoder(model or model_of(store), device), storage, limits, api_key, store)
+
+
+def serve_encoder(
+    encoder: Encoder,
+    storage: dict[str, Any],
+    limits: Limits,
+    api_key: str | None = None,
+    store: Store | None = None,
+) -> tuple[QdrantIndexer, Starlette]:
+    """Return a collection and an application over it, for a model that is loaded.
+
+    :param store: The collection, if it is open already: a local one is read as a whole.
+    :raises CocoaError: If there is no such collection, or another model made it.
+    """
+    batches = Batches(encoder, limits.seconds)
+    indexer = QdrantIndexer(BatchingEncoder(batches), **storage)
+    indexer.store = store or indexer.store
+    try:
+        indexer.require_model()
+    except BaseException:
+        batches.close()
+        indexer.close()
+        raise
+    return indexer, make_app(indexer, batches, limits=limits, api_key=api_key)
+
+
+def answer_requests(app: Starlette, bound: socket.socket, on_ready: Callable[[], object]) -> None:
+    """Answer requests until SIGTERM or Ctrl-C, then finish those that are being answered.
+
+    :param on_ready: Called as soon as clients can connect.
+    :raises KeyboardInterrupt: After Ctrl-C.
+    :raises SystemExit: After SIGTERM, with status 143.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # uvicorn raises it again at its end
+    options: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False, "lifespan": "on"}
+    options |= {"timeout_graceful_shutdown": STOP_SECONDS, "ws": "none"}
+    bound.listen()
+    on_ready()
+    uvicorn.Server(uvicorn.Config(app, **options)).run(sockets=[bound])

@@ -1,0 +1,73 @@
+"""``/v1/embeddings`` as clients of OpenAI's API use it, and with images."""
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_model import FakeModel
+from served import message
+from starlette.testclient import TestClient
+
+from cocoa_embed.encode.encoder import Encoder, make_input
+
+
+def embedded(client: TestClient, **body: Any) -> np.ndarray:
+    answer = client.post("/v1/embeddings", json=body)
+    assert answer.status_code == 200, answer.text
+    document = answer.json()
+    assert document["object"] == "list"
+    assert document["usage"].keys() == {"prompt_tokens", "total_tokens"}
+    assert [each["index"] for each in document["data"]] == list(range(len(document["data"])))
+    return np.array([each["embedding"] for each in document["data"]])
+
+
+def test_a_text_and_a_list_of_texts_are_embedded_in_order(api: TestClient) -> None:
+    expected = Encoder(FakeModel()).embed_queries([{"text": "red"}, {"text": "blue"}])
+    assert api.get("/v1/models").json()["data"][0]["id"] == "fake"
+    np.testing.assert_allclose(embedded(api, input=["red", "blue"], model="fake", user="x"), expected)
+    np.testing.assert_allclose(embedded(api, input="red"), expected[:1])
+    many = embedded(api, input=["red", "blue"] * 50)
+    np.testing.assert_allclose(many, np.tile(expected, (50, 1)))
+
+
+def test_base64_holds_the_same_floats_and_dimensions_cut_and_normalise(api: TestClient) -> None:
+    floats = embedded(api, input=["red"], dimensions=5)
+    answer = api.post("/v1/embeddings", json={"input": ["red"], "dimensions": 5, "encoding_format": "base64"}).json()
+    decoded = np.frombuffer(base64.b64decode(answer["data"][0]["embedding"]), dtype="<f4")
+    np.testing.assert_array_equal(decoded, floats[0].astype(np.float32))
+    assert np.linalg.norm(floats) == pytest.approx(1)
+
+
+def test_images_alone_and_with_a_text_are_embedded_as_query_or_document(api: TestClient, colours: Path) -> None:
+    file = colours / "green.png"
+    uri = f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"
+    expected = Encoder(FakeModel()).embed_queries([make_input(None, file), make_input("red", file)])
+    found = embedded(api, input=[{"image": uri}, {"image": uri, "text": "red"}], input_type="document")
+    np.testing.assert_allclose(found, expected)
+    np.testing.assert_allclose(embedded(api, input={"image": uri}), expected[:1])
+
+
+FAULTS: list[tuple[dict[str, Any], str]] = [
+    ({}, "400 input: Field required"),
+    ({"input": []}, "400 input has 0 items; give 1 to 2048"),
+    ({"input": ["a"] * 2049}, "400 input has 2049 items"),
+    ({"input": ""}, "400 neither a text nor an image was given"),
+    ({"input": [1, 2, 3]}, "400 input has numbers of tokens; give texts (in LangChain"),
+    ({"input": [[1, 2, 3]]}, "400 input has numbers of tokens"),
+    ({"input": None}, "400 an input is a text, or an object"),
+    ({"input": {"picture": "x"}}, "400 an input is a text, or an object"),
+    ({"input": {"text": 3}}, "400 text and image of an input are strings"),
+    ({"input": {"image": "/etc/hostname"}}, "400 the image is neither"),
+    ({"input": {"image": "data:image/png;base64,AAAA"}}, "422 image of 3 bytes: is not an image"),
+    ({"input": "red", "dimensions": 49}, "400 fake has embeddings of 48 dimensions, not of 49"),
+    ({"input": "red", "dimensions": 0}, "400 dimensions: "),
+    ({"input": "red", "encoding_format": "int8"}, "400 encoding_format: "),
+    ({"input": "red", "model": "text-embedding-3-small"}, "404 there is no model 'text-embedding-3-small' here; it is"),
+]
+
+
+@pytest.mark.parametrize(("body", "words"), FAULTS)
+def test_what_is_wrong_with_a_request_is_said(api: TestClient, body: dict[str, Any], words: str) -> None:
+    assert message(api.post("/v1/embeddings", json=body)).startswith(words)
