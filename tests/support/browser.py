@@ -50,7 +50,7 @@ def seen(pages: dict[str, tuple[int, str]], folder: Path) -> dict[str, dict[str,
 
 
 class Browser:
-    """A tab of headless Chromium, driven through its debugging pipe; ``faults`` are what its console has complained of."""
+    """A tab of headless Chromium, driven through its debugging pipe; ``faults`` are the errors on its console."""
 
     def __init__(self, folder: Path, width: int = 1100, height: int = 900, *, dark: bool = False) -> None:
         (there, self._commands), (self._answers, back) = os.pipe(), os.pipe()
@@ -79,7 +79,9 @@ class Browser:
     def __enter__(self) -> "Browser":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._process.terminate()
         self._process.wait(timeout=30)
         os.close(self._commands)

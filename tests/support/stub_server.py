@@ -30,7 +30,7 @@ def hit(number: int, caption: str = "", path: str | None = None, **payload: Any)
 
 
 class StubServer(ThreadingHTTPServer):
-    """``hits`` are what every search finds; ``searches`` are the forms that were sent; ``broken`` ids have no picture."""
+    """Every search finds ``hits``; ``searches`` are the forms that were sent; ``broken`` ids have no picture."""
 
     daemon_threads = True
 
@@ -45,7 +45,7 @@ class StubServer(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     server: StubServer
 
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  the name of the base class
+    def log_message(self, format: str, *args: Any) -> None:
         pass
 
     def answer(self, content: bytes, media_type: str, status: int = 200) -> None:
@@ -78,7 +78,9 @@ class Handler(BaseHTTPRequestHandler):
         elif id_ in self.server.broken:
             self.fail(404, f"/pictures/{id_}.png has changed since it was indexed")
         elif first in ("thumbnail", "image"):
-            picture = Image.new("RGB", (60, 40) if first == "thumbnail" else (600, 400), f"hsl({int(id_) * 47}, 50%, 50%)")
+            picture = Image.new(
+                "RGB", (60, 40) if first == "thumbnail" else (600, 400), f"hsl({int(id_) * 47}, 50%, 50%)"
+            )
             buffer = io.BytesIO()
             picture.save(buffer, "png")
             self.answer(buffer.getvalue(), "image/png")
@@ -89,7 +91,9 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if self.is_refused:
             return self.fail(401, "send the server's API key as Authorization: Bearer KEY")
-        message = BytesParser(policy=HTTP).parsebytes(b"Content-Type: " + self.headers["Content-Type"].encode() + b"\r\n\r\n" + body)
+        message = BytesParser(policy=HTTP).parsebytes(
+            b"Content-Type: " + self.headers["Content-Type"].encode() + b"\r\n\r\n" + body
+        )
         form: dict[str, Any] = {"filters": []}
         for part in message.iter_parts():
             name, content = part.get_param("name", header="content-disposition"), part.get_payload(decode=True)

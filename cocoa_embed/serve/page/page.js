@@ -1,6 +1,8 @@
 "use strict";
 // A query is {text, file, like: {id, name}, filters}; filters are pairs such as ["mime=", "image/png"], as the form of
-// facets has them. The browser's history keeps the queries, so that Back leads to the search before.
+// facets has them. The browser's history keeps the queries, so that Back leads to the search before; as it cannot hold
+// files, it has their places in this list.
+const files = [];
 
 const PAGE_SIZE = 30;
 const START = "Describe a picture, drop one here, or both.";
@@ -116,7 +118,8 @@ function addressOf({text, like, filters}) {
   return `?${parameters}`;
 }
 
-function queryOfAddress() {
+function queryOfHistory() {
+  if (history.state) return {...history.state, file: files[history.state.file] ?? null};
   const given = [...new URLSearchParams(location.search)], first = name => given.find(each => each[0] === name)?.[1];
   const like = first("like") ? {id: first("like"), name: ""} : null;
   return {text: first("text") ?? "", file: null, like, filters: given.filter(([name]) => /[=~]$/.test(name))};
@@ -124,7 +127,7 @@ function queryOfAddress() {
 
 function change(changes) {
   query = {...query, text: byId("text").value, ...changes};
-  history.pushState(query, "", addressOf(query));
+  history.pushState({...query, file: files.push(query.file) - 1}, "", addressOf(query));
   search();
 }
 
@@ -249,8 +252,8 @@ byId("facets").onsubmit = event => event.preventDefault();
 byId("facets").onchange = () => change({filters: [...new FormData(byId("facets"))].filter(([, value]) => value.trim())});
 byId("file").onchange = () => take([...byId("file").files]);
 
-function take(files) {
-  const file = files.find(each => each.type.startsWith("image/")) ?? files[0];
+function take(given) {
+  const file = given.find(each => each.type.startsWith("image/")) ?? given[0];
   if (!file) return fail(failure("That is not a file. Drop or paste a picture."));
   if (file.type && !file.type.startsWith("image/")) return fail(failure(`${file.name} is not a picture.`));
   change({file, like: null});
@@ -285,8 +288,8 @@ document.addEventListener("keydown", event => {
   target.focus();
 });
 
-addEventListener("popstate", event => {
-  query = event.state ?? queryOfAddress();
+addEventListener("popstate", () => {
+  query = queryOfHistory();
   showFacets();
   search();
 });
@@ -305,5 +308,5 @@ async function start() {
 }
 
 byId("filters").open = matchMedia("(min-width: 761px)").matches;
-query = history.state ?? queryOfAddress();
+query = queryOfHistory();
 start();
