@@ -1,6 +1,7 @@
 """HTML pages: their elements, and how headless Chromium, if installed, shows them."""
 
 import base64
+import fcntl
 import html
 import json
 import os
@@ -57,17 +58,18 @@ class Browser:
         self._received, self._last = b"", 0
         self.faults: list[str] = []
         self._session: str | None = None
-        # The browser reads descriptor 3 and writes 4. High numbers first: dup2 must not close one that it still needs.
-        command = 'exec 8<&"$0" 9>&"$1"; shift; exec 3<&8 4>&9 8<&- 9>&-; exec "$@"'
+        # The browser reads descriptor 3 and writes 4: ours get higher numbers, which these cannot overwrite.
+        pipes = [fcntl.fcntl(each, fcntl.F_DUPFD, 10) for each in (there, back)]
+        command = 'exec 3<&"$0" 4>&"$1"; shift; exec "$@"'
         options = [*OPTIONS, "--remote-debugging-pipe", f"--user-data-dir={folder / 'profile'}", "about:blank"]
         self._process = subprocess.Popen(
-            ["bash", "-c", command, str(there), str(back), str(CHROMIUM), *options],
-            pass_fds=(there, back),
+            ["bash", "-c", command, *map(str, pipes), str(CHROMIUM), *options],
+            pass_fds=pipes,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        os.close(there)
-        os.close(back)
+        for each in (there, back, *pipes):
+            os.close(each)
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "DOM", "Network"):

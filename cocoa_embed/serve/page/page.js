@@ -5,7 +5,6 @@
 const files = [];
 
 const PAGE_SIZE = 30;
-const START = "Describe a picture, drop one here, or both.";
 const byId = id => document.getElementById(id);
 let query, hits = [], facets = [], opened = -1, apiKey = "", unlocking = null;
 let searching = new AbortController(), looking = new AbortController();
@@ -58,9 +57,7 @@ function askForKey(message) {
 }
 
 // Pictures are fetched, not linked: an <img> sends no key, and has no reason to show when it is broken.
-async function showPicture(image, path, signal) {
-  await showBlob(image, await (await call(path, {signal})).blob(), signal);
-}
+const showPicture = async (image, path, signal) => showBlob(image, await (await call(path, {signal})).blob(), signal);
 
 async function showBlob(image, blob, signal) {
   if (signal.aborted) return;
@@ -69,7 +66,6 @@ async function showBlob(image, blob, signal) {
   await image.decode().catch(() => { throw failure("This picture cannot be shown."); });
 }
 
-const isEmpty = () => !query.text.trim() && !query.file && !query.like;
 const nameOf = hit => hit.caption || hit.path.split(/[/\\]/).pop();
 const pictures = count => `${count.toLocaleString("en")} picture${count === 1 ? "" : "s"}`;
 const plainKey = key => key.replace(/^"(.*)"$/s, "$1");
@@ -111,13 +107,6 @@ function showFacets() {
     element("fieldset", {}, element("legend", {textContent: facetName(facet.key)}), facetControls(facet))));
 }
 
-function addressOf({text, like, filters}) {
-  const parameters = new URLSearchParams(filters);
-  if (text) parameters.set("text", text);
-  if (like) parameters.set("like", like.id);
-  return `?${parameters}`;
-}
-
 function queryOfHistory() {
   if (history.state) return {...history.state, file: files[history.state.file] ?? null};
   const given = [...new URLSearchParams(location.search)], first = name => given.find(each => each[0] === name)?.[1];
@@ -127,7 +116,8 @@ function queryOfHistory() {
 
 function change(changes) {
   query = {...query, text: byId("text").value, ...changes};
-  history.pushState({...query, file: files.push(query.file) - 1}, "", addressOf(query));
+  const parts = [...query.filters, ["text", query.text], ["like", query.like?.id ?? ""]].filter(([, value]) => value);
+  history.pushState({...query, file: files.push(query.file) - 1}, "", `?${new URLSearchParams(parts)}`);
   search();
 }
 
@@ -154,9 +144,9 @@ async function search() {
   opened = -1;
   byId("full").close();
   showQuery(searching);
-  if (!isEmpty()) return fetchHits();
+  if (query.text.trim() || query.file || query.like) return fetchHits();
   byId("hits").replaceChildren();
-  show("status", START);
+  show("status", "Describe a picture, drop one here, or both.");
   byId("error").hidden = byId("more").hidden = true;
   document.querySelector("main").ariaBusy = "false";
 }
@@ -220,15 +210,11 @@ async function look(index) {
   image.hidden = !small;
   if (small) image.src = small.src;
   if (!byId("full").open) byId("full").showModal();
-  try {
-    const full = element("img");
-    await showPicture(full, `image/${encodeURIComponent(hit.id)}`, signal);
-    if (signal.aborted) return;
-    image.src = full.src;
-    image.hidden = false;
-  } catch (error) {
-    if (!signal.aborted) show("full-error", error.message);
-  }
+  const full = element("img"), address = `image/${encodeURIComponent(hit.id)}`;
+  const reason = await showPicture(full, address, signal).then(() => "", error => error.message);
+  if (signal.aborted) return;
+  show("full-error", reason);
+  if (!reason) Object.assign(image, {src: full.src, hidden: false});
 }
 
 byId("full").onclose = () => {

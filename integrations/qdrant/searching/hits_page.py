@@ -8,17 +8,16 @@ from pathlib import Path
 
 from PIL.Image import Image
 
-from cocoa_embed.errors import CocoaError, ImageError, printable, require
+from cocoa_embed.errors import CocoaError, ImageError, printable
 from cocoa_embed.images.load import load_image
 from cocoa_embed.images.to_rgb import draw_thumbnail
 from cocoa_embed.integrations.qdrant.indexing.thumbnails import THUMBNAIL_SIZE
 from cocoa_embed.integrations.qdrant.points import stored_locations
 from cocoa_embed.integrations.qdrant.stores.base import Hit
+from cocoa_embed.report.html import render
 
 WORD_ENDS = re.compile(r"(?<=[/\\])")
 """Where a line may break in a path."""
-
-_TEMPLATE = Path(__file__).with_name("hits.html.jinja")
 
 
 def write_hits_page(file: Path, title: str, hits: Sequence[Hit], query: Image | None = None) -> None:
@@ -27,10 +26,8 @@ def write_hits_page(file: Path, title: str, hits: Sequence[Hit], query: Image | 
     :param query: The image that was searched for; the page shows it above the hits.
     :raises CocoaError: If Jinja2 is not installed or the file cannot be written.
     """
-    environment = require("jinja2", "report").Environment(autoescape=True)
-    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    shown = None if query is None else thumbnail_uri(query)
-    page = template.render(title=printable(title), query=shown, cards=[card(hit) for hit in hits])
+    template, shown = Path(__file__).with_name("hits.html.jinja"), None if query is None else thumbnail_uri(query)
+    page = render(template, "report", title=printable(title), query=shown, cards=[card(hit) for hit in hits])
     try:
         file.write_text(page, encoding="utf-8")
     except OSError as error:
