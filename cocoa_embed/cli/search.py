@@ -95,10 +95,7 @@ def search(
     wanted |= {"any_orientation": any_orientation, "diversity": diversity, "group_by": group_by}
     examples = {"like": like or (), "unlike": unlike or ()}
     if server is not None:
-        if given := [name for name, value in (("model", model), ("path", path), ("url", url), ("edge", edge)) if value]:
-            raise UsageError(f"--server has its own model and index; leave out --{given[0]}")
-        if html is not None:
-            raise UsageError("--html needs the images; --server shows them on its page")
+        refuse_beside_server(model=model, path=path, url=url, edge=edge, html=html)
         with working() as console:
             hosts = allow_host or ()
             found = search_server(
@@ -152,6 +149,15 @@ def search(
                 picture = picture or query_image(name, allow_host or [])
         write_hits_page(html, " + ".join(filter(None, names)), hits, picture, allow_host or [])
         typer.echo(f"wrote {printable(html)}", err=True)
+
+
+def refuse_beside_server(**options: object) -> None:
+    """Refuse options of which a server has its own.
+
+    :raises UsageError: If one is given.
+    """
+    if given := [name for name, value in options.items() if value is not None]:
+        raise UsageError(f"--server has its own model and index, and shows hits on its page; leave out --{given[0]}")
 
 
 def check_page(file: Path) -> None:

@@ -6,16 +6,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from cocoa_embed.errors import require
 from cocoa_embed.report import charts, content
 from cocoa_embed.report.content import EvalResult, Search
+from cocoa_embed.report.html import render
 from cocoa_embed.report.masks import Mask, spans
-from cocoa_embed.report.words import cut, token_text
+from cocoa_embed.report.words import token_text
 
 SHOWN_TOKENS = 300
 """Longer sequences are cut to so many tokens."""
-
-_TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
 
 def render_page(
@@ -38,20 +36,16 @@ def render_page(
     :param notes: Sentences at the end.
     :raises MissingExtraError: If jinja2 or matplotlib is not installed.
     """
-    jinja2 = require("jinja2", "report")
     # A stage that has not begun has neither samples nor held-out rows.
     stages = {name: {"samples": None, "held_out": {"rows": []}, **stage} for name, stage in run["stages"].items()}
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"token": token_text, "cut": cut, "correct_count": correct_count}
-    environment.filters["samples_note"] = content.samples_note
-    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     curves = charts.read_curves(stages)
     sampled = {name: stage for name, stage in stages.items() if (stage["samples"] or {}).get("tokens")}
     samples = [stage["samples"] for stage in sampled.values()]
     mask = next((Mask.parse(each["mask"]).condensed() for each in samples if each.get("mask")), None)
-    html: str = template.render(
+    return render(
+        Path(__file__).with_name("report.html.jinja"),
+        "report",
+        {"token": token_text, "correct_count": correct_count, "samples_note": content.samples_note},
         title=title or content.title(run, folder),
         subtitle=subtitle or content.subtitle(run),
         alerts=list(content.alerts(stages, folder)),
@@ -75,7 +69,6 @@ def render_page(
         notes=notes,
         run_facts=list(content.facts(run, folder)),
     )
-    return html.encode("utf-8", errors="backslashreplace").decode("utf-8")  # names of files need not be Unicode
 
 
 def correct_count(sample: Mapping[str, Any]) -> int:

@@ -12,9 +12,8 @@ from rich import box
 from rich.table import Table as TerminalTable
 from rich.text import Text
 
-from cocoa_embed.errors import require
+from cocoa_embed.report.html import render
 
-_TEMPLATE = Path(__file__).with_name("tables.html.jinja")
 _MARKDOWN = re.compile(r"[\\`*~\[\]|]|\b_|_\b")
 
 
@@ -103,9 +102,7 @@ def to_html(title: str, tables: Sequence[Table]) -> str:
 
     :raises MissingExtraError: If Jinja2 is not installed.
     """
-    environment = require("jinja2", "eval").Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    return str(template.render(title=title, tables=tables)) + "\n"
+    return render(Path(__file__).with_name("tables.html.jinja"), "eval", title=title, tables=tables)
 
 
 def to_terminal(table: Table) -> TerminalTable:

@@ -34,7 +34,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "train.stages": (*CORE, "evaluation.geometry", "train.settings", "train.data", "train.loop"),
     "train.plan": (*CORE, "train.settings", "train.recipe", "train.data", "train.loop", "train.stages"),
     "train": (*CORE, "evaluation.geometry", "train"),
-    "integrations.qdrant": (*CORE, "sources"),
+    "integrations.qdrant": (*CORE, "sources", "report.html"),
     "integrations.llama_index": (*CORE, "sources", "integrations.qdrant"),
     "serve": (*CORE, "sources", "integrations.qdrant"),
     "integrations.ray": (*CORE, "sources", "integrations.qdrant"),

@@ -1,13 +1,20 @@
 """HTML pages: their elements, and how headless Chromium, if installed, shows them."""
 
+import base64
+import fcntl
 import html
 import json
+import os
 import re
+import select
 import shutil
 import subprocess
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import pytest
@@ -41,6 +48,127 @@ def seen(pages: dict[str, tuple[int, str]], folder: Path) -> dict[str, dict[str,
     assert found, "the page's script did not run"
     documents: dict[str, dict[str, Any]] = json.loads(html.unescape(found[1]))
     return documents
+
+
+class Browser:
+    """A tab of headless Chromium, driven through its debugging pipe; ``faults`` are the errors on its console."""
+
+    def __init__(self, folder: Path, width: int = 1100, height: int = 900, *, dark: bool = False) -> None:
+        (there, self._commands), (self._answers, back) = os.pipe(), os.pipe()
+        self._received, self._last = b"", 0
+        self.faults: list[str] = []
+        self._session: str | None = None
+        # The browser reads descriptor 3 and writes 4: ours get higher numbers, which these cannot overwrite.
+        pipes = [fcntl.fcntl(each, fcntl.F_DUPFD, 10) for each in (there, back)]
+        command = 'exec 3<&"$0" 4>&"$1"; shift; exec "$@"'
+        options = [*OPTIONS, "--remote-debugging-pipe", f"--user-data-dir={folder / 'profile'}", "about:blank"]
+        self._process = subprocess.Popen(
+            ["bash", "-c", command, *map(str, pipes), str(CHROMIUM), *options],
+            pass_fds=pipes,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for each in (there, back, *pipes):
+            os.close(each)
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "DOM", "Network"):
+            self.call(f"{domain}.enable")
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setEmulatedMedia", features=[scheme])
+
+    def __enter__(self) -> "Browser":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.terminate()
+        self._process.wait(timeout=30)
+        os.close(self._commands)
+        os.close(self._answers)
+
+    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """Send a command of the DevTools protocol and return its result."""
+        self._last += 1
+        message = {"id": self._last, "method": method, "params": parameters}
+        if self._session:
+            message["sessionId"] = self._session
+        os.write(self._commands, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self._read()
+            if answer.get("id") == self._last:
+                assert "error" not in answer, (method, answer["error"])
+                result: dict[str, Any] = answer["result"]
+                return result
+
+    def _read(self) -> dict[str, Any]:
+        while b"\0" not in self._received:
+            assert select.select([self._answers], [], [], 60)[0], "the browser does not answer"
+            data = os.read(self._answers, 1 << 20)
+            assert data, "the browser has ended"
+            self._received += data
+        line, _, self._received = self._received.partition(b"\0")
+        message: dict[str, Any] = json.loads(line)
+        if message.get("method") == "Runtime.exceptionThrown":
+            self.faults.append(message["params"]["exceptionDetails"]["exception"].get("description", "?"))
+        if message.get("method") == "Log.entryAdded" and message["params"]["entry"]["source"] != "network":
+            self.faults.append(message["params"]["entry"]["text"])
+        return message
+
+    def run(self, expression: str) -> Any:  # noqa: ANN401  what the script returns
+        """Return the value of a JavaScript expression in the page."""
+        options = {"returnByValue": True, "awaitPromise": True, "userGesture": True}
+        answer = self.call("Runtime.evaluate", expression=expression, **options)
+        assert "exceptionDetails" not in answer, (expression, answer["exceptionDetails"])
+        return answer["result"].get("value")
+
+    def wait_for(self, condition: str) -> None:
+        """Wait until an expression is true."""
+        end = time.monotonic() + 30
+        while not self.run(f"Boolean({condition})"):
+            assert time.monotonic() < end, f"{condition} has not become true: {self.run('document.body.innerText')}"
+            time.sleep(0.02)
+
+    def open(self, address: str) -> None:
+        """Go to an address and wait until the page is loaded."""
+        self.call("Page.navigate", url=address)
+        self.wait_for(f"location.href.startsWith({json.dumps(address)}) && document.readyState === 'complete'")
+
+    def write(self, text: str) -> None:
+        """Type a text where the focus is."""
+        self.call("Input.insertText", text=text)
+
+    def press(self, key: str) -> None:
+        """Press a key where the focus is."""
+        codes = {"Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
+        text = {"text": "\r"} if key == "Enter" else {} if key in codes else {"text": key}
+        self.call("Input.dispatchKeyEvent", type="keyDown", key=key, windowsVirtualKeyCode=codes.get(key, 0), **text)
+        self.call("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=codes.get(key, 0))
+
+    def click(self, selector: str) -> None:
+        """Click the middle of the first element of a selector with the mouse."""
+        x, y = self._middle(selector)
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def drop(self, selector: str, files: Sequence[Path]) -> None:
+        """Drag files over an element and drop them there."""
+        x, y = self._middle(selector)
+        data = {"items": [], "files": list(map(str, files)), "dragOperationsMask": 1}
+        for kind in ("dragEnter", "dragOver", "drop"):
+            self.call("Input.dispatchDragEvent", type=kind, x=x, y=y, data=data)
+
+    def _middle(self, selector: str) -> tuple[float, float]:
+        element = f"document.querySelector({json.dumps(selector)})"
+        box = self.run(f"({element}.scrollIntoView({{block: 'nearest'}}), {element}.getBoundingClientRect().toJSON())")
+        assert box["width"] > 0, f"{selector} is not shown"
+        return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+
+    def picture(self, file: Path) -> None:
+        """Write what the page looks like as a PNG."""
+        file.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
 
 
 VOID = {"meta", "img", "br", "hr", "input", "link", "wbr"}

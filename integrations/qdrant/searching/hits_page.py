@@ -7,19 +7,18 @@ from pathlib import Path
 
 from PIL.Image import Image
 
-from cocoa_embed.errors import CocoaError, ImageError, printable, require
+from cocoa_embed.errors import CocoaError, ImageError, printable
 from cocoa_embed.images.to_rgb import draw_thumbnail
 from cocoa_embed.integrations.qdrant.indexing.thumbnails import THUMBNAIL_SIZE
 from cocoa_embed.integrations.qdrant.points import stored_locations
 from cocoa_embed.integrations.qdrant.stores.base import Hit
+from cocoa_embed.report.html import render
 from cocoa_embed.sources.base import SourceOptions
 from cocoa_embed.sources.files import is_deleted
 from cocoa_embed.sources.keys import load_key
 
 WORD_ENDS = re.compile(r"(?<=[/\\])")
 """Where a line may break in a path."""
-
-_TEMPLATE = Path(__file__).with_name("hits.html.jinja")
 
 
 def write_hits_page(
@@ -31,10 +30,9 @@ def write_hits_page(
     :param allowed_hosts: The hosts from which images on the web may be fetched.
     :raises CocoaError: If Jinja2 is not installed or the file cannot be written.
     """
-    environment = require("jinja2", "report").Environment(autoescape=True)
-    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    shown = None if query is None else thumbnail_uri(query)
-    page = template.render(title=printable(title), query=shown, cards=[card(hit, allowed_hosts) for hit in hits])
+    template, shown = Path(__file__).with_name("hits.html.jinja"), None if query is None else thumbnail_uri(query)
+    cards = [card(hit, allowed_hosts) for hit in hits]
+    page = render(template, "report", title=printable(title), query=shown, cards=cards)
     try:
         file.write_text(page, encoding="utf-8")
     except OSError as error:
