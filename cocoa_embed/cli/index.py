@@ -111,7 +111,7 @@ def index(
         *([lambda: open_collection(collection, storage, None, **kept)] if any(kept.values()) else []),
         *([] if prune or prune_all else source_checks(paths, sources)),
         lambda: check_model(model),
-        lambda: thumbnails and refuse_foreign_folder(thumbnails, marker=THUMBNAILS_MARKER),
+        *([] if thumbnails is None else [partial(refuse_foreign_folder, thumbnails, marker=THUMBNAILS_MARKER)]),
     )
     with working() as console, open_indexer(model, collection, storage, **options) as indexer:
         summary = indexer.index(

@@ -93,7 +93,7 @@ def search(
         raise UsageError("nothing to search for; give a text, --image FILE, --like PATH, or several of them")
     wanted: dict[str, Any] = {"limit": limit, "offset": offset, "score_threshold": score_threshold}
     wanted |= {"any_orientation": any_orientation, "diversity": diversity, "group_by": group_by}
-    examples = {"like": like or (), "unlike": unlike or ()}
+    examples: dict[str, Any] = {"like": like or (), "unlike": unlike or ()}
     if server is not None:
         refuse_beside_server(model=model, path=path, url=url, edge=edge, html=html)
         with working() as console:

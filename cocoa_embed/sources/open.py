@@ -217,7 +217,7 @@ def shard_files(
 
 def _files_below(folder: Path, passed_over: PassedOver) -> Iterator[Path]:
     for path, folders, names in os.walk(folder):
-        if path != str(folder) and passed_over.has_cache(path, names):
+        if passed_over.has_cache(path, names, is_named=path == str(folder)):
             folders.clear()
             continue
         folders[:] = sorted(name for name in folders if not passed_over.has_folder(path, name, str(folder)))
