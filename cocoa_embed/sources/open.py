@@ -127,7 +127,7 @@ def _open_address(address: str, options: SourceOptions, may_be_gone: bool) -> li
         found = [(name, kind) for name in listed if (kind := named_kind(name))]
         images = {name: info for name, info in listed.items() if is_image(name)}
     if images == {} and not found and may_be_gone:
-        return [RemoteImages(root, images)]
+        return [RemoteImages(root or address, images)]
     if images == {} and not found:
         raise CocoaError(f"{printable(address)} does not exist, or has no images; name a folder or file that has some")
     sources: list[Source] = [shard_files(found, options, root or None)] if found else []

@@ -81,11 +81,12 @@ class RemoteImages:
 
     def is_deleted(self, key: str) -> bool:
         """Return whether there is certainly no image at an address any more; False on the web."""
-        return not is_web(key) and is_gone(key)
+        return not is_web(key) and all(is_gone(each) for each in {key, key.rpartition("#")[0] or key})
 
     def covers(self, key: str) -> bool:
-        """Return whether the key is below the address."""
-        return key in (self.files or ()) or (self.root != "" and is_below(key, self.root) and "#" not in key)
+        """Return whether the key is below the address; also that of an image in a file, if nothing is there any more."""
+        is_inside = self.root != "" and (key == self.root or is_below(key, self.root))
+        return key in (self.files or ()) or (is_inside and ("#" not in key or self.files == {}))
 
 
 def is_image(name: str) -> bool:
