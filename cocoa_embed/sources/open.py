@@ -146,7 +146,7 @@ def _open_address(address: str, options: SourceOptions, passed_over: PassedOver,
         found = [(name, kind) for name in listed if (kind := named_kind(name))]
         images = {name: info for name, info in listed.items() if is_image(name)}
     if images == {} and not found and may_be_gone:
-        return [RemoteImages(root, passed_over, images)]
+        return [RemoteImages(root or address, passed_over, images)]
     if images == {} and not found:
         raise CocoaError(f"{printable(address)} does not exist, or has no images; name a folder or file that has some")
     sources: list[Source] = [shard_files(found, options, passed_over, root or None)] if found else []

@@ -88,11 +88,12 @@ class RemoteImages:
 
     def is_deleted(self, key: str) -> bool:
         """Return whether there is certainly no image at an address any more; False on the web."""
-        return not is_web(key) and is_gone(key)
+        return not is_web(key) and all(is_gone(each) for each in {key, key.rpartition("#")[0] or key})
 
     def covers(self, key: str) -> bool:
-        """Return whether the key is below the address."""
-        return key in (self.files or ()) or (self.root != "" and is_below(key, self.root) and "#" not in key)
+        """Return whether the key is below the address; also of an image in a file, if nothing is there any more."""
+        is_inside = self.root != "" and (key == self.root or is_below(key, self.root))
+        return key in (self.files or ()) or (is_inside and ("#" not in key or self.files == {}))
 
 
 def is_image(name: str) -> bool:
@@ -133,7 +134,7 @@ def walk(root: str, passed_over: PassedOver) -> Iterator[tuple[str, dict[str, di
         system, path = file_system(root)
         for folder, folders, files in system.walk(path, detail=True):
             address = system.unstrip_protocol(folder)
-            is_cache = address.rstrip("/") != root and passed_over.has_cache(address, files)
+            is_cache = passed_over.has_cache(address, files, is_named=address.rstrip("/") == root)
             left = {} if is_cache else folders
             in_order = [each for each in sorted(left.items()) if not passed_over.has_folder(address, each[0], root)]
             folders.clear()

@@ -13,7 +13,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_index.core.base.llms.types import BaseContentBlock, ImageBlock
+from llama_index.core.base.llms.types import BaseContentBlock, ImageBlock, TextBlock
 from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.schema import BaseNode, ImageNode, MetadataMode, Node, NodeWithScore, TextNode
 from llama_index.core.vector_stores.utils import metadata_dict_to_node
@@ -129,7 +129,7 @@ class StoredImage(ImageNode):
 
     def get_content_blocks(self, metadata_mode: MetadataMode = MetadataMode.NONE) -> list[BaseContentBlock]:
         """Return what a chat model is shown: the text and the image; the text alone if the image cannot be read."""
-        blocks = self.get_metadata_content_blocks(metadata_mode)
+        blocks: list[BaseContentBlock] = [TextBlock(text=self.get_content(metadata_mode))]
         try:
             data = self.resolve_image().getvalue()
         except ImageError as error:

@@ -1,12 +1,15 @@
 import base64
 import json
 import sys
+from io import BytesIO
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from command_line import Command
 from fake_model import IMAGE_TOKEN, FakeModel, colour_image, write_colours
 from PIL import Image
+from source_files import parquet_file, pdf, tar
 
 pytest.importorskip("qdrant_client")
 
@@ -43,6 +46,11 @@ def model(monkeypatch: pytest.MonkeyPatch) -> None:
 def indexed(command: Command, pictures: Path) -> Path:
     assert command("index", pictures, "--model", "fake")[:2] == (0, "")
     return pictures
+
+
+def png_of(colour: str) -> bytes:
+    colour_image(colour).save(buffer := BytesIO(), "PNG")
+    return buffer.getvalue()
 
 
 def found(command: Command, *arguments: object) -> list[str]:
@@ -242,3 +250,36 @@ def test_ctrl_c_is_told_while_a_model_is_loaded(
     for words in (["search", "red"], ["index", indexed]):
         done = command(*words, "--model", "fake")
         assert (done.status, done.out, done.err.splitlines()[-1]) == (130, "", "cocoa-embed: interrupted")
+
+
+def test_images_inside_of_other_files_are_shown_and_searched_by(command: Command, tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    (folder / "a.tar").write_bytes(tar([(f"{name}.png", png_of(name)) for name in ("red", "green")]))
+    (folder / "rows.parquet").write_bytes(parquet_file([{"image": png_of("yellow")}]))
+    (folder / "report.pdf").write_bytes(pdf("white", "blue"))
+    assert command("index", folder, "--model", "fake").status == 0
+    for key in ("a.tar#green.png", "rows.parquet#0", "report.pdf#page=2"):
+        assert found(command, "--image", f"shards/{key}", "--limit", 1) == [key]
+        page = command("search", "--like", folder / key, "--json", "--html", f"{key}.html").document()
+        assert len(page["hits"]) == 4
+        text = Path(f"{key}.html").read_text()
+        assert text.count('src="data:image/jpeg;base64,') == 5, "the example, and the hits"
+        assert "cannot be read" not in text
+    assert "a.tar#gone.png: is no image in the archive" in command(
+        "search", "--image", "shards/a.tar#gone.png", "--model", "fake"
+    ).error()  # fmt: skip
+
+
+def test_a_search_loads_the_model_as_it_is_told(
+    command: Command, indexed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = Mock(return_value=FakeModel())
+    monkeypatch.setattr("sentence_transformers.SentenceTransformer", loaded)
+    assert "v1 is of a model on the hub" in command("search", "red", "--model", "fake", "--revision", "v1").error()
+    given = ("--dtype", "bfloat16", "--trust-remote-code")
+    assert command("search", "red", "--model", "fake", *given).status == 0
+    (call,) = loaded.call_args_list
+    assert call.kwargs["trust_remote_code"]
+    assert "bfloat16" in str(call.kwargs["model_kwargs"])
+    assert command("search", "--like", indexed / "red.png").status == 0, "an example needs no model"

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fake_model import FakeModel
 from llama_index.core.base.base_multi_modal_retriever import MultiModalRetriever
@@ -14,9 +15,11 @@ from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.retrievers import QueryFusionRetriever
 from llama_index.core.schema import ImageNode, MetadataMode, NodeWithScore, QueryBundle, TextNode
 from llama_index.core.vector_stores import FilterOperator, MetadataFilter, MetadataFilters
+from llama_index.core.vector_stores.utils import node_to_metadata_dict
 from llama_index.vector_stores.qdrant import QdrantVectorStore
 from PIL import Image
-from qdrant_client import QdrantClient
+from qdrant_client import QdrantClient, models
+from source_files import pdf, tar
 
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError, ImageError
@@ -159,3 +162,51 @@ def test_a_node_has_the_first_path_that_exists_or_the_thumbnail(
         Path(gone).unlink()
         (found,) = CocoaRetriever(indexer, 1).retrieve("red")
         assert found.node.image_path == expected
+
+
+def test_images_inside_of_other_files_are_read_when_a_chat_model_is_shown_them(
+    client: QdrantClient, embedding: CocoaEmbedding, folder: Path, files: list[str], tmp_path: Path, llm: MockLLM
+) -> None:
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    (shards / "a.tar").write_bytes(tar([("red.png", Path(files[0]).read_bytes())]))
+    (shards / "report.pdf").write_bytes(pdf("blue", "white"))
+    indexer = QdrantIndexer(embedding.encoder, client=client, collection="shards")
+    indexer.index(shards, thumbnails=tmp_path / "small", progress=False)
+    retriever = CocoaRetriever(indexer, similarity_top_k=1)
+    for query, key, colour in (("red", "a.tar#red.png", (255, 0, 0)), ("blue", "report.pdf#page=1", (0, 0, 255))):
+        (found,) = retriever.retrieve(query)
+        assert (found.node.image_path, found.node.image) == (str(shards / key), None), "nothing is read yet"
+        assert paths(retriever.image_to_image_retrieve(found.node.image_path)) == [found.node.image_path]
+        again = pickle.loads(pickle.dumps(found.node))
+        (read,) = Image.open(again.resolve_image()).convert("RGB").getcolors()
+        assert np.abs(np.subtract(read[1], colour)).max() <= 1
+        engine = RetrieverQueryEngine.from_args(retriever, llm=llm, multimodal=True)
+        engine.query(query)
+        (image,) = [block for message in llm.prompts[-1] for block in message.blocks if isinstance(block, ImageBlock)]
+        shown = Image.open(image.resolve_image())
+        assert shown.size == ((24, 16) if query == "red" else (120, 80)), "the image, not its thumbnail"
+    (shards / "a.tar").write_bytes(tar([("other.png", b"")]))
+    (small,) = retriever.retrieve("red")
+    assert Image.open(small.node.resolve_image()).format == "JPEG", "the thumbnail of an image that is gone"
+
+
+def test_an_image_that_is_gone_does_not_end_a_query(
+    indexer: QdrantIndexer,
+    files: list[str],
+    llm: MockLLM,
+    caplog: pytest.LogCaptureFixture,
+    client: QdrantClient,
+) -> None:
+    Path(files[0]).unlink()
+    payload = {"image_path": None, **node_to_metadata_dict(ImageNode(image_url="http://127.0.0.1/a.png", text="u"))}
+    vector = indexer.encoder.embed_queries([{"text": "red"}])[0].tolist()
+    client.upsert("images", points=[models.PointStruct(id=1, vector=vector, payload=payload)])
+    engine = RetrieverQueryEngine.from_args(CocoaRetriever(indexer, 3), llm=llm, multimodal=True)
+    response = engine.query("red")
+    assert len(response.source_nodes) == 3
+    blocks = [block for message in llm.prompts[-1] for block in message.blocks]
+    assert sum(isinstance(block, ImageBlock) for block in blocks) == 1
+    assert any("a red field" in str(getattr(block, "text", "")) for block in blocks)
+    assert "red.png: does not exist; a chat model is not shown the image" in caplog.text
+    assert "not among the allowed hosts" in caplog.text, "LlamaIndex itself fetches any address"

@@ -122,6 +122,20 @@ def test_what_a_source_covers_is_deleted_once_it_is_gone(root: str) -> None:
     assert open_sources([f"{root}/gone/*.tar"], may_be_gone=True)[1]
 
 
+def test_an_address_where_nothing_is_left_covers_what_was_there(root: str) -> None:
+    for name in (f"{root}/gone", f"{root}/gone/a.png"):
+        _, (gone,) = open_sources([name], may_be_gone=True)
+        assert (gone.name, [*gone.shards()]) == (name, [])
+        assert gone.covers(f"{root}/gone/a.png")
+        assert gone.is_deleted(f"{root}/gone/a.png")
+    assert not gone.covers(f"{root}/gone/b.png")
+    _, (gone,) = open_sources([f"{root}/gone"], may_be_gone=True)
+    assert gone.covers(f"{root}/gone/w.tar#0.png")
+    assert gone.is_deleted(f"{root}/gone/w.tar#0.png")
+    assert not gone.is_deleted(f"{root}/shards/0.tar#x.png")
+    assert not gone.covers(f"{root}/gone-too/a.png")
+
+
 def test_a_file_that_cannot_be_read_is_named(root: str) -> None:
     (source,) = all_sources([f"{root}/photos/a.png"])
     (record,) = [record for shard in source.shards() for record in shard.records()]
