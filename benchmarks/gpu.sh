@@ -91,7 +91,7 @@ UTILISATION
 failed=0
 export -f tiny encode utilisation
 export work python rehearse out
-measure gpu-tests 50 $python -m pytest -q -m gpu -p no:cacheprovider ${REHEARSE:+--collect-only} $(grep -rl --include="*.py" "mark.gpu" tests)
+measure gpu-tests 50 $python -m pytest -q -m gpu ${rehearse:+--collect-only} -p no:cacheprovider $(grep -rl --include="*.py" "mark.gpu" tests)
 measure tiny-recipe 90 bash -c tiny
 measure bridge 100 $python benchmarks/card_steps.py bridge "$out" $rehearse
 measure contrastive 90 $python benchmarks/card_steps.py contrastive "$out" $rehearse

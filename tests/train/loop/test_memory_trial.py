@@ -58,7 +58,7 @@ def trainer_of(stage: Stage[Any], backbone: Backbone, rows: list[Row], folder: P
 @pytest.fixture(autouse=True)
 def _small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contrastive_stage, "TRIED_TOKENS", (800, 600, 400, 200))
-    monkeypatch.setattr(contrastive_stage, "ENOUGH_TOKENS", 300)
+    monkeypatch.setattr(contrastive_stage.Contrastive, "enough_at_once", 300)
 
 
 def contrastive(**settings: Any) -> Contrastive:
