@@ -11,12 +11,11 @@ import torch
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-from transformers import PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from cocoa_embed.errors import CocoaError, one_line
 from cocoa_embed.folders import claim_folder, refuse_checkpoint
 from cocoa_embed.model.attention import TRANSFORMERS_FLOOR, assert_bidirectional, is_causal
-from cocoa_embed.model.backbone import SUPPORTED
 from cocoa_embed.model.card import matryoshka_dimensions, model_card
 from cocoa_embed.model.template import append_eos, chat_template, eos_settings
 from cocoa_embed.model.training_record import TRAINING_FILE, read_training, write_training
@@ -62,8 +61,8 @@ def build_sentence_transformer(
     except (OSError, SafetensorError) as error:
         raise CocoaError(f"{checkpoint} cannot be loaded ({one_line(error)}): the checkpoint is incomplete.") from error
     # A checkpoint may be older than this template.
-    transformer.processor.chat_template = chat_template(transformer.tokenizer)
-    append_eos(transformer.tokenizer)
+    transformer.processor.chat_template = chat_template(transformer.processor.tokenizer)
+    append_eos(transformer.processor.tokenizer)
     if bidirectional:
         assert_bidirectional(transformer.auto_model)
     return embedding_model(transformer, prompts, device)
@@ -118,7 +117,7 @@ def as_generation_model(base_model: PreTrainedModel, matryoshka_dims: list[int])
     if matryoshka_dims:
         config.is_matryoshka, config.matryoshka_dimensions = True, matryoshka_dims
     with torch.device("meta"):
-        model = SUPPORTED[config.model_type](config)
+        model: PreTrainedModel = AutoModelForImageTextToText.from_config(config)
     model.model = base_model
     model.tie_weights()
     return model

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,7 +59,7 @@ def append_eos(tokenizer: PreTrainedTokenizerBase) -> None:
         setattr(tokenizer, name, value)
 
 
-def eos_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool | str]:
+def eos_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return what ``append_eos`` sets, as arguments for loading a tokenizer."""
     return {"add_eos_token": True, "sep_token": tokenizer.eos_token}
 
