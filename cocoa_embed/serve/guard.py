@@ -95,10 +95,11 @@ class Guard:
             nonlocal is_complete
             if is_complete:
                 return await receive()
-            with anyio.move_on_after(deadline - time.monotonic()) as waiting:
-                message = await receive()
-            if waiting.cancelled_caught:
-                raise BodyError(408, f"the body took longer than {self._limits.seconds:g} seconds to arrive")
+            try:
+                with anyio.fail_after(deadline - time.monotonic()):
+                    message = await receive()
+            except TimeoutError:
+                raise BodyError(408, f"the body took longer than {self._limits.seconds:g} seconds to arrive") from None
             size = len(message.get("body", b""))
             received[0] += size
             self._bytes += size

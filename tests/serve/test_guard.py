@@ -73,9 +73,8 @@ def test_a_body_above_the_limit_is_refused_whether_it_says_its_length_or_not(pat
 def test_bodies_take_bounded_memory_together(index: dict[str, Any]) -> None:
     with served(index, waiting_bytes=1000) as client:
         for _ in range(3):
-            assert message(client.post("/search", content=b" " * 1001, headers=JSON)).startswith(
-                "503 the bodies of all"
-            )
+            refused = client.post("/search", content=b" " * 1001, headers=JSON)
+            assert message(refused).startswith("503 the bodies of all requests")
         assert client.post("/search", json={"text": "red"}).status_code == 200
 
 
