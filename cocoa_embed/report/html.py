@@ -11,7 +11,9 @@ STYLES = Path(__file__).parents[1] / "serve" / "page"
 """The folder of the one stylesheet."""
 
 
-def render(template: Path, extra: str, filters: Mapping[str, Callable[..., Any]] | None = None, **values: object) -> str:
+def render(
+    template: Path, extra: str, filters: Mapping[str, Callable[..., Any]] | None = None, **values: object
+) -> str:
     """Return a page.
 
     :param template: Extends ``base.html.jinja``.

@@ -155,7 +155,9 @@ def test_the_page_shows_copies_thumbnails_and_escaped_texts(command: Command, pi
     assert "<title>&lt;b&gt;red&lt;/b&gt; red + red.png</title>" in page
     assert page.count('src="data:image/jpeg;base64,') == 3, "the query, and two hits"
     assert page.index('alt="The query image"') < page.index("<main>")
-    assert page.index('<strong class="caption">&lt;script&gt;') < page.index("/<wbr>red.png"), "the caption before the path"
+    assert page.index('<strong class="caption">&lt;script&gt;') < page.index("/<wbr>red.png"), (
+        "the caption before the path"
+    )
     assert page.count("cannot be read") == 1
     assert "blue.png" in page
     assert "&lt;script&gt;" in page
