@@ -64,7 +64,8 @@ class Handler(BaseHTTPRequestHandler):
 
     @property
     def is_refused(self) -> bool:
-        return self.server.key is not None and self.headers["Authorization"] != f"Bearer {self.server.key}"
+        given = self.headers.get("Authorization", "").encode("latin-1")
+        return self.server.key is not None and given != f"Bearer {self.server.key}".encode()
 
     def do_GET(self) -> None:
         first, _, id_ = unquote(urlsplit(self.path).path).strip("/").partition("/")

@@ -1,9 +1,8 @@
 "use strict";
 // A query is {text, file, like: {id, name}, filters}; filters are pairs such as ["mime=", "image/png"], as the form of
 // facets has them. The browser's history keeps the queries, so that Back leads to the search before; as it cannot hold
-// files, it has their places in this list.
-const files = [];
-
+// files, it has their keys in this map.
+const files = new Map();
 const PAGE_SIZE = 30;
 const byId = id => document.getElementById(id);
 let query, hits = [], facets = [], opened = -1, apiKey = "", unlocking = null;
@@ -48,7 +47,8 @@ function askForKey(message) {
   byId("unlock").showModal();
   return new Promise((resolve, reject) => {
     byId("unlock").onclose = () => {
-      if (byId("unlock").returnValue) resolve(apiKey = encodeURI(byId("key").value.trim()));
+      const bytes = new TextEncoder().encode(byId("key").value.trim());  // a header has a character for each
+      if (byId("unlock").returnValue) resolve(apiKey = String.fromCharCode(...bytes));
       else reject(failure("The server needs its API key.", true));
       byId("key").value = byId("unlock").returnValue = "";
       unlocking = null;
@@ -67,6 +67,7 @@ async function showBlob(image, blob, signal) {
 }
 
 const nameOf = hit => hit.caption || hit.path.split(/[/\\]/).pop();
+const breakable = text => text.split(/(?<=[/\\_])/).flatMap(part => [part, element("wbr")]);
 const pictures = count => `${count.toLocaleString("en")} picture${count === 1 ? "" : "s"}`;
 const plainKey = key => key.replace(/^"(.*)"$/s, "$1");
 const facetName = key => key === "mtime" ? "modified" : plainKey(key).replaceAll("_", " ");
@@ -101,14 +102,15 @@ function facetControls({key, kind, values, min, max}) {
 }
 
 function showFacets() {
-  const useful = facets.filter(facet => facet.kind !== "number" || facet.min < facet.max);
+  const useful = ["keyword", "text", "number"].flatMap(kind =>
+    facets.filter(facet => facet.kind === kind && (kind !== "number" || facet.min < facet.max)));
   byId("filters").hidden = !useful.length;
   byId("facets").replaceChildren(...useful.map(facet =>
     element("fieldset", {}, element("legend", {textContent: facetName(facet.key)}), facetControls(facet))));
 }
 
 function queryOfHistory() {
-  if (history.state) return {...history.state, file: files[history.state.file] ?? null};
+  if (history.state) return {...history.state, file: files.get(history.state.file) ?? null};
   const given = [...new URLSearchParams(location.search)], first = name => given.find(each => each[0] === name)?.[1];
   const like = first("like") ? {id: first("like"), name: ""} : null;
   return {text: first("text") ?? "", file: null, like, filters: given.filter(([name]) => /[=~]$/.test(name))};
@@ -117,7 +119,9 @@ function queryOfHistory() {
 function change(changes) {
   query = {...query, text: byId("text").value, ...changes};
   const parts = [...query.filters, ["text", query.text], ["like", query.like?.id ?? ""]].filter(([, value]) => value);
-  history.pushState({...query, file: files.push(query.file) - 1}, "", `?${new URLSearchParams(parts)}`);
+  const file = query.file && Date.now() + Math.random();
+  files.set(file, query.file);
+  history.pushState({...query, file}, "", `?${new URLSearchParams(parts)}`);
   search();
 }
 
@@ -172,7 +176,8 @@ async function fetchHits() {
   if (!offset) byId("hits").replaceChildren();
   byId("hits").append(...found.hits.map((hit, index) => card(hit, offset + index, signal)));
   hits.push(...found.hits);
-  if (!offset && document.activeElement === document.body) byId("hits").querySelector("button")?.focus({preventScroll: true});
+  const isLost = !offset && document.activeElement === document.body;  // the focus, with the hits before
+  if (isLost) byId("hits").querySelector("button")?.focus({preventScroll: true});
   show("status", status);
   byId("more").hidden = found.hits.length < PAGE_SIZE;
   byId("more").disabled = false;
@@ -191,11 +196,11 @@ function card(hit, index, signal) {
 }
 
 async function look(index) {
+  opened = index;
   const hit = hits[index], image = byId("full-image"), small = byId("hits").children[index].querySelector("img");
   looking.abort();
   looking = new AbortController();
   const {signal} = looking;
-  opened = index;
   byId("full-name").textContent = image.alt = nameOf(hit);
   byId("previous").disabled = index === 0;
   byId("next").disabled = index === hits.length - 1;
@@ -205,7 +210,7 @@ async function look(index) {
   });
   const facts = [["file", hit.path], ["score", hit.score.toFixed(4)], ...values].filter(([, value]) => value !== "");
   byId("facts").replaceChildren(...facts.map(([name, value]) =>
-    element("div", {}, element("dt", {textContent: name}), element("dd", {textContent: value}))));
+    element("div", {}, element("dt", {textContent: name}), element("dd", {}, ...breakable(value)))));
   show("full-error", "");
   image.hidden = !small;
   if (small) image.src = small.src;
@@ -217,10 +222,7 @@ async function look(index) {
   if (!reason) Object.assign(image, {src: full.src, hidden: false});
 }
 
-byId("full").onclose = () => {
-  looking.abort();
-  byId("hits").children[opened]?.firstElementChild.focus();
-};
+byId("full").onclose = () => { looking.abort(); byId("hits").children[opened]?.firstElementChild.focus(); };
 byId("full").onclick = event => { if (event.target === byId("full")) byId("full").close(); };
 byId("close").onclick = () => byId("full").close();
 byId("previous").onclick = () => look(opened - 1);
@@ -235,7 +237,7 @@ byId("more").onclick = fetchHits;
 byId("retry").onclick = start;
 byId("clear").onclick = () => { change({filters: []}); showFacets(); };
 byId("facets").onsubmit = event => event.preventDefault();
-byId("facets").onchange = () => change({filters: [...new FormData(byId("facets"))].filter(([, value]) => value.trim())});
+byId("facets").onchange = () => change({filters: [...new FormData(byId("facets"))].filter(each => each[1].trim())});
 byId("file").onchange = () => take([...byId("file").files]);
 
 function take(given) {
@@ -246,12 +248,11 @@ function take(given) {
 }
 
 document.addEventListener("paste", event => {
-  if (!event.clipboardData.files.length) return;
-  event.preventDefault();
-  take([...event.clipboardData.files]);
+  const pasted = [...event.clipboardData.files];
+  if (pasted.length) { event.preventDefault(); take(pasted); }
 });
 document.addEventListener("dragover", event => { event.preventDefault(); document.body.classList.add("dragging"); });
-document.addEventListener("dragleave", event => { if (!event.relatedTarget) document.body.classList.remove("dragging"); });
+document.addEventListener("dragleave", event => document.body.classList.toggle("dragging", !!event.relatedTarget));
 document.addEventListener("drop", event => {
   event.preventDefault();
   document.body.classList.remove("dragging");
@@ -266,7 +267,7 @@ document.addEventListener("keydown", event => {
   const columns = buttons.filter(each => each.offsetTop === buttons[0].offsetTop).length;
   const step = {ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns}[key];
   let target = null;
-  if ((key === "/" && !active.matches("input:not([type=checkbox])")) || (key === "Escape" && at >= 0)) target = byId("text");
+  if (key === "/" ? !active.matches("input:not([type=checkbox])") : key === "Escape" && at >= 0) target = byId("text");
   else if (key === "ArrowDown" && active === byId("text")) target = buttons[0];
   else if (step && at >= 0) target = at + step < 0 ? byId("text") : buttons[Math.min(at + step, buttons.length - 1)];
   if (!target) return;

@@ -11,6 +11,7 @@ from PIL import Image
 from stub_server import PAGE, StubServer, hit, running
 
 HOSTILE = """<img src=x onerror="document.title='stolen'"> & "quotes" 'too'"""
+KEY = "sécret 100%"
 FACETS = [
     {"key": "mime", "kind": "keyword", "values": [["image/png", 900], ["image/jpeg", 334]]},
     {"key": '"shot by"', "kind": "keyword", "values": [[HOSTILE, 3], ["Ann", 2]]},
@@ -21,6 +22,7 @@ FACETS = [
 ]
 TEXT, EXAMPLE, ERROR = "#text", "#example:not([hidden])", "#error:not([hidden])"
 FOUND = "document.querySelectorAll('#hits li').length"
+IDLE = "document.querySelector('main').ariaBusy === 'false'"
 READY = "document.querySelector('#facets fieldset')"
 
 
@@ -40,11 +42,12 @@ class Opened(NamedTuple):
 
     def wait_for_search(self, count: int) -> dict[str, Any]:
         """Wait until so many searches were sent and answered, and return the last."""
-        self.browser.wait_for("document.querySelector('main').ariaBusy === 'false'")
+        self.browser.wait_for(IDLE)
         assert len(self.server.searches) == count
         return self.server.searches[-1]
 
     def search(self, text: str) -> dict[str, Any]:
+        self.browser.wait_for(IDLE)
         count = len(self.server.searches) + 1
         self.browser.run("(document.getElementById('text').value = '', document.getElementById('text').focus())")
         self.browser.write(text)
@@ -152,7 +155,7 @@ def test_facets_become_filters_of_the_command_line_and_the_address_keeps_them(tm
 
     with opened(tmp_path, [hit(1)]) as page:
         legends = page.browser.run("[...document.querySelectorAll('legend')].map(each => each.textContent)")
-        assert legends == ["mime", "shot by", "width", "modified", "caption"], "a single height is no choice"
+        assert legends == ["mime", "shot by", "caption", "width", "modified"], "a single height is no choice"
         page.search("red")
         page.browser.click("#facets fieldset:nth-child(2) label")
         page.browser.click("#facets fieldset:nth-child(2) label + label")
@@ -161,10 +164,11 @@ def test_facets_become_filters_of_the_command_line_and_the_address_keeps_them(tm
             page.browser.run(
                 f"({field}.value = '{value}', {field}.dispatchEvent(new Event('change', {{bubbles: true}})))"
             )
-        page.browser.wait_for("document.querySelector('main').ariaBusy === 'false'")
+        page.browser.wait_for(IDLE)
         filters = page.server.searches[-1]["filters"]
         quoted = HOSTILE.replace('"', '\\"')
-        assert filters == [f'"shot by"="{quoted}"|Ann', "width>=100", "mtime<=2025-03-01", 'caption~"a \\"b\\""']
+        expected = [f'"shot by"="{quoted}"|Ann', 'caption~"a \\"b\\""', "width>=100", "mtime<=2025-03-01"]
+        assert filters == expected
         assert parse_filters(filters)
         assert page.text("#chosen") == "(5)"
         count = len(page.server.searches)
@@ -239,9 +243,9 @@ def test_what_fails_says_so_and_what_is_missing_too(tmp_path: Path, picture: Pat
 
 @needs_chromium
 def test_the_key_is_asked_for_once_and_never_stored(tmp_path: Path) -> None:
-    with opened(tmp_path, [hit(1), hit(2)], key="secret", query="?text=red") as page:
+    with opened(tmp_path, [hit(1), hit(2)], key=KEY, query="?text=red") as page:
         page.browser.wait_for("document.getElementById('unlock').open")
-        for given, then in {"wrong": "!document.getElementById('unlock-error').hidden", "secret": FOUND}.items():
+        for given, then in {"wrong": "!document.getElementById('unlock-error').hidden", KEY: FOUND}.items():
             page.browser.write(given)
             page.browser.press("Enter")
             page.browser.wait_for(then)
@@ -253,7 +257,7 @@ def test_the_key_is_asked_for_once_and_never_stored(tmp_path: Path) -> None:
         stored = page.browser.run(
             "JSON.stringify([localStorage, sessionStorage, document.cookie, history.state, location])"
         )
-        assert "secret" not in stored
+        assert KEY not in stored
 
 
 @needs_chromium
