@@ -105,7 +105,7 @@ def index(
         lambda: check_storage(collection, storage),
         *([] if prune or prune_all else source_checks(paths, sources)),
         lambda: check_model(model),
-        lambda: thumbnails and refuse_foreign_folder(thumbnails, marker=THUMBNAILS_MARKER),
+        *([partial(refuse_foreign_folder, thumbnails, marker=THUMBNAILS_MARKER)] if thumbnails else []),
     )
     with working() as console, open_indexer(model, collection, storage, **options) as indexer:
         summary = indexer.index(
