@@ -43,9 +43,9 @@ def silence_libraries() -> None:
     """Turn off the progress bars, the warnings and the informal messages of other libraries; import none of them."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    if "datasets" in sys.modules:
-        sys.modules["datasets"].disable_progress_bars()
-    if "transformers" in sys.modules:
+    if datasets := sys.modules.get("datasets"):
+        datasets.disable_progress_bars()
+    if sys.modules.get("transformers"):
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()

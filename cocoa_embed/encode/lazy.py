@@ -67,7 +67,7 @@ class LazyEncoder(Encoder):
         return sum(self._seconds)
 
     @cached_property
-    def model(self) -> SentenceTransformer:  # type: ignore[override]
+    def model(self) -> SentenceTransformer:  # type: ignore[override] - the base class sets it
         """The loaded model."""
         return self.loaded.model
 

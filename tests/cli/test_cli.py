@@ -237,6 +237,8 @@ def test_a_missing_extra_is_named_with_the_command(
     for module in ("qdrant_client", "datasets"):
         monkeypatch.setitem(sys.modules, module, None)
     assert "[qdrant]'" in command("index", pictures, "--model", "fake").error()
+    (pictures / "MSCOCO_i2t").mkdir()
+    (pictures / "MSCOCO_i2t" / "test-00000-of-00001.parquet").touch()
     assert "[eval]'" in command("eval", "mmeb", pictures, "--images", pictures, "--model", "fake").error()
 
 
@@ -247,6 +249,7 @@ def test_ctrl_c_is_told_while_a_model_is_loaded(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("sentence_transformers.SentenceTransformer", interrupt)
+    write_colours(indexed, "yellow")
     for words in (["search", "red"], ["index", indexed]):
         done = command(*words, "--model", "fake")
         assert (done.status, done.out, done.err.splitlines()[-1]) == (130, "", "cocoa-embed: interrupted")

@@ -8,7 +8,7 @@ from command_line import modules_of_command
 from table_files import write_images, write_table
 
 HEAVY = {"torch", "transformers", "qdrant_client", "sentence_transformers", "accelerate", "datasets", "scipy"}
-HEAVY |= {"matplotlib", "jinja2", "pandas"}
+HEAVY |= {"matplotlib", "pandas"}
 
 ON_HUB = ("--model", "owner/name")
 FAULTY_SEARCH = "search red --model ./mdl --image gone.png --html nodir/x.html --filter".split()

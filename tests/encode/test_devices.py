@@ -132,4 +132,4 @@ def test_a_model_that_cannot_be_loaded_is_its_own_error(tmp_path: Path) -> None:
 
 def test_a_device_that_is_not_there_is_wrong_usage(model: Path) -> None:
     with pytest.raises(UsageError, match="cannot be used"):
-        DeviceEncoder(model, ["cpu", "cuda:77"]).require_images()
+        DeviceEncoder(model, ["cpu", "cuda:77"]).embed_queries([{"text": "a red ring"}])
