@@ -37,8 +37,6 @@ def serve(
     device: DeviceOption = None,
 ) -> None:
     """Serve an index over HTTP: a page to search in, an API, and embeddings as OpenAI's. Ctrl-C stops it."""
-    for module in ("qdrant_client", "starlette", "uvicorn", "python_multipart"):
-        require(module, "serve")
     from cocoa_embed.model.loading import check_model
     from cocoa_embed.serve.address import bind, check_address
 
@@ -48,6 +46,8 @@ def serve(
         *([] if model is None else [partial(check_model, model)]),
         partial(check_address, host, api_key),
     )
+    for module in ("qdrant_client", "starlette", "uvicorn", "python_multipart"):
+        require(module, "serve")
     with working() as console:
         silence_libraries()
         from cocoa_embed.serve import run

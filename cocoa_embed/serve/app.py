@@ -132,7 +132,12 @@ class Api:
         encoder: Encoder = self.encoder if asked.dimensions is None else self.encoder.truncate(asked.dimensions)
         embed = encoder.embed_queries if asked.input_type == "query" else encoder.embed_documents
         items, vectors = asked.items(), []
+        deadline = time.monotonic() + self._limits.seconds
         for start in range(0, len(items), BATCH_ITEMS):
+            if time.monotonic() > deadline:
+                raise BusyError(
+                    f"the model had no time for {len(items)} inputs within {self._limits.seconds:g} seconds"
+                )
             with decoded(items[start : start + BATCH_ITEMS], self._budget) as inputs:
                 vectors.append(embed(inputs))
         return np.concatenate(vectors)

@@ -2,6 +2,7 @@
 
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,24 @@ def test_a_request_that_takes_too_long_is_given_up_and_leaves_no_trace(index: di
     with served(index, model=model, seconds=0.3) as client:
         assert message(client.post("/search", json={"text": "red"})).startswith("503 ")
         model.may_go.set()
+        assert client.post("/search", json={"text": "red"}).status_code == 200
+
+
+class TiringModel(FakeModel):
+    def encode_query(self, inputs: list[Any], batch_size: int, show_progress_bar: bool) -> Any:  # noqa: ANN401
+        time.sleep(0.1)
+        return super().encode_query(inputs, batch_size, show_progress_bar)
+
+
+def test_what_nobody_waits_for_any_more_is_not_embedded_to_its_end(index: dict[str, Any]) -> None:
+    model = TiringModel()
+    with served(index, model=model, seconds=0.5) as client:
+        assert message(client.post("/v1/embeddings", json={"input": ["red"] * 2048})).startswith("503 ")
+        embedded = -1
+        while len(model.queries) > embedded:
+            embedded = len(model.queries)
+            time.sleep(0.5)
+        assert 0 < embedded < 2048
         assert client.post("/search", json={"text": "red"}).status_code == 200
 
 
