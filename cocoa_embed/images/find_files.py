@@ -22,7 +22,7 @@ IMAGE_SUFFIXES = frozenset(
 LIST_SUFFIX = ".txt"
 """The suffix of a file that lists other files, one per line."""
 
-OnError: TypeAlias = Callable[[Path, str], None]
+OnError: TypeAlias = Callable[[Path, str], object]
 """Called with a folder that cannot be listed, and the reason."""
 
 BATCH_FILES = 1024
