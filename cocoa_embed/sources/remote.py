@@ -91,7 +91,7 @@ class RemoteImages:
         return not is_web(key) and all(is_gone(each) for each in {key, key.rpartition("#")[0] or key})
 
     def covers(self, key: str) -> bool:
-        """Return whether the key is below the address; also of an image in a file, if nothing is there any more."""
+        """Return whether the key is below the address; where nothing is left, also in a file that was there."""
         is_inside = self.root != "" and (key == self.root or is_below(key, self.root))
         return key in (self.files or ()) or (is_inside and ("#" not in key or self.files == {}))
 
