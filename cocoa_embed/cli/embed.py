@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -169,10 +169,14 @@ def load(
 
     storage = {"path": path, "url": url, "edge": edge}
     folder = EmbeddingFolder(embeddings)
-    _, (number, count), _ = check_all(
-        folder.require_signature, partial(read_share, shard), lambda: check_storage(collection, storage)
+    kept: dict[str, Any] = {"create": create, "prefer_grpc": prefer_grpc}
+    (number, count), *_ = check_all(
+        partial(read_share, shard),
+        lambda: check_storage(collection, storage),
+        *([lambda: open_collection(collection, storage, None, **kept)] if any(kept.values()) else []),
+        folder.require_signature,
     )
-    store = open_collection(collection, storage, api_key, create=create, prefer_grpc=prefer_grpc)
+    store = open_collection(collection, storage, api_key, **kept)
     with working() as console:
         from tqdm.auto import tqdm
 

@@ -153,7 +153,7 @@ class TestRuns:
         hits = album.search("red")
         assert {hit.id for hit in hits} >= {"7"}
         write_hits_page(album.folder / "hits.html", "red", hits)
-        report_hits(hits, Console(stderr=True))
+        report_hits(((hit.score, hit.path, hit.caption) for hit in hits), Console(stderr=True))
         assert "gone.png" in (album.folder / "hits.html").read_text()
 
 
