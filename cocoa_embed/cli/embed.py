@@ -174,7 +174,7 @@ def load(
         partial(read_share, shard),
         lambda: check_storage(collection, storage),
         *([lambda: open_collection(collection, storage, None, **kept)] if any(kept.values()) else []),
-        folder.require_signature,
+        *([] if any(kept.values()) else [folder.require_signature]),
     )
     store = open_collection(collection, storage, api_key, **kept)
     with working() as console:

@@ -168,14 +168,14 @@ def test_a_run_that_ends_early_leaves_whole_files_only(job: Job) -> None:
 
 
 def test_what_could_not_be_used_is_told_again_and_tried_on_request(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, broken = shard_files._give, True
+    original, broken = shard_files.give, True
 
     def give(content: bytes | ImageError) -> bytes:
         if broken and content == png(2):
             raise ImageError("a.tar#2.png", "cannot be read (connection reset)")
         return original(content)
 
-    monkeypatch.setattr(shard_files, "_give", give)
+    monkeypatch.setattr(shard_files, "give", give)
     expected = [{"path": f"{job.places[1]}#2.png", "reason": "cannot be read (connection reset)"}]
     assert job.embed().failed == expected
     assert (job.embed().failed, job.embed().parts) == (expected, 0)

@@ -235,7 +235,7 @@ class TestReading:
         self, store: Store, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(type(store), "scroll_limit", 3)
-        store.upsert([turned(number, 5 * number, mime=["a", "b"][number % 2]) for number in range(10)])
+        store.insert([turned(number, 5 * number, mime=["a", "b"][number % 2]) for number in range(10)])
         mime = models.FieldCondition(key="mime", match=models.MatchValue(value="b"))
         found = list(store.points(models.Filter(must=[mime]), with_vectors=True))
         assert sorted(point.payload["number"] for point in found) == [1, 3, 5, 7, 9]
@@ -249,7 +249,7 @@ class TestReading:
         assert {point.vector for point in store.points()} == {None}
 
     def test_several_queries_have_the_hits_that_each_has_alone(self, store: Store) -> None:
-        store.upsert([turned(number, 5 * number) for number in range(10)])
+        store.insert([turned(number, 5 * number) for number in range(10)])
         queries = [
             Query(turned(0, angle).vector, limit=3, offset=offset) for angle, offset in ((0, 0), (40, 2), (0, 9))
         ]
@@ -257,7 +257,7 @@ class TestReading:
         assert store.search_batch([]) == []
 
     def test_collections_are_listed_and_payload_indexes_may_be_made_again(self, store: Store, opener: Opener) -> None:
-        store.upsert([turned(number, 5 * number, n=number) for number in range(3)])
+        store.insert([turned(number, 5 * number, n=number) for number in range(3)])
         for _ in range(2):
             store.create_payload_index("n", "integer")
         above = models.FieldCondition(key="n", range=models.Range(gte=1))
