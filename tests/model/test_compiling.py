@@ -14,11 +14,12 @@ from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.model.training_record import read_run
 from cocoa_embed.train import run
 
-STAGE = {"steps": 3, "batch_size": 4, "mini_batch_size": 2, "warmup_steps": 0, "logging_steps": 1}
+STAGE = {"steps": 3, "batch_size": 4, "warmup_steps": 0, "logging_steps": 1}
+IN_PARTS = {**STAGE, "mini_batch_size": 2}
 
 
 def losses(make: MakeRecipe, folder: Path, *, compiled: bool) -> dict[str, list[float]]:
-    stages: dict[str, Any] = {name: STAGE for name in ("warmup", "bridge", "contrastive")}
+    stages: dict[str, Any] = {"warmup": IN_PARTS, "bridge": IN_PARTS, "contrastive": STAGE}
     run(make(compile=compiled, **stages), folder)
     records = read_run(folder)["stages"]
     return {name: [line["loss"] for line in record["log"] if "loss" in line] for name, record in records.items()}

@@ -155,7 +155,7 @@ def test_pictures_inside_of_files_are_served(storage: dict[str, Any], tmp_path: 
         (folder / "a.tar").write_bytes(tar([("x/other.png", files["blue"])]))
         (folder / "d.pdf").write_bytes(SECRET)
         gone = message(client.get(f"/image/{by_name['a.tar#x/red.png']}"))
-        assert gone.endswith("a.tar#x/red.png: is not in the file any more")
+        assert gone.endswith("a.tar#x/red.png: is no image in the archive")
         assert message(client.get(f"/image/{by_name['d.pdf#page=2']}")).startswith("404 ")
 
 
