@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["embed", "photoz", "--model", "nowhere", "--out", "rows.csv", "--shard", "3/2"], 2,
          ["--shard 3/2", "photoz does not exist", "nowhere: there is no such model folder", "rows.csv is a file"]),
         (["load", "photos", "--path", "foreign"], 1,
-         ["photos has no cocoa-embed.json", "foreign holds something else, not an index"]),
+         ["foreign holds something else, not an index", "photos has no cocoa-embed.json"]),
         (["report", "photos"], 2, ["photos is no training run: it has no run.json"]),
         (["train", "recipe.yaml", "contrastive.stepz=3"], 2, ["unknown key 'contrastive.stepz'"]),
         (["eval", "mmeb", "empty", "--images", "photoz", "--model", "nowhere", "--subset", "Xyz"], 2,

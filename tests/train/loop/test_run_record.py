@@ -53,7 +53,7 @@ def test_a_run_from_a_checkpoint_records_the_stages_and_data_before_it(
 
 def test_a_killed_run_has_recorded_the_step_of_its_newest_checkpoint(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
     with killed_at(2):
-        run(tiny_recipe(bridge={**STAGE, "save_steps": 1}, contrastive=STAGE), tmp_path / "out")
+        run(tiny_recipe(bridge={**STAGE, "save_steps": 1}, contrastive={"steps": 2, "batch_size": 4}), tmp_path / "out")
     stages = read_run(tmp_path / "out")["stages"]
     assert [(stage["finished"], stage["step"]) for stage in stages.values()] == [(False, 1), (False, 0)]
     assert [line["step"] for line in stages["bridge"]["log"]] == [1]
