@@ -167,7 +167,7 @@ class DeviceEncoder(Encoder):
         return sum(self._seconds)
 
     @cached_property
-    def description(self) -> Description:
+    def description(self) -> Description:  # pyright: ignore[reportIncompatibleMethodOverride]
         """What an index has to know of the model; of one that was described before, no process is started."""
         return self._describe(lambda: self.processes.description)
 

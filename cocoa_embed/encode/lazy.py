@@ -67,12 +67,12 @@ class LazyEncoder(Encoder):
         return sum(self._seconds)
 
     @cached_property
-    def model(self) -> SentenceTransformer:  # type: ignore[override] - the base class sets it
+    def model(self) -> SentenceTransformer:  # type: ignore[override]  # the base class sets it
         """The loaded model."""
         return self.loaded.model
 
     @cached_property
-    def description(self) -> Description:
+    def description(self) -> Description:  # pyright: ignore[reportIncompatibleMethodOverride]
         """What an index has to know of the model; one that was described before is not loaded for it."""
         return self._describe(lambda: self.loaded.description)
 

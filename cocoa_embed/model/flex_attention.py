@@ -82,8 +82,8 @@ def flex_or_sdpa(
     padding = (0, 0, 0, attention_mask.seq_lengths[0] - length)
     padded = [functional.pad(each.to(value.dtype), padding) for each in (query, key, value)]
     try:
-        found, _ = flex_attention_forward(module, *padded, attention_mask, **kwargs)
-    except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+        found, _ = flex_attention_forward(module, padded[0], padded[1], padded[2], attention_mask, **kwargs)
+    except torch._dynamo.exc.FailOnRecompileLimitHit as error:  # pyright: ignore[reportAttributeAccessIssue]
         raise CocoaError(
             f"{FLEX} meets more shapes than torch compiles for, the last of {len(query)} sequences of up to {length} "
             "tokens; use attn_implementation=sdpa."

@@ -69,6 +69,7 @@ def test_a_run_with_nothing_new_loads_no_model_and_a_changed_model_is_still_foun
     assert not HEAVY & modules, "the other model is remembered too"
 
 
+@pytest.mark.slow
 def test_a_search_by_text_imports_what_sentence_transformers_does_and_qdrants_client(
     command: Command, model: Path, tmp_path: Path
 ) -> None:

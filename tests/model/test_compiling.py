@@ -35,6 +35,7 @@ def test_decoder_layers_are_compiled_alone_and_run_as_they_are_again(tiny_backbo
     assert all(module._compiled_call_impl is None for module in model.modules())
 
 
+@pytest.mark.slow
 def test_layers_that_cannot_be_compiled_are_run_as_they_are_with_a_warning_a_stage(
     tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -129,6 +129,10 @@ FAMILIES: dict[str, Callable[[Qwen2Tokenizer], tuple[PreTrainedModel, ProcessorM
 every_family = pytest.mark.parametrize("family", FAMILIES, indirect=True, scope="session")
 """Runs a test, or a module as its ``pytestmark``, once for each family instead of for Qwen2-VL alone."""
 
+_SLOW_FAMILIES = [pytest.param(each, marks=[] if each == "qwen2_vl" else pytest.mark.slow) for each in FAMILIES]
+every_family_slowly = pytest.mark.parametrize("family", _SLOW_FAMILIES, indirect=True, scope="session")
+"""The same, with all families but Qwen2-VL among the slow tests."""
+
 
 def write_tiny_backbone(family: str, folder: Path) -> None:
     """Write a random backbone, causal as Qwen's are, with its processor."""

@@ -94,6 +94,7 @@ def test_another_seed_gives_other_weights(finished: Path, small_recipe: Recipe, 
     assert not equal(weights(finished / "warmup"), weights(tmp_path / "other" / "warmup"))
 
 
+@pytest.mark.slow
 def test_checkpointed_gradients_are_the_same(finished: Path, small_recipe: Recipe, tmp_path: Path) -> None:
     def inspect(stage: str, trainer: Trainer) -> None:
         assert trainer.state.global_step == 2

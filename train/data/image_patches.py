@@ -70,7 +70,7 @@ def patch_digests(patches: Tensor, grids: Tensor, image_processor: Any) -> Tenso
     scale = [image_processor.rescale_factor, *image_processor.image_mean, *image_processor.image_std]
     digests = []
     for own, grid in zip(patches.split(grids.prod(dim=1).tolist()), grids.tolist(), strict=True):
-        digest = hashlib.blake2b(own.numpy(), digest_size=16)
+        digest = hashlib.blake2b(own.numpy().data, digest_size=16)
         digest.update(repr((grid, scale)).encode())
         digests.append(np.frombuffer(digest.digest(), np.int64))
     return torch.from_numpy(np.stack(digests))

@@ -39,7 +39,7 @@ def memory_of(card: str | None) -> float | None:
     """Return the bytes of a card, or of this machine's; None on a CPU, whose memory is not what limits a mini-batch."""
     if card is not None:
         return CARDS[card].memory * GB
-    device = PartialState().device
+    device = torch.device(str(PartialState().device))
     return float(torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else None
 
 
@@ -69,6 +69,7 @@ def fit_to_card(
         fitting = bisect_right(sizes, room, key=peak)
         return sizes[fitting - 1] if fitting else None
 
+    recomputes, found = False, dict[str, int | None]()
     for recomputes in [False, True] if asked == "auto" else [asked]:
         meter.recompute_activations(on=recomputes)
         if len(sizes) == 1 and asked != "auto":

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
@@ -107,7 +107,7 @@ class StageMeter:
             self._variants = [
                 _Variant(_trainer(stage, shallow, processor, table, fake), weight) for shallow, weight in depths(config)
             ]
-        counts = [(Parameters.of(each.trainer.model), each.weight) for each in self._variants]
+        counts = [(Parameters.of(cast(nn.Module, each.trainer.model)), each.weight) for each in self._variants]
         self.parameters = Parameters(
             *(sum(getattr(count, name) * weight for count, weight in counts) for name in Parameters.__annotations__)
         )
@@ -169,7 +169,7 @@ class StageMeter:
         self._stage.run_whole(trainer, max(v.numel() for n, v in tensors.items() if n.endswith("attention_mask")))
         self._roofline.tally = tally = Tally()
         with self._measuring():
-            trainer.compute_loss(trainer.model, tensors).backward()
+            cast(Tensor, trainer.compute_loss(cast(nn.Module, trainer.model), tensors)).backward()
         return tally.cost()
 
     def _faked(self, value: Any) -> Any:  # noqa: ANN401

@@ -242,9 +242,9 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # noqa: ANN401
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # noqa: ANN401
         q, k, v, out, mask = ctx.saved_tensors
-        moved = sum(map(_bytes, (q, k, v, q, k, v, out, grad, *([] if mask is None else [mask]))))
+        moved = sum(map(_bytes, (q, k, v, q, k, v, out, *grads, *([] if mask is None else [mask]))))
         ctx.meter.count("attention_backward", 2.5 * ctx.flops, moved, q.dtype, ATTENTION_SPEED)
         return None, torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None, None
 

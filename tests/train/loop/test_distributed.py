@@ -150,6 +150,7 @@ def test_two_processes_train_the_weights_of_one(recipe: Recipe, alone: Path, tmp
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(path.name for path in alone.iterdir())
 
 
+@pytest.mark.slow
 def test_processes_with_different_numbers_of_mini_batches_share_the_features_of_a_frozen_vision_encoder(
     recipe: Recipe, tmp_path: Path
 ) -> None:

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from cocoa_embed.train.loop.processes import taking_turns, training_patience
 
 RUN = """
@@ -36,6 +38,7 @@ with processes.training_patience():
 """
 
 
+@pytest.mark.slow
 def test_processes_take_turns_and_give_up_on_one_that_hangs_in_training(tmp_path: Path) -> None:
     (tmp_path / "run.py").write_text(RUN)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "run.py"]

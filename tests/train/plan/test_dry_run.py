@@ -249,6 +249,7 @@ def test_an_interrupted_run_is_planned_from_its_newest_checkpoint(recipe: MakeRe
     assert rest.stages[0].flops == pytest.approx(whole.stages[0].flops / 4)
 
 
+@pytest.mark.slow
 def test_steps_are_timed_without_a_trace_of_them(recipe: MakeRecipe, tmp_path: Path) -> None:
     given = recipe(warmup=None, bridge={**STAGE, "probe_rows": 4, "probe_steps": 1})
     planned = plan(given, tmp_path / "out", card="h100", seconds_per_step=seconds_per_step)

@@ -70,6 +70,7 @@ def test_texts_may_be_more_at_once_than_images(tiny_backbone: Backbone, scene_ro
     assert sizes[IMAGES] == 200 < sizes[TEXTS]
 
 
+@pytest.mark.slow
 def test_activations_are_recomputed_only_where_enough_do_not_fit(
     tiny_backbone: Backbone, scene_rows: list[Row]
 ) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from stages import alone, trainer_arguments
-from tiny_backbones import LoadTiny, every_family
+from tiny_backbones import LoadTiny, every_family, every_family_slowly
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, PreTrainedConfig
@@ -108,7 +108,7 @@ def deep_config(backbone: Backbone) -> PreTrainedConfig:
     ("kind", "checkpointing", "adapter"),
     [("warmup", False, {"kind": "dora"}), ("bridge", True, None), ("contrastive", True, {"kind": "lora"})],
 )
-@every_family
+@every_family_slowly
 def test_few_layers_tell_what_all_cost(
     tiny_backbone: Backbone,
     row: Row,
