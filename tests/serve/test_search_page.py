@@ -1,6 +1,7 @@
 """The search page in a real browser, under a policy that allows nothing but the server's own files."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,9 +43,15 @@ class Opened(NamedTuple):
 
     def wait_for_search(self, count: int) -> dict[str, Any]:
         """Wait until so many searches were sent and answered, and return the last."""
+        self.wait_until(lambda: len(self.server.searches) >= count)
         self.browser.wait_for(IDLE)
         assert len(self.server.searches) == count
         return self.server.searches[-1]
+
+    def wait_until(self, is_so: Callable[[], bool]) -> None:
+        end = time.monotonic() + 30
+        while not is_so() and time.monotonic() < end:
+            time.sleep(0.01)
 
     def search(self, text: str) -> dict[str, Any]:
         self.browser.wait_for(IDLE)
@@ -164,6 +171,7 @@ def test_facets_become_filters_of_the_command_line_and_the_address_keeps_them(tm
             page.browser.run(
                 f"({field}.value = '{value}', {field}.dispatchEvent(new Event('change', {{bubbles: true}})))"
             )
+        page.wait_until(lambda: len(page.server.searches[-1]["filters"]) == 4)
         page.browser.wait_for(IDLE)
         filters = page.server.searches[-1]["filters"]
         quoted = HOSTILE.replace('"', '\\"')
@@ -226,10 +234,12 @@ def test_what_fails_says_so_and_what_is_missing_too(tmp_path: Path, picture: Pat
         page.browser.wait_for("!document.getElementById('full-error').hidden")
         assert page.text("#full-error") == "/pictures/1.png has changed since it was indexed"
         page.browser.press("Escape")
+        page.browser.wait_for("!document.querySelector('dialog[open]')")
         page.browser.call(
             "Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=0, uploadThroughput=0
         )
         page.browser.press("/")
+        page.browser.wait_for("document.activeElement.matches('input')")
         page.browser.press("Enter")
         page.browser.wait_for(f"document.querySelector('{ERROR}')")
         assert page.text(f"{ERROR} span") == "The server does not answer. Is it still running?"
