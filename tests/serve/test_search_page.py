@@ -11,6 +11,8 @@ from browser import Browser, HtmlElements, needs_chromium
 from PIL import Image
 from stub_server import PAGE, StubServer, hit, running
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = """<img src=x onerror="document.title='stolen'"> & "quotes" 'too'"""
 KEY = "sécret 100%"
 FACETS = [
