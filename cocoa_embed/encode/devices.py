@@ -10,11 +10,9 @@ import multiprocessing
 import queue
 import signal
 import threading
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from copy import copy
-from functools import cached_property, partial
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,13 +20,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cocoa_embed.cpu_threads import available_cores
-from cocoa_embed.encode.description import Description, describe
+from cocoa_embed.encode.description import Description
 from cocoa_embed.encode.encoder import Encoder, Key, ModelInput
 from cocoa_embed.encode.jobs import EmbeddedImage, StreamSource
-from cocoa_embed.encode.lazy import LazyEncoder
+from cocoa_embed.encode.lazy import DeferredEncoder, LazyEncoder
 from cocoa_embed.encode.load import load_encoder
 from cocoa_embed.encode.read_ahead import read_ahead
-from cocoa_embed.errors import CocoaError, ImageError, UsageError, one_line, printable
+from cocoa_embed.errors import CocoaError, ImageError, UsageError, one_line
 
 LANES = 2
 """Chunks that a process works on at once, so that one is prepared while the model embeds the other."""
@@ -127,7 +125,7 @@ class Processes:
             lane.process.join()
 
 
-class DeviceEncoder(Encoder):
+class DeviceEncoder(DeferredEncoder):
     """An encoder whose model is in other processes, one for each device; they are started at first use."""
 
     def __init__(self, model: str | Path, devices: Sequence[str], dimension: int | None = None, **options: Any) -> None:
@@ -138,15 +136,7 @@ class DeviceEncoder(Encoder):
         :param dimension: Truncate every embedding to this many dimensions.
         :param options: Those of ``load_encoder``.
         """
-        self.name = printable(model)
-        self._dimension = dimension  # the model is elsewhere: nothing else of an encoder's own is needed
-        self._start = partial(Processes, model, devices, options)
-        self._describe = partial(describe, model, options)
-        self._lock = threading.Lock()
-        self._running: list[Processes] = []
-        """None or one; truncated encoders share the list."""
-        self._seconds: list[float] = []
-        """How long each start took."""
+        super().__init__(model, dimension, options, partial(Processes, model, devices, options))
 
     @property
     def processes(self) -> Processes:
@@ -154,46 +144,8 @@ class DeviceEncoder(Encoder):
 
         :raises CocoaError: If one cannot load the model.
         """
-        with self._lock:
-            if not self._running:
-                started = time.perf_counter()
-                self._running.append(self._start())
-                self._seconds.append(time.perf_counter() - started)
-            return self._running[0]
-
-    @property
-    def load_seconds(self) -> float:
-        """The time that starting the processes has taken."""
-        return sum(self._seconds)
-
-    @cached_property
-    def description(self) -> Description:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """What an index has to know of the model; of one that was described before, no process is started."""
-        return self._describe(lambda: self.processes.description)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """A digest of the model."""
-        return self.description.fingerprint
-
-    @property
-    def dimension(self) -> int:
-        """The length of an embedding."""
-        return self._dimension or self.description.dimension
-
-    def truncate(self, dimension: int) -> DeviceEncoder:
-        """Return an encoder in the same processes with shorter embeddings."""
-        shorter = copy(self)
-        shorter._dimension = dimension
-        return shorter
-
-    def require_images(self) -> None:
-        """Check that the model takes images.
-
-        :raises CocoaError: If it embeds only text.
-        """
-        if not self.description.takes_images:
-            raise CocoaError(f"{self.name} does not embed images; use a multimodal model")
+        found: Processes = self.started
+        return found
 
     def embed_queries(self, inputs: Sequence[ModelInput], batch_size: int = 32) -> np.ndarray:
         """Embed queries as ``Encoder.embed_queries`` does, on one of the devices."""
@@ -239,8 +191,8 @@ class DeviceEncoder(Encoder):
     def close(self) -> None:
         """End the processes; the next use starts them again."""
         with self._lock:
-            while self._running:
-                self._running.pop().close()
+            while self._started:
+                self._started.pop().close()
 
 
 def cut(images: Iterable[tuple[Key, StreamSource]], most: int) -> Iterator[list[tuple[Key, StreamSource]]]:

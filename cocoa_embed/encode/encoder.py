@@ -70,6 +70,15 @@ def make_input(text: str | None = None, image: ImageSource | None = None) -> Mod
     return made
 
 
+def check_dimension(name: str, dimension: int, most: int) -> None:
+    """Refuse to truncate embeddings of ``most`` dimensions to more than these, or to none.
+
+    :raises UsageError: If that is what ``dimension`` means.
+    """
+    if not 1 <= dimension <= most:
+        raise UsageError(f"{name} has embeddings of {most} dimensions, not of {dimension}; give 1 to {most}")
+
+
 class Encoder:
     """A model that several threads may share; it embeds one batch at a time."""
 
@@ -98,11 +107,8 @@ class Encoder:
         self._lock = threading.Lock()
         self._processor = ProcessorLock()
         self._dimension = dimension
-        if dimension is not None and not 1 <= dimension <= self._model_dimension:
-            raise UsageError(
-                f"{name} has embeddings of {self._model_dimension} dimensions, not of {dimension}; give 1 to "
-                f"{self._model_dimension}"
-            )
+        if dimension is not None:
+            check_dimension(name, dimension, self._model_dimension)
 
     @property
     def dimension(self) -> int:
@@ -147,7 +153,10 @@ class Encoder:
         :raises CocoaError: If it embeds only text.
         """
         if not self.model.supports("image"):
-            raise CocoaError(f"{self.name} does not embed images; use a multimodal model")
+            raise self._no_images()
+
+    def _no_images(self) -> CocoaError:
+        return CocoaError(f"{self.name} does not embed images; use a multimodal model")
 
     def embed_queries(self, inputs: Sequence[ModelInput], batch_size: int = 32) -> np.ndarray:
         """Embed queries, with the model's query prompt.

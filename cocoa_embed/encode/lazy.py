@@ -1,10 +1,10 @@
-"""An encoder that loads its model when it first has to embed, and knows before whether it is the model it has to be."""
+"""Encoders that load their model at first use, and know its fingerprint and dimension before."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import cached_property, partial
 from itertools import chain
@@ -14,52 +14,52 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cocoa_embed.encode.description import Description, describe
-from cocoa_embed.encode.encoder import Encoder, Key, ModelInput
+from cocoa_embed.encode.encoder import Encoder, Key, ModelInput, check_dimension
 from cocoa_embed.encode.jobs import EmbeddedImage, StreamSource
 from cocoa_embed.encode.load import load_encoder
-from cocoa_embed.errors import CocoaError, ImageError, printable
+from cocoa_embed.errors import ImageError, printable
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+    from typing_extensions import Self
 
 
-class LazyEncoder(Encoder):
-    """An encoder on one device, whose model is loaded at first use.
+class DeferredEncoder(Encoder):
+    """An encoder whose model is loaded at first use, by this process or by others.
 
     Neither of ``fingerprint``, ``dimension`` and ``require_images`` is a use, if the model was described before.
     """
 
     def __init__(
-        self, model: str | Path, device: str | None = None, dimension: int | None = None, **options: Any
+        self, model: str | Path, dimension: int | None, options: Mapping[str, Any], start: Callable[[], Any]
     ) -> None:
         """Name the model; nothing is loaded yet.
 
         :param options: Those of ``load_encoder``.
+        :param start: Loads the model, and returns what embeds with it and has its ``description``.
         """
         self.name = printable(model)
         self._dimension = dimension
-        self._load = partial(load_encoder, model, device, **options)
+        self._start = start
         self._describe = partial(describe, model, options)
         self._lock = threading.Lock()
-        self._loaded: list[Encoder] = []
+        self._started: list[Any] = []
         """None or one; truncated encoders share the list."""
         self._seconds: list[float] = []
-        """How long that took."""
+        """How long each start took."""
 
     @property
-    def loaded(self) -> Encoder:
-        """The encoder of the loaded model.
+    def started(self) -> Any:  # noqa: ANN401
+        """What embeds with the loaded model.
 
-        :raises CocoaError: If it cannot be loaded.
-        :raises UsageError: If its embeddings have fewer dimensions.
+        :raises CocoaError: If the model cannot be loaded.
         """
         with self._lock:
-            if not self._loaded:
-                started = time.perf_counter()
-                self._loaded.append(self._load())
-                self._seconds.append(time.perf_counter() - started)
-        (whole,) = self._loaded
-        return whole if self._dimension is None else whole.truncate(self._dimension)
+            if not self._started:
+                began = time.perf_counter()
+                self._started.append(self._start())
+                self._seconds.append(time.perf_counter() - began)
+            return self._started[0]
 
     @property
     def load_seconds(self) -> float:
@@ -67,14 +67,9 @@ class LazyEncoder(Encoder):
         return sum(self._seconds)
 
     @cached_property
-    def model(self) -> SentenceTransformer:  # type: ignore[override]  # the base class sets it
-        """The loaded model."""
-        return self.loaded.model
-
-    @cached_property
     def description(self) -> Description:  # pyright: ignore[reportIncompatibleMethodOverride]
         """What an index has to know of the model; one that was described before is not loaded for it."""
-        return self._describe(lambda: self.loaded.description)
+        return self._describe(lambda: self.started.description)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -89,9 +84,10 @@ class LazyEncoder(Encoder):
         """
         if self._dimension is None:
             return self.description.dimension
-        return self._dimension if self._dimension <= self.description.dimension else self.loaded.dimension
+        check_dimension(self.name, self._dimension, self.description.dimension)
+        return self._dimension
 
-    def truncate(self, dimension: int) -> LazyEncoder:
+    def truncate(self, dimension: int) -> Self:
         """Return an encoder of the same model with shorter embeddings; ``dimension`` refuses longer ones."""
         shorter = copy(self)
         shorter._dimension = dimension
@@ -103,7 +99,35 @@ class LazyEncoder(Encoder):
         :raises CocoaError: If it embeds only text.
         """
         if not self.description.takes_images:
-            raise CocoaError(f"{self.name} does not embed images; use a multimodal model")
+            raise self._no_images()
+
+
+class LazyEncoder(DeferredEncoder):
+    """An encoder on one device, whose model is loaded at first use."""
+
+    def __init__(
+        self, model: str | Path, device: str | None = None, dimension: int | None = None, **options: Any
+    ) -> None:
+        """Name the model; nothing is loaded yet.
+
+        :param options: Those of ``load_encoder``.
+        """
+        super().__init__(model, dimension, options, partial(load_encoder, model, device, **options))
+
+    @property
+    def loaded(self) -> Encoder:
+        """The encoder of the loaded model.
+
+        :raises CocoaError: If it cannot be loaded.
+        :raises UsageError: If its embeddings have fewer dimensions.
+        """
+        whole: Encoder = self.started
+        return whole if self._dimension is None else whole.truncate(self._dimension)
+
+    @cached_property
+    def model(self) -> SentenceTransformer:  # type: ignore[override]  # the base class sets it
+        """The loaded model."""
+        return self.loaded.model
 
     def embed_queries(self, inputs: Sequence[ModelInput], batch_size: int = 32) -> np.ndarray:
         """Embed queries as ``Encoder.embed_queries`` does."""
