@@ -1,4 +1,4 @@
-"""The commands about a collection: ``info``, ``list``, ``alias``... None loads a model."""
+"""The commands about a collection: ``info``, ``list``, ``forget``... None loads a model."""
 
 from __future__ import annotations
 
@@ -120,6 +120,30 @@ def export_points(
         condition = read_filter(filters, store.payload_indexes())
         count = write_points(out, store.points(condition, with_vectors=vectors), standard_output)
         say(console, f"{count} points of {store.name} written to {'standard output' if out == '-' else printable(out)}")
+
+
+def forget(
+    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Files, folders, archives, addresses.")],
+    collection: CollectionOption = "images",
+    path: PathOption = None,
+    url: UrlOption = None,
+    edge: EdgeOption = None,
+    api_key: ApiKeyOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove images from an index, whether they exist or not. Copies elsewhere stay in it."""
+    with working() as console, reading(collection, {"path": path, "url": url, "edge": edge}, api_key) as store:
+        from cocoa_embed.integrations.qdrant.indexing.prune import forget as forget_paths
+
+        store.require_signature()
+        forgotten = forget_paths(store, paths)
+        store.finish()
+        for name, count in forgotten.images.items():
+            say(console, f"{printable(name)}: {count} images forgotten" if count else f"{printable(name)}: not indexed")
+    if as_json:
+        print_json({"collection": collection, "forgotten": forgotten.images, "deleted": forgotten.deleted})
+    if not all(forgotten.images.values()):
+        raise typer.Exit(1)
 
 
 Kind = Literal["keyword", "text", "integer", "float", "bool", "datetime"]

@@ -32,7 +32,6 @@ from cocoa_embed.cli.output import (
     print_json,
     say,
     say_passed_over,
-    silence_libraries,
     working,
 )
 from cocoa_embed.cli.storage import (
@@ -48,7 +47,7 @@ from cocoa_embed.cli.storage import (
     open_collection,
     open_indexer,
 )
-from cocoa_embed.errors import printable, require
+from cocoa_embed.errors import printable
 from cocoa_embed.folders import refuse_foreign_folder
 
 if TYPE_CHECKING:
@@ -128,38 +127,6 @@ def index(
     if as_json:
         print_json(dataclasses.asdict(summary))
     if summary.failed:
-        raise typer.Exit(1)
-
-
-def forget(
-    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Files, folders, archives, addresses.")],
-    collection: CollectionOption = "images",
-    path: PathOption = None,
-    url: UrlOption = None,
-    edge: EdgeOption = None,
-    api_key: ApiKeyOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Remove images from an index, whether they exist or not. Copies elsewhere stay in it."""
-    storage = {"path": path, "url": url, "edge": edge}
-    check_storage(collection, storage, exists=True)
-    require("qdrant_client", "qdrant")
-    from cocoa_embed.integrations.qdrant.indexing.prune import forget as forget_paths
-
-    with working() as console:
-        silence_libraries()
-        store = open_collection(collection, storage, api_key)
-        try:
-            store.require_signature()
-            forgotten = forget_paths(store, paths)
-            store.finish()
-        finally:
-            store.close()
-        for name, count in forgotten.images.items():
-            say(console, f"{printable(name)}: {count} images forgotten" if count else f"{printable(name)}: not indexed")
-    if as_json:
-        print_json({"collection": collection, "forgotten": forgotten.images, "deleted": forgotten.deleted})
-    if not all(forgotten.images.values()):
         raise typer.Exit(1)
 
 

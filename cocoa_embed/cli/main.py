@@ -10,11 +10,11 @@ from typing import Annotated
 import typer
 
 from cocoa_embed import __version__
-from cocoa_embed.cli.collection import alias, export_points, filterable, info, list_collections, seed
+from cocoa_embed.cli.collection import alias, export_points, filterable, forget, info, list_collections, seed
 from cocoa_embed.cli.demo import demo
 from cocoa_embed.cli.embed import embed, load
 from cocoa_embed.cli.evaluate import evaluation
-from cocoa_embed.cli.index import forget, index
+from cocoa_embed.cli.index import index
 from cocoa_embed.cli.report import diagnose, report
 from cocoa_embed.cli.search import search
 from cocoa_embed.cli.serve import serve
