@@ -167,7 +167,7 @@ def media_type(name: str) -> str:
 def check_whole(key: str, value: str) -> None:
     """Refuse a value that no image can have in a field that is compared as a whole.
 
-    :raises UsageError: If it is a pattern, or a relative path in a field of absolute paths.
+    :raises UsageError: If it is a pattern, a folder, or a relative path in a field of absolute paths.
     """
     if "*" in value:
         raise UsageError(
@@ -175,6 +175,8 @@ def check_whole(key: str, value: str) -> None:
         )
     if key in ("path", "paths") and not re.match(r"[/\\]|[A-Za-z][\w+.-]*:", value):
         raise UsageError(f"{key} holds absolute paths, {value!a} is not one; compare it with relative_path")
+    if key in ("path", "paths", "relative_path", "relative_paths") and value.endswith(("/", "\\")):
+        raise UsageError(f"{key} is compared as a whole, {value!a} is a folder; give the path of an image")
 
 
 def _at_time(key: str, value: Scalar) -> Condition:

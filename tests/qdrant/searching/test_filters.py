@@ -101,6 +101,8 @@ WRONG = {
     "width 1000": "did you mean width=1000?",
     **dict.fromkeys(["author=Ann and width>5", "author=Ann, width>5", "author=Ann && year=5"], "each filter is one"),
     "mime=image/*": "'image/*' is no pattern; look for words with ~",
+    "path=/photos/": "path is compared as a whole, '/photos/' is a folder",
+    "relative_path=photos/|a.png": "relative_path is compared as a whole, 'photos/' is a folder",
     "path=photos/b.png": "path holds absolute paths, 'photos/b.png' is not one",
     "width=>1000": "KEY>=VALUE",
     'width="640"': "width is a number, '640' is not",
