@@ -181,7 +181,7 @@ class Encoder:
     def _embed(self, encode: Callable[..., Any], inputs: Sequence[ModelInput], batch_size: int) -> np.ndarray:
         self._check(inputs)
         with self._turn(), self._processor.use(for_documents=False):
-            embeddings = encode([*map(self._literal, inputs)], batch_size=batch_size, show_progress_bar=False)
+            embeddings = encode(self._literal(inputs), batch_size=batch_size, show_progress_bar=False)
         return self._finish(np.asarray(embeddings))
 
     def stream_images(
@@ -240,14 +240,15 @@ class Encoder:
         finally:
             self._lock.release()
 
-    def _literal(self, item: ModelInput) -> ModelInput:
-        """Return an input whose text is read as its characters, by the templates of other models, too."""
+    def _literal(self, inputs: Sequence[ModelInput]) -> list[ModelInput]:
+        """Return inputs whose texts are read as their characters, by the templates of other models, too."""
         from transformers import PreTrainedTokenizerBase
 
         tokenizer = self.model.tokenizer
-        if "text" not in item or not isinstance(tokenizer, PreTrainedTokenizerBase):
-            return item
-        return {**item, "text": literal(str(item["text"]), special_tokens(tokenizer))}
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            return list(inputs)
+        tokens = special_tokens(tokenizer)
+        return [{**each, "text": literal(str(each["text"]), tokens)} if "text" in each else each for each in inputs]
 
     def _finish(self, embeddings: np.ndarray) -> np.ndarray:
         """Return embeddings as float32, truncated and normalised if this encoder has its own dimension.
