@@ -95,7 +95,9 @@ def search(
     wanted |= {"any_orientation": any_orientation, "diversity": diversity, "group_by": group_by}
     examples: dict[str, Any] = {"like": like or (), "unlike": unlike or ()}
     if server is not None:
-        refuse_beside_server(model=model, path=path, url=url, edge=edge, html=html)
+        own: dict[str, object] = {"model": model, "path": path, "url": url, "edge": edge, "device": device}
+        own |= {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code or None}
+        refuse_beside_server(**own, hnsw_ef=hnsw_ef, exact=exact or None, html=html)
         with working() as console:
             hosts = allow_host or ()
             found = search_server(
@@ -157,7 +159,8 @@ def refuse_beside_server(**options: object) -> None:
     :raises UsageError: If one is given.
     """
     if given := [name for name, value in options.items() if value is not None]:
-        raise UsageError(f"--server has its own model and index, and shows hits on its page; leave out --{given[0]}")
+        name = given[0].replace("_", "-")
+        raise UsageError(f"--server has its own model and index, and shows hits on its page; leave out --{name}")
 
 
 def check_page(file: Path) -> None:

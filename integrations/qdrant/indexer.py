@@ -118,7 +118,7 @@ class QdrantIndexer(Searcher):
         return self._encoder_for(None)
 
     def require_model(self) -> None:
-        """Load the model, if it is not, and check that it made the collection.
+        """Check that the model made the collection; one that was described before is not loaded for it.
 
         :raises CocoaError: If there is no such collection, another model made it, or the model cannot be loaded.
         """
