@@ -133,7 +133,8 @@ class Demo:
     def _index_and_search(self, held_out: list[Row]) -> tuple[list[Search], int]:
         # From here on only what a user has: the exported folder.
         exported = SentenceTransformer(str(self.out), local_files_only=True)
-        with QdrantIndexer(exported, path=self.work / "index", collection="held-out") as indexer:
+        named = Encoder(exported, str(self.out.absolute()))  # by which `cocoa-embed serve` finds it
+        with QdrantIndexer(named, path=self.work / "index", collection="held-out") as indexer:
             summary = indexer.index(self.work / "data" / "held-out")
             return answer_queries(indexer, held_out), summary.indexed
 

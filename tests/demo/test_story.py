@@ -74,6 +74,7 @@ def test_the_gallery_searches_the_held_out_images_in_each_way_and_marks_the_righ
     assert finished.results["indexed"] == 12
     held_out = read_image_folder(finished.demo.work / "data" / "held-out")
     with QdrantIndexer(str(finished.demo.out), path=finished.demo.work / "index", collection="held-out") as indexer:
+        assert indexer.store.require_signature().model == str(finished.demo.out.absolute())
         answers = answer_queries(indexer, held_out)
     kinds = ["text → image", "image → image", "image + text → image", "LlamaIndex: text → image"]
     assert [answer.title for answer in answers] == [kind for kind in kinds for _ in range(3)]
