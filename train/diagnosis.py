@@ -39,7 +39,7 @@ class Diagnosis:
     :param held_out_by: The stage that held the rows out of its training; None for rows of ``--data``.
     :param seen_by: The stages before it that were trained on the same data.
     :param masked_tokens: Accuracy on masked tokens, by its names in the bridge's log; None without a language-model
-        head.
+        head that predicts them from the state before, and for embeddings that are not those of ``<EOS>``.
     :param geometry: The metrics of ``geometry``.
     """
 
@@ -67,6 +67,7 @@ def diagnose(
         raise UsageError(f"--rows is {rows}; two are needed, as images are exchanged.")
     training = read_training(checkpoint)
     recipe = Recipe.parse(training["recipe"], source=str(checkpoint))
+    last = training["stages"][-1]["stage"] if training["stages"] else None
     if data is None:
         held_out_by, held_out, seen_by = held_out_rows(checkpoint)
         chosen, source = held_out[:rows], f"rows that the {held_out_by} stage held out of its training"
@@ -77,7 +78,7 @@ def diagnose(
             raise CocoaError(f"{printable(data)} has one image; two are needed, as images are exchanged.")
     device = find_device(device)
     try:
-        metrics = _measure(checkpoint, recipe, chosen, device)
+        metrics = _measure(checkpoint, recipe, last, chosen, device)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -122,10 +123,11 @@ def held_out_rows(checkpoint: Path) -> tuple[str, list[Row], list[str]]:
     return stage, unbroken(rows, recipe.data_of(stage).on_bad_row), entry["held_out"]["seen_by"]
 
 
-def _measure(checkpoint: Path, recipe: Recipe, rows: Sequence[Row], device: str) -> dict[str, float]:
-    config = read_config(str(checkpoint))
-    if SUPPORTED[config.model_type].__name__ not in (config.architectures or []):
-        # Without a language-model head: a contrastive stage or an exported model.
+def _measure(checkpoint: Path, recipe: Recipe, last: str | None, rows: Sequence[Row], device: str) -> dict[str, float]:
+    config, stage = read_config(str(checkpoint)), recipe.stages.get(last or "")
+    has_head = SUPPORTED[config.model_type].__name__ in (config.architectures or [])
+    if not has_head or recipe.pooling != "eos" or (stage and not stage.predicts_next):
+        # The head, if there is one (not after the contrastive stage), does not predict through <EOS>.
         model = load_model(checkpoint, device).eval()
         return embedding_probe(model, rows, ROWS_AT_ONCE)(model)
     backbone = load_backbone(str(checkpoint), bidirectional=recipe.bidirectional)

@@ -19,6 +19,7 @@ from cocoa_embed.errors import CocoaError, UsageError, did_you_mean, printable
 from cocoa_embed.train.settings import SOURCE_KINDS, DataSettings, RunSettings, Settings, SourceSettings, StageSettings
 from cocoa_embed.train.stages.bridge.settings import BridgeSettings
 from cocoa_embed.train.stages.contrastive.settings import ContrastiveSettings
+from cocoa_embed.train.stages.moca.settings import MocaSettings
 from cocoa_embed.train.stages.warmup.settings import WarmupSettings
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class Recipe(RunSettings):
     """
 
     warmup: Annotated[WarmupSettings | None, "cocoa_embed.train.stages.warmup.stage:Warmup"] = None
+    moca: Annotated[MocaSettings | None, "cocoa_embed.train.stages.moca.stage:Moca"] = None
     bridge: Annotated[BridgeSettings | None, "cocoa_embed.train.stages.bridge.stage:Bridge"] = None
     contrastive: Annotated[ContrastiveSettings | None, "cocoa_embed.train.stages.contrastive.stage:Contrastive"] = None
 

@@ -23,6 +23,8 @@ Auto: TypeAlias = Literal["auto"]
 
 CaptionChoice: TypeAlias = Literal["text", "captions"]
 
+Pooling: TypeAlias = Literal["eos", "mean"]
+
 MOST_AUTO_ROWS = 16
 """Rows of a micro-batch that is chosen where nothing is tried: on a CPU, with sharded weights, and in plans."""
 
@@ -233,8 +235,8 @@ class PromptSettings(Settings):
 class RunSettings(Settings):
     """The settings of a run beside those of its stages.
 
-    A run whose ``backbone`` is a checkpoint of an earlier run inherits ``prompts``, ``max_length``, ``max_pixels`` and
-    ``bidirectional`` from it, where they are not given.
+    A run whose ``backbone`` is a checkpoint of an earlier run inherits ``prompts``, ``max_length``, ``max_pixels``,
+    ``bidirectional`` and ``pooling`` from it, where they are not given.
 
     :param name: The name of the run, and by default of its folder in ``runs/``.
     :param backbone: A folder, the name of a backbone of this package, or a hub name.
@@ -243,6 +245,8 @@ class RunSettings(Settings):
         float32, and those frozen beside an adapter are bfloat16 until it is merged.
     :param attn_implementation: ``flex_attention`` skips what the bridge mask hides, on CUDA; at short sequences sdpa is
         as fast (docs/experiments.md, section 10).
+    :param pooling: What an embedding is, before it is normalised: the last hidden state of ``<EOS>``, or the mean of
+        those of all tokens.
     :param bidirectional: False leaves the language model causal in every stage, for comparison.
     :param gradient_checkpointing: Recompute activations in the backward pass instead of storing them. ``auto``: only if
         they do not fit into the device's memory; on a CPU, never.
@@ -265,6 +269,7 @@ class RunSettings(Settings):
     mixed_precision: Literal["no", "bf16"] = "no"
     attn_implementation: Literal["sdpa", "eager", "flex_attention"] = "sdpa"
     bidirectional: bool = True
+    pooling: Pooling = "eos"
     gradient_checkpointing: bool | Auto = False
     vision_cache: Path | None = None
     vision_cache_gb: Rate = 100

@@ -128,7 +128,7 @@ def diagnosis_lines(diagnosis: Diagnosis) -> Iterator[str]:
     if diagnosis.seen_by:
         yield f"  trained on the same data: {', '.join(diagnosis.seen_by)}"
     if diagnosis.masked_tokens is None:
-        yield "  masked tokens   not measured: the checkpoint has no language-model head, as after contrastive training"
+        yield "  masked tokens   not measured: the checkpoint has no language-model head that reads <EOS>"
     else:
         matching, shuffled, none = diagnosis.masked_tokens.values()
         yield (

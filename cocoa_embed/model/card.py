@@ -23,8 +23,8 @@ tags:
 # {name}
 
 A multimodal embedding model: texts, images, and images with text become unit vectors of {dimension} dimensions in one
-space; cosine similarity compares them. It was trained with [CoCoA](https://arxiv.org/abs/2603.01471): a vision-language
-model ({backbone}) {attention} and trained so that the last hidden state of `{eos}` holds the content.
+space; cosine similarity compares them. A vision-language model ({backbone}) was {attention} and trained
+{pooled} holds the content.
 
 ## Use
 
@@ -60,6 +60,12 @@ Data: {data}. Seed {seed}. The whole recipe is in `cocoa_training.json`.
 {results}
 """
 
+POOLED = {
+    "eos": "with [CoCoA](https://arxiv.org/abs/2603.01471) so that the last hidden state of `{eos}`",
+    "mean": "so that the mean of the last hidden states of all tokens",
+}
+"""What a model is trained for, by the recipe's ``pooling``."""
+
 _METRICS = ("recall@1", "recall@5", "recall@10", "mrr")
 
 
@@ -82,6 +88,7 @@ def model_card(name: str, model: SentenceTransformer, training: dict[str, Any]) 
         transformers_floor=TRANSFORMERS_FLOOR,
         origin=origin_lines[training["origin"]],
         dimension=model.get_embedding_dimension(),
+        pooled=POOLED[recipe["pooling"]].format(eos=processor.tokenizer.eos_token),
         eos=processor.tokenizer.eos_token,
         query_prompt=_quoted(recipe["prompts"]["query"]),
         document_prompt=_quoted(recipe["prompts"]["document"]),

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from sentence_transformers.sentence_transformer.modules.pooling import PoolingMode
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from cocoa_embed.errors import CocoaError, one_line
@@ -33,6 +34,9 @@ REQUIREMENTS = {
 }
 """What sentence-transformers verifies before it loads an export."""
 
+POOLING_MODES: Mapping[str, PoolingMode] = MappingProxyType({"eos": "lasttoken", "mean": "mean"})
+"""Of sentence-transformers, by the recipe's ``pooling``; the mean is over all tokens, visual ones and prompts too."""
+
 OLD_MODULES = "sentence_transformers.models."
 """Where sentence-transformers before 5.4 has its modules, and newer ones find them too."""
 
@@ -45,13 +49,15 @@ def build_sentence_transformer(
     *,
     prompts: dict[str, str],
     bidirectional: bool = True,
+    pooling: str = "eos",
     device: str | None = None,
     model_kwargs: Mapping[str, Any] = MappingProxyType({}),
 ) -> SentenceTransformer:
-    """Return a SentenceTransformer over the backbone in ``checkpoint``: the normalised last hidden state of ``<EOS>``.
+    """Return a SentenceTransformer over the backbone in ``checkpoint``.
 
     :param prompts: The prompts for ``query`` and ``document``, stored with the model.
     :param bidirectional: False for a checkpoint that was trained causal, as a baseline.
+    :param pooling: One of ``POOLING_MODES``.
     :param device: The torch device; None takes the fastest.
     :param model_kwargs: More keyword arguments for transformers, such as ``dtype``.
     :raises CocoaError: If it cannot be loaded, or is causal although it should be bidirectional.
@@ -65,16 +71,19 @@ def build_sentence_transformer(
     append_eos(transformer.processor.tokenizer)
     if bidirectional:
         assert_bidirectional(transformer.auto_model)
-    return embedding_model(transformer, prompts, device)
+    return embedding_model(transformer, prompts, pooling, device)
 
 
 def embedding_model(
-    transformer: Transformer, prompts: dict[str, str], device: str | None = None
+    transformer: Transformer, prompts: dict[str, str], pooling: str, device: str | None = None
 ) -> SentenceTransformer:
-    """Return the model whose embedding is the normalised last hidden state of a sequence's last token, ``<EOS>``."""
-    pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="lasttoken")
+    """Return the model whose embedding is normalised: the last hidden state of ``<EOS>``, or the mean of all.
+
+    :param pooling: One of ``POOLING_MODES``.
+    """
+    pooled = Pooling(transformer.get_embedding_dimension(), pooling_mode=POOLING_MODES[pooling])
     return SentenceTransformer(
-        modules=[transformer, pooling, Normalize()], prompts=prompts, similarity_fn_name="cosine", device=device
+        modules=[transformer, pooled, Normalize()], prompts=prompts, similarity_fn_name="cosine", device=device
     )
 
 
@@ -143,8 +152,11 @@ def _make_readable_by_servers(out: Path, eos: Mapping[str, Any]) -> None:
         lambda modules: [{**each, "type": OLD_MODULES + each["type"].rpartition(".")[2]} for each in modules],
     )
     # Servers take the first flag that is true, and ``include_prompt`` is one of the others.
-    flags = {f"pooling_mode_{flag}": flag == "lasttoken" for flag in POOLING_FLAGS}
-    _rewrite(out / "1_Pooling" / "config.json", lambda settings: {**flags, **settings})
+    _rewrite(out / "1_Pooling" / "config.json", lambda settings: {**_pooling_flags(settings), **settings})
+
+
+def _pooling_flags(settings: Mapping[str, Any]) -> dict[str, bool]:
+    return {f"pooling_mode_{flag}": flag.removesuffix("_tokens") == settings["pooling_mode"] for flag in POOLING_FLAGS}
 
 
 def _rewrite(path: Path, change: Callable[[Any], object]) -> None:
@@ -158,9 +170,10 @@ def export_model(checkpoint: Path, out: Path) -> Path:
     :raises CocoaError: If ``checkpoint`` is not a checkpoint, or ``out`` holds something else.
     """
     training = read_training(checkpoint)
+    recipe = training["recipe"]
     if checkpoint.resolve().is_relative_to(out.resolve()):
         raise CocoaError(f"{out} is or holds the checkpoint itself; give another folder to export to.")
     model = build_sentence_transformer(
-        checkpoint, prompts=training["recipe"]["prompts"], bidirectional=training["recipe"]["bidirectional"]
+        checkpoint, prompts=recipe["prompts"], bidirectional=recipe["bidirectional"], pooling=recipe["pooling"]
     )
     return save_sentence_transformer(model, out, training)

@@ -49,7 +49,7 @@ def load_model(
 ) -> SentenceTransformer:
     """Load an exported model, a checkpoint of any stage, or a model of the Hugging Face hub (``owner/name``).
 
-    A checkpoint keeps the prompts of its recipe, and stays causal if it was trained causal.
+    A checkpoint keeps the prompts and the pooling of its recipe, and stays causal if it was trained causal.
 
     :param model: A folder, or a name on the hub if no folder has it.
     :param device: The torch device; None takes the fastest.
@@ -80,6 +80,7 @@ def load_model(
             folder,
             prompts=recipe["prompts"],
             bidirectional=recipe["bidirectional"],
+            pooling=recipe["pooling"],
             device=device,
             model_kwargs=model_kwargs,
         )

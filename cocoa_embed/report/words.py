@@ -6,6 +6,7 @@ SHOWN_CHARACTERS = 300
 SERIES = {
     "loss": ("total loss", "total"),
     "mntp_loss": ("masked tokens: cross-entropy", "text"),
+    "mlm_loss": ("masked tokens: cross-entropy", "text"),
     "mae_loss": ("masked patches: mean squared error", "image"),
     "masked_token_accuracy": ("masked tokens of the batch", "text"),
     "accuracy_matching_image": ("with the matching image", "right"),

@@ -22,7 +22,6 @@ from cocoa_embed.cli.main import main
 from cocoa_embed.demo.scenes import write_image_folder
 from cocoa_embed.model.export import export_model
 from cocoa_embed.train import Recipe
-from cocoa_embed.train.recipe import STAGES
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
@@ -40,7 +39,7 @@ def commands(script: str) -> list[list[str]]:
 
 def shorter(words: list[str]) -> list[str]:
     """Return the overrides that make a training run short."""
-    stages = [stage for stage in STAGES if f"{stage}=null" not in words]
+    stages = Recipe.load(words[2], [word for word in words[3:] if "=" in word and not word.startswith("-")]).stages
     probe = ["bridge.probe_rows=4"] if "bridge" in stages else []
     return [f"{stage}.{setting}" for stage in stages for setting in SHORT] + probe
 

@@ -106,6 +106,29 @@ def test_an_embedding_is_the_normalised_last_hidden_state_at_eos(
     np.testing.assert_allclose(model.encode([item.load() for item in items]), np.stack(expected), **SAME)
 
 
+def test_a_mean_pooled_embedding_is_the_normalised_mean_over_all_tokens_without_padding(
+    checkpoint: Path, scene_rows: list[Row], tmp_path: Path
+) -> None:
+    """Visual tokens, prompt and ``<EOS>`` count; computed by the training code, one item at a time."""
+    mean = Path(shutil.copytree(checkpoint, tmp_path / "mean"))
+    training = {**TRAINING, "recipe": {**TRAINING["recipe"], "pooling": "mean"}}
+    (mean / TRAINING_FILE).write_text(json.dumps(training), encoding="utf-8")
+    exported = SentenceTransformer(str(export_model(mean, tmp_path / "exported")), device="cpu")
+    backbone = load_backbone(str(checkpoint))
+    backbone.model.eval()
+    items = [Item(text="a red ring"), Item(images=(scene_rows[1].image,), text="what is left of the ring?")]
+    expected = []
+    for item in items:
+        batch = render_items(backbone.processor, [item], prompt=PROMPTS["query"])
+        with torch.no_grad():
+            hidden_states = backbone.model.base_model(**batch).last_hidden_state
+        expected.append(torch.nn.functional.normalize(hidden_states[0].mean(dim=0), dim=0).numpy())
+    loaded = [item.load() for item in items]
+    np.testing.assert_allclose(exported.encode_query(loaded), np.stack(expected), **SAME)
+    with_eos = build_sentence_transformer(checkpoint, prompts=PROMPTS, device="cpu")
+    assert np.abs(with_eos.encode_query(loaded) - np.stack(expected)).max() > 1e-2
+
+
 def test_exported_again_it_has_the_same_files_and_embeddings(
     tiny_export: Path, model: SentenceTransformer, tmp_path: Path
 ) -> None:

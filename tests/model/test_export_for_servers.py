@@ -19,6 +19,7 @@ from transformers import AutoModel, AutoProcessor
 from cocoa_embed.data.rows import Row
 from cocoa_embed.model.backbone import SUPPORTED, load_backbone
 from cocoa_embed.model.export import (
+    _pooling_flags,
     as_generation_model,
     build_sentence_transformer,
     export_model,
@@ -161,6 +162,9 @@ def test_the_pooling_reads_as_last_token_for_servers_of_any_age(tiny_export: Pat
     true = [name for name, value in pooling.items() if value is True]
     assert true[0] == "pooling_mode_lasttoken", "old ones take the first"
     assert [name for name in true if name.startswith("pooling_mode_")] == true[:1]
+    flags = _pooling_flags({"pooling_mode": "mean"})
+    assert [name for name, value in flags.items() if value] == ["pooling_mode_mean_tokens"]
+    assert flags.keys() <= pooling.keys()
 
 
 @pytest.mark.parametrize(("trained", "expected"), [([8, 16], [32, 16, 8]), ([], None)])

@@ -18,8 +18,11 @@ from cocoa_embed.train.recipe import Recipe
 from cocoa_embed.train.settings import Ratio, ReconstructionSettings, RunSettings, StageSettings
 from cocoa_embed.train.stages.bridge.collator import BridgeCollator
 from cocoa_embed.train.stages.bridge.model import BridgeModel
-from cocoa_embed.train.stages.losses import mntp_loss
+from cocoa_embed.train.stages.losses import masked_token_loss
 from cocoa_embed.train.stages.masking import mask_each, row_generators
+from cocoa_embed.train.stages.moca.collator import MocaCollator
+from cocoa_embed.train.stages.moca.model import MocaModel
+from cocoa_embed.train.stages.moca.settings import MocaSettings
 from cocoa_embed.train.stages.reconstruction import (
     full_model_mask,
     last_hidden_states,
@@ -69,6 +72,21 @@ def warmup_settings(**settings: Any) -> WarmupSettings:
     return WarmupSettings(steps=1, batch_size=2, **settings)
 
 
+def moca_collator(backbone: Backbone, **settings: Any) -> MocaCollator:
+    """Return the collator of MoCa's pre-training, with seed 0."""
+    return MocaCollator(backbone.processor, backbone.geometry, 0, moca_settings(**settings))
+
+
+def moca_model(backbone: Backbone, **settings: Any) -> MocaModel:
+    """Return the model of MoCa's pre-training, for evaluation."""
+    return MocaModel(backbone.model, backbone.geometry, moca_settings(**settings)).eval()
+
+
+def moca_settings(**settings: Any) -> MocaSettings:
+    """Return the settings of MoCa's pre-training for one step of two rows."""
+    return MocaSettings(steps=1, batch_size=2, **settings)
+
+
 def bridge_collator(backbone: Backbone, mask_ratio: float = 0.7) -> BridgeCollator:
     """Return the collator of stage 2, with seed 0."""
     return BridgeCollator(backbone.processor, 0, mask_ratio)
@@ -93,7 +111,7 @@ class MaskedLanguageModel(nn.Module):
     def forward(self, totals: Mapping[str, float], **batch: Tensor) -> dict[str, Tensor]:
         mask = full_model_mask(self.backbone, batch["attention_mask"])
         logits = masked_token_logits(self.backbone, last_hidden_states(self.backbone, batch, mask), batch)
-        return {"loss": mntp_loss(logits, batch["target_ids"], total=totals["target_ids"])}
+        return {"loss": masked_token_loss(logits, batch["target_ids"], total=totals["target_ids"])}
 
 
 class MaskedLanguage(Stage[MaskedLanguageSettings]):

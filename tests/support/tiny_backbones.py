@@ -47,6 +47,9 @@ MakeRecipe = Callable[..., Recipe]
 LoadTiny = Callable[[str], Backbone]
 """Loads the tiny backbone with an attention implementation."""
 
+COCOA = ("warmup", "bridge", "contrastive")
+"""The stages of CoCoA, in their order."""
+
 STAGE: dict[str, Any] = {"steps": 2, "batch_size": 4, "mini_batch_size": 2, "learning_rate": 1e-3, "logging_steps": 1}
 STAGE["warmup_steps"] = 0
 """The settings of a stage of a tiny run."""

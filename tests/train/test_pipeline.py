@@ -9,7 +9,7 @@ import torch
 from exported import PROMPTS, contents
 from sentence_transformers import SentenceTransformer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_backbones import TINY_MAX_LENGTH
+from tiny_backbones import COCOA, TINY_MAX_LENGTH
 from torch import Tensor
 from transformers import Qwen2VLForConditionalGeneration, Trainer, TrainingArguments
 
@@ -21,7 +21,7 @@ from cocoa_embed.model.export import export_model
 from cocoa_embed.model.training_record import RUN_FILE, TRAINING_FILE, read_run, read_training
 from cocoa_embed.train.pipeline import run
 from cocoa_embed.train.plan import checks
-from cocoa_embed.train.recipe import STAGES, Recipe
+from cocoa_embed.train.recipe import Recipe
 
 Values = dict[str, Any]
 
@@ -56,13 +56,13 @@ METRICS = {
 def test_the_stages_run_in_order_and_leave_checkpoints_with_logs_and_a_record_of_all_before(
     finished: Path, small_recipe: Recipe
 ) -> None:
-    assert STAGES == tuple(METRICS)
-    assert {path.name for path in finished.iterdir()} == {RUN_MARKER, RUN_FILE, *STAGES}
-    for number, stage in enumerate(STAGES, start=1):
+    assert tuple(METRICS) == COCOA
+    assert {path.name for path in finished.iterdir()} == {RUN_MARKER, RUN_FILE, *COCOA}
+    for number, stage in enumerate(COCOA, start=1):
         training = read_training(finished / stage)
         assert Recipe.parse(training["recipe"]) == small_recipe
         assert [(entry["stage"], entry["steps"]) for entry in training["stages"]] == [
-            (each, 2) for each in STAGES[:number]
+            (each, 2) for each in COCOA[:number]
         ]
         log = [line for line in read_run(finished)["stages"][stage]["log"] if "loss" in line]
         assert [line["step"] for line in log] == [1, 2]
@@ -71,7 +71,7 @@ def test_the_stages_run_in_order_and_leave_checkpoints_with_logs_and_a_record_of
         assert training["stages"][-1]["final"]["loss"] == pytest.approx(log[-1]["loss"], rel=1e-3)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", COCOA)
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_a_checkpoint_reloads_bidirectional_in_the_stock_class(finished: Path, stage: str, implementation: str) -> None:
     model, info = Qwen2VLForConditionalGeneration.from_pretrained(
@@ -102,7 +102,7 @@ def test_checkpointed_gradients_are_the_same(finished: Path, small_recipe: Recip
         assert hasattr(trainer.model, "pixel_decoder") is (stage == "warmup")
 
     run(small_recipe.model_copy(update={"gradient_checkpointing": True}), tmp_path / "out", inspect=inspect)
-    for stage in STAGES:
+    for stage in COCOA:
         kept, recomputed = weights(finished / stage), weights(tmp_path / "out" / stage)
         assert all(torch.allclose(kept[name], recomputed[name], atol=1e-6) for name in kept)
 
@@ -123,7 +123,7 @@ def test_each_stage_starts_from_the_weights_of_the_one_before_in_the_recipes_att
     stages = {"warmup": STAGE, "bridge": FROZEN, "contrastive": FROZEN}
     given = recipe(tiny_backbone_path, scene_folder, attn_implementation="eager", **stages)
     results = run(given, tmp_path / "out", inspect=inspect)
-    assert attention == dict.fromkeys(STAGES, "eager")
+    assert attention == dict.fromkeys(COCOA, "eager")
     start, warmup, bridge, contrastive = map(weights, (tiny_backbone_path, *(result.folder for result in results)))
     assert not equal(start, warmup), "the first stage trains"
     assert equal(warmup, bridge)
@@ -135,7 +135,7 @@ def test_bf16_trains_and_logs_to_tensorboard_over_an_earlier_run(
 ) -> None:
     options = {"mixed_precision": "bf16", "report_to": ["tensorboard"]}
     out = earlier_run(tmp_path / "out")
-    results = run(recipe(tiny_backbone_path, scene_folder, **options, **dict.fromkeys(STAGES, STAGE)), out)
+    results = run(recipe(tiny_backbone_path, scene_folder, **options, **dict.fromkeys(COCOA, STAGE)), out)
     assert not (out / "warmup" / "stale.txt").exists()
     for result in results:
         assert all(value.dtype == torch.float32 for value in weights(result.folder).values())
@@ -168,7 +168,7 @@ def test_a_run_from_a_checkpoint_inherits_its_settings(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", COCOA)
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_adapters_are_trained_and_merged(
     tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path, stage: str, kind: str
@@ -232,7 +232,7 @@ def test_an_output_folder_that_holds_something_else_or_what_the_run_reads_is_ref
     assert contents(out) == before
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", COCOA)
 def test_a_loss_that_is_not_finite_stops_the_stage_at_its_step(
     tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path, stage: str
 ) -> None:

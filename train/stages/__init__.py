@@ -1,1 +1,1 @@
-"""The three stages."""
+"""The stages."""

@@ -5,6 +5,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def own_states(hidden_states: Tensor, masked: Tensor) -> Tensor:
+    """Return the states at the masked tokens, which predict them in masked language modelling.
+
+    :param hidden_states: ``[B, L, D]``.
+    :param masked: Where the masked tokens are in ``[B * L]``, int64 ``[masked tokens]``.
+    :returns: ``[masked tokens, D]``.
+    """
+    return hidden_states.flatten(0, 1).index_select(0, masked)
+
+
 def predicting_states(hidden_states: Tensor, masked: Tensor) -> Tensor:
     """Return the states that predict the masked tokens: the one before each (masked next-token prediction).
 
@@ -13,13 +23,13 @@ def predicting_states(hidden_states: Tensor, masked: Tensor) -> Tensor:
         row, which has no state before it.
     :returns: ``[masked tokens, D]``.
     """
-    return hidden_states.flatten(0, 1).index_select(0, masked - 1)
+    return own_states(hidden_states, masked - 1)
 
 
-def mntp_loss(logits: Tensor, targets: Tensor, *, total: float | Tensor | None = None) -> Tensor:
+def masked_token_loss(logits: Tensor, targets: Tensor, *, total: float | Tensor | None = None) -> Tensor:
     """Return the mean cross-entropy in nats over masked tokens, in float32; zero where none is masked.
 
-    :param logits: ``[masked tokens, V]``, made from ``predicting_states`` alone.
+    :param logits: ``[masked tokens, V]``, made from the states that predict them alone.
     :param targets: Ids of the masked tokens, int64 ``[masked tokens]``.
     :param total: What the sum is divided by if these are a part of a step's masked tokens; by default their count.
     """
@@ -46,7 +56,7 @@ def mae_loss(
 def accuracy(logits: Tensor, targets: Tensor, *, total: float | Tensor | None = None) -> Tensor:
     """Return the ratio of masked tokens whose most likely prediction is correct; zero where none is masked.
 
-    :param total: As in ``mntp_loss``.
+    :param total: As in ``masked_token_loss``.
     """
     return (logits.argmax(dim=-1) == targets).sum() / _divisor(total, targets)
 

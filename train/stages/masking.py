@@ -52,16 +52,12 @@ def mask_ratio(eligible: Tensor, ratio: float, generators: Sequence[Generator]) 
     return (rank < wanted[:, None]) & eligible
 
 
-def mask_visual_tokens(tokens_per_image: Tensor, ratio: float, generators: Sequence[Generator]) -> Tensor:
-    """Mask a ratio of the visual tokens of each image.
+def visual_places(tokens_per_image: Tensor) -> Tensor:
+    """Return which places have a visual token in a table with a row for each image: bool ``[images, most tokens]``.
 
-    :param tokens_per_image: int64 ``[images]``.
-    :param generators: One per image.
-    :returns: bool ``[sum(tokens_per_image)]``, in the order of the images and of the tokens in each.
+    :param tokens_per_image: int64 ``[images]``, of one image or more.
     """
-    width = int(tokens_per_image.max()) if len(tokens_per_image) else 0
-    exists = torch.arange(width)[None, :] < tokens_per_image[:, None]
-    return mask_ratio(exists, ratio, generators)[exists]
+    return torch.arange(int(tokens_per_image.max()))[None, :] < tokens_per_image[:, None]
 
 
 def fill_patches(
@@ -91,4 +87,21 @@ def fill_patches(
         filled[masked] = 0
     else:
         filled[masked] = pixel_values[masked].mean(dim=1, keepdim=True).expand(-1, pixel_values.shape[1])
+    return filled
+
+
+def share_noise(
+    pixel_values: Tensor, masked: Tensor, patches_per_image: Sequence[int], generators: Sequence[Generator]
+) -> Tensor:
+    """Replace all masked raw patches of a row by one patch from a standard normal, another in each row.
+
+    :param pixel_values: Raw patches, float ``[patches, patch_width]``.
+    :param masked: bool ``[patches]``.
+    :param generators: Of the images' rows, one for each image.
+    :returns: A changed copy.
+    """
+    noise = {own: torch.randn(pixel_values.shape[1], generator=own) for own in dict.fromkeys(generators)}
+    counts = torch.stack([of_image.sum() for of_image in masked.split(list(patches_per_image))])
+    filled = pixel_values.clone()
+    filled[masked] = torch.stack([noise[own] for own in generators]).repeat_interleave(counts, 0).to(filled.dtype)
     return filled

@@ -1,5 +1,6 @@
 """The forward pass of the reconstruction stages: attention masks, and the head on masked tokens only."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -75,10 +76,18 @@ def bridge_model_mask(model: PreTrainedModel, blocks: Tensor, *, eos_attends_to_
     return model_mask(model, allowed.tril() if is_causal(model) else allowed)
 
 
-def masked_token_logits(model: PreTrainedModel, hidden_states: Tensor, batch: Batch) -> Tensor:
-    """Apply the language-model head only where a masked token is predicted: ``[masked tokens, V]``."""
+def masked_token_logits(
+    model: PreTrainedModel,
+    hidden_states: Tensor,
+    batch: Batch,
+    states_of: Callable[[Tensor, Tensor], Tensor] = predicting_states,
+) -> Tensor:
+    """Apply the language-model head only where a masked token is predicted: ``[masked tokens, V]``.
+
+    :param states_of: Returns the states that predict the masked tokens, as ``predicting_states``.
+    """
     head: Any = model.get_output_embeddings()
-    return head(predicting_states(hidden_states, masked_places(batch, "masked_tokens", "target_ids")))
+    return head(states_of(hidden_states, masked_places(batch, "masked_tokens", "target_ids")))
 
 
 def masked_places(batch: Batch, masked: str, targets: str) -> Tensor:

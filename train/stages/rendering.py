@@ -90,13 +90,15 @@ def instruction_tokens(batch: Batch, rows: Sequence[Row], processor: ProcessorMi
     return found
 
 
-def text_tokens(batch: Batch, processor: ProcessorMixin) -> Tensor:
-    """Return the positions of ordinary text tokens (no padding, special or visual token), bool ``[B, L]``.
-
-    A row's first position is left out: masked next-token prediction has no state before it.
-    """
+def ordinary_tokens(batch: Batch, processor: ProcessorMixin) -> Tensor:
+    """Return the positions of ordinary text tokens (no padding, special or visual token), bool ``[B, L]``."""
     is_text = batch["attention_mask"].bool() & (batch["mm_token_type_ids"] == 0)
-    is_text &= ~is_special(batch["input_ids"], processor)
+    return is_text & ~is_special(batch["input_ids"], processor)
+
+
+def text_tokens(batch: Batch, processor: ProcessorMixin) -> Tensor:
+    """Return ``ordinary_tokens`` without a row's first, which no state precedes: for masked next-token prediction."""
+    is_text = ordinary_tokens(batch, processor)
     is_text[:, 0] = False
     return is_text
 

@@ -46,6 +46,9 @@ class Stage(ABC, Generic[Own]):
     fewest_steps: ClassVar[int] = 1
     """A stage of fewer steps learns nothing that the next one can use."""
 
+    predicts_next: ClassVar[bool] = True
+    """Whether the language-model head predicts a masked token from the state before it, not from its own."""
+
     sends_uint8: ClassVar[bool] = False
     """Whether images come to the device as uint8 patches of one frame, not as float32 ones of all."""
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from table_files import write_table
-from tiny_backbones import SCENES, MakeRecipe
+from tiny_backbones import COCOA, SCENES, MakeRecipe
 
 from cocoa_embed.model.training_record import read_run
 from cocoa_embed.train import Recipe, run
-from cocoa_embed.train.recipe import STAGES
 from cocoa_embed.train.settings import AdapterSettings
+from cocoa_embed.train.stages.moca.settings import MocaSettings
 
 STAGE: dict[str, Any] = {
     "steps": 4,
@@ -33,6 +33,7 @@ GEOMETRY = ("alignment", "uniformity", "modality_gap", "effective_rank")
 ACCURACIES = ("accuracy_matching_image", "accuracy_shuffled_image", "accuracy_no_image")
 METRICS = {
     "warmup": ("mntp_loss", "mae_loss", "masked_token_accuracy"),
+    "moca": ("mlm_loss", "mae_loss", "masked_token_accuracy"),
     "bridge": ("masked_token_accuracy", *ACCURACIES, *GEOMETRY),
     "contrastive": GEOMETRY,
 }
@@ -144,7 +145,7 @@ def test_two_processes_train_the_weights_of_one(recipe: Recipe, alone: Path, tmp
     """The contrastive loss too: it would be lower without the other process's negatives."""
     launched = launch(recipe, tmp_path)
     assert launched.returncode == 0, launched.stderr[-3000:]
-    assert_same(tmp_path / "out", alone, STAGES)
+    assert_same(tmp_path / "out", alone, COCOA)
     assert_same_samples(tmp_path / "out", alone)
     assert launched.stderr.count("contrastive: 4 steps") == 1, "one process reports"
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(path.name for path in alone.iterdir())
@@ -185,6 +186,17 @@ def test_pairs_from_either_side_do_too(recipe: Recipe, tmp_path: Path) -> None:
     assert launched.returncode == 0, launched.stderr[-3000:]
     run(given, tmp_path / "one")
     assert_same(tmp_path / "two" / "out", tmp_path / "one", ("contrastive",))
+
+
+@pytest.mark.slow
+def test_mocas_pre_training_and_a_contrastive_stage_on_mean_embeddings_do_too(recipe: Recipe, tmp_path: Path) -> None:
+    moca = MocaSettings(**STAGE, mini_batch_size=2)
+    given = recipe.model_copy(update={"warmup": None, "bridge": None, "moca": moca, "pooling": "mean"})
+    (tmp_path / "two").mkdir()
+    launched = launch(given, tmp_path / "two")
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    run(given, tmp_path / "one")
+    assert_same(tmp_path / "two" / "out", tmp_path / "one", ("moca", "contrastive"))
 
 
 @pytest.mark.slow
@@ -232,7 +244,7 @@ def test_weights_sharded_by_fsdp2_are_those_of_one_process(recipe: Recipe, alone
 @pytest.mark.slow
 @pytest.mark.parametrize(("sharding", "stage"), [("none", "contrastive"), ("fsdp2", "bridge")])
 def test_two_killed_processes_resume(recipe: Recipe, alone: Path, tmp_path: Path, sharding: str, stage: str) -> None:
-    stages = STAGES if stage == "contrastive" else ("warmup", "bridge")
+    stages = COCOA if stage == "contrastive" else ("warmup", "bridge")
     options = () if stage == "contrastive" else ("contrastive=null", f"sharding={sharding}")
     shard = {"SHARD_ON_CPU": "1"} if sharding == "fsdp2" else {}
     killed = launch(recipe, tmp_path, *options, KILL_IN=stage, **shard)

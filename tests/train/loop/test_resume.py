@@ -15,7 +15,7 @@ import pytest
 import torch
 from interrupted import Killed, acting_at, die, killed_at, same_weights
 from safetensors.torch import load_file, save_file
-from tiny_backbones import MakeRecipe
+from tiny_backbones import COCOA, MakeRecipe
 from transformers import TrainerControl, TrainerState
 
 from cocoa_embed.errors import CocoaError, UsageError
@@ -25,7 +25,7 @@ from cocoa_embed.train.loop import callbacks, trainer
 from cocoa_embed.train.loop.callbacks import SaveAndStop, Stopped
 from cocoa_embed.train.loop.checkpoints import newest_complete
 from cocoa_embed.train.pipeline import run
-from cocoa_embed.train.recipe import STAGES, Recipe
+from cocoa_embed.train.recipe import Recipe
 from cocoa_embed.train.settings import AdapterSettings
 
 STEPS = 5
@@ -52,7 +52,7 @@ def recipe(tiny_recipe: MakeRecipe) -> Recipe:
 
 def only(recipe: Recipe, *stages: str, **changes: Any) -> Recipe:
     """Return the recipe with these stages alone."""
-    return recipe.model_copy(update={**dict.fromkeys(set(STAGES) - set(stages)), **changes})
+    return recipe.model_copy(update={**dict.fromkeys(set(COCOA) - set(stages)), **changes})
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def newest_step(out: Path, stage: str) -> int | None:
 
 @pytest.mark.parametrize(
     ("stage", "step"),
-    cases(("bridge", 3), *((stage, step) for stage in STAGES for step in (1, 3, 5) if (stage, step) != ("bridge", 3))),
+    cases(("bridge", 3), *((stage, step) for stage in COCOA for step in (1, 3, 5) if (stage, step) != ("bridge", 3))),
 )
 def test_a_run_killed_at_a_step_resumes_to_the_same_weights(
     recipe: Recipe, whole: Whole, tmp_path: Path, stage: str, step: int
@@ -121,7 +121,7 @@ def write_half(weights: dict[str, torch.Tensor], path: str, **values: Any) -> No
         ("bridge", pipeline, "write_record", die, STEPS),
         ("bridge", trainer, "mark_complete", die, None),
         ("bridge", shutil, "rmtree", die, 4),
-        *((stage, trainer, "save_file", write_half, 2) for stage in STAGES),
+        *((stage, trainer, "save_file", write_half, 2) for stage in COCOA),
     ),
 )
 def test_a_run_killed_while_it_writes_resumes_to_the_same_weights(
@@ -310,7 +310,7 @@ def test_settings_without_effect_on_the_weights_may_change_on_resume(
 
 def test_a_finished_run_is_not_run_again(small_recipe: Recipe, copy: Path) -> None:
     results = run(small_recipe, copy, resume=True, inspect=lambda stage, trainer: pytest.fail(f"{stage} ran again"))
-    assert [result.stage for result in results] == list(STAGES)
+    assert [result.stage for result in results] == list(COCOA)
     assert all(result.final["loss"] > 0 for result in results)
 
 

@@ -10,7 +10,7 @@ import pytest
 from exported import contents
 from interrupted import killed_at
 from table_files import write_images, write_table
-from tiny_backbones import SCENES, TINY_MAX_LENGTH, special_ids
+from tiny_backbones import COCOA, SCENES, TINY_MAX_LENGTH, special_ids
 from transformers import AutoProcessor, Qwen2VLConfig
 
 from cocoa_embed.cli import main as cli
@@ -28,7 +28,6 @@ from cocoa_embed.train.plan.checks import examine, prepare
 from cocoa_embed.train.plan.dry_run import SAMPLE, plan, sample_rows
 from cocoa_embed.train.plan.meter import Parameters
 from cocoa_embed.train.plan.stage_rows import read_stages
-from cocoa_embed.train.recipe import STAGES
 from cocoa_embed.train.timing import seconds_per_step
 
 STAGE: dict[str, Any] = {"steps": 2, "batch_size": 4, "warmup_steps": 0, "logging_steps": 1}
@@ -171,7 +170,7 @@ def test_a_finished_run_has_nothing_to_plan_and_a_changed_recipe_is_refused(
 ) -> None:
     before = contents(finished)
     planned = plan(small_recipe, finished, resume=True)
-    assert (planned.stages, planned.finished) == ([], list(STAGES))
+    assert (planned.stages, planned.finished) == ([], list(COCOA))
     with pytest.raises(UsageError, match="max_length"):
         plan(small_recipe.model_copy(update={"max_length": 200}), finished, resume=True)
     assert contents(finished) == before
@@ -269,7 +268,7 @@ def test_the_command_prints_the_plan(recipe: MakeRecipe, tmp_path: Path, capsys:
     assert ended.value.code == 0
     printed = capsys.readouterr()
     document = json.loads(printed.out)
-    assert [(stage["stage"], stage["steps"]) for stage in document["stages"]] == [*zip(STAGES, (3, 2, 2), strict=True)]
+    assert [(stage["stage"], stage["steps"]) for stage in document["stages"]] == [*zip(COCOA, (3, 2, 2), strict=True)]
     for stage in document["stages"]:
         assert stage["memory_bytes"]["total"] == sum(v for name, v in stage["memory_bytes"].items() if name != "total")
         assert f"writes {stage['folder']}" in printed.err

@@ -27,6 +27,8 @@ from cocoa_embed.train.stages.bridge.settings import BridgeSettings
 from cocoa_embed.train.stages.bridge.stage import Bridge
 from cocoa_embed.train.stages.contrastive.settings import ContrastiveSettings
 from cocoa_embed.train.stages.contrastive.stage import Contrastive
+from cocoa_embed.train.stages.moca.settings import MocaSettings
+from cocoa_embed.train.stages.moca.stage import Moca
 from cocoa_embed.train.stages.stage import Stage
 from cocoa_embed.train.stages.warmup.settings import WarmupSettings
 from cocoa_embed.train.stages.warmup.stage import Warmup
@@ -35,6 +37,7 @@ COPIES = 2
 ADAPTERS = [None, {"kind": "lora", "r": 4}, {"kind": "dora", "r": 4}]
 KINDS: dict[str, Any] = {
     "warmup": (Warmup, WarmupSettings),
+    "moca": (Moca, MocaSettings),
     "bridge": (Bridge, BridgeSettings),
     "contrastive": (Contrastive, ContrastiveSettings),
 }

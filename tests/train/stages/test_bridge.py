@@ -27,7 +27,7 @@ from cocoa_embed.train.stages.bridge.model import BridgeModel
 from cocoa_embed.train.stages.bridge.probe import bridge_probe, without_images
 from cocoa_embed.train.stages.bridge.settings import BridgeSettings
 from cocoa_embed.train.stages.bridge.stage import Bridge
-from cocoa_embed.train.stages.losses import mntp_loss
+from cocoa_embed.train.stages.losses import masked_token_loss
 
 Change = Callable[[Batch], Batch]
 
@@ -191,7 +191,7 @@ def test_the_loss_is_mntp_over_block_bs_masked_tokens(model: BridgeModel, batch:
     logits = model.predict(batch)
     assert logits.shape[0] == len(batch["target_ids"]) == batch["masked_tokens"].sum()
     assert not batch["masked_tokens"][batch["blocks"] != Block.B].any()
-    assert outputs["loss"].item() == mntp_loss(logits, batch["target_ids"]).item()
+    assert outputs["loss"].item() == masked_token_loss(logits, batch["target_ids"]).item()
     right = logits.argmax(dim=1) == batch["target_ids"]
     assert outputs["masked_token_accuracy"].item() == pytest.approx(right.float().mean().item())
 

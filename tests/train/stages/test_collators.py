@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stages import alone, bridge_collator, warmup_collator, warmup_settings
+from stages import alone, bridge_collator, moca_collator, warmup_collator, warmup_settings
 from table_files import EXAMPLES, example_row
 from torch import Tensor
 from transformers import ProcessorMixin
@@ -28,7 +28,7 @@ from cocoa_embed.train.stages.warmup.collator import WarmupCollator
 
 LONG_TEXT = "large red circle at top left and small blue ring at bottom right on white " * 20
 
-COLLATORS = pytest.mark.parametrize("make", [warmup_collator, bridge_collator])
+COLLATORS = pytest.mark.parametrize("make", [warmup_collator, moca_collator, bridge_collator])
 Make = Callable[[Backbone], Any]
 
 

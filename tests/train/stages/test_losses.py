@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cocoa_embed.train.stages.losses import accuracy, mae_loss, mntp_loss, predicting_states
+from cocoa_embed.train.stages.losses import accuracy, mae_loss, masked_token_loss, predicting_states
 
 VOCABULARY = 37
 
@@ -23,7 +23,7 @@ def test_a_masked_token_is_predicted_from_the_state_before_it(rows: list[list[bo
 @given(vocabulary=st.integers(2, 500), tokens=st.integers(1, 9), level=st.floats(-5, 5))
 def test_uniform_logits_cost_the_logarithm_of_the_vocabulary(vocabulary: int, tokens: int, level: float) -> None:
     logits = torch.full((tokens, vocabulary), level, dtype=torch.bfloat16)
-    loss = mntp_loss(logits, torch.arange(tokens) % vocabulary)
+    loss = masked_token_loss(logits, torch.arange(tokens) % vocabulary)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(math.log(vocabulary), rel=1e-5)
 
@@ -31,8 +31,8 @@ def test_uniform_logits_cost_the_logarithm_of_the_vocabulary(vocabulary: int, to
 def test_certain_predictions_cost_nothing_if_correct_and_the_margin_if_wrong() -> None:
     targets = torch.tensor([3, 0, 7])
     logits = torch.nn.functional.one_hot(targets, VOCABULARY) * 50.0
-    assert mntp_loss(logits, targets).item() == pytest.approx(0, abs=1e-6)
-    assert mntp_loss(logits, (targets + 1) % VOCABULARY).item() == pytest.approx(50, rel=1e-5)
+    assert masked_token_loss(logits, targets).item() == pytest.approx(0, abs=1e-6)
+    assert masked_token_loss(logits, (targets + 1) % VOCABULARY).item() == pytest.approx(50, rel=1e-5)
 
 
 @settings(max_examples=20)

@@ -5,7 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from stages import alone, bridge_collator, bridge_model, warmup_collator, warmup_model
+from stages import (
+    alone,
+    bridge_collator,
+    bridge_model,
+    moca_collator,
+    moca_model,
+    warmup_collator,
+    warmup_model,
+)
 from tiny_backbones import every_family
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
@@ -26,7 +34,8 @@ from cocoa_embed.train.stages.sentence_inputs import keep_on_host
 
 READS = (DataDependentOutputException, DynamicOutputShapeException)
 RECONSTRUCTION = pytest.mark.parametrize(
-    ("make_model", "make_collator"), [(warmup_model, warmup_collator), (bridge_model, bridge_collator)]
+    ("make_model", "make_collator"),
+    [(warmup_model, warmup_collator), (moca_model, moca_collator), (bridge_model, bridge_collator)],
 )
 
 
@@ -67,7 +76,7 @@ def rows(scene_rows: list[Row]) -> list[Row]:
 @every_family
 @RECONSTRUCTION
 @pytest.mark.parametrize("with_images", [True, False])
-def test_a_pass_of_warm_up_or_bridge_reads_nothing(
+def test_a_pass_of_a_reconstruction_stage_reads_nothing(
     tiny_backbone: Backbone,
     rows: list[Row],
     device: FakeTensorMode,
@@ -93,13 +102,13 @@ def test_a_pass_of_warm_up_or_bridge_reads_nothing(
             model.backbone.base_model(**{name: without_values(batch[name], device) for name in stock})
 
 
-@pytest.mark.parametrize("limit", [60, 10_000])
+@pytest.mark.parametrize(("limit", "pooling"), [(60, "eos"), (10_000, "eos"), (60, "mean")])
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"], indirect=True, scope="session")
 def test_a_pass_of_the_contrastive_stage_reads_nothing_though_it_cuts_batches(
-    tiny_backbone: Backbone, rows: list[Row], device: FakeTensorMode, limit: int
+    tiny_backbone: Backbone, rows: list[Row], device: FakeTensorMode, limit: int, pooling: str
 ) -> None:
     settings = ContrastiveSettings(steps=1, batch_size=4)
-    model = as_sentence_transformer(tiny_backbone, alone(Contrastive, settings).run)
+    model = as_sentence_transformer(tiny_backbone, alone(Contrastive, settings, pooling=pooling).run)
     columns = [
         preprocess_items(model, items) for items in zip(*((row.query, row.positive) for row in rows), strict=True)
     ]

@@ -1,10 +1,10 @@
-"""Both reconstruction stages: masked content and padding never leak, and the head runs on masked tokens only."""
+"""The reconstruction stages: masked content and padding never leak, and the head runs on masked tokens only."""
 
 from typing import Any, TypeAlias
 
 import pytest
 import torch
-from stages import bridge_collator, bridge_model, warmup_collator, warmup_model
+from stages import bridge_collator, bridge_model, moca_collator, moca_model, warmup_collator, warmup_model
 from tiny_backbones import every_family
 from torch import Tensor
 
@@ -14,15 +14,19 @@ from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.loop.batch_facts import Batch
 
 Case: TypeAlias = tuple[Any, Batch]
-STAGES = pytest.mark.parametrize("stage", ["warmup", "bridge"])
+MADE: dict[str, tuple[Any, Any]] = {
+    "warmup": (warmup_model, warmup_collator),
+    "moca": (moca_model, moca_collator),
+    "bridge": (bridge_model, bridge_collator),
+}
+STAGES = pytest.mark.parametrize("stage", MADE)
 TEXT = Row(query=Item(text="white picture; cross"), positive=Item(text="blue cross"), source="")
 
 
 def case_of(stage: str, backbone: Backbone, rows: list[Row]) -> Case:
     """Return a stage's model, and a batch of its collator."""
-    if stage == "warmup":
-        return warmup_model(backbone), warmup_collator(backbone)(numbered(rows))
-    return bridge_model(backbone), bridge_collator(backbone)(numbered(rows))
+    make_model, make_collator = MADE[stage]
+    return make_model(backbone), make_collator(backbone)(numbered(rows))
 
 
 @pytest.fixture
@@ -66,7 +70,9 @@ def test_a_row_is_predicted_alone_as_in_a_padded_batch(case: Case) -> None:
 @every_family
 @STAGES
 @torch.no_grad()
-def test_predictions_come_from_the_state_before_each_masked_token_and_from_no_target(case: Case) -> None:
+def test_predictions_come_from_the_state_before_each_masked_token_or_mocas_its_own_and_from_no_target(
+    stage: str, case: Case
+) -> None:
     model, batch = case
     without_targets = {name: value for name, value in batch.items() if not name.startswith("target_")}
     for before, after in zip(predictions(model, batch), predictions(model, without_targets), strict=True):
@@ -78,7 +84,8 @@ def test_predictions_come_from_the_state_before_each_masked_token_and_from_no_ta
     last_hidden_states, seen_by_head = kept
     places = batch["masked_tokens"].nonzero().tolist()
     assert len(batch["input_ids"]) < len(places) < batch["attention_mask"].sum()
-    expected = torch.stack([last_hidden_states[row, position - 1] for row, position in places])
+    before = 0 if stage == "moca" else 1
+    expected = torch.stack([last_hidden_states[row, position - before] for row, position in places])
     assert torch.equal(seen_by_head, expected)
 
 

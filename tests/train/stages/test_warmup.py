@@ -13,7 +13,7 @@ from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.loop.batch_facts import Batch
 from cocoa_embed.train.loop.trainer import StageContext
-from cocoa_embed.train.stages.losses import mae_loss, mntp_loss
+from cocoa_embed.train.stages.losses import mae_loss, masked_token_loss
 from cocoa_embed.train.stages.warmup.collator import WarmupCollator
 from cocoa_embed.train.stages.warmup.model import WarmupModel
 from cocoa_embed.train.stages.warmup.stage import Warmup
@@ -41,7 +41,7 @@ def test_the_loss_is_mntp_plus_the_weighted_mae(
     model = warmup_model(tiny_backbone, mae_weight=weight, normalise_targets=normalise)
     outputs = model(**batch)
     logits, patches = model.predict(batch)
-    assert outputs["mntp_loss"].item() == mntp_loss(logits, batch["target_ids"]).item()
+    assert outputs["mntp_loss"].item() == masked_token_loss(logits, batch["target_ids"]).item()
     expected = mae_loss(patches, batch["target_patches"], normalise_targets=normalise)
     assert outputs["mae_loss"].item() == expected.item()
     assert expected.item() != mae_loss(patches, batch["target_patches"], normalise_targets=not normalise).item()

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cocoa_embed.train.loop.batch_facts import Batch
-from cocoa_embed.train.stages.losses import accuracy, mntp_loss
+from cocoa_embed.train.stages.losses import accuracy, masked_token_loss
 from cocoa_embed.train.stages.reconstruction import (
     bridge_model_mask,
     full_model_mask,
@@ -53,6 +53,6 @@ class BridgeModel(nn.Module):
             return {"embeddings": self.embed(batch)}
         logits, targets, total = self.predict(batch), batch["target_ids"], (totals or {}).get("target_ids")
         return {
-            "loss": mntp_loss(logits, targets, total=total),
+            "loss": masked_token_loss(logits, targets, total=total),
             "masked_token_accuracy": accuracy(logits, targets, total=total),
         }

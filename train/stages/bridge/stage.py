@@ -9,6 +9,7 @@ from accelerate.utils import send_to_device
 from transformers import PreTrainedConfig, ProcessorMixin
 
 from cocoa_embed.data.rows import Row, shortened
+from cocoa_embed.errors import UsageError
 from cocoa_embed.model.attention import Block, bridge_mask, is_causal
 from cocoa_embed.model.backbone import Backbone, PatchGeometry
 from cocoa_embed.model.forward_inputs import HostInputs
@@ -42,6 +43,17 @@ class Bridge(Stage[BridgeSettings]):
     fewest_steps = 500
     needs = "block B takes a text beside the instructions; caption their images"
     has_samples = True
+
+    def check_backbone(self, config: PreTrainedConfig) -> None:
+        """Check that embeddings are those of ``<EOS>``.
+
+        :raises UsageError: If they are not.
+        """
+        if self.run.pooling != "eos":
+            raise UsageError(
+                f"pooling={self.run.pooling} does not fit stage {self.name}, which teaches <EOS> alone to hold the "
+                f"content; set pooling=eos, or leave the stage out with {self.name}=null."
+            )
 
     @property
     def shown_metrics(self) -> Mapping[str, str]:

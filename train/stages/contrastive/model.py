@@ -22,7 +22,7 @@ from cocoa_embed.train.stages.sentence_inputs import prepare_forward
 
 
 def as_sentence_transformer(backbone: Backbone, run: RunSettings) -> SentenceTransformer:
-    """Return ``normalize(hidden_states[<EOS>])`` over a backbone, whose weights it shares, with the run's prompts."""
+    """Return the embedding model over a backbone, whose weights it shares, with the run's prompts and pooling."""
     model: Any = backbone.model.base_model
 
     class Loaded(Transformer):
@@ -42,7 +42,7 @@ def as_sentence_transformer(backbone: Backbone, run: RunSettings) -> SentenceTra
     module.register_forward_pre_hook(prepare_forward, with_kwargs=True)
     if run.bidirectional:
         assert_bidirectional(model)
-    return embedding_model(module, run.prompts.model_dump())
+    return embedding_model(module, run.prompts.model_dump(), run.pooling)
 
 
 def embedding_probe(model: SentenceTransformer, rows: Sequence[Row], batch_size: int) -> Measure:

@@ -1,71 +1,13 @@
-"""Stage 1: its trainer and its samples."""
+"""Stage 1: its collator and its model."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-from accelerate.utils import send_to_device
-from transformers import PreTrainedConfig, ProcessorMixin
-
-from cocoa_embed.data.rows import Row
-from cocoa_embed.model.backbone import Backbone, PatchGeometry
-from cocoa_embed.model.forward_inputs import HostInputs
-from cocoa_embed.train.data.row_table import RowTable
-from cocoa_embed.train.loop.batch_facts import Batch, Example
-from cocoa_embed.train.loop.stage_trainer import StageTrainer, stage_trainer
-from cocoa_embed.train.loop.trainer import StageContext
-from cocoa_embed.train.stages.rendering import joined, row_images
-from cocoa_embed.train.stages.samples import shown_images, token_samples
-from cocoa_embed.train.stages.stage import Stage
+from cocoa_embed.train.stages.joint.stage import Joint
 from cocoa_embed.train.stages.warmup.collator import WarmupCollator
 from cocoa_embed.train.stages.warmup.model import WarmupModel
 from cocoa_embed.train.stages.warmup.settings import WarmupSettings
 
 
-class Warmup(Stage[WarmupSettings]):
+class Warmup(Joint[WarmupSettings]):
     """Some text tokens and some visual tokens of ``[image][text]<EOS>`` are masked and reconstructed."""
 
-    has_samples = True
-
-    @property
-    def shown_metrics(self) -> Mapping[str, str]:
-        """Both losses, and the accuracy on masked tokens."""
-        return {"loss": "loss", "mntp_loss": "text", "mae_loss": "pixels", "masked_token_accuracy": "accuracy"}
-
-    def collator(self, processor: ProcessorMixin, geometry: PatchGeometry) -> WarmupCollator:
-        """Return what makes the stage's batches."""
-        return WarmupCollator(processor, geometry, self.run.seed, self.settings)
-
-    def sequences(self, example: Example, processor: ProcessorMixin, config: PreTrainedConfig) -> list[Batch]:
-        """Return the row's one sequence."""
-        return [self.collator(processor, PatchGeometry.from_config(config))([example])]
-
-    def trainer(self, backbone: Backbone, rows: RowTable, context: StageContext) -> StageTrainer:
-        """Return the trainer; the pixel decoder in its model is not saved."""
-        model = WarmupModel(backbone.model, backbone.geometry, self.settings)
-        collator = HostInputs(backbone.model.config).after(self.collator(backbone.processor, backbone.geometry))
-        return stage_trainer(model, backbone.model, rows, collator, self.settings, context)
-
-    def samples(
-        self, model: WarmupModel, processor: ProcessorMixin, batch: Batch, rows: Sequence[Row]
-    ) -> dict[str, Any]:
-        """Fill in the masked patches and tokens of a batch.
-
-        :returns: ``tokens`` (``token_samples``), and ``patches``: for each image its row's text as ``caption``, and the
-            images ``original``, ``masked`` and ``reconstructed``.
-        """
-        logits, predicted = model.predict(dict(send_to_device(batch, model.backbone.device)))
-        shown = batch.get("pixel_values", batch["target_patches"])
-        before, masked, after = (
-            shown_images(batch, pixels, model.pixel_decoder.geometry, processor)
-            for pixels in (
-                shown.masked_scatter(batch["masked_patches"][:, None], batch["target_patches"]),
-                shown,
-                shown.masked_scatter(batch["masked_patches"][:, None], predicted.float().cpu()),
-            )
-        )
-        captions = [joined(row).text or "" for row in rows for _ in row_images(row)]
-        patches = [
-            {"caption": caption, "original": first, "masked": second, "reconstructed": third}
-            for caption, first, second, third in zip(captions, before, masked, after, strict=True)
-        ]
-        return {"patches": patches, "tokens": token_samples(batch, logits, processor, rows, before)}
+    make_collator = WarmupCollator
+    make_model = WarmupModel

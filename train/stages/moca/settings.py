@@ -1,0 +1,19 @@
+"""The settings of MoCa's pre-training."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from cocoa_embed.train.settings import Ratio
+from cocoa_embed.train.stages.joint.settings import JointSettings
+
+
+class MocaSettings(JointSettings):
+    """MoCa's pre-training, with the values of its authors' script."""
+
+    text_mask_ratio: Ratio = 0.4
+    image_mask_ratio: Ratio = 0.5
+    mae_weight: Annotated[float, Field(ge=0)] = 0.1
+
+
+DEFAULTS = MocaSettings(steps=1, batch_size=1)
