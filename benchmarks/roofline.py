@@ -62,6 +62,7 @@ SETTINGS = {
     "qwen2.5-vl-3b": Setting(),
     "qwen2.5-vl-7b": Setting(),
     "qwen3-vl-2b": Setting(),
+    "moca-qwen2.5-vl-3b": Setting(),
     "own-folder": Setting("rtx4090", 1, 50_000),
     "tiny": Setting("h100", 1, 4_000),
 }

@@ -28,19 +28,18 @@ class Joint(Stage[Own]):
 
     has_samples = True
 
-    make_collator: ClassVar[type[JointCollator]]
-
-    make_model: ClassVar[type[JointModel]]
+    collator_class: ClassVar[type[JointCollator]]
+    model_class: ClassVar[type[JointModel]]
 
     @property
     def shown_metrics(self) -> Mapping[str, str]:
         """Both losses, and the accuracy on masked tokens."""
-        text_loss = self.make_model.text_loss
+        text_loss = self.model_class.text_loss
         return {"loss": "loss", text_loss: "text", "mae_loss": "pixels", "masked_token_accuracy": "accuracy"}
 
     def collator(self, processor: ProcessorMixin, geometry: PatchGeometry) -> JointCollator:
         """Return what makes the stage's batches."""
-        return self.make_collator(processor, geometry, self.run.seed, self.settings)
+        return self.collator_class(processor, geometry, self.run.seed, self.settings)
 
     def sequences(self, example: Example, processor: ProcessorMixin, config: PreTrainedConfig) -> list[Batch]:
         """Return the row's one sequence."""
@@ -48,7 +47,7 @@ class Joint(Stage[Own]):
 
     def trainer(self, backbone: Backbone, rows: RowTable, context: StageContext) -> StageTrainer:
         """Return the trainer; the pixel decoder in its model is not saved."""
-        model = self.make_model(backbone.model, backbone.geometry, self.settings)
+        model = self.model_class(backbone.model, backbone.geometry, self.settings)
         collator = HostInputs(backbone.model.config).after(self.collator(backbone.processor, backbone.geometry))
         return stage_trainer(model, backbone.model, rows, collator, self.settings, context)
 

@@ -11,8 +11,8 @@ from cocoa_embed.train.stages.moca.settings import MocaSettings
 class Moca(Joint[MocaSettings]):
     """Text tokens and visual tokens of ``[images][texts]<EOS>`` are masked and reconstructed at their positions."""
 
-    make_collator = MocaCollator
-    make_model = MocaModel
+    collator_class = MocaCollator
+    model_class = MocaModel
     predicts_next = False
 
     def facts(self) -> dict[str, Any]:

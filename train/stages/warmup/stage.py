@@ -9,5 +9,5 @@ from cocoa_embed.train.stages.warmup.settings import WarmupSettings
 class Warmup(Joint[WarmupSettings]):
     """Some text tokens and some visual tokens of ``[image][text]<EOS>`` are masked and reconstructed."""
 
-    make_collator = WarmupCollator
-    make_model = WarmupModel
+    collator_class = WarmupCollator
+    model_class = WarmupModel
