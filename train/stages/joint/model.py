@@ -1,8 +1,8 @@
 """The model of a joint reconstruction: the backbone with a pixel decoder, which is not saved."""
 
 import copy
-from abc import ABC
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -72,14 +72,16 @@ class JointModel(nn.Module, ABC):
     text_loss: ClassVar[str]
     """The name of the loss of the masked tokens in the log."""
 
-    states_of: ClassVar[Callable[[Tensor, Tensor], Tensor]]
-    """Returns the states that predict the masked tokens, as ``predicting_states``."""
-
     def __init__(self, model: PreTrainedModel, geometry: PatchGeometry, settings: JointSettings) -> None:
         super().__init__()
         self.backbone = model
         self.pixel_decoder = PixelDecoder(model, geometry)
         self.settings = settings
+
+    @staticmethod
+    @abstractmethod
+    def states_of(hidden_states: Tensor, masked: Tensor) -> Tensor:
+        """Return the states that predict the masked tokens, as ``predicting_states`` does."""
 
     def predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Predict what is masked in a batch of ``JointCollator``.
