@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import UsageError
-from cocoa_embed.images.load import load_image
 from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.model.export import export_model
 from cocoa_embed.model.loading import load_model
@@ -145,7 +144,7 @@ def test_a_run_pools_the_mean_from_its_first_stage_to_its_export(
     moca, last = run(recipe, tmp_path / "run")
     assert {"loss", "mlm_loss", "mae_loss", "masked_token_accuracy"} <= moca.final.keys()
     exported = SentenceTransformer(str(export_model(last.folder, tmp_path / "model")), device="cpu")
-    items = [{"text": "a red ring"}, {"image": load_image(scene_rows[0].query.images[0])}]
+    items = [item.load() for item in (Item(text="a red ring"), Item(images=scene_rows[0].query.images))]
     np.testing.assert_allclose(exported.encode(items), load_model(last.folder, "cpu").encode(items), atol=1e-6)
     assert [load_model(each.folder, "cpu")[1].pooling_mode for each in (moca, last)] == ["mean", "mean"]
     card = " ".join((tmp_path / "model" / "README.md").read_text().split())
