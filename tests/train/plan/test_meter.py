@@ -86,7 +86,9 @@ def test_flops_agree_with_torchs_counter(
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
-@pytest.mark.parametrize(("kind", "freeze_vision"), [("warmup", False), ("bridge", True), ("contrastive", False)])
+@pytest.mark.parametrize(
+    ("kind", "freeze_vision"), [("warmup", False), ("moca", False), ("bridge", True), ("contrastive", False)]
+)
 def test_parameters_are_those_of_the_real_module_tree(
     tiny_backbone: Backbone, row: Row, tmp_path: Path, kind: str, freeze_vision: bool, adapter: dict[str, Any] | None
 ) -> None:
