@@ -43,6 +43,7 @@ from cocoa_embed.cli.storage import (
     CollectionOption,
     CreateOption,
     EdgeOption,
+    EmbedOption,
     GrpcOption,
     ModelOption,
     PathOption,
@@ -64,6 +65,7 @@ def embed(
     out: Annotated[str, typer.Option(help="A folder for embeddings, or its address (s3://bucket/embeddings).")],
     shard: Annotated[str, typer.Option(help="i/n, on the i-th of n machines: embed its parts only.")] = "1/1",
     dimension: Annotated[int | None, typer.Option(min=1, help="Truncate embeddings to this many dimensions.")] = None,
+    embed: EmbedOption = None,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Embed parts again of which some images could not be used.")
     ] = False,
@@ -107,7 +109,7 @@ def embed(
         passed_over = PassedOver(wanted.exclude)
         note = lambda path, reason: faults.append({"path": str(path), "reason": reason})  # noqa: E731
         found = all_sources(sources, wanted, note, passed_over)
-        folder = EmbeddingFolder(out)
+        folder = EmbeddingFolder(out, embed or "image")
         planned = shards.plan(found, folder, number=number, count=count, retry_failed=retry_failed)
         if ray is None:
             done = shards.embed(planned, folder, open_encoder(model, **options))

@@ -39,6 +39,7 @@ from cocoa_embed.cli.storage import (
     CollectionOption,
     CreateOption,
     EdgeOption,
+    EmbedOption,
     GrpcOption,
     ModelOption,
     PathOption,
@@ -78,6 +79,7 @@ def index(
     llama_index: Annotated[
         bool, typer.Option("--llama-index", help="Also store what LlamaIndex's QdrantVectorStore reads.")
     ] = False,
+    embed: EmbedOption = None,
     exclude: ExcludeOption = None,
     thumbnails: Annotated[Path | None, typer.Option(help="A folder for small copies of the images.")] = None,
     dimension: Annotated[int | None, typer.Option(min=1, help="Truncate embeddings to this many dimensions.")] = None,
@@ -101,7 +103,7 @@ def index(
 
     storage = {"path": path, "url": url, "edge": edge}
     kept: dict[str, Any] = {"create": create, "prefer_grpc": prefer_grpc}
-    options: dict[str, Any] = {"dimension": dimension, **kept}
+    options: dict[str, Any] = {"dimension": dimension, "embed": embed, **kept}
     options |= {"api_key": api_key, **model_options(device, devices, workers=workers, batch_tokens=batch_tokens)}
     options |= {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
     sources = source_options(allow_host, every, include, exclude)

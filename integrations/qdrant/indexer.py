@@ -58,6 +58,7 @@ class QdrantIndexer(Searcher):
         dimension: int | None = None,
         prefer_grpc: bool = False,
         create: str | Mapping[str, Any] | None = None,
+        embed: str | None = None,
         batch_size: int = 32,
         device: str | None = None,
         devices: str | None = None,
@@ -78,6 +79,8 @@ class QdrantIndexer(Searcher):
         :param prefer_grpc: Whether to speak gRPC with the server at ``url``, on port 6334.
         :param create: How a new collection on a server or in Qdrant Edge keeps its points, such as ``{"shards": 4,
             "vectors": "float16", "hnsw": "after"}``: options of ``StoreOptions``.
+        :param embed: What a new collection embeds of an image: ``image``; ``image+caption``, both in one vector; or
+            ``both``, a vector each. None for ``image``, or for what an existing collection does.
         :param batch_size: The maximum number of images in a batch.
         :param device: The torch device for a model that has to be loaded.
         :param devices: Several devices, a process each: ``"cuda:0,cuda:1"`` or ``"all"``.
@@ -93,6 +96,8 @@ class QdrantIndexer(Searcher):
         for name, number in {"batch_size": batch_size, "dimension": dimension}.items():
             if number is not None and number < 1:
                 raise UsageError(f"{name} is {number}; it must be 1 or more")
+        if embed not in (None, *base.EMBEDS):
+            raise UsageError(f"embed is {embed!r}; it can be {', '.join(base.EMBEDS)}")
         if client is None and url is None and edge is None:
             path = path or DEFAULT_INDEX
         options = StoreOptions(api_key=api_key, prefer_grpc=prefer_grpc, **read_create(create))
@@ -103,6 +108,7 @@ class QdrantIndexer(Searcher):
         self.batch_size = batch_size
         self._model = model
         self._dimension = dimension
+        self._embed = embed
         self._model_options = {"device": device, "devices": devices, **model_options}
         self._encoder: Encoder | None = None
         self._manifest: Manifest | None = None
@@ -138,8 +144,9 @@ class QdrantIndexer(Searcher):
     ) -> IndexSummary:
         """Embed and store the images in ``paths``; unchanged files are skipped by size and mtime.
 
-        Captions and other columns of a folder's ``metadata.jsonl`` go into the payload, not into the embedding. Files
-        that cannot be used are listed in the summary. Files with the same content are one point.
+        Captions and other columns of a folder's ``metadata.jsonl`` go into the payload, and captions into the embedding
+        as ``embed`` says. Files that cannot be used are listed in the summary. Files with the same content are one
+        point.
 
         :param paths: A folder, a file, a pattern such as ``photos/**/*.png``, a ``.txt`` file with one path or address
             per line, an archive, a table, a document, a video, an address, or several of them (``open_sources``).
@@ -252,7 +259,9 @@ class QdrantIndexer(Searcher):
                 f"{self.store.name} was not made by cocoa-embed index, and its vectors may be another model's;"
                 " choose another collection"
             )
-        self.store.create(Signature(encoder.name, encoder.fingerprint, encoder.dimension))
+        embed = self._embed or (signature.embed if signature else base.IMAGE)
+        encoder.require_images(with_text=embed == base.TOGETHER)
+        self.store.create(Signature(encoder.name, encoder.fingerprint, encoder.dimension, embed))
         return encoder
 
     def _open_manifest(self, encoder: Encoder) -> Manifest:
@@ -274,6 +283,8 @@ class QdrantIndexer(Searcher):
                 f"{self.store.name} was made with {signature.model} (fingerprint {signature.fingerprint:.12}), not with"
                 f" {encoder.name} ({encoder.fingerprint:.12}); choose another collection, or the model that made it"
             )
+        if signature is not None and signature.fingerprint and self._embed not in (None, signature.embed):
+            raise self.store.other_embed(signature.embed, self._embed)
         dimension = self._dimension or (signature.dimension if signature and signature.fingerprint else None)
         if dimension not in (None, encoder.dimension):
             encoder = encoder.truncate(dimension)

@@ -15,9 +15,9 @@ from cocoa_embed.encode.devices import DeviceEncoder
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.encode.read_ahead import read_ahead
 from cocoa_embed.errors import ImageError
-from cocoa_embed.integrations.qdrant.indexing.embed_records import NewPoint, points_of
+from cocoa_embed.integrations.qdrant.indexing.embed_records import FailedRecord, NewPoint, points_of
 from cocoa_embed.integrations.qdrant.shards.files import FAILED_SUFFIX, SUFFIX, EmbeddingFolder
-from cocoa_embed.integrations.qdrant.stores.base import Point, Signature
+from cocoa_embed.integrations.qdrant.stores.base import TOGETHER, Point, Signature
 from cocoa_embed.sources.base import Record, Source
 
 PART_RECORDS = 2048
@@ -109,8 +109,8 @@ def sign(folder: EmbeddingFolder, encoder: Encoder) -> None:
 
     :raises CocoaError: If the folder has embeddings of another model.
     """
-    encoder.require_images()
-    folder.sign(Signature(encoder.name, encoder.fingerprint, encoder.dimension))
+    encoder.require_images(with_text=folder.embed == TOGETHER)
+    folder.sign(Signature(encoder.name, encoder.fingerprint, encoder.dimension, folder.embed))
 
 
 def embed_part(part: Part, folder: EmbeddingFolder, encoder: Encoder, *, batch_size: int = 32) -> EmbedSummary:
@@ -127,10 +127,10 @@ def embed_part(part: Part, folder: EmbeddingFolder, encoder: Encoder, *, batch_s
             failed.append({"path": part.key, "reason": error.reason})
 
     def points() -> Iterator[Point]:
-        for outcome in points_of(records(), encoder, batch_size=batch_size):
+        for outcome in points_of(records(), encoder, batch_size=batch_size, embed=folder.embed):
             if isinstance(outcome, NewPoint):
                 yield outcome.point
-            else:
+            elif isinstance(outcome, FailedRecord):
                 failed.append({"path": outcome.record.key, "reason": outcome.error.reason})
 
     started, loading = time.perf_counter(), encoder.load_seconds
