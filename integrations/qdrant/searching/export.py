@@ -72,7 +72,7 @@ def write_json_lines(file: Path | AbstractContextManager[IO[str]], points: Itera
 
 
 def write_parquet(out: Path, points: Iterable[StoredPoint]) -> int:
-    """Write the columns ``id``, ``payload`` as JSON, and ``vector`` and ``caption_vector``, null where there is none."""
+    """Write columns ``id``, ``payload`` as JSON, ``vector`` and ``caption_vector``, null where there is none."""
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
