@@ -54,6 +54,9 @@ def test_a_table_under_another_name_is_mentioned(tmp_path: Path, caplog: pytest.
     (tmp_path / "captions.tsv").touch()
     described(tmp_path, "a.png")
     assert f"{tmp_path}: 'captions.tsv' is not read: if it describes the images, call it metadata.csv." in caplog.text
+    (tmp_path / "captions.tsv").rename(tmp_path / "metadata.json")
+    described(tmp_path, "a.png")
+    assert f"{tmp_path}: 'metadata.json' is not read: write it as metadata.jsonl" in caplog.text
 
 
 def test_a_folder_that_is_gone_describes_nothing(tmp_path: Path) -> None:
