@@ -27,7 +27,7 @@ from cocoa_embed.integrations.qdrant.stores.base import MEMORY, Hit, Signature
 from cocoa_embed.integrations.qdrant.stores.options import StoreOptions, read_create
 from cocoa_embed.integrations.qdrant.stores.store import Store
 from cocoa_embed.sources.base import SourceOptions
-from cocoa_embed.sources.files import count_files, file_sources, require_images
+from cocoa_embed.sources.files import file_sources, require_images
 from cocoa_embed.sources.open import NO_OPTIONS, open_sources
 
 if TYPE_CHECKING:
@@ -190,12 +190,8 @@ class QdrantIndexer(Searcher):
                 failed=failed,
                 passed_over=passed_over.counts,
             )
-            total = None
-            if progress and not others:
-                uncounted = PassedOver(sources.exclude)
-                total = count_files(file_sources(photographs, note_in([]), uncounted, may_be_gone=prune))
             title = f"indexing into {self.store.collection}"
-            with tqdm(total=total, desc=title, unit="image", disable=not progress) as bar:
+            with tqdm(desc=title, unit="image", disable=not progress) as bar:
                 run.on_done = bar.update
                 run.run(self.batch_size)
             passed_over.warn_of_unused()
