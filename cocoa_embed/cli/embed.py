@@ -29,7 +29,6 @@ from cocoa_embed.cli.options import (
     source_options,
 )
 from cocoa_embed.cli.output import (
-    DeviceOption,
     JsonOption,
     check_all,
     print_json,
@@ -73,7 +72,6 @@ def embed(
         str | None,
         typer.Option(help="Embed on Ray: on this machine, or with =ADDRESS on a cluster."),
     ] = None,
-    device: DeviceOption = None,
     devices: DevicesOption = None,
     workers: WorkersOption = None,
     batch_tokens: BatchTokensOption = None,
@@ -89,7 +87,7 @@ def embed(
     """Embed images into Parquet files, for `cocoa-embed load`. What is there already is not embedded again."""
     from cocoa_embed.model.loading import check_model
 
-    options = model_options(device, devices, workers=workers, batch_tokens=batch_tokens, dtype=dtype)
+    options = model_options(devices, workers=workers, batch_tokens=batch_tokens, dtype=dtype)
     options |= {"revision": revision, "trust_remote_code": trust_remote_code, "dimension": dimension}
     wanted = source_options(allow_host, every, include, exclude)
     (number, count), *_ = check_all(

@@ -26,7 +26,6 @@ from cocoa_embed.cli.options import (
     source_options,
 )
 from cocoa_embed.cli.output import (
-    DeviceOption,
     JsonOption,
     check_all,
     print_json,
@@ -85,7 +84,6 @@ def index(
     dimension: Annotated[int | None, typer.Option(min=1, help="Truncate embeddings to this many dimensions.")] = None,
     create: CreateOption = None,
     prefer_grpc: GrpcOption = False,
-    device: DeviceOption = None,
     devices: DevicesOption = None,
     workers: WorkersOption = None,
     batch_tokens: BatchTokensOption = None,
@@ -104,7 +102,7 @@ def index(
     storage = {"path": path, "url": url, "edge": edge}
     kept: dict[str, Any] = {"create": create, "prefer_grpc": prefer_grpc}
     options: dict[str, Any] = {"dimension": dimension, "embed": embed, **kept}
-    options |= {"api_key": api_key, **model_options(device, devices, workers=workers, batch_tokens=batch_tokens)}
+    options |= {"api_key": api_key, **model_options(devices, workers=workers, batch_tokens=batch_tokens)}
     options |= {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
     sources = source_options(allow_host, every, include, exclude)
     check_all(

@@ -165,26 +165,24 @@ class Encoder:
         :return: Array of shape ``(len(inputs), dimension)``, float32.
         :raises CocoaError: If the model does not take these modalities, or refuses an input.
         """
-        return self._embed(self.model.encode_query, inputs, batch_size, "query")
+        try:
+            return self._embed(self.model.encode_query, inputs, batch_size)
+        except ValueError as error:
+            # Processors refuse an image much longer than wide.
+            raise CocoaError(f"{self.name} does not take the query ({one_line(error)})") from error
 
     def embed_documents(self, inputs: Sequence[ModelInput], batch_size: int = 32) -> np.ndarray:
         """Embed documents, with the model's document prompt.
 
         :return: Array of shape ``(len(inputs), dimension)``, float32.
-        :raises CocoaError: If the model does not take these modalities, or refuses an input.
+        :raises CocoaError: If the model does not take these modalities.
         """
-        return self._embed(self.model.encode_document, inputs, batch_size, "document")
+        return self._embed(self.model.encode_document, inputs, batch_size)
 
-    def _embed(
-        self, encode: Callable[..., Any], inputs: Sequence[ModelInput], batch_size: int, task: str
-    ) -> np.ndarray:
+    def _embed(self, encode: Callable[..., Any], inputs: Sequence[ModelInput], batch_size: int) -> np.ndarray:
         self._check(inputs)
-        try:
-            with self._turn(), self._processor.use(for_documents=False):
-                embeddings = encode(self._literal(inputs), batch_size=batch_size, show_progress_bar=False)
-        except ValueError as error:
-            # Processors refuse an image much longer than wide.
-            raise CocoaError(f"{self.name} does not take the {task} ({one_line(error)})") from error
+        with self._turn(), self._processor.use(for_documents=False):
+            embeddings = encode(self._literal(inputs), batch_size=batch_size, show_progress_bar=False)
         return self._finish(np.asarray(embeddings))
 
     def stream_images(

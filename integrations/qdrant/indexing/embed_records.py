@@ -19,7 +19,7 @@ import numpy as np
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.encode.jobs import CaptionedImage, EmbeddedImage
 from cocoa_embed.encode.read_ahead import read_ahead
-from cocoa_embed.errors import ImageError, printable
+from cocoa_embed.errors import CocoaError, ImageError, one_line, printable
 from cocoa_embed.images.load import decode_image
 from cocoa_embed.images.to_rgb import draw_thumbnail
 from cocoa_embed.integrations.qdrant.indexing.thumbnails import THUMBNAIL_SIZE, ThumbnailFolder
@@ -205,7 +205,14 @@ class _PointStream:
             and (content.id not in payloads or self.changes_caption(payloads[content.id], record))
         }
         inputs = [{"text": caption} for caption in texts.values()]
-        return dict(zip(texts, self.encoder.embed_documents(inputs), strict=True)) if inputs else {}
+        try:
+            return dict(zip(texts, self.encoder.embed_documents(inputs), strict=True)) if inputs else {}
+        except ValueError as error:
+            first = printable(next(iter(texts)))
+            raise CocoaError(
+                f"{self.encoder.name} does not take the caption of {first}, or of one of {len(texts) - 1} images after"
+                f" it ({one_line(error)})"
+            ) from error
 
     def _groups(
         self, reading: Iterable[tuple[Record, Future[tuple[Content, bytes]]]]

@@ -215,6 +215,15 @@ def test_another_setting_is_refused_and_none_is_that_of_the_collection(tmp_path:
         QdrantIndexer(album.model, client=client, embed="caption")
 
 
+def test_a_caption_that_a_model_refuses_is_a_sentence(tmp_path: Path) -> None:
+    album = Album(tmp_path / "photos", client=QdrantClient(":memory:"), embed=BOTH)
+    album.describe(red="<|image_pad|>")
+    with pytest.raises(
+        CocoaError, match=r"does not take the caption of .*red\.png, or of one of 0 images"
+    ):
+        album.run()
+
+
 def test_a_model_that_takes_no_image_with_a_text_embeds_them_apart(tmp_path: Path) -> None:
     model = FakeModel()
     model.supports = lambda modality: isinstance(modality, str)  # type: ignore[method-assign, assignment]
