@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +27,7 @@ from cocoa_embed.integrations.qdrant.stores.base import MEMORY, Hit, Signature
 from cocoa_embed.integrations.qdrant.stores.options import StoreOptions, read_create
 from cocoa_embed.integrations.qdrant.stores.store import Store
 from cocoa_embed.sources.base import SourceOptions
-from cocoa_embed.sources.files import file_sources, require_images
-from cocoa_embed.sources.open import NO_OPTIONS, open_sources
+from cocoa_embed.sources.open import NO_OPTIONS, all_sources
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient
@@ -149,7 +148,7 @@ class QdrantIndexer(Searcher):
         point.
 
         :param paths: A folder, a file, a pattern such as ``photos/**/*.png``, a ``.txt`` file with one path or address
-            per line, an archive, a table, a document, a video, an address, or several of them (``open_sources``).
+            per line, an archive, a table, a document, a video, an address, or several of them (``all_sources``).
         :param prune: Whether to remove files below ``paths`` that no longer exist from the index. A path without
             images, or that would lose more than one point and 30 %, is not pruned and listed in the summary.
         :param prune_all: Whether to remove them even then.
@@ -165,21 +164,20 @@ class QdrantIndexer(Searcher):
         places = [paths] if isinstance(paths, (str, Path)) else list(paths)
         prune = prune or prune_all
         passed_over = PassedOver(sources.exclude)
-        photographs, others = open_sources(places, sources, passed_over, may_be_gone=prune)
-        if not prune and (photographs or not others):
-            require_images(photographs, sources.exclude)
+        failed: list[dict[str, str]] = []
+        note = lambda path, reason: failed.append({"path": str(path), "reason": reason})  # noqa: E731
+        found = all_sources(places, sources, note, passed_over, may_be_gone=prune)
         folder = None if thumbnails is None else ThumbnailFolder(thumbnails)
         with self._indexing:
             encoder = self._prepare_collection()
             if llama_index:
                 self.store.create_payload_index("doc_id", base.KEYWORD)  # LlamaIndex deletes by it
             started, loading = time.perf_counter(), encoder.load_seconds
-            failed: list[dict[str, str]] = []
             manifest = self._open_manifest(encoder)
             if retry_failed:
                 manifest.forget_faults()
             run = IndexRun(
-                [*file_sources(photographs, note_in(failed), passed_over, may_be_gone=prune), *others],
+                found,
                 self.store,
                 encoder,
                 manifest,
@@ -280,7 +278,10 @@ class QdrantIndexer(Searcher):
                 f" {encoder.name} ({encoder.fingerprint:.12}); choose another collection, or the model that made it"
             )
         if signature is not None and signature.fingerprint and self._embed not in (None, signature.embed):
-            raise self.store.other_embed(signature.embed, self._embed)
+            raise CocoaError(
+                f"{self.store.name} was made with --embed {signature.embed}, not with --embed {self._embed}; leave"
+                " --embed out (embed= in Python), or choose another collection"
+            )
         dimension = self._dimension or (signature.dimension if signature and signature.fingerprint else None)
         if dimension not in (None, encoder.dimension):
             encoder = encoder.truncate(dimension)
@@ -312,8 +313,3 @@ class QdrantIndexer(Searcher):
                 encoder.require_images()
                 self._encoder = encoder
             return self._encoder
-
-
-def note_in(faults: list[dict[str, str]]) -> Callable[[str | Path, str], None]:
-    """Return a function that appends a fault, as ``{"path", "reason"}``."""
-    return lambda path, reason: faults.append({"path": str(path), "reason": reason})

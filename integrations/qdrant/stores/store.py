@@ -305,13 +305,6 @@ class Store(ABC):
         embed = base.BOTH if is_both else known.get("embed", base.IMAGE)
         return Signature(known["model"], known["fingerprint"], dimension, embed)
 
-    def other_embed(self, found: str, wanted: str) -> CocoaError:
-        """Return the error for a collection that embeds something else of an image than what is wanted."""
-        return CocoaError(
-            f"{self.name} was made with --embed {found}, not with --embed {wanted}; leave --embed out (embed= in"
-            " Python), or choose another collection"
-        )
-
     def _needs_signature(self, found: Signature, signature: Signature) -> bool:
         """Return whether an existing collection has no signature yet.
 
@@ -324,5 +317,8 @@ class Store(ABC):
             )
         is_open = found.fingerprint is None and base.BOTH not in (found.embed, signature.embed)
         if found.embed != signature.embed and not is_open:
-            raise self.other_embed(found.embed, signature.embed)
+            raise CocoaError(
+                f"{self.name} was made with --embed {found.embed}, not with --embed {signature.embed}; choose another"
+                " collection"
+            )
         return found.fingerprint is None

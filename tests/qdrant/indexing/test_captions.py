@@ -218,9 +218,7 @@ def test_another_setting_is_refused_and_none_is_that_of_the_collection(tmp_path:
 def test_a_caption_that_a_model_refuses_is_a_sentence(tmp_path: Path) -> None:
     album = Album(tmp_path / "photos", client=QdrantClient(":memory:"), embed=BOTH)
     album.describe(red="<|image_pad|>")
-    with pytest.raises(
-        CocoaError, match=r"does not take the caption of .*red\.png, or of one of 0 images"
-    ):
+    with pytest.raises(CocoaError, match=r"does not take the caption of .*red\.png, or of one of 0 images"):
         album.run()
 
 
