@@ -105,7 +105,7 @@ def prepared(model: SentenceTransformer, files: list[str], options: argparse.Nam
     images = [load_image(file) for file in files]
     costs = [ImageCost(count_tokens(*image.size), *image.size) for image in images]
     limits = BatchLimits(options.batch_size, options.batch_tokens, sys.maxsize)
-    batches = [document_model.prepare([images[i] for i in batch]) for batch in plan_batches(costs, limits)]
+    batches = [document_model.prepare([{"image": images[i]} for i in batch]) for batch in plan_batches(costs, limits)]
     return [
         {name: value.to(model.device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
         for batch in batches

@@ -56,6 +56,7 @@ def info(
         fingerprint = f"fingerprint {found['fingerprint']:.12}" if found["fingerprint"] else "made by another program"
         say(console, f"{store.name}: {document['points']} images")
         say(console, f"model: {found['model']} ({fingerprint}), {found['dimension']} dimensions")
+        say(console, f"embeds: {found['embed']}")
         say(console, f"keys: {', '.join(document['keys']) or 'none'}")
         if indexes is not None:
             say(console, f"filters only on: {', '.join(sorted(indexes))}")

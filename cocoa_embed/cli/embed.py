@@ -29,7 +29,6 @@ from cocoa_embed.cli.options import (
     source_options,
 )
 from cocoa_embed.cli.output import (
-    DeviceOption,
     JsonOption,
     check_all,
     print_json,
@@ -43,6 +42,7 @@ from cocoa_embed.cli.storage import (
     CollectionOption,
     CreateOption,
     EdgeOption,
+    EmbedOption,
     GrpcOption,
     ModelOption,
     PathOption,
@@ -64,6 +64,7 @@ def embed(
     out: Annotated[str, typer.Option(help="A folder for embeddings, or its address (s3://bucket/embeddings).")],
     shard: Annotated[str, typer.Option(help="i/n, on the i-th of n machines: embed its parts only.")] = "1/1",
     dimension: Annotated[int | None, typer.Option(min=1, help="Truncate embeddings to this many dimensions.")] = None,
+    embed: EmbedOption = None,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Embed parts again of which some images could not be used.")
     ] = False,
@@ -71,7 +72,6 @@ def embed(
         str | None,
         typer.Option(help="Embed on Ray: on this machine, or with =ADDRESS on a cluster."),
     ] = None,
-    device: DeviceOption = None,
     devices: DevicesOption = None,
     workers: WorkersOption = None,
     batch_tokens: BatchTokensOption = None,
@@ -87,7 +87,7 @@ def embed(
     """Embed images into Parquet files, for `cocoa-embed load`. What is there already is not embedded again."""
     from cocoa_embed.model.loading import check_model
 
-    options = model_options(device, devices, workers=workers, batch_tokens=batch_tokens, dtype=dtype)
+    options = model_options(devices, workers=workers, batch_tokens=batch_tokens, dtype=dtype)
     options |= {"revision": revision, "trust_remote_code": trust_remote_code, "dimension": dimension}
     wanted = source_options(allow_host, every, include, exclude)
     (number, count), *_ = check_all(
@@ -107,7 +107,7 @@ def embed(
         passed_over = PassedOver(wanted.exclude)
         note = lambda path, reason: faults.append({"path": str(path), "reason": reason})  # noqa: E731
         found = all_sources(sources, wanted, note, passed_over)
-        folder = EmbeddingFolder(out)
+        folder = EmbeddingFolder(out, embed or "image")
         planned = shards.plan(found, folder, number=number, count=count, retry_failed=retry_failed)
         if ray is None:
             done = shards.embed(planned, folder, open_encoder(model, **options))

@@ -26,7 +26,6 @@ from cocoa_embed.cli.options import (
     source_options,
 )
 from cocoa_embed.cli.output import (
-    DeviceOption,
     JsonOption,
     check_all,
     print_json,
@@ -39,6 +38,7 @@ from cocoa_embed.cli.storage import (
     CollectionOption,
     CreateOption,
     EdgeOption,
+    EmbedOption,
     GrpcOption,
     ModelOption,
     PathOption,
@@ -78,12 +78,12 @@ def index(
     llama_index: Annotated[
         bool, typer.Option("--llama-index", help="Also store what LlamaIndex's QdrantVectorStore reads.")
     ] = False,
+    embed: EmbedOption = None,
     exclude: ExcludeOption = None,
     thumbnails: Annotated[Path | None, typer.Option(help="A folder for small copies of the images.")] = None,
     dimension: Annotated[int | None, typer.Option(min=1, help="Truncate embeddings to this many dimensions.")] = None,
     create: CreateOption = None,
     prefer_grpc: GrpcOption = False,
-    device: DeviceOption = None,
     devices: DevicesOption = None,
     workers: WorkersOption = None,
     batch_tokens: BatchTokensOption = None,
@@ -101,8 +101,8 @@ def index(
 
     storage = {"path": path, "url": url, "edge": edge}
     kept: dict[str, Any] = {"create": create, "prefer_grpc": prefer_grpc}
-    options: dict[str, Any] = {"dimension": dimension, **kept}
-    options |= {"api_key": api_key, **model_options(device, devices, workers=workers, batch_tokens=batch_tokens)}
+    options: dict[str, Any] = {"dimension": dimension, "embed": embed, **kept}
+    options |= {"api_key": api_key, **model_options(devices, workers=workers, batch_tokens=batch_tokens)}
     options |= {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
     sources = source_options(allow_host, every, include, exclude)
     check_all(

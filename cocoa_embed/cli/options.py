@@ -12,7 +12,12 @@ if TYPE_CHECKING:
     from cocoa_embed.sources.base import SourceOptions
 
 DevicesOption = Annotated[
-    str | None, typer.Option("--devices", help="Several devices, a process each: cuda:0,cuda:1, or all.")
+    str | None,
+    typer.Option(
+        "--devices",
+        "--device",
+        help="The torch device, or several, a process each: cuda:0,cuda:1, or all [default: the fastest].",
+    ),
 ]
 WorkersOption = Annotated[int | None, typer.Option(min=1, help="Threads a device that prepare images.")]
 BatchTokensOption = Annotated[
@@ -48,18 +53,18 @@ def source_options(
     return SourceOptions(allowed_hosts=hosts, every=every, include=kinds, exclude=patterns)
 
 
-def model_options(device: str | None, devices: str | None, **options: Any) -> dict[str, Any]:
+def model_options(devices: str | None, **options: Any) -> dict[str, Any]:
     """Return the keyword arguments of ``open_encoder``.
 
-    :raises UsageError: If both one device and several are given, or the list of several names none.
+    :raises UsageError: If a list of devices names none.
     """
-    if device is not None and devices is not None:
-        raise UsageError("--device and --devices were given together; give one of them")
-    if devices is not None and devices != "all":
+    if devices is None or (devices != "all" and "," not in devices):
+        return {"device": devices, **options}
+    if devices != "all":
         from cocoa_embed.encode.devices import read_devices
 
         read_devices(devices)
-    return {"device": device, "devices": devices, **options}
+    return {"devices": devices, **options}
 
 
 def read_share(text: str) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -38,6 +38,10 @@ CreateOption = Annotated[
         help="How to create a new collection (--url, --edge): vectors=float16, quantization=scalar|binary|turbo,"
         " memory=cold, graph=cold, tenant=KEY; for --url also hnsw=after, shards=N, replicas=N.",
     ),
+]
+EmbedOption = Annotated[
+    Literal["image", "image+caption", "both"] | None,
+    typer.Option(help="Embed the image, with its caption in one vector, or each in its own [default: image]."),
 ]
 ApiKeyOption = Annotated[str | None, typer.Option(envvar="QDRANT_API_KEY", help="API key for the Qdrant server.")]
 

@@ -1,6 +1,7 @@
 """Reads the captions of an image folder: from a metadata file, or from text files beside the images."""
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,9 @@ MAX_TEXT_BYTES = 2**16
 
 UNREAD_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 """The suffixes of other tables, whose presence a message mentions where metadata are missing."""
+
+UNREAD_TABLE = re.compile(r"(metadata|captions?|annotations?|labels?)\.(json|xlsx?|ya?ml|xml)$", re.IGNORECASE)
+"""Matches the names of files that nearly certainly describe images, in formats that are not read."""
 
 
 class DescribedImage(NamedTuple):
@@ -124,9 +128,11 @@ def metadata_file(folder: Path) -> Path | None:
 
 def unread_table(names: Iterable[str]) -> str | None:
     """Return what to do with a table under another name than ``METADATA_FILES``; None if there is none."""
-    table = next((name for name in sorted(names) if name.lower().endswith(UNREAD_SUFFIXES)), None)
+    ordered = sorted(names)
+    table = next((name for name in ordered if name.lower().endswith(UNREAD_SUFFIXES)), None)
     if table is None:
-        return None
+        other = next(filter(UNREAD_TABLE.match, ordered), None)
+        return other and f"{other!a} is not read: write it as {METADATA_FILE}, one JSON object a line."
     suffix = os.path.splitext(table)[1].lower().replace(".tsv", ".csv")
     return f"{table!a} is not read: if it describes the images, call it metadata{suffix}."
 

@@ -35,6 +35,8 @@ class Description(NamedTuple):
     dimension: int
     """Of the model's own embeddings, before any truncation."""
     takes_images: bool
+    takes_both: bool
+    """An image and a text as one input."""
 
 
 def describe(model: str | Path, options: Mapping[str, Any], load: Callable[[], Description]) -> Description:

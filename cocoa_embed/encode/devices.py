@@ -22,7 +22,7 @@ import numpy as np
 from cocoa_embed.cpu_threads import available_cores
 from cocoa_embed.encode.description import Description
 from cocoa_embed.encode.encoder import Encoder, Key, ModelInput
-from cocoa_embed.encode.jobs import EmbeddedImage, StreamSource
+from cocoa_embed.encode.jobs import CaptionedImage, EmbeddedImage, StreamSource
 from cocoa_embed.encode.lazy import DeferredEncoder, LazyEncoder
 from cocoa_embed.encode.load import load_encoder
 from cocoa_embed.encode.read_ahead import read_ahead
@@ -201,7 +201,8 @@ def cut(images: Iterable[tuple[Key, StreamSource]], most: int) -> Iterator[list[
     size = 0
     for key, source in images:
         chunk.append((key, source))
-        size += len(source) if isinstance(source, bytes) else 0
+        data = source.data if isinstance(source, CaptionedImage) else source
+        size += len(data) if isinstance(data, bytes) else 0
         if len(chunk) == most or size > CHUNK_BYTES:
             yield chunk
             chunk, size = [], 0

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image
 
 from cocoa_embed.encode.batches import token_counter
+from cocoa_embed.encode.jobs import ModelInput
 from cocoa_embed.encode.processor_lock import ProcessorLock
 
 if TYPE_CHECKING:
@@ -48,14 +48,15 @@ class DocumentModel:
         self.count_tokens = token_counter(model)
         self.is_on_cuda = model.device.type == "cuda"
 
-    def prepare(self, images: Sequence[Image.Image]) -> Features:
+    def prepare(self, inputs: Sequence[ModelInput]) -> Features:
         """Preprocess a batch; for CUDA into memory that is copied while the model runs.
+
+        :param inputs: All with the same keys.
 
         :raises ValueError: If the processor refuses an image; some processors raise other errors.
         """
-        inputs = [{"image": image} for image in images]
         with self._lock.use(for_documents=True):
-            features = self._model.preprocess(inputs, prompt=self._prompt, task="document")
+            features = self._model.preprocess(list(inputs), prompt=self._prompt, task="document")
             return map_tensors(features, torch.Tensor.pin_memory) if self.is_on_cuda else features
 
     @torch.inference_mode()

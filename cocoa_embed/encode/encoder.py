@@ -8,16 +8,16 @@ prompt, and documents its document prompt.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 from PIL import Image
 
 from cocoa_embed.encode.description import Description
-from cocoa_embed.encode.jobs import EmbeddedImage, StreamSource
+from cocoa_embed.encode.jobs import EmbeddedImage, ModelInput, StreamSource
 from cocoa_embed.encode.processor_lock import ProcessorLock
 from cocoa_embed.errors import CocoaError, ImageError, UsageError, is_valid_unicode, one_line
 from cocoa_embed.images.load import ImageSource, load_image
@@ -27,9 +27,6 @@ from cocoa_embed.model.template import literal, special_tokens
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modality_types import Modality
-
-ModelInput: TypeAlias = Mapping[str, "str | Image.Image"]
-"""A ``text``, an ``image``, or both."""
 
 Key = TypeVar("Key")
 
@@ -145,18 +142,22 @@ class Encoder:
     @property
     def description(self) -> Description:
         """What an index has to know of the model."""
-        return Description(self.fingerprint, self._model_dimension, self.model.supports("image"))
+        takes = self.model.supports
+        return Description(self.fingerprint, self._model_dimension, takes("image"), takes(("image", "text")))
 
-    def require_images(self) -> None:
+    def require_images(self, *, with_text: bool = False) -> None:
         """Check that the model takes images.
 
-        :raises CocoaError: If it embeds only text.
+        :param with_text: Whether it has to take an image and a text as one input, too.
+        :raises CocoaError: If it does not.
         """
-        if not self.model.supports("image"):
-            raise self._no_images()
+        self._require(self.model.supports("image"), not with_text or self.model.supports(("image", "text")))
 
-    def _no_images(self) -> CocoaError:
-        return CocoaError(f"{self.name} does not embed images; use a multimodal model")
+    def _require(self, takes_images: bool, takes_both: bool) -> None:
+        if not takes_images:
+            raise CocoaError(f"{self.name} does not embed images; use a multimodal model")
+        if not takes_both:
+            raise CocoaError(f"{self.name} does not embed an image together with a text; use --embed both (embed=)")
 
     def embed_queries(self, inputs: Sequence[ModelInput], batch_size: int = 32) -> np.ndarray:
         """Embed queries, with the model's query prompt.
@@ -199,7 +200,7 @@ class Encoder:
         and affects no other image. The embeddings are those of ``embed_documents``. Several threads may stream and
         embed queries at the same time; one stream belongs to one thread.
 
-        :param images: Pairs of a key and an image: a path, the bytes of a file, or a PIL image.
+        :param images: Pairs of a key and an image: a path, the bytes of a file, a PIL image, or a ``CaptionedImage``.
         :param workers: Threads that prepare images while the model runs; None takes the encoder's number, or chooses by
             device and cores.
         :param batch_size: The most images in a batch.
@@ -221,6 +222,7 @@ class Encoder:
 
         return ImageStream(
             model=DocumentModel(self.model, self._processor),
+            literal=self._literal,
             images=images,
             turn=self._turn,
             finish=self._finish,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -14,7 +15,21 @@ from cocoa_embed.errors import ImageError, TransientImageError, one_line
 from cocoa_embed.images.load import decode_image, image_size, load_image, read_stable_file
 from cocoa_embed.images.to_rgb import draw_thumbnail
 
-StreamSource: TypeAlias = bytes | str | Path | Image.Image
+ModelInput: TypeAlias = Mapping[str, "str | Image.Image"]
+"""A ``text``, an ``image``, or both."""
+
+
+class CaptionedImage(NamedTuple):
+    """An image file that is embedded together with a text."""
+
+    data: bytes
+    text: str
+
+
+StreamSource: TypeAlias = bytes | str | Path | Image.Image | CaptionedImage
+
+BYTES_PER_TOKEN = 3
+"""Of a text in UTF-8: less than tokenizers need, so that the tokens of a batch are not underestimated."""
 
 REFUSALS = (ValueError, RuntimeError, ArithmeticError, MemoryError)
 """The errors of image processors and models for an image, or a batch, that they cannot take."""
@@ -45,8 +60,9 @@ class ImageJob:
     key: Any
     name: str
     """The name of the image in errors."""
-    source: StreamSource | None
+    source: bytes | str | Path | Image.Image | None
     """As given; a file's bytes once it is measured; None once there is an outcome."""
+    text: str | None = None
     cost: ImageCost = UNMEASURED
     mime: str = UNKNOWN_MIME
     thumbnail: bytes | None = None
@@ -79,7 +95,8 @@ def measure(job: ImageJob, count_tokens: CountTokens) -> None:
             assert source is not None, "a job is measured before it is finished"
             job.source = source if isinstance(source, bytes) else read_stable_file(source).data
             width, height = image_size(job.source, job.name)
-        job.cost = ImageCost(count_tokens(width, height), width, height)
+        text_tokens = len(job.text.encode()) // BYTES_PER_TOKEN if job.text else 0
+        job.cost = ImageCost(count_tokens(width, height) + text_tokens, width, height)
     except ImageError as error:
         job.finish(error)
     except REFUSALS as error:

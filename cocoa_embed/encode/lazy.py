@@ -93,13 +93,9 @@ class DeferredEncoder(Encoder):
         shorter._dimension = dimension
         return shorter
 
-    def require_images(self) -> None:
-        """Check that the model takes images.
-
-        :raises CocoaError: If it embeds only text.
-        """
-        if not self.description.takes_images:
-            raise self._no_images()
+    def require_images(self, *, with_text: bool = False) -> None:
+        """Check that the model takes images, and a text with them if it has to."""
+        self._require(self.description.takes_images, not with_text or self.description.takes_both)
 
 
 class LazyEncoder(DeferredEncoder):

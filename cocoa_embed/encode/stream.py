@@ -7,7 +7,7 @@ the batches are decoded and preprocessed. The calling thread runs the model on t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, field
@@ -21,7 +21,16 @@ import torch
 from cocoa_embed.cpu_threads import available_cores
 from cocoa_embed.encode.batches import BatchLimits, plan_batches
 from cocoa_embed.encode.document_model import DocumentModel, Features, Fetch
-from cocoa_embed.encode.jobs import REFUSALS, EmbeddedImage, ImageJob, StreamSource, decode, measure
+from cocoa_embed.encode.jobs import (
+    REFUSALS,
+    CaptionedImage,
+    EmbeddedImage,
+    ImageJob,
+    ModelInput,
+    StreamSource,
+    decode,
+    measure,
+)
 from cocoa_embed.encode.read_ahead import read_ahead
 from cocoa_embed.errors import CocoaError, ImageError, one_line, printable
 
@@ -48,6 +57,8 @@ class ImageStream:
 
     model: DocumentModel
     images: Iterable[tuple[Any, StreamSource]]
+    literal: Callable[[Sequence[ModelInput]], list[ModelInput]]
+    """Returns inputs whose texts are read as their characters."""
     turn: Callable[[], AbstractContextManager[None]]
     """Held while the model runs on a batch."""
     finish: Callable[[np.ndarray], np.ndarray]
@@ -87,7 +98,9 @@ class ImageStream:
         """Yield the images of the input as jobs; an error of the input is raised after all of them are embedded."""
         try:
             for key, source in self.images:
-                job = ImageJob(key, printable(source if isinstance(source, str | Path) else str(key)), source)
+                name = printable(source if isinstance(source, str | Path) else str(key))
+                image, text = source if isinstance(source, CaptionedImage) else (source, None)
+                job = ImageJob(key, name, image, text)
                 self._unfinished.append(job)
                 yield job
         except Exception as error:  # noqa: BLE001 - `run` raises it
@@ -108,23 +121,27 @@ class ImageStream:
 
     def _plan(self, window: list[ImageJob]) -> list[list[ImageJob]]:
         """Return the batches of a window, at least one, so that the errors of a window are yielded in any case."""
-        jobs = [job for job in window if job.outcome is None]
         limits = BatchLimits(self.batch_size, self.batch_tokens, MAX_BATCH_BYTES)
-        batches = plan_batches([job.cost for job in jobs], limits)
-        return [[jobs[index] for index in indices] for indices in batches] or [[]]
+        planned: list[list[ImageJob]] = []
+        for has_text in (False, True):  # a batch has inputs of one kind
+            jobs = [job for job in window if job.outcome is None and (job.text is not None) == has_text]
+            batches = plan_batches([job.cost for job in jobs], limits)
+            planned += [[jobs[index] for index in indices] for indices in batches]
+        return planned or [[]]
 
     def _prepare(self, jobs: list[ImageJob]) -> Features:
         """Decode and preprocess a batch, and finish the jobs whose images are broken.
 
         :raises Exception: One of ``REFUSALS``, if the processor does not take an image.
         """
-        images = []
+        inputs: list[ModelInput] = []
         for job in jobs:
             try:
-                images.append(decode(job, self.thumbnail_size))
+                image = decode(job, self.thumbnail_size)
+                inputs.append({"image": image} if job.text is None else {"image": image, "text": job.text})
             except ImageError as error:
                 job.finish(error)
-        return self.model.prepare(images) if images else {}
+        return self.model.prepare(self.literal(inputs)) if inputs else {}
 
     def _embed(self, jobs: list[ImageJob], prepare: Callable[[], Features]) -> None:
         """Run the model on a batch; on its halves if the processor or the model does not take the whole."""

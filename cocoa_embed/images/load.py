@@ -17,6 +17,7 @@ from urllib.parse import unquote_to_bytes
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from cocoa_embed.errors import ImageError, MissingExtraError, TransientImageError, one_line, printable
+from cocoa_embed.images.colour_depth import has_deep_colours, stretch_dark
 from cocoa_embed.images.file_names import why_missing
 from cocoa_embed.images.formats import icon_sizes, media_type, open_image, png_without_metadata, upright_size
 from cocoa_embed.images.to_rgb import upright_rgb
@@ -182,7 +183,15 @@ def decode_image(data: bytes, name: str) -> tuple[Image.Image, str]:
     :param name: The image's name in errors.
     :raises ImageError: If it is not an image, is truncated, or exceeds the limits.
     """
-    return with_opened_image(lambda image, _: (upright_rgb(image), media_type(image)), data, name)
+
+    def decode(image: ImageFile.ImageFile, data: bytes) -> tuple[Image.Image, str]:
+        if has_deep_colours(image):
+            image.load()
+            with open_image(data) as again:
+                stretch_dark(image, again)
+        return upright_rgb(image), media_type(image)
+
+    return with_opened_image(decode, data, name)
 
 
 def image_size(data: bytes, name: str) -> tuple[int, int]:

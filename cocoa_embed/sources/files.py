@@ -165,11 +165,6 @@ def require_images(paths: Sequence[str | Path], exclude: Sequence[str] = ()) -> 
         raise CocoaError(f"there are no images in {names}{but}; name a folder that holds some (jpg, png, webp, ...)")
 
 
-def count_files(sources: Iterable[FileSource]) -> int:
-    """Return how many files sources have; they cannot be searched again afterwards."""
-    return sum(len(shard.files) for source in sources for shard in source.shards())
-
-
 def undecode(key: str) -> str:
     r"""Return a path of a payload with the bytes that are there as ``\udcNN``."""
     return re.sub(r"\\udc([89a-f][0-9a-f])", lambda match: chr(0xDC00 + int(match[1], 16)), key)

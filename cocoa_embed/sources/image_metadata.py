@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sqlite3
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from cocoa_embed.errors import CocoaError, RowError, printable
 logger = logging.getLogger(__name__)
 
 FOLDERS_KEPT = 64
-"""Folders whose metadata stay in memory: those of the images at hand and the folders above."""
+"""Folders whose metadata are kept: those of the images at hand and the folders above."""
 
 
 class Description(NamedTuple):
@@ -38,25 +38,38 @@ class Description(NamedTuple):
     """The metadata files, read without a fault, that could describe the image, whether they do or not."""
 
 
-@dataclass
 class FolderMetadata:
-    """The metadata of one folder, by the absolute path of each image."""
+    """The metadata of one folder, by the absolute path of each image: on disk, where they are too large for a cache."""
 
-    source: str | None = None
-    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
-    is_whole: bool = False
-    """Whether every row could be used."""
+    def __init__(self, source: str | None = None) -> None:
+        """Remember the file of the metadata; there are no rows yet."""
+        self.source = source
+        self.is_whole = source is not None
+        """Whether every row could be used."""
+        if source is not None:
+            self._rows = sqlite3.connect("", check_same_thread=False, isolation_level=None)
+            self._rows.execute("CREATE TABLE rows (image BLOB PRIMARY KEY, columns TEXT) WITHOUT ROWID")
+            self._rows.execute("BEGIN")
+
+    def row(self, image: str) -> dict[str, Any] | None:
+        """Return the columns of an image; None if the metadata do not name it."""
+        if self.source is None:
+            return None
+        found = self._rows.execute("SELECT columns FROM rows WHERE image = ?", (os.fsencode(image),)).fetchone()
+        return None if found is None else dict(json.loads(found[0]))
 
     def add(self, image: DescribedImage) -> None:
         """Add a row. Of several rows of an image, all texts count, as lines; of other columns the first."""
-        known = self.rows.setdefault(os.path.abspath(image.path), {})
+        path = os.path.abspath(image.path)
+        known = self.row(path) or {}
         merge(known, {"text": "\n".join(image.wordings), **image.others} if image.wordings else image.others)
+        self._rows.execute("REPLACE INTO rows VALUES (?, ?)", (os.fsencode(path), json.dumps(known)))
 
 
 class ImageMetadata:
     """Describes images; each metadata file is read once, when the first image that it may describe is.
 
-    Images are best asked for folder by folder: the metadata of the last ``FOLDERS_KEPT`` folders stay in memory.
+    Images are best asked for folder by folder: the metadata of the last ``FOLDERS_KEPT`` folders are kept.
     """
 
     def __init__(self, on_error: Callable[[str, str], object]) -> None:
@@ -77,11 +90,12 @@ class ImageMetadata:
         above = (folder for folder in image.parent.parents if folder.is_relative_to(root))
         folders = [self._read(folder) for folder in (*reversed([*above]), image.parent)]
         metadata: dict[str, Any] = {}
-        found = [folder for folder in folders if str(image) in folder.rows]
-        for folder in found:
-            merge(metadata, folder.rows[str(image)])
+        source = None
+        for folder in folders:
+            if (row := folder.row(str(image))) is not None:
+                merge(metadata, row)
+                source = source or folder.source
         checked = frozenset(folder.source for folder in folders if folder.source and folder.is_whole)
-        source = found[0].source if found else None
         if "text" not in metadata and (text := self._text_beside(image)):
             metadata["text"] = text[0]
             source = source or text[1]
@@ -105,7 +119,7 @@ class ImageMetadata:
                 if hint := unread_table(os.listdir(folder)):
                     logger.warning("%s: %s", printable(folder), hint)
                 return found
-            place, found.source, found.is_whole = metadata, str(metadata), True
+            place, found = metadata, FolderMetadata(str(metadata))
             for row in read_metadata(metadata):
                 if isinstance(row, RowError):
                     self._note(row.source, row.reason)

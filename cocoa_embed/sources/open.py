@@ -36,18 +36,21 @@ def all_sources(
     options: SourceOptions = NO_OPTIONS,
     on_error: Callable[[str | Path, str], object] = lambda path, reason: None,
     passed_over: PassedOver | None = None,
+    *,
+    may_be_gone: bool = False,
 ) -> list[Source]:
     """Return the sources of places: folders, files, patterns, lists, addresses.
 
     :param on_error: Called with what cannot be read, and the reason.
     :param passed_over: Decides what is passed over, and counts it; by default, what ``options`` exclude.
+    :param may_be_gone: Whether a place that does not exist is a source without images.
     :raises CocoaError: If a place does not exist, or has no images.
     """
     passed_over = passed_over or PassedOver(options.exclude)
-    photographs, others = open_sources(places, options, passed_over)
-    if photographs or not others:
+    photographs, others = open_sources(places, options, passed_over, may_be_gone=may_be_gone)
+    if not may_be_gone and (photographs or not others):
         require_images(photographs, options.exclude)
-    return [*file_sources(photographs, on_error, passed_over), *others]
+    return [*file_sources(photographs, on_error, passed_over, may_be_gone=may_be_gone), *others]
 
 
 def open_sources(

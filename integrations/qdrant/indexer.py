@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +27,7 @@ from cocoa_embed.integrations.qdrant.stores.base import MEMORY, Hit, Signature
 from cocoa_embed.integrations.qdrant.stores.options import StoreOptions, read_create
 from cocoa_embed.integrations.qdrant.stores.store import Store
 from cocoa_embed.sources.base import SourceOptions
-from cocoa_embed.sources.files import count_files, file_sources, require_images
-from cocoa_embed.sources.open import NO_OPTIONS, open_sources
+from cocoa_embed.sources.open import NO_OPTIONS, all_sources
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient
@@ -58,6 +57,7 @@ class QdrantIndexer(Searcher):
         dimension: int | None = None,
         prefer_grpc: bool = False,
         create: str | Mapping[str, Any] | None = None,
+        embed: str | None = None,
         batch_size: int = 32,
         device: str | None = None,
         devices: str | None = None,
@@ -78,6 +78,8 @@ class QdrantIndexer(Searcher):
         :param prefer_grpc: Whether to speak gRPC with the server at ``url``, on port 6334.
         :param create: How a new collection on a server or in Qdrant Edge keeps its points, such as ``{"shards": 4,
             "vectors": "float16", "hnsw": "after"}``: options of ``StoreOptions``.
+        :param embed: What a new collection embeds of an image: ``image``; ``image+caption``, both in one vector; or
+            ``both``, a vector each. None for ``image``, or for what an existing collection does.
         :param batch_size: The maximum number of images in a batch.
         :param device: The torch device for a model that has to be loaded.
         :param devices: Several devices, a process each: ``"cuda:0,cuda:1"`` or ``"all"``.
@@ -93,6 +95,8 @@ class QdrantIndexer(Searcher):
         for name, number in {"batch_size": batch_size, "dimension": dimension}.items():
             if number is not None and number < 1:
                 raise UsageError(f"{name} is {number}; it must be 1 or more")
+        if embed not in (None, *base.EMBEDS):
+            raise UsageError(f"embed is {embed!r}; it can be {', '.join(base.EMBEDS)}")
         if client is None and url is None and edge is None:
             path = path or DEFAULT_INDEX
         options = StoreOptions(api_key=api_key, prefer_grpc=prefer_grpc, **read_create(create))
@@ -103,6 +107,7 @@ class QdrantIndexer(Searcher):
         self.batch_size = batch_size
         self._model = model
         self._dimension = dimension
+        self._embed = embed
         self._model_options = {"device": device, "devices": devices, **model_options}
         self._encoder: Encoder | None = None
         self._manifest: Manifest | None = None
@@ -138,11 +143,12 @@ class QdrantIndexer(Searcher):
     ) -> IndexSummary:
         """Embed and store the images in ``paths``; unchanged files are skipped by size and mtime.
 
-        Captions and other columns of a folder's ``metadata.jsonl`` go into the payload, not into the embedding. Files
-        that cannot be used are listed in the summary. Files with the same content are one point.
+        Captions and other columns of a folder's ``metadata.jsonl`` go into the payload, and captions into the embedding
+        as ``embed`` says. Files that cannot be used are listed in the summary. Files with the same content are one
+        point.
 
         :param paths: A folder, a file, a pattern such as ``photos/**/*.png``, a ``.txt`` file with one path or address
-            per line, an archive, a table, a document, a video, an address, or several of them (``open_sources``).
+            per line, an archive, a table, a document, a video, an address, or several of them (``all_sources``).
         :param prune: Whether to remove files below ``paths`` that no longer exist from the index. A path without
             images, or that would lose more than one point and 30 %, is not pruned and listed in the summary.
         :param prune_all: Whether to remove them even then.
@@ -158,21 +164,20 @@ class QdrantIndexer(Searcher):
         places = [paths] if isinstance(paths, (str, Path)) else list(paths)
         prune = prune or prune_all
         passed_over = PassedOver(sources.exclude)
-        photographs, others = open_sources(places, sources, passed_over, may_be_gone=prune)
-        if not prune and (photographs or not others):
-            require_images(photographs, sources.exclude)
+        failed: list[dict[str, str]] = []
+        note = lambda path, reason: failed.append({"path": str(path), "reason": reason})  # noqa: E731
+        found = all_sources(places, sources, note, passed_over, may_be_gone=prune)
         folder = None if thumbnails is None else ThumbnailFolder(thumbnails)
         with self._indexing:
             encoder = self._prepare_collection()
             if llama_index:
                 self.store.create_payload_index("doc_id", base.KEYWORD)  # LlamaIndex deletes by it
             started, loading = time.perf_counter(), encoder.load_seconds
-            failed: list[dict[str, str]] = []
             manifest = self._open_manifest(encoder)
             if retry_failed:
                 manifest.forget_faults()
             run = IndexRun(
-                [*file_sources(photographs, note_in(failed), passed_over, may_be_gone=prune), *others],
+                found,
                 self.store,
                 encoder,
                 manifest,
@@ -183,12 +188,8 @@ class QdrantIndexer(Searcher):
                 failed=failed,
                 passed_over=passed_over.counts,
             )
-            total = None
-            if progress and not others:
-                uncounted = PassedOver(sources.exclude)
-                total = count_files(file_sources(photographs, note_in([]), uncounted, may_be_gone=prune))
             title = f"indexing into {self.store.collection}"
-            with tqdm(total=total, desc=title, unit="image", disable=not progress) as bar:
+            with tqdm(desc=title, unit="image", disable=not progress) as bar:
                 run.on_done = bar.update
                 run.run(self.batch_size)
             passed_over.warn_of_unused()
@@ -252,7 +253,9 @@ class QdrantIndexer(Searcher):
                 f"{self.store.name} was not made by cocoa-embed index, and its vectors may be another model's;"
                 " choose another collection"
             )
-        self.store.create(Signature(encoder.name, encoder.fingerprint, encoder.dimension))
+        embed = self._embed or (signature.embed if signature else base.IMAGE)
+        encoder.require_images(with_text=embed == base.TOGETHER)
+        self.store.create(Signature(encoder.name, encoder.fingerprint, encoder.dimension, embed))
         return encoder
 
     def _open_manifest(self, encoder: Encoder) -> Manifest:
@@ -273,6 +276,11 @@ class QdrantIndexer(Searcher):
             raise CocoaError(
                 f"{self.store.name} was made with {signature.model} (fingerprint {signature.fingerprint:.12}), not with"
                 f" {encoder.name} ({encoder.fingerprint:.12}); choose another collection, or the model that made it"
+            )
+        if signature is not None and signature.fingerprint and self._embed not in (None, signature.embed):
+            raise CocoaError(
+                f"{self.store.name} was made with --embed {signature.embed}, not with --embed {self._embed}; leave"
+                " --embed out (embed= in Python), or choose another collection"
             )
         dimension = self._dimension or (signature.dimension if signature and signature.fingerprint else None)
         if dimension not in (None, encoder.dimension):
@@ -305,8 +313,3 @@ class QdrantIndexer(Searcher):
                 encoder.require_images()
                 self._encoder = encoder
             return self._encoder
-
-
-def note_in(faults: list[dict[str, str]]) -> Callable[[str | Path, str], None]:
-    """Return a function that appends a fault, as ``{"path", "reason"}``."""
-    return lambda path, reason: faults.append({"path": str(path), "reason": reason})

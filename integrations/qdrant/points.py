@@ -57,6 +57,12 @@ def describe(record: Record) -> Payload:
     return {"caption": text, "metadata": columns, "caption_source": storable(record.metadata_source)}
 
 
+def caption_of(payload: Mapping[str, Any]) -> str | None:
+    """Return the caption of a payload as it is embedded; None if it has no words."""
+    caption = payload.get("caption")
+    return caption if isinstance(caption, str) and caption.strip() else None
+
+
 def point_id(sha256: str) -> str:
     """Return the id of the point for a content: a UUID, the same on every machine.
 

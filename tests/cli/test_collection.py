@@ -82,6 +82,7 @@ def test_points_are_exported_as_json_lines_and_parquet(command: Command, storage
     assert "_node_content" not in rows[0]["payload"]
     command("export-points", "points.parquet", "--vectors", *storage)
     table = pyarrow.parquet.read_table("points.parquet").to_pylist()
+    assert {row.pop("caption_vector") for row in table} == {None}
     assert [{**row, "payload": json.loads(row["payload"])} for row in table] == rows
     out = command("export-points", "-", "--filter", "author=a", *storage).out
     assert [json.loads(line)["payload"]["metadata"] for line in out.splitlines()] == [{"author": "a"}] * 2

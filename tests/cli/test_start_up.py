@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from command_line import Command, modules_imported_by, modules_of_command
@@ -12,6 +14,7 @@ from fake_model import write_colours
 from fake_qdrant import fake_server
 from tiny_backbones import TINY_MAX_LENGTH
 
+from cocoa_embed.cli.__main__ import main
 from cocoa_embed.model.backbone import load_backbone
 
 HEAVY = {"torch", "transformers", "sentence_transformers", "datasets", "accelerate", "sklearn", "scipy", "pandas"}
@@ -90,3 +93,17 @@ def test_a_search_by_text_imports_what_sentence_transformers_does_and_qdrants_cl
         ["search", "--like", str(tmp_path / "photos" / "red.png"), *place, "--diversity", "0.5"], tmp_path
     )
     assert (done.status, HEAVY & modules) == (0, set())
+
+
+def test_ctrl_c_while_the_command_line_is_imported_is_that_of_a_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupted(ModuleType):
+        @property
+        def main(self) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "cocoa_embed.cli.main", Interrupted("main"))
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert (stopped.value.code, capsys.readouterr().err) == (130, "cocoa-embed: interrupted\n")

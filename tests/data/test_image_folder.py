@@ -12,6 +12,7 @@ from cocoa_embed.data.image_folder import (
     caption_files,
     find_metadata,
     read_metadata,
+    unread_table,
 )
 from cocoa_embed.errors import CocoaError, RowError
 
@@ -110,6 +111,11 @@ def test_a_table_under_another_name_is_mentioned(tmp_path: Path) -> None:
     write_table(tmp_path / "captions.csv", [{"file_name": "a.png", "text": "a ring"}])
     with pytest.raises(CocoaError, match=r"'captions\.csv' is not read: if it .* call it metadata\.csv"):
         find_metadata(tmp_path)
+    (tmp_path / "captions.csv").unlink()
+    (tmp_path / "Metadata.json").touch()
+    with pytest.raises(CocoaError, match=r"'Metadata\.json' is not read: write it as metadata\.jsonl, one JSON object"):
+        find_metadata(tmp_path)
+    assert unread_table(["a.png.json", "package.json", "metadata.jsonld"]) is None
 
 
 def test_names_match_however_their_accents_are_composed(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from cocoa_embed.model.backbone import load_backbone
 from cocoa_embed.model.export import export_model
 from cocoa_embed.model.fingerprint import model_fingerprint
 
-KNOWN = Description("f" * 64, 8, takes_images=True)
+KNOWN = Description("f" * 64, 8, takes_images=True, takes_both=True)
 COMMIT = "0123456789" * 4
 
 
@@ -49,7 +49,7 @@ def test_what_is_remembered_is_the_fingerprint_of_the_loaded_model(
     loaded = load_encoder(folder, "cpu", dtype=dtype)
     options = {"dtype": dtype, "revision": None, "trust_remote_code": False, "workers": 3}
     described = describe(folder, options, lambda: loaded.description)
-    assert described == (model_fingerprint(loaded.model), loaded.dimension, True)
+    assert described == (model_fingerprint(loaded.model), loaded.dimension, True, True)
     assert describe(folder, options, load) == described
     other = "float16" if dtype != "float16" else "bfloat16"
     assert remembered_in(folder, {"dtype": other}) != remembered_in(folder, options)

@@ -1,3 +1,4 @@
+import io
 import random
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -17,7 +18,7 @@ from tiny_backbones import TINY_MAX_LENGTH, every_family, tiny_clip_model
 from cocoa_embed.demo.scenes import draw, sample_scene
 from cocoa_embed.encode.document_model import DocumentModel, document_prompt
 from cocoa_embed.encode.encoder import Encoder, ModelInput, make_input
-from cocoa_embed.encode.jobs import EmbeddedImage
+from cocoa_embed.encode.jobs import CaptionedImage, EmbeddedImage
 from cocoa_embed.encode.processor_lock import ProcessorLock
 from cocoa_embed.encode.stream import ImageStream
 from cocoa_embed.errors import CocoaError, ImageError, UsageError
@@ -121,6 +122,26 @@ def streamed(encoder: Encoder, images: list[Image.Image], **settings: int) -> np
 def distance(left: np.ndarray, right: np.ndarray) -> float:
     assert left.shape == right.shape
     return float(np.abs(left - right).max())
+
+
+def test_an_image_is_streamed_with_its_caption_as_encode_document_embeds_both(
+    qwen: SentenceTransformer, scenes: list[Image.Image]
+) -> None:
+    """Beside images without any, in the order given; a caption is read as its characters."""
+    encoder = Encoder(qwen)
+    texts = [None, "a red ring", "<|image_pad|> and <|endoftext|>", None, "two words " * 40]
+    images = [CaptionedImage(encoded(scene), text) if text else scene for scene, text in zip(scenes, texts)]  # noqa: B905
+    vectors = streamed(encoder, images, batch_size=4)  # type: ignore[arg-type]
+    expected = [encoder.embed_documents([make_input(text, scene)])[0] for scene, text in zip(scenes, texts)]  # noqa: B905
+    assert distance(vectors, np.stack(expected)) < 1e-5
+    alone = documents(encoder, scenes[: len(texts)])
+    assert [float(np.abs(a - b).max()) > 1e-2 for a, b in zip(vectors, alone, strict=True)] == [bool(t) for t in texts]
+
+
+def encoded(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "png")
+    return file.getvalue()
 
 
 @every_family

@@ -89,6 +89,25 @@ def test_12_bits_fill_the_whole_range() -> None:
     assert [loaded.getpixel((column, 0)) for column in (0, 1)] == [(255, 255, 255), (128, 128, 128)]
 
 
+def dark(levels: int) -> np.ndarray:
+    """Return the noise in 16-bit samples that use only so many levels."""
+    return (NOISE / 255 * (levels - 1)).astype(np.uint16)
+
+
+@pytest.mark.parametrize("levels", [2**8, 2**12, 16_000])
+def test_colours_in_the_lower_bits_fill_the_whole_range(levels: int) -> None:
+    samples, opaque = dark(levels), np.full((*NOISE.shape[:2], 1), 65535, np.uint16)
+    files = {"png": png_of(samples, colour=2), "png with alpha": png_of(np.dstack([samples, opaque]), colour=6)}
+    for order, planar in ("<", False), (">", False), ("<", True), (">", True):
+        files[f"tiff, order {order}, planes {planar}"] = tiff_of(samples, 2, order=order, planar=planar)
+    for kind, data in files.items():
+        np.testing.assert_allclose(load_image(data), NOISE, atol=1.5, err_msg=kind)
+
+
+def test_colours_of_a_dark_picture_in_16_bits_that_are_all_one_stay_dark() -> None:
+    assert load_image(png_of(np.full((3, 3, 3), 700, np.uint16), colour=2)).getpixel((1, 1)) == (2, 2, 2)
+
+
 RAMP = np.linspace(0, 1, 27 * 21).reshape(27, 21, 1)
 SCALED: dict[str, np.ndarray] = {
     "uint32, 70,000 to 1,070,000": (70_000 + RAMP * 1_000_000).astype(np.uint32),

@@ -1,9 +1,11 @@
+import tracemalloc
 from pathlib import Path
 
 import pytest
 from table_files import write_images, write_table
 
-from cocoa_embed.sources.image_metadata import Description, ImageMetadata
+from cocoa_embed.data.image_folder import DescribedImage
+from cocoa_embed.sources.image_metadata import Description, FolderMetadata, ImageMetadata
 
 
 def described(root: Path, *names: str, faults: list[str] | None = None) -> list[Description]:
@@ -54,7 +56,21 @@ def test_a_table_under_another_name_is_mentioned(tmp_path: Path, caplog: pytest.
     (tmp_path / "captions.tsv").touch()
     described(tmp_path, "a.png")
     assert f"{tmp_path}: 'captions.tsv' is not read: if it describes the images, call it metadata.csv." in caplog.text
+    (tmp_path / "captions.tsv").rename(tmp_path / "metadata.json")
+    described(tmp_path, "a.png")
+    assert f"{tmp_path}: 'metadata.json' is not read: write it as metadata.jsonl" in caplog.text
 
 
 def test_a_folder_that_is_gone_describes_nothing(tmp_path: Path) -> None:
     assert described(tmp_path, "gone/a.png") == [({}, None, frozenset())]
+
+
+def test_the_metadata_of_a_large_folder_are_not_in_memory(tmp_path: Path) -> None:
+    found = FolderMetadata("metadata.jsonl")
+    tracemalloc.start()
+    for number in range(100):
+        found.add(DescribedImage(f"row {number}", tmp_path / f"{number}.png", {"notes": f"{number}" * 10_000}))
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found.row(str(tmp_path / "99.png")) == {"notes": "99" * 10_000}
+    assert held < 200_000, "2 MB were added"

@@ -14,15 +14,24 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias, cast
 
+import numpy as np
+
 from cocoa_embed.encode.encoder import Encoder
-from cocoa_embed.encode.jobs import EmbeddedImage
+from cocoa_embed.encode.jobs import CaptionedImage, EmbeddedImage
 from cocoa_embed.encode.read_ahead import read_ahead
-from cocoa_embed.errors import ImageError, printable
+from cocoa_embed.errors import CocoaError, ImageError, one_line, printable
 from cocoa_embed.images.load import decode_image
 from cocoa_embed.images.to_rgb import draw_thumbnail
 from cocoa_embed.integrations.qdrant.indexing.thumbnails import THUMBNAIL_SIZE, ThumbnailFolder
-from cocoa_embed.integrations.qdrant.points import Payload, describe, location_of, make_payload, point_id
-from cocoa_embed.integrations.qdrant.stores.base import Point
+from cocoa_embed.integrations.qdrant.points import (
+    Payload,
+    caption_of,
+    describe,
+    location_of,
+    make_payload,
+    point_id,
+)
+from cocoa_embed.integrations.qdrant.stores.base import BOTH, CAPTION_VECTOR, IMAGE, TOGETHER, NewVector, Point
 from cocoa_embed.sources.base import Record
 
 GROUP_RECORDS = 64
@@ -56,6 +65,8 @@ class StoredContent(NamedTuple):
     """The point's, as ``stored`` returned it."""
     thumbnail: str | None
     """The path of a thumbnail that was missing and is drawn now."""
+    vector: NewVector | None = None
+    """One that embeds the record's caption, where that changes the point's."""
 
 
 class FailedRecord(NamedTuple):
@@ -67,7 +78,7 @@ class FailedRecord(NamedTuple):
     """Of its content; None if it could not be read."""
 
 
-Outcome: TypeAlias = NewPoint | FailedRecord
+Outcome: TypeAlias = NewPoint | StoredContent | FailedRecord
 
 
 def nothing_stored(ids: Sequence[str]) -> Mapping[str, Payload]:
@@ -82,24 +93,29 @@ def points_of(
     batch_size: int = 32,
     stored: Callable[[Sequence[str]], Mapping[str, Payload]] = nothing_stored,
     on_stored: Callable[[StoredContent], object] = lambda _: None,
+    changes_caption: Callable[[Payload, Record], bool] = lambda *_: False,
     known_fault: Callable[[str], str | None] = lambda _: None,
     thumbnails: ThumbnailFolder | None = None,
     llama_index: bool = False,
+    embed: str = IMAGE,
 ) -> Iterator[Outcome]:
-    """Yield a point for each new content, and every record that cannot be used.
+    """Yield a point for each new content, stored contents that are embedded anew, and records that cannot be used.
 
     Records are read lazily, some batches ahead, and memory is bounded. Records with the same content that are in flight
     together are one point; a copy that comes later is a second point with the same id, unless ``stored`` knows it.
 
     :param batch_size: The maximum number of images in a batch.
     :param stored: Returns, of the ids of contents, those that have a point, with its payload. They are not embedded.
-    :param on_stored: Called with each record whose content is stored.
+    :param on_stored: Called with each record whose content is stored, and not yielded.
+    :param changes_caption: Returns whether a stored content gets another caption by a record. What embeds the caption
+        is then embedded anew.
     :param known_fault: Returns why a content, by its SHA-256, could not be used before; it is not tried again.
     :param thumbnails: Where to write small copies.
     :param llama_index: Whether payloads have the fields that LlamaIndex's own ``QdrantVectorStore`` reads.
-    :raises CocoaError: If the model does not embed images, or a thumbnail cannot be written.
+    :param embed: What is embedded of an image: one of ``EMBEDS``.
+    :raises CocoaError: If the model does not embed that, or a thumbnail cannot be written.
     """
-    stream = _PointStream(stored, on_stored, known_fault, thumbnails, llama_index)
+    stream = _PointStream(encoder, stored, on_stored, changes_caption, known_fault, thumbnails, llama_index, embed)
     size = None if thumbnails is None else THUMBNAIL_SIZE
     with ExitStack() as stack:
         reading = stack.enter_context(closing(read_ahead(read_record, records)))
@@ -125,13 +141,20 @@ def read_record(record: Record) -> tuple[Content, bytes]:
 class _PointStream:
     """What is between reading and embedding."""
 
+    encoder: Encoder
     stored: Callable[[Sequence[str]], Mapping[str, Payload]]
     on_stored: Callable[[StoredContent], object]
+    changes_caption: Callable[[Payload, Record], bool]
     known_fault: Callable[[str], str | None]
     thumbnails: ThumbnailFolder | None
     llama_index: bool
+    embed: str
     _embedding: dict[str, list[Record]] = field(default_factory=dict)
     """The records of each content that is being embedded."""
+    _anew: dict[str, Payload] = field(default_factory=dict)
+    """The payloads of the contents among them that are stored."""
+    _captions: dict[str, np.ndarray] = field(default_factory=dict)
+    """The vectors of the captions of contents that are being embedded."""
     _failed: deque[FailedRecord] = field(default_factory=deque)
 
     def take_failures(self) -> Iterator[FailedRecord]:
@@ -141,21 +164,55 @@ class _PointStream:
 
     def new_contents(
         self, reading: Iterable[tuple[Record, Future[tuple[Content, bytes]]]]
-    ) -> Iterator[tuple[Content, bytes]]:
+    ) -> Iterator[tuple[Content, bytes | CaptionedImage]]:
         """Yield each new content once; pass on the records whose content is stored, or which cannot be used."""
         for group in self._groups(reading):
             ids = {content.id for _, content, _ in group} - self._embedding.keys()
             payloads = self.stored(sorted(ids))
+            captions = self._embed_captions(group, payloads) if self.embed == BOTH else {}
             for record, content, data in group:
                 if content.id in self._embedding:
                     self._embedding[content.id].append(record)
                 elif content.id in payloads:
-                    self._pass_stored(record, content, payloads[content.id], data)
+                    payload = payloads[content.id]
+                    if self.embed == TOGETHER and self.changes_caption(payload, record):
+                        self._embedding[content.id], self._anew[content.id] = [record], payload
+                        yield content, self._image(record, data)
+                    else:
+                        self._pass_stored(record, content, payload, data, captions.get(record.key))
                 elif reason := self.known_fault(content.sha256):
                     self._failed.append(FailedRecord(record, ImageError(record.key, reason), content.sha256))
                 else:
                     self._embedding[content.id] = [record]
-                    yield content, data
+                    if record.key in captions:
+                        self._captions[content.id] = captions[record.key]
+                    yield content, self._image(record, data)
+
+    def _image(self, record: Record, data: bytes) -> bytes | CaptionedImage:
+        """Return what the model embeds of a record: the image, or image and caption."""
+        caption = caption_of(describe(record)) if self.embed == TOGETHER else None
+        return data if caption is None else CaptionedImage(data, caption)
+
+    def _embed_captions(
+        self, group: Sequence[tuple[Record, Content, bytes]], payloads: Mapping[str, Payload]
+    ) -> dict[str, np.ndarray]:
+        """Return, by key, the vectors of the captions of records whose content is new, or gets another caption."""
+        texts = {
+            record.key: caption
+            for record, content, _ in group
+            if (caption := caption_of(describe(record))) is not None
+            and content.id not in self._embedding
+            and (content.id not in payloads or self.changes_caption(payloads[content.id], record))
+        }
+        inputs = [{"text": caption} for caption in texts.values()]
+        try:
+            return dict(zip(texts, self.encoder.embed_documents(inputs), strict=True)) if inputs else {}
+        except ValueError as error:
+            first = printable(next(iter(texts)))
+            raise CocoaError(
+                f"{self.encoder.name} does not take the caption of {first}, or of one of {len(texts) - 1} images after"
+                f" it ({one_line(error)})"
+            ) from error
 
     def _groups(
         self, reading: Iterable[tuple[Record, Future[tuple[Content, bytes]]]]
@@ -176,7 +233,9 @@ class _PointStream:
                 group, size = [], 0
         yield group
 
-    def _pass_stored(self, record: Record, content: Content, payload: Payload, data: bytes) -> None:
+    def _pass_stored(
+        self, record: Record, content: Content, payload: Payload, data: bytes, caption: np.ndarray | None
+    ) -> None:
         """Pass on a record whose content is stored, with the thumbnail that its point lacks."""
         thumbnail = None
         if self.thumbnails is not None and self.thumbnails.lacks(content.id, payload):
@@ -186,17 +245,24 @@ class _PointStream:
                 self._failed.append(FailedRecord(record, error, content.sha256))
                 return
             thumbnail = self.thumbnails.write(content.id, draw_thumbnail(image, THUMBNAIL_SIZE))
-        self.on_stored(StoredContent(record, content.id, payload, thumbnail))
+        vector = None if caption is None else NewVector(CAPTION_VECTOR, caption)
+        self.on_stored(StoredContent(record, content.id, payload, thumbnail, vector))
 
     def finish(self, content: Content, outcome: EmbeddedImage | ImageError) -> Iterator[Outcome]:
         """Yield the point of a content that was embedded, or the failures of its records."""
         records = self._embedding.pop(content.id)
+        stored, caption = self._anew.pop(content.id, None), self._captions.pop(content.id, None)
         if isinstance(outcome, ImageError):
             yield from (FailedRecord(record, outcome, content.sha256) for record in records)
             return
         thumbnail = None
         if self.thumbnails is not None and outcome.thumbnail is not None:
             thumbnail = self.thumbnails.write(content.id, outcome.thumbnail)
+        if stored is not None:
+            first, *copies = records
+            yield StoredContent(first, content.id, stored, thumbnail, NewVector("", outcome.vector))
+            yield from (StoredContent(copy, content.id, stored, None) for copy in copies)
+            return
         image = {"width": outcome.width, "height": outcome.height, "mime": outcome.mime}
         payload = make_payload(
             {"sha256": content.sha256, "bytes": content.bytes, **image},
@@ -206,4 +272,4 @@ class _PointStream:
             shards=[record.shard for record in records if record.shard],
             llama_index=self.llama_index,
         )
-        yield NewPoint(Point(content.id, outcome.vector, payload), records)
+        yield NewPoint(Point(content.id, outcome.vector, payload, caption), records)

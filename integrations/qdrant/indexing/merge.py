@@ -10,6 +10,7 @@ from cocoa_embed.integrations.qdrant.indexing.thumbnails import remove_thumbnail
 from cocoa_embed.integrations.qdrant.points import (
     FileLocation,
     Payload,
+    caption_of,
     describe,
     is_same_json,
     is_same_moment,
@@ -18,6 +19,7 @@ from cocoa_embed.integrations.qdrant.points import (
     storable,
     stored_locations,
 )
+from cocoa_embed.integrations.qdrant.stores.base import BOTH, CAPTION_VECTOR, IMAGE, NewVector
 from cocoa_embed.integrations.qdrant.stores.store import Store
 from cocoa_embed.sources.base import Record
 from cocoa_embed.sources.files import is_deleted
@@ -40,6 +42,8 @@ class Change:
     removed: set[str] = field(default_factory=set)
     """Paths that hold it no longer."""
     thumbnail: str | None = None
+    vectors: dict[str | None, NewVector] = field(default_factory=dict)
+    """Vectors of the content that are new, by the caption that they embed."""
 
     def hold(self, record: Record) -> None:
         """Add a record that holds the content."""
@@ -57,10 +61,12 @@ class Merger:
     llama_index: bool = False
     """Whether payloads get the fields of LlamaIndex."""
 
-    def apply(self, stored: Payload, change: Change) -> Payload | None:
+    def apply(self, stored: Payload, change: Change, *, describes: bool = True) -> Payload | None:
         """Return the payload of a point after a change; None if no file holds its content any more.
 
         The first file that exists comes first and describes the content.
+
+        :param describes: Whether it may describe it otherwise than before.
         """
         locations = {each.path: each for each in stored_locations(stored) if each.path not in change.removed}
         for path, record in change.held.items():
@@ -75,7 +81,7 @@ class Merger:
         return make_payload(
             stored,
             ordered,
-            describe(first) if first is not None and self.has_new_description(first, stored) else {},
+            describe(first) if describes and first is not None and self.has_new_description(first, stored) else {},
             change.thumbnail,
             shards=shards,
             llama_index=self.llama_index,
@@ -91,6 +97,29 @@ class Merger:
             return source is not None and (source in map(storable, record.checked_sources) or self.misses(source))
         return not is_same_json(describe(record), {key: stored.get(key) for key in DESCRIPTION_KEYS})
 
+    def changes_caption(self, stored: Payload, record: Record) -> bool:
+        """Return whether a point that a record holds, too, gets another caption by that."""
+        change = Change()
+        change.hold(record)
+        after = self.apply(stored, change)
+        return after is not None and caption_of(after) != caption_of(stored)
+
+    def apply_with_vector(self, embed: str, stored: Payload, change: Change) -> tuple[Payload | None, NewVector | None]:
+        """Return payload and vector of a point after a change, so that the vector embeds the payload's caption.
+
+        A caption that is not embedded, as another process stores points at the same time, is left to the next run.
+
+        :param embed: What the collection embeds.
+        """
+        after = self.apply(stored, change)
+        if embed == IMAGE or after is None or (caption := caption_of(after)) == caption_of(stored):
+            return after, None
+        if embed == BOTH and caption is None:
+            return after, NewVector(CAPTION_VECTOR, None)
+        if caption not in change.vectors:
+            return self.apply(stored, change, describes=False), None
+        return after, change.vectors[caption]
+
     def merge(self, store: Store, changes: Mapping[str, Change]) -> list[str]:
         """Change stored points and wait until they are changed; points that no file holds are deleted.
 
@@ -104,12 +133,13 @@ class Merger:
             lost += [id_ for id_, change in pending.items() if change.held and id_ not in stored]
             for id_ in deleted.keys() - stored.keys():
                 remove_thumbnail(id_, deleted.pop(id_).get("thumbnail"))
-            after = {id_: self.apply(payload, pending[id_]) for id_, payload in stored.items()}
-            pending = {id_: pending[id_] for id_ in stored if not is_same_json(after[id_], stored[id_])}
+            after = {id_: self.apply_with_vector(store.embed, each, pending[id_]) for id_, each in stored.items()}
+            pending = {id_: pending[id_] for id_ in stored if not is_same_json(after[id_][0], stored[id_])}
             if not pending:
                 return lost
-            deleted = {id_: stored[id_] for id_ in pending if after[id_] is None}
-            store.replace_payloads([(id_, stored[id_], after[id_]) for id_ in pending])
+            deleted = {id_: stored[id_] for id_ in pending if after[id_][0] is None}
+            vectors = {id_: vector for id_ in pending if (vector := after[id_][1])}
+            store.replace_payloads([(id_, stored[id_], after[id_][0]) for id_ in pending], vectors)
         raise CocoaError(f"{store.name}: other processes change {len(pending)} points all the time; run again")
 
 

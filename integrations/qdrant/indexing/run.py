@@ -30,7 +30,7 @@ from cocoa_embed.integrations.qdrant.points import (
     is_same_moment,
     stored_locations,
 )
-from cocoa_embed.integrations.qdrant.stores.base import Where
+from cocoa_embed.integrations.qdrant.stores.base import IMAGE, NewVector, Where
 from cocoa_embed.integrations.qdrant.stores.store import Store
 from cocoa_embed.sources.base import Record, Shard, Source, storable
 
@@ -138,6 +138,7 @@ class IndexRun:
 
     def __post_init__(self) -> None:
         self.prune = self.prune or self.prune_all
+        self.embed = self.store.embed
         self._merger = Merger(self._misses, self.llama_index)
 
     def run(self, batch_size: int) -> None:
@@ -153,13 +154,18 @@ class IndexRun:
                 batch_size=batch_size,
                 stored=self._stored,
                 on_stored=self._on_stored,
+                changes_caption=self._merger.changes_caption,
                 known_fault=self.manifest.content_fault,
                 thumbnails=self.thumbnails,
                 llama_index=self.llama_index,
+                embed=self.embed,
             )
             for outcome in outcomes:
                 if isinstance(outcome, NewPoint):
                     self._on_new(outcome)
+                elif isinstance(outcome, StoredContent):
+                    self.embedded += outcome.vector is not None
+                    self._on_stored(outcome)
                 else:
                     self._on_failed(outcome)
             if self.prune:
@@ -289,13 +295,23 @@ class IndexRun:
         if not (has_time and is_as_it_was) or (self.thumbnails is not None and self.thumbnails.lacks(id_, payload)):
             return False
         if point.has_to_change(path):
+            if self.embed != IMAGE and self._merger.changes_caption(payload, record):
+                return False
             self._hold(record, id_, payload, "unchanged")
         else:  # another file describes the content
             self._finish_records(record.shard, 1)
             self._count("unchanged")
         return True
 
-    def _hold(self, record: Record, id_: str, payload: Payload, count: Count, thumbnail: str | None = None) -> None:
+    def _hold(
+        self,
+        record: Record,
+        id_: str,
+        payload: Payload,
+        count: Count,
+        thumbnail: str | None = None,
+        vector: NewVector | None = None,
+    ) -> None:
         """Note that a stored content is held by a record; write it only if that changes the payload."""
         change = Change(thumbnail=thumbnail)
         change.hold(record)
@@ -304,7 +320,7 @@ class IndexRun:
         if after is not None and is_same_json(after, payload):
             self._finish_records(record.shard, 1)
         else:
-            self._writer.hold(id_, record, thumbnail)
+            self._writer.hold(id_, record, thumbnail, vector)
         if after is not None and count == "unchanged":
             is_described = all(is_same_json(after[key], payload.get(key)) for key in DESCRIPTION_KEYS)
             count = "unchanged" if is_described else "updated"
@@ -327,11 +343,11 @@ class IndexRun:
         return {**self.store.retrieve([id_ for id_ in ids if id_ not in pending]), **pending}
 
     def _on_stored(self, stored: StoredContent) -> None:
-        record, id_, payload, thumbnail = stored
+        record, id_, payload, thumbnail, vector = stored
         is_known = storable(record.key) in payload["paths"]
         is_replaced = self._detach_others(record, id_)
         count: Count = "replaced" if is_replaced else "unchanged" if is_known else "updated"
-        self._hold(record, id_, payload, count, thumbnail)
+        self._hold(record, id_, payload, count, thumbnail, vector)
 
     def _on_new(self, new: NewPoint) -> None:
         self.embedded += 1

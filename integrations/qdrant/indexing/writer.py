@@ -12,8 +12,8 @@ from itertools import islice
 
 from cocoa_embed.integrations.qdrant.indexing.embed_records import NewPoint
 from cocoa_embed.integrations.qdrant.indexing.merge import BATCH_CHANGES, Change, Merger
-from cocoa_embed.integrations.qdrant.points import Payload
-from cocoa_embed.integrations.qdrant.stores.base import Point
+from cocoa_embed.integrations.qdrant.points import Payload, caption_of, describe
+from cocoa_embed.integrations.qdrant.stores.base import CAPTION_VECTOR, NewVector, Point
 from cocoa_embed.integrations.qdrant.stores.store import Store
 from cocoa_embed.sources.base import Record
 
@@ -71,13 +71,21 @@ class Writer:
         """Store a new point."""
         self._batch.points[new.point.id] = new.point
         for record in new.records:
-            self._hold(new.point.id, record)
+            change = self._hold(new.point.id, record)
+        _, image, payload, caption = new.point
+        vector = NewVector("", image) if caption is None else NewVector(CAPTION_VECTOR, caption)
+        change.vectors[caption_of(payload)] = vector
         if len(self._batch.points) >= BATCH_POINTS:
             self.flush()
 
-    def hold(self, id_: str, record: Record, thumbnail: str | None = None) -> None:
-        """Record that a stored point's content is held by a record, which describes it if it is the first."""
+    def hold(self, id_: str, record: Record, thumbnail: str | None = None, vector: NewVector | None = None) -> None:
+        """Record that a stored point's content is held by a record, which describes it if it is the first.
+
+        :param vector: One that embeds the record's caption, if that changes the point's.
+        """
         change = self._hold(id_, record)
+        if vector is not None:
+            change.vectors[caption_of(describe(record))] = vector
         change.thumbnail = thumbnail or change.thumbnail
         if len(self._batch.changes) >= BATCH_CHANGES:
             self.flush()

@@ -55,13 +55,15 @@ def write_points(out: str, points: Iterable[StoredPoint], standard_output: IO[st
 
 
 def rows(points: Iterable[StoredPoint]) -> Iterator[dict[str, Any]]:
-    """Yield id, payload and, where it was read, vector of points."""
-    for id_, payload, vector in points:
-        yield {"id": id_, "payload": plain_payload(payload)} | ({} if vector is None else {"vector": vector.tolist()})
+    """Yield id, payload and, where they were read, the vectors of points."""
+    for id_, payload, vector, caption in points:
+        vectors = {"vector": vector, "caption_vector": caption}
+        values = {name: each.tolist() for name, each in vectors.items() if each is not None}
+        yield {"id": id_, "payload": plain_payload(payload)} | values
 
 
 def write_json_lines(file: Path | AbstractContextManager[IO[str]], points: Iterable[StoredPoint]) -> int:
-    """Write a JSON object a line, in ASCII: ``id``, ``payload`` and, where it was read, ``vector``."""
+    """Write a JSON object a line, in ASCII: ``id``, ``payload``, and ``vector`` and ``caption_vector``."""
     count = 0
     with file.open("w", encoding="ascii") if isinstance(file, Path) else file as lines:
         for count, row in enumerate(rows(points), 1):  # noqa: B007 - the last is returned
@@ -70,11 +72,12 @@ def write_json_lines(file: Path | AbstractContextManager[IO[str]], points: Itera
 
 
 def write_parquet(out: Path, points: Iterable[StoredPoint]) -> int:
-    """Write the columns ``id``, ``payload`` as JSON, and ``vector``, null where it was not read."""
+    """Write columns ``id``, ``payload`` as JSON, ``vector`` and ``caption_vector``, null where there is none."""
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
-    schema = pa.schema([("id", pa.string()), ("payload", pa.string()), ("vector", pa.list_(pa.float32()))])
+    vectors = [(name, pa.list_(pa.float32())) for name in ("vector", "caption_vector")]
+    schema = pa.schema([("id", pa.string()), ("payload", pa.string()), *vectors])
     count, listed = 0, ({**row, "payload": json.dumps(row["payload"], ensure_ascii=False)} for row in rows(points))
     with out.open("wb") as file, parquet.ParquetWriter(file, schema) as writer:
         for batch in iter(lambda: list(islice(listed, ROWS_AT_ONCE)), []):

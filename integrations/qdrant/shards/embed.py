@@ -15,9 +15,9 @@ from cocoa_embed.encode.devices import DeviceEncoder
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.encode.read_ahead import read_ahead
 from cocoa_embed.errors import ImageError
-from cocoa_embed.integrations.qdrant.indexing.embed_records import NewPoint, points_of
+from cocoa_embed.integrations.qdrant.indexing.embed_records import FailedRecord, NewPoint, points_of
 from cocoa_embed.integrations.qdrant.shards.files import FAILED_SUFFIX, SUFFIX, EmbeddingFolder
-from cocoa_embed.integrations.qdrant.stores.base import Point, Signature
+from cocoa_embed.integrations.qdrant.stores.base import IMAGE, TOGETHER, Point, Signature
 from cocoa_embed.sources.base import Record, Source
 
 PART_RECORDS = 2048
@@ -51,11 +51,12 @@ class EmbedSummary:
     seconds: float = 0.0
 
 
-def parts_of(sources: Iterable[Source]) -> Iterator[Part]:
+def parts_of(sources: Iterable[Source], embed: str = IMAGE) -> Iterator[Part]:
     """Yield the parts of sources: each shard that has a version, and the records of the others in groups.
 
     A group ends where a digest of the last record's key says so: another file changes one or two groups, not all.
 
+    :param embed: What is embedded of an image; captions that are not change no part.
     :raises ImageError: If a folder cannot be listed.
     """
     shards = chain.from_iterable(source.shards() for source in sources)
@@ -65,7 +66,8 @@ def parts_of(sources: Iterable[Source]) -> Iterator[Part]:
         else:
             records = chain.from_iterable(shard.records() for shard in together)
             while group := list(take_group(records)):
-                versions = (f"{record.key} {record.mtime} {record.size}" for record in group)
+                captions = [each.metadata.get("text", "") if embed != IMAGE else "" for each in group]
+                versions = (f"{r.key} {r.mtime} {r.size}{text}" for r, text in zip(group, captions, strict=True))
                 yield Part(digest(versions), group[0].key, partial(iter, group))
 
 
@@ -95,7 +97,7 @@ def plan(
     :raises CocoaError: If the folder or a source cannot be listed.
     """
     names = folder.names()
-    for part in islice(parts_of(sources), number - 1, None, count):
+    for part in islice(parts_of(sources, folder.embed), number - 1, None, count):
         if part.name + SUFFIX in names:
             yield EmbedSummary(folder.place, skipped=1)
         elif part.name + FAILED_SUFFIX in names and not retry_failed:
@@ -109,8 +111,8 @@ def sign(folder: EmbeddingFolder, encoder: Encoder) -> None:
 
     :raises CocoaError: If the folder has embeddings of another model.
     """
-    encoder.require_images()
-    folder.sign(Signature(encoder.name, encoder.fingerprint, encoder.dimension))
+    encoder.require_images(with_text=folder.embed == TOGETHER)
+    folder.sign(Signature(encoder.name, encoder.fingerprint, encoder.dimension, folder.embed))
 
 
 def embed_part(part: Part, folder: EmbeddingFolder, encoder: Encoder, *, batch_size: int = 32) -> EmbedSummary:
@@ -127,10 +129,10 @@ def embed_part(part: Part, folder: EmbeddingFolder, encoder: Encoder, *, batch_s
             failed.append({"path": part.key, "reason": error.reason})
 
     def points() -> Iterator[Point]:
-        for outcome in points_of(records(), encoder, batch_size=batch_size):
+        for outcome in points_of(records(), encoder, batch_size=batch_size, embed=folder.embed):
             if isinstance(outcome, NewPoint):
                 yield outcome.point
-            else:
+            elif isinstance(outcome, FailedRecord):
                 failed.append({"path": outcome.record.key, "reason": outcome.error.reason})
 
     started, loading = time.perf_counter(), encoder.load_seconds

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from cocoa_embed.data.places import file_system, reading
 from cocoa_embed.errors import CocoaError, one_line, printable, require
 from cocoa_embed.folders import SCRATCH_SUFFIX
-from cocoa_embed.integrations.qdrant.stores.base import Point, Signature
+from cocoa_embed.integrations.qdrant.stores.base import BOTH, IMAGE, Point, Signature
 
 SIGNATURE_FILE = "cocoa-embed.json"
 """Names the model that made the embeddings of a folder."""
@@ -36,6 +36,8 @@ class EmbeddingFolder:
     """A folder of embeddings: a path, or an address that fsspec knows."""
 
     place: str
+    embed: str = IMAGE
+    """What new embeddings are of: one of ``EMBEDS``."""
 
     @cached_property
     def _opened(self) -> tuple[Any, str]:
@@ -99,6 +101,11 @@ class EmbeddingFolder:
                 f"{printable(self.place)} has embeddings of {found.model} ({found.dimension} dimensions), not of"
                 f" {signature.model} ({signature.dimension}); give another folder"
             )
+        elif found.embed != signature.embed:
+            raise CocoaError(
+                f"{printable(self.place)} was made with --embed {found.embed}, not with --embed {signature.embed};"
+                " give another folder"
+            )
 
     def write(self, stem: str, points: Iterable[Point], failed: list[dict[str, str]], dimension: int) -> int:
         """Write a file, or none if there are no points; return their number.
@@ -112,7 +119,8 @@ class EmbeddingFolder:
         import pyarrow.parquet as parquet
 
         vectors = pa.list_(pa.float16(), dimension)
-        schema = pa.schema([("id", pa.string()), ("vector", vectors), ("payload", pa.string())])
+        fields = [("id", pa.string()), ("vector", vectors), ("payload", pa.string())]
+        schema = pa.schema([*fields, ("caption", vectors)] if self.embed == BOTH else fields)
         count = 0
 
         def fill(file: Any) -> str | None:  # noqa: ANN401
@@ -126,6 +134,9 @@ class EmbeddingFolder:
                         pa.FixedSizeListArray.from_arrays(pa.array(flat), dimension),
                         pa.array([json.dumps(point.payload, ensure_ascii=False) for point in rows]),
                     ]
+                    if self.embed == BOTH:
+                        captions = [None if row.caption is None else row.caption.astype(np.float16) for row in rows]
+                        columns.append(pa.array(captions, type=vectors))
                     writer.write_table(pa.table(columns, schema=schema))
                     count += len(rows)
                 if failed:
@@ -150,8 +161,10 @@ class EmbeddingFolder:
             for rows in parquet.ParquetFile(file).iter_batches(batch_size=ROWS_AT_ONCE):
                 flat = rows["vector"].flatten().to_numpy(zero_copy_only=False).astype(np.float32)
                 vectors = flat.reshape(rows.num_rows, -1)
-                for id_, vector, payload in zip(rows["id"], vectors, rows["payload"], strict=True):
-                    yield Point(id_.as_py(), vector, json.loads(payload.as_py()))
+                captions = rows["caption"].to_pylist() if "caption" in rows.schema.names else repeat(None)
+                for id_, vector, payload, caption in zip(rows["id"], vectors, rows["payload"], captions, strict=False):
+                    values = None if caption is None else np.array(caption, dtype=np.float32)
+                    yield Point(id_.as_py(), vector, json.loads(payload.as_py()), values)
 
     def failed(self, name: str) -> list[dict[str, str]]:
         """Return the images that could not be used when a file was written, as ``{"path", "reason"}``.

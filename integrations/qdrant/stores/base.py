@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,6 +26,11 @@ PAYLOAD_INDEXES = {
 }
 """The payload indexes of a collection and their types, for the backends that have payload indexes."""
 
+EMBEDS = (IMAGE, TOGETHER, BOTH) = ("image", "image+caption", "both")
+"""What is embedded of an image: it alone; it and its caption in one vector; each in a vector of its own."""
+IMAGE_VECTOR, CAPTION_VECTOR = "image", "caption"
+"""The names of the vectors where there are two."""
+
 MEMORY = ":memory:"
 """The client's name for a local store without a folder, which is gone when the process ends."""
 MAX_HITS = 2**31 - 1
@@ -47,6 +52,30 @@ class Point(NamedTuple):
     """float32, shape ``(dimension,)``."""
     payload: Payload
     """A JSON object."""
+    caption: np.ndarray | None = None
+    """The same of the caption, where it has a vector of its own."""
+
+    def vectors(self, embed: str) -> Any:  # noqa: ANN401 - as the clients of Qdrant take them
+        """Return the values of the one vector, or of both by name; a point without a caption has no vector of it."""
+        if embed != BOTH:
+            return self.vector.tolist()
+        caption = {} if self.caption is None else {CAPTION_VECTOR: self.caption.tolist()}
+        return {IMAGE_VECTOR: self.vector.tolist(), **caption}
+
+
+class NewVector(NamedTuple):
+    """What one vector of a stored point becomes."""
+
+    name: str
+    """Empty where a point has one vector."""
+    values: np.ndarray | None
+    """float32, shape ``(dimension,)``; None removes the vector."""
+
+    @property
+    def named(self) -> Any:  # noqa: ANN401
+        """The values as the clients of Qdrant take them."""
+        assert self.values is not None
+        return {self.name: self.values.tolist()} if self.name else self.values.tolist()
 
 
 class Replacement(NamedTuple):
@@ -58,7 +87,9 @@ class Replacement(NamedTuple):
     payload: Payload | None
     """The new payload; None deletes the point."""
     size: int
-    """Of the payload, in bytes."""
+    """Of the payload and the vector, in bytes."""
+    vector: NewVector | None = None
+    """None if the vectors stay as they are."""
 
 
 class Where(NamedTuple):
@@ -93,6 +124,11 @@ class Query(NamedTuple):
         """The number of nearest points that diversity chooses from."""
         return min(max(DIVERSE_CANDIDATES * (self.limit + self.offset), MIN_CANDIDATES), MAX_DIVERSE_HITS)
 
+    @property
+    def of_each_vector(self) -> Query:
+        """The search of one of two vectors, whose hits are fused by rank: it is deeper, as ranks differ."""
+        return self._replace(limit=max(self.candidates, self.limit + self.offset), offset=0, diversity=None)
+
 
 class StoredPoint(NamedTuple):
     """A point as it is stored."""
@@ -101,6 +137,8 @@ class StoredPoint(NamedTuple):
     payload: Payload
     vector: np.ndarray | None
     """float32, shape ``(dimension,)``; None if it was not requested."""
+    caption: np.ndarray | None = None
+    """The same of the caption, where it has a vector of its own."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +166,8 @@ class Signature:
     fingerprint: str | None
     """In hexadecimal; None in a collection that another program made."""
     dimension: int
+    embed: str = IMAGE
+    """One of ``EMBEDS``."""
 
 
 def lower_bound(score_threshold: float | None) -> float | None:
@@ -159,10 +199,3 @@ def image_path(payload: Payload) -> str:
         return str(json.loads(payload["_node_content"]).get("image_path") or "")
     except (ValueError, TypeError, AttributeError):  # another program may have written anything
         return ""
-
-
-def read_signature(fields: Mapping[str, Any] | None, dimension: int) -> Signature:
-    """Return the signature from its JSON object; without one, the collection's model is unknown."""
-    if not fields:
-        return Signature("an unknown model", None, dimension)
-    return Signature(model=fields["model"], fingerprint=fields["fingerprint"], dimension=dimension)

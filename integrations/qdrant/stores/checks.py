@@ -84,13 +84,22 @@ def check_points(points: Sequence[Point], dimension: int) -> list[int]:
     sizes = []
     for point in points:
         name = f"point {point.id} ({point.payload.get('path', 'no path')!a})"
-        if point.vector.shape != (dimension,) or not np.isfinite(point.vector).all():
-            raise CocoaError(
-                f"{name} has a vector of shape {point.vector.shape}, expected {dimension} finite values;"
-                " nothing was written"
-            )
-        sizes.append(payload_size(name, point.payload) + BYTES_PER_VALUE * point.vector.size + BYTES_PER_POINT)
+        vectors = [vector for vector in (point.vector, point.caption) if vector is not None]
+        size = sum(vector_size(name, vector, dimension) for vector in vectors)
+        sizes.append(payload_size(name, point.payload) + size + BYTES_PER_POINT)
     return sizes
+
+
+def vector_size(name: str, vector: np.ndarray, dimension: int) -> int:
+    """Return the maximum size of a vector as JSON, in bytes.
+
+    :raises CocoaError: If it is not finite, or has another dimension.
+    """
+    if vector.shape != (dimension,) or not np.isfinite(vector).all():
+        raise CocoaError(
+            f"{name} has a vector of shape {vector.shape}, expected {dimension} finite values; nothing was written"
+        )
+    return BYTES_PER_VALUE * vector.size
 
 
 def payload_size(name: str, payload: Payload) -> int:

@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -99,10 +99,10 @@ class ClientStore(Store):
         self._info = self._call(lambda client: client.get_collection(self.collection))
         config = self._info.config
         vectors = config.params.vectors
-        if not isinstance(vectors, models.VectorParams) or vectors.multivector_config or vectors.distance != COSINE:
-            raise self._other_vectors()
-        self._dimension = vectors.size
-        return base.read_signature((config.metadata or {}).get(SIGNATURE_KEY), vectors.size)
+        named = vectors if isinstance(vectors, dict) else {} if vectors is None else {"": vectors}
+        sizes = {each.size for each in named.values() if each.distance == COSINE and not each.multivector_config}
+        self._signed = self._read_signature((config.metadata or {}).get(SIGNATURE_KEY), named, sizes)
+        return self._signed
 
     def create(self, signature: Signature) -> None:
         """Create the collection with its signature, or sign an existing one without a signature."""
@@ -112,7 +112,7 @@ class ClientStore(Store):
             if self._needs_signature(found, signature):
                 self._call(lambda client: client.update_collection(self.collection, metadata=metadata))
             return
-        settings = creation(signature.dimension, self.options)
+        settings = creation(signature, self.options)
         if self.options.hnsw == "after":
             metadata[HNSW_KEY] = "to be built"
         try:
@@ -121,7 +121,7 @@ class ClientStore(Store):
             # It may exist by now: the answer to an earlier attempt was lost, or another process created it.
             if self.signature() != signature:
                 raise
-        self._dimension = signature.dimension
+        self._signed = signature
 
     def count(self, where: Where | None = None) -> int:
         """Return the number of points."""
@@ -142,22 +142,31 @@ class ClientStore(Store):
 
     def _insert(self, points: Sequence[Point], sizes: Sequence[int]) -> None:
         structs = [
-            models.PointStruct(id=point.id, vector=point.vector.tolist(), payload=point.payload) for point in points
+            models.PointStruct(id=point.id, vector=point.vectors(self.embed), payload=point.payload) for point in points
         ]
         mode = models.UpdateMode.INSERT_ONLY
         self._call(lambda client: client.upsert(self.collection, points=structs, wait=True, update_mode=mode))
 
     def _replace(self, replacements: Sequence[Replacement]) -> None:
-        operations = [
-            models.DeleteOperation(delete=models.FilterSelector(filter=condition))
-            if each.payload is None
-            else models.OverwritePayloadOperation(
-                overwrite_payload=models.SetPayload(payload=each.payload, filter=condition)
-            )
-            for each in replacements
-            for condition in [self._condition(each)]
-        ]
+        operations = [operation for each in replacements for operation in self._operations(each)]
         self._call(lambda client: client.batch_update_points(self.collection, operations, wait=True))
+
+    def _operations(self, replacement: Replacement) -> Iterator[models.UpdateOperation]:
+        """Yield the operations of a replacement, each of which does nothing if the point has another revision."""
+        id_, _, payload, _, vector = replacement
+        condition = self._condition(replacement)
+        if vector is not None and vector.values is None:
+            delete = models.DeleteVectors(filter=condition, vector=[vector.name])
+            yield models.DeleteVectorsOperation(delete_vectors=delete)
+        elif vector is not None:
+            vectors = [models.PointVectors(id=id_, vector=vector.named)]
+            update = models.UpdateVectors(points=vectors, update_filter=condition)
+            yield models.UpdateVectorsOperation(update_vectors=update)
+        if payload is None:
+            yield models.DeleteOperation(delete=models.FilterSelector(filter=condition))
+        else:
+            overwrite = models.SetPayload(payload=payload, filter=condition)
+            yield models.OverwritePayloadOperation(overwrite_payload=overwrite)
 
     def _condition(self, replacement: Replacement) -> models.Filter:
         """Return a filter for the point, if its payload still has the revision."""
@@ -178,20 +187,29 @@ class ClientStore(Store):
         return self._call(lambda client: client.scroll(self.collection, query_filter, **page))
 
     def _search(self, queries: Sequence[Query]) -> Sequence[Sequence[models.ScoredPoint]]:
+        made = map(self._fused if self.embed == base.BOTH else self._nearest, queries)
         requests = [
-            models.QueryRequest(
-                query=nearest(query),
-                filter=query.filter,
-                limit=query.limit,
-                offset=query.offset,
-                score_threshold=query.score_threshold,
-                params=self._search_params(query),
-                with_payload=True,
-            )
-            for query in queries
+            models.QueryRequest(**search, limit=query.limit, offset=query.offset, with_payload=True)
+            for query, search in zip(queries, made, strict=True)
         ]
         answers = self._call(lambda client: client.query_batch_points(self.collection, requests))
         return [answer.points for answer in answers]
+
+    def _nearest(self, query: Query) -> dict[str, Any]:
+        """Return the search of one vector."""
+        search = {"filter": query.filter, "score_threshold": query.score_threshold}
+        return {"query": nearest(query), "params": self._search_params(query), **search}
+
+    def _fused(self, query: Query) -> dict[str, Any]:
+        """Return the search of both vectors; diversity chooses by the image's among the best of both."""
+        each = query.of_each_vector
+        names = (base.IMAGE_VECTOR, base.CAPTION_VECTOR)
+        both = [models.Prefetch(**self._nearest(each), limit=each.limit, using=name) for name in names]
+        fused: dict[str, Any] = {"prefetch": both, "query": models.FusionQuery(fusion=models.Fusion.RRF)}
+        if query.diversity is None:
+            return fused
+        best = models.Prefetch(**fused, limit=query.candidates)
+        return {"prefetch": best, "query": nearest(query), "using": base.IMAGE_VECTOR}
 
     def _search_params(self, query: Query) -> models.SearchParams | None:
         if query.hnsw_ef is not None:
@@ -237,13 +255,13 @@ class ClientStore(Store):
         )
 
 
-def creation(dimension: int, options: StoreOptions) -> dict[str, Any]:
+def creation(signature: Signature, options: StoreOptions) -> dict[str, Any]:
     """Return how a new collection keeps its points.
 
     Servers before 1.19 know no memory tiers, but ``on_disk`` and ``always_ram``, which newer ones then ignore.
     """
     vectors = models.VectorParams(
-        size=dimension,
+        size=signature.dimension,
         distance=COSINE,
         datatype=options.vectors and models.Datatype(options.vectors),
         memory=options.memory and models.Memory(options.memory),
@@ -254,8 +272,9 @@ def creation(dimension: int, options: StoreOptions) -> dict[str, Any]:
         memory=options.graph and models.Memory(options.graph),
         on_disk=options.graph and options.graph == "cold",
     )
+    named = {base.IMAGE_VECTOR: vectors, base.CAPTION_VECTOR: vectors}
     return {
-        "vectors_config": vectors,
+        "vectors_config": named if signature.embed == base.BOTH else vectors,
         "hnsw_config": graph if options.graph or options.hnsw == "after" else None,
         "quantization_config": QUANTIZATION.get(options.quantization),
         "shard_number": options.shards,

@@ -89,13 +89,12 @@ class EdgeStore(Store):
             if not self._exists():
                 self._refuse_foreign_folders()
                 return None
-            vectors = read_json(self._shard_folder / CONFIG_FILE).get("vectors", {})
-            vector = vectors.get("", {})
-            if len(vectors) != 1 or vector.get("distance") != "Cosine" or vector.get("multivector_config"):
-                raise self._other_vectors()
-            self._dimension = vector["size"]
+            named = read_json(self._shard_folder / CONFIG_FILE).get("vectors", {})
+            cosine = [each for each in named.values() if each.get("distance") == "Cosine"]
+            sizes = {each["size"] for each in cosine if not each.get("multivector_config")}
             file = self._shard_folder / SIGNATURE_FILE
-            return base.read_signature(read_json(file) if file.exists() else None, vector["size"])
+            self._signed = self._read_signature(read_json(file) if file.exists() else None, named, sizes)
+            return self._signed
 
     def create(self, signature: Signature, snapshot: Callable[[Path], object] | None = None) -> None:
         """Create the collection with its signature, or sign an existing one without a signature.
@@ -116,7 +115,7 @@ class EdgeStore(Store):
                     self._require_room(RESERVE)
                     self._build(self._folder / SCRATCH, signature, snapshot)
                     os.replace(self._folder / SCRATCH, self._shard_folder)
-        self._dimension = signature.dimension
+        self._signed = signature
 
     def count(self, where: Where | None = None) -> int:
         """Return the number of points."""
@@ -160,13 +159,18 @@ class EdgeStore(Store):
         return self._call(lambda shard: shard.retrieve(list(ids), True, False))
 
     def _insert(self, points: Sequence[Point], sizes: Sequence[int]) -> None:
-        structs = [edge.Point(point.id, point.vector.tolist(), point.payload) for point in points]
+        structs = [edge.Point(point.id, point.vectors(self.embed), point.payload) for point in points]
         operation = edge.UpdateOperation.upsert_points(structs, update_mode=edge.UpdateMode.InsertOnly)
         self._update(operation, sum(sizes))
 
     def _replace(self, replacements: Sequence[Replacement]) -> None:
         # The lock on the folder keeps other writers out: there is no revision to check.
-        for id_, _, payload, size in replacements:
+        for id_, _, payload, size, vector in replacements:
+            if vector is not None and vector.values is None:
+                self._update(edge.UpdateOperation.delete_vectors([id_], [vector.name]), 0)
+            elif vector is not None:
+                vectors = [edge.PointVectors(id_, vector.named)]
+                self._update(edge.UpdateOperation.update_vectors(vectors), size)
             operation = (
                 edge.UpdateOperation.delete_points([id_])
                 if payload is None
@@ -186,7 +190,7 @@ class EdgeStore(Store):
         return self._call(lambda shard: shard.scroll(edge.ScrollRequest(filter=conditions, **page)))
 
     def _search(self, queries: Sequence[Query]) -> Sequence[Sequence[Any]]:
-        batch = edge.QueryBatchRequest(list(map(query_request, queries)))
+        batch = edge.QueryBatchRequest([query_request(query, self.embed == base.BOTH) for query in queries])
         return self._call(lambda shard: shard.query_batch(batch))
 
     def _exists(self) -> bool:
@@ -197,7 +201,7 @@ class EdgeStore(Store):
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
         if snapshot is None:
-            shard = edge.EdgeShard.create(str(scratch), shard_config(signature.dimension, self.options))
+            shard = edge.EdgeShard.create(str(scratch), shard_config(signature, self.options))
         else:
             snapshot(scratch / SNAPSHOT_FILE)
             edge.EdgeShard.unpack_snapshot(str(scratch / SNAPSHOT_FILE), str(scratch))
@@ -293,27 +297,43 @@ def to_filter(where: Where | None) -> edge.Filter | None:
     return edge.Filter(must=[edge.FieldCondition(where.key, match=edge.MatchAny(list(where.values)))])
 
 
+RRF_K = 2
+"""That of a server and of the local mode."""
 HNSW_DEFAULTS = (16, 100, 10_000)
 """Edges, candidates while building, and KB below which there is no graph: those of the engine."""
 TEXT_INDEX = edge.TextIndexParams(tokenizer=edge.TokenizerType.Word, lowercase=True, phrase_matching=True)
 
 
-def query_request(query: Query) -> edge.QueryRequest:
-    """Return a query for the engine."""
+def query_request(query: Query, is_fused: bool) -> edge.QueryRequest:
+    """Return a query for the engine: of one vector, or of two whose hits are fused.
+
+    Diversity chooses by the image's among the best of both.
+    """
+    if not is_fused:
+        return edge.QueryRequest(**nearest(query, None), offset=query.offset, with_payload=True)
+    names = (base.IMAGE_VECTOR, base.CAPTION_VECTOR)
+    each = [edge.Prefetch(**nearest(query.of_each_vector, name)) for name in names]
+    fused: dict[str, Any] = {"prefetches": each, "query": edge.Fusion.Rrf(RRF_K)}
+    if query.diversity is not None:
+        best = edge.Prefetch(**fused, limit=query.candidates)
+        fused = {"prefetches": [best], "query": nearest(query, base.IMAGE_VECTOR)["query"]}
+    return edge.QueryRequest(**fused, limit=query.limit, offset=query.offset, with_payload=True)
+
+
+def nearest(query: Query, name: str | None) -> dict[str, Any]:
+    """Return the search of one vector."""
     vector = query.vector.tolist()
     rescored: dict[str, Any] = {"rescore": True, "oversampling": base.oversampling(query.limit + query.offset)}
     quantization = edge.QuantizationSearchParams(**({"ignore": True} if query.exact else rescored))
-    return edge.QueryRequest(
-        limit=query.limit,
-        offset=query.offset,
-        query=edge.Query.Nearest(vector)
+    return {
+        "limit": query.limit,
+        "query": edge.Query.Nearest(vector, name)
         if query.diversity is None
-        else edge.Mmr(vector, 1 - query.diversity, query.candidates),
-        filter=None if query.filter is None else to_edge_filter(query.filter),
-        score_threshold=query.score_threshold,
-        params=edge.SearchParams(hnsw_ef=query.hnsw_ef, exact=query.exact, quantization=quantization),
-        with_payload=True,
-    )
+        else edge.Mmr(vector, 1 - query.diversity, query.candidates, name),
+        "filter": None if query.filter is None else to_edge_filter(query.filter),
+        "score_threshold": query.score_threshold,
+        "params": edge.SearchParams(hnsw_ef=query.hnsw_ef, exact=query.exact, quantization=quantization),
+    }
 
 
 def payload_schema(kind: str) -> Any:  # noqa: ANN401
@@ -329,7 +349,7 @@ def flush_and_close(shard: edge.EdgeShard) -> None:
     shard.close()
 
 
-def shard_config(dimension: int, options: StoreOptions) -> edge.EdgeConfig:
+def shard_config(signature: Signature, options: StoreOptions) -> edge.EdgeConfig:
     """Return how a new shard keeps its vectors."""
     pinned = edge.Memory.Pinned
     quantization: dict[str | None, Any] = {
@@ -340,7 +360,7 @@ def shard_config(dimension: int, options: StoreOptions) -> edge.EdgeConfig:
         size = getattr(edge.TurboQuantBitSize, f"Bits{bits}")
         quantization[kind] = edge.TurboQuantQuantizationConfig(bits=size, memory=pinned)
     vectors = edge.EdgeVectorParams(
-        size=dimension,
+        size=signature.dimension,
         distance=edge.Distance.Cosine,
         datatype=options.vectors and getattr(edge.VectorStorageDatatype, options.vectors.capitalize()),
         memory=options.memory and getattr(edge.Memory, options.memory.capitalize()),
@@ -348,7 +368,8 @@ def shard_config(dimension: int, options: StoreOptions) -> edge.EdgeConfig:
         hnsw_config=options.graph
         and edge.HnswIndexConfig(*HNSW_DEFAULTS, memory=getattr(edge.Memory, options.graph.capitalize())),
     )
-    return edge.EdgeConfig(vectors=vectors)
+    named = {base.IMAGE_VECTOR: vectors, base.CAPTION_VECTOR: vectors}
+    return edge.EdgeConfig(vectors=named if signature.embed == base.BOTH else vectors)
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -80,7 +80,12 @@ class InMemoryStore(ClientStore):
     def _replace(self, replacements: Sequence[Replacement]) -> None:
         # Nobody else can change a point meanwhile: there is no revision to check.
         with self._lock:
-            for id_, _, payload, _ in replacements:
+            for id_, _, payload, _, vector in replacements:
+                if vector is not None and vector.values is None:
+                    self._call(methodcaller("delete_vectors", self.collection, [vector.name], points=[id_], wait=True))
+                elif vector is not None:
+                    vectors = [models.PointVectors(id=id_, vector=vector.named)]
+                    self._call(methodcaller("update_vectors", self.collection, vectors, wait=True))
                 if payload is None:
                     selector = models.PointIdsList(points=[id_])
                     self._call(methodcaller("delete", self.collection, selector, wait=True))

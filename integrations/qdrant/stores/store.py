@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from cocoa_embed.integrations.qdrant.points import REVISION, Payload
 from cocoa_embed.integrations.qdrant.stores import base, checks
 from cocoa_embed.integrations.qdrant.stores.base import (
     Hit,
+    NewVector,
     Point,
     Query,
     Replacement,
@@ -27,6 +28,9 @@ from cocoa_embed.integrations.qdrant.stores.options import StoreOptions
 
 if TYPE_CHECKING:
     from qdrant_client import models
+
+
+NO_VECTORS: Mapping[str, NewVector] = {}
 
 
 class Store(ABC):
@@ -57,14 +61,20 @@ class Store(ABC):
         """The client or the shard, while it is open."""
         self._closing: weakref.finalize | None = None
         """Closes what this store has opened, at the latest when the interpreter exits."""
-        self._dimension: int | None = None
+        self._signed: Signature | None = None
+        """The signature, once it is known."""
 
     @abstractmethod
     def signature(self) -> Signature | None:
         """Return the signature of the collection, or None if there is no such collection.
 
-        :raises CocoaError: If it holds anything but one unnamed vector per point, compared by cosine.
+        :raises CocoaError: If it holds other vectors than a model's, compared by cosine.
         """
+
+    @property
+    def embed(self) -> str:
+        """What the collection embeds of an image: one of ``EMBEDS``."""
+        return self._required_signature().embed
 
     def require_signature(self) -> Signature:
         """Return the signature of a collection that must exist.
@@ -115,21 +125,29 @@ class Store(ABC):
 
         :raises CocoaError: If a vector or a payload cannot be stored; then nothing was written.
         """
-        sizes = checks.check_points(points, self._required_dimension())
+        sizes = checks.check_points(points, self._required_signature().dimension)
         if points:
             self._insert(points, sizes)
 
-    def replace_payloads(self, changes: Sequence[tuple[str, Payload, Payload | None]]) -> None:
+    def replace_payloads(
+        self, changes: Sequence[tuple[str, Payload, Payload | None]], vectors: Mapping[str, NewVector] = NO_VECTORS
+    ) -> None:
         """Replace payloads and wait until they are stored; a point that something else has changed stays as it is.
 
         :param changes: The id of a point, its payload as it was read, and the new one; None deletes the point.
+        :param vectors: By id, what becomes of a vector at the same time. It is stored before the payload, which says
+            what it embeds.
+        :raises CocoaError: If a vector or a payload cannot be stored; then nothing was written.
         """
         replacements = []
         for id_, before, after in changes:
             revision = before.get(REVISION)
             new = None if after is None else {**after, REVISION: (revision or 0) + 1}
             size = 0 if new is None else checks.payload_size(f"point {id_}", new)
-            replacements.append(Replacement(id_, revision, new, size + checks.BYTES_PER_POINT))
+            vector = vectors.get(id_)
+            if vector is not None and vector.values is not None:
+                size += checks.vector_size(f"point {id_}", vector.values, self._required_signature().dimension)
+            replacements.append(Replacement(id_, revision, new, size + checks.BYTES_PER_POINT, vector))
         if replacements:
             self._replace(replacements)
 
@@ -140,9 +158,12 @@ class Store(ABC):
     def search_batch(self, queries: Sequence[Query]) -> list[list[Hit]]:
         """Return the hits of several queries, with one request.
 
+        In a collection with two vectors, an image is found by both, and its score is that of Reciprocal Rank Fusion
+        (RRF): the sum of 1 / (2 + rank), with ranks from 0.
+
         :raises UsageError: If a number in a query is not one that every backend takes.
         """
-        dimension = self._required_dimension()
+        dimension = self._required_signature().dimension
         checked = [checks.check_query(query, dimension) for query in queries]
         return [[self._hit(point) for point in found] for found in self._search(checked)] if checked else []
 
@@ -168,8 +189,12 @@ class Store(ABC):
         while True:
             records, offset = self._page(query_filter, page, offset, with_vectors)
             for record in records:
-                vector = np.asarray(record.vector, dtype=np.float32) if with_vectors else None
-                yield StoredPoint(str(record.id), record.payload or {}, vector)
+                vectors = record.vector if isinstance(record.vector, dict) else {base.IMAGE_VECTOR: record.vector}
+                image, caption = (
+                    None if (values := vectors.get(name)) is None else np.asarray(values, dtype=np.float32)
+                    for name in (base.IMAGE_VECTOR, base.CAPTION_VECTOR)
+                )
+                yield StoredPoint(str(record.id), record.payload or {}, image, caption)
             if offset is None:
                 return
 
@@ -242,12 +267,12 @@ class Store(ABC):
     def _search(self, queries: Sequence[Query]) -> Sequence[Sequence[Any]]:
         """Return for each query its records with ``id``, ``score`` and ``payload``."""
 
-    def _required_dimension(self) -> int:
-        """Return the dimension of the collection's vectors.
+    def _required_signature(self) -> Signature:
+        """Return the signature of the collection, as it was when it was last read.
 
         :raises CocoaError: If there is no such collection.
         """
-        return self._dimension or self.require_signature().dimension
+        return self._signed or self.require_signature()
 
     def _no_collection(self) -> CocoaError:
         try:
@@ -261,8 +286,24 @@ class Store(ABC):
 
     def _other_vectors(self) -> CocoaError:
         return CocoaError(
-            f"{self.name} does not hold one unnamed vector per point, compared by cosine; choose another collection"
+            f"{self.name} does not hold one unnamed vector per point (or two, named image and caption), compared by"
+            " cosine; choose another collection"
         )
+
+    def _read_signature(
+        self, fields: Mapping[str, Any] | None, names: Collection[str], sizes: Collection[int]
+    ) -> Signature:
+        """Return the signature of a collection by its JSON object, the names of its vectors, and their one size.
+
+        :param sizes: Of the vectors that are compared by cosine.
+        :raises CocoaError: If it holds other vectors.
+        """
+        is_both = set(names) == {base.IMAGE_VECTOR, base.CAPTION_VECTOR}
+        if not (is_both or set(names) == {""}) or len(sizes) != 1:
+            raise self._other_vectors()
+        (dimension,), known = sizes, fields or {"model": "an unknown model", "fingerprint": None}
+        embed = base.BOTH if is_both else known.get("embed", base.IMAGE)
+        return Signature(known["model"], known["fingerprint"], dimension, embed)
 
     def _needs_signature(self, found: Signature, signature: Signature) -> bool:
         """Return whether an existing collection has no signature yet.
@@ -273,5 +314,11 @@ class Store(ABC):
             raise CocoaError(
                 f"{self.name} was made with {found.model} ({found.dimension} dimensions), not with {signature.model}"
                 f" ({signature.dimension}); choose another collection"
+            )
+        is_open = found.fingerprint is None and base.BOTH not in (found.embed, signature.embed)
+        if found.embed != signature.embed and not is_open:
+            raise CocoaError(
+                f"{self.name} was made with --embed {found.embed}, not with --embed {signature.embed}; choose another"
+                " collection"
             )
         return found.fingerprint is None

@@ -186,9 +186,9 @@ class TestMoved:
     ) -> None:
         replace = disk.indexer.store.replace_payloads
 
-        def replace_slowly(changes: Any) -> None:  # noqa: ANN401
+        def replace_slowly(*changes: Any) -> None:
             time.sleep(0.2)
-            replace(changes)
+            replace(*changes)
 
         disk.folder.rename(tmp_path / "new")
         monkeypatch.setattr(disk.indexer.store, "replace_payloads", replace_slowly)

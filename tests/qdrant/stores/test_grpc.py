@@ -7,7 +7,7 @@ from unittest.mock import Mock
 
 import grpc
 import pytest
-from fake_qdrant import DIMENSION, make_points
+from fake_qdrant import SIGNATURE, make_points
 from grpc import StatusCode
 from qdrant_client import QdrantClient
 from qdrant_client import grpc as messages
@@ -63,7 +63,7 @@ def store(points: FakePoints, waits: list[float]) -> Iterator[Any]:
     listener.start()
     client = QdrantClient(host="127.0.0.1", grpc_port=port, prefer_grpc=True, check_compatibility=False)
     store = open_store(client=client, collection="images")
-    store._dimension = DIMENSION
+    store._signed = SIGNATURE
     yield store
     client.close()
     listener.stop(None).wait()

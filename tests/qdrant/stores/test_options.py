@@ -148,7 +148,7 @@ def test_grpc_carries_the_same_options() -> None:
     listener.start()
     options = StoreOptions(vectors="float16", memory="cold", quantization="turbo2", shards=3, hnsw="after")
     client = QdrantClient(host="127.0.0.1", grpc_port=port, prefer_grpc=True, check_compatibility=False)
-    client.create_collection("images", metadata={"cocoa_embed_hnsw": "to be built"}, **creation(8, options))
+    client.create_collection("images", metadata={"cocoa_embed_hnsw": "to be built"}, **creation(SIGNATURE, options))
     client.close()
     listener.stop(None).wait()
     (request,) = asked

@@ -93,7 +93,7 @@ class TestCollections:
         config = qdrant_edge.EdgeConfig(vectors={"v": dot} if is_named else dot)
         qdrant_edge.EdgeShard.create(str(tmp_path / "images"), config).close()
         for location in ({"client": client}, {"edge": tmp_path}):
-            with pytest.raises(CocoaError, match=r"does not hold one unnamed vector per point, .*; choose another"):
+            with pytest.raises(CocoaError, match=r"does not hold one unnamed vector per point .*; choose another"):
                 open_store(collection="images", **location).signature()
 
 
