@@ -1,0 +1,270 @@
+"""Runs a pretraining: reads the data, builds the model, trains its stages one after the other, writes the backbone."""
+
+import copy
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor, TrainerState, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+
+from cocoa_embed.demo.pretrain.data import (
+    CaptionCollator,
+    CaptionedImages,
+    CaptionedScenes,
+    Example,
+    held_out_pairs,
+    read_images,
+    refuse_overlap,
+)
+from cocoa_embed.demo.pretrain.model import build_model, embed_language_model
+from cocoa_embed.demo.pretrain.settings import SCENES, STAGES, PretrainSettings, StageSettings
+from cocoa_embed.demo.pretrain.tokenizer import build_processor, build_tokenizer, train_tokenizer
+from cocoa_embed.demo.pretrain.trainer import LogFile, MeasureLast, PretrainTrainer
+from cocoa_embed.demo.pretrain.vision import Target, Teacher, VisionCollator, VisionTraining, Words
+from cocoa_embed.errors import CocoaError, UsageError, printable
+from cocoa_embed.folders import claim_folder, refuse_checkpoint, refuse_foreign_folder, write_atomically
+from cocoa_embed.train.data.cache import replace_atomically
+from cocoa_embed.train.loop.callbacks import SaveAndStop, Stopped, show_progress
+from cocoa_embed.train.loop.checkpoints import newest_complete, step_of
+
+MARKER = "pretraining.json"
+"""Holds what a run was asked for; marks its folder."""
+
+CHECKPOINTS = "checkpoints"
+SAVE_MINUTES = 10
+EXAMPLES_FOR_SCALE = 256
+"""Images on which the scale of a teacher's features, and the words of scenes, are measured."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the stages of a run share.
+
+    :param new_tokens: Ids of tokens that the language model on disk did not have; None if there is no such model.
+    :param examples: Some training examples.
+    """
+
+    model: Qwen2VLForConditionalGeneration
+    processor: Qwen2VLProcessor
+    new_tokens: list[int] | None
+    data: Dataset[Example]
+    examples: Sequence[Example]
+    held_out: Mapping[str, Sequence[Example]] | None
+
+
+def pretrain(
+    settings: PretrainSettings,
+    out: Path,
+    *,
+    data: str,
+    held_out: Path | None = None,
+    language_model: Path | None = None,
+    teacher: Path | None = None,
+    resume: bool = False,
+) -> None:
+    """Make a backbone and write it to ``out``: bfloat16 safetensors, processor and config, beside ``log.jsonl``.
+
+    :param data: ``scenes``, or an image folder.
+    :param held_out: An image folder to measure on. The weights written are then those with the lowest loss on it, and
+        those of the last step, where they are others, are in ``last``.
+    :param language_model: The folder of a language model to build on, by default none: all weights are random.
+    :param teacher: A program that maps pixels to features (``Teacher``), for the vision stage.
+    :param resume: Continue the interrupted run in ``out``, if there is one.
+    :raises UsageError: If the settings contradict each other, or the interrupted run had others.
+    :raises Stopped: If SIGTERM or Ctrl-C has stopped the run; it can be resumed.
+    :raises CocoaError: If data, model, teacher or folder cannot be used.
+    """
+    _check(settings, teacher, language_model)
+    given = {"data": data, "held_out": held_out, "language_model": language_model, "teacher": teacher}
+    request = {key: None if value is None else str(value) for key, value in given.items()}
+    request |= settings.model_dump(mode="json")
+    _refuse_other_run(out, request, resume)
+    set_seed(settings.seed)
+    parts = _build(settings, data, held_out, language_model)
+    target = _target(settings, parts, teacher) if settings.vision.steps else None
+    if not (resume and (out / MARKER).is_file()):
+        claim_folder(out, marker=MARKER)
+        write_atomically(out / MARKER, json.dumps(request, indent=2) + "\n")
+    for name in (name for name in STAGES if getattr(settings, name).steps):
+        result = out / CHECKPOINTS / f"{name}.safetensors"
+        if not result.is_file():
+            _run_stage(name, settings, parts, target, out)
+            replace_atomically(result, lambda path: save_model(parts.model, str(path)))
+            shutil.rmtree(out / CHECKPOINTS / name, ignore_errors=True)
+        load_model(parts.model, str(result))
+    write_backbone(parts.model, parts.processor, out)
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+
+
+def write_backbone(model: Qwen2VLForConditionalGeneration, processor: Qwen2VLProcessor, folder: Path) -> None:
+    """Write a model in bfloat16, and its processor."""
+    copy.deepcopy(model).bfloat16().save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def _check(settings: PretrainSettings, teacher: Path | None, language_model: Path | None) -> None:
+    if not any(getattr(settings, name).steps for name in STAGES):
+        raise UsageError(f"No stage has steps; set one of {', '.join(f'{name}.steps' for name in STAGES)}.")
+    if teacher is not None and not settings.vision.steps:
+        raise UsageError("--teacher is for the vision stage, which has no steps; set vision.steps.")
+    if settings.connector.steps and language_model is None:
+        raise UsageError("The connector stage freezes the language model, which is random without --language-model; "
+                         "give one, or set connector.steps=0.")  # fmt: skip
+    sizes = settings.model
+    if sizes.image_size % sizes.token_size:
+        raise UsageError(f"model.image_size {sizes.image_size} is no multiple of the {sizes.token_size} pixels of a "
+                         f"visual token (patch_size {sizes.patch_size} x merge_size {sizes.merge_size}).")  # fmt: skip
+
+
+def _refuse_other_run(out: Path, request: dict[str, Any], resume: bool) -> None:
+    """Check that ``out`` may be written, and that the run to resume had the same settings."""
+    refuse_checkpoint(out)
+    refuse_foreign_folder(out, marker=MARKER)
+    if not resume or not (out / MARKER).is_file():
+        return
+    earlier = json.loads((out / MARKER).read_text(encoding="utf-8"))
+    if other := [key for key in request if earlier.get(key) != request[key]]:
+        raise UsageError(f"The run in {printable(out)} had another {' and another '.join(other)} (see {MARKER} there); "
+                         "give the same, or leave out --resume to begin again.")  # fmt: skip
+
+
+def _build(settings: PretrainSettings, data: str, held_out: Path | None, language_model: Path | None) -> Parts:
+    """Read the data and build the model."""
+    size, varied, seed = settings.model.image_size, settings.augmentation, settings.seed
+    if data == SCENES:
+        training: Dataset[Example] = CaptionedScenes(seed)
+        examples = list(islice(CaptionedScenes(seed), EXAMPLES_FOR_SCALE))
+    else:
+        training = images = read_images(Path(data), size, varied, seed)
+        examples = [images.plain(row) for row in range(min(len(images), EXAMPLES_FOR_SCALE))]
+    unseen = None
+    if held_out is not None:
+        unseen = read_images(held_out, size, varied, seed, settings.held_out_images)
+        if len(unseen) < 2:
+            raise CocoaError(f"{printable(held_out)} has one image; the measure needs two, to confuse them.")
+        if isinstance(training, CaptionedImages):
+            refuse_overlap(training, unseen, (Path(data), held_out))
+    if language_model is not None:
+        model, tokenizer, new_tokens = embed_language_model(language_model, settings.model)
+    else:
+        texts = (text for each in training.captions for text in each) if isinstance(training, CaptionedImages) else None
+        tokenizer = build_tokenizer(seed) if texts is None else train_tokenizer(texts, settings.model.vocabulary)
+        model, new_tokens = build_model(tokenizer, settings.model), None
+    processor = build_processor(tokenizer, settings.model)
+    return Parts(model, processor, new_tokens, training, examples, unseen and held_out_pairs(unseen))
+
+
+def _target(settings: PretrainSettings, parts: Parts, teacher: Path | None) -> Target:
+    if teacher is not None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return Teacher(teacher, parts.examples, settings.model.image_size, device)
+    images = parts.data
+    texts = ["\n".join(each) for each in images.captions] if isinstance(images, CaptionedImages) else None
+    return Words(texts or [example["words"] for example in parts.examples], settings.vision.word_images)
+
+
+def _run_stage(name: str, settings: PretrainSettings, parts: Parts, target: Target | None, out: Path) -> None:
+    """Train a stage, and leave its best weights in the model.
+
+    :raises Stopped: If a signal has stopped it.
+    """
+    set_seed(settings.seed)
+    stage: StageSettings = getattr(settings, name)
+    folder = out / CHECKPOINTS / name
+    trained: nn.Module = parts.model
+    collate: Any = CaptionCollator(parts.processor)
+    if name == "vision" and target is not None:
+        trained, collate = VisionTraining(parts.model, target), VisionCollator(parts.processor, target)
+    is_frozen = frozen_language_model(parts.model, parts.new_tokens or []) if name == "connector" else nullcontext(())
+    with is_frozen as undecayed:
+        trainer = PretrainTrainer(
+            model=trained,
+            args=TrainingArguments(**training_arguments(stage, settings, folder, measures=parts.held_out is not None)),
+            train_dataset=parts.data,
+            data_collator=collate,
+            held_out=parts.held_out,
+            undecayed=undecayed,
+            callbacks=[MeasureLast(), LogFile(out / "log.jsonl", name)],
+        )
+        show_progress(trainer, name, {"loss": "loss", "eval_right": "right", "eval_gap": "gap"})
+        train(trainer, folder, name)
+    best, last = trainer.state.best_global_step, trainer.state.global_step
+    if best not in (None, last):
+        write_backbone(parts.model, parts.processor, out / "last")
+        trainer.load_weights(folder / f"checkpoint-{best}")
+
+
+def train(trainer: PretrainTrainer, folder: Path, stage: str) -> None:
+    """Train to the last step, from the newest checkpoint if there is one.
+
+    :raises Stopped: If a signal has stopped it before.
+    """
+    stop = SaveAndStop(trainer, SAVE_MINUTES)
+    trainer.add_callback(stop)
+    checkpoint, steps = newest_complete(folder), trainer.args.max_steps
+    if checkpoint is not None and step_of(checkpoint) >= steps:  # killed before the result was written
+        trainer.load_weights(checkpoint)
+        trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        return
+    with stop.listening():
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if trainer.state.global_step < steps:
+        raise Stopped(stop.requested, f"at step {trainer.state.global_step} of {steps} of stage {stage}")
+
+
+def training_arguments(
+    stage: StageSettings, settings: PretrainSettings, folder: Path, *, measures: bool
+) -> dict[str, Any]:
+    """Return the keywords of ``TrainingArguments`` for a stage."""
+    every, on_gpu = settings.measure_steps, torch.cuda.is_available()
+    measured = {"eval_strategy": "steps", "eval_steps": every, "metric_for_best_model": "right"}
+    return {
+        "output_dir": str(folder),
+        "max_steps": stage.steps,
+        "per_device_train_batch_size": stage.batch_size,
+        "learning_rate": stage.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": stage.steps // 20,
+        "weight_decay": stage.weight_decay,
+        "adam_beta2": stage.adam_beta2,
+        "max_grad_norm": 1.0,
+        "logging_steps": settings.logging_steps,
+        "save_steps": every,
+        "save_total_limit": 2,
+        "bf16": on_gpu,
+        "report_to": "none",
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": on_gpu,
+        # The dispatcher would cut pixel_values, which has a row for each patch, to the number of captions.
+        "accelerator_config": {"dispatch_batches": False},
+        "seed": settings.seed,
+        **({**measured, "greater_is_better": False} if measures else {}),
+    }
+
+
+@contextmanager
+def frozen_language_model(model: Qwen2VLForConditionalGeneration, new_tokens: Sequence[int]) -> Iterator[list[str]]:
+    """Let only the vision encoder and the embeddings of new tokens learn.
+
+    :returns: The names of parameters that weight decay has to leave alone, since most of their rows are frozen.
+    """
+    model.requires_grad_(False)
+    model.model.visual.requires_grad_(True)
+    embeddings = model.get_input_embeddings().weight.requires_grad_(bool(new_tokens))
+    is_new = torch.zeros(len(embeddings), 1)
+    is_new[list(new_tokens)] = 1
+    hooks = [embeddings.register_hook(lambda gradient: gradient * is_new.to(gradient.device))] if new_tokens else []
+    yield [name for name, parameter in model.named_parameters() if parameter is embeddings]
+    for hook in hooks:
+        hook.remove()
+    model.requires_grad_(True)
