@@ -65,14 +65,18 @@ class CaptionedImages(Dataset[Example]):
     def __getitem__(self, draw: Draw) -> Example:
         """Return an image as it is drawn in an epoch."""
         generator = random.Random(f"{self.seed}/{draw.row}/{draw.epoch}")
-        example = self.plain(draw.row)
-        text = self.captions[draw.row][(draw.row + draw.epoch) % len(self.captions[draw.row])]
-        return {**example, "image": vary(self.images[draw.row], self.size, self.augmentation, generator), "text": text}
+        image = vary(self.images[draw.row], self.size, self.augmentation, generator)
+        texts = self.captions[draw.row]
+        return {"image": image, "text": texts[(draw.row + draw.epoch) % len(texts)], "words": self.words(draw.row)}
 
     def plain(self, row: int) -> Example:
         """Return a whole image, with its first caption."""
         image = F.resize(self.images[row], [self.size, self.size])
-        return {"image": image, "text": self.captions[row][0], "words": "\n".join(self.captions[row])}
+        return {"image": image, "text": self.captions[row][0], "words": self.words(row)}
+
+    def words(self, row: int) -> str:
+        """Return all captions of an image."""
+        return "\n".join(self.captions[row])
 
 
 def read_images(folder: Path, size: int, augmentation: AugmentationSettings, seed: int,
@@ -133,11 +137,8 @@ class CaptionCollator:
 
 
 def held_out_pairs(images: CaptionedImages) -> dict[str, list[Example]]:
-    """Return held-out images with their captions (``right``), and the same captions with the next image (``wrong``).
-
-    ``own`` is the image that a caption belongs to.
-    """
-    right = [{**(plain := images.plain(row)), "own": plain["image"]} for row in range(len(images))]
+    """Return held-out images with their captions (``right``), and the same captions with the next image (``wrong``)."""
+    right = [images.plain(row) for row in range(len(images))]
     others = [example["image"] for example in right[1:] + right[:1]]
     return {"right": right, "wrong": [{**one, "image": image} for one, image in zip(right, others, strict=True)]}
 

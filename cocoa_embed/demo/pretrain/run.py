@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_model, save_model
@@ -28,9 +28,10 @@ from cocoa_embed.demo.pretrain.data import (
 )
 from cocoa_embed.demo.pretrain.model import build_model, embed_language_model
 from cocoa_embed.demo.pretrain.settings import SCENES, STAGES, PretrainSettings, StageSettings
+from cocoa_embed.demo.pretrain.teacher import Teacher, make_views, with_features
 from cocoa_embed.demo.pretrain.tokenizer import build_processor, build_tokenizer, train_tokenizer
 from cocoa_embed.demo.pretrain.trainer import LogFile, MeasureLast, PretrainTrainer
-from cocoa_embed.demo.pretrain.vision import Target, Teacher, VisionCollator, VisionTraining, Words
+from cocoa_embed.demo.pretrain.vision import VisionCollator, VisionTraining, Words
 from cocoa_embed.errors import CocoaError, UsageError, printable
 from cocoa_embed.folders import claim_folder, refuse_checkpoint, refuse_foreign_folder, write_atomically
 from cocoa_embed.train.data.cache import replace_atomically
@@ -42,8 +43,7 @@ MARKER = "pretraining.json"
 
 CHECKPOINTS = "checkpoints"
 SAVE_MINUTES = 10
-EXAMPLES_FOR_SCALE = 256
-"""Images on which the scale of a teacher's features, and the words of scenes, are measured."""
+SCENES_FOR_WORDS = 256
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,20 @@ class Parts:
     """What the stages of a run share.
 
     :param new_tokens: Ids of tokens that the language model on disk did not have; None if there is no such model.
-    :param examples: Some training examples.
     """
 
     model: Qwen2VLForConditionalGeneration
     processor: Qwen2VLProcessor
     new_tokens: list[int] | None
     data: Dataset[Example]
-    examples: Sequence[Example]
     held_out: Mapping[str, Sequence[Example]] | None
+
+
+class Vision(NamedTuple):
+    """What the vision encoder learns to predict."""
+
+    words: Words
+    teacher: Teacher | None
 
 
 def pretrain(
@@ -84,21 +89,21 @@ def pretrain(
     :raises Stopped: If SIGTERM or Ctrl-C has stopped the run; it can be resumed.
     :raises CocoaError: If data, model, teacher or folder cannot be used.
     """
-    _check(settings, teacher, language_model)
+    _check(settings, data, teacher, language_model)
     given = {"data": data, "held_out": held_out, "language_model": language_model, "teacher": teacher}
     request = {key: None if value is None else str(value) for key, value in given.items()}
     request |= settings.model_dump(mode="json")
     _refuse_other_run(out, request, resume)
     set_seed(settings.seed)
     parts = _build(settings, data, held_out, language_model)
-    target = _target(settings, parts, teacher) if settings.vision.steps else None
+    vision = _vision(settings, parts, teacher) if settings.vision.steps else None
     if not (resume and (out / MARKER).is_file()):
         claim_folder(out, marker=MARKER)
         write_atomically(out / MARKER, json.dumps(request, indent=2) + "\n")
     for name in (name for name in STAGES if getattr(settings, name).steps):
         result = out / CHECKPOINTS / f"{name}.safetensors"
         if not result.is_file():
-            _run_stage(name, settings, parts, target, out)
+            _run_stage(name, settings, parts, vision, out)
             replace_atomically(result, lambda path: save_model(parts.model, str(path)))
             shutil.rmtree(out / CHECKPOINTS / name, ignore_errors=True)
         load_model(parts.model, str(result))
@@ -112,11 +117,13 @@ def write_backbone(model: Qwen2VLForConditionalGeneration, processor: Qwen2VLPro
     processor.save_pretrained(folder)
 
 
-def _check(settings: PretrainSettings, teacher: Path | None, language_model: Path | None) -> None:
+def _check(settings: PretrainSettings, data: str, teacher: Path | None, language_model: Path | None) -> None:
     if not any(getattr(settings, name).steps for name in STAGES):
         raise UsageError(f"No stage has steps; set one of {', '.join(f'{name}.steps' for name in STAGES)}.")
     if teacher is not None and not settings.vision.steps:
         raise UsageError("--teacher is for the vision stage, which has no steps; set vision.steps.")
+    if teacher is not None and data == SCENES:
+        raise UsageError("--teacher needs a folder of images as --data: scenes are drawn anew in each step.")
     if settings.connector.steps and language_model is None:
         raise UsageError("The connector stage freezes the language model, which is random without --language-model; "
                          "give one, or set connector.steps=0.")  # fmt: skip
@@ -143,10 +150,8 @@ def _build(settings: PretrainSettings, data: str, held_out: Path | None, languag
     size, varied, seed = settings.model.image_size, settings.augmentation, settings.seed
     if data == SCENES:
         training: Dataset[Example] = CaptionedScenes(seed)
-        examples = list(islice(CaptionedScenes(seed), EXAMPLES_FOR_SCALE))
     else:
-        training = images = read_images(Path(data), size, varied, seed)
-        examples = [images.plain(row) for row in range(min(len(images), EXAMPLES_FOR_SCALE))]
+        training = read_images(Path(data), size, varied, seed)
     unseen = None
     if held_out is not None:
         unseen = read_images(held_out, size, varied, seed, settings.held_out_images)
@@ -161,38 +166,45 @@ def _build(settings: PretrainSettings, data: str, held_out: Path | None, languag
         tokenizer = build_tokenizer(seed) if texts is None else train_tokenizer(texts, settings.model.vocabulary)
         model, new_tokens = build_model(tokenizer, settings.model), None
     processor = build_processor(tokenizer, settings.model)
-    return Parts(model, processor, new_tokens, training, examples, unseen and held_out_pairs(unseen))
+    return Parts(model, processor, new_tokens, training, unseen and held_out_pairs(unseen))
 
 
-def _target(settings: PretrainSettings, parts: Parts, teacher: Path | None) -> Target:
-    if teacher is not None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return Teacher(teacher, parts.examples, settings.model.image_size, device)
+def _vision(settings: PretrainSettings, parts: Parts, teacher: Path | None) -> Vision:
     images = parts.data
-    texts = ["\n".join(each) for each in images.captions] if isinstance(images, CaptionedImages) else None
-    return Words(texts or [example["words"] for example in parts.examples], settings.vision.word_images)
+    if not isinstance(images, CaptionedImages):
+        return Vision(
+            Words((example["words"] for example in islice(images, SCENES_FOR_WORDS)), settings.vision.word_images), None
+        )
+    words = Words(map(images.words, range(len(images))), settings.vision.word_images)
+    if teacher is None:
+        return Vision(words, None)
+    return Vision(words, Teacher(teacher, images.images, images.size, settings.vision.components))
 
 
-def _run_stage(name: str, settings: PretrainSettings, parts: Parts, target: Target | None, out: Path) -> None:
+def _run_stage(name: str, settings: PretrainSettings, parts: Parts, vision: Vision | None, out: Path) -> None:
     """Train a stage, and leave its best weights in the model.
 
     :raises Stopped: If a signal has stopped it.
     """
-    set_seed(settings.seed)
     stage: StageSettings = getattr(settings, name)
-    folder = out / CHECKPOINTS / name
+    folder, data, held_out = out / CHECKPOINTS / name, parts.data, parts.held_out
     trained: nn.Module = parts.model
     collate: Any = CaptionCollator(parts.processor)
-    if name == "vision" and target is not None:
-        trained, collate = VisionTraining(parts.model, target), VisionCollator(parts.processor, target)
+    set_seed(settings.seed)
+    if name == "vision" and vision is not None:
+        collate, channels = VisionCollator(parts.processor, vision.words), 0
+        if vision.teacher is not None and isinstance(data, CaptionedImages):
+            data = make_views(data, vision.teacher, settings.vision, out / CHECKPOINTS / "views")
+            held_out, channels = held_out and with_features(held_out, vision.teacher), data.features.shape[-1]
+        trained = VisionTraining(parts.model, len(vision.words), channels, settings.vision.word_weight)
     is_frozen = frozen_language_model(parts.model, parts.new_tokens or []) if name == "connector" else nullcontext(())
     with is_frozen as undecayed:
         trainer = PretrainTrainer(
             model=trained,
-            args=TrainingArguments(**training_arguments(stage, settings, folder, measures=parts.held_out is not None)),
-            train_dataset=parts.data,
+            args=TrainingArguments(**training_arguments(stage, settings, folder, measures=held_out is not None)),
+            train_dataset=data,
             data_collator=collate,
-            held_out=parts.held_out,
+            held_out=held_out,
             undecayed=undecayed,
             callbacks=[MeasureLast(), LogFile(out / "log.jsonl", name)],
         )
@@ -241,7 +253,8 @@ def training_arguments(
         "logging_steps": settings.logging_steps,
         "save_steps": every,
         "save_total_limit": 2,
-        "bf16": on_gpu,
+        "bf16": settings.mixed_precision == "bf16",
+        "use_cpu": not on_gpu,
         "report_to": "none",
         "remove_unused_columns": False,
         "dataloader_pin_memory": on_gpu,

@@ -55,14 +55,19 @@ class StageSettings(Settings):
 
 
 class VisionSettings(StageSettings):
-    """The stage that trains the vision encoder alone, towards a teacher's features or the words of the captions.
+    """The stage that trains the vision encoder alone, on the words of captions and on the features of a teacher.
 
-    :param loss: Between the features of a teacher and those of the encoder, each channel at mean 0 and variance 1.
     :param word_images: The fewest images of a word to be predicted.
+    :param word_weight: The weight of the words' loss beside that of the features.
+    :param components: The most principal components of a teacher's features.
+    :param views: Crops of each image whose features are made, once.
     """
 
-    loss: Literal["smooth_l1", "cosine"] = "smooth_l1"
+    batch_size: Positive = 96
     word_images: Positive = 10
+    word_weight: Rate = 0.02
+    components: Positive = 256
+    views: Positive = 8
 
 
 class AugmentationSettings(Settings):
@@ -85,6 +90,7 @@ class PretrainSettings(Settings):
     :param connector: Trains the vision encoder and the embeddings of new tokens as a captioner; the language model is
         frozen.
     :param all: Trains everything as a captioner.
+    :param mixed_precision: ``bf16`` runs forward and backward passes under bfloat16 autocast.
     :param measure_steps: Steps between two measurements on held-out images, and between two checkpoints.
     :param held_out_images: The most images to measure on.
     """
@@ -94,6 +100,7 @@ class PretrainSettings(Settings):
     vision: VisionSettings = VisionSettings()
     connector: StageSettings = StageSettings()
     all: StageSettings = StageSettings()
+    mixed_precision: Literal["no", "bf16"] = "bf16"
     measure_steps: Positive = 250
     logging_steps: Positive = 25
     held_out_images: Annotated[int, Field(ge=2)] = 500
@@ -108,6 +115,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "model": {"width": 192, "inner_width": 512, "layers": 4, "heads": 6, "key_value_heads": 2, "vocabulary": 768,
                   "vision_width": 128, "vision_layers": 4, "vision_heads": 4},
         "all": {"steps": 3000},
+        "mixed_precision": "no",
     },
     "photographs": {"vision": {"steps": 4000}, "all": {"steps": 4000}},
     "language model": {

@@ -8,10 +8,11 @@ from typing import Any
 
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from cocoa_embed.demo.pretrain.data import CaptionedImages, Example
+from cocoa_embed.demo.pretrain.data import Example
 from cocoa_embed.folders import write_atomically
 from cocoa_embed.train.data.sampling import RowStream
 from cocoa_embed.train.loop.checkpoints import mark_complete
@@ -36,7 +37,7 @@ class PretrainTrainer(Trainer):
         self.held_out, self.undecayed = held_out, undecayed
 
     def _get_train_sampler(self, train_dataset: Any = None) -> RowStream | None:  # noqa: ANN401
-        if not isinstance(self.train_dataset, CaptionedImages):
+        if isinstance(self.train_dataset, IterableDataset):
             return None
         rows, batch_size = len(self.train_dataset), self.args.per_device_train_batch_size
         return RowStream(rows, self.args.max_steps * batch_size, batch_size, self.args.seed)
