@@ -26,10 +26,12 @@ class Words:
 
     def __init__(self, texts: Iterable[str], images: int) -> None:
         counts = Counter(word for text in texts for word in words_in(text))
-        frequent = [word for word, count in counts.most_common(MOST_WORDS) if count >= images]
+        frequent = sorted(
+            (word for word, count in counts.items() if count >= images), key=lambda word: (-counts[word], word)
+        )
         if not frequent:
             raise CocoaError(f"No word is in the captions of {images} images; lower vision.word_images, or add images.")
-        self.places = {word: place for place, word in enumerate(frequent)}
+        self.places = {word: place for place, word in enumerate(frequent[:MOST_WORDS])}
 
     def __len__(self) -> int:
         return len(self.places)
