@@ -58,7 +58,7 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_scenes_lower_the_loss_and_make_a_backbone_in_bfloat16(tmp_path: Path) -> None:
-    pretrain(tiny("scenes", "all.steps=25", "all.learning_rate=2e-2"), tmp_path, data="scenes")
+    pretrain(tiny("scenes", "all.steps=25", "all.learning_rate=2e-2", "measure_steps=99"), tmp_path, data="scenes")
     first, *_, last = [line["loss"] for line in log_of(tmp_path) if "loss" in line]
     assert last < first - 0.5
     backbone = load_backbone(str(tmp_path), max_length=64, bidirectional=False)

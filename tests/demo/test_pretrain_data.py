@@ -130,7 +130,6 @@ def test_a_wrong_image_is_the_next_one_beside_the_same_captions(photos: Path) ->
     assert [row["text"] for row in right] == [row["text"] for row in wrong] == ["a", "d", "f"]
     for place in range(3):
         assert torch.equal(wrong[place]["image"], right[(place + 1) % 3]["image"])
-        assert torch.equal(wrong[place]["own"], right[place]["image"])
 
 
 def test_a_held_out_image_that_is_trained_on_is_refused_under_any_name(photos: Path, tmp_path: Path) -> None:
@@ -139,5 +138,5 @@ def test_a_held_out_image_that_is_trained_on_is_refused_under_any_name(photos: P
     Image.open(photos / "1.png").save(other / "renamed.png")
     (other / "renamed.txt").write_text("something else")
     training, held_out = (read_images(folder, 28, VARIED, seed=0) for folder in (photos, other))
-    with pytest.raises(CocoaError, match=r"1 of the 1 images to hold out, in .*other, are also in"):
-        refuse_overlap(training, held_out, (photos, other))
+    with pytest.raises(CocoaError, match=r"1 of the 1 images to hold out, in other, are also in"):
+        refuse_overlap(training, held_out, ("photos", "other"))

@@ -48,7 +48,7 @@ def images() -> CaptionedImages:
 
 
 def test_words_are_those_of_enough_images_whatever_their_case(images: CaptionedImages) -> None:
-    words = Words(map(images.words, range(3)), images=2)
+    words = Words(images.all_words(), images=2)
     assert [*words.places] == ["a", "red"]
     assert words([images.plain(row) for row in range(3)]).tolist() == [[1, 1], [1, 0], [0, 1]]
     with pytest.raises(CocoaError, match="No word is in the captions of 3 images"):

@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from cocoa_embed.train.data.rows import Draw, load_row_image
 Example = dict[str, Any]
 """``image`` (PIL, or uint8 ``[3, H, W]``), ``text`` (one caption) and ``words`` (all captions of the image)."""
 
+SCENES_FOR_WORDS = 256
+
 KEPT_SIZE = 1.5
 """The shorter side of an image in memory, as a multiple of the side of a crop."""
 
@@ -40,6 +43,10 @@ class CaptionedScenes(IterableDataset[Example]):
             scene = sample_scene(generator, "train")
             image, text = draw(scene, generator), generator.choice(captions(scene))
             yield {"image": image, "text": text, "words": text}
+
+    def all_words(self) -> Iterator[str]:
+        """Yield the captions of a few scenes."""
+        return (example["words"] for example in islice(self, SCENES_FOR_WORDS))
 
 
 @dataclass(frozen=True)
@@ -75,8 +82,12 @@ class CaptionedImages(Dataset[Example]):
         return {"image": image, "text": self.captions[row][0], "words": self.words(row)}
 
     def words(self, row: int) -> str:
-        """Return all captions of an image."""
+        """Return all captions of an image, a line each."""
         return "\n".join(self.captions[row])
+
+    def all_words(self) -> Iterator[str]:
+        """Yield all captions of each image."""
+        return map(self.words, range(len(self)))
 
 
 def read_images(folder: Path, size: int, augmentation: AugmentationSettings, seed: int,
@@ -143,7 +154,7 @@ def held_out_pairs(images: CaptionedImages) -> dict[str, list[Example]]:
     return {"right": right, "wrong": [{**one, "image": image} for one, image in zip(right, others, strict=True)]}
 
 
-def refuse_overlap(training: CaptionedImages, held_out: CaptionedImages, names: tuple[Path, Path]) -> None:
+def refuse_overlap(training: CaptionedImages, held_out: CaptionedImages, names: tuple[str, str]) -> None:
     """Check that no image of ``held_out`` is one of ``training``, under whatever name.
 
     :raises CocoaError: If one is.

@@ -5,8 +5,6 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +28,7 @@ from cocoa_embed.demo.pretrain.model import build_model, embed_language_model
 from cocoa_embed.demo.pretrain.settings import SCENES, STAGES, PretrainSettings, StageSettings
 from cocoa_embed.demo.pretrain.teacher import Teacher, make_views, with_features
 from cocoa_embed.demo.pretrain.tokenizer import build_processor, build_tokenizer, train_tokenizer
-from cocoa_embed.demo.pretrain.trainer import LogFile, MeasureLast, PretrainTrainer
+from cocoa_embed.demo.pretrain.trainer import PretrainTrainer, Record
 from cocoa_embed.demo.pretrain.vision import VisionCollator, VisionTraining, Words
 from cocoa_embed.errors import CocoaError, UsageError, printable
 from cocoa_embed.folders import claim_folder, refuse_checkpoint, refuse_foreign_folder, write_atomically
@@ -43,27 +41,21 @@ MARKER = "pretraining.json"
 
 CHECKPOINTS = "checkpoints"
 SAVE_MINUTES = 10
-SCENES_FOR_WORDS = 256
 
 
-@dataclass(frozen=True)
-class Parts:
+class Parts(NamedTuple):
     """What the stages of a run share.
 
-    :param new_tokens: Ids of tokens that the language model on disk did not have; None if there is no such model.
+    :param new_tokens: Ids of tokens that the language model on disk did not have.
+    :param words: What the vision encoder learns of captions, if it has a stage; and ``teacher``, of images.
     """
 
     model: Qwen2VLForConditionalGeneration
     processor: Qwen2VLProcessor
-    new_tokens: list[int] | None
-    data: Dataset[Example]
+    new_tokens: list[int]
+    data: CaptionedScenes | CaptionedImages
     held_out: Mapping[str, Sequence[Example]] | None
-
-
-class Vision(NamedTuple):
-    """What the vision encoder learns to predict."""
-
-    words: Words
+    words: Words | None
     teacher: Teacher | None
 
 
@@ -95,15 +87,14 @@ def pretrain(
     request |= settings.model_dump(mode="json")
     _refuse_other_run(out, request, resume)
     set_seed(settings.seed)
-    parts = _build(settings, data, held_out, language_model)
-    vision = _vision(settings, parts, teacher) if settings.vision.steps else None
+    parts = _build(settings, data, held_out, language_model, teacher)
     if not (resume and (out / MARKER).is_file()):
         claim_folder(out, marker=MARKER)
         write_atomically(out / MARKER, json.dumps(request, indent=2) + "\n")
     for name in (name for name in STAGES if getattr(settings, name).steps):
         result = out / CHECKPOINTS / f"{name}.safetensors"
         if not result.is_file():
-            _run_stage(name, settings, parts, vision, out)
+            _run_stage(name, settings, parts, out)
             replace_atomically(result, lambda path: save_model(parts.model, str(path)))
             shutil.rmtree(out / CHECKPOINTS / name, ignore_errors=True)
         load_model(parts.model, str(result))
@@ -145,68 +136,61 @@ def _refuse_other_run(out: Path, request: dict[str, Any], resume: bool) -> None:
                          "give the same, or leave out --resume to begin again.")  # fmt: skip
 
 
-def _build(settings: PretrainSettings, data: str, held_out: Path | None, language_model: Path | None) -> Parts:
+def _build(settings: PretrainSettings, data: str, held_out: Path | None, language_model: Path | None,
+           teacher: Path | None) -> Parts:  # fmt: skip
     """Read the data and build the model."""
-    size, varied, seed = settings.model.image_size, settings.augmentation, settings.seed
-    if data == SCENES:
-        training: Dataset[Example] = CaptionedScenes(seed)
-    else:
-        training = read_images(Path(data), size, varied, seed)
-    unseen = None
-    if held_out is not None:
-        unseen = read_images(held_out, size, varied, seed, settings.held_out_images)
-        if len(unseen) < 2:
-            raise CocoaError(f"{printable(held_out)} has one image; the measure needs two, to confuse them.")
-        if isinstance(training, CaptionedImages):
-            refuse_overlap(training, unseen, (Path(data), held_out))
+    size, varied, seed, vision = settings.model.image_size, settings.augmentation, settings.seed, settings.vision
+    images = None if data == SCENES else read_images(Path(data), size, varied, seed)
+    unseen = None if held_out is None else read_images(held_out, size, varied, seed, settings.held_out_images)
+    if unseen and len(unseen) < 2:
+        raise CocoaError(f"{printable(str(held_out))} has one image; the measure needs two, to confuse them.")
+    if unseen and images:
+        refuse_overlap(images, unseen, (data, str(held_out)))
+    new_tokens: list[int] = []
     if language_model is not None:
         model, tokenizer, new_tokens = embed_language_model(language_model, settings.model)
     else:
-        texts = (text for each in training.captions for text in each) if isinstance(training, CaptionedImages) else None
-        tokenizer = build_tokenizer(seed) if texts is None else train_tokenizer(texts, settings.model.vocabulary)
-        model, new_tokens = build_model(tokenizer, settings.model), None
-    processor = build_processor(tokenizer, settings.model)
-    return Parts(model, processor, new_tokens, training, unseen and held_out_pairs(unseen))
+        texts = images and (text for texts in images.captions for text in texts)
+        tokenizer = train_tokenizer(texts, settings.model.vocabulary) if texts else build_tokenizer(seed)
+        model = build_model(tokenizer, settings.model)
+    training = images or CaptionedScenes(seed)
+    return Parts(
+        model,
+        build_processor(tokenizer, settings.model),
+        new_tokens,
+        training,
+        None if unseen is None else held_out_pairs(unseen),
+        Words(training.all_words(), vision.word_images) if vision.steps else None,
+        Teacher(teacher, images.images, size, vision.components) if teacher and images else None,
+    )
 
 
-def _vision(settings: PretrainSettings, parts: Parts, teacher: Path | None) -> Vision:
-    images = parts.data
-    if not isinstance(images, CaptionedImages):
-        return Vision(
-            Words((example["words"] for example in islice(images, SCENES_FOR_WORDS)), settings.vision.word_images), None
-        )
-    words = Words(map(images.words, range(len(images))), settings.vision.word_images)
-    if teacher is None:
-        return Vision(words, None)
-    return Vision(words, Teacher(teacher, images.images, images.size, settings.vision.components))
-
-
-def _run_stage(name: str, settings: PretrainSettings, parts: Parts, vision: Vision | None, out: Path) -> None:
+def _run_stage(name: str, settings: PretrainSettings, parts: Parts, out: Path) -> None:
     """Train a stage, and leave its best weights in the model.
 
     :raises Stopped: If a signal has stopped it.
     """
-    stage: StageSettings = getattr(settings, name)
-    folder, data, held_out = out / CHECKPOINTS / name, parts.data, parts.held_out
+    folder, held_out = out / CHECKPOINTS / name, parts.held_out
+    data: Dataset[Example] = parts.data
     trained: nn.Module = parts.model
     collate: Any = CaptionCollator(parts.processor)
     set_seed(settings.seed)
-    if name == "vision" and vision is not None:
-        collate, channels = VisionCollator(parts.processor, vision.words), 0
-        if vision.teacher is not None and isinstance(data, CaptionedImages):
-            data = make_views(data, vision.teacher, settings.vision, out / CHECKPOINTS / "views")
-            held_out, channels = held_out and with_features(held_out, vision.teacher), data.features.shape[-1]
-        trained = VisionTraining(parts.model, len(vision.words), channels, settings.vision.word_weight)
-    is_frozen = frozen_language_model(parts.model, parts.new_tokens or []) if name == "connector" else nullcontext(())
-    with is_frozen as undecayed:
+    if name == "vision" and parts.words is not None:
+        collate, channels = VisionCollator(parts.processor, parts.words), 0
+        if parts.teacher is not None and isinstance(parts.data, CaptionedImages):
+            data = views = make_views(parts.data, parts.teacher, settings.vision, out / CHECKPOINTS / "views")
+            held_out, channels = held_out and with_features(held_out, parts.teacher), views.features.shape[-1]
+        trained = VisionTraining(parts.model, len(parts.words), channels, settings.vision.word_weight)
+    frozen = frozen_language_model(parts.model, parts.new_tokens) if name == "connector" else nullcontext(())
+    with frozen as undecayed:
         trainer = PretrainTrainer(
             model=trained,
-            args=TrainingArguments(**training_arguments(stage, settings, folder, measures=held_out is not None)),
+            args=training_arguments(getattr(settings, name), settings, folder, measures=held_out is not None),
             train_dataset=data,
             data_collator=collate,
             held_out=held_out,
             undecayed=undecayed,
-            callbacks=[MeasureLast(), LogFile(out / "log.jsonl", name)],
+            callbacks=[Record(out / "log.jsonl", name)],
         )
         show_progress(trainer, name, {"loss": "loss", "eval_right": "right", "eval_gap": "gap"})
         train(trainer, folder, name)
@@ -236,33 +220,34 @@ def train(trainer: PretrainTrainer, folder: Path, stage: str) -> None:
 
 def training_arguments(
     stage: StageSettings, settings: PretrainSettings, folder: Path, *, measures: bool
-) -> dict[str, Any]:
-    """Return the keywords of ``TrainingArguments`` for a stage."""
+) -> TrainingArguments:
+    """Return the arguments of a stage."""
     every, on_gpu = settings.measure_steps, torch.cuda.is_available()
-    measured = {"eval_strategy": "steps", "eval_steps": every, "metric_for_best_model": "right"}
-    return {
-        "output_dir": str(folder),
-        "max_steps": stage.steps,
-        "per_device_train_batch_size": stage.batch_size,
-        "learning_rate": stage.learning_rate,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": stage.steps // 20,
-        "weight_decay": stage.weight_decay,
-        "adam_beta2": stage.adam_beta2,
-        "max_grad_norm": 1.0,
-        "logging_steps": settings.logging_steps,
-        "save_steps": every,
-        "save_total_limit": 2,
-        "bf16": settings.mixed_precision == "bf16",
-        "use_cpu": not on_gpu,
-        "report_to": "none",
-        "remove_unused_columns": False,
-        "dataloader_pin_memory": on_gpu,
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=stage.steps,
+        per_device_train_batch_size=stage.batch_size,
+        learning_rate=stage.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=stage.steps // 20,
+        weight_decay=stage.weight_decay,
+        adam_beta2=stage.adam_beta2,
+        logging_steps=settings.logging_steps,
+        save_steps=every,
+        save_total_limit=2,
+        eval_strategy="steps" if measures else "no",
+        eval_steps=every,
+        metric_for_best_model="right",
+        greater_is_better=False,
+        bf16=settings.mixed_precision == "bf16",
+        use_cpu=not on_gpu,
+        report_to="none",
+        remove_unused_columns=False,
+        dataloader_pin_memory=on_gpu,
         # The dispatcher would cut pixel_values, which has a row for each patch, to the number of captions.
-        "accelerator_config": {"dispatch_batches": False},
-        "seed": settings.seed,
-        **({**measured, "greater_is_better": False} if measures else {}),
-    }
+        accelerator_config={"dispatch_batches": False},
+        seed=settings.seed,
+    )
 
 
 @contextmanager

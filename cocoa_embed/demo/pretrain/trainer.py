@@ -55,7 +55,7 @@ class PretrainTrainer(Trainer):
         shown = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
         stage = Path(str(self.args.output_dir)).name
         tqdm.write(f"{stage}, step {self.state.global_step}, on held-out images: {shown}", file=sys.stderr)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _mean_loss(self, examples: Sequence[Example]) -> float:
@@ -86,21 +86,17 @@ class PretrainTrainer(Trainer):
         load_model(self.model, str(checkpoint / WEIGHTS))
 
 
-class MeasureLast(TrainerCallback):
-    """Measures after the last step too, if it is not one of ``eval_steps``."""
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Request a measurement."""
-        control.should_evaluate |= state.global_step >= state.max_steps and args.eval_strategy != "no"
-
-
-class LogFile(TrainerCallback):
-    """Writes a stage's log lines to a file, behind those of the stages before."""
+class Record(TrainerCallback):
+    """Measures after the last step, too, and writes the log lines of a stage behind those of the stages before."""
 
     def __init__(self, file: Path, stage: str) -> None:
         self.file, self.stage = file, stage
         lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
         self.earlier = [line for line in lines if json.loads(line)["stage"] != stage]
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Request a measurement."""
+        control.should_evaluate |= state.global_step >= state.max_steps and args.eval_strategy != "no"
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write all lines of the stage; a resumed run continues those of its checkpoint."""
