@@ -135,8 +135,9 @@ class Grey(nn.Module):
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("missing", r"teacher\.pt2 cannot be loaded as a teacher \(.*it has to map pixels \[n, 3, S, S\]"),
-        ("text", "cannot be loaded as a teacher"),
+        ("missing", r"teacher\.pt2 is no file of torch\.export\.save; it has to map pixels \[n, 3, S, S\]"),
+        ("text", r"is no file of torch\.export\.save"),
+        ("archive", r"cannot be loaded as a teacher \(.*\); it has to map"),
         ("flat", r"returns \[3, 3\] for 3 images; it has to map"),
         ("grey", r"takes inputs of the shapes \[\[s\d+, 1, 56, 56\]\]; it has to map"),
         ("oblong", r"takes inputs of the shapes \[\[s\d+, 3, 56, 28\]\]"),
@@ -148,6 +149,8 @@ def test_a_teacher_of_another_form_is_refused(kind: str, reason: str, images: Ca
     shapes = {"grey": (2, 1, SIDE, SIDE), "oblong": (2, 3, SIDE, SIDE // 2)}
     if kind == "text":
         file.write_text("not a program")
+    elif kind == "archive":
+        torch.save({}, file)
     elif kind != "missing":
         export(Flat() if kind == "flat" else Grey(), file, shapes.get(kind, (2, 3, SIDE, SIDE)), kind == "fixed")
     with pytest.raises(CocoaError, match=reason) as error:

@@ -118,10 +118,6 @@ def _check(settings: PretrainSettings, data: str, teacher: Path | None, language
     if settings.connector.steps and language_model is None:
         raise UsageError("The connector stage freezes the language model, which is random without --language-model; "
                          "give one, or set connector.steps=0.")  # fmt: skip
-    sizes = settings.model
-    if sizes.image_size % sizes.token_size:
-        raise UsageError(f"model.image_size {sizes.image_size} is no multiple of the {sizes.token_size} pixels of a "
-                         f"visual token (patch_size {sizes.patch_size} x merge_size {sizes.merge_size}).")  # fmt: skip
 
 
 def _refuse_other_run(out: Path, request: dict[str, Any], resume: bool) -> None:

@@ -3,7 +3,7 @@
 from copy import deepcopy
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from cocoa_embed.errors import UsageError
 from cocoa_embed.train.recipe import apply_override, describe_fault
@@ -39,6 +39,24 @@ class ModelSettings(Settings):
     def token_size(self) -> int:
         """The side of a visual token in pixels."""
         return self.patch_size * self.merge_size
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "ModelSettings":
+        for whole, part, times in MULTIPLES:
+            if getattr(self, whole) % (times * getattr(self, part)):
+                name = part.replace("token_size", "patch_size x merge_size")
+                raise ValueError(f"{whole} {getattr(self, whole)} is no multiple of {times} x {name} "
+                                 f"({getattr(self, part)})")  # fmt: skip
+        return self
+
+
+MULTIPLES = (
+    ("width", "heads", 2),
+    ("heads", "key_value_heads", 1),
+    ("vision_width", "vision_heads", 4),
+    ("image_size", "token_size", 1),
+)
+"""What the sizes of a model have to be multiples of; rotary positions turn values in pairs, in two directions."""
 
 
 class StageSettings(Settings):

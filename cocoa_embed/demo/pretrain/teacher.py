@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import numpy as np
 import torch
@@ -44,6 +45,8 @@ class Teacher:
     def __init__(self, file: Path, images: Sequence[Tensor], size: int, components: int) -> None:
         self.name = printable(file)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not is_zipfile(file):  # for which torch would print a page
+            raise CocoaError(f"{self.name} is no file of torch.export.save; {FORM}.")
         try:
             program = torch.export.load(file)
             inputs = [each for each in program.graph.nodes if each.name in program.graph_signature.user_inputs]
