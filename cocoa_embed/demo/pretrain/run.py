@@ -146,7 +146,7 @@ def _build(settings: PretrainSettings, data: str, held_out: Path | None, languag
     if language_model is not None:
         model, tokenizer, new_tokens = embed_language_model(language_model, settings.model)
     else:
-        texts = images and (text for texts in images.captions for text in texts)
+        texts = None if images is None else (text for texts in images.captions for text in texts)
         tokenizer = train_tokenizer(texts, settings.model.vocabulary) if texts else build_tokenizer(seed)
         model = build_model(tokenizer, settings.model)
     training = images or CaptionedScenes(seed)
@@ -254,7 +254,8 @@ def frozen_language_model(model: Qwen2VLForConditionalGeneration, new_tokens: Se
     """
     model.requires_grad_(False)
     model.model.visual.requires_grad_(True)
-    embeddings = model.get_input_embeddings().weight.requires_grad_(bool(new_tokens))
+    embeddings: Any = model.get_input_embeddings().weight
+    embeddings.requires_grad_(bool(new_tokens))
     is_new = torch.zeros(len(embeddings), 1)
     is_new[list(new_tokens)] = 1
     hooks = [embeddings.register_hook(lambda gradient: gradient * is_new.to(gradient.device))] if new_tokens else []

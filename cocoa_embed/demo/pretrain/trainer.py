@@ -33,13 +33,16 @@ class PretrainTrainer(Trainer):
     def __init__(
         self, *args: Any, held_out: Mapping[str, Sequence[Example]] | None, undecayed: Sequence[str] = (), **kwargs: Any
     ) -> None:
-        super().__init__(*args, eval_dataset=held_out, **kwargs)
+        super().__init__(*args, **kwargs, **{"eval_dataset": held_out})
         self.held_out, self.undecayed = held_out, undecayed
+        self.trained: Any = self.model
+        self.collate: Any = self.data_collator
 
     def _get_train_sampler(self, train_dataset: Any = None) -> RowStream | None:  # noqa: ANN401
-        if isinstance(self.train_dataset, IterableDataset):
+        data: Any = self.train_dataset
+        if isinstance(data, IterableDataset):
             return None
-        rows, batch_size = len(self.train_dataset), self.args.per_device_train_batch_size
+        rows, batch_size = len(data), self.args.per_device_train_batch_size
         return RowStream(rows, self.args.max_steps * batch_size, batch_size, self.args.seed)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -61,11 +64,11 @@ class PretrainTrainer(Trainer):
     def _mean_loss(self, examples: Sequence[Example]) -> float:
         """Return the mean loss: over tokens where there are labels, else over images."""
         total, count = 0.0, 0
-        with evaluating(self.model), self.compute_loss_context_manager():
+        with evaluating(self.trained), self.compute_loss_context_manager():
             for rows in batched(examples, self.args.per_device_train_batch_size):
-                batch = self._prepare_inputs(self.data_collator(rows))
+                batch = self._prepare_inputs(self.collate(rows))
                 weight = int((batch["labels"][:, 1:] != -100).sum()) if "labels" in batch else len(rows)
-                total += self.model(**batch)["loss"].item() * weight
+                total += self.trained(**batch)["loss"].item() * weight
                 count += weight
         return total / count
 
@@ -76,14 +79,14 @@ class PretrainTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ANN401
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        save_model(self.model, str(folder / WEIGHTS))
+        save_model(self.trained, str(folder / WEIGHTS))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.load_weights(Path(resume_from_checkpoint))
 
     def load_weights(self, checkpoint: Path) -> None:
         """Load the weights of a checkpoint."""
-        load_model(self.model, str(checkpoint / WEIGHTS))
+        load_model(self.trained, str(checkpoint / WEIGHTS))
 
 
 class Record(TrainerCallback):

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,7 @@ class VisionTraining(nn.Module):
 
     def __init__(self, model: Qwen2VLForConditionalGeneration, words: int, channels: int, word_weight: float) -> None:
         super().__init__()
-        config = model.config.vision_config
+        config: Any = model.config.vision_config
         self.visual = model.model.visual
         self.merge_size, self.word_weight = config.spatial_merge_size, word_weight
         self.words = nn.Linear(config.hidden_size, words)
