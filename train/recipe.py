@@ -115,7 +115,7 @@ class Recipe(RunSettings):
         if not isinstance(values, dict):
             raise UsageError(f"{path} holds no recipe; expected keys such as {', '.join(cls.model_fields)}.")
         for override in overrides or []:
-            _apply_override(cls, values, override)
+            apply_override(cls, values, override)
         # A recipe of this package is not the user's file: its name says enough.
         source = f"recipe {name_or_path}" if path.parent == RECIPES else str(path)
         return cls.parse(values, source=source, check_paths=check_paths)
@@ -132,7 +132,7 @@ class Recipe(RunSettings):
         try:
             recipe = cls.model_validate(values)
         except ValidationError as error:
-            faults = [*(_describe(cls, fault) for fault in error.errors()), *missing]
+            faults = [*(describe_fault(cls, fault) for fault in error.errors()), *missing]
             raise UsageError(f"{source}: {'; '.join(faults)}.") from error
         if missing:
             raise CocoaError(f"{source}: {'; '.join(missing)}.")
@@ -211,7 +211,11 @@ def _find_recipe(name_or_path: str) -> Path:
     )
 
 
-def _apply_override(recipe: type[Recipe], values: dict[str, Any], override: str) -> None:
+def apply_override(recipe: type[Settings], values: dict[str, Any], override: str) -> None:
+    """Change the values of settings by an override ``key.sub=value``.
+
+    :raises UsageError: If it is none.
+    """
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise UsageError(f"Override {override!r} is not of the form key.sub=value.")
@@ -233,7 +237,7 @@ def _apply_override(recipe: type[Recipe], values: dict[str, Any], override: str)
             values.pop(replaced, None)
 
 
-def _takes_text(recipe: type[Recipe], location: list[str]) -> bool:
+def _takes_text(recipe: type[Settings], location: list[str]) -> bool:
     """Return whether a key holds a text or a path, which YAML could read as a number, a date or a mapping."""
     field = _fields_at(recipe, location[:-1]).get(location[-1])
     if field is None:
@@ -242,7 +246,7 @@ def _takes_text(recipe: type[Recipe], location: list[str]) -> bool:
     return any(alternative in (str, Path) or isinstance(alternative, str) for alternative in alternatives)
 
 
-def _fields_at(recipe: type[Recipe], location: list[str]) -> dict[str, FieldInfo]:
+def _fields_at(recipe: type[Settings], location: list[str]) -> dict[str, FieldInfo]:
     """Return the fields of the settings at a location of a recipe, none if there are no settings."""
     fields, keys = recipe.model_fields, iter(location)
     for key in keys:
@@ -259,7 +263,8 @@ def _types_in(annotation: object) -> list[object]:
     return [annotation, *(each for argument in get_args(annotation) for each in _types_in(argument))]
 
 
-def _describe(recipe: type[Recipe], fault: ErrorDetails) -> str:
+def describe_fault(recipe: type[Settings], fault: ErrorDetails) -> str:
+    """Return what is wrong with a value of settings, and which key may have been meant."""
     location = [str(part) for part in fault["loc"] if part not in UNION_MEMBERS]
     name = ".".join(location)
     if fault["type"] == "extra_forbidden":
@@ -271,7 +276,7 @@ def _describe(recipe: type[Recipe], fault: ErrorDetails) -> str:
     return f"{name} = {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
 
 
-def _hint(recipe: type[Recipe], location: list[str]) -> str:
+def _hint(recipe: type[Settings], location: list[str]) -> str:
     """Return where an unknown key belongs: in other settings of the recipe that have it, or as the closest name."""
     *parents, last = location
     belongs = [f"{key}.{last}" for key in recipe.model_fields if last in _fields_at(recipe, [key])]

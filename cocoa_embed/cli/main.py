@@ -60,16 +60,16 @@ app.command("list")(list_collections)
 app.add_typer(evaluation, name="eval", help="Score a model on MMEB-V1, or on pairs.")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None, commands: typer.Typer = app, program: str = "cocoa-embed") -> None:
     """Run a command and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted. A failure is one sentence for people.
 
-    :param arguments: The words after ``cocoa-embed``; those of this process if None.
+    :param arguments: The words after the program's name; those of this process if None.
     :raises SystemExit: Always.
     """
     limit_spinning()
     try:
         words = sys.argv[1:] if arguments is None else arguments
-        app(args=[OPTIONAL_VALUES.get(word, word) for word in words], prog_name="cocoa-embed")
+        commands(args=[OPTIONAL_VALUES.get(word, word) for word in words], prog_name=program)
     except CocoaError as error:
         if not error.is_raised_by_all or os.environ.get("RANK", "0") == "0":
             typer.echo(f"cocoa-embed: {error}", err=True)

@@ -11,7 +11,7 @@ from tiny_backbones import TINY_MAX_LENGTH, qwen2_vl
 from transformers import BertConfig, ProcessorMixin, Qwen2VLForConditionalGeneration
 
 from cocoa_embed.data.rows import Item
-from cocoa_embed.demo.captioner import QWEN_SPECIAL_TOKENS, build_processor, build_tokenizer
+from cocoa_embed.demo.pretrain.tokenizer import QWEN_SPECIAL_TOKENS, build_processor, build_tokenizer
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.model.attention import assert_bidirectional
 from cocoa_embed.model.backbone import (

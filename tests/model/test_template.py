@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from cocoa_embed.demo.captioner import build_tokenizer
+from cocoa_embed.demo.pretrain.tokenizer import build_tokenizer
 from cocoa_embed.model.backbone import MASK_TOKEN, Backbone
 from cocoa_embed.model.template import chat_template, literal, render, special_tokens
 

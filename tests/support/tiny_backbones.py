@@ -29,7 +29,7 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
-from cocoa_embed.demo.captioner import build_processor, build_tokenizer
+from cocoa_embed.demo.pretrain.tokenizer import build_processor, build_tokenizer
 from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.model.template import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START, chat_template
 from cocoa_embed.train.recipe import Recipe

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cocoa_embed.data.rows import Item, Row
-from cocoa_embed.demo.captioner import build_tokenizer
+from cocoa_embed.demo.pretrain.tokenizer import build_tokenizer
 from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.plan.cost import BatchShape, StepCost, batch_shape, forward_flops, model_size

@@ -1,0 +1,265 @@
+"""Runs a pretraining: reads the data, builds the model, trains its stages one after the other, writes the backbone."""
+
+import copy
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor, TrainerState, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+
+from cocoa_embed.demo.pretrain.data import (
+    CaptionCollator,
+    CaptionedImages,
+    CaptionedScenes,
+    Example,
+    held_out_pairs,
+    read_images,
+    refuse_overlap,
+)
+from cocoa_embed.demo.pretrain.model import build_model, embed_language_model
+from cocoa_embed.demo.pretrain.settings import SCENES, STAGES, PretrainSettings, StageSettings
+from cocoa_embed.demo.pretrain.teacher import Teacher, make_views, with_features
+from cocoa_embed.demo.pretrain.tokenizer import build_processor, build_tokenizer, train_tokenizer
+from cocoa_embed.demo.pretrain.trainer import PretrainTrainer, Record
+from cocoa_embed.demo.pretrain.vision import VisionCollator, VisionTraining, Words
+from cocoa_embed.errors import CocoaError, UsageError, printable
+from cocoa_embed.folders import claim_folder, refuse_checkpoint, refuse_foreign_folder, write_atomically
+from cocoa_embed.train.data.cache import replace_atomically
+from cocoa_embed.train.loop.callbacks import SaveAndStop, Stopped, show_progress
+from cocoa_embed.train.loop.checkpoints import newest_complete, step_of
+
+MARKER = "pretraining.json"
+"""Holds what a run was asked for; marks its folder."""
+
+CHECKPOINTS = "checkpoints"
+SAVE_MINUTES = 10
+
+
+class Parts(NamedTuple):
+    """What the stages of a run share.
+
+    :param new_tokens: Ids of tokens that the language model on disk did not have.
+    :param words: What the vision encoder learns of captions, if it has a stage; and ``teacher``, of images.
+    """
+
+    model: Qwen2VLForConditionalGeneration
+    processor: Qwen2VLProcessor
+    new_tokens: list[int]
+    data: CaptionedScenes | CaptionedImages
+    held_out: Mapping[str, Sequence[Example]] | None
+    words: Words | None
+    teacher: Teacher | None
+
+
+def pretrain(
+    settings: PretrainSettings,
+    out: Path,
+    *,
+    data: str,
+    held_out: Path | None = None,
+    language_model: Path | None = None,
+    teacher: Path | None = None,
+    resume: bool = False,
+) -> None:
+    """Make a backbone and write it to ``out``: bfloat16 safetensors, processor and config, beside ``log.jsonl``.
+
+    :param data: ``scenes``, or an image folder.
+    :param held_out: An image folder to measure on. The weights written are then those with the lowest loss on it, and
+        those of the last step, where they are others, are in ``last``.
+    :param language_model: The folder of a language model to build on, by default none: all weights are random.
+    :param teacher: A program that maps pixels to features (``Teacher``), for the vision stage.
+    :param resume: Continue the interrupted run in ``out``, if there is one.
+    :raises UsageError: If the settings contradict each other, or the interrupted run had others.
+    :raises Stopped: If SIGTERM or Ctrl-C has stopped the run; it can be resumed.
+    :raises CocoaError: If data, model, teacher or folder cannot be used.
+    """
+    _check(settings, data, teacher, language_model)
+    given = {"data": data, "held_out": held_out, "language_model": language_model, "teacher": teacher}
+    request = {key: None if value is None else str(value) for key, value in given.items()}
+    request |= settings.model_dump(mode="json")
+    _refuse_other_run(out, request, resume)
+    set_seed(settings.seed)
+    parts = _build(settings, data, held_out, language_model, teacher)
+    if not (resume and (out / MARKER).is_file()):
+        claim_folder(out, marker=MARKER)
+        write_atomically(out / MARKER, json.dumps(request, indent=2) + "\n")
+    for name in (name for name in STAGES if getattr(settings, name).steps):
+        result = out / CHECKPOINTS / f"{name}.safetensors"
+        if not result.is_file():
+            _run_stage(name, settings, parts, out)
+            replace_atomically(result, lambda path: save_model(parts.model, str(path)))
+            shutil.rmtree(out / CHECKPOINTS / name, ignore_errors=True)
+        load_model(parts.model, str(result))
+    write_backbone(parts.model, parts.processor, out)
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+
+
+def write_backbone(model: Qwen2VLForConditionalGeneration, processor: Qwen2VLProcessor, folder: Path) -> None:
+    """Write a model in bfloat16, and its processor."""
+    copy.deepcopy(model).bfloat16().save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def _check(settings: PretrainSettings, data: str, teacher: Path | None, language_model: Path | None) -> None:
+    if not any(getattr(settings, name).steps for name in STAGES):
+        raise UsageError(f"No stage has steps; set one of {', '.join(f'{name}.steps' for name in STAGES)}.")
+    if teacher is not None and not settings.vision.steps:
+        raise UsageError("--teacher is for the vision stage, which has no steps; set vision.steps.")
+    if teacher is not None and data == SCENES:
+        raise UsageError("--teacher needs a folder of images as --data: scenes are drawn anew in each step.")
+    if settings.connector.steps and language_model is None:
+        raise UsageError("The connector stage freezes the language model, which is random without --language-model; "
+                         "give one, or set connector.steps=0.")  # fmt: skip
+
+
+def _refuse_other_run(out: Path, request: dict[str, Any], resume: bool) -> None:
+    """Check that ``out`` may be written, and that the run to resume had the same settings."""
+    refuse_checkpoint(out)
+    refuse_foreign_folder(out, marker=MARKER)
+    if not resume or not (out / MARKER).is_file():
+        return
+    earlier = json.loads((out / MARKER).read_text(encoding="utf-8"))
+    if other := [key for key in request if earlier.get(key) != request[key]]:
+        raise UsageError(f"The run in {printable(out)} had another {' and another '.join(other)} (see {MARKER} there); "
+                         "give the same, or leave out --resume to begin again.")  # fmt: skip
+
+
+def _build(settings: PretrainSettings, data: str, held_out: Path | None, language_model: Path | None,
+           teacher: Path | None) -> Parts:  # fmt: skip
+    """Read the data and build the model."""
+    size, varied, seed, vision = settings.model.image_size, settings.augmentation, settings.seed, settings.vision
+    images = None if data == SCENES else read_images(Path(data), size, varied, seed)
+    unseen = None if held_out is None else read_images(held_out, size, varied, seed, settings.held_out_images)
+    if unseen and len(unseen) < 2:
+        raise CocoaError(f"{printable(str(held_out))} has one image; the measure needs two, to confuse them.")
+    if unseen and images:
+        refuse_overlap(images, unseen, (data, str(held_out)))
+    new_tokens: list[int] = []
+    if language_model is not None:
+        model, tokenizer, new_tokens = embed_language_model(language_model, settings.model)
+    else:
+        texts = None if images is None else (text for texts in images.captions for text in texts)
+        tokenizer = train_tokenizer(texts, settings.model.vocabulary) if texts else build_tokenizer(seed)
+        model = build_model(tokenizer, settings.model)
+    training = images or CaptionedScenes(seed)
+    return Parts(
+        model,
+        build_processor(tokenizer, settings.model),
+        new_tokens,
+        training,
+        None if unseen is None else held_out_pairs(unseen),
+        Words(training.all_words(), vision.word_images) if vision.steps else None,
+        Teacher(teacher, images.images, size, vision.components) if teacher and images else None,
+    )
+
+
+def _run_stage(name: str, settings: PretrainSettings, parts: Parts, out: Path) -> None:
+    """Train a stage, and leave its best weights in the model.
+
+    :raises Stopped: If a signal has stopped it.
+    """
+    folder, held_out = out / CHECKPOINTS / name, parts.held_out
+    data: Dataset[Example] = parts.data
+    trained: nn.Module = parts.model
+    collate: Any = CaptionCollator(parts.processor)
+    set_seed(settings.seed)
+    if name == "vision" and parts.words is not None:
+        collate, channels = VisionCollator(parts.processor, parts.words), 0
+        if parts.teacher is not None and isinstance(parts.data, CaptionedImages):
+            data = views = make_views(parts.data, parts.teacher, settings.vision, out / CHECKPOINTS / "views")
+            held_out, channels = held_out and with_features(held_out, parts.teacher), views.features.shape[-1]
+        trained = VisionTraining(parts.model, len(parts.words), channels, settings.vision.word_weight)
+    frozen = frozen_language_model(parts.model, parts.new_tokens) if name == "connector" else nullcontext(())
+    with frozen as undecayed:
+        trainer = PretrainTrainer(
+            model=trained,
+            args=training_arguments(getattr(settings, name), settings, folder, measures=held_out is not None),
+            train_dataset=data,
+            data_collator=collate,
+            held_out=held_out,
+            undecayed=undecayed,
+            callbacks=[Record(out / "log.jsonl", name)],
+        )
+        show_progress(trainer, name, {"loss": "loss", "eval_right": "right", "eval_gap": "gap"})
+        train(trainer, folder, name)
+    best, last = trainer.state.best_global_step, trainer.state.global_step
+    if best not in (None, last):
+        write_backbone(parts.model, parts.processor, out / "last")
+        trainer.load_weights(folder / f"checkpoint-{best}")
+
+
+def train(trainer: PretrainTrainer, folder: Path, stage: str) -> None:
+    """Train to the last step, from the newest checkpoint if there is one.
+
+    :raises Stopped: If a signal has stopped it before.
+    """
+    stop = SaveAndStop(trainer, SAVE_MINUTES)
+    trainer.add_callback(stop)
+    checkpoint, steps = newest_complete(folder), trainer.args.max_steps
+    if checkpoint is not None and step_of(checkpoint) >= steps:  # killed before the result was written
+        trainer.load_weights(checkpoint)
+        trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        return
+    with stop.listening():
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if trainer.state.global_step < steps:
+        raise Stopped(stop.requested, f"at step {trainer.state.global_step} of {steps} of stage {stage}")
+
+
+def training_arguments(
+    stage: StageSettings, settings: PretrainSettings, folder: Path, *, measures: bool
+) -> TrainingArguments:
+    """Return the arguments of a stage."""
+    every, on_gpu = settings.measure_steps, torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=stage.steps,
+        per_device_train_batch_size=stage.batch_size,
+        learning_rate=stage.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=stage.steps // 20,
+        weight_decay=stage.weight_decay,
+        adam_beta2=stage.adam_beta2,
+        logging_steps=settings.logging_steps,
+        save_steps=every,
+        save_total_limit=2,
+        eval_strategy="steps" if measures else "no",
+        eval_steps=every,
+        metric_for_best_model="right",
+        greater_is_better=False,
+        bf16=settings.mixed_precision == "bf16",
+        use_cpu=not on_gpu,
+        report_to="none",
+        remove_unused_columns=False,
+        dataloader_pin_memory=on_gpu,
+        # The dispatcher would cut pixel_values, which has a row for each patch, to the number of captions.
+        accelerator_config={"dispatch_batches": False},
+        seed=settings.seed,
+    )
+
+
+@contextmanager
+def frozen_language_model(model: Qwen2VLForConditionalGeneration, new_tokens: Sequence[int]) -> Iterator[list[str]]:
+    """Let only the vision encoder and the embeddings of new tokens learn.
+
+    :returns: The names of parameters that weight decay has to leave alone, since most of their rows are frozen.
+    """
+    model.requires_grad_(False)
+    model.model.visual.requires_grad_(True)
+    embeddings: Any = model.get_input_embeddings().weight
+    embeddings.requires_grad_(bool(new_tokens))
+    is_new = torch.zeros(len(embeddings), 1)
+    is_new[list(new_tokens)] = 1
+    hooks = [embeddings.register_hook(lambda gradient: gradient * is_new.to(gradient.device))] if new_tokens else []
+    yield [name for name, parameter in model.named_parameters() if parameter is embeddings]
+    for hook in hooks:
+        hook.remove()
+    model.requires_grad_(True)

@@ -1,0 +1,166 @@
+"""The settings of a pretraining: the model's sizes, its stages, how images are varied, what is measured."""
+
+from copy import deepcopy
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from cocoa_embed.errors import UsageError
+from cocoa_embed.train.recipe import apply_override, describe_fault
+from cocoa_embed.train.settings import Count, Positive, Rate, Ratio, Settings
+
+SCENES = "scenes"
+"""The data argument that stands for drawn scenes instead of a folder."""
+
+
+class ModelSettings(Settings):
+    """The sizes of a Qwen2-VL; the defaults make 8.9 million parameters, for photographs at 112 x 112.
+
+    :param width: Of the language model, as ``layers``, ``heads``, ``key_value_heads`` and ``inner_width`` (of its MLP).
+    :param vocabulary: The most tokens of the tokenizer that is trained on the captions.
+    :param image_size: The side of the largest square image, in pixels.
+    :param patch_size: The side of a patch in pixels; ``merge_size`` squared patches become one visual token.
+    """
+
+    width: Positive = 256
+    inner_width: Positive = 704
+    layers: Positive = 6
+    heads: Positive = 8
+    key_value_heads: Positive = 4
+    vocabulary: Annotated[int, Field(ge=512)] = 3072
+    vision_width: Positive = 192
+    vision_layers: Positive = 6
+    vision_heads: Positive = 6
+    image_size: Positive = 112
+    patch_size: Positive = 14
+    merge_size: Positive = 2
+
+    @property
+    def token_size(self) -> int:
+        """The side of a visual token in pixels."""
+        return self.patch_size * self.merge_size
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "ModelSettings":
+        for whole, part, times in MULTIPLES:
+            if getattr(self, whole) % (times * getattr(self, part)):
+                name = part.replace("token_size", "patch_size x merge_size")
+                raise ValueError(f"{whole} {getattr(self, whole)} is no multiple of {times} x {name} "
+                                 f"({getattr(self, part)})")  # fmt: skip
+        return self
+
+
+MULTIPLES = (
+    ("width", "heads", 2),
+    ("heads", "key_value_heads", 1),
+    ("vision_width", "vision_heads", 4),
+    ("image_size", "token_size", 1),
+)
+"""What the sizes of a model have to be multiples of; rotary positions turn values in pairs, in two directions."""
+
+
+class StageSettings(Settings):
+    """The optimisation of a stage: AdamW, with the learning rate on a cosine after a twentieth of the steps.
+
+    :param steps: 0 leaves the stage out.
+    """
+
+    steps: Count = 0
+    batch_size: Positive = 64
+    learning_rate: Rate = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    adam_beta2: Annotated[float, Field(gt=0, lt=1)] = 0.98
+
+
+class VisionSettings(StageSettings):
+    """The stage that trains the vision encoder alone, on the words of captions and on the features of a teacher.
+
+    :param word_images: The fewest images of a word to be predicted.
+    :param word_weight: The weight of the words' loss beside that of the features.
+    :param components: The most principal components of a teacher's features.
+    :param views: Crops of each image whose features are made, once.
+    """
+
+    batch_size: Positive = 96
+    word_images: Positive = 10
+    word_weight: Rate = 0.02
+    components: Positive = 256
+    views: Positive = 8
+
+
+class AugmentationSettings(Settings):
+    """How an image of a folder varies from epoch to epoch.
+
+    :param scale: The least ratio of the image's area that a random crop keeps.
+    :param flip: Mirror half of the images; captions that say left and right are then wrong.
+    :param jitter: The most by which brightness, contrast and saturation are scaled up or down.
+    """
+
+    scale: Ratio = 0.5
+    flip: bool = False
+    jitter: Annotated[float, Field(ge=0, lt=1)] = 0.2
+
+
+class PretrainSettings(Settings):
+    """A pretraining: the sizes of the model, the stages in their order, and what is common to them.
+
+    :param vision: Trains the vision encoder alone.
+    :param connector: Trains the vision encoder and the embeddings of new tokens as a captioner; the language model is
+        frozen.
+    :param all: Trains everything as a captioner.
+    :param mixed_precision: ``bf16`` runs forward and backward passes under bfloat16 autocast.
+    :param measure_steps: Steps between two measurements on held-out images, and between two checkpoints.
+    :param held_out_images: The most images to measure on.
+    """
+
+    model: ModelSettings = ModelSettings()
+    augmentation: AugmentationSettings = AugmentationSettings()
+    vision: VisionSettings = VisionSettings()
+    connector: StageSettings = StageSettings()
+    all: StageSettings = StageSettings()
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+    measure_steps: Positive = 250
+    logging_steps: Positive = 25
+    held_out_images: Annotated[int, Field(ge=2)] = 500
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+
+STAGES = ("vision", "connector", "all")
+"""The keys of the stages, in their order."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    SCENES: {
+        "model": {"width": 192, "inner_width": 512, "layers": 4, "heads": 6, "key_value_heads": 2, "vocabulary": 768,
+                  "vision_width": 128, "vision_layers": 4, "vision_heads": 4},
+        "all": {"steps": 3000},
+        "mixed_precision": "no",
+    },
+    "photographs": {"vision": {"steps": 4000}, "all": {"steps": 4000}},
+    "language model": {
+        "vision": {"steps": 4000},
+        "connector": {"steps": 1000},
+        "all": {"steps": 2000, "learning_rate": 2e-4},
+    },
+}  # fmt: skip
+"""What is set for the package's own captioner of scenes, for a folder, and for a folder with a language model."""
+
+LANGUAGE_SIZES = {"width", "inner_width", "layers", "heads", "key_value_heads", "vocabulary"}
+
+
+def read_settings(data: str, overrides: list[str], *, has_language_model: bool = False) -> PretrainSettings:
+    """Return the settings for what is given, with ``key.sub=value`` overrides.
+
+    :param data: ``scenes``, or a folder.
+    :raises UsageError: With one sentence for each fault.
+    """
+    values = deepcopy(PRESETS["language model" if has_language_model else SCENES if data == SCENES else "photographs"])
+    for override in overrides:
+        apply_override(PretrainSettings, values, override)
+    try:
+        settings = PretrainSettings.model_validate(values)
+    except ValidationError as error:
+        faults = "; ".join(describe_fault(PretrainSettings, fault) for fault in error.errors())
+        raise UsageError(f"{faults}.") from error
+    if has_language_model and (set_twice := LANGUAGE_SIZES & settings.model.model_fields_set):
+        raise UsageError(f"{', '.join(f'model.{key}' for key in sorted(set_twice))}: --language-model has its own.")
+    return settings
