@@ -99,11 +99,11 @@ class Api:
         asked = check(EmbeddingRequest, await read_json(request))
         if asked.model not in (None, self.encoder.name):
             raise HTTPException(404, f"there is no model {asked.model!a} here; it is {self.encoder.name!a}")
-        vectors = await self._in_thread(self._model_threads, partial(self._embed, asked))
+        vectors, tokens = await self._in_thread(self._model_threads, partial(self._embed, asked))
         as_base64 = asked.encoding_format == "base64"
         written = [base64.b64encode(each.astype("<f4")).decode() if as_base64 else each.tolist() for each in vectors]
         data = [{"object": "embedding", "index": index, "embedding": each} for index, each in enumerate(written)]
-        usage = {"prompt_tokens": 0, "total_tokens": 0}  # not counted, but clients look for it
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return JSONResponse({"object": "list", "data": data, "model": self.encoder.name, "usage": usage})
 
     async def models(self, request: Request) -> Response:
@@ -128,10 +128,10 @@ class Api:
             given = inputs[0] if inputs else {}
             return self.indexer.search(**given, **options, query_filter=asked.filters)  # type: ignore[arg-type]
 
-    def _embed(self, asked: EmbeddingRequest) -> np.ndarray:
+    def _embed(self, asked: EmbeddingRequest) -> tuple[np.ndarray, int]:
         encoder: Encoder = self.encoder if asked.dimensions is None else self.encoder.truncate(asked.dimensions)
         embed = encoder.embed_queries if asked.input_type == "query" else encoder.embed_documents
-        items, vectors = asked.items(), []
+        items, vectors, tokens = asked.items(), [], 0
         deadline = time.monotonic() + self._limits.seconds
         for start in range(0, len(items), BATCH_ITEMS):
             if time.monotonic() > deadline:
@@ -140,7 +140,8 @@ class Api:
                 )
             with decoded(items[start : start + BATCH_ITEMS], self._budget) as inputs:
                 vectors.append(embed(inputs))
-        return np.concatenate(vectors)
+                tokens += self.batches.count_tokens(inputs)
+        return np.concatenate(vectors), tokens
 
     async def _picture(self, request: Request, tag: str, draw: Callable[[], tuple[bytes, str]]) -> Response:
         """Answer a picture of a point, or that the browser has it: a point's content never changes."""
