@@ -30,7 +30,7 @@ from cocoa_embed.integrations.qdrant.stores.base import Hit
 from cocoa_embed.serve.batching import BATCH_ITEMS, Batches, BatchingEncoder
 from cocoa_embed.serve.facets import SAMPLE, make_facets
 from cocoa_embed.serve.guard import Guard, error_response
-from cocoa_embed.serve.limits import BodyError, BusyError, Limits, PixelBudget
+from cocoa_embed.serve.limits import BusyError, Limits, PixelBudget
 from cocoa_embed.serve.pictures import Pictures
 from cocoa_embed.serve.requests import EmbeddingRequest, SearchRequest, check, decoded, read_json, read_search
 
@@ -164,9 +164,7 @@ class Api:
             raise BusyError(f"there was no answer within {self._limits.seconds:g} seconds; try again") from None
 
 
-def make_app(
-    indexer: QdrantIndexer, batches: Batches, *, limits: Limits | None = None, api_key: str | None = None
-) -> Starlette:
+def make_app(indexer: QdrantIndexer, batches: Batches, limits: Limits, api_key: str | None) -> Starlette:
     """Return the application over a collection; at its end it closes the collection and the queue.
 
     :param indexer: Its model is a ``BatchingEncoder``.
@@ -174,7 +172,6 @@ def make_app(
     :param limits: What a request may take.
     :param api_key: What every request must bring; without one, only this machine is answered.
     """
-    limits = limits or Limits()
     api = Api(indexer, batches, limits)
 
     @asynccontextmanager
@@ -191,17 +188,14 @@ def make_app(
         Route("/image/{id}", api.image),
         Route("/v1/embeddings", api.embeddings, methods=["POST"]),
         Route("/v1/models", api.models),
+        Mount("/", StaticFiles(directory=PAGE, html=True)),
     ]
-    if PAGE.is_dir():
-        routes.append(Mount("/", StaticFiles(directory=PAGE, html=True)))
-    app = Starlette(
+    return Starlette(
         routes=routes,
         middleware=[Middleware(Guard, limits=limits, api_key=api_key)],
-        exception_handlers={CocoaError: refused, HTTPException: not_served, Exception: failed},
+        exception_handlers=dict.fromkeys((CocoaError, HTTPException, Exception), refused),
         lifespan=lifespan,
     )
-    app.state.limits = limits
-    return app
 
 
 def hit_fields(hit: Hit) -> dict[str, Any]:
@@ -212,19 +206,9 @@ def hit_fields(hit: Hit) -> dict[str, Any]:
 
 
 async def refused(request: Request, error: Exception) -> Response:
-    """Answer an error for people."""
-    if isinstance(error, BodyError):
-        return error_response(error.status, str(error))
-    kind = next(kind for kind in type(error).__mro__ if kind in STATUS)
-    return error_response(STATUS[kind], str(error))
-
-
-async def not_served(request: Request, error: Exception) -> Response:
-    """Answer an address or a method that is not there, or a media type that is not read."""
-    assert isinstance(error, HTTPException)
-    return error_response(error.status_code, error.detail)
-
-
-async def failed(request: Request, error: Exception) -> Response:
-    """Answer a fault of the server's, whose traceback goes to standard error."""
+    """Answer an error: of HTTP, one for people, or a fault of the server's, whose traceback is on standard error."""
+    if isinstance(error, HTTPException):
+        return error_response(error.status_code, error.detail)
+    if isinstance(error, CocoaError):
+        return error_response(next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), str(error))
     return error_response(500, "the server has failed; its standard error says why")

@@ -155,13 +155,11 @@ class BatchingEncoder(Encoder):
     """An encoder whose queries and documents, from any thread, go through one queue."""
 
     def __init__(self, batches: Batches, dimension: int | None = None) -> None:
-        """Stand before a queue; streams share the locks of its model.
+        """Stand before a queue.
 
         :param dimension: Truncate every embedding to this many dimensions.
         """
-        whole = batches.encoder
-        super().__init__(whole.model, whole.name, dimension)
-        self._queue, self._lock, self._processor = whole._queue, whole._lock, whole._processor
+        super().__init__(batches.encoder.model, batches.encoder.name, dimension)
         self.batches = batches
 
     def truncate(self, dimension: int) -> BatchingEncoder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, TypeVar
@@ -141,9 +142,8 @@ async def read_search(request: Request) -> SearchRequest:
     if media_type(request) not in FORM_TYPES:
         return check(SearchRequest, await read_json(request))
     fields: dict[str, Any] = {}
-    async with request.form(
-        max_files=1, max_fields=MAX_FIELDS, max_part_size=request.app.state.limits.body_bytes
-    ) as form:
+    # The size of the whole body is limited before.
+    async with request.form(max_files=1, max_fields=MAX_FIELDS, max_part_size=sys.maxsize) as form:
         for name, value in form.multi_items():
             if isinstance(value, UploadFile):
                 given: str | Picture = Picture(await value.read(), printable(value.filename or "the image"))
