@@ -6,11 +6,13 @@
 The images are indexed into a local folder, which ``cocoa-embed serve`` then serves in a process of its own. Each client
 has one connection and sends one search after the other: texts, and every fourth time an image. The model alone embeds
 the same queries in this process, before the server starts: one by one, and as many at once as there are clients.
+Processor time (of Linux) says more than the clock on a machine that does other things.
 """
 
 import argparse
 import base64
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -68,8 +70,8 @@ def make_queries(files: Sequence[str], count: int) -> list[tuple[str | None, str
 
 
 @contextmanager
-def server(arguments: Sequence[str]) -> Iterator[tuple[str, int]]:
-    """Run the server in a process of its own; yield its host and its port."""
+def server(arguments: Sequence[str]) -> Iterator[tuple[str, int, int]]:
+    """Run the server in a process of its own; yield its host, its port and the number of the process."""
     command = [sys.executable, "-m", "cocoa_embed.cli", "serve", *arguments, "--port", "0"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -78,10 +80,16 @@ def server(arguments: Sequence[str]) -> Iterator[tuple[str, int]]:
         if line is None:
             raise SystemExit("the server did not start")
         address = urlsplit(line.split()[2])
-        yield str(address.hostname), int(address.port or 0)
+        yield str(address.hostname), int(address.port or 0), process.pid
     finally:
         process.terminate()
         process.wait()
+
+
+def cpu_seconds(process: int) -> float:
+    """Return the processor time that a process has taken."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def ask(host: str, port: int, bodies: Sequence[str]) -> list[float]:
@@ -104,13 +112,14 @@ def to_body(query: tuple[str | None, str | None]) -> str:
     return json.dumps({"text": text, "image": uri})
 
 
-def alone(encoder: Encoder, inputs: Sequence[ModelInput], at_once: int) -> float:
-    """Return the queries a second of the model without a server."""
+def alone(encoder: Encoder, inputs: Sequence[ModelInput], at_once: int) -> tuple[float, float]:
+    """Return the queries a second of the model without a server, and the seconds of processor time of one."""
     encoder.embed_queries(inputs[:at_once])
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), cpu_seconds(os.getpid())
     for start in range(0, len(inputs), at_once):
         encoder.embed_queries(inputs[start : start + at_once])
-    return len(inputs) / (time.perf_counter() - started)
+    cpu = cpu_seconds(os.getpid()) - cpu
+    return len(inputs) / (time.perf_counter() - started), cpu / len(inputs)
 
 
 def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -124,16 +133,17 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         indexed = indexer.index(photos).indexed
     queries = make_queries([str(path) for path in find_images([photos])], options.clients * options.searches)
     inputs = [make_input(text, file) for text, file in queries]
-    rates = {"one_by_one": alone(encoder, inputs, 1), "at_once": alone(encoder, inputs, options.clients)}
+    model_alone = {"one_by_one": alone(encoder, inputs, 1), "at_once": alone(encoder, inputs, options.clients)}
     bodies = list(map(to_body, queries))
     chosen = ["--device", options.device] if options.device else []
-    with server([model, "--path", str(folder / "index"), *chosen]) as (host, port):
+    with server([model, "--path", str(folder / "index"), *chosen]) as (host, port, process):
         one = ask(host, port, bodies[: options.searches])
         shares = [bodies[number :: options.clients] for number in range(options.clients)]
         with ThreadPoolExecutor(options.clients) as pool:
-            started = time.perf_counter()
+            started, cpu = time.perf_counter(), cpu_seconds(process)
             times = [each for seconds in pool.map(lambda share: ask(host, port, share), shares) for each in seconds]
             rate = len(times) / (time.perf_counter() - started)
+            cpu = (cpu_seconds(process) - cpu) / len(times)
     return {
         "model": options.model or BACKBONE,
         "images": indexed,
@@ -143,9 +153,10 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "p50_milliseconds": 1000 * float(np.percentile(times, 50)),
         "p99_milliseconds": 1000 * float(np.percentile(times, 99)),
         "one_client_p50_milliseconds": 1000 * float(np.percentile(one, 50)),
-        "model_alone_one_by_one_per_second": rates["one_by_one"],
-        "model_alone_at_once_per_second": rates["at_once"],
-        "ratio": {name: rate / other for name, other in rates.items()},
+        "cpu_milliseconds": 1000 * cpu,
+        **{f"model_alone_{name}_per_second": each[0] for name, each in model_alone.items()},
+        **{f"model_alone_{name}_cpu_milliseconds": 1000 * each[1] for name, each in model_alone.items()},
+        "ratio": {name: rate / other for name, (other, _) in model_alone.items()},
         **machine(device),
     }
 
@@ -163,8 +174,10 @@ def main() -> None:
     print(f"one client      p50 {result['one_client_p50_milliseconds']:.0f} ms")
     p50, p99 = result["p50_milliseconds"], result["p99_milliseconds"]
     print(f"{result['clients']} clients      p50 {p50:.0f} ms, p99 {p99:.0f} ms, {result['searches_per_second']:.0f}/s")
+    print(f"processor time  {result['cpu_milliseconds']:.1f} ms a search")
     for name, ratio in result["ratio"].items():
-        print(f"model alone     {result[f'model_alone_{name}_per_second']:.0f}/s {name} (ratio {ratio:.2f})")
+        speed, cpu = result[f"model_alone_{name}_per_second"], result[f"model_alone_{name}_cpu_milliseconds"]
+        print(f"model alone     {speed:.0f}/s {name} (ratio {ratio:.2f}), {cpu:.1f} ms of processor time")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def main(folder: str, out: str, *overrides: str) -> None:
     export_model(stages[-1].folder, Path(out))
     dimension = SentenceTransformer(out).get_embedding_dimension()
     print(f"{out} embeds texts and images in {dimension} dimensions; try it:")
-    print(f"  python {Path(__file__).with_name('index_and_search.py')} {out} {folder} 'a text'")
+    print(f"  cocoa-embed index {folder} --model {out} && cocoa-embed search 'a text' --model {out}")
 
 
 if __name__ == "__main__":

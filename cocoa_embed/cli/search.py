@@ -18,7 +18,6 @@ from cocoa_embed.cli.serve import ServerKeyOption, search_server
 from cocoa_embed.cli.storage import (
     MODEL_HELP,
     ApiKeyOption,
-    CollectionOption,
     EdgeOption,
     FilterOption,
     PathOption,
@@ -55,7 +54,7 @@ def search(
         list[str] | None, typer.Option(metavar="PATH|ID", help="An indexed image to be far from; repeatable.")
     ] = None,
     filters: FilterOption = None,
-    collection: CollectionOption = "images",
+    collection: Annotated[str | None, typer.Option(help="The Qdrant collection [default: images].")] = None,
     path: PathOption = None,
     url: UrlOption = None,
     edge: EdgeOption = None,
@@ -95,8 +94,8 @@ def search(
     wanted |= {"any_orientation": any_orientation, "diversity": diversity, "group_by": group_by}
     examples: dict[str, Any] = {"like": like or (), "unlike": unlike or ()}
     if server is not None:
-        own: dict[str, object] = {"model": model, "path": path, "url": url, "edge": edge, "device": device}
-        own |= {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code or None}
+        own: dict[str, object] = {"model": model, "collection": collection, "path": path, "url": url, "edge": edge}
+        own |= {"device": device, "dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code or None}
         refuse_beside_server(**own, hnsw_ef=hnsw_ef, exact=exact or None, html=html)
         with working() as console:
             hosts = allow_host or ()
@@ -113,6 +112,7 @@ def search(
         raise UsageError("a text or an image needs the model of the collection; give it as --model")
     if any_orientation and image is None:
         raise UsageError("--any-orientation needs --image")
+    collection = collection or "images"
     storage = {"path": path, "url": url, "edge": edge}
     wanted |= {"hnsw_ef": hnsw_ef, "exact": exact}
     is_download = image is not None and re.match(WEB if allow_host else REMOTE, image, re.IGNORECASE) is not None

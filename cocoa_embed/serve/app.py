@@ -30,7 +30,7 @@ from cocoa_embed.integrations.qdrant.stores.base import Hit
 from cocoa_embed.serve.batching import BATCH_ITEMS, Batches, BatchingEncoder
 from cocoa_embed.serve.facets import SAMPLE, make_facets
 from cocoa_embed.serve.guard import Guard, error_response
-from cocoa_embed.serve.limits import BodyError, BusyError, Limits, PixelBudget
+from cocoa_embed.serve.limits import BusyError, Limits, PixelBudget
 from cocoa_embed.serve.pictures import Pictures
 from cocoa_embed.serve.requests import EmbeddingRequest, SearchRequest, check, decoded, read_json, read_search
 
@@ -99,11 +99,11 @@ class Api:
         asked = check(EmbeddingRequest, await read_json(request))
         if asked.model not in (None, self.encoder.name):
             raise HTTPException(404, f"there is no model {asked.model!a} here; it is {self.encoder.name!a}")
-        vectors = await self._in_thread(self._model_threads, partial(self._embed, asked))
+        vectors, tokens = await self._in_thread(self._model_threads, partial(self._embed, asked))
         as_base64 = asked.encoding_format == "base64"
         written = [base64.b64encode(each.astype("<f4")).decode() if as_base64 else each.tolist() for each in vectors]
         data = [{"object": "embedding", "index": index, "embedding": each} for index, each in enumerate(written)]
-        usage = {"prompt_tokens": 0, "total_tokens": 0}  # not counted, but clients look for it
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return JSONResponse({"object": "list", "data": data, "model": self.encoder.name, "usage": usage})
 
     async def models(self, request: Request) -> Response:
@@ -128,10 +128,10 @@ class Api:
             given = inputs[0] if inputs else {}
             return self.indexer.search(**given, **options, query_filter=asked.filters)  # type: ignore[arg-type]
 
-    def _embed(self, asked: EmbeddingRequest) -> np.ndarray:
+    def _embed(self, asked: EmbeddingRequest) -> tuple[np.ndarray, int]:
         encoder: Encoder = self.encoder if asked.dimensions is None else self.encoder.truncate(asked.dimensions)
         embed = encoder.embed_queries if asked.input_type == "query" else encoder.embed_documents
-        items, vectors = asked.items(), []
+        items, vectors, tokens = asked.items(), [], 0
         deadline = time.monotonic() + self._limits.seconds
         for start in range(0, len(items), BATCH_ITEMS):
             if time.monotonic() > deadline:
@@ -140,7 +140,8 @@ class Api:
                 )
             with decoded(items[start : start + BATCH_ITEMS], self._budget) as inputs:
                 vectors.append(embed(inputs))
-        return np.concatenate(vectors)
+                tokens += self.batches.count_tokens(inputs)
+        return np.concatenate(vectors), tokens
 
     async def _picture(self, request: Request, tag: str, draw: Callable[[], tuple[bytes, str]]) -> Response:
         """Answer a picture of a point, or that the browser has it: a point's content never changes."""
@@ -163,9 +164,7 @@ class Api:
             raise BusyError(f"there was no answer within {self._limits.seconds:g} seconds; try again") from None
 
 
-def make_app(
-    indexer: QdrantIndexer, batches: Batches, *, limits: Limits | None = None, api_key: str | None = None
-) -> Starlette:
+def make_app(indexer: QdrantIndexer, batches: Batches, limits: Limits, api_key: str | None) -> Starlette:
     """Return the application over a collection; at its end it closes the collection and the queue.
 
     :param indexer: Its model is a ``BatchingEncoder``.
@@ -173,7 +172,6 @@ def make_app(
     :param limits: What a request may take.
     :param api_key: What every request must bring; without one, only this machine is answered.
     """
-    limits = limits or Limits()
     api = Api(indexer, batches, limits)
 
     @asynccontextmanager
@@ -190,17 +188,14 @@ def make_app(
         Route("/image/{id}", api.image),
         Route("/v1/embeddings", api.embeddings, methods=["POST"]),
         Route("/v1/models", api.models),
+        Mount("/", StaticFiles(directory=PAGE, html=True)),
     ]
-    if PAGE.is_dir():
-        routes.append(Mount("/", StaticFiles(directory=PAGE, html=True)))
-    app = Starlette(
+    return Starlette(
         routes=routes,
         middleware=[Middleware(Guard, limits=limits, api_key=api_key)],
-        exception_handlers={CocoaError: refused, HTTPException: not_served, Exception: failed},
+        exception_handlers=dict.fromkeys((CocoaError, HTTPException, Exception), refused),
         lifespan=lifespan,
     )
-    app.state.limits = limits
-    return app
 
 
 def hit_fields(hit: Hit) -> dict[str, Any]:
@@ -211,19 +206,9 @@ def hit_fields(hit: Hit) -> dict[str, Any]:
 
 
 async def refused(request: Request, error: Exception) -> Response:
-    """Answer an error for people."""
-    if isinstance(error, BodyError):
-        return error_response(error.status, str(error))
-    kind = next(kind for kind in type(error).__mro__ if kind in STATUS)
-    return error_response(STATUS[kind], str(error))
-
-
-async def not_served(request: Request, error: Exception) -> Response:
-    """Answer an address or a method that is not there, or a media type that is not read."""
-    assert isinstance(error, HTTPException)
-    return error_response(error.status_code, error.detail)
-
-
-async def failed(request: Request, error: Exception) -> Response:
-    """Answer a fault of the server's, whose traceback goes to standard error."""
+    """Answer an error: of HTTP, one for people, or a fault of the server's, whose traceback is on standard error."""
+    if isinstance(error, HTTPException):
+        return error_response(error.status_code, error.detail)
+    if isinstance(error, CocoaError):
+        return error_response(next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), str(error))
     return error_response(500, "the server has failed; its standard error says why")

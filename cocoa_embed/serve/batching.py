@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections import deque
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+from tokenizers import Tokenizer
 
 from cocoa_embed.encode.batches import token_counter
 from cocoa_embed.encode.encoder import BATCH_TOKENS, Encoder, ModelInput
@@ -43,7 +45,8 @@ class Batches:
         """
         self.encoder = encoder
         self._seconds = seconds
-        self._count_tokens = token_counter(encoder.model)
+        self._visual_tokens = token_counter(encoder.model)
+        self._tokenizer = own_tokenizer(encoder.model.tokenizer)
         self._jobs: deque[Job] = deque()
         self._changed = threading.Condition()
         self._is_closed = False
@@ -75,6 +78,12 @@ class Batches:
                     job.embedding.cancel()
         return np.stack(embeddings)
 
+    def count_tokens(self, inputs: Sequence[ModelInput]) -> int:
+        """Return the tokens of the texts, without the model's prompt, and the visual tokens of the images."""
+        texts = [str(each["text"]) for each in self.encoder._literal(inputs) if "text" in each]
+        encoded = self._tokenizer.encode_batch(texts) if self._tokenizer else []
+        return sum(map(len, encoded)) + sum(self._tokens(each) for each in inputs if "image" in each)
+
     def close(self) -> None:
         """Refuse what waits, and end the thread after the batch that it embeds."""
         with self._changed:
@@ -84,7 +93,7 @@ class Batches:
 
     def _tokens(self, item: ModelInput) -> int:
         image = item.get("image")
-        return self._count_tokens(*image.size) if isinstance(image, Image.Image) else 1
+        return self._visual_tokens(*image.size) if isinstance(image, Image.Image) else 1
 
     def _run(self) -> None:
         while (batch := self._next_batch()) is not None:
@@ -127,17 +136,30 @@ class Batches:
             job.embedding.set_result(embedding)
 
 
+def own_tokenizer(tokenizer: object) -> Tokenizer | None:
+    """Return a tokenizer that counts beside one that the model uses, whose state its calls change; None if it is slow.
+
+    Its tokens are neither padded nor truncated.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return None
+    own: Tokenizer = copy.deepcopy(tokenizer.backend_tokenizer)
+    own.no_padding()
+    own.no_truncation()
+    return own
+
+
 class BatchingEncoder(Encoder):
     """An encoder whose queries and documents, from any thread, go through one queue."""
 
     def __init__(self, batches: Batches, dimension: int | None = None) -> None:
-        """Stand before a queue; streams share the locks of its model.
+        """Stand before a queue.
 
         :param dimension: Truncate every embedding to this many dimensions.
         """
-        whole = batches.encoder
-        super().__init__(whole.model, whole.name, dimension)
-        self._queue, self._lock, self._processor = whole._queue, whole._lock, whole._processor
+        super().__init__(batches.encoder.model, batches.encoder.name, dimension)
         self.batches = batches
 
     def truncate(self, dimension: int) -> BatchingEncoder:

@@ -19,11 +19,8 @@ MAX_VALUES = 20
 MAX_CHARACTERS = 64
 """A key with a longer value is text to search in."""
 
-HIDDEN = frozenset(
-    {"path", "paths", "relative_path", "relative_paths", "mtimes", "sha256", "thumbnail", "caption_source", "metadata"}
-    | {REVISION}
-    | NODE_KEYS
-)
+HIDDEN = NODE_KEYS | {REVISION, "path", "paths", "relative_path", "relative_paths", "mtimes", "sha256"}
+HIDDEN |= {"thumbnail", "caption_source", "metadata"}
 """The payload keys that nobody chooses values of."""
 
 

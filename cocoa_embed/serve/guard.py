@@ -7,10 +7,11 @@ import time
 
 import anyio
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cocoa_embed.serve.limits import BodyError, BusyError, Limits
+from cocoa_embed.serve.limits import BusyError, Limits
 
 OPEN_PATHS = frozenset({"/", "/page.css", "/page.js", "/health"})
 """What needs no key: the page, which asks for it, and the sign of life."""
@@ -24,12 +25,10 @@ HEADERS = {
 }
 """Of every answer: other sites cannot show what is here, and the page loads nothing from elsewhere."""
 
-RETRY_SECONDS = "1"
-
 
 def error_response(status: int, message: str) -> JSONResponse:
     """Return an error as JSON; a client that should try again learns when."""
-    headers = {503: {"Retry-After": RETRY_SECONDS}, 401: {"WWW-Authenticate": "Bearer"}}.get(status)
+    headers = {503: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}.get(status)
     return JSONResponse({"error": {"message": message}}, status, headers)
 
 
@@ -99,13 +98,13 @@ class Guard:
                 with anyio.fail_after(deadline - time.monotonic()):
                     message = await receive()
             except TimeoutError:
-                raise BodyError(408, f"the body took longer than {self._limits.seconds:g} seconds to arrive") from None
+                raise HTTPException(408, f"the body took longer than {self._limits.seconds:g} seconds") from None
             size = len(message.get("body", b""))
             received[0] += size
             self._bytes += size
             is_complete = not message.get("more_body", False)
             if received[0] > self._limits.body_bytes:
-                raise BodyError(413, self._too_large())
+                raise HTTPException(413, self._too_large())
             if self._bytes > self._limits.waiting_bytes:
                 raise BusyError("the bodies of all requests take too much memory; try again")
             return message

@@ -1,4 +1,4 @@
-"""What a request may take, and the errors of a request that takes more or asks for what is not there."""
+"""What a request may take, and the error of one that has to wait too long for it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,6 @@ from cocoa_embed.errors import CocoaError
 
 class BusyError(CocoaError):
     """The server has too much to do, or is stopping; the same request may succeed later."""
-
-
-class BodyError(CocoaError):
-    """The body of a request is too large, or takes too long to arrive."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,7 @@ class Pictures:
     def __init__(self, store: Store) -> None:
         """Name the collection; nothing is read yet."""
         self._store = store
-        self._drawn = lru_cache(CACHED_THUMBNAILS)(self._draw)
+        self.thumbnail = lru_cache(CACHED_THUMBNAILS)(self._draw)
 
     def payload(self, id_: str) -> Payload:
         """Return the payload of a point.
@@ -57,26 +57,23 @@ class Pictures:
             return data, media_type
         return draw_thumbnail(image, max(image.size)), "image/jpeg"
 
-    def thumbnail(self, id_: str, size: int) -> tuple[bytes, str]:
+    def _draw(self, id_: str, size: int) -> tuple[bytes, str]:
         """Return a JPEG of a point's picture, its longer side at most ``size`` pixels, and its media type.
 
         :raises NotIndexedError: If there is no such point, or neither its thumbnail nor one of its files can be read.
         """
-        return self._drawn(id_, size), "image/jpeg"
-
-    def _draw(self, id_: str, size: int) -> bytes:
         payload = self.payload(id_)
         stored = str(payload.get("thumbnail"))
         is_stored = os.path.isabs(stored) and Path(stored).name == f"{id_}.jpg"
         if is_stored and size <= THUMBNAIL_SIZE:
             with suppress(ImageError):
-                return draw_thumbnail(load_image(stored), size)
+                return draw_thumbnail(load_image(stored), size), "image/jpeg"
         try:
-            return draw_thumbnail(read_picture(payload)[1], size)
+            return draw_thumbnail(read_picture(payload)[1], size), "image/jpeg"
         except NotIndexedError:
             if not is_stored:
                 raise
-            return draw_thumbnail(load_image(stored), size)
+            return draw_thumbnail(load_image(stored), size), "image/jpeg"
 
 
 def read_picture(payload: Payload) -> tuple[bytes, Image.Image, str]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
@@ -13,8 +14,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from cocoa_embed.encode.encoder import ModelInput, make_input
-from cocoa_embed.errors import UsageError
-from cocoa_embed.images.load import image_size, read_image_source
+from cocoa_embed.errors import UsageError, printable
+from cocoa_embed.images.load import decode_image, image_size, read_image_source
 from cocoa_embed.serve.limits import PixelBudget
 
 MAX_HITS = 10_000
@@ -29,6 +30,17 @@ FORM_TYPES = ("multipart/form-data", "application/x-www-form-urlencoded")
 Checked = TypeVar("Checked", bound=BaseModel)
 
 
+class Picture(NamedTuple):
+    """The file of an image, and its name in errors."""
+
+    data: bytes
+    name: str
+
+
+Item: TypeAlias = tuple[str | None, Picture | None]
+"""What the model is to embed: a text, a picture, or both."""
+
+
 def _as_list(value: object) -> object:
     return [] if value is None else value if isinstance(value, list) else [value]
 
@@ -41,12 +53,12 @@ Texts = Annotated[list[str], BeforeValidator(_as_list), Field(max_length=MAX_FIE
 
 
 class SearchRequest(BaseModel):
-    """A search, as ``Searcher.search`` takes it; the image is a file's bytes, or a ``data:`` URI."""
+    """A search, as ``Searcher.search`` takes it; the image is the file of a form, or a ``data:`` URI."""
 
     model_config = ConfigDict(extra="forbid")
 
     text: Annotated[str | None, BeforeValidator(_or_none)] = None
-    image: Annotated[bytes | None, BeforeValidator(lambda value: picture_bytes(_or_none(value)))] = None
+    image: Annotated[Picture | None, BeforeValidator(lambda value: as_picture(_or_none(value)))] = None
     like: Texts = []
     unlike: Texts = []
     filters: Texts = []
@@ -67,8 +79,8 @@ class EmbeddingRequest(BaseModel):
     dimensions: int | None = Field(None, ge=1)
     input_type: Literal["query", "document"] = "query"
 
-    def items(self) -> list[tuple[str | None, bytes | None]]:
-        """Return the texts and the image files to embed.
+    def items(self) -> list[Item]:
+        """Return the texts and the pictures to embed.
 
         :raises UsageError: If there are none, too many, or something else is among them.
         :raises ImageError: If the ``data:`` URI of an image is malformed.
@@ -76,10 +88,10 @@ class EmbeddingRequest(BaseModel):
         given = self.input if isinstance(self.input, list) else [self.input]
         if not 1 <= len(given) <= MAX_INPUTS:
             raise UsageError(f"input has {len(given)} items; give 1 to {MAX_INPUTS}")
-        return [_read_item(each) for each in given]
+        return [_read_item(each, f"input {index}") for index, each in enumerate(given)]
 
 
-def _read_item(given: object) -> tuple[str | None, bytes | None]:
+def _read_item(given: object, name: str) -> Item:
     if isinstance(given, int | list):
         raise UsageError("input has numbers of tokens; give texts (in LangChain: check_embedding_ctx_length=False)")
     item = {"text": given} if isinstance(given, str) else given
@@ -88,26 +100,26 @@ def _read_item(given: object) -> tuple[str | None, bytes | None]:
     text, image = item.get("text"), item.get("image")
     if not isinstance(text, str | None) or not isinstance(image, str | None):
         raise UsageError("text and image of an input are strings")
-    return text, picture_bytes(image)
+    return text, as_picture(image, name)
 
 
-def picture_bytes(value: object) -> bytes | None:
-    """Return the file of an image that is given as bytes or as a ``data:`` URI.
+def as_picture(value: object, name: str | None = None) -> Picture | None:
+    """Return a picture that is given as the file of a form or as a ``data:`` URI.
 
+    :param name: Of a URI in errors [default: its length].
     :raises UsageError: If it is anything else: a path or an address would be read on the server's side.
     :raises ImageError: If the URI is malformed.
     """
-    if value is None or isinstance(value, bytes):
+    if value is None or isinstance(value, Picture):
         return value
     if not isinstance(value, str) or value[:5].lower() != "data:":
         raise UsageError("the image is neither a file of a form nor a data: URI; give one of these")
-    return read_image_source(value, None)[0]
+    data, uri = read_image_source(value, None)
+    return Picture(data, name or uri)
 
 
 @contextmanager
-def decoded(
-    items: Sequence[tuple[str | None, bytes | None]], budget: PixelBudget, copies: int = 1
-) -> Iterator[list[ModelInput]]:
+def decoded(items: Sequence[Item], budget: PixelBudget, copies: int = 1) -> Iterator[list[ModelInput]]:
     """Decode pictures as far as there is room for them, and hold the room until the end of the block.
 
     :param copies: How often the model gets each picture.
@@ -115,9 +127,9 @@ def decoded(
     :raises UsageError: If an item has neither text nor picture.
     :raises BusyError: If there is no room in time.
     """
-    sizes = [image_size(image, f"image of {len(image)} bytes") for _, image in items if image is not None]
+    sizes = [image_size(*picture) for _, picture in items if picture]
     with budget.hold(copies * sum(width * height for width, height in sizes)):
-        yield [make_input(text, image) for text, image in items]
+        yield [make_input(text, decode_image(*picture)[0] if picture else None) for text, picture in items]
 
 
 async def read_search(request: Request) -> SearchRequest:
@@ -130,20 +142,19 @@ async def read_search(request: Request) -> SearchRequest:
     if media_type(request) not in FORM_TYPES:
         return check(SearchRequest, await read_json(request))
     fields: dict[str, Any] = {}
-    async with request.form(
-        max_files=1, max_fields=MAX_FIELDS, max_part_size=request.app.state.limits.body_bytes
-    ) as form:
+    # The size of the whole body is limited before.
+    async with request.form(max_files=1, max_fields=MAX_FIELDS, max_part_size=sys.maxsize) as form:
         for name, value in form.multi_items():
             if isinstance(value, UploadFile):
-                data: str | bytes = await value.read()
-                if not value.filename and not data:  # what browsers send if no file is chosen
+                given: str | Picture = Picture(await value.read(), printable(value.filename or "the image"))
+                if given == Picture(b"", "the image"):  # what browsers send if no file is chosen
                     continue
             else:
-                data = value
+                given = value
             is_list = name in ("like", "unlike", "filters")
             if name in fields and not is_list:
                 raise UsageError(f"{name} is given twice; give it once")
-            fields[name] = [*fields.get(name, []), data] if is_list else data
+            fields[name] = [*fields.get(name, []), given] if is_list else given
     return check(SearchRequest, fields)
 
 

@@ -75,7 +75,7 @@ def serve_encoder(
         batches.close()
         indexer.close()
         raise
-    return indexer, make_app(indexer, batches, limits=limits, api_key=api_key)
+    return indexer, make_app(indexer, batches, limits, api_key)
 
 
 def answer_requests(app: Starlette, bound: socket.socket, on_ready: Callable[[], object]) -> None:

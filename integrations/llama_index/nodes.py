@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from llama_index.core.base.llms.types import BaseContentBlock, ImageBlock, TextBlock
 from llama_index.core.bridge.pydantic import PrivateAttr
-from llama_index.core.schema import BaseNode, ImageNode, MetadataMode, Node, NodeWithScore, TextNode
+from llama_index.core.schema import BaseNode, ImageNode, ImageType, MetadataMode, Node, NodeWithScore, TextNode
 from llama_index.core.vector_stores.utils import metadata_dict_to_node
 
 from cocoa_embed.errors import CocoaError, ImageError
-from cocoa_embed.images.load import ImageSource
+from cocoa_embed.images.load import ImageSource, load_image
+from cocoa_embed.images.to_rgb import draw_thumbnail
 from cocoa_embed.integrations.qdrant.points import plain_payload, with_node_fields
 from cocoa_embed.sources.base import SourceOptions
 from cocoa_embed.sources.files import is_deleted
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+CHAT_PIXELS = 1536
+"""Of the longer side of an image that a chat model is shown; small print on a page is legible."""
 PATH_KEYS = ("path", "image_path")
 TEXT_KEYS = ("caption", "text", "page_content")
 """The payload keys of a path and a text: the indexer's, those of LlamaIndex's older stores and of LangChain."""
@@ -106,19 +109,22 @@ def refuse_binary(text: str) -> None:
 
 
 class StoredImage(ImageNode):
-    """An image that is no file of its own, such as a page of a document, or whose file is gone.
+    """An image of a collection: a file, a page of a document, one image of an archive, or an address.
 
-    Its bytes are read when they are asked for, and not kept. ``image_path`` is its path in the payload.
+    Its bytes are read when they are asked for, and not kept. ``image_path`` is its path in the payload. Unlike other
+    image nodes, it shows its text to a chat model.
     """
 
     _allowed_hosts: tuple[str, ...] = PrivateAttr(default=())
     _thumbnail: str = PrivateAttr(default="")
 
-    def resolve_image(self) -> BytesIO:
-        """Return the bytes of the image, or else of its thumbnail.
+    def resolve_image(self) -> ImageType:
+        """Return the path of the image if it is a file, or else its bytes, or those of its thumbnail.
 
         :raises ImageError: If neither can be read.
         """
+        if self.image is not None or os.path.isfile(self.image_path or ""):
+            return super().resolve_image()
         options = SourceOptions(allowed_hosts=self._allowed_hosts)
         try:
             return BytesIO(read_key(self.image_path or self.image_url or "", options))
@@ -128,18 +134,22 @@ class StoredImage(ImageNode):
             return BytesIO(read_key(self._thumbnail))
 
     def get_content_blocks(self, metadata_mode: MetadataMode = MetadataMode.NONE) -> list[BaseContentBlock]:
-        """Return what a chat model is shown: the text and the image; the text alone if the image cannot be read."""
-        blocks: list[BaseContentBlock] = [TextBlock(text=self.get_content(metadata_mode))]
+        """Return what a chat model is shown: the text, and the image as an upright JPEG of at most ``CHAT_PIXELS``.
+
+        If the image cannot be read, there is the text alone, and a warning.
+        """
+        text = self.get_content(metadata_mode).strip()
+        blocks: list[BaseContentBlock] = [TextBlock(text=text)] if text else []
         try:
-            data = self.resolve_image().getvalue()
-        except ImageError as error:
+            data = draw_thumbnail(load_image(self.resolve_image()), CHAT_PIXELS)
+        except (ImageError, ValueError) as error:  # ValueError: the node holds what is not base64
             logger.warning("%s; a chat model is not shown the image", error)
             return blocks
-        return [*blocks, ImageBlock(image=data, image_mimetype=self.image_mimetype)]
+        return [*blocks, ImageBlock(image=data, image_mimetype="image/jpeg")]
 
 
 def to_node(hit: Hit, allowed_hosts: Sequence[str] = ()) -> NodeWithScore:
-    """Return a hit as a node of LlamaIndex, an ``ImageNode`` with ``image_path`` if the point is an image.
+    """Return a hit as a node of LlamaIndex, a ``StoredImage`` with ``image_path`` if the point is an image.
 
     A point that the indexer or LlamaIndex wrote becomes the node that LlamaIndex's own store reads. Any other point, or
     one whose node cannot be read, becomes a node with the path and the caption or text of its payload, and the other
@@ -148,7 +158,7 @@ def to_node(hit: Hit, allowed_hosts: Sequence[str] = ()) -> NodeWithScore:
     :param allowed_hosts: The hosts from which images on the web may be fetched once they are asked for.
     """
     node = own_node(hit) or stored_node(hit.payload) or described_node(hit)
-    if isinstance(node, ImageNode) and node.image is None and not os.path.isfile(node.image_path or ""):
+    if isinstance(node, ImageNode):
         node = StoredImage(**dict(node))
         node._allowed_hosts = tuple(allowed_hosts)
         node._thumbnail = next(texts(hit.payload, ["thumbnail"]), "")

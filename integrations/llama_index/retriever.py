@@ -31,8 +31,8 @@ class CocoaRetriever(MultiModalRetriever):
     Several texts in ``custom_embedding_strs`` are one query, joined by newlines. An ``embedding`` in the query is
     ignored: LlamaIndex's retrievers leave the embeddings of other models there. It has the methods of LlamaIndex's
     ``MultiModalVectorIndexRetriever``. A pickled retriever opens its collection again where it is used.
-    A node whose image is no file of its own (``a.tar#0.jpg``, ``s3://...``) reads it in ``resolve_image`` and
-    ``get_content_blocks``.
+    Its image nodes are ``StoredImage``s, which show a chat model image and caption, also if the image is no file of its
+    own (``report.pdf#page=3``, ``a.tar#0.jpg``, ``s3://...``).
     """
 
     def __init__(

@@ -36,6 +36,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "train": (*CORE, "evaluation.geometry", "train"),
     "integrations.qdrant": (*CORE, "sources", "report.html"),
     "integrations.llama_index": (*CORE, "sources", "integrations.qdrant"),
+    "integrations.llama-index-embeddings-cocoa": ("integrations.llama_index",),
     "serve": (*CORE, "sources", "integrations.qdrant"),
     "integrations.ray": (*CORE, "sources", "integrations.qdrant"),
     "integrations": (),

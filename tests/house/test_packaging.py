@@ -1,5 +1,6 @@
 """What a user installs: built from a copy of the sources, without the network."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,8 @@ SOURCE_TREES = {
     "cocoa_embed/train": ROOT / "train",
     "cocoa_embed/integrations": ROOT / "integrations",
 }
+THIN = ROOT / "integrations" / "llama-index-embeddings-cocoa"
+"""A distribution of its own: CocoaEmbedding under LlamaIndex's name."""
 PROJECT_FILES = ("pyproject.toml", "README.md", "LICENSE")
 EXTRAS = {"train", "llama-index", "qdrant", "edge", "heic", "report", "eval", "tables", "pdf", "video", "ray", "serve"}
 EXTRAS |= {"all", "dev"}
@@ -48,6 +51,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
         shutil.copy(ROOT / name, source)
     for tree in SOURCE_TREES.values():
         shutil.copytree(tree, source / tree.name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    return build(source, out)
+
+
+def build(source: Path, out: Path) -> Built:
     # The wheel is made from the source archive, so what it holds the archive holds too.
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=source, timeout=300)
@@ -73,6 +80,7 @@ def shipped_files() -> dict[str, Path]:
         for package, tree in SOURCE_TREES.items()
         for path in tree.rglob("*")
         if path.is_file() and "__pycache__" not in path.parts and not any(map(Path.is_symlink, path.parents))
+        if THIN not in path.parents
     }
 
 
@@ -83,6 +91,34 @@ def test_wheel_and_source_archive_hold_every_module_and_data_file_and_nothing_el
     assert shipped - expected == set()
     assert expected - shipped == set(), "list its package, or its pattern under package-data, in pyproject.toml"
     assert expected | set(PROJECT_FILES) <= built.sdist
+
+
+@pytest.mark.slow
+def test_llama_indexs_form_of_package_holds_one_module_of_a_namespace_and_is_imported_by_its_name(
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("llama_index.core")
+    shutil.copytree(THIN, tmp_path / "source", ignore=shutil.ignore_patterns("__pycache__"))
+    built = build(tmp_path / "source", tmp_path / "dist")
+    assert {name for name in built.wheel if ".dist-info/" not in name} == {"llama_index/embeddings/cocoa/__init__.py"}
+    assert {"README.md", "LICENSE"} <= built.sdist
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in built.wheel)
+    assert (THIN / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+    assert (built.metadata["Name"], built.metadata["Version"]) == (THIN.name, cocoa_embed.__version__)
+    (needed,) = map(Requirement, built.metadata.get_all("Requires-Dist") or [])
+    assert (needed.name, needed.extras) == ("cocoa-embed", {"llama-index", "qdrant"})
+    assert needed.specifier.contains(cocoa_embed.__version__)
+    with zipfile.ZipFile(next((tmp_path / "dist").glob("*.whl"))) as wheel:
+        wheel.extractall(tmp_path / "installed")
+    statement = (
+        "from llama_index.embeddings import cocoa; from cocoa_embed.integrations.llama_index import CocoaEmbedding;"
+        " import llama_index.core; assert cocoa.CocoaEmbedding is CocoaEmbedding;"
+        " assert cocoa.__all__ == ['CocoaEmbedding']"
+    )
+    path = os.pathsep.join(map(str, (tmp_path / "installed", ROOT)))
+    command = [sys.executable, "-c", statement]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 def test_git_ignores_nothing_that_is_shipped() -> None:

@@ -8,9 +8,10 @@ from fake_model import colour_image
 from llama_index.core import schema
 from llama_index.core.schema import Document, ImageDocument, ImageNode, IndexNode, MediaResource, Node, TextNode
 from llama_index.core.vector_stores.utils import node_to_metadata_dict
+from PIL import ExifTags, Image
 
 from cocoa_embed.errors import ImageError
-from cocoa_embed.integrations.llama_index.nodes import StoredImage, image_of, to_node
+from cocoa_embed.integrations.llama_index.nodes import CHAT_PIXELS, StoredImage, image_of, to_node
 from cocoa_embed.integrations.qdrant.indexer import Hit
 from cocoa_embed.integrations.qdrant.points import FileLocation, make_payload
 from cocoa_embed.integrations.qdrant.stores.base import image_path
@@ -56,13 +57,14 @@ def test_stored_nodes_are_restored_and_those_with_an_image_are_image_nodes(file:
     image = ImageNode(id_="one", image_path=file, text="a red thing", **common)
     for node in (image, TextNode(text="a text", metadata={"page": 3}), IndexNode(index_id="i", text="a summary")):
         found = to_node(hit(node_to_metadata_dict(node)))
-        assert (type(found.node), found.node, found.score) == (type(node), node, 0.5)
+        assert type(found.node) is (StoredImage if node is image else type(node))
+        assert (found.node.to_dict(), found.score) == (node.to_dict(), 0.5)
     for node in (
         ImageDocument(id_="one", image_path=file, text="a red thing", **common),
         Node(id_="one", **resources, **common),
     ):
         found = to_node(hit(node_to_metadata_dict(node))).node
-        assert (type(found), found.image_path, found.image_mimetype) == (ImageNode, file, "image/png")
+        assert (type(found), found.image_path, found.image_mimetype) == (StoredImage, file, "image/png")
         assert (found.text, found.metadata, found.node_id) == ("a red thing", {"author": "Ann"}, "one")
         assert found.source_node == source
         assert found.get_content(schema.MetadataMode.LLM).strip() == "a red thing"
@@ -80,8 +82,38 @@ def test_a_node_has_the_path_of_the_file_that_exists(file: str) -> None:
         assert ("_node_content" in payload) == llama_index
         assert image_path(payload) == file != payload["path"]
         node = to_node(Hit("7", 0.5, image_path(payload), payload)).node
-        assert (type(node), node.image_path, node.metadata["path"]) == (ImageNode, file, file)
+        assert (type(node), node.image_path, node.metadata["path"]) == (StoredImage, file, file)
     assert image_path(make_payload(content, [gone], none)) == "/gone.png"
+
+
+def test_a_chat_model_is_shown_text_and_an_upright_jpeg_of_every_kind_of_image(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    colour_image("red", (2000, 1000)).save(tmp_path / "large.tif", exif=exif)
+    large = to_node(hit({"path": str(tmp_path / "large.tif"), "caption": "a lawn"})).node
+    encoded = b64encode((tmp_path / "large.tif").read_bytes()).decode()
+    stored = hit(node_to_metadata_dict(ImageNode(image=encoded, text="a lawn", image_path="x.tif")))
+    for node in (large, to_node(stored).node):
+        text, image = node.get_content_blocks()
+        assert isinstance(node, StoredImage)
+        assert text.text == "a lawn"
+        shown = Image.open(image.resolve_image())
+        assert (shown.format, shown.size, image.image_mimetype) == (
+            "JPEG",
+            (CHAT_PIXELS // 2, CHAT_PIXELS),
+            "image/jpeg",
+        )
+    assert large.resolve_image() == str(tmp_path / "large.tif")
+    large.text = ""
+    assert [each.block_type for each in large.get_content_blocks()] == ["image"]
+    assert not caplog.messages
+    Path(large.resolve_image()).unlink()
+    for broken in (large, StoredImage(image="no base64", text="a lawn")):
+        assert [each.block_type for each in broken.get_content_blocks()] == ["text"][: len(broken.text)]
+        assert caplog.messages.pop().endswith("; a chat model is not shown the image")
+        caplog.clear()
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from source_files import pdf, tar
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError, ImageError
 from cocoa_embed.integrations.llama_index import CocoaEmbedding, CocoaRetriever
+from cocoa_embed.integrations.llama_index.nodes import StoredImage
 from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
 from cocoa_embed.integrations.qdrant.points import plain_payload
 
@@ -47,7 +48,7 @@ def test_a_query_is_a_text_an_image_or_both(indexer: QdrantIndexer, files: list[
     ]
     for query, path in queries:
         first, second = retriever.retrieve(query)
-        assert (type(first.node), paths([first])) == (ImageNode, [path])
+        assert (type(first.node), paths([first])) == (StoredImage, [path])
         assert first.score > second.score
         assert retriever.retrieve(query) == asyncio.run(retriever.aretrieve(query))
     kinds = [sorted(item) for item in indexer.encoder.model.queries[::3]]
@@ -74,8 +75,9 @@ def test_query_engines_and_fusion_take_the_retriever(indexer: QdrantIndexer, fil
     for response in (engine.query("red"), asyncio.run(engine.aquery("red"))):
         assert str(response) == "a red picture"
         assert paths(response.source_nodes) == files[:1]
-        (image,) = [block for message in llm.prompts[-1] for block in message.blocks if isinstance(block, ImageBlock)]
-        assert Image.open(image.resolve_image()).getpixel((0, 0)) == (255, 0, 0)
+        before, image, _ = llm.prompts[-1][1].blocks
+        assert "a red field" in before.text, "the caption is beside the image"
+        assert Image.open(image.resolve_image()).getpixel((0, 0))[0] > 250
     fused = QueryFusionRetriever([retriever, retriever], llm=llm, num_queries=1, similarity_top_k=2, use_async=False)
     assert paths(fused.retrieve("blue"))[0] == paths(asyncio.run(fused.aretrieve("blue")))[0] == files[2]
 

@@ -6,9 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_model import FakeModel
-from served import message
+from fake_model import FakeModel, colour_image
+from served import index_files, message, served
 from starlette.testclient import TestClient
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from cocoa_embed.encode.encoder import Encoder, make_input
 
@@ -18,7 +23,6 @@ def embedded(client: TestClient, **body: Any) -> np.ndarray:
     assert answer.status_code == 200, answer.text
     document = answer.json()
     assert document["object"] == "list"
-    assert document["usage"].keys() == {"prompt_tokens", "total_tokens"}
     assert [each["index"] for each in document["data"]] == list(range(len(document["data"])))
     return np.array([each["embedding"] for each in document["data"]])
 
@@ -49,6 +53,44 @@ def test_images_alone_and_with_a_text_are_embedded_as_query_or_document(api: Tes
     np.testing.assert_allclose(embedded(api, input={"image": uri}), expected[:1])
 
 
+class Patches:
+    """An image processor that makes a patch of 8 x 8 pixels, and a token of four patches."""
+
+    merge_size = 2
+
+    def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict[str, Any]) -> int:
+        return width * height // 64
+
+
+class CountedModel(FakeModel):
+    """Has a tokenizer of whole words, which pads and truncates, and an image processor that counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        words = Tokenizer(WordLevel({"red": 0, "[UNK]": 1, "<EOS>": 2}, unk_token="[UNK]"))
+        words.pre_tokenizer = Whitespace()
+        words.post_processor = TemplateProcessing(single="$A <EOS>", special_tokens=[("<EOS>", 2)])
+        words.enable_truncation(2)
+        words.enable_padding(length=9)
+        self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<EOS>")
+        self.processor = Patches()
+
+
+def test_usage_counts_the_tokens_of_all_texts_and_images(storage: dict[str, Any], colours: Path) -> None:
+    index_files(storage, colours)
+    colour_image("red", (64, 32)).save(colours / "wide.png")
+    uri = f"data:image/png;base64,{base64.b64encode((colours / 'wide.png').read_bytes()).decode()}"
+    with served(storage, model=CountedModel()) as client:
+        for given, tokens in (
+            ("red", 1 + 1),
+            (["red red red", "a <EOS>"] * 40, 40 * (3 + 1 + 4 + 1)),
+            ({"image": uri}, 8),
+            ([{"image": uri, "text": "red"}, "red"], 8 + 2 + 2),
+        ):
+            answer = client.post("/v1/embeddings", json={"input": given}).json()
+            assert answer["usage"] == {"prompt_tokens": tokens, "total_tokens": tokens}, given
+
+
 FAULTS: list[tuple[dict[str, Any], str]] = [
     ({}, "400 input: Field required"),
     ({"input": []}, "400 input has 0 items; give 1 to 2048"),
@@ -60,7 +102,8 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"input": {"picture": "x"}}, "400 an input is a text, or an object"),
     ({"input": {"text": 3}}, "400 text and image of an input are strings"),
     ({"input": {"image": "/etc/hostname"}}, "400 the image is neither"),
-    ({"input": {"image": "data:image/png;base64,AAAA"}}, "422 image of 3 bytes: is not an image"),
+    ({"input": {"image": "data:image/png;base64,AAAA"}}, "422 input 0: is not an image"),
+    ({"input": ["red", {"image": "data:,GIF89a"}]}, "422 input 1: is not an image"),
     ({"input": "red", "dimensions": 49}, "400 fake has embeddings of 48 dimensions, not of 49"),
     ({"input": "red", "dimensions": 0}, "400 dimensions: "),
     ({"input": "red", "encoding_format": "int8"}, "400 encoding_format: "),

@@ -127,6 +127,7 @@ def test_search_asks_a_server_as_it_would_an_index(
             (["--image", "gone.png"], "1 gone.png: does not exist"),
             (["--model", "x"], "2 --server has its own model and index, and shows hits on its page; leave out --model"),
             (["--html", "x.html"], "leave out --html"),
+            (["--collection", "images"], "leave out --collection"),
             (["--exact"], "leave out --exact"),
             (["--hnsw-ef", "64"], "leave out --hnsw-ef"),
             (["--dtype", "float16"], "leave out --dtype"),

@@ -23,6 +23,9 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on the PATH")
 
+SECONDS = 180
+"""How long to wait for what a browser does in one, on a machine that does much else."""
+
 LOOK = Path(__file__).with_suffix(".js").read_text(encoding="utf-8")
 
 OPTIONS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking")
@@ -43,7 +46,7 @@ def seen(pages: dict[str, tuple[int, str]], folder: Path) -> dict[str, dict[str,
         f'<!DOCTYPE html><meta charset="utf-8">{frames}<pre id="seen"></pre><script>{LOOK}</script>', encoding="utf-8"
     )
     command = [str(CHROMIUM), *OPTIONS, f"--user-data-dir={folder / 'profile'}", "--dump-dom", wrapper.as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True).stdout
     found = re.search(r'<pre id="seen">(\{.*?\})</pre>', dom)
     assert found, "the page's script did not run"
     documents: dict[str, dict[str, Any]] = json.loads(html.unescape(found[1]))
@@ -85,7 +88,7 @@ class Browser:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._process.terminate()
-        self._process.wait(timeout=30)
+        self._process.wait(timeout=SECONDS)
         os.close(self._commands)
         os.close(self._answers)
 
@@ -105,7 +108,7 @@ class Browser:
 
     def _read(self) -> dict[str, Any]:
         while b"\0" not in self._received:
-            assert select.select([self._answers], [], [], 60)[0], "the browser does not answer"
+            assert select.select([self._answers], [], [], SECONDS)[0], "the browser does not answer"
             data = os.read(self._answers, 1 << 20)
             assert data, "the browser has ended"
             self._received += data
@@ -126,7 +129,7 @@ class Browser:
 
     def wait_for(self, condition: str) -> None:
         """Wait until an expression is true."""
-        end = time.monotonic() + 30
+        end = time.monotonic() + SECONDS
         while not self.run(f"Boolean({condition})"):
             assert time.monotonic() < end, f"{condition} has not become true: {self.run('document.body.innerText')}"
             time.sleep(0.02)

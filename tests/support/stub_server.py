@@ -103,7 +103,7 @@ class Handler(BaseHTTPRequestHandler):
                 try:
                     Image.open(io.BytesIO(content)).load()
                 except UnidentifiedImageError:
-                    return self.fail(422, f"image of {len(content)} bytes: is not an image")
+                    return self.fail(422, f"{form['image']}: is not an image")
             elif name == "filters":
                 form["filters"].append(content.decode())
             else:
