@@ -13,6 +13,8 @@ from pydantic import (
     model_validator,
 )
 
+from cocoa_embed.data.image_folder import CaptionChoice
+
 Ratio = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -20,8 +22,6 @@ Rate = Annotated[float, Field(gt=0)]
 
 Auto: TypeAlias = Literal["auto"]
 """Chosen by the memory of the device when a stage begins."""
-
-CaptionChoice: TypeAlias = Literal["text", "captions"]
 
 MOST_AUTO_ROWS = 16
 """Rows of a micro-batch that is chosen where nothing is tried: on a CPU, with sharded weights, and in plans."""

@@ -117,7 +117,7 @@ class Demo:
             Encoder(load_model(folder), name)
             for name, folder in (("all three stages", ours), ("contrastive only", alone))
         ]
-        pairs = read_pairs(self.work / "data" / "held-out")
+        pairs = read_pairs(self.work / "data" / "held-out", captions="text")
         return encoders[0].model, evaluate_pairs(encoders, pairs, seed=self.seed)
 
     def _export(self, model: SentenceTransformer, checkpoint: Path, metrics: Metrics) -> None:
