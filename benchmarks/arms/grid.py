@@ -159,9 +159,13 @@ class Grid:
 
     def equal_compute_steps(self, bridge_steps: int, fraction: float, captions: float = 1) -> int:
         """Return the contrastive steps that cost as much as warm-up, bridge and contrastive stage together."""
-        before = self.sizes.warmup_steps * self.flops_per_step("warmup", fraction)
-        before += bridge_steps * self.flops_per_step("bridge", fraction)
-        return self.sizes.contrastive_steps + round(before / self.flops_per_step("contrastive", fraction, captions))
+        step = self.flops_per_step("contrastive", fraction, captions)
+        return self.sizes.contrastive_steps + round(self.flops_before(bridge_steps) / step)
+
+    def flops_before(self, bridge_steps: int) -> float:
+        """Return the FLOPs of warm-up and bridge."""
+        warmup, bridge = (self.flops_per_step(stage, 1.0) for stage in ("warmup", "bridge"))
+        return self.sizes.warmup_steps * warmup + bridge_steps * bridge
 
     def warmup(self, *settings: str) -> StageRun:
         """Return stage 1."""

@@ -7,8 +7,17 @@ from cocoa_embed.train.recipe import STAGES
 
 BRIDGE_ONLY = "bridge, contrastive"
 ONLY_PAIRS = "all three, on the pairs alone"
-MOCA, MOCA_SETTINGS = "moca", ()
-"""Another stage before the contrastive one, where the package has it, and the settings of both."""
+MOCA = "moca"
+MOCA_SETTINGS = (
+    "pooling=mean",
+    "moca.batch_size=48",
+    "moca.learning_rate=5.0e-4",
+    "moca.warmup_steps=40",
+    "moca.adam_beta2=0.98",
+    "moca.schedule=constant_with_warmup",
+    "moca.group_by_length=false",
+)
+"""Of the stage that stands for warm-up and bridge, where the package has it."""
 
 FIRST = (ALONE, EQUAL, ALL_THREE)
 """The arms that are trained before all others, with all data."""
@@ -72,8 +81,9 @@ class PhotoGrid(Grid):
             chains[NO_BRIDGE] = self.third(fraction, captions, start=self.warmup())
             chains[BRIDGE_ONLY] = self.third(fraction, captions, start=self.bridge(None))
         if is_first and MOCA in STAGES:
-            moca = StageRun(MOCA, self.sizes.warmup_steps + self.sizes.bridge_steps, MOCA_SETTINGS)
-            chains[f"{MOCA}, contrastive"] = self.third(fraction, captions, *MOCA_SETTINGS, start=moca)
+            steps = round(self.flops_before(self.sizes.bridge_steps) / self.flops_per_step(MOCA, fraction))
+            moca = StageRun(MOCA, steps, MOCA_SETTINGS)
+            chains[f"{MOCA}, contrastive"] = self.third(fraction, captions, start=moca)
         at_step = {ALONE: self.sizes.contrastive_steps}
         return [
             Arm("photographs", name, last, fraction, fraction, at_step.get(name), captions)

@@ -179,14 +179,14 @@ class Workspace:
         :param patterns: Of the labels of arms to run; none for all.
         :param seconds: Gets the seconds of a step of each stage, of a few that are timed.
         """
-        limit = f"contrastive.data.limit={self.sizes.pairs}"
         is_photos = isinstance(self.sizes, PhotoSizes)
-        stages = [stage for stage in STAGES if stage != MOCA or is_photos]
-        runs = {
-            stage: StageRun(stage, 1, {"contrastive": (limit,), MOCA: MOCA_SETTINGS}.get(stage, ())) for stage in stages
-        }
+        names = [stage for stage in STAGES if stage != MOCA or is_photos]
         if is_photos and (groups is None or "settings" in groups):
-            runs |= {each: StageRun(each.partition(".")[0], 1, (each, limit)) for each in SETTINGS}
+            names += SETTINGS
+        of_stage = {"contrastive": (f"contrastive.data.limit={self.sizes.pairs}",), MOCA: MOCA_SETTINGS}
+        varied = {name: (name,) * (name not in STAGES) for name in names}
+        stages = {name: name.partition(".")[0] for name in names}
+        runs = {name: StageRun(stages[name], 1, (*of_stage.get(stages[name], ()), *varied[name])) for name in names}
         recipes = {name: self.recipe(stage_run, 0, backbone=None) for name, stage_run in runs.items()}
         timed = None if seconds is None else seconds_per_step
         plans = {
