@@ -41,7 +41,7 @@ def finished(tiny_backbone_path: Path, tmp_path_factory: pytest.TempPathFactory)
     folder = tmp_path_factory.mktemp("demo")
     recipe = folder / "two-steps.yaml"
     recipe.write_text(yaml.safe_dump({**RECIPE, "backbone": str(tiny_backbone_path)}))
-    demo = Demo(folder / "model", folder / "work", recipe=str(recipe), training_scenes=24, held_out_scenes=12)
+    demo = Demo(folder / "model", folder / "work", recipe=str(recipe), training_images=24, held_out_images=12)
     return Finished(demo, demo.run())
 
 
