@@ -32,6 +32,7 @@ SETTINGS = (
     "bridge.learning_rate=2.0e-4",
     "bridge.learning_rate=1.0e-3",
     "bridge.freeze_vision=true",
+    "bridge.freeze_layers=2",
     "contrastive.freeze_vision=true",
     "contrastive.reconstruction_weight=0.03",
     "contrastive.reconstruction_weight=0.3",
