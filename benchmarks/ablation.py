@@ -3,6 +3,7 @@
     python benchmarks/ablation.py                       # reduced: under an hour on two cores
     python benchmarks/ablation.py --profile full        # on a GPU
     python benchmarks/ablation.py --training FOLDER --held-out FOLDER --base my-recipe.yaml --pairs 5000
+    python benchmarks/ablation.py --profile photos --training FOLDER --held-out FOLDER --backbone FOLDER --plan
     python benchmarks/ablation.py --draw ablation.json  # only tables and figure, from a results file
 
 The arms: contrastive learning only, and with the compute of all three stages; with warm-up, with the bridge, with both;
@@ -12,12 +13,17 @@ for all seeds. In the bridge and the contrastive stage the learning rate is cons
 depend on the length, so that a snapshot equals the result of a shorter stage. Compute is counted in FLOPs of the
 training steps, without recomputation; the time is reported beside it.
 
+``--profile photos`` compares the stages on captioned photographs instead: contrastive pairs of 100, 1,000 and all
+images, with one caption or all, where warm-up and bridge see all captioned photographs or those of the pairs alone;
+and, with ``--group settings``, what may make the bridge pay. Every held-out caption is a query. ``photos-full`` is for
+a GPU. ``--plan`` lists the arms with their hours; ``--arms`` and ``--images`` choose.
+
 ``--base`` names another recipe; its stages are used as they are, except for what is compared. The weights themselves
 are trained (no adapters), and the rows of every stage come from ``--training``.
 
 Writes ``ablation.json`` (the numbers of every seed), ``ablation.md``, ``ablation.html`` and ``ablation.svg`` to
-``--out``. The same command resumes an interrupted run. Weights stay in ``--work``, about 12 MB a stage with the
-package's captioner.
+``--out``, anew after each stage. The same command resumes an interrupted run. Weights stay in ``--work``, about 12 MB a
+stage with the package's captioner.
 """
 
 import argparse
@@ -32,7 +38,8 @@ from typing import Any, get_args
 import torch
 
 from arms.figure import figure_svg
-from arms.grid import FRACTIONS, Group, Sizes
+from arms.grid import FRACTIONS, Grid, Group, Sizes
+from arms.photos import PhotoSizes
 from arms.runner import jobs_of, outcome, run_jobs
 from arms.summary import results_document, tables
 from arms.workspace import UserFolders, Workspace
@@ -40,7 +47,8 @@ from cocoa_embed.cli.output import silence_libraries
 from cocoa_embed.data.image_folder import METADATA_FILE
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.evaluation.result_cache import make_folder, write_result
-from cocoa_embed.report.tables import to_html, to_markdown
+from cocoa_embed.model.training_record import TRAINING_FILE
+from cocoa_embed.report.tables import Table, to_html, to_markdown
 from cocoa_embed.train.data.caption_rows import read_image_folder
 from shared.measuring import best_device, machine
 
@@ -52,7 +60,13 @@ TINY_SETTINGS = (
     "contrastive.batch_size=50",
 )
 REDUCED = Sizes(8000, 320, 1000, 300, 480, 40, variant_part=0.5, equal_fractions=(0.1, 1.0), captions_as_pairs=False)
-PROFILES = {"reduced": REDUCED, "full": Sizes(40_000, 2000, 1000, 300, 3000, 150)}
+PHOTOS = PhotoSizes(0, 0, 0, 80, 320, 50, probe_rows=128)
+PROFILES = {
+    "reduced": REDUCED,
+    "full": Sizes(40_000, 2000, 1000, 300, 3000, 150),
+    "photos": PHOTOS,
+    "photos-full": replace(PHOTOS, warmup_steps=200, bridge_steps=1200, contrastive_steps=150, complete=True),
+}
 SIZES = ("pairs", "warmup_steps", "bridge_steps", "contrastive_steps")
 TITLE = "What each stage is worth"
 PROCESSES_PER_ACCELERATOR = 4
@@ -63,14 +77,20 @@ def parse() -> argparse.Namespace:
     processes = PROCESSES_PER_ACCELERATOR if torch.accelerator.is_available() else os.cpu_count() or 1
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--profile", choices=PROFILES, default="reduced")
-    parser.add_argument("--base", default=TINY, help="the recipe of all stages [tiny]")
+    parser.add_argument("--base", help="the recipe of all stages [tiny, or photos]")
+    parser.add_argument("--backbone", help="the folder or name of another backbone [the recipe's]")
     parser.add_argument("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="override of that recipe")
     parser.add_argument("--training", type=Path, help="an image folder to train on [drawn scenes]")
     parser.add_argument("--held-out", type=Path, help="an image folder to measure on, with --training")
     for name in SIZES:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="instead of the profile's")
+    parser.add_argument("--images", type=int, nargs="+", help="numbers of images, instead of the profile's")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on [3]")
-    parser.add_argument("--group", action="append", choices=get_args(Group), help="arms to run [all]")
+    parser.add_argument("--group", action="append", choices=get_args(Group), help="arms to run [all; photographs]")
+    parser.add_argument(
+        "--arms", nargs="+", default=[], metavar="PATTERN", help="arms to run, as '*1000 images*' [all]"
+    )
+    parser.add_argument("--plan", action="store_true", help="only list the arms, with hours by a few timed steps")
     parser.add_argument("--processes", type=int, default=processes, help="stages trained in parallel")
     parser.add_argument("--work", type=Path, default=Path("cocoa-ablation"), help="where weights and data go")
     parser.add_argument("--out", type=Path, help="where results go [--work]")
@@ -81,6 +101,13 @@ def parse() -> argparse.Namespace:
         parser.error("--training and --held-out go together")
     if options.seeds < 1 or options.processes < 1:
         parser.error("--seeds and --processes must be 1 or more")
+    is_photos = isinstance(PROFILES[options.profile], PhotoSizes)
+    if is_photos and options.training is None:
+        parser.error(f"--profile {options.profile} needs --training and --held-out")
+    if options.images and not is_photos:
+        parser.error("--images belongs to --profile photos; give --pairs")
+    options.base = options.base or ("photos" if is_photos else TINY)
+    options.group = options.group or (["photographs"] if is_photos else None)
     return options
 
 
@@ -93,10 +120,14 @@ def open_workspace(options: argparse.Namespace) -> Workspace:
     sizes, folders = replace(PROFILES[options.profile], **changed), None
     if options.training is not None:
         folders = check_folders(options.training, options.held_out)
-        images = len({row.image for row in read_image_folder(folders.training)})
+        rows = read_image_folder(folders.training, captions="captions")
+        images = len({row.image for row in rows})
         probe_rows = min(sizes.probe_rows, images // 4)
         held_out = len(read_image_folder(folders.held_out))
         sizes = replace(sizes, training=images - probe_rows, probe_rows=probe_rows, held_out=held_out)
+        if isinstance(sizes, PhotoSizes):
+            counts = tuple(options.images or sizes.images)
+            sizes = replace(sizes, training=images, pairs=images, captions=len(rows) / images, images=counts)
     if sizes.pairs > sizes.training:
         raise UsageError(
             f"--pairs {sizes.pairs} is more than the {sizes.training} images to train on; the bridge's probe keeps"
@@ -111,7 +142,7 @@ def open_workspace(options: argparse.Namespace) -> Workspace:
     settings = (*(TINY_SETTINGS if options.base == TINY else ()), *options.set)
     if torch.accelerator.is_available():
         settings = (f"workers={max(1, (os.cpu_count() or 1) // options.processes - 1)}", *settings)
-    return Workspace(options.work, sizes, options.base, settings, folders)
+    return Workspace(options.work, sizes, options.base, settings, folders, options.backbone)
 
 
 def check_folders(training: Path, held_out: Path) -> UserFolders:
@@ -134,11 +165,67 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """
     workspace, seeds = open_workspace(options), list(range(options.seeds))
     started = time.perf_counter()
+    threads = max(1, torch.get_num_threads() // options.processes)
     with workspace.lock():
-        grid = workspace.grid(options.group)
-        threads = max(1, torch.get_num_threads() // options.processes)
-        run_jobs(jobs_of(workspace, grid.arms, seeds), options.processes, threads)
-        outcomes = [[outcome(workspace, arm, seed) for seed in seeds] for arm in grid.arms]
+        grid = chosen(workspace, options)
+        run_jobs(
+            jobs_of(workspace, grid.arms, seeds),
+            options.processes,
+            threads,
+            lambda: write(results(options, workspace, grid, seeds, started), options.out or options.work),
+        )
+        return results(options, workspace, grid, seeds, started)
+
+
+def chosen(workspace: Workspace, options: argparse.Namespace, seconds: dict[str, float] | None = None) -> Grid:
+    """Return the grid of the chosen arms.
+
+    :param seconds: As in ``Workspace.grid``.
+    :raises UsageError: If there are none.
+    """
+    grid = workspace.grid(options.group, options.arms, seconds)
+    if not grid.arms:
+        labels = "\n".join(map(grid.label, replace(grid, patterns=()).arms))
+        raise UsageError(f"--arms {' '.join(options.arms)} is none of these:\n{labels}")
+    return grid
+
+
+def list_arms(options: argparse.Namespace) -> Table:
+    """Return the arms in their order, with the hours of what is not finished yet, by a few timed steps.
+
+    :raises CocoaError: If the folders or the recipe cannot be used.
+    """
+    workspace, seconds = open_workspace(options), dict[str, float]()
+    torch.set_num_threads(max(1, torch.get_num_threads() // options.processes))
+    with workspace.lock():
+        grid = chosen(workspace, options, seconds)
+        counted, rows, total = set[Path](), [], 0.0
+        for seed in range(options.seeds):
+            for arm in grid.arms:
+                stages = {workspace.folder(stage_run, seed): stage_run for stage_run, _ in arm.chain}
+                new = {folder: each for folder, each in stages.items() if folder not in counted}
+                counted |= new.keys()
+                unfinished = [
+                    each for folder, each in new.items() if not (folder / each.stage / TRAINING_FILE).exists()
+                ]
+                hours = sum(each.steps * seconds[each.stage] for each in unfinished) / 3600
+                total += hours
+                steps = " + ".join(f"{each.stage} {count}" for each, count in arm.chain)
+                new_steps = " + ".join(f"{each.stage} {each.steps}" for each in unfinished)
+                rows.append([str(seed), grid.label(arm), steps, new_steps, f"{hours:.2f}", f"{total:.2f}"])
+    times = ", ".join(f"{stage} {each:.2f} s" for stage, each in seconds.items())
+    note = (
+        f"A step takes: {times}, with {torch.get_num_threads()} threads. hours: of one process, without scoring; with"
+        f" {options.processes} processes {total / options.processes:.1f} in all."
+    )
+    return Table("Plan", ["seed", "arm", "steps", "to train", "hours", "in all"], rows, [note])
+
+
+def results(
+    options: argparse.Namespace, workspace: Workspace, grid: Grid, seeds: list[int], started: float
+) -> dict[str, Any]:
+    """Return the results of what is finished."""
+    outcomes = [[outcome(workspace, arm, seed) for seed in seeds] for arm in grid.arms]
     return {
         "profile": options.profile,
         "base": workspace.base,
@@ -184,6 +271,9 @@ def main() -> None:
     try:
         if options.draw is not None:
             write_again(options.draw, options.out or options.draw.parent)
+            return
+        if options.plan:
+            print(to_markdown(TITLE, [list_arms(options)]))
             return
         document = run(options)
         write(document, options.out or options.work)

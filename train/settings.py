@@ -13,6 +13,8 @@ from pydantic import (
     model_validator,
 )
 
+from cocoa_embed.data.image_folder import CaptionChoice
+
 Ratio = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -20,8 +22,6 @@ Rate = Annotated[float, Field(gt=0)]
 
 Auto: TypeAlias = Literal["auto"]
 """Chosen by the memory of the device when a stage begins."""
-
-CaptionChoice: TypeAlias = Literal["text", "captions"]
 
 Pooling: TypeAlias = Literal["eos", "mean"]
 
@@ -155,6 +155,7 @@ class StageSettings(Settings):
     :param batch_size: Rows per step, over all devices.
     :param adapter: Train an adapter instead of the weights.
     :param freeze_vision: Do not train the vision encoder.
+    :param freeze_layers: Do not train this many of the language model's first layers. Not with an adapter.
     :param warmup_steps: Steps in which the learning rate rises.
     :param schedule: Of the learning rate after ``warmup_steps``; ``warmup_stable_decay`` holds it and lets it fall to
         zero over the last 30 % of the steps.
@@ -172,6 +173,7 @@ class StageSettings(Settings):
     batch_size: Positive
     adapter: AdapterSettings | None = None
     freeze_vision: bool = False
+    freeze_layers: Count = 0
     learning_rate: Rate = 2e-5
     warmup_steps: Count = 100
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -204,6 +206,8 @@ class StageSettings(Settings):
             raise ValueError("min_steps belongs to epochs; leave it out beside steps")
         if self.snapshot_steps and self.adapter is not None:
             raise ValueError("snapshot_steps and adapter exclude each other; remove one of them")
+        if self.freeze_layers and self.adapter is not None:
+            raise ValueError("freeze_layers and adapter exclude each other; remove one of them")
         return self
 
 

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from math import ceil
 from typing import Literal
 
-Group = Literal["stages", "variants", "mask ratio", "pairs", "length"]
+Group = Literal["stages", "variants", "mask ratio", "pairs", "length", "photographs", "settings"]
 
 FRACTIONS = (0.1, 0.3, 1.0)
 """Of the pairs, to train the contrastive stage on."""
@@ -58,6 +59,7 @@ class StageRun:
 
     :param settings: Overrides of the base recipe.
     :param at_step: Start from the weights that ``start`` had after that step; None for its end.
+    :param varied: The one of the settings that is compared with others.
     """
 
     stage: str
@@ -65,6 +67,7 @@ class StageRun:
     settings: tuple[str, ...] = ()
     start: "StageRun | None" = None
     at_step: int | None = None
+    varied: str | None = None
 
     @property
     def chain(self) -> "list[tuple[StageRun, int]]":
@@ -81,6 +84,7 @@ class Arm:
 
     :param x: Its place on the axis of the group's figure: fraction of the pairs, mask ratio, part of the bridge.
     :param at_step: Score the weights that the last stage had after that step; None for its end.
+    :param captions: The captions of an image, each of which makes a contrastive pair.
     """
 
     group: Group
@@ -89,6 +93,7 @@ class Arm:
     fraction: float = 1.0
     x: float | None = None
     at_step: int | None = None
+    captions: float = 1
 
     @property
     def chain(self) -> list[tuple[StageRun, int]]:
@@ -105,6 +110,7 @@ class Grid:
     :param batch_sizes: Of each stage.
     :param mask_ratio: Of the bridge, where mask ratios are not compared.
     :param groups: The groups to run; None for all.
+    :param patterns: Of the ``label`` of arms to run, as of file names; none for all.
     """
 
     sizes: Sizes
@@ -112,37 +118,54 @@ class Grid:
     batch_sizes: Mapping[str, int]
     mask_ratio: float
     groups: Sequence[Group] | None = None
+    patterns: Sequence[str] = ()
 
     @property
     def arms(self) -> list[Arm]:
-        """All arms, group after group."""
-        arms = [*self._stages(), *self._variants(), *self._mask_ratios(), *self._pairs(), *self._lengths()]
-        return [arm for arm in arms if self.groups is None or arm.group in self.groups]
+        """The arms to run, in the order in which they are trained."""
+        arms = [arm for arm in self._all() if self.groups is None or arm.group in self.groups]
+        patterns = self.patterns or ("*",)
+        return [arm for arm in arms if any(fnmatchcase(self.label(arm), pattern) for pattern in patterns)]
+
+    def label(self, arm: Arm) -> str:
+        """Return an arm's name with its data."""
+        return f"{arm.name}, {self.pairs(arm.fraction)} pairs"
+
+    def _all(self) -> list[Arm]:
+        return [*self._stages(), *self._variants(), *self._mask_ratios(), *self._pairs(), *self._lengths()]
 
     def pairs(self, fraction: float) -> int:
         """Return how many pairs a fraction is."""
         return round(self.sizes.pairs * fraction)
 
-    def flops_per_step(self, stage: str, fraction: float) -> float:
+    def flops_per_step(self, stage: str, fraction: float, captions: float = 1, setting: str | None = None) -> float:
         """Return the FLOPs of a step.
 
         The last contrastive batch of an epoch holds the remaining pairs, so a step has fewer than a batch on average.
+
+        :param setting: The setting that is varied, whose rows may cost more or less.
         """
         rows: float = self.batch_sizes[stage]
         if stage == "contrastive":
-            pairs = self.pairs(fraction)
+            pairs = self.pairs(fraction) * captions
             rows = pairs / ceil(pairs / self.batch_sizes[stage])
-        return rows * self.flops_per_row[stage]
+        return rows * self.flops_per_row.get(str(setting), self.flops_per_row[stage])
 
     def flops(self, arm: Arm) -> float:
         """Return the FLOPs of the training of an arm."""
-        return sum(steps * self.flops_per_step(run.stage, arm.fraction) for run, steps in arm.chain)
+        return sum(
+            steps * self.flops_per_step(run.stage, arm.fraction, arm.captions, run.varied) for run, steps in arm.chain
+        )
 
-    def equal_compute_steps(self, bridge_steps: int, fraction: float) -> int:
+    def equal_compute_steps(self, bridge_steps: int, fraction: float, captions: float = 1) -> int:
         """Return the contrastive steps that cost as much as warm-up, bridge and contrastive stage together."""
-        before = self.sizes.warmup_steps * self.flops_per_step("warmup", fraction)
-        before += bridge_steps * self.flops_per_step("bridge", fraction)
-        return self.sizes.contrastive_steps + round(before / self.flops_per_step("contrastive", fraction))
+        step = self.flops_per_step("contrastive", fraction, captions)
+        return self.sizes.contrastive_steps + round(self.flops_before(bridge_steps) / step)
+
+    def flops_before(self, bridge_steps: int) -> float:
+        """Return the FLOPs of warm-up and bridge."""
+        warmup, bridge = (self.flops_per_step(stage, 1.0) for stage in ("warmup", "bridge"))
+        return self.sizes.warmup_steps * warmup + bridge_steps * bridge
 
     def warmup(self, *settings: str) -> StageRun:
         """Return stage 1."""

@@ -5,30 +5,34 @@ import json
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from arms.grid import Arm, StageRun
+from arms.summary import SCORED
 from arms.workspace import Workspace
 from cocoa_embed.cli.output import silence_libraries
+from cocoa_embed.data.image_folder import CaptionChoice
 from cocoa_embed.encode.load import load_encoder
 from cocoa_embed.errors import CocoaError
-from cocoa_embed.evaluation.pairs import evaluate_pairs
+from cocoa_embed.evaluation.metrics import METRICS
+from cocoa_embed.evaluation.pairs import directions, score_queries
 from cocoa_embed.evaluation.pairs_reader import read_pairs
 from cocoa_embed.folders import write_atomically
 from cocoa_embed.model.training_record import read_run, read_training
 from cocoa_embed.train import Recipe, run
 from cocoa_embed.train.loop.checkpoints import snapshot_folder
 
-SCORES = "scores.json"
 END = "end"
 
 BRIDGE_METRICS = (
@@ -42,9 +46,6 @@ BRIDGE_METRICS = (
     "effective_rank",
 )
 """The last values of the bridge's log that are results."""
-
-Scores = dict[str, dict[str, dict[str, float]]]
-"""Metrics by step and direction."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,8 @@ class Job:
     folder: Path
     before: Path | None
     held_out: Path
+    captions: CaptionChoice
     scored: tuple[int | None, ...]
-
-    @property
-    def rows(self) -> int:
-        """Rows of all steps."""
-        section = self.recipe.stages[self.stage].settings
-        return (section.steps or 0) * section.batch_size
 
     @property
     def output_file(self) -> Path:
@@ -90,15 +86,17 @@ def jobs_of(workspace: Workspace, arms: Sequence[Arm], seeds: Sequence[int]) -> 
                 folder=folder,
                 before=None if each.start is None else workspace.folder(each.start, seed),
                 held_out=workspace.data(seed).held_out,
+                captions="text" if workspace.folders is None else "captions",
                 scored=tuple(sorted(scored.get(folder, ()), key=lambda step: step or each.steps)),
             )
     return jobs
 
 
-def run_jobs(jobs: dict[Path, Job], processes: int, threads: int) -> None:
-    """Run each job when the one that it starts from is done, the longest first.
+def run_jobs(jobs: dict[Path, Job], processes: int, threads: int, publish: Callable[[], None] = lambda: None) -> None:
+    """Run the jobs in their order, each when the one that it starts from is done.
 
     :param threads: Of torch, in each process.
+    :param publish: Called after each job.
     :raises CocoaError: If a job fails or the run is interrupted; finished jobs stay.
     """
     waiting = dict(jobs)
@@ -111,13 +109,14 @@ def run_jobs(jobs: dict[Path, Job], processes: int, threads: int) -> None:
         try:
             while waiting or running:
                 ready = [job for job in waiting.values() if job.before is None or job.before in done]
-                for job in sorted(ready, key=lambda job: -job.rows)[: processes - len(running)]:
+                for job in ready[: processes - len(running)]:
                     running[pool.submit(train_and_score, waiting.pop(job.folder))] = job
                 for finished in wait(running, return_when=FIRST_COMPLETED).done:
                     job = running.pop(finished)
                     _refuse_failure(finished, job)
                     done.add(job.folder)
                     bar.update()
+                    publish()
         except KeyboardInterrupt:
             raise CocoaError("interrupted; finished stages stay, the same command continues from there") from None
         finally:
@@ -153,31 +152,43 @@ def train_and_score(job: Job) -> None:
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     with job.output_file.open("a") as output, contextlib.redirect_stderr(output):
         (result,) = run(job.recipe, job.folder, resume=True)
-        scores = read_scores(job.folder)
         for step in job.scored:
-            if str(step or END) not in scores:
+            if not scores_file(job.folder, step).is_file():
                 checkpoint = result.folder if step is None else snapshot_folder(result.folder, step)
-                scores[str(step or END)] = score(checkpoint, job.held_out)
-                write_atomically(job.folder / SCORES, json.dumps(scores, indent=2) + "\n")
+                scores = score(checkpoint, job.held_out, job.captions)
+                write_atomically(scores_file(job.folder, step), json.dumps(scores))
 
 
-def read_scores(folder: Path) -> Scores:
-    """Return the scores of a stage."""
-    path = folder / SCORES
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def scores_file(folder: Path, step: int | None) -> Path:
+    """Return the file with the scores after a step of a stage, or at its end."""
+    return folder / f"scores-{step or END}.json"
 
 
-def score(checkpoint: Path, held_out: Path) -> dict[str, dict[str, float]]:
-    """Return the metrics of a checkpoint on the pairs of an image folder, by direction."""
-    metrics: dict[str, dict[str, float]] = evaluate_pairs(
-        [load_encoder(checkpoint)], read_pairs(held_out), resamples=10
-    )["subsets"]
-    return metrics
+def score(checkpoint: Path, held_out: Path, captions: CaptionChoice) -> dict[str, Any]:
+    """Score a checkpoint on an image folder.
+
+    :returns: ``metrics``, by direction, and ``images``: of each image the ``SCORED`` from its captions (their mean) to
+        it and back, ``[images, 2, 4]``.
+    """
+    both = directions(read_pairs(held_out, captions=captions))
+    columns = [METRICS.index(name.replace("recall", "hit")) for name in SCORED]
+    encoder = load_encoder(checkpoint)
+    of_texts, of_images = (score_queries(encoder, each)[:, columns] for each in both)
+    values = np.stack([[of_texts[texts].mean(axis=0) for texts in both[1].relevant], of_images], axis=1)
+    means = zip(both, values.mean(axis=0).tolist(), strict=True)
+    metrics = {way.name: dict(zip(SCORED, row, strict=True)) for way, row in means}
+    return {"metrics": metrics, "images": values.round(6).tolist()}
 
 
-def outcome(workspace: Workspace, arm: Arm, seed: int) -> dict[str, Any]:
-    """Return the result of an arm: its metrics, its training time, and the metrics of its bridge."""
-    scores = read_scores(workspace.folder(arm.last, seed))[str(arm.at_step or END)]
+def outcome(workspace: Workspace, arm: Arm, seed: int) -> dict[str, Any] | None:
+    """Return the result of an arm: its metrics, its training time, and the metrics of its bridge; None if unfinished.
+
+    With the user's folders, also the scores of each ``images``: they are the same for all seeds.
+    """
+    scores = scores_file(workspace.folder(arm.last, seed), arm.at_step)
+    if not scores.is_file():
+        return None
+    found = json.loads(scores.read_text(encoding="utf-8"))
     seconds, bridge = 0.0, {}
     for stage_run, steps in arm.chain:
         folder = workspace.folder(stage_run, seed) / stage_run.stage
@@ -187,5 +198,6 @@ def outcome(workspace: Workspace, arm: Arm, seed: int) -> dict[str, Any]:
             log = read_run(folder.parent)["stages"]["bridge"]["log"]
             last = {name: value for line in log if line["step"] <= steps for name, value in line.items()}
             bridge = {name: last[name] for name in BRIDGE_METRICS if name in last}
-    means = {name: sum(each[name] for each in scores.values()) / len(scores) for name in ("recall@1", "mrr")}
-    return {"seed": seed, **means, "directions": scores, "seconds": seconds, "bridge": bridge}
+    means = {name: fmean(each[name] for each in found["metrics"].values()) for name in SCORED}
+    images = {} if workspace.folders is None else {"images": found["images"]}
+    return {"seed": seed, **means, "directions": found["metrics"], "seconds": seconds, "bridge": bridge, **images}

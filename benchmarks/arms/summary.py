@@ -5,19 +5,29 @@ from math import sqrt
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
+import numpy as np
 from scipy.stats import t
 
 from arms.grid import ALL_THREE, ALONE, EQUAL, NO_BRIDGE, Arm, Grid
+from cocoa_embed.evaluation.significance import mean_intervals
 from cocoa_embed.report.tables import Score, Table
 
 LEVEL = 0.95
+RESAMPLES = 1000
+SCORED = ("recall@1", "recall@5", "recall@10", "mrr")
+COMPARED = dict.fromkeys(("photographs", "settings"), "recall@10")
+"""What differences are of, where it is not recall@1: small models find few of a thousand photographs at once."""
+
 TITLES = {
     "stages": "The stages",
     "variants": "Variants of the method",
     "mask ratio": "The bridge's mask ratio",
     "pairs": "Fewer pairs",
     "length": "The bridge's length, and the same compute spent on contrastive steps",
+    "photographs": "The stages on photographs",
+    "settings": "What may make the bridge pay, at equal compute",
 }
+BRIDGE_COLUMNS = ["bridge: loss", "bridge: matching minus shuffled image"]
 SHORT = {ALONE: "contrastive only", EQUAL: "equal compute", NO_BRIDGE: "no bridge", ALL_THREE: "all three"}
 
 
@@ -40,28 +50,35 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(fmean(values), float(width))
 
 
-def results_document(grid: Grid, outcomes: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    """Return the results of all arms: each seed's outcome, their mean, and paired differences to other arms.
+def results_document(grid: Grid, outcomes: Sequence[Sequence[Mapping[str, Any] | None]]) -> dict[str, Any]:
+    """Return the results of the arms: each seed's outcome, their mean, and paired differences to other arms.
 
-    :param outcomes: For each arm of the grid, one for each seed.
+    :param outcomes: For each arm of the grid, one for each seed, None where it is unfinished.
     """
-    of_arm = dict(zip(grid.arms, outcomes, strict=True))
+    finished = ([each for each in seeds if each is not None] for seeds in outcomes)
+    of_arm = {arm: found for arm, found in zip(grid.arms, finished, strict=True) if found}
     return {
         "sizes": {"pairs": grid.sizes.pairs, "training": grid.sizes.training, "held_out": grid.sizes.held_out},
         "flops_per_row": dict(grid.flops_per_row),
         "batch_sizes": dict(grid.batch_sizes),
         "mask_ratio": grid.mask_ratio,
         "level": LEVEL,
-        "arms": [_arm_document(grid, arm, of_arm) for arm in grid.arms],
+        "arms": [_arm_document(grid, arm, of_arm) for arm in of_arm],
     }
 
 
 def _arm_document(grid: Grid, arm: Arm, outcomes: Mapping[Arm, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    ours = [outcome["recall@1"] for outcome in outcomes[arm]]
-    differences = {}
-    for other in grid.references(arm):
-        theirs = [outcome["recall@1"] for outcome in outcomes[other]]
-        differences[other.name] = estimate([a - b for a, b in zip(ours, theirs, strict=True)])._asdict()
+    ours = outcomes[arm]
+    differences, of_images, compared = {}, {}, COMPARED.get(arm.group, "recall@1")
+    for other in (other for other in grid.references(arm) if other in outcomes):
+        theirs = {outcome["seed"]: outcome for outcome in outcomes[other]}
+        pairs = [(each, theirs[each["seed"]]) for each in ours if each["seed"] in theirs]
+        if pairs:
+            differences[other.name] = estimate([one[compared] - two[compared] for one, two in pairs])._asdict()
+        if pairs and "images" in ours[0]:
+            column = SCORED.index(compared)
+            changes = [(_of_images([one]) - _of_images([two]))[:, :, column].mean(axis=1) for one, two in pairs]
+            of_images[other.name] = _interval(np.mean(changes, axis=0)[:, None])[0]
     return {
         "group": arm.group,
         "name": arm.name,
@@ -69,10 +86,31 @@ def _arm_document(grid: Grid, arm: Arm, outcomes: Mapping[Arm, Sequence[Mapping[
         "x": arm.x,
         "stages": [{"stage": run.stage, "steps": steps, "settings": list(run.settings)} for run, steps in arm.chain],
         "flops": grid.flops(arm),
-        "recall@1": estimate(ours)._asdict(),
+        "recall@1": estimate([each["recall@1"] for each in ours])._asdict(),
         "differences": differences,
-        "outcomes": list(outcomes[arm]),
+        **({"captions": arm.captions, **_over_images(ours, of_images)} if "images" in ours[0] else {}),
+        "outcomes": [{name: value for name, value in each.items() if name != "images"} for each in ours],
     }
+
+
+def _over_images(outcomes: Sequence[Mapping[str, Any]], differences: Mapping[str, Any]) -> dict[str, Any]:
+    """Return means and intervals over the images that all seeds measure on; an image keeps all its captions."""
+    values = _of_images(outcomes)
+    ends = _interval(values.reshape(len(values), -1))
+    cells = iter(zip(values.mean(axis=0).ravel().tolist(), ends, strict=True))
+    scores = {way: {name: next(cells) for name in SCORED} for way in outcomes[0]["directions"]}
+    return {"scores": scores, "difference_intervals": dict(differences)}
+
+
+def _of_images(outcomes: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    values: np.ndarray = np.mean([outcome["images"] for outcome in outcomes], axis=0)
+    return values
+
+
+def _interval(values: np.ndarray) -> list[list[float]]:
+    images = np.arange(len(values))
+    found: list[list[float]] = mean_intervals(values, images, np.random.default_rng(0), RESAMPLES).tolist()
+    return found
 
 
 def values(arm: Mapping[str, Any], name: str = "recall@1") -> list[float]:
@@ -88,7 +126,54 @@ def bridge_values(arm: Mapping[str, Any], name: str) -> list[float]:
 def tables(document: Mapping[str, Any]) -> list[Table]:
     """Return a table for each group of arms."""
     groups = {arm["group"] for arm in document["arms"]}
-    return [_table(document, group, title) for group, title in TITLES.items() if group in groups]
+    return [
+        (_photo_table if group in COMPARED else _table)(document, group, title)
+        for group, title in TITLES.items()
+        if group in groups
+    ]
+
+
+def _photo_table(document: Mapping[str, Any], group: str, title: str) -> Table:
+    arms = [arm for arm in document["arms"] if arm["group"] == group]
+    arms.sort(key=lambda arm: (-arm["captions"], arm["pairs"]))
+    references = list(dict.fromkeys(name for arm in arms for name in arm["differences"]))
+    columns = [(way, name) for way in arms[0]["scores"] for name in SCORED[:-1]]
+    header = ["arm", "images", "captions", "seeds", "steps", "TFLOP", "minutes"]
+    header += [f"{way.replace('_', ' ').replace(' to ', ' → ')} {name}" for way, name in columns]
+    header += [f"difference to {SHORT.get(name, name)}" for name in references]
+    rows = []
+    for arm in arms:
+        scores = (arm["scores"][way][name] for way, name in columns)
+        rows.append(
+            [
+                arm["name"],
+                str(arm["pairs"]),
+                f"{arm['captions']:g}",
+                str(len(arm["outcomes"])),
+                " + ".join(f"{stage['steps']}" for stage in arm["stages"]),
+                f"{arm['flops'] / 1e12:.1f}",
+                f"{fmean(values(arm, 'seconds')) / 60:.1f}",
+                *(Score(f"{mean:.3f}", mean, f"{low:.3f}–{high:.3f}") for mean, (low, high) in scores),
+                *(_difference(arm, name) for name in references),
+                *_bridge_cells(arm),
+            ]
+        )
+    notes = [
+        "Every caption of the held-out images is a query, and an image is right for all of its captions; recall@k:"
+        f" whether one that is right is among the first k. Means over seeds, with {LEVEL:.0%} bootstrap intervals over"
+        " images, each with all its captions. Bold: the best of a column.",
+        "images, captions: of the contrastive pairs; the bridge's are all images and captions to train on, if not said"
+        " otherwise. difference to ...: of recall@10, mean of both directions, with its interval over images, and ±"
+        " over seeds (Student's t).",
+    ]
+    return Table(title, header + BRIDGE_COLUMNS, rows, notes)
+
+
+def _difference(arm: Mapping[str, Any], name: str) -> str | Score:
+    if name not in arm["differences"]:
+        return ""
+    low, high = arm["difference_intervals"][name]
+    return Score(Estimate(**arm["differences"][name]).text("+"), detail=f"{low:+.3f} to {high:+.3f}")
 
 
 def _table(document: Mapping[str, Any], group: str, title: str) -> Table:
@@ -97,7 +182,7 @@ def _table(document: Mapping[str, Any], group: str, title: str) -> Table:
     header = ["arm", "pairs", "steps", "TFLOP", "minutes", "recall@1", "mrr"]
     header += [f"difference to {SHORT.get(name, name)}" for name in references]
     # A bridge that masks more has the harder task, so metrics of bridges with different ratios do not compare.
-    bridge = [] if group == "mask ratio" else ["bridge: loss", "bridge: matching minus shuffled image"]
+    bridge = [] if group == "mask ratio" else BRIDGE_COLUMNS
     rows = []
     for arm in arms:
         differences = {name: Estimate(**found).text("+") for name, found in arm["differences"].items()}
@@ -120,9 +205,8 @@ def _bridge_cells(arm: Mapping[str, Any]) -> tuple[str, str]:
     losses, matching, shuffled = (
         bridge_values(arm, name) for name in ("loss", "accuracy_matching_image", "accuracy_shuffled_image")
     )
-    if not losses:
-        return "", ""
-    return f"{fmean(losses):.3f}", estimate([a - b for a, b in zip(matching, shuffled, strict=True)]).text("+")
+    gains = [a - b for a, b in zip(matching, shuffled, strict=True)]
+    return f"{fmean(losses):.3f}" if losses else "", estimate(gains).text("+") if gains else ""
 
 
 def _notes(document: Mapping[str, Any], references: Sequence[str]) -> list[str]:

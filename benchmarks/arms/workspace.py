@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from arms.families import families
 from arms.grid import Grid, Group, Sizes, StageRun
+from arms.photos import MOCA, MOCA_SETTINGS, SETTINGS, PhotoGrid, PhotoSizes
 from cocoa_embed.data.image_folder import METADATA_FILE
 from cocoa_embed.demo.scenes import write_image_folder, write_scenes
 from cocoa_embed.errors import CocoaError, UsageError
@@ -25,6 +27,7 @@ from cocoa_embed.train.loop.checkpoints import snapshot_folder
 from cocoa_embed.train.plan.checks import NOT_LEARNED
 from cocoa_embed.train.plan.dry_run import plan
 from cocoa_embed.train.recipe import STAGES
+from cocoa_embed.train.timing import seconds_per_step
 
 MARKER = ".cocoa-ablation"
 DIGITS = 10
@@ -67,6 +70,7 @@ class Workspace:
     :param base: The recipe of all stages, a name or a file.
     :param settings: Overrides of it for all arms, as ``key.sub=value``.
     :param folders: The user's image folders; None for drawn scenes, different ones for each seed.
+    :param backbone: What the first stage starts from; None for the recipe's.
     """
 
     work: Path
@@ -74,6 +78,7 @@ class Workspace:
     base: str
     settings: tuple[str, ...] = ()
     folders: UserFolders | None = None
+    backbone: str | None = None
 
     def __post_init__(self) -> None:
         """Check the settings.
@@ -114,6 +119,8 @@ class Workspace:
         return data
 
     def _user_data(self, folders: UserFolders) -> Data:
+        if isinstance(self.sizes, PhotoSizes):
+            return Data(folders.training, folders.training, folders.held_out)
         content = hashlib.sha256(str(folders.training.resolve()).encode())
         content.update((folders.training / METADATA_FILE).read_bytes())
         pairs = self.work / "data" / f"pairs-{self.sizes.probe_rows}-{content.hexdigest()[:DIGITS]}"
@@ -125,7 +132,7 @@ class Workspace:
         """Return a name for a stage that depends on everything that its weights depend on."""
         start = None if stage_run.start is None else f"{self.key(stage_run.start, seed)} {stage_run.at_step}"
         recipe = _learned(self.recipe(stage_run, seed, backbone=start).model_dump(mode="json"))
-        content = [recipe, self.data(seed).digest(), VERSION]
+        content = [recipe, self.data(seed).digest(), VERSION, *_weights(recipe["backbone"])]
         return f"{stage_run.stage}-{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:DIGITS]}"
 
     def folder(self, stage_run: StageRun, seed: int) -> Path:
@@ -157,25 +164,54 @@ class Workspace:
             *(f"{name}=null" for name in STAGES if name != stage),
             *(f"{stage}.{setting}" for setting in ("epochs=null", "adapter=null", f"steps={stage_run.steps}")),
         ]
-        start = [] if backbone is None else [f"backbone={json.dumps(backbone)}"]
+        start = [f"backbone={json.dumps(name)}" for name in (backbone or self.backbone,) if name]
         return Recipe.load(self.base, [*self.settings, *common, *stage_run.settings, *start])
 
-    def grid(self, groups: Sequence[Group] | None = None) -> Grid:
+    def grid(
+        self,
+        groups: Sequence[Group] | None = None,
+        patterns: Sequence[str] = (),
+        seconds: dict[str, float] | None = None,
+    ) -> Grid:
         """Return the arms to compare; a dry run measures what a row of each stage costs.
 
         :param groups: The groups of arms to run; None for all.
+        :param patterns: Of the labels of arms to run; none for all.
+        :param seconds: Gets the seconds of a step of each stage, of a few that are timed.
         """
-        runs = [StageRun("warmup", 1), StageRun("bridge", 1)]
-        runs.append(StageRun("contrastive", 1, (f"contrastive.data.limit={self.sizes.pairs}",)))
-        recipes = {stage_run.stage: self.recipe(stage_run, 0, backbone=None) for stage_run in runs}
-        plans = [plan(recipe, self.work / "plan").stages[0] for recipe in recipes.values()]
-        return Grid(
-            self.sizes,
-            flops_per_row={stage.stage: stage.flops / stage.steps / stage.batch_size for stage in plans},
-            batch_sizes={stage.stage: stage.batch_size for stage in plans},
+        is_photos = isinstance(self.sizes, PhotoSizes)
+        names = [stage for stage in STAGES if stage != MOCA or is_photos]
+        if is_photos and (groups is None or "settings" in groups):
+            names += SETTINGS
+        of_stage = {"contrastive": (f"contrastive.data.limit={self.sizes.pairs}",), MOCA: MOCA_SETTINGS}
+        varied = {name: (name,) * (name not in STAGES) for name in names}
+        stages = {name: name.partition(".")[0] for name in names}
+        runs = {name: StageRun(stages[name], 1, (*of_stage.get(stages[name], ()), *varied[name])) for name in names}
+        recipes = {name: self.recipe(stage_run, 0, backbone=None) for name, stage_run in runs.items()}
+        timed = None if seconds is None else seconds_per_step
+        plans = {
+            name: plan(recipe, self.work / "plan", seconds_per_step=timed if name in STAGES else None).stages[0]
+            for name, recipe in recipes.items()
+        }
+        if seconds is not None:
+            seconds |= {name: each.seconds_per_step or 0.0 for name, each in plans.items() if name in STAGES}
+        return (PhotoGrid if is_photos else Grid)(
+            self.sizes,  # type: ignore[arg-type]
+            flops_per_row={name: each.flops / each.steps / each.batch_size for name, each in plans.items()},
+            batch_sizes={name: each.batch_size for name, each in plans.items()},
             mask_ratio=recipes["bridge"].model_dump()["bridge"]["mask_ratio"],
             groups=groups,
+            patterns=patterns,
         )
+
+
+@cache
+def _weights(backbone: str) -> list[str]:
+    """Return a digest of the weights in a folder that is no stage of an ablation; of a name, nothing."""
+    content = hashlib.sha256()
+    for file in sorted(Path(backbone).glob("*.safetensors")):
+        content.update(file.read_bytes())
+    return [content.hexdigest()] if Path(backbone).is_dir() else []
 
 
 def _learned(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,15 @@
 """The command ``demo``. Heavy imports are inside the function, so that ``--help`` is quick."""
 
+import json
 import os
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from cocoa_embed.cli.output import JsonOption, print_json, silence_libraries, working
+from cocoa_embed.cli.output import JsonOption, check_all, print_json, silence_libraries, working
 from cocoa_embed.errors import require
 
 DEMO_NEEDS = ("accelerate", "datasets", "qdrant_client", "llama_index.core", "jinja2", "matplotlib")
@@ -16,6 +19,17 @@ DEMO_NEEDS = ("accelerate", "datasets", "qdrant_client", "llama_index.core", "ji
 def demo(
     out: Annotated[Path, typer.Option("--out", help="The folder for the exported model.")] = Path("cocoa-qwen2vl"),
     work: Annotated[Path, typer.Option("--work", help="The folder for everything else.")] = Path("cocoa-demo"),
+    photos: Annotated[
+        Path | None,
+        typer.Option(help="A folder of captioned photographs, for drawn scenes."),
+    ] = None,
+    captions: Annotated[
+        Literal["captions", "text"],
+        typer.Option(help="What is used of a photograph: all of its captions, or its text."),
+    ] = "captions",
+    backbone: Annotated[
+        str | None, typer.Option(help="The vision-language model to start from [default: the package's captioner].")
+    ] = None,
     seed: Annotated[
         int, typer.Option("--seed", min=0, max=2**32 - 1, help="The seed of data, initial weights and training.")
     ] = 0,
@@ -24,14 +38,23 @@ def demo(
     """Train, export, index and search a tiny model on this machine, with or without a GPU."""
     with working():
         from cocoa_embed.demo import check_folders
+        from cocoa_embed.demo.photographs import read_photographs
+        from cocoa_embed.train.recipe import Recipe
 
-        check_folders(out, work)  # before torch, which takes seconds
+        recipe = "tiny" if photos is None else "photos"
+        overrides = ["data.folder=.", *([] if backbone is None else [f"backbone={json.dumps(backbone)}"])]
+        check_all(  # before torch, which takes seconds
+            partial(check_folders, out, work, photos),
+            partial(Recipe.load, recipe, overrides, check_paths=True),
+            *([] if photos is None else [partial(read_photographs, photos, captions)]),
+        )
         for module in DEMO_NEEDS:
             require(module, "all")
         silence_libraries()
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one device is enough; training would ask for a launcher
         from cocoa_embed.demo.story import Demo
 
-        results = Demo(out, work, seed).run()
+        own = Demo(out, work, seed, recipe, backbone=backbone)
+        results = (own if photos is None else replace(own, photos=photos, captions=captions)).run()
     if as_json:
         print_json(results)

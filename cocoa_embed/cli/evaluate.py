@@ -100,6 +100,9 @@ def pairs(
     query_image: Annotated[str | None, typer.Option(help="The column of their images.")] = None,
     positive_text: Annotated[str | None, typer.Option(help="The column of the right documents' texts.")] = None,
     positive_image: Annotated[str | None, typer.Option(help="The column of their images.")] = None,
+    captions: Annotated[
+        Literal["captions", "text"], typer.Option(help="A folder's queries: each of an image's captions, or its text.")
+    ] = "captions",
     seed: Annotated[int, typer.Option(min=0, help="The seed of intervals and tests.")] = 0,
     batch_tokens: BatchTokensOption = BATCH_TOKENS,
     out: Annotated[
@@ -118,14 +121,14 @@ def pairs(
         columns = dict(zip(PAIR_COLUMNS, (query_text, query_image, positive_text, positive_image), strict=True))
         source = {"path": str(data.absolute()), "images": images and str(images.absolute()), "columns": columns}
         found, *_ = check_all(
-            partial(read_pairs, data, images, {part: name for part, name in columns.items() if name}),
+            partial(read_pairs, data, images, {part: name for part, name in columns.items() if name}, captions),
             *(partial(check_model, name) for name in model),
             *_checks_of_out(out),
         )
         silence_libraries()
         from cocoa_embed.encode.load import load_encoder
         from cocoa_embed.evaluation.pairs import evaluate_pairs
-        from cocoa_embed.evaluation.pairs_tables import SHOWN_METRICS, pairs_tables
+        from cocoa_embed.evaluation.pairs_tables import pairs_tables, shown_metrics
         from cocoa_embed.report.tables import to_terminal
 
         document: dict[str, Any] = {}
@@ -142,7 +145,7 @@ def pairs(
                 encoders, found, seed=seed, batch_tokens=batch_tokens, progress=console.is_terminal, publish=publish
             )
         finally:  # if the second model fails, the first model's scores are shown all the same
-            for table in pairs_tables(document, SHOWN_METRICS) if document else ():
+            for table in pairs_tables(document, shown_metrics(document)) if document else ():
                 console.print(to_terminal(table))
             if document and out is not None:
                 say(console, f"wrote {out / 'pairs'}.json, .md and .html")

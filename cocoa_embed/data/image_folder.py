@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from cocoa_embed.data.rows import check_unicode
 from cocoa_embed.data.tables import open_table
@@ -21,6 +21,9 @@ FILE_COLUMNS = ("file_name", "filename", "path", "image", "image_path")
 
 TEXT_COLUMNS = ("text", "caption")
 """The columns that may hold the caption; the first with a value does, then the list ``captions``."""
+
+CaptionChoice: TypeAlias = Literal["text", "captions"]
+"""Which texts of an image are used: its caption, or each entry of the column ``captions``."""
 
 TEXT_SUFFIXES = (".txt", ".caption")
 """The suffixes of a text file beside an image, of the same name, that holds its caption."""
@@ -82,6 +85,28 @@ class DescribedImage(NamedTuple):
             raise RowError(self.source, f"has an empty {(self.text_column or 'captions')!r}; write one, or remove the "
                            "row")  # fmt: skip
         return check_unicode(text, self.source)
+
+    @property
+    def captions(self) -> list[str]:
+        """The entries of the column ``captions``.
+
+        :raises RowError: If it is not a list of non-empty texts.
+        """
+        captions = self.columns.get("captions")
+        if captions is None:
+            return []
+        if not isinstance(captions, list):
+            raise RowError(self.source, f"'captions' is {captions!r}; expected a list of texts")
+        if not all(isinstance(caption, str) and caption.strip() for caption in captions):
+            raise RowError(self.source, "an entry of 'captions' is empty or not a text")
+        return [check_unicode(caption, self.source) for caption in captions]
+
+    def texts(self, choice: CaptionChoice) -> list[str]:
+        """Return the caption alone, or all ``captions`` of an image that has such a list.
+
+        :raises RowError: If there is none, or the list is malformed.
+        """
+        return (self.captions if choice == "captions" else []) or [self.text]
 
 
 def find_metadata(folder: Path) -> Path:

@@ -1,23 +1,25 @@
-"""The demo: draws scenes, trains three stages, exports, evaluates, indexes, searches and reports."""
+"""The demo: takes photographs or draws scenes, trains three stages, exports, evaluates, indexes, searches, reports."""
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from sentence_transformers import SentenceTransformer
 
+from cocoa_embed.data.image_folder import CaptionChoice
 from cocoa_embed.data.rows import Row
 from cocoa_embed.demo import MARKER, check_folders
 from cocoa_embed.demo.gallery import answer_queries
 from cocoa_embed.demo.meter import Meter, peak_memory_bytes
+from cocoa_embed.demo.photographs import findings, split_photographs
 from cocoa_embed.demo.scenes import write_image_folder
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.evaluation.pairs import evaluate_pairs
 from cocoa_embed.evaluation.pairs_reader import read_pairs
-from cocoa_embed.evaluation.pairs_tables import SHOWN_METRICS, pairs_tables
+from cocoa_embed.evaluation.pairs_tables import SHOWN_METRICS, pairs_tables, shown_metrics
 from cocoa_embed.folders import claim_folder
 from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
 from cocoa_embed.model.export import save_sentence_transformer
@@ -38,17 +40,23 @@ class Demo:
 
     :param out: The folder of the exported model.
     :param work: The folder of everything else: ``data``, ``runs``, ``index``, ``results.json`` and ``report.html``.
-    :param recipe: A recipe's name or file; its data are the drawn scenes.
-    :param training_scenes: The number of scenes to train on.
-    :param held_out_scenes: The number of other scenes to evaluate retrieval on.
+    :param recipe: A recipe's name or file; its data are the images of the demo.
+    :param training_images: The number of scenes to train on; with ``photos``, of photographs, once they are split.
+    :param held_out_images: The number of others to evaluate retrieval on.
+    :param photos: A folder of captioned photographs to take instead of drawn scenes.
+    :param captions: Which texts of a photograph are used.
+    :param backbone: A folder or name to start from instead of the recipe's.
     """
 
     out: Path
     work: Path
     seed: int = 0
     recipe: str = "tiny"
-    training_scenes: int = 8000
-    held_out_scenes: int = 500
+    training_images: int = 8000
+    held_out_images: int = 500
+    photos: Path | None = None
+    captions: CaptionChoice = "text"
+    backbone: str | None = None
 
     def run(self) -> dict[str, Any]:
         """Run the demo.
@@ -60,14 +68,21 @@ class Demo:
         """
         started = time.perf_counter()
         console, meter = Console(stderr=True), Meter()
-        check_folders(self.out, self.work)
+        check_folders(self.out, self.work, self.photos)
         claim_folder(self.work, marker=MARKER)
         with meter.part("data", console):
-            held_out = self._draw()
+            whole = self._with_images(console)
+        return whole._run(console, meter, started)
+
+    def _run(self, console: Console, meter: Meter, started: float) -> dict[str, Any]:
+        held_out = read_image_folder(self.work / "data" / "held-out")
         stages, comparison = self._train(meter)
         with meter.part("evaluation", console):
             model, scores = self._evaluate(stages[-1].folder, comparison.folder)
-        ours, alone = _shown_metrics(scores), _shown_metrics(scores["other"])
+        shown = tuple(dict.fromkeys(SHOWN_METRICS + shown_metrics(scores)))
+        ours, alone = ({way: {name: metrics[name] for name in shown} for way, metrics in each["subsets"].items()}
+                       for each in (scores, scores["other"]))  # fmt: skip
+        notes = self._notes(scores, model)
         self._export(model, stages[-1].folder, ours)
         with meter.part("index and search", console):
             queries, indexed = self._index_and_search(held_out)
@@ -81,26 +96,40 @@ class Demo:
             "seed": self.seed,
         }
         (self.work / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        self._write_report(scores, queries)
+        self._write_report(scores, queries, notes)
         console.print(
-            f"Retrieval among {self.held_out_scenes} held-out scenes, with 95% intervals; bold: best of a column"
+            f"Retrieval among {self.held_out_images} held-out {self._kind}, with 95% intervals; bold: best of a column"
         )
-        for table in pairs_tables(scores, SHOWN_METRICS)[: len(scores["subsets"])]:
+        for table in pairs_tables(scores, shown_metrics(scores))[: len(scores["subsets"])]:
             console.print(to_terminal(table))
+        for note in notes if self.photos else ():
+            console.print(note, markup=False, highlight=False)
         for label, written in {"model": self.out, "report": self.work / "report.html"}.items():
             console.print(f"{label:8} {written}", soft_wrap=True, markup=False, highlight=False)
         minutes, memory = meter.seconds["total"] / 60, meter.peak_memory_bytes["total"] / 2**30
         console.print(f"{minutes:.1f} minutes, at most {memory:.1f} GiB of memory")
         return results
 
-    def _draw(self) -> list[Row]:
-        write_image_folder(self.work / "data" / "train", "train", self.training_scenes, self.seed)
-        write_image_folder(self.work / "data" / "held-out", "held-out", self.held_out_scenes, self.seed)
-        return read_image_folder(self.work / "data" / "held-out")
+    def _with_images(self, console: Console) -> "Demo":
+        """Write the image folders, and return the demo with their sizes."""
+        data = self.work / "data"
+        if self.photos is not None:
+            counts, faults = split_photographs(self.photos, self.captions, data)
+            for fault in faults:
+                console.print(f"left out: {fault}", soft_wrap=True, markup=False, highlight=False)
+            return replace(self, training_images=counts["train"], held_out_images=counts["held-out"])
+        write_image_folder(data / "train", "train", self.training_images, self.seed)
+        write_image_folder(data / "held-out", "held-out", self.held_out_images, self.seed)
+        return self
+
+    @property
+    def _kind(self) -> str:
+        return "scenes" if self.photos is None else "photographs"
 
     def _train(self, meter: Meter) -> tuple[list[StageResult], StageResult]:
         folder = json.dumps(str(self.work / "data" / "train"))
-        whole = Recipe.load(self.recipe, [f"data.folder={folder}", f"seed={self.seed}"])
+        start = [] if self.backbone is None else [f"backbone={json.dumps(self.backbone)}"]
+        whole = Recipe.load(self.recipe, [f"data.folder={folder}", f"seed={self.seed}", *start], check_paths=True)
         alone = whole.model_copy(update={"name": "contrastive only", "warmup": None, "bridge": None})
         stages = run(
             whole,
@@ -117,15 +146,16 @@ class Demo:
             Encoder(load_model(folder), name)
             for name, folder in (("all three stages", ours), ("contrastive only", alone))
         ]
-        pairs = read_pairs(self.work / "data" / "held-out")
+        pairs = read_pairs(self.work / "data" / "held-out", captions=self.captions)
         return encoders[0].model, evaluate_pairs(encoders, pairs, seed=self.seed)
 
     def _export(self, model: SentenceTransformer, checkpoint: Path, metrics: Metrics) -> None:
         training = read_training(checkpoint)
-        pairs = Recipe.parse(training["recipe"]).data_of("contrastive").limit or self.training_scenes
-        training["data"] = f"{self.training_scenes} drawn scenes; the contrastive stage saw the first {pairs} as pairs"
+        pairs = Recipe.parse(training["recipe"]).data_of("contrastive").limit or self.training_images
+        kind = "drawn scenes" if self.photos is None else "captioned photographs"
+        training["data"] = f"{self.training_images} {kind}; the contrastive stage saw the first {pairs} as pairs"
         training["results"] = {
-            f"{self.held_out_scenes} held-out scenes, {direction.replace('_', ' ')}": measured
+            f"{self.held_out_images} held-out {self._kind}, {direction.replace('_', ' ')}": measured
             for direction, measured in metrics.items()
         }
         save_sentence_transformer(model, self.out, training)
@@ -138,26 +168,30 @@ class Demo:
             summary = indexer.index(self.work / "data" / "held-out")
             return answer_queries(indexer, held_out), summary.indexed
 
-    def _write_report(self, scores: dict[str, Any], searches: list[Search]) -> None:
+    def _notes(self, scores: dict[str, Any], model: SentenceTransformer) -> list[str]:
+        notes = [
+            "Contrastive only: the same backbone, the same pairs, the same number of contrastive steps, without "
+            "the two reconstruction stages. It had less compute: this page does not show its scores with as much.",
+        ]
+        if self.photos is None:
+            notes.append(
+                "The model has 3 million parameters and has seen drawn scenes only. It finds a photograph's copies, "
+                "not its meaning."
+            )
+            return notes
+        parameters = sum(each.numel() for each in model.parameters())
+        return [*findings(scores, parameters, self.training_images), *notes]
+
+    def _write_report(self, scores: dict[str, Any], searches: list[Search], notes: list[str]) -> None:
         runs, data = self.work / "runs", self.work / "data" / "held-out"
         page = render_page(
             read_run(runs / "three-stages"),
             str(runs / "three-stages"),
             [EvalResult(scores, pairs_tables(scores), str(self.work / "results.json"), is_own=True, data=str(data))],
-            title="CoCoA on drawn scenes",
+            title=f"CoCoA on {'drawn scenes' if self.photos is None else self.photos.name}",
             subtitle="A small vision-language model made bidirectional, trained to reconstruct through <EOS>, and "
-            f"trained to retrieve. Measured on {self.held_out_scenes} scenes that no stage has seen.",
+            f"trained to retrieve. Measured on {self.held_out_images} {self._kind} that no stage has seen.",
             searches=searches,
-            notes=[
-                "Contrastive only: the same backbone, the same pairs, the same number of contrastive steps, without "
-                "the two reconstruction stages. It had less compute: this page does not show its scores with as much.",
-                "The model has 3 million parameters and has seen drawn scenes only. It finds a photograph's copies, "
-                "not its meaning.",
-            ],
+            notes=notes,
         )
         (self.work / "report.html").write_text(page, encoding="utf-8")
-
-
-def _shown_metrics(scores: dict[str, Any]) -> Metrics:
-    """Return one model's metrics by direction, as ``results.json`` has them."""
-    return {way: {name: metrics[name] for name in SHOWN_METRICS} for way, metrics in scores["subsets"].items()}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cocoa_embed.data.columns import RowReader, map_columns
-from cocoa_embed.data.image_folder import find_metadata, read_metadata
+from cocoa_embed.data.image_folder import CaptionChoice, find_metadata, read_metadata
 from cocoa_embed.data.rows import ArrowImage, Item
 from cocoa_embed.data.tables import TABLE_SUFFIXES, open_table
 from cocoa_embed.errors import CocoaError, RowError, UsageError, printable
@@ -23,7 +23,12 @@ class Pair(NamedTuple):
     second: Item
 
 
-def read_pairs(data: Path, images: Path | None = None, columns: Mapping[str, str] | None = None) -> list[Pair]:
+def read_pairs(
+    data: Path,
+    images: Path | None = None,
+    columns: Mapping[str, str] | None = None,
+    captions: CaptionChoice = "captions",
+) -> list[Pair]:
     """Read pairs.
 
     :param data: An image folder, or a ``.jsonl``, ``.csv`` or ``.parquet`` file. A text's cell may hold a list of
@@ -31,12 +36,13 @@ def read_pairs(data: Path, images: Path | None = None, columns: Mapping[str, str
     :param images: The folder of a table's relative image paths; by default that of the table.
     :param columns: The column of ``query_text``, ``query_image``, ``positive_text`` and ``positive_image``; by default
         as in ``map_columns``.
+    :param captions: Of an image folder: a pair for each entry of an image's list ``captions``, or for its ``text``.
     :raises CocoaError: If the data are missing or cannot be read, or a row is malformed.
     """
     if data.is_dir():
         if images is not None or columns:
             raise UsageError(f"{printable(data)} is an image folder; its columns and images are known, name a table")
-        pairs = list(_image_folder_pairs(data))
+        pairs = list(_image_folder_pairs(data, captions))
     elif not data.exists():
         raise CocoaError(f"{printable(data)} does not exist; name an image folder or a {TABLE_SUFFIXES} file")
     else:
@@ -46,11 +52,11 @@ def read_pairs(data: Path, images: Path | None = None, columns: Mapping[str, str
     return pairs
 
 
-def _image_folder_pairs(folder: Path) -> Iterator[Pair]:
+def _image_folder_pairs(folder: Path, captions: CaptionChoice) -> Iterator[Pair]:
     for image in read_metadata(find_metadata(folder)):
         if isinstance(image, RowError):
             raise image
-        yield Pair(Item(image.text), Item(images=(image.path,)))
+        yield from (Pair(Item(text), Item(images=(image.path,))) for text in image.texts(captions))
 
 
 def _table_pairs(data: Path, images: Path, columns: Mapping[str, str] | None) -> Iterator[Pair]:

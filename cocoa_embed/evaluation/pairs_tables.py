@@ -12,6 +12,12 @@ SHOWN_METRICS = ("recall@1", "recall@5", "recall@10", "mrr")
 """The metrics for a terminal, which has no room for all."""
 
 
+def shown_metrics(document: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the metrics for a terminal: hit@k in place of recall@k where an item has several right ones."""
+    one_each = all(each["queries"] == each["documents"] for each in document["counts"].values())
+    return tuple(name if one_each else name.replace("recall", "hit") for name in SHOWN_METRICS)
+
+
 def pairs_tables(document: Mapping[str, Any], metrics: Sequence[str] = METRICS) -> list[Table]:
     """Return a table of the scores of each direction, with a row for each model and chance, then the comparisons.
 

@@ -41,7 +41,7 @@ def finished(tiny_backbone_path: Path, tmp_path_factory: pytest.TempPathFactory)
     folder = tmp_path_factory.mktemp("demo")
     recipe = folder / "two-steps.yaml"
     recipe.write_text(yaml.safe_dump({**RECIPE, "backbone": str(tiny_backbone_path)}))
-    demo = Demo(folder / "model", folder / "work", recipe=str(recipe), training_scenes=24, held_out_scenes=12)
+    demo = Demo(folder / "model", folder / "work", recipe=str(recipe), training_images=24, held_out_images=12)
     return Finished(demo, demo.run())
 
 
@@ -55,7 +55,7 @@ def test_the_results_are_written_with_time_and_memory_of_each_part(finished: Fin
 
 
 def test_the_metrics_and_the_exported_model_are_those_of_the_checkpoints(finished: Finished) -> None:
-    runs, pairs = finished.demo.work / "runs", read_pairs(finished.demo.work / "data" / "held-out")
+    runs, pairs = finished.demo.work / "runs", read_pairs(finished.demo.work / "data" / "held-out", captions="text")
     encoder, other = (load_encoder(runs / name / "contrastive") for name in ("three-stages", "contrastive-only"))
     ours, alone = (evaluate_pairs([each], pairs, resamples=10)["subsets"] for each in (encoder, other))
     assert ours != alone, "the premise: the two models differ"

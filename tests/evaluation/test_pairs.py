@@ -2,6 +2,7 @@ import json
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from cocoa_embed.evaluation import pairs as pairs_module
 from cocoa_embed.evaluation.metrics import METRICS
 from cocoa_embed.evaluation.pairs import directions, evaluate_pairs
 from cocoa_embed.evaluation.pairs_reader import Pair, read_pairs
+from cocoa_embed.evaluation.pairs_tables import shown_metrics
 
 NAMES = list(COLOURS)
 
@@ -70,6 +72,44 @@ def test_scores_of_both_directions_equal_those_of_brute_force(
     assert document["counts"]["image_to_text"] == {"queries": 20, "documents": 39, "groups": 19}
     assert document["chance"]["image_to_text"]["recall@10"] == pytest.approx(10 / 39)
     assert document["chance"]["text_to_image"]["hit@1"] == pytest.approx((38 * 1 / 20 + 2 / 20) / 39)
+
+
+class KnownRanks(ScoredModel):
+    """Some captions of image ``i`` equal it; the others point at the next image, and less exactly."""
+
+    def __init__(self, right: list[int]) -> None:
+        super().__init__()
+        self.right, self.dimension = right, len(right) + 1
+
+    def _embed(self, item: dict[str, Any]) -> np.ndarray:
+        axes = np.eye(self.dimension, dtype=np.float32)
+        if "image" in item:
+            return axes[item["image"].getpixel((0, 0))[0]]
+        image, number = map(int, item["text"].split()[-2:])
+        following = (image + 1) % len(self.right)
+        return axes[image] if number < self.right[image] else 0.8 * axes[following] + 0.6 * axes[-1]
+
+
+@pytest.mark.parametrize("right", [[3] * 8, [5, 4, 3, 2, 1, 0, 5, 5]])
+def test_a_folder_with_captions_is_scored_by_the_standard_protocol(tmp_path: Path, right: list[int]) -> None:
+    rows = []
+    for image in range(len(right)):
+        Image.new("RGB", (28, 28), (image, 0, 0)).save(tmp_path / f"{image}.png")
+        captions = [f"caption {image} {number}" for number in range(5)]
+        rows.append({"file_name": f"{image}.png", "text": captions[0], "captions": captions})
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = evaluate_pairs([Encoder(KnownRanks(right), "known")], read_pairs(tmp_path), resamples=200)
+    to_image, to_text = found["subsets"]["text_to_image"], found["subsets"]["image_to_text"]
+    assert found["counts"]["text_to_image"] == {"queries": 40, "documents": 8, "groups": 8}
+    assert to_image["hit@1"] == to_image["recall@1"] == pytest.approx(np.mean(right) / 5)
+    assert to_text["hit@1"] == np.mean(np.array(right) > 0)
+    assert to_text["recall@5"] == pytest.approx(np.mean(right) / 5), "the ratio of five captions"
+    low, high = found["intervals"]["text_to_image"]["hit@1"]
+    # Resampled captions would differ in any case; resampled images are all alike in the first.
+    assert (high - low < 1e-9) == (len(set(right)) == 1)
+    alone = evaluate_pairs([Encoder(KnownRanks(right), "known")], read_pairs(tmp_path, captions="text"), resamples=10)
+    assert alone["counts"]["text_to_image"]["queries"] == 8
+    assert (shown_metrics(found)[0], shown_metrics(alone)[0]) == ("hit@1", "recall@1")
 
 
 def test_captions_of_an_image_and_images_of_a_caption_are_all_relevant() -> None:

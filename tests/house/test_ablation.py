@@ -12,20 +12,25 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Dataset
-from scored_model import write_captioned
+from scored_model import ScoredModel, write_captioned
 from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 
 import ablation
 from arms.families import FAMILY, families, variations
 from arms.figure import draw
 from arms.grid import ALL_THREE, ALONE, CAPTIONS_AS_PAIRS, EQUAL, FRACTIONS, LENGTHS, NO_BRIDGE, Grid, Sizes, StageRun
-from arms.runner import jobs_of, outcome, run_jobs
-from arms.summary import results_document, tables, values
+from arms.photos import BRIDGE_ONLY, ONLY_PAIRS, SETTINGS, PhotoGrid, PhotoSizes
+from arms.runner import jobs_of, outcome, run_jobs, score
+from arms.summary import SCORED, results_document, tables, values
 from arms.workspace import UserFolders, Workspace
 from cocoa_embed.demo.scenes import Scene, SceneObject, split_of
+from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError, UsageError
+from cocoa_embed.evaluation.pairs import evaluate_pairs
+from cocoa_embed.evaluation.pairs_reader import read_pairs
 from cocoa_embed.report.tables import to_markdown
 from cocoa_embed.train.data.caption_rows import read_image_folder
+from cocoa_embed.train.data.mixture import read_rows
 from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.stages.bridge.probe import hold_out_rows
 
@@ -187,12 +192,123 @@ def test_settings_of_the_ablation_itself_are_refused(tmp_path: Path, tiny: Sizes
         Workspace(tmp_path, tiny, "tiny", (setting,))
 
 
+# On photographs
+
+PHOTOS = PhotoSizes(6000, 1000, 6000, 80, 320, 50, images=(1000, 100, 9000), captions=5)
+
+
+def photo_grid(sizes: PhotoSizes = PHOTOS) -> PhotoGrid:
+    batches = {**BATCH_SIZES, "contrastive": 128}
+    return PhotoGrid(sizes, {**PER_ROW, SETTINGS[0]: 0.3, SETTINGS[-1]: 0.7}, batches, mask_ratio=0.7)
+
+
+def test_all_arms_on_the_same_photographs_have_the_same_compute_but_for_those_that_are_to_have_less() -> None:
+    grid = photo_grid()
+    for arm in grid.arms:
+        equal = [other for other in grid.references(arm) if other.name == EQUAL]
+        assert len(equal) == (arm.name not in (ALONE, EQUAL))
+        if equal and "the bridge" not in arm.name and arm.name not in (NO_BRIDGE, BRIDGE_ONLY):
+            slack = sum(grid.flops_per_step(stage, arm.fraction, arm.captions) for stage in BATCH_SIZES) / 2
+            assert abs(grid.flops(arm) - grid.flops(equal[0])) <= slack, arm.name
+    varied = {arm.name: arm.chain for arm in grid.arms if arm.name in (SETTINGS[0], SETTINGS[-1])}
+    assert varied[SETTINGS[0]][1][1] == round(320 * 0.34 / 0.3), "cheaper rows: more steps"
+    assert varied[SETTINGS[-1]][2][1] == round(50 * 0.35 / 0.7), "rows of twice the cost: half the steps"
+
+
+def test_the_main_comparison_comes_first_with_all_photographs() -> None:
+    grid = photo_grid()
+    arms = [arm for arm in grid.arms if arm.group == "photographs"]
+    data = [(1000, 5), (100, 5), (6000, 5), (1000, 1), (100, 1), (6000, 1)]
+    expected = [(*each, name) for each in data for name in (ALONE, EQUAL, ALL_THREE)]
+    assert [(grid.pairs(arm.fraction), arm.captions, arm.name) for arm in arms[: len(expected)]] == expected
+    later = {(arm.name, grid.pairs(arm.fraction), arm.captions) for arm in arms[len(expected) :]}
+    assert later == {(NO_BRIDGE, 1000, 5), (BRIDGE_ONLY, 1000, 5), (ONLY_PAIRS, 1000, 5), (ONLY_PAIRS, 100, 5)}
+    complete = [arm.name for arm in photo_grid(replace(PHOTOS, complete=True)).arms if arm.group == "photographs"]
+    assert [complete.count(name) for name in (NO_BRIDGE, ONLY_PAIRS)] == [6, 5], (
+        "with all photographs the pairs are all"
+    )
+    chosen = replace(grid, patterns=("all three, 100 images*",)).arms
+    assert [(arm.name, arm.captions) for arm in chosen] == [(ALL_THREE, 5), (ALL_THREE, 1)]
+
+
+def test_the_stages_on_the_pairs_alone_read_no_other_images_or_captions(workspace: Workspace) -> None:
+    drawn = workspace.data(0)
+    own = replace(workspace, base="photos", folders=UserFolders(drawn.training, drawn.held_out), settings=())
+    sizes = replace(PHOTOS, training=48, pairs=48, images=(12, 48), complete=True, captions=4, probe_rows=4)
+    own = replace(own, sizes=sizes)
+    for captions in (4, 1):
+        (arm,) = (
+            arm
+            for arm in photo_grid(sizes).arms
+            if (arm.name, arm.captions, arm.fraction) == (ONLY_PAIRS, captions, 0.25)
+        )
+        found = []
+        for stage_run, _ in arm.chain:
+            recipe = own.recipe(stage_run, 3, backbone=None)
+            table = read_rows(recipe.sources_of(stage_run.stage), on_bad_row="stop", seed=3).rows
+            sides = [(row.image, row.query.text, row.positive.text) for row in table]
+            pictured = {(image, text) for image, _, text in sides if image is not None}
+            texts = {text for _, one, text in sides} | {one for _, one, _ in sides} - {None}
+            assert texts == {text for _, text in pictured}
+            found.append(pictured)
+        assert found[0] == found[1] == found[2]
+        assert (len({image for image, _ in found[0]}), len(found[0])) == (12, 12 * captions)
+
+
+def test_a_model_is_scored_image_by_image_as_eval_scores_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_captioned(tmp_path / "own", [["red ring", "a ring"], ["blue dot"], ["dot", "green dot", "spot"]])
+    model = Encoder(ScoredModel(), "scored")
+    monkeypatch.setattr("arms.runner.load_encoder", lambda checkpoint: model)
+    found = score(tmp_path, folder, "captions")
+    expected = evaluate_pairs([model], read_pairs(folder), resamples=10)["subsets"]
+    images = np.array(found["images"])
+    assert images.shape == (3, 2, 4)
+    assert images[:, 1].mean(axis=0) == pytest.approx([expected["image_to_text"][f"hit@{k}"] for k in (1, 5, 10)]
+                                                      + [expected["image_to_text"]["mrr"]])  # fmt: skip
+    weights = np.array([2, 1, 3]) / 6
+    assert weights @ images[:, 0, 0] == pytest.approx(expected["text_to_image"]["hit@1"])
+    assert found["metrics"]["text_to_image"]["recall@1"] == pytest.approx(images[:, 0, 0].mean())
+
+
+def test_what_is_finished_is_compared_over_its_own_seeds_and_over_images() -> None:
+    grid = replace(photo_grid(), groups=("photographs",), patterns=("*, 100 images, 5*",))
+    generator = np.random.default_rng(0)
+
+    def outcome(seed: int, gain: float) -> dict[str, Any]:
+        images = np.clip(generator.random((40, 2, 4)) * 0.1 + gain, 0, 1)
+        ways = dict(zip(("text_to_image", "image_to_text"), images.mean(axis=0).tolist(), strict=True))
+        metrics = {way: dict(zip(SCORED, row, strict=True)) for way, row in ways.items()}
+        means = {name: np.mean([each[name] for each in metrics.values()]) for name in SCORED}
+        return {"seed": seed, **means, "directions": metrics, "seconds": 60.0, "bridge": {}, "images": images.tolist()}
+
+    gains = {ALONE: 0.1, EQUAL: 0.2, ALL_THREE: 0.5}
+    outcomes = [
+        [outcome(seed, gains[arm.name]) if seed == 0 or arm.name != EQUAL else None for seed in (0, 1)]
+        if arm.name in gains
+        else [None, None]
+        for arm in grid.arms
+    ]
+    document = {"seeds": [0, 1], "processes": 1, "data": [], **results_document(grid, outcomes)}
+    assert [arm["name"] for arm in document["arms"]] == list(gains), "the others are not finished"
+    ours = document["arms"][2]
+    assert ours["differences"][ALONE]["half_width"] is not None
+    assert ours["differences"][EQUAL]["half_width"] is None, "one seed in common"
+    low, high = ours["difference_intervals"][EQUAL]
+    assert 0.28 < low < ours["differences"][EQUAL]["mean"] < high < 0.32
+    mean, (low, high) = ours["scores"]["image_to_text"]["recall@5"]
+    assert low < mean < high
+    (table,) = tables(document)
+    assert ["1" if row[0] == EQUAL else "2" for row in table.rows] == [row[3] for row in table.rows]
+    assert {axes.get_title() for axes in draw(document).axes} == {"5 captions an image"}
+
+
 # Means, intervals, tables and the figure
 
 
 def test_a_difference_to_another_arm_is_the_mean_of_the_differences_seed_by_seed(grid: Grid) -> None:
     outcomes = [
-        [{"recall@1": value} for value in np.random.default_rng(seed).random(3)] for seed in range(len(grid.arms))
+        [{"seed": seed, "recall@1": value} for seed, value in enumerate(np.random.default_rng(number).random(3))]
+        for number in range(len(grid.arms))
     ]
     (ours,) = (number for number, arm in enumerate(grid.arms) if (arm.group, arm.name) == ("stages", ALL_THREE))
     document = results_document(grid, outcomes)["arms"]
@@ -269,5 +385,6 @@ def test_an_interrupted_ablation_trains_each_stage_once_and_scores_it(
     assert after == written()
 
     found = outcome(workspace, arms[0], 0)
+    assert found is not None
     assert 0 <= found["recall@1"] <= found["mrr"] <= 1
     assert found["bridge"].keys() >= {"loss", "accuracy_matching_image", "accuracy_shuffled_image", "accuracy_no_image"}

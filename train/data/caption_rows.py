@@ -6,10 +6,9 @@ from itertools import islice, permutations
 from pathlib import Path
 
 from cocoa_embed.data.columns import SIDES, Side, separated
-from cocoa_embed.data.image_folder import DescribedImage, find_metadata, read_metadata
-from cocoa_embed.data.rows import Item, Row, check_unicode
+from cocoa_embed.data.image_folder import CaptionChoice, DescribedImage, find_metadata, read_metadata
+from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import CocoaError, RowError, printable
-from cocoa_embed.train.settings import CaptionChoice
 
 
 def read_image_folder(folder: Path, *, captions: CaptionChoice = "text", paraphrases: int = 0,
@@ -57,7 +56,7 @@ def read_captions(
             if isinstance(image, RowError):
                 raise image
             item = Item(images=(image.path,), instruction=separated(of_image, None))
-            pairs = [(item, Item(text, (), separated(of_text, text))) for text in _captions(image, captions)]
+            pairs = [(item, Item(text, (), separated(of_text, text))) for text in image.texts(captions)]
             pairs += [(Item(one), Item(other)) for one, other in _paraphrases(image, paraphrases, seed=number)]
             yield from ((number, Row(query, positive, image.source, subset=subset)) for query, positive in pairs)
         except RowError as error:
@@ -66,26 +65,6 @@ def read_captions(
         raise CocoaError(f"{printable(metadata)} has no rows; expected a file_name and a text for each image.")
 
 
-def _captions(image: DescribedImage, choice: CaptionChoice) -> list[str]:
-    wordings = _wordings(image) if choice == "captions" else []
-    return wordings or [image.text]
-
-
 def _paraphrases(image: DescribedImage, count: int, seed: int) -> list[tuple[str, str]]:
-    pairs = list(permutations(_wordings(image), 2))
+    pairs = list(permutations(image.captions, 2))
     return random.Random(seed).sample(pairs, k=min(count, len(pairs)))
-
-
-def _wordings(image: DescribedImage) -> list[str]:
-    """Return the entries of the column ``captions``.
-
-    :raises RowError: If it is not a list of non-empty texts.
-    """
-    captions = image.columns.get("captions")
-    if captions is None:
-        return []
-    if not isinstance(captions, list):
-        raise RowError(image.source, f"'captions' is {captions!r}; expected a list of texts")
-    if not all(isinstance(caption, str) and caption.strip() for caption in captions):
-        raise RowError(image.source, "an entry of 'captions' is empty or not a text")
-    return [check_unicode(caption, image.source) for caption in captions]

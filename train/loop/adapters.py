@@ -111,7 +111,7 @@ class Adapter:
 
 
 def prepare_trainable(model: PreTrainedModel, settings: StageSettings, *, bf16: bool = False) -> Adapter | None:
-    """Freeze the vision encoder and its merger, and add an adapter, if the stage's settings say so, in place.
+    """Freeze the vision encoder with its merger and first layers, and add an adapter, as the settings say, in place.
 
     Call it after copying parts of the model: a layer copied later would have an adapter too, and be frozen.
 
@@ -120,6 +120,8 @@ def prepare_trainable(model: PreTrainedModel, settings: StageSettings, *, bf16: 
     """
     if settings.freeze_vision:
         model.base_model.visual.requires_grad_(False)
+    decoder: Any = model.get_decoder()
+    decoder.layers[: settings.freeze_layers].requires_grad_(False)
     if settings.adapter is None:
         return None
     return add_adapter(model, settings.adapter, vision=settings.adapts_vision, bf16=bf16)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from cocoa_embed.model.forward_inputs import forward_inputs, on_host, with_host_inputs
-from cocoa_embed.train.stages.reconstruction import full_model_mask
+from cocoa_embed.train.stages.reconstruction import bridge_model_mask, full_model_mask
 
 MODEL_INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "image_grid_thw", "mm_token_type_ids")
 
@@ -29,12 +29,15 @@ def prepare_forward(
     """Give a model all that it would otherwise read back from its device, as a forward pre-hook of its first module.
 
     It takes any features; those of ``keep_on_host`` without waiting. The model gets the mask that it would make itself:
-    none for a batch without padding.
+    none for a batch without padding. One with ``blocks`` runs under the bridge mask, where ``<EOS>`` does not attend to
+    block B.
     """
     model: Any = module.auto_model
     is_padded = not args[0]["attention_mask"].cpu().all()
     batch = with_host_inputs(model, args[0])
     mask = full_model_mask(model, batch["attention_mask"]) if is_padded else None
+    if "blocks" in batch:
+        mask = bridge_model_mask(model, batch["blocks"].to(model.device), eos_attends_to_b=False)
     inputs = dict.fromkeys(MODEL_INPUTS) | forward_inputs(model, batch)
     features = {**args[0], "attention_mask": batch["attention_mask"]}
     return (features,), {**kwargs, **inputs, "attention_mask": mask, "use_cache": False}

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from stages import warmup_settings
 from tiny_backbones import TINY_MAX_LENGTH, every_family
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -215,3 +216,18 @@ def test_a_frozen_vision_encoder_is_not_trained_and_has_no_adapter(
         adapter.merge(batch)
     assert any("visual.merger" in name for name in names)
     assert set(trained(model)) == {name for name in names if not (freeze_vision and "visual" in name)}
+
+
+def test_first_layers_are_frozen_and_the_others_trained(tiny_backbone: Backbone) -> None:
+    model = tiny_backbone.model
+    assert prepare_trainable(model, warmup_settings(freeze_layers=1)) is None
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    layers: Any = model.get_decoder().layers
+    assert len(layers) > 1, "the premise"
+    assert frozen == {name for name, _ in model.named_parameters() if ".language_model.layers.0." in name}
+    assert prepare_trainable(tiny_backbone.model.base_model, warmup_settings(freeze_layers=0)) is None
+
+
+def test_first_layers_are_not_frozen_beside_an_adapter() -> None:
+    with pytest.raises(ValueError, match="freeze_layers and adapter exclude each other"):
+        warmup_settings(freeze_layers=1, adapter=AdapterSettings())

@@ -176,10 +176,11 @@ def test_processes_with_different_numbers_of_mini_batches_share_the_features_of_
 
 
 @pytest.mark.slow
-def test_pairs_from_either_side_do_too(recipe: Recipe, tmp_path: Path) -> None:
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+def test_pairs_from_either_side_do_too(recipe: Recipe, tmp_path: Path, weight: float) -> None:
     """The last pass of a step has images on one process and none on the other; gradients are exchanged in it."""
     assert recipe.contrastive is not None
-    both = recipe.contrastive.model_copy(update={"directions": "both", "steps": 8})
+    both = recipe.contrastive.model_copy(update={"directions": "both", "steps": 8, "reconstruction_weight": weight})
     given = recipe.model_copy(update={"warmup": None, "bridge": None, "contrastive": both})
     (tmp_path / "two").mkdir()
     launched = launch(given, tmp_path / "two")

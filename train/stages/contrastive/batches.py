@@ -104,11 +104,23 @@ class PairBatches(BatchSampler):
 
     :param batch_size: Rows of a batch, over all devices.
     :param steps: The number of batches.
+    :param turns: Pairs that stand for the same one from epoch to epoch, each as many numbers after the one before as
+        ``span``.
     :raises ValueError: If an epoch has no batch.
     """
 
-    def __init__(self, groups: list[PairGroup], batch_size: int, steps: int, seed: int, devices: int) -> None:
+    def __init__(
+        self,
+        groups: list[PairGroup],
+        batch_size: int,
+        steps: int,
+        seed: int,
+        devices: int,
+        turns: int = 1,
+        span: int = 0,
+    ) -> None:
         self.groups, self.size, self.steps, self.seed, self.devices = groups, batch_size, steps, seed, devices
+        self.turns, self.span = turns, span
         if not any(map(self.batches_of, groups)):
             raise ValueError("no group has enough rows for a batch")
         # So accelerate expects batches of different sizes, and uses each.
@@ -119,7 +131,8 @@ class PairBatches(BatchSampler):
         return self.steps * self.devices
 
     def __iter__(self) -> Iterator[list[int]]:
-        batches = (batch for epoch in count() for batch in self._epoch(self.seed + epoch))
+        epochs = ((epoch % self.turns * self.span, self._epoch(self.seed + epoch)) for epoch in count())
+        batches = (batch + offset for offset, epoch in epochs for batch in epoch)
         for batch in islice(batches, self.steps):
             size = len(batch) // self.devices
             yield from (batch[part * size : (part + 1) * size].tolist() for part in range(self.devices))

@@ -1,6 +1,6 @@
 """The losses of sentence-transformers, where another right answer is no negative."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from itertools import chain
 from typing import Any, cast
@@ -26,13 +26,19 @@ class CachedRankingLoss(CachedMultipleNegativesRankingLoss):
 
     :param limits: The most tokens of a mini-batch; they may change between two steps.
     :param vision: The vision encoder, if it is frozen: both passes of a step share its features.
+    :param term: Another loss, added to that of a batch, of the model and a column with ``blocks`` (``reconstruct``).
     """
 
     def __init__(
-        self, model: SentenceTransformer, limits: TokenLimits, vision: FrozenVision | None = None, **kwargs: Any
+        self,
+        model: SentenceTransformer,
+        limits: TokenLimits,
+        vision: FrozenVision | None = None,
+        term: Callable[..., Tensor] | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(model, mini_batch_size=MOST_ITEMS, **kwargs)
-        self.limits, self._vision = limits, vision
+        self.limits, self._vision, self._term = limits, vision, term
         self._parts: list[list[list[int]]] = []
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor) -> Tensor:
@@ -43,6 +49,12 @@ class CachedRankingLoss(CachedMultipleNegativesRankingLoss):
         columns = list(sentence_features)
         if self._vision is not None:
             self._vision.forget()
+        if self._term is not None:
+            masked = columns.pop() if "blocks" in columns[-1] else None
+            return self._term(self.model, masked, self.limits) + self._contrast(columns, labels)
+        return self._contrast(columns, labels)
+
+    def _contrast(self, columns: list[dict[str, Any]], labels: Tensor) -> Tensor:
         fits = sum(each["attention_mask"].numel() for each in columns) <= min(self.limits.texts, self.limits.images)
         # DistributedDataParallel expects one forward pass, and here each column is one.
         if fits and torch.is_grad_enabled() and not self.gather_across_devices:
@@ -122,7 +134,11 @@ def other_answers(content: Tensor, rows: slice) -> Tensor:
 
 
 def contrastive_loss(
-    model: SentenceTransformer, settings: ContrastiveSettings, limits: TokenLimits, vision: FrozenVision | None = None
+    model: SentenceTransformer,
+    settings: ContrastiveSettings,
+    limits: TokenLimits,
+    vision: FrozenVision | None = None,
+    term: Callable[..., Tensor] | None = None,
 ) -> CachedRankingLoss | MatryoshkaLoss:
     """Return InfoNCE with in-batch negatives, gathered across devices.
 
@@ -136,6 +152,7 @@ def contrastive_loss(
         model,
         limits,
         vision,
+        term,
         scale=1 / settings.temperature,
         gather_across_devices=PartialState().num_processes > 1,
         directions=("query_to_doc", "doc_to_query") if symmetric else ("query_to_doc",),

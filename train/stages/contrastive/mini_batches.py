@@ -13,7 +13,17 @@ CPU_TOKENS = 8192
 MOST_ITEMS = 1024
 """The most items of a mini-batch, and rows of the score matrix that are compared at once."""
 
-ITEM_KEYS = frozenset({"input_ids", "attention_mask", "mm_token_type_ids", "position_ids", "num_images_per_sample"})
+ITEM_KEYS = frozenset(
+    {
+        "input_ids",
+        "attention_mask",
+        "mm_token_type_ids",
+        "position_ids",
+        "num_images_per_sample",
+        "blocks",
+        "masked_ids",
+    }
+)
 """Tensors with a place for each item."""
 
 IMAGE_KEYS = frozenset({"image_grid_thw", "image_digests"})

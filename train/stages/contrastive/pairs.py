@@ -14,7 +14,10 @@ from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.train.data.broken_rows import ReplaceBroken
 from cocoa_embed.train.data.row_table import RowTable, digest
+from cocoa_embed.train.data.rows import Draw
 from cocoa_embed.train.loop.batch_facts import DescribedBatches
+from cocoa_embed.train.stages.bridge.collator import BridgeCollator
+from cocoa_embed.train.stages.contrastive.reconstruction_term import masked_column
 from cocoa_embed.train.stages.sentence_inputs import keep_on_host
 
 
@@ -22,7 +25,8 @@ from cocoa_embed.train.stages.sentence_inputs import keep_on_host
 class PairCollator(SentenceTransformerDataCollator):
     """The collator of sentence-transformers, with ``BatchFacts`` in each batch.
 
-    It takes row numbers; the number of all rows is added to those seen from the other side. Columns are ``anchor``,
+    It takes row numbers; the number of all rows is added to those seen from the other side, and twice as many for each
+    of the turns in which they are masked. Columns are ``anchor``,
     ``positive``, ``negative_1``..., and ``label`` identifies the content of each row's items (its full text and the
     patches of its images), int64 ``[B, items]``.
 
@@ -31,6 +35,7 @@ class PairCollator(SentenceTransformerDataCollator):
     :param lengths_of: Returns the number of tokens of each row. A batch is sorted by them, so that what runs at once is
         of similar length; the order does not matter to in-batch losses.
     :param on_bad_row: What happens at a row whose image proves broken.
+    :param masking: The collator of masked rows, where their reconstruction is a term of the loss.
     """
 
     rows: RowTable
@@ -38,6 +43,7 @@ class PairCollator(SentenceTransformerDataCollator):
     flops_of: Callable[[dict[str, Any]], float] | None = None
     lengths_of: Callable[[Sequence[Row]], Sequence[int]] | None = None
     on_bad_row: str = "stop"
+    masking: BridgeCollator | None = None
 
     def __call__(self, features: list[dict[str, int]]) -> dict[str, Any]:
         """Collate pairs."""
@@ -50,7 +56,7 @@ class PairCollator(SentenceTransformerDataCollator):
 
     def _pair(self, number: int) -> tuple[int, Row]:
         side, place = divmod(number, len(self.rows))
-        return number, self.rows[place].reversed() if side else self.rows[place]
+        return number, self.rows[place].reversed() if side % 2 else self.rows[place]
 
     def _after(self, pair: tuple[int, Row]) -> tuple[int, Row]:
         """Return the next pair that may be in the same batch: of the same side and subset, with as many negatives.
@@ -77,6 +83,9 @@ class PairCollator(SentenceTransformerDataCollator):
         batch = super().__call__([dict(zip(names, items, strict=True)) for items in sides])
         columns = zip(names, zip(*sides, strict=True), strict=True)
         contents = [pixel_content_ids(items, batch, name) for name, items in columns]
+        if self.masking is not None:
+            turns = [(Draw(*divmod(number, len(self.rows))[::-1]), row) for number, row in pairs]
+            batch |= masked_column(self.masking, turns)
         return {**keep_on_host(batch), "label": torch.tensor(contents).T.contiguous()}
 
 

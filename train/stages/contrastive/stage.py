@@ -26,12 +26,14 @@ from cocoa_embed.train.loop.adapters import prepare_trainable
 from cocoa_embed.train.loop.batch_facts import Batch, Example
 from cocoa_embed.train.loop.memory_trial import Trial
 from cocoa_embed.train.loop.trainer import CocoaTrainer, Probe, StageContext
+from cocoa_embed.train.stages.bridge.collator import BridgeCollator
 from cocoa_embed.train.stages.contrastive.batches import PairBatches, pair_groups, step_contents
 from cocoa_embed.train.stages.contrastive.loss import contrastive_loss
 from cocoa_embed.train.stages.contrastive.mini_batches import CPU_TOKENS, TokenLimits, take
 from cocoa_embed.train.stages.contrastive.model import as_sentence_transformer, embedding_probe
 from cocoa_embed.train.stages.contrastive.pairs import PairCollator
 from cocoa_embed.train.stages.contrastive.patches import preprocess_items, worst_column
+from cocoa_embed.train.stages.contrastive.reconstruction_term import MASKINGS, prepare_head, reconstruct
 from cocoa_embed.train.stages.contrastive.settings import ContrastiveSettings
 from cocoa_embed.train.stages.contrastive.trainer import ContrastiveTrainer
 from cocoa_embed.train.stages.probe import pictured_rows
@@ -137,12 +139,17 @@ class Contrastive(Stage[ContrastiveSettings]):
         """Return a sequence for each item of the row."""
         _, row = example
         items = (row.query, row.positive, *row.negatives[: self.settings.hard_negatives])
-        return [render_items(processor, [item]) for item in items]
+        masked = [BridgeCollator(processor, self.run.seed)([example])] if self._reconstructs(row) else []
+        return [*(render_items(processor, [item]) for item in items), *masked]
+
+    def _reconstructs(self, row: Row) -> bool:
+        return self.settings.reconstruction_weight > 0 and bool(row.query.text or row.positive.text)
 
     def alike(self, row: Row) -> list[Row]:
         """Return for each item of the row a pair of it with itself."""
         items = (row.query, row.positive, *row.negatives[: self.settings.hard_negatives])
-        return [replace(row, query=item, positive=item, negatives=()) for item in items]
+        alike = [replace(row, query=item, positive=item, negatives=()) for item in items]
+        return alike + [row] * self._reconstructs(row)
 
     def attention(self) -> str:
         """Return the attention implementation; sentence-transformers makes the masks, which have no tiles."""
@@ -178,15 +185,29 @@ class Contrastive(Stage[ContrastiveSettings]):
             probe = Probe(measure, settings.probe_steps, {ALIGNMENT})
         arguments = SentenceTransformerTrainingArguments(**context.arguments)
         groups, limits = pair_groups(rows, settings), TokenLimits(self.tokens_at_once, self.tokens_at_once)
+        numbers, turns, masking, term = len(rows) * self.passes_per_epoch, 1, None, None
+        if settings.reconstruction_weight:
+            numbers, turns, masking = (
+                2 * len(rows) * MASKINGS,
+                MASKINGS,
+                BridgeCollator(backbone.processor, self.run.seed),
+            )
+            term = partial(reconstruct, prepare_head(backbone.model), settings.reconstruction_weight)
         return ContrastiveTrainer(
             model=model,
             args=arguments,
             batches=PairBatches(
-                groups, settings.batch_size, arguments.max_steps, arguments.seed, PartialState().num_processes
+                groups,
+                settings.batch_size,
+                arguments.max_steps,
+                arguments.seed,
+                PartialState().num_processes,
+                turns,
+                2 * len(rows),
             ),
-            train_dataset=Dataset.from_dict({"row": np.arange(len(rows) * self.passes_per_epoch)}),
+            train_dataset=Dataset.from_dict({"row": np.arange(numbers)}),
             limits=limits,
-            loss=contrastive_loss(model, settings, limits, vision),
+            loss=contrastive_loss(model, settings, limits, vision, term),
             data_collator=PairCollator(
                 preprocess_fn=partial(preprocess_items, model),
                 prompts={column: prompt for column, prompt in prompts.items() if prompt},
@@ -195,6 +216,7 @@ class Contrastive(Stage[ContrastiveSettings]):
                 flops_of=context.flops_of,
                 lengths_of=context.lengths_of,
                 on_bad_row=context.on_bad_row,
+                masking=masking,
             ),
             rows=rows,
             context=context,

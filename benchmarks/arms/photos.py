@@ -1,0 +1,157 @@
+"""The arms on captioned photographs: numbers of images, captions of each, and what may make the bridge pay."""
+
+from dataclasses import dataclass, replace
+
+from arms.grid import ALL_THREE, ALONE, EQUAL, NO_BRIDGE, Arm, Grid, Sizes, StageRun
+from cocoa_embed.train.recipe import STAGES
+
+BRIDGE_ONLY = "bridge, contrastive"
+ONLY_PAIRS = "all three, on the pairs alone"
+MOCA = "moca"
+MOCA_SETTINGS = (
+    "pooling=mean",
+    "moca.batch_size=48",
+    "moca.learning_rate=5.0e-4",
+    "moca.warmup_steps=40",
+    "moca.adam_beta2=0.98",
+    "moca.schedule=constant_with_warmup",
+    "moca.group_by_length=false",
+)
+"""Of the stage that stands for warm-up and bridge, where the package has it."""
+
+FIRST = (ALONE, EQUAL, ALL_THREE)
+"""The arms that are trained before all others, with all data."""
+
+SETTINGS = (
+    "bridge.eos_attends_to_b=false",
+    "bridge.mask_ratio=0.5",
+    "bridge.mask_ratio=0.9",
+    "bridge.mask_ratio=1.0",
+    "bridge.data.paraphrases=0",
+    "bridge.data.paraphrases=5",
+    "bridge.learning_rate=2.0e-4",
+    "bridge.learning_rate=1.0e-3",
+    "bridge.freeze_vision=true",
+    "bridge.freeze_layers=2",
+    "contrastive.freeze_vision=true",
+    "contrastive.reconstruction_weight=0.03",
+    "contrastive.reconstruction_weight=0.3",
+)
+"""Of bridge or contrastive stage, each compared with all three stages at the same compute."""
+
+
+@dataclass(frozen=True)
+class PhotoSizes(Sizes):
+    """Sizes on the user's photographs, of which the probe's are contrastive pairs, too.
+
+    :param images: Numbers of images to make contrastive pairs of, the most telling first; more than there are: all.
+    :param complete: Train every arm with every number of images and captions. Otherwise warm-up and bridge alone, and
+        other stages, are tried with the first, and all three on the pairs alone with all captions and fewer images.
+    :param captions: Captions of an image on average.
+    """
+
+    images: tuple[int, ...] = (1000, 100, 6000)
+    complete: bool = False
+    captions: float = 1
+
+
+@dataclass(frozen=True)
+class PhotoGrid(Grid):
+    """The arms on photographs, data by data; contrastive learning alone is a snapshot of that with more compute."""
+
+    sizes: PhotoSizes
+
+    def label(self, arm: Arm) -> str:
+        """Return an arm's name with its data."""
+        return f"{arm.name}, {self.pairs(arm.fraction)} images, {arm.captions:g} captions"
+
+    def _all(self) -> list[Arm]:
+        counts = list(dict.fromkeys(min(count, self.sizes.training) for count in self.sizes.images))
+        choices = list(dict.fromkeys((self.sizes.captions, 1)))
+        arms = [arm for captions in choices for count in counts for arm in self._with_data(count, captions, counts[0])]
+        arms.sort(key=lambda arm: arm.name not in FIRST)
+        return arms + self._settings(counts[0] / self.sizes.pairs)
+
+    def _with_data(self, images: int, captions: float, first: int) -> list[Arm]:
+        fraction, has_all = images / self.sizes.pairs, captions == self.sizes.captions
+        is_first = self.sizes.complete or (images == first and has_all)
+        chains = {EQUAL: self.alone(fraction, captions), ALL_THREE: self.third(fraction, captions)}
+        if (self.sizes.complete or has_all) and (images < self.sizes.training or not has_all):
+            chains[ONLY_PAIRS] = self.third(fraction, captions, start=self._on_pairs(images, has_all=has_all))
+        if is_first:
+            chains[NO_BRIDGE] = self.third(fraction, captions, start=self.warmup())
+            chains[BRIDGE_ONLY] = self.third(fraction, captions, start=self.bridge(None))
+        if is_first and MOCA in STAGES:
+            steps = round(self.flops_before(self.sizes.bridge_steps) / self.flops_per_step(MOCA, fraction))
+            moca = StageRun(MOCA, steps, MOCA_SETTINGS)
+            chains[f"{MOCA}, contrastive"] = self.third(fraction, captions, start=moca)
+        at_step = {ALONE: self.sizes.contrastive_steps}
+        return [
+            Arm("photographs", name, last, fraction, fraction, at_step.get(name), captions)
+            for name, last in {ALONE: chains[EQUAL], **chains}.items()
+        ]
+
+    def third(
+        self,
+        fraction: float,
+        captions: float,
+        *settings: str,
+        start: StageRun | None = None,
+        at_step: int | None = None,
+        steps: int = 0,
+    ) -> StageRun:
+        """Return the contrastive stage on a fraction of the images, after warm-up and bridge on all of them."""
+        of_images = () if captions == 1 else ("contrastive.data.captions=captions",)
+        start = start or self.bridge(self.warmup())
+        return self.contrastive(start, fraction, *of_images, *settings, at_step=at_step, steps=steps)
+
+    def alone(self, fraction: float, captions: float) -> StageRun:
+        """Return contrastive learning alone with the compute of all three, and a snapshot of its own length."""
+        steps = self.equal_compute_steps(self.sizes.bridge_steps, fraction, captions)
+        snapshot = f"contrastive.snapshot_steps=[{self.sizes.contrastive_steps}]"
+        return replace(self.third(fraction, captions, snapshot, steps=steps), start=None)
+
+    def _on_pairs(self, images: int, *, has_all: bool) -> StageRun:
+        """Return warm-up and bridge on the images, and captions, of the contrastive pairs alone."""
+        one = () if has_all else ("data.captions=text",)
+        warmup = self.warmup(f"warmup.data.limit={images}", *one)
+        settings = (f"bridge.data.limit={images}", *one, *(() if has_all else ("bridge.data.paraphrases=0",)))
+        return StageRun("bridge", self.sizes.bridge_steps, settings, warmup)
+
+    def bridge(self, start: StageRun | None) -> StageRun:
+        """Return stage 2 with a snapshot after half of it."""
+        return StageRun("bridge", self.sizes.bridge_steps, (f"bridge.snapshot_steps=[{self._half}]",), start)
+
+    @property
+    def _half(self) -> int:
+        return self.sizes.bridge_steps // 2
+
+    def _settings(self, fraction: float) -> list[Arm]:
+        captions = self.sizes.captions
+        longer = StageRun("bridge", 2 * self.sizes.bridge_steps, start=self.warmup())
+        chains = {
+            EQUAL: self.alone(fraction, captions),
+            ALL_THREE: self.third(fraction, captions),
+            "half of the bridge": self.third(fraction, captions, at_step=self._half),
+            "twice the bridge": self.third(fraction, captions, start=longer),
+            **{setting: self._varied(setting, fraction) for setting in SETTINGS},
+        }
+        return [Arm("settings", name, last, fraction, fraction, None, captions) for name, last in chains.items()]
+
+    def _varied(self, setting: str, fraction: float) -> StageRun:
+        """Return the whole chain with another setting, and as many steps of its stage as cost the same."""
+        stage, captions = setting.partition(".")[0], self.sizes.captions
+        usual, varied = (self.flops_per_step(stage, fraction, captions, each) for each in (None, setting))
+        if stage == "contrastive":
+            steps = round(self.sizes.contrastive_steps * usual / varied)
+            return replace(self.third(fraction, captions, setting, steps=steps), varied=setting)
+        steps = round(self.sizes.bridge_steps * usual / varied)
+        bridge = StageRun("bridge", steps, (setting,), self.warmup(), varied=setting)
+        return self.third(fraction, captions, start=bridge)
+
+    def references(self, arm: Arm) -> list[Arm]:
+        """Return the arms on the same data that an arm is compared with."""
+        names = () if arm.name in (ALONE, EQUAL) else (EQUAL, *((ALL_THREE,) if arm.group == "settings" else (ALONE,)))
+        data = (arm.group, arm.fraction, arm.captions)
+        others = [other for other in self.arms if (other.group, other.fraction, other.captions) == data]
+        return [other for other in others if other.name in names and other != arm]

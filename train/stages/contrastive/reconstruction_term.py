@@ -1,0 +1,79 @@
+"""The bridge's loss as a small term of stage 3, on the rows of the same batch."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from accelerate.utils import reduce
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from cocoa_embed.train.loop.batch_facts import Batch, Example
+from cocoa_embed.train.stages.bridge.collator import BridgeCollator
+from cocoa_embed.train.stages.contrastive.mini_batches import TokenLimits, mini_batches, take
+from cocoa_embed.train.stages.losses import mntp_loss, predicting_states
+from cocoa_embed.train.stages.rendering import row_images
+
+COLUMN = "reconstruction"
+"""The batch's column of masked sequences; sentence-transformers takes it for one more column of items."""
+
+MASKINGS = 16
+"""Different maskings of a row, which take turns from epoch to epoch."""
+
+
+def masked_column(collator: BridgeCollator, examples: Sequence[Example]) -> Batch:
+    """Return the bridge's sequences of rows with a content text, as a column; nothing if there are none.
+
+    Beside the keys of ``BridgeCollator``, it has ``num_images_per_sample`` and ``masked_ids`` (int64 ``[B, L]``): the
+    ids of masked tokens, and -1 elsewhere.
+    """
+    usable = [(draw, row) for draw, row in examples if row.query.text or row.positive.text]
+    if not usable:
+        return {}
+    batch = collator(usable)
+    masked, ids = batch.pop("masked_tokens"), batch.pop("target_ids")
+    batch["masked_ids"] = torch.full_like(batch["input_ids"], -1).masked_scatter(masked, ids)
+    batch["num_images_per_sample"] = torch.tensor([len(row_images(row)) for _, row in usable])
+    return {f"{COLUMN}_{name}": value for name, value in batch.items()}
+
+
+def prepare_head(model: PreTrainedModel) -> nn.Module:
+    """Return the model's language-model head, which is trained where it is tied to the embeddings, and else frozen."""
+    head: Any = model.get_output_embeddings()
+    if head.weight is not model.get_input_embeddings().weight:
+        head.requires_grad_(False)
+    return head  # type: ignore[no-any-return]
+
+
+def reconstruct(
+    head: nn.Module, weight: float, model: nn.Module, column: dict[str, Any] | None, limits: TokenLimits
+) -> Tensor:
+    """Return the weighted loss on the masked tokens of a column; with gradients on, theirs are added to the weights'.
+
+    That is at once, mini-batch by mini-batch, so that none of their graphs waits for the next. They are averaged over
+    devices with those of the contrastive loss, which follow.
+
+    :param head: The language-model head, ``[..., D]`` to ``[..., V]``.
+    :param model: The SentenceTransformer, wrapped for several devices or not.
+    :param column: Of ``masked_column``, without the prefix; None if no row of this device has a text.
+    """
+    device = next(model.parameters()).device
+    count = 0 if column is None else int((column["masked_ids"] >= 0).sum())
+    # Gradients are averaged over the devices, so each divides by its part of the step's total.
+    total = reduce(torch.tensor(float(count), device=device), "mean")
+    loss = torch.zeros((), device=device)
+    apart = model.no_sync if isinstance(model, DistributedDataParallel) else nullcontext
+    for items in () if column is None else mini_batches(column, limits):
+        part = take(column, items)
+        with apart():
+            states = model(dict(part))["token_embeddings"]
+            ids = part["masked_ids"].cpu().flatten()
+            places = (ids >= 0).nonzero().flatten()
+            logits = head.to(device)(predicting_states(states, places.to(device)))
+            of_part = weight * mntp_loss(logits, ids[places].to(device), total=total)
+            if torch.is_grad_enabled():
+                of_part.backward()
+        loss += of_part.detach()
+    return loss
