@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -20,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from cocoa_embed.data.rows import Row
 from cocoa_embed.model.backbone import SUPPORTED, Backbone
+from cocoa_embed.model.compiling import layers_to_compile
 from cocoa_embed.model.vision_attention import pack_vision_attention
 from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.loop.batch_facts import FACTS
@@ -107,6 +109,11 @@ class StageMeter:
             self._variants = [
                 _Variant(_trainer(stage, shallow, processor, table, fake), weight) for shallow, weight in depths(config)
             ]
+        if stage.run.compile:
+            for layer in chain.from_iterable(
+                layers_to_compile(cast(nn.Module, each.trainer.model)) for each in self._variants
+            ):
+                self._roofline.compile(layer)
         counts = [(Parameters.of(cast(nn.Module, each.trainer.model)), each.weight) for each in self._variants]
         self.parameters = Parameters(
             *(sum(getattr(count, name) * weight for count, weight in counts) for name in Parameters.__annotations__)

@@ -3,16 +3,16 @@
 import operator
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import astuple, dataclass, field, fields
 from functools import cache, partial
-from typing import Any
+from typing import Any, TypeAlias
 from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,8 +28,20 @@ ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_s
 GATHERS = ("embedding", "index", "index_select", "gather")
 """Operators that read only what they return of their first argument."""
 
+FUSED = ("_to_copy", "cat", "clone", "copy_", "gelu_backward", "silu_backward", "slice_backward", "zeros", "zeros_like")
+"""Operators that a compiler fuses, beside pointwise ones."""
+
+REDUCTIONS = ("amax", "mean", "native_layer_norm", "native_layer_norm_backward", "sum")
+"""Operators that a compiler fuses with what they read; a norm is a reduction with a pointwise operator after it."""
+
+MOST_SOURCES = 4
+"""A fused kernel reads no more tensors (Inductor's ``realize_reads_threshold``)."""
+
 ATTENTION_SPEED = 0.75
 """The speed of a fused attention kernel, relative to a matrix product."""
+
+Sources: TypeAlias = dict[int, tuple[Any, int]]
+"""What a fused kernel reads: storages, kept while it may still run, with their bytes."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +104,7 @@ class Tally:
     backward_bytes: int = 0
     live_bytes: int = 0
     peak_bytes: int = 0
+    born: set[int] = field(default_factory=set)
     bytes_by_operator: Counter[str] = field(default_factory=Counter)
 
     def begin_backward(self) -> None:
@@ -127,6 +140,63 @@ class Roofline(TorchDispatchMode):
         self.fake = fake
         self.tally = Tally()
         self._storages: dict[int, weakref.ref[Any]] = {}
+        self._sources: dict[int, Sources] = {}  # of tensors that no kernel has written yet
+        self._held: set[int] = set()
+        self._compiled = {"forward": False, "backward": False}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # what it skips with is a wrapper around each call
+
+    def compile(self, layer: nn.Module) -> None:
+        """Count a layer as Inductor would compile it, forward and backward.
+
+        A pointwise operator costs nothing itself: the next product, attention or end of the layer that takes its result
+        has one kernel write it from what was there before; the backward pass keeps that, not the result. It is more than
+        Inductor moves, which also writes several results in one kernel.
+        """
+
+        def enter(part: str, *_: object) -> None:
+            self._compiled[part] = True
+
+        def leave(part: str, _: nn.Module, ins: object, outs: object) -> None:
+            self.write(tree_leaves(outs if part == "forward" else ins))
+            self._compiled |= {"forward": False} if part == "forward" else {"forward": False, "backward": False}
+
+        layer.register_forward_pre_hook(partial(enter, "forward"))
+        layer.register_forward_hook(partial(leave, "forward"))
+        layer.register_full_backward_pre_hook(partial(enter, "backward"))
+        layer.register_full_backward_hook(partial(leave, "backward"))
+
+    def write(self, tensors: Iterable[Any]) -> None:
+        """Count the kernels that write tensors, where none has done so yet."""
+        for each in tensors:
+            if (
+                isinstance(each, Tensor)
+                and (sources := self._sources.pop(id(each.untyped_storage()), None)) is not None
+            ):
+                self._hold(each)
+                self.count("fused", 0, _sum(sources) + _bytes(each), each.dtype)
+
+    def _read(self, tensors: Iterable[Tensor]) -> Sources:
+        """Return what a fused kernel reads of tensors."""
+        found: Sources = {}
+        for each in tensors:
+            storage = each.untyped_storage()
+            found |= self._sources.get(id(storage), {id(storage): (storage, _bytes(each))})
+        return found
+
+    def _defer(self, tensor: Tensor, sources: Sources) -> None:
+        """Let a later kernel write a tensor; until then it keeps its sources instead of memory of its own."""
+        key = id(tensor.untyped_storage())
+        self._sources[key] = {each: (None if each == key else kept, size) for each, (kept, size) in sources.items()}
+
+    def _fuses(self, func: Any, kind: "_Kind", given: list[Tensor]) -> bool:  # noqa: ANN401
+        if not any(self._compiled.values()) or (
+            kind.is_in_place and id(given[0].untyped_storage()) not in self.tally.born
+        ):
+            return False  # gradients are added up outside of what is compiled
+        return kind.name in FUSED or torch.Tag.pointwise in func.tags
 
     def __torch_dispatch__(
         self,
@@ -137,7 +207,9 @@ class Roofline(TorchDispatchMode):
     ) -> Any:  # noqa: ANN401
         """Run an operator and count it."""
         kwargs = kwargs or {}
-        if func.namespace == "prim":  # a question such as for the device
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].device
+        if func.namespace == "prim":  # another question
             return func(*args, **kwargs)
         kind = _kind(func)
         if kind.name in ("_local_scalar_dense", "equal") and any(isinstance(each, FakeTensor) for each in args):
@@ -156,7 +228,27 @@ class Roofline(TorchDispatchMode):
             for result in results:
                 self._track(result)
         if kind.is_free or not results:
+            for each in results:
+                self._hold(each)
             return out
+        if self._fuses(func, kind, given):
+            sources = self._read(given)
+            for each in results:
+                self._defer(each, sources)
+            if len(sources) > MOST_SOURCES:
+                self.write(results)
+            return out
+        if any(self._compiled.values()) and kind.name in REDUCTIONS:
+            sources = self._read(given)
+            if "norm" in kind.name:
+                self._defer(results.pop(0), sources)
+            for each in results:
+                self._hold(each)
+            self.count(kind.name, 0, _sum(sources) + sum(map(_bytes, results)), given[0].dtype)
+            return out
+        self.write(given)
+        for each in results:
+            self._hold(each)
         counted = results + (results + given[1:] if kind.name in GATHERS else given)
         flops = kind.flops(*args, **kwargs, out_val=out) if kind.flops else 0
         self.count(kind.name, flops, sum(map(_bytes, counted)), results[0].dtype)
@@ -181,12 +273,23 @@ class Roofline(TorchDispatchMode):
         tally = self.tally
 
         def freed(_: object) -> None:
-            tally.live_bytes -= size
+            if key in self._held:
+                self._held.remove(key)
+                tally.live_bytes -= size
+            tally.born.discard(key)
+            self._sources.pop(key, None)
             self._storages.pop(key, None)
 
         self._storages[key] = weakref.ref(storage, freed)
-        tally.live_bytes += size
-        tally.peak_bytes = max(tally.peak_bytes, tally.live_bytes)
+        tally.born.add(key)
+
+    def _hold(self, tensor: Tensor) -> None:
+        """Count the memory of a tensor that an operator has made."""
+        storage, tally = tensor.untyped_storage(), self.tally
+        if id(storage) in self._storages and id(storage) not in self._held:
+            self._held.add(id(storage))
+            tally.live_bytes += storage.nbytes()
+            tally.peak_bytes = max(tally.peak_bytes, tally.live_bytes)
 
 
 @dataclass(frozen=True)
@@ -206,6 +309,11 @@ def _kind(func: Any) -> _Kind:  # noqa: ANN401
     is_view = any(not alias.is_write for alias in aliases)
     is_free = name.startswith("sym_") or name in ALLOCATIONS
     return _Kind(name, is_view, bool(aliases), is_free, flop_registry.get(func.overloadpacket))
+
+
+def _sum(sources: Sources) -> int:
+    """Return the bytes of all sources."""
+    return sum(size for _, size in sources.values())
 
 
 def _makes_floats(name: str, dtype: torch.dtype | None) -> bool:
@@ -236,6 +344,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, meter: Roofline, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, pairs: int) -> Tensor:  # noqa: ANN401
         out = q.new_empty(*q.shape[:-1], v.shape[-1])
         ctx.save_for_backward(q, k, v, out, mask)
+        meter.write((q, k, v, mask))
         ctx.meter, ctx.flops = meter, 2 * pairs * (q.shape[-1] + v.shape[-1])
         moved = sum(map(_bytes, (q, k, v, out, *([] if mask is None else [mask]))))
         meter.count("attention", ctx.flops, moved, q.dtype, ATTENTION_SPEED)
@@ -244,6 +353,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # noqa: ANN401
         q, k, v, out, mask = ctx.saved_tensors
+        ctx.meter.write(grads)
         moved = sum(map(_bytes, (q, k, v, q, k, v, out, *grads, *([] if mask is None else [mask]))))
         ctx.meter.count("attention_backward", 2.5 * ctx.flops, moved, q.dtype, ATTENTION_SPEED)
         return None, torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None, None
