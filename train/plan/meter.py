@@ -100,7 +100,7 @@ class StageMeter:
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._roofline = Roofline(card, fake)
         self._batches: dict[tuple[int, int], dict[str, Any]] = {}
-        self._costs: dict[tuple[int, int, bool], Cost] = {}
+        self._tallies: dict[tuple[int, bool], dict[int, list[Tally]]] = {}
         table = RowTable.of(row for row in rows for _ in range(2))  # a batch needs something to contrast
         self._sequences = [len(stage.alike(row)) for row in rows]
         self._stage = stage = _short(stage)
@@ -109,6 +109,10 @@ class StageMeter:
             self._variants = [
                 _Variant(_trainer(stage, shallow, processor, table, fake), weight) for shallow, weight in depths(config)
             ]
+            for norms in chain.from_iterable(
+                each.trainer.adapter.norms for each in self._variants if each.trainer.adapter
+            ):
+                norms.refresh()  # once per optimizer step
         if stage.run.compile:
             for layer in chain.from_iterable(
                 layers_to_compile(cast(nn.Module, each.trainer.model)) for each in self._variants
@@ -154,30 +158,39 @@ class StageMeter:
         }
 
     def cost(self, place: int, copies: int) -> Cost:
-        """Return the cost of a pass over ``copies`` of the row at a place, whose backward pass adds to gradients."""
-        key = (place, copies, self._recomputes)
-        if key not in self._costs:
-            self._costs[key] = self._measure(place, copies)
-        return self._costs[key]
+        """Return the cost of a pass over ``copies`` of the row at a place, whose backward pass adds to gradients.
 
-    def _measure(self, place: int, copies: int) -> Cost:
-        trainers = [each.trainer for each in self._variants]
-        key = (place, copies)
-        if key not in self._batches:
-            first = trainers[0]
-            self._batches[key] = first.data_collator([first.train_dataset[2 * place]] * copies)  # type: ignore[index]
-        costs = [self._pass(trainer, self._batches[key]) for trainer in trainers]
+        Two numbers of copies are run, and others are computed from these.
+        """
+        known = self._tallies.setdefault((place, self._recomputes), {})
+        (less, few), (more, many) = [*known.items(), (0, []), (0, [])][:2]
+        if copies not in known and (
+            not many or any(len(a.work) != len(b.work) for a, b in zip(few, many, strict=True))
+        ):
+            known[copies] = self._run(place, copies)
+        if copies in known:
+            costs = [tally.cost() for tally in known[copies]]
+        else:
+            times, card = (copies - less) / (more - less), self._roofline.card
+            costs = [each.extended(other, times, card) for each, other in zip(few, many, strict=True)]
         whole = sum((cost * each.weight for cost, each in zip(costs, self._variants, strict=True)), Cost())
         # A backward pass frees as it goes: what it takes beside is one layer's, in any depth.
         return replace(whole, backward_bytes=max(cost.backward_bytes for cost in costs))
 
-    def _pass(self, trainer: CocoaTrainer, batch: dict[str, Any]) -> Cost:
+    def _run(self, place: int, copies: int) -> list[Tally]:
+        trainers, key = [each.trainer for each in self._variants], (place, copies)
+        if key not in self._batches:
+            first = trainers[0]
+            self._batches[key] = first.data_collator([first.train_dataset[2 * place]] * copies)  # type: ignore[index]
+        return [self._pass(trainer, self._batches[key]) for trainer in trainers]
+
+    def _pass(self, trainer: CocoaTrainer, batch: dict[str, Any]) -> Tally:
         tensors = {name: self._faked(value) for name, value in batch.items() if name != FACTS}
         self._stage.run_whole(trainer, max(v.numel() for n, v in tensors.items() if n.endswith("attention_mask")))
         self._roofline.tally = tally = Tally()
         with self._measuring():
             cast(Tensor, trainer.compute_loss(cast(nn.Module, trainer.model), tensors)).backward()
-        return tally.cost()
+        return tally
 
     def _faked(self, value: Any) -> Any:  # noqa: ANN401
         if isinstance(value, Tensor) and (value.is_floating_point() or value.dtype == torch.uint8):

@@ -5,7 +5,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import astuple, dataclass, field, fields, replace
 from functools import cache, partial
 from typing import Any, TypeAlias
 from unittest.mock import patch
@@ -105,6 +105,7 @@ class Tally:
     live_bytes: int = 0
     peak_bytes: int = 0
     born: set[int] = field(default_factory=set)
+    work: list[tuple[float, float, float]] = field(default_factory=list)
     bytes_by_operator: Counter[str] = field(default_factory=Counter)
 
     def begin_backward(self) -> None:
@@ -122,6 +123,17 @@ class Tally:
         """Return the cost so far."""
         self.begin_backward()
         return Cost(*(getattr(self, each.name) for each in fields(Cost)))
+
+    def extended(self, other: "Tally", times: float, card: Card) -> Cost:
+        """Return the cost of this and ``times`` its difference to another, of the same kernels on more rows.
+
+        Bytes and FLOPs of a kernel, and memory, grow with the rows.
+        """
+        here, there = np.array(self.work), np.array(other.work)
+        moved, flops, busy = (here + times * (there - here)).T
+        seconds = np.maximum(np.maximum(moved / card.bandwidth, busy), card.launch_seconds).sum()
+        grown = self.cost() + (other.cost() - self.cost()) * times
+        return replace(grown, flops=flops.sum(), moved_bytes=moved.sum(), seconds=float(seconds))
 
 
 class Roofline(TorchDispatchMode):
@@ -192,9 +204,7 @@ class Roofline(TorchDispatchMode):
         self._sources[key] = {each: (None if each == key else kept, size) for each, (kept, size) in sources.items()}
 
     def _fuses(self, func: Any, kind: "_Kind", given: list[Tensor]) -> bool:  # noqa: ANN401
-        if not any(self._compiled.values()) or (
-            kind.is_in_place and id(given[0].untyped_storage()) not in self.tally.born
-        ):
+        if kind.is_in_place and id(given[0].untyped_storage()) not in self.tally.born:
             return False  # gradients are added up outside of what is compiled
         return kind.name in FUSED or torch.Tag.pointwise in func.tags
 
@@ -227,38 +237,46 @@ class Roofline(TorchDispatchMode):
         if not kind.is_in_place:
             for result in results:
                 self._track(result)
-        if kind.is_free or not results:
-            for each in results:
-                self._hold(each)
-            return out
-        if self._fuses(func, kind, given):
+        flops = kind.flops(*args, **kwargs, out_val=out) if kind.flops else 0
+        self._count_operator(func, kind, given, results, flops)
+        return out
+
+    def _count_operator(
+        self,
+        func: Any,  # noqa: ANN401
+        kind: "_Kind",
+        given: list[Tensor],
+        results: list[Tensor],
+        flops: int,
+    ) -> None:
+        compiled = any(self._compiled.values()) and not kind.is_free and bool(results)
+        if compiled and self._fuses(func, kind, given):
             sources = self._read(given)
             for each in results:
                 self._defer(each, sources)
             if len(sources) > MOST_SOURCES:
                 self.write(results)
-            return out
-        if any(self._compiled.values()) and kind.name in REDUCTIONS:
-            sources = self._read(given)
+            return
+        moved, written = 0, results
+        if compiled and kind.name in REDUCTIONS:
+            moved = _sum(sources := self._read(given))
             if "norm" in kind.name:
-                self._defer(results.pop(0), sources)
-            for each in results:
-                self._hold(each)
-            self.count(kind.name, 0, _sum(sources) + sum(map(_bytes, results)), given[0].dtype)
-            return out
-        self.write(given)
-        for each in results:
+                self._defer(results[0], sources)
+                written = results[1:]
+        elif not kind.is_free:
+            self.write(given)
+            moved = sum(map(_bytes, results + given[1:] if kind.name in GATHERS else given))
+        for each in written:
             self._hold(each)
-        counted = results + (results + given[1:] if kind.name in GATHERS else given)
-        flops = kind.flops(*args, **kwargs, out_val=out) if kind.flops else 0
-        self.count(kind.name, flops, sum(map(_bytes, counted)), results[0].dtype)
-        return out
+        if results and not kind.is_free:
+            self.count(kind.name, flops, moved + sum(map(_bytes, written)), results[0].dtype)
 
     def count(self, name: str, flops: float, moved: float, dtype: torch.dtype, speed: float = 1.0) -> None:
         """Count a kernel."""
         card, tally = self.card, self.tally
         peak = speed * (card.bf16 if dtype == torch.bfloat16 else card.full)
         tally.kernels += 1
+        tally.work.append((moved, flops, flops / peak))
         tally.flops += flops
         tally.moved_bytes += moved
         tally.bytes_by_operator[name] += int(moved)

@@ -132,6 +132,25 @@ def test_few_layers_tell_what_all_cost(
     assert cost.peak_bytes == pytest.approx(expected.peak_bytes, rel=0.15), "gradients on the way are estimated"
 
 
+@pytest.mark.parametrize(
+    ("kind", "run"),
+    [
+        ("bridge", {"compile": True}),
+        pytest.param("warmup", {}, marks=pytest.mark.slow),
+        pytest.param("contrastive", {"gradient_checkpointing": True}, marks=pytest.mark.slow),
+    ],
+)
+def test_two_numbers_of_rows_tell_what_others_cost(
+    tiny_backbone: Backbone, row: Row, kind: str, run: dict[str, Any]
+) -> None:
+    stage = a_stage(kind, {"mixed_precision": "bf16", **run}, adapter={"kind": "dora", "r": 4})
+    meter, another = (measured(stage, tiny_backbone, row) for _ in range(2))
+    two, nine = meter.cost(0, 2), meter.cost(0, 9)
+    computed, run_itself = meter.cost(0, 5), another.cost(0, 5)
+    assert two.moved_bytes < computed.moved_bytes < nine.moved_bytes
+    assert astuple(computed) == pytest.approx(astuple(run_itself), rel=1e-3)
+
+
 def kept_bytes(trainer: CocoaTrainer, batch: dict[str, Any]) -> int:
     """Return the bytes that the backward pass keeps, each storage once, without weights and inputs."""
     there = [*trainer.model.parameters(), *(value for value in batch.values() if isinstance(value, Tensor))]
