@@ -5,13 +5,14 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
@@ -39,6 +40,9 @@ RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 FULL = 4
 """Bytes of float32."""
+
+ADDED = ("flops", "moved_bytes", "kernels", "host_reads", "seconds")
+"""Of a ``Cost``: what several passes cost is the sum of this, and no more memory than one's."""
 
 ADAM_MOMENTS = 2
 
@@ -138,9 +142,8 @@ class StageMeter:
 
         That is all that a step does with them, in the contrastive stage two forward passes and a backward pass.
         """
-        cost = self.cost(place, sequences)
-        memory = {name: getattr(cost, name) for name in ("forward_bytes", "kept_bytes", "backward_bytes")}
-        return replace(cost * (1 / self._sequences[place]), **memory)
+        cost, parts = self.cost(place, sequences), self._sequences[place]
+        return replace(cost, **{name: getattr(cost, name) / parts for name in ADDED})
 
     def recompute_activations(self, *, on: bool) -> None:
         """Turn gradient checkpointing on or off."""
@@ -171,9 +174,10 @@ class StageMeter:
         if copies in known:
             costs = [tally.cost() for tally in known[copies]]
         else:
-            times, card = (copies - less) / (more - less), self._roofline.card
-            costs = [each.extended(other, times, card) for each, other in zip(few, many, strict=True)]
-        whole = sum((cost * each.weight for cost, each in zip(costs, self._variants, strict=True)), Cost())
+            times = (copies - less) / (more - less)
+            costs = [each.cost(other, times) for each, other in zip(few, many, strict=True)]
+        weights = [each.weight for each in self._variants]
+        whole = Cost(*np.dot(weights, [astuple(cost) for cost in costs]).tolist())
         # A backward pass frees as it goes: what it takes beside is one layer's, in any depth.
         return replace(whole, backward_bytes=max(cost.backward_bytes for cost in costs))
 

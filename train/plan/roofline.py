@@ -1,11 +1,9 @@
 """Count what a device would do: FLOPs, bytes, kernels, seconds and memory of whatever runs on fake tensors."""
 
-import operator
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import astuple, dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any, TypeAlias
 from unittest.mock import patch
@@ -20,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from cocoa_embed.model import vision_attention
-from cocoa_embed.train.plan.cards import HOST_SECONDS, Card
+from cocoa_embed.train.plan.cards import HOST_SECONDS, LAUNCH_SECONDS, Card
 
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh")
 """Operators without a kernel, beside views."""
@@ -77,36 +75,23 @@ class Cost:
         """The most memory at once, above what was there before."""
         return max(self.forward_bytes, self.kept_bytes + self.backward_bytes)
 
-    def _each(self, function: Callable[..., float], *others: "Cost") -> "Cost":
-        return Cost(*map(function, astuple(self), *map(astuple, others)))
-
-    def __add__(self, other: "Cost") -> "Cost":
-        return self._each(operator.add, other)
-
-    def __sub__(self, other: "Cost") -> "Cost":
-        return self._each(operator.sub, other)
-
-    def __mul__(self, factor: float) -> "Cost":
-        return self._each(lambda value: value * factor)
-
 
 @dataclass
 class Tally:
-    """A running ``Cost``."""
+    """A running ``Cost``.
 
-    flops: float = 0.0
-    moved_bytes: float = 0.0
-    kernels: int = 0
+    :param work: Of each kernel: bytes, FLOPs, and the seconds that each of the two take.
+    :param born: Storages made since the tally began.
+    """
+
     host_reads: int = 0
-    seconds: float = 0.0
     forward_bytes: int = 0
     kept_bytes: int = 0
     backward_bytes: int = 0
     live_bytes: int = 0
     peak_bytes: int = 0
+    work: list[tuple[float, float, float, float]] = field(default_factory=list)
     born: set[int] = field(default_factory=set)
-    work: list[tuple[float, float, float]] = field(default_factory=list)
-    bytes_by_operator: Counter[str] = field(default_factory=Counter)
 
     def begin_backward(self) -> None:
         """Note the memory of the forward pass that ends."""
@@ -119,21 +104,23 @@ class Tally:
         self.backward_bytes = max(self.backward_bytes, self.peak_bytes - kept)
         self.peak_bytes = self.live_bytes
 
-    def cost(self) -> Cost:
-        """Return the cost so far."""
-        self.begin_backward()
-        return Cost(*(getattr(self, each.name) for each in fields(Cost)))
+    def cost(self, other: "Tally | None" = None, times: float = 0.0) -> Cost:
+        """Return the cost so far.
 
-    def extended(self, other: "Tally", times: float, card: Card) -> Cost:
-        """Return the cost of this and ``times`` its difference to another, of the same kernels on more rows.
-
-        Bytes and FLOPs of a kernel, and memory, grow with the rows.
+        :param other: The same kernels on other rows: ``times`` the difference is added, as bytes, FLOPs and memory grow
+            with the rows.
         """
-        here, there = np.array(self.work), np.array(other.work)
-        moved, flops, busy = (here + times * (there - here)).T
-        seconds = np.maximum(np.maximum(moved / card.bandwidth, busy), card.launch_seconds).sum()
-        grown = self.cost() + (other.cost() - self.cost()) * times
-        return replace(grown, flops=flops.sum(), moved_bytes=moved.sum(), seconds=float(seconds))
+        (work, rest), (other_work, other_rest) = (each._values() for each in (self, other or self))
+        work, rest = work + times * (other_work - work), rest + times * (other_rest - rest)
+        moved, flops, *seconds = work.T
+        busy = np.maximum(LAUNCH_SECONDS, np.maximum(*seconds)).sum()
+        reads, *memory = rest.tolist()
+        return Cost(float(flops.sum()), float(moved.sum()), len(work), reads, float(busy), *memory)
+
+    def _values(self) -> tuple[np.ndarray, np.ndarray]:
+        self.begin_backward()
+        rest = self.host_reads, self.forward_bytes, self.kept_bytes, self.backward_bytes
+        return np.array(self.work, dtype=float).reshape(-1, 4), np.array(rest)
 
 
 class Roofline(TorchDispatchMode):
@@ -154,7 +141,7 @@ class Roofline(TorchDispatchMode):
         self._storages: dict[int, weakref.ref[Any]] = {}
         self._sources: dict[int, Sources] = {}  # of tensors that no kernel has written yet
         self._held: set[int] = set()
-        self._compiled = {"forward": False, "backward": False}
+        self._compiled: set[str] = set()  # which passes of a compiled layer run
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -164,21 +151,21 @@ class Roofline(TorchDispatchMode):
         """Count a layer as Inductor would compile it, forward and backward.
 
         A pointwise operator costs nothing itself: the next product, attention or end of the layer that takes its result
-        has one kernel write it from what was there before; the backward pass keeps that, not the result. It is more than
-        Inductor moves, which also writes several results in one kernel.
+        has one kernel write it from what was there before; the backward pass keeps that, not the result. Inductor moves
+        less: it also writes several results in one kernel.
         """
 
-        def enter(part: str, *_: object) -> None:
-            self._compiled[part] = True
+        def run(part: str, *_: object) -> None:
+            self._compiled.add(part)
 
-        def leave(part: str, _: nn.Module, ins: object, outs: object) -> None:
+        def end(part: str, _: nn.Module, ins: object, outs: object) -> None:
             self.write(tree_leaves(outs if part == "forward" else ins))
-            self._compiled |= {"forward": False} if part == "forward" else {"forward": False, "backward": False}
+            self._compiled -= {"forward", part}
 
-        layer.register_forward_pre_hook(partial(enter, "forward"))
-        layer.register_forward_hook(partial(leave, "forward"))
-        layer.register_full_backward_pre_hook(partial(enter, "backward"))
-        layer.register_full_backward_hook(partial(leave, "backward"))
+        layer.register_forward_pre_hook(partial(run, "forward"))
+        layer.register_forward_hook(partial(end, "forward"))
+        layer.register_full_backward_pre_hook(partial(run, "backward"))
+        layer.register_full_backward_hook(partial(end, "backward"))
 
     def write(self, tensors: Iterable[Any]) -> None:
         """Count the kernels that write tensors, where none has done so yet."""
@@ -188,7 +175,7 @@ class Roofline(TorchDispatchMode):
                 and (sources := self._sources.pop(id(each.untyped_storage()), None)) is not None
             ):
                 self._hold(each)
-                self.count("fused", 0, _sum(sources) + _bytes(each), each.dtype)
+                self.count(0, _sum(sources) + _bytes(each), each.dtype)
 
     def _read(self, tensors: Iterable[Tensor]) -> Sources:
         """Return what a fused kernel reads of tensors."""
@@ -202,11 +189,6 @@ class Roofline(TorchDispatchMode):
         """Let a later kernel write a tensor; until then it keeps its sources instead of memory of its own."""
         key = id(tensor.untyped_storage())
         self._sources[key] = {each: (None if each == key else kept, size) for each, (kept, size) in sources.items()}
-
-    def _fuses(self, func: Any, kind: "_Kind", given: list[Tensor]) -> bool:  # noqa: ANN401
-        if kind.is_in_place and id(given[0].untyped_storage()) not in self.tally.born:
-            return False  # gradients are added up outside of what is compiled
-        return kind.name in FUSED or torch.Tag.pointwise in func.tags
 
     def __torch_dispatch__(
         self,
@@ -238,19 +220,13 @@ class Roofline(TorchDispatchMode):
             for result in results:
                 self._track(result)
         flops = kind.flops(*args, **kwargs, out_val=out) if kind.flops else 0
-        self._count_operator(func, kind, given, results, flops)
+        self._count_operator(kind, given, results, flops)
         return out
 
-    def _count_operator(
-        self,
-        func: Any,  # noqa: ANN401
-        kind: "_Kind",
-        given: list[Tensor],
-        results: list[Tensor],
-        flops: int,
-    ) -> None:
-        compiled = any(self._compiled.values()) and not kind.is_free and bool(results)
-        if compiled and self._fuses(func, kind, given):
+    def _count_operator(self, kind: "_Kind", given: list[Tensor], results: list[Tensor], flops: int) -> None:
+        compiled = bool(self._compiled) and not kind.is_free and bool(results)
+        adds_up = kind.is_in_place and id(given[0].untyped_storage()) not in self.tally.born  # gradients, outside
+        if compiled and kind.is_pointwise and not adds_up:
             sources = self._read(given)
             for each in results:
                 self._defer(each, sources)
@@ -269,18 +245,12 @@ class Roofline(TorchDispatchMode):
         for each in written:
             self._hold(each)
         if results and not kind.is_free:
-            self.count(kind.name, flops, moved + sum(map(_bytes, written)), results[0].dtype)
+            self.count(flops, moved + sum(map(_bytes, written)), results[0].dtype)
 
-    def count(self, name: str, flops: float, moved: float, dtype: torch.dtype, speed: float = 1.0) -> None:
+    def count(self, flops: float, moved: float, dtype: torch.dtype, speed: float = 1.0) -> None:
         """Count a kernel."""
-        card, tally = self.card, self.tally
-        peak = speed * (card.bf16 if dtype == torch.bfloat16 else card.full)
-        tally.kernels += 1
-        tally.work.append((moved, flops, flops / peak))
-        tally.flops += flops
-        tally.moved_bytes += moved
-        tally.bytes_by_operator[name] += int(moved)
-        tally.seconds += max(card.launch_seconds, moved / card.bandwidth, flops / peak)
+        peak = speed * (self.card.bf16 if dtype == torch.bfloat16 else self.card.full)
+        self.tally.work.append((moved, flops, moved / self.card.bandwidth, flops / peak))
 
     def _track(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -316,6 +286,7 @@ class _Kind:
     is_view: bool
     is_in_place: bool
     is_free: bool
+    is_pointwise: bool
     flops: Callable[..., int] | None
 
 
@@ -326,7 +297,8 @@ def _kind(func: Any) -> _Kind:  # noqa: ANN401
     aliases = [each.alias_info for each in func._schema.returns if each.alias_info is not None]
     is_view = any(not alias.is_write for alias in aliases)
     is_free = name.startswith("sym_") or name in ALLOCATIONS
-    return _Kind(name, is_view, bool(aliases), is_free, flop_registry.get(func.overloadpacket))
+    is_pointwise = name in FUSED or torch.Tag.pointwise in func.tags
+    return _Kind(name, is_view, bool(aliases), is_free, is_pointwise, flop_registry.get(func.overloadpacket))
 
 
 def _sum(sources: Sources) -> int:
@@ -365,7 +337,7 @@ class _Attention(torch.autograd.Function):
         meter.write((q, k, v, mask))
         ctx.meter, ctx.flops = meter, 2 * pairs * (q.shape[-1] + v.shape[-1])
         moved = sum(map(_bytes, (q, k, v, out, *([] if mask is None else [mask]))))
-        meter.count("attention", ctx.flops, moved, q.dtype, ATTENTION_SPEED)
+        meter.count(ctx.flops, moved, q.dtype, ATTENTION_SPEED)
         return out
 
     @staticmethod
@@ -373,7 +345,7 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, mask = ctx.saved_tensors
         ctx.meter.write(grads)
         moved = sum(map(_bytes, (q, k, v, q, k, v, out, *grads, *([] if mask is None else [mask]))))
-        ctx.meter.count("attention_backward", 2.5 * ctx.flops, moved, q.dtype, ATTENTION_SPEED)
+        ctx.meter.count(2.5 * ctx.flops, moved, q.dtype, ATTENTION_SPEED)
         return None, torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None, None
 
 
