@@ -70,7 +70,6 @@ SETTINGS = {
 }
 
 VARIANT_ROWS = 8
-MOST_ROWS = 64
 
 PLAIN = {
     "full fine-tuning": [f"{stage}.adapter=null" for stage in ("warmup", "bridge")],
@@ -231,7 +230,7 @@ def measure_plain() -> dict[str, Any]:
                 meter.cost(0, VARIANT_ROWS // 2)
                 state = sum(meter.state_bytes().values())
                 room = CARDS["h100"].memory * GB - RESERVE - state
-                largest = next(rows for rows in count(MOST_ROWS, -1) if meter.cost(0, rows).peak_bytes <= room)
+                largest = next(rows for rows in count(VARIANT_ROWS) if meter.cost(0, rows + 1).peak_bytes > room)
                 results[f"{key}, {name}, {side}"] = {
                     f"at_{rows}_rows": {
                         **asdict(cost := meter.cost(0, rows)),

@@ -139,7 +139,7 @@ class Roofline(TorchDispatchMode):
         self.fake = fake
         self.tally = Tally()
         self._storages: dict[int, weakref.ref[Any]] = {}
-        self._sources: dict[int, Sources] = {}  # of tensors that no kernel has written yet
+        self._sources: dict[int | None, Sources] = {}  # of tensors that no kernel has written yet
         self._held: set[int] = set()
         self._compiled: set[str] = set()  # which passes of a compiled layer run
 
@@ -170,10 +170,8 @@ class Roofline(TorchDispatchMode):
     def write(self, tensors: Iterable[Any]) -> None:
         """Count the kernels that write tensors, where none has done so yet."""
         for each in tensors:
-            if (
-                isinstance(each, Tensor)
-                and (sources := self._sources.pop(id(each.untyped_storage()), None)) is not None
-            ):
+            key = id(each.untyped_storage()) if isinstance(each, Tensor) else None
+            if (sources := self._sources.pop(key, None)) is not None:
                 self._hold(each)
                 self.count(0, _sum(sources) + _bytes(each), each.dtype)
 
