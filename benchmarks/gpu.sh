@@ -43,6 +43,10 @@ measure() { # NAME SECONDS COMMAND...: run a command for at most SECONDS; its ou
     [ $status = 0 ] || failed=1
 }
 
+tests() { # what they print is a log, no measurement
+    $python -m pytest -q -m gpu ${rehearse:+--collect-only} -p no:cacheprovider $(grep -rl --include="*.py" "mark.gpu" tests) >&2
+}
+
 tiny() { # the three stages, and recall@1 of the exported model on scenes that it was not trained on
     $python - "$work/scenes" <<'SCENES' || return
 import sys
@@ -89,9 +93,9 @@ UTILISATION
 }
 
 failed=0
-export -f tiny encode utilisation
+export -f tests tiny encode utilisation
 export work python rehearse out
-measure gpu-tests 50 $python -m pytest -q -m gpu ${rehearse:+--collect-only} -p no:cacheprovider $(grep -rl --include="*.py" "mark.gpu" tests)
+measure gpu-tests 50 bash -c tests
 measure tiny-recipe 90 bash -c tiny
 measure bridge 100 $python benchmarks/card_steps.py bridge "$out" $rehearse
 measure contrastive 90 $python benchmarks/card_steps.py contrastive "$out" $rehearse

@@ -9,14 +9,16 @@ the depths that tell what a layer costs. A kernel takes the longest of its launc
 ratios; nothing is said of waiting for data, of the host or of other devices.
 
 A row has an image of 256 visual tokens with 64 tokens of text, and a text of 40 tokens. ``--variants`` measures one
-mini-batch of the contrastive stage of Qwen2-VL-2B with different adapters, ``--plain`` one of warm-up and of bridge
-beside the plain way: the stock class with logits of all tokens and PEFT's adapter, without packed vision attention.
+mini-batch of the contrastive stage of Qwen2-VL-2B with different adapters, ``--plain`` warm-up and bridge beside the
+plain way, with as many rows and with the most that each holds: the stock class with logits of all tokens and PEFT's
+adapter, without packed vision attention.
 """
 
 import argparse
 import json
 import sys
 from dataclasses import asdict, dataclass
+from itertools import count, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,6 +34,7 @@ from cocoa_embed.model.backbone import load_processor, read_config
 from cocoa_embed.train import Recipe
 from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.loop import stage_trainer
+from cocoa_embed.train.loop.memory_trial import RESERVE
 from cocoa_embed.train.plan.cards import CARDS
 from cocoa_embed.train.plan.cost import StepCost, batch_shape
 from cocoa_embed.train.plan.fit import GB, fit_to_card
@@ -71,7 +74,14 @@ VARIANT_ROWS = 8
 
 PLAIN = {
     "full fine-tuning": [f"{stage}.adapter=null" for stage in ("warmup", "bridge")],
-    "DoRA, dropout 0.1": [],
+    "DoRA, dropout 0": [f"{stage}.adapter.dropout=0" for stage in ("warmup", "bridge")],
+}
+
+SIDES = {
+    "ours": [],
+    "compiled": ["compile=true"],
+    "compiled, checkpointing": ["compile=true", "gradient_checkpointing=true"],
+    "plain": [],
 }
 
 VARIANTS = {
@@ -210,31 +220,38 @@ def plain_adapter(model: PreTrainedModel, settings: StageSettings, **_: bool) ->
 def measure_plain() -> dict[str, Any]:
     results: dict[str, Any] = {}
     with TemporaryDirectory() as folder:
-        for name, changes in PLAIN.items():
-            recipe = Recipe.load("qwen2-vl-2b", ["gradient_checkpointing=false", *changes])
+        for (name, adapter), (side, changes) in product(PLAIN.items(), SIDES.items()):
+            recipe = Recipe.load("qwen2-vl-2b", ["gradient_checkpointing=false", *adapter, *changes])
             backbone = open_backbone(recipe)
             row = draw_row(Path(folder), backbone[1])
             for key, stage in list(recipe.stages.items())[:2]:
                 batch = stage.sequences(numbered([row])[0], backbone[1], backbone[0])[0]
-                useful = VARIANT_ROWS * StepCost.of(backbone[0], stage.settings).of_shape(batch_shape(batch))
-                for kind in (StageMeter, PlainMeter):
-                    meter = kind(stage, *backbone, [row], CARDS["h100"])
-                    cost = meter.mini_batch(0, VARIANT_ROWS)
-                    results[f"{key}, {name}, {'plain' if kind is PlainMeter else 'ours'}"] = {
-                        **asdict(cost),
+                useful = StepCost.of(backbone[0], stage.settings).of_shape(batch_shape(batch))
+                meter = (PlainMeter if side == "plain" else StageMeter)(stage, *backbone, [row], CARDS["h100"])
+                meter.cost(0, VARIANT_ROWS // 2)
+                state = sum(meter.state_bytes().values())
+                room = CARDS["h100"].memory * GB - RESERVE - state
+                largest = next(rows for rows in count(VARIANT_ROWS) if meter.cost(0, rows + 1).peak_bytes > room)
+                results[f"{key}, {name}, {side}"] = {
+                    f"at_{rows}_rows": {
+                        **asdict(cost := meter.cost(0, rows)),
                         "eager_seconds": cost.eager_seconds,
-                        "mfu": useful / cost.seconds / CARDS["h100"].bf16,
-                        "memory_bytes": sum(meter.state_bytes().values()) + cost.peak_bytes,
-                        "peak_bytes": cost.peak_bytes,
+                        "rows_per_second": rows / cost.seconds,
+                        "mfu": useful * rows / cost.seconds / CARDS["h100"].bf16,
+                        "memory_bytes": state + cost.peak_bytes,
                     }
+                    for rows in (VARIANT_ROWS, largest)
+                }
     return results
 
 
 def show_plain(results: dict[str, Any]) -> None:
-    print("| stage | ms a mini-batch | kernels | memory GiB | above the model GiB | MFU |\n|---|---|---|---|---|---|")
-    for name, each in results.items():
-        memory = " | ".join(f"{each[key] / GIB:.1f}" for key in ("memory_bytes", "peak_bytes"))
-        print(f"| {name} | {each['seconds'] * 1000:,.0f} | {each['kernels']:,.0f} | {memory} | {each['mfu']:.0%} |")
+    print("| stage | rows at once | ms | rows/s | MFU | memory GiB | kernels |\n|---|---|---|---|---|---|---|")
+    for name, sizes in results.items():
+        for size, each in sizes.items():
+            speed = f"{each['seconds'] * 1000:,.0f} | {each['rows_per_second']:.1f} | {each['mfu']:.0%}"
+            memory = f"{each['memory_bytes'] / GIB:.1f} | {each['kernels']:,.0f}"
+            print(f"| {name} | {size.split('_')[1]} | {speed} | {memory} |")
 
 
 def show(results: dict[str, Any]) -> None:

@@ -257,7 +257,7 @@ class RunSettings(Settings):
     :param vision_cache: A folder that keeps what a frozen vision encoder makes of each image, for later epochs, stages
         and runs; several processes may share it.
     :param vision_cache_gb: The most gigabytes in ``vision_cache``.
-    :param compile: Compile the language model's layers, which takes the first steps a minute or more; where that fails,
+    :param compile: Compile the model's layers, which takes the first steps a minute or more; where that fails,
         they run as they are, with a warning.
     :param sharding: ``fsdp2`` shards weights, gradients and optimiser states over the devices, in stages that allow it.
     :param workers: Processes per device that read and preprocess rows; by default the free cores, at most 8, and none

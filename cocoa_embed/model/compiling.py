@@ -1,4 +1,4 @@
-"""Compile the layers of a language model, with shapes that may change."""
+"""Compile the layers of a model, with shapes that may change."""
 
 from collections.abc import Iterable
 
@@ -14,16 +14,17 @@ CompileError = TorchDynamoException
 """What a layer raises, when it first runs, if it cannot be compiled."""
 
 
-def compile_layers(model: nn.Module) -> list[nn.Module]:
-    """Compile the decoder layers of a model, in place, and return them; the first pass takes the time.
+def layers_to_compile(model: nn.Module) -> list[nn.Module]:
+    """Return the layers of the language model and of the vision encoder, and of a pixel decoder."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
-    The vision encoder's layers stay as they are: each of them cuts its input by lengths that it reads from the CPU.
+
+def compile_layers(model: nn.Module) -> list[nn.Module]:
+    """Compile the layers of a model, in place, and return them; the first pass takes the time.
+
+    What is in a vision layer before and after its attention is compiled, but not that: it reads lengths from the CPU.
     """
-    layers: list[nn.Module] = [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, GradientCheckpointingLayer) and "visual" not in name.split(".")
-    ]
+    layers = layers_to_compile(model)
     torch._dynamo.reset()  # the versions of an earlier stage count too
     torch._dynamo.config.cache_size_limit = MOST_VERSIONS
     for layer in layers:

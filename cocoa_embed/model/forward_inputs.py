@@ -12,8 +12,8 @@ from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 TAKES_PREPARED_VISION = find_spec("transformers.vision_utils") is not None
 """Older versions of transformers make the vision encoder's positions themselves, and wait for the device."""
 
-FEEDS_INNER_LAYERS = frozenset({"qwen3_vl"})
-"""Families whose vision encoder also feeds inner layers of the language model: only the stock class merges the two."""
+PREPARES_INTERPOLATION = "get_vision_interpolation_indices_and_weights"
+"""Of Qwen3-VL's table of positions; versions of transformers without it wait for the device."""
 
 
 class HostTensor(Tensor):
@@ -77,7 +77,8 @@ class HostInputs:
         :returns: With ``position_ids``, int64 ``[3, B, L]``. With images, ``image_grid_thw`` stays on the CPU, and
             there are the vision encoder's own: ``image_position_ids`` (int64 ``[patches, 2]``), ``image_cu_seqlens``
             (int32 ``[images + 1]``, on the CPU), ``image_max_seqlen`` and, for windows, ``image_window_index`` (int64
-            ``[visual tokens]``), ``image_cu_window_seqlens`` and ``image_max_window_seqlen``.
+            ``[visual tokens]``), ``image_cu_window_seqlens`` and ``image_max_window_seqlen``; for Qwen3-VL,
+            ``image_interp_indices`` and ``image_interp_weights`` (``[patches, 4]``).
         :raises ValueError: If the visual tokens are not those of the images.
         """
         rows, length = batch["input_ids"].shape
@@ -126,6 +127,10 @@ def image_inputs(grids: Tensor, config: PreTrainedConfig) -> dict[str, Any]:
         "cu_seqlens": on_host(boundaries),
         "max_seqlen": int(boundaries.diff().max()),
     }
+    if (side := config.to_dict().get("num_position_embeddings")) and hasattr(made, PREPARES_INTERPOLATION):
+        found["interp_indices"], found["interp_weights"] = made.get_vision_interpolation_indices_and_weights(
+            grids, num_grid_per_side=int(side**0.5), align_corners=True, spatial_merge_size=merge_size
+        )
     if window_size is not None:
         index, boundaries = made.get_vision_window_index(grids, merge_size, window_size, config.patch_size)
         found |= {"window_index": index, "cu_window_seqlens": on_host(boundaries)}
@@ -156,14 +161,30 @@ def forward_inputs(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str
     inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
     if "pixel_values" not in batch:
         return inputs
-    if model.config.model_type in FEEDS_INNER_LAYERS:
-        of_images = {name: value for name, value in batch.items() if name.startswith(("image_", "pixel_values"))}
-        return {**inputs, **of_images, "image_grid_thw": batch["image_grid_thw"].on(model.device)}
-    features = run_vision(model, batch).pooler_output
+    seen = run_vision(model, batch)
+    features = seen.pooler_output
     embedded = base.get_input_embeddings()(inputs.pop("input_ids"))
-    visual = places(batch["mm_token_type_ids"] == 1, len(features))
-    merged = embedded.flatten(0, 1).index_copy(0, visual, features.to(embedded.dtype))
+    is_visual = batch["mm_token_type_ids"] == 1
+    merged = embedded.flatten(0, 1).index_copy(0, places(is_visual, len(features)), features.to(embedded.dtype))
+    if of_layers := seen.get("deepstack_features"):
+        _feed_inner_layers(base.language_model, is_visual, of_layers)
     return inputs | {"inputs_embeds": merged.view_as(embedded)}
+
+
+def _feed_inner_layers(language_model: Any, is_visual: Tensor, features: Sequence[Tensor]) -> None:  # noqa: ANN401
+    """Let the next forward pass add features of images (Qwen3-VL) after its first layers, as the stock class does."""
+
+    def feed(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:  # noqa: ANN401
+        hook.remove()
+        return args, {**kwargs, "visual_pos_masks": is_visual, "deepstack_visual_embeds": features}
+
+    hook = language_model.register_forward_pre_hook(feed, with_kwargs=True)
+    language_model._deepstack_process = _add_features  # the class's own waits for the device
+
+
+def _add_features(hidden_states: Tensor, is_visual: Tensor, features: Tensor) -> Tensor:
+    where = places(is_visual, len(features))
+    return hidden_states.flatten(0, 1).index_add(0, where, features.to(hidden_states.dtype)).view_as(hidden_states)
 
 
 def run_vision(model: PreTrainedModel, batch: Mapping[str, Any]) -> Any:  # noqa: ANN401
@@ -173,7 +194,7 @@ def run_vision(model: PreTrainedModel, batch: Mapping[str, Any]) -> Any:  # noqa
     """
     visual: Any = model.base_model.visual
     given = {name.removeprefix("image_"): value for name, value in batch.items() if name.startswith("image_")}
-    if not TAKES_PREPARED_VISION or model.config.model_type in FEEDS_INNER_LAYERS:
+    if not TAKES_PREPARED_VISION or (hasattr(visual, "pos_embed") and "interp_indices" not in given):
         given["grid_thw"] = given["grid_thw"].on(model.device)  # which is read there
     return visual(batch["pixel_values"].to(visual.dtype), **given)
 
@@ -187,7 +208,10 @@ def places(mask: Tensor, count: int) -> Tensor:
 
 
 _ON_DEVICE = frozenset(
-    {"input_ids", "attention_mask", "mm_token_type_ids", "position_ids", "image_position_ids", "image_window_index"}
+    {
+        *("input_ids", "attention_mask", "mm_token_type_ids", "position_ids"),
+        *("image_position_ids", "image_window_index", "image_interp_indices", "image_interp_weights"),
+    }
 )
 
 

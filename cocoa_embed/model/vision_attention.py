@@ -29,6 +29,7 @@ def pack_vision_attention(model: PreTrainedModel) -> None:
         block.attn.config = config
 
 
+@torch.compiler.disable
 def packed_attention(
     module: nn.Module,
     query: Tensor,

@@ -10,6 +10,7 @@ from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from cocoa_embed.model.compiling import CompileError
 from cocoa_embed.train.loop.oom import is_out_of_memory
 from cocoa_embed.train.loop.trainer import CocoaTrainer
 from cocoa_embed.train.settings import Auto
@@ -101,7 +102,11 @@ def _fits(trainer: CocoaTrainer, trial: Trial, size: int) -> bool:
     """Return whether a size fits on every device."""
     model: Any = trainer.model
     try:
-        _run(trainer, trial, size)
+        try:
+            _run(trainer, trial, size)
+        except CompileError as error:
+            trainer.stop_compiling(error)
+            _run(trainer, trial, size)
         fits = True
     except RuntimeError as error:
         if not is_out_of_memory(error):

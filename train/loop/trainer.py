@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -65,7 +65,7 @@ class StageContext:
     :param peak_flops: FLOP/s of a matrix product, the peak of the utilisation.
     :param memory_remedy: The change in the recipe if a step does not fit into memory.
     :param checkpoint_facts: JSON values that each checkpoint records.
-    :param compile: Compile the language model's layers.
+    :param compile: Compile the layers of the model.
     """
 
     arguments: dict[str, Any]
@@ -164,7 +164,7 @@ class CocoaTrainer(Trainer):
             try:
                 loss = super().training_step(model, tensors, *args, **kwargs)
             except CompileError as error:
-                self._stop_compiling(model, error)
+                self.stop_compiling(error)
                 loss = super().training_step(model, tensors, *args, **kwargs)
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -180,7 +180,7 @@ class CocoaTrainer(Trainer):
             self._check_losses()
         return loss
 
-    def _stop_compiling(self, model: nn.Module, error: Exception) -> None:
+    def stop_compiling(self, error: Exception) -> None:
         """Run the layers uncompiled if they have never run, with a warning.
 
         :raises CompileError: If they have.
@@ -190,7 +190,7 @@ class CocoaTrainer(Trainer):
         reason = str(error).strip().partition("\n")[0]
         logger.warning("compile has no effect: the layers cannot be compiled here (%s).", reason)
         run_uncompiled(self._compiled)
-        model.zero_grad()
+        cast(nn.Module, self.model).zero_grad()
 
     def _check_losses(self) -> None:
         """Check the losses since the last check, at once or one step later.

@@ -44,11 +44,6 @@ class Card(NamedTuple):
         """Bytes a second."""
         return self.terabytes * 1e12 * MEMORY_SPEED
 
-    @property
-    def launch_seconds(self) -> float:
-        """The least time of a kernel."""
-        return LAUNCH_SECONDS
-
 
 CARDS = {
     "a100": Card(312, 19.5, 2.04, 80),

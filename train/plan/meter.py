@@ -5,12 +5,14 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
@@ -20,6 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from cocoa_embed.data.rows import Row
 from cocoa_embed.model.backbone import SUPPORTED, Backbone
+from cocoa_embed.model.compiling import layers_to_compile
 from cocoa_embed.model.vision_attention import pack_vision_attention
 from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.loop.batch_facts import FACTS
@@ -37,6 +40,9 @@ RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 FULL = 4
 """Bytes of float32."""
+
+ADDED = ("flops", "moved_bytes", "kernels", "host_reads", "seconds")
+"""Of a ``Cost``: what several passes cost is the sum of this, and no more memory than one's."""
 
 ADAM_MOMENTS = 2
 
@@ -98,7 +104,7 @@ class StageMeter:
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._roofline = Roofline(card, fake)
         self._batches: dict[tuple[int, int], dict[str, Any]] = {}
-        self._costs: dict[tuple[int, int, bool], Cost] = {}
+        self._tallies: dict[tuple[int, bool], dict[int, list[Tally]]] = {}
         table = RowTable.of(row for row in rows for _ in range(2))  # a batch needs something to contrast
         self._sequences = [len(stage.alike(row)) for row in rows]
         self._stage = stage = _short(stage)
@@ -107,6 +113,15 @@ class StageMeter:
             self._variants = [
                 _Variant(_trainer(stage, shallow, processor, table, fake), weight) for shallow, weight in depths(config)
             ]
+            for norms in chain.from_iterable(
+                each.trainer.adapter.norms for each in self._variants if each.trainer.adapter
+            ):
+                norms.refresh()  # once per optimizer step
+        if stage.run.compile:
+            for layer in chain.from_iterable(
+                layers_to_compile(cast(nn.Module, each.trainer.model)) for each in self._variants
+            ):
+                self._roofline.compile(layer)
         counts = [(Parameters.of(cast(nn.Module, each.trainer.model)), each.weight) for each in self._variants]
         self.parameters = Parameters(
             *(sum(getattr(count, name) * weight for count, weight in counts) for name in Parameters.__annotations__)
@@ -127,9 +142,8 @@ class StageMeter:
 
         That is all that a step does with them, in the contrastive stage two forward passes and a backward pass.
         """
-        cost = self.cost(place, sequences)
-        memory = {name: getattr(cost, name) for name in ("forward_bytes", "kept_bytes", "backward_bytes")}
-        return replace(cost * (1 / self._sequences[place]), **memory)
+        cost, parts = self.cost(place, sequences), self._sequences[place]
+        return replace(cost, **{name: getattr(cost, name) / parts for name in ADDED})
 
     def recompute_activations(self, *, on: bool) -> None:
         """Turn gradient checkpointing on or off."""
@@ -147,30 +161,40 @@ class StageMeter:
         }
 
     def cost(self, place: int, copies: int) -> Cost:
-        """Return the cost of a pass over ``copies`` of the row at a place, whose backward pass adds to gradients."""
-        key = (place, copies, self._recomputes)
-        if key not in self._costs:
-            self._costs[key] = self._measure(place, copies)
-        return self._costs[key]
+        """Return the cost of a pass over ``copies`` of the row at a place, whose backward pass adds to gradients.
 
-    def _measure(self, place: int, copies: int) -> Cost:
-        trainers = [each.trainer for each in self._variants]
-        key = (place, copies)
-        if key not in self._batches:
-            first = trainers[0]
-            self._batches[key] = first.data_collator([first.train_dataset[2 * place]] * copies)  # type: ignore[index]
-        costs = [self._pass(trainer, self._batches[key]) for trainer in trainers]
-        whole = sum((cost * each.weight for cost, each in zip(costs, self._variants, strict=True)), Cost())
+        Two numbers of copies are run, and others are computed from these.
+        """
+        known = self._tallies.setdefault((place, self._recomputes), {})
+        (less, few), (more, many) = [*known.items(), (0, []), (0, [])][:2]
+        if copies not in known and (
+            not many or any(len(a.work) != len(b.work) for a, b in zip(few, many, strict=True))
+        ):
+            known[copies] = self._run(place, copies)
+        if copies in known:
+            costs = [tally.cost() for tally in known[copies]]
+        else:
+            times = (copies - less) / (more - less)
+            costs = [each.cost(other, times) for each, other in zip(few, many, strict=True)]
+        weights = [each.weight for each in self._variants]
+        whole = Cost(*np.dot(weights, [astuple(cost) for cost in costs]).tolist())
         # A backward pass frees as it goes: what it takes beside is one layer's, in any depth.
         return replace(whole, backward_bytes=max(cost.backward_bytes for cost in costs))
 
-    def _pass(self, trainer: CocoaTrainer, batch: dict[str, Any]) -> Cost:
+    def _run(self, place: int, copies: int) -> list[Tally]:
+        trainers, key = [each.trainer for each in self._variants], (place, copies)
+        if key not in self._batches:
+            first = trainers[0]
+            self._batches[key] = first.data_collator([first.train_dataset[2 * place]] * copies)  # type: ignore[index]
+        return [self._pass(trainer, self._batches[key]) for trainer in trainers]
+
+    def _pass(self, trainer: CocoaTrainer, batch: dict[str, Any]) -> Tally:
         tensors = {name: self._faked(value) for name, value in batch.items() if name != FACTS}
         self._stage.run_whole(trainer, max(v.numel() for n, v in tensors.items() if n.endswith("attention_mask")))
         self._roofline.tally = tally = Tally()
         with self._measuring():
             cast(Tensor, trainer.compute_loss(cast(nn.Module, trainer.model), tensors)).backward()
-        return tally.cost()
+        return tally
 
     def _faked(self, value: Any) -> Any:  # noqa: ANN401
         if isinstance(value, Tensor) and (value.is_floating_point() or value.dtype == torch.uint8):

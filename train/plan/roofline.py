@@ -1,18 +1,16 @@
 """Count what a device would do: FLOPs, bytes, kernels, seconds and memory of whatever runs on fake tensors."""
 
-import operator
 import weakref
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import Any
+from typing import Any, TypeAlias
 from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from cocoa_embed.model import vision_attention
-from cocoa_embed.train.plan.cards import HOST_SECONDS, Card
+from cocoa_embed.train.plan.cards import HOST_SECONDS, LAUNCH_SECONDS, Card
 
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh")
 """Operators without a kernel, beside views."""
@@ -28,8 +26,20 @@ ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_s
 GATHERS = ("embedding", "index", "index_select", "gather")
 """Operators that read only what they return of their first argument."""
 
+FUSED = ("_to_copy", "cat", "clone", "copy_", "gelu_backward", "silu_backward", "slice_backward", "zeros", "zeros_like")
+"""Operators that a compiler fuses, beside pointwise ones."""
+
+REDUCTIONS = ("amax", "mean", "native_layer_norm", "native_layer_norm_backward", "sum")
+"""Operators that a compiler fuses with what they read; a norm is a reduction with a pointwise operator after it."""
+
+MOST_SOURCES = 4
+"""A fused kernel reads no more tensors (Inductor's ``realize_reads_threshold``)."""
+
 ATTENTION_SPEED = 0.75
 """The speed of a fused attention kernel, relative to a matrix product."""
+
+Sources: TypeAlias = dict[int, tuple[Any, int]]
+"""What a fused kernel reads: storages, kept while it may still run, with their bytes."""
 
 
 @dataclass(frozen=True)
@@ -65,34 +75,23 @@ class Cost:
         """The most memory at once, above what was there before."""
         return max(self.forward_bytes, self.kept_bytes + self.backward_bytes)
 
-    def _each(self, function: Callable[..., float], *others: "Cost") -> "Cost":
-        return Cost(*map(function, astuple(self), *map(astuple, others)))
-
-    def __add__(self, other: "Cost") -> "Cost":
-        return self._each(operator.add, other)
-
-    def __sub__(self, other: "Cost") -> "Cost":
-        return self._each(operator.sub, other)
-
-    def __mul__(self, factor: float) -> "Cost":
-        return self._each(lambda value: value * factor)
-
 
 @dataclass
 class Tally:
-    """A running ``Cost``."""
+    """A running ``Cost``.
 
-    flops: float = 0.0
-    moved_bytes: float = 0.0
-    kernels: int = 0
+    :param work: Of each kernel: bytes, FLOPs, and the seconds that each of the two take.
+    :param born: Storages made since the tally began.
+    """
+
     host_reads: int = 0
-    seconds: float = 0.0
     forward_bytes: int = 0
     kept_bytes: int = 0
     backward_bytes: int = 0
     live_bytes: int = 0
     peak_bytes: int = 0
-    bytes_by_operator: Counter[str] = field(default_factory=Counter)
+    work: list[tuple[float, float, float, float]] = field(default_factory=list)
+    born: set[int] = field(default_factory=set)
 
     def begin_backward(self) -> None:
         """Note the memory of the forward pass that ends."""
@@ -105,10 +104,23 @@ class Tally:
         self.backward_bytes = max(self.backward_bytes, self.peak_bytes - kept)
         self.peak_bytes = self.live_bytes
 
-    def cost(self) -> Cost:
-        """Return the cost so far."""
+    def cost(self, other: "Tally | None" = None, times: float = 0.0) -> Cost:
+        """Return the cost so far.
+
+        :param other: The same kernels on other rows: ``times`` the difference is added, as bytes, FLOPs and memory grow
+            with the rows.
+        """
+        (work, rest), (other_work, other_rest) = (each._values() for each in (self, other or self))
+        work, rest = work + times * (other_work - work), rest + times * (other_rest - rest)
+        moved, flops, *seconds = work.T
+        busy = np.maximum(LAUNCH_SECONDS, np.maximum(*seconds)).sum()
+        reads, *memory = rest.tolist()
+        return Cost(float(flops.sum()), float(moved.sum()), len(work), reads, float(busy), *memory)
+
+    def _values(self) -> tuple[np.ndarray, np.ndarray]:
         self.begin_backward()
-        return Cost(*(getattr(self, each.name) for each in fields(Cost)))
+        rest = self.host_reads, self.forward_bytes, self.kept_bytes, self.backward_bytes
+        return np.array(self.work, dtype=float).reshape(-1, 4), np.array(rest)
 
 
 class Roofline(TorchDispatchMode):
@@ -127,6 +139,54 @@ class Roofline(TorchDispatchMode):
         self.fake = fake
         self.tally = Tally()
         self._storages: dict[int, weakref.ref[Any]] = {}
+        self._sources: dict[int | None, Sources] = {}  # of tensors that no kernel has written yet
+        self._held: set[int] = set()
+        self._compiled: set[str] = set()  # which passes of a compiled layer run
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # what it skips with is a wrapper around each call
+
+    def compile(self, layer: nn.Module) -> None:
+        """Count a layer as Inductor would compile it, forward and backward.
+
+        A pointwise operator costs nothing itself: the next product, attention or end of the layer that takes its result
+        has one kernel write it from what was there before; the backward pass keeps that, not the result. Inductor moves
+        less: it also writes several results in one kernel.
+        """
+
+        def run(part: str, *_: object) -> None:
+            self._compiled.add(part)
+
+        def end(part: str, _: nn.Module, ins: object, outs: object) -> None:
+            self.write(tree_leaves(outs if part == "forward" else ins))
+            self._compiled -= {"forward", part}
+
+        layer.register_forward_pre_hook(partial(run, "forward"))
+        layer.register_forward_hook(partial(end, "forward"))
+        layer.register_full_backward_pre_hook(partial(run, "backward"))
+        layer.register_full_backward_hook(partial(end, "backward"))
+
+    def write(self, tensors: Iterable[Any]) -> None:
+        """Count the kernels that write tensors, where none has done so yet."""
+        for each in tensors:
+            key = id(each.untyped_storage()) if isinstance(each, Tensor) else None
+            if (sources := self._sources.pop(key, None)) is not None:
+                self._hold(each)
+                self.count(0, _sum(sources) + _bytes(each), each.dtype)
+
+    def _read(self, tensors: Iterable[Tensor]) -> Sources:
+        """Return what a fused kernel reads of tensors."""
+        found: Sources = {}
+        for each in tensors:
+            storage = each.untyped_storage()
+            found |= self._sources.get(id(storage), {id(storage): (storage, _bytes(each))})
+        return found
+
+    def _defer(self, tensor: Tensor, sources: Sources) -> None:
+        """Let a later kernel write a tensor; until then it keeps its sources instead of memory of its own."""
+        key = id(tensor.untyped_storage())
+        self._sources[key] = {each: (None if each == key else kept, size) for each, (kept, size) in sources.items()}
 
     def __torch_dispatch__(
         self,
@@ -137,7 +197,9 @@ class Roofline(TorchDispatchMode):
     ) -> Any:  # noqa: ANN401
         """Run an operator and count it."""
         kwargs = kwargs or {}
-        if func.namespace == "prim":  # a question such as for the device
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].device
+        if func.namespace == "prim":  # another question
             return func(*args, **kwargs)
         kind = _kind(func)
         if kind.name in ("_local_scalar_dense", "equal") and any(isinstance(each, FakeTensor) for each in args):
@@ -155,22 +217,38 @@ class Roofline(TorchDispatchMode):
         if not kind.is_in_place:
             for result in results:
                 self._track(result)
-        if kind.is_free or not results:
-            return out
-        counted = results + (results + given[1:] if kind.name in GATHERS else given)
         flops = kind.flops(*args, **kwargs, out_val=out) if kind.flops else 0
-        self.count(kind.name, flops, sum(map(_bytes, counted)), results[0].dtype)
+        self._count_operator(kind, given, results, flops)
         return out
 
-    def count(self, name: str, flops: float, moved: float, dtype: torch.dtype, speed: float = 1.0) -> None:
+    def _count_operator(self, kind: "_Kind", given: list[Tensor], results: list[Tensor], flops: int) -> None:
+        compiled = bool(self._compiled) and not kind.is_free and bool(results)
+        adds_up = kind.is_in_place and id(given[0].untyped_storage()) not in self.tally.born  # gradients, outside
+        if compiled and kind.is_pointwise and not adds_up:
+            sources = self._read(given)
+            for each in results:
+                self._defer(each, sources)
+            if len(sources) > MOST_SOURCES:
+                self.write(results)
+            return
+        moved, written = 0, results
+        if compiled and kind.name in REDUCTIONS:
+            moved = _sum(sources := self._read(given))
+            if "norm" in kind.name:
+                self._defer(results[0], sources)
+                written = results[1:]
+        elif not kind.is_free:
+            self.write(given)
+            moved = sum(map(_bytes, results + given[1:] if kind.name in GATHERS else given))
+        for each in written:
+            self._hold(each)
+        if results and not kind.is_free:
+            self.count(flops, moved + sum(map(_bytes, written)), results[0].dtype)
+
+    def count(self, flops: float, moved: float, dtype: torch.dtype, speed: float = 1.0) -> None:
         """Count a kernel."""
-        card, tally = self.card, self.tally
-        peak = speed * (card.bf16 if dtype == torch.bfloat16 else card.full)
-        tally.kernels += 1
-        tally.flops += flops
-        tally.moved_bytes += moved
-        tally.bytes_by_operator[name] += int(moved)
-        tally.seconds += max(card.launch_seconds, moved / card.bandwidth, flops / peak)
+        peak = speed * (self.card.bf16 if dtype == torch.bfloat16 else self.card.full)
+        self.tally.work.append((moved, flops, moved / self.card.bandwidth, flops / peak))
 
     def _track(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -181,12 +259,23 @@ class Roofline(TorchDispatchMode):
         tally = self.tally
 
         def freed(_: object) -> None:
-            tally.live_bytes -= size
+            if key in self._held:
+                self._held.remove(key)
+                tally.live_bytes -= size
+            tally.born.discard(key)
+            self._sources.pop(key, None)
             self._storages.pop(key, None)
 
         self._storages[key] = weakref.ref(storage, freed)
-        tally.live_bytes += size
-        tally.peak_bytes = max(tally.peak_bytes, tally.live_bytes)
+        tally.born.add(key)
+
+    def _hold(self, tensor: Tensor) -> None:
+        """Count the memory of a tensor that an operator has made."""
+        storage, tally = tensor.untyped_storage(), self.tally
+        if id(storage) in self._storages and id(storage) not in self._held:
+            self._held.add(id(storage))
+            tally.live_bytes += storage.nbytes()
+            tally.peak_bytes = max(tally.peak_bytes, tally.live_bytes)
 
 
 @dataclass(frozen=True)
@@ -195,6 +284,7 @@ class _Kind:
     is_view: bool
     is_in_place: bool
     is_free: bool
+    is_pointwise: bool
     flops: Callable[..., int] | None
 
 
@@ -205,7 +295,13 @@ def _kind(func: Any) -> _Kind:  # noqa: ANN401
     aliases = [each.alias_info for each in func._schema.returns if each.alias_info is not None]
     is_view = any(not alias.is_write for alias in aliases)
     is_free = name.startswith("sym_") or name in ALLOCATIONS
-    return _Kind(name, is_view, bool(aliases), is_free, flop_registry.get(func.overloadpacket))
+    is_pointwise = name in FUSED or torch.Tag.pointwise in func.tags
+    return _Kind(name, is_view, bool(aliases), is_free, is_pointwise, flop_registry.get(func.overloadpacket))
+
+
+def _sum(sources: Sources) -> int:
+    """Return the bytes of all sources."""
+    return sum(size for _, size in sources.values())
 
 
 def _makes_floats(name: str, dtype: torch.dtype | None) -> bool:
@@ -236,16 +332,18 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, meter: Roofline, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, pairs: int) -> Tensor:  # noqa: ANN401
         out = q.new_empty(*q.shape[:-1], v.shape[-1])
         ctx.save_for_backward(q, k, v, out, mask)
+        meter.write((q, k, v, mask))
         ctx.meter, ctx.flops = meter, 2 * pairs * (q.shape[-1] + v.shape[-1])
         moved = sum(map(_bytes, (q, k, v, out, *([] if mask is None else [mask]))))
-        meter.count("attention", ctx.flops, moved, q.dtype, ATTENTION_SPEED)
+        meter.count(ctx.flops, moved, q.dtype, ATTENTION_SPEED)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # noqa: ANN401
         q, k, v, out, mask = ctx.saved_tensors
+        ctx.meter.write(grads)
         moved = sum(map(_bytes, (q, k, v, q, k, v, out, *grads, *([] if mask is None else [mask]))))
-        ctx.meter.count("attention_backward", 2.5 * ctx.flops, moved, q.dtype, ATTENTION_SPEED)
+        ctx.meter.count(2.5 * ctx.flops, moved, q.dtype, ATTENTION_SPEED)
         return None, torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None, None
 
 
