@@ -70,11 +70,11 @@ class Writer:
     def insert(self, new: NewPoint) -> None:
         """Store a new point."""
         self._batch.points[new.point.id] = new.point
+        id_, image, payload, caption = new.point
         for record in new.records:
-            change = self._hold(new.point.id, record)
-        _, image, payload, caption = new.point
+            self._hold(id_, record)
         vector = NewVector("", image) if caption is None else NewVector(CAPTION_VECTOR, caption)
-        change.vectors[caption_of(payload)] = vector
+        self._batch.changes[id_].vectors[caption_of(payload)] = vector
         if len(self._batch.points) >= BATCH_POINTS:
             self.flush()
 
