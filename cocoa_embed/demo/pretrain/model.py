@@ -143,7 +143,7 @@ def _load_language_model(model: Qwen2VLForConditionalGeneration, original: Any, 
     """Copy the weights; rows of tokens that the original does not have are the mean of its rows."""
 
     def widened(rows: torch.Tensor) -> torch.Tensor:
-        wide = rows.mean(0).repeat(model.get_output_embeddings().out_features, 1)
+        wide = rows.mean(0).repeat(model.lm_head.out_features, 1)
         wide[: len(rows)] = rows
         wide[new_tokens] = rows.mean(0)
         return wide
