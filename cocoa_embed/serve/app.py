@@ -124,7 +124,8 @@ class Api:
     def _search(self, asked: SearchRequest) -> list[Hit]:
         options = asked.model_dump(exclude={"text", "image", "filters"})
         query = [] if asked.text is None and asked.image is None else [(asked.text, asked.image)]
-        with decoded(query, self._budget, copies=9 if asked.any_orientation else 1) as inputs:
+        copies = 9 if asked.any_orientation else 1
+        with decoded(query, self._budget, self.batches.visual_tokens, copies) as inputs:
             given = inputs[0] if inputs else {}
             return self.indexer.search(**given, **options, query_filter=asked.filters)  # type: ignore[arg-type]
 
@@ -138,7 +139,7 @@ class Api:
                 raise BusyError(
                     f"the model had no time for {len(items)} inputs within {self._limits.seconds:g} seconds"
                 )
-            with decoded(items[start : start + BATCH_ITEMS], self._budget) as inputs:
+            with decoded(items[start : start + BATCH_ITEMS], self._budget, self.batches.visual_tokens) as inputs:
                 vectors.append(embed(inputs))
                 tokens += self.batches.count_tokens(inputs)
         return np.concatenate(vectors), tokens

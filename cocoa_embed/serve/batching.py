@@ -45,7 +45,7 @@ class Batches:
         """
         self.encoder = encoder
         self._seconds = seconds
-        self._visual_tokens = token_counter(encoder.model)
+        self.visual_tokens = token_counter(encoder.model)
         self._tokenizer = own_tokenizer(encoder.model.tokenizer)
         self._jobs: deque[Job] = deque()
         self._changed = threading.Condition()
@@ -93,7 +93,7 @@ class Batches:
 
     def _tokens(self, item: ModelInput) -> int:
         image = item.get("image")
-        return self._visual_tokens(*image.size) if isinstance(image, Image.Image) else 1
+        return self.visual_tokens(*image.size) if isinstance(image, Image.Image) else 1
 
     def _run(self) -> None:
         while (batch := self._next_batch()) is not None:

@@ -13,8 +13,9 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
+from cocoa_embed.encode.batches import CountTokens
 from cocoa_embed.encode.encoder import ModelInput, make_input
-from cocoa_embed.errors import UsageError, printable
+from cocoa_embed.errors import ImageError, UsageError, one_line, printable
 from cocoa_embed.images.load import decode_image, image_size, read_image_source
 from cocoa_embed.serve.limits import PixelBudget
 
@@ -24,7 +25,6 @@ MAX_INPUTS = 2048
 """Of one request for embeddings, as OpenAI's."""
 MAX_FIELDS = 100
 """Of a form."""
-JSON_TYPE = "application/json"
 FORM_TYPES = ("multipart/form-data", "application/x-www-form-urlencoded")
 
 Checked = TypeVar("Checked", bound=BaseModel)
@@ -119,17 +119,33 @@ def as_picture(value: object, name: str | None = None) -> Picture | None:
 
 
 @contextmanager
-def decoded(items: Sequence[Item], budget: PixelBudget, copies: int = 1) -> Iterator[list[ModelInput]]:
+def decoded(
+    items: Sequence[Item], budget: PixelBudget, count_tokens: CountTokens, copies: int = 1
+) -> Iterator[list[ModelInput]]:
     """Decode pictures as far as there is room for them, and hold the room until the end of the block.
 
+    :param count_tokens: Refuses sizes that the model does not take.
     :param copies: How often the model gets each picture.
-    :raises ImageError: If one is no picture, or too large.
+    :raises ImageError: If one is no picture, too large, or of such a size.
     :raises UsageError: If an item has neither text nor picture.
     :raises BusyError: If there is no room in time.
     """
-    sizes = [image_size(*picture) for _, picture in items if picture]
-    with budget.hold(copies * sum(width * height for width, height in sizes)):
+    pixels = sum(count_pixels(picture, count_tokens) for _, picture in items if picture)
+    with budget.hold(copies * pixels):
         yield [make_input(text, decode_image(*picture)[0] if picture else None) for text, picture in items]
+
+
+def count_pixels(picture: Picture, count_tokens: CountTokens) -> int:
+    """Return the pixels of a picture, from the header of its file.
+
+    :raises ImageError: As ``decoded`` does.
+    """
+    width, height = image_size(*picture)
+    try:
+        count_tokens(width, height)
+    except ValueError as error:
+        raise ImageError(picture.name, f"is not taken by the model ({one_line(error)})") from error
+    return width * height
 
 
 async def read_search(request: Request) -> SearchRequest:
@@ -169,8 +185,8 @@ async def read_json(request: Request) -> Mapping[str, Any]:
     :raises UsageError: If it holds anything else.
     :raises HTTPException: If it is of another media type.
     """
-    if media_type(request) != JSON_TYPE:
-        raise HTTPException(415, f"the body is {media_type(request) or 'of no type'}; send {JSON_TYPE}")
+    if media_type(request) != "application/json":
+        raise HTTPException(415, f"the body is {media_type(request) or 'of no type'}; send application/json")
     try:
         document = json.loads(await request.body())
     except (ValueError, RecursionError) as error:

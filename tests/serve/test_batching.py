@@ -89,7 +89,7 @@ def test_an_input_that_the_model_refuses_spoils_no_other() -> None:
 
 def test_a_batch_has_bounded_visual_tokens() -> None:
     batches = Batches(Encoder(Gate(), "fake"), seconds=60)
-    batches._visual_tokens = lambda width, height: width
+    batches.visual_tokens = lambda width, height: width
     encoder, model = BatchingEncoder(batches), batches.encoder.model
     wide: list[ModelInput] = [{"image": colour_image("red", (BATCH_TOKENS // 4, 100))}] * 10
     huge: list[ModelInput] = [{"image": colour_image("blue", (2 * BATCH_TOKENS, 100))}]

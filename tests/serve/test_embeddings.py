@@ -59,6 +59,8 @@ class Patches:
     merge_size = 2
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict[str, Any]) -> int:
+        if width > 200 * height:
+            raise ValueError("too long")
         return width * height // 64
 
 
@@ -89,6 +91,18 @@ def test_usage_counts_the_tokens_of_all_texts_and_images(storage: dict[str, Any]
         ):
             answer = client.post("/v1/embeddings", json={"input": given}).json()
             assert answer["usage"] == {"prompt_tokens": tokens, "total_tokens": tokens}, given
+
+
+def test_a_picture_of_a_size_that_the_model_refuses_is_named(storage: dict[str, Any], colours: Path) -> None:
+    index_files(storage, colours)
+    colour_image("red", (2001, 10)).save(colours / "long.png")
+    data = (colours / "long.png").read_bytes()
+    uri = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    with served(storage, model=CountedModel()) as client:
+        refused = client.post("/v1/embeddings", json={"input": ["red"] * 40 + [{"image": uri}]})
+        assert message(refused) == "422 input 40: is not taken by the model (too long)"
+        refused = client.post("/search", files={"image": ("long.png", data)})
+        assert message(refused) == "422 long.png: is not taken by the model (too long)"
 
 
 FAULTS: list[tuple[dict[str, Any], str]] = [
