@@ -32,6 +32,7 @@ import os
 import sys
 import time
 from dataclasses import astuple, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
@@ -200,25 +201,23 @@ def list_arms(options: argparse.Namespace) -> Table:
     with workspace.lock():
         grid = chosen(workspace, options, seconds)
         counted, rows, total = set[Path](), [], 0.0
-        for seed in range(options.seeds):
-            for arm in grid.arms:
-                stages = {workspace.folder(stage_run, seed): stage_run for stage_run, _ in arm.chain}
-                new = {folder: each for folder, each in stages.items() if folder not in counted}
-                counted |= new.keys()
-                unfinished = [
-                    each for folder, each in new.items() if not (folder / each.stage / TRAINING_FILE).exists()
-                ]
-                hours = sum(each.steps * seconds[each.stage] for each in unfinished) / 3600
-                total += hours
-                steps = " + ".join(f"{each.stage} {count}" for each, count in arm.chain)
-                new_steps = " + ".join(f"{each.stage} {each.steps}" for each in unfinished)
-                rows.append([str(seed), grid.label(arm), steps, new_steps, f"{hours:.2f}", f"{total:.2f}"])
+        for seed, arm in product(range(options.seeds), grid.arms):
+            stages = {workspace.folder(each, seed): each for each, _ in arm.chain}
+            new = [
+                stages[folder]
+                for folder in stages.keys() - counted
+                if not (folder / stages[folder].stage / TRAINING_FILE).exists()
+            ]
+            counted |= stages.keys()
+            total += (hours := sum(each.steps * seconds[each.stage] for each in new) / 3600)
+            steps = " + ".join(f"{each.stage} {count}" for each, count in arm.chain)
+            rows.append([str(seed), grid.label(arm), steps, f"{hours:.2f}", f"{total:.2f}"])
     times = ", ".join(f"{stage} {each:.2f} s" for stage, each in seconds.items())
     note = (
-        f"A step takes: {times}, with {torch.get_num_threads()} threads. hours: of one process, without scoring; with"
-        f" {options.processes} processes {total / options.processes:.1f} in all."
+        f"A step takes: {times}, with {torch.get_num_threads()} threads. hours: of one process, for stages that no arm"
+        f" before has, without scoring; with {options.processes} processes {total / options.processes:.1f} in all."
     )
-    return Table("Plan", ["seed", "arm", "steps", "to train", "hours", "in all"], rows, [note])
+    return Table("Plan", ["seed", "arm", "steps", "hours to go", "in all"], rows, [note])
 
 
 def results(

@@ -17,14 +17,8 @@ from arms.grid import ALL_THREE, ALONE, CAPTIONS_AS_PAIRS, EQUAL, NO_BRIDGE
 from arms.photos import ONLY_PAIRS
 from arms.summary import TITLES, bridge_values, estimate, values
 
-COLOURS = {
-    ALL_THREE: "#1d8a4a",
-    EQUAL: "#c8690f",
-    ALONE: "#8d837b",
-    CAPTIONS_AS_PAIRS: "#8447a8",
-    NO_BRIDGE: "#2c66c4",
-    ONLY_PAIRS: "#b3261e",
-}
+COLOURS = {ALL_THREE: "#1d8a4a", EQUAL: "#c8690f", ALONE: "#8d837b", CAPTIONS_AS_PAIRS: "#8447a8", NO_BRIDGE: "#2c66c4"}
+COLOURS[ONLY_PAIRS] = "#b3261e"
 BRIDGE_LINES = {
     "loss": ("loss on masked tokens", "#57493f"),
     "accuracy_matching_image": ("accuracy, matching image", "#1d8a4a"),
@@ -99,10 +93,7 @@ def _panels(document: Document) -> list[Callable[[Axes], None]]:
         ]
     for captions in sorted({arm["captions"] for arm in groups["photographs"]}, reverse=True):
         same = [arm for arm in groups["photographs"] if arm["captions"] == captions]
-        panels.append(partial(_pairs, arms=same, title=f"{captions:g} captions an image", metric="recall@10"))
-    if arms := groups["settings"]:
-        title = f"Settings, {arms[0]['pairs']} images"
-        panels.append(partial(_bars, arms=arms, title=title, metric="recall@10"))
+        panels.append(partial(_photographs, arms=same, title=f"{captions:g} captions an image"))
     if arms := groups["mask ratio"]:
         panels.append(partial(_mask_ratios, arms=arms, detail=f"{many} pairs, {_bridge_steps(arms[0])} bridge steps"))
     return panels
@@ -121,15 +112,14 @@ def _bridge_steps(arm: Document) -> int:
     return next(stage["steps"] for stage in arm["stages"] if stage["stage"] == "bridge")
 
 
-def _bars(axes: Axes, arms: Sequence[Document], title: str, metric: str = "recall@1") -> None:
+def _bars(axes: Axes, arms: Sequence[Document], title: str) -> None:
     for y, arm in enumerate(reversed(arms)):
-        colour, found = COLOURS.get(arm["name"], OTHER), estimate(values(arm, metric))
+        colour, found = COLOURS.get(arm["name"], OTHER), estimate(values(arm))
         axes.barh(y, found.mean, color=colour, alpha=0.35, height=0.62)
         axes.errorbar(found.mean, y, xerr=found.half_width or 0, color=colour, capsize=4, linewidth=1.6)
-        seeds = values(arm, metric)
-        axes.plot(seeds, [y] * len(seeds), "o", color=colour, markersize=4, clip_on=False)
+        axes.plot(values(arm), [y] * len(values(arm)), "o", color=colour, markersize=4, clip_on=False)
     axes.set_yticks(range(len(arms)), [fill(arm["name"], 22) for arm in reversed(arms)])
-    axes.set(xlabel=metric, xlim=(0, 1 if metric == "recall@1" else None), title=title)
+    axes.set(xlabel="recall@1", xlim=(0, 1), title=title)
 
 
 def _line(axes: Axes, points: Sequence[tuple[float, Sequence[float]]], name: str) -> None:
@@ -150,7 +140,7 @@ def _line(axes: Axes, points: Sequence[tuple[float, Sequence[float]]], name: str
     axes.set(ylim=(0, 1), ylabel="recall@1")
 
 
-def _pairs(axes: Axes, arms: Sequence[Document], title: str = "Fewer pairs", metric: str = "recall@1") -> None:
+def _pairs(axes: Axes, arms: Sequence[Document], metric: str = "recall@1") -> None:
     for name in COLOURS:
         if points := sorted((arm["pairs"], values(arm, metric)) for arm in arms if arm["name"] == name):
             _line(axes, points, name)
@@ -158,9 +148,13 @@ def _pairs(axes: Axes, arms: Sequence[Document], title: str = "Fewer pairs", met
     ticks = sorted({arm["pairs"] for arm in arms})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
-    if metric != "recall@1":
-        axes.set(ylim=(0, None), ylabel=metric)
-    axes.set(xlabel="contrastive pairs" if metric == "recall@1" else "images", title=title)
+    axes.set(xlabel="contrastive pairs", title="Fewer pairs")
+
+
+def _photographs(axes: Axes, arms: Sequence[Document], title: str) -> None:
+    _pairs(axes, arms, "recall@10")
+    axes.autoscale(axis="y")
+    axes.set(ylim=(0, None), xlabel="images", ylabel="recall@10", title=title)
 
 
 def _bridge(axes: Axes, arms: Sequence[Document]) -> None:

@@ -18,8 +18,8 @@ def check_folders(out: Path, work: Path, photos: Path | None = None) -> None:
     """
     if work.resolve().is_relative_to(out.resolve()) or out.resolve().is_relative_to(work.resolve()):
         raise UsageError(f"{out} and {work} lie inside each other; give --out and --work folders apart.")
-    for folder in (out, work) if photos is not None else ():
-        if photos.resolve().is_relative_to(folder.resolve()):
+    for folder in (out, work):
+        if photos is not None and photos.resolve().is_relative_to(folder.resolve()):
             raise UsageError(f"{photos} is in {folder}, which the demo replaces; give another --out or --work.")
     refuse_checkpoint(out)
     refuse_foreign_folder(out, marker=TRAINING_FILE)
