@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from cocoa_embed.train.loop.batch_facts import Batch, Example
 from cocoa_embed.train.stages.bridge.collator import BridgeCollator
 from cocoa_embed.train.stages.contrastive.mini_batches import TokenLimits, mini_batches, take
-from cocoa_embed.train.stages.losses import mntp_loss, predicting_states
+from cocoa_embed.train.stages.losses import masked_token_loss, predicting_states
 from cocoa_embed.train.stages.rendering import row_images
 
 COLUMN = "reconstruction"
@@ -72,7 +72,7 @@ def reconstruct(
             ids = part["masked_ids"].cpu().flatten()
             places = (ids >= 0).nonzero().flatten()
             logits = head.to(device)(predicting_states(states, places.to(device)))
-            of_part = weight * mntp_loss(logits, ids[places].to(device), total=total)
+            of_part = weight * masked_token_loss(logits, ids[places].to(device), total=total)
             if torch.is_grad_enabled():
                 of_part.backward()
         loss += of_part.detach()
