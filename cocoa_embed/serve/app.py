@@ -118,14 +118,12 @@ class Api:
         if not read_at or time.monotonic() - read_at > FACET_SECONDS:
             facets = make_facets(point.payload for point in store.points(limit=SAMPLE))
             self._facets = time.monotonic(), facets
-        described = {"collection": store.collection, "model": signature.model, "points": store.count()}
-        return {**described, "facets": facets}
+        return {"collection": store.collection, "model": signature.model, "points": store.count(), "facets": facets}
 
     def _search(self, asked: SearchRequest) -> list[Hit]:
         options = asked.model_dump(exclude={"text", "image", "filters"})
         query = [] if asked.text is None and asked.image is None else [(asked.text, asked.image)]
-        copies = 9 if asked.any_orientation else 1
-        with decoded(query, self._budget, self.batches.visual_tokens, copies) as inputs:
+        with decoded(query, self._budget, self.batches.visual_tokens, 9 if asked.any_orientation else 1) as inputs:
             given = inputs[0] if inputs else {}
             return self.indexer.search(**given, **options, query_filter=asked.filters)  # type: ignore[arg-type]
 

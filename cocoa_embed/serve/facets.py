@@ -40,25 +40,15 @@ def make_facets(payloads: Iterable[Payload]) -> list[dict[str, Any]]:
             found[key] += values
             points[key] += bool(values)
     keys = sorted(filter(found.get, found), key=lambda key: (-points[key], key))
-    return [{"key": filter_key(key), **describe(key, found[key])} for key in keys]
+    return [{"key": key if re.fullmatch(r"[\w-]+", key) else f'"{key}"', **describe(key, found[key])} for key in keys]
 
 
 def describe(key: str, values: list[Any]) -> dict[str, Any]:
     """Return the kind of a facet, and its values or its range."""
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
         return {"kind": "number", "min": min(values), "max": max(values)}
-    counts = Counter(map(as_text, values))
+    counts = Counter(str(each).lower() if isinstance(each, bool) else str(each) for each in values)
     repeats = len(counts) <= MAX_VALUES or 2 * len(counts) <= len(values)
     if key == "caption" or not repeats or max(map(len, counts)) > MAX_CHARACTERS:
         return {"kind": "text"}
     return {"kind": "keyword", "values": [list(each) for each in counts.most_common(MAX_VALUES)]}
-
-
-def as_text(value: str | bool | float) -> str:
-    """Return a value as a filter writes it."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def filter_key(key: str) -> str:
-    """Return a key as a filter writes it: in quotes if it is more than a word."""
-    return key if re.fullmatch(r"[\w-]+", key) else f'"{key}"'

@@ -43,6 +43,7 @@ class Guard:
         """
         self._app = app
         self._limits = limits
+        self._too_large = f"the body is larger than {limits.body_bytes} bytes, the most that a request may have"
         self._expected = None if api_key is None else f"Bearer {api_key}".encode()
         self._active = 0
         self._bytes = 0
@@ -77,13 +78,10 @@ class Guard:
                 return error_response(401, "send the server's API key as Authorization: Bearer KEY")
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > self._limits.body_bytes:
-            return error_response(413, self._too_large())
+            return error_response(413, self._too_large)
         if self._active >= self._limits.waiting and scope["path"] != "/health":
             return error_response(503, f"{self._active} requests are being answered, the most at once; try again")
         return None
-
-    def _too_large(self) -> str:
-        return f"the body is larger than {self._limits.body_bytes} bytes, the most that a request may have"
 
     def _limited(self, receive: Receive, received: list[int]) -> Receive:
         """Return what receives a body up to the limits of size and time, and notes its size."""
@@ -104,7 +102,7 @@ class Guard:
             self._bytes += size
             is_complete = not message.get("more_body", False)
             if received[0] > self._limits.body_bytes:
-                raise HTTPException(413, self._too_large())
+                raise HTTPException(413, self._too_large)
             if self._bytes > self._limits.waiting_bytes:
                 raise BusyError("the bodies of all requests take too much memory; try again")
             return message

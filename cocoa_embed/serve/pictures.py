@@ -85,7 +85,10 @@ def read_picture(payload: Payload) -> tuple[bytes, Image.Image, str]:
     reasons: list[CocoaError] = []
     for key in paths:
         try:
-            data = read_key(require_local(key))
+            if "://" in key or not os.path.isabs(key):
+                reason = "is not on this machine; its thumbnail is, if it is indexed with --thumbnails"
+                raise ImageError(printable(key), reason)
+            data = read_key(key)
             check_content(data, key, payload)
             return data, *decode_image(data, printable(key))
         except CocoaError as error:
@@ -101,13 +104,3 @@ def check_content(data: bytes, key: str, payload: Payload) -> None:
     is_drawn = payload.get("page") is not None or payload.get("seconds") is not None
     if not is_drawn and payload.get("sha256") not in (None, hashlib.sha256(data).hexdigest()):
         raise ImageError(printable(key), "has changed since it was indexed; run cocoa-embed index again")
-
-
-def require_local(key: str) -> str:
-    """Return a key if it is of a file of this machine.
-
-    :raises ImageError: If it is not.
-    """
-    if "://" in key or not os.path.isabs(key):
-        raise ImageError(printable(key), "is not on this machine; its thumbnail is, if it is indexed with --thumbnails")
-    return key
