@@ -3,7 +3,6 @@
 from dataclasses import dataclass, replace
 
 from arms.grid import ALL_THREE, ALONE, EQUAL, NO_BRIDGE, Arm, Grid, Sizes, StageRun
-from cocoa_embed.train.recipe import STAGES
 
 BRIDGE_ONLY = "bridge, contrastive"
 ONLY_PAIRS = "all three, on the pairs alone"
@@ -81,7 +80,6 @@ class PhotoGrid(Grid):
         if is_first:
             chains[NO_BRIDGE] = self.third(fraction, captions, start=self.warmup())
             chains[BRIDGE_ONLY] = self.third(fraction, captions, start=self.bridge(None))
-        if is_first and MOCA in STAGES:
             steps = round(self.flops_before(self.sizes.bridge_steps) / self.flops_per_step(MOCA, fraction))
             moca = StageRun(MOCA, steps, MOCA_SETTINGS)
             chains[f"{MOCA}, contrastive"] = self.third(fraction, captions, start=moca)
