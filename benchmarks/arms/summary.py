@@ -15,7 +15,7 @@ from cocoa_embed.report.tables import Score, Table
 LEVEL = 0.95
 RESAMPLES = 1000
 SCORED = ("recall@1", "recall@5", "recall@10", "mrr")
-COMPARED = dict.fromkeys(("photographs", "settings"), "recall@10")
+COMPARED: dict[str, str] = dict.fromkeys(("photographs", "settings"), "recall@10")
 """What differences are of, where it is not recall@1: small models find few of a thousand photographs at once."""
 
 TITLES = {

@@ -26,7 +26,7 @@ def read_photographs(folder: Path, captions: CaptionChoice) -> list[DescribedIma
     :raises CocoaError: If the folder or its captions are missing, or there are fewer than ``FEWEST``.
     :raises RowError: If a row of its metadata cannot be used.
     """
-    images = {}
+    images: dict[Path, DescribedImage] = {}
     for image in read_metadata(find_metadata(folder)):
         if isinstance(image, RowError):
             raise image

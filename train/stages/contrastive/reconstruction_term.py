@@ -60,13 +60,13 @@ def reconstruct(
     :param column: Of ``masked_column``, without the prefix; None if no row of this device has a text.
     """
     device = next(model.parameters()).device
-    count = 0 if column is None else int((column["masked_ids"] >= 0).sum())
+    parts = [] if column is None else [take(column, items) for items in mini_batches(column, limits)]
+    count = sum(int((part["masked_ids"] >= 0).sum()) for part in parts)
     # Gradients are averaged over the devices, so each divides by its part of the step's total.
-    total = reduce(torch.tensor(float(count), device=device), "mean")
+    total: Any = reduce(torch.tensor(float(count), device=device), "mean")
     loss = torch.zeros((), device=device)
     apart = model.no_sync if isinstance(model, DistributedDataParallel) else nullcontext
-    for items in () if column is None else mini_batches(column, limits):
-        part = take(column, items)
+    for part in parts:
         with apart():
             states = model(dict(part))["token_embeddings"]
             ids = part["masked_ids"].cpu().flatten()
