@@ -28,7 +28,7 @@ from cocoa_embed.model.backbone import load_backbone
 SIZES = {"width": 32, "inner_width": 48, "layers": 2, "heads": 2, "key_value_heads": 1, "vocabulary": 512}
 SIZES |= {"vision_width": 32, "vision_layers": 1, "vision_heads": 2, "image_size": 56}
 TINY = [f"model.{name}={value}" for name, value in SIZES.items()]
-TINY += [f"{stage}.batch_size=4" for stage in ("vision", "connector", "all")]
+TINY += [f"{stage}.batch_size=4" for stage in ("vision", "language", "connector", "all")]
 TINY += ["logging_steps=1", "measure_steps=2", "vision.word_images=2"]
 
 
@@ -159,6 +159,17 @@ def test_the_connector_stage_leaves_the_language_model_as_it_is(
         if not torch.equal(value, before.get_parameter(name).bfloat16().float())
     }
     assert changed == {"visual"}
+
+
+def test_the_language_stage_leaves_the_vision_encoder_as_it_is(scene_folder: Path, tmp_path: Path) -> None:
+    pretrain(tiny(scene_folder, "vision.steps=1", "language.steps=2", "all.steps=0"), tmp_path / "two",
+             data=str(scene_folder))  # fmt: skip
+    pretrain(tiny(scene_folder, "vision.steps=1", "language.steps=0", "all.steps=0"), tmp_path / "one",
+             data=str(scene_folder))  # fmt: skip
+    both = [safe_open(tmp_path / name / "model.safetensors", "pt") for name in ("one", "two")]
+    changed = [name for name in both[0].keys() if not torch.equal(*(each.get_tensor(name) for each in both))]
+    assert changed
+    assert not any("visual" in name for name in changed)
 
 
 def test_only_rows_of_new_tokens_learn_while_the_language_model_is_frozen(load_tiny: LoadTiny) -> None:

@@ -105,6 +105,7 @@ class PretrainSettings(Settings):
     """A pretraining: the sizes of the model, the stages in their order, and what is common to them.
 
     :param vision: Trains the vision encoder alone.
+    :param language: Trains the language model as a captioner; the vision encoder is frozen.
     :param connector: Trains the vision encoder and the embeddings of new tokens as a captioner; the language model is
         frozen.
     :param all: Trains everything as a captioner.
@@ -116,6 +117,7 @@ class PretrainSettings(Settings):
     model: ModelSettings = ModelSettings()
     augmentation: AugmentationSettings = AugmentationSettings()
     vision: VisionSettings = VisionSettings()
+    language: StageSettings = StageSettings()
     connector: StageSettings = StageSettings()
     all: StageSettings = StageSettings()
     mixed_precision: Literal["no", "bf16"] = "bf16"
@@ -125,7 +127,7 @@ class PretrainSettings(Settings):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
 
-STAGES = ("vision", "connector", "all")
+STAGES = ("vision", "language", "connector", "all")
 """The keys of the stages, in their order."""
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -135,7 +137,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "all": {"steps": 3000},
         "mixed_precision": "no",
     },
-    "photographs": {"vision": {"steps": 4000}, "all": {"steps": 4000}},
+    "photographs": {
+        "vision": {"steps": 4000},
+        "language": {"steps": 3000},
+        "all": {"steps": 1000, "learning_rate": 2e-4},
+    },
     "language model": {
         "vision": {"steps": 4000},
         "connector": {"steps": 1000},
