@@ -37,7 +37,7 @@ def geometry_probe(
 
     def embeddings(model: nn.Module, device: torch.device, of_side: list[dict[str, Any]]) -> np.ndarray:
         """Return normalised embeddings, float64 ``[items, D]``."""
-        found = [embed(model, send_to_device(batch, device)).float().cpu().double() for batch in of_side]
+        found = [embed(model, dict(send_to_device(batch, device))).float().cpu().double() for batch in of_side]
         return nn.functional.normalize(torch.cat(found), dim=1).numpy()
 
     def measure(model: nn.Module) -> dict[str, float]:

@@ -158,3 +158,6 @@ def test_a_run_pools_the_mean_from_its_first_stage_to_its_export(
     assert (later.pooling, examine(later, tmp_path / "out").recipe.pooling) == ("eos", "mean")
     with pytest.raises(UsageError, match=r"pooling=mean does not fit stage bridge, .*; set pooling=eos, or leave"):
         examine(tiny_recipe(backbone=str(moca.folder), bridge=STAGE), tmp_path / "out")
+    kept = {**contrastive, "reconstruction_weight": 0.1}
+    with pytest.raises(UsageError, match=r"teaches <EOS> to hold the content, but pooling=mean; set pooling=eos or"):
+        examine(tiny_recipe(backbone=str(moca.folder), contrastive=kept), tmp_path / "out")

@@ -63,10 +63,15 @@ class Contrastive(Stage[ContrastiveSettings]):
     enough_at_once = 1024  # tokens
 
     def check_backbone(self, config: PreTrainedConfig) -> None:
-        """Check ``matryoshka_dims`` against the width of the embeddings.
+        """Check ``matryoshka_dims`` against the width of the embeddings, and what is reconstructed against the pooling.
 
-        :raises UsageError: If they are wider.
+        :raises UsageError: If they are wider, or if the embedding is not what reconstruction teaches.
         """
+        if self.settings.reconstruction_weight and self.run.pooling != "eos":
+            raise UsageError(
+                f"{self.name}.reconstruction_weight teaches <EOS> to hold the content, but pooling={self.run.pooling}; "
+                f"set pooling=eos or {self.name}.reconstruction_weight=0."
+            )
         width, longest = config.get_text_config().hidden_size, max(self.settings.matryoshka_dims or [0])
         if longest > width:
             raise UsageError(
