@@ -19,14 +19,7 @@ require("tenacity", "caption")
 require("httpx", "caption")
 
 import httpx  # noqa: E402
-from tenacity import (  # noqa: E402
-    RetryCallState,
-    Retrying,
-    retry_if_exception,
-    stop_after_attempt,
-    wait_exponential,
-    wait_random,
-)  # fmt: skip
+import tenacity  # noqa: E402
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 ATTEMPTS = 5
@@ -41,7 +34,7 @@ PIXELS_PER_TOKEN = 28 * 28
 """Of Qwen2-VL; others are close: Claude's formula is 750."""
 CHARACTERS_PER_TOKEN = 4
 
-back_off = wait_exponential(multiplier=1, max=20) + wait_random(0, 1)
+back_off = tenacity.wait_exponential(multiplier=1, max=20) + tenacity.wait_random(0, 1)
 
 
 class EndpointWriter:
@@ -95,9 +88,8 @@ class EndpointWriter:
         document = {"model": self._model, "max_tokens": self._prompts.max_tokens,
                     "messages": [{"role": "user", "content": content}],
                     **(self._prompts.sampling if request.is_drawn else {})}  # fmt: skip
-        attempts = Retrying(retry=retry_if_exception(is_temporary), wait=wait, stop=stop_after_attempt(ATTEMPTS),
-                            reraise=True)  # fmt: skip
-        return attempts(self._post, document)
+        may_pass, last = tenacity.retry_if_exception(is_temporary), tenacity.stop_after_attempt(ATTEMPTS)
+        return tenacity.Retrying(retry=may_pass, wait=wait, stop=last, reraise=True)(self._post, document)
 
     def _post(self, document: dict[str, Any]) -> Answer:
         try:
@@ -143,7 +135,7 @@ def is_temporary(error: BaseException) -> bool:
     return isinstance(error, NoAnswerError) and error.wait is not None
 
 
-def wait(state: RetryCallState) -> float:
+def wait(state: tenacity.RetryCallState) -> float:
     """Return the seconds to wait before the next attempt: longer each time, and as long as the endpoint asks."""
     error = state.outcome.exception() if state.outcome is not None else None
     asked = (error.wait or 0) if isinstance(error, NoAnswerError) else 0

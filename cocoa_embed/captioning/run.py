@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import defaultdict
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -19,7 +20,7 @@ from cocoa_embed.folders import refuse_checkpoint, refuse_foreign_folder, write_
 from cocoa_embed.images.find_files import find_images
 from cocoa_embed.images.load import image_size, load_image, read_stable_file
 
-JOURNAL = "captions.jsonl"
+JOURNAL = ".cocoa-captions.jsonl"
 """In the output folder: a line for each image, appended as soon as it is captioned. It marks the folder as ours."""
 
 SAMPLE = 64
@@ -30,16 +31,28 @@ FAILURES_IN_A_ROW = 8
 
 
 class Picture(NamedTuple):
-    """An image: its path from the output folder, what its folder says of it, and its text there, if it has one.
+    """An image: its path from the output folder, and the longest text that its own folder has of it, if any.
 
+    :param rows: Its rows in the metadata there, and the texts' file.
     :param state: What a change of the image or of the settings changes; texts of another state are not used.
     """
 
     path: Path
     file_name: str
-    described: DescribedImage | None
     text: str | None
+    rows: list[dict[str, Any]]
     state: list[Any]
+
+
+def check_folders(folder: Path, out: Path) -> None:
+    """Check that there is a folder to caption, and that ``out`` may be written.
+
+    :raises CocoaError: If not.
+    """
+    if not folder.is_dir():
+        raise CocoaError(f"{printable(folder)} is no folder; give a folder of images.")
+    refuse_foreign_folder(out, marker=JOURNAL)
+    refuse_checkpoint(out)
 
 
 @dataclass
@@ -52,7 +65,7 @@ class CaptionRun:
     :param failed: Images without a caption so far, each with ``path`` and ``reason``.
     :param summary: Once the run ends: how many images and texts the metadata hold, ``failed``, and ``unusable``: the
         answers that are no texts, of other images.
-    :raises CocoaError: If the folder holds no images, its metadata cannot be read, or ``out`` holds something else.
+    :raises CocoaError: If the folder holds no images, or its metadata cannot be read.
     """
 
     folder: Path
@@ -66,10 +79,10 @@ class CaptionRun:
     summary: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        refuse_foreign_folder(self.out, marker=JOURNAL)
-        refuse_checkpoint(self.out)
         self.pictures = list(self._find_pictures())
-        self._entries = dict(self._read_journal())
+        journal = self.out / JOURNAL
+        lines = journal.read_bytes().split(b"\n")[:-1] if journal.is_file() else []  # a kill cuts off the last one
+        self._entries = {entry["file_name"]: entry for entry in map(json.loads, lines)}
 
     @property
     def remaining(self) -> list[Picture]:
@@ -141,57 +154,53 @@ class CaptionRun:
 
     def _write_metadata(self) -> None:
         """Write the metadata of all images that have a text, at once."""
-        rows: list[dict[str, Any]] = []
+        kept: list[dict[str, Any]] = []
+        written: list[dict[str, Any]] = []
         unusable: list[dict[str, str]] = []
         for picture in self.pictures:
             entry = self._entry(picture)
             if self._is_kept(picture):
-                rows.append(self._kept_row(picture))
+                kept += [row for row in picture.rows if row["text"].strip()]
             elif entry is not None:
                 faults = [{"path": str(picture.path), "reason": reason} for reason in entry["unusable"]]
                 (unusable if entry["captions"] else self.failed).extend(faults)
-                rows += [self._row(picture, entry)] if entry["captions"] else []
-        text = "".join(json.dumps(row, default=str, ensure_ascii=False) + "\n" for row in rows)
-        write_atomically(self.out / METADATA_FILE, text)
-        written = [row for row in rows if row["caption_source"] == self.writer.name]
+                written += [self._row(picture, entry)] if entry["captions"] else []
+        lines = (json.dumps(row, default=str) + "\n" for row in kept + written)
+        write_atomically(self.out / METADATA_FILE, "".join(lines))
         counts = {key: sum(len(row[key]) for row in written) for key in ("captions", "questions")}
-        counts |= {"captioned": len(written), "kept": len(rows) - len(written)}
+        counts |= {"captioned": len(written), "kept": sum(map(self._is_kept, self.pictures))}
         self.summary = {"out": str(self.out), **counts, "failed": self.failed, "unusable": unusable}
 
     def _find_pictures(self) -> Iterator[Picture]:
-        name = printable(self.folder)
-        if not self.folder.is_dir():
-            raise CocoaError(f"{name} is no folder; give a folder of images.")
-        metadata, described = metadata_file(self.folder), {}
+        metadata = metadata_file(self.folder)
+        described = defaultdict[Path, list[DescribedImage]](list)
         for image in read_metadata(metadata or self.folder):
             if not isinstance(image, RowError):
-                described[image.path] = image
+                described[image.path].append(image)
             elif metadata is not None:
                 self.failed.append({"path": image.source, "reason": image.reason})
         paths = dict.fromkeys([*(path.absolute() for path in find_images([self.folder])), *described])
         if not paths:
-            raise CocoaError(f"{name} holds no images; give a folder of images.")
+            raise CocoaError(f"{printable(self.folder)} holds no images; give a folder of images.")
         settings = json.dumps([self.writer.name, self.wordings, self.questions, self.prompts.model_dump()])
         version = hashlib.sha256(settings.encode()).hexdigest()[:16]
         for path in paths:
-            text = None
-            if path in described and any(each.strip() for each in described[path].wordings):
-                text = described[path].text
-            stat = path.stat()
-            state = [stat.st_size, stat.st_mtime_ns, text, version]
-            yield Picture(path, os.path.relpath(path, self.out.resolve()), described.get(path), text, state)
-
-    def _read_journal(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        file = self.out / JOURNAL
-        for line in file.read_bytes().splitlines() if file.is_file() else []:
             try:
-                entry = json.loads(line)
-            except ValueError:  # cut off by a kill
+                stat = path.stat()
+            except OSError as error:  # a link to nowhere
+                self.failed.append({"path": str(path), "reason": f"cannot be read ({error.strerror})"})
                 continue
-            yield entry["file_name"], entry
+            file_name = os.path.relpath(path, self.out.resolve())
+            rows = [
+                {"file_name": file_name, "caption_source": str(metadata or image.source), **image.others, "text": text}
+                for image in described[path]
+                for text in image.wordings[:1] or [""]
+            ]
+            text = max((row["text"] for row in rows), key=_words, default="").strip() or None
+            yield Picture(path, file_name, text, rows, [stat.st_size, stat.st_mtime_ns, text, version])
 
     def _is_kept(self, picture: Picture) -> bool:
-        return picture.text is not None and len(picture.text.split()) >= self.replace_below
+        return picture.text is not None and _words(picture.text) >= self.replace_below
 
     def _entry(self, picture: Picture) -> dict[str, Any] | None:
         entry = self._entries.get(picture.file_name)
@@ -213,25 +222,16 @@ class CaptionRun:
                 reason = error.reason if isinstance(error, ImageError) else one_line(error)
                 broken.append((picture, CocoaError(reason)))
         try:
-            answers = (
-                self.writer.write([each for _, each, _ in images], [each for *_, each in images]) if images else []
-            )
+            answers = self.writer.write([each for _, each, _ in images], [each for *_, each in images])
         except NoAnswerError as error:
             return [*broken, *((picture, error) for picture, *_ in images)]
         read = (self.prompts.read(asked, given) for (*_, asked), given in zip(images, answers, strict=True))
         return [*broken, *zip((picture for picture, *_ in images), read, strict=True)]
 
-    def _kept_row(self, picture: Picture) -> dict[str, Any]:
-        image = picture.described
-        assert image is not None
-        source = metadata_file(self.folder) or image.source
-        return {"file_name": picture.file_name, **image.others, "text": picture.text, "caption_source": str(source)}
-
     def _row(self, picture: Picture, entry: dict[str, Any]) -> dict[str, Any]:
         captions = [*entry["captions"]]
         return {
-            "file_name": picture.file_name,
-            **({} if picture.described is None else picture.described.others),
+            **(picture.rows[0] if picture.rows else {"file_name": picture.file_name}),
             **({} if picture.text is None else {"replaced_text": picture.text}),
             "text": captions[0],
             "captions": captions,
@@ -239,3 +239,7 @@ class CaptionRun:
             "caption_source": self.writer.name,
             "caption_prompts": [*entry["captions"].values()] if self.writer.follows_prompts else [],
         }
+
+
+def _words(text: str) -> int:
+    return len(text.split())

@@ -65,8 +65,9 @@ def caption(
         raise UsageError("--endpoint and --model belong together: the address, and the name of a model there.")
     with working() as console:
         from cocoa_embed.captioning.prompts import Prompts
-        from cocoa_embed.captioning.run import CaptionRun
+        from cocoa_embed.captioning.run import CaptionRun, check_folders
 
+        check_folders(folder, out)  # before torch, which takes seconds
         silence_libraries()
         prompts = Prompts.load()
         writer: Writer

@@ -11,6 +11,7 @@ from command_line import Command
 from PIL import Image
 
 from cocoa_embed.captioning import endpoint as endpoint_module
+from cocoa_embed.captioning.run import JOURNAL
 from cocoa_embed.train.data.caption_rows import read_image_folder
 from cocoa_embed.train.stages.bridge.collator import split_blocks
 
@@ -224,7 +225,7 @@ def test_the_key_comes_from_a_variable_and_a_wrong_one_ends_the_run_at_once(
         monkeypatch.setenv("OPENAI_API_KEY", "secret")
         result = command(*given)
         assert result.document()["captioned"] == 3
-    assert "secret" not in result.out + result.err + (photos.parent / "out" / "captions.jsonl").read_text()
+    assert "secret" not in result.out + result.err + (photos.parent / "out" / JOURNAL).read_text()
 
 
 def test_an_unknown_model_ends_the_run(command: Command, photos: Path) -> None:

@@ -190,13 +190,25 @@ def test_changed_images_and_other_settings_are_captioned_anew(blank: Path) -> No
 def test_broken_and_refused_images_are_reported_beside_the_others_of_their_batch(blank: Path) -> None:
     (blank / "1.png").write_bytes(b"no image")
     Image.new("RGB", (2000, 1)).save(blank / "2.png")
+    (blank / "0.png").symlink_to("nowhere.png")
     run = caption_run(blank, Namer())
     assert sum(run.caption()) == 7
     assert run.summary["captioned"] == 5
     assert {Path(each["path"]).stem: each["reason"].split(" (")[0] for each in run.summary["failed"]} == {
         "1": "is not an image that can be read",
         "2": "too wide",
+        "0": "cannot be read",
     }
+
+
+def test_several_rows_of_an_image_are_kept_if_one_of_them_says_enough(blank: Path) -> None:
+    rows = [{"filename": "1.png", "caption": text} for text in ("blank", "a blank image, one wide", " ")]
+    (blank / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"filename": "2.png"}]))
+    run = caption_run(blank, Namer())
+    list(run.caption())
+    assert (run.summary["kept"], run.summary["captioned"], run.summary["failed"]) == (1, 6, [])
+    texts = [row.positive.text for row in read_image_folder(blank.parent / "out") if row.query.image.stem == "1"]
+    assert texts == ["blank", "a blank image, one wide"]
 
 
 def test_texts_beside_images_are_kept_or_replaced_like_those_of_metadata(blank: Path) -> None:

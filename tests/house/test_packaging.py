@@ -32,22 +32,8 @@ SOURCE_TREES = {
 THIN = ROOT / "integrations" / "llama-index-embeddings-cocoa"
 """A distribution of its own: CocoaEmbedding under LlamaIndex's name."""
 PROJECT_FILES = ("pyproject.toml", "README.md", "LICENSE")
-EXTRAS = {
-    "train",
-    "llama-index",
-    "qdrant",
-    "edge",
-    "heic",
-    "report",
-    "eval",
-    "tables",
-    "pdf",
-    "video",
-    "ray",
-    "serve",
-    "caption",
-}
-EXTRAS |= {"all", "dev"}
+EXTRAS = {"train", "llama-index", "qdrant", "edge", "heic", "report", "eval", "tables", "pdf", "video", "ray", "serve"}
+EXTRAS |= {"caption", "all", "dev"}
 
 
 class Built(NamedTuple):
