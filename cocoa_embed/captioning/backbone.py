@@ -79,4 +79,5 @@ class BackboneWriter:
     @cached_property
     def _model(self) -> Any:  # noqa: ANN401
         dtype = torch.bfloat16 if self._device.startswith("cuda") else torch.float32
-        return load_backbone(self.name, bidirectional=False).model.eval().to(device=self._device, dtype=dtype)
+        model: Any = load_backbone(self.name, bidirectional=False).model.eval()
+        return model.to(device=self._device, dtype=dtype)
