@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from cocoa_embed.data.image_folder import CaptionChoice
+from cocoa_embed.data.image_folder import RowChoice
 
 Ratio = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
@@ -72,7 +72,8 @@ class SourceSettings(Settings):
         ``mmeb`` from the hub needs it, since the images are not part of the data set.
     :param query_instruction: The instruction of every query (of images, in an image folder), if no column has it.
     :param positive_instruction: The instruction of every positive and negative, if no column has it.
-    :param captions: For image folders: one row per image (its ``text``), or one per entry of its ``captions``.
+    :param captions: For image folders: one row per image (its ``text``), or one per entry of its ``captions`` or of its
+        ``questions``.
     :param paraphrases: For image folders: this many text-only rows per image, from one caption to another.
     :param limit: Draw only so many entries (images of a folder, else rows), by the recipe's seed; all by default.
     :param limit_order: ``first`` takes the first entries instead.
@@ -92,7 +93,7 @@ class SourceSettings(Settings):
     query_instruction: str | None = None
     positive_instruction: str | None = None
     streaming: bool = False
-    captions: CaptionChoice = "text"
+    captions: RowChoice = "text"
     paraphrases: Count = 0
     limit: Positive | None = None
     limit_order: Literal["random", "first"] = "random"

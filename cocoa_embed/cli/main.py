@@ -18,7 +18,7 @@ from cocoa_embed.cli.index import index
 from cocoa_embed.cli.report import diagnose, report
 from cocoa_embed.cli.search import search
 from cocoa_embed.cli.serve import serve
-from cocoa_embed.cli.train import export, train
+from cocoa_embed.cli.train import caption, export, train
 from cocoa_embed.cpu_threads import limit_spinning
 from cocoa_embed.errors import CocoaError
 
@@ -50,6 +50,7 @@ for command in (
     embed,
     load,
     demo,
+    caption,
     train,
     export,
     diagnose,

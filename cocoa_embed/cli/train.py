@@ -1,9 +1,11 @@
-"""``cocoa-embed train`` and ``export``; each imports heavy modules when it runs, so that ``--help`` is quick."""
+"""``cocoa-embed caption``, ``train``, ``export``; heavy modules are imported when they run: ``--help`` is quick."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -11,15 +13,117 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
 
-from cocoa_embed.cli.output import JsonOption, check_all, print_json, say, silence_libraries, working
+from cocoa_embed.cli.output import DeviceOption, JsonOption, check_all, print_json, say, silence_libraries, working
 from cocoa_embed.errors import CocoaError, UsageError, did_you_mean, printable, require
 from cocoa_embed.folders import RUN_MARKER, refuse_checkpoint, refuse_foreign_folder
 from cocoa_embed.model.loading import collector_paused
 from cocoa_embed.report.words import duration
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from cocoa_embed.captioning.prompts import Writer
+    from cocoa_embed.captioning.run import CaptionRun
     from cocoa_embed.train import Recipe, StageResult
     from cocoa_embed.train.plan.dry_run import RunPlan, StagePlan, SubsetPlan
+
+
+def caption(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of images.")],
+    out: Annotated[Path, typer.Option(help="The image folder to write: texts, and the paths of the images.")],
+    backbone: Annotated[
+        str | None, typer.Option("--with", metavar="BACKBONE", help="Write with this model, before it is trained here.")
+    ] = None,
+    endpoint: Annotated[
+        str | None, typer.Option(metavar="URL", help="Ask an OpenAI-compatible endpoint, such as http://host:8000/v1.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The endpoint's model.")] = None,
+    key_variable: Annotated[
+        str | None,
+        typer.Option(help="The environment variable that holds the endpoint's key [default: OPENAI_API_KEY]."),
+    ] = None,
+    wordings: Annotated[int, typer.Option(min=1, help="Captions to ask for, of each image.")] = 3,
+    questions: Annotated[
+        int | None, typer.Option(min=0, help="Question-answer pairs to ask for, of each image [default: 3].")
+    ] = None,
+    replace_below: Annotated[
+        int, typer.Option(min=0, metavar="WORDS", help="Replace texts of fewer words, such as the names of classes.")
+    ] = 4,
+    max_pixels: Annotated[int, typer.Option(min=784, help="Scale larger images down to this.")] = 1280 * 28 * 28,
+    at_once: Annotated[int, typer.Option(min=1, help="Images in a batch, or requests to the endpoint.")] = 8,
+    device: DeviceOption = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Begin without asking.")] = False,
+    dry_run: Annotated[
+        Literal["sample"] | None, typer.Option(help="Print what it would do and cost, by a sample, and stop.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write captions and question-answer pairs for images without text. A second run goes on where one stopped."""
+    if (backbone is None) == (endpoint is None):
+        raise UsageError("Give either --with BACKBONE or --endpoint URL --model NAME: one of them writes the texts.")
+    if (endpoint is None) != (model is None):
+        raise UsageError("--endpoint and --model belong together: the address, and the name of a model there.")
+    with working() as console:
+        from cocoa_embed.captioning.prompts import Prompts
+        from cocoa_embed.captioning.run import CaptionRun, check_folders
+
+        check_folders(folder, out)  # before torch, which takes seconds
+        silence_libraries()
+        prompts = Prompts.load()
+        writer: Writer
+        if endpoint is not None and model is not None:
+            from cocoa_embed.captioning.endpoint import EndpointWriter
+
+            writer = EndpointWriter(endpoint, model, prompts, max_pixels, at_once, key_variable)
+        else:
+            from cocoa_embed.captioning.backbone import BackboneWriter
+
+            writer = BackboneWriter(str(backbone), prompts, max_pixels, at_once, device)
+        if questions and not writer.follows_prompts:
+            raise UsageError(f"{backbone} follows no prompts (its chat template opens no turn for an answer), so it "
+                             "answers no questions; leave out --questions.")  # fmt: skip
+        count = (3 if questions is None else questions) * writer.follows_prompts
+        job = CaptionRun(folder, out, writer, prompts, wordings, count, replace_below)
+        document = job.plan()
+        say(console, CAPTION_PLAN.format(**document))
+        if dry_run is None:
+            if document["to_caption"] and not yes:
+                if not (console.is_terminal and sys.stdin.isatty()):
+                    raise UsageError(
+                        "Nothing was asked or written yet; give --yes to begin, or --dry-run to stop here."
+                    )
+                typer.confirm("Begin?", abort=True, err=True)
+            document = _caption(job, document["to_caption"], console)
+    if as_json:
+        print_json(document)
+    if document.get("failed"):
+        raise typer.Exit(1)
+
+
+CAPTION_PLAN = """\
+{writer}: {images:,} images, of which {kept:,} keep their text and {done:,} are captioned already
+{to_caption:,} to caption: {requests:,} requests, about {tokens_in:,} tokens in, at most {tokens_out_at_most:,} out"""
+
+
+CAPTION_SUMMARY = (
+    "{out}: {captioned:,} images captioned ({captions:,} captions, {questions:,} questions), {kept:,} kept"
+)
+
+
+def _caption(job: CaptionRun, total: int, console: Console) -> dict[str, Any]:
+    """Caption with a progress bar, and print what became of the images."""
+    from tqdm.auto import tqdm
+
+    bar = tqdm(desc="captioning", total=total, unit="image", disable=not console.is_terminal)
+    with bar, contextlib.closing(job.caption()) as batches:
+        for images in batches:
+            bar.update(images)
+    say(console, CAPTION_SUMMARY.format(**job.summary))
+    for key, words in (("failed", "left out"), ("unusable", "answer left out")):
+        for failure in job.summary[key]:
+            say(console, f"{words}: {printable(failure['path'])}: {failure['reason']}")
+    return job.summary
+
 
 DryRun: TypeAlias = Literal["sample", "full", "timed"]
 
@@ -122,7 +226,7 @@ def check_columns(recipe: Recipe) -> None:
         if source.folder is None:
             given = source.columns.model_dump(exclude_none=True) if source.columns else None
             map_columns(printable(source.file or ""), found, given)
-        elif found and not {*TEXT_COLUMNS, "captions"} & {*found}:
+        elif found and not {*TEXT_COLUMNS, "captions", "questions"} & {*found}:
             raise CocoaError(f"{printable(files[0])} has no column 'text' {did_you_mean('text', found)}")
 
 

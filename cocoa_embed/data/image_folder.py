@@ -25,6 +25,9 @@ TEXT_COLUMNS = ("text", "caption")
 CaptionChoice: TypeAlias = Literal["text", "captions"]
 """Which texts of an image are used: its caption, or each entry of the column ``captions``."""
 
+RowChoice: TypeAlias = CaptionChoice | Literal["questions"]
+"""Which rows training makes of an image: of captions, or of each entry of the column ``questions``."""
+
 TEXT_SUFFIXES = (".txt", ".caption")
 """The suffixes of a text file beside an image, of the same name, that holds its caption."""
 
@@ -100,6 +103,21 @@ class DescribedImage(NamedTuple):
         if not all(isinstance(caption, str) and caption.strip() for caption in captions):
             raise RowError(self.source, "an entry of 'captions' is empty or not a text")
         return [check_unicode(caption, self.source) for caption in captions]
+
+    @property
+    def questions(self) -> list[tuple[str, str]]:
+        """The entries of the column ``questions``: a question and its answer each.
+
+        :raises RowError: If it is not a list of objects with both.
+        """
+        pairs = self.columns.get("questions")
+        try:
+            texts = [(pair["question"], pair["answer"]) for pair in pairs or []]
+        except (TypeError, KeyError):
+            texts = [("", "")]
+        if not all(isinstance(text, str) and text.strip() for pair in texts for text in pair):
+            raise RowError(self.source, 'an entry of \'questions\' is not {"question": ..., "answer": ...}, both texts')
+        return [(check_unicode(one, self.source), check_unicode(other, self.source)) for one, other in texts]
 
     def texts(self, choice: CaptionChoice) -> list[str]:
         """Return the caption alone, or all ``captions`` of an image that has such a list.
@@ -178,7 +196,7 @@ def read_metadata(metadata: Path, must_exist: bool = True) -> Iterator[Described
     if column is None and len(table) and table.columns:
         raise CocoaError(f"{printable(metadata)} has no column that names the images ({_found(table.columns)}); call it"
                          f" {FILE_COLUMNS[0]!r}.")  # fmt: skip
-    for source, row in table.read(table.columns, lists=("captions",)):
+    for source, row in table.read(table.columns, lists=("captions", "questions")):
         try:
             if isinstance(row, RowError):
                 raise row

@@ -27,6 +27,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "sources": ("cpu_threads", "errors", "folders", "images", "data"),
     "report": ("errors",),
     "evaluation": (*CORE, "report.tables"),
+    "captioning": CORE,
     "train.settings": ("errors", "data"),
     "train.recipe": ("errors", "data", "train.settings", "train.stages"),
     "train.data": ("errors", "folders", "images", "data", "model", "train.settings"),

@@ -33,7 +33,7 @@ THIN = ROOT / "integrations" / "llama-index-embeddings-cocoa"
 """A distribution of its own: CocoaEmbedding under LlamaIndex's name."""
 PROJECT_FILES = ("pyproject.toml", "README.md", "LICENSE")
 EXTRAS = {"train", "llama-index", "qdrant", "edge", "heic", "report", "eval", "tables", "pdf", "video", "ray", "serve"}
-EXTRAS |= {"all", "dev"}
+EXTRAS |= {"caption", "all", "dev"}
 
 
 class Built(NamedTuple):

@@ -6,12 +6,12 @@ from itertools import islice, permutations
 from pathlib import Path
 
 from cocoa_embed.data.columns import SIDES, Side, separated
-from cocoa_embed.data.image_folder import CaptionChoice, DescribedImage, find_metadata, read_metadata
+from cocoa_embed.data.image_folder import DescribedImage, RowChoice, find_metadata, read_metadata
 from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import CocoaError, RowError, printable
 
 
-def read_image_folder(folder: Path, *, captions: CaptionChoice = "text", paraphrases: int = 0,
+def read_image_folder(folder: Path, *, captions: RowChoice = "text", paraphrases: int = 0,
                       limit: int | None = None) -> list[Row]:  # fmt: skip
     """Return the rows of an image folder, as ``read_captions`` yields them.
 
@@ -28,7 +28,7 @@ def read_image_folder(folder: Path, *, captions: CaptionChoice = "text", paraphr
 
 def read_captions(
     folder: Path,
-    captions: CaptionChoice,
+    captions: RowChoice,
     paraphrases: int,
     limit: int | None = None,
     subset: str = "data",
@@ -41,6 +41,7 @@ def read_captions(
 
     :param captions: ``text``: a row for each image. ``captions``: a row for each entry of the list in the column
         ``captions`` (in a CSV file, a JSON list), or for the ``text`` of an image without captions.
+        ``questions``: a row for each entry of that column, if there is one: the image with a question, and the answer.
     :param paraphrases: Text-only rows to add for each image with several ``captions``, from one of them to another;
         the image's number in the file seeds the draw.
     :param limit: Read the first ``limit`` images.
@@ -55,8 +56,13 @@ def read_captions(
         try:
             if isinstance(image, RowError):
                 raise image
-            item = Item(images=(image.path,), instruction=separated(of_image, None))
-            pairs = [(item, Item(text, (), separated(of_text, text))) for text in image.texts(captions)]
+            found: list[tuple[str | None, str]] = (
+                [*image.questions] if captions == "questions" else [(None, text) for text in image.texts(captions)]
+            )
+            pairs = [
+                (Item(asked, (image.path,), separated(of_image, asked)), Item(text, (), separated(of_text, text)))
+                for asked, text in found
+            ]
             pairs += [(Item(one), Item(other)) for one, other in _paraphrases(image, paraphrases, seed=number)]
             yield from ((number, Row(query, positive, image.source, subset=subset)) for query, positive in pairs)
         except RowError as error:

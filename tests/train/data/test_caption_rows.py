@@ -81,3 +81,22 @@ def test_text_files_beside_images_are_captions_of_a_folder_without_metadata(tmp_
     (tmp_path / "sub" / "b.txt").unlink()
     with pytest.raises(RowError, match=r"b\.png: has no caption in b\.txt beside it"):
         read_image_folder(tmp_path)
+
+
+def test_each_question_of_an_image_is_a_row_with_its_answer(tmp_path: Path) -> None:
+    asked = [{"question": "Which shape?", "answer": "A ring."}, {"question": "Red?", "answer": "Yes."}]
+    lines = [{"file_name": "a.png", "text": "a ring", "questions": asked}, {"file_name": "b.png", "text": "a cross"}]
+    folder = write_folder(tmp_path, lines)
+    rows = [row for _, row in read_captions(folder, "questions", 0, instructions={"query": "Answer:"})]
+    assert [row.query.image.name for row in rows] == ["a.png", "a.png"]
+    assert [(row.query.full_text, row.positive.full_text) for row in rows] == [
+        ("Answer: Which shape?", "A ring."),
+        ("Answer: Red?", "Yes."),
+    ]
+
+
+@pytest.mark.parametrize("questions", ["Red?", [{"question": "Red?"}], [{"question": "Red?", "answer": " "}], [7], 7])
+def test_questions_of_another_form_are_errors_that_name_the_image(tmp_path: Path, questions: object) -> None:
+    folder = write_folder(tmp_path, [{"file_name": "a.png", "text": "a ring", "questions": questions}])
+    with pytest.raises(RowError, match=r"a\.png: an entry of 'questions' is not"):
+        read_image_folder(folder, captions="questions")

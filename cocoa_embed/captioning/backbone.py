@@ -1,0 +1,83 @@
+"""Texts of a causal vision-language backbone, in batches."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from PIL import Image
+from sentence_transformers.util import get_device_name
+from transformers import AutoProcessor
+
+from cocoa_embed.captioning.prompts import Answer, Prompts, Request
+from cocoa_embed.errors import CocoaError, UsageError, one_line
+from cocoa_embed.model.backbone import load_backbone, read_config, resolve_backbone
+from cocoa_embed.model.template import render
+from cocoa_embed.model.visual_tokens import visual_tokens
+
+
+class BackboneWriter:
+    """Writes with a backbone's ``generate``; the weights are loaded for the first image.
+
+    A backbone whose chat template opens no turn for an answer, such as ``scene-captioner``, follows no prompts: it says
+    what it says of an image, and further wordings are drawn.
+    """
+
+    threads = 1
+
+    def __init__(self, name: str, prompts: Prompts, max_pixels: int, batch_size: int, device: str | None) -> None:
+        """Read config and processor.
+
+        :raises CocoaError: If there is no such backbone.
+        :raises UsageError: If its family is not supported, or it is bidirectional.
+        """
+        if read_config(name).get_text_config().to_dict().get("is_causal") is False:
+            raise UsageError(f"{name} is bidirectional: training has made it an embedder, which writes no text; give "
+                             "the backbone that its training began with.")  # fmt: skip
+        try:
+            self._processor: Any = AutoProcessor.from_pretrained(resolve_backbone(name))
+        except (OSError, ValueError) as error:
+            raise CocoaError(f"Cannot load the processor of {name}: {one_line(error)}") from error
+        size = self._processor.image_processor.size
+        size["longest_edge"] = min(size["longest_edge"], max_pixels)
+        self._processor.tokenizer.padding_side = "left"
+        self.name, self.images_at_once = name, batch_size
+        self.follows_prompts = "add_generation_prompt" in (self._processor.chat_template or "")
+        self._prompts, self._device = prompts, device or get_device_name()
+
+    def tokens(self, width: int, height: int, prompt: str) -> int:
+        """Return how many tokens a request takes, by the processor."""
+        text = len(self._processor.tokenizer(self._render(prompt))["input_ids"])
+        return text - 1 + visual_tokens(self._processor.image_processor, width, height)
+
+    def write(self, images: Sequence[Image.Image], requests: Sequence[Sequence[Request]]) -> list[list[Answer]]:
+        """Return the answers to the requests about each image, computed one request of all images after the other."""
+        answers = [self._generate(images, of_all, seed) for seed, of_all in enumerate(zip(*requests, strict=True))]
+        return [list(of_image) for of_image in zip(*answers, strict=True)]
+
+    @torch.inference_mode()
+    def _generate(self, images: Sequence[Image.Image], requests: Sequence[Request], seed: int) -> list[Answer]:
+        model, drawn = self._model, requests[0].is_drawn
+        texts = [self._render(request.prompt) for request in requests]
+        inputs = self._processor(images=list(images), text=texts, padding=True, return_tensors="pt")
+        options = self._prompts.sampling if drawn else {}
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            ids = model.generate(**inputs.to(model.device, model.dtype), max_new_tokens=self._prompts.max_tokens,
+                                 do_sample=drawn, **options)[:, inputs["input_ids"].shape[1] :]  # fmt: skip
+        ends = torch.tensor(model.generation_config.eos_token_id, device=ids.device)
+        is_cut = (~torch.isin(ids, ends).any(dim=1)).tolist()
+        return list(map(Answer, self._processor.batch_decode(ids, skip_special_tokens=True), is_cut))
+
+    def _render(self, prompt: str) -> str:
+        if not self.follows_prompts:
+            return render(text=None, images=1)
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        messages = [{"role": "user", "content": content}]
+        return str(self._processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+    @cached_property
+    def _model(self) -> Any:  # noqa: ANN401
+        dtype = torch.bfloat16 if self._device.startswith("cuda") else torch.float32
+        model: Any = load_backbone(self.name, bidirectional=False).model.eval()
+        return model.to(device=self._device, dtype=dtype)

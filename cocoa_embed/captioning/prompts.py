@@ -1,0 +1,152 @@
+"""What is asked about an image, and what of an answer is used."""
+
+import re
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Any, NamedTuple, Protocol
+
+from PIL import Image
+from pydantic import BaseModel
+
+from cocoa_embed.data.rows import shortened
+from cocoa_embed.errors import CocoaError
+
+QUESTIONS = "questions"
+"""The name of the prompt for question-answer pairs, beside those of captions."""
+
+_ASKED, _ANSWERED = (rf"^[\W\d]*{word}[ \d]*\W*?:[\s*]*" for word in ("Q(?:uestion)?", "A(?:nswer)?"))
+PAIR = re.compile(
+    rf"{_ASKED}(?P<question>.+?)[\s*]*{_ANSWERED}(?P<answer>.+?)[\s*]*(?={_ASKED}|\Z)", re.M | re.S | re.I
+)
+"""Matches a question and its answer: ``Q: ...``, ``A: ...``, with the numbers and the emphasis that models add."""
+
+WHOLE_SENTENCES = re.compile(r".*(?:[.!?](?=\s)|[。！？])|", re.DOTALL)
+
+
+class Request(NamedTuple):
+    """A prompt by its name, and whether its answer is drawn at random."""
+
+    name: str
+    prompt: str
+    is_drawn: bool = False
+
+
+class Answer(NamedTuple):
+    """An answer, whether it was cut off at ``max_tokens``, and whether the writer marked it as a refusal."""
+
+    text: str
+    is_cut: bool = False
+    is_refused: bool = False
+
+
+class NoAnswerError(CocoaError):
+    """A writer has no answer about an image; a later run asks again.
+
+    :param wait: The least seconds after which the same request may succeed; None if it will not.
+    """
+
+    def __init__(self, message: str, wait: float | None = None) -> None:
+        super().__init__(message)
+        self.wait = wait
+
+
+class Writer(Protocol):
+    """Answers requests about images."""
+
+    name: str
+    """The source of the texts, for their readers."""
+    follows_prompts: bool
+    """Whether an answer depends on the prompt."""
+    images_at_once: int
+    """The images of a call of ``write``."""
+    threads: int
+    """The calls of ``write`` at a time."""
+
+    def tokens(self, width: int, height: int, prompt: str) -> int:
+        """Return how many tokens a request about an image of this size takes.
+
+        :raises ValueError: If the writer takes no image of this size.
+        """
+        ...
+
+    def write(self, images: Sequence[Image.Image], requests: Sequence[Sequence[Request]]) -> list[list[Answer]]:
+        """Return the answers to the requests about each image, which are as many for each.
+
+        :raises NoAnswerError: If there is none for these images.
+        :raises CocoaError: If there would be none for any image.
+        """
+        ...
+
+
+class Prompts(BaseModel):
+    """The prompts and their settings, as in ``prompts.json``.
+
+    :param captions: The prompts of captions, by name; the first is that of an image's ``text``.
+    :param questions: The prompt for ``{count}`` question-answer pairs.
+    :param label: Comes before a prompt where a short text, such as the name of a class, is replaced.
+    :param refusals: Regular expressions that the beginning of a refusal matches, in either case.
+    :param max_tokens: The most tokens of an answer.
+    :param sampling: ``temperature`` and ``top_p`` where a prompt is asked again.
+    """
+
+    captions: dict[str, str]
+    questions: str
+    label: str
+    refusals: list[str]
+    max_tokens: int
+    sampling: dict[str, float]
+
+    @classmethod
+    def load(cls) -> "Prompts":
+        """Read the prompts of the package."""
+        return cls.model_validate_json((files("cocoa_embed.captioning") / "prompts.json").read_text("utf-8"))
+
+    def requests(self, wordings: int, questions: int, label: str | None, are_followed: bool) -> list[Request]:
+        """Return what is asked about an image; wordings beyond the prompts, or if they are not followed, are drawn."""
+        before = "" if label is None else self.label.format(label=label)
+        prompts = [*self.captions.items()][: None if are_followed else 1]
+        wanted = [Request(*prompts[i % len(prompts)], is_drawn=i >= len(prompts)) for i in range(wordings)]
+        wanted += [Request(QUESTIONS, self.questions.format(count=questions))] * bool(questions)
+        return [request._replace(prompt=before + request.prompt) for request in wanted]
+
+    def read(self, requests: Sequence[Request], answers: Sequence[Answer]) -> dict[str, Any]:
+        """Return the usable texts of an image, each once: no refusals, no empty answers, no half sentences.
+
+        :returns: ``captions``: their prompts' names by the text; ``questions``: objects with ``question`` and
+            ``answer``; ``unusable``: why other answers are none.
+        """
+        captions: dict[str, tuple[str, str]] = {}
+        questions: dict[str, dict[str, str]] = {}
+        unusable = []
+        for request, answer in zip(requests, answers, strict=True):
+            text = answer.text.encode("utf-8", "ignore").decode().strip()  # JSON may hold half a surrogate pair
+            pairs = [match.groupdict() for match in PAIR.finditer(text)][: -1 if answer.is_cut else None]
+            if answer.is_refused or self._is_refusal(text):
+                unusable.append(f"{request.name}: refused: {shortened(text)}")
+            elif request.name == QUESTIONS and pairs:
+                for pair in pairs:
+                    questions.setdefault(_same(pair["question"]), {name: _line(each) for name, each in pair.items()})
+            elif request.name != QUESTIONS and _same(text := _line(_whole(text) if answer.is_cut else text)):
+                captions.setdefault(_same(text), (text, request.name))
+            else:
+                fault = "no lines with Q: and A: in" if request.name == QUESTIONS else "empty:"
+                unusable.append(f"{request.name}: {'cut off, and ' * answer.is_cut}{fault} {shortened(text)}")
+        return {"captions": dict(captions.values()), "questions": [*questions.values()], "unusable": unusable}
+
+    def _is_refusal(self, text: str) -> bool:
+        beginning = text.replace("’", "'").lstrip("\"'*")
+        return any(re.match(refusal, beginning, re.IGNORECASE) for refusal in self.refusals)
+
+
+def _whole(text: str) -> str:
+    found = WHOLE_SENTENCES.match(text)
+    return "" if found is None else found.group()
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split()).strip('"“”')
+
+
+def _same(text: str) -> str:
+    """Return what texts have in common that differ in case, spaces and punctuation alone."""
+    return " ".join(re.findall(r"\w+", text.casefold()))
