@@ -1,5 +1,6 @@
 """A random tiny backbone and a few drawn scenes, for every test that needs a model or data."""
 
+import gc
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,17 @@ from cocoa_embed.train.data.caption_rows import read_image_folder
 # A shared machine may stall any example; what a test shows does not depend on its time.
 settings.register_profile("cocoa-embed", deadline=None)
 settings.load_profile("cocoa-embed")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported out of garbage collections: a training run makes several, of a second each otherwise."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Let Python free everything at its end."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,6 +1,5 @@
 """Run the stages of a recipe in order: each starts from the weights that the one before it wrote."""
 
-import gc
 import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -71,8 +70,7 @@ def run(recipe: Recipe, out: Path, *, resume: bool = False, inspect: Inspect | N
         stage = prepared.recipe.stages[name]
         with explain_out_of_memory(name, stage.memory_remedy()):
             results.append(_run_stage(stage, prepared, results, out, inspect))
-        gc.collect()  # trainers and their callbacks refer to each other, and to the model
-        clear_device_cache()
+        clear_device_cache(garbage_collection=True)  # trainers and their callbacks refer to each other and to the model
     if PartialState().is_main_process:
         shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
     return results

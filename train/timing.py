@@ -1,6 +1,5 @@
 """Time a few steps of each stage on this machine: ``cocoa-embed train RECIPE --dry-run=timed``."""
 
-import gc
 import tempfile
 import time
 from dataclasses import replace
@@ -49,8 +48,7 @@ def seconds_per_step(prepared: Prepared) -> dict[str, float]:
         stage = prepared.recipe.stages[name]
         with explain_out_of_memory(name, stage.memory_remedy()), tempfile.TemporaryDirectory() as folder:
             seconds[name] = _time(stage, prepared, start, Path(folder))
-        gc.collect()
-        clear_device_cache()
+        clear_device_cache(garbage_collection=True)
     return seconds
 
 

@@ -156,13 +156,7 @@ class DeviceEncoder(DeferredEncoder):
         return np.asarray(self.processes.ask("embed_documents", self._dimension, (list(inputs), batch_size), {}))
 
     def stream_images(
-        self,
-        images: Iterable[tuple[Key, StreamSource]],
-        *,
-        workers: int | None = None,
-        batch_size: int = 32,
-        batch_tokens: int | None = None,
-        thumbnail_size: int | None = None,
+        self, images: Iterable[tuple[Key, StreamSource]], *, batch_size: int = 32, **options: Any
     ) -> Iterator[tuple[Key, EmbeddedImage | ImageError]]:
         """Embed images as ``Encoder.stream_images`` does, in the order given, on all devices.
 
@@ -170,8 +164,7 @@ class DeviceEncoder(DeferredEncoder):
         """
         self.require_images()
         processes = self.processes
-        options = {"workers": workers, "batch_size": batch_size, "batch_tokens": batch_tokens}
-        options["thumbnail_size"] = thumbnail_size
+        options["batch_size"] = batch_size
 
         def embed(chunk: list[tuple[Key, StreamSource]]) -> list[EmbeddedImage | ImageError]:
             named = [(str(key), source) for key, source in chunk]

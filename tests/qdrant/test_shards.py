@@ -198,9 +198,9 @@ def test_a_part_without_a_good_image_leaves_no_file(job: Job) -> None:
 
 def test_another_model_is_refused(job: Job) -> None:
     job.embed()
-    with pytest.raises(CocoaError, match=r"has embeddings of the model \(48 dimensions\), not of the model"):
+    with pytest.raises(CocoaError, match=r"was made with the model \(48 dimensions\), not with the model"):
         job.embed(FakeModel(seed=1))
-    with pytest.raises(CocoaError, match=r"48 dimensions\), not of the model \(12\)"):
+    with pytest.raises(CocoaError, match=r"48 dimensions\), not with the model \(12\)"):
         job.embed(FakeModel(dimension=12))
     QdrantIndexer(FakeModel(seed=1), client=job.client).index(job.photos, progress=False)
     with pytest.raises(CocoaError, match="choose another collection"):

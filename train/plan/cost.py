@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -214,13 +215,14 @@ class StepCost:
         return vision + text
 
 
-def measure_matmul_flops(device: torch.device, dtype: torch.dtype = torch.bfloat16, *, repeats: int = 5) -> float:
-    """Return the FLOP/s of a large matrix product on a device, the median of ``repeats`` measurements."""
+@cache
+def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the FLOP/s of a large matrix product on a device, the median of five measurements, made once a process."""
     side = 1024 if device.type == "cpu" else 8192
     generator = torch.Generator(device).manual_seed(0)  # has no effect on the run's random numbers
     left, right = (torch.randn(side, side, device=device, dtype=dtype, generator=generator) for _ in range(2))
     seconds = []
-    for _ in range(repeats + 2):
+    for _ in range(7):  # the first two warm up
         started = time.perf_counter()
         (left @ right)[0, 0].item()  # waits for the device
         seconds.append(time.perf_counter() - started)

@@ -96,16 +96,8 @@ class EmbeddingFolder:
         if found is None:
             content = json.dumps(asdict(signature), indent=2).encode()
             self._write(lambda file: (file.write(content), SIGNATURE_FILE)[1])
-        elif (found.fingerprint, found.dimension) != (signature.fingerprint, signature.dimension):
-            raise CocoaError(
-                f"{printable(self.place)} has embeddings of {found.model} ({found.dimension} dimensions), not of"
-                f" {signature.model} ({signature.dimension}); give another folder"
-            )
-        elif found.embed != signature.embed:
-            raise CocoaError(
-                f"{printable(self.place)} was made with --embed {found.embed}, not with --embed {signature.embed};"
-                " give another folder"
-            )
+        else:
+            found.require(signature, printable(self.place), "folder")
 
     def write(self, stem: str, points: Iterable[Point], failed: list[dict[str, str]], dimension: int) -> int:
         """Write a file, or none if there are no points; return their number.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from cocoa_embed.errors import CocoaError
 from cocoa_embed.integrations.qdrant.points import REVISION, Payload
 from cocoa_embed.sources.files import is_deleted
 
@@ -168,6 +169,22 @@ class Signature:
     dimension: int
     embed: str = IMAGE
     """One of ``EMBEDS``."""
+
+    def require(self, other: Signature, name: str, kind: str) -> None:
+        """Check that what was made with this signature takes embeddings of another one.
+
+        :param name: Of what was made, a ``kind``.
+        :raises CocoaError: If the model, the dimension or what is embedded is another.
+        """
+        if self.fingerprint not in (None, other.fingerprint) or self.dimension != other.dimension:
+            raise CocoaError(
+                f"{name} was made with {self.model} ({self.dimension} dimensions), not with {other.model}"
+                f" ({other.dimension}); choose another {kind}"
+            )
+        if self.embed != other.embed:
+            raise CocoaError(
+                f"{name} was made with --embed {self.embed}, not with --embed {other.embed}; choose another {kind}"
+            )
 
 
 def lower_bound(score_threshold: float | None) -> float | None:

@@ -16,7 +16,7 @@ from cocoa_embed.integrations.qdrant.stores import base
 from cocoa_embed.integrations.qdrant.stores.base import Point, Query, Replacement, Signature, Where
 from cocoa_embed.integrations.qdrant.stores.checks import check_collection_name
 from cocoa_embed.integrations.qdrant.stores.options import TURBO_BITS, StoreOptions
-from cocoa_embed.integrations.qdrant.stores.store import Store
+from cocoa_embed.integrations.qdrant.stores.store import Condition, Store
 
 require("qdrant_client", "qdrant")
 
@@ -127,15 +127,8 @@ class ClientStore(Store):
         """Return the number of points."""
         return self._call(lambda client: client.count(self.collection, to_filter(where), exact=True)).count
 
-    def _scroll(
-        self,
-        keys: Sequence[str] | None,
-        offset: Any,  # noqa: ANN401
-        where: Where | None,
-    ) -> tuple[Sequence[models.Record], Any]:
-        page = {"limit": self.scroll_limit, "offset": offset, "with_vectors": False}
-        fields: Any = True if keys is None else list(keys) or False
-        return self._call(lambda client: client.scroll(self.collection, to_filter(where), with_payload=fields, **page))
+    def _scroll(self, condition: Condition, **page: Any) -> tuple[Sequence[models.Record], Any]:
+        return self._call(lambda client: client.scroll(self.collection, to_filter(condition), **page))
 
     def _retrieve(self, ids: Sequence[str]) -> Sequence[models.Record]:
         return self._call(lambda client: client.retrieve(self.collection, list(ids), with_payload=True))
@@ -175,16 +168,6 @@ class ClientStore(Store):
         else:
             field = models.FieldCondition(key=REVISION, match=models.MatchValue(value=replacement.revision))
         return models.Filter(must=[models.HasIdCondition(has_id=[replacement.id]), field])
-
-    def _page(
-        self,
-        query_filter: models.Filter | None,
-        limit: int,
-        offset: Any,  # noqa: ANN401
-        with_vectors: bool,
-    ) -> tuple[Sequence[models.Record], Any]:
-        page: dict[str, Any] = {"limit": limit, "offset": offset, "with_vectors": with_vectors}
-        return self._call(lambda client: client.scroll(self.collection, query_filter, **page))
 
     def _search(self, queries: Sequence[Query]) -> Sequence[Sequence[models.ScoredPoint]]:
         made = map(self._fused if self.embed == base.BOTH else self._nearest, queries)
@@ -303,8 +286,9 @@ def reason(error: BaseException) -> str:
     return one_line(error)
 
 
-def to_filter(where: Where | None) -> models.Filter | None:
-    """Return a filter for points by the values of a payload key."""
-    if where is None:
-        return None
-    return models.Filter(must=[models.FieldCondition(key=where.key, match=models.MatchAny(any=list(where.values)))])
+def to_filter(condition: Condition) -> models.Filter | None:
+    """Return the filter for a condition."""
+    if not isinstance(condition, Where):
+        return condition
+    match = models.MatchAny(any=list(condition.values))
+    return models.Filter(must=[models.FieldCondition(key=condition.key, match=match)])

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from filelock import Timeout
 
@@ -22,16 +22,13 @@ from cocoa_embed.integrations.qdrant.stores.base import Point, Query, Replacemen
 from cocoa_embed.integrations.qdrant.stores.foreign import EDGE_COLLECTION, EDGE_MARKER, refuse_foreign_index
 from cocoa_embed.integrations.qdrant.stores.locks import folder_lock, in_use
 from cocoa_embed.integrations.qdrant.stores.options import TURBO_BITS, StoreOptions
-from cocoa_embed.integrations.qdrant.stores.store import Store
+from cocoa_embed.integrations.qdrant.stores.store import Condition, Store
 
 require("qdrant_edge", "edge")
 
 import qdrant_edge as edge  # noqa: E402 - after the error that names the extra
 
 from cocoa_embed.integrations.qdrant.stores.edge_filters import to_edge_filter  # noqa: E402
-
-if TYPE_CHECKING:
-    from qdrant_client import models
 
 Answer = TypeVar("Answer")
 
@@ -145,15 +142,9 @@ class EdgeStore(Store):
         with self._readable_errors():
             super().close()
 
-    def _scroll(
-        self,
-        keys: Sequence[str] | None,
-        offset: Any,  # noqa: ANN401
-        where: Where | None,
-    ) -> tuple[Sequence[Any], Any]:
-        fields: Any = True if keys is None else list(keys) or False
-        page = {"limit": self.scroll_limit, "offset": offset, "with_payload": fields, "with_vector": False}
-        return self._call(lambda shard: shard.scroll(edge.ScrollRequest(**page, filter=to_filter(where))))
+    def _scroll(self, condition: Condition, *, with_vectors: bool, **page: Any) -> tuple[Sequence[Any], Any]:
+        request = edge.ScrollRequest(filter=to_filter(condition), with_vector=with_vectors, **page)
+        return self._call(lambda shard: shard.scroll(request))
 
     def _retrieve(self, ids: Sequence[str]) -> Sequence[Any]:
         return self._call(lambda shard: shard.retrieve(list(ids), True, False))
@@ -177,17 +168,6 @@ class EdgeStore(Store):
                 else edge.UpdateOperation.overwrite_payload([id_], payload)
             )
             self._update(operation, size)
-
-    def _page(
-        self,
-        query_filter: models.Filter | None,
-        limit: int,
-        offset: Any,  # noqa: ANN401
-        with_vectors: bool,
-    ) -> tuple[Sequence[Any], Any]:
-        conditions = None if query_filter is None else to_edge_filter(query_filter)
-        page = {"limit": limit, "offset": offset, "with_payload": True, "with_vector": with_vectors}
-        return self._call(lambda shard: shard.scroll(edge.ScrollRequest(filter=conditions, **page)))
 
     def _search(self, queries: Sequence[Query]) -> Sequence[Sequence[Any]]:
         batch = edge.QueryBatchRequest([query_request(query, self.embed == base.BOTH) for query in queries])
@@ -290,11 +270,12 @@ class EdgeStore(Store):
         return self._opened
 
 
-def to_filter(where: Where | None) -> edge.Filter | None:
-    """Return a filter for points by the values of a payload key."""
-    if where is None:
-        return None
-    return edge.Filter(must=[edge.FieldCondition(where.key, match=edge.MatchAny(list(where.values)))])
+def to_filter(condition: Condition) -> edge.Filter | None:
+    """Return the engine's filter for a condition."""
+    if isinstance(condition, Where):
+        match = edge.MatchAny(list(condition.values))
+        return edge.Filter(must=[edge.FieldCondition(condition.key, match=match)])
+    return None if condition is None else to_edge_filter(condition)
 
 
 RRF_K = 2
@@ -330,7 +311,7 @@ def nearest(query: Query, name: str | None) -> dict[str, Any]:
         "query": edge.Query.Nearest(vector, name)
         if query.diversity is None
         else edge.Mmr(vector, 1 - query.diversity, query.candidates, name),
-        "filter": None if query.filter is None else to_edge_filter(query.filter),
+        "filter": to_filter(query.filter),
         "score_threshold": query.score_threshold,
         "params": edge.SearchParams(hnsw_ef=query.hnsw_ef, exact=query.exact, quantization=quantization),
     }

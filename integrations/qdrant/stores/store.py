@@ -6,8 +6,9 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -29,6 +30,9 @@ from cocoa_embed.integrations.qdrant.stores.options import StoreOptions
 if TYPE_CHECKING:
     from qdrant_client import models
 
+
+Condition: TypeAlias = "Where | models.Filter | None"
+"""Which points are read; None for all."""
 
 NO_VECTORS: Mapping[str, NewVector] = {}
 
@@ -98,12 +102,9 @@ class Store(ABC):
 
         :param where: Yield only these points.
         """
-        offset = None
-        while True:
-            records, offset = self._scroll(keys, offset, where)
-            yield from ((str(record.id), record.payload or {}) for record in records)
-            if offset is None:
-                return
+        fields: Any = True if keys is None else list(keys) or False
+        for record in self._records(where, self.scroll_limit, with_payload=fields, with_vectors=False):
+            yield str(record.id), record.payload or {}
 
     def retrieve(self, ids: Sequence[str]) -> dict[str, Payload]:
         """Return the payloads of points by id; ids that do not exist are left out."""
@@ -180,21 +181,16 @@ class Store(ABC):
         :param limit: The maximum number of points; None for all.
         :param with_vectors: Whether to read their vectors too.
         """
-        return islice(
-            self._points(query_filter, min(limit or self.scroll_limit, self.scroll_limit), with_vectors), limit
-        )
+        page = min(limit or self.scroll_limit, self.scroll_limit)
+        records = self._records(query_filter, page, with_payload=True, with_vectors=with_vectors)
+        return map(stored_point, islice(records, limit))
 
-    def _points(self, query_filter: models.Filter | None, page: int, with_vectors: bool) -> Iterator[StoredPoint]:
+    def _records(self, condition: Condition, limit: int, **fields: Any) -> Iterator[Any]:
+        """Yield the records that a condition lets through, read in pages of ``limit``."""
         offset = None
         while True:
-            records, offset = self._page(query_filter, page, offset, with_vectors)
-            for record in records:
-                vectors = record.vector if isinstance(record.vector, dict) else {base.IMAGE_VECTOR: record.vector}
-                image, caption = (
-                    None if (values := vectors.get(name)) is None else np.asarray(values, dtype=np.float32)
-                    for name in (base.IMAGE_VECTOR, base.CAPTION_VECTOR)
-                )
-                yield StoredPoint(str(record.id), record.payload or {}, image, caption)
+            records, offset = self._scroll(condition, limit=limit, offset=offset, **fields)
+            yield from records
             if offset is None:
                 return
 
@@ -236,13 +232,11 @@ class Store(ABC):
                 closing()
 
     @abstractmethod
-    def _scroll(
-        self,
-        keys: Sequence[str] | None,
-        offset: Any,  # noqa: ANN401
-        where: Where | None,
-    ) -> tuple[Sequence[Any], Any]:
-        """Return a page of records with ``id`` and ``payload``, and the offset of the next page."""
+    def _scroll(self, condition: Condition, *, with_vectors: bool, **page: Any) -> tuple[Sequence[Any], Any]:
+        """Return a page of records with ``id``, ``payload`` and ``vector``, and the offset of the next page.
+
+        :param page: ``limit``, ``offset`` and ``with_payload``, as the clients of Qdrant take them.
+        """
 
     @abstractmethod
     def _retrieve(self, ids: Sequence[str]) -> Sequence[Any]: ...
@@ -252,16 +246,6 @@ class Store(ABC):
 
     @abstractmethod
     def _replace(self, replacements: Sequence[Replacement]) -> None: ...
-
-    @abstractmethod
-    def _page(
-        self,
-        query_filter: models.Filter | None,
-        limit: int,
-        offset: Any,  # noqa: ANN401
-        with_vectors: bool,
-    ) -> tuple[Sequence[Any], Any]:
-        """Return a page of records with ``id``, ``payload`` and ``vector``, and the offset of the next page."""
 
     @abstractmethod
     def _search(self, queries: Sequence[Query]) -> Sequence[Sequence[Any]]:
@@ -310,15 +294,17 @@ class Store(ABC):
 
         :raises CocoaError: If it has the signature of another model, or another dimension.
         """
-        if found.fingerprint not in (None, signature.fingerprint) or found.dimension != signature.dimension:
-            raise CocoaError(
-                f"{self.name} was made with {found.model} ({found.dimension} dimensions), not with {signature.model}"
-                f" ({signature.dimension}); choose another collection"
-            )
-        is_open = found.fingerprint is None and base.BOTH not in (found.embed, signature.embed)
-        if found.embed != signature.embed and not is_open:
-            raise CocoaError(
-                f"{self.name} was made with --embed {found.embed}, not with --embed {signature.embed}; choose another"
-                " collection"
-            )
-        return found.fingerprint is None
+        needs = found.fingerprint is None
+        is_open = needs and base.BOTH not in (found.embed, signature.embed)
+        (replace(found, embed=signature.embed) if is_open else found).require(signature, self.name, "collection")
+        return needs
+
+
+def stored_point(record: Any) -> StoredPoint:  # noqa: ANN401
+    """Return a record of a client as a point."""
+    vectors = record.vector if isinstance(record.vector, dict) else {base.IMAGE_VECTOR: record.vector}
+    image, caption = (
+        None if (values := vectors.get(name)) is None else np.asarray(values, dtype=np.float32)
+        for name in (base.IMAGE_VECTOR, base.CAPTION_VECTOR)
+    )
+    return StoredPoint(str(record.id), record.payload or {}, image, caption)

@@ -35,33 +35,30 @@ def found(points: QdrantIndexer, *filters: object) -> list[int]:
     return [hit.payload["number"] for hit in hits]
 
 
+@pytest.mark.usefixtures("few_payload_indexes")
 class TestUnknownKeys:
     @pytest.fixture(params=["url", "edge"])
     def backend(self, request: pytest.FixtureRequest) -> str:
         return request.param
 
     @pytest.fixture
-    def points(self, store: Store, few_payload_indexes: None) -> QdrantIndexer:
+    def points(self, store: Store) -> QdrantIndexer:
         return searcher(store)
 
-    @pytest.mark.parametrize(
-        ("text", "guess"),
-        [
-            ("widht>=600", "did you mean 'width'"),
-            ("Width>=600", "did you mean 'width'"),
-            ("text~dog", "did you mean 'caption'"),
-            ("date>2026", "did you mean 'mtime'"),
-            ("license=CC0|other", "did you mean 'licence'"),
-            ("metadata.license=CC0", "did you mean 'licence'"),
-            ("zzz", "known: "),
-        ],
-    )
-    def test_a_key_that_no_image_has_is_named_with_the_nearest(
-        self, points: QdrantIndexer, text: str, guess: str
-    ) -> None:
-        key = re.match(r"\w+", text.removeprefix("metadata."))
-        with pytest.raises(UsageError, match=rf"no image in .* has the key '{key[0]}' \({guess}"):
-            found(points, "number", text)
+    def test_a_key_that_no_image_has_is_named_with_the_nearest(self, points: QdrantIndexer) -> None:
+        guesses = {
+            "widht>=600": "did you mean 'width'",
+            "Width>=600": "did you mean 'width'",
+            "text~dog": "did you mean 'caption'",
+            "date>2026": "did you mean 'mtime'",
+            "license=CC0|other": "did you mean 'licence'",
+            "metadata.license=CC0": "did you mean 'licence'",
+            "zzz": "known: ",
+        }
+        for text, guess in guesses.items():
+            key = re.match(r"\w+", text.removeprefix("metadata."))
+            with pytest.raises(UsageError, match=rf"no image in .* has the key '{key[0]}' \({guess}"):
+                found(points, "number", text)
 
     def test_a_search_that_finds_nothing_for_another_reason_finds_nothing(
         self, points: QdrantIndexer, monkeypatch: pytest.MonkeyPatch

@@ -40,7 +40,7 @@ METRICS = {
 
 RUN = """
 # accelerate shards on accelerators alone: present CPUs as GPUs. All code after that check is the same for both.
-import os, signal, sys
+import gc, os, signal, sys
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
@@ -51,6 +51,8 @@ def meet_as_accelerators(self, *args, **kwargs):
         self.distributed_type = DistributedType.MULTI_GPU
 if os.environ.get("SHARD_ON_CPU"):
     PartialState.__init__ = meet_as_accelerators
+
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from cocoa_embed.cli.main import main
 from cocoa_embed.train.stages.contrastive.loss import CachedRankingLoss
@@ -63,8 +65,14 @@ def counting(self, batches, *args, **kwargs):
     return forward_cached(self, batches, *args, **kwargs)
 CachedRankingLoss.forward_cached = counting
 
-with acting_at(3, lambda: os.kill(os.getpid(), signal.SIGKILL), os.environ.get("KILL_IN", "none")):
-    main(["train", *sys.argv[1:]])
+def train():
+    with acting_at(3, lambda: os.kill(os.getpid(), signal.SIGKILL), os.environ.get("KILL_IN", "none")):
+        main(["train", *sys.argv[1:]])
+
+# What torchrun does, but the processes are forks of this one, which has imported everything.
+gc.freeze()
+meeting = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "max_restarts": 0}
+elastic_launch(LaunchConfig(1, 1, nproc_per_node=2, start_method="fork", **meeting), train)()
 """
 
 
@@ -97,10 +105,9 @@ def alone(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def launch(recipe: Recipe, folder: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
     (folder / "recipe.yaml").write_text(recipe.model_dump_json(exclude_unset=True))
     (folder / "run.py").write_text(RUN)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "run.py"]
     paths = os.pathsep.join([str(Path(interrupted.__file__).parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
-        [*command, "recipe.yaml", "--out", "out", *options],
+        [sys.executable, "run.py", "recipe.yaml", "--out", "out", *options],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **environment},
         capture_output=True,

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +30,9 @@ class Line(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(()))
+
+    def get_decoder(self) -> Any:  # noqa: ANN401
+        return SimpleNamespace(layers=nn.ModuleList())
 
     def forward(self, target_ids: torch.Tensor, totals: dict[str, float], **_: Any) -> dict[str, torch.Tensor]:
         error = (self.weight - target_ids.float()).square().sum() / totals["target_ids"]

@@ -14,7 +14,7 @@ from stages import (
     warmup_collator,
     warmup_model,
 )
-from tiny_backbones import every_family
+from tiny_backbones import FAMILIES, every_family
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
@@ -96,8 +96,12 @@ def test_a_pass_of_a_reconstruction_stage_reads_nothing(
             model.backbone.base_model(**{name: without_values(batch[name], device) for name in stock})
 
 
-@pytest.mark.parametrize(("limit", "pooling"), [(60, "eos"), (10_000, "eos"), (60, "mean")])
-@every_family
+@pytest.mark.parametrize(
+    ("family", "limit", "pooling"),
+    [*((family, 60, "eos") for family in FAMILIES), ("qwen2_vl", 10_000, "eos"), ("qwen2_vl", 60, "mean")],
+    indirect=["family"],
+    scope="session",
+)
 def test_a_pass_of_the_contrastive_stage_reads_nothing_though_it_cuts_batches(
     tiny_backbone: Backbone, rows: list[Row], device: FakeTensorMode, limit: int, pooling: str
 ) -> None:
