@@ -17,7 +17,7 @@ from tiny_backbones import TINY_MAX_LENGTH, every_family
 from transformers import AutoModel, AutoProcessor
 
 from cocoa_embed.data.rows import Row
-from cocoa_embed.model.backbone import SUPPORTED, load_backbone
+from cocoa_embed.model.backbone import load_backbone
 from cocoa_embed.model.export import (
     _pooling_flags,
     as_generation_model,
@@ -25,6 +25,7 @@ from cocoa_embed.model.export import (
     export_model,
     save_sentence_transformer,
 )
+from cocoa_embed.model.families.registry import FAMILIES
 from cocoa_embed.model.loading import load_model
 from cocoa_embed.model.template import VISION_START
 
@@ -87,8 +88,8 @@ def test_every_saved_weight_has_a_parameter_in_vllm(family: str, tiny_export: Pa
 
 @every_family
 def test_both_transformers_classes_load_it_with_no_weight_missing_or_unexpected(family: str, tiny_export: Path) -> None:
-    assert read(tiny_export / "config.json")["architectures"] == [SUPPORTED[family].__name__]
-    for loader in (SUPPORTED[family], AutoModel):
+    assert read(tiny_export / "config.json")["architectures"] == [FAMILIES[family].model_class.__name__]
+    for loader in (FAMILIES[family].model_class, AutoModel):
         model, info = loader.from_pretrained(tiny_export, output_loading_info=True)
         assert not any(info.values()), (type(model).__name__, info)
 
@@ -195,14 +196,14 @@ def test_a_backbone_with_its_own_head_is_exported_without_it(tiny_backbone_path:
     config = read(folder / "config.json")
     config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = False
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    model = SUPPORTED["qwen2_vl"].from_pretrained(folder)
+    model = FAMILIES["qwen2_vl"].model_class.from_pretrained(folder)
     model.lm_head.weight.data.normal_()
     model.save_pretrained(folder)
     assert "lm_head.weight" in saved_names(folder)
     checkpoint = write_checkpoint(load_backbone(str(folder), max_length=TINY_MAX_LENGTH), tmp_path / "checkpoint")
     out = export_model(checkpoint, tmp_path / "out")
     assert "lm_head.weight" not in saved_names(out)
-    _, info = SUPPORTED["qwen2_vl"].from_pretrained(out, output_loading_info=True)
+    _, info = FAMILIES["qwen2_vl"].model_class.from_pretrained(out, output_loading_info=True)
     assert not any(info.values())
     expected = build_sentence_transformer(checkpoint, prompts=PROMPTS, device="cpu").encode("a red ring")
     np.testing.assert_allclose(SentenceTransformer(str(out), device="cpu").encode("a red ring"), expected, **SAME)

@@ -9,12 +9,15 @@ from exported import PROMPTS
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from tiny_backbones import FAMILIES, TINY_MAX_LENGTH, every_family
+from transformers import PreTrainedModel
 
 from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.model.attention import assert_bidirectional
-from cocoa_embed.model.backbone import SUPPORTED, Backbone, load_backbone
+from cocoa_embed.model.backbone import Backbone, load_backbone
 from cocoa_embed.model.export import export_model
+from cocoa_embed.model.families.registry import FAMILIES as SUPPORTED
+from cocoa_embed.model.families.registry import family_of
 from cocoa_embed.model.forward_inputs import HostInputs
 from cocoa_embed.model.training_record import read_run
 from cocoa_embed.train import Recipe, run
@@ -34,11 +37,11 @@ def test_every_supported_family_has_a_tiny_backbone() -> None:
 @every_family
 def test_each_stage_learns_from_text_and_image(family: str, tiny_backbone: Backbone, finished: Path) -> None:
     before = tiny_backbone.model
-    assert type(before) is SUPPORTED[family]
+    assert type(before) is SUPPORTED[family].model_class
     for stage, record in read_run(finished)["stages"].items():
         after = load_backbone(str(finished / stage), max_length=TINY_MAX_LENGTH).model
-        for part in ("visual", "language_model"):
-            first, last = (getattr(model.model, part).state_dict() for model in (before, after))
+        for part in (family_of(before.config).encoder, PreTrainedModel.get_decoder):
+            first, last = (part(model).state_dict() for model in (before, after))
             assert any(not torch.equal(first[name], last[name]) for name in first), (stage, part)
         assert np.isfinite([line["loss"] for line in record["log"] if "loss" in line]).all()
         before = after

@@ -7,7 +7,8 @@ from torch.utils.data import DataLoader
 
 from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.model.backbone import Backbone
-from cocoa_embed.model.forward_inputs import HostInputs, HostTensor, forward_inputs, on_host, places
+from cocoa_embed.model.forward_inputs import HostInputs, forward_inputs
+from cocoa_embed.model.host_tensor import HostTensor, on_host, places
 from cocoa_embed.train.stages.rendering import render_items
 
 

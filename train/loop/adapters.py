@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from cocoa_embed.cpu_threads import available_cores
 from cocoa_embed.errors import CocoaError, require
+from cocoa_embed.model.families.registry import family_of
 from cocoa_embed.train.settings import AdapterSettings, StageSettings
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def prepare_trainable(model: PreTrainedModel, settings: StageSettings, *, bf16: 
     :returns: The adapter, which is merged at the end of the stage; None if the weights themselves are trained.
     """
     if settings.freeze_vision:
-        model.base_model.visual.requires_grad_(False)
+        family_of(model.config).encoder(model).requires_grad_(False)
     decoder: Any = model.get_decoder()
     decoder.layers[: settings.freeze_layers].requires_grad_(False)
     if settings.adapter is None:
@@ -157,8 +158,8 @@ def add_adapter(
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    base: Any = model.base_model
-    norms = (WeightNorms(base.language_model), WeightNorms(base.visual)) if settings.kind == "dora" else ()
+    parts = (model.get_decoder(), family_of(model.config).encoder(model)) if settings.kind == "dora" else ()
+    norms = tuple(map(WeightNorms, parts))
     exact = []
     if bf16:
         frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
@@ -178,9 +179,9 @@ def _to_bfloat16(parameters: Iterable[nn.Parameter]) -> None:
 
 def _targets(model: PreTrainedModel, vision: bool) -> list[str]:
     """Return the names in ``model`` of the projections to adapt."""
-    base: Any = model.base_model
-    parts = [("the language model's layers", base.language_model.layers, LANGUAGE_LINEARS)]
-    parts += [("the vision encoder's blocks", base.visual.blocks, VISION_LINEARS)] if vision else []
+    parts = [("the language model's layers", model.get_decoder().get_submodule("layers"), LANGUAGE_LINEARS)]
+    if vision:
+        parts += [("the vision encoder's blocks", family_of(model.config).vision_layers(model), VISION_LINEARS)]
     targets = []
     for place, part, known in parts:
         within = set(part.modules())

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from cocoa_embed.model.backbone import SUPPORTED, PatchGeometry
+from cocoa_embed.model.families.family import PatchGeometry
+from cocoa_embed.model.families.registry import family_of
 from cocoa_embed.train.settings import StageSettings
 
 MULTIPLY_ADD = 2
@@ -104,22 +105,21 @@ class ModelSize:
 
 def model_size(config: PreTrainedConfig) -> ModelSize:
     """Measure the stock model of a config, which takes about a second."""
+    family = family_of(config)
+    names, geometry, window = family.parts, family.geometry, family.attention_window
     with torch.device("meta"):
-        model = SUPPORTED[config.model_type](config)
-    visual = model.base_model.get_submodule("visual")
-    mergers = {name: linear for name, linear in _linears(visual).items() if not name.startswith("blocks.")}
-    geometry, vision = PatchGeometry.from_config(config), config.vision_config
-    is_windowed = config.model_type == "qwen2_5_vl"
-    window = vision.window_size // geometry.merge_size // geometry.patch_size if is_windowed else 1
-    layers = LayerSize.of(visual.get_submodule("blocks"), attention_output="attn.proj")
+        model = family.model_class(config)
+    visual = family.encoder(model)
+    mergers = {name: linear for name, linear in _linears(visual).items() if not name.startswith(f"{names.layers}.")}
+    layers = LayerSize.of(family.vision_layers(model), attention_output=names.attention_output)
     return ModelSize(
         text=LayerSize.of(model.get_decoder().get_submodule("layers"), attention_output="self_attn.o_proj"),
         vision=layers,
         vocabulary=config.get_text_config().vocab_size,
-        patch_weights=visual.get_parameter("patch_embed.proj.weight").numel(),
+        patch_weights=visual.get_parameter(names.patches).numel(),
         merger_weights=_weights(mergers),
-        full_layers=len(vision.fullatt_block_indexes) if is_windowed else layers.layers,
-        window=window * geometry.merge_size,
+        full_layers=family.layers().get("full", layers.layers),
+        window=window or geometry.merge_size,
         geometry=geometry,
     )
 

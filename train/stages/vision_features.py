@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
-from cocoa_embed.model.forward_inputs import image_inputs, on_device
+from cocoa_embed.model.families.registry import family_of
+from cocoa_embed.model.forward_inputs import on_device
 from cocoa_embed.train.settings import RunSettings
 
 CHECKSUM_BYTES = 4
@@ -33,14 +34,15 @@ class FrozenVision:
     dtype of matrix products. If none of a batch is known, all run as they would without this, so that the features
     are equal bit for bit; else only those that are not known run, and the order of sums may differ.
 
-    :param visual: Whose parameters no one trains. It keeps its class and its weights.
+    :param model: Of whose vision encoder no one trains the parameters. It keeps its class and its weights.
     :param remembers: Keep the features until ``forget``, on their device.
     :param store: Where features are kept for longer.
     """
 
-    def __init__(self, visual: PreTrainedModel, *, remembers: bool, store: "FeatureStore | None" = None) -> None:
-        self._visual, self._run = visual, visual.forward
-        self._patches_per_token = visual.config.spatial_merge_size**2
+    def __init__(self, model: PreTrainedModel, *, remembers: bool, store: "FeatureStore | None" = None) -> None:
+        self._family = family_of(model.config)
+        self._visual = visual = self._family.encoder(model)
+        self._run = visual.forward
         self._remembers, self._store = remembers, store
         self._known: dict[str, list[Tensor]] = {}
         visual.forward = self.forward
@@ -70,12 +72,12 @@ class FrozenVision:
             if len(missing) < len(found):  # what is prepared of positions is of all images
                 hidden_states = torch.cat([hidden_states.split(patches)[place] for place in missing])
                 grid_thw = grid_thw[missing]
-                made = on_device(self._visual, image_inputs(grid_thw.cpu(), self._visual.config))
+                made = on_device(self._visual, self._family.image_inputs(grid_thw.cpu()))
                 how = {name.removeprefix("image_"): each for name, each in made.items() if name != "image_grid_thw"}
             computed = self._run(hidden_states, grid_thw=grid_thw, **how)
             is_deep = isinstance(computed, BaseModelOutputWithDeepstackFeatures)
             of_layers = (computed.deepstack_features or []) if is_deep else []
-            tokens = [patches[place] // self._patches_per_token for place in missing]
+            tokens = [patches[place] // self._family.geometry.patches_per_token for place in missing]
             parts = (features.split(tokens) for features in (computed.pooler_output, *of_layers))
             for place, *features in zip(missing, *parts, strict=True):
                 found[place] = features
@@ -162,12 +164,14 @@ def weights_fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def share_frozen_vision(visual: PreTrainedModel, run: RunSettings, *, remembers: bool) -> FrozenVision | None:
-    """Return the vision encoder's ``FrozenVision``, None if it would keep nothing.
+def share_frozen_vision(model: PreTrainedModel, run: RunSettings, *, remembers: bool) -> FrozenVision | None:
+    """Return the ``FrozenVision`` of a model's vision encoder, None if it would keep nothing.
 
     Sharded weights are gathered by all processes together, so none of them may leave the encoder out.
     """
     if run.sharding != "none" or not (remembers or run.vision_cache):
         return None
-    store = None if run.vision_cache is None else FeatureStore(run.vision_cache, run.vision_cache_gb * 1e9, visual)
-    return FrozenVision(visual, remembers=remembers, store=store)
+    store = None
+    if run.vision_cache is not None:
+        store = FeatureStore(run.vision_cache, run.vision_cache_gb * 1e9, family_of(model.config).encoder(model))
+    return FrozenVision(model, remembers=remembers, store=store)

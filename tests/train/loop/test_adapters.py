@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.model.attention import assert_bidirectional
-from cocoa_embed.model.backbone import SUPPORTED, Backbone, load_backbone
+from cocoa_embed.model.backbone import Backbone, load_backbone
+from cocoa_embed.model.families.registry import FAMILIES
 from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.loop.adapters import add_adapter, prepare_trainable
 from cocoa_embed.train.settings import AdapterSettings, StageSettings
@@ -78,7 +79,7 @@ def test_the_projections_of_layers_and_blocks_are_adapted_and_nothing_else(
     model = tiny_backbone.model
     add_adapter(model, AdapterSettings(), vision=vision)
     assert adapted(model) == expected_targets(family, vision=vision)
-    assert type(model) is SUPPORTED[family]
+    assert type(model) is FAMILIES[family].model_class
 
 
 def test_a_model_without_projections_is_refused(tiny_backbone: Backbone) -> None:

@@ -21,7 +21,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.model import forward_inputs
 from cocoa_embed.model.backbone import Backbone
-from cocoa_embed.model.forward_inputs import HostInputs, HostTensor
+from cocoa_embed.model.forward_inputs import HostInputs
+from cocoa_embed.model.host_tensor import HostTensor
 from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.loop.batch_facts import Batch
 from cocoa_embed.train.stages.contrastive.loss import contrastive_loss

@@ -69,7 +69,7 @@ def test_both_passes_of_a_step_share_features_and_change_no_bit(
     slow, fast = load_tiny("sdpa"), load_tiny("sdpa")
     twice = Runs(base_of(slow).visual)
     expected, gradients = step(slow, sized_rows, limit, None)
-    vision = share_frozen_vision(base_of(fast).visual, RunSettings(name="a", backbone="b"), remembers=True)
+    vision = share_frozen_vision(base_of(fast), RunSettings(name="a", backbone="b"), remembers=True)
     once = Runs(base_of(fast).visual)
     found, own = step(fast, sized_rows, limit, vision)
     assert len(twice.patches) == 2 * len(once.patches) > 2
@@ -88,7 +88,7 @@ def test_a_folder_keeps_features_for_other_epochs_and_processes(
     run, results = RunSettings(name="a", backbone="b", vision_cache=tmp_path / "vision"), []
     for seen in (0, 1, 2):
         backbone = load_tiny("sdpa")
-        vision = share_frozen_vision(base_of(backbone).visual, run, remembers=True)
+        vision = share_frozen_vision(base_of(backbone), run, remembers=True)
         runs = Runs(base_of(backbone).visual)
         results += [step(backbone, sized_rows, 20, vision), step(backbone, sized_rows, 20, vision)]
         assert bool(runs.patches) is (seen == 0)
@@ -127,7 +127,7 @@ def test_an_entry_that_is_broken_or_foreign_is_computed_again(
     backbone = load_tiny("sdpa")
     visual, inputs = base_of(backbone).visual.eval(), image_inputs(backbone, sized_rows)
     expected = flat(visual(inputs["hidden_states"], grid_thw=inputs["grid_thw"]))
-    FrozenVision(visual, remembers=False, store=FeatureStore(tmp_path / "vision", 1e9, visual))
+    FrozenVision(base_of(backbone), remembers=False, store=FeatureStore(tmp_path / "vision", 1e9, visual))
     assert torch.equal(flat(visual(**inputs)), expected)
     entries = sorted(path for path in (tmp_path / "vision").rglob("*") if path.is_file())
     assert len(entries) == len(sized_rows)
@@ -145,7 +145,7 @@ def test_other_weights_another_dtype_and_another_image_have_entries_of_their_own
 ) -> None:
     backbone = load_tiny("sdpa")
     visual, inputs = base_of(backbone).visual, image_inputs(backbone, sized_rows)
-    FrozenVision(visual, remembers=False, store=FeatureStore(tmp_path, 1e9, visual))
+    FrozenVision(base_of(backbone), remembers=False, store=FeatureStore(tmp_path, 1e9, visual))
     full = flat(visual(**inputs))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         half = flat(visual(**inputs))
@@ -154,7 +154,7 @@ def test_other_weights_another_dtype_and_another_image_have_entries_of_their_own
     other = load_tiny("sdpa")
     changed = base_of(other).visual
     list(changed.merger.parameters())[-1].data[0] += 1
-    FrozenVision(changed, remembers=False, store=FeatureStore(tmp_path, 1e9, changed))
+    FrozenVision(base_of(other), remembers=False, store=FeatureStore(tmp_path, 1e9, changed))
     runs = Runs(changed)
     assert not torch.equal(flat(changed(**inputs)), full)
     assert len(runs.patches) == 1
@@ -173,17 +173,18 @@ def test_the_folder_is_bounded_and_entries_of_other_weights_make_room(
     backbone = load_tiny("sdpa")
     visual, inputs = base_of(backbone).visual, image_inputs(backbone, sized_rows)
     first = FeatureStore(folder, 1e9, visual)
-    FrozenVision(visual, remembers=False, store=first)
+    FrozenVision(base_of(backbone), remembers=False, store=first)
     visual(**inputs)
     whole = kept(folder)
-    changed = base_of(load_tiny("sdpa")).visual
+    other = base_of(load_tiny("sdpa"))
+    changed = other.visual
     next(changed.parameters()).data.add_(1)
     FeatureStore(folder, whole * 4, changed)
     assert kept(folder) == whole, "less than half full"
     store = FeatureStore(folder, whole * 1.5, changed)
     assert kept(first.folder) <= whole * 0.75 < whole
     store.room = whole / 4
-    FrozenVision(changed, remembers=False, store=store)
+    FrozenVision(other, remembers=False, store=store)
     changed(**inputs)
     largest = max(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     assert 0 < kept(store.folder) <= whole / 4 + largest < whole
@@ -196,7 +197,7 @@ def test_a_folder_that_cannot_be_written_is_a_warning(
     backbone = load_tiny("sdpa")
     visual, inputs = base_of(backbone).visual, image_inputs(backbone, sized_rows)
     expected = flat(visual(inputs["hidden_states"], grid_thw=inputs["grid_thw"]))
-    FrozenVision(visual, remembers=False, store=FeatureStore(tmp_path / "file" / "vision", 1e9, visual))
+    FrozenVision(base_of(backbone), remembers=False, store=FeatureStore(tmp_path / "file" / "vision", 1e9, visual))
     with caplog.at_level(logging.WARNING):
         assert torch.equal(flat(visual(**inputs)), expected)
         visual(**inputs)

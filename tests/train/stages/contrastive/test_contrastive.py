@@ -19,7 +19,7 @@ from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.evaluation.geometry import geometry
 from cocoa_embed.model.backbone import Backbone
-from cocoa_embed.model.forward_inputs import HostTensor
+from cocoa_embed.model.host_tensor import HostTensor
 from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.loop.batch_facts import FACTS
 from cocoa_embed.train.loop.callbacks import LogLastStep
