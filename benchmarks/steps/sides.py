@@ -23,7 +23,7 @@ from cocoa_embed.model.families.registry import family_of
 from cocoa_embed.model.flex_attention import FLEX, use_flex_attention
 from cocoa_embed.model.forward_inputs import HostInputs, with_host_inputs
 from cocoa_embed.model.vision_attention import pack_vision_attention
-from cocoa_embed.train.loop.adapters import LANGUAGE_LINEARS, VISION_LINEARS, add_adapter
+from cocoa_embed.train.loop.adapters import LANGUAGE_LINEARS, add_adapter
 from cocoa_embed.train.plan.cost import BatchShape, StepCost, batch_shape, measure_matmul_flops, model_size
 from cocoa_embed.train.settings import AdapterSettings
 from cocoa_embed.train.stages.bridge.model import BridgeModel
@@ -134,7 +134,7 @@ def build(
 
 def peft_adapter(model: PreTrainedModel, settings: AdapterSettings) -> None:
     """Add an adapter as PEFT has it, on all projections."""
-    targets = sorted(LANGUAGE_LINEARS | VISION_LINEARS)
+    targets = sorted(LANGUAGE_LINEARS | family_of(model.config).adapted)
     use_dora = settings.kind == "dora"
     config = LoraConfig(
         r=settings.r,

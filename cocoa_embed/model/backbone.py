@@ -1,6 +1,5 @@
 """Load a vision-language backbone with complete weights and prepare its processor."""
 
-import math
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -13,7 +12,7 @@ from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, PreTrained
 from cocoa_embed.errors import CocoaError, UsageError, one_line
 from cocoa_embed.model.attention import make_bidirectional, make_causal
 from cocoa_embed.model.families.family import PatchGeometry
-from cocoa_embed.model.families.registry import family_of
+from cocoa_embed.model.families.registry import family_of, family_of_images
 from cocoa_embed.model.flex_attention import FLEX, use_flex_attention
 from cocoa_embed.model.loading import is_hub_name
 from cocoa_embed.model.template import append_eos, chat_template
@@ -22,9 +21,6 @@ from cocoa_embed.model.vision_attention import pack_vision_attention
 
 MASK_TOKEN = "<|mask|>"
 """Replaces a masked text token; added to tokenizers without a mask token, such as Qwen's."""
-
-MAX_ASPECT_RATIO = 200
-"""Qwen's image processors refuse images with a greater ratio of the longer side to the shorter."""
 
 OTHER_TOKENS = 8
 """Tokens of a sequence that are kept free beside the largest image."""
@@ -174,12 +170,12 @@ def prepare_processor(
     if tokenizer.mask_token is None:
         tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
     append_eos(tokenizer)
-    tokenizer.padding_side = "right"
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
     if max_length is not None:
         tokenizer.model_max_length = max_length
-    if max_pixels is not None:
-        processor.image_processor.size["longest_edge"] = max_pixels
-    processor.chat_template = chat_template(tokenizer)
+    family = family_of_images(processor)
+    family.limit_pixels(processor, max_pixels)
+    processor.chat_template = chat_template(tokenizer, family.markers)
     tokenizer.chat_template = None
     _check_room_for_images(processor)
 
@@ -191,22 +187,17 @@ def fitting_max_pixels(name_or_path: str, max_length: int) -> int | None:
 
     :raises CocoaError: If the backbone's processor cannot be loaded.
     """
-    image_processor = load_processor(name_or_path).image_processor
-    if _most_visual_tokens(image_processor, image_processor.size["longest_edge"]) <= max_length - OTHER_TOKENS:
+    processor = load_processor(name_or_path)
+    family = family_of_images(processor)
+    if family.most_visual_tokens(processor) <= max_length - OTHER_TOKENS:
         return None
-    return (max_length // 2) * (image_processor.patch_size * image_processor.merge_size) ** 2
-
-
-def _most_visual_tokens(image_processor: Any, pixels: int) -> int:  # noqa: ANN401
-    """Return the most visual tokens of an image of up to ``pixels``."""
-    tokens: int = pixels // (image_processor.patch_size * image_processor.merge_size) ** 2
-    # The shorter side of a long image is rounded up to one token, and sides may differ by a factor of 200.
-    return max(tokens, math.isqrt(MAX_ASPECT_RATIO * tokens))
+    geometry = family.image_geometry(processor)
+    return (max_length // 2) * (geometry.patch_size * geometry.merge_size) ** 2
 
 
 def _check_room_for_images(processor: ProcessorMixin) -> None:
-    largest = processor.image_processor.size["longest_edge"]
-    tokens = _most_visual_tokens(processor.image_processor, largest)
+    family = family_of_images(processor)
+    largest, tokens = family.most_pixels(processor), family.most_visual_tokens(processor)
     room = processor.tokenizer.model_max_length - OTHER_TOKENS
     if tokens > room:
         raise UsageError(

@@ -11,6 +11,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from cocoa_embed.model.families.registry import family_of
 from cocoa_embed.model.host_tensor import HostTensor, on_host, places
 
+REMEMBERED = "remembered_vision"
+"""The attribute of a base model that takes a batch of ``HostInputs`` in place of ``Family.run_vision``."""
+
 
 class HostInputs:
     """Adds to a batch what the model would make of its values: positions, lengths of sequences, and windows.
@@ -30,10 +33,9 @@ class HostInputs:
             the CPU.
         :raises ValueError: If the visual tokens are not those of the images.
         """
-        rows, length = batch["input_ids"].shape
         batch = {name: on_host(each.cpu()) if name.startswith("image_") else each for name, each in batch.items()}
         if "image_grid_thw" not in batch:
-            return {**batch, "position_ids": self.family.text_position_ids(rows, length)}
+            return {**batch, "position_ids": self.family.position_ids(batch)}
         read = {
             name: batch[name].cpu() for name in ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw")
         }
@@ -79,13 +81,13 @@ def forward_inputs(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str
     inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
     if "pixel_values" not in batch:
         return inputs
-    family = family_of(model.config)
-    seen = family.run_vision(model, batch)
-    features = seen.pooler_output
+    family, frozen = family_of(model.config), vars(base).get(REMEMBERED)
+    features, of_layers = family.run_vision(model, batch) if frozen is None else frozen(batch)
     embedded = base.get_input_embeddings()(inputs.pop("input_ids"))
     is_visual = batch["mm_token_type_ids"] == 1
     merged = embedded.flatten(0, 1).index_copy(0, places(is_visual, len(features)), features.to(embedded.dtype))
-    family.feed_inner_layers(model, is_visual, seen)
+    if of_layers:
+        family.feed_inner_layers(model, is_visual, of_layers)
     return inputs | {"inputs_embeds": merged.view_as(embedded)}
 
 

@@ -21,9 +21,14 @@ FIRST_CAPABILITY = 8
 
 
 def pack_vision_attention(model: PreTrainedModel) -> None:
-    """Let the vision encoder call attention once a layer, in place. The model's config does not keep this setting."""
+    """Let the vision encoder call attention once a layer, in place, if it takes all images as one sequence.
+
+    The model's config does not keep this setting.
+    """
     AttentionInterface.register(REGISTERED, packed_attention)
     family = family_of(model.config)
+    if not family.packs_attention:
+        return
     config = copy(family.encoder(model).config)
     config._attn_implementation = REGISTERED
     for layer in family.vision_layers(model):

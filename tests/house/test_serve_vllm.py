@@ -16,7 +16,7 @@ import pytest
 import torch
 from exported import write_checkpoint
 from PIL import Image
-from tiny_backbones import every_family
+from tiny_backbones import every_qwen
 from transformers import AutoProcessor
 
 from cocoa_embed.model.backbone import Backbone
@@ -92,7 +92,7 @@ def run(script: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: object)
     script.main()
 
 
-@every_family
+@every_qwen
 def test_ten_embeddings_and_their_tokens_are_those_of_sentence_transformers(
     script: ModuleType,
     url: str,

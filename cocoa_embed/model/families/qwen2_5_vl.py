@@ -15,6 +15,7 @@ class Qwen25VL(Qwen2VL):
 
     model_class = Qwen2_5_VLForConditionalGeneration
     processor_class = Qwen2_5_VLProcessor
+    adapted = frozenset({"qkv", "gate_proj", "up_proj", "down_proj"})
 
     def prepared(self, grids: Tensor) -> dict[str, Any]:
         """Add where windows begin and the last ends, and the order of visual tokens in them."""

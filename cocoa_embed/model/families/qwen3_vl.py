@@ -1,6 +1,6 @@
 """Qwen3-VL: features of several vision layers enter the language model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ class Qwen3VL(Qwen2VL):
 
     model_class = Qwen3VLForConditionalGeneration
     processor_class = Qwen3VLProcessor
+    adapted = frozenset({"qkv", "linear_fc1", "linear_fc2"})
 
     def prepared(self, grids: Tensor) -> dict[str, Any]:
         """Add which four learned positions a patch has, and how much of each: ``[patches, 4]``."""
@@ -37,17 +38,16 @@ class Qwen3VL(Qwen2VL):
         """Return true for older versions of transformers, too, that interpolate positions themselves."""
         return "interp_indices" not in given
 
-    def feed_inner_layers(self, model: PreTrainedModel, is_visual: Tensor, seen: Any) -> None:  # noqa: ANN401
+    def feed_inner_layers(self, model: PreTrainedModel, is_visual: Tensor, features: Sequence[Tensor]) -> None:
         """Add the features where the stock class does it."""
-        if features := seen.get("deepstack_features"):
-            language_model: Any = model.get_decoder()
+        language_model: Any = model.get_decoder()
 
-            def feed(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:  # noqa: ANN401
-                hook.remove()
-                return args, {**kwargs, "visual_pos_masks": is_visual, "deepstack_visual_embeds": features}
+        def feed(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:  # noqa: ANN401
+            hook.remove()
+            return args, {**kwargs, "visual_pos_masks": is_visual, "deepstack_visual_embeds": features}
 
-            hook = language_model.register_forward_pre_hook(feed, with_kwargs=True)
-            language_model._deepstack_process = _add_features  # the class's own waits for the device
+        hook = language_model.register_forward_pre_hook(feed, with_kwargs=True)
+        language_model._deepstack_process = _add_features  # the class's own waits for the device
 
     def fewest_layers(self) -> int:
         """Return as many as layers take features."""

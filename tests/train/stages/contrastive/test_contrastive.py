@@ -82,7 +82,7 @@ def subset_rows(scene_rows: list[Row]) -> list[Row]:
 def preprocessed(model: SentenceTransformer, items: list[Item], **values: Any) -> dict[str, Any]:
     batch = preprocess_items(model, items, **values)
     assert batch.get("pixel_values", torch.empty(0, dtype=torch.uint8)).dtype == torch.uint8
-    return normalise_patches(model[0].processor.image_processor, model[0], (batch,))[0]
+    return normalise_patches(model[0].processor, model[0], (batch,))[0]
 
 
 @pytest.mark.parametrize("prompt", [None, PROMPTS["query"]])
