@@ -32,8 +32,9 @@ from cocoa_embed.encode.processor_lock import ProcessorLock
 from cocoa_embed.images.find_files import find_images
 from cocoa_embed.images.load import load_image
 from cocoa_embed.model.attention import make_bidirectional
-from cocoa_embed.model.backbone import SUPPORTED, Backbone, load_backbone
+from cocoa_embed.model.backbone import Backbone, load_backbone
 from cocoa_embed.model.export import build_sentence_transformer
+from cocoa_embed.model.families.registry import family_of
 from cocoa_embed.model.loading import load_model
 from shared.measuring import best_device, machine, seconds_of
 from shared.models import MAX_LENGTH, model_config, stand_in_processor
@@ -68,7 +69,7 @@ def random_backbone(name: str, device: torch.device) -> Backbone:
     processor = stand_in_processor(config)
     torch.manual_seed(0)
     with device:
-        model = SUPPORTED[config.model_type](config)
+        model = family_of(config).model_class(config)
     model.to(torch.bfloat16 if device.type == "cuda" else torch.float32)
     make_bidirectional(model)
     return Backbone(model=model, processor=processor)

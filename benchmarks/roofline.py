@@ -31,6 +31,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.model.backbone import load_processor, read_config
+from cocoa_embed.model.families.registry import family_of_images
 from cocoa_embed.train import Recipe
 from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.loop import stage_trainer
@@ -67,6 +68,7 @@ SETTINGS = {
     "qwen3-vl-2b": Setting(),
     "moca-qwen2.5-vl-3b": Setting(),
     "own-folder": Setting("rtx4090", 1, 50_000),
+    "smolvlm-256m": Setting("rtx4090", 1, 50_000),
     "tiny": Setting("h100", 1, 4_000),
 }
 
@@ -113,13 +115,13 @@ def open_backbone(recipe: Recipe) -> tuple[PreTrainedConfig, ProcessorMixin]:
         return read_config(name), load_processor(name, max_length=recipe.max_length)
     config = model_config(name)
     processor = stand_in_processor(config, max_length=recipe.max_length)
-    processor.image_processor.size["longest_edge"] = recipe.max_pixels
+    family_of_images(processor).limit_pixels(processor, recipe.max_pixels)
     return config, processor
 
 
 def draw_row(folder: Path, processor: ProcessorMixin) -> Row:
     """Return a row of the data, with the largest square image."""
-    side = int(processor.image_processor.size["longest_edge"] ** 0.5)
+    side = int(family_of_images(processor).most_pixels(processor) ** 0.5)
     image = folder / f"{side}.png"
     Image.new("RGB", (side, side)).save(image)
     return Row(Item(WORD * 61, (image,)), Item(WORD * 38), source="drawn")

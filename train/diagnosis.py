@@ -6,7 +6,8 @@ from pathlib import Path
 
 from cocoa_embed.data.rows import Row
 from cocoa_embed.errors import CocoaError, UsageError, one_line, printable
-from cocoa_embed.model.backbone import SUPPORTED, load_backbone, read_config
+from cocoa_embed.model.backbone import load_backbone, read_config
+from cocoa_embed.model.families.registry import family_of
 from cocoa_embed.model.loading import find_device, load_model
 from cocoa_embed.model.training_record import read_run, read_training, run_of
 from cocoa_embed.train.data.broken_rows import unbroken
@@ -125,7 +126,7 @@ def held_out_rows(checkpoint: Path) -> tuple[str, list[Row], list[str]]:
 
 def _measure(checkpoint: Path, recipe: Recipe, last: str | None, rows: Sequence[Row], device: str) -> dict[str, float]:
     config, stage = read_config(str(checkpoint)), recipe.stages.get(last or "")
-    has_head = SUPPORTED[config.model_type].__name__ in (config.architectures or [])
+    has_head = family_of(config).model_class.__name__ in (config.architectures or [])
     if not has_head or recipe.pooling != "eos" or (stage and not stage.predicts_next):
         # The head, if there is one (not after the contrastive stage), does not predict through <EOS>.
         model = load_model(checkpoint, device).eval()

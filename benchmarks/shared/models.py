@@ -9,9 +9,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig, ProcessorMixin, Qwen2VLImageProcessor
+from transformers import (
+    AutoConfig,
+    Idefics3ImageProcessor,
+    Idefics3Processor,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    Qwen2VLImageProcessor,
+)
 
-from cocoa_embed.model.backbone import load_processor
+from cocoa_embed.model.backbone import load_processor, prepare_processor
+from cocoa_embed.model.families.registry import family_of
+from cocoa_embed.model.families.smolvlm import SmolVLM
 from cocoa_embed.model.template import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
 
 TOKENIZER = "scene-captioner"
@@ -28,8 +38,25 @@ def model_config(name: str) -> PreTrainedConfig:
 def stand_in_processor(config: PreTrainedConfig, *, max_length: int = MAX_LENGTH) -> ProcessorMixin:
     """Return a processor with the demo's tokenizer, whose token ids the config is given."""
     processor = load_processor(TOKENIZER, max_length=max_length)
+    if isinstance(family_of(config), SmolVLM):
+        return _whole_images(config, processor.tokenizer)
     processor.image_processor = Qwen2VLImageProcessor(patch_size=config.vision_config.patch_size)
     config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id = (
         processor.tokenizer.convert_tokens_to_ids([IMAGE_PAD, VIDEO_PAD, VISION_START, VISION_END])
     )
+    return processor
+
+
+def _whole_images(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> ProcessorMixin:
+    vision = config.vision_config
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<fake_token_around_image>", "<global-img>", "<image>"]}
+    )
+    processor = Idefics3Processor(
+        Idefics3ImageProcessor(max_image_size={"longest_edge": vision.image_size}),
+        tokenizer,
+        image_seq_len=(vision.image_size // vision.patch_size // config.scale_factor) ** 2,
+    )
+    prepare_processor(processor)
+    config.image_token_id = processor.image_token_id
     return processor

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from cocoa_embed.model.attention import bidirectional_mask, bridge_mask, make_bidirectional
-from cocoa_embed.model.backbone import SUPPORTED, PatchGeometry
+from cocoa_embed.model.families.registry import family_of
 from cocoa_embed.model.flex_attention import FLEX, use_flex_attention
 from cocoa_embed.model.forward_inputs import HostInputs, with_host_inputs
 from cocoa_embed.model.vision_attention import pack_vision_attention
-from cocoa_embed.train.loop.adapters import LANGUAGE_LINEARS, VISION_LINEARS, add_adapter
+from cocoa_embed.train.loop.adapters import LANGUAGE_LINEARS, add_adapter
 from cocoa_embed.train.plan.cost import BatchShape, StepCost, batch_shape, measure_matmul_flops, model_size
 from cocoa_embed.train.settings import AdapterSettings
 from cocoa_embed.train.stages.bridge.model import BridgeModel
@@ -99,7 +99,7 @@ def build(
     """Return the model with its random weights, and the loss of a step's batches."""
     torch.manual_seed(0)
     with device:
-        model = SUPPORTED[config.model_type](config)
+        model = family_of(config).model_class(config)
     make_bidirectional(model)
     if options.adapter:
         settings = AdapterSettings(kind=options.adapter, dropout=options.dropout)
@@ -125,7 +125,7 @@ def build(
             BridgeModel(model)
             if options.stage == "bridge"
             else WarmupModel(
-                model, PatchGeometry.from_config(config), WarmupSettings(steps=1, batch_size=1, mae_weight=MAE_WEIGHT)
+                model, family_of(config).geometry, WarmupSettings(steps=1, batch_size=1, mae_weight=MAE_WEIGHT)
             )
         )
     runs = stage if is_ours else PlainModel(stage)
@@ -134,7 +134,7 @@ def build(
 
 def peft_adapter(model: PreTrainedModel, settings: AdapterSettings) -> None:
     """Add an adapter as PEFT has it, on all projections."""
-    targets = sorted(LANGUAGE_LINEARS | VISION_LINEARS)
+    targets = sorted(LANGUAGE_LINEARS | family_of(model.config).adapted)
     use_dora = settings.kind == "dora"
     config = LoraConfig(
         r=settings.r,

@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig
 
 from cocoa_embed.model.attention import Block
-from cocoa_embed.model.backbone import PatchGeometry
+from cocoa_embed.model.families.registry import family_of
 
 ORDINARY_TOKENS = 150_000
 """Ids below this are no special tokens in Qwen's vocabularies."""
@@ -44,7 +44,7 @@ def draw_rows(count: int, *, sides: tuple[int, int], seed: int) -> list[Syntheti
 def make_batch(rows: Sequence[SyntheticRow], config: PreTrainedConfig, stage: str, *, seed: int) -> dict[str, Tensor]:
     """Return a right-padded batch as the stage's collator does: ``<EOS>`` at the end, in the bridge before block B."""
     generator = torch.Generator().manual_seed(seed)
-    geometry = PatchGeometry.from_config(config)
+    geometry = family_of(config).geometry
     ids, blocks = zip(*(_tokens(row, config.image_token_id, stage, generator) for row in rows), strict=True)
     padded_ids = pad_sequence(list(ids), batch_first=True)
     padded_blocks = pad_sequence(list(blocks), batch_first=True, padding_value=Block.PAD)

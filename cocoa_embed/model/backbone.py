@@ -1,6 +1,5 @@
 """Load a vision-language backbone with complete weights and prepare its processor."""
 
-import math
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -8,19 +7,12 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoProcessor,
-    PreTrainedConfig,
-    PreTrainedModel,
-    ProcessorMixin,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2VLForConditionalGeneration,
-    Qwen3VLForConditionalGeneration,
-)
+from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from cocoa_embed.errors import CocoaError, UsageError, one_line
 from cocoa_embed.model.attention import make_bidirectional, make_causal
+from cocoa_embed.model.families.family import PatchGeometry
+from cocoa_embed.model.families.registry import family_of, family_of_images
 from cocoa_embed.model.flex_attention import FLEX, use_flex_attention
 from cocoa_embed.model.loading import is_hub_name
 from cocoa_embed.model.template import append_eos, chat_template
@@ -30,47 +22,11 @@ from cocoa_embed.model.vision_attention import pack_vision_attention
 MASK_TOKEN = "<|mask|>"
 """Replaces a masked text token; added to tokenizers without a mask token, such as Qwen's."""
 
-MAX_ASPECT_RATIO = 200
-"""Qwen's image processors refuse images with a greater ratio of the longer side to the shorter."""
-
 OTHER_TOKENS = 8
 """Tokens of a sequence that are kept free beside the largest image."""
 
-SUPPORTED: dict[str, type[PreTrainedModel]] = {
-    "qwen2_vl": Qwen2VLForConditionalGeneration,
-    "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
-    "qwen3_vl": Qwen3VLForConditionalGeneration,
-}
-"""The transformers class of each supported model type."""
-
 Origin = Literal["folder", "built-in", "hub"]
 """The kind of a backbone's source."""
-
-
-@dataclass(frozen=True)
-class PatchGeometry:
-    """How an image becomes rows of ``pixel_values`` and visual tokens."""
-
-    channels: int
-    temporal_patch_size: int
-    patch_size: int
-    merge_size: int
-
-    @classmethod
-    def from_config(cls, config: PreTrainedConfig) -> "PatchGeometry":
-        """Read the geometry from a model's config."""
-        vision = config.vision_config
-        return cls(vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.spatial_merge_size)
-
-    @property
-    def patch_width(self) -> int:
-        """Values of a raw patch, a row of ``pixel_values`` (1176 for Qwen2-VL)."""
-        return self.channels * self.temporal_patch_size * self.patch_size**2
-
-    @property
-    def patches_per_token(self) -> int:
-        """Raw patches per visual token (4 for Qwen2-VL)."""
-        return self.merge_size**2
 
 
 @dataclass(frozen=True)
@@ -83,7 +39,7 @@ class Backbone:
     @property
     def geometry(self) -> PatchGeometry:
         """The patch geometry of the model's vision encoder."""
-        return PatchGeometry.from_config(self.model.config)
+        return family_of(self.model.config).geometry
 
     def save(self, folder: Path) -> None:
         """Write weights, config and processor to ``folder``."""
@@ -138,12 +94,12 @@ def load_backbone(
     :param max_pixels: The most pixels of an image, stored in the image processor; by default its own limit.
     :param bidirectional: False leaves the model causal, as a baseline.
     :raises CocoaError: If the backbone does not exist, or weights are missing, unexpected or of another shape.
-    :raises UsageError: If its model type is not in ``SUPPORTED``.
+    :raises UsageError: If its model type is not supported.
     """
     config = read_config(name_or_path)
     location = resolve_backbone(name_or_path)
     try:
-        loaded: Any = SUPPORTED[config.model_type].from_pretrained(
+        loaded: Any = family_of(config).model_class.from_pretrained(
             location,
             dtype=torch.float32,
             attn_implementation="sdpa" if attn_implementation == FLEX else attn_implementation,
@@ -175,16 +131,13 @@ def read_config(name_or_path: str) -> PreTrainedConfig:
     """Read a backbone's config.
 
     :raises CocoaError: If it does not exist.
-    :raises UsageError: If its model type is not in ``SUPPORTED``.
+    :raises UsageError: If its model type is not supported.
     """
     try:
         config = AutoConfig.from_pretrained(resolve_backbone(name_or_path))
     except (OSError, ValueError) as error:
         raise CocoaError(f"Cannot read a model config from {name_or_path}: {one_line(error)}") from error
-    if config.model_type not in SUPPORTED:
-        raise UsageError(
-            f"{name_or_path} is a {config.model_type!r} model; supported are {', '.join(sorted(SUPPORTED))}."
-        )
+    family_of(config, name_or_path)
     return config
 
 
@@ -217,12 +170,12 @@ def prepare_processor(
     if tokenizer.mask_token is None:
         tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
     append_eos(tokenizer)
-    tokenizer.padding_side = "right"
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
     if max_length is not None:
         tokenizer.model_max_length = max_length
-    if max_pixels is not None:
-        processor.image_processor.size["longest_edge"] = max_pixels
-    processor.chat_template = chat_template(tokenizer)
+    family = family_of_images(processor)
+    family.limit_pixels(processor, max_pixels)
+    processor.chat_template = chat_template(tokenizer, family.markers)
     tokenizer.chat_template = None
     _check_room_for_images(processor)
 
@@ -234,22 +187,17 @@ def fitting_max_pixels(name_or_path: str, max_length: int) -> int | None:
 
     :raises CocoaError: If the backbone's processor cannot be loaded.
     """
-    image_processor = load_processor(name_or_path).image_processor
-    if _most_visual_tokens(image_processor, image_processor.size["longest_edge"]) <= max_length - OTHER_TOKENS:
+    processor = load_processor(name_or_path)
+    family = family_of_images(processor)
+    if family.most_visual_tokens(processor) <= max_length - OTHER_TOKENS:
         return None
-    return (max_length // 2) * (image_processor.patch_size * image_processor.merge_size) ** 2
-
-
-def _most_visual_tokens(image_processor: Any, pixels: int) -> int:  # noqa: ANN401
-    """Return the most visual tokens of an image of up to ``pixels``."""
-    tokens: int = pixels // (image_processor.patch_size * image_processor.merge_size) ** 2
-    # The shorter side of a long image is rounded up to one token, and sides may differ by a factor of 200.
-    return max(tokens, math.isqrt(MAX_ASPECT_RATIO * tokens))
+    geometry = family.image_geometry(processor)
+    return (max_length // 2) * (geometry.patch_size * geometry.merge_size) ** 2
 
 
 def _check_room_for_images(processor: ProcessorMixin) -> None:
-    largest = processor.image_processor.size["longest_edge"]
-    tokens = _most_visual_tokens(processor.image_processor, largest)
+    family = family_of_images(processor)
+    largest, tokens = family.most_pixels(processor), family.most_visual_tokens(processor)
     room = processor.tokenizer.model_max_length - OTHER_TOKENS
     if tokens > room:
         raise UsageError(

@@ -18,6 +18,7 @@ from cocoa_embed.errors import CocoaError, one_line
 from cocoa_embed.folders import claim_folder, refuse_checkpoint
 from cocoa_embed.model.attention import TRANSFORMERS_FLOOR, assert_bidirectional, is_causal
 from cocoa_embed.model.card import matryoshka_dimensions, model_card
+from cocoa_embed.model.families.registry import family_of_images
 from cocoa_embed.model.template import append_eos, chat_template, eos_settings
 from cocoa_embed.model.training_record import TRAINING_FILE, read_training, write_training
 
@@ -67,7 +68,9 @@ def build_sentence_transformer(
     except (OSError, SafetensorError) as error:
         raise CocoaError(f"{checkpoint} cannot be loaded ({one_line(error)}): the checkpoint is incomplete.") from error
     # A checkpoint may be older than this template.
-    transformer.processor.chat_template = chat_template(transformer.processor.tokenizer)
+    transformer.processor.chat_template = chat_template(
+        transformer.processor.tokenizer, family_of_images(transformer.processor).markers
+    )
     append_eos(transformer.processor.tokenizer)
     if bidirectional:
         assert_bidirectional(transformer.auto_model)

@@ -10,8 +10,8 @@ where the tokenizer has a ``sep_token``, one of the few properties of a tokenize
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,36 +21,65 @@ VISION_END = "<|vision_end|>"
 IMAGE_PAD = "<|image_pad|>"
 VIDEO_PAD = "<|video_pad|>"
 
-TEMPLATE = f"""\
-{{%- for message in messages if message.content is not string -%}}
-{{%- for part in message.content -%}}
-{{%- if part.type == 'image' -%}}{VISION_START}{IMAGE_PAD}{VISION_END}
-{{%- elif part.type == 'video' -%}}{VISION_START}{VIDEO_PAD}{VISION_END}
-{{%- endif -%}}
-{{%- endfor -%}}
-{{%- endfor -%}}
-{{%- set all = namespace(text='') -%}}
-{{%- for message in messages -%}}
-{{%- if message.content is string -%}}{{%- set all.text = all.text ~ message.content -%}}
-{{%- else -%}}
-{{%- for part in message.content if part.type == 'text' -%}}
-{{%- set all.text = all.text ~ part.text -%}}
-{{%- endfor -%}}
-{{%- endif -%}}
-{{%- endfor -%}}
-{{%- for token in SPECIAL_TOKENS -%}}
-{{%- set all.text = all.text | replace(token, token[:1] ~ ' ' ~ token[1:]) -%}}
-{{%- endfor -%}}
-{{{{- all.text -}}}}
-{{%- if not sep_token -%}}{{{{- EOS_TOKEN -}}}}{{%- endif -%}}
+
+class Markers(NamedTuple):
+    """The tokens of an image.
+
+    :param image: What the template writes.
+    :param token: The visual token in it, for which the processor puts ``before``, as many as the image has, ``after``.
+    :param around: How many other tokens an image has then.
+    :param video: What the template writes for a video, if the family has any.
+    """
+
+    image: str
+    token: str
+    before: str = ""
+    after: str = ""
+    around: int = 2
+    video: str = ""
+
+    def expanded(self, text: str, counts: Iterable[int]) -> str:
+        """Return a text of ``render`` with all visual tokens, whose number is that of each image in turn."""
+        first, *others = text.split(self.token)
+        pairs = zip(others, counts, strict=True)
+        return first + "".join(f"{self.before}{self.token * count}{self.after}{other}" for other, count in pairs)
+
+
+QWEN = Markers(f"{VISION_START}{IMAGE_PAD}{VISION_END}", IMAGE_PAD, video=f"{VISION_START}{VIDEO_PAD}{VISION_END}")
+
+TEMPLATE = """\
+{%- for message in messages if message.content is not string -%}
+{%- for part in message.content -%}
+{%- if part.type == 'image' -%}{{- IMAGE -}}
+{%- elif part.type == 'video' -%}{{- VIDEO -}}
+{%- endif -%}
+{%- endfor -%}
+{%- endfor -%}
+{%- set all = namespace(text='') -%}
+{%- for message in messages -%}
+{%- if message.content is string -%}{%- set all.text = all.text ~ message.content -%}
+{%- else -%}
+{%- for part in message.content if part.type == 'text' -%}
+{%- set all.text = all.text ~ part.text -%}
+{%- endfor -%}
+{%- endif -%}
+{%- endfor -%}
+{%- for token in SPECIAL_TOKENS -%}
+{%- set all.text = all.text | replace(token, token[:1] ~ ' ' ~ token[1:]) -%}
+{%- endfor -%}
+{{- all.text -}}
+{%- if not sep_token -%}{{- EOS_TOKEN -}}{%- endif -%}
 """
-"""Renders messages as ``[vision][prompt][text]<EOS>``, in Jinja, once SPECIAL_TOKENS and EOS_TOKEN are filled in."""
+"""Renders messages as ``[vision][prompt][text]<EOS>``, in Jinja, once names in capitals are filled in."""
 
 
-def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
+def chat_template(tokenizer: PreTrainedTokenizerBase, markers: Markers = QWEN) -> str:
     """Return the template of a tokenizer: a special token in a text or a prompt becomes ordinary, as by ``literal``."""
-    template = TEMPLATE.replace("SPECIAL_TOKENS", json.dumps(special_tokens(tokenizer)))
-    return template.replace("EOS_TOKEN", json.dumps(tokenizer.eos_token))
+    values = {"SPECIAL_TOKENS": special_tokens(tokenizer), "EOS_TOKEN": tokenizer.eos_token}
+    template = TEMPLATE.replace("{{- IMAGE -}}", markers.image).replace("{{- VIDEO -}}", markers.video)
+    for name, value in values.items():
+        template = template.replace(name, json.dumps(value))
+    return template
 
 
 def append_eos(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -79,9 +108,11 @@ def literal(text: str, tokens: Sequence[str]) -> str:
     return text
 
 
-def render(*, text: str | None, images: int, prompt: str = "", tokens: Sequence[str] = ()) -> str:
+def render(
+    *, text: str | None, images: int, prompt: str = "", tokens: Sequence[str] = (), markers: Markers = QWEN
+) -> str:
     """Render one input with any number of images as the chat template does after ``append_eos``, without Jinja.
 
     :param tokens: The tokenizer's ``special_tokens``.
     """
-    return f"{VISION_START}{IMAGE_PAD}{VISION_END}" * images + literal(f"{prompt}{text or ''}", tokens)
+    return markers.image * images + literal(f"{prompt}{text or ''}", tokens)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from cocoa_embed.model.forward_inputs import HostTensor
+from cocoa_embed.model.families.registry import family_of
+from cocoa_embed.model.host_tensor import HostTensor
 
 REGISTERED = "cocoa_flash_varlen"
 """Its name for transformers, whose models pass packed sequences to a name with ``flash`` in it alone."""
@@ -20,13 +21,19 @@ FIRST_CAPABILITY = 8
 
 
 def pack_vision_attention(model: PreTrainedModel) -> None:
-    """Let the vision encoder call attention once a layer, in place. The model's config does not keep this setting."""
+    """Let the vision encoder call attention once a layer, in place, if it takes all images as one sequence.
+
+    The model's config does not keep this setting.
+    """
     AttentionInterface.register(REGISTERED, packed_attention)
-    visual: Any = model.base_model.visual
-    config = copy(visual.config)
+    family = family_of(model.config)
+    if not family.packs_attention:
+        return
+    config = copy(family.encoder(model).config)
     config._attn_implementation = REGISTERED
-    for block in visual.blocks:
-        block.attn.config = config
+    for layer in family.vision_layers(model):
+        attention: Any = layer.get_submodule(family.parts.attention)
+        attention.config = config
 
 
 @torch.compiler.disable

@@ -16,11 +16,12 @@ import pytest
 import torch
 from exported import write_checkpoint
 from PIL import Image
-from tiny_backbones import every_family
+from tiny_backbones import every_qwen
 from transformers import AutoProcessor
 
-from cocoa_embed.model.backbone import SUPPORTED, Backbone
+from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.model.export import export_model
+from cocoa_embed.model.families.registry import FAMILIES
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -60,7 +61,7 @@ class StandIn(BaseHTTPRequestHandler):
                     images.append(Image.open(io.BytesIO(base64.b64decode(encoded))))
         prompt = processor.apply_chat_template(request["messages"], tokenize=False)
         batch = processor(text=[prompt], images=images or None, add_special_tokens=False, return_tensors="pt")
-        model = SUPPORTED[self.family].from_pretrained(self.folder)
+        model = FAMILIES[self.family].model_class.from_pretrained(self.folder)
         state = model.model(**batch).last_hidden_state[0, -1]
         embedding = torch.nn.functional.normalize(state, dim=0).tolist()
         usage = {"prompt_tokens": batch["input_ids"].shape[1]}
@@ -91,7 +92,7 @@ def run(script: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: object)
     script.main()
 
 
-@every_family
+@every_qwen
 def test_ten_embeddings_and_their_tokens_are_those_of_sentence_transformers(
     script: ModuleType,
     url: str,

@@ -74,7 +74,11 @@ def test_a_folder_precedes_a_built_in_name_and_a_hub_name_stays_as_it_is(
 @pytest.mark.parametrize(
     ("removed", "written", "reason"),
     [
-        ("", BertConfig().to_json_string(), r"is a 'bert' model; supported are qwen2_5_vl, qwen2_vl, qwen3_vl\."),
+        (
+            "",
+            BertConfig().to_json_string(),
+            r"is a 'bert' model; supported are idefics3, qwen2_5_vl, qwen2_vl, qwen3_vl\.",
+        ),
         ("config.json", None, "Cannot read a model config from {}"),
         ("*.safetensors", None, "Cannot load weights from {}"),
         ("*token* *processor* *.jinja", None, "Cannot load the processor of {}"),

@@ -13,11 +13,11 @@ from exported import PROMPTS, TRAINING, contents, write_checkpoint
 from PIL import Image
 from safetensors import safe_open
 from sentence_transformers import SentenceTransformer
-from tiny_backbones import TINY_MAX_LENGTH, every_family
+from tiny_backbones import TINY_MAX_LENGTH, every_family, every_qwen
 from transformers import AutoModel, AutoProcessor
 
 from cocoa_embed.data.rows import Row
-from cocoa_embed.model.backbone import SUPPORTED, load_backbone
+from cocoa_embed.model.backbone import load_backbone
 from cocoa_embed.model.export import (
     _pooling_flags,
     as_generation_model,
@@ -25,8 +25,8 @@ from cocoa_embed.model.export import (
     export_model,
     save_sentence_transformer,
 )
+from cocoa_embed.model.families.registry import FAMILIES, family_of_images
 from cocoa_embed.model.loading import load_model
-from cocoa_embed.model.template import VISION_START
 
 SAME = {"rtol": 0, "atol": 1e-5}
 LONG_TEXT = "blue cross on white " * 200
@@ -74,7 +74,7 @@ def read(path: Path) -> Any:  # noqa: ANN401
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-@every_family
+@every_qwen
 def test_every_saved_weight_has_a_parameter_in_vllm(family: str, tiny_export: Path) -> None:
     names = saved_names(tiny_export)
     assert len(names) > 60
@@ -87,8 +87,8 @@ def test_every_saved_weight_has_a_parameter_in_vllm(family: str, tiny_export: Pa
 
 @every_family
 def test_both_transformers_classes_load_it_with_no_weight_missing_or_unexpected(family: str, tiny_export: Path) -> None:
-    assert read(tiny_export / "config.json")["architectures"] == [SUPPORTED[family].__name__]
-    for loader in (SUPPORTED[family], AutoModel):
+    assert read(tiny_export / "config.json")["architectures"] == [FAMILIES[family].model_class.__name__]
+    for loader in (FAMILIES[family].model_class, AutoModel):
         model, info = loader.from_pretrained(tiny_export, output_loading_info=True)
         assert not any(info.values()), (type(model).__name__, info)
 
@@ -120,15 +120,16 @@ def test_token_ids_are_equal_by_every_way_of_rendering_and_end_in_one_eos(
     images = {"images": [image]} if has_image else {}
     bare = processor.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
     found = [bare[0] if isinstance(bare[0], list) else bare]
+    markers = family_of_images(processor).markers
+    added = processor.tokenizer(markers.token + markers.before + markers.after, add_special_tokens=False)["input_ids"]
     for add_special_tokens in (True, False):
         found.append(processor(text=[rendered], **images, add_special_tokens=add_special_tokens)["input_ids"][0])
         tokens = processor.tokenizer(rendered, add_special_tokens=add_special_tokens)["input_ids"]
-        image_pad = processor.image_token_id
-        assert [token for token in tokens if token != image_pad] == [token for token in expected if token != image_pad]
+        assert [token for token in tokens if token not in added] == [token for token in expected if token not in added]
     assert all(list(ids) == expected for ids in found), (expected, found)
     assert expected.count(processor.tokenizer.eos_token_id) == 1
     assert expected[-1] == processor.tokenizer.eos_token_id
-    assert (VISION_START in rendered) == has_image
+    assert (markers.image in rendered) == has_image
 
 
 @every_family
@@ -195,14 +196,14 @@ def test_a_backbone_with_its_own_head_is_exported_without_it(tiny_backbone_path:
     config = read(folder / "config.json")
     config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = False
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    model = SUPPORTED["qwen2_vl"].from_pretrained(folder)
+    model = FAMILIES["qwen2_vl"].model_class.from_pretrained(folder)
     model.lm_head.weight.data.normal_()
     model.save_pretrained(folder)
     assert "lm_head.weight" in saved_names(folder)
     checkpoint = write_checkpoint(load_backbone(str(folder), max_length=TINY_MAX_LENGTH), tmp_path / "checkpoint")
     out = export_model(checkpoint, tmp_path / "out")
     assert "lm_head.weight" not in saved_names(out)
-    _, info = SUPPORTED["qwen2_vl"].from_pretrained(out, output_loading_info=True)
+    _, info = FAMILIES["qwen2_vl"].model_class.from_pretrained(out, output_loading_info=True)
     assert not any(info.values())
     expected = build_sentence_transformer(checkpoint, prompts=PROMPTS, device="cpu").encode("a red ring")
     np.testing.assert_allclose(SentenceTransformer(str(out), device="cpu").encode("a red ring"), expected, **SAME)
@@ -228,7 +229,7 @@ def test_exports_of_before_and_those_that_sentence_transformers_saved_again_embe
     before = as_exported_before(model, tmp_path / "before")
     model.save(str(tmp_path / "again"))
     for folder in (before, tmp_path / "again"):
-        assert any(name.startswith("language_model.") for name in saved_names(folder))
+        assert any(name.startswith(("language_model.", "text_model.")) for name in saved_names(folder))
         loaded = load_model(folder, "cpu")
         np.testing.assert_allclose(loaded.encode(items, prompt_name="query"), expected, **SAME)
         processor = AutoProcessor.from_pretrained(folder)

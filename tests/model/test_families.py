@@ -8,16 +8,26 @@ import torch
 from exported import PROMPTS
 from PIL import Image
 from sentence_transformers import SentenceTransformer
-from tiny_backbones import FAMILIES, TINY_MAX_LENGTH, every_family
+from stages import alone
+from tiny_backbones import FAMILIES, TINY_MAX_LENGTH, every_family, every_qwen
+from transformers import PreTrainedModel
 
 from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import CocoaError
+from cocoa_embed.images.load import load_image
 from cocoa_embed.model.attention import assert_bidirectional
-from cocoa_embed.model.backbone import SUPPORTED, Backbone, load_backbone
+from cocoa_embed.model.backbone import Backbone, load_backbone
 from cocoa_embed.model.export import export_model
+from cocoa_embed.model.families.registry import FAMILIES as SUPPORTED
+from cocoa_embed.model.families.registry import family_of
+from cocoa_embed.model.families.smolvlm import SmolVLM
 from cocoa_embed.model.forward_inputs import HostInputs
 from cocoa_embed.model.training_record import read_run
 from cocoa_embed.train import Recipe, run
+from cocoa_embed.train.stages.contrastive.model import as_sentence_transformer
+from cocoa_embed.train.stages.contrastive.patches import preprocess_items
+from cocoa_embed.train.stages.contrastive.settings import ContrastiveSettings
+from cocoa_embed.train.stages.contrastive.stage import Contrastive
 from cocoa_embed.train.stages.rendering import render_items
 
 
@@ -34,11 +44,11 @@ def test_every_supported_family_has_a_tiny_backbone() -> None:
 @every_family
 def test_each_stage_learns_from_text_and_image(family: str, tiny_backbone: Backbone, finished: Path) -> None:
     before = tiny_backbone.model
-    assert type(before) is SUPPORTED[family]
+    assert type(before) is SUPPORTED[family].model_class
     for stage, record in read_run(finished)["stages"].items():
         after = load_backbone(str(finished / stage), max_length=TINY_MAX_LENGTH).model
-        for part in ("visual", "language_model"):
-            first, last = (getattr(model.model, part).state_dict() for model in (before, after))
+        for part in (family_of(before.config).encoder, PreTrainedModel.get_decoder):
+            first, last = (part(model).state_dict() for model in (before, after))
             assert any(not torch.equal(first[name], last[name]) for name in first), (stage, part)
         assert np.isfinite([line["loss"] for line in record["log"] if "loss" in line]).all()
         before = after
@@ -58,6 +68,24 @@ def test_the_export_encodes_any_item_into_one_space_bidirectionally(
     assert np.abs(together[0] - together[1]).max() > 1e-3
 
 
+@every_family
+def test_the_plain_export_embeds_as_the_model_does_in_training(
+    finished: Path, exported: SentenceTransformer, scene_rows: list[Row]
+) -> None:
+    backbone = load_backbone(str(finished / "contrastive"), max_length=TINY_MAX_LENGTH)
+    run_of = alone(Contrastive, ContrastiveSettings(steps=1, batch_size=2)).run
+    model = as_sentence_transformer(backbone, run_of).to("cpu").eval()
+    items = [Item("a red ring"), Item(images=(scene_rows[0].image,)), Item("blue", images=(scene_rows[1].image,))]
+    with torch.no_grad():
+        ours = model(preprocess_items(model, items))["sentence_embedding"].numpy()
+    given = [
+        {name: value for name, value in parts.items() if value}
+        for parts in ({"text": item.text, "image": item.images and load_image(item.images[0])} for item in items)
+    ]
+    np.testing.assert_allclose(exported.encode(given), ours, atol=1e-5)
+    assert np.abs(ours[1] - ours[2]).max() > 1e-3
+
+
 def test_every_stage_stays_causal_and_so_does_the_export(small_recipe: Recipe, tmp_path: Path) -> None:
     results = run(small_recipe.model_copy(update={"bidirectional": False}), tmp_path / "out")
     exported = export_model(results[-1].folder, tmp_path / "model")
@@ -67,7 +95,7 @@ def test_every_stage_stays_causal_and_so_does_the_export(small_recipe: Recipe, t
     assert "made bidirectional" not in (exported / "README.md").read_text()
 
 
-@every_family
+@every_qwen
 def test_an_image_has_the_temporal_position_after_its_marker(tiny_backbone: Backbone, scene_rows: list[Row]) -> None:
     """transformers 5.4 to 5.5.3 scale the temporal positions of Qwen2.5-VL's images as if they were videos."""
     batch = render_items(
@@ -92,6 +120,12 @@ def test_inputs_are_equal_in_training_and_in_inference(
     in_training = render_items(tiny_backbone.processor, [Item(text=f"{prompt}{text or ''}" or None, images=(path,))])
     given = {"image": Image.open(path).convert("RGB")} | ({} if text is None else {"text": text})
     in_inference = exported.preprocess([given], prompt=prompt or None)
+    family = family_of(tiny_backbone.model.config)
+    if isinstance(family, SmolVLM):  # whose stock class takes whole images, padded to a tensor of items
+        grids = in_training.pop("image_grid_thw")
+        in_training["pixel_values"] = family.images(in_training["pixel_values"], grids)[None]
+        assert in_inference["pixel_attention_mask"].all()
+        del in_training["mm_token_type_ids"]
     assert in_training.keys() - in_inference.keys() == {"image_digests"}
     for key in in_training.keys() & in_inference.keys():
         assert torch.equal(in_training[key], in_inference[key]), key

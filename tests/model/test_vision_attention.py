@@ -2,13 +2,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_backbones import TINY_MAX_LENGTH, every_family
+from tiny_backbones import TINY_MAX_LENGTH, every_qwen
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from cocoa_embed.model import vision_attention
 from cocoa_embed.model.backbone import Backbone, load_backbone
-from cocoa_embed.model.forward_inputs import image_inputs, run_vision
+from cocoa_embed.model.families.registry import family_of
 from cocoa_embed.model.vision_attention import REGISTERED, pack_vision_attention, packed_attention
 
 GRIDS = torch.tensor([[1, 8, 8], [1, 6, 10], [1, 8, 8], [1, 2, 2]])
@@ -32,14 +32,13 @@ def features_and_gradients(backbone: Backbone) -> tuple[Tensor, list[Tensor]]:
     visual = backbone.model.base_model.visual
     geometry = backbone.geometry
     pixels = torch.randn(int(GRIDS.prod(1).sum()), geometry.patch_width, generator=torch.Generator().manual_seed(0))
-    outputs = run_vision(
-        backbone.model, {**image_inputs(GRIDS, backbone.model.config.vision_config), "pixel_values": pixels}
-    ).pooler_output
+    family = family_of(backbone.model.config)
+    outputs = family.run_vision(backbone.model, {**family.image_inputs(GRIDS), "pixel_values": pixels}).features
     (outputs * torch.linspace(-1, 1, outputs.numel()).view_as(outputs)).sum().backward()
     return outputs.detach(), [weight.grad for weight in visual.parameters() if weight.grad is not None]
 
 
-@every_family
+@every_qwen
 def test_sequences_of_one_length_run_together_and_give_what_the_stock_class_gives(
     tiny_backbone_path: Path, calls: list[tuple[int, ...]], family: str
 ) -> None:
@@ -59,7 +58,7 @@ def test_sequences_of_one_length_run_together_and_give_what_the_stock_class_give
     assert [(shape[0], shape[2]) for shape in calls[-3:]] == by_length, in_windows
 
 
-@every_family
+@every_qwen
 def test_a_saved_model_and_copies_of_its_config_have_stock_attention(tiny_backbone: Backbone, tmp_path: Path) -> None:
     pack_vision_attention(tiny_backbone.model)
     model = tiny_backbone.model

@@ -1,6 +1,7 @@
 """Random tiny backbones of every supported family, each with its own processor and its own way of seeing."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,11 @@ from transformers import (
     CLIPModel,
     CLIPProcessor,
     CLIPTokenizer,
+    GPT2Tokenizer,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3ImageProcessor,
+    Idefics3Processor,
     PreTrainedModel,
     ProcessorMixin,
     Qwen2_5_VLConfig,
@@ -31,6 +37,8 @@ from transformers import (
 
 from cocoa_embed.demo.pretrain.tokenizer import build_processor, build_tokenizer
 from cocoa_embed.model.backbone import Backbone
+from cocoa_embed.model.families.registry import family_of
+from cocoa_embed.model.families.smolvlm import SmolVLM
 from cocoa_embed.model.template import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START, chat_template
 from cocoa_embed.train.recipe import Recipe
 
@@ -123,14 +131,48 @@ def qwen3_vl(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMixin
     return Qwen3VLForConditionalGeneration(config), processor
 
 
+def smolvlm(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Images of 64 x 64 pixels: 64 patches, and of four each a visual token; a tokenizer of the class of SmolVLM's."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    own = GPT2Tokenizer(
+        backend["vocab"],
+        [tuple(pair) for pair in backend["merges"]],
+        pad_token=tokenizer.pad_token,
+        eos_token="<end_of_utterance>",
+        unk_token=None,
+        bos_token=None,
+        truncation_side="left",  # as SmolVLM's
+    )
+    own.add_special_tokens({"additional_special_tokens": ["<fake_token_around_image>", "<global-img>", "<image>"]})
+    processor = Idefics3Processor(
+        Idefics3ImageProcessor(size={"longest_edge": 256}, max_image_size={"longest_edge": 64}), own, image_seq_len=16
+    )
+    text = text_config(own, model_type="llama", rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = Idefics3Config(
+        text_config=text,
+        vision_config={**vision, "image_size": 64, "patch_size": 8},
+        scale_factor=2,
+        image_token_id=own.convert_tokens_to_ids("<image>"),
+        tie_word_embeddings=True,
+    )
+    return Idefics3ForConditionalGeneration(config), processor
+
+
 FAMILIES: dict[str, Callable[[Qwen2Tokenizer], tuple[PreTrainedModel, ProcessorMixin]]] = {
     "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
+    "idefics3": smolvlm,
 }
 
 every_family = pytest.mark.parametrize("family", FAMILIES, indirect=True, scope="session")
 """Runs a test, or a module as its ``pytestmark``, once for each family instead of for Qwen2-VL alone."""
+
+every_qwen = pytest.mark.parametrize(
+    "family", [name for name in FAMILIES if name.startswith("qwen")], indirect=True, scope="session"
+)
+"""The same for those whose images are rows of patches in the stock class, too."""
 
 _SLOW_FAMILIES = [pytest.param(each, marks=[] if each == "qwen2_vl" else pytest.mark.slow) for each in FAMILIES]
 every_family_slowly = pytest.mark.parametrize("family", _SLOW_FAMILIES, indirect=True, scope="session")
@@ -144,6 +186,17 @@ def write_tiny_backbone(family: str, folder: Path) -> None:
         model, processor = FAMILIES[family](build_tokenizer(0))
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+
+
+def stock_inputs(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the stock class takes of a batch; SmolVLM's takes whole images, here those of all rows together."""
+    family = family_of(model.config)
+    if not isinstance(family, SmolVLM):
+        return {name: value for name, value in batch.items() if name != "image_digests"}
+    stock = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    if "pixel_values" in batch:
+        stock["pixel_values"] = family.images(batch["pixel_values"], batch["image_grid_thw"])[None]
+    return stock
 
 
 CLIP_LENGTH = 16

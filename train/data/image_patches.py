@@ -10,35 +10,34 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
+from transformers import ProcessorMixin
 
 from cocoa_embed.data.rows import ItemImage
+from cocoa_embed.model.families.registry import family_of_images
 from cocoa_embed.train.data.rows import load_row_image
 
 IMAGES_A_TRIM = 32
 """Images after which freed memory goes back to the system."""
 
 
-def image_patches(images: Sequence[ItemImage], image_processor: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+def image_patches(images: Sequence[ItemImage], processor: ProcessorMixin) -> tuple[Tensor, Tensor]:
     """Load images one after the other as the raw patches of an image processor, before it scales their values.
 
-    :param image_processor: Of a supported backbone.
+    :param processor: Of a supported backbone.
     :returns: Patches, uint8 ``[patches, channels * patch_size ** 2]``, in memory that a worker shares with its trainer;
         and ``image_grid_thw``, int64 ``[images, 3]``.
     :raises ImageError: If an image cannot be used.
     """
-    grids, filled, area = [], 0, image_processor.patch_size**2
+    family = family_of_images(processor)
+    geometry = family.image_geometry(processor)
+    grids, filled, area = [], 0, geometry.patch_size**2
     # Memory is taken where it is written to, so room for the largest images costs nothing.
-    room = len(images) * image_processor.size["longest_edge"] // area
-    patches = _empty_bytes(room, len(image_processor.image_mean) * area)
+    room = len(images) * family.most_pixels(processor) // area
+    patches = _empty_bytes(room, geometry.channels * area)
 
     for number, image in enumerate(images, 1):
-        loaded = load_row_image(image)
-        # The tests hold that this is the processor's own output, before its last step and without the repetition that
-        # makes two frames of an image.
-        done = image_processor(loaded, do_rescale=False, do_normalize=False, return_tensors="pt")
-        frames = done["pixel_values"].unflatten(1, (3, image_processor.temporal_patch_size, -1))
-        grids.append(done["image_grid_thw"])
-        rows = frames[:, :, 0].flatten(1)
+        rows, grid = family.patches(processor, load_row_image(image))
+        grids.append(grid)
         if filled + len(rows) > len(patches):  # of images so thin that the limit cannot be kept
             larger = _empty_bytes(2 * (filled + len(rows)), patches.shape[1])
             larger[:filled] = patches[:filled]
@@ -50,16 +49,17 @@ def image_patches(images: Sequence[ItemImage], image_processor: Any) -> tuple[Te
     return patches[:filled], torch.cat(grids)
 
 
-def normalised(patches: Tensor, image_processor: Any) -> Tensor:  # noqa: ANN401
+def normalised(patches: Tensor, processor: ProcessorMixin) -> Tensor:
     """Return the pixel values of patches, as the image processor scales them, on the patches' device.
 
     :param patches: From ``image_patches``.
     :returns: float32 ``[patches, patch_width]``.
     """
-    images = patches.unflatten(1, (-1, image_processor.patch_size, image_processor.patch_size))
+    geometry, image_processor = family_of_images(processor).image_geometry(processor), processor.image_processor
+    images = patches.unflatten(1, (-1, geometry.patch_size, geometry.patch_size))
     mean, std = tuple(image_processor.image_mean), tuple(image_processor.image_std)
     pixels = image_processor.rescale_and_normalize(images, True, image_processor.rescale_factor, True, mean, std)
-    return pixels[:, :, None].expand(-1, -1, image_processor.temporal_patch_size, -1, -1).flatten(1)
+    return pixels[:, :, None].expand(-1, -1, geometry.temporal_patch_size, -1, -1).flatten(1)  # type: ignore[no-any-return]
 
 
 def patch_digests(patches: Tensor, grids: Tensor, image_processor: Any) -> Tensor:  # noqa: ANN401

@@ -6,8 +6,8 @@ import numpy as np
 from transformers import ProcessorMixin
 
 from cocoa_embed.data.rows import Item, Row
+from cocoa_embed.model.families.registry import family_of_images
 from cocoa_embed.model.template import literal, special_tokens
-from cocoa_embed.model.visual_tokens import visual_tokens
 from cocoa_embed.train.data.image_check import Sizes
 
 TEXTS_AT_ONCE = 10_000
@@ -38,10 +38,10 @@ def item_lengths(items: Sequence[Item], processor: ProcessorMixin, sizes: Sizes)
         some = texts[start : start + TEXTS_AT_ONCE]
         ids = processor.tokenizer([literal(text, special) for text in some], add_special_tokens=False)["input_ids"]
         of_text |= zip(some, map(len, ids), strict=True)
+    family = family_of_images(processor)
     distinct = {sizes[image] for item in items for image in item.images}
-    of_size = {size: visual_tokens(processor.image_processor, *size) for size in distinct}
-    # Two more tokens mark the start and the end of an image.
-    of_images = (sum(of_size[sizes[image]] + 2 for image in item.images) for item in items)
+    of_size = {size: family.visual_tokens(processor, *size) for size in distinct}
+    of_images = (sum(of_size[sizes[image]] + family.markers.around for image in item.images) for item in items)
     return np.array(
         [of_text[item.full_text] + image for item, image in zip(items, of_images, strict=True)], dtype=np.int64
     )

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from cocoa_embed.data.rows import ItemImage, Row, load_item_image
 from cocoa_embed.errors import ImageError, printable
-from cocoa_embed.model.backbone import MAX_ASPECT_RATIO
+from cocoa_embed.model.families.family import MAX_ASPECT_RATIO
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 
 from cocoa_embed.cpu_threads import available_cores
 from cocoa_embed.errors import CocoaError, require
+from cocoa_embed.model.families.registry import family_of
+from cocoa_embed.model.forward_inputs import forward_inputs
 from cocoa_embed.train.settings import AdapterSettings, StageSettings
 
 if TYPE_CHECKING:
@@ -21,9 +23,6 @@ if TYPE_CHECKING:
 
 LANGUAGE_LINEARS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
 """Adapted in the language model's layers."""
-
-VISION_LINEARS = frozenset({"qkv", "fc1", "fc2", "linear_fc1", "linear_fc2", "gate_proj", "up_proj", "down_proj"})
-"""Adapted in the vision encoder's blocks: ``qkv`` and the MLP, which each family names in its own way."""
 
 MERGE_TOLERANCES = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 """Largest relative difference of hidden states before and after a merge, by the dtype of the weights.
@@ -57,8 +56,7 @@ class Adapter:
 
         A model with frozen weights in bfloat16 moves to the host, and all its weights are float32 again.
 
-        :param batch: Inputs of ``model.base_model`` (``input_ids``, ``attention_mask``, ``pixel_values``...); with an
-            image, so that the vision encoder is compared too.
+        :param batch: Of ``render_items``; with an image, so that the vision encoder is compared too.
         :returns: The relative difference of the last hidden states of ``batch`` before and after the merge.
         :raises CocoaError: If the difference is larger than rounding explains, or a merged weight is not finite.
         """
@@ -119,7 +117,7 @@ def prepare_trainable(model: PreTrainedModel, settings: StageSettings, *, bf16: 
     :returns: The adapter, which is merged at the end of the stage; None if the weights themselves are trained.
     """
     if settings.freeze_vision:
-        model.base_model.visual.requires_grad_(False)
+        family_of(model.config).vision(model).requires_grad_(False)
     decoder: Any = model.get_decoder()
     decoder.layers[: settings.freeze_layers].requires_grad_(False)
     if settings.adapter is None:
@@ -133,7 +131,7 @@ def add_adapter(
     """Add an adapter to ``model``, in place, and freeze everything else in it.
 
     Adapted are the projections of the language model's layers (``LANGUAGE_LINEARS``) and, with ``vision``, those of
-    the vision encoder's blocks (``VISION_LINEARS``); never the embeddings, the head, the patch embedding or the
+    the vision encoder's blocks (``Family.adapted``); never the embeddings, the head, the patch embedding or the
     merger. The adapter's weights are float32, in a model of any dtype.
 
     :param model: A supported model, with its head or without (``Qwen2VLForConditionalGeneration``, ``Qwen2VLModel``).
@@ -157,8 +155,8 @@ def add_adapter(
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    base: Any = model.base_model
-    norms = (WeightNorms(base.language_model), WeightNorms(base.visual)) if settings.kind == "dora" else ()
+    parts = (model.get_decoder(), family_of(model.config).runs_layers(model)) if settings.kind == "dora" else ()
+    norms = tuple(map(WeightNorms, parts))
     exact = []
     if bf16:
         frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
@@ -178,9 +176,10 @@ def _to_bfloat16(parameters: Iterable[nn.Parameter]) -> None:
 
 def _targets(model: PreTrainedModel, vision: bool) -> list[str]:
     """Return the names in ``model`` of the projections to adapt."""
-    base: Any = model.base_model
-    parts = [("the language model's layers", base.language_model.layers, LANGUAGE_LINEARS)]
-    parts += [("the vision encoder's blocks", base.visual.blocks, VISION_LINEARS)] if vision else []
+    parts = [("the language model's layers", model.get_decoder().get_submodule("layers"), LANGUAGE_LINEARS)]
+    if vision:
+        family = family_of(model.config)
+        parts += [("the vision encoder's blocks", family.vision_layers(model), family.adapted)]
     targets = []
     for place, part, known in parts:
         within = set(part.modules())
@@ -200,6 +199,7 @@ def _targets(model: PreTrainedModel, vision: bool) -> list[str]:
 def _last_hidden_states(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
     """Run the backbone without its head and without dropout: float32 ``[B, L, D]``."""
     was_training = model.training
-    states: Tensor = model.eval().base_model(**batch, use_cache=False).last_hidden_state
+    inputs = {**forward_inputs(model.eval(), batch), "attention_mask": batch["attention_mask"]}
+    states: Tensor = model.base_model(**inputs, use_cache=False).last_hidden_state
     model.train(was_training)
     return states.float()

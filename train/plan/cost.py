@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from cocoa_embed.model.backbone import SUPPORTED, PatchGeometry
+from cocoa_embed.model.families.family import PatchGeometry
+from cocoa_embed.model.families.registry import family_of
 from cocoa_embed.train.settings import StageSettings
 
 MULTIPLY_ADD = 2
@@ -89,6 +90,7 @@ class ModelSize:
     """The properties of a model that determine its cost.
 
     :param merger_weights: The weights of all mergers, those of the deep stack (Qwen3-VL) included.
+    :param patches_per_row: How many patches of the vision encoder are in a row of ``pixel_values``.
     :param full_layers: The number of vision layers that attend to the whole image; the others attend inside windows
         with a side of ``window`` raw patches.
     """
@@ -101,27 +103,28 @@ class ModelSize:
     full_layers: int
     window: int
     geometry: PatchGeometry
+    patches_per_row: int = 1
 
 
 def model_size(config: PreTrainedConfig) -> ModelSize:
     """Measure the stock model of a config, which takes about a second."""
+    family = family_of(config)
+    names, geometry, window = family.parts, family.geometry, family.attention_window
     with torch.device("meta"):
-        model = SUPPORTED[config.model_type](config)
-    visual = model.base_model.get_submodule("visual")
-    mergers = {name: linear for name, linear in _linears(visual).items() if not name.startswith("blocks.")}
-    geometry, vision = PatchGeometry.from_config(config), config.vision_config
-    is_windowed = config.model_type == "qwen2_5_vl"
-    window = vision.window_size // geometry.merge_size // geometry.patch_size if is_windowed else 1
-    layers = LayerSize.of(visual.get_submodule("blocks"), attention_output="attn.proj")
+        model = family.model_class(config)
+    in_layers = set(family.vision_layers(model).modules())
+    mergers = {name: each for name, each in _linears(family.vision(model)).items() if each not in in_layers}
+    layers = LayerSize.of(family.vision_layers(model), attention_output=names.attention_output)
     return ModelSize(
         text=LayerSize.of(model.get_decoder().get_submodule("layers"), attention_output="self_attn.o_proj"),
         vision=layers,
         vocabulary=config.get_text_config().vocab_size,
-        patch_weights=visual.get_parameter("patch_embed.proj.weight").numel(),
+        patch_weights=family.encoder(model).get_parameter(names.patches).numel(),
         merger_weights=_weights(mergers),
-        full_layers=len(vision.fullatt_block_indexes) if is_windowed else layers.layers,
-        window=window * geometry.merge_size,
+        full_layers=family.layers().get("full", layers.layers),
+        window=window or geometry.merge_size,
         geometry=geometry,
+        patches_per_row=family.patches_per_row,
     )
 
 
@@ -148,13 +151,14 @@ class Flops(NamedTuple):
 def forward_flops(size: ModelSize, shape: BatchShape) -> Flops:
     """Return the FLOPs of a forward pass with attention under a dense mask."""
     text, vision, geometry = size.text, size.vision, size.geometry
+    patches = size.patches_per_row * shape.patches
     merger = size.merger_weights * (shape.patches // geometry.patches_per_token)
     layer, layer_attention = text.weights * shape.tokens, 2 * text.attention_width * shape.token_pairs
     projection = text.width * geometry.patch_width * shape.patches
     counts = Flops(
-        patch_embedding=size.patch_weights * shape.patches,
-        vision=vision.layers * vision.weights * shape.patches + merger,
-        vision_attention=2 * vision.attention_width * _patch_pairs(size, shape),
+        patch_embedding=size.patch_weights * patches,
+        vision=vision.layers * vision.weights * patches + merger,
+        vision_attention=2 * vision.attention_width * _patch_pairs(size, shape) * size.patches_per_row**2,
         text=text.layers * layer,
         text_attention=text.layers * layer_attention,
         head=text.width * size.vocabulary * shape.masked_tokens,

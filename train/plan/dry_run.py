@@ -13,7 +13,8 @@ from transformers import PreTrainedConfig, ProcessorMixin
 
 from cocoa_embed.data.rows import Row
 from cocoa_embed.errors import CocoaError, ImageError
-from cocoa_embed.model.backbone import PatchGeometry, load_processor, read_config
+from cocoa_embed.model.backbone import load_processor, read_config
+from cocoa_embed.model.families.registry import family_of
 from cocoa_embed.train.data.broken_rows import REMEDY
 from cocoa_embed.train.data.mixture import ReadRows
 from cocoa_embed.train.data.row_table import RowTable
@@ -201,7 +202,7 @@ def _plan_stage(
     batch_size = stage.mean_batch_size(read.rows)
     rows_on_device = stage.micro_batches(devices)[0] // devices
     geometry, patches = (
-        PatchGeometry.from_config(config),
+        family_of(config).geometry,
         fmean(sum(e.shape.patches for e in of_row) for of_row in sample),
     )
     width, frames = geometry.patch_width, geometry.temporal_patch_size

@@ -1,6 +1,5 @@
 """What a stage's steps cost on a card: its own trainer, model and batches on fake tensors, without weights."""
 
-import copy
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -21,8 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from cocoa_embed.data.rows import Row
-from cocoa_embed.model.backbone import SUPPORTED, Backbone
+from cocoa_embed.model.backbone import Backbone
 from cocoa_embed.model.compiling import layers_to_compile
+from cocoa_embed.model.families.registry import family_of
 from cocoa_embed.model.vision_attention import pack_vision_attention
 from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.loop.batch_facts import FACTS
@@ -240,7 +240,7 @@ def _trainer(
 def _fake_model(config: PreTrainedConfig, stage: Stage[StageSettings], fake: FakeTensorMode) -> PreTrainedModel:
     """Return the stock model of a config, as ``load_backbone`` would load it."""
     with torch.device("meta"):
-        model = SUPPORTED[config.model_type](config)
+        model = family_of(config).model_class(config)
     model.config.get_text_config().is_causal = not stage.run.bidirectional
     with fake:
         for module in model.modules():
@@ -286,35 +286,11 @@ def depths(config: PreTrainedConfig) -> list[tuple[PreTrainedConfig, int]]:
     The first has each kind of layer once, and each of the others one layer of some kind more. The weight of one is how
     often the whole model has its layer beyond the first.
     """
-    text, vision = config.get_text_config(), config.vision_config
-    stacked = len(getattr(vision, "deepstack_visual_indexes", ()))  # features that early layers of the text take
-    full = getattr(vision, "fullatt_block_indexes", None)
-    text_layers, vision_layers = text.num_hidden_layers, vision.depth
-    if text_layers + vision_layers <= FEW_LAYERS:
+    family = family_of(config)
+    layers = family.layers()
+    if sum(layers.values()) <= FEW_LAYERS:
         return [(config, 1)]
-    least = max(1, stacked)
-    base = (least, least, 1) if full is None else (least, 1, 1)
-    more = {(least + 1, *base[1:]): text_layers - least}
-    if full is None:
-        more[(least, least + 1, 1)] = vision_layers - least
-    else:
-        more[(least, 2, 1)] = vision_layers - len(full) - 1
-        more[(least, 1, 2)] = len(full) - 1
-    weights = {base: 1 - sum(more.values()), **more}
-    return [(_shallow(config, *layers), weight) for layers, weight in weights.items() if weight]
-
-
-def _shallow(config: PreTrainedConfig, text_layers: int, vision_layers: int, full_layers: int) -> PreTrainedConfig:
-    """Return a config with fewer layers; ``full_layers`` more attend to the whole image where others do to windows."""
-    config = copy.deepcopy(config)
-    text, vision = config.get_text_config(), config.vision_config
-    text.num_hidden_layers = text_layers
-    if getattr(text, "layer_types", None) is not None:
-        text.layer_types = text.layer_types[:text_layers]
-    vision.depth = vision_layers
-    if config.model_type == "qwen2_5_vl":
-        vision.depth += full_layers
-        vision.fullatt_block_indexes = list(range(vision_layers, vision.depth))
-    if stacked := len(getattr(vision, "deepstack_visual_indexes", ())):
-        vision.deepstack_visual_indexes = list(range(stacked))
-    return config
+    base = {**dict.fromkeys(layers, 1), **dict.fromkeys(("text", "vision"), family.fewest_layers())}
+    more = [({**base, kind: base[kind] + 1}, count - base[kind]) for kind, count in layers.items()]
+    variants = [(base, 1 - sum(weight for _, weight in more)), *more]
+    return [(family.with_layers(each), weight) for each, weight in variants if weight]

@@ -10,9 +10,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from cocoa_embed.model.attention import as_model_mask, bidirectional_mask, bridge_mask, is_causal
-from cocoa_embed.model.backbone import PatchGeometry
+from cocoa_embed.model.families.registry import family_of
 from cocoa_embed.model.flex_attention import bidirectional_block_mask, bridge_block_mask, uses_flex_attention
-from cocoa_embed.model.forward_inputs import forward_inputs, image_inputs, on_device, places, run_vision
+from cocoa_embed.model.forward_inputs import forward_inputs, on_device
+from cocoa_embed.model.host_tensor import places
 from cocoa_embed.train.loop.batch_facts import Batch
 from cocoa_embed.train.stages.losses import predicting_states
 
@@ -34,11 +35,11 @@ def last_hidden_states(model: PreTrainedModel, batch: Batch, attention_mask: Ten
 
 def _idle_vision_pass(model: PreTrainedModel) -> Tensor:
     """Run the vision encoder on the smallest possible grid: a scalar, to be multiplied by 0."""
-    geometry = PatchGeometry.from_config(model.config)
-    side = geometry.merge_size
-    pixels = torch.zeros(side * side, geometry.patch_width, device=model.device, dtype=model.dtype)
-    of_image = image_inputs(torch.tensor([[1, side, side]]), model.config.vision_config)
-    outputs = run_vision(model, on_device(model, {**of_image, "pixel_values": pixels}))
+    family = family_of(model.config)
+    side = family.geometry.merge_size
+    pixels = torch.zeros(side * side, family.geometry.patch_width, device=model.device, dtype=model.dtype)
+    of_image = family.image_inputs(torch.tensor([[1, side, side]]))
+    outputs = family.run_vision(model, on_device(model, {**of_image, "pixel_values": pixels}))
     leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
     return torch.stack([leaf.float().sum() for leaf in leaves]).sum()
 

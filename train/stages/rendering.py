@@ -1,7 +1,7 @@
 """From rows to model inputs, for the stages that reconstruct what is masked of them."""
 
-import re
 from collections.abc import Sequence
+from itertools import islice
 from typing import TypeVar
 
 import torch
@@ -10,7 +10,8 @@ from transformers import ProcessorMixin
 
 from cocoa_embed.data.rows import Item, ItemImage, Row
 from cocoa_embed.errors import CocoaError
-from cocoa_embed.model.template import IMAGE_PAD, literal, render, special_tokens
+from cocoa_embed.model.families.registry import family_of_images
+from cocoa_embed.model.template import literal, render, special_tokens
 from cocoa_embed.train.data.image_patches import image_patches, normalised, patch_digests
 from cocoa_embed.train.loop.batch_facts import Batch
 
@@ -32,7 +33,7 @@ def render_items(processor: ProcessorMixin, items: Sequence[Item], *, prompt: st
     """
     batch = render_patches(processor, items, prompt=prompt)
     if "pixel_values" in batch:
-        batch["pixel_values"] = normalised(batch["pixel_values"], processor.image_processor)
+        batch["pixel_values"] = normalised(batch["pixel_values"], processor)
     return batch
 
 
@@ -40,22 +41,27 @@ def render_patches(processor: ProcessorMixin, items: Sequence[Item], *, prompt: 
     """Do as ``render_items``, with ``pixel_values`` before they are ``normalised``: an eighth of the bytes."""
     tokenizer, pixels = processor.tokenizer, {}
     limit, special = tokenizer.model_max_length, special_tokens(tokenizer)
-    texts = [render(text=item.full_text, images=len(item.images), prompt=prompt, tokens=special) for item in items]
+    family = family_of_images(processor)
+    markers, numbers = family.markers, [len(item.images) for item in items]
+    texts = [
+        render(text=item.full_text, images=images, prompt=prompt, tokens=special, markers=markers)
+        for item, images in zip(items, numbers, strict=True)
+    ]
     if images := [image for item in items for image in item.images]:
-        pixels["pixel_values"], pixels["image_grid_thw"] = patches = image_patches(images, processor.image_processor)
+        pixels["pixel_values"], pixels["image_grid_thw"] = patches = image_patches(images, processor)
         pixels["image_digests"] = patch_digests(*patches, processor.image_processor)
-        counts = iter((pixels["image_grid_thw"].prod(dim=1) // processor.image_processor.merge_size**2).tolist())
-        texts = [re.sub(re.escape(IMAGE_PAD), lambda _: IMAGE_PAD * next(counts), text) for text in texts]
+        per_token = family.image_geometry(processor).patches_per_token
+        counts = iter((pixels["image_grid_thw"].prod(dim=1) // per_token).tolist())
+        texts = [markers.expanded(text, islice(counts, own)) for text, own in zip(texts, numbers, strict=True)]
     for item, text in zip(items, texts, strict=True):
-        # Two more tokens mark the start and the end of an image, and one more is ``<EOS>``.
-        needed = text.count(IMAGE_PAD) + 2 * len(item.images) + 1
+        needed = text.count(markers.token) + markers.around * len(item.images) + 1  # for ``<EOS>``
         if needed > limit:
             raise CocoaError(
                 f"{item} takes {needed} tokens before its text, more than max_length {limit}; lower max_pixels or "
                 "raise max_length."
             )
     tokens = dict(tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt"))
-    is_visual = tokens["input_ids"] == tokenizer.convert_tokens_to_ids(IMAGE_PAD)
+    is_visual = tokens["input_ids"] == tokenizer.convert_tokens_to_ids(markers.token)
     return {**tokens, "mm_token_type_ids": is_visual.long(), **pixels}
 
 

@@ -15,7 +15,7 @@ from transformers import ProcessorMixin
 from cocoa_embed.data.rows import Row
 from cocoa_embed.errors import CocoaError, one_line
 from cocoa_embed.images.data_uri import data_uri
-from cocoa_embed.model.backbone import PatchGeometry
+from cocoa_embed.model.families.family import PatchGeometry
 from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.loop.batch_facts import Batch

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cocoa_embed.model.forward_inputs import forward_inputs, on_host, with_host_inputs
+from cocoa_embed.model.forward_inputs import forward_inputs, with_host_inputs
+from cocoa_embed.model.host_tensor import on_host
 from cocoa_embed.train.stages.reconstruction import bridge_model_mask, full_model_mask
 
 MODEL_INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "image_grid_thw", "mm_token_type_ids")

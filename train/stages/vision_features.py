@@ -5,7 +5,7 @@ import logging
 import os
 import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ from accelerate import PartialState
 from safetensors.torch import load, save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
-from cocoa_embed.model.forward_inputs import image_inputs, on_device
+from cocoa_embed.model.families.family import Seen
+from cocoa_embed.model.families.registry import family_of
+from cocoa_embed.model.forward_inputs import REMEMBERED, on_device
 from cocoa_embed.train.settings import RunSettings
 
 CHECKSUM_BYTES = 4
@@ -27,66 +27,59 @@ logger = logging.getLogger(__name__)
 
 
 class FrozenVision:
-    """Runs a frozen vision encoder only for images that are not known, in place of the encoder's ``forward``.
+    """Runs a frozen vision encoder only for images that are not known, in place of ``Family.run_vision``.
 
-    Images are known by their ``image_digests``, which go to the model as a keyword beside ``pixel_values``, and by the
-    dtype of matrix products. If none of a batch is known, all run as they would without this, so that the features
-    are equal bit for bit; else only those that are not known run, and the order of sums may differ.
+    Images are known by their ``image_digests`` and by the dtype of matrix products. If none of a batch is known, all
+    run as they would without this, so that the features are equal bit for bit; else only those that are not known run,
+    and the order of sums may differ.
 
-    :param visual: Whose parameters no one trains. It keeps its class and its weights.
+    :param model: Of whose vision encoder no one trains the parameters. It keeps its class and its weights.
     :param remembers: Keep the features until ``forget``, on their device.
     :param store: Where features are kept for longer.
     """
 
-    def __init__(self, visual: PreTrainedModel, *, remembers: bool, store: "FeatureStore | None" = None) -> None:
-        self._visual, self._run = visual, visual.forward
-        self._patches_per_token = visual.config.spatial_merge_size**2
+    def __init__(self, model: PreTrainedModel, *, remembers: bool, store: "FeatureStore | None" = None) -> None:
+        self._family, self._model = family_of(model.config), model
         self._remembers, self._store = remembers, store
         self._known: dict[str, list[Tensor]] = {}
-        visual.forward = self.forward
+        base: Any = model.base_model
+        setattr(base, REMEMBERED, self)
 
     def forget(self) -> None:
         """Free the features of the step before."""
         self._known.clear()
 
     @torch.no_grad()
-    def forward(self, hidden_states: Tensor, grid_thw: Tensor, **how: Any) -> Any:  # noqa: ANN401
-        """Return the features of images, as the encoder does.
+    def __call__(self, batch: Mapping[str, Any]) -> Seen:
+        """Return the features of images, as ``Family.run_vision`` does.
 
-        :param hidden_states: Pixel values, ``[patches, patch_width]``.
-        :param grid_thw: int64 ``[images, 3]``.
-        :param how: ``image_digests``, of ``patch_digests``, int64 ``[images, 2]``; without it, all images run.
+        :param batch: Of ``HostInputs``; without ``image_digests``, all images run.
         """
-        # transformers leaves the prefix out on the way here; older versions do not.
-        digests = how.pop("digests", how.pop("image_digests", None))
-        if digests is None:
-            return self._run(hidden_states, grid_thw=grid_thw, **how)
-        kind = hidden_states.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_states.dtype
-        keys = [digest.tobytes().hex() + f"-{dtype}" for digest in digests.cpu().numpy()]
-        found = [self._known.get(key) or self._read(key, hidden_states.device) for key in keys]
+        if "image_digests" not in batch:
+            return self._family.run_vision(self._model, batch)
+        pixels, grids = batch["pixel_values"], batch["image_grid_thw"]
+        kind = pixels.device.type
+        own = self._family.encoder(self._model).dtype
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else own
+        keys = [digest.tobytes().hex() + f"-{dtype}" for digest in batch["image_digests"].cpu().numpy()]
+        found = [self._known.get(key) or self._read(key, pixels.device) for key in keys]
         if missing := [place for place, features in enumerate(found) if not features]:
-            patches = grid_thw.prod(dim=1).tolist()
+            patches = grids.prod(dim=1).tolist()
             if len(missing) < len(found):  # what is prepared of positions is of all images
-                hidden_states = torch.cat([hidden_states.split(patches)[place] for place in missing])
-                grid_thw = grid_thw[missing]
-                made = on_device(self._visual, image_inputs(grid_thw.cpu(), self._visual.config))
-                how = {name.removeprefix("image_"): each for name, each in made.items() if name != "image_grid_thw"}
-            computed = self._run(hidden_states, grid_thw=grid_thw, **how)
-            is_deep = isinstance(computed, BaseModelOutputWithDeepstackFeatures)
-            of_layers = (computed.deepstack_features or []) if is_deep else []
-            tokens = [patches[place] // self._patches_per_token for place in missing]
-            parts = (features.split(tokens) for features in (computed.pooler_output, *of_layers))
-            for place, *features in zip(missing, *parts, strict=True):
-                found[place] = features
+                some = torch.cat([pixels.split(patches)[place] for place in missing])
+                made = self._family.image_inputs(grids[missing].cpu())
+                batch = {"pixel_values": some, **on_device(self._model, made)}
+            computed = self._family.run_vision(self._model, batch)
+            tokens = [patches[place] // self._family.geometry.patches_per_token for place in missing]
+            parts = (features.split(tokens) for features in (computed.features, *computed.of_layers))
+            for place, *of_image in zip(missing, *parts, strict=True):
+                found[place] = of_image
                 if self._store is not None:
-                    self._store.write(keys[place], features)
+                    self._store.write(keys[place], of_image)
         if self._remembers:
             self._known |= zip(keys, found, strict=True)
-        pooled, *of_layers = (torch.cat(features) for features in zip(*found, strict=True))
-        if of_layers:
-            return BaseModelOutputWithDeepstackFeatures(pooler_output=pooled, deepstack_features=of_layers)
-        return BaseModelOutputWithPooling(pooler_output=pooled)
+        features, *of_layers = (torch.cat(each) for each in zip(*found, strict=True))
+        return Seen(features, tuple(of_layers))
 
     def _read(self, key: str, device: torch.device) -> list[Tensor]:
         """Return the kept features of an image; none if there are none."""
@@ -162,12 +155,14 @@ def weights_fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def share_frozen_vision(visual: PreTrainedModel, run: RunSettings, *, remembers: bool) -> FrozenVision | None:
-    """Return the vision encoder's ``FrozenVision``, None if it would keep nothing.
+def share_frozen_vision(model: PreTrainedModel, run: RunSettings, *, remembers: bool) -> FrozenVision | None:
+    """Return the ``FrozenVision`` of a model's vision encoder, None if it would keep nothing.
 
     Sharded weights are gathered by all processes together, so none of them may leave the encoder out.
     """
     if run.sharding != "none" or not (remembers or run.vision_cache):
         return None
-    store = None if run.vision_cache is None else FeatureStore(run.vision_cache, run.vision_cache_gb * 1e9, visual)
-    return FrozenVision(visual, remembers=remembers, store=store)
+    store = None
+    if run.vision_cache is not None:
+        store = FeatureStore(run.vision_cache, run.vision_cache_gb * 1e9, family_of(model.config).vision(model))
+    return FrozenVision(model, remembers=remembers, store=store)

@@ -25,8 +25,8 @@ def pictures(tmp_path: Path) -> list[Path]:
 
 
 def test_patches_are_those_of_the_image_processor(tiny_backbone: Backbone, pictures: list[Path]) -> None:
-    processor = tiny_backbone.processor.image_processor
-    expected = processor([load_image(path) for path in pictures], return_tensors="pt")
+    processor = tiny_backbone.processor
+    expected = processor.image_processor([load_image(path) for path in pictures], return_tensors="pt")
     patches, grid = image_patches(pictures, processor)
     assert patches.dtype == torch.uint8
     assert torch.equal(grid, expected["image_grid_thw"])
@@ -54,13 +54,12 @@ def test_digests_are_equal_for_equal_patches_of_equal_shape_and_scale(
     tiny_backbone: Backbone, pictures: list[Path]
 ) -> None:
     processor = tiny_backbone.processor.image_processor
-    patches, grids = image_patches([*pictures, pictures[1]], processor)
+    patches, grids = image_patches([*pictures, pictures[1]], tiny_backbone.processor)
     found = [tuple(each) for each in patch_digests(patches, grids, processor).tolist()]
     assert found[4] == found[1]
     assert len({*found}) == len(pictures)
-    assert [tuple(each) for each in patch_digests(*image_patches(pictures[2:3], processor), processor).tolist()] == [
-        found[2]
-    ]
+    alone = patch_digests(*image_patches(pictures[2:3], tiny_backbone.processor), processor)
+    assert [tuple(each) for each in alone.tolist()] == [found[2]]
     transposed = grids[:, [0, 2, 1]]
     assert (grids[2] != transposed[2]).any()
     assert tuple(patch_digests(patches, transposed, processor)[2].tolist()) != found[2]

@@ -33,7 +33,7 @@ def test_lengths_are_those_of_the_rendered_sequences(
     items = [*images, *both, Item(text="blue"), Item(text="a large green star and a cross")]
     rendered = render_items(tiny_backbone.processor, items)["attention_mask"].sum(dim=1) - 1
     lengths = item_lengths(items, tiny_backbone.processor, pictures)
-    assert len(set(lengths)) > 4
+    assert len(set(lengths)) > 3
     np.testing.assert_array_equal(lengths, rendered.numpy())
 
 

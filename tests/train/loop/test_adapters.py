@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.model.attention import assert_bidirectional
-from cocoa_embed.model.backbone import SUPPORTED, Backbone, load_backbone
+from cocoa_embed.model.backbone import Backbone, load_backbone
+from cocoa_embed.model.families.registry import FAMILIES
 from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.loop.adapters import add_adapter, prepare_trainable
 from cocoa_embed.train.settings import AdapterSettings, StageSettings
@@ -28,12 +29,15 @@ VISION = {
     "qwen2_vl": ("attn.qkv", "mlp.fc1", "mlp.fc2"),
     "qwen2_5_vl": ("attn.qkv", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
     "qwen3_vl": ("attn.qkv", "mlp.linear_fc1", "mlp.linear_fc2"),
+    "idefics3": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.fc1", "mlp.fc2"),
 }
+PARTS = {"idefics3": ("text_model", "vision_model.encoder.layers")}
 
 
 def expected_targets(family: str, *, vision: bool = True, prefix: str = "model.") -> set[str]:
-    names = {f"{prefix}language_model.layers.{layer}.{name}" for layer in range(3) for name in LANGUAGE}
-    return names | {f"{prefix}visual.blocks.{n}.{name}" for n in range(2) for name in VISION[family] if vision}
+    language_model, blocks = PARTS.get(family, ("language_model", "visual.blocks"))
+    names = {f"{prefix}{language_model}.layers.{layer}.{name}" for layer in range(3) for name in LANGUAGE}
+    return names | {f"{prefix}{blocks}.{n}.{name}" for n in range(2) for name in VISION[family] if vision}
 
 
 def adapted(model: nn.Module) -> set[str]:
@@ -78,7 +82,23 @@ def test_the_projections_of_layers_and_blocks_are_adapted_and_nothing_else(
     model = tiny_backbone.model
     add_adapter(model, AdapterSettings(), vision=vision)
     assert adapted(model) == expected_targets(family, vision=vision)
-    assert type(model) is SUPPORTED[family]
+    assert type(model) is FAMILIES[family].model_class
+
+
+@every_family
+def test_a_stage_trains_an_adapter_of_all_parts_and_merges_it(tiny_backbone: Backbone, scene_rows: list[Row]) -> None:
+    model, collator = WarmupModel(tiny_backbone.model, tiny_backbone.geometry), tiny_backbone.processor
+    settings = StageSettings.model_validate({"steps": 1, "batch_size": 2, "adapter": {"kind": "dora", "dropout": 0}})
+    adapter = prepare_trainable(tiny_backbone.model, settings)
+    assert adapter is not None
+    batch = WarmupCollator(collator, tiny_backbone.geometry, seed=0)(numbered(scene_rows[:2]))
+    optimizer = torch.optim.AdamW(trained(model).values(), lr=1e-2)
+    for _ in range(2):  # B is zero before the first step, and A has no gradient
+        optimizer.zero_grad()
+        model.train()(**batch)["loss"].backward()
+        optimizer.step()
+    assert all(weight.grad is not None and weight.grad.any() for weight in trained(model).values())
+    assert adapter.merge(render_items(collator, [scene_rows[0].query])) < 1e-3
 
 
 def test_a_model_without_projections_is_refused(tiny_backbone: Backbone) -> None:

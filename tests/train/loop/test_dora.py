@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft.tuners.lora import Linear
 from peft.tuners.lora.variants import DoraLinearVariant
-from tiny_backbones import every_family
+from tiny_backbones import every_family, stock_inputs
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.optim import AdamW
@@ -57,7 +57,7 @@ def learned(model: nn.Module) -> None:
 
 
 def loss_of(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    return model.base_model(**batch, use_cache=False).last_hidden_state[..., 0].square().mean()
+    return model.base_model(**stock_inputs(model, batch), use_cache=False).last_hidden_state[..., 0].square().mean()
 
 
 @every_family

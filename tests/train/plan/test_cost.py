@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.demo.pretrain.tokenizer import build_tokenizer
 from cocoa_embed.model.backbone import Backbone
+from cocoa_embed.model.families.registry import family_of
 from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.plan.cost import BatchShape, StepCost, batch_shape, forward_flops, model_size
 from cocoa_embed.train.settings import StageSettings
@@ -59,7 +60,7 @@ def test_flops_agree_with_torchs_counter(
     # Eager attention: torch counts one product more for the backward pass of its fused kernels.
     backbone = load_tiny("eager")
     model, batch = case(backbone, scene_rows[:4], images=images)
-    model.backbone.base_model.visual.requires_grad_(not freeze_vision)
+    family_of(backbone.model.config).vision(backbone.model).requires_grad_(not freeze_vision)
     size, shape = model_size(backbone.model.config), padded_shape(batch)
     with FlopCounterMode(display=False) as forward:
         loss = model(**batch)["loss"]

@@ -16,6 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from cocoa_embed.data.rows import Row
 from cocoa_embed.model.backbone import Backbone
+from cocoa_embed.model.families.registry import family_of
 from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.loop.batch_facts import FACTS
 from cocoa_embed.train.loop.trainer import CocoaTrainer, StageContext
@@ -73,6 +74,7 @@ def test_flops_agree_with_torchs_counter(
 ) -> None:
     stage, backbone = a_stage(kind, adapter=adapter), load_tiny("eager")
     config = copy.deepcopy(backbone.model.config)
+    config._attn_implementation = "sdpa"
     estimate = StageMeter(stage, config, backbone.processor, [row], CARDS["h100"]).cost(0, COPIES)
     trainer, batch = real(stage, backbone, row, tmp_path)
     for norms in trainer.adapter.norms if trainer.adapter else ():
@@ -108,7 +110,8 @@ def test_parameters_are_those_of_the_real_module_tree(
 def deep_config(backbone: Backbone) -> PreTrainedConfig:
     """Return a config whose weights of layers are more than 1."""
     config: Any = copy.deepcopy(backbone.model.config)
-    config.get_text_config().num_hidden_layers, config.vision_config.depth = 4, 4
+    config.get_text_config().num_hidden_layers = 4
+    setattr(config.vision_config, family_of(config).parts.depth, 4)
     if getattr(config.get_text_config(), "layer_types", None):
         config.get_text_config().layer_types = config.get_text_config().layer_types[:1] * 4
     changed: PreTrainedConfig = AutoConfig.for_model(**config.to_dict())

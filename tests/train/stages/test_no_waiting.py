@@ -14,14 +14,15 @@ from stages import (
     warmup_collator,
     warmup_model,
 )
-from tiny_backbones import FAMILIES, every_family
+from tiny_backbones import FAMILIES, every_family, stock_inputs
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.model import forward_inputs
 from cocoa_embed.model.backbone import Backbone
-from cocoa_embed.model.forward_inputs import HostInputs, HostTensor
+from cocoa_embed.model.forward_inputs import HostInputs
+from cocoa_embed.model.host_tensor import HostTensor
 from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.loop.batch_facts import Batch
 from cocoa_embed.train.stages.contrastive.loss import contrastive_loss
@@ -91,9 +92,10 @@ def test_a_pass_of_a_reconstruction_stage_reads_nothing(
     model(**prepared)["loss"].backward()
     assert all(weight.grad is not None for weight in model.parameters())
     if with_images:
-        stock = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "mm_token_type_ids")
+        names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "mm_token_type_ids")
+        stock = stock_inputs(model.backbone, {name: batch[name] for name in names})
         with pytest.raises(READS):
-            model.backbone.base_model(**{name: without_values(batch[name], device) for name in stock})
+            model.backbone.base_model(**{name: without_values(value, device) for name, value in stock.items()})
 
 
 @pytest.mark.parametrize(
@@ -114,6 +116,6 @@ def test_a_pass_of_the_contrastive_stage_reads_nothing_though_it_cuts_batches(
     loss = contrastive_loss(model, settings, TokenLimits(limit, limit))
     labels = without_values(torch.arange(8).view(4, 2), device)
     loss([send(keep_on_host(column), device) for column in columns], labels).backward()
-    assert all(weight.grad is not None for weight in model[0].auto_model.language_model.layers.parameters())
+    assert all(weight.grad is not None for weight in model[0].auto_model.get_decoder().layers.parameters())
     with pytest.raises(READS):
         loss([send(column, device) for column in columns], labels).backward()

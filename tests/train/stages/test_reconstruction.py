@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.model.backbone import Backbone
+from cocoa_embed.model.families.registry import family_of
 from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.loop.batch_facts import Batch
 
@@ -100,7 +101,10 @@ def test_rows_without_an_image_are_trained_on(
     assert outputs["loss"].isfinite()
     outputs["loss"].backward()
     if images == 0:
-        parts = [model.backbone.base_model.visual, *([model.pixel_decoder] if "mae_loss" in outputs else [])]
+        parts = [
+            family_of(model.backbone.config).vision(model.backbone),
+            *([model.pixel_decoder] if "mae_loss" in outputs else []),
+        ]
         assert outputs.get("mae_loss", torch.zeros(())) == 0
         assert all(weight.grad is not None for weight in model.parameters()), "processes meet at every weight"
         assert not any(weight.grad.any() for part in parts for weight in part.parameters())

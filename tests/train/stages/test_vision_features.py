@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.model.backbone import Backbone
+from cocoa_embed.model.families.registry import family_of
+from cocoa_embed.model.forward_inputs import REMEMBERED
+from cocoa_embed.train.data.image_patches import normalised
 from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.loop.trainer import StageContext
 from cocoa_embed.train.settings import RunSettings
@@ -33,12 +36,12 @@ SETTINGS = ContrastiveSettings(steps=2, batch_size=5, directions="symmetric", pr
 class Runs:
     """The patches that a vision encoder is run for, by their number at each run."""
 
-    def __init__(self, visual: nn.Module) -> None:
+    def __init__(self, backbone: Backbone) -> None:
         self.patches: list[int] = []
-        visual.get_submodule("patch_embed").register_forward_pre_hook(self._count)
+        family_of(backbone.model.config).vision_layers(backbone.model)[0].register_forward_pre_hook(self._count)
 
     def _count(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self.patches.append(len(args[0]))
+        self.patches.append(args[0][..., 0].numel())
 
 
 def base_of(backbone: Backbone) -> Any:  # noqa: ANN401
@@ -53,7 +56,7 @@ def features(model: SentenceTransformer, rows: list[Row]) -> list[dict[str, Any]
 def step(backbone: Backbone, rows: list[Row], limit: int, vision: FrozenVision | None) -> tuple[Tensor, Tensor]:
     """Return the loss of a step on images of four sizes, and its gradients."""
     model = as_sentence_transformer(backbone, alone(Contrastive, SETTINGS).run).to("cpu").train()
-    base_of(backbone).visual.requires_grad_(False)
+    family_of(backbone.model.config).vision(backbone.model).requires_grad_(False)
     loss = contrastive_loss(model, SETTINGS, TokenLimits(limit, limit), vision)
     value = loss(features(model, rows), torch.arange(10).view(5, 2))
     model.zero_grad()
@@ -67,10 +70,10 @@ def test_both_passes_of_a_step_share_features_and_change_no_bit(
     load_tiny: LoadTiny, sized_rows: list[Row], limit: int
 ) -> None:
     slow, fast = load_tiny("sdpa"), load_tiny("sdpa")
-    twice = Runs(base_of(slow).visual)
+    twice = Runs(slow)
     expected, gradients = step(slow, sized_rows, limit, None)
-    vision = share_frozen_vision(base_of(fast).visual, RunSettings(name="a", backbone="b"), remembers=True)
-    once = Runs(base_of(fast).visual)
+    vision = share_frozen_vision(base_of(fast), RunSettings(name="a", backbone="b"), remembers=True)
+    once = Runs(fast)
     found, own = step(fast, sized_rows, limit, vision)
     assert len(twice.patches) == 2 * len(once.patches) > 2
     assert twice.patches == once.patches * 2
@@ -88,8 +91,8 @@ def test_a_folder_keeps_features_for_other_epochs_and_processes(
     run, results = RunSettings(name="a", backbone="b", vision_cache=tmp_path / "vision"), []
     for seen in (0, 1, 2):
         backbone = load_tiny("sdpa")
-        vision = share_frozen_vision(base_of(backbone).visual, run, remembers=True)
-        runs = Runs(base_of(backbone).visual)
+        vision = share_frozen_vision(base_of(backbone), run, remembers=True)
+        runs = Runs(backbone)
         results += [step(backbone, sized_rows, 20, vision), step(backbone, sized_rows, 20, vision)]
         assert bool(runs.patches) is (seen == 0)
     assert all(torch.equal(loss, results[0][0]) and torch.equal(own, results[0][1]) for loss, own in results)
@@ -98,14 +101,21 @@ def test_a_folder_keeps_features_for_other_epochs_and_processes(
 def image_inputs(backbone: Backbone, rows: list[Row]) -> dict[str, Tensor]:
     model = as_sentence_transformer(backbone, alone(Contrastive, SETTINGS).run).to("cpu")
     batch = preprocess_items(model, [row.query for row in rows])
-    pixels = batch["pixel_values"].float().repeat(1, 2) / 255
-    return {"hidden_states": pixels, "grid_thw": batch["image_grid_thw"], "digests": batch["image_digests"]}
+    pixels = normalised(batch["pixel_values"], backbone.processor)
+    made = family_of(backbone.model.config).image_inputs(batch["image_grid_thw"])
+    return {**made, "pixel_values": pixels, "image_digests": batch["image_digests"]}
 
 
-def flat(output: Any) -> Tensor:  # noqa: ANN401
-    """Return the features, those for inner layers of the language model too."""
-    deep = getattr(output, "deepstack_features", None) or []
-    return torch.cat([output.pooler_output, *deep])
+def see(backbone: Backbone, inputs: dict[str, Tensor]) -> Tensor:
+    """Return the features as a forward pass gets them, those for inner layers of the language model too."""
+    features, of_layers = vars(base_of(backbone))[REMEMBERED](inputs)
+    return torch.cat([features, *of_layers])
+
+
+def run_stock(backbone: Backbone, inputs: dict[str, Tensor]) -> Tensor:
+    """Return the features that the vision encoder computes."""
+    features, of_layers = family_of(backbone.model.config).run_vision(backbone.model, inputs)
+    return torch.cat([features, *of_layers])
 
 
 Spoil = Callable[[Path], object]
@@ -126,18 +136,18 @@ def test_an_entry_that_is_broken_or_foreign_is_computed_again(
 ) -> None:
     backbone = load_tiny("sdpa")
     visual, inputs = base_of(backbone).visual.eval(), image_inputs(backbone, sized_rows)
-    expected = flat(visual(inputs["hidden_states"], grid_thw=inputs["grid_thw"]))
-    FrozenVision(visual, remembers=False, store=FeatureStore(tmp_path / "vision", 1e9, visual))
-    assert torch.equal(flat(visual(**inputs)), expected)
+    expected = run_stock(backbone, inputs)
+    FrozenVision(base_of(backbone), remembers=False, store=FeatureStore(tmp_path / "vision", 1e9, visual))
+    assert torch.equal(see(backbone, inputs), expected)
     entries = sorted(path for path in (tmp_path / "vision").rglob("*") if path.is_file())
     assert len(entries) == len(sized_rows)
     spoil(entries[0])
-    runs = Runs(visual)
+    runs = Runs(backbone)
     for ran in (1, 1):
-        found = flat(visual(**inputs))
+        found = see(backbone, inputs)
         assert torch.allclose(found, expected, atol=1e-5)
         assert len(runs.patches) == ran, "one image, and none the next time"
-    assert runs.patches[0] < len(inputs["hidden_states"])
+    assert runs.patches[0] < len(inputs["pixel_values"])
 
 
 def test_other_weights_another_dtype_and_another_image_have_entries_of_their_own(
@@ -145,21 +155,20 @@ def test_other_weights_another_dtype_and_another_image_have_entries_of_their_own
 ) -> None:
     backbone = load_tiny("sdpa")
     visual, inputs = base_of(backbone).visual, image_inputs(backbone, sized_rows)
-    FrozenVision(visual, remembers=False, store=FeatureStore(tmp_path, 1e9, visual))
-    full = flat(visual(**inputs))
+    FrozenVision(base_of(backbone), remembers=False, store=FeatureStore(tmp_path, 1e9, visual))
+    full = see(backbone, inputs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = flat(visual(**inputs))
+        half = see(backbone, inputs)
     assert (full.dtype, half.dtype) == (torch.float32, torch.bfloat16)
-    assert torch.equal(flat(visual(**inputs)), full)
+    assert torch.equal(see(backbone, inputs), full)
     other = load_tiny("sdpa")
     changed = base_of(other).visual
     list(changed.merger.parameters())[-1].data[0] += 1
-    FrozenVision(changed, remembers=False, store=FeatureStore(tmp_path, 1e9, changed))
-    runs = Runs(changed)
-    assert not torch.equal(flat(changed(**inputs)), full)
+    FrozenVision(base_of(other), remembers=False, store=FeatureStore(tmp_path, 1e9, changed))
+    runs = Runs(other)
+    assert not torch.equal(see(other, inputs), full)
     assert len(runs.patches) == 1
-    swapped = {**inputs, "digests": inputs["digests"] + 1}
-    changed(**swapped)
+    see(other, {**inputs, "image_digests": inputs["image_digests"] + 1})
     assert len(runs.patches) == 2
 
 
@@ -173,18 +182,19 @@ def test_the_folder_is_bounded_and_entries_of_other_weights_make_room(
     backbone = load_tiny("sdpa")
     visual, inputs = base_of(backbone).visual, image_inputs(backbone, sized_rows)
     first = FeatureStore(folder, 1e9, visual)
-    FrozenVision(visual, remembers=False, store=first)
-    visual(**inputs)
+    FrozenVision(base_of(backbone), remembers=False, store=first)
+    see(backbone, inputs)
     whole = kept(folder)
-    changed = base_of(load_tiny("sdpa")).visual
+    other = load_tiny("sdpa")
+    changed = base_of(other).visual
     next(changed.parameters()).data.add_(1)
     FeatureStore(folder, whole * 4, changed)
     assert kept(folder) == whole, "less than half full"
     store = FeatureStore(folder, whole * 1.5, changed)
     assert kept(first.folder) <= whole * 0.75 < whole
     store.room = whole / 4
-    FrozenVision(changed, remembers=False, store=store)
-    changed(**inputs)
+    FrozenVision(base_of(other), remembers=False, store=store)
+    see(other, inputs)
     largest = max(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     assert 0 < kept(store.folder) <= whole / 4 + largest < whole
 
@@ -195,11 +205,11 @@ def test_a_folder_that_cannot_be_written_is_a_warning(
     (tmp_path / "file").touch()
     backbone = load_tiny("sdpa")
     visual, inputs = base_of(backbone).visual, image_inputs(backbone, sized_rows)
-    expected = flat(visual(inputs["hidden_states"], grid_thw=inputs["grid_thw"]))
-    FrozenVision(visual, remembers=False, store=FeatureStore(tmp_path / "file" / "vision", 1e9, visual))
+    expected = run_stock(backbone, inputs)
+    FrozenVision(base_of(backbone), remembers=False, store=FeatureStore(tmp_path / "file" / "vision", 1e9, visual))
     with caplog.at_level(logging.WARNING):
-        assert torch.equal(flat(visual(**inputs)), expected)
-        visual(**inputs)
+        assert torch.equal(see(backbone, inputs), expected)
+        see(backbone, inputs)
     assert caplog.text.count("vision_cache takes no more") == 1
 
 
@@ -217,7 +227,7 @@ def test_a_stage_keeps_the_features_of_an_encoder_that_it_does_not_train(
         stage = alone(kind, own, vision_cache=cache)
         arguments = trainer_arguments(tmp_path, max_steps=6, per_device_train_batch_size=4, seed=0)
         trainer = stage.trainer(backbone, RowTable.of(scene_rows[:8]), StageContext(arguments))
-        runs = Runs(base_of(backbone).visual)
+        runs = Runs(backbone)
         trainer.train()
         logs.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
         assert len(logs[-1]) == 6

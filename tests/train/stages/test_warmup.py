@@ -8,6 +8,7 @@ from tiny_backbones import every_family
 from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.model.attention import as_model_mask, bidirectional_mask, make_causal
 from cocoa_embed.model.backbone import Backbone
+from cocoa_embed.model.families.registry import family_of
 from cocoa_embed.model.forward_inputs import with_host_inputs
 from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.data.rows import numbered
@@ -69,7 +70,7 @@ def test_gradients_of_each_loss_reach_every_weight_that_it_depends_on(
         if loss == "loss" and not name.endswith("k_proj.bias"):
             assert weight.grad is not None, name
             assert 0 < weight.grad.abs().sum() < torch.inf, name
-    parts = (model.backbone.base_model.visual, model.backbone.get_decoder(), model.pixel_decoder)
+    parts = (family_of(model.backbone.config).vision(model.backbone), model.backbone.get_decoder(), model.pixel_decoder)
     trained = [any(weight.grad is not None and weight.grad.any() for weight in part.parameters()) for part in parts]
     assert trained == [True, True, loss != "mntp_loss"]
 

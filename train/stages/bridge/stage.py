@@ -1,7 +1,7 @@
 """Stage 2: its trainer and its samples."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +11,8 @@ from transformers import PreTrainedConfig, ProcessorMixin
 from cocoa_embed.data.rows import Row, shortened
 from cocoa_embed.errors import UsageError
 from cocoa_embed.model.attention import Block, bridge_mask, is_causal
-from cocoa_embed.model.backbone import Backbone, PatchGeometry
+from cocoa_embed.model.backbone import Backbone
+from cocoa_embed.model.families.registry import family_of
 from cocoa_embed.model.forward_inputs import HostInputs
 from cocoa_embed.train.data.broken_rows import unbroken
 from cocoa_embed.train.data.row_table import RowTable
@@ -116,7 +117,7 @@ class Bridge(Stage[BridgeSettings]):
         prepared = HostInputs(backbone.model.config).after(collator)
         trainer = stage_trainer(model, backbone.model, training_rows, prepared, settings, context, probe)
         if settings.freeze_vision:  # in the dtype that it trains with
-            share_frozen_vision(cast(Any, backbone.model.base_model).visual, self.run, remembers=False)
+            share_frozen_vision(backbone.model, self.run, remembers=False)
         return trainer
 
     def samples(
@@ -128,7 +129,7 @@ class Bridge(Stage[BridgeSettings]):
             attends), ``labels`` and ``blocks`` ("A", "EOS" or "B"), each of L positions.
         """
         logits = model.predict(dict(send_to_device(batch, model.backbone.device)))
-        geometry = PatchGeometry.from_config(model.backbone.config)
+        geometry = family_of(model.backbone.config).geometry
         images = shown_images(batch, batch.get("pixel_values", torch.empty(0)), geometry, processor)
         length = int(batch["attention_mask"][0].sum())
         allowed = bridge_mask(batch["blocks"], eos_attends_to_b=model.eos_attends_to_b)

@@ -38,7 +38,7 @@ def as_sentence_transformer(backbone: Backbone, run: RunSettings) -> SentenceTra
         backbone.processor.save_pretrained(folder)
         module = Loaded(folder)
     object.__setattr__(module, "__class__", Transformer)  # a saved model names the classes of its modules
-    module.register_forward_pre_hook(partial(normalise_patches, backbone.processor.image_processor))
+    module.register_forward_pre_hook(partial(normalise_patches, backbone.processor))
     module.register_forward_pre_hook(prepare_forward, with_kwargs=True)
     if run.bidirectional:
         assert_bidirectional(model)
@@ -55,9 +55,7 @@ def embedding_probe(model: SentenceTransformer, rows: Sequence[Row], batch_size:
     def collate(items: Sequence[Item], is_document: bool) -> dict[str, Any]:
         prompt = model.prompts.get("document" if is_document else "query") or None
         module: Any = model[0]  # of a checkpoint that is measured, without the hook
-        return normalise_patches(
-            module.processor.image_processor, module, (preprocess_items(model, items, prompt=prompt),)
-        )[0]
+        return normalise_patches(module.processor, module, (preprocess_items(model, items, prompt=prompt),))[0]
 
     def embed(model: nn.Module, batch: dict[str, Any]) -> Tensor:
         embeddings: Tensor = model(batch)["sentence_embedding"]

@@ -10,8 +10,10 @@ import torch
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from torch import nn
+from transformers import ProcessorMixin
 
 from cocoa_embed.data.rows import Item
+from cocoa_embed.model.families.registry import family_of_images
 from cocoa_embed.train.data.image_patches import normalised
 from cocoa_embed.train.stages.rendering import render_patches
 
@@ -37,7 +39,7 @@ def worst_column(model: SentenceTransformer, max_length: int, *, with_image: boo
     if not with_image:
         return preprocess_items(model, [Item(text="word " * max_length)])
     module: Any = model[0]
-    side = math.isqrt(module.processor.image_processor.size["longest_edge"])
+    side = math.isqrt(family_of_images(module.processor).most_pixels(module.processor))
     with TemporaryDirectory() as folder:
         path = Path(folder) / "largest.png"
         Image.new("RGB", (side, side)).save(path)
@@ -46,10 +48,12 @@ def worst_column(model: SentenceTransformer, max_length: int, *, with_image: boo
     return column
 
 
-def normalise_patches(processor: Any, module: nn.Module, args: tuple[dict[str, Any]]) -> tuple[dict[str, Any]]:  # noqa: ANN401
+def normalise_patches(
+    processor: ProcessorMixin, module: nn.Module, args: tuple[dict[str, Any]]
+) -> tuple[dict[str, Any]]:
     """Turn uint8 patches into pixel values on their device, as a forward pre-hook of a model's first module.
 
-    :param processor: The image processor that made them.
+    :param processor: That made them.
     """
     patches = args[0].get("pixel_values")
     if patches is None or patches.dtype != torch.uint8:

@@ -183,8 +183,7 @@ class Contrastive(Stage[ContrastiveSettings]):
         prompts |= {f"negative_{place + 1}": document for place in range(settings.hard_negatives)}
         inner = cast(PreTrainedModel, model[0].auto_model)
         adapter = prepare_trainable(inner, settings, bf16=self.run.mixed_precision == "bf16")
-        visual = cast(PreTrainedModel, inner.base_model.visual)
-        vision = share_frozen_vision(visual, self.run, remembers=True) if settings.freeze_vision else None
+        vision = share_frozen_vision(inner, self.run, remembers=True) if settings.freeze_vision else None
         if probe_rows := unbroken(pictured_rows(rows, settings.probe_rows, self.run.seed), context.on_bad_row):
             measure = embedding_probe(model, probe_rows, self.sequences_at_once(1, PROBED_TOKENS))
             probe = Probe(measure, settings.probe_steps, {ALIGNMENT})

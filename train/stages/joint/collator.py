@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 from transformers import ProcessorMixin
 
 from cocoa_embed.data.rows import Row
-from cocoa_embed.model.backbone import PatchGeometry
+from cocoa_embed.model.families.family import PatchGeometry
 from cocoa_embed.train.loop.batch_facts import Batch, Example
 from cocoa_embed.train.stages.joint.settings import JointSettings
 from cocoa_embed.train.stages.masking import row_generators, visual_places

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 
-from cocoa_embed.model.backbone import PatchGeometry
-from cocoa_embed.model.forward_inputs import places, with_host_inputs
+from cocoa_embed.model.families.family import PatchGeometry
+from cocoa_embed.model.forward_inputs import with_host_inputs
+from cocoa_embed.model.host_tensor import places
 from cocoa_embed.train.loop.batch_facts import Batch
 from cocoa_embed.train.stages.joint.settings import JointSettings
 from cocoa_embed.train.stages.losses import accuracy, mae_loss, masked_token_loss

@@ -7,7 +7,9 @@ from accelerate.utils import send_to_device
 from transformers import PreTrainedConfig, ProcessorMixin
 
 from cocoa_embed.data.rows import Row
-from cocoa_embed.model.backbone import Backbone, PatchGeometry
+from cocoa_embed.model.backbone import Backbone
+from cocoa_embed.model.families.family import PatchGeometry
+from cocoa_embed.model.families.registry import family_of
 from cocoa_embed.model.forward_inputs import HostInputs
 from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.loop.batch_facts import Batch, Example
@@ -43,7 +45,7 @@ class Joint(Stage[Own]):
 
     def sequences(self, example: Example, processor: ProcessorMixin, config: PreTrainedConfig) -> list[Batch]:
         """Return the row's one sequence."""
-        return [self.collator(processor, PatchGeometry.from_config(config))([example])]
+        return [self.collator(processor, family_of(config).geometry)([example])]
 
     def trainer(self, backbone: Backbone, rows: RowTable, context: StageContext) -> StageTrainer:
         """Return the trainer; the pixel decoder in its model is not saved."""

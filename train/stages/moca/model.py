@@ -3,7 +3,7 @@
 from torch import nn
 from transformers import PreTrainedModel
 
-from cocoa_embed.model.backbone import PatchGeometry
+from cocoa_embed.model.families.family import PatchGeometry
 from cocoa_embed.train.stages.joint.model import JointModel
 from cocoa_embed.train.stages.losses import own_states
 from cocoa_embed.train.stages.moca.settings import DEFAULTS, MocaSettings

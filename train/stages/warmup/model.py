@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedModel
 
-from cocoa_embed.model.backbone import PatchGeometry
+from cocoa_embed.model.families.family import PatchGeometry
 from cocoa_embed.train.stages.joint.model import JointModel
 from cocoa_embed.train.stages.losses import predicting_states
 from cocoa_embed.train.stages.warmup.settings import DEFAULTS, WarmupSettings

@@ -19,7 +19,7 @@ from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.evaluation.geometry import geometry
 from cocoa_embed.model.backbone import Backbone
-from cocoa_embed.model.forward_inputs import HostTensor
+from cocoa_embed.model.host_tensor import HostTensor
 from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.loop.batch_facts import FACTS
 from cocoa_embed.train.loop.callbacks import LogLastStep
@@ -82,7 +82,7 @@ def subset_rows(scene_rows: list[Row]) -> list[Row]:
 def preprocessed(model: SentenceTransformer, items: list[Item], **values: Any) -> dict[str, Any]:
     batch = preprocess_items(model, items, **values)
     assert batch.get("pixel_values", torch.empty(0, dtype=torch.uint8)).dtype == torch.uint8
-    return normalise_patches(model[0].processor.image_processor, model[0], (batch,))[0]
+    return normalise_patches(model[0].processor, model[0], (batch,))[0]
 
 
 @pytest.mark.parametrize("prompt", [None, PROMPTS["query"]])

@@ -1,0 +1,1 @@
+"""What differs between families of backbones: one protocol, one file a family."""

@@ -1,0 +1,65 @@
+"""SmolVLM's images: one square each, of a size that can be limited, cut into what stands behind its visual tokens."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+from tiny_backbones import TINY_MAX_LENGTH
+
+from cocoa_embed.data.rows import Item
+from cocoa_embed.errors import UsageError
+from cocoa_embed.model.backbone import Backbone, load_backbone, load_processor
+from cocoa_embed.model.export import build_sentence_transformer
+from cocoa_embed.model.families.smolvlm import SmolVLM
+from cocoa_embed.train.stages.rendering import render_items
+
+pytestmark = pytest.mark.parametrize("family", ["idefics3"], indirect=True, scope="session")
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 200, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    return tmp_path / "a.png"
+
+
+def test_an_image_is_the_processors_own_square(tiny_backbone: Backbone, picture: Path) -> None:
+    processor = tiny_backbone.processor
+    batch = render_items(processor, [Item("a", (picture, picture))])
+    expected = processor.image_processor(Image.open(picture), return_tensors="pt")["pixel_values"][0]
+    assert expected.shape == (1, 3, 64, 64)
+    found = SmolVLM(tiny_backbone.model.config).images(batch["pixel_values"], batch["image_grid_thw"])
+    assert torch.equal(found, expected.expand(2, -1, -1, -1))
+
+
+def test_a_side_that_tokens_do_not_divide_is_cut_as_the_encoder_cuts_it(tiny_backbone: Backbone, picture: Path) -> None:
+    """As 384 pixels in 27 patches of 14, or 81 tokens of 42 x 42."""
+    processor = tiny_backbone.processor
+    processor.image_processor.max_image_size["longest_edge"] = 66
+    assert (SmolVLM.image_geometry(processor).patch_size, SmolVLM.most_pixels(processor)) == (16, 66**2)
+    batch = render_items(processor, [Item("a", (picture,))])
+    expected = processor.image_processor(Image.open(picture), return_tensors="pt")["pixel_values"][0]
+    found = SmolVLM(tiny_backbone.model.config).images(batch["pixel_values"], batch["image_grid_thw"])
+    assert torch.equal(found, expected[:, :, :64, :64])
+
+
+@pytest.mark.parametrize(("pixels", "side"), [(10**6, 4), (64**2, 4), (64**2 - 1, 3), (32**2, 2), (16**2, 1)])
+def test_max_pixels_makes_the_square_smaller_and_the_saved_model_keeps_it(
+    tiny_backbone_path: Path, picture: Path, tmp_path: Path, pixels: int, side: int
+) -> None:
+    backbone = load_backbone(str(tiny_backbone_path), max_length=TINY_MAX_LENGTH, max_pixels=pixels)
+    batch = render_items(backbone.processor, [Item("a", (picture,))])
+    assert batch["image_grid_thw"].tolist() == [[1, side, side]]
+    backbone.save(tmp_path / "saved")
+    model: SentenceTransformer = build_sentence_transformer(tmp_path / "saved", prompts={}, device="cpu")
+    given = [{"image": Image.open(picture), "text": "a"}]
+    assert model.preprocess(given)["input_ids"].tolist() == batch["input_ids"].tolist()
+    assert np.isfinite(model.encode(given)).all()
+
+
+def test_a_limit_below_a_visual_token_is_refused(tiny_backbone_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"max_pixels is 255, but a visual token has 16 x 16; raise it\."):
+        load_processor(str(tiny_backbone_path), max_pixels=255)
