@@ -29,7 +29,7 @@ SIZES = {"width": 32, "inner_width": 48, "layers": 2, "heads": 2, "key_value_hea
 SIZES |= {"vision_width": 32, "vision_layers": 1, "vision_heads": 2, "image_size": 56}
 TINY = [f"model.{name}={value}" for name, value in SIZES.items()]
 TINY += [f"{stage}.batch_size=4" for stage in ("vision", "language", "connector", "all")]
-TINY += ["logging_steps=1", "measure_steps=2", "vision.word_images=2"]
+TINY += ["language.steps=0", "logging_steps=1", "measure_steps=2", "vision.word_images=2"]
 
 
 @pytest.fixture(scope="session")
@@ -190,7 +190,11 @@ def test_only_rows_of_new_tokens_learn_while_the_language_model_is_frozen(load_t
 @pytest.mark.parametrize(
     ("overrides", "options", "reason"),
     [
-        (["vision.steps=0", "all.steps=0"], {}, r"No stage has steps; set one of vision\.steps, connector\.steps, all"),
+        (
+            ["vision.steps=0", "all.steps=0"],
+            {},
+            r"No stage has steps; set one of vision\.steps, language\.steps, connector\.steps, all",
+        ),
         (["vision.steps=0"], {"teacher": Path("t.pt2")}, "is for the vision stage, which has no steps"),
         (["connector.steps=1"], {}, "random without --language-model"),
         ([], {"held_out": Path("nowhere")}, "nowhere does not exist"),
