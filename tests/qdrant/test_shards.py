@@ -86,7 +86,9 @@ def set_of(value: Any) -> set[Any]:  # noqa: ANN401
 
 
 @pytest.fixture(params=["folder", "memory://embeddings/out"])
-def job(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Job]:
+def job(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Job]:
+    # The digest of a test's own path may end a group of photographs; of this many, none does.
+    monkeypatch.setattr(embed_module, "PART_RECORDS", 2**40)
     remote = "://" in request.param
     yield Job(tmp_path, request.param if remote else str(tmp_path / "out"))
     if remote:

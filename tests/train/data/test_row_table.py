@@ -31,9 +31,8 @@ def test_rows_come_back_as_they_went_in(given_rows: list[Row], data: st.DataObje
     chosen = table.select(np.array(places))
     assert list(chosen) == [given_rows[place] for place in places]
     assert list(chosen[1:]) == list(chosen)[1:]
-    assert (chosen.fingerprint == table.fingerprint) == (
-        places == list(range(len(table))) or list(chosen) == given_rows
-    )
+    contents = [replace(row, source="") for row in given_rows]  # where a row is from is not part of the fingerprint
+    assert (chosen.fingerprint == table.fingerprint) == ([contents[place] for place in places] == contents)
 
 
 @given(st.lists(rows, min_size=2, max_size=4))
