@@ -2,6 +2,7 @@
 
 import gc
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,11 @@ from cocoa_embed.train.data.caption_rows import read_image_folder
 # A shared machine may stall any example; what a test shows does not depend on its time.
 settings.register_profile("cocoa-embed", deadline=None)
 settings.load_profile("cocoa-embed")
+
+
+def pytest_configure() -> None:
+    """Listen to Ctrl-C, which a shell that starts the tests in the background has set to be ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:
