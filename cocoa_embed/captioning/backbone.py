@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from PIL import Image
 from sentence_transformers.util import get_device_name
-from transformers import AutoProcessor
 
 from cocoa_embed.captioning.prompts import Answer, Prompts, Request
-from cocoa_embed.errors import CocoaError, UsageError, one_line
-from cocoa_embed.model.backbone import load_backbone, read_config, resolve_backbone
+from cocoa_embed.errors import UsageError
+from cocoa_embed.model.backbone import load_backbone, read_config, read_processor
+from cocoa_embed.model.families.registry import family_of_images
 from cocoa_embed.model.template import render
-from cocoa_embed.model.visual_tokens import visual_tokens
 
 
 class BackboneWriter:
@@ -34,12 +33,9 @@ class BackboneWriter:
         if read_config(name).get_text_config().to_dict().get("is_causal") is False:
             raise UsageError(f"{name} is bidirectional: training has made it an embedder, which writes no text; give "
                              "the backbone that its training began with.")  # fmt: skip
-        try:
-            self._processor: Any = AutoProcessor.from_pretrained(resolve_backbone(name))
-        except (OSError, ValueError) as error:
-            raise CocoaError(f"Cannot load the processor of {name}: {one_line(error)}") from error
-        size = self._processor.image_processor.size
-        size["longest_edge"] = min(size["longest_edge"], max_pixels)
+        self._processor: Any = read_processor(name)
+        self._family = family_of_images(self._processor)
+        self._family.limit_pixels(self._processor, min(max_pixels, self._family.most_pixels(self._processor)))
         self._processor.tokenizer.padding_side = "left"
         self.name, self.images_at_once = name, batch_size
         self.follows_prompts = "add_generation_prompt" in (self._processor.chat_template or "")
@@ -47,8 +43,8 @@ class BackboneWriter:
 
     def tokens(self, width: int, height: int, prompt: str) -> int:
         """Return how many tokens a request takes, by the processor."""
-        text = len(self._processor.tokenizer(self._render(prompt))["input_ids"])
-        return text - 1 + visual_tokens(self._processor.image_processor, width, height)
+        count = self._family.visual_tokens(self._processor, width, height)
+        return len(self._processor.tokenizer(self._family.markers.expanded(self._render(prompt), [count]))["input_ids"])
 
     def write(self, images: Sequence[Image.Image], requests: Sequence[Sequence[Request]]) -> list[list[Answer]]:
         """Return the answers to the requests about each image, computed one request of all images after the other."""
@@ -71,7 +67,7 @@ class BackboneWriter:
 
     def _render(self, prompt: str) -> str:
         if not self.follows_prompts:
-            return render(text=None, images=1)
+            return render(text=None, images=1, markers=self._family.markers)
         content = [{"type": "image"}, {"type": "text", "text": prompt}]
         messages = [{"role": "user", "content": content}]
         return str(self._processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))

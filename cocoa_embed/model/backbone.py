@@ -148,11 +148,20 @@ def load_processor(
 
     :raises CocoaError: If it does not exist.
     """
+    processor = read_processor(name_or_path)
+    prepare_processor(processor, max_length=max_length, max_pixels=max_pixels)
+    return processor
+
+
+def read_processor(name_or_path: str) -> ProcessorMixin:
+    """Load a backbone's processor as its authors left it.
+
+    :raises CocoaError: If it does not exist.
+    """
     try:
-        processor = AutoProcessor.from_pretrained(resolve_backbone(name_or_path))
+        processor: ProcessorMixin = AutoProcessor.from_pretrained(resolve_backbone(name_or_path))
     except (OSError, ValueError) as error:
         raise CocoaError(f"Cannot load the processor of {name_or_path}: {one_line(error)}") from error
-    prepare_processor(processor, max_length=max_length, max_pixels=max_pixels)
     return processor
 
 

@@ -8,6 +8,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import ProcessorMixin
 
 from cocoa_embed.model.attention import TRANSFORMERS_FLOOR
+from cocoa_embed.model.families.registry import family_of_images
 
 _CARD = """\
 ---
@@ -93,7 +94,7 @@ def model_card(name: str, model: SentenceTransformer, training: dict[str, Any]) 
         query_prompt=_quoted(recipe["prompts"]["query"]),
         document_prompt=_quoted(recipe["prompts"]["document"]),
         max_length=model.max_seq_length,
-        max_pixels=processor.image_processor.size["longest_edge"],
+        max_pixels=family_of_images(processor).most_pixels(processor),
         training=_training_text(name, training["stages"], model.get_embedding_dimension()),
         data=training["data"],
         seed=recipe["seed"],

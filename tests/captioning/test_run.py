@@ -13,7 +13,7 @@ import pytest
 import torch
 from command_line import Command
 from PIL import Image
-from tiny_backbones import TINY_MAX_LENGTH
+from tiny_backbones import TINY_MAX_LENGTH, every_family
 
 from cocoa_embed.captioning.backbone import BackboneWriter
 from cocoa_embed.captioning.prompts import Answer, Prompts, Request
@@ -113,6 +113,7 @@ def test_answers_in_a_batch_are_those_of_each_image_alone(tiny_backbone_path: Pa
     assert together[0][0] != together[0][1], "the prompt changes nothing"
 
 
+@every_family
 def test_the_estimate_of_a_backbone_counts_the_tokens_that_it_gets(
     scenes: tuple[Path, list[Scene]], tiny_backbone_path: Path
 ) -> None:

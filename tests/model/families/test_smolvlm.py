@@ -12,8 +12,10 @@ from tiny_backbones import TINY_MAX_LENGTH
 from cocoa_embed.data.rows import Item
 from cocoa_embed.errors import UsageError
 from cocoa_embed.model.backbone import Backbone, load_backbone, load_processor
+from cocoa_embed.model.card import model_card
 from cocoa_embed.model.export import build_sentence_transformer
 from cocoa_embed.model.families.smolvlm import SmolVLM
+from cocoa_embed.train.settings import RunSettings
 from cocoa_embed.train.stages.rendering import render_items
 
 pytestmark = pytest.mark.parametrize("family", ["idefics3"], indirect=True, scope="session")
@@ -58,6 +60,9 @@ def test_max_pixels_makes_the_square_smaller_and_the_saved_model_keeps_it(
     given = [{"image": Image.open(picture), "text": "a"}]
     assert model.preprocess(given)["input_ids"].tolist() == batch["input_ids"].tolist()
     assert np.isfinite(model.encode(given)).all()
+    recipe = RunSettings(name="m", backbone="b").model_dump()
+    training = {"backbone": "b", "origin": "folder", "data": "d", "stages": [], "recipe": recipe}
+    assert f"scaled down to {(side * 16) ** 2} pixels" in " ".join(model_card("m", model, training).split())
 
 
 def test_a_limit_below_a_visual_token_is_refused(tiny_backbone_path: Path) -> None:
