@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from PIL import Image
+from stub_server import running
 
 
 class Reply(NamedTuple):
@@ -83,12 +84,5 @@ class Handler(BaseHTTPRequestHandler):
 @contextmanager
 def answering(answer: Callable[[Asked], Reply]) -> Iterator[ChatEndpoint]:
     """Answer requests in threads."""
-    server = ChatEndpoint(answer)
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-    thread.start()
-    try:
+    with running(ChatEndpoint(answer)) as server:
         yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

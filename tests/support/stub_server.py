@@ -9,7 +9,7 @@ from email.parser import BytesParser
 from email.policy import HTTP
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from PIL import Image, UnidentifiedImageError
@@ -113,10 +113,13 @@ class Handler(BaseHTTPRequestHandler):
         self.answer_json({"hits": self.server.hits[start : start + int(form["limit"])], "seconds": 0.034})
 
 
+Server = TypeVar("Server", bound=ThreadingHTTPServer)
+
+
 @contextmanager
-def running(server: StubServer) -> Iterator[StubServer]:
+def running(server: Server) -> Iterator[Server]:
     """Answer requests in a thread."""
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     try:
         yield server

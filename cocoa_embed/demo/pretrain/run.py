@@ -4,7 +4,7 @@ import copy
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -177,11 +177,8 @@ def _run_stage(name: str, settings: PretrainSettings, parts: Parts, out: Path) -
             data = views = make_views(parts.data, parts.teacher, settings.vision, out / CHECKPOINTS / "views")
             held_out, channels = held_out and with_features(held_out, parts.teacher), views.features.shape[-1]
         trained = VisionTraining(parts.model, len(parts.words), channels, settings.vision.word_weight)
-    frozen: AbstractContextManager[Sequence[str]] = nullcontext(())
-    if name == "connector":
-        frozen = frozen_language_model(parts.model, parts.new_tokens)
-    elif name == "language":
-        frozen = frozen_vision_encoder(parts.model)
+    parts.model.model.visual.requires_grad_(name != "language")
+    frozen = frozen_language_model(parts.model, parts.new_tokens) if name == "connector" else nullcontext(())
     with frozen as undecayed:
         trainer = PretrainTrainer(
             model=trained,
@@ -248,17 +245,6 @@ def training_arguments(
         accelerator_config={"dispatch_batches": False},
         seed=settings.seed,
     )
-
-
-@contextmanager
-def frozen_vision_encoder(model: Qwen2VLForConditionalGeneration) -> Iterator[list[str]]:
-    """Let only the language model learn.
-
-    :returns: No names, as ``frozen_language_model`` returns some.
-    """
-    model.model.visual.requires_grad_(False)
-    yield []
-    model.model.visual.requires_grad_(True)
 
 
 @contextmanager

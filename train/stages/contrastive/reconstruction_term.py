@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
+from cocoa_embed.data.rows import Row
 from cocoa_embed.train.loop.batch_facts import Batch, Example
 from cocoa_embed.train.stages.bridge.collator import BridgeCollator
 from cocoa_embed.train.stages.contrastive.mini_batches import TokenLimits, mini_batches, take
@@ -23,13 +24,18 @@ MASKINGS = 16
 """Different maskings of a row, which take turns from epoch to epoch."""
 
 
+def has_text(row: Row) -> bool:
+    """Return whether a row has something to reconstruct."""
+    return bool(row.query.text or row.positive.text)
+
+
 def masked_column(collator: BridgeCollator, examples: Sequence[Example]) -> Batch:
     """Return the bridge's sequences of rows with a content text, as a column; nothing if there are none.
 
     Beside the keys of ``BridgeCollator``, it has ``num_images_per_sample`` and ``masked_ids`` (int64 ``[B, L]``): the
     ids of masked tokens, and -1 elsewhere.
     """
-    usable = [(draw, row) for draw, row in examples if row.query.text or row.positive.text]
+    usable = [(draw, row) for draw, row in examples if has_text(row)]
     if not usable:
         return {}
     batch = collator(usable)

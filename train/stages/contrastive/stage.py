@@ -33,7 +33,7 @@ from cocoa_embed.train.stages.contrastive.mini_batches import CPU_TOKENS, TokenL
 from cocoa_embed.train.stages.contrastive.model import as_sentence_transformer, embedding_probe
 from cocoa_embed.train.stages.contrastive.pairs import PairCollator
 from cocoa_embed.train.stages.contrastive.patches import preprocess_items, worst_column
-from cocoa_embed.train.stages.contrastive.reconstruction_term import MASKINGS, prepare_head, reconstruct
+from cocoa_embed.train.stages.contrastive.reconstruction_term import MASKINGS, has_text, prepare_head, reconstruct
 from cocoa_embed.train.stages.contrastive.settings import ContrastiveSettings
 from cocoa_embed.train.stages.contrastive.trainer import ContrastiveTrainer
 from cocoa_embed.train.stages.probe import pictured_rows
@@ -148,7 +148,7 @@ class Contrastive(Stage[ContrastiveSettings]):
         return [*(render_items(processor, [item]) for item in items), *masked]
 
     def _reconstructs(self, row: Row) -> bool:
-        return self.settings.reconstruction_weight > 0 and bool(row.query.text or row.positive.text)
+        return self.settings.reconstruction_weight > 0 and has_text(row)
 
     def alike(self, row: Row) -> list[Row]:
         """Return for each item of the row a pair of it with itself."""
