@@ -102,6 +102,7 @@ VARIANTS = {
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipes", nargs="*", choices=[[], *SETTINGS], metavar="RECIPE", help="all by default")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="override of the recipes")
     parser.add_argument("--variants", action="store_true", help="one mini-batch at 2B with different adapters instead")
     parser.add_argument("--plain", action="store_true", help="warm-up and bridge at 2B beside the plain way instead")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
@@ -168,11 +169,11 @@ def step(
     }
 
 
-def measure(names: list[str]) -> dict[str, Any]:
+def measure(names: list[str], overrides: list[str]) -> dict[str, Any]:
     results: dict[str, Any] = {}
     with TemporaryDirectory() as folder:
         for name in names:
-            recipe = Recipe.load(name)
+            recipe = Recipe.load(name, overrides)
             backbone = open_backbone(recipe)
             row = draw_row(Path(folder), backbone[1])
             stages = [step(stage, row, backbone, SETTINGS[name]) for stage in recipe.stages.values()]
@@ -288,7 +289,7 @@ def main() -> None:
     elif options.plain:
         results, shown = measure_plain(), show_plain
     else:
-        results, shown = measure(options.recipes or list(SETTINGS)), show
+        results, shown = measure(options.recipes or list(SETTINGS), options.set), show
     if options.json:
         print(json.dumps(results, indent=2))
     else:
