@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 from urllib.parse import unquote_to_bytes
 
 from PIL import Image, ImageFile, UnidentifiedImageError
@@ -42,14 +42,6 @@ TRUNCATED = re.compile("truncated|end of file|but only got", re.IGNORECASE)
 
 READS = 2
 """How often a file is read if it changes meanwhile."""
-
-
-class FileContent(NamedTuple):
-    """The content of a file at one moment: its bytes, modification time (seconds) and size."""
-
-    data: bytes
-    mtime: float
-    size: int
 
 
 def load_image(source: ImageSource, *, fetcher: Fetcher | None = None) -> Image.Image:
@@ -86,7 +78,7 @@ def read_image_source(source: str | Path | bytes | BytesIO, fetcher: Fetcher | N
         if fetcher is None:
             raise ImageError(name, "is a web address; load_image needs a cocoa_embed.images.http.Fetcher for its host")
         return fetcher.fetch(source), name
-    return read_stable_file(source).data, printable(source)
+    return read_stable_file(source), printable(source)
 
 
 def read_data_uri(uri: str, name: str) -> bytes:
@@ -112,8 +104,8 @@ def read_data_uri(uri: str, name: str) -> bytes:
     return data
 
 
-def read_stable_file(path: str | Path) -> FileContent:
-    """Read an image file, and make sure that it did not change meanwhile.
+def read_stable_file(path: str | Path) -> bytes:
+    """Return the bytes of an image file, all of them of one moment.
 
     :raises ImageError: If it is not a readable regular file, is empty, is larger than ``MAX_IMAGE_BYTES``, or keeps
         changing while it is read.
@@ -132,7 +124,7 @@ def read_stable_file(path: str | Path) -> FileContent:
                 after = os.fstat(file.fileno())
             is_one_state = (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns)
             if is_one_state and len(data) == before.st_size:
-                return FileContent(data, before.st_mtime, before.st_size)
+                return data
     except FileNotFoundError:
         reason = "is a link to a file that does not exist" if os.path.islink(path) else why_missing(Path(path))
         raise ImageError(name, reason) from None

@@ -14,10 +14,10 @@ from PIL.Image import Image
 
 from cocoa_embed.data.places import open_binary
 from cocoa_embed.errors import ImageError, one_line, printable, require
-from cocoa_embed.images.load import decode_image
+from cocoa_embed.images.load import decode_image, read_stable_file
 from cocoa_embed.images.urls import shown_address
 from cocoa_embed.sources.base import SourceOptions, storable
-from cocoa_embed.sources.files import read_file, undecode
+from cocoa_embed.sources.files import undecode
 from cocoa_embed.sources.open import NO_OPTIONS, local_path, named_kind
 from cocoa_embed.sources.remote import is_web, read_address
 from cocoa_embed.sources.shard_files import Kind
@@ -44,13 +44,13 @@ def read_key(key: str, options: SourceOptions = NO_OPTIONS) -> bytes:
         raise ImageError(printable(key), "is an address inside of another one; give a plain address")
     for spelling in dict.fromkeys((key,) if is_address else (key, undecode(key))):
         if not is_address and os.path.lexists(spelling):
-            return read_file(Path(spelling))
+            return read_stable_file(Path(spelling))
         for sign in re.finditer("#", spelling):
             file, name = spelling[: sign.start()], storable(spelling[sign.end() :])
             kind = named_kind(urlsplit(file).path if is_web(file) else file)
             if kind is not None and kind.read_one is not None and (is_address or os.path.isfile(file)):
                 return _read_one(kind.read_one, kind, file, name, options)
-    return read_address(key, options.allowed_hosts) if is_address else read_file(Path(key))
+    return read_address(key, options.allowed_hosts) if is_address else read_stable_file(Path(key))
 
 
 def _read_one(

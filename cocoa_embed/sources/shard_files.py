@@ -121,7 +121,8 @@ class ShardFiles:
     def shards(self) -> Iterator[Shard]:
         """Yield the files in order."""
         for place, kind in self.files:
-            yield ShardFile(place, relative_key(str(place), self.root), kind, self.options, self.passed_over)
+            file = ShardFile(place, relative_key(str(place), self.root), kind, self.options, self.passed_over)
+            yield Shard(file.key, file.records, file.version)
 
     def covers(self, key: str) -> bool:
         """Return whether the key is that of an image in one of the files, or in one that could be among them."""
@@ -158,12 +159,12 @@ def json_values(values: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def in_background(read: Callable[[], Iterator[Item]], ahead: int = RECORDS_AHEAD) -> Iterator[Item]:
-    """Yield what an iterator yields; a thread runs it, up to ``ahead`` items before they are asked for.
+def in_background(read: Callable[[], Iterator[Item]]) -> Iterator[Item]:
+    """Yield what an iterator yields; a thread runs it, up to ``RECORDS_AHEAD`` items before they are asked for.
 
     :raises Exception: What the iterator raises, after the items before it.
     """
-    handed: queue.Queue[tuple[bool, Any]] = queue.Queue(ahead)
+    handed: queue.Queue[tuple[bool, Any]] = queue.Queue(RECORDS_AHEAD)
     stopped = threading.Event()
 
     def hand_over(is_item: bool, value: object) -> None:
