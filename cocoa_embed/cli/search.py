@@ -179,13 +179,12 @@ def query_image(image: str, allowed_hosts: Sequence[str]) -> Image:
     :raises ImageError: If it cannot be used.
     """
     from cocoa_embed.images.load import load_image
-    from cocoa_embed.sources.base import SourceOptions
     from cocoa_embed.sources.keys import load_key
 
     if image[:5].lower() == "data:":
         return load_image(image)
     try:
-        return load_key(image, SourceOptions(allowed_hosts=tuple(allowed_hosts)))
+        return load_key(image, allowed_hosts)
     except ImageError as error:
         if not error.reason.endswith("allowed hosts"):
             raise

@@ -76,16 +76,11 @@ def search_server(
     """
     from cocoa_embed.serve.client import post
 
-    if image:
-        from cocoa_embed.images.load import read_image_source
+    if image and image[:5].lower() != "data:":
+        from cocoa_embed.sources.keys import read_key
 
-        fetcher = None
-        if allowed_hosts:
-            from cocoa_embed.images.http import Fetcher
-
-            fetcher = Fetcher(allowed_hosts)
-        data, _ = read_image_source(image, fetcher)
-        asked["image"] = f"data:application/octet-stream;base64,{base64.b64encode(data).decode('ascii')}"
+        data = base64.b64encode(read_key(image, allowed_hosts)).decode("ascii")
+        image = f"data:application/octet-stream;base64,{data}"
     for side in ("like", "unlike"):
         asked[side] = [os.path.abspath(each) if os.path.lexists(each) else each for each in asked[side]]
-    return post(server, "/search", asked, api_key)
+    return post(server, "/search", {**asked, "image": image}, api_key)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 from urllib.parse import unquote_to_bytes
 
 from PIL import Image, ImageFile, UnidentifiedImageError
@@ -23,11 +23,8 @@ from cocoa_embed.images.formats import icon_sizes, media_type, open_image, png_w
 from cocoa_embed.images.to_rgb import upright_rgb
 from cocoa_embed.images.urls import shown_address
 
-if TYPE_CHECKING:
-    from cocoa_embed.images.http import Fetcher
-
 ImageSource: TypeAlias = str | Path | bytes | BytesIO | Image.Image
-"""A string is a path, a ``data:`` URI or, with a ``Fetcher``, an http or https address."""
+"""A string is a path or a ``data:`` URI."""
 
 Result = TypeVar("Result")
 
@@ -44,12 +41,11 @@ READS = 2
 """How often a file is read if it changes meanwhile."""
 
 
-def load_image(source: ImageSource, *, fetcher: Fetcher | None = None) -> Image.Image:
+def load_image(source: ImageSource) -> Image.Image:
     """Load an image as upright sRGB: the full picture, orientation and colour profile applied, without transparency.
 
-    :param source: A path, the bytes of a file, a ``BytesIO``, or a PIL image. A string is a path, unless it begins
-        with ``data:``, ``http://`` or ``https://``.
-    :param fetcher: Downloads web addresses; without it they are refused.
+    :param source: A path, a ``data:`` URI, the bytes of a file, a ``BytesIO``, or a PIL image. A web address is refused:
+        ``cocoa_embed.sources.keys.load_key`` fetches it.
     :raises ImageError: If it is missing, unreadable, not an image, truncated, or above ``MAX_IMAGE_BYTES`` or
         ``MAX_IMAGE_PIXELS``.
     """
@@ -57,14 +53,13 @@ def load_image(source: ImageSource, *, fetcher: Fetcher | None = None) -> Image.
         with image_errors("PIL image"):
             check_pixels(source.width, source.height, "PIL image")
             return upright_rgb(source)
-    data, name = read_image_source(source, fetcher)
-    return decode_image(data, name)[0]
+    return decode_image(*read_image_source(source))[0]
 
 
-def read_image_source(source: str | Path | bytes | BytesIO, fetcher: Fetcher | None) -> tuple[bytes, str]:
+def read_image_source(source: str | Path | bytes | BytesIO) -> tuple[bytes, str]:
     """Return the bytes of an image file, and its name for errors.
 
-    :raises ImageError: If the file cannot be read or downloaded.
+    :raises ImageError: If the file cannot be read.
     """
     if isinstance(source, BytesIO):
         source = source.getvalue()
@@ -74,10 +69,8 @@ def read_image_source(source: str | Path | bytes | BytesIO, fetcher: Fetcher | N
         name = f"data: URI of {len(source)} characters"
         return read_data_uri(source, name), name
     if isinstance(source, str) and source[:8].lower().startswith(("http://", "https://")):
-        name = shown_address(source)
-        if fetcher is None:
-            raise ImageError(name, "is a web address; load_image needs a cocoa_embed.images.http.Fetcher for its host")
-        return fetcher.fetch(source), name
+        reason = "is a web address; cocoa_embed.sources.keys.load_key fetches it, given its host in allowed_hosts"
+        raise ImageError(shown_address(source), reason)
     return read_stable_file(source), printable(source)
 
 

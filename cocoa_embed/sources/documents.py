@@ -35,7 +35,6 @@ def read_pages(file: ShardFile) -> Iterator[Record]:
 
     :raises ImageError: If it is encrypted or broken.
     """
-    drawn = 0
     with ExitStack() as stack:
         try:
             if isinstance(file.place, Path):
@@ -53,7 +52,6 @@ def read_pages(file: ShardFile) -> Iterator[Record]:
         for number in range(1, pages + 1):
             name = f"page={number}"
             content = draw_page(document, number, f"{file.key}#{name}")
-            drawn += isinstance(content, bytes)
             yield file.make_record(name, content, {"page": number, "pages": pages})
 
 
