@@ -44,8 +44,8 @@ READS = 2
 def load_image(source: ImageSource) -> Image.Image:
     """Load an image as upright sRGB: the full picture, orientation and colour profile applied, without transparency.
 
-    :param source: A path, a ``data:`` URI, the bytes of a file, a ``BytesIO``, or a PIL image. A web address is refused:
-        ``cocoa_embed.sources.keys.load_key`` fetches it.
+    :param source: A path, a ``data:`` URI, the bytes of a file, a ``BytesIO``, or a PIL image. Web addresses are for
+        ``cocoa_embed.sources.keys.load_key``.
     :raises ImageError: If it is missing, unreadable, not an image, truncated, or above ``MAX_IMAGE_BYTES`` or
         ``MAX_IMAGE_PIXELS``.
     """
