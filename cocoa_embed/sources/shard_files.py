@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from cocoa_embed.data.places import Place, is_gone, modified_at, version_of
-from cocoa_embed.errors import CocoaError, ImageError, printable
+from cocoa_embed.errors import CocoaError, ImageError, MissingExtraError, one_line, printable
 from cocoa_embed.images.passed_over import PassedOver
 from cocoa_embed.sources.base import Record, Shard, SourceOptions, storable
 from cocoa_embed.sources.files import is_deleted
@@ -31,7 +31,7 @@ class Kind(NamedTuple):
     suffixes: tuple[str, ...]
     """In lower case."""
     read: Callable[[ShardFile], Iterator[Record]]
-    """Yields the records in order; raises an ``ImageError`` that names what the file lacks after the good ones."""
+    """Yields the records in order; raises anything, after the good ones, if the file cannot be read to its end."""
     package: str
     """What reads it, and the extra that installs that."""
     extra: str
@@ -81,7 +81,19 @@ class ShardFile:
 
         :raises ImageError: If the file cannot be read, or not to its end.
         """
-        return in_background(partial(self.kind.read, self))
+        return in_background(self._read)
+
+    def _read(self) -> Iterator[Record]:
+        good = 0
+        try:
+            for record in self.kind.read(self):
+                yield record
+                good += 1
+        except (ImageError, MissingExtraError):
+            raise
+        except Exception as error:  # remote file systems and decoders raise nearly anything
+            after = f" after {good} image{'s' * (good > 1)}" if good else ""
+            raise ImageError(printable(self.key), f"cannot be read{after} ({one_line(error)})") from error
 
     def make_record(self, name: str, content: bytes | ImageError, metadata: Mapping[str, Any]) -> Record:
         """Return the record of one image.
@@ -200,9 +212,3 @@ def give(content: bytes | ImageError) -> bytes:
     if isinstance(content, ImageError):
         raise content
     return content
-
-
-def shard_error(file: ShardFile, good: int, reason: str) -> ImageError:
-    """Return the error of a file that cannot be read to its end."""
-    after = f" after {good} image{'s' * (good > 1)}" if good else ""
-    return ImageError(printable(file.key), f"cannot be read{after} ({reason})")
