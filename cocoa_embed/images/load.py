@@ -196,25 +196,17 @@ def with_opened_image(use: Callable[[ImageFile.ImageFile, bytes], Result], data:
     """
     check_size(len(data), name)
     try:
-        return with_decoder(use, data, name)
+        with image_errors(name):
+            for width, height in icon_sizes(data):
+                check_pixels(width, height, name)
+            with open_image(data) as image:
+                check_pixels(image.width, image.height, name)
+                return use(image, data)
     except ImageError:
         picture = png_without_metadata(data)
         if picture is data:
             raise
-        return with_decoder(use, picture, name)
-
-
-def with_decoder(use: Callable[[ImageFile.ImageFile, bytes], Result], data: bytes, name: str) -> Result:
-    """Call ``use`` as ``with_opened_image`` does, with the file as it is.
-
-    :raises ImageError: If there is no image, it exceeds the limits, or ``use`` finds it broken.
-    """
-    with image_errors(name):
-        for width, height in icon_sizes(data):
-            check_pixels(width, height, name)
-        with open_image(data) as image:
-            check_pixels(image.width, image.height, name)
-            return use(image, data)
+        return with_opened_image(use, picture, name)
 
 
 @contextmanager
