@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import queue
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple
 
 from cocoa_embed.data.places import Place, is_gone, modified_at, version_of
 from cocoa_embed.errors import CocoaError, ImageError, MissingExtraError, one_line, printable
 from cocoa_embed.images.passed_over import PassedOver
 from cocoa_embed.sources.base import Record, Shard, SourceOptions, storable
 from cocoa_embed.sources.files import is_deleted
-
-Item = TypeVar("Item")
 
 RECORDS_AHEAD = 16
 """Records that are read before they are asked for."""
@@ -81,9 +78,18 @@ class ShardFile:
 
         :raises ImageError: If the file cannot be read, or not to its end.
         """
-        return in_background(self._read)
+        images = self._read()
+        pool = ThreadPoolExecutor(1, thread_name_prefix="cocoa-shard")
+        try:
+            waiting = deque(pool.submit(next, images, None) for _ in range(RECORDS_AHEAD))
+            while (record := waiting.popleft().result()) is not None:
+                waiting.append(pool.submit(next, images, None))
+                yield record
+        finally:
+            pool.shutdown(cancel_futures=True)
+            images.close()
 
-    def _read(self) -> Iterator[Record]:
+    def _read(self) -> Generator[Record]:
         good = 0
         try:
             for record in self.kind.read(self):
@@ -169,42 +175,6 @@ def json_values(values: Mapping[str, Any]) -> dict[str, Any]:
         kept["text"] = kept.pop("caption")
     result: dict[str, Any] = json.loads(json.dumps(kept, default=str), parse_constant=lambda _: None)
     return result
-
-
-def in_background(read: Callable[[], Iterator[Item]]) -> Iterator[Item]:
-    """Yield what an iterator yields; a thread runs it, up to ``RECORDS_AHEAD`` items before they are asked for.
-
-    :raises Exception: What the iterator raises, after the items before it.
-    """
-    handed: queue.Queue[tuple[bool, Any]] = queue.Queue(RECORDS_AHEAD)
-    stopped = threading.Event()
-
-    def hand_over(is_item: bool, value: object) -> None:
-        while not stopped.is_set():
-            with suppress(queue.Full):
-                return handed.put((is_item, value), timeout=0.1)
-
-    def run() -> None:
-        try:
-            with closing(read()) as items:  # type: ignore[type-var]
-                for item in items:
-                    hand_over(True, item)
-                    if stopped.is_set():
-                        return
-            hand_over(False, None)
-        except BaseException as error:  # noqa: BLE001 - raised again in the thread that asks
-            hand_over(False, error)
-
-    thread = threading.Thread(target=run, name="cocoa-shard", daemon=True)
-    thread.start()
-    try:
-        while (handed_over := handed.get())[0]:
-            yield handed_over[1]
-        if handed_over[1] is not None:
-            raise handed_over[1]
-    finally:
-        stopped.set()
-        thread.join()
 
 
 def give(content: bytes | ImageError) -> bytes:
