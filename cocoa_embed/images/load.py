@@ -17,10 +17,9 @@ from urllib.parse import unquote_to_bytes
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from cocoa_embed.errors import ImageError, MissingExtraError, TransientImageError, one_line, printable
-from cocoa_embed.images.colour_depth import has_deep_colours, stretch_dark
 from cocoa_embed.images.file_names import why_missing
 from cocoa_embed.images.formats import icon_sizes, media_type, open_image, png_without_metadata, upright_size
-from cocoa_embed.images.to_rgb import upright_rgb
+from cocoa_embed.images.to_rgb import has_deep_colours, stretch_dark, upright_rgb
 from cocoa_embed.images.urls import shown_address
 
 ImageSource: TypeAlias = str | Path | bytes | BytesIO | Image.Image
