@@ -115,12 +115,12 @@ def _open_address(address: str, options: SourceOptions, passed_over: PassedOver,
             root, listed = system.unstrip_protocol(path).rstrip("/"), {}
         else:
             matches = system.glob(path, detail=True)
-            wildcard = re.search(r"[*?[]", path)
-            root = "" if wildcard is None else system.unstrip_protocol(path[: wildcard.start()].rpartition("/")[0])
-            found_files = {system.unstrip_protocol(name): info for name, info in sorted(matches.items())}
+            before, *pattern = re.split(r"[*?[]", path, maxsplit=1)
+            root = system.unstrip_protocol(before.rpartition("/")[0]) if pattern else ""
+            files = ((system.unstrip_protocol(name), info) for name, info in sorted(matches.items()))
             listed = {
                 name: info
-                for name, info in found_files.items()
+                for name, info in files
                 if not passed_over.has_entry(name, root or name.rpartition("/")[0], remote_start)
             }
     images: dict[str, Any] | None

@@ -8,7 +8,7 @@ import pytest
 
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.images.find_files import find_images, read_file_list, search_folder
-from cocoa_embed.images.passed_over import CACHE_MARKERS, THUMBNAILS_MARKER, PassedOver, is_companion, is_searched
+from cocoa_embed.images.passed_over import CACHE_MARKERS, THUMBNAILS_MARKER, PassedOver
 
 
 def make(folder: Path, *names: str) -> None:
@@ -274,10 +274,3 @@ def test_a_list_and_a_name_match_files_however_their_accents_are_composed(tmp_pa
     expected = [tmp_path / normalize("NFD", "é/Café.png")]
     assert find_images([tmp_path / "list.txt"]) == expected
     assert find_images([tmp_path / normalize("NFC", "é")]) == expected
-
-
-def test_a_search_comes_by_what_is_in_no_system_folder_and_is_no_companion() -> None:
-    searched = [is_searched(Path("x"), Path("x") / path) for path in ("__MACOSX/a", "a/@eaDir", "a/b.jpg", "")]
-    assert searched == [False, False, True, True]
-    assert is_companion("x/._b.jpg", lambda path: b"\0\5\x16\7\0")
-    assert not is_companion("x/b.jpg", lambda path: b"\0\5\x16\7\0")

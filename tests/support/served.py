@@ -1,5 +1,6 @@
 """An index that is served: in the process for one request after the other, or on loopback for many at once."""
 
+import base64
 import threading
 import time
 from collections.abc import Iterator
@@ -53,6 +54,11 @@ def listening(storage: dict[str, Any], *, model: FakeModel | None = None, **limi
     finally:
         server.should_exit = True
         thread.join()
+
+
+def uri(file: Path) -> str:
+    """Return a PNG file as a ``data:`` URI."""
+    return f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"
 
 
 def message(response: Any) -> str:  # noqa: ANN401 - of starlette's client or httpx
