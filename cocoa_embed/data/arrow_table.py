@@ -232,7 +232,7 @@ def _load_data_set(name: str, config: str | None, split: str) -> datasets.Datase
     return saved[split]
 
 
-def _load(*arguments: str | None, **options: Any) -> datasets.Dataset:
+def _load(*arguments: Any, **options: Any) -> datasets.Dataset:
     try:
         return datasets.load_dataset(*arguments, **options)
     except DatasetGenerationError as error:  # its message says nothing
