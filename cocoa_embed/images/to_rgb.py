@@ -1,7 +1,6 @@
 """Convert an image of any Pillow mode to upright 8-bit RGB."""
 
 import sys
-from collections.abc import Iterable
 from io import BytesIO
 from typing import Any
 
@@ -145,13 +144,7 @@ def has_deep_colours(image: ImageFile.ImageFile) -> bool:
     """
     if image.mode not in ("RGB", "RGBA") or "transparency" in image.info:
         return False
-    return any(";16" in each for tile in image.tile for each in raw_modes(tile))
-
-
-def raw_modes(tile: Any) -> Iterable[str]:  # noqa: ANN401
-    """Return the texts in a tile's arguments, of which the first is how its pixels are stored."""
-    arguments = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
-    return [each for each in arguments if isinstance(each, str)]
+    return any(";16" in str(tile.args) for tile in image.tile)
 
 
 def stretch_dark(image: Image.Image, again: ImageFile.ImageFile) -> None:
