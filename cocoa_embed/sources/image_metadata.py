@@ -100,9 +100,8 @@ class ImageMetadata:
 
     def _text_beside(self, image: Path) -> tuple[str, str] | None:
         try:
-            path = text_beside(image)
-            text = None if path is None else read_text(path)
-            return None if text is None else (text, str(path))
+            if (path := text_beside(image)) and (text := read_text(path)):
+                return text, str(path)
         except RowError as error:
             self._note(error.source, error.reason)
         except OSError:  # the folder is gone, or cannot be listed: the image says so

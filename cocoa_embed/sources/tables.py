@@ -72,7 +72,7 @@ def image_cells(opened: BinaryIO, file: str, number: int) -> dict[str, Any]:
     """Return what a row has in the columns of images, by column; nothing if there is no such row."""
     import pyarrow.parquet as parquet
 
-    first = 0
+    first, columns = 0, None
     if suffix_of(file) == ".parquet":
         table = parquet.ParquetFile(opened, buffer_size=BUFFER_BYTES)
         names = [field.name for field in table.schema_arrow if _holds_bytes(field.type)]
@@ -82,9 +82,8 @@ def image_cells(opened: BinaryIO, file: str, number: int) -> dict[str, Any]:
         first, rows = starts[group], table.iter_batches(ROWS_AT_ONCE, [group], columns)
     else:
         rows = batches_of(opened, file)
-        start = next(rows)
-        columns, rows = image_columns(start), chain([start], rows)
     for batch in rows:
+        columns = image_columns(batch) if columns is None else columns
         if number < first + batch.num_rows:
             return {column: batch[column][number - first].as_py() for column in columns}
         first += batch.num_rows
