@@ -14,7 +14,7 @@ import typer
 
 from cocoa_embed.cli.options import DtypeOption, RevisionOption, TrustOption
 from cocoa_embed.cli.output import DeviceOption, JsonOption, check_all, print_json, say, working
-from cocoa_embed.cli.serve import ServerKeyOption, search_server
+from cocoa_embed.cli.serve import ServerKeyOption, naming_the_option, search_server
 from cocoa_embed.cli.storage import (
     MODEL_HELP,
     ApiKeyOption,
@@ -183,12 +183,8 @@ def query_image(image: str, allowed_hosts: Sequence[str]) -> Image:
 
     if image[:5].lower() == "data:":
         return load_image(image)
-    try:
+    with naming_the_option():
         return load_key(image, allowed_hosts)
-    except ImageError as error:
-        if not error.reason.endswith("allowed hosts"):
-            raise
-        raise ImageError(error.source, f"{error.reason}; allow it with --allow-host HOST") from error
 
 
 def report_hits(hits: Iterable[tuple[float, str, str]], console: Console) -> None:
