@@ -94,7 +94,7 @@ class CaptionRun:
         remaining, tokens = self.remaining, []
         for picture in remaining[:: max(1, len(remaining) // SAMPLE)]:
             try:
-                size = image_size(read_stable_file(picture.path).data, str(picture.path))
+                size = image_size(read_stable_file(picture.path), str(picture.path))
                 tokens.append(sum(self.writer.tokens(*size, request.prompt) for request in self._requests(picture)))
             except (ImageError, ValueError):  # the run reports it
                 continue

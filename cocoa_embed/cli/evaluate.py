@@ -60,24 +60,20 @@ def mmeb(
         encoder = load_encoder(model, device)
         results = out or Path("cocoa-eval") / f"{plain_name(model)}-{encoder.fingerprint[:SHOWN_DIGITS]}"
         cache = ResultCache(results / "finished")
-        finished = 0
+        document: dict[str, Any] = {"subsets": {}}
 
-        def publish(line: str, document: dict[str, Any]) -> None:
-            nonlocal finished
-            if finished := len(document["subsets"]):
+        def publish(line: str, scored: dict[str, Any]) -> None:
+            document.update(scored)
+            if document["subsets"]:
                 write_results(results / "mmeb", f"MMEB-V1: {model}", document, mmeb_tables(document))
             say(console, line)
 
         try:
-            progress = console.is_terminal
-            document = evaluate_mmeb(
-                encoder, folder, subsets, cache, batch_tokens=batch_tokens, publish=publish, progress=progress
-            )
+            options: dict[str, Any] = {"batch_tokens": batch_tokens, "progress": console.is_terminal}
+            evaluate_mmeb(encoder, folder, subsets, cache, publish=publish, **options)
         except KeyboardInterrupt:
-            raise CocoaError(
-                f"interrupted; {finished} of {len(subsets)} subsets are finished in {results}; the same command"
-                " continues from there"
-            ) from None
+            finished = f"{len(document['subsets'])} of {len(subsets)} subsets are finished in {results}"
+            raise CocoaError(f"interrupted; {finished}; the same command continues from there") from None
         for name, average in document["averages"].items():
             if average is not None:
                 covered = document["coverage"][name]

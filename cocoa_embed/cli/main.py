@@ -37,25 +37,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (
-    index,
-    search,
-    serve,
-    forget,
-    info,
-    export_points,
-    filterable,
-    alias,
-    seed,
-    embed,
-    load,
-    demo,
-    caption,
-    train,
-    export,
-    diagnose,
-    report,
-):
+ABOUT_INDEXES = (index, search, serve, forget, info, export_points, filterable, alias, seed, embed, load)
+ABOUT_MODELS = (demo, caption, train, export, diagnose, report)
+for command in ABOUT_INDEXES + ABOUT_MODELS:
     app.command()(command)
 app.command("list")(list_collections)
 app.add_typer(evaluation, name="eval", help="Score a model on MMEB-V1, or on pairs.")

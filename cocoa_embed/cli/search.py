@@ -14,7 +14,7 @@ import typer
 
 from cocoa_embed.cli.options import DtypeOption, RevisionOption, TrustOption
 from cocoa_embed.cli.output import DeviceOption, JsonOption, check_all, print_json, say, working
-from cocoa_embed.cli.serve import ServerKeyOption, search_server
+from cocoa_embed.cli.serve import ServerKeyOption, naming_the_option, search_server
 from cocoa_embed.cli.storage import (
     MODEL_HELP,
     ApiKeyOption,
@@ -179,17 +179,12 @@ def query_image(image: str, allowed_hosts: Sequence[str]) -> Image:
     :raises ImageError: If it cannot be used.
     """
     from cocoa_embed.images.load import load_image
-    from cocoa_embed.sources.base import SourceOptions
     from cocoa_embed.sources.keys import load_key
 
     if image[:5].lower() == "data:":
         return load_image(image)
-    try:
-        return load_key(image, SourceOptions(allowed_hosts=tuple(allowed_hosts)))
-    except ImageError as error:
-        if not error.reason.endswith("allowed hosts"):
-            raise
-        raise ImageError(error.source, f"{error.reason}; allow it with --allow-host HOST") from error
+    with naming_the_option():
+        return load_key(image, allowed_hosts)
 
 
 def report_hits(hits: Iterable[tuple[float, str, str]], console: Console) -> None:

@@ -179,10 +179,7 @@ def _shard_features(shard: Place) -> datasets.Features | None:
 def _open_files(builder: str, paths: Sequence[Place], features: datasets.Features | None = None) -> ArrowTable:
     """Open files by a builder of ``datasets``."""
     files = [str(path.absolute() if isinstance(path, Path) else path) for path in paths]
-    try:
-        dataset = datasets.load_dataset(builder, data_files=files, split="train", features=features)
-    except DatasetGenerationError as error:  # its message says nothing
-        raise error.__cause__ or error from None
+    dataset = _load(builder, data_files=files, split="train", features=features)
     return ArrowTable(printable(paths[0]), dataset.with_format("arrow"), (builder, *map(str, paths)))
 
 
@@ -203,10 +200,10 @@ def open_data_set(name: str, config: str | None, splits: Sequence[str]) -> Arrow
         else:
             title = ", ".join(filter(None, (name, config, split)))
             return ArrowTable(title, dataset.with_format("arrow"), ("hub", name, config, split))
-    what = printable(", ".join(filter(None, (name, config))))
+    what, reason = printable(", ".join(filter(None, (name, config)))), one_line(faults[0]).rstrip(".")
     raise CocoaError(
-        f"The data set {what} cannot be loaded ({_cause(faults[0])}); check its name, config and split, and the "
-        "connection to the hub if it is not a folder."
+        f"The data set {what} cannot be loaded ({reason}); check its name, config and split, and the connection to the"
+        " hub if it is not a folder."
     ) from faults[0]
 
 
@@ -226,7 +223,7 @@ def reopen(origin: tuple[str | None, ...]) -> ArrowTable:
 
 def _load_data_set(name: str, config: str | None, split: str) -> datasets.Dataset:
     if not any((Path(name) / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
-        return datasets.load_dataset(name, config, split=split)
+        return _load(name, config, split=split)
     saved = datasets.load_from_disk(name)
     if isinstance(saved, datasets.Dataset):
         return saved
@@ -235,7 +232,8 @@ def _load_data_set(name: str, config: str | None, split: str) -> datasets.Datase
     return saved[split]
 
 
-def _cause(error: BaseException) -> str:
-    # The message of a DatasetGenerationError says nothing.
-    cause = error.__cause__ if isinstance(error, DatasetGenerationError) else None
-    return one_line(cause or error).rstrip(".")
+def _load(*arguments: Any, **options: Any) -> datasets.Dataset:
+    try:
+        return datasets.load_dataset(*arguments, **options)
+    except DatasetGenerationError as error:  # its message says nothing
+        raise DatasetsError(one_line(error.__cause__ or error)) from error

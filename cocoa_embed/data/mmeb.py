@@ -4,10 +4,9 @@ Names are those of ``TIGER-Lab/MMEB-eval`` (VLM2Vec, arXiv 2410.05160); the scor
 """
 
 import re
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from cocoa_embed.data.rows import shortened
 from cocoa_embed.errors import RowError
@@ -21,8 +20,7 @@ AVERAGES = (*META_TASKS, IN_DOMAIN, OUT_OF_DOMAIN, OVERALL)
 """The averages over subsets, in the order of the published tables."""
 
 
-@dataclass(frozen=True)
-class Subset:
+class Subset(NamedTuple):
     """A subset of MMEB-V1; ``in_domain`` if MMEB-train has rows of the same data set."""
 
     name: str
@@ -33,14 +31,6 @@ class Subset:
     def averages(self) -> tuple[str, ...]:
         """The ``AVERAGES`` that include the subset."""
         return (self.meta_task, IN_DOMAIN if self.in_domain else OUT_OF_DOMAIN, OVERALL)
-
-
-@dataclass(frozen=True)
-class PublishedScores:
-    """The published scores of a model: precision@1 in per cent, in the order of ``AVERAGES``; None if not published."""
-
-    model: str
-    scores: tuple[float | None, ...]
 
 
 _NAMES = {
@@ -64,16 +54,17 @@ SUBSETS = {
 TRAIN_SUBSETS = tuple(name.replace("ImageNet-1K", "ImageNet_1K") for name in SUBSETS if SUBSETS[name].in_domain)
 """The 20 in-domain subsets, by their names in ``TIGER-Lab/MMEB-train``."""
 
-PUBLISHED = (
-    PublishedScores("GME (Qwen2-VL-2B)", (56.9, 41.2, 67.8, 53.4, None, None, 55.8)),
-    PublishedScores("VLM2Vec (Qwen2-VL-2B)", (59.0, 49.4, 65.4, 73.4, 66.0, 52.6, 59.3)),
-    PublishedScores("UNITE (Qwen2-VL-2B)", (63.2, 55.9, 65.4, 75.6, 65.8, 60.1, 63.3)),
-    PublishedScores("MoCa (Qwen2.5-VL-3B)", (59.8, 62.9, 70.6, 88.6, 72.3, 61.5, 67.5)),
-    PublishedScores("MoCa (Qwen2.5-VL-7B)", (65.8, 64.7, 75.0, 92.4, 74.7, 67.6, 71.5)),
-    PublishedScores("CoCoA (Qwen2-VL-2B)", (63.0, 57.4, 69.6, 85.8, 70.2, 60.7, 66.0)),
-    PublishedScores("CoCoA (Qwen2.5-VL-3B)", (60.9, 63.5, 69.5, 88.2, 72.6, 61.2, 67.5)),
-    PublishedScores("CoCoA (Qwen2.5-VL-7B)", (64.7, 66.5, 72.5, 90.1, 75.7, 64.3, 70.6)),
-)
+PUBLISHED: dict[str, tuple[float | None, ...]] = {
+    "GME (Qwen2-VL-2B)": (56.9, 41.2, 67.8, 53.4, None, None, 55.8),
+    "VLM2Vec (Qwen2-VL-2B)": (59.0, 49.4, 65.4, 73.4, 66.0, 52.6, 59.3),
+    "UNITE (Qwen2-VL-2B)": (63.2, 55.9, 65.4, 75.6, 65.8, 60.1, 63.3),
+    "MoCa (Qwen2.5-VL-3B)": (59.8, 62.9, 70.6, 88.6, 72.3, 61.5, 67.5),
+    "MoCa (Qwen2.5-VL-7B)": (65.8, 64.7, 75.0, 92.4, 74.7, 67.6, 71.5),
+    "CoCoA (Qwen2-VL-2B)": (63.0, 57.4, 69.6, 85.8, 70.2, 60.7, 66.0),
+    "CoCoA (Qwen2.5-VL-3B)": (60.9, 63.5, 69.5, 88.2, 72.6, 61.2, 67.5),
+    "CoCoA (Qwen2.5-VL-7B)": (64.7, 66.5, 72.5, 90.1, 75.7, 64.3, 70.6),
+}
+"""The published scores of models: precision@1 in per cent, in the order of ``AVERAGES``; None if not published."""
 
 
 def default_train_subsets(mmeb: str) -> tuple[str, ...]:

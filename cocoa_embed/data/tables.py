@@ -47,24 +47,19 @@ class Table(Protocol):
 class TextTable:
     """The rows of a JSONL or CSV file, which is read anew whenever they are.
 
-    :param entries: Reads the file.
-    :param lists_are_json: Lists are written as JSON inside of strings.
+    :param entries: Reads the file, given the columns that may hold lists.
     """
 
     columns: Sequence[str]
     length: int
-    entries: Callable[[], Iterator[Entry]]
-    lists_are_json: bool = False
+    entries: Callable[[Collection[str]], Iterator[Entry]]
 
     def __len__(self) -> int:
         return self.length
 
     def read(self, columns: Collection[str], lists: Collection[str] = ()) -> Iterator[Entry]:
         """Yield the rows, with lists in the columns of ``lists``."""
-        for source, row in self.entries():
-            if self.lists_are_json and isinstance(row, dict):
-                row = row | {column: _parse_list(row[column]) for column in lists if column in row}
-            yield source, row
+        return self.entries(lists)
 
 
 def find_files(pattern: str, kind: str = f"{TABLE_SUFFIXES} file") -> list[Place]:
@@ -104,10 +99,10 @@ def open_table(path: Place) -> Table:
         entries = partial(_read_csv if is_csv else _read_jsonl, path, encoding)
         columns = dict.fromkeys(_read_header(path, encoding) if is_csv else ())
         length = 0
-        for _, row in entries():
+        for _, row in entries(()):
             length += 1
             columns |= dict.fromkeys(row) if isinstance(row, dict) else {}
-    return TextTable(list(columns), length, entries, lists_are_json=is_csv)
+    return TextTable(list(columns), length, entries)
 
 
 def _encoding(path: Place, *, others: bool) -> str:
@@ -135,7 +130,7 @@ def _encoding(path: Place, *, others: bool) -> str:
     raise ValueError("it is not UTF-8; save it as UTF-8")
 
 
-def _read_jsonl(path: Place, encoding: str) -> Iterator[Entry]:
+def _read_jsonl(path: Place, encoding: str, _: Collection[str]) -> Iterator[Entry]:
     with reading(path), open_text(path, encoding, newline="\n") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
@@ -170,24 +165,24 @@ def _csv_cells(lines: Iterator[str]) -> Iterator[list[str]]:
     return csv.reader(chain([header], lines), delimiter=max(DELIMITERS, key=header.count), strict=True)
 
 
-def _read_csv(path: Place, encoding: str) -> Iterator[Entry]:
+def _read_csv(path: Place, encoding: str, lists: Collection[str]) -> Iterator[Entry]:
     with reading(path), open_text(path, encoding) as file:
         lines = _csv_cells(file)
         header = next(lines, [])
         for number, cells in enumerate(filter(None, lines), 1):
-            yield _read_cells(f"{printable(path)}, row {number}", header, cells)
+            source = f"{printable(path)}, row {number}"
+            if len(cells) == len(header):
+                columns = zip(header, cells, strict=True)
+                yield source, {name: _parse_list(cell) if name in lists else cell or None for name, cell in columns}
+            else:
+                fault = f"has {len(cells)} cells; the header has {len(header)} columns"
+                yield source, RowError(source, fault)
 
 
-def _read_cells(source: str, header: Sequence[str], cells: Sequence[str]) -> Entry:
-    if len(cells) != len(header):
-        return source, RowError(source, f"has {len(cells)} cells; the header has {len(header)} columns")
-    return source, {column: cell or None for column, cell in zip(header, cells, strict=True)}
-
-
-def _parse_list(cell: str | None) -> object:
-    """Return the list that a CSV cell holds as JSON, or the cell itself if it holds none."""
-    if cell is None or not cell.lstrip().startswith("["):
-        return cell
+def _parse_list(cell: str) -> object:
+    """Return the list that a CSV cell holds as JSON, or the cell itself if it holds none; None for an empty cell."""
+    if not cell.lstrip().startswith("["):
+        return cell or None
     try:
         return json.loads(cell)
     except ValueError:

@@ -93,7 +93,7 @@ def measure(job: ImageJob, count_tokens: CountTokens) -> None:
             width, height = source.size
         else:
             assert source is not None, "a job is measured before it is finished"
-            job.source = source if isinstance(source, bytes) else read_stable_file(source).data
+            job.source = source if isinstance(source, bytes) else read_stable_file(source)
             width, height = image_size(job.source, job.name)
         text_tokens = len(job.text.encode()) // BYTES_PER_TOKEN if job.text else 0
         job.cost = ImageCost(count_tokens(width, height) + text_tokens, width, height)

@@ -25,8 +25,8 @@ def _averages(document: Mapping[str, Any]) -> Table:
     own = [_average(document["averages"][name], document["coverage"][name], is_public) for name in AVERAGES]
     chance = [ABSENT if value is None else Score(_percent(value)) for value in document["chance"].values()]
     published = [
-        (each.model, *(ABSENT if score is None else Score(f"{score:.1f}", score) for score in each.scores))
-        for each in PUBLISHED
+        (model, *(ABSENT if score is None else Score(f"{score:.1f}", score) for score in scores))
+        for model, scores in PUBLISHED.items()
     ]
     notes = [
         "Precision@1 in percent, plain means over subsets. Published: as CoCoA (arXiv 2603.01471) reports them. Bold:"

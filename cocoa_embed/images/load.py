@@ -11,23 +11,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 from urllib.parse import unquote_to_bytes
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from cocoa_embed.errors import ImageError, MissingExtraError, TransientImageError, one_line, printable
-from cocoa_embed.images.colour_depth import has_deep_colours, stretch_dark
 from cocoa_embed.images.file_names import why_missing
 from cocoa_embed.images.formats import icon_sizes, media_type, open_image, png_without_metadata, upright_size
-from cocoa_embed.images.to_rgb import upright_rgb
+from cocoa_embed.images.to_rgb import has_deep_colours, stretch_dark, upright_rgb
 from cocoa_embed.images.urls import shown_address
 
-if TYPE_CHECKING:
-    from cocoa_embed.images.http import Fetcher
-
 ImageSource: TypeAlias = str | Path | bytes | BytesIO | Image.Image
-"""A string is a path, a ``data:`` URI or, with a ``Fetcher``, an http or https address."""
+"""A string is a path or a ``data:`` URI."""
 
 Result = TypeVar("Result")
 
@@ -44,20 +40,11 @@ READS = 2
 """How often a file is read if it changes meanwhile."""
 
 
-class FileContent(NamedTuple):
-    """The content of a file at one moment: its bytes, modification time (seconds) and size."""
-
-    data: bytes
-    mtime: float
-    size: int
-
-
-def load_image(source: ImageSource, *, fetcher: Fetcher | None = None) -> Image.Image:
+def load_image(source: ImageSource) -> Image.Image:
     """Load an image as upright sRGB: the full picture, orientation and colour profile applied, without transparency.
 
-    :param source: A path, the bytes of a file, a ``BytesIO``, or a PIL image. A string is a path, unless it begins
-        with ``data:``, ``http://`` or ``https://``.
-    :param fetcher: Downloads web addresses; without it they are refused.
+    :param source: A path, a ``data:`` URI, the bytes of a file, a ``BytesIO``, or a PIL image. Web addresses are for
+        ``cocoa_embed.sources.keys.load_key``.
     :raises ImageError: If it is missing, unreadable, not an image, truncated, or above ``MAX_IMAGE_BYTES`` or
         ``MAX_IMAGE_PIXELS``.
     """
@@ -65,14 +52,13 @@ def load_image(source: ImageSource, *, fetcher: Fetcher | None = None) -> Image.
         with image_errors("PIL image"):
             check_pixels(source.width, source.height, "PIL image")
             return upright_rgb(source)
-    data, name = read_image_source(source, fetcher)
-    return decode_image(data, name)[0]
+    return decode_image(*read_image_source(source))[0]
 
 
-def read_image_source(source: str | Path | bytes | BytesIO, fetcher: Fetcher | None) -> tuple[bytes, str]:
+def read_image_source(source: str | Path | bytes | BytesIO) -> tuple[bytes, str]:
     """Return the bytes of an image file, and its name for errors.
 
-    :raises ImageError: If the file cannot be read or downloaded.
+    :raises ImageError: If the file cannot be read.
     """
     if isinstance(source, BytesIO):
         source = source.getvalue()
@@ -82,11 +68,9 @@ def read_image_source(source: str | Path | bytes | BytesIO, fetcher: Fetcher | N
         name = f"data: URI of {len(source)} characters"
         return read_data_uri(source, name), name
     if isinstance(source, str) and source[:8].lower().startswith(("http://", "https://")):
-        name = shown_address(source)
-        if fetcher is None:
-            raise ImageError(name, "is a web address; load_image needs a cocoa_embed.images.http.Fetcher for its host")
-        return fetcher.fetch(source), name
-    return read_stable_file(source).data, printable(source)
+        reason = "is a web address; cocoa_embed.sources.keys.load_key fetches it, given its host in allowed_hosts"
+        raise ImageError(shown_address(source), reason)
+    return read_stable_file(source), printable(source)
 
 
 def read_data_uri(uri: str, name: str) -> bytes:
@@ -112,8 +96,8 @@ def read_data_uri(uri: str, name: str) -> bytes:
     return data
 
 
-def read_stable_file(path: str | Path) -> FileContent:
-    """Read an image file, and make sure that it did not change meanwhile.
+def read_stable_file(path: str | Path) -> bytes:
+    """Return the bytes of an image file, all of them of one moment.
 
     :raises ImageError: If it is not a readable regular file, is empty, is larger than ``MAX_IMAGE_BYTES``, or keeps
         changing while it is read.
@@ -132,7 +116,7 @@ def read_stable_file(path: str | Path) -> FileContent:
                 after = os.fstat(file.fileno())
             is_one_state = (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns)
             if is_one_state and len(data) == before.st_size:
-                return FileContent(data, before.st_mtime, before.st_size)
+                return data
     except FileNotFoundError:
         reason = "is a link to a file that does not exist" if os.path.islink(path) else why_missing(Path(path))
         raise ImageError(name, reason) from None
@@ -211,25 +195,17 @@ def with_opened_image(use: Callable[[ImageFile.ImageFile, bytes], Result], data:
     """
     check_size(len(data), name)
     try:
-        return with_decoder(use, data, name)
+        with image_errors(name):
+            for width, height in icon_sizes(data):
+                check_pixels(width, height, name)
+            with open_image(data) as image:
+                check_pixels(image.width, image.height, name)
+                return use(image, data)
     except ImageError:
         picture = png_without_metadata(data)
         if picture is data:
             raise
-        return with_decoder(use, picture, name)
-
-
-def with_decoder(use: Callable[[ImageFile.ImageFile, bytes], Result], data: bytes, name: str) -> Result:
-    """Call ``use`` as ``with_opened_image`` does, with the file as it is.
-
-    :raises ImageError: If there is no image, it exceeds the limits, or ``use`` finds it broken.
-    """
-    with image_errors(name):
-        for width, height in icon_sizes(data):
-            check_pixels(width, height, name)
-        with open_image(data) as image:
-            check_pixels(image.width, image.height, name)
-            return use(image, data)
+        return with_opened_image(use, picture, name)
 
 
 @contextmanager

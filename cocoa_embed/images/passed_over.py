@@ -7,7 +7,7 @@ import stat
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from itertools import pairwise
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from unicodedata import normalize
 
 from pathspec import GitIgnoreSpec
@@ -57,28 +57,27 @@ def is_system_folder(name: str, parent: str = "") -> bool:
     return lower in SYSTEM_FOLDERS or in_library or SYSTEM_FOLDER.fullmatch(lower) is not None
 
 
-def in_system_folder(path: str) -> bool:
-    """Return whether a relative path, as in an archive, leads through a system folder."""
-    folders = ("", *PurePosixPath(path).parts[:-1])
-    return any(is_system_folder(name, parent) for parent, name in pairwise(folders))
-
-
 def is_searched(folder: Path, path: Path) -> bool:
     """Return whether the search of a folder comes by a path below it: through no system folder."""
-    return not in_system_folder(str(path.relative_to(folder) / "_"))
+    names = ("", *path.relative_to(folder).parts)
+    return not any(is_system_folder(name, parent) for parent, name in pairwise(names))
 
 
-def may_be_companion(name: str) -> bool:
-    """Return whether a file's name is that of a companion, which its first bytes decide."""
-    return os.path.basename(name).startswith("._")
-
-
-def is_companion(name: str, start: bytes) -> bool:
+def is_companion(path: str, read_start: Callable[[str], bytes]) -> bool:
     """Return whether a file is the companion of another one, as ``._a.jpg`` is of ``a.jpg``.
 
-    :param start: The file's first bytes, at least four.
+    :param read_start: Returns the file's first bytes, at least four; asked only if the name is that of a companion.
     """
-    return may_be_companion(name) and start.startswith(APPLE_DOUBLE)
+    return os.path.basename(path).startswith("._") and read_start(path).startswith(APPLE_DOUBLE)
+
+
+def first_bytes(path: str) -> bytes:
+    """Return the first four bytes of a regular file; none if it cannot be read."""
+    try:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            return file.read(4) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else b""
+    except (OSError, ValueError):
+        return b""
 
 
 class PassedOver:
@@ -127,11 +126,11 @@ class PassedOver:
             folder = f"{folder}/{name}"
         return self.has_file(path, root, read_start)
 
-    def has_file(self, path: str, root: str, read_start: Callable[[str], bytes] | None = None) -> bool:
+    def has_file(self, path: str, root: str, read_start: Callable[[str], bytes] = first_bytes) -> bool:
         """Return whether a file below ``root``, the folder that is searched, is passed over."""
         if DELETED.match(os.path.basename(path)):
             return self._count(path, "deleted file")
-        if may_be_companion(path) and is_companion(path, (read_start or first_bytes)(path)):
+        if is_companion(path, read_start):
             return self._count(path, "companion of another file")
         return self._excludes(path, root) and self._count(path, "excluded")
 
@@ -165,12 +164,3 @@ class PassedOver:
             self._seen.add(path)
             self.counts[reason] += 1
         return True
-
-
-def first_bytes(path: str) -> bytes:
-    """Return the first four bytes of a regular file; none if it cannot be read."""
-    try:
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-            return file.read(4) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else b""
-    except (OSError, ValueError):
-        return b""

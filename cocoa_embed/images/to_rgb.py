@@ -1,12 +1,14 @@
 """Convert an image of any Pillow mode to upright 8-bit RGB."""
 
+import sys
 from io import BytesIO
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageFile, ImageOps
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT, TiffImageFile
 
-from cocoa_embed.images.colour_profile import to_srgb
+from cocoa_embed.images.colour_profile import apply, to_srgb
 from cocoa_embed.images.transparency import PIXELS_AT_ONCE, over_background
 
 ORIENTATION_TAG = 0x0112
@@ -15,6 +17,12 @@ THUMBNAIL_QUALITY = 80
 
 FULL_SCALES = (1.0, 255.0, 65535.0)
 """The values of white: integers have the last one."""
+
+SWAPPED = {";16B": ";16L", ";16L": ";16B", ";16N": ";16B" if sys.byteorder == "little" else ";16L"}
+"""Pillow's names of a byte order, and of the other one, in which the upper 8 bits are really the lower ones."""
+
+DARK = 64
+"""An image whose 8-bit values are all below holds 14 bits or fewer in 16."""
 
 
 def read_orientation(image: Image.Image) -> int:
@@ -43,24 +51,18 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Return a new RGB image in sRGB: other depths scaled to 8 bits, transparency over a background that shows it."""
-    return to_srgb(pixels_to_rgb(image), image)
-
-
-def pixels_to_rgb(image: Image.Image) -> Image.Image:
-    """Return a new RGB image, whose colours are still those of the image's profile."""
-    if image.mode == "F" or image.mode.startswith("I"):
-        image = grey_image(image)
-    if image.mode == "LAB":
-        return lab_to_rgb(image)
-    return over_background(image) if image.has_transparency_data else image.convert("RGB")
+    pixels = grey_image(image) if image.mode == "F" or image.mode.startswith("I") else image
+    if pixels.mode == "LAB":
+        rgb = lab_to_rgb(pixels)
+    else:
+        rgb = over_background(pixels) if pixels.has_transparency_data else pixels.convert("RGB")
+    return to_srgb(rgb, image)
 
 
 def lab_to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image of mode LAB, for which Pillow needs a colour profile."""
     lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-    rgb = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
-    assert rgb is not None
-    return rgb
+    return apply(ImageCms.buildTransform(lab, srgb, "LAB", "RGB"), image)
 
 
 def grey_image(image: Image.Image) -> Image.Image:
@@ -133,6 +135,40 @@ def grey_range(pixels: np.ndarray) -> tuple[float, float]:
         elif highest - last > last - lowest:
             highest = last + (last - lowest) / 3
     return lowest, highest
+
+
+def has_deep_colours(image: ImageFile.ImageFile) -> bool:
+    """Return whether an image that is not loaded yet has colour channels of 16 bits, and no transparent colour.
+
+    Pillow keeps the upper 8 of them, which are black where the values are small.
+    """
+    if image.mode not in ("RGB", "RGBA") or "transparency" in image.info:
+        return False
+    return any(";16" in str(tile.args) for tile in image.tile)
+
+
+def stretch_dark(image: Image.Image, again: ImageFile.ImageFile) -> None:
+    """Scale the colours of a loaded image by the range of their values, as those of grey images, if all are dark.
+
+    :param again: The same image, opened and not loaded.
+    """
+    upper = np.asarray(image)
+    if upper[:, :, :3].max() >= DARK:
+        return
+    again.tile = [tile._replace(args=swapped(tile.args)) for tile in again.tile]
+    again.load()
+    colours = upper[:, :, :3].astype(np.uint16) << 8 | np.asarray(again)[:, :, :3]
+    levels = grey_to_8_bit(colours.reshape(len(colours), -1)).reshape(colours.shape)
+    image.paste(Image.fromarray(np.dstack([levels, upper[:, :, 3:]])))
+
+
+def swapped(arguments: Any) -> Any:  # noqa: ANN401
+    """Return the arguments of a tile with the other byte order."""
+    if isinstance(arguments, tuple):
+        return tuple(map(swapped, arguments))
+    if isinstance(arguments, str) and ";16" in arguments:
+        return arguments[:-4] + SWAPPED.get(arguments[-4:], arguments[-4:])
+    return arguments
 
 
 def draw_thumbnail(image: Image.Image, size: int) -> bytes:

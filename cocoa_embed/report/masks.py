@@ -14,19 +14,10 @@ SHOWN_POSITIONS = 12
 """Positions of a long block that are shown one by one."""
 
 
-class Run(NamedTuple):
-    """``length`` equal cells of a mask's row from ``column`` on; ``kind`` is "a", "eos", "b" or "leak"."""
-
-    row: int
-    column: int
-    length: int
-    kind: str
-
-
 class Span(NamedTuple):
-    """``length`` neighbouring positions from ``start`` on that belong to one block."""
+    """``length`` neighbouring positions from ``start`` on that have one value."""
 
-    block: str
+    value: str
     start: int
     length: int
 
@@ -68,7 +59,7 @@ class Mask:
         for _, alike in groupby(patterns):
             length = len(list(alike))
             shown = [
-                (span.start, span.block if span.length == 1 else f"{span.length} × {span.block}")
+                (span.start, span.value if span.length == 1 else f"{span.length} × {span.value}")
                 for span in spans(self.labels[start : start + length])
             ]
             if len(shown) > 2 * SHOWN_POSITIONS:
@@ -79,15 +70,14 @@ class Mask:
             start += length
         return Mask(self.allowed[np.ix_(kept, kept)], labels, [self.blocks[position] for position in kept])
 
-    def runs(self) -> list[Run]:
-        """Return the allowed cells as horizontal runs of one kind, row by row."""
-        runs = []
-        for row, allowed in enumerate(self.allowed):
-            kinds = [
-                _kind(self.blocks[row], block) if yes else "" for block, yes in zip(self.blocks, allowed, strict=True)
-            ]
-            runs += [Run(row, start, length, kind) for kind, start, length in spans(kinds) if kind]
-        return runs
+    def rows(self) -> list[list[Span]]:
+        """Return the allowed cells of each row, neighbours of one kind ("a", "eos", "b" or "leak") together."""
+        cells = (zip(self.blocks, allowed, strict=True) for allowed in self.allowed)
+        kinds = (
+            [_kind(reader, read) if yes else "" for read, yes in row]
+            for reader, row in zip(self.blocks, cells, strict=True)
+        )
+        return [[span for span in spans(row) if span.value] for row in kinds]
 
     def attends(self, reader: str, read: str) -> bool:
         """Return whether any position of a block attends to one of another block."""

@@ -114,7 +114,7 @@ def as_picture(value: object, name: str | None = None) -> Picture | None:
         return value
     if not isinstance(value, str) or value[:5].lower() != "data:":
         raise UsageError("the image is neither a file of a form nor a data: URI; give one of these")
-    data, uri = read_image_source(value, None)
+    data, uri = read_image_source(value)
     return Picture(data, name or uri)
 
 

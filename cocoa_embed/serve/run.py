@@ -41,34 +41,20 @@ def model_of(store: Store) -> str:
 
 
 def open_app(
-    model: str | None, device: str | None, storage: dict[str, Any], limits: Limits, api_key: str | None
+    model: str | Encoder | None, device: str | None, storage: dict[str, Any], limits: Limits, api_key: str | None
 ) -> tuple[QdrantIndexer, Starlette]:
     """Open a collection, load its model, and return both as an application.
 
-    :param model: None takes the one that made the collection.
+    :param model: Its name, or the loaded model; None takes the one that made the collection.
     :param storage: The arguments of ``QdrantIndexer`` that name the collection.
     :raises CocoaError: If there is no such collection, or another model made it.
     """
     store = QdrantIndexer(None, **storage).store
     store.require_signature()  # before the model, which takes seconds
-    return serve_encoder(load_encoder(model or model_of(store), device), storage, limits, api_key, store)
-
-
-def serve_encoder(
-    encoder: Encoder,
-    storage: dict[str, Any],
-    limits: Limits,
-    api_key: str | None = None,
-    store: Store | None = None,
-) -> tuple[QdrantIndexer, Starlette]:
-    """Return a collection and an application over it, for a model that is loaded.
-
-    :param store: The collection, if it is open already: a local one is read as a whole.
-    :raises CocoaError: If there is no such collection, or another model made it.
-    """
+    encoder = model if isinstance(model, Encoder) else load_encoder(model or model_of(store), device)
     batches = Batches(encoder, limits.seconds)
     indexer = QdrantIndexer(BatchingEncoder(batches), **storage)
-    indexer.store = store or indexer.store
+    indexer.store = store  # a local one is read as a whole when it is opened
     try:
         indexer.require_model()
     except BaseException:

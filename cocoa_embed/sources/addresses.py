@@ -8,39 +8,34 @@ from functools import partial
 from urllib.parse import urlsplit
 
 from cocoa_embed.data.places import Place
-from cocoa_embed.errors import ImageError, UsageError, one_line
+from cocoa_embed.errors import ImageError, UsageError
 from cocoa_embed.images.urls import shown_address
 from cocoa_embed.sources.base import Record, SourceOptions
 from cocoa_embed.sources.remote import is_web, read_address
-from cocoa_embed.sources.shard_files import Kind, ShardFile, json_values, shard_error
+from cocoa_embed.sources.shard_files import Kind, ShardFile, json_values
 from cocoa_embed.sources.tables import ADDRESS_COLUMNS, address_column, table_rows
 
 
 def read_addresses(file: ShardFile) -> Iterator[Record]:
     """Yield the images of a list, an address a line, or of a table with a column of addresses.
 
-    :raises ImageError: If the file cannot be read.
+    :raises Exception: If the file cannot be read.
     """
-    count = 0
-    try:
-        for number, row in table_rows(file.place):
-            column = address_column(row)
-            address = "" if column is None else str(row[column]).strip()
-            others = {key: value for key, value in row.items() if key != column}
-            if "://" in address:
-                yield Record(
-                    key=address,
-                    relative_key=address.partition("://")[2].partition("?")[0],
-                    read=partial(read_address, address, file.options.allowed_hosts),
-                    metadata=json_values(others),
-                    metadata_source=file.key if others else None,
-                )
-            else:
-                reason = f"has {address!a} instead of an address" if column else f"has no column {ADDRESS_COLUMNS[0]!r}"
-                yield file.make_record(number, ImageError(f"{file.key}#{number}", reason), others)
-            count += 1
-    except Exception as error:  # remote file systems raise nearly anything
-        raise shard_error(file, count, one_line(error)) from error
+    for number, row in table_rows(file.place):
+        column = address_column(row)
+        address = "" if column is None else str(row[column]).strip()
+        others = {key: value for key, value in row.items() if key != column}
+        if "://" in address:
+            yield Record(
+                key=address,
+                relative_key=address.partition("://")[2].partition("?")[0],
+                read=partial(read_address, address, file.options.allowed_hosts),
+                metadata=json_values(others),
+                metadata_source=file.key if others else None,
+            )
+        else:
+            reason = f"has {address!a} instead of an address" if column else f"has no column {ADDRESS_COLUMNS[0]!r}"
+            yield file.make_record(number, ImageError(f"{file.key}#{number}", reason), others)
 
 
 def first_address(place: Place) -> str:

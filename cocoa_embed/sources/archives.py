@@ -17,7 +17,7 @@ from cocoa_embed.errors import CocoaError, ImageError, one_line, printable
 from cocoa_embed.images.find_files import IMAGE_SUFFIXES
 from cocoa_embed.images.load import MAX_IMAGE_BYTES, check_size
 from cocoa_embed.sources.base import Record, storable
-from cocoa_embed.sources.shard_files import Kind, ShardFile, shard_error
+from cocoa_embed.sources.shard_files import Kind, ShardFile
 from cocoa_embed.sources.tables import batches
 
 if TYPE_CHECKING:
@@ -75,9 +75,8 @@ class BrokenTar(tarfile.TarError):
 def read_archive(file: ShardFile) -> Iterator[Record]:
     """Yield the images of an archive, described by the files of the same name that follow or precede them.
 
-    :raises ImageError: If the archive cannot be read to its end.
+    :raises Exception: If the archive cannot be read to its end.
     """
-    records = 0
     faults: list[Exception] = []
     columns = cache(lambda: columns_beside(file.place))
     for sample, members in groupby(until_fault(read_members(file), faults), key=lambda each: each.sample):
@@ -89,9 +88,8 @@ def read_archive(file: ShardFile) -> Iterator[Record]:
                 metadata = metadata | read_description(each.suffix, each.content)
         for image in images:
             yield file.make_record(image.name, image.content, metadata)
-            records += 1
     for fault in faults:
-        raise fault if isinstance(fault, CocoaError) else shard_error(file, records, one_line(fault)) from fault
+        raise fault
 
 
 def until_fault(members: Iterator[Member], faults: list[Exception]) -> Iterator[Member]:

@@ -48,28 +48,17 @@ class Record:
     one of them is removed if they no longer have it."""
 
 
-class Shard(Protocol):
+@dataclass(frozen=True)
+class Shard:
     """Records that are read together: the files of a folder, an archive, a table, a document."""
 
-    @property
-    def key(self) -> str:
-        """The name of the shard: an absolute path or a URL."""
-        ...
-
-    @property
-    def version(self) -> str:
-        """What changes when any of its records may have changed; an unchanged shard is skipped.
-
-        Empty: its records are checked one by one.
-        """
-        ...
-
-    def records(self) -> Iterator[Record]:
-        """Yield the records in order.
-
-        :raises ImageError: If the shard cannot be read, or not to its end.
-        """
-        ...
+    key: str
+    """The name of the shard: an absolute path or a URL."""
+    records: Callable[[], Iterator[Record]]
+    """Yields the records in order; raises an ``ImageError`` if the shard cannot be read, or not to its end."""
+    version: str = ""
+    """Changes when any of the records may have changed; an unchanged shard is skipped. Empty: the records are checked
+    one by one."""
 
 
 class Source(Protocol):

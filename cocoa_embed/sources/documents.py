@@ -6,7 +6,7 @@ import math
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -15,7 +15,7 @@ from cocoa_embed.data.places import open_binary
 from cocoa_embed.errors import ImageError, one_line, printable
 from cocoa_embed.images.load import check_size
 from cocoa_embed.sources.base import Record
-from cocoa_embed.sources.shard_files import Kind, ShardFile, give, shard_error
+from cocoa_embed.sources.shard_files import Kind, ShardFile, give
 
 if TYPE_CHECKING:
     import pypdfium2
@@ -33,27 +33,19 @@ PDFIUM = threading.Lock()
 def read_pages(file: ShardFile) -> Iterator[Record]:
     """Yield the pages of a document, numbered from 1.
 
-    :raises ImageError: If it is encrypted or broken.
+    :raises Exception: If it is encrypted or broken.
     """
-    drawn = 0
-    with ExitStack() as stack:
-        try:
-            if isinstance(file.place, Path):
-                source: Path | bytes = file.place
-                check_size(file.place.stat().st_size, file.key)
-            else:
-                with open_binary(file.place) as opened:
-                    source = opened.read()
-            document = stack.enter_context(open_document(source))
-            pages = len(document)
-        except ImageError:
-            raise
-        except Exception as error:  # remote file systems raise nearly anything
-            raise shard_error(file, 0, one_line(error)) from error
+    if isinstance(file.place, Path):
+        source: Path | bytes = file.place
+        check_size(file.place.stat().st_size, file.key)
+    else:
+        with open_binary(file.place) as opened:
+            source = opened.read()
+    with open_document(source) as document:
+        pages = len(document)
         for number in range(1, pages + 1):
             name = f"page={number}"
             content = draw_page(document, number, f"{file.key}#{name}")
-            drawn += isinstance(content, bytes)
             yield file.make_record(name, content, {"page": number, "pages": pages})
 
 

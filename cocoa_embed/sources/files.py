@@ -22,44 +22,8 @@ from cocoa_embed.images.find_files import (
 )
 from cocoa_embed.images.load import read_stable_file
 from cocoa_embed.images.passed_over import PassedOver, is_searched
-from cocoa_embed.sources.base import Record, storable
+from cocoa_embed.sources.base import Record, Shard, storable
 from cocoa_embed.sources.image_metadata import ImageMetadata
-
-
-@dataclass(frozen=True)
-class FileShard:
-    """Files of one folder, or a part of a list."""
-
-    key: str
-    files: Sequence[str]
-    root: Path
-    """The folder where relative paths start."""
-    metadata: ImageMetadata
-    version: str = ""
-
-    def records(self) -> Iterator[Record]:
-        """Yield the files in order, also those that do not exist."""
-        return map(self._record, self.files)
-
-    def _record(self, file: str) -> Record:
-        path = Path(os.path.abspath(file))
-        try:
-            status = os.stat(path)
-            mtime, size = status.st_mtime, status.st_size
-        except (OSError, ValueError):  # reading it gives the reason
-            mtime, size = 0.0, None
-        metadata, source, checked = self.metadata.describe(path, self.root)
-        relative = str(path.relative_to(self.root)) if path.is_relative_to(self.root) else path.name
-        read = partial(read_file, path)
-        return Record(str(path), relative, read, mtime, size, None, metadata, source, checked)
-
-
-def read_file(path: Path) -> bytes:
-    """Return the bytes of a file.
-
-    :raises ImageError: If it cannot be read, or changes meanwhile.
-    """
-    return read_stable_file(path).data
 
 
 @dataclass
@@ -79,8 +43,8 @@ class FileSource:
         """The path; of several files, the folder that holds all."""
         return str(self.paths[0]) if len(self.paths) == 1 else os.path.commonpath([path.parent for path in self.paths])
 
-    def shards(self) -> Iterator[FileShard]:
-        """Yield the files, some of a folder at a time.
+    def shards(self) -> Iterator[Shard]:
+        """Yield the files, those that do not exist too, some of a folder at a time.
 
         :raises CocoaError: As ``find_images``.
         """
@@ -89,7 +53,19 @@ class FileSource:
                 continue
             root = search_folder(path)
             for files in chain(self.search.find(path), self.search.follow_links()):
-                yield FileShard(os.path.dirname(files[0]), files, root, self.metadata)
+                yield Shard(os.path.dirname(files[0]), partial(map, partial(self._record, root), files))
+
+    def _record(self, root: Path, file: str) -> Record:
+        path = Path(os.path.abspath(file))
+        try:
+            status = os.stat(path)
+            mtime, size = status.st_mtime, status.st_size
+        except (OSError, ValueError):  # reading it gives the reason
+            mtime, size = 0.0, None
+        metadata, source, checked = self.metadata.describe(path, root)
+        relative = str(path.relative_to(root)) if path.is_relative_to(root) else path.name
+        read = partial(read_stable_file, path)
+        return Record(str(path), relative, read, mtime, size, None, metadata, source, checked)
 
     def covers(self, key: str) -> bool:
         """Return whether a file of this path, as payloads name it, would have been found, if it existed."""

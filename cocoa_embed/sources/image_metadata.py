@@ -41,20 +41,17 @@ class Description(NamedTuple):
 class FolderMetadata:
     """The metadata of one folder, by the absolute path of each image: on disk, where they are too large for a cache."""
 
-    def __init__(self, source: str | None = None) -> None:
+    def __init__(self, source: str) -> None:
         """Remember the file of the metadata; there are no rows yet."""
         self.source = source
-        self.is_whole = source is not None
+        self.is_whole = True
         """Whether every row could be used."""
-        if source is not None:
-            self._rows = sqlite3.connect("", check_same_thread=False, isolation_level=None)
-            self._rows.execute("CREATE TABLE rows (image BLOB PRIMARY KEY, columns TEXT) WITHOUT ROWID")
-            self._rows.execute("BEGIN")
+        self._rows = sqlite3.connect("", check_same_thread=False, isolation_level=None)
+        self._rows.execute("CREATE TABLE rows (image BLOB PRIMARY KEY, columns TEXT) WITHOUT ROWID")
+        self._rows.execute("BEGIN")
 
     def row(self, image: str) -> dict[str, Any] | None:
         """Return the columns of an image; None if the metadata do not name it."""
-        if self.source is None:
-            return None
         found = self._rows.execute("SELECT columns FROM rows WHERE image = ?", (os.fsencode(image),)).fetchone()
         return None if found is None else dict(json.loads(found[0]))
 
@@ -88,14 +85,14 @@ class ImageMetadata:
         :param root: The folder that is searched; those above are not read.
         """
         above = (folder for folder in image.parent.parents if folder.is_relative_to(root))
-        folders = [self._read(folder) for folder in (*reversed([*above]), image.parent)]
+        folders = [*filter(None, map(self._read, (*reversed([*above]), image.parent)))]
         metadata: dict[str, Any] = {}
         source = None
         for folder in folders:
             if (row := folder.row(str(image))) is not None:
                 merge(metadata, row)
                 source = source or folder.source
-        checked = frozenset(folder.source for folder in folders if folder.source and folder.is_whole)
+        checked = frozenset(folder.source for folder in folders if folder.is_whole)
         if "text" not in metadata and (text := self._text_beside(image)):
             metadata["text"] = text[0]
             source = source or text[1]
@@ -103,23 +100,22 @@ class ImageMetadata:
 
     def _text_beside(self, image: Path) -> tuple[str, str] | None:
         try:
-            path = text_beside(image)
-            text = None if path is None else read_text(path)
-            return None if text is None else (text, str(path))
+            if (path := text_beside(image)) and (text := read_text(path)):
+                return text, str(path)
         except RowError as error:
             self._note(error.source, error.reason)
         except OSError:  # the folder is gone, or cannot be listed: the image says so
             pass
         return None
 
-    def _read_folder(self, folder: Path) -> FolderMetadata:
-        found, place = FolderMetadata(), folder
+    def _read_folder(self, folder: Path) -> FolderMetadata | None:
+        found = None
         try:
             if (metadata := metadata_file(folder)) is None:
                 if hint := unread_table(os.listdir(folder)):
                     logger.warning("%s: %s", printable(folder), hint)
-                return found
-            place, found = metadata, FolderMetadata(str(metadata))
+                return None
+            found = FolderMetadata(str(metadata))
             for row in read_metadata(metadata):
                 if isinstance(row, RowError):
                     self._note(row.source, row.reason)
@@ -127,8 +123,9 @@ class ImageMetadata:
                 else:
                     found.add(row)
         except CocoaError as error:
-            self._note(str(place), str(error))
-            found.is_whole = False
+            self._note(str(folder) if found is None else found.source, str(error))
+            if found is not None:
+                found.is_whole = False
         except OSError:  # the folder cannot be listed: the search says so
             pass
         return found

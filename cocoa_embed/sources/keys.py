@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
@@ -14,56 +14,57 @@ from PIL.Image import Image
 
 from cocoa_embed.data.places import open_binary
 from cocoa_embed.errors import ImageError, one_line, printable, require
-from cocoa_embed.images.load import decode_image
+from cocoa_embed.images.load import decode_image, read_stable_file
 from cocoa_embed.images.urls import shown_address
-from cocoa_embed.sources.base import SourceOptions, storable
-from cocoa_embed.sources.files import read_file, undecode
-from cocoa_embed.sources.open import NO_OPTIONS, local_path, named_kind
+from cocoa_embed.sources.base import storable
+from cocoa_embed.sources.files import undecode
+from cocoa_embed.sources.open import local_path, named_kind
 from cocoa_embed.sources.remote import is_web, read_address
 from cocoa_embed.sources.shard_files import Kind
 
 
-def load_key(key: str, options: SourceOptions = NO_OPTIONS) -> Image:
+def load_key(key: str, allowed_hosts: Sequence[str] = ()) -> Image:
     """Return the image that ``read_key`` reads, as upright RGB.
 
+    :param allowed_hosts: The hosts of the web that are asked, as for ``Fetcher``.
     :raises ImageError: If there is no such image, or it cannot be used.
     """
-    return decode_image(read_key(key, options), shown_address(key) if "://" in key else printable(key))[0]
+    return decode_image(read_key(key, allowed_hosts), shown_address(key) if "://" in key else printable(key))[0]
 
 
-def read_key(key: str, options: SourceOptions = NO_OPTIONS) -> bytes:
+def read_key(key: str, allowed_hosts: Sequence[str] = ()) -> bytes:
     """Return the bytes of the image that a payload has as its path, without reading other images of the same file.
 
     :param key: A path or an address, with ``#`` and the name of the image where many are in one file.
-    :param options: The web is asked on its ``allowed_hosts`` alone, for the whole file.
+    :param allowed_hosts: The hosts of the web that are asked, for the whole file, as for ``Fetcher``.
     :raises ImageError: If there is no such image, or it cannot be read.
     """
-    key = local_path(key)
+    key, hosts = local_path(key), tuple(allowed_hosts)
     is_address = "://" in key
     if is_address and "::" in key and not is_web(key):  # fsspec would follow it to any host of the web
         raise ImageError(printable(key), "is an address inside of another one; give a plain address")
     for spelling in dict.fromkeys((key,) if is_address else (key, undecode(key))):
         if not is_address and os.path.lexists(spelling):
-            return read_file(Path(spelling))
+            return read_stable_file(Path(spelling))
         for sign in re.finditer("#", spelling):
             file, name = spelling[: sign.start()], storable(spelling[sign.end() :])
             kind = named_kind(urlsplit(file).path if is_web(file) else file)
             if kind is not None and kind.read_one is not None and (is_address or os.path.isfile(file)):
-                return _read_one(kind.read_one, kind, file, name, options)
-    return read_address(key, options.allowed_hosts) if is_address else read_file(Path(key))
+                return _read_one(kind.read_one, kind, file, name, hosts)
+    return read_address(key, hosts) if is_address else read_stable_file(Path(key))
 
 
 def _read_one(
-    read: Callable[[BinaryIO, str, str], bytes], kind: Kind, file: str, name: str, options: SourceOptions
+    read: Callable[[BinaryIO, str, str], bytes], kind: Kind, file: str, name: str, hosts: tuple[str, ...]
 ) -> bytes:
     try:
         require(kind.package, kind.extra)
         place = Path(file) if "://" not in file else file
-        with BytesIO(read_address(file, options.allowed_hosts)) if is_web(file) else open_binary(place) as opened:
+        with BytesIO(read_address(file, hosts)) if is_web(file) else open_binary(place) as opened:
             return read(opened, file, name)
     except ImageError:
         raise
     except FileNotFoundError:
-        return read_address(f"{file}#{name}", options.allowed_hosts)
+        return read_address(f"{file}#{name}", hosts)
     except Exception as error:  # remote file systems and decoders raise nearly anything
         raise ImageError(printable(f"{file}#{name}"), f"cannot be read ({one_line(error)})") from error

@@ -41,49 +41,32 @@ def all_sources(
 ) -> list[Source]:
     """Return the sources of places: folders, files, patterns, lists, addresses.
 
-    :param on_error: Called with what cannot be read, and the reason.
-    :param passed_over: Decides what is passed over, and counts it; by default, what ``options`` exclude.
-    :param may_be_gone: Whether a place that does not exist is a source without images.
-    :raises CocoaError: If a place does not exist, or has no images.
-    """
-    passed_over = passed_over or PassedOver(options.exclude)
-    photographs, others = open_sources(places, options, passed_over, may_be_gone=may_be_gone)
-    if not may_be_gone and (photographs or not others):
-        require_images(photographs, options.exclude)
-    return [*file_sources(photographs, on_error, passed_over, may_be_gone=may_be_gone), *others]
-
-
-def open_sources(
-    places: Iterable[str | Path],
-    options: SourceOptions = NO_OPTIONS,
-    passed_over: PassedOver | None = None,
-    *,
-    may_be_gone: bool = False,
-) -> tuple[list[str], list[Source]]:
-    """Return the local places that give photographs, for ``files.py`` to find, and the sources of everything else.
-
     A folder gives its photographs, and the kinds of files in ``options.include``; a folder without photographs gives
     the files of all kinds.
 
+    :param on_error: Called with what cannot be read, and the reason.
     :param passed_over: Decides what is passed over, and counts it; by default, what ``options`` exclude.
     :param may_be_gone: Whether a place that does not exist is a source without images.
-    :raises CocoaError: If a place does not exist or cannot be listed, or a package that reads it is not installed.
+    :raises CocoaError: If a place does not exist, cannot be listed or has no images, or a package that reads it is not
+        installed.
     :raises UsageError: If a place is empty, or ``options.include`` has an unknown kind.
     """
     passed_over = passed_over or PassedOver(options.exclude)
     for name in sorted(options.include - KINDS.keys()):
         raise UsageError(f"--include {name} is no kind of file {did_you_mean(name, [*KINDS])}")
     photographs: list[str] = []
-    sources: list[Source] = []
+    others: list[Source] = []
     for place in places:
         text = local_path(os.fspath(place))
         if "://" in text:
-            sources += _open_address(text, options, passed_over, may_be_gone)
+            others += _open_address(text, options, passed_over, may_be_gone)
         else:
-            has_photographs, others = _open_path(text, options, passed_over, may_be_gone)
+            has_photographs, found = _open_path(text, options, passed_over, may_be_gone)
             photographs += [text] * has_photographs
-            sources += others
-    return photographs, sources
+            others += found
+    if not may_be_gone and (photographs or not others):
+        require_images(photographs, options.exclude)
+    return [*file_sources(photographs, on_error, passed_over, may_be_gone=may_be_gone), *others]
 
 
 def _open_path(
@@ -132,12 +115,12 @@ def _open_address(address: str, options: SourceOptions, passed_over: PassedOver,
             root, listed = system.unstrip_protocol(path).rstrip("/"), {}
         else:
             matches = system.glob(path, detail=True)
-            wildcard = re.search(r"[*?[]", path)
-            root = "" if wildcard is None else system.unstrip_protocol(path[: wildcard.start()].rpartition("/")[0])
-            found_files = {system.unstrip_protocol(name): info for name, info in sorted(matches.items())}
+            before, *pattern = re.split(r"[*?[]", path, maxsplit=1)
+            root = system.unstrip_protocol(before.rpartition("/")[0]) if pattern else ""
+            files = ((system.unstrip_protocol(name), info) for name, info in sorted(matches.items()))
             listed = {
                 name: info
-                for name, info in found_files.items()
+                for name, info in files
                 if not passed_over.has_entry(name, root or name.rpartition("/")[0], remote_start)
             }
     images: dict[str, Any] | None

@@ -25,37 +25,6 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class RemoteFolder:
-    """One folder of a remote file system, without its subfolders; or one file in it."""
-
-    key: str
-    """The address of the folder."""
-    root: str
-    """The address where the relative keys start."""
-    files: dict[str, dict[str, Any]]
-    """What the file system knows of each image, by its address."""
-    allowed_hosts: tuple[str, ...]
-    described: Mapping[str, tuple[dict[str, Any], str]]
-    """What is said about images, by address, and the file that says it."""
-    version: str = ""
-
-    def records(self) -> Iterator[Record]:
-        """Yield the images; each is downloaded when it is read."""
-        for address, info in sorted(self.files.items()):
-            size = info.get("size")
-            metadata, source = self.described.get(address, ({}, None))
-            yield Record(
-                key=address,
-                relative_key=relative_key(address, self.root or None),
-                read=partial(read_address, address, self.allowed_hosts),
-                mtime=mtime_of(info),
-                size=size if isinstance(size, int) else None,
-                metadata=metadata,
-                metadata_source=source,
-            )
-
-
-@dataclass(frozen=True)
 class RemoteImages:
     """A source: the images below an address, or some of them."""
 
@@ -76,7 +45,24 @@ class RemoteImages:
             described |= descriptions(folder, files)
             images = {address: info for address, info in files.items() if self.files or self._is_found(address)}
             if images:
-                yield RemoteFolder(folder, self.root, images, self.allowed_hosts, described)
+                yield Shard(folder, partial(self._records, images, described))
+
+    def _records(
+        self, files: dict[str, dict[str, Any]], described: Mapping[str, tuple[dict[str, Any], str]]
+    ) -> Iterator[Record]:
+        """Yield images, by address, with what is said about them; each is downloaded when it is read."""
+        for address, info in sorted(files.items()):
+            size = info.get("size")
+            metadata, source = described.get(address, ({}, None))
+            yield Record(
+                key=address,
+                relative_key=relative_key(address, self.root or None),
+                read=partial(read_address, address, self.allowed_hosts),
+                mtime=mtime_of(info),
+                size=size if isinstance(size, int) else None,
+                metadata=metadata,
+                metadata_source=source,
+            )
 
     def _is_found(self, address: str) -> bool:
         return is_image(address) and not self.passed_over.has_file(address, self.root, remote_start)

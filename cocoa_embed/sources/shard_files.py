@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import queue
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple
 
 from cocoa_embed.data.places import Place, is_gone, modified_at, version_of
-from cocoa_embed.errors import CocoaError, ImageError, printable
+from cocoa_embed.errors import CocoaError, ImageError, MissingExtraError, one_line, printable
 from cocoa_embed.images.passed_over import PassedOver
 from cocoa_embed.sources.base import Record, Shard, SourceOptions, storable
 from cocoa_embed.sources.files import is_deleted
-
-Item = TypeVar("Item")
 
 RECORDS_AHEAD = 16
 """Records that are read before they are asked for."""
@@ -31,7 +28,7 @@ class Kind(NamedTuple):
     suffixes: tuple[str, ...]
     """In lower case."""
     read: Callable[[ShardFile], Iterator[Record]]
-    """Yields the records in order; raises an ``ImageError`` that names what the file lacks after the good ones."""
+    """Yields the records in order; raises anything, after the good ones, if the file cannot be read to its end."""
     package: str
     """What reads it, and the extra that installs that."""
     extra: str
@@ -81,7 +78,28 @@ class ShardFile:
 
         :raises ImageError: If the file cannot be read, or not to its end.
         """
-        return in_background(partial(self.kind.read, self))
+        images = self._read()
+        pool = ThreadPoolExecutor(1, thread_name_prefix="cocoa-shard")
+        try:
+            waiting = deque(pool.submit(next, images, None) for _ in range(RECORDS_AHEAD))
+            while (record := waiting.popleft().result()) is not None:
+                waiting.append(pool.submit(next, images, None))
+                yield record
+        finally:
+            pool.shutdown(cancel_futures=True)
+            images.close()
+
+    def _read(self) -> Generator[Record]:
+        good = 0
+        try:
+            for record in self.kind.read(self):
+                yield record
+                good += 1
+        except (ImageError, MissingExtraError):
+            raise
+        except Exception as error:  # remote file systems and decoders raise nearly anything
+            after = f" after {good} image{'s' * (good > 1)}" if good else ""
+            raise ImageError(printable(self.key), f"cannot be read{after} ({one_line(error)})") from error
 
     def make_record(self, name: str, content: bytes | ImageError, metadata: Mapping[str, Any]) -> Record:
         """Return the record of one image.
@@ -121,7 +139,8 @@ class ShardFiles:
     def shards(self) -> Iterator[Shard]:
         """Yield the files in order."""
         for place, kind in self.files:
-            yield ShardFile(place, relative_key(str(place), self.root), kind, self.options, self.passed_over)
+            file = ShardFile(place, relative_key(str(place), self.root), kind, self.options, self.passed_over)
+            yield Shard(file.key, file.records, file.version)
 
     def covers(self, key: str) -> bool:
         """Return whether the key is that of an image in one of the files, or in one that could be among them."""
@@ -158,50 +177,8 @@ def json_values(values: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def in_background(read: Callable[[], Iterator[Item]], ahead: int = RECORDS_AHEAD) -> Iterator[Item]:
-    """Yield what an iterator yields; a thread runs it, up to ``ahead`` items before they are asked for.
-
-    :raises Exception: What the iterator raises, after the items before it.
-    """
-    handed: queue.Queue[tuple[bool, Any]] = queue.Queue(ahead)
-    stopped = threading.Event()
-
-    def hand_over(is_item: bool, value: object) -> None:
-        while not stopped.is_set():
-            with suppress(queue.Full):
-                return handed.put((is_item, value), timeout=0.1)
-
-    def run() -> None:
-        try:
-            with closing(read()) as items:  # type: ignore[type-var]
-                for item in items:
-                    hand_over(True, item)
-                    if stopped.is_set():
-                        return
-            hand_over(False, None)
-        except BaseException as error:  # noqa: BLE001 - raised again in the thread that asks
-            hand_over(False, error)
-
-    thread = threading.Thread(target=run, name="cocoa-shard", daemon=True)
-    thread.start()
-    try:
-        while (handed_over := handed.get())[0]:
-            yield handed_over[1]
-        if handed_over[1] is not None:
-            raise handed_over[1]
-    finally:
-        stopped.set()
-        thread.join()
-
-
 def give(content: bytes | ImageError) -> bytes:
     """Return the bytes of an image, or raise the error that is there instead."""
     if isinstance(content, ImageError):
         raise content
     return content
-
-
-def shard_error(file: ShardFile, good: int, reason: str) -> ImageError:
-    """Return the error of a file that cannot be read to its end."""
-    after = f" after {good} image{'s' * (good > 1)}" if good else ""
-    return ImageError(printable(file.key), f"cannot be read{after} ({reason})")

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from cocoa_embed.data.places import Place, open_binary, open_text, suffix_of
 from cocoa_embed.data.tables import open_table
-from cocoa_embed.errors import ImageError, RowError, one_line, printable, require
+from cocoa_embed.errors import ImageError, RowError, printable, require
 from cocoa_embed.images.load import check_size, image_size
 from cocoa_embed.sources.base import Record
-from cocoa_embed.sources.shard_files import Kind, ShardFile, give, shard_error
+from cocoa_embed.sources.shard_files import Kind, ShardFile, give
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -32,29 +32,24 @@ BUFFER_BYTES = 2**20
 def read_table(file: ShardFile) -> Iterator[Record]:
     """Yield the images of a table's rows; a row is named by its number from 0, and its other columns are metadata.
 
-    :raises ImageError: If the table cannot be read to its end, or has no images.
+    :raises ImageError: If the table has no images.
+    :raises Exception: If it cannot be read to its end.
     """
-    first = records = 0
+    first = 0
     columns: list[str] | None = None
-    try:
-        for batch in batches(file.place):
-            columns = image_columns(batch) if columns is None else columns
-            if not columns:
-                raise ImageError(file.key, f"has no images (columns: {', '.join(batch.schema.names)}); a column of"
-                                 " images has bytes, or {bytes, path}")  # fmt: skip
-            others = [name for name in batch.schema.names if name not in columns]
-            for number, row in enumerate(batch.select(others).to_pylist(), first):
-                for column in columns:
-                    cell = batch[column][number - first].as_py()
-                    for place, (content, path) in enumerate(_images(cell, file.key)):
-                        name = _name(number, column if len(columns) > 1 else "", place)
-                        yield file.make_record(name, content, {**row, **({"file_name": path} if path else {})})
-                        records += 1
-            first += batch.num_rows
-    except ImageError:
-        raise
-    except Exception as error:  # remote file systems raise nearly anything
-        raise shard_error(file, records, one_line(error)) from error
+    for batch in batches(file.place):
+        columns = image_columns(batch) if columns is None else columns
+        if not columns:
+            raise ImageError(file.key, f"has no images (columns: {', '.join(batch.schema.names)}); a column of images"
+                             " has bytes, or {bytes, path}")  # fmt: skip
+        others = [name for name in batch.schema.names if name not in columns]
+        for number, row in enumerate(batch.select(others).to_pylist(), first):
+            for column in columns:
+                cell = batch[column][number - first].as_py()
+                for place, (content, path) in enumerate(_images(cell, file.key)):
+                    name = _name(number, column if len(columns) > 1 else "", place)
+                    yield file.make_record(name, content, {**row, **({"file_name": path} if path else {})})
+        first += batch.num_rows
 
 
 def read_cell(opened: BinaryIO, file: str, name: str) -> bytes:
@@ -77,7 +72,7 @@ def image_cells(opened: BinaryIO, file: str, number: int) -> dict[str, Any]:
     """Return what a row has in the columns of images, by column; nothing if there is no such row."""
     import pyarrow.parquet as parquet
 
-    first = 0
+    first, columns = 0, None
     if suffix_of(file) == ".parquet":
         table = parquet.ParquetFile(opened, buffer_size=BUFFER_BYTES)
         names = [field.name for field in table.schema_arrow if _holds_bytes(field.type)]
@@ -87,9 +82,8 @@ def image_cells(opened: BinaryIO, file: str, number: int) -> dict[str, Any]:
         first, rows = starts[group], table.iter_batches(ROWS_AT_ONCE, [group], columns)
     else:
         rows = batches_of(opened, file)
-        start = next(rows)
-        columns, rows = image_columns(start), chain([start], rows)
     for batch in rows:
+        columns = image_columns(batch) if columns is None else columns
         if number < first + batch.num_rows:
             return {column: batch[column][number - first].as_py() for column in columns}
         first += batch.num_rows

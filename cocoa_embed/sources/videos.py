@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, BinaryIO
 from PIL import Image
 
 from cocoa_embed.data.places import open_binary
-from cocoa_embed.errors import ImageError, one_line, printable
+from cocoa_embed.errors import ImageError, printable
 from cocoa_embed.images.load import check_pixels
 from cocoa_embed.sources.base import Record
-from cocoa_embed.sources.shard_files import Kind, ShardFile, give, shard_error
+from cocoa_embed.sources.shard_files import Kind, ShardFile, give
 
 if TYPE_CHECKING:
     import av
@@ -29,24 +29,19 @@ JPEG_QUALITY = 95
 def read_frames(file: ShardFile) -> Iterator[Record]:
     """Yield a frame every ``options.every`` seconds, the first frame first, named by its time.
 
-    :raises ImageError: If the file has no video, or cannot be decoded to its end.
+    :raises ImageError: If the file has no video, or no frame can be decoded.
+    :raises Exception: If it cannot be decoded to its end.
     """
     import av
 
-    frames = 0
-    try:
-        with open_binary(file.place) as opened, av.open(opened) as container:
-            stream = video_stream(container, file.key)
-            for seconds, frame in sampled_frames(container, stream, file.options.every):
-                name = f"t={seconds}"
-                yield file.make_record(name, as_jpeg(frame, stream, f"{file.key}#{name}"), {"seconds": seconds})
-                frames += 1
-            if not frames:
-                raise ImageError(file.key, "has no frame that can be decoded")
-    except ImageError:
-        raise
-    except Exception as error:  # remote file systems and decoders raise nearly anything
-        raise shard_error(file, frames, one_line(error)) from error
+    seconds = None
+    with open_binary(file.place) as opened, av.open(opened) as container:
+        stream = video_stream(container, file.key)
+        for seconds, frame in sampled_frames(container, stream, file.options.every):
+            name = f"t={seconds}"
+            yield file.make_record(name, as_jpeg(frame, stream, f"{file.key}#{name}"), {"seconds": seconds})
+    if seconds is None:
+        raise ImageError(file.key, "has no frame that can be decoded")
 
 
 def video_stream(container: av.container.InputContainer, name: str) -> av.VideoStream:

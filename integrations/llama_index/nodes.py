@@ -22,7 +22,6 @@ from cocoa_embed.errors import CocoaError, ImageError
 from cocoa_embed.images.load import ImageSource, load_image
 from cocoa_embed.images.to_rgb import draw_thumbnail
 from cocoa_embed.integrations.qdrant.points import plain_payload, with_node_fields
-from cocoa_embed.sources.base import SourceOptions
 from cocoa_embed.sources.files import is_deleted
 from cocoa_embed.sources.keys import load_key, read_key
 
@@ -80,7 +79,7 @@ def load_source(source: ImageSource, allowed_hosts: Sequence[str]) -> ImageSourc
     if not isinstance(source, str | Path) or str(source)[:5].lower() == "data:":
         return source
     try:
-        return load_key(str(source), SourceOptions(allowed_hosts=tuple(allowed_hosts)))
+        return load_key(str(source), allowed_hosts)
     except ImageError as error:
         if not error.reason.endswith("allowed hosts"):
             raise
@@ -125,9 +124,8 @@ class StoredImage(ImageNode):
         """
         if self.image is not None or os.path.isfile(self.image_path or ""):
             return super().resolve_image()
-        options = SourceOptions(allowed_hosts=self._allowed_hosts)
         try:
-            return BytesIO(read_key(self.image_path or self.image_url or "", options))
+            return BytesIO(read_key(self.image_path or self.image_url or "", self._allowed_hosts))
         except ImageError:
             if not os.path.isfile(self._thumbnail):
                 raise

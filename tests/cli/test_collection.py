@@ -10,7 +10,6 @@ from command_line import Command, modules_of_command
 from fake_model import FakeModel, write_colours
 from fake_qdrant import SIGNATURE, fake_server, make_points
 
-from cocoa_embed.cli import collection as collection_commands
 from cocoa_embed.integrations.qdrant import QdrantIndexer
 from cocoa_embed.integrations.qdrant.searching import export
 from cocoa_embed.integrations.qdrant.stores import open_store
@@ -125,17 +124,7 @@ def test_a_column_becomes_filterable_on_a_server(command: Command) -> None:
     assert "2 a local index (--path) filters by any key" in command("filterable", "licence").error()
 
 
-def test_ctrl_c_is_told_and_no_heavy_library_is_loaded(
-    command: Command, storage: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_no_heavy_library_is_loaded(storage: list[str], tmp_path: Path) -> None:
     result, modules = modules_of_command(["info", *storage], tmp_path)
     assert result.status == 0, result.err
     assert not {"torch", "transformers", "sentence_transformers"} & modules
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(collection_commands, "open_collection", interrupt)
-    for arguments in (["info"], ["list"], ["export-points", "-"]):
-        done = command(*arguments, *storage)
-        assert (done.status, done.err.splitlines()[-1]) == (130, "cocoa-embed: interrupted")

@@ -5,18 +5,13 @@ from pathlib import Path
 
 import pytest
 from command_line import Command
-from fake_model import FakeModel, write_colours
+from fake_model import write_colours
 from source_files import pdf, tar
 from table_files import png
 
 
 @pytest.fixture(autouse=True)
-def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("fake").mkdir()
-    for file in ("fake/modules.json", "fake/model.safetensors"):
-        Path(file).touch()
-    monkeypatch.setattr("sentence_transformers.SentenceTransformer", lambda *_, **__: FakeModel())
+def sources(fake_model: None) -> None:
     write_colours(Path("photos"), "red", "green", "blue")
     Path("a.tar").write_bytes(tar([("x.png", png(1)), ("y.png", b"no image")]))
     Path("report.pdf").write_bytes(pdf("red", "blue"))
@@ -64,13 +59,9 @@ def test_index_takes_archives_documents_and_addresses(command: Command) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["embed", "photos", "--shard", "3/2"], 2, "--shard 3/2 is not of the form i/n"),
         (["embed", "photos", "--shard", "0/2"], 2, "--shard 0/2 is not of the form i/n"),
         (["embed", "https://example.com/a.jpg"], 2, "give --allow-host example.com"),
-        (["embed", "nowhere"], 1, "nowhere does not exist"),
-        (["embed", "photos", "--include", "pdfs"], 2, "--include pdfs is no kind of file"),
         (["embed", "photos", "--ray", "--devices", "cpu"], 2, "--device and --ray were given together"),
-        (["embed", "photos", "--revision", "main"], 2, "--revision main is of a model on the hub"),
         (["embed", "photos", "--every", "0"], 2, "'--every'"),
     ],
 )
@@ -78,10 +69,3 @@ def test_wrong_usage_is_one_sentence(command: Command, words: list[str], code: i
     done = command(*words, "--model", "fake", "--out", "out")
     assert (done.status, done.out) == (code, "")
     assert message in done.err.replace("\n", " ")
-
-
-def test_a_folder_without_embeddings_cannot_be_loaded(command: Command) -> None:
-    for place in ("photos", "nowhere"):
-        done = command("load", place)
-        assert done.status == 1
-        assert f"{place} has no cocoa-embed.json" in done.err

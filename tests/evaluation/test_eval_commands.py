@@ -100,13 +100,7 @@ def test_wrong_input_of_mmeb_is_one_sentence_before_the_model_is_loaded(
     rows = subset_rows(tmp_path / "eval_images", "MSCOCO_t2i", ROWS)
     rows[0]["tgt_img_path"][2] = rows[0]["tgt_img_path"][1]
     write_subset(tmp_path / "MMEB-eval", "MSCOCO_t2i", rows)
-    (tmp_path / "eval_images/OK-VQA/0001.png").unlink()
-    for arguments, message in (
-        (["--subset", "MSCOCO-t2i"], "2 MMEB-V1 has no subset 'MSCOCO-t2i' (did you mean 'MSCOCO_t2i'?"),
-        (["--subset", "OK-VQA"], "1 images of OK-VQA are not in"),
-        (["--subset", "MSCOCO_t2i"], "row 1: two candidates are the same target"),
-    ):
-        assert message in mmeb(*arguments).error()
+    assert "row 1: two candidates are the same target" in mmeb("--subset", "MSCOCO_t2i").error()
     assert not Path("cocoa-eval").exists()
     models["ours"] = ours
     chosen = ("--subset", "MSCOCO_t2i", "--subset", "ImageNet-1K", "--limit", 3, "--repeated-targets", "merge")
@@ -160,10 +154,8 @@ def test_the_first_models_scores_are_shown_and_kept_if_the_second_model_fails(pa
 
 
 @pytest.mark.usefixtures("models")
-def test_wrong_input_of_pairs_is_one_sentence(pairs: Run, scenes: Path) -> None:
+def test_a_third_model_is_refused(pairs: Run) -> None:
     assert "2 --model was given 3 times" in pairs("ours", "--model", "ours", "--model", "ours").error()
-    (scenes / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "a"}\n')
-    assert "1 pairs hold only one query or one document" in pairs("ours").error()
 
 
 def test_the_commands_have_the_librarys_default() -> None:

@@ -67,11 +67,3 @@ def test_data_that_cannot_be_used_are_an_error_with_the_row_or_the_option(
     write_table(tmp_path / "untitled/metadata.jsonl", [{"file_name": "a.png"}])
     with pytest.raises(CocoaError, match=message):
         read_pairs(tmp_path / name)
-
-
-def test_an_image_folder_gives_a_pair_for_each_row(tmp_path: Path) -> None:
-    write_images(tmp_path, "ab")
-    write_table(tmp_path / "metadata.csv", [{"file_name": f"{name}.png", "text": f"text {name}"} for name in "aab"])
-    assert read_pairs(tmp_path) == [
-        Pair(Item(f"text {name}"), Item(images=(tmp_path / f"{name}.png",))) for name in "aab"
-    ]

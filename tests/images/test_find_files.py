@@ -8,7 +8,7 @@ import pytest
 
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.images.find_files import find_images, read_file_list, search_folder
-from cocoa_embed.images.passed_over import CACHE_MARKERS, THUMBNAILS_MARKER, PassedOver, in_system_folder, is_companion
+from cocoa_embed.images.passed_over import CACHE_MARKERS, THUMBNAILS_MARKER, PassedOver
 
 
 def make(folder: Path, *names: str) -> None:
@@ -274,11 +274,3 @@ def test_a_list_and_a_name_match_files_however_their_accents_are_composed(tmp_pa
     expected = [tmp_path / normalize("NFD", "é/Café.png")]
     assert find_images([tmp_path / "list.txt"]) == expected
     assert find_images([tmp_path / normalize("NFC", "é")]) == expected
-
-
-def test_paths_in_archives_are_passed_over_by_the_same_rule() -> None:
-    assert [in_system_folder(path) for path in ("__MACOSX/a/._b.jpg", "a/@eaDir/b.jpg", "a/b.jpg", ".git")] == [
-        *(True, True, False, False)
-    ]
-    assert is_companion("x/._b.jpg", b"\0\5\x16\7\0")
-    assert not is_companion("x/b.jpg", b"\0\5\x16\7\0")

@@ -22,7 +22,7 @@ from cocoa_embed.integrations.qdrant.indexing.thumbnails import ThumbnailFolder
 from cocoa_embed.integrations.qdrant.stores import open_store
 from cocoa_embed.integrations.qdrant.stores.base import Signature
 from cocoa_embed.integrations.qdrant.stores.store import Store
-from cocoa_embed.sources.base import Record
+from cocoa_embed.sources.base import Record, Shard
 
 BROKEN = b"no image"
 
@@ -63,8 +63,8 @@ class Archives:
     shards_: list[Archive]
     name: str = "/data"
 
-    def shards(self) -> Iterator[Archive]:
-        return iter(self.shards_)
+    def shards(self) -> Iterator[Shard]:
+        return (Shard(each.key, each.records, each.version) for each in self.shards_)
 
     def covers(self, key: str) -> bool:
         return key.startswith("/data/")

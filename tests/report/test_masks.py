@@ -1,6 +1,6 @@
 import numpy as np
 
-from cocoa_embed.report.masks import SHOWN_WHOLE, Mask, Run
+from cocoa_embed.report.masks import SHOWN_WHOLE, Mask, Span
 
 
 def mask(length_a: int = 3, length_b: int = 4) -> Mask:
@@ -11,12 +11,12 @@ def mask(length_a: int = 3, length_b: int = 4) -> Mask:
 
 def test_the_runs_of_a_mask_cover_what_is_allowed_and_a_leak_is_a_run_of_its_own() -> None:
     sound = mask()
-    assert sum(run.length for run in sound.runs()) == sound.allowed.sum()
-    assert {run.kind for run in sound.runs()} == {"a", "eos", "b"}
+    assert sum(run.length for row in sound.rows() for run in row) == sound.allowed.sum()
+    assert {run.value for row in sound.rows() for run in row} == {"a", "eos", "b"}
     assert (sound.attends("EOS", "B"), sound.attends("A", "B"), sound.is_causal) == (True, False, False)
     assert Mask(np.tril(sound.allowed), sound.labels, sound.blocks).is_causal
     sound.allowed[-1, 0] = True
-    assert [run for run in sound.runs() if run.kind == "leak"] == [Run(len(sound.labels) - 1, 0, 1, "leak")]
+    assert [[run for run in row if run.value == "leak"] for row in sound.rows()] == [*[[]] * 7, [Span("leak", 0, 1)]]
 
 
 def test_a_long_mask_is_condensed_and_allows_the_same() -> None:
@@ -25,6 +25,6 @@ def test_a_long_mask_is_condensed_and_allows_the_same() -> None:
     short = images.condensed()
     assert len(short.labels) < SHOWN_WHOLE
     assert (short.labels[0], short.labels[-1]) == ("256 × <|image_pad|>", "… 48 more")
-    assert {run.kind for run in short.runs()} == {"a", "eos", "b"}
+    assert {run.value for row in short.rows() for run in row} == {"a", "eos", "b"}
     images.allowed[300, 0] = True
     assert images.condensed().attends("B", "A"), "a single leak is not condensed away"

@@ -1,6 +1,7 @@
 """Inputs of concurrent requests form batches; each request gets what it would get alone."""
 
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,17 @@ class Gate(FakeModel):
         return super()._encode(inputs, prompt, task)
 
 
-def while_busy(model: Gate, batches: Batches, works: list[Any], jobs: int) -> list[Any]:
+@pytest.fixture
+def batches() -> Iterator[Batches]:
+    """The queue before a ``Gate``."""
+    made = Batches(Encoder(Gate(), "fake"), seconds=60)
+    yield made
+    made.close()
+
+
+def while_busy(batches: Batches, works: list[Any], jobs: int) -> list[Any]:
     """Run works, each in a thread, while a first batch holds the model; let it go when all jobs wait."""
-    encoder = BatchingEncoder(batches)
+    model, encoder = batches.encoder.model, BatchingEncoder(batches)
     with ThreadPoolExecutor(len(works) + 1) as pool:
         first = pool.submit(encoder.embed_queries, [{"text": "yellow"}])
         assert model.reached.wait(60)
@@ -48,68 +57,55 @@ def while_busy(model: Gate, batches: Batches, works: list[Any], jobs: int) -> li
         return [future.exception() or future.result() for future in futures]
 
 
-def test_what_waits_together_is_embedded_together_and_equals_what_is_embedded_alone() -> None:
-    model = Gate()
-    batches = Batches(Encoder(model, "fake"), seconds=60)
-    encoder = BatchingEncoder(batches)
+def test_what_waits_together_is_embedded_together_and_equals_what_is_embedded_alone(batches: Batches) -> None:
+    model, encoder = batches.encoder.model, BatchingEncoder(batches)
     inputs: list[ModelInput] = [{"text": colour} for colour in ("red", "green", "blue")] * 20
     inputs[7] = {"image": colour_image("red"), "text": "blue"}
     works = [lambda each=each: encoder.embed_queries([each]) for each in inputs]
-    found = while_busy(model, batches, works, len(inputs))
-    batches.close()
+    found = while_busy(batches, works, len(inputs))
     assert model.sizes == [("query", 1), ("query", BATCH_ITEMS), ("query", len(inputs) - BATCH_ITEMS)]
     np.testing.assert_array_equal(np.concatenate(found), Encoder(FakeModel()).embed_queries(inputs))
 
 
-def test_queries_and_documents_do_not_mix_and_short_embeddings_share_the_queue() -> None:
-    model = Gate()
-    batches = Batches(Encoder(model, "fake"), seconds=60)
+def test_queries_and_documents_do_not_mix_and_short_embeddings_share_the_queue(batches: Batches) -> None:
     encoder, short = BatchingEncoder(batches), BatchingEncoder(batches).truncate(3)
     red: list[ModelInput] = [{"text": "red"}]
     works = [lambda: encoder.embed_queries(red), lambda: short.embed_documents(red), lambda: short.embed_queries(red)]
-    whole, document, query = while_busy(model, batches, works, 3)
-    batches.close()
-    assert sorted(model.sizes[1:]) == [("document", 1), ("query", 2)]
+    whole, document, query = while_busy(batches, works, 3)
+    assert sorted(batches.encoder.model.sizes[1:]) == [("document", 1), ("query", 2)]
     assert (whole.shape, document.shape) == ((1, 48), (1, 3))
     np.testing.assert_allclose(query, whole[:, :3] / np.linalg.norm(whole[:, :3]), rtol=1e-6)
 
 
-def test_an_input_that_the_model_refuses_spoils_no_other() -> None:
-    model = Gate()
-    batches = Batches(Encoder(model, "fake"), seconds=60)
+def test_an_input_that_the_model_refuses_spoils_no_other(batches: Batches) -> None:
     encoder = BatchingEncoder(batches)
     items: list[ModelInput] = [{"text": "red"}, {"text": IMAGE_TOKEN}, {"text": "blue"}]
     works = [lambda each=each: encoder.embed_queries([each]) for each in items]
-    red, error, blue = while_busy(model, batches, works, 3)
-    batches.close()
+    red, error, blue = while_busy(batches, works, 3)
     assert isinstance(error, UsageError)
     assert str(error) == "fake does not take the input (image features and image tokens do not match)"
     np.testing.assert_array_equal(np.concatenate([red, blue]), Encoder(FakeModel()).embed_queries([items[0], items[2]]))
 
 
-def test_a_batch_has_bounded_visual_tokens() -> None:
-    batches = Batches(Encoder(Gate(), "fake"), seconds=60)
+def test_a_batch_has_bounded_visual_tokens(batches: Batches) -> None:
     batches.visual_tokens = lambda width, height: width
     encoder, model = BatchingEncoder(batches), batches.encoder.model
     wide: list[ModelInput] = [{"image": colour_image("red", (BATCH_TOKENS // 4, 100))}] * 10
     huge: list[ModelInput] = [{"image": colour_image("blue", (2 * BATCH_TOKENS, 100))}]
     works = [lambda: encoder.embed_queries(huge), lambda: encoder.embed_queries(wide)]
-    while_busy(model, batches, works, 11)  # type: ignore[arg-type]
-    batches.close()
+    while_busy(batches, works, 11)
     assert sorted(size for _, size in model.sizes[1:]) == [1, 2, 4, 4]  # type: ignore[attr-defined]
 
 
-def test_a_long_request_lets_others_pass() -> None:
-    model = Gate()
-    batches = Batches(Encoder(model, "fake"), seconds=60)
-    encoder = BatchingEncoder(batches)
+def test_a_long_request_lets_others_pass(batches: Batches) -> None:
+    model, encoder = batches.encoder.model, BatchingEncoder(batches)
     done: list[str] = []
 
     def work(name: str, count: int) -> None:
         encoder.embed_queries([{"text": "red"}] * count)
         done.append(name)
 
-    while_busy(model, batches, [lambda: work("long", 5 * BATCH_ITEMS)], BATCH_ITEMS)
+    while_busy(batches, [lambda: work("long", 5 * BATCH_ITEMS)], BATCH_ITEMS)
     model.opened.clear()
     model.reached.clear()
     model.sizes.clear()
@@ -123,7 +119,6 @@ def test_a_long_request_lets_others_pass() -> None:
         model.opened.set()
         short.result()
         long.result()
-    batches.close()
     assert done == ["short", "long"]
 
 

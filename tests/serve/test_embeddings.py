@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_model import FakeModel, colour_image
-from served import index_files, message, served
+from served import index_files, message, served, uri
 from starlette.testclient import TestClient
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -46,11 +46,10 @@ def test_base64_holds_the_same_floats_and_dimensions_cut_and_normalise(api: Test
 
 def test_images_alone_and_with_a_text_are_embedded_as_query_or_document(api: TestClient, colours: Path) -> None:
     file = colours / "green.png"
-    uri = f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"
     expected = Encoder(FakeModel()).embed_queries([make_input(None, file), make_input("red", file)])
-    found = embedded(api, input=[{"image": uri}, {"image": uri, "text": "red"}], input_type="document")
+    found = embedded(api, input=[{"image": uri(file)}, {"image": uri(file), "text": "red"}], input_type="document")
     np.testing.assert_allclose(found, expected)
-    np.testing.assert_allclose(embedded(api, input={"image": uri}), expected[:1])
+    np.testing.assert_allclose(embedded(api, input={"image": uri(file)}), expected[:1])
 
 
 class Patches:
@@ -81,13 +80,13 @@ class CountedModel(FakeModel):
 def test_usage_counts_the_tokens_of_all_texts_and_images(storage: dict[str, Any], colours: Path) -> None:
     index_files(storage, colours)
     colour_image("red", (64, 32)).save(colours / "wide.png")
-    uri = f"data:image/png;base64,{base64.b64encode((colours / 'wide.png').read_bytes()).decode()}"
+    wide = uri(colours / "wide.png")
     with served(storage, model=CountedModel()) as client:
         for given, tokens in (
             ("red", 1 + 1),
             (["red red red", "a <EOS>"] * 40, 40 * (3 + 1 + 4 + 1)),
-            ({"image": uri}, 8),
-            ([{"image": uri, "text": "red"}, "red"], 8 + 2 + 2),
+            ({"image": wide}, 8),
+            ([{"image": wide, "text": "red"}, "red"], 8 + 2 + 2),
         ):
             answer = client.post("/v1/embeddings", json={"input": given}).json()
             assert answer["usage"] == {"prompt_tokens": tokens, "total_tokens": tokens}, given
@@ -96,12 +95,10 @@ def test_usage_counts_the_tokens_of_all_texts_and_images(storage: dict[str, Any]
 def test_a_picture_of_a_size_that_the_model_refuses_is_named(storage: dict[str, Any], colours: Path) -> None:
     index_files(storage, colours)
     colour_image("red", (2001, 10)).save(colours / "long.png")
-    data = (colours / "long.png").read_bytes()
-    uri = f"data:image/png;base64,{base64.b64encode(data).decode()}"
     with served(storage, model=CountedModel()) as client:
-        refused = client.post("/v1/embeddings", json={"input": ["red"] * 40 + [{"image": uri}]})
+        refused = client.post("/v1/embeddings", json={"input": ["red"] * 40 + [{"image": uri(colours / "long.png")}]})
         assert message(refused) == "422 input 40: is not taken by the model (too long)"
-        refused = client.post("/search", files={"image": ("long.png", data)})
+        refused = client.post("/search", files={"image": ("long.png", (colours / "long.png").read_bytes())})
         assert message(refused) == "422 long.png: is not taken by the model (too long)"
 
 

@@ -1,20 +1,15 @@
 """The API's searches, and what is wrong with a request."""
 
-import base64
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_model import FakeModel, colour_image
-from served import index_files, message, served
+from served import index_files, message, served, uri
 from starlette.testclient import TestClient
 
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.integrations.qdrant import QdrantIndexer
-
-
-def uri(file: Path) -> str:
-    return f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"
 
 
 def names(response: Any) -> list[str]:  # noqa: ANN401

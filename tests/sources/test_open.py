@@ -7,7 +7,8 @@ from source_files import parquet_file, pdf, read, tar, video
 from table_files import png
 
 from cocoa_embed.errors import CocoaError, UsageError
-from cocoa_embed.sources.open import open_sources
+from cocoa_embed.sources.files import FileSource
+from cocoa_embed.sources.open import all_sources
 
 
 @pytest.fixture
@@ -40,11 +41,11 @@ def test_patterns_and_file_addresses_name_files(folder: Path) -> None:
     assert [*read(f"file://{folder}/in/c.PDF").contents] == ["c.PDF#page=1"]
     with pytest.raises(CocoaError, match=r"\*\.zip does not exist, and nothing matches it as a pattern"):
         read(f"{folder}/*.zip")
-    assert open_sources([folder / "*.zip"], may_be_gone=True)[1][0].covers(f"{folder}/old.zip#x.png")
+    assert all_sources([folder / "*.zip"], may_be_gone=True)[0].covers(f"{folder}/old.zip#x.png")
 
 
 def test_what_a_source_covers_and_misses(folder: Path) -> None:
-    _, (source,) = open_sources([folder])
+    (source,) = all_sources([folder])
     assert source.covers(f"{folder}/in/new.tar#x.png")
     assert source.is_deleted(f"{folder}/in/new.tar#x.png")
     assert not source.is_deleted(f"{folder}/in/a.tar#x.png")
@@ -53,7 +54,7 @@ def test_what_a_source_covers_and_misses(folder: Path) -> None:
 
 
 def test_a_file_that_is_gone_is_a_fault_of_its_shard(folder: Path) -> None:
-    _, sources = open_sources([folder / "in" / "a.tar"])
+    sources = all_sources([folder / "in" / "a.tar"])
     (folder / "in" / "a.tar").unlink()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cocoa_embed.sources.shard_files.ShardFiles.is_deleted", lambda self, key: False)
@@ -64,6 +65,8 @@ def test_a_file_that_is_gone_is_a_fault_of_its_shard(folder: Path) -> None:
 
 def test_photographs_are_left_to_the_local_files(folder: Path) -> None:
     (folder / "list.txt").write_text("a.png\n")
-    photographs, others = open_sources([folder / "x.png", folder / "list.txt", "new/*.jpg", ""])
-    assert photographs == [str(folder / "x.png"), str(folder / "list.txt"), "new/*.jpg", ""]
-    assert not others
+    places = [folder / "x.png", folder / "list.txt", folder / "new" / "*.jpg"]
+    sources = all_sources(places, may_be_gone=True)
+    assert {path for source in sources if isinstance(source, FileSource) for path in source.paths} == {*places}
+    with pytest.raises(UsageError, match="a path is empty"):
+        all_sources(["", *places])

@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow as pa
-import pyarrow.ipc as ipc
 import pytest
 from source_files import parquet_file, read
 from table_files import png
@@ -80,10 +78,3 @@ def test_a_data_set_that_datasets_has_saved_is_read_without_its_cache(tmp_path: 
     assert sorted(found.contents.values()) == sorted([png(0), *(png(n) for n in range(5))])
     assert len(found.versions) == 3
     assert {values["label"] for values in found.metadata.values()} == {0, 1}
-
-
-def test_an_arrow_file_is_read_as_a_stream_is(tmp_path: Path) -> None:
-    table = pa.Table.from_pylist([{"image": png(n)} for n in range(100)])
-    with ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
-        writer.write_table(table)
-    assert [*read(tmp_path / "a.arrow").contents.values()] == [png(n) for n in range(100)]

@@ -1,5 +1,6 @@
 """An index that is served: in the process for one request after the other, or on loopback for many at once."""
 
+import base64
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.integrations.qdrant import QdrantIndexer
 from cocoa_embed.serve.address import bind
 from cocoa_embed.serve.limits import Limits
-from cocoa_embed.serve.run import serve_encoder
+from cocoa_embed.serve.run import open_app
 
 HERE = "http://127.0.0.1:8000"
 KEY = "a-key-of-the-tests"
@@ -32,7 +33,7 @@ def served(
     storage: dict[str, Any], *, api_key: str | None = None, model: FakeModel | None = None, **limits: Any
 ) -> Iterator[TestClient]:
     """Serve an index in this process."""
-    _, app = serve_encoder(Encoder(model or FakeModel(), "fake"), storage, Limits(**limits), api_key)
+    _, app = open_app(Encoder(model or FakeModel(), "fake"), None, storage, Limits(**limits), api_key)
     with TestClient(app, base_url=HERE, raise_server_exceptions=False) as client:
         yield client
 
@@ -40,7 +41,7 @@ def served(
 @contextmanager
 def listening(storage: dict[str, Any], *, model: FakeModel | None = None, **limits: Any) -> Iterator[str]:
     """Serve an index on loopback, in a thread; yield the address."""
-    _, app = serve_encoder(Encoder(model or FakeModel(), "fake"), storage, Limits(**limits))
+    _, app = open_app(Encoder(model or FakeModel(), "fake"), None, storage, Limits(**limits), None)
     bound = bind("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="on", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
@@ -53,6 +54,11 @@ def listening(storage: dict[str, Any], *, model: FakeModel | None = None, **limi
     finally:
         server.should_exit = True
         thread.join()
+
+
+def uri(file: Path) -> str:
+    """Return a PNG file as a ``data:`` URI."""
+    return f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"
 
 
 def message(response: Any) -> str:  # noqa: ANN401 - of starlette's client or httpx

@@ -13,7 +13,6 @@ from cocoa_embed.integrations.qdrant.indexing.thumbnails import THUMBNAIL_SIZE
 from cocoa_embed.integrations.qdrant.points import stored_locations
 from cocoa_embed.integrations.qdrant.stores.base import Hit
 from cocoa_embed.report.html import render
-from cocoa_embed.sources.base import SourceOptions
 from cocoa_embed.sources.files import is_deleted
 from cocoa_embed.sources.keys import load_key
 
@@ -47,20 +46,19 @@ def card(hit: Hit, allowed_hosts: Sequence[str] = ()) -> dict[str, object]:
     paths = [path for path in (hit.path, *(each.path for each in stored_locations(hit.payload))) if path]
     sources = (source for source in (hit.payload.get("thumbnail"), *paths) if isinstance(source, str) and source)
     path = printable(next((path for path in paths if not is_deleted(path)), hit.path))
-    options = SourceOptions(allowed_hosts=tuple(allowed_hosts))
     return {
         "path": path,
         "path_parts": WORD_ENDS.split(path),
         "score": hit.score,
         "caption": hit.caption,
-        "thumbnail": next(filter(None, (data_uri(source, options) for source in sources)), None),
+        "thumbnail": next(filter(None, (data_uri(source, allowed_hosts) for source in sources)), None),
     }
 
 
-def data_uri(source: str, options: SourceOptions) -> str | None:
+def data_uri(source: str, allowed_hosts: Sequence[str]) -> str | None:
     """Return a small JPEG of an image, wherever it is, as a ``data:`` URI; None if it cannot be used."""
     try:
-        return thumbnail_uri(load_key(source, options))
+        return thumbnail_uri(load_key(source, allowed_hosts))
     except ImageError:
         return None
 

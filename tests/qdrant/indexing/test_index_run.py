@@ -21,7 +21,6 @@ from PIL import Image
 from qdrant_client import QdrantClient
 
 from cocoa_embed.errors import CocoaError
-from cocoa_embed.images.load import FileContent
 from cocoa_embed.integrations.qdrant import IndexSummary, QdrantIndexer
 from cocoa_embed.integrations.qdrant.indexing import writer
 from cocoa_embed.integrations.qdrant.indexing.embed_records import NewPoint
@@ -249,7 +248,7 @@ def test_files_that_are_deleted_or_change_during_a_run_are_reported_or_replaced_
     doomed, altered = folder.files[::5], folder.files[1::10]
     read = files.read_stable_file
 
-    def interfere(path: Path) -> FileContent:
+    def interfere(path: Path) -> bytes:
         if path in doomed:
             path.unlink()
         content = read(path)

@@ -88,7 +88,7 @@ class TestRuns:
         red, before = album.payloads["red.png"], (album.payloads, album.vectors)
         assert (red["path"], red["relative_path"]) == (str(album.folder / "red.png"), "red.png")
         assert (red["width"], red["height"], red["mime"]) == (24, 16, "image/png")
-        monkeypatch.setattr(files, "read_stable_file", None)
+        monkeypatch.setattr(files, "read_stable_file", Mock(side_effect=AssertionError))
         watched = Mock(wraps=album.client)
         album.index = QdrantIndexer(FakeModel(), client=watched)
         assert album.run() == (0, 4, 0, 0, 0)
