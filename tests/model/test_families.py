@@ -9,7 +9,7 @@ from exported import PROMPTS
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from stages import alone
-from tiny_backbones import FAMILIES, TINY_MAX_LENGTH, every_family, every_qwen
+from tiny_backbones import FAMILIES, TINY_MAX_LENGTH, every_family, every_qwen, stock_inputs
 from transformers import PreTrainedModel
 
 from cocoa_embed.data.rows import Item, Row
@@ -20,7 +20,7 @@ from cocoa_embed.model.backbone import Backbone, load_backbone
 from cocoa_embed.model.export import export_model
 from cocoa_embed.model.families.registry import FAMILIES as SUPPORTED
 from cocoa_embed.model.families.registry import family_of
-from cocoa_embed.model.families.smolvlm import SmolVLM
+from cocoa_embed.model.families.squares import Squares
 from cocoa_embed.model.forward_inputs import HostInputs
 from cocoa_embed.model.training_record import read_run
 from cocoa_embed.train import Recipe, run
@@ -121,11 +121,9 @@ def test_inputs_are_equal_in_training_and_in_inference(
     given = {"image": Image.open(path).convert("RGB")} | ({} if text is None else {"text": text})
     in_inference = exported.preprocess([given], prompt=prompt or None)
     family = family_of(tiny_backbone.model.config)
-    if isinstance(family, SmolVLM):  # whose stock class takes whole images, padded to a tensor of items
-        grids = in_training.pop("image_grid_thw")
-        in_training["pixel_values"] = family.images(in_training["pixel_values"], grids)[None]
-        assert in_inference["pixel_attention_mask"].all()
-        del in_training["mm_token_type_ids"]
+    if isinstance(family, Squares):  # whose stock class takes whole images
+        in_training = stock_inputs(tiny_backbone.model, in_training) | {"image_digests": in_training["image_digests"]}
+        assert in_inference.get("pixel_attention_mask", torch.ones(1)).all()
     assert in_training.keys() - in_inference.keys() == {"image_digests"}
     for key in in_training.keys() & in_inference.keys():
         assert torch.equal(in_training[key], in_inference[key]), key
