@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from cocoa_embed.model.backbone import load_processor, prepare_processor
-from cocoa_embed.model.families.registry import family_of
 from cocoa_embed.model.families.internvl import InternVL
+from cocoa_embed.model.families.registry import family_of
 from cocoa_embed.model.families.squares import Squares
 from cocoa_embed.model.template import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
 

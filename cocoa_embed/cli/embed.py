@@ -90,7 +90,12 @@ def embed(
     from cocoa_embed.model.loading import check_model
 
     options = model_options(devices, workers=workers, batch_tokens=batch_tokens, dtype=dtype)
-    options |= {"max_pixels": max_pixels, "revision": revision, "trust_remote_code": trust_remote_code, "dimension": dimension}
+    options |= {
+        "max_pixels": max_pixels,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+        "dimension": dimension,
+    }
     wanted = source_options(allow_host, every, include, exclude)
     (number, count), *_ = check_all(
         partial(read_share, shard), *source_checks(sources, wanted), lambda: check_model(model), partial(check_out, out)

@@ -42,8 +42,8 @@ class BatchLimits(NamedTuple):
 def token_counter(model: SentenceTransformer) -> CountTokens:
     """Return a function that counts an image's visual tokens.
 
-    It is exact if the model's image processor counts patches, or its family is supported. Other models, such as CLIP and
-    SigLIP, turn every image into equally many tokens: for them the function returns 1.
+    It is exact if the model's image processor counts patches, or its family is supported. Other models, such as CLIP
+    and SigLIP, turn every image into equally many tokens: for them the function returns 1.
     """
     with suppress(AttributeError, UsageError):  # no processor, or one without images, or of no supported model
         processor: Any = model.processor

@@ -57,7 +57,9 @@ def open_app(
     """
     store = QdrantIndexer(None, **storage).store
     store.require_signature()  # before the model, which takes seconds
-    return serve_encoder(load_encoder(model or model_of(store), device, max_pixels=max_pixels), storage, limits, api_key, store)
+    return serve_encoder(
+        load_encoder(model or model_of(store), device, max_pixels=max_pixels), storage, limits, api_key, store
+    )
 
 
 def serve_encoder(

@@ -239,11 +239,15 @@ def write_tiny_backbone(family: str, folder: Path) -> None:
     processor.save_pretrained(folder)
     if family == "smolvlm":  # as its authors left it, for a processor that asks for num2words
         path = folder / "processor_config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "processor_class": "SmolVLMProcessor"}))
+        own = {
+            "processor_class": "SmolVLMProcessor",
+            "video_processor": {"video_processor_type": "SmolVLMVideoProcessor"},
+        }
+        path.write_text(json.dumps({**json.loads(path.read_text()), **own}))
 
 
 def stock_inputs(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the stock class takes of a batch; of squares, it takes whole images, here those of all rows together."""
+    """Return what the stock class takes of a batch: whole squares, those of all rows together."""
     family = family_of(model.config)
     if not isinstance(family, Squares):
         return {name: value for name, value in batch.items() if name != "image_digests"}
