@@ -4,8 +4,9 @@
 
 MODEL is an export or a checkpoint, FOLDER an image folder with captions (the image folders of ``cocoa-embed train``).
 For each side, ``max_pixels`` is its square. Recall in both directions is that of ``cocoa-embed eval pairs``, with 95 %
-intervals. An image's seconds are of all cores, for preparing a decoded image and embedding it in batches of
-``--batch-size``: the least of three turns over the first ``--timed`` images. Its FLOPs are those of the matrix products.
+intervals; an image with several captions has hit@k too, as one of them is enough. An image's seconds are of all cores,
+for preparing a decoded image and embedding it in batches of ``--batch-size``: the least of three turns over the first
+``--timed`` images. Its FLOPs are those of the matrix products.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from cocoa_embed.model.families.registry import family_of_images
 from cocoa_embed.train.plan.cost import BatchShape, forward_flops, model_size
 from shared.measuring import machine
 
-SHOWN = ("recall@1", "recall@5", "recall@10")
+SHOWN = ("recall@1", "recall@5", "recall@10", "hit@1")
 TURNS = 3
 
 
@@ -84,9 +85,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def show(result: dict[str, Any]) -> None:
     print(f"{result['model']}, {result['images']} images, {result['captions']} captions")
-    print(
-        f"| side | direction | {' | '.join(SHOWN)} | visual tokens | GFLOP | CPU seconds |\n|---|---|---|---|---|---|---|---|"
-    )
+    head = ("side", "direction", *SHOWN, "visual tokens", "GFLOP", "CPU seconds")
+    print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
     for side, each in result["sides"].items():
         tokens, flops, seconds = (each["an_image"][key] for key in ("visual_tokens", "gflops", "seconds"))
         for direction, metrics in each["subsets"].items():

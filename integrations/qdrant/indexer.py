@@ -275,7 +275,8 @@ class QdrantIndexer(Searcher):
         if signature is not None and signature.fingerprint not in (None, encoder.fingerprint):
             raise CocoaError(
                 f"{self.store.name} was made with {signature.model} (fingerprint {signature.fingerprint:.12}), not with"
-                f" {encoder.name} ({encoder.fingerprint:.12}); choose another collection, or the model that made it"
+                f" {encoder.name} ({encoder.fingerprint:.12}); choose another collection, or the model that made it,"
+                " with its --max-pixels"
             )
         if signature is not None and signature.fingerprint and self._embed not in (None, signature.embed):
             raise CocoaError(

@@ -177,11 +177,9 @@ class Signature:
         :raises CocoaError: If the model, the dimension or what is embedded is another.
         """
         if self.fingerprint not in (None, other.fingerprint) or self.dimension != other.dimension:
-            made = (self.model, self.dimension)
-            changed = " as it is now, or with another --max-pixels" if made == (other.model, other.dimension) else ""
             raise CocoaError(
                 f"{name} was made with {self.model} ({self.dimension} dimensions), not with {other.model}"
-                f" ({other.dimension}){changed}; choose another {kind}"
+                f" ({other.dimension}); choose another {kind}, or the model that made it, with its --max-pixels"
             )
         if self.embed != other.embed:
             raise CocoaError(
