@@ -3,10 +3,10 @@
     python benchmarks/photographs/resolution.py MODEL FOLDER [--sides 112 168 224] [--limit N] [--json]
 
 MODEL is an export or a checkpoint, FOLDER an image folder with captions (the image folders of ``cocoa-embed train``).
-For each side, ``max_pixels`` is its square. Scores in both directions are those of ``cocoa-embed eval pairs``, with 95 %
-intervals: the table shows hit@k, the R@k of the literature, and the JSON recall@k too. An image's seconds are of all
-cores, for preparing a decoded image and embedding it in batches of ``--batch-size``: the least of three turns over the
-first ``--timed`` images. Its FLOPs are those of the matrix products.
+For each side, ``max_pixels`` is its square. Scores in both directions are those of ``cocoa-embed eval pairs``, with
+95 % intervals: the table shows hit@k, the R@k of the literature, and the JSON recall@k too. An image's seconds are of
+all cores, for preparing a decoded image and embedding it in batches of ``--batch-size``: the least of three turns over
+the first ``--timed`` images. Its FLOPs are those of the matrix products.
 """
 
 import argparse
