@@ -213,20 +213,27 @@ FAMILIES: dict[str, Callable[[Qwen2Tokenizer], tuple[PreTrainedModel, ProcessorM
     "internvl": internvl,
 }
 
-_QUICK_FAMILIES = [pytest.param(each, marks=pytest.mark.slow if each == "smolvlm" else ()) for each in FAMILIES]
-every_family = pytest.mark.parametrize("family", _QUICK_FAMILIES, indirect=True, scope="session")
+
+def _families(slow: set[str]) -> pytest.MarkDecorator:
+    marked = [pytest.param(each, marks=pytest.mark.slow if each in slow else ()) for each in FAMILIES]
+    return pytest.mark.parametrize("family", marked, indirect=True, scope="session")
+
+
+every_family = _families({"smolvlm", "internvl"})
 """Runs a test, or a module as its ``pytestmark``, once for each family instead of for Qwen2-VL alone.
 
-SmolVLM2, which has the modules of SmolVLM, is among the slow tests.
+InternVL3, whose images are squares as SmolVLM's, and SmolVLM2, which has its modules, are among the slow tests.
 """
+
+every_family_but_twins = _families({"smolvlm"})
+"""The same with InternVL3 among the quick tests: for those from the first stage to the export."""
 
 every_qwen = pytest.mark.parametrize(
     "family", [name for name in FAMILIES if name.startswith("qwen")], indirect=True, scope="session"
 )
 """The same for those whose images are rows of patches in the stock class, too."""
 
-_SLOW_FAMILIES = [pytest.param(each, marks=[] if each == "qwen2_vl" else pytest.mark.slow) for each in FAMILIES]
-every_family_slowly = pytest.mark.parametrize("family", _SLOW_FAMILIES, indirect=True, scope="session")
+every_family_slowly = _families({*FAMILIES} - {"qwen2_vl"})
 """The same, with all families but Qwen2-VL among the slow tests."""
 
 
