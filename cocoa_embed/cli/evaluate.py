@@ -137,7 +137,7 @@ def pairs(
         document: dict[str, Any] = {}
 
         def publish(scored: dict[str, Any]) -> None:
-            document.update(scored, data=source)
+            document.update(scored, data=source, max_pixels=max_pixels)
             if out is not None:
                 title = f"Pairs of {data.name}: {' and '.join(model[: 2 if 'other' in scored else 1])}"
                 write_results(out / "pairs", title, document, pairs_tables(document))
