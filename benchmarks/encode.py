@@ -32,7 +32,7 @@ from cocoa_embed.encode.processor_lock import ProcessorLock
 from cocoa_embed.images.find_files import find_images
 from cocoa_embed.images.load import load_image
 from cocoa_embed.model.attention import make_bidirectional
-from cocoa_embed.model.backbone import Backbone, load_backbone
+from cocoa_embed.model.backbone import Backbone, limit_images, load_backbone
 from cocoa_embed.model.export import build_sentence_transformer
 from cocoa_embed.model.families.registry import family_of
 from cocoa_embed.model.loading import load_model
@@ -85,8 +85,8 @@ def open_model(options: argparse.Namespace, device: torch.device) -> SentenceTra
             backbone.save(Path(folder))
             model = build_sentence_transformer(Path(folder), prompts={"query": "", "document": ""}).to(device)
     if options.max_pixels:
-        model.processor.image_processor.size["longest_edge"] = options.max_pixels
         model.max_seq_length = MAX_LENGTH
+        limit_images(model.processor, options.max_pixels)
     return model
 
 

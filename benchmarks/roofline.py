@@ -31,7 +31,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.model.backbone import load_processor, read_config
-from cocoa_embed.model.families.registry import family_of_images
+from cocoa_embed.model.families.registry import family_of, family_of_images
 from cocoa_embed.train import Recipe
 from cocoa_embed.train.data.rows import numbered
 from cocoa_embed.train.loop import stage_trainer
@@ -69,6 +69,7 @@ SETTINGS = {
     "moca-qwen2.5-vl-3b": Setting(),
     "own-folder": Setting("rtx4090", 1, 50_000),
     "smolvlm-256m": Setting("rtx4090", 1, 50_000),
+    "internvl3-1b": Setting("rtx4090", 1, 50_000),
     "tiny": Setting("h100", 1, 4_000),
 }
 
@@ -206,9 +207,10 @@ class PlainMeter(StageMeter):
 class Plain(PlainModel):
     def __init__(self, ours: WarmupModel | BridgeModel) -> None:
         super().__init__(ours)
-        visual: Any = ours.backbone.base_model.visual
-        for block in visual.blocks:
-            block.attn.config = visual.config
+        family = family_of(ours.backbone.config)
+        for layer in family.vision_layers(ours.backbone):
+            attention: Any = layer.get_submodule(family.parts.attention)
+            attention.config = family.encoder(ours.backbone).config
 
     def forward(self, totals: object, **batch: Tensor) -> dict[str, Tensor]:
         with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from accelerate.utils.memory import clear_device_cache
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, set_seed
 
 from cocoa_embed.errors import CocoaError
-from cocoa_embed.model.backbone import Backbone, load_backbone
+from cocoa_embed.model.backbone import Backbone, load_backbone, load_processor
 from cocoa_embed.model.training_record import TRAINING_FILE
 from cocoa_embed.train.data.broken_rows import unbroken
 from cocoa_embed.train.data.image_patches import trim_memory
@@ -37,7 +38,7 @@ from cocoa_embed.train.loop.trainer import CocoaTrainer, StageContext
 from cocoa_embed.train.plan.checks import CHECKPOINTS, Prepared, prepare
 from cocoa_embed.train.plan.cost import StepCost, measure_matmul_flops
 from cocoa_embed.train.recipe import Recipe
-from cocoa_embed.train.settings import StageSettings
+from cocoa_embed.train.settings import RunSettings, StageSettings
 from cocoa_embed.train.stages.rendering import joined, render_items
 from cocoa_embed.train.stages.samples import stage_samples
 from cocoa_embed.train.stages.stage import Stage
@@ -86,7 +87,7 @@ def _run_stage(
     rows = prepared.rows[name].rows
     held_out, _ = stage.held_out(rows)
     with taking_turns():  # the host has room for the weights of one process, until they are on its device
-        backbone = load_weights(recipe, str(before[-1].folder) if before else recipe.backbone, stage.attention())
+        backbone = load_weights(stage.run, str(before[-1].folder) if before else recipe.backbone, stage.attention())
         processor = backbone.processor
         context = stage_context(stage, prepared, backbone.model, processor, checkpoints)
         trainer = stage.trainer(backbone, rows, context)
@@ -136,17 +137,17 @@ def _train(trainer: CocoaTrainer, stop: SaveAndStop, checkpoint: Path | None, na
         raise Stopped(stop.requested, f"at step {reached} of {trainer.state.max_steps} of stage {name}")
 
 
-def load_weights(recipe: Recipe, start: str, attention: str) -> Backbone:
-    """Load the backbone that a stage starts from, by folder or by name."""
-    set_seed(recipe.seed)  # a mask token that needs a wider embedding matrix is drawn
-    backbone = load_backbone(
-        start,
-        attn_implementation=attention,
-        max_length=recipe.max_length,
-        max_pixels=recipe.max_pixels,
-        bidirectional=recipe.bidirectional,
-    )
-    if recipe.gradient_checkpointing is True:
+def load_weights(run: RunSettings, start: str, attention: str) -> Backbone:
+    """Load the backbone that a stage starts from, by folder or by name.
+
+    :param run: As the stage has it.
+    """
+    set_seed(run.seed)  # a mask token that needs a wider embedding matrix is drawn
+    limits: dict[str, Any] = {"max_length": run.max_length, "max_pixels": run.max_pixels}
+    backbone = load_backbone(start, attn_implementation=attention, bidirectional=run.bidirectional, **limits)
+    if start != run.backbone:  # an earlier stage may have scaled images further down
+        backbone = replace(backbone, processor=load_processor(run.backbone, **limits))
+    if run.gradient_checkpointing is True:
         backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
     return backbone
 

@@ -157,6 +157,7 @@ class StageSettings(Settings):
     :param adapter: Train an adapter instead of the weights.
     :param freeze_vision: Do not train the vision encoder.
     :param freeze_layers: Do not train this many of the language model's first layers. Not with an adapter.
+    :param max_pixels: Larger images are scaled down to this; by default the recipe's ``max_pixels``.
     :param warmup_steps: Steps in which the learning rate rises.
     :param schedule: Of the learning rate after ``warmup_steps``; ``warmup_stable_decay`` holds it and lets it fall to
         zero over the last 30 % of the steps.
@@ -175,6 +176,7 @@ class StageSettings(Settings):
     adapter: AdapterSettings | None = None
     freeze_vision: bool = False
     freeze_layers: Count = 0
+    max_pixels: Positive | None = None
     learning_rate: Rate = 2e-5
     warmup_steps: Count = 100
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

@@ -56,7 +56,7 @@ def _time(stage: Stage[StageSettings], prepared: Prepared, start: str, folder: P
     steps = {**prepared.steps, stage.name: 1 + TIMED_STEPS}
     rows = prepared.rows[stage.name].rows
     with taking_turns():
-        backbone = load_weights(prepared.recipe, start, stage.attention())
+        backbone = load_weights(stage.run, start, stage.attention())
         context = stage_context(stage, replace(prepared, steps=steps), backbone.model, backbone.processor, folder)
         context = replace(context, arguments={**context.arguments, "save_strategy": "no", "report_to": "none"})
         trainer, watch = stage.trainer(backbone, rows, context), Stopwatch()

@@ -11,8 +11,11 @@ from typing import Any
 
 from transformers import (
     AutoConfig,
+    GotOcr2ImageProcessor,
     Idefics3ImageProcessor,
     Idefics3Processor,
+    InternVLProcessor,
+    InternVLVideoProcessor,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -20,8 +23,9 @@ from transformers import (
 )
 
 from cocoa_embed.model.backbone import load_processor, prepare_processor
+from cocoa_embed.model.families.internvl import InternVL
 from cocoa_embed.model.families.registry import family_of
-from cocoa_embed.model.families.smolvlm import SmolVLM
+from cocoa_embed.model.families.squares import Squares
 from cocoa_embed.model.template import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
 
 TOKENIZER = "scene-captioner"
@@ -38,8 +42,8 @@ def model_config(name: str) -> PreTrainedConfig:
 def stand_in_processor(config: PreTrainedConfig, *, max_length: int = MAX_LENGTH) -> ProcessorMixin:
     """Return a processor with the demo's tokenizer, whose token ids the config is given."""
     processor = load_processor(TOKENIZER, max_length=max_length)
-    if isinstance(family_of(config), SmolVLM):
-        return _whole_images(config, processor.tokenizer)
+    if isinstance(family := family_of(config), Squares):
+        return _squares(config, family, processor.tokenizer)
     processor.image_processor = Qwen2VLImageProcessor(patch_size=config.vision_config.patch_size)
     config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id = (
         processor.tokenizer.convert_tokens_to_ids([IMAGE_PAD, VIDEO_PAD, VISION_START, VISION_END])
@@ -47,16 +51,21 @@ def stand_in_processor(config: PreTrainedConfig, *, max_length: int = MAX_LENGTH
     return processor
 
 
-def _whole_images(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> ProcessorMixin:
-    vision = config.vision_config
-    tokenizer.add_special_tokens(
-        {"additional_special_tokens": ["<fake_token_around_image>", "<global-img>", "<image>"]}
-    )
-    processor = Idefics3Processor(
-        Idefics3ImageProcessor(max_image_size={"longest_edge": vision.image_size}),
-        tokenizer,
-        image_seq_len=(vision.image_size // vision.patch_size // config.scale_factor) ** 2,
-    )
+def _squares(config: PreTrainedConfig, family: Squares, tokenizer: PreTrainedTokenizerBase) -> ProcessorMixin:
+    side, size = config.vision_config.image_size, family.geometry.patch_size
+    if isinstance(family, InternVL):
+        names = ("start_image_token", "end_image_token", "context_image_token", "video_token")
+        special = dict(zip(names, ("<img>", "</img>", "<IMG_CONTEXT>", "<video>"), strict=True))
+        tokenizer.add_special_tokens({"additional_special_tokens": [*special.values()]})
+        tokenizer._set_model_specific_special_tokens(special)
+        images = GotOcr2ImageProcessor(size={"height": side[0], "width": side[1]})
+        count = (side[0] // size) ** 2
+        processor: Any = InternVLProcessor(images, tokenizer, InternVLVideoProcessor(), image_seq_length=count)
+    else:
+        names = ("<fake_token_around_image>", "<global-img>", "<image>")
+        tokenizer.add_special_tokens({"additional_special_tokens": [*names]})
+        images = Idefics3ImageProcessor(max_image_size={"longest_edge": side})
+        processor = Idefics3Processor(images, tokenizer, image_seq_len=(side // size) ** 2)
     prepare_processor(processor)
     config.image_token_id = processor.image_token_id
-    return processor
+    return processor  # type: ignore[no-any-return]

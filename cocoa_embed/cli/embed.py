@@ -21,6 +21,7 @@ from cocoa_embed.cli.options import (
     EveryOption,
     ExcludeOption,
     IncludeOption,
+    MaxPixelsOption,
     RevisionOption,
     TrustOption,
     WorkersOption,
@@ -76,6 +77,7 @@ def embed(
     workers: WorkersOption = None,
     batch_tokens: BatchTokensOption = None,
     dtype: DtypeOption = None,
+    max_pixels: MaxPixelsOption = None,
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
     allow_host: AllowHostOption = None,
@@ -88,7 +90,12 @@ def embed(
     from cocoa_embed.model.loading import check_model
 
     options = model_options(devices, workers=workers, batch_tokens=batch_tokens, dtype=dtype)
-    options |= {"revision": revision, "trust_remote_code": trust_remote_code, "dimension": dimension}
+    options |= {
+        "max_pixels": max_pixels,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+        "dimension": dimension,
+    }
     wanted = source_options(allow_host, every, include, exclude)
     (number, count), *_ = check_all(
         partial(read_share, shard), *source_checks(sources, wanted), lambda: check_model(model), partial(check_out, out)

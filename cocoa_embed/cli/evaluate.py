@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from cocoa_embed.cli.options import MaxPixelsOption
 from cocoa_embed.cli.output import DeviceOption, JsonOption, check_all, print_json, say, silence_libraries, working
 from cocoa_embed.errors import CocoaError, UsageError, require
 
@@ -38,6 +39,7 @@ def mmeb(
     batch_tokens: BatchTokensOption = BATCH_TOKENS,
     out: Annotated[Path | None, typer.Option(help="For results [default: cocoa-eval/MODEL-FINGERPRINT].")] = None,
     device: DeviceOption = None,
+    max_pixels: MaxPixelsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Score a model on MMEB-V1. Finished subsets are not scored again."""
@@ -57,7 +59,7 @@ def mmeb(
         from cocoa_embed.evaluation.mmeb_tables import mmeb_tables
         from cocoa_embed.evaluation.result_cache import ResultCache
 
-        encoder = load_encoder(model, device)
+        encoder = load_encoder(model, device, max_pixels=max_pixels)
         results = out or Path("cocoa-eval") / f"{plain_name(model)}-{encoder.fingerprint[:SHOWN_DIGITS]}"
         cache = ResultCache(results / "finished")
         document: dict[str, Any] = {"subsets": {}}
@@ -105,6 +107,7 @@ def pairs(
         Path | None, typer.Option(help="A folder for pairs.json, pairs.md and pairs.html [default: none].")
     ] = None,
     device: DeviceOption = None,
+    max_pixels: MaxPixelsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Score a model on pairs in both directions, or compare two models on the same queries."""
@@ -130,13 +133,13 @@ def pairs(
         document: dict[str, Any] = {}
 
         def publish(scored: dict[str, Any]) -> None:
-            document.update(scored, data=source)
+            document.update(scored, data=source, max_pixels=max_pixels)
             if out is not None:
                 title = f"Pairs of {data.name}: {' and '.join(model[: 2 if 'other' in scored else 1])}"
                 write_results(out / "pairs", title, document, pairs_tables(document))
 
         try:
-            encoders = (load_encoder(name, device) for name in model)
+            encoders = (load_encoder(name, device, max_pixels=max_pixels) for name in model)
             evaluate_pairs(
                 encoders, found, seed=seed, batch_tokens=batch_tokens, progress=console.is_terminal, publish=publish
             )

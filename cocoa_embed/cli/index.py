@@ -19,6 +19,7 @@ from cocoa_embed.cli.options import (
     EveryOption,
     ExcludeOption,
     IncludeOption,
+    MaxPixelsOption,
     RevisionOption,
     TrustOption,
     WorkersOption,
@@ -88,6 +89,7 @@ def index(
     workers: WorkersOption = None,
     batch_tokens: BatchTokensOption = None,
     dtype: DtypeOption = None,
+    max_pixels: MaxPixelsOption = None,
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
     allow_host: AllowHostOption = None,
@@ -103,7 +105,7 @@ def index(
     kept: dict[str, Any] = {"create": create, "prefer_grpc": prefer_grpc}
     options: dict[str, Any] = {"dimension": dimension, "embed": embed, **kept}
     options |= {"api_key": api_key, **model_options(devices, workers=workers, batch_tokens=batch_tokens)}
-    options |= {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
+    options |= {"dtype": dtype, "max_pixels": max_pixels, "revision": revision, "trust_remote_code": trust_remote_code}
     sources = source_options(allow_host, every, include, exclude)
     check_all(
         lambda: check_storage(collection, storage),

@@ -25,6 +25,9 @@ BatchTokensOption = Annotated[
 ]
 Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
 DtypeOption = Annotated[Dtype | None, typer.Option(help="Load the weights as this type [default: as stored].")]
+MaxPixelsOption = Annotated[
+    int | None, typer.Option(min=1, help="Scale larger images down to this [default: the model's own limit].")
+]
 RevisionOption = Annotated[str | None, typer.Option(help="The branch, tag or commit of a model on the hub.")]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the model comes with.")]
 AllowHostOption = Annotated[

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cocoa_embed.cli.options import DtypeOption, RevisionOption, TrustOption
+from cocoa_embed.cli.options import DtypeOption, MaxPixelsOption, RevisionOption, TrustOption
 from cocoa_embed.cli.output import DeviceOption, JsonOption, check_all, print_json, say, working
 from cocoa_embed.cli.serve import ServerKeyOption, naming_the_option, search_server
 from cocoa_embed.cli.storage import (
@@ -77,6 +77,7 @@ def search(
     exact: Annotated[bool, typer.Option("--exact", help="Compare all vectors instead of using the index.")] = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    max_pixels: MaxPixelsOption = None,
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
     server: Annotated[
@@ -93,9 +94,10 @@ def search(
     wanted: dict[str, Any] = {"limit": limit, "offset": offset, "score_threshold": score_threshold}
     wanted |= {"any_orientation": any_orientation, "diversity": diversity, "group_by": group_by}
     examples: dict[str, Any] = {"like": like or (), "unlike": unlike or ()}
+    model_options = {"device": device, "dtype": dtype, "revision": revision, "max_pixels": max_pixels}
     if server is not None:
         own: dict[str, object] = {"model": model, "collection": collection, "path": path, "url": url, "edge": edge}
-        own |= {"device": device, "dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code or None}
+        own |= {**model_options, "trust_remote_code": trust_remote_code or None}
         refuse_beside_server(**own, hnsw_ef=hnsw_ef, exact=exact or None, html=html)
         with working() as console:
             hosts = allow_host or ()
@@ -116,7 +118,7 @@ def search(
     storage = {"path": path, "url": url, "edge": edge}
     wanted |= {"hnsw_ef": hnsw_ef, "exact": exact}
     is_download = image is not None and re.match(WEB if allow_host else REMOTE, image, re.IGNORECASE) is not None
-    model_options = {"device": device, "dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
+    model_options |= {"trust_remote_code": trust_remote_code}
     *_, picture = check_all(
         lambda: check_storage(collection, storage, exists=True),
         *([] if model is None else [partial(check_model, model)]),

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cocoa_embed.cli.options import MaxPixelsOption
 from cocoa_embed.cli.output import DeviceOption, check_all, say, silence_libraries, working
 from cocoa_embed.cli.storage import CollectionOption, EdgeOption, PathOption, UrlOption, check_storage
 from cocoa_embed.errors import ImageError, require
@@ -36,6 +37,7 @@ def serve(
         str | None, typer.Option(envvar="COCOA_API_KEY", help="The key that every request must bring.")
     ] = None,
     device: DeviceOption = None,
+    max_pixels: MaxPixelsOption = None,
 ) -> None:
     """Serve an index over HTTP: a page to search in, an API, and embeddings as OpenAI's. Ctrl-C stops it."""
     from cocoa_embed.model.loading import check_model
@@ -56,7 +58,7 @@ def serve(
 
         bound = bind(host, port)
         place = {**storage, "collection": collection, "api_key": qdrant_api_key}
-        indexer, app = run.open_app(model, device, place, Limits(), api_key)
+        indexer, app = run.open_app(model, device, place, Limits(), api_key, max_pixels)
         name = f"[{host}]" if ":" in host else host
         say(console, f"{indexer.store.name}: {indexer.store.count()} images, {indexer.encoder.name}")
         if url is None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+from cocoa_embed.errors import UsageError
 from cocoa_embed.model.visual_tokens import PatchCounter, visual_tokens
 
 if TYPE_CHECKING:
@@ -40,16 +42,17 @@ class BatchLimits(NamedTuple):
 def token_counter(model: SentenceTransformer) -> CountTokens:
     """Return a function that counts an image's visual tokens.
 
-    It is exact if the model's image processor counts patches. Other models, such as CLIP and SigLIP, turn every image
-    into equally many tokens: for them the function returns 1.
+    It is exact if the model's image processor counts patches, or its family is supported. Other models, such as CLIP
+    and SigLIP, turn every image into equally many tokens: for them the function returns 1.
     """
-    try:
-        processor = model.processor
+    with suppress(AttributeError, UsageError):  # no processor, or one without images, or of no supported model
+        processor: Any = model.processor
         counter = processor if isinstance(processor, PatchCounter) else processor.image_processor
-    except AttributeError:  # an input module without a processor, or a processor without images
-        counter = None
-    if isinstance(counter, PatchCounter):
-        return partial(visual_tokens, counter)
+        if isinstance(counter, PatchCounter):
+            return partial(visual_tokens, counter)
+        from cocoa_embed.model.families.registry import family_of_images
+
+        return partial(family_of_images(processor).visual_tokens, processor)
     return lambda width, height: 1
 
 

@@ -67,7 +67,7 @@ def remembered_in(model: str | Path, options: Mapping[str, Any]) -> Path | None:
     :returns: None for a model that depends on more than its own files: an adapter, code of the hub, other options.
     """
     given = {name: value for name, value in options.items() if value and name not in HARMLESS}
-    if given.keys() - {"dtype", "revision"}:
+    if given.keys() - {"dtype", "revision", "max_pixels"}:
         return None
     local = Path(model).expanduser()
     folder = local if local.is_dir() else snapshot_folder(str(model), given.get("revision"))

@@ -18,12 +18,19 @@ def load_encoder(model: str | Path, device: str | None = None, dimension: int | 
     :param device: The torch device; None takes the fastest.
     :param dimension: Truncate every embedding to this many dimensions.
     :param options: ``dtype``, ``revision``, ``trust_remote_code``, ``cache_folder`` and ``model_kwargs`` of
-        ``load_model``, ``workers`` and ``batch_tokens`` of ``Encoder``.
+        ``load_model``, ``workers`` and ``batch_tokens`` of ``Encoder``, and ``max_pixels``, to which larger images are
+        scaled down instead of the model's own limit.
     :raises CocoaError: If the model cannot be loaded. A folder that is missing or broken is refused before any heavy
         library is imported.
+    :raises UsageError: If ``max_pixels`` cannot be its limit.
     """
     streaming = {name: options.pop(name) for name in ("workers", "batch_tokens") if name in options}
+    pixels = options.pop("max_pixels", None)
     loaded = loading.load_model(model, device, **options)
+    if pixels is not None:
+        from cocoa_embed.model.backbone import limit_images
+
+        limit_images(loaded.processor, pixels)
     from cocoa_embed.encode.encoder import Encoder
 
     return Encoder(loaded, printable(model), dimension, **streaming)

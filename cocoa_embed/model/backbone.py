@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from cocoa_embed.errors import CocoaError, UsageError, one_line
 from cocoa_embed.model.attention import make_bidirectional, make_causal
@@ -159,7 +159,8 @@ def read_processor(name_or_path: str) -> ProcessorMixin:
     :raises CocoaError: If it does not exist.
     """
     try:
-        processor: ProcessorMixin = AutoProcessor.from_pretrained(resolve_backbone(name_or_path))
+        family = family_of(read_config(name_or_path))
+        processor: ProcessorMixin = family.processor_class.from_pretrained(resolve_backbone(name_or_path))
     except (OSError, ValueError) as error:
         raise CocoaError(f"Cannot load the processor of {name_or_path}: {one_line(error)}") from error
     return processor
@@ -182,11 +183,9 @@ def prepare_processor(
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     if max_length is not None:
         tokenizer.model_max_length = max_length
-    family = family_of_images(processor)
-    family.limit_pixels(processor, max_pixels)
-    processor.chat_template = chat_template(tokenizer, family.markers)
+    limit_images(processor, max_pixels)
+    processor.chat_template = chat_template(tokenizer, family_of_images(processor).markers)
     tokenizer.chat_template = None
-    _check_room_for_images(processor)
 
 
 def fitting_max_pixels(name_or_path: str, max_length: int) -> int | None:
@@ -204,8 +203,13 @@ def fitting_max_pixels(name_or_path: str, max_length: int) -> int | None:
     return (max_length // 2) * (geometry.patch_size * geometry.merge_size) ** 2
 
 
-def _check_room_for_images(processor: ProcessorMixin) -> None:
+def limit_images(processor: ProcessorMixin, max_pixels: int | None) -> None:
+    """Have a processor scale images down to ``max_pixels``, in place; None keeps its own limit.
+
+    :raises UsageError: If the largest image would not fit into a sequence, or the processor is of no supported model.
+    """
     family = family_of_images(processor)
+    family.limit_pixels(processor, max_pixels)
     largest, tokens = family.most_pixels(processor), family.most_visual_tokens(processor)
     room = processor.tokenizer.model_max_length - OTHER_TOKENS
     if tokens > room:

@@ -41,17 +41,26 @@ def model_of(store: Store) -> str:
 
 
 def open_app(
-    model: str | Encoder | None, device: str | None, storage: dict[str, Any], limits: Limits, api_key: str | None
+    model: str | Encoder | None,
+    device: str | None,
+    storage: dict[str, Any],
+    limits: Limits,
+    api_key: str | None,
+    max_pixels: int | None = None,
 ) -> tuple[QdrantIndexer, Starlette]:
     """Open a collection, load its model, and return both as an application.
 
     :param model: Its name, or the loaded model; None takes the one that made the collection.
     :param storage: The arguments of ``QdrantIndexer`` that name the collection.
+    :param max_pixels: Larger images are scaled down to this; None takes the model's own limit.
     :raises CocoaError: If there is no such collection, or another model made it.
     """
     store = QdrantIndexer(None, **storage).store
     store.require_signature()  # before the model, which takes seconds
-    encoder = model if isinstance(model, Encoder) else load_encoder(model or model_of(store), device)
+    if isinstance(model, Encoder):
+        encoder = model
+    else:
+        encoder = load_encoder(model or model_of(store), device, max_pixels=max_pixels)
     batches = Batches(encoder, limits.seconds)
     indexer = QdrantIndexer(BatchingEncoder(batches), **storage)
     indexer.store = store  # a local one is read as a whole when it is opened

@@ -83,8 +83,8 @@ class QdrantIndexer(Searcher):
         :param batch_size: The maximum number of images in a batch.
         :param device: The torch device for a model that has to be loaded.
         :param devices: Several devices, a process each: ``"cuda:0,cuda:1"`` or ``"all"``.
-        :param model_options: ``dtype``, ``revision``, ``trust_remote_code``, ``workers`` and ``batch_tokens``
-            (``load_encoder``), for a model that has to be loaded.
+        :param model_options: ``dtype``, ``max_pixels``, ``revision``, ``trust_remote_code``, ``workers`` and
+            ``batch_tokens`` (``load_encoder``), for a model that has to be loaded.
         :raises UsageError: If more than one of ``client``, ``path``, ``url`` and ``edge`` is given, or if an argument
             is invalid.
         :raises MissingExtraError: If a package that the location needs is not installed.
@@ -275,7 +275,8 @@ class QdrantIndexer(Searcher):
         if signature is not None and signature.fingerprint not in (None, encoder.fingerprint):
             raise CocoaError(
                 f"{self.store.name} was made with {signature.model} (fingerprint {signature.fingerprint:.12}), not with"
-                f" {encoder.name} ({encoder.fingerprint:.12}); choose another collection, or the model that made it"
+                f" {encoder.name} ({encoder.fingerprint:.12}); choose another collection, or the model that made it,"
+                " with its --max-pixels"
             )
         if signature is not None and signature.fingerprint and self._embed not in (None, signature.embed):
             raise CocoaError(

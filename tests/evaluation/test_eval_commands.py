@@ -33,7 +33,7 @@ def models(monkeypatch: pytest.MonkeyPatch) -> dict[str, ScoredModel]:
     """The models that can be loaded, by name."""
     found = {"ours": ScoredModel(0, noise=10.0), "theirs": ScoredModel(1, noise=400.0)}
 
-    def load(name: str, device: str | None) -> Encoder:
+    def load(name: str, device: str | None, max_pixels: int | None) -> Encoder:
         if name not in found:
             raise CocoaError(f"{name} cannot be loaded")
         return Encoder(found[name], name)

@@ -77,7 +77,7 @@ def test_a_folder_precedes_a_built_in_name_and_a_hub_name_stays_as_it_is(
         (
             "",
             BertConfig().to_json_string(),
-            r"is a 'bert' model; supported are idefics3, qwen2_5_vl, qwen2_vl, qwen3_vl\.",
+            r"is a 'bert' model; supported are idefics3, internvl, qwen2_5_vl, qwen2_vl, qwen3_vl, smolvlm\.",
         ),
         ("config.json", None, "Cannot read a model config from {}"),
         ("*.safetensors", None, "Cannot load weights from {}"),

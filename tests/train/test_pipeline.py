@@ -13,11 +13,13 @@ from tiny_backbones import COCOA, TINY_MAX_LENGTH
 from torch import Tensor
 from transformers import Qwen2VLForConditionalGeneration, Trainer, TrainingArguments
 
-from cocoa_embed.errors import CocoaError
+from cocoa_embed.encode.load import load_encoder
+from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.folders import RUN_MARKER
 from cocoa_embed.model.attention import assert_bidirectional
-from cocoa_embed.model.backbone import load_backbone
+from cocoa_embed.model.backbone import load_backbone, read_processor
 from cocoa_embed.model.export import export_model
+from cocoa_embed.model.families.registry import family_of_images
 from cocoa_embed.model.training_record import RUN_FILE, TRAINING_FILE, read_run, read_training
 from cocoa_embed.train.pipeline import run
 from cocoa_embed.train.plan import checks
@@ -165,6 +167,36 @@ def test_a_run_from_a_checkpoint_inherits_its_settings(
     assert processor.image_processor.size["longest_edge"] == 3136
     assert processor.tokenizer.model_max_length == TINY_MAX_LENGTH
     assert SentenceTransformer(str(result.folder), device="cpu").prompts == PROMPTS
+
+
+@pytest.mark.parametrize(
+    ("family", "sides"), [("qwen2_vl", (28, 84, 56)), ("internvl", (16, 48, 32))], indirect=["family"]
+)
+def test_a_stage_scales_images_to_its_own_limit_and_the_next_one_is_free_of_it(
+    tiny_backbone_path: Path, scene_folder: Path, tmp_path: Path, sides: tuple[int, int, int]
+) -> None:
+    small, large, middle = (side**2 for side in sides)
+    stages = {
+        "warmup": {**FROZEN, "max_pixels": small},
+        "bridge": FROZEN,
+        "contrastive": {**FROZEN, "max_pixels": middle},
+    }
+    results = run(recipe(tiny_backbone_path, scene_folder, max_pixels=large, **stages), tmp_path / "out")
+    limits = []
+    for result in results:
+        processor = read_processor(str(result.folder))
+        limits.append(family_of_images(processor).most_pixels(processor))
+    assert limits == [small, large, middle]
+    exported = load_encoder(export_model(results[-1].folder, tmp_path / "model"), "cpu")
+    assert family_of_images(exported.model.processor).most_pixels(exported.model.processor) == middle
+    later = recipe(results[-1].folder, scene_folder, warmup=FROZEN)
+    assert checks.examine(later, tmp_path / "later").recipe.max_pixels == middle, "that of the stage it starts from"
+
+
+def test_a_stages_limit_that_fits_no_sequence_is_refused(tiny_backbone_path: Path, scene_folder: Path) -> None:
+    given = recipe(tiny_backbone_path, scene_folder, max_pixels=784, contrastive={**STAGE, "max_pixels": 200 * 784})
+    with pytest.raises(UsageError, match=r"An image of up to 156800 pixels takes 200 visual tokens.*lower max_pixels"):
+        checks.examine(given, Path("out"))
 
 
 @pytest.mark.slow

@@ -120,7 +120,8 @@ def examine(recipe: Recipe, out: Path, *, resume: bool = False, check: Check = "
     config = read_config(recipe.backbone)
     for stage in recipe.stages.values():
         stage.check_backbone(config)
-    load_processor(recipe.backbone, max_length=recipe.max_length, max_pixels=recipe.max_pixels)
+    for pixels in {stage.run.max_pixels for stage in recipe.stages.values()}:
+        load_processor(recipe.backbone, max_length=recipe.max_length, max_pixels=pixels)
     refuse_foreign_folder(out, marker=RUN_MARKER)
     _refuse_to_overwrite_inputs(recipe, out)
     resume = resume and (out / RUN_MARKER).is_file() and (out / RUN_FILE).is_file()
@@ -145,7 +146,10 @@ def _inherit(recipe: Recipe) -> Recipe:
     folder = Path(recipe.backbone)
     if not (folder / TRAINING_FILE).is_file():
         return recipe
-    earlier, own = read_training(folder)["recipe"], recipe.model_dump(mode="json", include=set(INHERITED))
+    training = read_training(folder)
+    earlier, own = training["recipe"], recipe.model_dump(mode="json", include=set(INHERITED))
+    for last in training["stages"][-1:]:
+        earlier["max_pixels"] = (earlier.get(last["stage"]) or {}).get("max_pixels") or earlier["max_pixels"]
     taken = {key: earlier[key] for key in INHERITED if key not in recipe.model_fields_set and earlier[key] != own[key]}
     if taken:
         listed = ", ".join(f"{key} {json.dumps(value)}" for key, value in taken.items())
@@ -155,7 +159,8 @@ def _inherit(recipe: Recipe) -> Recipe:
 
 def _limit_images(recipe: Recipe) -> Recipe:
     """Return the recipe; with a limit for images, if it gives none and the backbone's own is too large for it."""
-    pixels = None if recipe.max_pixels else fitting_max_pixels(recipe.backbone, recipe.max_length)
+    has_limits = all(stage.run.max_pixels for stage in recipe.stages.values())
+    pixels = None if has_limits else fitting_max_pixels(recipe.backbone, recipe.max_length)
     if pixels is None:
         return recipe
     logger.warning(

@@ -161,8 +161,11 @@ def plan(
 def _plan(prepared: Prepared, out: Path, card: str | None, timed: Mapping[str, float]) -> RunPlan:
     recipe = prepared.recipe
     config = read_config(recipe.backbone)
-    processor = load_processor(recipe.backbone, max_length=recipe.max_length, max_pixels=recipe.max_pixels)
-    stages = [_plan_stage(prepared, name, processor, config, out, card) for name in prepared.rows]
+    stages = []
+    for name in prepared.rows:
+        pixels = recipe.stages[name].run.max_pixels
+        processor = load_processor(recipe.backbone, max_length=recipe.max_length, max_pixels=pixels)
+        stages.append(_plan_stage(prepared, name, processor, config, out, card))
     for place, stage in enumerate(stages):
         if stage.stage in timed:
             seconds = (stage.steps - stage.steps_done) * timed[stage.stage]

@@ -4,16 +4,19 @@ from transformers import PreTrainedConfig, ProcessorMixin
 
 from cocoa_embed.errors import UsageError
 from cocoa_embed.model.families.family import Family
+from cocoa_embed.model.families.internvl import InternVL
 from cocoa_embed.model.families.qwen2_5_vl import Qwen25VL
 from cocoa_embed.model.families.qwen2_vl import Qwen2VL
 from cocoa_embed.model.families.qwen3_vl import Qwen3VL
-from cocoa_embed.model.families.smolvlm import SmolVLM
+from cocoa_embed.model.families.smolvlm import SmolVLM, SmolVLM2
 
 FAMILIES: dict[str, type[Family]] = {
     "qwen2_vl": Qwen2VL,
     "qwen2_5_vl": Qwen25VL,
     "qwen3_vl": Qwen3VL,
     "idefics3": SmolVLM,
+    "smolvlm": SmolVLM2,
+    "internvl": InternVL,
 }
 
 

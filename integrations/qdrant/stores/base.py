@@ -179,7 +179,7 @@ class Signature:
         if self.fingerprint not in (None, other.fingerprint) or self.dimension != other.dimension:
             raise CocoaError(
                 f"{name} was made with {self.model} ({self.dimension} dimensions), not with {other.model}"
-                f" ({other.dimension}); choose another {kind}"
+                f" ({other.dimension}); choose another {kind}, or the model that made it, with its --max-pixels"
             )
         if self.embed != other.embed:
             raise CocoaError(

