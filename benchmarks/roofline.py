@@ -15,8 +15,9 @@ adapter, without packed vision attention.
 """
 
 import argparse
-import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import count, product
 from pathlib import Path
@@ -45,6 +46,7 @@ from cocoa_embed.train.stages.bridge.model import BridgeModel
 from cocoa_embed.train.stages.stage import Stage
 from cocoa_embed.train.stages.warmup.model import WarmupModel
 from shared.models import MODELS, model_config, stand_in_processor
+from shared.output import command_line, report
 from steps.sides import PlainModel, peft_adapter
 
 GIB = 2**30
@@ -100,12 +102,11 @@ VARIANTS = {
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("recipes", nargs="*", choices=[[], *SETTINGS], metavar="RECIPE", help="all by default")
     parser.add_argument("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="override of the recipes")
     parser.add_argument("--variants", action="store_true", help="one mini-batch at 2B with different adapters instead")
     parser.add_argument("--plain", action="store_true", help="warm-up and bridge at 2B beside the plain way instead")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser.parse_args()
 
 
@@ -120,12 +121,16 @@ def open_backbone(recipe: Recipe) -> tuple[PreTrainedConfig, ProcessorMixin]:
     return config, processor
 
 
-def draw_row(folder: Path, processor: ProcessorMixin) -> Row:
-    """Return a row of the data, with the largest square image."""
+@contextmanager
+def opened(name: str, overrides: list[str]) -> Iterator[tuple[Recipe, Row, tuple[PreTrainedConfig, ProcessorMixin]]]:
+    """Yield a recipe, a row of its data with the largest square image, and its backbone."""
+    recipe = Recipe.load(name, overrides)
+    config, processor = open_backbone(recipe)
     side = int(family_of_images(processor).most_pixels(processor) ** 0.5)
-    image = folder / f"{side}.png"
-    Image.new("RGB", (side, side)).save(image)
-    return Row(Item(WORD * 61, (image,)), Item(WORD * 38), source="drawn")
+    with TemporaryDirectory() as folder:
+        image = Path(folder, f"{side}.png")
+        Image.new("RGB", (side, side)).save(image)
+        yield recipe, Row(Item(WORD * 61, (image,)), Item(WORD * 38), source="drawn"), (config, processor)
 
 
 def step(
@@ -171,24 +176,18 @@ def step(
 
 def measure(names: list[str], overrides: list[str]) -> dict[str, Any]:
     results: dict[str, Any] = {}
-    with TemporaryDirectory() as folder:
-        for name in names:
-            recipe = Recipe.load(name, overrides)
-            backbone = open_backbone(recipe)
-            row = draw_row(Path(folder), backbone[1])
+    for name in names:
+        with opened(name, overrides) as (recipe, row, backbone):
             stages = [step(stage, row, backbone, SETTINGS[name]) for stage in recipe.stages.values()]
-            results[name] = {**asdict(SETTINGS[name]), "hours": sum(each["hours"] for each in stages), "stages": stages}
-            print(f"{name}: {results[name]['hours']:.1f} hours", file=sys.stderr)
+        results[name] = {**asdict(SETTINGS[name]), "hours": sum(each["hours"] for each in stages), "stages": stages}
+        print(f"{name}: {results[name]['hours']:.1f} hours", file=sys.stderr)
     return results
 
 
 def measure_variants() -> dict[str, Any]:
     results = {}
-    with TemporaryDirectory() as folder:
-        for name, changes in VARIANTS.items():
-            recipe = Recipe.load("qwen2-vl-2b", changes)
-            backbone = open_backbone(recipe)
-            row = draw_row(Path(folder), backbone[1])
+    for name, changes in VARIANTS.items():
+        with opened("qwen2-vl-2b", changes) as (recipe, row, backbone):
             results[name] = step(recipe.stages["contrastive"], row, backbone, Setting(), VARIANT_ROWS)
     return results
 
@@ -222,11 +221,8 @@ def plain_adapter(model: PreTrainedModel, settings: StageSettings, **_: bool) ->
 
 def measure_plain() -> dict[str, Any]:
     results: dict[str, Any] = {}
-    with TemporaryDirectory() as folder:
-        for (name, adapter), (side, changes) in product(PLAIN.items(), SIDES.items()):
-            recipe = Recipe.load("qwen2-vl-2b", ["gradient_checkpointing=false", *adapter, *changes])
-            backbone = open_backbone(recipe)
-            row = draw_row(Path(folder), backbone[1])
+    for (name, adapter), (side, changes) in product(PLAIN.items(), SIDES.items()):
+        with opened("qwen2-vl-2b", ["gradient_checkpointing=false", *adapter, *changes]) as (recipe, row, backbone):
             for key, stage in list(recipe.stages.items())[:2]:
                 batch = stage.sequences(numbered([row])[0], backbone[1], backbone[0])[0]
                 useful = StepCost.of(backbone[0], stage.settings).of_shape(batch_shape(batch))
@@ -290,10 +286,7 @@ def main() -> None:
         results, shown = measure_plain(), show_plain
     else:
         results, shown = measure(options.recipes or list(SETTINGS), options.set), show
-    if options.json:
-        print(json.dumps(results, indent=2))
-    else:
-        shown(results)
+    report(results, shown, as_json=options.json)
 
 
 if __name__ == "__main__":

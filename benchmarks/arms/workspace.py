@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import os
 import random
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from arms.families import families
 from arms.grid import Grid, Group, Sizes, StageRun
 from arms.photos import MOCA, MOCA_SETTINGS, SETTINGS, PhotoGrid, PhotoSizes
 from cocoa_embed.data.image_folder import METADATA_FILE
+from cocoa_embed.demo.photographs import link_or_copy
 from cocoa_embed.demo.scenes import write_image_folder, write_scenes
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.folders import claim_folder, write_atomically
@@ -231,9 +230,6 @@ def _link_all_but_the_first(source: Path, target: Path, count: int) -> None:
     for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         if not (target / name).exists():
-            try:
-                os.link(source / name, target / name)
-            except OSError:  # on another disk
-                shutil.copyfile(source / name, target / name)
+            link_or_copy(source / name, target / name)
     kept = set(names)
     write_atomically(target / METADATA_FILE, "".join(f"{line}\n" for name, line in named if name in kept))
