@@ -155,12 +155,12 @@ def step(
     seconds = sum(count * each.seconds for count, each in passes) + meter.optimizer_seconds
     eager_seconds = sum(count * each.eager_seconds for count, each in passes) + meter.optimizer_seconds
     flops = sum(count * each.flops for count, each in passes)
-    settings, parameters = stage.settings, meter.parameters
+    settings = stage.settings
     epochs_steps = -(-where.rows * (settings.epochs or 0) * stage.passes_per_epoch // settings.batch_size)
     steps = settings.steps or max(int(epochs_steps), settings.min_steps or 1)
     return {
         "stage": stage.name,
-        "mini_batches": [asdict(each) for each in mini_batches],
+        "mini_batches": [each._asdict() for each in mini_batches],
         "rows_at_once": at_once,
         "sizes_at_once": chosen.sizes,
         "gradient_checkpointing": chosen.recomputes,
@@ -169,7 +169,7 @@ def step(
         "flops_per_step": flops,
         "steps": steps,
         "hours": steps * seconds / 3600,
-        "parameters": asdict(parameters),
+        "parameters": meter.parameters._asdict(),
         "memory_bytes": sum(meter.state_bytes().values()) + max(each.peak_bytes for each in mini_batches),
     }
 
@@ -198,8 +198,8 @@ class PlainMeter(StageMeter):
     def __init__(self, *args: Any) -> None:
         with patch.object(stage_trainer, "prepare_trainable", plain_adapter):
             super().__init__(*args)
-        for each in self._variants:
-            each.trainer.model = Plain(each.trainer.model)
+        for trainer in self._trainers:
+            trainer.model = Plain(trainer.model)
 
 
 class Plain(PlainModel):
@@ -233,7 +233,7 @@ def measure_plain() -> dict[str, Any]:
                 largest = next(rows for rows in count(VARIANT_ROWS) if meter.cost(0, rows + 1).peak_bytes > room)
                 results[f"{key}, {name}, {side}"] = {
                     f"at_{rows}_rows": {
-                        **asdict(cost := meter.cost(0, rows)),
+                        **(cost := meter.cost(0, rows))._asdict(),
                         "eager_seconds": cost.eager_seconds,
                         "rows_per_second": rows / cost.seconds,
                         "mfu": useful * rows / cost.seconds / CARDS["h100"].bf16,

@@ -107,9 +107,9 @@ class StagePlan:
     checkpoint_bytes: int
     folder: str
     adapter: str | None
-    seconds_per_step: float | None = None
-    seconds: float | None = None
-    card_seconds: float | None = None
+    seconds_per_step: float | None
+    seconds: float | None
+    card_seconds: float | None
 
 
 @dataclass(frozen=True)
@@ -162,18 +162,13 @@ def _plan(prepared: Prepared, out: Path, card: str | None, timed: Mapping[str, f
     recipe = prepared.recipe
     config = read_config(recipe.backbone)
     processor = load_processor(recipe.backbone, max_length=recipe.max_length, max_pixels=recipe.max_pixels)
-    stages = [_plan_stage(prepared, name, processor, config, out, card) for name in prepared.rows]
-    for place, stage in enumerate(stages):
-        if stage.stage in timed:
-            seconds = (stage.steps - stage.steps_done) * timed[stage.stage]
-            stages[place] = dataclasses.replace(stage, seconds_per_step=timed[stage.stage], seconds=seconds)
     return RunPlan(
         recipe=recipe.name,
         backbone=recipe.backbone,
         devices=PartialState().num_processes,
         unchecked_images=max((read.unchecked for read in prepared.rows.values()), default=0),
         card=card,
-        stages=stages,
+        stages=[_plan_stage(prepared, name, processor, config, out, card, timed.get(name)) for name in prepared.rows],
         warnings=prepared.warnings,
         bad_rows=[dataclasses.asdict(row) for row in bad_rows(prepared.rows)],
         finished=[result.stage for result in prepared.results],
@@ -181,7 +176,13 @@ def _plan(prepared: Prepared, out: Path, card: str | None, timed: Mapping[str, f
 
 
 def _plan_stage(
-    prepared: Prepared, name: str, processor: ProcessorMixin, config: PreTrainedConfig, out: Path, card: str | None
+    prepared: Prepared,
+    name: str,
+    processor: ProcessorMixin,
+    config: PreTrainedConfig,
+    out: Path,
+    card: str | None,
+    timed: float | None,
 ) -> StagePlan:
     stage, read, steps = prepared.recipe.stages[name], prepared.rows[name], prepared.steps[name]
     run, settings, data = stage.run, stage.settings, prepared.recipe.data_of(name)
@@ -201,25 +202,18 @@ def _plan_stage(
     counts, shards = meter.parameters, devices if run.sharding != "none" else 1
     batch_size = stage.mean_batch_size(read.rows)
     rows_on_device = stage.micro_batches(devices)[0] // devices
-    geometry, patches = (
-        family_of(config).geometry,
-        fmean(sum(e.shape.patches for e in of_row) for of_row in sample),
-    )
+    patches, geometry = _mean(sample, lambda shape: shape.patches), family_of(config).geometry
     width, frames = geometry.patch_width, geometry.temporal_patch_size
     memory = {
         **meter.state_bytes(shards),
         "activations": round(meter.mini_batch(0, at_once[0]).peak_bytes),
         "inputs": round(rows_on_device * patches * (width // frames if stage.sends_uint8 else width * FULL)),
     }
-    cost = StepCost.of(config, settings)
-    flops_per_row = fmean(sum(cost.of_shape(each.shape) for each in of_row) for of_row in sample)
-    seconds = None
-    if card:
-        a_step = sum(
-            batch_size * a_row / at_once[place] * meter.mini_batch(place, at_once[place]).eager_seconds
-            for place, (_, a_row) in enumerate(typical, 1)
-        )
-        seconds = (steps - steps_done) * (a_step + meter.optimizer_seconds)
+    remaining = steps - steps_done
+    on_card = meter.optimizer_seconds + sum(
+        batch_size * a_row / at_once[place] * meter.mini_batch(place, at_once[place]).eager_seconds
+        for place, (_, a_row) in enumerate(typical if card else (), 1)
+    )
     return StagePlan(
         stage=name,
         parameters=counts.total,
@@ -237,13 +231,15 @@ def _plan_stage(
         sizes_at_once=chosen.sizes,
         gradient_checkpointing=chosen.recomputes,
         mean_batch_size=batch_size,
-        tokens_per_step=batch_size * fmean(sum(each.shape.tokens for each in of_row) for of_row in sample),
-        flops=(steps - steps_done) * batch_size * flops_per_row,
+        tokens_per_step=batch_size * _mean(sample, lambda shape: shape.tokens),
+        flops=remaining * batch_size * _mean(sample, StepCost.of(config, settings).of_shape),
         memory_bytes={"total": sum(memory.values()), **memory},
         checkpoint_bytes=(1 + ADAM_MOMENTS) * FULL * counts.trainable,
         folder=str(out / name),
         adapter=None if settings.adapter is None else settings.adapter.kind,
-        card_seconds=seconds,
+        seconds_per_step=timed,
+        seconds=None if timed is None else remaining * timed,
+        card_seconds=remaining * on_card if card else None,
     )
 
 
@@ -285,6 +281,11 @@ def _sequences(
             if on_bad_row == "stop":
                 raise CocoaError(f"{error}. {REMEDY}") from error
     return found
+
+
+def _mean(sample: list[list[_Sequence]], count: Callable[[BatchShape], float]) -> float:
+    """Return the mean over rows of what is counted in their sequences."""
+    return fmean(sum(count(each.shape) for each in of_row) for of_row in sample)
 
 
 def _typical(sample: list[list[_Sequence]]) -> list[tuple[_Sequence, float]]:
