@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cocoa_embed.data.image_folder import METADATA_FILE, CaptionChoice, DescribedImage, find_metadata, read_metadata
+from cocoa_embed.data import CaptionChoice
+from cocoa_embed.data.image_folder import METADATA_FILE, DescribedImage, find_metadata, read_metadata
 from cocoa_embed.errors import CocoaError, ImageError, RowError, printable
 from cocoa_embed.images.load import load_image
 
