@@ -52,6 +52,7 @@ from cocoa_embed.model.training_record import TRAINING_FILE
 from cocoa_embed.report.tables import Table, to_html, to_markdown
 from cocoa_embed.train.data.caption_rows import read_image_folder
 from shared.measuring import best_device, machine
+from shared.output import command_line
 
 TINY = "tiny"
 TINY_SETTINGS = (
@@ -76,7 +77,7 @@ PROCESSES_PER_ACCELERATOR = 4
 
 def parse() -> argparse.Namespace:
     processes = PROCESSES_PER_ACCELERATOR if torch.accelerator.is_available() else os.cpu_count() or 1
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--profile", choices=PROFILES, default="reduced")
     parser.add_argument("--base", help="the recipe of all stages [tiny, or photos]")
     parser.add_argument("--backbone", help="the folder or name of another backbone [the recipe's]")
@@ -96,7 +97,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("cocoa-ablation"), help="where weights and data go")
     parser.add_argument("--out", type=Path, help="where results go [--work]")
     parser.add_argument("--draw", type=Path, metavar="FILE", help="only write tables and figure of a results file")
-    parser.add_argument("--json", action="store_true", help="print the results as JSON")
     options = parser.parse_args()
     if (options.training is None) != (options.held_out is None):
         parser.error("--training and --held-out go together")

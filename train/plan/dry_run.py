@@ -68,7 +68,7 @@ class StagePlan:
     :param step_contents: What a step holds, by subset, if its rows are of one subset.
     :param steps: The steps of the whole stage; ``steps_done`` of them are in the checkpoint that it resumes from.
     :param epochs: How often the steps draw each row.
-    :param mean_batch_size: The rows of a step, of which ``batch_size`` are not always at hand.
+    :param mean_batch_size: The mean number of rows of a step; fewer than ``batch_size`` where rows run out.
     :param tokens_per_step: Tokens without padding, from a sample of the rows.
     :param flops: FLOPs of the remaining steps, forward and backward, from the same sample.
     :param rows_at_once: Rows that a device runs in one forward pass; in the contrastive stage, items.
@@ -259,7 +259,7 @@ def _subsets(read: ReadRows, sources: Mapping[str, SourceSettings]) -> dict[str,
 
 
 class _Sequence(NamedTuple):
-    """A sequence of a row, and a row of which all sequences are like it."""
+    """The shape of a sequence, and a row for the meter whose sequences all have this shape."""
 
     shape: BatchShape
     alike: Row

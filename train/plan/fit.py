@@ -1,4 +1,4 @@
-"""What a card runs at once where a recipe says ``auto``: what the trial of its memory would choose, by the meter."""
+"""Chooses by the meter what a card runs at once where a recipe says ``auto``, as ``memory_trial`` does by trying."""
 
 from bisect import bisect_right
 from collections.abc import Sequence

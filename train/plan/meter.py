@@ -32,7 +32,7 @@ from cocoa_embed.train.settings import StageSettings
 from cocoa_embed.train.stages.stage import Stage
 
 FEW_LAYERS = 8
-"""Models of so few layers are measured whole, others at depths that tell what each layer adds."""
+"""A model with at most this many layers is measured whole; a larger one at a few depths (``depths``)."""
 
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
@@ -40,7 +40,7 @@ FULL = 4
 """Bytes of float32."""
 
 ADDED = ("flops", "moved_bytes", "kernels", "host_reads", "seconds")
-"""Of a ``Cost``: what several passes cost is the sum of this, and no more memory than one's."""
+"""The fields of a ``Cost`` that add up over passes; the others are memory, which each pass frees again."""
 
 ADAM_MOMENTS = 2
 
@@ -79,7 +79,8 @@ class StageMeter:
 
     :param config: Of the backbone.
     :param processor: Of the backbone.
-    :param rows: What can be measured, each by its place: rows whose sequences are all alike (``Stage.alike``).
+    :param rows: The rows that are measured, by their places here. The sequences of a row are all alike
+        (``Stage.alike``).
     """
 
     def __init__(
@@ -243,7 +244,7 @@ def _set_data(parameter: Tensor, other: Tensor) -> None:
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """Be one process on the CPU, whatever the run is: other processes do not take part in a measurement."""
+    """Measure in one process on the CPU, also in a run of several processes or on a GPU."""
     with ExitStack() as changes:
         changes.enter_context(patch.dict(os.environ))
         for name in RANKS:

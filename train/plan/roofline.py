@@ -357,12 +357,12 @@ HOST_READS = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__")
 def as_on_cuda(meter: Roofline) -> Iterator[None]:
     """Let functions be one kernel and run in the dtype that they are on CUDA; note host reads and backward passes."""
     packed = partial(_packed_attention, meter)
-    functions = {
+    functions: dict[str, Any] = {
         "scaled_dot_product_attention": partial(_attention, meter),
         "dropout": _dropout,
         "layer_norm": partial(_layer_norm, functional.layer_norm),
     }
-    methods = {name: _counted(meter, getattr(Tensor, name)) for name in HOST_READS}
+    methods: dict[str, Any] = {name: _counted(meter, getattr(Tensor, name)) for name in HOST_READS}
     methods["backward"] = _watched(meter, Tensor.backward)
     with (
         patch.multiple(functional, **functions),
