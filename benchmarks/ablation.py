@@ -178,13 +178,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         return results(options, workspace, grid, seeds, started)
 
 
-def chosen(workspace: Workspace, options: argparse.Namespace, seconds: dict[str, float] | None = None) -> Grid:
+def chosen(workspace: Workspace, options: argparse.Namespace, *, is_timed: bool = False) -> Grid:
     """Return the grid of the chosen arms.
 
-    :param seconds: As in ``Workspace.grid``.
+    :param is_timed: As in ``Workspace.grid``.
     :raises UsageError: If there are none.
     """
-    grid = workspace.grid(options.group, options.arms, seconds)
+    grid = workspace.grid(options.group, options.arms, is_timed=is_timed)
     if not grid.arms:
         labels = "\n".join(map(grid.label, replace(grid, patterns=()).arms))
         raise UsageError(f"--arms {' '.join(options.arms)} is none of these:\n{labels}")
@@ -196,10 +196,11 @@ def list_arms(options: argparse.Namespace) -> Table:
 
     :raises CocoaError: If the folders or the recipe cannot be used.
     """
-    workspace, seconds = open_workspace(options), dict[str, float]()
+    workspace = open_workspace(options)
     torch.set_num_threads(max(1, torch.get_num_threads() // options.processes))
     with workspace.lock():
-        grid = chosen(workspace, options, seconds)
+        grid = chosen(workspace, options, is_timed=True)
+        seconds = grid.seconds_per_step
         counted, rows, total = set[Path](), [], 0.0
         for seed, arm in product(range(options.seeds), grid.arms):
             stages = {workspace.folder(each, seed): each for each, _ in arm.chain}
