@@ -52,6 +52,7 @@ from cocoa_embed.model.training_record import TRAINING_FILE
 from cocoa_embed.report.tables import Table, to_html, to_markdown
 from cocoa_embed.train.data.caption_rows import read_image_folder
 from shared.measuring import best_device, machine
+from shared.output import command_line
 
 TINY = "tiny"
 TINY_SETTINGS = (
@@ -76,7 +77,7 @@ PROCESSES_PER_ACCELERATOR = 4
 
 def parse() -> argparse.Namespace:
     processes = PROCESSES_PER_ACCELERATOR if torch.accelerator.is_available() else os.cpu_count() or 1
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--profile", choices=PROFILES, default="reduced")
     parser.add_argument("--base", help="the recipe of all stages [tiny, or photos]")
     parser.add_argument("--backbone", help="the folder or name of another backbone [the recipe's]")
@@ -96,7 +97,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("cocoa-ablation"), help="where weights and data go")
     parser.add_argument("--out", type=Path, help="where results go [--work]")
     parser.add_argument("--draw", type=Path, metavar="FILE", help="only write tables and figure of a results file")
-    parser.add_argument("--json", action="store_true", help="print the results as JSON")
     options = parser.parse_args()
     if (options.training is None) != (options.held_out is None):
         parser.error("--training and --held-out go together")
@@ -178,13 +178,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         return results(options, workspace, grid, seeds, started)
 
 
-def chosen(workspace: Workspace, options: argparse.Namespace, seconds: dict[str, float] | None = None) -> Grid:
+def chosen(workspace: Workspace, options: argparse.Namespace, *, is_timed: bool = False) -> Grid:
     """Return the grid of the chosen arms.
 
-    :param seconds: As in ``Workspace.grid``.
+    :param is_timed: As in ``Workspace.grid``.
     :raises UsageError: If there are none.
     """
-    grid = workspace.grid(options.group, options.arms, seconds)
+    grid = workspace.grid(options.group, options.arms, is_timed=is_timed)
     if not grid.arms:
         labels = "\n".join(map(grid.label, replace(grid, patterns=()).arms))
         raise UsageError(f"--arms {' '.join(options.arms)} is none of these:\n{labels}")
@@ -196,10 +196,11 @@ def list_arms(options: argparse.Namespace) -> Table:
 
     :raises CocoaError: If the folders or the recipe cannot be used.
     """
-    workspace, seconds = open_workspace(options), dict[str, float]()
+    workspace = open_workspace(options)
     torch.set_num_threads(max(1, torch.get_num_threads() // options.processes))
     with workspace.lock():
-        grid = chosen(workspace, options, seconds)
+        grid = chosen(workspace, options, is_timed=True)
+        seconds = grid.seconds_per_step
         counted, rows, total = set[Path](), [], 0.0
         for seed, arm in product(range(options.seeds), grid.arms):
             stages = {workspace.folder(each, seed): each for each, _ in arm.chain}

@@ -9,8 +9,6 @@ counted; ``build`` is the search index (HNSW, 16 edges). All three are seconds o
 machine change little.
 """
 
-import argparse
-import json
 import os
 import re
 import tempfile
@@ -24,6 +22,7 @@ from cocoa_embed.integrations.qdrant.shards.load import load
 from cocoa_embed.integrations.qdrant.stores import open_store
 from cocoa_embed.integrations.qdrant.stores.base import Signature
 from cocoa_embed.integrations.qdrant.stores.options import StoreOptions, read_create
+from shared.output import command_line, report
 from shared.points_server import points_server
 from stores import make_points, unit_vectors
 
@@ -72,11 +71,10 @@ def measure(create: str, count: int, dimension: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--points", type=int, nargs=2, default=[4000, 10_000])
     parser.add_argument("--dimension", type=int, default=1536)
     parser.add_argument("--create", nargs="+", default=["", "vectors=float16", "vectors=float16,quantization=turbo1"])
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args()
     few, many = options.points
     result: dict[str, Any] = {"dimension": options.dimension, "points": options.points}
@@ -84,11 +82,13 @@ def main() -> None:
         small, large = (measure(create, count, options.dimension) for count in (few, many))
         result[create or "default"] = {key: (large[key] - small[key]) / (many - few) for key in sorted(large)}
     result["load"] = os.getloadavg()[0]
-    if options.json:
-        print(json.dumps(result, indent=2))
-        return
-    for create in (each or "default" for each in options.create):
-        print(create, *(f"{key} {value:.6g}" for key, value in result[create].items()), sep="\n  ")
+    report(result, show, as_json=options.json)
+
+
+def show(result: dict[str, Any]) -> None:
+    for create, figures in result.items():
+        if isinstance(figures, dict):
+            print(create, *(f"{key} {value:.6g}" for key, value in figures.items()), sep="\n  ")
 
 
 if __name__ == "__main__":

@@ -7,14 +7,13 @@ rows, for a machine without a card.
 """
 
 import argparse
-import gc
 import json
 from pathlib import Path
 
 import torch
 
 from shared.measuring import best_device, machine
-from steps.sides import measure, measure_growing
+from steps.sides import forget_memory, measure, measure_growing
 from train_step import parse
 
 PAIRS = ["--stage", "contrastive", "--side", "ours", "--batch-size", "16", "--chunk", "8"]
@@ -68,10 +67,7 @@ def main() -> None:
     for name, case in PARTS[given.part].items():
         result = {"arguments": case, **run(case, rehearse=given.rehearse), **machine(best_device())}
         (given.folder / f"{given.part}-{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+        forget_memory()
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from shared.output import command_line, report
+
 SETTINGS: dict[str, dict[str, str]] = {
     "torch_defaults": {},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
@@ -41,11 +43,10 @@ WARM_UP_STEPS = 2
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="how often each setting is measured")
     parser.add_argument("--steps", type=int, default=4, help="measured steps of a round")
     parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=list(SETTINGS), help="settings to compare")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -55,13 +56,10 @@ def run_steps(count: int) -> list[float]:
     import torch
 
     from cocoa_embed.demo.scenes import draw, sample_scene
-    from cocoa_embed.model.backbone import builtin_backbones, load_backbone
-    from cocoa_embed.model.export import build_sentence_transformer
+    from shared.models import untrained_model
 
     with tempfile.TemporaryDirectory() as folder:
-        load_backbone(builtin_backbones()[0], max_length=256).save(Path(folder))
-        model = build_sentence_transformer(Path(folder), prompts={"query": "", "document": ""})
-    model.to("cpu").train()
+        model = untrained_model(Path(folder), max_length=256).to("cpu").train()
     generator = random.Random(0)
     images = [{"image": draw(sample_scene(generator, "train"), generator)} for _ in range(PAIRS)]
     texts = [{"text": "a large red circle above a small blue square"}] * PAIRS
@@ -128,11 +126,7 @@ def main() -> None:
     if options.worker:
         print(json.dumps(run_steps(options.steps)))
         return
-    result = document(measure(options.settings, options.rounds, options.steps))
-    if options.json:
-        print(json.dumps(result, indent=2))
-    else:
-        show(result)
+    report(document(measure(options.settings, options.rounds, options.steps)), show, as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ way runs once unmeasured; rates are medians over ``--repeat`` turns. The embeddi
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Callable
@@ -20,10 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modality import infer_modality
 
+from cocoa_embed.cli.output import silence_libraries
 from cocoa_embed.demo.scenes import write_image_folder
 from cocoa_embed.encode.batches import BatchLimits, ImageCost, plan_batches, token_counter
 from cocoa_embed.encode.document_model import DocumentModel, Features
@@ -32,22 +31,21 @@ from cocoa_embed.encode.processor_lock import ProcessorLock
 from cocoa_embed.images.find_files import find_images
 from cocoa_embed.images.load import load_image
 from cocoa_embed.model.attention import make_bidirectional
-from cocoa_embed.model.backbone import Backbone, limit_images, load_backbone
-from cocoa_embed.model.export import build_sentence_transformer
+from cocoa_embed.model.backbone import Backbone, limit_images
 from cocoa_embed.model.families.registry import family_of
 from cocoa_embed.model.loading import load_model
 from shared.measuring import best_device, machine, seconds_of
-from shared.models import MAX_LENGTH, model_config, stand_in_processor
+from shared.models import MAX_LENGTH, TOKENIZER, model_config, stand_in_processor, untrained_model
+from shared.output import command_line, report
 
 SIZES = {"small": "small", "2b": "qwen2-vl-2b"}
-BACKBONE = "scene-captioner"
 DRAWN_SCENES = 200
 LEAST_COSINE = 0.99
 """Between the two embeddings of one file; the two ways decode JPEG files with different libraries."""
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("folder", nargs="?", help="a folder of images; without it, scenes of the demo are drawn")
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--model", help="a SentenceTransformer folder; by default the demo's backbone")
@@ -59,7 +57,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32, help="of all three ways")
     parser.add_argument("--batch-tokens", type=int, default=8192, help="of the stream")
     parser.add_argument("--workers", type=int, help="of the stream; by default as the cores allow")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser.parse_args()
 
 
@@ -79,11 +76,9 @@ def open_model(options: argparse.Namespace, device: torch.device) -> SentenceTra
     if options.model:
         model = load_model(options.model, str(device))
     else:
-        size = options.size
-        backbone = random_backbone(size, device) if size else load_backbone(BACKBONE, max_length=MAX_LENGTH)
+        backbone = random_backbone(options.size, device) if options.size else None
         with tempfile.TemporaryDirectory() as folder:
-            backbone.save(Path(folder))
-            model = build_sentence_transformer(Path(folder), prompts={"query": "", "document": ""}).to(device)
+            model = untrained_model(Path(folder), backbone).to(device)
     if options.max_pixels:
         model.max_seq_length = MAX_LENGTH
         limit_images(model.processor, options.max_pixels)
@@ -149,7 +144,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     seconds = {name: [turn[name] for turn in turns] for name in ways}
     rates = {name: len(files) / median(times) for name, times in seconds.items()}
     return {
-        "model": options.model or options.size or BACKBONE,
+        "model": options.model or options.size or TOKENIZER,
         "images": len(files),
         "tokens": sum(int(batch["attention_mask"].sum()) for batch in batches if "attention_mask" in batch),
         **{f"{name}_images_per_second": rate for name, rate in rates.items()},
@@ -165,12 +160,11 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     options = parse()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    result = compare(options)
-    if options.json:
-        print(json.dumps(result, indent=2))
-        return
+    silence_libraries()
+    report(compare(options), show, as_json=options.json)
+
+
+def show(result: dict[str, Any]) -> None:
     print(f"{result['model']}, {result['images']} images, {result['device']}, {result['cores']} cores")
     for name, title in {"encode": "encode", "stream": "ours", "model_alone": "model alone"}.items():
         times, rate = result[f"{name}_seconds"], result[f"{name}_images_per_second"]

@@ -8,7 +8,6 @@ files unchanged. Every round measures each of them once, with new stores; rates 
 """
 
 import argparse
-import json
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -20,18 +19,18 @@ from cocoa_embed.encode.load import load_encoder
 from cocoa_embed.images.find_files import find_images
 from cocoa_embed.integrations.qdrant.indexer import QdrantIndexer
 from shared.measuring import machine, seconds_of
+from shared.output import command_line, report
 
 STORES = ("path", "edge")
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("folder", nargs="?", default="cocoa-demo/data/held-out", help="a folder of images")
     parser.add_argument("--model", default="cocoa-qwen2vl", help="a SentenceTransformer folder or hub name")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--device")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser.parse_args()
 
 
@@ -74,11 +73,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     options = parse()
-    result = measure(options)
-    if options.json:
-        print(json.dumps(result, indent=2))
-        return
-    print(f"{result['images']} images, {result['cores']} cores, {result['device']}, medians of {options.rounds} rounds")
+    report(measure(options), show, as_json=options.json)
+
+
+def show(result: dict[str, Any]) -> None:
+    print(
+        f"{result['images']} images, {result['cores']} cores, {result['device']}, medians of {result['rounds']} rounds"
+    )
     print(f"embedding alone  {result['embedding_images_per_second']:8.1f} images/s")
     for store, metrics in result["stores"].items():
         print(

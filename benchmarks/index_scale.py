@@ -9,16 +9,12 @@ Memory is what the process has for itself (anonymous), above that at the start o
 at the end. ``ratio`` is the end's over the tenth's.
 """
 
-import argparse
 import contextlib
-import json
 import os
-import re
 import tempfile
 import time
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -31,6 +27,7 @@ from cocoa_embed.integrations.qdrant.stores import open_store
 from cocoa_embed.integrations.qdrant.stores.base import Signature
 from cocoa_embed.integrations.qdrant.stores.store import Store
 from cocoa_embed.sources.base import Record
+from shared.output import command_line, process_bytes, report
 from shared.points_server import points_server
 
 IMAGES_PER_SHARD = 1000
@@ -92,8 +89,7 @@ class RandomEncoder:
 
 def anonymous_bytes() -> int:
     """Return the memory that the process has for itself."""
-    rollup = Path("/proc/self/smaps_rollup").read_text()
-    return 1024 * int(re.search(r"^Anonymous:\s+(\d+) kB", rollup, re.MULTILINE)[1])  # type: ignore[index]
+    return process_bytes("smaps_rollup", "Anonymous:")
 
 
 def measure(store: Store, count: int, dimension: int, run: str) -> dict[str, float]:
@@ -136,18 +132,18 @@ def compare(name: str, count: int, dimension: int) -> dict[str, dict[str, float]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--images", type=int, default=100_000)
     parser.add_argument("--dimension", type=int, default=32)
     parser.add_argument("--store", nargs="+", choices=("edge", "server"), default=["edge", "server"])
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args()
     figures = {name: compare(name, options.images, options.dimension) for name in options.store}
-    if options.json:
-        print(json.dumps({"dimension": options.dimension, "load": os.getloadavg()[0], **figures}, indent=2))
-        return
-    for name, runs in figures.items():
-        for run, values in runs.items():
+    report({"dimension": options.dimension, "load": os.getloadavg()[0], **figures}, show, as_json=options.json)
+
+
+def show(result: dict[str, Any]) -> None:
+    for name in ("edge", "server"):
+        for run, values in result.get(name, {}).items():
             print(LINE.format(store=name, run=run, **values))
 
 

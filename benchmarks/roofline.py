@@ -15,8 +15,9 @@ adapter, without packed vision attention.
 """
 
 import argparse
-import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import count, product
 from pathlib import Path
@@ -45,6 +46,7 @@ from cocoa_embed.train.stages.bridge.model import BridgeModel
 from cocoa_embed.train.stages.stage import Stage
 from cocoa_embed.train.stages.warmup.model import WarmupModel
 from shared.models import MODELS, model_config, stand_in_processor
+from shared.output import command_line, report
 from steps.sides import PlainModel, peft_adapter
 
 GIB = 2**30
@@ -101,12 +103,11 @@ VARIANTS = {
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("recipes", nargs="*", choices=[[], *SETTINGS], metavar="RECIPE", help="all by default")
     parser.add_argument("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="override of the recipes")
     parser.add_argument("--variants", action="store_true", help="one mini-batch at 2B with different adapters instead")
     parser.add_argument("--plain", action="store_true", help="warm-up and bridge at 2B beside the plain way instead")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser.parse_args()
 
 
@@ -121,12 +122,16 @@ def open_backbone(recipe: Recipe) -> tuple[PreTrainedConfig, ProcessorMixin]:
     return config, processor
 
 
-def draw_row(folder: Path, processor: ProcessorMixin) -> Row:
-    """Return a row of the data, with the largest square image."""
+@contextmanager
+def opened(name: str, overrides: list[str]) -> Iterator[tuple[Recipe, Row, tuple[PreTrainedConfig, ProcessorMixin]]]:
+    """Yield a recipe, a row of its data with the largest square image, and its backbone."""
+    recipe = Recipe.load(name, overrides)
+    config, processor = open_backbone(recipe)
     side = int(family_of_images(processor).most_pixels(processor) ** 0.5)
-    image = folder / f"{side}.png"
-    Image.new("RGB", (side, side)).save(image)
-    return Row(Item(WORD * 61, (image,)), Item(WORD * 38), source="drawn")
+    with TemporaryDirectory() as folder:
+        image = Path(folder, f"{side}.png")
+        Image.new("RGB", (side, side)).save(image)
+        yield recipe, Row(Item(WORD * 61, (image,)), Item(WORD * 38), source="drawn"), (config, processor)
 
 
 def step(
@@ -151,12 +156,12 @@ def step(
     seconds = sum(count * each.seconds for count, each in passes) + meter.optimizer_seconds
     eager_seconds = sum(count * each.eager_seconds for count, each in passes) + meter.optimizer_seconds
     flops = sum(count * each.flops for count, each in passes)
-    settings, parameters = stage.settings, meter.parameters
+    settings = stage.settings
     epochs_steps = -(-where.rows * (settings.epochs or 0) * stage.passes_per_epoch // settings.batch_size)
     steps = settings.steps or max(int(epochs_steps), settings.min_steps or 1)
     return {
         "stage": stage.name,
-        "mini_batches": [asdict(each) for each in mini_batches],
+        "mini_batches": [each._asdict() for each in mini_batches],
         "rows_at_once": at_once,
         "sizes_at_once": chosen.sizes,
         "gradient_checkpointing": chosen.recomputes,
@@ -165,31 +170,25 @@ def step(
         "flops_per_step": flops,
         "steps": steps,
         "hours": steps * seconds / 3600,
-        "parameters": asdict(parameters),
+        "parameters": meter.parameters._asdict(),
         "memory_bytes": sum(meter.state_bytes().values()) + max(each.peak_bytes for each in mini_batches),
     }
 
 
 def measure(names: list[str], overrides: list[str]) -> dict[str, Any]:
     results: dict[str, Any] = {}
-    with TemporaryDirectory() as folder:
-        for name in names:
-            recipe = Recipe.load(name, overrides)
-            backbone = open_backbone(recipe)
-            row = draw_row(Path(folder), backbone[1])
+    for name in names:
+        with opened(name, overrides) as (recipe, row, backbone):
             stages = [step(stage, row, backbone, SETTINGS[name]) for stage in recipe.stages.values()]
-            results[name] = {**asdict(SETTINGS[name]), "hours": sum(each["hours"] for each in stages), "stages": stages}
-            print(f"{name}: {results[name]['hours']:.1f} hours", file=sys.stderr)
+        results[name] = {**asdict(SETTINGS[name]), "hours": sum(each["hours"] for each in stages), "stages": stages}
+        print(f"{name}: {results[name]['hours']:.1f} hours", file=sys.stderr)
     return results
 
 
 def measure_variants() -> dict[str, Any]:
     results = {}
-    with TemporaryDirectory() as folder:
-        for name, changes in VARIANTS.items():
-            recipe = Recipe.load("qwen2-vl-2b", changes)
-            backbone = open_backbone(recipe)
-            row = draw_row(Path(folder), backbone[1])
+    for name, changes in VARIANTS.items():
+        with opened("qwen2-vl-2b", changes) as (recipe, row, backbone):
             results[name] = step(recipe.stages["contrastive"], row, backbone, Setting(), VARIANT_ROWS)
     return results
 
@@ -200,8 +199,8 @@ class PlainMeter(StageMeter):
     def __init__(self, *args: Any) -> None:
         with patch.object(stage_trainer, "prepare_trainable", plain_adapter):
             super().__init__(*args)
-        for each in self._variants:
-            each.trainer.model = Plain(each.trainer.model)
+        for trainer in self._trainers:
+            trainer.model = Plain(trainer.model)
 
 
 class Plain(PlainModel):
@@ -224,11 +223,8 @@ def plain_adapter(model: PreTrainedModel, settings: StageSettings, **_: bool) ->
 
 def measure_plain() -> dict[str, Any]:
     results: dict[str, Any] = {}
-    with TemporaryDirectory() as folder:
-        for (name, adapter), (side, changes) in product(PLAIN.items(), SIDES.items()):
-            recipe = Recipe.load("qwen2-vl-2b", ["gradient_checkpointing=false", *adapter, *changes])
-            backbone = open_backbone(recipe)
-            row = draw_row(Path(folder), backbone[1])
+    for (name, adapter), (side, changes) in product(PLAIN.items(), SIDES.items()):
+        with opened("qwen2-vl-2b", ["gradient_checkpointing=false", *adapter, *changes]) as (recipe, row, backbone):
             for key, stage in list(recipe.stages.items())[:2]:
                 batch = stage.sequences(numbered([row])[0], backbone[1], backbone[0])[0]
                 useful = StepCost.of(backbone[0], stage.settings).of_shape(batch_shape(batch))
@@ -239,7 +235,7 @@ def measure_plain() -> dict[str, Any]:
                 largest = next(rows for rows in count(VARIANT_ROWS) if meter.cost(0, rows + 1).peak_bytes > room)
                 results[f"{key}, {name}, {side}"] = {
                     f"at_{rows}_rows": {
-                        **asdict(cost := meter.cost(0, rows)),
+                        **(cost := meter.cost(0, rows))._asdict(),
                         "eager_seconds": cost.eager_seconds,
                         "rows_per_second": rows / cost.seconds,
                         "mfu": useful * rows / cost.seconds / CARDS["h100"].bf16,
@@ -292,10 +288,7 @@ def main() -> None:
         results, shown = measure_plain(), show_plain
     else:
         results, shown = measure(options.recipes or list(SETTINGS), options.set), show
-    if options.json:
-        print(json.dumps(results, indent=2))
-    else:
-        shown(results)
+    report(results, shown, as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -33,13 +33,14 @@ from cocoa_embed.data.mmeb import TRAIN_SUBSETS
 from cocoa_embed.train.loop.checkpoints import mark_complete, read_complete
 from cocoa_embed.train.loop.trainer import CocoaTrainer
 from shared.measuring import machine
+from shared.output import command_line, process_bytes, report
 
 FEW_ROWS = 2000
 DIFFERENT_PHOTOS = 4
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--rows", type=int, default=130_000)
     parser.add_argument("--images", type=int, default=3000)
     parser.add_argument("--stage", choices=("warmup", "bridge", "contrastive"), default="warmup")
@@ -47,7 +48,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--late-step", type=int, default=1500, help="the step of the checkpoint to resume from")
     parser.add_argument("--photos", type=int, help="measure a batch of so many photographs instead")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.batch_size = options.batch_size or {"warmup": 128, "bridge": 64, "contrastive": 1024}[options.stage]
@@ -80,8 +80,7 @@ def write_layout(folder: Path, rows: int, images: int) -> None:
 
 def private_bytes() -> int:
     """Return the memory that this process has for itself, without the pages of files that it maps."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("Private_Dirty", "SwapPss")))
+    return process_bytes("smaps_rollup", "Private_Dirty", "SwapPss")
 
 
 def start(out: Path, data: Path, began: float, saves: bool) -> None:
@@ -114,19 +113,8 @@ def start(out: Path, data: Path, began: float, saves: bool) -> None:
 def started(out: Path, data: Path, *, saves: bool = False) -> dict[str, float]:
     """Start a run in processes of its own; return the slowest and the largest."""
     several = ["-m", "torch.distributed.run", f"--nproc-per-node={OPTIONS.processes}"] if OPTIONS.processes > 1 else []
-    options = ["--stage", OPTIONS.stage, "--batch-size", str(OPTIONS.batch_size)]
-    command = [
-        sys.executable,
-        *several,
-        __file__,
-        *options,
-        "--child",
-        str(out),
-        str(data),
-        str(time.time()),
-        str(saves),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    options = ["--stage", OPTIONS.stage, "--batch-size", OPTIONS.batch_size, "--child", out, data, time.time(), saves]
+    done = subprocess.run([sys.executable, *several, __file__, *map(str, options)], capture_output=True, text=True)
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if len(found) != (0 if saves else OPTIONS.processes):
         raise SystemExit(f"the run failed:\n{done.stderr}")
@@ -165,12 +153,6 @@ def measure(work: Path) -> dict[str, Any]:
     }
 
 
-def resident_bytes(name: str, process: int | str = "self") -> int:
-    """Return a process's memory, ``VmRSS``, or its peak, ``VmHWM``."""
-    lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
-
-
 def measure_photos(work: Path) -> dict[str, Any]:
     """Collate photographs in a worker of a data loader, which hands the batch over."""
     from torch.utils.data import DataLoader
@@ -200,7 +182,7 @@ def measure_photos(work: Path) -> dict[str, Any]:
     collator([{"row": 0}])
 
     def collate(numbers: list[int]) -> tuple[dict[str, Any], int, int]:
-        start = resident_bytes("VmRSS")
+        start = process_bytes("status", "VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
         return collator([{"row": number} for number in numbers]), start, os.getpid()
 
@@ -210,7 +192,7 @@ def measure_photos(work: Path) -> dict[str, Any]:
     return {
         "photos": len(rows),
         "seconds": round(time.perf_counter() - began, 1),
-        "peak_bytes_above_start": resident_bytes("VmHWM", worker) - start,
+        "peak_bytes_above_start": process_bytes("status", "VmHWM", process=worker) - start,
         "batch_bytes": sum(value.nbytes for value in batch.values() if isinstance(value, torch.Tensor)),
     }
 
@@ -224,9 +206,10 @@ def main() -> None:
     names = ("rows", "images", "stage", "batch_size", "processes", "late_step")
     settings = {} if OPTIONS.photos else {key: getattr(OPTIONS, key) for key in names}
     document = {**settings, **measured, "load_average": os.getloadavg()[1], "machine": machine(torch.device("cpu"))}
-    if OPTIONS.json:
-        print(json.dumps(document, indent=2))
-        return
+    report(document, show, as_json=OPTIONS.json)
+
+
+def show(document: dict[str, Any]) -> None:
     if OPTIONS.photos:
         peak, batch = (document[name] / 2**20 for name in ("peak_bytes_above_start", "batch_bytes"))
         print(f"{document['seconds']:.1f} s   {peak:.0f} MiB above the start, the batch {batch:.0f} MiB")

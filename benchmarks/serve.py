@@ -27,37 +27,33 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import torch
-import transformers
 
+from cocoa_embed.cli.output import silence_libraries
 from cocoa_embed.demo.scenes import write_image_folder
 from cocoa_embed.encode.encoder import Encoder, ModelInput, make_input
 from cocoa_embed.images.find_files import find_images
 from cocoa_embed.integrations.qdrant import QdrantIndexer
-from cocoa_embed.model.backbone import load_backbone
-from cocoa_embed.model.export import build_sentence_transformer
 from cocoa_embed.model.loading import load_model
 from shared.measuring import best_device, machine, seconds_of
-from shared.models import MAX_LENGTH
+from shared.models import TOKENIZER, untrained_model
+from shared.output import command_line, report
 
-BACKBONE = "scene-captioner"
 DRAWN_SCENES = 500
 WORDS = ("red", "green", "blue", "yellow", "circle", "square", "star", "ring", "large", "small")
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--model", help="a SentenceTransformer folder; by default the demo's backbone")
     parser.add_argument("--folder", help="a folder of images; without it, scenes of the demo are drawn")
     parser.add_argument("--clients", type=int, default=16, help="connections at once")
     parser.add_argument("--searches", type=int, default=50, help="of each client")
     parser.add_argument("--device", help="the torch device; by default the fastest")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser.parse_args()
 
 
 def write_model(folder: Path) -> str:
-    load_backbone(BACKBONE, max_length=MAX_LENGTH).save(folder / "backbone")
-    build_sentence_transformer(folder / "backbone", prompts={"query": "", "document": ""}).save(str(folder / "model"))
+    untrained_model(folder / "backbone").save(str(folder / "model"))
     return str(folder / "model")
 
 
@@ -145,7 +141,7 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             rate = len(times) / (time.perf_counter() - started)
             cpu = (cpu_seconds(process) - cpu) / len(times)
     return {
-        "model": options.model or BACKBONE,
+        "model": options.model or TOKENIZER,
         "images": indexed,
         "clients": options.clients,
         "searches": len(times),
@@ -163,13 +159,12 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     options = parse()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    silence_libraries()
     with tempfile.TemporaryDirectory() as folder:
-        result = compare(options, Path(folder))
-    if options.json:
-        print(json.dumps(result, indent=2))
-        return
+        report(compare(options, Path(folder)), show, as_json=options.json)
+
+
+def show(result: dict[str, Any]) -> None:
     print(f"{result['model']}, {result['images']} images, {result['device']}, {result['cores']} cores")
     print(f"one client      p50 {result['one_client_p50_milliseconds']:.0f} ms")
     p50, p99 = result["p50_milliseconds"], result["p99_milliseconds"]

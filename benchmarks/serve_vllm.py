@@ -9,7 +9,6 @@ and the cosines of the two embeddings of each are compared. Exit status 1: they 
 """
 
 import argparse
-import json
 import random
 import shutil
 import socket
@@ -30,18 +29,18 @@ from cocoa_embed.demo.scenes import captions, distinct_scenes, draw
 from cocoa_embed.images.data_uri import data_uri
 from cocoa_embed.model.loading import load_model
 from shared.measuring import best_device, machine
+from shared.output import command_line, report
 
 LEAST_COSINE = 0.99
 """Both sides compute in bfloat16, with other kernels."""
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("model", help="a folder that cocoa-embed export wrote")
     parser.add_argument("--url", help="a vLLM server that serves it already")
     parser.add_argument("--dtype", default="bfloat16", help="of both sides")
     parser.add_argument("--patience", type=int, default=600, help="seconds that vLLM may take to start")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser.parse_args()
 
 
@@ -119,15 +118,17 @@ def main() -> None:
     else:
         with vllm_server(options.model, options.dtype, options.patience) as url:
             found = compare(url, load_model(options.model, dtype=options.dtype))
-    report = {"model": options.model, "least_cosine": min(found["cosines"]), **found, **machine(best_device())}
-    if options.json:
-        sys.stdout.write(json.dumps(report) + "\n")
-    else:
-        sys.stdout.write(f"least cosine {report['least_cosine']:.4f} of {len(found['cosines'])} embeddings\n")
+    least = min(found["cosines"])
+    result = {"model": options.model, "least_cosine": least, **found, **machine(best_device())}
+    report(result, show, as_json=options.json)
     if found["tokens"] != found["tokens_of_vllm"]:
         raise SystemExit(f"the numbers of tokens differ: {found['tokens']} here, {found['tokens_of_vllm']} in vLLM")
-    if report["least_cosine"] < LEAST_COSINE:
-        raise SystemExit(f"the embeddings differ: a cosine of {report['least_cosine']:.4f} is below {LEAST_COSINE}")
+    if least < LEAST_COSINE:
+        raise SystemExit(f"the embeddings differ: a cosine of {least:.4f} is below {LEAST_COSINE}")
+
+
+def show(result: dict[str, Any]) -> None:
+    print(f"least cosine {result['least_cosine']:.4f} of {len(result['cosines'])} embeddings")
 
 
 if __name__ == "__main__":

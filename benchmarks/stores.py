@@ -8,8 +8,6 @@ opened again. Query times are medians of 20 queries, without and with a filter o
 """
 
 import argparse
-import json
-import os
 import statistics
 import tempfile
 from collections.abc import Iterator
@@ -25,6 +23,7 @@ from cocoa_embed.integrations.qdrant.stores.base import Point, Query, Signature
 from cocoa_embed.integrations.qdrant.stores.client_filters import read_filter
 from cocoa_embed.integrations.qdrant.stores.store import Store
 from shared.measuring import best_device, machine, seconds_of
+from shared.output import command_line, report
 
 STORES = ("path", "edge")
 POINTS_AT_ONCE = 64
@@ -36,10 +35,9 @@ LINE = (
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--points", type=int, nargs="+", default=[2000, 20_000])
     parser.add_argument("--dimension", type=int, default=64)
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser.parse_args()
 
 
@@ -90,11 +88,13 @@ def compare(count: int, dimension: int) -> dict[str, Any]:
 def main() -> None:
     options = parse()
     compared = [compare(count, options.dimension) for count in options.points]
-    if options.json:
-        print(json.dumps({"dimension": options.dimension, "stores": compared, **machine(best_device())}, indent=2))
-        return
-    print(f"{os.cpu_count()} cores, vectors of {options.dimension} dimensions")
-    for comparison in compared:
+    document = {"dimension": options.dimension, "stores": compared, **machine(best_device())}
+    report(document, show, as_json=options.json)
+
+
+def show(result: dict[str, Any]) -> None:
+    print(f"{result['cores']} cores, vectors of {result['dimension']} dimensions")
+    for comparison in result["stores"]:
         for name in STORES:
             print(LINE.format(points=comparison["points"], store=name, **comparison[name]))
 

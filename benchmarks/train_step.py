@@ -29,13 +29,14 @@ import torch
 
 from shared.measuring import best_device, machine
 from shared.models import MODELS
+from shared.output import command_line, report
 from steps.sides import measure, measure_growing
 
 MIB = 2**20
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--model", choices=MODELS, default="small")
     parser.add_argument("--stage", choices=("warmup", "bridge", "contrastive"), default="warmup")
     parser.add_argument("--batch-size", type=int, help="rows of a step (8), or pairs (64)")
@@ -49,7 +50,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peft", action="store_true", help="the adapter as PEFT has it, on both sides")
     parser.add_argument("--attention", default="sdpa", help="ours: sdpa or flex_attention")
     parser.add_argument("--lengths", action="store_true", help="ours at 1, 2 and 4 times the rows, of one length")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--side", choices=("ours", "plain"), help="measure one side, and print JSON")
     parser.add_argument("--grow", action="store_true", help="with --side: double the rows while they fit into memory")
     parser.add_argument("--most-rows", type=int, help="with --grow: the most rows to try")
@@ -131,10 +131,7 @@ def main() -> None:
     settings = {"model": options.model, "stage": options.stage, "batch_size_rows": options.batch_size}
     settings |= {"steps": options.steps, "gradient_checkpointing": options.gradient_checkpointing}
     result = {**settings, **(sweep(options.batch_size) if options.lengths else compare()), **machine(best_device())}
-    if options.json:
-        print(json.dumps(result, indent=2))
-    else:
-        show(result)
+    report(result, show, as_json=options.json)
 
 
 if __name__ == "__main__":

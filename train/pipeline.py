@@ -29,10 +29,10 @@ from cocoa_embed.train.loop.callbacks import (
     show_progress,
     write_tensorboard,
 )
-from cocoa_embed.train.loop.checkpoints import newest_complete, read_complete, snapshot_folder, step_of
+from cocoa_embed.train.loop.checkpoints import newest_complete, read_complete, snapshot_folder
 from cocoa_embed.train.loop.memory_trial import fit_to_memory, recompute_activations
 from cocoa_embed.train.loop.oom import explain_out_of_memory
-from cocoa_embed.train.loop.processes import by_first_process, refuse_idle_accelerators, taking_turns, training_patience
+from cocoa_embed.train.loop.processes import by_first_process, refuse_idle_accelerators, taking_turns
 from cocoa_embed.train.loop.run_record import RecordProgress, StageResult, record_begin, update_stage, write_record
 from cocoa_embed.train.loop.trainer import CocoaTrainer, StageContext
 from cocoa_embed.train.plan.checks import CHECKPOINTS, Prepared, prepare
@@ -106,7 +106,7 @@ def _run_stage(
     show_progress(trainer, name, stage.shown_metrics)
     if TENSORBOARD in recipe.report_to:
         write_tensorboard(trainer, out / TENSORBOARD / name)
-    _train(trainer, stop, checkpoint, name, prepared.steps[name])
+    stop.train(checkpoint, name)
     if inspect is not None:
         inspect(name, trainer)
     result = save(out / name)
@@ -120,21 +120,6 @@ def _run_stage(
     if name != list(recipe.stages)[-1] and stop.any_requested():
         raise Stopped(stop.requested, f"at the end of stage {name}")
     return result
-
-
-def _train(trainer: CocoaTrainer, stop: SaveAndStop, checkpoint: Path | None, name: str, steps: int) -> None:
-    """Train a stage to its last step, from a checkpoint if there is one.
-
-    :raises Stopped: If a signal has stopped it before.
-    """
-    if checkpoint is not None and step_of(checkpoint) >= steps and not trainer.is_fsdp_enabled:
-        trainer.load_finished(checkpoint)  # killed after its last step, before its weights were written
-    else:
-        with stop.listening(), training_patience():
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    reached = trainer.state.global_step
-    if stop.requested and reached < trainer.state.max_steps:
-        raise Stopped(stop.requested, f"at step {reached} of {trainer.state.max_steps} of stage {name}")
 
 
 def load_weights(run: RunSettings, start: str, attention: str) -> Backbone:

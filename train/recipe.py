@@ -36,19 +36,8 @@ UNION_MEMBERS = frozenset({"bool", "constrained-int", "literal['auto']"})
 OTHER_LENGTH = {"steps": ("epochs", "min_steps"), "epochs": ("steps",)}
 """The keys of a stage's length, and those that an override of one replaces."""
 
-_OF_ONE_SOURCE = {
-    *SOURCE_KINDS,
-    "subsets",
-    "config",
-    "split",
-    "images",
-    "columns",
-    "captions",
-    "paraphrases",
-    "query_instruction",
-    "positive_instruction",
-}
-"""The keys that describe only their own source."""
+_OF_ONE_SOURCE = {"subsets", *SourceSettings.model_fields} - {"streaming", "limit", "limit_order", "weight"}
+"""The keys that describe only their own source; the others say how rows are drawn from any."""
 
 
 class Recipe(RunSettings):

@@ -1,7 +1,7 @@
 """The arms of the ablation, each a chain of stages; a stage of several arms is trained once."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from math import ceil
 from typing import Literal
@@ -111,6 +111,7 @@ class Grid:
     :param mask_ratio: Of the bridge, where mask ratios are not compared.
     :param groups: The groups to run; None for all.
     :param patterns: Of the ``label`` of arms to run, as of file names; none for all.
+    :param seconds_per_step: Of each stage, where they were timed.
     """
 
     sizes: Sizes
@@ -119,6 +120,7 @@ class Grid:
     mask_ratio: float
     groups: Sequence[Group] | None = None
     patterns: Sequence[str] = ()
+    seconds_per_step: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def arms(self) -> list[Arm]:

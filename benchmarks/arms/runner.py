@@ -22,7 +22,7 @@ from arms.grid import Arm, StageRun
 from arms.summary import SCORED
 from arms.workspace import Workspace
 from cocoa_embed.cli.output import silence_libraries
-from cocoa_embed.data.image_folder import CaptionChoice
+from cocoa_embed.data import CaptionChoice
 from cocoa_embed.encode.load import load_encoder
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.evaluation.metrics import METRICS

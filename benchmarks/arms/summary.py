@@ -126,79 +126,63 @@ def bridge_values(arm: Mapping[str, Any], name: str) -> list[float]:
 def tables(document: Mapping[str, Any]) -> list[Table]:
     """Return a table for each group of arms."""
     groups = {arm["group"] for arm in document["arms"]}
-    return [
-        (_photo_table if group in COMPARED else _table)(document, group, title)
-        for group, title in TITLES.items()
-        if group in groups
-    ]
-
-
-def _photo_table(document: Mapping[str, Any], group: str, title: str) -> Table:
-    arms = [arm for arm in document["arms"] if arm["group"] == group]
-    arms.sort(key=lambda arm: (-arm["captions"], arm["pairs"]))
-    references = list(dict.fromkeys(name for arm in arms for name in arm["differences"]))
-    columns = [(way, name) for way in arms[0]["scores"] for name in SCORED[:-1]]
-    header = ["arm", "images", "captions", "seeds", "steps", "TFLOP", "minutes"]
-    header += [f"{way.replace('_', ' ').replace(' to ', ' → ')} {name}" for way, name in columns]
-    header += [f"difference to {SHORT.get(name, name)}" for name in references]
-    rows = []
-    for arm in arms:
-        scores = (arm["scores"][way][name] for way, name in columns)
-        rows.append(
-            [
-                arm["name"],
-                str(arm["pairs"]),
-                f"{arm['captions']:g}",
-                str(len(arm["outcomes"])),
-                " + ".join(f"{stage['steps']}" for stage in arm["stages"]),
-                f"{arm['flops'] / 1e12:.1f}",
-                f"{fmean(values(arm, 'seconds')) / 60:.1f}",
-                *(Score(f"{mean:.3f}", mean, f"{low:.3f}–{high:.3f}") for mean, (low, high) in scores),
-                *(_difference(arm, name) for name in references),
-                *_bridge_cells(arm),
-            ]
-        )
-    notes = [
-        "Every caption of the held-out images is a query, and an image is right for all of its captions; recall@k:"
-        f" whether one that is right is among the first k. Means over seeds, with {LEVEL:.0%} bootstrap intervals over"
-        " images, each with all its captions. Bold: the best of a column.",
-        "images, captions: of the contrastive pairs; the bridge's are all images and captions to train on, if not said"
-        " otherwise. difference to ...: of recall@10, mean of both directions, with its interval over images, and ±"
-        " over seeds (Student's t).",
-    ]
-    return Table(title, header + BRIDGE_COLUMNS, rows, notes)
-
-
-def _difference(arm: Mapping[str, Any], name: str) -> str | Score:
-    if name not in arm["differences"]:
-        return ""
-    low, high = arm["difference_intervals"][name]
-    return Score(Estimate(**arm["differences"][name]).text("+"), detail=f"{low:+.3f} to {high:+.3f}")
+    return [_table(document, group, title) for group, title in TITLES.items() if group in groups]
 
 
 def _table(document: Mapping[str, Any], group: str, title: str) -> Table:
     arms = [arm for arm in document["arms"] if arm["group"] == group]
     references = list(dict.fromkeys(name for arm in arms for name in arm["differences"]))
-    header = ["arm", "pairs", "steps", "TFLOP", "minutes", "recall@1", "mrr"]
-    header += [f"difference to {SHORT.get(name, name)}" for name in references]
+    data, metrics, cells_of, notes = ["pairs"], ["recall@1", "mrr"], _seed_cells, _notes(document, references)
+    if group in COMPARED:
+        arms.sort(key=lambda arm: (-arm["captions"], arm["pairs"]))
+        ways = [f"{way.replace('_', ' ').replace(' to ', ' → ')} {name}" for way, name in _columns(arms[0])]
+        data, metrics, cells_of, notes = ["images", "captions", "seeds"], ways, _image_cells, IMAGE_NOTES
     # A bridge that masks more has the harder task, so metrics of bridges with different ratios do not compare.
     bridge = [] if group == "mask ratio" else BRIDGE_COLUMNS
     rows = []
     for arm in arms:
-        differences = {name: Estimate(**found).text("+") for name, found in arm["differences"].items()}
-        rows.append(
-            [
-                arm["name"],
-                str(arm["pairs"]),
-                " + ".join(f"{stage['steps']}" for stage in arm["stages"]),
-                f"{arm['flops'] / 1e12:.1f}",
-                f"{fmean(values(arm, 'seconds')) / 60:.1f}",
-                *(Score(found.text(), found.mean) for found in (estimate(values(arm)), estimate(values(arm, "mrr")))),
-                *(differences.get(name, "") for name in references),
-                *_bridge_cells(arm)[: len(bridge)],
-            ]
-        )
-    return Table(title, header + bridge, rows, notes=_notes(document, references))
+        steps = " + ".join(f"{stage['steps']}" for stage in arm["stages"])
+        about = [str(arm["pairs"]), f"{arm.get('captions', 1):g}", str(len(arm["outcomes"]))][: len(data)]
+        cost = [steps, f"{arm['flops'] / 1e12:.1f}", f"{fmean(values(arm, 'seconds')) / 60:.1f}"]
+        differences = [_difference(arm, name) for name in references]
+        rows.append([arm["name"], *about, *cost, *cells_of(arm), *differences, *_bridge_cells(arm)[: len(bridge)]])
+    header = ["arm", *data, "steps", "TFLOP", "minutes", *metrics]
+    header += [f"difference to {SHORT.get(name, name)}" for name in references]
+    return Table(title, header + bridge, rows, notes)
+
+
+def _columns(arm: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(way, name) for way in arm["scores"] for name in SCORED[:-1]]
+
+
+def _image_cells(arm: Mapping[str, Any]) -> list[Score]:
+    scores = (arm["scores"][way][name] for way, name in _columns(arm))
+    return [Score(f"{mean:.3f}", mean, f"{low:.3f}–{high:.3f}") for mean, (low, high) in scores]
+
+
+def _seed_cells(arm: Mapping[str, Any]) -> list[Score]:
+    found = (estimate(values(arm, name)) for name in ("recall@1", "mrr"))
+    return [Score(each.text(), each.mean) for each in found]
+
+
+IMAGE_NOTES = [
+    "Every caption of the held-out images is a query, and an image is right for all of its captions; recall@k:"
+    f" whether one that is right is among the first k. Means over seeds, with {LEVEL:.0%} bootstrap intervals over"
+    " images, each with all its captions. Bold: the best of a column.",
+    "images, captions: of the contrastive pairs; the bridge's are all images and captions to train on, if not said"
+    " otherwise. difference to ...: of recall@10, mean of both directions, with its interval over images, and ±"
+    " over seeds (Student's t).",
+]
+
+
+def _difference(arm: Mapping[str, Any], name: str) -> str | Score:
+    if name not in arm["differences"]:
+        return ""
+    text = Estimate(**arm["differences"][name]).text("+")
+    if "difference_intervals" not in arm:
+        return text
+    low, high = arm["difference_intervals"][name]
+    return Score(text, detail=f"{low:+.3f} to {high:+.3f}")
 
 
 def _bridge_cells(arm: Mapping[str, Any]) -> tuple[str, str]:

@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import os
 import random
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from arms.families import families
 from arms.grid import Grid, Group, Sizes, StageRun
 from arms.photos import MOCA, MOCA_SETTINGS, SETTINGS, PhotoGrid, PhotoSizes
 from cocoa_embed.data.image_folder import METADATA_FILE
+from cocoa_embed.demo.photographs import link_or_copy
 from cocoa_embed.demo.scenes import write_image_folder, write_scenes
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.folders import claim_folder, write_atomically
@@ -168,16 +167,13 @@ class Workspace:
         return Recipe.load(self.base, [*self.settings, *common, *stage_run.settings, *start])
 
     def grid(
-        self,
-        groups: Sequence[Group] | None = None,
-        patterns: Sequence[str] = (),
-        seconds: dict[str, float] | None = None,
+        self, groups: Sequence[Group] | None = None, patterns: Sequence[str] = (), *, is_timed: bool = False
     ) -> Grid:
         """Return the arms to compare; a dry run measures what a row of each stage costs.
 
         :param groups: The groups of arms to run; None for all.
         :param patterns: Of the labels of arms to run; none for all.
-        :param seconds: Gets the seconds of a step of each stage, of a few that are timed.
+        :param is_timed: Time a few steps of each stage, too.
         """
         is_photos = isinstance(self.sizes, PhotoSizes)
         names = [stage for stage in STAGES if stage != MOCA or is_photos]
@@ -188,13 +184,11 @@ class Workspace:
         stages = {name: name.partition(".")[0] for name in names}
         runs = {name: StageRun(stages[name], 1, (*of_stage.get(stages[name], ()), *varied[name])) for name in names}
         recipes = {name: self.recipe(stage_run, 0, backbone=None) for name, stage_run in runs.items()}
-        timed = None if seconds is None else seconds_per_step
+        timed = seconds_per_step if is_timed else None
         plans = {
             name: plan(recipe, self.work / "plan", seconds_per_step=timed if name in STAGES else None).stages[0]
             for name, recipe in recipes.items()
         }
-        if seconds is not None:
-            seconds |= {name: each.seconds_per_step or 0.0 for name, each in plans.items() if name in STAGES}
         return (PhotoGrid if is_photos else Grid)(
             self.sizes,  # type: ignore[arg-type]
             flops_per_row={name: each.flops / each.steps / each.batch_size for name, each in plans.items()},
@@ -202,6 +196,7 @@ class Workspace:
             mask_ratio=recipes["bridge"].model_dump()["bridge"]["mask_ratio"],
             groups=groups,
             patterns=patterns,
+            seconds_per_step={name: each.seconds_per_step or 0.0 for name, each in plans.items() if name in STAGES},
         )
 
 
@@ -231,9 +226,6 @@ def _link_all_but_the_first(source: Path, target: Path, count: int) -> None:
     for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         if not (target / name).exists():
-            try:
-                os.link(source / name, target / name)
-            except OSError:  # on another disk
-                shutil.copyfile(source / name, target / name)
+            link_or_copy(source / name, target / name)
     kept = set(names)
     write_atomically(target / METADATA_FILE, "".join(f"{line}\n" for name, line in named if name in kept))

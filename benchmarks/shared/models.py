@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sentence_transformers import SentenceTransformer
 from transformers import (
     AutoConfig,
     GotOcr2ImageProcessor,
@@ -22,7 +23,8 @@ from transformers import (
     Qwen2VLImageProcessor,
 )
 
-from cocoa_embed.model.backbone import load_processor, prepare_processor
+from cocoa_embed.model.backbone import Backbone, load_backbone, load_processor, prepare_processor
+from cocoa_embed.model.export import build_sentence_transformer
 from cocoa_embed.model.families.internvl import InternVL
 from cocoa_embed.model.families.registry import family_of
 from cocoa_embed.model.families.squares import Squares
@@ -49,6 +51,14 @@ def stand_in_processor(config: PreTrainedConfig, *, max_length: int = MAX_LENGTH
         processor.tokenizer.convert_tokens_to_ids([IMAGE_PAD, VIDEO_PAD, VISION_START, VISION_END])
     )
     return processor
+
+
+def untrained_model(
+    folder: Path, backbone: Backbone | None = None, *, max_length: int = MAX_LENGTH
+) -> SentenceTransformer:
+    """Return a backbone, by default the demo's, as an embedding model; it is written to ``folder``."""
+    (backbone or load_backbone(TOKENIZER, max_length=max_length)).save(folder)
+    return build_sentence_transformer(folder, prompts={"query": "", "document": ""})
 
 
 def _squares(config: PreTrainedConfig, family: Squares, tokenizer: PreTrainedTokenizerBase) -> ProcessorMixin:

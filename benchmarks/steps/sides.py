@@ -1,16 +1,15 @@
 """Both ways to do a training step, and the measurement of one."""
 
 import argparse
-import gc
-import resource
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from statistics import fmean, median
+from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from peft import LoraConfig, LoraModel
+from accelerate.utils.memory import clear_device_cache
 from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
     MultipleNegativesRankingLoss,
@@ -18,12 +17,13 @@ from sentence_transformers.sentence_transformer.losses import (
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from cocoa_embed.demo.meter import peak_memory_bytes
 from cocoa_embed.model.attention import bidirectional_mask, bridge_mask, make_bidirectional
 from cocoa_embed.model.families.registry import family_of
 from cocoa_embed.model.flex_attention import FLEX, use_flex_attention
 from cocoa_embed.model.forward_inputs import HostInputs, with_host_inputs
 from cocoa_embed.model.vision_attention import pack_vision_attention
-from cocoa_embed.train.loop.adapters import LANGUAGE_LINEARS, add_adapter
+from cocoa_embed.train.loop.adapters import LANGUAGE_LINEARS, add_adapter, add_lora
 from cocoa_embed.train.plan.cost import BatchShape, StepCost, batch_shape, measure_matmul_flops, model_size
 from cocoa_embed.train.settings import AdapterSettings
 from cocoa_embed.train.stages.bridge.model import BridgeModel
@@ -41,6 +41,13 @@ MAE_WEIGHT = 0.5
 Batch = dict[str, Tensor]
 
 
+def stock_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
+    """Return the keywords of a stock model for a batch, without its mask."""
+    given = ("input_ids", "pixel_values", "image_grid_thw", "mm_token_type_ids")
+    inputs = {name: batch[name] for name in given if name in batch}
+    return {**inputs, "position_ids": with_host_inputs(model, batch)["position_ids"], "use_cache": False}
+
+
 class PlainModel(nn.Module):
     """``labels=`` on the stock class under a dense mask; the warm-up has our pixel decoder."""
 
@@ -52,24 +59,15 @@ class PlainModel(nn.Module):
         model = self.ours.backbone
         is_bridge = "blocks" in batch
         allowed = bridge_mask(batch["blocks"]) if is_bridge else bidirectional_mask(batch["attention_mask"])
-        mask, positions = model_mask(model, allowed), with_host_inputs(model, batch)["position_ids"]
+        mask, inputs = model_mask(model, allowed), stock_inputs(model, batch)
         labels = torch.full_like(batch["input_ids"], -100)
         labels[batch["masked_tokens"]] = batch["target_ids"]
-        outputs = model(
-            input_ids=batch["input_ids"],
-            attention_mask=mask,
-            position_ids=positions,
-            pixel_values=batch.get("pixel_values"),
-            image_grid_thw=batch.get("image_grid_thw"),
-            mm_token_type_ids=batch["mm_token_type_ids"],
-            labels=labels,
-            use_cache=False,
-            output_hidden_states="masked_patches" in batch,
-        )
+        has_patches = "masked_patches" in batch
+        outputs = model(**inputs, attention_mask=mask, labels=labels, output_hidden_states=has_patches)
         loss = outputs.loss
-        if "masked_patches" in batch:
+        if has_patches:
             visual = (batch["mm_token_type_ids"] == 1).flatten().nonzero().flatten()
-            decoded = self.ours.pixel_decoder(outputs.hidden_states[-1], visual, mask, positions)
+            decoded = self.ours.pixel_decoder(outputs.hidden_states[-1], visual, mask, inputs["position_ids"])
             loss = loss + MAE_WEIGHT * mae_loss(decoded[batch["masked_patches"]], batch["target_patches"])
         return {"loss": loss, "logits": outputs.logits}
 
@@ -79,16 +77,9 @@ class Embedder(nn.Sequential):
 
     def forward(self, batch: Batch) -> Batch:
         model = self[0]
-        states = model.base_model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            position_ids=with_host_inputs(model, batch)["position_ids"],
-            pixel_values=batch.get("pixel_values"),
-            image_grid_thw=batch.get("image_grid_thw"),
-            mm_token_type_ids=batch["mm_token_type_ids"],
-            use_cache=False,
-        ).last_hidden_state
-        last = batch["attention_mask"].sum(dim=1) - 1
+        mask, base = batch["attention_mask"], model.base_model
+        states = base(**stock_inputs(model, batch), attention_mask=mask).last_hidden_state
+        last = mask.sum(dim=1) - 1
         embeddings = states[torch.arange(len(states), device=states.device), last]
         return {"sentence_embedding": nn.functional.normalize(embeddings, dim=-1)}
 
@@ -110,9 +101,9 @@ def build(
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     is_ours = options.side == "ours"
-    if is_ours and options.attention == FLEX:
-        use_flex_attention(model)
     if is_ours:
+        if options.attention == FLEX:
+            use_flex_attention(model)
         pack_vision_attention(model)
     model.train()
     if options.stage == "contrastive":
@@ -120,31 +111,17 @@ def build(
         cached = CachedMultipleNegativesRankingLoss(embedder, scale=SCALE, mini_batch_size=options.chunk)
         loss = cached if is_ours else MultipleNegativesRankingLoss(embedder, scale=SCALE)
         return model, lambda batches: loss(batches, None)
+    warmup = WarmupSettings(steps=1, batch_size=1, mae_weight=MAE_WEIGHT)
     with device:
-        stage = (
-            BridgeModel(model)
-            if options.stage == "bridge"
-            else WarmupModel(
-                model, family_of(config).geometry, WarmupSettings(steps=1, batch_size=1, mae_weight=MAE_WEIGHT)
-            )
-        )
+        is_bridge, geometry = options.stage == "bridge", family_of(config).geometry
+        stage = BridgeModel(model) if is_bridge else WarmupModel(model, geometry, warmup)
     runs = stage if is_ours else PlainModel(stage)
     return stage, lambda batches: runs(**batches[0])["loss"]
 
 
 def peft_adapter(model: PreTrainedModel, settings: AdapterSettings) -> None:
     """Add an adapter as PEFT has it, on all projections."""
-    targets = sorted(LANGUAGE_LINEARS | family_of(model.config).adapted)
-    use_dora = settings.kind == "dora"
-    config = LoraConfig(
-        r=settings.r,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        init_lora_weights="gaussian",
-        use_dora=use_dora,
-        target_modules=targets,
-    )
-    LoraModel(model, config, "default")
+    add_lora(model, settings, sorted(LANGUAGE_LINEARS | family_of(model.config).adapted))
 
 
 def draw(options: argparse.Namespace) -> list[SyntheticRow]:
@@ -175,7 +152,14 @@ def make_inputs(rows: list[SyntheticRow], config: PreTrainedConfig, stage: str, 
 def peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_memory_bytes()
+
+
+def forget_memory() -> None:
+    """Free what is not in use any more, and measure the peak of what comes."""
+    clear_device_cache(garbage_collection=True)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
@@ -244,9 +228,6 @@ def measure_growing(options: argparse.Namespace) -> list[dict[str, float]]:
             found.append(measure(options))
         except torch.OutOfMemoryError:
             break
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+        forget_memory()
         options.batch_size *= 2
     return found

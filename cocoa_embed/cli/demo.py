@@ -2,14 +2,14 @@
 
 import json
 import os
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from cocoa_embed.cli.output import JsonOption, check_all, print_json, silence_libraries, working
+from cocoa_embed.data import CaptionChoice
 from cocoa_embed.errors import require
 
 DEMO_NEEDS = ("accelerate", "datasets", "qdrant_client", "llama_index.core", "jinja2", "matplotlib")
@@ -19,13 +19,9 @@ DEMO_NEEDS = ("accelerate", "datasets", "qdrant_client", "llama_index.core", "ji
 def demo(
     out: Annotated[Path, typer.Option("--out", help="The folder for the exported model.")] = Path("cocoa-qwen2vl"),
     work: Annotated[Path, typer.Option("--work", help="The folder for everything else.")] = Path("cocoa-demo"),
-    photos: Annotated[
-        Path | None,
-        typer.Option(help="A folder of captioned photographs, for drawn scenes."),
-    ] = None,
+    photos: Annotated[Path | None, typer.Option(help="A folder of captioned photographs, for drawn scenes.")] = None,
     captions: Annotated[
-        Literal["captions", "text"],
-        typer.Option(help="What is used of a photograph: all of its captions, or its text."),
+        CaptionChoice, typer.Option(help="What is used of a photograph: all of its captions, or its text.")
     ] = "captions",
     backbone: Annotated[
         str | None, typer.Option(help="The vision-language model to start from [default: the package's captioner].")
@@ -54,7 +50,7 @@ def demo(
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one device is enough; training would ask for a launcher
         from cocoa_embed.demo.story import Demo
 
-        own = Demo(out, work, seed, recipe, backbone=backbone)
-        results = (own if photos is None else replace(own, photos=photos, captions=captions)).run()
+        texts = captions if photos else "text"
+        results = Demo(out, work, seed, recipe, photos=photos, captions=texts, backbone=backbone).run()
     if as_json:
         print_json(results)

@@ -13,6 +13,7 @@ import typer
 
 from cocoa_embed.cli.options import MaxPixelsOption
 from cocoa_embed.cli.output import DeviceOption, JsonOption, check_all, print_json, say, silence_libraries, working
+from cocoa_embed.data import CaptionChoice
 from cocoa_embed.errors import CocoaError, UsageError, require
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def pairs(
     positive_text: Annotated[str | None, typer.Option(help="The column of the right documents' texts.")] = None,
     positive_image: Annotated[str | None, typer.Option(help="The column of their images.")] = None,
     captions: Annotated[
-        Literal["captions", "text"], typer.Option(help="A folder's queries: each of an image's captions, or its text.")
+        CaptionChoice, typer.Option(help="A folder's queries: each of an image's captions, or its text.")
     ] = "captions",
     seed: Annotated[int, typer.Option(min=0, help="The seed of intervals and tests.")] = 0,
     batch_tokens: BatchTokensOption = BATCH_TOKENS,

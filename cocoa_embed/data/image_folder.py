@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+from cocoa_embed.data import CaptionChoice
 from cocoa_embed.data.rows import check_unicode
 from cocoa_embed.data.tables import open_table
 from cocoa_embed.errors import CocoaError, RowError, printable
@@ -21,9 +22,6 @@ FILE_COLUMNS = ("file_name", "filename", "path", "image", "image_path")
 
 TEXT_COLUMNS = ("text", "caption")
 """The columns that may hold the caption; the first with a value does, then the list ``captions``."""
-
-CaptionChoice: TypeAlias = Literal["text", "captions"]
-"""Which texts of an image are used: its caption, or each entry of the column ``captions``."""
 
 RowChoice: TypeAlias = CaptionChoice | Literal["questions"]
 """Which rows training makes of an image: of captions, or of each entry of the column ``questions``."""

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cocoa_embed.data.image_folder import METADATA_FILE, CaptionChoice, DescribedImage, find_metadata, read_metadata
+from cocoa_embed.data import CaptionChoice
+from cocoa_embed.data.image_folder import METADATA_FILE, DescribedImage, find_metadata, read_metadata
 from cocoa_embed.errors import CocoaError, ImageError, RowError, printable
 from cocoa_embed.images.load import load_image
 
@@ -61,7 +62,7 @@ def split_photographs(folder: Path, captions: CaptionChoice, out: Path) -> tuple
         digest = hashlib.sha256(image.path.read_bytes()).digest()
         split = "train" if int.from_bytes(digest[:8], "big") % HELD_OUT_RATIO else "held-out"
         file_name = f"{number:05d}{image.path.suffix}"
-        _link(image.path, out / split / file_name)
+        link_or_copy(image.path, out / split / file_name)
         rows[split].append({"file_name": file_name, "text": image.text, "captions": image.texts(captions)})
     if min(map(len, rows.values())) < 2:
         raise CocoaError(
@@ -74,7 +75,8 @@ def split_photographs(folder: Path, captions: CaptionChoice, out: Path) -> tuple
     return {name: len(of_split) for name, of_split in rows.items()}, faults
 
 
-def _link(source: Path, target: Path) -> None:
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make ``target`` a hard link to a file, or a copy where there can be none."""
     try:
         os.link(source, target)
     except OSError:  # on another disk, or where files cannot be linked

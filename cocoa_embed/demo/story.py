@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from sentence_transformers import SentenceTransformer
 
-from cocoa_embed.data.image_folder import CaptionChoice
+from cocoa_embed.data import CaptionChoice
 from cocoa_embed.data.rows import Row
 from cocoa_embed.demo import MARKER, check_folders
 from cocoa_embed.demo.gallery import answer_queries
@@ -142,10 +142,8 @@ class Demo:
         return stages, comparison
 
     def _evaluate(self, ours: Path, alone: Path) -> tuple[SentenceTransformer, dict[str, Any]]:
-        encoders = [
-            Encoder(load_model(folder), name)
-            for name, folder in (("all three stages", ours), ("contrastive only", alone))
-        ]
+        named = {"all three stages": ours, "contrastive only": alone}
+        encoders = [Encoder(load_model(folder), name) for name, folder in named.items()]
         pairs = read_pairs(self.work / "data" / "held-out", captions=self.captions)
         return encoders[0].model, evaluate_pairs(encoders, pairs, seed=self.seed)
 

@@ -9,8 +9,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cocoa_embed.data import CaptionChoice
 from cocoa_embed.data.columns import RowReader, map_columns
-from cocoa_embed.data.image_folder import CaptionChoice, find_metadata, read_metadata
+from cocoa_embed.data.image_folder import find_metadata, read_metadata
 from cocoa_embed.data.rows import ArrowImage, Item
 from cocoa_embed.data.tables import TABLE_SUFFIXES, open_table
 from cocoa_embed.errors import CocoaError, RowError, UsageError, printable

@@ -49,8 +49,8 @@ def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def tiny(data: object, *overrides: str) -> PretrainSettings:
-    return read_settings(str(data), [*TINY, *overrides])
+def tiny(data: object, *overrides: str, **given: object) -> PretrainSettings:
+    return read_settings([*TINY, *overrides], data=str(data), **given)
 
 
 def log_of(folder: Path) -> list[dict[str, Any]]:
@@ -58,7 +58,7 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_scenes_lower_the_loss_and_make_a_backbone_in_bfloat16(tmp_path: Path) -> None:
-    pretrain(tiny("scenes", "all.steps=25", "all.learning_rate=2e-2", "measure_steps=99"), tmp_path, data="scenes")
+    pretrain(tiny("scenes", "all.steps=25", "all.learning_rate=2e-2", "measure_steps=99"), tmp_path)
     first, *_, last = [line["loss"] for line in log_of(tmp_path) if "loss" in line]
     assert last < first - 0.5
     backbone = load_backbone(str(tmp_path), max_length=64, bidirectional=False)
@@ -94,7 +94,7 @@ RESUMED = ("vision.steps=4", "all.steps=5")
 @pytest.fixture(scope="module")
 def whole(scene_folder: Path, held_out_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole")
-    pretrain(tiny(scene_folder, *RESUMED), out, data=str(scene_folder), held_out=held_out_folder)
+    pretrain(tiny(scene_folder, *RESUMED, held_out=held_out_folder), out)
     return out
 
 
@@ -102,13 +102,13 @@ def whole(scene_folder: Path, held_out_folder: Path, tmp_path_factory: pytest.Te
 def test_a_killed_run_resumes_to_the_weights_and_the_log_of_an_uninterrupted_one(
     stage: str, whole: Path, scene_folder: Path, held_out_folder: Path, tmp_path: Path, killing: Killing
 ) -> None:
-    settings, given = tiny(scene_folder, *RESUMED), {"data": str(scene_folder), "held_out": held_out_folder}
+    settings = tiny(scene_folder, *RESUMED, held_out=held_out_folder)
     killing(stage, 3)
     with pytest.raises(Killed):
-        pretrain(settings, tmp_path, **given)
+        pretrain(settings, tmp_path)
     assert not (tmp_path / "model.safetensors").exists()
     killing("", 0)
-    pretrain(settings, tmp_path, **given, resume=True)
+    pretrain(settings, tmp_path, resume=True)
     assert (tmp_path / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     keys = ("stage", "step", "loss", "eval_right", "eval_gap")
     lines = [[[line.get(key) for key in keys] for line in log_of(folder) if "train_loss" not in line]
@@ -132,8 +132,7 @@ def test_the_best_weights_by_the_held_out_loss_are_written_and_the_last_beside_t
 
     real = run.train
     monkeypatch.setattr(run, "train", keep)
-    settings = tiny(scene_folder, "vision.steps=0", "all.steps=6")
-    pretrain(settings, tmp_path / "out", data=str(scene_folder), held_out=held_out_folder)
+    pretrain(tiny(scene_folder, "vision.steps=0", "all.steps=6", held_out=held_out_folder), tmp_path / "out")
     for folder, step in (("out", 4), ("out/last", 6)):
         assert torch.equal(weight(load_backbone(str(tmp_path / folder)).model), states[step].bfloat16().float())
     assert not torch.equal(states[4], states[6])
@@ -149,8 +148,8 @@ def test_the_connector_stage_leaves_the_language_model_as_it_is(
     of_language = ("width", "inner", "layers", "heads", "key", "vocabulary")
     values = [each for each in TINY if not each.startswith(tuple(f"model.{name}" for name in of_language))]
     steps = ["vision.steps=0", "connector.steps=2", "all.steps=0"]
-    settings = read_settings(str(scene_folder), [*values, *steps], has_language_model=True)
-    pretrain(settings, tmp_path, data=str(scene_folder), language_model=language_model)
+    settings = read_settings([*values, *steps], data=str(scene_folder), language_model=language_model)
+    pretrain(settings, tmp_path)
     set_seed(settings.seed)
     before, after = embed_language_model(language_model, settings.model).model, load_backbone(str(tmp_path)).model
     changed = {
@@ -162,10 +161,8 @@ def test_the_connector_stage_leaves_the_language_model_as_it_is(
 
 
 def test_the_language_stage_leaves_the_vision_encoder_as_it_is(scene_folder: Path, tmp_path: Path) -> None:
-    pretrain(tiny(scene_folder, "vision.steps=1", "language.steps=2", "all.steps=0"), tmp_path / "two",
-             data=str(scene_folder))  # fmt: skip
-    pretrain(tiny(scene_folder, "vision.steps=1", "language.steps=0", "all.steps=0"), tmp_path / "one",
-             data=str(scene_folder))  # fmt: skip
+    pretrain(tiny(scene_folder, "vision.steps=1", "language.steps=2", "all.steps=0"), tmp_path / "two")
+    pretrain(tiny(scene_folder, "vision.steps=1", "language.steps=0", "all.steps=0"), tmp_path / "one")
     both = [safe_open(tmp_path / name / "model.safetensors", "pt") for name in ("one", "two")]
     changed = [name for name in both[0].keys() if not torch.equal(*(each.get_tensor(name) for each in both))]
     assert changed
@@ -206,20 +203,20 @@ def test_what_contradicts_itself_or_does_not_exist_is_one_sentence_and_writes_no
     overrides: list[str], options: dict[str, Any], reason: str, scene_folder: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(CocoaError, match=reason) as error:
-        pretrain(tiny(scene_folder, *overrides), tmp_path / "out", data=str(scene_folder), **options)
+        pretrain(tiny(scene_folder, *overrides, **options), tmp_path / "out")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
 def test_images_to_hold_out_that_are_trained_on_are_refused(scene_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CocoaError, match="24 of the 24 images to hold out"):
-        pretrain(tiny(scene_folder), tmp_path / "out", data=str(scene_folder), held_out=scene_folder)
+        pretrain(tiny(scene_folder, held_out=scene_folder), tmp_path / "out")
 
 
 def test_a_folder_without_captions_is_refused(scene_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(scene_folder, tmp_path / "bare", ignore=shutil.ignore_patterns("metadata.jsonl"))
     with pytest.raises(CocoaError, match=r"bare has no metadata\.jsonl"):
-        pretrain(tiny(tmp_path / "bare"), tmp_path / "out", data=str(tmp_path / "bare"))
+        pretrain(tiny(tmp_path / "bare"), tmp_path / "out")
 
 
 def test_a_run_resumes_with_its_own_settings_alone_and_replaces_nothing_else(
@@ -228,13 +225,13 @@ def test_a_run_resumes_with_its_own_settings_alone_and_replaces_nothing_else(
     out = tmp_path / "out"
     killing("all", 1)
     with pytest.raises(Killed):
-        pretrain(tiny(scene_folder, "vision.steps=0"), out, data=str(scene_folder))
+        pretrain(tiny(scene_folder, "vision.steps=0"), out)
     with pytest.raises(UsageError, match=r"had another vision and another seed \(see pretraining\.json there\)"):
-        pretrain(tiny(scene_folder, "seed=1"), out, data=str(scene_folder), resume=True)
+        pretrain(tiny(scene_folder, "seed=1"), out, resume=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     with pytest.raises(CocoaError, match="mine holds something else"):
-        pretrain(tiny(scene_folder), tmp_path / "mine", data=str(scene_folder), resume=True)
+        pretrain(tiny(scene_folder), tmp_path / "mine", resume=True)
     assert contents(tmp_path / "mine") == {"notes.txt": b"mine"}
 
 

@@ -9,7 +9,7 @@ from cocoa_embed.data.rows import Row
 from cocoa_embed.errors import CocoaError, ImageError
 from cocoa_embed.train.data.rows import load_row_image
 
-Example = TypeVar("Example")
+Example = TypeVar("Example", bound=tuple[object, Row])
 
 REMEDY = "Repair it, or leave such rows out by data.on_bad_row=skip."
 
@@ -18,17 +18,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ReplaceBroken(Generic[Example]):
-    """A collator that replaces broken examples by usable ones, or stops at them.
+    """A collator that replaces broken examples by usable ones, or stops at them; an example is a draw and its row.
 
     :param collate: The collator; it raises ``ImageError``.
-    :param row_of: Returns the row of an example.
     :param next_of: Returns the example to use in the place of another one.
     :param on_bad_row: ``stop`` or ``skip``, as in ``DataSettings``.
     :param rows: The number of rows, and so of attempts to find a usable one.
     """
 
     collate: Callable[[list[Example]], dict[str, Any]]
-    row_of: Callable[[Example], Row]
     next_of: Callable[[Example], Example]
     on_bad_row: str
     rows: int
@@ -47,7 +45,7 @@ class ReplaceBroken(Generic[Example]):
 
     def _usable(self, example: Example) -> Example:
         for _ in range(self.rows):
-            row = self.row_of(example)
+            row = example[1]
             if (fault := _fault(row)) is None:
                 return example
             logger.warning("%s: %s The next row replaces it.", row.source, fault)

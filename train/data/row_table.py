@@ -241,9 +241,5 @@ def image_id(image: ItemImage) -> int:
 
 def digest(text: str) -> int:
     """Return a number that identifies a text, int64 and never 0."""
-    return (
-        int.from_bytes(
-            hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little", signed=True
-        )
-        or 1
-    )
+    hashed = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(hashed, "little", signed=True) or 1

@@ -139,19 +139,11 @@ def add_adapter(
         The model then runs under autocast alone.
     :raises CocoaError: If the model has no such projections.
     """
-    peft = require("peft", "train")
+    require("peft", "train")
     from cocoa_embed.train.loop.dora import WeightNorms
 
     trainable = tuple(parameter for parameter in model.parameters() if parameter.requires_grad)
-    config = peft.LoraConfig(
-        r=settings.r,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        init_lora_weights="gaussian",
-        use_dora=settings.kind == "dora",
-        target_modules=_targets(model, vision),
-    )
-    layers = peft.LoraModel(model, config, "default")
+    layers = add_lora(model, settings, _targets(model, vision))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -167,6 +159,21 @@ def add_adapter(
             layer: Any = model.get_submodule(name)
             layer.cast_input_dtype_enabled = False  # to float32, which autocast would undo
     return Adapter(model, layers, trainable, norms, exact)
+
+
+def add_lora(model: PreTrainedModel, settings: AdapterSettings, targets: list[str]) -> "LoraModel":
+    """Add PEFT's adapter to the named modules, in place, and return its handle."""
+    from peft import LoraConfig, LoraModel
+
+    config = LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        init_lora_weights="gaussian",
+        use_dora=settings.kind == "dora",
+        target_modules=targets,
+    )
+    return LoraModel(model, config, "default")
 
 
 def _to_bfloat16(parameters: Iterable[nn.Parameter]) -> None:

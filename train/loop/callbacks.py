@@ -21,10 +21,13 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations.integration_utils import TensorBoardCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.train.loop.batch_facts import LateReading
+from cocoa_embed.train.loop.checkpoints import step_of
+from cocoa_embed.train.loop.processes import training_patience
 
 TENSORBOARD = "tensorboard"
 
@@ -98,15 +101,7 @@ class SaveSnapshots(TrainerCallback):
         """Request a log line."""
         control.should_log |= state.global_step in self.steps
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        *,
-        logs: dict[str, float],
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: object, state: TrainerState, *_: Any, logs: dict[str, float], **kwargs: Any) -> None:
         """Save the weights after the step."""
         if state.global_step in self.steps and "loss" in logs:
             self.save(state.global_step)
@@ -158,6 +153,22 @@ class SaveAndStop(TrainerCallback):
         finally:
             for number, before in self._handlers.items():
                 signal.signal(number, before)
+
+    def train(self, checkpoint: Path | None, stage: str) -> None:
+        """Train to the last step, from a checkpoint if there is one.
+
+        :raises Stopped: If a signal has stopped it before.
+        """
+        trainer, steps = self.trainer, self.trainer.args.max_steps
+        if checkpoint is not None and step_of(checkpoint) >= steps and not trainer.is_fsdp_enabled:
+            trainer._load_from_checkpoint(str(checkpoint))  # killed before the weights of the last step were written
+            trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        else:
+            with self.listening(), training_patience():
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        reached = trainer.state.global_step
+        if self.requested and reached < steps:
+            raise Stopped(self.requested, f"at step {reached} of {steps} of stage {stage}")
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """Start the clock."""

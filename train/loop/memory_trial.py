@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -10,7 +11,6 @@ from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cocoa_embed.model.compiling import CompileError
 from cocoa_embed.train.loop.oom import is_out_of_memory
 from cocoa_embed.train.loop.trainer import CocoaTrainer
 from cocoa_embed.train.settings import Auto
@@ -102,11 +102,7 @@ def _fits(trainer: CocoaTrainer, trial: Trial, size: int) -> bool:
     """Return whether a size fits on every device."""
     model: Any = trainer.model
     try:
-        try:
-            _run(trainer, trial, size)
-        except CompileError as error:
-            trainer.stop_compiling(error)
-            _run(trainer, trial, size)
+        trainer.compiled_if_possible(partial(_run, trainer, trial, size))
         fits = True
     except RuntimeError as error:
         if not is_out_of_memory(error):

@@ -9,9 +9,8 @@ from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from torch import Tensor
 
 from cocoa_embed.errors import CocoaError, UsageError
 
@@ -72,12 +71,6 @@ def taking_turns() -> Iterator[None]:
     yield
     for _ in range(turns - turn):
         state.wait_for_everyone()
-
-
-def reduce(accelerator: Accelerator, value: Tensor, how: str) -> Tensor:
-    """Return the ``sum`` or the ``mean`` of a tensor over all processes, in all of them."""
-    reduced: Any = accelerator.reduce(value, reduction=how)
-    return reduced
 
 
 def refuse_idle_accelerators() -> None:

@@ -18,7 +18,6 @@ from cocoa_embed.train.data.sampling import RowStream
 from cocoa_embed.train.loop.adapters import prepare_trainable
 from cocoa_embed.train.loop.batch_facts import FACTS, Batch, BatchFacts, DescribedBatches, Example
 from cocoa_embed.train.loop.checkpoints import step_of
-from cocoa_embed.train.loop.processes import reduce
 from cocoa_embed.train.loop.trainer import CocoaTrainer, Probe, StageContext
 from cocoa_embed.train.settings import ReconstructionSettings
 
@@ -41,7 +40,7 @@ def stage_trainer(
     lengths_of = context.lengths_of if settings.group_by_length else None
     draws = arguments.max_steps * settings.batch_size
     dataset = Rows(rows)
-    usable = ReplaceBroken(collator, row_of, dataset.after, context.on_bad_row, len(rows))
+    usable = ReplaceBroken(collator, dataset.after, context.on_bad_row, len(rows))
     return StageTrainer(
         model=model,
         args=arguments,
@@ -59,11 +58,6 @@ def stage_trainer(
         adapter=prepare_trainable(backbone, settings, bf16=arguments.bf16),
         probe=probe,
     )
-
-
-def row_of(example: Example) -> Row:
-    """Return the row of an example."""
-    return example[1]
 
 
 def row_numbers(examples: Sequence[Example]) -> list[int]:
@@ -108,7 +102,7 @@ class StageTrainer(CocoaTrainer):
         if self.accelerator.num_processes > 1:
             # Gradients are averaged over the devices, so each divides by its part of the step's total.
             own = torch.tensor(counts, dtype=torch.float32).to(self.accelerator.device, non_blocking=True)
-            self._totals = dict(zip(names, reduce(self.accelerator, own, "mean"), strict=True))
+            self._totals = dict(zip(names, self.accelerator.reduce(own, "mean"), strict=True))
         self._steps += 1
         return batches, sum(counts)
 
@@ -133,5 +127,5 @@ class StageTrainer(CocoaTrainer):
             sums = {name: torch.stack(values).sum() / self._steps for name, values in self._parts.items()}
             self._parts.clear()
             self._steps = 0
-            logs |= {name: reduce(self.accelerator, value, "mean").item() for name, value in sums.items()}
+            logs |= {name: self.accelerator.reduce(value, "mean").item() for name, value in sums.items()}
         super().log(logs, *args, **kwargs)

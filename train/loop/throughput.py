@@ -8,7 +8,6 @@ import torch
 from accelerate import Accelerator
 
 from cocoa_embed.train.loop.batch_facts import BatchFacts
-from cocoa_embed.train.loop.processes import reduce
 
 
 class Throughput:
@@ -51,7 +50,7 @@ class Throughput:
         """Return ``tokens_per_second`` of all devices, ``data_wait_ratio`` and, if operations are counted, ``mfu``."""
         seconds = max(time.perf_counter() - self._started, 1e-9)
         seen = torch.tensor([self._tokens, self._flops, self._waited], dtype=torch.float32, device=accelerator.device)
-        tokens, flops, waited = reduce(accelerator, seen, "sum").tolist()
+        tokens, flops, waited = accelerator.reduce(seen, "sum").tolist()
         metrics = {
             "tokens_per_second": tokens / seconds,
             "data_wait_ratio": min(waited / accelerator.num_processes / seconds, 1.0),

@@ -5,17 +5,16 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import Trainer
 
 from cocoa_embed.data.rows import Row
 from cocoa_embed.errors import CocoaError, one_line
@@ -37,6 +36,8 @@ FROZEN = "frozen"
 
 NAMED_ROWS = 16
 """The most rows that an error names; a file lists all."""
+
+Result = TypeVar("Result")
 
 Measure: TypeAlias = Callable[[nn.Module], dict[str, float]]
 """Measures a model during training, without effect on its weights or on random draws."""
@@ -161,11 +162,7 @@ class CocoaTrainer(Trainer):
         facts: BatchFacts = inputs[FACTS]
         tensors = {name: value for name, value in inputs.items() if name != FACTS}
         try:
-            try:
-                loss = super().training_step(model, tensors, *args, **kwargs)
-            except CompileError as error:
-                self.stop_compiling(error)
-                loss = super().training_step(model, tensors, *args, **kwargs)
+            loss = self.compiled_if_possible(partial(super().training_step, model, tensors, *args, **kwargs))
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -180,17 +177,21 @@ class CocoaTrainer(Trainer):
             self._check_losses()
         return loss
 
-    def stop_compiling(self, error: Exception) -> None:
-        """Run the layers uncompiled if they have never run, with a warning.
+    def compiled_if_possible(self, run: Callable[[], Result]) -> Result:
+        """Run a pass; if its layers cannot be compiled, warn and run it with uncompiled ones.
 
-        :raises CompileError: If they have.
+        :raises CompileError: If the layers cannot be compiled, but have run compiled before.
         """
-        if self._is_started:
-            raise error
-        reason = str(error).strip().partition("\n")[0]
-        logger.warning("compile has no effect: the layers cannot be compiled here (%s).", reason)
-        run_uncompiled(self._compiled)
-        cast(nn.Module, self.model).zero_grad()
+        try:
+            return run()
+        except CompileError as error:
+            if self._is_started:
+                raise
+            reason = str(error).strip().partition("\n")[0]
+            logger.warning("compile has no effect: the layers cannot be compiled here (%s).", reason)
+            run_uncompiled(self._compiled)
+            cast(nn.Module, self.model).zero_grad()
+            return run()
 
     def _check_losses(self) -> None:
         """Check the losses since the last check, at once or one step later.
@@ -245,11 +246,6 @@ class CocoaTrainer(Trainer):
     def seconds(self) -> float:
         """Return the seconds that the stage was trained, those before an interruption included."""
         return time.perf_counter() - self._clock
-
-    def load_finished(self, checkpoint: Path) -> None:
-        """Load weights and log of a checkpoint of the last step."""
-        self._load_from_checkpoint(str(checkpoint))
-        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
     def full_state(self) -> dict[str, Tensor] | None:
         """Return the gathered weights of a sharded model, complete in the first process; None without sharding."""

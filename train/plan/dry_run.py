@@ -68,7 +68,7 @@ class StagePlan:
     :param step_contents: What a step holds, by subset, if its rows are of one subset.
     :param steps: The steps of the whole stage; ``steps_done`` of them are in the checkpoint that it resumes from.
     :param epochs: How often the steps draw each row.
-    :param mean_batch_size: The rows of a step, of which ``batch_size`` are not always at hand.
+    :param mean_batch_size: The mean number of rows of a step; fewer than ``batch_size`` where rows run out.
     :param tokens_per_step: Tokens without padding, from a sample of the rows.
     :param flops: FLOPs of the remaining steps, forward and backward, from the same sample.
     :param rows_at_once: Rows that a device runs in one forward pass; in the contrastive stage, items.
@@ -107,9 +107,9 @@ class StagePlan:
     checkpoint_bytes: int
     folder: str
     adapter: str | None
-    seconds_per_step: float | None = None
-    seconds: float | None = None
-    card_seconds: float | None = None
+    seconds_per_step: float | None
+    seconds: float | None
+    card_seconds: float | None
 
 
 @dataclass(frozen=True)
@@ -161,22 +161,13 @@ def plan(
 def _plan(prepared: Prepared, out: Path, card: str | None, timed: Mapping[str, float]) -> RunPlan:
     recipe = prepared.recipe
     config = read_config(recipe.backbone)
-    stages = []
-    for name in prepared.rows:
-        pixels = recipe.stages[name].run.max_pixels
-        processor = load_processor(recipe.backbone, max_length=recipe.max_length, max_pixels=pixels)
-        stages.append(_plan_stage(prepared, name, processor, config, out, card))
-    for place, stage in enumerate(stages):
-        if stage.stage in timed:
-            seconds = (stage.steps - stage.steps_done) * timed[stage.stage]
-            stages[place] = dataclasses.replace(stage, seconds_per_step=timed[stage.stage], seconds=seconds)
     return RunPlan(
         recipe=recipe.name,
         backbone=recipe.backbone,
         devices=PartialState().num_processes,
         unchecked_images=max((read.unchecked for read in prepared.rows.values()), default=0),
         card=card,
-        stages=stages,
+        stages=[_plan_stage(prepared, name, config, out, card, timed.get(name)) for name in prepared.rows],
         warnings=prepared.warnings,
         bad_rows=[dataclasses.asdict(row) for row in bad_rows(prepared.rows)],
         finished=[result.stage for result in prepared.results],
@@ -184,10 +175,16 @@ def _plan(prepared: Prepared, out: Path, card: str | None, timed: Mapping[str, f
 
 
 def _plan_stage(
-    prepared: Prepared, name: str, processor: ProcessorMixin, config: PreTrainedConfig, out: Path, card: str | None
+    prepared: Prepared,
+    name: str,
+    config: PreTrainedConfig,
+    out: Path,
+    card: str | None,
+    timed: float | None,
 ) -> StagePlan:
     stage, read, steps = prepared.recipe.stages[name], prepared.rows[name], prepared.steps[name]
     run, settings, data = stage.run, stage.settings, prepared.recipe.data_of(name)
+    processor = load_processor(run.backbone, max_length=run.max_length, max_pixels=run.max_pixels)
     devices = PartialState().num_processes
     checkpoint = newest_complete(out / CHECKPOINTS / name) if prepared.is_resumed else None
     steps_done = 0 if checkpoint is None else step_of(checkpoint)
@@ -204,25 +201,18 @@ def _plan_stage(
     counts, shards = meter.parameters, devices if run.sharding != "none" else 1
     batch_size = stage.mean_batch_size(read.rows)
     rows_on_device = stage.micro_batches(devices)[0] // devices
-    geometry, patches = (
-        family_of(config).geometry,
-        fmean(sum(e.shape.patches for e in of_row) for of_row in sample),
-    )
+    patches, geometry = _mean(sample, lambda shape: shape.patches), family_of(config).geometry
     width, frames = geometry.patch_width, geometry.temporal_patch_size
     memory = {
         **meter.state_bytes(shards),
         "activations": round(meter.mini_batch(0, at_once[0]).peak_bytes),
         "inputs": round(rows_on_device * patches * (width // frames if stage.sends_uint8 else width * FULL)),
     }
-    cost = StepCost.of(config, settings)
-    flops_per_row = fmean(sum(cost.of_shape(each.shape) for each in of_row) for of_row in sample)
-    seconds = None
-    if card:
-        a_step = sum(
-            batch_size * a_row / at_once[place] * meter.mini_batch(place, at_once[place]).eager_seconds
-            for place, (_, a_row) in enumerate(typical, 1)
-        )
-        seconds = (steps - steps_done) * (a_step + meter.optimizer_seconds)
+    remaining = steps - steps_done
+    on_card = meter.optimizer_seconds + sum(
+        batch_size * a_row / at_once[place] * meter.mini_batch(place, at_once[place]).eager_seconds
+        for place, (_, a_row) in enumerate(typical if card else (), 1)
+    )
     return StagePlan(
         stage=name,
         parameters=counts.total,
@@ -240,13 +230,15 @@ def _plan_stage(
         sizes_at_once=chosen.sizes,
         gradient_checkpointing=chosen.recomputes,
         mean_batch_size=batch_size,
-        tokens_per_step=batch_size * fmean(sum(each.shape.tokens for each in of_row) for of_row in sample),
-        flops=(steps - steps_done) * batch_size * flops_per_row,
+        tokens_per_step=batch_size * _mean(sample, lambda shape: shape.tokens),
+        flops=remaining * batch_size * _mean(sample, StepCost.of(config, settings).of_shape),
         memory_bytes={"total": sum(memory.values()), **memory},
         checkpoint_bytes=(1 + ADAM_MOMENTS) * FULL * counts.trainable,
         folder=str(out / name),
         adapter=None if settings.adapter is None else settings.adapter.kind,
-        card_seconds=seconds,
+        seconds_per_step=timed,
+        seconds=None if timed is None else remaining * timed,
+        card_seconds=remaining * on_card if card else None,
     )
 
 
@@ -266,7 +258,7 @@ def _subsets(read: ReadRows, sources: Mapping[str, SourceSettings]) -> dict[str,
 
 
 class _Sequence(NamedTuple):
-    """A sequence of a row, and a row of which all sequences are like it."""
+    """The shape of a sequence, and a row for the meter whose sequences all have this shape."""
 
     shape: BatchShape
     alike: Row
@@ -288,6 +280,11 @@ def _sequences(
             if on_bad_row == "stop":
                 raise CocoaError(f"{error}. {REMEDY}") from error
     return found
+
+
+def _mean(sample: list[list[_Sequence]], count: Callable[[BatchShape], float]) -> float:
+    """Return the mean over rows of what is counted in their sequences."""
+    return fmean(sum(count(each.shape) for each in of_row) for of_row in sample)
 
 
 def _typical(sample: list[list[_Sequence]]) -> list[tuple[_Sequence, float]]:

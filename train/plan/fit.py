@@ -1,4 +1,4 @@
-"""What a card runs at once where a recipe says ``auto``: what the trial of its memory would choose, by the meter."""
+"""Chooses by the meter what a card runs at once where a recipe says ``auto``, as ``memory_trial`` does by trying."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -57,10 +57,9 @@ def fit_to_card(
         meter.recompute_activations(on=at_once.recomputes)
         return at_once
     room = memory - RESERVE - sum(meter.state_bytes().values())
-    worst = {stage.kind_at_once(with_image=shape.patches > 0): place for place, shape in enumerate(shapes)}
-    for place, shape in enumerate(shapes):
-        kind = stage.kind_at_once(with_image=shape.patches > 0)
-        worst[kind] = max(place, worst[kind], key=lambda each: shapes[each].tokens)
+    kinds = [stage.kind_at_once(with_image=shape.patches > 0) for shape in shapes]
+    longest_first = sorted(range(len(shapes)), key=lambda place: (-shapes[place].tokens, -place))
+    worst = {kind: next(place for place in longest_first if kinds[place] == kind) for kind in kinds}
 
     def largest(place: int) -> int | None:
         def peak(size: int) -> float:

@@ -4,11 +4,9 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import astuple, dataclass, replace
-from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 from unittest.mock import patch
 
 import numpy as np
@@ -34,7 +32,7 @@ from cocoa_embed.train.settings import StageSettings
 from cocoa_embed.train.stages.stage import Stage
 
 FEW_LAYERS = 8
-"""Models of so few layers are measured whole, others at depths that tell what each layer adds."""
+"""A model with at most this many layers is measured whole; a larger one at a few depths (``depths``)."""
 
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
@@ -42,7 +40,7 @@ FULL = 4
 """Bytes of float32."""
 
 ADDED = ("flops", "moved_bytes", "kernels", "host_reads", "seconds")
-"""Of a ``Cost``: what several passes cost is the sum of this, and no more memory than one's."""
+"""The fields of a ``Cost`` that add up over passes; the others are memory, which each pass frees again."""
 
 ADAM_MOMENTS = 2
 
@@ -50,8 +48,7 @@ OPTIMIZER_PASSES = 11
 """Float32 values that a step moves for each trained weight: Adam reads four and writes three, clipping moves four."""
 
 
-@dataclass(frozen=True)
-class Parameters:
+class Parameters(NamedTuple):
     """The parameters of a model, tied ones counted once.
 
     :param total: How many there are.
@@ -77,20 +74,13 @@ def _size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-@dataclass(frozen=True)
-class _Variant:
-    """A model of few layers; the whole model costs the sum of all variants by their weights."""
-
-    trainer: CocoaTrainer
-    weight: int
-
-
 class StageMeter:
     """A stage on fake tensors. Every measurement is of one forward and backward pass, as on one device of one process.
 
     :param config: Of the backbone.
     :param processor: Of the backbone.
-    :param rows: What can be measured, each by its place: rows whose sequences are all alike (``Stage.alike``).
+    :param rows: The rows that are measured, by their places here. The sequences of a row are all alike
+        (``Stage.alike``).
     """
 
     def __init__(
@@ -109,32 +99,23 @@ class StageMeter:
         self._sequences = [len(stage.alike(row)) for row in rows]
         self._stage = stage = _short(stage)
         self._recomputes = stage.run.gradient_checkpointing is True
+        # The whole model costs the sum of all these by their weights.
+        shallow, self._weights = zip(*depths(config), strict=True)
         with _alone(), self._measuring():
-            self._variants = [
-                _Variant(_trainer(stage, shallow, processor, table, fake), weight) for shallow, weight in depths(config)
-            ]
-            for norms in chain.from_iterable(
-                each.trainer.adapter.norms for each in self._variants if each.trainer.adapter
-            ):
-                norms.refresh()  # once per optimizer step
-        if stage.run.compile:
-            for layer in chain.from_iterable(
-                layers_to_compile(cast(nn.Module, each.trainer.model)) for each in self._variants
-            ):
-                self._roofline.compile(layer)
-        counts = [(Parameters.of(cast(nn.Module, each.trainer.model)), each.weight) for each in self._variants]
-        self.parameters = Parameters(
-            *(sum(getattr(count, name) * weight for count, weight in counts) for name in Parameters.__annotations__)
-        )
+            self._trainers = [_trainer(stage, each, processor, table, fake) for each in shallow]
+            for trainer in self._trainers:
+                for norms in trainer.adapter.norms if trainer.adapter else ():
+                    norms.refresh()  # once per optimizer step
+        models = [cast(nn.Module, trainer.model) for trainer in self._trainers]
+        for layer in (layer for model in models for layer in layers_to_compile(model) if stage.run.compile):
+            self._roofline.compile(layer)
+        self.parameters = Parameters(*np.dot(self._weights, list(map(Parameters.of, models))).tolist())
 
     @contextmanager
     def _measuring(self) -> Iterator[None]:
-        with ExitStack() as contexts:
-            contexts.enter_context(warnings.catch_warnings())
+        swapping = patch.object(torch.utils, "swap_tensors", _set_data)
+        with warnings.catch_warnings(), swapping, self._roofline, as_on_cuda(self._roofline):
             warnings.simplefilter("ignore")  # fake tensors have no data to point to, which torch warns of
-            contexts.enter_context(patch.object(torch.utils, "swap_tensors", _set_data))
-            contexts.enter_context(self._roofline)
-            contexts.enter_context(as_on_cuda(self._roofline))
             yield
 
     def mini_batch(self, place: int, sequences: int) -> Cost:
@@ -143,13 +124,13 @@ class StageMeter:
         That is all that a step does with them, in the contrastive stage two forward passes and a backward pass.
         """
         cost, parts = self.cost(place, sequences), self._sequences[place]
-        return replace(cost, **{name: getattr(cost, name) / parts for name in ADDED})
+        return cost._replace(**{name: getattr(cost, name) / parts for name in ADDED})
 
     def recompute_activations(self, *, on: bool) -> None:
         """Turn gradient checkpointing on or off."""
         self._recomputes = on
-        for each in self._variants:
-            recompute_activations(each.trainer, on=on)
+        for trainer in self._trainers:
+            recompute_activations(trainer, on=on)
 
     def state_bytes(self, shards: int = 1) -> dict[str, int]:
         """Return what a device holds between two passes, by use."""
@@ -176,17 +157,15 @@ class StageMeter:
         else:
             times = (copies - less) / (more - less)
             costs = [each.cost(other, times) for each, other in zip(few, many, strict=True)]
-        weights = [each.weight for each in self._variants]
-        whole = Cost(*np.dot(weights, [astuple(cost) for cost in costs]).tolist())
+        whole = Cost(*np.dot(self._weights, costs).tolist())
         # A backward pass frees as it goes: what it takes beside is one layer's, in any depth.
-        return replace(whole, backward_bytes=max(cost.backward_bytes for cost in costs))
+        return whole._replace(backward_bytes=max(cost.backward_bytes for cost in costs))
 
     def _run(self, place: int, copies: int) -> list[Tally]:
-        trainers, key = [each.trainer for each in self._variants], (place, copies)
+        key, first = (place, copies), self._trainers[0]
         if key not in self._batches:
-            first = trainers[0]
             self._batches[key] = first.data_collator([first.train_dataset[2 * place]] * copies)  # type: ignore[index]
-        return [self._pass(trainer, self._batches[key]) for trainer in trainers]
+        return [self._pass(trainer, self._batches[key]) for trainer in self._trainers]
 
     def _pass(self, trainer: CocoaTrainer, batch: dict[str, Any]) -> Tally:
         tensors = {name: self._faked(value) for name, value in batch.items() if name != FACTS}
@@ -241,16 +220,17 @@ def _fake_model(config: PreTrainedConfig, stage: Stage[StageSettings], fake: Fak
     """Return the stock model of a config, as ``load_backbone`` would load it."""
     with torch.device("meta"):
         model = family_of(config).model_class(config)
-    model.config.get_text_config().is_causal = not stage.run.bidirectional
     with fake:
         for module in model.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    module._parameters[name] = nn.Parameter(torch.empty(parameter.shape), parameter.requires_grad)
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+            for tensors in (module._parameters, module._buffers):
+                for name, each in tensors.items():
+                    if each is not None:
+                        empty = torch.empty_like(each, device="cpu")
+                        tensors[name] = (
+                            nn.Parameter(empty, each.requires_grad) if isinstance(each, nn.Parameter) else empty
+                        )
     model.tie_weights()
+    model.config.get_text_config().is_causal = not stage.run.bidirectional
     pack_vision_attention(model)
     if stage.run.gradient_checkpointing is True:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -264,20 +244,16 @@ def _set_data(parameter: Tensor, other: Tensor) -> None:
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """Be one process on the CPU, whatever the run is: other processes do not take part in a measurement."""
-    states: tuple[Any, ...] = (PartialState, AcceleratorState, GradientState)
-    before = [dict(state._shared_state) for state in states]
-    with patch.dict(os.environ):
+    """Measure in one process on the CPU, also in a run of several processes or on a GPU."""
+    with ExitStack() as changes:
+        changes.enter_context(patch.dict(os.environ))
         for name in RANKS:
             os.environ.pop(name, None)
-        AcceleratorState._reset_state(reset_partial_state=True)
+        states: tuple[Any, ...] = (PartialState, AcceleratorState, GradientState)
+        for state in states:
+            changes.enter_context(patch.dict(state._shared_state, clear=True))
         PartialState(cpu=True)
-        try:
-            yield
-        finally:
-            for state, values in zip(states, before, strict=True):
-                state._shared_state.clear()
-                state._shared_state.update(values)
+        yield
 
 
 def depths(config: PreTrainedConfig) -> list[tuple[PreTrainedConfig, int]]:

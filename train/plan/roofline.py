@@ -2,10 +2,10 @@
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 from unittest.mock import patch
 
 import numpy as np
@@ -42,8 +42,7 @@ Sources: TypeAlias = dict[int, tuple[Any, int]]
 """What a fused kernel reads: storages, kept while it may still run, with their bytes."""
 
 
-@dataclass(frozen=True)
-class Cost:
+class Cost(NamedTuple):
     """What some work costs on one device.
 
     :param flops: Of matrix products and attention, recomputed ones included.
@@ -278,8 +277,7 @@ class Roofline(TorchDispatchMode):
             tally.peak_bytes = max(tally.peak_bytes, tally.live_bytes)
 
 
-@dataclass(frozen=True)
-class _Kind:
+class _Kind(NamedTuple):
     name: str
     is_view: bool
     is_in_place: bool
@@ -325,6 +323,10 @@ def _bytes(tensor: Tensor) -> int:
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
+def _all_bytes(*tensors: Tensor | None) -> int:
+    return sum(_bytes(each) for each in tensors if each is not None)
+
+
 class _Attention(torch.autograd.Function):
     """Attention as one kernel forward and one backward, which keep queries, keys, values, output and mask."""
 
@@ -334,7 +336,7 @@ class _Attention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, out, mask)
         meter.write((q, k, v, mask))
         ctx.meter, ctx.flops = meter, 2 * pairs * (q.shape[-1] + v.shape[-1])
-        moved = sum(map(_bytes, (q, k, v, out, *([] if mask is None else [mask]))))
+        moved = _all_bytes(q, k, v, out, mask)
         meter.count(ctx.flops, moved, q.dtype, ATTENTION_SPEED)
         return out
 
@@ -342,7 +344,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # noqa: ANN401
         q, k, v, out, mask = ctx.saved_tensors
         ctx.meter.write(grads)
-        moved = sum(map(_bytes, (q, k, v, q, k, v, out, *grads, *([] if mask is None else [mask]))))
+        moved = _all_bytes(q, k, v, q, k, v, out, *grads, mask)
         ctx.meter.count(2.5 * ctx.flops, moved, q.dtype, ATTENTION_SPEED)
         return None, torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None, None
 
@@ -354,19 +356,19 @@ HOST_READS = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__")
 @contextmanager
 def as_on_cuda(meter: Roofline) -> Iterator[None]:
     """Let functions be one kernel and run in the dtype that they are on CUDA; note host reads and backward passes."""
-    with ExitStack() as patches:
-        functions = {
-            "scaled_dot_product_attention": partial(_attention, meter),
-            "dropout": _dropout,
-            "layer_norm": partial(_layer_norm, functional.layer_norm),
-        }
-        for name, function in functions.items():
-            patches.enter_context(patch.object(functional, name, function))
-        packed = partial(_packed_attention, meter)
-        patches.enter_context(patch.object(vision_attention, "_kernel", lambda _: packed))
-        for name in HOST_READS:
-            patches.enter_context(patch.object(Tensor, name, _counted(meter, getattr(Tensor, name))))
-        patches.enter_context(patch.object(Tensor, "backward", _watched(meter, Tensor.backward)))
+    packed = partial(_packed_attention, meter)
+    functions: dict[str, Any] = {
+        "scaled_dot_product_attention": partial(_attention, meter),
+        "dropout": _dropout,
+        "layer_norm": partial(_layer_norm, functional.layer_norm),
+    }
+    methods: dict[str, Any] = {name: _counted(meter, getattr(Tensor, name)) for name in HOST_READS}
+    methods["backward"] = _watched(meter, Tensor.backward)
+    with (
+        patch.multiple(functional, **functions),
+        patch.multiple(Tensor, **methods),
+        patch.object(vision_attention, "_kernel", lambda _: packed),
+    ):
         yield
 
 

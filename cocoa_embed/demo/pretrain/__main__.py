@@ -30,14 +30,14 @@ def pretrain_backbone(
         require("yaml", "train")
         from cocoa_embed.demo.pretrain.settings import read_settings
 
-        settings = read_settings(data, overrides or [], has_language_model=language_model is not None)
+        given = {"data": data, "held_out": held_out, "language_model": language_model, "teacher": teacher}
+        settings = read_settings(overrides or [], **given)
         require("accelerate", "train")
         silence_libraries()
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one device is enough
         from cocoa_embed.demo.pretrain.run import pretrain
 
-        pretrain(settings, out, data=data, held_out=held_out, language_model=language_model, teacher=teacher,
-                 resume=resume)  # fmt: skip
+        pretrain(settings, out, resume=resume)
 
 
 if __name__ == "__main__":

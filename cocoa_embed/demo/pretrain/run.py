@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor, TrainerState, TrainingArguments, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor, TrainingArguments, set_seed
 
 from cocoa_embed.demo.pretrain.data import (
     CaptionCollator,
@@ -25,7 +24,7 @@ from cocoa_embed.demo.pretrain.data import (
     refuse_overlap,
 )
 from cocoa_embed.demo.pretrain.model import build_model, embed_language_model
-from cocoa_embed.demo.pretrain.settings import SCENES, STAGES, PretrainSettings, StageSettings
+from cocoa_embed.demo.pretrain.settings import SCENES, STAGES, PretrainSettings
 from cocoa_embed.demo.pretrain.teacher import Teacher, make_views, with_features
 from cocoa_embed.demo.pretrain.tokenizer import build_processor, build_tokenizer, train_tokenizer
 from cocoa_embed.demo.pretrain.trainer import PretrainTrainer, Record
@@ -33,11 +32,12 @@ from cocoa_embed.demo.pretrain.vision import VisionCollator, VisionTraining, Wor
 from cocoa_embed.errors import CocoaError, UsageError, printable
 from cocoa_embed.folders import claim_folder, refuse_checkpoint, refuse_foreign_folder, write_atomically
 from cocoa_embed.train.data.cache import replace_atomically
-from cocoa_embed.train.loop.callbacks import SaveAndStop, Stopped, show_progress
-from cocoa_embed.train.loop.checkpoints import newest_complete, step_of
+from cocoa_embed.train.loop.callbacks import SaveAndStop, show_progress
+from cocoa_embed.train.loop.checkpoints import newest_complete
+from cocoa_embed.train.loop.trainer import WEIGHTS
 
 MARKER = "pretraining.json"
-"""Holds what a run was asked for; marks its folder."""
+"""Holds the settings of a run; marks its folder."""
 
 CHECKPOINTS = "checkpoints"
 SAVE_MINUTES = 10
@@ -59,39 +59,26 @@ class Parts(NamedTuple):
     teacher: Teacher | None
 
 
-def pretrain(
-    settings: PretrainSettings,
-    out: Path,
-    *,
-    data: str,
-    held_out: Path | None = None,
-    language_model: Path | None = None,
-    teacher: Path | None = None,
-    resume: bool = False,
-) -> None:
+def pretrain(settings: PretrainSettings, out: Path, *, resume: bool = False) -> None:
     """Make a backbone and write it to ``out``: bfloat16 safetensors, processor and config, beside ``log.jsonl``.
 
-    :param data: ``scenes``, or an image folder.
-    :param held_out: An image folder to measure on. The weights written are then those with the lowest loss on it, and
-        those of the last step, where they are others, are in ``last``.
-    :param language_model: The folder of a language model to build on, by default none: all weights are random.
-    :param teacher: A program that maps pixels to features (``Teacher``), for the vision stage.
+    With ``held_out``, the weights are those with the lowest loss on it, and those of the last step, where they are
+    others, are in ``last``.
+
     :param resume: Continue the interrupted run in ``out``, if there is one.
     :raises UsageError: If the settings contradict each other, or the interrupted run had others.
     :raises Stopped: If SIGTERM or Ctrl-C has stopped the run; it can be resumed.
     :raises CocoaError: If data, model, teacher or folder cannot be used.
     """
-    _check(settings, data, teacher, language_model)
-    given = {"data": data, "held_out": held_out, "language_model": language_model, "teacher": teacher}
-    request = {key: None if value is None else str(value) for key, value in given.items()}
-    request |= settings.model_dump(mode="json")
+    _check(settings)
+    request = settings.model_dump(mode="json")
     _refuse_other_run(out, request, resume)
     set_seed(settings.seed)
-    parts = _build(settings, data, held_out, language_model, teacher)
+    parts = _build(settings)
     if not (resume and (out / MARKER).is_file()):
         claim_folder(out, marker=MARKER)
         write_atomically(out / MARKER, json.dumps(request, indent=2) + "\n")
-    for name in (name for name in STAGES if getattr(settings, name).steps):
+    for name in settings.stages:
         result = out / CHECKPOINTS / f"{name}.safetensors"
         if not result.is_file():
             _run_stage(name, settings, parts, out)
@@ -108,14 +95,14 @@ def write_backbone(model: Qwen2VLForConditionalGeneration, processor: Qwen2VLPro
     processor.save_pretrained(folder)
 
 
-def _check(settings: PretrainSettings, data: str, teacher: Path | None, language_model: Path | None) -> None:
-    if not any(getattr(settings, name).steps for name in STAGES):
+def _check(settings: PretrainSettings) -> None:
+    if not settings.stages:
         raise UsageError(f"No stage has steps; set one of {', '.join(f'{name}.steps' for name in STAGES)}.")
-    if teacher is not None and not settings.vision.steps:
+    if settings.teacher is not None and not settings.vision.steps:
         raise UsageError("--teacher is for the vision stage, which has no steps; set vision.steps.")
-    if teacher is not None and data == SCENES:
+    if settings.teacher is not None and settings.data == SCENES:
         raise UsageError("--teacher needs a folder of images as --data: scenes are drawn anew in each step.")
-    if settings.connector.steps and language_model is None:
+    if settings.connector.steps and settings.language_model is None:
         raise UsageError("The connector stage freezes the language model, which is random without --language-model; "
                          "give one, or set connector.steps=0.")  # fmt: skip
 
@@ -132,10 +119,10 @@ def _refuse_other_run(out: Path, request: dict[str, Any], resume: bool) -> None:
                          "give the same, or leave out --resume to begin again.")  # fmt: skip
 
 
-def _build(settings: PretrainSettings, data: str, held_out: Path | None, language_model: Path | None,
-           teacher: Path | None) -> Parts:  # fmt: skip
+def _build(settings: PretrainSettings) -> Parts:
     """Read the data and build the model."""
     size, varied, seed, vision = settings.model.image_size, settings.augmentation, settings.seed, settings.vision
+    data, held_out, teacher = settings.data, settings.held_out, settings.teacher
     images = None if data == SCENES else read_images(Path(data), size, varied, seed)
     unseen = None if held_out is None else read_images(held_out, size, varied, seed, settings.held_out_images)
     if unseen and len(unseen) < 2:
@@ -143,8 +130,8 @@ def _build(settings: PretrainSettings, data: str, held_out: Path | None, languag
     if unseen and images:
         refuse_overlap(images, unseen, (data, str(held_out)))
     new_tokens: list[int] = []
-    if language_model is not None:
-        model, tokenizer, new_tokens = embed_language_model(language_model, settings.model)
+    if settings.language_model is not None:
+        model, tokenizer, new_tokens = embed_language_model(settings.language_model, settings.model)
     else:
         texts = None if images is None else (text for texts in images.captions for text in texts)
         tokenizer = train_tokenizer(texts, settings.model.vocabulary) if texts else build_tokenizer(seed)
@@ -182,10 +169,10 @@ def _run_stage(name: str, settings: PretrainSettings, parts: Parts, out: Path) -
     with frozen as undecayed:
         trainer = PretrainTrainer(
             model=trained,
-            args=training_arguments(getattr(settings, name), settings, folder, measures=held_out is not None),
+            args=training_arguments(name, settings, folder),
             train_dataset=data,
             data_collator=collate,
-            held_out=held_out,
+            eval_dataset=held_out,
             undecayed=undecayed,
             callbacks=[Record(out / "log.jsonl", name)],
         )
@@ -194,7 +181,7 @@ def _run_stage(name: str, settings: PretrainSettings, parts: Parts, out: Path) -
     best, last = trainer.state.best_global_step, trainer.state.global_step
     if best not in (None, last):
         write_backbone(parts.model, parts.processor, out / "last")
-        trainer.load_weights(folder / f"checkpoint-{best}")
+        load_model(trainer.trained, str(folder / f"checkpoint-{best}" / WEIGHTS))
 
 
 def train(trainer: PretrainTrainer, folder: Path, stage: str) -> None:
@@ -204,22 +191,12 @@ def train(trainer: PretrainTrainer, folder: Path, stage: str) -> None:
     """
     stop = SaveAndStop(trainer, SAVE_MINUTES)
     trainer.add_callback(stop)
-    checkpoint, steps = newest_complete(folder), trainer.args.max_steps
-    if checkpoint is not None and step_of(checkpoint) >= steps:  # killed before the result was written
-        trainer.load_weights(checkpoint)
-        trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        return
-    with stop.listening():
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if trainer.state.global_step < steps:
-        raise Stopped(stop.requested, f"at step {trainer.state.global_step} of {steps} of stage {stage}")
+    stop.train(newest_complete(folder), stage)
 
 
-def training_arguments(
-    stage: StageSettings, settings: PretrainSettings, folder: Path, *, measures: bool
-) -> TrainingArguments:
+def training_arguments(name: str, settings: PretrainSettings, folder: Path) -> TrainingArguments:
     """Return the arguments of a stage."""
-    every, on_gpu = settings.measure_steps, torch.cuda.is_available()
+    stage, every, on_gpu = settings.stages[name], settings.measure_steps, torch.cuda.is_available()
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=stage.steps,
@@ -232,7 +209,7 @@ def training_arguments(
         logging_steps=settings.logging_steps,
         save_steps=every,
         save_total_limit=2,
-        eval_strategy="steps" if measures else "no",
+        eval_strategy="no" if settings.held_out is None else "steps",
         eval_steps=every,
         metric_for_best_model="right",
         greater_is_better=False,

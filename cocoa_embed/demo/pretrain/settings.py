@@ -1,6 +1,6 @@
 """The settings of a pretraining: the model's sizes, its stages, how images are varied, what is measured."""
 
-from copy import deepcopy
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
@@ -102,8 +102,12 @@ class AugmentationSettings(Settings):
 
 
 class PretrainSettings(Settings):
-    """A pretraining: the sizes of the model, the stages in their order, and what is common to them.
+    """A pretraining: what it is made of, the sizes of the model, the stages in their order, what is common to them.
 
+    :param data: ``scenes``, or an image folder.
+    :param held_out: An image folder to measure on.
+    :param language_model: The folder of a language model to build on, by default none: all weights are random.
+    :param teacher: A program that maps pixels to features (``Teacher``), for the vision stage.
     :param vision: Trains the vision encoder alone.
     :param language: Trains the language model as a captioner; the vision encoder is frozen.
     :param connector: Trains the vision encoder and the embeddings of new tokens as a captioner; the language model is
@@ -114,6 +118,10 @@ class PretrainSettings(Settings):
     :param held_out_images: The most images to measure on.
     """
 
+    data: str = SCENES
+    held_out: Path | None = None
+    language_model: Path | None = None
+    teacher: Path | None = None
     model: ModelSettings = ModelSettings()
     augmentation: AugmentationSettings = AugmentationSettings()
     vision: VisionSettings = VisionSettings()
@@ -125,6 +133,11 @@ class PretrainSettings(Settings):
     logging_steps: Positive = 25
     held_out_images: Annotated[int, Field(ge=2)] = 500
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+    @property
+    def stages(self) -> dict[str, StageSettings]:
+        """The stages that have steps, by their keys."""
+        return {name: stage for name in STAGES if (stage := getattr(self, name)).steps}
 
 
 STAGES = ("vision", "language", "connector", "all")
@@ -153,15 +166,18 @@ PRESETS: dict[str, dict[str, Any]] = {
 LANGUAGE_SIZES = {"width", "inner_width", "layers", "heads", "key_value_heads", "vocabulary"}
 
 
-def read_settings(data: str, overrides: list[str], *, has_language_model: bool = False) -> PretrainSettings:
-    """Return the settings for what is given, with ``key.sub=value`` overrides.
+def read_settings(overrides: list[str], **given: object) -> PretrainSettings:
+    """Return the settings for what is given, ``data`` among it, with ``key.sub=value`` overrides.
 
-    :param data: ``scenes``, or a folder.
     :raises UsageError: With one sentence for each fault.
     """
-    values = deepcopy(PRESETS["language model" if has_language_model else SCENES if data == SCENES else "photographs"])
+    values: dict[str, Any] = given
     for override in overrides:
         apply_override(PretrainSettings, values, override)
+    has_language_model = values.get("language_model") is not None
+    kind = "language model" if has_language_model else SCENES if values["data"] == SCENES else "photographs"
+    for key, preset in PRESETS[kind].items():
+        values[key] = {**preset, **values.get(key, {})} if isinstance(preset, dict) else values.get(key, preset)
     try:
         settings = PretrainSettings.model_validate(values)
     except ValidationError as error:

@@ -118,14 +118,14 @@ def _write_views(images: CaptionedImages, teacher: Teacher, views: int, folder: 
     pixels = open_memmap(folder / "pixels.npy", "w+", np.uint8, (views, count, 3, size, size))
     features = open_memmap(folder / "features.npy", "w+", np.float16, (views, count, *shape))
     augmentation = images.augmentation.model_copy(update={"flip": True})
+
+    def view_of(view: int, row: int) -> Tensor:
+        generator = random.Random(f"{images.seed}/{row}/{view}")
+        return vary(images.images[row], max(size, teacher.size), augmentation, generator)
+
     draws = [(view, row) for view in range(views) for row in range(count)]
     for part in tqdm(batched(draws, IMAGES_AT_ONCE), "teacher", unit=f"{IMAGES_AT_ONCE} views"):
-        seen = [
-            vary(
-                images.images[row], max(size, teacher.size), augmentation, random.Random(f"{images.seed}/{row}/{view}")
-            )
-            for view, row in part
-        ]
+        seen = [view_of(view, row) for view, row in part]
         places = tuple(np.array(part).T)
         features[places] = teacher(seen).numpy()
         pixels[places] = torch.stack([F.resize(image, [size, size]) for image in seen]).numpy()

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,14 @@ Collate = Callable[[list[Example]], dict[str, Tensor]]
 class PretrainTrainer(Trainer):
     """Transformers' trainer over the images of a folder, each once an epoch, or over a stream.
 
-    :param held_out: Examples to measure on by name, from ``held_out_pairs``; None measures nothing.
+    Its ``eval_dataset`` are the examples of ``held_out_pairs``, by name.
+
     :param undecayed: Names of further parameters that weight decay leaves alone.
     """
 
-    def __init__(
-        self, *args: Any, held_out: Mapping[str, Sequence[Example]] | None, undecayed: Sequence[str] = (), **kwargs: Any
-    ) -> None:
-        super().__init__(*args, **kwargs, **{"eval_dataset": held_out})
-        self.held_out, self.undecayed = held_out, undecayed
+    def __init__(self, *args: Any, undecayed: Sequence[str] = (), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.undecayed = undecayed
         self.trained: Any = self.model
         self.collate: Any = self.data_collator
 
@@ -51,7 +50,8 @@ class PretrainTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Measure the loss on held-out images, with another image instead, and the gap: nats a token of captions."""
-        losses = {name: self._mean_loss(examples) for name, examples in (self.held_out or {}).items()}
+        held_out: Any = self.eval_dataset
+        losses = {name: self._mean_loss(examples) for name, examples in held_out.items()}
         losses["gap"] = losses["wrong"] - losses["right"]
         metrics = {f"eval_{name}": value for name, value in losses.items()}
         self.log(dict(metrics))
@@ -82,11 +82,7 @@ class PretrainTrainer(Trainer):
         save_model(self.trained, str(folder / WEIGHTS))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.load_weights(Path(resume_from_checkpoint))
-
-    def load_weights(self, checkpoint: Path) -> None:
-        """Load the weights of a checkpoint."""
-        load_model(self.trained, str(checkpoint / WEIGHTS))
+        load_model(self.trained, str(Path(resume_from_checkpoint) / WEIGHTS))
 
 
 class Record(TrainerCallback):

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -90,15 +91,15 @@ class VisionTraining(nn.Module):
         return {"loss": loss}
 
 
+@dataclass(frozen=True)
 class VisionCollator:
     """Makes batches of images, the words of their captions and, where there is a teacher, its features."""
 
-    def __init__(self, processor: Qwen2VLProcessor, words: Words) -> None:
-        self.image_processor = processor.image_processor
-        self.words = words
+    processor: Qwen2VLProcessor
+    words: Words
 
     def __call__(self, rows: list[Example]) -> dict[str, Tensor]:
         """Return what ``VisionTraining`` takes."""
-        batch = self.image_processor([row["image"] for row in rows], return_tensors="pt")
+        batch = self.processor.image_processor([row["image"] for row in rows], return_tensors="pt")
         features = {"features": torch.stack([row["features"] for row in rows])} if "features" in rows[0] else {}
         return {**batch, "words": self.words(rows), **features}

@@ -35,7 +35,7 @@ def rows(tmp_path: Path) -> Rows:
 
 
 def usable(rows: Rows, on_bad_row: str) -> ReplaceBroken[tuple[Draw, Row]]:
-    return ReplaceBroken(collate, lambda example: example[1], rows.after, on_bad_row, len(rows))
+    return ReplaceBroken(collate, rows.after, on_bad_row, len(rows))
 
 
 def test_the_next_row_replaces_one_whose_image_proves_broken(rows: Rows, caplog: pytest.LogCaptureFixture) -> None:
@@ -56,7 +56,7 @@ def test_training_stops_at_a_broken_image_by_default_or_if_all_are(rows: Rows) -
 
 def test_a_collator_without_broken_images_is_called_once(rows: Rows) -> None:
     calls: list[int] = []
-    counting = ReplaceBroken(lambda examples: {"calls": calls.append(len(examples))}, lambda example: example[1],
+    counting = ReplaceBroken(lambda examples: {"calls": calls.append(len(examples))},
                              rows.after, "skip", len(rows))  # fmt: skip
     counting([(Draw(0), Row(Item("a"), Item("b"), ""))])
     assert calls == [1]

@@ -50,7 +50,7 @@ class PairCollator(SentenceTransformerDataCollator):
         pairs = [self._pair(feature["row"]) for feature in features]
         lengths = None if self.lengths_of is None else self.lengths_of([row for _, row in pairs])
         order = range(len(pairs)) if lengths is None else np.argsort(lengths, kind="stable").tolist()
-        usable = ReplaceBroken(self._collate, lambda pair: pair[1], self._after, self.on_bad_row, len(self.rows))
+        usable = ReplaceBroken(self._collate, self._after, self.on_bad_row, len(self.rows))
         described = DescribedBatches(usable, self._row_numbers, self.flops_of)
         return described([pairs[place] for place in order])
 
