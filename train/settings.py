@@ -241,7 +241,7 @@ class RunSettings(Settings):
     """The settings of a run beside those of its stages.
 
     A run whose ``backbone`` is a checkpoint of an earlier run inherits ``prompts``, ``max_length``, ``max_pixels``,
-    ``bidirectional`` and ``pooling`` from it, where they are not given.
+    ``bidirectional``, ``pooling`` and ``eos_tokens`` from it, where they are not given.
 
     :param name: The name of the run, and by default of its folder in ``runs/``.
     :param backbone: A folder, the name of a backbone of this package, or a hub name.
@@ -252,6 +252,8 @@ class RunSettings(Settings):
         as fast (docs/experiments.md, section 10).
     :param pooling: What an embedding is, before it is normalised: the last hidden state of ``<EOS>``, or the mean of
         those of all tokens.
+    :param eos_tokens: How many ``<EOS>`` end a sequence, each an embedding: the first n of them are one of n vectors,
+        compared by their mean MaxSim. More than one take ``pooling`` eos.
     :param bidirectional: False leaves the language model causal in every stage, for comparison.
     :param gradient_checkpointing: Recompute activations in the backward pass instead of storing them. ``auto``: only if
         they do not fit into the device's memory; on a CPU, never.
@@ -275,6 +277,7 @@ class RunSettings(Settings):
     attn_implementation: Literal["sdpa", "eager", "flex_attention"] = "sdpa"
     bidirectional: bool = True
     pooling: Pooling = "eos"
+    eos_tokens: Annotated[int, Field(ge=1, le=16)] = 1
     gradient_checkpointing: bool | Auto = False
     vision_cache: Path | None = None
     vision_cache_gb: Rate = 100
@@ -293,3 +296,11 @@ class RunSettings(Settings):
         if name in ("", ".", "..") or any(character in name for character in "/\\\0"):
             raise ValueError(f"{name!r} cannot name a folder in runs/; use no slashes, and neither . nor ..")
         return name
+
+    @model_validator(mode="after")
+    def _has_one_mean(self) -> "RunSettings":
+        if self.eos_tokens > 1 and self.pooling != "eos":
+            raise ValueError(
+                f"eos_tokens {self.eos_tokens} needs pooling eos, not {self.pooling}: a mean is one vector"
+            )
+        return self

@@ -21,7 +21,8 @@ def row_lengths(rows: Sequence[Row], processor: ProcessorMixin, sizes: Sizes) ->
     :raises ImageError: If an image without a known size cannot be used.
     """
     items = [item for row in rows for item in (row.query, row.positive)]
-    untruncated = item_lengths(items, processor, sizes).reshape(len(rows), 2).sum(axis=1) + 1
+    untruncated = item_lengths(items, processor, sizes).reshape(len(rows), 2).sum(axis=1)
+    untruncated += processor.tokenizer.num_special_tokens_to_add()  # the ``<EOS>``
     lengths: list[int] = np.minimum(untruncated, processor.tokenizer.model_max_length).tolist()
     return lengths
 

@@ -43,7 +43,7 @@ NOT_LEARNED = frozenset(
 )
 """Settings that may change when a run is resumed: they have no effect on the weights, or rows are compared for it."""
 
-INHERITED = ("prompts", "max_length", "max_pixels", "bidirectional", "pooling")
+INHERITED = ("prompts", "max_length", "max_pixels", "bidirectional", "pooling", "eos_tokens")
 """Settings that a run inherits from the checkpoint that it starts from."""
 
 _CANNOT_SHARD = (DistributedType.NO, DistributedType.MULTI_CPU)

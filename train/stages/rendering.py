@@ -41,6 +41,7 @@ def render_patches(processor: ProcessorMixin, items: Sequence[Item], *, prompt: 
     """Do as ``render_items``, with ``pixel_values`` before they are ``normalised``: an eighth of the bytes."""
     tokenizer, pixels = processor.tokenizer, {}
     limit, special = tokenizer.model_max_length, special_tokens(tokenizer)
+    ends = tokenizer.num_special_tokens_to_add()  # the ``<EOS>``
     family = family_of_images(processor)
     markers, numbers = family.markers, [len(item.images) for item in items]
     texts = [
@@ -54,7 +55,7 @@ def render_patches(processor: ProcessorMixin, items: Sequence[Item], *, prompt: 
         counts = iter((pixels["image_grid_thw"].prod(dim=1) // per_token).tolist())
         texts = [markers.expanded(text, islice(counts, own)) for text, own in zip(texts, numbers, strict=True)]
     for item, text in zip(items, texts, strict=True):
-        needed = text.count(markers.token) + markers.around * len(item.images) + 1  # for ``<EOS>``
+        needed = text.count(markers.token) + markers.around * len(item.images) + ends
         if needed > limit:
             raise CocoaError(
                 f"{item} takes {needed} tokens before its text, more than max_length {limit}; lower max_pixels or "
