@@ -145,6 +145,7 @@ def load_weights(recipe: Recipe, start: str, attention: str) -> Backbone:
         max_length=recipe.max_length,
         max_pixels=recipe.max_pixels,
         bidirectional=recipe.bidirectional,
+        vectors=recipe.eos_tokens,
     )
     if recipe.gradient_checkpointing is True:
         backbone.model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -120,7 +120,9 @@ def examine(recipe: Recipe, out: Path, *, resume: bool = False, check: Check = "
     config = read_config(recipe.backbone)
     for stage in recipe.stages.values():
         stage.check_backbone(config)
-    load_processor(recipe.backbone, max_length=recipe.max_length, max_pixels=recipe.max_pixels)
+    load_processor(
+        recipe.backbone, max_length=recipe.max_length, max_pixels=recipe.max_pixels, vectors=recipe.eos_tokens
+    )
     refuse_foreign_folder(out, marker=RUN_MARKER)
     _refuse_to_overwrite_inputs(recipe, out)
     resume = resume and (out / RUN_MARKER).is_file() and (out / RUN_FILE).is_file()

@@ -161,7 +161,9 @@ def plan(
 def _plan(prepared: Prepared, out: Path, card: str | None, timed: Mapping[str, float]) -> RunPlan:
     recipe = prepared.recipe
     config = read_config(recipe.backbone)
-    processor = load_processor(recipe.backbone, max_length=recipe.max_length, max_pixels=recipe.max_pixels)
+    processor = load_processor(
+        recipe.backbone, max_length=recipe.max_length, max_pixels=recipe.max_pixels, vectors=recipe.eos_tokens
+    )
     stages = [_plan_stage(prepared, name, processor, config, out, card) for name in prepared.rows]
     for place, stage in enumerate(stages):
         if stage.stage in timed:
