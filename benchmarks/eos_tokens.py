@@ -189,8 +189,8 @@ def table(document: dict[str, Any]) -> Table:
         rows.append([*map(str, sizes), *shown, *spread])
     header = ["K", "vectors used", "bytes", "bytes stored", *(f"recall@{k}" for k in RECALLS), "recall@1 over seeds"]
     note = (
-        f"{document['queries']} queries for {document['candidates']} scenes, of which others with such an object are left"
-        " out. Intervals: 95 % bootstrap over scenes with their queries; over seeds, Student's t."
+        f"{document['queries']} queries for {document['candidates']} scenes; others with such an object are left out."
+        " Intervals: 95 % bootstrap over scenes with their queries; over seeds, Student's t."
     )
     return Table("Finding a scene by one of its objects", header, rows, [note])
 

@@ -8,6 +8,7 @@ from pydantic import (
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
+    ValidationInfo,
     field_validator,
     model_serializer,
     model_validator,
@@ -297,10 +298,9 @@ class RunSettings(Settings):
             raise ValueError(f"{name!r} cannot name a folder in runs/; use no slashes, and neither . nor ..")
         return name
 
-    @model_validator(mode="after")
-    def _has_one_mean(self) -> "RunSettings":
-        if self.eos_tokens > 1 and self.pooling != "eos":
-            raise ValueError(
-                f"eos_tokens {self.eos_tokens} needs pooling eos, not {self.pooling}: a mean is one vector"
-            )
-        return self
+    @field_validator("eos_tokens")
+    @classmethod
+    def _refuse_several_means(cls, count: int, info: ValidationInfo) -> int:
+        if count > 1 and (pooling := info.data.get("pooling")) != "eos":
+            raise ValueError(f"{count} vectors need pooling eos, not {pooling}: a mean is one")
+        return count
