@@ -199,7 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of vectors [1 2 4 8]")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on [3]")
-    parser.add_argument("--steps", type=int, nargs=3, default=[300, 1000, 300], help="of the stages [300 1000 300]")
+    parser.add_argument("--steps", type=int, nargs=3, default=[300, 500, 200], help="of the stages [300 500 200]")
     parser.add_argument("--out", type=Path, default=Path("cocoa-eos-tokens"), help="where data, weights, results go")
     options = parser.parse_args()
     silence_libraries()
