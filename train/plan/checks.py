@@ -147,7 +147,8 @@ def _inherit(recipe: Recipe) -> Recipe:
     folder = Path(recipe.backbone)
     if not (folder / TRAINING_FILE).is_file():
         return recipe
-    earlier, own = read_training(folder)["recipe"], recipe.model_dump(mode="json", include=set(INHERITED))
+    own = recipe.model_dump(mode="json", include=set(INHERITED))
+    earlier = own | read_training(folder)["recipe"]
     taken = {key: earlier[key] for key in INHERITED if key not in recipe.model_fields_set and earlier[key] != own[key]}
     if taken:
         listed = ", ".join(f"{key} {json.dumps(value)}" for key, value in taken.items())

@@ -136,11 +136,11 @@ def test_the_loss_has_the_penalty_of_all_states_and_micro_batches_add_up(
     model, collate, rows = bridge_model(several), bridge_collator(several), numbered(scene_rows[:6])
     batch = collate(rows)
     outputs, states = model(**batch), model.hidden_states(batch)[is_eos(batch)].view(len(rows), COUNT, -1)
-    assert outputs["eos_similarity"].item() == pytest.approx(eos_similarity(states).item(), rel=1e-5)
+    assert outputs["eos_similarity_loss"].item() == pytest.approx(eos_similarity(states).item(), rel=1e-5)
     model.eos_similarity_weight = 0.0
     without = model(**batch)["loss"].item()
     model.eos_similarity_weight = 0.1
-    assert outputs["loss"].item() == pytest.approx(without + 0.1 * outputs["eos_similarity"].item(), rel=1e-6)
+    assert outputs["loss"].item() == pytest.approx(without + 0.1 * outputs["eos_similarity_loss"].item(), rel=1e-6)
     totals = {name: len(batch[name]) for name in ("target_ids", "target_prefixes")}
     parts = sum(model(**collate(part), totals=totals)["loss"] for part in (rows[:2], rows[2:]))
     assert parts.item() == pytest.approx(outputs["loss"].item(), rel=1e-5)
@@ -253,7 +253,7 @@ def finished(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_logs_shows_and_saves_them(finished: Path, scene_rows: list[Row], tmp_path: Path) -> None:
     stages = read_run(finished)["stages"]
-    assert all(0 < line["eos_similarity"] <= 1 for line in stages["bridge"]["log"] if "loss" in line)
+    assert all(0 < line["eos_similarity_loss"] <= 1 for line in stages["bridge"]["log"] if "loss" in line)
     blocks = stages["bridge"]["samples"]["mask"]["blocks"]
     assert [block for block, after in zip(blocks, [*blocks[1:], None], strict=True) if block != after] == [
         "A", "EOS", "B",

@@ -63,7 +63,7 @@ class BridgeModel(nn.Module):
     ) -> dict[str, Tensor]:
         """Return ``loss`` and ``masked_token_accuracy``, scalars, for a batch of the collator.
 
-        With several ``<EOS>`` there is ``eos_similarity``, too.
+        With several ``<EOS>`` there is ``eos_similarity_loss``, too.
 
         :param totals: How many ``target_ids`` and rows (``target_prefixes``) the whole step has, if the batch is a part
             of it.
@@ -82,6 +82,6 @@ class BridgeModel(nn.Module):
             is_eos = (batch["blocks"] == Block.EOS) | (batch["blocks"] == Block.UNSEEN)
             of_rows = (len(is_eos), self.eos_tokens)
             states = own_states(hidden_states, places(is_eos, math.prod(of_rows))).unflatten(0, of_rows)
-            outputs["eos_similarity"] = eos_similarity(states, total=totals.get("target_prefixes"))
-            outputs["loss"] = outputs["loss"] + self.eos_similarity_weight * outputs["eos_similarity"]
+            outputs["eos_similarity_loss"] = eos_similarity(states, total=totals.get("target_prefixes"))
+            outputs["loss"] = outputs["loss"] + self.eos_similarity_weight * outputs["eos_similarity_loss"]
         return outputs
