@@ -41,7 +41,7 @@ class CachedRankingLoss(CachedMultipleNegativesRankingLoss):
     ) -> None:
         super().__init__(model, mini_batch_size=MOST_ITEMS, **kwargs)
         self.limits, self._vision, self._term = limits, vision, term
-        self.width = model.get_embedding_dimension()
+        self.width = cast(int, model.get_embedding_dimension())
         self._parts: list[list[list[int]]] = []
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor) -> Tensor:
