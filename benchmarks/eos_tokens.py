@@ -42,7 +42,7 @@ from cocoa_embed.evaluation.significance import mean_intervals
 from cocoa_embed.model.backbone import load_backbone, read_config
 from cocoa_embed.report.tables import Score, Table, to_markdown
 from cocoa_embed.train import Recipe, run
-from cocoa_embed.train.stages.contrastive.loss import mean_max_sim
+from cocoa_embed.train.stages.contrastive.loss import mean_max_sim, prefixes
 from cocoa_embed.train.stages.contrastive.model import as_sentence_transformer
 from cocoa_embed.train.stages.contrastive.patches import preprocess_items
 from cocoa_embed.train.stages.rendering import batched
@@ -139,11 +139,6 @@ def score(checkpoint: Path, count: int, folder: Path, captions: list[list[str]])
     return found
 
 
-def prefixes(count: int) -> list[int]:
-    """Return 1, 2, 4, ... and ``count``."""
-    return sorted({min(2**power, count) for power in range(count.bit_length() + 1)})
-
-
 def outcome(options: argparse.Namespace, seed: int, count: int) -> dict[str, Any]:
     """Return the hits of a model's queries, and the seconds of its stages; trained and scored once."""
     file = options.out / f"seed-{seed}" / f"scores-k-{count}-{'-'.join(map(str, options.steps))}.json"
@@ -196,7 +191,7 @@ def table(document: dict[str, Any]) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of vectors [1 2 4 8]")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on [3]")
     parser.add_argument("--steps", type=int, nargs=3, default=[300, 500, 200], help="of the stages [300 500 200]")

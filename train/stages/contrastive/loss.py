@@ -152,6 +152,11 @@ def other_answers(content: Tensor, rows: slice) -> Tensor:
     return torch.cat([same, *(positive == each for each in negatives)], dim=1)
 
 
+def prefixes(count: int) -> list[int]:
+    """Return how many of ``count`` vectors are compared: the first 1, 2, 4, ... and all."""
+    return sorted({min(2**power, count) for power in range(count.bit_length() + 1)})
+
+
 def contrastive_loss(
     model: SentenceTransformer,
     settings: ContrastiveSettings,
@@ -178,9 +183,8 @@ def contrastive_loss(
         directions=("query_to_doc", "doc_to_query") if symmetric else ("query_to_doc",),
         partition_mode="per_direction" if symmetric else "joint",
     )
-    prefixes = {min(2**power, eos_tokens) for power in range(eos_tokens.bit_length() + 1)}
-    widths = sorted({*(count * loss.width for count in prefixes), *(settings.matryoshka_dims or [])}, reverse=True)
+    widths: set[Any] = {*(count * loss.width for count in prefixes(eos_tokens)), *(settings.matryoshka_dims or [])}
     if len(widths) > 1:  # as MatryoshkaLoss, which refuses more values than the model's embedding has
         own: Any = loss
-        own.calculate_loss = CachedLossDecorator(loss.calculate_loss, widths, [1] * len(widths))
+        own.calculate_loss = CachedLossDecorator(loss.calculate_loss, sorted(widths, reverse=True), [1] * len(widths))
     return loss
