@@ -203,7 +203,7 @@ def test_a_processor_is_prepared_the_same_from_any_earlier_settings() -> None:
     assert (other.chat_template, other.tokenizer.chat_template) == (expected, None)
 
 
-def test_new_eos_begin_near_the_first_and_those_of_a_checkpoint_stay(tmp_path: Path) -> None:
+def test_new_eos_begin_around_the_first_and_those_of_a_checkpoint_stay(tmp_path: Path) -> None:
     config = qwen2_vl(build_tokenizer(0))[0].config
     config.text_config.vocab_size = len(build_tokenizer(0)) + 2  # for the mask token and one of the two
     Backbone(Qwen2VLForConditionalGeneration(config), build_processor(build_tokenizer(0))).save(tmp_path)
@@ -216,7 +216,7 @@ def test_new_eos_begin_near_the_first_and_those_of_a_checkpoint_stay(tmp_path: P
     backbone = load_backbone(str(tmp_path), vectors=3)
     first, *others = rows(backbone)
     for other in others:
-        assert 0 < (other - first).std() / first.std() < 0.2
+        assert 0.5 < (other - first).std() / first.std() < 2
     assert not torch.equal(others[0], others[1])
     backbone.model.get_input_embeddings().weight.data[:] += 1  # training
     backbone.save(tmp_path / "trained")
