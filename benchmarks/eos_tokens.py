@@ -7,7 +7,7 @@ All stages of CoCoA from the package's captioner, at the settings of the recipe 
 for each K a bridge and a contrastive stage with ``eos_tokens: K``. Texts are captions about one object ("a small red
 star in picture", in words that the captioner knows), in training and as queries; each object of a held-out scene is a
 query for its scene. Other scenes with such an object are no candidates of that query, so that one is right. Scores are
-the mean MaxSim of the first n vectors.
+the mean MaxSim of the first n vectors. A quarter of the bridge's rows are such texts alone, in two wordings.
 
 The bytes of a point are those of its n vectors in float32, and of what an index stores: vector 1 for the search, and
 all n to rescore. The held-out scenes are the same for all seeds.
@@ -54,6 +54,8 @@ CAPTION = "a {} in picture"
 OBJECTS = range(2, 7)
 KINDS = [SceneObject(*each, "top left") for each in product(RADII, COLOURS, SHAPES)]
 TRAINING, HELD_OUT = 4000, 300
+TEXT_WEIGHT = 80
+"""How often each text is drawn: a quarter of the bridge's rows are texts alone."""
 RECALLS = (1, 5, 10)
 AT_ONCE = 128
 FLOAT_BYTES = 4
@@ -63,6 +65,7 @@ SETTINGS = (
     f"max_pixels={(CELL * SIDE) ** 2}",
     "max_length=64",
     "bridge.data.paraphrases=0",  # another caption of a scene is of another object
+    "bridge.probe_rows=0",
     "contrastive.data.captions=captions",
     "contrastive.data.limit=null",
     "warmup.batch_size=32",
@@ -101,7 +104,13 @@ def train(options: argparse.Namespace, seed: int, count: int) -> tuple[Path, dic
     training = options.out / "data" / f"seed-{seed}"
     write_scenes(training, TRAINING, f"training {seed}")
     lengths = dict(zip(("warmup", "bridge", "contrastive"), options.steps, strict=True))
-    common = [*SETTINGS, f"data.folder={json.dumps(str(training))}", f"seed={seed}"]
+    texts = training / "texts.jsonl"  # in two wordings, so that the bridge has rows of texts, as in the recipe tiny
+    rows = [{"query_text": f"picture: a {kind}", "positive_text": CAPTION.format(kind)} for kind in KINDS]
+    write_result(texts, "".join(f"{json.dumps(row)}\n" for row in rows))
+    pictures = {"folder": str(training), "captions": "captions"}
+    subsets = {"pictures": pictures, "texts": {"file": str(texts), "weight": TEXT_WEIGHT}}
+    common = [*SETTINGS, f"data.folder={json.dumps(str(training))}", f"bridge.data.subsets={json.dumps(subsets)}"]
+    common += [f"seed={seed}"]
     common += [f"{stage}.steps={steps}" for stage, steps in lengths.items()]
     common += [f"{stage}.warmup_steps={steps // 20}" for stage, steps in lengths.items()]
     folder = options.out / f"seed-{seed}"
