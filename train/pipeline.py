@@ -128,10 +128,9 @@ def load_weights(run: RunSettings, start: str, attention: str) -> Backbone:
     :param run: As the stage has it.
     """
     set_seed(run.seed)  # a mask token that needs a wider embedding matrix is drawn
-    limits: dict[str, Any] = {"max_length": run.max_length, "max_pixels": run.max_pixels}
-    backbone = load_backbone(start, attn_implementation=attention, bidirectional=run.bidirectional, **limits)
+    backbone = load_backbone(start, attn_implementation=attention, bidirectional=run.bidirectional, **run.limits)
     if start != run.backbone:  # an earlier stage may have scaled images further down
-        backbone = replace(backbone, processor=load_processor(run.backbone, **limits))
+        backbone = replace(backbone, processor=load_processor(run.backbone, **run.limits))
     if run.gradient_checkpointing is True:
         backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
     return backbone

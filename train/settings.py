@@ -8,6 +8,7 @@ from pydantic import (
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
+    ValidationInfo,
     field_validator,
     model_serializer,
     model_validator,
@@ -243,7 +244,7 @@ class RunSettings(Settings):
     """The settings of a run beside those of its stages.
 
     A run whose ``backbone`` is a checkpoint of an earlier run inherits ``prompts``, ``max_length``, ``max_pixels``,
-    ``bidirectional`` and ``pooling`` from it, where they are not given.
+    ``bidirectional``, ``pooling`` and ``eos_tokens`` from it, where they are not given.
 
     :param name: The name of the run, and by default of its folder in ``runs/``.
     :param backbone: A folder, the name of a backbone of this package, or a hub name.
@@ -254,6 +255,8 @@ class RunSettings(Settings):
         as fast (docs/experiments.md, section 10).
     :param pooling: What an embedding is, before it is normalised: the last hidden state of ``<EOS>``, or the mean of
         those of all tokens.
+    :param eos_tokens: How many ``<EOS>`` end a sequence, each an embedding: the first n of them are one of n vectors,
+        compared by their mean MaxSim. More than one take ``pooling`` eos.
     :param bidirectional: False leaves the language model causal in every stage, for comparison.
     :param gradient_checkpointing: Recompute activations in the backward pass instead of storing them. ``auto``: only if
         they do not fit into the device's memory; on a CPU, never.
@@ -277,6 +280,7 @@ class RunSettings(Settings):
     attn_implementation: Literal["sdpa", "eager", "flex_attention"] = "sdpa"
     bidirectional: bool = True
     pooling: Pooling = "eos"
+    eos_tokens: Annotated[int, Field(ge=1, le=16)] = 1
     gradient_checkpointing: bool | Auto = False
     vision_cache: Path | None = None
     vision_cache_gb: Rate = 100
@@ -295,3 +299,15 @@ class RunSettings(Settings):
         if name in ("", ".", "..") or any(character in name for character in "/\\\0"):
             raise ValueError(f"{name!r} cannot name a folder in runs/; use no slashes, and neither . nor ..")
         return name
+
+    @field_validator("eos_tokens")
+    @classmethod
+    def _refuse_several_means(cls, count: int, info: ValidationInfo) -> int:
+        if count > 1 and (pooling := info.data.get("pooling")) != "eos":
+            raise ValueError(f"{count} vectors need pooling eos, not {pooling}: a mean is one")
+        return count
+
+    @property
+    def limits(self) -> dict[str, int | None]:
+        """Of a sequence, as ``load_processor`` and ``load_backbone`` take them."""
+        return {"max_length": self.max_length, "max_pixels": self.max_pixels, "vectors": self.eos_tokens}

@@ -15,12 +15,16 @@ tokens."""
 
 
 class Block(IntEnum):
-    """The block of a position in a bridge sequence ``[block A] <EOS> [block B]``."""
+    """The block of a position in a bridge sequence ``[block A] <EOS> [block B]``.
+
+    ``UNSEEN`` is an ``<EOS>`` of several that block B does not attend to.
+    """
 
     PAD = 0
     A = 1
     EOS = 2
     B = 3
+    UNSEEN = 4
 
 
 def make_bidirectional(model: PreTrainedModel) -> None:
@@ -76,10 +80,10 @@ def bridge_mask(blocks: Tensor, *, eos_attends_to_b: bool = True) -> Tensor:
     """Return the attention mask of the bridge stage (``docs/method.md``).
 
     Block A and ``<EOS>`` attend to A and ``<EOS>``; block B attends to ``<EOS>`` and B; ``<EOS>`` also attends to B
-    unless ``eos_attends_to_b`` is false. No other position attends to padding, and padding attends only to itself, so
-    that no row of the softmax is empty.
+    unless ``eos_attends_to_b`` is false. An unseen ``<EOS>`` does as the others, but B does not attend to it. No other
+    position attends to padding, and padding attends only to itself, so that no row of the softmax is empty.
 
-    :param blocks: ``Block`` of every position, int64 ``[B, L]``, with one ``<EOS>`` in each row.
+    :param blocks: ``Block`` of every position, int64 ``[B, L]``, with an ``<EOS>`` or more in each row.
     :returns: bool ``[B, L, L]``: true where a row attends to a column.
     """
     rows, columns = blocks[:, :, None], blocks[:, None, :]
@@ -94,10 +98,11 @@ def sees(rows: Tensor, columns: Tensor, *, eos_attends_to_b: bool) -> Tensor:
     :returns: bool, of the broadcast shape.
     """
     # Plain integers: FlexAttention compiles these lines too.
-    block_a, eos, block_b = int(Block.A), int(Block.EOS), int(Block.B)
-    sees_b = (rows == block_b) | (rows == eos) if eos_attends_to_b else rows == block_b
+    block_a, eos, block_b, unseen = int(Block.A), int(Block.EOS), int(Block.B), int(Block.UNSEEN)
+    any_eos = (rows == eos) | (rows == unseen)
+    sees_b = (rows == block_b) | any_eos if eos_attends_to_b else rows == block_b
     return (
-        (((rows == block_a) | (rows == eos)) & (columns == block_a))
+        (((rows == block_a) | any_eos) & ((columns == block_a) | (columns == unseen)))
         | ((rows != int(Block.PAD)) & (columns == eos))
         | (sees_b & (columns == block_b))
     )

@@ -15,7 +15,7 @@ from cocoa_embed.model.families.family import PatchGeometry
 from cocoa_embed.model.families.registry import family_of, family_of_images
 from cocoa_embed.model.flex_attention import FLEX, use_flex_attention
 from cocoa_embed.model.loading import is_hub_name
-from cocoa_embed.model.template import append_eos, chat_template
+from cocoa_embed.model.template import add_eos_tokens, append_eos, chat_template, eos_tokens
 from cocoa_embed.model.training_record import explain_unfinished
 from cocoa_embed.model.vision_attention import pack_vision_attention
 
@@ -23,7 +23,13 @@ MASK_TOKEN = "<|mask|>"
 """Replaces a masked text token; added to tokenizers without a mask token, such as Qwen's."""
 
 OTHER_TOKENS = 8
-"""Tokens of a sequence that are kept free beside the largest image."""
+"""Tokens of a sequence that are kept free beside the largest image and all vectors but the first."""
+
+NEW_EOS_NOISE = 1.0
+"""The standard deviation of the noise in a new token's embedding, in those of the embedding of ``<EOS>``.
+
+After 100 steps of a small bridge the mean squared cosine of four states was 0.02; with 0.1 it was still 0.995.
+"""
 
 Origin = Literal["folder", "built-in", "hub"]
 """The kind of a backbone's source."""
@@ -86,6 +92,7 @@ def load_backbone(
     max_length: int | None = None,
     max_pixels: int | None = None,
     bidirectional: bool = True,
+    vectors: int | None = None,
 ) -> Backbone:
     """Load a backbone from a folder, by a built-in name or by a hub name, and make it bidirectional.
 
@@ -93,6 +100,8 @@ def load_backbone(
     :param max_length: The most tokens of a sequence, stored in the tokenizer; by default the tokenizer's own limit.
     :param max_pixels: The most pixels of an image, stored in the image processor; by default its own limit.
     :param bidirectional: False leaves the model causal, as a baseline.
+    :param vectors: The number of ``eos_tokens``; by default as many as the backbone has. Tokens that are new begin with
+        the embedding of ``<EOS>`` and noise, the same at each call.
     :raises CocoaError: If the backbone does not exist, or weights are missing, unexpected or of another shape.
     :raises UsageError: If its model type is not supported.
     """
@@ -116,15 +125,28 @@ def load_backbone(
             f"The weights of {name_or_path} do not fit the model ({'; '.join(faults)}). The checkpoint is "
             "incomplete or was written by an incompatible version; download or convert it again."
         )
-    processor = load_processor(name_or_path, max_length=max_length, max_pixels=max_pixels)
+    processor = read_processor(name_or_path)
+    known = len(eos_tokens(processor.tokenizer))
+    prepare_processor(processor, max_length=max_length, max_pixels=max_pixels, vectors=vectors)
     if len(processor.tokenizer) > model.get_input_embeddings().num_embeddings:  # Qwen's matrix has spare rows
         model.resize_token_embeddings(len(processor.tokenizer))
+    tokens = eos_tokens(processor.tokenizer)
+    if len(tokens) > known:
+        _start_new_eos(model, processor.tokenizer.convert_tokens_to_ids(tokens), known)
     (make_bidirectional if bidirectional else make_causal)(model)
     if attn_implementation == FLEX:
         use_flex_attention(model)
     if attn_implementation != "eager":
         pack_vision_attention(model)
     return Backbone(model=model, processor=processor)
+
+
+@torch.no_grad()
+def _start_new_eos(model: PreTrainedModel, ids: list[int], known: int) -> None:
+    """Set the embeddings of the tokens behind the first ``known`` to that of the first, with noise."""
+    weight = model.get_input_embeddings().weight
+    noise = torch.randn(len(ids), weight.shape[1], generator=torch.Generator().manual_seed(0))
+    weight[ids[known:]] = weight[ids[0]] + NEW_EOS_NOISE * weight[ids[0]].std() * noise[known:].to(weight)
 
 
 def read_config(name_or_path: str) -> PreTrainedConfig:
@@ -142,14 +164,14 @@ def read_config(name_or_path: str) -> PreTrainedConfig:
 
 
 def load_processor(
-    name_or_path: str, *, max_length: int | None = None, max_pixels: int | None = None
+    name_or_path: str, *, max_length: int | None = None, max_pixels: int | None = None, vectors: int | None = None
 ) -> ProcessorMixin:
     """Load a backbone's processor and prepare it (``prepare_processor``).
 
     :raises CocoaError: If it does not exist.
     """
     processor = read_processor(name_or_path)
-    prepare_processor(processor, max_length=max_length, max_pixels=max_pixels)
+    prepare_processor(processor, max_length=max_length, max_pixels=max_pixels, vectors=vectors)
     return processor
 
 
@@ -167,18 +189,25 @@ def read_processor(name_or_path: str) -> ProcessorMixin:
 
 
 def prepare_processor(
-    processor: ProcessorMixin, *, max_length: int | None = None, max_pixels: int | None = None
+    processor: ProcessorMixin,
+    *,
+    max_length: int | None = None,
+    max_pixels: int | None = None,
+    vectors: int | None = None,
 ) -> None:
     """Give a processor the rendering ``[vision][text]<EOS>``, a mask token and right padding, in place.
 
     The tokenizer appends ``<EOS>`` after truncation (``append_eos``): every sequence ends in it, for texts of any
     length, with or without an image.
 
-    :raises UsageError: If the largest image would not fit into ``max_length`` tokens.
+    :param vectors: The number of ``eos_tokens``, some of which may be new; by default as many as it has.
+    :raises UsageError: If the largest image would not fit into ``max_length`` tokens, or it has more ``eos_tokens``.
     """
     tokenizer = processor.tokenizer
     if tokenizer.mask_token is None:
         tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
+    if vectors is not None:
+        add_eos_tokens(tokenizer, vectors)
     append_eos(tokenizer)
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     if max_length is not None:
@@ -211,9 +240,11 @@ def limit_images(processor: ProcessorMixin, max_pixels: int | None) -> None:
     family = family_of_images(processor)
     family.limit_pixels(processor, max_pixels)
     largest, tokens = family.most_pixels(processor), family.most_visual_tokens(processor)
-    room = processor.tokenizer.model_max_length - OTHER_TOKENS
+    vectors, length = len(eos_tokens(processor.tokenizer)), processor.tokenizer.model_max_length
+    room = max(0, length - OTHER_TOKENS - vectors + 1)
     if tokens > room:
+        beside = f" beside {vectors} <EOS>" if vectors > 1 else ""
         raise UsageError(
             f"An image of up to {largest} pixels takes {tokens} visual tokens, more than the {room} that a sequence of "
-            f"{room + OTHER_TOKENS} has room for; lower max_pixels or raise max_length."
+            f"{length} has room for{beside}; lower max_pixels or raise max_length."
         )

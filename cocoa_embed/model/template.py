@@ -1,17 +1,21 @@
 """The chat template ``[vision tokens][prompt][text]<EOS>``, for training and inference alike.
 
 Images come first in any message, then the prompt (a system message, as sentence-transformers passes it), then the text.
-The last hidden state of ``<EOS>`` is the embedding. Either the tokenizer appends ``<EOS>`` (``append_eos``): after
-truncation, so that it is never cut off, as training and sentence-transformers need it. Or the template ends in it, for
-servers, which truncate nothing and may tokenize without special tokens. Never both: the template leaves ``<EOS>`` out
-where the tokenizer has a ``sep_token``, one of the few properties of a tokenizer that a template sees.
+The last hidden state of ``<EOS>`` is the embedding. A model of K vectors ends its sequences in
+``<|eos_K|> ... <|eos_2|><EOS>``: the last n tokens are the first n vectors. Either the tokenizer appends them
+(``append_eos``): after truncation, so that none is cut off, as training and sentence-transformers need it. Or the
+template ends in them, for servers, which truncate nothing and may tokenize without special tokens. Never both: the
+template leaves them out where the tokenizer has a ``sep_token``, one of the few properties of a tokenizer that it sees.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cocoa_embed.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,6 +24,9 @@ VISION_START = "<|vision_start|>"
 VISION_END = "<|vision_end|>"
 IMAGE_PAD = "<|image_pad|>"
 VIDEO_PAD = "<|video_pad|>"
+
+MOST_EOS_TOKENS = 16
+"""The most vectors of an input."""
 
 
 class Markers(NamedTuple):
@@ -75,22 +82,50 @@ TEMPLATE = """\
 
 def chat_template(tokenizer: PreTrainedTokenizerBase, markers: Markers = QWEN) -> str:
     """Return the template of a tokenizer: a special token in a text or a prompt becomes ordinary, as by ``literal``."""
-    values = {"SPECIAL_TOKENS": special_tokens(tokenizer), "EOS_TOKEN": tokenizer.eos_token}
+    values = {"SPECIAL_TOKENS": special_tokens(tokenizer), "EOS_TOKEN": "".join(reversed(eos_tokens(tokenizer)))}
     template = TEMPLATE.replace("{{- IMAGE -}}", markers.image).replace("{{- VIDEO -}}", markers.video)
     for name, value in values.items():
         template = template.replace(name, json.dumps(value))
     return template
 
 
+def eos_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the tokens whose last hidden states are the vectors, vector 1 first; a sequence ends in their reverse."""
+    known = special_tokens(tokenizer)
+    others = (f"<|eos_{number}|>" for number in range(2, MOST_EOS_TOKENS + 1))
+    return [str(tokenizer.eos_token), *takewhile(known.__contains__, others)]
+
+
+def add_eos_tokens(tokenizer: PreTrainedTokenizerBase, count: int) -> None:
+    """Give a tokenizer so many ``eos_tokens``, in place.
+
+    :raises UsageError: If it has more, or there can be no so many.
+    """
+    found = len(eos_tokens(tokenizer))
+    if not found <= count <= MOST_EOS_TOKENS:
+        raise UsageError(
+            f"eos_tokens is {count}, and the backbone has {found}; give {found}, or up to {MOST_EOS_TOKENS} to add some"
+        )
+    tokenizer.add_tokens([f"<|eos_{number}|>" for number in range(found + 1, count + 1)], special_tokens=True)
+
+
 def append_eos(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Have a tokenizer append ``<EOS>`` to every sequence after truncation, and the template leave it out, in place."""
-    for name, value in eos_settings(tokenizer).items():
-        setattr(tokenizer, name, value)
+    """Have a tokenizer append its ``eos_tokens`` after truncation, and the template leave them out, in place."""
+    tokenizer.add_eos_token, tokenizer.sep_token = True, tokenizer.eos_token
+    if len(tokens := eos_tokens(tokenizer)) > 1:  # add_eos_token knows of one
+        from tokenizers.processors import TemplateProcessing
+
+        begin = [str(tokenizer.bos_token)] if tokenizer.add_bos_token else []
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=[*begin, "$A", *reversed(tokens)],
+            special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in begin + tokens],
+        )
 
 
 def eos_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return what ``append_eos`` sets, as arguments for loading a tokenizer."""
-    return {"add_eos_token": True, "sep_token": tokenizer.eos_token}
+    """Return what ``append_eos`` sets, as arguments for loading a tokenizer; the tokens of several are in its file."""
+    one = {} if len(eos_tokens(tokenizer)) > 1 else {"add_eos_token": True}
+    return {**one, "sep_token": tokenizer.eos_token}
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:

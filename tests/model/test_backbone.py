@@ -23,6 +23,7 @@ from cocoa_embed.model.backbone import (
     prepare_processor,
     resolve_backbone,
 )
+from cocoa_embed.model.template import eos_tokens
 from cocoa_embed.train.stages.rendering import render_items
 
 LONG_TEXT = "large red circle at top left and small blue ring at bottom right on white " * 40
@@ -200,3 +201,31 @@ def test_a_processor_is_prepared_the_same_from_any_earlier_settings() -> None:
     assert (other.tokenizer.mask_token, other.tokenizer.padding_side) == ("[MASK]", "right")
     expected = plain.chat_template.replace(MASK_TOKEN, "[MASK]")
     assert (other.chat_template, other.tokenizer.chat_template) == (expected, None)
+
+
+def test_new_eos_begin_around_the_first_and_those_of_a_checkpoint_stay(tmp_path: Path) -> None:
+    config = qwen2_vl(build_tokenizer(0))[0].config
+    config.text_config.vocab_size = len(build_tokenizer(0)) + 2  # for the mask token and one of the two
+    Backbone(Qwen2VLForConditionalGeneration(config), build_processor(build_tokenizer(0))).save(tmp_path)
+
+    def rows(backbone: Backbone) -> torch.Tensor:
+        tokenizer = backbone.processor.tokenizer
+        matrix = backbone.model.get_input_embeddings().weight.detach()
+        return matrix[tokenizer.convert_tokens_to_ids(eos_tokens(tokenizer))]
+
+    backbone = load_backbone(str(tmp_path), vectors=3)
+    first, *others = rows(backbone)
+    for other in others:
+        assert 0.5 < (other - first).std() / first.std() < 2
+    assert not torch.equal(others[0], others[1])
+    backbone.model.get_input_embeddings().weight.data[:] += 1  # training
+    backbone.save(tmp_path / "trained")
+    assert torch.equal(rows(load_backbone(str(tmp_path / "trained"))), rows(backbone))
+    more = rows(load_backbone(str(tmp_path / "trained"), vectors=4))
+    assert torch.equal(more[:3], rows(backbone))
+    assert torch.equal(more[3], rows(load_backbone(str(tmp_path / "trained"), vectors=4))[3]), "the same at each call"
+
+
+def test_several_eos_take_their_room_from_images() -> None:
+    with pytest.raises(UsageError, match=r"160 visual tokens, more than the 0 .* of 16 has room for beside 16 <EOS>"):
+        load_processor("scene-captioner", max_length=16, max_pixels=128 * PIXELS_PER_TOKEN, vectors=16)

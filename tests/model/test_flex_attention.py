@@ -56,8 +56,9 @@ def flex_calls(monkeypatch: pytest.MonkeyPatch) -> list[BlockMask]:
 def long_layouts(draw: st.DrawFn) -> Tensor:
     """Draw two rows of a bridge batch, of up to four tiles, padded on either side."""
     lengths = [(draw(st.integers(0, 200)), draw(st.integers(1, 200))) for _ in range(2)]
-    width = max(map(sum, lengths)) + 1 + draw(st.integers(0, 150))
-    rows = [[Block.A] * a + [Block.EOS] + [Block.B] * b + [Block.PAD] * (width - a - 1 - b) for a, b in lengths]
+    unseen = draw(st.sampled_from([0, 1, 7]))
+    eos, width = [Block.UNSEEN] * unseen + [Block.EOS], max(map(sum, lengths)) + 1 + unseen + draw(st.integers(0, 150))
+    rows = [[Block.A] * a + eos + [Block.B] * b + [Block.PAD] * (width - a - len(eos) - b) for a, b in lengths]
     return torch.tensor(rows).flip(1) if draw(st.booleans()) else torch.tensor(rows)
 
 

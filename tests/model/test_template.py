@@ -1,16 +1,21 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tiny_backbones import TINY_MAX_LENGTH
 
 from cocoa_embed.demo.pretrain.tokenizer import build_tokenizer
-from cocoa_embed.model.backbone import MASK_TOKEN, Backbone
-from cocoa_embed.model.template import chat_template, literal, render, special_tokens
+from cocoa_embed.errors import UsageError
+from cocoa_embed.model.backbone import MASK_TOKEN, Backbone, load_processor, read_processor
+from cocoa_embed.model.template import chat_template, eos_tokens, literal, render, special_tokens
 
 VISION = "<|vision_start|><|image_pad|><|vision_end|>"
 AWKWARD = ["  spaces \n\ttab\n", "{{ braces }} {% for %} {# comment #}", "\"'\\ <b>&amp;", "日本語 🟥"]
+
+LONG_TEXT = "blue cross on white " * 200
 
 MENTIONS = ["<|image_pad|>", "the <|endoftext|> token", "<|vision_start|><|im_start|>", "<|", "<|<|im_end|>im_end|>"]
 
@@ -84,3 +89,36 @@ def test_the_tokens_of_other_texts_stay_as_they_are(text: str) -> None:
 def test_a_mask_token_is_special_too(tiny_backbone: Backbone) -> None:
     assert MASK_TOKEN in special_tokens(tiny_backbone.processor.tokenizer)
     assert MASK_TOKEN in tiny_backbone.processor.chat_template
+
+
+def test_several_eos_end_every_sequence_in_their_order_and_truncation_cuts_none(tiny_backbone_path: Path) -> None:
+    processor = load_processor(str(tiny_backbone_path), max_length=TINY_MAX_LENGTH, vectors=4)
+    tokenizer = processor.tokenizer
+    expected = ["<|eos_4|>", "<|eos_3|>", "<|eos_2|>", EOS]
+    assert eos_tokens(tokenizer) == expected[::-1]
+    for text in ("", "a red ring", LONG_TEXT, "".join(expected)):
+        rendered = render(text=text, images=0, tokens=special_tokens(tokenizer))
+        ids = tokenizer(rendered, truncation=True)["input_ids"]
+        assert tokenizer.convert_ids_to_tokens(ids[-4:]) == expected
+        assert {*ids[-4:]}.isdisjoint(ids[:-4]), "a text that mentions one is read as its characters"
+        assert (len(ids) == TINY_MAX_LENGTH) == (text == LONG_TEXT)
+    message = messages(None, "a red ring")
+    assert processor.apply_chat_template(message, tokenize=False) == "a red ring"
+    tokenizer.sep_token = None
+    assert processor.apply_chat_template(message, tokenize=False) == "a red ring" + "".join(expected)
+
+
+def test_several_eos_survive_saving_and_their_number_can_only_grow(tiny_backbone_path: Path, tmp_path: Path) -> None:
+    load_processor(str(tiny_backbone_path), vectors=2).save_pretrained(tmp_path)
+    kept, stock, more = (
+        load_processor(str(tmp_path)),
+        read_processor(str(tmp_path)),
+        load_processor(str(tmp_path), vectors=4),
+    )
+    ids = kept.tokenizer("a")["input_ids"]
+    assert kept.tokenizer.convert_ids_to_tokens(ids[1:]) == ["<|eos_2|>", EOS]
+    assert stock.tokenizer("a")["input_ids"] == ids, "without code of ours, too"
+    assert len(more.tokenizer("a")["input_ids"]) == len(ids) + 2
+    for vectors in (1, 17):
+        with pytest.raises(UsageError, match=f"eos_tokens is {vectors}, and the backbone has 2; give 2, or up to 16"):
+            load_processor(str(tmp_path), vectors=vectors)

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from cocoa_embed.data.rows import Row
 from cocoa_embed.model.backbone import Backbone
+from cocoa_embed.model.template import eos_tokens
 from cocoa_embed.train.data.row_table import RowTable
 from cocoa_embed.train.loop.batch_facts import Batch, Example
 from cocoa_embed.train.loop.stage_trainer import StageTrainer, stage_trainer
@@ -93,8 +94,11 @@ def bridge_collator(backbone: Backbone, mask_ratio: float = 0.7) -> BridgeCollat
 
 
 def bridge_model(backbone: Backbone, *, eos_attends_to_b: bool = True) -> BridgeModel:
-    """Return the model of stage 2, for evaluation."""
-    return BridgeModel(backbone.model, eos_attends_to_b=eos_attends_to_b).eval()
+    """Return the model of stage 2, for evaluation, with the weight of the penalty that recipes have."""
+    count = len(eos_tokens(backbone.processor.tokenizer))
+    return BridgeModel(
+        backbone.model, eos_attends_to_b=eos_attends_to_b, eos_tokens=count, eos_similarity_weight=0.1
+    ).eval()
 
 
 class MaskedLanguageSettings(ReconstructionSettings):

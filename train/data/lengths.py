@@ -7,7 +7,7 @@ from transformers import ProcessorMixin
 
 from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.model.families.registry import family_of_images
-from cocoa_embed.model.template import literal, special_tokens
+from cocoa_embed.model.template import eos_tokens, literal, special_tokens
 from cocoa_embed.train.data.image_check import Sizes
 
 TEXTS_AT_ONCE = 10_000
@@ -21,7 +21,8 @@ def row_lengths(rows: Sequence[Row], processor: ProcessorMixin, sizes: Sizes) ->
     :raises ImageError: If an image without a known size cannot be used.
     """
     items = [item for row in rows for item in (row.query, row.positive)]
-    untruncated = item_lengths(items, processor, sizes).reshape(len(rows), 2).sum(axis=1) + 1
+    ends = len(eos_tokens(processor.tokenizer))
+    untruncated = item_lengths(items, processor, sizes).reshape(len(rows), 2).sum(axis=1) + ends
     lengths: list[int] = np.minimum(untruncated, processor.tokenizer.model_max_length).tolist()
     return lengths
 

@@ -43,7 +43,7 @@ NOT_LEARNED = frozenset(
 )
 """Settings that may change when a run is resumed: they have no effect on the weights, or rows are compared for it."""
 
-INHERITED = ("prompts", "max_length", "max_pixels", "bidirectional", "pooling")
+INHERITED = ("prompts", "max_length", "max_pixels", "bidirectional", "pooling", "eos_tokens")
 """Settings that a run inherits from the checkpoint that it starts from."""
 
 _CANNOT_SHARD = (DistributedType.NO, DistributedType.MULTI_CPU)
@@ -120,8 +120,8 @@ def examine(recipe: Recipe, out: Path, *, resume: bool = False, check: Check = "
     config = read_config(recipe.backbone)
     for stage in recipe.stages.values():
         stage.check_backbone(config)
-    for pixels in {stage.run.max_pixels for stage in recipe.stages.values()}:
-        load_processor(recipe.backbone, max_length=recipe.max_length, max_pixels=pixels)
+    for run in {stage.run.max_pixels: stage.run for stage in recipe.stages.values()}.values():
+        load_processor(run.backbone, **run.limits)
     refuse_foreign_folder(out, marker=RUN_MARKER)
     _refuse_to_overwrite_inputs(recipe, out)
     resume = resume and (out / RUN_MARKER).is_file() and (out / RUN_FILE).is_file()
@@ -147,7 +147,8 @@ def _inherit(recipe: Recipe) -> Recipe:
     if not (folder / TRAINING_FILE).is_file():
         return recipe
     training = read_training(folder)
-    earlier, own = training["recipe"], recipe.model_dump(mode="json", include=set(INHERITED))
+    own = recipe.model_dump(mode="json", include=set(INHERITED))
+    earlier = own | training["recipe"]
     for last in training["stages"][-1:]:
         earlier["max_pixels"] = (earlier.get(last["stage"]) or {}).get("max_pixels") or earlier["max_pixels"]
     taken = {key: earlier[key] for key in INHERITED if key not in recipe.model_fields_set and earlier[key] != own[key]}

@@ -184,7 +184,7 @@ def _plan_stage(
 ) -> StagePlan:
     stage, read, steps = prepared.recipe.stages[name], prepared.rows[name], prepared.steps[name]
     run, settings, data = stage.run, stage.settings, prepared.recipe.data_of(name)
-    processor = load_processor(run.backbone, max_length=run.max_length, max_pixels=run.max_pixels)
+    processor = load_processor(run.backbone, **run.limits)
     devices = PartialState().num_processes
     checkpoint = newest_complete(out / CHECKPOINTS / name) if prepared.is_resumed else None
     steps_done = 0 if checkpoint is None else step_of(checkpoint)

@@ -52,6 +52,18 @@ def mae_loss(
     return F.mse_loss(predictions.float(), targets, reduction="sum") / (_divisor(total, patches) * patches.shape[1])
 
 
+def eos_similarity(states: Tensor, *, total: float | Tensor | None = None) -> Tensor:
+    """Return the mean over rows of the mean squared cosine between two of a row's vectors, in float32.
+
+    :param states: ``[B, K, D]``, of K > 1 vectors a row.
+    :param total: What the sum over rows is divided by if these are a part of a step's rows; by default their count.
+    """
+    rows, count, _ = states.shape
+    unit = F.normalize(states.float(), dim=2)
+    of_pairs = (unit @ unit.mT).square().sum() - rows * count  # each pair twice, and no vector with itself
+    return of_pairs / (count * (count - 1) * _divisor(total, states))
+
+
 @torch.no_grad()
 def accuracy(logits: Tensor, targets: Tensor, *, total: float | Tensor | None = None) -> Tensor:
     """Return the ratio of masked tokens whose most likely prediction is correct; zero where none is masked.

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from cocoa_embed.model.attention import Block
 from cocoa_embed.train.data.rows import Draw
 from cocoa_embed.train.stages.warmup.settings import PatchFill
 
@@ -50,6 +51,19 @@ def mask_ratio(eligible: Tensor, ratio: float, generators: Sequence[Generator]) 
     wanted = (counts * ratio).round().long().clamp(min=1).minimum(counts)
     rank = draw_uniform(eligible, generators).argsort(dim=1).argsort(dim=1)
     return (rank < wanted[:, None]) & eligible
+
+
+def draw_prefixes(blocks: Tensor, count: int, generators: Sequence[Generator]) -> tuple[Tensor, Tensor]:
+    """Let block B see a prefix of a row's ``<EOS>``, of 1 to ``count`` of them, as likely each.
+
+    :param blocks: ``Block`` of every position, int64 ``[B, L]``, with ``count`` ``<EOS>`` a row; the last is the first
+        of a prefix.
+    :returns: The blocks, where the others are unseen, and the length of each prefix, int64 ``[B]``.
+    """
+    lengths = torch.stack([torch.randint(1, count + 1, (), generator=own) for own in generators])
+    is_eos = blocks == Block.EOS
+    number = is_eos.flip(1).cumsum(1).flip(1)
+    return blocks.masked_fill(is_eos & (number > lengths[:, None]), Block.UNSEEN), lengths
 
 
 def visual_places(tokens_per_image: Tensor) -> Tensor:

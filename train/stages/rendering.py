@@ -11,7 +11,7 @@ from transformers import ProcessorMixin
 from cocoa_embed.data.rows import Item, ItemImage, Row
 from cocoa_embed.errors import CocoaError
 from cocoa_embed.model.families.registry import family_of_images
-from cocoa_embed.model.template import literal, render, special_tokens
+from cocoa_embed.model.template import eos_tokens, literal, render, special_tokens
 from cocoa_embed.train.data.image_patches import image_patches, normalised, patch_digests
 from cocoa_embed.train.loop.batch_facts import Batch
 
@@ -54,7 +54,7 @@ def render_patches(processor: ProcessorMixin, items: Sequence[Item], *, prompt: 
         counts = iter((pixels["image_grid_thw"].prod(dim=1) // per_token).tolist())
         texts = [markers.expanded(text, islice(counts, own)) for text, own in zip(texts, numbers, strict=True)]
     for item, text in zip(items, texts, strict=True):
-        needed = text.count(markers.token) + markers.around * len(item.images) + 1  # for ``<EOS>``
+        needed = text.count(markers.token) + markers.around * len(item.images) + len(eos_tokens(tokenizer))
         if needed > limit:
             raise CocoaError(
                 f"{item} takes {needed} tokens before its text, more than max_length {limit}; lower max_pixels or "

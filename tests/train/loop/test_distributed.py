@@ -197,6 +197,19 @@ def test_pairs_from_either_side_do_too(recipe: Recipe, tmp_path: Path, weight: f
 
 
 @pytest.mark.slow
+def test_several_vectors_do_too(recipe: Recipe, tmp_path: Path) -> None:
+    given = recipe.model_copy(update={"warmup": None, "eos_tokens": 3})
+    (tmp_path / "two").mkdir()
+    launched = launch(given, tmp_path / "two")
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    run(given, tmp_path / "one")
+    assert_same(tmp_path / "two" / "out", tmp_path / "one", ("bridge", "contrastive"))
+    logs = [read_run(out)["stages"]["bridge"]["log"] for out in (tmp_path / "one", tmp_path / "two" / "out")]
+    penalties = [[line["eos_similarity_loss"] for line in log if "loss" in line] for log in logs]
+    assert penalties[0] == pytest.approx(penalties[1], rel=2e-3)
+
+
+@pytest.mark.slow
 def test_mocas_pre_training_and_a_contrastive_stage_on_mean_embeddings_do_too(recipe: Recipe, tmp_path: Path) -> None:
     moca = MocaSettings(**STAGE, mini_batch_size=2)
     given = recipe.model_copy(update={"warmup": None, "bridge": None, "moca": moca, "pooling": "mean"})

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.model import forward_inputs
-from cocoa_embed.model.backbone import Backbone
+from cocoa_embed.model.backbone import Backbone, prepare_processor
 from cocoa_embed.model.forward_inputs import HostInputs
 from cocoa_embed.model.host_tensor import HostTensor
 from cocoa_embed.train.data.rows import numbered
@@ -98,26 +98,40 @@ def test_a_pass_of_a_reconstruction_stage_reads_nothing(
             model.backbone.base_model(**{name: without_values(value, device) for name, value in stock.items()})
 
 
+def test_a_pass_of_the_bridge_with_several_eos_tokens_reads_nothing(
+    tiny_backbone: Backbone, rows: list[Row], device: FakeTensorMode
+) -> None:
+    prepare_processor(tiny_backbone.processor, vectors=3)
+    model = bridge_model(tiny_backbone)
+    batch = send(HostInputs(tiny_backbone.model.config)(bridge_collator(tiny_backbone)(numbered(rows))), device)
+    move(model, device)
+    outputs = model(**batch)
+    assert "eos_similarity_loss" in outputs
+    outputs["loss"].backward()
+
+
 @pytest.mark.parametrize(
-    ("family", "limit", "pooling"),
+    ("family", "limit", "run"),
     [
-        *((family, 60, "eos") for family in FAMILIES if family not in ("smolvlm", "internvl")),
-        ("qwen2_vl", 10_000, "eos"),
-        ("qwen2_vl", 60, "mean"),
+        *((family, 60, {}) for family in FAMILIES if family not in ("smolvlm", "internvl")),
+        ("qwen2_vl", 10_000, {}),
+        ("qwen2_vl", 60, {"pooling": "mean"}),
+        ("qwen2_vl", 60, {"eos_tokens": 3}),
     ],
     indirect=["family"],
     scope="session",
 )
 def test_a_pass_of_the_contrastive_stage_reads_nothing_though_it_cuts_batches(
-    tiny_backbone: Backbone, rows: list[Row], device: FakeTensorMode, limit: int, pooling: str
+    tiny_backbone: Backbone, rows: list[Row], device: FakeTensorMode, limit: int, run: dict[str, Any]
 ) -> None:
-    settings = ContrastiveSettings(steps=1, batch_size=4)
-    model = as_sentence_transformer(tiny_backbone, alone(Contrastive, settings, pooling=pooling).run)
+    settings, count = ContrastiveSettings(steps=1, batch_size=4), run.get("eos_tokens", 1)
+    prepare_processor(tiny_backbone.processor, vectors=count)
+    model = as_sentence_transformer(tiny_backbone, alone(Contrastive, settings, **run).run)
     columns = [
         preprocess_items(model, items) for items in zip(*((row.query, row.positive) for row in rows), strict=True)
     ]
     move(model, device)
-    loss = contrastive_loss(model, settings, TokenLimits(limit, limit))
+    loss = contrastive_loss(model, settings, TokenLimits(limit, limit), eos_tokens=count)
     labels = without_values(torch.arange(8).view(4, 2), device)
     loss([send(keep_on_host(column), device) for column in columns], labels).backward()
     assert all(weight.grad is not None for weight in model[0].auto_model.get_decoder().layers.parameters())

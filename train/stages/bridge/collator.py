@@ -11,10 +11,10 @@ from transformers import ProcessorMixin
 from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import RowError
 from cocoa_embed.model.attention import Block
-from cocoa_embed.model.template import literal, special_tokens
+from cocoa_embed.model.template import eos_tokens, literal, special_tokens
 from cocoa_embed.train.loop.batch_facts import Batch, Example
 from cocoa_embed.train.stages.bridge.settings import Split
-from cocoa_embed.train.stages.masking import mask_ratio, row_generators
+from cocoa_embed.train.stages.masking import draw_prefixes, mask_ratio, row_generators
 from cocoa_embed.train.stages.rendering import is_special, render_items, replace_masked, row_images, text_tokens
 
 NO_CONTENT = (
@@ -30,7 +30,8 @@ class BridgeCollator:
     """Put the two blocks of a row around ``<EOS>`` and mask a ratio of block B's tokens.
 
     Adds to ``render_items``: ``blocks`` (``Block``, int64 ``[B, L]``), ``masked_tokens`` (bool ``[B, L]``) and
-    ``target_ids`` (int64 ``[masked tokens]``).
+    ``target_ids`` (int64 ``[masked tokens]``). Block B sees a random prefix of several ``<EOS>``, whose lengths are
+    ``target_prefixes`` (int64 ``[B]``).
     """
 
     processor: ProcessorMixin
@@ -46,6 +47,7 @@ class BridgeCollator:
         generators = row_generators(self.seed, [draw for draw, _ in examples])
         tokenizer = self.processor.tokenizer
         max_length, special = tokenizer.model_max_length, special_tokens(tokenizer)
+        count = len(eos_tokens(tokenizer))
         pairs = [split_blocks(row, self.split) for _, row in examples]
         block_a = render_items(self.processor, [item for item, _ in pairs])
         block_b = tokenizer(
@@ -55,7 +57,7 @@ class BridgeCollator:
             max_length=max_length,
         )
         rows = [
-            join_blocks(ids[keep], kinds[keep], is_text[keep], torch.tensor(tail, dtype=torch.long), max_length)
+            join_blocks(ids[keep], kinds[keep], is_text[keep], torch.tensor(tail, dtype=torch.long), max_length, count)
             for ids, kinds, is_text, keep, tail in zip(
                 block_a["input_ids"],
                 block_a["mm_token_type_ids"],
@@ -75,7 +77,10 @@ class BridgeCollator:
             "blocks": padded_blocks,
         }
         eligible = (padded_blocks == Block.B) & ~is_special(batch["input_ids"], self.processor)
-        return replace_masked(batch, mask_ratio(eligible, self.mask_ratio, generators), tokenizer.mask_token_id)
+        batch = replace_masked(batch, mask_ratio(eligible, self.mask_ratio, generators), tokenizer.mask_token_id)
+        if count > 1:
+            batch["blocks"], batch["target_prefixes"] = draw_prefixes(padded_blocks, count, generators)
+        return batch
 
 
 def split_blocks(row: Row, split: Split = "whole") -> tuple[Item, str]:
@@ -103,9 +108,9 @@ def split_blocks(row: Row, split: Split = "whole") -> tuple[Item, str]:
 
 
 def join_blocks(
-    input_ids: Tensor, token_types: Tensor, is_text: Tensor, tail: Tensor, max_length: int
+    input_ids: Tensor, token_types: Tensor, is_text: Tensor, tail: Tensor, max_length: int, count: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Append block B's tokens after a row's ``<EOS>``, within ``max_length`` tokens.
+    """Append block B's tokens after a row's ``count`` ``<EOS>``, within ``max_length`` tokens.
 
     If both do not fit, block A's text is cut until block B has a quarter of the length; visual tokens and ``<EOS>``
     stay. Block B is cut to the rest.
@@ -122,7 +127,7 @@ def join_blocks(
     keep[text_positions[len(text_positions) - max(0, min(excess, len(text_positions))) :]] = False
     input_ids, token_types = input_ids[keep], token_types[keep]
     tail = tail[: max_length - len(input_ids)]
-    blocks = torch.tensor([Block.A] * (len(input_ids) - 1) + [Block.EOS] + [Block.B] * len(tail))
+    blocks = torch.tensor([Block.A] * (len(input_ids) - count) + [Block.EOS] * count + [Block.B] * len(tail))
     return torch.cat([input_ids, tail]), torch.cat([token_types, torch.zeros_like(tail)]), blocks
 
 

@@ -1,13 +1,16 @@
 """The model of stage 2: the backbone under the bridge mask."""
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from cocoa_embed.model.attention import Block
+from cocoa_embed.model.host_tensor import places
 from cocoa_embed.train.loop.batch_facts import Batch
-from cocoa_embed.train.stages.losses import accuracy, masked_token_loss
+from cocoa_embed.train.stages.losses import accuracy, eos_similarity, masked_token_loss, own_states
 from cocoa_embed.train.stages.reconstruction import (
     bridge_model_mask,
     full_model_mask,
@@ -17,23 +20,38 @@ from cocoa_embed.train.stages.reconstruction import (
 
 
 class BridgeModel(nn.Module):
-    """The backbone under the bridge mask."""
+    """The backbone under the bridge mask.
+
+    :param eos_similarity_weight: Of the mean squared cosine between a row's ``<EOS>`` states; of one there is none.
+    """
 
     accepts_loss_kwargs = True
     """The loss is already a mean over the step, so transformers must not divide it by the micro-batches."""
 
-    def __init__(self, model: PreTrainedModel, *, eos_attends_to_b: bool = True) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        eos_attends_to_b: bool = True,
+        eos_tokens: int = 1,
+        eos_similarity_weight: float = 0.0,
+    ) -> None:
         super().__init__()
         self.backbone = model
         self.eos_attends_to_b = eos_attends_to_b
+        self.eos_tokens, self.eos_similarity_weight = eos_tokens, eos_similarity_weight
+
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """Run a batch of ``BridgeCollator``: ``[B, L, D]``."""
+        mask = bridge_model_mask(self.backbone, batch["blocks"], eos_attends_to_b=self.eos_attends_to_b)
+        return last_hidden_states(self.backbone, batch, mask)
 
     def predict(self, batch: Batch) -> Tensor:
         """Predict block B's masked tokens in a batch of ``BridgeCollator``: logits ``[masked tokens, V]``."""
-        mask = bridge_model_mask(self.backbone, batch["blocks"], eos_attends_to_b=self.eos_attends_to_b)
-        return masked_token_logits(self.backbone, last_hidden_states(self.backbone, batch, mask), batch)
+        return masked_token_logits(self.backbone, self.hidden_states(batch), batch)
 
     def embed(self, batch: Batch) -> Tensor:
-        """Embed items of ``render_items`` as at inference, under full attention: ``[B, D]``, normalised."""
+        """Embed items of ``render_items`` as at inference, under full attention: vectors 1, ``[B, D]``, normalised."""
         mask = full_model_mask(self.backbone, batch["attention_mask"])
         hidden_states = last_hidden_states(self.backbone, batch, mask)
         eos = batch["attention_mask"].sum(dim=1) - 1
@@ -45,14 +63,25 @@ class BridgeModel(nn.Module):
     ) -> dict[str, Tensor]:
         """Return ``loss`` and ``masked_token_accuracy``, scalars, for a batch of the collator.
 
-        :param totals: How many ``target_ids`` the whole step has, if the batch is a part of it.
+        With several ``<EOS>`` there is ``eos_similarity_loss``, too.
+
+        :param totals: How many ``target_ids`` and rows (``target_prefixes``) the whole step has, if the batch is a part
+            of it.
         :param embeds: Return ``embeddings`` of a batch of items instead. Sharded weights are whole only in a forward
             pass, so ``embed`` has to be called from here.
         """
         if embeds:
             return {"embeddings": self.embed(batch)}
-        logits, targets, total = self.predict(batch), batch["target_ids"], (totals or {}).get("target_ids")
-        return {
+        hidden_states, targets, totals = self.hidden_states(batch), batch["target_ids"], totals or {}
+        logits, total = masked_token_logits(self.backbone, hidden_states, batch), totals.get("target_ids")
+        outputs = {
             "loss": masked_token_loss(logits, targets, total=total),
             "masked_token_accuracy": accuracy(logits, targets, total=total),
         }
+        if self.eos_tokens > 1:
+            is_eos = (batch["blocks"] == Block.EOS) | (batch["blocks"] == Block.UNSEEN)
+            of_rows = (len(is_eos), self.eos_tokens)
+            states = own_states(hidden_states, places(is_eos, math.prod(of_rows))).unflatten(0, of_rows)
+            outputs["eos_similarity_loss"] = eos_similarity(states, total=totals.get("target_prefixes"))
+            outputs["loss"] = outputs["loss"] + self.eos_similarity_weight * outputs["eos_similarity_loss"]
+        return outputs

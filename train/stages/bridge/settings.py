@@ -1,6 +1,8 @@
 """The settings of stage 2."""
 
-from typing import Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import Field
 
 from cocoa_embed.train.settings import Count, Positive, Ratio, ReconstructionSettings
 
@@ -13,6 +15,8 @@ class BridgeSettings(ReconstructionSettings):
     :param split: ``halves`` cuts the long texts of rows without images in two, one half for each block.
     :param mask_ratio: The ratio of block B's tokens that is masked.
     :param eos_attends_to_b: False: ``<EOS>`` does not attend to block B, for comparison.
+    :param eos_similarity_weight: With several ``eos_tokens``, the weight of the mean squared cosine between the states
+        of a row's ``<EOS>``, which keeps them apart.
     :param probe_rows: Rows held out of training to measure, every ``probe_steps`` steps, what ``<EOS>`` carries and
         the geometry of the embeddings.
     """
@@ -20,5 +24,6 @@ class BridgeSettings(ReconstructionSettings):
     split: Split = "whole"
     mask_ratio: Ratio = 0.7
     eos_attends_to_b: bool = True
+    eos_similarity_weight: Annotated[float, Field(ge=0)] = 0.1
     probe_rows: Count = 64
     probe_steps: Positive = 50

@@ -113,7 +113,12 @@ class Bridge(Stage[BridgeSettings]):
             size = settings.rows_at_once(settings.batch_size)
             measure = bridge_probe(collator, probe_rows, prompts=self.run.prompts.model_dump(), batch_size=size)
             probe = Probe(measure, settings.probe_steps, PROBE_METRICS)
-        model = BridgeModel(backbone.model, eos_attends_to_b=settings.eos_attends_to_b)
+        model = BridgeModel(
+            backbone.model,
+            eos_attends_to_b=settings.eos_attends_to_b,
+            eos_tokens=self.run.eos_tokens,
+            eos_similarity_weight=settings.eos_similarity_weight,
+        )
         prepared = HostInputs(backbone.model.config).after(collator)
         trainer = stage_trainer(model, backbone.model, training_rows, prepared, settings, context, probe)
         if settings.freeze_vision:  # in the dtype that it trains with
@@ -138,6 +143,9 @@ class Bridge(Stage[BridgeSettings]):
         mask = {
             "allowed": ["".join(map(str, row)) for row in allowed[0, :length, :length].int().tolist()],
             "labels": token_texts(batch["input_ids"][0, :length], processor),
-            "blocks": [Block(block).name for block in batch["blocks"][0, :length].tolist()],
+            "blocks": [
+                Block.EOS.name if block == Block.UNSEEN else Block(block).name
+                for block in batch["blocks"][0, :length].tolist()
+            ],
         }
         return {"tokens": token_samples(batch, logits, processor, rows, images), "mask": mask}

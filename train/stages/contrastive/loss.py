@@ -10,9 +10,11 @@ from accelerate import PartialState
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses.gradcache import RandContext
 from sentence_transformers.base.losses.merged_forward import embed_columns
-from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss, MatryoshkaLoss
+from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.losses.matryoshka import CachedLossDecorator
 from sentence_transformers.util import all_gather, cos_sim, get_rank
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from cocoa_embed.train.stages.contrastive.mini_batches import MOST_ITEMS, TokenLimits, mini_batches, take
 from cocoa_embed.train.stages.contrastive.settings import ContrastiveSettings
@@ -39,6 +41,7 @@ class CachedRankingLoss(CachedMultipleNegativesRankingLoss):
     ) -> None:
         super().__init__(model, mini_batch_size=MOST_ITEMS, **kwargs)
         self.limits, self._vision, self._term = limits, vision, term
+        self.width = cast(int, model.get_embedding_dimension())
         self._parts: list[list[list[int]]] = []
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor) -> Tensor:
@@ -115,7 +118,23 @@ def mask_other_answers(loss: CachedRankingLoss, content: Tensor, rows_at_once: i
 
     remaining = masks()
     own: Any = loss  # to which the cached loss passes this attribute on
-    own.similarity_fct = lambda these, those: cos_sim(these, those).masked_fill(next(remaining), -torch.inf)
+    own.similarity_fct = lambda these, those: mean_max_sim(these, those, loss.width).masked_fill(
+        next(remaining), -torch.inf
+    )
+
+
+def mean_max_sim(queries: Tensor, documents: Tensor, width: int) -> Tensor:
+    """Return the mean over a query's vectors of the cosine to the document's nearest vector: ``[queries, documents]``.
+
+    :param queries: ``[queries, n * width]``, of ``n`` vectors each; at most ``width`` values are one vector.
+    :param documents: ``[documents, n * width]``.
+    """
+    if queries.shape[1] <= width:
+        return cos_sim(queries, documents)
+    of_queries, of_documents = (normalize(each.unflatten(1, (-1, width)), dim=2) for each in (queries, documents))
+    # A vector at a time, and its maximum by index: the cosines of all would be n times as many, and kept.
+    nearest = [torch.einsum("qw,dnw->qdn", each, of_documents).max(dim=2).values for each in of_queries.unbind(dim=1)]
+    return torch.stack(nearest).mean(dim=0)
 
 
 def other_answers(content: Tensor, rows: slice) -> Tensor:
@@ -133,19 +152,25 @@ def other_answers(content: Tensor, rows: slice) -> Tensor:
     return torch.cat([same, *(positive == each for each in negatives)], dim=1)
 
 
+def prefixes(count: int) -> list[int]:
+    """Return how many of ``count`` vectors are compared: the first 1, 2, 4, ... and all."""
+    return sorted({min(2**power, count) for power in range(count.bit_length() + 1)})
+
+
 def contrastive_loss(
     model: SentenceTransformer,
     settings: ContrastiveSettings,
     limits: TokenLimits,
     vision: FrozenVision | None = None,
     term: Callable[..., Tensor] | None = None,
-) -> CachedRankingLoss | MatryoshkaLoss:
+    eos_tokens: int = 1,
+) -> CachedRankingLoss:
     """Return InfoNCE with in-batch negatives, gathered across devices.
 
     A query's candidates are all positives and all hard negatives of the batch, without ``other_answers``. The
     ``symmetric`` loss is the mean of that and of matching each positive to its query among the batch's queries; hard
     negatives are matched to nothing. With ``matryoshka_dims`` it is the sum over the whole length and these, cut and
-    normalised again.
+    normalised again; with several ``eos_tokens`` over the first 1, 2, 4, ... and all vectors, too.
     """
     symmetric = settings.directions == "symmetric"
     loss = CachedRankingLoss(
@@ -158,5 +183,8 @@ def contrastive_loss(
         directions=("query_to_doc", "doc_to_query") if symmetric else ("query_to_doc",),
         partition_mode="per_direction" if symmetric else "joint",
     )
-    dims: set[Any] = {model.get_embedding_dimension(), *(settings.matryoshka_dims or [])}
-    return loss if len(dims) < 2 else MatryoshkaLoss(model, loss, sorted(dims, reverse=True))
+    widths: set[Any] = {*(count * loss.width for count in prefixes(eos_tokens)), *(settings.matryoshka_dims or [])}
+    if len(widths) > 1:  # as MatryoshkaLoss, which refuses more values than the model's embedding has
+        own: Any = loss
+        own.calculate_loss = CachedLossDecorator(loss.calculate_loss, sorted(widths, reverse=True), [1] * len(widths))
+    return loss

@@ -5,6 +5,7 @@ from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Transformer
 from torch import Tensor, nn
@@ -22,7 +23,10 @@ from cocoa_embed.train.stages.sentence_inputs import prepare_forward
 
 
 def as_sentence_transformer(backbone: Backbone, run: RunSettings) -> SentenceTransformer:
-    """Return the embedding model over a backbone, whose weights it shares, with the run's prompts and pooling."""
+    """Return the embedding model over a backbone, whose weights it shares, with the run's prompts and pooling.
+
+    With several ``eos_tokens``, it embeds as ``all_vectors``; a saved model has no hooks, and embeds as the first one.
+    """
     model: Any = backbone.model.base_model
 
     class Loaded(Transformer):
@@ -42,15 +46,32 @@ def as_sentence_transformer(backbone: Backbone, run: RunSettings) -> SentenceTra
     module.register_forward_pre_hook(prepare_forward, with_kwargs=True)
     if run.bidirectional:
         assert_bidirectional(model)
-    return embedding_model(module, run.prompts.model_dump(), run.pooling)
+    embedding = embedding_model(module, run.prompts.model_dump(), run.pooling)
+    if run.eos_tokens > 1:
+        embedding[-1].register_forward_hook(partial(all_vectors, run.eos_tokens))
+    return embedding
+
+
+def all_vectors(count: int, module: nn.Module, args: Any, features: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN401
+    """Let an embedding be the normalised states of all ``<EOS>``, the last one's first: ``[B, count * D]``.
+
+    A forward hook of a model's last module, for right-padded batches.
+    """
+    states, last = features["token_embeddings"], features["attention_mask"].sum(dim=1, keepdim=True) - 1
+    positions = last - torch.arange(count, device=states.device)
+    vectors = states.gather(1, positions[:, :, None].expand(-1, -1, states.shape[2]))
+    return {**features, "sentence_embedding": nn.functional.normalize(vectors, dim=2).flatten(1)}
 
 
 def embedding_probe(model: SentenceTransformer, rows: Sequence[Row], batch_size: int) -> Measure:
     """Return a probe of the geometry of a SentenceTransformer's embeddings, with its own prompts.
 
+    Of several vectors, it measures the first.
+
     :param rows: Two rows or more.
     :param batch_size: Items to run at once.
     """
+    width = model.get_embedding_dimension()
 
     def collate(items: Sequence[Item], is_document: bool) -> dict[str, Any]:
         prompt = model.prompts.get("document" if is_document else "query") or None
@@ -59,6 +80,6 @@ def embedding_probe(model: SentenceTransformer, rows: Sequence[Row], batch_size:
 
     def embed(model: nn.Module, batch: dict[str, Any]) -> Tensor:
         embeddings: Tensor = model(batch)["sentence_embedding"]
-        return embeddings
+        return embeddings[:, :width]
 
     return geometry_probe(collate, embed, rows, batch_size)

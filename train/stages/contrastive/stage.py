@@ -211,7 +211,7 @@ class Contrastive(Stage[ContrastiveSettings]):
             ),
             train_dataset=Dataset.from_dict({"row": np.arange(numbers)}),
             limits=limits,
-            loss=contrastive_loss(model, settings, limits, vision, term),
+            loss=contrastive_loss(model, settings, limits, vision, term, self.run.eos_tokens),
             data_collator=PairCollator(
                 preprocess_fn=partial(preprocess_items, model),
                 prompts={column: prompt for column, prompt in prompts.items() if prompt},

@@ -1,0 +1,227 @@
+"""What several ``<EOS>`` find that one does not: scenes of two to six objects, captions about one of them.
+
+    python benchmarks/eos_tokens.py                                  # K = 1, 2, 4, 8; three seeds; one process
+    python benchmarks/eos_tokens.py --k 1 4 --seeds 1 --steps 2 4 2  # only to see that it works
+
+All stages of CoCoA from the package's captioner, at the settings of the recipe ``tiny``: a warm-up for each seed, then
+for each K a bridge and a contrastive stage with ``eos_tokens: K``. Texts are captions about one object ("a small red
+star in picture", in words that the captioner knows), in training and as queries; each object of a held-out scene is a
+query for its scene. Other scenes with such an object are no candidates of that query, so that one is right. Scores are
+the mean MaxSim of the first n vectors. A quarter of the bridge's rows are such texts alone, in two wordings.
+
+The bytes of a point are those of its n vectors in float32, and of what an index stores: vector 1 for the search, and
+all n to rescore. The held-out scenes are the same for all seeds.
+
+Writes ``eos_tokens.json`` and ``eos_tokens.md`` to ``--out``. The same command resumes an interrupted run.
+"""
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from itertools import islice, product
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import send_to_device
+from PIL import Image
+from torch import Tensor
+
+from arms.summary import estimate
+from cocoa_embed.cli.output import silence_libraries
+from cocoa_embed.data.rows import Item
+from cocoa_embed.demo.scenes import BACKGROUNDS, COLOURS, IMAGE_SIZE, RADII, SHAPES, Scene, SceneObject, draw
+from cocoa_embed.errors import CocoaError
+from cocoa_embed.evaluation.result_cache import make_folder, write_result
+from cocoa_embed.evaluation.significance import mean_intervals
+from cocoa_embed.model.backbone import load_backbone, read_config
+from cocoa_embed.report.tables import Score, Table, to_markdown
+from cocoa_embed.train import Recipe, run
+from cocoa_embed.train.stages.contrastive.loss import mean_max_sim, prefixes
+from cocoa_embed.train.stages.contrastive.model import as_sentence_transformer
+from cocoa_embed.train.stages.contrastive.patches import preprocess_items
+from cocoa_embed.train.stages.rendering import batched
+from shared.measuring import best_device, machine
+
+BACKBONE = "scene-captioner"
+CELL, SIDE = IMAGE_SIZE // 2, 3
+CAPTION = "a {} in picture"
+OBJECTS = range(2, 7)
+KINDS = [SceneObject(*each, "top left") for each in product(RADII, COLOURS, SHAPES)]
+TRAINING, HELD_OUT = 4000, 300
+TEXT_WEIGHT = 80
+"""How often each text is drawn: a quarter of the bridge's rows are texts alone."""
+RECALLS = (1, 5, 10)
+AT_ONCE = 128
+FLOAT_BYTES = 4
+
+SETTINGS = (
+    f"backbone={BACKBONE}",
+    f"max_pixels={(CELL * SIDE) ** 2}",
+    "max_length=64",
+    "bridge.data.paraphrases=0",  # another caption of a scene is of another object
+    "bridge.probe_rows=0",
+    "contrastive.data.captions=captions",
+    "contrastive.data.limit=null",
+    "warmup.batch_size=32",
+    "bridge.batch_size=32",
+    "contrastive.batch_size=64",
+    "contrastive.learning_rate=6.0e-4",
+)
+
+
+def scenes(generator: random.Random) -> Iterator[tuple[Image.Image, list[str]]]:
+    """Yield scenes of different objects in the cells of a 3 x 3 grid, with a caption about each."""
+    while True:
+        background, kinds = generator.choice(tuple(BACKGROUNDS)), generator.sample(KINDS, generator.choice(OBJECTS))
+        picture = Image.new("RGB", (CELL * SIDE, CELL * SIDE), BACKGROUNDS[background])
+        for kind, cell in zip(kinds, generator.sample(range(SIDE**2), len(kinds)), strict=True):
+            alone = draw(Scene(background, (kind,)), generator).crop((0, 0, CELL, CELL))
+            picture.paste(alone, (cell % SIDE * CELL, cell // SIDE * CELL))
+        yield picture, [CAPTION.format(kind) for kind in kinds]
+
+
+def write_scenes(folder: Path, count: int, seed: str) -> list[list[str]]:
+    """Write an image folder, if it is not there, and return the captions of each scene."""
+    metadata = folder / "metadata.jsonl"
+    if not metadata.is_file():
+        make_folder(folder)
+        rows = []
+        for number, (picture, captions) in enumerate(islice(scenes(random.Random(seed)), count)):
+            picture.save(folder / f"{number:05d}.png")
+            rows.append({"file_name": f"{number:05d}.png", "text": captions[0], "captions": captions})
+        write_result(metadata, "".join(f"{json.dumps(row)}\n" for row in rows))
+    return [json.loads(line)["captions"] for line in metadata.read_text(encoding="utf-8").splitlines()]
+
+
+def train(options: argparse.Namespace, seed: int, count: int) -> tuple[Path, dict[str, float]]:
+    """Train a model of ``count`` vectors, or what is left of it: its folder, and the seconds of its stages."""
+    training = options.out / "data" / f"seed-{seed}"
+    write_scenes(training, TRAINING, f"training {seed}")
+    lengths = dict(zip(("warmup", "bridge", "contrastive"), options.steps, strict=True))
+    texts = training / "texts.jsonl"  # in two wordings, so that the bridge has rows of texts, as in the recipe tiny
+    rows = [{"query_text": f"picture: a {kind}", "positive_text": CAPTION.format(kind)} for kind in KINDS]
+    write_result(texts, "".join(f"{json.dumps(row)}\n" for row in rows))
+    pictures = {"folder": str(training), "captions": "captions"}
+    subsets = {"pictures": pictures, "texts": {"file": str(texts), "weight": TEXT_WEIGHT}}
+    common = [*SETTINGS, f"data.folder={json.dumps(str(training))}", f"bridge.data.subsets={json.dumps(subsets)}"]
+    common += [f"seed={seed}"]
+    common += [f"{stage}.steps={steps}" for stage, steps in lengths.items()]
+    common += [f"{stage}.warmup_steps={steps // 20}" for stage, steps in lengths.items()]
+    folder = options.out / f"seed-{seed}"
+    first = Recipe.load("tiny", [*common, "bridge=null", "contrastive=null"])
+    done = run(first, folder / "warmup", resume=True)
+    start = [f"backbone={json.dumps(str(done[-1].folder))}", f"eos_tokens={count}", "warmup=null"]
+    done += run(Recipe.load("tiny", [*common, *start]), folder / f"k-{count}", resume=True)
+    return done[-1].folder, {result.stage: result.seconds for result in done}
+
+
+@torch.inference_mode()
+def embed(checkpoint: Path, count: int, items: Sequence[Item]) -> Tensor:
+    """Embed items with all vectors of a model: ``[items, count * width]``."""
+    recipe = Recipe.load("tiny", [f"backbone={json.dumps(str(checkpoint))}", f"eos_tokens={count}", "max_length=64"])
+    backbone = load_backbone(str(checkpoint), vectors=count)
+    model = as_sentence_transformer(backbone, recipe).to(best_device()).eval()
+    batches = (send_to_device(preprocess_items(model, part), model.device) for part in batched(items, AT_ONCE))
+    return torch.cat([model(batch)["sentence_embedding"].float().cpu() for batch in batches])
+
+
+def score(checkpoint: Path, count: int, folder: Path, captions: list[list[str]]) -> dict[str, list[list[float]]]:
+    """Return for each number of vectors, of each query, whether its scene is among the first 1, 5 and 10."""
+    queries = sorted({text for of_scene in captions for text in of_scene})
+    images = embed(checkpoint, count, [Item(images=(folder / f"{number:05d}.png",)) for number in range(len(captions))])
+    texts, width = embed(checkpoint, count, [Item(text=text) for text in queries]), images.shape[1] // count
+    found = {}
+    for vectors in prefixes(count):
+        similarities = mean_max_sim(texts[:, : vectors * width], images[:, : vectors * width], width).numpy()
+        of_vectors = found[str(vectors)] = list[list[float]]()
+        for scene, of_scene in enumerate(captions):
+            for text in of_scene:
+                row = similarities[queries.index(text)]
+                wrong = [text not in others for others in captions]
+                rank = int((row[wrong] >= row[scene]).sum())
+                of_vectors.append([float(rank < k) for k in RECALLS])
+    return found
+
+
+def outcome(options: argparse.Namespace, seed: int, count: int) -> dict[str, Any]:
+    """Return the hits of a model's queries, and the seconds of its stages; trained and scored once."""
+    file = options.out / f"seed-{seed}" / f"scores-k-{count}-{'-'.join(map(str, options.steps))}.json"
+    if not file.is_file():
+        folder = options.out / "data" / "held-out"
+        captions = write_scenes(folder, HELD_OUT, "held-out")
+        checkpoint, seconds = train(options, seed, count)
+        write_result(file, json.dumps({"seconds": seconds, "hits": score(checkpoint, count, folder, captions)}))
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+def results(options: argparse.Namespace, outcomes: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Return the means over seeds, with intervals over queries (of a scene together) and over seeds."""
+    captions = write_scenes(options.out / "data" / "held-out", HELD_OUT, "held-out")
+    width = read_config(BACKBONE).get_text_config().hidden_size
+    groups, points = np.repeat(np.arange(len(captions)), list(map(len, captions))), []
+    for count, of_seeds in outcomes.items():
+        for vectors in prefixes(count):
+            hits = np.array([found["hits"][str(vectors)] for found in of_seeds])
+            ends = mean_intervals(hits.mean(axis=0), groups, np.random.default_rng(0)).tolist()
+            point: dict[str, Any] = {"k": count, "vectors": vectors, "bytes_float32": vectors * width * FLOAT_BYTES}
+            point["bytes_stored"] = (vectors + (vectors > 1)) * width * FLOAT_BYTES
+            for column, k in enumerate(RECALLS):
+                of_seed = hits[:, :, column].mean(axis=1).tolist()
+                over_seeds = estimate(of_seed).half_width
+                mean = {"mean": fmean(of_seed), "interval": ends[column], "seeds": of_seed, "over_seeds": over_seeds}
+                point[f"recall@{k}"] = mean
+            points.append(point)
+    seconds = {count: [found["seconds"] for found in of_seeds] for count, of_seeds in outcomes.items()}
+    sizes = {"steps": options.steps, "scenes": TRAINING, "candidates": len(captions), "queries": len(groups)}
+    return {**machine(best_device()), **sizes, "seconds": seconds, "points": points}
+
+
+def table(document: dict[str, Any]) -> Table:
+    """Return the results for readers."""
+    rows = []
+    for point in document["points"]:
+        cells = [point[f"recall@{k}"] for k in RECALLS]
+        shown = [Score(f"{c['mean']:.3f}", c["mean"], "{:.3f}-{:.3f}".format(*c["interval"])) for c in cells]
+        spread = [f"± {half:.3f}" if (half := cell["over_seeds"]) is not None else "" for cell in cells[:1]]
+        sizes = (point[name] for name in ("k", "vectors", "bytes_float32", "bytes_stored"))
+        rows.append([*map(str, sizes), *shown, *spread])
+    header = ["K", "vectors used", "bytes", "bytes stored", *(f"recall@{k}" for k in RECALLS), "recall@1 over seeds"]
+    note = (
+        f"{document['queries']} queries for {document['candidates']} scenes; others with such an object are left out."
+        " Intervals: 95 % bootstrap over scenes with their queries; over seeds, Student's t."
+    )
+    return Table("Finding a scene by one of its objects", header, rows, [note])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of vectors [1 2 4 8]")
+    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on [3]")
+    parser.add_argument("--steps", type=int, nargs=3, default=[300, 500, 200], help="of the stages [300 500 200]")
+    parser.add_argument("--out", type=Path, default=Path("cocoa-eos-tokens"), help="where data, weights, results go")
+    options = parser.parse_args()
+    silence_libraries()
+    outcomes: dict[int, list[dict[str, Any]]] = {count: [] for count in options.k}
+    try:
+        for seed, count in product(range(options.seeds), options.k):
+            started = time.process_time()
+            outcomes[count].append(outcome(options, seed, count))
+            print(f"seed {seed}, K {count}: {time.process_time() - started:.0f} CPU seconds", file=sys.stderr)
+    except CocoaError as error:
+        sys.exit(f"eos_tokens: {error}")
+    document = results(options, outcomes)
+    write_result(options.out / "eos_tokens.json", json.dumps(document, indent=1) + "\n")
+    text = to_markdown("Several EOS tokens", [table(document)])
+    write_result(options.out / "eos_tokens.md", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
