@@ -44,8 +44,7 @@ class EosVectors(Module):
 
 def count_vectors(model: SentenceTransformer) -> int:
     """Return how many vectors are side by side in an embedding."""
-    last = next(reversed(model), None)
-    return last.count if isinstance(last, EosVectors) else 1
+    return next((module.count for module in model if isinstance(module, EosVectors)), 1)
 
 
 def as_multi_vector_encoder(transformer: Transformer, prompts: dict[str, str]) -> MultiVectorEncoder:
