@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 from PIL import Image
@@ -31,9 +31,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Key = TypeVar("Key")
-
-Shape: TypeAlias = "tuple[int | None, int]"
-"""Of an embedding: the length of a vector, None for all values, and the number of vectors."""
 
 BATCH_TOKENS = 8192
 """The most visual tokens in a batch, if nobody sets another number."""
@@ -124,6 +121,11 @@ class Encoder:
         return self._model_dimension if self._dimension is None else self._dimension
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of an embedding."""
+        return (self.dimension,) if self._vectors == 1 else (self._vectors, self.dimension)
+
+    @property
     def most_vectors(self) -> int:
         """How many vectors the model makes of an input."""
         from cocoa_embed.model.vectors import count_vectors
@@ -147,16 +149,12 @@ class Encoder:
         """
         if dimension is not None:
             check_dimension(self.name, dimension, self._model_dimension)
-        if not 1 <= vectors <= self.most_vectors:
-            raise UsageError(f"{self.name} makes {self.most_vectors} vectors of an input, not {vectors}")
+        if not 1 <= vectors <= (most := self.most_vectors):
+            raise UsageError(f"vectors is {vectors}, and {self.name} makes {most} of an input; give 1 to {most}")
         return self._of_shape(dimension, vectors)
 
-    @property
-    def _shape(self) -> Shape:
-        return self._dimension, self._vectors
-
     def _of_shape(self, dimension: int | None, vectors: int) -> Self:
-        if (dimension, vectors) == self._shape:
+        if (dimension, vectors) == (self._dimension, self._vectors):
             return self
         other = copy(self)
         other._dimension, other._vectors = dimension, vectors

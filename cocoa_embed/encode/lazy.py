@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -21,6 +21,10 @@ from cocoa_embed.errors import ImageError, printable
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from typing_extensions import Self
+
+
+Wanted: TypeAlias = "tuple[int | None, int]"
+"""The shape of an embedding, as ``Encoder.truncate`` takes it."""
 
 
 class DeferredEncoder(Encoder):
@@ -91,6 +95,10 @@ class DeferredEncoder(Encoder):
         """How many vectors the model makes of an input."""
         return self.description.vectors
 
+    @property
+    def _wanted(self) -> Wanted:
+        return self._dimension, self._vectors
+
     def truncate(self, dimension: int | None, vectors: int = 1) -> Self:
         """Return an encoder of the same model with embeddings of another shape; its use refuses one that is too large.
 
@@ -124,7 +132,7 @@ class LazyEncoder(DeferredEncoder):
         :raises UsageError: If its embeddings have fewer dimensions.
         """
         whole: Encoder = self.started
-        return whole.truncate(*self._shape)
+        return whole.truncate(*self._wanted)
 
     @cached_property
     def model(self) -> SentenceTransformer:  # type: ignore[override]  # the base class sets it
