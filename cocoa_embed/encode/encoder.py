@@ -128,7 +128,7 @@ class Encoder:
     @property
     def most_vectors(self) -> int:
         """How many vectors the model makes of an input."""
-        from cocoa_embed.model.vectors import count_vectors
+        from cocoa_embed.model.export import count_vectors
 
         return count_vectors(self.model)
 

@@ -9,7 +9,6 @@ from transformers import ProcessorMixin
 
 from cocoa_embed.model.attention import TRANSFORMERS_FLOOR
 from cocoa_embed.model.families.registry import family_of_images
-from cocoa_embed.model.vectors import count_vectors
 
 _CARD = """\
 ---
@@ -84,14 +83,14 @@ def model_card(name: str, model: SentenceTransformer, training: dict[str, Any]) 
 
     :param training: ``backbone`` and its ``origin``, ``recipe``, ``data``, ``stages`` (a list of ``stage``, ``steps``,
         ``batch_size``, ``learning_rate``, ``final``, ``adapter``, and optionally ``description`` and
-        ``matryoshka_dims``), and optionally ``results`` (the metrics of each evaluation).
+        ``matryoshka_dims``), and optionally ``results`` (the metrics of each evaluation) and ``vectors``, if several.
     """
     # A trained model has its backbone's licence, which is unknown unless the backbone is built in.
     hub = f"base_model: {json.dumps(training['backbone'])}\n"
     origin_lines = {"hub": hub, "built-in": "license: apache-2.0\n", "folder": ""}
     recipe = training["recipe"]
     processor: ProcessorMixin = model.processor
-    count, eos = count_vectors(model), processor.tokenizer.eos_token
+    count, eos = training.get("vectors", 1), processor.tokenizer.eos_token
     before = f" and of the {count - 1} tokens before it" if count > 1 else ""
     return _CARD.format(
         name=name,
@@ -164,7 +163,7 @@ def _matryoshka_text(name: str | None, matryoshka_dims: list[int], dimension: in
     if not dims:
         return ""
     if name is None:
-        return f"The first {' or '.join(dims)} values of each vector, normalised again, are a vector too."
+        return f"The first {' or '.join(dims)} values of the last vector, normalised again, are an embedding too."
     return (
         f"The first {' or '.join(dims)} values of an embedding, normalised again, are an embedding too: load the model "
         f'with `SentenceTransformer("{name}", truncate_dim={dims[0]})` and encode with `normalize_embeddings=True`.'

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
+from sentence_transformers.base.modules import Module
+from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from sentence_transformers.sentence_transformer.modules.pooling import PoolingMode
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedModel, PreTrainedTokenizerBase
 
 from cocoa_embed.errors import CocoaError, UsageError, one_line, printable
 from cocoa_embed.folders import claim_folder, refuse_checkpoint
@@ -21,7 +23,6 @@ from cocoa_embed.model.card import matryoshka_dimensions, model_card
 from cocoa_embed.model.families.registry import family_of_images
 from cocoa_embed.model.template import append_eos, chat_template, eos_settings, eos_tokens
 from cocoa_embed.model.training_record import TRAINING_FILE, read_training, vectors_of, write_training
-from cocoa_embed.model.vectors import EosVectors, as_multi_vector_encoder, count_vectors
 
 REQUIREMENTS = {
     "transformers": {
@@ -44,6 +45,39 @@ OLD_MODULES = "sentence_transformers.models."
 
 POOLING_FLAGS = ("cls_token", "max_tokens", "mean_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
 """Each is a key ``pooling_mode_...`` of a pooling config as sentence-transformers before 5.4 wrote it."""
+
+
+class EosVectors(Module):
+    """Pools a sequence to the normalised states of its last tokens, side by side and the last token's first.
+
+    :param dimension: The length of a vector.
+    :param count: How many vectors.
+    """
+
+    def __init__(self, dimension: int, count: int) -> None:
+        super().__init__()
+        self.dimension, self.count = dimension, count
+
+    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
+        """Add ``sentence_embedding``, float ``[B, count * dimension]``; padding may be on either side."""
+        states, mask = features["token_embeddings"], features["attention_mask"]
+        last = mask.shape[1] - 1 - mask.flip(1).to(torch.uint8).argmax(dim=1, keepdim=True)
+        positions = last - torch.arange(self.count, device=states.device)
+        vectors = states.gather(1, positions[:, :, None].expand(-1, -1, self.dimension))
+        return {**features, "sentence_embedding": torch.nn.functional.normalize(vectors, dim=2).flatten(1)}
+
+    def get_embedding_dimension(self) -> int:
+        """Return the length of a vector."""
+        return self.dimension
+
+    def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
+        """Refuse: a folder that names this class would need this package."""
+        raise NotImplementedError("save_sentence_transformer writes a model of several vectors")
+
+
+def count_vectors(model: SentenceTransformer) -> int:
+    """Return how many vectors are side by side in an embedding."""
+    return next((module.count for module in model if isinstance(module, EosVectors)), 1)
 
 
 def build_sentence_transformer(
@@ -129,6 +163,23 @@ def save_sentence_transformer(model: SentenceTransformer, out: Path, training: d
     write_training(out, training)
     (out / "README.md").write_text(model_card(out.name, model, training), encoding="utf-8")
     return out
+
+
+def as_multi_vector_encoder(transformer: Transformer, prompts: dict[str, str]) -> MultiVectorEncoder:
+    """Return a stock model of the vectors of all ``eos_tokens``, in the order of the sequence: vector 1 is the last.
+
+    The mask's list of tokens to keep is for documents only; for queries there is one of tokens to drop.
+    """
+    tokenizer: PreTrainedTokenizerBase = transformer.tokenizer
+    keep = eos_tokens(tokenizer)
+    mask = MultiVectorMask(
+        skiplist_words=sorted(tokenizer.get_vocab().keys() - {*keep}),
+        skiplist_tasks="query",
+        keep_only_token_ids=[tokenizer.convert_tokens_to_ids(token) for token in keep],
+    )
+    return MultiVectorEncoder(
+        modules=[transformer, mask, Normalize("token_embeddings")], prompts=prompts, similarity_fn_name="meanmaxsim"
+    )
 
 
 def as_generation_model(base_model: PreTrainedModel, matryoshka_dims: list[int]) -> PreTrainedModel:

@@ -48,7 +48,7 @@ def describe_module(module: torch.nn.Module) -> dict[str, Any]:
     from sentence_transformers.base.modules import Transformer
     from sentence_transformers.sentence_transformer.modules import Pooling
 
-    from cocoa_embed.model.vectors import EosVectors
+    from cocoa_embed.model.export import EosVectors
 
     described: dict[str, Any] = {"kind": type(module).__name__}
     if isinstance(module, Pooling):

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from cocoa_embed.encode.encoder import Encoder
-from cocoa_embed.model.vectors import EosVectors
+from cocoa_embed.model.export import EosVectors
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 160, 0), "blue": (0, 0, 255), "yellow": (255, 255, 0)}
 LARGEST_ASPECT_RATIO = 200

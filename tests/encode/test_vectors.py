@@ -17,10 +17,9 @@ from tiny_backbones import TINY_MAX_LENGTH
 from cocoa_embed.encode.load import load_encoder
 from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.model.backbone import load_backbone
-from cocoa_embed.model.export import build_sentence_transformer, export_model
+from cocoa_embed.model.export import EosVectors, build_sentence_transformer, export_model
 from cocoa_embed.model.loading import load_model
 from cocoa_embed.model.training_record import TRAINING_FILE
-from cocoa_embed.model.vectors import EosVectors
 
 COUNT = 3
 SAME = {"rtol": 0, "atol": 1e-5}
@@ -52,7 +51,9 @@ def first(checkpoint: Path) -> Path:
     return export_model(checkpoint, checkpoint.parent / "first", vectors=1)
 
 
-def test_the_stock_class_embeds_anything_as_the_states_of_all_eos_in_a_batch_or_alone(exported: Path) -> None:
+def test_the_stock_class_embeds_anything_as_the_states_of_all_eos_in_a_batch_or_alone(
+    exported: Path, tmp_path: Path
+) -> None:
     kinds = [module["type"] for module in json.loads((exported / "modules.json").read_text())]
     assert all(kind.startswith("sentence_transformers.") for kind in kinds)
     model = MultiVectorEncoder(str(exported), device="cpu")
@@ -72,6 +73,9 @@ def test_the_stock_class_embeds_anything_as_the_states_of_all_eos_in_a_batch_or_
     queries, documents = (np.stack(batches[task]) for task in ("query", "document"))
     cosines = np.einsum("ikd,jld->ijkl", queries, documents)
     np.testing.assert_allclose(model.similarity(queries, documents), cosines.max(3).mean(2), **SAME)
+    model.save(str(tmp_path))
+    again = MultiVectorEncoder(str(tmp_path), device="cpu").encode_query(ITEMS)
+    np.testing.assert_allclose(np.stack(again), queries, **SAME)
     assert not np.allclose(cosines.max(3).mean(2), cosines[:, :, -1, -1], atol=1e-2), "the others matter"
 
 
