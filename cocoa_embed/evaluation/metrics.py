@@ -26,8 +26,8 @@ def cosine_similarities(queries: NDArray[np.floating], documents: NDArray[np.flo
     queries, documents = _unit(queries), _unit(documents)
     if queries.ndim == 2:
         return np.round(queries @ documents.T, DECIMALS)
-    best = [np.tensordot(each, documents, (1, 2)).max(axis=2) for each in queries.swapaxes(0, 1)]
-    return np.round(np.mean(best, axis=0), DECIMALS)
+    best = np.stack([np.tensordot(each, documents, (1, 2)).max(axis=2) for each in queries.swapaxes(0, 1)])
+    return np.round(best.mean(axis=0), DECIMALS)
 
 
 def _unit(vectors: NDArray[np.floating]) -> NDArray[np.float64]:

@@ -14,7 +14,7 @@ from sentence_transformers.base.modules import Module
 from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from sentence_transformers.sentence_transformer.modules.pooling import PoolingMode
-from transformers import AutoModelForImageTextToText, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from cocoa_embed.errors import CocoaError, UsageError, one_line, printable
 from cocoa_embed.folders import claim_folder, refuse_checkpoint
@@ -58,7 +58,7 @@ class EosVectors(Module):
         super().__init__()
         self.dimension, self.count = dimension, count
 
-    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Add ``sentence_embedding``, float ``[B, count * dimension]``; padding may be on either side."""
         states, mask = features["token_embeddings"], features["attention_mask"]
         last = mask.shape[1] - 1 - mask.flip(1).to(torch.uint8).argmax(dim=1, keepdim=True)
@@ -165,12 +165,12 @@ def save_sentence_transformer(model: SentenceTransformer, out: Path, training: d
     return out
 
 
-def as_multi_vector_encoder(transformer: Transformer, prompts: dict[str, str]) -> MultiVectorEncoder:
+def as_multi_vector_encoder(transformer: Transformer, prompts: Mapping[str, str | None]) -> MultiVectorEncoder:
     """Return a stock model of the vectors of all ``eos_tokens``, in the order of the sequence: vector 1 is the last.
 
     The mask's list of tokens to keep is for documents only; for queries there is one of tokens to drop.
     """
-    tokenizer: PreTrainedTokenizerBase = transformer.tokenizer
+    tokenizer: Any = transformer.tokenizer
     keep = eos_tokens(tokenizer)
     mask = MultiVectorMask(
         skiplist_words=sorted(tokenizer.get_vocab().keys() - {*keep}),
@@ -178,7 +178,9 @@ def as_multi_vector_encoder(transformer: Transformer, prompts: dict[str, str]) -
         keep_only_token_ids=[tokenizer.convert_tokens_to_ids(token) for token in keep],
     )
     return MultiVectorEncoder(
-        modules=[transformer, mask, Normalize("token_embeddings")], prompts=prompts, similarity_fn_name="meanmaxsim"
+        modules=[transformer, mask, Normalize("token_embeddings")],
+        prompts={name: prompt or "" for name, prompt in prompts.items()},
+        similarity_fn_name="meanmaxsim",
     )
 
 

@@ -89,8 +89,13 @@ def load_model(
             device=device,
             model_kwargs=model_kwargs,
         )
-    where = {"revision": revision, "cache_folder": cache_folder, "local_files_only": is_local}
-    options = {**where, "device": device, "trust_remote_code": trust_remote_code, "model_kwargs": model_kwargs}
+    where: dict[str, Any] = {"revision": revision, "cache_folder": cache_folder, "local_files_only": is_local}
+    options: dict[str, Any] = {
+        **where,
+        "device": device,
+        "trust_remote_code": trust_remote_code,
+        "model_kwargs": model_kwargs,
+    }
     try:
         config = load_file_path(str(folder if is_local else model), CONFIG_FILE, **where)
         if config is None or json.loads(Path(config).read_text("utf-8")).get("model_type") != "MultiVectorEncoder":
@@ -126,7 +131,9 @@ def side_by_side(model: MultiVectorEncoder) -> SentenceTransformer:
     count = len(eos_tokens(model.tokenizer))
     if count == 1:
         raise ValueError("it has a vector for each token; use a model of one vector, or of as many as <EOS>")
-    return embedding_model(model[0], model.prompts, "eos", model.device.type, count)
+    transformer: Any = model[0]
+    prompts = {name: prompt or "" for name, prompt in model.prompts.items()}
+    return embedding_model(transformer, prompts, "eos", model.device.type, count)
 
 
 def find_device(device: str | None) -> str:

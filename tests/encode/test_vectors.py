@@ -51,39 +51,45 @@ def first(checkpoint: Path) -> Path:
     return export_model(checkpoint, checkpoint.parent / "first", vectors=1)
 
 
+def embedded(encode: Any, items: list[Any]) -> np.ndarray:  # noqa: ANN401
+    """Return the embeddings of a MultiVectorEncoder: all vectors of each input."""
+    return np.stack(encode(items, convert_to_numpy=True))
+
+
 def test_the_stock_class_embeds_anything_as_the_states_of_all_eos_in_a_batch_or_alone(
     exported: Path, tmp_path: Path
 ) -> None:
     kinds = [module["type"] for module in json.loads((exported / "modules.json").read_text())]
     assert all(kind.startswith("sentence_transformers.") for kind in kinds)
     model = MultiVectorEncoder(str(exported), device="cpu")
-    batches = {"query": model.encode_query(ITEMS), "document": model.encode_document(ITEMS)}
+    batches = {"query": embedded(model.encode_query, ITEMS), "document": embedded(model.encode_document, ITEMS)}
     for task, vectors in batches.items():
         features = model.preprocess(ITEMS, prompt=PROMPTS[task], task=task)
         with torch.inference_mode():
-            states = model[0].auto_model(**{k: v for k, v in features.items() if torch.is_tensor(v)})[0]
+            transformer: Any = model[0]
+            states = transformer.auto_model(**{k: v for k, v in features.items() if torch.is_tensor(v)})[0]
         for row, (item, found) in enumerate(zip(ITEMS, vectors, strict=True)):
             length = int(features["attention_mask"][row].sum())
             ids = features["input_ids"][row, length - COUNT : length]
             assert model.tokenizer.convert_ids_to_tokens(ids) == ["<|eos_3|>", "<|eos_2|>", "<|im_end|>"]
             expected = torch.nn.functional.normalize(states[row, length - COUNT : length], dim=1)
             np.testing.assert_allclose(found, expected, **SAME)
-            alone = (model.encode_query if task == "query" else model.encode_document)([item])[0]
+            alone = embedded(model.encode_query if task == "query" else model.encode_document, [item])[0]
             np.testing.assert_allclose(alone, found, **SAME)
-    queries, documents = (np.stack(batches[task]) for task in ("query", "document"))
+    queries, documents = batches["query"], batches["document"]
     cosines = np.einsum("ikd,jld->ijkl", queries, documents)
     np.testing.assert_allclose(model.similarity(queries, documents), cosines.max(3).mean(2), **SAME)
     model.save(str(tmp_path))
-    again = MultiVectorEncoder(str(tmp_path), device="cpu").encode_query(ITEMS)
-    np.testing.assert_allclose(np.stack(again), queries, **SAME)
+    again = embedded(MultiVectorEncoder(str(tmp_path), device="cpu").encode_query, ITEMS)
+    np.testing.assert_allclose(again, queries, **SAME)
     assert not np.allclose(cosines.max(3).mean(2), cosines[:, :, -1, -1], atol=1e-2), "the others matter"
 
 
 def test_the_first_vector_alone_is_a_plain_sentence_transformer(exported: Path, first: Path) -> None:
     several, plain = MultiVectorEncoder(str(exported), device="cpu"), SentenceTransformer(str(first), device="cpu")
     for task in ("encode_query", "encode_document"):
-        expected = [vectors[-1] for vectors in getattr(several, task)(ITEMS)]
-        np.testing.assert_allclose(getattr(plain, task)(ITEMS), np.stack(expected), **SAME)
+        expected = embedded(getattr(several, task), ITEMS)[:, -1]
+        np.testing.assert_allclose(getattr(plain, task)(ITEMS), expected, **SAME)
     rendered = plain.processor.apply_chat_template([{"role": "user", "content": "a red ring"}], tokenize=False)
     assert rendered == "a red ring", "the tokenizer appends them"
     plain.tokenizer.sep_token = None
@@ -97,7 +103,7 @@ def test_export_and_checkpoints_of_every_stage_load_as_one_model(
     plain = build_sentence_transformer(checkpoint, prompts=PROMPTS, vectors=1, device="cpu")
     plain.save(str(tmp_path))  # as the contrastive stage does
     (tmp_path / TRAINING_FILE).write_bytes((checkpoint / TRAINING_FILE).read_bytes())
-    expected = np.stack(MultiVectorEncoder(str(exported), device="cpu").encode_document(ITEMS))[:, ::-1]
+    expected = embedded(MultiVectorEncoder(str(exported), device="cpu").encode_document, ITEMS)[:, ::-1]
     fingerprints = set()
     for folder in (exported, checkpoint, tmp_path):
         encoder = load_encoder(folder, "cpu")
