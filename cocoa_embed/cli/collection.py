@@ -56,7 +56,8 @@ def info(
         fingerprint = f"fingerprint {found['fingerprint']:.12}" if found["fingerprint"] else "made by another program"
         say(console, f"{store.name}: {document['points']} images")
         say(console, f"model: {found['model']} ({fingerprint}), {found['dimension']} dimensions")
-        say(console, f"embeds: {found['embed']}")
+        several = f", {found['vectors']} vectors each" if found["vectors"] > 1 else ""
+        say(console, f"embeds: {found['embed']}{several}")
         say(console, f"keys: {', '.join(document['keys']) or 'none'}")
         if indexes is not None:
             say(console, f"filters only on: {', '.join(sorted(indexes))}")

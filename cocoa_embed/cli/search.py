@@ -75,6 +75,9 @@ def search(
         int | None, typer.Option(min=1, help="Candidates that the search index keeps: more find more (--url, --edge).")
     ] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Compare all vectors instead of using the index.")] = False,
+    vectors: Annotated[
+        int, typer.Option(min=1, help="Of a model of several vectors, how many of the query's rescore the best hits.")
+    ] = 1,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     max_pixels: MaxPixelsOption = None,
@@ -92,7 +95,7 @@ def search(
     if not is_embedded and not like:
         raise UsageError("nothing to search for; give a text, --image FILE, --like PATH, or several of them")
     wanted: dict[str, Any] = {"limit": limit, "offset": offset, "score_threshold": score_threshold}
-    wanted |= {"any_orientation": any_orientation, "diversity": diversity, "group_by": group_by}
+    wanted |= {"any_orientation": any_orientation, "diversity": diversity, "group_by": group_by, "vectors": vectors}
     examples: dict[str, Any] = {"like": like or (), "unlike": unlike or ()}
     model_options = {"device": device, "dtype": dtype, "revision": revision, "max_pixels": max_pixels}
     if server is not None:

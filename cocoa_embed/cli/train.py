@@ -233,8 +233,14 @@ def check_columns(recipe: Recipe) -> None:
 def export(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint of the training.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of the model to write.")],
+    vectors: Annotated[
+        int | None, typer.Option(min=1, help="1: of a model of several vectors only the first [default: all].")
+    ] = None,
 ) -> None:
-    """Write a checkpoint as a SentenceTransformer folder, which needs nothing of this package."""
+    """Write a checkpoint as a SentenceTransformer folder, which needs nothing of this package.
+
+    One of several vectors becomes a MultiVectorEncoder.
+    """
     with working() as console:
         from cocoa_embed.model.training_record import TRAINING_FILE, read_training
 
@@ -248,7 +254,7 @@ def export(
         with collector_paused():
             from cocoa_embed.model.export import export_model
 
-        say(console, f"wrote {export_model(checkpoint, out)}")
+        say(console, f"wrote {export_model(checkpoint, out, vectors)}")
 
 
 def stage_lines(results: Sequence[StageResult]) -> Iterator[str]:

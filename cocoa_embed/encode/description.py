@@ -37,6 +37,8 @@ class Description(NamedTuple):
     takes_images: bool
     takes_both: bool
     """An image and a text as one input."""
+    vectors: int = 1
+    """That the model makes of an input."""
 
 
 def describe(model: str | Path, options: Mapping[str, Any], load: Callable[[], Description]) -> Description:

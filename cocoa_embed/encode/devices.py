@@ -23,7 +23,7 @@ from cocoa_embed.cpu_threads import available_cores
 from cocoa_embed.encode.description import Description
 from cocoa_embed.encode.encoder import Encoder, Key, ModelInput
 from cocoa_embed.encode.jobs import CaptionedImage, EmbeddedImage, StreamSource
-from cocoa_embed.encode.lazy import DeferredEncoder, LazyEncoder
+from cocoa_embed.encode.lazy import DeferredEncoder, LazyEncoder, Wanted
 from cocoa_embed.encode.load import load_encoder
 from cocoa_embed.encode.read_ahead import read_ahead
 from cocoa_embed.errors import CocoaError, ImageError, UsageError, one_line
@@ -105,14 +105,14 @@ class Processes:
         for lane in self.lanes:
             self._free.put(lane)
 
-    def ask(self, method: str, dimension: int | None, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:  # noqa: ANN401
+    def ask(self, method: str, wanted: Wanted, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:  # noqa: ANN401
         """Return what a method of a process's encoder returns; wait for a process that is free.
 
         :raises CocoaError: If the process has ended, or the method raises an error.
         """
         lane = self._free.get()
         try:
-            return _answer_of(lane, (method, dimension, arguments, options))
+            return _answer_of(lane, (method, wanted, arguments, options))
         finally:
             self._free.put(lane)  # also after the end of its process, so that nobody waits for it
 
@@ -149,11 +149,11 @@ class DeviceEncoder(DeferredEncoder):
 
     def embed_queries(self, inputs: Sequence[ModelInput], batch_size: int = 32) -> np.ndarray:
         """Embed queries as ``Encoder.embed_queries`` does, on one of the devices."""
-        return np.asarray(self.processes.ask("embed_queries", self._dimension, (list(inputs), batch_size), {}))
+        return np.asarray(self.processes.ask("embed_queries", self._wanted, (list(inputs), batch_size), {}))
 
     def embed_documents(self, inputs: Sequence[ModelInput], batch_size: int = 32) -> np.ndarray:
         """Embed documents as ``Encoder.embed_documents`` does, on one of the devices."""
-        return np.asarray(self.processes.ask("embed_documents", self._dimension, (list(inputs), batch_size), {}))
+        return np.asarray(self.processes.ask("embed_documents", self._wanted, (list(inputs), batch_size), {}))
 
     def stream_images(
         self, images: Iterable[tuple[Key, StreamSource]], *, batch_size: int = 32, **options: Any
@@ -169,7 +169,7 @@ class DeviceEncoder(DeferredEncoder):
         def embed(chunk: list[tuple[Key, StreamSource]]) -> list[EmbeddedImage | ImageError]:
             named = [(str(key), source) for key, source in chunk]
             answers: list[EmbeddedImage | ImageError]
-            answers = processes.ask("stream_images", self._dimension, (named,), options)
+            answers = processes.ask("stream_images", self._wanted, (named,), options)
             return answers
 
         lanes, chunks = len(processes.lanes), cut(images, CHUNK_BATCHES * batch_size)
@@ -269,8 +269,8 @@ def _answer(request: Any, encoder: Encoder | Exception) -> Any:  # noqa: ANN401
         raise encoder
     if request is None:
         return encoder.description
-    method, dimension, arguments, options = request
-    used = encoder if dimension is None else encoder.truncate(dimension)
+    method, wanted, arguments, options = request
+    used = encoder.truncate(*wanted)
     if method == "stream_images":
         return [outcome for _, outcome in used.stream_images(*arguments, **options)]
     return getattr(used, method)(*arguments, **options)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -27,6 +28,7 @@ from cocoa_embed.model.template import literal, special_tokens
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modality_types import Modality
+    from typing_extensions import Self
 
 Key = TypeVar("Key")
 
@@ -77,7 +79,13 @@ def check_dimension(name: str, dimension: int, most: int) -> None:
 
 
 class Encoder:
-    """A model that several threads may share; it embeds one batch at a time."""
+    """A model that several threads may share; it embeds one batch at a time.
+
+    Of a model of several vectors it gives the first, until ``truncate`` asks for more.
+    """
+
+    _vectors = 1
+    """How many vectors an embedding has."""
 
     def __init__(
         self,
@@ -112,6 +120,18 @@ class Encoder:
         """The length of an embedding."""
         return self._model_dimension if self._dimension is None else self._dimension
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of an embedding."""
+        return (self.dimension,) if self._vectors == 1 else (self._vectors, self.dimension)
+
+    @property
+    def most_vectors(self) -> int:
+        """How many vectors the model makes of an input."""
+        from cocoa_embed.model.export import count_vectors
+
+        return count_vectors(self.model)
+
     @cached_property
     def _model_dimension(self) -> int:
         """The length of the model's own embeddings; measured if the model does not know it."""
@@ -120,14 +140,25 @@ class Encoder:
         example: ModelInput = {"text": "a"} if self.model.supports("text") else {"image": Image.new("RGB", (56, 56))}
         return Encoder(self.model).embed_queries([example]).shape[1]
 
-    def truncate(self, dimension: int) -> Encoder:
-        """Return an encoder of the same model with shorter embeddings; both share the model's locks.
+    def truncate(self, dimension: int | None, vectors: int = 1) -> Self:
+        """Return an encoder of the same model with embeddings of another shape; both share the model's locks.
 
-        :raises UsageError: If the model's embeddings have fewer dimensions.
+        :param dimension: The length of a vector; None for all values.
+        :param vectors: Of one vector, shape ``(inputs, dimension)``, or several, ``(inputs, vectors, dimension)``.
+        :raises UsageError: If the model's embeddings have fewer dimensions or vectors.
         """
-        shorter = Encoder(self.model, self.name, dimension, **self._streaming)
-        shorter._queue, shorter._lock, shorter._processor = self._queue, self._lock, self._processor
-        return shorter
+        if dimension is not None:
+            check_dimension(self.name, dimension, self._model_dimension)
+        if not 1 <= vectors <= (most := self.most_vectors):
+            raise UsageError(f"vectors is {vectors}, and {self.name} makes {most} of an input; give 1 to {most}")
+        return self._of_shape(dimension, vectors)
+
+    def _of_shape(self, dimension: int | None, vectors: int) -> Self:
+        if (dimension, vectors) == (self._dimension, self._vectors):
+            return self
+        other = copy(self)
+        other._dimension, other._vectors = dimension, vectors
+        return other
 
     @cached_property
     def fingerprint(self) -> str:
@@ -143,7 +174,8 @@ class Encoder:
     def description(self) -> Description:
         """What an index has to know of the model."""
         takes = self.model.supports
-        return Description(self.fingerprint, self._model_dimension, takes("image"), takes(("image", "text")))
+        both = takes(("image", "text"))
+        return Description(self.fingerprint, self._model_dimension, takes("image"), both, self.most_vectors)
 
     def require_images(self, *, with_text: bool = False) -> None:
         """Check that the model takes images.
@@ -162,7 +194,7 @@ class Encoder:
     def embed_queries(self, inputs: Sequence[ModelInput], batch_size: int = 32) -> np.ndarray:
         """Embed queries, with the model's query prompt.
 
-        :return: Array of shape ``(len(inputs), dimension)``, float32.
+        :return: Array of shape ``(len(inputs), dimension)``, float32, or ``(len(inputs), vectors, dimension)``.
         :raises CocoaError: If the model does not take these modalities, or refuses an input.
         """
         try:
@@ -174,7 +206,7 @@ class Encoder:
     def embed_documents(self, inputs: Sequence[ModelInput], batch_size: int = 32) -> np.ndarray:
         """Embed documents, with the model's document prompt.
 
-        :return: Array of shape ``(len(inputs), dimension)``, float32.
+        :return: Array of shape ``(len(inputs), dimension)``, float32, or ``(len(inputs), vectors, dimension)``.
         :raises CocoaError: If the model does not take these modalities.
         """
         return self._embed(self.model.encode_document, inputs, batch_size)
@@ -255,10 +287,13 @@ class Encoder:
     def _finish(self, embeddings: np.ndarray) -> np.ndarray:
         """Return embeddings as float32, truncated and normalised if this encoder has its own dimension.
 
-        :param embeddings: Array of shape ``(inputs, the model's dimension)``.
-        :return: Array of shape ``(inputs, dimension)``.
+        :param embeddings: Array of shape ``(inputs, the model's dimension)``, or that of its vectors side by side.
+        :return: Array of shape ``(inputs, dimension)``, or ``(inputs, vectors, dimension)`` if there are several.
         """
         embeddings = embeddings.astype(np.float32, copy=False)
+        if (most := self.most_vectors) > 1:
+            several = embeddings.reshape(len(embeddings), most, -1)
+            embeddings = several[:, 0] if self._vectors == 1 else several[:, : self._vectors]
         if self._dimension is None or self._dimension == embeddings.shape[-1]:
             return embeddings
         cut = embeddings[..., : self._dimension]

@@ -44,7 +44,7 @@ class EmbeddedImage:
     """An image that was embedded."""
 
     vector: np.ndarray
-    """Shape ``(dimension,)``, float32."""
+    """Shape ``(dimension,)``, or ``(vectors, dimension)`` of an encoder that gives several; float32."""
     width: int
     """In pixels, upright, before any resizing; so is ``height``."""
     height: int

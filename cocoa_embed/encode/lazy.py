@@ -5,11 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from copy import copy
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -22,6 +21,10 @@ from cocoa_embed.errors import ImageError, printable
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from typing_extensions import Self
+
+
+Wanted: TypeAlias = "tuple[int | None, int]"
+"""The shape of an embedding, as ``Encoder.truncate`` takes it."""
 
 
 class DeferredEncoder(Encoder):
@@ -87,11 +90,22 @@ class DeferredEncoder(Encoder):
         check_dimension(self.name, self._dimension, self.description.dimension)
         return self._dimension
 
-    def truncate(self, dimension: int) -> Self:
-        """Return an encoder of the same model with shorter embeddings; ``dimension`` refuses longer ones."""
-        shorter = copy(self)
-        shorter._dimension = dimension
-        return shorter
+    @property
+    def most_vectors(self) -> int:
+        """How many vectors the model makes of an input."""
+        return self.description.vectors
+
+    @property
+    def _wanted(self) -> Wanted:
+        return self._dimension, self._vectors
+
+    def truncate(self, dimension: int | None, vectors: int = 1) -> Self:
+        """Return an encoder of the same model with embeddings of another shape; its use refuses one that is too large.
+
+        :param dimension: The length of a vector; None for all values.
+        :param vectors: How many.
+        """
+        return self._of_shape(dimension, vectors)
 
     def require_images(self, *, with_text: bool = False) -> None:
         """Check that the model takes images, and a text with them if it has to."""
@@ -118,7 +132,7 @@ class LazyEncoder(DeferredEncoder):
         :raises UsageError: If its embeddings have fewer dimensions.
         """
         whole: Encoder = self.started
-        return whole if self._dimension is None else whole.truncate(self._dimension)
+        return whole.truncate(*self._wanted)
 
     @cached_property
     def model(self) -> SentenceTransformer:  # type: ignore[override]  # the base class sets it

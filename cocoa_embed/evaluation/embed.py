@@ -51,11 +51,12 @@ def embed_items(
 
     :param batch_tokens: The most tokens of a batch, by ``estimated_tokens``; a larger item is embedded alone.
     :param progress: The label of a progress bar; None for no bar.
-    :returns: float32 ``[items, dimension]``.
+    :returns: float32 ``[items, dimension]``; of a model of several vectors ``[items, vectors, dimension]``.
     :raises ImageError: If an image cannot be used.
     :raises CocoaError: If the model refuses an item or an embedding is not finite; the message names the item.
     """
-    vectors = np.zeros((len(items), encoder.dimension), dtype=np.float32)
+    encoder = encoder.truncate(encoder.dimension, encoder.most_vectors)
+    vectors = np.zeros((len(items), *encoder.shape), dtype=np.float32)
     # One kind and similar lengths together.
     order = sorted(range(len(items)), key=lambda index: (sorted(items[index].parts), -len(items[index].text or "")))
     workers = max(1, available_cores() - 1)

@@ -17,16 +17,22 @@ DECIMALS = 9
 def cosine_similarities(queries: NDArray[np.floating], documents: NDArray[np.floating]) -> NDArray[np.float64]:
     """Return the cosine of each query with each document; equal embeddings get equal ones, a zero embedding gets 0.
 
-    :param queries: float ``[queries, dimension]``.
-    :param documents: float ``[documents, dimension]``.
+    Of several vectors it is the mean, over the query's, of the best cosine to one of the document's (mean MaxSim).
+
+    :param queries: float ``[queries, dimension]``, or ``[queries, vectors, dimension]``.
+    :param documents: float ``[documents, dimension]``, or ``[documents, vectors, dimension]``.
     :returns: float64 ``[queries, documents]``, in [-1, 1].
     """
-    return np.round(_unit(queries) @ _unit(documents).T, DECIMALS)
+    queries, documents = _unit(queries), _unit(documents)
+    if queries.ndim == 2:
+        return np.round(queries @ documents.T, DECIMALS)
+    best = np.stack([np.tensordot(each, documents, (1, 2)).max(axis=2) for each in queries.swapaxes(0, 1)])
+    return np.round(best.mean(axis=0), DECIMALS)
 
 
 def _unit(vectors: NDArray[np.floating]) -> NDArray[np.float64]:
     doubles = vectors.astype(np.float64)
-    lengths = np.linalg.norm(doubles, axis=1, keepdims=True)
+    lengths = np.linalg.norm(doubles, axis=-1, keepdims=True)
     return doubles / np.where(lengths == 0, 1.0, lengths)
 
 

@@ -144,7 +144,7 @@ def load_backbone(
 @torch.no_grad()
 def _start_new_eos(model: PreTrainedModel, ids: list[int], known: int) -> None:
     """Set the embeddings of the tokens behind the first ``known`` to that of the first, with noise."""
-    weight = model.get_input_embeddings().weight
+    weight: Any = model.get_input_embeddings().weight
     noise = torch.randn(len(ids), weight.shape[1], generator=torch.Generator().manual_seed(0))
     weight[ids[known:]] = weight[ids[0]] + NEW_EOS_NOISE * weight[ids[0]].std() * noise[known:].to(weight)
 

@@ -23,17 +23,17 @@ tags:
 
 # {name}
 
-A multimodal embedding model: texts, images, and images with text become unit vectors of {dimension} dimensions in one
-space; cosine similarity compares them. A vision-language model ({backbone}) was {attention} and trained
-{pooled} holds the content.
+A multimodal embedding model: texts, images, and images with text become {vectors} of {dimension} dimensions in one
+space; {comparison} compares them. A vision-language model ({backbone}) was {attention} and trained
+{pooled} {holds} the content.
 
 ## Use
 
 ```python
 from PIL import Image
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import {kind}
 
-model = SentenceTransformer("{name}")
+model = {kind}("{name}")
 queries = model.encode_query([{{"text": "what to look for"}}])
 documents = model.encode_document([
     {{"image": Image.open("photo.jpg")}},
@@ -46,7 +46,7 @@ print(model.similarity(queries, documents))
 It needs sentence-transformers 6.2 and transformers {transformers_floor}, or newer, and refuses older ones. It has no
 code of its own.
 
-Prompts are stored with the model: `encode_query` puts {query_prompt} before a query, `encode_document` puts
+{several}Prompts are stored with the model: `encode_query` puts {query_prompt} before a query, `encode_document` puts
 {document_prompt} before a document. Sequences are cut at {max_length} tokens, but never their images or their `{eos}`;
 larger images are scaled down to {max_pixels} pixels.
 
@@ -67,6 +67,14 @@ POOLED = {
 }
 """What a model is trained for, by the recipe's ``pooling``."""
 
+_SEVERAL = """\
+Open it with `MultiVectorEncoder`. A `SentenceTransformer` opens it, too, without an error, but its embedding is then
+the mean of all tokens, for which the model is not trained. Of the {count} vectors of an input the last, the state of
+`{eos}`, is an embedding by itself; so are the last two together, and so on. `cocoa-embed export CHECKPOINT OUT
+--vectors 1` writes the model of this one vector, as a `SentenceTransformer`.
+
+"""
+
 _METRICS = ("recall@1", "recall@5", "recall@10", "mrr")
 
 
@@ -75,13 +83,15 @@ def model_card(name: str, model: SentenceTransformer, training: dict[str, Any]) 
 
     :param training: ``backbone`` and its ``origin``, ``recipe``, ``data``, ``stages`` (a list of ``stage``, ``steps``,
         ``batch_size``, ``learning_rate``, ``final``, ``adapter``, and optionally ``description`` and
-        ``matryoshka_dims``), and optionally ``results`` (the metrics of each evaluation).
+        ``matryoshka_dims``), and optionally ``results`` (the metrics of each evaluation) and ``vectors``, if several.
     """
     # A trained model has its backbone's licence, which is unknown unless the backbone is built in.
     hub = f"base_model: {json.dumps(training['backbone'])}\n"
     origin_lines = {"hub": hub, "built-in": "license: apache-2.0\n", "folder": ""}
     recipe = training["recipe"]
     processor: ProcessorMixin = model.processor
+    count, eos = training.get("vectors", 1), processor.tokenizer.eos_token
+    before = f" and of the {count - 1} tokens before it" if count > 1 else ""
     return _CARD.format(
         name=name,
         backbone=training["backbone"],
@@ -89,13 +99,20 @@ def model_card(name: str, model: SentenceTransformer, training: dict[str, Any]) 
         transformers_floor=TRANSFORMERS_FLOOR,
         origin=origin_lines[training["origin"]],
         dimension=model.get_embedding_dimension(),
-        pooled=POOLED[recipe["pooling"]].format(eos=processor.tokenizer.eos_token),
-        eos=processor.tokenizer.eos_token,
+        vectors="unit vectors" if count == 1 else f"{count} unit vectors each",
+        comparison="cosine similarity"
+        if count == 1
+        else "the mean, over a query's vectors, of the best cosine to one of a document's",
+        kind="SentenceTransformer" if count == 1 else "MultiVectorEncoder",
+        several="" if count == 1 else _SEVERAL.format(count=count, eos=eos),
+        pooled=POOLED[recipe["pooling"]].format(eos=eos) + before,
+        holds="holds" if count == 1 else "hold",
+        eos=eos,
         query_prompt=_quoted(recipe["prompts"]["query"]),
         document_prompt=_quoted(recipe["prompts"]["document"]),
         max_length=model.max_seq_length,
         max_pixels=family_of_images(processor).most_pixels(processor),
-        training=_training_text(name, training["stages"], model.get_embedding_dimension()),
+        training=_training_text(name if count == 1 else None, training["stages"], model.get_embedding_dimension()),
         data=training["data"],
         seed=recipe["seed"],
         results=_result_table(training.get("results", {})),
@@ -106,7 +123,7 @@ def _quoted(prompt: str) -> str:
     return f'"{prompt}"' if prompt else "nothing"
 
 
-def _training_text(name: str, stages: list[dict[str, Any]], dimension: int | None) -> str:
+def _training_text(name: str | None, stages: list[dict[str, Any]], dimension: int | None) -> str:
     if not stages:
         return "No stage was run: these are the backbone's weights."
     rows = [
@@ -141,10 +158,12 @@ def matryoshka_dimensions(training: dict[str, Any], dimension: int | None) -> li
     return sorted(trained | ({dimension} if trained and dimension else set()), reverse=True)
 
 
-def _matryoshka_text(name: str, matryoshka_dims: list[int], dimension: int | None) -> str:
+def _matryoshka_text(name: str | None, matryoshka_dims: list[int], dimension: int | None) -> str:
     dims = [f"{dim}" for dim in sorted(matryoshka_dims, reverse=True) if dim != dimension]
     if not dims:
         return ""
+    if name is None:
+        return f"The first {' or '.join(dims)} values of the last vector, normalised again, are an embedding too."
     return (
         f"The first {' or '.join(dims)} values of an embedding, normalised again, are an embedding too: load the model "
         f'with `SentenceTransformer("{name}", truncate_dim={dims[0]})` and encode with `normalize_embeddings=True`.'

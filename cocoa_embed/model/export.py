@@ -9,18 +9,20 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer
+from sentence_transformers.base.modules import Module
+from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from sentence_transformers.sentence_transformer.modules.pooling import PoolingMode
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
-from cocoa_embed.errors import CocoaError, one_line
+from cocoa_embed.errors import CocoaError, UsageError, one_line, printable
 from cocoa_embed.folders import claim_folder, refuse_checkpoint
 from cocoa_embed.model.attention import TRANSFORMERS_FLOOR, assert_bidirectional, is_causal
 from cocoa_embed.model.card import matryoshka_dimensions, model_card
 from cocoa_embed.model.families.registry import family_of_images
-from cocoa_embed.model.template import append_eos, chat_template, eos_settings
-from cocoa_embed.model.training_record import TRAINING_FILE, read_training, write_training
+from cocoa_embed.model.template import append_eos, chat_template, eos_settings, eos_tokens
+from cocoa_embed.model.training_record import TRAINING_FILE, read_training, vectors_of, write_training
 
 REQUIREMENTS = {
     "transformers": {
@@ -45,12 +47,46 @@ POOLING_FLAGS = ("cls_token", "max_tokens", "mean_tokens", "mean_sqrt_len_tokens
 """Each is a key ``pooling_mode_...`` of a pooling config as sentence-transformers before 5.4 wrote it."""
 
 
+class EosVectors(Module):
+    """Pools a sequence to the normalised states of its last tokens, side by side and the last token's first.
+
+    :param dimension: The length of a vector.
+    :param count: How many vectors.
+    """
+
+    def __init__(self, dimension: int, count: int) -> None:
+        super().__init__()
+        self.dimension, self.count = dimension, count
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Add ``sentence_embedding``, float ``[B, count * dimension]``; padding may be on either side."""
+        states, mask = features["token_embeddings"], features["attention_mask"]
+        last = mask.shape[1] - 1 - mask.flip(1).to(torch.uint8).argmax(dim=1, keepdim=True)
+        positions = last - torch.arange(self.count, device=states.device)
+        vectors = states.gather(1, positions[:, :, None].expand(-1, -1, self.dimension))
+        return {**features, "sentence_embedding": torch.nn.functional.normalize(vectors, dim=2).flatten(1)}
+
+    def get_embedding_dimension(self) -> int:
+        """Return the length of a vector."""
+        return self.dimension
+
+    def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
+        """Refuse: a folder that names this class would need this package."""
+        raise NotImplementedError("save_sentence_transformer writes a model of several vectors")
+
+
+def count_vectors(model: SentenceTransformer) -> int:
+    """Return how many vectors are side by side in an embedding."""
+    return next((module.count for module in model if isinstance(module, EosVectors)), 1)
+
+
 def build_sentence_transformer(
     checkpoint: Path,
     *,
     prompts: dict[str, str],
     bidirectional: bool = True,
     pooling: str = "eos",
+    vectors: int | None = None,
     device: str | None = None,
     model_kwargs: Mapping[str, Any] = MappingProxyType({}),
 ) -> SentenceTransformer:
@@ -59,6 +95,7 @@ def build_sentence_transformer(
     :param prompts: The prompts for ``query`` and ``document``, stored with the model.
     :param bidirectional: False for a checkpoint that was trained causal, as a baseline.
     :param pooling: One of ``POOLING_MODES``.
+    :param vectors: How many are side by side in an embedding: 1, or the number of the ``eos_tokens``, as by default.
     :param device: The torch device; None takes the fastest.
     :param model_kwargs: More keyword arguments for transformers, such as ``dtype``.
     :raises CocoaError: If it cannot be loaded, or is causal although it should be bidirectional.
@@ -74,24 +111,32 @@ def build_sentence_transformer(
     append_eos(transformer.processor.tokenizer)
     if bidirectional:
         assert_bidirectional(transformer.auto_model)
-    return embedding_model(transformer, prompts, pooling, device)
+    count = len(eos_tokens(transformer.processor.tokenizer)) if vectors is None else vectors
+    return embedding_model(transformer, prompts, pooling, device, count)
 
 
 def embedding_model(
-    transformer: Transformer, prompts: dict[str, str], pooling: str, device: str | None = None
+    transformer: Transformer, prompts: dict[str, str], pooling: str, device: str | None = None, vectors: int = 1
 ) -> SentenceTransformer:
     """Return the model whose embedding is normalised: the last hidden state of ``<EOS>``, or the mean of all.
 
     :param pooling: One of ``POOLING_MODES``.
+    :param vectors: Of several ``<EOS>``, how many are side by side in an embedding.
     """
-    pooled = Pooling(transformer.get_embedding_dimension(), pooling_mode=POOLING_MODES[pooling])
+    width = transformer.get_embedding_dimension()
+    pooled = [Pooling(width, pooling_mode=POOLING_MODES[pooling]), Normalize()]
     return SentenceTransformer(
-        modules=[transformer, pooled, Normalize()], prompts=prompts, similarity_fn_name="cosine", device=device
+        modules=[transformer, *(pooled if vectors == 1 else [EosVectors(width, vectors)])],
+        prompts=prompts,
+        similarity_fn_name="cosine",
+        device=device,
     )
 
 
 def save_sentence_transformer(model: SentenceTransformer, out: Path, training: dict[str, Any]) -> Path:
     """Write ``model`` to ``out`` with its model card, in a form that sentence-transformers and vLLM load.
+
+    A model of several vectors is written as a ``MultiVectorEncoder``.
 
     :param training: The training record, written to ``TRAINING_FILE`` and shown in the model card.
     :raises CocoaError: If ``out`` holds something else, or is a checkpoint of a run.
@@ -104,14 +149,39 @@ def save_sentence_transformer(model: SentenceTransformer, out: Path, training: d
     transformer.model = as_generation_model(
         base_model, matryoshka_dimensions(training, model.get_embedding_dimension())
     )
+    vectors = count_vectors(model)
+    saved: SentenceTransformer | MultiVectorEncoder = model
+    if vectors > 1:
+        saved = as_multi_vector_encoder(transformer, model.prompts)
     try:
-        model.save(str(out), create_model_card=False)
+        saved.save(str(out), create_model_card=False)
     finally:
         transformer.model = base_model
     _make_readable_by_servers(out, eos_settings(model.tokenizer))
+    if len(eos_tokens(model.tokenizer)) > 1:
+        training = {**training, "vectors": vectors}
     write_training(out, training)
     (out / "README.md").write_text(model_card(out.name, model, training), encoding="utf-8")
     return out
+
+
+def as_multi_vector_encoder(transformer: Transformer, prompts: Mapping[str, str | None]) -> MultiVectorEncoder:
+    """Return a stock model of the vectors of all ``eos_tokens``, in the order of the sequence: vector 1 is the last.
+
+    The mask's list of tokens to keep is for documents only; for queries there is one of tokens to drop.
+    """
+    tokenizer: Any = transformer.tokenizer
+    keep = eos_tokens(tokenizer)
+    mask = MultiVectorMask(
+        skiplist_words=sorted(tokenizer.get_vocab().keys() - {*keep}),
+        skiplist_tasks="query",
+        keep_only_token_ids=[tokenizer.convert_tokens_to_ids(token) for token in keep],
+    )
+    return MultiVectorEncoder(
+        modules=[transformer, mask, Normalize("token_embeddings")],
+        prompts={name: prompt or "" for name, prompt in prompts.items()},
+        similarity_fn_name="meanmaxsim",
+    )
 
 
 def as_generation_model(base_model: PreTrainedModel, matryoshka_dims: list[int]) -> PreTrainedModel:
@@ -139,17 +209,21 @@ def _make_readable_by_servers(out: Path, eos: Mapping[str, Any]) -> None:
     """Change what sentence-transformers has written.
 
     Servers find the pooling under the names of sentence-transformers before 5.4, and ``<EOS>`` in the template; only
-    sentence-transformers, which truncates, has the tokenizer append it.
+    sentence-transformers, which truncates, has the tokenizer append it. Several are appended by the tokenizer's file:
+    a server that finds them in the template then has to tokenize without special tokens.
 
     :param eos: The arguments with which the tokenizer appends it.
     """
-    _rewrite(out / "tokenizer.json", lambda tokenizer: {**tokenizer, "post_processor": None})
+    if "add_eos_token" in eos:
+        _rewrite(out / "tokenizer.json", lambda tokenizer: {**tokenizer, "post_processor": None})
     _rewrite(
         out / "tokenizer_config.json",
         lambda settings: {name: value for name, value in settings.items() if name not in eos},
     )
     _rewrite(out / "sentence_bert_config.json", lambda settings: {**settings, "processor_kwargs": dict(eos)})
     _rewrite(out / "config_sentence_transformers.json", lambda settings: {**settings, "requirements": REQUIREMENTS})
+    if not (out / "1_Pooling").is_dir():  # no server takes several vectors
+        return
     _rewrite(
         out / "modules.json",
         lambda modules: [{**each, "type": OLD_MODULES + each["type"].rpartition(".")[2]} for each in modules],
@@ -167,16 +241,24 @@ def _rewrite(path: Path, change: Callable[[Any], object]) -> None:
     path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def export_model(checkpoint: Path, out: Path) -> Path:
+def export_model(checkpoint: Path, out: Path, vectors: int | None = None) -> Path:
     """Export the checkpoint of any stage to ``out``, a folder that plain sentence-transformers loads.
 
+    :param vectors: 1: of a model of several vectors only the first, as a ``SentenceTransformer``; None for all.
     :raises CocoaError: If ``checkpoint`` is not a checkpoint, or ``out`` holds something else.
+    :raises UsageError: If the checkpoint is of another number of vectors, and ``vectors`` is not 1.
     """
     training = read_training(checkpoint)
     recipe = training["recipe"]
+    if vectors not in (None, 1, found := vectors_of(training)):
+        raise UsageError(f"--vectors is {vectors}, and {printable(checkpoint)} has {found}; give 1 or {found}")
     if checkpoint.resolve().is_relative_to(out.resolve()):
         raise CocoaError(f"{out} is or holds the checkpoint itself; give another folder to export to.")
     model = build_sentence_transformer(
-        checkpoint, prompts=recipe["prompts"], bidirectional=recipe["bidirectional"], pooling=recipe["pooling"]
+        checkpoint,
+        prompts=recipe["prompts"],
+        bidirectional=recipe["bidirectional"],
+        pooling=recipe["pooling"],
+        vectors=vectors,
     )
     return save_sentence_transformer(model, out, training)

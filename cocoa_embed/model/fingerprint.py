@@ -48,9 +48,13 @@ def describe_module(module: torch.nn.Module) -> dict[str, Any]:
     from sentence_transformers.base.modules import Transformer
     from sentence_transformers.sentence_transformer.modules import Pooling
 
+    from cocoa_embed.model.export import EosVectors
+
     described: dict[str, Any] = {"kind": type(module).__name__}
     if isinstance(module, Pooling):
         described["pooling"] = str(module.get_config_dict()["pooling_mode"])
+    if isinstance(module, EosVectors):
+        described["vectors"] = module.count
     if isinstance(module, Transformer):
         described |= {
             "template": module.processor.chat_template,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,13 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cocoa_embed.errors import CocoaError, UsageError, one_line, printable
-from cocoa_embed.model.training_record import explain_unfinished, read_training
+from cocoa_embed.model.training_record import TRAINING_FILE, explain_unfinished, read_training, vectors_of
 
 if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
+    from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 
 MODULES_FILE = "modules.json"
 """In every folder of a SentenceTransformer: exports, and checkpoints of the contrastive stage."""
+
+CONFIG_FILE = "config_sentence_transformers.json"
+"""Names the class that saved a model."""
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
@@ -66,13 +70,14 @@ def load_model(
         raise UsageError(f"dtype is {dtype!r}; it can be {', '.join(DTYPES)}")
     with collector_paused():
         device = None if device is None else find_device(device)
-        from sentence_transformers import SentenceTransformer
+        from sentence_transformers import MultiVectorEncoder, SentenceTransformer
+        from sentence_transformers.util import load_file_path
     folder = Path(model).expanduser()
     is_local = folder.exists()
     if is_local and revision is not None:
         raise UsageError(f"--revision {revision} is of a model on the hub, and {printable(model)} is a folder")
     model_kwargs = {**(model_kwargs or {}), **({} if dtype is None else {"dtype": dtype})}
-    if is_local and not (folder / MODULES_FILE).is_file():
+    if is_local and is_checkpoint(folder):
         from cocoa_embed.model.export import build_sentence_transformer
 
         recipe = read_training(folder)["recipe"]
@@ -84,20 +89,51 @@ def load_model(
             device=device,
             model_kwargs=model_kwargs,
         )
+    where: dict[str, Any] = {"revision": revision, "cache_folder": cache_folder, "local_files_only": is_local}
+    options: dict[str, Any] = {
+        **where,
+        "device": device,
+        "trust_remote_code": trust_remote_code,
+        "model_kwargs": model_kwargs,
+    }
     try:
-        return SentenceTransformer(
-            str(folder if is_local else model),
-            device=device,
-            local_files_only=is_local,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            cache_folder=cache_folder,
-            model_kwargs=model_kwargs,
-        )
+        config = load_file_path(str(folder if is_local else model), CONFIG_FILE, **where)
+        if config is None or json.loads(Path(config).read_text("utf-8")).get("model_type") != "MultiVectorEncoder":
+            return SentenceTransformer(str(folder if is_local else model), **options)
+        return side_by_side(MultiVectorEncoder(str(folder if is_local else model), **options))
     except Exception as error:  # loading runs code of four libraries with different errors
         raise CocoaError(
             f"{printable(model)} cannot be loaded as a SentenceTransformer ({type(error).__name__}: {one_line(error)})"
         ) from error
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Return whether a model's folder is a checkpoint of a stage, whose training record says how it embeds.
+
+    One of several vectors is, even if its modules, those of a SentenceTransformer, give the first.
+    """
+    if not (folder / MODULES_FILE).is_file():
+        return True
+    if not (folder / TRAINING_FILE).is_file():
+        return False
+    training = read_training(folder)
+    return "vectors" not in training and vectors_of(training) > 1
+
+
+def side_by_side(model: MultiVectorEncoder) -> SentenceTransformer:
+    """Return a model of several vectors as one whose embeddings are these, side by side, vector 1 first.
+
+    :raises ValueError: If it is no export of this package.
+    """
+    from cocoa_embed.model.export import embedding_model
+    from cocoa_embed.model.template import eos_tokens
+
+    count = len(eos_tokens(model.tokenizer))
+    if count == 1:
+        raise ValueError("it has a vector for each token; use a model of one vector, or of as many as <EOS>")
+    transformer: Any = model[0]
+    prompts = {name: prompt or "" for name, prompt in model.prompts.items()}
+    return embedding_model(transformer, prompts, "eos", model.device.type, count)
 
 
 def find_device(device: str | None) -> str:

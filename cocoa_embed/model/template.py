@@ -116,7 +116,8 @@ def append_eos(tokenizer: PreTrainedTokenizerBase) -> None:
         from tokenizers.processors import TemplateProcessing
 
         begin = [str(tokenizer.bos_token)] if tokenizer.add_bos_token else []
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        backend: Any = tokenizer.backend_tokenizer
+        backend.post_processor = TemplateProcessing(
             single=[*begin, "$A", *reversed(tokens)],
             special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in begin + tokens],
         )

@@ -35,6 +35,12 @@ def read_training(checkpoint: Path) -> dict[str, Any]:
     return training
 
 
+def vectors_of(training: dict[str, Any]) -> int:
+    """Return the number of vectors of a checkpoint or an exported model, by its training record."""
+    count: int = training.get("vectors", training["recipe"].get("eos_tokens", 1))
+    return count
+
+
 def write_training(checkpoint: Path, training: dict[str, Any]) -> None:
     """Write the training record of a checkpoint, atomically."""
     write_atomically(checkpoint / TRAINING_FILE, json.dumps(training, indent=2) + "\n")

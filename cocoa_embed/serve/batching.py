@@ -40,10 +40,10 @@ class Batches:
     def __init__(self, encoder: Encoder, seconds: float) -> None:
         """Start the thread.
 
-        :param encoder: With all dimensions of the model.
+        :param encoder: Of the model, which makes whole embeddings here.
         :param seconds: How long a request waits for its embeddings.
         """
-        self.encoder = encoder
+        self.encoder = encoder.truncate(None, encoder.most_vectors)
         self._seconds = seconds
         self.visual_tokens = token_counter(encoder.model)
         self._tokenizer = own_tokenizer(encoder.model.tokenizer)
@@ -56,7 +56,7 @@ class Batches:
     def embed(self, encode: Callable[..., Any], inputs: Sequence[ModelInput]) -> np.ndarray:
         """Wait for the embeddings of inputs.
 
-        :returns: float32, shape ``(len(inputs), the model's dimension)``.
+        :returns: float32, of the shape of the model's embeddings.
         :raises BusyError: If they are not there in time, or the queue is closed.
         :raises Exception: What the model raises for one of the inputs.
         """
@@ -161,13 +161,6 @@ class BatchingEncoder(Encoder):
         """
         super().__init__(batches.encoder.model, batches.encoder.name, dimension)
         self.batches = batches
-
-    def truncate(self, dimension: int) -> BatchingEncoder:
-        """Return an encoder before the same queue with shorter embeddings.
-
-        :raises UsageError: If the model's embeddings have fewer dimensions.
-        """
-        return BatchingEncoder(self.batches, dimension)
 
     def _embed(self, encode: Callable[..., Any], inputs: Sequence[ModelInput], batch_size: int) -> np.ndarray:
         try:

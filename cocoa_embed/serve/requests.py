@@ -68,6 +68,7 @@ class SearchRequest(BaseModel):
     any_orientation: bool = False
     diversity: float | None = Field(None, ge=0, le=1)
     group_by: str | None = None
+    vectors: int = Field(1, ge=1)
 
 
 class EmbeddingRequest(BaseModel):

@@ -44,6 +44,7 @@ class CocoaRetriever(MultiModalRetriever):
         filters: MetadataFilters | models.Filter | None = None,
         score_threshold: float | None = None,
         diversity: float | None = None,
+        vectors: int = 1,
         allowed_hosts: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
@@ -55,6 +56,7 @@ class CocoaRetriever(MultiModalRetriever):
         :param filters: Conditions on the payload, as LlamaIndex's or Qdrant's filters.
         :param score_threshold: The minimum cosine similarity of a node.
         :param diversity: From 0 (the nearest) to 1 (as different from each other as can be).
+        :param vectors: Of a model of several vectors, how many of the query's rescore the best nodes.
         :param allowed_hosts: The hosts from which the images of queries and of nodes may be fetched.
         :param kwargs: Options of LlamaIndex's ``BaseRetriever``, such as ``callback_manager``.
         :raises UsageError: If a filter's value does not fit its operator or its field.
@@ -65,6 +67,7 @@ class CocoaRetriever(MultiModalRetriever):
         self.image_similarity_top_k = similarity_top_k if image_similarity_top_k is None else image_similarity_top_k
         self.score_threshold = score_threshold
         self.diversity = diversity
+        self.vectors = vectors
         self.allowed_hosts = tuple(allowed_hosts)
         self.query_filter = to_condition(filters) if isinstance(filters, MetadataFilters) else filters
 
@@ -118,6 +121,7 @@ class CocoaRetriever(MultiModalRetriever):
             score_threshold=self.score_threshold,
             query_filter=[*conditions, *([] if self.query_filter is None else [self.query_filter])],
             diversity=self.diversity,
+            vectors=self.vectors,
         )
         return [to_node(hit, self.allowed_hosts) for hit in hits]
 

@@ -255,8 +255,10 @@ class QdrantIndexer(Searcher):
             )
         embed = self._embed or (signature.embed if signature else base.IMAGE)
         encoder.require_images(with_text=embed == base.TOGETHER)
-        self.store.create(Signature(encoder.name, encoder.fingerprint, encoder.dimension, embed))
-        return encoder
+        vectors = encoder.most_vectors
+        base.refuse_both(embed, vectors)
+        self.store.create(Signature(encoder.name, encoder.fingerprint, encoder.dimension, embed, vectors))
+        return encoder.truncate(encoder.dimension, vectors)
 
     def _open_manifest(self, encoder: Encoder) -> Manifest:
         """Return the manifest of the collection; in memory if the collection is."""
@@ -272,6 +274,12 @@ class QdrantIndexer(Searcher):
         :raises CocoaError: If another model made the collection, or it has another dimension.
         """
         encoder = self._whole_encoder()
+        if signature is not None and signature.fingerprint and signature.vectors != encoder.most_vectors:
+            raise CocoaError(
+                f"{self.store.name} has {base.of_vectors(signature.vectors)} a point, and {encoder.name} makes"
+                f" {base.of_vectors(encoder.most_vectors)}; choose another collection, or the model that made it"
+                f" ({signature.model})"
+            )
         if signature is not None and signature.fingerprint not in (None, encoder.fingerprint):
             raise CocoaError(
                 f"{self.store.name} was made with {signature.model} (fingerprint {signature.fingerprint:.12}), not with"
@@ -293,8 +301,9 @@ class QdrantIndexer(Searcher):
             )
         return encoder
 
-    def _embed_queries(self, items: Sequence[ModelInput]) -> np.ndarray:
-        return self._encoder_for(self.store.require_signature()).embed_queries(items)
+    def _embed_queries(self, items: Sequence[ModelInput], vectors: int) -> np.ndarray:
+        encoder = self._encoder_for(self.store.require_signature())
+        return encoder.truncate(encoder.dimension, vectors).embed_queries(items)
 
     def _whole_encoder(self) -> Encoder:
         """Return the model with all dimensions, loaded at first use.

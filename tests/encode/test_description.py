@@ -49,7 +49,7 @@ def test_what_is_remembered_is_the_fingerprint_of_the_loaded_model(
     loaded = load_encoder(folder, "cpu", dtype=dtype)
     options = {"dtype": dtype, "revision": None, "trust_remote_code": False, "workers": 3}
     described = describe(folder, options, lambda: loaded.description)
-    assert described == (model_fingerprint(loaded.model), loaded.dimension, True, True)
+    assert described == (model_fingerprint(loaded.model), loaded.dimension, True, True, 1)
     assert describe(folder, options, load) == described
     other = "float16" if dtype != "float16" else "bfloat16"
     assert remembered_in(folder, {"dtype": other}) != remembered_in(folder, options)

@@ -29,7 +29,7 @@ from cocoa_embed.serve.run import model_of, open_app
 def points(storage: dict[str, Any]) -> list[tuple[str, str, list[float]]]:
     with QdrantIndexer(None, **storage) as indexer:
         found = indexer.store.points(with_vectors=True)
-        return sorted((id_, json.dumps(payload), np.asarray(vector).tolist()) for id_, payload, vector, _ in found)
+        return sorted((id_, json.dumps(payload), np.asarray(vector).tolist()) for id_, payload, vector, *_ in found)
 
 
 @pytest.fixture

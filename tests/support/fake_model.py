@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from cocoa_embed.encode.encoder import Encoder
+from cocoa_embed.model.export import EosVectors
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 160, 0), "blue": (0, 0, 255), "yellow": (255, 255, 0)}
 LARGEST_ASPECT_RATIO = 200
@@ -156,3 +157,19 @@ def asking(encoder: Encoder, item: Mapping[str, Any]) -> Iterator[list[np.ndarra
         sys.setswitchinterval(interval)
         done.set()
         thread.join()
+
+
+class SeveralVectors(FakeModel):
+    """A ``FakeModel`` of several vectors: the first is its embedding, each other one in an order of its own."""
+
+    def __init__(self, count: int = 3) -> None:
+        super().__init__()
+        self.count = count
+
+    def __iter__(self) -> Iterator[torch.nn.Module]:
+        return iter((EosVectors(self.dimension, self.count),))
+
+    def _embed(self, item: Mapping[str, Any]) -> np.ndarray:
+        vector = super()._embed(item)
+        orders = [np.random.default_rng(number).permutation(len(vector)) for number in range(1, self.count)]
+        return np.concatenate([vector, *(vector[order] for order in orders)])

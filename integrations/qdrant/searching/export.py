@@ -55,8 +55,8 @@ def write_points(out: str, points: Iterable[StoredPoint], standard_output: IO[st
 
 
 def rows(points: Iterable[StoredPoint]) -> Iterator[dict[str, Any]]:
-    """Yield id, payload and, where they were read, the vectors of points."""
-    for id_, payload, vector, caption in points:
+    """Yield id, payload and, where they were read, the vectors of points; of several, the first."""
+    for id_, payload, vector, caption, _ in points:
         vectors = {"vector": vector, "caption_vector": caption}
         values = {name: each.tolist() for name, each in vectors.items() if each is not None}
         yield {"id": id_, "payload": plain_payload(payload)} | values

@@ -26,11 +26,16 @@ class SearchOptions:
     group_by: str | None = None
     hnsw_ef: int | None = None
     exact: bool = False
+    vectors: int = 1
 
     def __post_init__(self) -> None:
         check_numbers(self.limit, self.offset, self.score_threshold, self.diversity)
         if not isinstance(self.group_by, str | None):
             raise UsageError(f"group_by is {self.group_by!r}; give one key of the payload")
+        if type(self.vectors) is not int or self.vectors < 1:
+            raise UsageError(f"vectors is {self.vectors!r}; give a whole number from 1 on")
+        if self.vectors > 1 and self.diversity is not None:
+            raise UsageError("vectors does not go together with diversity; give one of them")
         if self.hnsw_ef is not None and (self.exact or not 1 <= self.hnsw_ef <= MAX_HITS):
             raise UsageError(f"hnsw_ef is {self.hnsw_ef}; give a number from 1 to {MAX_HITS}, or exact instead")
         if self.diversity is not None and (self.any_orientation or self.group_by is not None):

@@ -24,7 +24,14 @@ from cocoa_embed.integrations.qdrant.points import storable
 from cocoa_embed.integrations.qdrant.searching.conditions import field_paths
 from cocoa_embed.integrations.qdrant.searching.options import SearchOptions
 from cocoa_embed.integrations.qdrant.searching.payload_keys import create_index, refuse_unknown_keys, values
-from cocoa_embed.integrations.qdrant.stores.base import MAX_HITS, MIN_CANDIDATES, Hit, Query, StoredPoint
+from cocoa_embed.integrations.qdrant.stores.base import (
+    MAX_HITS,
+    MIN_CANDIDATES,
+    Hit,
+    Query,
+    StoredPoint,
+    of_vectors,
+)
 from cocoa_embed.integrations.qdrant.stores.client_filters import Filter, read_conditions, read_filter
 from cocoa_embed.integrations.qdrant.stores.store import Store
 
@@ -57,8 +64,11 @@ class Searcher(ABC):
     store: Store
 
     @abstractmethod
-    def _embed_queries(self, items: Sequence[ModelInput]) -> np.ndarray:
-        """Embed queries with the model of the collection; float32, shape ``(len(items), dimension)``."""
+    def _embed_queries(self, items: Sequence[ModelInput], vectors: int) -> np.ndarray:
+        """Embed queries with the model of the collection; float32, of shape ``(len(items), dimension)``.
+
+        :param vectors: If more than one, ``(len(items), vectors, dimension)``.
+        """
 
     def search(
         self,
@@ -76,6 +86,7 @@ class Searcher(ABC):
         group_by: str | None = None,
         hnsw_ef: int | None = None,
         exact: bool = False,
+        vectors: int = 1,
     ) -> list[Hit]:
         """Return the images nearest to a text, to an image, to indexed images, or to all of them, best first.
 
@@ -97,6 +108,8 @@ class Searcher(ABC):
         :param hnsw_ef: How many candidates the search index of a server or of Edge keeps: more are slower, and find
             more of the nearest.
         :param exact: Whether to compare all vectors instead, as they are stored: slow, and finds all of the nearest.
+        :param vectors: Of a model of several vectors, how many of the query's. The first finds candidates, and their
+            score is the mean, over these, of the best cosine to one of an image's (MaxSim); 1: the first one's cosine.
         :raises UsageError: If there is nothing to search for, a number or a condition is invalid, or nothing is found
             because no image has a key of the filter.
         :raises CocoaError: If there is no such collection, another model made it, or it does not hold an example.
@@ -111,6 +124,7 @@ class Searcher(ABC):
             group_by=group_by,
             hnsw_ef=hnsw_ef,
             exact=exact,
+            vectors=vectors,
         )
         return self._search([{"text": text, "image": image, "like": like, "unlike": unlike}], options)[0]
 
@@ -145,11 +159,11 @@ class Searcher(ABC):
     def _search(self, queries: Sequence[Mapping[str, Any]], options: SearchOptions) -> list[list[Hit]]:
         inputs = [query_inputs(query, options.any_orientation) for query in queries]
         conditions = read_conditions(options.query_filter)
-        self.store.require_signature()
+        self._check_vectors(options.vectors)
         filter_ = read_filter(options.query_filter, self.store.payload_indexes())
         examples = self._find_examples(queries)
         flat = list(chain.from_iterable(inputs))
-        embedded = iter(self._embed_queries(flat) if flat else ())
+        embedded = iter(self._embed_queries(flat, options.vectors) if flat else ())
         plain = Query(
             np.empty(0),
             options.limit,
@@ -161,7 +175,10 @@ class Searcher(ABC):
         )
         searches = [
             [
-                plain._replace(vector=combine(next(embedded) if each else None, used), filter=without(filter_, used))
+                plain._replace(
+                    vector=combine(next(embedded) if each else None, used, options.vectors),
+                    filter=without(filter_, used),
+                )
                 for _ in each or (None,)
             ]
             for each, used in zip(inputs, examples, strict=True)
@@ -173,6 +190,15 @@ class Searcher(ABC):
         if conditions and not any(hits):
             refuse_unknown_keys(self.store, conditions)
         return hits
+
+    def _check_vectors(self, vectors: int) -> None:
+        """Check that the collection has so many vectors a point."""
+        signature = self.store.require_signature()
+        if vectors > signature.vectors:
+            remedy = f"give 1 to {signature.vectors}" if signature.vectors > 1 else "leave vectors out (--vectors)"
+            raise UsageError(
+                f"vectors is {vectors}, and {self.store.name} has {of_vectors(signature.vectors)} a point; {remedy}"
+            )
 
     def _merged(self, searches: Sequence[Query], options: SearchOptions) -> list[Hit]:
         """Return the hits of several searches as one list, of which each group has only the best."""
@@ -269,25 +295,30 @@ def as_id(name: str) -> str | int | None:
         return None
 
 
-def combine(query: np.ndarray | None, examples: Examples) -> np.ndarray:
+def combine(query: np.ndarray | None, examples: Examples, vectors: int = 1) -> np.ndarray:
     """Return the vector to search for: the mean of query and liked examples, moved away from the mean of the others.
 
     As Qdrant's strategy ``average_vector`` does; each vector counts by its direction.
 
-    :param query: float32, shape ``(dimension,)``.
+    :param query: float32, shape ``(dimension,)``, or ``(vectors, dimension)``.
+    :param vectors: How many of an example's vectors are combined, each with the query's of the same number.
     """
     if query is not None and not (examples.like or examples.unlike):
         return query
-    liked = [*([] if query is None else [query]), *(np.asarray(each.vector) for each in examples.like)]
-    mean = np.mean([unit(vector) for vector in liked], axis=0)
-    if examples.unlike:
-        mean = 2 * mean - np.mean([unit(np.asarray(each.vector)) for each in examples.unlike], axis=0)
+    like, unlike = (
+        [each.vector if vectors == 1 or each.vectors is None else each.vectors[:vectors] for each in side]
+        for side in (examples.like, examples.unlike)
+    )
+    mean = np.mean([unit(np.asarray(vector)) for vector in ([] if query is None else [query]) + like], axis=0)
+    if unlike:
+        mean = 2 * mean - np.mean([unit(np.asarray(vector)) for vector in unlike], axis=0)
     return unit(mean)
 
 
-def unit(vector: np.ndarray) -> np.ndarray:
-    """Return a vector of length 1 in the same direction; zero stays zero."""
-    return vector / (np.linalg.norm(vector) or 1)
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Return vectors of length 1 in the same direction; zero stays zero."""
+    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return vectors / np.where(lengths == 0, 1, lengths)
 
 
 def without(query_filter: models.Filter | None, examples: Examples) -> models.Filter | None:

@@ -17,7 +17,7 @@ from cocoa_embed.encode.read_ahead import read_ahead
 from cocoa_embed.errors import ImageError
 from cocoa_embed.integrations.qdrant.indexing.embed_records import FailedRecord, NewPoint, points_of
 from cocoa_embed.integrations.qdrant.shards.files import FAILED_SUFFIX, SUFFIX, EmbeddingFolder
-from cocoa_embed.integrations.qdrant.stores.base import IMAGE, TOGETHER, Point, Signature
+from cocoa_embed.integrations.qdrant.stores.base import IMAGE, TOGETHER, Point, Signature, refuse_both
 from cocoa_embed.sources.base import Record, Source
 
 PART_RECORDS = 2048
@@ -112,7 +112,9 @@ def sign(folder: EmbeddingFolder, encoder: Encoder) -> None:
     :raises CocoaError: If the folder has embeddings of another model.
     """
     encoder.require_images(with_text=folder.embed == TOGETHER)
-    folder.sign(Signature(encoder.name, encoder.fingerprint, encoder.dimension, folder.embed))
+    vectors = encoder.most_vectors
+    refuse_both(folder.embed, vectors)
+    folder.sign(Signature(encoder.name, encoder.fingerprint, encoder.dimension, folder.embed, vectors))
 
 
 def embed_part(part: Part, folder: EmbeddingFolder, encoder: Encoder, *, batch_size: int = 32) -> EmbedSummary:
@@ -121,6 +123,7 @@ def embed_part(part: Part, folder: EmbeddingFolder, encoder: Encoder, *, batch_s
     :raises CocoaError: If the file cannot be written.
     """
     failed: list[dict[str, str]] = []
+    encoder = encoder.truncate(encoder.dimension, encoder.most_vectors)
 
     def records() -> Iterator[Record]:
         try:
@@ -136,7 +139,7 @@ def embed_part(part: Part, folder: EmbeddingFolder, encoder: Encoder, *, batch_s
                 failed.append({"path": outcome.record.key, "reason": outcome.error.reason})
 
     started, loading = time.perf_counter(), encoder.load_seconds
-    count = folder.write(part.name, points(), failed, encoder.dimension)
+    count = folder.write(part.name, points(), failed, encoder.dimension * encoder.most_vectors)
     seconds = time.perf_counter() - started - (encoder.load_seconds - loading)
     return EmbedSummary(folder.place, int(count > 0), 0, count, failed, seconds)
 

@@ -99,18 +99,19 @@ class EmbeddingFolder:
         else:
             found.require(signature, printable(self.place), "folder")
 
-    def write(self, stem: str, points: Iterable[Point], failed: list[dict[str, str]], dimension: int) -> int:
+    def write(self, stem: str, points: Iterable[Point], failed: list[dict[str, str]], length: int) -> int:
         """Write a file, or none if there are no points; return their number.
 
         :param stem: Its name without a suffix. A file of this name with the other suffix is removed.
         :param points: Taken one by one.
         :param failed: The images that could not be used, complete when all points are taken.
+        :param length: The values of an embedding, those of several vectors one after the other.
         :raises CocoaError: If the file cannot be written.
         """
         import pyarrow as pa
         import pyarrow.parquet as parquet
 
-        vectors = pa.list_(pa.float16(), dimension)
+        vectors = pa.list_(pa.float16(), length)
         fields = [("id", pa.string()), ("vector", vectors), ("payload", pa.string())]
         schema = pa.schema([*fields, ("caption", vectors)] if self.embed == BOTH else fields)
         count = 0
@@ -120,10 +121,10 @@ class EmbeddingFolder:
             remaining = iter(points)
             with parquet.ParquetWriter(file, schema) as writer:
                 for rows in iter(lambda: list(islice(remaining, ROWS_AT_ONCE)), []):
-                    flat = np.concatenate([point.vector for point in rows]).astype(np.float16)
+                    flat = np.concatenate([point.vector.ravel() for point in rows]).astype(np.float16)
                     columns = [
                         pa.array([point.id for point in rows]),
-                        pa.FixedSizeListArray.from_arrays(pa.array(flat), dimension),
+                        pa.FixedSizeListArray.from_arrays(pa.array(flat), length),
                         pa.array([json.dumps(point.payload, ensure_ascii=False) for point in rows]),
                     ]
                     if self.embed == BOTH:
@@ -149,10 +150,11 @@ class EmbeddingFolder:
         """
         import pyarrow.parquet as parquet
 
+        shape = self.require_signature().shape
         with reading(f"{self.place}/{name}"), self._system.open(f"{self._path}/{name}", "rb") as file:
             for rows in parquet.ParquetFile(file).iter_batches(batch_size=ROWS_AT_ONCE):
                 flat = rows["vector"].flatten().to_numpy(zero_copy_only=False).astype(np.float32)
-                vectors = flat.reshape(rows.num_rows, -1)
+                vectors = flat.reshape(rows.num_rows, *shape)
                 captions = rows["caption"].to_pylist() if "caption" in rows.schema.names else repeat(None)
                 for id_, vector, payload, caption in zip(rows["id"], vectors, rows["payload"], captions, strict=False):
                     values = None if caption is None else np.array(caption, dtype=np.float32)

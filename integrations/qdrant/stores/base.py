@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from cocoa_embed.errors import CocoaError
+from cocoa_embed.errors import CocoaError, UsageError
 from cocoa_embed.integrations.qdrant.points import REVISION, Payload
 from cocoa_embed.sources.files import is_deleted
 
@@ -32,6 +32,9 @@ EMBEDS = (IMAGE, TOGETHER, BOTH) = ("image", "image+caption", "both")
 IMAGE_VECTOR, CAPTION_VECTOR = "image", "caption"
 """The names of the vectors where there are two."""
 
+ALL_VECTORS = "all"
+"""The name of the multivector of a model of several vectors, beside the first of them, which has no name."""
+
 MEMORY = ":memory:"
 """The client's name for a local store without a folder, which is gone when the process ends."""
 MAX_HITS = 2**31 - 1
@@ -50,7 +53,7 @@ class Point(NamedTuple):
     id: str
     """A UUID, in lower case and with hyphens."""
     vector: np.ndarray
-    """float32, shape ``(dimension,)``."""
+    """float32, shape ``(dimension,)``, or ``(vectors, dimension)`` of a model of several vectors."""
     payload: Payload
     """A JSON object."""
     caption: np.ndarray | None = None
@@ -59,7 +62,7 @@ class Point(NamedTuple):
     def vectors(self, embed: str) -> Any:  # noqa: ANN401 - as the clients of Qdrant take them
         """Return the values of the one vector, or of both by name; a point without a caption has no vector of it."""
         if embed != BOTH:
-            return self.vector.tolist()
+            return unnamed(self.vector)
         caption = {} if self.caption is None else {CAPTION_VECTOR: self.caption.tolist()}
         return {IMAGE_VECTOR: self.vector.tolist(), **caption}
 
@@ -70,13 +73,18 @@ class NewVector(NamedTuple):
     name: str
     """Empty where a point has one vector."""
     values: np.ndarray | None
-    """float32, shape ``(dimension,)``; None removes the vector."""
+    """float32, of the shape of ``Point.vector``; None removes the vector."""
 
     @property
     def named(self) -> Any:  # noqa: ANN401
         """The values as the clients of Qdrant take them."""
         assert self.values is not None
-        return {self.name: self.values.tolist()} if self.name else self.values.tolist()
+        return {self.name: self.values.tolist()} if self.name else unnamed(self.values)
+
+
+def unnamed(vector: np.ndarray) -> Any:  # noqa: ANN401
+    """Return the values of a vector, or of the first of several and of all, as the clients of Qdrant take them."""
+    return vector.tolist() if vector.ndim == 1 else {"": vector[0].tolist(), ALL_VECTORS: vector.tolist()}
 
 
 class Replacement(NamedTuple):
@@ -104,7 +112,7 @@ class Query(NamedTuple):
     """A vector search."""
 
     vector: np.ndarray
-    """float32, shape ``(dimension,)``."""
+    """float32, shape ``(dimension,)``; or ``(vectors, dimension)``: the first finds candidates, all rescore them."""
     limit: int
     """The maximum number of hits."""
     offset: int = 0
@@ -121,6 +129,11 @@ class Query(NamedTuple):
     """Whether to compare all vectors, without the search index and the quantized vectors."""
 
     @property
+    def vectors(self) -> int:
+        """How many vectors are compared with those of a point."""
+        return 1 if self.vector.ndim == 1 else len(self.vector)
+
+    @property
     def candidates(self) -> int:
         """The number of nearest points that diversity chooses from."""
         return min(max(DIVERSE_CANDIDATES * (self.limit + self.offset), MIN_CANDIDATES), MAX_DIVERSE_HITS)
@@ -129,6 +142,11 @@ class Query(NamedTuple):
     def of_each_vector(self) -> Query:
         """The search of one of two vectors, whose hits are fused by rank: it is deeper, as ranks differ."""
         return self._replace(limit=max(self.candidates, self.limit + self.offset), offset=0, diversity=None)
+
+    @property
+    def of_first_vector(self) -> Query:
+        """The search by the first of several vectors for those that are rescored with all."""
+        return self.of_each_vector._replace(vector=self.vector[0], score_threshold=None)
 
 
 class StoredPoint(NamedTuple):
@@ -140,11 +158,16 @@ class StoredPoint(NamedTuple):
     """float32, shape ``(dimension,)``; None if it was not requested."""
     caption: np.ndarray | None = None
     """The same of the caption, where it has a vector of its own."""
+    vectors: np.ndarray | None = None
+    """Of a model of several vectors, all; shape ``(vectors, dimension)``."""
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A point found by a search; ``score`` is the cosine of its vector and the query's."""
+    """A point found by a search; ``score`` is the cosine of its vector and the query's.
+
+    Of several vectors it is the mean, over the query's, of the best cosine to one of the point's.
+    """
 
     id: str
     score: float
@@ -169,13 +192,25 @@ class Signature:
     dimension: int
     embed: str = IMAGE
     """One of ``EMBEDS``."""
+    vectors: int = 1
+    """Of each point."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of an embedding."""
+        return (self.dimension,) if self.vectors == 1 else (self.vectors, self.dimension)
 
     def require(self, other: Signature, name: str, kind: str) -> None:
         """Check that what was made with this signature takes embeddings of another one.
 
         :param name: Of what was made, a ``kind``.
-        :raises CocoaError: If the model, the dimension or what is embedded is another.
+        :raises CocoaError: If the model, the dimension, what is embedded or the number of vectors is another.
         """
+        if self.fingerprint is not None and self.vectors != other.vectors:
+            raise CocoaError(
+                f"{name} has {of_vectors(self.vectors)} a point, and {other.model} makes {of_vectors(other.vectors)};"
+                f" choose another {kind}, or the export of the model with --vectors {self.vectors}"
+            )
         if self.fingerprint not in (None, other.fingerprint) or self.dimension != other.dimension:
             raise CocoaError(
                 f"{name} was made with {self.model} ({self.dimension} dimensions), not with {other.model}"
@@ -185,6 +220,23 @@ class Signature:
             raise CocoaError(
                 f"{name} was made with --embed {self.embed}, not with --embed {other.embed}; choose another {kind}"
             )
+
+
+def of_vectors(count: int) -> str:
+    """Return a number of vectors in words."""
+    return "one vector" if count == 1 else f"{count} vectors"
+
+
+def refuse_both(embed: str, vectors: int) -> None:
+    """Refuse to keep several vectors of an image beside one of its caption.
+
+    :raises UsageError: If that is what is asked for.
+    """
+    if embed == BOTH and vectors > 1:
+        raise UsageError(
+            f"--embed both keeps one vector of an image and one of its caption, and the model makes {vectors}; give"
+            " --embed image or image+caption, or the export of the model with --vectors 1"
+        )
 
 
 def lower_bound(score_threshold: float | None) -> float | None:

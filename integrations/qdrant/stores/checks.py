@@ -21,6 +21,7 @@ from cocoa_embed.integrations.qdrant.stores.base import (
     Point,
     Query,
     lower_bound,
+    of_vectors,
 )
 
 MAX_COLLECTION_NAME = 255
@@ -74,32 +75,33 @@ def check_url(url: str) -> None:
         raise UsageError(f"{url!r} is no address of a Qdrant server; give one such as http://localhost:6333")
 
 
-def check_points(points: Sequence[Point], dimension: int) -> list[int]:
+def check_points(points: Sequence[Point], shape: tuple[int, ...]) -> list[int]:
     """Refuse points that a backend refuses or changes.
 
-    :param dimension: The dimension of the collection.
+    :param shape: Of an embedding in the collection.
     :returns: The maximum size of each point in bytes, as JSON.
-    :raises CocoaError: If a vector is not finite or has another dimension, or a payload is not JSON.
+    :raises CocoaError: If a vector is not finite or has another shape, or a payload is not JSON.
     """
     sizes = []
     for point in points:
         name = f"point {point.id} ({point.payload.get('path', 'no path')!a})"
         vectors = [vector for vector in (point.vector, point.caption) if vector is not None]
-        size = sum(vector_size(name, vector, dimension) for vector in vectors)
+        size = sum(vector_size(name, vector, shape) for vector in vectors)
         sizes.append(payload_size(name, point.payload) + size + BYTES_PER_POINT)
     return sizes
 
 
-def vector_size(name: str, vector: np.ndarray, dimension: int) -> int:
-    """Return the maximum size of a vector as JSON, in bytes.
+def vector_size(name: str, vector: np.ndarray, shape: tuple[int, ...]) -> int:
+    """Return the maximum size of a vector as JSON, in bytes; of several, with that of the first, which is there twice.
 
-    :raises CocoaError: If it is not finite, or has another dimension.
+    :raises CocoaError: If it is not finite, or has another shape.
     """
-    if vector.shape != (dimension,) or not np.isfinite(vector).all():
+    if vector.shape != shape or not np.isfinite(vector).all():
+        expected = " x ".join(map(str, shape))
         raise CocoaError(
-            f"{name} has a vector of shape {vector.shape}, expected {dimension} finite values; nothing was written"
+            f"{name} has a vector of shape {vector.shape}, expected {expected} finite values; nothing was written"
         )
-    return BYTES_PER_VALUE * vector.size
+    return BYTES_PER_VALUE * (vector.size if vector.ndim == 1 else vector.size + vector.shape[1])
 
 
 def payload_size(name: str, payload: Payload) -> int:
@@ -113,16 +115,24 @@ def payload_size(name: str, payload: Payload) -> int:
         raise CocoaError(f"{name} has a payload that is not JSON ({error!a}); nothing was written") from error
 
 
-def check_query(query: Query, dimension: int) -> Query:
+def check_query(query: Query, shape: tuple[int, ...]) -> Query:
     """Return a query with its vector in float32, and its threshold the next smaller one, which Qdrant leaves out.
 
+    Qdrant's score of several vectors is a sum, and so is their threshold.
+
+    :param shape: Of an embedding in the collection.
     :raises CocoaError: If the vector is not finite or has another dimension than the collection.
-    :raises UsageError: If a number is not one that every backend takes.
+    :raises UsageError: If a number is not one that every backend takes, or the collection has fewer vectors.
     """
     check_numbers(query.limit, query.offset, query.score_threshold, query.diversity)
-    if query.vector.shape != (dimension,) or not np.isfinite(query.vector).all():
-        raise CocoaError(f"the query's vector has shape {query.vector.shape}, expected {dimension} finite values")
-    threshold = lower_bound(query.score_threshold)
+    if query.vector.shape[-1:] != shape[-1:] or not np.isfinite(query.vector).all():
+        raise CocoaError(f"the query's vector has shape {query.vector.shape}, expected {shape[-1]} finite values")
+    if query.vectors > (most := 1 if len(shape) == 1 else shape[0]):
+        raise UsageError(
+            f"vectors is {query.vectors}, and the collection has {of_vectors(most)} a point; give 1 to {most}"
+        )
+    threshold = query.score_threshold
+    threshold = lower_bound(None if threshold is None else threshold * query.vectors)
     return query._replace(vector=np.asarray(query.vector, dtype=np.float32), score_threshold=threshold)
 
 

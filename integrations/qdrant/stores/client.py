@@ -39,6 +39,7 @@ FAILURES = (ApiException, QdrantException, RpcError, sqlite3.Error, OSError, *RE
 """What a client raises."""
 
 COSINE = models.Distance.COSINE
+MAX_SIM = models.MultiVectorConfig(comparator=models.MultiVectorComparator.MAX_SIM)
 PINNED: dict[str, Any] = {"always_ram": True, "memory": models.Memory.PINNED}
 QUANTIZATION: dict[str | None, models.QuantizationConfig] = {
     "scalar": models.ScalarQuantization(
@@ -170,7 +171,7 @@ class ClientStore(Store):
         return models.Filter(must=[models.HasIdCondition(has_id=[replacement.id]), field])
 
     def _search(self, queries: Sequence[Query]) -> Sequence[Sequence[models.ScoredPoint]]:
-        made = map(self._fused if self.embed == base.BOTH else self._nearest, queries)
+        made = map(self._fused if self.embed == base.BOTH else self._best, queries)
         requests = [
             models.QueryRequest(**search, limit=query.limit, offset=query.offset, with_payload=True)
             for query, search in zip(queries, made, strict=True)
@@ -182,6 +183,17 @@ class ClientStore(Store):
         """Return the search of one vector."""
         search = {"filter": query.filter, "score_threshold": query.score_threshold}
         return {"query": nearest(query), "params": self._search_params(query), **search}
+
+    def _best(self, query: Query) -> dict[str, Any]:
+        """Return the search of one vector, or of all of several among the best of the first."""
+        if query.vectors == 1:
+            return self._nearest(query)
+        rescored = {**self._nearest(query), "using": base.ALL_VECTORS}
+        if query.exact:
+            return rescored
+        first = query.of_first_vector
+        rescored["params"] = self._search_params(query._replace(exact=True, hnsw_ef=None))
+        return {**rescored, "prefetch": models.Prefetch(**self._nearest(first), limit=first.limit)}
 
     def _fused(self, query: Query) -> dict[str, Any]:
         """Return the search of both vectors; diversity chooses by the image's among the best of both."""
@@ -255,11 +267,18 @@ def creation(signature: Signature, options: StoreOptions) -> dict[str, Any]:
         memory=options.graph and models.Memory(options.graph),
         on_disk=options.graph and options.graph == "cold",
     )
-    named = {base.IMAGE_VECTOR: vectors, base.CAPTION_VECTOR: vectors}
+    quantization = QUANTIZATION.get(options.quantization)
+    named: Any = vectors
+    if signature.embed == base.BOTH:
+        named = {base.IMAGE_VECTOR: vectors, base.CAPTION_VECTOR: vectors}
+    elif signature.vectors > 1:  # only the first is searched, and only the first has a graph and is quantized
+        several = {"multivector_config": MAX_SIM, "hnsw_config": models.HnswConfigDiff(m=0)}
+        first = vectors.model_copy(update={"quantization_config": quantization})
+        named, quantization = {"": first, base.ALL_VECTORS: vectors.model_copy(update=several)}, None
     return {
-        "vectors_config": named if signature.embed == base.BOTH else vectors,
+        "vectors_config": named,
         "hnsw_config": graph if options.graph or options.hnsw == "after" else None,
-        "quantization_config": QUANTIZATION.get(options.quantization),
+        "quantization_config": quantization,
         "shard_number": options.shards,
         "replication_factor": options.replicas,
     }

@@ -290,6 +290,11 @@ def query_request(query: Query, is_fused: bool) -> edge.QueryRequest:
 
     Diversity chooses by the image's among the best of both.
     """
+    if query.vectors > 1 and not is_fused:
+        rescored = nearest(query, base.ALL_VECTORS)
+        if not query.exact:
+            rescored["prefetches"] = [edge.Prefetch(**nearest(query.of_first_vector, None))]
+        return edge.QueryRequest(**rescored, offset=query.offset, with_payload=True)
     if not is_fused:
         return edge.QueryRequest(**nearest(query, None), offset=query.offset, with_payload=True)
     names = (base.IMAGE_VECTOR, base.CAPTION_VECTOR)
@@ -340,17 +345,27 @@ def shard_config(signature: Signature, options: StoreOptions) -> edge.EdgeConfig
     for kind, bits in TURBO_BITS.items():
         size = getattr(edge.TurboQuantBitSize, f"Bits{bits}")
         quantization[kind] = edge.TurboQuantQuantizationConfig(bits=size, memory=pinned)
+    kept: dict[str, Any] = {
+        "size": signature.dimension,
+        "distance": edge.Distance.Cosine,
+        "datatype": options.vectors and getattr(edge.VectorStorageDatatype, options.vectors.capitalize()),
+        "memory": options.memory and getattr(edge.Memory, options.memory.capitalize()),
+    }
     vectors = edge.EdgeVectorParams(
-        size=signature.dimension,
-        distance=edge.Distance.Cosine,
-        datatype=options.vectors and getattr(edge.VectorStorageDatatype, options.vectors.capitalize()),
-        memory=options.memory and getattr(edge.Memory, options.memory.capitalize()),
+        **kept,
         quantization_config=quantization.get(options.quantization),
         hnsw_config=options.graph
         and edge.HnswIndexConfig(*HNSW_DEFAULTS, memory=getattr(edge.Memory, options.graph.capitalize())),
     )
     named = {base.IMAGE_VECTOR: vectors, base.CAPTION_VECTOR: vectors}
-    return edge.EdgeConfig(vectors=named if signature.embed == base.BOTH else vectors)
+    if signature.vectors > 1:  # only the first is searched, and only the first has a graph and is quantized
+        comparator = edge.MultiVectorConfig(edge.MultiVectorComparator.MaxSim)
+        several = edge.EdgeVectorParams(
+            **kept, multivector_config=comparator, hnsw_config=edge.HnswIndexConfig(0, *HNSW_DEFAULTS[1:])
+        )
+        named = {"": vectors, base.ALL_VECTORS: several}
+    is_one = signature.embed != base.BOTH and signature.vectors == 1
+    return edge.EdgeConfig(vectors=vectors if is_one else named)
 
 
 def read_json(file: Path) -> dict[str, Any]:

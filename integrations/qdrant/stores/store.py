@@ -126,7 +126,7 @@ class Store(ABC):
 
         :raises CocoaError: If a vector or a payload cannot be stored; then nothing was written.
         """
-        sizes = checks.check_points(points, self._required_signature().dimension)
+        sizes = checks.check_points(points, self._required_signature().shape)
         if points:
             self._insert(points, sizes)
 
@@ -147,7 +147,7 @@ class Store(ABC):
             size = 0 if new is None else checks.payload_size(f"point {id_}", new)
             vector = vectors.get(id_)
             if vector is not None and vector.values is not None:
-                size += checks.vector_size(f"point {id_}", vector.values, self._required_signature().dimension)
+                size += checks.vector_size(f"point {id_}", vector.values, self._required_signature().shape)
             replacements.append(Replacement(id_, revision, new, size + checks.BYTES_PER_POINT, vector))
         if replacements:
             self._replace(replacements)
@@ -164,14 +164,17 @@ class Store(ABC):
 
         :raises UsageError: If a number in a query is not one that every backend takes.
         """
-        dimension = self._required_signature().dimension
-        checked = [checks.check_query(query, dimension) for query in queries]
-        return [[self._hit(point) for point in found] for found in self._search(checked)] if checked else []
+        shape = self._required_signature().shape
+        checked = [checks.check_query(query, shape) for query in queries]
+        found = self._search(checked) if checked else []
+        return [
+            [self._hit(point, each.vectors) for point in points] for each, points in zip(checked, found, strict=True)
+        ]
 
     @staticmethod
-    def _hit(point: Any) -> Hit:  # noqa: ANN401
+    def _hit(point: Any, count: int) -> Hit:  # noqa: ANN401
         payload = point.payload or {}
-        return Hit(str(point.id), float(point.score), base.image_path(payload), payload)
+        return Hit(str(point.id), float(point.score) / count, base.image_path(payload), payload)
 
     def points(
         self, query_filter: models.Filter | None = None, *, limit: int | None = None, with_vectors: bool = False
@@ -282,12 +285,13 @@ class Store(ABC):
         :param sizes: Of the vectors that are compared by cosine.
         :raises CocoaError: If it holds other vectors.
         """
-        is_both = set(names) == {base.IMAGE_VECTOR, base.CAPTION_VECTOR}
-        if not (is_both or set(names) == {""}) or len(sizes) != 1:
+        known = fields or {"model": "an unknown model", "fingerprint": None}
+        is_both, vectors = set(names) == {base.IMAGE_VECTOR, base.CAPTION_VECTOR}, known.get("vectors", 1)
+        if not (is_both or set(names) == ({""} if vectors == 1 else {"", base.ALL_VECTORS})) or len(sizes) != 1:
             raise self._other_vectors()
-        (dimension,), known = sizes, fields or {"model": "an unknown model", "fingerprint": None}
+        (dimension,) = sizes
         embed = base.BOTH if is_both else known.get("embed", base.IMAGE)
-        return Signature(known["model"], known["fingerprint"], dimension, embed)
+        return Signature(known["model"], known["fingerprint"], dimension, embed, vectors)
 
     def _needs_signature(self, found: Signature, signature: Signature) -> bool:
         """Return whether an existing collection has no signature yet.
@@ -302,9 +306,9 @@ class Store(ABC):
 
 def stored_point(record: Any) -> StoredPoint:  # noqa: ANN401
     """Return a record of a client as a point."""
-    vectors = record.vector if isinstance(record.vector, dict) else {base.IMAGE_VECTOR: record.vector}
-    image, caption = (
+    vectors = record.vector if isinstance(record.vector, dict) else {"": record.vector}
+    unnamed, image, caption, several = (
         None if (values := vectors.get(name)) is None else np.asarray(values, dtype=np.float32)
-        for name in (base.IMAGE_VECTOR, base.CAPTION_VECTOR)
+        for name in ("", base.IMAGE_VECTOR, base.CAPTION_VECTOR, base.ALL_VECTORS)
     )
-    return StoredPoint(str(record.id), record.payload or {}, image, caption)
+    return StoredPoint(str(record.id), record.payload or {}, image if unnamed is None else unnamed, caption, several)

@@ -56,7 +56,7 @@ class Album:
     def captions(self, embed: str) -> dict[str, str | None]:
         """Return the captions by file, after a check that the vectors embed image and caption of the payload."""
         encoder, found = Encoder(FakeModel()), {}
-        for _, payload, vector, caption_vector in self.indexer.store.points(with_vectors=True):
+        for _, payload, vector, caption_vector, _ in self.indexer.store.points(with_vectors=True):
             image, caption = load_image(payload["path"]), caption_of(payload)
             text: Any = {} if caption is None else {"text": caption}
             whole = {"image": image} | (text if embed == TOGETHER else {})

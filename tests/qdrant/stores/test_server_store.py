@@ -152,7 +152,8 @@ def test_a_collection_has_its_signature_and_indexes_before_the_first_point_also_
         store.insert(make_points(start, start + 1))
     (created,) = fake.bodies("PUT", "/collections/images")
     assert created["vectors"] == {"size": SIGNATURE.dimension, "distance": "Cosine"}
-    assert created["metadata"] == {"cocoa_embed": {"model": "m", "fingerprint": "0f", "dimension": 8, "embed": "image"}}
+    signature = {"model": "m", "fingerprint": "0f", "dimension": 8, "embed": "image", "vectors": 1}
+    assert created["metadata"] == {"cocoa_embed": signature}
     assert "quantization_config" not in created
     indexed = {body["field_name"]: body["field_schema"] for body in fake.bodies("PUT", "/index")}
     text = {"type": "text", "tokenizer": "word", "lowercase": True, "phrase_matching": True}

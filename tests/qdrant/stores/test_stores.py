@@ -304,5 +304,5 @@ def test_a_point_is_never_larger_than_computed() -> None:
     point = Point(name(1), vector, {"path": "/a/😀", "metadata": {"n": [1.5, None, "\n\u0007"]}})
     struct = models.PointStruct(id=point.id, vector=vector.tolist(), payload=point.payload)
     body = models.PointsList(points=[struct]).model_dump_json()
-    assert len(body.encode()) <= check_points([point], vector.size)[0]
+    assert len(body.encode()) <= check_points([point], vector.shape)[0]
     assert max(map(len, body.partition("vector")[2].partition("[")[2].partition("]")[0].split(","))) < 26
