@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.model.attention import assert_bidirectional
 from cocoa_embed.model.backbone import Backbone
-from cocoa_embed.model.export import embedding_model
+from cocoa_embed.model.export import EosVectors, embedding_model
 from cocoa_embed.train.loop.trainer import Measure
 from cocoa_embed.train.settings import RunSettings
 from cocoa_embed.train.stages.contrastive.patches import normalise_patches, preprocess_items
@@ -25,7 +25,7 @@ from cocoa_embed.train.stages.sentence_inputs import prepare_forward
 def as_sentence_transformer(backbone: Backbone, run: RunSettings) -> SentenceTransformer:
     """Return the embedding model over a backbone, whose weights it shares, with the run's prompts and pooling.
 
-    With several ``eos_tokens``, it embeds as ``all_vectors``; a saved model has no hooks, and embeds as the first one.
+    With several ``eos_tokens``, it embeds as ``EosVectors``; a saved model has no hooks, and embeds as the first one.
     """
     model: Any = backbone.model.base_model
 
@@ -48,19 +48,13 @@ def as_sentence_transformer(backbone: Backbone, run: RunSettings) -> SentenceTra
         assert_bidirectional(model)
     embedding = embedding_model(module, run.prompts.model_dump(), run.pooling)
     if run.eos_tokens > 1:
-        embedding[-1].register_forward_hook(partial(all_vectors, run.eos_tokens))
+        vectors = EosVectors(embedding.get_embedding_dimension(), run.eos_tokens)
+        embedding[-1].register_forward_hook(partial(_pool, vectors))
     return embedding
 
 
-def all_vectors(count: int, module: nn.Module, args: Any, features: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN401
-    """Let an embedding be the normalised states of all ``<EOS>``, the last one's first: ``[B, count * D]``.
-
-    A forward hook of a model's last module, for right-padded batches.
-    """
-    states, last = features["token_embeddings"], features["attention_mask"].sum(dim=1, keepdim=True) - 1
-    positions = last - torch.arange(count, device=states.device)
-    vectors = states.gather(1, positions[:, :, None].expand(-1, -1, states.shape[2]))
-    return {**features, "sentence_embedding": nn.functional.normalize(vectors, dim=2).flatten(1)}
+def _pool(vectors: EosVectors, module: nn.Module, args: Any, features: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN401
+    return vectors(features)  # type: ignore[no-any-return]
 
 
 def embedding_probe(model: SentenceTransformer, rows: Sequence[Row], batch_size: int) -> Measure:
