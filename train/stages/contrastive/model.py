@@ -5,7 +5,6 @@ from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Transformer
 from torch import Tensor, nn
