@@ -43,6 +43,7 @@ def test_the_limit_is_part_of_what_the_collection_was_made_with(command: Command
     assert command("embed", "photos", "--model", model, "--out", "out", "--max-pixels", SMALL).status == 0
     assert command("load", "out").status == 0, "of the same limit"
     indexer, _ = open_app(model, "cpu", {"path": "cocoa-index"}, Limits(), None, SMALL)
+    indexer.encoder.batches.close()  # type: ignore[attr-defined]
     indexer.close()
 
 

@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,7 @@ def test_several_eos_end_every_sequence_in_their_order_and_truncation_cuts_none(
 
 
 def test_several_eos_survive_saving_and_their_number_can_only_grow(tiny_backbone_path: Path, tmp_path: Path) -> None:
+    shutil.copy(tiny_backbone_path / "config.json", tmp_path)
     load_processor(str(tiny_backbone_path), vectors=2).save_pretrained(tmp_path)
     kept, stock, more = (
         load_processor(str(tmp_path)),
