@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cocoa_embed.cli.output import JsonOption, check_all, print_json, say, working
+from cocoa_embed.cli.output import check_all, say, working
 from cocoa_embed.cli.storage import (
     ApiKeyOption,
     CollectionOption,
-    EdgeOption,
     FilterOption,
-    PathOption,
-    UrlOption,
+    Storage,
     check_storage,
     open_collection,
 )
@@ -29,69 +27,52 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def reading(collection: str, storage: dict[str, Any], api_key: str | None) -> Iterator[Store]:
-    """Open a collection that must be there."""
+def reading(collection: str, storage: Storage) -> Iterator[Store]:
+    """Open a collection that must be there, and keep standard output for the result meanwhile."""
     check_storage(collection, storage, exists=True)
-    with contextlib.closing(open_collection(collection, storage, api_key)) as store:
+    with working(), contextlib.closing(open_collection(collection, storage)) as store:
         yield store
 
 
-def info(
-    collection: CollectionOption = "images",
-    path: PathOption = None,
-    url: UrlOption = None,
-    edge: EdgeOption = None,
-    api_key: ApiKeyOption = None,
-    as_json: JsonOption = False,
-) -> None:
+def info(*, collection: CollectionOption = "images", storage: Storage) -> dict[str, Any]:
     """Show a collection: its model, the number of images, and the keys that filters can use."""
-    with working() as console, reading(collection, {"path": path, "url": url, "edge": edge}, api_key) as store:
+    with reading(collection, storage) as store:
         from cocoa_embed.integrations.qdrant.searching.payload_keys import sampled_keys
 
         found = dataclasses.asdict(store.require_signature())
         indexes = store.payload_indexes()
         document: dict[str, Any] = {"collection": collection, "points": store.count(), **found}
-        document["keys"] = sorted(sampled_keys(store))
-        document["indexed_keys"] = None if indexes is None else sorted(indexes)
+        document |= {"keys": sorted(sampled_keys(store)), "indexed_keys": None if indexes is None else sorted(indexes)}
         fingerprint = f"fingerprint {found['fingerprint']:.12}" if found["fingerprint"] else "made by another program"
-        say(console, f"{store.name}: {document['points']} images")
-        say(console, f"model: {found['model']} ({fingerprint}), {found['dimension']} dimensions")
+        say(f"{store.name}: {document['points']} images")
+        say(f"model: {found['model']} ({fingerprint}), {found['dimension']} dimensions")
         several = f", {found['vectors']} vectors each" if found["vectors"] > 1 else ""
-        say(console, f"embeds: {found['embed']}{several}")
-        say(console, f"keys: {', '.join(document['keys']) or 'none'}")
+        say(f"embeds: {found['embed']}{several}")
+        say(f"keys: {', '.join(document['keys']) or 'none'}")
         if indexes is not None:
-            say(console, f"filters only on: {', '.join(sorted(indexes))}")
-    if as_json:
-        print_json(document)
+            say(f"filters only on: {', '.join(sorted(indexes))}")
+    return document
 
 
-def list_collections(
-    path: PathOption = None,
-    url: UrlOption = None,
-    edge: EdgeOption = None,
-    api_key: ApiKeyOption = None,
-    as_json: JsonOption = False,
-) -> None:
+def list_collections(storage: Storage) -> dict[str, Any]:
     """List the collections in an index or on a server."""
-    storage = {"path": path, "url": url, "edge": edge}
-    with working() as console:
-        with reading("images", storage, api_key) as place:  # of a folder, one collection is open at a time
+    with working():
+        with reading("images", storage) as place:  # of a folder, one collection is open at a time
             names, location, aliases = place.collections(), place.location, place.aliases()
-        listed = [describe(name, storage, api_key) for name in names]
+        listed = [describe(name, storage) for name in names]
         for each in listed:
             about = each.get("error") or "{points} points, {dimension} dimensions, {model}".format(**each)
-            say(console, f"{each['collection']}: {about}")
+            say(f"{each['collection']}: {about}")
         for name, target in aliases.items():
-            say(console, f"{name}: an alias of {target}")
+            say(f"{name}: an alias of {target}")
         if not listed:
-            say(console, f"no collections in {location}")
-    if as_json:
-        print_json({"collections": listed, "aliases": aliases})
+            say(f"no collections in {location}")
+    return {"collections": listed, "aliases": aliases}
 
 
-def describe(name: str, storage: dict[str, Any], api_key: str | None) -> dict[str, Any]:
+def describe(name: str, storage: Storage) -> dict[str, Any]:
     """Return the name, size and model of a collection; of one that this program cannot search, only the reason."""
-    with contextlib.closing(open_collection(name, storage, api_key)) as store:
+    with contextlib.closing(open_collection(name, storage)) as store:
         try:
             signature = store.require_signature()
         except CocoaError as error:
@@ -100,91 +81,79 @@ def describe(name: str, storage: dict[str, Any], api_key: str | None) -> dict[st
 
 
 def export_points(
+    *,
     out: Annotated[str, typer.Argument(metavar="OUT", help="A .jsonl or .parquet file, or - for standard output.")],
     filters: FilterOption = None,
     vectors: Annotated[bool, typer.Option("--vectors", help="Write the embeddings too.")] = False,
     collection: CollectionOption = "images",
-    path: PathOption = None,
-    url: UrlOption = None,
-    edge: EdgeOption = None,
-    api_key: ApiKeyOption = None,
+    storage: Storage,
 ) -> None:
     """Write the points of a collection, id and payload, as JSON lines or as a Parquet file."""
     from cocoa_embed.integrations.qdrant.searching.export import check_out, write_points
     from cocoa_embed.integrations.qdrant.searching.filters import parse_filters
 
-    storage = {"path": path, "url": url, "edge": edge}
     check_all(lambda: check_out(out), lambda: parse_filters(filters or []))
     standard_output = sys.stdout
-    with working() as console, reading(collection, storage, api_key) as store:
+    with reading(collection, storage) as store:
         from cocoa_embed.integrations.qdrant.stores.client_filters import read_filter
 
         condition = read_filter(filters, store.payload_indexes())
         count = write_points(out, store.points(condition, with_vectors=vectors), standard_output)
-        say(console, f"{count} points of {store.name} written to {'standard output' if out == '-' else printable(out)}")
+        say(f"{count} points of {store.name} written to {'standard output' if out == '-' else printable(out)}")
 
 
 def forget(
+    *,
     paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Files, folders, archives, addresses.")],
     collection: CollectionOption = "images",
-    path: PathOption = None,
-    url: UrlOption = None,
-    edge: EdgeOption = None,
-    api_key: ApiKeyOption = None,
-    as_json: JsonOption = False,
-) -> None:
+    storage: Storage,
+) -> dict[str, Any]:
     """Remove images from an index, whether they exist or not. Copies elsewhere stay in it."""
-    with working() as console, reading(collection, {"path": path, "url": url, "edge": edge}, api_key) as store:
+    with reading(collection, storage) as store:
         from cocoa_embed.integrations.qdrant.indexing.prune import forget as forget_paths
 
         store.require_signature()
         forgotten = forget_paths(store, paths)
         store.finish()
         for name, count in forgotten.images.items():
-            say(console, f"{printable(name)}: {count} images forgotten" if count else f"{printable(name)}: not indexed")
-    if as_json:
-        print_json({"collection": collection, "forgotten": forgotten.images, "deleted": forgotten.deleted})
-    if not all(forgotten.images.values()):
-        raise typer.Exit(1)
+            say(f"{printable(name)}: {count} images forgotten" if count else f"{printable(name)}: not indexed")
+    failed = [{"path": name, "reason": "not indexed"} for name, count in forgotten.images.items() if not count]
+    return {"collection": collection, "forgotten": forgotten.images, "deleted": forgotten.deleted, "failed": failed}
 
 
 Kind = Literal["keyword", "text", "integer", "float", "bool", "datetime"]
 
 
 def filterable(
+    *,
     keys: Annotated[list[str], typer.Argument(metavar="KEY...", help="Keys as filters name them, such as licence.")],
     kind: Annotated[Kind | None, typer.Option(help="The type of index [default: by the values].")] = None,
     collection: CollectionOption = "images",
-    path: PathOption = None,
-    url: UrlOption = None,
-    edge: EdgeOption = None,
-    api_key: ApiKeyOption = None,
+    storage: Storage,
 ) -> None:
     """Create indexes for filters on columns, which hosted servers want and all servers and Edge are faster with."""
-    if url is None and edge is None:
+    if storage.url is None and storage.edge is None:
         raise UsageError("a local index (--path) filters by any key and has no indexes; --url and --edge have them")
-    with working() as console, reading(collection, {"path": path, "url": url, "edge": edge}, api_key) as store:
+    with reading(collection, storage) as store:
         from cocoa_embed.integrations.qdrant.searching.payload_keys import create_index
 
         store.require_signature()
         for key in keys:
             field, made = create_index(store, key, kind)
-            say(console, f"{store.name}: {made} index on {field}")
+            say(f"{store.name}: {made} index on {field}")
 
 
 def alias(
+    *,
     name: Annotated[str, typer.Argument(metavar="NAME", help="The alias, which any command takes as --collection.")],
     collection: Annotated[str, typer.Argument(metavar="COLLECTION", help="The collection that it names from now on.")],
-    path: PathOption = None,
-    url: UrlOption = None,
-    edge: EdgeOption = None,
-    api_key: ApiKeyOption = None,
+    storage: Storage,
 ) -> None:
     """Let a name stand for a collection; a later call switches it to another one in one step."""
-    with working() as console, reading(collection, {"path": path, "url": url, "edge": edge}, api_key) as store:
+    with reading(collection, storage) as store:
         before = store.set_alias(name)
         was = f", before {before}" if before not in (None, collection) else ""
-        say(console, f"{printable(name)} is an alias of {printable(collection)} in {store.location}{was}")
+        say(f"{printable(name)} is an alias of {printable(collection)} in {store.location}{was}")
 
 
 def seed(
@@ -198,11 +167,10 @@ def seed(
     from cocoa_embed.integrations.qdrant.stores.server import ServerStore
 
     with (
-        working() as console,
-        reading(collection, {"url": url}, api_key) as server,
-        contextlib.closing(open_collection(collection, {"edge": edge}, None)) as shard,
+        reading(collection, Storage(url=url, api_key=api_key)) as server,
+        contextlib.closing(open_collection(collection, Storage(edge=edge))) as shard,
     ):
         assert isinstance(server, ServerStore)
         assert isinstance(shard, EdgeStore)
         shard.create(server.require_signature(), server.write_snapshot)
-        say(console, f"{shard.name}: {shard.count()} images, from {server.location}")
+        say(f"{shard.name}: {shard.count()} images, from {server.location}")

@@ -4,11 +4,11 @@ import json
 import os
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from cocoa_embed.cli.output import JsonOption, check_all, print_json, silence_libraries, working
+from cocoa_embed.cli.output import check_all, silence_libraries, working
 from cocoa_embed.data import CaptionChoice
 from cocoa_embed.errors import require
 
@@ -29,8 +29,7 @@ def demo(
     seed: Annotated[
         int, typer.Option("--seed", min=0, max=2**32 - 1, help="The seed of data, initial weights and training.")
     ] = 0,
-    as_json: JsonOption = False,
-) -> None:
+) -> dict[str, Any]:
     """Train, export, index and search a tiny model on this machine, with or without a GPU."""
     with working():
         from cocoa_embed.demo import check_folders
@@ -51,6 +50,4 @@ def demo(
         from cocoa_embed.demo.story import Demo
 
         texts = captions if photos else "text"
-        results = Demo(out, work, seed, recipe, photos=photos, captions=texts, backbone=backbone).run()
-    if as_json:
-        print_json(results)
+        return Demo(out, work, seed, recipe, photos=photos, captions=texts, backbone=backbone).run()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cocoa_embed.cli.options import MaxPixelsOption
-from cocoa_embed.cli.output import DeviceOption, JsonOption, check_all, print_json, say, silence_libraries, working
+from cocoa_embed.cli.options import DeviceOption, MaxPixelsOption, ModelOption
+from cocoa_embed.cli.output import check_all, say, silence_libraries, working
 from cocoa_embed.data import CaptionChoice
 from cocoa_embed.errors import CocoaError, UsageError, require
 
@@ -22,18 +23,15 @@ if TYPE_CHECKING:
 SHOWN_DIGITS = 8
 """Hexadecimal digits of a fingerprint in the name of a folder."""
 
-evaluation = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
-
 BatchTokensOption = Annotated[int, typer.Option("--batch-tokens", min=1, help="About the most tokens of a batch.")]
 BATCH_TOKENS = 16384
 PAIR_COLUMNS = ("query_text", "query_image", "positive_text", "positive_image")
 
 
-@evaluation.command()
 def mmeb(
     data: Annotated[Path, typer.Argument(metavar="DATA", help="A folder like TIGER-Lab/MMEB-eval: SUBSET/*.parquet.")],
     images: Annotated[Path, typer.Option(help="The folder that image paths are relative to.")],
-    model: Annotated[str, typer.Option(help="A SentenceTransformer folder, or owner/name on the Hugging Face hub.")],
+    model: ModelOption,
     subset: Annotated[list[str] | None, typer.Option(help="A subset, repeatable [default: all].")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Score only the first rows, as partial scores.")] = None,
     repeated_targets: Annotated[Literal["error", "merge"], typer.Option(help="Targets listed twice.")] = "error",
@@ -41,10 +39,9 @@ def mmeb(
     out: Annotated[Path | None, typer.Option(help="For results [default: cocoa-eval/MODEL-FINGERPRINT].")] = None,
     device: DeviceOption = None,
     max_pixels: MaxPixelsOption = None,
-    as_json: JsonOption = False,
-) -> None:
+) -> dict[str, Any]:
     """Score a model on MMEB-V1. Finished subsets are not scored again."""
-    with working() as console:
+    with working():
         from cocoa_embed.evaluation.mmeb_reader import MmebFolder
         from cocoa_embed.model.loading import check_model
 
@@ -69,10 +66,10 @@ def mmeb(
             document.update(scored)
             if document["subsets"]:
                 write_results(results / "mmeb", f"MMEB-V1: {model}", document, mmeb_tables(document))
-            say(console, line)
+            say(line)
 
         try:
-            options: dict[str, Any] = {"batch_tokens": batch_tokens, "progress": console.is_terminal}
+            options: dict[str, Any] = {"batch_tokens": batch_tokens, "progress": sys.stderr.isatty()}
             evaluate_mmeb(encoder, folder, subsets, cache, publish=publish, **options)
         except KeyboardInterrupt:
             finished = f"{len(document['subsets'])} of {len(subsets)} subsets are finished in {results}"
@@ -80,13 +77,11 @@ def mmeb(
         for name, average in document["averages"].items():
             if average is not None:
                 covered = document["coverage"][name]
-                say(console, f"{name}: precision@1 {average:.3f} of {covered['run']}/{covered['of']} subsets")
-        say(console, f"wrote {results / 'mmeb'}.json, .md and .html")
-    if as_json:
-        print_json(document)
+                say(f"{name}: precision@1 {average:.3f} of {covered['run']}/{covered['of']} subsets")
+        say(f"wrote {results / 'mmeb'}.json, .md and .html")
+    return document
 
 
-@evaluation.command()
 def pairs(
     data: Annotated[
         Path, typer.Argument(metavar="DATA", help="A folder with metadata.jsonl, or a .jsonl, .csv or .parquet file.")
@@ -109,12 +104,11 @@ def pairs(
     ] = None,
     device: DeviceOption = None,
     max_pixels: MaxPixelsOption = None,
-    as_json: JsonOption = False,
-) -> None:
+) -> dict[str, Any]:
     """Score a model on pairs in both directions, or compare two models on the same queries."""
     if len(model) > 2:
         raise UsageError(f"--model was given {len(model)} times; give one model, or two to compare")
-    with working() as console:
+    with working():
         from cocoa_embed.evaluation.pairs_reader import read_pairs
         from cocoa_embed.model.loading import check_model
 
@@ -126,6 +120,8 @@ def pairs(
             *_checks_of_out(out),
         )
         silence_libraries()
+        from rich.console import Console
+
         from cocoa_embed.encode.load import load_encoder
         from cocoa_embed.evaluation.pairs import evaluate_pairs
         from cocoa_embed.evaluation.pairs_tables import pairs_tables, shown_metrics
@@ -142,15 +138,14 @@ def pairs(
         try:
             encoders = (load_encoder(name, device, max_pixels=max_pixels) for name in model)
             evaluate_pairs(
-                encoders, found, seed=seed, batch_tokens=batch_tokens, progress=console.is_terminal, publish=publish
+                encoders, found, seed=seed, batch_tokens=batch_tokens, progress=sys.stderr.isatty(), publish=publish
             )
         finally:  # if the second model fails, the first model's scores are shown all the same
             for table in pairs_tables(document, shown_metrics(document)) if document else ():
-                console.print(to_terminal(table))
+                Console(stderr=True).print(to_terminal(table))
             if document and out is not None:
-                say(console, f"wrote {out / 'pairs'}.json, .md and .html")
-    if as_json:
-        print_json(document)
+                say(f"wrote {out / 'pairs'}.json, .md and .html")
+    return document
 
 
 def _checks_of_out(out: Path | None) -> list[partial[Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,64 +12,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cocoa_embed.cli.options import (
-    AllowHostOption,
-    BatchTokensOption,
-    DevicesOption,
-    DtypeOption,
-    EveryOption,
-    ExcludeOption,
-    IncludeOption,
-    MaxPixelsOption,
-    RevisionOption,
-    TrustOption,
-    WorkersOption,
-    model_options,
-    source_options,
-)
-from cocoa_embed.cli.output import (
-    JsonOption,
-    check_all,
-    print_json,
-    say,
-    say_passed_over,
-    working,
-)
-from cocoa_embed.cli.storage import (
-    ApiKeyOption,
-    CollectionOption,
-    CreateOption,
-    EdgeOption,
-    EmbedOption,
-    GrpcOption,
-    ModelOption,
-    PathOption,
-    UrlOption,
-    check_storage,
-    open_collection,
-    open_indexer,
-)
-from cocoa_embed.errors import printable
+from cocoa_embed.cli import options
+from cocoa_embed.cli.output import check_all, say, say_left_out, say_passed_over, working
+from cocoa_embed.cli.storage import Backend, CollectionOption, Storage, open_indexer, storage_checks
 from cocoa_embed.folders import refuse_foreign_folder
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from cocoa_embed.integrations.qdrant.indexer import IndexSummary
     from cocoa_embed.sources.base import SourceOptions
 
 
 def index(
+    *,
     paths: Annotated[
         list[str],
         typer.Argument(metavar="PATH...", help="Folders, images, 'patterns', .txt lists, archives, tables, addresses."),
     ],
-    model: ModelOption,
+    model: options.ModelOption,
     collection: CollectionOption = "images",
-    path: PathOption = None,
-    url: UrlOption = None,
-    edge: EdgeOption = None,
-    api_key: ApiKeyOption = None,
+    storage: Storage,
     prune: Annotated[bool, typer.Option("--prune", help="Remove files below PATH that no longer exist.")] = False,
     prune_all: Annotated[
         bool, typer.Option("--prune-all", help="Like --prune, even where no files are left, or few.")
@@ -79,42 +41,29 @@ def index(
     llama_index: Annotated[
         bool, typer.Option("--llama-index", help="Also store what LlamaIndex's QdrantVectorStore reads.")
     ] = False,
-    embed: EmbedOption = None,
-    exclude: ExcludeOption = None,
+    embed: options.EmbedOption = None,
+    exclude: options.ExcludeOption = None,
     thumbnails: Annotated[Path | None, typer.Option(help="A folder for small copies of the images.")] = None,
-    dimension: Annotated[int | None, typer.Option(min=1, help="Truncate embeddings to this many dimensions.")] = None,
-    create: CreateOption = None,
-    prefer_grpc: GrpcOption = False,
-    devices: DevicesOption = None,
-    workers: WorkersOption = None,
-    batch_tokens: BatchTokensOption = None,
-    dtype: DtypeOption = None,
-    max_pixels: MaxPixelsOption = None,
-    revision: RevisionOption = None,
-    trust_remote_code: TrustOption = False,
-    allow_host: AllowHostOption = None,
-    every: EveryOption = 10.0,
-    include: IncludeOption = "",
-    as_json: JsonOption = False,
-) -> None:
+    dimension: options.DimensionOption = None,
+    backend: Backend,
+    devices: options.Devices,
+    loading: options.Loading,
+    allow_host: options.AllowHostOption = None,
+    other_files: options.OtherFiles,
+) -> dict[str, Any]:
     """Embed images and store them in Qdrant. Unchanged files are skipped by size and mtime."""
     from cocoa_embed.images.passed_over import THUMBNAILS_MARKER
     from cocoa_embed.model.loading import check_model
 
-    storage = {"path": path, "url": url, "edge": edge}
-    kept: dict[str, Any] = {"create": create, "prefer_grpc": prefer_grpc}
-    options: dict[str, Any] = {"dimension": dimension, "embed": embed, **kept}
-    options |= {"api_key": api_key, **model_options(devices, workers=workers, batch_tokens=batch_tokens)}
-    options |= {"dtype": dtype, "max_pixels": max_pixels, "revision": revision, "trust_remote_code": trust_remote_code}
-    sources = source_options(allow_host, every, include, exclude)
+    settings = {"dimension": dimension, "embed": embed, **vars(backend), **devices.arguments(), **vars(loading)}
+    sources = other_files.source_options(allow_host, exclude)
     check_all(
-        lambda: check_storage(collection, storage),
-        *([lambda: open_collection(collection, storage, None, **kept)] if any(kept.values()) else []),
+        *storage_checks(collection, storage, backend),
         *([] if prune or prune_all else source_checks(paths, sources)),
         lambda: check_model(model),
         *([] if thumbnails is None else [partial(refuse_foreign_folder, thumbnails, marker=THUMBNAILS_MARKER)]),
     )
-    with working() as console, open_indexer(model, collection, storage, **options) as indexer:
+    with working(), open_indexer(model, collection, storage, **settings) as indexer:
         summary = indexer.index(
             paths,
             prune=prune,
@@ -123,13 +72,10 @@ def index(
             llama_index=llama_index,
             retry_failed=retry_failed,
             sources=sources,
-            progress=console.is_terminal,
+            progress=sys.stderr.isatty(),
         )
-        report_summary(summary, console)
-    if as_json:
-        print_json(dataclasses.asdict(summary))
-    if summary.failed:
-        raise typer.Exit(1)
+        report_summary(summary)
+    return dataclasses.asdict(summary)
 
 
 def source_checks(paths: Sequence[str], options: SourceOptions) -> list[Callable[[], object]]:
@@ -140,12 +86,11 @@ def source_checks(paths: Sequence[str], options: SourceOptions) -> list[Callable
     return [partial(all_sources, [path], options) for path in missing] or [partial(all_sources, paths, options)]
 
 
-def report_summary(summary: IndexSummary, console: Console) -> None:
+def report_summary(summary: IndexSummary) -> None:
     """Print the counts of an indexing run, and the files that could not be used."""
     values = dataclasses.asdict(summary)
     counts = ", ".join(f"{values[name]} {name}" for name in ("indexed", "unchanged", "updated", "replaced", "pruned"))
     rate = f"{summary.seconds:.1f} s, {summary.images_per_second:.1f} images/s"
-    say(console, f"{summary.collection}: {counts}, {len(summary.failed)} left out ({rate})")
-    say_passed_over(summary.skipped_reasons, console)
-    for failure in summary.failed:
-        say(console, f"left out: {printable(failure['path'])}: {failure['reason']}")
+    say(f"{summary.collection}: {counts}, {len(summary.failed)} left out ({rate})")
+    say_passed_over(summary.skipped_reasons)
+    say_left_out(summary.failed)

@@ -13,8 +13,9 @@ from cocoa_embed import __version__
 from cocoa_embed.cli.collection import alias, export_points, filterable, forget, info, list_collections, seed
 from cocoa_embed.cli.demo import demo
 from cocoa_embed.cli.embed import embed, load
-from cocoa_embed.cli.evaluate import evaluation
+from cocoa_embed.cli.evaluate import mmeb, pairs
 from cocoa_embed.cli.index import index
+from cocoa_embed.cli.output import as_command
 from cocoa_embed.cli.report import diagnose, report
 from cocoa_embed.cli.search import search
 from cocoa_embed.cli.serve import serve
@@ -29,8 +30,6 @@ INTERRUPTED = 130
 """The exit status after Ctrl-C."""
 
 app = typer.Typer(
-    name="cocoa-embed",
-    help="Train, export and use CoCoA multimodal embedding models.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -40,8 +39,11 @@ app = typer.Typer(
 ABOUT_INDEXES = (index, search, serve, forget, info, export_points, filterable, alias, seed, embed, load)
 ABOUT_MODELS = (demo, caption, train, export, diagnose, report)
 for command in ABOUT_INDEXES + ABOUT_MODELS:
-    app.command()(command)
-app.command("list")(list_collections)
+    app.command()(as_command(command))
+app.command("list")(as_command(list_collections))
+evaluation = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+evaluation.command()(as_command(mmeb))
+evaluation.command()(as_command(pairs))
 app.add_typer(evaluation, name="eval", help="Score a model on MMEB-V1, or on pairs.")
 
 

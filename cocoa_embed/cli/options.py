@@ -2,82 +2,91 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
 
-from cocoa_embed.errors import UsageError
-
 if TYPE_CHECKING:
     from cocoa_embed.sources.base import SourceOptions
 
-DevicesOption = Annotated[
-    str | None,
-    typer.Option(
-        "--devices",
-        "--device",
-        help="The torch device, or several, a process each: cuda:0,cuda:1, or all [default: the fastest].",
-    ),
-]
-WorkersOption = Annotated[int | None, typer.Option(min=1, help="Threads a device that prepare images.")]
-BatchTokensOption = Annotated[
-    int | None, typer.Option(min=1, help="The most visual tokens in a batch [default: 8192].")
-]
-Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
-DtypeOption = Annotated[Dtype | None, typer.Option(help="Load the weights as this type [default: as stored].")]
+MODEL_HELP = "A SentenceTransformer folder, or owner/name on the Hugging Face hub."
+ModelOption = Annotated[str, typer.Option(help=MODEL_HELP)]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="The torch device [default: the fastest].")]
+DimensionOption = Annotated[int | None, typer.Option(min=1, help="Truncate embeddings to this many dimensions.")]
 MaxPixelsOption = Annotated[
     int | None, typer.Option(min=1, help="Scale larger images down to this [default: the model's own limit].")
 ]
-RevisionOption = Annotated[str | None, typer.Option(help="The branch, tag or commit of a model on the hub.")]
-TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the model comes with.")]
+EmbedOption = Annotated[
+    Literal["image", "image+caption", "both"] | None,
+    typer.Option(help="Embed the image, with its caption in one vector, or each in its own [default: image]."),
+]
 AllowHostOption = Annotated[
     list[str] | None, typer.Option("--allow-host", help="Fetch web addresses on this host; repeatable.")
 ]
-EveryOption = Annotated[float, typer.Option(min=0.001, help="Seconds between two frames of a video.")]
-IncludeOption = Annotated[
-    str, typer.Option(help="Other files that folders give beside photographs: archive,table,pdf,video.")
-]
-
-
 ExcludeOption = Annotated[
     list[str] | None,
     typer.Option(metavar="PATTERN", help="Pass over files and folders, as in .gitignore (repeatable)."),
 ]
+Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
 
-def source_options(
-    allow_host: list[str] | None, every: float, include: str, exclude: list[str] | None
-) -> SourceOptions:
-    """Return the options of sources."""
-    from cocoa_embed.sources.base import SourceOptions
+@dataclass(frozen=True)
+class Devices:
+    """Where a model embeds, and how much at once."""
 
-    kinds = frozenset(kind for each in include.split(",") if (kind := each.strip()))
-    hosts, patterns = tuple(allow_host or ()), tuple(exclude or ())
-    return SourceOptions(allowed_hosts=hosts, every=every, include=kinds, exclude=patterns)
+    devices: Annotated[
+        str | None,
+        typer.Option(
+            "--devices",
+            "--device",
+            help="The torch device, or several, a process each: cuda:0,cuda:1, or all [default: the fastest].",
+        ),
+    ] = None
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads a device that prepare images.")] = None
+    batch_tokens: Annotated[
+        int | None, typer.Option(min=1, help="The most visual tokens in a batch [default: 8192].")
+    ] = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the keyword arguments of ``open_encoder``.
+
+        :raises UsageError: If a list of devices names none.
+        """
+        is_list = self.devices is not None and "," in self.devices
+        if self.devices is not None and is_list:
+            from cocoa_embed.encode.devices import read_devices
+
+            read_devices(self.devices)
+        name = "devices" if is_list or self.devices == "all" else "device"
+        return {name: self.devices, "workers": self.workers, "batch_tokens": self.batch_tokens}
 
 
-def model_options(devices: str | None, **options: Any) -> dict[str, Any]:
-    """Return the keyword arguments of ``open_encoder``.
+@dataclass(frozen=True)
+class Loading:
+    """How a model is loaded."""
 
-    :raises UsageError: If a list of devices names none.
-    """
-    if devices is None or (devices != "all" and "," not in devices):
-        return {"device": devices, **options}
-    if devices != "all":
-        from cocoa_embed.encode.devices import read_devices
-
-        read_devices(devices)
-    return {"devices": devices, **options}
+    dtype: Annotated[Dtype | None, typer.Option(help="Load the weights as this type [default: as stored].")] = None
+    max_pixels: MaxPixelsOption = None
+    revision: Annotated[str | None, typer.Option(help="The branch, tag or commit of a model on the hub.")] = None
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that the model comes with.")
+    ] = False
 
 
-def read_share(text: str) -> tuple[int, int]:
-    """Return the two numbers of ``--shard i/n``.
+@dataclass(frozen=True)
+class OtherFiles:
+    """What sources give beside photographs."""
 
-    :raises UsageError: If it has another form, or ``i`` is not between 1 and ``n``.
-    """
-    first, slash, last = text.partition("/")
-    if not (slash and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
-        raise UsageError(
-            f"--shard {text} is not of the form i/n, with i from 1 to n; give 1/4 on the first of four machines"
-        )
-    return int(first), int(last)
+    every: Annotated[float, typer.Option(min=0.001, help="Seconds between two frames of a video.")] = 10.0
+    include: Annotated[
+        str, typer.Option(help="Other files that folders give beside photographs: archive,table,pdf,video.")
+    ] = ""
+
+    def source_options(self, allow_host: list[str] | None, exclude: list[str] | None) -> SourceOptions:
+        """Return the options of sources."""
+        from cocoa_embed.sources.base import SourceOptions
+
+        kinds = frozenset(kind for each in self.include.split(",") if (kind := each.strip()))
+        hosts, patterns = tuple(allow_host or ()), tuple(exclude or ())
+        return SourceOptions(allowed_hosts=hosts, every=self.every, include=kinds, exclude=patterns)

@@ -1,34 +1,60 @@
-"""What all commands share: options, checks, and the output on standard output and standard error."""
+"""What all commands share: how options become arguments, checks, and the output."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
+import inspect
 import json
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any
 
 import typer
 
-from cocoa_embed.errors import CocoaError, UsageError
+from cocoa_embed.errors import CocoaError, UsageError, printable
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-DeviceOption = Annotated[str | None, typer.Option("--device", help="The torch device [default: the fastest].")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
+KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 
-@contextlib.contextmanager
-def working() -> Iterator[Console]:
+def as_command(function: Callable[..., dict[str, Any] | None]) -> Callable[..., None]:
+    """Return a function as typer takes it.
+
+    Where a parameter is a dataclass of options, the command has its fields, one by one. A function that returns a
+    document gives the command the option ``--json``, which prints it. The exit status is 1 where the document lists
+    what ``failed``.
+    """
+    signature = inspect.signature(function, eval_str=True)
+    parameters = signature.parameters
+    classes = {name: each.annotation for name, each in parameters.items()}
+    groups: dict[str, Any] = {name: each for name, each in classes.items() if dataclasses.is_dataclass(each)}
+    members = {name: inspect.signature(group, eval_str=True).parameters for name, group in groups.items()}
+    options = [option for name, each in parameters.items() for option in members.get(name, {name: each}).values()]
+    if signature.return_annotation is not None:
+        options.append(inspect.Parameter("as_json", KEYWORD, default=False, annotation=JsonOption))
+
+    @functools.wraps(function)
+    def run(as_json: bool = False, **values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{option: values.pop(option) for option in members[name]})
+        document = function(**values) or {}
+        if as_json and document:
+            typer.echo(json.dumps(document, indent=2))  # in ASCII, which any terminal's encoding can show
+        if document.get("failed"):
+            raise typer.Exit(1)
+
+    vars(run)["__signature__"] = inspect.Signature([option.replace(kind=KEYWORD) for option in options])
+    return run
+
+
+def working() -> contextlib.AbstractContextManager[object]:
     """Keep standard output for the result: anything printed meanwhile goes to standard error."""
-    from rich.console import Console
-
-    with contextlib.redirect_stdout(sys.stderr):
-        yield Console(stderr=True)
+    return contextlib.redirect_stdout(sys.stderr)
 
 
 QUIET = {
@@ -74,17 +100,18 @@ def check_all(*checks: Callable[[], Any]) -> list[Any]:
     return results
 
 
-def say(console: Console, line: str) -> None:
-    """Print one line for people, unwrapped and without markup."""
-    console.print(line, soft_wrap=True, markup=False, highlight=False)
+def say(line: str) -> None:
+    """Print one line for people."""
+    typer.echo(line, err=True)
 
 
-def say_passed_over(counts: dict[str, int], console: Console) -> None:
+def say_passed_over(counts: dict[str, int]) -> None:
     """Print how many files and folders were passed over for which reason, if any were."""
     if counts:
-        say(console, f"passed over: {', '.join(f'{number} {why}' for why, number in counts.items())}")
+        say(f"passed over: {', '.join(f'{number} {why}' for why, number in counts.items())}")
 
 
-def print_json(document: dict[str, Any]) -> None:
-    """Print one JSON document on standard output, in ASCII, which any terminal's encoding can show."""
-    typer.echo(json.dumps(document, indent=2))
+def say_left_out(failed: Iterable[Mapping[str, str]], words: str = "left out") -> None:
+    """Print the path of each image that could not be used, and the reason."""
+    for failure in failed:
+        say(f"{words}: {printable(failure['path'])}: {failure['reason']}")

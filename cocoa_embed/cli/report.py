@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cocoa_embed.cli.output import DeviceOption, JsonOption, check_all, print_json, say, silence_libraries, working
+from cocoa_embed.cli.options import DeviceOption
+from cocoa_embed.cli.output import check_all, say, silence_libraries, working
 from cocoa_embed.errors import CocoaError, one_line, printable, require
 from cocoa_embed.report.words import GEOMETRY
 
@@ -36,7 +37,7 @@ def report(
     out: Annotated[Path | None, typer.Option(help="The page [default: report.html in RUN].")] = None,
 ) -> None:
     """Write a page about a training run: recipe, data, curves, reconstructions, scores. It needs no network."""
-    with working() as console:
+    with working():
         from cocoa_embed.evaluation.result_cache import make_folder, write_result
         from cocoa_embed.model.training_record import read_run
 
@@ -51,7 +52,7 @@ def report(
         found = [read_result(file, run, record) for file in files]
         make_folder(page.parent)
         write_result(page, render_page(record, printable(run.resolve()), found))
-        say(console, f"wrote {printable(page)}")
+        say(f"wrote {printable(page)}")
 
 
 def read_result(file: Path, run: Path, record: dict[str, Any]) -> EvalResult:
@@ -102,10 +103,9 @@ def diagnose(
         int | None, typer.Option(min=2, help="The most rows [default: all held out, or 64 of --data].")
     ] = None,
     device: DeviceOption = None,
-    as_json: JsonOption = False,
-) -> None:
+) -> dict[str, Any]:
     """Measure how much of an image a checkpoint's <EOS> carries, and the geometry of its embeddings."""
-    with working() as console:
+    with working():
         from cocoa_embed.data.image_folder import find_metadata
         from cocoa_embed.model.training_record import read_training
 
@@ -117,9 +117,8 @@ def diagnose(
 
         diagnosis = measure(checkpoint, data=data, rows=rows, device=device)
         for line in diagnosis_lines(diagnosis):
-            say(console, line)
-    if as_json:
-        print_json(dataclasses.asdict(diagnosis))
+            say(line)
+    return dataclasses.asdict(diagnosis)
 
 
 def diagnosis_lines(diagnosis: Diagnosis) -> Iterator[str]:

@@ -12,30 +12,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cocoa_embed.cli.options import DtypeOption, MaxPixelsOption, RevisionOption, TrustOption
-from cocoa_embed.cli.output import DeviceOption, JsonOption, check_all, print_json, say, working
+from cocoa_embed.cli.options import MODEL_HELP, DeviceOption, Loading
+from cocoa_embed.cli.output import check_all, say, working
 from cocoa_embed.cli.serve import ServerKeyOption, naming_the_option, search_server
-from cocoa_embed.cli.storage import (
-    MODEL_HELP,
-    ApiKeyOption,
-    EdgeOption,
-    FilterOption,
-    PathOption,
-    UrlOption,
-    check_storage,
-    open_indexer,
-)
+from cocoa_embed.cli.storage import FilterOption, Storage, check_storage, open_indexer
 from cocoa_embed.errors import CocoaError, ImageError, UsageError, printable, require
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from rich.console import Console
 
 WEB, REMOTE = r"(?!file:)[\w+.-]+://", r"(?!file:|https?:)[\w+.-]+://"
 """Match addresses on any file system, and on those that are not the web."""
 
 
 def search(
+    *,
     model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
     text: Annotated[str | None, typer.Argument(help="The query; always a text, never a file name.")] = None,
     image: Annotated[
@@ -55,10 +46,7 @@ def search(
     ] = None,
     filters: FilterOption = None,
     collection: Annotated[str | None, typer.Option(help="The Qdrant collection [default: images].")] = None,
-    path: PathOption = None,
-    url: UrlOption = None,
-    edge: EdgeOption = None,
-    api_key: ApiKeyOption = None,
+    storage: Storage,
     limit: Annotated[int, typer.Option(min=1, help="The maximum number of hits.")] = 10,
     offset: Annotated[int, typer.Option(min=0, help="How many of the best hits to skip.")] = 0,
     score_threshold: Annotated[float | None, typer.Option(help="The minimum cosine similarity of a hit.")] = None,
@@ -79,17 +67,13 @@ def search(
         int, typer.Option(min=1, help="Of a model of several vectors, how many of the query's rescore the best hits.")
     ] = 1,
     device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    max_pixels: MaxPixelsOption = None,
-    revision: RevisionOption = None,
-    trust_remote_code: TrustOption = False,
+    loading: Loading,
     server: Annotated[
         str | None, typer.Option(metavar="URL", help="Ask a running cocoa-embed serve, instead of loading the model.")
     ] = None,
     server_api_key: ServerKeyOption = None,
     html: Annotated[Path | None, typer.Option(help="Write the hits to this file as an HTML page.")] = None,
-    as_json: JsonOption = False,
-) -> None:
+) -> dict[str, Any]:
     """Find the images nearest to a text, to an image, or to indexed images."""
     is_embedded = bool(text and text.strip()) or image is not None
     if not is_embedded and not like:
@@ -97,18 +81,18 @@ def search(
     wanted: dict[str, Any] = {"limit": limit, "offset": offset, "score_threshold": score_threshold}
     wanted |= {"any_orientation": any_orientation, "diversity": diversity, "group_by": group_by, "vectors": vectors}
     examples: dict[str, Any] = {"like": like or (), "unlike": unlike or ()}
-    model_options = {"device": device, "dtype": dtype, "revision": revision, "max_pixels": max_pixels}
+    model_options = {"device": device, **vars(loading)}
     if server is not None:
-        own: dict[str, object] = {"model": model, "collection": collection, "path": path, "url": url, "edge": edge}
-        own |= {**model_options, "trust_remote_code": trust_remote_code or None}
-        refuse_beside_server(**own, hnsw_ef=hnsw_ef, exact=exact or None, html=html)
-        with working() as console:
-            hosts = allow_host or ()
-            found = search_server(
-                server, server_api_key, image, hosts, text=text, filters=filters, **examples, **wanted
-            )
-            report_hits(((hit["score"], hit["path"], hit["caption"]) for hit in found["hits"]), console)
-        return print_json(found) if as_json else None
+        own: dict[str, object] = {"model": model, "collection": collection, **storage.given(), **model_options}
+        own |= {"hnsw_ef": hnsw_ef, "exact": exact, "html": html}
+        if given := [name for name, value in own.items() if value not in (None, False)]:
+            name = given[0].replace("_", "-")
+            raise UsageError(f"--server has its own model and index, and shows hits on its page; leave out --{name}")
+        with working():
+            fields = {"text": text, "filters": filters, **examples, **wanted}
+            found = search_server(server, server_api_key, image, allow_host or (), fields)
+            report_hits((hit["score"], hit["path"], hit["caption"]) for hit in found["hits"])
+        return found
     from cocoa_embed.integrations.qdrant.searching.filters import parse_filters
     from cocoa_embed.integrations.qdrant.searching.options import SearchOptions
     from cocoa_embed.model.loading import check_model
@@ -118,10 +102,8 @@ def search(
     if any_orientation and image is None:
         raise UsageError("--any-orientation needs --image")
     collection = collection or "images"
-    storage = {"path": path, "url": url, "edge": edge}
     wanted |= {"hnsw_ef": hnsw_ef, "exact": exact}
     is_download = image is not None and re.match(WEB if allow_host else REMOTE, image, re.IGNORECASE) is not None
-    model_options |= {"trust_remote_code": trust_remote_code}
     *_, picture = check_all(
         lambda: check_storage(collection, storage, exists=True),
         *([] if model is None else [partial(check_model, model)]),
@@ -132,19 +114,14 @@ def search(
     )
     if image and is_download:  # after all local checks
         picture = query_image(image, allow_host or [])
-    with working() as console, open_indexer(model, collection, storage, api_key=api_key, **model_options) as indexer:
-        hits = indexer.search(
-            text if is_embedded else None,
-            picture or None,
-            query_filter=filters,
-            **examples,
-            **wanted,
-        )
-        report_hits(((hit.score, hit.path, hit.caption) for hit in hits), console)
-    if as_json:
-        from cocoa_embed.integrations.qdrant.points import plain_payload
+    with working(), open_indexer(model, collection, storage, **model_options) as indexer:
+        asked = text if is_embedded else None
+        hits = indexer.search(asked, picture or None, query_filter=filters, **examples, **wanted)
+        report_hits((hit.score, hit.path, hit.caption) for hit in hits)
+    from cocoa_embed.integrations.qdrant.points import plain_payload
 
-        print_json({"hits": [{**dataclasses.asdict(hit), "payload": plain_payload(hit.payload)} for hit in hits]})
+    rows = [{**dataclasses.asdict(hit), "payload": plain_payload(hit.payload)} for hit in hits]
+    document: dict[str, Any] = {"hits": rows}
     if html is not None:
         from cocoa_embed.integrations.qdrant.searching.hits_page import write_hits_page
 
@@ -154,18 +131,13 @@ def search(
         for name in like or ():
             with suppress(ImageError):  # the id of a point, or an image that is gone
                 picture = picture or query_image(name, allow_host or [])
-        write_hits_page(html, " + ".join(filter(None, names)), hits, picture, allow_host or [])
-        typer.echo(f"wrote {printable(html)}", err=True)
-
-
-def refuse_beside_server(**options: object) -> None:
-    """Refuse options of which a server has its own.
-
-    :raises UsageError: If one is given.
-    """
-    if given := [name for name, value in options.items() if value is not None]:
-        name = given[0].replace("_", "-")
-        raise UsageError(f"--server has its own model and index, and shows hits on its page; leave out --{name}")
+        try:
+            write_hits_page(html, " + ".join(filter(None, names)), hits, picture, allow_host or [])
+            say(f"wrote {printable(html)}")
+        except CocoaError as error:  # the hits are printed all the same
+            document["failed"] = [{"path": str(html), "reason": str(error)}]
+            say(f"cocoa-embed: {error}")
+    return document
 
 
 def check_page(file: Path) -> None:
@@ -192,12 +164,12 @@ def query_image(image: str, allowed_hosts: Sequence[str]) -> Image:
         return load_key(image, allowed_hosts)
 
 
-def report_hits(hits: Iterable[tuple[float, str, str]], console: Console) -> None:
+def report_hits(hits: Iterable[tuple[float, str, str]]) -> None:
     """Print score, path and caption of the hits of a search, best first."""
     is_empty = True
     for score, path, text in hits:
         is_empty = False
         caption = f"  {' '.join(text.split())}" if text else ""
-        say(console, f"{score:.4f}  {printable(path)}{caption}")
+        say(f"{score:.4f}  {printable(path)}{caption}")
     if is_empty:
-        say(console, "nothing found")
+        say("nothing found")

@@ -11,9 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-from cocoa_embed.cli.options import MaxPixelsOption
-from cocoa_embed.cli.output import DeviceOption, check_all, say, silence_libraries, working
-from cocoa_embed.cli.storage import CollectionOption, EdgeOption, PathOption, UrlOption, check_storage
+from cocoa_embed.cli.options import DeviceOption, MaxPixelsOption
+from cocoa_embed.cli.output import check_all, say, silence_libraries, working
+from cocoa_embed.cli.storage import ApiKeyOption, CollectionOption, Location, check_storage
 from cocoa_embed.errors import ImageError, require
 from cocoa_embed.folders import DEFAULT_INDEX
 
@@ -21,14 +21,11 @@ ServerKeyOption = Annotated[str | None, typer.Option(envvar="COCOA_API_KEY", hel
 
 
 def serve(
+    *,
     model: Annotated[str | None, typer.Argument(help="The model [default: the one that made the collection].")] = None,
     collection: CollectionOption = "images",
-    path: PathOption = None,
-    url: UrlOption = None,
-    edge: EdgeOption = None,
-    qdrant_api_key: Annotated[
-        str | None, typer.Option(envvar="QDRANT_API_KEY", help="API key for the Qdrant server.")
-    ] = None,
+    location: Location,
+    qdrant_api_key: ApiKeyOption = None,
     host: Annotated[
         str, typer.Option(help="The address to listen at; others than loopback need --api-key.")
     ] = "127.0.0.1",
@@ -43,29 +40,28 @@ def serve(
     from cocoa_embed.model.loading import check_model
     from cocoa_embed.serve.address import bind, check_address
 
-    storage: dict[str, Any] = {"path": path, "url": url, "edge": edge}
     check_all(
-        lambda: check_storage(collection, storage, exists=True),
+        lambda: check_storage(collection, location, exists=True),
         *([] if model is None else [partial(check_model, model)]),
         partial(check_address, host, api_key),
     )
     for module in ("qdrant_client", "starlette", "uvicorn", "python_multipart"):
         require(module, "serve")
-    with working() as console:
+    with working():
         silence_libraries()
         from cocoa_embed.serve import run
         from cocoa_embed.serve.limits import Limits
 
         bound = bind(host, port)
-        place = {**storage, "collection": collection, "api_key": qdrant_api_key}
+        place = {**vars(location), "collection": collection, "api_key": qdrant_api_key}
         indexer, app = run.open_app(model, device, place, Limits(), api_key, max_pixels)
         name = f"[{host}]" if ":" in host else host
-        say(console, f"{indexer.store.name}: {indexer.store.count()} images, {indexer.encoder.name}")
-        if url is None:
-            folder = path or edge or DEFAULT_INDEX
-            say(console, f"no other process can open {folder} meanwhile; to index while serving, use a Qdrant server")
+        say(f"{indexer.store.name}: {indexer.store.count()} images, {indexer.encoder.name}")
+        if location.url is None:
+            folder = location.path or location.edge or DEFAULT_INDEX
+            say(f"no other process can open {folder} meanwhile; to index while serving, use a Qdrant server")
         ready = f"serving at http://{name}:{bound.getsockname()[1]}/ (Ctrl-C stops)"
-        run.answer_requests(app, bound, partial(say, console, ready))
+        run.answer_requests(app, bound, partial(say, ready))
 
 
 @contextmanager
@@ -83,7 +79,7 @@ def naming_the_option() -> Iterator[None]:
 
 
 def search_server(
-    server: str, api_key: str | None, image: str | None, allowed_hosts: Sequence[str], **asked: Any
+    server: str, api_key: str | None, image: str | None, allowed_hosts: Sequence[str], asked: dict[str, Any]
 ) -> dict[str, Any]:
     """Return the answer of a server to a search, in which files of this machine go along.
 

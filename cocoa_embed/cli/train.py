@@ -9,19 +9,18 @@ import sys
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cocoa_embed.cli.output import DeviceOption, JsonOption, check_all, print_json, say, silence_libraries, working
+from cocoa_embed.cli.options import DeviceOption
+from cocoa_embed.cli.output import check_all, say, say_left_out, silence_libraries, working
 from cocoa_embed.errors import CocoaError, UsageError, did_you_mean, printable, require
 from cocoa_embed.folders import RUN_MARKER, refuse_checkpoint, refuse_foreign_folder
 from cocoa_embed.model.loading import collector_paused
 from cocoa_embed.report.words import duration
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from cocoa_embed.captioning.prompts import Writer
     from cocoa_embed.captioning.run import CaptionRun
     from cocoa_embed.train import Recipe, StageResult
@@ -56,14 +55,13 @@ def caption(
     dry_run: Annotated[
         Literal["sample"] | None, typer.Option(help="Print what it would do and cost, by a sample, and stop.")
     ] = None,
-    as_json: JsonOption = False,
-) -> None:
+) -> dict[str, Any]:
     """Write captions and question-answer pairs for images without text. A second run goes on where one stopped."""
     if (backbone is None) == (endpoint is None):
         raise UsageError("Give either --with BACKBONE or --endpoint URL --model NAME: one of them writes the texts.")
     if (endpoint is None) != (model is None):
         raise UsageError("--endpoint and --model belong together: the address, and the name of a model there.")
-    with working() as console:
+    with working():
         from cocoa_embed.captioning.prompts import Prompts
         from cocoa_embed.captioning.run import CaptionRun, check_folders
 
@@ -85,19 +83,16 @@ def caption(
         count = (3 if questions is None else questions) * writer.follows_prompts
         job = CaptionRun(folder, out, writer, prompts, wordings, count, replace_below)
         document = job.plan()
-        say(console, CAPTION_PLAN.format(**document))
+        say(CAPTION_PLAN.format(**document))
         if dry_run is None:
             if document["to_caption"] and not yes:
-                if not (console.is_terminal and sys.stdin.isatty()):
+                if not (sys.stderr.isatty() and sys.stdin.isatty()):
                     raise UsageError(
                         "Nothing was asked or written yet; give --yes to begin, or --dry-run to stop here."
                     )
                 typer.confirm("Begin?", abort=True, err=True)
-            document = _caption(job, document["to_caption"], console)
-    if as_json:
-        print_json(document)
-    if document.get("failed"):
-        raise typer.Exit(1)
+            document = _caption(job, document["to_caption"])
+    return document
 
 
 CAPTION_PLAN = """\
@@ -110,22 +105,18 @@ CAPTION_SUMMARY = (
 )
 
 
-def _caption(job: CaptionRun, total: int, console: Console) -> dict[str, Any]:
+def _caption(job: CaptionRun, total: int) -> dict[str, Any]:
     """Caption with a progress bar, and print what became of the images."""
     from tqdm.auto import tqdm
 
-    bar = tqdm(desc="captioning", total=total, unit="image", disable=not console.is_terminal)
+    bar = tqdm(desc="captioning", total=total, unit="image", disable=not sys.stderr.isatty())
     with bar, contextlib.closing(job.caption()) as batches:
         for images in batches:
             bar.update(images)
-    say(console, CAPTION_SUMMARY.format(**job.summary))
+    say(CAPTION_SUMMARY.format(**job.summary))
     for key, words in (("failed", "left out"), ("unusable", "answer left out")):
-        for failure in job.summary[key]:
-            say(console, f"{words}: {printable(failure['path'])}: {failure['reason']}")
+        say_left_out(job.summary[key], words)
     return job.summary
-
-
-DryRun: TypeAlias = Literal["sample", "full", "timed"]
 
 
 def train(
@@ -138,7 +129,7 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in --out, if any.")] = False,
     dry_run: Annotated[
-        DryRun | None,
+        Literal["sample", "full", "timed"] | None,
         typer.Option(
             help="Print what the run would do and cost, and stop. Alone it checks a sample of the images; =full checks "
             "all; =timed loads the weights, too, and times a few steps of each stage."
@@ -147,11 +138,10 @@ def train(
     card: Annotated[
         str | None, typer.Option(help="With --dry-run, estimate the hours on a card such as a100, h100 or l40s.")
     ] = None,
-    as_json: JsonOption = False,
-) -> None:
+) -> dict[str, Any] | None:
     """Train a model by a recipe: warm-up, bridge, contrastive. Each stage writes a checkpoint."""
     is_first = os.environ.get("RANK", "0") == "0"
-    with working() as console:
+    with working():
         require("yaml", "train")
         from cocoa_embed.train.plan.cards import CARDS
 
@@ -181,9 +171,8 @@ def train(
             document, lines = {"stages": list(map(stage_document, results))}, stage_lines(results)
         if is_first:
             for line in lines:
-                say(console, line)
-    if as_json and is_first:
-        print_json(document)
+                say(line)
+    return document if is_first else None
 
 
 def _load(recipe: str, overrides: list[str], out: Path | None) -> Recipe:
@@ -241,7 +230,7 @@ def export(
 
     One of several vectors becomes a MultiVectorEncoder.
     """
-    with working() as console:
+    with working():
         from cocoa_embed.model.training_record import TRAINING_FILE, read_training
 
         # Before torch, which takes seconds.
@@ -254,7 +243,7 @@ def export(
         with collector_paused():
             from cocoa_embed.model.export import export_model
 
-        say(console, f"wrote {export_model(checkpoint, out, vectors)}")
+        say(f"wrote {export_model(checkpoint, out, vectors)}")
 
 
 def stage_lines(results: Sequence[StageResult]) -> Iterator[str]:

@@ -14,7 +14,6 @@ import pytest
 from fake_model import FakeModel, colour_image, write_colours
 from PIL import Image
 from qdrant_client import QdrantClient, models
-from rich.console import Console
 
 from cocoa_embed.cli.search import report_hits
 from cocoa_embed.encode.encoder import Encoder
@@ -153,7 +152,7 @@ class TestRuns:
         hits = album.search("red")
         assert {hit.id for hit in hits} >= {"7"}
         write_hits_page(album.folder / "hits.html", "red", hits)
-        report_hits(((hit.score, hit.path, hit.caption) for hit in hits), Console(stderr=True))
+        report_hits((hit.score, hit.path, hit.caption) for hit in hits)
         assert "gone.png" in (album.folder / "hits.html").read_text()
 
 
