@@ -206,7 +206,7 @@ class Signature:
         :param name: Of what was made, a ``kind``.
         :raises CocoaError: If the model, the dimension, what is embedded or the number of vectors is another.
         """
-        if self.fingerprint is not None and self.vectors != other.vectors:
+        if self.vectors != other.vectors:
             raise CocoaError(
                 f"{name} has {of_vectors(self.vectors)} a point, and {other.model} makes {of_vectors(other.vectors)};"
                 f" choose another {kind}, or the export of the model with --vectors {self.vectors}"
