@@ -47,6 +47,7 @@ from cocoa_embed.train.stages.contrastive.model import as_sentence_transformer
 from cocoa_embed.train.stages.contrastive.patches import preprocess_items
 from cocoa_embed.train.stages.rendering import batched
 from shared.measuring import best_device, machine
+from shared.output import command_line, report
 
 BACKBONE = "scene-captioner"
 CELL, SIDE = IMAGE_SIZE // 2, 3
@@ -201,7 +202,7 @@ def table(document: dict[str, Any]) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of vectors [1 2 4 8]")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on [3]")
     parser.add_argument("--steps", type=int, nargs=3, default=[300, 500, 200], help="of the stages [300 500 200]")
@@ -220,7 +221,7 @@ def main() -> None:
     write_result(options.out / "eos_tokens.json", json.dumps(document, indent=1) + "\n")
     text = to_markdown("Several EOS tokens", [table(document)])
     write_result(options.out / "eos_tokens.md", text)
-    print(text)
+    report(document, lambda _: print(text), as_json=options.json)
 
 
 if __name__ == "__main__":

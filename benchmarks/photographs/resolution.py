@@ -11,6 +11,7 @@ the first ``--timed`` images. Its FLOPs are those of the matrix products.
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 from statistics import fmean
@@ -21,6 +22,7 @@ from PIL import Image
 
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.encode.load import load_encoder
+from cocoa_embed.errors import CocoaError
 from cocoa_embed.evaluation.pairs import evaluate_pairs
 from cocoa_embed.evaluation.pairs_reader import Pair, read_pairs
 from cocoa_embed.images.load import load_image
@@ -96,7 +98,10 @@ def show(result: dict[str, Any]) -> None:
 
 def main() -> None:
     options = parse()
-    result = measure(options)
+    try:
+        result = measure(options)
+    except CocoaError as error:
+        sys.exit(f"resolution: {error}")
     if options.json:
         print(json.dumps(result, indent=2))
     else:

@@ -10,7 +10,7 @@ from sentence_transformers.util import get_device_name
 
 from cocoa_embed.captioning.prompts import Answer, Prompts, Request
 from cocoa_embed.errors import UsageError
-from cocoa_embed.model.backbone import load_backbone, read_config, read_processor
+from cocoa_embed.model.backbone import limit_images, load_backbone, read_config, read_processor
 from cocoa_embed.model.families.registry import family_of_images
 from cocoa_embed.model.template import render
 
@@ -28,14 +28,14 @@ class BackboneWriter:
         """Read config and processor.
 
         :raises CocoaError: If there is no such backbone.
-        :raises UsageError: If its family is not supported, or it is bidirectional.
+        :raises UsageError: If its family is not supported, it is bidirectional, or ``max_pixels`` are too few.
         """
         if read_config(name).get_text_config().to_dict().get("is_causal") is False:
             raise UsageError(f"{name} is bidirectional: training has made it an embedder, which writes no text; give "
                              "the backbone that its training began with.")  # fmt: skip
         self._processor: Any = read_processor(name)
         self._family = family_of_images(self._processor)
-        self._family.limit_pixels(self._processor, min(max_pixels, self._family.most_pixels(self._processor)))
+        limit_images(self._processor, min(max_pixels, self._family.most_pixels(self._processor)))
         self._processor.tokenizer.padding_side = "left"
         self.name, self.images_at_once = name, batch_size
         self.follows_prompts = "add_generation_prompt" in (self._processor.chat_template or "")

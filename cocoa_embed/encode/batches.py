@@ -47,7 +47,7 @@ def token_counter(model: SentenceTransformer) -> CountTokens:
     """
     with suppress(AttributeError, UsageError):  # no processor, or one without images, or of no supported model
         processor: Any = model.processor
-        counter = processor if isinstance(processor, PatchCounter) else processor.image_processor
+        counter = model.processor if isinstance(model.processor, PatchCounter) else processor.image_processor
         if isinstance(counter, PatchCounter):
             return partial(visual_tokens, counter)
         from cocoa_embed.model.families.registry import family_of_images

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cocoa_embed.errors import CocoaError, printable
+from cocoa_embed.errors import CocoaError, UsageError, printable
 from cocoa_embed.model import loading
 
 if TYPE_CHECKING:
@@ -29,7 +29,16 @@ def load_encoder(model: str | Path, device: str | None = None, dimension: int | 
     loaded = loading.load_model(model, device, **options)
     if pixels is not None:
         from cocoa_embed.model.backbone import limit_images
+        from cocoa_embed.model.families.registry import FAMILIES, family_of_images
 
+        try:
+            family_of_images(loaded.processor)
+        except (AttributeError, UsageError) as error:  # a model of texts may have no processor
+            families = ", ".join(sorted(FAMILIES))
+            raise UsageError(
+                f"max_pixels is for models of {families}, and {printable(model)} is none; leave max_pixels out"
+                " (--max-pixels)"
+            ) from error
         limit_images(loaded.processor, pixels)
     from cocoa_embed.encode.encoder import Encoder
 

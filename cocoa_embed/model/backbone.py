@@ -235,9 +235,14 @@ def fitting_max_pixels(name_or_path: str, max_length: int) -> int | None:
 def limit_images(processor: ProcessorMixin, max_pixels: int | None) -> None:
     """Have a processor scale images down to ``max_pixels``, in place; None keeps its own limit.
 
-    :raises UsageError: If the largest image would not fit into a sequence, or the processor is of no supported model.
+    :raises UsageError: If the largest image would not fit into a sequence, a visual token has more pixels, or the
+        processor is of no supported model.
     """
     family = family_of_images(processor)
+    geometry = family.image_geometry(processor)
+    side = geometry.patch_size * geometry.merge_size
+    if max_pixels is not None and max_pixels < side**2:
+        raise UsageError(f"max_pixels is {max_pixels}, but a visual token has {side} x {side}; raise it.")
     family.limit_pixels(processor, max_pixels)
     largest, tokens = family.most_pixels(processor), family.most_visual_tokens(processor)
     vectors, length = len(eos_tokens(processor.tokenizer)), processor.tokenizer.model_max_length

@@ -251,7 +251,8 @@ def export_model(checkpoint: Path, out: Path, vectors: int | None = None) -> Pat
     training = read_training(checkpoint)
     recipe = training["recipe"]
     if vectors not in (None, 1, found := vectors_of(training)):
-        raise UsageError(f"--vectors is {vectors}, and {printable(checkpoint)} has {found}; give 1 or {found}")
+        numbers = "1" if found == 1 else f"1 or {found}"
+        raise UsageError(f"--vectors is {vectors}, and {printable(checkpoint)} has {found}; give {numbers}")
     if checkpoint.resolve().is_relative_to(out.resolve()):
         raise CocoaError(f"{out} is or holds the checkpoint itself; give another folder to export to.")
     model = build_sentence_transformer(

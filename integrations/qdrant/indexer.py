@@ -274,12 +274,8 @@ class QdrantIndexer(Searcher):
         :raises CocoaError: If another model made the collection, or it has another dimension.
         """
         encoder = self._whole_encoder()
-        if signature is not None and signature.fingerprint and signature.vectors != encoder.most_vectors:
-            raise CocoaError(
-                f"{self.store.name} has {base.of_vectors(signature.vectors)} a point, and {encoder.name} makes"
-                f" {base.of_vectors(encoder.most_vectors)}; choose another collection, or the model that made it"
-                f" ({signature.model})"
-            )
+        if signature is not None and signature.fingerprint:
+            signature.require_vectors(encoder.most_vectors, encoder.name, self.store.name, "collection")
         if signature is not None and signature.fingerprint not in (None, encoder.fingerprint):
             raise CocoaError(
                 f"{self.store.name} was made with {signature.model} (fingerprint {signature.fingerprint:.12}), not with"

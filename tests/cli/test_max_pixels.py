@@ -6,10 +6,15 @@ import pytest
 from command_line import Command
 from exported import write_checkpoint
 from PIL import Image
-from tiny_backbones import TINY_MAX_LENGTH
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from tiny_backbones import TINY_MAX_LENGTH, tiny_clip_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from cocoa_embed.encode.batches import token_counter
 from cocoa_embed.encode.load import load_encoder
+from cocoa_embed.errors import UsageError
 from cocoa_embed.model.backbone import load_backbone
 from cocoa_embed.serve.limits import Limits
 from cocoa_embed.serve.run import open_app
@@ -62,3 +67,12 @@ def test_a_limit_that_fits_no_sequence_is_wrong_usage(command: Command, model: s
     found = command(*words.split(), "--model", model, "--max-pixels", 1000 * SMALL)
     assert found.status == 2
     assert "takes 1000 visual tokens, more than the 120 that" in found.err
+
+
+def test_a_model_of_no_family_has_no_limit(tmp_path: Path) -> None:
+    words = Tokenizer(WordLevel({"red": 0}, unk_token="red"))
+    texts = SentenceTransformer(modules=[StaticEmbedding(words, embedding_dim=4)], device="cpu")
+    for name, model in (("clip", tiny_clip_model(tmp_path / "weights")), ("texts", texts)):
+        model.save(str(tmp_path / name))
+        with pytest.raises(UsageError, match=f"{name} is none; leave max_pixels out"):
+            load_encoder(tmp_path / name, "cpu", max_pixels=SMALL)

@@ -243,6 +243,9 @@ def test_a_run_resumes_with_its_own_settings_alone_and_replaces_nothing_else(
         (["model.image_size=100"], "model: image_size 100 is no multiple of 1 x patch_size x merge_size (28)"),
         (["model.width=100"], "model: width 100 is no multiple of 2 x heads (6)"),
         (["--language-model", "lm", "model.width=64"], "model.width: --language-model has its own"),
+        (["all=5"], "all = 5: input should be a valid dictionary"),
+        (["data=photos"], "Override 'data=photos': give --data instead"),
+        (["language_model=null"], "Override 'language_model=null': give --language-model instead"),
     ],
 )
 def test_the_command_exits_with_2_and_a_sentence_for_a_wrong_setting(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import Command
-from exported import PROMPTS, TRAINING
+from exported import PROMPTS, TRAINING, write_checkpoint
 from PIL import Image
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Normalize, Transformer
@@ -16,7 +16,7 @@ from tiny_backbones import TINY_MAX_LENGTH
 
 from cocoa_embed.encode.load import load_encoder
 from cocoa_embed.errors import CocoaError, UsageError
-from cocoa_embed.model.backbone import load_backbone
+from cocoa_embed.model.backbone import Backbone, load_backbone
 from cocoa_embed.model.export import EosVectors, build_sentence_transformer, export_model
 from cocoa_embed.model.loading import load_model
 from cocoa_embed.model.training_record import TRAINING_FILE
@@ -142,10 +142,13 @@ def test_padding_does_not_move_the_vectors(side: str) -> None:
 
 
 def test_another_number_of_vectors_is_refused_by_the_command(
-    command: Command, checkpoint: Path, tmp_path: Path
+    command: Command, checkpoint: Path, tiny_backbone: Backbone, tmp_path: Path
 ) -> None:
     result = command("export", checkpoint, tmp_path / "out", "--vectors", 2)
     assert result.error() == f"2 --vectors is 2, and {checkpoint} has {COUNT}; give 1 or {COUNT}"
+    one = write_checkpoint(tiny_backbone, tmp_path / "one")
+    result = command("export", one, tmp_path / "out", "--vectors", 2)
+    assert result.error() == f"2 --vectors is 2, and {one} has 1; give 1"
     assert not (tmp_path / "out").exists()
 
 

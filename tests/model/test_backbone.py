@@ -21,8 +21,10 @@ from cocoa_embed.model.backbone import (
     load_backbone,
     load_processor,
     prepare_processor,
+    read_processor,
     resolve_backbone,
 )
+from cocoa_embed.model.families.registry import family_of_images
 from cocoa_embed.model.template import eos_tokens
 from cocoa_embed.train.stages.rendering import render_items
 
@@ -145,6 +147,19 @@ def test_max_pixels_and_max_length_are_applied_and_saved(
         batch = render_items(loaded.processor, [Item(text=LONG_TEXT, images=(make_image(112, 112),))])
         assert batch["input_ids"].shape == (1, 80)
         assert visual_tokens(loaded, batch["input_ids"]) == 4
+
+
+def test_a_small_image_is_not_enlarged_beyond_the_limit(tiny_backbone_path: Path) -> None:
+    processor = read_processor(str(tiny_backbone_path))
+    processor.image_processor.size["shortest_edge"] = 16 * PIXELS_PER_TOKEN  # as Qwen3-VL's: 256 x 256 pixels
+    prepare_processor(processor, max_pixels=4 * PIXELS_PER_TOKEN)
+    family = family_of_images(processor)
+    assert [family.visual_tokens(processor, side, side) for side in (28, 56, 112)] == [4, 4, 4]
+
+
+def test_a_limit_below_a_visual_token_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"max_pixels is 783, but a visual token has 28 x 28; raise it\."):
+        load_processor("scene-captioner", max_pixels=PIXELS_PER_TOKEN - 1)
 
 
 @pytest.mark.parametrize(

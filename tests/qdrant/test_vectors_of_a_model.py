@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_model import FakeModel, SeveralVectors, colour_image, write_colours
-from qdrant_client import QdrantClient
+from qdrant_client import QdrantClient, models
 
 from cocoa_embed.encode.encoder import Encoder
 from cocoa_embed.errors import CocoaError, UsageError
@@ -94,8 +94,14 @@ def test_other_models_and_more_vectors_are_refused_with_the_way_out(indexer: Qdr
     with pytest.raises(UsageError, match=r"has one vector a point; leave vectors out"):
         other.search(QUERY, vectors=2)
     several = QdrantIndexer(SeveralVectors(), client=client, collection="single")  # type: ignore[arg-type]
-    with pytest.raises(CocoaError, match="has one vector a point, and the model makes 3 vectors; choose another"):
+    with pytest.raises(CocoaError, match=r"has one vector a point, .*, or the export of the model with --vectors 1"):
         several.index(tmp_path / "colours", progress=False)
+    client.create_collection("foreign", vectors_config=models.VectorParams(size=48, distance=models.Distance.COSINE))
+    foreign = QdrantIndexer(SeveralVectors(), client=client, collection="foreign")  # type: ignore[arg-type]
+    with pytest.raises(CocoaError, match="has one vector a point, and the model makes 3 vectors; choose another"):
+        foreign.index(tmp_path / "colours", progress=False)
+    of_one = QdrantIndexer(FakeModel(), client=client, collection="foreign")  # type: ignore[arg-type]
+    assert of_one.index(tmp_path / "colours", progress=False).indexed == 4, "it was not signed for the other model"
     both = QdrantIndexer(SeveralVectors(), client=client, collection="both", embed="both")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="--embed both keeps one vector of an image and one of its caption, and"):
         both.index(tmp_path / "colours", progress=False)

@@ -1,5 +1,6 @@
 """The settings of a pretraining: the model's sizes, its stages, how images are varied, what is measured."""
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -163,21 +164,24 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """What is set for the package's own captioner of scenes, for a folder, and for a folder with a language model."""
 
+OPTIONS = ("data", "held_out", "language_model", "teacher")
+"""What a pretraining is made of: settings that have options of their own, and are no overrides."""
+
 LANGUAGE_SIZES = {"width", "inner_width", "layers", "heads", "key_value_heads", "vocabulary"}
 
 
 def read_settings(overrides: list[str], **given: object) -> PretrainSettings:
-    """Return the settings for what is given, ``data`` among it, with ``key.sub=value`` overrides.
+    """Return the settings for what is given of ``OPTIONS``, ``data`` among it, with ``key.sub=value`` overrides.
 
     :raises UsageError: With one sentence for each fault.
     """
-    values: dict[str, Any] = given
+    has_language_model = given.get("language_model") is not None
+    kind = "language model" if has_language_model else SCENES if given["data"] == SCENES else "photographs"
+    values = deepcopy(PRESETS[kind]) | given
     for override in overrides:
+        if (key := override.partition("=")[0]) in OPTIONS:
+            raise UsageError(f"Override {override!r}: give --{key.replace('_', '-')} instead.")
         apply_override(PretrainSettings, values, override)
-    has_language_model = values.get("language_model") is not None
-    kind = "language model" if has_language_model else SCENES if values["data"] == SCENES else "photographs"
-    for key, preset in PRESETS[kind].items():
-        values[key] = {**preset, **values.get(key, {})} if isinstance(preset, dict) else values.get(key, preset)
     try:
         settings = PretrainSettings.model_validate(values)
     except ValidationError as error:

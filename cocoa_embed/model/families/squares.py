@@ -10,7 +10,6 @@ from PIL import Image
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from cocoa_embed.errors import UsageError
 from cocoa_embed.model.families.family import Family, PatchGeometry
 from cocoa_embed.model.host_tensor import on_host
 
@@ -54,14 +53,9 @@ class Squares(Family):
 
     @classmethod
     def limit_pixels(cls, processor: ProcessorMixin, pixels: int | None) -> None:
-        """Make every image one square of as many visual tokens as fit, and of no more than the processor makes itself.
-
-        :raises UsageError: If a visual token has more pixels.
-        """
+        """Make every image one square of as many visual tokens as fit, at most those that the processor makes."""
         size, side = cls.image_geometry(processor).patch_size, cls.side(processor)
         if pixels is not None and (fitting := math.isqrt(pixels) // size) ** 2 < cls.most_visual_tokens(processor):
-            if fitting == 0:
-                raise UsageError(f"max_pixels is {pixels}, but a visual token has {size} x {size}; raise it.")
             side = fitting * size
             setattr(processor, cls.tokens_key, fitting**2)
         cls.set_side(processor, side)

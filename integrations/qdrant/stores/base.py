@@ -206,11 +206,7 @@ class Signature:
         :param name: Of what was made, a ``kind``.
         :raises CocoaError: If the model, the dimension, what is embedded or the number of vectors is another.
         """
-        if self.fingerprint is not None and self.vectors != other.vectors:
-            raise CocoaError(
-                f"{name} has {of_vectors(self.vectors)} a point, and {other.model} makes {of_vectors(other.vectors)};"
-                f" choose another {kind}, or the export of the model with --vectors {self.vectors}"
-            )
+        self.require_vectors(other.vectors, other.model, name, kind)
         if self.fingerprint not in (None, other.fingerprint) or self.dimension != other.dimension:
             raise CocoaError(
                 f"{name} was made with {self.model} ({self.dimension} dimensions), not with {other.model}"
@@ -219,6 +215,20 @@ class Signature:
         if self.embed != other.embed:
             raise CocoaError(
                 f"{name} was made with --embed {self.embed}, not with --embed {other.embed}; choose another {kind}"
+            )
+
+    def require_vectors(self, count: int, model: str, name: str, kind: str) -> None:
+        """Check that what was made with this signature takes the embeddings of a model of ``count`` vectors.
+
+        :param name: Of what was made, a ``kind``.
+        :raises CocoaError: If its points have another number.
+        """
+        if self.vectors != count:
+            of_one = "the export of the model with --vectors 1"
+            remedy = of_one if self.vectors == 1 else f"the model that made it ({self.model})"
+            raise CocoaError(
+                f"{name} has {of_vectors(self.vectors)} a point, and {model} makes {of_vectors(count)};"
+                f" choose another {kind}, or {remedy}"
             )
 
 

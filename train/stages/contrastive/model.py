@@ -47,7 +47,7 @@ def as_sentence_transformer(backbone: Backbone, run: RunSettings) -> SentenceTra
         assert_bidirectional(model)
     embedding = embedding_model(module, run.prompts.model_dump(), run.pooling)
     if run.eos_tokens > 1:
-        vectors = EosVectors(embedding.get_embedding_dimension(), run.eos_tokens)
+        vectors = EosVectors(module.get_embedding_dimension(), run.eos_tokens)
         embedding[-1].register_forward_hook(partial(_pool, vectors))
     return embedding
 
