@@ -127,5 +127,6 @@ class StageTrainer(CocoaTrainer):
             sums = {name: torch.stack(values).sum() / self._steps for name, values in self._parts.items()}
             self._parts.clear()
             self._steps = 0
-            logs |= {name: self.accelerator.reduce(value, "mean").item() for name, value in sums.items()}
+            means: Any = self.accelerator.reduce(sums, "mean")
+            logs |= {name: value.item() for name, value in means.items()}
         super().log(logs, *args, **kwargs)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -50,7 +51,8 @@ class Throughput:
         """Return ``tokens_per_second`` of all devices, ``data_wait_ratio`` and, if operations are counted, ``mfu``."""
         seconds = max(time.perf_counter() - self._started, 1e-9)
         seen = torch.tensor([self._tokens, self._flops, self._waited], dtype=torch.float32, device=accelerator.device)
-        tokens, flops, waited = accelerator.reduce(seen, "sum").tolist()
+        sums: Any = accelerator.reduce(seen, "sum")
+        tokens, flops, waited = sums.tolist()
         metrics = {
             "tokens_per_second": tokens / seconds,
             "data_wait_ratio": min(waited / accelerator.num_processes / seconds, 1.0),

@@ -222,7 +222,8 @@ def _fake_model(config: PreTrainedConfig, stage: Stage[StageSettings], fake: Fak
         model = family_of(config).model_class(config)
     with fake:
         for module in model.modules():
-            for tensors in (module._parameters, module._buffers):
+            owned: Any = (module._parameters, module._buffers)
+            for tensors in owned:
                 for name, each in tensors.items():
                     if each is not None:
                         empty = torch.empty_like(each, device="cpu")
