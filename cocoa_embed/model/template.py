@@ -97,9 +97,9 @@ def eos_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def add_eos_tokens(tokenizer: PreTrainedTokenizerBase, count: int) -> None:
-    """Give a tokenizer so many ``eos_tokens``, in place.
+    """Add ``eos_tokens`` to a tokenizer until it has ``count``, in place.
 
-    :raises UsageError: If it has more, or there can be no so many.
+    :raises UsageError: If it has more than ``count``, or ``count`` is over ``MOST_EOS_TOKENS``.
     """
     found = len(eos_tokens(tokenizer))
     if not found <= count <= MOST_EOS_TOKENS:

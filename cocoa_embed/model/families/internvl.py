@@ -26,7 +26,6 @@ class InternVL(Squares):
         depth="num_hidden_layers",
         merger="multi_modal_projector",
     )
-    adapted = frozenset({"q_proj", "k_proj", "v_proj", "fc1", "fc2"})
 
     @property
     def patches_per_row(self) -> int:

@@ -35,7 +35,6 @@ class SmolVLM(Squares):
         depth="num_hidden_layers",
         merger="connector",
     )
-    adapted = frozenset({"q_proj", "k_proj", "v_proj", "fc1", "fc2"})
 
     @property
     def patches_per_row(self) -> int:

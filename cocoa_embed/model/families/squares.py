@@ -17,6 +17,8 @@ from cocoa_embed.model.host_tensor import on_host
 class Squares(Family):
     """A raw patch is what stands behind a visual token: a square of the encoder's own patches."""
 
+    adapted = frozenset({"q_proj", "k_proj", "v_proj", "fc1", "fc2"})
+
     tokens_key: ClassVar[str]
     """The processor's attribute with the number of an image's visual tokens."""
 
