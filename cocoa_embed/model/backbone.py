@@ -217,19 +217,37 @@ def prepare_processor(
     tokenizer.chat_template = None
 
 
-def fitting_max_pixels(name_or_path: str, max_length: int) -> int | None:
+def fitting_max_pixels(name_or_path: str, max_length: int, vectors: int = 1) -> int | None:
     """Return a limit for images if a backbone's own limit does not fit into ``max_length`` tokens, else None.
 
-    The largest image then takes half of a sequence.
+    The largest square image then takes half of a sequence, or less where a long, narrow one would not fit.
 
+    :param vectors: The number of ``eos_tokens``.
     :raises CocoaError: If the backbone's processor cannot be loaded.
+    :raises UsageError: If ``max_length`` is too small for any image.
     """
     processor = load_processor(name_or_path)
-    family = family_of_images(processor)
-    if family.most_visual_tokens(processor) <= max_length - OTHER_TOKENS:
+    family, room = family_of_images(processor), _room_for_image(max_length, vectors)
+    if family.most_visual_tokens(processor) <= room:
         return None
     geometry = family.image_geometry(processor)
-    return (max_length // 2) * (geometry.patch_size * geometry.merge_size) ** 2
+    for tokens in range(max_length // 2, 0, -1):
+        pixels = tokens * (geometry.patch_size * geometry.merge_size) ** 2
+        family.limit_pixels(processor, pixels)
+        if family.most_visual_tokens(processor) <= room:
+            return pixels
+    raise UsageError(
+        f"max_length is {max_length}, too small for any image of {name_or_path}{_beside(vectors)}; raise it."
+    )
+
+
+def _room_for_image(max_length: int, vectors: int) -> int:
+    """Return the most visual tokens of a sequence that ends in ``vectors`` ``<EOS>``."""
+    return max(0, max_length - OTHER_TOKENS - vectors + 1)
+
+
+def _beside(vectors: int) -> str:
+    return f" beside {vectors} <EOS>" if vectors > 1 else ""
 
 
 def limit_images(processor: ProcessorMixin, max_pixels: int | None) -> None:
@@ -246,10 +264,9 @@ def limit_images(processor: ProcessorMixin, max_pixels: int | None) -> None:
     family.limit_pixels(processor, max_pixels)
     largest, tokens = family.most_pixels(processor), family.most_visual_tokens(processor)
     vectors, length = len(eos_tokens(processor.tokenizer)), processor.tokenizer.model_max_length
-    room = max(0, length - OTHER_TOKENS - vectors + 1)
+    room = _room_for_image(length, vectors)
     if tokens > room:
-        beside = f" beside {vectors} <EOS>" if vectors > 1 else ""
         raise UsageError(
             f"An image of up to {largest} pixels takes {tokens} visual tokens, more than the {room} that a sequence of "
-            f"{length} has room for{beside}; lower max_pixels or raise max_length."
+            f"{length} has room for{_beside(vectors)}; lower max_pixels or raise max_length."
         )

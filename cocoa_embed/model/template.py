@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from itertools import takewhile
+from itertools import count, takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cocoa_embed.errors import UsageError
@@ -24,9 +24,6 @@ VISION_START = "<|vision_start|>"
 VISION_END = "<|vision_end|>"
 IMAGE_PAD = "<|image_pad|>"
 VIDEO_PAD = "<|video_pad|>"
-
-MOST_EOS_TOKENS = 16
-"""The most vectors of an input."""
 
 
 class Markers(NamedTuple):
@@ -92,21 +89,19 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, markers: Markers = QWEN) -
 def eos_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return the tokens whose last hidden states are the vectors, vector 1 first; a sequence ends in their reverse."""
     known = special_tokens(tokenizer)
-    others = (f"<|eos_{number}|>" for number in range(2, MOST_EOS_TOKENS + 1))
+    others = (f"<|eos_{number}|>" for number in count(2))
     return [str(tokenizer.eos_token), *takewhile(known.__contains__, others)]
 
 
-def add_eos_tokens(tokenizer: PreTrainedTokenizerBase, count: int) -> None:
-    """Add ``eos_tokens`` to a tokenizer until it has ``count``, in place.
+def add_eos_tokens(tokenizer: PreTrainedTokenizerBase, vectors: int) -> None:
+    """Add ``eos_tokens`` to a tokenizer until it has ``vectors`` of them, in place.
 
-    :raises UsageError: If it has more than ``count``, or ``count`` is over ``MOST_EOS_TOKENS``.
+    :raises UsageError: If it has more.
     """
     found = len(eos_tokens(tokenizer))
-    if not found <= count <= MOST_EOS_TOKENS:
-        raise UsageError(
-            f"eos_tokens is {count}, and the backbone has {found}; give {found}, or up to {MOST_EOS_TOKENS} to add some"
-        )
-    tokenizer.add_tokens([f"<|eos_{number}|>" for number in range(found + 1, count + 1)], special_tokens=True)
+    if vectors < found:
+        raise UsageError(f"eos_tokens is {vectors}, and the backbone has {found}; give {found}, or more to add some")
+    tokenizer.add_tokens([f"<|eos_{number}|>" for number in range(found + 1, vectors + 1)], special_tokens=True)
 
 
 def append_eos(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -82,11 +82,11 @@ class QdrantIndexer(Searcher):
             ``both``, a vector each. None for ``image``, or for what an existing collection does.
         :param batch_size: The maximum number of images in a batch.
         :param device: The torch device for a model that has to be loaded.
-        :param devices: Several devices, a process each: ``"cuda:0,cuda:1"`` or ``"all"``.
+        :param devices: Several devices for it, a process each: ``"cuda:0,cuda:1"`` or ``"all"``.
         :param model_options: ``dtype``, ``max_pixels``, ``revision``, ``trust_remote_code``, ``workers`` and
             ``batch_tokens`` (``load_encoder``), for a model that has to be loaded.
-        :raises UsageError: If more than one of ``client``, ``path``, ``url`` and ``edge`` is given, or if an argument
-            is invalid.
+        :raises UsageError: If more than one of ``client``, ``path``, ``url`` and ``edge`` is given, if an argument is
+            invalid, or if a loaded model is given with options for loading one.
         :raises MissingExtraError: If a package that the location needs is not installed.
         """
         own = ("self", "model", "client", "model_options", "__class__")
@@ -97,6 +97,10 @@ class QdrantIndexer(Searcher):
                 raise UsageError(f"{name} is {number}; it must be 1 or more")
         if embed not in (None, *base.EMBEDS):
             raise UsageError(f"embed is {embed!r}; it can be {', '.join(base.EMBEDS)}")
+        loading = {"device": device, "devices": devices, **model_options}
+        ignored = [name for name, value in loading.items() if value is not None]
+        if ignored and not (model is None or isinstance(model, (str, Path))):
+            raise UsageError(f"{', '.join(ignored)}: for a model that has to be loaded, and this one is; leave it out")
         if client is None and url is None and edge is None:
             path = path or DEFAULT_INDEX
         options = StoreOptions(api_key=api_key, prefer_grpc=prefer_grpc, **read_create(create))
@@ -108,7 +112,7 @@ class QdrantIndexer(Searcher):
         self._model = model
         self._dimension = dimension
         self._embed = embed
-        self._model_options = {"device": device, "devices": devices, **model_options}
+        self._model_options = loading
         self._encoder: Encoder | None = None
         self._manifest: Manifest | None = None
         self._lock = threading.Lock()

@@ -161,12 +161,12 @@ def _inherit(recipe: Recipe) -> Recipe:
 def _limit_images(recipe: Recipe) -> Recipe:
     """Return the recipe; with a limit for images, if it gives none and the backbone's own is too large for it."""
     has_limits = all(stage.run.max_pixels for stage in recipe.stages.values())
-    pixels = None if has_limits else fitting_max_pixels(recipe.backbone, recipe.max_length)
+    pixels = None if has_limits else fitting_max_pixels(recipe.backbone, recipe.max_length, recipe.eos_tokens)
     if pixels is None:
         return recipe
     logger.warning(
-        f"Images are scaled down to {pixels} pixels, which take half of max_length {recipe.max_length}: the limit of "
-        f"{recipe.backbone} allows longer ones. Set max_pixels to choose."
+        f"Images are scaled down to {pixels} pixels, which take up to half of max_length {recipe.max_length}: the "
+        f"limit of {recipe.backbone} allows longer ones. Set max_pixels to choose."
     )
     return recipe.parse({**recipe.model_dump(exclude_unset=True), "max_pixels": pixels}, source=recipe.name)
 

@@ -17,7 +17,7 @@ from cocoa_embed.cli import main as cli
 from cocoa_embed.cli.train import subset_words
 from cocoa_embed.data.rows import Item, Row
 from cocoa_embed.errors import CocoaError, UsageError
-from cocoa_embed.model.backbone import Backbone, load_processor
+from cocoa_embed.model.backbone import Backbone, fitting_max_pixels, load_processor, prepare_processor
 from cocoa_embed.model.training_record import read_run
 from cocoa_embed.train import Recipe, run
 from cocoa_embed.train.data import mixture
@@ -114,7 +114,7 @@ def test_a_plan_needs_no_weights(recipe: MakeRecipe, tiny_backbone_path: Path, t
         ({"data": None}, "stage warmup, data: no data; give one of data.folder, data.file"),
         ({"backbone": "no-such-backbone"}, "no-such-backbone"),
         ({"report_to": ["trackio"]}, "trackio, which is not installed; run: pip install trackio"),
-        ({"max_length": 16}, "raise max_length"),
+        ({"max_length": 16}, "max_length is 16, too small for any image of"),
         ({"warmup": {**STAGE, "batch_size": 6, "mini_batch_size": 4}}, "not a multiple of 4"),
         ({"attn_implementation": "flex_attention"}, "on 'cpu'; use sdpa"),
         ({"contrastive": {**STAGE, "matryoshka_dims": [16, 4096]}}, "4096"),
@@ -160,9 +160,22 @@ def test_a_backbone_without_a_fitting_pixel_limit_gets_one_and_the_plan_says_so(
     processor.save_pretrained(backbone)
     prepared = examine(recipe(backbone=str(backbone)), tmp_path / "out")
     assert prepared.recipe.max_pixels == TINY_MAX_LENGTH // 2 * 28**2
-    assert f"down to {prepared.recipe.max_pixels} pixels, which take half of max_length 128" in caplog.text
+    assert f"down to {prepared.recipe.max_pixels} pixels, which take up to half of max_length 128" in caplog.text
     with pytest.raises(UsageError, match="lower max_pixels"):
         examine(recipe(backbone=str(backbone), max_pixels=10**6), tmp_path / "out")
+
+
+@pytest.mark.parametrize(("max_length", "eos_tokens"), [(24, 1), (32, 1), (32, 4), (48, 1), (64, 4)])
+def test_an_image_limit_that_is_chosen_is_one_that_is_accepted(max_length: int, eos_tokens: int) -> None:
+    limit = fitting_max_pixels("scene-captioner", max_length, eos_tokens)
+    assert limit is not None
+    processor = load_processor("scene-captioner")
+    prepare_processor(processor, max_length=max_length, max_pixels=limit, vectors=eos_tokens)
+
+
+def test_a_sequence_too_short_for_any_image_says_so() -> None:
+    with pytest.raises(UsageError, match="max_length is 20, too small for any image"):
+        fitting_max_pixels("scene-captioner", 20)
 
 
 def test_a_finished_run_has_nothing_to_plan_and_a_changed_recipe_is_refused(
