@@ -76,20 +76,23 @@ def teacher_pixels(images: CaptionedImages) -> Tensor:
     return torch.stack([images.plain(row)["image"] for row in range(len(images))]) / 255
 
 
-def test_a_view_holds_the_teachers_features_of_its_own_image_and_an_epoch_takes_the_next(
+def test_a_view_holds_the_teachers_features_of_its_own_image_and_after_all_views_they_are_mirrored(
     teacher_file: Path, images: CaptionedImages, tmp_path: Path
 ) -> None:
     teacher = Teacher(teacher_file, images.images, SIDE, components=4)
     views = make_views(images, teacher, VisionSettings(views=2), tmp_path / "views")
     for row in range(len(images)):
-        first, second, third = (views[Draw(row, epoch)] for epoch in range(3))
+        first, second, mirrored, other, again = (views[Draw(row, epoch)] for epoch in range(5))
         assert torch.equal(first["features"], teacher([first["image"]])[0])
         assert not torch.equal(first["image"], second["image"])
-        assert torch.equal(first["image"], third["image"])
+        assert torch.equal(mirrored["image"].flip(2), first["image"])
+        assert torch.equal(mirrored["features"].flip(1), first["features"])
+        assert torch.equal(other["image"].flip(2), second["image"])
+        assert torch.equal(first["image"], again["image"])
         assert first["words"] == "\n".join(TEXTS[row])
     stored = (tmp_path / "views" / "features.npy").stat().st_mtime_ns
-    again = make_views(images, teacher, VisionSettings(views=2), tmp_path / "views")
-    assert torch.equal(again[Draw(1, 1)]["image"], views[Draw(1, 1)]["image"])
+    opened = make_views(images, teacher, VisionSettings(views=2), tmp_path / "views")
+    assert torch.equal(opened[Draw(1, 1)]["image"], views[Draw(1, 1)]["image"])
     assert (tmp_path / "views" / "features.npy").stat().st_mtime_ns == stored, "views that are there are not made again"
 
 

@@ -156,7 +156,7 @@ def _run_stage(name: str, settings: PretrainSettings, parts: Parts, out: Path) -
     folder, held_out = out / CHECKPOINTS / name, parts.held_out
     data: Dataset[Example] = parts.data
     trained: nn.Module = parts.model
-    collate: Any = CaptionCollator(parts.processor)
+    collate: Any = CaptionCollator(parts.processor, settings.augmentation.word_dropout)
     set_seed(settings.seed)
     if name == "vision" and parts.words is not None:
         collate, channels = VisionCollator(parts.processor, parts.words), 0
@@ -174,6 +174,7 @@ def _run_stage(name: str, settings: PretrainSettings, parts: Parts, out: Path) -
             data_collator=collate,
             eval_dataset=held_out,
             undecayed=undecayed,
+            muon_learning_rate=settings.stages[name].muon_learning_rate,
             callbacks=[Record(out / "log.jsonl", name)],
         )
         show_progress(trainer, name, {"loss": "loss", "eval_right": "right", "eval_gap": "gap"})

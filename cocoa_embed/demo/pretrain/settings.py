@@ -64,11 +64,13 @@ class StageSettings(Settings):
     """The optimisation of a stage: AdamW, with the learning rate on a cosine after a twentieth of the steps.
 
     :param steps: 0 leaves the stage out.
+    :param muon_learning_rate: Have Muon update the matrices of layers, with this learning rate instead of AdamW's.
     """
 
     steps: Count = 0
     batch_size: Positive = 64
     learning_rate: Rate = 1e-3
+    muon_learning_rate: Rate | None = None
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     adam_beta2: Annotated[float, Field(gt=0, lt=1)] = 0.98
 
@@ -90,16 +92,19 @@ class VisionSettings(StageSettings):
 
 
 class AugmentationSettings(Settings):
-    """How an image of a folder varies from epoch to epoch.
+    """How a captioned image of a folder varies from epoch to epoch.
 
     :param scale: The least ratio of the image's area that a random crop keeps.
     :param flip: Mirror half of the images; captions that say left and right are then wrong.
     :param jitter: The most by which brightness, contrast and saturation are scaled up or down.
+    :param word_dropout: The ratio of a caption's tokens that the captioner does not see as input; it still has to
+        predict them, and so has to look at the image (Bowman et al. 2016, arXiv 1511.06349).
     """
 
     scale: Ratio = 0.5
     flip: bool = False
     jitter: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    word_dropout: Annotated[float, Field(ge=0, lt=1)] = 0
 
 
 class PretrainSettings(Settings):

@@ -82,6 +82,8 @@ class Teacher:
 class Views(Dataset[Example]):
     """Views of the images of a folder, in memory-mapped files: an epoch takes another view of each image.
 
+    After all views come all of them mirrored, then as they are again.
+
     :param pixels: uint8 ``[views, images, 3, size, size]``.
     :param features: The teacher's of the same views, float16 ``[views, images, h, w, components]``.
     """
@@ -95,8 +97,10 @@ class Views(Dataset[Example]):
 
     def __getitem__(self, draw: Draw) -> Example:
         """Return the view of an image that is taken in an epoch."""
-        view = draw.epoch % len(self.pixels)
+        times, view = divmod(draw.epoch, len(self.pixels))
         image, features = (torch.from_numpy(each[view, draw.row].copy()) for each in (self.pixels, self.features))
+        if times % 2:
+            image, features = image.flip(2), features.flip(1)
         return {"image": image, "features": features, "words": self.images.words(draw.row)}
 
 

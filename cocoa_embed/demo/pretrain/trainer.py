@@ -8,11 +8,13 @@ from typing import Any
 
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import IterableDataset
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from cocoa_embed.demo.pretrain.data import Example
+from cocoa_embed.demo.pretrain.muon import MuonAndAdamW
 from cocoa_embed.folders import write_atomically
 from cocoa_embed.train.data.sampling import RowStream
 from cocoa_embed.train.loop.checkpoints import mark_complete
@@ -29,11 +31,16 @@ class PretrainTrainer(Trainer):
     Its ``eval_dataset`` are the examples of ``held_out_pairs``, by name.
 
     :param undecayed: Names of further parameters that weight decay leaves alone.
+    :param muon_learning_rate: Have Muon update the matrices of layers.
     """
 
-    def __init__(self, *args: Any, undecayed: Sequence[str] = (), **kwargs: Any) -> None:
+    optimizer: Any
+
+    def __init__(
+        self, *args: Any, undecayed: Sequence[str] = (), muon_learning_rate: float | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.undecayed = undecayed
+        self.undecayed, self.muon_learning_rate = undecayed, muon_learning_rate
         self.trained: Any = self.model
         self.collate: Any = self.data_collator
 
@@ -43,6 +50,19 @@ class PretrainTrainer(Trainer):
             return None
         rows, batch_size = len(data), self.args.per_device_train_batch_size
         return RowStream(rows, self.args.max_steps * batch_size, batch_size, self.args.seed)
+
+    def create_optimizer(self, model: Any = None) -> Optimizer:  # noqa: ANN401
+        """Return the optimizer, made once.
+
+        :raises UsageError: If this version of torch has no Muon.
+        """
+        if self.optimizer is None and self.muon_learning_rate is not None:
+            decayed, rates = (
+                self.get_decay_parameter_names(self.trained),
+                (self.muon_learning_rate, self.args.learning_rate),
+            )
+            self.optimizer = MuonAndAdamW(self.trained, decayed, rates, self.args.weight_decay, self.args.adam_beta2)
+        return super().create_optimizer(model)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Return the names of the parameters that decay."""
