@@ -1,13 +1,13 @@
 """What several ``<EOS>`` find that one does not: scenes of two to six objects, captions about one of them.
 
-    python benchmarks/eos_tokens.py                                  # K = 1, 2, 4, 8; three seeds; one process
+    python benchmarks/eos_tokens.py                                  # K = 1, 2, 4, 8; three seeds; two hours of a core
     python benchmarks/eos_tokens.py --k 1 4 --seeds 1 --steps 2 4 2  # only to see that it works
 
 All stages of CoCoA from the package's captioner, at the settings of the recipe ``tiny``: a warm-up for each seed, then
-for each K a bridge and a contrastive stage with ``eos_tokens: K``. Texts are captions about one object ("a small red
-star in picture", in words that the captioner knows), in training and as queries; each object of a held-out scene is a
-query for its scene. Other scenes with such an object are no candidates of that query, so that one is right. Scores are
-the mean MaxSim of the first n vectors. A quarter of the bridge's rows are such texts alone, in two wordings.
+for each K a bridge and a contrastive stage with ``eos_tokens: K``. Texts of the first two stages name all objects of a
+scene ("small red star, large blue ring in picture"). Those of the contrastive stage, and the queries, are about one
+object ("a small red star in picture"): each object of a held-out scene is a query for its scene. Other scenes with such
+an object are no candidates of that query, so that one is right. Scores are the mean MaxSim of the first n vectors.
 
 The bytes of a point are those of its n vectors in float32, and of what an index stores: vector 1 for the search, and
 all n to rescore. The held-out scenes are the same for all seeds.
@@ -52,22 +52,23 @@ from shared.output import command_line, report
 BACKBONE = "scene-captioner"
 CELL, SIDE = IMAGE_SIZE // 2, 3
 CAPTION = "a {} in picture"
+WHOLE = ("{} in picture", ", "), ("picture; {}", "; ")
+"""The ways to name all objects of a scene, and what stands between two of them."""
+
 OBJECTS = range(2, 7)
 KINDS = [SceneObject(*each, "top left") for each in product(RADII, COLOURS, SHAPES)]
 TRAINING, HELD_OUT = 4000, 300
-TEXT_WEIGHT = 80
-"""How often each text is drawn: a quarter of the bridge's rows are texts alone."""
 RECALLS = (1, 5, 10)
 AT_ONCE = 128
+MAX_LENGTH = 96
 FLOAT_BYTES = 4
 
 SETTINGS = (
     f"backbone={BACKBONE}",
     f"max_pixels={(CELL * SIDE) ** 2}",
-    "max_length=64",
-    "bridge.data.paraphrases=0",  # another caption of a scene is of another object
+    f"max_length={MAX_LENGTH}",
+    "bridge.data.paraphrases=1",
     "bridge.probe_rows=0",
-    "contrastive.data.captions=captions",
     "contrastive.data.limit=null",
     "warmup.batch_size=32",
     "bridge.batch_size=32",
@@ -77,41 +78,45 @@ SETTINGS = (
 
 
 def scenes(generator: random.Random) -> Iterator[tuple[Image.Image, list[str]]]:
-    """Yield scenes of different objects in the cells of a 3 x 3 grid, with a caption about each."""
+    """Yield scenes of different objects in the cells of a 3 x 3 grid, and the names of the objects."""
     while True:
         background, kinds = generator.choice(tuple(BACKGROUNDS)), generator.sample(KINDS, generator.choice(OBJECTS))
         picture = Image.new("RGB", (CELL * SIDE, CELL * SIDE), BACKGROUNDS[background])
         for kind, cell in zip(kinds, generator.sample(range(SIDE**2), len(kinds)), strict=True):
             alone = draw(Scene(background, (kind,)), generator).crop((0, 0, CELL, CELL))
             picture.paste(alone, (cell % SIDE * CELL, cell // SIDE * CELL))
-        yield picture, [CAPTION.format(kind) for kind in kinds]
+        yield picture, [*map(str, kinds)]
 
 
 def write_scenes(folder: Path, count: int, seed: str) -> list[list[str]]:
-    """Write an image folder, if it is not there, and return the captions of each scene."""
+    """Write an image folder, if it is not there, and return the captions about one object of each scene."""
     metadata = folder / "metadata.jsonl"
     if not metadata.is_file():
         make_folder(folder)
         rows = []
-        for number, (picture, captions) in enumerate(islice(scenes(random.Random(seed)), count)):
+        for number, (picture, names) in enumerate(islice(scenes(random.Random(seed)), count)):
             picture.save(folder / f"{number:05d}.png")
-            rows.append({"file_name": f"{number:05d}.png", "text": captions[0], "captions": captions})
+            orders = names, random.Random(f"{seed}/{number}").sample(names, len(names))
+            whole = [text.format(between.join(order)) for (text, between), order in zip(WHOLE, orders, strict=True)]
+            row = {"file_name": f"{number:05d}.png", "text": whole[0], "captions": whole}
+            rows.append({**row, "objects": [CAPTION.format(name) for name in names]})
         write_result(metadata, "".join(f"{json.dumps(row)}\n" for row in rows))
-    return [json.loads(line)["captions"] for line in metadata.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line)["objects"] for line in metadata.read_text(encoding="utf-8").splitlines()]
 
 
 def train(options: argparse.Namespace, seed: int, count: int) -> tuple[Path, dict[str, float]]:
     """Train a model of ``count`` vectors, or what is left of it: its folder, and the seconds of its stages."""
     training = options.out / "data" / f"seed-{seed}"
-    write_scenes(training, TRAINING, f"training {seed}")
+    captions = write_scenes(training, TRAINING, f"training {seed}")
+    pairs = [
+        {"query_image": f"{number:05d}.png", "positive_text": text}
+        for number, texts in enumerate(captions)
+        for text in texts
+    ]
+    write_result(training / "pairs.jsonl", "".join(f"{json.dumps(pair)}\n" for pair in pairs))
     lengths = dict(zip(("warmup", "bridge", "contrastive"), options.steps, strict=True))
-    texts = training / "texts.jsonl"  # in two wordings, so that the bridge has rows of texts, as in the recipe tiny
-    rows = [{"query_text": f"picture: a {kind}", "positive_text": CAPTION.format(kind)} for kind in KINDS]
-    write_result(texts, "".join(f"{json.dumps(row)}\n" for row in rows))
-    pictures = {"folder": str(training), "captions": "captions"}
-    subsets = {"pictures": pictures, "texts": {"file": str(texts), "weight": TEXT_WEIGHT}}
-    common = [*SETTINGS, f"data.folder={json.dumps(str(training))}", f"bridge.data.subsets={json.dumps(subsets)}"]
-    common += [f"seed={seed}"]
+    common = [*SETTINGS, f"data.folder={json.dumps(str(training))}", f"seed={seed}"]
+    common += [f"contrastive.data.file={json.dumps(str(training / 'pairs.jsonl'))}"]
     common += [f"{stage}.steps={steps}" for stage, steps in lengths.items()]
     common += [f"{stage}.warmup_steps={steps // 20}" for stage, steps in lengths.items()]
     folder = options.out / f"seed-{seed}"
@@ -125,7 +130,8 @@ def train(options: argparse.Namespace, seed: int, count: int) -> tuple[Path, dic
 @torch.inference_mode()
 def embed(checkpoint: Path, count: int, items: Sequence[Item]) -> Tensor:
     """Embed items with all vectors of a model: ``[items, count * width]``."""
-    recipe = Recipe.load("tiny", [f"backbone={json.dumps(str(checkpoint))}", f"eos_tokens={count}", "max_length=64"])
+    settings = [f"backbone={json.dumps(str(checkpoint))}", f"eos_tokens={count}", f"max_length={MAX_LENGTH}"]
+    recipe = Recipe.load("tiny", settings)
     backbone = load_backbone(str(checkpoint), vectors=count)
     model = as_sentence_transformer(backbone, recipe).to(best_device()).eval()
     batches = (send_to_device(preprocess_items(model, part), model.device) for part in batched(items, AT_ONCE))
@@ -205,7 +211,7 @@ def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of vectors [1 2 4 8]")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on [3]")
-    parser.add_argument("--steps", type=int, nargs=3, default=[300, 500, 200], help="of the stages [300 500 200]")
+    parser.add_argument("--steps", type=int, nargs=3, default=[300, 400, 800], help="of the stages [300 400 800]")
     parser.add_argument("--out", type=Path, default=Path("cocoa-eos-tokens"), help="where data, weights, results go")
     options = parser.parse_args()
     silence_libraries()

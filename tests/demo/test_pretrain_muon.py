@@ -80,5 +80,5 @@ def test_a_restored_optimizer_goes_on_as_the_first(encoder: Encoder) -> None:
 
 def test_a_version_of_torch_without_it_says_so(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.optim, "Muon")
-    with pytest.raises(UsageError, match=r"muon_learning_rate needs torch 2\.9, and this is .*; leave it out"):
+    with pytest.raises(UsageError, match=r"muon_learning_rate needs torch 2\.9, and this is .*; set it to null"):
         optimizer(encoder)

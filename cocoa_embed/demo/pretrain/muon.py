@@ -24,7 +24,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
         self, model: nn.Module, decayed: list[str], rates: tuple[float, float], weight_decay: float, adam_beta2: float
     ) -> None:
         if not hasattr(torch.optim, "Muon"):
-            raise UsageError(f"muon_learning_rate needs torch 2.9, and this is {torch.__version__}; leave it out.")
+            raise UsageError(f"muon_learning_rate needs torch 2.9, and this is {torch.__version__}; set it to null.")
         matrices, rest, undecayed = list[Tensor](), list[Tensor](), list[Tensor]()
         for name, each in model.named_parameters():
             if not each.requires_grad:
