@@ -224,7 +224,7 @@ def fitting_max_pixels(name_or_path: str, max_length: int, vectors: int = 1) -> 
 
     :param vectors: The number of ``eos_tokens``.
     :raises CocoaError: If the backbone's processor cannot be loaded.
-    :raises UsageError: If ``max_length`` is too small for any image.
+    :raises UsageError: If ``max_length`` is too short for any image.
     """
     processor = load_processor(name_or_path)
     family, room = family_of_images(processor), _room_for_image(max_length, vectors)
@@ -235,9 +235,9 @@ def fitting_max_pixels(name_or_path: str, max_length: int, vectors: int = 1) -> 
         pixels = tokens * (geometry.patch_size * geometry.merge_size) ** 2
         family.limit_pixels(processor, pixels)
         if family.most_visual_tokens(processor) <= room:
-            return pixels
+            return family.most_pixels(processor)
     raise UsageError(
-        f"max_length is {max_length}, too small for any image of {name_or_path}{_beside(vectors)}; raise it."
+        f"max_length is {max_length}, too short for an image with {name_or_path}{_beside(vectors)}; raise it."
     )
 
 

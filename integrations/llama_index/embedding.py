@@ -16,7 +16,7 @@ from llama_index.core.schema import BaseNode, ImageType
 
 from cocoa_embed.encode.encoder import Encoder, ModelInput, make_input
 from cocoa_embed.encode.load import load_encoder, require_findable
-from cocoa_embed.errors import CocoaError, ImageError, one_line, printable
+from cocoa_embed.errors import CocoaError, ImageError, UsageError, one_line, printable
 from cocoa_embed.images.load import ImageSource
 from cocoa_embed.integrations.llama_index.nodes import image_of, load_source, refuse_binary, text_of
 
@@ -70,11 +70,17 @@ class CocoaEmbedding(MultiModalEmbedding):
         :param model: A loaded model.
         :param dimension: Truncate embeddings to this many dimensions, for a model trained for it [default: all].
         :param kwargs: ``device``; ``allowed_hosts``, the hosts from which images on the web may be fetched, such as
-            ``["example.com"]``; ``trust_remote_code``, ``cache_folder`` and ``model_kwargs`` for loading the model; the
-            fields of LlamaIndex's ``BaseEmbedding``, such as ``embed_batch_size``.
+            ``["example.com"]``; ``trust_remote_code``, ``cache_folder`` and ``model_kwargs`` for loading the model (one
+            that is given as ``model`` is loaded in other processes alone); the fields of LlamaIndex's
+            ``BaseEmbedding``, such as ``embed_batch_size``.
         :raises CocoaError: If the model cannot be loaded, or does not embed images.
-        :raises UsageError: If the model has fewer dimensions.
+        :raises UsageError: If the model has fewer dimensions, or there is no such option.
         """
+        if unknown := kwargs.keys() - type(self).model_fields.keys():
+            raise UsageError(
+                f"{', '.join(sorted(unknown))}: no option of CocoaEmbedding; for other options of load_encoder, such as"
+                " max_pixels, give its result as model"
+            )
         if model_name is None:
             model_name = DEFAULT_MODEL if model is None else model.name if isinstance(model, Encoder) else "the model"
         super().__init__(**{**kwargs, "model_name": str(model_name), "dimension": dimension})

@@ -98,9 +98,9 @@ class QdrantIndexer(Searcher):
         if embed not in (None, *base.EMBEDS):
             raise UsageError(f"embed is {embed!r}; it can be {', '.join(base.EMBEDS)}")
         loading = {"device": device, "devices": devices, **model_options}
-        ignored = [name for name, value in loading.items() if value is not None]
+        ignored = [name for name, value in loading.items() if value not in (None, False)]
         if ignored and not (model is None or isinstance(model, (str, Path))):
-            raise UsageError(f"{', '.join(ignored)}: for a model that has to be loaded, and this one is; leave it out")
+            raise UsageError(f"{', '.join(ignored)}: only for a model given by its name; this one is loaded already")
         if client is None and url is None and edge is None:
             path = path or DEFAULT_INDEX
         options = StoreOptions(api_key=api_key, prefer_grpc=prefer_grpc, **read_create(create))
@@ -223,6 +223,8 @@ class QdrantIndexer(Searcher):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the settings, the API key among them, by which another process opens the collection and the model.
+
+        A model that was given loaded is loaded there by its name, without options such as ``max_pixels``.
 
         :raises CocoaError: If the client or the model were given, and another process cannot find them.
         """

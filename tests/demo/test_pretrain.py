@@ -88,7 +88,7 @@ def killing(monkeypatch: pytest.MonkeyPatch) -> Killing:
     return at
 
 
-RESUMED = ("vision.steps=4", "all.steps=5", "all.muon_learning_rate=1e-3", "augmentation.word_dropout=0.3")
+RESUMED = ("vision.steps=4", "all.steps=5", "all.muon_learning_rate=1e-3")
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,13 @@
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from cocoa_embed.demo.pretrain.muon import MuonAndAdamW
+from cocoa_embed.demo.pretrain.run import pretrain
+from cocoa_embed.demo.pretrain.settings import read_settings
 from cocoa_embed.errors import UsageError
 
 MUON_RATE, RATE, DECAY, BETA = 2e-2, 1e-2, 0.1, 0.98
@@ -31,7 +34,7 @@ INPUTS = torch.randn(64, 24, generator=torch.Generator().manual_seed(1))
 
 def optimizer(model: nn.Module, decay: float = DECAY) -> MuonAndAdamW:
     decayed = [name for name, _ in model.named_parameters() if name.endswith("weight")]
-    return MuonAndAdamW(model, decayed, (MUON_RATE, RATE), decay, BETA)
+    return MuonAndAdamW(model, decayed, (RATE, MUON_RATE), decay, BETA)
 
 
 def steps(model: nn.Module, part: torch.optim.Optimizer, count: int = 3) -> list[float]:
@@ -49,7 +52,7 @@ def test_matrices_of_layers_move_alike_in_all_directions_by_their_own_rate(encod
     before = copy.deepcopy(encoder)
     steps(encoder, optimizer(encoder, decay=0), count=1)
     moved = encoder.visual[0].weight - before.visual[0].weight
-    gradient = before.visual[0].weight.grad = encoder.visual[0].weight.grad
+    gradient = encoder.visual[0].weight.grad
     assert gradient is not None
     spread = torch.linalg.svdvals(gradient)[:8]
     assert spread[0] > 3 * spread[-1], "the gradient has directions of different size"
@@ -78,7 +81,10 @@ def test_a_restored_optimizer_goes_on_as_the_first(encoder: Encoder) -> None:
     assert steps(encoder, first) == steps(copied, second)
 
 
-def test_a_version_of_torch_without_it_says_so(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_version_of_torch_without_it_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(UsageError, match=r"muon_learning_rate needs torch 2\.9, and this is .*; set it to null"):
-        optimizer(encoder)
+        pretrain(read_settings(["all.muon_learning_rate=1e-3"], data="scenes"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -76,7 +76,7 @@ def teacher_pixels(images: CaptionedImages) -> Tensor:
     return torch.stack([images.plain(row)["image"] for row in range(len(images))]) / 255
 
 
-def test_a_view_holds_the_teachers_features_of_its_own_image_and_after_all_views_they_are_mirrored(
+def test_a_view_holds_the_teachers_features_of_its_own_image_and_after_all_views_both_are_mirrored(
     teacher_file: Path, images: CaptionedImages, tmp_path: Path
 ) -> None:
     teacher = Teacher(teacher_file, images.images, SIDE, components=4)

@@ -144,6 +144,11 @@ def test_the_dimension_truncates_the_embeddings() -> None:
             CocoaEmbedding(model=FakeModel(), dimension=dimension)
 
 
+def test_an_option_that_it_does_not_have_is_refused() -> None:
+    with pytest.raises(UsageError, match="devic, max_pixels: no option of CocoaEmbedding; .* give its result as model"):
+        CocoaEmbedding(model=FakeModel(), max_pixels=784, devic="cpu")
+
+
 def test_a_query_does_not_wait_behind_all_documents(
     embedding: CocoaEmbedding, files: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

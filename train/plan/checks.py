@@ -165,8 +165,8 @@ def _limit_images(recipe: Recipe) -> Recipe:
     if pixels is None:
         return recipe
     logger.warning(
-        f"Images are scaled down to {pixels} pixels, which take up to half of max_length {recipe.max_length}: the "
-        f"limit of {recipe.backbone} allows longer ones. Set max_pixels to choose."
+        f"Images are scaled down to {pixels} pixels, so that they fit into max_length {recipe.max_length}: the limit "
+        f"of {recipe.backbone} allows larger ones. Set max_pixels to choose."
     )
     return recipe.parse({**recipe.model_dump(exclude_unset=True), "max_pixels": pixels}, source=recipe.name)
 

@@ -8,7 +8,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.transforms.v2 import functional as F
@@ -24,8 +23,7 @@ from cocoa_embed.train.data.caption_rows import read_image_folder
 from cocoa_embed.train.data.rows import Draw, load_row_image
 
 Example = dict[str, Any]
-"""``image`` (PIL, or uint8 ``[3, H, W]``), ``text`` (one caption), ``words`` (all captions of the image) and, if it is
-to be trained on, ``seed`` (of its word dropout)."""
+"""``image`` (PIL, or uint8 ``[3, H, W]``), ``text`` (one caption) and ``words`` (all captions of the image)."""
 
 SCENES_FOR_WORDS = 256
 
@@ -76,8 +74,7 @@ class CaptionedImages(Dataset[Example]):
         generator = random.Random(f"{self.seed}/{draw.row}/{draw.epoch}")
         image = vary(self.images[draw.row], self.size, self.augmentation, generator)
         texts = self.captions[draw.row]
-        text = texts[(draw.row + draw.epoch) % len(texts)]
-        return {"image": image, "text": text, "words": self.words(draw.row), "seed": generator.getrandbits(32)}
+        return {"image": image, "text": texts[(draw.row + draw.epoch) % len(texts)], "words": self.words(draw.row)}
 
     def plain(self, row: int) -> Example:
         """Return a whole image, with its first caption."""
@@ -134,13 +131,10 @@ def vary(image: Tensor, size: int, settings: AugmentationSettings, generator: ra
 
 
 class CaptionCollator:
-    """Makes batches of ``[vision][caption]<EOS>``; every token after the image is a label.
+    """Makes batches of ``[vision][caption]<EOS>``; every token after the image is a label."""
 
-    :param word_dropout: The ratio of these tokens that are padding as inputs, in examples with a ``seed``.
-    """
-
-    def __init__(self, processor: Qwen2VLProcessor, word_dropout: float = 0) -> None:
-        self.processor, self.word_dropout = processor, word_dropout
+    def __init__(self, processor: Qwen2VLProcessor) -> None:
+        self.processor = processor
         self.special = special_tokens(processor.tokenizer)
 
     def __call__(self, rows: list[Example]) -> dict[str, Tensor]:
@@ -150,16 +144,7 @@ class CaptionCollator:
         batch = self.processor(images=[row["image"] for row in rows], text=texts, padding=True, return_tensors="pt")
         after_image = batch["input_ids"] == self.processor.tokenizer.convert_tokens_to_ids(VISION_END)
         is_caption = (after_image.cumsum(1) - after_image.int()).bool() & batch["attention_mask"].bool()
-        labels = batch["input_ids"].masked_fill(~is_caption, -100)
-        dropped = torch.stack([self._dropped(row.get("seed"), labels.shape[1]) for row in rows]) & is_caption
-        inputs = batch["input_ids"].masked_fill(dropped, self.processor.tokenizer.pad_token_id)
-        return {**batch, "input_ids": inputs, "labels": labels}
-
-    def _dropped(self, seed: int | None, length: int) -> Tensor:
-        """Return which tokens of a row are dropped, bool ``[length]``."""
-        if seed is None:
-            return torch.zeros(length, dtype=torch.bool)
-        return torch.rand(length, generator=torch.Generator().manual_seed(seed)) < self.word_dropout
+        return {**batch, "labels": batch["input_ids"].masked_fill(~is_caption, -100)}
 
 
 def held_out_pairs(images: CaptionedImages) -> dict[str, list[Example]]:

@@ -1,4 +1,4 @@
-"""Muon for the matrices of a model's layers, AdamW for everything else, as one optimizer."""
+"""Muon for the weight matrices of a model's layers, AdamW for everything else, as one optimizer."""
 
 from typing import Any
 
@@ -11,20 +11,26 @@ LAYERS = ("visual.", "language_model.layers.")
 """Where the matrices that Muon updates are; embeddings and the heads of a stage are AdamW's."""
 
 
+def require_muon() -> None:
+    """Check that torch has Muon.
+
+    :raises UsageError: If it has not.
+    """
+    if not hasattr(torch.optim, "Muon"):
+        raise UsageError(f"muon_learning_rate needs torch 2.9, and this is {torch.__version__}; set it to null.")
+
+
 class MuonAndAdamW(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024), whose updates are as large as AdamW's with the same learning rate, and AdamW.
+    """AdamW, and Muon (Jordan et al. 2024) with updates that are as large as AdamW's at the same learning rate.
 
     :param model: Its parameters that require gradients are optimised.
     :param decayed: Names of the parameters that decay.
-    :param rates: The learning rates of Muon and of AdamW.
-    :raises UsageError: If this version of torch has no Muon.
+    :param rates: The learning rates of AdamW and of Muon.
     """
 
     def __init__(
         self, model: nn.Module, decayed: list[str], rates: tuple[float, float], weight_decay: float, adam_beta2: float
     ) -> None:
-        if not hasattr(torch.optim, "Muon"):
-            raise UsageError(f"muon_learning_rate needs torch 2.9, and this is {torch.__version__}; set it to null.")
         matrices, rest, undecayed = list[Tensor](), list[Tensor](), list[Tensor]()
         for name, each in model.named_parameters():
             if not each.requires_grad:
@@ -33,15 +39,15 @@ class MuonAndAdamW(torch.optim.Optimizer):
             (matrices if is_matrix else rest if name in decayed else undecayed).append(each)
         others: list[dict[str, Any]] = [{"params": rest}, {"params": undecayed, "weight_decay": 0.0}]
         self.parts = (
-            torch.optim.Muon(matrices, lr=rates[0], weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=rates[1], weight_decay=weight_decay, betas=(0.9, adam_beta2)),
+            torch.optim.AdamW(others, lr=rates[0], weight_decay=weight_decay, betas=(0.9, adam_beta2)),
+            torch.optim.Muon(matrices, lr=rates[1], weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
         )
         super().__init__([group for part in self.parts for group in part.param_groups], {})
         self._share()
 
     def _share(self) -> None:
         """Give both parts this optimizer's state and groups."""
-        for part, groups in zip(self.parts, (self.param_groups[:1], self.param_groups[1:]), strict=True):
+        for part, groups in zip(self.parts, (self.param_groups[:2], self.param_groups[2:]), strict=True):
             part.state, part.param_groups = self.state, groups
 
     def step(self, closure: Any = None) -> Any:  # noqa: ANN401

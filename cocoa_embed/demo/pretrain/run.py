@@ -24,6 +24,7 @@ from cocoa_embed.demo.pretrain.data import (
     refuse_overlap,
 )
 from cocoa_embed.demo.pretrain.model import build_model, embed_language_model
+from cocoa_embed.demo.pretrain.muon import require_muon
 from cocoa_embed.demo.pretrain.settings import SCENES, STAGES, PretrainSettings
 from cocoa_embed.demo.pretrain.teacher import Teacher, make_views, with_features
 from cocoa_embed.demo.pretrain.tokenizer import build_processor, build_tokenizer, train_tokenizer
@@ -98,6 +99,8 @@ def write_backbone(model: Qwen2VLForConditionalGeneration, processor: Qwen2VLPro
 def _check(settings: PretrainSettings) -> None:
     if not settings.stages:
         raise UsageError(f"No stage has steps; set one of {', '.join(f'{name}.steps' for name in STAGES)}.")
+    if any(stage.muon_learning_rate is not None for stage in settings.stages.values()):
+        require_muon()
     if settings.teacher is not None and not settings.vision.steps:
         raise UsageError("--teacher is for the vision stage, which has no steps; set vision.steps.")
     if settings.teacher is not None and settings.data == SCENES:
@@ -156,7 +159,7 @@ def _run_stage(name: str, settings: PretrainSettings, parts: Parts, out: Path) -
     folder, held_out = out / CHECKPOINTS / name, parts.held_out
     data: Dataset[Example] = parts.data
     trained: nn.Module = parts.model
-    collate: Any = CaptionCollator(parts.processor, settings.augmentation.word_dropout)
+    collate: Any = CaptionCollator(parts.processor)
     set_seed(settings.seed)
     if name == "vision" and parts.words is not None:
         collate, channels = VisionCollator(parts.processor, parts.words), 0

@@ -61,10 +61,10 @@ MULTIPLES = (
 
 
 class StageSettings(Settings):
-    """The optimisation of a stage: AdamW, with the learning rate on a cosine after a twentieth of the steps.
+    """The optimisation of a stage: AdamW, or AdamW and Muon, with learning rates on a cosine after a twentieth of it.
 
     :param steps: 0 leaves the stage out.
-    :param muon_learning_rate: Have Muon update the matrices of layers, with this learning rate instead of AdamW's.
+    :param muon_learning_rate: Muon updates the weight matrices of the layers, with this learning rate. None for AdamW.
     """
 
     steps: Count = 0
@@ -81,7 +81,7 @@ class VisionSettings(StageSettings):
     :param word_images: The fewest images of a word to be predicted.
     :param word_weight: The weight of the words' loss beside that of the features.
     :param components: The most principal components of a teacher's features.
-    :param views: Crops of each image whose features are made, once.
+    :param views: Crops of each image whose features are made, once; each is also used mirrored.
     """
 
     batch_size: Positive = 96
@@ -92,19 +92,16 @@ class VisionSettings(StageSettings):
 
 
 class AugmentationSettings(Settings):
-    """How a captioned image of a folder varies from epoch to epoch.
+    """How an image of a folder varies from epoch to epoch.
 
     :param scale: The least ratio of the image's area that a random crop keeps.
     :param flip: Mirror half of the images; captions that say left and right are then wrong.
     :param jitter: The most by which brightness, contrast and saturation are scaled up or down.
-    :param word_dropout: The ratio of a caption's tokens that the captioner does not see as input; it still has to
-        predict them, and so has to look at the image (Bowman et al. 2016, arXiv 1511.06349).
     """
 
     scale: Ratio = 0.5
     flip: bool = False
     jitter: Annotated[float, Field(ge=0, lt=1)] = 0.2
-    word_dropout: Annotated[float, Field(ge=0, lt=1)] = 0
 
 
 class PretrainSettings(Settings):

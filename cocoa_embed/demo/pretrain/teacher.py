@@ -82,7 +82,8 @@ class Teacher:
 class Views(Dataset[Example]):
     """Views of the images of a folder, in memory-mapped files: an epoch takes another view of each image.
 
-    After all views come all of them mirrored, then as they are again.
+    After all views come their mirror images, then the views again. Features are mirrored, not computed anew: that
+    presumes a teacher that sees a mirrored image alike.
 
     :param pixels: uint8 ``[views, images, 3, size, size]``.
     :param features: The teacher's of the same views, float16 ``[views, images, h, w, components]``.

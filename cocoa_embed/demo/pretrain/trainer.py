@@ -31,7 +31,7 @@ class PretrainTrainer(Trainer):
     Its ``eval_dataset`` are the examples of ``held_out_pairs``, by name.
 
     :param undecayed: Names of further parameters that weight decay leaves alone.
-    :param muon_learning_rate: Have Muon update the matrices of layers.
+    :param muon_learning_rate: Muon updates the weight matrices of the layers, with this learning rate.
     """
 
     optimizer: Any
@@ -52,15 +52,10 @@ class PretrainTrainer(Trainer):
         return RowStream(rows, self.args.max_steps * batch_size, batch_size, self.args.seed)
 
     def create_optimizer(self, model: Any = None) -> Optimizer:  # noqa: ANN401
-        """Return the optimizer, made once.
-
-        :raises UsageError: If this version of torch has no Muon.
-        """
+        """Return the optimizer, made once."""
         if self.optimizer is None and self.muon_learning_rate is not None:
-            decayed, rates = (
-                self.get_decay_parameter_names(self.trained),
-                (self.muon_learning_rate, self.args.learning_rate),
-            )
+            decayed = self.get_decay_parameter_names(self.trained)
+            rates = self.args.learning_rate, self.muon_learning_rate
             self.optimizer = MuonAndAdamW(self.trained, decayed, rates, self.args.weight_decay, self.args.adam_beta2)
         return super().create_optimizer(model)
 

@@ -338,8 +338,10 @@ class TestSearch:
 
 class TestModels:
     def test_options_for_loading_are_refused_with_a_loaded_model(self, album: Album) -> None:
-        with pytest.raises(UsageError, match="max_pixels, dtype: for a model that has to be loaded, and this one is"):
-            album.indexer(max_pixels=784, dtype="float16", device=None)
+        with pytest.raises(
+            UsageError, match="max_pixels, dtype: only for a model given by its name; this one is loaded"
+        ):
+            album.indexer(max_pixels=784, dtype="float16", trust_remote_code=False)
         assert QdrantIndexer("a-folder", client=album.client, max_pixels=784)
 
     def test_another_model_is_refused_and_both_are_named(self, album: Album) -> None:

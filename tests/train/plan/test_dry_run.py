@@ -114,7 +114,7 @@ def test_a_plan_needs_no_weights(recipe: MakeRecipe, tiny_backbone_path: Path, t
         ({"data": None}, "stage warmup, data: no data; give one of data.folder, data.file"),
         ({"backbone": "no-such-backbone"}, "no-such-backbone"),
         ({"report_to": ["trackio"]}, "trackio, which is not installed; run: pip install trackio"),
-        ({"max_length": 16}, "max_length is 16, too small for any image of"),
+        ({"max_length": 16}, "max_length is 16, too short for an image with"),
         ({"warmup": {**STAGE, "batch_size": 6, "mini_batch_size": 4}}, "not a multiple of 4"),
         ({"attn_implementation": "flex_attention"}, "on 'cpu'; use sdpa"),
         ({"contrastive": {**STAGE, "matryoshka_dims": [16, 4096]}}, "4096"),
@@ -160,7 +160,7 @@ def test_a_backbone_without_a_fitting_pixel_limit_gets_one_and_the_plan_says_so(
     processor.save_pretrained(backbone)
     prepared = examine(recipe(backbone=str(backbone)), tmp_path / "out")
     assert prepared.recipe.max_pixels == TINY_MAX_LENGTH // 2 * 28**2
-    assert f"down to {prepared.recipe.max_pixels} pixels, which take up to half of max_length 128" in caplog.text
+    assert f"down to {prepared.recipe.max_pixels} pixels, so that they fit into max_length 128" in caplog.text
     with pytest.raises(UsageError, match="lower max_pixels"):
         examine(recipe(backbone=str(backbone), max_pixels=10**6), tmp_path / "out")
 
@@ -174,7 +174,7 @@ def test_an_image_limit_that_is_chosen_is_one_that_is_accepted(max_length: int, 
 
 
 def test_a_sequence_too_short_for_any_image_says_so() -> None:
-    with pytest.raises(UsageError, match="max_length is 20, too small for any image"):
+    with pytest.raises(UsageError, match="max_length is 20, too short for an image"):
         fitting_max_pixels("scene-captioner", 20)
 
 

@@ -310,7 +310,7 @@ def test_their_tokens_are_counted(several: Backbone, tiny_backbone: Backbone, sc
         ({"eos_tokens": 17}, "eos_tokens"),
         ({"eos_tokens": 0}, "eos_tokens"),
         ({"pooling": "mean"}, "eos_tokens: 3 vectors need pooling eos, not mean"),
-        ({"max_length": 11}, "max_length is 11, too small for any image of .* beside 3 <EOS>; raise it"),
+        ({"max_length": 11}, "max_length is 11, too short for an image with .* beside 3 <EOS>; raise it"),
     ],
 )
 def test_numbers_that_do_not_fit_are_refused(
