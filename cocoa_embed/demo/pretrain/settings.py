@@ -154,12 +154,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "mixed_precision": "no",
     },
     "photographs": {
-        "vision": {"steps": 4000},
-        "language": {"steps": 3000},
+        "vision": {"steps": 1200, "muon_learning_rate": 8e-3},
+        "language": {"steps": 2000, "muon_learning_rate": 5e-3},
         "all": {"steps": 1000, "learning_rate": 2e-4},
     },
     "language model": {
-        "vision": {"steps": 4000},
+        "vision": {"steps": 1200, "muon_learning_rate": 8e-3},
         "connector": {"steps": 1000},
         "all": {"steps": 2000, "learning_rate": 2e-4},
     },
