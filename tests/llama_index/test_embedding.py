@@ -145,7 +145,7 @@ def test_the_dimension_truncates_the_embeddings() -> None:
 
 
 def test_an_option_that_it_does_not_have_is_refused() -> None:
-    with pytest.raises(UsageError, match="devic, max_pixels: no option of CocoaEmbedding; .* give its result as model"):
+    with pytest.raises(UsageError, match=r"devic, max_pixels: no option of CocoaEmbedding; .* give its result"):
         CocoaEmbedding(model=FakeModel(), max_pixels=784, devic="cpu")
 
 
