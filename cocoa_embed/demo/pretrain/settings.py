@@ -61,7 +61,9 @@ MULTIPLES = (
 
 
 class StageSettings(Settings):
-    """The optimisation of a stage: AdamW, or AdamW and Muon, with learning rates on a cosine after a twentieth of it.
+    """The optimisation of a stage: AdamW, or AdamW and Muon.
+
+    Learning rates rise for a twentieth of the steps, then fall on a cosine.
 
     :param steps: 0 leaves the stage out.
     :param muon_learning_rate: Muon updates the weight matrices of the layers, with this learning rate. None for AdamW.
